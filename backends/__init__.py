@@ -1,0 +1,1 @@
+"""Backends: a planned Program becomes an artifact, one folder a backend."""

@@ -1,0 +1,1 @@
+"""Measurements and demonstrations, each a script that names its configuration."""

@@ -1,0 +1,1 @@
+"""The `dsc` command: one file per verb."""

@@ -1,0 +1,1 @@
+"""Frontends: anything a user holds (module, checkpoint, function, text) becomes a Program."""

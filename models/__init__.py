@@ -1,0 +1,1 @@
+"""Models that dsc can export, their configurations, and the tiny trained checkpoint."""

@@ -1,0 +1,1 @@
+"""Passes: Program to Program, one pass a file."""
