@@ -1,0 +1,47 @@
+"""What a user sets once for the whole process: memory limits and the debug mode.
+
+Every layer may read this module; it imports nothing of dsc but the errors.
+"""
+
+from __future__ import annotations
+
+from dsc.errors import UsageError
+
+_MEGABYTE = 1_000_000
+_memory_limits: dict[str, int] = {}
+_debug_mode = False
+
+
+def set_memory_limit(device: str, megabytes: float | None) -> None:
+    """Bound the arena, cache and weights that dsc may hold on `device`; None lifts the bound.
+
+    `device` is the family or one device of it: "cpu", "cuda", "cuda:1". A plan that needs more is
+    refused with `MemoryLimitError` before anything is allocated. Megabytes are 10^6 bytes.
+
+    >>> set_memory_limit("cpu", 8000)
+    >>> memory_limit("cpu")
+    8000000000
+    >>> set_memory_limit("cpu", None)
+    """
+    if megabytes is None:
+        _memory_limits.pop(device, None)
+        return
+    if megabytes <= 0:
+        raise UsageError(f"a memory limit of {megabytes} MB", hint="give a positive number of MB")
+    _memory_limits[device] = int(megabytes * _MEGABYTE)
+
+
+def memory_limit(device: str) -> int | None:
+    """Return the limit in bytes that holds for `device`: its own, else its family's, else None."""
+    return _memory_limits.get(device, _memory_limits.get(device.partition(":")[0]))
+
+
+def set_debug_mode(enabled: bool = True) -> None:
+    """Verify every pass, and the shapes of every operator as it runs, until switched off."""
+    global _debug_mode
+    _debug_mode = enabled
+
+
+def debug_mode() -> bool:
+    """Return whether the debug mode is on."""
+    return _debug_mode
