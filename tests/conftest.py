@@ -1,0 +1,41 @@
+"""Fixtures that every test may ask for."""
+
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+
+ROOT = Path(__file__).resolve().parent.parent
+
+settings.register_profile("house", deadline=None, derandomize=True)
+settings.load_profile("house")
+
+
+@pytest.fixture(scope="session")
+def root() -> Path:
+    """Return the checkout, for tests that read its files."""
+    return ROOT
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """Return the folder of large reference material beside the checkout, where there is one.
+
+    `DSC_SHARED` names another place. It holds `text/valid.txt` and `checkpoints/`; without it the
+    test is skipped and the reason printed.
+    """
+    folder = Path(os.environ.get("DSC_SHARED", ROOT.parent / "shared"))
+    if not (folder / "text").is_dir():
+        pytest.skip(f"no reference text: {folder.name}/text is not beside the checkout")
+    return folder
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip what needs an accelerator where there is none."""
+    if item.get_closest_marker("gpu") is None:
+        return
+    from dsc.hardware import gpus
+
+    if not gpus():
+        pytest.skip("no GPU on this machine")
