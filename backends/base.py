@@ -1,0 +1,138 @@
+"""What a backend is: six members, and the plain data that passes between them.
+
+A backend says what it can do (`capabilities`, `supports`), how it wants programs (`rules`), turns
+one into files (`emit`, which needs no device), and files into something that runs (`load`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
+
+from dsc.ir.graph import Graph, Node
+from dsc.ir.program import Program
+from dsc.ir.types import DType, TensorType
+from dsc.targets import Target
+
+if TYPE_CHECKING:
+    import torch
+
+    from dsc.runtime.plan import Plan
+
+Progress: TypeAlias = Callable[[str, int, int], None]
+"""`progress(what, done, total)`: called while long work goes on."""
+
+
+@dataclass(frozen=True, slots=True)
+class Yes:
+    """The backend takes this node."""
+
+
+@dataclass(frozen=True, slots=True)
+class No:
+    """The backend does not take this node, and why."""
+
+    reason: str
+
+
+Support: TypeAlias = Yes | No
+
+
+@dataclass(frozen=True)
+class Capabilities:
+    """What passes need to know of a backend, as data.
+
+    `in_place_cache`: KV caches are preallocated and written in place. `grouped_moe`: wants
+    dispatch / grouped_linear / combine in the place of experts. `absorbed`: wants decode and
+    extend in the absorbed form. `entries`: the entry graphs it wants of a causal LM. `fuse`: the
+    highest fusion level that its kernels take.
+    """
+
+    in_place_cache: bool = False
+    grouped_moe: bool = False
+    absorbed: bool = True
+    dtypes: frozenset[DType] = frozenset({DType.f32, DType.bf16, DType.f16})
+    entries: tuple[str, ...] = ("decode", "extend", "prefill")
+    fuse: int = 0
+    targets: tuple[str, ...] = ("cpu",)
+
+
+@dataclass(frozen=True)
+class EmitOptions:
+    """What a user asked of code generation."""
+
+    targets: tuple[Target, ...] = (Target("cpu"),)
+    threads: int | None = None
+    max_batch: int = 4
+    max_context: int = 4096
+    prefill_chunk: int = 512
+    progress: Progress | None = None
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Emission:
+    """What `emit` gives: files by path relative to the artifact, and how to run them.
+
+    `weights_path` is where the artifact's writer streams the packed weights (one safetensors file);
+    `meta` is JSON that `load` finds again in the manifest; `runner` is the backend's part of the
+    artifact's run.py (a module text that defines `class Model`), or empty.
+    """
+
+    files: Mapping[str, bytes]
+    plan: Plan | None = None
+    weights_path: str = "weights/model.safetensors"
+    meta: Mapping[str, Any] = field(default_factory=dict)
+    runner: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Signature:
+    """Names and types of an entry's inputs and outputs, and which outputs update which inputs."""
+
+    inputs: tuple[tuple[str, TensorType], ...]
+    outputs: tuple[tuple[str, TensorType], ...]
+    aliases: tuple[tuple[int, int], ...]
+
+    @staticmethod
+    def of(graph: Graph) -> Signature:
+        """The signature of a graph."""
+        return Signature(
+            tuple((v.name, v.type) for v in graph.inputs),
+            tuple(zip(graph.output_names, (x.type for x in graph.outputs), strict=True)),
+            graph.aliases,
+        )
+
+
+class Executable(Protocol):
+    """A loaded artifact."""
+
+    def run(self, entry: str, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Run an entry on CPU tensors by name. A cache that is written in place is mutated and
+        returned as the tensor that was given."""
+        ...
+
+
+class Backend(Protocol):
+    """Turns programs into artifacts and artifacts into executables."""
+
+    name: str
+    rules: Sequence[Any]
+
+    def capabilities(self, target: Target) -> Capabilities:
+        """What passes may assume when they prepare a program for this backend."""
+        ...
+
+    def supports(self, node: Node) -> Support:
+        """Whether a node can be emitted."""
+        ...
+
+    def emit(self, program: Program, options: EmitOptions) -> Emission:
+        """Generate code. Pure: needs no device. Raises `BackendUnavailable`."""
+        ...
+
+    def load(self, folder: Path, manifest: Mapping[str, Any], program: Program) -> Executable:
+        """Load an artifact's code and weights. `program` is its parsed program.dsc."""
+        ...

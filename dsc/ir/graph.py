@@ -1,0 +1,266 @@
+"""The graph: immutable, ordered, multi-result SSA.
+
+A `Graph` is a list of `Node`s in execution order. Every `Value` is defined once, by an input or by
+a node, and named uniquely in its graph. A rewrite builds a new graph: "changed" means
+`new is not old`. Uses, liveness and cost are analyses over a graph, never fields of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeAlias, Union
+
+from dsc.ir.dims import Dim, Sym, substitute
+from dsc.ir.types import DType, TensorType
+
+
+@dataclass(frozen=True, slots=True)
+class Value:
+    """An SSA value: printed `%name`."""
+
+    name: str
+    type: TensorType
+
+    def __str__(self) -> str:
+        return f"%{self.name}"
+
+
+@dataclass(frozen=True, slots=True)
+class Weight:
+    """An operand that names a weight of the program: printed `@name`."""
+
+    name: str
+    type: TensorType
+
+    def __str__(self) -> str:
+        return f"@{self.name}"
+
+
+Operand: TypeAlias = Union[Value, Weight]
+Attr: TypeAlias = Union[int, float, bool, str, Sym, DType, "Graph", tuple["Attr", ...]]
+
+
+class Attrs(Mapping[str, Any]):
+    """The attributes of a node: an immutable, hashable mapping sorted by name."""
+
+    __slots__ = ("_hash", "_items")
+
+    def __init__(self, items: Mapping[str, Any] | None = None) -> None:
+        frozen = {k: _freeze(v) for k, v in sorted((items or {}).items()) if v is not None}
+        self._items: dict[str, Any] = frozen
+        self._hash: int | None = None
+
+    def __getitem__(self, key: str) -> Any:
+        return self._items[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._items)
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def __hash__(self) -> int:
+        if self._hash is None:
+            self._hash = hash(tuple(self._items.items()))
+        return self._hash
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Attrs) and self._items == other._items
+
+    def __repr__(self) -> str:
+        return f"Attrs({self._items!r})"
+
+    def updated(self, **changes: Any) -> Attrs:
+        """The same attributes with `changes` applied; a value of `None` removes the key."""
+        return Attrs({**self._items, **changes})
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """One operation: `outputs = op inputs {attrs}`. An absent optional operand is `None`.
+
+    `loc` is the path of the module it came from, as `model.layers.3.self_attn`.
+    """
+
+    op: str
+    inputs: tuple[Operand | None, ...]
+    attrs: Attrs
+    outputs: tuple[Value, ...]
+    loc: str = ""
+
+    @property
+    def operands(self) -> tuple[Operand, ...]:
+        """The operands that are present."""
+        return tuple(x for x in self.inputs if x is not None)
+
+    @property
+    def output(self) -> Value:
+        """The single result. An error for a node with several."""
+        (value,) = self.outputs
+        return value
+
+    @property
+    def body(self) -> Graph | None:
+        """The nested graph of a `fused` node."""
+        body = self.attrs.get("body")
+        return body if isinstance(body, Graph) else None
+
+
+@dataclass(frozen=True, slots=True)
+class Graph:
+    """A function: inputs, nodes in order, outputs.
+
+    `output_names` are the public names of the outputs; `aliases` holds pairs
+    `(output index, input index)`: that output is the updated state of that input, the way a KV
+    cache is carried from step to step.
+    """
+
+    name: str
+    inputs: tuple[Value, ...]
+    nodes: tuple[Node, ...]
+    outputs: tuple[Operand, ...]
+    output_names: tuple[str, ...] = ()
+    aliases: tuple[tuple[int, int], ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.output_names:
+            names = tuple(v.name for v in self.outputs)
+            object.__setattr__(self, "output_names", names)
+        if len(self.output_names) != len(self.outputs):
+            raise ValueError(f"{len(self.output_names)} names for {len(self.outputs)} outputs")
+
+    def input(self, name: str) -> Value:
+        """The input called `name`."""
+        for value in self.inputs:
+            if value.name == name:
+                return value
+        raise KeyError(name)
+
+    def walk(self) -> Iterator[Node]:
+        """All nodes in order, those of nested bodies after their owner."""
+        for node in self.nodes:
+            yield node
+            if node.body is not None:
+                yield from node.body.walk()
+
+    def with_nodes(self, nodes: Iterable[Node], outputs: Iterable[Operand] | None = None) -> Graph:
+        """The graph with other nodes (and outputs), the rest kept."""
+        out = self.outputs if outputs is None else tuple(outputs)
+        return replace(self, nodes=tuple(nodes), outputs=out)
+
+    def substitute(self, env: Mapping[str, Dim]) -> Graph:
+        """The graph with symbols replaced everywhere: types, attributes, bodies."""
+        values = {v.name: Value(v.name, v.type.substitute(env)) for v in self.values()}
+
+        def operand(x: Operand | None) -> Operand | None:
+            return values[x.name] if isinstance(x, Value) else x
+
+        nodes = [
+            Node(
+                n.op,
+                tuple(operand(x) for x in n.inputs),
+                Attrs({k: _substitute_attr(v, env) for k, v in n.attrs.items()}),
+                tuple(values[v.name] for v in n.outputs),
+                n.loc,
+            )
+            for n in self.nodes
+        ]
+        outputs = tuple(values[x.name] if isinstance(x, Value) else x for x in self.outputs)
+        inputs = tuple(values[v.name] for v in self.inputs)
+        return replace(self, inputs=inputs, nodes=tuple(nodes), outputs=outputs)
+
+    def values(self) -> Iterator[Value]:
+        """All values of this graph: the inputs, then the results in order."""
+        yield from self.inputs
+        for node in self.nodes:
+            yield from node.outputs
+
+
+@dataclass
+class GraphBuilder:
+    """Appends nodes whose result types are inferred: `b.rms_norm(x, w, eps=1e-6)`.
+
+    Any operator is a method; `call` is the general form. Names are made unique from `hint`.
+    """
+
+    name: str = "main"
+    inputs: list[Value] = field(default_factory=list)
+    nodes: list[Node] = field(default_factory=list)
+    taken: set[str] = field(default_factory=set)
+    loc: str = ""
+
+    def input(self, name: str, type: TensorType) -> Value:
+        """Declare a graph input."""
+        value = Value(self.fresh(name), type)
+        self.inputs.append(value)
+        return value
+
+    def fresh(self, hint: str) -> str:
+        """A name that no value of this graph has yet."""
+        name, n = hint, 0
+        while name in self.taken:
+            n += 1
+            name = f"{hint}_{n}"
+        self.taken.add(name)
+        return name
+
+    def call(
+        self,
+        op: str,
+        *operands: Operand | None,
+        loc: str | None = None,
+        hint: str | None = None,
+        **attrs: Any,
+    ) -> tuple[Value, ...]:
+        """Append `op` and return its results, always as a tuple."""
+        from dsc.ir.op import infer
+
+        frozen = Attrs(attrs)
+        types = infer(op, operands, frozen)
+        outputs = tuple(Value(self.fresh(hint or _short(op)), t) for t in types)
+        node = Node(op, _trim(operands), frozen, outputs, self.loc if loc is None else loc)
+        self.nodes.append(node)
+        return outputs
+
+    def __getattr__(self, op: str) -> Any:
+        if op.startswith("_"):
+            raise AttributeError(op)
+
+        def append(*operands: Operand | None, **attrs: Any) -> Value | tuple[Value, ...]:
+            out = self.call(op, *operands, **attrs)
+            return out[0] if len(out) == 1 else out
+
+        return append
+
+    def finish(
+        self,
+        outputs: Iterable[Operand],
+        output_names: tuple[str, ...] = (),
+        aliases: tuple[tuple[int, int], ...] = (),
+    ) -> Graph:
+        """The graph built so far, returning `outputs`."""
+        nodes = tuple(self.nodes)
+        return Graph(self.name, tuple(self.inputs), nodes, tuple(outputs), output_names, aliases)
+
+
+def _trim(operands: tuple[Operand | None, ...]) -> tuple[Operand | None, ...]:
+    while operands and operands[-1] is None:
+        operands = operands[:-1]
+    return operands
+
+
+def _short(op: str) -> str:
+    return op if len(op) <= 12 else op.split("_")[0]
+
+
+def _freeze(value: Any) -> Any:
+    return tuple(_freeze(v) for v in value) if isinstance(value, (list, tuple)) else value
+
+
+def _substitute_attr(value: Any, env: Mapping[str, Dim]) -> Any:
+    if isinstance(value, Sym):
+        return substitute(value, env)
+    if isinstance(value, tuple):
+        return tuple(_substitute_attr(v, env) for v in value)
+    return value.substitute(env) if isinstance(value, Graph) else value

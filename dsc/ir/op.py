@@ -1,0 +1,379 @@
+"""Operator declarations: one declaration, four consumers.
+
+`op(signature, reference=…, doc=…, example=…)` states an operator's operands, attributes and result
+types in one line. The printer and parser take attribute kinds from it, the verifier its types, the
+interpreter its reference. A signature reads
+
+    rms_norm(x: T[*n, d], weight: T[d]; eps: float) -> T[*n, d]
+
+Element types are concrete (`f32`), variables (`T`) or `any`; dims are names, integers, `*names` for any
+number of axes, or, in results, expressions over names and integer attributes (`p+s`). `?` marks an
+optional operand, `...` after a type a variadic one. What a signature cannot say is said by `infer`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+from dsc.ir.dims import Dim, evaluate, free_symbols, parse_dim, substitute
+from dsc.ir.graph import Attrs, Operand
+from dsc.ir.types import DType, TensorType
+
+InferFn = Callable[[Sequence[Any], Mapping[str, Any]], tuple[TensorType, ...]]
+
+
+class TypeMismatch(Exception):
+    """Operands or attributes do not fit an operator's signature."""
+
+
+@dataclass(frozen=True, slots=True)
+class TypePattern:
+    """`T[*n, d]`: an element type or variable, and dims to match."""
+
+    dtype: str
+    dims: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return f"{self.dtype}[{', '.join(self.dims)}]"
+
+
+@dataclass(frozen=True, slots=True)
+class OperandDef:
+    """One declared operand."""
+
+    name: str
+    pattern: TypePattern
+    optional: bool = False
+    variadic: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class AttrDef:
+    """One declared attribute: its kind and its default (`None`: required)."""
+
+    name: str
+    kind: str
+    default: Any = None
+
+
+@dataclass(frozen=True, slots=True)
+class OpDef:
+    """A declared operator. `reference` is plain torch on CPU: the meaning of the operator.
+
+    `aliases` maps a result index to the operand index that it updates in place; `example` gives
+    operand types and attributes in text form, from which the tests build one call.
+    """
+
+    name: str
+    operands: tuple[OperandDef, ...]
+    attrs: tuple[AttrDef, ...]
+    results: tuple[TypePattern, ...]
+    reference: Callable[..., Any]
+    doc: str
+    example: str
+    custom_infer: InferFn | None = None
+    aliases: tuple[tuple[int, int], ...] = ()
+    signature: str = ""
+
+    def attr(self, name: str) -> AttrDef | None:
+        """The declaration of attribute `name`, or `None`."""
+        return next((a for a in self.attrs if a.name == name), None)
+
+    def with_defaults(self, attrs: Mapping[str, Any]) -> dict[str, Any]:
+        """`attrs` with the defaults of absent attributes filled in."""
+        return {a.name: attrs.get(a.name, a.default) for a in self.attrs}
+
+    def infer(
+        self, types: Sequence[TensorType | None], attrs: Mapping[str, Any]
+    ) -> tuple[TensorType, ...]:
+        """The result types for operand types and attributes. Raises `TypeMismatch`."""
+        self._check_attrs(attrs)
+        padded = self._pad(types)
+        bound: dict[str, Any] = {}
+        deferred: list[tuple[str, Dim, Dim]] = []
+        for declared, given in padded:
+            if given is None:
+                if not declared.optional:
+                    raise TypeMismatch(f"operand {declared.name} is missing")
+                continue
+            _match(declared, given, bound, deferred)
+        for name, wanted, found in deferred:
+            _check_deferred(name, wanted, found, bound)
+        full = self.with_defaults(attrs)
+        if self.custom_infer is not None:
+            return self.custom_infer(list(types), full)
+        scope = {**bound, **{k: v for k, v in full.items() if isinstance(v, int)}}
+        return tuple(_instantiate(pattern, scope, full) for pattern in self.results)
+
+    def _pad(
+        self, types: Sequence[TensorType | None]
+    ) -> list[tuple[OperandDef, TensorType | None]]:
+        if self.operands and self.operands[-1].variadic:
+            head = self.operands[:-1]
+            if len(types) <= len(head):
+                raise TypeMismatch(f"{len(types)} operands, at least {len(head) + 1} needed")
+            rest = [(self.operands[-1], t) for t in types[len(head) :]]
+            return [*zip(head, types, strict=False), *rest]
+        if len(types) > len(self.operands):
+            raise TypeMismatch(f"{len(types)} operands, at most {len(self.operands)} taken")
+        missing = [None] * (len(self.operands) - len(types))
+        return list(zip(self.operands, [*types, *missing], strict=True))
+
+    def _check_attrs(self, attrs: Mapping[str, Any]) -> None:
+        for name, value in attrs.items():
+            declared = self.attr(name)
+            if declared is None:
+                raise TypeMismatch(f"unknown attribute {name}")
+            if not KINDS[declared.kind](value):
+                raise TypeMismatch(f"attribute {name}={value!r} is no {declared.kind}")
+        for declared in self.attrs:
+            if declared.default is None and declared.name not in attrs:
+                if declared.kind.endswith("?"):
+                    continue
+                raise TypeMismatch(f"attribute {declared.name} is missing")
+
+
+def _is_int(v: Any) -> bool:
+    return isinstance(v, int) and not isinstance(v, bool)
+
+
+def _is_dim(v: Any) -> bool:
+    from dsc.ir.dims import Sym
+
+    return _is_int(v) or isinstance(v, Sym)
+
+
+def _is_graph(v: Any) -> bool:
+    from dsc.ir.graph import Graph
+
+    return isinstance(v, Graph)
+
+
+KINDS: dict[str, Callable[[Any], bool]] = {
+    "int": _is_int,
+    "dim": _is_dim,
+    "dim?": _is_dim,
+    "float": lambda v: isinstance(v, (int, float)) and not isinstance(v, bool),
+    "bool": lambda v: isinstance(v, bool),
+    "str": lambda v: isinstance(v, str),
+    "dtype": lambda v: isinstance(v, DType),
+    "ints": lambda v: isinstance(v, tuple) and all(_is_int(x) for x in v),
+    "dims": lambda v: isinstance(v, tuple) and all(_is_dim(x) for x in v),
+    "graph": _is_graph,
+}
+
+
+_DTYPE_NAMES = frozenset(d.value for d in DType)
+
+
+def op(
+    signature: str,
+    *,
+    reference: Callable[..., Any],
+    doc: str,
+    example: str,
+    infer: InferFn | None = None,
+    aliases: tuple[tuple[int, int], ...] = (),
+) -> OpDef:
+    """Declare an operator from its signature. Raises `ValueError` on a malformed one."""
+    parsed = re.fullmatch(r"(\w+)\((.*?)\)\s*->\s*(.*)", signature, re.DOTALL)
+    if parsed is None:
+        raise ValueError(f"malformed signature: {signature}")
+    name, inside, results = parsed.groups()
+    operand_text, _, attr_text = inside.partition(";")
+    results = results.strip()
+    if results.startswith("("):
+        results = results[1:-1]
+    return OpDef(
+        name,
+        tuple(_operand(t) for t in _split(operand_text)),
+        tuple(_attr(t) for t in _split(attr_text)),
+        tuple(_pattern(t) for t in _split(results)),
+        reference,
+        doc,
+        example,
+        infer,
+        aliases,
+        " ".join(signature.split()),
+    )
+
+
+@cache
+def registry() -> Mapping[str, OpDef]:
+    """All operators by name."""
+    from dsc.ir.ops import OPERATORS
+
+    return OPERATORS
+
+
+def lookup(name: str) -> OpDef:
+    """The declaration of `name`. Raises `TypeMismatch` when there is none."""
+    found = registry().get(name)
+    if found is None:
+        raise TypeMismatch(f"unknown operator {name}")
+    return found
+
+
+def infer(
+    name: str, operands: Sequence[Operand | None], attrs: Attrs | Mapping[str, Any]
+) -> tuple[TensorType, ...]:
+    """Result types of calling operator `name`. Raises `TypeMismatch`, naming the operator."""
+    definition = lookup(name)
+    try:
+        return definition.infer([None if x is None else x.type for x in operands], attrs)
+    except TypeMismatch as error:
+        types = ", ".join("_" if x is None else str(x.type) for x in operands)
+        message = f"{name}({types}): {error}; declared {definition.signature}"
+        raise TypeMismatch(message) from None
+
+
+def _match(
+    declared: OperandDef,
+    given: TensorType,
+    bound: dict[str, Any],
+    deferred: list[tuple[str, Dim, Dim]],
+) -> None:
+    pattern = declared.pattern
+    _match_dtype(declared.name, pattern.dtype, given, bound)
+    if pattern.dims == ("...",):
+        return
+    dims: list[str] = list(pattern.dims)
+    shape = given.shape
+    star = next((i for i, d in enumerate(dims) if d.startswith("*")), None)
+    if star is None and len(dims) != len(shape):
+        raise TypeMismatch(f"{declared.name} is {given}, {pattern} expected")
+    if star is not None:
+        tail = len(dims) - star - 1
+        if len(shape) < star + tail:
+            raise TypeMismatch(f"{declared.name} is {given}, {pattern} expected")
+        middle = shape[star : len(shape) - tail]
+        _bind(declared.name, dims[star], middle, bound)
+        dims = dims[:star] + dims[star + 1 :]
+        shape = shape[:star] + shape[len(shape) - tail :]
+    for text, found in zip(dims, shape, strict=True):
+        if text.isidentifier():
+            _bind(declared.name, text, found, bound)
+        else:
+            deferred.append((declared.name, _dim_expression(text), found))
+
+
+def _match_dtype(name: str, wanted: str, given: TensorType, bound: dict[str, Any]) -> None:
+    if wanted == "any":
+        return
+    if wanted in _DTYPE_NAMES:
+        if given.dtype.value != wanted:
+            raise TypeMismatch(f"{name} has element type {given.dtype}, {wanted} expected")
+        return
+    previous = bound.setdefault(f"dtype {wanted}", given.dtype)
+    if previous != given.dtype:
+        raise TypeMismatch(f"{name} has element type {given.dtype}, {previous} expected")
+
+
+def _bind(operand: str, name: str, found: Any, bound: dict[str, Any]) -> None:
+    previous = bound.setdefault(name, found)
+    if previous != found:
+        raise TypeMismatch(f"{operand}: {name} is {_show(found)} here and {_show(previous)} before")
+
+
+def _show(dims: Any) -> str:
+    return f"({', '.join(map(str, dims))})" if isinstance(dims, tuple) else str(dims)
+
+
+def _check_deferred(name: str, wanted: Dim, found: Dim, bound: dict[str, Any]) -> None:
+    if free_symbols(wanted) - bound.keys():
+        return  # an unknown that the operator's own `infer` solves for
+    value = substitute(wanted, bound)
+    if value != found:
+        raise TypeMismatch(f"{name}: {found} where {wanted} = {value} is expected")
+
+
+def _instantiate(
+    pattern: TypePattern, scope: Mapping[str, Any], attrs: Mapping[str, Any]
+) -> TensorType:
+    dtype = scope.get(f"dtype {pattern.dtype}")
+    if dtype is None:
+        given = attrs.get(pattern.dtype)
+        dtype = given if isinstance(given, DType) else DType(pattern.dtype)
+    shape: list[Dim] = []
+    for text in pattern.dims:
+        if text.startswith("*"):
+            shape.extend(scope[text])
+        elif text in scope:
+            shape.append(scope[text])
+        else:
+            shape.append(substitute(_dim_expression(text), scope))
+    return TensorType(dtype, tuple(shape))
+
+
+@cache
+def _dim_expression(text: str) -> Dim:
+    return parse_dim(text)
+
+
+def _split(text: str) -> list[str]:
+    """Split at top-level commas."""
+    parts, depth, start = [], 0, 0
+    for i, c in enumerate(text):
+        depth += (c in "[(") - (c in "])")
+        if c == "," and depth == 0:
+            parts.append(text[start:i])
+            start = i + 1
+    parts.append(text[start:])
+    return [p.strip() for p in parts if p.strip()]
+
+
+def _pattern(text: str) -> TypePattern:
+    parsed = re.fullmatch(r"(\w+)\[(.*)\]", text.strip())
+    if parsed is None:
+        raise ValueError(f"malformed type {text!r}")
+    dims = tuple(d.replace(" ", "") for d in _split(parsed[2]))
+    return TypePattern(parsed[1], dims)
+
+
+def _operand(text: str) -> OperandDef:
+    name, _, type_text = text.partition(":")
+    type_text = type_text.strip()
+    optional, variadic = type_text.endswith("?"), type_text.endswith("]...")
+    type_text = type_text.removesuffix("?")
+    if variadic:
+        type_text = type_text.removesuffix("...")
+    return OperandDef(name.strip(), _pattern(type_text), optional, variadic)
+
+
+def _attr(text: str) -> AttrDef:
+    name, _, rest = text.partition(":")
+    kind, _, default = (part.strip() for part in rest.partition("="))
+    if kind not in KINDS:
+        raise ValueError(f"unknown attribute kind {kind!r}")
+    return AttrDef(name.strip(), kind, _default(kind, default) if default else None)
+
+
+def _default(kind: str, text: str) -> Any:
+    match kind:
+        case "int" | "dim":
+            return int(text)
+        case "float":
+            return float(text)
+        case "bool":
+            return text == "true"
+        case "str":
+            return text.strip('"')
+        case "dtype":
+            return DType(text)
+    raise ValueError(f"no default can be written for kind {kind}")
+
+
+def concrete(attrs: Mapping[str, Any], env: Mapping[str, int]) -> dict[str, Any]:
+    """Attributes with every symbolic dim evaluated in `env`, ready for a reference."""
+    from dsc.ir.dims import Sym
+
+    def value(v: Any) -> Any:
+        if isinstance(v, Sym):
+            return evaluate(v, env)
+        return tuple(value(x) for x in v) if isinstance(v, tuple) else v
+
+    return {k: value(v) for k, v in attrs.items()}

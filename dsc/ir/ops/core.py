@@ -1,0 +1,168 @@
+"""Contractions, reductions and selections."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from dsc.ir.dims import Dim
+from dsc.ir.graph import Graph
+from dsc.ir.lazy import LazyModule
+from dsc.ir.op import OpDef, TypeMismatch, op
+from dsc.ir.ops.pointwise import broadcast
+from dsc.ir.ops.shape import axis_of
+from dsc.ir.types import DType, TensorType
+
+if TYPE_CHECKING:
+    import torch
+else:
+    torch = LazyModule("torch")
+
+Types = Sequence[TensorType]
+Result = tuple[TensorType, ...]
+
+
+def _infer_matmul(types: Types, attrs: Mapping[str, Any]) -> Result:
+    a, b = types
+    if a.rank < 2 or b.rank < 2:
+        raise TypeMismatch("both operands need two axes or more")
+    if a.shape[-1] != b.shape[-2]:
+        raise TypeMismatch(f"contracts an axis of {a.shape[-1]} with one of {b.shape[-2]}")
+    batch = broadcast(a.shape[:-2], b.shape[:-2])
+    return (a.with_shape((*batch, a.shape[-2], b.shape[-1])),)
+
+
+def einsum_terms(eq: str) -> tuple[tuple[str, ...], str]:
+    """The operand subscripts and the result's of `bshd,hdc->bshc`."""
+    left, arrow, right = eq.replace(" ", "").partition("->")
+    if not arrow or not all(c.isalpha() or c == "," for c in left + right):
+        raise TypeMismatch(f"einsum equation {eq!r}; write every letter, as bsd,dc->bsc")
+    return tuple(left.split(",")), right
+
+
+def _infer_einsum(types: Types, attrs: Mapping[str, Any]) -> Result:
+    terms, result = einsum_terms(attrs["eq"])
+    if len(terms) != len(types):
+        raise TypeMismatch(f"{len(types)} operands for {attrs['eq']}")
+    sizes: dict[str, Dim] = {}
+    for term, t in zip(terms, types, strict=True):
+        if len(term) != t.rank:
+            raise TypeMismatch(f"{t} for the subscripts {term}")
+        for letter, dim in zip(term, t.shape, strict=True):
+            if sizes.setdefault(letter, dim) != dim:
+                raise TypeMismatch(f"{letter} is {dim} and {sizes[letter]}")
+    if not set(result) <= sizes.keys():
+        raise TypeMismatch(f"a result letter of {attrs['eq']} is in no operand")
+    return (types[0].with_shape(tuple(sizes[c] for c in result)),)
+
+
+def reduced_shape(shape: tuple[Dim, ...], axes: tuple[int, ...], keepdims: bool) -> tuple[Dim, ...]:
+    """The shape after reducing `axes`."""
+    gone = {axis_of(a, len(shape)) for a in axes}
+    if keepdims:
+        return tuple(1 if i in gone else d for i, d in enumerate(shape))
+    return tuple(d for i, d in enumerate(shape) if i not in gone)
+
+
+def _reduction(name: str, reference: Callable[..., Any], doc: str) -> OpDef:
+    def infer(types: Types, attrs: Mapping[str, Any]) -> Result:
+        (x,) = types
+        return (x.with_shape(reduced_shape(x.shape, attrs["axes"], attrs["keepdims"])),)
+
+    return op(
+        f"{name}(x: T[...]; axes: ints, keepdims: bool = false) -> T[...]",
+        reference=reference,
+        doc=doc,
+        example="f32[2,3,4] {axes=[-1], keepdims=true}",
+        infer=infer,
+    )
+
+
+def _accumulate(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Sum 16-bit floats in fp32 and round once."""
+
+    def reference(x: Any, axes: tuple[int, ...], keepdims: bool) -> Any:
+        wide = x.float() if x.is_floating_point() and x.dtype.itemsize < 4 else x
+        return function(wide, axes, keepdims).to(x.dtype)
+
+    return reference
+
+
+sum = _reduction("sum", _accumulate(lambda x, a, k: x.sum(a, keepdim=k)), "Sum over axes.")
+mean = _reduction("mean", _accumulate(lambda x, a, k: x.mean(a, keepdim=k)), "Mean over axes.")
+amax = _reduction("amax", lambda x, axes, keepdims: x.amax(axes, keepdims), "Largest over axes.")
+amin = _reduction("amin", lambda x, axes, keepdims: x.amin(axes, keepdims), "Smallest over axes.")
+
+argmax = op(
+    "argmax(x: T[...]; axis: int) -> i64[...]",
+    reference=lambda x, axis: x.argmax(axis),
+    doc="Index of the largest element of an axis; of equals, any.",
+    example="f32[2,3] {axis=-1}",
+    infer=lambda types, attrs: (
+        TensorType(DType.i64, reduced_shape(types[0].shape, (attrs["axis"],), False)),
+    ),
+)
+cumsum = op(
+    "cumsum(x: T[*n]; axis: int) -> T[*n]",
+    reference=lambda x, axis: x.cumsum(axis).to(x.dtype),
+    doc="Running sum along an axis.",
+    example="f32[2,3] {axis=-1}",
+)
+softmax = op(
+    "softmax(x: T[*n]; axis: int = -1) -> T[*n]",
+    reference=lambda x, axis: torch.softmax(x.float(), axis).to(x.dtype),
+    doc="exp(x - max) / sum along an axis, in fp32.",
+    example="f32[2,3] {axis=-1}",
+)
+topk = op(
+    "topk(x: T[*n, d]; k: int) -> (T[*n, k], i64[*n, k])",
+    reference=lambda x, k: tuple(torch.topk(x, k, dim=-1)),
+    doc="The k largest of the last axis, largest first, with their indices.",
+    example="f32[2,5] {k=2}",
+)
+linear = op(
+    "linear(x: T[*n, k], weight: T[m, k], bias: T[m]?) -> T[*n, m]",
+    reference=lambda x, weight, bias=None: torch.nn.functional.linear(x, weight, bias),
+    doc="x @ weight^T + bias; products accumulate in fp32.",
+    example="f32[2,5,3], f32[4,3], f32[4]",
+)
+matmul = op(
+    "matmul(a: T[...], b: T[...]) -> T[...]",
+    reference=lambda a, b: torch.matmul(a, b),
+    doc="Matrix product of the last two axes; leading axes broadcast.",
+    example="f32[2,1,3,4], f32[5,4,2]",
+    infer=_infer_matmul,
+)
+einsum = op(
+    "einsum(xs: T[...]...; eq: str) -> T[...]",
+    reference=lambda *xs, eq: torch.einsum(eq, *xs),
+    doc="Sum of products over named axes; letters as in ARCHITECTURE.md (b s t h d c r e g).",
+    example='f32[2,3,4], f32[4,5] {eq="bsd,dc->bsc"}',
+    infer=_infer_einsum,
+)
+
+
+def _run_body(*operands: Any, body: Graph) -> Any:
+    from dsc.ir.interpreter import run_graph
+
+    outputs = run_graph(body, operands)
+    return outputs[0] if len(outputs) == 1 else tuple(outputs)
+
+
+def _infer_fused(types: Types, attrs: Mapping[str, Any]) -> Result:
+    body: Graph = attrs["body"]
+    if len(types) != len(body.inputs):
+        raise TypeMismatch(f"{len(types)} operands for a body of {len(body.inputs)} inputs")
+    for given, declared in zip(types, body.inputs, strict=True):
+        if given != declared.type:
+            raise TypeMismatch(f"{declared} is {declared.type} in the body, {given} given")
+    return tuple(v.type for v in body.outputs)
+
+
+fused = op(
+    "fused(xs: any[...]...; body: graph) -> any[...]",
+    reference=_run_body,
+    doc="Run a body as one kernel: at most one anchor (GEMM, attention, …); its meaning is its body.",
+    example="",
+    infer=_infer_fused,
+)

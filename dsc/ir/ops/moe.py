@@ -1,0 +1,178 @@
+"""Mixture-of-experts operators: the router, the experts as one, and the grouped form."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from dsc.ir.lazy import LazyModule
+from dsc.ir.op import TypeMismatch, op
+from dsc.ir.types import DType, TensorType
+
+if TYPE_CHECKING:
+    import torch
+else:
+    torch = LazyModule("torch")
+
+Types = Sequence[TensorType]
+Result = tuple[TensorType, ...]
+
+ACTIVATIONS = ("silu", "gelu", "relu")
+
+
+def _infer_route(types: Types, attrs: Mapping[str, Any]) -> Result:
+    x, weight = types[0], types[1]
+    experts, groups = weight.shape[0], attrs["groups"]
+    if attrs["score"] not in ("sigmoid", "softmax"):
+        raise TypeMismatch(f"score {attrs['score']!r}; sigmoid or softmax")
+    if attrs["group_score"] not in ("top2", "max"):
+        raise TypeMismatch(f"group_score {attrs['group_score']!r}; top2 or max")
+    if groups < 1 or experts % groups or not 1 <= attrs["keep"] <= groups:
+        raise TypeMismatch(f"{experts} experts in {groups} groups, {attrs['keep']} kept")
+    if isinstance(experts, int) and not 1 <= attrs["top_k"] <= experts:
+        raise TypeMismatch(f"the top {attrs['top_k']} of {experts} experts")
+    shape = (*x.shape[:-1], attrs["top_k"])
+    return TensorType(DType.i64, shape), TensorType(DType.f32, shape)
+
+
+def routing_scores(x: Any, weight: Any, score: str) -> Any:
+    """Scores f32[*n, e] of every expert."""
+    logits = torch.nn.functional.linear(x.float(), weight.float())
+    return logits.sigmoid() if score == "sigmoid" else logits.softmax(-1)
+
+
+def _route(
+    x: Any,
+    weight: Any,
+    bias: Any = None,
+    *,
+    score: str,
+    groups: int,
+    keep: int,
+    group_score: str,
+    fill: float,
+    top_k: int,
+    normalise: bool,
+    scale: float,
+) -> Any:
+    scores = routing_scores(x, weight, score)
+    biased = scores if bias is None else scores + bias
+    if keep < groups:
+        grouped = biased.unflatten(-1, (groups, -1))
+        best = grouped.topk(2, -1)[0].sum(-1) if group_score == "top2" else grouped.amax(-1)
+        kept = torch.zeros_like(best, dtype=torch.bool)
+        kept = kept.scatter(-1, best.topk(keep, -1)[1], True)
+        biased = grouped.masked_fill(~kept[..., None], fill).flatten(-2)
+    idx = biased.topk(top_k, -1)[1]
+    w = scores.gather(-1, idx)
+    if normalise:
+        w = w / (w.sum(-1, keepdim=True) + 1e-20)
+    return idx, w * scale
+
+
+def activate(x: Any, act: str) -> Any:
+    """The activation called `act`."""
+    return getattr(torch.nn.functional, act)(x)
+
+
+def _infer_experts(types: Types, attrs: Mapping[str, Any]) -> Result:
+    x, gate_up, down = types[0], types[3], types[4]
+    if attrs["act"] not in ACTIVATIONS:
+        raise TypeMismatch(f"act {attrs['act']!r}; one of {', '.join(ACTIVATIONS)}")
+    if gate_up.shape[1] != down.shape[2] * 2:
+        raise TypeMismatch(f"gate_up {gate_up} holds gate and up rows for down {down}")
+    return (x,)
+
+
+def _experts(x: Any, idx: Any, w: Any, gate_up: Any, down: Any, act: str) -> Any:
+    tokens = x.reshape(-1, x.shape[-1])
+    idx, w = idx.reshape(-1, idx.shape[-1]), w.reshape(-1, w.shape[-1])
+    out = torch.zeros(tokens.shape, dtype=torch.float32)
+    for expert in idx.unique().tolist():
+        token, slot = torch.where(idx == expert)
+        gate, up = torch.nn.functional.linear(tokens[token], gate_up[expert]).chunk(2, -1)
+        y = torch.nn.functional.linear(activate(gate, act) * up, down[expert])
+        out.index_add_(0, token, y.float() * w[token, slot, None])
+    return out.to(x.dtype).reshape(x.shape)
+
+
+def _infer_dispatch(types: Types, attrs: Mapping[str, Any]) -> Result:
+    x, idx = types
+    rows = idx.numel
+    return (
+        x.with_shape((rows, x.shape[1])),
+        TensorType(DType.i64, (attrs["experts"] + 1,)),
+        TensorType(DType.i64, (rows,)),
+    )
+
+
+def _dispatch(x: Any, idx: Any, experts: int) -> Any:
+    flat = idx.reshape(-1)
+    order = torch.argsort(flat, stable=True)
+    counts = torch.bincount(flat, minlength=experts)
+    offsets = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
+    return x[order // idx.shape[1]], offsets, order
+
+
+def _grouped_linear(x: Any, weight: Any, offsets: Any) -> Any:
+    out = x.new_zeros(x.shape[0], weight.shape[1])
+    bounds = offsets.tolist()
+    for group, (start, end) in enumerate(zip(bounds, bounds[1:], strict=False)):
+        out[start:end] = torch.nn.functional.linear(x[start:end], weight[group])
+    return out
+
+
+def _infer_combine(types: Types, attrs: Mapping[str, Any]) -> Result:
+    y, order, w = types
+    if y.shape[0] != w.numel or order.shape[0] != w.numel:
+        raise TypeMismatch(f"{y} rows for {w} weights")
+    return (y.with_shape((w.shape[0], y.shape[1])),)
+
+
+def _combine(y: Any, order: Any, w: Any) -> Any:
+    slots = torch.empty(y.shape, dtype=torch.float32)
+    slots[order] = y.float()
+    return (slots.reshape(*w.shape, -1) * w[..., None]).sum(1).to(y.dtype)
+
+
+route = op(
+    "route(x: T[*n, d], weight: W[e, d], bias: f32[e]?; score: str, groups: int = 1,"
+    ' keep: int = 1, group_score: str = "top2", fill: float = -inf, top_k: int,'
+    " normalise: bool, scale: float = 1.0) -> (i64[*n, top_k], f32[*n, top_k])",
+    reference=_route,
+    doc="Choose top_k experts a token among the kept groups by biased scores; weights come from"
+    " the unbiased ones, normalised, then scaled (DeepSeek-V3, eq. 12-16; noaux_tc).",
+    example='f32[5,8], f32[12,8], f32[12] {score="sigmoid", groups=4, keep=2, top_k=3,'
+    " normalise=true, scale=2.5}",
+    infer=_infer_route,
+)
+experts = op(
+    "experts(x: T[*n, d], idx: i64[*n, k], w: f32[*n, k], gate_up: T[e, g, d], down: T[e, d, i];"
+    ' act: str = "silu") -> T[*n, d]',
+    reference=_experts,
+    doc="sum_k w_k * down_k(act(gate_k x) * up_k x) over each token's experts; gate_up holds the"
+    " i gate rows, then the i up rows of each expert. Accumulates in fp32.",
+    example="f32[5,8], i64[5,2]=3, f32[5,2], f32[4,6,8], f32[4,8,3]",
+    infer=_infer_experts,
+)
+dispatch = op(
+    "dispatch(x: T[m, d], idx: i64[m, k]; experts: int) -> (T[r, d], i64[experts+1], i64[r])",
+    reference=_dispatch,
+    doc="Sort (token, slot) pairs by expert, stably: rows of x in that order, the prefix sum of"
+    " the counts, and order[p] = token*k + slot of sorted row p.",
+    example="f32[5,3], i64[5,2]=3 {experts=4}",
+    infer=_infer_dispatch,
+)
+grouped_linear = op(
+    "grouped_linear(x: T[m, k], weight: T[e, n, k], offsets: i64[f]) -> T[m, n]",
+    reference=_grouped_linear,
+    doc="Rows offsets[g] .. offsets[g+1]-1 times weight[g]^T.",
+    example="f32[0,3], f32[4,2,3], i64[5]=0",
+)
+combine = op(
+    "combine(y: T[r, d], order: i64[r], w: f32[m, k]) -> T[m, d]",
+    reference=_combine,
+    doc="Undo dispatch: each token's weighted sum of its slots, in fp32.",
+    example="f32[10,3], i64[10], f32[5,2]",
+    infer=_infer_combine,
+)

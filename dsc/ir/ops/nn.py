@@ -1,0 +1,180 @@
+"""Neural-network operators: norms, rotary embedding, attention in its three forms, swiglu."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from dsc.ir.lazy import LazyModule
+from dsc.ir.op import TypeMismatch, op
+from dsc.ir.types import TensorType
+
+if TYPE_CHECKING:
+    import torch
+else:
+    torch = LazyModule("torch")
+
+Types = Sequence[TensorType]
+Result = tuple[TensorType, ...]
+
+ROPE_LAYOUTS = ("interleaved", "deinterleave", "half")
+
+
+def _rms_norm(x: Any, weight: Any, eps: float) -> Any:
+    wide = x.float()
+    normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+    return normed.to(x.dtype) * weight
+
+
+def _infer_rope(types: Types, attrs: Mapping[str, Any]) -> Result:
+    x, _, inv_freq = types
+    if attrs["layout"] not in ROPE_LAYOUTS:
+        raise TypeMismatch(f"layout {attrs['layout']!r}; one of {', '.join(ROPE_LAYOUTS)}")
+    if x.rank not in (3, 4) or inv_freq.shape[0] * 2 != x.shape[-1]:
+        raise TypeMismatch(f"{x} with {inv_freq} frequencies")
+    return (x,)
+
+
+def _rope(x: Any, positions: Any, inv_freq: Any, layout: str, scale: float) -> Any:
+    angle = positions[..., None].float() * inv_freq
+    if x.dim() == 4:
+        angle = angle[:, :, None]
+    cos, sin = angle.cos() * scale, angle.sin() * scale
+    wide = x.float()
+    half = x.shape[-1] // 2
+    if layout == "half":
+        a, b = wide[..., :half], wide[..., half:]
+    else:
+        a, b = wide[..., 0::2], wide[..., 1::2]
+    rotated = (a * cos - b * sin, b * cos + a * sin)
+    if layout == "interleaved":
+        return torch.stack(rotated, -1).flatten(-2).to(x.dtype)
+    return torch.cat(rotated, -1).to(x.dtype)
+
+
+def visible(lengths: Any, new: int, total: int) -> Any:
+    """bool[b, s, t]: query i of sequence b sees cache index j when j <= lengths[b] + i."""
+    last = lengths[:, None] + torch.arange(new)
+    return torch.arange(total)[None, None, :] <= last[..., None]
+
+
+def _probabilities(scores: Any, mask: Any) -> Any:
+    """Softmax over the last axis in fp32; `mask` is bool[b, s, t], scores are [b, h, s, t]."""
+    return torch.softmax(scores.float().masked_fill(~mask[:, None], float("-inf")), -1)
+
+
+def _attention(
+    q: Any, k: Any, v: Any, lengths: Any = None, *, scale: float, causal: bool
+) -> Any:
+    heads, groups = q.shape[2], k.shape[2]
+    k = k.repeat_interleave(heads // groups, 2)
+    v = v.repeat_interleave(heads // groups, 2)
+    scores = torch.einsum("bshd,bthd->bhst", q.float(), k.float()) * scale
+    b, s, t = q.shape[0], q.shape[1], k.shape[1]
+    mask = torch.ones(b, s, t, dtype=torch.bool)
+    if lengths is not None:
+        mask = visible(lengths, s, t)
+    elif causal:
+        mask = visible(torch.full((b,), t - s), s, t)
+    return torch.einsum("bhst,bthe->bshe", _probabilities(scores, mask), v.float()).to(q.dtype)
+
+
+def _infer_attention(types: Types, attrs: Mapping[str, Any]) -> Result:
+    q, k, v = types[:3]
+    heads, groups = q.shape[2], k.shape[2]
+    if isinstance(heads, int) and isinstance(groups, int) and heads % groups:
+        raise TypeMismatch(f"{heads} query heads over {groups} key heads")
+    return (q.with_shape((*q.shape[:3], v.shape[3])),)
+
+
+def _infer_mla(types: Types, attrs: Mapping[str, Any]) -> Result:
+    q_nope, kv_b = types[0], types[4]
+    heads, nope = q_nope.shape[2], q_nope.shape[3]
+    width = kv_b.shape[0] // heads - nope
+    if kv_b.shape[0] != heads * (nope + width) or width == 0:
+        raise TypeMismatch(f"kv_b is {kv_b} for {heads} heads of {nope} nope dims and a value")
+    return (q_nope.with_shape((*q_nope.shape[:3], width)),)
+
+
+def split_kv_b(kv_b: Any, heads: int, nope: int) -> tuple[Any, Any]:
+    """kv_b [h*(n+v), c] as (W_UK [h, n, c], W_UV [h, v, c]): per head, nope rows come first."""
+    per_head = kv_b.reshape(heads, -1, kv_b.shape[-1])
+    return per_head[:, :nope], per_head[:, nope:]
+
+
+def _mla_attention(
+    q_nope: Any, q_rope: Any, latent: Any, rope: Any, kv_b: Any, lengths: Any, scale: float
+) -> Any:
+    w_uk, w_uv = split_kv_b(kv_b.float(), q_nope.shape[2], q_nope.shape[3])
+    k_nope = torch.einsum("btc,hnc->bthn", latent.float(), w_uk)
+    value = torch.einsum("btc,hvc->bthv", latent.float(), w_uv)
+    scores = torch.einsum("bshn,bthn->bhst", q_nope.float(), k_nope)
+    scores = scores + torch.einsum("bshr,btr->bhst", q_rope.float(), rope.float())
+    mask = visible(lengths, q_nope.shape[1], latent.shape[1])
+    p = _probabilities(scores * scale, mask)
+    return torch.einsum("bhst,bthv->bshv", p, value).to(q_nope.dtype)
+
+
+def _latent_attention(
+    q_latent: Any, q_rope: Any, latent: Any, rope: Any, lengths: Any, scale: float
+) -> Any:
+    scores = torch.einsum("bshc,btc->bhst", q_latent.float(), latent.float())
+    scores = scores + torch.einsum("bshr,btr->bhst", q_rope.float(), rope.float())
+    mask = visible(lengths, q_latent.shape[1], latent.shape[1])
+    p = _probabilities(scores * scale, mask)
+    return torch.einsum("bhst,btc->bshc", p, latent.float()).to(q_latent.dtype)
+
+
+embedding = op(
+    "embedding(ids: i64[*n], weight: T[v, d]) -> T[*n, d]",
+    reference=lambda ids, weight: torch.nn.functional.embedding(ids, weight),
+    doc="Rows of a table.",
+    example="i64[2,3]=5, f32[6,4]",
+)
+rms_norm = op(
+    "rms_norm(x: T[*n, d], weight: T[d]; eps: float) -> T[*n, d]",
+    reference=_rms_norm,
+    doc="Root-mean-square norm over the last axis, statistics in fp32 (Zhang & Sennrich 2019, eq. 4).",
+    example="f32[2,3,8], f32[8] {eps=1e-06}",
+)
+rope = op(
+    "rope(x: T[...], positions: i64[b, s], inv_freq: f32[r]; layout: str, scale: float = 1.0)"
+    " -> T[...]",
+    reference=_rope,
+    doc="Rotary position embedding (Su et al. 2021) of x [b,s,2r] or [b,s,h,2r]; layouts: "
+    "interleaved (pairs 2i,2i+1), deinterleave (such pairs in, halves out), half (pairs i,i+r).",
+    example='f32[2,3,4,6], i64[2,3]=9, f32[3] {layout="deinterleave", scale=1.5}',
+    infer=_infer_rope,
+)
+swiglu = op(
+    "swiglu(gate: T[*n], up: T[*n]) -> T[*n]",
+    reference=lambda gate, up: (torch.nn.functional.silu(gate.float()) * up.float()).to(gate.dtype),
+    doc="silu(gate) * up (Shazeer 2020).",
+    example="f32[2,3], f32[2,3]",
+)
+attention = op(
+    "attention(q: T[b, s, h, d], k: T[b, t, g, d], v: T[b, t, g, e], lengths: i64[b]?;"
+    " scale: float, causal: bool) -> T[b, s, h, e]",
+    reference=_attention,
+    doc="softmax(q k^T * scale) v over grouped heads. With lengths, query i sees keys"
+    " j <= lengths[b] + i; causal without lengths, j <= i + t - s.",
+    example="f32[2,3,4,5], f32[2,7,2,5], f32[2,7,2,6], i64[2]=4 {scale=0.5, causal=true}",
+    infer=_infer_attention,
+)
+mla_attention = op(
+    "mla_attention(q_nope: T[b, s, h, n], q_rope: T[b, s, h, r], latent: T[b, t, c],"
+    " rope: T[b, t, r], kv_b: T[m, c], lengths: i64[b]; scale: float) -> T[b, s, h, v]",
+    reference=_mla_attention,
+    doc="Multi-head latent attention, expanded: keys and values are rebuilt from the latent by"
+    " kv_b, per head [nope | v] (DeepSeek-V2, eq. 9-19).",
+    example="f32[2,3,4,5], f32[2,3,4,2], f32[2,7,6], f32[2,7,2], f32[32,6], i64[2]=4 {scale=0.5}",
+    infer=_infer_mla,
+)
+latent_attention = op(
+    "latent_attention(q_latent: T[b, s, h, c], q_rope: T[b, s, h, r], latent: T[b, t, c],"
+    " rope: T[b, t, r], lengths: i64[b]; scale: float) -> T[b, s, h, c]",
+    reference=_latent_attention,
+    doc="Multi-head latent attention, absorbed: W_UK is in the query, W_UV in what follows, so"
+    " every head attends over the same latent rows (DeepSeek-V2, section 2.1.2).",
+    example="f32[2,3,4,6], f32[2,3,4,2], f32[2,7,6], f32[2,7,2], i64[2]=4 {scale=0.5}",
+)

@@ -1,0 +1,225 @@
+"""Operators that only move or view elements: reshape, permute, slice, concat, gather, fills."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from dsc.ir.dims import Dim, Sym, product
+from dsc.ir.lazy import LazyModule
+from dsc.ir.op import TypeMismatch, op
+from dsc.ir.types import DType, TensorType
+
+if TYPE_CHECKING:
+    import torch
+else:
+    torch = LazyModule("torch")
+
+Types = Sequence[TensorType]
+Result = tuple[TensorType, ...]
+
+
+def axis_of(axis: int, rank: int) -> int:
+    """`axis` counted from the front. Raises `TypeMismatch` outside of -rank..rank-1."""
+    if not -rank <= axis < rank:
+        raise TypeMismatch(f"axis {axis} of a value of rank {rank}")
+    return axis % rank
+
+
+def _infer_reshape(types: Types, attrs: Mapping[str, Any]) -> Result:
+    (x,) = types
+    if product(attrs["shape"]) != x.numel:
+        raise TypeMismatch(
+            f"{x.numel} elements cannot take the shape {list(map(str, attrs['shape']))}"
+        )
+    return (x.with_shape(attrs["shape"]),)
+
+
+def _infer_permute(types: Types, attrs: Mapping[str, Any]) -> Result:
+    (x,) = types
+    if sorted(attrs["dims"]) != list(range(x.rank)):
+        raise TypeMismatch(f"{attrs['dims']} is no permutation of {x.rank} axes")
+    return (x.with_shape(tuple(x.shape[d] for d in attrs["dims"])),)
+
+
+def _infer_expand(types: Types, attrs: Mapping[str, Any]) -> Result:
+    (x,) = types
+    shape = attrs["shape"]
+    if len(shape) < x.rank:
+        raise TypeMismatch(f"rank {x.rank} does not expand to rank {len(shape)}")
+    for given, wanted in zip(x.shape, shape[len(shape) - x.rank :], strict=True):
+        if given not in (1, wanted):
+            raise TypeMismatch(f"a dim of {given} does not expand to {wanted}")
+    return (x.with_shape(shape),)
+
+
+def slice_extent(dim: Dim, start: Dim, end: Dim, step: int) -> Dim:
+    """Number of elements that `start:end:step` takes of an axis of `dim` elements."""
+    if step < 1:
+        raise TypeMismatch(f"a slice step of {step}; it must be positive")
+    if all(isinstance(d, int) for d in (dim, start, end)) and not 0 <= start <= end <= dim:  # type: ignore[operator]
+        raise TypeMismatch(f"slice {start}:{end} of an axis of {dim}")
+    return (end - start + step - 1) // step if step > 1 else end - start
+
+
+def _infer_slice(types: Types, attrs: Mapping[str, Any]) -> Result:
+    (x,) = types
+    axis = axis_of(attrs["axis"], x.rank)
+    extent = slice_extent(x.shape[axis], attrs["start"], attrs["end"], attrs["step"])
+    return (x.with_shape((*x.shape[:axis], extent, *x.shape[axis + 1 :])),)
+
+
+def _slice(x: Any, axis: int, start: int, end: int, step: int) -> Any:
+    index = [slice(None)] * x.dim()
+    index[axis] = slice(start, end, step)
+    return x[tuple(index)]
+
+
+def _infer_concat(types: Types, attrs: Mapping[str, Any]) -> Result:
+    first = types[0]
+    axis = axis_of(attrs["axis"], first.rank)
+    total: Dim = 0
+    for t in types:
+        same = t.rank == first.rank and all(
+            a == b for i, (a, b) in enumerate(zip(t.shape, first.shape, strict=True)) if i != axis
+        )
+        if not same:
+            raise TypeMismatch(f"{t} and {first} differ outside of axis {axis}")
+        total = total + t.shape[axis]
+    return (first.with_shape((*first.shape[:axis], total, *first.shape[axis + 1 :])),)
+
+
+def _infer_split(types: Types, attrs: Mapping[str, Any]) -> Result:
+    (x,) = types
+    axis = axis_of(attrs["axis"], x.rank)
+    total: Dim = 0
+    for size in attrs["sizes"]:
+        total = total + size
+    if total != x.shape[axis]:
+        raise TypeMismatch(f"sizes sum to {total}, the axis has {x.shape[axis]}")
+    return tuple(
+        x.with_shape((*x.shape[:axis], size, *x.shape[axis + 1 :])) for size in attrs["sizes"]
+    )
+
+
+def _infer_gather(types: Types, attrs: Mapping[str, Any]) -> Result:
+    x, index = types
+    axis_of(attrs["axis"], x.rank)
+    if index.rank != x.rank:
+        raise TypeMismatch(f"the index has rank {index.rank}, the operand {x.rank}")
+    return (x.with_shape(index.shape),)
+
+
+def _infer_take(types: Types, attrs: Mapping[str, Any]) -> Result:
+    x, index = types
+    axis = axis_of(attrs["axis"], x.rank)
+    return (x.with_shape((*x.shape[:axis], *index.shape, *x.shape[axis + 1 :])),)
+
+
+def _take(x: Any, index: Any, axis: int) -> Any:
+    axis %= x.dim()
+    flat = x.index_select(axis, index.reshape(-1))
+    return flat.reshape(*x.shape[:axis], *index.shape, *x.shape[axis + 1 :])
+
+
+def _infer_arange(types: Types, attrs: Mapping[str, Any]) -> Result:
+    extent = attrs["end"] - attrs["start"]
+    if isinstance(extent, int) and extent < 0:
+        raise TypeMismatch(f"arange of {extent} elements")
+    return (TensorType(attrs["dtype"], (extent,)),)
+
+
+def _full(shape: tuple[int, ...], value: float, dtype: DType) -> Any:
+    return torch.full(shape, value, dtype=dtype.torch)
+
+
+reshape = op(
+    "reshape(x: T[...]; shape: dims) -> T[...]",
+    reference=lambda x, shape: x.reshape(shape),
+    doc="The same elements in row-major order under another shape.",
+    example="f32[2,3,4] {shape=[6,4]}",
+    infer=_infer_reshape,
+)
+permute = op(
+    "permute(x: T[...]; dims: ints) -> T[...]",
+    reference=lambda x, dims: x.permute(dims),
+    doc="Axis i of the result is axis dims[i] of x.",
+    example="f32[2,3,4] {dims=[2,0,1]}",
+    infer=_infer_permute,
+)
+expand = op(
+    "expand(x: T[...]; shape: dims) -> T[...]",
+    reference=lambda x, shape: x.expand(shape),
+    doc="Broadcast x to a shape.",
+    example="f32[3,1] {shape=[2,3,4]}",
+    infer=_infer_expand,
+)
+slice_ = op(
+    "slice(x: T[...]; axis: int, start: dim, end: dim, step: int = 1) -> T[...]",
+    reference=_slice,
+    doc="Elements start, start+step, … below end of one axis.",
+    example="f32[2,7] {axis=1, start=1, end=6, step=2}",
+    infer=_infer_slice,
+)
+concat = op(
+    "concat(xs: T[...]...; axis: int) -> T[...]",
+    reference=lambda *xs, axis: torch.cat(xs, axis),
+    doc="Operands one after another along an axis.",
+    example="f32[2,3], f32[2,1], f32[2,2] {axis=-1}",
+    infer=_infer_concat,
+)
+stack = op(
+    "stack(xs: T[*n]...) -> T[...]",
+    reference=lambda *xs: torch.stack(xs),
+    doc="Operands of one shape along a new leading axis.",
+    example="f32[2,3], f32[2,3]",
+    infer=lambda types, attrs: (types[0].with_shape((len(types), *types[0].shape)),),
+)
+split = op(
+    "split(x: T[...]; sizes: dims, axis: int = -1) -> T[...]",
+    reference=lambda x, sizes, axis: x.split(list(sizes), axis),
+    doc="Consecutive parts of one axis, one result each.",
+    example="f32[2,7] {sizes=[3,4]}",
+    infer=_infer_split,
+)
+gather = op(
+    "gather(x: T[...], index: i64[...]; axis: int) -> T[...]",
+    reference=lambda x, index, axis: x.gather(axis, index),
+    doc="Element-wise lookup along an axis (torch.gather).",
+    example="f32[2,3], i64[2,2]=1 {axis=1}",
+    infer=_infer_gather,
+)
+take = op(
+    "take(x: T[...], index: i64[...]; axis: int) -> T[...]",
+    reference=_take,
+    doc="Whole slices of an axis by index; the axis becomes the index's axes.",
+    example="f32[4,3], i64[2,2]=3 {axis=0}",
+    infer=_infer_take,
+)
+select_rows = op(
+    "select_rows(x: T[b, s, d], index: i64[b, l]) -> T[b, l, d]",
+    reference=lambda x, index: x.gather(1, index[..., None].expand(-1, -1, x.shape[-1])),
+    doc="Rows index[b, :] of each sequence: the tokens whose logits are wanted.",
+    example="f32[2,5,3], i64[2,2]=4",
+)
+full = op(
+    "full(; shape: dims, value: float, dtype: dtype) -> T[...]",
+    reference=_full,
+    doc="A tensor of one value; a scalar constant has the shape [].",
+    example=" {shape=[2,3], value=0.5, dtype=f32}",
+    infer=lambda types, attrs: (TensorType(attrs["dtype"], attrs["shape"]),),
+)
+arange = op(
+    "arange(; start: dim, end: dim, dtype: dtype) -> T[...]",
+    reference=lambda start, end, dtype: torch.arange(start, end, dtype=dtype.torch),
+    doc="start, start+1, … below end.",
+    example=" {start=2, end=7, dtype=i64}",
+    infer=_infer_arange,
+)
+
+VIEWS = frozenset({"reshape", "permute", "expand", "slice", "split"})
+
+
+def normalised_dims(shape: tuple[Dim, ...]) -> tuple[Dim, ...]:
+    """`shape` without its ones."""
+    return tuple(d for d in shape if isinstance(d, Sym) or d != 1)

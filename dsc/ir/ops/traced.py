@@ -1,0 +1,100 @@
+"""Operators that only a freshly traced graph may hold; the raise passes remove every one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from dsc.ir.lazy import LazyModule
+from dsc.ir.op import op
+from dsc.ir.ops.shape import axis_of, slice_extent
+from dsc.ir.types import TensorType
+
+if TYPE_CHECKING:
+    import torch
+else:
+    torch = LazyModule("torch")
+
+Types = Sequence[TensorType]
+Result = tuple[TensorType, ...]
+
+
+def _sdpa(
+    q: Any, k: Any, v: Any, mask: Any = None, *, scale: float, causal: bool, grouped: bool
+) -> Any:
+    return torch.nn.functional.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=grouped
+    )
+
+
+def _infer_slice_scatter(types: Types, attrs: Mapping[str, Any]) -> Result:
+    x = types[0]
+    axis = axis_of(attrs["axis"], x.rank)
+    slice_extent(x.shape[axis], attrs["start"], attrs["end"], 1)
+    return (x,)
+
+
+def _grouped_mm(x: Any, weight: Any, ends: Any) -> Any:
+    out = x.new_zeros(x.shape[0], weight.shape[-1])
+    start = 0
+    for group, end in enumerate(ends.tolist()):
+        out[start:end] = x[start:end] @ weight[group]
+        start = end
+    return out
+
+
+def _index_put(x: Any, index: Any, values: Any, accumulate: bool) -> Any:
+    return x.index_put((index,), values, accumulate=accumulate)
+
+
+def _histc(x: Any, bins: int) -> Any:
+    return torch.bincount(x.long().reshape(-1), minlength=bins)[:bins].to(x.dtype)
+
+
+sdpa = op(
+    "sdpa(q: T[*b, s, d], k: T[*c, t, d], v: T[*c, t, e], mask: any[...]?; scale: float,"
+    " causal: bool = false, grouped: bool = false) -> T[*b, s, e]",
+    reference=_sdpa,
+    doc="torch's scaled_dot_product_attention; a bool mask keeps what is true, a float one adds.",
+    example="f32[2,4,3,5], f32[2,4,7,5], f32[2,4,7,6], bool[2,1,3,7] {scale=0.5}",
+)
+slice_scatter = op(
+    "slice_scatter(x: T[...], part: T[...]; axis: int, start: dim, end: dim) -> T[...]",
+    reference=lambda x, part, axis, start, end: torch.slice_scatter(x, part, axis, start, end),
+    doc="A copy of x with start..end-1 of an axis replaced by part.",
+    example="f32[2,7], f32[2,3] {axis=1, start=2, end=5}",
+    infer=_infer_slice_scatter,
+)
+scatter = op(
+    "scatter(x: T[*n], index: i64[...], values: T[...]; axis: int) -> T[*n]",
+    reference=lambda x, index, values, axis: x.scatter(axis, index, values.expand(index.shape)),
+    doc="A copy of x with values placed by index along an axis (torch.scatter).",
+    example="f32[2,4], i64[2,1]=3, f32[] {axis=1}",
+)
+index_put = op(
+    "index_put(x: T[...], index: i64[...], values: T[...]; accumulate: bool = false) -> T[...]",
+    reference=_index_put,
+    doc="A copy of x with rows x[index] set to values, or increased by them.",
+    example="f32[4,3], i64[2]=3, f32[2,3] {accumulate=true}",
+    infer=lambda types, attrs: (types[0],),
+)
+sort = op(
+    "sort(x: T[*n]; axis: int, descending: bool = false) -> (T[*n], i64[*n])",
+    reference=lambda x, axis, descending: tuple(
+        torch.sort(x, dim=axis, descending=descending, stable=True)
+    ),
+    doc="A stable sort along an axis, with indices.",
+    example="f32[2,4] {axis=-1}",
+)
+histc = op(
+    "histc(x: T[...]; bins: int) -> T[bins]",
+    reference=_histc,
+    doc="Counts of the integers 0 .. bins-1.",
+    example="i64[6]=4 {bins=5}",
+)
+grouped_mm = op(
+    "grouped_mm(x: T[m, k], weight: T[e, k, n], ends: I[e]) -> T[m, n]",
+    reference=_grouped_mm,
+    doc="Rows up to ends[g] times weight[g]; rows past the last end are zero (torch._grouped_mm).",
+    example="f32[4,3], f32[2,3,5], i64[2]=4",
+)

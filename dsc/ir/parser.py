@@ -1,0 +1,484 @@
+"""Reads the text form. Never evaluates anything; every error has a line, a column and a caret."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from dsc.errors import ParseError
+from dsc.ir.dims import Dim, Range, parse_dim
+from dsc.ir.graph import Attrs, Graph, Node, Operand, Value, Weight
+from dsc.ir.op import OpDef, TypeMismatch, lookup
+from dsc.ir.program import Program
+from dsc.ir.stages import Stage
+from dsc.ir.types import DType, TensorType
+from dsc.ir.weights import Apply, MetaSource, Source, WeightExpr, WeightSource, sources
+
+MAX_CHARACTERS = 256 * 2**20
+MAX_DEPTH = 24
+
+_TOKEN = re.compile(
+    r"""(?P<space>[ \t\r\n]+|\#[^\n]*)
+      | (?P<value>%[\w.$-]+) | (?P<weight>@[\w.$/-]+)
+      | (?P<string>"(?:[^"\\\n]|\\.)*")
+      | (?P<float>-?(?:\d+\.\d*(?:e[-+]?\d+)?|\d+e[-+]?\d+|inf\b|nan\b))
+      | (?P<int>\d+)
+      | (?P<word>[A-Za-z_]\w*)
+      | (?P<sign>//|[-+*{}()\[\],:=])""",
+    re.VERBOSE,
+)
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    """A lexeme and where it starts."""
+
+    kind: str
+    text: str
+    at: int
+
+
+def parse_program(text: str, source: WeightSource | None = None) -> Program:
+    """Read a program. Weights come from `source`, or have types only. Raises `ParseError`."""
+    return _Parser(text).program(source)
+
+
+def parse_graph(text: str) -> Graph:
+    """Read one graph whose weights are declared in its header. Raises `ParseError`."""
+    parser = _Parser(text)
+    graph = parser.graph({}, 0)
+    parser.end()
+    return graph
+
+
+def parse_operands(text: str) -> tuple[list[tuple[TensorType, int | None]], dict[str, Any]]:
+    """Read an operator's example: `f32[2,3], i64[2]=4 {eps=1e-06}` as types with bounds and attrs.
+
+    `=n` after an integer type says that its elements lie in 0..n. Attribute kinds are guessed.
+    """
+    parser = _Parser(text)
+    return parser.example()
+
+
+class _Parser:
+    """Recursive descent over the tokens of one text."""
+
+    def __init__(self, text: str) -> None:
+        if len(text) > MAX_CHARACTERS:
+            raise ParseError(f"a text of {len(text)} characters, {MAX_CHARACTERS} at most")
+        self.text = text
+        self.tokens = self._lex()
+        self.i = 0
+
+    def program(self, source: WeightSource | None) -> Program:
+        self.word("program")
+        name = self.string()
+        self.sign("{")
+        self.word("stage")
+        self.sign("=")
+        stage = self._enum(Stage)
+        self.sign("}")
+        meta = self._meta() if self.at_word("meta") else {}
+        symbols = self._symbols() if self.at_word("symbols") else {}
+        weights = self._weights() if self.at_word("weights") else {}
+        types = {k: e.type for k, e in weights.items()}
+        entries: dict[str, Graph] = {}
+        while self.at_word("graph"):
+            at = self.peek()
+            graph = self.graph(types, 0)
+            if graph.name in entries:
+                raise self.error(f"a second graph {graph.name}", at)
+            entries[graph.name] = graph
+        self.end()
+        if source is None:
+            found = [s for e in weights.values() for s in sources(e)]
+            source = MetaSource({s.key: s.type for s in found})
+        return Program(name, entries, weights, symbols, source, meta, stage)
+
+    def graph(self, weights: Mapping[str, TensorType], depth: int) -> Graph:
+        if depth > MAX_DEPTH:
+            raise self.error(f"bodies nest deeper than {MAX_DEPTH}")
+        self.word("graph")
+        name = self.take("word", "a graph name").text
+        weights = dict(weights)
+        scope: dict[str, Value] = {}
+        inputs = self._parameters(scope, weights)
+        self.sign("{")
+        nodes = []
+        while not self.at_word("return"):
+            nodes.append(self._node(scope, weights, depth))
+        outputs, names, aliases = self._return(scope, weights, inputs)
+        self.sign("}")
+        return Graph(name, tuple(inputs), tuple(nodes), outputs, names, aliases)
+
+    def example(self) -> tuple[list[tuple[TensorType, int | None]], dict[str, Any]]:
+        operands: list[tuple[TensorType, int | None]] = []
+        while self.peek().kind == "word":
+            t = self.type()
+            bound = int(self.take("int", "a bound").text) if self.skip("=") else None
+            operands.append((t, bound))
+            self.skip(",")
+        attrs = self._attrs(None, {}, 0) if self.at_sign("{") else {}
+        self.end()
+        return operands, attrs
+
+    def _parameters(self, scope: dict[str, Value], weights: dict[str, TensorType]) -> list[Value]:
+        self.sign("(")
+        inputs: list[Value] = []
+        while not self.skip(")"):
+            token = self.next()
+            self.sign(":")
+            if token.kind == "weight":
+                weights[token.text[1:]] = self.type()
+            elif token.kind == "value":
+                inputs.append(self._define(scope, token, self.type()))
+            else:
+                raise self.error("an input %name or a weight @name expected", token)
+            if not self.at_sign(")"):
+                self.sign(",")
+        return inputs
+
+    def _return(
+        self, scope: Mapping[str, Value], weights: Mapping[str, TensorType], inputs: list[Value]
+    ) -> tuple[tuple[Operand, ...], tuple[str, ...], tuple[tuple[int, int], ...]]:
+        self.word("return")
+        outputs: list[Operand] = []
+        names: list[str] = []
+        aliases: list[tuple[int, int]] = []
+        while not self.at_sign("}"):
+            operand = self._operand(scope, weights)
+            if operand is None:
+                raise self.error("an output cannot be absent")
+            outputs.append(operand)
+            names.append(self.string() if self.skip_word("as") else operand.name)
+            if self.skip_word("updates"):
+                token = self.take("value", "an input")
+                places = [i for i, v in enumerate(inputs) if v.name == token.text[1:]]
+                if not places:
+                    raise self.error(f"{token.text} is no input of this graph", token)
+                aliases.append((len(outputs) - 1, places[0]))
+            if not self.at_sign("}"):
+                self.sign(",")
+        return tuple(outputs), tuple(names), tuple(aliases)
+
+    def _node(
+        self, scope: dict[str, Value], weights: Mapping[str, TensorType], depth: int
+    ) -> Node:
+        results = [self.take("value", "a result %name or return")]
+        while self.skip(","):
+            results.append(self.take("value", "a result %name"))
+        self.sign("=")
+        op_token = self.take("word", "an operator")
+        definition = self._lookup(op_token)
+        operands = self._operands(scope, weights)
+        attrs = Attrs(self._attrs(definition, weights, depth) if self.at_sign("{") else {})
+        types = self._types() if self.skip(":") else self._infer(definition, operands, attrs, op_token)
+        loc = self.string() if self.skip_word("loc") else ""
+        if len(types) != len(results):
+            raise self.error(f"{len(results)} results for {len(types)} types", op_token)
+        pairs = zip(results, types, strict=True)
+        outputs = tuple(self._define(scope, token, t) for token, t in pairs)
+        return Node(definition.name, tuple(operands), attrs, outputs, loc)
+
+    def _operands(
+        self, scope: Mapping[str, Value], weights: Mapping[str, TensorType]
+    ) -> list[Operand | None]:
+        operands: list[Operand | None] = []
+        token = self.peek()
+        if token.kind not in ("value", "weight") and token.text != "_":
+            return operands
+        # A new statement also starts with %name: it is followed by `=` or `,`.
+        if token.kind == "value" and self._starts_statement():
+            return operands
+        operands.append(self._operand(scope, weights))
+        while self.skip(","):
+            operands.append(self._operand(scope, weights))
+        return operands
+
+    def _starts_statement(self) -> bool:
+        j = self.i
+        while self.tokens[j].kind == "value" and self.tokens[j + 1].text == ",":
+            j += 2
+        return self.tokens[j].kind == "value" and self.tokens[j + 1].text == "="
+
+    def _operand(
+        self, scope: Mapping[str, Value], weights: Mapping[str, TensorType]
+    ) -> Operand | None:
+        token = self.next()
+        if token.text == "_":
+            return None
+        name = token.text[1:]
+        if token.kind == "value":
+            if name not in scope:
+                raise self.error(f"{token.text} is not defined here", token)
+            return scope[name]
+        if token.kind == "weight":
+            if name not in weights:
+                raise self.error(f"{token.text} is not declared", token)
+            return Weight(name, weights[name])
+        raise self.error("an operand expected", token)
+
+    def _define(self, scope: dict[str, Value], token: Token, t: TensorType) -> Value:
+        name = token.text[1:]
+        if name in scope:
+            raise self.error(f"{token.text} is defined twice", token)
+        scope[name] = Value(name, t)
+        return scope[name]
+
+    def _lookup(self, token: Token) -> OpDef:
+        try:
+            return lookup(token.text)
+        except TypeMismatch as problem:
+            raise self.error(str(problem), token) from None
+
+    def _infer(
+        self, definition: OpDef, operands: list[Operand | None], attrs: Attrs, at: Token
+    ) -> tuple[TensorType, ...]:
+        try:
+            return definition.infer([None if x is None else x.type for x in operands], attrs)
+        except TypeMismatch as problem:
+            raise self.error(f"{definition.name}: {problem}", at) from None
+
+    def _attrs(
+        self, definition: OpDef | None, weights: Mapping[str, TensorType], depth: int
+    ) -> dict[str, Any]:
+        self.sign("{")
+        attrs: dict[str, Any] = {}
+        while not self.skip("}"):
+            token = self.take("word", "an attribute name")
+            self.sign("=")
+            declared = definition.attr(token.text) if definition else None
+            if definition is not None and declared is None:
+                raise self.error(f"{definition.name} has no attribute {token.text}", token)
+            if token.text in attrs:
+                raise self.error(f"attribute {token.text} given twice", token)
+            attrs[token.text] = self._attr(declared.kind if declared else "any", weights, depth)
+            if not self.at_sign("}"):
+                self.sign(",")
+        return attrs
+
+    def _attr(self, kind: str, weights: Mapping[str, TensorType], depth: int) -> Any:
+        token = self.peek()
+        if kind == "graph":
+            return self.graph(weights, depth + 1)
+        if token.text == "[":
+            return self._list(kind, weights, depth)
+        if token.kind == "string":
+            return self.string()
+        if token.text in ("true", "false"):
+            return self.next().text == "true"
+        if token.kind == "float":
+            return float(self.next().text)
+        if token.kind == "word" and kind in ("dtype", "any") and token.text in _DTYPES:
+            return DType(self.next().text)
+        value = self._dim()
+        return float(value) if kind == "float" and isinstance(value, int) else value
+
+    def _list(self, kind: str, weights: Mapping[str, TensorType], depth: int) -> tuple[Any, ...]:
+        if depth > MAX_DEPTH:
+            raise self.error(f"lists nest deeper than {MAX_DEPTH}")
+        self.sign("[")
+        items = []
+        while not self.skip("]"):
+            items.append(self._attr(kind, weights, depth + 1))
+            if not self.at_sign("]"):
+                self.sign(",")
+        return tuple(items)
+
+    def _types(self) -> tuple[TensorType, ...]:
+        types = [self.type()]
+        while self.skip(","):
+            types.append(self.type())
+        return tuple(types)
+
+    def type(self) -> TensorType:
+        token = self.take("word", "a type")
+        if token.text not in _DTYPES:
+            raise self.error(f"unknown element type {token.text}", token)
+        self.sign("[")
+        dims: list[Dim] = []
+        while not self.skip("]"):
+            dims.append(self._dim())
+            if not self.at_sign("]"):
+                self.sign(",")
+        return self._guard(token, lambda: TensorType(DType(token.text), tuple(dims)))
+
+    def _dim(self) -> Dim:
+        """Take the tokens of one expression, up to a comma or closing sign at its own depth."""
+        first, parts, depth = self.peek(), [], 0
+        while True:
+            token = self.peek()
+            if token.kind not in ("int", "word") and token.text not in _DIM_SIGNS:
+                break
+            if token.text == ")" and depth == 0:
+                break
+            if parts and token.kind == "word" and self.tokens[self.i - 1].kind in ("int", "word"):
+                break
+            depth += (token.text == "(") - (token.text == ")")
+            parts.append(self.next().text)
+        return self._guard(first, lambda: parse_dim("".join(parts)))
+
+    def _meta(self) -> Any:
+        start = self.next().at + len("meta")
+        try:
+            value, end = json.JSONDecoder().raw_decode(self.text, self._skip_blank(start))
+        except (ValueError, RecursionError) as problem:
+            raise self.error(f"the meta block is no JSON: {problem}") from None
+        while self.peek().kind != "end" and self.peek().at < end:
+            self.i += 1
+        return value
+
+    def _skip_blank(self, at: int) -> int:
+        while at < len(self.text) and self.text[at].isspace():
+            at += 1
+        return at
+
+    def _symbols(self) -> dict[str, Range]:
+        self.word("symbols")
+        self.sign("{")
+        symbols: dict[str, Range] = {}
+        while not self.skip("}"):
+            token = self.take("word", "a symbol")
+            self.sign("=")
+            self.sign("[")
+            lo = int(self.take("int", "a lower bound").text)
+            self.sign(",")
+            hi = int(self.take("int", "an upper bound").text)
+            self.sign("]")
+            symbols[token.text] = self._guard(token, lambda lo=lo, hi=hi: Range(lo, hi))
+            if not self.at_sign("}"):
+                self.sign(",")
+        return symbols
+
+    def _weights(self) -> dict[str, WeightExpr]:
+        self.word("weights")
+        self.sign("{")
+        weights: dict[str, WeightExpr] = {}
+        while not self.skip("}"):
+            token = self.take("weight", "a weight @name")
+            self.sign(":")
+            declared = self.type()
+            self.sign("=")
+            expr = self._expr(0)
+            if expr.type != declared:
+                raise self.error(f"{token.text} is {declared}, its expression {expr.type}", token)
+            if token.text[1:] in weights:
+                raise self.error(f"{token.text} is declared twice", token)
+            weights[token.text[1:]] = expr
+        return weights
+
+    def _expr(self, depth: int) -> WeightExpr:
+        if depth > MAX_DEPTH:
+            raise self.error(f"weight expressions nest deeper than {MAX_DEPTH}")
+        token = self.take("word", "a weight expression")
+        if token.text == "source":
+            key = self.string()
+            self.sign(":")
+            return Source(key, self.type())
+        definition = self._lookup(token)
+        self.sign("(")
+        args: list[WeightExpr] = []
+        while not self.skip(")"):
+            args.append(self._expr(depth + 1))
+            if not self.at_sign(")"):
+                self.sign(",")
+        attrs = Attrs(self._attrs(definition, {}, depth) if self.at_sign("{") else {})
+        try:
+            (result,) = definition.infer([a.type for a in args], attrs)
+        except (TypeMismatch, ValueError) as problem:
+            raise self.error(f"{definition.name}: {problem}", token) from None
+        return Apply(definition.name, tuple(args), attrs, result)
+
+    # Tokens
+
+    def _lex(self) -> list[Token]:
+        tokens: list[Token] = []
+        at = 0
+        while at < len(self.text):
+            found = _TOKEN.match(self.text, at)
+            if found is None:
+                raise self.error("a character that starts nothing", Token("", "", at))
+            kind = found.lastgroup or ""
+            if kind != "space":
+                tokens.append(Token(kind, found.group(), at))
+            at = found.end()
+        tokens.append(Token("end", "the end", at))
+        return tokens
+
+    def peek(self) -> Token:
+        return self.tokens[self.i]
+
+    def next(self) -> Token:
+        token = self.tokens[self.i]
+        if token.kind != "end":
+            self.i += 1
+        return token
+
+    def take(self, kind: str, wanted: str) -> Token:
+        token = self.peek()
+        if token.kind != kind:
+            raise self.error(f"{wanted} expected, {token.text} found", token)
+        return self.next()
+
+    def string(self) -> str:
+        token = self.take("string", "a string")
+        return self._guard(token, lambda: str(json.loads(token.text)))
+
+    def sign(self, text: str) -> None:
+        if not self.skip(text):
+            raise self.error(f"{text} expected, {self.peek().text} found")
+
+    def word(self, text: str) -> None:
+        if not self.skip_word(text):
+            raise self.error(f"{text} expected, {self.peek().text} found")
+
+    def at_sign(self, text: str) -> bool:
+        return self.peek().kind == "sign" and self.peek().text == text
+
+    def at_word(self, text: str) -> bool:
+        return self.peek().kind == "word" and self.peek().text == text
+
+    def skip(self, text: str) -> bool:
+        found = self.at_sign(text)
+        self.i += found
+        return found
+
+    def skip_word(self, text: str) -> bool:
+        found = self.at_word(text)
+        self.i += found
+        return found
+
+    def end(self) -> None:
+        if self.peek().kind != "end":
+            raise self.error(f"nothing more expected, {self.peek().text} found")
+
+    def _enum(self, enum: type[Stage]) -> Stage:
+        token = self.take("word", "a stage")
+        if token.text not in enum.__members__:
+            raise self.error(f"unknown stage {token.text}", token)
+        return enum[token.text]
+
+    def _guard(self, token: Token, build: Callable[[], T]) -> T:
+        try:
+            return build()
+        except ValueError as problem:
+            raise self.error(str(problem), token) from None
+
+    def error(self, what: str, token: Token | None = None) -> ParseError:
+        at = (token or self.peek()).at
+        line = self.text.count("\n", 0, at) + 1
+        start = self.text.rfind("\n", 0, at) + 1
+        end = self.text.find("\n", at)
+        shown = self.text[start : end if end >= 0 else len(self.text)]
+        column = at - start
+        lo = max(0, column - 60)
+        picture = f"{shown[lo : lo + 120]}\n{' ' * (column - lo)}^"
+        return ParseError(what, where=f"line {line}, column {column + 1}", picture=picture)
+
+
+_DTYPES = frozenset(d.value for d in DType)
+_DIM_SIGNS = frozenset({"+", "-", "*", "//", "(", ")"})

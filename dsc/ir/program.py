@@ -1,0 +1,74 @@
+"""A program: named entry graphs that share weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from dsc.ir.dims import Range
+from dsc.ir.graph import Graph
+from dsc.ir.stages import Stage
+from dsc.ir.types import TensorType
+from dsc.ir.weights import MetaSource, WeightExpr, WeightSource
+
+
+@dataclass(frozen=True)
+class Program:
+    """What every pass takes and returns.
+
+    `entries` are graphs by name (`decode`, `extend`, `prefill`, or one `main`); `weights` gives
+    each `@name` its expression over `source`; `symbols` bounds every symbolic dim; `meta` carries
+    the model configuration and what the frontends found (JSON values only).
+    """
+
+    name: str
+    entries: Mapping[str, Graph]
+    weights: Mapping[str, WeightExpr] = field(default_factory=dict)
+    symbols: Mapping[str, Range] = field(default_factory=dict)
+    source: WeightSource = field(default_factory=lambda: MetaSource({}))
+    meta: Mapping[str, Any] = field(default_factory=dict)
+    stage: Stage = Stage.TRACED
+
+    def map_entries(self, function: Callable[[Graph], Graph]) -> Program:
+        """The program with each entry rewritten; itself when none changed."""
+        entries = {name: function(graph) for name, graph in self.entries.items()}
+        if all(entries[name] is graph for name, graph in self.entries.items()):
+            return self
+        return replace(self, entries=entries)
+
+    def with_weights(self, added: Mapping[str, WeightExpr]) -> Program:
+        """The program with more weights."""
+        return replace(self, weights={**self.weights, **added}) if added else self
+
+    def at(self, stage: Stage) -> Program:
+        """The program marked as being at `stage`."""
+        return self if stage is self.stage else replace(self, stage=stage)
+
+    def weight_types(self) -> dict[str, TensorType]:
+        """Types of all weights by name."""
+        return {name: expr.type for name, expr in self.weights.items()}
+
+    def used_weights(self) -> set[str]:
+        """Names of the weights that some entry reads."""
+        from dsc.ir.graph import Weight
+
+        used: set[str] = set()
+        for graph in self.entries.values():
+            used |= {x.name for x in graph.outputs if isinstance(x, Weight)}
+            for node in graph.walk():
+                used |= {x.name for x in node.operands if isinstance(x, Weight)}
+        return used
+
+    def pruned(self) -> Program:
+        """The program without weights that no entry reads."""
+        used = self.used_weights()
+        if used >= self.weights.keys():
+            return self
+        return replace(self, weights={k: v for k, v in self.weights.items() if k in used})
+
+    def shrunk(self) -> Program:
+        """The same program with every dim mapped to a small one, for verification at full depth."""
+        from dsc.ir.shrink import shrink
+
+        return shrink(self)

@@ -1,0 +1,150 @@
+"""Types of values: an element type and a shape whose dims are integers or symbolic."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import Enum
+from typing import TYPE_CHECKING
+
+from dsc.ir.dims import Dim, Sym, free_symbols, product, substitute
+
+if TYPE_CHECKING:
+    import torch
+
+MAX_RANK = 8
+
+
+class DType(str, Enum):
+    """An element type; its value is its name in the text form."""
+
+    f32 = "f32"
+    f64 = "f64"
+    bf16 = "bf16"
+    f16 = "f16"
+    f8e4m3 = "f8e4m3"
+    f8e4m3fnuz = "f8e4m3fnuz"
+    f8e5m2 = "f8e5m2"
+    f8e8m0 = "f8e8m0"
+    i64 = "i64"
+    i32 = "i32"
+    i8 = "i8"
+    u8 = "u8"
+    i4 = "i4"
+    boolean = "bool"
+
+    def __str__(self) -> str:
+        return self.value
+
+    @property
+    def bits(self) -> int:
+        """Bits an element takes in memory."""
+        return _BITS[self]
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes an element takes; i4 is packed two a byte and has no such number."""
+        if self.bits % 8:
+            raise ValueError(f"{self} elements are packed below a byte")
+        return self.bits // 8
+
+    @property
+    def is_float(self) -> bool:
+        """Whether elements are floating-point numbers."""
+        return self.value[0] in "fb" and self is not DType.boolean
+
+    @property
+    def is_int(self) -> bool:
+        """Whether elements are integers (bool is not)."""
+        return self.value[0] in "iu"
+
+    @property
+    def torch(self) -> torch.dtype:
+        """The torch dtype of the same name. i4 has none."""
+        import torch
+
+        return {
+            DType.f32: torch.float32,
+            DType.f64: torch.float64,
+            DType.bf16: torch.bfloat16,
+            DType.f16: torch.float16,
+            DType.f8e4m3: torch.float8_e4m3fn,
+            DType.f8e4m3fnuz: torch.float8_e4m3fnuz,
+            DType.f8e5m2: torch.float8_e5m2,
+            DType.f8e8m0: torch.float8_e8m0fnu,
+            DType.i64: torch.int64,
+            DType.i32: torch.int32,
+            DType.i8: torch.int8,
+            DType.u8: torch.uint8,
+            DType.boolean: torch.bool,
+        }[self]
+
+    @staticmethod
+    def of(dtype: torch.dtype) -> DType:
+        """The element type of a torch dtype. `KeyError` when the IR has none."""
+        for member in DType:
+            if member is not DType.i4 and member.torch == dtype:
+                return member
+        raise KeyError(f"the IR has no element type for {dtype}")
+
+
+_BITS = {
+    DType.f32: 32, DType.f64: 64, DType.bf16: 16, DType.f16: 16, DType.f8e4m3: 8,
+    DType.f8e4m3fnuz: 8, DType.f8e5m2: 8, DType.f8e8m0: 8, DType.i64: 64, DType.i32: 32,
+    DType.i8: 8, DType.u8: 8, DType.i4: 4, DType.boolean: 8,
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class TensorType:
+    """The type of a value: `bf16[B,S,7168]`; a scalar is `f32[]`."""
+
+    dtype: DType
+    shape: tuple[Dim, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.shape) > MAX_RANK:
+            raise ValueError(f"rank {len(self.shape)} is above the limit of {MAX_RANK}")
+
+    def __str__(self) -> str:
+        return f"{self.dtype}[{','.join(str(d) for d in self.shape)}]"
+
+    @property
+    def rank(self) -> int:
+        """Number of axes."""
+        return len(self.shape)
+
+    @property
+    def numel(self) -> Dim:
+        """Number of elements."""
+        return product(self.shape)
+
+    @property
+    def nbytes(self) -> Dim:
+        """Bytes of a dense tensor of this type."""
+        bits = self.numel * self.dtype.bits
+        return (bits + 7) // 8 if self.dtype.bits < 8 else self.numel * self.dtype.itemsize
+
+    @property
+    def is_static(self) -> bool:
+        """Whether every dim is an integer."""
+        return not any(isinstance(d, Sym) for d in self.shape)
+
+    @property
+    def symbols(self) -> frozenset[str]:
+        """The symbols in the shape."""
+        return frozenset().union(*(free_symbols(d) for d in self.shape))
+
+    def with_shape(self, shape: tuple[Dim, ...]) -> TensorType:
+        """The same element type with another shape."""
+        return TensorType(self.dtype, shape)
+
+    def with_dtype(self, dtype: DType) -> TensorType:
+        """The same shape with another element type."""
+        return TensorType(dtype, self.shape)
+
+    def substitute(self, env: Mapping[str, Dim]) -> TensorType:
+        """The type with symbols replaced."""
+        if not self.symbols:
+            return self
+        return TensorType(self.dtype, tuple(substitute(d, env) for d in self.shape))

@@ -1,0 +1,176 @@
+"""Weights are lazy: a name in a source, or an expression over such names.
+
+A pass that changes a weight (stacks experts, splits kv_b, dequantises) writes a `WeightExpr`; it is
+evaluated tensor by tensor when an artifact is packed, so that a program of any size compiles with
+no weight in memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, Union
+
+from dsc.ir.graph import Attrs
+from dsc.ir.op import TypeMismatch, concrete, lookup
+from dsc.ir.types import DType, TensorType
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A tensor of the weight source, by key."""
+
+    key: str
+    type: TensorType
+
+
+@dataclass(frozen=True, slots=True)
+class Apply:
+    """An operator applied to weight expressions. Build it with `apply`, which infers the type."""
+
+    op: str
+    args: tuple[WeightExpr, ...]
+    attrs: Attrs
+    type: TensorType
+
+
+WeightExpr: TypeAlias = Union[Source, Apply]
+
+
+def apply(op: str, *args: WeightExpr, **attrs: Any) -> Apply:
+    """The expression `op(args) {attrs}`, one result. Raises `TypeMismatch`."""
+    frozen = Attrs(attrs)
+    (result,) = lookup(op).infer([a.type for a in args], frozen)
+    return Apply(op, args, frozen, result)
+
+
+def sources(expr: WeightExpr) -> Iterator[Source]:
+    """The sources that an expression reads, in order."""
+    if isinstance(expr, Source):
+        yield expr
+        return
+    for arg in expr.args:
+        yield from sources(arg)
+
+
+class WeightSource(Protocol):
+    """Where the tensors of a program lie."""
+
+    def keys(self) -> Iterable[str]:
+        """All tensor names."""
+        ...
+
+    def type(self, key: str) -> TensorType:
+        """Element type and shape of a tensor. `KeyError` when there is none."""
+        ...
+
+    def load(self, key: str) -> torch.Tensor:
+        """The tensor itself, without a copy where the source allows. `KeyError`."""
+        ...
+
+
+@dataclass(frozen=True)
+class DictSource:
+    """Tensors in memory."""
+
+    tensors: Mapping[str, torch.Tensor] = field(default_factory=dict)
+
+    def keys(self) -> Iterable[str]:
+        """All tensor names."""
+        return self.tensors.keys()
+
+    def type(self, key: str) -> TensorType:
+        """Element type and shape of a tensor."""
+        tensor = self.tensors[key]
+        return TensorType(DType.of(tensor.dtype), tuple(tensor.shape))
+
+    def load(self, key: str) -> torch.Tensor:
+        """The tensor."""
+        return self.tensors[key]
+
+
+@dataclass(frozen=True)
+class MetaSource:
+    """Types without values: a program that is compiled with no weights."""
+
+    types: Mapping[str, TensorType]
+
+    def keys(self) -> Iterable[str]:
+        """All tensor names."""
+        return self.types.keys()
+
+    def type(self, key: str) -> TensorType:
+        """Element type and shape of a tensor."""
+        return self.types[key]
+
+    def load(self, key: str) -> torch.Tensor:
+        """Nothing to load: an error."""
+        from dsc.errors import UsageError
+
+        raise UsageError(
+            "this program has no weight values", where=key, hint="compile it with --weights FOLDER"
+        )
+
+
+@dataclass(frozen=True)
+class LayeredSource:
+    """Several sources, the first that has a key wins: a checkpoint with constants over it."""
+
+    layers: tuple[WeightSource, ...]
+
+    def keys(self) -> Iterable[str]:
+        """All tensor names, once each."""
+        return dict.fromkeys(k for layer in self.layers for k in layer.keys())  # noqa: SIM118
+
+    def _layer(self, key: str) -> WeightSource:
+        for layer in self.layers:
+            if key in layer.keys():  # noqa: SIM118
+                return layer
+        raise KeyError(key)
+
+    def type(self, key: str) -> TensorType:
+        """Element type and shape of a tensor."""
+        return self._layer(key).type(key)
+
+    def load(self, key: str) -> torch.Tensor:
+        """The tensor from the first layer that has it."""
+        return self._layer(key).load(key)
+
+
+def random_source(types: Mapping[str, TensorType], seed: int = 0) -> DictSource:
+    """Seeded random tensors of the given types, for verification. Each depends on its key alone."""
+    return DictSource({key: random_tensor(t, f"{seed}:{key}") for key, t in types.items()})
+
+
+def random_tensor(t: TensorType, seed: str, high: int = 2) -> torch.Tensor:
+    """A seeded random tensor: floats are normal times 0.5, integers lie in 0..high-1."""
+    import zlib
+
+    import torch
+
+    generator = torch.Generator().manual_seed(zlib.crc32(seed.encode()))
+    shape = tuple(int(d) for d in t.shape)  # type: ignore[arg-type]
+    if t.dtype.is_float:
+        return (torch.randn(shape, generator=generator) * 0.5).to(t.dtype.torch)
+    return torch.randint(0, high, shape, generator=generator).to(t.dtype.torch)
+
+
+def evaluate(
+    expr: WeightExpr, source: WeightSource, convert: Callable[[Any], Any] | None = None
+) -> torch.Tensor:
+    """The value of an expression. `convert` is applied to every source tensor that is loaded."""
+    if isinstance(expr, Source):
+        tensor = source.load(expr.key)
+        return tensor if convert is None else convert(tensor)
+    args = [evaluate(a, source, convert) for a in expr.args]
+    result = lookup(expr.op).reference(*args, **concrete(_full_attrs(expr), {}))
+    if tuple(result.shape) != expr.type.shape:
+        raise TypeMismatch(f"{expr.op} gave shape {tuple(result.shape)}, {expr.type} declared")
+    return result  # type: ignore[no-any-return]
+
+
+def _full_attrs(expr: Apply) -> dict[str, Any]:
+    return lookup(expr.op).with_defaults(expr.attrs)
