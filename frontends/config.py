@@ -1,0 +1,307 @@
+"""Our own schema of `config.json` for the DeepSeek-V3 family.
+
+A checkpoint's configuration comes from outside, so nothing in it is taken on trust: every number
+has a type and a range, every pair of numbers that must agree is checked, and what dsc cannot
+compute (another rope scaling, another router, another quantisation) is refused here by name
+instead of being computed wrongly later. `auto_map`, which asks a loader to import Python files
+from the checkpoint, is never followed.
+
+Field names are those of the official `config.json`. Defaults exist only for fields that published
+checkpoints leave out; widths have none.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from dsc.errors import ConfigError, UnsupportedArchitecture
+from dsc.frontends.strict_json import parse_object
+
+CONFIG_FILE = "config.json"
+MAX_CONFIG_BYTES = 4 << 20
+"""Published configs are a few kilobytes, 60 with a long list of unquantised modules."""
+
+ARCHITECTURES = {
+    "deepseek_v2": "deepseek_v2",
+    "deepseek_v3": "deepseek_v3",
+    "kimi_k2": "deepseek_v3",
+}
+"""`model_type` as published, and the family member whose equations it follows."""
+
+Width = Annotated[int, Field(gt=0, le=1 << 20)]
+Count = Annotated[int, Field(gt=0, le=1 << 14)]
+Positive = Annotated[float, Field(gt=0, le=1e9)]
+
+
+class _Schema(BaseModel):
+    """Strict types (no "8" for 8, no true for 1), immutable, unknown keys ignored."""
+
+    model_config = ConfigDict(strict=True, frozen=True, extra="ignore", allow_inf_nan=False)
+
+
+class RopeParameters(_Schema):
+    """Rotary position embedding, plain or YaRN (Peng et al. 2023, arXiv:2309.00071).
+
+    The older spelling (`rope_theta` beside `rope_scaling` with a `type`) and the newer one
+    (`rope_parameters` with a `rope_type`) both arrive here.
+    """
+
+    rope_type: Literal["default", "yarn"] = "default"
+    rope_theta: Positive = 10000.0
+    factor: Annotated[float, Field(ge=1, le=1e6)] = 1.0
+    original_max_position_embeddings: Width | None = None
+    beta_fast: Positive = 32.0
+    beta_slow: Positive = 1.0
+    mscale: Annotated[float, Field(ge=0, le=100)] | None = None
+    mscale_all_dim: Annotated[float, Field(ge=0, le=100)] | None = None
+    attention_factor: Positive | None = None
+    truncate: bool = True
+
+    @model_validator(mode="after")
+    def _check(self) -> RopeParameters:
+        if self.rope_theta <= 1:
+            raise ValueError(f"rope_theta must exceed 1, found {self.rope_theta}")
+        if self.beta_fast <= self.beta_slow:
+            raise ValueError(
+                f"beta_fast ({self.beta_fast}) must exceed beta_slow ({self.beta_slow})"
+            )
+        return self
+
+    @property
+    def cos_sin_scale(self) -> float:
+        """What cos and sin are multiplied by: m(mscale) / m(mscale_all_dim), 1.0 for V3."""
+        if self.rope_type == "default":
+            return 1.0
+        if self.attention_factor is not None:
+            return self.attention_factor
+        if self.mscale and self.mscale_all_dim:
+            return _yarn_mscale(self.factor, self.mscale) / _yarn_mscale(
+                self.factor, self.mscale_all_dim
+            )
+        return _yarn_mscale(self.factor, 1.0)
+
+    @property
+    def softmax_scale_factor(self) -> float:
+        """What YaRN multiplies the softmax scale by: m(mscale_all_dim) squared."""
+        if self.rope_type == "default" or not self.mscale_all_dim:
+            return 1.0
+        return _yarn_mscale(self.factor, self.mscale_all_dim) ** 2
+
+
+class QuantizationConfig(_Schema):
+    """Block-scaled FP8 weights, the only quantised layout that is read.
+
+    A weight `W` of `[N, K]` is stored as e4m3 with a scale for each block, in a tensor
+    `weight_scale_inv` of `[ceil(N / n), ceil(K / k)]`.
+    """
+
+    quant_method: Literal["fp8"]
+    fmt: Literal["e4m3"] = "e4m3"
+    activation_scheme: Literal["dynamic"] = "dynamic"
+    weight_block_size: Annotated[
+        list[Annotated[int, Field(gt=0, le=1 << 16)]], Field(min_length=2, max_length=2)
+    ] = [128, 128]
+    scale_fmt: Literal["ue8m0", "float32"] | None = None
+
+    @property
+    def block(self) -> tuple[int, int]:
+        """Rows and columns that share one scale."""
+        rows, columns = self.weight_block_size
+        return rows, columns
+
+
+class ModelConfig(_Schema):
+    """One member of the family: multi-head latent attention and a mixture of experts."""
+
+    model_type: Literal["deepseek_v2", "deepseek_v3"]
+    published_model_type: str = ""
+    vocab_size: Annotated[int, Field(gt=0, le=1 << 24)]
+    hidden_size: Width
+    intermediate_size: Width
+    moe_intermediate_size: Width
+    num_hidden_layers: Annotated[int, Field(gt=0, le=1024)]
+    first_k_dense_replace: Annotated[int, Field(ge=0, le=1024)]
+    num_nextn_predict_layers: Annotated[int, Field(ge=0, le=16)] = 0
+    moe_layer_freq: Literal[1] = 1
+
+    num_attention_heads: Count
+    num_key_value_heads: Count | None = None
+    q_lora_rank: Width | None = None
+    kv_lora_rank: Width
+    qk_nope_head_dim: Width
+    qk_rope_head_dim: Width
+    v_head_dim: Width
+    attention_bias: bool = False
+
+    n_routed_experts: Count
+    n_shared_experts: Annotated[int, Field(gt=0, le=64)]
+    num_experts_per_tok: Count
+    n_group: Count = 1
+    topk_group: Count = 1
+    scoring_func: Literal["sigmoid", "softmax"]
+    topk_method: Literal["noaux_tc", "greedy", "group_limited_greedy"]
+    norm_topk_prob: bool
+    routed_scaling_factor: Positive = 1.0
+
+    hidden_act: Literal["silu"] = "silu"
+    rms_norm_eps: Annotated[float, Field(gt=0, lt=0.1)] = 1e-6
+    max_position_embeddings: Annotated[int, Field(gt=0, le=1 << 26)]
+    rope_parameters: RopeParameters = RopeParameters()
+    rope_interleave: bool = True
+    tie_word_embeddings: bool = False
+    bos_token_id: Annotated[int, Field(ge=0)] | None = None
+    eos_token_id: Annotated[int, Field(ge=0)] | list[Annotated[int, Field(ge=0)]] | None = None
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    quantization_config: QuantizationConfig | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> ModelConfig:
+        for broken in self._contradictions():
+            raise ValueError(broken)
+        return self
+
+    def _contradictions(self) -> list[str]:
+        """Everything that is in range on its own and wrong together, as sentences."""
+        heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
+        groups, kept = self.n_group, self.topk_group
+        experts, chosen = self.n_routed_experts, self.num_experts_per_tok
+        kept_experts = kept * (experts // groups)
+        router = (self.scoring_func, self.topk_method)
+        rope = self.rope_parameters
+        rules = {
+            f"num_key_value_heads ({kv_heads}) must equal num_attention_heads ({heads}): "
+            "latent attention has no grouped heads": kv_heads not in (None, heads),
+            f"qk_rope_head_dim ({self.qk_rope_head_dim}) must be even: rope turns pairs":
+                self.qk_rope_head_dim % 2 != 0,
+            f"num_experts_per_tok ({chosen}) exceeds n_routed_experts ({experts})":
+                chosen > experts,
+            f"n_group ({groups}) does not divide n_routed_experts ({experts})":
+                experts % groups != 0,
+            f"topk_group ({kept}) exceeds n_group ({groups})": kept > groups,
+            f"num_experts_per_tok ({chosen}) exceeds the {kept_experts} experts of "
+            f"topk_group ({kept}) groups": self.topk_method != "greedy" and chosen > kept_experts,
+            f"a {self.model_type} router scores by {self._routers()}, found {router}":
+                router not in self._routers(),
+            f"a group needs two experts to be scored, n_group ({groups}) leaves "
+            f"{experts // groups}": self.topk_method == "noaux_tc" and experts // groups < 2,
+            "norm_topk_prob is not defined for deepseek_v2 routers":
+                self.model_type == "deepseek_v2" and self.norm_topk_prob,
+            "deepseek_v2 has no rope_interleave: false":
+                self.model_type == "deepseek_v2" and not self.rope_interleave,
+            "yarn needs original_max_position_embeddings":
+                rope.rope_type == "yarn" and rope.original_max_position_embeddings is None,
+        }  # fmt: skip
+        return [sentence for sentence, broken in rules.items() if broken]
+
+    def _routers(self) -> list[tuple[str, str]]:
+        if self.model_type == "deepseek_v3":
+            return [("sigmoid", "noaux_tc")]
+        return [("softmax", "greedy"), ("softmax", "group_limited_greedy")]
+
+    @property
+    def qk_head_dim(self) -> int:
+        """Width of a query head: the part without position and the rotated part."""
+        return self.qk_nope_head_dim + self.qk_rope_head_dim
+
+    @property
+    def softmax_scale(self) -> float:
+        """1 / sqrt(width of a query head), times YaRN's correction (0.1352 for V3)."""
+        return self.qk_head_dim**-0.5 * self.rope_parameters.softmax_scale_factor
+
+    def is_moe(self, layer: int) -> bool:
+        """Whether decoder layer `layer` has experts instead of one dense MLP."""
+        return layer >= self.first_k_dense_replace
+
+
+def _yarn_mscale(factor: float, mscale: float) -> float:
+    """YaRN's attention temperature m = 0.1 * mscale * ln(factor) + 1 (section 3.4)."""
+    return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
+
+
+def parse_config(raw: Mapping[str, Any], where: str = CONFIG_FILE) -> ModelConfig:
+    """Check a decoded `config.json` and give it its canonical spelling.
+
+    Raises:
+        UnsupportedArchitecture: `model_type` is none of `ARCHITECTURES`.
+        ConfigError: a field is missing, of a wrong type, out of range or contradicts another.
+    """
+    published = raw.get("model_type")
+    member = ARCHITECTURES.get(published) if isinstance(published, str) else None
+    if member is None:
+        known = ", ".join(ARCHITECTURES)
+        raise UnsupportedArchitecture(
+            f"model_type {published!r} is not one that dsc knows", where, f"known: {known}"
+        )
+    fields = {key: value for key, value in raw.items() if key in ModelConfig.model_fields}
+    fields |= {"model_type": member, "published_model_type": published}
+    fields["dtype"] = raw.get("dtype") or raw.get("torch_dtype")
+    fields["rope_parameters"] = _rope_parameters(raw, where)
+    _default(fields, _routing_defaults(member))
+    for name in ("mlp_bias", "use_sliding_window"):
+        if raw.get(name):
+            raise ConfigError(f"{name} is not supported for {member}", where)
+    try:
+        return ModelConfig.model_validate(fields)
+    except ValidationError as exc:
+        raise ConfigError(_sentence(exc), where) from None
+
+
+def load_config(path: Path | str) -> ModelConfig:
+    """Read and check the `config.json` at `path`, a file or a checkpoint folder."""
+    path = Path(path)
+    file = path / CONFIG_FILE if path.is_dir() else path
+    return parse_config(parse_object(read_bounded(file), str(file), ConfigError), str(file))
+
+
+def read_bounded(file: Path, limit: int = MAX_CONFIG_BYTES) -> bytes:
+    """The bytes of a regular file that must not exceed `limit`; `ConfigError` otherwise."""
+    if not file.is_file():
+        raise ConfigError("no such file", str(file), "give a folder that holds a config.json")
+    with file.open("rb") as stream:
+        text = stream.read(limit + 1)
+    if len(text) > limit:
+        raise ConfigError(f"larger than the limit of {limit} bytes", str(file))
+    return text
+
+
+def _default(fields: dict[str, Any], defaults: Mapping[str, Any]) -> None:
+    for name, value in defaults.items():
+        if fields.get(name) is None:
+            fields[name] = value
+
+
+def _routing_defaults(member: str) -> dict[str, Any]:
+    """What the modelling code of each member does when its config says nothing."""
+    groups = {"n_group": 1, "topk_group": 1}
+    if member == "deepseek_v3":
+        return groups | {"scoring_func": "sigmoid", "topk_method": "noaux_tc", "norm_topk_prob": True}
+    return groups | {"scoring_func": "softmax", "topk_method": "greedy", "norm_topk_prob": False}
+
+
+def _rope_parameters(raw: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Both spellings of the rope section as the fields of `RopeParameters`."""
+    section = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    if not isinstance(section, Mapping):
+        raise ConfigError(f"the rope section must be an object, found {section!r}", where)
+    rope = {key: value for key, value in section.items() if value is not None}
+    rope["rope_type"] = rope.get("rope_type", rope.pop("type", "default"))
+    if "rope_theta" not in rope and raw.get("rope_theta") is not None:
+        rope["rope_theta"] = raw["rope_theta"]
+    return rope
+
+
+def _sentence(exc: ValidationError) -> str:
+    """All that pydantic found, one `field: reason` after the other, without its jargon."""
+    found = []
+    for error in exc.errors(include_url=False, include_context=False):
+        field = ".".join(str(part) for part in error["loc"])
+        reason = error["msg"].removeprefix("Value error, ")
+        shown = repr(error["input"])
+        value = f", found {shown[:60]}" if field and error["type"] != "missing" else ""
+        found.append(f"{field}: {reason}{value}" if field else reason)
+    return "; ".join(found)
