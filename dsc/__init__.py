@@ -91,15 +91,17 @@ _LAZY = {
 }
 
 
-def __getattr__(name: str) -> object:
-    """Load a public name when it is first used (PEP 562)."""
-    place = _LAZY.get(name)
-    if place is None:
-        raise AttributeError(f"module 'dsc' has no attribute {name!r}")
-    module, _, attribute = place.partition(":")
-    value: object = getattr(import_module(module), attribute)
-    globals()[name] = value
-    return value
+if not TYPE_CHECKING:  # a checker reads the imports above instead, and so sees a misspelt name
+
+    def __getattr__(name: str) -> object:
+        """Load a public name when it is first used (PEP 562)."""
+        place = _LAZY.get(name)
+        if place is None:
+            raise AttributeError(f"module 'dsc' has no attribute {name!r}")
+        module, _, attribute = place.partition(":")
+        value: object = getattr(import_module(module), attribute)
+        globals()[name] = value
+        return value
 
 
 def __dir__() -> list[str]:

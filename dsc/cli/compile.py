@@ -1,0 +1,123 @@
+"""`dsc compile`: a model in, a folder that runs out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dsc.cli import options
+
+if TYPE_CHECKING:
+    from dsc.api import CompiledModel
+
+
+def compile(
+    model: options.Model,
+    config: options.Config = None,
+    weights: options.Weights = None,
+    backend: options.Backend = None,
+    target: options.Targets = None,
+    fusion_level: options.FusionLevel = 3,
+    dtype: options.Dtype = None,
+    quant: options.Quant = "none",
+    max_batch: options.MaxBatch = None,
+    max_context: options.MaxContext = None,
+    prefill_chunk: options.PrefillChunk = 512,
+    threads: options.Threads = None,
+    fallback: options.Fallback = None,
+    print_ir_after: options.PrintIrAfter = None,
+    dump_dir: options.DumpDir = None,
+    verify_each: options.VerifyEach = False,
+    json: options.Json = False,
+    force: options.Force = False,
+    output: options.Output = None,
+) -> None:
+    """Compile MODEL into a folder that runs without its modelling code.
+
+    Examples:
+
+        dsc compile models/v3.py --backend triton
+
+        dsc compile path/to/checkpoint --backend tvm --quant int8 -o out
+
+        dsc compile path/to/checkpoint --weights none --backend null --target cuda:sm_90
+    """
+    build_artifact(
+        model,
+        output=output,
+        force=force,
+        json=json,
+        backend=backend,
+        config=config,
+        weights=weights,
+        target=target,
+        fusion_level=fusion_level,
+        dtype=dtype,
+        quant=quant,
+        max_batch=max_batch,
+        max_context=max_context,
+        prefill_chunk=prefill_chunk,
+        threads=threads,
+        fallback=fallback,
+        print_ir_after=tuple(print_ir_after or ()),
+        dump_dir=dump_dir,
+        verify_each=verify_each,
+    )
+
+
+def build_artifact(
+    model: str, *, output: Path | None, force: bool, json: bool, backend: str | None, **asked: Any
+) -> Path:
+    """Compile, save, and say what was made; `asked` are options of `dsc.compile`, None: unset."""
+    if output is None and backend is not None:
+        output = default_output(model, backend)
+    if output is not None and not force:
+        refuse_existing(output)
+    from dsc import api
+    from dsc.cli import console
+
+    given = {name: value for name, value in asked.items() if value is not None}
+    with console.progress_bar() as progress:
+        compiled = api.compile(model, backend=backend, progress=progress, **given)
+        folder = output or default_output(model, compiled.backend)
+        progress(f"writing {folder}")
+        compiled.save(folder, force=force)
+    _describe(compiled, folder, json)
+    return folder
+
+
+def default_output(model: str, backend: str) -> Path:
+    """Name the folder that `-o` would have named.
+
+    >>> default_output("models/v3.py", "triton"), default_output("checkpoints/R1/", "tvm")
+    (PosixPath('v3-triton'), PosixPath('R1-tvm'))
+    """
+    path = Path(model)
+    stem = path.stem if path.suffix == ".py" else path.resolve().name
+    return Path(f"{stem}-{backend}")
+
+
+def refuse_existing(output: Path) -> None:
+    """Refuse an output folder that is there already, before minutes go into compiling."""
+    from dsc.errors import ArtifactError
+
+    if output.exists():
+        raise ArtifactError(
+            "the output folder exists already",
+            where=str(output),
+            hint="choose another place with -o, or replace it with --force",
+        )
+
+
+def _describe(compiled: CompiledModel, folder: Path, json: bool) -> None:
+    from dsc.cli import console
+
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    total = sum(path.stat().st_size for path in files)
+    if json:
+        report = {"output": str(folder), "backend": compiled.backend, "bytes": total}
+        console.print_json(report | {"report": compiled.report})
+        return
+    console.stdout().print(
+        f"{folder}: {len(files)} files, {console.human_bytes(total)}, for {compiled.backend}"
+    )

@@ -1,0 +1,66 @@
+"""What remains of a crash: a traceback and, where a pass failed, the program that made it fail."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shlex
+import tempfile
+import time
+import traceback
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from dsc._version import __version__
+from dsc.errors import InternalError
+
+
+def save_crash(error: BaseException, argv: Sequence[str]) -> tuple[Path, str]:
+    """Write `traceback.txt` and a repro file; return their folder and the line that reproduces it.
+
+    Where the chain of causes holds an `InternalError` with a program, that program becomes
+    `repro.dsc` and its own command is the line. Otherwise the line is the command as it was typed,
+    saved as `repro.sh`.
+    """
+    folder = _new_folder()
+    _write(
+        folder / "traceback.txt", _environment(argv) + "".join(traceback.format_exception(error))
+    )
+    internal = next((e for e in _chain(error) if isinstance(e, InternalError) and e.program), None)
+    if internal is None:
+        line = shlex.join(["dsc", *argv])
+        _write(folder / "repro.sh", f"cd {shlex.quote(str(Path.cwd()))} && {line}\n")
+        return folder, line
+    _write(folder / "repro.dsc", internal.program)
+    return folder, internal.command.replace("repro.dsc", shlex.quote(str(folder / "repro.dsc")))
+
+
+def _new_folder() -> Path:
+    """Make a fresh folder in the user's state folder, or a temporary one where that fails."""
+    state = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state")
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    try:
+        (state / "dsc" / "crashes").mkdir(parents=True, exist_ok=True)
+        return Path(tempfile.mkdtemp(prefix=f"{stamp}-", dir=state / "dsc" / "crashes"))
+    except OSError:
+        return Path(tempfile.mkdtemp(prefix=f"dsc-crash-{stamp}-"))
+
+
+def _environment(argv: Sequence[str]) -> str:
+    return (
+        f"dsc {__version__}, Python {platform.python_version()}, {platform.platform()}\n"
+        f"command: {shlex.join(['dsc', *argv])}\n\n"
+    )
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    seen: set[int] = set()
+    current: BaseException | None = error
+    while current is not None and id(current) not in seen:
+        seen.add(id(current))
+        yield current
+        current = current.__cause__ or current.__context__
+
+
+def _write(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")

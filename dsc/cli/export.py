@@ -1,0 +1,69 @@
+"""`dsc export`: a model in, an ONNX folder for serving out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from typer import Option
+
+from dsc.cli import options
+from dsc.cli.compile import build_artifact
+
+
+def export(
+    model: options.Model,
+    config: options.Config = None,
+    weights: options.Weights = None,
+    onnx_ops: Annotated[
+        Literal["ort", "standard"],
+        Option("--onnx-ops", help="ONNX Runtime's own operators where faster, or only ONNX's."),
+    ] = "standard",
+    check: Annotated[bool, Option("--check", help="Run onnx.checker on what was written.")] = False,
+    fusion_level: options.FusionLevel = 3,
+    dtype: options.Dtype = None,
+    quant: options.Quant = "none",
+    max_batch: options.MaxBatch = None,
+    max_context: options.MaxContext = None,
+    prefill_chunk: options.PrefillChunk = 512,
+    json: options.Json = False,
+    force: options.Force = False,
+    output: options.Output = None,
+) -> None:
+    """Export MODEL as ONNX, with its latent cache as inputs and outputs.
+
+    Examples:
+
+        dsc export path/to/checkpoint --check -o onnx-model
+
+        dsc export models/v3.py --onnx-ops ort --quant int8
+    """
+    folder = build_artifact(
+        model,
+        output=output,
+        force=force,
+        json=json,
+        backend="onnxruntime",
+        config=config,
+        weights=weights,
+        fusion_level=fusion_level,
+        dtype=dtype,
+        quant=quant,
+        max_batch=max_batch,
+        max_context=max_context,
+        prefill_chunk=prefill_chunk,
+        backend_options={"onnx_ops": onnx_ops},
+    )
+    if check:
+        _check(folder)
+
+
+def _check(folder: Path) -> None:
+    """Run `onnx.checker` over every model; a model it refuses is our mistake, not the user's."""
+    import onnx
+
+    from dsc.cli import console
+
+    for path in sorted(folder.rglob("*.onnx")):
+        onnx.checker.check_model(str(path), full_check=True)
+        console.stderr().print(f"onnx.checker accepts {path}")

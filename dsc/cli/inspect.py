@@ -1,0 +1,125 @@
+"""`dsc inspect`: the text IR of a model at any point, or what an artifact holds."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+from typing import Annotated, Any
+
+from typer import Option
+
+from dsc.cli import options
+
+
+def inspect(
+    model: options.Model,
+    entry: Annotated[
+        str | None,
+        Option("--entry", metavar="E", help="Only this entry: decode, extend, prefill."),
+    ] = None,
+    after: Annotated[
+        str | None,
+        Option("--after", metavar="PASS", help="A model's IR after this pass, not the last."),
+    ] = None,
+    report: Annotated[bool, Option("--report", help="What each pass did, as JSON.")] = False,
+    kernels: Annotated[bool, Option("--kernels", help="The files the backend emitted.")] = False,
+    config: options.Config = None,
+    weights: options.Weights = None,
+    backend: options.Backend = None,
+) -> None:
+    """Print the text IR of MODEL, or of an artifact OUT, or what OUT holds.
+
+    Examples:
+
+        dsc inspect models/v3.py --entry decode --after absorb_mla
+
+        dsc inspect v3-tvm --kernels
+    """
+    folder = Path(model)
+    if (folder / "dsc.json").is_file():
+        _inspect_artifact(folder, entry, after, report, kernels)
+        return
+    from dsc.errors import UsageError
+
+    if report or kernels:
+        raise UsageError(
+            "--report and --kernels read an artifact",
+            where=model,
+            hint="compile it first: dsc compile " + model,
+        )
+    asked = {"config": config, "weights": weights}
+    given = {name: value for name, value in asked.items() if value is not None}
+    print(_select(_lowered(model, backend or "null", after, given), entry), end="")
+
+
+def _inspect_artifact(
+    folder: Path, entry: str | None, after: str | None, report: bool, kernels: bool
+) -> None:
+    from dsc.errors import UsageError
+
+    if after is not None:
+        raise UsageError(
+            "an artifact holds only its final program",
+            where=str(folder),
+            hint="name the model with --after, not the artifact",
+        )
+    if report:
+        print(json.dumps(json.loads((folder / "report.json").read_text("utf-8")), indent=2))
+    if kernels:
+        _list_kernels(folder)
+    if not (report or kernels):
+        print(_select((folder / "program.dsc").read_text("utf-8"), entry), end="")
+
+
+def _list_kernels(folder: Path) -> None:
+    """List the files in the backend's own folders, with their sizes."""
+    from dsc.cli import console
+
+    common = {"weights"}
+    for child in sorted(folder.iterdir()):
+        if not child.is_dir() or child.name in common:
+            continue
+        for path in sorted(child.rglob("*")):
+            if path.is_file():
+                size = console.human_bytes(path.stat().st_size)
+                print(f"{size:>10}  {path.relative_to(folder)}")
+
+
+def _lowered(model: str, backend: str, after: str | None, given: dict[str, Any]) -> str:
+    """Return the text IR of a model after pass `after`, or after the last one."""
+    from dsc import api
+    from dsc.cli import console
+    from dsc.errors import UsageError
+
+    with tempfile.TemporaryDirectory() as dump, console.progress_bar() as progress:
+        api.compile(model, backend=backend, dump_dir=Path(dump), progress=progress, **given)
+        texts = {
+            pass_name(path): path.read_text("utf-8") for path in sorted(Path(dump).glob("*.dsc"))
+        }
+    if after is not None and after not in texts:
+        raise UsageError(f"no pass {after!r} ran", where=model, hint="one of " + ", ".join(texts))
+    return texts[after] if after is not None else list(texts.values())[-1]
+
+
+def pass_name(path: Path) -> str:
+    """Return the pass of a numbered dump.
+
+    >>> pass_name(Path("03-absorb_mla.dsc")), pass_name(Path("12_fuse.dsc"))
+    ('absorb_mla', 'fuse')
+    """
+    return path.stem.lstrip("0123456789").lstrip("-_.")
+
+
+def _select(text: str, entry: str | None) -> str:
+    """Return the whole program, or one entry of it."""
+    if entry is None:
+        return text if text.endswith("\n") else text + "\n"
+    from dsc.errors import UsageError
+    from dsc.ir.parser import parse_program
+    from dsc.ir.printer import print_graph
+
+    entries = parse_program(text).entries
+    if entry not in entries:
+        raise UsageError(f"no entry {entry!r}", hint="one of " + ", ".join(entries))
+    return print_graph(entries[entry]).rstrip("\n") + "\n"

@@ -1,0 +1,57 @@
+"""`dsc opt`: text IR in, text IR out, through the passes that are named."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+from typer import Argument, Option
+
+
+def opt(
+    file: Annotated[
+        str, Argument(metavar="FILE.dsc", help="A program; - reads it from standard input.")
+    ],
+    passes: Annotated[
+        str, Option("-p", "--passes", metavar="pass,pass", help="Applied in this order.")
+    ] = "",
+    explain: Annotated[
+        str | None,
+        Option("--explain", metavar="PASS", help="Say where this pass fired, or why it did not."),
+    ] = None,
+    verify_each: Annotated[
+        bool, Option("--verify-each", help="Interpret before and after every pass and compare.")
+    ] = False,
+) -> None:
+    """Apply passes to a text program and print the result.
+
+    Examples:
+
+        dsc opt layer.dsc -p absorb_mla,fuse
+
+        dsc opt layer.dsc --explain absorb_mla
+    """
+    from dsc import pipeline
+    from dsc.ir.parser import parse_program
+    from dsc.ir.printer import print_program
+
+    program = parse_program(read_text(file))
+    names = [name.strip() for name in passes.split(",") if name.strip()]
+    program = pipeline.apply(program, names, verify_each=verify_each)
+    if explain is not None:
+        print(pipeline.explain(program, explain))
+        return
+    sys.stdout.write(print_program(program))
+
+
+def read_text(file: str) -> str:
+    """Read a file, or standard input for `-`."""
+    from dsc.errors import UsageError
+
+    if file == "-":
+        return sys.stdin.read()
+    try:
+        return Path(file).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"cannot read it: {error}", where=file) from None

@@ -1,0 +1,145 @@
+"""The options that several verbs share, declared once with their help."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from typer import Argument, Option
+
+Model = Annotated[
+    str,
+    Argument(
+        metavar="MODEL",
+        help="A .py file with build(config), a checkpoint folder, or a built-in name.",
+        show_default=False,
+    ),
+]
+Artifact = Annotated[
+    Path, Argument(metavar="OUT", help="A folder that dsc compile wrote.", show_default=False)
+]
+Config = Annotated[
+    str | None,
+    Option(
+        "--config",
+        metavar="NAME|FILE",
+        help="A built-in configuration or a config.json.  [default: tiny, with its weights]",
+        show_default=False,
+    ),
+]
+Weights = Annotated[
+    str | None,
+    Option(
+        "--weights",
+        metavar="DIR|none",
+        help="Where the safetensors files are; 'none' compiles without any.",
+        show_default=False,
+    ),
+]
+Backend = Annotated[
+    str | None,
+    Option(
+        "--backend",
+        metavar="NAME",
+        help="triton, tvm, onnxruntime, reference or null.  [default: the best that runs here]",
+        show_default=False,
+    ),
+]
+Targets = Annotated[
+    list[str] | None,
+    Option(
+        "--target",
+        metavar="T",
+        help="cpu, cpu:znver4, cuda:sm_90, hip:gfx942, …; repeat for several.  [default: auto]",
+        show_default=False,
+    ),
+]
+FusionLevel = Annotated[
+    int,
+    Option(
+        "--fusion-level",
+        min=0,
+        max=3,
+        help="0: a kernel an operator; 1: pointwise chains; 2: into GEMMs; 3: everything.",
+    ),
+]
+Dtype = Annotated[
+    Literal["fp32", "bf16", "fp16"] | None,
+    Option("--dtype", help="Compute dtype.  [default: the checkpoint's]", show_default=False),
+]
+Quant = Annotated[
+    Literal["none", "fp8", "int8", "int4"],
+    Option("--quant", help="Weight format of the linear layers and experts."),
+]
+MaxBatch = Annotated[
+    int | None,
+    Option("--max-batch", min=1, help="Sequences in one step.  [default: 1]", show_default=False),
+]
+MaxContext = Annotated[
+    int | None,
+    Option(
+        "--max-context",
+        min=1,
+        help="Tokens a sequence may hold.  [default: the model's limit]",
+        show_default=False,
+    ),
+]
+PrefillChunk = Annotated[
+    int, Option("--prefill-chunk", min=1, help="Tokens of a prompt processed at once.")
+]
+Threads = Annotated[
+    int | None,
+    Option(
+        "--threads",
+        min=1,
+        help="CPU threads.  [default: the cores this process may use]",
+        show_default=False,
+    ),
+]
+Fallback = Annotated[
+    str | None,
+    Option(
+        "--fallback",
+        metavar="BACKEND",
+        help="Run what the backend refuses on this one (reference); without it, refuse.",
+        show_default=False,
+    ),
+]
+PrintIrAfter = Annotated[
+    list[str] | None,
+    Option(
+        "--print-ir-after",
+        metavar="PASS|all",
+        help="Print the text IR after this pass; repeatable.",
+        show_default=False,
+    ),
+]
+DumpDir = Annotated[
+    Path | None,
+    Option(
+        "--dump-dir",
+        metavar="D",
+        help="Write numbered text IR, one file a pass, and one line about each.",
+        show_default=False,
+    ),
+]
+VerifyEach = Annotated[
+    bool,
+    Option("--verify-each", help="Interpret the program before and after every pass and compare."),
+]
+Json = Annotated[bool, Option("--json", help="Print one JSON document on standard output.")]
+Force = Annotated[bool, Option("--force", help="Replace the folder at OUT.")]
+Trust = Annotated[
+    bool,
+    Option("--trust", help="Load code that this user did not build."),
+]
+Output = Annotated[
+    Path | None,
+    Option(
+        "-o",
+        "--output",
+        metavar="OUT",
+        help="Where the artifact goes.  [default: ./MODEL-BACKEND]",
+        show_default=False,
+    ),
+]

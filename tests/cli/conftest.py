@@ -1,0 +1,116 @@
+"""A compiler that compiles nothing, so that the verbs are tested apart from what they call."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from typer.testing import CliRunner, Result
+
+import dsc
+from dsc.cli import build_app
+
+VOCAB = 16
+Invoke = Callable[..., Result]
+
+
+class CountingSession:
+    """After token t the likeliest token is t + 1 (modulo the vocabulary)."""
+
+    def prefill(self, ids: NDArray[np.int64], all_logits: bool = False) -> NDArray[np.float32]:
+        """Return logits [B, S, vocab], or of the last position [B, vocab]."""
+        logits = np.eye(VOCAB, dtype=np.float32)[(ids + 1) % VOCAB]
+        return logits if all_logits else logits[:, -1]
+
+    def decode(self, next_ids: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Return logits [B, vocab]."""
+        return self.prefill(next_ids[:, None])
+
+
+class LetterTokenizer:
+    """Token i is the i-th letter of the alphabet."""
+
+    def encode(self, text: str) -> SimpleNamespace:
+        """Number the letters."""
+        return SimpleNamespace(ids=[(ord(c) - ord("a")) % VOCAB for c in text])
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Spell the numbers."""
+        return "".join(chr(ord("a") + i) for i in ids)
+
+
+class CountingModel:
+    """What the fake `compile` and `load` return."""
+
+    def __init__(self, backend: str = "reference") -> None:
+        self.backend = backend
+        self.report = {"passes": []}
+        self.tokenizer = LetterTokenizer()
+        self.sessions: list[tuple[int, int]] = []
+
+    def session(self, max_batch: int, max_context: int) -> CountingSession:
+        """Open a session and note its bounds."""
+        self.sessions.append((max_batch, max_context))
+        return CountingSession()
+
+    def save(self, path: Path, force: bool = False) -> None:
+        """Write the least that the verbs read."""
+        path.mkdir(parents=True, exist_ok=force)
+        config = {"vocab_size": VOCAB, "eos_token_id": 7}
+        (path / "dsc.json").write_text(json.dumps({"config": config, "source": "somewhere"}))
+        (path / "program.dsc").write_text("the program")
+        (path / "report.json").write_text("{}")
+        (path / "null").mkdir(exist_ok=True)
+        (path / "null" / "kernel.txt").write_text("nothing")
+
+
+class FakeApi:
+    """Stands in for `dsc.api` and remembers what it was asked."""
+
+    def __init__(self) -> None:
+        self.asked: list[dict[str, Any]] = []
+        self.loaded: list[dict[str, Any]] = []
+
+    def compile(self, model: str, **options: Any) -> CountingModel:
+        """Remember the options; write one dump where they ask for it."""
+        self.asked.append({"model": model, **options})
+        if "dump_dir" in options:
+            for number, name in enumerate(("raise", "absorb_mla")):
+                (options["dump_dir"] / f"{number:02}-{name}.dsc").write_text(f"after {name}\n")
+        return CountingModel(options.get("backend") or "reference")
+
+    def load(self, path: Path, trust: bool = False) -> CountingModel:
+        """Remember the path."""
+        self.loaded.append({"path": path, "trust": trust})
+        return CountingModel()
+
+
+@pytest.fixture
+def api(monkeypatch: pytest.MonkeyPatch) -> FakeApi:
+    """Put the fake in the place of `dsc.api`."""
+    fake = FakeApi()
+    monkeypatch.setattr(dsc, "api", fake, raising=False)
+    return fake
+
+
+@pytest.fixture
+def artifact(tmp_path: Path) -> Path:
+    """Return a folder that the verbs take for an artifact."""
+    CountingModel().save(tmp_path / "out")
+    return tmp_path / "out"
+
+
+@pytest.fixture
+def invoke() -> Invoke:
+    """Run a verb in this process; an exception that escapes it escapes here."""
+
+    def run(*arguments: str) -> Result:
+        return CliRunner().invoke(build_app(), list(arguments), catch_exceptions=False)
+
+    return run

@@ -1,0 +1,148 @@
+"""Each verb asks the API for what the user typed, and prints what comes back."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from dsc.cli import doctor
+from dsc.cli.compile import default_output
+from dsc.errors import ArtifactError, UsageError
+
+from .conftest import FakeApi, Invoke
+
+
+def test_compile_passes_only_what_was_asked(api: FakeApi, invoke: Invoke, tmp_path: Path) -> None:
+    line = f"compile m.py --backend tvm --target cpu --quant int8 --max-batch 4 -o {tmp_path}/o"
+    result = invoke(*line.split())
+    assert result.exit_code == 0
+    (asked,) = api.asked
+    assert asked.pop("progress") is not None
+    assert asked == {
+        "model": "m.py",
+        "backend": "tvm",
+        "target": ["cpu"],
+        "quant": "int8",
+        "max_batch": 4,
+        "fusion_level": 3,
+        "prefill_chunk": 512,
+        "print_ir_after": (),
+        "verify_each": False,
+    }
+    assert (tmp_path / "o" / "dsc.json").is_file()
+
+
+def test_compile_names_the_folder_after_model_and_backend(
+    api: FakeApi, invoke: Invoke, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert invoke("compile", "models/v3.py").exit_code == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["v3-reference"]
+    (tmp_path / "R1").mkdir()
+    assert default_output("R1/", "tvm") == Path("R1-tvm")
+
+
+def test_compile_keeps_an_existing_folder(api: FakeApi, invoke: Invoke, artifact: Path) -> None:
+    with pytest.raises(ArtifactError, match="exists already"):
+        invoke("compile", "m.py", "-o", str(artifact))
+    assert not api.asked
+    assert invoke("compile", "m.py", "-o", str(artifact), "--force").exit_code == 0
+
+
+def test_compile_json_is_one_document(api: FakeApi, invoke: Invoke, tmp_path: Path) -> None:
+    result = invoke("compile", "m.py", "--json", "-o", str(tmp_path / "o"))
+    document = json.loads(result.stdout)
+    assert document["backend"] == "reference"
+    assert document["bytes"] > 0
+
+
+def test_export_asks_for_onnx(api: FakeApi, invoke: Invoke, tmp_path: Path) -> None:
+    assert invoke("export", "m.py", "--onnx-ops", "ort", "-o", str(tmp_path / "o")).exit_code == 0
+    assert api.asked[0]["backend"] == "onnxruntime"
+    assert api.asked[0]["backend_options"] == {"onnx_ops": "ort"}
+
+
+def test_generate_streams_until_the_end_token(api: FakeApi, invoke: Invoke, artifact: Path) -> None:
+    result = invoke("generate", str(artifact), "--prompt", "abc", "--trust")
+    assert result.stdout == "defg\n"  # h is the end token, 7
+    assert api.loaded == [{"path": artifact, "trust": True}]
+
+
+def test_generate_counts(api: FakeApi, invoke: Invoke, artifact: Path) -> None:
+    line = ("generate", str(artifact), "--prompt", "abc", "--max-new-tokens", "3", "--json")
+    document = json.loads(invoke(*line).stdout)
+    assert document["text"] == "def"
+    assert (document["prompt_tokens"], document["new_tokens"]) == (3, 3)
+    assert document["decode_tokens_per_s"] > 0
+
+
+def test_generate_refuses_an_empty_prompt(api: FakeApi, invoke: Invoke, artifact: Path) -> None:
+    with pytest.raises(UsageError, match="no token"):
+        invoke("generate", str(artifact), "--prompt", "")
+
+
+def test_bench_measures_both_phases(api: FakeApi, invoke: Invoke, artifact: Path) -> None:
+    line = ("bench", str(artifact), "--prompt-len=8", "--tokens=4", "--repeats=2", "--json")
+    document = json.loads(invoke(*line).stdout)
+    assert document["prefill"]["steps"] == 2
+    assert document["decode"]["steps"] == 4
+    low, high = document["decode"]["quartiles_ms"]
+    assert low <= document["decode"]["median_ms"] <= high
+
+
+def test_verify_compares_with_the_oracle(api: FakeApi, invoke: Invoke, artifact: Path) -> None:
+    result = invoke("verify", str(artifact), "--json")
+    document = json.loads(result.stdout)
+    assert result.exit_code == 0
+    assert document["max_logit_diff"] == 0
+    assert document["greedy_agreement"] == 1
+    assert {"excluded", "perplexity"} <= set(document)
+    assert api.asked == [{"model": "somewhere", "backend": "reference", "dtype": "fp32"}]
+
+
+def test_verify_against_transformers_needs_a_checkpoint(
+    api: FakeApi, invoke: Invoke, artifact: Path
+) -> None:
+    with pytest.raises(UsageError, match="checkpoint folders only"):
+        invoke("verify", str(artifact), "--against", "hf")
+
+
+def test_inspect_shows_a_models_ir(api: FakeApi, invoke: Invoke) -> None:
+    assert invoke("inspect", "m.py").stdout == "after absorb_mla\n"
+    assert invoke("inspect", "m.py", "--after", "raise").stdout == "after raise\n"
+    with pytest.raises(UsageError, match="no pass 'fuse' ran"):
+        invoke("inspect", "m.py", "--after", "fuse")
+
+
+def test_inspect_shows_what_an_artifact_holds(invoke: Invoke, artifact: Path) -> None:
+    assert invoke("inspect", str(artifact)).stdout == "the program\n"
+    assert invoke("inspect", str(artifact), "--report").stdout == "{}\n"
+    listed = invoke("inspect", str(artifact), "--kernels").stdout.split()
+    assert listed == ["7", "B", os.path.join("null", "kernel.txt")]
+
+
+def test_opt_refuses_a_missing_file(invoke: Invoke, tmp_path: Path) -> None:
+    from dsc.cli.opt import read_text
+
+    with pytest.raises(UsageError, match="cannot read it"):
+        read_text(str(tmp_path / "none.dsc"))
+
+
+def test_doctor_says_what_is_missing(monkeypatch: pytest.MonkeyPatch, invoke: Invoke) -> None:
+    here = doctor.Toolchain("plain", "json", "json", doctor._cpu_only, "cpu")
+    missing = doctor.Toolchain("absent", "no_such_package", "nsp", doctor._cpu_only, "cpu")
+    monkeypatch.setattr(doctor, "TOOLCHAINS", (here, missing))
+    found = json.loads(invoke("doctor", "--json").stdout)
+    assert found["cpu"]["cores"] >= 1
+    assert [b["version"] for b in found["backends"]] == ["2.0.9", ""]
+    assert found["backends"][1]["to_do"] == "pip install nsp"
+
+
+def test_doctor_tells_damaged_from_missing() -> None:
+    version, problem = doctor.imported_version("antigravity_is_not_here")
+    assert version == ""
+    damaged = doctor.Toolchain("x", "x", "dist", doctor._cpu_only, "cpu")
+    assert doctor._remedy(damaged, problem).startswith("pip install --force-reinstall dist")
