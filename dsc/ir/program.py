@@ -8,6 +8,7 @@ from typing import Any
 
 from dsc.ir.dims import Range
 from dsc.ir.graph import Graph
+from dsc.ir.memory import MemoryPlan
 from dsc.ir.stages import Stage
 from dsc.ir.types import TensorType
 from dsc.ir.weights import MetaSource, WeightExpr, WeightSource
@@ -19,7 +20,8 @@ class Program:
 
     `entries` are graphs by name (`decode`, `extend`, `prefill`, or one `main`); `weights` gives
     each `@name` its expression over `source`; `symbols` bounds every symbolic dim; `meta` carries
-    the model configuration and what the frontends found (JSON values only).
+    the model configuration and what the frontends found (JSON values only); `memory` is the plan of
+    each entry, once there is one.
     """
 
     name: str
@@ -29,6 +31,7 @@ class Program:
     source: WeightSource = field(default_factory=lambda: MetaSource({}))
     meta: Mapping[str, Any] = field(default_factory=dict)
     stage: Stage = Stage.TRACED
+    memory: Mapping[str, MemoryPlan] = field(default_factory=dict)
 
     def map_entries(self, function: Callable[[Graph], Graph]) -> Program:
         """The program with each entry rewritten; itself when none changed."""
