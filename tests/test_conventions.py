@@ -1,0 +1,312 @@
+"""The police of the house: what the repository promises about itself, checked file by file."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import dsc
+
+ROOT = Path(__file__).resolve().parent.parent
+SIBLINGS = ("frontends", "passes", "backends", "models")
+CODE = ("dsc", *SIBLINGS, "tests", "bench")
+HEAVY = ("torch", "triton", "tvm", "onnxruntime", "transformers")
+
+
+def tracked() -> list[Path]:
+    """Return the files of the repository: git's, and new ones that it does not ignore."""
+    line = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"]
+    done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        return [path for top in CODE for path in (ROOT / top).rglob("*.py")]
+    paths = (ROOT / name for name in done.stdout.split("\0") if name)
+    return sorted(path for path in paths if path.is_file() and not path.is_symlink())
+
+
+TRACKED = tracked()
+SOURCES = [path for path in TRACKED if path.suffix == ".py"]
+PASSES = [path for path in SOURCES if path.parts[len(ROOT.parts)] == "passes"]
+
+
+def name(path: Path) -> str:
+    """Spell a path as the repository does."""
+    return path.relative_to(ROOT).as_posix()
+
+
+def module_of(path: Path) -> str:
+    """Return the module that a source file is imported as: `passes/fuse.py` is dsc.passes.fuse."""
+    parts = list(path.relative_to(ROOT).with_suffix("").parts)
+    if parts[0] in SIBLINGS:
+        parts.insert(0, "dsc")
+    if parts[-1] == "__init__":
+        parts.pop()
+    return ".".join(parts)
+
+
+def is_pass(path: Path) -> bool:
+    """Tell a pass from the package file and from what passes share (a leading underscore)."""
+    return not path.stem.startswith("_")
+
+
+# --- size -----------------------------------------------------------------------------------------
+
+
+def test_no_file_is_over_600_lines_and_no_pass_over_300() -> None:
+    lengths = {path: len(path.read_text("utf-8").splitlines()) for path in SOURCES}
+    long = [f"{name(p)}: {n}" for p, n in lengths.items() if n > (300 if p in PASSES else 600)]
+    assert not long, long
+
+
+# --- who may import whom --------------------------------------------------------------------------
+
+# For each layer, the parts of dsc that it may see; a module under none of these is not judged.
+# Everybody may see errors and settings.
+LAYERS = {
+    "dsc.errors": (),
+    "dsc.settings": (),
+    "dsc.ir": ("dsc.ir",),
+    "dsc.rewrite": ("dsc.ir", "dsc.rewrite"),
+    "dsc.targets": ("dsc.ir", "dsc.hardware"),
+    "dsc.passes": ("dsc.ir", "dsc.rewrite", "dsc.passes", "dsc.targets"),
+    "dsc.pipeline": ("dsc.ir", "dsc.rewrite", "dsc.passes", "dsc.targets", "dsc.backends.base"),
+    "dsc.models": ("dsc.models", "dsc.ir", "dsc.frontends"),
+}
+BACKEND = ("dsc.ir", "dsc.targets", "dsc.rewrite", "dsc.runtime.plan", "dsc.backends.base")
+# The runtime runs what was compiled, and must not need the compiler.
+RUNTIME_NEVER = ("dsc.passes", "dsc.pipeline", "dsc.frontends", "dsc.cli", "dsc.api", "dsc.models")
+EVERYBODY = ("dsc.errors", "dsc.settings", "dsc._version")
+
+
+def imported(path: Path) -> Iterator[tuple[int, str]]:
+    """Yield (line, module) of every import in a file, also those inside functions."""
+    package = module_of(path).split(".")
+    if path.name != "__init__.py":
+        package.pop()
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            start = ".".join([*base, *([node.module] if node.module else [])])
+            yield from ((node.lineno, _target(start, alias.name)) for alias in node.names)
+
+
+def _target(module: str, attribute: str) -> str:
+    """Resolve `from dsc.ir import dims` to the submodule, where it is one."""
+    inside = ROOT.joinpath(*module.split("."), attribute)
+    is_module = inside.is_dir() or inside.with_suffix(".py").is_file()
+    return f"{module}.{attribute}" if is_module else module
+
+
+def within(module: str, parts: tuple[str, ...]) -> bool:
+    """Return whether a module is one of `parts` or inside one."""
+    return any(module == part or module.startswith(part + ".") for part in parts)
+
+
+def allowed(module: str) -> tuple[str, ...] | None:
+    """Return what a module may see of dsc; None where there is no rule."""
+    parts = module.split(".")
+    if parts[:2] == ["dsc", "backends"] and len(parts) > 2:
+        return (*BACKEND, ".".join(parts[:3]), *EVERYBODY)
+    layer = next((layer for layer in LAYERS if within(module, (layer,))), None)
+    return None if layer is None else (*LAYERS[layer], *EVERYBODY)
+
+
+def test_nothing_imports_upward() -> None:
+    wrong = []
+    for path in SOURCES:
+        module = module_of(path)
+        may_see = allowed(module)
+        for line, target in imported(path):
+            if not within(target, ("dsc",)):
+                continue
+            upward = may_see is not None and not within(target, may_see)
+            if upward or (within(module, ("dsc.runtime",)) and within(target, RUNTIME_NEVER)):
+                wrong.append(f"{name(path)}:{line} imports {target}")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_an_upward_import_would_be_seen() -> None:
+    assert not within("dsc.pipeline", allowed("dsc.ir.graph") or ())
+    assert not within("dsc.backends.tvm.emit", allowed("dsc.backends.triton.emit") or ())
+    assert within("dsc.backends.tvm.emit", allowed("dsc.backends.tvm.lower") or ())
+    assert _target("dsc.ir", "dims") in ("dsc.ir.dims", "dsc.ir")
+    assert _target("dsc", "errors") == "dsc.errors"
+
+
+def test_no_bare_sibling_is_imported() -> None:
+    wrong = [
+        f"{name(path)}:{line} imports {target}"
+        for path in SOURCES
+        for line, target in imported(path)
+        if within(target, SIBLINGS)
+    ]
+    assert not wrong, wrong
+
+
+# --- what importing costs -------------------------------------------------------------------------
+
+
+def run_python(code: str) -> str:
+    """Run code in a fresh interpreter that finds the checkout, and return what it prints."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "TRITON_DEFAULT_FP_FUSION": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+@pytest.mark.parametrize("module", ["dsc", "dsc.cli", "dsc.errors", "dsc.ir"])
+def test_importing_is_light(module: str) -> None:
+    code = f"import sys, {module}; print(*[m for m in {HEAVY!r} if m in sys.modules])"
+    assert run_python(code) == ""
+
+
+def test_importing_dsc_takes_under_half_a_second() -> None:
+    code = "import time; t = time.process_time(); import dsc; print(time.process_time() - t)"
+    assert min(float(run_python(code)) for _ in range(3)) < 0.5
+
+
+def test_every_module_imports_and_no_bare_sibling_is_loaded() -> None:
+    modules = sorted({module_of(p) for p in SOURCES if module_of(p).split(".")[0] == "dsc"})
+    code = f"""
+import importlib, sys
+for module in {modules!r}:
+    importlib.import_module(module)
+print(*[m for m in sys.modules if m.split(".")[0] in {SIBLINGS!r}])
+"""
+    assert run_python(code) == ""
+
+
+# --- the public names -----------------------------------------------------------------------------
+
+
+def test_the_lazy_table_the_checkers_imports_and_all_agree() -> None:
+    tree = ast.parse((ROOT / "dsc" / "__init__.py").read_text("utf-8"))
+    block = next(
+        node
+        for node in tree.body
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+    )
+    seen = {
+        alias.asname or alias.name: f"{node.module}:{alias.name}"
+        for node in block.body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+    assert seen == dsc._LAZY
+    assert sorted(dsc.__all__) == sorted([*seen, "__version__"])
+
+
+def test_every_lazy_name_resolves() -> None:
+    for public, place in dsc._LAZY.items():
+        module, _, attribute = place.partition(":")
+        path = ROOT.joinpath(*module.split("."))
+        if path.with_suffix(".py").is_file() or path.is_dir():
+            value = getattr(dsc, public)
+            assert value is getattr(importlib.import_module(module), attribute)
+
+
+def test_an_unknown_name_is_an_attribute_error() -> None:
+    assert not hasattr(dsc, "no_such_name")
+    assert set(dsc.__all__) <= set(dir(dsc))
+
+
+# --- passes ---------------------------------------------------------------------------------------
+
+BLOCKS = ("Why it pays", "Preconditions", "Before", "After")
+
+
+@pytest.mark.parametrize("path", [p for p in PASSES if is_pass(p)], ids=name)
+def test_a_pass_tells_what_why_when_and_shows_it(path: Path) -> None:
+    doc = ast.get_docstring(ast.parse(path.read_text("utf-8"))) or ""
+    assert doc.partition("\n")[0].strip(), "the first line says what the pass does"
+    absent = [block for block in BLOCKS if not re.search(rf"^{block}\b", doc, re.MULTILINE)]
+    assert not absent, f"no block {absent}"
+
+
+@pytest.mark.parametrize("path", [p for p in PASSES if is_pass(p)], ids=name)
+def test_a_pass_has_a_slot_in_the_pipeline(path: Path) -> None:
+    pipeline = ROOT / "dsc" / "pipeline.py"
+    assert re.search(rf"\b{path.stem}\b", pipeline.read_text("utf-8"))
+
+
+# --- operators ------------------------------------------------------------------------------------
+
+
+def test_every_operator_has_doc_reference_and_example() -> None:
+    op = pytest.importorskip("dsc.ir.op", reason="the registry of operators is not written yet")
+    incomplete = []
+    for operator, definition in op.registry().items():
+        has_body = any(attr.kind == "graph" for attr in definition.attrs)
+        if not (definition.doc and callable(definition.reference)):
+            incomplete.append(operator)
+        elif not definition.example and not has_body:
+            incomplete.append(f"{operator} (no example)")
+    assert not incomplete, incomplete
+
+
+# --- texts ----------------------------------------------------------------------------------------
+
+# Split so that this file does not hold what it looks for.
+FORBIDDEN = {
+    "an unfinished mark": re.compile(
+        "|".join((r"\bTO" + "DO\b", r"\bFIX" + "ME\b", r"\bXX" + "X\b"))
+    ),
+    "a path of one machine": re.compile(
+        r"(?<![\w.])/(?:wo" + r"rk|ro" + r"ot|ho" + r"me/\w+|farm)/"
+    ),
+    "a registry's host": re.compile(
+        r"py" + r"pi\.org|pythonhost" + r"ed|artifact" + r"ory|index-" + "url"
+    ),
+}
+TEXT = {".py", ".md", ".toml", ".txt", ".cfg", ".sh", ".yml", ".yaml", ".dsc", ".json", ""}
+
+
+def test_texts_hold_no_mark_no_machine_path_and_no_registry() -> None:
+    found = []
+    for path in TRACKED:
+        if path.suffix not in TEXT or path.stat().st_size > 1_000_000:
+            continue
+        for number, line in enumerate(path.read_text("utf-8", "replace").splitlines(), 1):
+            found += [
+                f"{name(path)}:{number}: {what}"
+                for what, mark in FORBIDDEN.items()
+                if mark.search(line)
+            ]
+    assert not found, "\n".join(found)
+
+
+def test_every_test_file_can_fail() -> None:
+    tests = [path for path in SOURCES if path.name.startswith("test_")]
+    idle = [
+        name(p) for p in tests if not re.search(r"\bassert\b|raises|check", p.read_text("utf-8"))
+    ]
+    assert not idle, idle
+
+
+def test_make_has_its_targets() -> None:
+    text = (ROOT / "Makefile").read_text("utf-8")
+    targets = set(re.findall(r"^([a-z]+):", text, re.MULTILINE))
+    assert {"demo", "test", "bars", "lint", "types", "setup"} <= targets
+
+
+def test_the_siblings_are_symlinks_into_the_package() -> None:
+    for sibling in SIBLINGS:
+        link = ROOT / "dsc" / sibling
+        assert link.is_symlink(), link
+        assert os.readlink(link) == f"../{sibling}"

@@ -1,0 +1,38 @@
+"""Limits hold for a device or its family; the mode is off until it is switched on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from dsc import settings
+from dsc.errors import UsageError
+
+
+@pytest.fixture(autouse=True)
+def untouched() -> Iterator[None]:
+    """Leave the process as it was."""
+    yield
+    for device in ("cuda", "cuda:1"):
+        settings.set_memory_limit(device, None)
+    settings.set_debug_mode(False)
+
+
+def test_a_device_has_its_own_limit_or_its_familys() -> None:
+    settings.set_memory_limit("cuda", 2)
+    settings.set_memory_limit("cuda:1", 0.5)
+    assert settings.memory_limit("cuda:0") == 2_000_000
+    assert settings.memory_limit("cuda:1") == 500_000
+    assert settings.memory_limit("cpu") is None
+
+
+def test_a_limit_must_be_positive() -> None:
+    with pytest.raises(UsageError, match="memory limit of 0 MB"):
+        settings.set_memory_limit("cpu", 0)
+
+
+def test_the_debug_mode_switches() -> None:
+    assert not settings.debug_mode()
+    settings.set_debug_mode()
+    assert settings.debug_mode()
