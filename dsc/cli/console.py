@@ -51,11 +51,11 @@ class StepReporter:
         self._bars = bars
         self._task: TaskID | None = None
 
-    def __call__(self, what: str, done: int = 0, total: int | None = None) -> None:
-        """Show that step `what` has finished `done` of `total` parts (None: not known)."""
+    def __call__(self, what: str, done: int = 0, total: int = 0) -> None:
+        """Show that step `what` has finished `done` of `total` parts (0: not known)."""
         if self._task is None:
-            self._task = self._bars.add_task(what, total=total)
-        self._bars.update(self._task, description=what, completed=done, total=total)
+            self._task = self._bars.add_task(what)
+        self._bars.update(self._task, description=what, completed=done, total=total or None)
 
 
 @contextmanager
