@@ -1,0 +1,78 @@
+"""Make the entry graphs that a backend wants out of the one graph that was traced.
+
+What           the traced graph, symbolic in new tokens S, becomes `decode` (S = 1, one row of
+               logits), `extend` and `prefill`; the guard table for choosing goes into the meta.
+Why it pays    one trace serves all; each entry is then optimised for its own cost.
+Preconditions  stage CANONICAL; one entry `step` with the inputs of a causal LM.
+Before         graph step(%input_ids: i64[B,S], %logits_at: i64[B,L]) {
+                 %h = embedding %input_ids, @embed : f32[B,S,8]
+                 %r = select_rows %h, %logits_at : f32[B,L,8]
+                 return %r as "logits"
+               }
+After          graph decode(%input_ids: i64[B,1], %logits_at: i64[B,1]) {
+                 %h = embedding %input_ids, @embed : f32[B,1,8]
+                 %r = select_rows %h, %logits_at : f32[B,1,8]
+                 return %r as "logits"
+               }
+               (and extend, prefill: the traced graph under those names)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from dsc.ir.dims import Dim
+from dsc.ir.graph import Graph
+from dsc.ir.program import Program
+from dsc.ir.stages import Stage
+from dsc.rewrite.base import Pass, PassReport
+
+STEP = "step"
+
+
+@dataclass(frozen=True)
+class SpecialiseEntries(Pass):
+    """Split the entry `step` into the named entries."""
+
+    entries: tuple[str, ...] = ("decode", "extend", "prefill")
+
+    needs = frozenset({Stage.CANONICAL})
+
+    def run(self, program: Program, report: PassReport) -> Program:
+        """Substitute and rename; other programs pass unchanged."""
+        step = program.entries.get(STEP)
+        if step is None:
+            return program
+        made = {name: replace(_specialised(step, name), name=name) for name in self.entries}
+        report.fire("specialise", len(made))
+        meta = {**program.meta, "guards": guards(step, self.entries)}
+        return replace(program, entries=made, meta=meta)
+
+
+def guards(step: Graph, entries: tuple[str, ...]) -> dict[str, int]:
+    """The largest number of new tokens that each entry serves; 0 means no limit.
+
+    `extend` serves up to the absorption break-even: c (n + v) / (2 c - n - v) new tokens for a
+    latent of width c, nope width n and value width v.
+    """
+    limits = {"decode": 1, "extend": break_even(step), "prefill": 0}
+    return {name: limits[name] for name in entries}
+
+
+def break_even(step: Graph) -> int:
+    """New tokens up to which attention over the latent costs fewer flops than expanding it."""
+    for node in step.nodes:
+        if node.op != "mla_attention":
+            continue
+        nope, latent = node.operands[0].type.shape[3], node.operands[2].type.shape[2]
+        value = node.output.type.shape[3]
+        if not (isinstance(nope, int) and isinstance(latent, int) and isinstance(value, int)):
+            continue
+        excess = 2 * latent - nope - value
+        return latent * (nope + value) // excess if excess > 0 else 0
+    return 0
+
+
+def _specialised(step: Graph, name: str) -> Graph:
+    env: dict[str, Dim] = {"S": 1, "L": 1}
+    return step.substitute(env) if name == "decode" else step
