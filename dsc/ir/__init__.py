@@ -1,0 +1,1 @@
+"""The intermediate representation: types, graphs, operators, text form, verifier, interpreter."""

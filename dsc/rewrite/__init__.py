@@ -1,0 +1,1 @@
+"""How a Program is rewritten: passes, patterns, rules, and the driver that applies them."""

@@ -1,0 +1,1 @@
+"""How a compiled program runs: plans, sessions, executors, artifacts."""
