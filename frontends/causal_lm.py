@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from dsc.frontends.config import ModelConfig
+from dsc.ir.types import DType, TensorType
+from dsc.models.v3 import append, visible
 
 TokenInputs = ("input_ids", "positions", "lengths", "logits_at")
 
@@ -34,7 +36,7 @@ class Extents:
 
 def example_inputs(
     config: ModelConfig,
-    extents: Extents = Extents(),  # noqa: B008 - frozen
+    extents: Extents = Extents(),
     *,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
@@ -93,22 +95,44 @@ def _cache_names(prefix: str, config: ModelConfig) -> list[str]:
     return [f"{prefix}.{layer}.{part}" for layer in layers for part in ("latent", "rope")]
 
 
+def parameter_types(module: nn.Module) -> dict[str, TensorType]:
+    """Name and type of all that a checkpoint must supply: parameters and persistent buffers."""
+    return {
+        name: TensorType(DType.of(tensor.dtype), tuple(tensor.shape))
+        for name, tensor in module.state_dict().items()
+    }
+
+
+def cast_parameters(module: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Give all parameters the compute dtype, in place; buffers keep theirs.
+
+    `Module.to` would round the router's correction bias and the rope frequencies, which stay fp32
+    in every published model.
+    """
+    for parameter in module.parameters():
+        parameter.data = parameter.data.to(dtype)
+        parameter.requires_grad_(False)
+    return module
+
+
 class CausalLMStep(nn.Module):
     """A stock `DeepseekV2ForCausalLM` or `DeepseekV3ForCausalLM` behind the step's signature.
 
     The two submodules keep their names, so parameters and traced module paths read as in the
     checkpoint (`model.layers.3.self_attn.kv_b_proj.weight`).
 
-    transformers appends to a cache by concatenation and masks by row number: it knows no
-    `lengths`. The step is therefore exact where `lengths[b] == P` for every b; a compiler that
-    wants ragged batches replaces concatenation and mask by their forms with lengths, as
-    `models/v3.py` writes them.
+    transformers itself appends to a cache by concatenation and masks by row number: it knows no
+    `lengths`. Left alone, the step is exact where `lengths[b] == P` for every b. With `ragged` the
+    step brings its own cache, which writes at `lengths`, and its own mask, both as in
+    `models/v3.py`; then sequences of different lengths share a batch, and every row of the
+    signature means what it says. Either way the modelling code is stock.
     """
 
-    def __init__(self, causal_lm: nn.Module) -> None:
+    def __init__(self, causal_lm: nn.Module, *, ragged: bool = False) -> None:
         super().__init__()
         self.model = cast(nn.Module, causal_lm.model)
         self.lm_head = cast(nn.Module, causal_lm.lm_head)
+        self.ragged = ragged
 
     def forward(
         self,
@@ -123,16 +147,20 @@ class CausalLMStep(nn.Module):
         Args:
             input_ids: new tokens, i64[B,S].
             positions: their positions, i64[B,S].
-            lengths: tokens already cached, i64[B]; all equal to P.
+            lengths: tokens already cached, i64[B].
             logits_at: which of the S new tokens' logits are wanted, i64[B,L].
             past: latent [B,P,c] and rope key [B,P,r] of every layer.
 
         Returns:
             logits [B,L,vocab], then latent [B,P+S,c] and rope key [B,P+S,r] of every layer.
         """
-        cache = _cache_of(past)
+        cache = _cache_of(past, lengths if self.ragged else None)
         hidden = self.model(
-            input_ids=input_ids, position_ids=positions, past_key_values=cache, use_cache=True
+            input_ids=input_ids,
+            attention_mask=visible(past[0], input_ids, lengths) if self.ragged else None,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
         ).last_hidden_state
         rows = logits_at.unsqueeze(-1).expand(-1, -1, hidden.shape[-1])
         logits = self.lm_head(hidden.gather(1, rows))
@@ -140,18 +168,31 @@ class CausalLMStep(nn.Module):
         return logits, *present
 
 
-def _cache_of(past: Sequence[Tensor]) -> Any:
+def _cache_of(past: Sequence[Tensor], lengths: Tensor | None) -> Any:
     """Flat caches [B,P,*] as a `DynamicCache` of pairs [B,1,P,*]: latent as key, rope as value.
 
     The layers are filled by hand: `DynamicLayer.update` would concatenate each past to an empty
-    1-D tensor first, which is a node of noise a cache in the trace.
+    1-D tensor first, which is a node of noise a cache in the trace. With `lengths` they write at
+    those rows instead of behind the last one.
     """
     from transformers import DynamicCache
     from transformers.cache_utils import DynamicLayer
 
+    class AppendingLayer(DynamicLayer):  # type: ignore[misc]
+        keys: Tensor
+        values: Tensor
+
+        def update(self, key: Tensor, value: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+            self.keys, self.values = _append(self.keys, key), _append(self.values, value)
+            return self.keys, self.values
+
+    def _append(cache: Tensor, new: Tensor) -> Tensor:
+        assert lengths is not None
+        return append(cache.squeeze(1), new.squeeze(1), lengths).unsqueeze(1)
+
     cache = DynamicCache()
     for latent, rope in zip(past[0::2], past[1::2], strict=True):
-        layer = DynamicLayer()
+        layer = DynamicLayer() if lengths is None else AppendingLayer()
         layer.dtype, layer.device, layer.is_initialized = latent.dtype, latent.device, True
         layer.keys, layer.values = latent.unsqueeze(1), rope.unsqueeze(1)
         cache.layers.append(layer)

@@ -138,7 +138,7 @@ class ModelConfig(_Schema):
     v_head_dim: Width
     attention_bias: bool = False
 
-    n_routed_experts: Count
+    n_routed_experts: Annotated[int, Field(gt=0, le=4096)]
     n_shared_experts: Annotated[int, Field(gt=0, le=64)]
     num_experts_per_tok: Count
     n_group: Count = 1
@@ -211,7 +211,7 @@ class ModelConfig(_Schema):
     @property
     def softmax_scale(self) -> float:
         """1 / sqrt(width of a query head), times YaRN's correction (0.1352 for V3)."""
-        return self.qk_head_dim**-0.5 * self.rope_parameters.softmax_scale_factor
+        return math.pow(self.qk_head_dim, -0.5) * self.rope_parameters.softmax_scale_factor
 
     def is_moe(self, layer: int) -> bool:
         """Whether decoder layer `layer` has experts instead of one dense MLP."""
@@ -277,10 +277,11 @@ def _default(fields: dict[str, Any], defaults: Mapping[str, Any]) -> None:
 
 def _routing_defaults(member: str) -> dict[str, Any]:
     """What the modelling code of each member does when its config says nothing."""
-    groups = {"n_group": 1, "topk_group": 1}
     if member == "deepseek_v3":
-        return groups | {"scoring_func": "sigmoid", "topk_method": "noaux_tc", "norm_topk_prob": True}
-    return groups | {"scoring_func": "softmax", "topk_method": "greedy", "norm_topk_prob": False}
+        router = {"scoring_func": "sigmoid", "topk_method": "noaux_tc", "norm_topk_prob": True}
+    else:
+        router = {"scoring_func": "softmax", "topk_method": "greedy", "norm_topk_prob": False}
+    return {"n_group": 1, "topk_group": 1} | router
 
 
 def _rope_parameters(raw: Mapping[str, Any], where: str) -> dict[str, Any]:

@@ -44,6 +44,5 @@ def parse_object(text: bytes, where: str, error: type[DscError]) -> JsonObject:
     except ValueError as exc:  # JSONDecodeError, and integers beyond Python's digit limit
         raise error(f"not valid JSON ({exc})", where) from None
     if not isinstance(value, dict):
-        kind = {list: "an array", str: "a string"}.get(type(value), "a bare value")
-        raise error(f"expected a JSON object, found {kind}", where)
+        raise error(f"expected a JSON object, found {str(value)[:40]!r}", where)
     return value

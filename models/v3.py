@@ -158,10 +158,12 @@ class MultiHeadLatentAttention(nn.Module):
         self.o_proj = nn.Linear(self.heads * config.v_head_dim, hidden, bias=bias)
 
     def queries(self, x: Tensor) -> Tensor:
-        """x [B,S,hidden] -> [B,S,h*(n+r)], through a low-rank bottleneck where there is one."""
+        """Project x [B,S,hidden] to [B,S,h*(n+r)], through a bottleneck if there is one."""
         if self.q_lora_rank is None:
-            return self.q_proj(x)
-        return self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))
+            direct: Tensor = self.q_proj(x)
+            return direct
+        projected: Tensor = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))
+        return projected
 
     def forward(
         self,
@@ -173,11 +175,11 @@ class MultiHeadLatentAttention(nn.Module):
         past_latent: Tensor,
         past_rope: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """x [B,S,hidden] and both caches [B,P,*] -> output [B,S,hidden], caches [B,T,*]."""
+        """Attend: x [B,S,hidden], both caches [B,P,*] -> output [B,S,hidden], caches [B,T,*]."""
         batch, added, _ = x.shape
         query = self.queries(x).view(batch, added, self.heads, sum(self.q_split))
-        q_nope, q_rope = query.split(self.q_split, dim=-1)
-        latent, k_rope = self.kv_a_proj_with_mqa(x).split(self.kv_a_split, dim=-1)
+        q_nope, q_rope = torch.split(query, self.q_split, dim=-1)
+        latent, k_rope = torch.split(self.kv_a_proj_with_mqa(x), self.kv_a_split, dim=-1)
         q_rope = rotate(q_rope, cos, sin, self.interleaved)
         k_rope = rotate(k_rope.unsqueeze(2), cos, sin, self.interleaved).squeeze(2)
 
@@ -186,7 +188,7 @@ class MultiHeadLatentAttention(nn.Module):
 
         total = latent.shape[1]
         expanded = self.kv_b_proj(latent).view(batch, total, self.heads, sum(self.kv_b_split))
-        k_nope, value = expanded.split(self.kv_b_split, dim=-1)
+        k_nope, value = torch.split(expanded, self.kv_b_split, dim=-1)
         shared = k_rope.unsqueeze(2).expand(batch, total, self.heads, self.q_split[1])
         out = F.scaled_dot_product_attention(
             torch.cat([q_nope, q_rope], dim=-1).transpose(1, 2),
@@ -208,8 +210,9 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(inner, hidden, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [*,hidden] -> [*,hidden]."""
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        """Map x [*,hidden] to [*,hidden]."""
+        out: Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return out
 
 
 class Router(nn.Module):
@@ -231,7 +234,7 @@ class Router(nn.Module):
         self.normalise, self.scale = config.norm_topk_prob, config.routed_scaling_factor
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """x [N,hidden] -> chosen experts i64 [N,k] and their weights f32 [N,k]."""
+        """Route x [N,hidden]: chosen experts i64 [N,k] and their weights f32 [N,k]."""
         scores = F.linear(x.float(), self.weight.float()).sigmoid()
         biased = scores + self.e_score_correction_bias
         grouped = biased.view(x.shape[0], self.groups, -1)
@@ -263,7 +266,7 @@ class Experts(nn.Module):
         self.down_proj = nn.Parameter(torch.zeros(self.experts, hidden, inner))
 
     def forward(self, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
-        """x [N,hidden], chosen [N,k], weights f32 [N,k] -> [N,hidden], summed in fp32."""
+        """Mix x [N,hidden], chosen [N,k], weights f32 [N,k] -> [N,hidden], summed in fp32."""
         share = weights.new_zeros(x.shape[0], self.experts).scatter(1, chosen, weights)
         tokens = x.expand(self.experts, *x.shape)
         gate, up = torch.bmm(tokens, self.gate_up_proj.transpose(1, 2)).chunk(2, dim=-1)
@@ -282,9 +285,11 @@ class MoE(nn.Module):
         self.shared_experts = MLP(config.hidden_size, shared)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [B,S,hidden] -> [B,S,hidden]."""
+        """Map x [B,S,hidden] to [B,S,hidden]."""
         tokens = x.flatten(0, 1)
-        return self.experts(tokens, *self.gate(tokens)).view_as(x) + self.shared_experts(x)
+        routed: Tensor = self.experts(tokens, *self.gate(tokens)).view_as(x)
+        shared: Tensor = self.shared_experts(x)
+        return routed + shared
 
 
 class DecoderLayer(nn.Module):
@@ -302,7 +307,7 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(self, x: Tensor, *attention_inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """x [B,S,hidden] -> the same, and the layer's two caches [B,T,*]."""
+        """Map x [B,S,hidden] to the same, and give the layer's two caches [B,T,*]."""
         attended, latent, rope = self.self_attn(self.input_layernorm(x), *attention_inputs)
         x = x + attended
         return x + self.mlp(self.post_attention_layernorm(x)), latent, rope

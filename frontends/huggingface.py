@@ -1,0 +1,168 @@
+"""A checkpoint folder becomes a module to trace and weights to read later.
+
+The folder is data. `config.json` goes through our own schema, the weights are opened as
+safetensors only, and the module is the stock transformers class of the family, built from the
+checked configuration on the `meta` device. No Python file of the folder is imported, no pickle is
+opened, `trust_remote_code` is never set.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from dsc.errors import CheckpointError, ConfigError
+from dsc.frontends.causal_lm import CausalLMStep, cast_parameters, parameter_types
+from dsc.frontends.config import CONFIG_FILE, ModelConfig, parse_config, read_bounded
+from dsc.frontends.names import EMBEDDING, WeightMap, map_weights
+from dsc.frontends.safetensors_source import SafetensorsSource, open_safetensors
+from dsc.frontends.strict_json import parse_object
+from dsc.ir.types import DType
+from dsc.ir.weights import WeightExpr, evaluate
+
+_DTYPES = {"float32": DType.f32, "bfloat16": DType.bf16, "float16": DType.f16}
+
+
+@dataclass(frozen=True)
+class CheckpointModel:
+    """A checkpoint, opened and checked; no weight has been read.
+
+    `weights` gives every parameter of `build()` its expression over `source`. `notes` tells, one
+    sentence each, what the folder holds that is not used.
+    """
+
+    folder: Path
+    config: ModelConfig
+    dtype: DType
+    source: SafetensorsSource
+    weights: Mapping[str, WeightExpr]
+    unused_mtp: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    def build(self) -> CausalLMStep:
+        """The module to trace: parameters on `meta`, computed buffers real."""
+        return CausalLMStep(stock_causal_lm(self.config, self.dtype))
+
+    def load(self) -> CausalLMStep:
+        """The same module with its weights, in memory: the oracle for small checkpoints."""
+        step = self.build()
+        state = {name: evaluate(expr, self.source) for name, expr in self.weights.items()}
+        step.load_state_dict(state, strict=True, assign=True)
+        return step
+
+    @property
+    def tokenizer(self) -> Path | None:
+        """The folder's `tokenizer.json`, if it has one."""
+        file = self.folder / "tokenizer.json"
+        return file if file.is_file() else None
+
+
+def load_checkpoint(folder: Path | str, dtype: DType | None = None) -> CheckpointModel:
+    """Open a checkpoint folder.
+
+    Args:
+        folder: holds `config.json` and safetensors files in the official layout or in the one
+            that transformers writes.
+        dtype: element type to compute in; the checkpoint's own by default.
+
+    Raises:
+        ConfigError, UnsupportedArchitecture: `config.json` is damaged or describes no member of
+            the family.
+        CheckpointError: the weights are damaged, or are not those of that configuration.
+    """
+    folder = Path(folder)
+    file = folder / CONFIG_FILE
+    raw = parse_object(read_bounded(file), str(file), ConfigError)
+    config = parse_config(raw, str(file))
+    source = open_safetensors(folder)
+    dtype = dtype or _stored_dtype(config, source, folder)
+    step = CausalLMStep(stock_causal_lm(config, dtype))
+    mapped = map_weights(parameter_types(step), source, config, str(folder))
+    return CheckpointModel(
+        folder, config, dtype, source, mapped.weights, mapped.mtp, _notes(folder, raw, mapped)
+    )
+
+
+def retarget(model: CheckpointModel, module: nn.Module) -> CheckpointModel:
+    """The same checkpoint with its weights mapped to another module's parameters.
+
+    This is how a checkpoint's weights reach `models/v3.py`, built for `model.config`.
+    """
+    mapped = map_weights(parameter_types(module), model.source, model.config, str(model.folder))
+    return replace(model, weights=mapped.weights, unused_mtp=mapped.mtp)
+
+
+def stock_causal_lm(
+    config: ModelConfig, dtype: DType = DType.f32, device: str = "meta"
+) -> nn.Module:
+    """The transformers class of `config`, with sdpa attention and grouped-GEMM experts.
+
+    Parameters lie on `device`, untrained. Buffers that the class computes and no checkpoint
+    stores (rope frequencies) are real even on `meta`: the trace records them as constants.
+    """
+    import transformers
+
+    classes = {
+        "deepseek_v2": (transformers.DeepseekV2Config, transformers.DeepseekV2ForCausalLM),
+        "deepseek_v3": (transformers.DeepseekV3Config, transformers.DeepseekV3ForCausalLM),
+    }
+    config_class, model_class = classes[config.model_type]
+    try:
+        stock = config_class(**_transformers_fields(config))
+    except ValueError as exc:
+        raise ConfigError(f"transformers refuses this configuration: {exc}") from None
+    with torch.device(device):
+        model: nn.Module = cast_parameters(model_class(stock).eval(), dtype.torch)
+    base: Any = model.model
+    with torch.device("cpu"):
+        base.rotary_emb = type(base.rotary_emb)(stock)
+    if config.tie_word_embeddings:
+        head: Any = model.lm_head
+        head.weight = base.embed_tokens.weight
+    return model
+
+
+def _transformers_fields(config: ModelConfig) -> dict[str, Any]:
+    """Our checked fields in transformers' spelling. Weights are dequantised before it sees them."""
+    ours = {"published_model_type", "model_type", "dtype", "quantization_config"}
+    rope = config.rope_parameters.model_dump(exclude_none=True)
+    if config.rope_parameters.rope_type == "default":
+        rope = {name: rope[name] for name in ("rope_type", "rope_theta")}
+    return config.model_dump(exclude=ours | {"rope_parameters"}) | {
+        "rope_parameters": rope,
+        "num_key_value_heads": config.num_attention_heads,
+        "attn_implementation": "sdpa",
+        "experts_implementation": "grouped_mm",
+    }
+
+
+def _stored_dtype(config: ModelConfig, source: SafetensorsSource, folder: Path) -> DType:
+    """What config.json names, else what the embedding is stored in."""
+    if config.dtype is not None:
+        return _DTYPES[config.dtype]
+    if EMBEDDING not in source.keys():
+        raise CheckpointError(f"there is no {EMBEDDING}", str(folder))
+    return source.type(EMBEDDING).dtype
+
+
+def _notes(folder: Path, raw: Mapping[str, Any], mapped: WeightMap) -> tuple[str, ...]:
+    """What a user may wonder about: what was there and was left alone."""
+    notes = []
+    if mapped.mtp:
+        layers = sorted({int(key.split(".")[2]) for key in mapped.mtp})
+        notes.append(
+            f"layer {', '.join(map(str, layers))} predicts further tokens (MTP); its "
+            f"{len(mapped.mtp)} tensors are not used"
+        )
+    if mapped.ignored:
+        notes.append(f"not used, recomputed or tied: {', '.join(mapped.ignored[:3])}")
+    code = sorted(path.name for path in folder.glob("*.py"))
+    if code or "auto_map" in raw:
+        named = ", ".join(code) or "auto_map in config.json"
+        notes.append(f"code of the checkpoint is never imported: {named}")
+    return tuple(notes)

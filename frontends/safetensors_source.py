@@ -1,0 +1,279 @@
+"""Weights of a checkpoint folder: safetensors files, mapped into memory and never copied.
+
+A safetensors file is 8 bytes of header length (little endian), a JSON header that gives each
+tensor a dtype, a shape and a byte range, and then the bytes. A large checkpoint is several such
+files with an index, `model.safetensors.index.json`, whose `weight_map` names the file of each
+tensor. Both come from outside, so every number is checked against the file before a byte of data
+is touched. Pickles (`.bin`, `.pt`, `.pkl`) run code when they are opened and never are.
+"""
+
+from __future__ import annotations
+
+import mmap
+import warnings
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dsc.errors import CheckpointError, UsageError
+from dsc.frontends.strict_json import JsonObject, parse_object
+from dsc.ir.types import MAX_RANK, DType, TensorType
+
+if TYPE_CHECKING:
+    import torch
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+MAX_HEADER_BYTES = 100_000_000
+"""The limit of the reference reader."""
+MAX_INDEX_BYTES = 256 << 20
+MAX_EXTENT = 1 << 40
+
+DTYPES = {
+    "BOOL": DType.boolean,
+    "U8": DType.u8,
+    "I8": DType.i8,
+    "I32": DType.i32,
+    "I64": DType.i64,
+    "F8_E4M3": DType.f8e4m3,
+    "F8_E4M3FNUZ": DType.f8e4m3fnuz,
+    "F8_E5M2": DType.f8e5m2,
+    "F8_E8M0": DType.f8e8m0,
+    "F16": DType.f16,
+    "BF16": DType.bf16,
+    "F32": DType.f32,
+    "F64": DType.f64,
+}
+"""Element types by their name in a header."""
+
+_UNSAFE = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.pickle", "*.ckpt")
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One tensor of a file: its type and its bytes `begin <= i < end` from the file's start."""
+
+    dtype: DType
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+
+@dataclass(frozen=True)
+class SafetensorsFile:
+    """One file: a checked table of tensors, and the bytes, mapped at the first load."""
+
+    path: Path
+    entries: Mapping[str, Entry]
+
+    @staticmethod
+    def open(path: Path) -> SafetensorsFile:
+        """Read and check the header. Raises `CheckpointError` for any damage or contradiction."""
+        where = str(path)
+        size = path.stat().st_size
+        if size < 8:
+            raise CheckpointError(f"only {size} bytes: not a safetensors file, or truncated", where)
+        with path.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            if not 2 <= length <= min(size - 8, MAX_HEADER_BYTES):
+                raise CheckpointError(
+                    f"the header claims {length} bytes in a file of {size}", where,
+                    "the file is truncated, or not a safetensors file",
+                )  # fmt: skip
+            header = parse_object(stream.read(length), where, CheckpointError)
+        start = 8 + length
+        entries = {
+            name: _entry(fields, start, size, f"{where}: {name}")
+            for name, fields in header.items()
+            if name != "__metadata__"
+        }
+        _refuse_overlap(entries, where)
+        return SafetensorsFile(path, entries)
+
+    @cached_property
+    def _bytes(self) -> mmap.mmap:
+        """The file's bytes, read-only: a private writable mapping would count as memory in use."""
+        with self.path.open("rb") as stream:
+            return mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
+
+    def load(self, key: str, rows: slice = slice(None)) -> torch.Tensor:
+        """Give the tensor `key`, or `rows` of its leading axis: a read-only view of the file."""
+        import torch
+
+        entry = self.entries[key]
+        shape, dtype, itemsize = list(entry.shape), entry.dtype.torch, entry.dtype.itemsize
+        begin = entry.begin
+        if rows != slice(None):
+            first, last, _ = rows.indices(shape[0])
+            shape[0] = last - first
+            begin += first * prod(shape[1:]) * itemsize
+        nbytes = prod(shape) * itemsize
+        if nbytes == 0:
+            return torch.empty(shape, dtype=dtype)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "The given buffer is not writable")
+            flat = torch.frombuffer(self._bytes, dtype=torch.uint8, count=nbytes, offset=begin)
+        if begin % itemsize:
+            flat = flat.clone()  # a wider type must not start at an odd address
+        return flat.view(dtype).view(shape)
+
+
+@dataclass(frozen=True)
+class SafetensorsSource:
+    """All tensors of a checkpoint, each in the file that holds it. A `WeightSource`."""
+
+    files: Mapping[str, SafetensorsFile]
+
+    def keys(self) -> Iterable[str]:
+        """All tensor names."""
+        return self.files.keys()
+
+    def type(self, key: str) -> TensorType:
+        """Element type and shape of a tensor. `KeyError` when there is none."""
+        entry = self.files[key].entries[key]
+        return TensorType(entry.dtype, entry.shape)
+
+    def load(self, key: str) -> torch.Tensor:
+        """The tensor, a view of its mapped file. `KeyError` when there is none."""
+        return self.files[key].load(key)
+
+    def load_slice(self, key: str, start: int, stop: int) -> torch.Tensor:
+        """Rows `start <= i < stop` of the leading axis, touching no other bytes."""
+        shape = self.files[key].entries[key].shape
+        if not shape or not 0 <= start <= stop <= shape[0]:
+            raise UsageError(f"rows {start}:{stop} of a tensor of shape {list(shape)}", key)
+        return self.files[key].load(key, slice(start, stop))
+
+    def file_of(self, key: str) -> Path:
+        """The file that holds a tensor, for messages."""
+        return self.files[key].path
+
+
+def open_safetensors(path: Path | str) -> SafetensorsSource:
+    """Open the weights of a checkpoint folder, or one `.safetensors` file.
+
+    A folder with `model.safetensors.index.json` is read by its index, otherwise it must hold
+    `model.safetensors`, or safetensors files of any name that share no tensor.
+
+    Raises:
+        CheckpointError: no safetensors files, a damaged file, or an index that contradicts them.
+    """
+    path = Path(path)
+    if path.is_file():
+        return _union([path])
+    if not path.is_dir():
+        raise CheckpointError("no such file or folder", str(path))
+    if (path / INDEX_FILE).exists():
+        return _indexed(path)
+    if (path / SINGLE_FILE).exists():
+        return _union([_inside(path, SINGLE_FILE, str(path))])
+    found = sorted(file.name for file in path.glob("*.safetensors"))
+    if found:
+        return _union([_inside(path, name, str(path)) for name in found])
+    pickled = sorted(file.name for pattern in _UNSAFE for file in path.glob(pattern))
+    what = f"only pickled weights ({pickled[0]}), which run code when opened" if pickled else (
+        "no *.safetensors files"
+    )  # fmt: skip
+    raise CheckpointError(what, str(path), "convert the checkpoint with save_pretrained")
+
+
+def _union(paths: Iterable[Path]) -> SafetensorsSource:
+    """Files without an index: no two may hold the same tensor."""
+    files: dict[str, SafetensorsFile] = {}
+    for file in map(SafetensorsFile.open, paths):
+        for key in file.entries:
+            if key in files:
+                raise CheckpointError(
+                    f"the tensor lies in {files[key].path.name} and in {file.path.name}", key
+                )
+            files[key] = file
+    return SafetensorsSource(files)
+
+
+def _indexed(folder: Path) -> SafetensorsSource:
+    """A sharded checkpoint: every entry of the index must hold, all failures told at once."""
+    where = str(folder / INDEX_FILE)
+    path = _inside(folder, INDEX_FILE, where)
+    if path.stat().st_size > MAX_INDEX_BYTES:
+        raise CheckpointError(f"larger than the limit of {MAX_INDEX_BYTES} bytes", where)
+    weight_map = parse_object(path.read_bytes(), where, CheckpointError).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError("weight_map must be an object that is not empty", where)
+    names = set(weight_map.values())
+    if not all(isinstance(name, str) for name in names):
+        raise CheckpointError("weight_map must give file names", where)
+    shards = {name: SafetensorsFile.open(_inside(folder, name, where)) for name in sorted(names)}
+    absent = [key for key, name in weight_map.items() if key not in shards[name].entries]
+    if absent:
+        raise CheckpointError(
+            f"{len(absent)} tensors are not in the shard that the index names: "
+            + _few(f"{key} in {weight_map[key]}" for key in absent),
+            where,
+        )
+    return SafetensorsSource({key: shards[name] for key, name in weight_map.items()})
+
+
+def _inside(folder: Path, name: str, where: str) -> Path:
+    """`folder / name`, if that is a file and lies in the folder when all links are followed.
+
+    A snapshot of the Hugging Face cache (`<repo>/snapshots/<revision>/`) is a folder of links into
+    `<repo>/blobs/`; those, and no other links out of the folder, are followed.
+    """
+    if Path(name).name != name or name in {"", ".", ".."}:
+        raise CheckpointError(f"the file name {name!r} leaves the checkpoint folder", where)
+    path, home = folder / name, folder.resolve()
+    if not path.is_file():
+        raise CheckpointError(f"the file {name} is missing", where, "download it, or repair links")
+    homes = {home}
+    if home.parent.name == "snapshots":
+        homes.add(home.parent.parent / "blobs")
+    if path.resolve().parent not in homes:
+        raise CheckpointError(f"the link {name} leads out of the checkpoint folder", where)
+    return path
+
+
+def _entry(fields: object, start: int, size: int, where: str) -> Entry:
+    """Check one tensor's header: known dtype, sane shape, bytes in the file and of that shape."""
+    if not isinstance(fields, dict):
+        raise CheckpointError("a tensor's header must be an object", where)
+    name = fields.get("dtype")
+    dtype = DTYPES.get(name) if isinstance(name, str) else None
+    if dtype is None:
+        raise CheckpointError(f"unknown dtype {name!r}", where, f"known: {', '.join(DTYPES)}")
+    shape = _integers(fields, "shape", where)
+    if len(shape) > MAX_RANK:
+        raise CheckpointError(f"{len(shape)} axes, at most {MAX_RANK} are read", where)
+    offsets = _integers(fields, "data_offsets", where)
+    if len(offsets) != 2 or not offsets[0] <= offsets[1] <= size - start:
+        raise CheckpointError(f"data_offsets {offsets} do not lie in {size - start} bytes", where)
+    found, needed = offsets[1] - offsets[0], prod(shape) * dtype.itemsize
+    if found != needed:
+        raise CheckpointError(
+            f"{found} bytes for {name} of shape {shape}, which takes {needed}", where
+        )
+    return Entry(dtype, tuple(shape), start + offsets[0], start + offsets[1])
+
+
+def _integers(fields: JsonObject, name: str, where: str) -> list[int]:
+    values = fields.get(name)
+    if isinstance(values, list) and all(type(v) is int and 0 <= v <= MAX_EXTENT for v in values):
+        return values
+    raise CheckpointError(f"{name} is no list of non-negative integers: {str(values)[:60]}", where)
+
+
+def _refuse_overlap(entries: Mapping[str, Entry], where: str) -> None:
+    """Two tensors that share bytes are a damaged header, or one that hides something."""
+    placed = sorted((e.begin, e.end, name) for name, e in entries.items() if e.end > e.begin)
+    for (_, end, first), (begin, _, second) in pairwise(placed):
+        if begin < end:
+            raise CheckpointError(f"the bytes of {first} and {second} overlap", where)
+
+
+def _few(lines: Iterable[str], limit: int = 5) -> str:
+    shown = list(lines)
+    more = f" and {len(shown) - limit} more" if len(shown) > limit else ""
+    return ", ".join(shown[:limit]) + more
