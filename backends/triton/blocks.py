@@ -1,0 +1,142 @@
+"""Block sizes: how large a tile each kernel works on, by target.
+
+On a GPU a tile must fit shared memory and registers and leave enough programs to fill the machine.
+The interpreter runs programs one after another at about a millisecond each, whatever they hold, so
+there the best tile is the largest: whole weight matrices where they fit `INTERPRET_ELEMENTS`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+INTERPRET = "interpret"
+INTERPRET_ELEMENTS = 1 << 18
+DOT_MINIMUM = 16  # the smallest tile edge that tl.dot takes on every target
+
+
+def next_power(n: int) -> int:
+    """The smallest power of two that is at least `n` (1 for 0)."""
+    return 1 << max(n - 1, 0).bit_length()
+
+
+def clamp_power(n: int, low: int, high: int) -> int:
+    """`next_power(n)` kept within `low` and `high`."""
+    return min(max(next_power(n), low), high)
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """A tile m x n x k with the warps and pipeline stages that suit it."""
+
+    m: int
+    n: int
+    k: int
+    warps: int = 4
+    stages: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class RowTile:
+    """A tile of `rows` rows by `columns` columns."""
+
+    rows: int
+    columns: int
+    warps: int = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Blocks:
+    """The block-size policy of one target: `interpret`, `cuda:sm_90`, `hip:gfx942`."""
+
+    target: str
+
+    @property
+    def interprets(self) -> bool:
+        """Whether the target is Triton's interpreter."""
+        return self.target == INTERPRET
+
+    @property
+    def shared_memory(self) -> int:
+        """Bytes of shared memory that one program may use."""
+        if self.target.startswith("hip:"):
+            return (160 if self.target.endswith("gfx950") else 64) * 1024
+        return (160 if self.target.endswith(("sm_80", "sm_86", "sm_89")) else 224) * 1024
+
+    @property
+    def deep_stages(self) -> int:
+        """Pipeline stages for a long loop over k: AMD's loop pipeliner wants two."""
+        return 2 if self.target.startswith("hip:") else 3
+
+    def gemm(self, m: int, n: int, k: int, itemsize: int) -> Tile:
+        """A tile for at most `m` rows by `n` columns; operands of `itemsize` bytes.
+
+        Few rows mean a stream of weights: narrow column tiles, so that many programs read at once.
+        fp32 products have no tensor cores to feed and take small tiles.
+        """
+        if self.interprets:
+            edge_k = clamp_power(k, DOT_MINIMUM, 512)
+            edge_n = clamp_power(n, DOT_MINIMUM, INTERPRET_ELEMENTS // edge_k)
+            return Tile(clamp_power(m, DOT_MINIMUM, 64), edge_n, edge_k)
+        if itemsize >= 4:
+            return Tile(clamp_power(m, 16, 64), clamp_power(n, 16, 64), 32, 4, 2)
+        if m <= 64:
+            wide = 64 if n >= 8192 else 32
+            return Tile(clamp_power(m, 16, 64), clamp_power(n, 16, wide), 128, 4, self.deep_stages)
+        tile_n = clamp_power(n, 16, 128)
+        return Tile(clamp_power(m, 64, 128), tile_n, 64, 8, self.deep_stages)
+
+    def flash(self, queries: int, keys: int, head: int, itemsize: int) -> Tile:
+        """Query rows (m) and keys (n) of a flash-attention tile for heads of `head` numbers."""
+        if self.interprets:
+            return Tile(clamp_power(queries, 16, 128), clamp_power(keys, 16, 512), 0)
+        edge = 32 if itemsize >= 4 or head > 128 else 64
+        tall = clamp_power(queries, 16, 32 if itemsize >= 4 else 128 if head <= 128 else 64)
+        return Tile(tall, edge, 0, 4 if tall <= 64 else 8, 2 if itemsize < 4 else 1)
+
+    def latent(self, heads: int, tokens: int, width: int, itemsize: int) -> Tile:
+        """Heads (m) and cached tokens (n) of an absorbed-attention tile; rows of `width` numbers.
+
+        One token tile lies in shared memory as key and as value, twice when loads run ahead.
+        """
+        if self.interprets:
+            return Tile(clamp_power(heads, 16, 128), clamp_power(tokens, 16, 512), 0)
+        rows = 16
+        fits = self.shared_memory // 2 // (next_power(width) * itemsize)
+        tokens_fit = max(16, min(64, next_power(fits + 1) // 2))
+        return Tile(rows, clamp_power(tokens, 16, tokens_fit), 0, 4, 1 if tokens_fit < 64 else 2)
+
+    def splits(self, programs: int, tokens: int) -> int:
+        """Spans that a cache of up to `tokens` rows is cut into, for `programs` other programs."""
+        if self.interprets:
+            return 1
+        wanted = max(1, 128 // max(programs, 1))
+        return max(1, min(wanted, tokens // 256, 32))
+
+    def rows(self, rows: int, columns: int) -> RowTile:
+        """A tile of whole rows: `columns` numbers each, at most `rows` of them."""
+        width = next_power(columns)
+        if self.interprets:
+            return RowTile(clamp_power(rows, 1, max(1, (1 << 15) // width)), width)
+        height = clamp_power(rows, 1, max(1, min(16, 1024 // width)))
+        return RowTile(height, width, 8 if width >= 4096 else 4)
+
+    def copy(self, rows: int, columns: int) -> RowTile:
+        """A tile of parts of rows, for kernels whose columns are independent."""
+        part = self.rows(rows, min(columns, 4096 if self.interprets else 1024))
+        return RowTile(part.rows, part.columns, 4)
+
+    def loop(self, rows: int, columns: int) -> RowTile:
+        """A tile for kernels that walk along their rows in steps."""
+        return self.rows(rows, min(columns, 4096))
+
+    def flat(self, elements: int) -> int:
+        """Elements a program of a pointwise kernel takes."""
+        return clamp_power(elements, 1, 1 << 14) if self.interprets else 1024
+
+    def scan(self, elements: int, lanes: int) -> int:
+        """Elements that the expert sort looks at in one step, for `lanes` experts a program."""
+        return clamp_power(elements, 1, max(1, (1 << 15 if self.interprets else 1 << 10) // lanes))
+
+    def lanes(self, experts: int) -> int:
+        """Experts that one program of the sort numbers."""
+        return clamp_power(experts, 1, 64) if self.interprets else 1

@@ -1,0 +1,85 @@
+"""An executable whose kernels run in the interpreter, in a child process that this module owns."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import IO, TYPE_CHECKING
+
+from dsc.backends.base import Signature
+from dsc.backends.triton.launch import LaunchProgram
+from dsc.backends.triton.schedule import is_state
+from dsc.backends.triton.worker import read_frame, write_frame
+from dsc.errors import ArtifactError
+from dsc.ir.program import Program
+
+if TYPE_CHECKING:
+    import torch
+
+
+class InterpretedExecutable:
+    """Runs an artifact's launches through `worker.py`. Exact to the kernels, and slow."""
+
+    def __init__(self, folder: Path, weights: Path, program: Program) -> None:
+        text = (folder / "interpret" / "launches.json").read_text()
+        self._entries = LaunchProgram.from_json(text).entries
+        self._graphs = program.entries
+        environment = {**os.environ, "TRITON_INTERPRET": "1", "TRITON_DEFAULT_FP_FUSION": "1"}
+        environment["OMP_NUM_THREADS"] = environment.get("OMP_NUM_THREADS", "1")
+        search = [str(p) for p in (*_package_roots(), os.environ.get("PYTHONPATH", "")) if p]
+        environment["PYTHONPATH"] = os.pathsep.join(search)
+        command = [sys.executable, "-m", "dsc.backends.triton.worker", str(folder), str(weights)]
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment
+        )
+        if read_frame(self._stdout) is None:
+            raise ArtifactError("the interpreting process did not start", where=str(folder))
+
+    @property
+    def _stdout(self) -> IO[bytes]:
+        assert self._process.stdout is not None, "the process was started with pipes"
+        return self._process.stdout
+
+    def run(self, entry: str, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Run an entry on CPU tensors; updated caches are written back into the tensors given."""
+        lowered = self._entries[entry]
+        wanted = {p.name: inputs[p.name] for p in lowered.inputs}
+        assert self._process.stdin is not None, "the process was started with pipes"
+        write_frame(self._process.stdin, {"entry": entry}, wanted)
+        answer = read_frame(self._stdout)
+        if answer is None or "error" in answer[0]:
+            detail = "the process ended" if answer is None else answer[0]["error"]
+            raise RuntimeError(f"interpreting {entry} failed: {detail}")
+        outputs = answer[1]
+        names = {p.buffer: p.name for p in lowered.inputs}
+        for port in lowered.outputs:
+            if is_state(lowered.buffers[port.buffer]):
+                given = inputs[names[port.buffer]]
+                outputs[port.name] = given.copy_(outputs[port.name])
+        return outputs
+
+    def signature(self, entry: str) -> Signature:
+        """The signature of an entry."""
+        return Signature.of(self._graphs[entry])
+
+    def close(self) -> None:
+        """End the child process."""
+        if self._process.stdin is not None:
+            self._process.stdin.close()
+        self._process.wait(timeout=30)
+        if self._process.stdout is not None:
+            self._process.stdout.close()
+
+    def __del__(self) -> None:
+        if getattr(self, "_process", None) is not None and self._process.poll() is None:
+            self.close()
+
+
+def _package_roots() -> list[str]:
+    """Where the running `dsc` was imported from, so that the child imports the same one."""
+    import dsc
+
+    return [str(Path(p).resolve().parent) for p in dsc.__path__]

@@ -1,0 +1,186 @@
+"""Running launches in Triton's interpreter, on CPU memory. For a process of its own.
+
+`TRITON_INTERPRET` acts when a kernel is decorated, so a process that interprets cannot compile.
+`worker.py` is that process; it is the only importer of this module.
+
+Triton's interpreter is adapted in three places, all measured or wrong as it ships (3.9):
+
+- It patches and restores the whole language module around every launch and every call of a device
+  function, about a millisecond each. One patch for the life of the process does the same.
+- It holds bf16 as uint16 and hands those bits to `numpy.matmul` in `tl.dot`. Operands are widened.
+- It truncates fp32 to bf16; hardware rounds to nearest even.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import FunctionType
+from typing import TYPE_CHECKING, Any
+
+from dsc.backends.triton.launch import Kernel, LaunchProgram
+from dsc.backends.triton.schedule import Address, Call, Schedule, is_state, resolve
+
+if TYPE_CHECKING:
+    import torch
+
+
+def adapt_interpreter() -> None:
+    """Apply the three changes to the imported interpreter."""
+    from triton.runtime import interpreter
+
+    _patch_once(interpreter)
+    _widen_bf16(interpreter)
+
+
+def _patch_once(interpreter: Any) -> None:
+    import triton.language as tl
+
+    class Kept:
+        def restore(self) -> None:
+            """Leave the patches in place."""
+
+    def both() -> None: ...
+
+    sample = FunctionType(both.__code__, {"tl": tl, "core": tl.core})
+    interpreter._patch_lang(sample)
+    interpreter._patch_lang = lambda fn: Kept()
+
+
+def _widen_bf16(interpreter: Any) -> None:
+    import numpy as np
+    import triton.language as tl
+
+    builder, handle = interpreter.InterpreterBuilder, interpreter.TensorHandle
+    cast, dot = builder.cast_impl, builder.create_dot
+
+    def widen(x: Any) -> Any:
+        bits = x.data.astype(np.uint32) << np.uint32(16)
+        return handle(bits.view(np.float32), tl.float32)
+
+    def narrow(x: Any) -> Any:
+        data = np.ascontiguousarray(x.data)
+        bits = data.view(np.uint32)
+        rounded = bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))
+        kept = np.where(np.isnan(data), bits | np.uint32(1 << 22), rounded)
+        return handle((kept >> np.uint32(16)).astype(np.uint16), tl.bfloat16)
+
+    def cast_impl(self: Any, src: Any, dst_type: Any) -> Any:
+        source, target = src.dtype.scalar, dst_type.scalar
+        if source == tl.bfloat16 and target == tl.float32:
+            return widen(src)
+        if source == tl.float32 and target == tl.bfloat16:
+            return narrow(src)
+        return cast(self, src, dst_type)
+
+    def create_dot(self: Any, a: Any, b: Any, d: Any, *rest: Any) -> Any:
+        a, b = (widen(x) if x.dtype.scalar == tl.bfloat16 else x for x in (a, b))
+        return dot(self, a, b, d, *rest)
+
+    builder.cast_impl, builder.create_dot = cast_impl, create_dot
+
+
+class Kernels:
+    """The kernel functions of an artifact, imported from its `triton/kernels` folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._modules: dict[str, Any] = {}
+
+    def function(self, module: str, name: str) -> Any:
+        """The jitted function `name` of `module`."""
+        if module not in self._modules:
+            path = self._folder / f"{module}.py"
+            spec = importlib.util.spec_from_file_location(f"dsc_kernels_{module}", path)
+            assert spec is not None, f"{path} is a Python file"
+            assert spec.loader is not None, f"{path} is a Python file"
+            self._modules[module] = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(self._modules[module])
+        return getattr(self._modules[module], name)
+
+
+class InterpretedProgram:
+    """An artifact's entries, run one program after another on CPU tensors."""
+
+    def __init__(
+        self, program: LaunchProgram, kernels: Kernels, weights: Mapping[str, torch.Tensor]
+    ) -> None:
+        if os.environ.get("TRITON_INTERPRET") != "1":
+            raise RuntimeError("TRITON_INTERPRET=1 must be set before triton is imported")
+        adapt_interpreter()
+        self._program = program
+        self._kernels = kernels
+        self._weights = weights
+        self._schedules: dict[tuple[object, ...], Schedule] = {}
+        self._rewritten: dict[str, Callable[..., None]] = {}
+
+    def run(self, entry: str, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Run an entry. Caches that are updated in place are returned as the tensors given."""
+        import torch
+
+        lowered = self._program.entries[entry]
+        schedule = self._schedule(entry, {k: tuple(v.shape) for k, v in inputs.items()})
+        memory: dict[int, torch.Tensor] = {}
+        for port in lowered.inputs:
+            memory[port.buffer] = inputs[port.name].contiguous()
+        arena = torch.empty(schedule.arena_bytes + 256, dtype=torch.uint8)
+        base = -(-arena.data_ptr() // 256) * 256
+        outputs: dict[str, torch.Tensor] = {}
+        for port, shape in zip(lowered.outputs, schedule.output_shapes, strict=True):
+            if not is_state(lowered.buffers[port.buffer]):
+                memory[port.buffer] = torch.empty(shape, dtype=port.dtype.torch)
+            outputs[port.name] = memory[port.buffer]
+        addresses = {k: base + v for k, v in schedule.places.items()}
+        addresses |= {k: v.data_ptr() for k, v in memory.items()}
+        for index, buffer in enumerate(lowered.buffers):
+            if buffer.kind == "weight":
+                addresses[index] = self._weights[buffer.name].data_ptr()
+        for call in schedule.calls:
+            self._call(call, addresses)
+        return outputs
+
+    def _schedule(self, entry: str, shapes: Mapping[str, tuple[int, ...]]) -> Schedule:
+        key = (entry, *sorted(shapes.items()))
+        if key not in self._schedules:
+            self._schedules[key] = resolve(self._program.entries[entry], shapes)
+        return self._schedules[key]
+
+    def _call(self, call: Call, addresses: Mapping[int, int]) -> None:
+        import numpy as np
+        from triton.runtime.interpreter import interpreter_builder
+
+        kernel = self._program.kernels[call.kernel]
+        if call.kernel not in self._rewritten:
+            jitted = self._kernels.function(kernel.module, kernel.function)
+            self._rewritten[call.kernel] = jitted.rewrite()
+        function = self._rewritten[call.kernel]
+        given = _arguments(kernel, call, addresses)
+        interpreter_builder.set_grid_dim(*call.grid)
+        columns, rows, planes = call.grid
+        with np.errstate(all="ignore"):
+            for x in range(columns):
+                for y in range(rows):
+                    for z in range(planes):
+                        interpreter_builder.set_grid_idx(x, y, z)
+                        function(**given)
+
+
+def _arguments(kernel: Kernel, call: Call, addresses: Mapping[int, int]) -> dict[str, Any]:
+    """Interpreter values by parameter name: constants as they are, the rest as scalars."""
+    import numpy as np
+    import triton.language as tl
+    from triton.runtime.interpreter import TensorHandle
+
+    given: dict[str, Any] = dict(kernel.constants)
+    names = [n for n, kind in kernel.signature.items() if kind != "constexpr"]
+    for name, value in zip(names, call.arguments, strict=True):
+        kind = tl.str_to_ty(kernel.signature[name], None)
+        if isinstance(value, Address):
+            data = np.array([addresses[value.buffer] + value.offset], dtype=np.uint64)
+        else:
+            wide = kernel.signature[name] == "i64"
+            data = np.array([value], dtype=np.int64 if wide else np.int32)
+        given[name] = tl.tensor(TensorHandle(data, kind), kind)
+    return given

@@ -1,0 +1,130 @@
+"""Matrix products: one strided, batched GEMM and one grouped GEMM over expert segments.
+
+`gemm` serves linear, matmul and every two-operand einsum that folds to (batch, m, n, k): the caller
+passes one stride per role and operand, so no operand is ever transposed or copied for it.
+"""
+
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def gemm(
+    a,
+    b,
+    bias,
+    limit,
+    c,
+    M,
+    N,
+    K,
+    a_batch,
+    a_m,
+    a_k,
+    b_batch,
+    b_n,
+    b_k,
+    c_batch,
+    c_m,
+    c_n,
+    new_rows,
+    HAS_BIAS: tl.constexpr,
+    HAS_LIMIT: tl.constexpr,
+    WIDEN: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+):
+    """c[z, m, n] = sum_k a[z, m, k] * b[z, n, k] (+ bias[n]); grid (m tiles * n tiles, batch).
+
+    Tiles are visited in groups of GROUP_M row tiles, so that a group shares its columns of `b` in
+    cache. WIDEN multiplies in fp32 whatever the operands are (the router's scores). HAS_LIMIT skips
+    row tiles past `limit[z] + new_rows`: rows of a latent cache that hold no token yet.
+    """
+    tiles_m = tl.cdiv(M, BLOCK_M)
+    tiles_n = tl.cdiv(N, BLOCK_N)
+    tile = tl.program_id(0)
+    z = tl.program_id(1).to(tl.int64)
+    group = tile // (GROUP_M * tiles_n)
+    first = group * GROUP_M
+    height = tl.minimum(tiles_m - first, GROUP_M)
+    tile_m = first + (tile % (GROUP_M * tiles_n)) % height
+    tile_n = (tile % (GROUP_M * tiles_n)) // height
+    if HAS_LIMIT:
+        if tile_m * BLOCK_M >= tl.load(limit + z) + new_rows:
+            return
+    m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    a_row = a + z * a_batch + m[:, None].to(tl.int64) * a_m
+    b_col = b + z * b_batch + n[None, :].to(tl.int64) * b_n
+    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    for start in range(0, K, BLOCK_K):
+        k = start + tl.arange(0, BLOCK_K)
+        x = tl.load(a_row + k[None, :] * a_k, mask=(m[:, None] < M) & (k[None, :] < K), other=0.0)
+        w = tl.load(b_col + k[:, None] * b_k, mask=(n[None, :] < N) & (k[:, None] < K), other=0.0)
+        if WIDEN:
+            x = x.to(tl.float32)
+            w = w.to(tl.float32)
+        acc = tl.dot(x, w, acc, input_precision="ieee")
+    if HAS_BIAS:
+        acc += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
+    out = c + z * c_batch + m[:, None].to(tl.int64) * c_m + n[None, :] * c_n
+    tl.store(out, acc, mask=(m[:, None] < M) & (n[None, :] < N))
+
+
+@triton.jit
+def grouped_gemm(
+    x,
+    order,
+    weight,
+    offsets,
+    y,
+    N,
+    K,
+    x_row,
+    slots,
+    EXPERTS: tl.constexpr,
+    EXPERTS_PADDED: tl.constexpr,
+    GATHER: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """y[r] = x[r] @ weight[g].T for rows offsets[g] <= r < offsets[g+1]; grid (row tiles, n tiles).
+
+    No host knows how many tiles an expert has, so the grid is an upper bound and a program finds
+    its own: tile counts per expert, their prefix sum, and the expert whose span holds this tile.
+    Programs past the last tile leave. With GATHER row r of the product reads x[order[r] // slots]:
+    the permuted copy of the tokens is never made. weight is [EXPERTS, N, K], dense.
+    """
+    tile = tl.program_id(0)
+    e = tl.arange(0, EXPERTS_PADDED)
+    low = tl.load(offsets + e, mask=e < EXPERTS, other=0).to(tl.int32)
+    high = tl.load(offsets + e + 1, mask=e < EXPERTS, other=0).to(tl.int32)
+    tiles = (high - low + BLOCK_M - 1) // BLOCK_M
+    ends = tl.cumsum(tiles, axis=0)
+    if tile >= tl.sum(tiles, axis=0):
+        return
+    expert = tl.sum((ends <= tile).to(tl.int32), axis=0)
+    mine = e == expert
+    before = tl.sum(tl.where(mine, ends - tiles, 0), axis=0)
+    begin = tl.sum(tl.where(mine, low, 0), axis=0)
+    end = tl.sum(tl.where(mine, high, 0), axis=0)
+    row = begin + (tile - before) * BLOCK_M + tl.arange(0, BLOCK_M)
+    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    source = row.to(tl.int64)
+    if GATHER:
+        source = tl.load(order + row, mask=row < end, other=0).to(tl.int64) // slots
+    x_at = x + source[:, None] * x_row
+    w_at = weight + expert.to(tl.int64) * N * K + n[None, :].to(tl.int64) * K
+    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    for start in range(0, K, BLOCK_K):
+        k = start + tl.arange(0, BLOCK_K)
+        a = tl.load(x_at + k[None, :], mask=(row[:, None] < end) & (k[None, :] < K), other=0.0)
+        w = tl.load(w_at + k[:, None], mask=(n[None, :] < N) & (k[:, None] < K), other=0.0)
+        acc = tl.dot(a, w, acc, input_precision="ieee")
+    out = y + row[:, None].to(tl.int64) * N + n[None, :]
+    tl.store(out, acc, mask=(row[:, None] < end) & (n[None, :] < N))

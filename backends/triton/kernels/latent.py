@@ -1,0 +1,126 @@
+"""Absorbed multi-head latent attention: every head reads one latent row a token.
+
+After W_UK is folded into the query, all heads share keys (latent | rope) and values (latent): the
+heads are the rows of one GEMM per token of the cache, and 576 numbers a token are read once for a
+tile of heads. A decode step has few (sequence, head tile) pairs, so the cache is cut into SPLITS
+spans (flash-decoding); `latent_combine` merges them by their log-sum-exp.
+"""
+
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def latent_attention(
+    q,
+    q_rope,
+    latent,
+    rope,
+    lengths,
+    partial,
+    lse,
+    out,
+    S,
+    T,
+    scale,
+    q_row,
+    q_head,
+    qr_row,
+    qr_head,
+    l_batch,
+    l_row,
+    r_batch,
+    r_row,
+    H: tl.constexpr,
+    C: tl.constexpr,
+    R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+):
+    """out[b, s, h, :C] over one span of the cache; grid (B * S, head tiles, SPLITS).
+
+    Query s of row b sees cache rows j <= lengths[b] + s. With SPLITS > 1 the normalised result of
+    the span goes to partial f32[SPLITS, B*S, H, C] and its log-sum-exp to lse f32[SPLITS, B*S, H].
+    """
+    row = tl.program_id(0).to(tl.int64)
+    b = row // S
+    h = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
+    split = tl.program_id(2)
+    c = tl.arange(0, BLOCK_C)
+    r = tl.arange(0, BLOCK_R)
+    live = h[:, None] < H
+    q_at = q + row * q_row + h[:, None] * q_head + c[None, :]
+    queries = tl.load(q_at, mask=live & (c[None, :] < C), other=0.0)
+    qr_at = q_rope + row * qr_row + h[:, None] * qr_head + r[None, :]
+    rope_queries = tl.load(qr_at, mask=live & (r[None, :] < R), other=0.0)
+    seen = tl.load(lengths + b).to(tl.int32) + (row - b * S).to(tl.int32) + 1
+    seen = tl.minimum(seen, T)
+    span = tl.cdiv(tl.cdiv(seen, SPLITS), BLOCK_T) * BLOCK_T
+    begin = split * span
+    stop = tl.minimum(begin + span, seen)
+    top = tl.full((BLOCK_H,), float("-inf"), dtype=tl.float32)
+    total = tl.zeros((BLOCK_H,), dtype=tl.float32)
+    acc = tl.zeros((BLOCK_H, BLOCK_C), dtype=tl.float32)
+    for start in range(begin, stop, BLOCK_T):
+        t = start + tl.arange(0, BLOCK_T)
+        fresh = t[:, None] < stop
+        rows = t[:, None].to(tl.int64)
+        l_at = latent + b * l_batch + rows * l_row + c[None, :]
+        values = tl.load(l_at, mask=fresh & (c[None, :] < C), other=0.0)
+        r_at = rope + b * r_batch + rows * r_row + r[None, :]
+        ropes = tl.load(r_at, mask=fresh & (r[None, :] < R), other=0.0)
+        scores = tl.dot(queries, tl.trans(values), input_precision="ieee")
+        scores = tl.dot(rope_queries, tl.trans(ropes), scores, input_precision="ieee")
+        scores = tl.where(t[None, :] < stop, scores * scale, float("-inf"))
+        peak = tl.maximum(top, tl.max(scores, axis=1))
+        p = tl.exp(scores - peak[:, None])
+        decay = tl.exp(top - peak)
+        total = total * decay + tl.sum(p, axis=1)
+        acc = tl.dot(p.to(values.dtype), values, acc * decay[:, None], input_precision="ieee")
+        top = peak
+    acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]
+    keep = live & (c[None, :] < C)
+    if SPLITS == 1:
+        tl.store(out + (row * H + h[:, None]) * C + c[None, :], acc, mask=keep)
+    else:
+        at = (split * tl.num_programs(0) + row) * H + h
+        tl.store(partial + at[:, None] * C + c[None, :], acc, mask=keep)
+        tl.store(lse + at, tl.where(total == 0.0, float("-inf"), top + tl.log(total)), mask=h < H)
+
+
+@triton.jit
+def latent_combine(
+    partial,
+    lse,
+    out,
+    rows,
+    C: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+):
+    """Merge SPLITS partial results by their log-sum-exp; a row is one (batch, query, head).
+
+    Split 0 always holds a visible token (a query sees at least itself), so the maximum is finite.
+    """
+    row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    c = tl.arange(0, BLOCK_C)
+    top = tl.load(lse + row, mask=row < rows, other=0.0)
+    for split in range(1, SPLITS):
+        top = tl.maximum(top, tl.load(lse + split * rows + row, mask=row < rows, other=0.0))
+    total = tl.zeros((BLOCK_ROWS,), dtype=tl.float32)
+    acc = tl.zeros((BLOCK_ROWS, BLOCK_C), dtype=tl.float32)
+    keep = (row[:, None] < rows) & (c[None, :] < C)
+    for split in range(0, SPLITS):
+        part = split * rows + row
+        weight = tl.exp(tl.load(lse + part, mask=row < rows, other=0.0) - top)
+        total += weight
+        at = partial + part[:, None].to(tl.int64) * C + c[None, :]
+        acc += weight[:, None] * tl.load(at, mask=keep, other=0.0)
+    at = out + row[:, None].to(tl.int64) * C + c[None, :]
+    tl.store(at, acc / total[:, None], mask=keep)

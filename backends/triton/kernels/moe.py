@@ -1,0 +1,156 @@
+"""Mixture of experts: choose, sort by expert, and gather the weighted results back.
+
+The sort is a counting sort without atomics: the program of an expert counts the entries of smaller
+experts (its segment's start) and then numbers its own entries in order with a prefix sum. It is
+stable, deterministic, and its result needs no second launch.
+"""
+
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def route(
+    logits,
+    bias,
+    index,
+    weights,
+    rows,
+    scale,
+    E: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    SCORE: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+    KEEP: tl.constexpr,
+    GROUP_SCORE: tl.constexpr,
+    FILL: tl.constexpr,
+    TOP_K: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    NORMALISE: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+):
+    """Scores, group limit and top-k by repeated argmax over logits f32[rows, E].
+
+    The bias selects and never weighs: weights come from the unbiased scores, are normalised (plus
+    1e-20), then scaled. A group's score is the sum of its two largest biased scores ("top2") or its
+    largest ("max"); experts of dropped groups compete with the value FILL.
+    """
+    row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    e = tl.arange(0, BLOCK_E)
+    real = (e < E)[None, :]
+    live = (row < rows)[:, None]
+    x = tl.load(logits + row[:, None] * E + e[None, :], mask=live & real, other=0.0)
+    if SCORE == "sigmoid":
+        score = 1.0 / (1.0 + tl.exp(-x))
+    else:
+        x = tl.where(real, x, float("-inf"))
+        score = tl.exp(x - tl.max(x, axis=1)[:, None])
+        score = score / tl.sum(score, axis=1)[:, None]
+    choice = score
+    if HAS_BIAS:
+        choice = score + tl.load(bias + e, mask=e < E, other=0.0)[None, :]
+    choice = tl.where(real, choice, float("-inf"))
+    if GROUPS > 1:
+        g = tl.arange(0, BLOCK_G)[None, :]
+        group_of = e // (E // GROUPS)
+        standing = tl.full((BLOCK_ROWS, BLOCK_G), float("-inf"), dtype=tl.float32)
+        for group in range(GROUPS):
+            inside = tl.where((group_of == group)[None, :] & real, choice, float("-inf"))
+            best = tl.max(inside, axis=1)
+            if GROUP_SCORE == "top2":
+                at = tl.argmax(inside, axis=1)
+                rest = tl.where(e[None, :] == at[:, None], float("-inf"), inside)
+                best += tl.max(rest, axis=1)
+            standing = tl.where(g == group, best[:, None], standing)
+        kept = tl.zeros((BLOCK_ROWS, BLOCK_E), dtype=tl.int32)
+        for _turn in range(KEEP):
+            chosen = tl.argmax(standing, axis=1)
+            kept = tl.where(group_of[None, :] == chosen[:, None], 1, kept)
+            standing = tl.where(g == chosen[:, None], float("-inf"), standing)
+        choice = tl.where((kept == 0) & real, FILL, choice)
+    k = tl.arange(0, BLOCK_K)[None, :]
+    ids = tl.zeros((BLOCK_ROWS, BLOCK_K), dtype=tl.int32)
+    picked = tl.zeros((BLOCK_ROWS, BLOCK_K), dtype=tl.float32)
+    for slot in range(TOP_K):
+        at = tl.argmax(choice, axis=1)[:, None]
+        hit = e[None, :] == at
+        ids = tl.where(k == slot, at, ids)
+        picked = tl.where(k == slot, tl.sum(tl.where(hit, score, 0.0), axis=1)[:, None], picked)
+        choice = tl.where(hit, float("-inf"), choice)
+    if NORMALISE:
+        picked = picked / (tl.sum(picked, axis=1)[:, None] + 1e-20)
+    keep = live & (k < TOP_K)
+    tl.store(index + row[:, None] * TOP_K + k, ids.to(tl.int64), mask=keep)
+    tl.store(weights + row[:, None] * TOP_K + k, picked * scale, mask=keep)
+
+
+@triton.jit
+def sort_by_expert(
+    index,
+    offsets,
+    order,
+    place,
+    total,
+    EXPERTS: tl.constexpr,
+    BLOCK_EXPERTS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Stable counting sort of index i64[total] by expert; grid (expert tiles,).
+
+    offsets i64[EXPERTS + 1]; order i64[total]: the entry at each sorted place; place i32[total]:
+    its inverse, which `combine_rows` reads.
+    """
+    expert = tl.program_id(0) * BLOCK_EXPERTS + tl.arange(0, BLOCK_EXPERTS)
+    begin = tl.zeros((BLOCK_EXPERTS,), dtype=tl.int32)
+    for start in range(0, total, BLOCK):
+        i = start + tl.arange(0, BLOCK)
+        e = tl.load(index + i, mask=i < total, other=EXPERTS).to(tl.int32)
+        begin += tl.sum((e[None, :] < expert[:, None]).to(tl.int32), axis=1)
+    tl.store(offsets + expert, begin.to(tl.int64), mask=expert <= EXPERTS)
+    for start in range(0, total, BLOCK):
+        i = start + tl.arange(0, BLOCK)
+        e = tl.load(index + i, mask=i < total, other=EXPERTS).to(tl.int32)
+        mine = (e[None, :] == expert[:, None]).to(tl.int32)
+        at = begin[:, None] + tl.cumsum(mine, axis=1) - 1
+        keep = (mine > 0) & (expert < EXPERTS)[:, None]
+        entry = i[None, :] + tl.zeros_like(at)
+        tl.store(order + at, entry.to(tl.int64), mask=keep)
+        tl.store(place + entry, at, mask=keep)
+        begin += tl.sum(mine, axis=1)
+
+
+@triton.jit
+def invert_order(order, place, total, BLOCK: tl.constexpr):
+    """place[order[p]] = p: where each (token, slot) went."""
+    p = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    entry = tl.load(order + p, mask=p < total, other=0)
+    tl.store(place + entry, p, mask=p < total)
+
+
+@triton.jit
+def combine_rows(
+    y,
+    place,
+    weights,
+    out,
+    rows,
+    D,
+    TOP_K: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+):
+    """out[t] = sum over slots of weights[t, slot] * y[place[t, slot]], accumulated in fp32."""
+    row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    keep = (row[:, None] < rows) & (d[None, :] < D)
+    acc = tl.zeros((BLOCK_ROWS, BLOCK_D), dtype=tl.float32)
+    for slot in range(TOP_K):
+        at = tl.load(place + row * TOP_K + slot, mask=row < rows, other=0).to(tl.int64)
+        w = tl.load(weights + row * TOP_K + slot, mask=row < rows, other=0.0)
+        v = tl.load(y + at[:, None] * D + d[None, :], mask=keep, other=0.0).to(tl.float32)
+        acc += w[:, None] * v
+    tl.store(out + row[:, None].to(tl.int64) * D + d[None, :], acc, mask=keep)

@@ -1,0 +1,110 @@
+"""How each operator becomes launches: one function an operator, `lower(ctx, node)`.
+
+`TABLE` is the literal list of what the backend can emit; `reasons` says why a node cannot be.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from dsc.backends.triton.context import Context
+from dsc.backends.triton.launch import POINTER_TYPES
+from dsc.backends.triton.lower import attend, contract, moe, rowwise, shapes
+from dsc.backends.triton.lower import fused as regions
+from dsc.ir.graph import Node
+from dsc.ir.types import DType
+
+Lower = Callable[[Context, Node], None]
+Reason = Callable[[Node], str | None]
+
+TABLE: dict[str, Lower] = {
+    "linear": contract.linear,
+    "matmul": contract.matmul,
+    "einsum": contract.einsum,
+    "grouped_linear": contract.grouped_linear,
+    "attention": attend.attention,
+    "mla_attention": attend.mla_attention,
+    "latent_attention": attend.latent_attention,
+    "route": moe.route,
+    "experts": moe.experts,
+    "dispatch": moe.dispatch,
+    "combine": moe.combine,
+    "rms_norm": rowwise.rms_norm,
+    "rope": rowwise.rope,
+    "softmax": rowwise.softmax,
+    "cumsum": rowwise.cumsum,
+    "sum": rowwise.reduction,
+    "mean": rowwise.reduction,
+    "amax": rowwise.reduction,
+    "amin": rowwise.reduction,
+    "argmax": rowwise.argmax,
+    "topk": rowwise.topk,
+    "embedding": rowwise.embedding,
+    "select_rows": rowwise.select_rows,
+    "take": rowwise.take,
+    "gather": rowwise.gather,
+    "append": rowwise.append,
+    "cache_write": rowwise.cache_write,
+    "reshape": shapes.reshape,
+    "permute": shapes.permute,
+    "expand": shapes.expand,
+    "slice": shapes.slice_,
+    "split": shapes.split,
+    "concat": shapes.concat,
+    "stack": shapes.stack,
+    "full": shapes.full,
+    "arange": shapes.arange,
+    **dict.fromkeys(sorted(regions.REGISTERED), regions.single),
+}
+
+FIXED_LAST_AXIS = frozenset({"rms_norm", "rope", "topk"})
+FIXED_OPERANDS = {
+    "attention": (0, 2), "latent_attention": (0, 1), "mla_attention": (0, 1),
+    "route": (1,), "experts": (3, 4), "grouped_linear": (1,),
+}  # fmt: skip
+
+
+def lower(ctx: Context, node: Node) -> None:
+    """Append the launches of one node."""
+    ctx.loc = node.loc or ctx.loc
+    if node.op == "fused":
+        regions.fused(ctx, node, lower)
+    else:
+        TABLE[node.op](ctx, node)
+
+
+def reason(node: Node) -> str | None:
+    """Why a node cannot be emitted, or `None` when it can."""
+    if node.op == "fused":
+        assert node.body is not None, "a fused node has a body"
+        found = (reason(inner) for inner in node.body.nodes)
+        return next((r for r in found if r is not None), None)
+    if node.op not in TABLE:
+        return f"no Triton kernel for {node.op}"
+    strange = [v.type.dtype for v in (*node.operands, *node.outputs)]
+    strange = [t for t in strange if t not in POINTER_TYPES or t is DType.f64]
+    if strange:
+        return f"{node.op} with elements of type {strange[0]}"
+    if node.op in FIXED_LAST_AXIS:
+        last = node.operands[0].type.shape[-1]
+        if not isinstance(last, int) or last > 1 << 15:
+            return f"{node.op} over a last axis of {last}; it must be fixed and at most 32768"
+    for operand in FIXED_OPERANDS.get(node.op, ()):
+        shape = node.operands[operand].type.shape
+        inner = shape[-2:] if node.op == "latent_attention" else shape[-1:]
+        fixed = shape if node.op in ("experts", "grouped_linear") else inner
+        if not all(isinstance(d, int) for d in fixed):
+            return f"{node.op} with symbolic extents in {node.operands[operand].type}"
+    return _SPECIAL[node.op](node) if node.op in _SPECIAL else None
+
+
+def _arange_reason(node: Node) -> str | None:
+    return None if isinstance(node.attrs["start"], int) else "arange from a symbolic start"
+
+
+_SPECIAL: dict[str, Reason] = {
+    "einsum": contract.einsum_reason,
+    "gather": rowwise.gather_reason,
+    "arange": _arange_reason,
+    **dict.fromkeys(sorted(regions.REGISTERED), regions.pointwise_reason),
+}

@@ -1,0 +1,130 @@
+"""Attention: generic, multi-head latent in its expanded form, and latent in its absorbed form."""
+
+from __future__ import annotations
+
+from dsc.backends.triton import views
+from dsc.backends.triton.blocks import next_power
+from dsc.backends.triton.context import Context, Given, ceil_div
+from dsc.backends.triton.lower.contract import Product, emit_gemm
+from dsc.backends.triton.views import View
+from dsc.ir.dims import Dim, product
+from dsc.ir.graph import Node
+from dsc.ir.types import DType
+
+
+def attention(ctx: Context, node: Node) -> None:
+    """Flash attention over given keys and values."""
+    q, k, v = (ctx.unit_rows(ctx.view(x)) for x in node.inputs[:3])
+    lengths = ctx.dense(ctx.view(node.inputs[3])) if len(node.inputs) > 3 else None
+    _flash(ctx, node, q, None, k, None, v, lengths, causal=node.attrs["causal"])
+
+
+def mla_attention(ctx: Context, node: Node) -> None:
+    """Rebuild keys and values of all heads by one GEMM over the visible latents, then flash.
+
+    The rebuilt buffer is [b, t, heads * (nope + value)]; the kernel reads both parts in place, and
+    the rope key from the cache.
+    """
+    q_nope, q_rope, latent, rope, kv_b, lengths = ctx.operands(node)
+    q_nope, q_rope, latent, rope = map(ctx.unit_rows, (q_nope, q_rope, latent, rope))
+    lengths = ctx.dense(lengths)
+    b, t, c = latent.shape
+    heads, nope = q_nope.shape[2], q_nope.shape[3]
+    width = kv_b.shape[0]
+    kv = ctx.make(latent.type.with_shape((b, t, width)))
+    lat_b, lat_t, _ = latent.strides
+    rebuild = Product(
+        latent, kv_b, kv, (b, t, width, c),
+        (lat_b, lat_t, 1), (0, kv_b.strides[0], kv_b.strides[1]), (t * width, width, 1),
+    )  # fmt: skip
+    emit_gemm(ctx, rebuild, limit=lengths, new_rows=q_nope.shape[1])
+    per_head = ctx.reshaped(kv, (b, t, heads, width // heads))
+    keys = views.narrow(per_head, 3, 0, nope)
+    values = views.narrow(per_head, 3, nope, node.output.type.shape[3])
+    _flash(ctx, node, q_nope, q_rope, keys, rope, values, lengths, causal=True)
+
+
+def _flash(
+    ctx: Context,
+    node: Node,
+    q: View,
+    q_rope: View | None,
+    k: View,
+    k_rope: View | None,
+    v: View,
+    lengths: View | None,
+    causal: bool,
+) -> None:
+    b, s, heads, d = q.shape
+    t, groups, e = k.shape[1], k.shape[2], v.shape[3]
+    r: Dim = 0 if q_rope is None else q_rope.shape[3]
+    sizes = {name: int(x) for name, x in (("D", d), ("R", r), ("E", e))}  # type: ignore[arg-type]
+    widest = max(sizes["D"], sizes["E"])
+    tile = ctx.blocks.flash(ctx.limit(s), ctx.limit(t), widest, q.dtype.itemsize)
+    given: dict[str, Given] = {"q": q, "q_rope": q_rope, "k": k, "k_rope": k_rope, "v": v}
+    given |= {"lengths": lengths, "out": ctx.result(node), "S": s, "T": t, "heads": heads}
+    given |= {"scale": float(node.attrs["scale"]), "GROUP": heads // groups}
+    given |= _named("q", q.strides[:3], ("batch", "row", "head"))
+    qr_strides = q_rope.strides[:3] if q_rope is not None else (0, 0, 0)
+    given |= _named("qr", qr_strides, ("batch", "row", "head"))
+    given |= _named("k", k.strides[:3], ("batch", "row", "head"))
+    given |= _named("kr", k_rope.strides[:2] if k_rope is not None else (0, 0), ("batch", "row"))
+    given |= _named("v", v.strides[:3], ("batch", "row", "head"))
+    given |= sizes
+    given |= {f"BLOCK_{name}": max(16, next_power(x)) for name, x in sizes.items()}
+    given |= {"CAUSAL": causal, "HAS_LENGTHS": lengths is not None}
+    given |= {"BLOCK_M": tile.m, "BLOCK_T": tile.n}
+    grid = (ceil_div(s, tile.m), b * heads)
+    ctx.launch("attention:flash_attention", grid, given, tile.warps, tile.stages)
+
+
+def _named(prefix: str, strides: tuple[Dim, ...], names: tuple[str, ...]) -> dict[str, Given]:
+    return {f"{prefix}_{n}": s for n, s in zip(names, strides, strict=True)}
+
+
+def latent_attention(ctx: Context, node: Node) -> None:
+    """Absorbed attention, the cache cut into spans when few programs would read it."""
+    q, q_rope, latent, rope, lengths = ctx.operands(node)
+    q, q_row = _token_rows(ctx, q)
+    q_rope, qr_row = _token_rows(ctx, q_rope)
+    latent, rope = ctx.unit_rows(latent), ctx.unit_rows(rope)
+    b, s, heads, c = (*q.shape[:2], int(q.shape[2]), int(q.shape[3]))  # type: ignore[arg-type]
+    r, t = int(q_rope.shape[3]), latent.shape[1]  # type: ignore[arg-type]
+    itemsize = q.dtype.itemsize
+    tile = ctx.blocks.latent(heads, ctx.limit(t), c, itemsize)
+    head_tiles = -(-heads // tile.m)
+    splits = ctx.blocks.splits(ctx.limit(s) * head_tiles, ctx.limit(t))
+    out = ctx.result(node)
+    partial = lse = None
+    if splits > 1:
+        wide = q.type.with_dtype(DType.f32)
+        partial = ctx.make(wide.with_shape((splits, b * s, heads, c)))
+        lse = ctx.make(wide.with_shape((splits, b * s, heads)))
+    given: dict[str, Given] = {"q": q, "q_rope": q_rope, "latent": latent, "rope": rope}
+    given |= {"lengths": ctx.dense(lengths), "partial": partial, "lse": lse, "out": out}
+    given |= {"S": s, "T": t, "scale": float(node.attrs["scale"])}
+    given |= {"q_row": q_row, "q_head": q.strides[2], "qr_row": qr_row}
+    given |= {"qr_head": q_rope.strides[2]}
+    given |= _named("l", latent.strides[:2], ("batch", "row"))
+    given |= _named("r", rope.strides[:2], ("batch", "row"))
+    blocks: dict[str, Given] = {"C": c, "BLOCK_C": max(16, next_power(c)), "SPLITS": splits}
+    given |= {"H": heads, "R": r, "BLOCK_R": max(16, next_power(r)), **blocks}
+    given |= {"BLOCK_H": tile.m, "BLOCK_T": tile.n}
+    grid = (b * s, head_tiles, splits)
+    ctx.launch("latent:latent_attention", grid, given, tile.warps, tile.stages)
+    if splits > 1:
+        rows = product((b, s, heads))
+        part = ctx.blocks.rows(ctx.limit(rows), c)
+        merge: dict[str, Given] = {"partial": partial, "lse": lse, "out": out, "rows": rows}
+        merge |= {"C": c, "BLOCK_C": blocks["BLOCK_C"], "SPLITS": splits, "BLOCK_ROWS": part.rows}
+        ctx.launch("latent:latent_combine", (ceil_div(rows, part.rows),), merge, part.warps)
+
+
+def _token_rows(ctx: Context, view: View) -> tuple[View, Dim]:
+    """A [b, s, h, d] operand whose (b, s) fold into one row index, and that row's stride."""
+    folded = views.fold(view, 2)
+    if folded is None or not views.has_unit_rows(view):
+        view = ctx.dense(view)
+        folded = views.fold(view, 2)
+        assert folded is not None, "a dense value folds"
+    return view, folded[1]

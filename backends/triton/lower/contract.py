@@ -1,0 +1,195 @@
+"""Matrix products: linear, matmul and two-operand einsum onto one strided, batched GEMM."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from dsc.backends.triton import views
+from dsc.backends.triton.blocks import next_power
+from dsc.backends.triton.context import Context, Given, ceil_div
+from dsc.backends.triton.views import View
+from dsc.ir.dims import Dim, product
+from dsc.ir.graph import Node
+from dsc.ir.ops.core import einsum_terms
+from dsc.ir.types import DType
+
+
+@dataclass(frozen=True, slots=True)
+class Product:
+    """out[z, m, n] = sum over k of a[z, m, k] * b[z, n, k]: extents and strides by role."""
+
+    a: View
+    b: View
+    out: View
+    extents: tuple[Dim, Dim, Dim, Dim]  # z, m, n, k
+    a_strides: tuple[Dim, Dim, Dim]  # z, m, k
+    b_strides: tuple[Dim, Dim, Dim]  # z, n, k
+    out_strides: tuple[Dim, Dim, Dim]  # z, m, n
+
+
+def emit_gemm(
+    ctx: Context,
+    p: Product,
+    bias: View | None = None,
+    limit: View | None = None,
+    new_rows: Dim = 0,
+    widen: bool = False,
+) -> None:
+    """Append a GEMM. With `limit`, row tiles past limit[z] + new_rows are skipped."""
+    z, m, n, k = p.extents
+    itemsize = 4 if widen else p.a.dtype.itemsize
+    rows, columns = ctx.limit(m), ctx.limit(n)
+    tile = ctx.blocks.gemm(rows, columns, ctx.limit(k), itemsize)
+    given: dict[str, Given] = {"a": p.a, "b": p.b, "bias": bias, "limit": limit, "c": p.out}
+    given |= {"M": m, "N": n, "K": k, "new_rows": new_rows}
+    given |= dict(zip(("a_batch", "a_m", "a_k"), p.a_strides, strict=True))
+    given |= dict(zip(("b_batch", "b_n", "b_k"), p.b_strides, strict=True))
+    given |= dict(zip(("c_batch", "c_m", "c_n"), p.out_strides, strict=True))
+    given |= {"HAS_BIAS": bias is not None, "HAS_LIMIT": limit is not None, "WIDEN": widen}
+    given |= {"BLOCK_M": tile.m, "BLOCK_N": tile.n, "BLOCK_K": tile.k, "GROUP_M": 8}
+    grid = (ceil_div(m, tile.m) * ceil_div(n, tile.n), z)
+    ctx.launch("gemm:gemm", grid, given, tile.warps, tile.stages)
+
+
+def linear_product(ctx: Context, x: View, weight: View, out: View) -> Product:
+    """The product x @ weight^T over all rows of x, into a dense `out`."""
+    x, rows, row_stride = ctx.rows(x)
+    n, k = weight.shape
+    return Product(
+        x, weight, out, (1, rows, n, k),
+        (0, row_stride, 1), (0, weight.strides[0], weight.strides[1]), (0, n, 1),
+    )  # fmt: skip
+
+
+def linear(ctx: Context, node: Node) -> None:
+    """X @ weight^T + bias."""
+    x, weight = ctx.view(node.inputs[0]), ctx.view(node.inputs[1])
+    bias = ctx.dense(ctx.view(node.inputs[2])) if len(node.inputs) > 2 else None
+    emit_gemm(ctx, linear_product(ctx, x, weight, ctx.result(node)), bias)
+
+
+def matmul(ctx: Context, node: Node) -> None:
+    """Batched matrix product: an einsum whose leading letters broadcast."""
+    a, b = ctx.operands(node)
+    shape = node.output.type.shape
+    lead = shape[:-2]
+    a = views.expand(a, (*lead, *a.shape[-2:]))
+    b = views.expand(b, (*lead, *b.shape[-2:]))
+    letters = "abcdef"[: len(lead)]
+    _contract(ctx, node, a, b, (letters + "mk", letters + "kn"), letters + "mn")
+
+
+def einsum(ctx: Context, node: Node) -> None:
+    """Two operands, letters folded into batch, m, n and k."""
+    terms, result = einsum_terms(node.attrs["eq"])
+    a, b = ctx.operands(node)
+    _contract(ctx, node, a, b, terms, result)
+
+
+def einsum_reason(node: Node) -> str | None:
+    """Why an einsum cannot be one GEMM, or `None`."""
+    terms, result = einsum_terms(node.attrs["eq"])
+    if len(terms) != 2:
+        return f"an einsum of {len(terms)} operands; the kernels multiply two"
+    left, right = terms
+    if any(len(set(t)) != len(t) for t in (*terms, result)):
+        return f"a letter repeats in {node.attrs['eq']}"
+    lonely = (set(left) ^ set(right)) - set(result)
+    if lonely:
+        return f"{', '.join(sorted(lonely))} of {node.attrs['eq']} summed over one operand only"
+    return None
+
+
+def _contract(
+    ctx: Context, node: Node, a: View, b: View, terms: Sequence[str], result: str
+) -> None:
+    left, right = terms
+    batch = "".join(c for c in result if c in left and c in right)
+    m = "".join(c for c in result if c in left and c not in right)
+    n = "".join(c for c in result if c in right and c not in left)
+    k = "".join(c for c in left if c in right and c not in result)
+    a, a_roles = _roles(ctx, a, left, (batch, m, k))
+    b, b_roles = _roles(ctx, b, right, (batch, n, k))
+    out_type = node.output.type
+    out = ctx.make(out_type)
+    folded = _folds(out, result, (batch, m, n))
+    if folded is None:
+        sizes = dict(zip(result, out_type.shape, strict=True))
+        order = batch + m + n
+        out = ctx.make(out_type.with_shape(tuple(sizes[c] for c in order)))
+        folded = _folds(out, order, (batch, m, n))
+        ctx.set(node, views.permute(out, [order.index(c) for c in result]))
+    else:
+        ctx.set(node, out)
+    assert folded is not None, "a dense buffer in role order folds"
+    extents = (folded[0][0], folded[1][0], folded[2][0], a_roles[2][0])
+    emit_gemm(ctx, Product(a, b, out, extents, _steps(a_roles), _steps(b_roles), _steps(folded)))
+
+
+Fold = tuple[Dim, Dim]
+
+
+def _steps(roles: list[Fold]) -> tuple[Dim, Dim, Dim]:
+    (_, first), (_, second), (_, third) = roles
+    return first, second, third
+
+
+def _roles(
+    ctx: Context, view: View, letters: str, roles: tuple[str, str, str]
+) -> tuple[View, list[Fold]]:
+    """The operand with its axes folded by role, copied into role order when they do not fold."""
+    folded = _folds(view, letters, roles)
+    if folded is not None:
+        return view, folded
+    order = "".join(roles)
+    view = ctx.dense(views.permute(view, [letters.index(c) for c in order]))
+    folded = _folds(view, order, roles)
+    assert folded is not None, "a dense buffer in role order folds"
+    return view, folded
+
+
+def _folds(view: View, letters: str, roles: tuple[str, str, str]) -> list[Fold] | None:
+    sizes = dict(zip(letters, zip(view.shape, view.strides, strict=True), strict=True))
+    folded: list[Fold] = []
+    for role in roles:
+        axes = [sizes[c] for c in role]
+        merged = views.merge([d for d, _ in axes], [s for _, s in axes])
+        if merged is None:
+            return None
+        folded.append(merged)
+    return folded
+
+
+def grouped_linear(ctx: Context, node: Node) -> None:
+    """Rows of each segment times the weight of its group."""
+    x, weight, offsets = ctx.operands(node)
+    emit_grouped(ctx, x, None, 1, weight, ctx.dense(offsets), ctx.result(node))
+
+
+def emit_grouped(
+    ctx: Context, x: View, order: View | None, slots: int, weight: View, offsets: View, out: View
+) -> None:
+    """Append a grouped GEMM into `out` [rows, n]; with `order` row r reads x[order[r] // slots]."""
+    x, _, row_stride = ctx.rows(x)
+    weight = ctx.dense(weight)
+    experts, n, k = (int(d) for d in weight.shape)  # type: ignore[arg-type]
+    rows = out.shape[0]
+    most = ctx.limit(rows)
+    tile = ctx.blocks.gemm(max(1, -(-most // experts)), n, k, x.dtype.itemsize)
+    tiles = rows if most <= experts else rows // tile.m + experts
+    given: dict[str, Given] = {"x": x, "order": order, "weight": weight, "offsets": offsets}
+    given |= {"y": out, "N": n, "K": k, "x_row": row_stride, "slots": slots}
+    given |= {"EXPERTS": experts, "EXPERTS_PADDED": next_power(experts)}
+    given["GATHER"] = order is not None
+    given |= {"BLOCK_M": tile.m, "BLOCK_N": tile.n, "BLOCK_K": tile.k}
+    grid = (tiles, ceil_div(n, tile.n))
+    ctx.launch("gemm:grouped_gemm", grid, given, tile.warps, tile.stages)
+
+
+def router_logits(ctx: Context, x: View, weight: View) -> View:
+    """Logits f32[rows, e], multiplied in fp32 whatever the operands are."""
+    rows = product(x.shape[:-1])
+    out = ctx.make(x.type.with_shape((rows, weight.shape[0])).with_dtype(DType.f32))
+    emit_gemm(ctx, linear_product(ctx, x, weight, out), widen=True)
+    return out

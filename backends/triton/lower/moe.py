@@ -1,0 +1,128 @@
+"""Mixture of experts: the router, the whole expert layer, and its grouped parts."""
+
+from __future__ import annotations
+
+from dsc.backends.triton import pointwise, views
+from dsc.backends.triton.blocks import next_power
+from dsc.backends.triton.context import Context, Given, ceil_div
+from dsc.backends.triton.lower.contract import emit_grouped, router_logits
+from dsc.backends.triton.pointwise import Region, Step
+from dsc.backends.triton.views import View
+from dsc.ir.dims import Dim, product
+from dsc.ir.graph import Node
+from dsc.ir.op import lookup
+from dsc.ir.types import DType, TensorType
+
+
+def route(ctx: Context, node: Node) -> None:
+    """Router logits by a GEMM in fp32, then one kernel that scores, limits and picks."""
+    x, weight = ctx.view(node.inputs[0]), ctx.view(node.inputs[1])
+    bias = ctx.dense(ctx.view(node.inputs[2])) if len(node.inputs) > 2 else None
+    attrs = lookup("route").with_defaults(node.attrs)
+    logits = router_logits(ctx, x, weight)
+    experts, rows = int(weight.shape[0]), logits.shape[0]  # type: ignore[arg-type]
+    tile = ctx.blocks.rows(ctx.limit(rows), experts)
+    groups = attrs["groups"] if attrs["keep"] < attrs["groups"] else 1
+    given: dict[str, Given] = {"logits": logits, "bias": bias, "rows": rows}
+    given |= {"index": ctx.result(node, 0), "weights": ctx.result(node, 1)}
+    given |= {"scale": float(attrs["scale"]), "E": experts, "BLOCK_E": next_power(experts)}
+    given |= {"SCORE": attrs["score"], "HAS_BIAS": bias is not None, "GROUPS": groups}
+    given |= {"BLOCK_G": next_power(groups), "KEEP": attrs["keep"]}
+    given |= {"GROUP_SCORE": attrs["group_score"], "FILL": float(attrs["fill"])}
+    given |= {"TOP_K": attrs["top_k"], "BLOCK_K": next_power(attrs["top_k"])}
+    given |= {"NORMALISE": attrs["normalise"], "BLOCK_ROWS": tile.rows}
+    ctx.launch("moe:route", (ceil_div(rows, tile.rows),), given, tile.warps)
+
+
+def sort_entries(ctx: Context, index: View, experts: int) -> tuple[View, View, View]:
+    """Sort (token, slot) entries by expert: offsets, order and place (order's inverse)."""
+    index = ctx.dense(index)
+    total = product(index.shape)
+    offsets = ctx.make(TensorType(DType.i64, (experts + 1,)))
+    order = ctx.make(TensorType(DType.i64, (total,)))
+    place = ctx.make(TensorType(DType.i32, (total,)))
+    lanes = ctx.blocks.lanes(experts + 1)
+    block = ctx.blocks.scan(ctx.limit(total), lanes)
+    given: dict[str, Given] = {"index": index, "offsets": offsets, "order": order, "place": place}
+    given |= {"total": total, "EXPERTS": experts, "BLOCK_EXPERTS": lanes, "BLOCK": block}
+    ctx.launch("moe:sort_by_expert", (ceil_div(experts + 1, lanes),), given)
+    return offsets, order, place
+
+
+def experts(ctx: Context, node: Node) -> None:
+    """Sort, grouped GEMM (gathering tokens), act(gate) * up, grouped GEMM, weighted sum.
+
+    Five launches whatever the number of experts; no host ever learns who was chosen.
+    """
+    x, index, weights, gate_up, down = ctx.operands(node)
+    slots = int(index.shape[-1])  # type: ignore[arg-type]
+    count, inner = int(down.shape[0]), down.shape[2]  # type: ignore[arg-type]
+    rows = product(index.shape)
+    offsets, order, place = sort_entries(ctx, index, count)
+    hidden = ctx.make(x.type.with_shape((rows, inner * 2)))
+    emit_grouped(ctx, x, order, slots, gate_up, offsets, hidden)
+    acted = ctx.make(x.type.with_shape((rows, inner)))
+    act = lookup("experts").with_defaults(node.attrs)["act"]
+    steps = (Step(act, (0,), x.dtype), Step("mul", (2, 1), x.dtype))
+    halves = [views.narrow(hidden, 1, 0, inner), views.narrow(hidden, 1, inner, inner)]
+    pointwise.emit(ctx, Region((x.dtype, x.dtype), steps, (3,)), halves, [acted])
+    parts = ctx.make(x.type.with_shape((rows, x.shape[-1])))
+    emit_grouped(ctx, acted, None, 1, down, offsets, parts)
+    _combine(ctx, parts, place, ctx.dense(weights), slots, ctx.result(node))
+
+
+def dispatch(ctx: Context, node: Node) -> None:
+    """Sort the entries, then gather the tokens' rows in that order."""
+    x, index = ctx.operands(node)
+    slots = index.shape[1]
+    offsets, order, _ = sort_entries(ctx, index, node.attrs["experts"])
+    token = ctx.make(order.type)
+    steps = (Step("full", (), DType.i64, slots), Step("div", (0, 1), DType.i64))  # type: ignore[arg-type]
+    pointwise.emit(ctx, Region((DType.i64,), steps, (2,)), [order], [token])
+    out = ctx.make(node.outputs[0].type)
+    take_rows(ctx, x, token, out)
+    ctx.set(node, out, offsets, order)
+
+
+def combine(ctx: Context, node: Node) -> None:
+    """Invert the order, then sum each token's slots."""
+    y, order, weights = ctx.operands(node)
+    order = ctx.dense(order)
+    total = order.shape[0]
+    place = ctx.make(order.type.with_dtype(DType.i32))
+    block = ctx.blocks.flat(ctx.limit(total))
+    given: dict[str, Given] = {"order": order, "place": place, "total": total, "BLOCK": block}
+    ctx.launch("moe:invert_order", (ceil_div(total, block),), given)
+    slots = int(weights.shape[1])  # type: ignore[arg-type]
+    _combine(ctx, ctx.dense(y), place, ctx.dense(weights), slots, ctx.result(node))
+
+
+def _combine(
+    ctx: Context, y: View, place: View, weights: View, slots: int, out: View
+) -> None:
+    width = out.shape[-1]
+    rows = product(out.shape[:-1])
+    tile = ctx.blocks.copy(ctx.limit(rows), ctx.limit(width))
+    given: dict[str, Given] = {"y": y, "place": place, "weights": weights, "out": out}
+    given |= {"rows": rows, "D": width, "TOP_K": slots}
+    given |= {"BLOCK_D": tile.columns, "BLOCK_ROWS": tile.rows}
+    grid = (ceil_div(rows, tile.rows), ceil_div(width, tile.columns))
+    ctx.launch("moe:combine_rows", grid, given, tile.warps)
+
+
+def take_rows(
+    ctx: Context, table: View, index: View, out: View, per_batch: Dim = 1, batch_rows: Dim = 0
+) -> None:
+    """out[p] = table[(p // per_batch) * batch_rows + index[p]] over rows of the last axis."""
+    table, count, stride = ctx.rows(table)
+    width = table.shape[-1]
+    rows = product(index.shape)
+    if batch_rows != 0:
+        count = batch_rows
+    tile = ctx.blocks.copy(ctx.limit(rows), ctx.limit(width))
+    given: dict[str, Given] = {"table": table, "index": ctx.dense(index), "y": out}
+    given |= {"rows": rows, "D": width, "table_row": stride, "LIMIT": count}
+    given |= {"per_batch": per_batch, "batch_rows": batch_rows}
+    given |= {"BLOCK_D": tile.columns, "BLOCK_ROWS": tile.rows}
+    grid = (ceil_div(rows, tile.rows), ceil_div(width, tile.columns))
+    ctx.launch("rows:take_rows", grid, given, tile.warps)

@@ -1,0 +1,90 @@
+"""The interpreting process: `python -m dsc.backends.triton.worker FOLDER WEIGHTS`.
+
+It speaks frames over its standard streams: one line of JSON, then the raw bytes of the tensors that
+the line lists. Its parent is `client.py`; nothing else connects to it and nothing is unpickled.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import traceback
+from collections.abc import Mapping
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+from dsc.ir.types import DType
+
+if TYPE_CHECKING:
+    import torch
+
+
+def write_frame(
+    stream: IO[bytes], header: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]
+) -> None:
+    """Send a header and tensors by name."""
+    import torch
+
+    dense = {k: v.detach().contiguous() for k, v in tensors.items()}
+    table = [[k, DType.of(v.dtype).value, list(v.shape)] for k, v in dense.items()]
+    stream.write(json.dumps({**header, "tensors": table}).encode() + b"\n")
+    for tensor in dense.values():
+        stream.write(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+    stream.flush()
+
+
+def read_frame(stream: IO[bytes]) -> tuple[dict[str, Any], dict[str, torch.Tensor]] | None:
+    """Receive a header and tensors, or `None` when the other side has closed."""
+    import torch
+
+    line = stream.readline()
+    if not line:
+        return None
+    header = json.loads(line)
+    tensors: dict[str, torch.Tensor] = {}
+    for name, dtype, shape in header["tensors"]:
+        kind = DType(dtype).torch
+        empty = torch.empty(shape, dtype=kind)
+        size = empty.numel() * empty.element_size()
+        if size:
+            data = bytearray(stream.read(size))
+            empty = torch.frombuffer(data, dtype=kind).reshape(shape)
+        tensors[name] = empty
+    return header, tensors
+
+
+def serve(folder: Path, weights: Path, source: IO[bytes], sink: IO[bytes]) -> None:
+    """Answer run requests until the parent closes the pipe."""
+    import torch
+    from safetensors.torch import load_file
+
+    from dsc.backends.triton.interpret import InterpretedProgram, Kernels
+    from dsc.backends.triton.launch import LaunchProgram
+
+    torch.set_num_threads(1)
+    text = (folder / "interpret" / "launches.json").read_text()
+    tensors = load_file(weights) if weights.is_file() else {}
+    launches, kernels = LaunchProgram.from_json(text), Kernels(folder / "kernels")
+    program = InterpretedProgram(launches, kernels, tensors)
+    write_frame(sink, {"ready": True}, {})
+    while (frame := read_frame(source)) is not None:
+        header, inputs = frame
+        try:
+            outputs = program.run(header["entry"], inputs)
+        except Exception:
+            write_frame(sink, {"error": traceback.format_exc()}, {})
+            continue
+        write_frame(sink, {}, outputs)
+
+
+def main() -> None:
+    """Serve on the standard streams; whatever kernels print goes to standard error."""
+    sink = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)
+    sys.stdout = sys.stderr
+    serve(Path(sys.argv[1]), Path(sys.argv[2]), sys.stdin.buffer, sink)
+
+
+if __name__ == "__main__":
+    main()
