@@ -50,7 +50,7 @@ class CountingModel:
 
     def __init__(self, backend: str = "reference") -> None:
         self.backend = backend
-        self.report = {"passes": []}
+        self.report: dict[str, Any] = {"passes": []}
         self.tokenizer = LetterTokenizer()
         self.sessions: list[tuple[int, int]] = []
 
