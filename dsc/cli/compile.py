@@ -69,10 +69,12 @@ def build_artifact(
     model: str, *, output: Path | None, force: bool, json: bool, backend: str | None, **asked: Any
 ) -> Path:
     """Compile, save, and say what was made; `asked` are options of `dsc.compile`, None: unset."""
+    from dsc.runtime.artifact import check_free
+
     if output is None and backend is not None:
         output = default_output(model, backend)
-    if output is not None and not force:
-        refuse_existing(output)
+    if output is not None:  # before minutes go into compiling
+        check_free(output, force)
     from dsc import api
     from dsc.cli import console
 
@@ -95,18 +97,6 @@ def default_output(model: str, backend: str) -> Path:
     path = Path(model)
     stem = path.stem if path.suffix == ".py" else path.resolve().name
     return Path(f"{stem}-{backend}")
-
-
-def refuse_existing(output: Path) -> None:
-    """Refuse an output folder that is there already, before minutes go into compiling."""
-    from dsc.errors import ArtifactError
-
-    if output.exists():
-        raise ArtifactError(
-            "the output folder exists already",
-            where=str(output),
-            hint="choose another place with -o, or replace it with --force",
-        )
 
 
 def _describe(compiled: CompiledModel, folder: Path, json: bool) -> None:
