@@ -1,0 +1,366 @@
+"""The public API: `dsc.compile`, `dsc.load`, and what they return."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import time
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from dsc import backends, pipeline
+from dsc.backends.base import Backend, Emission, EmitOptions, Executable
+from dsc.errors import UnsupportedOperator, UsageError
+from dsc.ir.analyses import total_cost
+from dsc.ir.dims import evaluate
+from dsc.ir.program import Program
+from dsc.ir.types import DType
+from dsc.rewrite.manager import PassRecord, Watch
+from dsc.runtime import artifact as artifacts
+from dsc.runtime.session import Session
+from dsc.targets import Target, parse_target
+
+if TYPE_CHECKING:
+    import torch
+
+Progress = Callable[[str, int, int], None]
+DTYPES = {"fp32": DType.f32, "bf16": DType.bf16, "fp16": DType.f16}
+PREFERENCE = ("tvm", "onnxruntime", "reference")
+"""Backends by preference where the user names none."""
+
+
+@dataclass
+class CompiledModel:
+    """A compiled program: in memory until saved, or opened from an artifact folder."""
+
+    program: Program
+    backend: str
+    report: Mapping[str, Any]
+    targets: tuple[str, ...] = ("cpu",)
+    source: str = ""
+    max_batch: int = 1
+    max_context: int = 4096
+    prefill_chunk: int = 512
+    _emission: Emission | None = None
+    _files: Mapping[str, Path | bytes] = field(default_factory=dict)
+    _folder: Path | None = None
+    _trust: bool = False
+
+    def save(self, path: str | Path, force: bool = False, progress: Progress | None = None) -> Path:
+        """Write the artifact folder `path`, whole or not at all. Raises `ArtifactError`."""
+        out = Path(path)
+        artifacts.check_free(out, force)
+        if self._emission is None:
+            raise UsageError("this model was loaded from an artifact; copy its folder instead")
+        return artifacts.write(
+            out,
+            self.program,
+            self._emission,
+            backend=self.backend,
+            targets=self.targets,
+            report=self.report,
+            limits={
+                "max_batch": self.max_batch,
+                "max_context": self.max_context,
+                "prefill_chunk": self.prefill_chunk,
+            },
+            source=self.source,
+            extra_files=self._files,
+            force=force,
+            with_weights=self.has_weights,
+            progress=progress,
+        )
+
+    @property
+    def has_weights(self) -> bool:
+        """Whether weight values are at hand (not compiled with `weights="none"`)."""
+        return not self.program.meta.get("weightless", False)
+
+    @cached_property
+    def manifest(self) -> Mapping[str, Any]:
+        """The artifact's manifest; before saving, what of it is known."""
+        if self._folder is not None:
+            return artifacts.read(self._folder, trust=True).manifest
+        return {"config": self.program.meta.get("config", {}), "source": self.source}
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The `tokenizers.Tokenizer` that came with the model, or `None`."""
+        from tokenizers import Tokenizer
+
+        if self._folder is not None:
+            path = self._folder / "tokenizer.json"
+            return Tokenizer.from_file(str(path)) if path.is_file() else None
+        found = self._files.get("tokenizer.json")
+        return Tokenizer.from_file(str(found)) if isinstance(found, Path) else None
+
+    @cached_property
+    def executable(self) -> Executable:
+        """The loaded code. A model that was not saved is written to a temporary folder first."""
+        if self._folder is None:
+            base = Path(tempfile.mkdtemp(prefix="dsc-"))
+            weakref.finalize(self, shutil.rmtree, base, True)
+            folder = self.save(base / "artifact")
+        else:
+            folder = self._folder
+        opened = artifacts.read(folder, trust=self._trust or self._folder is None)
+        chosen = backends.get(self.backend)
+        return chosen.load(folder, opened.manifest, opened.program)
+
+    def run(
+        self, inputs: Mapping[str, torch.Tensor], entry: str | None = None
+    ) -> dict[str, torch.Tensor]:
+        """Run one entry (the only one by default) on tensors by name."""
+        name = entry or next(iter(self.program.entries))
+        if name not in self.program.entries:
+            raise UsageError(f"no entry {name!r}", hint=f"one of {', '.join(self.program.entries)}")
+        return self.executable.run(name, inputs)
+
+    def session(self, max_batch: int | None = None, max_context: int | None = None) -> Session:
+        """A session over this model, which owns a KV cache."""
+        return Session(
+            self.executable,
+            self.program,
+            max_batch or self.max_batch,
+            max_context or self.max_context,
+            self.prefill_chunk,
+        )
+
+
+def compile(
+    model: Any,
+    *,
+    config: str | Path | None = None,
+    weights: str | Path | None = None,
+    backend: str | None = None,
+    target: str | Sequence[str] | None = None,
+    fusion_level: int = 3,
+    dtype: str | None = None,
+    quant: str = "none",
+    max_batch: int = 4,
+    max_context: int | None = None,
+    prefill_chunk: int = 512,
+    threads: int | None = None,
+    fallback: str | None = None,
+    print_ir_after: Sequence[str] = (),
+    dump_dir: str | Path | None = None,
+    verify_each: bool = False,
+    progress: Progress | None = None,
+) -> CompiledModel:
+    """Compile a model for a backend.
+
+    Args:
+        model: a checkpoint folder, a `.py` file with `build(config)`, a built-in name, a `.dsc`
+            file, a transformers causal LM of the family, or a `Program`.
+        config: a preset's name or a config.json, for models built from code.
+        weights: a folder of safetensors files, or "none" to compile without values.
+        backend: triton, tvm, onnxruntime, reference or null; the best that runs here by default.
+        target: one or more of cpu, cuda:sm_90, …; the backend's default otherwise.
+        fusion_level: 0 to 3.
+        dtype: fp32, bf16 or fp16; the checkpoint's own by default.
+        quant: weight format of linear layers and experts; only "none" so far.
+        max_batch: sequences in one step, at most.
+        max_context: tokens a sequence may hold, at most; the model's own limit by default.
+        prefill_chunk: tokens of a prompt that are processed at once.
+        threads: CPU threads of the compiled code.
+        fallback: a backend for what `backend` refuses; only whole programs so far.
+        print_ir_after: passes after which the text IR is printed, or "all".
+        dump_dir: a folder for numbered text after each pass.
+        verify_each: interpret before and after each pass and compare.
+        progress: called with (what, done, total).
+
+    Raises:
+        DscError: one of its classes, with what is wrong, where, and what to do.
+    """
+    from dsc.frontends.load import load_program
+    from dsc.settings import debug_mode
+
+    _check_options(fusion_level, dtype, quant, max_batch, max_context, prefill_chunk)
+    start = time.perf_counter()
+    chosen = backends.get(backend) if backend else best_backend()
+    targets = _targets(target, chosen)
+    loaded = load_program(
+        model,
+        config=config,
+        weights=weights,
+        dtype=DTYPES[dtype] if dtype else None,
+        max_batch=max_batch,
+        max_context=max_context,
+        prefill_chunk=prefill_chunk,
+        progress=progress,
+    )
+    traced = time.perf_counter()
+    folder = Path(dump_dir) if dump_dir is not None else None
+    watch = Watch(tuple(print_ir_after), folder, verify_each or debug_mode(), progress)
+    options = pipeline.PipelineOptions(
+        fusion_level=fusion_level,
+        prefill_chunk=prefill_chunk,
+        max_context=loaded.max_context,
+        watch=watch,
+    )
+    try:
+        program, records = pipeline.run(loaded.program, chosen, targets[0], options)
+    except UnsupportedOperator as refused:
+        if fallback is None:
+            raise
+        chosen = backends.get(fallback)
+        program, records = pipeline.run(loaded.program, chosen, Target("cpu"), options)
+        loaded.notes.append(f"the whole program runs on {fallback}: {refused.what}")
+    optimised = time.perf_counter()
+    emission = chosen.emit(
+        program,
+        EmitOptions(
+            targets=targets,
+            threads=threads,
+            max_batch=max_batch,
+            max_context=loaded.max_context,
+            prefill_chunk=prefill_chunk,
+            progress=progress,
+        ),
+    )
+    seconds = {
+        "trace": round(traced - start, 3),
+        "passes": round(optimised - traced, 3),
+        "emit": round(time.perf_counter() - optimised, 3),
+    }
+    return CompiledModel(
+        program=program,
+        backend=chosen.name,
+        report=_report(program, records, seconds, loaded.notes),
+        targets=tuple(str(t) for t in targets),
+        source=loaded.source,
+        max_batch=max_batch,
+        max_context=loaded.max_context,
+        prefill_chunk=prefill_chunk,
+        _emission=emission,
+        _files=loaded.files,
+    )
+
+
+def load(path: str | Path, trust: bool = False) -> CompiledModel:
+    """Open an artifact folder. Raises `ArtifactError`.
+
+    An artifact that holds machine code loads only if this user built it here, or with `trust`.
+    """
+    folder = Path(path)
+    opened = artifacts.read(folder, trust)
+    limits = opened.manifest["limits"]
+    return CompiledModel(
+        program=opened.program,
+        backend=opened.backend,
+        report={},
+        targets=tuple(opened.manifest["targets"]),
+        source=str(opened.manifest.get("source", "")),
+        max_batch=int(limits["max_batch"]),
+        max_context=int(limits["max_context"]),
+        prefill_chunk=int(limits["prefill_chunk"]),
+        _folder=folder,
+        _trust=trust,
+    )
+
+
+def compile_program(
+    program: Program,
+    backend: str | None = None,
+    fusion_level: int = 3,
+    memory_reuse: bool = True,
+) -> CompiledModel:
+    """Compile a program that is already traced: what `@dsc.optimize` and torch.compile use."""
+    chosen = backends.get(backend) if backend else best_backend()
+    options = pipeline.PipelineOptions(fusion_level=fusion_level, memory_reuse=memory_reuse)
+    done, records = pipeline.run(program, chosen, Target("cpu"), options)
+    emission = chosen.emit(done, EmitOptions())
+    report = _report(done, records, {}, [])
+    return CompiledModel(program=done, backend=chosen.name, report=report, _emission=emission)
+
+
+def best_backend() -> Backend:
+    """The first backend of `PREFERENCE` whose packages are installed."""
+    from importlib.util import find_spec
+
+    for name in PREFERENCE:
+        if name == "reference" or find_spec(name) is not None:
+            return backends.get(name)
+    return backends.get("reference")
+
+
+def _targets(target: str | Sequence[str] | None, backend: Backend) -> tuple[Target, ...]:
+    if target is None or target == "auto" or target == []:
+        default = backend.capabilities(Target("cpu")).targets
+        return (parse_target(default[0]),)
+    names = [target] if isinstance(target, str) else list(target)
+    parsed = tuple(parse_target(n) for n in names)
+    known = {t.partition(":")[0] for t in backend.capabilities(parsed[0]).targets}
+    for each in parsed:
+        if each.kind not in known:
+            raise UsageError(
+                f"the {backend.name} backend makes no code for {each}",
+                hint=f"it takes {', '.join(sorted(known))}",
+            )
+    return parsed
+
+
+def _check_options(
+    fusion_level: int,
+    dtype: str | None,
+    quant: str,
+    max_batch: int,
+    max_context: int | None,
+    prefill_chunk: int,
+) -> None:
+    if not 0 <= fusion_level <= 3:
+        raise UsageError(f"fusion_level {fusion_level}", hint="one of 0, 1, 2, 3")
+    if dtype is not None and dtype not in DTYPES:
+        raise UsageError(f"dtype {dtype!r}", hint=f"one of {', '.join(DTYPES)}")
+    if quant != "none":
+        raise UsageError(
+            f"quant {quant!r} is not built yet", hint='use quant="none"; FP8 checkpoints load as bf16'
+        )
+    for name, value in (("max_batch", max_batch), ("prefill_chunk", prefill_chunk)):
+        if value < 1:
+            raise UsageError(f"{name} is {value}", hint="give at least 1")
+    if max_context is not None and max_context < 1:
+        raise UsageError(f"max_context is {max_context}", hint="give at least 1")
+
+
+def _report(
+    program: Program, records: list[PassRecord], seconds: Mapping[str, float], notes: Sequence[str]
+) -> dict[str, Any]:
+    """What report.json holds: passes, and for each entry nodes, bytes, flops and arena."""
+    point = {"B": 1, "S": 1, "L": 1, "P": 1024, "C": 1024}
+    entries = {}
+    for name, graph in program.entries.items():
+        cost = total_cost(graph.nodes)
+        env = {s: point.get(s, 1) for s in program.symbols}
+        entries[name] = {
+            "nodes": len(graph.nodes),
+            "at": {k: v for k, v in env.items() if k in program.symbols},
+            "weight_bytes": evaluate(cost.weights, env),
+            "activation_bytes": evaluate(cost.read + cost.written, env),
+            "flops": evaluate(cost.flops, env),
+        }
+        if name in program.memory:
+            plan = program.memory[name]
+            entries[name] |= {"arena_bytes": plan.size, "arena_lower_bound": plan.lower_bound}
+    return {
+        "seconds": dict(seconds),
+        "passes": [r.as_dict() for r in records],
+        "entries": entries,
+        "notes": list(notes),
+        "cache_bytes_per_token": _cache_bytes(program),
+    }
+
+
+def _cache_bytes(program: Program) -> int:
+    from dsc.runtime.session import cache_specs
+
+    graph = next(iter(program.entries.values()))
+    total = 0
+    for spec in cache_specs(graph):
+        width = spec.input.type.shape[-1]
+        total += cast(int, width) * spec.input.type.dtype.itemsize
+    return total

@@ -1,0 +1,127 @@
+"""THE list of passes, read top to bottom; and the functions that run it.
+
+A program comes in as it was traced and leaves as the backend wants it. Passes are named lazily, by
+`module:Class`, so that reading this file is knowing the order and importing it costs nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from dsc.backends.base import Backend, Capabilities, No
+from dsc.errors import UnsupportedOperator, UsageError
+from dsc.ir.program import Program
+from dsc.ir.stages import Stage
+from dsc.rewrite.base import Pass, PassReport
+from dsc.rewrite.manager import Manager, PassRecord, Watch
+from dsc.targets import Target
+
+RAISE = {
+    "raise_canonical": "dsc.passes.raise_canonical:RaiseCanonical",
+}
+OPTIMISE = {
+    "specialise_entries": "dsc.passes.specialise_entries:SpecialiseEntries",
+    "absorb_mla": "dsc.passes.absorb_mla:AbsorbMla",
+    "append_cache_in_place": "dsc.passes.append_cache_in_place:AppendCacheInPlace",
+    "lower_moe_dispatch": "dsc.passes.lower_moe_dispatch:LowerMoeDispatch",
+}
+LOWER: dict[str, str] = {}
+PLAN = {
+    "plan_memory": "dsc.passes.plan_memory:PlanMemory",
+}
+PASSES: Mapping[str, str] = {**RAISE, **OPTIMISE, **LOWER, **PLAN}
+
+
+@dataclass(frozen=True)
+class PipelineOptions:
+    """What a user asked of the passes."""
+
+    fusion_level: int = 3
+    memory_reuse: bool = True
+    prefill_chunk: int = 512
+    max_context: int = 4096
+    watch: Watch = field(default_factory=Watch)
+
+
+def make(name: str, **options: Any) -> Pass:
+    """The pass called `name`. Raises `UsageError`."""
+    place = PASSES.get(name)
+    if place is None:
+        raise UsageError(f"no pass is called {name!r}", hint=f"one of {', '.join(PASSES)}")
+    module, _, attribute = place.partition(":")
+    found: Pass = getattr(importlib.import_module(module), attribute)(**options)
+    return found
+
+
+def passes_for(
+    program: Program, capabilities: Capabilities, options: PipelineOptions
+) -> list[Pass]:
+    """The passes that take `program` to what a backend of these capabilities runs."""
+    chosen: list[Pass] = []
+    if program.stage < Stage.CANONICAL:
+        chosen += [make(name) for name in RAISE]
+    chosen.append(make("specialise_entries", entries=capabilities.entries))
+    if capabilities.absorbed:
+        chosen.append(make("absorb_mla"))
+    if capabilities.in_place_cache:
+        chosen.append(make("append_cache_in_place", slack=options.prefill_chunk))
+    if capabilities.grouped_moe:
+        chosen.append(make("lower_moe_dispatch"))
+    chosen.append(make("plan_memory"))
+    return chosen
+
+
+def run(
+    program: Program, backend: Backend, target: Target, options: PipelineOptions
+) -> tuple[Program, list[PassRecord]]:
+    """Take a program through the passes for a backend. Raises `UnsupportedOperator`."""
+    manager = Manager(options.watch)
+    capabilities = backend.capabilities(target)
+    done = manager.run(program, passes_for(program, capabilities, options))
+    check_supported(done, backend)
+    return done.pruned(), manager.records
+
+
+def check_supported(program: Program, backend: Backend) -> None:
+    """Raise one `UnsupportedOperator` that lists every node the backend refuses, with its reason."""
+    refused: dict[tuple[str, str], list[str]] = {}
+    for graph in program.entries.values():
+        for node in graph.nodes:
+            answer = backend.supports(node)
+            if isinstance(answer, No):
+                refused.setdefault((node.op, answer.reason), []).append(node.loc or graph.name)
+    if refused:
+        lines = [
+            f"{op}: {reason} (at {places[0]}{f' and {len(places) - 1} more' if places[1:] else ''})"
+            for (op, reason), places in refused.items()
+        ]
+        raise UnsupportedOperator(
+            f"the {backend.name} backend does not take:\n" + "\n".join(lines),
+            hint="choose another backend; `dsc doctor` lists those that run here",
+        )
+
+
+def apply(program: Program, names: Sequence[str], *, verify_each: bool = False) -> Program:
+    """Run the named passes in order, each with its default options."""
+    return Manager(Watch(verify_each=verify_each)).run(program, [make(n) for n in names])
+
+
+def explain(program: Program, name: str) -> str:
+    """Where a pass fires on a program, and why it does not where it nearly would."""
+    report = PassReport()
+    make(name).run(program, report)
+    lines = [f"{rule}: fired {times} times" for rule, times in report.fired.items()]
+    lines += [f"{rule}: not at {where or '?'}: {why}" for rule, where, why in report.missed]
+    return "\n".join(lines) or f"{name}: nothing here looks like what it rewrites"
+
+
+def symbols_within(program: Program, **limits: int) -> Program:
+    """The program with the upper bounds of the named symbols set."""
+    symbols = dict(program.symbols)
+    for name, limit in limits.items():
+        if name in symbols:
+            symbols[name] = replace(symbols[name], hi=max(limit, symbols[name].lo))
+    return replace(program, symbols=symbols)

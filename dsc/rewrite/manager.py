@@ -1,0 +1,150 @@
+"""Runs passes one after another, and checks each at both ends.
+
+Always: the stage a pass needs, and on its result the verifier (types inferred again, SSA, stage,
+aliasing). On request: the interpreter compares the program before and after (`verify_each`), the
+text after each pass goes to a folder of numbered files (`dump_dir`) or to a stream (`print_after`).
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dsc.errors import DscError, InternalError, UsageError, VerificationError
+from dsc.ir.printer import print_program
+from dsc.ir.program import Program
+from dsc.ir.verifier import verify
+from dsc.rewrite.base import Pass, PassReport
+
+
+@dataclass(frozen=True)
+class Watch:
+    """What a user wants to see of the passes as they run.
+
+    `print_after` names passes, or `all`; `progress(what, done, total)` is told of each pass.
+    """
+
+    print_after: Sequence[str] = ()
+    dump_dir: Path | None = None
+    verify_each: bool = False
+    progress: Callable[[str, int, int], None] | None = None
+
+
+@dataclass
+class PassRecord:
+    """One line of report.json's list of passes."""
+
+    name: str
+    seconds: float
+    nodes: dict[str, int]
+    changed: bool
+    report: PassReport
+    verified: str = ""
+
+    def as_dict(self) -> dict[str, Any]:
+        """The record as JSON values."""
+        shown = {"name": self.name, "seconds": round(self.seconds, 4), "changed": self.changed}
+        return {**shown, "nodes": self.nodes, "verified": self.verified, **self.report.as_dict()}
+
+
+@dataclass
+class Manager:
+    """Runs a list of passes over a program and keeps the records."""
+
+    watch: Watch = field(default_factory=Watch)
+    records: list[PassRecord] = field(default_factory=list)
+
+    def run(self, program: Program, passes: Sequence[Pass]) -> Program:
+        """The program after all passes. Raises what the checks raise, naming the pass."""
+        self._check_names(passes)
+        self._dump(program, "input")
+        for index, each in enumerate(passes):
+            if self.watch.progress is not None:
+                self.watch.progress(each.name, index, len(passes))
+            program = self._one(program, each)
+        if self.watch.progress is not None:
+            self.watch.progress("passes", len(passes), len(passes))
+        return program
+
+    def _one(self, before: Program, each: Pass) -> Program:
+        if before.stage not in each.needs:
+            wanted = ", ".join(s.name for s in sorted(each.needs))
+            raise VerificationError(
+                f"pass {each.name} needs a program at stage {wanted}",
+                where=f"the program is at {before.stage.name}",
+                hint="run the passes that lead there first; dsc/pipeline.py has them in order",
+            )
+        report = PassReport()
+        start = time.perf_counter()
+        with _blame(each, before):
+            after = each.run(before, report)
+            if each.ensures is not None and after.stage < each.ensures:
+                raise VerificationError(f"it left the program at stage {after.stage.name}")
+            verify(after)
+        seconds = time.perf_counter() - start
+        nodes = {name: len(graph.nodes) for name, graph in after.entries.items()}
+        record = PassRecord(each.name, seconds, nodes, after is not before, report)
+        if self.watch.verify_each and after is not before:
+            record.verified = _compare(each, before, after)
+        self.records.append(record)
+        self._dump(after, each.name)
+        return after
+
+    def _check_names(self, passes: Sequence[Pass]) -> None:
+        known = {p.name for p in passes} | {"all", "input"}
+        unknown = [n for n in self.watch.print_after if n not in known]
+        if unknown:
+            hint = f"one of {', '.join(p.name for p in passes)}, or all"
+            raise UsageError(f"no pass is called {', '.join(unknown)}", hint=hint)
+
+    def _dump(self, program: Program, name: str) -> None:
+        wanted = {name, "all"} & set(self.watch.print_after)
+        if not wanted and self.watch.dump_dir is None:
+            return
+        text = print_program(program)
+        if wanted:
+            sys.stdout.write(f"# after {name}\n{text}\n")
+        if self.watch.dump_dir is not None:
+            self.watch.dump_dir.mkdir(parents=True, exist_ok=True)
+            number = len(list(self.watch.dump_dir.glob("*.dsc")))
+            (self.watch.dump_dir / f"{number:02d}_{name}.dsc").write_text(text)
+
+
+@contextmanager
+def _blame(each: Pass, before: Program) -> Iterator[None]:
+    """Turn what goes wrong inside a pass into an error that names it and can be reproduced."""
+    try:
+        yield
+    except VerificationError as problem:
+        raise InternalError(
+            f"pass {each.name} made a program that does not verify: {problem}",
+            print_program(before),
+            f"dsc opt repro.dsc -p {each.name}",
+        ) from problem
+    except DscError:
+        raise
+    except Exception as problem:
+        raise InternalError(
+            f"pass {each.name} failed: {type(problem).__name__}: {problem}",
+            print_program(before),
+            f"dsc opt repro.dsc -p {each.name}",
+        ) from problem
+
+
+def _compare(each: Pass, before: Program, after: Program) -> str:
+    from dsc.rewrite.verify import compare_programs
+
+    found = compare_programs(
+        before, after, each.tolerance, reapply=lambda p: each.run(p, PassReport())
+    )
+    if not found.ok:
+        raise VerificationError(
+            f"pass {each.name} changed what the program computes: {found}",
+            hint=f"reproduce with: dsc opt BEFORE.dsc -p {each.name} --verify-each",
+        )
+    return str(found)

@@ -1,0 +1,292 @@
+"""The artifact: a folder that holds everything needed to run a compiled program.
+
+It is written to a temporary sibling and renamed when complete, so that what is there is whole. The
+manifest lists every file with its size and SHA-256. Hashes give integrity, not authenticity: an
+artifact that holds code loads only if this user built it, or with `trust=True`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from dsc._version import __version__
+from dsc.backends.base import Emission
+from dsc.errors import ArtifactError, UsageError
+from dsc.ir.parser import parse_program
+from dsc.ir.printer import print_program
+from dsc.ir.program import Program
+from dsc.runtime.packing import layout, pack
+
+FORMAT = 1
+MANIFEST = "dsc.json"
+CODE_SUFFIXES = frozenset({".so", ".cubin", ".hsaco", ".ptx"})
+MAX_MANIFEST = 64 * 2**20
+TOOLS = ("torch", "transformers", "apache-tvm", "triton", "onnx", "onnxruntime")
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """An artifact that was opened and checked."""
+
+    folder: Path
+    manifest: Mapping[str, Any]
+    program: Program
+
+    @property
+    def backend(self) -> str:
+        """Name of the backend that emitted it."""
+        return str(self.manifest["backend"])
+
+
+def check_free(out: Path, force: bool) -> None:
+    """Raise `ArtifactError` when `out` exists and may not be replaced."""
+    if not out.exists():
+        return
+    if not force:
+        raise ArtifactError(
+            f"{out} exists already", hint="choose another -o, or give --force to replace it"
+        )
+    if not (out / MANIFEST).is_file() and any(out.iterdir() if out.is_dir() else [out]):
+        raise ArtifactError(
+            f"{out} is no artifact and is not replaced, not even with --force",
+            hint="choose another -o",
+        )
+
+
+def write(
+    out: Path,
+    program: Program,
+    emission: Emission,
+    *,
+    backend: str,
+    targets: tuple[str, ...],
+    report: Mapping[str, Any],
+    limits: Mapping[str, int],
+    source: str = "",
+    extra_files: Mapping[str, Path | bytes] | None = None,
+    force: bool = False,
+    with_weights: bool = True,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> Path:
+    """Write an artifact folder and return its path. Nothing is left behind on failure."""
+    check_free(out, force)
+    with _replacing(out) as folder:
+        files: dict[str, dict[str, Any]] = {}
+
+        def add(name: str, data: bytes) -> None:
+            target = _inside(folder, name)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(data)
+            files[name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+
+        emitted = dict(emission.files)
+        if with_weights and program.weights:
+            _, places = layout(program)
+            if emission.finish is not None:
+                emitted |= emission.finish(places)
+            path = _inside(folder, emission.weights_path)
+            digest = pack(program, path, progress)
+            files[emission.weights_path] = {"bytes": path.stat().st_size, "sha256": digest}
+        elif emission.finish is not None:
+            emitted |= emission.finish({})
+        for name, data in emitted.items():
+            add(name, data)
+        for name, content in (extra_files or {}).items():
+            add(name, content if isinstance(content, bytes) else content.read_bytes())
+        add("program.dsc", print_program(program).encode())
+        add("report.json", _json(report))
+        if emission.plan is not None:
+            add("plan.json", emission.plan.to_json())
+        if emission.runner:
+            add("run.py", run_script(emission.runner).encode())
+        manifest = {
+            "format": FORMAT,
+            "dsc": __version__,
+            "name": program.name,
+            "backend": backend,
+            "targets": list(targets),
+            "entries": sorted(program.entries),
+            "weights": emission.weights_path if with_weights and program.weights else None,
+            "versions": _versions(),
+            "meta": dict(emission.meta),
+            "config": program.meta.get("config", {}),
+            "source": source,
+            "limits": dict(limits),
+            "files": files,
+        }
+        data = _json(manifest)
+        (folder / MANIFEST).write_bytes(data)
+        _remember(data)
+    return out
+
+
+def read(folder: Path, trust: bool = False) -> Artifact:
+    """Open an artifact: manifest, sizes, hashes of all but the weights, trust. `ArtifactError`."""
+    manifest_path = folder / MANIFEST
+    if not manifest_path.is_file():
+        raise ArtifactError(
+            f"{folder} is no artifact: it has no {MANIFEST}",
+            hint="give a folder that `dsc compile` wrote",
+        )
+    if manifest_path.stat().st_size > MAX_MANIFEST:
+        raise ArtifactError(f"the manifest is larger than {MAX_MANIFEST} bytes", str(folder))
+    data = manifest_path.read_bytes()
+    manifest = _parse_manifest(data, folder)
+    for name, facts in manifest["files"].items():
+        _check_file(folder, name, facts, skip_hash=name == manifest["weights"])
+    if _holds_code(manifest) and not trust and not _remembered(data):
+        raise ArtifactError(
+            "this artifact holds machine code that was not built by this user here",
+            where=str(folder),
+            hint="load it with trust=True (--trust) if you trust its author",
+        )
+    text = _inside(folder, "program.dsc").read_text()
+    source = None
+    if manifest["weights"] is not None:
+        from dsc.frontends.safetensors_source import open_safetensors
+
+        source = open_safetensors(_inside(folder, manifest["weights"]))
+    return Artifact(folder, manifest, packed(parse_program(text), source))
+
+
+def packed(program: Program, source: Any) -> Program:
+    """The program with every weight read from `source` under its own name."""
+    from dataclasses import replace
+
+    from dsc.ir.weights import MetaSource, Source
+
+    weights = {name: Source(name, expr.type) for name, expr in program.weights.items()}
+    types = {name: expr.type for name, expr in program.weights.items()}
+    return replace(program, weights=weights, source=source or MetaSource(types))
+
+
+def check_hashes(folder: Path) -> int:
+    """Verify the hash of every file, weights included; returns how many. Raises `ArtifactError`."""
+    files = read(folder, trust=True).manifest["files"]
+    for name, facts in files.items():
+        _check_file(folder, name, facts, skip_hash=False)
+    return len(files)
+
+
+def run_script(runner: str) -> str:
+    """The text of run.py: the backend's part, then the loop around it."""
+    main = Path(__file__).with_name("run_main.py.txt").read_text()
+    return f"{runner.rstrip()}\n\n\n{main}"
+
+
+@contextmanager
+def _replacing(out: Path) -> Iterator[Path]:
+    """A temporary sibling of `out` that becomes `out` when the block ends well."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    try:
+        yield folder
+        folder.chmod(0o755)
+        if out.exists():
+            old = Path(tempfile.mkdtemp(prefix=f".{out.name}.old.", dir=out.parent))
+            os.rename(out, old / out.name)
+            os.rename(folder, out)
+            shutil.rmtree(old)
+        else:
+            os.rename(folder, out)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+def _inside(folder: Path, name: str) -> Path:
+    path = folder / name
+    if name.startswith("/") or ".." in Path(name).parts or path.is_symlink():
+        raise ArtifactError(f"the path {name!r} leads outside of the artifact")
+    return path
+
+
+def _parse_manifest(data: bytes, folder: Path) -> dict[str, Any]:
+    try:
+        manifest = json.loads(data)
+        if manifest["format"] != FORMAT:
+            raise ArtifactError(
+                f"artifact format {manifest['format']}, this dsc reads {FORMAT}",
+                where=str(folder),
+                hint="compile it again with this version",
+            )
+        for name, facts in manifest["files"].items():
+            if not isinstance(name, str) or not isinstance(facts["bytes"], int):
+                raise TypeError("files")
+            str(facts["sha256"])
+        for key in ("backend", "name", "meta", "targets", "entries", "weights", "limits"):
+            manifest[key]
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as problem:
+        raise ArtifactError(f"{MANIFEST} is damaged: {problem}", where=str(folder)) from None
+    return manifest  # type: ignore[no-any-return]
+
+
+def _check_file(folder: Path, name: str, facts: Mapping[str, Any], skip_hash: bool) -> None:
+    path = _inside(folder, name)
+    if not path.is_file():
+        raise ArtifactError(f"the artifact lacks {name}", where=str(folder))
+    size = path.stat().st_size
+    if size != facts["bytes"]:
+        raise ArtifactError(f"{name} has {size} bytes, {facts['bytes']} recorded", str(folder))
+    if skip_hash:
+        return
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    if digest.hexdigest() != facts["sha256"]:
+        raise ArtifactError(
+            f"{name} is not what was compiled: its hash differs from the manifest's",
+            where=str(folder),
+            hint="compile it again",
+        )
+
+
+def _holds_code(manifest: Mapping[str, Any]) -> bool:
+    return any(Path(name).suffix in CODE_SUFFIXES for name in manifest["files"])
+
+
+def _state_file(manifest: bytes) -> Path:
+    base = os.environ.get("XDG_STATE_HOME") or str(Path.home() / ".local" / "state")
+    return Path(base) / "dsc" / "built" / hashlib.sha256(manifest).hexdigest()
+
+
+def _remember(manifest: bytes) -> None:
+    """Note that this user built this manifest. A state folder that cannot be written is no error."""
+    try:
+        path = _state_file(manifest)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    except OSError:
+        return
+
+
+def _remembered(manifest: bytes) -> bool:
+    return _state_file(manifest).exists()
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for tool in TOOLS:
+        try:
+            found[tool] = version(tool)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _json(value: Mapping[str, Any]) -> bytes:
+    try:
+        return json.dumps(value, indent=1, sort_keys=True).encode()
+    except TypeError as problem:
+        raise UsageError(f"a value that JSON cannot hold: {problem}") from None

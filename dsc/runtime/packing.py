@@ -1,0 +1,98 @@
+"""Stream the weights of a program into one safetensors file, tensor by tensor.
+
+Every tensor starts on a 64-byte boundary: small `U8` tensors named `__pad.N` fill the gaps, since
+the format allows no holes. A file mapped into memory then serves vector loads and DMA as it is.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import struct
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dsc.errors import CheckpointError
+from dsc.ir.program import Program
+from dsc.ir.types import DType, TensorType
+from dsc.ir.weights import evaluate
+
+if TYPE_CHECKING:
+    import torch
+
+ALIGNMENT = 64
+PAD = "__pad."
+NAMES = {
+    DType.f32: "F32", DType.f64: "F64", DType.bf16: "BF16", DType.f16: "F16",
+    DType.f8e4m3: "F8_E4M3", DType.f8e5m2: "F8_E5M2", DType.f8e8m0: "F8_E8M0",
+    DType.i64: "I64", DType.i32: "I32", DType.i8: "I8", DType.u8: "U8", DType.boolean: "BOOL",
+}  # fmt: skip
+Layout = Mapping[str, tuple[int, int]]
+"""Weight name to (offset in the file, bytes)."""
+
+
+def layout(program: Program) -> tuple[bytes, dict[str, tuple[int, int]]]:
+    """The file's header, and where each weight will lie."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    places: dict[str, tuple[int, int]] = {}
+    at = 0
+    for name, t in program.weight_types().items():
+        if t.dtype not in NAMES:
+            raise CheckpointError(f"no safetensors type for {t}", where=name)
+        size = _nbytes(t)
+        header[name] = {"dtype": NAMES[t.dtype], "shape": list(t.shape), "data_offsets": [at, at + size]}
+        places[name] = (at, size)
+        at += size
+        gap = -at % ALIGNMENT
+        if gap:
+            pad = f"{PAD}{len(header)}"
+            header[pad] = {"dtype": "U8", "shape": [gap], "data_offsets": [at, at + gap]}
+            at += gap
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-(8 + len(text)) % ALIGNMENT)
+    start = 8 + len(text)
+    return struct.pack("<Q", len(text)) + text, {k: (start + o, n) for k, (o, n) in places.items()}
+
+
+def pack(
+    program: Program,
+    path: Path,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> str:
+    """Evaluate every weight and write the file. Returns its SHA-256."""
+    header, places = layout(program)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    digest = hashlib.sha256(header)
+    with path.open("wb") as file:
+        file.write(header)
+        at = len(header)
+        for done, (name, expr) in enumerate(program.weights.items()):
+            if progress is not None:
+                progress("weights", done, len(places))
+            offset, size = places[name]
+            for block in (b"\0" * (offset - at), _bytes(evaluate(expr, program.source), expr.type)):
+                digest.update(block)
+                file.write(block)
+            at = offset + size
+        tail = b"\0" * (-at % ALIGNMENT)
+        digest.update(tail)
+        file.write(tail)
+    if progress is not None:
+        progress("weights", len(places), len(places))
+    return digest.hexdigest()
+
+
+def _bytes(tensor: torch.Tensor, declared: TensorType) -> memoryview:
+    import torch
+
+    if tensor.dtype != declared.dtype.torch or tuple(tensor.shape) != declared.shape:
+        raise CheckpointError(f"a weight of {tensor.dtype} {tuple(tensor.shape)} for {declared}")
+    flat = tensor.detach().contiguous().reshape(-1)
+    return memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else memoryview(b"")
+
+
+def _nbytes(t: TensorType) -> int:
+    if not isinstance(t.nbytes, int):
+        raise CheckpointError(f"a weight of symbolic shape {t}")
+    return t.nbytes

@@ -1,0 +1,328 @@
+"""Whatever a user names as a model becomes a traced program and the files that go with it.
+
+A checkpoint folder, a `.py` file with `build(config)`, a built-in name, a `.dsc` text, a
+transformers causal LM in memory, or a `Program`: one function reads them all.
+"""
+
+from __future__ import annotations
+
+import runpy
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dsc.errors import ConfigError, UnsupportedArchitecture, UsageError
+from dsc.frontends.config import ModelConfig
+from dsc.ir.dims import Range
+from dsc.ir.program import Program
+from dsc.ir.types import DType
+from dsc.ir.weights import (
+    DictSource,
+    LayeredSource,
+    MetaSource,
+    Source,
+    WeightExpr,
+    WeightSource,
+    sources,
+)
+
+if TYPE_CHECKING:
+    from torch import nn
+
+Progress = Callable[[str, int, int], None]
+BUILT_IN = {"v3": "v3.py", "tiny": "v3.py", "tiny-v3": "v3.py"}
+CONSTANT = "constant:"
+"""Prefix of the keys of values that the tracer found in the module and no checkpoint holds."""
+
+
+@dataclass
+class Loaded:
+    """A traced program, what to copy beside it, and what to tell the user."""
+
+    program: Program
+    max_context: int
+    source: str = ""
+    files: dict[str, Path | bytes] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """The upper bounds that the symbols of a causal LM get."""
+
+    max_batch: int
+    max_context: int | None
+    prefill_chunk: int
+
+    def context(self, config: ModelConfig) -> int:
+        """The asked context, else the model's own."""
+        return self.max_context or config.max_position_embeddings
+
+    def symbols(self, config: ModelConfig) -> dict[str, Range]:
+        """Ranges of B, S, P and L."""
+        new = Range(1, self.prefill_chunk)
+        past = Range(0, self.context(config))
+        return {"B": Range(1, self.max_batch), "S": new, "P": past, "L": new}
+
+
+def load_program(
+    model: Any,
+    *,
+    config: str | Path | None = None,
+    weights: str | Path | None = None,
+    dtype: DType | None = None,
+    max_batch: int = 4,
+    max_context: int | None = None,
+    prefill_chunk: int = 512,
+    progress: Progress | None = None,
+) -> Loaded:
+    """Read a model in any of its forms. Arguments as in `dsc.compile`."""
+    limits = Limits(max_batch, max_context, prefill_chunk)
+    if progress is not None:
+        progress("reading the model", 0, 0)
+    if isinstance(model, Program):
+        return Loaded(model, max_context or 4096)
+    if not isinstance(model, (str, Path)):
+        return _from_module(model, dtype, limits, progress)
+    path = Path(model)
+    if str(model) in BUILT_IN and not path.exists():
+        path = Path(__file__).resolve().parent.parent / "models" / BUILT_IN[str(model)]
+    if path.suffix == ".py" and path.is_file():
+        return _from_code(path, config, weights, dtype, limits, progress)
+    if path.suffix == ".dsc" and path.is_file():
+        return _from_text(path, max_context)
+    if path.is_dir():
+        if config is not None:
+            raise UsageError(
+                "a checkpoint folder has its own config.json",
+                where=str(path),
+                hint="drop --config, or name models/v3.py and give the folder as --weights",
+            )
+        return _from_checkpoint(path, weights, dtype, limits, progress)
+    raise UsageError(
+        f"no model at {str(model)!r}",
+        hint="give a checkpoint folder, a .py file with build(config), a .dsc file, or one of "
+        + ", ".join(BUILT_IN),
+    )
+
+
+def _from_checkpoint(
+    folder: Path,
+    weights: str | Path | None,
+    dtype: DType | None,
+    limits: Limits,
+    progress: Progress | None,
+) -> Loaded:
+    from dsc.frontends.huggingface import load_checkpoint
+
+    if weights is not None and str(weights) != "none":
+        raise UsageError(
+            "a checkpoint folder has its own weights",
+            where=str(folder),
+            hint='drop --weights, or give "none" to compile without values',
+        )
+    checkpoint = load_checkpoint(folder, dtype)
+    traced = _trace(checkpoint.build(), checkpoint.config, checkpoint.dtype, limits, progress)
+    given = None if weights is not None else (checkpoint.weights, checkpoint.source)
+    program = _with_weights(traced, given, folder.resolve().name)
+    return _loaded(program, checkpoint.config, limits, folder, list(checkpoint.notes))
+
+
+def _from_code(
+    path: Path,
+    config_name: str | Path | None,
+    weights: str | Path | None,
+    dtype: DType | None,
+    limits: Limits,
+    progress: Progress | None,
+) -> Loaded:
+    """A `.py` file is the user's own code: it is run, and its `build(config)` called."""
+    import torch
+
+    from dsc.frontends.causal_lm import cast_parameters
+    from dsc.frontends.huggingface import load_checkpoint, retarget
+    from dsc.models import configs
+
+    if config_name is None and weights is not None and str(weights) != "none":
+        config = configs.config(str(weights))
+    else:
+        config = configs.config(str(config_name or "tiny"))
+    if weights is None:
+        if str(config_name or "tiny") != "tiny":
+            raise UsageError(
+                f"the configuration {config_name} comes without weights",
+                hint='give --weights DIR, or --weights none to compile without values',
+            )
+        weights = configs.TINY_CHECKPOINT
+    build = _build_function(path)
+    folder = None if str(weights) == "none" else Path(weights)
+    checkpoint = load_checkpoint(folder, dtype) if folder is not None else None
+    if checkpoint is not None and _shape_of(checkpoint.config) != _shape_of(config):
+        raise ConfigError(
+            f"the weights in {folder} are of another configuration than {config_name}",
+            hint="leave --config out to use the folder's own",
+        )
+    compute = checkpoint.dtype if checkpoint is not None else dtype or _config_dtype(config)
+    with torch.device("meta"):
+        module = cast_parameters(build(config), compute.torch)
+    traced = _trace(module, config, compute, limits, progress)
+    if checkpoint is None:
+        return _loaded(_with_weights(traced, None, path.stem), config, limits, None, [])
+    mapped = retarget(checkpoint, module)
+    program = _with_weights(traced, (mapped.weights, mapped.source), path.stem)
+    return _loaded(program, config, limits, folder, list(checkpoint.notes))
+
+
+def _from_text(path: Path, max_context: int | None) -> Loaded:
+    from dsc.ir.parser import parse_program
+
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as problem:
+        raise UsageError(f"cannot read it: {problem}", where=str(path)) from None
+    program = parse_program(text)
+    program = replace(program, meta={**program.meta, "weightless": bool(program.weights)})
+    return Loaded(program, max_context or 4096, str(path))
+
+
+def _from_module(
+    module: Any, dtype: DType | None, limits: Limits, progress: Progress | None
+) -> Loaded:
+    """A stock transformers causal LM in memory: traced with its own weights."""
+    import torch
+
+    from dsc.frontends.causal_lm import CausalLMStep
+    from dsc.frontends.config import parse_config
+
+    stock = getattr(module, "config", None)
+    if not isinstance(module, torch.nn.Module) or not hasattr(stock, "to_dict"):
+        raise UsageError(
+            f"cannot compile a {type(module).__name__} as a language model",
+            hint="give a transformers causal LM; other functions and modules go through"
+            " @dsc.optimize or torch.compile(module, backend='dsc')",
+        )
+    if not hasattr(module, "lm_head"):
+        raise UnsupportedArchitecture(f"{type(module).__name__} has no lm_head")
+    assert stock is not None
+    config = parse_config(stock.to_dict(), type(stock).__name__)
+    stored = DType.of(next(module.parameters()).dtype)
+    if dtype is not None and dtype != stored:
+        raise UsageError(
+            f"the module computes in {stored}", hint=f"convert it first: module.to({dtype.torch})"
+        )
+    step = CausalLMStep(module.eval())
+    traced = _trace(step, config, stored, limits, progress)
+    state = {k: v.detach() for k, v in step.state_dict().items()}
+    source = DictSource(state)
+    given = {k: Source(k, source.type(k)) for k in state}
+    program = _with_weights(traced, (given, source), config.model_type)
+    return _loaded(program, config, limits, None, [])
+
+
+def _trace(
+    module: nn.Module,
+    config: ModelConfig,
+    dtype: DType,
+    limits: Limits,
+    progress: Progress | None,
+) -> Program:
+    from dsc.frontends import causal_lm
+    from dsc.frontends.torch_export import trace
+
+    if progress is not None:
+        progress("tracing", 0, 0)
+    device = next(module.parameters()).device
+    program = trace(
+        module,
+        causal_lm.example_inputs(config, device=device, dtype=dtype.torch),
+        name=config.model_type,
+        entry="step",
+        dynamic_shapes=causal_lm.dynamic_shapes(config),
+        input_names=causal_lm.input_names(config),
+        output_names=causal_lm.output_names(config),
+        symbols=limits.symbols(config),
+        aliases=causal_lm.aliases(config),
+    )
+    meta = {**program.meta, "config": config.model_dump(mode="json", exclude_none=True)}
+    return replace(program, meta=meta)
+
+
+def _with_weights(
+    traced: Program, given: tuple[Mapping[str, WeightExpr], WeightSource] | None, name: str
+) -> Program:
+    """The program over a checkpoint's weights; constants that the trace found stay its own."""
+    if given is None:
+        weights, source = traced.weights, traced.source
+        types = {s.key: s.type for e in weights.values() for s in sources(e)}
+        meta = {**traced.meta, "weightless": True}
+        layered = LayeredSource((_constants(traced, {}), MetaSource(types)))
+        return replace(traced, name=name, meta=meta, weights=_renamed(traced, {}), source=layered)
+    expressions, source = given
+    layered = LayeredSource((_constants(traced, expressions), source))
+    return replace(traced, name=name, weights=_renamed(traced, expressions), source=layered)
+
+
+def _constants(traced: Program, expressions: Mapping[str, WeightExpr]) -> DictSource:
+    found = {}
+    for name in traced.weights:
+        value = _value(traced, name)
+        if name not in expressions and value is not None:
+            found[CONSTANT + name] = value
+    return DictSource(found)
+
+
+def _renamed(traced: Program, expressions: Mapping[str, WeightExpr]) -> dict[str, WeightExpr]:
+    """Every weight's expression: the checkpoint's, else the constant's, else what was traced."""
+    weights: dict[str, WeightExpr] = {}
+    for name, expr in traced.weights.items():
+        if name in expressions:
+            weights[name] = expressions[name]
+        elif _value(traced, name) is not None:
+            weights[name] = Source(CONSTANT + name, expr.type)
+        else:
+            weights[name] = expr
+    return weights
+
+
+def _value(traced: Program, name: str) -> Any:
+    """A traced constant's value, or `None` for a parameter on meta."""
+    from dsc.ir.weights import evaluate
+
+    try:
+        value = evaluate(traced.weights[name], traced.source)
+    except (UsageError, KeyError):
+        return None
+    return None if value.is_meta else value
+
+
+def _loaded(
+    program: Program, config: ModelConfig, limits: Limits, folder: Path | None, notes: list[str]
+) -> Loaded:
+    files: dict[str, Path | bytes] = {}
+    if folder is not None and (folder / "tokenizer.json").is_file():
+        files["tokenizer.json"] = folder / "tokenizer.json"
+    source = str(folder.resolve()) if folder is not None else ""
+    return Loaded(program, limits.context(config), source, files, notes)
+
+
+def _build_function(path: Path) -> Callable[[ModelConfig], nn.Module]:
+    found = runpy.run_path(str(path)).get("build")
+    if not callable(found):
+        raise UsageError(
+            "the file defines no build(config)",
+            where=str(path),
+            hint="define build(config) that returns the module to compile, as models/v3.py does",
+        )
+    build: Callable[[ModelConfig], nn.Module] = found
+    return build
+
+
+def _shape_of(config: ModelConfig) -> dict[str, Any]:
+    ignored = {"dtype", "quantization_config", "published_model_type"}
+    return config.model_dump(exclude=ignored)
+
+
+def _config_dtype(config: ModelConfig) -> DType:
+    named = {"float32": DType.f32, "bfloat16": DType.bf16, "float16": DType.f16}
+    return named[config.dtype or "bfloat16"]
