@@ -83,7 +83,7 @@ def build_artifact(
         compiled = api.compile(model, backend=backend, progress=progress, **given)
         folder = output or default_output(model, compiled.backend)
         progress(f"writing {folder}")
-        compiled.save(folder, force=force)
+        compiled.save(folder, force=force, progress=progress)
     _describe(compiled, folder, json)
     return folder
 

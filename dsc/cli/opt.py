@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 from typer import Argument, Option
 
 from dsc.cli import options
-
-if TYPE_CHECKING:
-    from dsc.rewrite.base import PassReport
 
 
 def opt(
@@ -50,29 +46,13 @@ def opt(
     from dsc import pipeline
     from dsc.ir.parser import parse_program
     from dsc.ir.printer import print_program
-    from dsc.rewrite.manager import Manager, Watch
 
-    program = parse_program(read_text(file))
     names = [name.strip() for name in passes.split(",") if name.strip()]
+    program = pipeline.apply(parse_program(read_text(file)), names, verify_each=verify_each)
     if explain is not None:
-        names.append(explain)
-    manager = Manager(Watch(verify_each=verify_each))
-    program = manager.run(program, [pipeline.pass_named(name) for name in names])
-    if explain is None:
+        print(pipeline.explain(program, explain))
+    else:
         sys.stdout.write(print_program(program))
-        return
-    print("\n".join(explanation(explain, manager.records[-1].report)))
-
-
-def explanation(name: str, report: PassReport) -> Iterator[str]:
-    """Say line by line what a pass did and where it nearly did something."""
-    yield f"{name}: {sum(report.fired.values())} rewrites, {len(report.missed)} near misses"
-    for rule, times in report.fired.items():
-        yield f"  fired   {rule}  {times} times"
-    for rule, where, reason in report.missed:
-        yield f"  missed  {rule}  at {where}: {reason}"
-    for fact, value in report.facts.items():
-        yield f"  {fact}: {value}"
 
 
 def read_text(file: str) -> str:

@@ -73,7 +73,7 @@ Quant = Annotated[
 ]
 MaxBatch = Annotated[
     int | None,
-    Option("--max-batch", min=1, help="Sequences in one step.  [default: 1]", show_default=False),
+    Option("--max-batch", min=1, help="Sequences in one step.  [default: 4]", show_default=False),
 ]
 MaxContext = Annotated[
     int | None,

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import json as json_format
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from typer import Exit, Option
 
 from dsc.cli import options
+
+if TYPE_CHECKING:
+    from dsc.api import CompiledModel
 
 # The opening of the Declaration of Independence: public, and ordinary English.
 _TEXT = """When in the Course of human events, it becomes necessary for one people to dissolve
@@ -68,7 +70,7 @@ def verify(
         compiled = (
             api.load(folder, trust=trust) if is_artifact else api.compile(model, progress=progress)
         )
-        source = str(checkpoint or (source_of(folder) if is_artifact else model))
+        source = source_of(compiled, checkpoint)
         ids, is_text = token_ids(compiled, text, tokens)
         progress("running the compiled model")
         ours = verification.session_logits(compiled, ids)
@@ -88,7 +90,7 @@ def verify(
         raise Exit(1)
 
 
-def token_ids(compiled: Any, text: Path | None, limit: int) -> tuple[list[int], bool]:
+def token_ids(compiled: CompiledModel, text: Path | None, limit: int) -> tuple[list[int], bool]:
     """Return up to `limit` ids and whether they are text; without a tokenizer they are random."""
     from dsc.cli.bench import random_ids
     from dsc.errors import UsageError
@@ -102,19 +104,18 @@ def token_ids(compiled: Any, text: Path | None, limit: int) -> tuple[list[int], 
     return [int(i) for i in random_ids(vocab, 1, limit)[0]], False
 
 
-def source_of(folder: Path) -> str:
-    """Return what an artifact was compiled from."""
+def source_of(compiled: CompiledModel, checkpoint: Path | None) -> str:
+    """Return what a model was compiled from, or where that has moved."""
     from dsc.errors import UsageError
 
-    manifest = json_format.loads((folder / "dsc.json").read_text(encoding="utf-8"))
-    source = manifest.get("source")
-    if not source:
+    if checkpoint is not None:
+        return str(checkpoint)
+    if not compiled.source:
         raise UsageError(
-            "the manifest does not say what this was compiled from",
-            where=str(folder),
+            "the artifact does not say what it was compiled from",
             hint="name it with --checkpoint",
         )
-    return str(source)
+    return compiled.source
 
 
 def oracle_logits(against: str, source: str, ids: list[int]) -> Any:
@@ -139,6 +140,6 @@ def _check_hashes(folder: Path, is_artifact: bool) -> None:
 
     if not is_artifact:
         raise UsageError("--hashes reads an artifact", where=str(folder))
-    from dsc.runtime.artifact import check_hashes, read
+    from dsc.runtime.artifact import check_hashes
 
-    check_hashes(read(folder, trust=True))  # hashing loads no code
+    check_hashes(folder)

@@ -50,6 +50,7 @@ class CountingModel:
 
     def __init__(self, backend: str = "reference") -> None:
         self.backend = backend
+        self.source = "somewhere"
         self.report: dict[str, Any] = {"passes": []}
         self.tokenizer = LetterTokenizer()
         self.sessions: list[tuple[int, int]] = []
@@ -59,11 +60,11 @@ class CountingModel:
         self.sessions.append((max_batch, max_context))
         return CountingSession()
 
-    def save(self, path: Path, force: bool = False) -> None:
+    def save(self, path: Path, force: bool = False, progress: object = None) -> None:
         """Write the least that the verbs read."""
         path.mkdir(parents=True, exist_ok=force)
         config = {"vocab_size": VOCAB, "eos_token_id": 7}
-        (path / "dsc.json").write_text(json.dumps({"config": config, "source": "somewhere"}))
+        (path / "dsc.json").write_text(json.dumps({"config": config}))
         (path / "program.dsc").write_text("the program")
         (path / "report.json").write_text("{}")
         (path / "null").mkdir(exist_ok=True)

@@ -10,9 +10,8 @@ import pytest
 
 from dsc.cli import doctor
 from dsc.cli.compile import default_output
-from dsc.cli.opt import explanation, read_text
+from dsc.cli.opt import read_text
 from dsc.errors import ArtifactError, UsageError
-from dsc.rewrite.base import PassReport
 
 from .conftest import FakeApi, Invoke
 
@@ -124,15 +123,6 @@ def test_inspect_shows_what_an_artifact_holds(invoke: Invoke, artifact: Path) ->
     assert invoke("inspect", str(artifact), "--report").stdout == "{}\n"
     listed = invoke("inspect", str(artifact), "--kernels").stdout.split()
     assert listed == ["7", "B", os.path.join("null", "kernel.txt")]
-
-
-def test_opt_explains_what_fired_and_what_did_not() -> None:
-    report = PassReport(fired={"x + 0 => x": 2}, missed=[("x * 1 => x", "model.norm", "x is i64")])
-    assert list(explanation("fold", report)) == [
-        "fold: 2 rewrites, 1 near misses",
-        "  fired   x + 0 => x  2 times",
-        "  missed  x * 1 => x  at model.norm: x is i64",
-    ]
 
 
 def test_opt_refuses_a_missing_file(tmp_path: Path) -> None:
