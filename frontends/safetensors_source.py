@@ -32,6 +32,7 @@ MAX_HEADER_BYTES = 100_000_000
 """The limit of the reference reader."""
 MAX_INDEX_BYTES = 256 << 20
 MAX_EXTENT = 1 << 40
+MAX_NAME = 255
 
 DTYPES = {
     "BOOL": DType.boolean,
@@ -203,10 +204,10 @@ def _indexed(folder: Path) -> SafetensorsSource:
     weight_map = parse_object(path.read_bytes(), where, CheckpointError).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError("weight_map must be an object that is not empty", where)
-    names = set(weight_map.values())
-    if not all(isinstance(name, str) for name in names):
+    if not all(isinstance(name, str) for name in weight_map.values()):
         raise CheckpointError("weight_map must give file names", where)
-    shards = {name: SafetensorsFile.open(_inside(folder, name, where)) for name in sorted(names)}
+    names = sorted(set(weight_map.values()))
+    shards = {name: SafetensorsFile.open(_inside(folder, name, where)) for name in names}
     absent = [key for key, name in weight_map.items() if key not in shards[name].entries]
     if absent:
         raise CheckpointError(
@@ -223,8 +224,8 @@ def _inside(folder: Path, name: str, where: str) -> Path:
     A snapshot of the Hugging Face cache (`<repo>/snapshots/<revision>/`) is a folder of links into
     `<repo>/blobs/`; those, and no other links out of the folder, are followed.
     """
-    if Path(name).name != name or name in {"", ".", ".."}:
-        raise CheckpointError(f"the file name {name!r} leaves the checkpoint folder", where)
+    if Path(name).name != name or name in {"", ".", ".."} or len(name) > MAX_NAME:
+        raise CheckpointError(f"the file name {name[:80]!r} leaves the checkpoint folder", where)
     path, home = folder / name, folder.resolve()
     if not path.is_file():
         raise CheckpointError(f"the file {name} is missing", where, "download it, or repair links")

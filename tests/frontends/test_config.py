@@ -1,0 +1,211 @@
+"""config.json is input from outside: what is accepted, what is refused, and with which words."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dsc.errors import ConfigError, UnsupportedArchitecture
+from dsc.frontends.config import ARCHITECTURES, MAX_CONFIG_BYTES, load_config, parse_config
+from dsc.frontends.strict_json import parse_object
+from dsc.models.configs import CONFIGS
+
+V3: dict[str, Any] = json.loads(CONFIGS["671b"].read_text())
+
+
+def changed(**fields: Any) -> dict[str, Any]:
+    return V3 | fields
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_preset_is_valid(name: str) -> None:
+    cfg = load_config(CONFIGS[name])
+    assert cfg.model_type == "deepseek_v3"
+    assert (cfg.scoring_func, cfg.topk_method) == ("sigmoid", "noaux_tc")
+
+
+def test_v3_softmax_scale_has_yarn_squared() -> None:
+    cfg = parse_config(V3)
+    assert cfg.rope_parameters.softmax_scale_factor == pytest.approx(1.8738, abs=1e-4)
+    assert cfg.softmax_scale == pytest.approx(0.1352, abs=1e-4)
+    assert cfg.rope_parameters.cos_sin_scale == 1.0
+
+
+@pytest.mark.parametrize("published", ARCHITECTURES)
+def test_known_architectures(published: str) -> None:
+    router = {"scoring_func": None, "topk_method": None, "norm_topk_prob": None}
+    cfg = parse_config(changed(model_type=published, **router))
+    assert cfg.model_type == ARCHITECTURES[published]
+    assert cfg.published_model_type == published
+    assert cfg.norm_topk_prob is (cfg.model_type == "deepseek_v3")
+
+
+@pytest.mark.parametrize("published", ["llama", None, 3, "DeepseekV3ForCausalLM"])
+def test_unknown_architecture_names_the_known_ones(published: object) -> None:
+    with pytest.raises(UnsupportedArchitecture) as caught:
+        parse_config(changed(model_type=published), "folder/config.json")
+    told = str(caught.value)
+    assert repr(published) in told
+    assert "folder/config.json" in told
+    assert all(name in told for name in ARCHITECTURES)
+
+
+def test_both_spellings_of_rope_agree() -> None:
+    older = parse_config(V3)
+    section = {key: value for key, value in V3["rope_scaling"].items() if key != "type"}
+    newer = {**section, "rope_type": "yarn", "rope_theta": 10000}
+    spelled = {key: value for key, value in V3.items() if not key.startswith("rope_")}
+    assert parse_config(spelled | {"rope_parameters": newer}) == older
+    assert older.rope_parameters.factor == 40
+
+
+def test_no_rope_section_is_plain_rope() -> None:
+    cfg = parse_config(changed(rope_scaling=None, rope_theta=50000))
+    assert cfg.rope_parameters.rope_type == "default"
+    assert cfg.rope_parameters.rope_theta == 50000
+    assert cfg.softmax_scale == 192**-0.5
+
+
+def test_dtype_in_both_spellings() -> None:
+    assert parse_config(changed(torch_dtype="float16")).dtype == "float16"
+    assert parse_config(changed(torch_dtype=None, dtype="float32")).dtype == "float32"
+
+
+def test_fp8_blocks() -> None:
+    published = {
+        "quant_method": "fp8",
+        "fmt": "e4m3",
+        "activation_scheme": "dynamic",
+        "weight_block_size": [64, 32],
+    }
+    quantization = parse_config(changed(quantization_config=published)).quantization_config
+    assert quantization is not None
+    assert quantization.block == (64, 32)
+    del published["weight_block_size"]
+    quantization = parse_config(changed(quantization_config=published)).quantization_config
+    assert quantization is not None
+    assert quantization.block == (128, 128)
+
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "text for a number": ({"hidden_size": "7168"}, "hidden_size"),
+    "true for a number": ({"num_hidden_layers": True}, "num_hidden_layers"),
+    "a fraction": ({"num_attention_heads": 1.5}, "num_attention_heads"),
+    "zero": ({"kv_lora_rank": 0}, "kv_lora_rank"),
+    "negative": ({"vocab_size": -1}, "vocab_size"),
+    "beyond bounds": ({"num_hidden_layers": 10**9}, "num_hidden_layers"),
+    "infinite": ({"rms_norm_eps": float("inf")}, "rms_norm_eps"),
+    "too many chosen": ({"num_experts_per_tok": 300}, r"num_experts_per_tok \(300\)"),
+    "groups do not divide": ({"n_group": 7}, r"n_group \(7\) does not divide"),
+    "too many groups kept": ({"topk_group": 9}, r"topk_group \(9\) exceeds n_group \(8\)"),
+    "groups too small": ({"n_group": 256, "topk_group": 200}, "two experts"),
+    "kept too few": ({"n_group": 128, "topk_group": 1}, "the 2 experts"),
+    "odd rope": ({"qk_rope_head_dim": 63}, "must be even"),
+    "grouped heads": ({"num_key_value_heads": 8}, "must equal num_attention_heads"),
+    "softmax v3": ({"scoring_func": "softmax"}, "router scores by"),
+    "other activation": ({"hidden_act": "gelu"}, "hidden_act"),
+    "sparse every other": ({"moe_layer_freq": 2}, "moe_layer_freq"),
+    "other rope": ({"rope_scaling": {"type": "longrope"}}, "rope_type"),
+    "rope is a list": ({"rope_scaling": [1]}, "rope section"),
+    "yarn without context": ({"rope_scaling": {"type": "yarn", "factor": 4}}, "original_max"),
+    "yarn shrinks": (
+        {"rope_scaling": V3["rope_scaling"] | {"factor": 0.5}},
+        "rope_parameters.factor",
+    ),
+    "theta": ({"rope_theta": 0.5}, "rope_theta must exceed 1"),
+    "betas": ({"rope_scaling": V3["rope_scaling"] | {"beta_fast": 1}}, "beta_fast"),
+    "int4": ({"quantization_config": {"quant_method": "gptq"}}, "quant_method"),
+    "block of one": (
+        {"quantization_config": {"quant_method": "fp8", "weight_block_size": [128]}},
+        "weight_block_size",
+    ),
+    "negative block": (
+        {"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, -1]}},
+        "weight_block_size",
+    ),
+    "missing": ({"hidden_size": None}, "hidden_size"),
+    "bias in mlp": ({"mlp_bias": True}, "mlp_bias"),
+    "v2 normalises": (
+        {"model_type": "deepseek_v2", "scoring_func": "softmax", "topk_method": "greedy"},
+        "norm_topk_prob",
+    ),
+}
+
+
+@pytest.mark.parametrize(("fields", "words"), REFUSED.values(), ids=REFUSED.keys())
+def test_refuses(fields: dict[str, Any], words: str) -> None:
+    parse_config(V3)
+    with pytest.raises(ConfigError, match=words):
+        parse_config(changed(**fields))
+
+
+def test_all_faults_of_type_are_told_at_once() -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_config(changed(hidden_size=-1, vocab_size="many"))
+    assert "hidden_size" in str(caught.value)
+    assert "vocab_size" in str(caught.value)
+
+
+GARBAGE = {
+    "empty": (b"", "not valid JSON"),
+    "cut off": (b'{"a": ', "not valid JSON"),
+    "not text": (b"\xff\xfe\x00", "not UTF-8"),
+    "an array": (b"[1, 2]", "expected a JSON object"),
+    "a number": (b"7", "expected a JSON object"),
+    "a key twice": (b'{"a": 1, "a": 2}', "'a' appears twice"),
+    "a key twice inside": (b'{"b": {"a": 1, "a": 2}}', "'a' appears twice"),
+    "NaN": (b'{"a": NaN}', "NaN is not a JSON number"),
+    "a huge integer": (b'{"a": ' + b"9" * 10_000 + b"}", "not valid JSON"),
+    "deep": (b"[" * 200_000, "nested too deeply"),
+}
+
+
+@pytest.mark.parametrize(("text", "words"), GARBAGE.values(), ids=GARBAGE.keys())
+def test_garbage_is_told_with_its_file(tmp_path: Path, text: bytes, words: str) -> None:
+    file = tmp_path / "config.json"
+    file.write_bytes(text)
+    with pytest.raises(ConfigError, match=words) as caught:
+        load_config(tmp_path)
+    assert str(file) in str(caught.value)
+
+
+def test_a_huge_file_is_not_read(tmp_path: Path) -> None:
+    file = tmp_path / "config.json"
+    with file.open("wb") as stream:
+        stream.truncate(MAX_CONFIG_BYTES + 1)
+    with pytest.raises(ConfigError, match="larger than the limit"):
+        load_config(file)
+
+
+def test_a_missing_file_is_told(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no such file"):
+        load_config(tmp_path)
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@given(name=st.sampled_from(sorted(V3)), value=JSON)
+def test_any_value_of_any_field_is_accepted_or_refused(name: str, value: object) -> None:
+    """Whatever stands in a field, the answer is a config or one of our errors."""
+    try:
+        parse_config(changed(**{name: value}))
+    except (ConfigError, UnsupportedArchitecture) as error:
+        assert str(error)  # noqa: PT017 - both outcomes are right
+
+
+@given(st.binary(max_size=64))
+def test_any_bytes_are_an_object_or_refused(text: bytes) -> None:
+    try:
+        assert isinstance(parse_object(text, "x", ConfigError), dict)
+    except ConfigError as error:
+        assert error.where == "x"  # noqa: PT017
