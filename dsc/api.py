@@ -149,6 +149,7 @@ def compile(
     print_ir_after: Sequence[str] = (),
     dump_dir: str | Path | None = None,
     verify_each: bool = False,
+    backend_options: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> CompiledModel:
     """Compile a model for a backend.
@@ -171,6 +172,7 @@ def compile(
         print_ir_after: passes after which the text IR is printed, or "all".
         dump_dir: a folder for numbered text after each pass.
         verify_each: interpret before and after each pass and compare.
+        backend_options: what only one backend reads, such as onnx_ops of onnxruntime.
         progress: called with (what, done, total).
 
     Raises:
@@ -220,6 +222,7 @@ def compile(
             max_context=loaded.max_context,
             prefill_chunk=prefill_chunk,
             progress=progress,
+            extra=backend_options or {},
         ),
     )
     seconds = {
