@@ -113,8 +113,10 @@ class Executable(Protocol):
     """A loaded artifact."""
 
     def run(self, entry: str, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Run an entry on CPU tensors by name. A cache that is written in place is mutated and
-        returned as the tensor that was given."""
+        """Run an entry on CPU tensors by name.
+
+        A cache that is written in place is mutated and returned as the tensor that was given.
+        """
         ...
 
 

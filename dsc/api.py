@@ -321,7 +321,8 @@ def _check_options(
         raise UsageError(f"dtype {dtype!r}", hint=f"one of {', '.join(DTYPES)}")
     if quant != "none":
         raise UsageError(
-            f"quant {quant!r} is not built yet", hint='use quant="none"; FP8 checkpoints load as bf16'
+            f"quant {quant!r} is not built yet",
+            hint='use quant="none"; FP8 checkpoints load as bf16',
         )
     for name, value in (("max_batch", max_batch), ("prefill_chunk", prefill_chunk)):
         if value < 1:

@@ -86,7 +86,7 @@ def run(
 
 
 def check_supported(program: Program, backend: Backend) -> None:
-    """Raise one `UnsupportedOperator` that lists every node the backend refuses, with its reason."""
+    """Raise one `UnsupportedOperator` that lists every node the backend refuses, and why."""
     refused: dict[tuple[str, str], list[str]] = {}
     for graph in program.entries.values():
         for node in graph.nodes:

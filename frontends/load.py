@@ -152,7 +152,7 @@ def _from_code(
         if str(config_name or "tiny") != "tiny":
             raise UsageError(
                 f"the configuration {config_name} comes without weights",
-                hint='give --weights DIR, or --weights none to compile without values',
+                hint="give --weights DIR, or --weights none to compile without values",
             )
         weights = configs.TINY_CHECKPOINT
     build = _build_function(path)

@@ -262,7 +262,7 @@ def _state_file(manifest: bytes) -> Path:
 
 
 def _remember(manifest: bytes) -> None:
-    """Note that this user built this manifest. A state folder that cannot be written is no error."""
+    """Note that this user built this manifest, where the state folder can be written."""
     try:
         path = _state_file(manifest)
         path.parent.mkdir(parents=True, exist_ok=True)

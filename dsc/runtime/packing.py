@@ -41,7 +41,11 @@ def layout(program: Program) -> tuple[bytes, dict[str, tuple[int, int]]]:
         if t.dtype not in NAMES:
             raise CheckpointError(f"no safetensors type for {t}", where=name)
         size = _nbytes(t)
-        header[name] = {"dtype": NAMES[t.dtype], "shape": list(t.shape), "data_offsets": [at, at + size]}
+        header[name] = {
+            "dtype": NAMES[t.dtype],
+            "shape": list(t.shape),
+            "data_offsets": [at, at + size],
+        }
         places[name] = (at, size)
         at += size
         gap = -at % ALIGNMENT
@@ -83,13 +87,13 @@ def pack(
     return digest.hexdigest()
 
 
-def _bytes(tensor: torch.Tensor, declared: TensorType) -> memoryview:
+def _bytes(tensor: torch.Tensor, declared: TensorType) -> Any:
     import torch
 
     if tensor.dtype != declared.dtype.torch or tuple(tensor.shape) != declared.shape:
         raise CheckpointError(f"a weight of {tensor.dtype} {tuple(tensor.shape)} for {declared}")
     flat = tensor.detach().contiguous().reshape(-1)
-    return memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else memoryview(b"")
+    return flat.view(torch.uint8).numpy() if flat.numel() else b""
 
 
 def _nbytes(t: TensorType) -> int:

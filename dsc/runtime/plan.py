@@ -24,7 +24,7 @@ FORMAT = 1
 
 @dataclass(frozen=True, slots=True)
 class BufferRef:
-    """A tensor in a region: `arena` (at `offset` bytes), or an `input`, `output`, `weight` by key."""
+    """A tensor in `arena` (at `offset` bytes), or in an `input`, `output` or `weight` by key."""
 
     region: str
     key: str
@@ -34,7 +34,7 @@ class BufferRef:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One kernel call. `scalars` are values by name; `waits` are steps of other lanes to wait for."""
+    """One kernel call. `scalars` are values by name; `waits` are steps of other lanes."""
 
     kernel: str
     reads: tuple[BufferRef | None, ...]
@@ -77,7 +77,9 @@ class Plan:
         try:
             raw = json.loads(data)
             if raw["format"] != FORMAT:
-                raise ArtifactError(f"plan.json has format {raw['format']}, this dsc reads {FORMAT}")
+                raise ArtifactError(
+                    f"plan.json has format {raw['format']}, this dsc reads {FORMAT}"
+                )
             entries = {
                 name: EntryPlan(tuple(_step(s) for s in e["steps"]), int(e["arena_bytes"]))
                 for name, e in raw["entries"].items()

@@ -74,7 +74,9 @@ class Profiler:
             row.seconds += event.seconds
             row.bytes += event.bytes
             row.flops += event.flops
-        ordered = sorted(rows.values(), key=lambda r: getattr(r, sort_by), reverse=sort_by != "name")
+        ordered = sorted(
+            rows.values(), key=lambda r: getattr(r, sort_by), reverse=sort_by != "name"
+        )
         return ordered[:row_limit] if row_limit else ordered
 
     def print_stats(self, sort_by: str = "seconds", row_limit: int = 0) -> None:

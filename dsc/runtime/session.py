@@ -73,7 +73,9 @@ class Session:
         self._caches.clear()
         self._lengths = None
 
-    def prefill(self, ids: Any, lengths: Sequence[int] | None = None, all_logits: bool = False) -> Any:
+    def prefill(
+        self, ids: Any, lengths: Sequence[int] | None = None, all_logits: bool = False
+    ) -> Any:
         """Append prompts to the sequences; the first call starts them.
 
         `ids` is [B, S] (or [S] for one sequence), padded on the right where `lengths` [B] says
@@ -109,7 +111,11 @@ class Session:
         assert self._lengths is not None
         size = chunk.shape[1]
         here = (new - start).clamp(0, size)
-        wanted = torch.arange(size)[None] if all_logits else (new - 1 - start).clamp(0, size - 1)[:, None]
+        wanted = (
+            torch.arange(size)[None]
+            if all_logits
+            else (new - 1 - start).clamp(0, size - 1)[:, None]
+        )
         offsets = torch.arange(size)[None]
         inputs = {
             "input_ids": chunk.contiguous(),
@@ -145,7 +151,8 @@ class Session:
         self._lengths = torch.zeros(batch, dtype=torch.int64)
         rows = self.max_context + self.prefill_chunk
         for spec in self._specs:
-            shape = (batch, rows if spec.in_place else 0, *spec.input.type.shape[2:])
+            width = [d for d in spec.input.type.shape[2:] if isinstance(d, int)]
+            shape = (batch, rows if spec.in_place else 0, *width)
             self._caches[spec.input.name] = torch.zeros(shape, dtype=spec.input.type.dtype.torch)
 
     def _entry(self, size: int) -> str:
@@ -160,7 +167,9 @@ class Session:
 
         batch, size = tokens.shape
         if not 1 <= batch <= self.max_batch:
-            raise UsageError(f"a batch of {batch}", hint=f"this session takes 1 to {self.max_batch}")
+            raise UsageError(
+                f"a batch of {batch}", hint=f"this session takes 1 to {self.max_batch}"
+            )
         if size == 0:
             raise UsageError("an empty prompt", hint="give at least one token")
         low, high = int(tokens.min()), int(tokens.max())
@@ -193,7 +202,11 @@ def cache_specs(graph: Graph) -> list[CacheSpec]:
 
 
 def _check_limits(program: Program, max_batch: int, max_context: int) -> None:
-    if any(name not in {v.name for v in g.inputs} for g in program.entries.values() for name in LM_INPUTS):
+    if any(
+        name not in {v.name for v in g.inputs}
+        for g in program.entries.values()
+        for name in LM_INPUTS
+    ):
         raise UsageError(
             f"{program.name} is no causal language model",
             hint="run its entries with CompiledModel.run(entry, inputs)",
@@ -203,7 +216,8 @@ def _check_limits(program: Program, max_batch: int, max_context: int) -> None:
             option = "max_batch" if name == "B" else "max_context"
             raise UsageError(
                 f"{option} is {wanted}",
-                hint=f"it was compiled for up to {_high(program, name, wanted)}; compile with --{option.replace('_', '-')}",
+                hint=f"it was compiled for 1 to {_high(program, name, wanted)}; compile with a "
+                f"larger {option}",
             )
 
 
@@ -226,14 +240,18 @@ def _as_ids(ids: Any, column: bool = False) -> tuple[torch.Tensor, str]:
     like = "numpy" if isinstance(ids, np.ndarray) else "torch"
     tokens = torch.as_tensor(ids)
     if tokens.dtype not in (torch.int64, torch.int32) or tokens.dim() not in (1, 2):
-        raise UsageError(f"ids of {tokens.dtype} and shape {tuple(tokens.shape)}; int64 [B, S] needed")
+        raise UsageError(
+            f"ids of {tokens.dtype} and shape {tuple(tokens.shape)}; int64 [B, S] needed"
+        )
     if tokens.dim() == 1:
         tokens = tokens[:, None] if column else tokens[None]
     return tokens.to(torch.int64), like
 
 
-def _joined(parts: list[torch.Tensor], new: torch.Tensor, chunk: int, all_logits: bool) -> torch.Tensor:
-    """All positions one after another, or each sequence's row from the chunk its last token is in."""
+def _joined(
+    parts: list[torch.Tensor], new: torch.Tensor, chunk: int, all_logits: bool
+) -> torch.Tensor:
+    """All positions in order, or each sequence's row from the chunk its last token is in."""
     import torch
 
     if all_logits:
