@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -11,6 +10,7 @@ from typing import IO, TYPE_CHECKING
 
 from dsc.backends.base import Signature
 from dsc.backends.triton.launch import LaunchProgram
+from dsc.backends.triton.process import import_environment
 from dsc.backends.triton.schedule import is_state
 from dsc.backends.triton.worker import read_frame, write_frame
 from dsc.errors import ArtifactError
@@ -27,10 +27,7 @@ class InterpretedExecutable:
         text = (folder / "interpret" / "launches.json").read_text()
         self._entries = LaunchProgram.from_json(text).entries
         self._graphs = program.entries
-        environment = {**os.environ, "TRITON_INTERPRET": "1", "TRITON_DEFAULT_FP_FUSION": "1"}
-        environment["OMP_NUM_THREADS"] = environment.get("OMP_NUM_THREADS", "1")
-        search = [str(p) for p in (*_package_roots(), os.environ.get("PYTHONPATH", "")) if p]
-        environment["PYTHONPATH"] = os.pathsep.join(search)
+        environment = {"OMP_NUM_THREADS": "1", **import_environment(), "TRITON_INTERPRET": "1"}
         command = [sys.executable, "-m", "dsc.backends.triton.worker", str(folder), str(weights)]
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment
@@ -77,9 +74,3 @@ class InterpretedExecutable:
         if getattr(self, "_process", None) is not None and self._process.poll() is None:
             self.close()
 
-
-def _package_roots() -> list[str]:
-    """Where the running `dsc` was imported from, so that the child imports the same one."""
-    import dsc
-
-    return [str(Path(p).resolve().parent) for p in dsc.__path__]

@@ -1,0 +1,15 @@
+"""Triton: kernels for NVIDIA and AMD GPUs, compiled ahead of time with no GPU present.
+
+Importing this package imports neither triton nor a driver. How a program becomes an artifact:
+
+    lower/       each operator to launches of kernels, views without copies
+    kernels/     the templates, and pointwise.py the generator for everything pointwise
+    blocks.py    block sizes by target, the interpreter's among them
+    compile.py   launches' kernels to cubin and hsaco, in a process of its own
+    schedule.py  launches to addresses and grids, once the shapes of a call are known
+    client.py    runs them in Triton's interpreter (any machine), cuda.py on a GPU
+"""
+
+from dsc.backends.triton.backend import TritonBackend
+
+__all__ = ["TritonBackend"]

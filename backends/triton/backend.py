@@ -1,0 +1,133 @@
+"""The backend: programs to kernel binaries and launches, and artifacts to executables.
+
+`emit` writes, under `triton/` of the artifact:
+
+    kernels/<module>.py          the source of every kernel, templates and generated ones
+    interpret/launches.json      the launches with the interpreter's block sizes
+    <arch>/launches.json         the launches for a GPU, one folder a target
+    <arch>/kernels.json          for each kernel: file, symbol, shared memory, registers, spills
+    <arch>/<kernel>.cubin|hsaco  the binaries, one for each distinct specialisation
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from dsc.backends.base import Capabilities, Emission, EmitOptions, Executable, No, Support, Yes
+from dsc.backends.triton.blocks import INTERPRET
+from dsc.backends.triton.compile import compile_kernels, require_triton
+from dsc.backends.triton.context import template
+from dsc.backends.triton.launch import LaunchProgram
+from dsc.backends.triton.lower import reason
+from dsc.backends.triton.program import lower_program
+from dsc.errors import BackendUnavailable, UnsupportedOperator, UsageError
+from dsc.ir.graph import Node
+from dsc.ir.program import Program
+from dsc.ir.types import DType
+from dsc.targets import KNOWN, Target
+
+FOLDER = "triton"
+DEFAULT_TARGET = Target("cuda", "sm_90")
+FUSION_LEVEL = 2
+
+
+class TritonBackend:
+    """Triton kernels, compiled ahead of time for GPUs; run on one, or in the interpreter."""
+
+    name = "triton"
+    rules: Sequence[Any] = ()
+
+    def capabilities(self, target: Target) -> Capabilities:
+        """Caches in place, whole expert layers as grouped GEMMs, absorbed decode."""
+        return Capabilities(
+            in_place_cache=True,
+            grouped_moe=False,
+            absorbed=True,
+            dtypes=frozenset({DType.f32, DType.bf16, DType.f16}),
+            fuse=FUSION_LEVEL,
+            targets=tuple(f"{kind}:{arch}" for kind, archs in KNOWN.items() for arch in archs),
+        )
+
+    def supports(self, node: Node) -> Support:
+        """Whether there is a kernel for this node."""
+        why = reason(node)
+        return Yes() if why is None else No(why)
+
+    def emit(self, program: Program, options: EmitOptions) -> Emission:
+        """Lower and compile for every GPU target asked for (`cuda:sm_90` when none is).
+
+        `options.extra["compile"] = False` leaves binaries out: launches and sources only.
+        """
+        self._check(program)
+        targets = [t for t in options.targets if t.is_gpu] or [DEFAULT_TARGET]
+        lowered, sources = lower_program(program, INTERPRET)
+        files = {f"{FOLDER}/{INTERPRET}/launches.json": lowered.to_json().encode()}
+        summary: dict[str, Any] = {}
+        for target in targets:
+            gpu, generated = lower_program(program, str(target))
+            sources |= generated
+            place = f"{FOLDER}/{target.arch}"
+            files[f"{place}/launches.json"] = gpu.to_json().encode()
+            summary[str(target)] = {"kernels": len(gpu.kernels), "launches": launch_counts(gpu)}
+            if options.extra.get("compile", True):
+                texts = with_templates(gpu, generated)
+                binaries, records = compile_kernels(gpu.kernels, target, texts, options.progress)
+                files |= {f"{place}/{name}": data for name, data in binaries.items()}
+                files[f"{place}/kernels.json"] = json.dumps(records, indent=1).encode()
+        texts = with_templates(lowered, sources)
+        files |= {f"{FOLDER}/kernels/{m}.py": t.encode() for m, t in sorted(texts.items())}
+        return Emission(files, meta={"targets": summary})
+
+    def load(self, folder: Path, manifest: Mapping[str, Any], program: Program) -> Executable:
+        """Load for the GPU at hand when its binaries are there, else for the interpreter."""
+        from dsc.hardware import gpus
+
+        present = [g.target for g in gpus() if g.target.startswith("cuda:")]
+        for target in present:
+            if (folder / FOLDER / target.partition(":")[2] / "kernels.json").is_file():
+                return self.load_on(folder, program, target)
+        return self.load_on(folder, program, INTERPRET)
+
+    def load_on(self, folder: Path, program: Program, device: str) -> Executable:
+        """Load for `interpret` or for a GPU by target name. Raises `BackendUnavailable`."""
+        weights = folder / "weights" / "model.safetensors"
+        if device == INTERPRET:
+            require_triton()
+            from dsc.backends.triton.client import InterpretedExecutable
+
+            return InterpretedExecutable(folder / FOLDER, weights, program)
+        kind, _, arch = device.partition(":")
+        if kind == "cuda":
+            from dsc.backends.triton.cuda import CudaExecutable
+
+            return CudaExecutable(folder / FOLDER / arch, weights, program)
+        if kind == "hip":
+            hint = "load it with the HIP runtime; dsc compiles for it and launches on CUDA only"
+            raise BackendUnavailable(f"dsc has no launcher for {device}", hint)
+        raise UsageError(f"unknown device {device!r}", hint=f"{INTERPRET} or cuda:<arch>")
+
+    def _check(self, program: Program) -> None:
+        """Refuse a program with every node that has no kernel. Raises `UnsupportedOperator`."""
+        refused: dict[str, str] = {}
+        for graph in program.entries.values():
+            for node in graph.nodes:
+                why = reason(node)
+                if why is not None:
+                    refused.setdefault(why, node.loc or graph.name)
+        if refused:
+            lines = "\n".join(f"{where}: {why}" for why, where in refused.items())
+            raise UnsupportedOperator(f"the triton backend cannot emit\n{lines}")
+
+
+def with_templates(program: LaunchProgram, generated: Mapping[str, str]) -> dict[str, str]:
+    """The source text of every module that the launches use."""
+    modules = {kernel.module for kernel in program.kernels.values()}
+    return {m: generated.get(m) or template(m) for m in sorted(modules | generated.keys())}
+
+
+def launch_counts(program: LaunchProgram) -> dict[str, int]:
+    """Launches of each entry."""
+    return {name: len(entry.launches) for name, entry in program.entries.items()}

@@ -1,0 +1,108 @@
+"""Ahead-of-time compilation of kernels, in processes of their own.
+
+The flag that makes Triton interpret acts at import, and importing triton takes a second: so the
+compiler of dsc never imports it, and hands kernels to `compile_worker.py` instead.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from dsc.backends.base import Progress
+from dsc.backends.triton.launch import Kernel
+from dsc.backends.triton.process import import_environment
+from dsc.errors import BackendUnavailable
+from dsc.targets import Target
+
+KERNELS_A_WORKER = 12
+
+
+def require_triton() -> None:
+    """Raise `BackendUnavailable` where triton is not installed; imports nothing."""
+    if importlib.util.find_spec("triton") is None:
+        hint = "pip install 'triton>=3.5' (Linux wheels; no GPU is needed to compile)"
+        raise BackendUnavailable("the triton backend needs the triton package", hint)
+
+
+def compile_kernels(
+    kernels: Mapping[str, Kernel],
+    target: Target,
+    sources: Mapping[str, str],
+    progress: Progress | None = None,
+) -> tuple[dict[str, bytes], dict[str, Any]]:
+    """Binaries by file name, and the record of each kernel by key, for one target.
+
+    Raises `RuntimeError` with every kernel that did not compile.
+    """
+    require_triton()
+    with tempfile.TemporaryDirectory(prefix="dsc-triton-") as scratch:
+        root, out = Path(scratch, "kernels"), Path(scratch, "out")
+        root.mkdir()
+        out.mkdir()
+        for module, text in sources.items():
+            (root / f"{module}.py").write_text(text)
+        records = _compile_all(kernels, target, root, out, progress)
+        return {p.name: p.read_bytes() for p in sorted(out.iterdir())}, records
+
+
+def _compile_all(
+    kernels: Mapping[str, Kernel], target: Target, root: Path, out: Path, progress: Progress | None
+) -> dict[str, Any]:
+    keys = sorted(kernels)
+    workers = max(1, min(os.cpu_count() or 1, 8, len(keys) // KERNELS_A_WORKER))
+    processes = [
+        _start([(k, kernels[k]) for k in keys[at::workers]], target, root, out)
+        for at in range(workers)
+    ]
+    records: dict[str, Any] = {}
+    errors: list[str] = []
+    for process in processes:
+        assert process.stdout is not None, "the process was started with pipes"
+        for line in process.stdout:
+            answer = json.loads(line)
+            if "error" in answer:
+                errors.append(f"{answer['key']}: {answer['error']}")
+            else:
+                records[answer["key"]] = answer["record"]
+            if progress is not None:
+                done = len(records) + len(errors)
+                progress(f"compiling kernels for {target}", done, len(keys))
+        process.stdout.close()
+        process.wait()
+    missing = kernels.keys() - records.keys()
+    if missing:
+        names = ", ".join(sorted(missing))
+        detail = "\n".join(errors) or f"the compiling process ended before {names}"
+        raise RuntimeError(f"{len(missing)} kernels did not compile for {target}:\n{detail}")
+    return records
+
+
+def _start(
+    kernels: list[tuple[str, Kernel]], target: Target, root: Path, out: Path
+) -> subprocess.Popen[str]:
+    """A worker that has its request."""
+    request = {
+        "kernels": {k: v.as_json() for k, v in kernels},
+        "kind": target.kind,
+        "arch": target.arch,
+        "sources": str(root),
+        "folder": str(out),
+    }
+    environment = import_environment()
+    environment.pop("TRITON_INTERPRET", None)
+    command = [sys.executable, "-m", "dsc.backends.triton.compile_worker"]
+    process = subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+    )
+    assert process.stdin is not None, "the process was started with pipes"
+    process.stdin.write(json.dumps(request))
+    process.stdin.close()
+    return process

@@ -1,0 +1,210 @@
+"""Running an artifact on an NVIDIA GPU: cubins, device memory and launches, through the driver.
+
+Weights are uploaded once. Temporaries live in one arena, outputs and small inputs in buffers that
+grow as needed. A KV cache that an entry updates in place is uploaded when it is first given and
+stays on the device: later steps that give the same, unmodified tensor find it there. Its host copy
+is refreshed by `read_back` alone: copying a cache after every token would cost more than the step.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import weakref
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dsc.backends.base import Signature
+from dsc.backends.triton.driver import Argument, Driver, Function
+from dsc.backends.triton.launch import EntryLaunches, Kernel, LaunchProgram, Port
+from dsc.backends.triton.schedule import Address, Call, Schedule, is_state, resolve
+from dsc.errors import BackendUnavailable
+from dsc.ir.program import Program
+
+if TYPE_CHECKING:
+    import torch
+
+ALIGNMENT = 256
+
+
+@dataclass(slots=True)
+class Resident:
+    """A cache on the device: whose it is, and the version of the host tensor that was uploaded."""
+
+    tensor: weakref.ref[torch.Tensor]
+    version: int
+    pointer: int
+
+
+class CudaExecutable:
+    """Runs an artifact's launches on the first CUDA device.
+
+    Raises `BackendUnavailable` where there is no driver, or a device of another architecture.
+    """
+
+    def __init__(
+        self, folder: Path, weights: Path, program: Program, driver: Driver | None = None
+    ) -> None:
+        self._driver = driver or Driver()
+        if self._driver.arch != folder.name:
+            hint = f"compile with --target cuda:{self._driver.arch}"
+            found = f"the binaries are for {folder.name}, the device is {self._driver.arch}"
+            raise BackendUnavailable(found, hint)
+        self._program = LaunchProgram.from_json((folder / "launches.json").read_text())
+        self._graphs = program.entries
+        self._functions = _load_functions(self._driver, folder)
+        self._weights = _upload_weights(self._driver, weights)
+        self._schedules: dict[tuple[object, ...], Schedule] = {}
+        self._pools: dict[str, tuple[int, int]] = {}
+        self._caches: dict[int, Resident] = {}
+
+    def run(self, entry: str, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Run an entry on CPU tensors; caches stay on the device (see `read_back`)."""
+        import torch
+
+        lowered = self._program.entries[entry]
+        shapes = {p.name: tuple(inputs[p.name].shape) for p in lowered.inputs}
+        schedule = self._schedule(entry, shapes)
+        addresses = self._inputs(lowered, inputs)
+        arena = self._pool("arena", schedule.arena_bytes)
+        addresses |= {k: arena + v for k, v in schedule.places.items()}
+        for index, buffer in enumerate(lowered.buffers):
+            if buffer.kind == "weight":
+                addresses[index] = self._weights[buffer.name]
+        results: dict[str, torch.Tensor] = {}
+        names = {p.buffer: p.name for p in lowered.inputs}
+        for port, shape in zip(lowered.outputs, schedule.output_shapes, strict=True):
+            if is_state(lowered.buffers[port.buffer]):
+                results[port.name] = inputs[names[port.buffer]]
+                continue
+            results[port.name] = torch.empty(shape, dtype=port.dtype.torch)
+            addresses[port.buffer] = self._pool(f"output {port.name}", results[port.name].nbytes)
+        for call in schedule.calls:
+            self._call(call, addresses)
+        for port in lowered.outputs:
+            if not is_state(lowered.buffers[port.buffer]):
+                tensor = results[port.name]
+                self._driver.download(tensor.data_ptr(), addresses[port.buffer], tensor.nbytes)
+        self._driver.synchronise()
+        return results
+
+    def read_back(self, cache: torch.Tensor) -> None:
+        """Copy a cache's device contents into the host tensor that a caller gave."""
+        resident = self._caches[id(cache)]
+        self._driver.download(cache.data_ptr(), resident.pointer, cache.nbytes)
+        self._driver.synchronise()
+
+    def signature(self, entry: str) -> Signature:
+        """The signature of an entry."""
+        return Signature.of(self._graphs[entry])
+
+    def _schedule(self, entry: str, shapes: Mapping[str, tuple[int, ...]]) -> Schedule:
+        key = (entry, *sorted(shapes.items()))
+        if key not in self._schedules:
+            self._schedules[key] = resolve(self._program.entries[entry], shapes)
+        return self._schedules[key]
+
+    def _inputs(
+        self, lowered: EntryLaunches, inputs: Mapping[str, torch.Tensor]
+    ) -> dict[int, int]:
+        state = {p.buffer for p in lowered.outputs if is_state(lowered.buffers[p.buffer])}
+        addresses: dict[int, int] = {}
+        for port in lowered.inputs:
+            tensor = inputs[port.name]
+            if port.buffer in state:
+                addresses[port.buffer] = self._resident(tensor)
+            else:
+                addresses[port.buffer] = self._staged(port, tensor.contiguous())
+        return addresses
+
+    def _staged(self, port: Port, tensor: torch.Tensor) -> int:
+        """Upload a small input. `tensor` outlives the copy: `run` waits for the stream."""
+        pointer = self._pool(f"input {port.name}", tensor.nbytes)
+        self._driver.upload(pointer, tensor.data_ptr(), tensor.nbytes)
+        self._driver.synchronise()
+        return pointer
+
+    def _resident(self, tensor: torch.Tensor) -> int:
+        """Where a cache lies on the device, uploaded when it is new or was changed by the host."""
+        if not tensor.is_contiguous():
+            raise ValueError("a cache that is written in place must be contiguous")
+        for key in [k for k, r in self._caches.items() if r.tensor() is None]:
+            self._driver.free(self._caches.pop(key).pointer)
+        known = self._caches.get(id(tensor))
+        if known is None:
+            pointer = self._driver.allocate(tensor.nbytes)
+            known = Resident(weakref.ref(tensor), -1, pointer)
+            self._caches[id(tensor)] = known
+        if known.version != tensor._version:
+            self._driver.upload(known.pointer, tensor.data_ptr(), tensor.nbytes)
+            self._driver.synchronise()
+            known.version = tensor._version
+        return known.pointer
+
+    def _pool(self, name: str, size: int) -> int:
+        """A buffer by name that grows when a call needs more."""
+        pointer, held = self._pools.get(name, (0, -1))
+        if size > held:
+            if held >= 0:
+                self._driver.synchronise()
+                self._driver.free(pointer)
+            pointer = self._driver.allocate(size)
+            self._pools[name] = (pointer, size)
+        return pointer
+
+    def _call(self, call: Call, addresses: Mapping[int, int]) -> None:
+        if 0 in call.grid:
+            return
+        kernel = self._program.kernels[call.kernel]
+        arguments = pack_arguments(kernel, call, addresses)
+        self._driver.launch(self._functions[call.kernel], call.grid, arguments)
+
+
+def pack_arguments(
+    kernel: Kernel, call: Call, addresses: Mapping[int, int]
+) -> list[Argument]:
+    """A call's run-time arguments as C values, in the order of the compiled entry."""
+    kinds = [kind for kind in kernel.signature.values() if kind != "constexpr"]
+    packed: list[Argument] = []
+    for kind, value in zip(kinds, call.arguments, strict=True):
+        if isinstance(value, Address):
+            packed.append(ctypes.c_uint64(addresses[value.buffer] + value.offset))
+        else:
+            packed.append((ctypes.c_int64 if kind == "i64" else ctypes.c_int32)(int(value)))
+    return packed
+
+
+def _load_functions(driver: Driver, folder: Path) -> dict[str, Function]:
+    records: dict[str, dict[str, Any]] = json.loads((folder / "kernels.json").read_text())
+    functions: dict[str, Function] = {}
+    for key, record in records.items():
+        if record["global_scratch"] or record["profile_scratch"]:
+            raise BackendUnavailable(f"{key} wants scratch memory", "recompile without profiling")
+        image = (folder / record["file"]).read_bytes()
+        functions[key] = driver.load(
+            image, record["symbol"], record["warps"], record["shared"], record["parameters"]
+        )
+    return functions
+
+
+def _upload_weights(driver: Driver, path: Path) -> dict[str, int]:
+    """All weights in one allocation, each aligned; device address by name."""
+    from safetensors import safe_open
+
+    if not path.is_file():
+        return {}
+    places: dict[str, int] = {}
+    with safe_open(path, framework="pt") as file:
+        total = 0
+        for name in file.keys():
+            places[name] = total
+            size = file.get_tensor(name).nbytes
+            total += -(-size // ALIGNMENT) * ALIGNMENT
+        base = driver.allocate(total)
+        for name, offset in places.items():
+            tensor = file.get_tensor(name).contiguous()
+            driver.upload(base + offset, tensor.data_ptr(), tensor.nbytes)
+            driver.synchronise()
+    return {name: base + offset for name, offset in places.items()}

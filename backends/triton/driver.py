@@ -1,0 +1,136 @@
+"""The part of the CUDA driver that running a compiled artifact takes, through ctypes.
+
+Nothing here needs the CUDA toolkit, torch or triton: `libcuda` comes with the GPU's driver. Names
+and meanings of the calls are those of the CUDA Driver API reference.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from dsc.errors import BackendUnavailable
+
+Argument: TypeAlias = "ctypes._SimpleCData[int]"
+
+_MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+_COMPUTE_MAJOR, _COMPUTE_MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_*
+_STATIC_SHARED = 48 * 1024  # above this a kernel must ask for its shared memory
+_HINT = "run it on a machine with an NVIDIA GPU and its driver, or in the interpreter"
+
+
+@dataclass(frozen=True, slots=True)
+class Function:
+    """A kernel on the device and how it is launched."""
+
+    handle: ctypes.c_void_p
+    threads: int
+    shared: int
+    parameters: int
+
+
+class Driver:
+    """The driver's first device, its primary context, and one stream."""
+
+    def __init__(self, device: int = 0) -> None:
+        try:
+            self._cuda = ctypes.CDLL("libcuda.so.1")
+        except OSError:
+            raise BackendUnavailable("no CUDA driver on this machine", _HINT) from None
+        _declare(self._cuda)
+        if self._cuda.cuInit(0) != 0:
+            raise BackendUnavailable("the CUDA driver does not start", _HINT)
+        count = ctypes.c_int()
+        self._check("cuDeviceGetCount", ctypes.byref(count))
+        if count.value <= device:
+            raise BackendUnavailable(f"no CUDA device {device}", _HINT)
+        self._device = ctypes.c_int()
+        self._check("cuDeviceGet", ctypes.byref(self._device), device)
+        self._context = ctypes.c_void_p()
+        self._check("cuDevicePrimaryCtxRetain", ctypes.byref(self._context), self._device)
+        self._check("cuCtxSetCurrent", self._context)
+        self._stream = ctypes.c_void_p()
+        self._check("cuStreamCreate", ctypes.byref(self._stream), 1)
+
+    @property
+    def arch(self) -> str:
+        """The architecture of the device: `sm_90`."""
+        parts = []
+        for attribute in (_COMPUTE_MAJOR, _COMPUTE_MINOR):
+            value = ctypes.c_int()
+            self._check("cuDeviceGetAttribute", ctypes.byref(value), attribute, self._device)
+            parts.append(str(value.value))
+        return f"sm_{''.join(parts)}"
+
+    def load(self, image: bytes, symbol: str, warps: int, shared: int, parameters: int) -> Function:
+        """A kernel of a cubin. Raises `RuntimeError` when the device does not take the binary."""
+        module, function = ctypes.c_void_p(), ctypes.c_void_p()
+        self._check("cuModuleLoadData", ctypes.byref(module), image)
+        self._check("cuModuleGetFunction", ctypes.byref(function), module, symbol.encode())
+        if shared > _STATIC_SHARED:
+            self._check("cuFuncSetAttribute", function, _MAX_DYNAMIC_SHARED, shared)
+        return Function(function, warps * 32, shared, parameters)
+
+    def allocate(self, size: int) -> int:
+        """Device memory of at least one byte; the driver aligns it to 256."""
+        pointer = ctypes.c_uint64()
+        self._check("cuMemAlloc_v2", ctypes.byref(pointer), max(size, 1))
+        return pointer.value
+
+    def free(self, pointer: int) -> None:
+        """Give device memory back."""
+        self._check("cuMemFree_v2", pointer)
+
+    def upload(self, target: int, source: int, size: int) -> None:
+        """Copy host memory at `source` to the device, after earlier launches."""
+        if size:
+            self._check("cuMemcpyHtoDAsync_v2", target, source, size, self._stream)
+
+    def download(self, target: int, source: int, size: int) -> None:
+        """Copy device memory at `source` to the host, after earlier launches."""
+        if size:
+            self._check("cuMemcpyDtoHAsync_v2", target, source, size, self._stream)
+
+    def launch(
+        self, function: Function, grid: tuple[int, int, int], arguments: Sequence[Argument]
+    ) -> None:
+        """Queue a kernel. Parameters past `arguments` are Triton's scratch pointers, all null."""
+        hidden = [ctypes.c_uint64(0) for _ in range(function.parameters - len(arguments))]
+        values = [*arguments, *hidden]
+        pointers = (ctypes.c_void_p * len(values))(
+            *(ctypes.cast(ctypes.pointer(v), ctypes.c_void_p) for v in values)
+        )
+        self._check(
+            "cuLaunchKernel", function.handle, *grid, function.threads, 1, 1,
+            function.shared, self._stream, pointers, None,
+        )  # fmt: skip
+
+    def synchronise(self) -> None:
+        """Wait for everything queued; an error of an earlier kernel is raised here."""
+        self._check("cuStreamSynchronize", self._stream)
+
+    def _check(self, call: str, *arguments: object) -> None:
+        status = getattr(self._cuda, call)(*arguments)
+        if status != 0:
+            name = ctypes.c_char_p()
+            self._cuda.cuGetErrorName(status, ctypes.byref(name))
+            raise RuntimeError(f"{call}: {(name.value or b'unknown error').decode()}")
+
+
+def _declare(cuda: ctypes.CDLL) -> None:
+    """Argument types of the calls whose arguments ctypes would narrow to 32 bits."""
+    word, size, u32, pointer = ctypes.c_uint64, ctypes.c_size_t, ctypes.c_uint, ctypes.c_void_p
+    cuda.cuMemAlloc_v2.argtypes = [ctypes.POINTER(word), size]
+    cuda.cuMemFree_v2.argtypes = [word]
+    cuda.cuMemcpyHtoDAsync_v2.argtypes = [word, pointer, size, pointer]
+    cuda.cuMemcpyDtoHAsync_v2.argtypes = [pointer, word, size, pointer]
+    cuda.cuLaunchKernel.argtypes = [
+        pointer, u32, u32, u32, u32, u32, u32, u32, pointer, ctypes.POINTER(pointer), pointer,
+    ]  # fmt: skip
+    cuda.cuCtxSetCurrent.argtypes = [pointer]
+    cuda.cuStreamSynchronize.argtypes = [pointer]
+    cuda.cuFuncSetAttribute.argtypes = [pointer, ctypes.c_int, ctypes.c_int]
+    cuda.cuModuleLoadData.argtypes = [pointer, ctypes.c_char_p]
+    cuda.cuModuleGetFunction.argtypes = [pointer, pointer, ctypes.c_char_p]
