@@ -54,7 +54,7 @@ class _Faults:
 
     def raise_any(self) -> None:
         told = [
-            f"{len(lines)} {kind}:\n" + _listed(lines)
+            f"{kind} ({len(lines)}):\n" + _listed(lines)
             for kind, lines in (
                 ("missing tensors", self.missing),
                 ("tensors that do not fit", self.misfit),
@@ -97,7 +97,7 @@ def map_weights(
     ]
     mapper.faults.unexpected += [
         f"{key} : {source.type(key)}"
-        for key in left
+        for key in sorted(left)
         if key not in ignored and not mapper.is_claimed(key)
     ]
     mapper.faults.raise_any()

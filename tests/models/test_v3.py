@@ -147,7 +147,7 @@ def test_no_logits_but_those_asked_for() -> None:
 
 def test_one_export_serves_all_extents() -> None:
     """One non-strict trace with B, S, P, L symbolic, bit-equal to eager where dims are 0 or 1."""
-    cfg = small()
+    cfg = small(num_hidden_layers=2)
     model = twin(cfg)[1]
     traced = torch.export.export(
         model, example_inputs(cfg), dynamic_shapes=dynamic_shapes(cfg), strict=False

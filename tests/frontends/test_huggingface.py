@@ -1,0 +1,449 @@
+"""A checkpoint folder: which weights reach which parameters, and what the module computes."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from dsc.errors import CheckpointError, ConfigError
+from dsc.frontends.causal_lm import (
+    CausalLMStep,
+    Extents,
+    cast_parameters,
+    dynamic_shapes,
+    example_inputs,
+    input_names,
+    output_names,
+)
+from dsc.frontends.config import ModelConfig
+from dsc.frontends.huggingface import (
+    CheckpointModel,
+    load_checkpoint,
+    retarget,
+    stock_causal_lm,
+)
+from dsc.frontends.names import map_weights
+from dsc.ir.types import DType, TensorType
+from dsc.ir.weights import DictSource, evaluate, sources
+from dsc.models import v3
+from dsc.models.configs import TINY_CHECKPOINT
+from tests.family import PLAIN, advance, empty_caches, randomise, small, small_v2, stock
+
+FP8 = Path(__file__).parents[1] / "data" / "tiny-v3-fp8"
+FP8_CONFIG = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]}
+Tensors = dict[str, Tensor]
+
+
+def save(folder: Path, config: ModelConfig, tensors: Tensors, **extra: Any) -> Path:
+    """Write a checkpoint folder that holds `tensors`."""
+    raw = config.model_dump(exclude={"published_model_type"}, exclude_none=True) | extra
+    (folder / "config.json").write_text(json.dumps(raw))
+    contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    save_file(contiguous, folder / "model.safetensors")
+    return folder
+
+
+def official(config: ModelConfig, seed: int = 0) -> Tensors:
+    """Random weights under the official names: each expert's projections on their own."""
+    split: Tensors = {}
+    for name, tensor in stock(config, seed).state_dict().items():
+        prefix, _, last = name.rpartition(".")
+        if not prefix.endswith("mlp.experts"):
+            split[name] = tensor.clone()
+            continue
+        for expert, matrix in enumerate(tensor):
+            if last == "down_proj":
+                split[f"{prefix}.{expert}.down_proj.weight"] = matrix.clone()
+                continue
+            for half, part in zip(("gate_proj", "up_proj"), matrix.chunk(2), strict=True):
+                split[f"{prefix}.{expert}.{half}.weight"] = part.clone()
+    return split
+
+
+def greedy(model: CheckpointModel, text: str, count: int) -> str:
+    """Greedy continuation, one token a step, through the step's own caches."""
+    from tokenizers import Tokenizer
+
+    assert model.tokenizer is not None
+    tokenizer = Tokenizer.from_file(str(model.tokenizer))
+    step, past = model.load(), empty_caches(model.config)
+    ids = tokenizer.encode(text).ids
+    written: list[int] = []
+    for _ in range(count):
+        logits, past = advance(step, torch.tensor([ids]), past)
+        ids = [int(logits[0, -1].argmax())]
+        written += ids
+    return str(tokenizer.decode(written))
+
+
+# --- whole checkpoints ---------------------------------------------------------------------------
+
+
+def test_official_names_load_as_transformers_loads_them() -> None:
+    from transformers import AutoModelForCausalLM
+
+    model = load_checkpoint(TINY_CHECKPOINT)
+    assert model.dtype is DType.bf16
+    expected = AutoModelForCausalLM.from_pretrained(TINY_CHECKPOINT, dtype=torch.bfloat16)
+    found = model.load().state_dict()
+    assert found.keys() == expected.state_dict().keys()
+    for name, tensor in expected.state_dict().items():
+        assert found[name].dtype == tensor.dtype, name
+        assert torch.equal(found[name], tensor), name
+
+
+def test_the_tiny_model_writes_its_sentence() -> None:
+    model = load_checkpoint(TINY_CHECKPOINT, DType.f32)
+    expected = " of the LORD, and the LORD commanded Moses.\nAnd Moses said unto the LORD, Behold,"
+    assert greedy(model, "In the beginning", 22).startswith(expected)
+
+
+def test_nothing_is_read_before_it_is_evaluated() -> None:
+    model = load_checkpoint(TINY_CHECKPOINT)
+    step = model.build()
+    assert all(parameter.is_meta for parameter in step.parameters())
+    assert all("_bytes" not in vars(file) for file in model.source.files.values())
+
+
+@pytest.mark.parametrize("stacked", [True, False], ids=["stacked", "per expert"])
+def test_reads_what_transformers_saves(tmp_path: Path, stacked: bool) -> None:
+    config = small()
+    reference = randomise(stock_causal_lm(config, device="cpu"))
+    save_pretrained: Any = reference.save_pretrained
+    save_pretrained(tmp_path, save_original_format=not stacked)
+    model = load_checkpoint(tmp_path, DType.f32)
+    stored = "model.layers.1.mlp.experts.gate_up_proj" in model.source.keys()
+    assert stored is stacked
+    assert model.config.rope_parameters == config.rope_parameters
+    found = model.load().state_dict()
+    for name, tensor in reference.state_dict().items():
+        assert torch.equal(found[name], tensor), name
+
+
+def test_the_same_weights_serve_models_v3(tmp_path: Path) -> None:
+    config = small()
+    checkpoint = load_checkpoint(save(tmp_path, config, official(config)), DType.f32)
+    ours = v3.build(config)
+    own = retarget(checkpoint, ours)
+    assert own.weights == checkpoint.weights
+    state = {name: evaluate(expr, own.source) for name, expr in own.weights.items()}
+    ours.load_state_dict(state, strict=True)
+    ids = torch.arange(12)[None]
+    expected, _ = advance(checkpoint.load(), ids, empty_caches(config))
+    found, _ = advance(ours, ids, empty_caches(config))
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_weights_are_cast_to_the_asked_dtype_and_biases_stay_fp32(tmp_path: Path) -> None:
+    config = small()
+    model = load_checkpoint(save(tmp_path, config, official(config)), DType.bf16)
+    state = model.load().state_dict()
+    assert state["lm_head.weight"].dtype == torch.bfloat16
+    assert state["model.layers.1.mlp.gate.e_score_correction_bias"].dtype == torch.float32
+    assert load_checkpoint(tmp_path).dtype is DType.f32  # the stored one, config.json names none
+
+
+def test_tied_embeddings_need_no_head(tmp_path: Path) -> None:
+    config = small(tie_word_embeddings=True)
+    tensors = official(config)
+    head = tensors.pop("lm_head.weight")
+    model = load_checkpoint(save(tmp_path, config, tensors))
+    assert model.weights["lm_head.weight"] == model.weights["model.embed_tokens.weight"]
+    with_head = load_checkpoint(save(tmp_path, config, tensors | {"lm_head.weight": head}))
+    assert "lm_head.weight" in with_head.notes[0]
+
+
+def test_code_in_the_folder_is_never_imported(tmp_path: Path) -> None:
+    config = small()
+    (tmp_path / "modeling_deepseek.py").write_text("raise SystemExit('imported')")
+    auto_map = {"AutoModelForCausalLM": "modeling_deepseek.DeepseekV3ForCausalLM"}
+    model = load_checkpoint(save(tmp_path, config, official(config), auto_map=auto_map))
+    model.build()
+    assert model.notes == ("code of the checkpoint is never imported: modeling_deepseek.py",)
+
+
+def test_a_folder_without_config(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no such file"):
+        load_checkpoint(tmp_path)
+
+
+# --- tensors that do not fit ---------------------------------------------------------------------
+
+EXPERT = "model.layers.2.mlp.experts.5.up_proj.weight"
+NORM = "model.layers.1.self_attn.kv_a_layernorm.weight"
+
+
+def lose_expert(tensors: Tensors) -> None:
+    del tensors[EXPERT]
+
+
+def lose_norm(tensors: Tensors) -> None:
+    del tensors[NORM]
+
+
+def misshape(tensors: Tensors) -> None:
+    tensors[NORM] = torch.ones(17)
+
+
+def transpose_expert(tensors: Tensors) -> None:
+    tensors[EXPERT] = tensors[EXPERT].t()
+
+
+def add(tensors: Tensors) -> None:
+    tensors["model.layers.1.self_attn.indexer.wk.weight"] = torch.ones(2, 2)
+
+
+def one_expert_too_many(tensors: Tensors) -> None:
+    tensors["model.layers.2.mlp.experts.8.up_proj.weight"] = tensors[EXPERT].clone()
+
+
+def integers(tensors: Tensors) -> None:
+    tensors[NORM] = torch.ones(16, dtype=torch.int32)
+
+
+def stray_scale(tensors: Tensors) -> None:
+    tensors["lm_head.weight_scale_inv"] = torch.ones(1, 1)
+
+
+def fp8_unannounced(tensors: Tensors) -> None:
+    tensors["lm_head.weight"] = tensors["lm_head.weight"].to(torch.float8_e4m3fn)
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lose_expert, [f"missing tensors (1):\n  {EXPERT} : f32[16,32]"]),
+        (lose_norm, [f"missing tensors (1):\n  {NORM} : f32[16]"]),
+        (misshape, [f"{NORM}: expected f32[16], found f32[17]"]),
+        (transpose_expert, [f"{EXPERT}: expected f32[16,32], found f32[32,16]"]),
+        (add, ["unexpected tensors (1):\n  model.layers.1.self_attn.indexer.wk.weight : f32[2,2]"]),
+        (one_expert_too_many, ["unexpected tensors (1):\n  model.layers.2.mlp.experts.8.up_proj"]),
+        (integers, [f"{NORM}: expected f32[16], found i32[16]"]),
+        (stray_scale, ["lm_head.weight: f32[97,32] is not FP8, yet has lm_head.weight_scale_inv"]),
+        (fp8_unannounced, ["lm_head.weight: f8e4m3[97,32]", "no quantization_config"]),
+    ],
+)
+def test_names_every_tensor_that_does_not_fit(
+    tmp_path: Path, damage: Callable[[Tensors], None], words: list[str]
+) -> None:
+    config = small()
+    tensors = official(config)
+    damage(tensors)
+    with pytest.raises(CheckpointError) as caught:
+        load_checkpoint(save(tmp_path, config, tensors))
+    for part in words:
+        assert part in str(caught.value)
+    assert str(tmp_path) in str(caught.value)
+
+
+def test_all_faults_are_told_together(tmp_path: Path) -> None:
+    config = small()
+    tensors = official(config)
+    for damage in (lose_expert, misshape, add):
+        damage(tensors)
+    with pytest.raises(CheckpointError) as caught:
+        load_checkpoint(save(tmp_path, config, tensors))
+    told = str(caught.value)
+    assert all(kind in told for kind in ("missing tensors", "do not fit", "unexpected tensors"))
+
+
+# --- FP8 -----------------------------------------------------------------------------------------
+
+
+def dequantised(weight: Tensor, scale: Tensor, block: tuple[int, int]) -> Tensor:
+    """W = weight * scale by the definition, element by element."""
+    rows, columns = torch.arange(weight.shape[0]), torch.arange(weight.shape[1])
+    return weight.float() * scale[rows // block[0]][:, columns // block[1]]
+
+
+@pytest.mark.parametrize(
+    ("shape", "block"),
+    [((576, 256), (128, 128)), ((100, 130), (128, 128)), ((7, 5), (2, 4)), ((4, 8), (2, 4))],
+)
+def test_09_partial_fp8_blocks(shape: tuple[int, int], block: tuple[int, int]) -> None:
+    """kv_a of V3 has N = 576 = 4.5 blocks: the last block of rows is half as high."""
+    random = torch.Generator().manual_seed(0)
+    weight = torch.randn(shape, generator=random).to(torch.float8_e4m3fn)
+    blocks = (-(-shape[0] // block[0]), -(-shape[1] // block[1]))
+    scale = torch.rand(blocks, generator=random) + 0.5
+    quantization = FP8_CONFIG | {"weight_block_size": list(block)}
+    config = small(quantization_config=quantization, tie_word_embeddings=False)
+    source = DictSource({"w.weight": weight, "w.weight_scale_inv": scale})
+    declared = {"w.weight": TensorType(DType.f32, shape)}
+    mapped = map_weights(declared, source, config)
+    found = evaluate(mapped.weights["w.weight"], source)
+    assert torch.equal(found, dequantised(weight, scale, block))
+
+    wrong = DictSource({"w.weight": weight, "w.weight_scale_inv": scale[:-1]})
+    with pytest.raises(CheckpointError, match=r"w.weight_scale_inv: expected f32"):
+        map_weights(declared, wrong, config)
+    with pytest.raises(CheckpointError, match=r"missing tensors \(1\):\s+w.weight_scale_inv"):
+        map_weights(declared, DictSource({"w.weight": weight}), config)
+
+
+def test_16_scale_and_weight_in_different_shards() -> None:
+    model = load_checkpoint(FP8)
+    split = []
+    for name, expr in model.weights.items():
+        keys = [leaf.key for leaf in sources(expr)]
+        scales = [key for key in keys if key.endswith("_scale_inv")]
+        for scale in scales:
+            weight = scale.removesuffix("_scale_inv")
+            if model.source.file_of(scale) != model.source.file_of(weight):
+                split.append(name)
+                expected = dequantised(
+                    model.source.load(weight), model.source.load(scale), (128, 128)
+                )
+                found = evaluate(expr, model.source)
+                assert torch.equal(found, expected.bfloat16())
+    assert split == [f"model.layers.{layer}.self_attn.kv_b_proj.weight" for layer in (0, 1, 2)]
+
+
+def test_fp8_weights_approach_those_they_were_made_of() -> None:
+    """Every quantised weight is within e4m3's error of the bf16 checkpoint; the rest is equal."""
+    exact, quantised = load_checkpoint(TINY_CHECKPOINT), load_checkpoint(FP8)
+    assert exact.weights.keys() == quantised.weights.keys()
+    for name, expr in exact.weights.items():
+        expected = evaluate(expr, exact.source).float()
+        found = evaluate(quantised.weights[name], quantised.source).float()
+        error = (found - expected).norm() / expected.norm()
+        assert error < (0.035 if expected.ndim > 1 else 1e-6), name
+
+
+# --- multi-token prediction ----------------------------------------------------------------------
+
+
+def test_15_mtp_layer_is_ignored_and_told() -> None:
+    model = load_checkpoint(TINY_CHECKPOINT)
+    mine = {leaf.key for expr in model.weights.values() for leaf in sources(expr)}
+    assert not any(key.startswith("model.layers.4.") for key in mine)
+    assert mine | set(model.unused_mtp) == set(model.source.keys())
+    assert len(model.unused_mtp) == 68
+    assert "layer 4 predicts further tokens (MTP); its 68 tensors" in model.notes[0]
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"num_hidden_layers": 5}, "model.layers.4.eh_proj.weight"),
+        ({"num_hidden_layers": 3}, "unexpected tensors (130):\n  model.layers.3."),
+        ({"num_nextn_predict_layers": 0}, "unexpected tensors (68):\n  model.layers.4."),
+    ],
+    ids=["used as a decoder layer", "a decoder layer used as MTP", "not announced"],
+)
+def test_15_mtp_layer_is_never_misloaded(
+    tmp_path: Path, fields: dict[str, int], words: str
+) -> None:
+    """A config that counts layers otherwise than the weights is refused."""
+    raw = json.loads((TINY_CHECKPOINT / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(raw | fields))
+    shutil.copy(TINY_CHECKPOINT / "model.safetensors", tmp_path)
+    with pytest.raises(CheckpointError) as caught:
+        load_checkpoint(tmp_path)
+    assert words in str(caught.value)
+
+
+def test_15_a_plain_layer_in_the_place_of_mtp_is_unexpected(tmp_path: Path) -> None:
+    """The announced MTP layer must have what joins hidden state and embedding."""
+    config = small(num_nextn_predict_layers=1)
+    tensors = official(config)
+    tensors["model.layers.3.input_layernorm.weight"] = torch.ones(32)
+    with pytest.raises(CheckpointError, match=r"unexpected tensors \(1\):\s+model.layers.3"):
+        load_checkpoint(save(tmp_path, config, tensors))
+    tensors["model.layers.3.eh_proj.weight"] = torch.ones(32, 64)
+    assert len(load_checkpoint(save(tmp_path, config, tensors)).unused_mtp) == 2
+
+
+# --- the module that is traced -------------------------------------------------------------------
+
+FAMILY = {
+    "v3": small(num_hidden_layers=2),
+    "v3_no_q_lora_plain_rope": small(num_hidden_layers=2, q_lora_rank=None, rope_parameters=PLAIN),
+    "v2_lite": small_v2(num_hidden_layers=2, q_lora_rank=None, n_group=1, topk_group=1),
+    "v2": small_v2(num_hidden_layers=2, topk_method="group_limited_greedy", v_head_dim=20),
+}
+
+
+@pytest.mark.parametrize("config", FAMILY.values(), ids=FAMILY.keys())
+def test_one_export_of_stock_serves_all_extents(config: ModelConfig) -> None:
+    """One non-strict trace, four axes symbolic: bit-equal to eager where dims are 0 or 1."""
+    step = stock(config)
+    program = torch.export.export(
+        step, example_inputs(config), dynamic_shapes=dynamic_shapes(config), strict=False
+    )
+    traced = program.module()
+    for batch, new, past in ((1, 1, 9), (2, 1, 3), (1, 8, 0), (1, 1, 0)):
+        inputs = example_inputs(config, Extents(batch, new, past, 1), seed=batch + new + past)
+        with torch.no_grad():
+            expected, found = step(*inputs), traced(*inputs)
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert len(program.graph_signature.user_inputs) == len(input_names(config))
+    assert len(program.graph_signature.user_outputs) == len(output_names(config))
+
+
+def test_ragged_export_equals_its_eager_self() -> None:
+    config = small(num_hidden_layers=2)
+    step = stock(config, ragged=True)
+    traced = torch.export.export(
+        step, example_inputs(config), dynamic_shapes=dynamic_shapes(config), strict=False
+    ).module()
+    inputs = list(example_inputs(config, Extents(3, 2, 4, 1)))
+    inputs[2] = torch.tensor([4, 0, 2])
+    with torch.no_grad():
+        expected, found = step(*inputs), traced(*inputs)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("ragged", [False, True])
+def test_step_equals_the_stock_forward(ragged: bool) -> None:
+    """Through the step, in chunks, the stock model gives what it gives alone and at once."""
+    config = small()
+    step = stock(config, ragged=ragged)
+    alone: Any = randomise(stock_causal_lm(config, device="cpu"))
+    ids = torch.randint(97, (2, 24), generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        expected = alone(input_ids=ids).logits
+    past, parts = empty_caches(config, 2), []
+    for chunk in torch.split(ids, [11, 12, 1], dim=1):
+        logits, past = advance(step, chunk, past)
+        parts.append(logits)
+    torch.testing.assert_close(torch.cat(parts, 1), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_export_on_meta_records_real_frequencies() -> None:
+    config = small(num_hidden_layers=2)
+    step = CausalLMStep(stock_causal_lm(config, DType.bf16))
+    inputs = example_inputs(config, device="meta", dtype=torch.bfloat16)
+    program = torch.export.export(step, inputs, dynamic_shapes=dynamic_shapes(config), strict=False)
+    constants = program.constants
+    expected = v3.inverse_frequencies(config.rope_parameters, config.qk_rope_head_dim)
+    assert torch.equal(constants["model.rotary_emb.inv_freq"], expected)
+    assert program.state_dict["model.layers.1.mlp.gate.e_score_correction_bias"].is_meta
+
+
+def test_names_of_inputs_and_outputs() -> None:
+    config = small()
+    assert input_names(config)[:6] == (
+        "input_ids",
+        "positions",
+        "lengths",
+        "logits_at",
+        "past.0.latent",
+        "past.0.rope",
+    )
+    assert output_names(config)[-1] == "present.2.rope"
+    assert len(example_inputs(config)) == len(input_names(config))
+
+
+def test_casting_leaves_buffers_alone() -> None:
+    model = cast_parameters(v3.build(small()), torch.bfloat16)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    assert {buffer.dtype for buffer in model.buffers()} == {torch.float32}
