@@ -1,0 +1,211 @@
+"""Writing, opening and distrusting artifacts; packing weights."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from dsc.backends.base import Emission
+from dsc.errors import ArtifactError, DscError
+from dsc.ir.parser import parse_program
+from dsc.ir.program import Program
+from dsc.ir.weights import DictSource
+from dsc.runtime import artifact
+from dsc.runtime.packing import layout, pack
+from dsc.runtime.plan import BufferRef, EntryPlan, Plan, Step
+
+TEXT = """program "p" {stage=CANONICAL}
+symbols {N=[1,8]}
+weights {
+  @odd : f32[3] = source "odd" : f32[3]
+  @both : bf16[4,2] = concat(source "a" : bf16[2,2], source "b" : bf16[2,2]) {axis=0}
+  @scalar : i64[] = source "scalar" : i64[]
+}
+graph main(%x: f32[N,3]) {
+  %y = mul %x, @odd : f32[N,3]
+  return %y
+}
+"""
+TENSORS = {
+    "odd": torch.tensor([1.0, 2.0, 3.0]),
+    "a": torch.ones(2, 2, dtype=torch.bfloat16),
+    "b": torch.zeros(2, 2, dtype=torch.bfloat16),
+    "scalar": torch.tensor(7),
+}
+LIMITS = {"max_batch": 1, "max_context": 8, "prefill_chunk": 4}
+
+
+@pytest.fixture(autouse=True)
+def _state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+
+
+def program() -> Program:
+    return parse_program(TEXT, DictSource(TENSORS))
+
+
+def write(out: Path, emission: Emission | None = None, force: bool = False) -> Path:
+    emission = emission or Emission({"x/code.txt": b"hello"})
+    return artifact.write(
+        out, program(), emission, backend="reference", targets=("cpu",), report={"passes": []},
+        limits=LIMITS, force=force,
+    )  # fmt: skip
+
+
+def test_packed_weights_read_back_and_are_aligned(tmp_path: Path) -> None:
+    path = tmp_path / "w.safetensors"
+    digest = pack(program(), path)
+    assert digest == hashlib.sha256(path.read_bytes()).hexdigest()
+    _, places = layout(program())
+    assert all(offset % 64 == 0 for offset, _ in places.values())
+    found = load_file(path)
+    assert torch.equal(found["odd"], TENSORS["odd"])
+    assert torch.equal(found["both"], torch.cat([TENSORS["a"], TENSORS["b"]]))
+    assert found["scalar"].item() == 7
+
+
+def test_offsets_are_where_the_bytes_are(tmp_path: Path) -> None:
+    path = tmp_path / "w.safetensors"
+    pack(program(), path)
+    offset, size = layout(program())[1]["odd"]
+    raw = path.read_bytes()[offset : offset + size]
+    assert raw == TENSORS["odd"].numpy().tobytes()
+
+
+def test_an_artifact_reads_back(tmp_path: Path) -> None:
+    opened = artifact.read(write(tmp_path / "out"))
+    assert opened.backend == "reference"
+    assert opened.program.entries == program().entries
+    value = opened.program.source.load("both")
+    assert torch.equal(value, torch.cat([TENSORS["a"], TENSORS["b"]]))
+    assert artifact.check_hashes(tmp_path / "out") == len(opened.manifest["files"])
+
+
+def test_finish_is_told_where_weights_lie(tmp_path: Path) -> None:
+    told: dict[str, Any] = {}
+
+    def finish(places: Any) -> dict[str, bytes]:
+        told.update(places)
+        return {"late.txt": b"late"}
+
+    write(tmp_path / "out", Emission({}, finish=finish))
+    assert told == layout(program())[1]
+    assert (tmp_path / "out" / "late.txt").read_bytes() == b"late"
+
+
+def test_nothing_is_written_over_without_force(tmp_path: Path) -> None:
+    out = write(tmp_path / "out")
+    before = (out / "dsc.json").read_bytes()
+    with pytest.raises(ArtifactError, match="exists already"):
+        write(out)
+    assert (out / "dsc.json").read_bytes() == before
+    write(out, Emission({"other.txt": b"1"}), force=True)
+    assert (out / "other.txt").exists()
+    assert not (out / "x").exists()
+
+
+def test_force_replaces_artifacts_only(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.txt").write_text("years of work")
+    with pytest.raises(ArtifactError, match="is no artifact"):
+        write(tmp_path / "out", force=True)
+    assert (tmp_path / "out" / "thesis.txt").read_text() == "years of work"
+
+
+def test_a_failure_leaves_nothing_behind(tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match="leads outside"):
+        write(tmp_path / "out", Emission({"../evil.txt": b""}))
+    assert [p.name for p in tmp_path.iterdir() if p.name != "state"] == []
+
+
+@pytest.mark.parametrize("name", ["x/code.txt", "program.dsc", "report.json"])
+def test_a_changed_byte_is_found(tmp_path: Path, name: str) -> None:
+    out = write(tmp_path / "out")
+    data = bytearray((out / name).read_bytes())
+    data[0] ^= 1
+    (out / name).write_bytes(data)
+    with pytest.raises(ArtifactError, match="hash differs"):
+        artifact.read(out)
+
+
+def test_a_changed_weight_is_found_by_hashes(tmp_path: Path) -> None:
+    out = write(tmp_path / "out")
+    path = out / "weights" / "model.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(ArtifactError, match="hash differs"):
+        artifact.check_hashes(out)
+
+
+def test_a_shortened_file_is_found(tmp_path: Path) -> None:
+    out = write(tmp_path / "out")
+    path = out / "weights" / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(ArtifactError, match="bytes"):
+        artifact.read(out)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda m: m.clear(),
+        lambda m: m.update(format=99),
+        lambda m: m.update(files=[]),
+        lambda m: m["files"].update({"../../etc/passwd": {"bytes": 1, "sha256": ""}}),
+        lambda m: m["files"].update({"gone.txt": {"bytes": 1, "sha256": ""}}),
+    ],
+)
+def test_a_bad_manifest_is_one_clear_error(tmp_path: Path, change: Any) -> None:
+    out = write(tmp_path / "out")
+    manifest = json.loads((out / "dsc.json").read_text())
+    change(manifest)
+    (out / "dsc.json").write_text(json.dumps(manifest))
+    with pytest.raises(ArtifactError):
+        artifact.read(out)
+
+
+def test_garbage_manifests_are_errors_of_ours(tmp_path: Path) -> None:
+    out = write(tmp_path / "out")
+    for garbage in (b"", b"\xff\xfe", b"[" * 5000, b"null", b'{"format": 1}'):
+        (out / "dsc.json").write_bytes(garbage)
+        with pytest.raises(DscError):
+            artifact.read(out)
+
+
+def test_foreign_code_needs_trust(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = write(tmp_path / "out", Emission({"tvm/kernels.so": b"\x7fELF"}))
+    artifact.read(out)
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "another user"))
+    with pytest.raises(ArtifactError, match="not built by this user"):
+        artifact.read(out)
+    artifact.read(out, trust=True)
+
+
+def test_a_symlink_in_the_artifact_is_refused(tmp_path: Path) -> None:
+    out = write(tmp_path / "out")
+    secret = tmp_path / "secret"
+    secret.write_bytes((out / "report.json").read_bytes())
+    (out / "report.json").unlink()
+    os.symlink(secret, out / "report.json")
+    with pytest.raises(ArtifactError, match="leads outside"):
+        artifact.read(out)
+
+
+def test_plan_json_round_trips() -> None:
+    t = program().entries["main"].inputs[0].type
+    step = Step(
+        "mul_f32", (BufferRef("input", "x", 0, t), None), (BufferRef("arena", "", 64, t),),
+        (("N", t.shape[0]), ("NN", t.shape[0] * t.shape[0] + 1)), loc="model.norm", op="mul",
+    )  # fmt: skip
+    plan = Plan({"main": EntryPlan((step,), 128)}, {"a": 1})
+    assert Plan.from_json(plan.to_json()) == plan
+    with pytest.raises(ArtifactError):
+        Plan.from_json(b'{"format": 1}')
