@@ -1,0 +1,536 @@
+"""Rows of the ATen table that compute: arithmetic, reductions, contractions, complex numbers.
+
+ATen promotes element types by itself. The operators of the IR do not: each row casts its operands
+to the type that the tracer recorded for the result.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, TypeAlias
+
+import torch
+
+from dsc.frontends.lowering import Complex, Lowering, Number, Unsupported
+from dsc.ir.dims import Dim, Sym
+from dsc.ir.graph import Operand, Value, Weight
+from dsc.ir.op import OpDef
+from dsc.ir.types import DType
+
+Row: TypeAlias = Callable[..., Any]
+
+NARROW = (DType.bf16, DType.f16)
+LN_2, LN_10 = math.log(2), math.log(10)
+
+
+# Arithmetic. Operands take the result's element type, as ATen's promotion does.
+
+
+def _exact(x: Number, dtype: DType) -> bool:
+    """Whether a Python number survives rounding to `dtype`; tensors and sizes count as exact."""
+    if not isinstance(x, float) or not math.isfinite(x):
+        return True
+    return float(torch.tensor(x, dtype=dtype.torch)) == float(torch.tensor(x))
+
+
+def arithmetic(op: str) -> Row:
+    """`op` on two operands. ATen keeps a Python number in fp32 beside 16-bit floats; so do we."""
+
+    def row(t: Lowering, a: Number, b: Number) -> Operand:
+        dtype = t.out.dtype
+        wide = dtype in NARROW and not (_exact(a, dtype) and _exact(b, dtype))
+        working = DType.f32 if wide else dtype
+        return t.cast(t.call(op, t.operand(a, working), t.operand(b, working)), dtype)
+
+    return row
+
+
+_multiply, _subtract, _add, _divide = (arithmetic(op) for op in ("mul", "sub", "add", "div"))
+
+
+def _scaled(t: Lowering, x: Number, alpha: float) -> Number:
+    return x if alpha == 1 else _multiply(t, x, alpha)  # type: ignore[no-any-return]
+
+
+def sum_of_two(t: Lowering, a: Number, b: Number, alpha: float = 1) -> Operand:
+    if t.out.dtype is DType.boolean:
+        return t.call("logical_or", t.operand(a, DType.boolean), t.operand(b, DType.boolean))
+    shifted = t.shifted(a, b) or t.shifted(b, a)
+    if shifted is not None and alpha == 1:
+        return shifted
+    return _add(t, a, _scaled(t, b, alpha))  # type: ignore[no-any-return]
+
+
+def difference(t: Lowering, a: Number, b: Number, alpha: float = 1) -> Operand:
+    return _subtract(t, a, _scaled(t, b, alpha))  # type: ignore[no-any-return]
+
+
+def product_of_two(t: Lowering, a: Number, b: Number) -> Operand:
+    if t.out.dtype is DType.boolean:
+        return t.call("logical_and", t.operand(a, DType.boolean), t.operand(b, DType.boolean))
+    if isinstance(b, (int, float)) and b == 1 and isinstance(a, (Value, Weight)):
+        return t.cast(a, t.out.dtype)
+    return _multiply(t, a, b)  # type: ignore[no-any-return]
+
+
+def reversed_difference(t: Lowering, a: Number, b: Number, alpha: float = 1) -> Operand:
+    return difference(t, b, a, alpha)
+
+
+def quotient(t: Lowering, a: Number, b: Number, rounding_mode: str | None = None) -> Operand:
+    quotient: Operand = _divide(t, a, b)
+    if rounding_mode is None or (t.out.dtype.is_int and rounding_mode == "floor"):
+        return quotient
+    if t.out.dtype.is_int:
+        raise Unsupported("integer division that rounds towards zero")
+    return floor(t, quotient) if rounding_mode == "floor" else trunc(t, quotient)
+
+
+def floor_quotient(t: Lowering, a: Number, b: Number) -> Operand:
+    """`a // b`."""
+    return quotient(t, a, b, "floor")
+
+
+def power(t: Lowering, x: Number, exponent: Number) -> Operand:
+    named = {2: "square", 0.5: "sqrt", -0.5: "rsqrt", -1: "reciprocal"}
+    if isinstance(exponent, (int, float)) and t.out.dtype.is_float and exponent in named:
+        return t.call(named[exponent], t.operand(x, t.out.dtype))
+    if exponent == 1:
+        return t.operand(x, t.out.dtype)
+    if isinstance(exponent, int) and exponent == 2:
+        return t.call("mul", t.operand(x, t.out.dtype), t.operand(x, t.out.dtype))
+    return arithmetic("pow")(t, x, exponent)  # type: ignore[no-any-return]
+
+
+def _stand_in(x: Number) -> Any:
+    """What torch's promotion rules see of an operand."""
+    if isinstance(x, (Value, Weight)):
+        return torch.empty((1,) * x.type.rank, dtype=x.type.dtype.torch, device="meta")
+    return 1 if isinstance(x, Sym) else x if isinstance(x, (bool, int, float)) else 1.0
+
+
+def comparison(op: str) -> Row:
+    def row(t: Lowering, a: Number, b: Number) -> Operand:
+        dtype = DType.of(torch.result_type(_stand_in(a), _stand_in(b)))
+        return t.call(op, t.operand(a, dtype), t.operand(b, dtype))
+
+    return row
+
+
+def _truth(t: Lowering, x: Operand) -> Operand:
+    """Whether elements differ from zero."""
+    if x.type.dtype is DType.boolean:
+        return x
+    return t.call("ne", x, t.number(0, x.type.dtype))
+
+
+def logical(op: str) -> Row:
+    return lambda t, *xs: t.call(op, *(_truth(t, x) for x in xs))
+
+
+def bitwise(op: str) -> Row:
+    def row(t: Lowering, *xs: Number) -> Operand:
+        if t.out.dtype is not DType.boolean:
+            raise Unsupported("bitwise operations on integers")
+        return t.call(op, *(t.operand(x, DType.boolean) for x in xs))
+
+    return row
+
+
+def unary(op: str) -> Row:
+    return lambda t, x: t.call(op, t.cast(x, t.out.dtype))
+
+
+def sign(t: Lowering, x: Operand) -> Operand:
+    zero = t.number(0, x.type.dtype)
+    above, below = (t.cast(t.call(op, x, zero), x.type.dtype) for op in ("gt", "lt"))
+    return t.call("sub", above, below)
+
+
+def trunc(t: Lowering, x: Operand) -> Operand:
+    """Towards zero, by way of i64; values of 2^52 and more are whole already and stay."""
+    whole = t.cast(t.cast(x, DType.i64), x.type.dtype)
+    small = t.call("lt", t.call("abs", x), t.number(2.0**52, x.type.dtype))
+    return t.call("where", small, whole, x)
+
+
+def floor(t: Lowering, x: Operand) -> Operand:
+    if not x.type.dtype.is_float:
+        return x
+    whole = trunc(t, x)
+    return t.call("sub", whole, t.cast(t.call("gt", whole, x), x.type.dtype))
+
+
+def ceil(t: Lowering, x: Operand) -> Operand:
+    return t.call("neg", floor(t, t.call("neg", x)))
+
+
+def gelu(t: Lowering, x: Operand, approximate: str = "none") -> Operand:
+    if approximate == "none":
+        return t.call("gelu", x)
+    wide = t.cast(x, DType.f32)
+    cubic = t.call("mul", t.call("square", wide), wide)
+    inner = t.call("add", wide, t.call("mul", cubic, t.number(0.044715, DType.f32)))
+    scaled = t.call("mul", inner, t.number(math.sqrt(2 / math.pi), DType.f32))
+    gate = t.call("add", t.call("tanh", scaled), t.number(1, DType.f32))
+    half = t.call("mul", wide, t.number(0.5, DType.f32))
+    return t.cast(t.call("mul", half, gate), x.type.dtype)
+
+
+def with_factor(op: str, before: float = 1.0, after: float = 1.0) -> Row:
+    """A function in another base: `op(x * before) * after`, in fp32."""
+
+    def row(t: Lowering, x: Operand) -> Operand:
+        wide = t.cast(x, DType.f32)
+        if before != 1:
+            wide = t.call("mul", wide, t.number(before, DType.f32))
+        result = t.call(op, wide)
+        if after != 1:
+            result = t.call("mul", result, t.number(after, DType.f32))
+        return t.cast(result, t.out.dtype)
+
+    return row
+
+
+def log1p(t: Lowering, x: Operand) -> Operand:
+    """log(1 + x) without the loss near 0: x * log(u) / (u - 1) for u = 1 + x (Higham 2002, 1.14)."""
+    wide, one = t.cast(x, DType.f32), t.number(1, DType.f32)
+    u = t.call("add", wide, one)
+    ratio = t.call("div", wide, t.call("sub", u, one))
+    correction = t.call("where", is_infinite(t, u), one, ratio)
+    precise = t.call("mul", t.call("log", u), correction)
+    return t.cast(t.call("where", t.call("eq", u, one), wide, precise), x.type.dtype)
+
+
+def expm1(t: Lowering, x: Operand) -> Operand:
+    """exp(x) - 1 without the loss near 0: x * (u - 1) / log(u) for u = exp(x)."""
+    wide, one = t.cast(x, DType.f32), t.number(1, DType.f32)
+    u = t.call("exp", wide)
+    less = t.call("sub", u, one)
+    precise = t.call("mul", less, t.call("div", wide, t.call("log", u)))
+    small = t.call("lt", t.call("abs", wide), one)
+    result = t.call("where", small, precise, less)
+    return t.cast(t.call("where", t.call("eq", u, one), wide, result), x.type.dtype)
+
+
+def is_infinite(t: Lowering, x: Operand) -> Operand:
+    """Whether elements are an infinity."""
+    return t.call("eq", t.call("abs", x), t.number(math.inf, x.type.dtype))
+
+
+def clamp(t: Lowering, x: Operand, low: Any = None, high: Any = None) -> Operand:
+    x = t.cast(x, t.out.dtype)
+    x = x if low is None else t.call("maximum", x, t.operand(low, x.type.dtype))
+    return x if high is None else t.call("minimum", x, t.operand(high, x.type.dtype))
+
+
+def where(t: Lowering, condition: Operand, a: Number, b: Number) -> Operand:
+    dtype = t.out.dtype
+    return t.call("where", condition, t.operand(a, dtype), t.operand(b, dtype))
+
+
+def masked_fill(t: Lowering, x: Operand, mask: Operand, value: Number) -> Operand:
+    return where(t, mask, value, x)
+
+
+def dropout(t: Lowering, x: Operand, p: float = 0.5, train: bool = False) -> Operand:
+    """Nothing, in inference."""
+    if train and p:
+        raise Unsupported("dropout in training; call .eval() first")
+    return x
+
+
+def to(t: Lowering, x: Operand, *_: Any, **__: Any) -> Operand:
+    return t.cast(x, t.out.dtype)
+
+
+def copy(t: Lowering, target: Operand, source: Operand, non_blocking: bool = False) -> Operand:
+    return t.expand(t.cast(source, t.out.dtype), t.out.shape)
+
+
+# Reductions and selections.
+
+
+def _axes(x: Operand, dim: Any) -> tuple[int, ...]:
+    if dim is None or dim == []:
+        return tuple(range(x.type.rank))
+    return tuple(d % x.type.rank for d in ([dim] if isinstance(dim, int) else dim))
+
+
+def reduction(op: str) -> Row:
+    def row(t: Lowering, x: Operand, dim: Any = None, keepdim: bool = False, **_: Any) -> Operand:
+        x = t.cast(x, t.out.dtype)
+        return t.call(op, x, axes=_axes(x, dim), keepdims=keepdim) if x.type.rank else x
+
+    return row
+
+
+def truth_reduction(op: str) -> Row:
+    """any and all, as the largest and the smallest of 0 and 1."""
+
+    def row(t: Lowering, x: Operand, dim: Any = None, keepdim: bool = False) -> Operand:
+        numbers = t.cast(_truth(t, x), DType.i64)
+        found = t.call(op, numbers, axes=_axes(x, dim), keepdims=keepdim)
+        return t.cast(found, DType.boolean)
+
+    return row
+
+
+def arg(sign: int) -> Row:
+    def row(t: Lowering, x: Operand, dim: int | None = None, keepdim: bool = False) -> Operand:
+        x = x if sign > 0 else t.call("neg", x)
+        flat = t.reshape(x, (x.type.numel,)) if dim is None else x
+        return t.reshape(t.call("argmax", flat, axis=0 if dim is None else dim), t.out.shape)
+
+    return row
+
+
+def extreme(op: str, sign: int) -> Row:
+    """max.dim and min.dim: values and indices."""
+
+    def row(t: Lowering, x: Operand, dim: int, keepdim: bool = False) -> tuple[Operand, Operand]:
+        values = t.call(op, x, axes=_axes(x, dim), keepdims=keepdim)
+        found = t.call("argmax", x if sign > 0 else t.call("neg", x), axis=dim)
+        return values, t.reshape(found, values.type.shape)
+
+    return row
+
+
+def variance(
+    t: Lowering, x: Operand, dim: Any = None, *, correction: float | None = 1, keepdim: bool = False
+) -> Operand:
+    axes = _axes(x, dim)
+    count: Dim = 1
+    for axis in axes:
+        count = count * x.type.shape[axis]
+    wide = t.cast(x, DType.f32) if x.type.dtype in NARROW else x
+    centred = t.call("sub", wide, t.call("mean", wide, axes=axes, keepdims=True))
+    total = t.call("sum", t.call("square", centred), axes=axes, keepdims=keepdim)
+    free = count - int(1 if correction is None else correction)
+    return t.cast(t.call("div", total, t.number(free, wide.type.dtype)), x.type.dtype)
+
+
+def deviation(t: Lowering, x: Operand, dim: Any = None, **options: Any) -> Operand:
+    return t.call("sqrt", variance(t, x, dim, **options))
+
+
+def cumulative_sum(t: Lowering, x: Operand, dim: int, **_: Any) -> Operand:
+    return t.call("cumsum", t.cast(x, t.out.dtype), axis=dim)
+
+
+def softmax(t: Lowering, x: Operand, dim: int, *_: Any) -> Operand:
+    return t.call("softmax", t.cast(x, t.out.dtype), axis=dim)
+
+
+def log_softmax(t: Lowering, x: Operand, dim: int, *_: Any) -> Operand:
+    wide = t.cast(x, DType.f32)
+    shifted = t.call("sub", wide, t.call("amax", wide, axes=(dim,), keepdims=True))
+    total = t.call("sum", t.call("exp", shifted), axes=(dim,), keepdims=True)
+    return t.cast(t.call("sub", shifted, t.call("log", total)), t.out.dtype)
+
+
+def topk(
+    t: Lowering, x: Operand, k: int, dim: int = -1, largest: bool = True, sorted: bool = True
+) -> tuple[Operand, ...]:
+    """Sorted or not: an order is always allowed where none is asked for."""
+    if isinstance(k, Sym):
+        raise Unsupported("topk of a symbolic count")
+    last, axis = x.type.rank - 1, dim % x.type.rank
+    swap = [last if i == axis else axis if i == last else i for i in range(x.type.rank)]
+    x = t.permute(x if largest else t.call("neg", x), swap)
+    values, indices = t.calls("topk", x, k=k)
+    kept = values if largest else t.call("neg", values)
+    return t.permute(kept, swap), t.permute(indices, swap)
+
+
+def sort(t: Lowering, x: Operand, dim: int = -1, descending: bool = False) -> tuple[Value, ...]:
+    return t.calls("sort", x, axis=dim % x.type.rank, descending=descending)
+
+
+def stable_sort(
+    t: Lowering, x: Operand, *, stable: bool = False, dim: int = -1, descending: bool = False
+) -> tuple[Value, ...]:
+    return sort(t, x, dim, descending)
+
+
+def argsort(t: Lowering, x: Operand, dim: int = -1, descending: bool = False, **_: Any) -> Value:
+    return sort(t, x, dim, descending)[1]
+
+
+def histogram(
+    t: Lowering, x: Operand, bins: int = 100, min: float = 0, max: float = 0
+) -> Operand:
+    if (min, max) != (0, bins - 1):
+        raise Unsupported("histc, except as a count of the integers 0 .. bins-1")
+    return t.call("histc", x, bins=bins)
+
+
+# Contractions and the operators of a network.
+
+
+def matmul(t: Lowering, a: Operand, b: Operand, *_: Any) -> Operand:
+    """torch.matmul in all its ranks, bmm and mm."""
+    if a.type.rank == 1:
+        a = t.reshape(a, (1, a.type.shape[0]))
+    if b.type.rank == 1:
+        b = t.reshape(b, (b.type.shape[0], 1))
+    return t.reshape(t.call("matmul", a, b), t.out.shape)
+
+
+def matmul_plus(
+    t: Lowering, x: Operand, a: Operand, b: Operand, *, beta: float = 1, alpha: float = 1
+) -> Operand:
+    """addmm, baddbmm, addmv: beta * x + alpha * a @ b."""
+    product = _scaled(t, matmul(t, a, b), alpha)
+    return product if beta == 0 else _add(t, _scaled(t, x, beta), product)  # type: ignore[return-value, no-any-return]
+
+
+def grouped_mm(
+    t: Lowering, x: Operand, weight: Operand, offs: Operand | None = None,
+    bias: Operand | None = None, out_dtype: Any = None,
+) -> Operand:  # fmt: skip
+    if offs is None or x.type.rank != 2 or weight.type.rank != 3:
+        raise Unsupported(f"a grouped product of {x.type} and {weight.type}")
+    if bias is not None:
+        raise Unsupported("a grouped product with a bias")
+    return t.cast(t.call("grouped_mm", x, weight, offs), t.out.dtype)
+
+
+def einsum(t: Lowering, equation: str, operands: Sequence[Operand], **_: Any) -> Operand:
+    left, arrow, right = equation.replace(" ", "").partition("->")
+    if "." in left:
+        raise Unsupported(f"einsum {equation!r} with an ellipsis")
+    letters = sorted(c for c in set(left) - {","} if left.count(c) == 1)
+    right = right if arrow else "".join(letters)
+    if any(len(set(term)) < len(term) for term in left.split(",")):
+        raise Unsupported(f"einsum {equation!r}, which takes a diagonal")
+    return t.call("einsum", *operands, eq=f"{left}->{right}")
+
+
+def sdpa(
+    t: Lowering, q: Operand, k: Operand, v: Operand, mask: Operand | None = None,
+    dropout: float = 0.0, causal: bool = False, *, scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Operand:  # fmt: skip
+    if dropout:
+        raise Unsupported("attention with dropout; call .eval() first")
+    width = q.type.shape[-1]
+    if scale is None and not isinstance(width, int):
+        raise Unsupported("attention of a symbolic head width with no scale given")
+    factor = 1 / math.sqrt(width) if scale is None else scale  # type: ignore[arg-type]
+    return t.call("sdpa", q, k, v, mask, scale=float(factor), causal=causal, grouped=enable_gqa)
+
+
+def rms_norm(
+    t: Lowering, x: Operand, extents: Sequence[Dim], weight: Operand | None = None,
+    eps: float | None = None,
+) -> Operand:  # fmt: skip
+    """torch's own norm multiplies by the weight in fp32 and rounds last; `rms_norm` rounds first."""
+    if len(extents) != 1:
+        raise Unsupported("rms_norm over several axes")
+    eps = torch.finfo(x.type.dtype.torch).eps if eps is None else eps
+    if weight is None:
+        weight = t.full(extents, 1.0, x.type.dtype)
+    wide = (t.cast(x, DType.f32), t.cast(weight, DType.f32)) if x.type.dtype in NARROW else None
+    return t.cast(t.call("rms_norm", *(wide or (x, weight)), eps=float(eps)), x.type.dtype)
+
+
+def layer_norm(
+    t: Lowering, x: Operand, extents: Sequence[Dim], weight: Operand | None,
+    bias: Operand | None, eps: float,
+) -> tuple[Operand, ...]:  # fmt: skip
+    """The normalised tensor, the mean and 1/deviation, in fp32 inside."""
+    axes = tuple(range(-len(extents), 0))
+    wide = t.cast(x, DType.f32)
+    mean = t.call("mean", wide, axes=axes, keepdims=True)
+    centred = t.call("sub", wide, mean)
+    variance = t.call("mean", t.call("square", centred), axes=axes, keepdims=True)
+    inverse = t.call("rsqrt", t.call("add", variance, t.number(eps, DType.f32)))
+    y: Operand = t.call("mul", centred, inverse)
+    y = y if weight is None else t.call("mul", y, t.cast(weight, DType.f32))
+    y = y if bias is None else t.call("add", y, t.cast(bias, DType.f32))
+    return t.cast(y, x.type.dtype), mean, inverse
+
+
+def embedding(t: Lowering, weight: Operand, ids: Operand, *_: Any) -> Operand:
+    return t.call("embedding", t.cast(ids, DType.i64), weight)
+
+
+def linear(t: Lowering, x: Operand, weight: Operand, bias: Operand | None = None) -> Operand:
+    if weight.type.rank != 2:
+        raise Unsupported(f"linear with a weight of rank {weight.type.rank}")
+    return t.call("linear", x, weight, bias)
+
+
+# Complex numbers: pairs of real tensors.
+
+
+def polar(t: Lowering, magnitude: Operand, angle: Operand) -> Complex:
+    parts = (t.call("mul", magnitude, t.call(op, angle)) for op in ("cos", "sin"))
+    return Complex(*parts)
+
+
+def _complex_product(t: Lowering, a: Any, b: Any) -> Complex:
+    if not isinstance(a, Complex):
+        a, b = b, a
+    if not isinstance(b, Complex):
+        return Complex(product_of_two(t, a.re, b), product_of_two(t, a.im, b))
+    re = t.call("sub", t.call("mul", a.re, b.re), t.call("mul", a.im, b.im))
+    return Complex(re, t.call("add", t.call("mul", a.re, b.im), t.call("mul", a.im, b.re)))
+
+
+def _complex_sum(op: str) -> Row:
+    def row(t: Lowering, a: Complex, b: Complex) -> Complex:
+        if not (isinstance(a, Complex) and isinstance(b, Complex)):
+            raise Unsupported("a sum of a complex and a real tensor")
+        return Complex(t.call(op, a.re, b.re), t.call(op, a.im, b.im))
+
+    return row
+
+
+def view_as_complex(t: Lowering, x: Operand) -> Complex:
+    parts = (t.slice(x, -1, part, part + 1) for part in (0, 1))
+    return Complex(*(t.reshape(part, t.out.shape) for part in parts))
+
+
+COMPLEX: Mapping[str, Row] = MappingProxyType(
+    {
+        "aten.mul.Tensor": _complex_product,
+        "aten.add.Tensor": _complex_sum("add"),
+        "aten.sub.Tensor": _complex_sum("sub"),
+        "aten.view_as_real.default": lambda t, x: t.rejoin(x),
+        "aten.real.default": lambda t, x: x.re,
+        "aten.imag.default": lambda t, x: x.im,
+        "aten.conj.default": lambda t, x: Complex(x.re, t.call("neg", x.im)),
+        "aten._conj.default": lambda t, x: Complex(x.re, t.call("neg", x.im)),
+        "aten.conj_physical.default": lambda t, x: Complex(x.re, t.call("neg", x.im)),
+        "aten.abs.default": lambda t, x: t.call(
+            "sqrt", t.call("add", t.call("square", x.re), t.call("square", x.im))
+        ),
+    }
+)
+"""Rows for operators when an operand is complex. Rows of `VIEWS` serve each part as they are."""
+
+
+def declared_row(definition: OpDef) -> Row:
+    """The row of `dsc::name`, an operator of the IR that a program calls directly."""
+    count = len(definition.operands)
+
+    def row(t: Lowering, *args: Any, **attrs: Any) -> Any:
+        first = args[0] if definition.operands[-1:] and definition.operands[-1].variadic else None
+        operands = tuple(first) if first is not None else args[:count]
+        rest = args[1:] if first is not None else args[count:]
+        named = dict(zip((a.name for a in definition.attrs), rest, strict=False)) | attrs
+        return t.calls(definition.name, *operands, **_declared_attrs(definition, named))
+
+    return row
+
+
+def _declared_attrs(definition: OpDef, given: Mapping[str, Any]) -> dict[str, Any]:
+    attrs = {k: v for k, v in given.items() if v is not None}
+    for attr in definition.attrs:
+        if attr.kind == "float" and attr.name in attrs:
+            attrs[attr.name] = float(attrs[attr.name])
+    return attrs

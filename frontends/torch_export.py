@@ -1,0 +1,521 @@
+"""PyTorch programs to the IR, through `torch.export`.
+
+    program = trace(module, (x,), {"x": {0: Dim("B")}}, name="mlp", input_names=("x",))
+
+One tracer serves models, decorated functions and `torch.compile`. It exports without executing
+Python twice (non-strict mode), decomposes to the operators that `aten.py` has rows for, and
+translates node by node. Everything that has no translation is reported at once, with the module
+and the source line it comes from.
+
+Shapes stay symbolic: `symbol_names` says what the sizes of the inputs are called (`B`, `S`, `P`);
+every other size is an expression over them. Parameters and buffers become weights under their own
+names and are read only when an artifact is packed. A module on the `meta` device gives types alone.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from dsc.errors import UnsupportedOperator, UsageError
+from dsc.frontends.aten import COMPLEX, DROPPED, KEPT_WHOLE, ROWS, VIEWS
+from dsc.frontends.lowering import Complex, Lowering, SymbolicNumber, Unsupported
+from dsc.frontends.symbolic import NotADim, SizeReader
+from dsc.ir.dims import Range, Sym
+from dsc.ir.graph import Graph, Operand, Value, Weight
+from dsc.ir.op import TypeMismatch, lookup
+from dsc.ir.program import Program
+from dsc.ir.stages import Stage
+from dsc.ir.types import DType, TensorType
+from dsc.ir.weights import DictSource, LayeredSource, MetaSource, Source
+
+ANY_SIZE = Range(0, 2**31 - 1)
+"""The range of a symbol that nobody bounds."""
+
+PLACEMENT = frozenset({"device", "layout", "memory_format", "pin_memory", "non_blocking"})
+
+_SymNumber = (torch.SymInt, torch.SymFloat, torch.SymBool)
+
+
+def decompositions() -> dict[Any, Any]:
+    """The decomposition table: torch's own, without the operators that we want whole."""
+    from torch.export import default_decompositions
+
+    table = default_decompositions()
+    for operator in list(table):
+        if getattr(operator, "_schema", None) is not None and operator._schema.name in KEPT_WHOLE:
+            del table[operator]
+    return table  # type: ignore[return-value]
+
+
+def trace(
+    module: nn.Module,
+    args: tuple[Any, ...],
+    dynamic_shapes: Any = None,
+    *,
+    kwargs: Mapping[str, Any] | None = None,
+    name: str = "main",
+    input_names: Sequence[str] | None = None,
+    output_names: Sequence[str] | None = None,
+    symbols: Mapping[str, Range] | None = None,
+    aliases: Sequence[tuple[str, str]] = (),
+    prefix: str = "",
+) -> Program:
+    """Export `module` on example arguments and import the result; see `import_exported`.
+
+    `dynamic_shapes` is that of `torch.export`; a named `Dim("B")` keeps its name in the program.
+    Raises `UsageError` when the module cannot be exported so, `UnsupportedOperator` when it uses
+    operators without a translation.
+    """
+    exported = export(module, args, dynamic_shapes, kwargs=kwargs)
+    return import_exported(
+        exported,
+        name=name,
+        input_names=input_names,
+        output_names=output_names,
+        symbols=symbols,
+        symbol_names=_dim_names(module, args, kwargs or {}, dynamic_shapes),
+        aliases=aliases,
+        prefix=prefix,
+    )
+
+
+def export(
+    module: nn.Module,
+    args: tuple[Any, ...],
+    dynamic_shapes: Any = None,
+    *,
+    kwargs: Mapping[str, Any] | None = None,
+) -> torch.export.ExportedProgram:
+    """`torch.export` for inference, decomposed. Raises `UsageError` with torch's own reason."""
+    try:
+        with torch.no_grad():
+            exported = torch.export.export(
+                module, args, dict(kwargs or {}), dynamic_shapes=dynamic_shapes, strict=False
+            )
+            return exported.run_decompositions(decompositions())
+    except Exception as problem:
+        if not type(problem).__module__.startswith("torch"):
+            raise
+        raise UsageError(
+            f"torch.export cannot trace {type(module).__name__}: {_first_lines(problem)}",
+            hint="remove what depends on the data, or pass other dynamic shapes",
+        ) from problem
+
+
+def import_exported(
+    exported: torch.export.ExportedProgram,
+    *,
+    name: str = "main",
+    input_names: Sequence[str] | None = None,
+    output_names: Sequence[str] | None = None,
+    symbols: Mapping[str, Range] | None = None,
+    symbol_names: Mapping[tuple[int, int], str] | None = None,
+    aliases: Sequence[tuple[str, str]] = (),
+    prefix: str = "",
+) -> Program:
+    """An exported and decomposed program as a `Program` at stage TRACED with one entry.
+
+    Args:
+        exported: what `torch.export.export(...).run_decompositions(decompositions())` returns.
+        name: of the program and of its entry.
+        input_names: one a tensor input, in order; those of the export by default.
+        output_names: one a tensor output, in order; `out`, or `out.0`, `out.1`, ... by default.
+        symbols: ranges of the symbols; what the tracer knows where one is missing.
+        symbol_names: `(input, axis) -> name` of the size of that axis; unnamed sizes get D0, D1, ...
+        aliases: pairs (output name, input name): the output is that input's next state.
+        prefix: what to cut off module paths and weight names, as `wrapped.`.
+
+    Raises:
+        UnsupportedOperator: naming every operator without a translation, its module and its line.
+    """
+    importer = _Importer(exported, name, prefix, symbol_names or {})
+    graph = importer.graph(input_names, output_names, aliases)
+    ranges = {n: _known_range(exported, s, n, symbols) for s, n in importer.sizes.names.items()}
+    weights, source = importer.weights()
+    program = Program(name, {name: graph}, weights, ranges, source, {}, Stage.TRACED)
+    return program.pruned()
+
+
+@dataclass(frozen=True)
+class _Problem:
+    operator: str
+    reason: str
+    where: str
+    line: str
+
+    def __str__(self) -> str:
+        why = f" ({self.reason})" if self.reason else ""
+        place = ", ".join(p for p in (self.where and f"in {self.where}", self.line) if p)
+        return f"{self.operator}{why}{': ' if place else ''}{place}"
+
+
+class _Importer:
+    """Translates one exported graph."""
+
+    def __init__(
+        self,
+        exported: torch.export.ExportedProgram,
+        name: str,
+        prefix: str,
+        symbol_names: Mapping[tuple[int, int], str],
+    ) -> None:
+        self.exported = exported
+        self.prefix = prefix
+        self.symbol_names = symbol_names
+        self.sizes = SizeReader()
+        self.lowering = Lowering(name, self.sizes)
+        self.values: dict[fx.Node, Any] = {}
+        self.problems: dict[_Problem, int] = {}
+        self.states: dict[str, tuple[TensorType, torch.Tensor]] = {}
+
+    # Inputs and weights.
+
+    def graph(
+        self,
+        input_names: Sequence[str] | None,
+        output_names: Sequence[str] | None,
+        aliases: Sequence[tuple[str, str]],
+    ) -> Graph:
+        """The whole graph. Raises `UnsupportedOperator`, `UsageError`."""
+        self._refuse_mutation()
+        self._placeholders(input_names)
+        for node in self.exported.graph.nodes:
+            if node.op == "call_function":
+                self._node(node)
+            elif node.op not in ("placeholder", "output"):
+                self._problem(node, f"{node.op} {node.target}", "control flow")
+        if self.problems:
+            raise UnsupportedOperator(
+                "operators without a translation:\n"
+                + "\n".join(f"  {p}" + (f", {n} times" if n > 1 else "")
+                            for p, n in self.problems.items()),
+                hint="write them with supported operators, or add rows to frontends/aten.py",
+            )  # fmt: skip
+        outputs = self._outputs()
+        names = tuple(output_names or _default_names(len(outputs)))
+        if len(names) != len(outputs):
+            raise UsageError(f"{len(names)} output names for {len(outputs)} outputs")
+        builder = self.lowering.builder
+        inputs = [v.name for v in builder.inputs]
+        pairs = tuple((names.index(out), inputs.index(into)) for out, into in aliases)
+        return without_dead_nodes(builder.finish(outputs, names, pairs))
+
+    def _refuse_mutation(self) -> None:
+        signature = self.exported.graph_signature
+        mutated = [*signature.buffers_to_mutate.values(), *signature.user_inputs_to_mutate.values()]
+        if mutated:
+            raise UnsupportedOperator(
+                f"the program changes {', '.join(map(str, mutated))} in place",
+                hint="return the new value instead",
+            )
+
+    def _placeholders(self, input_names: Sequence[str] | None) -> None:
+        placeholders = {n.name: n for n in self.exported.graph.nodes if n.op == "placeholder"}
+        user = [
+            placeholders[spec.arg.name]
+            for spec in self.exported.graph_signature.input_specs
+            if spec.kind.name == "USER_INPUT" and hasattr(spec.arg, "name")
+            and isinstance(placeholders[spec.arg.name].meta.get("val"), torch.Tensor)
+        ]  # fmt: skip
+        names = list(input_names or [n.name for n in user])
+        if len(names) != len(user):
+            raise UsageError(f"{len(names)} input names for {len(user)} tensor inputs")
+        self._name_sizes(user)
+        for node, name in zip(user, names, strict=True):
+            self._guarded(node, lambda n=node, k=name: self._input(n, k))
+        for spec in self.exported.graph_signature.input_specs:
+            node = placeholders.get(getattr(spec.arg, "name", ""))
+            if node is None or node in self.values:
+                continue
+            if spec.target is None:
+                self.values[node] = getattr(spec.arg, "value", None)
+                continue
+            self._guarded(node, lambda n=node, s=spec: self._weight(n, s.target, s.kind.name))
+
+    def _name_sizes(self, user: Sequence[fx.Node]) -> None:
+        for (position, axis), name in self.symbol_names.items():
+            size = user[position].meta["val"].shape[axis]
+            if isinstance(size, int):
+                continue
+            if size.node.expr.is_Symbol:
+                self.sizes.names.setdefault(str(size.node.expr), name)
+
+    def _input(self, node: fx.Node, name: str) -> Any:
+        fake = node.meta["val"]
+        if fake.is_complex():
+            raise Unsupported("a complex input; pass torch.view_as_real of it")
+        return self.lowering.builder.input(name, self.lowering.type_of(fake))
+
+    def _weight(self, node: fx.Node, target: str, kind: str) -> Any:
+        """A parameter, a buffer or a lifted constant. A constant of shape [] becomes a number."""
+        state = self.exported.state_dict
+        tensor = state[target] if target in state else self.exported.constants[target]
+        if not isinstance(tensor, torch.Tensor):
+            raise Unsupported(f"the constant {target} is a {type(tensor).__name__}")
+        tensor = tensor.detach()
+        name = target.removeprefix(self.prefix)
+        if kind == "CONSTANT_TENSOR" and tensor.device.type != "meta":
+            if not tensor.is_complex() and tensor.dim() == 0:
+                return self.lowering.number(tensor.item(), DType.of(tensor.dtype))
+            if not tensor.is_complex():
+                return self.lowering.constant(name, tensor)
+        if tensor.is_complex():
+            parts = ((".re", tensor.real), (".im", tensor.imag))
+            return Complex(*(self._state(name + suffix, part) for suffix, part in parts))
+        return self._state(name, tensor)
+
+    def _state(self, name: str, tensor: torch.Tensor) -> Weight:
+        weight_type = self.lowering.type_of(tensor)
+        self.states[name] = (weight_type, tensor)
+        return Weight(name, weight_type)
+
+    def weights(self) -> tuple[dict[str, Any], Any]:
+        """Weight expressions, and the source that they read."""
+        states = dict(self.states)
+        for name, tensor in self.lowering.constants.items():
+            states[name] = (self.lowering.type_of(tensor), tensor)
+        real = {k: v for k, (_, v) in states.items() if v.device.type != "meta"}
+        absent = {k: t for k, (t, v) in states.items() if v.device.type == "meta"}
+        layers = [DictSource(real), MetaSource(absent)]
+        source = LayeredSource(tuple(layers)) if real and absent else layers[bool(absent)]
+        return {k: Source(k, t) for k, (t, _) in states.items()}, source
+
+    # Nodes.
+
+    def _node(self, node: fx.Node) -> None:
+        target = str(node.target)
+        if target in DROPPED:
+            return
+        value = node.meta.get("val")
+        if isinstance(value, (*_SymNumber, int, float, bool)):
+            self._guarded(node, lambda: self._size(value))
+            return
+        if target == "<built-in function getitem>":
+            whole, position = node.args
+            self.values[node] = self.values[whole][position]  # type: ignore[index]
+            return
+        if value is None:
+            return
+        self.lowering.builder.loc = self._loc(node)
+        self._guarded(node, lambda: self._translated(node, target))
+
+    def _size(self, value: Any) -> Any:
+        if isinstance(value, torch.SymInt):
+            return self.sizes.read(value)
+        if isinstance(value, torch.SymFloat):
+            return SymbolicNumber(value.node.expr)
+        if isinstance(value, torch.SymBool):
+            return None
+        return value
+
+    def _translated(self, node: fx.Node, target: str) -> Any:
+        fakes = node.meta["val"]
+        fakes = tuple(fakes) if isinstance(fakes, (tuple, list)) else (fakes,)
+        if not all(isinstance(f, torch.Tensor) for f in fakes):
+            raise Unsupported("a result that is no tensor")
+        self.lowering.outs = tuple(self.lowering.type_of(f) for f in fakes)
+        args = tuple(self._argument(a) for a in node.args)
+        kwargs = {k: self._argument(v) for k, v in node.kwargs.items() if k not in PLACEMENT}
+        row = ROWS.get(target)
+        complex_row = COMPLEX.get(target)
+        if any(isinstance(a, Complex) for a in _flat((*args, *kwargs.values()))):
+            if complex_row is None and (row is None or target not in VIEWS):
+                raise Unsupported("on complex numbers")
+            result = (complex_row or _partwise(row))(self.lowering, *args, **kwargs)
+        elif row is None:
+            raise Unsupported("")
+        else:
+            result = row(self.lowering, *args, **kwargs)
+        return self._checked(result, isinstance(node.meta["val"], torch.Tensor))
+
+    def _checked(self, result: Any, single: bool) -> Any:
+        """The result, once its types are those that the tracer recorded."""
+        if isinstance(result, Complex):
+            return result
+        results = result if isinstance(result, tuple) else (result,)
+        for found, wanted in zip(results, self.lowering.outs, strict=True):
+            if not isinstance(found, Complex) and found.type != wanted:
+                raise Unsupported(f"translated to {found.type}, the tracer has {wanted}")
+        return results[0] if single else results
+
+    def _argument(self, argument: Any) -> Any:
+        if isinstance(argument, fx.Node):
+            if argument not in self.values:
+                raise Unsupported(f"needs %{argument.name}, which has no value")
+            return self.values[argument]
+        if isinstance(argument, (list, tuple)):
+            return [self._argument(a) for a in argument]
+        if isinstance(argument, torch.dtype):
+            return _dtype(argument)
+        return argument
+
+    def _outputs(self) -> list[Operand]:
+        outputs: list[Operand] = []
+        for spec in self.exported.graph_signature.output_specs:
+            name = getattr(spec.arg, "name", None)
+            value = next((v for n, v in self.values.items() if n.name == name), None)
+            if isinstance(value, Complex):
+                raise UnsupportedOperator(
+                    "a complex output", hint="return torch.view_as_real of it"
+                )
+            if isinstance(value, (int, Sym)) and not isinstance(value, bool):
+                value = self.lowering.number(value, DType.i64)
+            if isinstance(value, (Value, Weight)):
+                outputs.append(value)
+        return outputs
+
+    # Errors and locations.
+
+    def _guarded(self, node: fx.Node, translate: Any) -> None:
+        """Translate one node; on failure note the problem and go on with values of its type."""
+        try:
+            self.values[node] = translate()
+        except (Unsupported, TypeMismatch, NotADim, KeyError) as problem:
+            self._problem(node, str(node.target), str(problem))
+            self.values[node] = self._placeholder(node)
+
+    def _placeholder(self, node: fx.Node) -> Any:
+        def stand_in(fake: Any) -> Any:
+            try:
+                value = Value(self.lowering.builder.fresh("missing"), self.lowering.type_of(fake))
+            except (Unsupported, AttributeError):
+                return None
+            return Complex(value, value) if fake.is_complex() else value
+
+        fakes = node.meta.get("val")
+        if isinstance(fakes, (tuple, list)):
+            return tuple(stand_in(f) for f in fakes)
+        return stand_in(fakes)
+
+    def _problem(self, node: fx.Node, operator: str, reason: str) -> None:
+        where = re.sub(r"\.\d+(?=\.|$)", ".*", self._loc(node))
+        problem = _Problem(operator, reason, where, source_line(node))
+        self.problems[problem] = self.problems.get(problem, 0) + 1
+
+    def _loc(self, node: fx.Node) -> str:
+        """The path of the module that a node comes from, as `model.layers.3.self_attn`."""
+        stack = node.meta.get("nn_module_stack") or {}
+        paths = [path for path, _ in stack.values() if not path.startswith("_empty_nn")]
+        path = re.sub(r"@\d+", "", paths[-1]) if paths else ""
+        return (path + ".").removeprefix(self.prefix).removesuffix(".")
+
+
+def without_dead_nodes(graph: Graph) -> Graph:
+    """The graph without nodes whose results nobody reads, as shape arithmetic leaves behind."""
+    live = {x.name for x in graph.outputs if isinstance(x, Value)}
+    kept = []
+    for node in reversed(graph.nodes):
+        if lookup(node.op).aliases or any(v.name in live for v in node.outputs):
+            kept.append(node)
+            live |= {x.name for x in node.operands if isinstance(x, Value)}
+    return graph.with_nodes(reversed(kept))
+
+
+def source_line(node: fx.Node) -> str:
+    """`file:line: code` of the innermost frame outside of torch, as far as the tracer noted it."""
+    frames = re.findall(
+        r'File "([^"]+)", line (\d+), in \w+\n\s*(.*)', node.meta.get("stack_trace") or ""
+    )
+    frames = [f for f in frames if "/torch/" not in f[0]] or frames
+    if not frames:
+        return ""
+    file, line, code = frames[-1]
+    return f"{'/'.join(file.split('/')[-2:])}:{line}: {code.strip()}"
+
+
+def _partwise(row: Any) -> Any:
+    """A row that moves elements, applied to both parts of a complex operand."""
+
+    def both(t: Lowering, *args: Any, **kwargs: Any) -> Any:
+        results = [
+            row(t, *(_part(a, i) for a in args), **{k: _part(v, i) for k, v in kwargs.items()})
+            for i in (0, 1)
+        ]
+        if isinstance(results[0], tuple):
+            return tuple(Complex(*pair) for pair in zip(*results, strict=True))
+        return Complex(*results)
+
+    return both
+
+
+def _part(argument: Any, part: int) -> Any:
+    if isinstance(argument, Complex):
+        return argument[part]
+    return [_part(a, part) for a in argument] if isinstance(argument, list) else argument
+
+
+def _flat(arguments: Sequence[Any]) -> list[Any]:
+    found: list[Any] = []
+    for a in arguments:
+        found.extend(_flat(a) if isinstance(a, list) else [a])
+    return found
+
+
+def _dtype(dtype: torch.dtype) -> DType | None:
+    try:
+        return DType.of(dtype)
+    except KeyError:
+        return None
+
+
+def _default_names(count: int) -> list[str]:
+    return ["out"] if count == 1 else [f"out.{i}" for i in range(count)]
+
+
+def _first_lines(problem: Exception) -> str:
+    lines = [line for line in str(problem).splitlines() if line.strip()]
+    return "\n".join(lines[:6])
+
+
+def _known_range(
+    exported: torch.export.ExportedProgram,
+    symbol: str,
+    name: str,
+    given: Mapping[str, Range] | None,
+) -> Range:
+    if given and name in given:
+        return given[name]
+    for known, bounds in exported.range_constraints.items():
+        if str(known) == symbol:
+            lo, hi = (max(0, min(x, ANY_SIZE.hi)) for x in (bounds.lower, bounds.upper))
+            return Range(int(lo), int(hi))
+    return ANY_SIZE
+
+
+def _dim_names(
+    module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], dynamic_shapes: Any
+) -> dict[tuple[int, int], str]:
+    """(tensor input, axis) -> name, for the named `Dim`s in `dynamic_shapes`."""
+    if not dynamic_shapes:
+        return {}
+    bound = inspect.signature(module.forward).bind(*args, **kwargs).arguments
+    if not isinstance(dynamic_shapes, Mapping):
+        dynamic_shapes = dict(zip(bound, dynamic_shapes, strict=False))
+    found: list[Any] = []
+    for parameter, argument in bound.items():
+        _collect_shapes(argument, dynamic_shapes.get(parameter), found)
+    names: dict[tuple[int, int], str] = {}
+    for position, shape in enumerate(found):
+        for axis, dim in shape.items() if isinstance(shape, Mapping) else enumerate(shape or ()):
+            if isinstance(dim, torch.export.Dim):
+                names[position, axis] = dim.__name__
+    return names
+
+
+def _collect_shapes(argument: Any, shapes: Any, found: list[Any]) -> None:
+    """Append what `dynamic_shapes` says of each tensor in an argument, in order."""
+    if isinstance(argument, torch.Tensor):
+        found.append(shapes)
+    elif isinstance(argument, (list, tuple)):
+        for i, item in enumerate(argument):
+            _collect_shapes(item, shapes[i] if shapes else None, found)
+    elif isinstance(argument, Mapping):
+        for key, item in argument.items():
+            _collect_shapes(item, shapes.get(key) if shapes else None, found)
