@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Annotated, Any
 
@@ -39,7 +39,7 @@ def bench(
     from dsc.cli.generate import manifest_config
 
     compiled = api.load(artifact, trust=trust)
-    vocab = int(manifest_config(artifact)["vocab_size"])
+    vocab = vocabulary(manifest_config(artifact))
     with console.progress_bar() as progress:
         progress("prefill")
         prefill = measure_prefill(compiled, vocab, batch, prompt_len, repeats)
@@ -61,6 +61,17 @@ def bench(
             f"{found['median_ms']:.3f} ms a step "
             f"(quartiles {found['quartiles_ms'][0]:.3f} to {found['quartiles_ms'][1]:.3f})"
         )
+
+
+def vocabulary(config: Mapping[str, Any]) -> int:
+    """Return the number of tokens a model knows."""
+    from dsc.errors import UsageError
+
+    if "vocab_size" not in config:
+        raise UsageError(
+            "only causal language models are measured", where="dsc.json has no vocab_size"
+        )
+    return int(config["vocab_size"])
 
 
 def measure_prefill(

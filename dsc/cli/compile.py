@@ -42,6 +42,13 @@ def compile(
 
         dsc compile path/to/checkpoint --weights none --backend null --target cuda:sm_90
     """
+    if json and print_ir_after:
+        from dsc.errors import UsageError
+
+        raise UsageError(
+            "--json and --print-ir-after both write to standard output",
+            hint="write the IR to a folder with --dump-dir",
+        )
     build_artifact(
         model,
         output=output,

@@ -28,7 +28,14 @@ def verify(
     ] = "reference",
     text: Annotated[
         Path | None,
-        Option("--text", metavar="FILE", help="Compare on this text.", show_default=False),
+        Option(
+            "--text",
+            metavar="FILE",
+            exists=True,
+            dir_okay=False,
+            help="Compare on this text.",
+            show_default=False,
+        ),
     ] = None,
     tokens: Annotated[int, Option("--tokens", min=2, help="Of the text, at most.")] = 256,
     checkpoint: Annotated[
@@ -93,10 +100,11 @@ def verify(
 def token_ids(compiled: CompiledModel, text: Path | None, limit: int) -> tuple[list[int], bool]:
     """Return up to `limit` ids and whether they are text; without a tokenizer they are random."""
     from dsc.cli.bench import random_ids
+    from dsc.cli.opt import read_text
     from dsc.errors import UsageError
 
     if compiled.tokenizer is not None:
-        content = text.read_text(encoding="utf-8") if text is not None else _TEXT
+        content = read_text(str(text)) if text is not None else _TEXT
         return list(compiled.tokenizer.encode(content).ids[:limit]), True
     if text is not None:
         raise UsageError("the model has no tokenizer to read the text with", where=str(text))

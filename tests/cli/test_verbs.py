@@ -60,6 +60,11 @@ def test_compile_json_is_one_document(api: FakeApi, invoke: Invoke, tmp_path: Pa
     assert document["bytes"] > 0
 
 
+def test_compile_json_shares_standard_output_with_nothing(api: FakeApi, invoke: Invoke) -> None:
+    with pytest.raises(UsageError, match="--dump-dir"):
+        invoke("compile", "m.py", "--json", "--print-ir-after", "all")
+
+
 def test_export_asks_for_onnx(api: FakeApi, invoke: Invoke, tmp_path: Path) -> None:
     assert invoke("export", "m.py", "--onnx-ops", "ort", "-o", str(tmp_path / "o")).exit_code == 0
     assert api.asked[0]["backend"] == "onnxruntime"
@@ -109,6 +114,19 @@ def test_verify_against_transformers_needs_a_checkpoint(
 ) -> None:
     with pytest.raises(UsageError, match="checkpoint folders only"):
         invoke("verify", str(artifact), "--against", "hf")
+
+
+@pytest.mark.parametrize("content", [None, b"\xff\xfe"])
+def test_verify_refuses_a_text_that_is_none(
+    content: bytes | None, api: FakeApi, invoke: Invoke, artifact: Path, tmp_path: Path
+) -> None:
+    text = tmp_path / "text"
+    if content is None:
+        assert invoke("verify", str(artifact), "--text", str(text)).exit_code == 2
+        return
+    text.write_bytes(content)
+    with pytest.raises(UsageError, match="cannot read it"):
+        invoke("verify", str(artifact), "--text", str(text))
 
 
 def test_inspect_shows_a_models_ir(api: FakeApi, invoke: Invoke) -> None:
