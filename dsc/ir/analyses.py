@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 from dsc.ir.dims import Dim
 from dsc.ir.graph import Graph, Node, Operand, Value, Weight
+from dsc.ir.op import lookup
+from dsc.ir.ops.shape import VIEWS
 
 Use = tuple[Node | None, int]
 
@@ -48,12 +50,55 @@ def last_uses(graph: Graph) -> dict[int, list[str]]:
     return dead
 
 
+def storage_roots(graph: Graph) -> dict[str, str]:
+    """For every value, the value whose storage it may share: through views and writes in place."""
+    roots = {v.name: v.name for v in graph.inputs}
+    for node in graph.nodes:
+        shared = _shared(node)
+        for index, value in enumerate(node.outputs):
+            operand = node.inputs[shared[index]] if index in shared else None
+            is_value = isinstance(operand, Value)
+            roots[value.name] = roots[operand.name] if is_value else value.name  # type: ignore[union-attr]
+    return roots
+
+
+def overwritten(node: Node) -> frozenset[int]:
+    """Indices of the operands that a node updates in place; for `fused`, its body does."""
+    if node.body is None:
+        return frozenset(index for _, index in lookup(node.op).aliases)
+    roots = storage_roots(node.body)
+    touched = {
+        roots[operand.name]
+        for inner in node.body.nodes
+        for index in overwritten(inner)
+        if isinstance(operand := inner.inputs[index], Value)
+    }
+    return frozenset(i for i, v in enumerate(node.body.inputs) if v.name in touched)
+
+
+def _shared(node: Node) -> dict[int, int]:
+    """Result index -> index of the operand whose storage it may share."""
+    if node.op in VIEWS:
+        return {index: 0 for index in range(len(node.outputs))}
+    if node.body is None:
+        return dict(lookup(node.op).aliases)
+    roots = storage_roots(node.body)
+    places = {v.name: i for i, v in enumerate(node.body.inputs)}
+    found = ((i, roots[x.name]) for i, x in enumerate(node.body.outputs) if isinstance(x, Value))
+    return {i: places[root] for i, root in found if root in places}
+
+
 def structural_hash(graph: Graph) -> str:
     """A hash of a graph modulo value names, weight names and locations.
 
     Equal for the same computation on other weights, so that identical layers share a kernel.
     """
-    numbers: dict[str, int] = {}
+    return _hash(graph, {})
+
+
+def _hash(graph: Graph, numbers: dict[str, int]) -> str:
+    # A body numbers its own values; the weights it reads are those of the graph around it.
+    numbers = {k: n for k, n in numbers.items() if k.startswith("@")}
 
     def number(operand: Operand | None) -> str:
         if operand is None:
@@ -65,9 +110,13 @@ def structural_hash(graph: Graph) -> str:
     lines = [number(v) for v in graph.inputs]
     for node in graph.nodes:
         operands = ",".join(number(x) for x in node.inputs)
-        attrs = ",".join(f"{k}={_attr_key(v)}" for k, v in node.attrs.items())
+        for inner in node.body.walk() if node.body is not None else ():
+            for x in inner.operands:
+                if isinstance(x, Weight):
+                    number(x)
+        attrs = ",".join(f"{k}={_attr_key(v, numbers)}" for k, v in node.attrs.items())
         lines.append(f"{node.op}({operands}){{{attrs}}}->{','.join(map(number, node.outputs))}")
-    lines.append(",".join(number(x) for x in graph.outputs))
+    lines.append(",".join(number(x) for x in graph.outputs) + f" {sorted(graph.aliases)}")
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
 
 
@@ -92,21 +141,33 @@ class Cost:
 def cost(node: Node) -> Cost:
     """What one node reads, writes and computes, from its types alone.
 
-    Views move nothing. Experts count the weights of the chosen experts only where the number of
-    tokens is known to be below the number of experts; else all of them.
+    Views move nothing. A lookup reads the rows it takes, a write in place the rows it writes.
+    Experts count the weights of the chosen experts only where the number of (token, expert) pairs
+    is known to be below the number of experts; else all of them.
     """
     if node.op in ("reshape", "slice", "split", "expand"):
         return Cost()
     read: Dim = 0
     weights: Dim = 0
-    for operand in node.operands:
+    in_place = overwritten(node)
+    for index, operand in enumerate(node.inputs):
         if isinstance(operand, Weight):
             weights = weights + _weight_bytes(node, operand)
-        else:
-            read = read + operand.type.nbytes
+        elif operand is not None and not (index in in_place and node.body is None):
+            is_table = _LOOKUPS.get(node.op) == index
+            read = read + (node.output.type if is_table else operand.type).nbytes
+    updated = {result for result, index in _shared(node).items() if index in in_place}
     written: Dim = 0
-    for value in node.outputs:
-        written = written + value.type.nbytes
+    for result, value in enumerate(node.outputs):
+        if result not in updated:
+            written = written + value.type.nbytes
+    if node.op == "cache_write":
+        written = node.operands[1].type.nbytes
+    for inner in node.body.nodes if node.body is not None else ():
+        moved = cost(inner)
+        weights = weights + moved.weights
+        if inner.op == "cache_write":
+            written = written + moved.written
     return Cost(read, written, weights, flops(node))
 
 
@@ -127,10 +188,17 @@ def flops(node: Node) -> Dim:
         case "grouped_linear":
             return 2 * types[0].numel * types[1].shape[1]
         case "matmul":
-            return 2 * types[0].numel * types[1].shape[-1]
+            return 2 * node.output.type.numel * types[0].shape[-1]
+        case "grouped_mm":
+            return 2 * types[0].numel * types[1].shape[2]
         case "experts":
-            rows = types[1].numel
-            return 2 * rows * (types[3].shape[1] * types[3].shape[2] + types[4].shape[1] * types[4].shape[2])
+            (_, g, d), (_, _, i) = types[3].shape, types[4].shape
+            return 2 * types[1].numel * (g * d + d * i)
+        case "sdpa":
+            return (
+                2 * types[0].numel * types[1].shape[-2]
+                + 2 * node.output.type.numel * (types[1].shape[-2])
+            )
         case "latent_attention":
             b, s, h, c = types[0].shape
             t, r = types[2].shape[1], types[1].shape[-1]
@@ -146,7 +214,11 @@ def flops(node: Node) -> Dim:
             from dsc.ir.ops.core import einsum_terms
 
             terms, _ = einsum_terms(str(node.attrs["eq"]))
-            sizes = {c: d for term, t in zip(terms, types, strict=True) for c, d in zip(term, t.shape, strict=True)}
+            sizes = {
+                letter: dim
+                for term, t in zip(terms, types, strict=True)
+                for letter, dim in zip(term, t.shape, strict=True)
+            }
             total: Dim = 2
             for size in sizes.values():
                 total = total * size
@@ -156,8 +228,11 @@ def flops(node: Node) -> Dim:
     return node.outputs[0].type.numel if node.outputs else 0
 
 
+_LOOKUPS = {"embedding": 1, "gather": 0, "take": 0, "select_rows": 0}
+
+
 def _weight_bytes(node: Node, weight: Weight) -> Dim:
-    if node.op == "embedding":
+    if node.op in _LOOKUPS:
         return node.output.type.nbytes
     if node.op == "experts":
         chosen, all_experts = node.operands[1].type.numel, weight.type.shape[0]
@@ -166,5 +241,9 @@ def _weight_bytes(node: Node, weight: Weight) -> Dim:
     return weight.type.nbytes
 
 
-def _attr_key(value: object) -> str:
-    return structural_hash(value) if isinstance(value, Graph) else str(value)
+def _attr_key(value: object, numbers: dict[str, int]) -> str:
+    if isinstance(value, Graph):
+        return _hash(value, numbers)
+    if isinstance(value, tuple):
+        return f"[{','.join(_attr_key(v, numbers) for v in value)}]"
+    return f"{type(value).__name__} {value!r}"

@@ -15,6 +15,11 @@ from functools import reduce
 from operator import mul
 from typing import TypeAlias, Union
 
+MAX_DIM = 2**63 - 1
+MAX_TOKENS = 512
+MAX_TERMS = 256
+_NESTING = 16
+
 
 @dataclass(frozen=True, slots=True)
 class FloorDiv:
@@ -27,7 +32,7 @@ class FloorDiv:
         return f"({self.numerator})//({self.denominator})"
 
 
-Atom: TypeAlias = Union[str, FloorDiv]
+Atom: TypeAlias = str | FloorDiv
 Monomial: TypeAlias = tuple[Atom, ...]
 
 
@@ -67,6 +72,8 @@ class Sym:
         return _divide(self, other)
 
     def __rfloordiv__(self, other: int) -> Dim:
+        if other == 0:
+            return 0
         return Sym((((FloorDiv(Sym((((), other),)), self),), 1),))
 
     def __str__(self) -> str:
@@ -76,7 +83,7 @@ class Sym:
     __repr__ = __str__
 
 
-Dim: TypeAlias = Union[int, Sym]
+Dim: TypeAlias = Union[int, Sym]  # noqa: UP007 - a name before it is defined
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,22 +170,25 @@ def bounds(dim: Dim, ranges: Mapping[str, Range]) -> Range:
 
 
 def parse_dim(text: str) -> Dim:
-    """Read a dim as `str` writes it: `B*(P+S)`, `P+S`, `(S+63)//(64)`. Raises `ValueError`."""
-    tokens = re.findall(r"\d+|[A-Za-z_][A-Za-z_0-9]*|//|[-+*()]", text)
-    if "".join(tokens) != re.sub(r"\s", "", text) or not tokens:
-        raise ValueError(f"not a dimension: {text!r}")
+    """Read a dim as `str` writes it: `B*(P+S)`, `P+S`, `(S+63)//(64)`. Raises `ValueError`.
+
+    A sign binds tighter than `*` and `//`, as in Python: `-S//2` is `(-S)//2`.
+    """
+    tokens = re.findall(r"[0-9]+|[A-Za-z_][A-Za-z_0-9]*|//|[-+*()]|\S", text)
+    if not tokens:
+        raise ValueError("a dimension is missing")
+    if len(tokens) > MAX_TOKENS:
+        raise ValueError(f"a dimension of {len(tokens)} tokens, {MAX_TOKENS} at most")
     value, rest = _parse_sum(tokens, 0)
     if rest != len(tokens):
         raise ValueError(f"not a dimension: {text!r}")
+    if any(abs(c) > MAX_DIM for c in _terms(value).values()):
+        raise ValueError("a dimension does not fit 64 bits")
     return value
 
 
 def _parse_sum(tokens: list[str], at: int, depth: int = 0) -> tuple[Dim, int]:
-    sign = 1
-    if at < len(tokens) and tokens[at] == "-":
-        sign, at = -1, at + 1
     value, at = _parse_product(tokens, at, depth)
-    value = value * sign
     while at < len(tokens) and tokens[at] in "+-":
         operator = tokens[at]
         term, at = _parse_product(tokens, at + 1, depth)
@@ -194,23 +204,30 @@ def _parse_product(tokens: list[str], at: int, depth: int) -> tuple[Dim, int]:
         if operator == "//" and factor == 0:
             raise ValueError("division by zero in a dimension")
         value = value * factor if operator == "*" else value // factor
+        if len(_terms(value)) > MAX_TERMS:
+            raise ValueError(f"a dimension of more than {MAX_TERMS} terms")
     return value, at
 
 
 def _parse_atom(tokens: list[str], at: int, depth: int) -> tuple[Dim, int]:
-    if at >= len(tokens) or depth > 16:
-        raise ValueError("a dimension ends too early or nests too deep")
+    if at >= len(tokens):
+        raise ValueError("a dimension ends too early")
+    if depth > _NESTING:
+        raise ValueError(f"a dimension nests deeper than {_NESTING}")
     token = tokens[at]
+    if token == "-" and tokens[at - 1 : at] != ["-"]:
+        value, at = _parse_atom(tokens, at + 1, depth)
+        return value * -1, at
     if token == "(":
         value, at = _parse_sum(tokens, at + 1, depth + 1)
         if at >= len(tokens) or tokens[at] != ")":
             raise ValueError("an unclosed parenthesis in a dimension")
         return value, at + 1
-    if token.isdigit():
-        if len(token) > 18:
+    if token[0] in "0123456789":
+        if len(token) > 19:
             raise ValueError("a dimension does not fit 64 bits")
         return int(token), at + 1
-    if token[0].isalpha() or token[0] == "_":
+    if token.isidentifier():
         return symbol(token), at + 1
     raise ValueError(f"unexpected {token!r} in a dimension")
 
@@ -236,23 +253,30 @@ def _poly(terms: dict[Monomial, int]) -> Dim:
 
 
 def _divide(a: Sym, b: Dim) -> Dim:
-    """Exact division term by term where one divides the other; else an opaque floor division."""
-    if b == 1:
-        return a
+    """Divide what divides exactly, term by term; the rest is an opaque floor division.
+
+    floor((q*b + rest) / b) = q + floor(rest / b) for whole q, so both ways agree for all integers.
+    """
+    if b == 0:
+        raise ZeroDivisionError(f"{a} // 0")
     if a == b:
         return 1
     divisor = _terms(b)
-    if len(divisor) == 1:
-        ((monomial, coefficient),) = divisor.items()
-        quotient: dict[Monomial, int] = {}
-        for m, c in a.terms:
-            rest = list(m)
-            if c % coefficient or any(not _remove(rest, atom) for atom in monomial):
-                break
-            quotient[tuple(rest)] = c // coefficient
+    if len(divisor) > 1:
+        return Sym((((FloorDiv(a, b),), 1),))
+    ((monomial, coefficient),) = divisor.items()
+    quotient: dict[Monomial, int] = {}
+    rest: dict[Monomial, int] = {}
+    for m, c in a.terms:
+        atoms = list(m)
+        if c % coefficient or any(not _remove(atoms, atom) for atom in monomial):
+            rest[m] = c
         else:
-            return _poly(quotient)
-    return Sym((((FloorDiv(a, b),), 1),))
+            quotient[tuple(atoms)] = c // coefficient
+    left = _poly(rest)
+    if isinstance(left, Sym):
+        return _poly(quotient) + Sym((((FloorDiv(left, b),), 1),))
+    return _poly(quotient) + left // b
 
 
 def _remove(atoms: list[Atom], atom: Atom) -> bool:

@@ -37,19 +37,23 @@ class Weight:
         return f"@{self.name}"
 
 
-Operand: TypeAlias = Union[Value, Weight]
+Operand: TypeAlias = Value | Weight
 Attr: TypeAlias = Union[int, float, bool, str, Sym, DType, "Graph", tuple["Attr", ...]]
 
 
 class Attrs(Mapping[str, Any]):
-    """The attributes of a node: an immutable, hashable mapping sorted by name."""
+    """The attributes of a node: an immutable, hashable mapping sorted by name.
 
-    __slots__ = ("_hash", "_items")
+    Equality is exact, as the text form is: 1, 1.0 and true differ, so do 0.0 and -0.0.
+    """
+
+    __slots__ = ("_hash", "_items", "_key")
 
     def __init__(self, items: Mapping[str, Any] | None = None) -> None:
         frozen = {k: _freeze(v) for k, v in sorted((items or {}).items()) if v is not None}
         self._items: dict[str, Any] = frozen
         self._hash: int | None = None
+        self._key: tuple[Any, ...] | None = None
 
     def __getitem__(self, key: str) -> Any:
         return self._items[key]
@@ -62,11 +66,16 @@ class Attrs(Mapping[str, Any]):
 
     def __hash__(self) -> int:
         if self._hash is None:
-            self._hash = hash(tuple(self._items.items()))
+            self._hash = hash(self._exact())
         return self._hash
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Attrs) and self._items == other._items
+        return self is other or (isinstance(other, Attrs) and self._exact() == other._exact())
+
+    def _exact(self) -> tuple[Any, ...]:
+        if self._key is None:
+            self._key = tuple((k, _exact(v)) for k, v in self._items.items())
+        return self._key
 
     def __repr__(self) -> str:
         return f"Attrs({self._items!r})"
@@ -190,6 +199,10 @@ class GraphBuilder:
     taken: set[str] = field(default_factory=set)
     loc: str = ""
 
+    def __post_init__(self) -> None:
+        self.taken.update(v.name for v in self.inputs)
+        self.taken.update(v.name for node in self.nodes for v in node.outputs)
+
     def input(self, name: str, type: TensorType) -> Value:
         """Declare a graph input."""
         value = Value(self.fresh(name), type)
@@ -214,9 +227,9 @@ class GraphBuilder:
         **attrs: Any,
     ) -> tuple[Value, ...]:
         """Append `op` and return its results, always as a tuple."""
-        from dsc.ir.op import infer
+        from dsc.ir.op import infer, lookup
 
-        frozen = Attrs(attrs)
+        frozen = Attrs(lookup(op).widened(attrs))
         types = infer(op, operands, frozen)
         outputs = tuple(Value(self.fresh(hint or _short(op)), t) for t in types)
         node = Node(op, _trim(operands), frozen, outputs, self.loc if loc is None else loc)
@@ -256,6 +269,15 @@ def _short(op: str) -> str:
 
 def _freeze(value: Any) -> Any:
     return tuple(_freeze(v) for v in value) if isinstance(value, (list, tuple)) else value
+
+
+def _exact(value: Any) -> Any:
+    """`value` as a key that tells apart what Python holds equal: 1, 1.0, True; 0.0, -0.0."""
+    if isinstance(value, tuple):
+        return tuple(_exact(v) for v in value)
+    if isinstance(value, float):
+        return ("float", value.hex())
+    return (type(value).__name__, value) if isinstance(value, (int, str)) else value
 
 
 def _substitute_attr(value: Any, env: Mapping[str, Dim]) -> Any:

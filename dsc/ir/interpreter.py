@@ -9,12 +9,12 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from dsc.errors import UsageError, VerificationError
-from dsc.ir.dims import Dim, Sym
+from dsc.ir.dims import Dim, Sym, evaluate, free_symbols
 from dsc.ir.graph import Graph, Node, Operand, Value
 from dsc.ir.op import concrete, lookup
 from dsc.ir.program import Program
 from dsc.ir.types import DType, TensorType
-from dsc.ir.weights import evaluate
+from dsc.ir.weights import evaluate as evaluate_weight
 
 if TYPE_CHECKING:
     import torch
@@ -23,12 +23,27 @@ Observer = Callable[[Node, tuple[Any, ...]], None]
 
 
 def bind_symbols(graph: Graph, inputs: Sequence[Any]) -> dict[str, int]:
-    """Sizes of the symbols, read off the input tensors. Raises `UsageError` on a misfit."""
+    """Sizes of the symbols, read off the input tensors. Raises `UsageError` on a misfit.
+
+    A symbol that stands alone in a dim takes that size; sums and products of symbols are checked
+    afterwards, and solved where one symbol is left unknown in a sum.
+    """
+    if len(inputs) != len(graph.inputs):
+        raise UsageError(f"{graph.name} takes {len(graph.inputs)} inputs, {len(inputs)} given")
     env: dict[str, int] = {}
+    composite: list[tuple[Value, Dim, int]] = []
     for value, tensor in zip(graph.inputs, inputs, strict=True):
-        _bind_shape(value, tuple(tensor.shape), env)
+        composite += _bind_shape(value, tuple(tensor.shape), env)
         if DType.of(tensor.dtype) != value.type.dtype:
             raise UsageError(f"input {value.name} is {tensor.dtype}, {value.type} is declared")
+    for value, dim, size in composite:
+        unknown = free_symbols(dim) - env.keys()
+        if len(unknown) == 1:
+            _solve(dim, size, min(unknown), env)
+        if free_symbols(dim) <= env.keys() and evaluate(dim, env) != size:
+            raise UsageError(
+                f"input {value.name} has {size} elements where {dim} = {evaluate(dim, env)} is due"
+            )
     return env
 
 
@@ -37,14 +52,16 @@ def run_graph(
     inputs: Sequence[Any],
     weight: Callable[[str], Any] | None = None,
     observe: Observer | None = None,
+    outer: Mapping[str, int] | None = None,
 ) -> list[Any]:
     """Run a graph on tensors and return its outputs in order.
 
-    `weight` gives the value of a weight by name; `observe` sees every node with its results.
+    `weight` gives the value of a weight by name; `observe` sees every node with its results, those
+    of a nested body before their owner; `outer` holds the symbols of the graph around a body.
     """
     from dsc.ir.analyses import last_uses
 
-    env = bind_symbols(graph, inputs)
+    env = {**(outer or {}), **bind_symbols(graph, inputs)}
     values: dict[str, Any] = {v.name: t for v, t in zip(graph.inputs, inputs, strict=True)}
     expired = last_uses(graph)
 
@@ -58,7 +75,16 @@ def run_graph(
         return weight(x.name)
 
     for position, node in enumerate(graph.nodes):
-        results = _run_node(node, [operand(x) for x in node.inputs], env)
+        given = [operand(x) for x in node.inputs]
+        if node.body is not None:
+            results = tuple(run_graph(node.body, given, weight, observe, env))
+        else:
+            results = _run_node(node, given, env)
+        if len(results) != len(node.outputs):
+            raise VerificationError(
+                f"{node.op} gave {len(results)} results, {len(node.outputs)} are declared",
+                where=node.loc or None,
+            )
         for value, tensor in zip(node.outputs, results, strict=True):
             _check_result(node, value, tensor, env)
             values[value.name] = tensor
@@ -79,14 +105,16 @@ class Interpreter:
     def weight(self, name: str) -> torch.Tensor:
         """The value of a weight."""
         if name not in self._weights:
-            self._weights[name] = evaluate(self.program.weights[name], self.program.source)
+            self._weights[name] = evaluate_weight(self.program.weights[name], self.program.source)
         return self._weights[name]  # type: ignore[no-any-return]
 
     def run(
         self, entry: str, inputs: Mapping[str, torch.Tensor], observe: Observer | None = None
     ) -> dict[str, torch.Tensor]:
         """Run `entry` on inputs by name; the outputs by name."""
-        graph = self.program.entries[entry]
+        graph = self.program.entries.get(entry)
+        if graph is None:
+            raise UsageError(f"no entry {entry}; one of {', '.join(self.program.entries)}")
         missing = [v.name for v in graph.inputs if v.name not in inputs]
         if missing:
             raise UsageError(f"{entry} lacks the inputs {', '.join(missing)}")
@@ -97,31 +125,58 @@ class Interpreter:
 
 def _run_node(node: Node, operands: list[Any], env: Mapping[str, int]) -> tuple[Any, ...]:
     definition = lookup(node.op)
-    attrs = concrete(definition.with_defaults(node.attrs), env)
+    try:
+        attrs = concrete(definition.with_defaults(node.attrs), env)
+    except KeyError as problem:
+        raise UsageError(
+            f"{node.op} needs the size of {problem}, which no input gives", where=node.loc or None
+        ) from None
     results = definition.reference(*operands, **attrs)
     return tuple(results) if isinstance(results, (tuple, list)) else (results,)
 
 
 def _check_result(node: Node, value: Value, tensor: Any, env: Mapping[str, int]) -> None:
-    wanted = concrete({"shape": value.type.shape}, env)["shape"]
+    try:
+        wanted = tuple(evaluate(d, env) for d in value.type.shape)
+    except KeyError as problem:
+        raise UsageError(
+            f"{value} is {value.type}, and no input gives the size of {problem}",
+            where=node.loc or None,
+        ) from None
     if tuple(tensor.shape) != wanted or DType.of(tensor.dtype) != value.type.dtype:
+        found = f"{tensor.dtype} {tuple(tensor.shape)}"
         raise VerificationError(
-            f"{node.op} gave {tensor.dtype} {tuple(tensor.shape)}, {value} is declared {value.type}",
+            f"{node.op} gave {found}, {value} is declared {value.type}",
             where=node.loc or None,
         )
 
 
-def _bind_shape(value: Value, shape: tuple[int, ...], env: dict[str, int]) -> None:
+def _solve(dim: Dim, size: int, name: str, env: dict[str, int]) -> None:
+    """Bind the one unknown of `dim = size` where `dim` is linear in it with a whole solution."""
+    base = evaluate(dim, {**env, name: 0})
+    slope = evaluate(dim, {**env, name: 1}) - base
+    if slope and (size - base) % slope == 0:
+        found = (size - base) // slope
+        if found >= 0 and evaluate(dim, {**env, name: found}) == size:
+            env[name] = found
+
+
+def _bind_shape(
+    value: Value, shape: tuple[int, ...], env: dict[str, int]
+) -> list[tuple[Value, Dim, int]]:
     declared: TensorType = value.type
     if len(shape) != declared.rank:
         raise UsageError(f"input {value.name} has shape {shape}, {declared} is declared")
+    composite: list[tuple[Value, Dim, int]] = []
     for dim, size in zip(declared.shape, shape, strict=True):
         name = _plain_symbol(dim)
-        if name is not None and env.setdefault(name, size) == size:
-            continue
-        if name is None and (isinstance(dim, Sym) or dim == size):
-            continue
-        raise UsageError(f"input {value.name} has shape {shape}, {declared} is declared")
+        if name is None and isinstance(dim, Sym):
+            composite.append((value, dim, size))
+        elif (dim if name is None else env.setdefault(name, size)) != size:
+            bound = f" with {name} = {env[name]} before" if name else ""
+            what = f"input {value.name} has shape {shape}, {declared} is declared{bound}"
+            raise UsageError(what)
+    return composite
 
 
 def _plain_symbol(dim: Dim) -> str | None:

@@ -6,9 +6,10 @@ interpreter its reference. A signature reads
 
     rms_norm(x: T[*n, d], weight: T[d]; eps: float) -> T[*n, d]
 
-Element types are concrete (`f32`), variables (`T`) or `any`; dims are names, integers, `*names` for any
-number of axes, or, in results, expressions over names and integer attributes (`p+s`). `?` marks an
-optional operand, `...` after a type a variadic one. What a signature cannot say is said by `infer`.
+Element types are concrete (`f32`), variables (`T`) or `any`; dims are names, integers, `*names` for
+any number of axes, or, in results, expressions over names and integer attributes (`p+s`). `?` marks
+an optional operand, `...` after a type a variadic one. What a signature cannot say is said by
+`infer`.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-from dsc.ir.dims import Dim, evaluate, free_symbols, parse_dim, substitute
-from dsc.ir.graph import Attrs, Operand
+from dsc.ir.dims import Dim, Sym, evaluate, free_symbols, parse_dim, substitute
+from dsc.ir.graph import Attrs, Graph, Operand
 from dsc.ir.types import DType, TensorType
 
 InferFn = Callable[[Sequence[Any], Mapping[str, Any]], tuple[TensorType, ...]]
@@ -87,10 +88,24 @@ class OpDef:
         """`attrs` with the defaults of absent attributes filled in."""
         return {a.name: attrs.get(a.name, a.default) for a in self.attrs}
 
+    def widened(self, attrs: Mapping[str, Any]) -> dict[str, Any]:
+        """`attrs` with whole numbers given for float attributes made floats."""
+        floats = {a.name for a in self.attrs if a.kind == "float"}
+        whole = {k: float(v) for k, v in attrs.items() if k in floats and _is_int(v)}
+        return {**attrs, **whole}
+
     def infer(
         self, types: Sequence[TensorType | None], attrs: Mapping[str, Any]
     ) -> tuple[TensorType, ...]:
         """The result types for operand types and attributes. Raises `TypeMismatch`."""
+        try:
+            return self._infer(types, attrs)
+        except (ArithmeticError, LookupError, TypeError, ValueError) as problem:
+            raise TypeMismatch(str(problem)) from problem
+
+    def _infer(
+        self, types: Sequence[TensorType | None], attrs: Mapping[str, Any]
+    ) -> tuple[TensorType, ...]:
         self._check_attrs(attrs)
         padded = self._pad(types)
         bound: dict[str, Any] = {}
@@ -105,7 +120,7 @@ class OpDef:
             _check_deferred(name, wanted, found, bound)
         full = self.with_defaults(attrs)
         if self.custom_infer is not None:
-            return self.custom_infer(list(types), full)
+            return self.custom_infer(_trim(types), full)
         scope = {**bound, **{k: v for k, v in full.items() if isinstance(v, int)}}
         return tuple(_instantiate(pattern, scope, full) for pattern in self.results)
 
@@ -137,33 +152,33 @@ class OpDef:
                 raise TypeMismatch(f"attribute {declared.name} is missing")
 
 
+def _trim(types: Sequence[TensorType | None]) -> list[TensorType | None]:
+    """`types` without the absent operands at the end."""
+    present = list(types)
+    while present and present[-1] is None:
+        present.pop()
+    return present
+
+
 def _is_int(v: Any) -> bool:
     return isinstance(v, int) and not isinstance(v, bool)
 
 
 def _is_dim(v: Any) -> bool:
-    from dsc.ir.dims import Sym
-
     return _is_int(v) or isinstance(v, Sym)
-
-
-def _is_graph(v: Any) -> bool:
-    from dsc.ir.graph import Graph
-
-    return isinstance(v, Graph)
 
 
 KINDS: dict[str, Callable[[Any], bool]] = {
     "int": _is_int,
     "dim": _is_dim,
     "dim?": _is_dim,
-    "float": lambda v: isinstance(v, (int, float)) and not isinstance(v, bool),
+    "float": lambda v: isinstance(v, float) or _is_int(v),
     "bool": lambda v: isinstance(v, bool),
     "str": lambda v: isinstance(v, str),
     "dtype": lambda v: isinstance(v, DType),
     "ints": lambda v: isinstance(v, tuple) and all(_is_int(x) for x in v),
     "dims": lambda v: isinstance(v, tuple) and all(_is_dim(x) for x in v),
-    "graph": _is_graph,
+    "graph": lambda v: isinstance(v, Graph),
 }
 
 
@@ -369,7 +384,6 @@ def _default(kind: str, text: str) -> Any:
 
 def concrete(attrs: Mapping[str, Any], env: Mapping[str, int]) -> dict[str, Any]:
     """Attributes with every symbolic dim evaluated in `env`, ready for a reference."""
-    from dsc.ir.dims import Sym
 
     def value(v: Any) -> Any:
         if isinstance(v, Sym):

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from functools import partial
+from typing import Any, Protocol, TypeVar
 
 from dsc.errors import ParseError
-from dsc.ir.dims import Dim, Range, parse_dim
+from dsc.ir.dims import MAX_TOKENS, Dim, Range, parse_dim
 from dsc.ir.graph import Attrs, Graph, Node, Operand, Value, Weight
-from dsc.ir.op import OpDef, TypeMismatch, lookup
+from dsc.ir.op import KINDS, OpDef, TypeMismatch, lookup
 from dsc.ir.program import Program
 from dsc.ir.stages import Stage
 from dsc.ir.types import DType, TensorType
@@ -24,13 +25,18 @@ _TOKEN = re.compile(
     r"""(?P<space>[ \t\r\n]+|\#[^\n]*)
       | (?P<value>%[\w.$-]+) | (?P<weight>@[\w.$/-]+)
       | (?P<string>"(?:[^"\\\n]|\\.)*")
-      | (?P<float>-?(?:\d+\.\d*(?:e[-+]?\d+)?|\d+e[-+]?\d+|inf\b|nan\b))
-      | (?P<int>\d+)
-      | (?P<word>[A-Za-z_]\w*)
+      | (?P<float>-?(?:[0-9]+\.[0-9]*(?:[eE][-+]?[0-9]+)?|[0-9]+[eE][-+]?[0-9]+|inf\b|nan\b))
+      | (?P<int>[0-9]+)
+      | (?P<word>[A-Za-z_][A-Za-z_0-9]*)
       | (?P<sign>//|[-+*{}()\[\],:=])""",
     re.VERBOSE,
 )
 T = TypeVar("T")
+
+
+class _Typed(Protocol):
+    @property
+    def type(self) -> TensorType: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +75,10 @@ class _Parser:
 
     def __init__(self, text: str) -> None:
         if len(text) > MAX_CHARACTERS:
-            raise ParseError(f"a text of {len(text)} characters, {MAX_CHARACTERS} at most")
+            raise ParseError(
+                f"a text of {len(text)} characters, {MAX_CHARACTERS} at most",
+                where="line 1, column 1",
+            )
         self.text = text
         self.tokens = self._lex()
         self.i = 0
@@ -80,7 +89,7 @@ class _Parser:
         self.sign("{")
         self.word("stage")
         self.sign("=")
-        stage = self._enum(Stage)
+        stage = self._stage()
         self.sign("}")
         meta = self._meta() if self.at_word("meta") else {}
         symbols = self._symbols() if self.at_word("symbols") else {}
@@ -95,8 +104,7 @@ class _Parser:
             entries[graph.name] = graph
         self.end()
         if source is None:
-            found = [s for e in weights.values() for s in sources(e)]
-            source = MetaSource({s.key: s.type for s in found})
+            source = MetaSource({s.key: s.type for e in weights.values() for s in sources(e)})
         return Program(name, entries, weights, symbols, source, meta, stage)
 
     def graph(self, weights: Mapping[str, TensorType], depth: int) -> Graph:
@@ -118,8 +126,8 @@ class _Parser:
     def example(self) -> tuple[list[tuple[TensorType, int | None]], dict[str, Any]]:
         operands: list[tuple[TensorType, int | None]] = []
         while self.peek().kind == "word":
-            t = self.type()
-            bound = int(self.take("int", "a bound").text) if self.skip("=") else None
+            t = self.tensor_type()
+            bound = self.integer("a bound") if self.skip("=") else None
             operands.append((t, bound))
             self.skip(",")
         attrs = self._attrs(None, {}, 0) if self.at_sign("{") else {}
@@ -133,9 +141,11 @@ class _Parser:
             token = self.next()
             self.sign(":")
             if token.kind == "weight":
-                weights[token.text[1:]] = self.type()
+                if token.text[1:] in weights:
+                    raise self.error(f"{token.text} is declared twice", token)
+                weights[token.text[1:]] = self.tensor_type()
             elif token.kind == "value":
-                inputs.append(self._define(scope, token, self.type()))
+                inputs.append(self._define(scope, token, self.tensor_type()))
             else:
                 raise self.error("an input %name or a weight @name expected", token)
             if not self.at_sign(")"):
@@ -165,9 +175,7 @@ class _Parser:
                 self.sign(",")
         return tuple(outputs), tuple(names), tuple(aliases)
 
-    def _node(
-        self, scope: dict[str, Value], weights: Mapping[str, TensorType], depth: int
-    ) -> Node:
+    def _node(self, scope: dict[str, Value], weights: Mapping[str, TensorType], depth: int) -> Node:
         results = [self.take("value", "a result %name or return")]
         while self.skip(","):
             results.append(self.take("value", "a result %name"))
@@ -176,7 +184,10 @@ class _Parser:
         definition = self._lookup(op_token)
         operands = self._operands(scope, weights)
         attrs = Attrs(self._attrs(definition, weights, depth) if self.at_sign("{") else {})
-        types = self._types() if self.skip(":") else self._infer(definition, operands, attrs, op_token)
+        if self.skip(":"):
+            types = self._types()
+        else:
+            types = self._infer(definition, operands, attrs, op_token)
         loc = self.string() if self.skip_word("loc") else ""
         if len(types) != len(results):
             raise self.error(f"{len(results)} results for {len(types)} types", op_token)
@@ -236,7 +247,7 @@ class _Parser:
             raise self.error(str(problem), token) from None
 
     def _infer(
-        self, definition: OpDef, operands: list[Operand | None], attrs: Attrs, at: Token
+        self, definition: OpDef, operands: Sequence[_Typed | None], attrs: Attrs, at: Token
     ) -> tuple[TensorType, ...]:
         try:
             return definition.infer([None if x is None else x.type for x in operands], attrs)
@@ -256,7 +267,11 @@ class _Parser:
                 raise self.error(f"{definition.name} has no attribute {token.text}", token)
             if token.text in attrs:
                 raise self.error(f"attribute {token.text} given twice", token)
-            attrs[token.text] = self._attr(declared.kind if declared else "any", weights, depth)
+            at = self.peek()
+            value = self._attr(declared.kind if declared else "any", weights, depth)
+            if declared is not None and not KINDS[declared.kind](value):
+                raise self.error(f"attribute {token.text} is no {declared.kind}", at)
+            attrs[token.text] = value
             if not self.at_sign("}"):
                 self.sign(",")
         return attrs
@@ -290,12 +305,12 @@ class _Parser:
         return tuple(items)
 
     def _types(self) -> tuple[TensorType, ...]:
-        types = [self.type()]
+        types = [self.tensor_type()]
         while self.skip(","):
-            types.append(self.type())
+            types.append(self.tensor_type())
         return tuple(types)
 
-    def type(self) -> TensorType:
+    def tensor_type(self) -> TensorType:
         token = self.take("word", "a type")
         if token.text not in _DTYPES:
             raise self.error(f"unknown element type {token.text}", token)
@@ -309,23 +324,29 @@ class _Parser:
 
     def _dim(self) -> Dim:
         """Take the tokens of one expression, up to a comma or closing sign at its own depth."""
-        first, parts, depth = self.peek(), [], 0
+        first, depth = self.peek(), 0
+        parts: list[str] = []
         while True:
             token = self.peek()
             if token.kind not in ("int", "word") and token.text not in _DIM_SIGNS:
                 break
             if token.text == ")" and depth == 0:
                 break
-            if parts and token.kind == "word" and self.tokens[self.i - 1].kind in ("int", "word"):
+            atoms = ("int", "word")
+            if parts and token.kind in atoms and self.tokens[self.i - 1].kind in atoms:
                 break
             depth += (token.text == "(") - (token.text == ")")
             parts.append(self.next().text)
+            if len(parts) > MAX_TOKENS:
+                break
         return self._guard(first, lambda: parse_dim("".join(parts)))
 
-    def _meta(self) -> Any:
+    def _meta(self) -> dict[str, Any]:
         start = self.next().at + len("meta")
         try:
             value, end = json.JSONDecoder().raw_decode(self.text, self._skip_blank(start))
+            if not isinstance(value, dict):
+                raise ValueError("an object in braces is due")
         except (ValueError, RecursionError) as problem:
             raise self.error(f"the meta block is no JSON: {problem}") from None
         while self.peek().kind != "end" and self.peek().at < end:
@@ -345,11 +366,13 @@ class _Parser:
             token = self.take("word", "a symbol")
             self.sign("=")
             self.sign("[")
-            lo = int(self.take("int", "a lower bound").text)
+            lo = self.integer("a lower bound")
             self.sign(",")
-            hi = int(self.take("int", "an upper bound").text)
+            hi = self.integer("an upper bound")
             self.sign("]")
-            symbols[token.text] = self._guard(token, lambda lo=lo, hi=hi: Range(lo, hi))
+            if token.text in symbols:
+                raise self.error(f"a second range for {token.text}", token)
+            symbols[token.text] = self._guard(token, partial(Range, lo, hi))
             if not self.at_sign("}"):
                 self.sign(",")
         return symbols
@@ -361,7 +384,7 @@ class _Parser:
         while not self.skip("}"):
             token = self.take("weight", "a weight @name")
             self.sign(":")
-            declared = self.type()
+            declared = self.tensor_type()
             self.sign("=")
             expr = self._expr(0)
             if expr.type != declared:
@@ -378,7 +401,7 @@ class _Parser:
         if token.text == "source":
             key = self.string()
             self.sign(":")
-            return Source(key, self.type())
+            return Source(key, self.tensor_type())
         definition = self._lookup(token)
         self.sign("(")
         args: list[WeightExpr] = []
@@ -387,11 +410,10 @@ class _Parser:
             if not self.at_sign(")"):
                 self.sign(",")
         attrs = Attrs(self._attrs(definition, {}, depth) if self.at_sign("{") else {})
-        try:
-            (result,) = definition.infer([a.type for a in args], attrs)
-        except (TypeMismatch, ValueError) as problem:
-            raise self.error(f"{definition.name}: {problem}", token) from None
-        return Apply(definition.name, tuple(args), attrs, result)
+        results = self._infer(definition, args, attrs, token)
+        if len(results) != 1:
+            raise self.error(f"{token.text} has {len(results)} results; a weight is one", token)
+        return Apply(definition.name, tuple(args), attrs, results[0])
 
     # Tokens
 
@@ -423,6 +445,12 @@ class _Parser:
         if token.kind != kind:
             raise self.error(f"{wanted} expected, {token.text} found", token)
         return self.next()
+
+    def integer(self, wanted: str) -> int:
+        token = self.take("int", wanted)
+        if len(token.text) > 19:
+            raise self.error("an integer that does not fit 64 bits", token)
+        return int(token.text)
 
     def string(self) -> str:
         token = self.take("string", "a string")
@@ -456,11 +484,11 @@ class _Parser:
         if self.peek().kind != "end":
             raise self.error(f"nothing more expected, {self.peek().text} found")
 
-    def _enum(self, enum: type[Stage]) -> Stage:
+    def _stage(self) -> Stage:
         token = self.take("word", "a stage")
-        if token.text not in enum.__members__:
+        if token.text not in Stage.__members__:
             raise self.error(f"unknown stage {token.text}", token)
-        return enum[token.text]
+        return Stage[token.text]
 
     def _guard(self, token: Token, build: Callable[[], T]) -> T:
         try:

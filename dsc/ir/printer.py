@@ -1,14 +1,18 @@
 """The text form of programs and graphs. `parse` reads back exactly what is printed here.
 
+For example:
+
     program "tiny" {stage=CANONICAL}
     symbols {B=[1,64], S=[1,512]}
     weights {
-      @model.norm.weight : bf16[256] = source "model.norm.weight"
+      @model.norm.weight : bf16[256] = source "model.norm.weight" : bf16[256]
     }
     graph decode(%x: bf16[B,1,256]) {
       %h = rms_norm %x, @model.norm.weight {eps=1e-06} : bf16[B,1,256] loc "model.norm"
       return %h as "hidden"
     }
+
+Comments run from `#` to the end of the line; result types may be left out and are inferred.
 """
 
 from __future__ import annotations
@@ -19,6 +23,7 @@ from typing import Any
 
 from dsc.ir.dims import Sym
 from dsc.ir.graph import Graph, Node, Operand, Weight
+from dsc.ir.op import registry
 from dsc.ir.program import Program
 from dsc.ir.types import DType
 from dsc.ir.weights import Source, WeightExpr
@@ -51,7 +56,7 @@ def print_expr(expr: WeightExpr) -> str:
     if isinstance(expr, Source):
         return f"source {json.dumps(expr.key)} : {expr.type}"
     args = ", ".join(print_expr(a) for a in expr.args)
-    return f"{expr.op}({args}){_attrs(expr.attrs, '')}"
+    return f"{expr.op}({args}){_attrs(expr.op, expr.attrs, '')}"
 
 
 def print_node(node: Node, indent: str = "") -> str:
@@ -61,7 +66,7 @@ def print_node(node: Node, indent: str = "") -> str:
     types = ", ".join(str(v.type) for v in node.outputs)
     loc = f" loc {json.dumps(node.loc)}" if node.loc else ""
     spaced = f" {operands}" if operands else ""
-    return f"{results} = {node.op}{spaced}{_attrs(node.attrs, indent)} : {types}{loc}"
+    return f"{results} = {node.op}{spaced}{_attrs(node.op, node.attrs, indent)} : {types}{loc}"
 
 
 def _graph(graph: Graph, indent: str, name: str, declare_weights: bool) -> str:
@@ -71,7 +76,7 @@ def _graph(graph: Graph, indent: str, name: str, declare_weights: bool) -> str:
     inner = indent + "  "
     lines = [f"graph {name}({', '.join(parameters)}) {{"]
     lines += [inner + print_node(node, inner) for node in graph.nodes]
-    lines.append(inner + "return " + ", ".join(_outputs(graph)))
+    lines.append(f"{inner}return {', '.join(_outputs(graph))}".rstrip())
     return "\n".join([*lines, indent + "}"])
 
 
@@ -95,9 +100,12 @@ def _weights_of(graph: Graph) -> list[Weight]:
     return list(found.values())
 
 
-def _attrs(attrs: Mapping[str, Any], indent: str) -> str:
+def _attrs(op: str, attrs: Mapping[str, Any], indent: str) -> str:
     if not attrs:
         return ""
+    definition = registry().get(op)
+    if definition is not None:
+        attrs = definition.widened(attrs)
     return " {" + ", ".join(f"{k}={_attr(v, indent)}" for k, v in attrs.items()) + "}"
 
 

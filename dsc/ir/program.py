@@ -33,6 +33,15 @@ class Program:
     stage: Stage = Stage.TRACED
     memory: Mapping[str, MemoryPlan] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        """Give every graph its entry's name, so that the text form reads back the same."""
+        if any(graph.name != name for name, graph in self.entries.items()):
+            named = {
+                name: graph if graph.name == name else replace(graph, name=name)
+                for name, graph in self.entries.items()
+            }
+            object.__setattr__(self, "entries", named)
+
     def map_entries(self, function: Callable[[Graph], Graph]) -> Program:
         """The program with each entry rewritten; itself when none changed."""
         entries = {name: function(graph) for name, graph in self.entries.items()}

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from enum import IntEnum
 
-from dsc.ir.ops import FAMILIES
 from dsc.ir.op import OpDef
+from dsc.ir.ops import FAMILIES
 
 
 class Stage(IntEnum):

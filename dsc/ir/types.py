@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from enum import Enum
+from enum import StrEnum
+from functools import cache
 from typing import TYPE_CHECKING
 
-from dsc.ir.dims import Dim, Sym, free_symbols, product, substitute
+from dsc.ir.dims import MAX_DIM, Dim, Sym, free_symbols, product, substitute
 
 if TYPE_CHECKING:
-    import torch
+    from torch import dtype as TorchType
 
 MAX_RANK = 8
 
 
-class DType(str, Enum):
+class DType(StrEnum):
     """An element type; its value is its name in the text form."""
 
     f32 = "f32"
@@ -32,9 +33,6 @@ class DType(str, Enum):
     u8 = "u8"
     i4 = "i4"
     boolean = "bool"
-
-    def __str__(self) -> str:
-        return self.value
 
     @property
     def bits(self) -> int:
@@ -59,31 +57,15 @@ class DType(str, Enum):
         return self.value[0] in "iu"
 
     @property
-    def torch(self) -> torch.dtype:
-        """The torch dtype of the same name. i4 has none."""
-        import torch
-
-        return {
-            DType.f32: torch.float32,
-            DType.f64: torch.float64,
-            DType.bf16: torch.bfloat16,
-            DType.f16: torch.float16,
-            DType.f8e4m3: torch.float8_e4m3fn,
-            DType.f8e4m3fnuz: torch.float8_e4m3fnuz,
-            DType.f8e5m2: torch.float8_e5m2,
-            DType.f8e8m0: torch.float8_e8m0fnu,
-            DType.i64: torch.int64,
-            DType.i32: torch.int32,
-            DType.i8: torch.int8,
-            DType.u8: torch.uint8,
-            DType.boolean: torch.bool,
-        }[self]
+    def torch(self) -> TorchType:
+        """The torch dtype of the same name. `KeyError` for i4, which has none."""
+        return _torch_types()[self]
 
     @staticmethod
-    def of(dtype: torch.dtype) -> DType:
+    def of(dtype: TorchType) -> DType:
         """The element type of a torch dtype. `KeyError` when the IR has none."""
-        for member in DType:
-            if member is not DType.i4 and member.torch == dtype:
+        for member, found in _torch_types().items():
+            if found == dtype:
                 return member
         raise KeyError(f"the IR has no element type for {dtype}")
 
@@ -93,6 +75,27 @@ _BITS = {
     DType.f8e4m3fnuz: 8, DType.f8e5m2: 8, DType.f8e8m0: 8, DType.i64: 64, DType.i32: 32,
     DType.i8: 8, DType.u8: 8, DType.i4: 4, DType.boolean: 8,
 }  # fmt: skip
+
+
+@cache
+def _torch_types() -> Mapping[DType, TorchType]:
+    import torch
+
+    return {
+        DType.f32: torch.float32,
+        DType.f64: torch.float64,
+        DType.bf16: torch.bfloat16,
+        DType.f16: torch.float16,
+        DType.f8e4m3: torch.float8_e4m3fn,
+        DType.f8e4m3fnuz: torch.float8_e4m3fnuz,
+        DType.f8e5m2: torch.float8_e5m2,
+        DType.f8e8m0: torch.float8_e8m0fnu,
+        DType.i64: torch.int64,
+        DType.i32: torch.int32,
+        DType.i8: torch.int8,
+        DType.u8: torch.uint8,
+        DType.boolean: torch.bool,
+    }
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +108,9 @@ class TensorType:
     def __post_init__(self) -> None:
         if len(self.shape) > MAX_RANK:
             raise ValueError(f"rank {len(self.shape)} is above the limit of {MAX_RANK}")
+        for dim in self.shape:
+            if isinstance(dim, int) and not 0 <= dim <= MAX_DIM:
+                raise ValueError(f"a dimension of {dim}")
 
     def __str__(self) -> str:
         return f"{self.dtype}[{','.join(str(d) for d in self.shape)}]"

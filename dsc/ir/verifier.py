@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import re
+
 from dsc.errors import VerificationError
+from dsc.ir.analyses import overwritten, storage_roots
+from dsc.ir.dims import Sym, free_symbols
 from dsc.ir.graph import Graph, Node, Value, Weight
-from dsc.ir.op import TypeMismatch, infer, lookup
+from dsc.ir.op import TypeMismatch, infer
 from dsc.ir.printer import print_node
 from dsc.ir.program import Program
 from dsc.ir.stages import LEGAL
 from dsc.ir.types import TensorType
 
 NEIGHBOURS = 3
+VALUE_NAME = re.compile(r"[\w.$-]+")
+WEIGHT_NAME = re.compile(r"[\w.$/-]+")
+WORD = re.compile(r"[A-Za-z_]\w*", re.ASCII)
+RESERVED = frozenset({"inf", "nan", "true", "false", "_"})
 
 
 def verify(program: Program) -> None:
@@ -18,13 +26,19 @@ def verify(program: Program) -> None:
     types = program.weight_types()
     for entry, graph in program.entries.items():
         verify_graph(graph, types)
-        illegal = {n.op for n in graph.nodes} - LEGAL[program.stage]
+        if len(set(graph.output_names)) != len(graph.output_names):
+            raise _error(graph, None, f"two outputs share a name: {', '.join(graph.output_names)}")
+        illegal = {n.op for n in graph.walk()} - LEGAL[program.stage]
         if illegal:
-            node = next(n for n in graph.nodes if n.op in illegal)
+            node = next(n for n in graph.walk() if n.op in illegal)
             raise _error(graph, node, f"{node.op} is not legal at stage {program.stage.name}")
-        unknown = {s for v in graph.values() for s in v.type.symbols} - program.symbols.keys()
+        unknown = _symbols(graph) - program.symbols.keys()
         if unknown:
             raise VerificationError(f"symbols without a range: {', '.join(sorted(unknown))}", entry)
+    for name in (*types, *program.symbols):
+        pattern = WORD if name in program.symbols else WEIGHT_NAME
+        if not pattern.fullmatch(name) or name in RESERVED:
+            raise VerificationError(f"the text form cannot hold the name {name!r}")
 
 
 def verify_graph(graph: Graph, weights: dict[str, TensorType] | None = None) -> None:
@@ -33,6 +47,8 @@ def verify_graph(graph: Graph, weights: dict[str, TensorType] | None = None) -> 
     Checks single definition before use, operand and result types against the operators' own
     inference, weights against `weights` (when given), and the declared aliases.
     """
+    if not WORD.fullmatch(graph.name):
+        raise _error(graph, None, f"the text form cannot hold the name {graph.name!r}")
     defined: dict[str, Value] = {}
     for value in graph.inputs:
         _define(graph, None, value, defined)
@@ -47,11 +63,28 @@ def verify_graph(graph: Graph, weights: dict[str, TensorType] | None = None) -> 
     for operand in graph.outputs:
         _check_operand(graph, None, operand, defined, weights)
     _check_aliases(graph)
+    _check_in_place(graph)
+
+
+def _symbols(graph: Graph) -> frozenset[str]:
+    """All symbols of types and attributes, those of nested bodies too."""
+    found: set[str] = set()
+    for value in graph.values():
+        found |= value.type.symbols
+    for node in graph.nodes:
+        for value in node.attrs.values():
+            for dim in value if isinstance(value, tuple) else (value,):
+                found |= free_symbols(dim) if isinstance(dim, Sym) else frozenset()
+        if node.body is not None:
+            found |= _symbols(node.body)
+    return frozenset(found)
 
 
 def _define(graph: Graph, node: Node | None, value: Value, defined: dict[str, Value]) -> None:
     if value.name in defined:
         raise _error(graph, node, f"{value} is defined twice")
+    if not VALUE_NAME.fullmatch(value.name):
+        raise _error(graph, node, f"the text form cannot hold the name {value.name!r}")
     defined[value.name] = value
 
 
@@ -83,40 +116,63 @@ def _check_types(graph: Graph, node: Node) -> None:
         raise _error(graph, node, str(problem)) from None
     found = tuple(v.type for v in node.outputs)
     if wanted != found:
-        shown = ", ".join(map(str, wanted))
-        raise _error(graph, node, f"{node.op} has the type {shown}, {', '.join(map(str, found))} declared")
+        shown, declared = (", ".join(map(str, types)) for types in (wanted, found))
+        raise _error(graph, node, f"{node.op} has the type {shown}, {declared} declared")
 
 
 def _check_aliases(graph: Graph) -> None:
     seen: set[int] = set()
+    taken: set[int] = set()
     for output, source in graph.aliases:
-        if output >= len(graph.outputs) or source >= len(graph.inputs) or source in seen:
+        known = 0 <= output < len(graph.outputs) and 0 <= source < len(graph.inputs)
+        if not known or source in seen or output in taken:
             raise _error(graph, None, f"output {output} cannot update input {source}")
         seen.add(source)
+        taken.add(output)
         result, state = graph.outputs[output].type, graph.inputs[source].type
         if result.dtype != state.dtype or result.rank != state.rank:
             raise _error(graph, None, f"output {output}, {result}, cannot update {state}")
-    _check_in_place(graph)
 
 
 def _check_in_place(graph: Graph) -> None:
-    """An operand that is overwritten in place must not be read afterwards."""
-    dead: dict[str, str] = {}
+    """What is overwritten in place, or is a view of that storage, must not be read afterwards."""
+    writes = {id(node): overwritten(node) for node in graph.nodes}
+    if not any(writes.values()):
+        return
+    roots = storage_roots(graph)
+    sharing: dict[str, list[str]] = {}
+    for value in graph.inputs:
+        sharing.setdefault(roots[value.name], []).append(value.name)
+    stale: dict[str, str] = {}
     for node in graph.nodes:
         for operand in node.operands:
-            if isinstance(operand, Value) and operand.name in dead:
-                what = f"{operand} is read after {dead[operand.name]} overwrote it"
-                raise _error(graph, node, what)
-        for _, index in lookup(node.op).aliases:
-            overwritten = node.inputs[index]
-            if isinstance(overwritten, Value):
-                dead[overwritten.name] = node.op
+            _check_fresh(graph, node, operand, stale)
+        for index in writes[id(node)]:
+            state = node.inputs[index]
+            if not isinstance(state, Value):
+                raise _error(graph, node, f"{node.op} overwrites the weight {state}")
+            root = roots[state.name]
+            others = (x for i, x in enumerate(node.inputs) if i != index and isinstance(x, Value))
+            if any(roots[x.name] == root for x in others):
+                raise _error(graph, node, f"{node.op} reads {state}, which it overwrites")
+            stale.update(dict.fromkeys(sharing[root], node.op))
+        for value in node.outputs:
+            sharing.setdefault(roots[value.name], []).append(value.name)
+    for operand in graph.outputs:
+        _check_fresh(graph, None, operand, stale)
+
+
+def _check_fresh(
+    graph: Graph, node: Node | None, operand: Value | Weight, stale: dict[str, str]
+) -> None:
+    if isinstance(operand, Value) and operand.name in stale:
+        raise _error(graph, node, f"{operand} is read after {stale[operand.name]} overwrote it")
 
 
 def _error(graph: Graph, node: Node | None, what: str) -> VerificationError:
     if node is None:
         return VerificationError(what, where=f"graph {graph.name}")
-    at = graph.nodes.index(node)
+    at = graph.nodes.index(node) if node in graph.nodes else 0
     near = graph.nodes[max(0, at - NEIGHBOURS) : at + NEIGHBOURS + 1]
     picture = "\n".join(("> " if n is node else "  ") + print_node(n) for n in near)
     return VerificationError(what, where=node.loc or f"graph {graph.name}", picture=picture)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, Union
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 from dsc.ir.graph import Attrs
 from dsc.ir.op import TypeMismatch, concrete, lookup
@@ -37,14 +37,16 @@ class Apply:
     type: TensorType
 
 
-WeightExpr: TypeAlias = Union[Source, Apply]
+WeightExpr: TypeAlias = Source | Apply
 
 
 def apply(op: str, *args: WeightExpr, **attrs: Any) -> Apply:
     """The expression `op(args) {attrs}`, one result. Raises `TypeMismatch`."""
-    frozen = Attrs(attrs)
-    (result,) = lookup(op).infer([a.type for a in args], frozen)
-    return Apply(op, args, frozen, result)
+    frozen = Attrs(lookup(op).widened(attrs))
+    results = lookup(op).infer([a.type for a in args], frozen)
+    if len(results) != 1:
+        raise TypeMismatch(f"{op} has {len(results)} results; a weight is one tensor")
+    return Apply(op, args, frozen, results[0])
 
 
 def sources(expr: WeightExpr) -> Iterator[Source]:
@@ -123,11 +125,11 @@ class LayeredSource:
 
     def keys(self) -> Iterable[str]:
         """All tensor names, once each."""
-        return dict.fromkeys(k for layer in self.layers for k in layer.keys())  # noqa: SIM118
+        return dict.fromkeys(k for layer in self.layers for k in layer.keys())
 
     def _layer(self, key: str) -> WeightSource:
         for layer in self.layers:
-            if key in layer.keys():  # noqa: SIM118
+            if key in layer.keys():
                 return layer
         raise KeyError(key)
 
@@ -153,6 +155,9 @@ def random_tensor(t: TensorType, seed: str, high: int = 2) -> torch.Tensor:
 
     generator = torch.Generator().manual_seed(zlib.crc32(seed.encode()))
     shape = tuple(int(d) for d in t.shape)  # type: ignore[arg-type]
+    if t.dtype is DType.f8e8m0:  # powers of two: no sign, no zero
+        exponents = torch.randint(-2, 3, shape, generator=generator)
+        return torch.exp2(exponents.float()).to(t.dtype.torch)
     if t.dtype.is_float:
         return (torch.randn(shape, generator=generator) * 0.5).to(t.dtype.torch)
     return torch.randint(0, high, shape, generator=generator).to(t.dtype.torch)
@@ -161,16 +166,24 @@ def random_tensor(t: TensorType, seed: str, high: int = 2) -> torch.Tensor:
 def evaluate(
     expr: WeightExpr, source: WeightSource, convert: Callable[[Any], Any] | None = None
 ) -> torch.Tensor:
-    """The value of an expression. `convert` is applied to every source tensor that is loaded."""
+    """The value of an expression. `convert` is applied to every source tensor that is loaded.
+
+    Raises `TypeMismatch` when a tensor is not of the declared shape, or, where nothing converts it,
+    of the declared element type.
+    """
     if isinstance(expr, Source):
         tensor = source.load(expr.key)
+        _check_tensor(f"source {expr.key}", tensor, expr.type, exact=convert is None)
         return tensor if convert is None else convert(tensor)
     args = [evaluate(a, source, convert) for a in expr.args]
-    result = lookup(expr.op).reference(*args, **concrete(_full_attrs(expr), {}))
-    if tuple(result.shape) != expr.type.shape:
-        raise TypeMismatch(f"{expr.op} gave shape {tuple(result.shape)}, {expr.type} declared")
+    definition = lookup(expr.op)
+    result = definition.reference(*args, **concrete(definition.with_defaults(expr.attrs), {}))
+    _check_tensor(expr.op, result, expr.type, exact=convert is None)
     return result  # type: ignore[no-any-return]
 
 
-def _full_attrs(expr: Apply) -> dict[str, Any]:
-    return lookup(expr.op).with_defaults(expr.attrs)
+def _check_tensor(name: str, tensor: Any, declared: TensorType, exact: bool) -> None:
+    fits = tuple(tensor.shape) == declared.shape
+    if not fits or (exact and DType.of(tensor.dtype) != declared.dtype):
+        found = f"{tensor.dtype} {tuple(tensor.shape)}"
+        raise TypeMismatch(f"{name} is {found}, {declared} is declared")

@@ -35,7 +35,9 @@ def _infer_matmul(types: Types, attrs: Mapping[str, Any]) -> Result:
 def einsum_terms(eq: str) -> tuple[tuple[str, ...], str]:
     """The operand subscripts and the result's of `bshd,hdc->bshc`."""
     left, arrow, right = eq.replace(" ", "").partition("->")
-    if not arrow or not all(c.isalpha() or c == "," for c in left + right):
+    letters = (left + right).replace(",", "")
+    plain = all(c.isascii() and c.isalpha() for c in letters)
+    if not arrow or not plain or "," in right or len(set(right)) != len(right):
         raise TypeMismatch(f"einsum equation {eq!r}; write every letter, as bsd,dc->bsc")
     return tuple(left.split(",")), right
 
@@ -57,16 +59,22 @@ def _infer_einsum(types: Types, attrs: Mapping[str, Any]) -> Result:
 
 
 def reduced_shape(shape: tuple[Dim, ...], axes: tuple[int, ...], keepdims: bool) -> tuple[Dim, ...]:
-    """The shape after reducing `axes`."""
+    """The shape after reducing `axes`, at least one and each once."""
     gone = {axis_of(a, len(shape)) for a in axes}
+    if not axes or len(gone) != len(axes):
+        raise TypeMismatch(f"axes {list(axes)}: name at least one, and each once")
     if keepdims:
         return tuple(1 if i in gone else d for i, d in enumerate(shape))
     return tuple(d for i, d in enumerate(shape) if i not in gone)
 
 
-def _reduction(name: str, reference: Callable[..., Any], doc: str) -> OpDef:
+def _reduction(
+    name: str, reference: Callable[..., Any], doc: str, floats_only: bool = False
+) -> OpDef:
     def infer(types: Types, attrs: Mapping[str, Any]) -> Result:
         (x,) = types
+        if floats_only and not x.dtype.is_float:
+            raise TypeMismatch(f"a {name} of {x.dtype}; cast to a float type first")
         return (x.with_shape(reduced_shape(x.shape, attrs["axes"], attrs["keepdims"])),)
 
     return op(
@@ -89,7 +97,9 @@ def _accumulate(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 sum = _reduction("sum", _accumulate(lambda x, a, k: x.sum(a, keepdim=k)), "Sum over axes.")
-mean = _reduction("mean", _accumulate(lambda x, a, k: x.mean(a, keepdim=k)), "Mean over axes.")
+mean = _reduction(
+    "mean", _accumulate(lambda x, a, k: x.mean(a, keepdim=k)), "Mean over axes.", floats_only=True
+)
 amax = _reduction("amax", lambda x, axes, keepdims: x.amax(axes, keepdims), "Largest over axes.")
 amin = _reduction("amin", lambda x, axes, keepdims: x.amin(axes, keepdims), "Smallest over axes.")
 
@@ -102,23 +112,51 @@ argmax = op(
         TensorType(DType.i64, reduced_shape(types[0].shape, (attrs["axis"],), False)),
     ),
 )
+
+
+def _infer_along(types: Types, attrs: Mapping[str, Any]) -> Result:
+    axis_of(attrs["axis"], types[0].rank)
+    return (types[0],)
+
+
+def _cumsum(x: Any, axis: int) -> Any:
+    wide = x.float() if x.is_floating_point() and x.dtype.itemsize < 4 else x
+    return wide.cumsum(axis).to(x.dtype)
+
+
+def _softmax(x: Any, axis: int) -> Any:
+    wide = x if x.dtype == torch.float64 else x.float()
+    return torch.softmax(wide, axis).to(x.dtype)
+
+
+def _infer_topk(types: Types, attrs: Mapping[str, Any]) -> Result:
+    (x,), k = types, attrs["k"]
+    if k < 0 or (isinstance(x.shape[-1], int) and k > x.shape[-1]):
+        raise TypeMismatch(f"the top {k} of {x.shape[-1]}")
+    shape = (*x.shape[:-1], k)
+    return x.with_shape(shape), TensorType(DType.i64, shape)
+
+
 cumsum = op(
     "cumsum(x: T[*n]; axis: int) -> T[*n]",
-    reference=lambda x, axis: x.cumsum(axis).to(x.dtype),
-    doc="Running sum along an axis.",
+    reference=_cumsum,
+    doc="Running sum along an axis; 16-bit floats accumulate in fp32.",
     example="f32[2,3] {axis=-1}",
+    infer=_infer_along,
 )
 softmax = op(
     "softmax(x: T[*n]; axis: int = -1) -> T[*n]",
-    reference=lambda x, axis: torch.softmax(x.float(), axis).to(x.dtype),
+    reference=_softmax,
     doc="exp(x - max) / sum along an axis, in fp32.",
     example="f32[2,3] {axis=-1}",
+    infer=_infer_along,
 )
 topk = op(
     "topk(x: T[*n, d]; k: int) -> (T[*n, k], i64[*n, k])",
     reference=lambda x, k: tuple(torch.topk(x, k, dim=-1)),
     doc="The k largest of the last axis, largest first, with their indices.",
     example="f32[2,5] {k=2}",
+    infer=_infer_topk,
 )
 linear = op(
     "linear(x: T[*n, k], weight: T[m, k], bias: T[m]?) -> T[*n, m]",
@@ -162,7 +200,7 @@ def _infer_fused(types: Types, attrs: Mapping[str, Any]) -> Result:
 fused = op(
     "fused(xs: any[...]...; body: graph) -> any[...]",
     reference=_run_body,
-    doc="Run a body as one kernel: at most one anchor (GEMM, attention, …); its meaning is its body.",
+    doc="Run a body as one kernel: at most one anchor (GEMM, attention, …). It means its body.",
     example="",
     infer=_infer_fused,
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from dsc.ir.lazy import LazyModule
@@ -27,10 +28,16 @@ def _infer_route(types: Types, attrs: Mapping[str, Any]) -> Result:
         raise TypeMismatch(f"score {attrs['score']!r}; sigmoid or softmax")
     if attrs["group_score"] not in ("top2", "max"):
         raise TypeMismatch(f"group_score {attrs['group_score']!r}; top2 or max")
+    if not isinstance(experts, int):
+        raise TypeMismatch(f"a router over {experts} experts; their number must be known")
     if groups < 1 or experts % groups or not 1 <= attrs["keep"] <= groups:
         raise TypeMismatch(f"{experts} experts in {groups} groups, {attrs['keep']} kept")
-    if isinstance(experts, int) and not 1 <= attrs["top_k"] <= experts:
-        raise TypeMismatch(f"the top {attrs['top_k']} of {experts} experts")
+    if attrs["keep"] < groups and attrs["group_score"] == "top2" and experts // groups < 2:
+        raise TypeMismatch(f"the two best of {experts // groups} experts a group")
+    if not 1 <= attrs["top_k"] <= attrs["keep"] * (experts // groups):
+        raise TypeMismatch(
+            f"the top {attrs['top_k']} of {experts} experts, {attrs['keep']} of {groups} groups"
+        )
     shape = (*x.shape[:-1], attrs["top_k"])
     return TensorType(DType.i64, shape), TensorType(DType.f32, shape)
 
@@ -98,6 +105,8 @@ def _experts(x: Any, idx: Any, w: Any, gate_up: Any, down: Any, act: str) -> Any
 
 def _infer_dispatch(types: Types, attrs: Mapping[str, Any]) -> Result:
     x, idx = types
+    if attrs["experts"] < 1:
+        raise TypeMismatch(f"{attrs['experts']} experts")
     rows = idx.numel
     return (
         x.with_shape((rows, x.shape[1])),
@@ -117,7 +126,7 @@ def _dispatch(x: Any, idx: Any, experts: int) -> Any:
 def _grouped_linear(x: Any, weight: Any, offsets: Any) -> Any:
     out = x.new_zeros(x.shape[0], weight.shape[1])
     bounds = offsets.tolist()
-    for group, (start, end) in enumerate(zip(bounds, bounds[1:], strict=False)):
+    for group, (start, end) in enumerate(pairwise(bounds)):
         out[start:end] = torch.nn.functional.linear(x[start:end], weight[group])
     return out
 
@@ -130,7 +139,7 @@ def _infer_combine(types: Types, attrs: Mapping[str, Any]) -> Result:
 
 
 def _combine(y: Any, order: Any, w: Any) -> Any:
-    slots = torch.empty(y.shape, dtype=torch.float32)
+    slots = torch.zeros(y.shape, dtype=torch.float32)
     slots[order] = y.float()
     return (slots.reshape(*w.shape, -1) * w[..., None]).sum(1).to(y.dtype)
 
@@ -164,7 +173,7 @@ dispatch = op(
     infer=_infer_dispatch,
 )
 grouped_linear = op(
-    "grouped_linear(x: T[m, k], weight: T[e, n, k], offsets: i64[f]) -> T[m, n]",
+    "grouped_linear(x: T[m, k], weight: T[e, n, k], offsets: i64[e+1]) -> T[m, n]",
     reference=_grouped_linear,
     doc="Rows offsets[g] .. offsets[g+1]-1 times weight[g]^T.",
     example="f32[0,3], f32[4,2,3], i64[5]=0",

@@ -27,11 +27,13 @@ def _rms_norm(x: Any, weight: Any, eps: float) -> Any:
 
 
 def _infer_rope(types: Types, attrs: Mapping[str, Any]) -> Result:
-    x, _, inv_freq = types
+    x, positions, inv_freq = types
     if attrs["layout"] not in ROPE_LAYOUTS:
         raise TypeMismatch(f"layout {attrs['layout']!r}; one of {', '.join(ROPE_LAYOUTS)}")
     if x.rank not in (3, 4) or inv_freq.shape[0] * 2 != x.shape[-1]:
         raise TypeMismatch(f"{x} with {inv_freq} frequencies")
+    if x.shape[:2] != positions.shape:
+        raise TypeMismatch(f"{x} at the positions {positions}")
     return (x,)
 
 
@@ -63,9 +65,7 @@ def _probabilities(scores: Any, mask: Any) -> Any:
     return torch.softmax(scores.float().masked_fill(~mask[:, None], float("-inf")), -1)
 
 
-def _attention(
-    q: Any, k: Any, v: Any, lengths: Any = None, *, scale: float, causal: bool
-) -> Any:
+def _attention(q: Any, k: Any, v: Any, lengths: Any = None, *, scale: float, causal: bool) -> Any:
     heads, groups = q.shape[2], k.shape[2]
     k = k.repeat_interleave(heads // groups, 2)
     v = v.repeat_interleave(heads // groups, 2)
@@ -82,7 +82,7 @@ def _attention(
 def _infer_attention(types: Types, attrs: Mapping[str, Any]) -> Result:
     q, k, v = types[:3]
     heads, groups = q.shape[2], k.shape[2]
-    if isinstance(heads, int) and isinstance(groups, int) and heads % groups:
+    if isinstance(heads, int) and isinstance(groups, int) and (groups == 0 or heads % groups):
         raise TypeMismatch(f"{heads} query heads over {groups} key heads")
     return (q.with_shape((*q.shape[:3], v.shape[3])),)
 
@@ -91,7 +91,8 @@ def _infer_mla(types: Types, attrs: Mapping[str, Any]) -> Result:
     q_nope, kv_b = types[0], types[4]
     heads, nope = q_nope.shape[2], q_nope.shape[3]
     width = kv_b.shape[0] // heads - nope
-    if kv_b.shape[0] != heads * (nope + width) or width == 0:
+    empty = isinstance(width, int) and width <= 0
+    if kv_b.shape[0] != heads * (nope + width) or empty:
         raise TypeMismatch(f"kv_b is {kv_b} for {heads} heads of {nope} nope dims and a value")
     return (q_nope.with_shape((*q_nope.shape[:3], width)),)
 
@@ -134,7 +135,8 @@ embedding = op(
 rms_norm = op(
     "rms_norm(x: T[*n, d], weight: T[d]; eps: float) -> T[*n, d]",
     reference=_rms_norm,
-    doc="Root-mean-square norm over the last axis, statistics in fp32 (Zhang & Sennrich 2019, eq. 4).",
+    doc="Root-mean-square norm over the last axis, statistics in fp32"
+    " (Zhang & Sennrich 2019, eq. 4).",
     example="f32[2,3,8], f32[8] {eps=1e-06}",
 )
 rope = op(

@@ -38,13 +38,18 @@ def _infer_broadcast(
     return (TensorType(dtype or types[-1].dtype, shape),)
 
 
-def _binary(name: str, reference: Callable[..., Any], doc: str) -> OpDef:
+def _binary(name: str, reference: Callable[..., Any], doc: str, booleans: bool = True) -> OpDef:
+    def infer(types: Sequence[TensorType], attrs: Mapping[str, Any]) -> tuple[TensorType, ...]:
+        if types[0].dtype is DType.boolean and not booleans:
+            raise TypeMismatch(f"{name} of truth values")
+        return _infer_broadcast(types, attrs)
+
     return op(
         f"{name}(a: T[...], b: T[...]) -> T[...]",
         reference=reference,
         doc=doc,
         example="f32[2,1,3], f32[4,1]",
-        infer=_infer_broadcast,
+        infer=infer,
     )
 
 
@@ -68,18 +73,32 @@ def _logical(name: str, reference: Callable[..., Any], doc: str) -> OpDef:
     )
 
 
-def _unary(name: str, reference: Callable[..., Any], doc: str, operand: str = "f32[2,3]") -> OpDef:
+def _unary(name: str, reference: Callable[..., Any], doc: str, integers: bool = False) -> OpDef:
+    """Declare an operator on floats, and on integers where they have a result of their type."""
+
+    def infer(types: Sequence[TensorType], attrs: Mapping[str, Any]) -> tuple[TensorType, ...]:
+        (x,) = types
+        if not (x.dtype.is_float or (integers and x.dtype.is_int)):
+            raise TypeMismatch(f"{name} of {x.dtype}; cast to a float type first")
+        return (x,)
+
     return op(
         f"{name}(x: T[*n]) -> T[*n]",
         reference=reference,
         doc=doc,
-        example=operand,
+        example="f32[2,3]",
+        infer=infer,
     )
 
 
 def _in_f32(function: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """Evaluate in fp32 and round once, as a fused kernel does."""
-    return lambda x: function(x.float()).to(x.dtype) if x.dtype.itemsize < 4 else function(x)
+    """Evaluate 16-bit floats in fp32 and round once, as a fused kernel does."""
+
+    def reference(x: Any) -> Any:
+        narrow = x.is_floating_point() and x.dtype.itemsize < 4
+        return function(x.float()).to(x.dtype) if narrow else function(x)
+
+    return reference
 
 
 def _divide(a: Any, b: Any) -> Any:
@@ -90,13 +109,15 @@ def _divide(a: Any, b: Any) -> Any:
 
 
 add = _binary("add", lambda a, b: a + b, "Sum.")
-sub = _binary("sub", lambda a, b: a - b, "Difference.")
+sub = _binary("sub", lambda a, b: a - b, "Difference.", booleans=False)
 mul = _binary("mul", lambda a, b: a * b, "Product.")
-div = _binary("div", _divide, "Quotient; of integers, rounded down.")
-remainder = _binary("remainder", lambda a, b: torch.remainder(a, b), "a - b * floor(a / b).")
+div = _binary("div", _divide, "Quotient; of integers, rounded down.", booleans=False)
+remainder = _binary(
+    "remainder", lambda a, b: torch.remainder(a, b), "a - b * floor(a / b).", booleans=False
+)
 maximum = _binary("maximum", lambda a, b: torch.maximum(a, b), "The larger of two.")
 minimum = _binary("minimum", lambda a, b: torch.minimum(a, b), "The smaller of two.")
-pow = _binary("pow", lambda a, b: torch.pow(a, b), "a to the power b.")
+pow = _binary("pow", lambda a, b: torch.pow(a, b), "a to the power b.", booleans=False)
 
 lt = _compare("lt", lambda a, b: a < b, "a < b.")
 le = _compare("le", lambda a, b: a <= b, "a <= b.")
@@ -113,21 +134,21 @@ logical_not = op(
     example="bool[2,3]",
 )
 
-neg = _unary("neg", lambda x: -x, "Negation.")
-abs = _unary("abs", lambda x: x.abs(), "Absolute value.")
+neg = _unary("neg", lambda x: -x, "Negation.", integers=True)
+abs = _unary("abs", lambda x: x.abs(), "Absolute value.", integers=True)
 exp = _unary("exp", _in_f32(lambda x: x.exp()), "e to the power x.")
 log = _unary("log", _in_f32(lambda x: x.log()), "Natural logarithm.")
 sqrt = _unary("sqrt", _in_f32(lambda x: x.sqrt()), "Square root.")
 rsqrt = _unary("rsqrt", _in_f32(lambda x: x.rsqrt()), "1 / sqrt(x).")
 reciprocal = _unary("reciprocal", _in_f32(lambda x: x.reciprocal()), "1 / x.")
-square = _unary("square", _in_f32(lambda x: x * x), "x * x.")
+square = _unary("square", _in_f32(lambda x: x * x), "x * x.", integers=True)
 sigmoid = _unary("sigmoid", _in_f32(lambda x: x.sigmoid()), "1 / (1 + e^-x).")
 silu = _unary("silu", _in_f32(lambda x: torch.nn.functional.silu(x)), "x * sigmoid(x).")
 tanh = _unary("tanh", _in_f32(lambda x: x.tanh()), "Hyperbolic tangent.")
 cos = _unary("cos", _in_f32(lambda x: x.cos()), "Cosine of radians.")
 sin = _unary("sin", _in_f32(lambda x: x.sin()), "Sine of radians.")
 erf = _unary("erf", _in_f32(lambda x: x.erf()), "Error function.")
-relu = _unary("relu", lambda x: x.relu(), "max(x, 0).")
+relu = _unary("relu", lambda x: x.relu(), "max(x, 0).", integers=True)
 gelu = _unary(
     "gelu", _in_f32(lambda x: torch.nn.functional.gelu(x)), "x times the normal distribution's CDF."
 )
@@ -140,9 +161,7 @@ cast = op(
 )
 
 
-def _infer_where(
-    types: Sequence[TensorType], attrs: Mapping[str, Any]
-) -> tuple[TensorType, ...]:
+def _infer_where(types: Sequence[TensorType], attrs: Mapping[str, Any]) -> tuple[TensorType, ...]:
     return _infer_broadcast(types, attrs, dtype=types[1].dtype)
 
 

@@ -13,6 +13,8 @@ def _infer_dequantize(
     types: Sequence[TensorType], attrs: Mapping[str, Any]
 ) -> tuple[TensorType, ...]:
     w, scale = types
+    if len(attrs["block"]) != 2 or min(attrs["block"]) < 1:
+        raise TypeMismatch(f"blocks of {list(attrs['block'])}; rows and columns")
     for extent, block, blocks in zip(w.shape, attrs["block"], scale.shape, strict=True):
         if -(-extent // block) != blocks:
             raise TypeMismatch(f"{scale} scales for {w} in blocks of {attrs['block']}")

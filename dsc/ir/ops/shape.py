@@ -104,10 +104,19 @@ def _infer_split(types: Types, attrs: Mapping[str, Any]) -> Result:
 
 def _infer_gather(types: Types, attrs: Mapping[str, Any]) -> Result:
     x, index = types
-    axis_of(attrs["axis"], x.rank)
+    check_index(x, index, attrs["axis"])
+    return (x.with_shape(index.shape),)
+
+
+def check_index(x: TensorType, index: TensorType, axis: int) -> None:
+    """Raise `TypeMismatch` unless `index` looks up elements of `x` along `axis`, torch's way."""
+    axis = axis_of(axis, x.rank)
     if index.rank != x.rank:
         raise TypeMismatch(f"the index has rank {index.rank}, the operand {x.rank}")
-    return (x.with_shape(index.shape),)
+    for i, (wanted, there) in enumerate(zip(index.shape, x.shape, strict=True)):
+        known = isinstance(wanted, int) and isinstance(there, int)
+        if i != axis and known and wanted > there:  # type: ignore[operator]
+            raise TypeMismatch(f"the index {index} is larger than {x} outside of axis {axis}")
 
 
 def _infer_take(types: Types, attrs: Mapping[str, Any]) -> Result:

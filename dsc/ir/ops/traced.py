@@ -6,9 +6,10 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from dsc.ir.lazy import LazyModule
-from dsc.ir.op import op
-from dsc.ir.ops.shape import axis_of, slice_extent
-from dsc.ir.types import TensorType
+from dsc.ir.op import TypeMismatch, op
+from dsc.ir.ops.pointwise import broadcast
+from dsc.ir.ops.shape import axis_of, check_index, slice_extent
+from dsc.ir.types import DType, TensorType
 
 if TYPE_CHECKING:
     import torch
@@ -30,8 +31,34 @@ def _sdpa(
 def _infer_slice_scatter(types: Types, attrs: Mapping[str, Any]) -> Result:
     x = types[0]
     axis = axis_of(attrs["axis"], x.rank)
-    slice_extent(x.shape[axis], attrs["start"], attrs["end"], 1)
+    extent = slice_extent(x.shape[axis], attrs["start"], attrs["end"], 1)
+    wanted = x.with_shape((*x.shape[:axis], extent, *x.shape[axis + 1 :]))
+    if types[1] != wanted:
+        raise TypeMismatch(f"the part is {types[1]}, {wanted} fits")
     return (x,)
+
+
+def _infer_scatter(types: Types, attrs: Mapping[str, Any]) -> Result:
+    x, index, values = types
+    check_index(x, index, attrs["axis"])
+    if broadcast(values.shape, index.shape) != index.shape:
+        raise TypeMismatch(f"{values} for the index {index}")
+    return (x,)
+
+
+def _infer_index_put(types: Types, attrs: Mapping[str, Any]) -> Result:
+    x, index, values = types
+    if x.rank == 0:
+        raise TypeMismatch(f"{x} has no rows")
+    target = (*index.shape, *x.shape[1:])
+    if broadcast(values.shape, target) != target:
+        raise TypeMismatch(f"{values} for rows of shape ({', '.join(map(str, target))})")
+    return (x,)
+
+
+def _infer_sort(types: Types, attrs: Mapping[str, Any]) -> Result:
+    axis_of(attrs["axis"], types[0].rank)
+    return types[0], types[0].with_dtype(DType.i64)
 
 
 def _grouped_mm(x: Any, weight: Any, ends: Any) -> Any:
@@ -70,13 +97,14 @@ scatter = op(
     reference=lambda x, index, values, axis: x.scatter(axis, index, values.expand(index.shape)),
     doc="A copy of x with values placed by index along an axis (torch.scatter).",
     example="f32[2,4], i64[2,1]=3, f32[] {axis=1}",
+    infer=_infer_scatter,
 )
 index_put = op(
     "index_put(x: T[...], index: i64[...], values: T[...]; accumulate: bool = false) -> T[...]",
     reference=_index_put,
     doc="A copy of x with rows x[index] set to values, or increased by them.",
     example="f32[4,3], i64[2]=3, f32[2,3] {accumulate=true}",
-    infer=lambda types, attrs: (types[0],),
+    infer=_infer_index_put,
 )
 sort = op(
     "sort(x: T[*n]; axis: int, descending: bool = false) -> (T[*n], i64[*n])",
@@ -85,6 +113,7 @@ sort = op(
     ),
     doc="A stable sort along an axis, with indices.",
     example="f32[2,4] {axis=-1}",
+    infer=_infer_sort,
 )
 histc = op(
     "histc(x: T[...]; bins: int) -> T[bins]",
