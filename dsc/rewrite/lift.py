@@ -1,0 +1,260 @@
+"""Lifting: cut a region out of a graph, guess what it computes, and prove the guess by running it.
+
+Tracers spell one function in many ways, so the raise passes match meaning, not spelling. Structure
+*proposes*: `cut` collects everything between well-chosen boundary values, and the rule reads a
+hypothesis off it. Evaluation *proves*: region and candidate run on seeded random inputs at several
+sizes and must agree. A proof is about real numbers: 16-bit types are widened to fp32 on both sides
+first, so that what remains of a difference is meaning and not rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import product
+from typing import TYPE_CHECKING, Any
+
+from dsc.errors import DscError
+from dsc.ir.analyses import structural_hash
+from dsc.ir.dims import Dim, Sym, evaluate
+from dsc.ir.graph import Attrs, Graph, Node, Operand, Value
+from dsc.ir.op import TypeMismatch, infer
+from dsc.ir.types import DType, TensorType
+from dsc.rewrite.scope import Scope
+
+if TYPE_CHECKING:
+    import torch
+
+NARROW = frozenset({DType.bf16, DType.f16})
+MAX_NODES = 400
+TOLERANCE = 1e-4
+"""Largest |difference| in a proof, relative to the largest value: fp32 noise, never a meaning."""
+
+
+@dataclass(frozen=True)
+class Region:
+    """A piece of a graph as a graph of its own: the leaves are its inputs, in order of reading."""
+
+    graph: Graph
+    leaves: tuple[Operand, ...]
+    nodes: tuple[Node, ...]
+
+    @property
+    def key(self) -> str:
+        """Equal for regions that compute the same, whatever their names."""
+        return structural_hash(self.graph)
+
+    @property
+    def ops(self) -> frozenset[str]:
+        """The operators inside."""
+        return frozenset(n.op for n in self.nodes)
+
+    def constants(self) -> frozenset[float]:
+        """All numbers written in the region: scalar constants and integer attributes."""
+        found: set[float] = set()
+        for node in self.nodes:
+            for value in node.attrs.values():
+                flat = value if isinstance(value, tuple) else (value,)
+                found |= {float(v) for v in flat if isinstance(v, (int, float))}
+        return frozenset(found)
+
+
+def cut(
+    scope: Scope, outputs: Sequence[Value], is_leaf: Callable[[Operand], bool]
+) -> Region | None:
+    """Everything that `outputs` depend on, back to leaves, weights and graph inputs.
+
+    `is_leaf` decides for each value whether to stop there. `None` when the region grows past
+    `MAX_NODES` nodes: then it is no single mechanism.
+    """
+    inside: dict[int, Node] = {}
+    leaves: dict[str, Operand] = {}
+    wanted = {v.name for v in outputs}
+    pending: list[Operand] = list(reversed(outputs))
+    while pending:
+        operand = pending.pop()
+        node = scope.producer(operand)
+        if node is None or (is_leaf(operand) and operand.name not in wanted):
+            leaves.setdefault(str(operand), operand)
+            continue
+        if id(node) not in inside:
+            inside[id(node)] = node
+            pending.extend(reversed(node.operands))
+        if len(inside) > MAX_NODES:
+            return None
+    nodes = sorted(inside.values(), key=lambda n: scope.position[n.outputs[0].name])
+    used = tuple(x for x in leaves.values() if any(x in n.inputs for n in nodes))
+    return Region(as_graph(used, nodes, outputs), used, tuple(nodes))
+
+
+def as_graph(leaves: Sequence[Operand], nodes: Iterable[Node], outputs: Sequence[Value]) -> Graph:
+    """Nodes as a graph of their own, in which the leaves, weights among them, are inputs."""
+    inputs = {str(x): Value(f"in.{i}", x.type) for i, x in enumerate(leaves)}
+    body = [
+        replace(n, inputs=tuple(None if x is None else inputs.get(str(x), x) for x in n.inputs))
+        for n in nodes
+    ]
+    results = tuple(inputs.get(str(v), v) for v in outputs)
+    names = tuple(f"out.{i}" for i in range(len(outputs)))
+    return Graph("region", tuple(inputs.values()), tuple(body), results, names)
+
+
+def widened(graph: Graph) -> Graph:
+    """The same computation with 16-bit floats as fp32: casts to them become no-ops."""
+    return _retyped(graph, lambda t: t.with_dtype(DType.f32) if t.dtype in NARROW else t, _wide)
+
+
+def _wide(value: Any) -> Any:
+    return DType.f32 if value in NARROW else value
+
+
+def resized(graph: Graph, sizes: Mapping[int, int]) -> Graph:
+    """The same computation with integer dims mapped by `sizes`, in types and attributes alike.
+
+    Raises `TypeMismatch` when the mapped sizes do not fit together.
+    """
+    if not sizes:
+        return graph
+
+    def dim(d: Any) -> Any:
+        return sizes.get(d, d) if isinstance(d, int) and not isinstance(d, bool) else d
+
+    def attr(value: Any) -> Any:
+        return tuple(dim(v) for v in value) if isinstance(value, tuple) else dim(value)
+
+    return _retyped(graph, lambda t: t.with_shape(tuple(dim(d) for d in t.shape)), attr)
+
+
+def _retyped(
+    graph: Graph, retype: Callable[[TensorType], TensorType], attr: Callable[[Any], Any]
+) -> Graph:
+    """`graph` with other input types and attributes; all result types are inferred again."""
+    values = {v.name: Value(v.name, retype(v.type)) for v in graph.inputs}
+    nodes: list[Node] = []
+    for node in graph.nodes:
+        attrs = Attrs({k: _attr(node.op, k, v, attr) for k, v in node.attrs.items()})
+        inputs = tuple(values[x.name] if isinstance(x, Value) else x for x in node.inputs)
+        types = infer(node.op, inputs, attrs)
+        outputs = tuple(Value(v.name, t) for v, t in zip(node.outputs, types, strict=True))
+        values.update((v.name, v) for v in outputs)
+        nodes.append(Node(node.op, inputs, attrs, outputs, node.loc))
+    outputs = tuple(values[x.name] for x in graph.outputs)
+    return replace(
+        graph, inputs=tuple(values[v.name] for v in graph.inputs), nodes=tuple(nodes), outputs=outputs
+    )
+
+
+_EXTENTS = frozenset({"shape", "sizes", "start", "end", "bins"})
+
+
+def _attr(op: str, name: str, value: Any, attr: Callable[[Any], Any]) -> Any:
+    """Only attributes that hold extents are sizes; axes, k and steps are not."""
+    return attr(value) if name in _EXTENTS or isinstance(value, DType) else value
+
+
+def shrunk_sizes(roles: Mapping[str, int], products: Sequence[Dim]) -> dict[int, int] | None:
+    """Small sizes for the dims named by `roles`, under which `products` of them stay consistent.
+
+    `roles` gives real sizes by symbol, `products` the further dims that occur, as expressions over
+    those symbols. Equal sizes map to equal ones, whatever they mean. `None` when none are found.
+    """
+    named: list[tuple[Dim, int]] = [(Sym((((n,), 1),)), size) for n, size in roles.items()]
+    named += [(d, evaluate(d, roles)) for d in products]
+    choices = [range(2, size + 1) if size < 5 else (5, 6, 7, 8, 9, 10, 12) for size in roles.values()]
+    best: tuple[int, dict[int, int]] | None = None
+    for picked in product(*choices):
+        env = dict(zip(roles, picked, strict=True))
+        sizes: dict[int, int] = {}
+        for d, real in named:
+            if sizes.setdefault(real, evaluate(d, env)) != evaluate(d, env):
+                break
+        else:
+            clashes = len(sizes) - len(set(sizes.values()))
+            if best is None or clashes < best[0]:
+                best = (clashes, sizes)
+            if clashes == 0:
+                break
+    return None if best is None else best[1]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One experiment: sizes of the symbols and a tensor for each leaf."""
+
+    sizes: Mapping[str, int]
+    tensors: Sequence[torch.Tensor]
+
+
+def run(graph: Graph, case: Case) -> list[torch.Tensor]:
+    """The results of a region in one experiment."""
+    from dsc.ir.interpreter import run_graph
+
+    concrete = graph.substitute(case.sizes)  # type: ignore[arg-type]
+    return run_graph(concrete, list(case.tensors))
+
+
+def prove(
+    region: Graph,
+    candidate: Graph,
+    cases: Iterable[Case],
+    same: Callable[[list[Any], list[Any]], str] | None = None,
+) -> str:
+    """Why region and candidate differ in some case; empty when they agree in all.
+
+    Both take the same inputs. `same` compares the results of one case; the default wants equal
+    shapes and values within `TOLERANCE`.
+    """
+    for case in cases:
+        try:
+            left, right = run(region, case), run(candidate, case)
+        except (DscError, RuntimeError, IndexError, KeyError, TypeError, ValueError) as problem:
+            return f"it does not run at {dict(case.sizes)}: {str(problem).splitlines()[0]}"
+        difference = (same or _differ)(left, right)
+        if difference:
+            return f"{difference} at {dict(case.sizes)}"
+    return ""
+
+
+def _differ(left: list[Any], right: list[Any]) -> str:
+    for a, b in zip(left, right, strict=True):
+        found = differ(a, b)
+        if found:
+            return found
+    return ""
+
+
+def differ(a: torch.Tensor, b: torch.Tensor, tolerance: float = TOLERANCE) -> str:
+    """How two tensors differ beyond `tolerance`, in words; empty when they do not."""
+    if a.shape != b.shape:
+        return f"shape {tuple(a.shape)} against {tuple(b.shape)}"
+    if a.numel() == 0:
+        return ""
+    if not a.is_floating_point():
+        return "" if bool((a == b).all()) else "other elements"
+    if not bool((a.isfinite() == b.isfinite()).all()):
+        return "elements that are not finite in one of both"
+    a, b = a.nan_to_num(), b.nan_to_num()
+    error = float((a - b).abs().max())
+    largest = max(1.0, float(a.abs().max()))
+    return f"a difference of {error:.2g}" if error > tolerance * largest else ""
+
+
+def build(leaves: Sequence[Operand], body: Callable[..., Operand | tuple[Operand, ...]]) -> Graph:
+    """A candidate: `body(b, *leaves)` as a graph over the same inputs as a region's."""
+    from dsc.ir.graph import GraphBuilder
+
+    b = GraphBuilder("candidate")
+    inputs = [b.input(f"in.{i}", x.type) for i, x in enumerate(leaves)]
+    results = body(b, *inputs)
+    outputs = results if isinstance(results, tuple) else (results,)
+    return b.finish(outputs, tuple(f"out.{i}" for i in range(len(outputs))))
+
+
+def proven(scope: Scope, key: tuple[Any, ...], proof: Callable[[], Any]) -> Any:
+    """The result of `proof`, computed once for each key in one run of the driver."""
+    if key not in scope.memo:
+        try:
+            scope.memo[key] = proof()
+        except TypeMismatch as problem:
+            scope.memo[key] = f"the sizes do not fit: {str(problem).splitlines()[0]}"
+    return scope.memo[key]
