@@ -1,0 +1,111 @@
+"""The `null` backend: plans and counts, computes nothing.
+
+It takes every program, on a machine with nothing installed and with no weight in memory. Its
+artifact says what a step of each entry costs; running an entry gives zeros of the right shapes, so
+that sessions, command line and scheduling can be tried at any size.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dsc.backends.base import (
+    Capabilities,
+    Emission,
+    EmitOptions,
+    Executable,
+    Signature,
+    Support,
+    Yes,
+)
+from dsc.errors import UsageError
+from dsc.ir.analyses import total_cost
+from dsc.ir.dims import Dim, evaluate
+from dsc.ir.graph import Graph, Node
+from dsc.ir.interpreter import bind_symbols
+from dsc.ir.program import Program
+from dsc.ir.types import DType
+from dsc.targets import KNOWN, Target
+
+if TYPE_CHECKING:
+    import torch
+
+COSTS = "null/costs.json"
+
+
+class NullBackend:
+    """Costs in the place of code."""
+
+    name = "null"
+    rules: Sequence[Any] = ()
+
+    def capabilities(self, target: Target) -> Capabilities:
+        """Everything, for every target."""
+        targets = ("cpu", *(f"{kind}:{arch}" for kind, archs in KNOWN.items() for arch in archs))
+        return Capabilities(dtypes=frozenset(DType), targets=targets)
+
+    def supports(self, node: Node) -> Support:
+        """Nothing is computed, so everything is supported."""
+        return Yes()
+
+    def emit(self, program: Program, options: EmitOptions) -> Emission:
+        """The cost of each entry as expressions over the symbols, and at their upper bounds."""
+        costs = {name: entry_cost(graph, program) for name, graph in program.entries.items()}
+        text = json.dumps(costs, indent=1, sort_keys=True).encode()
+        return Emission(files={COSTS: text}, meta={"costs": costs})
+
+    def load(self, folder: Path, manifest: Mapping[str, Any], program: Program) -> Executable:
+        """An executable that reads no weight."""
+        return NullExecutable(program)
+
+
+class NullExecutable:
+    """Checks its inputs and returns zeros; a cache that is written in place comes back as it is."""
+
+    def __init__(self, program: Program) -> None:
+        self._program = program
+
+    def signature(self, entry: str) -> Signature:
+        """Names, types and aliases of an entry."""
+        return Signature.of(self._program.entries[entry])
+
+    def run(self, entry: str, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Zeros of the shapes that the entry declares for these inputs. Raises `UsageError`."""
+        import torch
+
+        graph = self._program.entries.get(entry)
+        if graph is None:
+            raise UsageError(f"no entry {entry}", hint=f"one of {', '.join(self._program.entries)}")
+        missing = [v.name for v in graph.inputs if v.name not in inputs]
+        if missing:
+            raise UsageError(f"entry {entry} needs the inputs {', '.join(missing)}")
+        env = bind_symbols(graph, [inputs[v.name] for v in graph.inputs])
+        in_place = {
+            output: graph.inputs[source].name
+            for output, source in graph.aliases
+            if graph.outputs[output].type == graph.inputs[source].type
+        }
+        results: dict[str, torch.Tensor] = {}
+        for index, (name, value) in enumerate(zip(graph.output_names, graph.outputs, strict=True)):
+            if index in in_place:
+                results[name] = inputs[in_place[index]]
+                continue
+            shape = [evaluate(d, env) for d in value.type.shape]
+            results[name] = torch.zeros(shape, dtype=value.type.dtype.torch)
+        return results
+
+
+def entry_cost(graph: Graph, program: Program) -> dict[str, Any]:
+    """Bytes and flops of one run: as dims over the symbols, and with every symbol at its most."""
+    most = {name: bounds.hi for name, bounds in program.symbols.items()}
+    parts: dict[str, Dim] = asdict(total_cost(graph.nodes))
+    at_most = {k: evaluate(d, most) for k, d in parts.items()}
+    return {
+        "nodes": len(graph.nodes),
+        "cost": {k: str(d) for k, d in parts.items()},
+        "most": at_most,
+    }

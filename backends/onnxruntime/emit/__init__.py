@@ -1,0 +1,78 @@
+"""How each operator of the IR is written in ONNX: one function an operator, one file a family.
+
+An emitter takes the graph writer, the node and the names of its operands, and gives the names of
+its results. Unless an operator only moves elements (`MOVES`), its emitter sees fp32 where the
+node has bf16 or f16, and its results are rounded back: ONNX Runtime's CPU kernels know bf16 as
+something to move, cast and index, and nothing more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+
+from dsc.backends.onnxruntime.emit import attention, cache, core, moe, nn, pointwise, shape
+from dsc.backends.onnxruntime.graph import GraphWriter
+from dsc.ir.graph import Graph, Node, Operand, Weight
+from dsc.ir.types import DType
+
+Emitter = Callable[..., str | tuple[str, ...]]
+NARROW = frozenset({DType.bf16, DType.f16})
+
+EMITTERS: Mapping[str, Emitter] = MappingProxyType(
+    {
+        **pointwise.EMITTERS,
+        **shape.EMITTERS,
+        **core.EMITTERS,
+        **nn.EMITTERS,
+        **attention.EMITTERS,
+        **cache.EMITTERS,
+        **moe.EMITTERS,
+    }
+)
+MOVES = frozenset(
+    {"embedding", "append", "select_rows", "reshape", "permute", "slice", "concat", "stack"}
+    | {"split", "gather", "take", "cast", "full", "arange", "experts", "grouped_linear"}
+    | {"slice_scatter", "dequantize_block"}
+)
+"""Operators whose emitters take 16-bit floats as they are."""
+
+
+def emit_graph(g: GraphWriter, graph: Graph, names: dict[str, str]) -> tuple[str, ...]:
+    """Append all nodes of a graph. `names` maps its values to ONNX names and grows as it goes."""
+
+    def operand(x: Operand | None) -> str:
+        if x is None:
+            return ""
+        return g.weight(x) if isinstance(x, Weight) else names[x.name]
+
+    for node in graph.nodes:
+        g.loc = node.loc
+        inputs = [operand(x) for x in node.inputs]
+        if node.body is not None:
+            inner = {v.name: x for v, x in zip(node.body.inputs, inputs, strict=True)}
+            results = emit_graph(g, node.body, inner)
+        else:
+            results = emit_node(g, node, inputs)
+        names.update(zip((v.name for v in node.outputs), results, strict=True))
+    return tuple(operand(x) for x in graph.outputs)
+
+
+def emit_node(g: GraphWriter, node: Node, inputs: list[str]) -> tuple[str, ...]:
+    """Append one operator, in fp32 where it computes on 16-bit floats."""
+    emitter = EMITTERS[node.op]
+    if node.op in MOVES:
+        return _as_tuple(emitter(g, node, *inputs))
+    wide = [
+        g.cast(name, x.type.dtype, DType.f32) if x is not None and x.type.dtype in NARROW else name
+        for name, x in zip(inputs, node.inputs, strict=True)
+    ]
+    results = _as_tuple(emitter(g, node, *wide))
+    return tuple(
+        g.cast(name, DType.f32, v.type.dtype) if v.type.dtype in NARROW else name
+        for name, v in zip(results, node.outputs, strict=True)
+    )
+
+
+def _as_tuple(results: str | tuple[str, ...]) -> tuple[str, ...]:
+    return (results,) if isinstance(results, str) else results

@@ -1,0 +1,172 @@
+"""The router, and the experts as one matrix product an expert over tokens sorted by expert.
+
+An expert that no token chose is skipped by an `If`; one that is taken multiplies with an
+initializer that points into the stack of experts in the weights file, so a decode step reads the
+weights of the chosen experts once and copies none. (Gathering the chosen experts' weights took
+three times as long for one token, a Loop that gathers them one at a time twice as long.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+
+from dsc.backends.onnxruntime.emit.core import count, linear
+from dsc.backends.onnxruntime.emit.pointwise import activate
+from dsc.backends.onnxruntime.graph import GraphWriter, Shape, static
+from dsc.ir.dims import Dim, product
+from dsc.ir.graph import Node, Operand, Weight
+from dsc.ir.types import DType
+
+MAX_SLICES = 16384
+"""Slices of weights a model may have: each is mapped into memory by itself."""
+
+
+def _route(g: GraphWriter, node: Node, x: str, weight: str, bias: str = "") -> tuple[str, str]:
+    """Scores, biased scores cut to the best groups, TopK, weights from the unbiased scores."""
+    shape = node.operands[0].type.shape
+    n, experts = shape[:-1], node.operands[1].type.shape[0]
+    attrs = {"scale": 1.0, "groups": 1, "keep": 1, **node.attrs}
+    logits = linear(g, x, shape, weight, experts)
+    sigmoid = attrs["score"] == "sigmoid"
+    scores = g.op("Sigmoid", logits) if sigmoid else g.op("Softmax", logits, axis=-1)
+    biased = g.op("Add", scores, bias) if bias else scores
+    if attrs["keep"] < attrs["groups"]:
+        biased = _kept(g, biased, (*n, experts), attrs)
+    _, idx = g.ops("TopK", 2, biased, g.i64(attrs["top_k"]))
+    w = g.op("GatherElements", scores, idx, axis=-1)
+    if attrs["normalise"]:
+        total = g.op("ReduceSum", w, g.i64(-1), keepdims=1)
+        w = g.op("Div", w, g.op("Add", total, g.scalar(1e-20)))
+    if attrs["scale"] != 1.0:
+        w = g.op("Mul", w, g.scalar(attrs["scale"]))
+    return idx, w
+
+
+def _kept(g: GraphWriter, biased: str, shape: Shape, attrs: dict[str, Any]) -> str:
+    """`biased` [*n, e] with the scores outside of the best groups replaced by `fill`."""
+    groups: int = attrs["groups"]
+    grouped_shape = (*shape[:-1], groups, shape[-1] // groups)
+    grouped = g.reshape(biased, shape, grouped_shape)
+    if attrs.get("group_score", "top2") == "top2":
+        best, _ = g.ops("TopK", 2, grouped, g.i64(2))
+        best = g.op("ReduceSum", best, g.i64(-1), keepdims=0)
+    else:
+        best = g.op("ReduceMax", grouped, g.i64(-1), keepdims=0)
+    _, chosen = g.ops("TopK", 2, best, g.i64(attrs["keep"]))
+    # A group is kept when it is among the chosen: [*n, groups, 1] == [*n, 1, keep].
+    each = g.op("Unsqueeze", g.arange(groups), g.i64(1))
+    same = g.op("Equal", each, g.op("Unsqueeze", chosen, g.i64(-2)))
+    kept = g.op("ReduceMax", g.op("Cast", same, to=6), g.i64(-1), keepdims=1)
+    kept = g.op("Cast", kept, to=9)
+    masked = g.op("Where", kept, grouped, g.scalar(attrs.get("fill", -np.inf)))
+    return g.reshape(masked, grouped_shape, shape)
+
+
+def sort_by_expert(g: GraphWriter, idx: str, shape: Shape, experts: int) -> tuple[str, str]:
+    """Of idx [m, k]: the (token, slot) pairs in the order of their experts, and offsets [e+1]."""
+    pairs = product(shape)
+    flat = g.op("Reshape", idx, g.i64(-1))
+    _, order = g.ops("TopK", 2, flat, g.dim(pairs), largest=0)
+    ends = g.op("CumSum", count(g, flat, experts), g.constant(np.array(0, dtype=np.int64)))
+    return order, g.op("Concat", g.i64(0), ends, axis=0)
+
+
+def over_groups(
+    g: GraphWriter, x: str, offsets: str, groups: int, width: Dim, body: Callable[..., str]
+) -> str:
+    """Rows of x [m, k], sorted by group, through body(branch, rows, group), as f32[m, width]."""
+    bounds = g.ops("Split", groups + 1, offsets, axis=0, num_outputs=groups + 1)
+    parts = []
+    for group, (start, end) in enumerate(pairwise(bounds)):
+        then, otherwise = g.branch(), g.branch()
+        rows = then.op("Slice", x, start, end, g.i64(0))
+        nothing = otherwise.zeros((0, width), DType.f32)
+        taken = g.op("Less", start, end)
+        parts.append(g.choose(taken, (then, body(then, rows, group)), (otherwise, nothing)))
+    return parts[0] if len(parts) == 1 else g.op("Concat", *parts, axis=0)
+
+
+def _group_weight(g: GraphWriter, stack: Operand | None, name: str, group: int) -> str:
+    """Matrix `group` of a stack, in fp32.
+
+    fp32 weights are used where they lie. 16-bit ones are widened as they are used, one matrix at
+    a time: widened ahead of time, they would take twice the memory of the checkpoint again.
+    """
+    assert stack is not None
+    dtype = stack.type.dtype
+    if isinstance(stack, Weight) and dtype is DType.f32 and len(g.pool.externals) < MAX_SLICES:
+        return g.weight(stack, group)
+    matrix = g.op("Gather", name, g.constant(np.array(group, dtype=np.int64)), axis=0)
+    return g.cast(matrix, dtype, DType.f32)
+
+
+def _experts(g: GraphWriter, node: Node, x: str, idx: str, w: str, gate_up: str, down: str) -> str:
+    """Dispatch, both products and the activation under one `If` an expert, combine."""
+    types = [a.type for a in node.operands]
+    (*n, d), (*_, k) = types[0].shape, types[1].shape
+    m, experts = product(tuple(n)), static(types[3].shape[0])
+    inner = static(types[4].shape[2])
+    tokens = g.cast(x, types[0].dtype, DType.f32)
+    tokens = g.reshape(tokens, types[0].shape, (m, d))
+    order, offsets = sort_by_expert(g, idx, (m, k), experts)
+    token = g.op("Div", order, g.constant(np.array(k, dtype=np.int64)))
+    rows = g.op("Gather", tokens, token, axis=0)
+
+    def one(b: GraphWriter, rows: str, expert: int) -> str:
+        up_weight = _group_weight(b, node.inputs[3], gate_up, expert)
+        both = b.op("Gemm", rows, up_weight, transB=1)
+        gate, up = b.ops("Split", 2, both, g.i64(inner, inner), axis=1)
+        hidden = b.op("Mul", activate(b, gate, node.attrs.get("act", "silu")), up)
+        return b.op("Gemm", hidden, _group_weight(b, node.inputs[4], down, expert), transB=1)
+
+    sorted_rows = over_groups(g, rows, offsets, experts, d, one)
+    weights = g.reshape(w, types[2].shape, (m, k))
+    y = combine(g, sorted_rows, order, weights, (m, k, d))
+    return g.cast(g.reshape(y, (m, d), types[0].shape), DType.f32, types[0].dtype)
+
+
+def combine(g: GraphWriter, y: str, order: str, w: str, shape: Shape) -> str:
+    """Sorted rows y [m*k, d] back in their slots, and each token's weighted sum: f32[m, d]."""
+    m, k, d = shape
+    pairs = m * k
+    _, inverse = g.ops("TopK", 2, order, g.dim(pairs), largest=0)
+    slots = g.reshape(g.op("Gather", y, inverse, axis=0), (pairs, d), (m, k, d))
+    # [m, 1, k] times [m, k, d] is the weighted sum, without a product of its own.
+    summed = g.op("MatMul", g.op("Unsqueeze", w, g.i64(1)), slots)
+    return g.op("Squeeze", summed, g.i64(1))
+
+
+def _dispatch(g: GraphWriter, node: Node, x: str, idx: str) -> tuple[str, str, str]:
+    shape = node.operands[1].type.shape
+    order, offsets = sort_by_expert(g, idx, shape, node.attrs["experts"])
+    k = g.op("Squeeze", g.dim(shape[1]), g.i64(0))
+    return g.op("Gather", x, g.op("Div", order, k), axis=0), offsets, order
+
+
+def _grouped_linear(g: GraphWriter, node: Node, x: str, weight: str, offsets: str) -> str:
+    x_type, w_type = (a.type for a in node.operands[:2])
+    wide = g.cast(x, x_type.dtype, DType.f32)
+
+    def one(b: GraphWriter, rows: str, group: int) -> str:
+        return b.op("Gemm", rows, _group_weight(b, node.inputs[1], weight, group), transB=1)
+
+    y = over_groups(g, wide, offsets, static(w_type.shape[0]), w_type.shape[1], one)
+    return g.cast(y, DType.f32, x_type.dtype)
+
+
+def _combine(g: GraphWriter, node: Node, y: str, order: str, w: str) -> str:
+    (_, d), _, (m, k) = (a.type.shape for a in node.operands)
+    return combine(g, y, order, w, (m, k, d))
+
+
+EMITTERS: dict[str, Callable[..., Any]] = {
+    "route": _route,
+    "experts": _experts,
+    "dispatch": _dispatch,
+    "grouped_linear": _grouped_linear,
+    "combine": _combine,
+}

@@ -1,0 +1,58 @@
+"""Embedding, norm and rotary embedding: one ONNX operator each, after some arranging."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from dsc.backends.onnxruntime.graph import GraphWriter
+from dsc.ir.dims import product
+from dsc.ir.graph import Node
+from dsc.ir.types import DType
+
+
+def _embedding(g: GraphWriter, node: Node, ids: str, table: str) -> str:
+    return g.op("Gather", table, ids, axis=0)
+
+
+def _rms_norm(g: GraphWriter, node: Node, x: str, weight: str) -> str:
+    return g.op("RMSNormalization", x, weight, axis=-1, epsilon=float(node.attrs["eps"]))
+
+
+def _rope(g: GraphWriter, node: Node, x: str, positions: str, inv_freq: str) -> str:
+    """x [b, s, r] or [b, s, h, r] through RotaryEmbedding, which knows pairs and halves.
+
+    `deinterleave` takes pairs and gives halves: the pairs are sorted into halves beforehand.
+    """
+    shape = node.operands[0].type.shape
+    lead, r = shape[:-1], shape[-1]
+    heads = shape[2] if len(shape) == 4 else 1
+    if node.attrs["layout"] == "deinterleave":
+        pairs = (*lead, r // 2, 2)
+        x = g.reshape(x, shape, pairs)
+        x = g.transpose(x, *range(len(lead)), len(lead) + 1, len(lead))
+        x = g.reshape(x, (*lead, 2, r // 2), (*shape[:2], product(shape[2:])))
+    else:
+        x = g.reshape(x, shape, (*shape[:2], product(shape[2:])))
+    cos, sin = _angles(g, node, positions, inv_freq)
+    interleaved = int(node.attrs["layout"] == "interleaved")
+    y = g.op("RotaryEmbedding", x, cos, sin, interleaved=interleaved, num_heads=heads)
+    return g.reshape(y, (*shape[:2], product(shape[2:])), shape)
+
+
+def _angles(g: GraphWriter, node: Node, positions: str, inv_freq: str) -> tuple[str, str]:
+    """cos and sin [b, s, r/2] of position times frequency, times the attribute `scale`."""
+    steps = g.cast(g.op("Unsqueeze", positions, g.i64(2)), DType.i64, DType.f32)
+    angle = g.op("Mul", steps, inv_freq)
+    cos, sin = g.op("Cos", angle), g.op("Sin", angle)
+    scale = node.attrs.get("scale", 1.0)
+    if scale == 1.0:
+        return cos, sin
+    return g.op("Mul", cos, g.scalar(scale)), g.op("Mul", sin, g.scalar(scale))
+
+
+EMITTERS: dict[str, Callable[..., Any]] = {
+    "embedding": _embedding,
+    "rms_norm": _rms_norm,
+    "rope": _rope,
+}

@@ -1,0 +1,157 @@
+"""Graphs to ONNX models, and which entries of a program share one model.
+
+A model is built with no weight at hand: what it says of a weight is a place in the packed file,
+filled in by `finish` when the artifact's writer knows the places. The models lie beside that file
+(`onnx/`), as ONNX asks of external data.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper
+
+from dsc._version import __version__
+from dsc.backends.onnxruntime.emit import emit_graph
+from dsc.backends.onnxruntime.graph import External, GraphWriter, plain_symbol, value_info
+from dsc.ir.analyses import structural_hash
+from dsc.ir.dims import Dim
+from dsc.ir.graph import Graph, Weight
+from dsc.ir.program import Program
+
+FOLDER = "onnx"
+WEIGHTS = "model.safetensors"
+OPSET = 24  # the first with TensorScatter
+IR_VERSION = 11
+
+Places = Mapping[str, tuple[int, int]]
+
+
+@dataclass(slots=True)
+class BuiltModel:
+    """A model whose weights have no place yet."""
+
+    proto: ModelProto
+    externals: list[External]
+
+    def serialized(self, places: Places) -> bytes:
+        """The model's bytes, its initializers pointing into the packed weights at `places`."""
+        for external in self.externals:
+            start, _ = places.get(external.weight, (0, 0))
+            _point(external.tensor, start + external.start, external.length)
+        model = ModelProto()
+        model.CopyFrom(self.proto)
+        model.graph.initializer.extend(e.tensor for e in self.externals)
+        return bytes(model.SerializeToString(deterministic=True))
+
+
+def build_model(graph: Graph, name: str) -> BuiltModel:
+    """The ONNX model of one graph."""
+    g = GraphWriter(graph)
+    results = emit_graph(g, graph, {v.name: v.name for v in graph.inputs})
+    _name_outputs(g, graph, results)
+    used = set(_used(g.nodes))
+    proto = helper.make_graph(
+        g.nodes,
+        name,
+        [value_info(v.name, v.type) for v in graph.inputs],
+        [value_info(n, x.type) for n, x in zip(graph.output_names, graph.outputs, strict=True)],
+        [t for t in g.pool.constants.values() if t.name in used],
+    )
+    opset = helper.make_opsetid("", OPSET)
+    model = helper.make_model(proto, opset_imports=[opset], ir_version=IR_VERSION)
+    model.producer_name, model.producer_version = "dsc", __version__
+    externals = [e for e in g.pool.externals.values() if e.tensor.name in used]
+    return BuiltModel(model, externals)
+
+
+def shared_entries(program: Program) -> dict[str, str]:
+    """For each entry, the entry whose model runs it.
+
+    A decode entry that is the general one with S = 1 put in runs on the general model: one
+    session, and weights that ONNX Runtime prepares once.
+    """
+    keys = {name: _key(graph) for name, graph in program.entries.items()}
+    shared: dict[str, str] = {}
+    for name, graph in program.entries.items():
+        shared[name] = name
+        for other, general in program.entries.items():
+            if other == name or shared.get(other, other) != other:
+                continue
+            env = _specialises(graph, general)
+            earlier = not env and list(keys).index(other) < list(keys).index(name)
+            if env is not None and (env or earlier) and _key(general.substitute(env)) == keys[name]:
+                shared[name] = other
+                break
+    return {name: _last(shared, name) for name in shared}
+
+
+def _last(shared: Mapping[str, str], name: str) -> str:
+    while shared[name] != name:
+        name = shared[name]
+    return name
+
+
+def _key(graph: Graph) -> tuple[str, ...]:
+    """Equal for graphs that compute the same from the same inputs and weights."""
+    weights = [x.name for node in graph.walk() for x in node.operands if isinstance(x, Weight)]
+    names = (*(v.name for v in graph.inputs), "->", *graph.output_names)
+    return (structural_hash(graph), *names, *weights)
+
+
+def _specialises(special: Graph, general: Graph) -> dict[str, Dim] | None:
+    """What the symbols of `general` are in `special`, or `None` where their inputs do not fit."""
+    if [v.name for v in special.inputs] != [v.name for v in general.inputs]:
+        return None
+    env: dict[str, Dim] = {}
+    for ours, theirs in zip(special.inputs, general.inputs, strict=True):
+        if ours.type.rank != theirs.type.rank:
+            return None
+        for have, dim in zip(ours.type.shape, theirs.type.shape, strict=True):
+            name = plain_symbol(dim)
+            if name is not None and have != dim and env.setdefault(name, have) != have:
+                return None
+    return env
+
+
+def _name_outputs(g: GraphWriter, graph: Graph, results: Iterable[str]) -> None:
+    """Give results their public names: by renaming, or by an Identity where one has a name."""
+    made = {name for node in g.nodes for name in node.output}
+    renamed: dict[str, str] = {}
+    for name, result in zip(graph.output_names, results, strict=True):
+        if result in made and result not in renamed:
+            renamed[result] = name
+        elif result != name:
+            g.nodes.append(helper.make_node("Identity", [renamed.get(result, result)], [name]))
+    _rename(g.nodes, renamed)
+
+
+def _rename(nodes: Iterable[NodeProto], names: Mapping[str, str]) -> None:
+    for node in nodes:
+        for side in (node.input, node.output):
+            for index, name in enumerate(side):
+                if name in names:
+                    side[index] = names[name]
+        for branch in _branches(node):
+            _rename(branch.node, names)
+
+
+def _used(nodes: Iterable[NodeProto]) -> Iterator[str]:
+    for node in nodes:
+        yield from node.input
+        for branch in _branches(node):
+            yield from _used(branch.node)
+            yield from (output.name for output in branch.output)
+
+
+def _branches(node: NodeProto) -> Iterator[GraphProto]:
+    return (a.g for a in node.attribute if a.HasField("g"))
+
+
+def _point(tensor: TensorProto, offset: int, length: int) -> None:
+    tensor.data_location = TensorProto.EXTERNAL
+    del tensor.external_data[:]
+    for key, value in (("location", WEIGHTS), ("offset", offset), ("length", length)):
+        entry = tensor.external_data.add()
+        entry.key, entry.value = key, str(value)

@@ -1,0 +1,94 @@
+"""Runs a compiled causal language model with onnxruntime and numpy alone.
+
+This is the first half of an artifact's run.py.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import pathlib
+from typing import Any
+
+import numpy as np
+import onnxruntime
+
+TOKENS = ("input_ids", "positions", "lengths", "logits_at")
+FLOAT, FLOAT16, BFLOAT16 = 1, 10, 16  # ONNX's numbers; numpy has no bfloat16, uint16 stands for it
+NUMPY = {FLOAT: np.float32, FLOAT16: np.float16, BFLOAT16: np.uint16}
+CACHES = {"tensor(float)": FLOAT, "tensor(float16)": FLOAT16, "tensor(bfloat16)": BFLOAT16}
+Array = np.ndarray[Any, Any]
+
+
+class Model:
+    """A model and its cache. Sequences are rows of a batch; they may differ in length."""
+
+    def __init__(self, folder: str | pathlib.Path, threads: int | None = None) -> None:
+        """Read the manifest of `folder`. Each ONNX model is opened when first needed."""
+        self.folder = pathlib.Path(folder)
+        meta = json.loads((self.folder / "dsc.json").read_text())["meta"]
+        self.chunk: int = meta["chunk"]
+        self.threads = threads or meta["threads"] or 0
+        self._models, self._guards = meta["models"], meta["guards"]
+        self._sessions: dict[str, Any] = {}
+        self._caches: dict[str, Any] = {}
+
+    def step(self, input_ids: Array, positions: Array, lengths: Array, logits_at: Array) -> Array:
+        """Run new tokens [B, S] of sequences that have `lengths` [B] tokens in the cache.
+
+        Returns float32 logits [B, L, vocab] of the tokens `logits_at` [B, L], indices into S.
+        """
+        tokens = dict(zip(TOKENS, (input_ids, positions, lengths, logits_at), strict=True))
+        session = self._session(input_ids.shape[1], logits_at.shape[1])
+        feeds = {name: _value(np.ascontiguousarray(x, np.int64)) for name, x in tokens.items()}
+        for spec in session.get_inputs():
+            if spec.name not in tokens:
+                feeds[spec.name] = self._past(spec, len(input_ids), int(np.max(lengths)))
+        names = [spec.name for spec in session.get_outputs()]
+        results = dict(zip(names, session.run_with_ort_values(names, feeds), strict=True))
+        logits = _array(results.pop("logits"))
+        self._caches = {name.replace("present", "past", 1): x for name, x in results.items()}
+        if logits.dtype == np.uint16:  # a bfloat16 is the upper half of a float32
+            return (logits.astype(np.uint32) << 16).view(np.float32)
+        return logits.astype(np.float32)
+
+    def _past(self, spec: Any, rows: int, longest: int) -> Any:
+        """The cache as an input, cut to `longest` rows: what follows was padding."""
+        kind = CACHES[spec.type]
+        if longest == 0:
+            return _value(np.zeros((rows, 0, spec.shape[2]), NUMPY[kind]), kind)
+        held = self._caches[spec.name]
+        if held.shape()[1] == longest:
+            return held
+        return _value(np.ascontiguousarray(_array(held)[:, :longest]), kind)
+
+    def _session(self, new: int, wanted: int) -> Any:
+        """The session of the first entry whose guard admits `new` tokens."""
+        size = new if wanted == 1 else max(new, 2)
+        admitted = (name for name, limit in self._guards.items() if limit == 0 or size <= limit)
+        path = self._models[next(admitted, list(self._models)[-1])]
+        if path not in self._sessions:
+            options = onnxruntime.SessionOptions()
+            options.log_severity_level = 3
+            options.add_session_config_entry("session.disable_prepacking", "1")
+            options.intra_op_num_threads = self.threads
+            self._sessions[path] = onnxruntime.InferenceSession(
+                str(self.folder / path), options, providers=["CPUExecutionProvider"]
+            )
+        return self._sessions[path]
+
+
+def _value(array: Array, kind: int = FLOAT) -> Any:
+    """An OrtValue over the memory of `array`."""
+    if kind == BFLOAT16:
+        return onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(array, BFLOAT16)
+    return onnxruntime.OrtValue.ortvalue_from_numpy(array)
+
+
+def _array(value: Any) -> Array:
+    """What an OrtValue holds."""
+    if value.element_type() != BFLOAT16:
+        return np.asarray(value.numpy())
+    shape = value.shape()
+    memory = (ctypes.c_uint16 * int(np.prod(shape))).from_address(value.data_ptr())
+    return np.array(memory, dtype=np.uint16).reshape(shape)

@@ -1,0 +1,89 @@
+"""Runs an artifact's ONNX models through `InferenceSession`, on torch tensors, without copies.
+
+Weights are mapped from the packed file by every session; pages are shared between them because
+prepacking, which would give each session repacked copies of its own, is off. (Packing made
+one-token steps no faster and prefill slower: see `docs/backends.md`.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dsc.backends.base import Signature
+from dsc.backends.onnxruntime.graph import ONNX_TYPE
+from dsc.errors import UsageError
+from dsc.ir.dims import evaluate
+from dsc.ir.interpreter import bind_symbols
+from dsc.ir.program import Program
+
+if TYPE_CHECKING:
+    import torch
+
+ERRORS_ONLY = 3
+
+
+def open_session(path: Path, threads: int | None) -> Any:
+    """An `onnxruntime.InferenceSession` on the CPU. Raises what ONNX Runtime raises."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = ERRORS_ONLY
+    options.add_session_config_entry("session.disable_prepacking", "1")
+    if threads is not None:
+        options.intra_op_num_threads = threads
+        options.inter_op_num_threads = 1
+    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+
+class OnnxExecutable:
+    """A loaded artifact: one session a model, opened when an entry first runs."""
+
+    def __init__(
+        self, folder: Path, models: Mapping[str, str], program: Program, threads: int | None = None
+    ) -> None:
+        self.program = program
+        self._folder = folder
+        self._models = dict(models)
+        self._threads = threads
+        self._sessions: dict[str, Any] = {}
+
+    def signature(self, entry: str) -> Signature:
+        """Names, types and aliases of an entry."""
+        return Signature.of(self.program.entries[entry])
+
+    def run(self, entry: str, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Run an entry on CPU tensors by name; results are new tensors. Raises `UsageError`."""
+        import torch
+
+        graph = self.program.entries.get(entry)
+        if graph is None:
+            raise UsageError(f"no entry {entry}", hint=f"one of {', '.join(self.program.entries)}")
+        missing = [v.name for v in graph.inputs if v.name not in inputs]
+        if missing:
+            raise UsageError(f"entry {entry} needs the inputs {', '.join(missing)}")
+        given = [inputs[v.name].contiguous() for v in graph.inputs]
+        env = bind_symbols(graph, given)
+        binding = self._session(entry).io_binding()
+        for value, tensor in zip(graph.inputs, given, strict=True):
+            _bind(binding.bind_input, value.name, ONNX_TYPE[value.type.dtype], tensor)
+        results = {}
+        for name, output in zip(graph.output_names, graph.outputs, strict=True):
+            shape = [evaluate(d, env) for d in output.type.shape]
+            results[name] = torch.empty(shape, dtype=output.type.dtype.torch)
+            _bind(binding.bind_output, name, ONNX_TYPE[output.type.dtype], results[name])
+        self._session(entry).run_with_iobinding(binding)
+        return results
+
+    def _session(self, entry: str) -> Any:
+        path = self._models[entry]
+        if path not in self._sessions:
+            self._sessions[path] = open_session(self._folder / path, self._threads)
+        return self._sessions[path]
+
+
+def _bind(bind: Any, name: str, element_type: int, tensor: torch.Tensor) -> None:
+    # ONNX Runtime takes no null pointer, which is what an empty tensor has.
+    memory = tensor if tensor.numel() else tensor.new_empty(1)
+    bind(name, "cpu", 0, element_type, list(tensor.shape), memory.data_ptr())

@@ -1,0 +1,67 @@
+"""The `reference` backend: the interpreter over an artifact's weights.
+
+It emits nothing but the program itself and runs it operator by operator in plain torch on the CPU.
+Slow and simple: what the other backends are compared with, and what runs where no toolchain does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dsc.backends.base import (
+    Capabilities,
+    Emission,
+    EmitOptions,
+    Executable,
+    Signature,
+    Support,
+    Yes,
+)
+from dsc.ir.graph import Node
+from dsc.ir.interpreter import Interpreter
+from dsc.ir.program import Program
+from dsc.ir.types import DType
+from dsc.targets import Target
+
+if TYPE_CHECKING:
+    import torch
+
+
+class ReferenceBackend:
+    """Every operator by its reference."""
+
+    name = "reference"
+    rules: Sequence[Any] = ()
+
+    def capabilities(self, target: Target) -> Capabilities:
+        """All element types; caches are functional."""
+        return Capabilities(dtypes=frozenset(DType))
+
+    def supports(self, node: Node) -> Support:
+        """Every operator has a reference."""
+        return Yes()
+
+    def emit(self, program: Program, options: EmitOptions) -> Emission:
+        """Nothing: the artifact's program.dsc is what runs."""
+        return Emission(files={})
+
+    def load(self, folder: Path, manifest: Mapping[str, Any], program: Program) -> Executable:
+        """Interpret `program`, whose weights are those of the artifact."""
+        return ReferenceExecutable(program)
+
+
+class ReferenceExecutable:
+    """An interpreter behind the interface of an executable."""
+
+    def __init__(self, program: Program) -> None:
+        self._interpreter = Interpreter(program)
+
+    def signature(self, entry: str) -> Signature:
+        """Names, types and aliases of an entry."""
+        return Signature.of(self._interpreter.program.entries[entry])
+
+    def run(self, entry: str, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Run an entry on CPU tensors by name. Raises `UsageError`."""
+        return self._interpreter.run(entry, inputs)
