@@ -90,6 +90,12 @@ def output_names(config: ModelConfig) -> tuple[str, ...]:
     return ("logits", *_cache_names("present", config))
 
 
+def cache_names(config: ModelConfig) -> tuple[tuple[str, str], ...]:
+    """Pairs (output, input) of a step's caches: what goes in as past comes out as present."""
+    outputs, inputs = _cache_names("present", config), _cache_names("past", config)
+    return tuple(zip(outputs, inputs, strict=True))
+
+
 def _cache_names(prefix: str, config: ModelConfig) -> list[str]:
     layers = range(config.num_hidden_layers)
     return [f"{prefix}.{layer}.{part}" for layer in layers for part in ("latent", "rope")]

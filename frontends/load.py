@@ -6,10 +6,14 @@ transformers causal LM in memory, or a `Program`: one function reads them all.
 
 from __future__ import annotations
 
-import runpy
+import hashlib
+import importlib
+import importlib.util
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from dsc.errors import ConfigError, UnsupportedArchitecture, UsageError
@@ -230,22 +234,39 @@ def _trace(
     from dsc.frontends import causal_lm
     from dsc.frontends.torch_export import trace
 
-    if progress is not None:
-        progress("tracing", 0, 0)
-    device = next(module.parameters()).device
-    program = trace(
-        module,
-        causal_lm.example_inputs(config, device=device, dtype=dtype.torch),
-        name=config.model_type,
-        entry="step",
-        dynamic_shapes=causal_lm.dynamic_shapes(config),
-        input_names=causal_lm.input_names(config),
-        output_names=causal_lm.output_names(config),
-        symbols=limits.symbols(config),
-        aliases=causal_lm.aliases(config),
-    )
-    meta = {**program.meta, "config": config.model_dump(mode="json", exclude_none=True)}
-    return replace(program, meta=meta)
+    from dsc.frontends import trace_cache
+
+    config_values = config.model_dump(mode="json", exclude_none=True)
+    key = trace_cache.key_of(module, config=config_values, dtype=str(dtype))
+    program = trace_cache.load(key)
+    if program is None:
+        if progress is not None:
+            progress("tracing", 0, 0)
+        device = next(module.parameters()).device
+        program = trace(
+            module,
+            causal_lm.example_inputs(config, device=device, dtype=dtype.torch),
+            name="step",
+            dynamic_shapes=causal_lm.dynamic_shapes(config),
+            input_names=causal_lm.input_names(config),
+            output_names=causal_lm.output_names(config),
+            symbols=limits.symbols(config),
+            aliases=causal_lm.cache_names(config),
+        )
+        trace_cache.store(key, program, _constant_sources(program, module))
+    meta = {**program.meta, "config": config_values}
+    return replace(program, meta=meta, symbols={**program.symbols, **limits.symbols(config)})
+
+
+def _constant_sources(program: Program, module: nn.Module) -> dict[str, Any]:
+    """The values that a trace found and no checkpoint supplies, by source key."""
+    supplied = set(module.state_dict())
+    found = {}
+    for name, expr in program.weights.items():
+        value = None if name in supplied else _value(program, name)
+        if isinstance(expr, Source) and value is not None:
+            found[expr.key] = value
+    return found
 
 
 def _with_weights(
@@ -307,15 +328,35 @@ def _loaded(
 
 
 def _build_function(path: Path) -> Callable[[ModelConfig], nn.Module]:
-    found = runpy.run_path(str(path)).get("build")
-    if not callable(found):
+    build: Callable[[ModelConfig], nn.Module] | None = getattr(_module_at(path), "build", None)
+    if not callable(build):
         raise UsageError(
             "the file defines no build(config)",
             where=str(path),
             hint="define build(config) that returns the module to compile, as models/v3.py does",
         )
-    build: Callable[[ModelConfig], nn.Module] = found
     return build
+
+
+def _module_at(path: Path) -> ModuleType:
+    """Import a file under a name of its own; a file of dsc's models is the module it already is."""
+    models = Path(__file__).resolve().parent.parent / "models"
+    path = path.resolve()
+    if path.parent == models:
+        return importlib.import_module(f"dsc.models.{path.stem}")
+    name = f"dsc_user_model_{hashlib.sha256(str(path).encode()).hexdigest()[:12]}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise UsageError("this is no Python file", where=str(path))
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except Exception as problem:
+        raise UsageError(
+            f"the file fails when it is run: {type(problem).__name__}: {problem}", where=str(path)
+        ) from problem
+    return module
 
 
 def _shape_of(config: ModelConfig) -> dict[str, Any]:

@@ -1,0 +1,103 @@
+"""Traced programs, kept between runs: tracing is the slowest part of a compile.
+
+The key is everything that a trace depends on, in full: the configuration, the element type, the
+sources of the module's classes and of our own frontends, and the versions of torch and
+transformers. The file name is only its hash; the key itself is stored and compared. What is kept
+is the program's text and the few constants that tracing found; no weight is ever stored.
+
+The folder is `$XDG_CACHE_HOME/dsc/traces` (`~/.cache` by default); `DSC_TRACE_CACHE=off` turns the
+cache off. A damaged or foreign file is a miss.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dsc.errors import DscError
+from dsc.frontends.safetensors_source import open_safetensors
+from dsc.ir.parser import parse_program
+from dsc.ir.printer import print_program
+from dsc.ir.program import Program
+from dsc.ir.weights import LayeredSource, MetaSource, sources
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+MAX_ENTRY_BYTES = 512 * 2**20
+
+
+def key_of(module: nn.Module, **facts: Any) -> dict[str, Any]:
+    """Everything that the trace of `module` depends on; `facts` are the caller's part."""
+    files = {inspect.getfile(type(m)) for m in module.modules()}
+    ours = Path(__file__).resolve().parent
+    files |= {str(p) for p in ours.glob("*.py")}
+    files |= {str(p) for p in (ours.parent / "dsc" / "ir" / "ops").glob("*.py")}
+    return {
+        **facts,
+        "module": type(module).__qualname__,
+        "sources": {f: _digest(f) for f in sorted(files)},
+        "versions": {name: version(name) for name in ("torch", "transformers")},
+        "python": list(sys.version_info[:2]),
+    }
+
+
+def load(key: Mapping[str, Any]) -> Program | None:
+    """The traced program of a key, or `None`."""
+    path = _path(key)
+    if path is None or not path.is_file() or path.stat().st_size > MAX_ENTRY_BYTES:
+        return None
+    try:
+        entry = json.loads(path.read_text())
+        if entry["key"] != json.loads(json.dumps(key)):
+            return None
+        program = parse_program(entry["program"])
+        constants = open_safetensors(path.with_suffix(".safetensors"))
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, DscError):
+        return None
+    types = {s.key: s.type for e in program.weights.values() for s in sources(e)}
+    return replace(program, source=LayeredSource((constants, MetaSource(types))))
+
+
+def store(key: Mapping[str, Any], program: Program, constants: Mapping[str, torch.Tensor]) -> None:
+    """Keep a traced program. `constants` are the values among its weights' sources, by key."""
+    from safetensors.torch import save_file
+
+    path = _path(key)
+    if path is None:
+        return
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        entry = json.dumps({"key": key, "program": print_program(program)})
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+            text, values = Path(folder) / "entry", Path(folder) / "values"
+            text.write_text(entry)
+            save_file({k: v.contiguous() for k, v in constants.items()}, values)
+            os.replace(values, path.with_suffix(".safetensors"))
+            os.replace(text, path)
+    except OSError:
+        return  # a cache that cannot be written is a slower compile, not an error
+
+
+def _path(key: Mapping[str, Any]) -> Path | None:
+    if os.environ.get("DSC_TRACE_CACHE") == "off":
+        return None
+    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
+    return base / "dsc" / "traces" / f"{name}.json"
+
+
+@cache
+def _digest(file: str) -> str:
+    return hashlib.sha256(Path(file).read_bytes()).hexdigest()
