@@ -231,10 +231,8 @@ def _trace(
     limits: Limits,
     progress: Progress | None,
 ) -> Program:
-    from dsc.frontends import causal_lm
+    from dsc.frontends import causal_lm, trace_cache
     from dsc.frontends.torch_export import trace
-
-    from dsc.frontends import trace_cache
 
     config_values = config.model_dump(mode="json", exclude_none=True)
     key = trace_cache.key_of(module, config=config_values, dtype=str(dtype))

@@ -16,6 +16,7 @@ from dsc.errors import UsageError
 from dsc.ir.dims import Sym
 from dsc.ir.graph import Graph, Value
 from dsc.ir.program import Program
+from dsc.runtime.profiler import span
 
 if TYPE_CHECKING:
     import torch
@@ -124,7 +125,8 @@ class Session:
             "logits_at": wanted.expand(chunk.shape[0], -1).contiguous(),
         }
         entry = self._entry(size if inputs["logits_at"].shape[1] == 1 else max(size, 2))
-        outputs = self.executable.run(entry, {**inputs, **self._caches})
+        with span(entry, "entry"):
+            outputs = self.executable.run(entry, {**inputs, **self._caches})
         self._lengths = self._lengths + here
         self._keep(outputs)
         return outputs["logits"]

@@ -1,0 +1,272 @@
+"""Everything the project promises, measured, as one JSON object: `make bars`.
+
+Each bar is a function that returns its figures and whether they hold. Results go to
+`bench/out/bars.json` as they come; a run that was cut off goes on where it stopped, as long as the
+commit is the same. `python -m bench.bars NAME …` measures some again.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "bench" / "out" / "bars.json"
+TINY = ROOT / "models" / "tiny-v3"
+TEXT = ROOT.parent / "shared" / "text" / "valid.txt"
+BACKENDS = ("reference", "onnxruntime", "tvm")
+Figures = dict[str, Any]
+
+
+def import_time() -> Figures:
+    """`import dsc`: at most 0.5 s, and none of the toolchains comes along."""
+    code = (
+        "import sys, time; t = time.perf_counter(); import dsc; s = time.perf_counter() - t;"
+        "print(s, *[m for m in ('torch','triton','tvm','onnxruntime','transformers')"
+        " if m in sys.modules])"
+    )
+    runs = [_python(code).split() for _ in range(5)]
+    seconds = statistics.median(float(r[0]) for r in runs)
+    dragged = sorted({m for r in runs for m in r[1:]})
+    return {"ok": seconds < 0.5 and not dragged, "seconds": seconds, "imported": dragged}
+
+
+def parity() -> Figures:
+    """Every case of `bench.parity` on every backend that runs here, against transformers."""
+    from bench import parity as grid
+
+    results = []
+    for case in grid.CASES:
+        with tempfile.TemporaryDirectory() as folder:
+            grid.make_checkpoint(case, Path(folder))
+            results += [grid.check(case, backend, Path(folder)) for backend in BACKENDS]
+    worst = {b: max(r.worst for r in results if r.backend == b) for b in BACKENDS}
+    return {
+        "ok": all(r.ok for r in results),
+        "worst": worst,
+        "bad": [r.as_dict() for r in results if not r.ok],
+        "cases": len(grid.CASES),
+        "excluded": sum(r.excluded for r in results),
+        "positions": sum(r.positions for r in results),
+    }
+
+
+def perplexity() -> Figures:
+    """tiny-v3 on the validation text: within 0.5% of transformers', in fp32 and in bf16."""
+    import torch
+    from tokenizers import Tokenizer
+
+    import dsc
+    from bench import language
+
+    if not TEXT.is_file():
+        return {"ok": None, "skipped": "the validation text is not beside this checkout"}
+    ids = Tokenizer.from_file(str(TINY / "tokenizer.json")).encode(TEXT.read_text()).ids
+    figures: Figures = {"tokens": len(ids)}
+    ok = True
+    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        stock = language.perplexity(language.stock_logits(TINY, dtype), ids)
+        figures[f"transformers {name}"] = round(stock, 4)
+        for backend in BACKENDS:
+            compiled = dsc.compile(TINY, backend=backend, dtype=name)
+            ours = language.perplexity(language.our_logits(compiled), ids)
+            figures[f"{backend} {name}"] = round(ours, 4)
+            ok = ok and abs(ours / stock - 1) <= 0.005
+    return {"ok": ok, **figures}
+
+
+def greedy() -> Figures:
+    """64 greedy tokens of tiny-v3 equal transformers', on every backend."""
+    import torch
+    from tokenizers import Tokenizer
+
+    import dsc
+    from bench import language
+
+    tokenizer = Tokenizer.from_file(str(TINY / "tokenizer.json"))
+    ids = tokenizer.encode(language.PROMPT).ids
+    figures: Figures = {}
+    ok = True
+    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        stock = language.stock_greedy(TINY, dtype, ids, 64)
+        figures[f"text {name}"] = tokenizer.decode(stock)
+        for backend in BACKENDS:
+            compiled = dsc.compile(TINY, backend=backend, dtype=name)
+            ours = language.our_greedy(compiled, ids, 64)
+            same = next((i for i, (a, b) in enumerate(zip(ours, stock)) if a != b), len(stock))  # noqa: B905
+            figures[f"{backend} {name}"] = same
+            ok = ok and ours == stock
+    return {"ok": ok, **figures}
+
+
+def triton_compiles() -> Figures:
+    """Every kernel of the tiny model compiles for sm_90 and gfx942, with no GPU."""
+    import dsc
+
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "out"
+        start = time.perf_counter()
+        compiled = dsc.compile(TINY, backend="triton", target=["cuda:sm_90", "hip:gfx942"])
+        compiled.save(out)
+        seconds = time.perf_counter() - start
+        cubins = [p.stat().st_size for p in out.rglob("*.cubin")]
+        hsacos = [p.stat().st_size for p in out.rglob("*.hsaco")]
+    return {
+        "ok": len(cubins) == len(hsacos) > 0 and min(cubins + hsacos) > 0,
+        "cubins": len(cubins),
+        "hsacos": len(hsacos),
+        "seconds": round(seconds, 1),
+    }
+
+
+def triton_interprets() -> Figures:
+    """Prefill of 16 tokens and 4 decode steps through Triton's interpreter, against ours."""
+    import torch
+
+    import dsc
+
+    ids = torch.randint(2048, (1, 20), generator=torch.Generator().manual_seed(0))
+    found = {}
+    seconds = 0.0
+    for backend in ("reference", "triton"):
+        compiled = dsc.compile(TINY, backend=backend, dtype="fp32", max_batch=1, max_context=64)
+        session = compiled.session()
+        start = time.perf_counter()
+        rows = [session.prefill(ids[:, :16], all_logits=True)[0]]
+        rows += [session.decode(ids[:, 16 + i]) for i in range(4)]
+        seconds = time.perf_counter() - start
+        found[backend] = torch.cat(rows)
+    error = float((found["triton"] - found["reference"]).abs().max())
+    return {"ok": error <= 1e-3, "max_difference": error, "seconds": round(seconds, 1)}
+
+
+def run_scripts() -> Figures:
+    """run.py of the tvm and onnx artifacts, in an environment without dsc and without torch."""
+    from tokenizers import Tokenizer
+
+    import dsc
+    from bench import language
+
+    tokenizer = Tokenizer.from_file(str(TINY / "tokenizer.json"))
+    ids = tokenizer.encode(language.PROMPT).ids
+    figures: Figures = {}
+    ok = True
+    with tempfile.TemporaryDirectory() as folder:
+        python = _bare_environment(Path(folder) / "venv")
+        for backend in ("tvm", "onnxruntime"):
+            compiled = dsc.compile(TINY, backend=backend)
+            out = compiled.save(Path(folder) / backend)
+            ours = language.PROMPT + tokenizer.decode(language.our_greedy(compiled, ids, 64))
+            command = [python, str(out / "run.py"), language.PROMPT, "--max-new-tokens", "64"]
+            done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=folder)
+            figures[backend] = done.stdout.strip() == ours.strip()
+            figures[f"{backend} stderr"] = done.stderr[-500:]
+            figures[f"{backend} lines"] = len((out / "run.py").read_text().splitlines())
+            ok = ok and figures[backend] and figures[f"{backend} lines"] < 200
+    return {"ok": ok, **figures}
+
+
+def demo() -> Figures:
+    """`make demo` on an environment that is set up: at most 10 minutes."""
+    start = time.perf_counter()
+    done = subprocess.run(
+        [sys.executable, "-m", "bench.demo"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    seconds = time.perf_counter() - start
+    return {
+        "ok": done.returncode == 0 and seconds < 600,
+        "seconds": round(seconds, 1),
+        "output": done.stdout[-600:],
+        "errors": done.stderr[-600:] if done.returncode else "",
+    }
+
+
+BARS: dict[str, Callable[[], Figures]] = {
+    "import_time": import_time,
+    "parity": parity,
+    "perplexity": perplexity,
+    "greedy": greedy,
+    "triton_compiles": triton_compiles,
+    "triton_interprets": triton_interprets,
+    "run_scripts": run_scripts,
+    "demo": demo,
+}
+
+
+def main() -> None:
+    """Measure what is missing at this commit, or what is named, and print the JSON."""
+    wanted = sys.argv[1:]
+    unknown = [name for name in wanted if name not in BARS]
+    if unknown:
+        sys.exit(f"no bar is called {', '.join(unknown)}; there are {', '.join(BARS)}")
+    results = _earlier()
+    for name, bar in BARS.items():
+        if (wanted and name not in wanted) or (not wanted and name in results["bars"]):
+            continue
+        print(f"… {name}", file=sys.stderr, flush=True)
+        start = time.perf_counter()
+        try:
+            figures = bar()
+        except Exception as problem:
+            traceback.print_exc()
+            figures = {"ok": False, "error": f"{type(problem).__name__}: {problem}"}
+        figures["bar_seconds"] = round(time.perf_counter() - start, 1)
+        results["bars"][name] = figures
+        RESULTS.parent.mkdir(parents=True, exist_ok=True)
+        RESULTS.write_text(json.dumps(results, indent=1))
+    print(json.dumps(results, indent=1))
+    if any(figures["ok"] is False for figures in results["bars"].values()):
+        sys.exit(1)
+
+
+def _earlier() -> dict[str, Any]:
+    commit = _git("rev-parse", "HEAD") + ("+changes" if _git("status", "--porcelain") else "")
+    if RESULTS.is_file():
+        found: dict[str, Any] = json.loads(RESULTS.read_text())
+        if found["commit"] == commit:
+            return found
+    machine = f"{platform.machine()}, {os.cpu_count()} cores"
+    return {"commit": commit, "machine": machine, "bars": {}}
+
+
+def _git(*arguments: str) -> str:
+    done = subprocess.run(
+        ["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    return done.stdout.strip()
+
+
+def _python(code: str) -> str:
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
+    ).stdout
+
+
+def _bare_environment(folder: Path) -> str:
+    """A venv with numpy, tokenizers and the two runtimes; neither dsc nor torch."""
+    subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
+    python = str(folder / "bin" / "python")
+    packages = ["numpy", "ml_dtypes", "tokenizers", "onnxruntime", "apache-tvm", "apache-tvm-ffi"]
+    subprocess.run(
+        [python, "-m", "pip", "install", "-q", "-c", str(ROOT / "constraints.txt"), *packages],
+        check=True,
+    )
+    absent = (
+        "import importlib.util as u; assert not u.find_spec('torch') and not u.find_spec('dsc')"
+    )
+    subprocess.run([python, "-c", absent], check=True, cwd=folder)
+    return python
+
+
+if __name__ == "__main__":
+    main()
