@@ -71,14 +71,14 @@ class Blocks:
         """A tile for at most `m` rows by `n` columns; operands of `itemsize` bytes.
 
         Few rows mean a stream of weights: narrow column tiles, so that many programs read at once.
-        fp32 products have no tensor cores to feed and take small tiles.
+        fp32 products have no tensor cores to feed, and code that grows with the tile.
         """
         if self.interprets:
             edge_k = clamp_power(k, DOT_MINIMUM, 512)
             edge_n = clamp_power(n, DOT_MINIMUM, INTERPRET_ELEMENTS // edge_k)
             return Tile(clamp_power(m, DOT_MINIMUM, 64), edge_n, edge_k)
         if itemsize >= 4:
-            return Tile(clamp_power(m, 16, 64), clamp_power(n, 16, 64), 32, 4, 2)
+            return Tile(clamp_power(m, 16, 32), clamp_power(n, 16, 64), 16, 4, 1)
         if m <= 64:
             wide = 64 if n >= 8192 else 32
             return Tile(clamp_power(m, 16, 64), clamp_power(n, 16, wide), 128, 4, self.deep_stages)
@@ -89,9 +89,10 @@ class Blocks:
         """Query rows (m) and keys (n) of a flash-attention tile for heads of `head` numbers."""
         if self.interprets:
             return Tile(clamp_power(queries, 16, 128), clamp_power(keys, 16, 512), 0)
-        edge = 32 if itemsize >= 4 or head > 128 else 64
-        tall = clamp_power(queries, 16, 32 if itemsize >= 4 else 128 if head <= 128 else 64)
-        return Tile(tall, edge, 0, 4 if tall <= 64 else 8, 2 if itemsize < 4 else 1)
+        if itemsize >= 4:
+            return Tile(16, 16, 0, 4, 1)
+        tall = clamp_power(queries, 16, 128 if head <= 128 else 64)
+        return Tile(tall, 64 if head <= 128 else 32, 0, 4 if tall <= 64 else 8, 2)
 
     def latent(self, heads: int, tokens: int, width: int, itemsize: int) -> Tile:
         """Heads (m) and cached tokens (n) of an absorbed-attention tile; rows of `width` numbers.
@@ -100,10 +101,11 @@ class Blocks:
         """
         if self.interprets:
             return Tile(clamp_power(heads, 16, 128), clamp_power(tokens, 16, 512), 0)
-        rows = 16
+        if itemsize >= 4:
+            return Tile(16, 16, 0, 4, 1)
         fits = self.shared_memory // 2 // (next_power(width) * itemsize)
-        tokens_fit = max(16, min(64, next_power(fits + 1) // 2))
-        return Tile(rows, clamp_power(tokens, 16, tokens_fit), 0, 4, 1 if tokens_fit < 64 else 2)
+        most = max(16, min(64, next_power(fits + 1) // 2))
+        return Tile(16, clamp_power(tokens, 16, most), 0, 4, 1 if most < 64 else 2)
 
     def splits(self, programs: int, tokens: int) -> int:
         """Spans that a cache of up to `tokens` rows is cut into, for `programs` other programs."""

@@ -41,18 +41,22 @@ def gemm(
     """c[z, m, n] = sum_k a[z, m, k] * b[z, n, k] (+ bias[n]); grid (m tiles * n tiles, batch).
 
     Tiles are visited in groups of GROUP_M row tiles, so that a group shares its columns of `b` in
-    cache. WIDEN multiplies in fp32 whatever the operands are (the router's scores). HAS_LIMIT skips
-    row tiles past `limit[z] + new_rows`: rows of a latent cache that hold no token yet.
+    cache; 0 visits them row tiles first. WIDEN multiplies in fp32 whatever the operands are (the
+    router's scores). HAS_LIMIT skips row tiles past `limit[z] + new_rows`: rows of a latent cache
+    that hold no token yet.
     """
     tiles_m = tl.cdiv(M, BLOCK_M)
-    tiles_n = tl.cdiv(N, BLOCK_N)
     tile = tl.program_id(0)
     z = tl.program_id(1).to(tl.int64)
-    group = tile // (GROUP_M * tiles_n)
-    first = group * GROUP_M
-    height = tl.minimum(tiles_m - first, GROUP_M)
-    tile_m = first + (tile % (GROUP_M * tiles_n)) % height
-    tile_n = (tile % (GROUP_M * tiles_n)) // height
+    if GROUP_M == 0:
+        tile_m = tile % tiles_m
+        tile_n = tile // tiles_m
+    else:
+        across = GROUP_M * tl.cdiv(N, BLOCK_N)
+        first = tile // across * GROUP_M
+        height = tl.minimum(tiles_m - first, GROUP_M)
+        tile_m = first + (tile % across) % height
+        tile_n = (tile % across) // height
     if HAS_LIMIT:
         if tile_m * BLOCK_M >= tl.load(limit + z) + new_rows:
             return

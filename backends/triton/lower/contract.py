@@ -47,7 +47,8 @@ def emit_gemm(
     given |= dict(zip(("b_batch", "b_n", "b_k"), p.b_strides, strict=True))
     given |= dict(zip(("c_batch", "c_m", "c_n"), p.out_strides, strict=True))
     given |= {"HAS_BIAS": bias is not None, "HAS_LIMIT": limit is not None, "WIDEN": widen}
-    given |= {"BLOCK_M": tile.m, "BLOCK_N": tile.n, "BLOCK_K": tile.k, "GROUP_M": 8}
+    given |= {"BLOCK_M": tile.m, "BLOCK_N": tile.n, "BLOCK_K": tile.k}
+    given["GROUP_M"] = 8 if rows > 2 * tile.m else 0
     grid = (ceil_div(m, tile.m) * ceil_div(n, tile.n), z)
     ctx.launch("gemm:gemm", grid, given, tile.warps, tile.stages)
 
