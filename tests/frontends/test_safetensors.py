@@ -75,6 +75,7 @@ def test_empty_scalar_and_unaligned_tensors(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(raw(header, data))
     source = open_safetensors(tmp_path)
     assert source.load("odd").tolist() == [1.5, -2.0]
+    assert source.load("odd").data_ptr() % 4 == 0
     assert source.load("byte").item() == 7
     assert source.load("none").shape == (0, 4)
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from dsc.errors import UsageError
 from dsc.frontends.causal_lm import Extents, dynamic_shapes, example_inputs
 from dsc.frontends.config import ModelConfig
+from dsc.frontends.huggingface import stock_causal_lm
 from dsc.models import v3
 from dsc.models.configs import CONFIGS, config
 from tests.family import PLAIN, YARN, advance, empty_caches, small, stock
@@ -85,6 +86,28 @@ def test_13_value_width_differs_from_key_width() -> None:
     expected, _ = advance(reference, tokens(1, 7), empty_caches(cfg))
     found, _ = advance(ours, tokens(1, 7), empty_caches(cfg))
     assert_close(found, expected)
+
+
+def test_02_negative_bias_with_masked_groups() -> None:
+    """Masked experts count as -inf: at 0 they would beat all kept ones, whose scores are below."""
+    cfg = small()
+    reference, ours = twin(cfg)
+    for model in (reference, ours):
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer -= 2
+    ids = tokens(2, 20)
+    expected, _ = advance(reference, ids, empty_caches(cfg, 2))
+    found, _ = advance(ours, ids, empty_caches(cfg, 2))
+    assert_close(found, expected)
+
+
+@pytest.mark.parametrize("name", ["tiny", "16b", "671b", "moonlight"])
+def test_frequencies_equal_stock_to_the_bit(name: str) -> None:
+    cfg = config(name).model_copy(update={"num_hidden_layers": 1})
+    expected = stock_causal_lm(cfg).get_buffer("model.rotary_emb.inv_freq")
+    found = v3.inverse_frequencies(cfg.rope_parameters, cfg.qk_rope_head_dim)
+    assert torch.equal(found, expected)
 
 
 def test_yarn_matters_beyond_the_original_context() -> None:
