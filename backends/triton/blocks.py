@@ -105,7 +105,8 @@ class Blocks:
             return Tile(16, 16, 0, 4, 1)
         fits = self.shared_memory // 2 // (next_power(width) * itemsize)
         most = max(16, min(64, next_power(fits + 1) // 2))
-        return Tile(16, clamp_power(tokens, 16, most), 0, 4, 1 if most < 64 else 2)
+        warps = 8 if width > 128 else 4  # an accumulator of 16 x 512 spills in four
+        return Tile(16, clamp_power(tokens, 16, most), 0, warps, 1 if most < 64 else 2)
 
     def splits(self, programs: int, tokens: int) -> int:
         """Spans that a cache of up to `tokens` rows is cut into, for `programs` other programs."""

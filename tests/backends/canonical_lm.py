@@ -83,7 +83,8 @@ class _Model:
         latent = self.norm(latent, f"{name}.kv_a_layernorm")
         q_rope = b.rope(q_rope, positions, freq, layout="deinterleave", scale=1.1)
         k_rope = b.rope(k_rope, positions, freq, layout="deinterleave", scale=1.1)
-        latent, k_rope = (b.append(p, n, lengths) for p, n in zip(past, (latent, k_rope), strict=True))
+        latent = b.append(past[0], latent, lengths)
+        k_rope = b.append(past[1], k_rope, lengths)
         kv_b = self.weight(f"{name}.kv_b_proj.weight", c.heads * (c.nope + c.value), c.kv_lora)
         o = b.mla_attention(q_nope, q_rope, latent, k_rope, kv_b, lengths, scale=width**-0.5)
         o = b.reshape(o, shape=(B, S, c.heads * c.value))
@@ -128,8 +129,8 @@ def canonical_lm(sizes: Sizes, max_batch: int = 4, max_context: int = 64) -> Pro
         present += caches
         x = b.add(x, o)
         h = m.norm(x, f"{name}.post_attention_layernorm")
-        part = m.gated(h, f"{name}.mlp", sizes.inner) if i < sizes.dense else m.sparse(h, f"{name}.mlp")
-        x = b.add(x, part)
+        mlp = f"{name}.mlp"
+        x = b.add(x, m.gated(h, mlp, sizes.inner) if i < sizes.dense else m.sparse(h, mlp))
     b.loc = "lm_head"
     x = m.norm(b.select_rows(x, wanted), "model.norm")
     logits = m.linear(x, "lm_head", sizes.vocab)

@@ -1,0 +1,271 @@
+"""The triton backend as a whole: a language model through it, and its parts that need no Triton."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+
+from dsc import pipeline
+from dsc.backends.base import EmitOptions, No, Yes
+from dsc.backends.triton import TritonBackend, views
+from dsc.backends.triton.cuda import CudaExecutable
+from dsc.backends.triton.driver import Driver, Function
+from dsc.backends.triton.launch import LaunchProgram
+from dsc.backends.triton.program import lower_program
+from dsc.backends.triton.schedule import lifetimes, pack, resolve
+from dsc.backends.triton.views import View
+from dsc.errors import BackendUnavailable, UnsupportedOperator, UsageError
+from dsc.ir.dims import symbol
+from dsc.ir.graph import GraphBuilder
+from dsc.ir.interpreter import Interpreter
+from dsc.ir.program import Program
+from dsc.ir.types import DType, TensorType
+from dsc.ir.weights import evaluate
+from dsc.runtime.session import Session
+from dsc.targets import Target
+from tests.backends.canonical_lm import Sizes, canonical_lm
+
+SM_90 = Target("cuda", "sm_90")
+CONTEXT, CHUNK = 64, 16
+
+
+@pytest.fixture(scope="module")
+def model() -> Program:
+    options = pipeline.PipelineOptions(prefill_chunk=CHUNK, max_context=CONTEXT)
+    program = canonical_lm(Sizes(), max_context=CONTEXT)
+    return pipeline.run(program, TritonBackend(), SM_90, options)[0]
+
+
+def write_artifact(program: Program, folder: Path, *, compile: bool = False) -> Path:
+    """Write what the artifact's writer would, as far as this backend reads it."""
+    options = EmitOptions(targets=(SM_90,), extra={"compile": compile})
+    for name, data in TritonBackend().emit(program, options).files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(data)
+    weights = {k: evaluate(e, program.source).clone() for k, e in program.weights.items()}
+    (folder / "weights").mkdir()
+    save_file({k: v.contiguous() for k, v in weights.items()}, folder / "weights/model.safetensors")
+    return folder
+
+
+class Reference:
+    """The interpreter of the IR as an executable."""
+
+    def __init__(self, program: Program) -> None:
+        self.interpreter = Interpreter(program)
+
+    def run(self, entry: str, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return self.interpreter.run(entry, dict(inputs))
+
+    def signature(self, entry: str) -> Any:
+        raise NotImplementedError
+
+
+def test_language_model_agrees_with_the_reference(model: Program, tmp_path: Path) -> None:
+    pytest.importorskip("triton")
+    executable = TritonBackend().load(write_artifact(model, tmp_path), {}, model)
+    ids = torch.randint(0, 50, (2, 20), generator=torch.Generator().manual_seed(1))
+    sessions = [Session(x, model, 2, CONTEXT, CHUNK) for x in (executable, Reference(model))]
+    found, expected = (s.prefill(ids, lengths=[20, 13]) for s in sessions)
+    for _ in range(3):
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-3)
+        token = expected.argmax(-1)
+        found, expected = (s.decode(token) for s in sessions)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-3)
+    executable.close()  # type: ignore[attr-defined]
+
+
+def test_importing_asks_neither_triton_nor_a_driver() -> None:
+    code = (
+        "import sys, dsc.backends.triton, dsc.backends.triton.lower;"
+        "assert not {'triton', 'torch'} & sys.modules.keys()"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_launches_survive_their_text_form(model: Program) -> None:
+    lowered, _ = lower_program(model, "cuda:sm_90")
+    text = lowered.to_json()
+    assert LaunchProgram.from_json(text).to_json() == text
+
+
+def test_equal_layers_share_kernels() -> None:
+    programs = [canonical_lm(Sizes(layers=n)) for n in (3, 6)]
+    few, many = (lower_program(p, "cuda:sm_90")[0] for p in programs)
+    assert few.kernels.keys() == many.kernels.keys()
+    assert len(few.entries["step"].launches) < len(many.entries["step"].launches)
+
+
+def test_absorbed_attention_splits_a_long_cache() -> None:
+    b, f32 = GraphBuilder("main"), DType.f32
+    shapes = [(1, 1, 16, 64), (1, 1, 16, 16), (1, 4096, 64), (1, 4096, 16)]
+    operands = [b.input(f"x{i}", TensorType(f32, s)) for i, s in enumerate(shapes)]
+    lengths = b.input("lengths", TensorType(DType.i64, (1,)))
+    out = b.latent_attention(*operands, lengths, scale=0.1)
+    lowered, _ = lower_program(Program("p", {"main": b.finish([out])}), "cuda:sm_90")
+    first, second = lowered.entries["main"].launches
+    assert first.grid[2] == 16
+    assert second.kernel.startswith("latent_combine")
+
+
+def test_refusals_name_every_reason_and_place() -> None:
+    b = GraphBuilder("main")
+    x = b.input("x", TensorType(DType.f32, (symbol("N"), symbol("K"))))
+    b.loc = "model.sorter"
+    values, _ = b.sort(x, axis=-1)
+    b.loc = "model.top"
+    top, _ = b.topk(values, k=2)
+    graph = b.finish([top])
+    backend = TritonBackend()
+    assert backend.supports(graph.nodes[0]) == No("no Triton kernel for sort")
+    assert isinstance(backend.supports(graph.nodes[1]), No)
+    with pytest.raises(UnsupportedOperator, match=r"model.sorter: no Triton kernel for sort"):
+        backend.emit(Program("p", {"main": graph}), EmitOptions())
+
+
+def test_every_node_of_the_family_is_taken(model: Program) -> None:
+    backend = TritonBackend()
+    answers = {backend.supports(n) for g in model.entries.values() for n in g.nodes}
+    assert answers == {Yes()}
+
+
+def test_inputs_of_a_wrong_shape_are_named(model: Program) -> None:
+    entry = lower_program(model, "interpret")[0].entries["decode"]
+    shapes = {p.name: tuple(2 if str(d) == "B" else 7 for d in p.shape) for p in entry.inputs}
+    with pytest.raises(UsageError, match="input input_ids is"):
+        resolve(entry, shapes)
+
+
+@given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9), st.integers(0, 5000)), max_size=30))
+def test_no_two_living_temporaries_overlap(spans: list[tuple[int, int, int]]) -> None:
+    lives = {i: (min(a, b), max(a, b)) for i, (a, b, _) in enumerate(spans)}
+    sizes = {i: size for i, (_, _, size) in enumerate(spans)}
+    places, total = pack(sizes, lives)
+    for i in places:
+        assert places[i] + sizes[i] <= total
+        for j in places:
+            together = lives[i][0] <= lives[j][1] and lives[j][0] <= lives[i][1]
+            apart = places[i] + sizes[i] <= places[j] or places[j] + sizes[j] <= places[i]
+            assert i == j or not together or apart or 0 in (sizes[i], sizes[j])
+
+
+def test_lifetimes_end_at_the_last_reader(model: Program) -> None:
+    entry = lower_program(model, "cuda:sm_90")[0].entries["decode"]
+    for buffer, (first, last) in lifetimes(entry).items():
+        touched = [i for i, x in enumerate(entry.launches) if buffer in x.reads_or_writes()]
+        assert (first, last) == (touched[0], touched[-1])
+
+
+@given(st.data())
+def test_reshaped_views_address_what_torch_does(data: st.DataObject) -> None:
+    shape = data.draw(st.lists(st.sampled_from([1, 2, 3, 4, 6]), min_size=1, max_size=4))
+    order = data.draw(st.permutations(range(len(shape))))
+    dense = torch.arange(torch.Size(shape).numel()).reshape(shape)
+    start = View(0, TensorType(DType.i64, tuple(shape)), views.dense_strides(shape))
+    moved, view = dense.permute(order), views.permute(start, order)
+    flat = torch.Size(shape).numel()
+    first = data.draw(st.sampled_from([d for d in range(1, flat + 1) if flat % d == 0]))
+    wanted = (first, flat // first)
+    found = views.reshape(view, wanted)
+    if found is not None:
+        strides = [int(s) for s in found.strides]  # type: ignore[arg-type]
+        assert torch.equal(dense.as_strided(wanted, strides), moved.reshape(wanted))
+
+
+def test_symbolic_axes_fold_and_unfold() -> None:
+    batch, new = symbol("B"), symbol("S")
+    type = TensorType(DType.f32, (batch, new, 24))
+    view = View(0, type, views.dense_strides(type.shape))
+    heads = views.reshape(view, (batch, new, 3, 8))
+    assert heads is not None
+    part = views.narrow(heads, 3, 2, 5)
+    assert views.fold(part, 3) == (batch * new * 3, 8)
+    assert views.reshape(part, (batch * new, 15)) is None
+
+
+class FakeDriver(Driver):
+    """A device whose memory is the host's and whose kernels are only recorded."""
+
+    def __init__(self) -> None:
+        self.memory: dict[int, Any] = {}
+        self.launched: list[tuple[Function, tuple[int, int, int], list[int]]] = []
+        self.uploads: list[int] = []
+
+    @property
+    def arch(self) -> str:
+        return "sm_90"
+
+    def load(self, image: bytes, symbol: str, warps: int, shared: int, parameters: int) -> Function:
+        return Function(ctypes.c_void_p(1), warps * 32, shared, parameters)
+
+    def allocate(self, size: int) -> int:
+        block = ctypes.create_string_buffer(max(size, 1))
+        self.memory[ctypes.addressof(block)] = block
+        return ctypes.addressof(block)
+
+    def free(self, pointer: int) -> None:
+        del self.memory[pointer]
+
+    def upload(self, target: int, source: int, size: int) -> None:
+        self.uploads.append(size)
+        ctypes.memmove(target, source, size)
+
+    def download(self, target: int, source: int, size: int) -> None:
+        ctypes.memmove(target, source, size)
+
+    def launch(self, function: Function, grid: tuple[int, int, int], arguments: Any) -> None:
+        assert len(arguments) <= function.parameters
+        self.launched.append((function, grid, [a.value for a in arguments]))
+
+    def synchronise(self) -> None:
+        return
+
+
+def test_cuda_launches_what_was_emitted(model: Program, tmp_path: Path) -> None:
+    folder = write_artifact(model, tmp_path) / "triton/sm_90"
+    program = LaunchProgram.from_json((folder / "launches.json").read_text())
+    records = {
+        key: {"file": "k", "symbol": k.function, "warps": k.warps, "shared": 0, "global_scratch": 0,
+              "profile_scratch": 0, "parameters": len(k.signature) + 2}
+        for key, k in program.kernels.items()
+    }  # fmt: skip
+    (folder / "kernels.json").write_text(json.dumps(records))
+    (folder / "k").write_bytes(b"")
+    driver = FakeDriver()
+    executable = CudaExecutable(folder, tmp_path / "weights/model.safetensors", model, driver)
+    session = Session(executable, model, 1, CONTEXT, CHUNK)
+    session.prefill([1, 2, 3])
+    launches = len(driver.launched)
+    assert launches == len(program.entries["extend"].launches)
+    cache = CONTEXT + CHUNK
+    before = len(driver.uploads)
+    session.decode([4])
+    assert max(driver.uploads[before:]) < cache, "a resident cache is not uploaded again"
+    assert len(driver.launched) - launches == len(program.entries["decode"].launches)
+    for _, _, arguments in driver.launched:
+        assert all(a >= 0 for a in arguments)
+
+
+def test_no_driver_is_said_so() -> None:
+    from dsc.hardware import gpus
+
+    if gpus():
+        pytest.skip("this machine has a GPU")
+    with pytest.raises(BackendUnavailable, match="CUDA"):
+        Driver()
+
+
+def test_hip_binaries_are_not_launched(model: Program, tmp_path: Path) -> None:
+    with pytest.raises(BackendUnavailable, match="hip:gfx942"):
+        TritonBackend().load_on(tmp_path, model, "hip:gfx942")

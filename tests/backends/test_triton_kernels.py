@@ -1,0 +1,113 @@
+"""Every Triton kernel, interpreted, against the reference of its operator; and compiled."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from dsc.backends.base import EmitOptions
+from dsc.backends.triton import TritonBackend
+from dsc.backends.triton.backend import with_templates
+from dsc.backends.triton.compile import compile_kernels
+from dsc.backends.triton.context import KERNELS, parameters, template
+from dsc.backends.triton.lower import TABLE
+from dsc.backends.triton.program import lower_program
+from dsc.targets import Target, parse_target
+from tests.backends.triton_cases import cases, program_of
+
+pytest.importorskip("triton")
+
+CASES = cases(frozenset(TABLE))
+EXACT_TOLERANCE = 1e-3
+NARROW_TOLERANCE = 2e-2  # of the largest value, for 16-bit results
+
+# One case for each template and for the shapes of generated kernels that differ in kind.
+COMPILED = (
+    "linear_1", "linear_3", "grouped_linear_0", "experts_3", "attention_1", "attention_4",
+    "mla_attention_1", "latent_attention_1", "latent_attention_3", "route_1", "dispatch_0",
+    "combine_0", "rms_norm_2", "softmax_1", "mean_1", "argmax_1", "cumsum_1", "topk_0", "rope_1",
+    "embedding_1", "gather_1", "append_1", "cache_write_1", "pow_0", "gelu_0", "where_1",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def interpreted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[object]:
+    """All cases as one artifact, loaded in one interpreting process."""
+    folder = tmp_path_factory.mktemp("cases")
+    backend, program = TritonBackend(), program_of(CASES)
+    emission = backend.emit(program, EmitOptions(extra={"compile": False}))
+    for name, data in emission.files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(data)
+    executable = backend.load_on(folder, program, "interpret")
+    yield executable
+    executable.close()  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_kernel_agrees_with_reference(interpreted: object, name: str) -> None:
+    case = CASES[name]
+    inputs = {k: v.clone() for k, v in case.inputs.items()}
+    found = interpreted.run(name, inputs)  # type: ignore[attr-defined]
+    for result, expected in zip(found.values(), case.expected(), strict=True):
+        assert (result.dtype, result.shape) == (expected.dtype, expected.shape)
+        if expected.dtype in (torch.bfloat16, torch.float16):
+            finite = expected[expected.isfinite()].abs()
+            bound = NARROW_TOLERANCE * max(1.0, float(finite.max()) if len(finite) else 1.0)
+            torch.testing.assert_close(result.float(), expected.float(), rtol=0, atol=bound)
+        else:
+            atol = EXACT_TOLERANCE if expected.is_floating_point() else 0
+            torch.testing.assert_close(result, expected, rtol=0, atol=atol, equal_nan=True)
+
+
+def test_cache_is_written_into_the_tensor_that_was_given(interpreted: object) -> None:
+    case = CASES["cache_write_1"]
+    inputs = {k: v.clone() for k, v in case.inputs.items()}
+    (result,) = interpreted.run("cache_write_1", inputs).values()  # type: ignore[attr-defined]
+    assert result is inputs["x0"]
+    assert torch.equal(inputs["x0"], case.expected()[0])
+
+
+@pytest.mark.parametrize("target", ["cuda:sm_90", "hip:gfx942"])
+def test_kernels_compile_without_a_gpu(target: str) -> None:
+    chosen = {name: CASES[name] for name in COMPILED}
+    program, generated = lower_program(program_of(chosen), target)
+    place = parse_target(target)
+    seen: list[int] = []
+
+    def progress(what: str, done: int, total: int) -> None:
+        assert target in what
+        seen.append(done)
+        assert done <= total
+
+    texts = with_templates(program, generated)
+    binaries, records = compile_kernels(program.kernels, place, texts, progress)
+    assert records.keys() == program.kernels.keys()
+    assert len(binaries) == len(records) == len(seen)
+    for key, record in records.items():
+        visible = [k for k in program.kernels[key].signature.values() if k != "constexpr"]
+        assert record["parameters"] >= len(visible)
+        assert record["registers"] > 0
+        assert binaries[record["file"]][:4] == b"\x7fELF"
+
+
+def test_kernel_errors_are_all_reported() -> None:
+    program, generated = lower_program(program_of({"add_0": CASES["add_0"]}), "cuda:sm_90")
+    texts = with_templates(program, generated)
+    texts = {module: text.replace("tl.load", "tl.lod") for module, text in texts.items()}
+    with pytest.raises(RuntimeError, match=r"1 kernels did not compile for cuda:sm_90(?s:.)*lod"):
+        compile_kernels(program.kernels, Target("cuda", "sm_90"), texts)
+
+
+def test_compiled_cases_cover_every_template() -> None:
+    chosen = {name: CASES[name] for name in COMPILED}
+    program, _ = lower_program(program_of(chosen), "cuda:sm_90")
+    used = {(k.module, k.function) for k in program.kernels.values()}
+    for path in KERNELS.glob("*.py"):
+        for line in template(path.stem).splitlines():
+            if line.startswith("def "):
+                function = line[4:].partition("(")[0]
+                assert parameters(template(path.stem), function)
+                assert (path.stem, function) in used, f"{path.stem}:{function} is not compiled"
