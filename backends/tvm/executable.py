@@ -1,0 +1,128 @@
+"""A loaded artifact of the tvm backend: runs entries on torch tensors, without copies."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from dsc.backends.base import Signature
+from dsc.backends.tvm.lean import MappedWeights, load_library
+from dsc.errors import ArtifactError, UsageError
+from dsc.ir.dims import evaluate
+from dsc.ir.graph import Graph
+from dsc.ir.types import DType
+from dsc.runtime.plan import symbols_of
+
+if TYPE_CHECKING:
+    import torch
+
+    from dsc.ir.program import Program
+
+
+class TvmExecutable:
+    """Entries of a library over mapped weights and one arena that grows to the largest entry.
+
+    An arena serves one step at a time: an executable is not for several threads at once.
+    """
+
+    def __init__(self, folder: Path, manifest: Mapping[str, Any], program: Program) -> None:
+        self.program = program
+        self.meta = manifest["meta"]
+        self.functions = load_library(folder / "tvm" / "kernels.so", self.meta["threads"])
+        self.weights = self._map_weights(folder, manifest["weights"])
+        names = self.meta["weights"]
+        self._weight_table = (
+            self.weights.table(names) if self.weights else np.zeros(1, dtype=np.int64)
+        )
+        self._arena = np.empty(0, dtype=np.uint8)
+        self._tables = {
+            name: np.zeros(len(entry["slots"]), dtype=np.int64)
+            for name, entry in self.meta["entries"].items()
+        }
+
+    def _map_weights(self, folder: Path, path: str | None) -> MappedWeights | None:
+        if path is not None:
+            return MappedWeights(folder / path)
+        if self.meta["weights"]:
+            raise ArtifactError(
+                "this artifact was compiled without weights", hint="compile it with --weights FOLDER"
+            )
+        return None
+
+    def signature(self, entry: str) -> Signature:
+        """Names and types of an entry's inputs and outputs."""
+        return Signature.of(self._graph(entry))
+
+    def run(self, entry: str, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Run an entry. Outputs that update an input in place are that input's tensor."""
+        import torch
+
+        graph = self._graph(entry)
+        given = {v.name: _checked(inputs, v.name, v.type.dtype) for v in graph.inputs}
+        facts = self.meta["entries"][entry]
+        for name in facts["in_place"].values():
+            if given[name] is not inputs[name]:
+                raise UsageError(f"{name} is updated in place and must be contiguous")
+        env = self._sizes(graph, {name: tuple(t.shape) for name, t in given.items()})
+        outputs: dict[str, torch.Tensor] = {}
+        for name, value in zip(graph.output_names, graph.outputs, strict=True):
+            source = facts["in_place"].get(name)
+            shape = [evaluate(d, env) for d in value.type.shape]
+            outputs[name] = (
+                torch.empty(shape, dtype=value.type.dtype.torch) if source is None else given[source]
+            )
+        values: dict[str, int] = {**env, "arena": self._arena_address(facts["arena_bytes"])}
+        values |= {f"input:{name}": t.data_ptr() for name, t in given.items()}
+        values |= {f"output:{name}": t.data_ptr() for name, t in outputs.items()}
+        table = self._tables[entry]
+        table[:] = [values[slot] for slot in facts["slots"]]
+        self.functions[entry](table.ctypes.data, self._weight_table.ctypes.data)
+        return outputs
+
+    def _graph(self, entry: str) -> Graph:
+        if entry not in self.program.entries:
+            raise UsageError(
+                f"no entry {entry!r}", hint=f"one of {', '.join(self.program.entries)}"
+            )
+        return self.program.entries[entry]
+
+    def _sizes(self, graph: Graph, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
+        """The symbols' sizes. Raises `UsageError` when a shape does not fit or is out of range."""
+        for value in graph.inputs:
+            if len(shapes[value.name]) != value.type.rank:
+                raise _misfit(value.name, shapes[value.name], value.type)
+        env = symbols_of(graph, shapes)
+        for value in graph.inputs:
+            if tuple(evaluate(d, env) for d in value.type.shape) != shapes[value.name]:
+                raise _misfit(value.name, shapes[value.name], value.type)
+        for name, size in env.items():
+            bound = self.program.symbols.get(name)
+            if bound is not None and size > bound.hi:
+                raise UsageError(
+                    f"{name} is {size}, this artifact was compiled for up to {bound.hi}",
+                    hint="compile it with larger limits (max_batch, max_context, prefill_chunk)",
+                )
+        return env
+
+    def _arena_address(self, size: int) -> int:
+        """The arena's address, on a 64-byte boundary."""
+        if len(self._arena) < size + 64:
+            self._arena = np.empty(size + 64, dtype=np.uint8)
+        return -(-self._arena.ctypes.data // 64) * 64
+
+
+def _checked(inputs: Mapping[str, torch.Tensor], name: str, dtype: DType) -> torch.Tensor:
+    """The input called `name`, contiguous and of its element type."""
+    tensor = inputs.get(name)
+    if tensor is None:
+        raise UsageError(f"the input {name} is missing")
+    if tensor.dtype != dtype.torch:
+        raise UsageError(f"input {name} is {tensor.dtype}, {dtype} is declared")
+    return tensor if tensor.is_contiguous() else tensor.contiguous()
+
+
+def _misfit(name: str, shape: tuple[int, ...], wanted: object) -> UsageError:
+    return UsageError(f"input {name} has shape {shape}, {wanted} is declared")

@@ -1,0 +1,61 @@
+"""The kernels, one family a file, and the table from operator to the function that lowers it."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from functools import cache
+
+from dsc.backends.tvm.launch import Launch
+from dsc.backends.tvm.machine import Machine
+from dsc.ir.graph import Node
+from dsc.ir.ops.pointwise import POINTWISE
+
+Lower = Callable[[Node, Machine], Launch]
+
+LOWERINGS = {
+    **dict.fromkeys(sorted(POINTWISE), "pointwise:lower"),
+    "swiglu": "pointwise:lower",
+    "linear": "linear:lower",
+    "rms_norm": "norm:lower",
+    "rope": "rope:lower",
+    "embedding": "rows:lower_embedding",
+    "select_rows": "rows:lower_select_rows",
+    "append": "rows:lower_append",
+    "cache_write": "rows:lower_cache_write",
+    "attention": "attention:lower",
+    "mla_attention": "attention:lower_mla",
+    "latent_attention": "attention:lower_latent",
+    "route": "route:lower",
+    "experts": "experts:lower",
+    "dispatch": "grouped:lower_dispatch",
+    "grouped_linear": "grouped:lower_grouped_linear",
+    "combine": "grouped:lower_combine",
+    "reshape": "movement:lower_copy",
+    "permute": "movement:lower_permute",
+    "expand": "movement:lower_expand",
+    "slice": "movement:lower_slice",
+    "split": "movement:lower_split",
+    "concat": "movement:lower_concat",
+    "stack": "movement:lower_stack",
+    "full": "movement:lower_full",
+    "arange": "movement:lower_arange",
+    "gather": "movement:lower_gather",
+    "take": "movement:lower_take",
+    **dict.fromkeys(("sum", "mean", "amax", "amin"), "reduce:lower_reduce"),
+    **dict.fromkeys(("softmax", "argmax", "cumsum", "topk"), "reduce:lower_scan"),
+    "matmul": "contract:lower_matmul",
+    "einsum": "contract:lower_einsum",
+}
+"""Operator to `module:function` in this package. Other operators have no kernel."""
+
+
+@cache
+def lowering(op: str) -> Lower | None:
+    """The function that lowers nodes of operator `op`, or `None`."""
+    place = LOWERINGS.get(op)
+    if place is None:
+        return None
+    module, _, name = place.partition(":")
+    found: Lower = getattr(importlib.import_module(f"{__name__}.{module}"), name)
+    return found

@@ -1,0 +1,165 @@
+"""Softmax attention of a few queries over the same rows, block by block, in one pass.
+
+A running maximum and sum (Milakov & Gimelshein 2018) let scores live in a block that stays in the
+cache, whatever the context. Queries are heads that share keys, or positions of one head: a row of
+keys or values that was loaded serves all of them. Scores and sums are fp32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from tvm import tirx
+
+from dsc.backends.tvm.kernels.products import Position
+from dsc.backends.tvm.tir import (
+    Expr,
+    Local,
+    Tensor,
+    bind,
+    exp,
+    f32,
+    integer,
+    lanes_for,
+    largest,
+    loop,
+    select,
+    splat,
+    total,
+)
+
+BLOCK = 32
+"""Cache rows whose scores are held at a time; a multiple of every vector width."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Rows of a cache: row t starts at flat position `at(t)` and has `width` elements."""
+
+    tensor: Tensor
+    at: Position
+    width: int
+
+
+@dataclass(frozen=True, slots=True)
+class Queries:
+    """The queries of one call: `parts[p][q]` is where query q's part p starts in `tensors[p]`.
+
+    `visible[q]` is the number of rows that query q may see, at least 1.
+    """
+
+    tensors: Sequence[Tensor]
+    parts: Sequence[Sequence[Expr]]
+    visible: Sequence[Expr]
+
+
+def attend(
+    queries: Queries,
+    keys: Sequence[Rows],
+    values: Rows,
+    scale: float,
+    lanes: int,
+    store: Callable[[int, Expr, Expr], None],
+) -> None:
+    """`store(q, column, vector)` for the output of each query.
+
+    A score is the sum over parts of query part times key part: part p of a key is `keys[p]`.
+    """
+    count = len(queries.visible)
+    packed = _pack(queries, keys, scale, lanes)
+    width = lanes_for(values.width, lanes)
+    out = Local(count * values.width)
+    peak, mass = Local(count), Local(count)
+    for q in range(count):
+        peak[q], mass[q] = f32(float("-inf")), f32(0.0)
+    with loop(count * values.width // width) as i:
+        out.store(i * width, splat(f32(0.0), width))
+    scores, step = Local(count * BLOCK), lanes_for(BLOCK, lanes)
+    seen = queries.visible[0]
+    for other in queries.visible[1:]:
+        seen = tirx.max(seen, other)
+    seen = bind(seen)
+    with loop(tirx.truncdiv(seen + (BLOCK - 1), integer(BLOCK))) as block:
+        first = bind(block * BLOCK)
+        here = bind(tirx.min(integer(BLOCK), seen - first))
+        with loop(count * BLOCK // step) as i:
+            scores.store(i * step, splat(f32(float("-inf")), step))
+        with loop(here) as t:
+            dot = _dot(packed, keys, first + t, count, lanes)
+            for q, limit in enumerate(queries.visible):
+                scores[q * BLOCK + t] = select(first + t < limit, dot[q], f32(float("-inf")))
+        for q in range(count):
+            _fold(scores, q, peak, mass, out, values.width, lanes)
+        with loop(values.width // width) as c:
+            sums = [Local(1, width=width) for _ in range(count)]
+            for q, acc in enumerate(sums):
+                acc[0] = out.load(q * values.width + c * width, width)
+            with loop(here) as t:
+                row = bind(values.tensor.at(values.at(first + t) + c * width, width))
+                for q, acc in enumerate(sums):
+                    acc[0] = acc[0] + splat(scores[q * BLOCK + t], width) * row
+            for q, acc in enumerate(sums):
+                out.store(q * values.width + c * width, acc[0])
+    for q in range(count):
+        inverse = bind(f32(1.0) / mass[q])
+        with loop(values.width // width) as c:
+            vector = out.load(q * values.width + c * width, width)
+            store(q, c * width, vector * splat(inverse, width))
+
+
+def _pack(queries: Queries, keys: Sequence[Rows], scale: float, lanes: int) -> list[Local]:
+    """The queries as contiguous fp32, times the scale: one array [query, width] for each part."""
+    packed = []
+    for tensor, starts, rows in zip(queries.tensors, queries.parts, keys, strict=True):
+        width = lanes_for(rows.width, lanes)
+        part = Local(len(starts) * rows.width)
+        for q, start in enumerate(starts):
+            at = bind(start)
+            with loop(rows.width // width) as i:
+                vector = tensor.at(at + i * width, width)
+                part.store(q * rows.width + i * width, vector * splat(f32(scale), width))
+        packed.append(part)
+    return packed
+
+
+def _dot(
+    packed: Sequence[Local], keys: Sequence[Rows], t: Expr, count: int, lanes: int
+) -> list[Expr]:
+    """The scores of all queries with row t."""
+    scores: list[Expr] = [f32(0.0)] * count
+    for part, rows in zip(packed, keys, strict=True):
+        width = lanes_for(rows.width, lanes)
+        sums = [Local(1, width=width) for _ in range(count)]
+        for acc in sums:
+            acc[0] = acc.zero
+        start = bind(rows.at(t))
+        with loop(rows.width // width) as i:
+            key = bind(rows.tensor.at(start + i * width, width))
+            for q, acc in enumerate(sums):
+                acc[0] = acc[0] + part.load(q * rows.width + i * width, width) * key
+        scores = [s + total(acc[0]) for s, acc in zip(scores, sums, strict=True)]
+    return scores
+
+
+def _fold(
+    scores: Local, q: int, peak: Local, mass: Local, out: Local, width: int, lanes: int
+) -> None:
+    """Turn query q's scores into weights and rescale what was summed under the old maximum."""
+    step = lanes_for(BLOCK, lanes)
+    top = peak[q]
+    for i in range(0, BLOCK, step):
+        top = tirx.max(top, largest(scores.load(q * BLOCK + i, step)))
+    top = bind(top)
+    shrink = bind(exp(peak[q] - top))
+    added = splat(f32(0.0), step)
+    for i in range(0, BLOCK, step):
+        weight = bind(exp(scores.load(q * BLOCK + i, step) - splat(top, step)))
+        scores.store(q * BLOCK + i, weight)
+        added = added + weight
+    mass[q] = mass[q] * shrink + total(added)
+    peak[q] = top
+    wide = lanes_for(width, lanes)
+    with loop(width // wide) as c:
+        at = q * width + c * wide
+        out.store(at, out.load(at, wide) * splat(shrink, wide))

@@ -1,0 +1,220 @@
+"""The three attentions: over a latent cache, expanded from it, and over plain keys and values.
+
+latent_attention   all heads share the latent rows: a task is a group of heads of one token.
+mla_attention      a task is a head of a sequence: it rebuilds that head's keys and values for the
+                   visible rows only, then every token of the step attends to them.
+attention          a task is a group of query heads that share keys, or a head with all its tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from tvm import tirx
+
+from dsc.backends.tvm.kernels.attend import Queries, Rows, attend
+from dsc.backends.tvm.kernels.products import product_rows
+from dsc.backends.tvm.launch import Launch, operand, static_dim
+from dsc.backends.tvm.machine import Machine
+from dsc.backends.tvm.tir import (
+    PARALLEL_WORK,
+    Expr,
+    PrimFunc,
+    Tensor,
+    bind,
+    build,
+    for_each,
+    lanes_for,
+    loop,
+    Scratch,
+    tiles,
+)
+from dsc.ir.graph import Node
+from dsc.ir.types import DType
+
+HEADS, TOKENS = 8, 4
+"""Queries that share a loaded row: heads over a latent, tokens of one head."""
+
+
+def lower_latent(node: Node, machine: Machine) -> Launch:
+    """The launch of `latent_attention`."""
+    q, q_rope, latent = (operand(node, i).type for i in range(3))
+    heads, c, r = (static_dim(d, "a head axis") for d in (*q.shape[2:], q_rope.shape[3]))
+    b, s, t = *q.shape[:2], latent.shape[1]
+    static = (q.dtype, heads, c, r, float(node.attrs["scale"]), machine.lanes)
+    return Launch(latent_attention, static, (b, s, t), flops=b * s * t * (heads * (4 * c + 2 * r)))
+
+
+def latent_attention(
+    dtype: DType, heads: int, c: int, r: int, scale: float, lanes: int
+) -> PrimFunc:
+    """Arguments: q_latent, q_rope, latent, rope, lengths, out; b, s, t."""
+    group = lanes_for(heads, HEADS)
+
+    def body(
+        q_latent: Expr, q_rope: Expr, latent: Expr, rope: Expr, lengths: Expr, out: Expr,
+        b: Expr, s: Expr, t: Expr,
+    ) -> None:  # fmt: skip
+        q = Tensor(q_latent, dtype, (b, s, heads, c)), Tensor(q_rope, dtype, (b, s, heads, r))
+        k = Tensor(latent, dtype, (b, t, c)), Tensor(rope, dtype, (b, t, r))
+        used, y = Tensor(lengths, DType.i64, (b,)), Tensor(out, dtype, (b, s, heads, c))
+
+        def task(n: Expr) -> None:
+            head = bind(tirx.truncmod(n, heads // group) * group)
+            token = bind(tirx.truncdiv(n, heads // group))
+            batch = bind(tirx.truncdiv(token, s))
+            limit = bind(used.load(batch) + (token - batch * s) + 1)
+            rows = [bind(token * heads + head + i) for i in range(group)]
+            queries = Queries(q, [[i * c for i in rows], [i * r for i in rows]], [limit] * group)
+            attend(
+                queries,
+                [_cache_rows(k[0], batch, t, c), _cache_rows(k[1], batch, t, r)],
+                _cache_rows(k[0], batch, t, c),
+                scale,
+                lanes,
+                lambda i, column, v: y.put(rows[i] * c + column, v),
+            )
+
+        for_each(b * s * (heads // group), PARALLEL_WORK, task)
+
+    return build(body)
+
+
+def lower_mla(node: Node, machine: Machine) -> Launch:
+    """The launch of `mla_attention`."""
+    q, q_rope, latent, _, kv_b = (operand(node, i).type for i in range(5))
+    axes = (*q.shape[2:], q_rope.shape[3], *kv_b.shape)
+    heads, n, r, m, c = (static_dim(d, "a head axis") for d in axes)
+    b, s, t = *q.shape[:2], latent.shape[1]
+    width = m // heads
+    flops = b * t * (2 * m * c) + b * s * t * (2 * heads * (width + r))
+    static = (q.dtype, heads, n, r, width - n, c, float(node.attrs["scale"]), machine)
+    return Launch(mla_attention, static, (b, s, t), flops=flops)
+
+
+def mla_attention(
+    dtype: DType, heads: int, n: int, r: int, v: int, c: int, scale: float, machine: Machine
+) -> PrimFunc:
+    """Arguments: q_nope, q_rope, latent, rope, kv_b [heads*(n+v), c], lengths, out; b, s, t."""
+    width = n + v
+
+    def body(
+        q_nope: Expr, q_rope: Expr, latent: Expr, rope: Expr, kv_b: Expr, lengths: Expr, out: Expr,
+        b: Expr, s: Expr, t: Expr,
+    ) -> None:  # fmt: skip
+        q = Tensor(q_nope, dtype, (b, s, heads, n)), Tensor(q_rope, dtype, (b, s, heads, r))
+        cache, k_rope = Tensor(latent, dtype, (b, t, c)), Tensor(rope, dtype, (b, t, r))
+        up, used = Tensor(kv_b, dtype, (heads * width, c)), Tensor(lengths, DType.i64, (b,))
+        y = Tensor(out, dtype, (b, s, heads, v))
+
+        def task(i: Expr) -> None:
+            batch, head = bind(tirx.truncdiv(i, heads)), bind(tirx.truncmod(i, heads))
+            past = bind(used.load(batch))
+            shown = bind(tirx.min(past + s, t))
+            kv = Scratch(DType.f32, shown * width)
+            product_rows(
+                cache, lambda row: (batch * t + row) * c, shown,
+                up, lambda j: (head * width + j) * c, width, c, machine,
+                lambda row, j, value: kv.put(row * width + j, value),
+            )  # fmt: skip
+
+            def tokens(first: Expr, count: int) -> None:
+                rows = [bind((batch * s + first + a) * heads + head) for a in range(count)]
+                limits = [bind(tirx.min(past + first + (a + 1), t)) for a in range(count)]
+                attend(
+                    Queries(q, [[a * n for a in rows], [a * r for a in rows]], limits),
+                    [Rows(kv, lambda row: row * width, n), _cache_rows(k_rope, batch, t, r)],
+                    Rows(kv, lambda row: row * width + n, v),
+                    scale,
+                    machine.lanes,
+                    lambda a, column, vector: y.put(rows[a] * v + column, vector),
+                )
+
+            tiles(s, TOKENS, tokens)
+
+        for_each(b * heads, PARALLEL_WORK, task)
+
+    return build(body)
+
+
+def lower(node: Node, machine: Machine) -> Launch:
+    """The launch of `attention`."""
+    q, k, value = (operand(node, i).type for i in range(3))
+    axes = (*q.shape[2:], k.shape[2], value.shape[3])
+    heads, d, groups, e = (static_dim(x, "a head axis") for x in axes)
+    b, s, t = *q.shape[:2], k.shape[1]
+    ragged = len(node.operands) > 3
+    seen = "lengths" if ragged else "causal" if node.attrs["causal"] else "all"
+    static = (q.dtype, heads, groups, d, e, seen, float(node.attrs["scale"]), machine.lanes)
+    return Launch(attention, static, (b, s, t), flops=b * s * t * (2 * heads * (d + e)))
+
+
+def attention(
+    dtype: DType, heads: int, groups: int, d: int, e: int, seen: str, scale: float, lanes: int
+) -> PrimFunc:
+    """Arguments: q, k, v, lengths when `seen` is "lengths", out; b, s, t."""
+    share = heads // groups
+
+    def emit(
+        q_at: Expr, k_at: Expr, v_at: Expr, lengths: Expr | None, out: Expr,
+        b: Expr, s: Expr, t: Expr,
+    ) -> None:  # fmt: skip
+        q, y = Tensor(q_at, dtype, (b, s, heads, d)), Tensor(out, dtype, (b, s, heads, e))
+        k, v = Tensor(k_at, dtype, (b, t, groups, d)), Tensor(v_at, dtype, (b, t, groups, e))
+        used = None if lengths is None else Tensor(lengths, DType.i64, (b,))
+
+        def limit(batch: Expr, token: Expr) -> Expr:
+            if seen == "all":
+                return t
+            return token + 1 + (t - s if used is None else used.load(batch))
+
+        def run(batch: Expr, group: Expr, queries: list[tuple[Expr, Expr]]) -> None:
+            """Attend for (token, head) pairs whose heads share the keys of `group`."""
+            rows = [bind((batch * s + token) * heads + head) for token, head in queries]
+            limits = [bind(limit(batch, token)) for token, _ in queries]
+            attend(
+                Queries([q], [[row * d for row in rows]], limits),
+                [Rows(k, lambda row: ((batch * t + row) * groups + group) * d, d)],
+                Rows(v, lambda row: ((batch * t + row) * groups + group) * e, e),
+                scale,
+                lanes,
+                lambda i, column, vector: y.put(rows[i] * e + column, vector),
+            )
+
+        for_each(b * groups, PARALLEL_WORK, _task(run, s, groups, share))
+
+    def ragged(
+        q: Expr, k: Expr, v: Expr, lengths: Expr, out: Expr, b: Expr, s: Expr, t: Expr
+    ) -> None:
+        emit(q, k, v, lengths, out, b, s, t)
+
+    def plain(q: Expr, k: Expr, v: Expr, out: Expr, b: Expr, s: Expr, t: Expr) -> None:
+        emit(q, k, v, None, out, b, s, t)
+
+    return build(ragged if seen == "lengths" else plain)
+
+
+def _task(
+    run: Callable[[Expr, Expr, list[tuple[Expr, Expr]]], None], s: Expr, groups: int, share: int
+) -> Callable[[Expr], None]:
+    """One group of heads of one sequence, `HEADS` heads or `TOKENS` tokens at a time."""
+
+    def task(i: Expr) -> None:
+        batch, group = bind(tirx.truncdiv(i, groups)), bind(tirx.truncmod(i, groups))
+        if share == 1:
+            tiles(
+                s,
+                TOKENS,
+                lambda first, n: run(batch, group, [(first + a, group) for a in range(n)]),
+            )
+            return
+        together = lanes_for(share, HEADS)
+        with loop(s) as token, loop(share // together) as part:
+            first = bind(group * share + part * together)
+            run(batch, group, [(token, first + a) for a in range(together)])
+
+    return task
+
+
+def _cache_rows(cache: Tensor, batch: Expr, t: Expr, width: int) -> Rows:
+    return Rows(cache, lambda row: (batch * t + row) * width, width)

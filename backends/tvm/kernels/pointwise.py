@@ -1,0 +1,181 @@
+"""Pointwise operators with broadcasting, one kernel a node: vectors along the last axis.
+
+`FORMULAS` gives each operator on values in registers; storage and rounding belong to `Tensor`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from tvm import tirx
+
+from dsc.backends.tvm import tir
+from dsc.backends.tvm.launch import Launch, Unsupported
+from dsc.backends.tvm.machine import Machine
+from dsc.backends.tvm.shapes import (
+    Pattern,
+    SizeTable,
+    count,
+    each_index,
+    resolve,
+    size_names,
+)
+from dsc.backends.tvm.tir import VALUE, Expr, PrimFunc, Tensor, build, lanes_for, libm, loop, splat
+from dsc.ir.graph import Node
+from dsc.ir.types import DType
+
+
+def _one(x: Expr) -> Expr:
+    return splat(tirx.const(1, _element(x)), tir.lanes_of(x))
+
+
+def _element(x: Expr) -> str:
+    return str(x.ty.dtype.with_lanes(1))
+
+
+def _is_float(x: Expr) -> bool:
+    return bool(x.ty.dtype.is_float)
+
+
+def _divide(a: Expr, b: Expr) -> Expr:
+    return a / b if _is_float(a) else tirx.floordiv(a, b)
+
+
+def _remainder(a: Expr, b: Expr) -> Expr:
+    return a - b * tirx.floor(a / b) if _is_float(a) else tirx.floormod(a, b)
+
+
+def _larger(a: Expr, b: Expr) -> Expr:
+    """As torch.maximum: a NaN on either side wins."""
+    return tir.select(_or(a > b, tirx.NE(a, a)), a, b)
+
+
+def _or(a: Expr, b: Expr) -> Expr:
+    return tir.cast(tir.cast(a, "uint8") | tir.cast(b, "uint8"), "bool")
+
+
+def _and(a: Expr, b: Expr) -> Expr:
+    return tir.cast(tir.cast(a, "uint8") & tir.cast(b, "uint8"), "bool")
+
+
+def _not(a: Expr) -> Expr:
+    return tirx.EQ(tir.cast(a, "uint8"), splat(tirx.const(0, "uint8"), tir.lanes_of(a)))
+
+
+FORMULAS: dict[str, Callable[..., Expr]] = {
+    "add": lambda a, b: a + b,
+    "sub": lambda a, b: a - b,
+    "mul": lambda a, b: a * b,
+    "div": _divide,
+    "remainder": _remainder,
+    "maximum": _larger,
+    "minimum": lambda a, b: -_larger(-a, -b),
+    "pow": lambda a, b: libm("powf", a, b),
+    "lt": lambda a, b: a < b,
+    "le": lambda a, b: a <= b,
+    "gt": lambda a, b: a > b,
+    "ge": lambda a, b: a >= b,
+    "eq": tirx.EQ,
+    "ne": tirx.NE,
+    "logical_and": _and,
+    "logical_or": _or,
+    "logical_not": _not,
+    "where": tir.select,
+    "swiglu": lambda a, b: tir.silu(a) * b,
+    "neg": lambda x: -x,
+    "abs": tirx.abs,
+    "square": lambda x: x * x,
+    "exp": tir.exp,
+    "log": lambda x: libm("logf", x),
+    "sqrt": tirx.sqrt,
+    "rsqrt": lambda x: _one(x) / tirx.sqrt(x),
+    "reciprocal": lambda x: _one(x) / x,
+    "sigmoid": tir.sigmoid,
+    "silu": tir.silu,
+    "tanh": lambda x: libm("tanhf", x),
+    "cos": lambda x: libm("cosf", x),
+    "sin": lambda x: libm("sinf", x),
+    "erf": tir.erf,
+    "relu": tir.relu,
+    "gelu": tir.gelu,
+}
+FLOAT_ONLY = frozenset(
+    {"pow", "exp", "log", "sqrt", "rsqrt", "reciprocal", "sigmoid", "silu", "tanh", "cos", "sin"}
+    | {"erf", "relu", "gelu", "swiglu"}
+)
+
+
+def lower(node: Node, machine: Machine) -> Launch:
+    """The launch of any operator in `FORMULAS`, or of `cast`."""
+    table, types = SizeTable(), [x.type for x in node.operands]
+    if node.op in FLOAT_ONLY and VALUE[types[-1].dtype] != "float32":
+        raise Unsupported(f"{node.op} of {types[-1].dtype}; f32, bf16 and f16 have it")
+    out = node.output.type
+    static = (
+        node.op,
+        tuple(t.dtype for t in types),
+        tuple(table.shape(t.shape) for t in types),
+        out.dtype,
+        table.shape(out.shape),
+        machine.lanes,
+    )
+    return Launch(pointwise, (*static, len(table.dims)), tuple(table.dims), flops=out.numel)
+
+
+def pointwise(
+    op: str,
+    dtypes: tuple[DType, ...],
+    shapes: tuple[Pattern, ...],
+    out_dtype: DType,
+    out_shape: Pattern,
+    lanes: int,
+    sizes: int,
+) -> PrimFunc:
+    """Arguments: the operands, the result; sizes."""
+    operands = [f"x{i}" for i in range(len(dtypes))]
+
+    def body(*arguments: Expr) -> None:
+        addresses, given = arguments[: len(dtypes) + 1], arguments[len(dtypes) + 1 :]
+        extents = resolve(out_shape, given) or [1]
+        target = Tensor(addresses[-1], out_dtype, extents)
+        sources = [
+            Tensor(at, dtype, resolve(shape, given))
+            for at, dtype, shape in zip(addresses, dtypes, shapes, strict=False)
+        ]
+        last = extents[-1]
+        # TVM's simplifier fails on vectors of bool: masks are walked one by one.
+        masks = DType.boolean in (*dtypes, out_dtype)
+        width = lanes_for(last, lanes) if isinstance(last, int) and not masks else 1
+
+        def row(index: list[Expr]) -> None:
+            with loop(last // width if isinstance(last, int) else last) as i:
+                full = [*index, i * width]
+                values = [
+                    _broadcast_load(x, shape, full, width)
+                    for x, shape in zip(sources, shapes, strict=True)
+                ]
+                if op == "cast":
+                    value = convert(values[0], dtypes[0], out_dtype)
+                else:
+                    value = FORMULAS[op](*map(tir.bind, values))
+                target.store(value, *full)
+
+        each_index(extents[:-1], count([last]), row)
+
+    return build(body, [*operands, "out", *size_names(sizes)])
+
+
+def _broadcast_load(x: Tensor, shape: Pattern, index: list[Expr], width: int) -> Expr:
+    """The operand's elements at a result index: axes of extent 1 stay at 0."""
+    own = index[len(index) - len(shape) :]
+    place = [0 if extent == 1 else i for extent, i in zip(shape, own, strict=True)]
+    if not shape or shape[-1] == 1:
+        return splat(tir.bind(x.load(*place)), width)
+    return x.load(*place, lanes=width)
+
+
+def convert(value: Expr, source: DType, target: DType) -> Expr:
+    """A register value of `source` as one of `target`."""
+    if target is DType.boolean and source is not DType.boolean:
+        return tirx.NE(value, splat(tirx.const(0, VALUE[source]), tir.lanes_of(value)))
+    return value if VALUE[source] == VALUE[target] else tir.cast(value, VALUE[target])

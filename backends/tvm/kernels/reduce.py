@@ -1,0 +1,230 @@
+"""Reductions over axes, and what scans one axis: softmax, argmax, cumsum, topk.
+
+A sum over the last axis runs in vectors; everything else walks elements. Statistics are fp32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from tvm import tirx
+
+from dsc.backends.tvm.launch import Launch, Unsupported, operand, static_dim
+from dsc.backends.tvm.machine import Machine
+from dsc.backends.tvm.shapes import (
+    Pattern,
+    SizeTable,
+    count,
+    each_index,
+    resolve,
+    size_names,
+)
+from dsc.backends.tvm.tir import (
+    VALUE,
+    Expr,
+    Local,
+    PrimFunc,
+    Tensor,
+    bind,
+    build,
+    cast,
+    exp,
+    f32,
+    integer,
+    lanes_for,
+    loop,
+    total,
+    when,
+)
+from dsc.ir.graph import Node
+from dsc.ir.op import lookup
+from dsc.ir.types import DType
+
+LOWEST = {"float32": float("-inf"), "float64": float("-inf"), "int64": -(2**63), "int32": -(2**31)}
+
+
+def lower_reduce(node: Node, machine: Machine) -> Launch:
+    """The launch of `sum`, `mean`, `amax` and `amin`."""
+    table, x = SizeTable(), operand(node, 0).type
+    axes = tuple(sorted({a % x.rank for a in node.attrs["axes"]}))
+    if VALUE[x.dtype] == "bool":
+        raise Unsupported(f"{node.op} of bool")
+    static = (node.op, x.dtype, table.shape(x.shape), axes, machine.lanes)
+    return Launch(reduce_axes, (*static, len(table.dims)), tuple(table.dims), flops=x.numel)
+
+
+def reduce_axes(
+    op: str, dtype: DType, shape: Pattern, axes: tuple[int, ...], lanes: int, sizes: int
+) -> PrimFunc:
+    """Arguments: x, y (kept axes in order); sizes."""
+    kept = [a for a in range(len(shape)) if a not in axes]
+    last = shape[-1] if shape else 1
+    vector = op in ("sum", "mean") and len(shape) - 1 in axes and VALUE[dtype] == "float32"
+    width = lanes_for(last, lanes) if vector and isinstance(last, int) else 1
+
+    def body(x: Expr, y: Expr, *given: Expr) -> None:
+        extents = resolve(shape, given)
+        source = Tensor(x, dtype, extents)
+        target = Tensor(y, dtype, [extents[a] for a in kept])
+        name = VALUE[dtype]
+        counts = [extents[a] for a in axes]
+
+        def one(outer: list[Expr]) -> None:
+            acc = Local(1, name, width)
+            acc[0] = acc.zero if op in ("sum", "mean") else source.load(*_merge(outer, kept, axes))
+            steps = [*counts[:-1], counts[-1] // width] if counts and width > 1 else counts
+
+            def visit(inner: Sequence[Expr]) -> None:
+                place = [*inner[:-1], inner[-1] * width] if inner else []
+                value = source.load(*_merge(outer, kept, axes, place), lanes=width)
+                acc[0] = _combine(op, acc[0], bind(value))
+
+            _nest(steps, visit)
+            result = total(acc[0]) if width > 1 else acc[0]
+            if op == "mean":
+                result = result / cast(integer(count(counts)), name)
+            target.store(result, *outer)
+
+        each_index([extents[a] for a in kept], count(counts), one)
+
+    return build(body, ["x", "y", *size_names(sizes)])
+
+
+def _merge(
+    outer: Sequence[Expr], kept: Sequence[int], axes: Sequence[int], inner: Sequence[Expr] = ()
+) -> list[Expr]:
+    """The full index from the kept and the reduced parts; a missing reduced part is all 0."""
+    reduced = list(inner) or [integer(0)] * len(axes)
+    found = dict(zip(kept, outer, strict=True)) | dict(zip(axes, reduced, strict=True))
+    return [found[a] for a in sorted(found)]
+
+
+def _combine(op: str, acc: Expr, value: Expr) -> Expr:
+    if op in ("sum", "mean"):
+        return acc + value
+    better = value > acc if op == "amax" else value < acc
+    return tirx.Select(better, value, acc)
+
+
+def _nest(
+    extents: Sequence[Expr], body: Callable[[Sequence[Expr]], None], index: Sequence[Expr] = ()
+) -> None:
+    """Serial loops over all of `extents`."""
+    if not extents:
+        body(index)
+        return
+    with loop(extents[0]) as i:
+        _nest(extents[1:], body, [*index, i])
+
+
+def lower_scan(node: Node, machine: Machine) -> Launch:
+    """The launch of `softmax`, `argmax`, `cumsum` and `topk`."""
+    table, x = SizeTable(), operand(node, 0).type
+    attrs = lookup(node.op).with_defaults(node.attrs)
+    name = VALUE[x.dtype]
+    if name == "bool" or (node.op == "softmax" and name != "float32"):
+        raise Unsupported(f"{node.op} of {x.dtype}")
+    if node.op == "topk":
+        static_dim(x.shape[-1], "the axis of topk")
+    axis = (attrs.get("axis") if node.op != "topk" else -1) % x.rank
+    static = (node.op, x.dtype, table.shape(x.shape), axis, attrs.get("k", 0))
+    return Launch(scan_axis, (*static, len(table.dims)), tuple(table.dims), flops=x.numel)
+
+
+def scan_axis(
+    op: str, dtype: DType, shape: Pattern, axis: int, k: int, sizes: int
+) -> PrimFunc:
+    """Arguments: x, the results; sizes."""
+    outer_axes = [a for a in range(len(shape)) if a != axis]
+    results = ["y", "indices"] if op == "topk" else ["y"]
+
+    def body(x: Expr, *rest: Expr) -> None:
+        addresses, given = rest[: len(results)], rest[len(results) :]
+        extents = resolve(shape, given)
+        source, n = Tensor(x, dtype, extents), extents[axis]
+
+        def line(outer: list[Expr]) -> Line:
+            return Line(source, outer, axis, n)
+
+        kept = [extents[a] for a in outer_axes]
+        full = Tensor(addresses[0], dtype, extents)
+        match op:
+            case "softmax":
+                each_index(kept, n, lambda outer: _softmax(line(outer), full))
+            case "cumsum":
+                each_index(kept, n, lambda outer: _cumsum(line(outer), full, VALUE[dtype]))
+            case "argmax":
+                where = Tensor(addresses[0], DType.i64, kept)
+                each_index(kept, n, lambda o: where.store(_argmax(line(o), VALUE[dtype]), *o))
+            case _:
+                best = Tensor(addresses[0], dtype, [*kept, k])
+                places = Tensor(addresses[1], DType.i64, [*kept, k])
+                each_index(kept, n * k, lambda o: _topk(line(o), o, best, places, k, dtype))
+
+    return build(body, ["x", *results, *size_names(sizes)])
+
+
+class Line:
+    """One line of a tensor along an axis."""
+
+    def __init__(self, source: Tensor, outer: Sequence[Expr], axis: int, extent: Expr) -> None:
+        self.source, self.outer, self.axis, self.extent = source, outer, axis, extent
+
+    def index(self, i: Expr) -> list[Expr]:
+        """The index of the line's element i."""
+        return [*self.outer[: self.axis], i, *self.outer[self.axis :]]
+
+    def load(self, i: Expr) -> Expr:
+        """Element i."""
+        return self.source.load(*self.index(i))
+
+
+def _softmax(line: Line, target: Tensor) -> None:
+    peak, mass = Local(1), Local(1)
+    peak[0], mass[0] = f32(float("-inf")), f32(0.0)
+    with loop(line.extent) as i:
+        peak[0] = tirx.max(peak[0], line.load(i))
+    with loop(line.extent) as i:
+        mass[0] = mass[0] + exp(line.load(i) - peak[0])
+    with loop(line.extent) as i:
+        target.store(exp(line.load(i) - peak[0]) / mass[0], *line.index(i))
+
+
+def _cumsum(line: Line, target: Tensor, name: str) -> None:
+    acc = Local(1, name)
+    acc[0] = acc.zero
+    with loop(line.extent) as i:
+        acc[0] = acc[0] + line.load(i)
+        target.store(acc[0], *line.index(i))
+
+
+def _argmax(line: Line, name: str) -> Expr:
+    best, where = Local(1, name), Local(1, "int64")
+    best[0], where[0] = line.load(integer(0)), integer(0)
+    with loop(line.extent) as i, when(line.load(i) > best[0]):
+        best[0] = line.load(i)
+        where[0] = i
+    return where[0]
+
+
+def _topk(
+    line: Line, outer: Sequence[Expr], best: Tensor, places: Tensor, k: int, dtype: DType
+) -> None:
+    """Scan for the largest that was not taken, k times."""
+    name = VALUE[dtype]
+    taken = Local(line.extent, "int32")
+    with loop(line.extent) as i:
+        taken[i] = tirx.const(0, "int32")
+    with loop(k) as slot:
+        top, where = Local(1, name), Local(1, "int64")
+        top[0], where[0] = tirx.const(LOWEST[name], name), integer(-1)
+        with loop(line.extent) as i:
+            better = tirx.any(where[0] < 0, line.load(i) > top[0])
+            with when(tirx.all(tirx.EQ(taken[i], 0), better)):
+                top[0] = line.load(i)
+                where[0] = i
+        taken[where[0]] = tirx.const(1, "int32")
+        best.store(top[0], *outer, slot)
+        places.store(where[0], *outer, slot)
+
+

@@ -1,0 +1,51 @@
+"""The CPU that code is made for: TVM's target and the shape of register tiles."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from dsc.errors import UsageError
+from dsc.targets import Target
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """What kernels are specialised to.
+
+    A tile of `rows` x `columns` dot products keeps that many vector accumulators in registers;
+    `lanes` is the number of fp32 elements in a vector.
+    """
+
+    cpu: str
+    lanes: int
+    rows: int
+    columns: int
+
+
+def machine_for(target: Target) -> Machine:
+    """The machine of `cpu` (the host) or `cpu:<llvm name>`. Raises `UsageError` on a bad name."""
+    from tvm.target import codegen
+
+    cpu = target.arch or codegen.llvm_get_system_cpu()
+    if not codegen.llvm_is_valid_cpu(cpu, codegen.llvm_get_system_triple()):
+        raise UsageError(
+            f"LLVM knows no CPU called {cpu!r}", hint="a name such as cpu:znver4 or cpu:x86-64-v3"
+        )
+    features = tvm_target(cpu)
+    if codegen.target_has_features("avx512f", features):
+        return Machine(cpu, lanes=16, rows=4, columns=4)
+    if codegen.target_has_features("avx2", features):
+        return Machine(cpu, lanes=8, rows=3, columns=4)
+    return Machine(cpu, lanes=4, rows=4, columns=4)
+
+
+def tvm_target(cpu: str) -> Any:
+    """TVM's target for an LLVM CPU name."""
+    import tvm
+
+    return tvm.target.Target({"kind": "llvm", "mcpu": cpu})
+
+
+GENERIC = Machine("x86-64", lanes=16, rows=4, columns=4)
+"""A stand-in where only the existence of a kernel is asked."""

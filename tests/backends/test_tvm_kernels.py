@@ -1,0 +1,55 @@
+"""Every TVM kernel against its operator's reference, at a decode step's sizes and at ragged ones."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from dsc import pipeline
+from dsc.backends import get
+from dsc.backends.base import EmitOptions, Executable
+from dsc.ir.interpreter import run_graph
+from tests.backends.tvm_cases import POINTS, Case, cases, program
+
+pytest.importorskip("tvm")
+TOLERANCE = {"f32": 2e-5, "bf16": 2e-2}
+"""Largest |difference| relative to the largest |value|, or to 1. In bf16 one step of the last place
+is 2^-8 = 4e-3; a kernel may round where the reference does not, and the other way round."""
+FOUND = [case for dtype in TOLERANCE for case in cases(dtype)]
+
+
+@pytest.fixture(scope="module")
+def loaded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Executable]:
+    backend = get("tvm")
+    planned = pipeline.apply(program(FOUND), ["plan_memory"])
+    emission = backend.emit(planned, EmitOptions())
+    folder: Path = tmp_path_factory.mktemp("kernels")
+    for name, data in emission.files.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(data)
+    yield backend.load(folder, {"meta": emission.meta, "weights": None}, planned)
+
+
+def relative_error(got: torch.Tensor, wanted: torch.Tensor) -> float:
+    """Largest |difference| over max(1, |wanted|max)."""
+    if wanted.numel() == 0:
+        return 0.0
+    scale = max(1.0, float(wanted.double().abs().max()))
+    return float((got.double() - wanted.double()).abs().max()) / scale
+
+
+@pytest.mark.parametrize("case", FOUND, ids=lambda case: case.id)
+def test_kernel_matches_the_reference(case: Case, loaded: Executable) -> None:
+    tolerance = TOLERANCE["bf16" if case.low_precision else "f32"]
+    for env in POINTS:
+        inputs = case.inputs(env)
+        wanted = run_graph(case.graph, [x.clone() for x in inputs.values()])
+        got = loaded.run(case.id, {k: x.clone() for k, x in inputs.items()})
+        for (name, tensor), reference in zip(got.items(), wanted, strict=True):
+            assert tensor.shape == reference.shape
+            assert tensor.dtype == reference.dtype
+            error = relative_error(tensor, reference)
+            assert error <= tolerance, f"{name} at {env}: {error:.2e} > {tolerance}"
