@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -102,7 +102,8 @@ class NullExecutable:
 def entry_cost(graph: Graph, program: Program) -> dict[str, Any]:
     """Bytes and flops of one run: as dims over the symbols, and with every symbol at its most."""
     most = {name: bounds.hi for name, bounds in program.symbols.items()}
-    parts: dict[str, Dim] = asdict(total_cost(graph.nodes))
+    cost = total_cost(graph.nodes)
+    parts: dict[str, Dim] = {f.name: getattr(cost, f.name) for f in fields(cost)}
     at_most = {k: evaluate(d, most) for k, d in parts.items()}
     return {
         "nodes": len(graph.nodes),

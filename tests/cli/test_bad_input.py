@@ -1,0 +1,238 @@
+"""Bad input, from the command line: one clear error, exit 2, nothing written, no traceback."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dsc.cli import main
+from dsc.models.configs import TINY_CHECKPOINT
+
+FP8 = Path(__file__).resolve().parent.parent / "data" / "tiny-v3-fp8"
+Break = Callable[[Path], None]
+
+
+@pytest.fixture(autouse=True)
+def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+
+
+def copy(source: Path, folder: Path) -> Path:
+    """A checkpoint of one's own: small files copied, weights copied when they are changed."""
+    folder.mkdir()
+    for file in source.iterdir():
+        shutil.copy(file, folder / file.name)
+    return folder
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]:
+    """Exit code and standard error of a command line."""
+    with pytest.raises(SystemExit) as ended:
+        main(list(arguments))
+    code = ended.value.code
+    return (0 if code is None else int(code)), capsys.readouterr().err
+
+
+def refused(capsys: pytest.CaptureFixture[str], folder: Path, *words: str) -> None:
+    """Compiling `folder` fails as it should, and says `words`."""
+    before = {p for p in Path.cwd().rglob("*") if "state" not in p.parts}
+    code, error = run(capsys, "compile", str(folder), "--backend", "reference", "-o", "out")
+    assert code == 2, error
+    assert "Traceback" not in error
+    for word in words:
+        assert word in error
+    assert {p for p in Path.cwd().rglob("*") if "state" not in p.parts} == before
+
+
+def edit_config(**changes: Any) -> Break:
+    def apply(folder: Path) -> None:
+        path = folder / "config.json"
+        config = json.loads(path.read_text())
+        config.update(changes)
+        path.write_text(json.dumps({k: v for k, v in config.items() if v != "absent"}))
+
+    return apply
+
+
+def edit_header(change: Callable[[dict[str, Any]], None]) -> Break:
+    def apply(folder: Path) -> None:
+        path = folder / "model.safetensors"
+        raw = path.read_bytes()
+        (size,) = struct.unpack("<Q", raw[:8])
+        header = json.loads(raw[8 : 8 + size])
+        change(header)
+        text = json.dumps(header).encode()
+        path.write_bytes(struct.pack("<Q", len(text)) + text + raw[8 + size :])
+
+    return apply
+
+
+def tensor(**fields: Any) -> Break:
+    return edit_header(lambda header: header["model.norm.weight"].update(fields))
+
+
+def truncate(size: int) -> Break:
+    return lambda folder: os.truncate(folder / "model.safetensors", size)
+
+
+BREAKS: dict[str, tuple[Break, tuple[str, ...]]] = {
+    "truncated weights": (truncate(100_000), ("model.safetensors",)),
+    "empty weights": (truncate(0), ("model.safetensors",)),
+    "a header length beyond the file": (
+        lambda f: (f / "model.safetensors").write_bytes(struct.pack("<Q", 1 << 50)) and None,
+        ("model.safetensors",),
+    ),
+    "a header that lies about a shape": (tensor(shape=[257]), ("model.norm.weight",)),
+    "a header with a huge shape": (tensor(shape=[1 << 62]), ("model.norm.weight",)),
+    "a header with a negative dim": (tensor(shape=[-256]), ("model.norm.weight",)),
+    "offsets outside of the file": (
+        tensor(data_offsets=[1 << 40, (1 << 40) + 512]),
+        ("model.norm.weight",),
+    ),
+    "offsets backwards": (tensor(data_offsets=[512, 0]), ("model.norm.weight",)),
+    "an unknown dtype": (tensor(dtype="F7"), ("model.norm.weight", "F7")),
+    "a dtype of another size": (tensor(dtype="F32"), ("model.norm.weight",)),
+    "a missing tensor": (
+        edit_header(lambda h: h.pop("model.layers.1.self_attn.kv_b_proj.weight") and None),
+        ("model.layers.1.self_attn.kv_b_proj.weight",),
+    ),
+    "a misshapen tensor": (
+        edit_config(moe_intermediate_size=64),
+        ("model.layers.1.mlp", "[128,256]", "[64,256]"),
+    ),
+    "no config": (lambda f: (f / "config.json").unlink(), ("config.json",)),
+    "a garbage config": (
+        lambda f: (f / "config.json").write_bytes(b"\xff{]") and None,
+        ("config.json",),
+    ),
+    "a config out of range": (edit_config(num_attention_heads=0), ("num_attention_heads",)),
+    "a config that contradicts itself": (edit_config(num_experts_per_tok=99), ("experts",)),
+    "an unknown architecture": (edit_config(model_type="llama"), ("llama", "deepseek_v3")),
+}
+
+
+@pytest.mark.parametrize("name", BREAKS)
+def test_one_clear_error(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    broken, words = BREAKS[name]
+    folder = copy(TINY_CHECKPOINT, tmp_path / "model")
+    broken(folder)
+    refused(capsys, folder, *words)
+
+
+def test_a_missing_shard(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = copy(FP8, tmp_path / "model")
+    (folder / "model-00002-of-00002.safetensors").unlink()
+    refused(capsys, folder, "model-00002-of-00002.safetensors")
+
+
+@pytest.mark.parametrize("place", ["../secret.safetensors", "/etc/passwd"])
+def test_an_index_that_leads_outside(
+    place: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = copy(FP8, tmp_path / "model")
+    shutil.copy(TINY_CHECKPOINT / "model.safetensors", tmp_path / "secret.safetensors")
+    path = folder / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    index["weight_map"]["model.norm.weight"] = place
+    path.write_text(json.dumps(index))
+    refused(capsys, folder, place)
+
+
+def test_a_pickle_is_never_opened(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = copy(TINY_CHECKPOINT, tmp_path / "model")
+    (folder / "model.safetensors").unlink()
+    fired = tmp_path / "fired"
+    payload = f"cos\nsystem\n(S'touch {fired}'\ntR."
+    (folder / "pytorch_model.bin").write_bytes(payload.encode())
+    refused(capsys, folder, "pickled")
+    assert not fired.exists()
+
+
+def test_code_of_a_checkpoint_is_never_imported(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = copy(TINY_CHECKPOINT, tmp_path / "model")
+    fired = tmp_path / "fired"
+    (folder / "modeling_evil.py").write_text(f"open({str(fired)!r}, 'w')\n")
+    auto_map = {"AutoModelForCausalLM": "modeling_evil.Evil"}
+    edit_config(auto_map=auto_map, model_type="evil", architectures=["Evil"])(folder)
+    refused(capsys, folder, "evil")
+    assert not fired.exists()
+
+
+def test_an_unsupported_operator_is_named_with_its_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "odd.py"
+    path.write_text(
+        "import torch\n"
+        "from dsc.models.v3 import DeepseekV3ForCausalLM, MLP\n"
+        "class Odd(MLP):\n"
+        "    def forward(self, x):\n"
+        "        return super().forward(torch.fft.fft(x.float()).real.to(x.dtype))\n"
+        "def build(config):\n"
+        "    model = DeepseekV3ForCausalLM(config).eval()\n"
+        "    model.model.layers[0].mlp = Odd(config.hidden_size, config.intermediate_size)\n"
+        "    return model\n"
+    )
+    refused(capsys, path, "fft", "model.layers.0.mlp", "odd.py:5")
+
+
+def test_an_existing_output_is_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.txt").write_text("years of work")
+    refused(capsys, TINY_CHECKPOINT, "exists already")
+    code, _ = run(
+        capsys, "compile", str(TINY_CHECKPOINT), "--backend", "reference", "-o", "out", "--force"
+    )
+    assert code == 2
+    assert (tmp_path / "out" / "thesis.txt").read_text() == "years of work"
+
+
+@pytest.mark.parametrize("model", ["nowhere", "missing.py", "missing.dsc"])
+def test_a_model_that_is_not_there(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    refused(capsys, Path(model), model)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "compile models/v3.py --backend nonsense",
+        "compile v3 --backend tvm --target cuda:sm_90",
+        "compile v3 --backend reference --target toaster",
+        "compile v3 --backend reference --quant int8",
+        "compile v3 --config nonsense --backend reference",
+        "compile v3 --config 671b --backend reference",
+        "compile v3 --backend reference --print-ir-after nonsense",
+        "generate nowhere --prompt x",
+        "opt nowhere.dsc -p dce",
+    ],
+)
+def test_options_that_cannot_be(line: str, capsys: pytest.CaptureFixture[str]) -> None:
+    code, error = run(capsys, *line.split())
+    assert code == 2, error
+    assert "Traceback" not in error
+    assert not [p for p in Path.cwd().iterdir() if p.name != "state"]
+
+
+def test_a_tampered_artifact(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, error = run(
+        capsys, "compile", str(TINY_CHECKPOINT), "--backend", "reference", "-o", "out"
+    )
+    assert code == 0, error
+    path = tmp_path / "out" / "program.dsc"
+    path.write_text(path.read_text().replace("scale=2.5", "scale=2.6"))
+    code, error = run(capsys, "generate", "out", "--prompt", "In the beginning")
+    assert code == 2
+    assert "program.dsc" in error
+    assert "Traceback" not in error

@@ -1,0 +1,130 @@
+"""Sessions over a hand-written language model: chunks, ragged batches, entries, errors."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import dsc
+from dsc.errors import UsageError
+from dsc.ir.parser import parse_program
+from dsc.ir.program import Program
+from dsc.ir.weights import random_source, sources
+
+TEXT = (Path(__file__).resolve().parent.parent / "data" / "small_lm.dsc").read_text()
+BACKENDS = ["reference", "onnxruntime", "tvm"]
+
+
+def small_lm() -> Program:
+    """One MLA layer over a vocabulary of 9, seeded weights."""
+    program = parse_program(TEXT)
+    keys = {s.key: s.type for e in program.weights.values() for s in sources(e)}
+    return parse_program(TEXT, random_source(keys))
+
+
+@pytest.fixture(scope="module", params=BACKENDS)
+def compiled(request: pytest.FixtureRequest) -> dsc.CompiledModel:
+    return dsc.compile(
+        small_lm(), backend=request.param, max_batch=4, max_context=32, prefill_chunk=8
+    )
+
+
+def ids(*shape: int) -> torch.Tensor:
+    return torch.randint(9, shape, generator=torch.Generator().manual_seed(1))
+
+
+def test_chunks_equal_the_whole(compiled: dsc.CompiledModel) -> None:
+    tokens = ids(2, 21)
+    whole = compiled.session().prefill(tokens, all_logits=True)
+    assert whole.shape == (2, 21, 9)
+    session = compiled.session()
+    parts = [session.prefill(tokens[:, a:b], all_logits=True) for a, b in [(0, 3), (3, 11), (11, 21)]]
+    torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=0, atol=1e-5)
+
+
+def test_a_ragged_batch_equals_its_rows(compiled: dsc.CompiledModel) -> None:
+    tokens, lengths = ids(4, 13), [3, 13, 1, 9]
+    session = compiled.session()
+    together = [session.prefill(tokens, lengths=lengths)]
+    together += [session.decode(torch.tensor([1, 2, 3, 4])) for _ in range(3)]
+    assert session.lengths == [6, 16, 4, 12]
+    for row, n in enumerate(lengths):
+        alone = compiled.session()
+        apart = [alone.prefill(tokens[row, :n])] + [alone.decode([row + 1]) for _ in range(3)]
+        for ours, theirs in zip(together, apart, strict=True):
+            torch.testing.assert_close(ours[row], theirs[0], rtol=0, atol=1e-5)
+
+
+def test_decode_equals_prefill(compiled: dsc.CompiledModel) -> None:
+    tokens = ids(1, 12)
+    whole = compiled.session().prefill(tokens, all_logits=True)[0]
+    session = compiled.session()
+    rows = [session.prefill(tokens[:, :1])] + [session.decode(tokens[:, i]) for i in range(1, 12)]
+    torch.testing.assert_close(torch.cat(rows), whole, rtol=0, atol=1e-5)
+
+
+def test_what_goes_in_says_what_comes_out(compiled: dsc.CompiledModel) -> None:
+    session = compiled.session()
+    assert isinstance(session.prefill(np.zeros((1, 3), dtype=np.int64)), np.ndarray)
+    assert isinstance(session.decode(torch.tensor([1])), torch.Tensor)
+    assert session.decode(np.array([[2]])).shape == (1, 9)
+
+
+def test_reset_forgets(compiled: dsc.CompiledModel) -> None:
+    session = compiled.session()
+    first = session.prefill(ids(1, 5))
+    session.decode([1])
+    session.reset()
+    assert session.lengths == []
+    torch.testing.assert_close(session.prefill(ids(1, 5)), first, rtol=0, atol=0)
+
+
+def test_the_context_can_be_filled_and_not_passed(compiled: dsc.CompiledModel) -> None:
+    session = compiled.session(max_context=10)
+    session.prefill(ids(1, 9))
+    session.decode([1])
+    with pytest.raises(UsageError, match="max_context is 10"):
+        session.decode([1])
+    assert session.lengths == [10]
+
+
+def test_the_guard_table_chooses(compiled: dsc.CompiledModel) -> None:
+    session = compiled.session()
+    limit = compiled.program.meta["guards"]["extend"]
+    assert limit == 4  # 6 * (2 + 3) // (2 * 6 - 2 - 3)
+    names = [session._entry(n) for n in (1, 2, limit, limit + 1)]
+    assert names == ["decode", "extend", "extend", "prefill"]
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda s: s.decode([1]), "decode before prefill"),
+        (lambda s: s.prefill([[]]), "ids of"),
+        (lambda s: s.prefill([[9]]), "vocabulary of 9"),
+        (lambda s: s.prefill([[-1]]), "vocabulary of 9"),
+        (lambda s: s.prefill([[0.5]]), "int64"),
+        (lambda s: s.prefill(torch.zeros(5, 2, dtype=torch.int64)), "a batch of 5"),
+        (lambda s: s.prefill([[1, 2]], lengths=[3]), "lengths"),
+        (lambda s: s.prefill([[1, 2]], lengths=[0]), "lengths"),
+        (lambda s: s.prefill([[1, 2]], lengths=[1, 2]), "lengths"),
+        (lambda s: s.prefill(torch.zeros(1, 33, dtype=torch.int64)), "max_context is 32"),
+        (lambda s: (s.prefill([[1]]), s.prefill([[1], [2]])), "2 sequences"),
+        (lambda s: (s.prefill([[1]]), s.decode([1, 2])), "next_ids"),
+    ],
+)
+def test_mistakes_are_told(call: object, words: str) -> None:
+    assert callable(call)
+    compiled = dsc.compile(small_lm(), backend="null", max_context=32)
+    with pytest.raises(UsageError, match=words):
+        call(compiled.session())
+
+
+def test_a_session_must_fit_what_was_compiled() -> None:
+    compiled = dsc.compile(small_lm(), backend="null", max_context=32)
+    for wrong in ({"max_batch": 9}, {"max_context": 4000}):
+        with pytest.raises(UsageError, match="compiled for"):
+            compiled.session(**wrong)
