@@ -111,6 +111,16 @@ def product(dims: tuple[Dim, ...]) -> Dim:
     return reduce(mul, dims, 1)
 
 
+def terms(dim: Dim) -> dict[Monomial, int]:
+    """The coefficients of a dim by monomial; the monomial of a plain number is `()`."""
+    return _terms(dim)
+
+
+def from_terms(coefficients: Mapping[Monomial, int]) -> Dim:
+    """The dim with these coefficients: the inverse of `terms`."""
+    return _poly(dict(coefficients))
+
+
 def free_symbols(dim: Dim) -> frozenset[str]:
     """The names of all symbols in `dim`."""
     if isinstance(dim, int):

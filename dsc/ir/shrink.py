@@ -1,0 +1,252 @@
+"""Maps every large dim of a program to a small one, so that a program of any width interprets.
+
+Real widths are too big to interpret: one expert layer of DeepSeek-V3 is 45 GB in fp32. `shrink`
+keeps every node, layer and entry and changes the numbers alone: dims of weights, inputs and
+attributes, consistently, so that all types infer again. Numbers up to 8 stay, even stays even,
+whole blocks stay whole, groups still divide the experts. Equal numbers map to equal ones; where
+that leaves no solution, equal numbers of the same role (the name of the weight or input that has
+them); where that fails too, whatever the operators demand. Weights become seeded random tensors.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from dsc.errors import VerificationError
+from dsc.ir.demands import Call, Shape, demand, dim_attrs, sizes_of
+from dsc.ir.extents import Extent, System, Unsolvable
+from dsc.ir.graph import Attrs, Graph, Node, Operand, Value, Weight
+from dsc.ir.op import TypeMismatch, infer
+from dsc.ir.program import Program
+from dsc.ir.types import TensorType
+from dsc.ir.weights import Source, WeightExpr, apply, random_source, sources
+
+Scope = dict[str, Shape]
+
+
+def shrink(program: Program) -> Program:
+    """The program at small sizes, over random weights.
+
+    `meta["shrunk"]` holds the sizes by the numbers they stand for, and the integers of
+    `meta["config"]` follow where that is unambiguous. Raises `VerificationError` when no small
+    sizes satisfy what the operators demand.
+    """
+    survey = Survey(program)
+    roles: tuple[tuple[str, Callable[[int], object] | None], ...] = (
+        ("equal numbers", lambda unknown: 0),
+        ("equal numbers of one role", lambda unknown: survey.system.labels.get(unknown, unknown)),
+        ("equal extents", None),
+    )
+    reasons: list[str] = []
+    for name, role in roles:
+        system = survey.system.copy()
+        if role is not None:
+            system.merge_by(role)
+        try:
+            values = system.solve()
+            return Rebuild(
+                survey, [values[system.find(u)] for u in range(len(system.parent))]
+            ).run()
+        except (Unsolvable, TypeMismatch) as problem:
+            reasons.append(f"{name} kept equal: {problem}")
+    raise VerificationError(
+        f"no small sizes fit the program {program.name}\n" + "\n".join(reasons),
+        hint="verify this pass on a narrower model",
+    )
+
+
+@dataclass
+class Survey:
+    """The extents of a program: of its weights, sources, inputs and attributes."""
+
+    program: Program
+    system: System = field(default_factory=System)
+    sources: Scope = field(default_factory=dict)
+    weights: Scope = field(default_factory=dict)
+    inputs: dict[str, Scope] = field(default_factory=dict)
+    stacked: dict[int, Extent] = field(default_factory=dict)
+    """Number of operands of each stack among the weight expressions, by its identity."""
+    attrs: dict[int, dict[str, Any]] = field(default_factory=dict)
+    """Extents of attributes, by the identity of the node or expression that has them."""
+
+    def __post_init__(self) -> None:
+        for name, expr in self.program.weights.items():
+            shape = self._expr(expr)
+            self._same(shape, self._shape(expr.type, name))
+            self.weights[name] = shape
+        for graph in self.program.entries.values():
+            scope = {v.name: self._shape(v.type, v.name) for v in graph.inputs}
+            for earlier in self.inputs.values():
+                for name in earlier.keys() & scope.keys():
+                    if len(earlier[name]) == len(scope[name]):
+                        self._same(earlier[name], scope[name])
+            self.inputs[graph.name] = dict(scope)
+            self._graph(graph, scope)
+
+    def _shape(self, t: TensorType, name: str = "") -> Shape:
+        role = re.sub(r"\d+", "#", name)
+        return [
+            self.system.extent(dim, f"{role} axis {axis}" if name else "")
+            for axis, dim in enumerate(t.shape)
+        ]
+
+    def _same(self, a: Shape, b: Shape) -> None:
+        for x, y in zip(a, b, strict=True):
+            self.system.equate(x, y)
+
+    def _expr(self, expr: WeightExpr) -> Shape:
+        if isinstance(expr, Source):
+            shape = self._shape(expr.type, expr.key)
+            known = self.sources.setdefault(expr.key, shape)
+            self._same(known, shape)
+            return known
+        ins = [self._expr(arg) for arg in expr.args]
+        out = self._shape(expr.type)
+        types = [arg.type for arg in expr.args]
+        if expr.op == "stack":
+            self.stacked[id(expr)] = out[0]
+        self._demand(expr.op, expr, types, [expr.type], ins, [out], expr.attrs, in_weights=True)
+        return out
+
+    def _graph(self, graph: Graph, scope: Scope) -> list[Shape]:
+        for node in graph.nodes:
+            ins = [None if x is None else self._operand(x, scope) for x in node.inputs]
+            outs = [self._shape(v.type) for v in node.outputs]
+            if node.body is not None:
+                self._body(node.body, ins, outs)
+            else:
+                types = [None if x is None else x.type for x in node.inputs]
+                results = [v.type for v in node.outputs]
+                self._demand(node.op, node, types, results, ins, outs, node.attrs)
+            scope.update(zip((v.name for v in node.outputs), outs, strict=True))
+        return [self._operand(x, scope) for x in graph.outputs]
+
+    def _body(self, body: Graph, ins: Sequence[Shape | None], outs: Sequence[Shape]) -> None:
+        scope = {v.name: x for v, x in zip(body.inputs, ins, strict=True) if x is not None}
+        for made, out in zip(self._graph(body, scope), outs, strict=True):
+            self._same(made, out)
+
+    def _operand(self, x: Operand, scope: Scope) -> Shape:
+        return scope[x.name] if isinstance(x, Value) else self.weights[x.name]
+
+    def _demand(
+        self,
+        op: str,
+        owner: object,
+        types: Sequence[TensorType | None],
+        results: Sequence[TensorType],
+        ins: Sequence[Shape | None],
+        outs: Sequence[Shape],
+        attrs: Mapping[str, Any],
+        in_weights: bool = False,
+    ) -> None:
+        names = dim_attrs(op, attrs)
+        extents = {name: sizes_of(attrs[name], self.system) for name in names}
+        extents = self.attrs.setdefault(id(owner), extents)
+        demand(Call(self.system, op, types, results, ins, outs, attrs, extents, in_weights))
+
+
+@dataclass
+class Rebuild:
+    """The program again, with the values that were found for its extents."""
+
+    survey: Survey
+    values: Sequence[int]
+    made: dict[int, WeightExpr] = field(default_factory=dict)
+
+    def run(self) -> Program:
+        """The shrunk program. Raises `TypeMismatch` where the values do not fit after all."""
+        program = self.survey.program
+        weights = {name: self._expr(expr) for name, expr in program.weights.items()}
+        types = {name: expr.type for name, expr in weights.items()}
+        entries = {}
+        for name, graph in program.entries.items():
+            shapes = self.survey.inputs[name]
+            inputs = [Value(v.name, self._type(v.type, shapes[v.name])) for v in graph.inputs]
+            entries[name] = self._graph(graph, inputs, types)
+        found = {s.key: s.type for expr in weights.values() for s in sources(expr)}
+        return replace(
+            program,
+            entries=entries,
+            weights=weights,
+            source=random_source(found),
+            meta=self._meta(program.meta),
+        )
+
+    def _type(self, t: TensorType, shape: Shape) -> TensorType:
+        return t.with_shape(tuple(extent.value(self.values.__getitem__) for extent in shape))
+
+    def _attrs(self, owner: object, attrs: Mapping[str, Any]) -> dict[str, Any]:
+        return {**attrs, **self._sizes(self.survey.attrs.get(id(owner), {}))}
+
+    def _sizes(self, value: Any) -> Any:
+        if isinstance(value, Extent):
+            return value.value(self.values.__getitem__)
+        if isinstance(value, dict):
+            return {name: self._sizes(v) for name, v in value.items()}
+        return tuple(self._sizes(v) for v in value)
+
+    def _expr(self, expr: WeightExpr) -> WeightExpr:
+        if id(expr) not in self.made:
+            self.made[id(expr)] = self._expr_anew(expr)
+        return self.made[id(expr)]
+
+    def _expr_anew(self, expr: WeightExpr) -> WeightExpr:
+        if isinstance(expr, Source):
+            return Source(expr.key, self._type(expr.type, self.survey.sources[expr.key]))
+        args = expr.args
+        if expr.op == "stack":
+            kept = self.survey.stacked[id(expr)].value(self.values.__getitem__)
+            args = args[:kept] if isinstance(kept, int) else args
+        return apply(expr.op, *map(self._expr, args), **self._attrs(expr, expr.attrs))
+
+    def _graph(
+        self, graph: Graph, inputs: Sequence[Value], weights: Mapping[str, TensorType]
+    ) -> Graph:
+        scope = {v.name: v for v in inputs}
+
+        def operand(x: Operand | None) -> Operand | None:
+            if isinstance(x, Weight):
+                return Weight(x.name, weights[x.name])
+            return None if x is None else scope[x.name]
+
+        nodes = []
+        for node in graph.nodes:
+            operands = tuple(operand(x) for x in node.inputs)
+            attrs = Attrs(self._attrs(node, node.attrs))
+            if node.body is not None:
+                given = (x for x in operands if x is not None)
+                inner = [
+                    Value(v.name, x.type) for v, x in zip(node.body.inputs, given, strict=True)
+                ]
+                attrs = attrs.updated(body=self._graph(node.body, inner, weights))
+            types = infer(node.op, operands, attrs)
+            outputs = tuple(Value(v.name, t) for v, t in zip(node.outputs, types, strict=True))
+            scope.update((v.name, v) for v in outputs)
+            nodes.append(Node(node.op, operands, attrs, outputs, node.loc))
+        results = tuple(x for x in map(operand, graph.outputs) if x is not None)
+        return replace(graph, inputs=tuple(inputs), nodes=tuple(nodes), outputs=results)
+
+    def _meta(self, meta: Mapping[str, Any]) -> dict[str, Any]:
+        sizes: dict[int, set[int]] = {}
+        for original, value in zip(self.survey.system.original, self.values, strict=True):
+            sizes.setdefault(original, set()).add(value)
+        shown = {str(n): sorted(found) for n, found in sorted(sizes.items()) if found != {n}}
+        config = meta.get("config")
+        if isinstance(config, dict):
+            config = {
+                key: min(sizes[n]) if _is_width(key, n) and len(sizes.get(n, ())) == 1 else n
+                for key, n in config.items()
+            }
+            return {**meta, "config": config, "shrunk": shown}
+        return {**meta, "shrunk": shown}
+
+
+def _is_width(key: str, value: object) -> bool:
+    """Whether a number of config.json is a dim."""
+    return isinstance(value, int) and key.endswith(
+        ("_size", "_dim", "_rank", "_heads", "_experts", "_value_heads")
+    )
