@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from dsc.ir.dims import Sym
 from dsc.ir.graph import Node, Operand, Value
 from dsc.ir.ops.shape import axis_of
 from dsc.rewrite import pattern as patterns
@@ -272,40 +271,6 @@ class ScatterToConcat(Rule):
         return b.call("concat", first, second, axis=facts["axis"])
 
 
-class ConcatOfConcat(Rule):
-    """concat(concat(a, b), c)  ==>  concat(a, b, c) along one axis"""
-
-    anchors = frozenset({"concat"})
-    examples = (
-        "graph g(%a: f32[B,1], %b: f32[B,2], %c: f32[B,3]) { %d = concat %a, %b {axis=1}\n"
-        " %e = concat %d, %c {axis=-1}\n return %e }",
-    )
-    near_misses = {
-        "the axes differ": "graph g(%a: f32[2,2], %b: f32[2,2], %c: f32[4,3]) {"
-        " %d = concat %a, %b {axis=0}\n %e = concat %d, %c {axis=1}\n return %e }",
-    }
-
-    def propose(self, scope: Scope, node: Node) -> Match | None:
-        """Some operand is a concat along the same axis that nothing else reads."""
-        rank = node.output.type.rank
-        axis = axis_of(node.attrs["axis"], rank)
-        parts: list[Operand] = []
-        inner: list[Node] = []
-        for x in node.operands:
-            made = scope.producer(x)
-            if made is not None and made.op == "concat" and len(scope.uses[x.name]) == 1:
-                if axis_of(made.attrs["axis"], rank) == axis:
-                    parts.extend(made.operands)
-                    inner.append(made)
-                    continue
-            parts.append(x)
-        return at(scope, node, *inner, parts=tuple(parts)) if inner else None
-
-    def rewrite(self, b: RewriteBuilder, m: Match, facts: Facts) -> Result:
-        """All parts in one."""
-        return b.call("concat", *m.parts, axis=m.root.attrs["axis"])
-
-
 class CastBackAndForth(Rule):
     """cast(cast(x))  ==>  x, when the type between holds every value of x"""
 
@@ -346,10 +311,4 @@ VIEW_RULES: tuple[Rule, ...] = (
     SplitBeforePermute(),
     MergePermutes(),
     PermuteToReshape(),
-    ConcatOfConcat(),
 )
-
-
-def symbolic(*dims: object) -> bool:
-    """Whether any of the dims is symbolic."""
-    return any(isinstance(d, Sym) for d in dims)

@@ -143,10 +143,12 @@ def _perturbed(found: Mapping[str, torch.Tensor], tolerance: float) -> dict[str,
         flat = tensor.view(-1)
         if not tensor.is_floating_point():
             flat[0] = ~flat[0] if tensor.dtype == torch.bool else flat[0] + 1
-        elif tolerance == EXACT:
-            flat[0] = torch.nextafter(flat[0], torch.tensor(float("inf"), dtype=tensor.dtype))
-        else:
-            flat[0] += 3 * tolerance * max(1.0, tensor.abs().max().item())
+            continue
+        step = 3 * tolerance * max(1.0, tensor.abs().max().item())
+        moved = flat[0] + step
+        if moved == flat[0]:  # exact, or a step that this element type rounds away
+            moved = torch.nextafter(flat[0], torch.tensor(float("inf"), dtype=tensor.dtype))
+        flat[0] = moved
     return out
 
 

@@ -83,7 +83,8 @@ def cut(
         if len(inside) > MAX_NODES:
             return None
     nodes = sorted(inside.values(), key=lambda n: scope.position[n.outputs[0].name])
-    used = tuple(x for x in leaves.values() if any(x in n.inputs for n in nodes))
+    read = {str(x) for n in nodes for x in n.operands} | {str(v) for v in outputs}
+    used = tuple(x for key, x in leaves.items() if key in read)
     return Region(as_graph(used, nodes, outputs), used, tuple(nodes))
 
 
@@ -258,3 +259,51 @@ def proven(scope: Scope, key: tuple[Any, ...], proof: Callable[[], Any]) -> Any:
         except TypeMismatch as problem:
             scope.memo[key] = f"the sizes do not fit: {str(problem).splitlines()[0]}"
     return scope.memo[key]
+
+
+def assignments(*graphs: Graph) -> list[dict[str, int]]:
+    """Sizes to try for the symbols of graphs: small and pairwise different, reversed, all one."""
+    names = sorted({s for g in graphs for v in g.values() for s in v.type.symbols})
+    count = len(names)
+    return [
+        {name: 2 + i for i, name in enumerate(names)},
+        {name: 1 + count - i for i, name in enumerate(names)},
+        dict.fromkeys(names, 1),
+    ]
+
+
+def at_sizes(value: Operand, sizes: Mapping[str, int]) -> tuple[int, ...]:
+    """The shape of an operand at given sizes of its symbols."""
+    return tuple(evaluate(d, sizes) for d in value.type.shape)
+
+
+def normal(value: Operand, sizes: Mapping[str, int], seed: int, scale: float = 1.0) -> torch.Tensor:
+    """A seeded normal tensor of an operand's shape, in its (widened) type."""
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+    tensor = torch.randn(at_sizes(value, sizes), generator=generator) * scale
+    return tensor.to(value.type.dtype.torch)
+
+
+def integers(
+    value: Operand, sizes: Mapping[str, int], seed: int, below: int
+) -> torch.Tensor:
+    """Seeded integers in 0 .. below-1 of an operand's shape."""
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, below, at_sizes(value, sizes), generator=generator)
+
+
+def as_written(value: float, written: Iterable[float]) -> float:
+    """A measured number as the region spells it: the nearest of `written`, when one is near."""
+    near = [w for w in written if abs(w - value) <= 1e-5 * max(abs(value), 1e-9)]
+    if near:
+        return min(near, key=lambda w: abs(w - value))
+    return float(f"{value:.6g}")
+
+
+def extent(dim: Dim, sizes: Mapping[str, int]) -> int:
+    """The integer that a dim is at given sizes."""
+    return evaluate(dim, sizes)

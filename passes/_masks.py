@@ -1,0 +1,130 @@
+"""What an attention mask lets through, found by evaluating it.
+
+A mask is raised only when it is causal over a cache: query i of sequence b sees cache rows
+j <= lengths[b] + i. Anything else (a sliding window, chunks, padding) is refused with the pair of
+rows that it treats differently; it is never dropped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from dsc.errors import DscError
+from dsc.ir.dims import Dim, bounds, evaluate
+from dsc.ir.graph import Operand, Value
+from dsc.ir.types import DType
+from dsc.rewrite import lift
+from dsc.rewrite.rule import Reject, reject
+from dsc.rewrite.scope import Scope
+
+if TYPE_CHECKING:
+    import torch
+
+MAX_ELEMENTS = 1 << 24
+"""The largest mask that is evaluated to see past a constant, such as a window's width."""
+HIDDEN = -1e4
+"""An additive mask hides what it lowers by more than this."""
+
+
+@dataclass(frozen=True)
+class Causal:
+    """A causal mask; `lengths` is the value it reads them from, if it reads them."""
+
+    lengths: Value | None
+
+
+def classify(scope: Scope, mask: Operand) -> Causal | Reject:
+    """Prove that a mask [.., s, t] is causal, by lengths or by t - s; else say why not."""
+    if not isinstance(mask, Value):
+        return reject("the mask is a weight", mask)
+    region = lift.cut(scope, [mask], lambda v: False)
+    if region is None:
+        return reject("the mask is computed from too much to be looked through", mask)
+    foreign = [x for x in region.leaves if x.type.dtype is not DType.i64 or x.type.rank != 1]
+    if foreign or len(region.leaves) > 1 or mask.type.rank < 2:
+        return reject("the mask depends on more than the lengths", *(foreign or region.leaves))
+    found = lift.proven(scope, ("mask", region.key), lambda: _prove(scope, region, mask))
+    if found:
+        return reject(found, mask)
+    return Causal(region.leaves[0] if region.leaves else None)  # type: ignore[arg-type]
+
+
+def _prove(scope: Scope, region: lift.Region, mask: Value) -> str:
+    """Why the mask is not causal; empty when it is."""
+    rows, total = mask.type.shape[-2:]
+    cases = _cases(scope, region, rows, total)
+    if isinstance(cases, str):
+        return cases
+    for seed, sizes in enumerate(cases):
+        why = _check(region, sizes, evaluate(rows, sizes), evaluate(total, sizes), seed)
+        if why:
+            return why
+    return ""
+
+
+def _cases(
+    scope: Scope, region: lift.Region, rows: Dim, total: Dim
+) -> Sequence[Mapping[str, int]] | str:
+    """Sizes to try: small ones, and for every constant written in the mask some beyond it."""
+    small = lift.assignments(region.graph)
+    cases: list[Mapping[str, int]] = list(small)
+    largest = bounds(total, scope.program.symbols).hi
+    for constant in sorted(region.constants()):
+        if not 3 < abs(constant) < largest or abs(constant) != int(abs(constant)):
+            continue
+        for name in small[0]:
+            sizes = {**small[0], name: int(abs(constant)) + 3}
+            if evaluate(total, sizes) * evaluate(rows, sizes) > MAX_ELEMENTS:
+                return f"the mask holds the constant {constant:g}, too far out to be tested"
+            cases.append(sizes)
+    return cases
+
+
+def _check(
+    region: lift.Region, sizes: Mapping[str, int], rows: int, total: int, seed: int
+) -> str:
+    """Compare one evaluation with `j <= lengths[b] + i`."""
+    import torch
+
+    past = total - rows
+    if past < 0:
+        return ""  # sizes that no step has
+    lengths = [lift.integers(x, sizes, seed, past + 1) for x in region.leaves]
+    try:
+        (value,) = lift.run(region.graph, lift.Case(sizes, lengths))
+    except (DscError, RuntimeError) as problem:
+        return f"the mask does not run: {str(problem).splitlines()[0]}"
+    start = lengths[0][:, None, None] if lengths else torch.full((1, 1, 1), past)
+    seen = torch.arange(total)[None, None] <= start + torch.arange(rows)[None, :, None]
+    shown = _visible(value)
+    if isinstance(shown, str):
+        return shown
+    flat = shown.reshape(-1, rows, total) if shown.dim() < 4 else shown.amax(1)
+    if shown.dim() == 4 and not torch.equal(flat, shown.amin(1)):
+        return "the mask differs between heads"
+    for b, i, j in _different(flat, seen):
+        verb = "hides" if bool(seen.expand_as(flat)[b, i, j]) else "shows"
+        return f"the mask {verb} row {j} at row {past + i}: it is not causal (a window, chunks?)"
+    return ""
+
+
+def _different(found: torch.Tensor, wanted: torch.Tensor) -> Iterator[tuple[int, int, int]]:
+    if found.shape[0] not in (1, wanted.shape[0]) and wanted.shape[0] != 1:
+        yield (0, 0, 0)
+        return
+    for b, i, j in (found != wanted).nonzero()[:1].tolist():
+        yield b, i, j
+
+
+def _visible(mask: torch.Tensor) -> torch.Tensor | str:
+    """A mask as bool: true is seen. An additive one must be 0 where it is seen."""
+    import torch
+
+    if mask.dtype == torch.bool:
+        return mask
+    hidden = mask <= HIDDEN
+    if bool((mask[~hidden] != 0).any()):
+        return "the mask adds a bias to what it shows"
+    return ~hidden

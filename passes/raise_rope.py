@@ -1,0 +1,266 @@
+"""Recognise the rotary position embedding, in any of its layouts.
+
+What           everything between x, the positions and the frequencies on one side and the rotated
+               value on the other becomes rope. The region is proposed by structure (products with
+               a table of sines and cosines) and proved by running it against each layout.
+Why it pays    one kernel reads x once and needs no table; which layout the cached keys have, and
+               that YaRN scales cos and sin, is then written in the program instead of implied.
+Preconditions  stage TRACED; the frequencies are a weight f32[r/2], the positions i64[b,s].
+Before         graph main(%x: f32[B,S,4], %p: i64[B,S], @inv_freq: f32[2]) {
+                 %a = reshape %p {shape=[B,S,1]} : i64[B,S,1]
+                 %b = cast %a {dtype=f32} : f32[B,S,1]
+                 %c = mul %b, @inv_freq : f32[B,S,2]
+                 %cos = cos %c : f32[B,S,2]
+                 %sin = sin %c : f32[B,S,2]
+                 %even = slice %x {axis=2, end=3, start=0, step=2} : f32[B,S,2]
+                 %odd = slice %x {axis=2, end=4, start=1, step=2} : f32[B,S,2]
+                 %d = mul %even, %cos : f32[B,S,2]
+                 %e = mul %odd, %sin : f32[B,S,2]
+                 %f = sub %d, %e : f32[B,S,2]
+                 %g = mul %odd, %cos : f32[B,S,2]
+                 %h = mul %even, %sin : f32[B,S,2]
+                 %i = add %g, %h : f32[B,S,2]
+                 %y = concat %f, %i {axis=2} : f32[B,S,4] loc "rope"
+                 return %y
+               }
+After          graph main(%x: f32[B,S,4], %p: i64[B,S], @inv_freq: f32[2]) {
+                 %y = rope %x, %p, @inv_freq {layout="deinterleave", scale=1.0} : f32[B,S,4] loc "rope"
+                 return %y
+               }
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from dsc.ir.graph import GraphBuilder, Node, Operand, Value, Weight
+from dsc.ir.ops.nn import ROPE_LAYOUTS
+from dsc.ir.program import Program
+from dsc.ir.stages import Stage
+from dsc.ir.types import DType
+from dsc.passes._views import VIEW_RULES
+from dsc.rewrite import lift
+from dsc.rewrite.base import Pass, PassReport
+from dsc.rewrite.driver import apply_rules
+from dsc.rewrite.rule import Facts, Match, Reject, Result, RewriteBuilder, Rule, reject
+from dsc.rewrite.scope import VIEWS, Scope
+
+_TABLE = VIEWS | {"cast", "concat", "mul", "add", "sub", "div", "neg", "cos", "sin", "matmul", "full"}
+"""What a table of sines and cosines is computed with."""
+_JOIN = VIEWS | {"cast", "concat", "add", "sub", "slice_scatter", "neg"}
+"""What brings the rotated parts together."""
+_SOURCE = VIEWS | {"cast", "concat", "neg"}
+MAX_POSITION = 5000
+
+_ROTATED = """graph g(%x: f32[B,{head}S,4], %p: i64[B,S], @inv_freq: f32[2]) {{
+  %a = reshape %p {{shape=[B,1,S,1]}}
+  %b = cast %a {{dtype=f32}}
+  %c = mul %b, @inv_freq
+  %t = concat %c, %c {{axis=3}}
+  %cos = cos %t
+  %m = full {{shape=[], value=1.25, dtype=f32}}
+  %k = mul %cos, %m
+  %sin = sin %t
+  %l = mul %sin, %m
+  %u = slice %x {{axis=3, start=0, end=2}}
+  %v = slice %x {{axis=3, start=2, end=4}}
+  %n = neg %v
+  %h = concat %n, %u {{axis=3}}
+  %d = mul %x, %k
+  %e = mul %h, {second}
+  %y = add %d, %e
+  return %y
+}}"""
+
+
+class Rope(Rule):
+    """x turned by cos and sin of positions * inv_freq  ==>  rope(x, positions, inv_freq)"""
+
+    tolerance = 1e-5
+    examples = (
+        _ROTATED.format(head="3,", second="%l"),
+        _ROTATED.format(head="1,", second="%l"),
+    )
+    near_misses = {
+        "the second product has the cosine too": _ROTATED.format(head="3,", second="%k"),
+    }
+
+    def find(self, scope: Scope) -> Iterator[Match | Reject]:
+        """One proposal for each value that a product with a table leads to."""
+        tables = _tables(scope)
+        seen: set[str] = set()
+        for node in scope.graph.nodes:
+            x = _rotated_operand(node, tables)
+            if x is None or node.output.name in seen:
+                continue
+            found = _join(scope, node, x, tables)
+            if isinstance(found, Match):
+                seen |= {v.name for n in found.nodes for v in n.outputs}
+            yield found
+
+    def check(self, m: Match) -> Facts | Reject:
+        """Prove one of the layouts, and read the scale off position 0."""
+        key = ("rope", m.region.key, m.region.leaves.index(m.x))
+        found = lift.proven(m.scope, key, lambda: _prove(m))
+        return reject(found, m.x) if isinstance(found, str) else found
+
+    def rewrite(self, b: RewriteBuilder, m: Match, facts: Facts) -> Result:
+        """rope on [b,s,h,r] or [b,s,r], between the views that lead there and back."""
+        return _emit(b, m.x, m.positions, m.inv_freq, facts["layout"], facts["scale"])
+
+
+def _tables(scope: Scope) -> set[str]:
+    """Values computed from integers and weights alone that hold sines or cosines."""
+    plain: set[str] = {v.name for v in scope.graph.inputs if v.type.dtype.is_int}
+    trigonometric: set[str] = set()
+    for node in scope.graph.nodes:
+        values = [x.name for x in node.operands if isinstance(x, Value)]
+        if node.op in ("arange", "full"):
+            plain.add(node.output.name)
+        elif values and all(v in plain for v in values) and node.op in _TABLE:
+            plain.update(v.name for v in node.outputs)
+            if node.op in ("cos", "sin") or any(v in trigonometric for v in values):
+                trigonometric.update(v.name for v in node.outputs)
+    return trigonometric
+
+
+def _rotated_operand(node: Node, tables: set[str]) -> Value | None:
+    """The operand of a product that is not the table."""
+    if node.op != "mul" or node.output.name in tables:
+        return None
+    a, b = node.inputs
+    for x, table in ((a, b), (b, a)):
+        if isinstance(x, Value) and isinstance(table, Value) and table.name in tables:
+            return x if x.name not in tables else None
+    return None
+
+
+def _join(scope: Scope, node: Node, start: Value, tables: set[str]) -> Match | Reject:
+    """The first value after `node` that turns one whole x, as a match."""
+    origins = list(_origins(scope, start))
+    last: Match | None = None
+    for later in scope.forward(node.output, limit=16):
+        if later.op not in _JOIN or len(later.outputs) != 1:
+            continue
+        if later.output.type.shape not in [x.type.shape for x in origins]:
+            continue
+        for x in origins:
+            if x.type != later.output.type or x.type.rank not in (3, 4):
+                continue
+            found = _match(scope, later, x)
+            if found is not None:
+                last = last or found
+                if found.x.type.shape[-1] == found.inv_freq.type.shape[0] * 2:
+                    return found
+    return last or reject("products with sines and cosines that form no rotation of one value", start)
+
+
+def _origins(scope: Scope, start: Value) -> Iterator[Value]:
+    """`start` and the values it is a view of, nearest first."""
+    operand: Operand | None = start
+    while isinstance(operand, Value):
+        yield operand
+        node = scope.producer(operand)
+        if node is None or node.op not in _SOURCE:
+            return
+        operand = node.inputs[0]
+
+
+def _match(scope: Scope, root: Node, x: Value) -> Match | None:
+    """The region from x to `root`, if besides x it reads positions and frequencies alone."""
+    region = lift.cut(scope, [root.output], lambda v: v.name == x.name)
+    if region is None or x not in region.leaves:
+        return None
+    others = [v for v in region.leaves if v != x]
+    positions = [v for v in others if isinstance(v, Value) and v.type.dtype is DType.i64]
+    inv_freq = [v for v in others if isinstance(v, Weight) and v.type.rank == 1]
+    if len(positions) != 1 or len(inv_freq) != 1 or len(others) != 2:
+        return None
+    if positions[0].type.rank != 2 or inv_freq[0].type.dtype is not DType.f32:
+        return None
+    inside = {"x": x, "positions": positions[0], "inv_freq": inv_freq[0], "region": region}
+    own = tuple(n for n in region.nodes if any(v.name != x.name for v in n.outputs))
+    shared = frozenset(id(n) for n in own if n is not root)
+    return Match(inside, own, root.outputs, root, scope, shared)
+
+
+def _emit(
+    b: GraphBuilder, x: Operand, positions: Operand, inv_freq: Operand, layout: str, scale: float
+) -> Operand:
+    """rope of an x whose axes are b, s, perhaps h, and r in some order of the first three."""
+    shape = x.type.shape
+    batch, new = positions.type.shape
+    attrs: dict[str, Any] = {"layout": layout, "scale": scale}
+    if x.type.rank == 3 or shape[:2] == (batch, new) and shape[2] != 1:
+        return b.call("rope", x, positions, inv_freq, **attrs)[0]
+    if 1 in shape[1:3]:
+        (flat,) = b.call("reshape", x, shape=(batch, new, shape[-1]))
+        (turned,) = b.call("rope", flat, positions, inv_freq, **attrs)
+        return b.call("reshape", turned, shape=shape)[0]
+    (front,) = b.call("permute", x, dims=(0, 2, 1, 3))
+    (turned,) = b.call("rope", front, positions, inv_freq, **attrs)
+    return b.call("permute", turned, dims=(0, 2, 1, 3))[0]
+
+
+def _prove(m: Match) -> dict[str, Any] | str:
+    """The layout and scale under which the region is rope, or why it is none."""
+    import torch
+
+    region: lift.Region = m.region
+    graph = lift.widened(region.graph)
+    place = {role: region.leaves.index(m.get(role)) for role in ("x", "positions", "inv_freq")}
+    leaves = [Value(v.name, v.type) for v in graph.inputs]
+
+    def tensors(sizes: dict[str, int], seed: int) -> list[torch.Tensor]:
+        made = [torch.empty(0)] * 3
+        made[place["x"]] = lift.normal(leaves[place["x"]], sizes, seed)
+        made[place["positions"]] = lift.integers(
+            leaves[place["positions"]], sizes, seed, MAX_POSITION
+        )
+        made[place["inv_freq"]] = lift.normal(leaves[place["inv_freq"]], sizes, seed).abs()
+        return made
+
+    cases = [lift.Case(s, tensors(s, i)) for i, s in enumerate(lift.assignments(graph))]
+    scale = _scale_of(graph, cases[0], place)
+    if scale is None:
+        return "at position 0 it is no multiple of x"
+    scale = lift.as_written(scale, [1.0, *region.constants()])
+    why = ""
+    for layout in ROPE_LAYOUTS:
+        candidate = lift.build(
+            leaves,
+            lambda b, *xs, layout=layout: _emit(
+                b, xs[place["x"]], xs[place["positions"]], xs[place["inv_freq"]], layout, scale
+            ),
+        )
+        why = lift.prove(graph, candidate, cases)
+        if not why:
+            return {"layout": layout, "scale": scale}
+    return f"it is rope in none of the layouts {', '.join(ROPE_LAYOUTS)} ({why})"
+
+
+def _scale_of(graph: Any, case: lift.Case, place: dict[str, int]) -> float | None:
+    """What x is multiplied by where nothing turns: ones in, at position 0."""
+    import torch
+
+    still = list(case.tensors)
+    still[place["x"]] = torch.ones_like(still[place["x"]])
+    still[place["positions"]] = torch.zeros_like(still[place["positions"]])
+    (out,) = lift.run(graph, lift.Case(case.sizes, still))
+    low, high = float(out.min()), float(out.max())
+    return low if abs(high - low) < 1e-6 else None
+
+
+@dataclass(frozen=True)
+class RaiseRope(Pass):
+    """Raise every rotation, then merge the views around it."""
+
+    needs = frozenset({Stage.TRACED})
+    tolerance = 2e-2  # in bf16 the table is no longer rounded; in fp32 this is exact to 1e-6
+
+    def run(self, program: Program, report: PassReport) -> Program:
+        """Rotations first: the view rules would otherwise see the table's views."""
+        raised = apply_rules(program, (Rope(),), report)
+        return raised if raised is program else apply_rules(raised, VIEW_RULES, report)

@@ -1,0 +1,78 @@
+"""Recognise the choice of the rows whose logits are wanted.
+
+What           gather(x, index broadcast over the channels) along the sequence becomes select_rows.
+Why it pays    the language-model head, the largest matrix of many models, then runs on the chosen
+               rows; and no index tensor as wide as the hidden size is built.
+Preconditions  stage TRACED; x is [b,s,d], the index [b,l].
+Before         graph main(%x: f32[B,S,4], %at: i64[B,L]) {
+                 %a = reshape %at {shape=[B,L,1]} : i64[B,L,1]
+                 %b = expand %a {shape=[B,L,4]} : i64[B,L,4]
+                 %y = gather %x, %b {axis=1} : f32[B,L,4]
+                 return %y
+               }
+After          graph main(%x: f32[B,S,4], %at: i64[B,L]) {
+                 %y = select_rows %x, %at : f32[B,L,4]
+                 return %y
+               }
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from dsc.ir.graph import Operand
+from dsc.ir.ops.shape import axis_of
+from dsc.ir.program import Program
+from dsc.ir.stages import Stage
+from dsc.rewrite import pattern as patterns
+from dsc.rewrite.base import Pass, PassReport
+from dsc.rewrite.driver import apply_rules
+from dsc.rewrite.rule import Facts, Match, Reject, Result, RewriteBuilder, Rule, reject
+
+
+class SelectRows(Rule):
+    """gather(x, expand(reshape(index)))  ==>  select_rows(x, index)"""
+
+    examples = (
+        "graph g(%x: f32[B,S,4], %at: i64[B,L]) { %a = reshape %at {shape=[B,L,1]}\n"
+        " %b = expand %a {shape=[B,L,4]}\n %y = gather %x, %b {axis=1}\n return %y }",
+    )
+    near_misses = {
+        "another axis is looked up": "graph g(%x: f32[B,4,S], %at: i64[B,4]) {"
+        " %a = reshape %at {shape=[B,4,1]}\n %b = expand %a {shape=[B,4,2]}\n"
+        " %y = gather %x, %b {axis=2}\n return %y }",
+        "every channel has its own index": "graph g(%x: f32[B,S,4], %at: i64[B,L,4]) {"
+        " %y = gather %x, %at {axis=1}\n return %y }",
+    }
+
+    def pattern(self, p: patterns.Names) -> patterns.Pattern:
+        """The index is broadcast, perhaps for several readers."""
+        index = p.expand(p.reshape(p.index).may_be_shared()).may_be_shared()
+        return p.gather(p.x, index)
+
+    def check(self, m: Match) -> Facts | Reject:
+        """One index a row, along the sequence."""
+        x, index, y = m.x.type, m.index.type, m.root.output.type
+        if x.rank != 3 or axis_of(m.root.attrs["axis"], x.rank) != 1:
+            return reject("the gather is not along the sequence of [b,s,d]", m.x)
+        wanted = (*index.shape, x.shape[-1])
+        unit = m.scope.producer(m.scope.producer(m.root.inputs[1]).inputs[0]).output.type
+        if y.shape != wanted or unit.shape != (*index.shape, 1) or index.shape[0] != x.shape[0]:
+            return reject("the index is not one row number a sequence and place", m.index)
+        return {}
+
+    def rewrite(self, b: RewriteBuilder, m: Match, facts: Facts) -> Result:
+        """Whole rows."""
+        x: Operand = m.x
+        return b.call("select_rows", x, m.index)
+
+
+@dataclass(frozen=True)
+class RaiseSelectRows(Pass):
+    """Raise every choice of rows."""
+
+    needs = frozenset({Stage.TRACED})
+
+    def run(self, program: Program, report: PassReport) -> Program:
+        """One sweep."""
+        return apply_rules(program, (SelectRows(),), report)
