@@ -6,10 +6,18 @@ Why it pays    a decode step reads c + r values a cached token (576 for V3) wher
                builds heads x (nope + v) of them (32,768).
 Preconditions  stage CANONICAL; kv_b is a weight; the entry is one of `entries` (decode and extend:
                for long prefills the expanded form has fewer flops).
-Before         %o = mla_attention %qn, %qr, %c, %r, @kv_b, %n {scale=0.5} : f32[B,1,2,3]
-After          %latent = einsum %qn, @kv_b.k {eq="bshn,hnc->bshc"} : f32[B,1,2,6]
-               %latent_1 = latent_attention %latent, %qr, %c, %r, %n {scale=0.5} : f32[B,1,2,6]
-               %o = einsum %latent_1, @kv_b.v {eq="bshc,hvc->bshv"} : f32[B,1,2,3]
+Before         graph main(%qn: f32[B,1,2,4], %qr: f32[B,1,2,2], %c: f32[B,T,6], %r: f32[B,T,2],
+                 %n: i64[B], @kv_b: f32[14,6]) {
+                 %o = mla_attention %qn, %qr, %c, %r, @kv_b, %n {scale=0.5} : f32[B,1,2,3]
+                 return %o
+               }
+After          graph main(%qn: f32[B,1,2,4], %qr: f32[B,1,2,2], %c: f32[B,T,6], %r: f32[B,T,2],
+                 %n: i64[B], @kv_b.k: f32[2,4,6], @kv_b.v: f32[2,3,6]) {
+                 %q_latent = einsum %qn, @kv_b.k {eq="bshn,hnc->bshc"} : f32[B,1,2,6]
+                 %o_latent = latent_attention %q_latent, %qr, %c, %r, %n {scale=0.5} : f32[B,1,2,6]
+                 %o = einsum %o_latent, @kv_b.v {eq="bshc,hvc->bshv"} : f32[B,1,2,3]
+                 return %o
+               }
 """
 
 from __future__ import annotations
@@ -46,10 +54,10 @@ class AbsorbMla(Pass):
                 report.miss("absorb", node.loc, "kv_b is computed, not a weight")
                 return None
             w_uk, w_uv = _halves(program, kv_b, q_nope, added)
-            (q_latent,) = b.call("einsum", q_nope, w_uk, eq="bshn,hnc->bshc", hint="latent")
+            (q_latent,) = b.call("einsum", q_nope, w_uk, eq="bshn,hnc->bshc", hint="q_latent")
             (o_latent,) = b.call(
                 "latent_attention", q_latent, q_rope, latent, rope, lengths,
-                scale=node.attrs["scale"], hint="latent",
+                scale=node.attrs["scale"], hint="o_latent",
             )  # fmt: skip
             b.taken.discard(node.output.name)
             report.fire("absorb")

@@ -4,11 +4,11 @@ What           cache inputs of P rows become caches of capacity C, append become
                attention runs over all C rows, of which `lengths` says how many are seen.
 Why it pays    a decode step no longer copies the past, and no shape grows from step to step.
 Preconditions  stage CANONICAL or OPTIMIZED; every use of P is in the sum P + S that append makes.
-Before         graph step(%past: f32[B,P,4], %new: f32[B,S,4], %n: i64[B]) {
+Before         graph main(%past: f32[B,P,4], %new: f32[B,S,4], %n: i64[B]) {
                  %c = append %past, %new, %n : f32[B,P+S,4]
                  return %c as "present" updates %past
                }
-After          graph step(%past: f32[B,C,4], %new: f32[B,S,4], %n: i64[B]) {
+After          graph main(%past: f32[B,C,4], %new: f32[B,S,4], %n: i64[B]) {
                  %c = cache_write %past, %new, %n : f32[B,C,4]
                  return %c as "present" updates %past
                }

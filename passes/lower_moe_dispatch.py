@@ -4,13 +4,21 @@ What           experts becomes dispatch (count, prefix sum, permute), grouped_li
                up, swiglu, grouped_linear for down, and combine.
 Why it pays    each expert's weights are read once for all of its tokens, at GEMM speed.
 Preconditions  stage CANONICAL or OPTIMIZED; act is silu; the backend has grouped GEMMs.
-Before         %y = experts %x, %idx, %w, @gate_up, @down : f32[5,8]
-After          %rows, %rows_1, %rows_2 = dispatch %x, %idx {experts=4} : f32[10,8], i64[5], i64[10]
-               %gate_up = grouped_linear %rows, @gate_up, %rows_1 : f32[10,6]
-               %split, %split_1 = split %gate_up {axis=-1, sizes=[3,3]} : f32[10,3], f32[10,3]
-               %swiglu = swiglu %split, %split_1 : f32[10,3]
-               %down = grouped_linear %swiglu, @down, %rows_1 : f32[10,8]
-               %y = combine %down, %rows_2, %w : f32[5,8]
+Before         graph main(%x: f32[N,8], %idx: i64[N,2], %w: f32[N,2], @gate_up: f32[4,6,8],
+                 @down: f32[4,8,3]) {
+                 %y = experts %x, %idx, %w, @gate_up, @down : f32[N,8]
+                 return %y
+               }
+After          graph main(%x: f32[N,8], %idx: i64[N,2], %w: f32[N,2], @gate_up: f32[4,6,8],
+                 @down: f32[4,8,3]) {
+                 %rows, %rows_1, %rows_2 = dispatch %x, %idx {experts=4}
+                 %gate_up = grouped_linear %rows, @gate_up, %rows_1 : f32[2*N,6]
+                 %split, %split_1 = split %gate_up {axis=-1, sizes=[3,3]}
+                 %swiglu = swiglu %split, %split_1 : f32[2*N,3]
+                 %down = grouped_linear %swiglu, @down, %rows_1 : f32[2*N,8]
+                 %y = combine %down, %rows_2, %w : f32[N,8]
+                 return %y
+               }
 """
 
 from __future__ import annotations

@@ -3,18 +3,21 @@
 What           values become places: arena offsets, or the storage of an input, output or weight.
 Why it pays    a step allocates nothing; activations of a layer are laid over those of the last.
 Preconditions  any stage; every symbol in an intermediate's type has a range.
-Before         %a = exp %x : f32[8]
-               %b = neg %a : f32[8]
-               %c = exp %b : f32[8]
-               return %c, %x
-After          %a = exp %x : f32[8]
-               %b = neg %a : f32[8]
-               %c = exp %b : f32[8]
-               %copy = cast %x {dtype=f32} : f32[8]
-               return %c, %copy as "x"
-               (a at arena+0, b at arena+64, c in the output c, copy in the output x)
+Before         graph main(%x: f32[8]) {
+                 %a = exp %x : f32[8]
+                 %b = neg %a : f32[8]
+                 %c = exp %b : f32[8]
+                 return %c, %x
+               }
+After          graph main(%x: f32[8]) {
+                 %a = exp %x : f32[8]
+                 %b = neg %a : f32[8]
+                 %c = exp %b : f32[8]
+                 %copy = cast %x {dtype=f32} : f32[8]
+                 return %c, %copy as "x"
+               }
 
-Offsets are chosen greedily, largest first, each at the lowest gap among what is live with it
+In the example a lies at arena+0, b at arena+64, c in the output c and copy in the output x. Offsets are chosen greedily, largest first, each at the lowest gap among what is live with it
 (Pisarchyk & Lee 2020, "greedy by size"). Views share their operand's place.
 """
 

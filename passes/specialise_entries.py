@@ -4,17 +4,18 @@ What           the traced graph, symbolic in new tokens S, becomes `decode` (S =
                logits), `extend` and `prefill`; the guard table for choosing goes into the meta.
 Why it pays    one trace serves all; each entry is then optimised for its own cost.
 Preconditions  stage CANONICAL; one entry `step` with the inputs of a causal LM.
-Before         graph step(%input_ids: i64[B,S], %logits_at: i64[B,L]) {
+Before         graph step(%input_ids: i64[B,S], %logits_at: i64[B,L], @embed: f32[9,8]) {
                  %h = embedding %input_ids, @embed : f32[B,S,8]
                  %r = select_rows %h, %logits_at : f32[B,L,8]
                  return %r as "logits"
                }
-After          graph decode(%input_ids: i64[B,1], %logits_at: i64[B,1]) {
+After          graph decode(%input_ids: i64[B,1], %logits_at: i64[B,1], @embed: f32[9,8]) {
                  %h = embedding %input_ids, @embed : f32[B,1,8]
                  %r = select_rows %h, %logits_at : f32[B,1,8]
                  return %r as "logits"
                }
-               (and extend, prefill: the traced graph under those names)
+
+`extend` and `prefill` are the traced graph under those names.
 """
 
 from __future__ import annotations

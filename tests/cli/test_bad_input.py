@@ -120,9 +120,7 @@ BREAKS: dict[str, tuple[Break, tuple[str, ...]]] = {
 
 
 @pytest.mark.parametrize("name", BREAKS)
-def test_one_clear_error(
-    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_one_clear_error(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     broken, words = BREAKS[name]
     folder = copy(TINY_CHECKPOINT, tmp_path / "model")
     broken(folder)

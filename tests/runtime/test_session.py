@@ -41,7 +41,9 @@ def test_chunks_equal_the_whole(compiled: dsc.CompiledModel) -> None:
     whole = compiled.session().prefill(tokens, all_logits=True)
     assert whole.shape == (2, 21, 9)
     session = compiled.session()
-    parts = [session.prefill(tokens[:, a:b], all_logits=True) for a, b in [(0, 3), (3, 11), (11, 21)]]
+    parts = [
+        session.prefill(tokens[:, a:b], all_logits=True) for a, b in [(0, 3), (3, 11), (11, 21)]
+    ]
     torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=0, atol=1e-5)
 
 

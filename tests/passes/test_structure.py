@@ -1,0 +1,169 @@
+"""The passes that change a program's structure: their docstrings, their meaning, their limits."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+
+import pytest
+import torch
+
+from dsc.ir.dims import Range
+from dsc.ir.graph import Graph
+from dsc.ir.interpreter import Interpreter
+from dsc.ir.parser import parse_graph
+from dsc.ir.printer import print_graph
+from dsc.ir.program import Program
+from dsc.ir.stages import Stage
+from dsc.ir.verifier import verify
+from dsc.passes import plan_memory, specialise_entries
+from dsc.passes.absorb_mla import AbsorbMla
+from dsc.passes.append_cache_in_place import AppendCacheInPlace
+from dsc.passes.lower_moe_dispatch import LowerMoeDispatch
+from dsc.passes.plan_memory import PlanMemory, plan, storage_roots
+from dsc.passes.specialise_entries import SpecialiseEntries, break_even
+from dsc.rewrite.base import Pass, PassReport
+from dsc.rewrite.harness import check_docstring, doc_block, program_of
+
+
+@pytest.mark.parametrize(
+    "each",
+    [AbsorbMla(entries=("main",)), AppendCacheInPlace(), LowerMoeDispatch(), PlanMemory()],
+    ids=lambda p: p.name,
+)
+def test_docstring(each: Pass) -> None:
+    check_docstring(each, Stage.CANONICAL)
+
+
+def test_specialise_entries_docstring() -> None:
+    doc = specialise_entries.__doc__ or ""
+    step = parse_graph(doc_block(doc, "Before"))
+    program = replace(program_of(doc_block(doc, "Before"), Stage.CANONICAL), entries={"step": step})
+    done = SpecialiseEntries().run(program, PassReport())
+    assert list(done.entries) == ["decode", "extend", "prefill"]
+    wanted = print_graph(parse_graph(doc_block(doc, "After")))
+    assert print_graph(done.entries["decode"]) == wanted
+    assert done.meta["guards"] == {"decode": 1, "extend": 0, "prefill": 0}
+
+
+MLA = """graph step(%qn: bf16[B,S,128,128], %qr: bf16[B,S,128,64], %c: bf16[B,T,512],
+  %r: bf16[B,T,64], %n: i64[B], @kv_b: bf16[32768,512]) {
+  %o = mla_attention %qn, %qr, %c, %r, @kv_b, %n {scale=0.1} : bf16[B,S,128,128]
+  return %o
+}"""
+
+
+def test_break_even_of_v3_is_170_new_tokens() -> None:
+    assert break_even(parse_graph(MLA)) == 170  # 512 * 256 / 768 = 170.67, rounded down
+
+
+def test_absorption_needs_a_weight() -> None:
+    text = MLA.replace("@kv_b: bf16[32768,512]", "%kv_b: bf16[32768,512]").replace("@", "%")
+    program = program_of(text, Stage.CANONICAL)
+    report = PassReport()
+    assert AbsorbMla(entries=("main",)).run(program, report) is program
+    assert report.missed == [("absorb", "", "kv_b is computed, not a weight")]
+
+
+def test_absorption_leaves_other_entries_alone() -> None:
+    program = program_of(MLA, Stage.CANONICAL)
+    assert AbsorbMla().run(program, PassReport()) is program
+
+
+def test_experts_with_another_activation_stay() -> None:
+    text = """graph main(%x: f32[N,8], %i: i64[N,2], %w: f32[N,2], @g: f32[4,6,8], @d: f32[4,8,3]) {
+      %y = experts %x, %i, %w, @g, @d {act="gelu"} : f32[N,8]
+      return %y
+    }"""
+    report = PassReport()
+    after = LowerMoeDispatch().run(program_of(text, Stage.CANONICAL), report)
+    assert [n.op for n in after.entries["main"].nodes] == ["experts"]
+    assert report.missed
+
+
+def test_lowered_experts_compute_the_same() -> None:
+    text = """graph main(%x: f32[B,S,8], %i: i64[B,S,3], %w: f32[B,S,3], @g: f32[4,6,8],
+      @d: f32[4,8,3]) {
+      %y = experts %x, %i, %w, @g, @d : f32[B,S,8]
+      return %y
+    }"""
+    before = program_of(text, Stage.CANONICAL)
+    after = LowerMoeDispatch().run(before, PassReport())
+    verify(after)
+    inputs = {
+        "x": torch.randn(2, 5, 8),
+        "i": torch.stack([torch.randperm(4)[:3] for _ in range(10)]).view(2, 5, 3),
+        "w": torch.rand(2, 5, 3),
+    }
+    wanted = Interpreter(before).run("main", inputs)["y"]
+    found = Interpreter(after).run("main", inputs)["y"]
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5)
+
+
+def chain(seed: int, length: int = 40) -> Graph:
+    """A random straight-line graph over values of several sizes, with views and late reads."""
+    chooser = random.Random(seed)
+    lines, live = [], ["x"]
+    sizes = {"x": "N,4"}
+    for i in range(length):
+        source = chooser.choice(live[-6:])
+        name = f"v{i}"
+        if chooser.random() < 0.2:
+            sizes[name] = "2*N,2" if sizes[source] == "N,4" else "N,4"
+            shape = sizes[name].replace(" ", "")
+            lines.append(f"%{name} = reshape %{source} {{shape=[{shape}]}}")
+        elif chooser.random() < 0.3:
+            other = chooser.choice([v for v in live if sizes[v] == sizes[source]])
+            sizes[name] = sizes[source]
+            lines.append(f"%{name} = add %{source}, %{other}")
+        else:
+            sizes[name] = sizes[source]
+            lines.append(f"%{name} = neg %{source}")
+        live.append(name)
+    body = "\n".join(lines)
+    outputs = ", ".join(f"%{v}" for v in {live[-1], live[len(live) // 2]})
+    return parse_graph(f"graph main(%x: f32[N,4]) {{\n{body}\nreturn {outputs}\n}}")
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_no_two_live_values_share_bytes(seed: int) -> None:
+    """The property, checked from first principles: write every value, find it whole when read."""
+    graph = plan_memory._own_outputs(chain(seed))
+    found = plan(graph, {"N": Range(1, 8)})
+    assert found.size <= 2 * found.lower_bound
+    memory: dict[tuple[str, str, int], str] = {}
+    roots = storage_roots(graph)
+    spans = {}
+    for value in graph.values():
+        place = found.places[value.name]
+        size = 8 * 4 * 4
+        cells = [(place.region, place.key, place.offset + i) for i in range(0, size, 16)]
+        spans[value.name] = cells
+    for cell in spans["x"]:
+        memory[cell] = roots["x"].name
+    for node in graph.nodes:
+        for operand in node.operands:
+            assert all(memory[c] == roots[operand.name].name for c in spans[operand.name])
+        for value in node.outputs:
+            for cell in spans[value.name]:
+                memory[cell] = roots[value.name].name
+    for operand in graph.outputs:
+        assert all(memory[c] == roots[operand.name].name for c in spans[operand.name])
+
+
+def test_outputs_that_share_storage_get_their_own() -> None:
+    graph = parse_graph("""graph main(%x: f32[4]) {
+      %a = neg %x
+      %b = reshape %a {shape=[2,2]}
+      return %a, %b, %x, %a as "again"
+    }""")
+    program = Program("p", {"main": graph}, stage=Stage.CANONICAL)
+    after = PlanMemory().run(program, PassReport())
+    verify(after)
+    places = [after.memory["main"].places[o.name] for o in after.entries["main"].outputs]
+    assert len({(p.region, p.key) for p in places}) == 4
+    assert all(p.region == "output" for p in places)
+    x = torch.randn(4)
+    found = Interpreter(after).run("main", {"x": x})
+    assert torch.equal(found["again"], -x)
+    assert torch.equal(found["x"], x)
