@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import inspect
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -95,7 +96,8 @@ def export(
 ) -> torch.export.ExportedProgram:
     """`torch.export` for inference, decomposed. Raises `UsageError` with torch's own reason."""
     try:
-        with torch.no_grad():
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*treespec, LeafSpec.*")
             exported = torch.export.export(
                 module, args, dict(kwargs or {}), dynamic_shapes=dynamic_shapes, strict=False
             )
@@ -322,7 +324,8 @@ class _Importer:
             raise Unsupported("a result that is no tensor")
         self.lowering.outs = tuple(self.lowering.type_of(f) for f in fakes)
         args = tuple(self._argument(a) for a in node.args)
-        kwargs = {k: self._argument(v) for k, v in node.kwargs.items() if k not in PLACEMENT}
+        dropped = PLACEMENT if target.startswith("aten.") else frozenset()
+        kwargs = {k: self._argument(v) for k, v in node.kwargs.items() if k not in dropped}
         row = ROWS.get(target)
         complex_row = COMPLEX.get(target)
         if any(isinstance(a, Complex) for a in _flat((*args, *kwargs.values()))):
@@ -403,7 +406,7 @@ class _Importer:
         """The path of the module that a node comes from, as `model.layers.3.self_attn`."""
         stack = node.meta.get("nn_module_stack") or {}
         paths = [path for path, _ in stack.values() if not path.startswith("_empty_nn")]
-        path = re.sub(r"@\d+", "", paths[-1]) if paths else ""
+        path = re.sub(r"@\d+|^L\['\w+'\]\.?", "", paths[-1]) if paths else ""
         return (path + ".").removeprefix(self.prefix).removesuffix(".")
 
 
