@@ -129,6 +129,12 @@ class System:
 
     def equate(self, a: Extent, b: Extent) -> None:
         """State that two extents are equal, if they were."""
+        if a is b:
+            return
+        left, right = _single(a), _single(b)
+        if left is not None and right is not None:
+            self.merge(left, right)
+            return
         for monomial in a.parts.keys() | b.parts.keys():
             total = dict(a.parts.get(monomial, {}))
             for key, coefficient in b.parts.get(monomial, {}).items():
@@ -217,10 +223,11 @@ class System:
 
 
 def _single(extent: Extent) -> int | None:
-    if set(extent.parts) != {()}:
+    products = extent.parts.get(()) if len(extent.parts) == 1 else None
+    if products is None or len(products) != 1:
         return None
-    ((key, coefficient), *rest) = extent.parts[()].items() or [((), 0)]
-    return key[0] if not rest and len(key) == 1 and coefficient == 1 else None
+    ((key, coefficient),) = products.items()
+    return key[0] if len(key) == 1 and coefficient == 1 else None
 
 
 def _value(total: Mapping[Product, int], values: Callable[[int], int]) -> int:

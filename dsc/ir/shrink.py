@@ -103,13 +103,29 @@ class Survey:
             known = self.sources.setdefault(expr.key, shape)
             self._same(known, shape)
             return known
-        ins = [self._expr(arg) for arg in expr.args]
+        ins: list[Shape] = []
+        for arg in expr.args:  # the experts of a layer: one form, hundreds of times
+            twin = bool(ins) and _same_form(expr.args[0], arg)
+            ins.append(self._twin(expr.args[0], arg, ins[0]) if twin else self._expr(arg))
         out = self._shape(expr.type)
         types = [arg.type for arg in expr.args]
         if expr.op == "stack":
             self.stacked[id(expr)] = out[0]
         self._demand(expr.op, expr, types, [expr.type], ins, [out], expr.attrs, in_weights=True)
         return out
+
+    def _twin(self, first: WeightExpr, other: WeightExpr, shape: Shape) -> Shape:
+        """Let an expression of the same form share the extents of the first."""
+        if isinstance(first, Source) and isinstance(other, Source):
+            mine = self.sources[first.key]
+            self._same(mine, self.sources.setdefault(other.key, mine))
+        elif not isinstance(first, Source) and not isinstance(other, Source):
+            self.attrs.setdefault(id(other), self.attrs[id(first)])
+            if id(first) in self.stacked:
+                self.stacked.setdefault(id(other), self.stacked[id(first)])
+            for a, b in zip(first.args, other.args, strict=True):
+                self._twin(a, b, shape)
+        return shape
 
     def _graph(self, graph: Graph, scope: Scope) -> list[Shape]:
         for node in graph.nodes:
@@ -243,6 +259,14 @@ class Rebuild:
             }
             return {**meta, "config": config, "shrunk": shown}
         return {**meta, "shrunk": shown}
+
+
+def _same_form(a: WeightExpr, b: WeightExpr) -> bool:
+    """Whether two expressions differ in the keys of their sources alone."""
+    if isinstance(a, Source) or isinstance(b, Source):
+        return isinstance(a, Source) and isinstance(b, Source) and a.type == b.type
+    same = a.op == b.op and a.type == b.type and a.attrs == b.attrs and len(a.args) == len(b.args)
+    return same and all(map(_same_form, a.args, b.args))
 
 
 def _is_width(key: str, value: object) -> bool:
