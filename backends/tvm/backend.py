@@ -103,9 +103,7 @@ class TvmBackend:
         plan = Plan(plans, {"backend": self.name, "cpu": machine.cpu})
         return Emission({LIBRARY: library}, plan, meta=meta, runner=runner)
 
-    def load(
-        self, folder: Path, manifest: Mapping[str, Any], program: Program
-    ) -> TvmExecutable:
+    def load(self, folder: Path, manifest: Mapping[str, Any], program: Program) -> TvmExecutable:
         """Load the library and map the weights; TVM's compiler is not imported."""
         require_tvm()
         from dsc.backends.tvm.executable import TvmExecutable
@@ -124,5 +122,3 @@ def require_tvm() -> None:
             "the tvm backend needs the packages apache-tvm and apache-tvm-ffi",
             hint="pip install 'apache-tvm>=0.27,<0.28'",
         )
-
-

@@ -47,9 +47,8 @@ class TvmExecutable:
         if path is not None:
             return MappedWeights(folder / path)
         if self.meta["weights"]:
-            raise ArtifactError(
-                "this artifact was compiled without weights", hint="compile it with --weights FOLDER"
-            )
+            hint = "compile it with --weights FOLDER"
+            raise ArtifactError("this artifact was compiled without weights", hint=hint)
         return None
 
     def signature(self, entry: str) -> Signature:
@@ -70,10 +69,11 @@ class TvmExecutable:
         outputs: dict[str, torch.Tensor] = {}
         for name, value in zip(graph.output_names, graph.outputs, strict=True):
             source = facts["in_place"].get(name)
+            if source is not None:
+                outputs[name] = given[source]
+                continue
             shape = [evaluate(d, env) for d in value.type.shape]
-            outputs[name] = (
-                torch.empty(shape, dtype=value.type.dtype.torch) if source is None else given[source]
-            )
+            outputs[name] = torch.empty(shape, dtype=value.type.dtype.torch)
         values: dict[str, int] = {**env, "arena": self._arena_address(facts["arena_bytes"])}
         values |= {f"input:{name}": t.data_ptr() for name, t in given.items()}
         values |= {f"output:{name}": t.data_ptr() for name, t in outputs.items()}

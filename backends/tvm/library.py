@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache, reduce
 from operator import mul
 from pathlib import Path
@@ -29,6 +29,7 @@ from dsc.ir.dims import Dim, free_symbols
 from dsc.ir.graph import Graph
 from dsc.runtime.plan import BufferRef, EntryPlan, Step
 
+PIPELINE = "dsc"
 PART = 48
 """Steps in one part of a host function."""
 
@@ -133,6 +134,22 @@ def _global(name: str) -> Any:
     return ir.GlobalVar(name)
 
 
+def _pipeline() -> tuple[Any, Callable[[], Any], Callable[[], Any]]:
+    """The passes that our kernels need.
+
+    TVM's own pipeline takes ten times as long, and its storage rewrite would hoist local arrays
+    out of the device attributes that they need.
+    """
+    passes = tirx.transform
+
+    def finish() -> Any:
+        return tvm.ir.transform.Sequential([passes.LowerTVMBuiltin(), passes.LowerIntrin()])
+
+    steps = [passes.FlattenBuffer(), passes.StmtSimplify(), passes.AnnotateEntryFunc()]
+    steps += [passes.SplitHostDevice(), passes.MakePackedAPI()]
+    return tvm.ir.transform.Sequential(steps), finish, finish
+
+
 def compile_library(functions: Mapping[str, PrimFunc], machine: Machine) -> bytes:
     """The shared library of all functions. Raises `BackendUnavailable` without a C++ linker."""
     if not any(map(shutil.which, ("g++", "c++", "clang++", os.environ.get("CXX", "g++")))):
@@ -141,9 +158,8 @@ def compile_library(functions: Mapping[str, PrimFunc], machine: Machine) -> byte
             hint="install g++ (apt install g++)",
         )
     module = tvm.IRModule({_global(name): f for name, f in functions.items()})
-    # Rewriting storage would hoist local arrays out of the device attributes that they need.
-    with tvm.transform.PassContext(config={"tirx.disable_storage_rewrite": True}):
-        built = tvm.compile(module, target=tvm_target(machine.cpu))
+    tirx.register_tir_pipeline(PIPELINE, _pipeline)
+    built = tvm.compile(module, target=tvm_target(machine.cpu), tir_pipeline=PIPELINE)
     with tempfile.TemporaryDirectory(prefix="dsc-tvm-") as folder:
         path = Path(folder) / "kernels.so"
         built.export_library(str(path))

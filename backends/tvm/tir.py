@@ -110,7 +110,7 @@ def bind(value: Expr) -> Expr:
 
 
 class Tensor:
-    """Row-major memory at an address: loads widen to fp32 (`VALUE`), stores round to nearest even."""
+    """Row-major memory at an address: loads widen to `VALUE`, stores round to nearest even."""
 
     def __init__(self, address: Expr, dtype: DType, shape: Sequence[Expr]) -> None:
         self.dtype = dtype
@@ -354,5 +354,3 @@ class Scratch(Tensor):
     def __init__(self, dtype: DType, count: Expr) -> None:
         self.dtype, self.shape = dtype, [integer(count)]
         self.buffer = T.alloc_buffer((integer(count),), STORAGE[dtype], scope="global")
-
-

@@ -1,8 +1,7 @@
-"""Every TVM kernel against its operator's reference, at a decode step's sizes and at ragged ones."""
+"""Every TVM kernel against its operator's reference, at a decode step's and at ragged sizes."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -22,7 +21,7 @@ FOUND = [case for dtype in TOLERANCE for case in cases(dtype)]
 
 
 @pytest.fixture(scope="module")
-def loaded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Executable]:
+def loaded(tmp_path_factory: pytest.TempPathFactory) -> Executable:
     backend = get("tvm")
     planned = pipeline.apply(program(FOUND), ["plan_memory"])
     emission = backend.emit(planned, EmitOptions())
@@ -30,7 +29,7 @@ def loaded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Executable]:
     for name, data in emission.files.items():
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_bytes(data)
-    yield backend.load(folder, {"meta": emission.meta, "weights": None}, planned)
+    return backend.load(folder, {"meta": emission.meta, "weights": None}, planned)
 
 
 def relative_error(got: torch.Tensor, wanted: torch.Tensor) -> float:

@@ -31,7 +31,6 @@ LOWERINGS = {
     "dispatch": "grouped:lower_dispatch",
     "grouped_linear": "grouped:lower_grouped_linear",
     "combine": "grouped:lower_combine",
-    "reshape": "movement:lower_copy",
     "permute": "movement:lower_permute",
     "expand": "movement:lower_expand",
     "slice": "movement:lower_slice",

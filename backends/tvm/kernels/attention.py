@@ -20,13 +20,13 @@ from dsc.backends.tvm.tir import (
     PARALLEL_WORK,
     Expr,
     PrimFunc,
+    Scratch,
     Tensor,
     bind,
     build,
     for_each,
     lanes_for,
     loop,
-    Scratch,
     tiles,
 )
 from dsc.ir.graph import Node

@@ -62,9 +62,7 @@ def lower_matmul(node: Node, machine: Machine) -> Launch:
     def batch(shape: tuple[Dim, ...]) -> str:
         own = letters[len(letters) - (len(shape) - 2) :]
         wide = out[len(out) - len(shape) : -2]
-        return "".join(
-            c if d == w else "_" for c, d, w in zip(own, shape[:-2], wide, strict=True)
-        )
+        return "".join(c if d == w else "_" for c, d, w in zip(own, shape[:-2], wide, strict=True))
 
     terms = (batch(a.shape) + "mk", batch(b.shape) + "kn")
     return _lower(node, terms, letters + "mn", machine)

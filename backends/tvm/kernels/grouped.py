@@ -1,4 +1,4 @@
-"""The experts in three steps: dispatch sorts rows by expert, grouped_linear multiplies, combine adds.
+"""The experts in three steps: dispatch sorts rows, grouped_linear multiplies, combine adds.
 
 A program in this form lets fusion work on each step; `experts` is the same in one kernel.
 """
@@ -70,7 +70,8 @@ def grouped_linear(dtype: DType, experts: int, n: int, k: int, machine: Machine)
 
     def body(x: Expr, weight: Expr, offsets: Expr, y: Expr, rows: Expr) -> None:
         source, target = Tensor(x, dtype, (rows, k)), Tensor(y, dtype, (rows, n))
-        w, starts = Tensor(weight, dtype, (experts, n, k)), Tensor(offsets, DType.i64, (experts + 1,))
+        w = Tensor(weight, dtype, (experts, n, k))
+        starts = Tensor(offsets, DType.i64, (experts + 1,))
 
         def columns(g: Expr) -> None:
             with loop(experts) as e:

@@ -41,8 +41,9 @@ IndexMap = Callable[[Sequence[Expr]], list[Expr]]
 def copy_region(
     source: Tensor, index: IndexMap, target: Tensor, to: IndexMap, extents: list[Expr], lanes: int
 ) -> None:
-    """target[to(i)] = source[index(i)] for every index i of a region; `lanes` consecutive elements
-    of the region's last axis are consecutive in both.
+    """target[to(i)] = source[index(i)] for every index i of a region.
+
+    `lanes` says how many neighbours along the region's last axis are neighbours in both tensors.
     """
     last = extents[-1] if extents else 1
     width = lanes_for(last, lanes) if isinstance(last, int) else 1
@@ -265,7 +266,8 @@ def gather(dtype: DType, shape: Pattern, index: Pattern, axis: int, sizes: int) 
 
     def body(x: Expr, index_at: Expr, y: Expr, *given: Expr) -> None:
         extents = resolve(index, given)
-        source, chosen = Tensor(x, dtype, resolve(shape, given)), Tensor(index_at, DType.i64, extents)
+        source = Tensor(x, dtype, resolve(shape, given))
+        chosen = Tensor(index_at, DType.i64, extents)
 
         def place(at: Sequence[Expr]) -> list[Expr]:
             return [chosen.load(*at) if d == axis else i for d, i in enumerate(at)]
@@ -301,20 +303,3 @@ def take(
         copy_region(source, place, Tensor(y, dtype, extents), _same, extents, lanes)
 
     return build(body, ["x", "index", "y", *size_names(sizes)])
-
-
-def lower_copy(node: Node, machine: Machine) -> Launch:
-    """A copy of the whole operand: for `reshape` where the result cannot share its memory."""
-    x = operand(node, 0).type
-    return Launch(copy, (x.dtype,), (x.numel,))
-
-
-def copy(dtype: DType) -> PrimFunc:
-    """Arguments: x, y; number of elements."""
-
-    def body(x: Expr, y: Expr, elements: Expr) -> None:
-        source, target = Tensor(x, dtype, (elements,)), Tensor(y, dtype, (elements,))
-        with loop(elements) as i:
-            target.store(source.load(i), i)
-
-    return build(body)

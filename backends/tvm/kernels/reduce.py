@@ -126,14 +126,12 @@ def lower_scan(node: Node, machine: Machine) -> Launch:
         raise Unsupported(f"{node.op} of {x.dtype}")
     if node.op == "topk":
         static_dim(x.shape[-1], "the axis of topk")
-    axis = (attrs.get("axis") if node.op != "topk" else -1) % x.rank
+    axis = int(attrs.get("axis", -1)) % x.rank
     static = (node.op, x.dtype, table.shape(x.shape), axis, attrs.get("k", 0))
     return Launch(scan_axis, (*static, len(table.dims)), tuple(table.dims), flops=x.numel)
 
 
-def scan_axis(
-    op: str, dtype: DType, shape: Pattern, axis: int, k: int, sizes: int
-) -> PrimFunc:
+def scan_axis(op: str, dtype: DType, shape: Pattern, axis: int, k: int, sizes: int) -> PrimFunc:
     """Arguments: x, the results; sizes."""
     outer_axes = [a for a in range(len(shape)) if a != axis]
     results = ["y", "indices"] if op == "topk" else ["y"]
@@ -226,5 +224,3 @@ def _topk(
         taken[where[0]] = tirx.const(1, "int32")
         best.store(top[0], *outer, slot)
         places.store(where[0], *outer, slot)
-
-

@@ -82,9 +82,7 @@ def lower_cache_write(node: Node, machine: Machine) -> Launch:
 def cache_write(dtype: DType, width: int, lanes: int) -> PrimFunc:
     """Arguments: cache [b, c, width], new [b, s, width], lengths [b], out = cache; b, s, c."""
 
-    def body(
-        cache: Expr, new: Expr, lengths: Expr, out: Expr, b: Expr, s: Expr, c: Expr
-    ) -> None:
+    def body(cache: Expr, new: Expr, lengths: Expr, out: Expr, b: Expr, s: Expr, c: Expr) -> None:
         source, target = Tensor(new, dtype, (b, s, width)), Tensor(out, dtype, (b, c, width))
         used = Tensor(lengths, DType.i64, (b,))
 

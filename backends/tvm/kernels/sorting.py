@@ -5,9 +5,7 @@ from __future__ import annotations
 from dsc.backends.tvm.tir import Expr, Tensor, bind, integer, loop
 
 
-def sort_pairs(
-    chosen: Tensor, pairs: Expr, experts: int, offsets: Tensor, order: Tensor
-) -> None:
+def sort_pairs(chosen: Tensor, pairs: Expr, experts: int, offsets: Tensor, order: Tensor) -> None:
     """offsets[e] .. offsets[e+1]-1 are expert e's places in `order`, which holds pair numbers.
 
     Counts go to offsets[e + 1]; their running sum makes offsets[e] the next free place of e, which
