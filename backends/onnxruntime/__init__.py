@@ -83,6 +83,7 @@ class OnnxRuntimeBackend:
             "guards": dict(program.meta.get("guards", {})),
             "chunk": options.prefill_chunk,
             "threads": options.threads,
+            "prepack": bool(options.extra.get("prepack", False)),
             "opset": model.OPSET,
         }
 
@@ -104,7 +105,7 @@ class OnnxRuntimeBackend:
         from dsc.backends.onnxruntime.session import OnnxExecutable
 
         meta = manifest["meta"]
-        return OnnxExecutable(folder, meta["models"], program, meta.get("threads"))
+        return OnnxExecutable(folder, meta["models"], program, meta["threads"], meta["prepack"])
 
     def _check(self, program: Program) -> None:
         refused: dict[str, str] = {}

@@ -10,7 +10,7 @@ A symbol of the program is a number that is read off the shape of an input when 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -51,12 +51,16 @@ class External:
 
 @dataclass(slots=True)
 class Pool:
-    """What a graph shares with its branches: names, initializers, the sources of symbols."""
+    """What a graph shares with its branches: names, initializers, the sources of symbols.
+
+    `unroll` says that work over experts may be written out, one branch an expert.
+    """
 
     symbols: dict[str, tuple[str, int]] = field(default_factory=dict)
     constants: dict[tuple[str, tuple[int, ...], bytes], TensorProto] = field(default_factory=dict)
     externals: dict[str, External] = field(default_factory=dict)
     numbers: Iterator[int] = field(default_factory=itertools.count)
+    unroll: bool = True
 
 
 class GraphWriter:
@@ -99,6 +103,34 @@ class GraphWriter:
         """The result of the arm that a bool of one element selects; the other is not run."""
         arms = {"then_branch": _arm(*then), "else_branch": _arm(*otherwise)}
         return self._append("If", 1, (condition,), arms)[0]
+
+    def collect(self, count: str, body: Callable[[GraphWriter, str], str]) -> str:
+        """The fp32 rows of `body(writer, i)` for i = 0 .. count-1, one after another.
+
+        `count` and `i` are int64 scalars. The parts may differ in length; ONNX has sequences for
+        that, which ONNX Runtime carries through a Loop without copying what they hold.
+        """
+        number = next(self.pool.numbers)
+        i, going, parts = (f"Loop/{number}/{part}" for part in ("i", "going", "parts"))
+        inner = self.branch()
+        grown = inner.op("SequenceInsert", parts, body(inner, i))
+        sequence = helper.make_tensor_sequence_value_info
+        graph = helper.make_graph(
+            inner.nodes,
+            f"body/{number}",
+            [
+                helper.make_tensor_value_info(i, TensorProto.INT64, []),
+                helper.make_tensor_value_info(going, TensorProto.BOOL, []),
+                sequence(parts, TensorProto.FLOAT, None),
+            ],
+            [
+                helper.make_tensor_value_info(going, TensorProto.BOOL, []),
+                sequence(grown, TensorProto.FLOAT, None),
+            ],
+        )
+        none = self._append("SequenceEmpty", 1, (), {"dtype": TensorProto.FLOAT})[0]
+        every = self._append("Loop", 1, (count, "", none), {"body": graph})[0]
+        return self.op("ConcatFromSequence", every, axis=0)
 
     def _append(
         self, op_type: str, results: int, inputs: Sequence[str], attrs: dict[str, Any]

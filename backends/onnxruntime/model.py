@@ -14,7 +14,7 @@ from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper
 
 from dsc._version import __version__
 from dsc.backends.onnxruntime.emit import emit_graph
-from dsc.backends.onnxruntime.graph import External, GraphWriter, plain_symbol, value_info
+from dsc.backends.onnxruntime.graph import External, GraphWriter, plain_symbol, static, value_info
 from dsc.ir.analyses import structural_hash
 from dsc.ir.dims import Dim
 from dsc.ir.graph import Graph, Weight
@@ -24,6 +24,9 @@ FOLDER = "onnx"
 WEIGHTS = "model.safetensors"
 OPSET = 24  # the first with TensorScatter
 IR_VERSION = 11
+
+MAX_BRANCHES = 4096
+"""Branches for experts that a model may have. Each takes milliseconds to load."""
 
 Places = Mapping[str, tuple[int, int]]
 
@@ -46,9 +49,10 @@ class BuiltModel:
         return bytes(model.SerializeToString(deterministic=True))
 
 
-def build_model(graph: Graph, name: str) -> BuiltModel:
-    """The ONNX model of one graph."""
+def build_model(graph: Graph, name: str, max_branches: int = MAX_BRANCHES) -> BuiltModel:
+    """The ONNX model of one graph. With more than `max_branches` experts it loops over them."""
     g = GraphWriter(graph)
+    g.pool.unroll = _experts(graph) <= max_branches
     results = emit_graph(g, graph, {v.name: v.name for v in graph.inputs})
     _name_outputs(g, graph, results)
     used = set(_used(g.nodes))
@@ -64,6 +68,13 @@ def build_model(graph: Graph, name: str) -> BuiltModel:
     model.producer_name, model.producer_version = "dsc", __version__
     externals = [e for e in g.pool.externals.values() if e.tensor.name in used]
     return BuiltModel(model, externals)
+
+
+def _experts(graph: Graph) -> int:
+    """How many experts all layers have together."""
+    at = {"experts": 3, "grouped_linear": 1}
+    stacks = (node.operands[at[node.op]] for node in graph.walk() if node.op in at)
+    return sum(static(stack.type.shape[0]) for stack in stacks)
 
 
 def shared_entries(program: Program) -> dict[str, str]:

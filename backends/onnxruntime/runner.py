@@ -29,6 +29,7 @@ class Model:
         meta = json.loads((self.folder / "dsc.json").read_text())["meta"]
         self.chunk: int = meta["chunk"]
         self.threads = threads or meta["threads"] or 0
+        self._prepack: bool = meta["prepack"]
         self._models, self._guards = meta["models"], meta["guards"]
         self._sessions: dict[str, Any] = {}
         self._caches: dict[str, Any] = {}
@@ -70,7 +71,9 @@ class Model:
         if path not in self._sessions:
             options = onnxruntime.SessionOptions()
             options.log_severity_level = 3
-            options.add_session_config_entry("session.disable_prepacking", "1")
+            options.add_session_config_entry(
+                "session.disable_prepacking", "0" if self._prepack else "1"
+            )
             options.intra_op_num_threads = self.threads
             self._sessions[path] = onnxruntime.InferenceSession(
                 str(self.folder / path), options, providers=["CPUExecutionProvider"]

@@ -1,8 +1,10 @@
 """Runs an artifact's ONNX models through `InferenceSession`, on torch tensors, without copies.
 
-Weights are mapped from the packed file by every session; pages are shared between them because
-prepacking, which would give each session repacked copies of its own, is off. (Packing made
-one-token steps no faster and prefill slower: see `docs/backends.md`.)
+Weights are mapped from the packed file, and all sessions share the pages. Prepacking, which gives
+each session a repacked copy of every matrix, is off unless it was asked for when compiling
+(`backend_options={"prepack": True}`). It leaves one-token steps as they are, which read each weight
+once either way; small batches and prefill gain some, for the memory of the whole model again and
+seconds of loading for each session.
 """
 
 from __future__ import annotations
@@ -24,13 +26,13 @@ if TYPE_CHECKING:
 ERRORS_ONLY = 3
 
 
-def open_session(path: Path, threads: int | None) -> Any:
+def open_session(path: Path, threads: int | None, prepack: bool = False) -> Any:
     """An `onnxruntime.InferenceSession` on the CPU. Raises what ONNX Runtime raises."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = ERRORS_ONLY
-    options.add_session_config_entry("session.disable_prepacking", "1")
+    options.add_session_config_entry("session.disable_prepacking", "0" if prepack else "1")
     if threads is not None:
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
@@ -41,12 +43,17 @@ class OnnxExecutable:
     """A loaded artifact: one session a model, opened when an entry first runs."""
 
     def __init__(
-        self, folder: Path, models: Mapping[str, str], program: Program, threads: int | None = None
+        self,
+        folder: Path,
+        models: Mapping[str, str],
+        program: Program,
+        threads: int | None = None,
+        prepack: bool = False,
     ) -> None:
         self.program = program
         self._folder = folder
         self._models = dict(models)
-        self._threads = threads
+        self._threads, self._prepack = threads, prepack
         self._sessions: dict[str, Any] = {}
 
     def signature(self, entry: str) -> Signature:
@@ -79,7 +86,7 @@ class OnnxExecutable:
     def _session(self, entry: str) -> Any:
         path = self._models[entry]
         if path not in self._sessions:
-            self._sessions[path] = open_session(self._folder / path, self._threads)
+            self._sessions[path] = open_session(self._folder / path, self._threads, self._prepack)
         return self._sessions[path]
 
 

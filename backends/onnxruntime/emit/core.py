@@ -18,7 +18,7 @@ def linear(g: GraphWriter, x: str, shape: Shape, weight: str, rows: Dim, bias: s
     """x [*n, k] times the transpose of weight [rows, k], plus bias [rows].
 
     Gemm with transB reads the weight as checkpoints store it, so the file is mapped and never
-    transposed; it was as fast as any other form with and without packed weights.
+    transposed.
     """
     k = shape[-1]
     flat = g.reshape(x, shape, (product(shape[:-1]), k)) if len(shape) != 2 else x

@@ -1,9 +1,11 @@
-"""The router, and the experts as one matrix product an expert over tokens sorted by expert.
+"""The router, and the experts: matrix products over tokens that are sorted by expert.
 
-An expert that no token chose is skipped by an `If`; one that is taken multiplies with an
-initializer that points into the stack of experts in the weights file, so a decode step reads the
-weights of the chosen experts once and copies none. (Gathering the chosen experts' weights took
-three times as long for one token, a Loop that gathers them one at a time twice as long.)
+Each expert is a branch of its own, an `If` that is skipped when no token chose it. A branch
+multiplies with an initializer that points into the stack of experts in the weights file: a decode
+step reads the weights of the chosen experts once and copies none. A Loop over the chosen experts
+must gather the weights of each, which takes twice as long for one token, and one Gather of all
+chosen experts three times. But ONNX Runtime takes milliseconds a branch to load a model, so one
+with too many branches (V3 has 14,848 experts) gets the Loop.
 """
 
 from __future__ import annotations
@@ -21,8 +23,8 @@ from dsc.ir.dims import Dim, product
 from dsc.ir.graph import Node, Operand, Weight
 from dsc.ir.types import DType
 
-MAX_SLICES = 16384
-"""Slices of weights a model may have: each is mapped into memory by itself."""
+LAST = 2**63 - 1
+"""The end of an axis, to Slice."""
 
 
 def _route(g: GraphWriter, node: Node, x: str, weight: str, bias: str = "") -> tuple[str, str]:
@@ -78,7 +80,12 @@ def sort_by_expert(g: GraphWriter, idx: str, shape: Shape, experts: int) -> tupl
 def over_groups(
     g: GraphWriter, x: str, offsets: str, groups: int, width: Dim, body: Callable[..., str]
 ) -> str:
-    """Rows of x [m, k], sorted by group, through body(branch, rows, group), as f32[m, width]."""
+    """Rows of x [m, k], sorted by group, through body(branch, rows, group), as f32[m, width].
+
+    `group` is an integer, or the name of an int64 scalar.
+    """
+    if not g.pool.unroll:
+        return _looped(g, x, offsets, body)
     bounds = g.ops("Split", groups + 1, offsets, axis=0, num_outputs=groups + 1)
     parts = []
     for group, (start, end) in enumerate(pairwise(bounds)):
@@ -90,7 +97,21 @@ def over_groups(
     return parts[0] if len(parts) == 1 else g.op("Concat", *parts, axis=0)
 
 
-def _group_weight(g: GraphWriter, stack: Operand | None, name: str, group: int) -> str:
+def _looped(g: GraphWriter, x: str, offsets: str, body: Callable[..., str]) -> str:
+    """`over_groups` as a Loop over the groups that have rows."""
+    starts = g.op("Slice", offsets, g.i64(0), g.i64(-1))
+    ends = g.op("Slice", offsets, g.i64(1), g.i64(LAST))
+    taken = g.op("Squeeze", g.op("NonZero", g.op("Sub", ends, starts)), g.i64(0))
+
+    def one(b: GraphWriter, i: str) -> str:
+        group = b.op("Gather", taken, i)
+        start, end = (b.op("Unsqueeze", b.op("Gather", s, group), b.i64(0)) for s in (starts, ends))
+        return body(b, b.op("Slice", x, start, end, b.i64(0)), group)
+
+    return g.collect(g.op("Size", taken), one)
+
+
+def _group_weight(g: GraphWriter, stack: Operand | None, name: str, group: int | str) -> str:
     """Matrix `group` of a stack, in fp32.
 
     fp32 weights are used where they lie. 16-bit ones are widened as they are used, one matrix at
@@ -98,9 +119,10 @@ def _group_weight(g: GraphWriter, stack: Operand | None, name: str, group: int) 
     """
     assert stack is not None
     dtype = stack.type.dtype
-    if isinstance(stack, Weight) and dtype is DType.f32 and len(g.pool.externals) < MAX_SLICES:
+    if isinstance(stack, Weight) and dtype is DType.f32 and isinstance(group, int):
         return g.weight(stack, group)
-    matrix = g.op("Gather", name, g.constant(np.array(group, dtype=np.int64)), axis=0)
+    index = group if isinstance(group, str) else g.constant(np.array(group, dtype=np.int64))
+    matrix = g.op("Gather", name, index, axis=0)
     return g.cast(matrix, dtype, DType.f32)
 
 
@@ -116,7 +138,7 @@ def _experts(g: GraphWriter, node: Node, x: str, idx: str, w: str, gate_up: str,
     token = g.op("Div", order, g.constant(np.array(k, dtype=np.int64)))
     rows = g.op("Gather", tokens, token, axis=0)
 
-    def one(b: GraphWriter, rows: str, expert: int) -> str:
+    def one(b: GraphWriter, rows: str, expert: int | str) -> str:
         up_weight = _group_weight(b, node.inputs[3], gate_up, expert)
         both = b.op("Gemm", rows, up_weight, transB=1)
         gate, up = b.ops("Split", 2, both, g.i64(inner, inner), axis=1)
@@ -151,7 +173,7 @@ def _grouped_linear(g: GraphWriter, node: Node, x: str, weight: str, offsets: st
     x_type, w_type = (a.type for a in node.operands[:2])
     wide = g.cast(x, x_type.dtype, DType.f32)
 
-    def one(b: GraphWriter, rows: str, group: int) -> str:
+    def one(b: GraphWriter, rows: str, group: int | str) -> str:
         return b.op("Gemm", rows, _group_weight(b, node.inputs[1], weight, group), transB=1)
 
     y = over_groups(g, wide, offsets, static(w_type.shape[0]), w_type.shape[1], one)
