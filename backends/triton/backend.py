@@ -23,14 +23,16 @@ from dsc.backends.triton.context import template
 from dsc.backends.triton.launch import LaunchProgram
 from dsc.backends.triton.lower import reason
 from dsc.backends.triton.program import lower_program
-from dsc.errors import BackendUnavailable, UnsupportedOperator, UsageError
+from dsc.errors import ArtifactError, BackendUnavailable, UnsupportedOperator, UsageError
 from dsc.ir.graph import Node
 from dsc.ir.program import Program
 from dsc.ir.types import DType
 from dsc.targets import KNOWN, Target
 
 FOLDER = "triton"
+DEFAULT_WEIGHTS = "weights/model.safetensors"
 DEFAULT_TARGET = Target("cuda", "sm_90")
+ALL_TARGETS = tuple(f"{kind}:{arch}" for kind, archs in KNOWN.items() for arch in archs)
 FUSION_LEVEL = 2
 
 
@@ -48,7 +50,7 @@ class TritonBackend:
             absorbed=True,
             dtypes=frozenset({DType.f32, DType.bf16, DType.f16}),
             fuse=FUSION_LEVEL,
-            targets=tuple(f"{kind}:{arch}" for kind, archs in KNOWN.items() for arch in archs),
+            targets=(str(DEFAULT_TARGET), *(t for t in ALL_TARGETS if t != str(DEFAULT_TARGET))),
         )
 
     def supports(self, node: Node) -> Support:
@@ -86,25 +88,32 @@ class TritonBackend:
         from dsc.hardware import gpus
 
         present = [g.target for g in gpus() if g.target.startswith("cuda:")]
-        for target in present:
-            if (folder / FOLDER / target.partition(":")[2] / "kernels.json").is_file():
-                return self.load_on(folder, program, target)
-        return self.load_on(folder, program, INTERPRET)
+        built = [t for t in present if (folder / FOLDER / _arch(t) / "kernels.json").is_file()]
+        weights = folder / (manifest.get("weights") or DEFAULT_WEIGHTS)
+        return self.load_on(built[0] if built else INTERPRET, folder, weights, program)
 
-    def load_on(self, folder: Path, program: Program, device: str) -> Executable:
-        """Load for `interpret` or for a GPU by target name. Raises `BackendUnavailable`."""
-        weights = folder / "weights" / "model.safetensors"
+    def load_on(self, device: str, folder: Path, weights: Path, program: Program) -> Executable:
+        """Load for `interpret` or for a GPU by target name. Raises `BackendUnavailable`.
+
+        `weights` is the safetensors file of the packed weights; a program that reads none may lack
+        it.
+        """
+        if not weights.is_file() and any(program.used_weights()):
+            raise ArtifactError(
+                "the artifact was compiled without weights",
+                where=str(folder),
+                hint="compile again with --weights DIR to run it",
+            )
         if device == INTERPRET:
             require_triton()
             from dsc.backends.triton.client import InterpretedExecutable
 
             return InterpretedExecutable(folder / FOLDER, weights, program)
-        kind, _, arch = device.partition(":")
-        if kind == "cuda":
+        if device.startswith("cuda:"):
             from dsc.backends.triton.cuda import CudaExecutable
 
-            return CudaExecutable(folder / FOLDER / arch, weights, program)
-        if kind == "hip":
+            return CudaExecutable(folder / FOLDER / _arch(device), weights, program)
+        if device.startswith("hip:"):
             hint = "load it with the HIP runtime; dsc compiles for it and launches on CUDA only"
             raise BackendUnavailable(f"dsc has no launcher for {device}", hint)
         raise UsageError(f"unknown device {device!r}", hint=f"{INTERPRET} or cuda:<arch>")
@@ -120,6 +129,10 @@ class TritonBackend:
         if refused:
             lines = "\n".join(f"{where}: {why}" for why, where in refused.items())
             raise UnsupportedOperator(f"the triton backend cannot emit\n{lines}")
+
+
+def _arch(target: str) -> str:
+    return target.partition(":")[2]
 
 
 def with_templates(program: LaunchProgram, generated: Mapping[str, str]) -> dict[str, str]:

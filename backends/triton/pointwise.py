@@ -189,7 +189,7 @@ def source(region: Region, strides: Sequence[Sequence[Dim]], wide: bool) -> tupl
     body = [f"i = {start} * BLOCK + tl.arange(0, BLOCK)", "keep = i < n", *_indices(rank)]
     for number, dtype in enumerate(region.inputs):
         at = _address(names[number], strides[number])
-        body.append(f"v{number} = tl.load({at}, mask=keep, other=0){_widen(dtype)}")
+        body.append(f"v{number} = tl.load({at}, mask=keep, other=0){widen(dtype)}")
     for number, step in enumerate(region.steps, start=len(region.inputs)):
         body.append(f"v{number} = {expression(region, step)}")
     for number, name, steps in zip(
@@ -233,23 +233,24 @@ def _address(name: str, strides: Sequence[Dim]) -> str:
     return " + ".join(terms) if len(terms) > 1 else f"{name} + i * 0"
 
 
-def _widen(dtype: DType) -> str:
+def widen(dtype: DType) -> str:
+    """The conversion of a loaded value to the type it is computed in."""
     return ".to(tl.float32)" if dtype.is_float and dtype.bits < 32 else ""
 
 
-def expression(region: Region, step: Step) -> str:
-    """The expression of one operator over registers of earlier values."""
+def expression(region: Region, step: Step, tile: str = "(BLOCK,)") -> str:
+    """The expression of one operator over registers of earlier values of shape `tile`."""
     args = [f"v{a}" for a in step.args]
     wide = "tl.float32" if step.dtype.is_float and step.dtype.bits < 32 else TYPES[step.dtype]
     if step.op == "full":
-        return f"tl.full((BLOCK,), {literal(step.value, step.dtype)}, {wide})"
+        return f"tl.full({tile}, {literal(step.value, step.dtype)}, {wide})"
     if step.op == "iota":
         return f"(i + {int(step.value)}).to({wide})"
     if step.op == "cast":
         if step.dtype is DType.boolean:
             return f"{args[0]} != 0"
         narrowed = f"{args[0]}.to({TYPES[step.dtype]})"
-        return narrowed + _widen(step.dtype)
+        return narrowed + widen(step.dtype)
     first, integer = EXPRESSIONS[step.op]
     whole = integer is not None and not region.dtype(step.args[0]).is_float
     return (integer if whole and integer else first).format(*args)

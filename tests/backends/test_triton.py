@@ -25,7 +25,7 @@ from dsc.backends.triton.launch import LaunchProgram
 from dsc.backends.triton.program import lower_program
 from dsc.backends.triton.schedule import lifetimes, pack, resolve
 from dsc.backends.triton.views import View
-from dsc.errors import BackendUnavailable, UnsupportedOperator, UsageError
+from dsc.errors import ArtifactError, BackendUnavailable, UnsupportedOperator, UsageError
 from dsc.ir.dims import symbol
 from dsc.ir.graph import GraphBuilder
 from dsc.ir.interpreter import Interpreter
@@ -267,5 +267,12 @@ def test_no_driver_is_said_so() -> None:
 
 
 def test_hip_binaries_are_not_launched(model: Program, tmp_path: Path) -> None:
+    folder = write_artifact(model, tmp_path)
+    weights = folder / "weights/model.safetensors"
     with pytest.raises(BackendUnavailable, match="hip:gfx942"):
-        TritonBackend().load_on(tmp_path, model, "hip:gfx942")
+        TritonBackend().load_on("hip:gfx942", folder, weights, model)
+
+
+def test_an_artifact_without_weights_does_not_load(model: Program, tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match="without weights"):
+        TritonBackend().load(tmp_path, {"weights": None}, model)

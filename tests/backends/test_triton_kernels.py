@@ -41,7 +41,7 @@ def interpreted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[object]:
     for name, data in emission.files.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(data)
-    executable = backend.load_on(folder, program, "interpret")
+    executable = backend.load(folder, {}, program)
     yield executable
     executable.close()  # type: ignore[attr-defined]
 

@@ -75,6 +75,7 @@ def gemm(
         acc = tl.dot(x, w, acc, input_precision="ieee")
     if HAS_BIAS:
         acc += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
+    # A fused region's operators go here.
     out = c + z * c_batch + m[:, None].to(tl.int64) * c_m + n[None, :] * c_n
     tl.store(out, acc, mask=(m[:, None] < M) & (n[None, :] < N))
 

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from dsc.backends.triton import views
 from dsc.backends.triton.blocks import next_power
-from dsc.backends.triton.context import Context, Given, ceil_div
+from dsc.backends.triton.context import Context, Given, ceil_div, template
+from dsc.backends.triton.epilogue import Epilogue, arguments, gemm_source
 from dsc.backends.triton.views import View
 from dsc.ir.dims import Dim, product
 from dsc.ir.graph import Node
@@ -35,6 +36,7 @@ def emit_gemm(
     limit: View | None = None,
     new_rows: Dim = 0,
     widen: bool = False,
+    epilogue: Epilogue | None = None,
 ) -> None:
     """Append a GEMM. With `limit`, row tiles past limit[z] + new_rows are skipped."""
     z, m, n, k = p.extents
@@ -50,7 +52,13 @@ def emit_gemm(
     given |= {"BLOCK_M": tile.m, "BLOCK_N": tile.n, "BLOCK_K": tile.k}
     given["GROUP_M"] = 8 if rows > 2 * tile.m else 0
     grid = (ceil_div(m, tile.m) * ceil_div(n, tile.n), z)
-    ctx.launch("gemm:gemm", grid, given, tile.warps, tile.stages)
+    kernel = "gemm:gemm"
+    if epilogue is not None:
+        module, text = gemm_source(template("gemm"), epilogue)
+        ctx.sources.setdefault(module, text)
+        kernel = f"{module}:{module}"
+    given |= arguments(epilogue)
+    ctx.launch(kernel, grid, given, tile.warps, tile.stages)
 
 
 def linear_product(ctx: Context, x: View, weight: View, out: View) -> Product:
@@ -64,10 +72,15 @@ def linear_product(ctx: Context, x: View, weight: View, out: View) -> Product:
 
 
 def linear(ctx: Context, node: Node) -> None:
-    """X @ weight^T + bias."""
+    """x @ weight^T + bias."""
+    emit_linear(ctx, node, ctx.result(node), None)
+
+
+def emit_linear(ctx: Context, node: Node, out: View, epilogue: Epilogue | None) -> None:
+    """Append a linear into `out`, with what a fused region does to its result."""
     x, weight = ctx.view(node.inputs[0]), ctx.view(node.inputs[1])
     bias = ctx.dense(ctx.view(node.inputs[2])) if len(node.inputs) > 2 else None
-    emit_gemm(ctx, linear_product(ctx, x, weight, ctx.result(node)), bias)
+    emit_gemm(ctx, linear_product(ctx, x, weight, out), bias, epilogue=epilogue)
 
 
 def matmul(ctx: Context, node: Node) -> None:

@@ -12,9 +12,11 @@ from dataclasses import replace
 
 from dsc.backends.triton import pointwise
 from dsc.backends.triton.context import Context
+from dsc.backends.triton.epilogue import Epilogue, tile_operands
+from dsc.backends.triton.lower.contract import emit_linear
 from dsc.backends.triton.pointwise import FLOAT_ONLY, Region, Step
 from dsc.ir.dims import Dim
-from dsc.ir.graph import Graph, Node, Value
+from dsc.ir.graph import Graph, Node, Operand, Value
 from dsc.ir.ops.pointwise import POINTWISE
 from dsc.ir.types import DType
 
@@ -29,6 +31,17 @@ def single(ctx: Context, node: Node) -> None:
 
 def run(ctx: Context, nodes: Sequence[Node], wanted: Iterable[str]) -> None:
     """A run of pointwise nodes of one iteration shape as one kernel; `wanted` values are stored."""
+    region, inputs, keep = region_of(ctx, nodes, wanted)
+    sources = [ctx.view(x) for x in inputs]
+    targets = [ctx.make(v.type) for v in keep]
+    pointwise.emit(ctx, region, sources, targets)
+    ctx.views.update({v.name: t for v, t in zip(keep, targets, strict=True)})
+
+
+def region_of(
+    ctx: Context, nodes: Sequence[Node], wanted: Iterable[str]
+) -> tuple[Region, list[Operand], list[Value]]:
+    """A run as a region, the operands it reads from memory, and the values it stores."""
     made = {str(v) for n in nodes for v in n.outputs}
     used = {str(x): x for n in nodes for x in n.operands if str(x) not in made}
     literals = {k: x for k, x in used.items() if k[0] == "%" and x.name in ctx.constants}
@@ -47,10 +60,27 @@ def run(ctx: Context, nodes: Sequence[Node], wanted: Iterable[str]) -> None:
     region = Region(
         tuple(x.type.dtype for x in inputs), tuple(steps), tuple(numbers[str(v)] for v in keep)
     )
-    sources = [ctx.view(x) for x in inputs]
-    targets = [ctx.make(v.type) for v in keep]
-    pointwise.emit(ctx, region, sources, targets)
-    ctx.views.update({v.name: t for v, t in zip(keep, targets, strict=True)})
+    return region, inputs, keep
+
+
+def with_epilogue(ctx: Context, node: Node, nodes: Sequence[Node], wanted: list[str]) -> bool:
+    """Lower a linear and the run after it as one GEMM, where the run is an epilogue of it.
+
+    It is when it reads the product, stores one value, and its other operands fold to rows.
+    """
+    product = node.output
+    if len(wanted) != 1 or not any(product in n.operands for n in nodes):
+        return False
+    region, inputs, (result,) = region_of(ctx, nodes, wanted)
+    others = [ctx.view(x) for x in inputs if x != product]
+    operands = tile_operands(others, product.type.shape)
+    if operands is None or result.type.shape != product.type.shape:
+        return False
+    ctx.loc = node.loc or ctx.loc
+    out = ctx.make(result.type)
+    emit_linear(ctx, node, out, Epilogue(region, inputs.index(product), operands))
+    ctx.views[result.name] = out
+    return True
 
 
 def pointwise_reason(node: Node) -> str | None:
@@ -70,27 +100,38 @@ def lower_nodes(ctx: Context, graph: Graph, lower: LowerNode) -> None:
     """Lower a graph's nodes in order, gathering adjacent pointwise nodes of a shape into runs.
 
     Only neighbours in program order join, and only inside a fused body: which operators belong
-    together is decided by the passes, not here.
+    together is decided by the passes, not here. Literals are lowered first: they cost nothing.
     """
-    uses: dict[str, set[int]] = {}
-    for at, node in enumerate(graph.nodes):
-        for operand in node.operands:
-            uses.setdefault(operand.name, set()).add(at)
-    returned = {x.name for x in graph.outputs}
+    literals = [n for n in graph.nodes if n.op == "full"]
+    nodes = [n for n in graph.nodes if n.op != "full"]
+    for node in literals:
+        lower(ctx, node)
     at = 0
-    while at < len(graph.nodes):
-        end = _run_end(graph.nodes, at)
+    while at < len(nodes):
+        start = at + 1 if nodes[at].op == "linear" else at
+        end = _run_end(nodes, start)
+        chain = nodes[start:end]
+        if start > at:
+            wanted = _read_outside(graph, nodes[at:end])
+            if chain and with_epilogue(ctx, nodes[at], chain, wanted):
+                at = end
+                continue
+            end = at
         if end == at:
-            lower(ctx, graph.nodes[at])
+            lower(ctx, nodes[at])
             at += 1
             continue
-        nodes = graph.nodes[at:end]
-        inside = set(range(at, end))
-        names = [v.name for n in nodes for v in n.outputs]
-        wanted = [n for n in names if n in returned or uses.get(n, set()) - inside]
-        ctx.loc = nodes[0].loc or ctx.loc
-        run(ctx, nodes, wanted)
+        ctx.loc = chain[0].loc or ctx.loc
+        run(ctx, chain, _read_outside(graph, chain))
         at = end
+
+
+def _read_outside(graph: Graph, nodes: Sequence[Node]) -> list[str]:
+    """The results of `nodes` that are returned or that other nodes read."""
+    inside = {id(n) for n in nodes}
+    read = {x.name for n in graph.nodes if id(n) not in inside for x in n.operands}
+    read |= {x.name for x in graph.outputs}
+    return [v.name for n in nodes for v in n.outputs if v.name in read]
 
 
 def _run_end(nodes: Sequence[Node], start: int) -> int:
