@@ -82,21 +82,21 @@ def dynamic_shapes(config: ModelConfig) -> dict[str, Any]:
 
 def input_names(config: ModelConfig) -> tuple[str, ...]:
     """Names of a step's inputs, in order: `input_ids`, ..., `past.0.latent`, `past.0.rope`, ..."""
-    return (*TokenInputs, *_cache_names("past", config))
+    return (*TokenInputs, *_names_per_layer("past", config))
 
 
 def output_names(config: ModelConfig) -> tuple[str, ...]:
     """Names of a step's outputs, in order: `logits`, `present.0.latent`, `present.0.rope`, ..."""
-    return ("logits", *_cache_names("present", config))
+    return ("logits", *_names_per_layer("present", config))
 
 
 def cache_names(config: ModelConfig) -> tuple[tuple[str, str], ...]:
     """Pairs (output, input) of a step's caches: what goes in as past comes out as present."""
-    outputs, inputs = _cache_names("present", config), _cache_names("past", config)
+    outputs, inputs = _names_per_layer("present", config), _names_per_layer("past", config)
     return tuple(zip(outputs, inputs, strict=True))
 
 
-def _cache_names(prefix: str, config: ModelConfig) -> list[str]:
+def _names_per_layer(prefix: str, config: ModelConfig) -> list[str]:
     layers = range(config.num_hidden_layers)
     return [f"{prefix}.{layer}.{part}" for layer in layers for part in ("latent", "rope")]
 

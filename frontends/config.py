@@ -66,10 +66,8 @@ class RopeParameters(_Schema):
     def _check(self) -> RopeParameters:
         if self.rope_theta <= 1:
             raise ValueError(f"rope_theta must exceed 1, found {self.rope_theta}")
-        if self.beta_fast <= self.beta_slow:
-            raise ValueError(
-                f"beta_fast ({self.beta_fast}) must exceed beta_slow ({self.beta_slow})"
-            )
+        if self.beta_fast < self.beta_slow:
+            raise ValueError(f"beta_fast ({self.beta_fast}) is below beta_slow ({self.beta_slow})")
         return self
 
     @property

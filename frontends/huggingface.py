@@ -49,9 +49,11 @@ class CheckpointModel:
         return CausalLMStep(stock_causal_lm(self.config, self.dtype))
 
     def load(self) -> CausalLMStep:
-        """The same module with its weights, in memory: the oracle for small checkpoints."""
+        """The same module with its weights, copied to memory: the oracle for small checkpoints."""
         step = self.build()
-        state = {name: evaluate(expr, self.source) for name, expr in self.weights.items()}
+        state = {
+            name: evaluate(expr, self.source, torch.clone) for name, expr in self.weights.items()
+        }
         step.load_state_dict(state, strict=True, assign=True)
         return step
 

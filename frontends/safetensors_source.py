@@ -139,7 +139,7 @@ class SafetensorsSource:
         return TensorType(entry.dtype, entry.shape)
 
     def load(self, key: str) -> torch.Tensor:
-        """The tensor, a view of its mapped file. `KeyError` when there is none."""
+        """The tensor, a view of its mapped file: writing to it faults. `KeyError`."""
         return self.files[key].load(key)
 
     def load_slice(self, key: str, start: int, stop: int) -> torch.Tensor:

@@ -28,6 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dsc.errors import UnsupportedArchitecture
 from dsc.frontends.config import ModelConfig, RopeParameters
 
 LATENT_NORM_EPS = 1e-6
@@ -58,9 +59,9 @@ def inverse_frequencies(rope: RopeParameters, width: int) -> Tensor:
     that a model built on `meta` still has real frequencies.
     """
     steps = torch.arange(0, width, 2, dtype=torch.float32, device="cpu")
-    turns = rope.rope_theta ** (steps / width)
+    period = rope.rope_theta ** (steps / width)  # positions a radian
     if rope.rope_type == "default":
-        return 1.0 / turns
+        return 1.0 / period
     context = rope.original_max_position_embeddings
     assert context is not None, "the config schema demands it of yarn"
 
@@ -75,7 +76,7 @@ def inverse_frequencies(rope: RopeParameters, width: int) -> Tensor:
     high += 0.001 if low == high else 0
     pairs = torch.arange(width // 2, dtype=torch.float32, device="cpu")
     kept = 1 - ((pairs - low) / (high - low)).clamp(0, 1)
-    return 1.0 / (rope.factor * turns) * (1 - kept) + 1.0 / turns * kept
+    return 1.0 / (rope.factor * period) * (1 - kept) + 1.0 / period * kept
 
 
 class RotaryEmbedding(nn.Module):
@@ -141,20 +142,17 @@ class MultiHeadLatentAttention(nn.Module):
         self.interleaved = config.rope_interleave
         self.scale = config.softmax_scale
         hidden, bias = config.hidden_size, config.attention_bias
+        q_width, kv_width = self.heads * sum(self.q_split), self.heads * sum(self.kv_b_split)
         self.q_lora_rank = config.q_lora_rank
         if config.q_lora_rank is None:
-            self.q_proj = nn.Linear(hidden, self.heads * sum(self.q_split), bias=False)
+            self.q_proj = nn.Linear(hidden, q_width, bias=False)
         else:
             self.q_a_proj = nn.Linear(hidden, config.q_lora_rank, bias=bias)
             self.q_a_layernorm = RMSNorm(config.q_lora_rank, LATENT_NORM_EPS)
-            self.q_b_proj = nn.Linear(
-                config.q_lora_rank, self.heads * sum(self.q_split), bias=False
-            )
+            self.q_b_proj = nn.Linear(config.q_lora_rank, q_width, bias=False)
         self.kv_a_proj_with_mqa = nn.Linear(hidden, sum(self.kv_a_split), bias=bias)
         self.kv_a_layernorm = RMSNorm(config.kv_lora_rank, LATENT_NORM_EPS)
-        self.kv_b_proj = nn.Linear(
-            config.kv_lora_rank, self.heads * sum(self.kv_b_split), bias=False
-        )
+        self.kv_b_proj = nn.Linear(config.kv_lora_rank, kv_width, bias=False)
         self.o_proj = nn.Linear(self.heads * config.v_head_dim, hidden, bias=bias)
 
     def queries(self, x: Tensor) -> Tensor:
@@ -365,5 +363,10 @@ class DeepseekV3ForCausalLM(nn.Module):
 
 
 def build(config: ModelConfig) -> nn.Module:
-    """The model of `config` with untrained weights, on torch's current default device."""
+    """The model of `config` with untrained weights, on torch's current default device.
+
+    Raises `UnsupportedArchitecture` for a V2, whose router is another one.
+    """
+    if config.model_type != "deepseek_v3":
+        raise UnsupportedArchitecture(f"{config.model_type} has another router than V3")
     return DeepseekV3ForCausalLM(config).eval()

@@ -64,6 +64,11 @@ def test_both_spellings_of_rope_agree() -> None:
     assert older.rope_parameters.factor == 40
 
 
+def test_betas_may_be_equal_as_in_kimi_k2() -> None:
+    section = V3["rope_scaling"] | {"beta_fast": 1.0, "beta_slow": 1.0}
+    assert parse_config(changed(rope_scaling=section)).rope_parameters.beta_fast == 1
+
+
 def test_no_rope_section_is_plain_rope() -> None:
     cfg = parse_config(changed(rope_scaling=None, rope_theta=50000))
     assert cfg.rope_parameters.rope_type == "default"
@@ -118,7 +123,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         "rope_parameters.factor",
     ),
     "theta": ({"rope_theta": 0.5}, "rope_theta must exceed 1"),
-    "betas": ({"rope_scaling": V3["rope_scaling"] | {"beta_fast": 1}}, "beta_fast"),
+    "betas": ({"rope_scaling": V3["rope_scaling"] | {"beta_fast": 0.5}}, "beta_fast"),
     "int4": ({"quantization_config": {"quant_method": "gptq"}}, "quant_method"),
     "block of one": (
         {"quantization_config": {"quant_method": "fp8", "weight_block_size": [128]}},
@@ -128,6 +133,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, -1]}},
         "weight_block_size",
     ),
+    "beyond any float": ({"rms_norm_eps": 10**400}, "rms_norm_eps"),
     "missing": ({"hidden_size": None}, "hidden_size"),
     "bias in mlp": ({"mlp_bias": True}, "mlp_bias"),
     "v2 normalises": (

@@ -17,6 +17,7 @@ from dsc.errors import CheckpointError, ConfigError
 from dsc.frontends.causal_lm import (
     CausalLMStep,
     Extents,
+    cache_names,
     cast_parameters,
     dynamic_shapes,
     example_inputs,
@@ -149,6 +150,12 @@ def test_weights_are_cast_to_the_asked_dtype_and_biases_stay_fp32(tmp_path: Path
     assert state["lm_head.weight"].dtype == torch.bfloat16
     assert state["model.layers.1.mlp.gate.e_score_correction_bias"].dtype == torch.float32
     assert load_checkpoint(tmp_path).dtype is DType.f32  # the stored one, config.json names none
+
+
+def test_loaded_weights_are_writable_and_the_file_stays() -> None:
+    model = load_checkpoint(TINY_CHECKPOINT)
+    model.load().get_parameter("model.norm.weight").zero_()
+    assert model.source.load("model.norm.weight").abs().min() > 0
 
 
 def test_tied_embeddings_need_no_head(tmp_path: Path) -> None:
@@ -440,6 +447,7 @@ def test_names_of_inputs_and_outputs() -> None:
         "past.0.rope",
     )
     assert output_names(config)[-1] == "present.2.rope"
+    assert cache_names(config)[1] == ("present.0.rope", "past.0.rope")
     assert len(example_inputs(config)) == len(input_names(config))
 
 

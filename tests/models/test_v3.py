@@ -8,13 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from dsc.errors import UsageError
+from dsc.errors import UnsupportedArchitecture, UsageError
 from dsc.frontends.causal_lm import Extents, dynamic_shapes, example_inputs
 from dsc.frontends.config import ModelConfig
 from dsc.frontends.huggingface import stock_causal_lm
 from dsc.models import v3
 from dsc.models.configs import CONFIGS, config
-from tests.family import PLAIN, YARN, advance, empty_caches, small, stock
+from tests.family import PLAIN, YARN, advance, empty_caches, small, small_v2, stock
 
 TOLERANCE = 1e-5
 BEYOND = 48
@@ -29,6 +29,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "plain_rope": {"rope_parameters": PLAIN},
     "half_rope": {"rope_interleave": False},
     "yarn_without_mscale": {"rope_parameters": {**YARN, "mscale": None, "mscale_all_dim": None}},
+    "yarn_equal_betas": {"rope_parameters": {**YARN, "beta_fast": 1.0, "beta_slow": 1.0}},
     "yarn_untruncated": {"rope_parameters": {**YARN, "truncate": False}},
     "unnormalised": {"norm_topk_prob": False},
     "all_dense": {"first_k_dense_replace": 3},
@@ -205,6 +206,11 @@ def test_presets_have_the_published_number_of_parameters(name: str, billions: fl
         model = v3.build(config(name))
     count = sum(parameter.numel() for parameter in model.parameters())
     assert count / 1e9 == pytest.approx(billions, rel=0.005)
+
+
+def test_a_v2_is_refused() -> None:
+    with pytest.raises(UnsupportedArchitecture, match="deepseek_v2"):
+        v3.build(small_v2())
 
 
 def test_presets_by_name_or_path() -> None:
