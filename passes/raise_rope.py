@@ -35,8 +35,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from dsc.ir.dims import Dim, product
 from dsc.ir.graph import GraphBuilder, Node, Operand, Value, Weight
 from dsc.ir.ops.nn import ROPE_LAYOUTS
+from dsc.ir.ops.shape import normalised_dims
 from dsc.ir.program import Program
 from dsc.ir.stages import Stage
 from dsc.ir.types import DType
@@ -53,6 +55,7 @@ _JOIN = VIEWS | {"cast", "concat", "add", "sub", "slice_scatter", "neg"}
 """What brings the rotated parts together."""
 _SOURCE = VIEWS | {"cast", "concat", "neg"}
 MAX_POSITION = 5000
+_ROLES = ("x", "positions", "inv_freq")
 
 _ROTATED = """graph g(%x: f32[B,{head}S,4], %p: i64[B,S], @inv_freq: f32[2]) {{
   %a = reshape %p {{shape=[B,1,S,1]}}
@@ -108,7 +111,8 @@ class Rope(Rule):
 
     def rewrite(self, b: RewriteBuilder, m: Match, facts: Facts) -> Result:
         """rope on [b,s,h,r] or [b,s,r], between the views that lead there and back."""
-        return _emit(b, m.x, m.positions, m.inv_freq, facts["layout"], facts["scale"])
+        shape = m.root.output.type.shape
+        return _emit(b, m.x, m.positions, m.inv_freq, facts["layout"], facts["scale"], shape)
 
 
 def _tables(scope: Scope) -> set[str]:
@@ -144,10 +148,8 @@ def _join(scope: Scope, node: Node, start: Value, tables: set[str]) -> Match | R
     for later in scope.forward(node.output, limit=16):
         if later.op not in _JOIN or len(later.outputs) != 1:
             continue
-        if later.output.type.shape not in [x.type.shape for x in origins]:
-            continue
         for x in origins:
-            if x.type != later.output.type or x.type.rank not in (3, 4):
+            if not _alike(x, later.output) or x.type.rank not in (3, 4):
                 continue
             found = _match(scope, later, x)
             if found is not None:
@@ -155,6 +157,12 @@ def _join(scope: Scope, node: Node, start: Value, tables: set[str]) -> Match | R
                 if found.x.type.shape[-1] == found.inv_freq.type.shape[0] * 2:
                     return found
     return last or reject("products with sines and cosines that form no rotation of one value", start)
+
+
+def _alike(x: Value, y: Value) -> bool:
+    """Whether two values have one type but for axes of extent 1."""
+    same = normalised_dims(x.type.shape) == normalised_dims(y.type.shape)
+    return same and x.type.dtype == y.type.dtype
 
 
 def _origins(scope: Scope, start: Value) -> Iterator[Value]:
@@ -187,21 +195,30 @@ def _match(scope: Scope, root: Node, x: Value) -> Match | None:
 
 
 def _emit(
-    b: GraphBuilder, x: Operand, positions: Operand, inv_freq: Operand, layout: str, scale: float
+    b: GraphBuilder,
+    x: Operand,
+    positions: Operand,
+    inv_freq: Operand,
+    layout: str,
+    scale: float,
+    shape: tuple[Dim, ...],
 ) -> Operand:
-    """rope of an x whose axes are b, s, perhaps h, and r in some order of the first three."""
-    shape = x.type.shape
+    """rope of an x whose axes are b, s, perhaps h, and r, in some order of the first three."""
     batch, new = positions.type.shape
+    rows = (batch, new, x.type.shape[-1])
     attrs: dict[str, Any] = {"layout": layout, "scale": scale}
-    if x.type.rank == 3 or shape[:2] == (batch, new) and shape[2] != 1:
-        return b.call("rope", x, positions, inv_freq, **attrs)[0]
-    if 1 in shape[1:3]:
-        (flat,) = b.call("reshape", x, shape=(batch, new, shape[-1]))
-        (turned,) = b.call("rope", flat, positions, inv_freq, **attrs)
-        return b.call("reshape", turned, shape=shape)[0]
-    (front,) = b.call("permute", x, dims=(0, 2, 1, 3))
-    (turned,) = b.call("rope", front, positions, inv_freq, **attrs)
-    return b.call("permute", turned, dims=(0, 2, 1, 3))[0]
+    turned = x
+    swap = (0, 2, 1, 3)
+    headed = x.type.numel != product(rows)
+    front = headed and x.type.shape[:2] != (batch, new)
+    if front:
+        (turned,) = b.call("permute", turned, dims=swap)
+    elif not headed and x.type.shape != rows:
+        (turned,) = b.call("reshape", turned, shape=rows)
+    (turned,) = b.call("rope", turned, positions, inv_freq, **attrs)
+    if front:
+        (turned,) = b.call("permute", turned, dims=swap)
+    return turned if turned.type.shape == shape else b.call("reshape", turned, shape=shape)[0]
 
 
 def _prove(m: Match) -> dict[str, Any] | str:
@@ -210,7 +227,7 @@ def _prove(m: Match) -> dict[str, Any] | str:
 
     region: lift.Region = m.region
     graph = lift.widened(region.graph)
-    place = {role: region.leaves.index(m.get(role)) for role in ("x", "positions", "inv_freq")}
+    place = {role: region.leaves.index(m.get(role)) for role in _ROLES}
     leaves = [Value(v.name, v.type) for v in graph.inputs]
 
     def tensors(sizes: dict[str, int], seed: int) -> list[torch.Tensor]:
@@ -232,7 +249,7 @@ def _prove(m: Match) -> dict[str, Any] | str:
         candidate = lift.build(
             leaves,
             lambda b, *xs, layout=layout: _emit(
-                b, xs[place["x"]], xs[place["positions"]], xs[place["inv_freq"]], layout, scale
+                b, *(xs[place[role]] for role in _ROLES), layout, scale, graph.outputs[0].type.shape
             ),
         )
         why = lift.prove(graph, candidate, cases)

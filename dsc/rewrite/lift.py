@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from dsc.errors import DscError
 from dsc.ir.analyses import structural_hash
-from dsc.ir.dims import Dim, Sym, evaluate
+from dsc.ir.dims import Dim, evaluate, symbol
 from dsc.ir.graph import Attrs, Graph, Node, Operand, Value
 from dsc.ir.op import TypeMismatch, infer
 from dsc.ir.types import DType, TensorType
@@ -153,15 +153,18 @@ def _attr(op: str, name: str, value: Any, attr: Callable[[Any], Any]) -> Any:
     return attr(value) if name in _EXTENTS or isinstance(value, DType) else value
 
 
-def shrunk_sizes(roles: Mapping[str, int], products: Sequence[Dim]) -> dict[int, int] | None:
+def shrunk_sizes(
+    roles: Mapping[str, int], products: Sequence[Dim], least: Mapping[str, int] | None = None
+) -> dict[int, int] | None:
     """Small sizes for the dims named by `roles`, under which `products` of them stay consistent.
 
     `roles` gives real sizes by symbol, `products` the further dims that occur, as expressions over
-    those symbols. Equal sizes map to equal ones, whatever they mean. `None` when none are found.
+    those symbols, `least` the smallest size that a role may shrink to. Equal sizes map to equal
+    ones, whatever they mean. `None` when no such sizes are found.
     """
-    named: list[tuple[Dim, int]] = [(Sym((((n,), 1),)), size) for n, size in roles.items()]
+    named: list[tuple[Dim, int]] = [(symbol(n), size) for n, size in roles.items()]
     named += [(d, evaluate(d, roles)) for d in products]
-    choices = [range(2, size + 1) if size < 5 else (5, 6, 7, 8, 9, 10, 12) for size in roles.values()]
+    choices = [_small(size, (least or {}).get(name, 2)) for name, size in roles.items()]
     best: tuple[int, dict[int, int]] | None = None
     for picked in product(*choices):
         env = dict(zip(roles, picked, strict=True))
@@ -176,6 +179,11 @@ def shrunk_sizes(roles: Mapping[str, int], products: Sequence[Dim]) -> dict[int,
             if clashes == 0:
                 break
     return None if best is None else best[1]
+
+
+def _small(size: int, least: int) -> Sequence[int]:
+    """Sizes to shrink a dim of `size` to; small ones stay as they are."""
+    return (size,) if size <= least + 2 else range(least + 2, min(size, least + 9) + 1)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,386 @@
+"""Recognise the routed experts, however they are spelled.
+
+What           everything between the tokens, the chosen experts and their weights on one side and
+               the weighted sum on the other becomes experts: sort and grouped GEMMs, batched GEMMs
+               over gathered weights, or every expert on every token under a mask of weights.
+Why it pays    a backend can then choose: a direct path for few tokens, grouped GEMMs for many; the
+               dense spelling does experts / top_k times the work, the batched one copies weights.
+Preconditions  stage TRACED, after raise_router; expert weights stacked in tensors of rank 3.
+               Proved by evaluation at reduced widths, with experts that get no token.
+Before         graph main(%x: f32[N,4], %idx: i64[N,2], %w: f32[N,2], @gate_up: f32[5,6,4], @down: f32[5,4,3]) {
+                 %a = full {dtype=f32, shape=[N,5], value=0.0} : f32[N,5]
+                 %b = scatter %a, %idx, %w {axis=1} : f32[N,5]
+                 %c = expand %x {shape=[5,N,4]} : f32[5,N,4]
+                 %d = permute @gate_up {dims=[0,2,1]} : f32[5,4,6]
+                 %e = matmul %c, %d : f32[5,N,6]
+                 %f, %g = split %e {axis=2, sizes=[3,3]} : f32[5,N,3], f32[5,N,3]
+                 %h = swiglu %f, %g : f32[5,N,3]
+                 %i = permute @down {dims=[0,2,1]} : f32[5,3,4]
+                 %j = matmul %h, %i : f32[5,N,4]
+                 %k = permute %b {dims=[1,0]} : f32[5,N]
+                 %l = reshape %k {shape=[5,N,1]} : f32[5,N,1]
+                 %m = mul %j, %l : f32[5,N,4]
+                 %y = sum %m {axes=[0], keepdims=false} : f32[N,4] loc "experts"
+                 return %y
+               }
+After          graph main(%x: f32[N,4], %idx: i64[N,2], %w: f32[N,2], @gate_up: f32[5,6,4], @down: f32[5,4,3]) {
+                 %y = experts %x, %idx, %w, @gate_up, @down {act="silu"} : f32[N,4] loc "experts"
+                 return %y
+               }
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+from typing import TYPE_CHECKING, Any
+
+from dsc.ir.dims import symbol
+from dsc.ir.graph import GraphBuilder, Node, Operand, Value, Weight
+from dsc.ir.ops.moe import ACTIVATIONS
+from dsc.ir.ops.pointwise import POINTWISE
+from dsc.ir.program import Program
+from dsc.ir.stages import Stage
+from dsc.ir.types import DType
+from dsc.ir.weights import apply
+from dsc.passes._views import VIEW_RULES
+from dsc.rewrite import lift
+from dsc.rewrite.base import Pass, PassReport
+from dsc.rewrite.driver import apply_rules
+from dsc.rewrite.rule import Facts, Match, Reject, Result, RewriteBuilder, Rule, reject
+from dsc.rewrite.scope import VIEWS, Scope
+
+if TYPE_CHECKING:
+    import torch
+
+_PRODUCTS = frozenset({"grouped_mm", "matmul", "einsum"})
+_MOVES = VIEWS | {"cast", "take", "gather"}
+_GLUE = _MOVES | {
+    "sort", "histc", "cumsum", "scatter", "index_put", "arange", "full", "concat", "where", "eq",
+    "ne", "lt", "le", "gt", "ge", "logical_and", "logical_or", "logical_not",
+}  # fmt: skip
+"""What only moves tokens, indices and weights about."""
+_BETWEEN = POINTWISE | VIEWS | _PRODUCTS | {"swiglu", "concat"}
+"""What may lie between the two products."""
+BIG = 1 << 18
+"""Expert weights of more elements are proved at reduced widths."""
+
+_DENSE = """graph g(%x: f32[B,S,4], %idx: i64[N,2], %w: f32[N,2], @gu: f32[5,6,4], @dn: f32[5,4,3]) {{
+  %t = reshape %x {{shape=[N,4]}}
+  %a = full {{shape=[N,5], value=0.0, dtype=f32}}
+  %b = scatter %a, %idx, %w {{axis=1}}
+  %c = expand %t {{shape=[5,N,4]}}
+  %d = permute @gu {{dims=[0,2,1]}}
+  %e = matmul %c, %d
+  %f, %g = split %e {{axis=2, sizes=[3,3]}}
+  %u = {act} %f
+  %h = {gated}
+  %i = permute @dn {{dims=[0,2,1]}}
+  %j = matmul %h, %i
+  %k = permute %b {{dims=[1,0]}}
+  %l = reshape %k {{shape=[5,N,1]}}
+  %m = mul %j, %l
+  %y = sum %m {{axes=[0]}}
+  return %y
+}}"""
+_BATCHED = """graph g(%x: bf16[N,4], %idx: i64[N,2], %w: f32[N,2], @gu: bf16[5,6,4], @dn: bf16[5,4,3]) {
+  %o = reshape %x {shape=[N,1,4]}
+  %p = expand %o {shape=[N,2,4]}
+  %q = reshape %p {shape=[2*N,4,1]}
+  %i = reshape %idx {shape=[2*N]}
+  %a = take @gu, %i {axis=0}
+  %b = matmul %a, %q
+  %c = reshape %b {shape=[2*N,6]}
+  %f, %g = split %c {sizes=[3,3]}
+  %h = swiglu %f, %g
+  %d = take @dn, %i {axis=0}
+  %e = reshape %h {shape=[2*N,3,1]}
+  %j = matmul %d, %e
+  %k = reshape %j {shape=[2*N,4]}
+  %l = cast %k {dtype=f32}
+  %m = reshape %w {shape=[2*N,1]}
+  %n = mul %l, %m
+  %r = reshape %n {shape=[N,2,4]}
+  %s = sum %r {axes=[1]}
+  %y = cast %s {dtype=bf16}
+  return %y
+}"""
+_GROUPED = """graph g(%x: f32[N,4], %idx: i64[N,2], %w: f32[N,2], @gu: f32[5,4,6], @dn: f32[5,3,4]) {
+  %i = reshape %idx {shape=[2*N]}
+  %s, %o = sort %i {axis=0}
+  %two = full {shape=[], value=2, dtype=i64}
+  %t = div %o, %two
+  %a = take %x, %t {axis=0}
+  %c = histc %s {bins=5}
+  %e = cumsum %c {axis=0}
+  %b = grouped_mm %a, @gu, %e
+  %f, %g = split %b {sizes=[3,3]}
+  %h = swiglu %f, %g
+  %j = grouped_mm %h, @dn, %e
+  %v = reshape %w {shape=[2*N]}
+  %u = take %v, %o {axis=0}
+  %k = reshape %u {shape=[2*N,1]}
+  %m = mul %j, %k
+  %z = full {shape=[2*N], value=0, dtype=i64}
+  %r = arange {start=0, end=2*N, dtype=i64}
+  %inv = index_put %z, %o, %r
+  %n = take %m, %inv {axis=0}
+  %q = reshape %n {shape=[N,2,4]}
+  %y = sum %q {axes=[1]}
+  return %y
+}"""
+
+
+class Experts(Rule):
+    """sum_k w_k * down_k(act(gate_k x) * up_k x), in any spelling  ==>  experts(x, idx, w)"""
+
+    tolerance = 2e-2
+    anchors = _PRODUCTS
+    examples = (
+        _DENSE.format(act="silu", gated="mul %u, %g").replace("B,S", "N"),
+        _DENSE.format(act="gelu", gated="mul %g, %u").replace("B,S", "N"),
+        _BATCHED,
+        _GROUPED,
+    )
+    near_misses = {
+        "the activation is another": _DENSE.format(act="tanh", gated="mul %u, %g").replace(
+            "B,S", "N"
+        ),
+        "the gate and up rows are added": _DENSE.format(act="silu", gated="add %u, %g").replace(
+            "B,S", "N"
+        ),
+    }
+
+    def sample(self, value: Value, env: Mapping[str, int], seed: int) -> Any:
+        """Distinct experts for each token."""
+        if value.type.dtype is DType.i64:
+            return _distinct(lift.at_sizes(value, env), 5, seed)
+        return lift.normal(value, env, seed)
+
+    def propose(self, scope: Scope, node: Node) -> Match | Reject | None:
+        """`node` multiplies by the down weights; the up weights come before it."""
+        down = _stacked(scope, node)
+        if down is None:
+            return None
+        before = list(_earlier(scope, node, down))
+        if not 1 <= len(before) <= 2:
+            return None
+        found: Match | Reject | None = None
+        for x in _tokens(scope, before[0], node):
+            found = self._match(scope, node, before, down, x)
+            if isinstance(found, Match):
+                return found
+        return found
+
+    def _match(
+        self, scope: Scope, node: Node, before: Sequence[Node], down: Weight, x: Value
+    ) -> Match | Reject:
+        """The first value after `node` shaped like the tokens that reads nothing foreign."""
+        cone = {v.name for n in before for m in scope.forward(n.output) for v in m.outputs}
+        cone |= {n.output.name for n in before}
+        gate_up = [w for n in before if (w := _stacked(scope, n)) is not None]
+
+        def is_leaf(v: Operand) -> bool:
+            made = scope.producer(v)
+            if v.name == x.name or made is None or v.name in cone:
+                return v.name == x.name
+            whole = made.op in ("add", "sub", "mul", "div") and v.type.dtype.is_int
+            return not (made.op in _GLUE or whole)
+
+        why = reject("no weighted sum of the experts has the shape of the tokens", x, node.output)
+        for later in scope.forward(node.output, limit=16):
+            y = later.outputs[0]
+            if y.type.dtype != x.type.dtype or y.type.numel != x.type.numel:
+                continue
+            region = lift.cut(scope, [y], is_leaf)
+            if region is None:
+                continue
+            rest = [v for v in region.leaves if v not in (x, down, *gate_up)]
+            idx = [v for v in rest if v.type.dtype is DType.i64]
+            w = [v for v in rest if v.type.dtype.is_float]
+            if len(idx) != 1 or len(w) != 1 or len(rest) != 2:
+                why = reject("the experts read more than tokens, choices and weights", *rest)
+                continue
+            if idx[0].type.shape[:-1] != x.type.shape[:-1] or w[0].type.shape != idx[0].type.shape:
+                why = reject("tokens, choices and weights differ in shape", x, idx[0], w[0])
+                continue
+            values = {
+                "x": x, "idx": idx[0], "w": w[0], "down": down, "gate_up": tuple(gate_up),
+                "region": region,
+            }  # fmt: skip
+            own = tuple(n for n in region.nodes if n is not later)
+            shared = frozenset(id(n) for n in own)
+            return Match(values, (*own, later), later.outputs, later, scope, shared)
+        return why
+
+    def check(self, m: Match) -> Facts | Reject:
+        """Prove one activation and one arrangement of the weights."""
+        roles = (m.x, m.idx, m.w, m.down, *m.gate_up)
+        place = tuple(m.region.leaves.index(v) for v in roles)
+        found = lift.proven(m.scope, ("experts", m.region.key, place), lambda: _prove(m, place))
+        return reject(found, m.x, *m.gate_up, m.down) if isinstance(found, str) else found
+
+    def rewrite(self, b: RewriteBuilder, m: Match, facts: Facts) -> Result:
+        """experts, over weights in the declared arrangement."""
+        gate_up, down = _weights(b, m.gate_up, m.down, facts)
+        return _emit(b, m.x, m.idx, m.w, gate_up, down, facts["act"], m.root.outputs[0])
+
+
+def _stacked(scope: Scope, node: Node) -> Weight | None:
+    """The stacked weights [e, _, _] that a product reads, through views and lookups."""
+    if node.op not in _PRODUCTS:
+        return None
+    for operand in node.operands:
+        seen = scope.through(operand, _MOVES)
+        if isinstance(seen, Weight) and seen.type.rank == 3:
+            return seen
+    return None
+
+
+def _earlier(scope: Scope, node: Node, down: Weight) -> Iterator[Node]:
+    """Products by other stacked weights that `node` depends on, with no product between."""
+    pending = [node]
+    visited: set[int] = set()
+    while pending and len(visited) < 40:
+        for operand in pending.pop().operands:
+            made = scope.producer(operand)
+            if made is None or id(made) in visited or not operand.type.dtype.is_float:
+                continue
+            if made.op not in _BETWEEN:
+                continue
+            visited.add(id(made))
+            other = _stacked(scope, made)
+            if other is None:
+                pending.append(made)
+            elif other != down:
+                yield made
+
+
+def _tokens(scope: Scope, first: Node, last: Node) -> Iterator[Value]:
+    """Values that the first product's tokens are rows of, farthest first."""
+    width = last.output.type.shape
+    found: list[Value] = []
+    for operand in first.operands:
+        seen: Operand = operand
+        while isinstance(seen, Value):
+            if seen.type.dtype.is_float and seen.type.shape[-1] in width:
+                found.append(seen)
+            made = scope.producer(seen)
+            if made is None or made.op not in _MOVES:
+                break
+            seen = made.operands[0]
+    yield from reversed(found)
+
+
+def _weights(
+    b: RewriteBuilder, gate_up: tuple[Weight, ...], down: Weight, facts: Facts
+) -> tuple[Operand, Operand]:
+    """Weight expressions for what the operator wants: [e,2i,d] and [e,d,i]."""
+    parts = [(w.name, b.expr(w)) for w in (*gate_up, down)]
+    if facts["transposed"]:
+        parts = [(f"{n}.t", apply("permute", e, dims=(0, 2, 1))) for n, e in parts]
+    *first, (down_name, down_expr) = parts
+    if facts["swapped"]:
+        first.reverse()
+    name, expr = first[0]
+    if len(first) == 2:
+        name, expr = f"{name}.up", apply("concat", expr, first[1][1], axis=1)
+    return b.weight(name, expr), b.weight(down_name, down_expr)
+
+
+def _emit(
+    b: GraphBuilder,
+    x: Operand,
+    idx: Operand,
+    w: Operand,
+    gate_up: Operand,
+    down: Operand,
+    act: str,
+    y: Value,
+) -> Operand:
+    if w.type.dtype is not DType.f32:
+        (w,) = b.call("cast", w, dtype=DType.f32)
+    (out,) = b.call("experts", x, idx, w, gate_up, down, act=act)
+    return out if out.type.shape == y.type.shape else b.call("reshape", out, shape=y.type.shape)[0]
+
+
+def _prove(m: Match, place: Sequence[int]) -> dict[str, Any] | str:
+    """The activation and arrangement under which the region is experts, or why there is none."""
+    region: lift.Region = m.region
+    e, a, d = m.down.type.shape
+    hidden = m.x.type.shape[-1]
+    inner = a if d == hidden else d
+    small: dict[int, int] | None = {}
+    if e * a * d > BIG:
+        i = symbol("i")
+        least = {"e": int(m.idx.type.shape[-1])}
+        small = lift.shrunk_sizes({"e": e, "i": inner, "d": hidden}, [2 * i], least)
+    if small is None:
+        return "no small widths are consistent with its own"
+    graph = lift.resized(lift.widened(region.graph), small)
+    inputs = [Value(v.name, v.type) for v in graph.inputs]
+    y = graph.outputs[0]
+    assert isinstance(y, Value)
+    experts = small.get(e, e)
+    cases = [
+        lift.Case(sizes, _tensors(inputs, place, sizes, experts, seed))
+        for seed, sizes in enumerate(lift.assignments(graph))
+    ]
+    why = "its weights are not [e,2i,d] and [e,d,i], nor their transposes"
+    count = len(m.gate_up)
+    for act, transposed, swapped in product(ACTIVATIONS, (False, True), (False, True)[:count]):
+        facts = {"act": act, "transposed": transposed, "swapped": swapped}
+
+        def body(b: GraphBuilder, *xs: Value, facts: Any = facts) -> Operand:
+            x, idx, w, down, *gate_up = (xs[i] for i in place)
+            parts: list[Operand] = [*gate_up, down]
+            if facts["transposed"]:
+                parts = [b.call("permute", p, dims=(0, 2, 1))[0] for p in parts]
+            *first, last = parts[::-1][1:] + parts[-1:] if facts["swapped"] else parts
+            (both,) = b.call("concat", *first, axis=1) if len(first) == 2 else first
+            return _emit(b, x, idx, w, both, last, facts["act"], y)
+
+        try:
+            candidate = lift.build(inputs, body)
+        except lift.TypeMismatch:
+            continue
+        why = lift.prove(graph, candidate, cases)
+        if not why:
+            return facts
+    return f"it is no sum of gated experts ({why})"
+
+
+def _tensors(
+    inputs: Sequence[Value], place: Sequence[int], sizes: Mapping[str, int], experts: int, seed: int
+) -> list[torch.Tensor]:
+    found = []
+    for i, value in enumerate(inputs):
+        if i == place[1]:
+            found.append(_distinct(lift.at_sizes(value, sizes), experts, seed))
+            continue
+        fan_in = int(value.type.shape[-1]) if i in place[3:] else 1  # type: ignore[arg-type]
+        found.append(lift.normal(value, sizes, 10 * seed + i, fan_in**-0.5))
+    return found
+
+
+def _distinct(shape: tuple[int, ...], experts: int, seed: int) -> torch.Tensor:
+    """Random choices of experts, no expert twice for one token."""
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.rand((*shape[:-1], experts), generator=generator).argsort(-1)
+    return order[..., : shape[-1]].contiguous()
+
+
+@dataclass(frozen=True)
+class RaiseExperts(Pass):
+    """Raise every layer of routed experts, then merge the views around it."""
+
+    needs = frozenset({Stage.TRACED})
+    tolerance = 2e-2  # in bf16 the sums round elsewhere; in fp32 exact to 1e-6
+
+    def run(self, program: Program, report: PassReport) -> Program:
+        """One sweep, then the views."""
+        raised = apply_rules(program, (Experts(),), report)
+        return raised if raised is program else apply_rules(raised, VIEW_RULES, report)

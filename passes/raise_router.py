@@ -1,0 +1,336 @@
+"""Recognise the router of a mixture of experts, in its variants.
+
+What           everything between the hidden states, the gate's weight and the bias on one side and
+               the chosen experts with their weights on the other becomes route. The variant (score
+               function, groups, how a group is scored, what masked groups are filled with,
+               normalising, scale) is read off the region and proved by routing random tokens.
+Why it pays    one small kernel instead of some twenty; and the choices that distinguish V2 from V3,
+               each of which is a known bug when confused, stand in the program as attributes.
+Preconditions  stage TRACED; the scores come from one linear; the weights are fp32.
+Before         graph main(%x: f32[B,S,4], @gate: f32[6,4]) {
+                 %a = reshape %x {shape=[B*S,4]} : f32[B*S,4]
+                 %b = linear %a, @gate : f32[B*S,6]
+                 %c = softmax %b {axis=-1} : f32[B*S,6]
+                 %d, %e = topk %c {k=2} : f32[B*S,2], i64[B*S,2] loc "gate"
+                 return %d as "w", %e as "idx"
+               }
+After          graph main(%x: f32[B,S,4], @gate: f32[6,4]) {
+                 %route, %route_1 = route %x, @gate {fill=-inf, group_score="top2", groups=1, keep=1, normalise=false, scale=1.0, score="softmax", top_k=2} : i64[B,S,2], f32[B,S,2] loc "gate"
+                 %e = reshape %route {shape=[B*S,2]} : i64[B*S,2] loc "gate"
+                 %d = reshape %route_1 {shape=[B*S,2]} : f32[B*S,2] loc "gate"
+                 return %d as "w", %e as "idx"
+               }
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+from math import inf, log2
+from typing import TYPE_CHECKING, Any
+
+from dsc.ir.graph import GraphBuilder, Node, Operand, Value
+from dsc.ir.program import Program
+from dsc.ir.stages import Stage
+from dsc.ir.types import DType
+from dsc.rewrite import lift
+from dsc.rewrite.base import Pass, PassReport
+from dsc.rewrite.driver import apply_rules
+from dsc.rewrite.rule import Facts, Match, Reject, Result, RewriteBuilder, Rule, reject
+from dsc.rewrite.scope import Scope
+
+if TYPE_CHECKING:
+    import torch
+
+_TO_WEIGHTS = frozenset({"gather", "add", "sub", "mul", "div", "sum", "cast", "reshape", "permute"})
+_OF_TOKENS = frozenset({"cast", "reshape"})
+MAX_STEPS = 40
+SHIFTS = (0.0, -0.3, -0.6, -1.2)
+"""Mean biases to try: what masked groups are filled with shows where biased scores are below it."""
+TOKENS = 8
+"""Extent of every symbol in the larger experiment: 64 tokens for a [b,s] batch."""
+
+_V3 = """graph g(%x: bf16[B,S,8], @gate: bf16[12,8], @bias: f32[12]) {{
+  %t = reshape %x {{shape=[B*S,8]}}
+  %u = cast %t {{dtype=f32}}
+  %v = cast @gate {{dtype=f32}}
+  %l = linear %u, %v
+  %s = sigmoid %l
+  %c = add %s, @bias
+  %g = reshape %c {{shape=[B*S,4,3]}}
+  %a, %ai = topk %g {{k=2}}
+  %h = sum %a {{axes=[-1]}}
+  %m, %mi = topk %h {{k=2}}
+  %z = full {{shape=[B*S,4], value=0.0, dtype=f32}}
+  %one = full {{shape=[], value=1.0, dtype=f32}}
+  %n = scatter %z, %mi, %one {{axis=1}}
+  %k = cast %n {{dtype=bool}}
+  %r = reshape %k {{shape=[B*S,4,1]}}
+  %f = full {{shape=[], value={fill}, dtype=f32}}
+  %o = where %r, %g, %f
+  %p = reshape %o {{shape=[B*S,12]}}
+  %q, %idx = topk %p {{k=3}}
+  %w1 = gather {source}, %idx {{axis=1}}
+  %w2 = sum %w1 {{axes=[-1], keepdims=true}}
+  %e = full {{shape=[], value=1e-20, dtype=f32}}
+  %w3 = add %w2, %e
+  %w4 = div %w1, %w3
+  %sc = full {{shape=[], value=2.5, dtype=f32}}
+  %w = mul %w4, %sc
+  return %idx, %w
+}}"""
+
+
+class Route(Rule):
+    """topk(score(x @ gate^T) + bias, in kept groups), its scores  ==>  route(x, gate, bias)"""
+
+    tolerance = 1e-5
+    anchors = frozenset({"topk"})
+    examples = (
+        _V3.format(fill="-inf", source="%s"),
+        _V3.format(fill="0.0", source="%s"),
+        "graph g(%x: f32[N,8], @gate: f32[6,8]) { %l = linear %x, @gate\n"
+        " %s = softmax %l {axis=-1}\n %w, %idx = topk %s {k=2}\n"
+        " %f = full {shape=[], value=16.0, dtype=f32}\n %y = mul %w, %f\n return %idx, %y }",
+    )
+    near_misses = {
+        "the weights are the biased scores": _V3.format(fill="-inf", source="%c"),
+        "masked groups get another number": _V3.format(fill="0.25", source="%s"),
+        "the logits are chosen without a score function": "graph g(%x: f32[N,8], @gate: f32[6,8])"
+        " { %l = linear %x, @gate\n %w, %idx = topk %l {k=2}\n return %idx, %w }",
+    }
+
+    def propose(self, scope: Scope, node: Node) -> Match | Reject | None:
+        """A topk over the scores of one linear, and what is made of those scores."""
+        linear = _scores(scope, node)
+        idx = node.outputs[1]
+        if linear is None or any(n.op == "topk" for n in scope.forward(idx, limit=12)):
+            return None
+        experts, width = linear.operands[1].type.shape
+        seen = _views(scope, linear.operands[0], _OF_TOKENS)
+        x = [v for v in seen if v.type.shape[-1:] == (width,)][-1]
+        gate = _views(scope, linear.operands[1], frozenset({"cast"}))[-1]
+        known = {x.name, gate.name}
+        region = lift.cut(scope, [idx], lambda v: v.name in known)
+        if region is None:
+            return reject("the scores depend on too much", idx)
+        others = [v for v in region.leaves if v.name not in known]
+        if len(others) > 1 or any(v.type.shape != (experts,) for v in others):
+            return reject("the choice depends on more than x, gate and bias", idx, *others)
+        leaves = known | {v.name for v in others}
+        weights = tuple(_weights(scope, node, leaves))
+        if not weights:
+            return reject("no fp32 weight of the chosen experts is computed from the scores", idx)
+        values = {
+            "x": x, "gate": gate, "bias": others[0] if others else None, "linear": linear,
+            "top_k": node.attrs["k"], "weights": weights, "idx": idx,
+        }  # fmt: skip
+        return Match(values, (node,), (idx, weights[-1]), node, scope)
+
+    def check(self, m: Match) -> Facts | Reject:
+        """Prove one variant, for the last weight that has one."""
+        names = {v.name for v in (m.x, m.gate, m.bias) if v is not None}
+        why = ""
+        for w in reversed(m.weights):
+            region = lift.cut(m.scope, [m.idx, w], lambda v: v.name in names)
+            if region is None:
+                continue
+            place = tuple(_index(region, v) for v in (m.x, m.gate, m.bias))
+            found = lift.proven(
+                m.scope, ("route", region.key, place), lambda r=region, p=place: _prove(m, r, p)
+            )
+            if not isinstance(found, str):
+                return {"w": w, "attrs": found}
+            why = why or found
+        return reject(why, m.x, m.gate)
+
+    def rewrite(self, b: RewriteBuilder, m: Match, facts: Facts) -> Result:
+        """route over the tokens as they come, and its results in the shapes that readers expect."""
+        w = m.weights[-1]
+        idx, weights = _emit(b, m.x, m.gate, m.bias, facts["attrs"], m.idx, w)
+        return idx, weights
+
+    def find(self, scope: Scope) -> Iterator[Match | Reject]:
+        """Settle which weight is replaced before the driver asks for the rewrite."""
+        for found in super().find(scope):
+            if isinstance(found, Match):
+                facts = self.check(found)
+                if not isinstance(facts, Reject):
+                    w = facts["w"]
+                    values = {**found.values, "weights": (w,)}
+                    yield Match(values, found.nodes, (found.idx, w), found.at, scope)
+                    continue
+            yield found
+
+
+def _index(region: lift.Region, value: Operand | None) -> int:
+    return region.leaves.index(value) if value is not None and value in region.leaves else -1
+
+
+def _views(scope: Scope, operand: Operand, ops: frozenset[str]) -> list[Operand]:
+    """`operand` and what it views, nearest first."""
+    found = [operand]
+    node = scope.producer(operand)
+    while node is not None and node.op in ops:
+        found.append(node.operands[0])
+        node = scope.producer(found[-1])
+    return found
+
+
+def _scores(scope: Scope, node: Node) -> Node | None:
+    """The one linear behind the operand of a topk."""
+    pending, seen, linears = [node], 0, {}
+    visited: set[int] = set()
+    while pending and seen < MAX_STEPS:
+        at = pending.pop()
+        seen += 1
+        for operand in at.operands:
+            made = scope.producer(operand)
+            if made is None or id(made) in visited:
+                continue
+            visited.add(id(made))
+            if made.op == "linear":
+                linears[id(made)] = made
+            else:
+                pending.append(made)
+    found = list(linears.values())
+    plain = len(found) == 1 and len(found[0].inputs) == 2
+    return found[0] if plain and found[0].operands[1].type.rank == 2 else None
+
+
+def _weights(scope: Scope, node: Node, leaves: set[str]) -> Iterator[Value]:
+    """fp32 values shaped like the chosen indices that follow from them, nearest first."""
+    values, idx = node.outputs
+    inside = {values.name, idx.name}
+    if values.type.dtype is DType.f32:
+        yield values
+    starts = [n for v in node.outputs for n in scope.forward(v, limit=24)]
+    for later in sorted(starts, key=lambda n: scope.position[n.outputs[0].name]):
+        if later.op not in _TO_WEIGHTS or later.output.name in inside:
+            continue
+        inside.add(later.output.name)
+        if later.output.type != values.type.with_dtype(DType.f32):
+            continue
+        region = lift.cut(scope, [idx, later.output], lambda v: v.name in leaves)
+        if region is not None and {x.name for x in region.leaves} <= leaves:
+            yield later.output
+
+
+def _emit(
+    b: GraphBuilder,
+    x: Operand,
+    gate: Operand,
+    bias: Operand | None,
+    attrs: Mapping[str, Any],
+    idx: Value,
+    w: Value,
+) -> tuple[Operand, Operand]:
+    if bias is not None and bias.type.dtype is not DType.f32:
+        (bias,) = b.call("cast", bias, dtype=DType.f32)
+    found = b.call("route", x, gate, bias, **attrs)
+    if found[0].type == idx.type:
+        return found[0], found[1]
+    shaped = [b.call("reshape", v, shape=idx.type.shape)[0] for v in found]
+    return shaped[0], shaped[1]
+
+
+def _variants(region: lift.Region, experts: int, top_k: int) -> Iterator[dict[str, Any]]:
+    """Hypotheses in order of simplicity: no groups first."""
+    scores = [s for s in ("sigmoid", "softmax") if s in region.ops] or ["sigmoid", "softmax"]
+    shapes = [v.type.shape for n in region.nodes for v in n.outputs]
+    groups = {s[-2] for s in shapes if len(s) > 2 and s[-2] * s[-1] == experts and s[-2] > 1}  # type: ignore[operator]
+    kept = {n.attrs["k"] for n in region.nodes if n.op == "topk"}
+    grouped = [(1, 1, "top2", -inf)] + [
+        (g, keep, how, fill)
+        for g, keep, how, fill in product(sorted(groups), sorted(kept), ("top2", "max"), (-inf, 0.0))
+        if keep < g and experts // g >= (2 if how == "top2" else 1)
+    ]
+    for score, (g, keep, how, fill), normalise in product(scores, grouped, (True, False)):
+        yield {
+            "score": score, "groups": g, "keep": keep, "group_score": how, "fill": fill,
+            "top_k": top_k, "normalise": normalise, "scale": 1.0,
+        }  # fmt: skip
+
+
+def _prove(m: Match, region: lift.Region, place: Sequence[int]) -> dict[str, Any] | str:
+    """The variant that routes as the region does, or why there is none."""
+    graph = lift.widened(region.graph)
+    inputs = [Value(v.name, v.type) for v in graph.inputs]
+    idx, w = graph.outputs
+    assert isinstance(idx, Value) and isinstance(w, Value)
+    small = lift.assignments(graph)[0]
+    sizes = [*[dict.fromkeys(small, TOKENS)] * len(SHIFTS), dict.fromkeys(small, 1), small]
+    cases = [
+        lift.Case(each, [_tensor(v, i, place, each, seed) for i, v in enumerate(inputs)])
+        for seed, each in enumerate(sizes)
+    ]
+    try:
+        wanted = lift.run(graph, cases[0])
+    except Exception as problem:  # noqa: BLE001 - whatever a malformed region raises, it is no router
+        return f"the router does not run: {problem}"
+    why = "no variant chooses the same experts"
+    for attrs in _variants(region, m.gate.type.shape[0], m.top_k):
+        def body(b: GraphBuilder, *xs: Value, attrs: Any = attrs) -> tuple[Operand, Operand]:
+            bias = xs[place[2]] if place[2] >= 0 else None
+            return _emit(b, xs[place[0]], xs[place[1]], bias, attrs, idx, w)
+
+        found = lift.run(lift.build(inputs, body), cases[0])
+        scale = _ratio(wanted, found)
+        if scale is None:
+            continue
+        attrs["scale"] = lift.as_written(scale, [1.0, *region.constants()])
+        why = lift.prove(graph, lift.build(inputs, body), cases, _same_routing)
+        if not why:
+            return attrs
+    return f"{why} ({m.top_k} of {m.gate.type.shape[0]} experts)"
+
+
+def _tensor(
+    value: Value, index: int, place: Sequence[int], sizes: Mapping[str, int], seed: int
+) -> torch.Tensor:
+    """Inputs whose logits are exact sums, so that no rounding decides between two experts."""
+    import torch
+
+    generator = torch.Generator().manual_seed(100 * seed + index)
+    shape = lift.at_sizes(value, sizes)
+    if index == place[2]:
+        return torch.randn(shape, generator=generator) * 0.5 + SHIFTS[seed % len(SHIFTS)]
+    if index == place[0]:
+        return torch.randint(-3, 4, shape, generator=generator).float()
+    most = max(1, (1 << 22) // (3 * shape[-1]))
+    spread = 2 * most / 3**0.5 * shape[-1] ** 0.5
+    step = 2.0 ** -round(log2(spread / 1.5))
+    return torch.randint(-most, most + 1, shape, generator=generator).float() * step
+
+
+def _sorted(outputs: list[Any]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Indices and weights of each token by ascending expert: their order has no meaning."""
+    idx, order = outputs[0].sort(-1)
+    return idx, outputs[1].gather(-1, order)
+
+
+def _ratio(wanted: list[Any], found: list[Any]) -> float | None:
+    """The factor between weights, when the choices agree and it is one number."""
+    (a, w), (b, v) = _sorted(wanted), _sorted(found)
+    if a.shape != b.shape or not bool((a == b).all()):
+        return None
+    factor = float(w.sum() / v.sum())
+    return factor if not lift.differ(w, v * factor) else None
+
+
+def _same_routing(left: list[Any], right: list[Any]) -> str:
+    (a, w), (b, v) = _sorted(left), _sorted(right)
+    return lift.differ(a, b) or lift.differ(w, v)
+
+
+@dataclass(frozen=True)
+class RaiseRouter(Pass):
+    """Raise every router."""
+
+    needs = frozenset({Stage.TRACED})
+    tolerance = 1e-5
+
+    def run(self, program: Program, report: PassReport) -> Program:
+        """One sweep; experts are raised next."""
+        return apply_rules(program, (Route(),), report)
