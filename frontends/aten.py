@@ -17,6 +17,7 @@ from types import MappingProxyType
 from dsc.frontends import aten_math as m
 from dsc.frontends import aten_shape as s
 from dsc.frontends.aten_math import COMPLEX, Row, declared_row
+from dsc.frontends.lowering import Complex
 from dsc.ir.op import registry
 
 __all__ = ["COMPLEX", "DROPPED", "KEPT_WHOLE", "ROWS", "VIEWS"]
@@ -181,7 +182,7 @@ ROWS: Mapping[str, Row] = MappingProxyType(
         "aten.embedding.default": m.embedding,
         # complex numbers
         "aten.polar.default": m.polar,
-        "aten.complex.default": lambda t, re, im: m.Complex(re, im),
+        "aten.complex.default": lambda t, re, im: Complex(re, im),
         "aten.view_as_complex.default": m.view_as_complex,
         # views
         "aten.view.default": s.to_shape,

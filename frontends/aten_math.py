@@ -35,7 +35,7 @@ def _exact(x: Number, dtype: DType) -> bool:
     return float(torch.tensor(x, dtype=dtype.torch)) == float(torch.tensor(x))
 
 
-def arithmetic(op: str) -> Row:
+def arithmetic(op: str) -> Callable[..., Operand]:
     """`op` on two operands. ATen keeps a Python number in fp32 beside 16-bit floats; so do we."""
 
     def row(t: Lowering, a: Number, b: Number) -> Operand:
@@ -51,41 +51,46 @@ _multiply, _subtract, _add, _divide = (arithmetic(op) for op in ("mul", "sub", "
 
 
 def _scaled(t: Lowering, x: Number, alpha: float) -> Number:
-    return x if alpha == 1 else _multiply(t, x, alpha)  # type: ignore[no-any-return]
+    return x if alpha == 1 else _multiply(t, x, alpha)
 
 
 def sum_of_two(t: Lowering, a: Number, b: Number, alpha: float = 1) -> Operand:
+    """a + alpha * b; a range plus a size stays a range, and truth values add as "or"."""
     if t.out.dtype is DType.boolean:
         return t.call("logical_or", t.operand(a, DType.boolean), t.operand(b, DType.boolean))
     shifted = t.shifted(a, b) or t.shifted(b, a)
     if shifted is not None and alpha == 1:
         return shifted
-    return _add(t, a, _scaled(t, b, alpha))  # type: ignore[no-any-return]
+    return _add(t, a, _scaled(t, b, alpha))
 
 
 def difference(t: Lowering, a: Number, b: Number, alpha: float = 1) -> Operand:
-    return _subtract(t, a, _scaled(t, b, alpha))  # type: ignore[no-any-return]
+    """a - alpha * b."""
+    return _subtract(t, a, _scaled(t, b, alpha))
 
 
 def product_of_two(t: Lowering, a: Number, b: Number) -> Operand:
+    """a * b; truth values multiply as "and"."""
     if t.out.dtype is DType.boolean:
         return t.call("logical_and", t.operand(a, DType.boolean), t.operand(b, DType.boolean))
     if isinstance(b, (int, float)) and b == 1 and isinstance(a, (Value, Weight)):
         return t.cast(a, t.out.dtype)
-    return _multiply(t, a, b)  # type: ignore[no-any-return]
+    return _multiply(t, a, b)
 
 
 def reversed_difference(t: Lowering, a: Number, b: Number, alpha: float = 1) -> Operand:
+    """b - alpha * a."""
     return difference(t, b, a, alpha)
 
 
 def quotient(t: Lowering, a: Number, b: Number, rounding_mode: str | None = None) -> Operand:
-    quotient: Operand = _divide(t, a, b)
+    """a / b, or rounded down or towards zero."""
+    ratio = _divide(t, a, b)
     if rounding_mode is None or (t.out.dtype.is_int and rounding_mode == "floor"):
-        return quotient
+        return ratio
     if t.out.dtype.is_int:
         raise Unsupported("integer division that rounds towards zero")
-    return floor(t, quotient) if rounding_mode == "floor" else trunc(t, quotient)
+    return floor(t, ratio) if rounding_mode == "floor" else trunc(t, ratio)
 
 
 def floor_quotient(t: Lowering, a: Number, b: Number) -> Operand:
@@ -94,6 +99,7 @@ def floor_quotient(t: Lowering, a: Number, b: Number) -> Operand:
 
 
 def power(t: Lowering, x: Number, exponent: Number) -> Operand:
+    """x ** exponent, by the function that ATen itself uses for 2, 1/2, -1/2 and -1."""
     named = {2: "square", 0.5: "sqrt", -0.5: "rsqrt", -1: "reciprocal"}
     if isinstance(exponent, (int, float)) and t.out.dtype.is_float and exponent in named:
         return t.call(named[exponent], t.operand(x, t.out.dtype))
@@ -101,7 +107,7 @@ def power(t: Lowering, x: Number, exponent: Number) -> Operand:
         return t.operand(x, t.out.dtype)
     if isinstance(exponent, int) and exponent == 2:
         return t.call("mul", t.operand(x, t.out.dtype), t.operand(x, t.out.dtype))
-    return arithmetic("pow")(t, x, exponent)  # type: ignore[no-any-return]
+    return arithmetic("pow")(t, x, exponent)
 
 
 def _stand_in(x: Number) -> Any:
@@ -112,6 +118,8 @@ def _stand_in(x: Number) -> Any:
 
 
 def comparison(op: str) -> Row:
+    """`op` on operands promoted to their common type."""
+
     def row(t: Lowering, a: Number, b: Number) -> Operand:
         dtype = DType.of(torch.result_type(_stand_in(a), _stand_in(b)))
         return t.call(op, t.operand(a, dtype), t.operand(b, dtype))
@@ -127,10 +135,13 @@ def _truth(t: Lowering, x: Operand) -> Operand:
 
 
 def logical(op: str) -> Row:
+    """`op` on the truth of the operands."""
     return lambda t, *xs: t.call(op, *(_truth(t, x) for x in xs))
 
 
 def bitwise(op: str) -> Row:
+    """`op` on truth values; the IR has no integer bit operations."""
+
     def row(t: Lowering, *xs: Number) -> Operand:
         if t.out.dtype is not DType.boolean:
             raise Unsupported("bitwise operations on integers")
@@ -140,10 +151,12 @@ def bitwise(op: str) -> Row:
 
 
 def unary(op: str) -> Row:
+    """`op` on floats, where an integer operand is promoted."""
     return lambda t, x: t.call(op, t.cast(x, t.out.dtype))
 
 
 def sign(t: Lowering, x: Operand) -> Operand:
+    """-1, 0 or 1."""
     zero = t.number(0, x.type.dtype)
     above, below = (t.cast(t.call(op, x, zero), x.type.dtype) for op in ("gt", "lt"))
     return t.call("sub", above, below)
@@ -157,6 +170,7 @@ def trunc(t: Lowering, x: Operand) -> Operand:
 
 
 def floor(t: Lowering, x: Operand) -> Operand:
+    """The largest whole number not above x."""
     if not x.type.dtype.is_float:
         return x
     whole = trunc(t, x)
@@ -164,10 +178,12 @@ def floor(t: Lowering, x: Operand) -> Operand:
 
 
 def ceil(t: Lowering, x: Operand) -> Operand:
+    """The smallest whole number not below x."""
     return t.call("neg", floor(t, t.call("neg", x)))
 
 
 def gelu(t: Lowering, x: Operand, approximate: str = "none") -> Operand:
+    """Exact, or by the tanh approximation (Hendrycks & Gimpel 2016) in fp32."""
     if approximate == "none":
         return t.call("gelu", x)
     wide = t.cast(x, DType.f32)
@@ -195,7 +211,7 @@ def with_factor(op: str, before: float = 1.0, after: float = 1.0) -> Row:
 
 
 def log1p(t: Lowering, x: Operand) -> Operand:
-    """log(1 + x) without the loss near 0: x * log(u) / (u - 1) for u = 1 + x (Higham 2002, 1.14)."""
+    """log(1 + x) without the loss near 0: x * log(u) / (u - 1) for u = 1 + x (Higham 2002)."""
     wide, one = t.cast(x, DType.f32), t.number(1, DType.f32)
     u = t.call("add", wide, one)
     ratio = t.call("div", wide, t.call("sub", u, one))
@@ -221,17 +237,20 @@ def is_infinite(t: Lowering, x: Operand) -> Operand:
 
 
 def clamp(t: Lowering, x: Operand, low: Any = None, high: Any = None) -> Operand:
+    """x limited from below, from above, or both."""
     x = t.cast(x, t.out.dtype)
     x = x if low is None else t.call("maximum", x, t.operand(low, x.type.dtype))
     return x if high is None else t.call("minimum", x, t.operand(high, x.type.dtype))
 
 
 def where(t: Lowering, condition: Operand, a: Number, b: Number) -> Operand:
+    """a where the condition holds, else b."""
     dtype = t.out.dtype
     return t.call("where", condition, t.operand(a, dtype), t.operand(b, dtype))
 
 
 def masked_fill(t: Lowering, x: Operand, mask: Operand, value: Number) -> Operand:
+    """value where the mask holds, else x."""
     return where(t, mask, value, x)
 
 
@@ -243,10 +262,12 @@ def dropout(t: Lowering, x: Operand, p: float = 0.5, train: bool = False) -> Ope
 
 
 def to(t: Lowering, x: Operand, *_: Any, **__: Any) -> Operand:
+    """Another element type; where a tensor lies is of no concern."""
     return t.cast(x, t.out.dtype)
 
 
 def copy(t: Lowering, target: Operand, source: Operand, non_blocking: bool = False) -> Operand:
+    """The source with the type and shape of the target."""
     return t.expand(t.cast(source, t.out.dtype), t.out.shape)
 
 
@@ -260,6 +281,8 @@ def _axes(x: Operand, dim: Any) -> tuple[int, ...]:
 
 
 def reduction(op: str) -> Row:
+    """`op` over the axes in `dim`, all by default."""
+
     def row(t: Lowering, x: Operand, dim: Any = None, keepdim: bool = False, **_: Any) -> Operand:
         x = t.cast(x, t.out.dtype)
         return t.call(op, x, axes=_axes(x, dim), keepdims=keepdim) if x.type.rank else x
@@ -279,6 +302,8 @@ def truth_reduction(op: str) -> Row:
 
 
 def arg(sign: int) -> Row:
+    """argmax (1) or argmin (-1), of the whole tensor when no axis is given."""
+
     def row(t: Lowering, x: Operand, dim: int | None = None, keepdim: bool = False) -> Operand:
         x = x if sign > 0 else t.call("neg", x)
         flat = t.reshape(x, (x.type.numel,)) if dim is None else x
@@ -301,6 +326,7 @@ def extreme(op: str, sign: int) -> Row:
 def variance(
     t: Lowering, x: Operand, dim: Any = None, *, correction: float | None = 1, keepdim: bool = False
 ) -> Operand:
+    """Mean square distance from the mean, over count - correction."""
     axes = _axes(x, dim)
     count: Dim = 1
     for axis in axes:
@@ -313,18 +339,22 @@ def variance(
 
 
 def deviation(t: Lowering, x: Operand, dim: Any = None, **options: Any) -> Operand:
+    """Square root of the variance."""
     return t.call("sqrt", variance(t, x, dim, **options))
 
 
 def cumulative_sum(t: Lowering, x: Operand, dim: int, **_: Any) -> Operand:
+    """Running sum."""
     return t.call("cumsum", t.cast(x, t.out.dtype), axis=dim)
 
 
 def softmax(t: Lowering, x: Operand, dim: int, *_: Any) -> Operand:
+    """Softmax along an axis."""
     return t.call("softmax", t.cast(x, t.out.dtype), axis=dim)
 
 
 def log_softmax(t: Lowering, x: Operand, dim: int, *_: Any) -> Operand:
+    """log(softmax(x)), in fp32."""
     wide = t.cast(x, DType.f32)
     shifted = t.call("sub", wide, t.call("amax", wide, axes=(dim,), keepdims=True))
     total = t.call("sum", t.call("exp", shifted), axes=(dim,), keepdims=True)
@@ -332,7 +362,7 @@ def log_softmax(t: Lowering, x: Operand, dim: int, *_: Any) -> Operand:
 
 
 def topk(
-    t: Lowering, x: Operand, k: int, dim: int = -1, largest: bool = True, sorted: bool = True
+    t: Lowering, x: Operand, k: Dim, dim: int = -1, largest: bool = True, sorted: bool = True
 ) -> tuple[Operand, ...]:
     """Sorted or not: an order is always allowed where none is asked for."""
     if isinstance(k, Sym):
@@ -346,22 +376,24 @@ def topk(
 
 
 def sort(t: Lowering, x: Operand, dim: int = -1, descending: bool = False) -> tuple[Value, ...]:
+    """Stable, ascending or descending; values and indices."""
     return t.calls("sort", x, axis=dim % x.type.rank, descending=descending)
 
 
 def stable_sort(
     t: Lowering, x: Operand, *, stable: bool = False, dim: int = -1, descending: bool = False
 ) -> tuple[Value, ...]:
+    """As `sort`, which is stable already."""
     return sort(t, x, dim, descending)
 
 
 def argsort(t: Lowering, x: Operand, dim: int = -1, descending: bool = False, **_: Any) -> Value:
+    """The indices of `sort`."""
     return sort(t, x, dim, descending)[1]
 
 
-def histogram(
-    t: Lowering, x: Operand, bins: int = 100, min: float = 0, max: float = 0
-) -> Operand:
+def histogram(t: Lowering, x: Operand, bins: int = 100, min: float = 0, max: float = 0) -> Operand:
+    """Counts of the integers 0 .. bins-1; other histograms are refused."""
     if (min, max) != (0, bins - 1):
         raise Unsupported("histc, except as a count of the integers 0 .. bins-1")
     return t.call("histc", x, bins=bins)
@@ -383,14 +415,17 @@ def matmul_plus(
     t: Lowering, x: Operand, a: Operand, b: Operand, *, beta: float = 1, alpha: float = 1
 ) -> Operand:
     """addmm, baddbmm, addmv: beta * x + alpha * a @ b."""
-    product = _scaled(t, matmul(t, a, b), alpha)
-    return product if beta == 0 else _add(t, _scaled(t, x, beta), product)  # type: ignore[return-value, no-any-return]
+    product: Operand = matmul(t, a, b)
+    if alpha != 1:
+        product = _multiply(t, product, alpha)
+    return product if beta == 0 else _add(t, _scaled(t, x, beta), product)
 
 
 def grouped_mm(
     t: Lowering, x: Operand, weight: Operand, offs: Operand | None = None,
     bias: Operand | None = None, out_dtype: Any = None,
 ) -> Operand:  # fmt: skip
+    """Rows up to offs[g] times weight[g]: the experts of transformers."""
     if offs is None or x.type.rank != 2 or weight.type.rank != 3:
         raise Unsupported(f"a grouped product of {x.type} and {weight.type}")
     if bias is not None:
@@ -399,6 +434,7 @@ def grouped_mm(
 
 
 def einsum(t: Lowering, equation: str, operands: Sequence[Operand], **_: Any) -> Operand:
+    """An equation with every letter written, as the IR wants it."""
     left, arrow, right = equation.replace(" ", "").partition("->")
     if "." in left:
         raise Unsupported(f"einsum {equation!r} with an ellipsis")
@@ -414,6 +450,7 @@ def sdpa(
     dropout: float = 0.0, causal: bool = False, *, scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Operand:  # fmt: skip
+    """Scaled dot-product attention, whole."""
     if dropout:
         raise Unsupported("attention with dropout; call .eval() first")
     width = q.type.shape[-1]
@@ -427,7 +464,7 @@ def rms_norm(
     t: Lowering, x: Operand, extents: Sequence[Dim], weight: Operand | None = None,
     eps: float | None = None,
 ) -> Operand:  # fmt: skip
-    """torch's own norm multiplies by the weight in fp32 and rounds last; `rms_norm` rounds first."""
+    """torch's own norm multiplies by the weight in fp32 and rounds last, unlike the IR's."""
     if len(extents) != 1:
         raise Unsupported("rms_norm over several axes")
     eps = torch.finfo(x.type.dtype.torch).eps if eps is None else eps
@@ -455,10 +492,12 @@ def layer_norm(
 
 
 def embedding(t: Lowering, weight: Operand, ids: Operand, *_: Any) -> Operand:
+    """Rows of a table."""
     return t.call("embedding", t.cast(ids, DType.i64), weight)
 
 
 def linear(t: Lowering, x: Operand, weight: Operand, bias: Operand | None = None) -> Operand:
+    """x @ weight^T + bias."""
     if weight.type.rank != 2:
         raise Unsupported(f"linear with a weight of rank {weight.type.rank}")
     return t.call("linear", x, weight, bias)
@@ -468,6 +507,7 @@ def linear(t: Lowering, x: Operand, weight: Operand, bias: Operand | None = None
 
 
 def polar(t: Lowering, magnitude: Operand, angle: Operand) -> Complex:
+    """magnitude * (cos(angle) + i sin(angle))."""
     parts = (t.call("mul", magnitude, t.call(op, angle)) for op in ("cos", "sin"))
     return Complex(*parts)
 
@@ -482,7 +522,7 @@ def _complex_product(t: Lowering, a: Any, b: Any) -> Complex:
 
 
 def _complex_sum(op: str) -> Row:
-    def row(t: Lowering, a: Complex, b: Complex) -> Complex:
+    def row(t: Lowering, a: Any, b: Any) -> Complex:
         if not (isinstance(a, Complex) and isinstance(b, Complex)):
             raise Unsupported("a sum of a complex and a real tensor")
         return Complex(t.call(op, a.re, b.re), t.call(op, a.im, b.im))
@@ -491,6 +531,7 @@ def _complex_sum(op: str) -> Row:
 
 
 def view_as_complex(t: Lowering, x: Operand) -> Complex:
+    """The inverse of torch.view_as_real."""
     parts = (t.slice(x, -1, part, part + 1) for part in (0, 1))
     return Complex(*(t.reshape(part, t.out.shape) for part in parts))
 

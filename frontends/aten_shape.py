@@ -196,7 +196,7 @@ def roll(t: Lowering, x: Operand, shifts: Any, dims: Any = ()) -> Operand:
     return x
 
 
-def pad(t: Lowering, x: Operand, widths: Sequence[int], value: Scalar = 0.0) -> Operand:
+def pad(t: Lowering, x: Operand, widths: Sequence[Dim], value: Scalar = 0.0) -> Operand:
     """torch.nn.functional.pad with a constant; negative widths crop."""
     for i in range(len(widths) // 2):
         axis = x.type.rank - 1 - i
@@ -248,7 +248,9 @@ def scalar(t: Lowering, value: Scalar, **_: Any) -> Operand:
     return t.number(value, t.out.dtype)
 
 
-def arange(t: Lowering, start: Number, end: Number | None = None, step: Number = 1, **_: Any) -> Operand:
+def arange(
+    t: Lowering, start: Number, end: Number | None = None, step: Number = 1, **_: Any
+) -> Operand:
     """torch.arange; a step or a float range is computed from an integer one."""
     start, end = (0, start) if end is None else (start, end)
     dtype = t.out.dtype
@@ -274,8 +276,10 @@ def gather(t: Lowering, x: Operand, dim: int, index: Operand, **_: Any) -> Opera
 
 
 def _from_front(t: Lowering, index: Operand, extent: Dim) -> Operand:
-    """An index as i64. Negative entries of a constant are counted from the front here and now;
-    computed indices are taken to be in range already.
+    """An index as i64.
+
+    Negative entries of a constant are counted from the front here and now; computed indices are
+    taken to be in range already.
     """
     if index.type.dtype is DType.boolean:
         raise Unsupported("indexing by a mask, whose result has a length that depends on data")
@@ -387,7 +391,7 @@ def scatter(t: Lowering, x: Operand, dim: int, index: Operand, values: Any, **_:
     return t.call("scatter", x, t.cast(index, DType.i64), values, axis=axis)
 
 
-def one_hot(t: Lowering, x: Operand, classes: int = -1) -> Operand:
+def one_hot(t: Lowering, x: Operand, classes: Dim = -1) -> Operand:
     """Indicator rows."""
     if not isinstance(classes, int) or classes < 0:
         raise Unsupported("one_hot without a number of classes")

@@ -92,26 +92,23 @@ class _Graph(nn.Module):
 
     def __init__(self, captured: _Captured, weights: Mapping[str, Tensor]) -> None:
         super().__init__()
-        self._paths = list(captured.weights.values())
-        self._tensors = list(captured.tensors)
-        self._interpreter = [fx.Interpreter(_sizes_from_tensors(captured.gm))]
-        self._weight_at = list(captured.weights)
+        self.__name__ = "a graph of torch.compile"
+        self._tensors = captured.tensors
+        self._weights = captured.weights
+        self._count = sum(n.op == "placeholder" for n in captured.gm.graph.nodes)
+        self._run = fx.Interpreter(_sizes_from_tensors(captured.gm)).run
         for path, tensor in weights.items():
             _attach(self, path.split("."), tensor)
 
     def forward(self, *tensors: Tensor) -> Any:
-        """Run the graph. Sizes among its inputs are read off the tensors."""
+        """Run the graph, with the notes on where each node comes from kept for the tracer."""
         from torch.fx.traceback import preserve_node_meta
 
         given: dict[int, Any] = dict(zip(self._tensors, tensors, strict=True))
-        for position, path in zip(self._weight_at, self._paths, strict=True):
+        for position, path in self._weights.items():
             given[position] = _read(self, path.split("."))
-        count = max(given, default=-1) + 1
-        graph = self._interpreter[0].module.graph  # type: ignore[union-attr]
-        total = sum(n.op == "placeholder" for n in graph.nodes)  # type: ignore[union-attr]
-        args = [given.get(i, 0) for i in range(max(count, total))]
         with preserve_node_meta():
-            return self._interpreter[0].run(*args)
+            return self._run(*(given.get(i, 0) for i in range(self._count)))
 
 
 def _sizes_from_tensors(gm: fx.GraphModule) -> fx.GraphModule:
@@ -144,7 +141,8 @@ def _owner(placeholders: Sequence[fx.Node], size: torch.SymInt) -> tuple[fx.Node
     """A tensor input and its axis whose size this is."""
     for node in placeholders:
         tensor = node.meta.get("example_value")
-        for axis, extent in enumerate(tensor.shape if isinstance(tensor, Tensor) else ()):
+        sizes: Sequence[Any] = tensor.shape if isinstance(tensor, Tensor) else ()
+        for axis, extent in enumerate(sizes):
             if isinstance(extent, torch.SymInt) and extent.node.expr == size.node.expr:
                 return node, axis
     raise UsageError(
@@ -172,7 +170,7 @@ def _weight_path(node: fx.Node, position: int) -> str:
 
 
 def _symbolic_axes(node: fx.Node) -> list[int]:
-    shape = node.meta["example_value"].shape
+    shape: Sequence[Any] = node.meta["example_value"].shape
     return [axis for axis, size in enumerate(shape) if isinstance(size, torch.SymInt)]
 
 

@@ -5,9 +5,9 @@
 
 Each is a PyTorch operator: outside of a compiled function it computes at once, on ordinary tensors,
 with gradients. What PyTorch has under the same meaning (`matmul`, `softmax`, `linear`, `embedding`,
-`silu`) is PyTorch's own. What it lacks is registered here as `torch.ops.dsc.<name>`, straight from the
-operator's declaration in `dsc.ir.ops`: schema, shape rule and reference are those of the IR, so the
-tracer keeps the call whole and it arrives in the program as the operator it is.
+`silu`) is PyTorch's own. What it lacks is registered here as `torch.ops.dsc.<name>`, straight from
+the operator's declaration in `dsc.ir.ops`: schema, shape rule and reference are those of the IR, so
+the tracer keeps the call whole and it arrives in the program as the operator it is.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from dsc.frontends.symbolic import SizeReader
 from dsc.ir.dims import evaluate
@@ -96,7 +96,7 @@ def _fresh(result: Any, operands: Sequence[Any]) -> Any:
 
 def _reference_attrs(definition: OpDef, attrs: Mapping[str, Any]) -> dict[str, Any]:
     kinds = {a.name: a.kind for a in definition.attrs}
-    return {k: _attr(kinds[k], v) for k, v in attrs.items()}
+    return {k: _attr(kinds[k], v) for k, v in attrs.items() if v is not None}
 
 
 def _attr(kind: str, value: Any) -> Any:
@@ -108,9 +108,7 @@ def _attr(kind: str, value: Any) -> Any:
 # Gradients: the reference once more, under autograd.
 
 
-def _save(
-    ctx: Any, inputs: tuple[Any, ...], output: Any, keyword_only_inputs: Any = None
-) -> None:
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Any, keyword_only_inputs: Any = None) -> None:
     """Keep the operands; `keyword_only_inputs` comes only where the schema has attributes."""
     tensors, ctx.layout = tree_flatten(inputs)
     ctx.save_for_backward(*(x for x in tensors if isinstance(x, Tensor)))
@@ -125,7 +123,7 @@ def _backward(definition: OpDef) -> Callable[..., Any]:
         wanted = [x for x in leaves if x is not None and x.is_floating_point()]
         for x in wanted:
             x.requires_grad_(True)
-        operands = torch.utils._pytree.tree_unflatten(leaves, ctx.layout)
+        operands = tree_unflatten(leaves, ctx.layout)
         with torch.enable_grad():
             result = definition.reference(*operands, **_reference_attrs(definition, ctx.attrs))
         results = result if isinstance(result, (tuple, list)) else (result,)
@@ -134,7 +132,7 @@ def _backward(definition: OpDef) -> Callable[..., Any]:
         found = _gradients([y for y, _ in pairs], [g for _, g in pairs], wanted)
         by_leaf = dict(zip(map(id, wanted), found, strict=True))
         slots = [by_leaf.get(id(x)) for x in leaves]
-        unflattened = torch.utils._pytree.tree_unflatten(slots, ctx.layout)
+        unflattened = tree_unflatten(slots, ctx.layout)
         return tuple(unflattened)
 
     return backward
@@ -155,10 +153,10 @@ def _fake_results(definition: OpDef, operands: Sequence[Any], attrs: Mapping[str
     """Empty results on fake tensors. Sizes that a signature calls equal are made so for good."""
     given = _reference_attrs(definition, attrs)
     if any(o.pattern.dims == ("...",) for o in definition.operands):
-        return torch.utils._pytree.tree_map(torch.empty_like, definition.reference(*operands, **given))
+        return tree_map(torch.empty_like, definition.reference(*operands, **given))
     _unify(definition, operands)
     sizes = SizeReader()
-    results = _inferred(definition, operands, {k: v for k, v in given.items() if v is not None}, sizes)
+    results = _inferred(definition, operands, given, sizes)
     env = _sizes_by_name(operands, sizes)
     first = next(x for x in operands if x is not None)
     made = [first.new_empty([evaluate(d, env) for d in t.shape], dtype=t.dtype.torch)
@@ -190,7 +188,7 @@ def _unify(definition: OpDef, operands: Sequence[Any]) -> None:
         for name, size in _named_sizes(declared.pattern.dims, x):
             other = seen.setdefault(name, size)
             message = f"dsc.{definition.name}: {declared.name} has {size} where {name} = {other}"
-            torch._check(size == other, lambda text=message: text)  # type: ignore[misc]
+            torch._check(size == other, lambda text=message: text)
 
 
 def _named_sizes(dims: tuple[str, ...], x: Any) -> list[tuple[str, Any]]:

@@ -145,8 +145,9 @@ class Specialisation:
     def run(self, tensors: Sequence[Tensor]) -> Any:
         """The function's result."""
         graph = next(iter(self.program.entries.values()))
-        inputs = {v.name: x.detach().contiguous() for v, x in zip(graph.inputs, tensors, strict=True)}
-        outputs = self.compiled.run(inputs)
+        names = (v.name for v in graph.inputs)
+        dense = (x.detach().contiguous() for x in tensors)
+        outputs = self.compiled.run(dict(zip(names, dense, strict=True)))
         return self.result.assemble([outputs[name] for name in graph.output_names])
 
 
@@ -177,6 +178,7 @@ class Optimized(Generic[P, R]):
         return self if instance is None else types.MethodType(self, instance)
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
+        """Run compiled; eagerly inside another trace, with gradients, or off the CPU."""
         leaves, layout = tree_flatten((args, kwargs))
         tensors = [x for x in leaves if isinstance(x, Tensor)]
         if torch.compiler.is_compiling() or any(_is_traced(x) for x in tensors):
@@ -256,8 +258,9 @@ def traced(
 
 
 def _program(exported: torch.export.ExportedProgram, name: str) -> Program:
-    names = [s.arg.name for s in exported.graph_signature.input_specs if s.kind.name == "USER_INPUT"]
-    names = [n.replace("tensors_", "x") for n in names]
+    specs = exported.graph_signature.input_specs
+    tensors = [s.arg.name for s in specs if s.kind.name == "USER_INPUT"]
+    names = [n.replace("tensors_", "x") for n in tensors]
     return import_exported(exported, name=name, input_names=names, prefix=WRAPPED)
 
 

@@ -34,7 +34,7 @@ from dsc.ir.op import TypeMismatch, lookup
 from dsc.ir.program import Program
 from dsc.ir.stages import Stage
 from dsc.ir.types import DType, TensorType
-from dsc.ir.weights import DictSource, LayeredSource, MetaSource, Source
+from dsc.ir.weights import DictSource, LayeredSource, MetaSource, Source, WeightSource
 
 ANY_SIZE = Range(0, 2**31 - 1)
 """The range of a symbol that nobody bounds."""
@@ -50,9 +50,10 @@ def decompositions() -> dict[Any, Any]:
 
     table = default_decompositions()
     for operator in list(table):
-        if getattr(operator, "_schema", None) is not None and operator._schema.name in KEPT_WHOLE:
+        schema = getattr(operator, "_schema", None)
+        if schema is not None and schema.name in KEPT_WHOLE:
             del table[operator]
-    return table  # type: ignore[return-value]
+    return table
 
 
 def trace(
@@ -101,7 +102,8 @@ def export(
             exported = torch.export.export(
                 module, args, dict(kwargs or {}), dynamic_shapes=dynamic_shapes, strict=False
             )
-            return exported.run_decompositions(decompositions())
+            decomposed: torch.export.ExportedProgram = exported.run_decompositions(decompositions())
+            return decomposed
     except Exception as problem:
         if not type(problem).__module__.startswith("torch"):
             raise
@@ -130,7 +132,7 @@ def import_exported(
         input_names: one a tensor input, in order; those of the export by default.
         output_names: one a tensor output, in order; `out`, or `out.0`, `out.1`, ... by default.
         symbols: ranges of the symbols; what the tracer knows where one is missing.
-        symbol_names: `(input, axis) -> name` of the size of that axis; unnamed sizes get D0, D1, ...
+        symbol_names: `(input, axis) -> name` of the size of that axis; others get D0, D1, ...
         aliases: pairs (output name, input name): the output is that input's next state.
         prefix: what to cut off module paths and weight names, as `wrapped.`.
 
@@ -285,8 +287,8 @@ class _Importer:
             states[name] = (self.lowering.type_of(tensor), tensor)
         real = {k: v for k, (_, v) in states.items() if v.device.type != "meta"}
         absent = {k: t for k, (t, v) in states.items() if v.device.type == "meta"}
-        layers = [DictSource(real), MetaSource(absent)]
-        source = LayeredSource(tuple(layers)) if real and absent else layers[bool(absent)]
+        layers: tuple[WeightSource, ...] = (DictSource(real), MetaSource(absent))
+        source = LayeredSource(layers) if real and absent else layers[bool(absent)]
         return {k: Source(k, t) for k, (t, _) in states.items()}, source
 
     # Nodes.
