@@ -22,7 +22,7 @@ def rms_norm(
     BLOCK_D: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
 ):
-    """Y = (x * rsqrt(mean(x^2) + eps)).to(T) * weight over rows of D; statistics in fp32."""
+    """Write (x * rsqrt(mean(x^2) + eps)).to(T) * weight over rows of D; statistics in fp32."""
     row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     d = tl.arange(0, BLOCK_D)
     keep = (row[:, None] < rows) & (d[None, :] < D)

@@ -1,0 +1,79 @@
+/* A CUDA driver whose device memory is the host's: what the launcher calls, checked and logged.
+ *
+ * Kernels do not run. Each launch writes "symbol grid block shared device-pointer" to the file that
+ * FAKE_CUDA_LOG names; the last is 1 when the first parameter points into allocated memory. */
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#define LIMIT 4096
+static struct { uint64_t base; size_t size; } blocks[LIMIT];
+static int used;
+
+static int inside(uint64_t at) {
+  for (int i = 0; i < used; i++)
+    if (at >= blocks[i].base && at < blocks[i].base + blocks[i].size) return 1;
+  return 0;
+}
+int cuInit(unsigned flags) { return flags; }
+int cuDeviceGetCount(int *count) { *count = 1; return 0; }
+int cuDeviceGet(int *device, int ordinal) { *device = ordinal; return 0; }
+int cuDeviceGetName(char *name, int size, int device) {
+  return snprintf(name, size, "fake %d", device) < 0;
+}
+int cuDeviceTotalMem_v2(size_t *bytes, int device) { *bytes = 1u << 30; return device; }
+int cuDeviceGetAttribute(int *value, int attribute, int device) {
+  *value = attribute == 75 ? 9 : 0;
+  return device;
+}
+int cuDevicePrimaryCtxRetain(void **context, int device) { *context = &used; return device; }
+int cuCtxSetCurrent(void *context) { return context != &used; }
+int cuStreamCreate(void **stream, unsigned flags) { *stream = blocks; return flags != 1; }
+int cuStreamSynchronize(void *stream) { return stream != blocks; }
+int cuMemAlloc_v2(uint64_t *pointer, size_t size) {
+  if (used == LIMIT) return 2;
+  *pointer = (uint64_t)calloc(1, size);
+  blocks[used].base = *pointer;
+  blocks[used++].size = size;
+  return 0;
+}
+int cuMemFree_v2(uint64_t pointer) {
+  for (int i = 0; i < used; i++)
+    if (blocks[i].base == pointer) {
+      free((void *)pointer);
+      blocks[i] = blocks[--used];
+      return 0;
+    }
+  return 1;
+}
+int cuMemcpyHtoDAsync_v2(uint64_t target, const void *source, size_t size, void *stream) {
+  if (!inside(target) || !inside(target + size - 1)) return 1;
+  memcpy((void *)target, source, size);
+  return stream != blocks;
+}
+int cuMemcpyDtoHAsync_v2(void *target, uint64_t source, size_t size, void *stream) {
+  if (!inside(source) || !inside(source + size - 1)) return 1;
+  memcpy(target, (void *)source, size);
+  return stream != blocks;
+}
+int cuModuleLoadData(void **module, const char *image) {
+  *module = (void *)image;
+  return memcmp(image, "\177ELF", 4) ? 200 : 0;
+}
+int cuModuleGetFunction(void **function, void *module, const char *name) {
+  *function = strdup(name);
+  return module == NULL;
+}
+int cuFuncSetAttribute(void *function, int attribute, int value) {
+  return function == NULL || attribute != 8 || value < 0;
+}
+int cuGetErrorName(int status, const char **name) { *name = "FAKE_ERROR"; return status == 0; }
+int cuLaunchKernel(void *function, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by,
+                   unsigned bz, unsigned shared, void *stream, void **parameters, void **extra) {
+  FILE *log = fopen(getenv("FAKE_CUDA_LOG"), "a");
+  if (log == NULL || stream != blocks || extra != NULL || gx * gy * gz == 0) return 1;
+  fprintf(log, "%s %u %u %u %u %u %u %d\n", (char *)function, gx, gy, gz, bx * by * bz, by, shared,
+          inside(*(uint64_t *)parameters[0]));
+  return fclose(log);
+}

@@ -1,0 +1,105 @@
+"""Loading and launching through a fake CUDA driver: it holds the calls, and runs no kernel."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from dsc import pipeline
+from dsc.backends.triton import TritonBackend
+from dsc.backends.triton.launch import LaunchProgram
+from dsc.backends.triton.schedule import resolve
+from dsc.ir.printer import print_program
+from dsc.ir.program import Program
+from tests.backends.canonical_lm import Sizes, canonical_lm
+from tests.backends.test_triton import CHUNK, CONTEXT, SM_90, write_artifact
+
+SOURCE = Path(__file__).with_name("fake_cuda.c")
+SHAPES = {"input_ids": (1, 1), "positions": (1, 1), "lengths": (1,), "logits_at": (1, 1)}
+RUN = """
+import sys, torch
+from pathlib import Path
+from dsc.backends.triton import TritonBackend
+from dsc.backends.triton.cuda import CudaExecutable
+from dsc.ir.parser import parse_program
+
+folder = Path(sys.argv[1])
+program = parse_program((folder / "program.dsc").read_text())
+executable = TritonBackend().load(folder, {"weights": "weights/model.safetensors"}, program)
+assert isinstance(executable, CudaExecutable), executable
+inputs = {}
+for value in program.entries["decode"].inputs:
+    shape = [{"B": 1, "C": 40}.get(str(d), d) for d in value.type.shape]
+    inputs[value.name] = torch.zeros(shape, dtype=value.type.dtype.torch)
+outputs = executable.run("decode", inputs)
+assert outputs["present.0.latent"] is inputs["past.0.latent"]
+outputs = executable.run("decode", inputs)
+executable.read_back(inputs["past.0.latent"])
+assert not outputs["logits"].any(), "kernels of the fake driver write nothing"
+"""
+
+
+@pytest.fixture(scope="module")
+def driver(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a fake `libcuda.so.1`."""
+    compiler = shutil.which("cc")
+    if compiler is None:
+        pytest.skip("no C compiler for the fake driver")
+    folder = tmp_path_factory.mktemp("driver")
+    library = folder / "libcuda.so.1"
+    command = [compiler, "-shared", "-fPIC", "-O1", "-o", str(library), str(SOURCE)]
+    subprocess.run(command, check=True)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def artifact(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Program]:
+    """A decode step of one layer with real binaries."""
+    pytest.importorskip("triton")
+    options = pipeline.PipelineOptions(prefill_chunk=CHUNK, max_context=CONTEXT)
+    whole = canonical_lm(Sizes(layers=1, dense=0), max_context=CONTEXT)
+    program = pipeline.run(whole, TritonBackend(), SM_90, options)[0]
+    program = replace(program, entries={"decode": program.entries["decode"]})
+    folder = write_artifact(program, tmp_path_factory.mktemp("artifact"), compile=True)
+    (folder / "program.dsc").write_text(print_program(program))
+    return folder, program
+
+
+def run_with(driver: Path, log: Path, command: list[str]) -> subprocess.CompletedProcess[str]:
+    """Run a command whose loader finds the fake driver."""
+    environment = {**os.environ, "LD_LIBRARY_PATH": str(driver), "FAKE_CUDA_LOG": str(log)}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+
+
+def test_every_launch_reaches_the_driver(
+    driver: Path, artifact: tuple[Path, Program], tmp_path: Path
+) -> None:
+    folder, program = artifact
+    log = tmp_path / "log"
+    done = run_with(driver, log, [sys.executable, "-c", RUN, str(folder)])
+    assert done.returncode == 0, done.stderr
+    assert log.read_text().splitlines() == 2 * expected_calls(folder, program)
+
+
+def expected_calls(folder: Path, program: Program) -> list[str]:
+    """One decode step in the format of the fake driver's log."""
+    place = folder / "triton" / "sm_90"
+    lowered = LaunchProgram.from_json((place / "launches.json").read_text())
+    records = json.loads((place / "kernels.json").read_text())
+    shapes = dict(SHAPES)
+    for value in program.entries["decode"].inputs[len(SHAPES) :]:
+        shapes[value.name] = (1, 40, int(value.type.shape[2]))  # type: ignore[arg-type]
+    lines = []
+    for call in resolve(lowered.entries["decode"], shapes).calls:
+        record = records[call.kernel]
+        grid = " ".join(map(str, call.grid))
+        threads = record["warps"] * 32
+        lines.append(f"{record['symbol']} {grid} {threads} 1 {record['shared']} 1")
+    return lines
