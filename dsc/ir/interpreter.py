@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     import torch
 
 Observer = Callable[[Node, tuple[Any, ...]], None]
+Intercept = Callable[[Node, list[Any]], tuple[Any, ...] | None]
+"""Called with a node and its operands before it runs; what it returns is taken as the results."""
 
 
 def bind_symbols(graph: Graph, inputs: Sequence[Any]) -> dict[str, int]:
@@ -53,6 +55,7 @@ def run_graph(
     weight: Callable[[str], Any] | None = None,
     observe: Observer | None = None,
     outer: Mapping[str, int] | None = None,
+    intercept: Intercept | None = None,
 ) -> list[Any]:
     """Run a graph on tensors and return its outputs in order.
 
@@ -76,8 +79,11 @@ def run_graph(
 
     for position, node in enumerate(graph.nodes):
         given = [operand(x) for x in node.inputs]
-        if node.body is not None:
-            results = tuple(run_graph(node.body, given, weight, observe, env))
+        taken = None if intercept is None else intercept(node, given)
+        if taken is not None:
+            results = taken
+        elif node.body is not None:
+            results = tuple(run_graph(node.body, given, weight, observe, env, intercept))
         else:
             results = _run_node(node, given, env)
         if len(results) != len(node.outputs):
@@ -109,7 +115,11 @@ class Interpreter:
         return self._weights[name]  # type: ignore[no-any-return]
 
     def run(
-        self, entry: str, inputs: Mapping[str, torch.Tensor], observe: Observer | None = None
+        self,
+        entry: str,
+        inputs: Mapping[str, torch.Tensor],
+        observe: Observer | None = None,
+        intercept: Intercept | None = None,
     ) -> dict[str, torch.Tensor]:
         """Run `entry` on inputs by name; the outputs by name."""
         graph = self.program.entries.get(entry)
@@ -119,7 +129,7 @@ class Interpreter:
         if missing:
             raise UsageError(f"{entry} lacks the inputs {', '.join(missing)}")
         ordered = [inputs[v.name] for v in graph.inputs]
-        outputs = run_graph(graph, ordered, self.weight, observe)
+        outputs = run_graph(graph, ordered, self.weight, observe, None, intercept)
         return dict(zip(graph.output_names, outputs, strict=True))
 
 

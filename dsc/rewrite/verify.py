@@ -1,0 +1,357 @@
+"""Compares what two programs compute: the check behind `--verify-each` and `dsc bisect`.
+
+Both programs run in the interpreter on the same seeded inputs, at several small sizes, and their
+outputs are compared by name. A pass that is exact is held to every bit; another to its tolerance,
+in fp32. Programs too wide to interpret are shrunk first, and the pass is applied to the small one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from dsc.errors import DscError, VerificationError
+from dsc.ir.dims import Sym, free_symbols
+from dsc.ir.graph import Graph, Value
+from dsc.ir.interpreter import Interpreter
+from dsc.ir.op import TypeMismatch
+from dsc.ir.program import Program
+from dsc.ir.samples import sample_inputs
+from dsc.rewrite.base import EXACT
+from dsc.rewrite.routing import NEAR, Routing
+from dsc.rewrite.widen import runnable
+
+if TYPE_CHECKING:
+    import torch
+
+Sizes = Mapping[str, int]
+WIDEST = 200_000_000
+MOST_EXCLUDED = 0.01
+"""The largest fraction of decisions (and always one) that near-ties may excuse."""
+SIZES: tuple[Sizes, ...] = (
+    {"B": 2, "S": 3, "P": 5, "L": 2},
+    {"B": 1, "S": 1, "P": 4, "L": 1},
+    {"B": 2, "S": 4, "P": 0, "L": 3},
+)
+_OTHER, _SPARE = 3, 2
+
+
+@dataclass
+class Comparison:
+    """What was compared and what came of it; `failure` is empty when all agreed.
+
+    `form` is `full` or `shrunk`; `worst` the largest difference relative to max(1, |value|max);
+    `excluded` of `decisions` routing decisions were near-ties and taken from the first program.
+    """
+
+    form: str = "full"
+    runs: int = 0
+    worst: float = 0.0
+    decisions: int = 0
+    excluded: int = 0
+    failure: str = ""
+    entries: list[str] = field(default_factory=list)
+
+    @property
+    def ok(self) -> bool:
+        """Whether every output agreed."""
+        return not self.failure
+
+    def __str__(self) -> str:
+        if self.failure:
+            return self.failure
+        near = f", {self.excluded} of {self.decisions} near-ties excluded" if self.decisions else ""
+        ran = f"{self.runs} runs of {', '.join(self.entries)}"
+        return f"{self.form} form: {ran} agree, difference {self.worst:.1e}{near}"
+
+
+def compare_programs(
+    before: Program,
+    after: Program,
+    tolerance: float = EXACT,
+    seed: int = 0,
+    sizes: Sequence[Sizes] = SIZES,
+    reapply: Callable[[Program], Program] | None = None,
+    widest: int = WIDEST,
+) -> Comparison:
+    """Run both programs on the same inputs and compare their outputs.
+
+    `tolerance` bounds |difference| relative to max(1, |value|max); `EXACT` wants every bit. Above
+    `widest` weight elements both are shrunk, which takes `reapply`, the pass as a function. Entries
+    are paired by name; a single entry before is compared with every entry after.
+    """
+    found = Comparison()
+    if weight_elements(before) > widest:
+        if reapply is None:
+            raise VerificationError(
+                f"{before.name} is too wide to interpret",
+                hint="give compare_programs the pass as `reapply`",
+            )
+        before = before.shrunk()
+        after = reapply(before)
+        found.form = "shrunk"
+    widen = tolerance != EXACT
+    first, second = (Interpreter(runnable(p, widen)) for p in (before, after))
+    for old, new in _pairs(before, after, found):
+        found.entries.append(new)
+        for case in _cases(first.program, second.program, old, new, sizes):
+            if not found.failure:
+                _Run(first, second, old, new, case, tolerance, seed, found).compare()
+    if not found.failure and found.excluded > max(1, MOST_EXCLUDED * found.decisions):
+        found.failure = f"{found.excluded} of {found.decisions} routing decisions are near-ties"
+    return found
+
+
+def weight_elements(program: Program) -> int:
+    """Elements of all weights that some entry reads."""
+    used = program.used_weights()
+    counts = (e.type.numel for name, e in program.weights.items() if name in used)
+    return sum(n for n in counts if isinstance(n, int))
+
+
+def _pairs(before: Program, after: Program, found: Comparison) -> Iterator[tuple[str, str]]:
+    for new in after.entries:
+        if new in before.entries:
+            yield new, new
+        elif len(before.entries) == 1:
+            yield next(iter(before.entries)), new
+        else:
+            found.failure = f"entry {new} has no counterpart before"
+    if len(before.entries) > 1 and before.entries.keys() - after.entries.keys():
+        gone = sorted(before.entries.keys() - after.entries.keys())
+        found.failure = f"the entries {', '.join(gone)} are gone"
+
+
+@dataclass(frozen=True)
+class Case:
+    """Sizes of the symbols of both graphs, and how much of each past is filled (None: all)."""
+
+    before: Sizes
+    after: Sizes
+    lengths: tuple[int, ...] | None
+
+    def __str__(self) -> str:
+        shown = ", ".join(f"{k}={v}" for k, v in sorted(self.before.items()))
+        return f"{shown}, lengths {list(self.lengths)}" if self.lengths else shown
+
+
+def _cases(
+    before: Program, after: Program, old: str, new: str, sizes: Sequence[Sizes]
+) -> list[Case]:
+    """The sizes to try, clamped to the symbols' ranges, each once, and ragged where both can."""
+    first, second = before.entries[old], after.entries[new]
+    pinned = _pinned(first, second)
+    cases: dict[tuple[Any, ...], Case] = {}
+    for wanted in sizes:
+        env = {s: _clamped(before, s, wanted.get(s, _OTHER)) for s in _symbols(first)} | pinned
+        if "L" in env and "L" not in pinned:
+            env["L"] = max(1, env["L"])
+        room = {"C": env.get("P", wanted.get("P", 0)) + env.get("S", wanted.get("S", 1)) + _SPARE}
+        if "C" in _symbols(first):
+            env["C"] = _clamped(before, "C", room["C"])
+        other = {**wanted, **room, **env}
+        later = {s: _clamped(after, s, other.get(s, _OTHER)) for s in _symbols(second)}
+        later |= {s: n for s, n in env.items() if s in later}
+        for lengths in _fillings(first, second, {**other, **env}):
+            case = Case(env, later, lengths)
+            cases[tuple(sorted(env.items())), tuple(sorted(later.items())), lengths] = case
+    return list(cases.values())
+
+
+def _fillings(first: Graph, second: Graph, env: Sizes) -> Iterator[tuple[int, ...] | None]:
+    yield None
+    batch, past = env.get("B", 1), env.get("P", 0)
+    if batch > 1 and past > 0 and _is_ragged(first) and _is_ragged(second):
+        yield tuple(past if b == 0 else max(0, past - 2 * b) for b in range(batch))
+
+
+def _is_ragged(graph: Graph) -> bool:
+    """Whether a graph gives sequences of different lengths a meaning: by where it writes caches."""
+    has_lengths = any(v.name == "lengths" for v in graph.inputs)
+    return has_lengths and any(n.op in ("append", "cache_write") for n in graph.walk())
+
+
+def _symbols(graph: Graph) -> list[str]:
+    return sorted({s for v in graph.inputs for s in v.type.symbols})
+
+
+def _clamped(program: Program, name: str, size: int) -> int:
+    known = program.symbols.get(name)
+    return size if known is None else min(max(size, known.lo), known.hi)
+
+
+def _pinned(first: Graph, second: Graph) -> dict[str, int]:
+    """Symbols of the first graph that are numbers in the second, as S is 1 in a decode."""
+    later = {v.name: v.type for v in second.inputs}
+    pinned: dict[str, int] = {}
+    for value in first.inputs:
+        other = later.get(value.name)
+        if other is None or other.rank != value.type.rank:
+            continue
+        for mine, theirs in zip(value.type.shape, other.shape, strict=True):
+            names = free_symbols(mine)
+            if isinstance(theirs, int) and isinstance(mine, Sym) and [str(mine)] == sorted(names):
+                pinned[str(mine)] = theirs
+    return pinned
+
+
+@dataclass
+class _Run:
+    """One entry at one set of sizes."""
+
+    first: Interpreter
+    second: Interpreter
+    old: str
+    new: str
+    case: Case
+    tolerance: float
+    seed: int
+    found: Comparison
+
+    def compare(self) -> None:
+        """Run both, compare, and note the outcome."""
+        before, after = self.first.program.entries[self.old], self.second.program.entries[self.new]
+        given = sample_inputs(before, self.case.before, self.seed, self.case.lengths)
+        oracle = Routing()
+        loose = self.tolerance != EXACT
+        wanted = self.first.run(self.old, _cloned(given), intercept=oracle if loose else None)
+        routing = Routing(oracle.seen)
+        try:
+            inputs = self._inputs(before, after, given)
+            made = self.second.run(self.new, inputs, intercept=routing if loose else None)
+        except (DscError, TypeMismatch, LookupError, RuntimeError, ValueError) as problem:
+            self._fail(f"it does not run: {problem}")
+            return
+        self.found.runs += 1
+        self.found.decisions += routing.decisions
+        self.found.excluded += routing.forced
+        if routing.wrong:
+            self._fail(f"{routing.wrong} routing decisions differ beyond any near-tie")
+        near = set() if len(oracle.seen) == len(routing.seen) else self._near(oracle, routing)
+        for name, tensor in wanted.items():
+            if name not in made:
+                self._fail(f"output {name} is gone")
+            elif not self.found.failure:
+                self._output(before, name, tensor, made[name], near)
+
+    def _inputs(
+        self, before: Graph, after: Graph, given: Mapping[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        """The same inputs for the second graph; a cache of more rows starts with the same rows."""
+        made = sample_inputs(after, self.case.after, self.seed + 1, self.case.lengths)
+        states = {before.inputs[i].name for _, i in before.aliases}
+        for name, own in made.items():
+            tensor = given.get(name)
+            if tensor is None:
+                raise VerificationError(f"input {name} was not there before")
+            if tensor.shape == own.shape:
+                made[name] = tensor.clone()
+            elif name in states and tensor.dim() == own.dim() and tensor.shape[1] <= own.shape[1]:
+                own[:, : tensor.shape[1]] = tensor
+            else:
+                raise VerificationError(
+                    f"input {name} was {tuple(tensor.shape)} and is {tuple(own.shape)}"
+                )
+        return made
+
+    def _output(
+        self,
+        before: Graph,
+        name: str,
+        wanted: torch.Tensor,
+        made: torch.Tensor,
+        near: set[int],
+    ) -> None:
+        index = before.output_names.index(name)
+        state = dict(before.aliases).get(index)
+        if state is not None and wanted.dim() > 1 and wanted.dim() == made.dim():
+            wanted, made = self._filled(before.inputs[state], wanted, made)
+        if wanted.shape != made.shape or wanted.dtype != made.dtype:
+            self._fail(
+                f"output {name} was {wanted.dtype} {tuple(wanted.shape)}"
+                f" and is {made.dtype} {tuple(made.shape)}"
+            )
+            return
+        if near and wanted.dim() and len(wanted) == self.case.before.get("B"):
+            keep = [b for b in range(len(wanted)) if b not in near]
+            wanted, made = wanted[keep], made[keep]
+        if self.tolerance == EXACT or not wanted.is_floating_point():
+            if not same_bits(wanted, made):
+                self._fail(f"output {name} is not the same bit for bit; {difference(wanted, made)}")
+            return
+        relative = relative_difference(wanted, made)
+        self.found.worst = max(self.found.worst, relative)
+        if not relative <= self.tolerance:
+            self._fail(f"output {name} differs by {relative:.3g}, tolerance {self.tolerance:.3g}")
+
+    def _filled(
+        self, state: Value, wanted: torch.Tensor, made: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The rows of a cache that hold tokens, of all sequences one after another."""
+        import torch
+
+        batch = wanted.shape[0]
+        past = self.case.before.get("P", min(wanted.shape[1], made.shape[1]))
+        new = wanted.shape[1] - past if "P" in self.case.before else 0
+        lengths = self.case.lengths or (past,) * batch
+        if any(n + new > min(wanted.shape[1], made.shape[1]) for n in lengths):
+            return wanted, made
+        rows = [n + new for n in lengths]
+        return (
+            torch.cat([x[:n] for x, n in zip(wanted, rows, strict=True)]),
+            torch.cat([x[:n] for x, n in zip(made, rows, strict=True)]),
+        )
+
+    def _near(self, oracle: Routing, routing: Routing) -> set[int]:
+        """Sequences with a near-tie in either program, where only one of them has routers."""
+        decisions = [*oracle.seen, *routing.seen]
+        batch = self.case.before.get("B", 1)
+        near: set[int] = set()
+        for decision in decisions:
+            tokens = (decision.margins < NEAR).nonzero().flatten().tolist()
+            self.found.excluded += len(tokens)
+            near |= {t * batch // max(1, len(decision.margins)) for t in tokens}
+        return near
+
+    def _fail(self, what: str) -> None:
+        if not self.found.failure:
+            entry = self.new if self.old == self.new else f"{self.new} (from {self.old})"
+            self.found.failure = f"{what}; entry {entry}, {self.found.form} form, {self.case}"
+
+
+def _cloned(inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in inputs.items()}
+
+
+def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two tensors hold the same bits; any NaN equals any NaN."""
+    import torch
+
+    if not a.is_floating_point():
+        return bool(torch.equal(a, b))
+    ints = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[a.dtype.itemsize]
+    a, b = a.contiguous(), b.contiguous()
+    same = a.view(ints) == b.view(ints)
+    return bool((same | (a.isnan() & b.isnan())).all())
+
+
+def relative_difference(wanted: torch.Tensor, made: torch.Tensor) -> float:
+    """max |difference| / max(1, max |wanted|); infinite where one is not finite and they differ."""
+    import torch
+
+    if wanted.numel() == 0:
+        return 0.0
+    a, b = wanted.double(), made.double()
+    same = (a == b) | (a.isnan() & b.isnan())
+    apart = torch.where(same, 0.0, (a - b).abs()).nan_to_num(nan=float("inf"))
+    finite = a[a.isfinite()].abs()
+    scale = max(1.0, float(finite.max()) if finite.numel() else 1.0)
+    return float(apart.max()) / scale
+
+
+def difference(wanted: torch.Tensor, made: torch.Tensor) -> str:
+    """Words for how far two tensors are apart."""
+    if not wanted.is_floating_point():
+        return f"{int((wanted != made).sum())} of {wanted.numel()} elements differ"
+    return f"the largest difference is {relative_difference(wanted, made):.3g}"

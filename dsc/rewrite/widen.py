@@ -1,0 +1,110 @@
+"""The same program in fp32: what a tolerance in fp32 is measured on.
+
+A pass that reorders a sum is held to 1e-5 in fp32; in bf16 the rounding of every intermediate would
+drown it. So for such a pass both programs are compared with 16-bit floats widened.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from dsc.errors import UsageError
+from dsc.ir.graph import Attrs, Graph, Node, Operand, Value, Weight
+from dsc.ir.program import Program
+from dsc.ir.types import DType, TensorType
+from dsc.ir.weights import Apply, Source, WeightExpr, WeightSource, random_tensor
+
+if TYPE_CHECKING:
+    import torch
+
+NARROW = frozenset({DType.bf16, DType.f16})
+
+
+@dataclass(frozen=True)
+class Filled:
+    """A source whose missing values are random, seeded by key; 16-bit floats widened on demand."""
+
+    source: WeightSource
+    types: dict[str, TensorType]
+    widen: bool
+
+    def keys(self) -> Iterable[str]:
+        """All tensor names."""
+        return self.types.keys()
+
+    def type(self, key: str) -> TensorType:
+        """Element type and shape of a tensor, as it is given."""
+        return _wide(self.types[key]) if self.widen else self.types[key]
+
+    def load(self, key: str) -> torch.Tensor:
+        """The tensor, or a random one where the source has types alone."""
+        try:
+            tensor = self.source.load(key)
+        except (UsageError, KeyError):
+            tensor = random_tensor(self.types[key], key)
+        narrow = self.widen and DType.of(tensor.dtype) in NARROW
+        return tensor.float() if narrow else tensor
+
+
+def runnable(program: Program, widen: bool) -> Program:
+    """The program over a source that has all values, in fp32 when `widen`."""
+    from dsc.ir.weights import sources
+
+    found = {s.key: s.type for expr in program.weights.values() for s in sources(expr)}
+    filled = Filled(program.source, found, widen)
+    if not widen:
+        return replace(program, source=filled)
+    return replace(
+        program,
+        entries={name: _graph(graph) for name, graph in program.entries.items()},
+        weights={name: _expr(expr) for name, expr in program.weights.items()},
+        source=filled,
+    )
+
+
+def _wide(t: TensorType) -> TensorType:
+    return t.with_dtype(DType.f32) if t.dtype in NARROW else t
+
+
+def _attr(value: Any) -> Any:
+    if isinstance(value, DType):
+        return DType.f32 if value in NARROW else value
+    return _graph(value) if isinstance(value, Graph) else value
+
+
+def _attrs(attrs: Attrs) -> Attrs:
+    return Attrs({k: _attr(v) for k, v in attrs.items()})
+
+
+def _expr(expr: WeightExpr) -> WeightExpr:
+    if isinstance(expr, Source):
+        return Source(expr.key, _wide(expr.type))
+    return Apply(expr.op, tuple(map(_expr, expr.args)), _attrs(expr.attrs), _wide(expr.type))
+
+
+def _operand(x: Operand | None) -> Operand | None:
+    if x is None:
+        return None
+    kind = Value if isinstance(x, Value) else Weight
+    return kind(x.name, _wide(x.type))
+
+
+def _graph(graph: Graph) -> Graph:
+    nodes = [
+        Node(
+            node.op,
+            tuple(map(_operand, node.inputs)),
+            _attrs(node.attrs),
+            tuple(Value(v.name, _wide(v.type)) for v in node.outputs),
+            node.loc,
+        )
+        for node in graph.nodes
+    ]
+    return replace(
+        graph,
+        inputs=tuple(Value(v.name, _wide(v.type)) for v in graph.inputs),
+        nodes=tuple(nodes),
+        outputs=tuple(x for x in map(_operand, graph.outputs) if x is not None),
+    )
