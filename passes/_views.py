@@ -190,6 +190,29 @@ class SplitBeforePermute(Rule):
         return tuple(b.call("permute", part, dims=dims)[0] for part in parts)
 
 
+class SplitOfLastAxis(Rule):
+    """split(x) {axis=rank-1}  ==>  split(x), one spelling"""
+
+    anchors = frozenset({"split"})
+    examples = (
+        "graph g(%x: f32[B,6]) { %a, %b = split %x {axis=1, sizes=[4,2]}\n return %a, %b }",
+    )
+    near_misses = {
+        "another axis is split": "graph g(%x: f32[6,B]) { %a, %b = split %x {axis=0, sizes=[4,2]}\n"
+        " return %a, %b }",
+    }
+
+    def propose(self, scope: Scope, node: Node) -> Match | None:
+        """The axis is written out and is the last."""
+        x = node.inputs[0]
+        last = x is not None and node.attrs.get("axis", -1) == x.type.rank - 1
+        return at(scope, node, x=x) if last else None
+
+    def rewrite(self, b: RewriteBuilder, m: Match, facts: Facts) -> Result:
+        """The same split with the axis left out."""
+        return b.call("split", m.x, sizes=m.root.attrs["sizes"])
+
+
 class SlicesToSplit(Rule):
     """slice(x, 0, n), slice(x, n, end)  ==>  split(x), when the slices part an axis in two"""
 
@@ -308,6 +331,7 @@ VIEW_RULES: tuple[Rule, ...] = (
     MergeReshapes(),
     ScatterToConcat(),
     SlicesToSplit(),
+    SplitOfLastAxis(),
     SplitBeforePermute(),
     MergePermutes(),
     PermuteToReshape(),
