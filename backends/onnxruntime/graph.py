@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from onnx import GraphProto, NodeProto, TensorProto, helper, numpy_helper
 
+from dsc.errors import UnsupportedOperator
 from dsc.ir.dims import Dim, FloorDiv, Sym
 from dsc.ir.graph import Graph, Weight
 from dsc.ir.types import DType, TensorType
@@ -104,11 +105,11 @@ class GraphWriter:
         arms = {"then_branch": _arm(*then), "else_branch": _arm(*otherwise)}
         return self._append("If", 1, (condition,), arms)[0]
 
-    def collect(self, count: str, body: Callable[[GraphWriter, str], str]) -> str:
+    def collect(self, none: str, count: str, body: Callable[[GraphWriter, str], str]) -> str:
         """The fp32 rows of `body(writer, i)` for i = 0 .. count-1, one after another.
 
-        `count` and `i` are int64 scalars. The parts may differ in length; ONNX has sequences for
-        that, which ONNX Runtime carries through a Loop without copying what they hold.
+        `none` holds no rows, `count` and `i` are int64 scalars. The parts may differ in length;
+        ONNX has sequences for that, which ONNX Runtime carries through a Loop without copying.
         """
         number = next(self.pool.numbers)
         i, going, parts = (f"Loop/{number}/{part}" for part in ("i", "going", "parts"))
@@ -128,8 +129,8 @@ class GraphWriter:
                 sequence(grown, TensorProto.FLOAT, None),
             ],
         )
-        none = self._append("SequenceEmpty", 1, (), {"dtype": TensorProto.FLOAT})[0]
-        every = self._append("Loop", 1, (count, "", none), {"body": graph})[0]
+        first = self._append("SequenceConstruct", 1, (none,), {})[0]
+        every = self._append("Loop", 1, (count, "", first), {"body": graph})[0]
         return self.op("ConcatFromSequence", every, axis=0)
 
     def _append(
@@ -256,6 +257,10 @@ class GraphWriter:
         return self.op("ConstantOfShape", self.shape(shape), value=value)
 
     def _symbol(self, name: str) -> str:
+        if name not in self.pool.symbols:
+            raise UnsupportedOperator(
+                f"no input has an axis of size {name}", where=self.loc or None
+            )
         source, axis = self.pool.symbols[name]
         return self.op("Shape", source, start=axis, end=axis + 1)
 

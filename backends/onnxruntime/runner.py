@@ -70,7 +70,7 @@ class Model:
         path = self._models[next(admitted, list(self._models)[-1])]
         if path not in self._sessions:
             options = onnxruntime.SessionOptions()
-            options.log_severity_level = 3
+            options.log_severity_level = 4
             options.add_session_config_entry(
                 "session.disable_prepacking", "0" if self._prepack else "1"
             )

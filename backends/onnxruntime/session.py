@@ -23,7 +23,8 @@ from dsc.ir.program import Program
 if TYPE_CHECKING:
     import torch
 
-ERRORS_ONLY = 3
+FATAL = 4
+"""What ONNX Runtime logs; errors come as exceptions."""
 
 
 def open_session(path: Path, threads: int | None, prepack: bool = False) -> Any:
@@ -31,7 +32,7 @@ def open_session(path: Path, threads: int | None, prepack: bool = False) -> Any:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
-    options.log_severity_level = ERRORS_ONLY
+    options.log_severity_level = FATAL
     options.add_session_config_entry("session.disable_prepacking", "0" if prepack else "1")
     if threads is not None:
         options.intra_op_num_threads = threads

@@ -1,7 +1,7 @@
 """Attention in its three forms, as MatMul, Softmax, MatMul.
 
-ONNX has an Attention operator, but over a long context ONNX Runtime's CPU kernel takes several times
-as long as these plain operators. Scores and softmax are in fp32.
+ONNX has an Attention operator, but over a long context ONNX Runtime's CPU kernel takes several
+times as long as these plain operators. Scores and softmax are in fp32.
 """
 
 from __future__ import annotations

@@ -77,27 +77,44 @@ def sort_by_expert(g: GraphWriter, idx: str, shape: Shape, experts: int) -> tupl
     return order, g.op("Concat", g.i64(0), ends, axis=0)
 
 
-def over_groups(
-    g: GraphWriter, x: str, offsets: str, groups: int, width: Dim, body: Callable[..., str]
-) -> str:
-    """Rows of x [m, k], sorted by group, through body(branch, rows, group), as f32[m, width].
+Stack = tuple[Operand, str]
+"""A stack of matrices, one a group: the operand and its ONNX name."""
 
-    `group` is an integer, or the name of an int64 scalar.
+
+def over_groups(
+    g: GraphWriter, x: str, offsets: str, width: Dim, stacks: list[Stack], body: Callable[..., str]
+) -> str:
+    """Rows of x [m, k], sorted by group, through body(writer, rows, *matrices): f32[m, width].
+
+    The matrices are those of the row's group, one of each stack, in fp32.
     """
-    if not g.pool.unroll:
-        return _looped(g, x, offsets, body)
+    if not (g.pool.unroll and all(_in_place(stack) for stack, _ in stacks)):
+        return _looped(g, x, offsets, width, stacks, body)
+    weights = [stack for stack, _ in stacks if isinstance(stack, Weight)]
+    groups = static(weights[0].type.shape[0])
     bounds = g.ops("Split", groups + 1, offsets, axis=0, num_outputs=groups + 1)
     parts = []
     for group, (start, end) in enumerate(pairwise(bounds)):
         then, otherwise = g.branch(), g.branch()
         rows = then.op("Slice", x, start, end, g.i64(0))
+        result = body(then, rows, *(g.weight(w, group) for w in weights))
         nothing = otherwise.zeros((0, width), DType.f32)
-        taken = g.op("Less", start, end)
-        parts.append(g.choose(taken, (then, body(then, rows, group)), (otherwise, nothing)))
+        parts.append(g.choose(g.op("Less", start, end), (then, result), (otherwise, nothing)))
     return parts[0] if len(parts) == 1 else g.op("Concat", *parts, axis=0)
 
 
-def _looped(g: GraphWriter, x: str, offsets: str, body: Callable[..., str]) -> str:
+def _in_place(stack: Operand) -> bool:
+    """Whether matrices of a stack can be used where they lie.
+
+    16-bit weights cannot: they would be widened when the model loads, and ONNX Runtime would hold
+    every expert in fp32. The Loop widens one at a time, as it is used.
+    """
+    return isinstance(stack, Weight) and stack.type.dtype is DType.f32
+
+
+def _looped(
+    g: GraphWriter, x: str, offsets: str, width: Dim, stacks: list[Stack], body: Callable[..., str]
+) -> str:
     """`over_groups` as a Loop over the groups that have rows."""
     starts = g.op("Slice", offsets, g.i64(0), g.i64(-1))
     ends = g.op("Slice", offsets, g.i64(1), g.i64(LAST))
@@ -106,46 +123,34 @@ def _looped(g: GraphWriter, x: str, offsets: str, body: Callable[..., str]) -> s
     def one(b: GraphWriter, i: str) -> str:
         group = b.op("Gather", taken, i)
         start, end = (b.op("Unsqueeze", b.op("Gather", s, group), b.i64(0)) for s in (starts, ends))
-        return body(b, b.op("Slice", x, start, end, b.i64(0)), group)
+        matrices = [
+            b.cast(b.op("Gather", name, group, axis=0), stack.type.dtype, DType.f32)
+            for stack, name in stacks
+        ]
+        return body(b, b.op("Slice", x, start, end, b.i64(0)), *matrices)
 
-    return g.collect(g.op("Size", taken), one)
-
-
-def _group_weight(g: GraphWriter, stack: Operand | None, name: str, group: int | str) -> str:
-    """Matrix `group` of a stack, in fp32.
-
-    fp32 weights are used where they lie. 16-bit ones are widened as they are used, one matrix at
-    a time: widened ahead of time, they would take twice the memory of the checkpoint again.
-    """
-    assert stack is not None
-    dtype = stack.type.dtype
-    if isinstance(stack, Weight) and dtype is DType.f32 and isinstance(group, int):
-        return g.weight(stack, group)
-    index = group if isinstance(group, str) else g.constant(np.array(group, dtype=np.int64))
-    matrix = g.op("Gather", name, index, axis=0)
-    return g.cast(matrix, dtype, DType.f32)
+    return g.collect(g.zeros((0, width), DType.f32), g.op("Size", taken), one)
 
 
 def _experts(g: GraphWriter, node: Node, x: str, idx: str, w: str, gate_up: str, down: str) -> str:
-    """Dispatch, both products and the activation under one `If` an expert, combine."""
+    """Dispatch, both products and the activation of one expert after the other, combine."""
     types = [a.type for a in node.operands]
     (*n, d), (*_, k) = types[0].shape, types[1].shape
-    m, experts = product(tuple(n)), static(types[3].shape[0])
-    inner = static(types[4].shape[2])
+    m, inner = product(tuple(n)), static(types[4].shape[2])
     tokens = g.cast(x, types[0].dtype, DType.f32)
     tokens = g.reshape(tokens, types[0].shape, (m, d))
-    order, offsets = sort_by_expert(g, idx, (m, k), experts)
+    order, offsets = sort_by_expert(g, idx, (m, k), static(types[3].shape[0]))
     token = g.op("Div", order, g.constant(np.array(k, dtype=np.int64)))
     rows = g.op("Gather", tokens, token, axis=0)
 
-    def one(b: GraphWriter, rows: str, expert: int | str) -> str:
-        up_weight = _group_weight(b, node.inputs[3], gate_up, expert)
-        both = b.op("Gemm", rows, up_weight, transB=1)
+    def one(b: GraphWriter, rows: str, gate_up_weight: str, down_weight: str) -> str:
+        both = b.op("Gemm", rows, gate_up_weight, transB=1)
         gate, up = b.ops("Split", 2, both, g.i64(inner, inner), axis=1)
         hidden = b.op("Mul", activate(b, gate, node.attrs.get("act", "silu")), up)
-        return b.op("Gemm", hidden, _group_weight(b, node.inputs[4], down, expert), transB=1)
+        return b.op("Gemm", hidden, down_weight, transB=1)
 
-    sorted_rows = over_groups(g, rows, offsets, experts, d, one)
+    stacks = list(zip(node.operands[3:], (gate_up, down), strict=True))
+    sorted_rows = over_groups(g, rows, offsets, d, stacks, one)
     weights = g.reshape(w, types[2].shape, (m, k))
     y = combine(g, sorted_rows, order, weights, (m, k, d))
     return g.cast(g.reshape(y, (m, d), types[0].shape), DType.f32, types[0].dtype)
@@ -173,10 +178,11 @@ def _grouped_linear(g: GraphWriter, node: Node, x: str, weight: str, offsets: st
     x_type, w_type = (a.type for a in node.operands[:2])
     wide = g.cast(x, x_type.dtype, DType.f32)
 
-    def one(b: GraphWriter, rows: str, group: int | str) -> str:
-        return b.op("Gemm", rows, _group_weight(b, node.inputs[1], weight, group), transB=1)
+    def one(b: GraphWriter, rows: str, matrix: str) -> str:
+        return b.op("Gemm", rows, matrix, transB=1)
 
-    y = over_groups(g, wide, offsets, static(w_type.shape[0]), w_type.shape[1], one)
+    stacks = [(node.operands[1], weight)]
+    y = over_groups(g, wide, offsets, w_type.shape[1], stacks, one)
     return g.cast(y, DType.f32, x_type.dtype)
 
 
