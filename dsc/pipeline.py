@@ -20,7 +20,21 @@ from dsc.rewrite.manager import Manager, PassRecord, Watch
 from dsc.targets import Target
 
 RAISE = {
-    "raise_canonical": "dsc.passes.raise_canonical:RaiseCanonical",
+    "canonicalise_views": "dsc.passes.canonicalise_views:CanonicaliseViews",
+    "eliminate_common_subexpressions": (
+        "dsc.passes.eliminate_common_subexpressions:EliminateCommonSubexpressions"
+    ),
+    "raise_rms_norm": "dsc.passes.raise_rms_norm:RaiseRmsNorm",
+    "raise_swiglu": "dsc.passes.raise_swiglu:RaiseSwiglu",
+    "raise_rope": "dsc.passes.raise_rope:RaiseRope",
+    "raise_append": "dsc.passes.raise_append:RaiseAppend",
+    "raise_attention": "dsc.passes.raise_attention:RaiseAttention",
+    "raise_mla": "dsc.passes.raise_mla:RaiseMla",
+    "raise_router": "dsc.passes.raise_router:RaiseRouter",
+    "raise_experts": "dsc.passes.raise_experts:RaiseExperts",
+    "raise_select_rows": "dsc.passes.raise_select_rows:RaiseSelectRows",
+    "eliminate_dead_code": "dsc.passes.eliminate_dead_code:EliminateDeadCode",
+    "mark_canonical": "dsc.passes.mark_canonical:MarkCanonical",
 }
 OPTIMISE = {
     "specialise_entries": "dsc.passes.specialise_entries:SpecialiseEntries",
