@@ -34,6 +34,7 @@ DEFAULT_WEIGHTS = "weights/model.safetensors"
 DEFAULT_TARGET = Target("cuda", "sm_90")
 ALL_TARGETS = tuple(f"{kind}:{arch}" for kind, archs in KNOWN.items() for arch in archs)
 FUSION_LEVEL = 2
+RUNNER = Path(__file__).with_name("runner.py.txt")  # it launches on CUDA devices
 
 
 class TritonBackend:
@@ -81,7 +82,10 @@ class TritonBackend:
                 files[f"{place}/kernels.json"] = json.dumps(records, indent=1).encode()
         texts = with_templates(lowered, sources)
         files |= {f"{FOLDER}/kernels/{m}.py": t.encode() for m, t in sorted(texts.items())}
-        return Emission(files, meta={"targets": summary})
+        meta = {"targets": summary, "guards": dict(program.meta.get("guards", {}))}
+        causal = "input_ids" in {v.name for g in program.entries.values() for v in g.inputs}
+        runner = RUNNER.read_text() if causal and "cuda" in {t.kind for t in targets} else ""
+        return Emission(files, meta=meta, runner=runner)
 
     def load(self, folder: Path, manifest: Mapping[str, Any], program: Program) -> Executable:
         """Load for the GPU at hand when its binaries are there, else for the interpreter."""

@@ -14,6 +14,7 @@ import pytest
 
 from dsc import pipeline
 from dsc.backends.triton import TritonBackend
+from dsc.backends.triton.backend import RUNNER
 from dsc.backends.triton.launch import LaunchProgram
 from dsc.backends.triton.schedule import resolve
 from dsc.ir.printer import print_program
@@ -84,6 +85,28 @@ def test_every_launch_reaches_the_driver(
     folder, program = artifact
     log = tmp_path / "log"
     done = run_with(driver, log, [sys.executable, "-c", RUN, str(folder)])
+    assert done.returncode == 0, done.stderr
+    assert log.read_text().splitlines() == 2 * expected_calls(folder, program)
+
+
+def test_the_generated_script_makes_the_same_launches(
+    driver: Path, artifact: tuple[Path, Program], tmp_path: Path
+) -> None:
+    folder, program = artifact
+    limits = {"max_context": 40 - CHUNK, "prefill_chunk": CHUNK}
+    meta = {"guards": program.meta["guards"]}
+    manifest = {"limits": limits, "meta": meta, "weights": "weights/model.safetensors"}
+    (folder / "dsc.json").write_text(json.dumps(manifest))
+    step = (
+        "import numpy as np; i = np.zeros((1, 1), np.int64); m = Model(sys.argv[1])\n"
+        "for _ in range(2): logits = m.step(i, i, i[0], i)\n"
+        "assert logits.shape == (1, 1, 50) and not logits.any()\n"
+        "assert not {'torch', 'triton', 'dsc'} & sys.modules.keys()\n"
+    )
+    script = tmp_path / "step.py"
+    script.write_text("import sys\n" + RUNNER.read_text() + step)
+    log = tmp_path / "log"
+    done = run_with(driver, log, [sys.executable, "-I", str(script), str(folder)])
     assert done.returncode == 0, done.stderr
     assert log.read_text().splitlines() == 2 * expected_calls(folder, program)
 
