@@ -237,7 +237,7 @@ def _parse_atom(tokens: list[str], at: int, depth: int) -> tuple[Dim, int]:
         if len(token) > 19:
             raise ValueError("a dimension does not fit 64 bits")
         return int(token), at + 1
-    if token.isidentifier():
+    if token.isascii() and token.isidentifier():
         return symbol(token), at + 1
     raise ValueError(f"unexpected {token!r} in a dimension")
 

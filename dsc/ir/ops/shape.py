@@ -128,7 +128,7 @@ def _infer_take(types: Types, attrs: Mapping[str, Any]) -> Result:
 def _take(x: Any, index: Any, axis: int) -> Any:
     axis %= x.dim()
     flat = x.index_select(axis, index.reshape(-1))
-    return flat.reshape(*x.shape[:axis], *index.shape, *x.shape[axis + 1 :])
+    return flat.reshape((*x.shape[:axis], *index.shape, *x.shape[axis + 1 :]))
 
 
 def _infer_arange(types: Types, attrs: Mapping[str, Any]) -> Result:

@@ -1,0 +1,145 @@
+"""Graphs, builders, attributes and programs."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+
+from dsc.ir.dims import Range, symbol
+from dsc.ir.graph import Attrs, Graph, GraphBuilder, Value
+from dsc.ir.op import TypeMismatch
+from dsc.ir.program import Program
+from dsc.ir.stages import LEGAL, Stage
+from dsc.ir.types import DType, TensorType
+from dsc.ir.verifier import verify, verify_graph
+from dsc.ir.weights import MetaSource, Source
+from tests.ir.strategies import graphs, programs
+
+B, S = symbol("B"), symbol("S")
+X = TensorType(DType.f32, (B, S, 4))
+
+
+def test_attributes_tell_apart_what_the_text_form_does() -> None:
+    values = [1, 1.0, True, "1", 0.0, -0.0, (1, 2), (1.0, 2), "f32", DType.f32, B]
+    made = [Attrs({"a": v}) for v in values]
+    assert len(set(made)) == len(values)
+    assert Attrs({"a": float("nan")}) == Attrs({"a": float("nan")})
+    assert Attrs({"b": 1, "a": [1, [2]]}) == Attrs({"a": (1, (2,)), "b": 1, "c": None})
+    assert Attrs({"a": 1}).updated(a=None, b=2) == Attrs({"b": 2})
+    assert Attrs({"a": 1}) != {"a": 1}
+    assert Attrs({"a": 1})["a"] == 1
+    assert list(Attrs({"b": 1, "a": 2})) == ["a", "b"]
+
+
+def test_a_builder_infers_types_and_keeps_names_unique() -> None:
+    b = GraphBuilder("g", loc="model")
+    x = b.input("x", X)
+    same = b.input("x", X)
+    y = b.add(x, same)
+    parts = b.split(y, sizes=(1, 3))
+    assert [v.name for v in (x, same, y, *parts)] == ["x", "x_1", "add", "split", "split_1"]
+    assert parts[1].type == X.with_shape((B, S, 3))
+    assert b.nodes[0].loc == "model"
+    assert b.call("neg", y, loc="here", hint="z")[0].name == "z"
+    assert b.nodes[-1].loc == "here"
+    verify_graph(b.finish(parts))
+
+
+def test_a_builder_over_given_inputs_avoids_their_names() -> None:
+    b = GraphBuilder("g", [Value("neg", X)])
+    assert b.neg(b.inputs[0]).name == "neg_1"
+
+
+def test_a_builder_refuses_what_does_not_fit() -> None:
+    b = GraphBuilder()
+    x = b.input("x", X)
+    with pytest.raises(TypeMismatch, match="linear"):
+        b.linear(x, x)
+    with pytest.raises(TypeMismatch, match="unknown operator"):
+        b.no_such_operator(x)
+    with pytest.raises(AttributeError):
+        _ = b._private
+    assert not b.nodes
+
+
+def test_absent_optional_operands_at_the_end_are_dropped() -> None:
+    b = GraphBuilder()
+    x = b.input("x", X)
+    w = b.input("w", TensorType(DType.f32, (2, 4)))
+    b.linear(x, w, None)
+    assert b.nodes[-1].inputs == (x, w)
+
+
+def test_names_and_outputs_must_match() -> None:
+    x = Value("x", X)
+    assert Graph("g", (x,), (), (x,)).output_names == ("x",)
+    with pytest.raises(ValueError, match="2 names for 1"):
+        Graph("g", (x,), (), (x,), ("a", "b"))
+    with pytest.raises(KeyError):
+        Graph("g", (x,), (), (x,)).input("y")
+
+
+@given(graphs())
+def test_random_graphs_verify_and_substitute(graph: Graph) -> None:
+    verify_graph(graph)
+    decode = graph.substitute({"S": 1})
+    verify_graph(decode)
+    assert not any("S" in v.type.symbols for v in decode.values())
+    assert graph.substitute({}) == graph
+    assert [n.loc for n in decode.nodes] == [n.loc for n in graph.nodes]
+
+
+def test_substitution_reaches_bodies_and_attributes() -> None:
+    inner = GraphBuilder("body")
+    y = inner.input("y", X)
+    body = inner.finish([inner.reshape(y, shape=(B * S, 4))])
+    b = GraphBuilder()
+    x = b.input("x", X)
+    decode = b.finish([b.fused(x, body=body)]).substitute({"S": 1, "B": 3})
+    inside = decode.nodes[0].body
+    assert inside is not None
+    assert inside.nodes[0].attrs["shape"] == (3, 4)
+    assert decode.outputs[0].type.shape == (3, 4)
+    assert [n.op for n in decode.walk()] == ["fused", "reshape"]
+
+
+@given(programs())
+def test_random_programs_verify(program: Program) -> None:
+    verify(program)
+    assert program.pruned() is program
+    assert program.used_weights() == set(program.weights)
+
+
+def test_a_program_names_its_graphs_by_entry() -> None:
+    x = Value("x", X)
+    program = Program("p", {"decode": Graph("step", (x,), (), (x,))})
+    assert program.entries["decode"].name == "decode"
+    assert program.map_entries(lambda g: g) is program
+    assert program.at(Stage.TRACED) is program
+    assert program.at(Stage.CANONICAL).stage is Stage.CANONICAL
+
+
+def test_decode_is_the_step_with_one_new_token() -> None:
+    b = GraphBuilder("step")
+    x = b.input("x", X)
+    w = {"w": Source("w", TensorType(DType.f32, (2, 4)))}
+    program = Program(
+        "p", {"step": b.finish([b.neg(x)])}, w, {"B": Range(1, 2), "S": Range(1, 9)},
+        MetaSource({"w": w["w"].type}), stage=Stage.CANONICAL,
+    )  # fmt: skip
+    decode = program.map_entries(lambda g: g.substitute({"S": 1}))
+    verify(decode)
+    assert decode is not program
+    assert decode.entries["step"].outputs[0].type.shape == (B, 1, 4)
+    assert decode.pruned().weights == {}
+    assert program.with_weights({}) is program
+
+
+def test_stages_narrow_from_traced_to_canonical() -> None:
+    assert "sdpa" in LEGAL[Stage.TRACED]
+    assert "sdpa" not in LEGAL[Stage.CANONICAL]
+    assert "experts" in LEGAL[Stage.CANONICAL]
+    assert "dispatch" not in LEGAL[Stage.CANONICAL]
+    assert "cache_write" in LEGAL[Stage.OPTIMIZED]
+    assert "fused" not in LEGAL[Stage.OPTIMIZED]
+    assert "fused" in LEGAL[Stage.LOWERED]

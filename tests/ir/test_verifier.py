@@ -1,0 +1,185 @@
+"""Each rule of the verifier, and a graph that breaks it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from dsc.errors import VerificationError
+from dsc.ir.dims import Range
+from dsc.ir.graph import Attrs, Graph, Node, Value, Weight
+from dsc.ir.parser import parse_graph, parse_program
+from dsc.ir.program import Program
+from dsc.ir.stages import Stage
+from dsc.ir.types import DType, TensorType
+from dsc.ir.verifier import verify, verify_graph
+
+F4 = TensorType(DType.f32, (4,))
+X, W = Value("x", F4), Weight("w", F4)
+
+
+def neg(name: str, x: Value | Weight, t: TensorType = F4, op: str = "neg") -> Node:
+    return Node(op, (x,), Attrs(), (Value(name, t),), "model.layers.3")
+
+
+def broken(graph: Graph, words: str, weights: dict[str, TensorType] | None = None) -> str:
+    with pytest.raises(VerificationError) as caught:
+        verify_graph(graph, weights)
+    assert words in caught.value.what, caught.value
+    return str(caught.value)
+
+
+def graph_of(*nodes: Node, inputs: tuple[Value, ...] = (X,)) -> Graph:
+    return Graph("g", inputs, nodes, (nodes[-1].outputs[0],))
+
+
+def test_a_sound_graph_passes() -> None:
+    verify_graph(graph_of(neg("y", X), neg("z", Value("y", F4))))
+
+
+def test_a_value_is_defined_once() -> None:
+    broken(graph_of(neg("y", X), neg("y", X)), "%y is defined twice")
+    broken(graph_of(neg("x", X)), "%x is defined twice")
+    broken(Graph("g", (X, X), (), (X,)), "%x is defined twice")
+
+
+def test_a_value_is_defined_before_its_use() -> None:
+    shown = broken(graph_of(neg("z", Value("y", F4)), neg("y", X)), "%y is used before")
+    assert "model.layers.3" in shown
+    assert "> %z = neg %y" in shown
+    broken(Graph("g", (X,), (), (Value("y", F4),)), "%y is used before")
+
+
+def test_an_operand_has_the_type_it_was_defined_with() -> None:
+    other = Value("x", F4.with_dtype(DType.bf16))
+    broken(graph_of(neg("y", other, other.type)), "%x is f32[4], used as bf16[4]")
+
+
+def test_types_are_inferred_again() -> None:
+    broken(graph_of(neg("y", X, F4.with_shape((5,)))), "neg has the type f32[4], f32[5] declared")
+    two = Node("neg", (X,), Attrs(), (Value("y", F4), Value("z", F4)))
+    broken(graph_of(two), "declared")
+    broken(graph_of(neg("y", X, op="frobnicate")), "unknown operator frobnicate")
+    broken(graph_of(Node("neg", (X,), Attrs({"a": 1}), (Value("y", F4),))), "unknown attribute a")
+
+
+def test_weights_are_declared_with_their_types() -> None:
+    graph = graph_of(neg("y", W))
+    verify_graph(graph, {"w": F4})
+    broken(graph, "@w is undeclared", {})
+    broken(graph, "@w is f32[5]", {"w": F4.with_shape((5,))})
+
+
+def test_bodies_are_verified_too() -> None:
+    body = graph_of(neg("y", X, F4.with_shape((5,))))
+    node = Node("fused", (X,), Attrs({"body": body}), (Value("f", F4.with_shape((5,))),))
+    broken(graph_of(node), "neg has the type")
+
+
+@pytest.mark.parametrize("name", ["a b", "", "a/b", "x%", "a\n"])
+def test_names_must_fit_the_text_form(name: str) -> None:
+    broken(graph_of(neg(name, X)), "cannot hold the name")
+
+
+def test_names_of_graphs_weights_and_symbols_must_too() -> None:
+    broken(replace(graph_of(neg("y", X)), name="prefill 1"), "cannot hold the name")
+    text = 'program "p" {stage=TRACED} weights { @w : f32[4] = source "w" : f32[4] }'
+    program = parse_program(text)
+    verify(program)
+    with pytest.raises(VerificationError, match="cannot hold the name"):
+        verify(replace(program, weights={"a weight": program.weights["w"]}))
+    for name in ("inf", "true", "B 1"):
+        with pytest.raises(VerificationError, match="cannot hold the name"):
+            verify(replace(program, symbols={name: Range(1, 2)}))
+
+
+def test_aliases_name_one_output_and_one_input_each() -> None:
+    past = Value("past", TensorType(DType.f32, (1, 2, 4)))
+    graph = Graph("g", (X, past), (neg("y", X),), (Value("y", F4), past))
+    verify_graph(replace(graph, aliases=((1, 1),)))
+    for aliases in (((2, 1),), ((1, 2),), ((-1, 1),), ((0, 0), (1, 0)), ((0, 0), (0, 0))):
+        broken(replace(graph, aliases=aliases), "cannot update")
+    broken(replace(graph, aliases=((0, 1),)), "cannot update")
+
+
+CACHE = """graph g(%c: f32[2,7,4], %new: f32[2,1,4], %n: i64[2], @w: f32[2,7,4]) {{
+  {}
+}}"""
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        "%d = cache_write %c, %new, %n\n %y = neg %c\n return %y, %d",
+        "%d = cache_write %c, %new, %n\n return %d, %c",
+        "%v = reshape %c {shape=[14,4]}\n %d = cache_write %c, %new, %n\n %y = neg %v\n return %y",
+        "%v = reshape %c {shape=[2,7,2,2]}\n %u = reshape %v {shape=[2,7,4]}\n"
+        " %d = cache_write %u, %new, %n\n %y = neg %c\n return %y",
+        "%d = cache_write %c, %new, %n\n %e = cache_write %d, %new, %n\n %y = neg %d\n return %y",
+        "%p, %q = split %c {axis=1, sizes=[1,6]}\n %d = cache_write %c, %p, %n\n return %d",
+        "%d = cache_write @w, %new, %n\n return %d",
+        "%d = fused %c, %new, %n {body=graph b(%k: f32[2,7,4], %m: f32[2,1,4], %l: i64[2]) {\n"
+        "  %e = cache_write %k, %m, %l\n return %e }}\n %y = neg %c\n return %y, %d",
+    ],
+)
+def test_what_was_overwritten_is_not_read(lines: str) -> None:
+    text = CACHE.replace("{{", "{").replace("}}", "}").replace("{}", lines)
+    with pytest.raises(VerificationError, match=r"overwr"):
+        verify_graph(parse_graph(text))
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        "%y = neg %c\n %d = cache_write %c, %new, %n\n return %y, %d",
+        "%d = cache_write %c, %new, %n\n %e = cache_write %d, %new, %n\n return %e",
+        "%v = neg %c\n %d = cache_write %c, %new, %n\n %y = add %v, %d\n return %y",
+        "%d = cache_write %c, %new, %n\n %v = reshape %d {shape=[14,4]}\n return %v",
+    ],
+)
+def test_what_was_written_or_copied_is_read(lines: str) -> None:
+    verify_graph(parse_graph(CACHE.replace("{{", "{").replace("}}", "}").replace("{}", lines)))
+
+
+PROGRAM = """program "p" {{stage={stage}}}
+symbols {{B=[1,4]}}
+graph main(%x: f32[{dim},4]) {{
+  {line}
+  return %y
+}}"""
+
+
+def program(stage: str, line: str, dim: str = "B") -> Program:
+    return parse_program(PROGRAM.format(stage=stage, line=line, dim=dim))
+
+
+def test_operators_are_legal_at_their_stage() -> None:
+    fused = "%y = fused %x {body=graph b(%z: f32[B,4]) { %s, %i = sort %z {axis=0} return %s }}"
+    verify(program("TRACED", "%y, %i = sort %x {axis=0}"))
+    for stage in ("CANONICAL", "OPTIMIZED", "LOWERED"):
+        with pytest.raises(VerificationError, match=f"sort is not legal at stage {stage}"):
+            verify(program(stage, "%y, %i = sort %x {axis=0}"))
+    with pytest.raises(VerificationError, match="sort is not legal at stage LOWERED"):
+        verify(program("LOWERED", fused))
+    verify(program("LOWERED", fused.replace("%s, %i = sort %z {axis=0}", "%s = neg %z")))
+    assert Stage.TRACED < Stage.CANONICAL
+
+
+def test_symbols_have_ranges() -> None:
+    verify(program("CANONICAL", "%y = neg %x"))
+    with pytest.raises(VerificationError, match="without a range: Q"):
+        verify(program("CANONICAL", "%y = neg %x", "Q"))
+    with pytest.raises(VerificationError, match="without a range: Q"):
+        verify(program("CANONICAL", "%y = neg %x\n %f = full {shape=[Q], value=0.0, dtype=f32}"))
+    with pytest.raises(VerificationError, match="without a range: Q"):
+        verify(program("CANONICAL", "%y = slice %x {axis=0, start=Q, end=Q+1}"))
+
+
+def test_outputs_have_names_of_their_own() -> None:
+    p = program("CANONICAL", "%y = neg %x")
+    graph = p.entries["main"]
+    doubled = replace(graph, outputs=(*graph.outputs, X), output_names=("y", "y"))
+    doubled = replace(doubled, outputs=(graph.outputs[0], graph.outputs[0]))
+    with pytest.raises(VerificationError, match="two outputs share a name"):
+        verify(replace(p, entries={"main": doubled}))
