@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from dsc.backends.base import Capabilities, Emission, EmitOptions, No, Support, Yes
 from dsc.errors import BackendUnavailable
-from dsc.ir.graph import Node, Value
+from dsc.ir.graph import Graph, Node, Operand, Value
+from dsc.ir.memory import MemoryPlan
 from dsc.ir.types import DType
 from dsc.targets import Target
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from dsc.ir.program import Program
 
 LIBRARY = "tvm/kernels.so"
+STEPS = "tvm/steps.bin"
 DTYPES = frozenset({DType.f32, DType.bf16, DType.f16})
 
 
@@ -51,47 +53,45 @@ class TvmBackend:
         return Yes()
 
     def emit(self, program: Program, options: EmitOptions) -> Emission:
-        """Compile kernels and host functions into `tvm/kernels.so`.
+        """Compile the kernels into `tvm/kernels.so` and write the lists of steps.
 
-        The manifest's meta gives, for each entry, what its table holds and which outputs are
-        inputs updated in place; and the order of the weights.
+        The manifest's meta gives, for each entry, what its `values` hold, which outputs are inputs
+        updated in place, and where its list starts; and the order of the weights.
         """
         require_tvm()
-        from dsc.backends.tvm.library import compile_library, host_functions, slots_of
+        import numpy as np
+
+        from dsc.backends.tvm import library
         from dsc.backends.tvm.machine import machine_for
         from dsc.backends.tvm.schedule import plan_program
         from dsc.runtime.plan import Plan
 
-        target = options.targets[0] if options.targets else Target("cpu")
-        machine = machine_for(target)
-        plans, kernels = plan_program(program, machine)
+        machine = machine_for(options.targets[0] if options.targets else Target("cpu"))
+        plans, table = plan_program(program, machine)
+        if options.progress is not None:
+            options.progress("kernels", 0, len(table.names))
+        kernels = table.build()
+        numbers = {name: i for i, name in enumerate(kernels)}
+        functions = dict(kernels)
+        if kernels:
+            functions[library.EXECUTE] = library.execute_function(kernels, numbers)
         weights = sorted(program.weights)
-        functions: dict[str, Any] = {}
         entries: dict[str, Any] = {}
+        lists: list[Any] = []
         for name, graph in program.entries.items():
-            slots = slots_of(graph, plans[name])
-            functions |= host_functions(name, plans[name], slots, weights)
-            in_place = {
-                output: program.memory[name].places[x.name].key
-                for output, x in zip(graph.output_names, graph.outputs, strict=True)
-                if isinstance(x, Value) and program.memory[name].places[x.name].region == "input"
-            }
+            slots = library.Slots.of(graph, plans[name], weights)
+            functions[name] = library.entry_function(name, slots, len(plans[name].steps))
             entries[name] = {
-                "slots": slots,
+                **_interface(graph, program.memory[name]),
+                "slots": slots.given,
+                "derived": len(slots.derived),
                 "arena_bytes": plans[name].arena_bytes,
-                "in_place": in_place,
-                "inputs": [[v.name, v.type.dtype.value, _dims(v)] for v in graph.inputs],
-                "outputs": [
-                    [output, x.type.dtype.value, _dims(x)]
-                    for output, x in zip(graph.output_names, graph.outputs, strict=True)
-                ],
+                "steps_at": 8 * sum(map(len, lists)),
             }
-        functions |= kernels.build()
+            lists.append(library.encode_steps(plans[name], slots, numbers))
+        code = library.compile_library(functions, machine)
         if options.progress is not None:
-            options.progress("kernels", 0, len(kernels.names))
-        library = compile_library(functions, machine)
-        if options.progress is not None:
-            options.progress("kernels", len(kernels.names), len(kernels.names))
+            options.progress("kernels", len(table.names), len(table.names))
         meta = {
             "cpu": machine.cpu,
             "threads": options.threads,
@@ -101,7 +101,8 @@ class TvmBackend:
         }
         runner = Path(__file__).with_name("runner.py.txt").read_text()
         plan = Plan(plans, {"backend": self.name, "cpu": machine.cpu})
-        return Emission({LIBRARY: library}, plan, meta=meta, runner=runner)
+        files = {LIBRARY: code, STEPS: np.concatenate(lists).tobytes()}
+        return Emission(files, plan, meta=meta, runner=runner)
 
     def load(self, folder: Path, manifest: Mapping[str, Any], program: Program) -> TvmExecutable:
         """Load the library and map the weights; TVM's compiler is not imported."""
@@ -111,8 +112,19 @@ class TvmBackend:
         return TvmExecutable(folder, manifest, program)
 
 
-def _dims(x: Any) -> list[str]:
-    return [str(d) for d in x.type.shape]
+def _interface(graph: Graph, memory: MemoryPlan) -> dict[str, Any]:
+    """Names, element types and dims of inputs and outputs; which outputs are inputs, in place."""
+
+    def facts(name: str, x: Operand) -> list[Any]:
+        return [name, x.type.dtype.value, [str(d) for d in x.type.shape]]
+
+    outputs = list(zip(graph.output_names, graph.outputs, strict=True))
+    places = {name: memory.places[x.name] for name, x in outputs if isinstance(x, Value)}
+    return {
+        "inputs": [facts(v.name, v) for v in graph.inputs],
+        "outputs": [facts(name, x) for name, x in outputs],
+        "in_place": {name: p.key for name, p in places.items() if p.region == "input"},
+    }
 
 
 def require_tvm() -> None:

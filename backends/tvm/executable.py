@@ -33,15 +33,13 @@ class TvmExecutable:
         self.meta = manifest["meta"]
         self.functions = load_library(folder / "tvm" / "kernels.so", self.meta["threads"])
         self.weights = self._map_weights(folder, manifest["weights"])
-        names = self.meta["weights"]
-        self._weight_table = (
-            self.weights.table(names) if self.weights else np.zeros(1, dtype=np.int64)
-        )
+        addresses = self.weights.addresses(self.meta["weights"]) if self.weights else []
         self._arena = np.empty(0, dtype=np.uint8)
-        self._tables = {
-            name: np.zeros(len(entry["slots"]), dtype=np.int64)
-            for name, entry in self.meta["entries"].items()
-        }
+        self._steps = np.fromfile(folder / "tvm" / "steps.bin", dtype=np.int64)
+        self._values: dict[str, np.ndarray[Any, np.dtype[np.int64]]] = {}
+        for name, entry in self.meta["entries"].items():
+            own = len(entry["slots"]) + entry["derived"]
+            self._values[name] = np.array([0] * own + addresses, dtype=np.int64)
 
     def _map_weights(self, folder: Path, path: str | None) -> MappedWeights | None:
         if path is not None:
@@ -74,12 +72,12 @@ class TvmExecutable:
                 continue
             shape = [evaluate(d, env) for d in value.type.shape]
             outputs[name] = torch.empty(shape, dtype=value.type.dtype.torch)
-        values: dict[str, int] = {**env, "arena": self._arena_address(facts["arena_bytes"])}
+        values = {**env, "zero": 0, "arena": self._arena_address(facts["arena_bytes"])}
         values |= {f"input:{name}": t.data_ptr() for name, t in given.items()}
         values |= {f"output:{name}": t.data_ptr() for name, t in outputs.items()}
-        table = self._tables[entry]
-        table[:] = [values[slot] for slot in facts["slots"]]
-        self.functions[entry](table.ctypes.data, self._weight_table.ctypes.data)
+        table = self._values[entry]
+        table[: len(facts["slots"])] = [values[slot] for slot in facts["slots"]]
+        self.functions[entry](table.ctypes.data, self._steps.ctypes.data + facts["steps_at"])
         return outputs
 
     def _graph(self, entry: str) -> Graph:

@@ -62,10 +62,10 @@ class MappedWeights:
             if name != "__metadata__"
         }
 
-    def table(self, names: Sequence[str]) -> np.ndarray[Any, np.dtype[np.int64]]:
+    def addresses(self, names: Sequence[str]) -> list[int]:
         """The addresses of the named tensors. Raises `ArtifactError` for one that is missing."""
         missing = [name for name in names if name not in self.offsets]
         if missing:
             raise ArtifactError(f"the weights file lacks {', '.join(missing[:5])}")
         base = self.bytes.ctypes.data + self.start
-        return np.array([base + self.offsets[name] for name in names] or [0], dtype=np.int64)
+        return [base + self.offsets[name] for name in names]

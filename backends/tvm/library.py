@@ -1,10 +1,11 @@
-"""One shared library: the kernels, and for each entry one host function that runs its steps.
+"""One shared library: the kernels, `execute` that walks a list of steps, and a function an entry.
 
-`decode(table, weights)` takes two addresses of int64 arrays. `table` holds the sizes of the symbols
-and the addresses of the arena, the inputs and the outputs, in the order of `slots`; `weights` holds
-the addresses of the weights. A step is a direct call of a private kernel, so that a decode step
-runs without Python and costs about 0.1 us a kernel beyond its work. Long entries are cut into
-parts, because the code generator takes more than linear time in the length of a function.
+`decode(values, steps)` takes the addresses of two int64 arrays. `values` holds the sizes of the
+symbols and the addresses of the arena, the inputs, the outputs and the weights, in the order of
+`Slots`; the entry's function fills in what is derived from the sizes. `steps` is the entry's list:
+a kernel's number, then for each argument a slot and what is added to its value. `execute` reads a
+step and calls its kernel directly, so that a decode step runs without Python, and the code to
+compile does not grow with the number of layers.
 """
 
 from __future__ import annotations
@@ -13,119 +14,157 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache, reduce
+from dataclasses import dataclass
+from functools import cache, cached_property, reduce
 from operator import mul
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import tvm
 from tvm import ir, tirx
 from tvm.ir import Call
+from tvm.tirx.script.builder import ir as T
 
 from dsc.backends.tvm.machine import Machine, tvm_target
-from dsc.backends.tvm.tir import Expr, PrimFunc, integer
+from dsc.backends.tvm.tir import (
+    Expr,
+    Local,
+    PrimFunc,
+    Tensor,
+    bind,
+    build,
+    integer,
+    loop,
+)
 from dsc.errors import BackendUnavailable
 from dsc.ir.dims import Dim, free_symbols
 from dsc.ir.graph import Graph
+from dsc.ir.types import DType
 from dsc.runtime.plan import BufferRef, EntryPlan, Step
 
 PIPELINE = "dsc"
-PART = 48
-"""Steps in one part of a host function."""
+EXECUTE = "execute"
+ZERO, ARENA = "zero", "arena"
 
 
-def slots_of(graph: Graph, plan: EntryPlan) -> list[str]:
-    """What the entry's table holds, in order: symbols, `arena`, `input:x`, `output:y`."""
-    symbols: set[str] = set()
-    for step in plan.steps:
-        for _, dim in step.scalars:
-            symbols |= free_symbols(dim)
-    inputs = [f"input:{v.name}" for v in graph.inputs]
-    outputs = [f"output:{name}" for name in graph.output_names]
-    return [*sorted(symbols), "arena", *inputs, *outputs]
+@dataclass(frozen=True)
+class Slots:
+    """What an entry's `values` hold: `given` by the caller, then `derived` sizes, then weights."""
 
+    given: tuple[str, ...]
+    derived: tuple[Dim, ...]
+    weights: tuple[str, ...]
 
-class Table:
-    """Expressions for what the two int64 arrays of a host function hold."""
+    @staticmethod
+    def of(graph: Graph, plan: EntryPlan, weights: Sequence[str]) -> Slots:
+        """The slots of an entry: zero, symbols, `arena`, `input:x`, `output:y`."""
+        dims = dict.fromkeys(d for s in plan.steps for _, d in s.scalars if not isinstance(d, int))
+        symbols = sorted(frozenset().union(*map(free_symbols, dims)))
+        inputs = [f"input:{v.name}" for v in graph.inputs]
+        outputs = [f"output:{name}" for name in graph.output_names]
+        given = (ZERO, *symbols, ARENA, *inputs, *outputs)
+        return Slots(given, tuple(dims), tuple(weights))
 
-    def __init__(self, slots: Sequence[str], weights: Sequence[str]) -> None:
-        self.slots = {name: i for i, name in enumerate(slots)}
-        self.weights = {name: i for i, name in enumerate(weights)}
-        self.addresses = [tirx.Var("table", "int64"), tirx.Var("weights", "int64")]
-        self.arrays = [
-            tirx.decl_buffer((max(1, len(names)),), "int64", name=name)
-            for name, names in (("slot", slots), ("weight", weights))
-        ]
+    @cached_property
+    def numbers(self) -> dict[str | Dim, int]:
+        """The number of each slot; weights by `weight:name`."""
+        names = [*self.given, *self.derived, *(f"weight:{w}" for w in self.weights)]
+        return {name: i for i, name in enumerate(names)}
 
-    def declarations(self) -> list[Any]:
-        """The statements that make the arrays readable."""
-        pointer = ir.PointerType(ir.PrimType("int64"))
-        return [
-            tirx.DeclBuffer(array, data=Call("tirx.reinterpret", [address], ret_ty=pointer))
-            for array, address in zip(self.arrays, self.addresses, strict=True)
-        ]
-
-    def slot(self, name: str) -> Expr:
-        """A slot's value."""
-        return tirx.BufferLoad(self.arrays[0], [integer(self.slots[name])])
-
-    def address(self, ref: BufferRef) -> Expr:
-        """Where a buffer starts."""
-        if ref.region == "weight":
-            return tirx.BufferLoad(self.arrays[1], [integer(self.weights[ref.key])])
+    def buffer(self, ref: BufferRef) -> tuple[int, int]:
+        """A buffer's address as a slot and what is added."""
         if ref.region == "arena":
-            return self.slot("arena") + integer(ref.offset)
-        return self.slot(f"{ref.region}:{ref.key}")
+            return self.numbers[ARENA], ref.offset
+        return self.numbers[f"{ref.region}:{ref.key}"], 0
 
-    def dim(self, dim: Dim) -> Expr:
-        """The value of a symbolic dim."""
-        if isinstance(dim, int):
-            return integer(dim)
-        terms = []
-        for monomial, coefficient in dim.terms:
-            factors = [integer(coefficient)]
-            for atom in monomial:
-                if isinstance(atom, str):
-                    factors.append(self.slot(atom))
-                else:
-                    factors.append(
-                        tirx.floordiv(self.dim(atom.numerator), self.dim(atom.denominator))
-                    )
-            terms.append(reduce(mul, factors))
-        return reduce(lambda a, b: a + b, terms)
+    def size(self, dim: Dim) -> tuple[int, int]:
+        """A size as a slot and what is added."""
+        return (self.numbers[ZERO], dim) if isinstance(dim, int) else (self.numbers[dim], 0)
+
+    def arguments(self, step: Step) -> list[tuple[int, int]]:
+        """A step's arguments in the order of its kernel's parameters."""
+        refs = [r for r in (*step.reads, *step.writes) if r is not None]
+        return [*map(self.buffer, refs), *(self.size(dim) for _, dim in step.scalars)]
 
 
-def host_functions(
-    entry: str, plan: EntryPlan, slots: Sequence[str], weights: Sequence[str]
-) -> dict[str, PrimFunc]:
-    """The public function of an entry and its private parts, by name."""
-    functions: dict[str, PrimFunc] = {}
-    table = Table(slots, weights)
-    calls = []
-    for start in range(0, len(plan.steps), PART):
-        part = f"{entry}_part_{start // PART}"
-        functions[part] = _part(plan.steps[start : start + PART], slots, weights)
-        calls.append(_call(part, table.addresses))
-    body = tirx.SeqStmt([*calls, tirx.Return(tirx.const(0, "int32"))])
-    public = tirx.PrimFunc(table.addresses, body, ret_type=ir.PrimType("int32"))
-    functions[entry] = public.with_attr("global_symbol", entry)
-    return functions
+def encode_steps(
+    plan: EntryPlan, slots: Slots, numbers: Mapping[str, int]
+) -> np.ndarray[Any, np.dtype[np.int64]]:
+    """The entry's list of steps; `numbers` gives each kernel's."""
+    words: list[int] = []
+    for step in plan.steps:
+        words.append(numbers[step.kernel])
+        for slot, added in slots.arguments(step):
+            words += (slot, added)
+    return np.array(words, dtype="<i8")
 
 
-def _part(steps: Sequence[Step], slots: Sequence[str], weights: Sequence[str]) -> PrimFunc:
-    table = Table(slots, weights)
-    statements = table.declarations()
-    for step in steps:
-        refs = (*(r for r in step.reads if r is not None), *step.writes)
-        sizes = [table.dim(dim) for _, dim in step.scalars]
-        statements.append(_call(step.kernel, [*(table.address(r) for r in refs), *sizes]))
-    statements.append(tirx.Return(tirx.const(0, "int32")))
-    body = tirx.SeqStmt(statements)
-    return tirx.PrimFunc(table.addresses, body, ret_type=ir.PrimType("int32"))
+def entry_function(entry: str, slots: Slots, count: int) -> PrimFunc:
+    """`entry(values, steps)`: fill in the derived sizes, then execute `count` steps."""
+
+    def body(values: Expr, steps: Expr) -> None:
+        table = Tensor(values, DType.i64, (len(slots.numbers),))
+        for dim in slots.derived:
+            table.store(_evaluate(dim, table, slots), slots.numbers[dim])
+        if count:
+            T.evaluate(_call(EXECUTE, [values, steps, integer(count)]))
+
+    return build(body).with_attr("global_symbol", entry)
 
 
-def _call(name: str, arguments: Sequence[Expr]) -> Any:
-    return tirx.Evaluate(Call(_global(name), list(arguments), ret_ty=ir.PrimType("int32")))
+def _evaluate(dim: Dim, table: Tensor, slots: Slots) -> Expr:
+    """The value of a dim inside an entry's function."""
+    if isinstance(dim, int):
+        return integer(dim)
+    terms = []
+    for monomial, coefficient in dim.terms:
+        factors = [integer(coefficient)]
+        for atom in monomial:
+            if isinstance(atom, str):
+                factors.append(table.load(slots.numbers[atom]))
+                continue
+            over = _evaluate(atom.numerator, table, slots)
+            factors.append(tirx.floordiv(over, _evaluate(atom.denominator, table, slots)))
+        terms.append(reduce(mul, factors))
+    return reduce(lambda a, b: a + b, terms)
+
+
+def execute_function(kernels: Mapping[str, PrimFunc], numbers: Mapping[str, int]) -> PrimFunc:
+    """`execute(values, steps, count)`: call one kernel after another."""
+
+    def body(values: Expr, steps: Expr, count: Expr) -> None:
+        table, words = Tensor(values, DType.i64, (1,)), Tensor(steps, DType.i64, (1,))
+        at = Local(1, "int64")
+        at[0] = integer(0)
+
+        def run(name: str) -> None:
+            first, arity = bind(at[0] + 1), len(kernels[name].params)
+            pairs = [(words.at(first + 2 * i), words.at(first + 2 * i + 1)) for i in range(arity)]
+            T.evaluate(_call(name, [table.at(slot) + added for slot, added in pairs]))
+            at[0] = first + 2 * arity
+
+        with loop(count):
+            _switch(bind(words.at(at[0])), [(n, name) for name, n in numbers.items()], run)
+
+    return build(body)
+
+
+def _switch(number: Expr, cases: Sequence[tuple[int, str]], run: Callable[[str], None]) -> None:
+    """Run the case of a number by halving: a few comparisons for any number of kernels."""
+    if len(cases) == 1:
+        run(cases[0][1])
+        return
+    middle = len(cases) // 2
+    with T.If(number < integer(cases[middle][0])):
+        with T.Then():
+            _switch(number, cases[:middle], run)
+        with T.Else():
+            _switch(number, cases[middle:], run)
+
+
+def _call(name: str, arguments: Sequence[Expr]) -> Expr:
+    return Call(_global(name), list(arguments), ret_ty=ir.PrimType("int32"))
 
 
 @cache

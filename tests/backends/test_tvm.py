@@ -1,0 +1,188 @@
+"""The tvm backend on a whole model: sessions, artifacts, run.py, other CPUs, refusals."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from dsc import pipeline
+from dsc.api import CompiledModel, compile_program
+from dsc.backends import get
+from dsc.backends.base import EmitOptions, No, Yes
+from dsc.errors import UsageError
+from dsc.ir.dims import symbol
+from dsc.ir.graph import GraphBuilder
+from dsc.ir.interpreter import Interpreter
+from dsc.ir.program import Program
+from dsc.ir.types import DType, TensorType
+from dsc.runtime.session import Session
+from dsc.targets import Target, parse_target
+from tests.backends.canonical_lm import Sizes, canonical_lm
+
+pytest.importorskip("tvm")
+FP32, BF16 = 2e-5, 5e-2
+"""Largest |difference| of logits relative to the largest logit. bf16 keeps 8 bits, and layers add
+their roundings in another order than the interpreter."""
+ROWS, CONTEXT, CHUNK = 3, 60, 32
+
+
+@pytest.fixture(scope="module")
+def program() -> Program:
+    return canonical_lm(Sizes())
+
+
+@pytest.fixture(scope="module")
+def compiled(program: Program) -> CompiledModel:
+    return compile_program(program, backend="tvm")
+
+
+def interpreted(program: Program) -> Session:
+    return Session(Interpreter(program), program, ROWS, CONTEXT, CHUNK)
+
+
+def largest_error(got: torch.Tensor, wanted: torch.Tensor) -> float:
+    return float((got.float() - wanted.float()).abs().max() / wanted.float().abs().max())
+
+
+def compare(ours: Session, oracle: Session, tolerance: float) -> None:
+    """Ragged prompts, four steps of decoding with the oracle's tokens, then a second prompt."""
+    ids = torch.randint(0, 50, (ROWS, 9), generator=torch.Generator().manual_seed(0))
+    got, wanted = (s.prefill(ids, lengths=[9, 4, 1]) for s in (ours, oracle))
+    assert largest_error(got, wanted) <= tolerance
+    for _ in range(4):
+        tokens = wanted.float().argmax(-1)
+        got, wanted = ours.decode(tokens), oracle.decode(tokens)
+        assert largest_error(got, wanted) <= tolerance
+    got, wanted = (s.prefill(ids, all_logits=True) for s in (ours, oracle))
+    assert largest_error(got, wanted) <= tolerance
+
+
+def test_sessions_agree_with_the_interpreter(program: Program, compiled: CompiledModel) -> None:
+    compare(compiled.session(ROWS, CONTEXT), interpreted(program), FP32)
+
+
+def test_a_bf16_model_agrees_with_the_interpreter() -> None:
+    program = canonical_lm(Sizes(dense=2, dtype=DType.bf16))
+    ours = compile_program(program, backend="tvm").session(ROWS, CONTEXT)
+    compare(ours, interpreted(program), BF16)
+
+
+def test_chunked_prefill_is_the_same_as_whole(compiled: CompiledModel) -> None:
+    ids = torch.randint(0, 50, (1, 23), generator=torch.Generator().manual_seed(1))
+    whole, parts = compiled.session(1, CONTEXT), compiled.session(1, CONTEXT)
+    for first in range(0, 20, 10):
+        parts.prefill(ids[:, first : first + 10])
+    assert largest_error(parts.prefill(ids[:, 20:]), whole.prefill(ids)) <= FP32
+
+
+@pytest.mark.parametrize("cpu", ["x86-64-v3", "x86-64"])
+def test_code_for_older_cpus_agrees(program: Program, cpu: str) -> None:
+    backend, target = get("tvm"), parse_target(f"cpu:{cpu}")
+    done, _ = pipeline.run(program, backend, target, pipeline.PipelineOptions())
+    done = replace(done, entries={"extend": done.entries["extend"]})
+    model = CompiledModel(done, "tvm", {}, _emission=backend.emit(done, EmitOptions((target,))))
+    compare(Session(model.executable, done, ROWS, CONTEXT, CHUNK), interpreted(program), FP32)
+
+
+def test_layers_share_kernels(program: Program) -> None:
+    """More layers: more steps, not one kernel more."""
+    from dsc.backends.tvm.machine import GENERIC
+    from dsc.backends.tvm.schedule import plan_program
+
+    counts = []
+    for layers in (2, 4):
+        model, options = canonical_lm(Sizes(layers=layers)), pipeline.PipelineOptions()
+        deep, _ = pipeline.run(model, get("tvm"), Target("cpu"), options)
+        plans, kernels = plan_program(deep, GENERIC)
+        counts.append((len(kernels.names), len(plans["decode"].steps)))
+    assert counts[0][0] == counts[1][0]
+    assert counts[1][1] > counts[0][1]
+
+
+RUN = """
+import json, sys
+import numpy as np
+import run
+model = run.Model(sys.argv[1])
+out = []
+tokens, start = np.array([[3, 1, 4, 1, 5]], dtype=np.int64), 0
+for _ in range(3):
+    n = tokens.shape[1]
+    at = np.arange(start, start + n, dtype=np.int64)[None]
+    logits = model.step(tokens, at, np.array([start]), np.array([[n - 1]]))
+    start, tokens = start + n, logits[:, -1].argmax(-1)[:, None]
+    out.append(logits[0, -1].tolist())
+heavy = [m for m in ("dsc", "tvm", "torch") if sys.modules.get(m) is not None]
+print(json.dumps([out, heavy]))
+"""
+
+
+def test_run_py_gives_the_same_logits_without_dsc(compiled: CompiledModel, tmp_path: Path) -> None:
+    folder = compiled.save(tmp_path / "out")
+    assert len((folder / "run.py").read_text().splitlines()) < 200
+    line = [sys.executable, "-c", RUN, str(folder)]
+    done = subprocess.run(line, cwd=folder, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    logits, heavy = json.loads(done.stdout)
+    assert heavy == []
+    session = compiled.session(1, CONTEXT)
+    wanted = session.prefill(torch.tensor([[3, 1, 4, 1, 5]]))
+    for row in logits:
+        assert largest_error(torch.tensor([row]), wanted) <= FP32
+        wanted = session.decode(wanted.argmax(-1))
+
+
+def test_what_has_no_kernel_is_refused_with_a_reason() -> None:
+    backend, b = get("tvm"), GraphBuilder("g")
+    n = symbol("N")
+    x = b.input("x", TensorType(DType.f32, (4, n)))
+    gain = b.input("gain", TensorType(DType.f32, (n,)))
+    packed = b.input("packed", TensorType(DType.f8e4m3, (4, 4)))
+    b.rms_norm(x, gain, eps=1e-6)
+    b.neg(packed)
+    b.sort(x, axis=-1)
+    b.neg(x)
+    norm, fp8, sort, fine = map(backend.supports, b.nodes)
+    assert isinstance(fine, Yes)
+    assert isinstance(norm, No)
+    assert "fixed size" in norm.reason
+    assert isinstance(fp8, No)
+    assert "f8e4m3" in fp8.reason
+    assert isinstance(sort, No)
+    assert "sort" in sort.reason
+
+
+def test_an_unknown_cpu_is_a_users_mistake(program: Program) -> None:
+    done, _ = pipeline.run(program, get("tvm"), Target("cpu"), pipeline.PipelineOptions())
+    with pytest.raises(UsageError, match="no CPU called"):
+        get("tvm").emit(done, EmitOptions((parse_target("cpu:imaginary"),)))
+
+
+def test_inputs_are_checked(compiled: CompiledModel) -> None:
+    graph = compiled.program.entries["decode"]
+    sizes = {"B": 1, "C": 8}
+    given = {
+        v.name: torch.zeros([sizes.get(str(d)) or int(str(d)) for d in v.type.shape]).to(
+            v.type.dtype.torch
+        )
+        for v in graph.inputs
+    }
+    run = compiled.executable.run
+    run("decode", given)
+    with pytest.raises(UsageError, match="is missing"):
+        run("decode", {k: v for k, v in given.items() if k != "lengths"})
+    with pytest.raises(UsageError, match="lengths"):
+        run("decode", given | {"lengths": torch.zeros(1)})
+    with pytest.raises(UsageError, match="positions"):
+        run("decode", given | {"positions": torch.zeros(1, 2, dtype=torch.int64)})
+    latent = given["past.0.latent"]
+    with pytest.raises(UsageError, match="contiguous"):
+        run("decode", given | {"past.0.latent": latent.repeat(1, 1, 2)[..., ::2]})
+    with pytest.raises(UsageError, match="no entry"):
+        run("train", given)
