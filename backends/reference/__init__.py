@@ -6,6 +6,7 @@ Slow and simple: what the other backends are compared with, and what runs where 
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,9 +21,10 @@ from dsc.backends.base import (
     Yes,
 )
 from dsc.ir.graph import Node
-from dsc.ir.interpreter import Interpreter
+from dsc.ir.interpreter import Interpreter, Observer
 from dsc.ir.program import Program
 from dsc.ir.types import DType
+from dsc.runtime.profiler import Event, active
 from dsc.targets import Target
 
 if TYPE_CHECKING:
@@ -64,4 +66,22 @@ class ReferenceExecutable:
 
     def run(self, entry: str, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Run an entry on CPU tensors by name. Raises `UsageError`."""
-        return self._interpreter.run(entry, inputs)
+        return self._interpreter.run(entry, inputs, _observer())
+
+
+def _observer() -> Observer | None:
+    """What tells the active profiler of each node; `None` when there is no profiler."""
+    profiler = active()
+    if profiler is None:
+        return None
+    last = time.perf_counter()
+
+    def observe(node: Node, results: tuple[Any, ...]) -> None:
+        nonlocal last
+        now = time.perf_counter()
+        moved = sum(t.numel() * t.element_size() for t in results)
+        event = Event(node.op, "step", last, now - last, bytes=moved, loc=node.loc)
+        profiler.events.append(event)
+        last = time.perf_counter()
+
+    return observe
