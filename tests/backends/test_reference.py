@@ -14,7 +14,7 @@ from dsc.backends import get
 from dsc.backends.base import Backend, EmitOptions, Executable, Yes
 from dsc.errors import UsageError
 from dsc.ir.analyses import total_cost
-from dsc.ir.dims import evaluate
+from dsc.ir.dims import Range, evaluate
 from dsc.ir.interpreter import Interpreter
 from dsc.ir.parser import parse_graph
 from dsc.ir.program import Program
@@ -116,7 +116,9 @@ def test_null_gives_a_cache_in_place_back_as_it_is(tmp_path: Path) -> None:
       %g = append %new, %new, %n
       return %w updates %c, %g
     }"""
-    runs = _loaded(get("null"), Program("cache", {"main": parse_graph(text)}), tmp_path / "a")
+    symbols = {"B": Range(1, 4), "S": Range(1, 8)}
+    program = Program("cache", {"main": parse_graph(text)}, symbols=symbols)
+    runs = _loaded(get("null"), program, tmp_path / "a")
     inputs = {
         "c": torch.ones(2, 8, 2, dtype=DType.bf16.torch),
         "new": torch.ones(2, 3, 2, dtype=DType.bf16.torch),
