@@ -139,7 +139,7 @@ def _operand(
     if name in POSITIVE:
         tensor = tensor.abs() + 0.5
     if name in ("div", "remainder") and bound:
-        return tensor + 1 if index else tensor - 45
+        return tensor + 3 if index else tensor - 45
     return tensor
 
 
