@@ -45,8 +45,11 @@ class InterpretedExecutable:
         lowered = self._entries[entry]
         wanted = {p.name: inputs[p.name] for p in lowered.inputs}
         assert self._process.stdin is not None, "the process was started with pipes"
-        write_frame(self._process.stdin, {"entry": entry}, wanted)
-        answer = read_frame(self._stdout)
+        try:
+            write_frame(self._process.stdin, {"entry": entry}, wanted)
+            answer = read_frame(self._stdout)
+        except BrokenPipeError:
+            answer = None
         if answer is None or "error" in answer[0]:
             detail = "the process ended" if answer is None else answer[0]["error"]
             raise RuntimeError(f"interpreting {entry} failed: {detail}")
