@@ -188,7 +188,8 @@ def _projection(scope: Scope, operand: Operand | None) -> Node | None:
 
 def _as_shape(scope: Scope, operand: Operand, shape: tuple[Dim, ...]) -> Operand | None:
     """The farthest value of this shape that `operand` shows; it may be `operand` itself."""
-    found = [x for x in _chain(scope, operand, _SAME_ELEMENTS) if x.type.shape == shape]
+    wanted = operand.type.with_shape(shape)
+    found = [x for x in _chain(scope, operand, _SAME_ELEMENTS) if x.type == wanted]
     return found[-1] if found else None
 
 

@@ -144,25 +144,54 @@ def _rotated_operand(node: Node, tables: set[str]) -> Value | None:
 def _join(scope: Scope, node: Node, start: Value, tables: set[str]) -> Match | Reject:
     """The first value after `node` that turns one whole x, as a match."""
     origins = list(_origins(scope, start))
-    last: Match | None = None
+    nearly: Match | None = None
     for later in scope.forward(node.output, limit=16):
-        if later.op not in _JOIN or len(later.outputs) != 1:
-            continue
-        for x in origins:
-            if not _alike(x, later.output) or x.type.rank not in (3, 4):
-                continue
-            found = _match(scope, later, x)
+        found = _turned(scope, later, origins)
+        nearly = nearly or found
+        if found is not None and _fits(found):
+            return _beyond_cast(scope, found, origins)
+    return nearly or reject(
+        "products with sines and cosines that form no rotation of one value", start
+    )
+
+
+def _turned(scope: Scope, node: Node, origins: list[Value]) -> Match | None:
+    """`node` as the rotation of one of `origins`."""
+    if node.op not in _JOIN or len(node.outputs) != 1:
+        return None
+    for x in origins:
+        if x.type.rank in (3, 4) and _alike(x, node.output):
+            found = _match(scope, node, x)
             if found is not None:
-                last = last or found
-                if found.x.type.shape[-1] == found.inv_freq.type.shape[0] * 2:
-                    return found
-    return last or reject("products with sines and cosines that form no rotation of one value", start)
+                return found
+    return None
+
+
+def _fits(found: Match) -> bool:
+    """Whether there is one frequency a pair of channels."""
+    same: bool = found.x.type.shape[-1] == found.inv_freq.type.shape[0] * 2
+    return same
+
+
+def _beyond_cast(scope: Scope, found: Match, origins: list[Value]) -> Match:
+    """The rotation up to a cast back to the element type of x, where one follows."""
+    node = found.at
+    while len(readers := scope.consumers(node.output)) == 1:
+        node = readers[0]
+        if node.op not in ("cast", "reshape", "permute"):
+            break
+        further = _turned(scope, node, origins) if node.op == "cast" else None
+        if further is not None and _fits(further):
+            return further
+    return found
 
 
 def _alike(x: Value, y: Value) -> bool:
-    """Whether two values have one type but for axes of extent 1."""
-    same = normalised_dims(x.type.shape) == normalised_dims(y.type.shape)
-    return same and x.type.dtype == y.type.dtype
+    """Whether two values have one type but for axes of extent 1 and the order of the others."""
+    *a, last = x.type.shape
+    *b, final = y.type.shape
+    same = sorted(map(str, normalised_dims(tuple(a)))) == sorted(map(str, normalised_dims(tuple(b))))
+    return same and last == final and x.type.dtype == y.type.dtype
 
 
 def _origins(scope: Scope, start: Value) -> Iterator[Value]:
@@ -203,7 +232,7 @@ def _emit(
     scale: float,
     shape: tuple[Dim, ...],
 ) -> Operand:
-    """rope of an x whose axes are b, s, perhaps h, and r, in some order of the first three."""
+    """rope of an x whose axes are b, s, perhaps h, and r, in some order; the result in `shape`."""
     batch, new = positions.type.shape
     rows = (batch, new, x.type.shape[-1])
     attrs: dict[str, Any] = {"layout": layout, "scale": scale}
@@ -216,7 +245,7 @@ def _emit(
     elif not headed and x.type.shape != rows:
         (turned,) = b.call("reshape", turned, shape=rows)
     (turned,) = b.call("rope", turned, positions, inv_freq, **attrs)
-    if front:
+    if headed and normalised_dims(turned.type.shape) != normalised_dims(shape):
         (turned,) = b.call("permute", turned, dims=swap)
     return turned if turned.type.shape == shape else b.call("reshape", turned, shape=shape)[0]
 
