@@ -105,8 +105,8 @@ class Blocks:
             return Tile(16, 16, 0, 4, 1)
         fits = self.shared_memory // 2 // (next_power(width) * itemsize)
         most = max(16, min(64, next_power(fits + 1) // 2))
-        # An accumulator of 16 x 512 spills in four warps of 32; in four of 64 it does not, and there
-        # eight warps would halve the registers that each may have.
+        # An accumulator of 16 x 512 spills in four warps of 32. In four of 64 it does not, and
+        # eight of those would have half the registers each.
         warps = 8 if width > 128 and self.target.startswith("cuda:") else 4
         return Tile(16, clamp_power(tokens, 16, most), 0, warps, 1 if most < 64 else 2)
 
