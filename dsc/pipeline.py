@@ -20,6 +20,7 @@ from dsc.rewrite.manager import Manager, PassRecord, Watch
 from dsc.targets import Target
 
 RAISE = {
+    "fold_constants": "dsc.passes.fold_constants:FoldConstants",
     "canonicalise_views": "dsc.passes.canonicalise_views:CanonicaliseViews",
     "eliminate_common_subexpressions": (
         "dsc.passes.eliminate_common_subexpressions:EliminateCommonSubexpressions"
@@ -34,7 +35,8 @@ RAISE = {
     "raise_experts": "dsc.passes.raise_experts:RaiseExperts",
     "raise_select_rows": "dsc.passes.raise_select_rows:RaiseSelectRows",
     "eliminate_dead_code": "dsc.passes.eliminate_dead_code:EliminateDeadCode",
-    "mark_canonical": "dsc.passes.mark_canonical:MarkCanonical",
+    "raise_canonical": "dsc.passes.raise_canonical:RaiseCanonical",
+    "name_values": "dsc.passes.name_values:NameValues",
 }
 OPTIMISE = {
     "specialise_entries": "dsc.passes.specialise_entries:SpecialiseEntries",
