@@ -20,7 +20,7 @@ from dsc.frontends.aten_math import COMPLEX, Row, declared_row
 from dsc.frontends.lowering import Complex
 from dsc.ir.op import registry
 
-__all__ = ["COMPLEX", "DROPPED", "KEPT_WHOLE", "ROWS", "VIEWS"]
+__all__ = ["COMPLEX", "DROPPED", "HARMLESS", "KEPT_WHOLE", "ROWS", "VIEWS"]
 
 KEPT_WHOLE = (
     "aten::einsum",
@@ -28,6 +28,7 @@ KEPT_WHOLE = (
     "aten::matmul",
     "aten::one_hot",
     "aten::rms_norm",
+    "aten::roll",
     "aten::scaled_dot_product_attention",
     "aten::silu",
 )
@@ -43,6 +44,9 @@ DROPPED = frozenset(
     }
 )
 """Checks that hold by construction once shapes and types are inferred."""
+
+HARMLESS = frozenset({"aten.detach_.default"})
+"""In-place operators that change no value."""
 
 ROWS: Mapping[str, Row] = MappingProxyType(
     {
@@ -62,6 +66,8 @@ ROWS: Mapping[str, Row] = MappingProxyType(
         "aten.floor_divide.default": m.floor_quotient,
         "aten.remainder.Tensor": m.arithmetic("remainder"),
         "aten.remainder.Scalar": m.arithmetic("remainder"),
+        "aten.fmod.Tensor": m.fmod,
+        "aten.fmod.Scalar": m.fmod,
         "aten.pow.Tensor_Scalar": m.power,
         "aten.pow.Tensor_Tensor": m.power,
         "aten.pow.Scalar": m.power,
@@ -92,6 +98,9 @@ ROWS: Mapping[str, Row] = MappingProxyType(
         "aten.bitwise_or.Tensor": m.bitwise("logical_or"),
         "aten.bitwise_not.default": m.bitwise("logical_not"),
         "aten.bitwise_xor.Tensor": m.bitwise("ne"),
+        "aten.__and__.Tensor": m.bitwise("logical_and"),
+        "aten.__or__.Tensor": m.bitwise("logical_or"),
+        "aten.__xor__.Tensor": m.bitwise("ne"),
         "aten.isnan.default": lambda t, x: t.call("ne", x, x),
         "aten.isinf.default": m.is_infinite,
         "aten.where.self": m.where,
@@ -178,7 +187,8 @@ ROWS: Mapping[str, Row] = MappingProxyType(
         "aten.linear.default": m.linear,
         "aten.scaled_dot_product_attention.default": m.sdpa,
         "aten.rms_norm.default": m.rms_norm,
-        "aten.native_layer_norm.default": m.layer_norm,
+        "aten.native_layer_norm.default": m.native_layer_norm,
+        "aten.layer_norm.default": m.layer_norm,
         "aten.embedding.default": m.embedding,
         # complex numbers
         "aten.polar.default": m.polar,
@@ -196,15 +206,20 @@ ROWS: Mapping[str, Row] = MappingProxyType(
         "aten.unsqueeze.default": s.to_shape,
         "aten.expand.default": s.to_expanded,
         "aten.expand_as.default": s.to_expanded,
+        "aten.reshape_as.default": s.to_shape,
+        "aten.view_as.default": s.to_shape,
         "aten.clone.default": s.same,
         "aten.contiguous.default": s.same,
         "aten.alias.default": s.same,
         "aten.detach.default": s.same,
+        "aten.detach_.default": s.same,
         "aten.lift_fresh_copy.default": s.same,
         "aten.dropout.default": m.dropout,
         "aten.permute.default": s.permute,
         "aten.transpose.int": s.transpose,
         "aten.t.default": s.transpose,
+        "aten.mT.default": lambda t, x: s.transpose(t, x, -2, -1),
+        "aten.numpy_T.default": s.transpose,
         "aten.movedim.int": s.move_axis,
         "aten.movedim.intlist": s.move_axis,
         "aten.slice.Tensor": s.slice_axis,

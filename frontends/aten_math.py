@@ -98,6 +98,14 @@ def floor_quotient(t: Lowering, a: Number, b: Number) -> Operand:
     return quotient(t, a, b, "floor")
 
 
+def fmod(t: Lowering, a: Number, b: Number) -> Operand:
+    """The remainder with the sign of a."""
+    x, y = t.operand(a, t.out.dtype), t.operand(b, t.out.dtype)
+    rest = t.call("remainder", t.call("abs", x), t.call("abs", y))
+    below = t.call("lt", x, t.number(0, t.out.dtype))
+    return t.call("where", below, t.call("neg", rest), rest)
+
+
 def power(t: Lowering, x: Number, exponent: Number) -> Operand:
     """x ** exponent, by the function that ATen itself uses for 2, 1/2, -1/2 and -1."""
     named = {2: "square", 0.5: "sqrt", -0.5: "rsqrt", -1: "reciprocal"}
@@ -474,7 +482,7 @@ def rms_norm(
     return t.cast(t.call("rms_norm", *(wide or (x, weight)), eps=float(eps)), x.type.dtype)
 
 
-def layer_norm(
+def native_layer_norm(
     t: Lowering, x: Operand, extents: Sequence[Dim], weight: Operand | None,
     bias: Operand | None, eps: float,
 ) -> tuple[Operand, ...]:  # fmt: skip
@@ -489,6 +497,14 @@ def layer_norm(
     y = y if weight is None else t.call("mul", y, t.cast(weight, DType.f32))
     y = y if bias is None else t.call("add", y, t.cast(bias, DType.f32))
     return t.cast(y, x.type.dtype), mean, inverse
+
+
+def layer_norm(
+    t: Lowering, x: Operand, extents: Sequence[Dim], weight: Operand | None = None,
+    bias: Operand | None = None, eps: float = 1e-5, *_: Any,
+) -> Operand:  # fmt: skip
+    """The normalised tensor alone."""
+    return native_layer_norm(t, x, extents, weight, bias, eps)[0]
 
 
 def embedding(t: Lowering, weight: Operand, ids: Operand, *_: Any) -> Operand:

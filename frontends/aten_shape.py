@@ -329,30 +329,48 @@ def index_put(
     t: Lowering, x: Operand, indices: Sequence[Operand | None], values: Operand,
     accumulate: bool = False, *_: Any,
 ) -> Operand:  # fmt: skip
-    """Rows replaced, or increased, at integer indices into the leading axes."""
-    axes = list(range(len(indices)))
-    if any(one is None for one in indices):
-        raise Unsupported("index_put that skips an axis")
-    if len(indices) == 1 and indices[0].type.dtype is DType.boolean:  # type: ignore[union-attr]
-        return _masked_put(t, x, indices[0], values, accumulate)  # type: ignore[arg-type]
+    """Rows replaced, or increased, at integer indices into neighbouring axes."""
+    axes = [i for i, one in enumerate(indices) if one is not None]
+    first = indices[axes[0]]
+    if first is not None and first.type.dtype is DType.boolean:
+        return _masked_put(t, x, axes, first, values, accumulate)
+    if axes != list(range(axes[0], axes[-1] + 1)):
+        raise Unsupported("index_put that skips an axis between two indices")
     given = [_from_front(t, indices[a], x.type.shape[a]) for a in axes]  # type: ignore[arg-type]
-    values = t.cast(values, x.type.dtype)
-    if len(axes) == 1:
-        return t.call("index_put", x, given[0], values, accumulate=accumulate)
-    rows = product(x.type.shape[: len(axes)])
-    flat = t.reshape(x, (rows, *x.type.shape[len(axes) :]))
     at = _linear_index(t, x, axes, given)
+    rest = [i for i in range(x.type.rank) if i not in axes]
+    moved = t.permute(x, [*axes, *rest])
+    rows = product(tuple(x.type.shape[a] for a in axes))
+    flat = t.reshape(moved, (rows, *(x.type.shape[i] for i in rest)))
+    values = _indices_first(t, t.cast(values, x.type.dtype), x, axes, at)
     put = t.call("index_put", flat, at, values, accumulate=accumulate)
-    return t.reshape(put, x.type.shape)
+    return t.permute(t.reshape(put, moved.type.shape), _inverse([*axes, *rest]))
+
+
+def _indices_first(
+    t: Lowering, values: Operand, x: Operand, axes: Sequence[int], at: Operand
+) -> Operand:
+    """Values of an index_put with the index's axes in front, where they are not yet."""
+    before, n = axes[0], at.type.rank
+    if before == 0:
+        return values
+    shape = (*x.type.shape[:before], *at.type.shape, *x.type.shape[axes[-1] + 1 :])
+    order = [*range(before, before + n), *range(before), *range(before + n, len(shape))]
+    return t.permute(t.expand(values, shape), order)
+
+
+def _inverse(order: Sequence[int]) -> list[int]:
+    return [order.index(i) for i in range(len(order))]
 
 
 def _masked_put(
-    t: Lowering, x: Operand, mask: Operand, value: Operand, accumulate: bool
+    t: Lowering, x: Operand, axes: Sequence[int], mask: Operand, value: Operand, accumulate: bool
 ) -> Operand:
     """`x[mask] = number`."""
-    if value.type.numel != 1 or accumulate:
+    if value.type.numel != 1 or accumulate or len(axes) > 1:
         raise Unsupported("index_put of several values under a mask")
-    wide = t.reshape(mask, (*mask.type.shape, *(1,) * (x.type.rank - mask.type.rank)))
+    ones = x.type.rank - axes[0] - mask.type.rank
+    wide = t.reshape(mask, (*mask.type.shape, *(1,) * ones))
     return t.call("where", wide, t.reshape(t.cast(value, x.type.dtype), ()), x)
 
 
@@ -375,7 +393,7 @@ def _put_along(
 ) -> Operand:
     axis = dim % x.type.rank
     order = [axis, *(i for i in range(x.type.rank) if i != axis)]
-    back = [order.index(i) for i in range(x.type.rank)]
+    back = _inverse(order)
     moved, values = t.permute(x, order), t.permute(t.cast(source, x.type.dtype), order)
     at = t.cast(index, DType.i64)
     return t.permute(t.call("index_put", moved, at, values, accumulate=accumulate), back)

@@ -25,7 +25,7 @@ import torch
 from torch import fx, nn
 
 from dsc.errors import UnsupportedOperator, UsageError
-from dsc.frontends.aten import COMPLEX, DROPPED, KEPT_WHOLE, ROWS, VIEWS
+from dsc.frontends.aten import COMPLEX, DROPPED, HARMLESS, KEPT_WHOLE, ROWS, VIEWS
 from dsc.frontends.lowering import Complex, Lowering, SymbolicNumber, Unsupported
 from dsc.frontends.symbolic import NotADim, SizeReader
 from dsc.ir.dims import Range, Sym
@@ -41,14 +41,23 @@ ANY_SIZE = Range(0, 2**31 - 1)
 
 PLACEMENT = frozenset({"device", "layout", "memory_format", "pin_memory", "non_blocking"})
 
+GETITEM = "<built-in function getitem>"
 _SymNumber = (torch.SymInt, torch.SymFloat, torch.SymBool)
 
 
 def decompositions() -> dict[Any, Any]:
-    """The decomposition table: torch's own, without the operators that we want whole."""
+    """What is taken apart, and how: torch's tables, without the operators that we want whole.
+
+    To those of `torch.export` come decompositions of core operators for which there is no row.
+    """
+    from torch._decomp import decomposition_table
     from torch.export import default_decompositions
 
     table = default_decompositions()
+    for operator, decomposition in decomposition_table.items():
+        known = str(operator) in ROWS or operator in table
+        if isinstance(operator, torch._ops.OpOverload) and not known:
+            table[operator] = decomposition
     for operator in list(table):
         schema = getattr(operator, "_schema", None)
         if schema is not None and schema.name in KEPT_WHOLE:
@@ -95,15 +104,20 @@ def export(
     *,
     kwargs: Mapping[str, Any] | None = None,
 ) -> torch.export.ExportedProgram:
-    """`torch.export` for inference, decomposed. Raises `UsageError` with torch's own reason."""
+    """`torch.export` for inference, decomposed as far as needed.
+
+    Decomposing traces the graph twice more, so a graph that writes nothing in place and has a row
+    for every operator is left as it is. Raises `UsageError` with torch's own reason.
+    """
     try:
         with torch.no_grad(), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*treespec, LeafSpec.*")
             exported = torch.export.export(
                 module, args, dict(kwargs or {}), dynamic_shapes=dynamic_shapes, strict=False
             )
-            decomposed: torch.export.ExportedProgram = exported.run_decompositions(decompositions())
-            return decomposed
+            if not _is_translatable(exported):
+                exported = exported.run_decompositions(decompositions())
+            return exported
     except Exception as problem:
         if not type(problem).__module__.startswith("torch"):
             raise
@@ -111,6 +125,22 @@ def export(
             f"torch.export cannot trace {type(module).__name__}: {_first_lines(problem)}",
             hint="remove what depends on the data, or pass other dynamic shapes",
         ) from problem
+
+
+def _is_translatable(exported: torch.export.ExportedProgram) -> bool:
+    """Whether every operator has a row already, and none writes to its operands."""
+    for node in exported.graph.nodes:
+        target = str(node.target)
+        if node.op == "call_function" and isinstance(node.meta.get("val"), _SymNumber):
+            continue
+        if node.op == "call_function" and target in (GETITEM, *DROPPED, *HARMLESS):
+            continue
+        known = target in ROWS or target in COMPLEX
+        if node.op == "call_function" and known and not node.target._schema.is_mutable:
+            continue
+        if node.op not in ("placeholder", "output"):
+            return False
+    return True
 
 
 def import_exported(
@@ -127,7 +157,7 @@ def import_exported(
     """An exported and decomposed program as a `Program` at stage TRACED with one entry.
 
     Args:
-        exported: what `torch.export.export(...).run_decompositions(decompositions())` returns.
+        exported: what `export` returns.
         name: of the program and of its entry.
         input_names: one a tensor input, in order; those of the export by default.
         output_names: one a tensor output, in order; `out`, or `out.0`, `out.1`, ... by default.
@@ -301,7 +331,7 @@ class _Importer:
         if isinstance(value, (*_SymNumber, int, float, bool)):
             self._guarded(node, lambda: self._size(value))
             return
-        if target == "<built-in function getitem>":
+        if target == GETITEM:
             whole, position = node.args
             self.values[node] = self.values[whole][position]  # type: ignore[index]
             return
@@ -426,7 +456,7 @@ def without_dead_nodes(graph: Graph) -> Graph:
 def source_line(node: fx.Node) -> str:
     """`file:line: code` of the innermost frame outside of torch, as far as the tracer noted it."""
     frames = re.findall(
-        r'File "([^"]+)", line (\d+), in \w+\n\s*(.*)', node.meta.get("stack_trace") or ""
+        r'File "([^"]+)", line (\d+), in \S+\n\s*(.*)', node.meta.get("stack_trace") or ""
     )
     frames = [f for f in frames if "/torch/" not in f[0]] or frames
     if not frames:
