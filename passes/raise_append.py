@@ -6,7 +6,8 @@ What           a concat of a cache and its new rows, and a scatter of new rows a
                raised program is the one for ragged batches too.
 Why it pays    the cache becomes a state with a declared update, which can then be made in place:
                a decode step writes one row instead of copying the whole past.
-Preconditions  stage TRACED; the graph has an input `lengths: i64[b]`; the past is the graph input
+Preconditions  stage TRACED, after raise_attention, so that from the first append on every row is
+               masked by lengths; the graph has an input `lengths: i64[b]`; the past is the graph input
                of an alias. Without `lengths` a concat stays a concat.
 Before         graph main(%lengths: i64[B], %past: f32[B,P,4], %new: f32[B,S,4]) {
                  %a = reshape %past {shape=[B,1,P,4]} : f32[B,1,P,4]
