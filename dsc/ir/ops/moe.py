@@ -141,7 +141,7 @@ def _infer_combine(types: Types, attrs: Mapping[str, Any]) -> Result:
 def _combine(y: Any, order: Any, w: Any) -> Any:
     slots = torch.zeros(y.shape, dtype=torch.float32)
     slots[order] = y.float()
-    return (slots.reshape(*w.shape, -1) * w[..., None]).sum(1).to(y.dtype)
+    return (slots.reshape(*w.shape, y.shape[1]) * w[..., None]).sum(1).to(y.dtype)
 
 
 route = op(

@@ -1,0 +1,125 @@
+"""Weight expressions: their values, their checks, and the sources they read."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dsc.errors import UsageError
+from dsc.ir.op import TypeMismatch
+from dsc.ir.types import DType, TensorType
+from dsc.ir.weights import (
+    DictSource,
+    LayeredSource,
+    MetaSource,
+    Source,
+    apply,
+    evaluate,
+    random_source,
+    random_tensor,
+    sources,
+)
+
+A, C = torch.arange(12.0).reshape(3, 4), torch.arange(8.0).reshape(2, 4) + 100
+TENSORS = DictSource({"a": A, "c": C})
+SOURCE_A, SOURCE_C = (Source(k, TENSORS.type(k)) for k in "ac")
+
+
+def test_slices_concat_and_stack() -> None:
+    rows = apply("slice", SOURCE_A, axis=0, start=1, end=3)
+    assert torch.equal(evaluate(rows, TENSORS), A[1:3])
+    columns = apply("slice", SOURCE_A, axis=-1, start=0, end=4, step=2)
+    assert torch.equal(evaluate(columns, TENSORS), A[:, ::2])
+    joined = apply("concat", SOURCE_A, SOURCE_C, axis=0)
+    assert joined.type == TensorType(DType.f32, (5, 4))
+    assert torch.equal(evaluate(joined, TENSORS), torch.cat([A, C]))
+    stacked = apply("stack", rows, SOURCE_C)
+    assert torch.equal(evaluate(stacked, TENSORS), torch.stack([A[1:3], C]))
+    assert [s.key for s in sources(stacked)] == ["a", "c"]
+
+
+def test_kv_b_splits_per_head_into_nope_and_value_rows() -> None:
+    kv_b = torch.randn(2 * (3 + 5), 4)
+    expr = Source("kv", TensorType(DType.f32, (16, 4)))
+    per_head = apply("reshape", expr, shape=(2, 8, 4))
+    value = apply("slice", per_head, axis=1, start=3, end=8)
+    made = evaluate(value, DictSource({"kv": kv_b}))
+    assert torch.equal(made[1], kv_b[8 + 3 : 16])
+
+
+@given(st.integers(1, 9), st.integers(1, 9), st.integers(1, 4), st.integers(1, 4))
+def test_dequantising_blocks_is_right_at_partial_edges(n: int, k: int, p: int, q: int) -> None:
+    generator = torch.Generator().manual_seed(n * 1000 + k * 100 + p * 10 + q)
+    w = torch.randn(n, k, generator=generator).to(torch.float8_e4m3fn)
+    scale = torch.rand(-(-n // p), -(-k // q), generator=generator)
+    tensors = DictSource({"w": w, "s": scale})
+    expr = apply("dequantize_block", *(Source(x, tensors.type(x)) for x in "ws"), block=(p, q),
+                 dtype=DType.f32)  # fmt: skip
+    made = evaluate(expr, tensors)
+    for i in range(n):
+        for j in range(k):
+            assert made[i, j] == w[i, j].float() * scale[i // p, j // q]
+
+
+def test_09_partial_fp8_blocks() -> None:
+    """kv_a of V3 has 576 = 4.5 blocks of 128 rows."""
+    w = torch.ones(576, 256).to(torch.float8_e4m3fn)
+    scale = torch.arange(10.0).reshape(5, 2)
+    tensors = DictSource({"w": w, "s": scale})
+    expr = apply("dequantize_block", *(Source(x, tensors.type(x)) for x in "ws"), block=(128, 128),
+                 dtype=DType.bf16)  # fmt: skip
+    made = evaluate(expr, tensors)
+    assert made.dtype == torch.bfloat16
+    assert made[511, 0] == 6
+    assert (made[512:, :128] == 8).all()
+    assert (made[512:, 128:] == 9).all()
+
+
+def test_a_tensor_of_another_type_is_refused() -> None:
+    for declared in (TensorType(DType.f32, (4, 3)), TensorType(DType.bf16, (3, 4))):
+        with pytest.raises(TypeMismatch, match="source a is"):
+            evaluate(Source("a", declared), TENSORS)
+    half = evaluate(Source("a", TensorType(DType.f32, (3, 4))), TENSORS, lambda t: t.half())
+    assert half.dtype == torch.float16
+
+
+def test_expressions_are_typed_when_made() -> None:
+    with pytest.raises(TypeMismatch, match="differ"):
+        apply("concat", SOURCE_A, SOURCE_C, axis=1)
+    with pytest.raises(TypeMismatch, match="2 results"):
+        apply("split", SOURCE_A, sizes=(1, 3))
+    with pytest.raises(TypeMismatch, match="unknown operator"):
+        apply("frobnicate", SOURCE_A)
+
+
+def test_sources_know_types_and_layer() -> None:
+    meta = MetaSource({"a": TensorType(DType.bf16, (9,)), "z": TensorType(DType.i8, (1,))})
+    both = LayeredSource((TENSORS, meta))
+    assert list(both.keys()) == ["a", "c", "z"]
+    assert both.type("a") == TensorType(DType.f32, (3, 4))
+    assert both.type("z") == TensorType(DType.i8, (1,))
+    assert torch.equal(both.load("c"), C)
+    with pytest.raises(UsageError, match="no weight values"):
+        both.load("z")
+    with pytest.raises(KeyError):
+        both.type("q")
+
+
+@pytest.mark.parametrize("dtype", [d for d in DType if d is not DType.i4])
+def test_random_tensors_are_seeded_finite_and_of_their_type(dtype: DType) -> None:
+    t = TensorType(dtype, (40, 3))
+    made, again = random_tensor(t, "a"), random_tensor(t, "a")
+    assert made.dtype == dtype.torch
+    wide = made.float()
+    assert wide.isfinite().all()
+    assert torch.equal(wide, again.float())
+    assert len(wide.unique()) > 1
+    assert not torch.equal(wide, random_tensor(t, "b").float())
+
+
+def test_a_random_tensor_depends_on_its_key_alone() -> None:
+    t = TensorType(DType.f32, (3,))
+    one, two = random_source({"a": t}), random_source({"b": t, "a": t})
+    assert torch.equal(one.load("a"), two.load("a"))
