@@ -291,11 +291,12 @@ class _Run:
         """The rows of a cache that hold tokens, of all sequences one after another."""
         import torch
 
-        batch = wanted.shape[0]
-        past = self.case.before.get("P", min(wanted.shape[1], made.shape[1]))
-        new = wanted.shape[1] - past if "P" in self.case.before else 0
-        lengths = self.case.lengths or (past,) * batch
-        if any(n + new > min(wanted.shape[1], made.shape[1]) for n in lengths):
+        if "P" not in self.case.before:  # written in place before already: all rows are given
+            return wanted, made
+        past = self.case.before["P"]
+        new = wanted.shape[1] - past
+        lengths = self.case.lengths or (past,) * wanted.shape[0]
+        if new < 0 or any(n + new > made.shape[1] for n in lengths):
             return wanted, made
         rows = [n + new for n in lengths]
         return (
@@ -344,7 +345,7 @@ def relative_difference(wanted: torch.Tensor, made: torch.Tensor) -> float:
         return 0.0
     a, b = wanted.double(), made.double()
     same = (a == b) | (a.isnan() & b.isnan())
-    apart = torch.where(same, 0.0, (a - b).abs()).nan_to_num(nan=float("inf"))
+    apart = torch.where(same, 0.0, (a - b).abs()).nan_to_num(float("inf"), float("inf"))
     finite = a[a.isfinite()].abs()
     scale = max(1.0, float(finite.max()) if finite.numel() else 1.0)
     return float(apart.max()) / scale
