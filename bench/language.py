@@ -1,4 +1,4 @@
-"""Compare language modelling with stock transformers: perplexity on a text, greedy continuations."""
+"""Perplexity on a text and greedy continuations, ours and those of stock transformers."""
 
 from __future__ import annotations
 
