@@ -9,7 +9,8 @@ The function is traced by `torch.export` with batch and sequence sizes symbolic,
 re-use the compiled code; where the function does not allow that, each set of sizes gets code of its
 own. What is not a tensor is a constant: another value compiles again.
 
-A trace is re-used for a call when element types and ranks agree, the same sizes are 0 or 1 (which
+Memory is planned for sizes up to the next power of two; a larger call compiles once more. A trace
+is re-used for a call when element types and ranks agree, the same sizes are 0 or 1 (which
 broadcast), sizes that the trace took as constants are equal, and every condition on sizes that the
 tracer met (`if x.shape[0] > 3`) holds.
 """
@@ -20,9 +21,9 @@ import functools
 import threading
 import types
 import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Generic, ParamSpec, Protocol, TypeVar, cast, overload
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Generic, ParamSpec, Protocol, TypeAlias, TypeVar, cast, overload
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +31,9 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from dsc.errors import UnsupportedOperator, UsageError
 from dsc.frontends.torch_export import export, import_exported
+from dsc.ir.dims import Range
+from dsc.ir.graph import Graph
+from dsc.ir.interpreter import bind_symbols
 from dsc.ir.program import Program
 
 P = ParamSpec("P")
@@ -38,6 +42,14 @@ R = TypeVar("R")
 WRAPPED = "function."
 """Where the wrapper that is traced holds the function: cut off names of weights and modules."""
 
+
+ROOM = 8
+"""The least bound of a symbolic size: batches of up to 8 share one compilation."""
+
+State: TypeAlias = tuple[tuple[int, int], ...]
+"""Identity and version of each weight: code that packed other values is not re-used."""
+
+Guard: TypeAlias = Callable[[Sequence[Tensor]], bool]
 
 _TENSOR = object()
 
@@ -119,36 +131,51 @@ class _Result:
 
 
 @dataclass(frozen=True)
-class Specialisation:
-    """One compiled trace, and the calls it is good for."""
+class Trace:
+    """A traced call: the program, how results are put together, and the calls it holds for."""
 
     program: Program
-    compiled: Compiled
     result: _Result
     guard: Callable[[Sequence[Tensor]], bool]
-    state: tuple[tuple[int, int], ...]
 
-    def fits(self, tensors: Sequence[Tensor], state: tuple[tuple[int, int], ...]) -> bool:
-        """Whether these tensors (and unchanged weights) may run here."""
-        graph = next(iter(self.program.entries.values()))
-        return (
-            state == self.state
-            and all(
-                size == x.shape[axis]
-                for x, value in zip(tensors, graph.inputs, strict=True)
-                for axis, size in enumerate(value.type.shape)
-                if isinstance(size, int)
-            )
-            and self.guard(tensors)
-        )
+    @property
+    def graph(self) -> Graph:
+        """The only entry."""
+        (graph,) = self.program.entries.values()
+        return graph
+
+    def sizes(self, tensors: Sequence[Tensor]) -> dict[str, int] | None:
+        """What the symbols are for these tensors; `None` where the trace does not hold."""
+        try:
+            sizes = bind_symbols(self.graph, tensors)
+        except UsageError:
+            return None
+        known = self.program.symbols
+        if any(not known[s].lo <= n <= known[s].hi for s, n in sizes.items()):
+            return None
+        return sizes if self.guard(tensors) else None
+
+
+@dataclass(frozen=True)
+class Specialisation:
+    """A trace, compiled for sizes within `program.symbols`."""
+
+    trace: Trace
+    program: Program
+    compiled: Compiled
+    state: State
+
+    def fits(self, sizes: Mapping[str, int]) -> bool:
+        """Whether these sizes are within the bounds that memory was planned for."""
+        ranges = self.program.symbols
+        return all(ranges[symbol].lo <= n <= ranges[symbol].hi for symbol, n in sizes.items())
 
     def run(self, tensors: Sequence[Tensor]) -> Any:
         """The function's result."""
-        graph = next(iter(self.program.entries.values()))
-        names = (v.name for v in graph.inputs)
+        names = (v.name for v in self.trace.graph.inputs)
         dense = (x.detach().contiguous() for x in tensors)
         outputs = self.compiled.run(dict(zip(names, dense, strict=True)))
-        return self.result.assemble([outputs[name] for name in graph.output_names])
+        return self.trace.result.assemble([outputs[n] for n in self.trace.graph.output_names])
 
 
 class Optimized(Generic[P, R]):
@@ -160,7 +187,7 @@ class Optimized(Generic[P, R]):
         options: Options,
         axes: Sequence[Sequence[int]] | None = None,
     ) -> None:
-        """`axes` names the symbolic axes of each tensor; `dynamic_axes` chooses otherwise."""
+        """`axes` names the symbolic axes of each tensor; `symbolic_choices` has them otherwise."""
         functools.update_wrapper(self, function, updated=())
         self.function = function
         self.options = options
@@ -211,50 +238,66 @@ class Optimized(Generic[P, R]):
         self, leaves: list[Any], layout: TreeSpec, tensors: Sequence[Tensor]
     ) -> Specialisation:
         key = (str(layout), tuple(map(_constant, leaves)), tuple(map(kind_of_call, tensors)))
-        state = tuple((id(x), x._version) for x in self._weights())
+        state = tuple((id(x), 0 if x.is_inference() else x._version) for x in self._weights())
         with self._lock:
             known = self._cache.setdefault(key, [])
             known[:] = [s for s in known if s.state == state]
-            for candidate in known:
-                if candidate.fits(tensors, state):
-                    return candidate
-            known.insert(0, self._compiled(leaves, layout, tensors, state))
+            for i, candidate in enumerate(known):
+                sizes = candidate.trace.sizes(tensors)
+                if sizes is None:
+                    continue
+                if not candidate.fits(sizes):
+                    known[i] = self._compiled(candidate.trace, tensors, state, candidate.program)
+                return known[i]
+            known.insert(0, self._traced(leaves, layout, tensors, state))
             return known[0]
 
-    def _compiled(
-        self,
-        leaves: list[Any],
-        layout: TreeSpec,
-        tensors: Sequence[Tensor],
-        state: tuple[tuple[int, int], ...],
+    def _traced(
+        self, leaves: list[Any], layout: TreeSpec, tensors: Sequence[Tensor], state: State
     ) -> Specialisation:
+        """Trace and compile, with fewer symbolic sizes where the tracer or the backend objects."""
         result = _Result()
         call = _Call(self.function, layout, leaves, result)
-        axes = self.axes or [dynamic_axes(x) for x in tensors]
-        shapes = [dict.fromkeys(chosen, torch.export.Dim.AUTO) for chosen in axes]
         name = getattr(self.function, "__name__", "main")
-        program, guard = traced(call, tensors, shapes, name if name.isidentifier() else "main")
-        return Specialisation(program, self.options.compile(program), result, guard, state)
+        name = name if name.isidentifier() else "main"
+        for axes in [self.axes] if self.axes is not None else symbolic_choices(tensors):
+            try:
+                trace = _trace(call, tensors, axes, name)
+            except (UsageError, UnsupportedOperator):
+                break
+            try:
+                return self._compiled(trace, tensors, state)
+            except UnsupportedOperator:
+                continue
+        constant = _trace(call, tensors, [()] * len(tensors), name)
+        return self._compiled(constant, tensors, state)
+
+    def _compiled(
+        self, trace: Trace, tensors: Sequence[Tensor], state: State, smaller: Program | None = None
+    ) -> Specialisation:
+        """Compile for these sizes and those up to the next power of two.
+
+        Memory is planned for the largest sizes, so they are bounded by what has been seen, and
+        grow by doubling: `smaller` is the program that these tensors have outgrown.
+        """
+        symbols = {}
+        for symbol, known in trace.program.symbols.items():
+            size = (trace.sizes(tensors) or {}).get(symbol, known.hi)
+            roof = max(ROOM, 1 << (size - 1).bit_length())
+            seen = smaller.symbols[symbol].hi if smaller is not None else 0
+            symbols[symbol] = Range(known.lo, min(known.hi, max(roof, seen)))
+        program = replace(trace.program, symbols=symbols)
+        return Specialisation(trace, program, self.options.compile(program), state)
 
 
-def traced(
-    call: nn.Module, tensors: Sequence[Tensor], shapes: Sequence[Any], name: str
-) -> tuple[Program, Callable[[Sequence[Tensor]], bool]]:
-    """A program for `call(*tensors)`, and when it holds for other tensors.
-
-    Sizes are symbolic as `shapes` says; where that cannot be traced or translated, all are
-    constants.
-    """
+def _trace(
+    call: _Call, tensors: Sequence[Tensor], axes: Sequence[Sequence[int]], name: str
+) -> Trace:
+    """Trace `call(*tensors)` with these axes symbolic."""
     args = tuple(x.detach() for x in tensors)
-    try:
-        exported = export(call, args, {"tensors": tuple(shapes)} if shapes else None)
-        program = _program(exported, name)
-    except (UsageError, UnsupportedOperator):
-        if not any(shapes):
-            raise
-        exported = export(call, args)
-        program = _program(exported, name)
-    return program, _guard(exported)
+    shapes = tuple(dict.fromkeys(chosen, torch.export.Dim.AUTO) for chosen in axes)
+    exported = export(call, args, {"tensors": shapes} if any(shapes) else None)
+    return Trace(_program(exported, name), call.result, _guard(exported))
 
 
 def _program(exported: torch.export.ExportedProgram, name: str) -> Program:
@@ -264,7 +307,7 @@ def _program(exported: torch.export.ExportedProgram, name: str) -> Program:
     return import_exported(exported, name=name, input_names=names, prefix=WRAPPED)
 
 
-def _guard(exported: torch.export.ExportedProgram) -> Callable[[Sequence[Tensor]], bool]:
+def _guard(exported: torch.export.ExportedProgram) -> Guard:
     """The conditions on sizes that the tracer relied on, as one predicate over the inputs."""
     conditions: list[str] = list(getattr(exported, "_guards_code", None) or [])
     if not conditions:
@@ -274,8 +317,26 @@ def _guard(exported: torch.export.ExportedProgram) -> Callable[[Sequence[Tensor]
     return lambda tensors: bool(eval(code, {"torch": torch}, {"L": {"tensors": tuple(tensors)}}))
 
 
+def symbolic_choices(tensors: Sequence[Tensor]) -> list[list[list[int]]]:
+    """Which axes of each tensor to keep symbolic, in the order in which to try.
+
+    All but the features; then without the axis that holds the heads, [b,h,s,d] or [b,s,h,d], whose
+    number a kernel may have to know. What remains is to take every size as a constant.
+    """
+    every = [dynamic_axes(x) for x in tensors]
+    choices = [every]
+    for heads in (1, 2):
+        fewer = [
+            [a for a in axes if a != heads or x.dim() < 4]
+            for x, axes in zip(tensors, every, strict=True)
+        ]
+        if fewer not in choices:
+            choices.append(fewer)
+    return choices
+
+
 def dynamic_axes(tensor: Tensor) -> list[int]:
-    """The axes to keep symbolic: all but the features (the last axis of a float matrix).
+    """The axes that may be symbolic: all but the features (the last axis of a float matrix).
 
     Sizes 0 and 1 broadcast and vanish; they stay constants.
     """
