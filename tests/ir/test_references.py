@@ -250,7 +250,7 @@ def test_05_scores_do_not_depend_on_the_layout() -> None:
                                          for x in (q, k)))
         for layout in ("interleaved", "deinterleave")
     ]  # fmt: skip
-    close(*scores)
+    close(scores[0], scores[1])
 
 
 def test_rope_at_position_zero_is_the_identity() -> None:
@@ -261,14 +261,19 @@ def test_rope_at_position_zero_is_the_identity() -> None:
 # --- attention ------------------------------------------------------------------------------------
 
 
+def by_torch(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any) -> torch.Tensor:
+    """torch's attention, which has heads before rows."""
+    first = [x.transpose(1, 2) for x in (q, k, v)]
+    made = functional.scaled_dot_product_attention(first[0], first[1], first[2], **options)
+    return made.transpose(1, 2)
+
+
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("groups", [1, 2, 4])
 def test_attention_agrees_with_torch(causal: bool, groups: int) -> None:
     q, k, v = randn(2, 5, 4, 6), randn(2, 5, groups, 6, seed=1), randn(2, 5, groups, 7, seed=2)
     made = call("attention", q, k, v, scale=0.4, causal=causal)
-    wanted = functional.scaled_dot_product_attention(
-        *(x.transpose(1, 2) for x in (q, k, v)), is_causal=causal, scale=0.4, enable_gqa=True
-    ).transpose(1, 2)
+    wanted = by_torch(q, k, v, is_causal=causal, scale=0.4, enable_gqa=True)
     close(made, wanted)
 
 
@@ -279,9 +284,7 @@ def test_attention_with_lengths_masks_as_stated() -> None:
     for b, n in enumerate(lengths.tolist()):
         for i in range(3):
             mask[b, 0, i, : n + i + 1] = True
-    wanted = functional.scaled_dot_product_attention(
-        *(x.transpose(1, 2) for x in (q, k, v)), attn_mask=mask, scale=0.5
-    ).transpose(1, 2)
+    wanted = by_torch(q, k, v, attn_mask=mask, scale=0.5)
     close(call("attention", q, k, v, lengths, scale=0.5, causal=True), wanted)
 
 
@@ -362,7 +365,9 @@ def test_08_chunked_prefill_equals_full(chunks: tuple[int, ...]) -> None:
     full = call("mla_attention", q_nope, q_rope, latent, rope, kv_b, zero, scale=0.4)
     past = [latent[:, :0], rope[:, :0]]
     cache = [torch.full((2, n + 3, w), 1e4) for w in (c, r)]
-    outputs, in_place, at = [], [], 0
+    outputs: list[torch.Tensor] = []
+    in_place: list[torch.Tensor] = []
+    at = 0
     for size in chunks:
         part = slice(at, at + size)
         lengths = zero + at

@@ -12,7 +12,7 @@ from hypothesis import given
 
 from dsc.errors import VerificationError
 from dsc.ir.dims import Dim
-from dsc.ir.extents import Extent, System, Unsolvable
+from dsc.ir.extents import Check, Extent, System, Unsolvable
 from dsc.ir.interpreter import Interpreter
 from dsc.ir.parser import parse_program
 from dsc.ir.printer import print_program
@@ -183,8 +183,8 @@ def test_a_layer_of_every_model_of_the_family(name: str) -> None:
     assert all(small[n] == n for n in small if isinstance(n, int) and n <= 8)
     assert small[m["n"] + m["r"]] == small[m["n"]] + small[m["r"]]
     assert small[m["heads"] * m["v"]] == small[m["heads"]] * small[m["v"]]
-    assert small[m["e"]] % m["groups"] == 0
-    assert small[m["r"]] % 2 == 0
+    assert int(str(small[m["e"]])) % m["groups"] == 0
+    assert int(str(small[m["r"]])) % 2 == 0
     assert all(n % 2 == 1 or s % 2 == 0 for n, s in small.items()
                if isinstance(n, int) and isinstance(s, int))  # fmt: skip
     config = after.meta["config"]
@@ -308,12 +308,17 @@ def test_operators_that_signatures_say_little_of(name: str) -> None:
                for d in e.type.shape if isinstance(d, int)) < 100  # fmt: skip
 
 
-def test_what_cannot_shrink_is_an_error_that_says_why() -> None:
-    text = """program "p" {stage=TRACED} symbols {B=[1,4]}
+def test_a_table_that_is_only_looked_up_shrinks() -> None:
+    program = parse_program("""program "p" {stage=TRACED} symbols {B=[1,4]}
     weights { @w : f32[4000,7] = source "w" : f32[4000,7] }
-    graph main(%x: f32[B,4000]) { %y = take @w, %i {axis=0}
-      return %y }""".replace("%x: f32[B,4000]", "%i: i64[B]")
-    assert parse_program(text).shrunk().weights["w"].type.shape[0] < 100
+    graph main(%i: i64[B]) { %y = take @w, %i {axis=0} return %y }""")
+    rows, columns = program.shrunk().weights["w"].type.shape
+    assert isinstance(rows, int)
+    assert rows < 100
+    assert columns == 7
+
+
+def test_what_cannot_shrink_is_an_error_that_says_why() -> None:
     system = System()
     a, b = system.extent(30), system.extent(90)
     system.equate(b, Extent.number(3) * a)
@@ -321,8 +326,6 @@ def test_what_cannot_shrink_is_an_error_that_says_why() -> None:
     system.divisible(b, 90)
     assert {system.original[u]: v for u, v in system.solve().items()} == {30: 30, 90: 90}
     system.checks.clear()
-    from dsc.ir.extents import Check
-
     system.checks.append(Check((0,), lambda values: False, "impossible"))
     with pytest.raises(Unsolvable, match="impossible"):
         system.solve()
