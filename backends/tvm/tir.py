@@ -258,16 +258,28 @@ def select(condition: Expr, a: Expr, b: Expr) -> Expr:
 
 def total(vector: Expr) -> Expr:
     """The sum of the lanes."""
-    if lanes_of(vector) == 1:
-        return vector
-    return tirx.call_llvm_pure_intrin("float32", "llvm.vector.reduce.fadd", f32(-0.0), vector)
+    return _fold(vector, lambda a, b: a + b)
 
 
 def largest(vector: Expr) -> Expr:
     """The largest lane."""
-    if lanes_of(vector) == 1:
+    return _fold(vector, tirx.max)
+
+
+def _fold(vector: Expr, combine: Callable[[Expr, Expr], Expr]) -> Expr:
+    """Combine the halves of a vector until one lane is left.
+
+    LLVM's own reductions add the lanes in order, one after another.
+    """
+    lanes = lanes_of(vector)
+    while lanes > 2:
+        lanes //= 2
+        named, kind = bind(vector), vector_type("float32", lanes)
+        vector = combine(tirx.vectorlow(kind, named), tirx.vectorhigh(kind, named))
+    if lanes == 1:
         return vector
-    return tirx.call_llvm_pure_intrin("float32", "llvm.vector.reduce.fmax", vector)
+    named = bind(vector)
+    return combine(tirx.Shuffle([named], [0]), tirx.Shuffle([named], [1]))
 
 
 _LOG2_E = 1.4426950408889634

@@ -61,3 +61,13 @@ def test_kernel_matches_the_reference(case: Case, loaded: Executable) -> None:
             assert tensor.dtype == reference.dtype
             error = relative_error(tensor, reference)
             assert error <= tolerance, f"{name} at {env}: {error:.2e} > {tolerance}"
+
+
+def test_bf16_stores_round_ties_to_even(loaded: Executable) -> None:
+    tie = 2.0**-8
+    row = [1 + tie, 1 + 3 * tie, -1 - tie, 1 + tie * 1.01, 3.4e38, float("inf"), -0.0, 1e-40, 0.5]
+    x = torch.tensor([row])
+    got = loaded.run("cast_1_f32", {"x": x})["y0"]
+    assert torch.equal(got.view(torch.int16), x.bfloat16().view(torch.int16))
+    nan = loaded.run("cast_1_f32", {"x": torch.full((1, 9), float("nan"))})["y0"]
+    assert bool(nan.isnan().all())

@@ -11,12 +11,11 @@ import re
 import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import reduce
 from typing import Any
 
 import torch
 
-from dsc.ir.dims import Range, evaluate, free_symbols
+from dsc.ir.dims import Range, evaluate
 from dsc.ir.graph import Graph, GraphBuilder
 from dsc.ir.op import registry
 from dsc.ir.parser import parse_operands
@@ -204,8 +203,8 @@ def program(found: list[Case]) -> Program:
     """One program with an entry for each case."""
     symbols: set[str] = set()
     for case in found:
-        dims = [d for v in case.graph.values() for d in v.type.shape]
-        symbols |= reduce(frozenset.union, map(free_symbols, dims), frozenset())
+        for value in case.graph.values():
+            symbols |= value.type.symbols
     ranges = {name: Range(1, 128) for name in sorted(symbols)}
     entries = {case.id: case.graph for case in found}
     return Program("kernels", entries, symbols=ranges, stage=Stage.OPTIMIZED)

@@ -126,19 +126,24 @@ def _pack(queries: Queries, keys: Sequence[Rows], scale: float, lanes: int) -> l
 def _dot(
     packed: Sequence[Local], keys: Sequence[Rows], t: Expr, count: int, lanes: int
 ) -> list[Expr]:
-    """The scores of all queries with row t."""
+    """The scores of all queries with row t; parts of one vector width share accumulators."""
+    shared = {lanes_for(rows.width, lanes) for rows in keys}
+    sums: list[Local] = []
     scores: list[Expr] = [f32(0.0)] * count
-    for part, rows in zip(packed, keys, strict=True):
+    for last, (part, rows) in enumerate(zip(packed, keys, strict=True), 1 - len(keys)):
         width = lanes_for(rows.width, lanes)
-        sums = [Local(1, width=width) for _ in range(count)]
-        for acc in sums:
-            acc[0] = acc.zero
+        if not sums:
+            sums = [Local(1, width=width) for _ in range(count)]
+            for acc in sums:
+                acc[0] = acc.zero
         start = bind(rows.at(t))
         with loop(rows.width // width) as i:
             key = bind(rows.tensor.at(start + i * width, width))
             for q, acc in enumerate(sums):
                 acc[0] = acc[0] + part.load(q * rows.width + i * width, width) * key
-        scores = [s + total(acc[0]) for s, acc in zip(scores, sums, strict=True)]
+        if len(shared) > 1 or last == 0:
+            scores = [s + total(acc[0]) for s, acc in zip(scores, sums, strict=True)]
+            sums = []
     return scores
 
 
