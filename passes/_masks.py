@@ -82,9 +82,7 @@ def _cases(
     return cases
 
 
-def _check(
-    region: lift.Region, sizes: Mapping[str, int], rows: int, total: int, seed: int
-) -> str:
+def _check(region: lift.Region, sizes: Mapping[str, int], rows: int, total: int, seed: int) -> str:
     """Compare one evaluation with `j <= lengths[b] + i`."""
     import torch
 
@@ -114,8 +112,7 @@ def _different(found: torch.Tensor, wanted: torch.Tensor) -> Iterator[tuple[int,
     if found.shape[0] not in (1, wanted.shape[0]) and wanted.shape[0] != 1:
         yield (0, 0, 0)
         return
-    for b, i, j in (found != wanted).nonzero()[:1].tolist():
-        yield b, i, j
+    yield from (found != wanted).nonzero()[:1].tolist()
 
 
 def _visible(mask: torch.Tensor) -> torch.Tensor | str:

@@ -6,13 +6,15 @@ Why it pays    a person can read the program, and the same model traced from two
                the same text.
 Preconditions  none; locations decide, so values without one are named by operator alone.
 Before         graph main(%x: f32[B,4], @model.layers.3.mlp.up_proj.weight: f32[6,4]) {
-                 %mul_7 = linear %x, @model.layers.3.mlp.up_proj.weight : f32[B,6] loc "model.layers.3.mlp.up_proj"
+                 %mul_7 = linear %x, @model.layers.3.mlp.up_proj.weight : f32[B,6]
+                   loc "model.layers.3.mlp.up_proj"
                  %mul_8 = relu %mul_7 : f32[B,6] loc "model.layers.3.mlp"
                  %mul_9 = neg %mul_8 : f32[B,6]
                  return %mul_9 as "logits"
                }
 After          graph main(%x: f32[B,4], @model.layers.3.mlp.up_proj.weight: f32[6,4]) {
-                 %l3.up_proj = linear %x, @model.layers.3.mlp.up_proj.weight : f32[B,6] loc "model.layers.3.mlp.up_proj"
+                 %l3.up_proj = linear %x, @model.layers.3.mlp.up_proj.weight : f32[B,6]
+                   loc "model.layers.3.mlp.up_proj"
                  %l3.relu = relu %l3.up_proj : f32[B,6] loc "model.layers.3.mlp"
                  %logits = neg %l3.relu : f32[B,6]
                  return %logits
@@ -70,8 +72,8 @@ def named(graph: Graph) -> Graph:
     for node in graph.nodes:
         for index, value in enumerate(node.outputs):
             given = public.get(value.name)
-            word = readers.get(value.name) if node.op == "split" else None
-            chosen[value.name] = given or names.fresh(_hint(node, word or _word(node, index)))
+            role = readers.get(value.name) if node.op == "split" else None
+            chosen[value.name] = given or names.fresh(_hint(node, role or _word(node, index)))
     if all(old == new for old, new in chosen.items()):
         return graph
 

@@ -7,8 +7,8 @@ What           a concat of a cache and its new rows, and a scatter of new rows a
 Why it pays    the cache becomes a state with a declared update, which can then be made in place:
                a decode step writes one row instead of copying the whole past.
 Preconditions  stage TRACED, after raise_attention, so that from the first append on every row is
-               masked by lengths; the graph has an input `lengths: i64[b]`; the past is the graph input
-               of an alias. Without `lengths` a concat stays a concat.
+               masked by lengths; the graph has an input `lengths: i64[b]`; the past is the
+               graph input of an alias. Without `lengths` a concat stays a concat.
 Before         graph main(%lengths: i64[B], %past: f32[B,P,4], %new: f32[B,S,4]) {
                  %a = reshape %past {shape=[B,1,P,4]} : f32[B,1,P,4]
                  %b = reshape %new {shape=[B,1,S,4]} : f32[B,1,S,4]
@@ -26,7 +26,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from dsc.ir.dims import Dim, product
 from dsc.ir.graph import Graph, GraphBuilder, Node, Operand, Value
@@ -65,7 +65,7 @@ def lengths_of(graph: Graph, batch: Dim) -> Value | None:
 
 
 class Append(Rule):
-    """concat(past, new), scatter(past, lengths + i, new)  ==>  append(past, new, lengths)"""
+    """concat(past, new), scatter(past, lengths + i, new)  ==>  append(past, new, lengths)."""
 
     anchors = frozenset({"concat", "scatter"})
     examples = (
@@ -75,7 +75,7 @@ class Append(Rule):
 }""",
         _GROWN.format(first=0),
     )
-    near_misses = {
+    near_misses: ClassVar[Mapping[str, str]] = {
         "there is no input of lengths": """graph g(%past: f32[B,P,4], %new: f32[B,S,4]) {
   %y = concat %past, %new {axis=1}
   return %y as "present" updates %past
@@ -179,7 +179,12 @@ def _prove(m: Match, rows: tuple[Dim, ...]) -> str:
         graph = Graph(graph.name, tuple(inputs), graph.nodes, graph.outputs, graph.output_names)
     place = [leaves.index(x) for x in (m.past, m.new, m.lengths)]
     shape = graph.outputs[0].type.shape
-    candidate = lift.build(inputs, lambda b, *xs: _emit(b, *(xs[i] for i in place), rows, shape))
+
+    def body(b: GraphBuilder, *xs: Value) -> Operand:
+        past, new, lengths = (xs[i] for i in place)
+        return _emit(b, past, new, lengths, rows, shape)
+
+    candidate = lift.build(inputs, body)
     cases = []
     for seed, sizes in enumerate(lift.assignments(graph)):
         tensors = [lift.normal(v, sizes, seed + i) for i, v in enumerate(inputs)]

@@ -23,7 +23,9 @@ After          graph main(%x: f32[B,8], @norm.weight: f32[8]) {
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 from dsc.ir.graph import Operand
 from dsc.ir.ops.shape import axis_of
@@ -60,7 +62,7 @@ def _norm(**changes: str) -> str:
 
 
 class RmsNorm(Rule):
-    """weight * (x * rsqrt(mean(x^2) + eps))  ==>  rms_norm(x, weight)"""
+    """weight * (x * rsqrt(mean(x^2) + eps))  ==>  rms_norm(x, weight)."""
 
     tolerance = 1e-6
     examples = (
@@ -80,7 +82,7 @@ class RmsNorm(Rule):
   return %y
 }""",
     )
-    near_misses = {
+    near_misses: ClassVar[Mapping[str, str]] = {
         "the mean is over another axis": """graph g(%x: f32[8,8], @w: f32[8]) {
   %s = square %x
   %m = mean %s {axes=[0], keepdims=true}

@@ -5,7 +5,7 @@ What           everything between x, the positions and the frequencies on one si
                a table of sines and cosines) and proved by running it against each layout.
 Why it pays    one kernel reads x once and needs no table; which layout the cached keys have, and
                that YaRN scales cos and sin, is then written in the program instead of implied.
-Preconditions  stage TRACED; the frequencies are a weight f32[r/2], the positions i64[b,s].
+Preconditions  stage TRACED; the frequencies are a weight [r/2], the positions i64[b,s].
 Before         graph main(%x: f32[B,S,4], %p: i64[B,S], @inv_freq: f32[2]) {
                  %a = reshape %p {shape=[B,S,1]} : i64[B,S,1]
                  %b = cast %a {dtype=f32} : f32[B,S,1]
@@ -24,24 +24,24 @@ Before         graph main(%x: f32[B,S,4], %p: i64[B,S], @inv_freq: f32[2]) {
                  return %y
                }
 After          graph main(%x: f32[B,S,4], %p: i64[B,S], @inv_freq: f32[2]) {
-                 %y = rope %x, %p, @inv_freq {layout="deinterleave", scale=1.0} : f32[B,S,4] loc "rope"
+                 %y = rope %x, %p, @inv_freq {layout="deinterleave", scale=1.0} : f32[B,S,4]
+                   loc "rope"
                  return %y
                }
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import ClassVar
 
-from dsc.ir.dims import Dim, product
-from dsc.ir.graph import GraphBuilder, Node, Operand, Value, Weight
-from dsc.ir.ops.nn import ROPE_LAYOUTS
+from dsc.ir.graph import Node, Operand, Value, Weight
 from dsc.ir.ops.shape import normalised_dims
 from dsc.ir.program import Program
 from dsc.ir.stages import Stage
 from dsc.ir.types import DType
+from dsc.passes._rotations import emit, prove
 from dsc.passes._views import VIEW_RULES
 from dsc.rewrite import lift
 from dsc.rewrite.base import Pass, PassReport
@@ -49,13 +49,23 @@ from dsc.rewrite.driver import apply_rules
 from dsc.rewrite.rule import Facts, Match, Reject, Result, RewriteBuilder, Rule, reject
 from dsc.rewrite.scope import VIEWS, Scope
 
-_TABLE = VIEWS | {"cast", "concat", "mul", "add", "sub", "div", "neg", "cos", "sin", "matmul", "full"}
+_TABLE = VIEWS | {
+    "cast",
+    "concat",
+    "mul",
+    "add",
+    "sub",
+    "div",
+    "neg",
+    "cos",
+    "sin",
+    "matmul",
+    "full",
+}
 """What a table of sines and cosines is computed with."""
 _JOIN = VIEWS | {"cast", "concat", "add", "sub", "slice_scatter", "neg"}
 """What brings the rotated parts together."""
 _SOURCE = VIEWS | {"cast", "concat", "neg"}
-MAX_POSITION = 5000
-_ROLES = ("x", "positions", "inv_freq")
 
 _ROTATED = """graph g(%x: f32[B,{head}S,4], %p: i64[B,S], @inv_freq: f32[2]) {{
   %a = reshape %p {{shape=[B,1,S,1]}}
@@ -79,14 +89,14 @@ _ROTATED = """graph g(%x: f32[B,{head}S,4], %p: i64[B,S], @inv_freq: f32[2]) {{
 
 
 class Rope(Rule):
-    """x turned by cos and sin of positions * inv_freq  ==>  rope(x, positions, inv_freq)"""
+    """x turned by cos and sin of positions * inv_freq  ==>  rope(x, positions, inv_freq)."""
 
     tolerance = 1e-5
     examples = (
         _ROTATED.format(head="3,", second="%l"),
         _ROTATED.format(head="1,", second="%l"),
     )
-    near_misses = {
+    near_misses: ClassVar[Mapping[str, str]] = {
         "the second product has the cosine too": _ROTATED.format(head="3,", second="%k"),
     }
 
@@ -106,13 +116,13 @@ class Rope(Rule):
     def check(self, m: Match) -> Facts | Reject:
         """Prove one of the layouts, and read the scale off position 0."""
         key = ("rope", m.region.key, m.region.leaves.index(m.x))
-        found = lift.proven(m.scope, key, lambda: _prove(m))
+        found = lift.proven(m.scope, key, lambda: prove(m))
         return reject(found, m.x) if isinstance(found, str) else found
 
     def rewrite(self, b: RewriteBuilder, m: Match, facts: Facts) -> Result:
         """rope on [b,s,h,r] or [b,s,r], between the views that lead there and back."""
         shape = m.root.output.type.shape
-        return _emit(b, m.x, m.positions, m.inv_freq, facts["layout"], facts["scale"], shape)
+        return emit(b, m.x, m.positions, m.inv_freq, facts["layout"], facts["scale"], shape)
 
 
 def _tables(scope: Scope) -> set[str]:
@@ -123,7 +133,7 @@ def _tables(scope: Scope) -> set[str]:
         values = [x.name for x in node.operands if isinstance(x, Value)]
         if node.op in ("arange", "full"):
             plain.add(node.output.name)
-        elif values and all(v in plain for v in values) and node.op in _TABLE:
+        elif all(v in plain for v in values) and node.op in _TABLE:
             plain.update(v.name for v in node.outputs)
             if node.op in ("cos", "sin") or any(v in trigonometric for v in values):
                 trigonometric.update(v.name for v in node.outputs)
@@ -190,7 +200,9 @@ def _alike(x: Value, y: Value) -> bool:
     """Whether two values have one type but for axes of extent 1 and the order of the others."""
     *a, last = x.type.shape
     *b, final = y.type.shape
-    same = sorted(map(str, normalised_dims(tuple(a)))) == sorted(map(str, normalised_dims(tuple(b))))
+    same = sorted(map(str, normalised_dims(tuple(a)))) == sorted(
+        map(str, normalised_dims(tuple(b)))
+    )
     return same and last == final and x.type.dtype == y.type.dtype
 
 
@@ -215,7 +227,7 @@ def _match(scope: Scope, root: Node, x: Value) -> Match | None:
     inv_freq = [v for v in others if isinstance(v, Weight) and v.type.rank == 1]
     if len(positions) != 1 or len(inv_freq) != 1 or len(others) != 2:
         return None
-    if positions[0].type.rank != 2 or inv_freq[0].type.dtype is not DType.f32:
+    if positions[0].type.rank != 2 or not inv_freq[0].type.dtype.is_float:
         return None
     inside = {"x": x, "positions": positions[0], "inv_freq": inv_freq[0], "region": region}
     own = tuple(n for n in region.nodes if any(v.name != x.name for v in n.outputs))
@@ -223,88 +235,12 @@ def _match(scope: Scope, root: Node, x: Value) -> Match | None:
     return Match(inside, own, root.outputs, root, scope, shared)
 
 
-def _emit(
-    b: GraphBuilder,
-    x: Operand,
-    positions: Operand,
-    inv_freq: Operand,
-    layout: str,
-    scale: float,
-    shape: tuple[Dim, ...],
-) -> Operand:
-    """rope of an x whose axes are b, s, perhaps h, and r, in some order; the result in `shape`."""
-    batch, new = positions.type.shape
-    rows = (batch, new, x.type.shape[-1])
-    attrs: dict[str, Any] = {"layout": layout, "scale": scale}
-    turned = x
-    swap = (0, 2, 1, 3)
-    headed = x.type.numel != product(rows)
-    front = headed and x.type.shape[:2] != (batch, new)
-    if front:
-        (turned,) = b.call("permute", turned, dims=swap)
-    elif not headed and x.type.shape != rows:
-        (turned,) = b.call("reshape", turned, shape=rows)
-    (turned,) = b.call("rope", turned, positions, inv_freq, **attrs)
-    if headed and normalised_dims(turned.type.shape) != normalised_dims(shape):
-        (turned,) = b.call("permute", turned, dims=swap)
-    return turned if turned.type.shape == shape else b.call("reshape", turned, shape=shape)[0]
-
-
-def _prove(m: Match) -> dict[str, Any] | str:
-    """The layout and scale under which the region is rope, or why it is none."""
-    import torch
-
-    region: lift.Region = m.region
-    graph = lift.widened(region.graph)
-    place = {role: region.leaves.index(m.get(role)) for role in _ROLES}
-    leaves = [Value(v.name, v.type) for v in graph.inputs]
-
-    def tensors(sizes: dict[str, int], seed: int) -> list[torch.Tensor]:
-        made = [torch.empty(0)] * 3
-        made[place["x"]] = lift.normal(leaves[place["x"]], sizes, seed)
-        made[place["positions"]] = lift.integers(
-            leaves[place["positions"]], sizes, seed, MAX_POSITION
-        )
-        made[place["inv_freq"]] = lift.normal(leaves[place["inv_freq"]], sizes, seed).abs()
-        return made
-
-    cases = [lift.Case(s, tensors(s, i)) for i, s in enumerate(lift.assignments(graph))]
-    scale = _scale_of(graph, cases[0], place)
-    if scale is None:
-        return "at position 0 it is no multiple of x"
-    scale = lift.as_written(scale, [1.0, *region.constants()])
-    why = ""
-    for layout in ROPE_LAYOUTS:
-        candidate = lift.build(
-            leaves,
-            lambda b, *xs, layout=layout: _emit(
-                b, *(xs[place[role]] for role in _ROLES), layout, scale, graph.outputs[0].type.shape
-            ),
-        )
-        why = lift.prove(graph, candidate, cases)
-        if not why:
-            return {"layout": layout, "scale": scale}
-    return f"it is rope in none of the layouts {', '.join(ROPE_LAYOUTS)} ({why})"
-
-
-def _scale_of(graph: Any, case: lift.Case, place: dict[str, int]) -> float | None:
-    """What x is multiplied by where nothing turns: ones in, at position 0."""
-    import torch
-
-    still = list(case.tensors)
-    still[place["x"]] = torch.ones_like(still[place["x"]])
-    still[place["positions"]] = torch.zeros_like(still[place["positions"]])
-    (out,) = lift.run(graph, lift.Case(case.sizes, still))
-    low, high = float(out.min()), float(out.max())
-    return low if abs(high - low) < 1e-6 else None
-
-
 @dataclass(frozen=True)
 class RaiseRope(Pass):
     """Raise every rotation, then merge the views around it."""
 
     needs = frozenset({Stage.TRACED})
-    tolerance = 2e-2  # in bf16 the table is no longer rounded; in fp32 this is exact to 1e-6
+    tolerance = 1e-5
 
     def run(self, program: Program, report: PassReport) -> Program:
         """Rotations first: the view rules would otherwise see the table's views."""

@@ -15,7 +15,9 @@ Before         graph main(%x: f32[B,S,4], @gate: f32[6,4]) {
                  return %d as "w", %e as "idx"
                }
 After          graph main(%x: f32[B,S,4], @gate: f32[6,4]) {
-                 %route, %route_1 = route %x, @gate {fill=-inf, group_score="top2", groups=1, keep=1, normalise=false, scale=1.0, score="softmax", top_k=2} : i64[B,S,2], f32[B,S,2] loc "gate"
+                 %route, %route_1 = route %x, @gate {fill=-inf, group_score="top2", groups=1,
+                   keep=1, normalise=false, scale=1.0, score="softmax", top_k=2}
+                   : i64[B,S,2], f32[B,S,2] loc "gate"
                  %e = reshape %route {shape=[B*S,2]} : i64[B*S,2] loc "gate"
                  %d = reshape %route_1 {shape=[B*S,2]} : f32[B*S,2] loc "gate"
                  return %d as "w", %e as "idx"
@@ -24,32 +26,25 @@ After          graph main(%x: f32[B,S,4], @gate: f32[6,4]) {
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from itertools import product
-from math import inf, log2
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import ClassVar
 
-from dsc.ir.graph import GraphBuilder, Node, Operand, Value
+from dsc.ir.graph import Node, Operand, Value
 from dsc.ir.program import Program
 from dsc.ir.stages import Stage
 from dsc.ir.types import DType
+from dsc.passes._routing import emit, prove
 from dsc.rewrite import lift
 from dsc.rewrite.base import Pass, PassReport
 from dsc.rewrite.driver import apply_rules
 from dsc.rewrite.rule import Facts, Match, Reject, Result, RewriteBuilder, Rule, reject
 from dsc.rewrite.scope import Scope
 
-if TYPE_CHECKING:
-    import torch
-
 _TO_WEIGHTS = frozenset({"gather", "add", "sub", "mul", "div", "sum", "cast", "reshape", "permute"})
 _OF_TOKENS = frozenset({"cast", "reshape"})
 MAX_STEPS = 40
-SHIFTS = (0.0, -0.3, -0.6, -1.2)
-"""Mean biases to try: what masked groups are filled with shows where biased scores are below it."""
-TOKENS = 8
-"""Extent of every symbol in the larger experiment: 64 tokens for a [b,s] batch."""
 
 _V3 = """graph g(%x: bf16[B,S,8], @gate: bf16[12,8], @bias: f32[12]) {{
   %t = reshape %x {{shape=[B*S,8]}}
@@ -83,7 +78,7 @@ _V3 = """graph g(%x: bf16[B,S,8], @gate: bf16[12,8], @bias: f32[12]) {{
 
 
 class Route(Rule):
-    """topk(score(x @ gate^T) + bias, in kept groups), its scores  ==>  route(x, gate, bias)"""
+    """topk(score(x @ gate^T) + bias, in kept groups), its scores  ==>  route(x, gate, bias)."""
 
     tolerance = 1e-5
     anchors = frozenset({"topk"})
@@ -94,7 +89,7 @@ class Route(Rule):
         " %s = softmax %l {axis=-1}\n %w, %idx = topk %s {k=2}\n"
         " %f = full {shape=[], value=16.0, dtype=f32}\n %y = mul %w, %f\n return %idx, %y }",
     )
-    near_misses = {
+    near_misses: ClassVar[Mapping[str, str]] = {
         "the weights are the biased scores": _V3.format(fill="-inf", source="%c"),
         "masked groups get another number": _V3.format(fill="0.25", source="%s"),
         "the logits are chosen without a score function": "graph g(%x: f32[N,8], @gate: f32[6,8])"
@@ -137,9 +132,8 @@ class Route(Rule):
             if region is None:
                 continue
             place = tuple(_index(region, v) for v in (m.x, m.gate, m.bias))
-            found = lift.proven(
-                m.scope, ("route", region.key, place), lambda r=region, p=place: _prove(m, r, p)
-            )
+            proof = partial(prove, region, place, m.gate.type.shape[0], m.top_k)
+            found = lift.proven(m.scope, ("route", region.key, place), proof)
             if not isinstance(found, str):
                 return {"w": w, "attrs": found}
             why = why or found
@@ -148,7 +142,7 @@ class Route(Rule):
     def rewrite(self, b: RewriteBuilder, m: Match, facts: Facts) -> Result:
         """route over the tokens as they come, and its results in the shapes that readers expect."""
         w = m.weights[-1]
-        idx, weights = _emit(b, m.x, m.gate, m.bias, facts["attrs"], m.idx, w)
+        idx, weights = emit(b, m.x, m.gate, m.bias, facts["attrs"], m.idx, w)
         return idx, weights
 
     def find(self, scope: Scope) -> Iterator[Match | Reject]:
@@ -215,113 +209,6 @@ def _weights(scope: Scope, node: Node, leaves: set[str]) -> Iterator[Value]:
         region = lift.cut(scope, [idx, later.output], lambda v: v.name in leaves)
         if region is not None and {x.name for x in region.leaves} <= leaves:
             yield later.output
-
-
-def _emit(
-    b: GraphBuilder,
-    x: Operand,
-    gate: Operand,
-    bias: Operand | None,
-    attrs: Mapping[str, Any],
-    idx: Value,
-    w: Value,
-) -> tuple[Operand, Operand]:
-    if bias is not None and bias.type.dtype is not DType.f32:
-        (bias,) = b.call("cast", bias, dtype=DType.f32)
-    found = b.call("route", x, gate, bias, **attrs)
-    if found[0].type == idx.type:
-        return found[0], found[1]
-    shaped = [b.call("reshape", v, shape=idx.type.shape)[0] for v in found]
-    return shaped[0], shaped[1]
-
-
-def _variants(region: lift.Region, experts: int, top_k: int) -> Iterator[dict[str, Any]]:
-    """Hypotheses in order of simplicity: no groups first."""
-    scores = [s for s in ("sigmoid", "softmax") if s in region.ops] or ["sigmoid", "softmax"]
-    shapes = [v.type.shape for n in region.nodes for v in n.outputs]
-    groups = {s[-2] for s in shapes if len(s) > 2 and s[-2] * s[-1] == experts and s[-2] > 1}  # type: ignore[operator]
-    kept = {n.attrs["k"] for n in region.nodes if n.op == "topk"}
-    grouped = [(1, 1, "top2", -inf)] + [
-        (g, keep, how, fill)
-        for g, keep, how, fill in product(sorted(groups), sorted(kept), ("top2", "max"), (-inf, 0.0))
-        if keep < g and experts // g >= (2 if how == "top2" else 1)
-    ]
-    for score, (g, keep, how, fill), normalise in product(scores, grouped, (True, False)):
-        yield {
-            "score": score, "groups": g, "keep": keep, "group_score": how, "fill": fill,
-            "top_k": top_k, "normalise": normalise, "scale": 1.0,
-        }  # fmt: skip
-
-
-def _prove(m: Match, region: lift.Region, place: Sequence[int]) -> dict[str, Any] | str:
-    """The variant that routes as the region does, or why there is none."""
-    graph = lift.widened(region.graph)
-    inputs = [Value(v.name, v.type) for v in graph.inputs]
-    idx, w = graph.outputs
-    assert isinstance(idx, Value) and isinstance(w, Value)
-    small = lift.assignments(graph)[0]
-    sizes = [*[dict.fromkeys(small, TOKENS)] * len(SHIFTS), dict.fromkeys(small, 1), small]
-    cases = [
-        lift.Case(each, [_tensor(v, i, place, each, seed) for i, v in enumerate(inputs)])
-        for seed, each in enumerate(sizes)
-    ]
-    try:
-        wanted = lift.run(graph, cases[0])
-    except Exception as problem:  # noqa: BLE001 - whatever a malformed region raises, it is no router
-        return f"the router does not run: {problem}"
-    why = "no variant chooses the same experts"
-    for attrs in _variants(region, m.gate.type.shape[0], m.top_k):
-        def body(b: GraphBuilder, *xs: Value, attrs: Any = attrs) -> tuple[Operand, Operand]:
-            bias = xs[place[2]] if place[2] >= 0 else None
-            return _emit(b, xs[place[0]], xs[place[1]], bias, attrs, idx, w)
-
-        found = lift.run(lift.build(inputs, body), cases[0])
-        scale = _ratio(wanted, found)
-        if scale is None:
-            continue
-        attrs["scale"] = lift.as_written(scale, [1.0, *region.constants()])
-        why = lift.prove(graph, lift.build(inputs, body), cases, _same_routing)
-        if not why:
-            return attrs
-    return f"{why} ({m.top_k} of {m.gate.type.shape[0]} experts)"
-
-
-def _tensor(
-    value: Value, index: int, place: Sequence[int], sizes: Mapping[str, int], seed: int
-) -> torch.Tensor:
-    """Inputs whose logits are exact sums, so that no rounding decides between two experts."""
-    import torch
-
-    generator = torch.Generator().manual_seed(100 * seed + index)
-    shape = lift.at_sizes(value, sizes)
-    if index == place[2]:
-        return torch.randn(shape, generator=generator) * 0.5 + SHIFTS[seed % len(SHIFTS)]
-    if index == place[0]:
-        return torch.randint(-3, 4, shape, generator=generator).float()
-    most = max(1, (1 << 22) // (3 * shape[-1]))
-    spread = 2 * most / 3**0.5 * shape[-1] ** 0.5
-    step = 2.0 ** -round(log2(spread / 1.5))
-    return torch.randint(-most, most + 1, shape, generator=generator).float() * step
-
-
-def _sorted(outputs: list[Any]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Indices and weights of each token by ascending expert: their order has no meaning."""
-    idx, order = outputs[0].sort(-1)
-    return idx, outputs[1].gather(-1, order)
-
-
-def _ratio(wanted: list[Any], found: list[Any]) -> float | None:
-    """The factor between weights, when the choices agree and it is one number."""
-    (a, w), (b, v) = _sorted(wanted), _sorted(found)
-    if a.shape != b.shape or not bool((a == b).all()):
-        return None
-    factor = float(w.sum() / v.sum())
-    return factor if not lift.differ(w, v * factor) else None
-
-
-def _same_routing(left: list[Any], right: list[Any]) -> str:
-    (a, w), (b, v) = _sorted(left), _sorted(right)
-    return lift.differ(a, b) or lift.differ(w, v)
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,9 @@ After          graph main(%x: f32[B,S,4], %at: i64[B,L]) {
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 from dsc.ir.graph import Operand
 from dsc.ir.ops.shape import axis_of
@@ -31,13 +33,13 @@ from dsc.rewrite.rule import Facts, Match, Reject, Result, RewriteBuilder, Rule,
 
 
 class SelectRows(Rule):
-    """gather(x, expand(reshape(index)))  ==>  select_rows(x, index)"""
+    """gather(x, expand(reshape(index)))  ==>  select_rows(x, index)."""
 
     examples = (
         "graph g(%x: f32[B,S,4], %at: i64[B,L]) { %a = reshape %at {shape=[B,L,1]}\n"
         " %b = expand %a {shape=[B,L,4]}\n %y = gather %x, %b {axis=1}\n return %y }",
     )
-    near_misses = {
+    near_misses: ClassVar[Mapping[str, str]] = {
         "another axis is looked up": "graph g(%x: f32[B,4,S], %at: i64[B,4]) {"
         " %a = reshape %at {shape=[B,4,1]}\n %b = expand %a {shape=[B,4,2]}\n"
         " %y = gather %x, %b {axis=2}\n return %y }",
@@ -47,7 +49,7 @@ class SelectRows(Rule):
 
     def pattern(self, p: patterns.Names) -> patterns.Pattern:
         """The index is broadcast, perhaps for several readers."""
-        index = p.expand(p.reshape(p.index).may_be_shared()).may_be_shared()
+        index = p.expand(p.reshape(p.index).may_be_shared().named("column")).may_be_shared()
         return p.gather(p.x, index)
 
     def check(self, m: Match) -> Facts | Reject:
@@ -55,9 +57,10 @@ class SelectRows(Rule):
         x, index, y = m.x.type, m.index.type, m.root.output.type
         if x.rank != 3 or axis_of(m.root.attrs["axis"], x.rank) != 1:
             return reject("the gather is not along the sequence of [b,s,d]", m.x)
-        wanted = (*index.shape, x.shape[-1])
-        unit = m.scope.producer(m.scope.producer(m.root.inputs[1]).inputs[0]).output.type
-        if y.shape != wanted or unit.shape != (*index.shape, 1) or index.shape[0] != x.shape[0]:
+        column = (*index.shape, 1)
+        if m.column.output.type.shape != column or y.shape != (*index.shape, x.shape[-1]):
+            return reject("the index is not the same for all channels", m.index)
+        if index.shape[0] != x.shape[0]:
             return reject("the index is not one row number a sequence and place", m.index)
         return {}
 

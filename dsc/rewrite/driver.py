@@ -174,7 +174,9 @@ def _adopt_names(
 def _rename(node: Node, names: Mapping[str, Operand]) -> Node:
     if not names:
         return node
-    outputs = tuple(Value(names[v.name].name, v.type) if v.name in names else v for v in node.outputs)
+    outputs = tuple(
+        Value(names[v.name].name, v.type) if v.name in names else v for v in node.outputs
+    )
     return replace(substitute(node, names), outputs=outputs)
 
 

@@ -43,10 +43,7 @@ def program_of(text: str, stage: Stage = Stage.TRACED) -> Program:
     """A one-graph program from the text of a graph; its weights are sources of the same name."""
     graph = parse_graph(text)
     types = {
-        x.name: x.type
-        for node in graph.walk()
-        for x in node.operands
-        if not isinstance(x, Value)
+        x.name: x.type for node in graph.walk() for x in node.operands if not isinstance(x, Value)
     }
     symbols = {s: Range(0, 1 << 20) for v in graph.values() for s in v.type.symbols}
     weights = {name: Source(name, t) for name, t in types.items()}
@@ -103,7 +100,7 @@ def run_example(program: Program, sample: Sample, seed: int) -> dict[str, torch.
     graph = program.entries["main"]
     names = sorted({s for v in graph.values() for s in v.type.symbols})
     env = {name: SIZES.get(name, 3) for name in names}
-    concrete = graph.substitute(env)  # type: ignore[arg-type]
+    concrete = graph.substitute(env)
     inputs = [sample(v, env, seed) for v in concrete.inputs]
     outputs = run_graph(
         concrete, inputs, lambda name: evaluate(program.weights[name], program.source)

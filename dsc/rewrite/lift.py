@@ -141,7 +141,10 @@ def _retyped(
         nodes.append(Node(node.op, inputs, attrs, outputs, node.loc))
     outputs = tuple(values[x.name] for x in graph.outputs)
     return replace(
-        graph, inputs=tuple(values[v.name] for v in graph.inputs), nodes=tuple(nodes), outputs=outputs
+        graph,
+        inputs=tuple(values[v.name] for v in graph.inputs),
+        nodes=tuple(nodes),
+        outputs=outputs,
     )
 
 
@@ -198,7 +201,7 @@ def run(graph: Graph, case: Case) -> list[torch.Tensor]:
     """The results of a region in one experiment."""
     from dsc.ir.interpreter import run_graph
 
-    concrete = graph.substitute(case.sizes)  # type: ignore[arg-type]
+    concrete = graph.substitute(case.sizes)
     return run_graph(concrete, list(case.tensors))
 
 
@@ -294,9 +297,7 @@ def normal(value: Operand, sizes: Mapping[str, int], seed: int, scale: float = 1
     return tensor.to(value.type.dtype.torch)
 
 
-def integers(
-    value: Operand, sizes: Mapping[str, int], seed: int, below: int
-) -> torch.Tensor:
+def integers(value: Operand, sizes: Mapping[str, int], seed: int, below: int) -> torch.Tensor:
     """Seeded integers in 0 .. below-1 of an operand's shape."""
     import torch
 

@@ -84,6 +84,7 @@ class Name(Bind):
     """`p.name`: a binding as it stands, an operator's pattern when called."""
 
     def __call__(self, *operands: Pattern | float, **attrs: Any) -> Call:
+        """Match a node of this operator."""
         wanted = tuple(x if isinstance(x, Pattern) else Number(float(x)) for x in operands)
         return Call(frozenset({self.name}), wanted, attrs)
 

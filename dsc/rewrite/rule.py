@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, TypeAlias, Union
+from typing import Any, ClassVar, TypeAlias
 
 import dsc.rewrite.pattern as patterns
 from dsc.ir.graph import GraphBuilder, Node, Operand, Value, Weight
@@ -38,7 +38,7 @@ def reject(reason: str, *culprits: Operand) -> Reject:
 
 
 Facts: TypeAlias = Mapping[str, Any]
-Result: TypeAlias = Union[Operand, tuple[Operand, ...]]
+Result: TypeAlias = Operand | tuple[Operand, ...]
 
 
 @dataclass(frozen=True)
@@ -214,4 +214,3 @@ def at(scope: Scope, node: Node, *interior: Node, **values: Any) -> Match:
 def one(result: Result) -> tuple[Operand, ...]:
     """A result as a tuple."""
     return result if isinstance(result, tuple) else (result,)
-

@@ -1,0 +1,105 @@
+"""The proof that a region computes the weighted sum of gated experts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import product
+from typing import TYPE_CHECKING, Any
+
+from dsc.ir.dims import symbol
+from dsc.ir.graph import GraphBuilder, Operand, Value
+from dsc.ir.op import TypeMismatch
+from dsc.ir.ops.moe import ACTIVATIONS
+from dsc.ir.types import DType
+from dsc.rewrite import lift
+from dsc.rewrite.rule import Match
+
+if TYPE_CHECKING:
+    import torch
+
+BIG = 1 << 18
+"""Expert weights of more elements are proved at reduced widths."""
+
+
+def emit(
+    b: GraphBuilder,
+    x: Operand,
+    idx: Operand,
+    w: Operand,
+    gate_up: Operand,
+    down: Operand,
+    act: str,
+    y: Value,
+) -> Operand:
+    if w.type.dtype is not DType.f32:
+        (w,) = b.call("cast", w, dtype=DType.f32)
+    (out,) = b.call("experts", x, idx, w, gate_up, down, act=act)
+    return out if out.type.shape == y.type.shape else b.call("reshape", out, shape=y.type.shape)[0]
+
+
+def prove(m: Match, place: Sequence[int]) -> dict[str, Any] | str:
+    """The activation and arrangement under which the region is experts, or why there is none."""
+    region: lift.Region = m.region
+    e, a, d = m.down.type.shape
+    hidden = m.x.type.shape[-1]
+    inner = a if d == hidden else d
+    small: dict[int, int] | None = {}
+    if e * a * d > BIG:
+        i = symbol("i")
+        least = {"e": int(m.idx.type.shape[-1])}
+        small = lift.shrunk_sizes({"e": e, "i": inner, "d": hidden}, [2 * i], least)
+    if small is None:
+        return "no small widths are consistent with its own"
+    graph = lift.resized(lift.widened(region.graph), small)
+    inputs = [Value(v.name, v.type) for v in graph.inputs]
+    y = graph.outputs[0]
+    assert isinstance(y, Value)
+    experts = small.get(e, e)
+    cases = [
+        lift.Case(sizes, _tensors(inputs, place, sizes, experts, seed))
+        for seed, sizes in enumerate(lift.assignments(graph))
+    ]
+    why = "its weights are not [e,2i,d] and [e,d,i], nor their transposes"
+    count = len(m.gate_up)
+    for act, transposed, swapped in product(ACTIVATIONS, (False, True), (False, True)[:count]):
+        facts = {"act": act, "transposed": transposed, "swapped": swapped}
+
+        def body(b: GraphBuilder, *xs: Value, facts: Any = facts) -> Operand:
+            x, idx, w, down, *gate_up = (xs[i] for i in place)
+            parts: list[Operand] = [*gate_up, down]
+            if facts["transposed"]:
+                parts = [b.call("permute", p, dims=(0, 2, 1))[0] for p in parts]
+            *first, last = parts[::-1][1:] + parts[-1:] if facts["swapped"] else parts
+            (both,) = b.call("concat", *first, axis=1) if len(first) == 2 else first
+            return emit(b, x, idx, w, both, last, facts["act"], y)
+
+        try:
+            candidate = lift.build(inputs, body)
+        except TypeMismatch:
+            continue
+        why = lift.prove(graph, candidate, cases)
+        if not why:
+            return facts
+    return f"it is no sum of gated experts ({why})"
+
+
+def _tensors(
+    inputs: Sequence[Value], place: Sequence[int], sizes: Mapping[str, int], experts: int, seed: int
+) -> list[torch.Tensor]:
+    found = []
+    for i, value in enumerate(inputs):
+        if i == place[1]:
+            found.append(distinct(lift.at_sizes(value, sizes), experts, seed))
+            continue
+        fan_in = int(value.type.shape[-1]) if i in place[3:] else 1  # type: ignore[arg-type]
+        found.append(lift.normal(value, sizes, 10 * seed + i, fan_in**-0.5))
+    return found
+
+
+def distinct(shape: tuple[int, ...], experts: int, seed: int) -> torch.Tensor:
+    """Random choices of experts, no expert twice for one token."""
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.rand((*shape[:-1], experts), generator=generator).argsort(-1)
+    return order[..., : shape[-1]].contiguous()
