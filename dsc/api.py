@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from dsc import backends, pipeline
 from dsc.backends.base import Backend, Emission, EmitOptions, Executable
-from dsc.errors import UnsupportedOperator, UsageError
+from dsc.errors import MemoryLimitError, UnsupportedOperator, UsageError
 from dsc.ir.analyses import total_cost
 from dsc.ir.dims import evaluate
 from dsc.ir.program import Program
@@ -22,6 +22,7 @@ from dsc.ir.types import DType
 from dsc.rewrite.manager import PassRecord, Watch
 from dsc.runtime import artifact as artifacts
 from dsc.runtime.session import Session
+from dsc.settings import debug_mode, memory_limit
 from dsc.targets import Target, parse_target
 
 if TYPE_CHECKING:
@@ -179,7 +180,6 @@ def compile(
         DscError: one of its classes, with what is wrong, where, and what to do.
     """
     from dsc.frontends.load import load_program
-    from dsc.settings import debug_mode
 
     _check_options(fusion_level, dtype, quant, max_batch, max_context, prefill_chunk)
     start = time.perf_counter()
@@ -213,6 +213,7 @@ def compile(
         program, records = pipeline.run(loaded.program, chosen, Target("cpu"), options)
         loaded.notes.append(f"the whole program runs on {fallback}: {refused.what}")
     optimised = time.perf_counter()
+    check_memory(program, targets[0], max_batch, loaded.max_context)
     emission = chosen.emit(
         program,
         EmitOptions(
@@ -279,6 +280,30 @@ def compile_program(
     emission = chosen.emit(done, EmitOptions())
     report = _report(done, records, {}, [])
     return CompiledModel(program=done, backend=chosen.name, report=report, _emission=emission)
+
+
+def check_memory(program: Program, target: Target, max_batch: int, max_context: int) -> None:
+    """Raise `MemoryLimitError` when the plan needs more than the limit set for its device."""
+    limit = memory_limit(target.kind)
+    if limit is None:
+        return
+    weights = sum(cast(int, t.nbytes) for t in program.weight_types().values())
+    arena = max((plan.size for plan in program.memory.values()), default=0)
+    cache = _cache_bytes(program) * max_batch * max_context
+    if weights + arena + cache > limit:
+        parts = f"weights {weights / 1e6:.1f}, arena {arena / 1e6:.1f}, caches {cache / 1e6:.1f} MB"
+        rest = limit - weights - arena
+        per_token = _cache_bytes(program) * max_batch
+        fits = (
+            f"max_context={rest // per_token} would fit"
+            if per_token and rest >= per_token
+            else "a smaller prefill_chunk shrinks the arena; the weights stay"
+        )
+        raise MemoryLimitError(
+            f"{(weights + arena + cache) / 1e6:.1f} MB on {target.kind}, the limit is"
+            f" {limit / 1e6:.1f} MB ({parts})",
+            hint=f"raise it with dsc.set_memory_limit, or compile for less: {fits}",
+        )
 
 
 def best_backend() -> Backend:

@@ -17,6 +17,7 @@ from dsc.ir.program import Program
 from dsc.ir.stages import Stage
 from dsc.rewrite.base import Pass, PassReport
 from dsc.rewrite.manager import Manager, PassRecord, Watch
+from dsc.runtime.check_plan import check_plan
 from dsc.targets import Target
 
 RAISE = {
@@ -98,6 +99,8 @@ def run(
     capabilities = backend.capabilities(target)
     done = manager.run(program, passes_for(program, capabilities, options))
     check_supported(done, backend)
+    for name, found in done.memory.items():
+        check_plan(done.entries[name], found, done.symbols)
     return done.pruned(), manager.records
 
 

@@ -81,7 +81,14 @@ LAYERS = {
     "dsc.pipeline": ("dsc.ir", "dsc.rewrite", "dsc.passes", "dsc.targets", "dsc.backends.base"),
     "dsc.models": ("dsc.models", "dsc.ir", "dsc.frontends"),
 }
-BACKEND = ("dsc.ir", "dsc.targets", "dsc.rewrite", "dsc.runtime.plan", "dsc.runtime.profiler", "dsc.backends.base")
+BACKEND = (
+    "dsc.ir",
+    "dsc.targets",
+    "dsc.rewrite",
+    "dsc.runtime.plan",
+    "dsc.runtime.profiler",
+    "dsc.backends.base",
+)
 # The runtime runs what was compiled, and must not need the compiler.
 RUNTIME_NEVER = ("dsc.passes", "dsc.pipeline", "dsc.frontends", "dsc.cli", "dsc.api", "dsc.models")
 RUNTIME_MAY = ("dsc.frontends.safetensors_source",)  # the reader of weights serves both ends

@@ -1,0 +1,88 @@
+"""The API around a compile: options, limits, saving, loading, what a report holds."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import dsc
+from dsc.errors import ArtifactError, MemoryLimitError, UsageError
+from tests.runtime.test_session import small_lm
+
+
+def test_a_saved_model_is_what_was_compiled(tmp_path: Path) -> None:
+    compiled = dsc.compile(small_lm(), backend="reference", max_context=32, prefill_chunk=8)
+    out = compiled.save(tmp_path / "out")
+    loaded = dsc.load(out)
+    ids = torch.tensor([[1, 2, 3, 4]])
+    assert torch.equal(loaded.session().prefill(ids), compiled.session().prefill(ids))
+    assert (loaded.max_context, loaded.max_batch, loaded.prefill_chunk) == (32, 4, 8)
+    with pytest.raises(ArtifactError, match="exists already"):
+        compiled.save(out)
+    with pytest.raises(UsageError, match="copy its folder"):
+        loaded.save(tmp_path / "again")
+
+
+def test_the_report_says_what_happened(tmp_path: Path) -> None:
+    compiled = dsc.compile(small_lm(), backend="null", max_context=32, prefill_chunk=8)
+    report = json.loads((compiled.save(tmp_path / "out") / "report.json").read_text())
+    passes = {p["name"]: p for p in report["passes"]}
+    assert passes["absorb_mla"]["fired"] == {"absorb": 2}
+    assert report["cache_bytes_per_token"] == (6 + 4) * 4
+    decode = report["entries"]["decode"]
+    assert decode["nodes"] > 10
+    assert decode["arena_bytes"] >= decode["arena_lower_bound"] > 0
+
+
+def test_a_memory_limit_refuses_and_says_what_would_fit() -> None:
+    dsc.set_memory_limit("cpu", 0.02)
+    try:
+        with pytest.raises(MemoryLimitError, match="max_context=") as refused:
+            dsc.compile(small_lm(), backend="null", max_batch=4, max_context=4096)
+        hint = refused.value.hint or ""
+        fits = int(hint.partition("max_context=")[2].partition(" ")[0])
+        dsc.compile(small_lm(), backend="null", max_batch=4, max_context=fits)
+    finally:
+        dsc.set_memory_limit("cpu", None)
+
+
+def test_dumps_are_numbered_and_parse(tmp_path: Path) -> None:
+    from dsc.ir.parser import parse_program
+
+    dsc.compile(small_lm(), backend="null", dump_dir=tmp_path)
+    names = sorted(p.name for p in tmp_path.iterdir())
+    assert names[0] == "00_input.dsc"
+    assert names[-1].endswith("_plan_memory.dsc")
+    for path in tmp_path.iterdir():
+        parse_program(path.read_text())
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"fusion_level": 4}, "fusion_level 4"),
+        ({"dtype": "fp8"}, "dtype 'fp8'"),
+        ({"backend": "gcc"}, "unknown backend 'gcc'"),
+        ({"target": "cuda:sm_90"}, "makes no code for cuda:sm_90"),
+        ({"target": "cuda:sm_12"}, "unknown target"),
+        ({"max_batch": 0}, "max_batch is 0"),
+        ({"max_context": 0}, "max_context is 0"),
+        ({"prefill_chunk": 0}, "prefill_chunk is 0"),
+        ({"print_ir_after": ("nonsense",)}, "nonsense"),
+    ],
+)
+def test_options_that_cannot_be(options: dict[str, object], words: str) -> None:
+    with pytest.raises(UsageError, match=words):
+        dsc.compile(small_lm(), **{"backend": "reference", **options})  # type: ignore[arg-type]
+
+
+def test_verify_each_compares_before_and_after() -> None:
+    compiled = dsc.compile(
+        small_lm(), backend="tvm", max_context=32, prefill_chunk=8, verify_each=True
+    )
+    verified = {p["name"]: p["verified"] for p in compiled.report["passes"]}
+    assert verified["absorb_mla"]
+    assert verified["append_cache_in_place"]
