@@ -46,8 +46,8 @@ WRAPPED = "function."
 ROOM = 8
 """The least bound of a symbolic size: batches of up to 8 share one compilation."""
 
-State: TypeAlias = tuple[tuple[int, int], ...]
-"""Identity and version of each weight: code that packed other values is not re-used."""
+State: TypeAlias = tuple[tuple[int, int, int], ...]
+"""A stamp of each weight: code that packed other values is not re-used."""
 
 Guard: TypeAlias = Callable[[Sequence[Tensor]], bool]
 
@@ -189,6 +189,7 @@ class Optimized(Generic[P, R]):
     ) -> None:
         """`axes` names the symbolic axes of each tensor; `symbolic_choices` has them otherwise."""
         functools.update_wrapper(self, function, updated=())
+        self.__name__: str = getattr(function, "__name__", type(function).__name__)
         self.function = function
         self.options = options
         self.axes = axes
@@ -226,8 +227,7 @@ class Optimized(Generic[P, R]):
     def _warn(self, reason: str) -> None:
         if reason not in self._warned:
             self._warned.add(reason)
-            name = getattr(self.function, "__name__", type(self.function).__name__)
-            warnings.warn(f"dsc: {name} runs eagerly, because {reason}", stacklevel=3)
+            warnings.warn(f"dsc: {self.__name__} runs eagerly, because {reason}", stacklevel=3)
 
     def _weights(self) -> list[Tensor]:
         if not isinstance(self.function, nn.Module):
@@ -238,7 +238,7 @@ class Optimized(Generic[P, R]):
         self, leaves: list[Any], layout: TreeSpec, tensors: Sequence[Tensor]
     ) -> Specialisation:
         key = (str(layout), tuple(map(_constant, leaves)), tuple(map(kind_of_call, tensors)))
-        state = tuple((id(x), 0 if x.is_inference() else x._version) for x in self._weights())
+        state = tuple(map(_stamp, self._weights()))
         with self._lock:
             known = self._cache.setdefault(key, [])
             known[:] = [s for s in known if s.state == state]
@@ -258,8 +258,7 @@ class Optimized(Generic[P, R]):
         """Trace and compile, with fewer symbolic sizes where the tracer or the backend objects."""
         result = _Result()
         call = _Call(self.function, layout, leaves, result)
-        name = getattr(self.function, "__name__", "main")
-        name = name if name.isidentifier() else "main"
+        name = self.__name__ if self.__name__.isidentifier() else "main"
         for axes in [self.axes] if self.axes is not None else symbolic_choices(tensors):
             try:
                 trace = _trace(call, tensors, axes, name)
@@ -348,6 +347,11 @@ def dynamic_axes(tensor: Tensor) -> list[int]:
 def kind_of_call(tensor: Tensor) -> tuple[Any, ...]:
     """What two tensors must have in common to run the same code, as far as known before tracing."""
     return tensor.dtype, tuple(min(n, 2) for n in tensor.shape)
+
+
+def _stamp(weight: Tensor) -> tuple[int, int, int]:
+    """Identity, place and version: another stamp, other values. Writes through `.data` hide."""
+    return id(weight), weight.data_ptr(), 0 if weight.is_inference() else weight._version
 
 
 def _constant(leaf: Any) -> Any:

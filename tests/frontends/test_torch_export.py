@@ -51,6 +51,8 @@ def test_sizes_are_named_and_related() -> None:
 class TwoLayers(nn.Module):
     """Submodules, a buffer, a constant."""
 
+    shift: Tensor
+
     def __init__(self, device: str = "cpu") -> None:
         super().__init__()
         self.layers = nn.ModuleList(nn.Linear(4, 4, device=device) for _ in range(2))
@@ -106,7 +108,7 @@ def test_module_arguments_may_nest_and_be_named() -> None:
 
 def test_all_unsupported_operators_are_in_one_error_with_module_and_line() -> None:
     class Odd(nn.Module):
-        def forward(self, x: Tensor) -> Tensor:
+        def forward(self, x: Tensor) -> Any:
             return torch.fft.fft(x).real
 
     class Model(nn.Module):
@@ -114,7 +116,7 @@ def test_all_unsupported_operators_are_in_one_error_with_module_and_line() -> No
             super().__init__()
             self.layers = nn.ModuleList(Odd() for _ in range(2))
 
-        def forward(self, x: Tensor) -> Tensor:
+        def forward(self, x: Tensor) -> Any:
             for layer in self.layers:
                 x = layer(x)
             return torch.linalg.det(x)
@@ -156,6 +158,8 @@ def test_what_torch_export_refuses_is_the_users_to_mend() -> None:
 
 def test_state_that_changes_in_place_is_refused() -> None:
     class Counter(nn.Module):
+        count: Tensor
+
         def __init__(self) -> None:
             super().__init__()
             self.register_buffer("count", torch.zeros(1))

@@ -1,0 +1,154 @@
+"""torch.compile(model, backend="dsc")."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dsc.errors import UsageError
+from dsc.frontends.dynamo import _Captured, dsc_backend
+from dsc.ir.interpreter import Interpreter
+from dsc.ir.program import Program
+from tests.frontends.tracing import checked, ops_of
+
+
+class Model(nn.Module):
+    """Two layers, a buffer, a result that is a size."""
+
+    shift: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(4, 4) for _ in range(2))
+        self.register_buffer("shift", torch.arange(4.0))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, int]:
+        for layer in self.layers:
+            x = F.silu(layer(x)) + self.shift
+        return x.reshape(x.shape[0] * x.shape[1], -1), x.shape[0]
+
+
+@pytest.fixture
+def compiled(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Program]]:
+    """Programs that were compiled, by an interpreter in the place of a backend."""
+    programs: list[Program] = []
+
+    class Interpreted:
+        def __init__(self, program: Program, **options: Any) -> None:
+            checked(program)
+            programs.append(program)
+            self.program = program
+            self.options = options
+
+        def run(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+            return Interpreter(self.program).run(next(iter(self.program.entries)), inputs)
+
+    monkeypatch.setattr("dsc.api.compile_program", Interpreted)
+    torch._dynamo.reset()
+    yield programs
+    torch._dynamo.reset()
+
+
+def test_the_backend_is_known_to_torch() -> None:
+    assert "dsc" in torch._dynamo.list_backends()
+
+
+def test_a_model_through_the_whole_compiler() -> None:
+    torch._dynamo.reset()
+    model = Model().eval()
+    fast = torch.compile(model, backend="dsc", options={"backend": "reference", "fusion_level": 1})
+    x = torch.randn(2, 3, 4)
+    with torch.no_grad():
+        torch.testing.assert_close(fast(x), model(x))
+
+
+def test_parameters_become_weights_under_their_names(compiled: list[Program]) -> None:
+    model = Model().eval()
+    fast = torch.compile(model, backend=dsc_backend)
+    x = torch.randn(2, 3, 4)
+    with torch.no_grad():
+        assert torch.equal(fast(x)[0], model(x)[0])
+    (program,) = compiled
+    names = {"layers.0.weight", "layers.0.bias", "layers.1.weight", "layers.1.bias", "shift"}
+    assert set(program.weights) == names
+    (graph,) = program.entries.values()
+    assert len(graph.inputs) == 1
+    assert [n.loc for n in graph.nodes if n.op == "linear"] == ["layers.0", "layers.1"]
+
+
+def test_sizes_become_symbols_and_results_may_be_sizes(compiled: list[Program]) -> None:
+    model = Model().eval()
+    fast = torch.compile(model, backend=dsc_backend, dynamic=True)
+    with torch.no_grad():
+        for batch, tokens in ((2, 3), (5, 6), (4, 8)):
+            x = torch.randn(batch, tokens, 4)
+            y, n = fast(x)
+            assert torch.equal(y, model(x)[0])
+            assert n == batch
+    assert len(compiled) == 1
+    assert len(compiled[0].symbols) == 2
+
+
+def test_changed_weights_and_other_models_are_not_confused(compiled: list[Program]) -> None:
+    first, second = Model().eval(), Model().eval()
+    x = torch.randn(2, 3, 4)
+    with torch.inference_mode():
+        for model in (first, second):
+            fast = torch.compile(model, backend=dsc_backend)
+            assert torch.equal(fast(x)[0], model(x)[0])
+            with torch.no_grad():
+                weight = model.layers[0].get_parameter("weight")
+                weight.mul_(2)
+            assert torch.equal(fast(x)[0], model(x)[0])
+            weight.data = weight.data * 1.5
+            assert torch.equal(fast(x)[0], model(x)[0])
+
+
+def test_training_runs_eagerly_with_a_warning(compiled: list[Program]) -> None:
+    model = Model()
+    fast = torch.compile(model, backend=dsc_backend)
+    with pytest.warns(UserWarning, match="require gradients"):
+        fast(torch.randn(2, 3, 4))[0].sum().backward()
+    assert model.layers[0].weight.grad is not None
+    assert not compiled
+
+
+def test_what_cannot_be_compiled_is_named_and_runs_eagerly(compiled: list[Program]) -> None:
+    def function(x: Tensor) -> Any:
+        return torch.linalg.det(x) + torch.fft.fft(x).real.sum()
+
+    fast = torch.compile(function, backend=dsc_backend)
+    x = torch.randn(3, 3)
+    with pytest.warns(UserWarning, match=r"runs eagerly: .*without(.|\n)*_linalg_det"):
+        torch.testing.assert_close(fast(x), function(x))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        torch.testing.assert_close(fast(x), function(x))
+    assert not compiled
+
+
+def test_a_graph_break_makes_two_programs(compiled: list[Program]) -> None:
+    def function(x: Tensor) -> Tensor:
+        y = x * 2
+        torch._dynamo.graph_break()
+        return y + 1
+
+    x = torch.randn(3, 3)
+    assert torch.equal(torch.compile(function, backend=dsc_backend)(x), x * 2 + 1)
+    assert [ops_of(next(iter(p.entries.values()))) for p in compiled] == [
+        ["full", "mul"],
+        ["full", "add"],
+    ]
+
+
+def test_unknown_options_are_refused() -> None:
+    graph = torch.fx.symbolic_trace(nn.Identity())
+    with pytest.raises(UsageError, match="unknown option speed"):
+        dsc_backend(graph, [], options={"speed": 3})
+    assert isinstance(dsc_backend(graph, [], options={"fusion_level": 0}), _Captured)
