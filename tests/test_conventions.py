@@ -78,7 +78,14 @@ LAYERS = {
     "dsc.rewrite": ("dsc.ir", "dsc.rewrite"),
     "dsc.targets": ("dsc.ir",),
     "dsc.passes": ("dsc.ir", "dsc.rewrite", "dsc.passes", "dsc.targets"),
-    "dsc.pipeline": ("dsc.ir", "dsc.rewrite", "dsc.passes", "dsc.targets", "dsc.backends.base"),
+    "dsc.pipeline": (
+        "dsc.ir",
+        "dsc.rewrite",
+        "dsc.passes",
+        "dsc.targets",
+        "dsc.backends.base",
+        "dsc.runtime.check_plan",
+    ),
     "dsc.models": ("dsc.models", "dsc.ir", "dsc.frontends"),
 }
 BACKEND = (
