@@ -176,4 +176,6 @@ class Lowering:
 
 def _plain(value: float, dtype: DType) -> float:
     """A Python number as the attribute of a `full` of element type `dtype`."""
-    return float(value) if dtype.is_float else int(value)
+    if not dtype.is_float and int(float(value)) != value:
+        raise Unsupported(f"the constant {value}, which fp64 does not hold exactly")
+    return float(value)

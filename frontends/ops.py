@@ -214,9 +214,7 @@ def _sizes_by_name(operands: Sequence[Any], sizes: SizeReader) -> dict[str, Any]
     for size in symbolic:
         environment = size.node.shape_env
         for free in size.node.expr.free_symbols:
-            hint = environment.backed_var_to_val.get(free)
-            node = SymNode(free, environment, int, None if hint is None else int(hint))
-            env[sizes.names[str(free)]] = torch.SymInt(node)
+            env[sizes.names[str(free)]] = torch.SymInt(SymNode(free, environment, int, None))
     return env
 
 
