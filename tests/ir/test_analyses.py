@@ -96,6 +96,12 @@ VARIANTS = [
     "%b = fused %x {body=graph i(%z: f32[4,6]) { %q = rms_norm %z, @w {eps=1e-05} return %q }}",
     "%c = fused %x {body=graph i(%z: f32[4,6]) { %q = mul %z, @w return %q }} %b = mul %c, @w",
     "%c = fused %x {body=graph i(%z: f32[4,6]) { %q = mul %z, @w return %q }} %b = mul %c, @v",
+    "%c = fused %x {body=graph i(%z: f32[4,6]) { %q = mul %z, @w return %q }}"
+    " %d = fused %c {body=graph i(%z: f32[4,6]) { %q = mul %z, @v return %q }}"
+    " %b = fused %d {body=graph i(%z: f32[4,6]) { %q = mul %z, @w return %q }}",
+    "%c = fused %x {body=graph i(%z: f32[4,6]) { %q = mul %z, @w return %q }}"
+    " %d = fused %c {body=graph i(%z: f32[4,6]) { %q = mul %z, @v return %q }}"
+    " %b = fused %d {body=graph i(%z: f32[4,6]) { %q = mul %z, @v return %q }}",
     "%c = reshape %x {shape=[24]} %b = reshape %c {shape=[6,4]}",
     "%c = reshape %x {shape=[24]} %b = reshape %c {shape=[4,6]}",
 ]

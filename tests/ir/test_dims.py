@@ -85,6 +85,8 @@ def test_bounds_are_tight_for_monotone_dims() -> None:
     assert bounds((S + 63) // 64, ranges) == Range(1, 1)
     assert bounds(P - S, ranges) == Range(-10, 98)
     assert bounds(7, ranges) == Range(7, 7)
+    assert bounds((P + 7) // S, ranges) == Range(0, 53)
+    assert bounds((P - 50) // S, ranges) == Range(-25, 25)
 
 
 def test_equal_sums_and_products_are_one_object_value() -> None:

@@ -10,7 +10,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from dsc.errors import ParseError
-from dsc.ir.graph import Graph
+from dsc.ir.graph import Attrs, Graph, Node, Value
 from dsc.ir.op import registry
 from dsc.ir.parser import parse_graph, parse_operands, parse_program
 from dsc.ir.printer import print_graph, print_node, print_program
@@ -267,6 +267,15 @@ def test_a_damaged_program_parses_or_is_a_parse_error(data: st.DataObject) -> No
     end = data.draw(st.integers(at, min(len(TEXT), at + 8)))
     middle = data.draw(st.one_of(st.text(max_size=3), st.sampled_from(_LEXEMES)))
     check_only_parse_errors(TEXT[:at] + middle + TEXT[end:])
+
+
+def test_a_whole_number_in_a_float_attribute_prints_as_a_float() -> None:
+    x = Value("x", TensorType(DType.f32, (4,)))
+    node = Node("rms_norm", (x, x), Attrs({"eps": 1}), (Value("y", x.type),))
+    assert "{eps=1.0}" in print_node(node)
+    graph = Graph("g", (x,), (node,), (node.output,))
+    text = print_graph(graph)
+    assert print_graph(parse_graph(text)) == text
 
 
 def test_a_source_with_two_types_takes_the_last() -> None:

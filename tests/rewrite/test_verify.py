@@ -175,6 +175,16 @@ def test_caches_in_place_are_compared_by_their_filled_rows() -> None:
     assert compare_programs(after, after).ok, "inputs are cloned: a write in place is not seen"
 
 
+def test_the_rows_just_written_are_compared_too() -> None:
+    text = """program "p" {stage=CANONICAL} symbols {B=[1,4], P=[0,9], S=[1,9]}
+    graph main(%past: f32[B,P,2], %new: f32[B,S,2], %lengths: i64[B]) {
+      %k = full {shape=[], value=VALUE, dtype=f32} %n = mul %new, %k
+      %c = append %past, %n, %lengths return %c as "present" updates %past }"""
+    one, two = (parse_program(text.replace("VALUE", v)) for v in ("1.0", "2.0"))
+    assert compare_programs(one, one).ok
+    caught(one, two, "output present")
+
+
 def test_a_write_at_the_wrong_row_is_caught() -> None:
     before = step()
     text = STEP.replace("%c = append", "%one = full {shape=[B], value=1.0, dtype=i64}\n"
@@ -237,6 +247,13 @@ def test_a_decision_that_is_no_near_tie_must_hold() -> None:
     same = compare_programs(one, router(torch.ones(8) + 1e-7, 1.0), 1e-4)
     assert same.ok
     assert same.decisions > 0
+
+
+def test_a_router_that_decides_otherwise_is_caught_though_its_experts_are_forced() -> None:
+    before = step()
+    after = edited(before, "route", keep=2)
+    caught(before, after, "routing decisions differ beyond any near-tie", tolerance=1e-4)
+    caught(before, after, "output logits", tolerance=EXACT)
 
 
 # --- wide programs --------------------------------------------------------------------------------
