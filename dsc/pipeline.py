@@ -44,8 +44,11 @@ OPTIMISE = {
     "absorb_mla": "dsc.passes.absorb_mla:AbsorbMla",
     "append_cache_in_place": "dsc.passes.append_cache_in_place:AppendCacheInPlace",
     "lower_moe_dispatch": "dsc.passes.lower_moe_dispatch:LowerMoeDispatch",
+    "merge_projections": "dsc.passes.merge_projections:MergeProjections",
 }
-LOWER: dict[str, str] = {}
+LOWER = {
+    "fuse": "dsc.passes.fuse:Fuse",
+}
 PLAN = {
     "plan_memory": "dsc.passes.plan_memory:PlanMemory",
 }

@@ -26,10 +26,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+from dsc.ir.analyses import aliases_of
 from dsc.ir.dims import Range, bounds
 from dsc.ir.graph import Attrs, Graph, Node, Operand, Value, Weight
 from dsc.ir.memory import ALIGNMENT, MemoryPlan, Place
-from dsc.ir.op import lookup
 from dsc.ir.program import Program
 from dsc.ir.stages import Stage
 from dsc.rewrite.base import Pass, PassReport
@@ -103,7 +103,7 @@ def storage_roots(graph: Graph) -> dict[str, Operand]:
         return roots[x.name] if isinstance(x, Value) else x
 
     for node in graph.nodes:
-        shared = dict(lookup(node.op).aliases)
+        shared = aliases_of(node)
         for index, value in enumerate(node.outputs):
             if node.op in SHARES_STORAGE:
                 roots[value.name] = root(node.inputs[0])

@@ -76,6 +76,15 @@ def overwritten(node: Node) -> frozenset[int]:
     return frozenset(i for i, v in enumerate(node.body.inputs) if v.name in touched)
 
 
+def aliases_of(node: Node) -> dict[int, int]:
+    """Result index -> index of the operand that it is, updated in place; for `fused`, by its body.
+
+    Unlike the views among what `storage_roots` follows, these results have no storage of their own.
+    """
+    in_place = overwritten(node)
+    return {result: index for result, index in _shared(node).items() if index in in_place}
+
+
 def _shared(node: Node) -> dict[int, int]:
     """Result index -> index of the operand whose storage it may share."""
     if node.op in VIEWS:
@@ -153,7 +162,7 @@ def cost(node: Node) -> Cost:
     for index, operand in enumerate(node.inputs):
         if isinstance(operand, Weight):
             weights = weights + _weight_bytes(node, operand)
-        elif operand is not None and not (index in in_place and node.body is None):
+        elif operand is not None and not (index in in_place and _only_written(node, index)):
             is_table = _LOOKUPS.get(node.op) == index
             read = read + (node.output.type if is_table else operand.type).nbytes
     updated = {result for result, index in _shared(node).items() if index in in_place}
@@ -169,6 +178,19 @@ def cost(node: Node) -> Cost:
         if inner.op == "cache_write":
             written = written + moved.written
     return Cost(read, written, weights, flops(node))
+
+
+def _only_written(node: Node, index: int) -> bool:
+    """Whether an operand that is updated in place is not read besides, by a body."""
+    if node.body is None:
+        return True
+    name = node.body.inputs[index].name
+    return all(
+        i in overwritten(inner)
+        for inner in node.body.nodes
+        for i, operand in enumerate(inner.inputs)
+        if isinstance(operand, Value) and operand.name == name
+    )
 
 
 def total_cost(nodes: Iterable[Node]) -> Cost:

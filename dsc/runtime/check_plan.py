@@ -12,10 +12,10 @@ from bisect import bisect_left, insort
 from collections.abc import Mapping
 
 from dsc.errors import VerificationError
+from dsc.ir.analyses import aliases_of
 from dsc.ir.dims import Range, bounds
 from dsc.ir.graph import Graph, Node, Operand, Value, Weight
 from dsc.ir.memory import ALIGNMENT, MemoryPlan, Place
-from dsc.ir.op import lookup
 
 
 class _Arena:
@@ -82,7 +82,7 @@ class _Replay:
         for operand in node.operands:
             if isinstance(operand, Value):
                 self._read(operand, node)
-        moved_in_place = dict(lookup(node.op).aliases)
+        moved_in_place = aliases_of(node)
         reads = {x.name for x in node.operands if isinstance(x, Value)}
         for index, value in enumerate(node.outputs):
             source = node.inputs[moved_in_place[index]] if index in moved_in_place else None
