@@ -6,7 +6,7 @@ Every model reaches the tracer with the same signature (see `CausalLMStep.forwar
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from dsc.frontends.config import ModelConfig
+from dsc.ir.dims import Range
+from dsc.ir.program import Program
 from dsc.ir.types import DType, TensorType
 from dsc.models.v3 import append, visible
 
@@ -99,6 +101,43 @@ def cache_names(config: ModelConfig) -> tuple[tuple[str, str], ...]:
 def _names_per_layer(prefix: str, config: ModelConfig) -> list[str]:
     layers = range(config.num_hidden_layers)
     return [f"{prefix}.{layer}.{part}" for layer in layers for part in ("latent", "rope")]
+
+
+def trace_step(
+    module: nn.Module,
+    config: ModelConfig,
+    dtype: DType,
+    symbols: Mapping[str, Range],
+    *,
+    whole: bool = False,
+) -> Program:
+    """Trace one step of `module` to a program with the entry `step`.
+
+    One layer of each kind is traced and the others are written down, where that is sound (see
+    `instantiate.py`); with `whole`, every layer is traced, some two seconds each.
+    """
+    from dsc.frontends.instantiate import trace_by_kind
+    from dsc.frontends.torch_export import trace
+
+    device = next(module.parameters()).device
+
+    def traced(part: nn.Module, depth: int) -> Program:
+        part_config = config.model_copy(update={"num_hidden_layers": depth})
+        return trace(
+            part,
+            example_inputs(part_config, device=device, dtype=dtype.torch),
+            name="step",
+            dynamic_shapes=dynamic_shapes(part_config),
+            input_names=input_names(part_config),
+            output_names=output_names(part_config),
+            symbols=symbols,
+            aliases=cache_names(part_config),
+        )
+
+    if whole:
+        return traced(module, config.num_hidden_layers)
+    inputs = example_inputs(config, device="meta", dtype=dtype.torch)
+    return trace_by_kind(module, inputs, input_names(config), output_names(config), traced)
 
 
 def parameter_types(module: nn.Module) -> dict[str, TensorType]:

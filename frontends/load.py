@@ -179,13 +179,9 @@ def _from_code(
 
 
 def _from_text(path: Path, max_context: int | None) -> Loaded:
-    from dsc.ir.parser import parse_program
+    from dsc.frontends.text import read_program
 
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as problem:
-        raise UsageError(f"cannot read it: {problem}", where=str(path)) from None
-    program = parse_program(text)
+    program = read_program(path)
     program = replace(program, meta={**program.meta, "weightless": bool(program.weights)})
     return Loaded(program, max_context or 4096, str(path))
 
@@ -232,7 +228,6 @@ def _trace(
     progress: Progress | None,
 ) -> Program:
     from dsc.frontends import causal_lm, trace_cache
-    from dsc.frontends.torch_export import trace
 
     config_values = config.model_dump(mode="json", exclude_none=True)
     key = trace_cache.key_of(module, config=config_values, dtype=str(dtype))
@@ -240,17 +235,7 @@ def _trace(
     if program is None:
         if progress is not None:
             progress("tracing", 0, 0)
-        device = next(module.parameters()).device
-        program = trace(
-            module,
-            causal_lm.example_inputs(config, device=device, dtype=dtype.torch),
-            name="step",
-            dynamic_shapes=causal_lm.dynamic_shapes(config),
-            input_names=causal_lm.input_names(config),
-            output_names=causal_lm.output_names(config),
-            symbols=limits.symbols(config),
-            aliases=causal_lm.cache_names(config),
-        )
+        program = causal_lm.trace_step(module, config, dtype, limits.symbols(config))
         trace_cache.store(key, program, _constant_sources(program, module))
     meta = {**program.meta, "config": config_values}
     return replace(program, meta=meta, symbols={**program.symbols, **limits.symbols(config)})
