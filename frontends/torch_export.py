@@ -181,13 +181,16 @@ def import_exported(
 class _Problem:
     operator: str
     reason: str
-    where: str
     line: str
 
-    def __str__(self) -> str:
+    def told(self, places: Sequence[str]) -> str:
+        """One line of the error: what, why, the first module, how often, the source line."""
         why = f" ({self.reason})" if self.reason else ""
-        place = ", ".join(p for p in (self.where and f"in {self.where}", self.line) if p)
-        return f"{self.operator}{why}{': ' if place else ''}{place}"
+        where = f"in {places[0]}" if places[0] else ""
+        if len(places) > 1:
+            where += f" and {len(places) - 1} more" if where else f"{len(places)} times"
+        place = ", ".join(p for p in (where, self.line) if p)
+        return f"  {self.operator}{why}{': ' if place else ''}{place}"
 
 
 class _Importer:
@@ -206,7 +209,7 @@ class _Importer:
         self.sizes = SizeReader()
         self.lowering = Lowering(name, self.sizes)
         self.values: dict[fx.Node, Any] = {}
-        self.problems: dict[_Problem, int] = {}
+        self.problems: dict[_Problem, list[str]] = {}
         self.states: dict[str, tuple[TensorType, torch.Tensor]] = {}
 
     # Inputs and weights.
@@ -228,8 +231,7 @@ class _Importer:
         if self.problems:
             raise UnsupportedOperator(
                 "operators without a translation:\n"
-                + "\n".join(f"  {p}" + (f", {n} times" if n > 1 else "")
-                            for p, n in self.problems.items()),
+                + "\n".join(p.told(places) for p, places in self.problems.items()),
                 hint="write them with supported operators, or add rows to frontends/aten.py",
             )  # fmt: skip
         outputs = self._outputs()
@@ -430,9 +432,8 @@ class _Importer:
         return stand_in(fakes)
 
     def _problem(self, node: fx.Node, operator: str, reason: str) -> None:
-        where = re.sub(r"\.\d+(?=\.|$)", ".*", self._loc(node))
-        problem = _Problem(operator, reason, where, source_line(node))
-        self.problems[problem] = self.problems.get(problem, 0) + 1
+        problem = _Problem(operator, reason, source_line(node))
+        self.problems.setdefault(problem, []).append(self._loc(node))
 
     def _loc(self, node: fx.Node) -> str:
         """The path of the module that a node comes from, as `model.layers.3.self_attn`."""
