@@ -15,7 +15,8 @@ from dsc.backends.base import Backend, Capabilities, No
 from dsc.errors import UnsupportedOperator, UsageError
 from dsc.ir.program import Program
 from dsc.ir.stages import Stage
-from dsc.rewrite.base import Pass, PassReport
+from dsc.rewrite.base import Pass
+from dsc.rewrite.explain import explain_pass
 from dsc.rewrite.manager import Manager, PassRecord, Watch
 from dsc.runtime.check_plan import check_plan
 from dsc.targets import Target
@@ -132,12 +133,8 @@ def apply(program: Program, names: Sequence[str], *, verify_each: bool = False) 
 
 
 def explain(program: Program, name: str) -> str:
-    """Where a pass fires on a program, and why it does not where it nearly would."""
-    report = PassReport()
-    make(name).run(program, report)
-    lines = [f"{rule}: fired {times} times" for rule, times in report.fired.items()]
-    lines += [f"{rule}: not at {where or '?'}: {why}" for rule, where, why in report.missed]
-    return "\n".join(lines) or f"{name}: nothing here looks like what it rewrites"
+    """Where a pass fires on a program, and which condition failed where it nearly does."""
+    return str(explain_pass(program, make(name)))
 
 
 def symbols_within(program: Program, **limits: int) -> Program:

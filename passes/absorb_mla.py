@@ -25,7 +25,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from dsc.ir.graph import GraphBuilder, Node, Operand, Value, Weight
+from dsc.ir.graph import Graph, GraphBuilder, Node, Operand, Value, Weight
 from dsc.ir.program import Program
 from dsc.ir.stages import Stage
 from dsc.ir.weights import WeightExpr, apply
@@ -51,7 +51,8 @@ class AbsorbMla(Pass):
                 return None
             q_nope, q_rope, latent, rope, kv_b, lengths = operands
             if not isinstance(kv_b, Weight) or not isinstance(q_nope, Value):
-                report.miss("absorb", node.loc, "kv_b is computed, not a weight")
+                blamed = [x.name for x in (node.output, kv_b) if x is not None]
+                report.miss("absorb", node.loc, "kv_b is computed, not a weight", blamed)
                 return None
             w_uk, w_uv = _halves(program, kv_b, q_nope, added)
             (q_latent,) = b.call("einsum", q_nope, w_uk, eq="bshn,hnc->bshc", hint="q_latent")
@@ -60,16 +61,26 @@ class AbsorbMla(Pass):
                 scale=node.attrs["scale"], hint="o_latent",
             )  # fmt: skip
             b.taken.discard(node.output.name)
-            report.fire("absorb")
+            report.fire("absorb", places=[node.loc])
             return b.call("einsum", o_latent, w_uv, eq="bshc,hvc->bshv", hint=node.output.name)
 
         entries = {
             name: rebuild(graph, absorb) if name in self.entries else graph
             for name, graph in program.entries.items()
         }
+        for name in entries.keys() - set(self.entries):
+            self._explain(program.entries[name], report)
         if not added:
             return program
         return replace(program, entries=entries).with_weights(added).pruned()
+
+    def _explain(self, graph: Graph, report: PassReport) -> None:
+        """Note that an entry keeps its expanded form, at its first attention."""
+        kept = [n for n in graph.nodes if n.op == "mla_attention"]
+        if kept:
+            asked = ", ".join(self.entries)
+            reason = f"entry {graph.name} keeps the expanded form: only {asked} are absorbed"
+            report.miss("absorb", kept[0].loc, reason, [n.output.name for n in kept[:1]])
 
 
 def _halves(

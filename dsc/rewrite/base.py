@@ -7,7 +7,7 @@ whether the interpreter's results before and after agree.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -18,28 +18,52 @@ EXACT = 0.0
 """The tolerance of a pass that keeps every bit."""
 
 
+@dataclass(frozen=True)
+class NearMiss:
+    """A place where a rule nearly fired: which condition failed, and the values to blame.
+
+    `matched` of `wanted` operators of the rule's pattern were found; all of them where the shape
+    fits and a condition on it fails.
+    """
+
+    rule: str
+    where: str
+    reason: str
+    culprits: tuple[str, ...] = ()
+    matched: int = 1
+    wanted: int = 1
+
+
 @dataclass
 class PassReport:
     """What a pass did, for report.json: counts of what fired and facts worth keeping.
 
-    `fired` counts rewrites by rule; `missed` holds near-misses as `(rule, where, reason)`.
+    `fired` counts rewrites by rule, `places` says where they were; `missed` holds near-misses as
+    `(rule, where, reason)`, `near` the same with their evidence. With `explain`, patterns of which
+    only a part matched are noted as well: slower, and for `dsc opt --explain` alone.
     """
 
     fired: dict[str, int] = field(default_factory=dict)
     missed: list[tuple[str, str, str]] = field(default_factory=list)
     facts: dict[str, Any] = field(default_factory=dict)
+    places: dict[str, list[str]] = field(default_factory=dict)
+    near: list[NearMiss] = field(default_factory=list)
+    explain: bool = False
 
-    def fire(self, rule: str, times: int = 1) -> None:
-        """Count a rewrite."""
+    def fire(self, rule: str, times: int = 1, places: Sequence[str] = ()) -> None:
+        """Count a rewrite, and say where it was."""
         self.fired[rule] = self.fired.get(rule, 0) + times
+        self.places.setdefault(rule, []).extend(p for p in places if p)
 
-    def miss(self, rule: str, where: str, reason: str) -> None:
-        """Note why a rule that nearly matched did not fire."""
+    def miss(self, rule: str, where: str, reason: str, culprits: Sequence[str] = ()) -> None:
+        """Note why a rule that nearly matched did not fire; `culprits` are names of values."""
         self.missed.append((rule, where, reason))
+        self.near.append(NearMiss(rule, where, reason, tuple(culprits)))
 
     def as_dict(self) -> Mapping[str, Any]:
         """The report as JSON values."""
-        return {"fired": self.fired, "missed": self.missed, "facts": self.facts}
+        found = {"fired": self.fired, "missed": self.missed, "facts": self.facts}
+        return {**found, "places": {k: v for k, v in self.places.items() if v}}
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from dsc.ir.graph import Graph, GraphBuilder, Node, Operand, Value, Weight
 from dsc.ir.program import Program
 from dsc.ir.weights import WeightExpr
 from dsc.rewrite.base import PassReport
+from dsc.rewrite.near import near_misses
 from dsc.rewrite.rule import Facts, Match, Reject, RewriteBuilder, Rule, one
 from dsc.rewrite.scope import Scope
 
@@ -34,11 +35,14 @@ def apply_rules(
     memo: dict[Any, Any] = {}
     for round_number in range(rounds):
         before = program
-        round_report = PassReport(fired=report.fired)
+        round_report = PassReport(
+            fired=report.fired, places=report.places, explain=report.explain
+        )
         for rule in rules:
             program = sweep(program, rule, round_report, memo)
         if program is before:
             report.missed.extend(round_report.missed)
+            report.near.extend(round_report.near)
             return program
         if round_number == rounds - 1 and rounds > 1:
             fired = ", ".join(r.name for r in rules)
@@ -66,25 +70,32 @@ def _choose(rule: Rule, scope: Scope, report: PassReport) -> list[tuple[Match, F
     """Matches that fire: accepted by `check`, none overlapping an earlier one."""
     chosen: list[tuple[Match, Facts]] = []
     claimed: set[int] = set()
-    missed: dict[tuple[str, str], None] = {}
+    missed: dict[tuple[str, str], tuple[str, ...]] = {}
     for match in rule.find(scope):
         if isinstance(match, Reject):
             where = _place(scope, match.culprits)
-            missed[where, str(match)] = None
+            missed[where, str(match)] = _names(match)
             continue
         if any(id(n) in claimed for n in match.nodes if id(n) not in match.shared):
             continue
         facts = rule.check(match)
         if isinstance(facts, Reject):
-            missed[match.at.loc or str(match.at.outputs[0]), str(facts)] = None
+            where = match.at.loc or str(match.at.outputs[0])
+            missed[where, str(facts)] = (match.at.outputs[0].name, *_names(facts))
             continue
         claimed |= {id(n) for n in match.nodes if id(n) not in match.shared}
         chosen.append((match, facts))
     if chosen:
-        report.fire(rule.name, len(chosen))
-    for where, reason in missed:
-        report.miss(rule.name, where, reason)
+        report.fire(rule.name, len(chosen), [match.at.loc for match, _ in chosen])
+    for (where, reason), culprits in missed.items():
+        report.miss(rule.name, where, reason, culprits)
+    if report.explain:
+        report.near += near_misses(rule, scope)
     return chosen
+
+
+def _names(reject: Reject) -> tuple[str, ...]:
+    return tuple(x.name for x in reject.culprits)
 
 
 def _place(scope: Scope, culprits: tuple[Operand, ...]) -> str:

@@ -42,7 +42,8 @@ class Comparison:
     """What was compared and what came of it; `failure` is empty when all agreed.
 
     `form` is `full` or `shrunk`; `worst` the largest difference relative to max(1, |value|max);
-    `excluded` of `decisions` routing decisions were near-ties and taken from the first program.
+    `excluded` of `decisions` routing decisions were near-ties and taken from the first program;
+    `errors` holds the largest difference by entry and output.
     """
 
     form: str = "full"
@@ -52,6 +53,7 @@ class Comparison:
     excluded: int = 0
     failure: str = ""
     entries: list[str] = field(default_factory=list)
+    errors: dict[tuple[str, str], float] = field(default_factory=dict)
 
     @property
     def ok(self) -> bool:
@@ -232,7 +234,7 @@ class _Run:
         for name, tensor in wanted.items():
             if name not in made:
                 self._fail(f"output {name} is gone")
-            elif not self.found.failure:
+            else:
                 self._output(before, name, tensor, made[name], near)
 
     def _inputs(
@@ -276,11 +278,13 @@ class _Run:
         if near and wanted.dim() and len(wanted) == self.case.before.get("B"):
             keep = [b for b in range(len(wanted)) if b not in near]
             wanted, made = wanted[keep], made[keep]
+        relative = relative_difference(wanted, made)
+        known = self.found.errors.get((self.new, name), 0.0)
+        self.found.errors[self.new, name] = max(known, relative)
         if self.tolerance == EXACT or not wanted.is_floating_point():
             if not same_bits(wanted, made):
                 self._fail(f"output {name} is not the same bit for bit; {difference(wanted, made)}")
             return
-        relative = relative_difference(wanted, made)
         self.found.worst = max(self.found.worst, relative)
         if not relative <= self.tolerance:
             self._fail(f"output {name} differs by {relative:.3g}, tolerance {self.tolerance:.3g}")
