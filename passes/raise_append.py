@@ -114,7 +114,8 @@ class Append(Rule):
         if region is None or {x.name for x in region.leaves} - {past.name, new.name, LENGTHS}:
             return reject("what is appended depends on more than cache, new rows and lengths", past)
         values = {"past": past, "new": new, "lengths": lengths, "region": region}
-        return Match(values, region.nodes, node.outputs, node, scope)
+        shared = frozenset(id(n) for n in region.nodes if n is not node)
+        return Match(values, region.nodes, node.outputs, node, scope, shared)
 
     def check(self, m: Match) -> Facts | Reject:
         """Prove it: for ragged lengths where the region reads them, else for a full past."""

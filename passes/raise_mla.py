@@ -174,8 +174,8 @@ def _chain(scope: Scope, operand: Operand | None, ops: frozenset[str]) -> Iterat
 
 
 def _halves(scope: Scope, operand: Operand | None) -> tuple[Operand, Operand] | None:
-    """The two parts of a concat along the last axis, seen through permutes."""
-    for seen in _chain(scope, operand, frozenset({"permute", "cast"})):
+    """The two parts of a concat along the last axis, seen through moves of the other axes."""
+    for seen in _chain(scope, operand, frozenset({"permute", "cast", "reshape"})):
         node = scope.producer(seen)
         if node is not None and node.op == "concat" and len(node.operands) == 2:
             last = axis_of(node.attrs["axis"], node.output.type.rank) == node.output.type.rank - 1

@@ -1,1 +1,1 @@
-"""Tests of the rewriting machinery."""
+"""Tests of the rewrite engine."""
