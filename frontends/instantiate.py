@@ -19,7 +19,7 @@ from __future__ import annotations
 import copy
 import logging
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TypeVar
 
@@ -61,8 +61,9 @@ def trace_by_kind(
         stack = layer_kinds(module, inputs, input_names, output_names)
         if len(stack.firsts) == len(stack.kinds) or len(stack.kinds) != depth:
             raise Irregular(f"{len(stack.firsts)} kinds of layers, {depth} caches")
-        program = trace(shallow(module, stack), len(stack.firsts))
-        return instantiate(program, stack, module)
+        part = shallow(module, stack)
+        _check_behaviour(part, stack, dict(zip(input_names, inputs, strict=True)), output_names)
+        return instantiate(trace(part, len(stack.firsts)), stack, module)
     except (Irregular, UsageError, VerificationError) as reason:
         log.info("traced whole: %s", reason)
         return trace(module, depth)
@@ -88,6 +89,30 @@ def shallow(module: nn.Module, stack: LayerStack) -> nn.Module:
                 setattr(part, INDEX, index)
         parent._modules[str(index)] = layer
     return root
+
+
+def _check_behaviour(
+    part: nn.Module, stack: LayerStack, inputs: Mapping[str, Tensor], output_names: Sequence[str]
+) -> None:
+    """Raise `Irregular` unless the shallow module does what the whole one does.
+
+    It need not: a model may count its layers, or do something after its third one.
+    """
+    kept = {name: k for k in inputs if (name := _cache_of_first(k, stack)) is not None}
+    outputs = [name for k in output_names if (name := _cache_of_first(k, stack)) is not None]
+    found = layer_kinds(part, [inputs[k] for k in kept.values()], list(kept), outputs)
+    wanted = tuple(stack.behaviour[first] for first in stack.firsts)
+    if (found.path, found.behaviour, found.tail) != (stack.path, wanted, stack.tail):
+        raise Irregular("with fewer layers the model does something else")
+
+
+def _cache_of_first(name: str, stack: LayerStack) -> str | None:
+    """A name of the step's signature in the shallow module; `None` for caches it has not."""
+    cache = CACHE.fullmatch(name)
+    if cache is None:
+        return name
+    layer = int(cache[2])
+    return _cache_of(name, stack.kinds[layer]) if layer in stack.firsts else None
 
 
 def _shell(module: nn.Module) -> nn.Module:

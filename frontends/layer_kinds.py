@@ -44,11 +44,14 @@ class LayerStack:
 
     Kinds count up in order of first use. The first layer is always of its own: it reads the
     embedding, and only a later layer shows how one reads another. Three dense layers and three
-    MoE layers are (0, 1, 1, 2, 2, 2).
+    MoE layers are (0, 1, 1, 2, 2, 2). `behaviour` holds a digest of what each layer does, `tail`
+    one of what is done with the last one's result.
     """
 
     path: str
     kinds: tuple[int, ...]
+    behaviour: tuple[str, ...]
+    tail: str
 
     @property
     def firsts(self) -> tuple[int, ...]:
@@ -73,13 +76,13 @@ def layer_kinds(
     path, taken, given = _chained(run)
     layers = module.get_submodule(path)
     assert isinstance(layers, nn.ModuleList)
-    behaviour = _Behaviour(path, taken, given, run).of_layers(len(layers), output_names)
+    behaviour, tail = _Behaviour(path, taken, given, run).digests(len(layers), output_names)
     seen: dict[Any, int] = {}
     kinds = [
         seen.setdefault((index == 0, _structure(layer), done), len(seen))
         for index, (layer, done) in enumerate(zip(layers, behaviour, strict=True))
     ]
-    return LayerStack(path, tuple(kinds))
+    return LayerStack(path, tuple(kinds), behaviour, tail)
 
 
 # What a layer is.
@@ -164,8 +167,8 @@ class _Behaviour:
             shared = ("weight", name), None
             self.tokens[id(tensor)] = (("weight", own[2]), int(own[1])) if own else shared
 
-    def of_layers(self, count: int, output_names: Sequence[str]) -> list[str]:
-        """The digest of each layer: its operations, its result, and what its caches become."""
+    def digests(self, count: int, output_names: Sequence[str]) -> tuple[tuple[str, ...], str]:
+        """What each layer does, with what its caches become; what the other outputs are."""
         digests = [hashlib.sha256() for _ in range(count)]
         layer: int | None = None
         steps = 0
@@ -186,28 +189,29 @@ class _Behaviour:
                 self._made(event, ("made", steps), layer)
                 digests[layer].update(repr((done, self._seen(event.returned, layer))).encode())
                 steps += 1
+        others = []
         for name, tensor in zip(output_names, self.run.results, strict=True):
+            key, owner = self._token(tensor)
             if cache := CACHE.fullmatch(name):
                 grown = cache[3], self._seen(tensor, int(cache[2]))
                 digests[int(cache[2])].update(repr(grown).encode())
-            elif self._token(tensor)[1] is not None and self._token(tensor)[0][0] != "tail":
+            elif owner is not None and (key[0] != "tail" or owner != count - 1):
                 raise Irregular(f"{name} reads more of a layer than its result")
-        return [digest.hexdigest() for digest in digests]
+            else:
+                others.append((name, self._seen(tensor, owner)))
+        return tuple(digest.hexdigest() for digest in digests), _digest(others)
 
     def _outside(self, number: int, event: Event) -> None:
         """An operation outside all layers: its results belong to the layer that it reads from."""
         read = [self._token(t) for t in tensors_in(event.given)]
-        owners = {owner for _, owner in read} - {None}
-        if not owners:
-            self._made(event, ("outside", number), None)
-        elif len(owners) > 1:
+        owners = {owner for _, owner in read} - {None} or {None}
+        if len(owners) > 1:
             self._made(event, ("mixed", number), SEVERAL)
-        else:
-            (owner,) = owners
-            done = repr((event.what, self._seen(event.given, owner)))
-            is_tail = all(key[0] == "tail" for key, reads in read if reads is not None)
-            digest = hashlib.sha256(done.encode()).hexdigest()
-            self._made(event, ("tail" if is_tail else "beside", digest), owner)
+            return
+        (owner,) = owners
+        is_tail = all(key[0] == "tail" for key, reads in read if reads is not None)
+        kind = "shared" if owner is None else "tail" if is_tail else "beside"
+        self._made(event, (kind, _digest(event.what, self._seen(event.given, owner))), owner)
 
     def _made(self, event: Event, key: Key, owner: int | None) -> None:
         for index, tensor in enumerate(tensors_in(event.returned)):
@@ -235,6 +239,10 @@ class _Behaviour:
         if isinstance(given, (bool, int, float, str, type(None), *_ATEN_CONSTANTS)):
             return type(given).__name__, repr(given)
         return type(given).__name__
+
+
+def _digest(*parts: Any) -> str:
+    return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
 _ATEN_CONSTANTS = (torch.dtype, torch.device, torch.layout, torch.memory_format, complex)
