@@ -83,6 +83,10 @@ class BackendUnavailable(DscError):
         self.args = (what, hint, where)
 
 
+class RankError(DscError):
+    """A rank that died, fell silent, never came, or runs something else than the others."""
+
+
 class ArtifactError(DscError):
     """An artifact folder that exists already, is damaged, is too new, or is not trusted."""
 

@@ -44,6 +44,7 @@ OPTIMISE = {
     "specialise_entries": "dsc.passes.specialise_entries:SpecialiseEntries",
     "absorb_mla": "dsc.passes.absorb_mla:AbsorbMla",
     "append_cache_in_place": "dsc.passes.append_cache_in_place:AppendCacheInPlace",
+    "shard": "dsc.passes.shard:Shard",
     "lower_moe_dispatch": "dsc.passes.lower_moe_dispatch:LowerMoeDispatch",
     "merge_projections": "dsc.passes.merge_projections:MergeProjections",
 }
@@ -64,6 +65,8 @@ class PipelineOptions:
     memory_reuse: bool = True
     prefill_chunk: int = 512
     max_context: int = 4096
+    ranks: int = 1
+    parallel: str = "tp+ep"
     watch: Watch = field(default_factory=Watch)
 
 
@@ -89,6 +92,8 @@ def passes_for(
         chosen.append(make("absorb_mla"))
     if capabilities.in_place_cache:
         chosen.append(make("append_cache_in_place", slack=options.prefill_chunk))
+    if options.ranks > 1:
+        chosen.append(make("shard", ranks=options.ranks, parallel=options.parallel))
     if capabilities.grouped_moe:
         chosen.append(make("lower_moe_dispatch"))
     chosen.append(make("plan_memory"))

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from dsc.errors import UsageError, VerificationError
+from dsc.errors import RankError, UsageError, VerificationError
 from dsc.ir.dims import Dim, Sym, evaluate, free_symbols
 from dsc.ir.graph import Graph, Node, Operand, Value
 from dsc.ir.op import concrete, lookup
@@ -141,7 +141,11 @@ def _run_node(node: Node, operands: list[Any], env: Mapping[str, int]) -> tuple[
         raise UsageError(
             f"{node.op} needs the size of {problem}, which no input gives", where=node.loc or None
         ) from None
-    results = definition.reference(*operands, **attrs)
+    try:
+        results = definition.reference(*operands, **attrs)
+    except RankError as problem:
+        problem.where = problem.where or node.loc or None
+        raise
     return tuple(results) if isinstance(results, (tuple, list)) else (results,)
 
 

@@ -31,11 +31,12 @@ _MODEL = (
     _family("pointwise") | _family("shape") | _family("core") | _family("nn") | _family("cache")
     | _family("moe")
 )  # fmt: skip
+_COMM = _family("comm")
 
 LEGAL: dict[Stage, frozenset[str]] = {
     Stage.TRACED: _MODEL | _family("traced") | _family("quant"),
     Stage.CANONICAL: _MODEL - _GROUPED_MOE - {"cache_write", "fused"},
-    Stage.OPTIMIZED: _MODEL - {"fused"},
-    Stage.LOWERED: _MODEL,
-    Stage.PLANNED: _MODEL,
+    Stage.OPTIMIZED: (_MODEL | _COMM) - {"fused"},
+    Stage.LOWERED: _MODEL | _COMM,
+    Stage.PLANNED: _MODEL | _COMM,
 }

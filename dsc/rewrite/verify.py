@@ -17,6 +17,7 @@ from dsc.ir.graph import Graph, Value
 from dsc.ir.interpreter import Interpreter
 from dsc.ir.op import TypeMismatch
 from dsc.ir.program import Program
+from dsc.ir.ranks import RankedInterpreter, interpreter
 from dsc.ir.samples import sample_inputs
 from dsc.rewrite.base import EXACT
 from dsc.rewrite.routing import NEAR, Routing
@@ -94,7 +95,7 @@ def compare_programs(
         after = reapply(before)
         found.form = "shrunk"
     widen = tolerance != EXACT
-    first, second = (Interpreter(runnable(p, widen)) for p in (before, after))
+    first, second = (interpreter(runnable(p, widen)) for p in (before, after))
     for old, new in _pairs(before, after, found):
         found.entries.append(new)
         for case in _cases(first.program, second.program, old, new, sizes):
@@ -202,8 +203,8 @@ def _pinned(first: Graph, second: Graph) -> dict[str, int]:
 class _Run:
     """One entry at one set of sizes."""
 
-    first: Interpreter
-    second: Interpreter
+    first: Interpreter | RankedInterpreter
+    second: Interpreter | RankedInterpreter
     old: str
     new: str
     case: Case

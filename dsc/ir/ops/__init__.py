@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from types import MappingProxyType, ModuleType
 
 from dsc.ir.op import OpDef
-from dsc.ir.ops import cache, core, moe, nn, pointwise, quant, shape, traced
+from dsc.ir.ops import cache, comm, core, moe, nn, pointwise, quant, shape, traced
 
 
 def _collect(*families: ModuleType) -> Mapping[str, OpDef]:
@@ -27,6 +27,7 @@ FAMILIES: Mapping[str, ModuleType] = MappingProxyType(
         "cache": cache,
         "moe": moe,
         "quant": quant,
+        "comm": comm,
         "traced": traced,
     }
 )

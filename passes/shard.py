@@ -1,0 +1,165 @@
+"""Share a program among ranks: heads, rows, vocabulary and experts, with collectives between.
+
+What           linears that make heads, the inner rows of an MLP, or logits keep a slice of their
+               rows on each rank (tensor parallel), experts are dealt out (expert parallel), and
+               sums and gathers over the ranks join what belongs together.
+Why it pays    each rank holds and reads 1/ranks of the large weights; a decode step is bound by
+               reading them. A layer pays two sums of one hidden row a token.
+Preconditions  stage CANONICAL or OPTIMIZED, weights of the program. The heads of attention and the
+               number of experts part evenly into ranks (else an error); rows of an MLP and the
+               vocabulary that do not part stay whole. Latent caches and the router are whole on
+               every rank. One program results: weights are slices over the symbol `rank`.
+Before         graph main(%x: f32[N,8], @gate: f32[6,8], @up: f32[6,8], @down: f32[8,6]) {
+                 %g = linear %x, @gate : f32[N,6]
+                 %u = linear %x, @up : f32[N,6]
+                 %h = swiglu %g, %u : f32[N,6]
+                 %d = linear %h, @down : f32[N,8]
+                 %y = add %x, %d : f32[N,8]
+                 return %y
+               }
+After          graph main(%x: f32[N,8], @gate.shard_0: f32[3,8], @up.shard_0: f32[3,8],
+                 @down.shard_1: f32[8,3]) {
+                 %g = linear %x, @gate.shard_0 : f32[N,3]
+                 %u = linear %x, @up.shard_0 : f32[N,3]
+                 %h = swiglu %g, %u : f32[N,3]
+                 %d = linear %h, @down.shard_1 : f32[N,8]
+                 %d.sum = all_reduce %d {ranks=2} : f32[N,8]
+                 %y = add %x, %d.sum : f32[N,8]
+                 return %y
+               }
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from dsc.errors import UsageError
+from dsc.ir.analyses import producers
+from dsc.ir.dims import Range
+from dsc.ir.graph import Graph, GraphBuilder, Node, Operand, Value, Weight
+from dsc.ir.program import Program
+from dsc.ir.stages import Stage
+from dsc.passes._placements import Sharding
+from dsc.rewrite.base import Pass, PassReport
+from dsc.rewrite.rebuild import Operands, rebuild
+
+PARALLEL = ("tp+ep", "tp", "ep")
+_HEADS_OF = {"mla_attention": (0, 1), "latent_attention": (0, 1), "attention": (0, 1, 2)}
+"""Operands of attention that carry heads on axis 2."""
+_THROUGH = frozenset({"reshape", "split", "slice", "rope", "einsum", "permute", "rms_norm", "cast"})
+"""What may lie between a linear and attention."""
+
+
+@dataclass(frozen=True)
+class Shard(Pass):
+    """Share every entry among `ranks`.
+
+    `parallel` is `tp+ep` (experts dealt out, all else tensor parallel), `tp` (experts in parts as
+    well) or `ep` (only the experts are shared).
+    """
+
+    ranks: int = 2
+    parallel: str = "tp+ep"
+
+    needs = frozenset({Stage.CANONICAL, Stage.OPTIMIZED})
+    ensures = Stage.OPTIMIZED
+    tolerance = 1e-5  # sums over ranks have another order
+
+    def run(self, program: Program, report: PassReport) -> Program:
+        """Rewrite all entries. Raises `UsageError` for what does not part into the ranks."""
+        check_parallel(self.ranks, self.parallel)
+        if self.ranks == 1:
+            return program.at(Stage.OPTIMIZED)
+        experts = "ep" if "ep" in self.parallel else "tp"
+        sharding = Sharding(program, self.ranks, experts, report)
+        done = program.map_entries(lambda graph: self._graph(sharding, graph))
+        meta = {**program.meta, "ranks": self.ranks, "parallel": self.parallel}
+        symbols = {**program.symbols, "rank": Range(0, self.ranks - 1)}
+        shared = replace(done, meta=meta, symbols=symbols).with_weights(sharding.weights).pruned()
+        report.facts |= {"ranks": self.ranks, "parallel": self.parallel}
+        return shared.at(Stage.OPTIMIZED)
+
+    def _graph(self, sharding: Sharding, graph: Graph) -> Graph:
+        for node in graph.nodes:
+            self._check(node)
+        tensor = "tp" in self.parallel
+        sharding.enter(frozenset(self._columns(graph, sharding)) if tensor else frozenset())
+        results = {x.name for x in graph.outputs}
+
+        def share(b: GraphBuilder, node: Node, operands: Operands) -> Sequence[Operand] | None:
+            done = sharding.run(b, node, operands)
+            if done is None:
+                return None
+            wanted = [v.name in results for v in node.outputs]
+            return [
+                sharding.whole(b, new) or new if whole else new
+                for new, whole in zip(done, wanted, strict=True)
+            ]
+
+        return rebuild(graph, share)
+
+    def _check(self, node: Node) -> None:
+        """Refuse heads and experts that cannot be dealt out evenly."""
+        if node.op in _HEADS_OF and "tp" in self.parallel:
+            heads = node.operands[0].type.shape[2]
+            self._divides(node, heads, "attention heads")
+        if node.op == "experts" and "ep" in self.parallel:
+            self._divides(node, node.operands[3].type.shape[0], "experts")
+
+    def _divides(self, node: Node, number: object, what: str) -> None:
+        if isinstance(number, int) and number % self.ranks == 0:
+            return
+        fits = [n for n in range(1, 65) if isinstance(number, int) and number % n == 0]
+        raise UsageError(
+            f"{number} {what} do not part into {self.ranks} ranks",
+            where=node.loc or None,
+            hint=f"a number of ranks that divides {number}: {', '.join(map(str, fits))}",
+        )
+
+    def _columns(self, graph: Graph, sharding: Sharding) -> Iterator[str]:
+        """Results of the linears whose rows are split: what makes heads, inner rows, logits."""
+        made = producers(graph)
+        outputs = {x.name for x in graph.outputs}
+        for node in graph.nodes:
+            if node.op in _HEADS_OF:
+                found = [_source(node.inputs[i], made) for i in _HEADS_OF[node.op]]
+            elif node.op == "swiglu":
+                found = [_direct(x, made) for x in node.operands]
+            elif node.op == "linear" and node.output.name in outputs:
+                found = [node]
+            else:
+                continue
+            if any(one is None or not _splits(one, sharding) for one in found):
+                why = f"what {node.op} reads comes from no linear that parts into {self.ranks}"
+                sharding.report.miss("columns", node.loc, why)
+                continue
+            yield from (one.output.name for one in found if one is not None)
+
+
+def check_parallel(ranks: int, parallel: str) -> None:
+    """Raise `UsageError` unless these are options of the pass."""
+    if ranks < 1:
+        raise UsageError(f"{ranks} ranks", hint="give at least 1")
+    if parallel not in PARALLEL:
+        raise UsageError(f"no way to share called {parallel!r}", hint=f"one of {PARALLEL}")
+
+
+def _source(x: Operand | None, made: dict[str, Node]) -> Node | None:
+    """The linear whose columns become the heads of `x`."""
+    node = made.get(x.name) if isinstance(x, Value) else None
+    while node is not None and node.op in _THROUGH:
+        before = node.operands[0]
+        node = made.get(before.name) if isinstance(before, Value) else None
+    return node if node is not None and node.op == "linear" else None
+
+
+def _direct(x: Operand, made: dict[str, Node]) -> Node | None:
+    node = made.get(x.name) if isinstance(x, Value) else None
+    return node if node is not None and node.op == "linear" else None
+
+
+def _splits(node: Node, sharding: Sharding) -> bool:
+    """Whether a linear's weight can be cut by rows."""
+    weight = node.operands[1]
+    return isinstance(weight, Weight) and sharding.divides(weight.type.shape[0])
