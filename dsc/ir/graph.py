@@ -197,6 +197,7 @@ class GraphBuilder:
     inputs: list[Value] = field(default_factory=list)
     nodes: list[Node] = field(default_factory=list)
     taken: set[str] = field(default_factory=set)
+    repeats: dict[str, int] = field(default_factory=dict)
     loc: str = ""
 
     def __post_init__(self) -> None:
@@ -211,10 +212,10 @@ class GraphBuilder:
 
     def fresh(self, hint: str) -> str:
         """A name that no value of this graph has yet."""
-        name, n = hint, 0
+        name = hint
         while name in self.taken:
-            n += 1
-            name = f"{hint}_{n}"
+            self.repeats[hint] = self.repeats.get(hint, 0) + 1
+            name = f"{hint}_{self.repeats[hint]}"
         self.taken.add(name)
         return name
 
