@@ -244,6 +244,14 @@ OPERATORS = {
         %y = add %even, %tail
         %head = slice %x {axis=1, start=0, end=16}
         return %y, %head }""",
+    "rotary pairs": """(%x: f32[B,S,128,64], %cos: f32[B,S,1,32]) {
+        %a = slice %x {axis=3, start=0, end=63, step=2}
+        %b = slice %x {axis=3, start=1, end=64, step=2}
+        %y = mul %a, %cos
+        %z = mul %b, %cos
+        %r = concat %y, %z {axis=3}
+        %s = add %r, %x
+        return %s }""",
     "masks and aranges": """(%x: f32[B,3000]) {
         %i = arange {start=0, end=3000, dtype=i64}
         %j = reshape %i {shape=[3000,1]}
