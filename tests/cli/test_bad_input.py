@@ -79,6 +79,13 @@ def tensor(**fields: Any) -> Break:
     return edit_header(lambda header: header["model.norm.weight"].update(fields))
 
 
+def overwrite(name: str, data: bytes) -> Break:
+    def apply(folder: Path) -> None:
+        (folder / name).write_bytes(data)
+
+    return apply
+
+
 def truncate(size: int) -> Break:
     return lambda folder: os.truncate(folder / "model.safetensors", size)
 
@@ -87,7 +94,7 @@ BREAKS: dict[str, tuple[Break, tuple[str, ...]]] = {
     "truncated weights": (truncate(100_000), ("model.safetensors",)),
     "empty weights": (truncate(0), ("model.safetensors",)),
     "a header length beyond the file": (
-        lambda f: (f / "model.safetensors").write_bytes(struct.pack("<Q", 1 << 50)) and None,
+        overwrite("model.safetensors", struct.pack("<Q", 1 << 50)),
         ("model.safetensors",),
     ),
     "a header that lies about a shape": (tensor(shape=[257]), ("model.norm.weight",)),
@@ -101,7 +108,7 @@ BREAKS: dict[str, tuple[Break, tuple[str, ...]]] = {
     "an unknown dtype": (tensor(dtype="F7"), ("model.norm.weight", "F7")),
     "a dtype of another size": (tensor(dtype="F32"), ("model.norm.weight",)),
     "a missing tensor": (
-        edit_header(lambda h: h.pop("model.layers.1.self_attn.kv_b_proj.weight") and None),
+        edit_header(lambda h: h.__delitem__("model.layers.1.self_attn.kv_b_proj.weight")),
         ("model.layers.1.self_attn.kv_b_proj.weight",),
     ),
     "a misshapen tensor": (
@@ -110,7 +117,7 @@ BREAKS: dict[str, tuple[Break, tuple[str, ...]]] = {
     ),
     "no config": (lambda f: (f / "config.json").unlink(), ("config.json",)),
     "a garbage config": (
-        lambda f: (f / "config.json").write_bytes(b"\xff{]") and None,
+        overwrite("config.json", b"\xff{]"),
         ("config.json",),
     ),
     "a config out of range": (edit_config(num_attention_heads=0), ("num_attention_heads",)),
