@@ -17,7 +17,8 @@ After          graph main(%x: f32[8]) {
                  return %c, %copy as "x"
                }
 
-In the example a lies at arena+0, b at arena+64, c in the output c and copy in the output x. Offsets are chosen greedily, largest first, each at the lowest gap among what is live with it
+In the example a lies at arena+0, b at arena+64, c in the output c and copy in the output x.
+Offsets are chosen greedily, largest first, each at the lowest gap among what is live with it
 (Pisarchyk & Lee 2020, "greedy by size"). Views share their operand's place.
 """
 

@@ -76,4 +76,3 @@ class InterpretedExecutable:
     def __del__(self) -> None:
         if getattr(self, "_process", None) is not None and self._process.poll() is None:
             self.close()
-

@@ -106,9 +106,7 @@ class CudaExecutable:
             self._schedules[key] = resolve(self._program.entries[entry], shapes)
         return self._schedules[key]
 
-    def _inputs(
-        self, lowered: EntryLaunches, inputs: Mapping[str, torch.Tensor]
-    ) -> dict[int, int]:
+    def _inputs(self, lowered: EntryLaunches, inputs: Mapping[str, torch.Tensor]) -> dict[int, int]:
         state = {p.buffer for p in lowered.outputs if is_state(lowered.buffers[p.buffer])}
         addresses: dict[int, int] = {}
         for port in lowered.inputs:
@@ -162,9 +160,7 @@ class CudaExecutable:
         self._driver.launch(self._functions[call.kernel], call.grid, arguments)
 
 
-def pack_arguments(
-    kernel: Kernel, call: Call, addresses: Mapping[int, int]
-) -> list[Argument]:
+def pack_arguments(kernel: Kernel, call: Call, addresses: Mapping[int, int]) -> list[Argument]:
     """A call's run-time arguments as C values, in the order of the compiled entry."""
     kinds = [kind for kind in kernel.signature.values() if kind != "constexpr"]
     packed: list[Argument] = []

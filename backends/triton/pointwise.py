@@ -127,9 +127,7 @@ def constant_region(value: float, dtype: DType) -> Region:
     return Region((), (Step("full", (), dtype, value),), (0,))
 
 
-def emit(
-    ctx: Context, region: Region, inputs: Sequence[View], outputs: Sequence[View]
-) -> None:
+def emit(ctx: Context, region: Region, inputs: Sequence[View], outputs: Sequence[View]) -> None:
     """Append the launch of a region; operands broadcast to the shape of the outputs."""
     shape = outputs[0].shape
     operands = [views.expand(v, shape) for v in inputs] + list(outputs)

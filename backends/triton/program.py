@@ -57,4 +57,3 @@ def _as_output(ctx: Context, view: View, name: str, taken: set[int]) -> View:
     made = ctx.make(view.type, "output", name)
     ctx.copy(view, made)
     return made
-

@@ -106,9 +106,7 @@ def graphs() -> dict[str, Graph]:
 
 
 @pytest.mark.parametrize("name", REGIONS)
-def test_a_region_costs_one_launch_an_anchor_and_a_run(
-    graphs: dict[str, Graph], name: str
-) -> None:
+def test_a_region_costs_one_launch_an_anchor_and_a_run(graphs: dict[str, Graph], name: str) -> None:
     lowered, _ = lower_program(Program("regions", {name: graphs[name]}), "cuda:sm_90")
     assert len(lowered.entries[name].launches) == REGIONS[name][2]
 

@@ -14,7 +14,6 @@ from dsc.ir.graph import Graph, Value
 from dsc.ir.memory import MemoryPlan, Place
 from dsc.passes.plan_memory import _own_outputs, plan
 from dsc.runtime.check_plan import check_plan
-
 from tests.passes.test_structure import chain
 
 RANGES = {"N": Range(1, 8)}

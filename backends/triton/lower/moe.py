@@ -97,9 +97,7 @@ def combine(ctx: Context, node: Node) -> None:
     _combine(ctx, ctx.dense(y), place, ctx.dense(weights), slots, ctx.result(node))
 
 
-def _combine(
-    ctx: Context, y: View, place: View, weights: View, slots: int, out: View
-) -> None:
+def _combine(ctx: Context, y: View, place: View, weights: View, slots: int, out: View) -> None:
     width = out.shape[-1]
     rows = product(out.shape[:-1])
     tile = ctx.blocks.copy(ctx.limit(rows), ctx.limit(width))

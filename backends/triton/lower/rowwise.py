@@ -37,9 +37,7 @@ def cumsum(ctx: Context, node: Node) -> None:
     _along_last(ctx, node, node.attrs["axis"], "rows:cumsum", {})
 
 
-def _along_last(
-    ctx: Context, node: Node, axis: int, kernel: str, extra: dict[str, Given]
-) -> None:
+def _along_last(ctx: Context, node: Node, axis: int, kernel: str, extra: dict[str, Given]) -> None:
     x = ctx.view(node.inputs[0])
     order = _innermost(len(x.shape), (axis,))
     moved = views.permute(x, order)
