@@ -15,11 +15,10 @@ from typing import TYPE_CHECKING, Any, cast
 from dsc import backends, pipeline
 from dsc.backends.base import Backend, Emission, EmitOptions, Executable
 from dsc.errors import MemoryLimitError, UnsupportedOperator, UsageError
-from dsc.ir.analyses import total_cost
-from dsc.ir.dims import evaluate
 from dsc.ir.program import Program
 from dsc.ir.types import DType
-from dsc.rewrite.manager import PassRecord, Watch
+from dsc.report import build_report, cache_bytes
+from dsc.rewrite.manager import Watch
 from dsc.runtime import artifact as artifacts
 from dsc.runtime.session import Session
 from dsc.settings import debug_mode, memory_limit
@@ -234,7 +233,7 @@ def compile(
     return CompiledModel(
         program=program,
         backend=chosen.name,
-        report=_report(program, records, seconds, loaded.notes),
+        report=build_report(program, records, seconds, loaded.notes),
         targets=tuple(str(t) for t in targets),
         source=loaded.source,
         max_batch=max_batch,
@@ -278,7 +277,7 @@ def compile_program(
     options = pipeline.PipelineOptions(fusion_level=fusion_level, memory_reuse=memory_reuse)
     done, records = pipeline.run(program, chosen, Target("cpu"), options)
     emission = chosen.emit(done, EmitOptions())
-    report = _report(done, records, {}, [])
+    report = build_report(done, records, {}, [])
     return CompiledModel(program=done, backend=chosen.name, report=report, _emission=emission)
 
 
@@ -289,11 +288,11 @@ def check_memory(program: Program, target: Target, max_batch: int, max_context: 
         return
     weights = sum(cast(int, t.nbytes) for t in program.weight_types().values())
     arena = max((plan.size for plan in program.memory.values()), default=0)
-    cache = _cache_bytes(program) * max_batch * max_context
+    cache = cache_bytes(program) * max_batch * max_context
     if weights + arena + cache > limit:
         parts = f"weights {weights / 1e6:.1f}, arena {arena / 1e6:.1f}, caches {cache / 1e6:.1f} MB"
         rest = limit - weights - arena
-        per_token = _cache_bytes(program) * max_batch
+        per_token = cache_bytes(program) * max_batch
         fits = (
             f"max_context={rest // per_token} would fit"
             if per_token and rest >= per_token
@@ -354,42 +353,3 @@ def _check_options(
             raise UsageError(f"{name} is {value}", hint="give at least 1")
     if max_context is not None and max_context < 1:
         raise UsageError(f"max_context is {max_context}", hint="give at least 1")
-
-
-def _report(
-    program: Program, records: list[PassRecord], seconds: Mapping[str, float], notes: Sequence[str]
-) -> dict[str, Any]:
-    """What report.json holds: passes, and for each entry nodes, bytes, flops and arena."""
-    point = {"B": 1, "S": 1, "L": 1, "P": 1024, "C": 1024}
-    entries = {}
-    for name, graph in program.entries.items():
-        cost = total_cost(graph.nodes)
-        env = {s: point.get(s, 1) for s in program.symbols}
-        entries[name] = {
-            "nodes": len(graph.nodes),
-            "at": {k: v for k, v in env.items() if k in program.symbols},
-            "weight_bytes": evaluate(cost.weights, env),
-            "activation_bytes": evaluate(cost.read + cost.written, env),
-            "flops": evaluate(cost.flops, env),
-        }
-        if name in program.memory:
-            plan = program.memory[name]
-            entries[name] |= {"arena_bytes": plan.size, "arena_lower_bound": plan.lower_bound}
-    return {
-        "seconds": dict(seconds),
-        "passes": [r.as_dict() for r in records],
-        "entries": entries,
-        "notes": list(notes),
-        "cache_bytes_per_token": _cache_bytes(program),
-    }
-
-
-def _cache_bytes(program: Program) -> int:
-    from dsc.runtime.session import cache_specs
-
-    graph = next(iter(program.entries.values()))
-    total = 0
-    for spec in cache_specs(graph):
-        width = spec.input.type.shape[-1]
-        total += cast(int, width) * spec.input.type.dtype.itemsize
-    return total

@@ -24,6 +24,7 @@ VERBS = (
     "verify",
     "inspect",
     "opt",
+    "bisect",
     "bench",
     "doctor",
 )

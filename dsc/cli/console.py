@@ -19,6 +19,14 @@ def stdout() -> Console:
     return Console(highlight=False, soft_wrap=True)
 
 
+def tables() -> Console:
+    """Return a console for wide tables: as wide as the terminal, wider than 80 without one."""
+    from rich.console import Console
+
+    found = Console(highlight=False)
+    return found if found.is_terminal else Console(highlight=False, width=160)
+
+
 def stderr() -> Console:
     """Return a console for progress and remarks."""
     from rich.console import Console

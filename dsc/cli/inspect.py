@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import json
+import json as json_text
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,11 +23,14 @@ def inspect(
         str | None,
         Option("--after", metavar="PASS", help="A model's IR after this pass, not the last."),
     ] = None,
-    report: Annotated[bool, Option("--report", help="What each pass did, as JSON.")] = False,
+    report: Annotated[
+        bool, Option("--report", help="What each pass did, and what each layer costs.")
+    ] = False,
     kernels: Annotated[bool, Option("--kernels", help="The files the backend emitted.")] = False,
     config: options.Config = None,
     weights: options.Weights = None,
     backend: options.Backend = None,
+    json: options.Json = False,
 ) -> None:
     """Print the text IR of MODEL, or of an artifact OUT, or what OUT holds.
 
@@ -34,27 +38,36 @@ def inspect(
 
         dsc inspect models/v3.py --entry decode --after absorb_mla
 
+        dsc inspect models/v3.py --config 671b --weights none --report
+
         dsc inspect v3-tvm --kernels
     """
-    folder = Path(model)
-    if (folder / "dsc.json").is_file():
-        _inspect_artifact(folder, entry, after, report, kernels)
-        return
     from dsc.errors import UsageError
 
-    if report or kernels:
+    if json and not report:
+        raise UsageError("--json goes with --report", hint="the text IR is printed as it is")
+    folder = Path(model)
+    if (folder / "dsc.json").is_file():
+        _inspect_artifact(folder, entry, after, report, kernels, json)
+        return
+    asked = {"config": config, "weights": weights}
+    given = {name: value for name, value in asked.items() if value is not None}
+    if kernels:
         raise UsageError(
-            "--report and --kernels read an artifact",
+            "--kernels reads an artifact",
             where=model,
             hint="compile it first: dsc compile " + model,
         )
-    asked = {"config": config, "weights": weights}
-    given = {name: value for name, value in asked.items() if value is not None}
+    if report:
+        if after is not None:
+            raise UsageError("a report is of all passes", hint="give --report or --after, not both")
+        _show_report(_compiled_report(model, backend or "null", given), entry, json)
+        return
     print(_select(_lowered(model, backend or "null", after, given), entry), end="")
 
 
 def _inspect_artifact(
-    folder: Path, entry: str | None, after: str | None, report: bool, kernels: bool
+    folder: Path, entry: str | None, after: str | None, report: bool, kernels: bool, as_json: bool
 ) -> None:
     from dsc.errors import UsageError
 
@@ -65,11 +78,54 @@ def _inspect_artifact(
             hint="name the model with --after, not the artifact",
         )
     if report:
-        print(json.dumps(json.loads((folder / "report.json").read_text("utf-8")), indent=2))
+        _show_report(read_report(folder), entry, as_json)
     if kernels:
         _list_kernels(folder)
     if not (report or kernels):
         print(_select((folder / "program.dsc").read_text("utf-8"), entry), end="")
+
+
+def read_report(folder: Path) -> dict[str, Any]:
+    """Return an artifact's report. Raises `ArtifactError`."""
+    from dsc.errors import ArtifactError
+
+    try:
+        found = json_text.loads((folder / "report.json").read_text("utf-8"))
+    except (OSError, ValueError, RecursionError) as problem:
+        raise ArtifactError(f"cannot read report.json: {problem}", where=str(folder)) from None
+    if not isinstance(found, dict):
+        raise ArtifactError("report.json holds no report", where=str(folder))
+    return found
+
+
+def _compiled_report(model: str, backend: str, given: dict[str, Any]) -> Mapping[str, Any]:
+    """Return the report of a model that is compiled for this, and not saved."""
+    from dsc import api
+    from dsc.cli import console
+
+    with console.progress_bar() as progress:
+        return api.compile(model, backend=backend, progress=progress, **given).report
+
+
+def _show_report(report: Mapping[str, Any], entry: str | None, as_json: bool) -> None:
+    from dsc.cli import console
+    from dsc.errors import ArtifactError, UsageError
+
+    entries = report.get("entries", {})
+    if entry is not None and entry not in entries:
+        raise UsageError(f"no entry {entry!r}", hint="one of " + ", ".join(entries))
+    if as_json:
+        console.print_json(report)
+        return
+    from dsc.cli.report_tables import print_report
+
+    try:
+        print_report(console.tables(), report, entry)
+    except (KeyError, TypeError, ValueError, AttributeError) as problem:
+        raise ArtifactError(
+            f"the report is not of this version: {type(problem).__name__}: {problem}",
+            hint="read it with --json, or compile again",
+        ) from None
 
 
 def _list_kernels(folder: Path) -> None:

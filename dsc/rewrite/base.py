@@ -22,8 +22,8 @@ EXACT = 0.0
 class NearMiss:
     """A place where a rule nearly fired: which condition failed, and the values to blame.
 
-    `matched` of `wanted` operators of the rule's pattern were found; all of them where the shape
-    fits and a condition on it fails.
+    `matched` of `wanted` parts of the rule's pattern fit; all of them where the shape fits and a
+    condition on it fails.
     """
 
     rule: str

@@ -135,7 +135,7 @@ def _grouped(near: Iterable[NearMiss], lines: dict[str, str]) -> Iterator[Miss]:
 def _told(miss: Miss) -> list[str]:
     first = miss.first
     where = summary([p or f"%{first.culprits[0]}" for p in miss.places if p or first.culprits])
-    part = f"{first.matched} of {first.wanted} operators are there"
+    part = f"{first.matched} of {first.wanted} parts fit"
     much = "" if first.matched >= first.wanted else f", where {part}"
     head = f"missed  {first.rule} at {where}{much}:"
     reasons = [f"          {reason}" for reason in first.reason.split("; ")]

@@ -61,7 +61,7 @@ def near_misses(rule: Rule, scope: Scope) -> Iterator[NearMiss]:
             if fit.wrong and enough:
                 where = node.loc or str(node.outputs[0])
                 names = tuple(dict.fromkeys((node.outputs[0].name, *fit.culprits)))
-                total = fit.matched + max(fit.missing, 1)
+                total = fit.matched + max(fit.missing, len(fit.wrong))
                 yield NearMiss(rule.name, where, "; ".join(fit.wrong), names, fit.matched, total)
 
 
@@ -84,7 +84,11 @@ def _fit(pattern: patterns.Pattern, operand: Operand | None, fit: _Fit, scope: S
         return fit.fault(why, _size(pattern), operand)
     if node.op not in pattern.ops:
         why = f"{operand} is made by {node.op}, not by {_ops(pattern)}"
-        return fit.fault(why, _size(pattern), operand)
+        absent = fit.fault(why, _size(pattern), operand)
+        if len(node.inputs) != len(pattern.operands):
+            return absent
+        through = _operands(pattern, node.inputs, fit.fault(why, 1, operand), scope)
+        return max((absent, through), key=lambda found: found.rank)
     return _call(pattern, node, fit, scope)
 
 

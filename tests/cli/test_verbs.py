@@ -138,7 +138,7 @@ def test_inspect_shows_a_models_ir(api: FakeApi, invoke: Invoke) -> None:
 
 def test_inspect_shows_what_an_artifact_holds(invoke: Invoke, artifact: Path) -> None:
     assert invoke("inspect", str(artifact)).stdout == "the program\n"
-    assert invoke("inspect", str(artifact), "--report").stdout == "{}\n"
+    assert invoke("inspect", str(artifact), "--report", "--json").stdout == "{}\n"
     listed = invoke("inspect", str(artifact), "--kernels").stdout.split()
     assert listed == ["7", "B", os.path.join("null", "kernel.txt")]
 
