@@ -16,10 +16,12 @@ from dsc import backends, pipeline
 from dsc.backends.base import Backend, Emission, EmitOptions, Executable
 from dsc.errors import MemoryLimitError, UnsupportedOperator, UsageError
 from dsc.ir.program import Program
+from dsc.ir.ranks import ranks_of
 from dsc.ir.types import DType
 from dsc.report import build_report, cache_bytes
 from dsc.rewrite.manager import Watch
 from dsc.runtime import artifact as artifacts
+from dsc.runtime import sharded
 from dsc.runtime.session import Session
 from dsc.settings import debug_mode, memory_limit
 from dsc.targets import Target, parse_target
@@ -56,6 +58,22 @@ class CompiledModel:
         artifacts.check_free(out, force)
         if self._emission is None:
             raise UsageError("this model was loaded from an artifact; copy its folder instead")
+        ranks = ranks_of(self.program)
+        if ranks == 1:
+            return self._write(out, None, force, progress)
+        facts = {
+            "backend": self.backend,
+            "name": self.program.name,
+            "config": self.program.meta.get("config", {}),
+            "parallel": self.program.meta["parallel"],
+        }
+        return sharded.write(
+            out, ranks, lambda each, rank: self._write(each, rank, False, progress), facts, force
+        )
+
+    def _write(self, out: Path, rank: int | None, force: bool, progress: Progress | None) -> Path:
+        """Write one artifact folder: the whole model's, or a rank's."""
+        assert self._emission is not None
         return artifacts.write(
             out,
             self.program,
@@ -72,6 +90,7 @@ class CompiledModel:
             extra_files=self._files,
             force=force,
             with_weights=self.has_weights,
+            rank=rank,
             progress=progress,
         )
 
@@ -104,7 +123,7 @@ class CompiledModel:
         if self._folder is None:
             base = Path(tempfile.mkdtemp(prefix="dsc-"))
             weakref.finalize(self, shutil.rmtree, base, True)
-            folder = self.save(base / "artifact")
+            folder = _own_folder(self.save(base / "artifact"))
         else:
             folder = self._folder
         opened = artifacts.read(folder, trust=self._trust or self._folder is None)
@@ -146,6 +165,8 @@ def compile(
     prefill_chunk: int = 512,
     threads: int | None = None,
     fallback: str | None = None,
+    ranks: int = 1,
+    parallel: str = "tp+ep",
     print_ir_after: Sequence[str] = (),
     dump_dir: str | Path | None = None,
     verify_each: bool = False,
@@ -169,6 +190,9 @@ def compile(
         prefill_chunk: tokens of a prompt that are processed at once.
         threads: CPU threads of the compiled code.
         fallback: a backend for what `backend` refuses; only whole programs so far.
+        ranks: processes that run the model together, each with its part of the weights.
+        parallel: how ranks share it: "tp+ep" (heads, rows and vocabulary split, experts dealt
+            out), "tp" (experts split as well) or "ep" (only the experts shared).
         print_ir_after: passes after which the text IR is printed, or "all".
         dump_dir: a folder for numbered text after each pass.
         verify_each: interpret before and after each pass and compare.
@@ -179,8 +203,10 @@ def compile(
         DscError: one of its classes, with what is wrong, where, and what to do.
     """
     from dsc.frontends.load import load_program
+    from dsc.passes.shard import check_parallel
 
     _check_options(fusion_level, dtype, quant, max_batch, max_context, prefill_chunk)
+    check_parallel(ranks, parallel)
     start = time.perf_counter()
     chosen = backends.get(backend) if backend else best_backend()
     targets = _targets(target, chosen)
@@ -201,6 +227,8 @@ def compile(
         fusion_level=fusion_level,
         prefill_chunk=prefill_chunk,
         max_context=loaded.max_context,
+        ranks=ranks,
+        parallel=parallel,
         watch=watch,
     )
     try:
@@ -247,9 +275,11 @@ def compile(
 def load(path: str | Path, trust: bool = False) -> CompiledModel:
     """Open an artifact folder. Raises `ArtifactError`.
 
-    An artifact that holds machine code loads only if this user built it here, or with `trust`.
+    An artifact that holds machine code loads only if this user built it here, or with `trust`. One
+    for several ranks opens in a process that is one of them (`torchrun`), after all have agreed on
+    what they run: `UsageError` and `RankError` otherwise.
     """
-    folder = Path(path)
+    folder = _own_folder(Path(path))
     opened = artifacts.read(folder, trust)
     limits = opened.manifest["limits"]
     return CompiledModel(
@@ -264,6 +294,12 @@ def load(path: str | Path, trust: bool = False) -> CompiledModel:
         _folder=folder,
         _trust=trust,
     )
+
+
+def _own_folder(folder: Path) -> Path:
+    """The folder that this process loads: its rank's, where there are several."""
+    found = sharded.opened(folder)
+    return folder if found is None else sharded.enter(found)
 
 
 def compile_program(

@@ -92,7 +92,7 @@ def passes_for(
         chosen.append(make("absorb_mla"))
     if capabilities.in_place_cache:
         chosen.append(make("append_cache_in_place", slack=options.prefill_chunk))
-    if options.ranks > 1:
+    if options.ranks != 1:
         chosen.append(make("shard", ranks=options.ranks, parallel=options.parallel))
     if capabilities.grouped_moe:
         chosen.append(make("lower_moe_dispatch"))

@@ -54,21 +54,32 @@ def generate(
     ] = 0.0,
     seed: Annotated[int, Option("--seed", min=0, help="Of the draws above temperature 0.")] = 0,
     stats: Annotated[bool, Option("--stats", help="Print rates on standard error.")] = False,
+    ranks: options.Ranks = None,
     json: options.Json = False,
     trust: options.Trust = False,
 ) -> None:
     """Continue a prompt with the model in OUT; the text streams to standard output.
 
+    An artifact of several ranks runs as that many processes, started here, or by torchrun.
+
     Example: dsc generate v3-tvm --prompt "Once upon a time" --max-new-tokens 40 --stats
     """
     from dsc import api, generation
     from dsc.cli import console
+    from dsc.ir.ranks import current
 
+    if must_launch(artifact, ranks):
+        arguments = ["generate", str(artifact), "--prompt", prompt, "--seed", str(seed)]
+        arguments += ["--max-new-tokens", str(max_new_tokens), "--temperature", str(temperature)]
+        flags = {"--stats": stats, "--json": json, "--trust": trust}
+        launch_ranks([*arguments, *(name for name, on in flags.items() if on)], artifact)
+        return
     compiled = api.load(artifact, trust=trust)
     tokenizer = required_tokenizer(compiled.tokenizer, artifact)
     ids = tokenizer.encode(prompt).ids
     if not ids:
         raise _empty_prompt()
+    agree_on(prompt=prompt, seed=seed, max_new_tokens=max_new_tokens, temperature=temperature)
     session = compiled.session(max_batch=1, max_context=len(ids) + max_new_tokens)
     clock = Clock()
     tokens = generation.generate(
@@ -79,13 +90,59 @@ def generate(
         seed=seed,
         stop=stop_ids(artifact),
     )
-    text = _stream(tokenizer, clock.timed(tokens), quiet=json)
+    speaks = current().rank == 0
+    text = _stream(tokenizer, clock.timed(tokens), quiet=json or not speaks)
     summary = clock.summary(len(ids))
+    if not speaks:
+        return
     if json:
         console.print_json({"text": text, **summary})
     elif stats:
         lines = (f"{name} {value:.6g}" for name, value in summary.items())
         console.stderr().print("\n".join(lines))
+
+
+def must_launch(artifact: Path, ranks: int | None) -> bool:
+    """Whether the ranks are still to be started. Raises `UsageError` for a wrong number of them."""
+    import os
+
+    from dsc.errors import UsageError
+    from dsc.runtime import collectives, sharded
+
+    found = sharded.opened(artifact)
+    if found is None:
+        if ranks not in (None, 1):
+            raise UsageError(
+                f"{artifact} was compiled for one rank, --ranks {ranks} asked",
+                hint=f"compile it with --ranks {ranks}",
+            )
+        return False
+    if ranks is not None:
+        sharded.check_ranks(found, ranks)
+    return not collectives.launched(os.environ)
+
+
+def launch_ranks(arguments: list[str], artifact: Path) -> None:
+    """Run `dsc` with `arguments` once a rank of the artifact; exit as the first that fails."""
+    from dsc.runtime import launch, sharded
+
+    found = sharded.opened(artifact)
+    assert found is not None
+    status = launch.run(launch.command(arguments), found.ranks)
+    if status:
+        sys.exit(status)
+
+
+def agree_on(**options: object) -> None:
+    """Check that all ranks were given the same options, which are shown only as digests."""
+    from dsc.runtime import collectives
+
+    shown = {"seed", "max_new_tokens", "temperature"}
+    facts = {
+        name: str(value) if name in shown else collectives.digest(str(value))
+        for name, value in options.items()
+    }
+    collectives.agree("options", facts)
 
 
 def required_tokenizer(tokenizer: Any, artifact: Path) -> Any:

@@ -105,6 +105,23 @@ Fallback = Annotated[
         show_default=False,
     ),
 ]
+Ranks = Annotated[
+    int | None,
+    Option(
+        "--ranks",
+        min=1,
+        help="Processes that run the model together, each with its part of the weights.",
+        show_default=False,
+    ),
+]
+Parallel = Annotated[
+    Literal["tp+ep", "tp", "ep"],
+    Option(
+        "--parallel",
+        help="How ranks share it. tp: heads, rows, vocabulary and experts split; ep: experts dealt"
+        " out; tp+ep: experts dealt out, the rest split.",
+    ),
+]
 PrintIrAfter = Annotated[
     list[str] | None,
     Option(

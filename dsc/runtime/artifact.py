@@ -25,6 +25,7 @@ from dsc.errors import ArtifactError, UsageError
 from dsc.ir.parser import parse_program
 from dsc.ir.printer import print_program
 from dsc.ir.program import Program
+from dsc.ir.ranks import at_rank
 from dsc.runtime.packing import layout, pack
 
 FORMAT = 1
@@ -76,11 +77,15 @@ def write(
     extra_files: Mapping[str, Path | bytes] | None = None,
     force: bool = False,
     with_weights: bool = True,
+    rank: int | None = None,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> Path:
-    """Write an artifact folder and return its path. Nothing is left behind on failure."""
+    """Write an artifact folder and return its path. Nothing is left behind on failure.
+
+    `rank` says whose weights are packed, where the program is one for several ranks.
+    """
     check_free(out, force)
-    with _replacing(out) as folder:
+    with replacing(out) as folder:
         files: dict[str, dict[str, Any]] = {}
 
         def add(name: str, data: bytes) -> None:
@@ -95,7 +100,8 @@ def write(
             if emission.finish is not None:
                 emitted |= emission.finish(places)
             path = _inside(folder, emission.weights_path)
-            digest = pack(program, path, progress)
+            own = program if rank is None else at_rank(program, rank)
+            digest = pack(own, path, progress)
             files[emission.weights_path] = {"bytes": path.stat().st_size, "sha256": digest}
         elif emission.finish is not None:
             emitted |= emission.finish({})
@@ -122,6 +128,7 @@ def write(
             "config": program.meta.get("config", {}),
             "source": source,
             "limits": dict(limits),
+            "rank": rank,
             "files": files,
         }
         data = _json(manifest)
@@ -185,7 +192,7 @@ def run_script(runner: str) -> str:
 
 
 @contextmanager
-def _replacing(out: Path) -> Iterator[Path]:
+def replacing(out: Path) -> Iterator[Path]:
     """A temporary sibling of `out` that becomes `out` when the block ends well."""
     out.parent.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
@@ -219,6 +226,11 @@ def _parse_manifest(data: bytes, folder: Path) -> dict[str, Any]:
                 f"artifact format {manifest['format']}, this dsc reads {FORMAT}",
                 where=str(folder),
                 hint="compile it again with this version",
+            )
+        if "files" not in manifest and "ranks" in manifest:
+            raise ArtifactError(
+                f"{folder} holds {manifest['ranks']} ranks, each an artifact of its own",
+                hint=f"open one of them, as {folder / 'rank_0'}",
             )
         for name, facts in manifest["files"].items():
             if not isinstance(name, str) or not isinstance(facts["bytes"], int):
