@@ -103,7 +103,8 @@ def _refusal(program: Program, key: Names, times: int, reads: Mapping[str, int])
     for name in key:
         if reads[name] != times:
             return f"@{name} is also read elsewhere"
-    stored = {name: _stored(program.weights[name]) for name in key}
+    matrices = {name: e for name in key if (e := program.weights[name]).type.rank == 2}
+    stored = {name: _stored(expr) for name, expr in matrices.items()}
     kinds = {kind for kind in stored.values() if kind is not None}
     if len(kinds) > 1:
         shown = ", ".join(f"@{n} in {k}" for n, k in stored.items() if k is not None)

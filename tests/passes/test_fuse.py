@@ -1,0 +1,661 @@
+"""Fusion: what becomes a region at each level, that it computes the same, what must not fire."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import pairwise
+from typing import Any
+
+import networkx as nx
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+
+from dsc import pipeline
+from dsc.errors import VerificationError
+from dsc.ir.analyses import aliases_of, overwritten, structural_hash
+from dsc.ir.dims import Range
+from dsc.ir.graph import Attrs, Graph, GraphBuilder, Node, Value, Weight
+from dsc.ir.interpreter import run_graph
+from dsc.ir.parser import parse_graph, parse_program
+from dsc.ir.printer import print_program
+from dsc.ir.program import Program
+from dsc.ir.regions import Kind, RegionLimits, classify, name_of
+from dsc.ir.stages import Stage
+from dsc.ir.types import DType, TensorType
+from dsc.ir.verifier import verify, verify_graph
+from dsc.ir.weights import random_tensor
+from dsc.passes._regions import refusal
+from dsc.passes.append_cache_in_place import AppendCacheInPlace
+from dsc.passes.fuse import Fuse
+from dsc.passes.plan_memory import PlanMemory
+from dsc.rewrite.base import EXACT, Pass, PassReport
+from dsc.rewrite.harness import check_docstring, program_of
+from dsc.rewrite.manager import Manager
+from dsc.rewrite.regions import inline, inline_graph
+from dsc.rewrite.verify import compare_programs
+from dsc.runtime.check_plan import check_plan
+from tests.backends.canonical_lm import Sizes, canonical_lm
+from tests.ir.strategies import SIZES, graphs
+from tests.passes.test_raise_models import raised, stored
+
+LEVELS = (0, 1, 2, 3)
+BEFORE = ("specialise_entries", "absorb_mla")
+RANGES = {"B": Range(1, 4), "S": Range(1, 8), "T": Range(1, 16), "N": Range(1, 64)}
+
+
+def prepared(program: Program) -> Program:
+    """A canonical program as the passes before fusion leave it for a backend with kernels."""
+    (step,) = program.entries.values()
+    program = replace(program, entries={"step": step})
+    passes: list[Pass] = [*map(pipeline.make, BEFORE), AppendCacheInPlace(slack=8)]
+    return Manager().run(program, [*passes, pipeline.make("merge_projections")])
+
+
+MODELS: dict[str, Callable[[], Program]] = {
+    "canonical": lambda: canonical_lm(Sizes()),
+    "v3": lambda: raised(stored("v3_ragged")),
+    "v3_bf16": lambda: raised(stored("v3_two_layers_bf16")),
+    "v2": lambda: raised(stored("v2_bf16")),
+}
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def model(request: pytest.FixtureRequest) -> Program:
+    return prepared(MODELS[request.param]())
+
+
+def fused(program: Program, level: int = 3, **limits: Any) -> tuple[Program, PassReport]:
+    report = PassReport()
+    done = Fuse(level, RegionLimits(**limits)).run(program, report)
+    verify(done)
+    return done, report
+
+
+def fused_graph(text: str, level: int = 3, **limits: Any) -> tuple[Graph, PassReport]:
+    """The graph of a text after fusion."""
+    program = replace(program_of(text, Stage.OPTIMIZED), symbols=RANGES)
+    done, report = fused(program, level, **limits)
+    return done.entries["main"], report
+
+
+def shown(graph: Graph) -> list[str]:
+    """The kernels of a graph by name, views in them too."""
+    return [
+        "[" + " ".join(n.op for n in node.body.nodes) + "]" if node.body else node.op
+        for node in graph.nodes
+    ]
+
+
+def meaning(graph: Graph) -> list[str]:
+    """A key of each output: the expression that computes it, whatever the order and the names."""
+    known = {v.name: f"%{v.name}" for v in graph.inputs}
+    for node in graph.nodes:
+        read = [known[x.name] if isinstance(x, Value) else str(x) for x in node.operands]
+        text = str(hash((node.op, tuple(read), node.attrs, node.loc)))
+        known.update({v.name: f"{text}.{i}:{v.type}" for i, v in enumerate(node.outputs)})
+    return [known[x.name] if isinstance(x, Value) else str(x) for x in graph.outputs]
+
+
+def test_docstring() -> None:
+    check_docstring(Fuse(), Stage.CANONICAL)
+
+
+# --- whole models ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_a_fused_model_computes_the_same_bit_for_bit(model: Program, level: int) -> None:
+    done, _ = fused(model, level)
+    assert done.stage is Stage.LOWERED
+    found = compare_programs(model, done, EXACT)
+    assert found.ok, found
+    assert found.runs > 2
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_inlining_undoes_fusion(model: Program, level: int) -> None:
+    done, _ = fused(model, level)
+    back = inline(done)
+    verify(back)
+    assert (back is done) == (level == 0)
+    for name, graph in model.entries.items():
+        assert meaning(back.entries[name]) == meaning(graph)
+        assert len(back.entries[name].nodes) == len(graph.nodes)
+        assert {v.name for v in back.entries[name].values()} == {v.name for v in graph.values()}
+
+
+def test_each_level_has_fewer_kernels(model: Program) -> None:
+    reports = [fused(model, level)[1] for level in LEVELS]
+    for entry in model.entries:
+        counts = [r.facts[entry]["kernels"][1] for r in reports]
+        bytes_moved = [r.facts[entry]["bytes"][1] for r in reports]
+        assert all(a > b for a, b in pairwise(counts)), counts
+        assert all(a >= b for a, b in pairwise(bytes_moved)), bytes_moved
+
+
+def test_texts_of_fused_programs_read_back(model: Program) -> None:
+    done, _ = fused(model)
+    text = print_program(done)
+    again = parse_program(text)
+    assert print_program(again) == text
+    for name, graph in done.entries.items():
+        assert structural_hash(graph) == structural_hash(again.entries[name])
+
+
+DENSE = [
+    "rms_norm", "q_a_proj-kv_a_proj_with_mqa", "2 rms_norm + rope + 2 cache_write",
+    "q_b_proj + rope", "kv_b_proj.k", "latent_attention", "kv_b_proj.v", "o_proj + add",
+    "rms_norm", "gate_proj-up_proj + swiglu", "down_proj + add",
+]  # fmt: skip
+SPARSE = [*DENSE[:9], "route", "experts", DENSE[9], "down_proj + 2 add"]
+
+
+def test_a_layer_of_v3_in_one_step_of_decoding() -> None:
+    _, report = fused(prepared(canonical_lm(Sizes(layers=3, dense=1))))
+    decode = report.facts["regions"]["decode"]
+    assert decode["0"] == DENSE
+    assert decode["1"] == decode["2"] == SPARSE
+    expanded = [n for n in DENSE if n not in ("kv_b_proj.k", "kv_b_proj.v")]
+    expanded[4] = "mla_attention"
+    assert report.facts["regions"]["prefill"]["0"] == expanded
+
+
+@pytest.mark.parametrize("level", [1, 2, 3])
+def test_the_number_of_bodies_does_not_grow_with_depth(level: int) -> None:
+    reports = [fused(prepared(canonical_lm(Sizes(layers=n, dense=1))), level)[1] for n in (3, 9)]
+    for entry in ("decode", "extend", "prefill"):
+        few, many = (r.facts[entry] for r in reports)
+        assert few["distinct_bodies"] == many["distinct_bodies"]
+        assert few["regions"] < many["regions"]
+
+
+def test_caches_in_regions_stay_in_place_in_the_memory_plan(model: Program) -> None:
+    done, _ = fused(model)
+    planned = PlanMemory().run(done, PassReport())
+    verify(planned)
+    for name, graph in planned.entries.items():
+        check_plan(graph, planned.memory[name], planned.symbols)
+        writers = [n for n in graph.nodes if n.body is not None and overwritten(n)]
+        assert len(writers) == len(graph.aliases) / 2
+        for output, source in graph.aliases:
+            places = planned.memory[name].places
+            assert places[graph.outputs[output].name] == places[graph.inputs[source].name]
+
+
+def test_the_report_tells_a_lower_level_than_was_asked_for() -> None:
+    report = PassReport()
+    Fuse(level=1, asked=3).run(prepared(canonical_lm(Sizes())), report)
+    assert (report.facts["level"], report.facts["level_asked"]) == (1, 3)
+    same = PassReport()
+    Fuse(level=2, asked=2).run(prepared(canonical_lm(Sizes())), same)
+    assert "level_asked" not in same.facts
+
+
+def test_traced_programs_are_refused() -> None:
+    program = program_of("graph main(%x: f32[4]) {\n%y = neg %x\nreturn %y\n}", Stage.TRACED)
+    with pytest.raises(VerificationError, match="needs a program at stage"):
+        Manager().run(program, [Fuse()])
+
+
+# --- what becomes a region ------------------------------------------------------------------------
+
+CHAIN = """graph main(%x: f32[N,8], %r: f32[N,8], @w: f32[16,8], @d: f32[8,8], @g: f32[8]) {
+  %p = linear %x, @w
+  %a, %b = split %p {sizes=[8,8]}
+  %s = swiglu %a, %b
+  %y = linear %s, @d
+  %z = add %r, %y
+  %h = rms_norm %z, @g {eps=1e-06}
+  %q = silu %h
+  return %q
+}"""
+
+
+@pytest.mark.parametrize(
+    ("level", "kernels"),
+    [
+        (0, ["linear", "split", "swiglu", "linear", "add", "rms_norm", "silu"]),
+        (1, ["linear", "[split swiglu]", "linear", "add", "rms_norm", "silu"]),
+        (2, ["[linear split swiglu]", "[linear add]", "[rms_norm silu]"]),
+        (3, ["[linear split swiglu]", "[linear add]", "[rms_norm silu]"]),
+    ],
+)
+def test_levels(level: int, kernels: list[str]) -> None:
+    assert shown(fused_graph(CHAIN, level)[0]) == kernels
+
+
+def test_row_wise_operators_side_by_side_are_one_region_from_level_3() -> None:
+    text = """graph main(%x: f32[N,8], @g: f32[8], @h: f32[8]) {
+      %a = rms_norm %x, @g {eps=1e-06}
+      %b = rms_norm %x, @h {eps=1e-06}
+      %c = silu %b
+      return %a, %c
+    }"""
+    assert shown(fused_graph(text, 2)[0]) == ["rms_norm", "[rms_norm silu]"]
+    assert shown(fused_graph(text, 3)[0]) == ["[rms_norm rms_norm silu]"]
+
+
+def test_attention_is_one_kernel_with_its_views() -> None:
+    text = """graph main(%q: f32[B,2,S,4], %k: f32[B,2,T,4], %v: f32[B,2,T,4]) {
+      %kt = permute %k {dims=[0,1,3,2]}
+      %s = matmul %q, %kt
+      %c = full {shape=[], value=0.5, dtype=f32}
+      %t = mul %s, %c
+      %p = softmax %t {axis=-1}
+      %y = matmul %p, %v
+      return %y
+    }"""
+    plain = replace(program_of(text, Stage.TRACED), symbols=RANGES)
+    program = pipeline.apply(plain, ["raise_attention"]).at(Stage.CANONICAL)
+    graph = fused(program)[0].entries["main"]
+    assert shown(graph) == ["[permute permute permute attention permute]"]
+    body = graph.nodes[0].body
+    assert body is not None
+    assert classify(body) is Kind.ATTENTION
+    assert "[permute" not in " ".join(shown(fused(program, 2)[0].entries["main"]))
+
+
+def test_a_spelled_out_softmax_is_one_kernel() -> None:
+    text = """graph main(%x: f32[N,8]) {
+      %m = amax %x {axes=[-1], keepdims=true}
+      %d = sub %x, %m
+      %e = exp %d
+      %s = sum %e {axes=[-1], keepdims=true}
+      %y = div %e, %s
+      return %y
+    }"""
+    assert shown(fused_graph(text, 2)[0]) == ["[amax sub exp sum div]"]
+    assert shown(fused_graph(text, 1)[0]) == ["amax", "[sub exp]", "sum", "div"]
+    assert shown(fused_graph(text, 2, reductions=1)[0])[0] == "[amax sub exp]"
+
+
+PROLOGUE = """graph main(%x: f32[B,8], @g: f32[8], @w: f32[4,8]) {{
+  %h = rms_norm %x, @g {{eps=1e-06}}
+  %y = linear %h, @w
+  return %y{also}
+}}"""
+
+
+def test_a_norm_of_few_rows_goes_into_the_gemm() -> None:
+    few, many = PROLOGUE.format(also=""), PROLOGUE.format(also="").replace("[B,", "[N,")
+    assert shown(fused_graph(few, prologue_rows=4)[0]) == ["[rms_norm linear]"]
+    assert shown(fused_graph(few)[0]) == ["rms_norm", "linear"]
+    graph, report = fused_graph(many, prologue_rows=4)
+    assert shown(graph) == ["rms_norm", "linear"]
+    assert not report.fired
+    read_twice = PROLOGUE.format(also=", %h")
+    assert shown(fused_graph(read_twice, prologue_rows=4)[0]) == ["rms_norm", "linear"]
+
+
+def test_rope_goes_into_the_projection_unless_a_cache_takes_it() -> None:
+    text = """graph main(%x: f32[B,S,8], %p: i64[B,S], %n: i64[B], %c: f32[B,T,4], @f: f32[2],
+      @w: f32[4,8]) {
+      %k = linear %x, @w
+      %r = rope %k, %p, @f {layout="half"}
+      %u = cache_write %c, %r, %n
+      return %u updates %c
+    }"""
+    assert shown(fused_graph(text, 2)[0]) == ["linear", "[rope cache_write]"]
+    alone = text.replace("%u = cache_write %c, %r, %n", "").replace("%u updates %c", "%r, %c")
+    assert shown(fused_graph(alone, 2)[0]) == ["[linear rope]"]
+
+
+def test_free_views_stay_outside_of_regions() -> None:
+    text = """graph main(%x: f32[N,8], @w: f32[8,8]) {
+      %a = reshape %x {shape=[2*N,4]}
+      %b = reshape %a {shape=[N,8]}
+      %y = linear %b, @w
+      %s = silu %y
+      %z = reshape %s {shape=[N,2,4]}
+      return %z
+    }"""
+    assert shown(fused_graph(text)[0]) == ["reshape", "reshape", "[linear silu]", "reshape"]
+    assert shown(fused_graph(text, free=frozenset())[0])[-1] == "[linear silu reshape]"
+    ahead = text.replace("%y = linear %b, @w", "%y = exp %b")
+    assert shown(fused_graph(ahead)[0]) == ["reshape", "reshape", "[exp silu]", "reshape"]
+
+
+def test_literals_are_copied_into_every_region_that_reads_them() -> None:
+    text = """graph main(%x: f32[N,8], %z: f32[8]) {
+      %c = full {shape=[], value=0.5, dtype=f32}
+      %a = mul %x, %c
+      %b = exp %a
+      %d = mul %z, %c
+      %e = exp %d
+      return %b, %e
+    }"""
+    graph, _ = fused_graph(text, 1)
+    assert shown(graph) == ["[full mul exp]", "[full mul exp]"]
+    assert all(len(n.inputs) == 1 for n in graph.nodes)
+    back = inline_graph(graph)
+    assert [n.op for n in back.nodes].count("full") == 1
+    assert meaning(back) == meaning(parse_graph(text))
+
+
+GRAMMAR = [
+    # body, kept, why it is refused (empty: it is a region)
+    ("%a = neg %x\n%b = exp %a", "b", ""),
+    ("%a = neg %x\n%b = exp %a", "ab", ""),
+    ("%a = neg %x\n%b = sum %a {axes=[-1]}\n%c = exp %b", "c", "different rows"),
+    ("%a = neg %x\n%b = sum %a {axes=[-1], keepdims=true}\n%c = exp %b", "c", ""),
+    ("%a = permute %x {dims=[1,0]}\n%b = exp %a", "b", ""),
+    ("%a = permute %x {dims=[1,0]}\n%b = exp %a", "ab", "is also read elsewhere"),
+    ("%a = exp %x\n%b = permute %a {dims=[1,0]}\n%c = exp %b", "c", "lies between two"),
+    ("%a = exp %x\n%b = slice %a {axis=0, start=0, end=4}", "b", "a slice of what"),
+    ("%a = permute %x {dims=[1,0]}", "a", "views only"),
+    ("%a = rms_norm %x, %g {eps=0.1}\n%b = linear %x, %a", "b", "is not what linear contracts"),
+    ("%a = rms_norm %x, %g {eps=0.1}\n%b = linear %a, %x", "b", ""),
+    ("%a = rms_norm %x, %g {eps=0.1}\n%b = linear %a, %x", "ab", "is also read elsewhere"),
+    ("%a = rms_norm %x, %g {eps=0.1}\n%b = linear %a, %x\n%c = add %a, %b", "c",
+     "reads what the prologue"),
+    ("%a = exp %x\n%b = linear %a, %x", "b", "exp is no prologue"),
+    ("%a = linear %g, %x\n%b = add %a, %x", "b", "spreads what linear computes"),
+    ("%a = linear %x, %x\n%b = add %a, %g", "b", ""),
+    ("%a = linear %x, %x\n%b, %c = split %a {sizes=[3,5]}\n%d = exp %b", "cd", ""),
+    ("%a = linear %x, %x\n%b = softmax %a", "b", "softmax is no epilogue"),
+    ("%a = linear %x, %x\n%b = cumsum %a {axis=0}", "b", "cumsum stands alone"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("text", "kept", "why"), GRAMMAR)
+def test_the_grammar_of_regions(text: str, kept: str, why: str) -> None:
+    results = ", ".join(f"%{name}" for name in kept)
+    body = parse_graph(f"graph g(%x: f32[8,8], %g: f32[8]) {{\n{text}\nreturn {results}\n}}")
+    found = refusal(body.nodes, set(kept), 3, RegionLimits(prologue_rows=8), RANGES)
+    assert (why in found) if why else not found, found
+
+
+def test_attention_takes_views_alone() -> None:
+    text = """graph g(%q: f32[B,S,2,4]) {
+      %a = attention %q, %q, %q {scale=0.5, causal=true}
+      %b = neg %a
+      return %b
+    }"""
+    nodes = parse_graph(text).nodes
+    assert refusal(nodes, {"b"}, 3, RegionLimits(), RANGES) == "neg with attention"
+    graph, _ = fused_graph(text)
+    assert shown(graph) == ["attention", "neg"]
+
+
+def test_the_experts_take_the_residual_and_no_split() -> None:
+    text = """graph main(%x: f32[N,8], %i: i64[N,2], %w: f32[N,2], %r: f32[N,8], @g: f32[4,6,8],
+      @d: f32[4,8,3]) {
+      %y = experts %x, %i, %w, @g, @d
+      %z = add %y, %r
+      %a, %b = split %z {sizes=[4,4]}
+      return %a, %b
+    }"""
+    assert shown(fused_graph(text, 2)[0]) == ["[experts add]", "split"]
+
+
+# --- what must not fire ---------------------------------------------------------------------------
+
+
+def test_no_path_leaves_a_region_and_comes_back() -> None:
+    text = """graph main(%x: f32[N,8]) {
+      %a = exp %x
+      %b = cumsum %a {axis=0}
+      %c = add %a, %b
+      return %c
+    }"""
+    graph, report = fused_graph(text)
+    assert shown(graph) == ["exp", "cumsum", "add"]
+    assert ("exp with add", "main", "what lies between them") not in report.missed
+    assert any("lies between" in why for _, _, why in report.missed)
+
+
+IN_PLACE = """graph main(%c: f32[B,T,4], %x: f32[B,S,4], %n: i64[B]) {{
+  {first}
+  %u = cache_write %c, %x, %n
+  {second}
+  return %u updates %c, %y
+}}"""
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ("%y = neg %c", ""),
+        ("", "%y = neg %u"),
+        ("%v = reshape %c {shape=[B,T,4]}\n%y = neg %v", ""),
+    ],
+)
+def test_a_write_in_place_and_a_reader_of_it_are_kept_apart(first: str, second: str) -> None:
+    text = IN_PLACE.format(first=first, second=second).replace("%x: f32[B,S", "%x: f32[B,T")
+    graph, report = fused_graph(text)
+    assert all(n.body is None for n in graph.nodes)
+    if second:
+        assert any("in place" in why for _, _, why in report.missed)
+
+
+def test_what_reads_a_cache_before_the_write_still_does() -> None:
+    text = """graph main(%c: f32[B,T,4], %x: f32[B,T,4], %n: i64[B], @g: f32[4]) {
+      %old = neg %c
+      %h = rms_norm %x, @g {eps=1e-06}
+      %u = cache_write %c, %h, %n
+      %y = add %old, %x
+      %z = exp %h
+      return %u updates %c, %y, %z
+    }"""
+    graph, _ = fused_graph(text)
+    before = parse_graph(text)
+    found, wanted = (outputs(g, {"n": torch.zeros(2, dtype=torch.int64)}) for g in (graph, before))
+    for a, b in zip(found, wanted, strict=True):
+        assert torch.equal(a, b)
+    reads = next(i for i, n in enumerate(graph.nodes) if any(x.name == "c" for x in n.operands))
+    writes = next(i for i, n in enumerate(graph.nodes) if overwritten(n))
+    assert reads < writes
+    assert aliases_of(graph.nodes[writes]) != {}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "%a = linear %x, @w\n%y = linear %a, @w",  # two anchors
+        "%a = neg @g\n%y = mul %x, %a",  # shapes differ
+        "%a = softmax %x {axis=0}\n%y = neg %a",  # not along rows
+        "%a = linear %x, @w\n%y = rms_norm %a, @g {eps=1e-06}",  # a row is more than a tile
+        "%a = linear %x, @w\n%y = softmax %a",
+        "%p = permute %x {dims=[1,0]}\n%a = exp %p\n%b = permute %a {dims=[1,0]}\n"
+        "%c = cumsum %b {axis=0}\n%d = cumsum %p {axis=0}\n%y = add %c, %x",  # a view read twice
+        "%a = exp %x\n%b = slice %a {axis=-1, start=0, end=4}\n%c = concat %b, %b {axis=-1}\n"
+        "%y = cumsum %c {axis=0}",  # a slice of what is computed
+    ],
+)
+def test_must_not_fire(text: str) -> None:
+    whole = f"graph main(%x: f32[N,8], @w: f32[8,8], @g: f32[8]) {{\n{text}\nreturn %y\n}}"
+    graph, _ = fused_graph(whole)
+    bodies = [[n.op for n in node.body.nodes] for node in graph.nodes if node.body is not None]
+    assert bodies in ([], [["exp", "permute"]])
+
+
+@pytest.mark.parametrize(
+    "limits",
+    [
+        {"anchors": frozenset()}, {"epilogue": frozenset({"reshape"})}, {"operands": 2},
+        {"nodes": 1},
+    ],
+)  # fmt: skip
+def test_limits_of_a_backend_hold(limits: dict[str, Any]) -> None:
+    text = """graph main(%x: f32[N,8], %r: f32[N,8], @w: f32[8,8]) {
+      %y = linear %x, @w
+      %z = add %r, %y
+      return %z
+    }"""
+    assert shown(fused_graph(text)[0]) == ["[linear add]"]
+    assert shown(fused_graph(text, **limits)[0]) == ["linear", "add"]
+
+
+# --- any graph ------------------------------------------------------------------------------------
+
+
+def outputs(graph: Graph, given: dict[str, torch.Tensor] | None = None) -> list[torch.Tensor]:
+    """Results on seeded inputs."""
+    concrete = graph.substitute({**SIZES, "T": 4, "N": 3})
+    inputs = [
+        (given or {}).get(v.name, random_tensor(v.type, f"in:{v.name}")).clone()
+        for v in concrete.inputs
+    ]
+    weights: dict[str, torch.Tensor] = {}
+    for node in concrete.walk():
+        for x in node.operands:
+            if isinstance(x, Weight):
+                weights[x.name] = random_tensor(x.type, f"w:{x.name}")
+    found: list[torch.Tensor] = run_graph(concrete, inputs, weights.__getitem__)
+    return found
+
+
+def check_partition(before: Graph, after: Graph) -> None:
+    """Every node lies in one region or stands alone, and regions depend on each other one way."""
+    owner: dict[str, int] = {}
+    for i, node in enumerate(after.nodes):
+        inner = node.body.nodes if node.body is not None else (node,)
+        for value in (v for n in inner if n.op != "full" for v in n.outputs):
+            assert value.name not in owner, f"{value} is computed twice"
+            owner[value.name] = i
+    assert owner.keys() >= {v.name for n in before.nodes if n.op != "full" for v in n.outputs}
+    depends = nx.DiGraph()
+    for node in before.nodes:
+        for x in node.operands:
+            if isinstance(x, Value) and x.name in owner and node.outputs[0].name in owner:
+                depends.add_edge(owner[x.name], owner[node.outputs[0].name])
+    depends.remove_edges_from(list(nx.selfloop_edges(depends)))
+    assert nx.is_directed_acyclic_graph(depends)
+    assert all(a < b for a, b in depends.edges)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@given(graph=graphs(steps=14, bodies=False))
+def test_random_graphs_compute_the_same(graph: Graph) -> None:
+    graph = inline_graph(graph)
+    program = Program("p", {"main": graph}, symbols={**RANGES, "P": Range(0, 9)})
+    wanted = outputs(program.entries["main"])
+    for level in (1, 2, 3):
+        free = frozenset() if level == 3 else frozenset({"reshape"})
+        sweep = Fuse(level, RegionLimits(free=free, prologue_rows=99))
+        after = sweep.run(program, PassReport()).entries["main"]
+        verify_graph(after)
+        check_partition(graph, after)
+        for a, b in zip(wanted, outputs(after), strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
+        for node in after.nodes:
+            if node.body is not None:
+                assert classify(node.body) not in (Kind.MIXED, Kind.SINGLE, Kind.MOVEMENT)
+                assert set(aliases_of(node)) == set()
+        assert meaning(inline_graph(after)) == meaning(graph)
+
+
+def tangle(seed: int, length: int = 24) -> Graph:
+    """A random graph with much fan-in: GEMMs, norms, writes into a cache and reads of it."""
+    choose = random.Random(seed)
+    lines: list[str] = []
+    live, cache = ["x", "r"], "c"
+
+    def pick() -> str:
+        return choose.choice(live[-5:])
+
+    for i in range(length):
+        match choose.choice("++++slnpkwo"):
+            case "+":
+                line = f"add %{pick()}, %{choose.choice(live)}"
+            case "s":
+                line = f"sigmoid %{pick()}"
+            case "l":
+                line = f"linear %{pick()}, @w"
+            case "n":
+                line = f"rms_norm %{pick()}, @g {{eps=0.1}}"
+            case "p":
+                lines += [f"%a{i}, %b{i} = split %{pick()} {{sizes=[4,4]}}"]
+                line = f"concat %b{i}, %a{i} {{axis=-1}}"
+            case "k":
+                line = f"sigmoid %{cache}"
+            case "w":
+                lines += [f"%c{i} = cache_write %{cache}, %{pick()}, %n"]
+                cache = f"c{i}"
+                continue
+            case _:
+                line = f"cumsum %{pick()} {{axis=1}}"
+        lines.append(f"%v{i} = {line}")
+        live.append(f"v{i}")
+    results = ", ".join(f"%{v}" for v in dict.fromkeys([*live[-2:], choose.choice(live)]))
+    body = "\n".join(lines)
+    updates = f", %{cache} updates %c" if cache != "c" else ""
+    return parse_graph(
+        "graph main(%x: f32[B,S,8], %r: f32[B,S,8], %c: f32[B,S,8], %n: i64[B], @w: f32[8,8],"
+        f" @g: f32[8]) {{\n{body}\nreturn {results}{updates}\n}}"
+    )
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_tangles_compute_the_same(seed: int) -> None:
+    graph = tangle(seed)
+    verify_graph(graph)
+    program = Program("p", {"main": graph}, symbols=RANGES, stage=Stage.OPTIMIZED)
+    given = {"n": torch.zeros(2, dtype=torch.int64)}
+    wanted = outputs(graph, given)
+    for level in (1, 2, 3):
+        limits = RegionLimits(reductions=1 + seed % 4, prologue_rows=99 * (seed % 2))
+        after = Fuse(level, limits).run(program, PassReport()).entries["main"]
+        verify_graph(after)
+        check_partition(graph, after)
+        assert meaning(inline_graph(after)) == meaning(graph)
+        for a, b in zip(wanted, outputs(after, given), strict=True):
+            assert torch.equal(a, b)
+
+
+# --- inlining and classifying by hand -------------------------------------------------------------
+
+
+def test_regions_of_every_shape_can_be_inlined() -> None:
+    t = TensorType(DType.f32, (2,))
+    inner = GraphBuilder("inner")
+    x, w = inner.input("x", t), inner.input("w", t)
+    y = inner.neg(inner.add(x, w))
+    twice = inner.finish([y, y, x, w])
+    outer = GraphBuilder("main")
+    a = outer.input("x", t)
+    results = outer.call("fused", a, Weight("w", t), body=twice)
+    nested = GraphBuilder("nested")
+    b = nested.input("b", t)
+    (c,) = nested.call("fused", b, body=_negated(t))
+    (last,) = outer.call("fused", results[1], body=nested.finish([c]))
+    graph = outer.finish([*results, last])
+    flat = inline_graph(graph)
+    verify_graph(flat)
+    assert all(n.body is None for n in flat.nodes)
+    assert [n.op for n in flat.nodes] == ["add", "neg", "neg"]
+    for wanted, found in zip(outputs(graph), outputs(flat), strict=True):
+        assert torch.equal(wanted, found)
+    assert inline_graph(flat) is flat
+
+
+def _negated(t: TensorType) -> Graph:
+    b = GraphBuilder("body")
+    return b.finish([b.neg(b.input("x", t))])
+
+
+@pytest.mark.parametrize(
+    ("text", "kind"),
+    [
+        ("%y = neg %x", Kind.POINTWISE),
+        ("%a = softmax %x\n%y = neg %a", Kind.ROWWISE),
+        ("%a = linear %x, %x\n%y = neg %a", Kind.GEMM),
+        ("%y = permute %x {dims=[1,0]}", Kind.MOVEMENT),
+        ("%y = cumsum %x {axis=0}", Kind.SINGLE),
+        ("%a = neg %x\n%y = cumsum %a {axis=0}", Kind.MIXED),
+        ("%a = linear %x, %x\n%y = linear %a, %x", Kind.MIXED),
+    ],
+)
+def test_the_kind_is_read_off_the_body(text: str, kind: Kind) -> None:
+    body = parse_graph(f"graph body(%x: f32[8,8]) {{\n{text}\nreturn %y\n}}")
+    assert classify(body) is kind
+
+
+def test_names_are_of_the_weights_that_a_region_reads() -> None:
+    graph, _ = fused_graph(CHAIN)
+    assert [name_of(n) for n in graph.nodes] == ["w + swiglu", "d + add", "rms_norm + silu"]
+    one = Node("einsum", (Value("x", TensorType(DType.f32, (2,))),), Attrs({}), ())
+    assert name_of(one) == "einsum"
