@@ -176,6 +176,55 @@ def run_scripts() -> Figures:
     return {"ok": ok, **figures}
 
 
+def compile_671b() -> Figures:
+    """V3 at 671B: tracing cold and all passes, on one thread; cache bytes and parameters touched."""
+    from bench.scale import measure_compile
+
+    found = {source: measure_compile(source) for source in ("v3", "stock")}
+    ok = found["v3"]["trace_s"] <= 60 and found["stock"]["trace_s"] <= 150
+    for figures in found.values():
+        ok = ok and figures["passes_s"] <= 60 and figures["peak_gb"] <= 4
+        ok = ok and figures["cache_bytes_per_token"] == 70272
+        ok = ok and 36e9 <= figures["decode_parameters"] <= 38e9
+    return {"ok": ok, **found}
+
+
+def passes_linear() -> Figures:
+    """CPU seconds of all passes at 8, 16, 32 and 61 layers: the cost of a layer stays the same."""
+    from bench.scale import measure_compile
+
+    seconds = {n: measure_compile("stock", n)["passes_s"] for n in (8, 16, 32, 61)}
+    a_layer = (seconds[32] - seconds[8]) / (32 - 8)
+    last = (seconds[61] - seconds[32]) / (61 - 32)
+    return {"ok": last <= 1.5 * a_layer, "seconds": seconds, "a_layer": round(a_layer, 4)}
+
+
+def attention_block() -> Figures:
+    """One attention block at V3 size, 4096 tokens of context, one token: 30 x stock transformers."""
+    from bench.scale import attention_block as measure
+
+    found = measure()
+    return {"ok": found["ratio"] >= 30 and found["max_difference"] <= 1e-4, **found}
+
+
+def arenas() -> Figures:
+    """The planned arena against the peak of live bytes: at most 1.05 for prefill and decode."""
+    from dsc import backends, pipeline
+    from dsc.frontends.load import load_program
+    from dsc.models import v3
+    from dsc.targets import Target
+
+    ratios = {}
+    for name in ("tiny", "16b", "671b"):
+        program = load_program(v3.__file__, config=name, weights="none").program
+        options = pipeline.PipelineOptions()
+        done, _ = pipeline.run(program, backends.get("null"), Target("cpu"), options)
+        for entry in ("decode", "prefill"):
+            plan = done.memory[entry]
+            ratios[f"{name} {entry}"] = round(plan.size / plan.lower_bound, 4)
+    return {"ok": max(ratios.values()) <= 1.05, **ratios}
+
+
 def demo() -> Figures:
     """`make demo` on an environment that is set up: at most 10 minutes."""
     start = time.perf_counter()
@@ -199,6 +248,10 @@ BARS: dict[str, Callable[[], Figures]] = {
     "triton_compiles": triton_compiles,
     "triton_interprets": triton_interprets,
     "run_scripts": run_scripts,
+    "compile_671b": compile_671b,
+    "passes_linear": passes_linear,
+    "attention_block": attention_block,
+    "arenas": arenas,
     "demo": demo,
 }
 

@@ -214,6 +214,8 @@ def _from_module(
     step = CausalLMStep(module.eval())
     traced = _trace(step, config, stored, limits, progress)
     state = {k: v.detach() for k, v in step.state_dict().items()}
+    if any(v.is_meta for v in state.values()):
+        return _loaded(_with_weights(traced, None, config.model_type), config, limits, None, [])
     source = DictSource(state)
     given = {k: Source(k, source.type(k)) for k in state}
     program = _with_weights(traced, (given, source), config.model_type)

@@ -1,0 +1,155 @@
+"""What the compiler costs at 671 B parameters, and what absorption buys at that size."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import dsc
+
+V3_ATTENTION: dict[str, Any] = {
+    "model_type": "deepseek_v3",
+    "vocab_size": 64,
+    "hidden_size": 7168,
+    "intermediate_size": 64,
+    "moe_intermediate_size": 16,
+    "num_hidden_layers": 1,
+    "first_k_dense_replace": 1,
+    "num_attention_heads": 128,
+    "q_lora_rank": 1536,
+    "kv_lora_rank": 512,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 128,
+    "n_routed_experts": 8,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 2,
+    "n_group": 1,
+    "topk_group": 1,
+    "routed_scaling_factor": 2.5,
+    "max_position_embeddings": 8192,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+}
+"""A model that is one attention block of V3 and next to nothing around it."""
+
+
+def measure_compile(source: str, layers: int | None = None) -> dict[str, Any]:
+    """Compile a model of 671B widths for the null backend in a process of its own, cold.
+
+    `source` is `v3` (models/v3.py) or `stock` (transformers' class on meta). Returns CPU seconds
+    of tracing and of all passes, the peak memory in GB, and what the report says of decode.
+    """
+    line = [sys.executable, "-m", "bench.scale", source, *([str(layers)] if layers else [])]
+    environment = {**os.environ, "DSC_TRACE_CACHE": "off", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(line, capture_output=True, text=True, env=environment, check=True)
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def _compile_here(source: str, layers: int | None) -> dict[str, Any]:
+    from dsc import backends, pipeline
+    from dsc.frontends.huggingface import stock_causal_lm
+    from dsc.frontends.load import load_program
+    from dsc.ir.types import DType
+    from dsc.models import configs, v3
+    from dsc.targets import Target
+
+    config = configs.config("671b")
+    if layers is not None:
+        config = config.model_copy(update={"num_hidden_layers": layers})
+    start = time.process_time()
+    if source == "stock":
+        model: Any = stock_causal_lm(config, DType.bf16)
+        loaded = load_program(model)
+    elif layers is None:
+        loaded = load_program(v3.__file__, config="671b", weights="none")
+    else:
+        loaded = load_program(stock_causal_lm(config, DType.bf16))
+    traced = time.process_time()
+    program, records = pipeline.run(
+        loaded.program, backends.get("null"), Target("cpu"), pipeline.PipelineOptions()
+    )
+    done = time.process_time()
+    from dsc.report import cache_bytes, entry_report
+
+    return {
+        "layers": config.num_hidden_layers,
+        "trace_s": round(traced - start, 2),
+        "passes_s": round(done - traced, 2),
+        "peak_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6, 2),
+        "decode_parameters": entry_report(program, "decode")["parameters"],
+        "cache_bytes_per_token": cache_bytes(program),
+        "passes": len(records),
+    }
+
+
+def attention_block(context: int = 4096, pairs: int = 5, backend: str = "tvm") -> dict[str, Any]:
+    """Decode one token through V3's attention block, fp32: stock and ours in turn."""
+    from transformers import DynamicCache
+
+    from dsc.frontends.config import parse_config
+    from dsc.frontends.huggingface import stock_causal_lm
+
+    torch.manual_seed(0)
+    stock: Any = stock_causal_lm(parse_config(V3_ATTENTION), device="cpu")
+    with torch.no_grad():
+        for tensor in stock.parameters():
+            tensor.copy_(torch.randn(tensor.shape) * 0.02)
+    latent = torch.randn(1, context, 512)
+    rope = torch.randn(1, context, 64)
+    compiled = dsc.compile(stock, backend=backend, max_batch=1, max_context=context + 64)
+    session = compiled.session()
+    token = torch.tensor([[3]])
+
+    def ours() -> Tensor:
+        session.reset()
+        session._begin(1)
+        for spec, past in zip(session._specs, (latent, rope), strict=True):
+            cache = session._caches[spec.input.name]
+            if spec.in_place:
+                cache[:, :context] = past
+            else:
+                session._caches[spec.input.name] = past
+        session._lengths = torch.tensor([context])
+        start = time.perf_counter()
+        logits: Tensor = session.decode(token)
+        times["ours"].append(time.perf_counter() - start)
+        return logits[0]
+
+    def theirs() -> Tensor:
+        cache = DynamicCache()
+        cache.update(latent[:, None], rope[:, None], 0)
+        position = torch.tensor([[context]])
+        start = time.perf_counter()
+        with torch.no_grad():
+            logits: Tensor = stock(token, position_ids=position, past_key_values=cache).logits
+        times["stock"].append(time.perf_counter() - start)
+        return logits[0, 0]
+
+    times: dict[str, list[float]] = {"ours": [], "stock": []}
+    error = float((ours() - theirs()).abs().max())
+    times = {"ours": [], "stock": []}
+    for _ in range(pairs):
+        ours()
+        theirs()
+    ratios = [b / a for a, b in zip(times["ours"], times["stock"], strict=True)]
+    return {
+        "ratio": round(statistics.median(ratios), 1),
+        "ours_ms": round(statistics.median(times["ours"]) * 1e3, 1),
+        "stock_ms": round(statistics.median(times["stock"]) * 1e3, 1),
+        "max_difference": error,
+    }
+
+
+if __name__ == "__main__":
+    depth = int(sys.argv[2]) if len(sys.argv) > 2 else None
+    print(json.dumps(_compile_here(sys.argv[1], depth)))
