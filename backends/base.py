@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 from dsc.ir.graph import Graph, Node
 from dsc.ir.program import Program
+from dsc.ir.regions import RegionLimits
 from dsc.ir.types import DType, TensorType
 from dsc.targets import Target
 
@@ -47,7 +48,7 @@ class Capabilities:
     `in_place_cache`: KV caches are preallocated and written in place. `grouped_moe`: wants
     dispatch / grouped_linear / combine in the place of experts. `absorbed`: wants decode and
     extend in the absorbed form. `entries`: the entry graphs it wants of a causal LM. `fuse`: the
-    highest fusion level that its kernels take.
+    highest fusion level that its kernels take; `regions`: what they take within it.
     """
 
     in_place_cache: bool = False
@@ -56,6 +57,7 @@ class Capabilities:
     dtypes: frozenset[DType] = frozenset({DType.f32, DType.bf16, DType.f16})
     entries: tuple[str, ...] = ("decode", "extend", "prefill")
     fuse: int = 0
+    regions: RegionLimits = field(default_factory=RegionLimits)
     targets: tuple[str, ...] = ("cpu",)
 
 

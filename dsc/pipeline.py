@@ -54,6 +54,8 @@ LOWER = {
 PLAN = {
     "plan_memory": "dsc.passes.plan_memory:PlanMemory",
 }
+EPILOGUES = 2
+"""From this fusion level on the split of a merged projection is part of its GEMM."""
 PASSES: Mapping[str, str] = {**RAISE, **OPTIMISE, **LOWER, **PLAN}
 
 
@@ -96,6 +98,11 @@ def passes_for(
         chosen.append(make("shard", ranks=options.ranks, parallel=options.parallel))
     if capabilities.grouped_moe:
         chosen.append(make("lower_moe_dispatch"))
+    asked = options.fusion_level
+    level = min(asked, capabilities.fuse)
+    if level >= EPILOGUES:
+        chosen.append(make("merge_projections"))
+    chosen.append(make("fuse", level=level, limits=capabilities.regions, asked=asked))
     chosen.append(make("plan_memory"))
     return chosen
 

@@ -10,9 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import pairwise
 
 from dsc.ir.analyses import overwritten, storage_roots, uses
 from dsc.ir.graph import Attrs, Graph, Node, Operand, Value, Weight
+from dsc.ir.ops.comm import COLLECTIVES
 from dsc.ir.program import Program
 from dsc.ir.regions import Role, anchor_of, role
 
@@ -43,10 +45,17 @@ class Grouping:
         self._add_edges()
 
     def _add_edges(self) -> None:
-        """Results before their readers, and readers of a storage before what overwrites it."""
+        """Find what must run before what.
+
+        Results before their readers, readers of a storage before what overwrites it, and what ranks
+        tell each other in one order on all of them.
+        """
         made = {v.name: i for i, node in enumerate(self.graph.nodes) for v in node.outputs}
         roots = storage_roots(self.graph)
         seen: dict[str, list[int]] = {}
+        talk = [i for i, node in enumerate(self.graph.nodes) if node.op in COLLECTIVES]
+        for first, second in pairwise(talk):
+            self._edge(first, second)
         for i, node in enumerate(self.graph.nodes):
             names = [x.name for x in node.operands if isinstance(x, Value)]
             for name in names:

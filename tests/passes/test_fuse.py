@@ -34,7 +34,7 @@ from dsc.passes.plan_memory import PlanMemory
 from dsc.rewrite.base import EXACT, Pass, PassReport
 from dsc.rewrite.harness import check_docstring, program_of
 from dsc.rewrite.manager import Manager
-from dsc.rewrite.regions import inline, inline_graph
+from dsc.rewrite.regions import Grouping, inline, inline_graph
 from dsc.rewrite.verify import compare_programs
 from dsc.runtime.check_plan import check_plan
 from tests.backends.canonical_lm import Sizes, canonical_lm
@@ -449,6 +449,22 @@ def test_what_reads_a_cache_before_the_write_still_does() -> None:
     writes = next(i for i, n in enumerate(graph.nodes) if overwritten(n))
     assert reads < writes
     assert aliases_of(graph.nodes[writes]) != {}
+
+
+def test_ranks_speak_in_the_order_of_the_program() -> None:
+    text = """graph main(%x: f32[N,8], %r: f32[N,8]) {
+      %a = exp %x
+      %b = all_reduce %a {ranks=2}
+      %c = exp %r
+      %d = all_reduce %c {ranks=2}
+      %e = add %a, %d
+      %f = add %e, %b
+      return %f
+    }"""
+    graph, _ = fused_graph(text)
+    assert shown(graph) == ["exp", "all_reduce", "exp", "all_reduce", "[add add]"]
+    grouping = Grouping(parse_graph(text))
+    assert grouping.obstacle(0, 4) != ""  # b lies between a and e in the one order of both
 
 
 @pytest.mark.parametrize(
