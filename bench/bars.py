@@ -177,7 +177,7 @@ def run_scripts() -> Figures:
 
 
 def compile_671b() -> Figures:
-    """V3 at 671B: tracing cold and all passes, on one thread; cache bytes and parameters touched."""
+    """V3 at 671B, one thread: tracing cold, all passes, cache bytes, parameters touched."""
     from bench.scale import measure_compile
 
     found = {source: measure_compile(source) for source in ("v3", "stock")}
@@ -200,7 +200,7 @@ def passes_linear() -> Figures:
 
 
 def attention_block() -> Figures:
-    """One attention block at V3 size, 4096 tokens of context, one token: 30 x stock transformers."""
+    """Attention at V3 size, 4096 tokens of context, one token: 30 x stock transformers."""
     from bench.scale import attention_block as measure
 
     found = measure()
