@@ -177,7 +177,7 @@ def join(
     rendezvous = rendezvous or _seconds(environment, "DSC_RENDEZVOUS_TIMEOUT", RENDEZVOUS)
     if where.address in LOOPBACK:
         environment.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
-    environment.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    environment.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
     dist: Any = importlib.import_module("torch.distributed")
     if not dist.is_available() or not dist.is_gloo_available():
         raise UsageError("this torch has no gloo", hint="install a torch built with distributed")

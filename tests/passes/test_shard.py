@@ -1,0 +1,249 @@
+"""Sharding: documents, meaning on all ranks, communication, and what cannot be shared."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from dsc import pipeline
+from dsc.errors import UsageError
+from dsc.ir.graph import Graph
+from dsc.ir.interpreter import Interpreter
+from dsc.ir.parser import parse_program
+from dsc.ir.printer import print_program
+from dsc.ir.program import Program
+from dsc.ir.ranks import RankedInterpreter, at_rank
+from dsc.ir.samples import sample_inputs
+from dsc.ir.stages import Stage
+from dsc.ir.types import DType, TensorType
+from dsc.ir.verifier import verify
+from dsc.ir.weights import Apply, Source, apply, evaluate, sources
+from dsc.passes.shard import Shard
+from dsc.rewrite.base import PassReport
+from dsc.rewrite.harness import check_docstring, program_of
+from dsc.rewrite.verify import compare_programs
+from tests.backends.canonical_lm import Sizes, canonical_lm
+
+SIZES = Sizes(heads=4, vocab=52, experts=8, groups=4, expert_inner=16)
+
+
+def model(sizes: Sizes = SIZES) -> Program:
+    """A dense and a sparse layer; decode and extend absorbed."""
+    return pipeline.apply(canonical_lm(sizes), ["specialise_entries", "absorb_mla"])
+
+
+def shard(program: Program, ranks: int = 2, parallel: str = "tp+ep") -> tuple[Program, PassReport]:
+    report = PassReport()
+    done = Shard(ranks, parallel).run(program, report)
+    verify(done)
+    return done, report
+
+
+def ops(graph: Graph) -> list[str]:
+    return [node.op for node in graph.nodes]
+
+
+def of(text: str) -> Program:
+    return program_of(text, Stage.CANONICAL)
+
+
+def test_docstring() -> None:
+    check_docstring(Shard(), Stage.CANONICAL)
+
+
+@pytest.mark.parametrize("parallel", ["tp+ep", "tp", "ep"])
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_all_ranks_together_compute_the_same(ranks: int, parallel: str) -> None:
+    before = model()
+    after, report = shard(before, ranks, parallel)
+    found = compare_programs(before, after, Shard.tolerance)
+    assert found.ok, found.failure
+    assert found.runs >= 9
+    assert not report.missed
+
+
+@pytest.mark.parametrize(
+    "name", ["self_attn.o_proj.weight", "self_attn.q_b_proj.weight", "mlp.experts.down_proj"]
+)
+def test_a_wrong_part_of_a_weight_is_found_out(name: str) -> None:
+    """Every rank with the first part: the comparison must not pass."""
+    before = model()
+    after, _ = shard(before)
+    (key,) = (k for k in after.weights if k.startswith(f"model.layers.1.{name}.shard_"))
+    cut = after.weights[key]
+    assert isinstance(cut, Apply)
+    first = apply("slice", *cut.args, **{**cut.attrs, "start": 0, "end": _extent(cut)})
+    wrong = replace(after, weights={**after.weights, key: first})
+    assert not compare_programs(before, wrong, Shard.tolerance).ok
+
+
+def _extent(cut: Apply) -> Any:
+    return cut.type.shape[cut.attrs["axis"]]
+
+
+def test_a_layer_costs_two_sums_and_the_model_one_gather() -> None:
+    after, report = shard(model())
+    for graph in after.entries.values():
+        assert ops(graph).count("all_reduce") == 2 * SIZES.layers
+        assert ops(graph).count("all_gather") == 1
+        assert graph.nodes[-1].op == "all_gather"
+        assert graph.output_names[0] == "logits"
+        sums = [n for n in graph.nodes if n.op == "all_reduce"]
+        assert sums[0].loc == "model.layers.0"
+    assert report.fired["all_reduce"] == 3 * 2 * SIZES.layers
+
+
+def test_each_rank_holds_its_part() -> None:
+    before = model()
+    after, _ = shard(before, 4)
+    whole = {k: e.type.numel for k, e in before.weights.items()}
+    large = [k for k in whole if any(part in k for part in ("q_b", "o_proj", "gate_up", "lm_head"))]
+    assert large
+    for name in large:
+        (cut,) = (e for k, e in after.weights.items() if k.startswith(f"{name}.shard_"))
+        assert cut.type.numel * 4 == whole[name]
+    for kept in ("embed_tokens", "mlp.gate.weight", "kv_a_proj_with_mqa"):
+        assert any(kept in k and "shard" not in k for k in after.weights)
+    caches = [v.type for v in after.entries["decode"].inputs]
+    assert caches == [v.type for v in before.entries["decode"].inputs]
+
+
+def test_the_parts_of_all_ranks_are_the_whole() -> None:
+    after, _ = shard(model())
+    for name, expr in after.weights.items():
+        root, _, axis = name.rpartition(".shard_")
+        if not root or "gate_up" in name:
+            continue
+        parts = [evaluate(at_rank(after, r).weights[name], after.source) for r in range(2)]
+        assert isinstance(expr, Apply)
+        whole = evaluate(expr.args[0], after.source)
+        assert torch.equal(torch.cat(parts, int(axis)), whole), name
+
+
+def test_one_text_serves_all_ranks() -> None:
+    after, _ = shard(model())
+    text = print_program(after)
+    assert print_program(parse_program(text)) == text
+    assert "rank=[0,1]" in text
+    first, second = (print_program(at_rank(after, r)) for r in range(2))
+    assert first != second, "the weights differ by rank"
+    graphs = [text[text.index("graph decode") :] for text in (first, second)]
+    assert graphs[0] == graphs[1], "the graphs do not"
+
+
+def test_a_rank_reads_only_its_own_experts() -> None:
+    each = [Source(f"e{i}", TensorType(DType.bf16, (6, 8))) for i in range(4)]
+    stacked = apply("cast", apply("stack", *each), dtype=DType.f32)
+    program = of(EXPERTS)
+    after, _ = shard(replace(program, weights={**program.weights, "g": stacked}))
+    for rank, own in enumerate([["e0", "e1"], ["e2", "e3"]]):
+        cut = at_rank(after, rank).weights["g.shard_0"]
+        assert [s.key for s in sources(cut)] == own
+
+
+EXPERTS = """graph main(%x: f32[N,8], %i: i64[N,2], %w: f32[N,2], @g: f32[4,6,8], @d: f32[4,8,3]) {
+  %y = experts %x, %i, %w, @g, @d {act="silu"} : f32[N,8]
+  return %y
+}"""
+ATTENTION = """graph main(%x: f32[B,S,8], %c: f32[B,T,6], %r: f32[B,T,2], %n: i64[B],
+  @q: f32[18,8], @kv_b: f32[21,6]) {
+  %q = linear %x, @q : f32[B,S,18] loc "model.layers.0.self_attn.q_b_proj"
+  %h = reshape %q {shape=[B,S,3,6]} : f32[B,S,3,6]
+  %a, %b = split %h {sizes=[4,2]} : f32[B,S,3,4], f32[B,S,3,2]
+  %o = mla_attention %a, %b, %c, %r, @kv_b, %n {scale=0.5} : f32[B,S,3,3]
+    loc "model.layers.0.self_attn"
+  return %o
+}"""
+
+
+def refused(text: str, ranks: int, parallel: str = "tp+ep") -> str:
+    with pytest.raises(UsageError) as caught:
+        shard(of(text), ranks, parallel)
+    return str(caught.value)
+
+
+def test_heads_that_do_not_part_are_refused() -> None:
+    message = refused(ATTENTION, 2)
+    assert "3 attention heads do not part into 2 ranks" in message
+    assert "model.layers.0.self_attn" in message
+    assert "divides 3: 1, 3" in message
+    assert shard(of(ATTENTION), 3)[1].fired["heads"] == 1
+    assert not shard(of(ATTENTION), 2, "ep")[1].fired, "without tp the heads stay together"
+
+
+def test_experts_that_do_not_part_are_refused() -> None:
+    assert "4 experts do not part into 3 ranks" in refused(EXPERTS, 3)
+    assert shard(of(EXPERTS), 3, "tp")[1].fired["experts"] == 1, "each in three parts"
+
+
+def test_options_that_cannot_be_are_refused() -> None:
+    assert "0 ranks" in refused(EXPERTS, 0)
+    assert "no way to share called 'pp'" in refused(EXPERTS, 2, "pp")
+
+
+def test_one_rank_changes_nothing() -> None:
+    before = model()
+    after, report = shard(before, 1)
+    assert after.entries == before.entries
+    assert not report.fired
+
+
+def test_rows_that_do_not_part_stay_whole() -> None:
+    text = """graph main(%x: f32[N,8], @gate: f32[5,8], @up: f32[5,8], @down: f32[8,5]) {
+      %g = linear %x, @gate : f32[N,5]
+      %u = linear %x, @up : f32[N,5]
+      %h = swiglu %g, %u : f32[N,5]
+      %d = linear %h, @down : f32[N,8]
+      %y = add %x, %d : f32[N,8]
+      return %y
+    }"""
+    program = of(text)
+    after, report = shard(program)
+    assert after.entries == program.entries
+    assert "no linear that parts into 2" in report.missed[0][2]
+
+
+AWKWARD = {
+    "a norm over the split axis": "%z = rms_norm %h, @w {eps=1e-06} : f32[N,6]",
+    "a softmax over it": "%z = softmax %h {axis=-1} : f32[N,6]",
+    "a split of it": "%z, %rest = split %h {sizes=[2,4]} : f32[N,2], f32[N,4]",
+    "a sum over it": "%z = sum %h {axes=[1]} : f32[N]",
+    "a partial sum in a product": "%d = linear %h, @down : f32[N,8]\n"
+    "%z = mul %d, %d : f32[N,8]",
+    "a partial sum and a whole value": "%d = linear %h, @down : f32[N,8]\n"
+    "%z = add %d, %x : f32[N,8]",
+    "a bias after a partial sum": "%z = linear %h, @down, @b : f32[N,8]",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("why", AWKWARD)
+def test_what_has_no_rule_is_made_whole(why: str) -> None:
+    before = of(f"""graph main(%x: f32[N,8], @gate: f32[6,8], @up: f32[6,8], @down: f32[8,6],
+      @w: f32[6], @b: f32[8]) {{
+      %g = linear %x, @gate : f32[N,6]
+      %u = linear %x, @up : f32[N,6]
+      %h = swiglu %g, %u : f32[N,6]
+      {AWKWARD[why]}
+      return %z
+    }}""")
+    after, _ = shard(before)
+    assert {"all_gather", "all_reduce"} & set(ops(after.entries["main"]))
+    inputs = sample_inputs(before.entries["main"], {"N": 5})
+    wanted = Interpreter(before).run("main", inputs)["z"]
+    found = RankedInterpreter(after).run("main", inputs)["z"]
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5)
+
+
+def test_grouped_experts_can_follow() -> None:
+    """Other passes run on a sharded program as on any."""
+    before = model()
+    after, _ = shard(before)
+    lowered = pipeline.apply(after, ["lower_moe_dispatch", "merge_projections", "plan_memory"])
+    inputs = sample_inputs(before.entries["extend"], {"B": 2, "S": 3, "P": 4, "L": 2})
+    wanted = Interpreter(before).run("extend", inputs)
+    found = RankedInterpreter(lowered).run("extend", inputs)
+    for name, tensor in wanted.items():
+        torch.testing.assert_close(found[name], tensor, rtol=0, atol=1e-5)
