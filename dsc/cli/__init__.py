@@ -24,6 +24,7 @@ VERBS = (
     "verify",
     "inspect",
     "opt",
+    "diff",
     "bisect",
     "bench",
     "doctor",

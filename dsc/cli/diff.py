@@ -1,0 +1,191 @@
+"""`dsc diff`: two programs side by side, on the terminal and as one HTML page."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from typer import Argument, Option
+
+from dsc.cli import options
+
+if TYPE_CHECKING:
+    from dsc.diff.compare import Diff, EntryDiff
+    from dsc.diff.measure import Timing
+    from dsc.diff.sides import Side
+
+_SIDE = "An artifact, a .dsc file, or one stage of a dump: D/PASS."
+
+
+def diff(
+    a: Annotated[str, Argument(metavar="A", help=_SIDE, show_default=False)],
+    b: Annotated[str, Argument(metavar="B", help=_SIDE, show_default=False)],
+    output: Annotated[
+        Path | None,
+        Option(
+            "-o",
+            "--output",
+            metavar="PAGE.html",
+            help="Write one self-contained page: texts, graphs, costs, memory.",
+            show_default=False,
+        ),
+    ] = None,
+    measure: Annotated[
+        bool, Option("--measure", help="Run both on random inputs and compare their times.")
+    ] = False,
+    profiles: Annotated[
+        tuple[Path, Path] | None,
+        Option(
+            "--profiles",
+            metavar="A.json B.json",
+            help="Times from traces that dsc exported.",
+            show_default=False,
+        ),
+    ] = None,
+    context: Annotated[
+        int, Option("--context", min=0, help="Tokens in the cache when it is measured.")
+    ] = 128,
+    error: Annotated[
+        bool,
+        Option("--error/--no-error", help="Interpret both and compare their results."),
+    ] = True,
+    seed: Annotated[int, Option("--seed", help="Of the random inputs.")] = 0,
+    json: options.Json = False,
+    force: options.Force = False,
+    trust: options.Trust = False,
+) -> None:
+    """Compare A and B layer by layer: IR, bytes, flops, time, results.
+
+    Examples:
+
+        dsc diff level-0 level-3 -o page.html
+
+        dsc diff dumps/raise_mla dumps/absorb_mla
+
+        dsc diff v3-reference v3-tvm --measure
+    """
+    from dsc.cli import console
+    from dsc.diff.compare import compare
+    from dsc.diff.sides import open_side
+
+    _check(output, force, measure, profiles)
+    with console.progress_bar() as progress:
+        progress("reading")
+        sides = open_side(a), open_side(b)
+        times = _times(sides, measure, profiles, context, trust, progress)
+        progress("comparing")
+        found = compare(sides[0], sides[1], times, run=error, seed=seed)
+        if output is not None:
+            progress("drawing")
+            _write(output, found)
+    if json:
+        console.print_json(found.as_dict())
+    else:
+        _print(found, output)
+
+
+def _check(
+    output: Path | None, force: bool, measure: bool, profiles: tuple[Path, Path] | None
+) -> None:
+    from dsc.errors import UsageError
+
+    if measure and profiles:
+        raise UsageError("--measure and --profiles both give times", hint="choose one")
+    if output is not None and output.exists() and not force:
+        raise UsageError(f"{output} exists already", hint="choose another -o, or give --force")
+
+
+def _times(
+    sides: tuple[Side, Side],
+    measure: bool,
+    profiles: tuple[Path, Path] | None,
+    context: int,
+    trust: bool,
+    progress: object,
+) -> tuple[Mapping[str, Timing], Mapping[str, Timing]]:
+    from dsc.diff import measure as measuring
+
+    if profiles is not None:
+        first, second = (
+            measuring.read_profile(path, side.text.entries)
+            for path, side in zip(profiles, sides, strict=True)
+        )
+        return first, second
+    if not measure:
+        return {}, {}
+    if callable(progress):
+        progress("measuring")
+    first, second = (measuring.measure(side, context, trust) for side in sides)
+    return first, second
+
+
+def _write(output: Path, found: Diff) -> None:
+    from dsc.diff.page import page
+    from dsc.errors import UsageError
+
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text(page(found), encoding="utf-8")
+    except OSError as problem:
+        raise UsageError(f"cannot write it: {problem}", where=str(output)) from None
+
+
+def _print(found: Diff, output: Path | None) -> None:
+    """Print one table for each pair of entries, and how the results compare."""
+    from rich.text import Text
+
+    from dsc.cli import console
+    from dsc.cli.report_tables import clean
+
+    out = console.tables()
+    for entry in found.entries:
+        _print_entry(out, entry)
+    for side, names in zip(found.sides, found.unpaired, strict=True):
+        if names:
+            out.print(Text(clean(f"only in {side.label}: {', '.join(names)}")))
+    out.print(Text(clean(f"results: {found.agreement}")))
+    if output is not None:
+        out.print(Text(clean(f"page: {output}")))
+
+
+def _print_entry(out: object, entry: EntryDiff) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    from dsc.cli.report_tables import clean
+    from dsc.diff.lines import EQUAL
+    from dsc.diff.page import COLUMNS, run_name, run_value
+
+    assert isinstance(out, Console)
+    at = " ".join(f"{k}={v}" for k, v in sorted(entry.at[1].items()))
+    table = Table(
+        title=clean(f"{entry.name} ({at})"), title_justify="left", box=None, pad_edge=False
+    )
+    table.title_style = "bold"
+    table.add_column("layer", overflow="fold")
+    shown = [(k, w) for k, w in COLUMNS if any(k in t for t in entry.totals) and k != "parameters"]
+    for _, words in shown:
+        table.add_column(words, justify="right", overflow="fold")
+    table.add_column("lines", justify="right")
+    for run in entry.runs():
+        rows = entry.rows[run[0].name]
+        name = run_name(run) + (f" ({len(run)}, each)" if len(run) > 1 else "")
+        changed = f"{sum(r.kind not in EQUAL for r in rows)}/{len(rows)}"
+        cells = [_cell(k, run_value(run, 0, k), run_value(run, 1, k)) for k, _ in shown]
+        table.add_row(*(Text(clean(c)) for c in (name, *cells, changed)))
+    sums = [_cell(k, entry.totals[0].get(k), entry.totals[1].get(k)) for k, _ in shown]
+    table.add_row(*(Text(clean(c), "bold") for c in ("all", *sums, "")))
+    out.print(table)
+    if entry.error:
+        worst = max(entry.errors, key=entry.errors.__getitem__)
+        out.print(Text(clean(f"max error {entry.error:.2g} (of {worst})")))
+    out.print()
+
+
+def _cell(key: str, before: float | None, after: float | None) -> str:
+    from dsc.diff.page import spell
+
+    first, second = ("-" if v is None else spell(key, v) for v in (before, after))
+    return first if first == second else f"{first} → {second}"

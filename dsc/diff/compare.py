@@ -1,0 +1,250 @@
+"""The comparison as data: entries in pairs, layers in pairs, costs, lines aligned, errors."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+from dsc.diff.lines import Row, align, lines_of
+from dsc.diff.measure import Timing
+from dsc.diff.sides import Side
+from dsc.errors import DscError
+from dsc.ir.dims import Dim
+from dsc.ir.graph import Graph, Node
+from dsc.ir.program import Program
+from dsc.report import Costs, by_layer, node_costs, region_names, sizes_at, total
+
+MEASURES = ("nodes", "regions", "read_bytes", "written_bytes", "weight_bytes", "flops")
+CONTEXT = 1024
+"""Tokens in the cache where costs are stated."""
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One part of the model on both sides; `before` or `after` is empty where it is absent."""
+
+    name: str
+    before: Mapping[str, float]
+    after: Mapping[str, float]
+    nodes: tuple[tuple[Node, ...], tuple[Node, ...]]
+
+    @property
+    def shape(self) -> tuple[Any, ...]:
+        """Equal for layers that differ in their number and names alone."""
+        costs = [tuple(side.get(m) for m in MEASURES) for side in (self.before, self.after)]
+        return (*costs, *(tuple(map(_signature, nodes)) for nodes in self.nodes))
+
+
+@dataclass(frozen=True)
+class EntryDiff:
+    """A pair of entries. `errors`: the largest difference of each output; `at` the sizes.
+
+    `programs` hold the graphs; what the second one fixes, as a decode does S, is fixed in both.
+    """
+
+    names: tuple[str, str]
+    programs: tuple[Program, Program]
+    at: tuple[Mapping[str, int], Mapping[str, int]]
+    totals: tuple[Mapping[str, float], Mapping[str, float]]
+    layers: tuple[Layer, ...]
+    errors: Mapping[str, float]
+    times: tuple[Timing | None, Timing | None]
+
+    @property
+    def name(self) -> str:
+        """The entry's name, or both names."""
+        return self.names[1] if self.names[0] == self.names[1] else " → ".join(self.names)
+
+    @property
+    def graphs(self) -> tuple[Graph, Graph]:
+        """The two graphs."""
+        first, second = self.programs
+        return first.entries[self.names[0]], second.entries[self.names[1]]
+
+    @cached_property
+    def rows(self) -> dict[str, list[Row]]:
+        """The text of both sides by layer, aligned; what a layer renames is known to the next."""
+        known: dict[str, str] = {}
+        return {
+            x.name: align(lines_of(x.nodes[0]), lines_of(x.nodes[1]), known) for x in self.layers
+        }
+
+    @property
+    def error(self) -> float | None:
+        """The largest difference of any output, where both ran."""
+        return max(self.errors.values(), default=None)
+
+    def runs(self) -> list[list[Layer]]:
+        """Layers in order, neighbours of the same shape together."""
+        found: list[list[Layer]] = []
+        for layer in self.layers:
+            numbered = "layers." in layer.name
+            if found and numbered and found[-1][0].shape == layer.shape:
+                found[-1].append(layer)
+            else:
+                found.append([layer])
+        return found
+
+
+@dataclass(frozen=True)
+class Diff:
+    """Two sides compared. `agreement` says in words how their results compare, or why not."""
+
+    sides: tuple[Side, Side]
+    entries: tuple[EntryDiff, ...]
+    unpaired: tuple[tuple[str, ...], tuple[str, ...]]
+    agreement: str
+
+    def as_dict(self) -> dict[str, Any]:
+        """The comparison as JSON values, without texts."""
+        return {
+            "before": self.sides[0].label,
+            "after": self.sides[1].label,
+            "agreement": self.agreement,
+            "unpaired": [list(names) for names in self.unpaired],
+            "entries": {e.name: _entry_dict(e) for e in self.entries},
+        }
+
+
+def compare(
+    before: Side,
+    after: Side,
+    times: tuple[Mapping[str, Timing], Mapping[str, Timing]] = ({}, {}),
+    run: bool = True,
+    seed: int = 0,
+) -> Diff:
+    """Compare two sides; with `run` they are interpreted on the same inputs, too."""
+    names = _pairs(list(before.text.entries), list(after.text.entries))
+    errors, agreement = _errors(before, after, seed) if run else ({}, "not run")
+    entries = tuple(
+        _entry(before, after, a, b, errors, (times[0].get(a), times[1].get(b))) for a, b in names
+    )
+    alone = (
+        tuple(n for n in before.text.entries if n not in {a for a, _ in names}),
+        tuple(n for n in after.text.entries if n not in {b for _, b in names}),
+    )
+    return Diff((before, after), entries, alone, agreement)
+
+
+def _pairs(before: Sequence[str], after: Sequence[str]) -> list[tuple[str, str]]:
+    """Entries by name; a single entry of other name is compared with every one."""
+    shared = [(n, n) for n in after if n in before]
+    if shared or not before or not after:
+        return shared
+    if len(before) == 1 or len(after) == 1:
+        return [(a, b) for a in before for b in after]
+    return []
+
+
+def _errors(before: Side, after: Side, seed: int) -> tuple[dict[tuple[str, str], float], str]:
+    """The largest difference by (entry, output), and how that came out in words."""
+    from dsc.rewrite.verify import WIDEST, compare_programs, weight_elements
+
+    valued = before.has_values and after.has_values
+    first, second = (s.program if valued else s.text for s in (before, after))
+    if len(second.entries) == 1 and len(first.entries) > 1:
+        first, second = second, first
+    try:
+        if weight_elements(second) > WIDEST >= weight_elements(first):
+            return {}, "not compared: only one of both is narrow enough to interpret"
+        found = compare_programs(
+            first, second, float("inf"), seed, reapply=lambda _: second.shrunk()
+        )
+    except DscError as problem:
+        return {}, f"not compared: {problem.what}"
+    weights = "the artifacts' weights" if valued else "random weights"
+    words = f"{found} ({weights}, fp32)"
+    return dict(found.errors), words
+
+
+def _entry(
+    before: Side,
+    after: Side,
+    old: str,
+    new: str,
+    errors: Mapping[tuple[str, str], float],
+    times: tuple[Timing | None, Timing | None],
+) -> EntryDiff:
+    programs = _pinned(before.text, after.text, old, new)
+    graphs = programs[0].entries[old], programs[1].entries[new]
+    at = (
+        sizes_at(before.text, graphs[0], new, CONTEXT),
+        sizes_at(after.text, graphs[1], new, CONTEXT),
+    )
+    costs = node_costs(graphs[0]), node_costs(graphs[1])
+    parts = by_layer(graphs[0]), by_layer(graphs[1])
+    layers = []
+    for name in _merged(list(parts[0]), list(parts[1])):
+        nodes = [part.get(name, []) for part in parts]
+        stats = [_stats(n, c, a) for n, c, a in zip(nodes, costs, at, strict=True)]
+        for stat, timing in zip(stats, times, strict=True):
+            if timing is not None and name in timing.layers:
+                stat["milliseconds"] = timing.layers[name]
+        layers.append(Layer(name, stats[0], stats[1], (tuple(nodes[0]), tuple(nodes[1]))))
+    totals = [_stats(list(g.nodes), c, a) for g, c, a in zip(graphs, costs, at, strict=True)]
+    for stat, timing in zip(totals, times, strict=True):
+        if timing is not None:
+            stat["milliseconds"] = timing.milliseconds
+    found = {name: e for (entry, name), e in errors.items() if entry in (old, new)}
+    return EntryDiff((old, new), programs, at, (totals[0], totals[1]), tuple(layers), found, times)
+
+
+def _pinned(before: Program, after: Program, old: str, new: str) -> tuple[Program, Program]:
+    """Both programs with the symbols fixed that are numbers in the other's inputs."""
+    first, second = before.entries[old], after.entries[new]
+    return (
+        replace(before, entries={**before.entries, old: _fixed(first, second)}),
+        replace(after, entries={**after.entries, new: _fixed(second, first)}),
+    )
+
+
+def _fixed(graph: Graph, other: Graph) -> Graph:
+    known = {v.name: v.type.shape for v in other.inputs}
+    numbers: dict[str, Dim] = {}
+    for value in graph.inputs:
+        shape = known.get(value.name, ())
+        if len(shape) == value.type.rank:
+            pairs = zip(value.type.shape, shape, strict=True)
+            numbers |= {str(a): b for a, b in pairs if isinstance(b, int) and str(a).isidentifier()}
+    return graph.substitute(numbers) if numbers else graph
+
+
+def _stats(nodes: list[Node], costs: Costs, at: Mapping[str, int]) -> dict[str, float]:
+    if not nodes:
+        return {}
+    regions = sum(region_names(nodes).values())
+    return {"nodes": len(nodes), "regions": regions, **total(nodes, costs, at)}
+
+
+def _merged(before: list[str], after: list[str]) -> list[str]:
+    """All names in an order that respects both, as far as they agree."""
+    matcher = difflib.SequenceMatcher(None, before, after, autojunk=False)
+    order: dict[str, None] = {}
+    for _, a, b, c, d in matcher.get_opcodes():
+        order.update(dict.fromkeys([*before[a:b], *after[c:d]]))
+    return list(order)
+
+
+def _signature(node: Node) -> tuple[Any, ...]:
+    """An operator with its types; of a fused node those of its body as well."""
+    types = tuple(str(v.type) for v in node.outputs)
+    inner = () if node.body is None else tuple(map(_signature, node.body.nodes))
+    read = tuple("" if x is None else str(x.type) for x in node.inputs)
+    return (node.op, types, read, inner)
+
+
+def _entry_dict(entry: EntryDiff) -> dict[str, Any]:
+    return {
+        "at": [dict(at) for at in entry.at],
+        "before": dict(entry.totals[0]),
+        "after": dict(entry.totals[1]),
+        "error": entry.error,
+        "errors": dict(entry.errors),
+        "layers": [
+            {"layer": x.name, "before": dict(x.before), "after": dict(x.after)}
+            for x in entry.layers
+        ],
+    }

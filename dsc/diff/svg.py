@@ -1,0 +1,258 @@
+"""Pictures as inline SVG: the graph of an entry, and what lies in its arena at each step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+from itertools import pairwise
+
+from dsc.cli.console import human_bytes
+from dsc.diff.layout import HEIGHT, Vertex, draw
+from dsc.errors import DscError
+from dsc.ir import regions
+from dsc.ir.analyses import last_uses
+from dsc.ir.dims import bounds
+from dsc.ir.graph import Graph, Node, Operand, Value, Weight
+from dsc.ir.memory import ALIGNMENT
+from dsc.ir.printer import print_node
+from dsc.ir.program import Program
+from dsc.report import layer_of
+
+FAMILIES = {
+    "gemm": ("linear", "matmul", "einsum"),
+    "attention": ("attention", "mla_attention", "latent_attention", "sdpa", "softmax"),
+    "moe": ("route", "experts", "dispatch", "grouped_linear", "grouped_mm", "combine", "topk"),
+    "norm": ("rms_norm", "mean", "sum", "rsqrt", "square"),
+    "cache": ("append", "cache_write", "concat", "scatter", "index_put"),
+    "table": ("embedding", "select_rows", "gather", "take"),
+    "view": ("reshape", "permute", "expand", "slice", "split", "cast"),
+}
+_FAMILY = {op: family for family, ops in FAMILIES.items() for op in ops}
+CHARACTER = 6.3
+LONGEST = 34
+MAX_TITLES = 2500
+"""Rectangles of a timeline that carry a tooltip, at most."""
+TIMELINE = (1080.0, 260.0)
+
+
+def graph_svg(graph: Graph, name: str, changed: frozenset[str]) -> str:
+    """The nodes that belong to the layer `name`, as a picture; `changed` are marked.
+
+    What comes in from other layers, and what others read, are pills at the border.
+    """
+    nodes = [n for n in graph.nodes if layer_of(n.loc) == name]
+    inside = {v.name: i for i, n in enumerate(nodes) for v in n.outputs}
+    vertices, edges = _vertices(graph, nodes, inside)
+    drawing = draw(vertices, edges)
+    parts = []
+    for start, end, points in drawing.paths:
+        dashed = ' class="outer"' if isinstance(start, str) or isinstance(end, str) else ""
+        parts.append(f'<path{dashed} d="{_curve(points)}"/>')
+    for vertex in vertices:
+        x, y = drawing.boxes[vertex.key]
+        if isinstance(vertex.key, str):
+            parts.append(_pill(vertex.key[1:], x, y, vertex.width))
+        elif isinstance(vertex.key, int):
+            parts.append(_box(nodes[vertex.key], x, y, vertex.width, changed))
+    width, height = round(drawing.width), round(drawing.height)
+    # Shrunk to the column as far as it stays readable.
+    size = f'width="{width}" viewBox="0 0 {width} {height}" style="min-width:{0.6 * width:.0f}px"'
+    return f'<svg class="graph" {size} role="img">{"".join(parts)}</svg>'
+
+
+def _vertices(
+    graph: Graph, nodes: Sequence[Node], inside: Mapping[str, int]
+) -> tuple[list[Vertex], list[tuple[int | str, int | str]]]:
+    outer: dict[str, Vertex] = {}
+    edges: list[tuple[int | str, int | str]] = []
+    for i, node in enumerate(nodes):
+        for operand in node.operands:
+            if isinstance(operand, Weight):
+                continue
+            if operand.name in inside:
+                edges.append((inside[operand.name], i))
+            else:
+                key = f"<{operand.name}"
+                outer.setdefault(key, Vertex(key, _width(operand.name), sinks=True))
+                edges.append((key, i))
+    leaving = _leaving(graph, nodes, inside)
+    out = []
+    for value in leaving:
+        key = f">{value}"
+        out.append(Vertex(key, _width(value)))
+        edges.append((inside[value], key))
+    own = [Vertex(i, _width(*_labels(n))) for i, n in enumerate(nodes)]
+    return [*outer.values(), *own, *out], edges
+
+
+def _leaving(graph: Graph, nodes: Sequence[Node], inside: Mapping[str, int]) -> list[str]:
+    """Values of some nodes that others read, or that the graph returns."""
+    own = {id(n) for n in nodes}
+    read: list[Operand] = [x for n in graph.nodes if id(n) not in own for x in n.operands]
+    names = {x.name for x in (*read, *graph.outputs) if isinstance(x, Value)}
+    return [name for name in inside if name in names]
+
+
+def _labels(node: Node) -> tuple[str, str]:
+    """What a box says: the operator or the region, and the weight or the type."""
+    name = regions.name_of(node) if node.body is not None else node.op
+    weights = [x.name for x in node.operands if isinstance(x, Weight)]
+    second = _tail(weights[0]) if weights else str(node.outputs[0].type)
+    return _short(name), _short(second)
+
+
+def _tail(weight: str) -> str:
+    parts = [p for p in weight.split(".") if p != "weight"]
+    return "@" + ".".join(parts[-2:] if len(parts[-1]) == 1 else parts[-1:])
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= LONGEST else text[: LONGEST - 1] + "…"
+
+
+def _width(*texts: str) -> float:
+    return 16 + CHARACTER * max(len(_short(t)) for t in texts)
+
+
+def _box(node: Node, x: float, y: float, width: float, changed: frozenset[str]) -> str:
+    family = "fused" if node.body is not None else _FAMILY.get(node.op, "pointwise")
+    mark = " changed" if node.outputs[0].name in changed else ""
+    first, second = _labels(node)
+    middle = x + width / 2
+    title = escape(print_node(node))
+    return (
+        f'<g class="{family}{mark}"><title>{title}</title>'
+        f'<rect x="{x:.1f}" y="{y:.1f}" width="{width:.1f}" height="{HEIGHT:.0f}" rx="4"/>'
+        f'<text x="{middle:.1f}" y="{y + 14:.1f}" class="op">{escape(first)}</text>'
+        f'<text x="{middle:.1f}" y="{y + 27:.1f}">{escape(second)}</text></g>'
+    )
+
+
+def _pill(name: str, x: float, y: float, width: float) -> str:
+    top, height = y + 7, HEIGHT - 14
+    return (
+        f'<g class="pill"><rect x="{x:.1f}" y="{top:.1f}" width="{width:.1f}"'
+        f' height="{height:.0f}" rx="10"/>'
+        f'<text x="{x + width / 2:.1f}" y="{top + 14:.1f}">{escape(_short(name))}</text></g>'
+    )
+
+
+def _curve(points: Sequence[tuple[float, float]]) -> str:
+    """Straight down where a path is at rest, curves from one rank to the next."""
+    path = [f"M{points[0][0]:.1f} {points[0][1]:.1f}"]
+    for (x0, y0), (x1, y1) in pairwise(points):
+        if x0 == x1:
+            path.append(f"V{y1:.1f}")
+        else:
+            middle = (y0 + y1) / 2
+            path.append(f"C{x0:.1f} {middle:.1f} {x1:.1f} {middle:.1f} {x1:.1f} {y1:.1f}")
+    return "".join(path)
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """Bytes of the arena that hold one storage, from its first step to its last."""
+
+    name: str
+    offset: int
+    size: int
+    first: int
+    last: int
+    loc: str
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """All blocks of an entry's arena, at the upper bounds of the symbols."""
+
+    blocks: tuple[Block, ...]
+    steps: int
+    size: int
+    lower_bound: int
+
+
+def timeline(program: Program, entry: str) -> Timeline | None:
+    """The memory plan of an entry over its steps; `None` where it cannot be planned."""
+    from dsc.passes.plan_memory import PlanMemory, storage_roots
+    from dsc.rewrite.base import PassReport
+
+    try:
+        planned = PlanMemory().run(program, PassReport())
+    except (DscError, KeyError, ValueError):
+        return None
+    graph, memory = planned.entries[entry], planned.memory[entry]
+    roots = storage_roots(graph)
+    dead = {name: at for at, names in last_uses(graph).items() for name in names}
+    blocks: dict[str, Block] = {}
+    end = len(graph.nodes) - 1
+    for position, node in enumerate(graph.nodes):
+        for value in node.outputs:
+            place = memory.places[value.name]
+            if place.region != "arena":
+                continue
+            root = roots[value.name].name
+            last = dead.get(value.name, end)
+            if root in blocks:
+                known = blocks[root]
+                last = max(last, known.last)
+                blocks[root] = Block(root, known.offset, known.size, known.first, last, known.loc)
+                continue
+            needed = bounds(value.type.nbytes, program.symbols).hi
+            size = -(-needed // ALIGNMENT) * ALIGNMENT
+            blocks[root] = Block(root, place.offset, size, position, last, node.loc)
+    return Timeline(tuple(blocks.values()), len(graph.nodes), memory.size, memory.lower_bound)
+
+
+def timeline_svg(found: Timeline) -> str:
+    """Offsets over steps: one rectangle a storage, and the least that any plan could need."""
+    width, height = TIMELINE
+    if not found.blocks or not found.size:
+        return '<p class="none">nothing lies in the arena</p>'
+    scale_x, scale_y = width / max(1, found.steps), height / found.size
+    parts = [f'<rect class="arena" x="0" y="0" width="{width:.0f}" height="{height:.0f}"/>']
+    titled = len(found.blocks) <= MAX_TITLES
+    for index, block in enumerate(found.blocks):
+        x, w = block.first * scale_x, (block.last - block.first + 1) * scale_x
+        h = max(block.size * scale_y, 0.6)
+        y = height - block.offset * scale_y - h
+        title = ""
+        if titled:
+            text = (
+                f"%{block.name} {human_bytes(block.size)} at {block.offset},"
+                f" steps {block.first} to {block.last} {block.loc}"
+            )
+            title = f"<title>{escape(text)}</title>"
+        parts.append(
+            f'<rect class="hue{index % 8}" x="{x:.2f}" y="{y:.2f}" width="{w:.2f}"'
+            f' height="{h:.2f}">{title}</rect>'
+        )
+    parts.append(_live_line(found, scale_x, scale_y))
+    bound = height - found.lower_bound * scale_y
+    parts.append(f'<path class="bound" d="M0 {bound:.2f}H{width:.0f}"/>')
+    view = f'viewBox="-2 -2 {width + 4:.0f} {height + 4:.0f}"'
+    return f'<svg class="memory" {view} role="img">{"".join(parts)}</svg>'
+
+
+def _live_line(found: Timeline, scale_x: float, scale_y: float) -> str:
+    """The live bytes at each step, as a line of steps."""
+    height = TIMELINE[1]
+    points = [
+        f"M0 {height:.2f}",
+        *(
+            f"V{height - live * scale_y:.2f}H{(step + 1) * scale_x:.2f}"
+            for step, live in enumerate(_live(found))
+        ),
+    ]
+    return f'<path class="live" d="{"".join(points)}"/>'
+
+
+def _live(found: Timeline) -> Iterator[int]:
+    change = [0] * (found.steps + 1)
+    for block in found.blocks:
+        change[block.first] += block.size
+        change[block.last + 1] -= block.size
+    live = 0
+    for step in range(found.steps):
+        live += change[step]
+        yield live

@@ -1,0 +1,304 @@
+"""`dsc diff`: what differs, what it costs, how far apart results are; the page loads nothing."""
+
+from __future__ import annotations
+
+import json
+import re
+from html.parser import HTMLParser
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+import dsc
+from dsc.diff import layout
+from dsc.diff.compare import compare
+from dsc.diff.lines import Line, align
+from dsc.diff.measure import read_profile
+from dsc.diff.page import page
+from dsc.diff.sides import Side, open_side
+from dsc.diff.svg import timeline
+from dsc.errors import ArtifactError, ParseError, UsageError
+from dsc.ir.parser import parse_program
+from dsc.runtime.profiler import Event, Profiler
+from tests.runtime.test_session import small_lm
+
+from .conftest import Invoke
+
+DATA = Path(__file__).resolve().parent.parent / "data"
+SMALL = DATA / "small_lm.dsc"
+
+
+@pytest.fixture(scope="module")
+def dumps(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A compile of the small model: its dumps, and the artifact in `out`."""
+    folder = tmp_path_factory.mktemp("dumps")
+    compiled = dsc.compile(
+        small_lm(), backend="tvm", max_context=32, prefill_chunk=8, dump_dir=folder
+    )
+    compiled.save(folder / "out")
+    dsc.compile(small_lm(), backend="reference", max_context=32, prefill_chunk=8).save(
+        folder / "slow"
+    )
+    return folder
+
+
+def lines(*texts: str) -> list[Line]:
+    return [Line(text) for text in texts]
+
+
+def kinds(before: list[Line], after: list[Line]) -> list[str]:
+    return [row.kind for row in align(before, after)]
+
+
+# --- lines ----------------------------------------------------------------------------------------
+
+
+def test_a_changed_line_faces_its_former_self() -> None:
+    before = lines("%a = exp %x : f32[4]", "%c = append %p, %a : f32[8]", "%d = neg %c : f32[8]")
+    after = lines(
+        "%a = exp %x : f32[4]", "%c = cache_write %p, %a : f32[9]", "%d = neg %c : f32[8]"
+    )
+    rows = align(before, after)
+    assert [r.kind for r in rows] == ["same", "changed", "same"]
+    assert [r.before for r in rows] == before
+    assert [r.after for r in rows] == after
+
+
+def test_a_renaming_is_no_change_and_a_swap_is() -> None:
+    before = lines("%a = exp %x : f32[4]", "%b = neg %y : f32[4]", "%c = sub %a, %b : f32[4]")
+    after = lines("%k = exp %x : f32[4]", "%l = neg %y : f32[4]", "%m = sub %k, %l : f32[4]")
+    assert kinds(before, after) == ["renamed"] * 3
+    after[2] = Line("%m = sub %l, %k : f32[4]")
+    assert kinds(before, after) == ["renamed", "renamed", "changed"]
+
+
+def test_every_line_is_shown_once_and_in_order() -> None:
+    before = lines("%a = exp %x : f32[4]", "%b = neg %a : f32[4]", "%c = cos %b : f32[4]")
+    after = lines("%z = tanh %x : f32[2]", "%y = erf %z : f32[2]")
+    rows = align(before, after)
+    assert [r.before for r in rows if r.before] == before
+    assert [r.after for r in rows if r.after] == after
+    assert {r.kind for r in rows} == {"both", "removed"}
+
+
+# --- the comparison -------------------------------------------------------------------------------
+
+
+def test_stages_of_a_dump(dumps: Path) -> None:
+    found = compare(open_side(f"{dumps}/specialise_entries"), open_side(f"{dumps}/absorb_mla"))
+    decode = next(e for e in found.entries if e.name == "decode")
+    assert 0 < (decode.error or 0) < 1e-5
+    assert "agree" in found.agreement
+    assert decode.totals[1]["nodes"] == decode.totals[0]["nodes"] + 2
+    rows = [r for each in decode.rows.values() for r in each]
+    added = [r.after.text.split()[2] for r in rows if r.kind == "added" and r.after]
+    assert added == ["einsum", "latent_attention"]
+    (changed,) = (r for r in rows if r.kind == "changed")
+    assert changed.before is not None
+    assert changed.before.text.startswith("%o = mla_attention")
+    assert found.unpaired == ((), ())
+
+
+def test_one_entry_before_three_after_fixes_what_a_decode_fixes(dumps: Path) -> None:
+    found = compare(open_side(f"{dumps}/input"), open_side(f"{dumps}/specialise_entries"))
+    assert [e.name for e in found.entries] == ["step → decode", "step → extend", "step → prefill"]
+    decode = found.entries[0]
+    assert decode.at[0] == decode.at[1]
+    assert {r.kind for rows in decode.rows.values() for r in rows} == {"same"}
+    assert decode.error == 0.0
+
+
+def test_a_wrong_program_shows_its_error(tmp_path: Path) -> None:
+    wrong = tmp_path / "wrong.dsc"
+    wrong.write_text(SMALL.read_text().replace("scale=0.5", "scale=0.25"))
+    found = compare(open_side(str(SMALL)), open_side(str(wrong)))
+    (entry,) = found.entries
+    assert (entry.error or 0) > 1e-3
+    assert max(entry.errors, key=entry.errors.__getitem__) == "logits"
+    assert entry.errors["present.0.latent"] == 0.0
+
+
+def test_artifacts_use_their_own_weights(dumps: Path) -> None:
+    found = compare(open_side(str(dumps / "slow")), open_side(str(dumps / "out")))
+    assert "the artifacts' weights" in found.agreement
+    assert "agree" in found.agreement
+
+
+def test_programs_that_have_nothing_in_common(tmp_path: Path) -> None:
+    other = tmp_path / "other.dsc"
+    other.write_text(
+        'program "o" {stage=CANONICAL}\ngraph main(%x: f32[4]) {\n %y = exp %x\n return %y\n}\n'
+    )
+    found = compare(open_side(str(SMALL)), open_side(str(other)))
+    assert "x was not there before" in found.agreement
+    page(found)
+
+
+# --- the command ----------------------------------------------------------------------------------
+
+
+def test_the_terminal_and_the_page(invoke: Invoke, dumps: Path, tmp_path: Path) -> None:
+    out = tmp_path / "page.html"
+    line = ("diff", str(dumps / "slow"), str(dumps / "out"), "-o", str(out), "--trust", "--measure")
+    text = invoke(*line, "--context", "8").stdout
+    assert "decode (B=1" in text
+    assert "max error" in text
+    assert " ms" in text
+    assert "cache_write" in out.read_text()
+    with pytest.raises(UsageError, match="exists already"):
+        invoke(*line)
+
+
+def test_json_is_one_document(invoke: Invoke, dumps: Path) -> None:
+    line = ("diff", f"{dumps}/specialise_entries", f"{dumps}/absorb_mla", "--json", "--no-error")
+    found = json.loads(invoke(*line).stdout)
+    assert found["agreement"] == "not run"
+    assert set(found["entries"]) == {"decode", "extend", "prefill"}
+    assert found["entries"]["decode"]["layers"][0]["after"]["flops"] > 0
+
+
+def test_mistakes_are_told(invoke: Invoke, dumps: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="nothing at"):
+        invoke("diff", str(tmp_path / "a"), str(SMALL))
+    with pytest.raises(UsageError, match="holds the stages input, specialise_entries"):
+        open_side(str(dumps / "nonsense"))
+    with pytest.raises(UsageError, match="is no artifact"):
+        invoke("diff", str(tmp_path), str(SMALL))
+    garbage = tmp_path / "x.dsc"
+    garbage.write_text("graph ???")
+    with pytest.raises(ParseError):
+        invoke("diff", str(garbage), str(SMALL))
+    (tmp_path / "y").mkdir()
+    (tmp_path / "y" / "dsc.json").write_text("{}")
+    with pytest.raises(ArtifactError):
+        invoke("diff", str(tmp_path / "y"), str(SMALL))
+    line = ("diff", str(SMALL), str(SMALL), "--measure", "--profiles", "a", "b")
+    with pytest.raises(UsageError, match="both give times"):
+        invoke(*line)
+
+
+# --- times ----------------------------------------------------------------------------------------
+
+
+def test_profiles_give_medians_by_entry_and_layer(tmp_path: Path) -> None:
+    profiler = Profiler()
+    for start, factor in ((0.0, 1), (10.0, 2), (20.0, 9)):
+        profiler.events.append(Event("decode", "entry", start, 0.004 * factor))
+        profiler.events.append(
+            Event("linear", "step", start, 0.001 * factor, loc="model.layers.1.mlp.up_proj")
+        )
+    path = tmp_path / "trace.json"
+    profiler.export_chrome_trace(path)
+    timing = read_profile(path, ["decode", "prefill"])["decode"]
+    assert timing.milliseconds == pytest.approx(8.0)
+    assert timing.layers == {"model.layers.1": pytest.approx(2.0)}
+    with pytest.raises(UsageError, match="no run of any entry"):
+        read_profile(path, ["prefill", "extend"])
+    path.write_text('{"traceEvents": [7]}')
+    with pytest.raises(UsageError, match="no trace of ours"):
+        read_profile(path, ["decode"])
+    with pytest.raises(UsageError, match="cannot read"):
+        read_profile(tmp_path / "none", ["decode"])
+
+
+# --- the page -------------------------------------------------------------------------------------
+
+
+class Reader(HTMLParser):
+    """Checks nesting, and collects what could load or run something."""
+
+    VOID = frozenset({"meta", "br", "!doctype"})
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.bad: list[str] = []
+        self.count: dict[str, int] = {}
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.count[tag] = self.count.get(tag, 0) + 1
+        self.bad += [tag] if tag in ("script", "link", "img", "iframe", "object", "use") else []
+        for name, value in attrs:
+            local = (value or "").startswith("#")
+            self.bad += [name] if name in ("src", "xlink:href") or name.startswith("on") else []
+            self.bad += [f"{name}={value}"] if name == "href" and not local else []
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.count[tag] = self.count.get(tag, 0) + 1
+
+    def handle_endtag(self, tag: str) -> None:
+        if not self.open or self.open.pop() != tag:
+            self.bad.append(f"</{tag}>")
+
+
+def read_page(text: str) -> Reader:
+    reader = Reader()
+    reader.feed(text)
+    return reader
+
+
+def test_the_page_is_whole_and_loads_nothing(dumps: Path) -> None:
+    text = page(compare(open_side(f"{dumps}/absorb_mla"), open_side(f"{dumps}/plan_memory")))
+    reader = read_page(text)
+    assert not reader.bad
+    assert not reader.open
+    assert reader.count["svg"] >= 3 * 4  # three entries: two graphs, two timelines each
+    assert "default-src 'none'" in text
+    assert not re.search(r"url\(|@import|https?:", text)
+
+
+def test_the_page_escapes_what_comes_from_files(tmp_path: Path) -> None:
+    evil = "<script>alert(1)</script>\"'&"
+    text = SMALL.read_text().replace(
+        "%y = linear %of, @wo", f"%y = linear %of, @wo : f32[B,S,8] loc {json.dumps(evil)}"
+    )
+    program = parse_program(text)
+    side = Side(f"{evil}.dsc", program, program)
+    made = page(compare(side, open_side(str(SMALL)), run=False))
+    assert "<script" not in made
+    assert "&lt;script&gt;" in made
+    assert not read_page(made).bad
+
+
+def test_the_timeline_shows_a_plan_without_overlap(dumps: Path) -> None:
+    program = open_side(f"{dumps}/plan_memory").text
+    found = timeline(program, "decode")
+    assert found is not None
+    assert 0 < found.lower_bound <= found.size
+    assert max(b.offset + b.size for b in found.blocks) == found.size
+    blocks = found.blocks
+    for i, a in enumerate(blocks):
+        for b in blocks[:i]:
+            together = a.first <= b.last and b.first <= a.last
+            overlap = a.offset < b.offset + b.size and b.offset < a.offset + a.size
+            assert not (together and overlap), (a, b)
+
+
+# --- the drawing ----------------------------------------------------------------------------------
+
+
+def test_a_drawing_flows_down_and_nothing_overlaps() -> None:
+    vertices = [layout.Vertex(i, 40.0 + 7 * (i % 5)) for i in range(40)]
+    edges: list[tuple[layout.Key, layout.Key]] = [
+        (i, j) for j in range(40) for i in {j // 2, j // 3, j - 1} if 0 <= i < j
+    ]
+    edges = [(a, b) for a, b in edges if a != b]
+    drawing = layout.draw(vertices, edges)
+    width = {v.key: v.width for v in vertices}
+    for start, end, points in drawing.paths:
+        assert drawing.boxes[start][1] + layout.HEIGHT < drawing.boxes[end][1]
+        assert [y for _, y in points] == sorted(y for _, y in points)
+    places = sorted((y, x, x + width[k]) for k, (x, y) in drawing.boxes.items())
+    for (y0, _, right), (y1, left, _) in pairwise(places):
+        assert y0 != y1 or right <= left + 1e-6
+    assert all(0 <= x and x + width[k] <= drawing.width for k, (x, _) in drawing.boxes.items())
+
+
+def test_a_straight_chain_is_drawn_straight() -> None:
+    vertices = [layout.Vertex(i, 50.0) for i in range(4)]
+    drawing = layout.draw(vertices, [(0, 1), (1, 2), (2, 3)])
+    assert len({round(x, 3) for x, _ in drawing.boxes.values()}) == 1
+    assert layout.draw([], []).boxes == {}
