@@ -120,15 +120,21 @@ class CompiledModel:
     @cached_property
     def executable(self) -> Executable:
         """The loaded code. A model that was not saved is written to a temporary folder first."""
-        if self._folder is None:
-            base = Path(tempfile.mkdtemp(prefix="dsc-"))
-            weakref.finalize(self, shutil.rmtree, base, True)
-            folder = _own_folder(self.save(base / "artifact"))
-        else:
-            folder = self._folder
-        opened = artifacts.read(folder, trust=self._trust or self._folder is None)
-        chosen = backends.get(self.backend)
-        return chosen.load(folder, opened.manifest, opened.program)
+        if self._folder is not None:
+            return self._opened(self._folder, self._trust)
+        base = Path(tempfile.mkdtemp(prefix="dsc-"))
+        try:
+            found = self._opened(_own_folder(self.save(base / "artifact")), trust=True)
+        except BaseException:
+            shutil.rmtree(base, ignore_errors=True)
+            raise
+        weakref.finalize(found, shutil.rmtree, base, True)  # a session may outlive this model
+        return found
+
+    def _opened(self, folder: Path, trust: bool) -> Executable:
+        """What the backend makes of an artifact folder."""
+        opened = artifacts.read(folder, trust=trust)
+        return backends.get(self.backend).load(folder, opened.manifest, opened.program)
 
     def run(
         self, inputs: Mapping[str, torch.Tensor], entry: str | None = None

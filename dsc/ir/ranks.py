@@ -10,6 +10,7 @@ verified and tests run without starting processes.
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -147,7 +148,7 @@ class ThreadRank:
 
     rank: int
     post: _Post
-    calls: int = 0
+    numbers: Counter[tuple[int, int]] = field(default_factory=Counter)
 
     @property
     def size(self) -> int:
@@ -158,11 +159,11 @@ class ThreadRank:
         self, what: str, sent: Mapping[int, torch.Tensor], wanted: Mapping[int, torch.Tensor]
     ) -> dict[int, torch.Tensor]:
         """Leave copies for the others and wait for theirs."""
-        number, self.calls = self.calls, self.calls + 1
         post = self.post
-        keys = {other: (other, self.rank, number) for other in wanted}
+        letters = {self._next(self.rank, to): x.clone() for to, x in sent.items()}
+        keys = {other: self._next(other, self.rank) for other in wanted}
         with post.changed:
-            post.letters.update({(self.rank, to, number): x.clone() for to, x in sent.items()})
+            post.letters.update(letters)
             post.changed.notify_all()
             arrived = post.changed.wait_for(
                 lambda: post.failure is not None or all(k in post.letters for k in keys.values()),
@@ -172,6 +173,11 @@ class ThreadRank:
                 late = ", ".join(str(r) for r, k in keys.items() if k not in post.letters)
                 raise RankError(f"{what}: nothing came from rank {late}")
             return {other: post.letters.pop(key) for other, key in keys.items()}
+
+    def _next(self, source: int, to: int) -> tuple[int, int, int]:
+        """The key of the next letter from one rank to another."""
+        self.numbers[source, to] += 1
+        return source, to, self.numbers[source, to]
 
 
 def run_ranks(ranks: int, function: Callable[[int], T]) -> list[T]:

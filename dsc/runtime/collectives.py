@@ -13,7 +13,8 @@ import json
 import os
 import sys
 import time
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -26,7 +27,9 @@ from dsc.ir.ranks import Group, current, set_process_group
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Place", "ProcessGroup", "agree", "current", "digest", "join", "launched", "place"]
+__all__ = [
+    "Place", "ProcessGroup", "agree", "connect", "current", "digest", "join", "launched", "place",
+]  # fmt: skip
 
 TIMEOUT = 25.0
 """Seconds that a collective waits for the slowest rank. `DSC_COLLECTIVE_TIMEOUT` changes it."""
@@ -36,6 +39,7 @@ STORE_TIMEOUT = 2.0
 VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 _MAX_TAG = 1 << 30
+_MOST_LEAVING = 16
 
 
 @dataclass(frozen=True)
@@ -84,35 +88,63 @@ class ProcessGroup:
     def __init__(self, where: Place, store: Any, transport: Any, timeout: float) -> None:
         self.rank, self.size, self.timeout = where.rank, where.size, timeout
         self._store, self._transport = store, transport
-        self._calls = 0
+        self._numbers: Counter[tuple[int, int]] = Counter()
+        self._leaving: list[tuple[int, Any]] = []
 
     def exchange(
         self, what: str, sent: Mapping[int, torch.Tensor], wanted: Mapping[int, torch.Tensor]
     ) -> dict[int, torch.Tensor]:
-        """Send and receive at once. Raises `RankError` that names who did not take part."""
-        self._calls += 1
-        tag = self._calls % _MAX_TAG
-        deadline = time.monotonic() + self.timeout
-        pending: list[tuple[int, Any]] = []
+        """Send and receive at once. Raises `RankError` that names who did not take part.
+
+        A call that only sends does not wait: up to `_MOST_LEAVING` messages are on their way.
+        """
         lost: dict[int, bool] = {}
-        for start, tensors in ((self._transport.recv, wanted), (self._transport.send, sent)):
-            for peer, tensor in tensors.items():
-                if tensor.numel():
-                    with _noting(lost, peer):
-                        pending.append((peer, start([_bytes(tensor)], peer, tag)))
-        for peer, work in pending:
-            if peer not in lost:
-                left = max(deadline - time.monotonic(), 0.001)
+        coming: list[tuple[int, Any]] = []
+        leaving: list[tuple[int, Any]] = []
+        for peer, tensor in wanted.items():
+            if tensor.numel():
                 with _noting(lost, peer):
-                    work.wait(timedelta(seconds=left))
+                    tag = self._next(peer, self.rank)
+                    coming.append((peer, self._transport.recv([_bytes(tensor)], peer, tag)))
+        for peer, tensor in sent.items():
+            if tensor.numel():
+                with _noting(lost, peer):
+                    tag = self._next(self.rank, peer)
+                    work = self._transport.send([_bytes(tensor)], peer, tag)
+                    leaving.append((peer, work))
+        if not wanted:
+            self._leaving += leaving
+            surplus = max(0, len(self._leaving) - _MOST_LEAVING)
+            leaving, self._leaving = self._leaving[:surplus], self._leaving[surplus:]
+        self._wait([*coming, *leaving], lost)
         if lost:
             raise self._lost(what, lost)
         return dict(wanted)
 
+    def _wait(self, works: Sequence[tuple[int, Any]], lost: dict[int, bool]) -> None:
+        deadline = time.monotonic() + self.timeout
+        for peer, work in works:
+            if peer not in lost:
+                left = max(deadline - time.monotonic(), 0.001)
+                with _noting(lost, peer):
+                    work.wait(timedelta(seconds=left))
+
+    def _next(self, source: int, to: int) -> int:
+        """The tag of the next message from one rank to another: their number."""
+        self._numbers[source, to] += 1
+        return self._numbers[source, to] % _MAX_TAG
+
     def share(self, key: str, text: str) -> list[str]:
-        """Every rank's `text`, in order of rank. Raises `RankError` that names who is missing."""
+        """Every rank's `text`, in order of rank. Raises `RankError` that names who is missing.
+
+        Rank 0, with whom the texts lie, returns when all have read them: it may end right after.
+        """
         self._store.set(f"{key}/{self.rank}", text)
-        return [t.decode() for t in _wait_for(self._store, key, self.size, self.timeout)]
+        found = [t.decode() for t in _wait_for(self._store, key, self.size, self.timeout)]
+        self._store.set(f"{key}/read/{self.rank}", "")
+        if self.rank == 0:
+            _wait_for(self._store, f"{key}/read", self.size, self.timeout)
+        return found
 
     def _lost(self, what: str, lost: Mapping[int, bool]) -> RankError:
         """The error for ranks that are gone (True) or silent (False), here or seen by another."""
@@ -159,9 +191,7 @@ class _noting:
 
 
 def join(
-    environment: MutableMapping[str, str] = os.environ,
-    timeout: float | None = None,
-    rendezvous: float | None = None,
+    environment: Mapping[str, str] = os.environ,
 ) -> Group:
     """Meet the other ranks and make them the group of this process.
 
@@ -173,11 +203,17 @@ def join(
     where = place(environment)
     if where.size == 1:
         return current()
-    timeout = timeout or _seconds(environment, "DSC_COLLECTIVE_TIMEOUT", TIMEOUT)
-    rendezvous = rendezvous or _seconds(environment, "DSC_RENDEZVOUS_TIMEOUT", RENDEZVOUS)
+    timeout = _seconds(environment, "DSC_COLLECTIVE_TIMEOUT", TIMEOUT)
+    group = connect(where, timeout, _seconds(environment, "DSC_RENDEZVOUS_TIMEOUT", RENDEZVOUS))
+    set_process_group(group)
+    return group
+
+
+def connect(where: Place, timeout: float = TIMEOUT, rendezvous: float = RENDEZVOUS) -> ProcessGroup:
+    """Meet the other ranks within `rendezvous` seconds. Raises `UsageError`, `RankError`."""
     if where.address in LOOPBACK:
-        environment.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
-    environment.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
     dist: Any = importlib.import_module("torch.distributed")
     if not dist.is_available() or not dist.is_gloo_available():
         raise UsageError("this torch has no gloo", hint="install a torch built with distributed")
@@ -191,9 +227,7 @@ def join(
     except RuntimeError as problem:
         raise RankError(f"rank {where.rank} could not connect to the others: {problem}") from None
     store.set_timeout(timedelta(seconds=STORE_TIMEOUT))
-    group = ProcessGroup(where, store, transport, timeout)
-    set_process_group(group)
-    return group
+    return ProcessGroup(where, store, transport, timeout)
 
 
 def agree(key: str, facts: Mapping[str, str]) -> None:

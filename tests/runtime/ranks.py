@@ -1,4 +1,4 @@
-"""What one rank does in the tests of several: run as `python -m tests.runtime.ranks TASK …`."""
+"""What one rank does in the tests of several: run as `python -m tests.runtime.ranks TASK`."""
 
 from __future__ import annotations
 
@@ -44,6 +44,9 @@ def forever(artifact: str) -> None:
 
 if __name__ == "__main__":
     try:
-        {"logits": logits, "forever": forever}[sys.argv[1]](*sys.argv[2:])
+        if sys.argv[1] == "logits":
+            logits(*sys.argv[2:])
+        else:
+            forever(*sys.argv[2:])
     except DscError as problem:
         sys.exit(f"dsc: {problem}")

@@ -5,17 +5,18 @@ Processes are few, have limits, and are killed at the end whatever happens.
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import IO
+from typing import IO, TypeVar
 
 import numpy as np
 import pytest
@@ -23,8 +24,12 @@ import torch
 
 import dsc
 from dsc import pipeline
+from dsc.cli import main
 from dsc.errors import ArtifactError, RankError, UsageError
-from dsc.frontends.load import load_program
+from dsc.frontends.load import Loaded, load_program
+from dsc.generation import generate
+from dsc.ir.interpreter import run_graph
+from dsc.ir.op import lookup
 from dsc.ir.ops.comm import COLLECTIVES
 from dsc.ir.parser import parse_graph
 from dsc.ir.program import Program
@@ -37,6 +42,7 @@ from dsc.runtime.session import Session
 from tests.backends.canonical_lm import Sizes, canonical_lm
 from tests.runtime.ranks import steps
 
+T = TypeVar("T")
 LIMIT = 100.0
 """Seconds after which a process of a test is killed."""
 DEATH = 30.0
@@ -47,10 +53,29 @@ DEATH = 30.0
 
 
 @pytest.fixture(scope="module")
-def tiny(root: Path) -> Program:
-    """The trained tiny checkpoint in fp32, canonical."""
-    loaded = load_program(root / "models" / "tiny-v3", dtype=DType.f32)
+def loaded(root: Path) -> Loaded:
+    """The trained tiny checkpoint in fp32, traced once."""
+    return load_program(root / "models" / "tiny-v3", dtype=DType.f32, max_context=512)
+
+
+@pytest.fixture(scope="module")
+def tiny(loaded: Loaded) -> Program:
+    """It, canonical."""
     return pipeline.apply(loaded.program, list(pipeline.RAISE))
+
+
+@pytest.fixture(scope="module")
+def tiny_ranks(loaded: Loaded, tiny: Program, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Its artifact for two ranks, made by the command."""
+    out = tmp_path_factory.mktemp("tiny") / "out"
+    ready = replace(loaded, program=tiny)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("dsc.frontends.load.load_program", lambda *_, **__: ready)
+        with pytest.raises(SystemExit) as ended:
+            main(["compile", "models/tiny-v3", "--backend", "reference", "--ranks", "2",
+                  "--parallel", "tp+ep", "-o", str(out), "--json"])  # fmt: skip
+    assert ended.value.code == 0
+    return out
 
 
 def compiled(program: Program, backend: str = "reference", **options: object) -> dsc.CompiledModel:
@@ -115,6 +140,22 @@ def ended(process: subprocess.Popen[str], limit: float = LIMIT) -> tuple[int, st
     return process.returncode, out, err
 
 
+def over_gloo(ranks: int, function: Callable[[collectives.ProcessGroup], T]) -> list[T]:
+    """`function(group)` in one thread a rank, connected over TCP as processes would be."""
+    port = launch.free_port()
+
+    def one(rank: int) -> T:
+        where = collectives.Place(rank, ranks, "127.0.0.1", port, rank == 0)
+        group = collectives.connect(where, timeout=10.0, rendezvous=20.0)
+        with entered(group):
+            found = function(group)
+        group.share("end", "")  # the store lives in rank 0
+        return found
+
+    with ThreadPoolExecutor(ranks) as pool:
+        return list(pool.map(one, range(ranks)))
+
+
 # --- the same numbers -----------------------------------------------------------------------------
 
 
@@ -124,11 +165,12 @@ def off_by(found: torch.Tensor, wanted: torch.Tensor) -> float:
     return (found.double() - wanted.double()).abs().max().item() / scale
 
 
-def test_two_processes_equal_one_rank_on_tiny_v3(tiny: Program, tmp_path: Path) -> None:
+def test_two_processes_equal_one_rank_on_tiny_v3(
+    tiny: Program, tiny_ranks: Path, tmp_path: Path
+) -> None:
     """TP = 2 and EP = 2 in fp32: prefill and 4 decode steps within 1e-5 of one rank."""
     wanted = steps(compiled(tiny))
-    out = compiled(tiny, ranks=2).save(tmp_path / "out")
-    with started([task("logits", out, tmp_path)] * 2) as running:
+    with started([task("logits", tiny_ranks, tmp_path)] * 2) as running:
         for process in running:
             code, _, err = ended(process)
             assert code == 0, err
@@ -167,20 +209,17 @@ class _Loaded:
         return Session(self.executable, self.program, max_batch, max_context)
 
 
-def test_the_command_compiles_and_generates(root: Path, tmp_path: Path) -> None:
-    """`dsc compile --ranks 2`, `dsc generate --ranks 2`: rank 0 alone prints, as one rank would."""
-    out = tmp_path / "out"
-    model = str(root / "models" / "tiny-v3")
-    line = launch.command(["compile", model, "--backend", "reference", "--ranks", "2", "-o",
-                           str(out), "--max-context", "64", "--json"])  # fmt: skip
+def test_the_command_generates_as_one_rank_would(tiny_ranks: Path, tiny: Program) -> None:
+    """`dsc generate --ranks 2`: starts the ranks, of which rank 0 alone prints."""
+    assert sorted(p.name for p in tiny_ranks.iterdir()) == ["dsc.json", "rank_0", "rank_1"]
+    line = launch.command(["generate", str(tiny_ranks), "--prompt", "In the beginning",
+                           "--max-new-tokens", "6", "--ranks", "2"])  # fmt: skip
     done = subprocess.run(line, capture_output=True, text=True, timeout=LIMIT, check=False)
     assert done.returncode == 0, done.stderr
-    assert sorted(p.name for p in out.iterdir()) == ["dsc.json", "rank_0", "rank_1"]
-    line = launch.command(["generate", str(out), "--prompt", "In the beginning", "--ranks", "2",
-                           "--max-new-tokens", "6", "--json"])  # fmt: skip
-    done = subprocess.run(line, capture_output=True, text=True, timeout=LIMIT, check=False)
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["new_tokens"] == 6
+    tokenizer = dsc.load(tiny_ranks / "rank_0", trust=True).tokenizer
+    ids = tokenizer.encode("In the beginning").ids
+    tokens = list(generate(compiled(tiny).session(max_batch=1), ids, 6))
+    assert done.stdout == tokenizer.decode(tokens) + "\n"
 
 
 # --- failures -------------------------------------------------------------------------------------
@@ -232,27 +271,36 @@ def test_different_weights_are_named(artifact: Path, tmp_path: Path) -> None:
             assert "program" not in err
 
 
-def test_different_options_are_named(artifact: Path, tmp_path: Path, root: Path) -> None:
-    folder = tmp_path / "out"
-    shutil.copytree(artifact, folder)
-    for rank in range(2):
-        shutil.copy(root / "models" / "tiny-v3" / "tokenizer.json", folder / f"rank_{rank}")
-    lines = [
-        launch.command(["generate", str(folder), "--prompt", "In", "--seed", str(seed)])[1:]
-        for seed in (3, 4)
-    ]
-    with started(lines) as running:
-        for process in running:
-            code, out, err = ended(process)
-            assert (code, out) == (2, "")
-            assert "seed: 4 on rank 1, 3 on rank 0" in err
+def test_different_options_are_named() -> None:
+    """As `dsc generate` checks its own, here over gloo between threads."""
+
+    def one(group: collectives.ProcessGroup) -> str:
+        collectives.agree("same", {"seed": "3"})
+        with pytest.raises(RankError) as caught:
+            collectives.agree("options", {"seed": str(3 + group.rank // 2), "prompt": "a"})
+        return str(caught.value)
+
+    for message in over_gloo(3, one):
+        assert "seed: 4 on rank 2, 3 on ranks 0, 1" in message
+        assert "prompt" not in message
 
 
-def test_a_rank_that_never_comes_is_named(artifact: Path, tmp_path: Path) -> None:
-    with started([task("logits", artifact, tmp_path)], DSC_RENDEZVOUS_TIMEOUT="2") as running:
-        code, _, err = ended(running[0])
-    assert code == 1
-    assert "rank 1 did not come within 2 s" in err
+def test_a_rank_that_never_comes_is_named() -> None:
+    where = collectives.place(environment(0, launch.free_port()))
+    start = time.monotonic()
+    with pytest.raises(RankError, match=r"rank 1 did not come within 0\.5 s"):
+        collectives.connect(where, rendezvous=0.5)
+    assert time.monotonic() - start < 10
+
+
+def test_generate_checks_its_options(artifact: Path) -> None:
+    from dsc.cli import generate as verb
+
+    with pytest.raises(UsageError, match="3 ranks for an artifact of 2"):
+        verb.must_launch(artifact, 3)
+    assert verb.must_launch(artifact, 2)
+    with pytest.raises(UsageError, match="compiled for one rank, --ranks 2 asked"):
+        verb.must_launch(artifact / "rank_0", 2)
 
 
 @pytest.mark.parametrize("absent", collectives.VARIABLES)
@@ -341,8 +389,6 @@ def test_a_damaged_manifest_is_refused(damage: str, tmp_path: Path) -> None:
 
 def collective(op: str, attrs: str, x: torch.Tensor, ranks: int) -> list[torch.Tensor]:
     """The operator's result on every rank, where rank r has x + r."""
-    from dsc.ir.interpreter import run_graph
-
     t = f"f32[{','.join(map(str, x.shape))}]"
     graph = parse_graph(f"graph g(%x: {t}) {{\n %y = {op} %x {{{attrs}}}\n return %y\n}}")
     return run_ranks(ranks, lambda rank: run_graph(graph, [x + rank])[0])
@@ -369,29 +415,34 @@ def test_sums_have_the_same_bits_on_every_rank() -> None:
     assert all(torch.equal(found[0], other) for other in found)
 
 
-def test_send_and_recv() -> None:
-    from dsc.ir.op import lookup
-
-    def pass_on(rank: int) -> torch.Tensor:
-        x = torch.full((3,), float(rank))
-        lookup("send").reference(x, to=(rank + 1) % 3)
-        found: torch.Tensor = lookup("recv").reference(x, source=(rank - 1) % 3)
-        return found
-
-    # Each call of a rank has its number, so a ring sends first and receives second everywhere.
-    with pytest.raises(RankError, match="recv"):
-        _impatient(lambda: run_ranks(3, pass_on))
+def pass_on(rank: int) -> torch.Tensor:
+    """Give two numbers to the next rank of three, and take those of the one before."""
+    send, recv = lookup("send").reference, lookup("recv").reference
+    for number in (10.0, 20.0):
+        send(torch.full((3,), rank + number), to=(rank + 1) % 3)
+    got = [recv(torch.zeros(3), source=(rank - 1) % 3) for _ in range(2)]
+    return torch.cat(got)
 
 
-def _impatient(function: object) -> None:
-    """Call with a short limit for threads."""
-    from dsc.ir import ranks
+@pytest.mark.parametrize("kind", ["threads", "gloo"])
+def test_send_and_recv_in_a_ring(kind: str) -> None:
+    if kind == "threads":
+        found = run_ranks(3, pass_on)
+    else:
+        found = over_gloo(3, lambda group: pass_on(group.rank))
+    for rank, got in enumerate(found):
+        before = (rank - 1) % 3
+        assert got.tolist() == [before + 10.0] * 3 + [before + 20.0] * 3
 
-    before, ranks.THREAD_TIMEOUT = ranks.THREAD_TIMEOUT, 0.2
-    try:
-        function()  # type: ignore[operator]
-    finally:
-        ranks.THREAD_TIMEOUT = before
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.bool, torch.int64])
+def test_gloo_carries_every_element_type(dtype: torch.dtype) -> None:
+    x = (torch.arange(12).reshape(3, 4) % 3).to(dtype)
+    gather = lookup("all_gather").reference
+    for found in over_gloo(2, lambda group: gather(x.T, axis=0, ranks=2)):
+        assert torch.equal(found, torch.cat([x.T, x.T]))
+    empty = torch.zeros(0, 4)
+    assert over_gloo(2, lambda group: gather(empty, axis=0, ranks=2))[1].shape == (0, 4)
 
 
 def test_alone_there_is_nobody_to_speak_to() -> None:
