@@ -14,13 +14,15 @@ class Machine:
     """What kernels are specialised to.
 
     A tile of `rows` x `columns` dot products keeps that many vector accumulators in registers;
-    `lanes` is the number of fp32 elements in a vector.
+    `lanes` is the number of fp32 elements in a vector; `bf16` says that there are vector products
+    of bf16 (AVX-512 BF16), for which `kernels/bf16` has schedules of their own.
     """
 
     cpu: str
     lanes: int
     rows: int
     columns: int
+    bf16: bool = False
 
 
 def machine_for(target: Target) -> Machine:
@@ -34,7 +36,8 @@ def machine_for(target: Target) -> Machine:
         )
     features = tvm_target(cpu)
     if codegen.target_has_features("avx512f", features):
-        return Machine(cpu, lanes=16, rows=4, columns=4)
+        products = codegen.target_has_features("avx512bf16", features)
+        return Machine(cpu, lanes=16, rows=4, columns=4, bf16=products)
     if codegen.target_has_features("avx2", features):
         return Machine(cpu, lanes=8, rows=3, columns=4)
     return Machine(cpu, lanes=4, rows=4, columns=4)

@@ -139,21 +139,25 @@ class Tensor:
 
     def at(self, position: Expr, lanes: int = 1) -> Expr:
         """As `load`, at a flat position."""
-        return decode(self.buffer[_span(position, lanes)], self.dtype)
+        return decode(self.buffer[span(position, lanes)], self.dtype)
 
     def put(self, position: Expr, value: Expr) -> None:
         """As `store`, at a flat position."""
-        span = _span(position, lanes_of(value))
-        T.buffer_store(self.buffer, encode(value, self.dtype), [span])
+        where = span(position, lanes_of(value))
+        T.buffer_store(self.buffer, encode(value, self.dtype), [where])
+
+
+_ON_STACK = {"disable_lower_builtin": 1}
+"""Without it TVM takes local arrays from a pool on the heap, and sums never reach registers."""
 
 
 class Local:
     """A small array on a thread's stack: accumulators, or a tile; `width` lanes an element."""
 
-    def __init__(self, count: Expr, name: str = "float32", width: int = 1) -> None:
+    def __init__(self, count: int, name: str = "float32", width: int = 1) -> None:
         self.width = width
         self.zero = splat(tirx.const(0, name), width)
-        self.buffer = T.alloc_buffer((count,), vector_type(name, width), scope="local")
+        self.buffer = T.alloc_buffer((count,), vector_type(name, width), annotations=_ON_STACK)
 
     def __getitem__(self, index: Expr) -> Expr:
         return self.buffer[index]
@@ -163,11 +167,11 @@ class Local:
 
     def load(self, position: Expr, lanes: int) -> Expr:
         """`lanes` consecutive elements."""
-        return self.buffer[_span(position, lanes)]
+        return self.buffer[span(position, lanes)]
 
     def store(self, position: Expr, value: Expr) -> None:
         """Write a vector to consecutive elements."""
-        T.buffer_store(self.buffer, value, [_span(position, lanes_of(value))])
+        T.buffer_store(self.buffer, value, [span(position, lanes_of(value))])
 
 
 def decode(stored: Expr, dtype: DType) -> Expr:
@@ -199,7 +203,8 @@ def _round_to_bf16(value: Expr) -> Expr:
     return cast(tirx.Select(tirx.EQ(value, value), rounded, word(0x7FC0)), "uint16")
 
 
-def _span(position: Expr, lanes: int) -> Expr:
+def span(position: Expr, lanes: int) -> Expr:
+    """The index of `lanes` consecutive elements."""
     return position if lanes == 1 else tirx.Ramp(integer(position), integer(1), lanes)
 
 

@@ -141,6 +141,11 @@ ALSO_BF16 = frozenset(
 )
 """Operators whose first case also runs in bf16; the others share their loads and stores."""
 
+WIDE: dict[str, list[str]] = {
+    "linear": ["F[N,2080], F[70,2080]", "F[B,S,64], F[37,64], F[37]", "F[N,32], F[3,32]"],
+}
+"""Shapes of whole vectors, for which bf16 has schedules of its own: run in bf16 only."""
+
 
 @dataclass(frozen=True)
 class Case:
@@ -169,10 +174,10 @@ class Case:
 
 
 def cases(dtype: str) -> Iterator[Case]:
-    """All cases with `F` as f32; in another element type, the first one of each of `ALSO_BF16`."""
+    """All cases with `F` as f32; in bf16 the first one of each of `ALSO_BF16`, and all `WIDE`."""
     for op, texts in CASES.items():
         if dtype != "f32":
-            texts = texts[:1] if op in ALSO_BF16 else []
+            texts = (texts[:1] if op in ALSO_BF16 else []) + WIDE.get(op, [])
         for number, text in enumerate(texts):
             yield _case(f"{op}_{number}_{dtype}", op, text.replace("F[", f"{dtype}["), dtype)
 

@@ -6,6 +6,7 @@ row tiles of x pass by. One row (decode) reads w once and is bound by memory ban
 
 from __future__ import annotations
 
+from dsc.backends.tvm.kernels import bf16_linear
 from dsc.backends.tvm.kernels.products import product_rows
 from dsc.backends.tvm.launch import Launch, operand, rows_of, static_dim
 from dsc.backends.tvm.machine import Machine
@@ -23,6 +24,8 @@ def lower(node: Node, machine: Machine) -> Launch:
     m, k = (static_dim(d, "a weight's axis") for d in weight.shape)
     rows = rows_of(x)
     has_bias = len(node.operands) > 2
+    if bf16_linear.fits(machine, k, *(o.type for o in node.operands)):
+        return bf16_linear.launch(rows, m, k, has_bias)
     return Launch(linear, (x.dtype, m, k, has_bias, machine), (rows,), flops=rows * (2 * m * k))
 
 

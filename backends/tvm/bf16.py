@@ -1,0 +1,185 @@
+"""bf16 products on AVX-512: a vector holds 32 bf16 values, an accumulator 16 fp32 sums of pairs.
+
+TVM's bfloat16 vectors are widened before an instruction could see them, so bf16 stays `uint16x32`
+and the few operations on it are LLVM IR functions, linked into the library by a pragma and inlined.
+
+    pair_dot    acc[i] += a[2i] b[2i] + a[2i+1] b[2i+1]: 64 flops an instruction (vdpbf16ps)
+    sum4        the lane sums of four accumulators as four floats: 13 instructions instead of 32
+    zip_low, zip_high   two rows as pairs of one column each, so that a sum over rows is a pair_dot
+    unzip_low, unzip_high   fp32 sums of zipped columns, back in the order of columns
+    narrow      fp32 to bf16, to nearest even (vcvtneps2bf16; subnormal values become 0)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+from tvm import tirx
+from tvm.tirx.script.builder import ir as T
+
+from dsc.backends.tvm.tir import Expr, Local, Tensor, bind, span, splat
+from dsc.ir.types import DType
+
+LANES = 32
+"""bf16 values in a vector."""
+SUMS = LANES // 2
+"""fp32 sums in an accumulator."""
+
+_FEATURES = '"target-features"="+avx512f,+avx512bw,+avx512vl,+avx512bf16"'
+_QUARTERS = range(0, SUMS, 4)
+
+
+def _mask(lanes: Iterable[int]) -> str:
+    """A shuffle mask of LLVM IR."""
+    found = list(lanes)
+    return f"<{len(found)} x i32> <" + ", ".join(f"i32 {i}" for i in found) + ">"
+
+
+def _quarters(pattern: Iterable[int]) -> str:
+    """A shuffle of two 16-lane vectors that treats each group of four lanes alike."""
+    chosen = list(pattern)
+    return _mask(q + i for q in _QUARTERS for i in chosen)
+
+
+def _zip(first: int) -> str:
+    return _mask(
+        lane for start in range(0, 32, 8) for i in range(4)
+        for lane in (start + first + i, start + first + i + 32)
+    )  # fmt: skip
+
+
+def _unzip(first: int) -> str:
+    quarters = [first, first + 16, first + 4, first + 20]
+    return _mask(q + i for q in quarters for i in range(4))
+
+
+def _shuffle(name: str, kind: str, mask: str) -> str:
+    result = mask.split(">", 1)[0].split(" x ")[0].removeprefix("<")
+    out = f"<{result} x {kind.split(' x ')[1]}"
+    return f"""
+define linkonce_odr {out} @{name}({kind} %a, {kind} %b) #0 {{
+  %r = shufflevector {kind} %a, {kind} %b, {mask}
+  ret {out} %r
+}}"""
+
+
+LLVM_IR = f"""
+declare <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(
+  <16 x float>, <32 x bfloat>, <32 x bfloat>)
+declare <16 x bfloat> @llvm.x86.avx512bf16.cvtneps2bf16.512(<16 x float>)
+declare void @llvm.prefetch.p0(ptr, i32, i32, i32)
+
+define linkonce_odr <16 x float> @dsc_pair_dot(
+    <16 x float> %acc, <32 x i16> %a, <32 x i16> %b) #0 {{
+  %x = bitcast <32 x i16> %a to <32 x bfloat>
+  %y = bitcast <32 x i16> %b to <32 x bfloat>
+  %r = call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(
+    <16 x float> %acc, <32 x bfloat> %x, <32 x bfloat> %y)
+  ret <16 x float> %r
+}}
+
+define linkonce_odr <16 x i16> @dsc_narrow(<16 x float> %a) #0 {{
+  %x = call <16 x bfloat> @llvm.x86.avx512bf16.cvtneps2bf16.512(<16 x float> %a)
+  %r = bitcast <16 x bfloat> %x to <16 x i16>
+  ret <16 x i16> %r
+}}
+
+define linkonce_odr i32 @dsc_prefetch(ptr %p) #0 {{
+  call void @llvm.prefetch.p0(ptr %p, i32 0, i32 3, i32 1)
+  ret i32 0
+}}
+
+define linkonce_odr <4 x float> @dsc_sum4(
+    <16 x float> %a, <16 x float> %b, <16 x float> %c, <16 x float> %d) #0 {{
+  %ab0 = shufflevector <16 x float> %a, <16 x float> %b, {_quarters((0, 16, 1, 17))}
+  %ab1 = shufflevector <16 x float> %a, <16 x float> %b, {_quarters((2, 18, 3, 19))}
+  %cd0 = shufflevector <16 x float> %c, <16 x float> %d, {_quarters((0, 16, 1, 17))}
+  %cd1 = shufflevector <16 x float> %c, <16 x float> %d, {_quarters((2, 18, 3, 19))}
+  %ab = fadd <16 x float> %ab0, %ab1
+  %cd = fadd <16 x float> %cd0, %cd1
+  %l = shufflevector <16 x float> %ab, <16 x float> %cd, {_quarters((0, 1, 16, 17))}
+  %h = shufflevector <16 x float> %ab, <16 x float> %cd, {_quarters((2, 3, 18, 19))}
+  %s = fadd <16 x float> %l, %h
+  %s0 = shufflevector <16 x float> %s, <16 x float> poison, {_mask(range(8))}
+  %s1 = shufflevector <16 x float> %s, <16 x float> poison, {_mask(range(8, 16))}
+  %t = fadd <8 x float> %s0, %s1
+  %t0 = shufflevector <8 x float> %t, <8 x float> poison, {_mask(range(4))}
+  %t1 = shufflevector <8 x float> %t, <8 x float> poison, {_mask(range(4, 8))}
+  %r = fadd <4 x float> %t0, %t1
+  ret <4 x float> %r
+}}
+{_shuffle("dsc_zip_low", "<32 x i16>", _zip(0))}
+{_shuffle("dsc_zip_high", "<32 x i16>", _zip(4))}
+{_shuffle("dsc_unzip_low", "<16 x float>", _unzip(0))}
+{_shuffle("dsc_unzip_high", "<16 x float>", _unzip(8))}
+
+attributes #0 = {{ alwaysinline nounwind {_FEATURES} }}
+"""
+
+
+@contextmanager
+def instructions() -> Iterator[None]:
+    """The rest of the kernel's body may use this module's operations."""
+    with T.attr("bf16", "pragma_import_llvm", LLVM_IR):
+        yield
+
+
+def _call(name: str, kind: str, *operands: Expr) -> Expr:
+    return tirx.call_pure_extern(kind, f"dsc_{name}", *operands)
+
+
+def pair_dot(acc: Expr, a: Expr, b: Expr) -> Expr:
+    """acc plus the products of a and b, summed by pairs of lanes."""
+    return _call("pair_dot", "float32x16", acc, a, b)
+
+
+def sum4(accumulators: list[Expr]) -> Expr:
+    """Four accumulators to the vector of their lane sums."""
+    return _call("sum4", "float32x4", *accumulators)
+
+
+def narrow(value: Expr) -> Expr:
+    """16 floats as the bits of bf16."""
+    return _call("narrow", "uint16x16", value)
+
+
+def zipped(a: Expr, b: Expr) -> tuple[Expr, Expr]:
+    """Rows a and b as vectors of (a[i], b[i]) pairs, in the order that `unzipped` undoes."""
+    return _call("zip_low", "uint16x32", a, b), _call("zip_high", "uint16x32", a, b)
+
+
+def unzipped(low: Expr, high: Expr) -> tuple[Expr, Expr]:
+    """Sums over zipped rows: columns 0 .. 15 and 16 .. 31."""
+    return _call("unzip_low", "float32x16", low, high), _call("unzip_high", "float32x16", low, high)
+
+
+def prefetch(x: Tensor, position: Expr) -> None:
+    """Ask for the cache line of an element; a position past the end does no harm."""
+    T.evaluate(tirx.call_extern("int32", "dsc_prefetch", T.address_of(x.buffer[position])))
+
+
+def bits(x: Tensor | Local, position: Expr, lanes: int = LANES) -> Expr:
+    """Consecutive bf16 values, as they lie in memory."""
+    return x.buffer[span(position, lanes)]
+
+
+def put_bits(x: Tensor, position: Expr, value: Expr) -> None:
+    """Write bf16 values, as they lie in memory."""
+    T.buffer_store(x.buffer, value, [span(position, value.ty.dtype.lanes)])
+
+
+class Pairs:
+    """bf16 memory read two values at a time: each pair in all lanes, as `pair_dot` wants a row."""
+
+    def __init__(self, address: Expr, count: Expr) -> None:
+        self.words = Tensor(address, DType.i32, (count // 2,))
+
+    def everywhere(self, position: Expr) -> Expr:
+        """The pair at an even `position` in all lanes."""
+        word = bind(self.words.at(tirx.truncdiv(position, 2)))
+        return _as_bits(splat(word, SUMS))
+
+
+def _as_bits(words: Expr) -> Expr:
+    return T.reinterpret("uint16x32", words)

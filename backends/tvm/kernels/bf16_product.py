@@ -1,0 +1,164 @@
+"""Micro-kernels of bf16 products: tiles of sums in registers, operands read as they lie.
+
+dot form   out[i, j] = sum_k x[i, k] w[j, k]: both rows contiguous in k, vectors run along k. A
+           tile of 6 x 4 sums does 24 pair products for 10 loads; four lane sums cost 13
+           instructions, 78 a tile for 1536 products at k = 2048. So weights need no packing: a
+           checkpoint's rows are streamed once for one row of x (bound: memory bandwidth, 1 flop a
+           byte and row), and stay in the second-level cache while more rows pass by (bound: pair
+           products).
+mix form   out[i, j] = sum_t p[i, t] v[t, j]: rows of v contiguous in j, vectors run along j. Two
+           rows of v are zipped into pairs of one column each, once for all rows of p.
+
+Every sum is taken in an order that depends on k alone, not on the number of rows, on the place in
+a tile or on threads: a token's result does not change with what shares its batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from tvm import tirx
+
+from dsc.backends.tvm.bf16 import (
+    LANES,
+    SUMS,
+    Pairs,
+    bits,
+    narrow,
+    pair_dot,
+    prefetch,
+    put_bits,
+    sum4,
+    zipped,
+)
+from dsc.backends.tvm.tir import Expr, Local, Tensor, bind, f32, integer, loop, splat, when
+
+HEIGHT, WIDTH = 6, 4
+"""Rows and columns of a dot tile: 24 accumulators, 4 vectors of w and one of x in 32 registers."""
+BLOCK = 64
+"""Columns at most that a task takes: at k = 2048, 256 KiB of weights in the second-level cache."""
+DEPTH = 2048
+"""Elements of k that are summed before the lanes are: a tile's rows of x stay in 24 KiB."""
+
+
+@dataclass(frozen=True, slots=True)
+class Factor:
+    """One range of the summed axis: rows of x and of w by the positions where they start."""
+
+    x: Tensor
+    x_rows: Sequence[Expr]
+    w: Tensor
+    w_rows: Sequence[Expr]
+    depth: Expr
+    ahead: Expr | None = None
+    """How far ahead to prefetch w, in elements."""
+
+
+def dot_sums(factors: Sequence[Factor]) -> list[Expr]:
+    """For each row of x the vector of its four sums with the rows of w, over all factors."""
+    height = len(factors[0].x_rows)
+    sums = [[Local(1, width=SUMS) for _ in range(WIDTH)] for _ in range(height)]
+    for line in sums:
+        for acc in line:
+            acc[0] = acc.zero
+    for factor in factors:
+        with loop(factor.depth // LANES) as step:
+            k = step * LANES
+            ws = [bind(bits(factor.w, row + k)) for row in factor.w_rows]
+            if factor.ahead is not None:
+                for row in factor.w_rows:
+                    prefetch(factor.w, row + k + factor.ahead)
+            for line, row in zip(sums, factor.x_rows, strict=True):
+                a = bind(bits(factor.x, row + k))
+                for acc, b in zip(line, ws, strict=True):
+                    acc[0] = pair_dot(acc[0], a, b)
+    return [sum4([acc[0] for acc in line]) for line in sums]
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """`columns` rows of a matrix [*, depth], `stride` apart: the columns of the product."""
+
+    tensor: Tensor
+    start: Expr
+    stride: Expr
+    columns: Expr
+    depth: Expr
+
+    def rows(self, j: Expr, k: Expr) -> list[Expr]:
+        """Where WIDTH rows start; the last one stands in for rows past the end."""
+        last = self.columns - 1
+        picked = [tirx.min(j + c, last) for c in range(WIDTH)]
+        return [bind(self.start + row * self.stride + k) for row in picked]
+
+
+def dot_block(x: Tensor, x_rows: Sequence[Expr], w: Weights) -> Local:
+    """The products of a few rows of x with up to BLOCK columns: fp32 [rows, BLOCK]."""
+    height = len(x_rows)
+    tile = Local(height * BLOCK)
+    with loop(height * BLOCK // SUMS) as i:
+        tile.store(i * SUMS, splat(f32(0.0), SUMS))
+    with loop(ceil_div(w.depth, DEPTH)) as part:
+        k = bind(part * DEPTH)
+        depth = bind(tirx.min(integer(DEPTH), integer(w.depth) - k))
+        with loop(ceil_div(w.columns, WIDTH)) as group:
+            j = bind(group * WIDTH)
+            ahead = w.stride * WIDTH
+            rows = [bind(row + k) for row in x_rows]
+            sums = dot_sums([Factor(x, rows, w.tensor, w.rows(j, k), depth, ahead)])
+            for r, four in enumerate(sums):
+                at = j + r * BLOCK
+                tile.store(at, tile.load(at, WIDTH) + four)
+    return tile
+
+
+def ceil_div(a: Expr, b: int) -> Expr:
+    """a / b, rounded up."""
+    return -(-a // b) if isinstance(a, int) else tirx.truncdiv(a + (b - 1), integer(b))
+
+
+def row_tiles(rows: Expr, height: int, body: Callable[[Expr, int], None]) -> None:
+    """Cover 0 .. rows-1 by `body(start, height)` and one lower tile for what is left."""
+    with loop(tirx.truncdiv(rows, integer(height))) as i:
+        body(i * height, height)
+    rest = bind(tirx.truncmod(rows, integer(height)))
+    for low in range(1, height):
+        with when(tirx.EQ(rest, integer(low))):
+            body(rows - low, low)
+
+
+def store_row(y: Tensor, position: Expr, width: Expr, value: Callable[[Expr, int], Expr]) -> None:
+    """Write `value(j, lanes)` of columns j to bf16 memory, 16 at a time, then one by one."""
+    whole = bind(tirx.truncdiv(integer(width), integer(SUMS)) * SUMS)
+    with loop(tirx.truncdiv(whole, integer(SUMS))) as i:
+        put_bits(y, position + i * SUMS, narrow(value(i * SUMS, SUMS)))
+    with loop(integer(width) - whole) as i:
+        y.put(position + whole + i, value(whole + i, 1))
+
+
+def mix_sums(
+    p: Pairs, p_rows: Sequence[Expr], v: Tensor, v_row: Callable[[Expr], Expr], count: Expr,
+    columns: int, start: Callable[[int, int], Expr] | None = None,
+) -> list[list[Local]]:  # fmt: skip
+    """sum_t p[i, t] v[t, j] over `count` rows of v (even), `columns` vectors of 32 columns.
+
+    Sums stay zipped (see `bf16.zipped`): two accumulators for a vector of columns. `v_row(t)` is
+    where the wanted columns of row t lie; `start(i, a)` is what accumulator a of row i begins with.
+    """
+    sums = [[Local(1, width=SUMS) for _ in range(2 * columns)] for _ in p_rows]
+    for i, line in enumerate(sums):
+        for a, acc in enumerate(line):
+            acc[0] = acc.zero if start is None else start(i, a)
+    with loop(tirx.truncdiv(integer(count), integer(2))) as half:
+        t = bind(half * 2)
+        first, second = bind(v_row(t)), bind(v_row(t + 1))
+        pairs = []
+        for c in range(columns):
+            a, b = bits(v, first + c * LANES), bits(v, second + c * LANES)
+            pairs += [bind(z) for z in zipped(bind(a), bind(b))]
+        for line, row in zip(sums, p_rows, strict=True):
+            share = bind(p.everywhere(row + t))
+            for acc, pair in zip(line, pairs, strict=True):
+                acc[0] = pair_dot(acc[0], share, pair)
+    return sums
