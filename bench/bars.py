@@ -7,6 +7,7 @@ commit is the same. `python -m bench.bars NAME …` measures some again.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import platform
@@ -225,6 +226,39 @@ def arenas() -> Figures:
     return {"ok": max(ratios.values()) <= 1.05, **ratios}
 
 
+def fusion() -> Figures:
+    """Regions a layer of tiny-v3's decode step at each level; what the levels compute agrees."""
+    import torch
+
+    import dsc
+
+    ids = torch.randint(2048, (2, 24), generator=torch.Generator().manual_seed(0))
+    counts: dict[int, tuple[int, int]] = {}
+    logits = []
+    names: Any = None
+    for level in range(4):
+        planned = dsc.compile(TINY, backend="null", fusion_level=level, max_context=64)
+        facts = next(p for p in planned.report["passes"] if p["name"] == "fuse")["facts"]
+        names = facts["regions"]["decode"]
+        counts[level] = (len(names["0"]), len(names["1"]))
+        run = dsc.compile(
+            TINY, backend="reference", dtype="fp32", fusion_level=level, max_context=64
+        ).session(max_batch=2)
+        parts = [run.prefill(ids), *(run.decode(ids[:, i]) for i in range(4))]
+        logits.append(torch.stack(parts))
+    dense, moe = zip(*counts.values(), strict=True)
+    difference = max(float((x - logits[0]).abs().max()) for x in logits)
+    fewer = all(a > b for a, b in itertools.pairwise(moe))
+    fewer = fewer and all(a > b for a, b in itertools.pairwise(dense))
+    return {
+        "ok": fewer and dense[3] <= 11 and moe[3] <= 14 and difference <= 1e-4,
+        "dense": dense,
+        "moe": moe,
+        "max_difference": difference,
+        "regions of a MoE layer": names["1"],
+    }
+
+
 def demo() -> Figures:
     """`make demo` on an environment that is set up: at most 10 minutes."""
     start = time.perf_counter()
@@ -252,6 +286,7 @@ BARS: dict[str, Callable[[], Figures]] = {
     "passes_linear": passes_linear,
     "attention_block": attention_block,
     "arenas": arenas,
+    "fusion": fusion,
     "demo": demo,
 }
 
