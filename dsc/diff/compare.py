@@ -11,7 +11,7 @@ from typing import Any
 from dsc.diff.lines import Row, align, lines_of
 from dsc.diff.measure import Timing
 from dsc.diff.sides import Side
-from dsc.errors import DscError
+from dsc.errors import DscError, VerificationError
 from dsc.ir.dims import Dim
 from dsc.ir.graph import Graph, Node
 from dsc.ir.program import Program
@@ -148,16 +148,39 @@ def _errors(before: Side, after: Side, seed: int) -> tuple[dict[tuple[str, str],
     if len(second.entries) == 1 and len(first.entries) > 1:
         first, second = second, first
     try:
-        if weight_elements(second) > WIDEST >= weight_elements(first):
-            return {}, "not compared: only one of both is narrow enough to interpret"
-        found = compare_programs(
-            first, second, float("inf"), seed, reapply=lambda _: second.shrunk()
-        )
+        wide = max(map(weight_elements, (first, second))) > WIDEST
+        if wide:
+            first, second = shrunk_together(first, second)
+        found = compare_programs(first, second, float("inf"), seed)
     except DscError as problem:
         return {}, f"not compared: {problem.what}"
+    if wide:
+        found.form, valued = "shrunk", False
     weights = "the artifacts' weights" if valued else "random weights"
     words = f"{found} ({weights}, fp32)"
     return dict(found.errors), words
+
+
+def shrunk_together(first: Program, second: Program) -> tuple[Program, Program]:
+    """Both programs at the same small sizes. Raises `VerificationError` where there are none."""
+    shared = first.weights.keys() & second.weights.keys()
+    if any(first.weights[n] != second.weights[n] for n in shared):
+        raise VerificationError("both are too wide to interpret, and their weights differ")
+    sides = {"before": first, "after": second}
+    graphs = {f"{k}.{n}": g for k, side in sides.items() for n, g in side.entries.items()}
+    joint = replace(
+        first,
+        entries=graphs,
+        weights={**second.weights, **first.weights},
+        symbols={**second.symbols, **first.symbols},
+        memory={},
+    ).shrunk()
+
+    def part(key: str, whole: Program) -> Program:
+        entries = {name: joint.entries[f"{key}.{name}"] for name in whole.entries}
+        return replace(joint, entries=entries, stage=whole.stage).pruned()
+
+    return part("before", first), part("after", second)
 
 
 def _entry(

@@ -34,6 +34,8 @@ LONGEST = 34
 MAX_TITLES = 2500
 """Rectangles of a timeline that carry a tooltip, at most."""
 TIMELINE = (1080.0, 260.0)
+STEP_WIDTH = 4.0
+"""The least width of a step: long entries are scrolled."""
 
 
 def graph_svg(graph: Graph, name: str, changed: frozenset[str]) -> str:
@@ -164,9 +166,13 @@ class Block:
 
 @dataclass(frozen=True)
 class Timeline:
-    """All blocks of an entry's arena, at the upper bounds of the symbols."""
+    """All blocks of an entry's arena, at the upper bounds of the symbols.
+
+    `parts` are the parts of the model, by the step at which each begins.
+    """
 
     blocks: tuple[Block, ...]
+    parts: Mapping[int, str]
     steps: int
     size: int
     lower_bound: int
@@ -201,12 +207,18 @@ def timeline(program: Program, entry: str) -> Timeline | None:
             needed = bounds(value.type.nbytes, program.symbols).hi
             size = -(-needed // ALIGNMENT) * ALIGNMENT
             blocks[root] = Block(root, place.offset, size, position, last, node.loc)
-    return Timeline(tuple(blocks.values()), len(graph.nodes), memory.size, memory.lower_bound)
+    parts: dict[int, str] = {}
+    for position, node in enumerate(graph.nodes):
+        part = layer_of(node.loc)
+        if part not in parts.values():
+            parts[position] = part
+    steps = len(graph.nodes)
+    return Timeline(tuple(blocks.values()), parts, steps, memory.size, memory.lower_bound)
 
 
 def timeline_svg(found: Timeline) -> str:
     """Offsets over steps: one rectangle a storage, and the least that any plan could need."""
-    width, height = TIMELINE
+    width, height = max(TIMELINE[0], STEP_WIDTH * found.steps), TIMELINE[1]
     if not found.blocks or not found.size:
         return '<p class="none">nothing lies in the arena</p>'
     scale_x, scale_y = width / max(1, found.steps), height / found.size
@@ -230,8 +242,21 @@ def timeline_svg(found: Timeline) -> str:
     parts.append(_live_line(found, scale_x, scale_y))
     bound = height - found.lower_bound * scale_y
     parts.append(f'<path class="bound" d="M0 {bound:.2f}H{width:.0f}"/>')
-    view = f'viewBox="-2 -2 {width + 4:.0f} {height + 4:.0f}"'
+    parts += _part_marks(found, scale_x)
+    view = f'viewBox="-2 -16 {width + 4:.0f} {height + 18:.0f}"'
+    if width > TIMELINE[0]:
+        view += f' style="width:{width:.0f}px"'
     return f'<svg class="memory" {view} role="img">{"".join(parts)}</svg>'
+
+
+def _part_marks(found: Timeline, scale_x: float) -> Iterator[str]:
+    """A line where each part of the model begins, and its name where there is room."""
+    starts = [*found.parts, found.steps]
+    for (step, name), end in zip(found.parts.items(), starts[1:], strict=True):
+        x = step * scale_x
+        yield f'<path class="part" d="M{x:.2f} -14V{TIMELINE[1]:.0f}"/>'
+        if (end - step) * scale_x >= 8 + CHARACTER * len(_short(name)):
+            yield f'<text x="{x + 3:.2f}" y="-4">{escape(_short(name))}</text>'
 
 
 def _live_line(found: Timeline, scale_x: float, scale_y: float) -> str:

@@ -12,15 +12,20 @@ import pytest
 
 import dsc
 from dsc.diff import layout
-from dsc.diff.compare import compare
-from dsc.diff.lines import Line, align
+from dsc.diff.compare import compare, shrunk_together
+from dsc.diff.lines import Line, align, lines_of
 from dsc.diff.measure import read_profile
 from dsc.diff.page import page
 from dsc.diff.sides import Side, open_side
 from dsc.diff.svg import timeline
 from dsc.errors import ArtifactError, ParseError, UsageError
-from dsc.ir.parser import parse_program
+from dsc.ir.parser import parse_graph, parse_program
+from dsc.ir.weights import MetaSource
+from dsc.passes.absorb_mla import AbsorbMla
+from dsc.passes.specialise_entries import SpecialiseEntries
+from dsc.rewrite.base import PassReport
 from dsc.runtime.profiler import Event, Profiler
+from tests.backends import canonical_lm as family
 from tests.runtime.test_session import small_lm
 
 from .conftest import Invoke
@@ -82,6 +87,25 @@ def test_every_line_is_shown_once_and_in_order() -> None:
     assert {r.kind for r in rows} == {"both", "removed"}
 
 
+def test_a_region_reads_its_weights_under_their_own_names() -> None:
+    text = """graph g(%x: f32[B,4], @w: f32[4,4]) {
+      %y = linear %x, @w : f32[B,4]
+      %z = silu %y : f32[B,4]
+      return %z
+    }"""
+    plain = parse_graph(text)
+    fused = parse_graph("""graph g(%x: f32[B,4], @w: f32[4,4]) {
+      %z = fused %x, @w {body=graph body(%x: f32[B,4], %w1: f32[4,4]) {
+        %y = linear %x, %w1 : f32[B,4]
+        %z = silu %y : f32[B,4]
+        return %z
+      }} : f32[B,4]
+      return %z
+    }""")
+    rows = align(lines_of(plain.nodes), lines_of(fused.nodes))
+    assert [r.kind for r in rows] == ["added", "same", "same", "added", "added"]
+
+
 # --- the comparison -------------------------------------------------------------------------------
 
 
@@ -133,6 +157,20 @@ def test_programs_that_have_nothing_in_common(tmp_path: Path) -> None:
     found = compare(open_side(str(SMALL)), open_side(str(other)))
     assert "x was not there before" in found.agreement
     page(found)
+
+
+def test_programs_too_wide_to_interpret_shrink_together() -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(family, "random_source", MetaSource)
+        wide = family.canonical_lm(family.Sizes(vocab=129280, hidden=4096, inner=9216))
+    first = SpecialiseEntries().run(wide, PassReport())
+    second = AbsorbMla().run(first, PassReport())
+    small = shrunk_together(first, second)
+    assert [v.type for v in small[0].entries["decode"].inputs] == [
+        v.type for v in small[1].entries["decode"].inputs
+    ]
+    found = compare(Side("a", first, first), Side("b", second, second))
+    assert found.agreement.startswith("shrunk form: 12 runs of decode, extend, prefill agree")
 
 
 # --- the command ----------------------------------------------------------------------------------
