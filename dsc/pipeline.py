@@ -14,8 +14,10 @@ from typing import Any
 from dsc.backends.base import Backend, Capabilities, No
 from dsc.errors import UnsupportedOperator, UsageError
 from dsc.ir.program import Program
+from dsc.ir.ranks import ranks_of
+from dsc.ir.segments import cut
 from dsc.ir.stages import Stage
-from dsc.rewrite.base import Pass
+from dsc.rewrite.base import Pass, PassReport
 from dsc.rewrite.explain import explain_pass
 from dsc.rewrite.manager import Manager, PassRecord, Watch
 from dsc.runtime.check_plan import check_plan
@@ -55,7 +57,7 @@ PLAN = {
     "plan_memory": "dsc.passes.plan_memory:PlanMemory",
 }
 EPILOGUES = 2
-"""From this fusion level on the split of a merged projection is part of its GEMM."""
+"""Backends that fuse from this level on split a merged projection at no cost."""
 PASSES: Mapping[str, str] = {**RAISE, **OPTIMISE, **LOWER, **PLAN}
 
 
@@ -100,7 +102,7 @@ def passes_for(
         chosen.append(make("lower_moe_dispatch"))
     asked = options.fusion_level
     level = min(asked, capabilities.fuse)
-    if level >= EPILOGUES:
+    if capabilities.fuse >= EPILOGUES:
         chosen.append(make("merge_projections"))
     chosen.append(make("fuse", level=level, limits=capabilities.regions, asked=asked))
     chosen.append(make("plan_memory"))
@@ -114,10 +116,18 @@ def run(
     manager = Manager(options.watch)
     capabilities = backend.capabilities(target)
     done = manager.run(program, passes_for(program, capabilities, options))
-    check_supported(done, backend)
-    for name, found in done.memory.items():
-        check_plan(done.entries[name], found, done.symbols)
+    emitted = for_emission(done, capabilities)
+    check_supported(emitted, backend)
+    for name, found in emitted.memory.items():
+        check_plan(emitted.entries[name], found, emitted.symbols)
     return done.pruned(), manager.records
+
+
+def for_emission(program: Program, capabilities: Capabilities) -> Program:
+    """What a backend emits: the program, or its segments where it does not speak to other ranks."""
+    if ranks_of(program) == 1 or capabilities.collectives:
+        return program
+    return make("plan_memory").run(cut(program), PassReport())
 
 
 def check_supported(program: Program, backend: Backend) -> None:
