@@ -35,9 +35,7 @@ def apply_rules(
     memo: dict[Any, Any] = {}
     for round_number in range(rounds):
         before = program
-        round_report = PassReport(
-            fired=report.fired, places=report.places, explain=report.explain
-        )
+        round_report = PassReport(fired=report.fired, places=report.places, explain=report.explain)
         for rule in rules:
             program = sweep(program, rule, round_report, memo)
         if program is before:
