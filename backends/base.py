@@ -48,7 +48,9 @@ class Capabilities:
     `in_place_cache`: KV caches are preallocated and written in place. `grouped_moe`: wants
     dispatch / grouped_linear / combine in the place of experts. `absorbed`: wants decode and
     extend in the absorbed form. `entries`: the entry graphs it wants of a causal LM. `fuse`: the
-    highest fusion level that its kernels take; `regions`: what they take within it.
+    highest fusion level that its kernels take; `regions`: what they take within it. `collectives`:
+    its executables speak to other ranks; without it a sharded program is emitted in segments, with
+    the collectives between them.
     """
 
     in_place_cache: bool = False
@@ -58,6 +60,7 @@ class Capabilities:
     entries: tuple[str, ...] = ("decode", "extend", "prefill")
     fuse: int = 0
     regions: RegionLimits = field(default_factory=RegionLimits)
+    collectives: bool = False
     targets: tuple[str, ...] = ("cpu",)
 
 

@@ -7,7 +7,7 @@ import tempfile
 import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -17,11 +17,13 @@ from dsc.backends.base import Backend, Emission, EmitOptions, Executable
 from dsc.errors import MemoryLimitError, UnsupportedOperator, UsageError
 from dsc.ir.program import Program
 from dsc.ir.ranks import ranks_of
+from dsc.ir.segments import cut
 from dsc.ir.types import DType
 from dsc.report import build_report, cache_bytes
 from dsc.rewrite.manager import Watch
 from dsc.runtime import artifact as artifacts
 from dsc.runtime import sharded
+from dsc.runtime.segmented import SegmentedExecutable
 from dsc.runtime.session import Session
 from dsc.settings import debug_mode, memory_limit
 from dsc.targets import Target, parse_target
@@ -134,7 +136,12 @@ class CompiledModel:
     def _opened(self, folder: Path, trust: bool) -> Executable:
         """What the backend makes of an artifact folder."""
         opened = artifacts.read(folder, trust=trust)
-        return backends.get(self.backend).load(folder, opened.manifest, opened.program)
+        chosen = backends.get(self.backend)
+        collectives = chosen.capabilities(parse_target(self.targets[0])).collectives
+        if ranks_of(opened.program) == 1 or collectives:
+            return chosen.load(folder, opened.manifest, opened.program)
+        segments = chosen.load(folder, opened.manifest, cut(opened.program))
+        return SegmentedExecutable(segments, opened.program)
 
     def run(
         self, inputs: Mapping[str, torch.Tensor], entry: str | None = None
@@ -248,7 +255,7 @@ def compile(
     optimised = time.perf_counter()
     check_memory(program, targets[0], max_batch, loaded.max_context)
     emission = chosen.emit(
-        program,
+        pipeline.for_emission(program, chosen.capabilities(targets[0])),
         EmitOptions(
             targets=targets,
             threads=threads,
@@ -259,6 +266,8 @@ def compile(
             extra=backend_options or {},
         ),
     )
+    if ranks > 1:  # run.py knows one process
+        emission = replace(emission, runner="")
     seconds = {
         "trace": round(traced - start, 3),
         "passes": round(optimised - traced, 3),

@@ -46,7 +46,9 @@ class NullBackend:
     def capabilities(self, target: Target) -> Capabilities:
         """Everything, for every target."""
         targets = ("cpu", *(f"{kind}:{arch}" for kind, archs in KNOWN.items() for arch in archs))
-        return Capabilities(dtypes=frozenset(DType), targets=targets, in_place_cache=True, fuse=3)
+        return Capabilities(
+            dtypes=frozenset(DType), targets=targets, in_place_cache=True, fuse=3, collectives=True
+        )
 
     def supports(self, node: Node) -> Support:
         """Nothing is computed, so everything is supported."""

@@ -39,7 +39,7 @@ class ReferenceBackend:
 
     def capabilities(self, target: Target) -> Capabilities:
         """All element types; caches are functional."""
-        return Capabilities(dtypes=frozenset(DType), fuse=3)
+        return Capabilities(dtypes=frozenset(DType), fuse=3, collectives=True)
 
     def supports(self, node: Node) -> Support:
         """Every operator has a reference."""

@@ -26,7 +26,7 @@ def compile(
     threads: options.Threads = None,
     fallback: options.Fallback = None,
     ranks: options.Ranks = None,
-    parallel: options.Parallel = "tp+ep",
+    parallel: options.Parallel = None,
     print_ir_after: options.PrintIrAfter = None,
     dump_dir: options.DumpDir = None,
     verify_each: options.VerifyEach = False,

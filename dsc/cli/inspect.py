@@ -70,7 +70,10 @@ def _inspect_artifact(
     folder: Path, entry: str | None, after: str | None, report: bool, kernels: bool, as_json: bool
 ) -> None:
     from dsc.errors import UsageError
+    from dsc.runtime import sharded
 
+    ranks = sharded.opened(folder)
+    folder = folder if ranks is None else ranks.rank(0)  # all ranks hold the same program
     if after is not None:
         raise UsageError(
             "an artifact holds only its final program",

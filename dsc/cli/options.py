@@ -115,11 +115,12 @@ Ranks = Annotated[
     ),
 ]
 Parallel = Annotated[
-    Literal["tp+ep", "tp", "ep"],
+    Literal["tp+ep", "tp", "ep"] | None,
     Option(
         "--parallel",
         help="How ranks share it. tp: heads, rows, vocabulary and experts split; ep: experts dealt"
-        " out; tp+ep: experts dealt out, the rest split.",
+        " out; tp+ep: experts dealt out, the rest split.  [default: tp+ep]",
+        show_default=False,
     ),
 ]
 PrintIrAfter = Annotated[

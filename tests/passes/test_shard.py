@@ -9,14 +9,17 @@ import pytest
 import torch
 
 from dsc import pipeline
+from dsc.backends.reference import ReferenceExecutable
 from dsc.errors import UsageError
 from dsc.ir.graph import Graph
 from dsc.ir.interpreter import Interpreter
+from dsc.ir.ops.comm import COLLECTIVES
 from dsc.ir.parser import parse_program
 from dsc.ir.printer import print_program
 from dsc.ir.program import Program
-from dsc.ir.ranks import RankedInterpreter, at_rank
+from dsc.ir.ranks import RankedInterpreter, at_rank, run_ranks
 from dsc.ir.samples import sample_inputs
+from dsc.ir.segments import cut
 from dsc.ir.stages import Stage
 from dsc.ir.types import DType, TensorType
 from dsc.ir.verifier import verify
@@ -25,6 +28,7 @@ from dsc.passes.shard import Shard
 from dsc.rewrite.base import PassReport
 from dsc.rewrite.harness import check_docstring, program_of
 from dsc.rewrite.verify import compare_programs
+from dsc.runtime.segmented import SegmentedExecutable
 from tests.backends.canonical_lm import Sizes, canonical_lm
 
 SIZES = Sizes(heads=4, vocab=52, experts=8, groups=4, expert_inner=16)
@@ -247,3 +251,34 @@ def test_grouped_experts_can_follow() -> None:
     found = RankedInterpreter(lowered).run("extend", inputs)
     for name, tensor in wanted.items():
         torch.testing.assert_close(found[name], tensor, rtol=0, atol=1e-5)
+
+
+def test_segments_hold_no_collective_and_compute_the_same() -> None:
+    """What a backend without collectives emits: stretches between them, called in turn."""
+    after, _ = shard(model())
+    pieces = cut(after)
+    verify(pieces)
+    assert not COLLECTIVES & {op for graph in pieces.entries.values() for op in ops(graph)}
+    assert len(pieces.entries) == 3 * (2 * SIZES.layers + 1), "logits end in a gather"
+    inputs = sample_inputs(after.entries["extend"], {"B": 2, "S": 3, "P": 4, "L": 2})
+
+    def one(rank: int) -> dict[str, torch.Tensor]:
+        segments = ReferenceExecutable(at_rank(pieces, rank))
+        return SegmentedExecutable(segments, after).run("extend", inputs)
+
+    wanted = RankedInterpreter(after).run("extend", inputs)
+    for found in run_ranks(2, one):
+        assert all(torch.equal(found[name], tensor) for name, tensor in wanted.items())
+
+
+def test_segments_keep_caches_in_place() -> None:
+    before = pipeline.apply(
+        canonical_lm(SIZES), ["specialise_entries", "absorb_mla", "append_cache_in_place"]
+    )
+    after, _ = shard(before)
+    aliased = [g for g in cut(after).entries.values() if g.aliases]
+    caches = 2 * SIZES.layers * len(after.entries)
+    assert sum(len(g.aliases) for g in aliased) == caches
+    for graph in aliased:
+        for output, source in graph.aliases:
+            assert graph.outputs[output].type == graph.inputs[source].type

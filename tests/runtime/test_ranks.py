@@ -209,6 +209,22 @@ class _Loaded:
         return Session(self.executable, self.program, max_batch, max_context)
 
 
+@pytest.mark.parametrize(
+    "backend", ["onnxruntime", pytest.param("tvm", marks=pytest.mark.slow), "null"]
+)
+def test_other_backends_run_between_collectives(backend: str, tmp_path: Path) -> None:
+    out = compiled(small(), backend, ranks=2).save(tmp_path / "out")
+    models = [dsc.load(out / f"rank_{rank}", trust=True) for rank in range(2)]
+    assert not (out / "rank_0" / "run.py").exists(), "which would know one process only"
+    for each in models:
+        assert each.executable is not None
+    found = run_ranks(2, lambda rank: steps(models[rank]))
+    assert torch.equal(found[0], found[1])
+    wanted = steps(compiled(small()))
+    assert found[0].shape == wanted.shape
+    assert backend == "null" or off_by(found[0], wanted) <= 1e-5
+
+
 def test_the_command_generates_as_one_rank_would(tiny_ranks: Path, tiny: Program) -> None:
     """`dsc generate --ranks 2`: starts the ranks, of which rank 0 alone prints."""
     assert sorted(p.name for p in tiny_ranks.iterdir()) == ["dsc.json", "rank_0", "rank_1"]

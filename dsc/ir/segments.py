@@ -1,0 +1,87 @@
+"""Cut entries at their collectives: what lies between is code that needs no other rank.
+
+So a backend that knows nothing of ranks runs a sharded program: it emits the segments as entries of
+their own, and the collectives happen between them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import TypeAlias
+
+from dsc.ir.graph import Graph, Node, Value
+from dsc.ir.ops.comm import COLLECTIVES
+from dsc.ir.program import Program
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """A stretch of an entry without collectives, as a graph that is an entry of its own."""
+
+    graph: Graph
+
+
+Step: TypeAlias = Segment | Node
+"""A segment to run, or a collective."""
+
+
+def cut(program: Program) -> Program:
+    """The program whose entries are the segments of all entries, `decode_0` and so on.
+
+    Memory plans are dropped: they are of the whole entries.
+    """
+    found = {
+        step.graph.name: step.graph
+        for graph in program.entries.values()
+        for step in steps(graph)
+        if isinstance(step, Segment)
+    }
+    return replace(program, entries=found, memory={})
+
+
+def steps(graph: Graph) -> list[Step]:
+    """The segments and collectives of an entry, in order."""
+    stretches = list(_stretches(graph.nodes))
+    later = {x.name for x in graph.outputs}
+    found: list[Step] = []
+    for number in range(len(stretches) - 1, -1, -1):
+        nodes = stretches[number]
+        if nodes[0].op in COLLECTIVES:
+            found.append(nodes[0])
+        else:
+            found.append(Segment(_segment(graph, nodes, f"{graph.name}_{number}", later)))
+        later |= {x.name for node in nodes for x in node.operands}
+    return found[::-1]
+
+
+def _stretches(nodes: Sequence[Node]) -> Iterator[list[Node]]:
+    """Runs of nodes without a collective, and each collective alone."""
+    current: list[Node] = []
+    for node in nodes:
+        if node.op not in COLLECTIVES:
+            current.append(node)
+            continue
+        if current:
+            yield current
+        yield [node]
+        current = []
+    if current:
+        yield current
+
+
+def _segment(graph: Graph, nodes: Sequence[Node], name: str, later: set[str]) -> Graph:
+    """`nodes` as a graph: what they read from before comes in, what is read later goes out."""
+    made = {v.name for node in nodes for v in node.outputs}
+    read = {x.name: x for node in nodes for x in node.operands if isinstance(x, Value)}
+    inputs = tuple(x for key, x in read.items() if key not in made)
+    outputs = tuple(v for node in nodes for v in node.outputs if v.name in later)
+    places = {v.name: i for i, v in enumerate(inputs)}
+    aliases = []
+    for output, source in graph.aliases:
+        at = next((i for i, v in enumerate(outputs) if v == graph.outputs[output]), None)
+        state = places.get(graph.inputs[source].name)
+        if at is not None and state is not None:
+            aliases.append((at, state))
+    names = tuple(v.name for v in outputs)
+    return Graph(name, inputs, tuple(nodes), outputs, names, tuple(aliases))

@@ -1,0 +1,67 @@
+"""Runs a sharded program on a backend that knows nothing of ranks: segments, collectives between.
+
+The backend has compiled each stretch between two collectives as an entry. Here they are called one
+after another, and collectives run in the current group, by their references.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from dsc.backends.base import Executable, Signature
+from dsc.errors import RankError, UsageError
+from dsc.ir.graph import Node
+from dsc.ir.op import lookup
+from dsc.ir.program import Program
+from dsc.ir.segments import Segment, Step, steps
+from dsc.runtime.profiler import span
+
+if TYPE_CHECKING:
+    import torch
+
+
+class SegmentedExecutable:
+    """The entries of a program over an executable of its segments."""
+
+    def __init__(self, segments: Executable, program: Program) -> None:
+        self.program = program
+        self._segments = segments
+        self._steps: dict[str, list[Step]] = {}
+
+    def signature(self, entry: str) -> Signature:
+        """Names, types and aliases of an entry."""
+        return Signature.of(self.program.entries[entry])
+
+    def run(self, entry: str, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Run an entry on CPU tensors by name. Raises `UsageError`, `RankError`."""
+        graph = self.program.entries.get(entry)
+        if graph is None:
+            raise UsageError(f"no entry {entry}", hint=f"one of {', '.join(self.program.entries)}")
+        missing = [v.name for v in graph.inputs if v.name not in inputs]
+        if missing:
+            raise UsageError(f"entry {entry} needs the inputs {', '.join(missing)}")
+        values = dict(inputs)
+        for step in self._steps.setdefault(entry, steps(graph)):
+            if isinstance(step, Segment):
+                given = {v.name: values[v.name] for v in step.graph.inputs}
+                with span(step.graph.name, "segment"):
+                    values |= self._segments.run(step.graph.name, given)
+            else:
+                with span(step.op, "collective"):
+                    values[step.output.name] = _collective(step, values)
+        named = zip(graph.output_names, graph.outputs, strict=True)
+        return {name: values[x.name] for name, x in named}
+
+
+def _collective(node: Node, values: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    definition = lookup(node.op)
+    operands = [values[x.name] for x in node.operands]
+    try:
+        found: torch.Tensor = definition.reference(
+            *operands, **definition.with_defaults(node.attrs)
+        )
+    except RankError as problem:
+        problem.where = problem.where or node.loc or None
+        raise
+    return found
