@@ -170,16 +170,27 @@ def put_bits(x: Tensor, position: Expr, value: Expr) -> None:
 
 
 class Pairs:
-    """bf16 memory read two values at a time: each pair in all lanes, as `pair_dot` wants a row."""
+    """bf16 values as 32-bit words of two: a pair in all lanes is what `pair_dot` wants of a row."""
 
-    def __init__(self, address: Expr, count: Expr) -> None:
-        self.words = Tensor(address, DType.i32, (count // 2,))
+    def __init__(self, words: Tensor | Local) -> None:
+        self.words = words.buffer
+
+    @staticmethod
+    def at(address: Expr, count: Expr) -> Pairs:
+        """Tensor memory of `count` values."""
+        return Pairs(Tensor(address, DType.i32, (count // 2,)))
+
+    @staticmethod
+    def local(count: int) -> Pairs:
+        """A small array on the stack."""
+        return Pairs(Local(count // 2, "int32"))
 
     def everywhere(self, position: Expr) -> Expr:
         """The pair at an even `position` in all lanes."""
-        word = bind(self.words.at(tirx.truncdiv(position, 2)))
-        return _as_bits(splat(word, SUMS))
+        word = bind(self.words[tirx.truncdiv(position, 2)])
+        return T.reinterpret("uint16x32", splat(word, SUMS))
 
-
-def _as_bits(words: Expr) -> Expr:
-    return T.reinterpret("uint16x32", words)
+    def put(self, position: Expr, value: Expr) -> None:
+        """Write 16 floats at an even `position`, rounded."""
+        words = T.reinterpret("int32x8", narrow(value))
+        T.buffer_store(self.words, words, [span(tirx.truncdiv(position, 2), 8)])

@@ -143,6 +143,11 @@ ALSO_BF16 = frozenset(
 
 WIDE: dict[str, list[str]] = {
     "linear": ["F[N,2080], F[70,2080]", "F[B,S,64], F[37,64], F[37]", "F[N,32], F[3,32]"],
+    "experts": [
+        _EXPERTS.format(d=64, g=192, i=96),
+        _EXPERTS.format(d=96, g=64, i=32) + ' {act="gelu"}',
+    ],
+    "grouped_linear": ["F[8,64], F[3,70,64], i64[4]=offsets"],
 }
 """Shapes of whole vectors, for which bf16 has schedules of its own: run in bf16 only."""
 

@@ -88,7 +88,7 @@ class Weights:
 
     def rows(self, j: Expr, k: Expr) -> list[Expr]:
         """Where WIDTH rows start; the last one stands in for rows past the end."""
-        last = self.columns - 1
+        last = integer(self.columns) - 1
         picked = [tirx.min(j + c, last) for c in range(WIDTH)]
         return [bind(self.start + row * self.stride + k) for row in picked]
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from dsc.backends.tvm.kernels import bf16_experts, bf16_linear
 from dsc.backends.tvm.kernels.products import dots
 from dsc.backends.tvm.kernels.sorting import sort_pairs
 from dsc.backends.tvm.launch import Launch, operand, rows_of, static_dim
@@ -42,7 +43,10 @@ def lower(node: Node, machine: Machine) -> Launch:
     x, idx, gate_up, down = (operand(node, i).type for i in (0, 1, 3, 4))
     experts, d, i = (static_dim(n, "an expert's axis") for n in down.shape)
     top_k, rows = static_dim(idx.shape[-1], "top_k"), rows_of(x)
-    static = (x.dtype, gate_up.dtype, experts, d, i, top_k, node.attrs.get("act", "silu"), machine)
+    act = node.attrs.get("act", "silu")
+    if bf16_linear.fits(machine, d, x, gate_up, down) and bf16_linear.fits(machine, i, x):
+        return bf16_experts.launch(rows, experts, d, i, top_k, act)
+    static = (x.dtype, gate_up.dtype, experts, d, i, top_k, act, machine)
     pairs = rows * top_k
     return Launch(
         experts_direct,

@@ -5,6 +5,7 @@ A program in this form lets fusion work on each step; `experts` is the same in o
 
 from __future__ import annotations
 
+from dsc.backends.tvm.kernels import bf16_experts, bf16_linear
 from dsc.backends.tvm.kernels.products import product_rows
 from dsc.backends.tvm.kernels.sorting import sort_pairs
 from dsc.backends.tvm.launch import Launch, operand, static_dim
@@ -60,6 +61,8 @@ def lower_grouped_linear(node: Node, machine: Machine) -> Launch:
     x, weight = operand(node, 0).type, operand(node, 1).type
     experts, n, k = (static_dim(a, "an expert's axis") for a in weight.shape)
     rows = x.shape[0]
+    if bf16_linear.fits(machine, k, x, weight):
+        return bf16_experts.launch_grouped(rows, experts, n, k)
     static = (x.dtype, experts, n, k, machine)
     return Launch(grouped_linear, static, (rows,), flops=rows * (2 * n * k))
 
