@@ -15,7 +15,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 OUT = Path("bench") / "out"
-PROMPT = "Once upon a time"
+PROMPT = "In the beginning"
 
 
 def step(title: str, *arguments: str) -> None:
