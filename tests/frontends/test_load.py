@@ -1,0 +1,119 @@
+"""Whatever can be named as a model; traces that are kept between runs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from dsc.errors import ConfigError, DscError, UsageError
+from dsc.frontends import trace_cache
+from dsc.frontends.load import load_program
+from dsc.ir.printer import print_program
+from dsc.ir.program import Program
+from dsc.ir.weights import DictSource, evaluate
+from dsc.models.configs import TINY_CHECKPOINT
+from tests.runtime.test_session import small_lm
+
+KEY = {"config": {"a": 1}, "versions": {"torch": "2"}}
+
+
+@pytest.fixture
+def cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An entry in a cache of one's own."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv("DSC_TRACE_CACHE", raising=False)
+    trace_cache.store(KEY, small_lm(), {"inv": torch.tensor([1.0, 0.5])})
+    (entry,) = (tmp_path / "dsc" / "traces").glob("*.json")
+    return entry
+
+
+def test_a_kept_trace_comes_back(cached: Path) -> None:
+    found = trace_cache.load(KEY)
+    assert found is not None
+    assert print_program(found) == print_program(small_lm())
+    assert evaluate(found.weights["inv"], found.source).tolist() == [1.0, 0.5]
+    with pytest.raises(DscError):
+        evaluate(found.weights["head"], found.source)
+
+
+def test_another_key_misses(cached: Path) -> None:
+    assert trace_cache.load({**KEY, "config": {"a": 2}}) is None
+
+
+def test_a_file_with_another_key_misses(cached: Path) -> None:
+    entry = json.loads(cached.read_text())
+    entry["key"]["config"] = {"a": 3}
+    cached.write_text(json.dumps(entry))
+    assert trace_cache.load(KEY) is None
+
+
+@pytest.mark.parametrize("garbage", [b"", b"{}", b"[" * 4000, b'{"key": 1, "program": "x"}'])
+def test_a_damaged_entry_misses(cached: Path, garbage: bytes) -> None:
+    cached.write_bytes(garbage)
+    assert trace_cache.load(KEY) is None
+
+
+def test_damaged_constants_miss(cached: Path) -> None:
+    cached.with_suffix(".safetensors").write_bytes(b"1234")
+    assert trace_cache.load(KEY) is None
+
+
+def test_the_cache_can_be_off(cached: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DSC_TRACE_CACHE", "off")
+    assert trace_cache.load(KEY) is None
+
+
+def test_a_cache_that_cannot_be_written_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", "/dev/null/nowhere")
+    trace_cache.store(KEY, small_lm(), {})
+    assert trace_cache.load(KEY) is None
+
+
+def test_the_key_names_every_source() -> None:
+    key = trace_cache.key_of(nn.Sequential(nn.Linear(2, 2)), dtype="f32")
+    assert any(f.endswith("linear.py") for f in key["sources"])
+    assert any(f.endswith("torch_export.py") for f in key["sources"])
+    assert any(f.endswith("traced.py") for f in key["sources"])
+
+
+def test_a_program_loads_as_it_is() -> None:
+    program = small_lm()
+    assert load_program(program).program is program
+
+
+def test_a_text_loads_without_weights(tmp_path: Path) -> None:
+    path = tmp_path / "lm.dsc"
+    path.write_text(print_program(small_lm()))
+    program: Program = load_program(path).program
+    assert program.meta["weightless"]
+    assert not isinstance(program.source, DictSource)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [("", "no build"), ("1 / 0", "ZeroDivisionError"), ("build = 3", "no build")],
+)
+def test_a_file_that_builds_nothing(tmp_path: Path, text: str, words: str) -> None:
+    path = tmp_path / "model.py"
+    path.write_text(text)
+    with pytest.raises(UsageError, match=words):
+        load_program(path)
+
+
+def test_options_that_contradict_the_model() -> None:
+    with pytest.raises(UsageError, match=r"its own config\.json"):
+        load_program(TINY_CHECKPOINT, config="tiny")
+    with pytest.raises(UsageError, match="its own weights"):
+        load_program(TINY_CHECKPOINT, weights="elsewhere")
+    with pytest.raises(UsageError, match="comes without weights"):
+        load_program("v3", config="16b")
+    with pytest.raises(ConfigError, match="another configuration"):
+        load_program("v3", config="16b", weights=TINY_CHECKPOINT)
+    with pytest.raises(UsageError, match="cannot compile a Linear"):
+        load_program(nn.Linear(2, 2))
+    with pytest.raises(UsageError, match="no model at"):
+        load_program("nowhere")
