@@ -32,7 +32,9 @@ def shared() -> Path:
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Skip what needs an accelerator where there is none."""
+    """Skip what needs an accelerator where there is none, and what is only run when asked for."""
+    if item.get_closest_marker("exhaustive") and not os.environ.get("DSC_EXHAUSTIVE"):
+        pytest.skip("a long variant of a sampled test: set DSC_EXHAUSTIVE=1")
     if item.get_closest_marker("gpu") is None:
         return
     from dsc.hardware import gpus

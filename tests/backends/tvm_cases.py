@@ -147,6 +147,14 @@ WIDE: dict[str, list[str]] = {
         _EXPERTS.format(d=64, g=192, i=96),
         _EXPERTS.format(d=96, g=64, i=32) + ' {act="gelu"}',
     ],
+    "latent_attention": [
+        f"F[B,{s},{h},64], F[B,{s},{h},32], F[B,C,64], F[B,C,32], i64[B]=4 {{scale=0.1}}"
+        for s, h in (("S", 6), (1, 16), (1, 3))
+    ],
+    "mla_attention": [
+        "F[B,S,3,64], F[B,S,3,32], F[B,C,96], F[B,C,32], F[288,96], i64[B]=4 {scale=0.2}",
+        "F[B,C,2,32], F[B,C,2,32], F[B,C,64], F[B,C,32], F[128,64], i64[B]=1 {scale=0.2}",
+    ],
     "grouped_linear": ["F[8,64], F[3,70,64], i64[4]=offsets"],
 }
 """Shapes of whole vectors, for which bf16 has schedules of its own: run in bf16 only."""

@@ -65,9 +65,9 @@ def lines(graph: Graph) -> list[tuple[Any, ...]]:
 
 CASES: dict[str, tuple[Build, ModelConfig, tuple[int, ...]]] = {
     "ours": (ours, small(num_hidden_layers=4, first_k_dense_replace=2), (0, 1, 2, 2)),
+    "stock": (stock, small(), (0, 1, 1)),
 }
 MORE: dict[str, tuple[Build, ModelConfig, tuple[int, ...]]] = {
-    "stock": (stock, small(), (0, 1, 1)),
     "ours_all_dense": (ours, small(first_k_dense_replace=3), (0, 1, 1)),
     "ours_all_moe_tied": (
         ours,
@@ -108,7 +108,7 @@ def test_equals_the_whole_trace(case: tuple[Build, ModelConfig, tuple[int, ...]]
     assert_equals_whole_trace(*case)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("case", MORE.values(), ids=MORE.keys())
 def test_equals_the_whole_trace_more(case: tuple[Build, ModelConfig, tuple[int, ...]]) -> None:
     assert_equals_whole_trace(*case)

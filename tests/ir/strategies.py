@@ -17,14 +17,18 @@ from dsc.ir.graph import Graph, GraphBuilder, Operand, Value, Weight
 from dsc.ir.op import registry
 from dsc.ir.parser import parse_operands
 from dsc.ir.program import Program
-from dsc.ir.stages import Stage
+from dsc.ir.stages import LEGAL, Stage
 from dsc.ir.types import DType, TensorType
 from dsc.ir.weights import Source, WeightExpr, apply, random_source, sources
 
 RANGES = {"B": Range(1, 4), "S": Range(1, 8), "P": Range(0, 9)}
 SIZES = {"B": 2, "S": 3, "P": 4}
 ODD_FLOATS = (1e-6, 1e-20, 5e-324, 0.1, 1e22, float("inf"), 0.0, -0.0)
-SINGLE = sorted(name for name, definition in registry().items() if definition.example)
+SINGLE = sorted(
+    name
+    for name, definition in registry().items()
+    if definition.example and name in LEGAL[Stage.TRACED]
+)
 
 names = st.text("abcXYZ019_.$-é", min_size=1, max_size=8)
 locations = st.one_of(st.just(""), st.text(max_size=12), st.just('model.layers.3."odd" \\ path'))
