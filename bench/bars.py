@@ -259,6 +259,29 @@ def fusion() -> Figures:
     }
 
 
+def ranks() -> Figures:
+    """tiny-v3 on two processes, TP = EP = 2: the logits of one rank, on every backend."""
+    import numpy as np
+
+    import dsc
+    from dsc.runtime import launch
+    from tests.runtime.ranks import steps
+
+    options: dict[str, Any] = {"dtype": "fp32", "max_batch": 1, "max_context": 64}
+    figures: Figures = {}
+    for backend in BACKENDS:
+        one = steps(dsc.compile(TINY, backend=backend, **options)).numpy()
+        with tempfile.TemporaryDirectory() as folder:
+            out = dsc.compile(TINY, backend=backend, ranks=2, **options).save(Path(folder) / "out")
+            line = [sys.executable, "-m", "tests.runtime.ranks", "logits", str(out), folder]
+            if launch.run(line, 2):
+                raise RuntimeError(f"a rank failed on {backend}")
+            two = [np.load(Path(folder) / f"{rank}.npy") for rank in range(2)]
+        scale = max(1.0, float(np.abs(one).max()))
+        figures[backend] = max(float(np.abs(t - one).max()) / scale for t in two)
+    return {"ok": max(figures.values()) <= 1e-5, **figures}
+
+
 def demo() -> Figures:
     """`make demo` on an environment that is set up: at most 10 minutes."""
     start = time.perf_counter()
@@ -287,6 +310,7 @@ BARS: dict[str, Callable[[], Figures]] = {
     "attention_block": attention_block,
     "arenas": arenas,
     "fusion": fusion,
+    "ranks": ranks,
     "demo": demo,
 }
 
