@@ -174,6 +174,16 @@ class Local:
         T.buffer_store(self.buffer, value, [span(position, lanes_of(value))])
 
 
+def hold(value: Expr) -> Expr:
+    """An fp32 `value`, computed once here; TVM's simplifier may put what `bind` names in its uses.
+
+    Where values build on each other, that would make expressions of exponential size.
+    """
+    cell = Local(1, width=lanes_of(value))
+    cell[0] = value
+    return cell[0]
+
+
 def decode(stored: Expr, dtype: DType) -> Expr:
     """What was read from memory, as a `VALUE`."""
     if dtype is DType.bf16:

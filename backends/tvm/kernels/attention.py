@@ -12,7 +12,10 @@ from collections.abc import Callable
 
 from tvm import tirx
 
+from dsc.backends.tvm.bf16 import LANES
+from dsc.backends.tvm.kernels import bf16_attention
 from dsc.backends.tvm.kernels.attend import Queries, Rows, attend
+from dsc.backends.tvm.kernels.bf16_linear import fits
 from dsc.backends.tvm.kernels.products import product_rows
 from dsc.backends.tvm.launch import Launch, operand, static_dim
 from dsc.backends.tvm.machine import Machine
@@ -41,8 +44,15 @@ def lower_latent(node: Node, machine: Machine) -> Launch:
     q, q_rope, latent = (operand(node, i).type for i in range(3))
     heads, c, r = (static_dim(d, "a head axis") for d in (*q.shape[2:], q_rope.shape[3]))
     b, s, t = *q.shape[:2], latent.shape[1]
-    static = (q.dtype, heads, c, r, float(node.attrs["scale"]), machine.lanes)
-    return Launch(latent_attention, static, (b, s, t), flops=b * s * t * (heads * (4 * c + 2 * r)))
+    scale, flops = float(node.attrs["scale"]), b * s * t * (heads * (4 * c + 2 * r))
+    if fits(machine, c, q, latent) and r % LANES == 0:
+        split = s == 1
+        floats = bf16_attention.PARTS * bf16_attention.part_floats(heads, c) if split else 0
+        wide = (heads, c, r, scale, split)
+        maker = bf16_attention.bf16_latent
+        return Launch(maker, wide, (b, s, t), scratch=b * (4 * floats), flops=flops)
+    static = (q.dtype, heads, c, r, scale, machine.lanes)
+    return Launch(latent_attention, static, (b, s, t), flops=flops)
 
 
 def latent_attention(
@@ -88,7 +98,11 @@ def lower_mla(node: Node, machine: Machine) -> Launch:
     b, s, t = *q.shape[:2], latent.shape[1]
     width = m // heads
     flops = b * t * (2 * m * c) + b * s * t * (2 * heads * (width + r))
-    static = (q.dtype, heads, n, r, width - n, c, float(node.attrs["scale"]), machine)
+    scale = float(node.attrs["scale"])
+    if fits(machine, c, q, latent, kv_b) and not any(d % LANES for d in (n, r, width - n)):
+        wide = (heads, n, r, width - n, c, scale)
+        return Launch(bf16_attention.bf16_mla, wide, (b, s, t), flops=flops)
+    static = (q.dtype, heads, n, r, width - n, c, scale, machine)
     return Launch(mla_attention, static, (b, s, t), flops=flops)
 
 

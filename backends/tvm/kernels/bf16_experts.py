@@ -1,4 +1,4 @@
-"""experts and grouped_linear in bf16: pairs sorted by expert, each weight read once for all of them.
+"""experts and grouped_linear in bf16: pairs sorted by expert, each weight read once.
 
 Bound: with few tokens the bytes of the chosen experts, 6 d i each, over bandwidth; with many
 6 d i flops a pair over the peak of pair products. A task is a block of rows of one expert's weights
@@ -176,12 +176,11 @@ def bf16_grouped(experts: int, n: int, k: int) -> PrimFunc:
                 at = [bind(first + p + r) for r in range(height)]
                 values = dot_block(source, [bind(row * k) for row in at], block)
                 for r, row in enumerate(at):
-                    store_row(
-                        target,
-                        bind(row * n + column),
-                        width,
-                        lambda j, lanes, r=r: values.load(j + r * BLOCK, lanes),
-                    )
+
+                    def value(j: Expr, lanes: int, r: int = r) -> Expr:
+                        return values.load(j + r * BLOCK, lanes)
+
+                    store_row(target, bind(row * n + column), width, value)
 
             row_tiles(bind(starts.load(e + 1) - first), HEIGHT, tile)
 

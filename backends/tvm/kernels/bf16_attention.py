@@ -1,0 +1,266 @@
+"""latent_attention and mla_attention in bf16, tile by tile.
+
+latent_attention   bound: 2 heads (2c + r) flops a visible row over the peak of pair products, or
+    its 2 (c + r) bytes over bandwidth. A task is a token's share of the context with all heads: a
+    tile of 64 rows stays in the second-level cache while tiles of eight heads pass by. A decode
+    step cuts the context into PARTS shares of equal size, whatever the number of threads, and joins
+    them by their maxima.
+mla_attention      bound: 2 (n + v) c flops a row and head to expand the cache, then 2 (n + r + v)
+    for each pair of row and token that causality leaves. A task is a head of a sequence: its keys
+    are made transposed, [n + r, rows], so that scores are vectors along rows, and its values
+    [rows, v]; then eight tokens at a time attend, up to their own row.
+"""
+
+from __future__ import annotations
+
+from tvm import tirx
+
+from dsc.backends.tvm.bf16 import LANES, SUMS, Pairs, instructions, narrow, put_bits, unzipped
+from dsc.backends.tvm.kernels import bf16_product as product
+from dsc.backends.tvm.kernels.bf16_product import Factor, Weights, ceil_div, dot_sums
+from dsc.backends.tvm.kernels.bf16_softmax import (
+    BLOCK,
+    Running,
+    Tile,
+    add_values,
+    store_output,
+    weigh,
+)
+from dsc.backends.tvm.tir import (
+    PARALLEL_WORK,
+    Expr,
+    PrimFunc,
+    Scratch,
+    Tensor,
+    bind,
+    build,
+    exp,
+    f32,
+    for_each,
+    hold,
+    integer,
+    lanes_for,
+    loop,
+    splat,
+    when,
+)
+from dsc.ir.types import DType
+
+QUERIES = 8
+"""Queries of a tile: 16 accumulators of 32 columns."""
+PARTS = 8
+"""Shares of the context in a decode step."""
+
+
+def part_floats(heads: int, c: int) -> int:
+    """Floats of one share's result: sums, then maxima and masses of all heads."""
+    return heads * (c + 2)
+
+
+def bf16_latent(heads: int, c: int, r: int, scale: float, split: bool) -> PrimFunc:
+    """Arguments: q_latent, q_rope, latent, rope, lengths, out, scratch when `split`; b, s, t."""
+    group, parts = lanes_for(heads, QUERIES), PARTS if split else 1
+    floats = part_floats(heads, c)
+
+    def emit(
+        q_latent: Expr, q_rope: Expr, latent: Expr, rope: Expr, lengths: Expr, out: Expr,
+        scratch: Expr | None, b: Expr, s: Expr, t: Expr,
+    ) -> None:  # fmt: skip
+        q = Tensor(q_latent, DType.bf16, (b, s, heads, c))
+        q_r = Tensor(q_rope, DType.bf16, (b, s, heads, r))
+        k, k_r = Tensor(latent, DType.bf16, (b, t, c)), Tensor(rope, DType.bf16, (b, t, r))
+        used, y = Tensor(lengths, DType.i64, (b,)), Tensor(out, DType.bf16, (b, s, heads, c))
+
+        def task(n: Expr) -> None:
+            token, part = bind(tirx.truncdiv(n, parts)), bind(tirx.truncmod(n, parts))
+            batch = bind(tirx.truncdiv(token, s))
+            limit = bind(tirx.min(used.load(batch) + (token - batch * s) + 1, t))
+            share = bind(ceil_div(limit, parts * LANES) * LANES) if split else limit
+            begin = bind(tirx.min(part * share, limit))
+            count = bind(tirx.min(share, limit - begin))
+            running, tile = Running(heads, c), Tile.of(group)
+            running.clear()
+            with loop(ceil_div(count, BLOCK)) as block, loop(heads // group) as g:
+                first = bind(batch * t + begin + block * BLOCK)
+                here = bind(tirx.min(integer(BLOCK), count - block * BLOCK))
+                head = bind(g * group)
+                _latent_scores(q, q_r, k, k_r, bind(token * heads + head), first, here, tile)
+                weigh(tile, running, head, [here] * group, scale)
+                add_values(tile, running, head, k, lambda row: (first + row) * c, here)
+            if scratch is None:
+                with loop(heads) as head:
+                    store_output(y, bind((token * heads + head) * c), running, head)
+                return
+            mine = Tensor(scratch + n * (4 * floats), DType.f32, (floats,))
+            with loop(heads * c // SUMS) as i:
+                mine.put(i * SUMS, running.sums.at(i * SUMS, SUMS))
+            with loop(heads) as head:
+                mine.put(heads * c + head, running.peak[head])
+                mine.put(heads * c + heads + head, running.mass[head])
+
+        def join(n: Expr) -> None:
+            """The output of one head of one token, from the shares of the context."""
+            token, head = bind(tirx.truncdiv(n, heads)), bind(tirx.truncmod(n, heads))
+            all_parts = Tensor(scratch, DType.f32, (b * s, parts, floats))
+            peaks = [hold(all_parts.load(token, p, heads * c + head)) for p in range(parts)]
+            top = peaks[0]
+            for peak in peaks[1:]:
+                top = hold(tirx.max(top, peak))
+            shares = [hold(exp(peak - top)) for peak in peaks]
+            mass = f32(0.0)
+            for p, weight in enumerate(shares):
+                mass = hold(mass + weight * all_parts.load(token, p, heads * c + heads + head))
+            inverse = hold(f32(1.0) / mass)
+            with loop(c // LANES) as i:
+                halves = []
+                for half in range(2):
+                    value = splat(f32(0.0), SUMS)
+                    for p, weight in enumerate(shares):
+                        at = head * c + i * LANES + half * SUMS
+                        got = all_parts.load(token, p, at, lanes=SUMS)
+                        value = hold(value + got * splat(weight * inverse, SUMS))
+                    halves.append(value)
+                for half, value in enumerate(unzipped(*halves)):
+                    put_bits(y, n * c + i * LANES + half * SUMS, narrow(value))
+
+        with instructions():
+            for_each(b * s * parts, bind(heads * (t * (c // parts))), task)
+            if split:
+                for_each(b * s * heads, parts * c, join)
+
+    def split_context(
+        q_latent: Expr, q_rope: Expr, latent: Expr, rope: Expr, lengths: Expr, out: Expr,
+        scratch: Expr, b: Expr, s: Expr, t: Expr,
+    ) -> None:  # fmt: skip
+        emit(q_latent, q_rope, latent, rope, lengths, out, scratch, b, s, t)
+
+    def whole(
+        q_latent: Expr, q_rope: Expr, latent: Expr, rope: Expr, lengths: Expr, out: Expr,
+        b: Expr, s: Expr, t: Expr,
+    ) -> None:  # fmt: skip
+        emit(q_latent, q_rope, latent, rope, lengths, out, None, b, s, t)
+
+    return build(split_context if split else whole)
+
+
+def _latent_scores(
+    q: Tensor, q_r: Tensor, k: Tensor, k_r: Tensor, query: Expr, first: Expr, here: Expr, tile: Tile
+) -> None:
+    """Scores of the tile's heads, from `query` on, with `here` rows from `first` on."""
+    c, r = int(k.shape[-1]), int(k_r.shape[-1])
+    height = min(tile.queries, 4)
+    with loop(ceil_div(here, product.WIDTH)) as four, loop(tile.queries // height) as part:
+        t = bind(four * product.WIDTH)
+        rows = [bind(first + tirx.min(t + i, here - 1)) for i in range(product.WIDTH)]
+        heads = [bind(query + part * height + i) for i in range(height)]
+        sums = dot_sums([
+            Factor(q, [bind(h * c) for h in heads], k, [bind(n * c) for n in rows], integer(c)),
+            Factor(q_r, [bind(h * r) for h in heads], k_r, [bind(n * r) for n in rows], integer(r)),
+        ])  # fmt: skip
+        for i, scores in enumerate(sums):
+            tile.scores.store((part * height + i) * BLOCK + t, scores)
+
+
+def bf16_mla(heads: int, n: int, r: int, v: int, c: int, scale: float) -> PrimFunc:
+    """Arguments: q_nope, q_rope, latent, rope, kv_b [heads*(n+v), c], lengths, out; b, s, t."""
+    depth = n + r
+
+    def body(
+        q_nope: Expr, q_rope: Expr, latent: Expr, rope: Expr, kv_b: Expr, lengths: Expr, out: Expr,
+        b: Expr, s: Expr, t: Expr,
+    ) -> None:  # fmt: skip
+        q = Pairs.at(q_nope, b * s * heads * n), Pairs.at(q_rope, b * s * heads * r)
+        cache, k_rope = Tensor(latent, DType.bf16, (b, t, c)), Tensor(rope, DType.bf16, (b, t, r))
+        up, used = Tensor(kv_b, DType.bf16, (heads * (n + v), c)), Tensor(lengths, DType.i64, (b,))
+        y = Tensor(out, DType.bf16, (b, s, heads, v))
+
+        def task(i: Expr) -> None:
+            batch, head = bind(tirx.truncdiv(i, heads)), bind(tirx.truncmod(i, heads))
+            past = bind(used.load(batch))
+            shown = bind(tirx.min(past + s, t))
+            wide = bind(ceil_div(shown, BLOCK) * BLOCK)
+            keys, values = Scratch(DType.bf16, wide * depth), Scratch(DType.bf16, wide * v)
+            _expand(cache, batch * t * c, shown, up, head * (n + v) * c, (n, v, c), keys, values)
+            with loop(shown) as row, loop(r) as j:
+                code = k_rope.buffer[(batch * t + row) * r + j]
+                put_bits(keys, (n + j) * wide + row, code)
+            running, tile = Running(QUERIES, v), Tile.of(QUERIES)
+
+            def score_columns(tokens: list[Expr], first: Expr, column: Expr) -> None:
+                """Scores of the tile's tokens with 32 rows from first + column on."""
+                rows = [bind((batch * s + token) * heads + head) for token in tokens]
+                at = bind(first + column)
+                sums = product.mix_sums(
+                    q[0], [bind(row * n) for row in rows], keys, lambda d: d * wide + at, n, 1
+                )
+                sums = product.mix_sums(
+                    q[1], [bind(row * r) for row in rows], keys,
+                    lambda d: (d + n) * wide + at, r, 1, lambda i, a: sums[i][a][0],
+                )  # fmt: skip
+                for i, line in enumerate(sums):
+                    for half, value in enumerate(unzipped(line[0][0], line[1][0])):
+                        tile.scores.store(column + (i * BLOCK + half * SUMS), value)
+
+            with loop(ceil_div(s, QUERIES)) as group:
+                start = bind(group * QUERIES)
+                tokens = [bind(tirx.min(start + a, s - 1)) for a in range(QUERIES)]
+                limits = [bind(tirx.min(past + token + 1, t)) for token in tokens]
+                running.clear()
+                with loop(ceil_div(limits[-1], BLOCK)) as block:
+                    first = bind(block * BLOCK)
+                    with loop(BLOCK // LANES) as half:
+                        score_columns(tokens, first, bind(half * LANES))
+                    weigh(tile, running, integer(0), [x - first for x in limits], scale)
+                    here = bind(tirx.min(integer(BLOCK), limits[-1] - first))
+                    add_values(
+                        tile, running, integer(0), values, lambda row: (first + row) * v, here
+                    )
+                for a, token in enumerate(tokens):
+                    with when(start + a < s):
+                        at = bind(((batch * s + token) * heads + head) * v)
+                        store_output(y, at, running, integer(a))
+
+        with instructions():
+            for_each(b * heads, PARALLEL_WORK, task)
+
+    return build(body)
+
+
+def _expand(
+    cache: Tensor, cache_at: Expr, shown: Expr, up: Tensor, up_at: Expr,
+    sizes: tuple[int, int, int], keys: Tensor, values: Tensor,
+) -> None:  # fmt: skip
+    """A head's keys, transposed [n, wide], and values [shown, v], from `shown` latent rows."""
+    n, v, c = sizes
+    wide = bind(ceil_div(shown, BLOCK) * BLOCK)
+    with loop(ceil_div(shown, BLOCK)) as block:
+        first = bind(block * BLOCK)
+        count = bind(tirx.min(integer(BLOCK), shown - first))
+        latent = Weights(cache, bind(cache_at + first * c), integer(c), count, c)
+
+        def key_rows(j: Expr, height: int) -> None:
+            rows = [bind(up_at + (j + i) * c) for i in range(height)]
+            made = product.dot_block(up, rows, latent)
+            for i in range(height):
+                for column in range(0, BLOCK, SUMS):
+                    value = narrow(made.load(integer(i * BLOCK + column), SUMS))
+                    put_bits(keys, (j + i) * wide + first + column, value)
+
+        product.row_tiles(integer(n), product.HEIGHT, key_rows)
+
+    def value_columns(column: int) -> None:
+        width = min(BLOCK, v - column)
+        block = Weights(up, bind(up_at + (n + column) * c), integer(c), width, c)
+
+        def value_rows(row: Expr, height: int) -> None:
+            rows = [bind(cache_at + (row + i) * c) for i in range(height)]
+            made = product.dot_block(cache, rows, block)
+            for i in range(height):
+                for j in range(0, width, SUMS):
+                    value = narrow(made.load(integer(i * BLOCK + j), SUMS))
+                    put_bits(values, (row + i) * v + column + j, value)
+
+        product.row_tiles(shown, product.HEIGHT, value_rows)
+
+    for column in range(0, v, BLOCK):
+        value_columns(column)
