@@ -92,20 +92,24 @@ def _compile_here(source: str, layers: int | None) -> dict[str, Any]:
     }
 
 
-def attention_block(context: int = 4096, pairs: int = 5, backend: str = "tvm") -> dict[str, Any]:
-    """Decode one token through V3's attention block, fp32: stock and ours in turn."""
+def attention_block(
+    dtype: str = "bf16", context: int = 4096, pairs: int = 5, backend: str = "tvm"
+) -> dict[str, Any]:
+    """Decode one token through V3's attention block: stock and ours in turn, both in `dtype`."""
     from transformers import DynamicCache
 
     from dsc.frontends.config import parse_config
     from dsc.frontends.huggingface import stock_causal_lm
+    from dsc.ir.types import DType
 
     torch.manual_seed(0)
-    stock: Any = stock_causal_lm(parse_config(V3_ATTENTION), device="cpu")
+    element = DType(dtype)
+    stock: Any = stock_causal_lm(parse_config(V3_ATTENTION), element, device="cpu")
     with torch.no_grad():
         for tensor in stock.parameters():
             tensor.copy_(torch.randn(tensor.shape) * 0.02)
-    latent = torch.randn(1, context, 512)
-    rope = torch.randn(1, context, 64)
+    latent = torch.randn(1, context, 512).to(element.torch)
+    rope = torch.randn(1, context, 64).to(element.torch)
     compiled = dsc.compile(stock, backend=backend, max_batch=1, max_context=context + 64)
     session = compiled.session()
     token = torch.tensor([[3]])
@@ -136,7 +140,8 @@ def attention_block(context: int = 4096, pairs: int = 5, backend: str = "tvm") -
         return logits[0, 0]
 
     times: dict[str, list[float]] = {"ours": [], "stock": []}
-    error = float((ours() - theirs()).abs().max())
+    first, second = ours().float(), theirs().float()
+    error = float((first - second).abs().max() / second.abs().max().clamp(min=1.0))
     times = {"ours": [], "stock": []}
     for _ in range(pairs):
         ours()
