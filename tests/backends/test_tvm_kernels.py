@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,7 +14,8 @@ from dsc import pipeline
 from dsc.backends import get
 from dsc.backends.base import EmitOptions, Executable
 from dsc.ir.interpreter import run_graph
-from tests.backends.tvm_cases import POINTS, Case, cases, program
+from dsc.targets import parse_target
+from tests.backends.tvm_cases import POINTS, WIDE, Case, cases, program
 
 pytest.importorskip("tvm")
 TOLERANCE = {"f32": 2e-5, "bf16": 2e-2}
@@ -27,16 +31,28 @@ EXACT = frozenset(
 FOUND = [case for dtype in TOLERANCE for case in cases(dtype)]
 
 
-@pytest.fixture(scope="module")
-def loaded(tmp_path_factory: pytest.TempPathFactory) -> Executable:
+WIDE_ONLY = [c for c in cases("bf16") if c.op in WIDE and "_0_" not in c.id]
+
+
+def compiled(found: list[Case], target: str, folder: Path) -> Executable:
+    """The kernels of some cases, built for a target."""
     backend = get("tvm")
-    planned = pipeline.apply(program(FOUND), ["plan_memory"])
-    emission = backend.emit(planned, EmitOptions())
-    folder: Path = tmp_path_factory.mktemp("kernels")
+    planned = pipeline.apply(program(found), ["plan_memory"])
+    emission = backend.emit(planned, EmitOptions((parse_target(target),)))
     for name, data in emission.files.items():
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_bytes(data)
     return backend.load(folder, {"meta": emission.meta, "weights": None}, planned)
+
+
+@pytest.fixture(scope="module")
+def loaded(tmp_path_factory: pytest.TempPathFactory) -> Executable:
+    return compiled(FOUND, "cpu", tmp_path_factory.mktemp("kernels"))
+
+
+@pytest.fixture(scope="module")
+def portable(tmp_path_factory: pytest.TempPathFactory) -> Executable:
+    return compiled(WIDE_ONLY, "cpu:x86-64", tmp_path_factory.mktemp("portable"))
 
 
 def relative_error(got: torch.Tensor, wanted: torch.Tensor) -> float:
@@ -61,6 +77,55 @@ def test_kernel_matches_the_reference(case: Case, loaded: Executable) -> None:
             assert tensor.dtype == reference.dtype
             error = relative_error(tensor, reference)
             assert error <= tolerance, f"{name} at {env}: {error:.2e} > {tolerance}"
+
+
+@pytest.mark.parametrize("case", WIDE_ONLY, ids=lambda case: case.id)
+def test_portable_bf16_kernel_matches_the_reference(case: Case, portable: Executable) -> None:
+    inputs = case.inputs(POINTS[1])
+    wanted = run_graph(case.graph, [x.clone() for x in inputs.values()])
+    got = portable.run(case.id, inputs)
+    for tensor, reference in zip(got.values(), wanted, strict=True):
+        assert relative_error(tensor, reference) <= TOLERANCE["bf16"]
+
+
+@pytest.mark.parametrize("entry", ["linear_1_bf16", "linear_2_bf16", "experts_1_bf16"])
+def test_a_token_is_the_same_alone_and_in_a_batch(entry: str, loaded: Executable) -> None:
+    """Each sum has one order, whatever the number of rows; so no bit depends on the batch."""
+    case = next(c for c in FOUND if c.id == entry)
+    inputs = case.inputs({"B": 1, "S": 23, "N": 23})
+    rows = [v.name for v in case.graph.inputs if v.type.symbols]
+    together = loaded.run(entry, inputs)["y0"].reshape(23, -1)
+    for i in range(23):
+        alone = {k: x.reshape(23, -1)[i : i + 1] for k, x in inputs.items() if k in rows}
+        shaped = {k: x.reshape(1, 1, -1) if inputs[k].dim() == 3 else x for k, x in alone.items()}
+        got = loaded.run(entry, inputs | shaped)["y0"]
+        assert torch.equal(got.reshape(-1), together[i])
+
+
+THREADS = """
+import hashlib, sys
+import torch
+from pathlib import Path
+from tests.backends.test_tvm_kernels import WIDE_ONLY, compiled
+from tests.backends.tvm_cases import POINTS
+model, digest = compiled(WIDE_ONLY, "cpu", Path(sys.argv[1])), hashlib.sha256()
+for case in WIDE_ONLY:
+    for y in model.run(case.id, case.inputs(POINTS[1])).values():
+        digest.update(y.view(dtype=torch.int16).numpy().tobytes())
+print(digest.hexdigest())
+"""
+
+
+def test_one_and_two_threads_give_the_same_bits(tmp_path: Path) -> None:
+    """No sum is split by the number of threads."""
+    digests = set()
+    for threads in ("1", "2"):
+        environment = os.environ | {"TVM_NUM_THREADS": threads}
+        line = [sys.executable, "-c", THREADS, str(tmp_path)]
+        done = subprocess.run(line, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        digests.add(done.stdout.strip())
+    assert len(digests) == 1
 
 
 def test_bf16_stores_round_ties_to_even(loaded: Executable) -> None:

@@ -147,6 +147,11 @@ WIDE: dict[str, list[str]] = {
         _EXPERTS.format(d=64, g=192, i=96),
         _EXPERTS.format(d=96, g=64, i=32) + ' {act="gelu"}',
     ],
+    "einsum": [
+        'F[B,S,3,64], F[3,64,96] {eq="bshd,hdc->bshc"}',
+        'F[B,S,3,96], F[3,32,96] {eq="bshc,hvc->bshv"}',
+        'F[B,S,2,32], F[2,32,512] {eq="bshd,hdc->bshc"}',
+    ],
     "latent_attention": [
         f"F[B,{s},{h},64], F[B,{s},{h},32], F[B,C,64], F[B,C,32], i64[B]=4 {{scale=0.1}}"
         for s, h in (("S", 6), (1, 16), (1, 3))

@@ -12,6 +12,7 @@ from functools import reduce
 from operator import mul
 from typing import TypeAlias
 
+from dsc.backends.tvm.kernels import bf16_contract
 from dsc.backends.tvm.launch import Launch, Unsupported, operand
 from dsc.backends.tvm.machine import Machine
 from dsc.backends.tvm.shapes import (
@@ -50,7 +51,9 @@ def lower_einsum(node: Node, machine: Machine) -> Launch:
     terms, result = einsum_terms(node.attrs["eq"])
     if any(len(set(term)) != len(term) for term in terms):
         raise Unsupported(f"a repeated letter in {node.attrs['eq']}")
-    return _lower(node, terms, result, machine)
+    types = [x.type for x in node.operands]
+    heads = bf16_contract.launch(terms, result, types, machine)
+    return heads or _lower(node, terms, result, machine)
 
 
 def lower_matmul(node: Node, machine: Machine) -> Launch:
