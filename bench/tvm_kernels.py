@@ -35,6 +35,8 @@ from dsc.ir.stages import Stage
 from dsc.ir.types import DType
 from dsc.targets import parse_target
 
+SETTLE = 0.3
+"""Seconds after which torch's threads have stopped spinning: they would take a core each."""
 ROTATION = 384 << 20
 """Bytes that copies of a kernel's operands take together."""
 EXPERTS = "bf16[{n},2048], i64[{n},6], f32[{n},6], bf16[64,2816,2048], bf16[64,2048,1408]"
@@ -44,16 +46,12 @@ MLA = "bf16[1,{s},16,128], bf16[1,{s},16,64], bf16[1,{s},512], bf16[1,{s},64], b
 
 @dataclass(frozen=True)
 class Bench:
-    """A call to time: operands in text form, what it must touch, what it must compute.
-
-    `touched` gives the bytes of operands when not all of them are read (chosen experts).
-    """
+    """A call to time: operands in text form, and what it must compute."""
 
     name: str
     op: str
     text: str
     flops: int
-    touched: int = 0
 
 
 def benches() -> Iterator[Bench]:
@@ -71,9 +69,8 @@ def benches() -> Iterator[Bench]:
     yield _linear("linear 512 dense", 512, 11264, 2048)
     yield _linear("linear 512 down", 512, 2048, 11264)
     for n in (1, 8, 32, 512):
-        chosen = min(64, 6 if n == 1 else 6 * n)
-        flops, weights = n * 6 * 6 * 2048 * 1408, chosen * 3 * 2048 * 1408 * 2
-        yield Bench(f"experts {n}", "experts", EXPERTS.format(n=n), flops, weights)
+        flops = n * 6 * 6 * 2048 * 1408
+        yield Bench(f"experts {n}", "experts", EXPERTS.format(n=n), flops)
     for h, t in ((16, 1024), (16, 4096), (128, 4096)):
         text = LATENT.format(h=h, t=t) + " {scale=0.05}"
         flops = 2 * h * t * (576 + 512)
@@ -133,11 +130,54 @@ def operands(bench: Bench, program: Program, entry: str) -> list[dict[str, torch
     return [first, *({k: t.clone() for k, t in first.items()} for _ in range(copies - 1))]
 
 
+def read_probe(size: int, threads: int) -> Callable[[], Any]:
+    """A function that reads `size` bytes of memory on all threads, one stream a thread."""
+    from dsc.backends.tvm import library, tir
+    from dsc.backends.tvm.lean import load_library
+    from dsc.backends.tvm.machine import machine_for
+
+    block, words = 1 << 18, 16
+    blocks = size // 4 // block
+
+    def body(x: Any, y: Any) -> None:
+        source = tir.Tensor(x, DType.i32, (blocks * block,))
+        target = tir.Tensor(y, DType.i32, (blocks,))
+
+        def read(i: Any) -> None:
+            sums = [tir.Local(1, "int32", words) for _ in range(8)]
+            for acc in sums:
+                acc[0] = acc.zero
+            with tir.loop(block // (8 * words)) as step:
+                for a, acc in enumerate(sums):
+                    at = i * block + step * (8 * words) + a * words
+                    acc[0] = acc[0] + source.at(at, words)
+            joined = tir.Local(words, "int32")
+            joined.store(tir.integer(0), sum((acc[0] for acc in sums[1:]), sums[0][0]))
+            target.put(i, joined[0])
+
+        tir.for_each(blocks, tir.PARALLEL_WORK, read)
+
+    functions = {"probe": tir.build(body).with_attr("global_symbol", "probe")}
+    path = Path(tempfile.mkdtemp(prefix="dsc-bench-")) / "probe.so"
+    path.write_bytes(library.compile_library(functions, machine_for(parse_target("cpu"))))
+    probe = load_library(path, threads)["probe"]
+    memory, out = torch.ones(size // 4, dtype=torch.int32), torch.zeros(blocks, dtype=torch.int32)
+    return lambda: (probe(memory.data_ptr(), out.data_ptr()), memory, out)
+
+
 def seconds(run: Callable[[], Any], clock: Callable[[], float]) -> float:
     """Time of a call."""
     start = clock()
     run()
     return clock() - start
+
+
+def bytes_touched(bench: Bench, given: dict[str, torch.Tensor]) -> int:
+    """Bytes of the operands; of experts, those of the chosen ones."""
+    if bench.op != "experts":
+        return sum(t.nbytes for t in given.values())
+    _, idx, _, gate_up, down = given.values()
+    return len(idx.unique()) * (gate_up[0].nbytes + down[0].nbytes)
 
 
 def run_all(model: Executable, entry: str, batch: list[dict[str, torch.Tensor]]) -> None:
@@ -161,33 +201,34 @@ def main() -> None:
     model = load(program, options.target, options.threads)
     torch.set_num_threads(options.threads)
     clock = time.process_time if options.cpu_time else time.perf_counter
-    memory = torch.zeros(256 << 20, dtype=torch.uint8).view(torch.int64)
+    size = 256 << 20
+    probe = read_probe(size, options.threads)
     a, w = torch.rand(512, 2048).bfloat16(), torch.rand(4096, 2048).bfloat16()
-    limits: tuple[tuple[Callable[[], Any], float], ...] = (
-        (lambda: torch.sum(memory), memory.nbytes / 1e9),
-        (lambda: torch.nn.functional.linear(a, w), 2 * a.numel() * len(w) / 1e9),
-    )
+    multiply = partial(torch.nn.functional.linear, a, w)
+    read, product = size / 1e9, 2 * a.numel() * len(w) / 1e9
     print(f"{'kernel':32}{'ms':>9}{'GB/s':>8}{'GFLOP/s':>9}{'of read':>9}{'of gemm':>9}")
     for i, bench in enumerate(found):
         given = operands(bench, program, f"k{i}")
-        touched = bench.touched or sum(t.nbytes for t in given[0].values())
+        touched = bytes_touched(bench, given[0])
         rounds = []
         for turn in range(options.rounds + 1):
-            bandwidth, peak = (work / seconds(run, clock) for run, work in limits)
             calls = max(1, min(len(given), int(2e8 / touched), int(5e9 / bench.flops)))
             batch = [given[(turn * calls + c) % len(given)] for c in range(calls)]
+            time.sleep(SETTLE)
+            before = seconds(probe, clock)
             taken = seconds(partial(run_all, model, f"k{i}", batch), clock) / calls
+            bandwidth, peak = read / before, product / seconds(multiply, clock)
             gb, gf = touched / taken / 1e9, bench.flops / taken / 1e9
             rounds.append((taken * 1e3, gb, gf, gb / bandwidth, gf / peak, bandwidth, peak))
-        ms, gb, gf, read, gemm, bandwidth, peak = map(median, zip(*rounds[1:], strict=True))
-        print(f"{bench.name:32}{ms:9.3f}{gb:8.1f}{gf:9.1f}{read:9.2f}{gemm:9.2f}", flush=True)
+        ms, gb, gf, share, gemm, bandwidth, peak = map(median, zip(*rounds[1:], strict=True))
+        print(f"{bench.name:32}{ms:9.3f}{gb:8.1f}{gf:9.1f}{share:9.2f}{gemm:9.2f}", flush=True)
         if options.json:
             line = {
                 "kernel": bench.name,
                 "ms": ms,
                 "gb_s": gb,
                 "gflop_s": gf,
-                "of_read": read,
+                "of_read": share,
                 "of_gemm": gemm,
                 "bandwidth_gb_s": bandwidth,
                 "gemm_gflop_s": peak,
