@@ -30,7 +30,9 @@ from dsc.runtime.packing import layout, pack
 
 FORMAT = 1
 MANIFEST = "dsc.json"
-CODE_SUFFIXES = frozenset({".so", ".cubin", ".hsaco", ".ptx"})
+CODE_SUFFIXES = frozenset({".so", ".cubin", ".hsaco", ".ptx", ".py"})
+RUN_SCRIPT = "run.py"
+"""Written for people to run; loading an artifact never imports it."""
 MAX_MANIFEST = 64 * 2**20
 TOOLS = ("torch", "transformers", "apache-tvm", "triton", "onnx", "onnxruntime")
 
@@ -114,7 +116,7 @@ def write(
         if emission.plan is not None:
             add("plan.json", emission.plan.to_json())
         if emission.runner:
-            add("run.py", run_script(emission.runner).encode())
+            add(RUN_SCRIPT, run_script(emission.runner).encode())
         manifest = {
             "format": FORMAT,
             "dsc": __version__,
@@ -153,7 +155,7 @@ def read(folder: Path, trust: bool = False) -> Artifact:
         _check_file(folder, name, facts, skip_hash=name == manifest["weights"])
     if _holds_code(manifest) and not trust and not _remembered(data):
         raise ArtifactError(
-            "this artifact holds machine code that was not built by this user here",
+            "this artifact holds code that was not built by this user here",
             where=str(folder),
             hint="load it with trust=True (--trust) if you trust its author",
         )
@@ -265,7 +267,8 @@ def _check_file(folder: Path, name: str, facts: Mapping[str, Any], skip_hash: bo
 
 
 def _holds_code(manifest: Mapping[str, Any]) -> bool:
-    return any(Path(name).suffix in CODE_SUFFIXES for name in manifest["files"])
+    names = (name for name in manifest["files"] if name != RUN_SCRIPT)
+    return any(Path(name).suffix in CODE_SUFFIXES for name in names)
 
 
 def _state_file(manifest: bytes) -> Path:

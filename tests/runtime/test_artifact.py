@@ -180,13 +180,24 @@ def test_garbage_manifests_are_errors_of_ours(tmp_path: Path) -> None:
             artifact.read(out)
 
 
-def test_foreign_code_needs_trust(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    out = write(tmp_path / "out", Emission({"tvm/kernels.so": b"\x7fELF"}))
+@pytest.mark.parametrize("name", ["tvm/kernels.so", "triton/kernels/gemm.py", "triton/run.py"])
+def test_foreign_code_needs_trust(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = write(tmp_path / "out", Emission({name: b"whatever it does"}))
     artifact.read(out)
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "another user"))
     with pytest.raises(ArtifactError, match="not built by this user"):
         artifact.read(out)
     artifact.read(out, trust=True)
+
+
+def test_the_script_for_people_needs_no_trust(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = write(tmp_path / "out", Emission({}, runner="class Model: ..."))
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "another user"))
+    assert "run.py" in artifact.read(out).manifest["files"]
 
 
 def test_a_symlink_in_the_artifact_is_refused(tmp_path: Path) -> None:
