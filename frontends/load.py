@@ -233,12 +233,13 @@ def _trace(
 
     config_values = config.model_dump(mode="json", exclude_none=True)
     key = trace_cache.key_of(module, config=config_values, dtype=str(dtype))
-    program = trace_cache.load(key)
+    program = None if key is None else trace_cache.load(key)
     if program is None:
         if progress is not None:
             progress("tracing", 0, 0)
         program = causal_lm.trace_step(module, config, dtype, limits.symbols(config))
-        trace_cache.store(key, program, _constant_sources(program, module))
+        if key is not None:
+            trace_cache.store(key, program, _constant_sources(program, module))
     meta = {**program.meta, "config": config_values}
     return replace(program, meta=meta, symbols={**program.symbols, **limits.symbols(config)})
 

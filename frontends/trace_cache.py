@@ -1,9 +1,9 @@
 """Traced programs, kept between runs: tracing is the slowest part of a compile.
 
 The key is everything that a trace depends on, in full: the configuration, the element type, the
-sources of the module's classes and of our own frontends, and the versions of torch and
-transformers. The file name is only its hash; the key itself is stored and compared. What is kept
-is the program's text and the few constants that tracing found; no weight is ever stored.
+module's fingerprint (`fingerprint.py`), the sources of our own frontends, and the versions of torch
+and transformers. The file name is only its hash; the key itself is stored and compared. What is
+kept is the program's text and the few constants that tracing found; no weight is ever stored.
 
 The folder is `$XDG_CACHE_HOME/dsc/traces` (`~/.cache` by default); `DSC_TRACE_CACHE=off` turns the
 cache off. A damaged or foreign file is a miss.
@@ -12,20 +12,22 @@ cache off. A damaged or foreign file is a miss.
 from __future__ import annotations
 
 import hashlib
-import inspect
 import json
 import os
 import sys
 import tempfile
 from collections.abc import Mapping
 from dataclasses import replace
-from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dsc import frontends
+from dsc._version import __version__
 from dsc.errors import DscError
+from dsc.frontends.fingerprint import Unknown, digest_of, fingerprint
 from dsc.frontends.safetensors_source import open_safetensors
+from dsc.ir import ops
 from dsc.ir.parser import parse_program
 from dsc.ir.printer import print_program
 from dsc.ir.program import Program
@@ -38,17 +40,22 @@ if TYPE_CHECKING:
 MAX_ENTRY_BYTES = 512 * 2**20
 
 
-def key_of(module: nn.Module, **facts: Any) -> dict[str, Any]:
-    """Everything that the trace of `module` depends on; `facts` are the caller's part."""
-    files = {inspect.getfile(type(m)) for m in module.modules()}
-    ours = Path(__file__).resolve().parent
-    files |= {str(p) for p in ours.glob("*.py")}
-    files |= {str(p) for p in (ours.parent / "dsc" / "ir" / "ops").glob("*.py")}
+def key_of(module: nn.Module, **facts: Any) -> dict[str, Any] | None:
+    """Everything that the trace of `module` depends on; `facts` are the caller's part.
+
+    `None` for a module that has an attribute which cannot be told by value: it is not kept.
+    """
+    try:
+        found = fingerprint(module)
+    except Unknown:
+        return None
+    ours = [p for folder in (frontends, ops) for p in Path(folder.__path__[0]).glob("*.py")]
     return {
         **facts,
-        "module": type(module).__qualname__,
-        "sources": {f: _digest(f) for f in sorted(files)},
+        "module": found,
+        "ours": {str(p): digest_of(str(p)) for p in sorted(ours)},
         "versions": {name: version(name) for name in ("torch", "transformers")},
+        "dsc": __version__,
         "python": list(sys.version_info[:2]),
     }
 
@@ -96,8 +103,3 @@ def _path(key: Mapping[str, Any]) -> Path | None:
     base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
     return base / "dsc" / "traces" / f"{name}.json"
-
-
-@cache
-def _digest(file: str) -> str:
-    return hashlib.sha256(Path(file).read_bytes()).hexdigest()

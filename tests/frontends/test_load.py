@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import threading
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,11 +15,14 @@ from torch import nn
 
 from dsc.errors import ConfigError, DscError, UsageError
 from dsc.frontends import trace_cache
+from dsc.frontends.causal_lm import CausalLMStep
+from dsc.frontends.huggingface import stock_causal_lm
 from dsc.frontends.load import load_program
 from dsc.ir.printer import print_program
 from dsc.ir.program import Program
 from dsc.ir.weights import DictSource, evaluate
 from dsc.models.configs import TINY_CHECKPOINT
+from tests.family import small
 from tests.runtime.test_session import small_lm
 
 KEY = {"config": {"a": 1}, "versions": {"torch": "2"}}
@@ -75,9 +82,54 @@ def test_a_cache_that_cannot_be_written_is_no_error(monkeypatch: pytest.MonkeyPa
 
 def test_the_key_names_every_source() -> None:
     key = trace_cache.key_of(nn.Sequential(nn.Linear(2, 2)), dtype="f32")
-    assert any(f.endswith("linear.py") for f in key["sources"])
-    assert any(f.endswith("torch_export.py") for f in key["sources"])
-    assert any(f.endswith("traced.py") for f in key["sources"])
+    assert key is not None
+    assert any(f.endswith("linear.py") for f in key["module"]["sources"])
+    assert any(f.endswith("torch_export.py") for f in key["ours"])
+    assert any(f.endswith("traced.py") for f in key["ours"])
+
+
+CHANGES: dict[str, Callable[[Any], None]] = {
+    "an attribute": lambda m: setattr(m.model.layers[1].input_layernorm, "variance_epsilon", 0.5),
+    "a nested value": lambda m: m.model.config.rope_parameters.update(factor=9.0),
+    "a buffer": lambda m: m.model.rotary_emb.inv_freq.mul_(2),
+    "a method": lambda m: setattr(m.model.norm, "forward", lambda x: x),
+    "a class": lambda m: setattr(m.model, "norm", nn.Identity()),
+    "a parameter's type": lambda m: m.lm_head.to(torch.float16),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES.keys())
+def test_a_module_that_was_changed_has_another_key(change: Callable[[Any], None]) -> None:
+    """The configuration that a trace is asked for stays the same all along."""
+    first, same, changed = (CausalLMStep(stock_causal_lm(small())) for _ in range(3))
+    change(changed)
+    key = trace_cache.key_of(first, config="c")
+    assert key is not None
+    assert trace_cache.key_of(same, config="c") == key
+    assert trace_cache.key_of(changed, config="c") != key
+
+
+def test_sources_that_a_model_imports_are_in_its_key(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "far_away.py").write_text("def twice(x):\n    return 2 * x\n")
+    (tmp_path / "nearer.py").write_text("from far_away import twice\n")
+    (tmp_path / "top.py").write_text(
+        "import torch, nearer\nclass Net(torch.nn.Module):\n"
+        "    def forward(self, x):\n        return nearer.twice(x)\n"
+    )
+    key = trace_cache.key_of(importlib.import_module("top").Net())
+    assert key is not None
+    assert {Path(f).name for f in key["module"]["sources"]} == {
+        "far_away.py", "nearer.py", "top.py",
+    }  # fmt: skip
+
+
+def test_what_cannot_be_told_is_not_kept() -> None:
+    module = nn.Identity()
+    module.lock = threading.Lock()  # type: ignore[assignment]
+    assert trace_cache.key_of(module) is None
 
 
 def test_a_program_loads_as_it_is() -> None:
