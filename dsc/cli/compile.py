@@ -40,7 +40,7 @@ def compile(
 
         dsc compile models/v3.py --backend triton
 
-        dsc compile path/to/checkpoint --backend tvm --quant int8 -o out
+        dsc compile path/to/checkpoint --backend tvm --dtype fp32 -o out
 
         dsc compile path/to/checkpoint --weights none --backend null --target cuda:sm_90
     """

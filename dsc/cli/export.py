@@ -36,7 +36,7 @@ def export(
 
         dsc export path/to/checkpoint --check -o onnx-model
 
-        dsc export models/v3.py --onnx-ops ort --quant int8
+        dsc export models/v3.py --dtype fp32
     """
     folder = build_artifact(
         model,

@@ -69,7 +69,7 @@ Dtype = Annotated[
 ]
 Quant = Annotated[
     Literal["none", "fp8", "int8", "int4"],
-    Option("--quant", help="Weight format of the linear layers and experts."),
+    Option("--quant", help="Weight format of linear layers and experts; so far none."),
 ]
 MaxBatch = Annotated[
     int | None,
