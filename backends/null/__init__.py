@@ -22,7 +22,6 @@ from dsc.backends.base import (
     Support,
     Yes,
 )
-from dsc.errors import UsageError
 from dsc.ir.analyses import total_cost
 from dsc.ir.dims import Dim, evaluate
 from dsc.ir.graph import Graph, Node
@@ -79,12 +78,7 @@ class NullExecutable:
         """Zeros of the shapes that the entry declares for these inputs. Raises `UsageError`."""
         import torch
 
-        graph = self._program.entries.get(entry)
-        if graph is None:
-            raise UsageError(f"no entry {entry}", hint=f"one of {', '.join(self._program.entries)}")
-        missing = [v.name for v in graph.inputs if v.name not in inputs]
-        if missing:
-            raise UsageError(f"entry {entry} needs the inputs {', '.join(missing)}")
+        graph = self._program.entry(entry, inputs)
         env = bind_symbols(graph, [inputs[v.name] for v in graph.inputs])
         in_place = {
             output: graph.inputs[source].name

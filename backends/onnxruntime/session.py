@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 
 from dsc.backends.base import Signature
 from dsc.backends.onnxruntime.graph import ONNX_TYPE
-from dsc.errors import UsageError
 from dsc.ir.dims import evaluate
 from dsc.ir.interpreter import bind_symbols
 from dsc.ir.program import Program
@@ -65,12 +64,7 @@ class OnnxExecutable:
         """Run an entry on CPU tensors by name; results are new tensors. Raises `UsageError`."""
         import torch
 
-        graph = self.program.entries.get(entry)
-        if graph is None:
-            raise UsageError(f"no entry {entry}", hint=f"one of {', '.join(self.program.entries)}")
-        missing = [v.name for v in graph.inputs if v.name not in inputs]
-        if missing:
-            raise UsageError(f"entry {entry} needs the inputs {', '.join(missing)}")
+        graph = self.program.entry(entry, inputs)
         given = [inputs[v.name].contiguous() for v in graph.inputs]
         env = bind_symbols(graph, given)
         binding = self._session(entry).io_binding()

@@ -51,13 +51,13 @@ class TvmExecutable:
 
     def signature(self, entry: str) -> Signature:
         """Names and types of an entry's inputs and outputs."""
-        return Signature.of(self._graph(entry))
+        return Signature.of(self.program.entry(entry))
 
     def run(self, entry: str, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Run an entry. Outputs that update an input in place are that input's tensor."""
         import torch
 
-        graph = self._graph(entry)
+        graph = self.program.entry(entry, inputs)
         given = {v.name: _checked(inputs, v.name, v.type.dtype) for v in graph.inputs}
         facts = self.meta["entries"][entry]
         for name in facts["in_place"].values():
@@ -79,13 +79,6 @@ class TvmExecutable:
         table[: len(facts["slots"])] = [values[slot] for slot in facts["slots"]]
         self.functions[entry](table.ctypes.data, self._steps.ctypes.data + facts["steps_at"])
         return outputs
-
-    def _graph(self, entry: str) -> Graph:
-        if entry not in self.program.entries:
-            raise UsageError(
-                f"no entry {entry!r}", hint=f"one of {', '.join(self.program.entries)}"
-            )
-        return self.program.entries[entry]
 
     def _sizes(self, graph: Graph, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
         """The symbols' sizes. Raises `UsageError` when a shape does not fit or is out of range."""
@@ -114,9 +107,7 @@ class TvmExecutable:
 
 def _checked(inputs: Mapping[str, torch.Tensor], name: str, dtype: DType) -> torch.Tensor:
     """The input called `name`, contiguous and of its element type."""
-    tensor = inputs.get(name)
-    if tensor is None:
-        raise UsageError(f"the input {name} is missing")
+    tensor = inputs[name]
     if tensor.dtype != dtype.torch:
         raise UsageError(f"input {name} is {tensor.dtype}, {dtype} is declared")
     return tensor if tensor.is_contiguous() else tensor.contiguous()

@@ -122,12 +122,7 @@ class Interpreter:
         intercept: Intercept | None = None,
     ) -> dict[str, torch.Tensor]:
         """Run `entry` on inputs by name; the outputs by name."""
-        graph = self.program.entries.get(entry)
-        if graph is None:
-            raise UsageError(f"no entry {entry}; one of {', '.join(self.program.entries)}")
-        missing = [v.name for v in graph.inputs if v.name not in inputs]
-        if missing:
-            raise UsageError(f"{entry} lacks the inputs {', '.join(missing)}")
+        graph = self.program.entry(entry, inputs)
         ordered = [inputs[v.name] for v in graph.inputs]
         outputs = run_graph(graph, ordered, self.weight, observe, None, intercept)
         return dict(zip(graph.output_names, outputs, strict=True))

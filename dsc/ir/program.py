@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from dsc.errors import UsageError
 from dsc.ir.dims import Range
 from dsc.ir.graph import Graph
 from dsc.ir.memory import MemoryPlan
@@ -41,6 +42,20 @@ class Program:
                 for name, graph in self.entries.items()
             }
             object.__setattr__(self, "entries", named)
+
+    def entry(self, name: str, inputs: Collection[str] | None = None) -> Graph:
+        """The entry called `name`; with `inputs` given, all that it takes must be among them.
+
+        Raises `UsageError` naming the entries there are, or the inputs that are missing.
+        """
+        graph = self.entries.get(name)
+        if graph is None:
+            raise UsageError(f"no entry {name}", hint=f"one of {', '.join(self.entries)}")
+        if inputs is not None:
+            missing = [v.name for v in graph.inputs if v.name not in inputs]
+            if missing:
+                raise UsageError(f"entry {name} needs the inputs {', '.join(missing)}")
+        return graph
 
     def map_entries(self, function: Callable[[Graph], Graph]) -> Program:
         """The program with each entry rewritten; itself when none changed."""

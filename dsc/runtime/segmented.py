@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from dsc.backends.base import Executable, Signature
-from dsc.errors import RankError, UsageError
+from dsc.errors import RankError
 from dsc.ir.graph import Node
 from dsc.ir.op import lookup
 from dsc.ir.program import Program
@@ -35,12 +35,7 @@ class SegmentedExecutable:
 
     def run(self, entry: str, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Run an entry on CPU tensors by name. Raises `UsageError`, `RankError`."""
-        graph = self.program.entries.get(entry)
-        if graph is None:
-            raise UsageError(f"no entry {entry}", hint=f"one of {', '.join(self.program.entries)}")
-        missing = [v.name for v in graph.inputs if v.name not in inputs]
-        if missing:
-            raise UsageError(f"entry {entry} needs the inputs {', '.join(missing)}")
+        graph = self.program.entry(entry, inputs)
         values = dict(inputs)
         for step in self._steps.setdefault(entry, steps(graph)):
             if isinstance(step, Segment):
