@@ -114,15 +114,21 @@ def config_of(case: str) -> ModelConfig:
 
 def make_checkpoint(case: str, folder: Path, seed: int = 0) -> nn.Module:
     """Write the case's checkpoint as transformers would, and return the stock model."""
-    model: Any = stock_causal_lm(config_of(case), device="cpu")
-    random = torch.Generator().manual_seed(seed)
-    for name, tensor in model.state_dict().items():
-        centre = 1.0 if "norm" in name else 0.0
-        with torch.no_grad():
-            tensor.copy_(centre + 0.15 * torch.randn(tensor.shape, generator=random))
+    model: Any = randomise(stock_causal_lm(config_of(case), device="cpu"), seed)
     model.save_pretrained(folder)
     stock: nn.Module = model
     return stock
+
+
+def randomise(module: nn.Module, seed: int = 0) -> nn.Module:
+    """Random weights in place: norms about 1, matrices small, router biases of both signs."""
+    random = torch.Generator().manual_seed(seed)
+    for name, tensor in module.state_dict().items():
+        values = torch.randn(tensor.shape, generator=random)
+        centre = 1.0 if "norm" in name else 0.0
+        with torch.no_grad():
+            tensor.copy_(centre + 0.15 * values)
+    return module
 
 
 class Oracle:

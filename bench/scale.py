@@ -45,8 +45,9 @@ V3_ATTENTION: dict[str, Any] = {
 def measure_compile(source: str, layers: int | None = None) -> dict[str, Any]:
     """Compile a model of 671B widths for the null backend in a process of its own, cold.
 
-    `source` is `v3` (models/v3.py) or `stock` (transformers' class on meta). Returns CPU seconds
-    of tracing and of all passes, the peak memory in GB, and what the report says of decode.
+    `source` is `v3` (models/v3.py, always at full depth) or `stock` (transformers' class on meta).
+    Returns CPU seconds of tracing and of all passes, the peak memory in GB, and what the report
+    says of decode.
     """
     line = [sys.executable, "-m", "bench.scale", source, *([str(layers)] if layers else [])]
     environment = {**os.environ, "DSC_TRACE_CACHE": "off", "OMP_NUM_THREADS": "1"}
@@ -68,12 +69,9 @@ def _compile_here(source: str, layers: int | None) -> dict[str, Any]:
         config = config.model_copy(update={"num_hidden_layers": layers})
     start = time.process_time()
     if source == "stock":
-        model: Any = stock_causal_lm(config, DType.bf16)
-        loaded = load_program(model)
-    elif layers is None:
-        loaded = load_program(v3.__file__, config="671b", weights="none")
-    else:
         loaded = load_program(stock_causal_lm(config, DType.bf16))
+    else:
+        loaded = load_program(v3.__file__, config="671b", weights="none")
     traced = time.process_time()
     program, records = pipeline.run(
         loaded.program, backends.get("null"), Target("cpu"), pipeline.PipelineOptions()

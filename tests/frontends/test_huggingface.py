@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from bench.parity import PLAIN, randomise
 from dsc.errors import CheckpointError, ConfigError
 from dsc.frontends.causal_lm import (
     CausalLMStep,
@@ -36,7 +37,7 @@ from dsc.ir.types import DType, TensorType
 from dsc.ir.weights import DictSource, evaluate, sources
 from dsc.models import v3
 from dsc.models.configs import TINY_CHECKPOINT
-from tests.family import PLAIN, advance, empty_caches, randomise, small, small_v2, stock
+from tests.family import advance, empty_caches, small, small_v2, stock
 
 FP8 = Path(__file__).parents[1] / "data" / "tiny-v3-fp8"
 FP8_CONFIG = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]}

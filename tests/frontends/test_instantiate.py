@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from bench.parity import randomise
 from dsc.errors import UsageError
 from dsc.frontends.causal_lm import example_inputs, input_names, output_names, trace_step
 from dsc.frontends.config import ModelConfig
@@ -24,7 +25,7 @@ from dsc.ir.program import Program
 from dsc.ir.types import DType, TensorType
 from dsc.models import v3
 from dsc.models.configs import config
-from tests.family import randomise, small, small_v2, stock
+from tests.family import small, small_v2, stock
 
 SYMBOLS = {"B": Range(1, 4), "S": Range(1, 64), "P": Range(0, 64), "L": Range(1, 64)}
 Build = Callable[[ModelConfig], nn.Module]

@@ -8,13 +8,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from bench.parity import PLAIN, YARN
 from dsc.errors import UnsupportedArchitecture, UsageError
 from dsc.frontends.causal_lm import Extents, dynamic_shapes, example_inputs
 from dsc.frontends.config import ModelConfig
 from dsc.frontends.huggingface import stock_causal_lm
 from dsc.models import v3
 from dsc.models.configs import CONFIGS, config
-from tests.family import PLAIN, YARN, advance, empty_caches, small, small_v2, stock
+from tests.family import advance, empty_caches, small, small_v2, stock
 
 TOLERANCE = 1e-5
 BEYOND = 48

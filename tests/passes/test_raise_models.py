@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from bench.parity import randomise
 from dsc import pipeline
 from dsc.errors import UnsupportedOperator
 from dsc.frontends.causal_lm import dynamic_shapes, example_inputs, input_names, output_names
@@ -34,7 +35,7 @@ from dsc.rewrite.base import PassReport
 from dsc.rewrite.manager import Manager, Watch
 from dsc.rewrite.verify import compare_programs
 from dsc.rewrite.widen import runnable
-from tests.family import randomise, small, small_v2, stock
+from tests.family import small, small_v2, stock
 
 TRACED = Path(__file__).resolve().parent.parent / "data" / "traced"
 VARIANTS = sorted(path.stem for path in TRACED.glob("*.dsc"))
