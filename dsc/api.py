@@ -148,8 +148,7 @@ class CompiledModel:
     ) -> dict[str, torch.Tensor]:
         """Run one entry (the only one by default) on tensors by name."""
         name = entry or next(iter(self.program.entries))
-        if name not in self.program.entries:
-            raise UsageError(f"no entry {name!r}", hint=f"one of {', '.join(self.program.entries)}")
+        self.program.entry(name, inputs)
         return self.executable.run(name, inputs)
 
     def session(self, max_batch: int | None = None, max_context: int | None = None) -> Session:
@@ -239,7 +238,6 @@ def compile(
     options = pipeline.PipelineOptions(
         fusion_level=fusion_level,
         prefill_chunk=prefill_chunk,
-        max_context=loaded.max_context,
         ranks=ranks,
         parallel=parallel,
         watch=watch,
@@ -327,6 +325,7 @@ def compile_program(
     chosen = backends.get(backend) if backend else best_backend()
     options = pipeline.PipelineOptions(fusion_level=fusion_level, memory_reuse=memory_reuse)
     done, records = pipeline.run(program, chosen, Target("cpu"), options)
+    check_memory(done, Target("cpu"), max_batch=1, max_context=1)
     emission = chosen.emit(done, EmitOptions())
     report = build_report(done, records, {}, [])
     return CompiledModel(program=done, backend=chosen.name, report=report, _emission=emission)

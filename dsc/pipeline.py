@@ -68,7 +68,6 @@ class PipelineOptions:
     fusion_level: int = 3
     memory_reuse: bool = True
     prefill_chunk: int = 512
-    max_context: int = 4096
     ranks: int = 1
     parallel: str = "tp+ep"
     watch: Watch = field(default_factory=Watch)
@@ -105,7 +104,7 @@ def passes_for(
     if capabilities.fuse >= EPILOGUES:
         chosen.append(make("merge_projections"))
     chosen.append(make("fuse", level=level, limits=capabilities.regions, asked=asked))
-    chosen.append(make("plan_memory"))
+    chosen.append(make("plan_memory", reuse=options.memory_reuse))
     return chosen
 
 

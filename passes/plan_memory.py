@@ -41,14 +41,16 @@ SHARES_STORAGE = frozenset({"reshape"})
 
 @dataclass(frozen=True)
 class PlanMemory(Pass):
-    """Fill `program.memory` with a plan for each entry."""
+    """Fill `program.memory` with a plan for each entry; without `reuse`, no two values overlap."""
+
+    reuse: bool = True
 
     ensures = Stage.PLANNED
 
     def run(self, program: Program, report: PassReport) -> Program:
         """Plan each entry; give outputs that share storage a copy of their own first."""
         program = program.map_entries(_own_outputs)
-        memory = {name: plan(g, program.symbols) for name, g in program.entries.items()}
+        memory = {name: plan(g, program.symbols, self.reuse) for name, g in program.entries.items()}
         for name, found in memory.items():
             report.facts[name] = {"arena_bytes": found.size, "lower_bound": found.lower_bound}
         return replace(program, memory=memory, stage=Stage.PLANNED)
@@ -65,7 +67,7 @@ class _Block:
     offset: int = -1
 
 
-def plan(graph: Graph, ranges: Mapping[str, Range]) -> MemoryPlan:
+def plan(graph: Graph, ranges: Mapping[str, Range], reuse: bool = True) -> MemoryPlan:
     """The memory plan of a graph whose outputs each have storage of their own."""
     roots = storage_roots(graph)
     external = _external(graph, roots)
@@ -80,7 +82,7 @@ def plan(graph: Graph, ranges: Mapping[str, Range]) -> MemoryPlan:
                 size = bounds(root.type.nbytes, ranges).hi
                 block = blocks[root.name] = _Block(root.name, _aligned(size), position, position)
             block.last = position
-    _assign(list(blocks.values()))
+    _assign(list(blocks.values()), reuse)
     places = {}
     for value in graph.values():
         root = roots[value.name]
@@ -151,12 +153,12 @@ def _own_outputs(graph: Graph) -> Graph:
     return graph.with_nodes((*graph.nodes, *copies), outputs) if copies else graph
 
 
-def _assign(blocks: list[_Block]) -> None:
+def _assign(blocks: list[_Block], reuse: bool) -> None:
     placed: list[_Block] = []
     for block in sorted(blocks, key=lambda b: (-b.size, b.first)):
         offset = 0
         for other in placed:  # sorted by offset
-            if other.first > block.last or other.last < block.first:
+            if reuse and (other.first > block.last or other.last < block.first):
                 continue
             if other.offset - offset >= block.size:
                 break

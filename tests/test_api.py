@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import dsc
+from dsc.api import compile_program
 from dsc.errors import ArtifactError, MemoryLimitError, UsageError
 from tests.runtime.test_session import small_lm
 
@@ -47,6 +48,14 @@ def test_a_memory_limit_refuses_and_says_what_would_fit() -> None:
         dsc.compile(small_lm(), backend="null", max_batch=4, max_context=fits)
     finally:
         dsc.set_memory_limit("cpu", None)
+
+
+def test_memory_reuse_can_be_off() -> None:
+    sizes = []
+    for reuse in (True, False):
+        compiled = compile_program(small_lm(), backend="null", memory_reuse=reuse)
+        sizes.append(compiled.report["entries"]["prefill"]["arena_bytes"])
+    assert sizes[0] < sizes[1]
 
 
 def test_dumps_are_numbered_and_parse(tmp_path: Path) -> None:

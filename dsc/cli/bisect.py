@@ -119,7 +119,7 @@ def load_passes(
         dtype=api.DTYPES[dtype] if dtype else None,
         progress=progress,  # type: ignore[arg-type]
     )
-    asked = pipeline.PipelineOptions(fusion_level=fusion_level, max_context=loaded.max_context)
+    asked = pipeline.PipelineOptions(fusion_level=fusion_level)
     capabilities = chosen.capabilities(wanted)
     return loaded.program, pipeline.passes_for(loaded.program, capabilities, asked)
 

@@ -42,7 +42,7 @@ CONTEXT, CHUNK = 64, 16
 
 @pytest.fixture(scope="module")
 def model() -> Program:
-    options = pipeline.PipelineOptions(prefill_chunk=CHUNK, max_context=CONTEXT)
+    options = pipeline.PipelineOptions(prefill_chunk=CHUNK)
     program = canonical_lm(Sizes(), max_context=CONTEXT)
     return pipeline.run(program, TritonBackend(), SM_90, options)[0]
 

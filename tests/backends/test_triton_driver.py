@@ -64,7 +64,7 @@ def driver(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def artifact(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Program]:
     """A decode step of one layer with real binaries."""
     pytest.importorskip("triton")
-    options = pipeline.PipelineOptions(prefill_chunk=CHUNK, max_context=CONTEXT)
+    options = pipeline.PipelineOptions(prefill_chunk=CHUNK)
     whole = canonical_lm(Sizes(layers=1, dense=0), max_context=CONTEXT)
     program = pipeline.run(whole, TritonBackend(), SM_90, options)[0]
     program = replace(program, entries={"decode": program.entries["decode"]})

@@ -151,6 +151,16 @@ def test_no_two_live_values_share_bytes(seed: int) -> None:
         assert all(memory[c] == roots[operand.name].name for c in spans[operand.name])
 
 
+def test_without_reuse_no_two_values_overlap() -> None:
+    graph = plan_memory._own_outputs(chain(3))
+    found = plan(graph, {"N": Range(1, 8)}, reuse=False)
+    owners = storage_roots(graph)
+    roots = {owners[n.output.name].name for n in graph.nodes}
+    held = {r: found.places[r] for r in roots if found.places[r].region == "arena"}
+    assert len({p.offset for p in held.values()}) == len(held) > 5
+    assert found.size == 128 * len(held) > plan(graph, {"N": Range(1, 8)}).size
+
+
 def test_outputs_that_share_storage_get_their_own() -> None:
     graph = parse_graph("""graph main(%x: f32[4]) {
       %a = neg %x
