@@ -51,8 +51,7 @@ class CompiledModel:
     prefill_chunk: int = 512
     _emission: Emission | None = None
     _files: Mapping[str, Path | bytes] = field(default_factory=dict)
-    _folder: Path | None = None
-    _trust: bool = False
+    _artifact: artifacts.Artifact | None = None
 
     def save(self, path: str | Path, force: bool = False, progress: Progress | None = None) -> Path:
         """Write the artifact folder `path`, whole or not at all. Raises `ArtifactError`."""
@@ -104,8 +103,8 @@ class CompiledModel:
     @cached_property
     def manifest(self) -> Mapping[str, Any]:
         """The artifact's manifest; before saving, what of it is known."""
-        if self._folder is not None:
-            return artifacts.read(self._folder, trust=True).manifest
+        if self._artifact is not None:
+            return self._artifact.manifest
         return {"config": self.program.meta.get("config", {}), "source": self.source}
 
     @cached_property
@@ -113,8 +112,8 @@ class CompiledModel:
         """The `tokenizers.Tokenizer` that came with the model, or `None`."""
         from tokenizers import Tokenizer
 
-        if self._folder is not None:
-            path = self._folder / "tokenizer.json"
+        if self._artifact is not None:
+            path = self._artifact.folder / "tokenizer.json"
             return Tokenizer.from_file(str(path)) if path.is_file() else None
         found = self._files.get("tokenizer.json")
         return Tokenizer.from_file(str(found)) if isinstance(found, Path) else None
@@ -122,25 +121,25 @@ class CompiledModel:
     @cached_property
     def executable(self) -> Executable:
         """The loaded code. A model that was not saved is written to a temporary folder first."""
-        if self._folder is not None:
-            return self._opened(self._folder, self._trust)
+        if self._artifact is not None:
+            return self._loaded(self._artifact)
         base = Path(tempfile.mkdtemp(prefix="dsc-"))
         try:
-            found = self._opened(_own_folder(self.save(base / "artifact")), trust=True)
+            folder = _own_folder(self.save(base / "artifact"))
+            found = self._loaded(artifacts.read(folder, trust=True))
         except BaseException:
             shutil.rmtree(base, ignore_errors=True)
             raise
         weakref.finalize(found, shutil.rmtree, base, True)  # a session may outlive this model
         return found
 
-    def _opened(self, folder: Path, trust: bool) -> Executable:
-        """What the backend makes of an artifact folder."""
-        opened = artifacts.read(folder, trust=trust)
+    def _loaded(self, opened: artifacts.Artifact) -> Executable:
+        """What the backend makes of an artifact."""
         chosen = backends.get(self.backend)
         collectives = chosen.capabilities(parse_target(self.targets[0])).collectives
         if ranks_of(opened.program) == 1 or collectives:
-            return chosen.load(folder, opened.manifest, opened.program)
-        segments = chosen.load(folder, opened.manifest, cut(opened.program))
+            return chosen.load(opened.folder, opened.manifest, opened.program)
+        segments = chosen.load(opened.folder, opened.manifest, cut(opened.program))
         return SegmentedExecutable(segments, opened.program)
 
     def run(
@@ -292,8 +291,7 @@ def load(path: str | Path, trust: bool = False) -> CompiledModel:
     for several ranks opens in a process that is one of them (`torchrun`), after all have agreed on
     what they run: `UsageError` and `RankError` otherwise.
     """
-    folder = _own_folder(Path(path))
-    opened = artifacts.read(folder, trust)
+    opened = artifacts.read(_own_folder(Path(path)), trust)
     limits = opened.manifest["limits"]
     return CompiledModel(
         program=opened.program,
@@ -304,8 +302,7 @@ def load(path: str | Path, trust: bool = False) -> CompiledModel:
         max_batch=int(limits["max_batch"]),
         max_context=int(limits["max_context"]),
         prefill_chunk=int(limits["prefill_chunk"]),
-        _folder=folder,
-        _trust=trust,
+        _artifact=opened,
     )
 
 
