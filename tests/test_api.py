@@ -50,6 +50,17 @@ def test_a_memory_limit_refuses_and_says_what_would_fit() -> None:
         dsc.set_memory_limit("cpu", None)
 
 
+def test_an_absorbed_step_makes_nothing_that_grows_with_the_context() -> None:
+    """Only the caches themselves have rows for every cached token; prefill still expands inside."""
+    program = dsc.compile(small_lm(), backend="null", fusion_level=0, max_context=32).program
+    for entry in ("decode", "extend"):
+        graph = program.entries[entry]
+        grown = {v for n in graph.nodes for v in n.outputs if "C" in v.type.symbols}
+        assert {n.op for n in graph.nodes if grown & set(n.outputs)} == {"cache_write"}
+        assert "mla_attention" not in {n.op for n in graph.nodes}
+    assert "mla_attention" in {n.op for n in program.entries["prefill"].nodes}
+
+
 def test_memory_reuse_can_be_off() -> None:
     sizes = []
     for reuse in (True, False):
