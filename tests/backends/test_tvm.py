@@ -175,7 +175,7 @@ def test_inputs_are_checked(compiled: CompiledModel) -> None:
     }
     run = compiled.executable.run
     run("decode", given)
-    with pytest.raises(UsageError, match="is missing"):
+    with pytest.raises(UsageError, match="needs the inputs lengths"):
         run("decode", {k: v for k, v in given.items() if k != "lengths"})
     with pytest.raises(UsageError, match="lengths"):
         run("decode", given | {"lengths": torch.zeros(1)})
