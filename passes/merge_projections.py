@@ -79,8 +79,10 @@ def _siblings(graph: Graph) -> Iterator[tuple[list[Node], Names]]:
     """Linears with weights that read one value, and the names of their weights and biases."""
     groups: dict[str, list[Node]] = {}
     for node in graph.nodes:
+        if node.op != "linear":
+            continue
         x, *parameters = node.operands
-        if node.op == "linear" and all(isinstance(w, Weight) for w in parameters):
+        if all(isinstance(w, Weight) for w in parameters):
             groups.setdefault(str(x), []).append(node)
     for nodes in groups.values():
         if len(nodes) > 1:
