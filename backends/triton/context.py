@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
-from dsc.backends.triton import pointwise, views
+from dsc.backends.triton import pointwise
 from dsc.backends.triton.blocks import Blocks
 from dsc.backends.triton.launch import (
     POINTER_TYPES,
@@ -25,10 +25,11 @@ from dsc.backends.triton.launch import (
     Pointer,
     is_multiple,
 )
-from dsc.backends.triton.views import View
+from dsc.ir import views
 from dsc.ir.dims import Dim, Range, Sym, bounds
 from dsc.ir.graph import Node, Operand, Weight
 from dsc.ir.types import TensorType
+from dsc.ir.views import View
 
 KERNELS = Path(__file__).parent / "kernels"
 ALIGNMENT = 16

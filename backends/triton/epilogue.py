@@ -11,10 +11,10 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from dsc.backends.triton import views
 from dsc.backends.triton.pointwise import Region, expression, widen
-from dsc.backends.triton.views import View
+from dsc.ir import views
 from dsc.ir.dims import Dim
+from dsc.ir.views import View
 
 MARK = "    # A fused region's operators go here.\n"
 

@@ -23,10 +23,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from dsc.backends.triton import views
-from dsc.backends.triton.views import View
+from dsc.ir import views
 from dsc.ir.dims import Dim, product
 from dsc.ir.types import DType
+from dsc.ir.views import View
 
 if TYPE_CHECKING:
     from dsc.backends.triton.context import Context, Given

@@ -6,9 +6,9 @@ from dsc.backends.triton.blocks import Blocks
 from dsc.backends.triton.context import Context
 from dsc.backends.triton.launch import LaunchProgram, Port
 from dsc.backends.triton.lower import lower
-from dsc.backends.triton.views import View
 from dsc.ir.graph import Graph
 from dsc.ir.program import Program
+from dsc.ir.views import View
 
 
 def lower_program(program: Program, target: str) -> tuple[LaunchProgram, dict[str, str]]:

@@ -18,19 +18,20 @@ from safetensors.torch import save_file
 
 from dsc import pipeline
 from dsc.backends.base import EmitOptions, No, Yes
-from dsc.backends.triton import TritonBackend, views
+from dsc.backends.triton import TritonBackend
 from dsc.backends.triton.cuda import CudaExecutable
 from dsc.backends.triton.driver import Driver, Function
 from dsc.backends.triton.launch import LaunchProgram
 from dsc.backends.triton.program import lower_program
 from dsc.backends.triton.schedule import lifetimes, pack, resolve
-from dsc.backends.triton.views import View
 from dsc.errors import ArtifactError, BackendUnavailable, UnsupportedOperator, UsageError
+from dsc.ir import views
 from dsc.ir.dims import symbol
 from dsc.ir.graph import GraphBuilder
 from dsc.ir.interpreter import Interpreter
 from dsc.ir.program import Program
 from dsc.ir.types import DType, TensorType
+from dsc.ir.views import View
 from dsc.ir.weights import evaluate
 from dsc.runtime.session import Session
 from dsc.targets import Target

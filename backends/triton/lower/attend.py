@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dsc.backends.triton import views
 from dsc.backends.triton.blocks import next_power
 from dsc.backends.triton.context import Context, Given, ceil_div
 from dsc.backends.triton.lower.contract import Product, emit_gemm
-from dsc.backends.triton.views import View
+from dsc.ir import views
 from dsc.ir.dims import Dim, product
 from dsc.ir.graph import Node
 from dsc.ir.types import DType
+from dsc.ir.views import View
 
 
 def attention(ctx: Context, node: Node) -> None:

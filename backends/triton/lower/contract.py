@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from dsc.backends.triton import views
 from dsc.backends.triton.blocks import next_power
 from dsc.backends.triton.context import Context, Given, ceil_div, template
 from dsc.backends.triton.epilogue import Epilogue, arguments, gemm_source
-from dsc.backends.triton.views import View
+from dsc.ir import views
 from dsc.ir.dims import Dim, product
 from dsc.ir.graph import Node
 from dsc.ir.ops.core import einsum_terms
 from dsc.ir.types import DType
+from dsc.ir.views import View
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from dsc.backends.triton import pointwise, views
+from dsc.backends.triton import pointwise
 from dsc.backends.triton.blocks import next_power
 from dsc.backends.triton.context import Context, Given, ceil_div
 from dsc.backends.triton.lower.contract import emit_grouped, router_logits
 from dsc.backends.triton.pointwise import Region, Step
-from dsc.backends.triton.views import View
+from dsc.ir import views
 from dsc.ir.dims import Dim, product
 from dsc.ir.graph import Node
 from dsc.ir.op import lookup
 from dsc.ir.types import DType, TensorType
+from dsc.ir.views import View
 
 
 def route(ctx: Context, node: Node) -> None:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from dsc.backends.triton import views
 from dsc.backends.triton.blocks import next_power
 from dsc.backends.triton.context import Context, Given, ceil_div
 from dsc.backends.triton.lower.moe import take_rows
-from dsc.backends.triton.views import View
+from dsc.ir import views
 from dsc.ir.dims import Dim, product
 from dsc.ir.graph import Node
 from dsc.ir.op import lookup
 from dsc.ir.types import TensorType
+from dsc.ir.views import View
 
 
 def rms_norm(ctx: Context, node: Node) -> None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dsc.backends.triton import pointwise, views
+from dsc.backends.triton import pointwise
 from dsc.backends.triton.context import Context
 from dsc.backends.triton.pointwise import Region, Step
+from dsc.ir import views
 from dsc.ir.dims import Dim
 from dsc.ir.graph import Node
 from dsc.ir.op import lookup
