@@ -101,6 +101,10 @@ class SafetensorsFile:
         with self.path.open("rb") as stream:
             return mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
 
+    def release(self) -> None:
+        """Give the pages that were read back: they can be read again."""
+        self._bytes.madvise(mmap.MADV_DONTNEED)
+
     def load(self, key: str, rows: slice = slice(None)) -> torch.Tensor:
         """Give the tensor `key`, or `rows` of its leading axis: a read-only view of the file."""
         import torch
@@ -148,6 +152,11 @@ class SafetensorsSource:
         if not shape or not 0 <= start <= stop <= shape[0]:
             raise UsageError(f"rows {start}:{stop} of a tensor of shape {list(shape)}", key)
         return self.files[key].load(key, slice(start, stop))
+
+    def release(self) -> None:
+        """Give pages of all files back."""
+        for file in {id(f): f for f in self.files.values()}.values():
+            file.release()
 
     def file_of(self, key: str) -> Path:
         """The file that holds a tensor, for messages."""

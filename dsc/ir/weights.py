@@ -73,6 +73,14 @@ class WeightSource(Protocol):
         """The tensor itself, without a copy where the source allows. `KeyError`."""
         ...
 
+    def load_slice(self, key: str, start: int, stop: int) -> torch.Tensor:
+        """Rows `start <= i < stop` of its leading axis."""
+        ...
+
+    def release(self) -> None:
+        """Let go of memory that holds nothing but copies of what is on disk."""
+        ...
+
 
 @dataclass(frozen=True)
 class DictSource:
@@ -92,6 +100,13 @@ class DictSource:
     def load(self, key: str) -> torch.Tensor:
         """The tensor."""
         return self.tensors[key]
+
+    def load_slice(self, key: str, start: int, stop: int) -> torch.Tensor:
+        """Rows of the tensor, a view."""
+        return self.tensors[key][start:stop]
+
+    def release(self) -> None:
+        """Nothing of it is on disk."""
 
 
 @dataclass(frozen=True)
@@ -115,6 +130,13 @@ class MetaSource:
         raise UsageError(
             "this program has no weight values", where=key, hint="compile it with --weights FOLDER"
         )
+
+    def load_slice(self, key: str, start: int, stop: int) -> torch.Tensor:
+        """Nothing to load: an error."""
+        return self.load(key)
+
+    def release(self) -> None:
+        """There is nothing."""
 
 
 @dataclass(frozen=True)
@@ -140,6 +162,15 @@ class LayeredSource:
     def load(self, key: str) -> torch.Tensor:
         """The tensor from the first layer that has it."""
         return self._layer(key).load(key)
+
+    def load_slice(self, key: str, start: int, stop: int) -> torch.Tensor:
+        """Rows of the tensor from the first layer that has it."""
+        return self._layer(key).load_slice(key, start, stop)
+
+    def release(self) -> None:
+        """Release all layers."""
+        for layer in self.layers:
+            layer.release()
 
 
 def random_source(types: Mapping[str, TensorType], seed: int = 0) -> DictSource:
@@ -173,16 +204,17 @@ def evaluate(
     """
     if isinstance(expr, Source):
         tensor = source.load(expr.key)
-        _check_tensor(f"source {expr.key}", tensor, expr.type, exact=convert is None)
+        check_tensor(f"source {expr.key}", tensor, expr.type, exact=convert is None)
         return tensor if convert is None else convert(tensor)
     args = [evaluate(a, source, convert) for a in expr.args]
     definition = lookup(expr.op)
     result = definition.reference(*args, **concrete(definition.with_defaults(expr.attrs), {}))
-    _check_tensor(expr.op, result, expr.type, exact=convert is None)
+    check_tensor(expr.op, result, expr.type, exact=convert is None)
     return result  # type: ignore[no-any-return]
 
 
-def _check_tensor(name: str, tensor: Any, declared: TensorType, exact: bool) -> None:
+def check_tensor(name: str, tensor: Any, declared: TensorType, exact: bool) -> None:
+    """Raise `TypeMismatch` when the shape is not what is declared, or, if `exact`, the dtype."""
     fits = tuple(tensor.shape) == declared.shape
     if not fits or (exact and DType.of(tensor.dtype) != declared.dtype):
         found = f"{tensor.dtype} {tuple(tensor.shape)}"

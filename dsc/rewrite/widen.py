@@ -47,6 +47,14 @@ class Filled:
         narrow = self.widen and DType.of(tensor.dtype) in NARROW
         return tensor.float() if narrow else tensor
 
+    def load_slice(self, key: str, start: int, stop: int) -> torch.Tensor:
+        """Rows of the tensor."""
+        return self.load(key)[start:stop]
+
+    def release(self) -> None:
+        """Release the source below."""
+        self.source.release()
+
 
 def runnable(program: Program, widen: bool) -> Program:
     """The program over a source that has all values, in fp32 when `widen`."""

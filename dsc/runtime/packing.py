@@ -1,4 +1,4 @@
-"""Stream the weights of a program into one safetensors file, tensor by tensor.
+"""Stream the weights of a program into one safetensors file, block by block.
 
 Every tensor starts on a 64-byte boundary: small `U8` tensors named `__pad.N` fill the gaps, since
 the format allows no holes. A file mapped into memory then serves vector loads and DMA as it is.
@@ -15,14 +15,16 @@ from typing import TYPE_CHECKING, Any
 
 from dsc.errors import CheckpointError
 from dsc.ir.program import Program
+from dsc.ir.streams import blocks
 from dsc.ir.types import DType, TensorType
-from dsc.ir.weights import evaluate
 
 if TYPE_CHECKING:
     import torch
 
 ALIGNMENT = 64
 PAD = "__pad."
+RELEASE_BYTES = 128 << 20
+"""Bytes that are packed before the pages of the checkpoint that they came from are given back."""
 NAMES = {
     DType.f32: "F32", DType.f64: "F64", DType.bf16: "BF16", DType.f16: "F16",
     DType.f8e4m3: "F8_E4M3", DType.f8e5m2: "F8_E5M2", DType.f8e8m0: "F8_E8M0",
@@ -70,18 +72,28 @@ def pack(
     digest = hashlib.sha256(header)
     with path.open("wb") as file:
         file.write(header)
-        at = len(header)
+        at, held = len(header), 0
+
+        def write(block: Any) -> int:
+            digest.update(block)
+            return file.write(block)
+
         for done, (name, expr) in enumerate(program.weights.items()):
             if progress is not None:
                 progress("weights", done, len(places))
             offset, size = places[name]
-            for block in (b"\0" * (offset - at), _bytes(evaluate(expr, program.source), expr.type)):
-                digest.update(block)
-                file.write(block)
-            at = offset + size
+            write(b"\0" * (offset - at))
+            at = offset
+            for block in blocks(expr, program.source):
+                written = write(_bytes(block, expr.type))
+                at, held = at + written, held + written
+                if held > RELEASE_BYTES:
+                    program.source.release()
+                    held = 0
+            if at != offset + size:
+                raise CheckpointError(f"{at - offset} bytes for {expr.type}", where=name)
         tail = b"\0" * (-at % ALIGNMENT)
-        digest.update(tail)
-        file.write(tail)
+        write(tail)
     if progress is not None:
         progress("weights", len(places), len(places))
     return digest.hexdigest()
@@ -90,8 +102,8 @@ def pack(
 def _bytes(tensor: torch.Tensor, declared: TensorType) -> Any:
     import torch
 
-    if tensor.dtype != declared.dtype.torch or tuple(tensor.shape) != declared.shape:
-        raise CheckpointError(f"a weight of {tensor.dtype} {tuple(tensor.shape)} for {declared}")
+    if tensor.dtype != declared.dtype.torch:
+        raise CheckpointError(f"a weight of {tensor.dtype} for {declared}")
     flat = tensor.detach().contiguous().reshape(-1)
     return flat.view(torch.uint8).numpy() if flat.numel() else b""
 

@@ -1,0 +1,132 @@
+"""The values of a weight expression as a stream of blocks, so that no whole weight is in memory.
+
+A weight is written to a file as its elements in row-major order, so a block is any run of them: a
+stack is its arguments one after another, a reshape is what it reshapes, and what is left is
+computed for some rows of the leading axis at a time, as far down the expression as rows reach.
+Tensors of a checkpoint pass through as views of its mapped files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from math import lcm
+from typing import TYPE_CHECKING
+
+from dsc.ir.dims import Dim
+from dsc.ir.op import TypeMismatch, concrete, lookup
+from dsc.ir.weights import Apply, Source, WeightExpr, WeightSource, check_tensor, evaluate
+
+if TYPE_CHECKING:
+    import torch
+
+BLOCK_BYTES = 32 << 20
+"""Bytes of a block at most, where rows allow."""
+
+
+def blocks(
+    expr: WeightExpr, source: WeightSource, size: int = BLOCK_BYTES
+) -> Iterator[torch.Tensor]:
+    """Tensors of about `size` bytes whose elements, in order, are those of the expression.
+
+    Raises `TypeMismatch` when a tensor is not of the declared type.
+    """
+    if isinstance(expr, Apply):
+        if expr.op == "reshape":
+            yield from blocks(expr.args[0], source, size)
+            return
+        if expr.op == "stack" or (expr.op == "concat" and _axis(expr) == 0):
+            for arg in expr.args:
+                yield from blocks(arg, source, size)
+            return
+        if expr.op == "cast":
+            (arg,) = expr.args
+            share = max(1, size * arg.type.dtype.itemsize // expr.type.dtype.itemsize)
+            for block in blocks(arg, source, share):
+                yield block.to(expr.type.dtype.torch)
+            return
+    if not expr.type.shape or not _streams(expr):
+        yield evaluate(expr, source)
+        return
+    height, total = _size(expr.type.shape[0]), _size(expr.type.nbytes)
+    step = max(1, height * size // max(1, total))
+    grain = _grain(expr)
+    step = max(grain, step // grain * grain)
+    for start in range(0, height, step):
+        yield rows(expr, source, start, min(start + step, height))
+
+
+def rows(expr: WeightExpr, source: WeightSource, start: int, stop: int) -> torch.Tensor:
+    """Rows `start <= i < stop` of the leading axis; `start` a multiple of the blocks' height."""
+    if isinstance(expr, Source):
+        tensor = source.load_slice(expr.key, start, stop)
+        declared = expr.type.with_shape((stop - start, *expr.type.shape[1:]))
+        check_tensor(f"source {expr.key}", tensor, declared, exact=True)
+        return tensor
+    if not _streams(expr):
+        return evaluate(expr, source)[start:stop]
+    definition = lookup(expr.op)
+    attrs = concrete(definition.with_defaults(expr.attrs), {})
+    if expr.op == "slice" and _axis(expr) == 0:
+        first = int(attrs["start"])
+        return rows(expr.args[0], source, first + start, first + stop)
+    if expr.op == "reshape":
+        ratio = _ratio(expr)
+        inner = rows(expr.args[0], source, start * ratio, stop * ratio)
+        return inner.reshape(stop - start, *map(_size, expr.type.shape[1:]))
+    if expr.op == "dequantize_block":
+        height = attrs["block"][0]
+        w, scale = expr.args
+        scales = rows(scale, source, start // height, -(-stop // height))
+        parts = [rows(w, source, start, stop), scales]
+    else:
+        parts = [rows(a, source, start, stop) for a in expr.args]
+    result: torch.Tensor = definition.reference(*parts, **attrs)
+    return result
+
+
+def _streams(expr: WeightExpr) -> bool:
+    """Whether rows of the result need no more than rows of the sources."""
+    return isinstance(expr, Source) or (_keeps_rows(expr) and all(map(_streams, expr.args)))
+
+
+def _keeps_rows(expr: Apply) -> bool:
+    """Whether rows of the result need no more than rows of the arguments."""
+    if expr.op == "slice" and _axis(expr) == 0:
+        return expr.attrs.get("step", 1) == 1 and _grain(expr.args[0]) == 1
+    if expr.op in ("slice", "concat"):
+        return _axis(expr) != 0
+    if expr.op == "permute":
+        return bool(expr.type.shape) and expr.attrs["dims"][0] == 0
+    if expr.op == "reshape":
+        before, after = expr.args[0].type.shape, expr.type.shape
+        return bool(before and after) and _size(before[0]) % max(1, _size(after[0])) == 0
+    return expr.op in ("cast", "dequantize_block")
+
+
+def _axis(expr: Apply) -> int:
+    """The axis of a slice or a concat, counted from the front."""
+    axis: int = expr.attrs["axis"]
+    return axis % expr.type.rank
+
+
+def _grain(expr: WeightExpr) -> int:
+    """Blocks start at multiples of so many rows, which is where a block of scales starts."""
+    if isinstance(expr, Source) or not _streams(expr):
+        return 1
+    if expr.op == "dequantize_block":
+        return int(expr.attrs["block"][0])
+    inner = lcm(*map(_grain, expr.args))
+    if expr.op == "reshape":
+        return lcm(inner, _ratio(expr)) // _ratio(expr)
+    return inner
+
+
+def _ratio(reshape: Apply) -> int:
+    """Rows of the argument that make one row of the result."""
+    return _size(reshape.args[0].type.shape[0]) // max(1, _size(reshape.type.shape[0]))
+
+
+def _size(dim: Dim) -> int:
+    if not isinstance(dim, int):
+        raise TypeMismatch(f"a weight of symbolic size {dim}")
+    return dim

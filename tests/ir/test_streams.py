@@ -1,0 +1,140 @@
+"""Weights in blocks are the weights: every way an expression is cut into runs of elements."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dsc.ir.op import TypeMismatch
+from dsc.ir.streams import blocks, rows
+from dsc.ir.types import DType, TensorType
+from dsc.ir.weights import Apply, DictSource, Source, WeightExpr, apply, evaluate
+
+
+class Counting(DictSource):
+    """Counts the elements of the largest piece that was asked for."""
+
+    def __init__(self, tensors: dict[str, torch.Tensor]) -> None:
+        super().__init__(tensors)
+        object.__setattr__(self, "seen", [0])
+
+    def load(self, key: str) -> torch.Tensor:
+        """The tensor, noted."""
+        self.seen.append(self.tensors[key].numel())  # type: ignore[attr-defined]
+        return super().load(key)
+
+    def load_slice(self, key: str, start: int, stop: int) -> torch.Tensor:
+        """Rows, noted."""
+        found = super().load_slice(key, start, stop)
+        self.seen.append(found.numel())  # type: ignore[attr-defined]
+        return found
+
+
+@st.composite
+def expressions(draw: st.DrawFn) -> tuple[WeightExpr, DictSource]:
+    """A matrix or two from a checkpoint under a few operators."""
+    n, k = draw(st.integers(1, 4)) * 4, draw(st.integers(1, 4)) * 2
+    block = (draw(st.integers(1, 5)), draw(st.integers(1, 5)))
+    generator = torch.Generator().manual_seed(n * 100 + k)
+    tensors = {
+        "a": torch.randn(n, k, generator=generator),
+        "b": torch.randn(n, k, generator=generator),
+        "q": torch.randn(n, k, generator=generator).to(torch.float8_e4m3fn),
+        "s": torch.rand(-(-n // block[0]), -(-k // block[1]), generator=generator),
+    }
+    source = DictSource(tensors)
+
+    def leaf(key: str) -> WeightExpr:
+        return Source(key, source.type(key))
+
+    found: list[WeightExpr] = [
+        leaf("a"),
+        leaf("b"),
+        apply("dequantize_block", leaf("q"), leaf("s"), block=block, dtype=DType.f32),
+    ]
+    expr = draw(st.sampled_from(found))
+    for _ in range(draw(st.integers(0, 4))):
+        expr = _under(draw, expr, found)
+    return expr, source
+
+
+def _under(draw: st.DrawFn, expr: WeightExpr, leaves: list[WeightExpr]) -> WeightExpr:
+    shape = tuple(int(d) for d in expr.type.shape)  # type: ignore[arg-type]
+    kind = draw(st.sampled_from(["cast", "stack", "concat", "slice", "permute", "reshape"]))
+    if kind == "cast":
+        return apply("cast", expr, dtype=draw(st.sampled_from([DType.f32, DType.bf16])))
+    if kind == "stack" and len(shape) < 4:
+        return apply("stack", *[expr] * draw(st.integers(1, 3)))
+    axis = draw(st.integers(-len(shape), len(shape) - 1))
+    if kind == "concat":
+        return apply("concat", expr, expr, axis=axis)
+    if kind == "slice":
+        start = draw(st.integers(0, shape[axis] - 1))
+        end = draw(st.integers(start + 1, shape[axis]))
+        return apply("slice", expr, axis=axis, start=start, end=end)
+    if kind == "permute":
+        return apply("permute", expr, dims=tuple(draw(st.permutations(range(len(shape))))))
+    cut = draw(st.sampled_from([d for d in range(1, shape[0] + 1) if shape[0] % d == 0]))
+    split = (cut, shape[0] // cut, *shape[1:])
+    joined = (shape[0] * shape[1], *shape[2:]) if len(shape) > 1 else shape
+    return apply("reshape", expr, shape=draw(st.sampled_from([split, joined])))
+
+
+@given(expressions(), st.integers(1, 300))
+def test_blocks_are_the_elements_in_order(made: tuple[WeightExpr, DictSource], size: int) -> None:
+    expr, source = made
+    whole = evaluate(expr, source)
+    parts = [b.reshape(-1) for b in blocks(expr, source, size)]
+    assert torch.equal(torch.cat(parts), whole.reshape(-1))
+
+
+@given(expressions(), st.data())
+def test_rows_are_rows(made: tuple[WeightExpr, DictSource], data: st.DataObject) -> None:
+    expr, source = made
+    if _dequantises(expr):  # rows of those start where a block starts
+        return
+    height = int(expr.type.shape[0])  # type: ignore[arg-type]
+    start = data.draw(st.integers(0, height))
+    stop = data.draw(st.integers(start, height))
+    assert torch.equal(rows(expr, source, start, stop), evaluate(expr, source)[start:stop])
+
+
+def _dequantises(expr: WeightExpr) -> bool:
+    return isinstance(expr, Apply) and (
+        expr.op == "dequantize_block" or any(map(_dequantises, expr.args))
+    )
+
+
+def test_a_stack_of_experts_is_read_one_piece_at_a_time() -> None:
+    tensors = {f"{p}{e}": torch.randn(8, 16) for p in ("gate", "up") for e in range(4)}
+    source = Counting(tensors)
+    experts = [
+        apply(
+            "concat", *(Source(f"{p}{e}", source.type(f"{p}{e}")) for p in ("gate", "up")), axis=0
+        )
+        for e in range(4)
+    ]
+    stacked = apply("cast", apply("stack", *experts), dtype=DType.bf16)
+    found = torch.cat([b.reshape(-1) for b in blocks(stacked, source, size=64)])
+    expected = torch.stack([torch.cat([tensors[f"gate{e}"], tensors[f"up{e}"]]) for e in range(4)])
+    assert torch.equal(found, expected.bfloat16().reshape(-1))
+    assert max(source.seen) <= 8 * 16  # type: ignore[attr-defined]
+    assert sum(source.seen) == 4 * 2 * 8 * 16  # type: ignore[attr-defined]
+
+
+def test_the_scales_of_a_block_stay_with_it() -> None:
+    w, s = torch.randn(10, 4).to(torch.float8_e4m3fn), torch.rand(4, 2)
+    source = DictSource({"w": w, "s": s})
+    leaves = (Source(k, source.type(k)) for k in "ws")
+    expr = apply("dequantize_block", *leaves, block=(3, 2), dtype=DType.f32)
+    cut = list(blocks(expr, source, size=40))
+    assert len(cut) == 4
+    assert torch.equal(torch.cat(cut), evaluate(expr, source))
+
+
+def test_a_source_of_another_type_is_an_error() -> None:
+    source = DictSource({"a": torch.zeros(4, 2)})
+    with pytest.raises(TypeMismatch, match="bf16"):
+        list(blocks(Source("a", TensorType(DType.bf16, (4, 2))), source))
