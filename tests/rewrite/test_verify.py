@@ -322,3 +322,15 @@ def test_missing_weights_are_seeded_random() -> None:
     made = [runnable(program, widen=False).source.load("w") for _ in range(2)]
     assert torch.equal(*made)
     assert made[0].dtype == torch.bfloat16
+
+
+def test_routers_are_matched_only_where_both_programs_have_as_many() -> None:
+    before = step()
+    other = STEP.replace(
+        "  %h = add %x, %oc\n",
+        "  %h = add %x, %oc\n"
+        '  %j, %v = route %oc, @gate {score="softmax", top_k=2, normalise=true}\n',
+    )
+    after = replace(parse_program(other), source=before.source)
+    found = compare_programs(before, after, 1e-5)
+    assert found.ok, found.failure
