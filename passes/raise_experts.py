@@ -140,6 +140,7 @@ class Experts(Rule):
         _DENSE.format(act="gelu", gated="mul %g, %u").replace("B,S", "N"),
         _BATCHED,
         _GROUPED,
+        _GROUPED.replace("[N,2", "[N,1").replace("2*N", "N").replace("value=2,", "value=1,"),
     )
     near_misses: ClassVar[Mapping[str, str]] = {
         "the activation is another": _DENSE.format(act="tanh", gated="mul %u, %g").replace(
@@ -164,18 +165,21 @@ class Experts(Rule):
         before = list(_earlier(scope, node, down))
         if not 1 <= len(before) <= 2:
             return None
-        found = [
-            self._region(scope, node, before, down, x) for x in _tokens(scope, before[0], node)
-        ]
-        return next((m for m in found if isinstance(m, Match)), found[-1] if found else None)
+        best: Match | Reject | None = None
+        for x in _tokens(scope, before[0], node):
+            for found in self._regions(scope, node, before, down, x):
+                if isinstance(found, Match) and not isinstance(self.check(found), Reject):
+                    return found
+                best = best if isinstance(best, Match) else found
+        return best
 
-    def _region(
+    def _regions(
         self, scope: Scope, node: Node, before: Sequence[Node], down: Weight, x: Value
-    ) -> Match | Reject:
-        """The first value after `node` shaped like the tokens that reads nothing foreign."""
+    ) -> Iterator[Match | Reject]:
+        """Values after `node` shaped like the tokens that read nothing foreign, nearest first."""
         cone = {v.name for n in before for m in scope.forward(n.output) for v in m.outputs}
         cone |= {n.output.name for n in before}
-        gate_up = [w for n in before if (w := _stacked(scope, n)) is not None]
+        gate_up = tuple(w for n in before if (w := _stacked(scope, n)) is not None)
 
         def is_leaf(v: Operand) -> bool:
             made = scope.producer(v)
@@ -202,14 +206,11 @@ class Experts(Rule):
             if idx.type.shape[:-1] != x.type.shape[:-1] or share.type.shape != idx.type.shape:
                 why = reject("tokens, choices and weights differ in shape", x, idx, share)
                 continue
-            values = {
-                "x": x, "idx": idx, "w": share, "down": down, "gate_up": tuple(gate_up),
-                "region": region,
-            }  # fmt: skip
+            values = dict(x=x, idx=idx, w=share, down=down, gate_up=gate_up, region=region)
             own = tuple(n for n in region.nodes if n is not later)
             shared = frozenset(id(n) for n in own)
-            return Match(values, (*own, later), later.outputs, later, scope, shared)
-        return why
+            yield Match(values, (*own, later), later.outputs, later, scope, shared)
+        yield why
 
     def check(self, m: Match) -> Facts | Reject:
         """Prove one activation and one arrangement of the weights."""
