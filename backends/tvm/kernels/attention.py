@@ -180,7 +180,7 @@ def attention(
         def limit(batch: Expr, token: Expr) -> Expr:
             if seen == "all":
                 return t
-            return token + 1 + (t - s if used is None else used.load(batch))
+            return tirx.min(t, token + 1 + (t - s if used is None else used.load(batch)))
 
         def run(batch: Expr, group: Expr, queries: list[tuple[Expr, Expr]]) -> None:
             """Attend for (token, head) pairs whose heads share the keys of `group`."""
