@@ -1,14 +1,16 @@
 """What an attention mask lets through, found by evaluating it.
 
-A mask is raised only when it is causal over a cache: query i of sequence b sees cache rows
-j <= lengths[b] + i. Anything else (a sliding window, chunks, padding) is refused with the pair of
-rows that it treats differently; it is never dropped.
+A mask is raised only when it is causal: query i of sequence b sees rows j <= lengths[b] + i of a
+cache, rows j <= t - s + i (the last query sees all), or rows j <= i. Anything else (a sliding
+window, chunks, padding) is refused with the pair of rows that it treats differently; it is never
+dropped.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 from dsc.errors import DscError
@@ -30,13 +32,20 @@ HIDDEN = -1e4
 
 @dataclass(frozen=True)
 class Causal:
-    """A causal mask; `lengths` is the value it reads them from, if it reads them."""
+    """A causal mask; `lengths` is the value it reads them from, if it reads them.
+
+    `from_start`: query i sees rows j <= i, however many rows there are.
+    """
 
     lengths: Value | None
+    from_start: bool = False
 
 
-def classify(scope: Scope, mask: Operand) -> Causal | Reject:
-    """Prove that a mask [.., s, t] is causal, by lengths or by t - s; else say why not."""
+def classify(scope: Scope, mask: Operand, inverse: bool = False) -> Causal | Reject:
+    """Prove that a mask [.., s, t] is causal, by lengths, by t - s or by 0; else say why not.
+
+    `inverse`: the mask is true where a row is hidden.
+    """
     if not isinstance(mask, Value):
         return reject("the mask is a weight", mask)
     region = lift.cut(scope, [mask], lambda v: False)
@@ -45,20 +54,35 @@ def classify(scope: Scope, mask: Operand) -> Causal | Reject:
     foreign = [x for x in region.leaves if x.type.dtype is not DType.i64 or x.type.rank != 1]
     if foreign or len(region.leaves) > 1 or mask.type.rank < 2:
         return reject("the mask depends on more than the lengths", *(foreign or region.leaves))
-    found = lift.proven(scope, ("mask", region.key), lambda: _prove(scope, region, mask))
-    if found:
-        return reject(found, mask)
-    return Causal(region.leaves[0] if region.leaves else None)  # type: ignore[arg-type]
+    reasons = []
+    for from_start in (False,) if region.leaves else (False, True):
+        key = ("mask", region.key, inverse, from_start)
+        asked = _Asked(region, inverse, from_start)
+        found = lift.proven(scope, key, partial(_prove, scope, asked, mask))
+        if not found:
+            return Causal(region.leaves[0] if region.leaves else None, from_start)  # type: ignore[arg-type]
+        reasons.append(found)
+    return reject(reasons[0], mask)
 
 
-def _prove(scope: Scope, region: lift.Region, mask: Value) -> str:
+@dataclass(frozen=True)
+class _Asked:
+    """What is to be proved of a mask."""
+
+    region: lift.Region
+    inverse: bool
+    from_start: bool
+
+
+def _prove(scope: Scope, asked: _Asked, mask: Value) -> str:
     """Why the mask is not causal; empty when it is."""
+    region = asked.region
     rows, total = mask.type.shape[-2:]
     cases = _cases(scope, region, rows, total)
     if isinstance(cases, str):
         return cases
     for seed, sizes in enumerate(cases):
-        why = _check(region, sizes, evaluate(rows, sizes), evaluate(total, sizes), seed)
+        why = _check(asked, sizes, evaluate(rows, sizes), evaluate(total, sizes), seed)
         if why:
             return why
     return ""
@@ -70,6 +94,7 @@ def _cases(
     """Sizes to try: small ones, and for every constant written in the mask some beyond it."""
     small = lift.assignments(region.graph)
     cases: list[Mapping[str, int]] = list(small)
+    cases += [{**small[0], name: size} for name in small[0] for size in (5, 9)]
     largest = bounds(total, scope.program.symbols).hi
     for constant in sorted(region.constants()):
         if not 3 < abs(constant) < largest or abs(constant) != int(abs(constant)):
@@ -82,11 +107,12 @@ def _cases(
     return cases
 
 
-def _check(region: lift.Region, sizes: Mapping[str, int], rows: int, total: int, seed: int) -> str:
+def _check(asked: _Asked, sizes: Mapping[str, int], rows: int, total: int, seed: int) -> str:
     """Compare one evaluation with `j <= lengths[b] + i`."""
     import torch
 
-    past = total - rows
+    region = asked.region
+    past = 0 if asked.from_start else total - rows
     if past < 0:
         return ""  # sizes that no step has
     lengths = [lift.integers(x, sizes, seed, past + 1) for x in region.leaves]
@@ -96,7 +122,7 @@ def _check(region: lift.Region, sizes: Mapping[str, int], rows: int, total: int,
         return f"the mask does not run: {str(problem).splitlines()[0]}"
     start = lengths[0][:, None, None] if lengths else torch.full((1, 1, 1), past)
     seen = torch.arange(total)[None, None] <= start + torch.arange(rows)[None, :, None]
-    shown = _visible(value)
+    shown = _visible(~value if asked.inverse and value.dtype == torch.bool else value)
     if isinstance(shown, str):
         return shown
     flat = shown.reshape(-1, rows, total) if shown.dim() < 4 else shown.amax(1)

@@ -24,17 +24,18 @@ After          graph main(%q: f32[B,2,S,4], %k: f32[B,2,S,4], %v: f32[B,2,S,4]) 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from dsc.ir.dims import Dim
+from dsc.ir.dims import Dim, product
 from dsc.ir.graph import GraphBuilder, Node, Operand, Value
-from dsc.ir.ops.shape import axis_of
 from dsc.ir.program import Program
 from dsc.ir.stages import Stage
+from dsc.ir.types import DType
 from dsc.ir.weights import random_tensor
-from dsc.passes._masks import Causal, classify
+from dsc.passes._masks import classify
+from dsc.passes._spelled_attention import Spelling, leaves, spelled_out, whole
 from dsc.passes._views import VIEW_RULES
 from dsc.passes.raise_append import LENGTHS, lengths_of
 from dsc.rewrite import lift
@@ -43,7 +44,6 @@ from dsc.rewrite.driver import apply_rules
 from dsc.rewrite.rule import Facts, Match, Reject, Result, RewriteBuilder, Rule, reject
 from dsc.rewrite.scope import Scope
 
-_SCORES = frozenset({"cast", "mul", "div", "add", "where"})
 _MASKED = """graph g(%q: f32[B,2,S,4], %k: f32[B,2,T,4], %v: f32[B,2,T,6]{more}) {{
   %i = arange {{start={start}, end={end}, dtype=i64}}
   %c = reshape %i {{shape=[S,1]}}
@@ -78,7 +78,15 @@ class Attention(Rule):
         ).replace("T", "S+P"),
         "graph g(%q: f32[B,S,4], %k: f32[B,T,4], %v: f32[B,T,6]) {"
         " %y = sdpa %q, %k, %v {scale=0.5}\n return %y }",
+        "graph g(%q: f32[B,2,S,4], %k: f32[B,2,T,4], %v: f32[B,2,T,6]) {"
+        " %y = sdpa %q, %k, %v {scale=0.5, causal=true}\n return %y }",
         _SPELLED.format(scale=0.25, axis=-1),
+        """graph g(%q: f32[S,B,2,4], %k: f32[B,T,4], %v: f32[T,B,6]) {
+  %s = einsum %k, %q {eq="btd,sbhd->htsb"}
+  %p = softmax %s {axis=1}
+  %y = einsum %p, %v {eq="htsb,tbe->bhse"}
+  return %y
+}""",
     )
     near_misses: ClassVar[Mapping[str, str]] = {
         "the mask is a window of 5 rows": _MASKED.format(
@@ -94,8 +102,17 @@ class Attention(Rule):
         ).replace("T", "S+P"),
         "the mask is an input": "graph g(%q: f32[B,2,S,4], %k: f32[B,2,T,4], %v: f32[B,2,T,6],"
         " %m: bool[B,1,S,T]) { %y = sdpa %q, %k, %v, %m {scale=0.5}\n return %y }",
-        "causal from the upper left, over a past": "graph g(%q: f32[B,2,S,4], %k: f32[B,2,T,4],"
-        " %v: f32[B,2,T,6]) { %y = sdpa %q, %k, %v {scale=0.5, causal=true}\n return %y }",
+        "the mask is one row for all queries": "graph g(%q: f32[B,2,S,4], %k: f32[B,2,T,4],"
+        " %v: f32[B,2,T,6]) { %m = full {shape=[1,T], value=1.0, dtype=bool}\n"
+        " %y = sdpa %q, %k, %v, %m {scale=0.5}\n return %y }",
+        "the factor comes after the softmax": """graph g(%q: f32[B,S,4], %k: f32[B,S,4]) {
+  %s = einsum %q, %k {eq="bsd,btd->bst"}
+  %p = softmax %s {axis=-1}
+  %n = full {shape=[], value=0.5, dtype=f32}
+  %u = mul %p, %n
+  %y = matmul %u, %k
+  return %y
+}""",
         "the softmax is over queries": _SPELLED.format(scale=0.25, axis=2),
     }
 
@@ -108,165 +125,128 @@ class Attention(Rule):
         return random_tensor(value.type, f"{seed}:{value.name}")
 
     def propose(self, scope: Scope, node: Node) -> Match | Reject | None:
-        """Queries, keys, values, mask and scale."""
-        found = _whole(node) if node.op == "sdpa" else _spelled_out(scope, node)
+        """Queries, keys, values, mask and scale, and how their axes lie."""
+        found = whole(node) if node.op == "sdpa" else spelled_out(scope, node)
         if found is None or isinstance(found, Reject):
             return found
-        rank = {found[x].type.rank for x in "qkv"}
-        if len(rank) != 1 or not rank <= {2, 3, 4}:
-            return reject("queries, keys and values differ in rank", *(found[x] for x in "qkv"))
-        root = found.pop("root")
-        own = tuple(found.pop("nodes"))
-        return Match(found, own, root.outputs, root, scope)
+        return Match({"found": found}, found.nodes, found.root.outputs, found.root, scope)
 
     def check(self, m: Match) -> Facts | Reject:
         """The mask's meaning, then (for a spelled-out form) the whole by evaluation."""
-        facts = self._visibility(m)
-        if isinstance(facts, Reject) or m.root.op == "sdpa":
+        found: Spelling = m.found
+        facts = _visibility(m.scope, found)
+        if isinstance(facts, Reject) or found.root.op == "sdpa":
             return facts
-        leaves = [m.q, m.k, m.v, *([m.mask] if m.mask is not None else [])]
-        names = {x.name for x in leaves}
-        region = lift.cut(m.scope, [m.root.output], lambda v: v.name in names)
+        names = {x.name for x in leaves(found)}
+        region = lift.cut(m.scope, [found.root.output], lambda v: v.name in names)
         if region is None or {x.name for x in region.leaves} != names:
-            return reject("attention reads more than queries, keys, values and mask", m.q)
-        key = ("attention", region.key, str(m.scale))
-        why = lift.proven(m.scope, key, lambda: _prove(m, region))
-        return reject(why, m.q) if why else facts
-
-    def _visibility(self, m: Match) -> Facts | Reject:
-        """What a query sees: `lengths`, the causal triangle, or everything."""
-        new, total = m.q.type.shape[-2], m.k.type.shape[-2]
-        if m.mask is None:
-            if m.causal and new != total:
-                return reject("causal from the upper left although keys and queries differ", m.k)
-            return {"lengths": None, "causal": bool(m.causal)}
-        mask = classify(m.scope, m.mask)
-        if isinstance(mask, Reject):
-            return mask
-        assert isinstance(mask, Causal)
-        batch = m.q.type.shape[0] if m.q.type.rank > 2 else 1
-        lengths = mask.lengths or lengths_of(m.scope.graph, batch)
-        if lengths is not None and lengths.type.shape != (batch,):
-            return reject("the lengths are not one a sequence", lengths)
-        return {"lengths": lengths, "causal": True}
+            return reject("attention reads more than queries, keys, values and mask", found.q)
+        key = ("attention", region.key, found.axes, found.result, str(found.scale))
+        why = lift.proven(m.scope, key, lambda: _prove(found, region))
+        return reject(why, found.q) if why else facts
 
     def rewrite(self, b: RewriteBuilder, m: Match, facts: Facts) -> Result:
         """attention between the views to [b,s,h,d] and back."""
-        return _emit(b, m.q, m.k, m.v, facts["lengths"], m.scale, facts["causal"])
+        found: Spelling = m.found
+        lengths = facts["lengths"]
+        if facts["from_start"]:
+            (lengths,) = b.call("full", shape=(_batch(found),), value=0.0, dtype=DType.i64)
+        return _emit(b, found, (found.q, found.k, found.v), lengths, facts["causal"])
 
 
-def _whole(node: Node) -> dict[str, Any]:
-    """The parts of an sdpa node."""
-    q, k, v, *mask = node.inputs
-    return {
-        "q": q, "k": k, "v": v, "mask": mask[0] if mask else None, "root": node,
-        "scale": node.attrs["scale"], "causal": node.attrs.get("causal", False), "nodes": (node,),
-    }  # fmt: skip
+def _visibility(scope: Scope, found: Spelling) -> Facts | Reject:
+    """What a query sees: `lengths`, the causal triangle from the end or the start, or all."""
+    new, total = (
+        x.type.shape[order[-2]] for x, order in zip((found.q, found.k), found.axes[:2], strict=True)
+    )
+    if found.mask is None:
+        from_start = found.causal and new != total
+        return {"lengths": None, "causal": found.causal, "from_start": from_start}
+    if found.mask.type.shape[-2:] != (new, total):
+        return reject("the mask is not one of queries by keys", found.mask)
+    mask = classify(scope, found.mask, found.inverse)
+    if isinstance(mask, Reject):
+        return mask
+    if mask.from_start:
+        return {"lengths": None, "causal": True, "from_start": True}
+    batch = _batch(found)
+    lengths = mask.lengths or lengths_of(scope.graph, batch)
+    if lengths is not None and lengths.type.shape != (batch,):
+        return reject("the lengths are not one a sequence", lengths)
+    return {"lengths": lengths, "causal": True, "from_start": False}
 
 
-def _spelled_out(scope: Scope, node: Node) -> dict[str, Any] | Reject | None:
-    """The parts of softmax(q k^T * scale + mask) v, seen from its softmax."""
-    rank = node.output.type.rank
-    out: Value = node.output
-    readers = scope.consumers(out)
-    while len(readers) == 1 and readers[0].op == "cast":
-        out = readers[0].output
-        readers = scope.consumers(out)
-    if len(readers) != 1 or readers[0].op != "matmul" or readers[0].inputs[0] != out:
-        return None
-    if axis_of(node.attrs.get("axis", -1), rank) != rank - 1:
-        return reject("the softmax in front of a product is not over its last axis", node.output)
-    root, mask, scale = readers[0], None, 1.0
-    at = scope.producer(node.inputs[0])
-    inner: list[Node] = []
-    while at is not None and at.op in _SCORES:
-        inner.append(at)
-        step = _score_step(scope, at)
-        if step is None:
-            return None
-        x, factor, masked = step
-        if masked is not None and mask is not None:
-            return reject("the scores are masked twice", masked)
-        scale, mask = scale * factor, masked if masked is not None else mask
-        at = scope.producer(x)
-    if at is None or at.op != "matmul":
-        return None
-    keys = scope.producer(at.inputs[1])
-    swapped = (*range(rank - 2), rank - 1, rank - 2)
-    if keys is None or keys.op != "permute" or tuple(keys.attrs["dims"]) != swapped:
-        return None
-    return {
-        "q": at.inputs[0], "k": keys.inputs[0], "v": root.inputs[1], "mask": mask, "root": root,
-        "scale": scale, "causal": False, "nodes": (at, *inner, node, root),
-    }  # fmt: skip
+def _lead(found: Spelling) -> tuple[Dim, Dim, Dim]:
+    """Batch, query heads and key heads that the leading axes come to."""
+    queries, keys = (
+        tuple(x.type.shape[a] for a in order[:-2])
+        for x, order in zip((found.q, found.k), found.axes[:2], strict=True)
+    )
+    if found.heads:
+        return product(keys), product(queries[len(keys) :]), 1
+    if len(keys) < 2:
+        return product(keys), 1, 1
+    return product(keys[:-1]), queries[-1], keys[-1]
 
 
-def _score_step(scope: Scope, node: Node) -> tuple[Operand, float, Operand | None] | None:
-    """One node between the scores and the softmax: what it reads, its factor, its mask."""
-    a, *rest = node.operands
-    if node.op == "cast":
-        return a, 1.0, None
-    b = rest[0]
-    if node.op in ("mul", "div"):
-        for x, other in ((a, b), (b, a)):
-            factor = scope.constant(other)
-            if factor is not None and (node.op == "mul" or other is b) and factor:
-                return x, factor if node.op == "mul" else 1 / factor, None
-        return None
-    if node.op == "add":
-        made = scope.producer(a)
-        return (
-            (a, 1.0, b) if made is not None and made.op in (_SCORES | {"matmul"}) else (b, 1.0, a)
-        )
-    hidden = scope.constant(rest[1])
-    return (b, 1.0, a) if hidden is not None and hidden <= -1e4 else None
+def _batch(found: Spelling) -> Dim:
+    return _lead(found)[0]
 
 
 def _emit(
     b: GraphBuilder,
-    q: Operand,
-    k: Operand,
-    v: Operand,
+    found: Spelling,
+    parts: Sequence[Operand],
     lengths: Operand | None,
-    scale: float,
     causal: bool,
 ) -> Operand:
-    """attention of operands [b,h,s,d], [b,s,d] or [s,d]; the result in the same form."""
-    shape = (*q.type.shape[:-1], v.type.shape[-1])
-    parts = [_to_front(b, x) for x in (q, k, v)]
-    (out,) = b.call("attention", *parts, lengths, scale=scale, causal=causal)
-    if q.type.rank == 4:
-        return b.call("permute", out, dims=(0, 2, 1, 3))[0]
-    return b.call("reshape", out, shape=shape)[0]
+    """attention of the parts brought to [b,h,s,d]; its result with the axes that the root has."""
+    batch, heads, groups = _lead(found)
+    ready: list[Operand] = []
+    for part, order, h in zip(parts, found.axes, (heads, groups, groups), strict=True):
+        x = _permuted(b, part, order)
+        rows, columns = x.type.shape[-2:]
+        if h == 1 and x.type.shape[:-2] != (batch, 1):
+            ready.append(b.call("reshape", x, shape=(batch, rows, 1, columns))[0])
+            continue
+        if x.type.shape[:-2] != (batch, h):
+            (x,) = b.call("reshape", x, shape=(batch, h, rows, columns))
+        ready.append(_permuted(b, x, (0, 2, 1, 3)))
+    out: Operand
+    (out,) = b.call("attention", *ready, lengths, scale=found.scale, causal=causal)
+    lead = tuple(found.q.type.shape[a] for a in found.axes[0][:-1])
+    shape = (*lead, out.type.shape[-1])
+    if heads != 1 or len(shape) == 4:
+        out = _permuted(b, out, (0, 2, 1, 3))
+    if out.type.shape != shape:
+        (out,) = b.call("reshape", out, shape=shape)
+    return _permuted(b, out, found.result)
 
 
-def _to_front(b: GraphBuilder, x: Operand) -> Operand:
-    """[b,h,s,d], [b,s,d] or [s,d] as [b,s,h,d]."""
-    if x.type.rank == 4:
-        return b.call("permute", x, dims=(0, 2, 1, 3))[0]
-    rows: tuple[Dim, ...] = x.type.shape[:-1] if x.type.rank == 3 else (1, x.type.shape[0])
-    return b.call("reshape", x, shape=(*rows, 1, x.type.shape[-1]))[0]
+def _permuted(b: GraphBuilder, x: Operand, dims: Sequence[int]) -> Operand:
+    if tuple(dims) == tuple(range(len(dims))):
+        return x
+    return b.call("permute", x, dims=tuple(dims))[0]
 
 
-def _prove(m: Match, region: lift.Region) -> str:
+def _prove(found: Spelling, region: lift.Region) -> str:
     """Why the spelled-out form is no attention with this scale; the mask is a leaf shown whole."""
     import torch
 
     graph = lift.widened(region.graph)
     inputs = [Value(v.name, v.type) for v in graph.inputs]
-    place = [region.leaves.index(x) for x in (m.q, m.k, m.v)]
+    place = [region.leaves.index(x) for x in (found.q, found.k, found.v)]
 
     def body(b: GraphBuilder, *xs: Value) -> Operand:
-        q, k, v = (xs[i] for i in place)
-        return _emit(b, q, k, v, None, m.scale, False)
+        return _emit(b, found, [xs[i] for i in place], None, False)
 
     candidate = lift.build(inputs, body)
     cases = []
     for seed, sizes in enumerate(lift.assignments(graph)):
         tensors = [
-            torch.ones(lift.at_sizes(x, sizes), dtype=torch.bool)
+            torch.full(lift.at_sizes(x, sizes), not found.inverse)
             if x.type.dtype.value == "bool"
-            else lift.normal(x, sizes, seed + i) * (leaf != m.mask)
+            else lift.normal(x, sizes, seed + i) * (leaf != found.mask)
             for i, (x, leaf) in enumerate(zip(inputs, region.leaves, strict=True))
         ]
         cases.append(lift.Case(sizes, tensors))

@@ -1,0 +1,277 @@
+"""Attention that is spelled out: softmax(q k^T * scale + mask) v by matmul or einsum, in letters.
+
+Both products are read as equations over letters, so that one reading serves every order of axes:
+the scores' letters are the batch's, the heads' that keys lack (multi-query), s and t; keys and
+values have the batch's letters and t. What is found here is a guess; `raise_attention` proves it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from dsc.ir.graph import Node, Operand, Value
+from dsc.ir.ops.core import einsum_terms
+from dsc.ir.ops.shape import axis_of
+from dsc.rewrite.rule import Reject, reject
+from dsc.rewrite.scope import Scope
+
+SCORES = frozenset({"cast", "mul", "div", "add", "where"})
+"""What may lie between the product of queries and keys and the softmax."""
+HIDDEN = -1e4
+"""A score at or below this is hidden."""
+_LETTERS = "abcdefgh"
+
+
+@dataclass(frozen=True)
+class Spelling:
+    """The parts of an attention, and the axes of each in the order batch, heads, rows, columns.
+
+    `heads`: leading axes that queries have and keys lack. `inverse`: the mask tells what is hidden.
+    `result` brings the axes of the result from that order into the one that `root` has.
+    """
+
+    root: Node
+    nodes: tuple[Node, ...]
+    q: Operand
+    k: Operand
+    v: Operand
+    axes: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
+    result: tuple[int, ...]
+    heads: int = 0
+    scale: float = 1.0
+    mask: Operand | None = None
+    inverse: bool = False
+    causal: bool = False
+
+
+@dataclass(frozen=True)
+class _Scores:
+    """The way from the softmax's operand back to a product, and what it met."""
+
+    product: Node
+    nodes: tuple[Node, ...] = ()
+    scale: float = 1.0
+    mask: Operand | None = None
+    inverse: bool = False
+
+
+def whole(node: Node) -> Spelling | Reject:
+    """An sdpa node: axes are in order as they are. Keys may have fewer heads than queries."""
+    q, k, v, *mask = node.operands
+    if len({x.type.rank for x in (q, k, v)}) > 1:
+        return reject("queries, keys and values differ in rank", q, k, v)
+    if len({x.type.shape[:-3] for x in (q, k, v)}) > 1:
+        return reject("queries, keys and values differ in their batch axes", q, k, v)
+    order = tuple(range(q.type.rank))
+    return Spelling(
+        node, (node,), q, k, v, (order, order, order), order, scale=node.attrs["scale"],
+        mask=mask[0] if mask else None, causal=node.attrs.get("causal", False),
+    )  # fmt: skip
+
+
+def spelled_out(scope: Scope, softmax: Node) -> Spelling | Reject | None:
+    """The attention around a softmax; `None` where there is none."""
+    casts: list[Node] = []
+    out = softmax.output
+    readers = scope.consumers(out)
+    while len(readers) == 1 and readers[0].op == "cast":
+        casts.append(readers[0])
+        out = readers[0].output
+        readers = scope.consumers(out)
+    if len(readers) != 1 or _equation(readers[0]) is None:
+        return None
+    root = readers[0]
+    scores = _scores(scope, softmax.operands[0])
+    if scores is None or isinstance(scores, Reject):
+        return scores
+    shape = softmax.output.type.shape
+    if any(n.output.type.shape != shape for n in (scores.product, *scores.nodes)):
+        return reject("a mask or a factor widens the scores", softmax.output)
+    axis = axis_of(softmax.attrs.get("axis", -1), len(shape))
+    nodes = (scores.product, *scores.nodes, softmax, *casts, root)
+    return _in_letters(scope, scores, axis, out, root, nodes)
+
+
+def _in_letters(
+    scope: Scope, scores: _Scores, axis: int, p: Value, root: Node, nodes: tuple[Node, ...]
+) -> Spelling | Reject | None:
+    """Read both products as one attention; say why they are none."""
+    first, second = _equation(scores.product), _equation(root)
+    if first is None or second is None:
+        return None
+    t = first[1][axis]
+    sides = list(zip(first[0], scores.product.operands, strict=True))
+    (k_term, k), *others = [x for x in sides if t in x[0]]
+    if others:
+        return reject("queries and keys share the axis of the softmax", p)
+    q_term, q = sides[1 - sides.index((k_term, k))]
+    alone = [c for c in first[1] if c in q_term and c not in k_term]
+    summed = set(q_term) & set(k_term) - set(first[1])
+    own = {*k_term} - {*q_term}
+    if not alone or len(summed) != 1 or own != {t} or {*q_term} - {*first[1]} != summed:
+        return reject("the scores are no product of queries and keys", q, k)
+    s, (d,) = alone[-1], summed
+    batch = [c for c in first[1] if c in q_term and c in k_term]
+    place = 0 if root.operands[0] == p else 1
+    names = dict(zip(second[0][place], first[1], strict=True))
+    if root.operands[1 - place] == p or names.keys() & set(second[1]) != {
+        c for c in names if names[c] != t
+    }:
+        return reject("the softmax in front of a product is not over the axis that it sums", p)
+    v, v_term = root.operands[1 - place], second[0][1 - place]
+    values = [names.get(c, f"{c} of v") for c in v_term]
+    new = [c for c in values if len(c) > 1]
+    if len(new) != 1 or {*values} != {*batch, t, *new}:
+        return reject("keys and values differ in their batch axes", k, v)
+    result = [names.get(c, f"{c} of v") for c in second[1]]
+    order = [*batch, *alone[:-1], s, *new]
+    if scores.mask is not None and (first[1][-2:] != s + t or [*first[1][:-2]] != order[:-2]):
+        return reject("the mask is over scores in another order", scores.mask)
+    found = Spelling(
+        root, nodes, q, k, v,
+        (
+            tuple(q_term.index(c) for c in (*order[:-1], d)),
+            tuple(k_term.index(c) for c in (*batch, t, d)),
+            tuple(values.index(c) for c in (*batch, t, *new)),
+        ),
+        tuple(order.index(c) for c in result),
+        len(alone) - 1, scores.scale, scores.mask, scores.inverse,
+    )  # fmt: skip
+    return _without_casts(scope, _without_factors(scope, _without_permutes(scope, found)))
+
+
+def _equation(node: Node) -> tuple[tuple[str, str], str] | None:
+    """A product of two operands as terms and result; `None` for another node."""
+    if node.op == "einsum":
+        terms, result = einsum_terms(str(node.attrs["eq"]))
+        plain = len(terms) == 2 and all(len({*t}) == len(t) for t in terms)
+        return ((terms[0], terms[1]), result) if plain else None
+    if node.op != "matmul":
+        return None
+    a, b = (x.type.shape for x in node.operands)
+    if a[:-2] != b[:-2] or len(a) < 2 or len(a) - 2 > len(_LETTERS):
+        return None
+    lead = _LETTERS[: len(a) - 2]
+    return (lead + "mk", lead + "kn"), lead + "mn"
+
+
+def _scores(scope: Scope, operand: Operand) -> _Scores | Reject | None:
+    """The product that an operand is made of, through factors, casts and one mask."""
+    node = scope.producer(operand)
+    if node is None:
+        return None
+    if _equation(node) is not None:
+        return _Scores(node)
+    if node.op not in SCORES:
+        return None
+    for x, factor, mask, inverse in _steps(scope, node):
+        found = _scores(scope, x)
+        if found is None or isinstance(found, Reject):
+            if found is not None:
+                return found
+            continue
+        if mask is not None and found.mask is not None:
+            return reject("the scores are masked twice", mask)
+        if found.mask is not None and factor <= 0:
+            return reject("the mask is multiplied by a negative number", found.mask)
+        nodes = (*found.nodes, node)
+        found = replace(found, nodes=nodes, scale=found.scale * factor)
+        return found if mask is None else replace(found, mask=mask, inverse=inverse)
+    return None
+
+
+_Step = tuple[Operand, float, Operand | None, bool]
+
+
+def _steps(scope: Scope, node: Node) -> Iterator[_Step]:
+    """What a node may be to the scores: which operand they are, its factor, its mask."""
+    a, *rest = node.operands
+    match node.op:
+        case "cast":
+            yield a, 1.0, None, False
+        case "mul" | "div":
+            yield from ((x, f, None, False) for x, f in _factor(scope, node))
+        case "add":
+            yield a, 1.0, rest[0], False
+            yield rest[0], 1.0, a, False
+        case "where":
+            for i in (0, 1):  # what is shown where the mask is true, or where it is false
+                fill = scope.constant(rest[1 - i])
+                if fill is not None and fill <= HIDDEN:
+                    yield rest[i], 1.0, a, i == 1
+
+
+def _factor(scope: Scope, node: Node) -> Iterator[tuple[Operand, float]]:
+    """The operand of mul or div that is no constant, and the factor that the other is."""
+    a, b = node.operands
+    for x, other in ((a, b), (b, a)) if node.op == "mul" else ((a, b),):
+        factor = scope.constant(other)
+        if factor and x.type.shape == node.output.type.shape:
+            yield x, factor if node.op == "mul" else 1 / factor
+
+
+def _without_permutes(scope: Scope, found: Spelling) -> Spelling:
+    """Queries, keys and values before they were permuted."""
+    parts: list[Operand] = []
+    axes: list[tuple[int, ...]] = []
+    for x, order in zip((found.q, found.k, found.v), found.axes, strict=True):
+        node = scope.producer(x)
+        while node is not None and node.op == "permute":
+            order = tuple(node.attrs["dims"][a] for a in order)
+            x = node.operands[0]
+            node = scope.producer(x)
+        parts.append(x)
+        axes.append(order)
+    q, k, v = parts
+    return replace(found, q=q, k=k, v=v, axes=(axes[0], axes[1], axes[2]))
+
+
+def _without_factors(scope: Scope, found: Spelling) -> Spelling:
+    """Constant factors of queries and of keys as part of the scale."""
+    parts, scale = [found.q, found.k], found.scale
+    for i, x in enumerate(parts):
+        node = scope.producer(x)
+        for inner, factor in _factor(scope, node) if node and node.op in ("mul", "div") else ():
+            parts[i], scale = inner, scale * factor
+            break
+    if parts == [found.q, found.k]:
+        return found
+    return _without_permutes(scope, replace(found, q=parts[0], k=parts[1], scale=scale))
+
+
+def _without_casts(scope: Scope, found: Spelling) -> Spelling:
+    """Operands before they were widened, where the result is narrowed again to their type."""
+    parts = [_narrow(scope, x) for x in (found.q, found.k, found.v)]
+    readers = scope.consumers(found.root.output)
+    narrow = parts[0].type.dtype
+    if {x.type.dtype for x in parts} != {narrow} or narrow is found.q.type.dtype:
+        return found
+    if found.root.output.type.dtype is narrow:
+        root, nodes = found.root, found.nodes
+    elif len(readers) == 1 and readers[0].op == "cast" and _dtype(readers[0]) is narrow:
+        root, nodes = readers[0], (*found.nodes, readers[0])
+        if any(x == found.root.output for x in scope.graph.outputs):
+            return found
+    else:
+        return found
+    q, k, v = parts
+    return _without_permutes(scope, replace(found, q=q, k=k, v=v, root=root, nodes=nodes))
+
+
+def _narrow(scope: Scope, x: Operand) -> Operand:
+    node = scope.producer(x)
+    if node is None or node.op != "cast":
+        return x
+    source = node.operands[0]
+    wider = source.type.dtype.is_float and source.type.dtype.itemsize < x.type.dtype.itemsize
+    return source if wider else x
+
+
+def _dtype(node: Node) -> object:
+    return node.output.type.dtype
+
+
+def leaves(found: Spelling) -> Sequence[Operand]:
+    """What the attention reads."""
+    return [found.q, found.k, found.v, *([found.mask] if found.mask is not None else [])]
