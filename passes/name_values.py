@@ -55,9 +55,12 @@ class NameValues(Pass):
 
 def named(graph: Graph) -> Graph:
     """The graph with readable names; itself when it has them already."""
-    names = GraphBuilder(taken={v.name for v in graph.inputs})
+    inputs = {v.name for v in graph.inputs}
+    names = GraphBuilder(taken=set(inputs))
     public = {
-        x.name: n for x, n in zip(graph.outputs, graph.output_names, strict=True) if _plain(n)
+        x.name: n
+        for x, n in zip(graph.outputs, graph.output_names, strict=True)
+        if _plain(n) and n not in inputs
     }
     names.taken |= set(public.values())
     readers: dict[str, str] = {}

@@ -20,6 +20,7 @@ from dsc.passes import plan_memory, specialise_entries
 from dsc.passes.absorb_mla import AbsorbMla
 from dsc.passes.append_cache_in_place import AppendCacheInPlace
 from dsc.passes.lower_moe_dispatch import LowerMoeDispatch
+from dsc.passes.name_values import named
 from dsc.passes.plan_memory import PlanMemory, plan, storage_roots
 from dsc.passes.specialise_entries import SpecialiseEntries, break_even
 from dsc.rewrite.base import Pass, PassReport
@@ -33,6 +34,13 @@ from dsc.rewrite.harness import check_docstring, doc_block, program_of
 )
 def test_docstring(each: Pass) -> None:
     check_docstring(each, Stage.CANONICAL)
+
+
+def test_no_value_takes_the_name_of_an_input() -> None:
+    text = 'graph main(%x: f32[B]) { %y = exp %x\n %z = neg %y\n return %z as "x", %y as "e" }'
+    graph = named(parse_graph(text))
+    assert [v.name for v in graph.values()] == ["x", "e", "neg"]
+    assert graph.output_names == ("x", "e")
 
 
 def test_specialise_entries_docstring() -> None:
