@@ -13,6 +13,7 @@ from dsc.cli import options
 if TYPE_CHECKING:
     from dsc.ir.program import Program
     from dsc.rewrite.base import Pass
+    from dsc.rewrite.twin import Twin
     from dsc.rewrite.verify import Comparison
 
 WORST = 5
@@ -128,11 +129,14 @@ def search(
     program: Program, passes: list[Pass], seed: int = 0, progress: object = None
 ) -> tuple[Finding | None, list[tuple[str, str]]]:
     """The first pass that breaks a program, and the passes before it with what came of each."""
+    from dsc.rewrite.twin import Twin
+
     checked: list[tuple[str, str]] = []
+    twin = Twin(seed)
     for index, each in enumerate(passes):
         if callable(progress):
             progress(each.name, index, len(passes))
-        finding, after, outcome = step(program, each, seed)
+        finding, after, outcome = step(program, each, twin)
         if finding is not None:
             return finding, checked
         checked.append((each.name, outcome))
@@ -140,12 +144,11 @@ def search(
     return None, checked
 
 
-def step(before: Program, each: Pass, seed: int) -> tuple[Finding | None, Program, str]:
+def step(before: Program, each: Pass, twin: Twin) -> tuple[Finding | None, Program, str]:
     """Run one pass and compare; what was found, the program after, and the outcome in words."""
     from dsc.errors import VerificationError
     from dsc.ir.verifier import verify
     from dsc.rewrite.base import PassReport
-    from dsc.rewrite.verify import compare_programs
 
     def broken(problem: str, after: Program | None) -> tuple[Finding, Program, str]:
         return Finding(each.name, problem, before, after, ()), before, ""
@@ -164,9 +167,7 @@ def step(before: Program, each: Pass, seed: int) -> tuple[Finding | None, Progra
     except VerificationError as problem:
         return broken(f"what it made does not verify: {problem}", after)
     try:
-        found = compare_programs(
-            before, after, each.tolerance, seed, reapply=lambda p: each.run(p, PassReport())
-        )
+        found = twin.compare(each, before, after)
     except VerificationError as problem:  # too wide, and no small sizes fit: not the pass's fault
         return None, after, f"not compared: {problem.what}"
     if found.ok:

@@ -12,14 +12,18 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dsc.errors import DscError, InternalError, UsageError, VerificationError
 from dsc.ir.printer import print_program
 from dsc.ir.program import Program
 from dsc.ir.verifier import verify
 from dsc.rewrite.base import Pass, PassReport
+
+if TYPE_CHECKING:
+    from dsc.rewrite.twin import Twin
 
 
 @dataclass(frozen=True)
@@ -59,6 +63,13 @@ class Manager:
     watch: Watch = field(default_factory=Watch)
     records: list[PassRecord] = field(default_factory=list)
 
+    @cached_property
+    def twin(self) -> Twin:
+        """What compares programs; its import takes the interpreter along."""
+        from dsc.rewrite.twin import Twin
+
+        return Twin()
+
     def run(self, program: Program, passes: Sequence[Pass]) -> Program:
         """The program after all passes. Raises what the checks raise, naming the pass."""
         self._check_names(passes)
@@ -90,10 +101,19 @@ class Manager:
         nodes = {name: len(graph.nodes) for name, graph in after.entries.items()}
         record = PassRecord(each.name, seconds, nodes, after is not before, report)
         if self.watch.verify_each and after is not before:
-            record.verified = _compare(each, before, after)
+            record.verified = self._compare(each, before, after)
         self.records.append(record)
         self._dump(after, each.name)
         return after
+
+    def _compare(self, each: Pass, before: Program, after: Program) -> str:
+        found = self.twin.compare(each, before, after)
+        if not found.ok:
+            raise VerificationError(
+                f"pass {each.name} changed what the program computes: {found}",
+                hint=f"reproduce with: dsc opt BEFORE.dsc -p {each.name} --verify-each",
+            )
+        return str(found)
 
     def _check_names(self, passes: Sequence[Pass]) -> None:
         known = {p.name for p in passes} | {"all", "input"}
@@ -134,17 +154,3 @@ def _blame(each: Pass, before: Program) -> Iterator[None]:
             print_program(before),
             f"dsc opt repro.dsc -p {each.name}",
         ) from problem
-
-
-def _compare(each: Pass, before: Program, after: Program) -> str:
-    from dsc.rewrite.verify import compare_programs
-
-    found = compare_programs(
-        before, after, each.tolerance, reapply=lambda p: each.run(p, PassReport())
-    )
-    if not found.ok:
-        raise VerificationError(
-            f"pass {each.name} changed what the program computes: {found}",
-            hint=f"reproduce with: dsc opt BEFORE.dsc -p {each.name} --verify-each",
-        )
-    return str(found)

@@ -42,7 +42,8 @@ _OTHER, _SPARE = 3, 2
 class Comparison:
     """What was compared and what came of it; `failure` is empty when all agreed.
 
-    `form` is `full` or `shrunk`; `worst` the largest difference relative to max(1, |value|max);
+    `form` is `full`, or `shrunk` and of how many layers;
+    `worst` the largest difference relative to max(1, |value|max);
     `excluded` of `decisions` routing decisions were near-ties and taken from the first program;
     `errors` holds the largest difference by entry and output.
     """
@@ -78,15 +79,16 @@ def compare_programs(
     reapply: Callable[[Program], Program] | None = None,
     widest: int = WIDEST,
     widen: bool | None = None,
+    form: str = "full",
 ) -> Comparison:
     """Run both programs on the same inputs and compare their outputs.
 
     `tolerance` bounds |difference| relative to max(1, |value|max); `EXACT` wants every bit. Above
     `widest` weight elements both are shrunk, which takes `reapply`, the pass as a function. Entries
     are paired by name; a single entry before is compared with every entry after. 16-bit floats are
-    widened to fp32 where the tolerance is not exact, or as `widen` says.
+    widened to fp32 where the tolerance is not exact, or as `widen` says; `form` is for the record.
     """
-    found = Comparison()
+    found = Comparison(form)
     if weight_elements(before) > widest:
         if reapply is None:
             raise VerificationError(
