@@ -45,7 +45,8 @@ Support: TypeAlias = Yes | No
 class Capabilities:
     """What passes need to know of a backend, as data.
 
-    `in_place_cache`: KV caches are preallocated and written in place. `grouped_moe`: wants
+    `in_place_cache`: KV caches are preallocated and written in place. `paged_cache`: it also takes
+    them in pages, through a block table. `grouped_moe`: wants
     dispatch / grouped_linear / combine in the place of experts. `absorbed`: wants decode and
     extend in the absorbed form. `entries`: the entry graphs it wants of a causal LM. `fuse`: the
     highest fusion level that its kernels take; `regions`: what they take within it. `collectives`:
@@ -55,6 +56,7 @@ class Capabilities:
 
     in_place_cache: bool = False
     grouped_moe: bool = False
+    paged_cache: bool = False
     absorbed: bool = True
     dtypes: frozenset[DType] = frozenset({DType.f32, DType.bf16, DType.f16})
     entries: tuple[str, ...] = ("decode", "extend", "prefill")

@@ -190,6 +190,7 @@ def compile(
         model: a checkpoint folder, a `.py` file with `build(config)`, a built-in name, a `.dsc`
             file, a transformers causal LM of the family, or a `Program`.
         config: a preset's name or a config.json, for models built from code.
+    cache: str = "contiguous",
         weights: a folder of safetensors files, or "none" to compile without values.
         backend: triton, tvm, onnxruntime, reference or null; the best that runs here by default.
         target: one or more of cpu, cuda:sm_90, …; the backend's default otherwise.
@@ -215,6 +216,8 @@ def compile(
     """
     from dsc.frontends.load import load_program
     from dsc.passes.shard import check_parallel
+        cache: "contiguous", max_context rows for each sequence; or "paged", pages of 64 rows that
+            a session's sequences take as they grow.
 
     _check_options(fusion_level, dtype, quant, max_batch, max_context, prefill_chunk)
     check_parallel(ranks, parallel)
@@ -253,6 +256,7 @@ def compile(
     check_memory(program, targets[0], max_batch, loaded.max_context)
     emission = chosen.emit(
         pipeline.for_emission(program, chosen.capabilities(targets[0])),
+        cache=cache,
         EmitOptions(
             targets=targets,
             threads=threads,

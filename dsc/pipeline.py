@@ -13,6 +13,7 @@ from typing import Any
 
 from dsc.backends.base import Backend, Capabilities, No
 from dsc.errors import UnsupportedOperator, UsageError
+from dsc.ir.paging import page_rows
 from dsc.ir.program import Program
 from dsc.ir.ranks import ranks_of
 from dsc.ir.segments import cut
@@ -46,6 +47,7 @@ OPTIMISE = {
     "specialise_entries": "dsc.passes.specialise_entries:SpecialiseEntries",
     "absorb_mla": "dsc.passes.absorb_mla:AbsorbMla",
     "append_cache_in_place": "dsc.passes.append_cache_in_place:AppendCacheInPlace",
+    "page_cache": "dsc.passes.page_cache:PageCache",
     "shard": "dsc.passes.shard:Shard",
     "lower_moe_dispatch": "dsc.passes.lower_moe_dispatch:LowerMoeDispatch",
     "merge_projections": "dsc.passes.merge_projections:MergeProjections",
@@ -56,6 +58,9 @@ LOWER = {
 PLAN = {
     "plan_memory": "dsc.passes.plan_memory:PlanMemory",
 }
+CACHES = ("contiguous", "paged")
+"""Layouts of KV caches: a capacity of rows for each sequence, or pages that sequences take."""
+PAGED = CACHES[1]
 EPILOGUES = 2
 """Backends that fuse from this level on split a merged projection at no cost."""
 PASSES: Mapping[str, str] = {**RAISE, **OPTIMISE, **LOWER, **PLAN}
@@ -68,6 +73,7 @@ class PipelineOptions:
     fusion_level: int = 3
     memory_reuse: bool = True
     prefill_chunk: int = 512
+    cache: str = "contiguous"
     ranks: int = 1
     parallel: str = "tp+ep"
     watch: Watch = field(default_factory=Watch)
@@ -93,7 +99,9 @@ def passes_for(
     chosen.append(make("specialise_entries", entries=capabilities.entries))
     if capabilities.absorbed:
         chosen.append(make("absorb_mla"))
-    if capabilities.in_place_cache:
+    if options.cache == PAGED:
+        chosen.append(make("page_cache"))
+    elif capabilities.in_place_cache:
         chosen.append(make("append_cache_in_place", slack=options.prefill_chunk))
     if options.ranks != 1:
         chosen.append(make("shard", ranks=options.ranks, parallel=options.parallel))
@@ -114,12 +122,35 @@ def run(
     """Take a program through the passes for a backend. Raises `UnsupportedOperator`."""
     manager = Manager(options.watch)
     capabilities = backend.capabilities(target)
+    if options.cache not in CACHES:
+        raise UsageError(f"cache {options.cache!r}", hint=f"one of {', '.join(CACHES)}")
+    if options.cache == PAGED and not capabilities.paged_cache:
+        raise UsageError(
+            f"the {backend.name} backend takes no caches in pages",
+            hint="compile with --cache contiguous, or for a backend that takes pages: reference,"
+            " null or tvm",
+        )
     done = manager.run(program, passes_for(program, capabilities, options))
+    if options.cache == PAGED:
+        _check_paged(done, manager.records)
     emitted = for_emission(done, capabilities)
     check_supported(emitted, backend)
     for name, found in emitted.memory.items():
         check_plan(emitted.entries[name], found, emitted.symbols)
     return done.pruned(), manager.records
+
+
+def _check_paged(program: Program, records: Sequence[PassRecord]) -> None:
+    """Raise `UnsupportedOperator` with what `page_cache` met, unless the program has pages."""
+    if any(page_rows(graph) for graph in program.entries.values()):
+        return
+    met = next(r.report.near for r in records if r.name == "page_cache")
+    lines = [f"{m.reason} (at {m.where})" if m.where else m.reason for m in met]
+    raise UnsupportedOperator(
+        f"the caches of {program.name} cannot be put into pages:\n"
+        + "\n".join(dict.fromkeys(lines) or ["it has no caches of latent attention"]),
+        hint="compile with --cache contiguous",
+    )
 
 
 def for_emission(program: Program, capabilities: Capabilities) -> Program:

@@ -16,6 +16,7 @@ from dsc.ir import regions
 from dsc.ir.analyses import Cost, cost
 from dsc.ir.dims import evaluate
 from dsc.ir.graph import Graph, Node, Value, Weight
+from dsc.ir.paging import page_rows
 from dsc.ir.program import Program
 from dsc.ir.weights import sources
 from dsc.rewrite.manager import PassRecord
@@ -81,6 +82,8 @@ def sizes_at(program: Program, graph: Graph, name: str, context: int) -> dict[st
     """Sizes of a graph's symbols at a point: one sequence, `context` tokens in its cache."""
     new = NEW_TOKENS.get(name, CHUNK)
     wanted = {"B": 1, "S": new, "L": 1, "P": context, "C": context + new}
+    blocks = -(-(context + new) // (page_rows(graph) or 1))
+    wanted |= {"M": blocks, "N": blocks}
     sizes = {"S": new} if is_causal(graph) else {}
     for symbol in sorted({s for v in graph.values() for s in v.type.symbols}):
         known = program.symbols.get(symbol)

@@ -42,6 +42,10 @@ Placement: TypeAlias = Split | Partial | None
 Placed = tuple[Sequence[Value], Sequence[Placement]]
 Rule = Callable[["Sharding", GraphBuilder, Node, Operands], Placed | None]
 
+ATTENTION = frozenset(
+    {"mla_attention", "latent_attention", "paged_mla_attention", "paged_latent_attention"}
+    | {"attention"}
+)
 POINTWISE = frozenset(
     {"add", "sub", "mul", "div", "neg", "cast", "swiglu", "silu", "sigmoid", "gelu", "relu", "tanh"}
 )
@@ -240,13 +244,13 @@ def _pointwise(s: Sharding, b: GraphBuilder, node: Node, operands: Operands) -> 
 
 def _attention(s: Sharding, b: GraphBuilder, node: Node, operands: Operands) -> Placed | None:
     """Heads lie on axis 2 of every operand that has heads."""
-    with_heads = {"mla_attention": 2, "latent_attention": 2, "attention": 3}[node.op]
+    with_heads = 3 if node.op == "attention" else 2
     if any(s.of(x) != Split(2) for x in operands[:with_heads]):
         return None
     given = [*operands]
     if any(s.of(x) is not None for x in operands[with_heads:]):
         return None
-    if node.op == "mla_attention":
+    if node.op in ("mla_attention", "paged_mla_attention"):
         kv_b = operands[4]
         if not isinstance(kv_b, Weight):
             return None
@@ -315,7 +319,7 @@ def _local_choice(
 
 RULES: dict[str, Rule] = {
     **dict.fromkeys(POINTWISE, _pointwise),
-    **dict.fromkeys(("mla_attention", "latent_attention", "attention"), _attention),
+    **dict.fromkeys(sorted(ATTENTION), _attention),
     **dict.fromkeys(("rope", "rms_norm"), _rows),
     **dict.fromkeys(("split", "slice"), _split),
     "linear": _linear,

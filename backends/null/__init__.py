@@ -46,7 +46,12 @@ class NullBackend:
         """Everything, for every target."""
         targets = ("cpu", *(f"{kind}:{arch}" for kind, archs in KNOWN.items() for arch in archs))
         return Capabilities(
-            dtypes=frozenset(DType), targets=targets, in_place_cache=True, fuse=3, collectives=True
+            dtypes=frozenset(DType),
+            targets=targets,
+            in_place_cache=True,
+            paged_cache=True,
+            fuse=3,
+            collectives=True,
         )
 
     def supports(self, node: Node) -> Support:

@@ -38,8 +38,8 @@ class ReferenceBackend:
     rules: Sequence[Any] = ()
 
     def capabilities(self, target: Target) -> Capabilities:
-        """All element types; caches are functional."""
-        return Capabilities(dtypes=frozenset(DType), fuse=3, collectives=True)
+        """All element types; caches are functional, or in pages."""
+        return Capabilities(dtypes=frozenset(DType), fuse=3, collectives=True, paged_cache=True)
 
     def supports(self, node: Node) -> Support:
         """Every operator has a reference."""

@@ -31,7 +31,13 @@ class TvmBackend:
 
     def capabilities(self, target: Target) -> Capabilities:
         """Caches in place; experts as one kernel; no fused regions yet."""
-        return Capabilities(in_place_cache=True, grouped_moe=False, dtypes=DTYPES, targets=("cpu",))
+        return Capabilities(
+            in_place_cache=True,
+            paged_cache=True,
+            grouped_moe=False,
+            dtypes=DTYPES,
+            targets=("cpu",),
+        )
 
     def supports(self, node: Node) -> Support:
         """Whether there is a kernel for the node's operator, element types and shapes."""

@@ -14,6 +14,7 @@ from dsc.errors import ArtifactError, UsageError
 from dsc.ir.dims import evaluate
 from dsc.ir.graph import Graph
 from dsc.ir.types import DType
+from dsc.ir.paging import BLOCK_TABLE, check_block_table, page_inputs
 from dsc.runtime.plan import symbols_of
 
 if TYPE_CHECKING:
@@ -42,6 +43,7 @@ class TvmExecutable:
             self._values[name] = np.array([0] * own + addresses, dtype=np.int64)
 
     def _map_weights(self, folder: Path, path: str | None) -> MappedWeights | None:
+        self._pages = {n: [v.name for v in page_inputs(g)] for n, g in program.entries.items()}
         if path is not None:
             return MappedWeights(folder / path)
         if self.meta["weights"]:
@@ -70,6 +72,9 @@ class TvmExecutable:
             if source is not None:
                 outputs[name] = given[source]
                 continue
+        if self._pages[entry]:
+            pages = min(len(given[name]) for name in self._pages[entry])
+            check_block_table(given[BLOCK_TABLE], pages)
             shape = [evaluate(d, env) for d in value.type.shape]
             outputs[name] = torch.empty(shape, dtype=value.type.dtype.torch)
         values = {**env, "zero": 0, "arena": self._arena_address(facts["arena_bytes"])}

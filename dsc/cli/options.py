@@ -87,6 +87,13 @@ MaxContext = Annotated[
 PrefillChunk = Annotated[
     int, Option("--prefill-chunk", min=1, help="Tokens of a prompt processed at once.")
 ]
+Cache = Annotated[
+    Literal["contiguous", "paged"],
+    Option(
+        "--cache",
+        help="contiguous: max-context rows a sequence; paged: pages of 64 rows, taken on demand.",
+    ),
+]
 Threads = Annotated[
     int | None,
     Option(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from dsc.ir.dims import Dim
@@ -163,21 +163,46 @@ def cost(node: Node) -> Cost:
         if isinstance(operand, Weight):
             weights = weights + _weight_bytes(node, operand)
         elif operand is not None and not (index in in_place and _only_written(node, index)):
-            is_table = _LOOKUPS.get(node.op) == index
-            read = read + (node.output.type if is_table else operand.type).nbytes
+            read = read + _read_bytes(node, index, operand)
     updated = {result for result, index in _shared(node).items() if index in in_place}
     written: Dim = 0
     for result, value in enumerate(node.outputs):
         if result not in updated:
             written = written + value.type.nbytes
-    if node.op == "cache_write":
-        written = node.operands[1].type.nbytes
+    if node.op in _WRITES:
+        written = _rows_written(node)
     for inner in node.body.nodes if node.body is not None else ():
         moved = cost(inner)
         weights = weights + moved.weights
-        if inner.op == "cache_write":
+        if inner.op in _WRITES:
             written = written + moved.written
     return Cost(read, written, weights, flops(node))
+
+
+_WRITES: Mapping[str, tuple[int, ...]] = {"cache_write": (1,), "page_write": (1, 2)}
+"""Writes in place, and the operands that hold the new rows."""
+
+
+def _rows_written(node: Node) -> Dim:
+    total: Dim = 0
+    for index in _WRITES[node.op]:
+        total = total + node.operands[index].type.nbytes
+    return total
+
+
+def _read_bytes(node: Node, index: int, operand: Operand) -> Dim:
+    """Bytes read of an operand: of a table the rows taken, of pages those that the table names."""
+    if _LOOKUPS.get(node.op) == index:
+        return node.output.type.nbytes
+    if node.op in _PAGED and index == 2:
+        batch, width = node.operands[0].type.shape[0], operand.type.shape[2]
+        return operand.type.with_shape((batch, _cached_rows(node), width)).nbytes
+    return operand.type.nbytes
+
+
+def _cached_rows(node: Node) -> Dim:
+    """Rows that an attention over pages reads for each sequence, at most."""
+    return node.operands[3].type.shape[1] * node.operands[2].type.shape[1]
 
 
 def _only_written(node: Node, index: int) -> bool:
@@ -229,6 +254,13 @@ def flops(node: Node) -> Dim:
             b, s, h, n = types[0].shape
             t, r, v = types[2].shape[1], types[1].shape[-1], node.output.type.shape[-1]
             return 2 * b * t * types[4].numel + 2 * b * s * h * t * (n + r + v)
+        case "paged_latent_attention":
+            b, s, h, c = types[0].shape
+            return 2 * b * s * h * _cached_rows(node) * (2 * c + types[1].shape[-1])
+        case "paged_mla_attention":
+            b, s, h, n = types[0].shape
+            t, r, v = _cached_rows(node), types[1].shape[-1], node.output.type.shape[-1]
+            return 2 * b * t * types[4].numel + 2 * b * s * h * t * (n + r + v)
         case "attention":
             b, s, h, d = types[0].shape
             return 2 * b * s * h * types[1].shape[1] * (d + types[2].shape[-1])
@@ -250,6 +282,7 @@ def flops(node: Node) -> Dim:
     return node.outputs[0].type.numel if node.outputs else 0
 
 
+_PAGED = frozenset({"paged_latent_attention", "paged_mla_attention"})
 _LOOKUPS = {"embedding": 1, "gather": 0, "take": 0, "select_rows": 0}
 
 

@@ -340,6 +340,10 @@ def _mla(call: Call, scope: Scope) -> None:
     call.system.equate(scope["m"], scope["h"] * scope["n"] + scope["h"] * scope["v"])
 
 
+def _paged_mla(call: Call, scope: Scope) -> None:
+    call.system.equate(scope["w"], scope["h"] * scope["d"] + scope["h"] * scope["v"])
+
+
 def _route(call: Call, scope: Scope) -> None:
     groups, keep = call.attrs.get("groups", 1), call.attrs.get("keep", 1)
     needed = -(-call.attrs["top_k"] // keep)
@@ -388,6 +392,7 @@ _SPECIAL: dict[str, Callable[[Call, Scope], None]] = {
     "attention": _attention,
     "sdpa": _sdpa,
     "mla_attention": _mla,
+    "paged_mla_attention": _paged_mla,
     "route": _route,
     "topk": _topk,
     "experts": _experts,

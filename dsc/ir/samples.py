@@ -1,19 +1,22 @@
 """Seeded inputs for a graph, drawn from its types and from how it uses them.
 
 Integers that are looked up lie in the table they index; `offsets` of a grouped GEMM ascend to the
-number of rows; the `order` of a combine is a permutation; `lengths`, `positions` and `logits_at` of
-a causal language model are what they must be.
+number of rows; the `order` of a combine is a permutation; a block table gives each sequence pages
+of its own; `lengths`, `positions` and `logits_at` of a causal model are what they must be.
 """
 
 from __future__ import annotations
 
 import zlib
 from collections.abc import Mapping, Sequence
+from math import prod
 from typing import TYPE_CHECKING
 
 from dsc.ir.analyses import Use, uses
 from dsc.ir.dims import Dim, evaluate
 from dsc.ir.graph import Graph, Node, Value
+from dsc.ir.op import lookup
+from dsc.ir.paging import BLOCK_TABLE, page_rows
 from dsc.ir.types import DType, TensorType
 from dsc.ir.weights import random_tensor
 
@@ -62,11 +65,15 @@ def _sample(
     t = TensorType(value.type.dtype, shape)
     if not t.dtype.is_int:
         return random_tensor(t, seed)
+    generator = torch.Generator().manual_seed(zlib.crc32(seed.encode()))
     for node, index in found[value.name]:
+        pages = _paged(node, index, sizes)
+        if pages is not None:
+            numbers = torch.randperm(pages, generator=generator)
+            return numbers[torch.arange(prod(shape)) % pages].reshape(shape)
         rows = _ordered(node, index, sizes)
         if rows is None:
             continue
-        generator = torch.Generator().manual_seed(zlib.crc32(seed.encode()))
         if node is not None and node.op == "combine":
             return torch.randperm(shape[0], generator=generator).to(t.dtype.torch)
         cuts = torch.randint(0, rows + 1, shape, generator=generator).sort()[0]
@@ -76,6 +83,16 @@ def _sample(
         return cuts.to(t.dtype.torch)
     high = [evaluate(d, sizes) for d in _indexed(graph, value.name, found)]
     return random_tensor(t, seed, max(1, min(high, default=2)))
+
+
+def _paged(node: Node | None, index: int, sizes: Mapping[str, int]) -> int | None:
+    """Pages that a value names, where it is used as a block table."""
+    if node is None or node.body is not None:
+        return None
+    names = [o.name for o in lookup(node.op).operands]
+    if BLOCK_TABLE not in names or names.index(BLOCK_TABLE) != index:
+        return None
+    return evaluate(node.operands[names.index("pages")].type.shape[0], sizes)
 
 
 def _ordered(node: Node | None, index: int, sizes: Mapping[str, int]) -> int | None:
@@ -122,7 +139,7 @@ def _causal(
 
     ints = {v.name for v in graph.inputs if v.type.dtype is DType.i64}
     if "lengths" in ints:
-        past = torch.full_like(inputs["lengths"], sizes.get("P", _capacity(inputs, sizes)))
+        past = torch.full_like(inputs["lengths"], sizes.get("P", _capacity(graph, inputs, sizes)))
         given = past if lengths is None else torch.tensor(list(lengths))
         inputs["lengths"] = given.to(past.dtype)
     if "positions" in ints and inputs["positions"].dim() == 2:
@@ -137,7 +154,10 @@ def _causal(
         )
 
 
-def _capacity(inputs: Mapping[str, torch.Tensor], sizes: Mapping[str, int]) -> int:
-    """Tokens that fit before the new ones, where caches have a capacity C in place of a past P."""
+def _capacity(graph: Graph, inputs: Mapping[str, torch.Tensor], sizes: Mapping[str, int]) -> int:
+    """Tokens that fit before the new ones, where caches have a capacity in place of a past P."""
     new = inputs["input_ids"].shape[1] if "input_ids" in inputs else 1
+    rows = page_rows(graph)
+    if rows is not None and BLOCK_TABLE in inputs:
+        return max(0, inputs[BLOCK_TABLE].shape[1] * rows - new)
     return max(0, sizes.get("C", new) - new)

@@ -29,13 +29,13 @@ def _family(name: str) -> frozenset[str]:
 _GROUPED_MOE = frozenset({"dispatch", "grouped_linear", "combine"})
 _MODEL = (
     _family("pointwise") | _family("shape") | _family("core") | _family("nn") | _family("cache")
-    | _family("moe")
+    | _family("paged") | _family("moe")
 )  # fmt: skip
 _COMM = _family("comm")
 
 LEGAL: dict[Stage, frozenset[str]] = {
     Stage.TRACED: _MODEL | _family("traced") | _family("quant"),
-    Stage.CANONICAL: _MODEL - _GROUPED_MOE - {"cache_write", "fused"},
+    Stage.CANONICAL: _MODEL - _GROUPED_MOE - _family("paged") - {"cache_write", "fused"},
     Stage.OPTIMIZED: (_MODEL | _COMM) - {"fused"},
     Stage.LOWERED: _MODEL | _COMM,
     Stage.PLANNED: _MODEL | _COMM,

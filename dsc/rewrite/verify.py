@@ -16,6 +16,7 @@ from dsc.ir.dims import Sym, free_symbols
 from dsc.ir.graph import Graph, Value
 from dsc.ir.interpreter import Interpreter
 from dsc.ir.op import TypeMismatch
+from dsc.ir.paging import BLOCK_TABLE, filled_pages, gathered, page_rows
 from dsc.ir.program import Program
 from dsc.ir.ranks import RankedInterpreter, interpreter
 from dsc.ir.samples import sample_inputs
@@ -36,6 +37,7 @@ SIZES: tuple[Sizes, ...] = (
     {"B": 2, "S": 4, "P": 0, "L": 3},
 )
 _OTHER, _SPARE = 3, 2
+_WRITES = frozenset({"append", "cache_write", "page_write"})
 
 
 @dataclass
@@ -154,9 +156,9 @@ def _cases(
         env = {s: _clamped(before, s, wanted.get(s, _OTHER)) for s in _symbols(first)} | pinned
         if "L" in env and "L" not in pinned:
             env["L"] = max(1, env["L"])
-        room = {"C": env.get("P", wanted.get("P", 0)) + env.get("S", wanted.get("S", 1)) + _SPARE}
-        if "C" in _symbols(first):
-            env["C"] = _clamped(before, "C", room["C"])
+        rows = env.get("P", wanted.get("P", 0)) + env.get("S", wanted.get("S", 1))
+        room = _room(second, rows, env.get("B", wanted.get("B", 1)))
+        env |= {s: _clamped(before, s, n) for s, n in room.items() if s in _symbols(first)}
         other = {**wanted, **room, **env}
         later = {s: _clamped(after, s, other.get(s, _OTHER)) for s in _symbols(second)}
         later |= {s: n for s, n in env.items() if s in later}
@@ -164,6 +166,12 @@ def _cases(
             case = Case(env, later, lengths)
             cases[tuple(sorted(env.items())), tuple(sorted(later.items())), lengths] = case
     return list(cases.values())
+
+
+def _room(graph: Graph, rows: int, batch: int) -> dict[str, int]:
+    """Capacity, blocks a sequence and pages in all, with some to spare, where `rows` are needed."""
+    blocks = -(-rows // (page_rows(graph) or rows or 1))
+    return {"C": rows + _SPARE, "M": blocks, "N": batch * blocks + _SPARE}
 
 
 def _fillings(first: Graph, second: Graph, env: Sizes) -> Iterator[tuple[int, ...] | None]:
@@ -176,7 +184,7 @@ def _fillings(first: Graph, second: Graph, env: Sizes) -> Iterator[tuple[int, ..
 def _is_ragged(graph: Graph) -> bool:
     """Whether a graph gives sequences of different lengths a meaning: by where it writes caches."""
     has_lengths = any(v.name == "lengths" for v in graph.inputs)
-    return has_lengths and any(n.op in ("append", "cache_write") for n in graph.walk())
+    return has_lengths and any(n.op in _WRITES for n in graph.walk())
 
 
 def _symbols(graph: Graph) -> list[str]:
@@ -231,6 +239,7 @@ class _Run:
         except (DscError, TypeMismatch, LookupError, RuntimeError, ValueError) as problem:
             self._fail(f"it does not run: {problem}")
             return
+        made |= self._unpaged(before, after, made, inputs)
         self.found.runs += 1
         self.found.decisions += routing.decisions
         self.found.excluded += routing.forced
@@ -249,11 +258,16 @@ class _Run:
         """The same inputs for the second graph; a cache of more rows starts with the same rows."""
         made = sample_inputs(after, self.case.after, self.seed + 1, self.case.lengths)
         states = {before.inputs[i].name for _, i in before.aliases}
+        paged = self._paged(before, after)
         for name, own in made.items():
             tensor = given.get(name)
-            if tensor is None:
+            if name in paged:
+                filled_pages(own, made[BLOCK_TABLE], [given[part] for part in paged[name]])
+            elif paged and name == BLOCK_TABLE:
+                continue
+            elif tensor is None:
                 raise VerificationError(f"input {name} was not there before")
-            if tensor.shape == own.shape:
+            elif tensor.shape == own.shape:
                 made[name] = tensor.clone()
             elif name in states and tensor.dim() == own.dim() and tensor.shape[1] <= own.shape[1]:
                 own[:, : tensor.shape[1]] = tensor
@@ -262,6 +276,30 @@ class _Run:
                     f"input {name} was {tuple(tensor.shape)} and is {tuple(own.shape)}"
                 )
         return made
+
+    def _paged(self, before: Graph, after: Graph) -> Mapping[str, Sequence[str]]:
+        """The caches that lie in pages in the second graph alone, and those that they were."""
+        held = {v.name for v in before.inputs}
+        found = self.second.program.meta.get("paged", {})
+        return {v.name: found[v.name] for v in after.inputs if v.name in found.keys() - held}
+
+    def _unpaged(
+        self,
+        before: Graph,
+        after: Graph,
+        made: Mapping[str, torch.Tensor],
+        inputs: Mapping[str, torch.Tensor],
+    ) -> dict[str, torch.Tensor]:
+        """The outputs that lie in pages in the second graph alone, as the first graph has them."""
+        outputs = {before.inputs[i].name: before.output_names[o] for o, i in before.aliases}
+        states = {after.inputs[i].name: after.output_names[o] for o, i in after.aliases}
+        found = {}
+        for name, parts in self._paged(before, after).items():
+            rows = gathered(made[states[name]], inputs[BLOCK_TABLE])
+            widths = [before.input(part).type.shape[2] for part in parts]
+            for part, columns in zip(parts, rows.split(widths, -1), strict=True):
+                found[outputs[part]] = columns
+        return found
 
     def _output(
         self,

@@ -1,7 +1,8 @@
 """A session: one batch of sequences being generated, with its KV cache.
 
 The same over every backend: it reads from the entry's signature whether caches are written in
-place or returned grown, cuts prompts into chunks, and chooses the entry for each step.
+place, lie in pages or are returned grown, cuts prompts into chunks, and chooses the entry for each
+step.
 """
 
 from __future__ import annotations
@@ -15,8 +16,10 @@ import numpy as np
 from dsc.errors import UsageError
 from dsc.ir.dims import Sym
 from dsc.ir.graph import Graph, Value
+from dsc.ir.paging import BLOCK_TABLE, page_rows
 from dsc.ir.program import Program
-from dsc.runtime.profiler import span
+from dsc.runtime.pages import PagePool, page_memory
+from dsc.runtime.profiler import entry_span
 
 if TYPE_CHECKING:
     import torch
@@ -61,6 +64,8 @@ class Session:
         graph = program.entries[self._entry(2)]
         self._vocab = _vocabulary(graph, program)
         self._specs = cache_specs(graph)
+        rows = page_rows(graph)
+        self._pool = None if rows is None else PagePool(max_batch * -(-max_context // rows), rows)
         self._caches: dict[str, torch.Tensor] = {}
         self._lengths: torch.Tensor | None = None
 
@@ -70,8 +75,11 @@ class Session:
         return [] if self._lengths is None else [int(n) for n in self._lengths]
 
     def reset(self) -> None:
-        """Forget all sequences."""
-        self._caches.clear()
+        """Forget all sequences; pages go back to the pool."""
+        if self._pool is None:
+            self._caches.clear()
+        else:
+            self._pool.release()
         self._lengths = None
 
     def prefill(
@@ -124,6 +132,9 @@ class Session:
             "lengths": self._lengths.contiguous(),
             "logits_at": wanted.expand(chunk.shape[0], -1).contiguous(),
         }
+        if self._pool is not None:
+            self._pool.grow((self._lengths + here).tolist())
+            inputs[BLOCK_TABLE] = self._pool.table()
         entry = self._entry(size if inputs["logits_at"].shape[1] == 1 else max(size, 2))
         with span(entry, "entry"):
             outputs = self.executable.run(entry, {**inputs, **self._caches})
@@ -152,12 +163,24 @@ class Session:
             return
         self._lengths = torch.zeros(batch, dtype=torch.int64)
         rows = self.max_context + self.prefill_chunk
+        if self._pool is not None:
+            self._take_pages(self._pool)
+            return
         for spec in self._specs:
             width = [d for d in spec.input.type.shape[2:] if isinstance(d, int)]
             shape = (batch, rows if spec.in_place else 0, *width)
             self._caches[spec.input.name] = torch.zeros(shape, dtype=spec.input.type.dtype.torch)
 
     def _entry(self, size: int) -> str:
+    def _take_pages(self, pool: PagePool) -> None:
+        """The memory of all pages; what former sequences left there is never seen."""
+        for spec in self._specs:
+            width = spec.input.type.shape[2]
+            if spec.input.name not in self._caches:
+                assert isinstance(width, int)
+                memory = page_memory(pool.count, pool.rows, width, spec.input.type.dtype)
+                self._caches[spec.input.name] = memory
+
         """The entry for a step of `size` new tokens: the first whose guard admits it."""
         for name, limit in self._guards.items():
             if name in self.program.entries and (limit == 0 or size <= limit):
@@ -213,13 +236,15 @@ def _check_limits(program: Program, max_batch: int, max_context: int) -> None:
             f"{program.name} is no causal language model",
             hint="run its entries with CompiledModel.run(entry, inputs)",
         )
-    for name, wanted in (("B", max_batch), ("P", max_context), ("C", max_context)):
-        if wanted < 1 or (name in program.symbols and wanted > program.symbols[name].hi):
+    rows = next((r for r in map(page_rows, program.entries.values()) if r is not None), 1)
+    limits = (("B", 1, max_batch), ("P", 1, max_context), ("C", 1, max_context))
+    for name, unit, wanted in (*limits, ("M", rows, max_context)):
+        most = _high(program, name, wanted) * (unit if name in program.symbols else 1)
+        if not 1 <= wanted <= most:
             option = "max_batch" if name == "B" else "max_context"
             raise UsageError(
                 f"{option} is {wanted}",
-                hint=f"it was compiled for 1 to {_high(program, name, wanted)}; compile with a "
-                f"larger {option}",
+                hint=f"it was compiled for 1 to {most}; compile with a larger {option}",
             )
 
 

@@ -25,7 +25,7 @@ EXACT = frozenset(
     {"embedding", "append", "cache_write", "select_rows", "cast", "full", "arange", "permute"}
     | {"expand", "slice", "concat", "stack", "split", "gather", "take", "amax", "amin", "argmax"}
     | {"maximum", "minimum", "where", "dispatch", "neg", "abs", "relu", "topk", "lt", "eq", "ne"}
-    | {"logical_and", "logical_or", "logical_not"}
+    | {"logical_and", "logical_or", "logical_not", "page_write"}
 )
 """Operators that place, choose or round once: every bit must be the reference's."""
 FOUND = [case for dtype in TOLERANCE for case in cases(dtype)]

@@ -53,6 +53,18 @@ CASES: dict[str, list[str]] = {
     ],
     "append": ["F[B,C,6], F[B,S,6], i64[B]=4"],
     "cache_write": ["F[B,C,6], F[B,S,6], i64[B]=4", "F[B,C,64], F[B,S,64], i64[B]=4"],
+    "page_write": [
+        "F[9,64,8], F[B,S,6], F[B,S,2], i64[B,2]=pages, i64[B]=150",
+        "F[9,64,96], F[B,S,64], F[B,S,32], i64[B,3]=pages, i64[B]=192",
+    ],
+    "paged_latent_attention": [
+        "F[B,S,16,64], F[B,S,16,16], F[9,32,80], i64[B,3]=pages, i64[B]=92 {scale=0.1}",
+        "F[B,S,5,20], F[B,S,5,6], F[9,64,26], i64[B,2]=pages, i64[B]=120 {scale=0.3}",
+    ],
+    "paged_mla_attention": [
+        "F[B,S,4,16], F[B,S,4,8], F[9,32,40], i64[B,3]=pages, F[112,32], i64[B]=92 {scale=0.2}",
+        "F[B,S,3,5], F[B,S,3,6], F[9,64,16], i64[B,2]=pages, F[36,10], i64[B]=120 {scale=0.3}",
+    ],
     "select_rows": ["F[B,S,20], i64[B,L]=S"],
     "attention": [
         "F[B,S,4,10], F[B,C,2,10], F[B,C,2,6], i64[B]=4 {scale=0.3, causal=true}",
@@ -135,7 +147,16 @@ CASES: dict[str, list[str]] = {
 
 ALSO_BF16 = frozenset(
     {"embedding", "linear", "rms_norm", "rope", "append", "cache_write", "select_rows", "attention"}
-    | {"mla_attention", "latent_attention", "swiglu", "route", "experts", "dispatch", "combine"}
+    | {
+        "mla_attention",
+        "latent_attention",
+        "page_write",
+        "swiglu",
+        "route",
+        "experts",
+        "dispatch",
+        "combine",
+    }
     | {"grouped_linear", "add", "maximum", "where", "silu", "cast", "permute", "concat", "split"}
     | {"sum", "mean", "amax", "softmax", "matmul", "einsum"}
 )
@@ -159,6 +180,15 @@ WIDE: dict[str, list[str]] = {
     "mla_attention": [
         "F[B,S,3,64], F[B,S,3,32], F[B,C,96], F[B,C,32], F[288,96], i64[B]=4 {scale=0.2}",
         "F[B,C,2,32], F[B,C,2,32], F[B,C,64], F[B,C,32], F[128,64], i64[B]=1 {scale=0.2}",
+    ],
+    "page_write": ["F[9,64,96], F[B,S,64], F[B,S,32], i64[B,3]=pages, i64[B]=192"],
+    "paged_latent_attention": [
+        f"F[B,{s},{h},64], F[B,{s},{h},32], F[9,64,96], i64[B,3]=pages, i64[B]=187 {{scale=0.1}}"
+        for s, h in (("S", 6), (1, 16), (1, 3))
+    ],
+    "paged_mla_attention": [
+        "F[B,S,3,64], F[B,S,3,32], F[9,64,128], i64[B,3]=pages, F[288,96], i64[B]=187 {scale=0.2}",
+        "F[B,C,2,32], F[B,C,2,32], F[9,128,96], i64[B,2]=pages, F[128,64], i64[B]=150 {scale=0.2}",
     ],
     "grouped_linear": ["F[8,64], F[3,70,64], i64[4]=offsets"],
 }
@@ -185,6 +215,8 @@ class Case:
             seed = torch.Generator().manual_seed(zlib.crc32(self.id.encode()))
             if high == "order":
                 tensor = torch.randperm(shape[0], generator=seed)
+            elif high == "pages":
+                tensor = torch.randperm(9, generator=seed)[: tensor.numel()].reshape(shape)
             elif high == "offsets":
                 tensor = torch.tensor([0, 5, 5, 8])
             drawn[value.name] = tensor

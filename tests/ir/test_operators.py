@@ -84,6 +84,11 @@ CASES: dict[str, list[str]] = {
     "append": ["f32[{a},0,{c}], f32[{a},{d},{c}], i64[{a}]=0",
                "f32[{a},3,{c}], f32[{a},{d},{c}], i64[{a}]=3"],
     "cache_write": ["f32[{a},9,{c}], f32[{a},{d},{c}], i64[{a}]=2"],
+    "page_write": ["f32[40,4,8], f32[{a},{b},5], f32[{a},{b},3], i64[{a},{c}], i64[{a}]=9"],
+    "paged_latent_attention": ["f32[{a},{b},3,{c}], f32[{a},{b},3,0], f32[40,4,{c}], i64[{a},{d}],"
+                               " i64[{a}]=9 {{scale=0.3}}"],
+    "paged_mla_attention": ["f32[{a},{b},2,5], f32[{a},{b},2,4], f32[40,4,8], i64[{a},{d}],"
+                            " f32[22,4], i64[{a}]=9 {{scale=0.3}}"],
     "route": [_ROUTE % ("sigmoid", "top2", "-inf", "true"),
               _ROUTE % ("softmax", "max", "0.0", "false"),
               'f32[{d}], f32[{c},{d}] {{score="softmax", top_k=2, normalise=false}}'],

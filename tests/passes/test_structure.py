@@ -21,6 +21,7 @@ from dsc.passes.absorb_mla import AbsorbMla
 from dsc.passes.append_cache_in_place import AppendCacheInPlace
 from dsc.passes.lower_moe_dispatch import LowerMoeDispatch
 from dsc.passes.name_values import named
+from dsc.passes.page_cache import PageCache
 from dsc.passes.plan_memory import PlanMemory, plan, storage_roots
 from dsc.passes.specialise_entries import SpecialiseEntries, break_even
 from dsc.rewrite.base import Pass, PassReport
@@ -29,7 +30,13 @@ from dsc.rewrite.harness import check_docstring, doc_block, program_of
 
 @pytest.mark.parametrize(
     "each",
-    [AbsorbMla(entries=("main",)), AppendCacheInPlace(), LowerMoeDispatch(), PlanMemory()],
+    [
+        AbsorbMla(entries=("main",)),
+        AppendCacheInPlace(),
+        PageCache(),
+        LowerMoeDispatch(),
+        PlanMemory(),
+    ],
     ids=lambda p: p.name,
 )
 def test_docstring(each: Pass) -> None:

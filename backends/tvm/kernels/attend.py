@@ -35,11 +35,15 @@ BLOCK = 32
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """Rows of a cache: row t starts at flat position `at(t)` and has `width` elements."""
+    """Rows of a cache: row t starts at flat position `at(t)` and has `width` elements.
+
+    From a row whose number is a multiple of BLOCK on, as many lie `stride` elements apart.
+    """
 
     tensor: Tensor
     at: Position
     width: int
+    stride: Expr
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,8 +89,11 @@ def attend(
         here = bind(tirx.min(integer(BLOCK), seen - first))
         with loop(count * BLOCK // step) as i:
             scores.store(i * step, splat(f32(float("-inf")), step))
+        starts = [bind(rows.at(first)) for rows in keys]
+        start = bind(values.at(first))
         with loop(here) as t:
-            dot = _dot(packed, keys, first + t, count, lanes)
+            at = [s + t * rows.stride for s, rows in zip(starts, keys, strict=True)]
+            dot = _dot(packed, keys, at, count, lanes)
             for q, limit in enumerate(queries.visible):
                 scores[q * BLOCK + t] = select(first + t < limit, dot[q], f32(float("-inf")))
         for q in range(count):
@@ -96,7 +103,7 @@ def attend(
             for q, acc in enumerate(sums):
                 acc[0] = out.load(q * values.width + c * width, width)
             with loop(here) as t:
-                row = bind(values.tensor.at(values.at(first + t) + c * width, width))
+                row = bind(values.tensor.at(start + t * values.stride + c * width, width))
                 for q, acc in enumerate(sums):
                     acc[0] = acc[0] + splat(scores[q * BLOCK + t], width) * row
             for q, acc in enumerate(sums):
@@ -124,19 +131,23 @@ def _pack(queries: Queries, keys: Sequence[Rows], scale: float, lanes: int) -> l
 
 
 def _dot(
-    packed: Sequence[Local], keys: Sequence[Rows], t: Expr, count: int, lanes: int
+    packed: Sequence[Local], keys: Sequence[Rows], at: Sequence[Expr], count: int, lanes: int
 ) -> list[Expr]:
-    """The scores of all queries with row t; parts of one vector width share accumulators."""
+    """The scores of all queries with one row; `at` says where the row's parts start.
+
+    Parts of one vector width share accumulators.
+    """
     shared = {lanes_for(rows.width, lanes) for rows in keys}
     sums: list[Local] = []
     scores: list[Expr] = [f32(0.0)] * count
-    for last, (part, rows) in enumerate(zip(packed, keys, strict=True), 1 - len(keys)):
+    parts = zip(packed, keys, at, strict=True)
+    for last, (part, rows, position) in enumerate(parts, 1 - len(keys)):
         width = lanes_for(rows.width, lanes)
         if not sums:
             sums = [Local(1, width=width) for _ in range(count)]
             for acc in sums:
                 acc[0] = acc.zero
-        start = bind(rows.at(t))
+        start = bind(position)
         with loop(rows.width // width) as i:
             key = bind(rows.tensor.at(start + i * width, width))
             for q, acc in enumerate(sums):

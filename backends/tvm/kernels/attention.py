@@ -13,9 +13,10 @@ from collections.abc import Callable
 from tvm import tirx
 
 from dsc.backends.tvm.bf16 import LANES
-from dsc.backends.tvm.kernels import bf16_attention
-from dsc.backends.tvm.kernels.attend import Queries, Rows, attend
+from dsc.backends.tvm.kernels import bf16_attention, bf16_softmax
+from dsc.backends.tvm.kernels.attend import BLOCK, Queries, Rows, attend
 from dsc.backends.tvm.kernels.bf16_linear import fits
+from dsc.backends.tvm.kernels.latent_cache import LatentCache, page_of
 from dsc.backends.tvm.kernels.products import product_rows
 from dsc.backends.tvm.launch import Launch, operand, static_dim
 from dsc.backends.tvm.machine import Machine
@@ -32,6 +33,7 @@ from dsc.backends.tvm.tir import (
     loop,
     tiles,
 )
+from dsc.ir.dims import Dim
 from dsc.ir.graph import Node
 from dsc.ir.types import DType
 
@@ -40,25 +42,34 @@ HEADS, TOKENS = 8, 4
 
 
 def lower_latent(node: Node, machine: Machine) -> Launch:
-    """The launch of `latent_attention`."""
+    """The launch of `latent_attention`, over a cache in order or in pages."""
     q, q_rope, latent = (operand(node, i).type for i in range(3))
     heads, c, r = (static_dim(d, "a head axis") for d in (*q.shape[2:], q_rope.shape[3]))
-    b, s, t = *q.shape[:2], latent.shape[1]
-    scale, flops = float(node.attrs["scale"]), b * s * t * (heads * (4 * c + 2 * r))
-    if fits(machine, c, q, latent) and r % LANES == 0:
+    b, s, t, page = *q.shape[:2], *_extent(node)
+    scale, flops = float(node.attrs["scale"]), b * s * t * (heads * (4 * c + 2 * r) * (page or 1))
+    if fits(machine, c, q, latent) and r % LANES == 0 and page % bf16_softmax.BLOCK == 0:
         split = s == 1
         floats = bf16_attention.PARTS * bf16_attention.part_floats(heads, c) if split else 0
-        wide = (heads, c, r, scale, split)
+        wide = (heads, c, r, scale, split, page)
         maker = bf16_attention.bf16_latent
         return Launch(maker, wide, (b, s, t), scratch=b * (4 * floats), flops=flops)
-    static = (q.dtype, heads, c, r, scale, machine.lanes)
+    static = (q.dtype, heads, c, r, scale, machine.lanes, page)
     return Launch(latent_attention, static, (b, s, t), flops=flops)
 
 
+def _extent(node: Node) -> tuple[Dim, int]:
+    """How many rows, or pages, an attention's cache has for a sequence; rows of a page, or 0."""
+    page = page_of(node, BLOCK)
+    return operand(node, 3).type.shape[1], page
+
+
 def latent_attention(
-    dtype: DType, heads: int, c: int, r: int, scale: float, lanes: int
+    dtype: DType, heads: int, c: int, r: int, scale: float, lanes: int, page: int
 ) -> PrimFunc:
-    """Arguments: q_latent, q_rope, latent, rope, lengths, out; b, s, t."""
+    """Arguments: q_latent, q_rope, latent, rope, lengths, out; b, s, t.
+
+    With `page`, pages and block table are in the place of latent and rope, and t counts pages.
+    """
     group = lanes_for(heads, HEADS)
 
     def body(
@@ -66,20 +77,20 @@ def latent_attention(
         b: Expr, s: Expr, t: Expr,
     ) -> None:  # fmt: skip
         q = Tensor(q_latent, dtype, (b, s, heads, c)), Tensor(q_rope, dtype, (b, s, heads, r))
-        k = Tensor(latent, dtype, (b, t, c)), Tensor(rope, dtype, (b, t, r))
+        cache = LatentCache.at(latent, rope, dtype, (b, t), c, r, page)
         used, y = Tensor(lengths, DType.i64, (b,)), Tensor(out, dtype, (b, s, heads, c))
 
         def task(n: Expr) -> None:
             head = bind(tirx.truncmod(n, heads // group) * group)
             token = bind(tirx.truncdiv(n, heads // group))
             batch = bind(tirx.truncdiv(token, s))
-            limit = bind(used.load(batch) + (token - batch * s) + 1)
+            limit = bind(tirx.min(used.load(batch) + (token - batch * s) + 1, cache.extent))
             rows = [bind(token * heads + head + i) for i in range(group)]
             queries = Queries(q, [[i * c for i in rows], [i * r for i in rows]], [limit] * group)
             attend(
                 queries,
-                [_cache_rows(k[0], batch, t, c), _cache_rows(k[1], batch, t, r)],
-                _cache_rows(k[0], batch, t, c),
+                [_latents(cache, batch), _ropes(cache, batch)],
+                _latents(cache, batch),
                 scale,
                 lanes,
                 lambda i, column, v: y.put(rows[i] * c + column, v),
@@ -91,25 +102,37 @@ def latent_attention(
 
 
 def lower_mla(node: Node, machine: Machine) -> Launch:
-    """The launch of `mla_attention`."""
+    """The launch of `mla_attention`, over a cache in order or in pages."""
     q, q_rope, latent, _, kv_b = (operand(node, i).type for i in range(5))
     axes = (*q.shape[2:], q_rope.shape[3], *kv_b.shape)
     heads, n, r, m, c = (static_dim(d, "a head axis") for d in axes)
-    b, s, t = *q.shape[:2], latent.shape[1]
+    b, s, t, page = *q.shape[:2], *_extent(node)
     width = m // heads
-    flops = b * t * (2 * m * c) + b * s * t * (2 * heads * (width + r))
+    flops = (b * t * (2 * m * c) + b * s * t * (2 * heads * (width + r))) * (page or 1)
     scale = float(node.attrs["scale"])
-    if fits(machine, c, q, latent, kv_b) and not any(d % LANES for d in (n, r, width - n)):
-        wide = (heads, n, r, width - n, c, scale)
+    tiled = page % bf16_softmax.BLOCK == 0 and not any(d % LANES for d in (n, r, width - n))
+    if fits(machine, c, q, latent, kv_b) and tiled:
+        wide = (heads, n, r, width - n, c, scale, page)
         return Launch(bf16_attention.bf16_mla, wide, (b, s, t), flops=flops)
-    static = (q.dtype, heads, n, r, width - n, c, scale, machine)
+    static = (q.dtype, heads, n, r, width - n, c, scale, machine, page)
     return Launch(mla_attention, static, (b, s, t), flops=flops)
 
 
 def mla_attention(
-    dtype: DType, heads: int, n: int, r: int, v: int, c: int, scale: float, machine: Machine
+    dtype: DType,
+    heads: int,
+    n: int,
+    r: int,
+    v: int,
+    c: int,
+    scale: float,
+    machine: Machine,
+    page: int,
 ) -> PrimFunc:
-    """Arguments: q_nope, q_rope, latent, rope, kv_b [heads*(n+v), c], lengths, out; b, s, t."""
+    """Arguments: q_nope, q_rope, latent, rope, kv_b [heads*(n+v), c], lengths, out; b, s, t.
+
+    With `page`, pages and block table are in the place of latent and rope, and t counts pages.
+    """
     width = n + v
 
     def body(
@@ -117,28 +140,28 @@ def mla_attention(
         b: Expr, s: Expr, t: Expr,
     ) -> None:  # fmt: skip
         q = Tensor(q_nope, dtype, (b, s, heads, n)), Tensor(q_rope, dtype, (b, s, heads, r))
-        cache, k_rope = Tensor(latent, dtype, (b, t, c)), Tensor(rope, dtype, (b, t, r))
+        cache = LatentCache.at(latent, rope, dtype, (b, t), c, r, page)
         up, used = Tensor(kv_b, dtype, (heads * width, c)), Tensor(lengths, DType.i64, (b,))
         y = Tensor(out, dtype, (b, s, heads, v))
 
         def task(i: Expr) -> None:
             batch, head = bind(tirx.truncdiv(i, heads)), bind(tirx.truncmod(i, heads))
             past = bind(used.load(batch))
-            shown = bind(tirx.min(past + s, t))
+            shown = bind(tirx.min(past + s, cache.extent))
             kv = Scratch(DType.f32, shown * width)
             product_rows(
-                cache, lambda row: (batch * t + row) * c, shown,
+                cache.latent, lambda row: cache.latent_at(cache.slot(batch, row)), shown,
                 up, lambda j: (head * width + j) * c, width, c, machine,
                 lambda row, j, value: kv.put(row * width + j, value),
             )  # fmt: skip
 
             def tokens(first: Expr, count: int) -> None:
                 rows = [bind((batch * s + first + a) * heads + head) for a in range(count)]
-                limits = [bind(tirx.min(past + first + (a + 1), t)) for a in range(count)]
+                limits = [bind(tirx.min(past + first + (a + 1), shown)) for a in range(count)]
                 attend(
                     Queries(q, [[a * n for a in rows], [a * r for a in rows]], limits),
-                    [Rows(kv, lambda row: row * width, n), _cache_rows(k_rope, batch, t, r)],
-                    Rows(kv, lambda row: row * width + n, v),
+                    [Rows(kv, lambda row: row * width, n, width), _ropes(cache, batch)],
+                    Rows(kv, lambda row: row * width + n, v, width),
                     scale,
                     machine.lanes,
                     lambda a, column, vector: y.put(rows[a] * v + column, vector),
@@ -188,8 +211,8 @@ def attention(
             limits = [bind(limit(batch, token)) for token, _ in queries]
             attend(
                 Queries([q], [[row * d for row in rows]], limits),
-                [Rows(k, lambda row: ((batch * t + row) * groups + group) * d, d)],
-                Rows(v, lambda row: ((batch * t + row) * groups + group) * e, e),
+                [Rows(k, lambda row: ((batch * t + row) * groups + group) * d, d, groups * d)],
+                Rows(v, lambda row: ((batch * t + row) * groups + group) * e, e, groups * e),
                 scale,
                 lanes,
                 lambda i, column, vector: y.put(rows[i] * e + column, vector),
@@ -230,5 +253,11 @@ def _task(
     return task
 
 
-def _cache_rows(cache: Tensor, batch: Expr, t: Expr, width: int) -> Rows:
-    return Rows(cache, lambda row: (batch * t + row) * width, width)
+def _latents(cache: LatentCache, batch: Expr) -> Rows:
+    at = cache.latent_at
+    return Rows(cache.latent, lambda row: at(cache.slot(batch, row)), cache.c, cache.latent_stride)
+
+
+def _ropes(cache: LatentCache, batch: Expr) -> Rows:
+    at = cache.rope_at
+    return Rows(cache.rope, lambda row: at(cache.slot(batch, row)), cache.r, cache.rope_stride)

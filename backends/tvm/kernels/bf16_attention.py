@@ -26,6 +26,7 @@ from dsc.backends.tvm.kernels.bf16_softmax import (
     store_output,
     weigh,
 )
+from dsc.backends.tvm.kernels.latent_cache import LatentCache
 from dsc.backends.tvm.tir import (
     PARALLEL_WORK,
     Expr,
@@ -57,8 +58,12 @@ def part_floats(heads: int, c: int) -> int:
     return heads * (c + 2)
 
 
-def bf16_latent(heads: int, c: int, r: int, scale: float, split: bool) -> PrimFunc:
-    """Arguments: q_latent, q_rope, latent, rope, lengths, out, scratch when `split`; b, s, t."""
+def bf16_latent(heads: int, c: int, r: int, scale: float, split: bool, page: int) -> PrimFunc:
+    """Arguments: q_latent, q_rope, latent, rope, lengths, out, scratch when `split`; b, s, t.
+
+    With `page`, pages and block table are in the place of latent and rope, and t counts pages.
+    """
+    unit = BLOCK if page else LANES
     group, parts = lanes_for(heads, QUERIES), PARTS if split else 1
     floats = part_floats(heads, c)
 
@@ -68,25 +73,29 @@ def bf16_latent(heads: int, c: int, r: int, scale: float, split: bool) -> PrimFu
     ) -> None:  # fmt: skip
         q = Tensor(q_latent, DType.bf16, (b, s, heads, c))
         q_r = Tensor(q_rope, DType.bf16, (b, s, heads, r))
-        k, k_r = Tensor(latent, DType.bf16, (b, t, c)), Tensor(rope, DType.bf16, (b, t, r))
+        cache = LatentCache.at(latent, rope, DType.bf16, (b, t), c, r, page)
         used, y = Tensor(lengths, DType.i64, (b,)), Tensor(out, DType.bf16, (b, s, heads, c))
 
         def task(n: Expr) -> None:
             token, part = bind(tirx.truncdiv(n, parts)), bind(tirx.truncmod(n, parts))
             batch = bind(tirx.truncdiv(token, s))
-            limit = bind(tirx.min(used.load(batch) + (token - batch * s) + 1, t))
-            share = bind(ceil_div(limit, parts * LANES) * LANES) if split else limit
-            begin = bind(tirx.min(part * share, limit))
-            count = bind(tirx.min(share, limit - begin))
+            limit = bind(tirx.min(used.load(batch) + (token - batch * s) + 1, cache.extent))
+            units = bind(ceil_div(limit, unit))
+            begin = bind(tirx.truncdiv(part * units, integer(parts)) * unit)
+            end = tirx.truncdiv((part + 1) * units, integer(parts)) * unit
+            count = bind(tirx.min(end, limit) - begin)
             running, tile = Running(heads, c), Tile.of(group)
             running.clear()
             with loop(ceil_div(count, BLOCK)) as block, loop(heads // group) as g:
-                first = bind(batch * t + begin + block * BLOCK)
+                first = cache.slot(batch, begin + block * BLOCK)
                 here = bind(tirx.min(integer(BLOCK), count - block * BLOCK))
                 head = bind(g * group)
-                _latent_scores(q, q_r, k, k_r, bind(token * heads + head), first, here, tile)
+                _latent_scores(q, q_r, cache, bind(token * heads + head), first, here, tile)
                 weigh(tile, running, head, [here] * group, scale)
-                add_values(tile, running, head, k, lambda row: (first + row) * c, here)
+                values = cache.latent
+                add_values(
+                    tile, running, head, values, lambda row: cache.latent_at(first + row), here
+                )
             if scratch is None:
                 with loop(heads) as head:
                     store_output(y, bind((token * heads + head) * c), running, head)
@@ -124,7 +133,7 @@ def bf16_latent(heads: int, c: int, r: int, scale: float, split: bool) -> PrimFu
                     put_bits(y, n * c + i * LANES + half * SUMS, narrow(value))
 
         with instructions():
-            for_each(b * s * parts, bind(heads * (t * (c // parts))), task)
+            for_each(b * s * parts, bind(heads * (cache.extent * (c // parts))), task)
             if split:
                 for_each(b * s * heads, parts * c, join)
 
@@ -144,25 +153,30 @@ def bf16_latent(heads: int, c: int, r: int, scale: float, split: bool) -> PrimFu
 
 
 def _latent_scores(
-    q: Tensor, q_r: Tensor, k: Tensor, k_r: Tensor, query: Expr, first: Expr, here: Expr, tile: Tile
+    q: Tensor, q_r: Tensor, cache: LatentCache, query: Expr, first: Expr, here: Expr, tile: Tile
 ) -> None:
-    """Scores of the tile's heads, from `query` on, with `here` rows from `first` on."""
-    c, r = int(k.shape[-1]), int(k_r.shape[-1])
+    """Scores of the tile's heads, from `query` on, with `here` rows from slot `first` on."""
+    c, r = cache.c, cache.r
     height = min(tile.queries, 4)
     with loop(ceil_div(here, product.WIDTH)) as four, loop(tile.queries // height) as part:
         t = bind(four * product.WIDTH)
         rows = [bind(first + tirx.min(t + i, here - 1)) for i in range(product.WIDTH)]
         heads = [bind(query + part * height + i) for i in range(height)]
         sums = dot_sums([
-            Factor(q, [bind(h * c) for h in heads], k, [bind(n * c) for n in rows], integer(c)),
-            Factor(q_r, [bind(h * r) for h in heads], k_r, [bind(n * r) for n in rows], integer(r)),
+            Factor(q, [bind(h * c) for h in heads],
+                   cache.latent, [bind(cache.latent_at(n)) for n in rows], integer(c)),
+            Factor(q_r, [bind(h * r) for h in heads],
+                   cache.rope, [bind(cache.rope_at(n)) for n in rows], integer(r)),
         ])  # fmt: skip
         for i, scores in enumerate(sums):
             tile.scores.store((part * height + i) * BLOCK + t, scores)
 
 
-def bf16_mla(heads: int, n: int, r: int, v: int, c: int, scale: float) -> PrimFunc:
-    """Arguments: q_nope, q_rope, latent, rope, kv_b [heads*(n+v), c], lengths, out; b, s, t."""
+def bf16_mla(heads: int, n: int, r: int, v: int, c: int, scale: float, page: int) -> PrimFunc:
+    """Arguments: q_nope, q_rope, latent, rope, kv_b [heads*(n+v), c], lengths, out; b, s, t.
+
+    With `page`, pages and block table are in the place of latent and rope, and t counts pages.
+    """
     depth = n + r
 
     def body(
@@ -170,20 +184,21 @@ def bf16_mla(heads: int, n: int, r: int, v: int, c: int, scale: float) -> PrimFu
         b: Expr, s: Expr, t: Expr,
     ) -> None:  # fmt: skip
         q = Pairs.at(q_nope, b * s * heads * n), Pairs.at(q_rope, b * s * heads * r)
-        cache, k_rope = Tensor(latent, DType.bf16, (b, t, c)), Tensor(rope, DType.bf16, (b, t, r))
+        cache = LatentCache.at(latent, rope, DType.bf16, (b, t), c, r, page)
         up, used = Tensor(kv_b, DType.bf16, (heads * (n + v), c)), Tensor(lengths, DType.i64, (b,))
         y = Tensor(out, DType.bf16, (b, s, heads, v))
 
         def task(i: Expr) -> None:
             batch, head = bind(tirx.truncdiv(i, heads)), bind(tirx.truncmod(i, heads))
             past = bind(used.load(batch))
-            shown = bind(tirx.min(past + s, t))
+            shown = bind(tirx.min(past + s, cache.extent))
             wide = bind(ceil_div(shown, BLOCK) * BLOCK)
             keys, values = Scratch(DType.bf16, wide * depth), Scratch(DType.bf16, wide * v)
-            _expand(cache, batch * t * c, shown, up, head * (n + v) * c, (n, v, c), keys, values)
-            with loop(shown) as row, loop(r) as j:
-                code = k_rope.buffer[(batch * t + row) * r + j]
-                put_bits(keys, (n + j) * wide + row, code)
+            _expand(cache, batch, shown, up, head * (n + v) * c, (n, v), keys, values)
+            with loop(shown) as row:
+                rope_row = bind(cache.rope_at(cache.slot(batch, row)))
+                with loop(r) as j:
+                    put_bits(keys, (n + j) * wide + row, cache.rope.buffer[rope_row + j])
             running, tile = Running(QUERIES, v), Tile.of(QUERIES)
 
             def score_columns(tokens: list[Expr], first: Expr, column: Expr) -> None:
@@ -204,7 +219,7 @@ def bf16_mla(heads: int, n: int, r: int, v: int, c: int, scale: float) -> PrimFu
             with loop(ceil_div(s, QUERIES)) as group:
                 start = bind(group * QUERIES)
                 tokens = [bind(tirx.min(start + a, s - 1)) for a in range(QUERIES)]
-                limits = [bind(tirx.min(past + token + 1, t)) for token in tokens]
+                limits = [bind(tirx.min(past + token + 1, shown)) for token in tokens]
                 running.clear()
                 with loop(ceil_div(limits[-1], BLOCK)) as block:
                     first = bind(block * BLOCK)
@@ -227,16 +242,17 @@ def bf16_mla(heads: int, n: int, r: int, v: int, c: int, scale: float) -> PrimFu
 
 
 def _expand(
-    cache: Tensor, cache_at: Expr, shown: Expr, up: Tensor, up_at: Expr,
-    sizes: tuple[int, int, int], keys: Tensor, values: Tensor,
+    cache: LatentCache, batch: Expr, shown: Expr, up: Tensor, up_at: Expr,
+    sizes: tuple[int, int], keys: Tensor, values: Tensor,
 ) -> None:  # fmt: skip
     """A head's keys, transposed [n, wide], and values [shown, v], from `shown` latent rows."""
-    n, v, c = sizes
+    (n, v), c = sizes, cache.c
     wide = bind(ceil_div(shown, BLOCK) * BLOCK)
     with loop(ceil_div(shown, BLOCK)) as block:
         first = bind(block * BLOCK)
         count = bind(tirx.min(integer(BLOCK), shown - first))
-        latent = Weights(cache, bind(cache_at + first * c), integer(c), count, c)
+        start = bind(cache.latent_at(cache.slot(batch, first)))
+        latent = Weights(cache.latent, start, integer(cache.latent_stride), count, c)
 
         def key_rows(j: Expr, height: int) -> None:
             rows = [bind(up_at + (j + i) * c) for i in range(height)]
@@ -253,8 +269,8 @@ def _expand(
         block = Weights(up, bind(up_at + (n + column) * c), integer(c), width, c)
 
         def value_rows(row: Expr, height: int) -> None:
-            rows = [bind(cache_at + (row + i) * c) for i in range(height)]
-            made = product.dot_block(cache, rows, block)
+            slots = [cache.slot(batch, row + i) for i in range(height)]
+            made = product.dot_block(cache.latent, [bind(cache.latent_at(x)) for x in slots], block)
             for i in range(height):
                 for j in range(0, width, SUMS):
                     value = narrow(made.load(integer(i * BLOCK + j), SUMS))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from tvm import tirx
+
 from dsc.backends.tvm.launch import Launch, operand, rows_of, static_dim
 from dsc.backends.tvm.machine import Machine
 from dsc.backends.tvm.tir import (
@@ -12,9 +14,11 @@ from dsc.backends.tvm.tir import (
     build,
     f32,
     for_each,
+    integer,
     lanes_for,
     loop,
     splat,
+    when,
 )
 from dsc.ir.graph import Node
 from dsc.ir.types import DType
@@ -92,6 +96,41 @@ def cache_write(dtype: DType, width: int, lanes: int) -> PrimFunc:
             _copy(source, r * width, target, place, width, lanes)
 
         for_each(b * s, width, row)
+
+    return build(body)
+
+
+def lower_page_write(node: Node, machine: Machine) -> Launch:
+    """The launch of `page_write`: the result is the pages, so it has no address of its own."""
+    pages, latent, rope, table = (operand(node, i).type for i in range(4))
+    axes = (pages.shape[1], latent.shape[2], rope.shape[2])
+    page, c, r = (static_dim(d, "a page") for d in axes)
+    static = (pages.dtype, page, c, r, machine.lanes)
+    return Launch(page_write, static, (*latent.shape[:2], table.shape[1]))
+
+
+def page_write(dtype: DType, page: int, c: int, r: int, lanes: int) -> PrimFunc:
+    """Arguments: pages, latent [b, s, c], rope [b, s, r], table [b, m], lengths, out; b, s, m."""
+
+    def body(
+        pages: Expr, latent: Expr, rope: Expr, table: Expr, lengths: Expr, out: Expr,
+        b: Expr, s: Expr, m: Expr,
+    ) -> None:  # fmt: skip
+        parts = Tensor(latent, dtype, (b, s, c)), Tensor(rope, dtype, (b, s, r))
+        target = Tensor(out, dtype, (1, page, c + r))
+        used, blocks = Tensor(lengths, DType.i64, (b,)), Tensor(table, DType.i64, (b, m))
+
+        def row(n: Expr) -> None:
+            batch = bind(tirx.truncdiv(n, s))
+            at = bind(used.load(batch) + (n - batch * s))
+            block = bind(tirx.truncdiv(at, integer(page)))
+            number = bind(blocks.load(batch, tirx.min(block, m - 1)))
+            with when(tirx.all(block < m, number >= integer(0))):
+                slot = bind((number * page + (at - block * page)) * (c + r))
+                _copy(parts[0], bind(n * c), target, slot, c, lanes)
+                _copy(parts[1], bind(n * r), target, slot + c, r, lanes)
+
+        for_each(b * s, c + r, row)
 
     return build(body)
 

@@ -87,8 +87,8 @@ def _infer_attention(types: Types, attrs: Mapping[str, Any]) -> Result:
     return (q.with_shape((*q.shape[:3], v.shape[3])),)
 
 
-def _infer_mla(types: Types, attrs: Mapping[str, Any]) -> Result:
-    q_nope, kv_b = types[0], types[4]
+def mla_result(q_nope: TensorType, kv_b: TensorType) -> Result:
+    """The type of an expanded attention's result, [b, s, h, v], from a query and kv_b."""
     heads, nope = q_nope.shape[2], q_nope.shape[3]
     width = kv_b.shape[0] // heads - nope
     empty = isinstance(width, int) and width <= 0
@@ -170,7 +170,7 @@ mla_attention = op(
     doc="Multi-head latent attention, expanded: keys and values are rebuilt from the latent by"
     " kv_b, per head [nope | v] (DeepSeek-V2, eq. 9-19).",
     example="f32[2,3,4,5], f32[2,3,4,2], f32[2,7,6], f32[2,7,2], f32[32,6], i64[2]=4 {scale=0.5}",
-    infer=_infer_mla,
+    infer=lambda types, attrs: mla_result(types[0], types[4]),
 )
 latent_attention = op(
     "latent_attention(q_latent: T[b, s, h, c], q_rope: T[b, s, h, r], latent: T[b, t, c],"

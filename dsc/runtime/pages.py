@@ -1,0 +1,78 @@
+"""Which pages hold which sequence: pages are taken as sequences grow and given back at the end.
+
+One block table serves all layers: page n of every layer belongs to the same tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from dsc.errors import UsageError
+
+if TYPE_CHECKING:
+    import torch
+
+    from dsc.ir.types import DType
+
+NONE = -1
+"""What stands in a block table where a sequence has no page."""
+
+
+class PagePool:
+    """Pages 0 .. `count`-1 of `rows` tokens each; `blocks[b]` are the pages of sequence b.
+
+    The lowest free page is taken first, so that memory that was used is used again.
+    """
+
+    def __init__(self, count: int, rows: int) -> None:
+        self.count = count
+        self.rows = rows
+        self.blocks: list[list[int]] = []
+        self._free = list(range(count - 1, -1, -1))
+
+    @property
+    def used(self) -> int:
+        """Pages that are taken."""
+        return self.count - len(self._free)
+
+    def grow(self, lengths: Sequence[int]) -> None:
+        """Give sequence b pages for `lengths[b]` tokens. Raises `UsageError` when none is left."""
+        self.blocks += [[] for _ in range(len(lengths) - len(self.blocks))]
+        wanted = [-(-n // self.rows) for n in lengths]
+        missing = sum(max(0, n - len(held)) for n, held in zip(wanted, self.blocks, strict=True))
+        if missing > len(self._free):
+            raise UsageError(
+                f"{missing} more pages of {self.rows} tokens are needed, {len(self._free)} are"
+                f" free of {self.count}",
+                hint="open the session with a larger max_batch or max_context",
+            )
+        for held, n in zip(self.blocks, wanted, strict=True):
+            while len(held) < n:
+                held.append(self._free.pop())
+
+    def release(self) -> None:
+        """Take back all pages."""
+        self.blocks = []
+        self._free = list(range(self.count - 1, -1, -1))
+
+    def table(self) -> torch.Tensor:
+        """The block table, int64 [sequences, blocks of the longest, at least 1]."""
+        import torch
+
+        width = max(1, *map(len, self.blocks)) if self.blocks else 1
+        padded = [held + [NONE] * (width - len(held)) for held in self.blocks]
+        return torch.tensor(padded, dtype=torch.int64)
+
+
+def page_memory(count: int, rows: int, width: int, dtype: DType) -> torch.Tensor:
+    """Pages of zeros, [count, rows, width]: memory that the system gives when it is written."""
+    import torch
+
+    size = count * rows * width * dtype.itemsize
+    raw = np.zeros(size + 64, dtype=np.uint8)
+    start = -raw.ctypes.data % 64
+    found = torch.from_numpy(raw[start : start + size]).view(dtype.torch)
+    return found.view(count, rows, width)
