@@ -19,7 +19,7 @@ from dsc.ir.graph import Graph, Value
 from dsc.ir.paging import BLOCK_TABLE, page_rows
 from dsc.ir.program import Program
 from dsc.runtime.pages import PagePool, page_memory
-from dsc.runtime.profiler import entry_span
+from dsc.runtime.profiler import span
 
 if TYPE_CHECKING:
     import torch
