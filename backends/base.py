@@ -55,8 +55,8 @@ class Capabilities:
     """
 
     in_place_cache: bool = False
-    grouped_moe: bool = False
     paged_cache: bool = False
+    grouped_moe: bool = False
     absorbed: bool = True
     dtypes: frozenset[DType] = frozenset({DType.f32, DType.bf16, DType.f16})
     entries: tuple[str, ...] = ("decode", "extend", "prefill")

@@ -174,6 +174,7 @@ def compile(
     max_batch: int = 4,
     max_context: int | None = None,
     prefill_chunk: int = 512,
+    cache: str = "contiguous",
     threads: int | None = None,
     fallback: str | None = None,
     ranks: int = 1,
@@ -190,7 +191,6 @@ def compile(
         model: a checkpoint folder, a `.py` file with `build(config)`, a built-in name, a `.dsc`
             file, a transformers causal LM of the family, or a `Program`.
         config: a preset's name or a config.json, for models built from code.
-    cache: str = "contiguous",
         weights: a folder of safetensors files, or "none" to compile without values.
         backend: triton, tvm, onnxruntime, reference or null; the best that runs here by default.
         target: one or more of cpu, cuda:sm_90, …; the backend's default otherwise.
@@ -200,6 +200,8 @@ def compile(
         max_batch: sequences in one step, at most.
         max_context: tokens a sequence may hold, at most; the model's own limit by default.
         prefill_chunk: tokens of a prompt that are processed at once.
+        cache: "contiguous", max_context rows for each sequence; or "paged", pages of 64 rows that
+            a session's sequences take as they grow.
         threads: CPU threads of the compiled code.
         fallback: a backend for what `backend` refuses; only whole programs so far.
         ranks: processes that run the model together, each with its part of the weights.
@@ -216,8 +218,6 @@ def compile(
     """
     from dsc.frontends.load import load_program
     from dsc.passes.shard import check_parallel
-        cache: "contiguous", max_context rows for each sequence; or "paged", pages of 64 rows that
-            a session's sequences take as they grow.
 
     _check_options(fusion_level, dtype, quant, max_batch, max_context, prefill_chunk)
     check_parallel(ranks, parallel)
@@ -240,6 +240,7 @@ def compile(
     options = pipeline.PipelineOptions(
         fusion_level=fusion_level,
         prefill_chunk=prefill_chunk,
+        cache=cache,
         ranks=ranks,
         parallel=parallel,
         watch=watch,
@@ -256,7 +257,6 @@ def compile(
     check_memory(program, targets[0], max_batch, loaded.max_context)
     emission = chosen.emit(
         pipeline.for_emission(program, chosen.capabilities(targets[0])),
-        cache=cache,
         EmitOptions(
             targets=targets,
             threads=threads,

@@ -13,8 +13,8 @@ from dsc.backends.tvm.lean import MappedWeights, load_library
 from dsc.errors import ArtifactError, UsageError
 from dsc.ir.dims import evaluate
 from dsc.ir.graph import Graph
-from dsc.ir.types import DType
 from dsc.ir.paging import BLOCK_TABLE, check_block_table, page_inputs
+from dsc.ir.types import DType
 from dsc.runtime.plan import symbols_of
 
 if TYPE_CHECKING:
@@ -38,12 +38,12 @@ class TvmExecutable:
         self._arena = np.empty(0, dtype=np.uint8)
         self._steps = np.fromfile(folder / "tvm" / "steps.bin", dtype=np.int64)
         self._values: dict[str, np.ndarray[Any, np.dtype[np.int64]]] = {}
+        self._pages = {n: [v.name for v in page_inputs(g)] for n, g in program.entries.items()}
         for name, entry in self.meta["entries"].items():
             own = len(entry["slots"]) + entry["derived"]
             self._values[name] = np.array([0] * own + addresses, dtype=np.int64)
 
     def _map_weights(self, folder: Path, path: str | None) -> MappedWeights | None:
-        self._pages = {n: [v.name for v in page_inputs(g)] for n, g in program.entries.items()}
         if path is not None:
             return MappedWeights(folder / path)
         if self.meta["weights"]:
@@ -61,6 +61,9 @@ class TvmExecutable:
 
         graph = self.program.entry(entry, inputs)
         given = {v.name: _checked(inputs, v.name, v.type.dtype) for v in graph.inputs}
+        if self._pages[entry]:
+            pages = min(len(given[name]) for name in self._pages[entry])
+            check_block_table(given[BLOCK_TABLE], pages)
         facts = self.meta["entries"][entry]
         for name in facts["in_place"].values():
             if given[name] is not inputs[name]:
@@ -72,9 +75,6 @@ class TvmExecutable:
             if source is not None:
                 outputs[name] = given[source]
                 continue
-        if self._pages[entry]:
-            pages = min(len(given[name]) for name in self._pages[entry])
-            check_block_table(given[BLOCK_TABLE], pages)
             shape = [evaluate(d, env) for d in value.type.shape]
             outputs[name] = torch.empty(shape, dtype=value.type.dtype.torch)
         values = {**env, "zero": 0, "arena": self._arena_address(facts["arena_bytes"])}

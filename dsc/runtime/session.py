@@ -162,16 +162,15 @@ class Session:
                 )
             return
         self._lengths = torch.zeros(batch, dtype=torch.int64)
-        rows = self.max_context + self.prefill_chunk
         if self._pool is not None:
             self._take_pages(self._pool)
             return
+        rows = self.max_context + self.prefill_chunk
         for spec in self._specs:
             width = [d for d in spec.input.type.shape[2:] if isinstance(d, int)]
             shape = (batch, rows if spec.in_place else 0, *width)
             self._caches[spec.input.name] = torch.zeros(shape, dtype=spec.input.type.dtype.torch)
 
-    def _entry(self, size: int) -> str:
     def _take_pages(self, pool: PagePool) -> None:
         """The memory of all pages; what former sequences left there is never seen."""
         for spec in self._specs:
@@ -181,6 +180,7 @@ class Session:
                 memory = page_memory(pool.count, pool.rows, width, spec.input.type.dtype)
                 self._caches[spec.input.name] = memory
 
+    def _entry(self, size: int) -> str:
         """The entry for a step of `size` new tokens: the first whose guard admits it."""
         for name, limit in self._guards.items():
             if name in self.program.entries and (limit == 0 or size <= limit):
