@@ -1,0 +1,298 @@
+"""Caches in pages: the same logits as contiguous ones, whatever pages the sequences hold."""
+
+from __future__ import annotations
+
+import json
+import random
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+
+import dsc
+from dsc import pipeline
+from dsc.errors import UnsupportedOperator, UsageError
+from dsc.ir.analyses import cost
+from dsc.ir.dims import evaluate
+from dsc.ir.graph import Graph
+from dsc.ir.paging import PAGE, check_block_table
+from dsc.ir.program import Program
+from dsc.ir.stages import Stage
+from dsc.ir.types import DType
+from dsc.ir.verifier import verify
+from dsc.passes.page_cache import PageCache
+from dsc.report import cache_bytes
+from dsc.rewrite.base import PassReport
+from dsc.rewrite.harness import program_of
+from dsc.rewrite.verify import compare_programs
+from dsc.runtime.pages import NONE, PagePool
+from dsc.runtime.session import Session
+from tests.backends.canonical_lm import Sizes, canonical_lm
+from tests.backends.test_tvm import RUN, largest_error
+from tests.passes.test_raise_models import stored
+from tests.runtime.test_session import small_lm
+from tests.test_report import v3 as v3  # the fixture
+
+CONTEXT, CHUNK = 200, 24
+BACKENDS = ["reference", "tvm"]
+V3_BYTES = 61 * (512 + 64) * 2
+
+
+@cache
+def compiled(model: str, backend: str, layout: str) -> dsc.CompiledModel:
+    """A model of one V3 or V2 layer, or of several by hand, for contexts of four pages."""
+    program = canonical_lm(Sizes(), 4, CONTEXT) if model == "hand" else stored(model)
+    program = pipeline.symbols_within(program, B=4, S=32, L=32, P=CONTEXT)
+    return dsc.compile(
+        program, backend=backend, cache=layout, max_batch=4, max_context=CONTEXT,
+        prefill_chunk=CHUNK,
+    )  # fmt: skip
+
+
+def vocabulary(model: dsc.CompiledModel) -> int:
+    found = model.session()._vocab
+    assert found is not None
+    return found
+
+
+def shuffled(session: Session, seed: int) -> Session:
+    """The session, with the pages of its pool in another order."""
+    assert session._pool is not None
+    random.Random(seed).shuffle(session._pool._free)
+    return session
+
+
+def generate(session: Session, ids: torch.Tensor, steps: int) -> list[torch.Tensor]:
+    """Logits of a ragged prompt in chunks, of steps of decoding, and of a second prompt."""
+    lengths = [ids.shape[1], 3, ids.shape[1] - 7]
+    found = [session.prefill(ids, lengths=lengths)]
+    for i in range(steps):
+        found.append(session.decode(ids[:, i % ids.shape[1]]))
+    return [*found, session.prefill(ids[:, :9], all_logits=True)]
+
+
+@pytest.mark.parametrize(
+    ("model", "backend"),
+    [
+        *((m, "reference") for m in ("v3", "v2_greedy", "hand")),
+        ("hand", "tvm"),
+        ("v2_greedy", "tvm"),
+    ],
+)
+def test_pages_give_the_logits_of_contiguous_caches(model: str, backend: str) -> None:
+    """The second sequence decodes over its first page's border, the others into their third."""
+    if backend == "tvm":
+        pytest.importorskip("tvm")
+    oracle = compiled(model, "reference", "contiguous")
+    ids = torch.randint(0, vocabulary(oracle), (3, 70), generator=torch.Generator().manual_seed(0))
+    session = shuffled(compiled(model, backend, "paged").session(3), 1)
+    wanted, got = generate(oracle.session(3), ids, 66), generate(session, ids, 66)
+    assert session.lengths == [145, 78, 138]
+    assert max(largest_error(a, b) for a, b in zip(got, wanted, strict=True)) < 2e-5
+    assert session._pool is not None
+    assert [len(b) for b in session._pool.blocks] == [3, 2, 3]
+
+
+def test_the_order_of_pages_changes_no_bit() -> None:
+    ids = torch.randint(0, 50, (3, 70), generator=torch.Generator().manual_seed(2))
+    sessions = [shuffled(compiled("hand", "reference", "paged").session(3), s) for s in range(3)]
+    first, *others = [generate(s, ids, 4) for s in sessions]
+    tables = {tuple(map(tuple, s._pool.blocks)) for s in sessions if s._pool is not None}
+    assert len(tables) == 3
+    for other in others:
+        assert all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
+
+
+def test_reset_gives_pages_back_and_what_they_held_is_not_seen() -> None:
+    session = compiled("hand", "reference", "paged").session(2)
+    ids = torch.randint(0, 50, (2, 90), generator=torch.Generator().manual_seed(3))
+    first = session.prefill(ids[:, :5])
+    assert session._pool is not None
+    assert session._pool.used == 2
+    session.prefill(ids)
+    assert session._pool.used == 4
+    session.reset()
+    assert (session._pool.used, session.lengths) == (0, [])
+    assert torch.equal(session.prefill(ids[:, :5]), first)
+
+
+def test_padding_writes_into_no_other_sequence() -> None:
+    """Padding past a sequence's pages is dropped: its neighbour's page keeps every bit."""
+    model = compiled("hand", "reference", "paged")
+    session = model.session(2)
+    ids = torch.randint(0, 50, (2, 60), generator=torch.Generator().manual_seed(4))
+    session.prefill(ids)
+    wide = torch.cat([ids, ids], 1)[:, :20]
+    session.prefill(wide, lengths=[2, 20])  # the first has padding on rows 62 .. 79
+    assert session._pool is not None
+    assert session._pool.blocks == [[0], [1, 2]]
+    alone = model.session(1)
+    alone.prefill(ids[1:])
+    wanted = alone.prefill(wide[1:])
+    alone.reset()
+    alone.prefill(ids[:1])
+    alone.prefill(wide[:1, :2])
+    assert largest_error(session.decode([1, 2])[:1], alone.decode([1])) < 2e-5
+    assert wanted.shape == (1, 50)
+
+
+# --- the pool -------------------------------------------------------------------------------------
+
+
+def test_a_pool_grows_page_by_page_and_says_when_it_is_empty() -> None:
+    pool = PagePool(4, 64)
+    pool.grow([64, 1])
+    assert (pool.blocks, pool.used) == ([[0], [1]], 2)
+    pool.grow([65, 64])
+    assert (pool.blocks, pool.used) == ([[0, 2], [1]], 3)
+    assert pool.table().tolist() == [[0, 2], [1, NONE]]
+    with pytest.raises(UsageError, match="2 more pages of 64 tokens are needed, 1 are free of 4"):
+        pool.grow([129, 65])
+    assert pool.used == 3
+    pool.release()
+    assert pool.used == 0
+
+
+@pytest.mark.parametrize("wrong", [4, 1 << 40, -2])
+def test_a_page_that_is_not_there_is_refused(wrong: int) -> None:
+    with pytest.raises(UsageError, match="block_table names the pages"):
+        check_block_table(torch.tensor([[0, wrong]]), 4)
+    check_block_table(torch.tensor([[3, NONE]]), 4)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("wrong", [16, -2])
+def test_an_executable_refuses_a_wrong_block_table(backend: str, wrong: int) -> None:
+    if backend == "tvm":
+        pytest.importorskip("tvm")
+    model = compiled("hand", backend, "paged")
+    session = model.session(4)
+    session.prefill(torch.ones(1, 3, dtype=torch.int64))
+    assert session._pool is not None
+    session._pool.blocks[0][0] = wrong
+    with pytest.raises(UsageError, match="block_table names the pages"):
+        session.decode([1])
+
+
+# --- the pass -------------------------------------------------------------------------------------
+
+
+def entries(program: Program) -> Program:
+    return pipeline.apply(program, ["specialise_entries", "absorb_mla"])
+
+
+@pytest.mark.parametrize("page", [PAGE, 4, 2])
+def test_the_pass_keeps_what_is_computed(page: int) -> None:
+    before = entries(small_lm())
+    after = PageCache(page).run(before, PassReport())
+    verify(after)
+    found = compare_programs(before, after, PageCache.tolerance)
+    assert found.ok, found
+    assert found.runs == 12
+    ops = {n.op for g in after.entries.values() for n in g.nodes}
+    assert {"page_write", "paged_latent_attention", "paged_mla_attention"} <= ops
+    assert not ops & {"append", "latent_attention", "mla_attention"}
+
+
+def test_a_wrong_page_would_be_seen() -> None:
+    """The check behind the pass can fail: reads through a table that is one page off."""
+    before = entries(small_lm())
+    after = PageCache(2).run(before, PassReport())
+
+    def off(graph: Graph) -> Graph:
+        nodes = []
+        for node in graph.nodes:
+            if node.op == "paged_latent_attention":
+                inputs = (*node.inputs[:4], graph.input("logits_at"))
+                nodes.append(type(node)(node.op, inputs, node.attrs, node.outputs, node.loc))
+            else:
+                nodes.append(node)
+        return graph.with_nodes(nodes)
+
+    assert not compare_programs(before, after.map_entries(off), PageCache.tolerance).ok
+
+
+PLAIN = """graph main(%q: f32[B,S,2,4], %qr: f32[B,S,2,2], %c: f32[B,S,4], %r: f32[B,S,2],
+  %n: i64[B], %m: i64[B], %past.latent: f32[B,P,4], %past.rope: f32[B,P,2]) {
+  %latent = append %past.latent, %c, %n : f32[B,P+S,4]
+  %rope = append %past.rope, %r, %n : f32[B,P+S,2]
+  %o = latent_attention %q, %qr, %latent, %rope, %n {scale=0.5} : f32[B,S,2,4]
+  return %o, %latent as "present.latent" updates %past.latent,
+    %rope as "present.rope" updates %past.rope
+}"""
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "reason"),
+    [
+        ("return %o,", "%z = neg %latent\nreturn %o, %z,", "neg reads the cache past.latent"),
+        ("return %o,", "%z = neg %past.rope\nreturn %o, %z,", "past.rope is used besides"),
+        ("%rope, %n {scale", "%rope, %m {scale", "written and read at different lengths"),
+        (' updates %past.latent', "", "no declared update"),
+        ("return %o,", "%block_table = neg %c\nreturn %o,", "there is a block_table already"),
+        ("%m: i64[B],", "%m: i64[B], %p: f32[P],", "%p has the extent P"),
+    ],
+)  # fmt: skip
+def test_what_has_no_pages_stays(old: str, new: str, reason: str) -> None:
+    assert old in PLAIN
+    program, report = program_of(PLAIN.replace(old, new, 1), Stage.CANONICAL), PassReport()
+    after = PageCache().run(program, report)
+    assert after.entries == program.entries
+    assert any(reason in why for _, _, why in report.missed), report.missed
+
+
+def test_a_cache_of_plain_attention_is_refused() -> None:
+    text = """graph step(%input_ids: i64[B,S], %q: f32[B,S,2,4], %n: i64[B], %past: f32[B,P,8],
+      %k: f32[B,S,8]) {
+      %c = append %past, %k, %n : f32[B,P+S,8]
+      %h = reshape %c {shape=[B,P+S,2,4]} : f32[B,P+S,2,4]
+      %o = attention %q, %h, %h, %n {scale=0.5, causal=true} : f32[B,S,2,4]
+      return %o, %c as "present" updates %past
+    }"""
+    program = program_of(text, Stage.CANONICAL)
+    with pytest.raises(UnsupportedOperator, match="reshape reads the cache past; only latent"):
+        dsc.compile(program, backend="reference", cache="paged")
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime", "triton"])
+def test_a_backend_without_pages_says_so(backend: str) -> None:
+    with pytest.raises(UsageError, match=f"the {backend} backend takes no caches in pages") as it:
+        dsc.compile(small_lm(), backend=backend, cache="paged")
+    assert it.value.exit_code == 2
+
+
+# --- figures and the artifact ---------------------------------------------------------------------
+
+
+def test_the_figures_of_v3_in_pages(v3: Program) -> None:
+    paged = PageCache().run(v3, PassReport())
+    assert cache_bytes(paged) == cache_bytes(v3) == V3_BYTES == 70_272
+    sizes = {"B": 1, "M": 4, "N": 99, "P": 255}
+    for op in ("latent_attention", "mla_attention"):
+        name = "decode" if op.startswith("latent") else "prefill"
+        found = [
+            cost(next(n for n in each.entries[name].nodes if n.op.endswith(op)))
+            for each in (v3, paged)
+        ]
+        rows = sizes | {"S": 1}
+        first, second = [(evaluate(c.read, rows), evaluate(c.flops, rows)) for c in found]
+        assert second == (first[0] + 4 * DType.i64.itemsize, first[1])
+    node = next(n for n in paged.entries["decode"].nodes if n.op == "page_write")
+    assert evaluate(cost(node).written, {"B": 1}) == 576 * DType.bf16.itemsize
+
+
+def test_run_py_keeps_pages(tmp_path: Path) -> None:
+    pytest.importorskip("tvm")
+    model = compiled("hand", "tvm", "paged")
+    folder = model.save(tmp_path / "out")
+    line = [sys.executable, "-c", RUN, str(folder)]
+    done = subprocess.run(line, cwd=folder, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    session = model.session(1)
+    wanted = session.prefill(torch.tensor([[3, 1, 4, 1, 5]]))
+    for row in json.loads(done.stdout)[0]:
+        assert largest_error(torch.tensor([row]), wanted) < 2e-5
+        wanted = session.decode(wanted.argmax(-1))
