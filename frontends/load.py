@@ -51,6 +51,10 @@ class Loaded:
     notes: list[str] = field(default_factory=list)
 
 
+OPEN = 2**31 - 1
+"""An upper bound that says nothing: torch.export's for a size that it does not know."""
+
+
 @dataclass(frozen=True)
 class Limits:
     """The upper bounds that the symbols of a causal LM get."""
@@ -65,9 +69,12 @@ class Limits:
 
     def symbols(self, config: ModelConfig) -> dict[str, Range]:
         """Ranges of B, S, P and L."""
+        return self.ranges(self.context(config))
+
+    def ranges(self, context: int) -> dict[str, Range]:
+        """The same for a context of so many tokens."""
         new = Range(1, self.prefill_chunk)
-        past = Range(0, self.context(config))
-        return {"B": Range(1, self.max_batch), "S": new, "P": past, "L": new}
+        return {"B": Range(1, self.max_batch), "S": new, "P": Range(0, context), "L": new}
 
 
 def load_program(
@@ -95,7 +102,7 @@ def load_program(
     if path.suffix == ".py" and path.is_file():
         return _from_code(path, config, weights, dtype, limits, progress)
     if path.suffix == ".dsc" and path.is_file():
-        return _from_text(path, max_context)
+        return _from_text(path, limits)
     if path.is_dir():
         if config is not None:
             raise UsageError(
@@ -178,12 +185,22 @@ def _from_code(
     return _loaded(program, config, limits, folder, list(checkpoint.notes))
 
 
-def _from_text(path: Path, max_context: int | None) -> Loaded:
+def _from_text(path: Path, limits: Limits) -> Loaded:
+    """A text says its own ranges; a causal LM whose ranges are open gets the limits asked for."""
     from dsc.frontends.text import read_program
 
     program = read_program(path)
     program = replace(program, meta={**program.meta, "weightless": bool(program.weights)})
-    return Loaded(program, max_context or 4096, str(path))
+    context = limits.max_context or 4096
+    causal = all(any(v.name == "input_ids" for v in g.inputs) for g in program.entries.values())
+    if causal:
+        asked = limits.ranges(context)
+        symbols = {
+            name: asked[name] if name in asked and found.hi >= OPEN else found
+            for name, found in program.symbols.items()
+        }
+        program = replace(program, symbols=symbols)
+    return Loaded(program, context, str(path))
 
 
 def _from_module(

@@ -37,7 +37,7 @@ from dsc.backends.tvm.tir import (
     integer,
     loop,
 )
-from dsc.errors import BackendUnavailable
+from dsc.errors import BackendUnavailable, UsageError
 from dsc.ir.dims import Dim, free_symbols
 from dsc.ir.graph import Graph
 from dsc.ir.types import DType
@@ -97,7 +97,13 @@ def encode_steps(
         words.append(numbers[step.kernel])
         for slot, added in slots.arguments(step):
             words += (slot, added)
-    return np.array(words, dtype="<i8")
+    try:
+        return np.array(words, dtype="<i8")
+    except OverflowError:
+        raise UsageError(
+            f"an arena of {plan.arena_bytes:.1e} bytes is more than addresses reach",
+            hint="give every symbol an upper bound: `symbols {B=[1,4], ...}` in the program",
+        ) from None
 
 
 def entry_function(entry: str, slots: Slots, count: int) -> PrimFunc:

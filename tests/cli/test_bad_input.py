@@ -241,3 +241,34 @@ def test_a_tampered_artifact(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert code == 2
     assert "program.dsc" in error
     assert "Traceback" not in error
+
+
+OPEN = """program "open" {stage=TRACED}
+symbols {B=[0,2147483647], S=[0,2147483647], P=[0,2147483647]}
+graph main(%x: f32[B,S,P]) {
+  %a = exp %x : f32[B,S,P]
+  %b = sum %a {axes=[2], keepdims=true} : f32[B,S,1]
+  %c = add %a, %b : f32[B,S,P]
+  %d = softmax %c {axis=-1} : f32[B,S,P]
+  return %d
+}
+"""
+
+
+def test_a_text_with_open_ranges(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "open.dsc").write_text(OPEN)
+    line = ("inspect", "open.dsc", "--report", "--backend")
+    assert run(capsys, *line, "null")[0] == 0, "costs are expressions"
+    code, error = run(capsys, *line, "tvm")
+    assert code == 2, error
+    assert "upper bound" in error
+    assert "Traceback" not in error
+
+
+def test_a_traced_causal_model_with_open_ranges_gets_the_limits_asked_for() -> None:
+    from dsc.frontends.load import load_program
+
+    traced = FP8.parent / "traced" / "v3.dsc"
+    assert "P=[0,2147483647]" in traced.read_text()
+    program = load_program(str(traced), max_batch=3, max_context=64).program
+    assert (program.symbols["B"].hi, program.symbols["P"].hi) == (3, 64)
