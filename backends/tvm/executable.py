@@ -13,7 +13,7 @@ from dsc.backends.tvm.lean import MappedWeights, load_library
 from dsc.errors import ArtifactError, UsageError
 from dsc.ir.dims import evaluate
 from dsc.ir.graph import Graph
-from dsc.ir.paging import BLOCK_TABLE, check_block_table, page_inputs
+from dsc.ir.paging import block_tables, check_block_table
 from dsc.ir.types import DType
 from dsc.runtime.plan import symbols_of
 
@@ -38,7 +38,7 @@ class TvmExecutable:
         self._arena = np.empty(0, dtype=np.uint8)
         self._steps = np.fromfile(folder / "tvm" / "steps.bin", dtype=np.int64)
         self._values: dict[str, np.ndarray[Any, np.dtype[np.int64]]] = {}
-        self._pages = {n: [v.name for v in page_inputs(g)] for n, g in program.entries.items()}
+        self._tables = {name: block_tables(g) for name, g in program.entries.items()}
         for name, entry in self.meta["entries"].items():
             own = len(entry["slots"]) + entry["derived"]
             self._values[name] = np.array([0] * own + addresses, dtype=np.int64)
@@ -61,14 +61,13 @@ class TvmExecutable:
 
         graph = self.program.entry(entry, inputs)
         given = {v.name: _checked(inputs, v.name, v.type.dtype) for v in graph.inputs}
-        if self._pages[entry]:
-            pages = min(len(given[name]) for name in self._pages[entry])
-            check_block_table(given[BLOCK_TABLE], pages)
         facts = self.meta["entries"][entry]
         for name in facts["in_place"].values():
             if given[name] is not inputs[name]:
                 raise UsageError(f"{name} is updated in place and must be contiguous")
         env = self._sizes(graph, {name: tuple(t.shape) for name, t in given.items()})
+        for name, pages in self._tables[entry]:
+            check_block_table(given[name], evaluate(pages, env))
         outputs: dict[str, torch.Tensor] = {}
         for name, value in zip(graph.output_names, graph.outputs, strict=True):
             source = facts["in_place"].get(name)
