@@ -192,3 +192,37 @@ def test_outputs_that_share_storage_get_their_own() -> None:
     found = Interpreter(after).run("main", {"x": x})
     assert torch.equal(found["again"], -x)
     assert torch.equal(found["x"], x)
+
+
+CACHED = """graph main(%q: f32[B,S,2,4], %past: f32[B,P,8], %new: f32[B,S,8], %n: i64[B]) {{
+  %c = append %past, %new, %n : f32[B,P+S,8]
+  %k = reshape %c {{shape=[B,P+S,2,4]}} : f32[B,P+S,2,4]
+  %y = attention %q, %k, %k, %n {{causal=true, scale=0.5}} : f32[B,S,2,4]
+  {line}
+  return %y, %c as "present" updates %past{out}
+}}"""
+
+
+@pytest.mark.parametrize(
+    ("line", "out"),
+    [
+        ("%m = amax %c {axes=[1]} : f32[B,8]", ", %m"),
+        ("%m = silu %c : f32[B,P+S,8]", ", %m"),
+        ("%m = mean %past {axes=[1]} : f32[B,8]", ", %m"),
+        ("%m = slice %c {axis=1, start=P, end=P+S} : f32[B,S,8]", ", %m"),
+        ("%m = arange {start=P, end=P+S, dtype=i64} : i64[S]", ", %m"),
+        ("%m = attention %q, %k, %k {causal=true, scale=0.5} : f32[B,S,2,4]", ", %m"),
+        ("", ', %past as "old"'),
+    ],
+)
+def test_a_cache_read_past_its_end_is_not_written_in_place(line: str, out: str) -> None:
+    text = CACHED.format(line=line, out=out)
+    program = program_of(text, Stage.CANONICAL)
+    report = PassReport()
+    after = AppendCacheInPlace().run(program, report)
+    assert [n.op for n in after.entries["main"].nodes if n.op == "cache_write"] == []
+    assert report.missed, "it says why"
+    kept = AppendCacheInPlace().run(
+        program_of(CACHED.format(line="", out=""), Stage.CANONICAL), report
+    )
+    assert next(n.op for n in kept.entries["main"].nodes) == "cache_write"
