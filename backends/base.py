@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, runtime_checkable
 
+from dsc.errors import UsageError
 from dsc.ir.graph import Graph, Node
 from dsc.ir.program import Program
 from dsc.ir.regions import RegionLimits
@@ -125,6 +126,27 @@ class Executable(Protocol):
         A cache that is written in place is mutated and returned as the tensor that was given.
         """
         ...
+
+
+@runtime_checkable
+class Threaded(Protocol):
+    """An executable whose threads can be set after it was loaded."""
+
+    def set_threads(self, threads: int | None, pin: bool | None) -> None:
+        """Use this many threads, pinned to cores or not; `None` leaves the default.
+
+        Raises `UsageError` where that is impossible.
+        """
+        ...
+
+
+def set_threads(executable: Executable, threads: int | None, pin: bool | None) -> None:
+    """Set the threads of an executable. Raises `UsageError` where it has none to set."""
+    if not isinstance(executable, Threaded):
+        raise UsageError(
+            "this backend has no threads to set", hint="leave out threads and pin, or use tvm"
+        )
+    executable.set_threads(threads, pin)
 
 
 class Backend(Protocol):

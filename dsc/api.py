@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from dsc import backends, pipeline
-from dsc.backends.base import Backend, Emission, EmitOptions, Executable
+from dsc.backends.base import Backend, Emission, EmitOptions, Executable, set_threads
 from dsc.errors import MemoryLimitError, UnsupportedOperator, UsageError
 from dsc.ir.program import Program
 from dsc.ir.ranks import ranks_of
@@ -150,8 +150,24 @@ class CompiledModel:
         self.program.entry(name, inputs)
         return self.executable.run(name, inputs)
 
-    def session(self, max_batch: int | None = None, max_context: int | None = None) -> Session:
-        """A session over this model, which owns a KV cache."""
+    def set_threads(self, threads: int | None = None, pin: bool | None = None) -> None:
+        """Run on this many threads, with workers pinned to cores or not; `None`: the default.
+
+        Holds for all sessions of this model. Raises `UsageError` where that is impossible: the
+        backend has no threads, or its thread pool was started smaller.
+        """
+        set_threads(self.executable, threads, pin)
+
+    def session(
+        self,
+        max_batch: int | None = None,
+        max_context: int | None = None,
+        threads: int | None = None,
+        pin: bool | None = None,
+    ) -> Session:
+        """A session over this model, which owns a KV cache; `set_threads` first where asked."""
+        if threads is not None or pin is not None:
+            self.set_threads(threads, pin)
         return Session(
             self.executable,
             self.program,
@@ -288,16 +304,19 @@ def compile(
     )
 
 
-def load(path: str | Path, trust: bool = False) -> CompiledModel:
+def load(
+    path: str | Path, trust: bool = False, threads: int | None = None, pin: bool | None = None
+) -> CompiledModel:
     """Open an artifact folder. Raises `ArtifactError`.
 
     An artifact that holds machine code loads only if this user built it here, or with `trust`. One
     for several ranks opens in a process that is one of them (`torchrun`), after all have agreed on
-    what they run: `UsageError` and `RankError` otherwise.
+    what they run: `UsageError` and `RankError` otherwise. `threads` and `pin` are those of
+    `CompiledModel.set_threads`.
     """
     opened = artifacts.read(_own_folder(Path(path)), trust)
     limits = opened.manifest["limits"]
-    return CompiledModel(
+    model = CompiledModel(
         program=opened.program,
         backend=opened.backend,
         report={},
@@ -308,6 +327,9 @@ def load(path: str | Path, trust: bool = False) -> CompiledModel:
         prefill_chunk=int(limits["prefill_chunk"]),
         _artifact=opened,
     )
+    if threads is not None or pin is not None:
+        model.set_threads(threads, pin)
+    return model
 
 
 def _own_folder(folder: Path) -> Path:

@@ -22,6 +22,8 @@ from dsc.ir.dims import Dim, FloorDiv, Sym
 from dsc.ir.graph import Graph, Weight
 from dsc.ir.types import DType, TensorType
 
+ORIGIN = "|"
+"""In the name of an ONNX node: what follows the name of the value that it works for."""
 ONNX_TYPE = {
     DType.f32: TensorProto.FLOAT,
     DType.f64: TensorProto.DOUBLE,
@@ -72,6 +74,7 @@ class GraphWriter:
         self.outer = outer
         self.pool: Pool = outer.pool if outer is not None else Pool()
         self.loc: str = outer.loc if outer is not None else ""
+        self.origin: str = outer.origin if outer is not None else ""
         self._known: dict[Any, tuple[str, ...]] = {}
         for value in graph.inputs if graph is not None else ():
             for axis, dim in enumerate(value.type.shape):
@@ -137,7 +140,14 @@ class GraphWriter:
         self, op_type: str, results: int, inputs: Sequence[str], attrs: dict[str, Any]
     ) -> tuple[str, ...]:
         made = [f"{op_type}/{next(self.pool.numbers)}" for _ in range(results)]
-        node = helper.make_node(op_type, list(inputs), made, doc_string=self.loc or None, **attrs)
+        node = helper.make_node(
+            op_type,
+            list(inputs),
+            made,
+            name=f"{self.origin}{ORIGIN}{made[0]}",
+            doc_string=self.loc or None,
+            **attrs,
+        )
         self.nodes.append(node)
         return tuple(made)
 

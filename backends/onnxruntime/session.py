@@ -9,15 +9,20 @@ seconds of loading for each session.
 
 from __future__ import annotations
 
+import os
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dsc.backends.base import Signature
 from dsc.backends.onnxruntime.graph import ONNX_TYPE
+from dsc.backends.onnxruntime.timed import TimedSession
+from dsc.errors import UsageError
 from dsc.ir.dims import evaluate
 from dsc.ir.interpreter import bind_symbols
 from dsc.ir.program import Program
+from dsc.runtime.profiler import Profiler, active
 
 if TYPE_CHECKING:
     import torch
@@ -26,8 +31,13 @@ FATAL = 4
 """What ONNX Runtime logs; errors come as exceptions."""
 
 
-def open_session(path: Path, threads: int | None, prepack: bool = False) -> Any:
-    """An `onnxruntime.InferenceSession` on the CPU. Raises what ONNX Runtime raises."""
+def open_session(
+    path: Path, threads: int | None, prepack: bool = False, profile: str = "", pin: str = ""
+) -> Any:
+    """An `onnxruntime.InferenceSession` on the CPU. Raises what ONNX Runtime raises.
+
+    `profile` is where its own profiler writes, `pin` the cores of its threads but the first.
+    """
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -36,6 +46,11 @@ def open_session(path: Path, threads: int | None, prepack: bool = False) -> Any:
     if threads is not None:
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
+    if pin:
+        options.add_session_config_entry("session.intra_op_thread_affinities", pin)
+    if profile:
+        options.enable_profiling = True
+        options.profile_file_prefix = profile
     return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 
@@ -54,7 +69,9 @@ class OnnxExecutable:
         self._folder = folder
         self._models = dict(models)
         self._threads, self._prepack = threads, prepack
+        self._pin = ""
         self._sessions: dict[str, Any] = {}
+        self._timed: dict[str, TimedSession] = {}
 
     def signature(self, entry: str) -> Signature:
         """Names, types and aliases of an entry."""
@@ -67,7 +84,13 @@ class OnnxExecutable:
         graph = self.program.entry(entry, inputs)
         given = [inputs[v.name].contiguous() for v in graph.inputs]
         env = bind_symbols(graph, given)
-        binding = self._session(entry).io_binding()
+        session = self._session(entry)
+        profiler, timed = active(), None
+        if profiler is not None:
+            with profiler.aside():
+                timed = self._timed_session(entry, profiler)
+                session = timed.session
+        binding = session.io_binding()
         for value, tensor in zip(graph.inputs, given, strict=True):
             _bind(binding.bind_input, value.name, ONNX_TYPE[value.type.dtype], tensor)
         results = {}
@@ -75,13 +98,49 @@ class OnnxExecutable:
             shape = [evaluate(d, env) for d in output.type.shape]
             results[name] = torch.empty(shape, dtype=output.type.dtype.torch)
             _bind(binding.bind_output, name, ONNX_TYPE[output.type.dtype], results[name])
-        self._session(entry).run_with_iobinding(binding)
+        if timed is not None:
+            timed.starts(inputs)
+        session.run_with_iobinding(binding)
         return results
+
+    def set_threads(self, threads: int | None, pin: bool | None) -> None:
+        """Use this many threads from the next run on; sessions open again."""
+        self._threads = threads or self._threads
+        cores = sorted(os.sched_getaffinity(0)) if pin else []
+        if pin and len(cores) < (self._threads or 1):
+            raise UsageError(
+                f"{self._threads} threads cannot be pinned to {len(cores)} cores",
+                hint="use fewer threads, or do not pin",
+            )
+        # The calling thread works as well and is not ONNX Runtime's to pin; cores count from 1.
+        self._pin = ";".join(str(core + 1) for core in cores[1 : self._threads or len(cores)])
+        self._sessions.clear()
+
+    def _timed_session(self, entry: str, profiler: Profiler) -> TimedSession:
+        """A session of the entry's model with ONNX Runtime's profiler on, until ours ends."""
+        path = self._models[entry]
+        if path not in self._timed:
+            place = tempfile.mkdtemp(prefix="dsc-profile-")
+            prefix = str(Path(place) / "ort")
+            session = open_session(
+                self._folder / path, self._threads, self._prepack, prefix, self._pin
+            )
+            owner = self.program.entries[Path(path).stem]
+            timed = self._timed[path] = TimedSession(session, owner)
+
+            def close() -> None:
+                del self._timed[path]
+                profiler.later(timed.finish(place))
+
+            profiler.at_end(close)
+        return self._timed[path]
 
     def _session(self, entry: str) -> Any:
         path = self._models[entry]
         if path not in self._sessions:
-            self._sessions[path] = open_session(self._folder / path, self._threads, self._prepack)
+            self._sessions[path] = open_session(
+                self._folder / path, self._threads, self._prepack, pin=self._pin
+            )
         return self._sessions[path]
 
 

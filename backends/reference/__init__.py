@@ -20,11 +20,13 @@ from dsc.backends.base import (
     Support,
     Yes,
 )
-from dsc.ir.graph import Node
-from dsc.ir.interpreter import Interpreter, Observer
+from dsc.errors import UsageError
+from dsc.ir.graph import Graph, Node
+from dsc.ir.interpreter import Interpreter
 from dsc.ir.program import Program
 from dsc.ir.types import DType
-from dsc.runtime.profiler import Event, active
+from dsc.runtime.plan import symbols_of
+from dsc.runtime.profiler import EntryRun, StepTime, active
 from dsc.targets import Target
 
 if TYPE_CHECKING:
@@ -60,28 +62,56 @@ class ReferenceExecutable:
     def __init__(self, program: Program) -> None:
         self._interpreter = Interpreter(program)
 
+    def set_threads(self, threads: int | None, pin: bool | None) -> None:
+        """Set torch's threads, which the whole process shares. Raises `UsageError` for `pin`."""
+        import torch
+
+        if pin:
+            raise UsageError("torch's threads cannot be pinned", hint="leave out pin")
+        if threads is not None:
+            torch.set_num_threads(threads)
+
     def signature(self, entry: str) -> Signature:
         """Names, types and aliases of an entry."""
         return Signature.of(self._interpreter.program.entries[entry])
 
     def run(self, entry: str, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Run an entry on CPU tensors by name. Raises `UsageError`."""
-        return self._interpreter.run(entry, inputs, _observer())
+        profiler = active()
+        if profiler is None:
+            return self._interpreter.run(entry, inputs)
+        graph = self._interpreter.program.entry(entry, inputs)
+        sizes = symbols_of(graph, {v.name: tuple(inputs[v.name].shape) for v in graph.inputs})
+        lengths = inputs.get("lengths")
+        watch = _Watch(graph)
+        results = self._interpreter.run(entry, inputs, watch.observe)
+        known = None if lengths is None else lengths.tolist()
+        profiler.ran(EntryRun(graph, sizes, known, lambda: watch.steps))
+        return results
 
 
-def _observer() -> Observer | None:
-    """What tells the active profiler of each node; `None` when there is no profiler."""
-    profiler = active()
-    if profiler is None:
-        return None
-    last = time.perf_counter()
+class _Watch:
+    """Notes when each node of a graph ended, and which experts it chose."""
 
-    def observe(node: Node, results: tuple[Any, ...]) -> None:
-        nonlocal last
+    def __init__(self, graph: Graph) -> None:
+        self._tops = {id(node) for node in graph.nodes}  # a body's values may be named alike
+        self._chosen: dict[str, int] = {}
+        self._last = time.perf_counter()
+        self.steps: list[StepTime] = []
+
+    def observe(self, node: Node, results: tuple[Any, ...]) -> None:
+        """Called after each node, those of a body before their owner."""
         now = time.perf_counter()
-        moved = sum(t.numel() * t.element_size() for t in results)
-        event = Event(node.op, "step", last, now - last, bytes=moved, loc=node.loc)
-        profiler.events.append(event)
-        last = time.perf_counter()
+        name = node.outputs[0].name
+        if node.op == "route":
+            self._chosen[name] = len(results[0].unique())
+        if id(node) in self._tops:
+            chosen = self._choice(node)
+            self.steps.append(StepTime(name, node.op, self._last, now - self._last, chosen))
+            self._last = time.perf_counter()
 
-    return observe
+    def _choice(self, node: Node) -> int | None:
+        """Distinct experts of a node that reads the router's indices themselves."""
+        if node.op != "experts":
+            return None
+        return self._chosen.get(node.operands[1].name)

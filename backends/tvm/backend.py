@@ -76,17 +76,15 @@ class TvmBackend:
         plans, table = plan_program(program, machine)
         if options.progress is not None:
             options.progress("kernels", 0, len(table.names))
-        kernels = table.build()
+        kernels = {**library.timing_functions(), **table.build()}
         numbers = {name: i for i, name in enumerate(kernels)}
-        functions = dict(kernels)
-        if kernels:
-            functions[library.EXECUTE] = library.execute_function(kernels, numbers)
+        functions = {**kernels, library.EXECUTE: library.execute_function(kernels, numbers)}
         weights = sorted(program.weights)
         entries: dict[str, Any] = {}
         lists: list[Any] = []
         for name, graph in program.entries.items():
             slots = library.Slots.of(graph, plans[name], weights)
-            functions[name] = library.entry_function(name, slots, len(plans[name].steps))
+            functions[name] = library.entry_function(name, slots)
             entries[name] = {
                 **_interface(graph, program.memory[name]),
                 "slots": slots.given,

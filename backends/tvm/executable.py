@@ -9,13 +9,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dsc.backends.base import Signature
-from dsc.backends.tvm.lean import MappedWeights, load_library
+from dsc.backends.tvm.lean import MappedWeights, Threads, load_library
+from dsc.backends.tvm.timed import TimedEntry, timed_entries
 from dsc.errors import ArtifactError, UsageError
 from dsc.ir.dims import evaluate
 from dsc.ir.graph import Graph
 from dsc.ir.paging import block_tables, check_block_table
 from dsc.ir.types import DType
 from dsc.runtime.plan import symbols_of
+from dsc.runtime.profiler import active
 
 if TYPE_CHECKING:
     import torch
@@ -32,7 +34,10 @@ class TvmExecutable:
     def __init__(self, folder: Path, manifest: Mapping[str, Any], program: Program) -> None:
         self.program = program
         self.meta = manifest["meta"]
+        self._folder = folder
+        self._timed: dict[str, TimedEntry] | None = None
         self.functions = load_library(folder / "tvm" / "kernels.so", self.meta["threads"])
+        self._threads = Threads(self.meta["threads"])
         self.weights = self._map_weights(folder, manifest["weights"])
         addresses = self.weights.addresses(self.meta["weights"]) if self.weights else []
         self._arena = np.empty(0, dtype=np.uint8)
@@ -54,6 +59,12 @@ class TvmExecutable:
     def signature(self, entry: str) -> Signature:
         """Names and types of an entry's inputs and outputs."""
         return Signature.of(self.program.entry(entry))
+
+    def set_threads(self, threads: int | None, pin: bool | None) -> None:
+        """Run on this many threads from now on. Raises `UsageError` where the pool is too small."""
+        wanted = Threads(threads or self.meta["threads"], pin, asked=threads is not None)
+        wanted.apply()
+        self._threads = wanted
 
     def run(self, entry: str, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Run an entry. Outputs that update an input in place are that input's tensor."""
@@ -81,8 +92,31 @@ class TvmExecutable:
         values |= {f"output:{name}": t.data_ptr() for name, t in outputs.items()}
         table = self._values[entry]
         table[: len(facts["slots"])] = [values[slot] for slot in facts["slots"]]
-        self.functions[entry](table.ctypes.data, self._steps.ctypes.data + facts["steps_at"])
+        self._call(entry, table, env, inputs)
         return outputs
+
+    def _call(
+        self,
+        entry: str,
+        table: np.ndarray[Any, np.dtype[np.int64]],
+        env: Mapping[str, int],
+        inputs: Mapping[str, torch.Tensor],
+    ) -> None:
+        """Execute the entry's list of steps, or its timed form when somebody profiles."""
+        profiler, timed = active(), None
+        if profiler is not None:
+            with profiler.aside():
+                if self._timed is None:
+                    self._timed = timed_entries(self._folder, self.program.entries, self._steps)
+                timed = self._timed.get(entry)
+                steps = timed.prepare(env) if timed is not None else 0
+        if profiler is None or timed is None:
+            steps = self._steps.ctypes.data + self.meta["entries"][entry]["steps_at"]
+        self._threads.apply()
+        self.functions[entry](table.ctypes.data, steps)
+        if profiler is not None and timed is not None:
+            lengths = inputs.get("lengths")
+            profiler.ran(timed.finished(None if lengths is None else lengths.tolist()))
 
     def _sizes(self, graph: Graph, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
         """The symbols' sizes. Raises `UsageError` when a shape does not fit or is out of range."""

@@ -9,7 +9,9 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import threading
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from dsc.errors import ArtifactError, BackendUnavailable
+from dsc.errors import ArtifactError, BackendUnavailable, UsageError
 
 
 @cache
@@ -37,13 +39,64 @@ def runtime_library() -> ctypes.CDLL:
 
 
 def load_library(path: Path, threads: int | None) -> Any:
-    """The functions of a library by name. `threads` counts when no pool was started before."""
-    wanted = threads or len(os.sched_getaffinity(0))
-    os.environ.setdefault("TVM_NUM_THREADS", str(wanted))
+    """The functions of a library by name. The thread pool will have room for `threads`."""
+    cores = len(os.sched_getaffinity(0))
+    os.environ.setdefault(POOL_SIZE, str(max(threads or 0, cores)))
     runtime_library()
     import tvm_ffi
 
     return tvm_ffi.load_module(str(path))
+
+
+@dataclass(frozen=True, slots=True)
+class Threads:
+    """How many threads kernels use; `pin`: workers on cores of their own, or free to move.
+
+    Without `count` as many as the process may use, or what TVM_NUM_THREADS says. What was only a
+    wish when the model was compiled (`asked` is false) yields to a smaller pool.
+    """
+
+    count: int | None = None
+    pin: bool | None = None
+    asked: bool = False
+
+    def apply(self) -> None:
+        """Set TVM's pool of the calling thread, if it is not set so. Raises `UsageError`.
+
+        A pool has the size that it was started with, and takes fewer workers, not more.
+        """
+        if getattr(_applied, "threads", None) == self:
+            return
+        import tvm_ffi
+
+        configure = tvm_ffi.get_global_func("runtime.config_threadpool")
+        cores = [str(core) for core in sorted(os.sched_getaffinity(0))]
+        room = int(os.environ.get(POOL_SIZE, len(cores)))
+        wanted = self.count or len(cores)
+        if not self.asked:
+            wanted = min(wanted, room)
+        if self.pin and wanted > len(cores):
+            raise UsageError(
+                f"{wanted} threads cannot be pinned to {len(cores)} cores",
+                hint="use fewer threads, or do not pin",
+            )
+        if self.pin is None:
+            configure(_DEFAULT, wanted)
+        else:
+            configure(_OWN_CORE if self.pin else _ANY_CORE, wanted, cores)
+        _applied.threads = self
+        found = int(tvm_ffi.get_global_func("runtime.NumThreads")())
+        if found != wanted:
+            _applied.threads = None
+            raise UsageError(
+                f"{wanted} threads asked, TVM's thread pool of this process has {room}",
+                hint=f"ask for {wanted} threads when the first model is loaded, or set {POOL_SIZE}",
+            )
+
+
+POOL_SIZE = "TVM_NUM_THREADS"
+_DEFAULT, _OWN_CORE, _ANY_CORE = 0, -2, -3  # threading_backend.h: AffinityMode
+_applied = threading.local()  # a thread that launches kernels has a pool of its own
 
 
 class MappedWeights:

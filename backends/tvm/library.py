@@ -3,9 +3,12 @@
 `decode(values, steps)` takes the addresses of two int64 arrays. `values` holds the sizes of the
 symbols and the addresses of the arena, the inputs, the outputs and the weights, in the order of
 `Slots`; the entry's function fills in what is derived from the sizes. `steps` is the entry's list:
-a kernel's number, then for each argument a slot and what is added to its value. `execute` reads a
-step and calls its kernel directly, so that a decode step runs without Python, and the code to
-compile does not grow with the number of layers.
+the number of steps, then for each a kernel's number, and for each of its arguments a slot and what
+is added to its value. `execute` reads a step and calls its kernel directly, so that a decode step
+runs without Python, and the code to compile does not grow with the number of layers.
+
+Lists are data, so a profile costs nothing when there is none: `dsc.backends.tvm.timed` gives the
+same function a list with calls of `clock` and `copy` between the steps.
 """
 
 from __future__ import annotations
@@ -45,6 +48,10 @@ from dsc.runtime.plan import BufferRef, EntryPlan, Step
 
 PIPELINE = "dsc"
 EXECUTE = "execute"
+CLOCK, COPY = "dsc_clock", "dsc_copy"
+TIMING = (CLOCK, COPY)
+"""What every library holds for profiles; their numbers in a list are their positions here."""
+_CLOCK_MONOTONIC = 1  # <time.h> of Linux; the clock of `time.perf_counter`
 ZERO, ARENA = "zero", "arena"
 
 
@@ -92,7 +99,7 @@ def encode_steps(
     plan: EntryPlan, slots: Slots, numbers: Mapping[str, int]
 ) -> np.ndarray[Any, np.dtype[np.int64]]:
     """The entry's list of steps; `numbers` gives each kernel's."""
-    words: list[int] = []
+    words = [len(plan.steps)]
     for step in plan.steps:
         words.append(numbers[step.kernel])
         for slot, added in slots.arguments(step):
@@ -106,15 +113,14 @@ def encode_steps(
         ) from None
 
 
-def entry_function(entry: str, slots: Slots, count: int) -> PrimFunc:
-    """`entry(values, steps)`: fill in the derived sizes, then execute `count` steps."""
+def entry_function(entry: str, slots: Slots) -> PrimFunc:
+    """`entry(values, steps)`: fill in the derived sizes, then execute the steps."""
 
     def body(values: Expr, steps: Expr) -> None:
         table = Tensor(values, DType.i64, (len(slots.numbers),))
         for dim in slots.derived:
             table.store(_evaluate(dim, table, slots), slots.numbers[dim])
-        if count:
-            T.evaluate(_call(EXECUTE, [values, steps, integer(count)]))
+        T.evaluate(_call(EXECUTE, [values, steps]))
 
     return build(body).with_attr("global_symbol", entry)
 
@@ -137,12 +143,12 @@ def _evaluate(dim: Dim, table: Tensor, slots: Slots) -> Expr:
 
 
 def execute_function(kernels: Mapping[str, PrimFunc], numbers: Mapping[str, int]) -> PrimFunc:
-    """`execute(values, steps, count)`: call one kernel after another."""
+    """`execute(values, steps)`: call one kernel after another."""
 
-    def body(values: Expr, steps: Expr, count: Expr) -> None:
+    def body(values: Expr, steps: Expr) -> None:
         table, words = Tensor(values, DType.i64, (1,)), Tensor(steps, DType.i64, (1,))
         at = Local(1, "int64")
-        at[0] = integer(0)
+        at[0] = integer(1)
 
         def run(name: str) -> None:
             first, arity = bind(at[0] + 1), len(kernels[name].params)
@@ -150,10 +156,23 @@ def execute_function(kernels: Mapping[str, PrimFunc], numbers: Mapping[str, int]
             T.evaluate(_call(name, [table.at(slot) + added for slot, added in pairs]))
             at[0] = first + 2 * arity
 
-        with loop(count):
+        with loop(bind(words.at(0))):
             _switch(bind(words.at(at[0])), [(n, name) for name, n in numbers.items()], run)
 
     return build(body)
+
+
+def timing_functions() -> dict[str, PrimFunc]:
+    """`clock(target)` writes seconds and nanoseconds; `copy(source, target, size)` moves bytes."""
+
+    def clock(target: Expr) -> None:
+        arguments = [tirx.IntImm("int32", _CLOCK_MONOTONIC), target]
+        T.evaluate(tirx.call_extern("int32", "clock_gettime", *arguments))
+
+    def copy(source: Expr, target: Expr, size: Expr) -> None:
+        T.evaluate(tirx.call_extern("int64", "memcpy", target, source, size))
+
+    return {CLOCK: build(clock), COPY: build(copy)}
 
 
 def _switch(number: Expr, cases: Sequence[tuple[int, str]], run: Callable[[str], None]) -> None:

@@ -96,6 +96,7 @@ def plan_entry(
                 tuple((f"n{i}", size) for i, size in enumerate(launch.sizes)),
                 loc=node.loc,
                 op=node.op,
+                node=node.outputs[0].name,
             )
         )
     return EntryPlan(tuple(steps), memory.size + -(-scratch // ALIGNMENT) * ALIGNMENT)

@@ -27,6 +27,7 @@ VERBS = (
     "diff",
     "bisect",
     "bench",
+    "profile",
     "doctor",
 )
 

@@ -55,6 +55,8 @@ def generate(
     seed: Annotated[int, Option("--seed", min=0, help="Of the draws above temperature 0.")] = 0,
     stats: Annotated[bool, Option("--stats", help="Print rates on standard error.")] = False,
     ranks: options.Ranks = None,
+    threads: options.Threads = None,
+    pin: options.Pin = None,
     json: options.Json = False,
     trust: options.Trust = False,
 ) -> None:
@@ -72,9 +74,11 @@ def generate(
         arguments = ["generate", str(artifact), "--prompt", prompt, "--seed", str(seed)]
         arguments += ["--max-new-tokens", str(max_new_tokens), "--temperature", str(temperature)]
         flags = {"--stats": stats, "--json": json, "--trust": trust}
+        flags |= {"--pin": pin is True, "--no-pin": pin is False}
+        arguments += [] if threads is None else ["--threads", str(threads)]
         launch_ranks([*arguments, *(name for name, on in flags.items() if on)], artifact)
         return
-    compiled = api.load(artifact, trust=trust)
+    compiled = api.load(artifact, trust=trust, **options.chosen(threads=threads, pin=pin))
     tokenizer = required_tokenizer(compiled.tokenizer, artifact)
     ids = tokenizer.encode(prompt).ids
     if not ids:

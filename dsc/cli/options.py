@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from typer import Argument, Option
 
@@ -103,6 +103,14 @@ Threads = Annotated[
         show_default=False,
     ),
 ]
+Pin = Annotated[
+    bool | None,
+    Option(
+        "--pin/--no-pin",
+        help="Worker threads on a core each, or free to move.  [default: the runtime's]",
+        show_default=False,
+    ),
+]
 Fallback = Annotated[
     str | None,
     Option(
@@ -168,3 +176,8 @@ Output = Annotated[
         show_default=False,
     ),
 ]
+
+
+def chosen(**asked: Any) -> dict[str, Any]:
+    """Return the options that were given on the command line."""
+    return {name: value for name, value in asked.items() if value is not None}

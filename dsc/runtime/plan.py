@@ -34,7 +34,10 @@ class BufferRef:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One kernel call. `scalars` are values by name; `waits` are steps of other lanes."""
+    """One kernel call. `scalars` are values by name; `waits` are steps of other lanes.
+
+    `node` names the first result of the graph's node that the step is part of.
+    """
 
     kernel: str
     reads: tuple[BufferRef | None, ...]
@@ -44,6 +47,7 @@ class Step:
     waits: tuple[int, ...] = ()
     loc: str = ""
     op: str = ""
+    node: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +110,7 @@ def step_of(node: Node, kernel: str, memory: MemoryPlan, **scalars: Dim) -> Step
         tuple(scalars.items()),
         loc=node.loc,
         op=node.op,
+        node=node.outputs[0].name,
     )
 
 
@@ -124,10 +129,44 @@ def scalar_values(step: Step, env: Mapping[str, int]) -> dict[str, int]:
     return {name: evaluate(dim, env) for name, dim in step.scalars}
 
 
+def live_bytes(plan: EntryPlan, env: Mapping[str, int]) -> list[int]:
+    """Bytes of the arena that hold something needed, during each step, at the symbols' sizes.
+
+    A buffer lives from the step that writes it to the last that reads it before its first byte is
+    written again.
+    """
+    change = [0] * (len(plan.steps) + 1)
+    alive: dict[int, list[int]] = {}  # offset -> [size, first step, last step]
+
+    def end(found: list[int]) -> None:
+        size, first, last = found
+        change[first] += size
+        change[last + 1] -= size
+
+    for position, step in enumerate(plan.steps):
+        for ref in step.reads:
+            if ref is not None and ref.region == "arena" and ref.offset in alive:
+                alive[ref.offset][2] = position
+        for ref in step.writes:
+            if ref.region != "arena":
+                continue
+            if ref.offset in alive:
+                end(alive[ref.offset])
+            alive[ref.offset] = [evaluate(ref.type.nbytes, env), position, position]
+    for found in alive.values():
+        end(found)
+    live, total = [], 0
+    for position in range(len(plan.steps)):
+        total += change[position]
+        live.append(total)
+    return live
+
+
 def _step_json(step: Step) -> dict[str, Any]:
     return {
         "kernel": step.kernel,
         "op": step.op,
+        "node": step.node,
         "loc": step.loc,
         "reads": [None if r is None else _ref_json(r) for r in step.reads],
         "writes": [_ref_json(r) for r in step.writes],
@@ -147,6 +186,7 @@ def _step(raw: Mapping[str, Any]) -> Step:
         tuple(raw["waits"]),
         raw["loc"],
         raw["op"],
+        raw.get("node", ""),
     )
 
 

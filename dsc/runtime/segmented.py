@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from dsc.backends.base import Executable, Signature
+from dsc.backends.base import Executable, Signature, set_threads
 from dsc.errors import RankError
 from dsc.ir.graph import Node
 from dsc.ir.op import lookup
@@ -32,6 +32,10 @@ class SegmentedExecutable:
     def signature(self, entry: str) -> Signature:
         """Names, types and aliases of an entry."""
         return Signature.of(self.program.entries[entry])
+
+    def set_threads(self, threads: int | None, pin: bool | None) -> None:
+        """Set the threads of the segments. Raises `UsageError` where that is impossible."""
+        set_threads(self._segments, threads, pin)
 
     def run(self, entry: str, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Run an entry on CPU tensors by name. Raises `UsageError`, `RankError`."""

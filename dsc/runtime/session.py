@@ -19,7 +19,7 @@ from dsc.ir.graph import Graph, Value
 from dsc.ir.paging import BLOCK_TABLE, page_rows
 from dsc.ir.program import Program
 from dsc.runtime.pages import PagePool, page_memory
-from dsc.runtime.profiler import span
+from dsc.runtime.profiler import entry_span
 
 if TYPE_CHECKING:
     import torch
@@ -136,8 +136,9 @@ class Session:
             self._pool.grow((self._lengths + here).tolist())
             inputs[BLOCK_TABLE] = self._pool.table()
         entry = self._entry(size if inputs["logits_at"].shape[1] == 1 else max(size, 2))
-        with span(entry, "entry"):
-            outputs = self.executable.run(entry, {**inputs, **self._caches})
+        given = {**inputs, **self._caches}
+        with entry_span(self.program.entries[entry], given):
+            outputs = self.executable.run(entry, given)
         self._lengths = self._lengths + here
         self._keep(outputs)
         return outputs["logits"]

@@ -15,8 +15,10 @@ from typer.testing import CliRunner, Result
 
 import dsc
 from dsc.cli import build_app
+from dsc.ir.parser import parse_program
 
 VOCAB = 16
+SMALL_LM = Path(__file__).resolve().parent.parent / "data" / "small_lm.dsc"
 Invoke = Callable[..., Result]
 
 
@@ -54,6 +56,7 @@ class CountingModel:
         self.report: dict[str, Any] = {"passes": []}
         self.tokenizer = LetterTokenizer()
         self.sessions: list[tuple[int, int]] = []
+        self.program = parse_program(SMALL_LM.read_text())
 
     def session(self, max_batch: int, max_context: int) -> CountingSession:
         """Open a session and note its bounds."""
@@ -86,9 +89,9 @@ class FakeApi:
                 (options["dump_dir"] / f"{number:02}-{name}.dsc").write_text(f"after {name}\n")
         return CountingModel(options.get("backend") or "reference")
 
-    def load(self, path: Path, trust: bool = False) -> CountingModel:
-        """Remember the path."""
-        self.loaded.append({"path": path, "trust": trust})
+    def load(self, path: Path, trust: bool = False, **options: Any) -> CountingModel:
+        """Remember the path and the options."""
+        self.loaded.append({"path": path, "trust": trust, **options})
         return CountingModel()
 
 

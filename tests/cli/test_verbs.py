@@ -30,6 +30,7 @@ def test_compile_passes_only_what_was_asked(api: FakeApi, invoke: Invoke, tmp_pa
         "max_batch": 4,
         "fusion_level": 3,
         "prefill_chunk": 512,
+        "cache": "contiguous",
         "print_ir_after": (),
         "verify_each": False,
     }
@@ -91,12 +92,29 @@ def test_generate_refuses_an_empty_prompt(api: FakeApi, invoke: Invoke, artifact
 
 
 def test_bench_measures_both_phases(api: FakeApi, invoke: Invoke, artifact: Path) -> None:
-    line = ("bench", str(artifact), "--prompt-len=8", "--tokens=4", "--repeats=2", "--json")
-    document = json.loads(invoke(*line).stdout)
-    assert document["prefill"]["steps"] == 2
-    assert document["decode"]["steps"] == 4
+    line = ("bench", str(artifact), "--prompt-len=8", "--tokens=4", "--rounds=2", "--repeats=2")
+    document = json.loads(invoke(*line, "--threads=1", "--no-pin", "--json").stdout)
+    assert api.loaded == [{"path": artifact, "trust": False, "threads": 1, "pin": False}]
+    for phase, each in (("prefill", 1), ("decode", 4)):
+        found = document[phase]
+        assert found["rounds"] == 2
+        assert found["steps"] == each * (2 - found["rounds_dropped"] % 2)  # all, if none is steady
+        assert found["of_limit"] > 0
     low, high = document["decode"]["quartiles_ms"]
     assert low <= document["decode"]["median_ms"] <= high
+
+
+def test_profile_prints_rows_and_writes_a_trace(
+    api: FakeApi, invoke: Invoke, artifact: Path, tmp_path: Path
+) -> None:
+    trace = tmp_path / "trace.json"
+    line = ("profile", str(artifact), "--tokens=2", "--trace", str(trace), "--threads=1")
+    document = json.loads(invoke(*line, "--json").stdout)
+    assert document["rows"] == []  # the fake reports nothing
+    assert document["memory"]["weights"] > 0
+    assert document["machine"]["read_bytes_per_s"] > 1e8
+    assert json.loads(trace.read_text())["traceEvents"] == []
+    assert invoke("profile", str(artifact), "--phase", "prefill", "--threads=1").exit_code == 0
 
 
 def test_verify_compares_with_the_oracle(api: FakeApi, invoke: Invoke, artifact: Path) -> None:

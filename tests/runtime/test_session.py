@@ -127,6 +127,6 @@ def test_mistakes_are_told(call: object, words: str) -> None:
 
 def test_a_session_must_fit_what_was_compiled() -> None:
     compiled = dsc.compile(small_lm(), backend="null", max_context=32)
-    for wrong in ({"max_batch": 9}, {"max_context": 4000}):
+    for batch, context in ((9, None), (None, 4000)):
         with pytest.raises(UsageError, match="compiled for"):
-            compiled.session(**wrong)
+            compiled.session(max_batch=batch, max_context=context)

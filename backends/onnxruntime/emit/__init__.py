@@ -38,8 +38,13 @@ MOVES = frozenset(
 """Operators whose emitters take 16-bit floats as they are."""
 
 
-def emit_graph(g: GraphWriter, graph: Graph, names: dict[str, str]) -> tuple[str, ...]:
-    """Append all nodes of a graph. `names` maps its values to ONNX names and grows as it goes."""
+def emit_graph(
+    g: GraphWriter, graph: Graph, names: dict[str, str], origin: str = ""
+) -> tuple[str, ...]:
+    """Append all nodes of a graph. `names` maps its values to ONNX names and grows as it goes.
+
+    ONNX nodes are named after the node they come from, of a region after the region (`origin`).
+    """
 
     def operand(x: Operand | None) -> str:
         if x is None:
@@ -47,11 +52,11 @@ def emit_graph(g: GraphWriter, graph: Graph, names: dict[str, str]) -> tuple[str
         return g.weight(x) if isinstance(x, Weight) else names[x.name]
 
     for node in graph.nodes:
-        g.loc = node.loc
+        g.loc, g.origin = node.loc, origin or node.outputs[0].name
         inputs = [operand(x) for x in node.inputs]
         if node.body is not None:
             inner = {v.name: x for v, x in zip(node.body.inputs, inputs, strict=True)}
-            results = emit_graph(g, node.body, inner)
+            results = emit_graph(g, node.body, inner, g.origin)
         else:
             results = emit_node(g, node, inputs)
         names.update(zip((v.name for v in node.outputs), results, strict=True))

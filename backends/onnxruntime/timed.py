@@ -1,0 +1,89 @@
+"""Times of nodes from ONNX Runtime's own profiler, told as times of the program's nodes.
+
+ONNX nodes carry the name of the value that they work for; what ONNX Runtime fused or made itself is
+listed under its own operator's name. Nodes inside a branch or a loop count as part of it.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dsc.backends.onnxruntime.graph import ORIGIN
+from dsc.ir.graph import Graph
+from dsc.runtime.plan import symbols_of
+from dsc.runtime.profiler import EntryRun, Event, StepTime, step_events
+
+
+@dataclass(frozen=True, slots=True)
+class _Run:
+    sizes: Mapping[str, int]
+    lengths: list[int] | None
+    start: float
+
+
+@dataclass
+class TimedSession:
+    """A session that profiles, and when its runs began by our clock; `owner` is its graph."""
+
+    session: Any
+    owner: Graph
+    runs: list[_Run] = field(default_factory=list)
+
+    def starts(self, inputs: Mapping[str, Any]) -> None:
+        """Note that a run on these tensors begins now."""
+        shapes = {v.name: tuple(inputs[v.name].shape) for v in self.owner.inputs}
+        lengths = inputs.get("lengths")
+        known = None if lengths is None else lengths.tolist()
+        self.runs.append(_Run(symbols_of(self.owner, shapes), known, time.perf_counter()))
+
+    def finish(self, folder: str) -> Callable[[], Iterable[Event]]:
+        """Stop profiling; gives what makes the events. `folder` held the profile and goes."""
+        text = Path(self.session.end_profiling()).read_text("utf-8")
+        shutil.rmtree(folder, ignore_errors=True)
+        return lambda: self._events(json.loads(text))
+
+    def _events(self, found: list[dict[str, Any]]) -> Iterable[Event]:
+        whole = [e for e in found if e.get("name") == "model_run"]
+        kernels = [e for e in found if str(e.get("name", "")).endswith("_kernel_time")]
+        for run, outer in zip(self.runs, whole, strict=False):
+            start, end = outer["ts"], outer["ts"] + outer["dur"]
+            inside = [e for e in kernels if start <= e["ts"] <= end]
+            steps = self._steps(_outermost(inside), run.start - start * 1e-6)
+            yield from step_events(
+                EntryRun(self.owner, run.sizes, run.lengths, lambda steps=steps: steps)  # type: ignore[misc]
+            )
+
+    def _steps(self, events: list[dict[str, Any]], shift: float) -> list[StepTime]:
+        """Consecutive ONNX nodes of one node of the program are one step."""
+        known = {node.outputs[0].name: node.op for node in self.owner.nodes}
+        steps: list[StepTime] = []
+        seen: set[str] = set()
+        for event in events:
+            origin, mark, _ = event["name"].partition(ORIGIN)
+            node = origin if mark and origin in known else ""
+            kernel = known[node] if node else str(event["args"].get("op_name", event["name"]))
+            start, seconds = event["ts"] * 1e-6 + shift, event["dur"] * 1e-6
+            again = node in seen
+            seen.update({node} if node else ())
+            if node and steps and steps[-1].node == node:
+                first = steps.pop()
+                start, seconds, again = first.start, start + seconds - first.start, first.again
+            steps.append(StepTime(node, kernel, start, seconds, again=again))
+        return steps
+
+
+def _outermost(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Events that lie in no other."""
+    kept: list[dict[str, Any]] = []
+    end = -1
+    for event in sorted(events, key=lambda e: (e["ts"], -e["dur"])):
+        if event["ts"] + event["dur"] > end:
+            kept.append(event)
+            end = event["ts"] + event["dur"]
+    return kept

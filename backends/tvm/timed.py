@@ -1,0 +1,169 @@
+"""The timed form of an entry: its list of steps with a clock before each, and copies of choices.
+
+The library's `execute` walks whatever list it is given, so a profile needs no other code: the clock
+writes where each step begins into a buffer, and the expert indices that a step reads are copied
+aside before its memory is used again. Nothing runs in Python between the steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from dsc.ir.dims import evaluate
+from dsc.ir.graph import Graph, Node, Value
+from dsc.runtime.plan import EntryPlan, Plan, Step, live_bytes
+from dsc.runtime.profiler import EntryRun, StepTime
+
+Words: TypeAlias = "np.ndarray[Any, np.dtype[np.int64]]"
+
+CLOCK, COPY = 0, 1
+"""The numbers of the two in every library (`dsc.backends.tvm.library.TIMING`)."""
+ZERO = 0
+"""The slot that holds 0: an address is what is added to it."""
+CHOICES = {"experts": 1, "grouped_linear": 2}
+"""Operators over stacked experts, and the operand that tells which are read."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tap:
+    """The copy of one step's choices: where it goes, and whether it holds offsets or indices."""
+
+    step: int
+    start: int
+    count: int
+    offsets: bool
+
+
+@dataclass
+class TimedEntry:
+    """An entry's timed list, and the buffers that it writes to; rebuilt when sizes change."""
+
+    graph: Graph
+    plan: EntryPlan
+    words: Words
+    sizes: Mapping[str, int] = field(default_factory=dict)
+    taps: list[Tap] = field(default_factory=list)
+
+    def prepare(self, sizes: Mapping[str, int]) -> int:
+        """The address of the list for a run at these sizes."""
+        if dict(sizes) != dict(self.sizes):
+            self._build(sizes)
+        return int(self.list.ctypes.data)
+
+    def _build(self, sizes: Mapping[str, int]) -> None:
+        self.sizes, self.taps = dict(sizes), []
+        nodes = {node.outputs[0].name: node for node in self.graph.nodes}
+        found = [_choice(step, nodes.get(step.node)) for step in self.plan.steps]
+        counts = [
+            0 if at is None else evaluate(_read(step, at[0]).type.numel, sizes)
+            for step, at in zip(self.plan.steps, found, strict=True)
+        ]
+        self.times = np.zeros(2 * (len(self.plan.steps) + 1), dtype=np.int64)
+        self.copies = np.zeros(sum(counts), dtype=np.int64)
+        clock, copies = int(self.times.ctypes.data), int(self.copies.ctypes.data)
+        words: list[int] = []
+        at, start = 1, 0
+        for index, (step, choice, count) in enumerate(
+            zip(self.plan.steps, found, counts, strict=True)
+        ):
+            end = at + 1 + 2 * _arity(step)
+            words += (CLOCK, ZERO, clock + 16 * index)
+            if choice is not None:
+                source = at + 1 + 2 * choice[1]
+                target = (ZERO, copies + 8 * start)
+                words += (
+                    COPY,
+                    *map(int, self.words[source : source + 2]),
+                    *target,
+                    ZERO,
+                    8 * count,
+                )
+                self.taps.append(Tap(index, start, count, choice[2]))
+            words += map(int, self.words[at:end])
+            at, start = end, start + count
+        words += (CLOCK, ZERO, clock + 16 * len(self.plan.steps))
+        total = 2 * len(self.plan.steps) + 1 + len(self.taps)
+        self.list = np.array([total, *words], dtype=np.int64)
+
+    def finished(self, lengths: Sequence[int] | None) -> EntryRun:
+        """What the last run wrote, for the profiler."""
+        times, copies, taps = self.times.copy(), self.copies.copy(), self.taps
+        sizes = self.sizes
+        return EntryRun(
+            self.graph,
+            sizes,
+            lengths,
+            lambda: _step_times(self.plan, times, copies, taps),
+            lambda: live_bytes(self.plan, sizes),
+        )
+
+
+def timed_entries(folder: Path, graphs: Mapping[str, Graph], steps: Words) -> dict[str, TimedEntry]:
+    """The timed form of every entry; none for an artifact without plan.json."""
+    path = folder / "plan.json"
+    if not path.is_file():
+        return {}
+    plan = Plan.from_json(path.read_bytes())
+    found, at = {}, 0
+    for name, entry in plan.entries.items():
+        size = 1 + sum(1 + 2 * _arity(step) for step in entry.steps)
+        found[name] = TimedEntry(graphs[name], entry, steps[at : at + size])
+        at += size
+    return found
+
+
+def _arity(step: Step) -> int:
+    """How many arguments a step's kernel takes."""
+    return sum(r is not None for r in step.reads) + len(step.writes) + len(step.scalars)
+
+
+def _read(step: Step, operand: int) -> Any:
+    return step.reads[operand]
+
+
+def _choice(step: Step, node: Node | None) -> tuple[int, int, bool] | None:
+    """Which operand of a step tells its experts: its index, its argument, whether offsets."""
+    if node is None:
+        return None
+    inner = next((n for n in _inside(node) if n.op in CHOICES), None)
+    if inner is None:
+        return None
+    wanted = inner.inputs[CHOICES[inner.op]]
+    if node.body is not None and isinstance(wanted, Value):
+        names = [v.name for v in node.body.inputs]
+        if wanted.name not in names:
+            return None
+        operand = names.index(wanted.name)
+    else:
+        operand = CHOICES[inner.op]
+    if operand >= len(step.reads) or step.reads[operand] is None:
+        return None
+    argument = sum(r is not None for r in step.reads[:operand])
+    return operand, argument, inner.op == "grouped_linear"
+
+
+def _inside(node: Node) -> Sequence[Node]:
+    return node.body.nodes if node.body is not None else (node,)
+
+
+def _step_times(
+    plan: EntryPlan, times: Words, copies: Words, taps: Sequence[Tap]
+) -> list[StepTime]:
+    seconds = times[0::2] + 1e-9 * times[1::2]
+    chosen = {tap.step: _distinct(copies[tap.start : tap.start + tap.count], tap) for tap in taps}
+    return [
+        StepTime(
+            step.node, step.kernel, float(seconds[i]), float(seconds[i + 1] - seconds[i]),
+            chosen.get(i),
+        )
+        for i, step in enumerate(plan.steps)
+    ]  # fmt: skip
+
+
+def _distinct(copied: Words, tap: Tap) -> int:
+    return int((np.diff(copied) > 0).sum()) if tap.offsets else len(np.unique(copied))

@@ -1,0 +1,199 @@
+"""What a run of an entry moved and computed: the IR's cost functions at the run's real sizes.
+
+Real means: of a cache with room for C rows those that hold tokens (a batch of different lengths
+counts its mean), of stacked experts those that the tokens chose where the backend tells, else at
+most as many as were chosen. Attention counts every row it may see for every new token, the upper
+triangle of a prompt's own tokens included.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from dsc.ir.analyses import Cost
+from dsc.ir.dims import evaluate
+from dsc.ir.graph import Graph, Node, Value, Weight
+from dsc.ir.paging import BLOCK_TABLE, page_rows
+from dsc.runtime.profiler import EntryRun, Event
+
+Sizes = Mapping[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Moved:
+    """Bytes and flops of a node at some sizes; `stored` are the bytes of weights and caches."""
+
+    weights: int
+    caches: int
+    activations: int
+    flops: int
+
+    @property
+    def stored(self) -> int:
+        """Bytes that no cache of the processor holds from one step to the next."""
+        return self.weights + self.caches
+
+    @property
+    def bytes(self) -> int:
+        """All bytes."""
+        return self.stored + self.activations
+
+
+NOTHING = Moved(0, 0, 0, 0)
+
+
+def step_events(run: EntryRun) -> Iterator[Event]:
+    """The events of a run's steps."""
+    sizes = real_sizes(run.graph, run.sizes, run.lengths)
+    nodes = {node.outputs[0].name: node for node in run.graph.nodes}
+    live = run.live() if run.live is not None else ()
+    for index, step in enumerate(run.steps()):
+        node = nodes.get(step.node)
+        now = live[index] if index < len(live) else None
+        if node is None:
+            yield Event(step.kernel, "step", step.start, step.seconds, 0, 0, "", step.kernel, now)
+            continue
+        found = NOTHING if step.again else moved(run.graph, node, sizes, step.chosen)
+        yield Event(
+            label(node), "step", step.start, step.seconds,
+            found.bytes, found.flops, node.loc, step.kernel, now,
+        )  # fmt: skip
+
+
+def entry_cost(graph: Graph, sizes: Sizes, lengths: Sequence[int] | None) -> tuple[int, int]:
+    """Bytes and flops of a whole run; of experts, as many as could be chosen."""
+    found = entry_moved(graph, sizes, lengths)
+    return sum(m.bytes for m in found), sum(m.flops for m in found)
+
+
+def entry_moved(graph: Graph, sizes: Sizes, lengths: Sequence[int] | None) -> list[Moved]:
+    """What each node of a run moved and computed."""
+    real = real_sizes(graph, sizes, lengths)
+    return [moved(graph, node, real) for node in graph.nodes]
+
+
+def real_sizes(graph: Graph, sizes: Sizes, lengths: Sequence[int] | None) -> dict[str, int]:
+    """The symbols' sizes, with the capacity of caches replaced by the rows that hold tokens."""
+    if lengths is None or not len(lengths):
+        return dict(sizes)
+    rows = -(-sum(lengths) // len(lengths)) + _new_tokens(graph, sizes)
+    page = page_rows(graph)
+    held: dict[str, int] = {}
+    for output, source in graph.aliases:
+        shape = graph.inputs[source].type.shape
+        if graph.outputs[output].type != graph.inputs[source].type:
+            continue
+        if page is None:
+            held[str(shape[1])] = rows
+        else:
+            held[str(shape[0])] = -(-rows // page) * len(lengths)
+    if page is not None:
+        tables = [v.type.shape for v in graph.inputs if v.name == BLOCK_TABLE]
+        held |= {str(shape[1]): -(-rows // page) for shape in tables}
+    return {name: min(n, held.get(name, n)) for name, n in sizes.items()}
+
+
+def _new_tokens(graph: Graph, sizes: Sizes) -> int:
+    shapes = [v.type.shape for v in graph.inputs if v.name == "input_ids"]
+    return evaluate(shapes[0][1], sizes) if shapes else 0
+
+
+def lengths_of(inputs: Mapping[str, Any]) -> list[int] | None:
+    """Tokens of each sequence in the cache, where an entry takes them."""
+    lengths = inputs.get("lengths")
+    return None if lengths is None else [int(n) for n in lengths]
+
+
+def moved(graph: Graph, node: Node, sizes: Sizes, chosen: int | None = None) -> Moved:
+    """What a node moves and computes; `chosen` are the distinct experts that it reads."""
+    from dsc.report import weights_read
+
+    spent = _facts(graph).costs[node.outputs[0].name]
+    stacked = _expert_weights(node) if chosen is not None else frozenset()
+    weights = 0
+    for weight, share in weights_read(node, sizes):
+        if chosen is not None and weight.name in stacked:
+            share = chosen / max(1, evaluate(weight.type.shape[0], sizes))
+        weights += round(evaluate(weight.type.nbytes, sizes) * share)
+    caches = _cache_bytes(graph, node, sizes)
+    touched = evaluate(spent.read, sizes) + evaluate(spent.written, sizes)
+    return Moved(weights, caches, max(0, touched - caches), evaluate(spent.flops, sizes))
+
+
+@dataclass(frozen=True, slots=True)
+class _Facts:
+    """What is worked out once for a graph: costs of nodes, and the values that are caches."""
+
+    graph: Graph
+    costs: Mapping[str, Cost]
+    caches: frozenset[str]
+
+
+_KEPT = 16
+_facts_of: dict[int, _Facts] = {}
+"""By the identity of a graph, which each entry keeps alive: hashing a graph would walk it."""
+
+
+def _facts(graph: Graph) -> _Facts:
+    from dsc.report import node_costs
+
+    found = _facts_of.get(id(graph))
+    if found is None:
+        if len(_facts_of) >= _KEPT:
+            _facts_of.pop(next(iter(_facts_of)))
+        found = _facts_of[id(graph)] = _Facts(graph, node_costs(graph), _cache_values(graph))
+    return found
+
+
+def _expert_weights(node: Node) -> frozenset[str]:
+    """Names of the stacked weights that the experts of a node read, those of its body included."""
+    outer = {}
+    if node.body is not None:
+        outer = {v.name: x for v, x in zip(node.body.inputs, node.inputs, strict=True)}
+    found = set()
+    for inner in expert_nodes(node):
+        for operand in inner.operands:
+            x = outer.get(operand.name, operand)
+            if isinstance(x, Weight) and x.type.rank == 3:
+                found.add(x.name)
+    return frozenset(found)
+
+
+def expert_nodes(node: Node) -> list[Node]:
+    """The operators over stacked experts that a node is or holds."""
+    inside = node.body.nodes if node.body is not None else (node,)
+    return [n for n in inside if n.op in ("experts", "grouped_linear")]
+
+
+def _cache_bytes(graph: Graph, node: Node, sizes: Sizes) -> int:
+    """Bytes of cache rows that a node reads as a whole: attention does, appending does not."""
+    held = _facts(graph).caches
+    inside = node.body.nodes if node.body is not None else (node,)
+    attends = any("attention" in n.op or n.op == "sdpa" for n in inside)
+    if not attends and any(v.name in held for v in node.outputs):
+        return 0
+    read = {x.name: x for x in node.operands if isinstance(x, Value) and x.name in held}
+    return sum(evaluate(x.type.nbytes, sizes) for x in read.values())
+
+
+def _cache_values(graph: Graph) -> frozenset[str]:
+    """Values whose storage is a cache, or that hold a grown one."""
+    from dsc.ir.analyses import storage_roots
+
+    roots = storage_roots(graph)
+    caches = {graph.inputs[source].name for _, source in graph.aliases}
+    grown = {x.name for o, _ in graph.aliases if isinstance(x := graph.outputs[o], Value)}
+    return frozenset(name for name, root in roots.items() if root in caches | grown)
+
+
+def label(node: Node) -> str:
+    """How a node is called in a table: its operator, of a region all that it fuses."""
+    if node.body is None:
+        return node.op
+    ops = dict.fromkeys(n.op for n in node.body.nodes if n.op not in _SILENT)
+    return "+".join(ops) or node.op
+
+
+_SILENT = frozenset({"reshape", "slice", "split", "expand", "transpose", "full", "cast"})

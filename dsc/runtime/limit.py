@@ -1,0 +1,86 @@
+"""The shortest time that a step can take: each operator at the speed of memory or of the cores.
+
+limit = sum over operators of max(bytes of weights and caches / bandwidth, flops / matrix peak).
+Intermediates count nothing: they can stay in the processor's caches. Of stacked experts those that
+a step's tokens choose are read; with uniform routing n tokens of k choices among E experts choose
+E (1 - (1 - k/E)^n) of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from dsc.ir.graph import Graph, Node
+from dsc.ir.program import Program
+from dsc.runtime.costs import expert_nodes, moved, real_sizes
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What one operator must read from memory, and compute."""
+
+    bytes: float
+    flops: float
+
+
+def limit_seconds(work: Iterable[Work], bandwidth: float, matrix: float) -> float:
+    """Seconds of some operators, one after another, at bytes and at operations a second.
+
+    >>> limit_seconds([Work(10, 1), Work(1, 40)], bandwidth=10, matrix=20)
+    3.0
+    """
+    return sum(max(each.bytes / bandwidth, each.flops / matrix) for each in work)
+
+
+def step_work(program: Program, batch: int, new: int, context: int) -> list[Work]:
+    """What a step over `new` tokens of each of `batch` sequences does, after `context` tokens."""
+    graph = entry_for(program, new)
+    real = real_sizes(graph, step_sizes(graph, batch, new, context), [context] * batch)
+    found = (moved(graph, n, real, _distinct(n, real, batch * new)) for n in graph.nodes)
+    return [Work(m.stored, m.flops) for m in found]
+
+
+def prefill_work(program: Program, batch: int, tokens: int, chunk: int) -> list[Work]:
+    """What a prompt of `tokens` in each of `batch` sequences does, by chunks."""
+    found: list[Work] = []
+    for at in range(0, tokens, chunk):
+        found += step_work(program, batch, min(chunk, tokens - at), at)
+    return found
+
+
+def entry_for(program: Program, new: int) -> Graph:
+    """The entry that a session chooses for a step of `new` tokens."""
+    guards: Mapping[str, int] = program.meta.get("guards", {})
+    for name, limit in guards.items():
+        if name in program.entries and (limit == 0 or new <= limit):
+            return program.entries[name]
+    return program.entries[next(reversed(list(program.entries)))]
+
+
+def step_sizes(graph: Graph, batch: int, new: int, context: int) -> dict[str, int]:
+    """Sizes of a graph's symbols at a step."""
+    wanted = {"B": batch, "S": new, "L": 1, "P": context, "C": context + new}
+    return {s: wanted.get(s, 1) for v in graph.values() for s in v.type.symbols}
+
+
+def expected_experts(experts: int, chosen: int, tokens: int) -> float:
+    """How many distinct experts `tokens` choose, `chosen` each, when all are equally likely.
+
+    >>> expected_experts(64, 6, 1), round(expected_experts(64, 6, 8), 1)
+    (6.0, 34.9)
+    """
+    return experts * (1 - (1 - chosen / experts) ** tokens)
+
+
+def _distinct(node: Node, sizes: Mapping[str, int], tokens: int) -> int | None:
+    from dsc.ir.dims import evaluate
+
+    inner = next(iter(expert_nodes(node)), None)
+    if inner is None:
+        return None
+    choices, stacked = (0, 1) if inner.op == "grouped_linear" else (1, 3)
+    pairs = inner.operands[choices].type
+    count = evaluate(pairs.shape[0] if inner.op == "grouped_linear" else pairs.numel, sizes)
+    experts = evaluate(inner.operands[stacked].type.shape[0], sizes)
+    return round(expected_experts(experts, min(experts, max(1, count // max(1, tokens))), tokens))

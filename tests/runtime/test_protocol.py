@@ -1,0 +1,64 @@
+"""The protocol's statistics, and the limit that measurements are shares of."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from dsc.ir.parser import parse_program
+from dsc.runtime.limit import Work, entry_for, limit_seconds, prefill_work, step_work
+from dsc.runtime.probes import MatrixProbe, ReadProbe
+from dsc.runtime.protocol import Spread, Turn, drift, ratios, steady, take_turns
+
+TEXT = (Path(__file__).resolve().parent.parent / "data" / "small_lm.dsc").read_text()
+
+
+def test_a_probe_serves_both_its_neighbours() -> None:
+    probes = iter([10.0, 9.5, 5.0, 5.2])
+    steps = iter([[1.0, 2.0], [3.0], [4.0]])
+    turns = take_turns(lambda: next(probes), lambda: next(steps), 3)
+    assert turns == [
+        Turn(10.0, (1.0, 2.0), 9.5), Turn(9.5, (3.0,), 5.0), Turn(5.0, (4.0,), 5.2),
+    ]  # fmt: skip
+    assert [t.seconds for t in steady(turns, float)] == [(1.0, 2.0), (4.0,)]
+
+
+@pytest.mark.parametrize(("before", "after", "kept"), [(10, 9, 1), (10, 8.9, 0), (8.9, 10, 0)])
+def test_turns_between_probes_that_differ_by_more_than_a_tenth_are_dropped(
+    before: float, after: float, kept: int
+) -> None:
+    assert len(steady([Turn(before, (1.0,), after)], float)) == kept
+    assert drift(before, after) == drift(after, before)
+
+
+def test_medians_and_quartiles() -> None:
+    assert Spread.of([5, 1, 3, 2, 4]) == Spread(3, 2, 4, 5)
+    assert Spread.of([7.0]) == Spread(7, 7, 7, 1)
+    assert ratios([2.0, 4.0], [4.0, 2.0]) == [2.0, 0.5]
+
+
+def test_each_operator_is_bound_by_memory_or_by_the_cores() -> None:
+    work = [Work(100, 1), Work(1, 100)]
+    assert limit_seconds(work, bandwidth=100, matrix=100) == 2
+    assert limit_seconds(work, bandwidth=200, matrix=100) == 1.5
+    assert limit_seconds([], 1, 1) == 0
+
+
+def test_the_work_of_a_step_is_weights_and_cache() -> None:
+    program = parse_program(TEXT)
+    weights = 4 * (24 * 8 + 10 * 8 + 20 * 6 + 8 * 12 + 9 * 8 + 8 + 2 * 2)
+    row = 4 * (6 + 4)
+    for context in (0, 20):
+        found = sum(w.bytes for w in step_work(program, 2, 1, context))
+        embedding = 2 * 8 * 4
+        assert found == weights + embedding + 2 * row * (context + 1)
+    chunks = prefill_work(program, 1, 7, 4)
+    assert len(chunks) == 2 * len(entry_for(program, 4).nodes)
+
+
+def test_probes_read_what_they_say() -> None:
+    with ReadProbe(1, size=1 << 22) as read, MatrixProbe(1, shape=(8, 16, 32)) as product:
+        assert read.size == 1 << 22
+        assert read() > 1e6
+        assert product() > 1e3
