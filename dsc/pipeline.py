@@ -44,6 +44,7 @@ RAISE = {
     "name_values": "dsc.passes.name_values:NameValues",
 }
 OPTIMISE = {
+    "merge_shared_expert": "dsc.passes.merge_shared_expert:MergeSharedExpert",
     "specialise_entries": "dsc.passes.specialise_entries:SpecialiseEntries",
     "absorb_mla": "dsc.passes.absorb_mla:AbsorbMla",
     "append_cache_in_place": "dsc.passes.append_cache_in_place:AppendCacheInPlace",
@@ -96,6 +97,8 @@ def passes_for(
     chosen: list[Pass] = []
     if program.stage < Stage.CANONICAL:
         chosen += [make(name) for name in RAISE]
+    if capabilities.shared_experts and options.ranks == 1:
+        chosen.append(make("merge_shared_expert"))
     chosen.append(make("specialise_entries", entries=capabilities.entries))
     if capabilities.absorbed:
         chosen.append(make("absorb_mla"))
@@ -105,8 +108,8 @@ def passes_for(
         chosen.append(make("append_cache_in_place", slack=options.prefill_chunk))
     if options.ranks != 1:
         chosen.append(make("shard", ranks=options.ranks, parallel=options.parallel))
-    if capabilities.grouped_moe:
-        chosen.append(make("lower_moe_dispatch"))
+    if capabilities.experts is not None:
+        chosen.append(make("lower_moe_dispatch", kernels=capabilities.experts))
     asked = options.fusion_level
     level = min(asked, capabilities.fuse)
     if capabilities.fuse >= EPILOGUES:

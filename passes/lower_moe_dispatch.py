@@ -1,9 +1,14 @@
-"""Lower experts to sorted rows, two grouped GEMMs and a weighted combine.
+"""Lower experts to sorted rows, two grouped GEMMs and a weighted combine, where that is cheaper.
 
 What           experts becomes dispatch (count, prefix sum, permute), grouped_linear for gate and
-               up, swiglu, grouped_linear for down, and combine.
-Why it pays    each expert's weights are read once for all of its tokens, at GEMM speed.
-Preconditions  stage CANONICAL or OPTIMIZED; act is silu; the backend has grouped GEMMs.
+               up, the activation, grouped_linear for down, and combine; or stays the direct form.
+Why it pays    with many tokens each expert's weights are read once for all of its tokens, at GEMM
+               speed. With few, hardly two tokens share an expert, and rows need not be moved.
+Preconditions  stage CANONICAL or OPTIMIZED. With `kernels`, where the number of tokens is a symbol
+               the form is the one whose cost is at worst nearer to the better form's, over the
+               entry's range of tokens (`dsc.ir.expert_forms`); the range is that of the symbols,
+               cut by the entry's guard: prefill serves steps with more new tokens than extend.
+               Without `kernels`, always.
 Before         graph main(%x: f32[N,8], %idx: i64[N,2], %w: f32[N,2], @gate_up: f32[4,6,8],
                  @down: f32[4,8,3]) {
                  %y = experts %x, %idx, %w, @gate_up, @down : f32[N,8]
@@ -23,10 +28,12 @@ After          graph main(%x: f32[N,8], %idx: i64[N,2], %w: f32[N,2], @gate_up: 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 
-from dsc.ir.dims import product
+from dsc.ir.dims import Range, bounds, product
+from dsc.ir.expert_forms import ExpertKernels, ExpertLayer, direct_pays
 from dsc.ir.graph import GraphBuilder, Node, Operand, Value
 from dsc.ir.program import Program
 from dsc.ir.stages import Stage
@@ -36,35 +43,85 @@ from dsc.rewrite.rebuild import Operands, rebuild
 
 @dataclass(frozen=True)
 class LowerMoeDispatch(Pass):
-    """Rewrite every experts operator in the grouped form."""
+    """Rewrite experts operators in the grouped form, in the entries where it costs less."""
+
+    kernels: ExpertKernels | None = None
 
     needs = frozenset({Stage.CANONICAL, Stage.OPTIMIZED})
     ensures = Stage.OPTIMIZED
     tolerance = 1e-5  # the sum over experts changes its order
 
     def run(self, program: Program, report: PassReport) -> Program:
-        """Lower all entries."""
+        """Choose and lower in all entries; the report has each one's form and why."""
+        entries = {}
+        for name, graph in program.entries.items():
+            ranges = ranges_of(program, name)
+            entries[name] = rebuild(graph, partial(self._lower, name, ranges, report))
+        return replace(program, entries=entries).at(Stage.OPTIMIZED)
 
-        def lower(b: GraphBuilder, node: Node, operands: Operands) -> Sequence[Operand] | None:
-            if node.op != "experts":
-                return None
-            if node.attrs.get("act", "silu") != "silu":
-                report.miss("lower", node.loc, f"act is {node.attrs['act']}, silu needed")
-                return None
-            report.fire("lower")
-            return _lower(b, node, operands)
+    def _lower(
+        self,
+        entry: str,
+        ranges: Mapping[str, Range],
+        report: PassReport,
+        b: GraphBuilder,
+        node: Node,
+        operands: Operands,
+    ) -> Sequence[Operand] | None:
+        if node.op != "experts":
+            return None
+        direct = self.kernels is not None and _direct(node, self.kernels, entry, ranges, report)
+        if direct:
+            return None
+        report.fire("lower")
+        return _grouped(b, node, operands)
 
-        return program.map_entries(lambda g: rebuild(g, lower)).at(Stage.OPTIMIZED)
+
+def ranges_of(program: Program, entry: str) -> dict[str, Range]:
+    """The ranges of the symbols in an entry: new tokens as the guards give them to it."""
+    ranges, guards = dict(program.symbols), program.meta.get("guards", {})
+    if entry not in guards or "S" not in ranges:
+        return ranges
+    known, limit = ranges["S"], guards[entry]
+    low = max([known.lo, *(n + 1 for n in guards.values() if n and (not limit or n < limit))])
+    high = min(limit or known.hi, known.hi)
+    return {**ranges, "S": Range(min(low, high), high)}
 
 
-def _lower(b: GraphBuilder, node: Node, operands: Operands) -> Sequence[Operand]:
+def _direct(
+    node: Node,
+    kernels: ExpertKernels,
+    entry: str,
+    ranges: Mapping[str, Range],
+    report: PassReport,
+) -> bool:
+    """Whether the direct form costs less, over the range of tokens."""
+    x, idx, _, _, down = (o.type for o in node.operands)
+    fixed = (down.shape[0], idx.shape[-1], *down.shape[1:])
+    number, top_k, width, inner = (bounds(d, ranges).hi for d in fixed)
+    layer = ExpertLayer(number, top_k, width, inner, down.dtype.itemsize)
+    tokens = bounds(product(x.shape[:-1]), ranges)
+    pays, (direct, grouped) = direct_pays(layer, kernels, tokens.lo, tokens.hi)
+    report.facts[entry] = {
+        "experts": "direct" if pays else "grouped",
+        "tokens": [tokens.lo, tokens.hi],
+        "worst_cost_over_best": {"direct": round(direct, 3), "grouped": round(grouped, 3)},
+    }
+    return pays
+
+
+def _grouped(b: GraphBuilder, node: Node, operands: Operands) -> Sequence[Operand]:
     x, idx, w, gate_up, down = (o for o in operands if o is not None)
     x, idx, w = (_rows(b, o) for o in (x, idx, w))
     number, inner = gate_up.type.shape[0], down.type.shape[2]
     rows, offsets, order = b.call("dispatch", x, idx, experts=number, hint="rows")
     (both,) = b.call("grouped_linear", rows, gate_up, offsets, hint="gate_up")
     gate, up = b.call("split", both, sizes=(inner, inner), axis=-1)
-    (hidden,) = b.call("swiglu", gate, up)
+    act = node.attrs.get("act", "silu")
+    if act == "silu":
+        (hidden,) = b.call("swiglu", gate, up)
+    else:
+        (hidden,) = b.call("mul", b.call(act, gate)[0], up)
     (y,) = b.call("grouped_linear", hidden, down, offsets, hint="down")
     if node.output.type.rank == 2:
         b.taken.discard(node.output.name)

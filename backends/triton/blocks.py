@@ -85,6 +85,14 @@ class Blocks:
         tile_n = clamp_power(n, 16, 128)
         return Tile(clamp_power(m, 64, 128), tile_n, 64, 8, self.deep_stages)
 
+    def gemv(self, n: int, k: int) -> Tile:
+        """A tile of `n` rows of a matrix with rows of `k`, times a vector: a stream of weights."""
+        if self.interprets:
+            edge_k = clamp_power(k, 1, 512)
+            return Tile(1, clamp_power(n, 1, INTERPRET_ELEMENTS // edge_k), edge_k)
+        edge_k = clamp_power(k, 32, 512)
+        return Tile(1, clamp_power(n, 1, 4096 // edge_k), edge_k)
+
     def flash(self, queries: int, keys: int, head: int, itemsize: int) -> Tile:
         """Query rows (m) and keys (n) of a flash-attention tile for heads of `head` numbers."""
         if self.interprets:

@@ -7,7 +7,7 @@ Operator lowerings (in `lower/`) read operands with `view`, ask for the layout t
 from __future__ import annotations
 
 import ast
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -38,6 +38,16 @@ UNBOUNDED = 1 << 20  # taken for a symbol without a range: only block sizes depe
 Given = View | Pointer | Dim | float | str | bool | None
 
 
+@dataclass(frozen=True, slots=True)
+class Gather:
+    """Row p is row order[p] // slots of `source`; `copied` makes them where rows are wanted."""
+
+    source: View
+    order: View
+    slots: int
+    copied: Callable[[Context], View]
+
+
 @dataclass(slots=True)
 class Context:
     """Lowering of one entry for one target."""
@@ -50,6 +60,7 @@ class Context:
     views: dict[str, View] = field(default_factory=dict)
     weights: dict[str, int] = field(default_factory=dict)
     constants: dict[str, tuple[float, TensorType]] = field(default_factory=dict)
+    gathers: dict[str, Gather] = field(default_factory=dict)
     loc: str = ""
 
     def view(self, operand: Operand | None) -> View:
@@ -58,7 +69,12 @@ class Context:
             raise ValueError("an operand that this operator needs is absent")
         if not isinstance(operand, Weight):
             if operand.name not in self.views:
-                self.views[operand.name] = self._constant(*self.constants[operand.name])
+                later = self.gathers.get(operand.name)
+                self.views[operand.name] = (
+                    later.copied(self)
+                    if later is not None
+                    else self._constant(*self.constants[operand.name])
+                )
             return self.views[operand.name]
         if operand.name not in self.weights:
             view = self.make(operand.type, "weight", operand.name)

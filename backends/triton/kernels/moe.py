@@ -1,4 +1,4 @@
-"""Mixture of experts: choose, sort by expert, and gather the weighted results back.
+"""Mixture of experts: choose; then pair by pair, or sorted by expert and gathered back.
 
 The sort is a counting sort without atomics: the program of an expert counts the entries of smaller
 experts (its segment's start) and then numbers its own entries in order with a prefix sum. It is
@@ -121,6 +121,84 @@ def sort_by_expert(
         tl.store(order + at, entry.to(tl.int64), mask=keep)
         tl.store(place + entry, at, mask=keep)
         begin += tl.sum(mine, axis=1)
+
+
+@triton.jit
+def experts_hidden(
+    x,
+    index,
+    gate_up,
+    hidden,
+    x_row,
+    D,
+    INNER,
+    TOP_K: tl.constexpr,
+    ACT: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """hidden[p] = act(gate_e x[t]) * (up_e x[t]) for pair p = t * TOP_K + slot, e = index[p].
+
+    gate_up is [experts, 2 * INNER, D], gate rows first. Each pair reads its expert's weights: with
+    few pairs hardly two share one. Grid (pairs, tiles of hidden units).
+    """
+    pair = tl.program_id(0).to(tl.int64)
+    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    k = tl.arange(0, BLOCK_K)
+    expert = tl.load(index + pair)
+    row = (expert * (2 * INNER) + n.to(tl.int64)) * D
+    gate = tl.zeros((BLOCK_N,), dtype=tl.float32)
+    up = tl.zeros((BLOCK_N,), dtype=tl.float32)
+    for start in range(0, D, BLOCK_K):
+        at = start + k
+        keep = (n[:, None] < INNER) & (at[None, :] < D)
+        value = tl.load(x + (pair // TOP_K) * x_row + at, mask=at < D, other=0.0).to(tl.float32)
+        w = tl.load(gate_up + row[:, None] + at[None, :], mask=keep, other=0.0).to(tl.float32)
+        gate += tl.sum(w * value[None, :], axis=1)
+        lift = gate_up + (row + INNER * D)[:, None] + at[None, :]
+        w = tl.load(lift, mask=keep, other=0.0).to(tl.float32)
+        up += tl.sum(w * value[None, :], axis=1)
+    if ACT == "silu":
+        gate = gate / (1.0 + tl.exp(-gate))
+    elif ACT == "gelu":
+        gate = 0.5 * gate * (1.0 + tl.erf(gate * 0.7071067811865476))
+    else:
+        gate = tl.maximum(gate, 0.0)
+    tl.store(hidden + pair * INNER + n, gate * up, mask=n < INNER)
+
+
+@triton.jit
+def experts_output(
+    hidden,
+    index,
+    weights,
+    down,
+    out,
+    D,
+    INNER,
+    TOP_K: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """out[t] = sum over slots of weights[t, slot] * (down_e hidden[t, slot]), in fp32.
+
+    Grid (tokens, tiles of columns).
+    """
+    token = tl.program_id(0).to(tl.int64)
+    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    k = tl.arange(0, BLOCK_K)
+    acc = tl.zeros((BLOCK_N,), dtype=tl.float32)
+    for slot in range(TOP_K):
+        pair = token * TOP_K + slot
+        share = tl.load(weights + pair)
+        row = (tl.load(index + pair) * D + n.to(tl.int64)) * INNER
+        for start in range(0, INNER, BLOCK_K):
+            at = start + k
+            keep = (n[:, None] < D) & (at[None, :] < INNER)
+            w = tl.load(down + row[:, None] + at[None, :], mask=keep, other=0.0).to(tl.float32)
+            h = tl.load(hidden + pair * INNER + at, mask=at < INNER, other=0.0).to(tl.float32)
+            acc += share * tl.sum(w * h[None, :], axis=1)
+    tl.store(out + token * D + n, acc, mask=n < D)
 
 
 @triton.jit

@@ -176,9 +176,14 @@ def _folds(view: View, letters: str, roles: tuple[str, str, str]) -> list[Fold] 
 
 
 def grouped_linear(ctx: Context, node: Node) -> None:
-    """Rows of each segment times the weight of its group."""
-    x, weight, offsets = ctx.operands(node)
-    emit_grouped(ctx, x, None, 1, weight, ctx.dense(offsets), ctx.result(node))
+    """Rows of each segment times the weight of its group; rows of a dispatch are gathered."""
+    x, weight, offsets = node.operands
+    later = ctx.gathers.get(x.name)
+    source, order, slots = (
+        (ctx.view(x), None, 1) if later is None else (later.source, later.order, later.slots)
+    )
+    offsets_view = ctx.dense(ctx.view(offsets))
+    emit_grouped(ctx, source, order, slots, ctx.view(weight), offsets_view, ctx.result(node))
 
 
 def emit_grouped(

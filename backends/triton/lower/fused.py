@@ -152,10 +152,12 @@ def fused(ctx: Context, node: Node, lower: LowerNode) -> None:
     """Lower a fused region by its body, in the scope of its operands."""
     body = node.body
     assert body is not None, "a fused node has a body"
-    inner = replace(ctx, views={}, constants={}, loc=node.loc)
+    inner = replace(ctx, views={}, constants={}, gathers={}, loc=node.loc)
     for value, operand in zip(body.inputs, node.operands, strict=True):
         if isinstance(operand, Value) and operand.name in ctx.constants:
             inner.constants[value.name] = ctx.constants[operand.name]
+        elif isinstance(operand, Value) and operand.name in ctx.gathers:
+            inner.gathers[value.name] = ctx.gathers[operand.name]
         else:
             inner.views[value.name] = ctx.view(operand)
     lower_nodes(inner, body, lower)

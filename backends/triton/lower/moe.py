@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from dsc.backends.triton import pointwise
 from dsc.backends.triton.blocks import next_power
-from dsc.backends.triton.context import Context, Given, ceil_div
-from dsc.backends.triton.lower.contract import emit_grouped, router_logits
+from dsc.backends.triton.context import Context, Gather, Given, ceil_div
+from dsc.backends.triton.lower.contract import router_logits
 from dsc.backends.triton.pointwise import Region, Step
-from dsc.ir import views
 from dsc.ir.dims import Dim, product
 from dsc.ir.graph import Node
 from dsc.ir.op import lookup
@@ -51,38 +50,50 @@ def sort_entries(ctx: Context, index: View, experts: int) -> tuple[View, View, V
 
 
 def experts(ctx: Context, node: Node) -> None:
-    """Sort, grouped GEMM (gathering tokens), act(gate) * up, grouped GEMM, weighted sum.
+    """The direct form: gate, up and activation of each pair, then each token's weighted sum.
 
-    Five launches whatever the number of experts; no host ever learns who was chosen.
+    Two launches; no host ever learns who was chosen. For many tokens `lower_moe_dispatch` replaces
+    the operator by its grouped form.
     """
     x, index, weights, gate_up, down = ctx.operands(node)
+    x, _, row_stride = ctx.rows(x)
+    index, weights = ctx.dense(index), ctx.dense(weights)
+    gate_up, down = ctx.dense(gate_up), ctx.dense(down)
+    width, inner = (int(d) for d in down.shape[1:])  # type: ignore[arg-type]
     slots = int(index.shape[-1])  # type: ignore[arg-type]
-    count, inner = int(down.shape[0]), down.shape[2]  # type: ignore[arg-type]
-    rows = product(index.shape)
-    offsets, order, place = sort_entries(ctx, index, count)
-    hidden = ctx.make(x.type.with_shape((rows, inner * 2)))
-    emit_grouped(ctx, x, order, slots, gate_up, offsets, hidden)
-    acted = ctx.make(x.type.with_shape((rows, inner)))
-    act = lookup("experts").with_defaults(node.attrs)["act"]
-    steps = (Step(act, (0,), x.dtype), Step("mul", (2, 1), x.dtype))
-    halves = [views.narrow(hidden, 1, 0, inner), views.narrow(hidden, 1, inner, inner)]
-    pointwise.emit(ctx, Region((x.dtype, x.dtype), steps, (3,)), halves, [acted])
-    parts = ctx.make(x.type.with_shape((rows, x.shape[-1])))
-    emit_grouped(ctx, acted, None, 1, down, offsets, parts)
-    _combine(ctx, parts, place, ctx.dense(weights), slots, ctx.result(node))
+    pairs = product(index.shape)
+    hidden = ctx.make(x.type.with_shape((pairs, inner)))
+    tile = ctx.blocks.gemv(inner, width)
+    given: dict[str, Given] = {"x": x, "index": index, "gate_up": gate_up, "hidden": hidden}
+    given |= {"x_row": row_stride, "D": width, "INNER": inner, "TOP_K": slots}
+    given |= {"ACT": lookup("experts").with_defaults(node.attrs)["act"]}
+    given |= {"BLOCK_N": tile.n, "BLOCK_K": tile.k}
+    ctx.launch("moe:experts_hidden", (pairs, ceil_div(inner, tile.n)), given, tile.warps)
+    tile = ctx.blocks.gemv(width, inner)
+    given = {"hidden": hidden, "index": index, "weights": weights, "down": down}
+    given |= {"out": ctx.result(node), "D": width, "INNER": inner, "TOP_K": slots}
+    given |= {"BLOCK_N": tile.n, "BLOCK_K": tile.k}
+    grid = (product(index.shape[:-1]), ceil_div(width, tile.n))
+    ctx.launch("moe:experts_output", grid, given, tile.warps)
 
 
 def dispatch(ctx: Context, node: Node) -> None:
-    """Sort the entries, then gather the tokens' rows in that order."""
+    """Sort the entries. Grouped GEMMs gather rows as they read them; others get a copy."""
     x, index = ctx.operands(node)
-    slots = index.shape[1]
+    slots = int(index.shape[1])  # type: ignore[arg-type]
     offsets, order, _ = sort_entries(ctx, index, node.attrs["experts"])
-    token = ctx.make(order.type)
-    steps = (Step("full", (), DType.i64, slots), Step("div", (0, 1), DType.i64))  # type: ignore[arg-type]
-    pointwise.emit(ctx, Region((DType.i64,), steps, (2,)), [order], [token])
-    out = ctx.make(node.outputs[0].type)
-    take_rows(ctx, x, token, out)
-    ctx.set(node, out, offsets, order)
+    rows, *sorted_by = node.outputs
+
+    def copied(ctx: Context) -> View:
+        token = ctx.make(order.type)
+        steps = (Step("full", (), DType.i64, slots), Step("div", (0, 1), DType.i64))
+        pointwise.emit(ctx, Region((DType.i64,), steps, (2,)), [order], [token])
+        out = ctx.make(rows.type)
+        take_rows(ctx, x, token, out)
+        return out
+
+    ctx.gathers[rows.name] = Gather(x, order, slots, copied)
+    ctx.views |= {v.name: y for v, y in zip(sorted_by, (offsets, order), strict=True)}
 
 
 def combine(ctx: Context, node: Node) -> None:

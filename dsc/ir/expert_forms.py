@@ -1,0 +1,101 @@
+"""What a layer of experts costs in its two forms, from its sizes and a backend's kernels.
+
+direct    the operator `experts`: one kernel for gate, up and activation of the chosen experts, one
+          for down and the weighted sum.
+grouped   dispatch, grouped_linear, activation, grouped_linear, combine.
+
+Costs are in bytes: what moves, or what could have moved while the flops were done, whichever is
+more, and for each kernel what could have moved while it started.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class ExpertKernels:
+    """A backend's kernels for experts, as data for the pass that chooses the form.
+
+    `rereads`: the direct kernel reads an expert's weights again for every token that chose it; else
+    once. `tile`: rows to which a grouped GEMM pads each expert's. `balance`: flops that the machine
+    does in the time of a byte. `launch`: bytes that it moves in the time that a kernel takes to
+    start. `kernels`: launches of the grouped form beyond those of the direct one.
+    """
+
+    rereads: bool
+    tile: int
+    balance: float
+    launch: int
+    kernels: int = 4
+
+
+@dataclass(frozen=True)
+class ExpertLayer:
+    """Sizes: experts, of them chosen by a token, hidden width d, inner width i, bytes a number."""
+
+    experts: int
+    top_k: int
+    width: int
+    inner: int
+    itemsize: int
+
+    @property
+    def weights(self) -> int:
+        """Bytes of one expert."""
+        return 3 * self.inner * self.width * self.itemsize
+
+    def used(self, tokens: int) -> float:
+        """Experts that some token chose, on average, if tokens choose evenly and independently."""
+        return self.experts * (1 - (1 - self.top_k / self.experts) ** tokens)
+
+    def direct(self, tokens: int, kernels: ExpertKernels) -> float:
+        """The cost of the direct form."""
+        pairs = tokens * self.top_k
+        read = pairs if kernels.rereads else self.used(tokens)
+        moved = read * self.weights + 2 * pairs * self.inner * self.itemsize
+        return max(moved, self._flops(pairs) / kernels.balance)
+
+    def grouped(self, tokens: int, kernels: ExpertKernels) -> float:
+        """The cost of the grouped form: rows are sorted, padded, and their results gathered."""
+        pairs, used = tokens * self.top_k, self.used(tokens)
+        rows = max(pairs + used * (kernels.tile - 1) / 2, used * kernels.tile)
+        traffic = pairs * (6 * self.inner + 4 * self.width) * self.itemsize
+        moved = used * self.weights + traffic
+        return max(moved, self._flops(rows) / kernels.balance) + kernels.kernels * kernels.launch
+
+    def _flops(self, rows: float) -> float:
+        return 6 * rows * self.width * self.inner
+
+
+TIE = 1.05
+"""Costs nearer than this cannot be told apart by measuring; see `direct_pays`."""
+
+
+def direct_pays(
+    layer: ExpertLayer, kernels: ExpertKernels, low: int, high: int
+) -> tuple[bool, tuple[float, float]]:
+    """Whether the direct form is to be taken for `low` to `high` tokens, and both `regrets`.
+
+    The form with the smaller regret is. Where they tie, the grouped form is taken if tokens share
+    experts (more pairs than experts): its buffers are planned with all others, and are fused.
+    """
+    direct, grouped = regrets(layer, kernels, low, high)
+    if max(direct, grouped) <= TIE:
+        return high * layer.top_k <= layer.experts, (direct, grouped)
+    return direct <= grouped, (direct, grouped)
+
+
+def regrets(layer: ExpertLayer, kernels: ExpertKernels, low: int, high: int) -> tuple[float, float]:
+    """How much the direct and the grouped form cost above the better one, at worst in a range.
+
+    The range of tokens is tried at its bounds and at every doubling between them.
+    """
+    tokens, worst = max(low, 1), (1.0, 1.0)
+    while True:
+        direct, grouped = layer.direct(tokens, kernels), layer.grouped(tokens, kernels)
+        best = min(direct, grouped)
+        worst = (max(worst[0], direct / best), max(worst[1], grouped / best))
+        if tokens >= high:
+            return worst
+        tokens = min(2 * tokens, high)

@@ -1,0 +1,149 @@
+"""The two forms of a layer of experts: which is chosen where, what they compute, how large."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from dsc import backends
+from dsc.api import compile_program
+from dsc.backends.triton.backend import EXPERTS as TRITON
+from dsc.backends.tvm.backend import EXPERTS as TVM
+from dsc.ir.dims import Range, bounds
+from dsc.ir.expert_forms import ExpertKernels, ExpertLayer, direct_pays, regrets
+from dsc.ir.interpreter import Interpreter
+from dsc.ir.stages import Stage
+from dsc.passes.lower_moe_dispatch import LowerMoeDispatch, ranges_of
+from dsc.passes.plan_memory import PlanMemory
+from dsc.passes.specialise_entries import SpecialiseEntries
+from dsc.rewrite.base import PassReport
+from dsc.rewrite.harness import program_of
+from dsc.rewrite.manager import Manager
+from dsc.targets import Target
+from tests.backends.canonical_lm import Sizes, canonical_lm
+
+V3 = ExpertLayer(experts=256, top_k=8, width=7168, inner=2048, itemsize=2)
+LITE = ExpertLayer(experts=64, top_k=6, width=2048, inner=1408, itemsize=2)
+WIDE = Sizes(hidden=512, experts=8, expert_inner=256, groups=2, top_k=2)
+LAYER = """graph main(%x: f32[{n},24], %idx: i64[{n},2], %w: f32[{n},2], @gate_up: f32[5,32,24],
+  @down: f32[5,24,16]) {{
+  %y = experts %x, %idx, %w, @gate_up, @down {{act="{act}"}}
+  return %y
+}}"""
+
+
+@pytest.mark.parametrize("layer", [V3, LITE], ids=["v3", "v2-lite"])
+@pytest.mark.parametrize("kernels", [TRITON, TVM], ids=["triton", "tvm"])
+def test_small_decode_is_direct_and_prefill_grouped(
+    layer: ExpertLayer, kernels: ExpertKernels
+) -> None:
+    assert direct_pays(layer, kernels, 1, 4)[0]
+    assert not direct_pays(layer, kernels, 172, 2048)[0]
+
+
+def test_costs_are_what_the_sizes_say() -> None:
+    """One token: the weights of its experts, either way; all tokens: those of all experts."""
+    free = ExpertKernels(rereads=True, tile=1, balance=1e9, launch=0)
+    hidden = 8 * 2048 * 2
+    assert V3.direct(1, free) == pytest.approx(8 * V3.weights + 2 * hidden)
+    assert V3.grouped(1, free) == pytest.approx(8 * V3.weights + 6 * hidden + 8 * 4 * 7168 * 2)
+    assert V3.used(4096) == pytest.approx(256)
+    assert V3.direct(64, free) / V3.direct(1, free) == pytest.approx(64)
+    padded = replace(free, balance=1.0, tile=128)
+    assert V3.grouped(1, padded) == pytest.approx(8 * 128 * 6 * 7168 * 2048)
+    direct, grouped = regrets(V3, TRITON, 1, 1)
+    assert direct == 1.0
+    assert grouped == pytest.approx(1.057, abs=0.002)
+
+
+def test_the_guard_cuts_the_range_of_new_tokens() -> None:
+    program = Manager().run(canonical_lm(Sizes()), [SpecialiseEntries()])
+    guards = {"decode": 1, "extend": 9, "prefill": 0}
+    guarded = replace(program, meta={**program.meta, "guards": guards})
+    assert ranges_of(guarded, "extend")["S"] == Range(2, 9)
+    assert ranges_of(guarded, "prefill")["S"] == Range(10, 32)
+    assert ranges_of(program_of(LAYER.format(n="N", act="silu")), "main")["N"].lo == 0
+
+
+def test_the_report_gives_each_entrys_form_and_why() -> None:
+    program = Manager().run(canonical_lm(WIDE), [SpecialiseEntries()])
+    report = PassReport()
+    kernels = ExpertKernels(rereads=True, tile=16, balance=100.0, launch=2_000_000)
+    done = LowerMoeDispatch(kernels).run(program, report)
+    assert {name: report.facts[name]["experts"] for name in done.entries} == {
+        "decode": "direct", "extend": "grouped", "prefill": "grouped",
+    }  # fmt: skip
+    assert report.facts["decode"]["tokens"] == [1, 4]
+    assert min(report.facts["decode"]["worst_cost_over_best"].values()) >= 1
+    ops = {name: {n.op for n in g.nodes} for name, g in done.entries.items()}
+    assert "experts" in ops["decode"]
+    assert "grouped_linear" in ops["prefill"] - ops["decode"]
+
+
+def test_grouped_buffers_are_bounded_by_the_chunk() -> None:
+    """Twice the chunk, twice the bytes; and no more than its pairs of rows at once."""
+    arenas = {}
+    for chunk in (16, 32):
+        program = canonical_lm(WIDE, max_batch=2)
+        program = replace(program, symbols={**program.symbols, "S": Range(1, chunk)})
+        passes = [SpecialiseEntries(), LowerMoeDispatch(), PlanMemory()]
+        done = Manager().run(program, passes)
+        memory = done.memory["prefill"]
+        pairs = 2 * chunk * WIDE.top_k
+        made = [v for n in done.entries["prefill"].nodes for v in n.outputs]
+        rows = [v for v in made if bounds(v.type.shape[0], done.symbols).hi == pairs]
+        assert len(rows) >= 5
+        widest = pairs * 4 * (2 * WIDE.expert_inner + WIDE.hidden)
+        assert memory.lower_bound <= 2 * widest
+        arenas[chunk] = memory.size
+    assert 1.9 < arenas[32] / arenas[16] < 2.1
+
+
+CHOICES = {
+    "some experts have no token": [[0, 3], [3, 0], [0, 3], [3, 4], [4, 0], [0, 3], [3, 4]],
+    "all on one expert": [[2, 2]] * 7,
+    "one token": [[4, 1]],
+}
+
+
+ALWAYS = {
+    "direct": ExpertKernels(rereads=False, tile=64, balance=1.0, launch=1 << 30),
+    "grouped": ExpertKernels(rereads=True, tile=1, balance=1.0, launch=0, kernels=-9),
+}
+"""Costs that make each form the cheaper one for these small sizes."""
+
+
+@pytest.mark.parametrize("form", ALWAYS)
+@pytest.mark.parametrize(
+    ("backend", "act"),
+    [("reference", "gelu"), ("tvm", "silu"), ("tvm", "relu"), ("triton", "silu")],
+)
+def test_uneven_choices(backend: str, act: str, form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Experts without a token, and one with all, in each form on each backend that runs here."""
+    if backend != "reference":
+        pytest.importorskip(backend)
+    own = type(backends.get(backend))
+    given = own.capabilities
+    asked = replace(given(own(), Target("cpu")), experts=_forcing(form))
+    monkeypatch.setattr(own, "capabilities", lambda self, target: asked)
+    program = program_of(LAYER.format(n="N", act=act), Stage.CANONICAL)
+    program = replace(program, symbols={"N": Range(1, 8)})
+    model = compile_program(program, backend=backend)
+    ops = {n.op for n in model.program.entries["main"].walk()}
+    assert ("experts" in ops) == (form == "direct")
+    for choices in CHOICES.values():
+        torch.manual_seed(0)
+        idx = torch.tensor(choices)
+        inputs = {"x": torch.randn(len(choices), 24), "idx": idx, "w": torch.rand(idx.shape)}
+        (found,) = model.run(inputs).values()
+        (wanted,) = Interpreter(program).run("main", inputs).values()
+        torch.testing.assert_close(found, wanted)
+
+
+def _forcing(form: str) -> ExpertKernels:
+    found = ALWAYS[form]
+    layer = ExpertLayer(experts=5, top_k=2, width=24, inner=16, itemsize=4)
+    assert direct_pays(layer, found, 1, 8)[0] is (form == "direct")
+    return found

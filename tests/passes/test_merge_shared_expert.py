@@ -1,0 +1,59 @@
+"""The shared expert among the routed ones: same results, no more weights, one stack for all."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from dsc.ir.dims import evaluate
+from dsc.ir.expert_forms import ExpertKernels
+from dsc.ir.graph import Weight
+from dsc.ir.program import Program
+from dsc.ir.stages import Stage
+from dsc.ir.verifier import verify
+from dsc.passes.lower_moe_dispatch import LowerMoeDispatch
+from dsc.passes.merge_shared_expert import MergeSharedExpert
+from dsc.passes.specialise_entries import SpecialiseEntries
+from dsc.rewrite.base import PassReport
+from dsc.rewrite.harness import check_docstring
+from dsc.rewrite.manager import Manager
+from dsc.rewrite.verify import compare_programs
+from tests.backends.canonical_lm import Sizes, canonical_lm
+from tests.passes.test_raise_models import raised, stored
+
+
+def test_docstring() -> None:
+    check_docstring(MergeSharedExpert(), Stage.CANONICAL)
+
+
+def stored_elements(program: Program) -> int:
+    shapes = [w.type.shape for w in program.weights.values()]
+    return sum(math.prod(evaluate(d, {}) for d in shape) for shape in shapes)
+
+
+@pytest.mark.parametrize(("name", "layers"), [("v3_ragged", 1), ("v2_bf16", 1), ("own", 1)])
+def test_models_compute_the_same_from_as_many_weights(name: str, layers: int) -> None:
+    before, report = raised(stored(name)), PassReport()
+    after = MergeSharedExpert().run(before, report)
+    verify(after)
+    assert report.fired == {"SharedExpert": layers}
+    assert stored_elements(after) == stored_elements(before)
+    found = compare_programs(before, after, MergeSharedExpert.tolerance)
+    assert found.ok, found
+
+
+def test_all_entries_read_one_stack() -> None:
+    """Decode in the direct form, prefill in the grouped one: the same packed weights."""
+    kernels = ExpertKernels(rereads=True, tile=16, balance=100.0, launch=200_000)
+    passes = [MergeSharedExpert(), SpecialiseEntries(), LowerMoeDispatch(kernels)]
+    program = Manager().run(canonical_lm(Sizes()), passes)
+    forms = {"decode": "experts", "prefill": "grouped_linear"}
+    read = {}
+    for entry, op in forms.items():
+        nodes = [n for n in program.entries[entry].nodes if n.op == op]
+        read[entry] = {x.name for n in nodes for x in n.operands if isinstance(x, Weight)}
+    name = "model.layers.1.mlp.experts"
+    stacks = {f"{name}.gate_up_proj.with_shared", f"{name}.down_proj.with_shared"}
+    assert read == dict.fromkeys(forms, stacks)
+    assert not any("shared_experts" in w for w in program.pruned().weights)
