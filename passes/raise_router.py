@@ -44,6 +44,8 @@ from dsc.rewrite.scope import Scope
 
 _TO_WEIGHTS = frozenset({"gather", "add", "sub", "mul", "div", "sum", "cast", "reshape", "permute"})
 _OF_TOKENS = frozenset({"cast", "reshape"})
+_OF_EXPERTS = frozenset({"sort", "take"})
+"""What puts weights in the order of the experts: from there on they are not the router's."""
 MAX_STEPS = 40
 
 _V3 = """graph g(%x: bf16[B,S,8], @gate: bf16[12,8], @bias: f32[12]) {{
@@ -207,7 +209,9 @@ def _weights(scope: Scope, node: Node, leaves: set[str]) -> Iterator[Value]:
         if later.output.type != values.type.with_dtype(DType.f32):
             continue
         region = lift.cut(scope, [idx, later.output], lambda v: v.name in leaves)
-        if region is not None and {x.name for x in region.leaves} <= leaves:
+        if region is None or region.ops & _OF_EXPERTS:
+            continue
+        if {x.name for x in region.leaves} <= leaves:
             yield later.output
 
 
