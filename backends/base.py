@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, runtime_checkable
 
 from dsc.errors import UsageError
+from dsc.ir.expert_forms import ExpertKernels
 from dsc.ir.graph import Graph, Node
 from dsc.ir.program import Program
 from dsc.ir.regions import RegionLimits
@@ -47,8 +48,9 @@ class Capabilities:
     """What passes need to know of a backend, as data.
 
     `in_place_cache`: KV caches are preallocated and written in place. `paged_cache`: it also takes
-    them in pages, through a block table. `grouped_moe`: wants
-    dispatch / grouped_linear / combine in the place of experts. `absorbed`: wants decode and
+    them in pages, through a block table. `experts`: it has grouped GEMMs, and this is what its
+    kernels for experts cost. `shared_experts`: a shared expert is cheaper as one more of the routed
+    ones, in one stack of weights, than as linears of its own. `absorbed`: wants decode and
     extend in the absorbed form. `entries`: the entry graphs it wants of a causal LM. `fuse`: the
     highest fusion level that its kernels take; `regions`: what they take within it. `collectives`:
     its executables speak to other ranks; without it a sharded program is emitted in segments, with
@@ -57,7 +59,8 @@ class Capabilities:
 
     in_place_cache: bool = False
     paged_cache: bool = False
-    grouped_moe: bool = False
+    experts: ExpertKernels | None = None
+    shared_experts: bool = False
     absorbed: bool = True
     dtypes: frozenset[DType] = frozenset({DType.f32, DType.bf16, DType.f16})
     entries: tuple[str, ...] = ("decode", "extend", "prefill")
