@@ -72,6 +72,7 @@ class TvmBackend:
         import numpy as np
 
         from dsc.backends.tvm import library
+        from dsc.backends.tvm.bf16 import instructions_of
         from dsc.backends.tvm.machine import machine_for
         from dsc.backends.tvm.schedule import plan_program
         from dsc.runtime.plan import Plan
@@ -80,7 +81,8 @@ class TvmBackend:
         plans, table = plan_program(program, machine)
         if options.progress is not None:
             options.progress("kernels", 0, len(table.names))
-        kernels = {**library.timing_functions(), **table.build()}
+        with instructions_of(machine):
+            kernels = {**library.timing_functions(), **table.build()}
         numbers = {name: i for i, name in enumerate(kernels)}
         functions = {**kernels, library.EXECUTE: library.execute_function(kernels, numbers)}
         weights = sorted(program.weights)

@@ -3,21 +3,33 @@
 TVM's bfloat16 vectors are widened before an instruction could see them, so bf16 stays `uint16x32`
 and the few operations on it are LLVM IR functions, linked into the library by a pragma and inlined.
 
-    pair_dot    acc[i] += a[2i] b[2i] + a[2i+1] b[2i+1]: 64 flops an instruction (vdpbf16ps)
+    pair_dot    acc[i] += a[2i] b[2i] + a[2i+1] b[2i+1]
+    even, odd   lanes 0, 2, .. and 1, 3, .. as fp32: a shift, and a mask
+    fma         acc + a b in fp32
     sum4        the lane sums of four accumulators as four floats: 13 instructions instead of 32
     zip_low, zip_high   two rows as pairs of one column each, so that a sum over rows is a pair_dot
     unzip_low, unzip_high   fp32 sums of zipped columns, back in the order of columns
-    narrow      fp32 to bf16, to nearest even (vcvtneps2bf16; subnormal values become 0)
+    narrow      fp32 to bf16, to nearest even (where it is vcvtneps2bf16, subnormals become 0)
+
+There are two ways to multiply, and which is faster is the CPU's affair (`Machine.pairs`):
+
+    pairs       vdpbf16ps, 64 flops an instruction. Zen 4 and 5 start one or two a cycle.
+    widened     even and odd lanes by two fp32 FMAs. Intel's cores start a vdpbf16ps every second
+                cycle but two FMAs a cycle, so that this is twice as fast there (measured on
+                Sapphire Rapids, two threads: 160 and 330 GFLOP/s); without AVX512_BF16 it is all
+                there is.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 
 from tvm import tirx
 from tvm.tirx.script.builder import ir as T
 
+from dsc.backends.tvm.machine import Machine
 from dsc.backends.tvm.tir import Expr, Local, Tensor, bind, span, splat
 from dsc.ir.types import DType
 
@@ -26,7 +38,10 @@ LANES = 32
 SUMS = LANES // 2
 """fp32 sums in an accumulator."""
 
-_FEATURES = '"target-features"="+avx512f,+avx512bw,+avx512vl,+avx512bf16"'
+_instructions: ContextVar[tuple[bool, bool]] = ContextVar("instructions", default=(True, True))
+"""Whether the machine multiplies by pairs, and whether it has an instruction for `narrow`."""
+_FEATURES = '"target-features"="+avx512f,+avx512bw,+avx512vl"'
+_PAIRS = '"target-features"="+avx512f,+avx512bw,+avx512vl,+avx512bf16"'
 _QUARTERS = range(0, SUMS, 4)
 
 
@@ -64,14 +79,12 @@ define linkonce_odr {out} @{name}({kind} %a, {kind} %b) #0 {{
 }}"""
 
 
-LLVM_IR = f"""
+_PAIR_DOT = f"""
 declare <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(
   <16 x float>, <32 x bfloat>, <32 x bfloat>)
-declare <16 x bfloat> @llvm.x86.avx512bf16.cvtneps2bf16.512(<16 x float>)
-declare void @llvm.prefetch.p0(ptr, i32, i32, i32)
 
 define linkonce_odr <16 x float> @dsc_pair_dot(
-    <16 x float> %acc, <32 x i16> %a, <32 x i16> %b) #0 {{
+    <16 x float> %acc, <32 x i16> %a, <32 x i16> %b) #1 {{
   %x = bitcast <32 x i16> %a to <32 x bfloat>
   %y = bitcast <32 x i16> %b to <32 x bfloat>
   %r = call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(
@@ -79,10 +92,66 @@ define linkonce_odr <16 x float> @dsc_pair_dot(
   ret <16 x float> %r
 }}
 
-define linkonce_odr <16 x i16> @dsc_narrow(<16 x float> %a) #0 {{
+"""
+_WIDENED_DOT = """
+define linkonce_odr <16 x float> @dsc_pair_dot(
+    <16 x float> %acc, <32 x i16> %a, <32 x i16> %b) #0 {
+  %a0 = call <16 x float> @dsc_even(<32 x i16> %a)
+  %b0 = call <16 x float> @dsc_even(<32 x i16> %b)
+  %a1 = call <16 x float> @dsc_odd(<32 x i16> %a)
+  %b1 = call <16 x float> @dsc_odd(<32 x i16> %b)
+  %s = call <16 x float> @dsc_fma(<16 x float> %acc, <16 x float> %a0, <16 x float> %b0)
+  %r = call <16 x float> @dsc_fma(<16 x float> %s, <16 x float> %a1, <16 x float> %b1)
+  ret <16 x float> %r
+}
+"""
+_NARROW = f"""
+declare <16 x bfloat> @llvm.x86.avx512bf16.cvtneps2bf16.512(<16 x float>)
+
+define linkonce_odr <16 x i16> @dsc_narrow(<16 x float> %a) #1 {{
   %x = call <16 x bfloat> @llvm.x86.avx512bf16.cvtneps2bf16.512(<16 x float> %a)
   %r = bitcast <16 x bfloat> %x to <16 x i16>
   ret <16 x i16> %r
+}}
+
+attributes #1 = {{ alwaysinline nounwind {_PAIRS} }}
+"""
+_ROUNDED = """
+define linkonce_odr <16 x i16> @dsc_narrow(<16 x float> %a) #0 {
+  %w = bitcast <16 x float> %a to <16 x i32>
+  %h = lshr <16 x i32> %w, splat (i32 16)
+  %o = and <16 x i32> %h, splat (i32 1)
+  %s = add <16 x i32> %w, splat (i32 32767)
+  %t = add <16 x i32> %s, %o
+  %u = lshr <16 x i32> %t, splat (i32 16)
+  %n = fcmp uno <16 x float> %a, %a
+  %v = select <16 x i1> %n, <16 x i32> splat (i32 32704), <16 x i32> %u
+  %r = trunc <16 x i32> %v to <16 x i16>
+  ret <16 x i16> %r
+}
+"""
+_COMMON = f"""
+declare <16 x float> @llvm.fma.v16f32(<16 x float>, <16 x float>, <16 x float>)
+declare void @llvm.prefetch.p0(ptr, i32, i32, i32)
+
+define linkonce_odr <16 x float> @dsc_even(<32 x i16> %a) #0 {{
+  %w = bitcast <32 x i16> %a to <16 x i32>
+  %s = shl <16 x i32> %w, splat (i32 16)
+  %r = bitcast <16 x i32> %s to <16 x float>
+  ret <16 x float> %r
+}}
+
+define linkonce_odr <16 x float> @dsc_odd(<32 x i16> %a) #0 {{
+  %w = bitcast <32 x i16> %a to <16 x i32>
+  %s = and <16 x i32> %w, splat (i32 -65536)
+  %r = bitcast <16 x i32> %s to <16 x float>
+  ret <16 x float> %r
+}}
+
+define linkonce_odr <16 x float> @dsc_fma(
+    <16 x float> %acc, <16 x float> %a, <16 x float> %b) #0 {{
+  %r = call <16 x float> @llvm.fma.v16f32(<16 x float> %a, <16 x float> %b, <16 x float> %acc)
+  ret <16 x float> %r
 }}
 
 define linkonce_odr i32 @dsc_prefetch(ptr %p) #0 {{
@@ -119,9 +188,26 @@ attributes #0 = {{ alwaysinline nounwind {_FEATURES} }}
 
 
 @contextmanager
+def instructions_of(machine: Machine) -> Iterator[None]:
+    """Kernels that are built inside use the instructions that are fast on a machine."""
+    token = _instructions.set((machine.pairs, machine.narrows))
+    try:
+        yield
+    finally:
+        _instructions.reset(token)
+
+
+def by_pairs() -> bool:
+    """Which way the kernel that is being built multiplies."""
+    return _instructions.get()[0]
+
+
+@contextmanager
 def instructions() -> Iterator[None]:
     """The rest of the kernel's body may use this module's operations."""
-    with T.attr("bf16", "pragma_import_llvm", LLVM_IR):
+    pairs, narrows = _instructions.get()
+    dot, narrowed = _PAIR_DOT if pairs else _WIDENED_DOT, _NARROW if narrows else _ROUNDED
+    with T.attr("bf16", "pragma_import_llvm", _COMMON + dot + narrowed):
         yield
 
 
@@ -132,6 +218,21 @@ def _call(name: str, kind: str, *operands: Expr) -> Expr:
 def pair_dot(acc: Expr, a: Expr, b: Expr) -> Expr:
     """acc plus the products of a and b, summed by pairs of lanes."""
     return _call("pair_dot", "float32x16", acc, a, b)
+
+
+def even(value: Expr) -> Expr:
+    """Lanes 0, 2, .. as fp32."""
+    return _call("even", "float32x16", value)
+
+
+def odd(value: Expr) -> Expr:
+    """Lanes 1, 3, .. as fp32."""
+    return _call("odd", "float32x16", value)
+
+
+def fma(acc: Expr, a: Expr, b: Expr) -> Expr:
+    """acc + a b, rounded once."""
+    return _call("fma", "float32x16", acc, a, b)
 
 
 def sum4(accumulators: list[Expr]) -> Expr:

@@ -8,14 +8,18 @@ from typing import Any
 from dsc.errors import UsageError
 from dsc.targets import Target
 
+FULL_RATE = "znver"
+"""CPUs by LLVM name that start vdpbf16ps as often as FMAs: AMD's. Intel's take twice as long."""
+
 
 @dataclass(frozen=True, slots=True)
 class Machine:
     """What kernels are specialised to.
 
     A tile of `rows` x `columns` dot products keeps that many vector accumulators in registers;
-    `lanes` is the number of fp32 elements in a vector; `bf16` says that there are vector products
-    of bf16 (AVX-512 BF16), for which `kernels/bf16` has schedules of their own.
+    `lanes` is the number of fp32 elements in a vector; `bf16` says that bf16 has kernels of its own
+    (AVX-512), `narrows` that an instruction rounds to it (AVX512_BF16), and `pairs` that products
+    are fastest by vdpbf16ps (see `bf16`).
     """
 
     cpu: str
@@ -23,6 +27,8 @@ class Machine:
     rows: int
     columns: int
     bf16: bool = False
+    narrows: bool = False
+    pairs: bool = False
 
 
 def machine_for(target: Target) -> Machine:
@@ -36,8 +42,15 @@ def machine_for(target: Target) -> Machine:
         )
     features = tvm_target(cpu)
     if codegen.target_has_features("avx512f", features):
-        products = codegen.target_has_features("avx512bf16", features)
-        return Machine(cpu, lanes=16, rows=4, columns=4, bf16=products)
+        return Machine(
+            cpu,
+            lanes=16,
+            rows=4,
+            columns=4,
+            bf16=codegen.target_has_features(["avx512bw", "avx512vl"], features),
+            narrows=codegen.target_has_features("avx512bf16", features),
+            pairs=cpu.startswith(FULL_RATE) and codegen.target_has_features("avx512bf16", features),
+        )
     if codegen.target_has_features("avx2", features):
         return Machine(cpu, lanes=8, rows=3, columns=4)
     return Machine(cpu, lanes=4, rows=4, columns=4)

@@ -13,6 +13,7 @@ import torch
 from dsc import pipeline
 from dsc.backends import get
 from dsc.backends.base import EmitOptions, Executable
+from dsc.backends.tvm import machine
 from dsc.ir.interpreter import run_graph
 from dsc.targets import parse_target
 from tests.backends.tvm_cases import POINTS, WIDE, Case, cases, program
@@ -55,6 +56,19 @@ def portable(tmp_path_factory: pytest.TempPathFactory) -> Executable:
     return compiled(WIDE_ONLY, "cpu:x86-64", tmp_path_factory.mktemp("portable"))
 
 
+@pytest.fixture(scope="module")
+def other_way(tmp_path_factory: pytest.TempPathFactory) -> Executable:
+    """The products of bf16 by the way that this machine does not take of itself."""
+    host = machine.machine_for(parse_target("cpu"))
+    if not host.bf16:
+        pytest.skip("this CPU has no AVX-512")
+    if not host.narrows:
+        pytest.skip("this CPU has no vdpbf16ps")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(machine, "FULL_RATE", "none" if host.pairs else "")
+        return compiled(WIDE_ONLY, "cpu", tmp_path_factory.mktemp("other_way"))
+
+
 def relative_error(got: torch.Tensor, wanted: torch.Tensor) -> float:
     """Largest |difference| over max(1, |wanted|max)."""
     if wanted.numel() == 0:
@@ -86,6 +100,11 @@ def test_portable_bf16_kernel_matches_the_reference(case: Case, portable: Execut
     got = portable.run(case.id, inputs)
     for tensor, reference in zip(got.values(), wanted, strict=True):
         assert relative_error(tensor, reference) <= TOLERANCE["bf16"]
+
+
+@pytest.mark.parametrize("case", WIDE_ONLY, ids=lambda case: case.id)
+def test_both_ways_to_multiply_match_the_reference(case: Case, other_way: Executable) -> None:
+    test_kernel_matches_the_reference(case, other_way)
 
 
 @pytest.mark.parametrize("entry", ["linear_1_bf16", "linear_2_bf16", "experts_1_bf16"])
