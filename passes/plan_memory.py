@@ -19,7 +19,9 @@ After          graph main(%x: f32[8]) {
 
 In the example a lies at arena+0, b at arena+64, c in the output c and copy in the output x.
 Offsets are chosen greedily, largest first, each at the lowest gap among what is live with it
-(Pisarchyk & Lee 2020, "greedy by size"). Views share their operand's place.
+(Pisarchyk & Lee 2020, "greedy by size"). Views share their operand's place. Where nodes run in
+several lanes, as collectives do beside what computes, two values share bytes only if all that touch
+the first have ended when the second is written.
 """
 
 from __future__ import annotations
@@ -30,13 +32,12 @@ from dataclasses import dataclass, replace
 from dsc.ir.analyses import aliases_of
 from dsc.ir.dims import Range, bounds
 from dsc.ir.graph import Attrs, Graph, Node, Operand, Value, Weight
+from dsc.ir.lanes import NO_STEP, LaneOf, lane_of
 from dsc.ir.memory import ALIGNMENT, MemoryPlan, Place
 from dsc.ir.program import Program
 from dsc.ir.stages import Stage
+from dsc.passes._order import Order, order
 from dsc.rewrite.base import Pass, PassReport
-
-SHARES_STORAGE = frozenset({"reshape"})
-"""Operators whose result is their operand's bytes, unmoved."""
 
 
 @dataclass(frozen=True)
@@ -58,18 +59,25 @@ class PlanMemory(Pass):
 
 @dataclass(slots=True)
 class _Block:
-    """One storage: live from its definition to its last use, both inclusive."""
+    """One storage: live from its definition to its last use, both inclusive.
+
+    `users` has bit i set where node i touches its bytes.
+    """
 
     name: str
     size: int
     first: int
     last: int
+    users: int = 0
     offset: int = -1
 
 
-def plan(graph: Graph, ranges: Mapping[str, Range], reuse: bool = True) -> MemoryPlan:
+def plan(
+    graph: Graph, ranges: Mapping[str, Range], reuse: bool = True, lanes: LaneOf = lane_of
+) -> MemoryPlan:
     """The memory plan of a graph whose outputs each have storage of their own."""
     roots = storage_roots(graph)
+    sequence = order(graph, roots, lanes)
     external = _external(graph, roots)
     blocks: dict[str, _Block] = {}
     for position, node in enumerate(graph.nodes):
@@ -82,7 +90,9 @@ def plan(graph: Graph, ranges: Mapping[str, Range], reuse: bool = True) -> Memor
                 size = bounds(root.type.nbytes, ranges).hi
                 block = blocks[root.name] = _Block(root.name, _aligned(size), position, position)
             block.last = position
-    _assign(list(blocks.values()), reuse)
+            if sequence.before and node.op not in NO_STEP:
+                block.users |= 1 << position
+    _assign(list(blocks.values()), sequence, reuse)
     places = {}
     for value in graph.values():
         root = roots[value.name]
@@ -93,7 +103,7 @@ def plan(graph: Graph, ranges: Mapping[str, Range], reuse: bool = True) -> Memor
         else:
             places[value.name] = Place("arena", "", blocks[root.name].offset)
     size = max((b.offset + b.size for b in blocks.values()), default=0)
-    return MemoryPlan(places, size, _peak(list(blocks.values())))
+    return MemoryPlan(places, size, _peak(list(blocks.values())), sequence.waits)
 
 
 def storage_roots(graph: Graph) -> dict[str, Operand]:
@@ -108,7 +118,7 @@ def storage_roots(graph: Graph) -> dict[str, Operand]:
     for node in graph.nodes:
         shared = aliases_of(node)
         for index, value in enumerate(node.outputs):
-            if node.op in SHARES_STORAGE:
+            if node.op in NO_STEP:
                 roots[value.name] = root(node.inputs[0])
             elif index in shared:
                 roots[value.name] = root(node.inputs[shared[index]])
@@ -153,12 +163,12 @@ def _own_outputs(graph: Graph) -> Graph:
     return graph.with_nodes((*graph.nodes, *copies), outputs) if copies else graph
 
 
-def _assign(blocks: list[_Block], reuse: bool) -> None:
+def _assign(blocks: list[_Block], sequence: Order, reuse: bool) -> None:
     placed: list[_Block] = []
     for block in sorted(blocks, key=lambda b: (-b.size, b.first)):
         offset = 0
         for other in placed:  # sorted by offset
-            if reuse and (other.first > block.last or other.last < block.first):
+            if reuse and (_apart(block, other, sequence) or _apart(other, block, sequence)):
                 continue
             if other.offset - offset >= block.size:
                 break
@@ -166,6 +176,11 @@ def _assign(blocks: list[_Block], reuse: bool) -> None:
         block.offset = offset
         placed.append(block)
         placed.sort(key=lambda b: b.offset)
+
+
+def _apart(first: _Block, second: _Block, sequence: Order) -> bool:
+    """Whether all that touch the first block have ended when the second is written."""
+    return first.last < second.first and sequence.after_all(first.users, second.first)
 
 
 def _peak(blocks: list[_Block]) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 ALIGNMENT = 64
 
@@ -26,9 +26,11 @@ class MemoryPlan:
     """The place of every value of a graph, and the bytes of the arena they need.
 
     Sizes are taken at the upper bounds of the symbols' ranges. `lower_bound` is the peak of live
-    bytes: no plan can be smaller.
+    bytes: no plan can be smaller. `waits` says for which nodes of other lanes (`dsc.ir.lanes`) a
+    node waits, both by position.
     """
 
     places: Mapping[str, Place]
     size: int
     lower_bound: int
+    waits: Mapping[int, tuple[int, ...]] = field(default_factory=dict)

@@ -1,0 +1,26 @@
+"""Lanes: queues of steps that run at the same time, each in order.
+
+What computes is in one lane, collectives are in another, so that a rank computes while tensors
+travel; copies between memories have a third. A step starts when the step before it in its lane has
+ended, and those steps of other lanes that it waits for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from dsc.ir.graph import Node
+from dsc.ir.ops.comm import COLLECTIVES
+
+COMPUTE, COPY, COLLECTIVE = LANES = ("compute", "copy", "collective")
+LaneOf = Callable[[Node], str]
+NO_STEP = frozenset({"reshape"})
+"""Operators whose result is their operand's bytes, unmoved: nothing runs, so nothing waits."""
+
+
+def lane_of(node: Node) -> str:
+    """The lane of a node. No operator of the IR copies between memories so far."""
+    if node.op in COLLECTIVES:
+        return COLLECTIVE
+    inner = node.body.nodes if node.body is not None else ()
+    return next((lane for lane in map(lane_of, inner) if lane != COMPUTE), COMPUTE)
