@@ -283,6 +283,20 @@ def ranks() -> Figures:
     return {"ok": max(figures.values()) <= 1e-5, **figures}
 
 
+def random_programs() -> Figures:
+    """2,000 random programs through all passes: the interpreter agrees before and after."""
+    from bench.proofs import random_programs as prove
+
+    return prove()
+
+
+def verify_each() -> Figures:
+    """Every pass verified on small V3 and V2, all fusion levels, and on the 671B, shrunk."""
+    from bench.proofs import verify_each as prove
+
+    return prove()
+
+
 def demo() -> Figures:
     """`make demo` on an environment that is set up: at most 10 minutes."""
     start = time.perf_counter()
@@ -312,6 +326,8 @@ BARS: dict[str, Callable[[], Figures]] = {
     "arenas": arenas,
     "fusion": fusion,
     "ranks": ranks,
+    "random_programs": random_programs,
+    "verify_each": verify_each,
     "demo": demo,
 }
 

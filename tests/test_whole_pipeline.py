@@ -8,6 +8,7 @@ import pytest
 from hypothesis import HealthCheck, Phase, given
 from hypothesis import settings as hypothesis_settings
 
+from bench.proofs import verified
 from dsc import pipeline
 from dsc.ir.dims import symbol
 from dsc.ir.graph import Graph, GraphBuilder, Node, Weight
@@ -18,6 +19,7 @@ from dsc.passes.absorb_mla import AbsorbMla
 from dsc.rewrite.base import PassReport
 from tests.ir import spellings as spell
 from tests.ir.models import RANGES, models
+from tests.passes.test_raise_models import stored
 from tests.whole_pipeline import Setting, Tally, check, settings
 
 SAMPLED, ALL = 100, 2000
@@ -51,6 +53,13 @@ def test_a_sample_keeps_its_meaning_through_the_pipeline() -> None:
 @pytest.mark.exhaustive
 def test_two_thousand_programs_keep_their_meaning() -> None:
     fires(run(ALL), 0.03)
+
+
+@pytest.mark.parametrize(("name", "level"), [("v3", 3), ("v2_greedy", 1)])
+def test_every_pass_of_a_real_trace_is_verified(name: str, level: int) -> None:
+    done = verified(stored(name), "reference", level)
+    assert not done["unverified"]
+    assert done["forms"] == {"full": done["changed"]}
 
 
 def test_a_wrong_pass_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
