@@ -45,7 +45,8 @@ from dsc.rewrite.base import Pass, PassReport
 from dsc.rewrite.rebuild import Operands, rebuild
 
 PARALLEL = ("tp+ep", "tp", "ep")
-_HEADS_OF = {"mla_attention": (0, 1), "latent_attention": (0, 1), "attention": (0, 1, 2)}
+_LATENT = ("mla_attention", "latent_attention", "paged_mla_attention", "paged_latent_attention")
+_HEADS_OF = {**dict.fromkeys(_LATENT, (0, 1)), "attention": (0, 1, 2)}
 """Operands of attention that carry heads on axis 2."""
 _THROUGH = frozenset({"reshape", "split", "slice", "rope", "einsum", "permute", "rms_norm", "cast"})
 """What may lie between a linear and attention."""

@@ -197,6 +197,16 @@ def test_the_pass_keeps_what_is_computed(page: int) -> None:
     assert not ops & {"append", "latent_attention", "mla_attention"}
 
 
+def test_a_program_in_pages_is_sharded_by_heads() -> None:
+    model = canonical_lm(Sizes(heads=4, value=12), 4, CONTEXT)
+    before = pipeline.apply(model, ["specialise_entries", "absorb_mla", "page_cache"])
+    each, report = pipeline.make("shard", ranks=2), PassReport()
+    after = each.run(before, report)
+    assert report.fired["heads"] == 2 * len(after.entries)
+    found = compare_programs(before, after, each.tolerance)
+    assert found.ok, found
+
+
 def test_a_wrong_page_would_be_seen() -> None:
     """The check behind the pass can fail: reads through a table that is one page off."""
     before = entries(small_lm())
