@@ -88,15 +88,16 @@ def bf16_experts(experts: int, d: int, hidden: int, top_k: int, act: str) -> Pri
 
         def hidden_block(task: Expr) -> None:
             """act(gate) * up of UNITS hidden units, for all tokens of an expert."""
-            e = bind(active.load(1 + tirx.truncmod(task, active.load(0))))
-            unit = bind(tirx.truncdiv(task, active.load(0)) * UNITS)
+            e = bind(active.load(1 + tirx.truncdiv(task, integer(hidden // UNITS))))
+            unit = bind(tirx.truncmod(task, integer(hidden // UNITS)) * UNITS)
             gate_at = bind((e * (2 * hidden) + unit) * d)
 
             def tile(p: Expr, height: int) -> None:
                 x_rows = [bind(order.load(p + r) // top_k * d) for r in range(height)]
+                lift_at = bind(gate_at + hidden * d)
                 gate, lift = (
-                    dot_block(source, x_rows, Weights(up, start, integer(d), UNITS, d))
-                    for start in (gate_at, gate_at + hidden * d)
+                    dot_block(source, x_rows, Weights(up, start, integer(d), UNITS, d, then))
+                    for start, then in ((gate_at, lift_at), (lift_at, gate_at + UNITS * d))
                 )
                 for r in range(height):
                     for j in range(0, UNITS, SUMS):
@@ -117,11 +118,15 @@ def bf16_experts(experts: int, d: int, hidden: int, top_k: int, act: str) -> Pri
                 sums.store(splat(f32(0.0), SUMS), r, first + j * SUMS)
             with loop(active.load(0)) as a:
                 e = bind(active.load(1 + a))
+                more = a + 1 < active.load(0)
+                after = bind(active.load(1 + select(more, a + 1, integer(0))))
+                column = select(more, first, first + grain)
+                following = bind((after * d + column) * hidden)
 
                 def tile(p: Expr, height: int) -> None:
                     h_rows = [bind((p + r) * hidden) for r in range(height)]
                     start = bind((e * d + first) * hidden)
-                    block = Weights(out, start, integer(hidden), width, hidden)
+                    block = Weights(out, start, integer(hidden), width, hidden, following)
                     values = dot_block(h, h_rows, block)
                     for r in range(height):
                         place = bind(order.load(p + r))

@@ -38,7 +38,7 @@ from dsc.backends.tvm.bf16 import (
     sum4,
     zipped,
 )
-from dsc.backends.tvm.tir import Expr, Local, Tensor, bind, f32, integer, loop, splat, when
+from dsc.backends.tvm.tir import Expr, Local, Tensor, bind, f32, integer, loop, select, splat, when
 
 HEIGHT, WIDTH = 6, 4
 """Rows and columns of a dot tile: 24 accumulators, 4 vectors of w and one of x in 32 registers."""
@@ -59,8 +59,8 @@ class Factor:
     w: Tensor
     w_rows: Sequence[Expr]
     depth: Expr
-    ahead: Expr | None = None
-    """How far ahead to prefetch w, in elements."""
+    later: Sequence[Expr] = ()
+    """Where rows of w start that will be read next: they are prefetched."""
 
 
 def dot_sums(factors: Sequence[Factor]) -> list[Expr]:
@@ -74,9 +74,8 @@ def dot_sums(factors: Sequence[Factor]) -> list[Expr]:
         with loop(factor.depth // LANES) as step:
             k = step * LANES
             ws = [bind(bits(factor.w, row + k)) for row in factor.w_rows]
-            if factor.ahead is not None:
-                for row in factor.w_rows:
-                    prefetch(factor.w, row + k + factor.ahead)
+            for row in factor.later:
+                prefetch(factor.w, row + k)
             for line, row in zip(sums, factor.x_rows, strict=True):
                 a = bind(bits(factor.x, row + k))
                 for acc, b in zip(line, ws, strict=True):
@@ -86,19 +85,39 @@ def dot_sums(factors: Sequence[Factor]) -> list[Expr]:
 
 @dataclass(frozen=True, slots=True)
 class Weights:
-    """`columns` rows of a matrix [*, depth], `stride` apart: the columns of the product."""
+    """`columns` rows of a matrix [*, depth], `stride` apart: the columns of the product.
+
+    `following` is where the rows start that are read after these; right behind them if not said.
+    """
 
     tensor: Tensor
     start: Expr
     stride: Expr
     columns: Expr
     depth: Expr
+    following: Expr | None = None
 
     def rows(self, j: Expr, k: Expr) -> list[Expr]:
         """Where WIDTH rows start; the last one stands in for rows past the end."""
         last = integer(self.columns) - 1
         picked = [tirx.min(j + c, last) for c in range(WIDTH)]
         return [bind(self.start + row * self.stride + k) for row in picked]
+
+    def next_rows(self, j: Expr, k: Expr, depth: Expr, width: int) -> list[Expr]:
+        """Where the rows start that come after `width` columns from j in a range of k.
+
+        They are the next columns, then the next range of k, then what follows. At the edge of a
+        prefetch all memory streams start anew, so that a wrong guess there costs a good part of
+        the bandwidth where blocks are small.
+        """
+        columns, end = integer(self.columns), bind(k + depth)
+        follow = self.following
+        if follow is None:
+            follow = self.start + columns * self.stride
+        deeper = select(end < integer(self.depth), self.start + end, follow)
+        beside = self.start + (j + width) * self.stride + k
+        first = bind(select(j + width < columns, beside, deeper))
+        return [bind(first + c * self.stride) for c in range(width)]
 
 
 def dot_block(x: Tensor, x_rows: Sequence[Expr], w: Weights) -> Local:
@@ -129,8 +148,8 @@ def _pair_columns(
     """Add the products over one range of k to `tile`, four columns at a time."""
     with loop(ceil_div(w.columns, WIDTH)) as group:
         j = bind(group * WIDTH)
-        ahead = w.stride * WIDTH
-        sums = dot_sums([Factor(x, rows, w.tensor, w.rows(j, k), depth, ahead)])
+        later = w.next_rows(j, k, depth, WIDTH)
+        sums = dot_sums([Factor(x, rows, w.tensor, w.rows(j, k), depth, later)])
         for r, four in enumerate(sums):
             at = start + j + r * BLOCK
             tile.store(at, tile.load(at, WIDTH) + four)
@@ -157,13 +176,13 @@ def _widened_columns(
         for line in sums:
             for acc in line:
                 acc[0] = acc.zero
-        w_rows = w.rows(j, k)[:width]
+        w_rows, later = w.rows(j, k)[:width], w.next_rows(j, k, depth, width)
         with loop(depth // LANES) as step:
             columns = []
-            for row in w_rows:
+            for row, next_row in zip(w_rows, later, strict=True):
                 value = bind(bits(w.tensor, row + step * LANES))
                 columns.append((bind(even(value)), bind(odd(value))))
-                prefetch(w.tensor, row + step * LANES + w.stride * width)
+                prefetch(w.tensor, next_row + step * LANES)
             for r, line in enumerate(sums):
                 low = bind(halves[step * (2 * height) + 2 * r])
                 high = bind(halves[step * (2 * height) + (2 * r + 1)])
