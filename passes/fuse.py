@@ -41,7 +41,7 @@ from dsc.ir.regions import RegionLimits, Role, is_free, name_of, role
 from dsc.ir.stages import Stage
 from dsc.passes._regions import refusal
 from dsc.rewrite.base import Pass, PassReport
-from dsc.rewrite.regions import Grouping, outline
+from dsc.rewrite.regions import Grouping, inline_graph, outline
 
 _GEMM_FIRST = (Role.GEMM, Role.SPARSE, Role.ATTENTION)
 _ROWWISE = frozenset({Role.POINTWISE, Role.REDUCTION, Role.ROTATION, Role.WRITE})
@@ -70,11 +70,22 @@ class Fuse(Pass):
             entries[name] = graph
             if self.level > 0:
                 sweep = _Sweep(graph, self.level, self.limits, program.symbols, report)
-                entries[name] = sweep.run()
+                entries[name] = _accepted(sweep.run(), self.limits, report)
             regions[name] = by_layer(entries[name], self.limits)
             report.facts[name] = _measured(graph, entries[name], self.limits, program.symbols)
         report.facts["regions"] = regions
         return replace(program, entries=entries, stage=Stage.LOWERED)
+
+
+def _accepted(graph: Graph, limits: RegionLimits, report: PassReport) -> Graph:
+    """The graph without the regions that the backend's kernels do not take."""
+    accepts = limits.accepts
+    if accepts is None:
+        return graph
+    for node in graph.nodes:
+        if node.body is not None and not accepts(node):
+            report.miss("accepts", node.loc, f"the backend has no kernel for {name_of(node)}")
+    return inline_graph(graph, accepts)
 
 
 def by_layer(graph: Graph, limits: RegionLimits) -> dict[str, list[str]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,8 @@ from dsc.errors import BackendUnavailable
 from dsc.ir.expert_forms import ExpertKernels
 from dsc.ir.graph import Graph, Node, Operand, Value
 from dsc.ir.memory import MemoryPlan
+from dsc.ir.ops.pointwise import POINTWISE
+from dsc.ir.regions import RegionLimits
 from dsc.ir.types import DType
 from dsc.targets import Target
 
@@ -21,6 +24,11 @@ if TYPE_CHECKING:
 
 LIBRARY = "tvm/kernels.so"
 STEPS = "tvm/steps.bin"
+REGIONS = RegionLimits(
+    anchors=frozenset({"linear", "grouped_linear"}),
+    epilogue=POINTWISE | {"swiglu", "reshape", "split"},
+)
+"""Rope is no epilogue: its angles would be computed again by every block of columns."""
 EXPERTS = ExpertKernels(rereads=False, tile=1, balance=24.0, launch=80_000)
 """Two cores of 1 TFLOP/s in bf16 at 41 GB/s, and 2 microseconds a launch."""
 DTYPES = frozenset({DType.f32, DType.bf16, DType.f16})
@@ -33,13 +41,15 @@ class TvmBackend:
     rules: Sequence[Any] = ()
 
     def capabilities(self, target: Target) -> Capabilities:
-        """Caches in place; experts as one kernel; no fused regions yet."""
+        """Caches in place; experts as one kernel, or grouped; rows and epilogues as regions."""
         return Capabilities(
             in_place_cache=True,
             paged_cache=True,
             experts=EXPERTS,
             shared_experts=True,
             dtypes=DTYPES,
+            fuse=3,
+            regions=replace(REGIONS, accepts=lambda node: isinstance(self.supports(node), Yes)),
             targets=("cpu",),
         )
 

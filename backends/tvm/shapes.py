@@ -29,6 +29,11 @@ class SizeTable:
             self.dims.append(dim)
         return f"${self.dims.index(dim)}"
 
+    def size(self, dim: Dim) -> str:
+        """A dim as a run-time size even where it is an integer, to share a kernel among sizes."""
+        self.dims.append(dim)
+        return f"${len(self.dims) - 1}"
+
     def shape(self, shape: Sequence[Dim]) -> Pattern:
         """A shape as it stands in a key."""
         return tuple(self.dim(d) for d in shape)

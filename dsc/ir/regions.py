@@ -8,7 +8,7 @@ body, so a body that a pass changes is never of the wrong kind.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -75,6 +75,7 @@ class RegionLimits:
     region, at most. `prologue_rows`: a norm in front of a GEMM is computed again by each of its
     tiles where there are at most so many rows; 0 never. `operands` and `nodes` bound a region.
     `free`: views that cost nothing on their own, so no region takes them in at its border.
+    `accepts` has the last word on a finished region: one that it refuses is put back as it was.
     """
 
     anchors: frozenset[str] = ANCHORS
@@ -84,6 +85,7 @@ class RegionLimits:
     operands: int = 24
     nodes: int = 32
     free: frozenset[str] = frozenset({"reshape"})
+    accepts: Callable[[Node], bool] | None = None
 
 
 def role(node: Node) -> Role:
@@ -106,10 +108,15 @@ def _along_rows(node: Node) -> bool:
 
 
 def rows(node: Node) -> Dim:
-    """The rows that a row-wise operator works on: all axes but the last of what it reads."""
+    """The rows that a row-wise operator works on: all axes but the last of what it reads.
+
+    A row of rope is a token with all of its heads: they share its angles.
+    """
+    if role(node) is Role.ROTATION:
+        return node.operands[1].type.numel
     if role(node) is Role.WRITE:
         shape = node.operands[1].type.shape
-    elif role(node) in (Role.REDUCTION, Role.ROTATION):
+    elif role(node) is Role.REDUCTION:
         shape = node.operands[0].type.shape
     else:
         shape = node.output.type.shape

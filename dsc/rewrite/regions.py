@@ -8,7 +8,7 @@ one `fused` node, `inline` is its inverse.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from itertools import pairwise
 
@@ -225,16 +225,20 @@ def inline(program: Program) -> Program:
     return program.map_entries(inline_graph)
 
 
-def inline_graph(graph: Graph) -> Graph:
-    """One graph with the bodies of its `fused` nodes in their places, nested ones too."""
-    if all(node.body is None for node in graph.nodes):
+def inline_graph(graph: Graph, keep: Callable[[Node], bool] | None = None) -> Graph:
+    """One graph with the bodies of its `fused` nodes in their places, nested ones too.
+
+    Regions that `keep` holds to be good stay.
+    """
+    stay = {id(n) for n in graph.nodes if n.body is None or (keep is not None and keep(n))}
+    if len(stay) == len(graph.nodes):
         return graph
     taken = {v.name for v in graph.values()}
     env: dict[str, Operand] = {}
     literals: dict[tuple[Attrs, str], Value] = {}
     nodes: list[Node] = []
     for node in graph.nodes:
-        for each in _expanded(node, env, taken):
+        for each in _expanded(node, env, taken, id(node) in stay):
             if role(each) is Role.LITERAL:
                 same = literals.setdefault((each.attrs, str(each.output.type)), each.output)
                 if same is not each.output:
@@ -245,10 +249,10 @@ def inline_graph(graph: Graph) -> Graph:
     return graph.with_nodes(nodes, outputs)
 
 
-def _expanded(node: Node, env: dict[str, Operand], taken: set[str]) -> Iterator[Node]:
+def _expanded(node: Node, env: dict[str, Operand], taken: set[str], stays: bool) -> Iterator[Node]:
     """A node with its operands as they are now; a region as the nodes of its body."""
     operands = tuple(None if x is None else _now(x, env) for x in node.inputs)
-    if node.body is None:
+    if stays or node.body is None:
         yield replace(node, inputs=operands)
         return
     body = inline_graph(node.body)

@@ -48,6 +48,7 @@ LOWERINGS = {
     **dict.fromkeys(("softmax", "argmax", "cumsum", "topk"), "reduce:lower_scan"),
     "matmul": "contract:lower_matmul",
     "einsum": "contract:lower_einsum",
+    "fused": "region:lower",
 }
 """Operator to `module:function` in this package. Other operators have no kernel."""
 

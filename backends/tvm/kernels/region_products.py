@@ -1,0 +1,338 @@
+"""linear and grouped_linear with what follows them, done on a tile before it leaves the core.
+
+A task is a block of columns that are treated alike: a family of columns is what one result of the
+region is made of (a head's part of q, the gate's half), so splits and reshapes of the product cost
+nothing, and the halves of a merged gate|up, which lie far apart, are computed by the same task. The
+tile holds fp32 sums; from there on every value is rounded as the operators alone would round it.
+Sums are taken in the order of the kernels alone: a region has the bits of its parts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from math import prod
+
+from tvm import tirx
+
+from dsc.backends.tvm import bf16
+from dsc.backends.tvm.kernels import bf16_product
+from dsc.backends.tvm.kernels.access import Access, Number, Rows
+from dsc.backends.tvm.kernels.bf16_linear import FEW, NARROW
+from dsc.backends.tvm.kernels.bf16_product import BLOCK, Weights, ceil_div
+from dsc.backends.tvm.kernels.products import dots
+from dsc.backends.tvm.kernels.values import Operand, Point, compute, held, literal, put, rounded
+from dsc.backends.tvm.machine import Machine
+from dsc.backends.tvm.shapes import size_names
+from dsc.backends.tvm.tir import (
+    PARALLEL_WORK,
+    Expr,
+    Local,
+    PrimFunc,
+    Tensor,
+    bind,
+    build,
+    for_each,
+    integer,
+    loop,
+    select,
+    splat,
+    when,
+)
+from dsc.ir.types import DType
+
+PRODUCT = -1
+"""The step number of the product itself."""
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """Columns that are treated alike: `walk` lists extents and strides, from column `start` on.
+
+    The last axis of the walk has stride 1; a task is a part of it. `shifts` are the distances of
+    the further columns that the same results need. `steps` are the operators, whose accesses have
+    one inner stride for each axis of the walk; `writes` say which value goes where.
+    """
+
+    start: int
+    walk: tuple[tuple[int, int], ...]
+    shifts: tuple[int, ...]
+    steps: tuple[tuple[int, int, Point], ...]
+    """(number, shift, operator): a step may be wanted at several shifts."""
+    writes: tuple[tuple[int, Access], ...]
+
+    @property
+    def blocks(self) -> int:
+        """How many times the last axis of the walk occurs."""
+        return prod(extent for extent, _ in self.walk[:-1])
+
+    @property
+    def width(self) -> int:
+        """The extent of the last axis of the walk."""
+        return self.walk[-1][0]
+
+
+@dataclass(frozen=True, slots=True)
+class Product:
+    """The GEMM of a region: which parameters are its operands, and its extents.
+
+    `offsets` is the parameter that says which rows belong to which of `experts` weights, or -1.
+    `heavy` products are always worth all threads.
+    """
+
+    dtype: DType
+    x: int
+    weight: int
+    bias: int
+    offsets: int
+    experts: int
+    rows: Number
+    m: int
+    depth: Number
+    heavy: bool
+
+
+def product_region(
+    product: Product,
+    families: tuple[Family, ...],
+    parameters: int,
+    sizes: int,
+    machine: Machine,
+) -> PrimFunc:
+    """Arguments: the region's operands and results; sizes."""
+
+    def body(*arguments: Expr) -> None:
+        given = arguments[parameters:]
+        with bf16.instructions() if machine.bf16 else nullcontext():
+            _Tasks(product, families, arguments[:parameters], given, machine).run()
+
+    return build(body, [*(f"x{i}" for i in range(parameters)), *size_names(sizes)])
+
+
+class _Tasks:
+    """The tasks of a region: blocks of the columns of its families, for all rows."""
+
+    def __init__(
+        self,
+        product: Product,
+        families: Sequence[Family],
+        addresses: Sequence[Expr],
+        sizes: Sequence[Expr],
+        machine: Machine,
+    ) -> None:
+        self.product, self.families, self.machine = product, families, machine
+        self.places = Rows(sizes)
+        self.native = machine.bf16 and product.dtype is DType.bf16
+        self.rows, self.depth = map(self.places.at, (product.rows, product.depth))
+        dtype, (rows, m, k) = product.dtype, (self.rows, product.m, self.depth)
+        self.x = Tensor(addresses[product.x], dtype, (rows, k))
+        self.w = Tensor(addresses[product.weight], dtype, (max(product.experts, 1), m, k))
+        self.bias = Tensor(addresses[product.bias], dtype, (m,)) if product.bias >= 0 else None
+        self.offsets = (
+            Tensor(addresses[product.offsets], DType.i64, (product.experts + 1,))
+            if product.offsets >= 0
+            else None
+        )
+        self.tensors = {
+            (a.buffer, a.dtype): Tensor(addresses[a.buffer], a.dtype, (1,))
+            for family in families
+            for a in _accesses(family)
+        }
+        self.height = bf16_product.HEIGHT if self.native else machine.rows
+        self.copies = max(1 + len(f.shifts) for f in families)
+
+    def run(self) -> None:
+        """All tasks, over threads where they are worth it."""
+        wide = BLOCK // (2 if self.copies > 1 else 1)
+        narrow = min(NARROW, wide)
+        if self.native:
+            self.grain = bind(select(self.rows <= integer(FEW), integer(narrow), integer(wide)))
+        else:
+            self.grain = integer(narrow)
+        ends: list[Expr] = []
+        count: Expr = integer(0)
+        for family in self.families:
+            count = bind(count + ceil_up(family.width, self.grain) * family.blocks)
+            ends.append(count)
+        experts = max(self.product.experts, 1)
+        work = PARALLEL_WORK if self.product.heavy else self.rows * self.depth * 16
+        for_each(count * experts, work, lambda i: self._task(i, ends, experts))
+
+    def _task(self, i: Expr, ends: Sequence[Expr], experts: int) -> None:
+        """One block of columns: find its family, then its rows."""
+        expert = bind(tirx.truncmod(i, integer(experts))) if experts > 1 else integer(0)
+        g = bind(tirx.truncdiv(i, integer(experts))) if experts > 1 else i
+        cells = Local(5 + self.copies, "int64")
+        first: Expr = integer(0)
+        for number, (family, end) in enumerate(zip(self.families, ends, strict=True)):
+            inside = tirx.all(g >= first, g < end)
+            with when(inside) if len(self.families) > 1 else nullcontext():
+                self._locate(family, number, bind(g - first), cells)
+            first = end
+        family, block, at, width, copies = (bind(cells[n]) for n in range(5))
+        task = _Task(family, block, at, width, copies, cells)
+        start: Expr = integer(0)
+        count: Expr = self.rows
+        if self.offsets is not None:
+            start = bind(self.offsets.load(expert))
+            count = bind(self.offsets.load(expert + 1) - start)
+        tile = Local(self.copies * self.height * BLOCK)
+        weight = bind(expert * (self.product.m * integer(self.depth)))
+        with loop(ceil_div(integer(count), self.height)) as t:
+            row = bind(start + t * self.height)
+            rows = bind(tirx.min(integer(self.height), start + count - row))
+            self._fill(tile, row, rows, weight, task)
+            with loop(rows) as r:
+                self._finish(tile, r, bind(row + r), task)
+
+    def _locate(self, family: Family, number: int, g: Expr, cells: Local) -> None:
+        """Where a family's task g lies: family, block of the walk, place in it, columns."""
+        block = bind(tirx.truncmod(g, integer(family.blocks)))
+        at = bind(tirx.truncdiv(g, integer(family.blocks)) * self.grain)
+        axes = family.walk[:-1]
+        column = bind(family.start + at + self.places.unravelled(axes, block))
+        cells[0], cells[1], cells[2] = integer(number), block, at
+        cells[3] = tirx.min(self.grain, family.width - at)
+        cells[4] = integer(1 + len(family.shifts))
+        for n, shift in enumerate((0, *family.shifts)):
+            cells[5 + n] = column + shift
+
+    def _fill(self, tile: Local, row: Expr, rows: Expr, weight: Expr, task: _Task) -> None:
+        """The products of up to `height` rows with the task's columns, at each of its shifts."""
+        depth = self.depth
+        for height in range(1, self.height + 1):
+            with when(tirx.EQ(rows, integer(height))):
+                x_rows = [bind((row + r) * depth) for r in range(height)]
+                with loop(task.copies) as n:
+                    start = bind(n * (self.height * BLOCK))
+                    at = bind(weight + task.column(n) * depth)
+                    block = Weights(self.w, at, integer(depth), task.width, depth)
+                    if self.native:
+                        bf16_product.fill_block(tile, start, self.x, x_rows, block)
+                    else:
+                        self._fill_portable(tile, start, x_rows, block)
+
+    def _fill_portable(self, tile: Local, start: Expr, x_rows: Sequence[Expr], w: Weights) -> None:
+        """`fill_block` for element types and CPUs without pair products."""
+        columns = self.machine.columns
+        last = integer(w.columns) - 1
+        with loop(ceil_div(w.columns, columns)) as group:
+            j = bind(group * columns)
+            picked = [bind(w.start + tirx.min(j + c, last) * w.stride) for c in range(columns)]
+            assert isinstance(w.depth, int)
+            made = dots(self.x, x_rows, w.tensor, picked, w.depth, self.machine.lanes)
+            for r, line in enumerate(made):
+                for c, value in enumerate(line):
+                    tile[start + j + (r * BLOCK + c)] = value
+
+    def _finish(self, tile: Local, r: Expr, row: Expr, task: _Task) -> None:
+        """What follows the product, on row r of the tile, and the stores."""
+        for number, family in enumerate(self.families):
+            only = len(self.families) == 1
+            with nullcontext() if only else when(tirx.EQ(task.family, integer(number))):
+                self.places.forget()
+                _Finish(self, family, tile, r, row, task).run()
+
+
+@dataclass(frozen=True, slots=True)
+class _Task:
+    """A block of columns: of which family, which block of its walk, from where, how many.
+
+    There are `copies` of it, at the family's shifts; `cells` end with the columns they begin at.
+    """
+
+    family: Expr
+    block: Expr
+    at: Expr
+    width: Expr
+    copies: Expr
+    cells: Local
+
+    def column(self, copy: Expr) -> Expr:
+        """The first column of a copy."""
+        return self.cells[copy + 5]
+
+
+class _Finish:
+    """A family's operators on one row of a tile."""
+
+    def __init__(
+        self, tasks: _Tasks, family: Family, tile: Local, r: Expr, row: Expr, task: _Task
+    ) -> None:
+        self.tasks, self.family, self.tile, self.r, self.row = tasks, family, tile, r, row
+        self.task = task
+        self.starts: dict[Access, Expr] = {}
+        places = tasks.places
+        for a in _accesses(family):
+            if a not in self.starts:
+                axes = [(e, s) for (e, _), s in zip(family.walk[:-1], a.inner, strict=False)]
+                inner = integer(places.at(a.inner[-1]))
+                position = places.start(a, row) + places.unravelled(axes, task.block)
+                self.starts[a] = bind(position + task.at * inner)
+
+    def run(self) -> None:
+        """Vectors over the task's columns, then what is left one by one."""
+        family, width = self.family, self.task.width
+        plain = all(a.unit or a.inner[-1] == 0 for a in _accesses(family))
+        plain = plain and all(a.unit for _, a in family.writes)
+        dtypes = {o.dtype for _, _, p in family.steps for o in p.operands}
+        dtypes |= {p.dtype for _, _, p in family.steps}
+        lanes = 16 if plain and DType.boolean not in dtypes else 1
+        if not self.tasks.native and lanes > 1:
+            lanes = min(lanes, self.tasks.machine.lanes)
+        with loop(tirx.truncdiv(width, integer(lanes))) as i:
+            self._columns(i * lanes, lanes)
+        if lanes > 1 and family.width % NARROW:
+            whole = bind(tirx.truncdiv(width, integer(lanes)) * lanes)
+            with loop(width - whole) as i:
+                self._columns(whole + i, 1)
+
+    def _columns(self, j: Expr, lanes: int) -> None:
+        known: dict[tuple[int, int], Expr] = {}
+        for copy, shift in enumerate((0, *self.family.shifts)):
+            known[PRODUCT, shift] = held(self._product(copy, j, lanes))
+        for number, shift, point in self.family.steps:
+            values = [self._value(o, shift, known, j, lanes) for o in point.operands]
+            known[number, shift] = compute(point, values, self.tasks.native)
+        for number, found in self.family.writes:
+            where = self.starts[found] + j * integer(self.tasks.places.at(found.inner[-1]))
+            put(self.tensor(found), where, known[number, 0], self.tasks.native)
+
+    def _product(self, copy: int, j: Expr, lanes: int) -> Expr:
+        """Columns of the product at a copy, with the bias, rounded."""
+        at = j + (self.r + copy * self.tasks.height) * BLOCK
+        value = self.tile.load(at, lanes)
+        if self.tasks.bias is not None:
+            value = value + self.tasks.bias.at(self.task.column(copy) + j, lanes)
+        return rounded(value, self.tasks.product.dtype, self.tasks.native)
+
+    def _value(
+        self, operand: Operand, shift: int, known: dict[tuple[int, int], Expr], j: Expr, lanes: int
+    ) -> Expr:
+        source = operand.source
+        if isinstance(source, float):
+            return literal(source, operand.dtype, lanes)
+        if isinstance(source, int):
+            return known[source, shift + operand.shift]
+        stride = self.tasks.places.at(source.inner[-1])
+        if isinstance(stride, int) and stride == 0:
+            return held(splat(bind(self.tensor(source).at(self.starts[source])), lanes))
+        where = self.starts[source] + j * integer(stride)
+        return held(self.tensor(source).at(where, lanes))
+
+    def tensor(self, found: Access) -> Tensor:
+        """The buffer of an access."""
+        return self.tasks.tensors[found.buffer, found.dtype]
+
+
+def _accesses(family: Family) -> list[Access]:
+    """What a family's operators read and write, in a fixed order."""
+    operands = [o.source for _, _, p in family.steps for o in p.operands]
+    found = [s for s in operands if isinstance(s, Access)]
+    return list(dict.fromkeys([*found, *(a for _, a in family.writes)]))
+
+
+def ceil_up(a: int, b: Expr) -> Expr:
+    """a / b, rounded up, of a run-time b."""
+    return tirx.truncdiv(a + b - 1, b)

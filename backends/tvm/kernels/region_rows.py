@@ -1,0 +1,342 @@
+"""Row-wise regions: pointwise chains, norms, softmax, rope, cache writes as one loop over rows.
+
+Threads share out rows; what a row's operators tell each other stays in registers, or in small
+arrays on the thread's stack that never leave the first-level cache. Neighbouring pointwise
+operators run in one loop. Angles of rope are computed once a row for all that it rotates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import reduce
+from itertools import groupby
+from operator import mul
+
+from tvm import tirx
+
+from dsc.backends.tvm import bf16
+from dsc.backends.tvm.kernels.access import Access, Number, Rows
+from dsc.backends.tvm.kernels.values import Operand, Point, compute, held, literal, put, rounded
+from dsc.backends.tvm.machine import Machine
+from dsc.backends.tvm.shapes import size_names
+from dsc.backends.tvm.tir import (
+    STORAGE,
+    VALUE,
+    Expr,
+    Local,
+    PrimFunc,
+    Tensor,
+    bind,
+    build,
+    cast,
+    decode,
+    encode,
+    exp,
+    f32,
+    for_each,
+    integer,
+    lanes_for,
+    largest,
+    loop,
+    select,
+    splat,
+    total,
+)
+from dsc.ir.types import DType
+
+LOWEST = float("-inf")
+
+
+@dataclass(frozen=True, slots=True)
+class RowStep:
+    """An operator of a region on a row of `extents`; `writes` says where its result leaves.
+
+    `kept` results are read again by a later loop. Of `cache_write`, operands are the new row, the
+    lengths and the cache, and `extents` ends with the new rows of a sequence and the capacity.
+    """
+
+    number: int
+    op: str
+    operands: tuple[Operand, ...]
+    dtype: DType
+    extents: tuple[Number, ...]
+    writes: tuple[Access, ...]
+    kept: bool
+    pointwise: bool
+    attrs: tuple[tuple[str, object], ...] = ()
+
+
+def row_region(
+    steps: tuple[RowStep, ...], rows: Number, parameters: int, sizes: int, machine: Machine
+) -> PrimFunc:
+    """Arguments: the region's operands and results; sizes."""
+
+    def body(*arguments: Expr) -> None:
+        given = arguments[parameters:]
+        places = Rows(given)
+        weight = sum((_width(s, places) * (1 if s.pointwise else 3) for s in steps), start=0)
+
+        tensors = {
+            (a.buffer, a.dtype): Tensor(arguments[a.buffer], a.dtype, (1,))
+            for a in sorted(_accesses(steps), key=lambda a: a.buffer)
+        }
+
+        def row(r: Expr) -> None:
+            _Row(tensors, places, machine, r).run(steps)
+
+        with bf16.instructions() if machine.bf16 else nullcontext():
+            for_each(places.at(rows), weight, row)
+
+    return build(body, [*(f"x{i}" for i in range(parameters)), *size_names(sizes)])
+
+
+def _accesses(steps: Sequence[RowStep]) -> list[Access]:
+    """What the steps read and write."""
+    found = [o.source for s in steps for o in s.operands if isinstance(o.source, Access)]
+    return [*found, *(w for s in steps for w in s.writes)]
+
+
+def _width(step: RowStep, places: Rows) -> Expr:
+    """What a row of a step's result holds."""
+    extents = step.extents[:1] if step.op == "cache_write" else step.extents
+    return reduce(mul, map(places.at, extents), 1)
+
+
+class _Row:
+    """One row of a region: its steps, one after another."""
+
+    def __init__(
+        self, tensors: dict[tuple[int, DType], Tensor], places: Rows, machine: Machine, row: Expr
+    ) -> None:
+        self.tensors, self.places, self.machine, self.row = tensors, places, machine, row
+        self.scratch: dict[int, tuple[Local, int]] = {}
+        self.angles: dict[tuple[object, ...], tuple[Local, Local]] = {}
+        places.forget()
+
+    def run(self, steps: Sequence[RowStep]) -> None:
+        """Emit all steps; neighbouring pointwise ones of one width share a loop."""
+        for found in _accesses(steps):
+            self.places.start(found, self.row)
+        for step in steps:
+            if step.kept:
+                width = _width(step, self.places)
+                self.scratch[step.number] = (Local(width, STORAGE[step.dtype]), width)
+        for (pointwise, _), run in groupby(steps, lambda s: (s.pointwise, s.extents)):
+            if pointwise:
+                self._points(list(run))
+            else:
+                for step in run:
+                    self._emit(step)
+
+    def _emit(self, step: RowStep) -> None:
+        match step.op:
+            case "rms_norm":
+                self._rms_norm(step)
+            case "softmax":
+                self._softmax(step)
+            case "rope":
+                self._rope(step)
+            case "cache_write":
+                self._cache_write(step)
+            case _:
+                self._reduce(step)
+
+    # --- memory -----------------------------------------------------------------------------------
+
+    def tensor(self, found: Access) -> Tensor:
+        """The buffer of an access."""
+        return self.tensors[found.buffer, found.dtype]
+
+    def load(
+        self, operand: Operand, index: Sequence[Expr], lanes: int, extents: Sequence[Expr]
+    ) -> Expr:
+        """Elements of an operand at an inner index over `extents`."""
+        source = operand.source
+        if isinstance(source, Access):
+            position = self.position(source, index)
+            if source.constant:
+                return splat(bind(self.tensor(source).at(position)), lanes)
+            return self.tensor(source).at(position, lanes)
+        if isinstance(source, float):
+            return literal(source, operand.dtype, lanes)
+        local, width = self.scratch[source]
+        if width == 1:
+            return splat(bind(decode(local[0], operand.dtype)), lanes)
+        return decode(local.load(_flat(index, extents), lanes), operand.dtype)
+
+    def store(
+        self, step: RowStep, index: Sequence[Expr], value: Expr, extents: Sequence[Expr]
+    ) -> None:
+        """A step's result to where it leaves the region, and to where it is read again."""
+        for found in step.writes:
+            put(self.tensor(found), self.position(found, index), value, self.machine.bf16)
+        if step.kept:
+            local, _ = self.scratch[step.number]
+            local.store(_flat(index, extents), encode(value, step.dtype))
+
+    def position(self, found: Access, index: Sequence[Expr]) -> Expr:
+        """The position of an inner index of this row."""
+        position = self.places.start(found, self.row)
+        for i, stride in zip(index, found.inner, strict=True):
+            position = position + i * integer(self.places.at(stride))
+        return position
+
+    def lanes(self, steps: Sequence[RowStep]) -> int:
+        """The widest vector that all accesses of some steps of one width can take."""
+        width = self.places.at(steps[0].extents[-1])
+        dtypes = {s.dtype for s in steps} | {o.dtype for s in steps for o in s.operands}
+        plain = all(a.unit or a.constant for a in _accesses(steps))
+        plain = plain and all(w.unit for s in steps for w in s.writes)
+        # TVM's simplifier fails on vectors of bool: masks are walked one by one.
+        if not isinstance(width, int) or not plain or DType.boolean in dtypes:
+            return 1
+        return lanes_for(width, self.machine.lanes)
+
+    # --- operators --------------------------------------------------------------------------------
+
+    def _points(self, steps: list[RowStep]) -> None:
+        """A run of pointwise operators: values stay in registers between them."""
+        width, lanes = self.places.at(steps[0].extents[-1]), self.lanes(steps)
+        with loop(width // lanes if isinstance(width, int) else width) as i:
+            known: dict[int, Expr] = {}
+            at = [i * lanes]
+            for step in steps:
+                values = [
+                    known[o.source]
+                    if isinstance(o.source, int) and o.source in known
+                    else held(self.load(o, at, lanes, [width]))
+                    for o in step.operands
+                ]
+                point = Point(step.op, step.operands, step.dtype)
+                value = known[step.number] = compute(point, values, self.machine.bf16)
+                self.store(step, at, value, [width])
+
+    def _rms_norm(self, step: RowStep) -> None:
+        x, gain = step.operands
+        (d,), lanes = map(self.places.at, step.extents), self.lanes([step])
+        squares = Local(1, width=lanes)
+        squares[0] = squares.zero
+        with loop(d // lanes) as i:
+            v = bind(self.load(x, [i * lanes], lanes, [d]))
+            squares[0] = squares[0] + v * v
+        eps = float(str(dict(step.attrs)["eps"]))
+        scale = bind(f32(1.0) / tirx.sqrt(total(squares[0]) / f32(d) + f32(eps)))
+        with loop(d // lanes) as i:
+            v = held(self.load(x, [i * lanes], lanes, [d])) * splat(scale, lanes)
+            value = rounded(v, step.dtype, self.machine.bf16)
+            value = value * self.load(gain, [i * lanes], lanes, [d])
+            self.store(step, [i * lanes], held(value), [d])
+
+    def _softmax(self, step: RowStep) -> None:
+        (x,) = step.operands
+        d, lanes = self.places.at(step.extents[-1]), self.lanes([step])
+        steps = d // lanes if isinstance(d, int) else d
+        peaks, sums = Local(1, width=lanes), Local(1, width=lanes)
+        peaks[0], sums[0] = splat(f32(LOWEST), lanes), sums.zero
+
+        def visit(body: Callable[[Expr, Expr], None]) -> None:
+            with loop(steps) as i:
+                body(i * lanes, bind(self.load(x, [i * lanes], lanes, [d])))
+
+        def raise_peak(at: Expr, v: Expr) -> None:
+            peaks[0] = tirx.max(peaks[0], v)
+
+        visit(raise_peak)
+        peak = bind(splat(bind(largest(peaks[0])), lanes))
+
+        def add(at: Expr, v: Expr) -> None:
+            sums[0] = sums[0] + exp(v - peak)
+
+        visit(add)
+        mass = bind(splat(bind(total(sums[0])), lanes))
+        visit(lambda at, v: self.store(step, [at], held(exp(v - peak) / mass), [d]))
+
+    def _reduce(self, step: RowStep) -> None:
+        """sum, mean, amax and amin of a row; `extents` is what the row holds."""
+        (x,) = step.operands
+        extent = dict(step.attrs)["extent"]
+        assert isinstance(extent, int | str)
+        d, name = self.places.at(extent), VALUE[x.dtype]
+        plain = not isinstance(x.source, Access) or x.source.unit
+        wide = isinstance(d, int) and name == "float32" and plain
+        lanes = lanes_for(d, self.machine.lanes) if wide else 1
+        acc = Local(1, name, lanes)
+        sums = step.op in ("sum", "mean")
+        acc[0] = acc.zero if sums else self.load(x, [integer(0)], lanes, [d])
+        with loop(d // lanes if isinstance(d, int) else d) as i:
+            v = bind(self.load(x, [i * lanes], lanes, [d]))
+            if sums:
+                acc[0] = acc[0] + v
+            else:
+                acc[0] = select(v > acc[0] if step.op == "amax" else v < acc[0], v, acc[0])
+        result = acc[0]
+        if lanes > 1:
+            result = _joined(step.op, acc, lanes) if not sums else total(result)
+        if step.op == "mean":
+            result = result / cast(integer(d), name)
+        self.store(step, [integer(0)], held(result), [1])
+
+    def _rope(self, step: RowStep) -> None:
+        x, positions, frequencies = step.operands
+        attrs = dict(step.attrs)
+        *heads, width = map(self.places.at, step.extents)
+        half, layout = width // 2, attrs["layout"]
+        cos, sin = self._angles(positions, frequencies, half, float(str(attrs["scale"])))
+        shape = [*heads, width]
+        with loop(heads[0] if heads else 1) as h, loop(half) as i:
+            pair = (i, i + half) if layout == "half" else (2 * i, 2 * i + 1)
+            out = (2 * i, 2 * i + 1) if layout == "interleaved" else (i, i + half)
+            own = [h] if heads else []
+            a = bind(self.load(x, [*own, pair[0]], 1, shape))
+            b = bind(self.load(x, [*own, pair[1]], 1, shape))
+            self.store(step, [*own, out[0]], held(a * cos[i] - b * sin[i]), shape)
+            self.store(step, [*own, out[1]], held(b * cos[i] + a * sin[i]), shape)
+
+    def _angles(
+        self, positions: Operand, frequencies: Operand, half: int, scale: float
+    ) -> tuple[Local, Local]:
+        """cos and sin of the row's position times each frequency, times `scale`."""
+        key = (positions, frequencies, half, scale)
+        if key not in self.angles:
+            cos, sin = Local(half), Local(half)
+            where = bind(cast(self.load(positions, [], 1, []), "float32"))
+            with loop(half) as i:
+                angle = bind(where * self.load(frequencies, [i], 1, [half]))
+                cos[i] = tirx.cos(angle) * f32(scale)
+                sin[i] = tirx.sin(angle) * f32(scale)
+            self.angles[key] = (cos, sin)
+        return self.angles[key]
+
+    def _cache_write(self, step: RowStep) -> None:
+        new, lengths, cache = step.operands
+        d, s, capacity = map(self.places.at, step.extents)
+        batch, i = bind(tirx.truncdiv(self.row, integer(s))), tirx.truncmod(self.row, integer(s))
+        used = self.tensor(_memory(lengths)).at(batch)
+        start = bind((batch * capacity + used + i) * d)
+        plain = not isinstance(new.source, Access) or new.source.unit
+        lanes = lanes_for(d, self.machine.lanes) if plain else 1
+        target = self.tensor(_memory(cache))
+        with loop(d // lanes) as at:
+            value = held(self.load(new, [at * lanes], lanes, [d]))
+            put(target, start + at * lanes, value, self.machine.bf16)
+
+
+def _memory(operand: Operand) -> Access:
+    assert isinstance(operand.source, Access)
+    return operand.source
+
+
+def _flat(index: Sequence[Expr], extents: Sequence[Expr]) -> Expr:
+    """The position of an index in a row's scratch."""
+    position: Expr = integer(0)
+    for i, extent in zip(index, extents, strict=True):
+        position = position * extent + i
+    return position
+
+
+def _joined(op: str, acc: Local, lanes: int) -> Expr:
+    """The largest or smallest lane."""
+    values = bind(acc[0])
+    return largest(values) if op == "amax" else -largest(-values)

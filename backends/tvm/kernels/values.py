@@ -1,0 +1,105 @@
+"""Values of fused regions in registers: pointwise operators, rounded as memory would round them.
+
+A region keeps the bits of its parts: what an operator gives is rounded to its element type whether
+or not it is stored. So fusion levels agree, and a level is a choice of speed alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from dsc.backends.tvm import bf16
+from dsc.backends.tvm.kernels.access import Access
+from dsc.backends.tvm.kernels.movement import constant
+from dsc.backends.tvm.kernels.pointwise import FLOAT_ONLY, FORMULAS, convert
+from dsc.backends.tvm.launch import Unsupported
+from dsc.backends.tvm.tir import (
+    STORAGE,
+    VALUE,
+    Expr,
+    Local,
+    Tensor,
+    bind,
+    decode,
+    encode,
+    lanes_of,
+    splat,
+)
+from dsc.ir.graph import Node
+from dsc.ir.types import DType
+
+
+@dataclass(frozen=True, slots=True)
+class Operand:
+    """What a step reads: memory, the result of an earlier step, or a number.
+
+    `source` is an access, the number of a step, or a literal's value; `shift` says how many columns
+    further on it is read (a merged gate|up has its halves side by side).
+    """
+
+    source: Access | int | float
+    dtype: DType
+    shift: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """A pointwise operator of a region."""
+
+    op: str
+    operands: tuple[Operand, ...]
+    dtype: DType
+
+
+def check_pointwise(node: Node) -> None:
+    """Raise `Unsupported` for what `FORMULAS` does not hold."""
+    for x in (*node.operands, *node.outputs):
+        if x.type.dtype not in STORAGE:
+            raise Unsupported(f"element type {x.type.dtype}")
+    if node.op not in FORMULAS and node.op != "cast":
+        raise Unsupported(f"{node.op} is no pointwise operator")
+    dtype = node.operands[-1].type.dtype
+    if node.op in FLOAT_ONLY and VALUE[dtype] != "float32":
+        raise Unsupported(f"{node.op} of {dtype}; f32, bf16 and f16 have it")
+
+
+def compute(point: Point, values: Sequence[Expr], native: bool) -> Expr:
+    """A pointwise operator on register values of equal lanes."""
+    if point.op == "cast":
+        value = convert(values[0], point.operands[0].dtype, point.dtype)
+    else:
+        value = FORMULAS[point.op](*values)
+    return held(rounded(value, point.dtype, native))
+
+
+def literal(value: float, dtype: DType, lanes: int) -> Expr:
+    """A number in every lane, as its element type holds it."""
+    return splat(rounded(constant(value, dtype), dtype, native=False), lanes)
+
+
+def rounded(value: Expr, dtype: DType, native: bool) -> Expr:
+    """A register value as it would come back from memory of `dtype`."""
+    if native and dtype is DType.bf16 and lanes_of(value) == bf16.SUMS:
+        return decode(bf16.narrow(value), dtype)
+    if dtype is DType.boolean or (STORAGE[dtype] == VALUE[dtype]):
+        return value
+    return decode(encode(value, dtype), dtype)
+
+
+def put(target: Tensor, position: Expr, value: Expr, native: bool) -> None:
+    """Write a register value; in bf16 by the machine's own conversion where it has one."""
+    if native and target.dtype is DType.bf16 and lanes_of(value) == bf16.SUMS:
+        bf16.put_bits(target, position, bf16.narrow(value))
+    else:
+        target.put(position, value)
+
+
+def held(value: Expr) -> Expr:
+    """`value`, computed once here: see `tir.hold`, for any element type."""
+    name = str(value.ty.dtype.with_lanes(1))
+    if name == "bool":
+        return bind(value)
+    cell = Local(1, name, lanes_of(value))
+    cell[0] = value
+    return cell[0]

@@ -1,0 +1,192 @@
+"""Fused regions through the tvm backend: one kernel each, the bits of their parts, all levels."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from dsc import pipeline
+from dsc.api import compile_program
+from dsc.backends import get
+from dsc.backends.base import EmitOptions, Executable, No, Yes
+from dsc.ir.dims import Range, evaluate
+from dsc.ir.graph import Graph, GraphBuilder
+from dsc.ir.interpreter import run_graph
+from dsc.ir.parser import parse_graph
+from dsc.ir.program import Program
+from dsc.ir.stages import Stage
+from dsc.ir.types import DType, TensorType
+from dsc.ir.weights import random_tensor
+from dsc.rewrite.base import PassReport
+from dsc.targets import Target
+from tests.backends.canonical_lm import Sizes, canonical_lm
+
+pytest.importorskip("tvm")
+POINTS = ({"B": 1, "S": 1, "C": 5, "N": 1}, {"B": 3, "S": 7, "C": 77, "N": 50})
+TOLERANCE = {"f32": 2e-5, "bf16": 2e-2, "f16": 2e-3}
+
+REGIONS = {
+    "chain": """(%x: F[B,S,40], %y: F[40], %z: F[B,S,1]) {
+      %a = add %x, %y
+      %c = full {shape=[], value=0.5, dtype=F}
+      %b = mul %a, %c
+      %s = silu %b
+      %d = mul %s, %z
+      return %b, %d
+    }""",
+    "rows": """(%kv: F[B,S,64], %g: F[48], %c0: F[B,C,48], %n: i64[B], %p: i64[B,S], %f: f32[8],
+        %c1: F[B,C,16], %q: F[B,S,3,16]) {
+      %l, %k = split %kv {sizes=[48,16]}
+      %a = rms_norm %l, %g {eps=1e-06}
+      %u = cache_write %c0, %a, %n
+      %r = rope %k, %p, %f {layout="deinterleave", scale=1.5}
+      %v = cache_write %c1, %r, %n
+      %qr = rope %q, %p, %f {layout="deinterleave", scale=1.5}
+      return %u updates %c0, %v updates %c1, %qr
+    }""",
+    "softmax": """(%x: F[N,24], %m: F[N,24]) {
+      %a = add %x, %m
+      %s = softmax %a {axis=-1}
+      %t = sum %s {axes=[-1], keepdims=true}
+      %d = div %a, %t
+      %u = amax %d {axes=[-1]}
+      %f = permute %d {dims=[1,0]}
+      return %s, %u, %f
+    }""",
+    "residual": """(%x: F[B,S,64], %w: F[40,64], %r: F[B,S,40], %q: F[B,S,40]) {
+      %y = linear %x, %w
+      %a = add %r, %y
+      %b = add %a, %q
+      return %a, %b
+    }""",
+    "biased": """(%x: F[N,96], %w: F[37,96], %b: F[37], %m: F[37], %c: F[N,1]) {
+      %y = linear %x, %w, %b
+      %a = mul %y, %m
+      %s = silu %a
+      %z = mul %s, %c
+      %q = cast %z {dtype=f32}
+      return %q
+    }""",
+    "gated": """(%x: F[B,S,64], %w: F[140,64]) {
+      %y = linear %x, %w
+      %g, %u = split %y {sizes=[70,70]}
+      %a = swiglu %g, %u
+      return %a
+    }""",
+    "heads": """(%x: F[B,S,64], %w: F[376,64], %m: F[B,S,3,32]) {
+      %y = linear %x, %w
+      %q, %l, %k = split %y {sizes=[288,68,20]}
+      %h = reshape %q {shape=[B,S,3,96]}
+      %n, %r = split %h {sizes=[64,32]}
+      %t = mul %r, %m
+      return %l, %k, %n, %t
+    }""",
+    "grouped": """(%x: F[8,64], %w: F[3,96,64], %o: i64[4]) {
+      %y = grouped_linear %x, %w, %o
+      %g, %u = split %y {sizes=[48,48]}
+      %a = swiglu %g, %u
+      return %a
+    }""",
+}
+REFUSED = {
+    "columns of the product that are wanted in two forms": """(%x: F[N,8], %w: F[8,8]) {
+      %y = linear %x, %w
+      %a, %b = split %y {sizes=[4,4]}
+      return %y, %a
+    }""",
+    "a reshape that moves elements": """(%x: F[N,24]) {
+      %d = silu %x
+      %e = reshape %d {shape=[N,4,6]}
+      %f = permute %e {dims=[1,0,2]}
+      return %f
+    }""",
+    "a region of kind attention around attention": """(%q: F[B,2,S,4], %k: F[B,S,2,4]) {
+      %p = permute %q {dims=[0,2,1,3]}
+      %y = attention %p, %k, %k {scale=0.5, causal=true}
+      return %y
+    }""",
+}
+CASES = {f"{n}_{d}": t.replace("F[", f"{d}[").replace("=F}", f"={d}}}")
+         for n, t in REGIONS.items() for d in ("f32", "bf16")}  # fmt: skip
+CASES["gated_f16"] = REGIONS["gated"].replace("F[", "f16[")
+
+
+def region(name: str, text: str) -> tuple[Graph, Graph]:
+    """A graph of one fused node, and its body as a graph of parts."""
+    body = replace(parse_graph(f"graph body{text}"), name=f"{name}_parts")
+    outer = GraphBuilder(name)
+    inputs = [outer.input(v.name, v.type) for v in body.inputs]
+    found = outer.call("fused", *inputs, body=body)
+    return outer.finish(found, tuple(f"y{i}" for i in range(len(found))), body.aliases), body
+
+
+@pytest.fixture(scope="module")
+def loaded(tmp_path_factory: pytest.TempPathFactory) -> Executable:
+    entries = {g.name: g for n, t in CASES.items() for g in region(n, t)}
+    ranges = {s: Range(1, 128) for s in "BSCN"}
+    program = Program("regions", entries, symbols=ranges, stage=Stage.LOWERED)
+    planned = pipeline.apply(program, ["plan_memory"])
+    emission, folder = get("tvm").emit(planned, EmitOptions()), tmp_path_factory.mktemp("regions")
+    for name, data in emission.files.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(data)
+    return get("tvm").load(Path(folder), {"meta": emission.meta, "weights": None}, planned)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_region_agrees_with_its_body_and_its_parts(name: str, loaded: Executable) -> None:
+    graph, body = region(name, CASES[name])
+    dtype = name.rpartition("_")[2]
+    for env in POINTS:
+        given = {}
+        for v in graph.inputs:
+            kind = TensorType(v.type.dtype, tuple(evaluate(d, env) for d in v.type.shape))
+            given[v.name] = random_tensor(kind, v.name + name, 4)
+            if v.name == "o":
+                given["o"] = torch.tensor([0, 5, 5, 8])
+        wanted = run_graph(body, [x.clone() for x in given.values()])
+        alone = loaded.run(body.name, {k: x.clone() for k, x in given.items()})
+        found = loaded.run(name, {k: x.clone() for k, x in given.items()})
+        for got, part, reference in zip(found.values(), alone.values(), wanted, strict=True):
+            torch.testing.assert_close(got, reference, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+            # The compiler may contract fp32 products and sums that are rounded apart otherwise.
+            torch.testing.assert_close(got, part, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("why", REFUSED)
+def test_what_no_kernel_takes_is_refused_with_a_reason(why: str) -> None:
+    (node,) = region("refused", REFUSED[why].replace("F[", "f32["))[0].nodes
+    answer = get("tvm").supports(node)
+    assert isinstance(answer, No)
+    assert why in answer.reason
+
+
+def test_refused_regions_are_put_back() -> None:
+    text = "graph main" + next(iter(REFUSED.values())).replace("F[", "f32[")
+    symbols = {"N": Range(1, 8)}
+    program = Program("m", {"main": parse_graph(text)}, symbols=symbols, stage=Stage.OPTIMIZED)
+    limits = get("tvm").capabilities(Target("cpu")).regions
+    done = pipeline.make("fuse", limits=limits).run(program, PassReport())
+    assert [n.op for n in done.entries["main"].nodes] == ["linear", "split"]
+
+
+@pytest.mark.parametrize("dtype", [DType.f32, DType.bf16])
+def test_levels_agree(dtype: DType) -> None:
+    """Level 0 has no region, level 3 fewer kernels; the logits are the same."""
+    program, logits, steps = canonical_lm(Sizes(dtype=dtype)), [], []
+    ids = torch.randint(0, 50, (2, 9), generator=torch.Generator().manual_seed(0))
+    for level in (0, 3):
+        model = compile_program(program, backend="tvm", fusion_level=level)
+        session = model.session(2, 60)
+        logits.append([session.prefill(ids, lengths=[9, 4]), session.decode(torch.tensor([1, 2]))])
+        steps.append(len(model.program.entries["decode"].nodes))
+        for graph in model.program.entries.values():
+            assert all(isinstance(get("tvm").supports(n), Yes) for n in graph.nodes)
+    assert steps[1] < steps[0]
+    for got, wanted in zip(logits[1], logits[0], strict=True):
+        scale = float(wanted.float().abs().max())
+        tolerance = (1e-4 if dtype is DType.f32 else 2e-2) * scale
+        torch.testing.assert_close(got, wanted, rtol=0, atol=tolerance)
