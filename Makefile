@@ -13,7 +13,7 @@ export TOKENIZERS_PARALLELISM ?= false
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test bars lint types
+.PHONY: help setup demo test bars peers lint types
 
 help: ## show these targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-7s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -35,6 +35,9 @@ test: $(STAMP) ## run the tests; TESTS=tests/cli chooses some
 
 bars: $(STAMP) ## measure everything the project promises, as one JSON object
 	@$(BIN)/python -m bench.bars
+
+peers: $(STAMP) ## measure dsc beside its peers on this machine; ARGS=--quick for two minutes
+	@$(BIN)/python -m bench $(ARGS)
 
 lint: $(STAMP) ## ruff: rules and format
 	@$(BIN)/ruff check .
