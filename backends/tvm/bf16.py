@@ -9,6 +9,7 @@ and the few operations on it are LLVM IR functions, linked into the library by a
     sum4        the lane sums of four accumulators as four floats: 13 instructions instead of 32
     zip_low, zip_high   two rows as pairs of one column each, so that a sum over rows is a pair_dot
     unzip_low, unzip_high   fp32 sums of zipped columns, back in the order of columns
+    mesh_low, mesh_high     fp32 sums of even and of odd columns, back in the order of columns
     narrow      fp32 to bf16, to nearest even (where it is vcvtneps2bf16, subnormals become 0)
 
 There are two ways to multiply, and which is faster is the CPU's affair (`Machine.pairs`):
@@ -69,6 +70,10 @@ def _unzip(first: int) -> str:
     return _mask(q + i for q in quarters for i in range(4))
 
 
+def _mesh(first: int) -> str:
+    return _mask(lane for i in range(first, first + 8) for lane in (i, i + 16))
+
+
 def _shuffle(name: str, kind: str, mask: str) -> str:
     result = mask.split(">", 1)[0].split(" x ")[0].removeprefix("<")
     out = f"<{result} x {kind.split(' x ')[1]}"
@@ -79,18 +84,18 @@ define linkonce_odr {out} @{name}({kind} %a, {kind} %b) #0 {{
 }}"""
 
 
-_PAIR_DOT = f"""
+_PAIR_DOT = """
 declare <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(
   <16 x float>, <32 x bfloat>, <32 x bfloat>)
 
 define linkonce_odr <16 x float> @dsc_pair_dot(
-    <16 x float> %acc, <32 x i16> %a, <32 x i16> %b) #1 {{
+    <16 x float> %acc, <32 x i16> %a, <32 x i16> %b) #1 {
   %x = bitcast <32 x i16> %a to <32 x bfloat>
   %y = bitcast <32 x i16> %b to <32 x bfloat>
   %r = call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(
     <16 x float> %acc, <32 x bfloat> %x, <32 x bfloat> %y)
   ret <16 x float> %r
-}}
+}
 
 """
 _WIDENED_DOT = """
@@ -180,6 +185,8 @@ define linkonce_odr <4 x float> @dsc_sum4(
 }}
 {_shuffle("dsc_zip_low", "<32 x i16>", _zip(0))}
 {_shuffle("dsc_zip_high", "<32 x i16>", _zip(4))}
+{_shuffle("dsc_mesh_low", "<16 x float>", _mesh(0))}
+{_shuffle("dsc_mesh_high", "<16 x float>", _mesh(8))}
 {_shuffle("dsc_unzip_low", "<16 x float>", _unzip(0))}
 {_shuffle("dsc_unzip_high", "<16 x float>", _unzip(8))}
 
@@ -255,6 +262,11 @@ def unzipped(low: Expr, high: Expr) -> tuple[Expr, Expr]:
     return _call("unzip_low", "float32x16", low, high), _call("unzip_high", "float32x16", low, high)
 
 
+def meshed(low: Expr, high: Expr) -> tuple[Expr, Expr]:
+    """Sums of even and of odd columns: columns 0 .. 15 and 16 .. 31."""
+    return _call("mesh_low", "float32x16", low, high), _call("mesh_high", "float32x16", low, high)
+
+
 def prefetch(x: Tensor, position: Expr) -> None:
     """Ask for the cache line of an element; a position past the end does no harm."""
     T.evaluate(tirx.call_extern("int32", "dsc_prefetch", T.address_of(x.buffer[position])))
@@ -295,3 +307,18 @@ class Pairs:
         """Write 16 floats at an even `position`, rounded."""
         words = T.reinterpret("int32x8", narrow(value))
         T.buffer_store(self.words, words, [span(tirx.truncdiv(position, 2), 8)])
+
+
+class Widened:
+    """fp32 values of which one in all lanes is what a widened product wants of a row."""
+
+    def __init__(self, count: int) -> None:
+        self.values = Local(count)
+
+    def everywhere(self, position: Expr) -> Expr:
+        """The value at a position in all lanes."""
+        return splat(bind(self.values[position]), SUMS)
+
+    def put(self, position: Expr, value: Expr) -> None:
+        """Write 16 floats."""
+        self.values.store(position, value)

@@ -15,7 +15,16 @@ from __future__ import annotations
 
 from tvm import tirx
 
-from dsc.backends.tvm.bf16 import LANES, SUMS, Pairs, instructions, narrow, put_bits, unzipped
+from dsc.backends.tvm.bf16 import (
+    LANES,
+    SUMS,
+    Pairs,
+    by_pairs,
+    instructions,
+    narrow,
+    put_bits,
+    unzipped,
+)
 from dsc.backends.tvm.kernels import bf16_product as product
 from dsc.backends.tvm.kernels.bf16_product import Factor, Weights, ceil_div, dot_sums
 from dsc.backends.tvm.kernels.bf16_softmax import (
@@ -23,6 +32,7 @@ from dsc.backends.tvm.kernels.bf16_softmax import (
     Running,
     Tile,
     add_values,
+    in_order,
     store_output,
     weigh,
 )
@@ -129,7 +139,7 @@ def bf16_latent(heads: int, c: int, r: int, scale: float, split: bool, page: int
                         got = all_parts.load(token, p, at, lanes=SUMS)
                         value = hold(value + got * splat(weight * inverse, SUMS))
                     halves.append(value)
-                for half, value in enumerate(unzipped(*halves)):
+                for half, value in enumerate(in_order(*halves)):
                     put_bits(y, n * c + i * LANES + half * SUMS, narrow(value))
 
         with instructions():
@@ -157,6 +167,15 @@ def _latent_scores(
 ) -> None:
     """Scores of the tile's heads, from `query` on, with `here` rows from slot `first` on."""
     c, r = cache.c, cache.r
+    if not by_pairs():
+        heads = [bind(query + i) for i in range(tile.queries)]
+        latent_at, rope_at = bind(cache.latent_at(first)), bind(cache.rope_at(first))
+        strides = integer(cache.latent_stride), integer(cache.rope_stride)
+        rows = Weights(cache.latent, latent_at, strides[0], here, c)
+        product.fill_block(tile.scores, integer(0), q, [bind(h * c) for h in heads], rows)
+        rows = Weights(cache.rope, rope_at, strides[1], here, r)
+        product.add_block(tile.scores, integer(0), q_r, [bind(h * r) for h in heads], rows)
+        return
     height = min(tile.queries, 4)
     with loop(ceil_div(here, product.WIDTH)) as four, loop(tile.queries // height) as part:
         t = bind(four * product.WIDTH)
@@ -262,7 +281,7 @@ def _expand(
                     value = narrow(made.load(integer(i * BLOCK + column), SUMS))
                     put_bits(keys, (j + i) * wide + first + column, value)
 
-        product.row_tiles(integer(n), product.HEIGHT, key_rows)
+        product.row_tiles(integer(n), product.tile_height(), key_rows)
 
     def value_columns(column: int) -> None:
         width = min(BLOCK, v - column)
@@ -276,7 +295,7 @@ def _expand(
                     value = narrow(made.load(integer(i * BLOCK + j), SUMS))
                     put_bits(values, (row + i) * v + column + j, value)
 
-        product.row_tiles(shown, product.HEIGHT, value_rows)
+        product.row_tiles(shown, product.tile_height(), value_rows)
 
     for column in range(0, v, BLOCK):
         value_columns(column)

@@ -12,11 +12,11 @@ from tvm import tirx
 from dsc.backends.tvm.bf16 import LANES, SUMS, Pairs, instructions, narrow, put_bits, unzipped
 from dsc.backends.tvm.kernels.bf16_product import (
     BLOCK,
-    HEIGHT,
     Weights,
     dot_block,
     mix_sums,
     row_tiles,
+    tile_height,
 )
 from dsc.backends.tvm.launch import Launch
 from dsc.backends.tvm.machine import Machine
@@ -96,7 +96,7 @@ def bf16_heads(heads: int, k: int, n: int, mixes: bool) -> PrimFunc:
                                 place = target.offset(row + a, head, start + half * SUMS)
                                 put_bits(target, place, narrow(value))
 
-            row_tiles(rows, HEIGHT, mix if mixes else dot)
+            row_tiles(rows, tile_height(), mix if mixes else dot)
 
         with instructions():
             for_each(heads * (n // together), rows * (k * together // 4), task)

@@ -17,11 +17,11 @@ from dsc.backends.tvm.bf16 import SUMS, instructions, narrow, put_bits
 from dsc.backends.tvm.kernels.bf16_linear import FEW, NARROW
 from dsc.backends.tvm.kernels.bf16_product import (
     BLOCK,
-    HEIGHT,
     Weights,
     dot_block,
     row_tiles,
     store_row,
+    tile_height,
 )
 from dsc.backends.tvm.kernels.sorting import sort_pairs
 from dsc.backends.tvm.launch import Launch
@@ -84,7 +84,7 @@ def bf16_experts(experts: int, d: int, hidden: int, top_k: int, act: str) -> Pri
         def pair_tiles(e: Expr, tile: Callable[[Expr, int], None]) -> None:
             first = bind(offsets.load(e))
             count = bind(offsets.load(e + 1) - first)
-            row_tiles(count, HEIGHT, lambda p, height: tile(first + p, height))
+            row_tiles(count, tile_height(), lambda p, height: tile(first + p, height))
 
         def hidden_block(task: Expr) -> None:
             """act(gate) * up of UNITS hidden units, for all tokens of an expert."""
@@ -187,7 +187,7 @@ def bf16_grouped(experts: int, n: int, k: int) -> PrimFunc:
 
                     store_row(target, bind(row * n + column), width, value)
 
-            row_tiles(bind(starts.load(e + 1) - first), HEIGHT, tile)
+            row_tiles(bind(starts.load(e + 1) - first), tile_height(), tile)
 
         with instructions():
             for_each(experts * -(-n // BLOCK), rows * k, task)

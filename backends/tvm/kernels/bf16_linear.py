@@ -13,11 +13,11 @@ from tvm import tirx
 from dsc.backends.tvm.bf16 import LANES, instructions
 from dsc.backends.tvm.kernels.bf16_product import (
     BLOCK,
-    HEIGHT,
     Weights,
     dot_block,
     row_tiles,
     store_row,
+    tile_height,
 )
 from dsc.backends.tvm.launch import Launch
 from dsc.backends.tvm.machine import Machine
@@ -64,7 +64,7 @@ def bf16_linear(has_bias: bool) -> PrimFunc:
 
                     store_row(y, bind((i + r) * m + first), block.columns, value)
 
-            row_tiles(rows, HEIGHT, rows_of_x)
+            row_tiles(rows, tile_height(), rows_of_x)
 
         with instructions():
             tasks = bind(tirx.truncdiv(m + grain - 1, grain))

@@ -7,9 +7,10 @@ dot form   out[i, j] = sum_k x[i, k] w[j, k]: both rows contiguous in k, vectors
            byte and row), and stay in the second-level cache while more rows pass by (bound: pair
            products).
            Where products are widened (see `bf16`), the rows of x are widened once for all columns,
-           and 6 x 2 sums take 24 FMAs, 14 loads and 4 instructions that widen w.
+           and 8 x 2 sums take 32 FMAs, 18 loads and 4 instructions that widen w.
 mix form   out[i, j] = sum_t p[i, t] v[t, j]: rows of v contiguous in j, vectors run along j. Two
-           rows of v are zipped into pairs of one column each, once for all rows of p.
+           rows of v are zipped into pairs of one column each, once for all rows of p. Where p is
+           in fp32 (`Widened`), even and odd columns of a row of v have sums of their own.
 
 Every sum is taken in an order that depends on k alone, not on the number of rows, on the place in
 a tile or on threads: a token's result does not change with what shares its batch.
@@ -26,6 +27,7 @@ from dsc.backends.tvm.bf16 import (
     LANES,
     SUMS,
     Pairs,
+    Widened,
     bits,
     by_pairs,
     even,
@@ -44,10 +46,17 @@ HEIGHT, WIDTH = 6, 4
 """Rows and columns of a dot tile: 24 accumulators, 4 vectors of w and one of x in 32 registers."""
 BLOCK = 64
 """Columns at most that a task takes: at k = 2048, 256 KiB of weights in the second-level cache."""
+WIDENED_HEIGHT = 8
+"""Rows of a tile whose rows of x are widened: sums, w and a row of x take 22 registers."""
 DEPTH = 2048
 """Elements of k that are summed before the lanes are: a tile's rows of x stay in 24 KiB."""
 WIDENED_DEPTH = DEPTH // 2
 """The same for rows of x in fp32."""
+
+
+def tile_height() -> int:
+    """Rows of x that a tile of the kernel being built takes."""
+    return HEIGHT if by_pairs() else WIDENED_HEIGHT
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,6 +140,11 @@ def fill_block(tile: Local, start: Expr, x: Tensor, x_rows: Sequence[Expr], w: W
     """As `dot_block`, into `tile` from `start` on."""
     with loop(len(x_rows) * BLOCK // SUMS) as i:
         tile.store(start + i * SUMS, splat(f32(0.0), SUMS))
+    add_block(tile, start, x, x_rows, w)
+
+
+def add_block(tile: Local, start: Expr, x: Tensor, x_rows: Sequence[Expr], w: Weights) -> None:
+    """Add the products to what `tile` holds from `start` on."""
     step = DEPTH if by_pairs() else WIDENED_DEPTH
     with loop(ceil_div(w.depth, step)) as part:
         k = bind(part * step)
@@ -226,18 +240,29 @@ def store_row(y: Tensor, position: Expr, width: Expr, value: Callable[[Expr, int
 
 
 def mix_sums(
-    p: Pairs, p_rows: Sequence[Expr], v: Tensor, v_row: Callable[[Expr], Expr], count: Expr,
-    columns: int, start: Callable[[int, int], Expr] | None = None,
+    p: Pairs | Widened, p_rows: Sequence[Expr], v: Tensor, v_row: Callable[[Expr], Expr],
+    count: Expr, columns: int, start: Callable[[int, int], Expr] | None = None,
 ) -> list[list[Local]]:  # fmt: skip
     """sum_t p[i, t] v[t, j] over `count` rows of v (even), `columns` vectors of 32 columns.
 
-    Sums stay zipped (see `bf16.zipped`): two accumulators for a vector of columns. `v_row(t)` is
-    where the wanted columns of row t lie; `start(i, a)` is what accumulator a of row i begins with.
+    Sums stay zipped (see `bf16.zipped`), or even and odd columns apart where p is widened: two
+    accumulators for a vector of columns. `v_row(t)` is where the wanted columns of row t lie;
+    `start(i, a)` is what accumulator a of row i begins with.
     """
     sums = [[Local(1, width=SUMS) for _ in range(2 * columns)] for _ in p_rows]
     for i, line in enumerate(sums):
         for a, acc in enumerate(line):
             acc[0] = acc.zero if start is None else start(i, a)
+    if isinstance(p, Widened):
+        with loop(integer(count)) as t:
+            row = bind(v_row(t))
+            vectors = [bind(bits(v, row + c * LANES)) for c in range(columns)]
+            halves = [bind(f(x)) for x in vectors for f in (even, odd)]
+            for line, at in zip(sums, p_rows, strict=True):
+                share = bind(p.everywhere(at + t))
+                for acc, half in zip(line, halves, strict=True):
+                    acc[0] = fma(acc[0], share, half)
+        return sums
     with loop(tirx.truncdiv(integer(count), integer(2))) as half:
         t = bind(half * 2)
         first, second = bind(v_row(t)), bind(v_row(t + 1))

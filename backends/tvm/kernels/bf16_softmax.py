@@ -1,7 +1,7 @@
 """Online softmax over tiles of scores, and the weighted sum of value rows, for bf16 attention.
 
 A tile is a few queries against BLOCK rows. Scores and sums are fp32; the weights are rounded to
-bf16 for the product with the values (relative error 2^-9 each), their sum is taken unrounded. A
+bf16 for pair products with the values (relative error 2^-9 each), their sum is taken unrounded. A
 running maximum lets tiles follow each other (Milakov & Gimelshein 2018); what was summed under the
 old maximum is rescaled when the next product begins with it.
 """
@@ -13,7 +13,17 @@ from dataclasses import dataclass
 
 from tvm import tirx
 
-from dsc.backends.tvm.bf16 import LANES, SUMS, Pairs, narrow, put_bits, unzipped
+from dsc.backends.tvm.bf16 import (
+    LANES,
+    SUMS,
+    Pairs,
+    Widened,
+    by_pairs,
+    meshed,
+    narrow,
+    put_bits,
+    unzipped,
+)
 from dsc.backends.tvm.kernels.bf16_product import mix_sums
 from dsc.backends.tvm.tir import (
     Expr,
@@ -43,19 +53,21 @@ class Tile:
 
     queries: int
     scores: Local
-    weights: Pairs
+    weights: Pairs | Widened
 
     @staticmethod
     def of(queries: int) -> Tile:
         """A tile on the stack."""
-        return Tile(queries, Local(queries * BLOCK), Pairs.local(queries * BLOCK))
+        size = queries * BLOCK
+        return Tile(queries, Local(size), Pairs.local(size) if by_pairs() else Widened(size))
 
 
 class Running:
     """What is kept of each query between tiles.
 
     The largest score, the mass of the weights, the factor of the last rescaling, and the sums over
-    values, fp32 [queries, width] in zipped order.
+    values, fp32 [queries, width] in the order of
+    `mix_sums`, which `in_order` undoes.
     """
 
     def __init__(self, queries: int, width: int) -> None:
@@ -127,5 +139,10 @@ def store_output(y: Tensor, position: Expr, running: Running, query: Expr) -> No
     with loop(running.width // LANES) as c:
         at = bind(query * running.width + c * LANES)
         low, high = running.sums.at(at, SUMS), running.sums.at(at + SUMS, SUMS)
-        for i, part in enumerate(unzipped(bind(low * inverse), bind(high * inverse))):
+        for i, part in enumerate(in_order(bind(low * inverse), bind(high * inverse))):
             put_bits(y, position + c * LANES + i * SUMS, narrow(part))
+
+
+def in_order(low: Expr, high: Expr) -> tuple[Expr, Expr]:
+    """Two accumulators of weighted values as columns 0 .. 15 and 16 .. 31."""
+    return unzipped(low, high) if by_pairs() else meshed(low, high)

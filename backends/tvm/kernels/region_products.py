@@ -139,7 +139,7 @@ class _Tasks:
             for family in families
             for a in _accesses(family)
         }
-        self.height = bf16_product.HEIGHT if self.native else machine.rows
+        self.height = bf16_product.tile_height() if self.native else machine.rows
         self.copies = max(1 + len(f.shifts) for f in families)
 
     def run(self) -> None:
