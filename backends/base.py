@@ -152,6 +152,15 @@ def set_threads(executable: Executable, threads: int | None, pin: bool | None) -
     executable.set_threads(threads, pin)
 
 
+@runtime_checkable
+class KeepsCaches(Protocol):
+    """An executable whose caches live on its device: the host's tensors only stand for them."""
+
+    def read_back(self, cache: torch.Tensor) -> None:
+        """Copy a cache's contents into the host tensor that stands for it."""
+        ...
+
+
 class Backend(Protocol):
     """Turns programs into artifacts and artifacts into executables."""
 

@@ -20,7 +20,7 @@ from dsc.ir.paging import page_rows
 from dsc.ir.program import Program
 from dsc.ir.weights import sources
 from dsc.rewrite.manager import PassRecord
-from dsc.runtime.session import cache_specs
+from dsc.runtime.caches import cache_specs
 
 CONTEXTS = (1024, 4096)
 """Tokens in the cache at the points where costs are stated."""

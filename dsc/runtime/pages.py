@@ -5,6 +5,7 @@ One block table serves all layers: page n of every layer belongs to the same tok
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -53,26 +54,36 @@ class PagePool:
             while len(held) < n:
                 held.append(self._free.pop())
 
+    def drop(self, row: int) -> None:
+        """Take back the pages of sequence `row`; the last sequence takes its place."""
+        self._free = sorted([*self._free, *self.blocks[row]], reverse=True)
+        self.blocks[row] = self.blocks[-1]
+        self.blocks.pop()
+
     def release(self) -> None:
         """Take back all pages."""
         self.blocks = []
         self._free = list(range(self.count - 1, -1, -1))
 
-    def table(self) -> torch.Tensor:
-        """The block table, int64 [sequences, blocks of the longest, at least 1]."""
+    def table(self, rows: Sequence[int] | None = None) -> torch.Tensor:
+        """The block table of all sequences or of `rows`, int64 [rows, blocks of the longest]."""
         import torch
 
-        width = max(1, *map(len, self.blocks)) if self.blocks else 1
-        padded = [held + [NONE] * (width - len(held)) for held in self.blocks]
+        blocks = self.blocks if rows is None else [self.blocks[row] for row in rows]
+        width = max(1, *map(len, blocks)) if blocks else 1
+        padded = [held + [NONE] * (width - len(held)) for held in blocks]
         return torch.tensor(padded, dtype=torch.int64)
 
 
-def page_memory(count: int, rows: int, width: int, dtype: DType) -> torch.Tensor:
-    """Pages of zeros, [count, rows, width]: memory that the system gives when it is written."""
+def zeros(shape: Sequence[int], dtype: DType) -> torch.Tensor:
+    """A tensor of zeros on a 64-byte boundary, in memory that the system gives when it is written.
+
+    `torch.zeros` would write it all at once.
+    """
     import torch
 
-    size = count * rows * width * dtype.itemsize
+    size = math.prod(shape) * dtype.itemsize
     raw = np.zeros(size + 64, dtype=np.uint8)
     start = -raw.ctypes.data % 64
     found = torch.from_numpy(raw[start : start + size]).view(dtype.torch)
-    return found.view(count, rows, width)
+    return found.view(*shape)

@@ -1,8 +1,9 @@
-"""A session: one batch of sequences being generated, with its KV cache.
+"""A session: the sequences that are being generated, with their KV cache.
 
 The same over every backend: it reads from the entry's signature whether caches are written in
-place, lie in pages or are returned grown, cuts prompts into chunks, and chooses the entry for each
-step.
+place, lie in pages or are returned grown (`dsc.runtime.caches`), cuts prompts into chunks, and
+chooses the entry for each step. Sequences start together (`prefill`), or join and leave between
+steps (`add`, `remove`); a decode step is one step for all of them.
 """
 
 from __future__ import annotations
@@ -13,12 +14,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from dsc.backends.base import KeepsCaches
 from dsc.errors import UsageError
 from dsc.ir.dims import Sym
-from dsc.ir.graph import Graph, Value
-from dsc.ir.paging import BLOCK_TABLE, page_rows
+from dsc.ir.graph import Graph
+from dsc.ir.paging import page_rows
 from dsc.ir.program import Program
-from dsc.runtime.pages import PagePool, page_memory
+from dsc.runtime.caches import Caches, GrownCaches, PagedCaches, SlotCaches, cache_specs
+from dsc.runtime.pages import PagePool
 from dsc.runtime.profiler import entry_span
 
 if TYPE_CHECKING:
@@ -29,13 +32,14 @@ if TYPE_CHECKING:
 LM_INPUTS = ("input_ids", "positions", "lengths", "logits_at")
 
 
-@dataclass(frozen=True, slots=True)
-class CacheSpec:
-    """One cache of an entry: the input that takes it, the output that gives it back."""
+@dataclass(slots=True)
+class _Active:
+    """A sequence: its id, its tokens in the cache, its last logits and what kind they are."""
 
-    input: Value
-    output: str
-    in_place: bool
+    id: int
+    length: int = 0
+    like: str = "torch"
+    logits: torch.Tensor | None = None
 
 
 class Session:
@@ -63,24 +67,70 @@ class Session:
         self._guards: Mapping[str, int] = program.meta.get("guards", {})
         graph = program.entries[self._entry(2)]
         self._vocab = _vocabulary(graph, program)
-        self._specs = cache_specs(graph)
         rows = page_rows(graph)
         self._pool = None if rows is None else PagePool(max_batch * -(-max_context // rows), rows)
-        self._caches: dict[str, torch.Tensor] = {}
-        self._lengths: torch.Tensor | None = None
+        self._caches = self._make_caches(graph)
+        self._active: list[_Active] = []
+        self._next_id = 0
 
     @property
     def lengths(self) -> list[int]:
-        """Tokens of each sequence in the cache."""
-        return [] if self._lengths is None else [int(n) for n in self._lengths]
+        """Tokens of each sequence in the cache, in the order of `sequences`."""
+        return [each.length for each in self._active]
+
+    @property
+    def sequences(self) -> list[int]:
+        """Ids of the sequences, in the order in which arrays hold their rows.
+
+        A new sequence comes last; when one leaves, the last takes its place.
+        """
+        return [each.id for each in self._active]
+
+    def logits(self, sequence: int) -> Any:
+        """Logits [vocab] after the last token of a sequence. Raises `UsageError`."""
+        found = self._active[self._row(sequence)]
+        assert found.logits is not None
+        return _like(found.logits, found.like)
 
     def reset(self) -> None:
         """Forget all sequences; pages go back to the pool."""
-        if self._pool is None:
-            self._caches.clear()
-        else:
-            self._pool.release()
-        self._lengths = None
+        self._caches.clear()
+        self._active = []
+
+    def add(self, ids: Any) -> int:
+        """Start one more sequence with the prompt `ids`, [S] or [1, S]; the others wait.
+
+        Returns its id, by which `logits`, `decode` and `remove` know it. Raises `UsageError` where
+        `max_batch` sequences are there already, or the prompt is longer than `max_context`.
+        """
+        tokens, like = _as_ids(ids)
+        if tokens.shape[0] != 1:
+            raise UsageError(f"{tokens.shape[0]} prompts at once", hint="add them one by one")
+        if isinstance(self.executable, KeepsCaches):
+            raise UsageError(
+                "this backend keeps caches on its device, where sequences cannot join or leave",
+                hint="start all of them with session.prefill(ids, lengths=[...])",
+            )
+        if len(self._active) == self.max_batch:
+            raise UsageError(
+                f"the session holds {self.max_batch} sequences already",
+                hint="remove one, or open the session with a larger max_batch",
+            )
+        new = self._check_new(tokens, None, [0])
+        started = self._begin(like)
+        try:
+            self._append(tokens, new, [len(self._active) - 1], all_logits=False)
+        except BaseException:
+            self.remove(started)
+            raise
+        return started
+
+    def remove(self, sequence: int) -> None:
+        """End a sequence: its slot or pages are free. Raises `UsageError` for an unknown id."""
+        row = self._row(sequence)
+        self._caches.drop(row, self.lengths)
+        self._active[row] = self._active[-1]
+        self._active.pop()
 
     def prefill(
         self, ids: Any, lengths: Sequence[int] | None = None, all_logits: bool = False
@@ -92,94 +142,124 @@ class Session:
         [B, S, vocab] of all positions with `all_logits`. Raises `UsageError`.
         """
         tokens, like = _as_ids(ids)
-        new = self._check_new(tokens, lengths)
-        self._begin(tokens.shape[0])
+        batch = tokens.shape[0]
+        held = self.lengths
+        new = self._check_new(tokens, lengths, held if len(held) == batch else [0] * batch)
+        if held and len(held) != batch:
+            raise UsageError(
+                f"{batch} sequences where the session holds {len(held)}",
+                hint="give as many rows, or call session.reset()",
+            )
+        if not held:
+            for _ in range(batch):
+                self._begin(like)
+        return _like(self._append(tokens, new, list(range(batch)), all_logits), like)
+
+    def decode(self, next_ids: Any) -> Any:
+        """Append one token to each sequence, in one step.
+
+        `next_ids` is [B] or [B, 1] in the order of `sequences`, and the logits are [B, vocab]; or a
+        mapping from sequence id to token, and the logits are a mapping to [vocab]: sequences that
+        it does not name wait. Raises `UsageError`.
+        """
+        if not self._active:
+            raise UsageError("decode before prefill", hint="call session.prefill(ids) first")
+        if isinstance(next_ids, Mapping):
+            return self._decode_named(next_ids)
+        tokens, like = _as_ids(next_ids, column=True)
+        if tokens.shape != (len(self._active), 1):
+            shape = tuple(tokens.shape)
+            raise UsageError(f"next_ids of shape {shape} for {len(self._active)} sequences")
+        new = self._check_new(tokens, None, self.lengths)
+        return _like(self._append(tokens, new, list(range(len(self._active))), False), like)
+
+    def _decode_named(self, next_ids: Mapping[int, int]) -> dict[int, Any]:
+        if not next_ids:
+            raise UsageError("no sequence to decode", hint="give at least one id and its token")
+        rows = sorted(self._row(sequence) for sequence in next_ids)
+        names = [self._active[row].id for row in rows]
+        tokens, _ = _as_ids([next_ids[name] for name in names], column=True)
+        new = self._check_new(tokens, None, [self._active[row].length for row in rows])
+        self._append(tokens, new, rows, all_logits=False)
+        return {name: self.logits(name) for name in next_ids}
+
+    def _append(
+        self, tokens: torch.Tensor, new: torch.Tensor, rows: list[int], all_logits: bool
+    ) -> torch.Tensor:
+        """Append `new` tokens each to sequences, in chunks; their logits as `prefill` has them."""
+        import torch
+
         parts = []
         for start in range(0, tokens.shape[1], self.prefill_chunk):
             chunk = tokens[:, start : start + self.prefill_chunk]
-            parts.append(self._chunk(chunk, new, start, all_logits))
-        return _like(_joined(parts, new, self.prefill_chunk, all_logits), like)
-
-    def decode(self, next_ids: Any) -> Any:
-        """Append one token to each sequence. `next_ids` is [B] or [B, 1]; logits are [B, vocab]."""
-        if self._lengths is None:
-            raise UsageError("decode before prefill", hint="call session.prefill(ids) first")
-        tokens, like = _as_ids(next_ids, column=True)
-        if tokens.shape != (len(self._lengths), 1):
-            shape = tuple(tokens.shape)
-            raise UsageError(f"next_ids of shape {shape} for {len(self._lengths)} sequences")
-        new = self._check_new(tokens, None)
-        return _like(self._chunk(tokens, new, 0, False)[:, 0], like)
+            parts.append(
+                self._chunk(chunk, (new - start).clamp(0, chunk.shape[1]), rows, all_logits)
+            )
+        last = ((new - 1) // self.prefill_chunk).tolist()
+        at = ((new - 1) % self.prefill_chunk).tolist() if all_logits else [0] * len(rows)
+        ends = [parts[part][i, at[i]] for i, part in enumerate(last)]
+        for row, end in zip(rows, ends, strict=True):
+            self._active[row].logits = end.clone() if all_logits else end
+        return torch.cat(parts, 1) if all_logits else torch.stack(ends)
 
     def _chunk(
-        self, chunk: torch.Tensor, new: torch.Tensor, start: int, all_logits: bool
+        self, chunk: torch.Tensor, here: torch.Tensor, rows: list[int], all_logits: bool
     ) -> torch.Tensor:
-        """Run one step over `chunk`, the tokens from `start` on of sequences of `new` tokens."""
+        """Run one step that appends `here` of the tokens of `chunk` to the sequences in `rows`.
+
+        Sequences between them may have to come along: what is written for them lies past their
+        end, as padding does.
+        """
         import torch
 
-        assert self._lengths is not None
         size = chunk.shape[1]
-        here = (new - start).clamp(0, size)
-        wanted = (
-            torch.arange(size)[None]
-            if all_logits
-            else (new - 1 - start).clamp(0, size - 1)[:, None]
-        )
+        together = self._caches.together(rows)
+        mine = [together.index(row) for row in rows]
+        before, after = self.lengths, self.lengths
+        for row, count in zip(rows, here.tolist(), strict=True):
+            after[row] += count
+        tokens = chunk.new_zeros(len(together), size)
+        tokens[mine] = chunk
         offsets = torch.arange(size)[None]
-        inputs = {
-            "input_ids": chunk.contiguous(),
-            "positions": (self._lengths[:, None] + offsets).contiguous(),
-            "lengths": self._lengths.contiguous(),
-            "logits_at": wanted.expand(chunk.shape[0], -1).contiguous(),
+        wanted = torch.zeros(len(together), 1, dtype=torch.int64)
+        wanted[mine] = (here - 1).clamp(0)[:, None]
+        held = torch.tensor([before[row] for row in together])
+        given = {
+            "input_ids": tokens,
+            "positions": held[:, None] + offsets,
+            "lengths": held,
+            "logits_at": offsets.repeat(len(together), 1) if all_logits else wanted,
+            **self._caches.inputs(together, before, after),
         }
-        if self._pool is not None:
-            self._pool.grow((self._lengths + here).tolist())
-            inputs[BLOCK_TABLE] = self._pool.table()
-        entry = self._entry(size if inputs["logits_at"].shape[1] == 1 else max(size, 2))
-        given = {**inputs, **self._caches}
+        entry = self._entry(size if given["logits_at"].shape[1] == 1 else max(size, 2))
         with entry_span(self.program.entries[entry], given):
             outputs = self.executable.run(entry, given)
-        self._lengths = self._lengths + here
-        self._keep(outputs)
-        return outputs["logits"]
+        self._caches.keep(together, outputs, after)
+        for each, length in zip(self._active, after, strict=True):
+            each.length = length
+        found = outputs["logits"]
+        return found if len(mine) == len(together) else found[mine]
 
-    def _keep(self, outputs: Mapping[str, torch.Tensor]) -> None:
-        assert self._lengths is not None
-        longest = int(self._lengths.max())
-        for spec in self._specs:
-            if not spec.in_place:
-                grown = outputs[spec.output]
-                kept = grown if grown.shape[1] == longest else grown[:, :longest].contiguous()
-                self._caches[spec.input.name] = kept
-
-    def _begin(self, batch: int) -> None:
-        import torch
-
-        if self._lengths is not None:
-            if len(self._lengths) != batch:
-                raise UsageError(
-                    f"{batch} sequences where the session holds {len(self._lengths)}",
-                    hint="give as many rows, or call session.reset()",
-                )
-            return
-        self._lengths = torch.zeros(batch, dtype=torch.int64)
+    def _make_caches(self, graph: Graph) -> Caches:
+        specs = cache_specs(graph)
         if self._pool is not None:
-            self._take_pages(self._pool)
-            return
-        rows = self.max_context + self.prefill_chunk
-        for spec in self._specs:
-            width = [d for d in spec.input.type.shape[2:] if isinstance(d, int)]
-            shape = (batch, rows if spec.in_place else 0, *width)
-            self._caches[spec.input.name] = torch.zeros(shape, dtype=spec.input.type.dtype.torch)
+            return PagedCaches(specs, self._pool)
+        if all(spec.in_place for spec in specs):
+            return SlotCaches(specs, self.max_batch, self.max_context + self.prefill_chunk)
+        return GrownCaches(specs)
 
-    def _take_pages(self, pool: PagePool) -> None:
-        """The memory of all pages; what former sequences left there is never seen."""
-        for spec in self._specs:
-            width = spec.input.type.shape[2]
-            if spec.input.name not in self._caches:
-                assert isinstance(width, int)
-                memory = page_memory(pool.count, pool.rows, width, spec.input.type.dtype)
-                self._caches[spec.input.name] = memory
+    def _begin(self, like: str) -> int:
+        """A new sequence without tokens, in the last row."""
+        self._active.append(_Active(self._next_id, like=like))
+        self._next_id += 1
+        return self._active[-1].id
+
+    def _row(self, sequence: int) -> int:
+        for row, each in enumerate(self._active):
+            if each.id == sequence:
+                return row
+        known = ", ".join(map(str, self.sequences)) or "none"
+        raise UsageError(f"no sequence {sequence!r} in this session", hint=f"there are: {known}")
 
     def _entry(self, size: int) -> str:
         """The entry for a step of `size` new tokens: the first whose guard admits it."""
@@ -188,7 +268,10 @@ class Session:
                 return name
         return next(reversed(list(self.program.entries)))
 
-    def _check_new(self, tokens: torch.Tensor, lengths: Sequence[int] | None) -> torch.Tensor:
+    def _check_new(
+        self, tokens: torch.Tensor, lengths: Sequence[int] | None, held: Sequence[int]
+    ) -> torch.Tensor:
+        """How many tokens each sequence gets that holds `held` of them. Raises `UsageError`."""
         import torch
 
         batch, size = tokens.shape
@@ -207,24 +290,13 @@ class Session:
                 f"lengths {new.tolist()} for ids of shape [{batch}, {size}]",
                 hint="one length a sequence, each from 1 to the width of ids",
             )
-        held = self._lengths if self._lengths is not None and len(self._lengths) == batch else 0
-        longest = int((new + held).max())
+        longest = int((new + torch.tensor(held)).max())
         if longest > self.max_context:
             raise UsageError(
                 f"a sequence of {longest} tokens, max_context is {self.max_context}",
                 hint="open the session with a larger max_context",
             )
         return new
-
-
-def cache_specs(graph: Graph) -> list[CacheSpec]:
-    """The caches of an entry. In place: the output has the input's type."""
-    specs = []
-    for output, source in graph.aliases:
-        value = graph.inputs[source]
-        in_place = graph.outputs[output].type == value.type
-        specs.append(CacheSpec(value, graph.output_names[output], in_place))
-    return specs
 
 
 def _check_limits(program: Program, max_batch: int, max_context: int) -> None:
@@ -274,18 +346,6 @@ def _as_ids(ids: Any, column: bool = False) -> tuple[torch.Tensor, str]:
     if tokens.dim() == 1:
         tokens = tokens[:, None] if column else tokens[None]
     return tokens.to(torch.int64), like
-
-
-def _joined(
-    parts: list[torch.Tensor], new: torch.Tensor, chunk: int, all_logits: bool
-) -> torch.Tensor:
-    """All positions in order, or each sequence's row from the chunk its last token is in."""
-    import torch
-
-    if all_logits:
-        return torch.cat(parts, 1)
-    last = ((new - 1) // chunk).tolist()
-    return torch.stack([parts[index][row, 0] for row, index in enumerate(last)])
 
 
 def _like(logits: torch.Tensor, like: str) -> Any:

@@ -1,0 +1,236 @@
+"""Sequences that join and leave between steps: each gets the logits that it gets alone."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from functools import cache
+
+import numpy as np
+import pytest
+import torch
+
+import dsc
+from dsc.errors import UsageError
+from dsc.runtime.pages import PagePool
+from dsc.runtime.session import Session
+from tests.runtime.test_pages import compiled as four_pages
+from tests.runtime.test_session import small_lm
+
+VOCABULARY, CONTEXT, BATCH = 9, 32, 4
+FORMS = ["reference", "tvm", "onnxruntime"]
+
+
+@cache
+def compiled(backend: str) -> dsc.CompiledModel:
+    """One MLA layer over a vocabulary of 9."""
+    if backend == "tvm":
+        pytest.importorskip("tvm")
+    return dsc.compile(
+        small_lm(), backend=backend, max_batch=BATCH, max_context=CONTEXT, prefill_chunk=8
+    )
+
+
+class Alone:
+    """What each sequence of a session should see: a session of one, fed the same tokens."""
+
+    def __init__(self, model: dsc.CompiledModel) -> None:
+        self.model = model
+        self.alone: dict[int, Session] = {}
+        self.lengths: dict[int, int] = {}
+        self.worst = 0.0
+
+    def added(self, session: Session, sequence: int, ids: torch.Tensor) -> None:
+        """A sequence joined."""
+        assert sequence not in self.lengths
+        self.alone[sequence] = self.model.session(1)
+        self.lengths[sequence] = len(ids)
+        self.compare(session.logits(sequence), self.alone[sequence].prefill(ids)[0])
+
+    def decoded(self, tokens: dict[int, int], logits: dict[int, torch.Tensor]) -> None:
+        """Some sequences got a token."""
+        assert list(logits) == list(tokens)
+        for sequence, token in tokens.items():
+            self.lengths[sequence] += 1
+            self.compare(logits[sequence], self.alone[sequence].decode([token])[0])
+
+    def compare(self, ours: torch.Tensor, theirs: torch.Tensor) -> None:
+        """Note how far two logits [vocab] are apart."""
+        assert ours.shape == theirs.shape
+        self.worst = max(self.worst, float((ours - theirs).abs().max()))
+
+
+def random_life(
+    session: Session, alone: Alone, seed: int, steps: int, longest: int, vocabulary: int
+) -> int:
+    """Let sequences join, leave, and decode all or in part; returns how many there were."""
+    draw = random.Random(seed)
+    for _ in range(steps):
+        active = session.sequences
+        room = [s for s in active if alone.lengths[s] < session.max_context]
+        action = draw.choice(["add", "add", "decode", "decode", "some", "remove"])
+        if action == "add" and len(active) < session.max_batch:
+            ids = torch.tensor(
+                [draw.randrange(vocabulary) for _ in range(draw.randint(1, longest))]
+            )
+            alone.added(session, session.add(ids), ids)
+        elif action == "remove" and active:
+            session.remove(draw.choice(active))
+        elif action in ("decode", "some") and room:
+            chosen = room if action == "decode" else draw.sample(room, draw.randint(1, len(room)))
+            tokens = {s: draw.randrange(vocabulary) for s in chosen}
+            alone.decoded(tokens, session.decode(tokens))
+        assert session.lengths == [alone.lengths[s] for s in session.sequences]
+    return len(alone.lengths)
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("backend", FORMS)
+def test_sequences_join_and_leave_in_any_order(backend: str, seed: int) -> None:
+    model = compiled(backend)
+    alone = Alone(model)
+    assert random_life(model.session(), alone, seed, 60, 20, VOCABULARY) > 8
+    assert alone.worst < 2e-5
+
+
+@pytest.mark.parametrize("backend", ["reference", "tvm"])
+def test_sequences_join_and_leave_over_pages(backend: str) -> None:
+    """Prompts of up to three pages; pages that were given back are taken again."""
+    if backend == "tvm":
+        pytest.importorskip("tvm")
+    model = four_pages("hand", backend, "paged")
+    session, alone = model.session(3), Alone(model)
+    assert random_life(session, alone, 1, 24, 150, 50) > 3
+    assert alone.worst < 2e-5
+    assert session._pool is not None
+    assert session._pool.used == sum(-(-n // 64) for n in session.lengths)
+    for sequence in session.sequences:
+        session.remove(sequence)
+    assert session._pool.used == 0
+
+
+@pytest.mark.parametrize("backend", FORMS)
+def test_a_slot_that_is_used_again_shows_nothing_of_the_past(backend: str) -> None:
+    """Not one bit of a sequence depends on who had its slot before."""
+    fresh, used = compiled(backend).session(2), compiled(backend).session(2)
+    for prompt in ([8] * 25, [7] * 30):
+        used.add(prompt)
+    used.decode({1: 3})
+    used.remove(0)
+    used.remove(1)
+    for session in (fresh, used):
+        session.add([1, 2, 3])
+        session.add([4])
+    assert (fresh.sequences, used.sequences) == ([0, 1], [2, 3])
+    for token in range(6):
+        first, second = fresh.decode([token, 0]), used.decode([token, 0])
+        assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("backend", FORMS)
+def test_sequences_of_a_fixed_batch_leave_too(backend: str) -> None:
+    model = compiled(backend)
+    session = model.session()
+    session.prefill([[1, 2, 3], [4, 5, 0], [6, 7, 8]], lengths=[3, 2, 3])
+    assert session.sequences == [0, 1, 2]
+    session.remove(0)
+    assert (session.sequences, session.lengths) == ([2, 1], [3, 2])
+    alone = model.session()
+    alone.prefill([4, 5])
+    wanted = alone.decode([1])
+    torch.testing.assert_close(session.decode([2, 1])[1:], wanted, rtol=0, atol=2e-5)
+    torch.testing.assert_close(session.logits(1), wanted[0], rtol=0, atol=2e-5)
+
+
+def test_one_step_serves_all_and_only_those_that_are_there() -> None:
+    """A step of three sequences is one run of the entry over three rows of the caches, uncopied."""
+    session = compiled("tvm").session()
+    for prompt in ([1, 2], [3], [4, 5, 6]):
+        session.add(prompt)
+    runs: list[tuple[str, dict[str, torch.Tensor]]] = []
+    run = session.executable.run
+
+    def spy(entry: str, given: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        runs.append((entry, given))
+        return run(entry, given)
+
+    session.executable = _Spy(spy)
+    session.decode({0: 1, 1: 1, 2: 1})
+    session.decode({1: 1})
+    session.decode({0: 1, 2: 1})
+    shapes = [given["past.0.latent"].shape[0] for _, given in runs]
+    assert [entry for entry, _ in runs] == ["decode"] * 3
+    assert shapes == [3, 1, 3]
+    assert len({given["past.0.latent"].untyped_storage().data_ptr() for _, given in runs}) == 1
+    assert session.lengths == [4, 3, 5]
+
+
+class _Spy:
+    def __init__(self, run: Callable[..., dict[str, torch.Tensor]]) -> None:
+        self.run = run
+
+
+def test_logits_are_of_the_kind_that_went_in() -> None:
+    session = compiled("reference").session()
+    first, second = session.add(np.array([1, 2])), session.add([3])
+    assert isinstance(session.logits(first), np.ndarray)
+    found = session.decode({first: np.int64(1), second: torch.tensor(2)})
+    assert isinstance(found[first], np.ndarray)
+    assert isinstance(found[second], torch.Tensor)
+
+
+def full(session: Session) -> None:
+    for _ in range(3):
+        session.add([1])
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (full, "holds 2 sequences already"),
+        (lambda s: s.remove(0), "no sequence 0 in this session"),
+        (lambda s: s.logits(7), "no sequence 7"),
+        (lambda s: (s.add([1]), s.decode({0: 1, 1: 1})), "no sequence 1"),
+        (lambda s: (s.add([1]), s.remove(0), s.remove(0)), "no sequence 0"),
+        (lambda s: (s.add([1]), s.decode({})), "no sequence to decode"),
+        (lambda s: (s.add([1]), s.decode({0: 9})), "vocabulary of 9"),
+        (lambda s: (s.add([1]), s.decode({0: 0.5})), "int64"),
+        (lambda s: s.add([]), "ids of"),
+        (lambda s: s.add([[1], [2]]), "2 prompts at once"),
+        (lambda s: s.add([1] * 33), "max_context is 32"),
+        (lambda s: (s.add([1] * 32), s.add([1]), s.decode({0: 1, 1: 1})), "max_context is 32"),
+    ],
+)
+def test_mistakes_are_told_and_change_nothing(
+    call: Callable[[Session], object], words: str
+) -> None:
+    session = dsc.compile(small_lm(), backend="null", max_context=CONTEXT).session(2)
+    with pytest.raises(UsageError, match=words):
+        call(session)
+    assert sum(session.lengths) <= 33
+
+
+def test_a_prompt_that_fails_half_way_leaves_no_sequence() -> None:
+    session = compiled("reference").session()
+    session.add([1, 2])
+    run = session.executable.run
+    session.executable = _Spy(lambda entry, given: 1 / 0)  # type: ignore[arg-type, return-value]
+    with pytest.raises(ZeroDivisionError):
+        session.add([3])
+    session.executable = _Spy(run)
+    assert session.sequences == [0]
+    assert session.decode([1]).shape == (1, VOCABULARY)
+
+
+def test_a_pool_takes_the_pages_of_a_sequence_back() -> None:
+    pool = PagePool(6, 64)
+    pool.grow([64, 128, 65])
+    assert pool.blocks == [[0], [1, 2], [3, 4]]
+    pool.drop(0)
+    assert (pool.blocks, pool.used) == ([[3, 4], [1, 2]], 4)
+    pool.grow([128, 192])
+    assert pool.blocks == [[3, 4], [1, 2, 0]]
+    assert pool.table([0]).tolist() == [[3, 4]]
+    pool.drop(1)
+    pool.drop(0)
+    assert (pool.blocks, pool.used) == ([], 0)
