@@ -64,6 +64,8 @@ CACHES = ("contiguous", "paged")
 PAGED = CACHES[1]
 EPILOGUES = 2
 """Backends that fuse from this level on split a merged projection at no cost."""
+HORIZONTAL = 3
+"""From this level on operators side by side become one: a shared expert joins the routed ones."""
 PASSES: Mapping[str, str] = {**RAISE, **OPTIMISE, **LOWER, **PLAN}
 
 
@@ -97,7 +99,8 @@ def passes_for(
     chosen: list[Pass] = []
     if program.stage < Stage.CANONICAL:
         chosen += [make(name) for name in RAISE]
-    if capabilities.shared_experts and options.ranks == 1:
+    asked = options.fusion_level
+    if capabilities.shared_experts and options.ranks == 1 and asked >= HORIZONTAL:
         chosen.append(make("merge_shared_expert"))
     chosen.append(make("specialise_entries", entries=capabilities.entries))
     if capabilities.absorbed:
@@ -110,7 +113,6 @@ def passes_for(
         chosen.append(make("shard", ranks=options.ranks, parallel=options.parallel))
     if capabilities.experts is not None:
         chosen.append(make("lower_moe_dispatch", kernels=capabilities.experts))
-    asked = options.fusion_level
     level = min(asked, capabilities.fuse)
     if capabilities.fuse >= EPILOGUES:
         chosen.append(make("merge_projections"))

@@ -344,14 +344,16 @@ def route(
     fill: float = float("-inf"),
     normalise: bool = True,
     scale: float = 1.0,
+    shared: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """Choose `top_k` experts a token (DeepSeek-V3, eq. 12-16): indices i64 and weights f32 [*,k].
 
-    x [*,d], weight [e,d]. `bias` f32[e] steers the choice and never enters the weights.
+    x [*,d], weight [e,d]. `bias` f32[e] steers the choice and never enters the weights. `shared`
+    experts, from number e on, follow those chosen, with weight 1.
     """
     return _call(  # type: ignore[no-any-return]
         "route", x, weight, bias, top_k=top_k, score=score, groups=groups, keep=keep,
-        group_score=group_score, fill=fill, normalise=normalise, scale=scale,
+        group_score=group_score, fill=fill, normalise=normalise, scale=scale, shared=shared,
     )  # fmt: skip
 
 

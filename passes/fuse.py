@@ -93,7 +93,9 @@ def by_layer(graph: Graph, limits: RegionLimits) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
     for node in graph.nodes:
         if not is_free(node, limits):
-            layer = _LAYER.search(node.loc)
+            inside = () if node.body is None else node.body.nodes
+            layers = (_LAYER.search(n.loc) for n in (node, *inside))
+            layer = next(filter(None, layers), None)
             found.setdefault(layer[1] if layer else "", []).append(name_of(node))
     return found
 

@@ -1,14 +1,18 @@
 """Make the shared expert of a layer one more of its experts, that every token chooses.
 
 What           the gated MLP that is added to the routed experts' sum becomes n_shared more experts
-               of the routed ones' width, appended to their weights, chosen with weight 1 by all.
+               of the routed ones' width, appended to their weights; the router gives them to every
+               token, with weight 1.
 Why it pays    one kernel for gate and up and one for down and the weighted sum serve both: a decode
                step has a GEMM less each way, no activation, no sum of its own.
 Preconditions  stage CANONICAL; both read the same value; the activation is silu; the shared
-               expert's rows are a multiple of the routed experts'; no weight of either is read
-               elsewhere (it would be stored twice). Runs before entries part: all read one stack.
-Before         graph main(%x: f32[N,8], %idx: i64[N,2], %w: f32[N,2], @e.gate_up: f32[4,6,8],
-                 @e.down: f32[4,8,3], @s.gate: f32[3,8], @s.up: f32[3,8], @s.down: f32[8,3]) {
+               expert's rows are a multiple of the routed experts'; the choices come from a router
+               and go nowhere else; no weight of either is read elsewhere (it would be stored
+               twice). Runs before entries part: all read one stack.
+Before         graph main(%x: f32[N,8], @r: f32[4,8], @e.gate_up: f32[4,6,8], @e.down: f32[4,8,3],
+                 @s.gate: f32[3,8], @s.up: f32[3,8], @s.down: f32[8,3]) {
+                 %idx, %w = route %x, @r {score="sigmoid", top_k=2, normalise=true}
+                   : i64[N,2], f32[N,2]
                  %r = experts %x, %idx, %w, @e.gate_up, @e.down : f32[N,8]
                  %g = linear %x, @s.gate : f32[N,3]
                  %u = linear %x, @s.up : f32[N,3]
@@ -17,14 +21,11 @@ Before         graph main(%x: f32[N,8], %idx: i64[N,2], %w: f32[N,2], @e.gate_up
                  %y = add %r, %s : f32[N,8]
                  return %y
                }
-After          graph main(%x: f32[N,8], %idx: i64[N,2], %w: f32[N,2],
-                 @e.gate_up.with_shared: f32[5,6,8], @e.down.with_shared: f32[5,8,3]) {
-                 %arange = arange {dtype=i64, end=5, start=4} : i64[1]
-                 %expand = expand %arange {shape=[N,1]} : i64[N,1]
-                 %concat = concat %idx, %expand {axis=-1} : i64[N,3]
-                 %full = full {dtype=f32, shape=[N,1], value=1.0} : f32[N,1]
-                 %concat_1 = concat %w, %full {axis=-1} : f32[N,3]
-                 %y = experts %x, %concat, %concat_1, @e.gate_up.with_shared, @e.down.with_shared
+After          graph main(%x: f32[N,8], @r: f32[4,8], @e.gate_up.with_shared: f32[5,6,8],
+                 @e.down.with_shared: f32[5,8,3]) {
+                 %route, %route_1 = route %x, @r
+                   {score="sigmoid", top_k=2, normalise=true, shared=1} : i64[N,3], f32[N,3]
+                 %y = experts %x, %route, %route_1, @e.gate_up.with_shared, @e.down.with_shared
                    {act="silu"} : f32[N,8]
                  return %y
                }
@@ -43,7 +44,6 @@ from typing import ClassVar
 from dsc.ir.graph import Weight
 from dsc.ir.program import Program
 from dsc.ir.stages import Stage
-from dsc.ir.types import DType
 from dsc.ir.weights import apply
 from dsc.rewrite import pattern as patterns
 from dsc.rewrite.base import Pass, PassReport
@@ -51,48 +51,58 @@ from dsc.rewrite.driver import apply_rules
 from dsc.rewrite.rule import Facts, Match, Reject, Result, RewriteBuilder, Rule, reject
 
 _PARTS = ("gate_up", "down", "gate", "up", "out")
-_LAYER = """graph g(%x: f32[B,S,6], %v: f32[B,S,6], %idx: i64[B,S,2], %w: f32[B,S,2],
-  @gu: f32[3,8,6], @dn: f32[3,6,4], @g: f32[{rows},6], @u: f32[{rows},6], @d: f32[6,{rows}]) {{
+_LAYER = """graph g(%x: f32[B,S,6], %v: f32[B,S,6], @r: f32[3,6], @b: f32[3], @gu: f32[3,8,6],
+  @dn: f32[3,6,4], @g: f32[{rows},6], @u: f32[{rows},6], @d: f32[6,{rows}]) {{
   %g = linear %{read}, @g
   %u = linear %{read}, @u
   %h = swiglu %g, %u
   %s = linear %h, @d
-  %r = experts %x, %idx, %w, @gu, @dn {{act="{act}"}}
+  %idx, %w = route %x, @r{bias} {{score="softmax", top_k=2, normalise=true, scale=2.0}}
+  %r = experts %x, %idx, {weights}, @gu, @dn {{act="{act}"}}
   %y = add {sum}
   return %y{more}
 }}"""
 
 
-def _layer(rows: int = 8, read: str = "x", act: str = "silu", more: str = "") -> str:
-    return _LAYER.format(rows=rows, read=read, act=act, sum="%s, %r", more=more)
+def _layer(rows: int = 8, read: str = "x", act: str = "silu", more: str = "", **parts: str) -> str:
+    given = {"bias": "", "weights": "%w", "sum": "%s, %r", **parts}
+    return _LAYER.format(rows=rows, read=read, act=act, more=more, **given)
 
 
 class SharedExpert(Rule):
-    """experts(x, idx, w, e) + mlp(x, s)  ==>  experts(x, [idx, n], [w, 1], [e, s])."""
+    """experts(x, route(t), e) + mlp(x, s)  ==>  experts(x, route(t, shared=n), [e, s])."""
 
     tolerance = 1e-5
-    examples = (_layer(4), _layer(12), _layer().replace("%s, %r", "%r, %s"))
+    examples = (_layer(4), _layer(12), _layer(sum="%r, %s"), _layer(bias=", @b"))
     near_misses: ClassVar[Mapping[str, str]] = {
         "its rows are no multiple of an expert's": _layer(6),
         "it reads another value": _layer(read="v"),
         "the experts' activation is another": _layer(act="gelu"),
         "its weights are read elsewhere": _layer(more=", @d"),
         "its result is read elsewhere": _layer(more=", %s"),
+        "the choices are read elsewhere": _layer(more=", %idx"),
+        "the weights of the choices are not the router's": _layer(weights="%idx").replace(
+            "%r = experts %x, %idx, %idx", "%o = cast %idx {dtype=f32}\n  %r = experts %x, %idx, %o"
+        ),
     }
 
     def pattern(self, p: patterns.Names) -> patterns.Pattern:
         """The sum of both, in either order."""
         gate_up, down, gate, up, out = (p.weight(name) for name in _PARTS)
         hidden = p.swiglu(p.linear(p.x, gate), p.linear(p.x, up))
-        return p.add(
-            p.experts(p.x, p.idx, p.w, gate_up, down).named("experts"), p.linear(hidden, out)
-        )
+        routers = [
+            p.route(*given).named("route") for given in ((p.t, p.router), (p.t, p.router, p.bias))
+        ]
+        idx, w = (p.either(*(r[i] for r in routers)) for i in range(2))
+        return p.add(p.experts(p.x, idx, w, gate_up, down).named("experts"), p.linear(hidden, out))
 
     def check(self, m: Match) -> Facts | Reject:
         """Widths divide, activations agree, and nobody else needs the weights."""
         inner, rows = m.down.type.shape[2], m.gate.type.shape[0]
         if m.experts.attrs.get("act", "silu") != "silu":
             return reject(f"the experts' activation is {m.experts.attrs['act']}, not silu", m.down)
+        if m.down.type.shape[0] != m.router.type.shape[0] + m.route.attrs.get("shared", 0):
+            return reject("the stack holds other experts than the router's", m.router, m.down)
         if not (isinstance(inner, int) and isinstance(rows, int)) or rows % inner:
             return reject(f"{rows} rows are no multiple of an expert's {inner}", m.gate)
         if m.up.type != m.gate.type or m.out.type.shape[::-1] != m.gate.type.shape:
@@ -106,9 +116,9 @@ class SharedExpert(Rule):
         return {"count": rows // inner, "inner": inner}
 
     def rewrite(self, b: RewriteBuilder, m: Match, facts: Facts) -> Result:
-        """Append weights, choices and their weights."""
+        """Append their weights to the stacks, and give them to every token."""
         n, inner = facts["count"], facts["inner"]
-        number, width = m.down.type.shape[:2]
+        width = m.down.type.shape[1]
         gate, up = (apply("reshape", b.expr(w), shape=(n, inner, width)) for w in (m.gate, m.up))
         down = apply("reshape", b.expr(m.out), shape=(width, n, inner))
         added = (apply("concat", gate, up, axis=1), apply("permute", down, dims=(1, 0, 2)))
@@ -116,12 +126,8 @@ class SharedExpert(Rule):
             b.weight(f"{w.name}.with_shared", apply("concat", b.expr(w), more, axis=0))
             for w, more in zip((m.gate_up, m.down), added, strict=True)
         ]
-        shape = (*m.idx.type.shape[:-1], n)
-        (always,) = b.call("arange", start=number, end=number + n, dtype=DType.i64)
-        (always,) = b.call("expand", always, shape=shape)
-        (idx,) = b.call("concat", m.idx, always, axis=-1)
-        (ones,) = b.call("full", shape=shape, value=1.0, dtype=DType.f32)
-        (w,) = b.call("concat", m.w, ones, axis=-1)
+        attrs = {**m.route.attrs, "shared": n + m.route.attrs.get("shared", 0)}
+        idx, w = b.call("route", *m.route.inputs, loc=m.route.loc, **attrs)
         return b.call("experts", m.x, idx, w, *stacks, act="silu")
 
 

@@ -51,6 +51,7 @@ class TritonBackend:
         return Capabilities(
             in_place_cache=True,
             experts=EXPERTS,
+            shared_experts=True,
             absorbed=True,
             dtypes=frozenset({DType.f32, DType.bf16, DType.f16}),
             fuse=FUSION_LEVEL,

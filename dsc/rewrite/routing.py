@@ -41,10 +41,12 @@ class Routing:
         """Run a router here; every other node is left to the interpreter."""
         if node.op != "route":
             return None
+        from dsc.ir.ops.moe import with_shared
+
         definition = lookup("route")
         attrs = definition.with_defaults(node.attrs)
         index, weights = definition.reference(*operands, **attrs)
-        decision = decide(operands, attrs, index)
+        decision = decide(operands, attrs, index[..., : attrs["top_k"]])
         self.seen.append(decision)
         if self.oracle is None or len(self.seen) > len(self.oracle):
             return index, weights
@@ -56,8 +58,9 @@ class Routing:
         wrong = flipped & (known.margins > SAFETY * noise)
         self.wrong += int(wrong.sum())
         self.forced += int(flipped.sum())
-        chosen = known.experts.reshape(index.shape)
-        return chosen, weigh(operands, attrs, chosen)
+        chosen = known.experts.reshape(*index.shape[:-1], -1)
+        w = weigh(operands, attrs, chosen)
+        return with_shared(chosen, w, len(operands[1]), attrs["shared"])  # type: ignore[no-any-return]
 
     @property
     def decisions(self) -> int:

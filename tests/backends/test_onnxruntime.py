@@ -72,6 +72,7 @@ MORE = {
         f'F[N,9], F[12,9], f32[12] {{score="sigmoid", {_ROUTE.format("top2", "0.0", "true")}}}',
         f'F[N,9], f32[12,9] {{score="softmax", {_ROUTE.format("max", "-inf", "false")}}}',
         'F[N,9], F[5,9] {score="softmax", top_k=2, normalise=false}',
+        'F[B,S,9], F[5,9] {score="sigmoid", top_k=2, normalise=true, scale=2.0, shared=2}',
     ],
     "experts": [_EXPERTS, _EXPERTS + ' {act="gelu"}', _EXPERTS + ' {act="relu"}'],
     "dispatch": ["F[N,10], i64[N,3]=6 {experts=7}"],

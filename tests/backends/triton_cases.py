@@ -66,6 +66,7 @@ EXTRA: dict[str, list[str]] = {
     ]
     + [
         'f32[2,3,9], f32[6,9] {score="softmax", top_k=2, normalise=false}',
+        'f32[2,3,9], f32[6,9] {score="sigmoid", top_k=3, normalise=true, scale=2.0, shared=2}',
         'bf16[5,32], f32[12,32], f32[12] {score="sigmoid", top_k=4, normalise=true, scale=2.0}',
         'f32[9,24], f32[16,24], f32[16] {score="sigmoid", fill=0.0, groups=4, keep=2,'
         ' group_score="top2", top_k=3, normalise=true}',

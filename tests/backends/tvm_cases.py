@@ -84,7 +84,7 @@ CASES: dict[str, list[str]] = {
         f'F[B,S,24], F[12,24], f32[12] {{score="sigmoid", {_route("top2", "-inf", True)}}}',
         f'F[N,24], F[12,24], f32[12] {{score="sigmoid", {_route("top2", "0.0", True)}}}',
         f'F[N,24], f32[12,24] {{score="softmax", {_route("max", "-inf", False)}}}',
-        'F[N,9], F[5,9] {score="softmax", top_k=2, normalise=false}',
+        'F[N,9], F[5,9] {score="softmax", top_k=2, normalise=false, shared=2}',
     ],
     "experts": [
         _EXPERTS.format(d=32, g=48, i=24),

@@ -91,7 +91,8 @@ CASES: dict[str, list[str]] = {
                             " f32[22,4], i64[{a}]=9 {{scale=0.3}}"],
     "route": [_ROUTE % ("sigmoid", "top2", "-inf", "true"),
               _ROUTE % ("softmax", "max", "0.0", "false"),
-              'f32[{d}], f32[{c},{d}] {{score="softmax", top_k=2, normalise=false}}'],
+              'f32[{d}], f32[{c},{d}] {{score="softmax", top_k=2, normalise=false}}',
+              'f32[{a},{d}], f32[{c},{d}] {{score="sigmoid", top_k=2, normalise=true, shared=2}}'],
     "experts": ['f32[{a},{b}], i64[{a},2], f32[{a},2], f32[4,6,{b}], f32[4,{b},3] {{act="ACT"}}'
                 .replace("ACT", a) for a in ("silu", "gelu", "relu")]
                + ["f32[{a},{c},{b}], i64[{a},{c},2], f32[{a},{c},2], f32[1,2,{b}], f32[1,{b},1]"],
@@ -278,6 +279,8 @@ def test_a_wrong_element_type_is_refused(name: str) -> None:
         ("attention", "f32[1,2,5,4], f32[1,2,2,4], f32[1,2,2,4] {scale=1.0, causal=true}", "heads"),
         ("mla_attention", "f32[1,2,3,4], f32[1,2,3,2], f32[1,5,6], f32[1,5,2], f32[13,6], i64[1]"
          " {scale=1.0}", "kv_b"),
+        ("route", 'f32[2,4], f32[6,4] {score="sigmoid", top_k=2, normalise=true, shared=-1}',
+         "-1 shared"),
         ("route", 'f32[2,4], f32[6,4] {score="tanh", top_k=2, normalise=true}', "score"),
         ("route", 'f32[2,4], f32[6,4] {score="sigmoid", groups=4, top_k=2, normalise=true}',
          "groups"),

@@ -124,6 +124,15 @@ def test_scores_that_all_underflow_give_zeros_not_nan() -> None:
     assert w.tolist() == [[0.0, 0.0]]
 
 
+def test_shared_experts_follow_the_chosen_with_weight_1() -> None:
+    x, gate = torch.randn(4, 8), torch.randn(6, 8)
+    config = {"score": "sigmoid", "top_k": 2, "normalise": True, "scale": 2.5}
+    idx, w = call("route", x, gate, None, **config)
+    more, ones = call("route", x, gate, None, **config, shared=2)
+    assert torch.equal(more, torch.cat([idx, torch.tensor([[6, 7]] * 4)], 1))
+    assert torch.equal(ones, torch.cat([w, torch.ones(4, 2)], 1))
+
+
 def test_a_bf16_router_scores_in_fp32() -> None:
     x, gate = randn(7, 8).bfloat16(), randn(12, 8).bfloat16()
     narrow = call("route", x, gate, None, score="softmax", top_k=3, normalise=False)

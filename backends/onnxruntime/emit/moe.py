@@ -45,6 +45,12 @@ def _route(g: GraphWriter, node: Node, x: str, weight: str, bias: str = "") -> t
         w = g.op("Div", w, g.op("Add", total, g.scalar(1e-20)))
     if attrs["scale"] != 1.0:
         w = g.op("Mul", w, g.scalar(attrs["scale"]))
+    shared = attrs.get("shared", 0)
+    if shared:
+        to = g.shape((*n, shared))
+        always = g.constant(np.arange(static(experts), static(experts) + shared))
+        idx = g.op("Concat", idx, g.op("Expand", always, to), axis=-1)
+        w = g.op("Concat", w, g.op("Expand", g.scalar(1.0), to), axis=-1)
     return idx, w
 
 

@@ -29,6 +29,7 @@ def route(
     GROUP_SCORE: tl.constexpr,
     FILL: tl.constexpr,
     TOP_K: tl.constexpr,
+    SHARED: tl.constexpr,
     BLOCK_K: tl.constexpr,
     NORMALISE: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
@@ -37,7 +38,8 @@ def route(
 
     The bias selects and never weighs: weights come from the unbiased scores, are normalised (plus
     1e-20), then scaled. A group's score is the sum of its two largest biased scores ("top2") or its
-    largest ("max"); experts of dropped groups compete with the value FILL.
+    largest ("max"); experts of dropped groups compete with the value FILL. The SHARED experts from
+    number E on follow, with weight 1.
     """
     row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     e = tl.arange(0, BLOCK_E)
@@ -83,9 +85,12 @@ def route(
         choice = tl.where(hit, float("-inf"), choice)
     if NORMALISE:
         picked = picked / (tl.sum(picked, axis=1)[:, None] + 1e-20)
-    keep = live & (k < TOP_K)
-    tl.store(index + row[:, None] * TOP_K + k, ids.to(tl.int64), mask=keep)
-    tl.store(weights + row[:, None] * TOP_K + k, picked * scale, mask=keep)
+    ids = tl.where(k < TOP_K, ids, E - TOP_K + k)
+    picked = tl.where(k < TOP_K, picked * scale, 1.0)
+    at = row[:, None] * (TOP_K + SHARED) + k
+    keep = live & (k < TOP_K + SHARED)
+    tl.store(index + at, ids.to(tl.int64), mask=keep)
+    tl.store(weights + at, picked, mask=keep)
 
 
 @triton.jit

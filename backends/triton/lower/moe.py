@@ -29,7 +29,8 @@ def route(ctx: Context, node: Node) -> None:
     given |= {"SCORE": attrs["score"], "HAS_BIAS": bias is not None, "GROUPS": groups}
     given |= {"BLOCK_G": next_power(groups), "KEEP": attrs["keep"]}
     given |= {"GROUP_SCORE": attrs["group_score"], "FILL": float(attrs["fill"])}
-    given |= {"TOP_K": attrs["top_k"], "BLOCK_K": next_power(attrs["top_k"])}
+    width = next_power(attrs["top_k"] + attrs["shared"])
+    given |= {"TOP_K": attrs["top_k"], "SHARED": attrs["shared"], "BLOCK_K": width}
     given |= {"NORMALISE": attrs["normalise"], "BLOCK_ROWS": tile.rows}
     ctx.launch("moe:route", (ceil_div(rows, tile.rows),), given, tile.warps)
 

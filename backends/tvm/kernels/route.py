@@ -57,9 +57,9 @@ def route(
     options: tuple[tuple[str, object], ...],
     machine: Machine,
 ) -> PrimFunc:
-    """Arguments: x, weight, bias when there is one, idx and w [rows, top_k], scratch; rows."""
+    """Arguments: x, weight, bias if any, idx and w [rows, top_k + shared], scratch; rows."""
     attrs: dict[str, object] = dict(options)
-    top_k = int(str(attrs["top_k"]))
+    top_k, shared = int(str(attrs["top_k"])), int(str(attrs["shared"]))
 
     def emit(
         x_at: Expr, w_at: Expr, bias_at: Expr | None, idx_at: Expr, out_at: Expr,
@@ -68,8 +68,8 @@ def route(
         x, w = Tensor(x_at, dtype, (rows, d)), Tensor(w_at, gate, (experts, d))
         bias = None if bias_at is None else Tensor(bias_at, DType.f32, (experts,))
         scores = Tensor(scratch, DType.f32, (rows, experts))
-        chosen = Tensor(idx_at, DType.i64, (rows, top_k))
-        weights = Tensor(out_at, DType.f32, (rows, top_k))
+        chosen = Tensor(idx_at, DType.i64, (rows, top_k + shared))
+        weights = Tensor(out_at, DType.f32, (rows, top_k + shared))
         _score(x, w, scores, rows, experts, d, machine)
 
         def token(r: Expr) -> None:
@@ -79,6 +79,9 @@ def route(
                 ranked[e] = scores.load(r, e) + (f32(0.0) if bias is None else bias.load(e))
             _mask_groups(ranked, experts, attrs)
             _choose(ranked, scores, chosen, weights, r, experts, attrs)
+            for i in range(shared):
+                chosen.store(integer(experts + i), r, integer(top_k + i))
+                weights.store(f32(1.0), r, integer(top_k + i))
 
         for_each(rows, experts * (top_k + 2), token)
 

@@ -38,7 +38,9 @@ def _infer_route(types: Types, attrs: Mapping[str, Any]) -> Result:
         raise TypeMismatch(
             f"the top {attrs['top_k']} of {experts} experts, {attrs['keep']} of {groups} groups"
         )
-    shape = (*x.shape[:-1], attrs["top_k"])
+    if attrs["shared"] < 0:
+        raise TypeMismatch(f"{attrs['shared']} shared experts")
+    shape = (*x.shape[:-1], attrs["top_k"] + attrs["shared"])
     return TensorType(DType.i64, shape), TensorType(DType.f32, shape)
 
 
@@ -46,6 +48,12 @@ def routing_scores(x: Any, weight: Any, score: str) -> Any:
     """Scores f32[*n, e] of every expert."""
     logits = torch.nn.functional.linear(x.float(), weight.float())
     return logits.sigmoid() if score == "sigmoid" else logits.softmax(-1)
+
+
+def with_shared(idx: Any, w: Any, experts: int, shared: int) -> Any:
+    """Choices [*n, k] and their weights, and after them the shared experts, each with weight 1."""
+    always = torch.arange(experts, experts + shared).expand(*idx.shape[:-1], shared)
+    return torch.cat([idx, always], -1), torch.nn.functional.pad(w, (0, shared), value=1.0)
 
 
 def _route(
@@ -61,6 +69,7 @@ def _route(
     top_k: int,
     normalise: bool,
     scale: float,
+    shared: int,
 ) -> Any:
     scores = routing_scores(x, weight, score)
     biased = scores if bias is None else scores + bias
@@ -74,7 +83,7 @@ def _route(
     w = scores.gather(-1, idx)
     if normalise:
         w = w / (w.sum(-1, keepdim=True) + 1e-20)
-    return idx, w * scale
+    return with_shared(idx, w * scale, weight.shape[0], shared)
 
 
 def activate(x: Any, act: str) -> Any:
@@ -147,10 +156,12 @@ def _combine(y: Any, order: Any, w: Any) -> Any:
 route = op(
     "route(x: T[*n, d], weight: W[e, d], bias: f32[e]?; score: str, groups: int = 1,"
     ' keep: int = 1, group_score: str = "top2", fill: float = -inf, top_k: int,'
-    " normalise: bool, scale: float = 1.0) -> (i64[*n, top_k], f32[*n, top_k])",
+    " normalise: bool, scale: float = 1.0, shared: int = 0)"
+    " -> (i64[*n, top_k+shared], f32[*n, top_k+shared])",
     reference=_route,
     doc="Choose top_k experts a token among the kept groups by biased scores; weights come from"
-    " the unbiased ones, normalised, then scaled (DeepSeek-V3, eq. 12-16; noaux_tc).",
+    " the unbiased ones, normalised, then scaled (DeepSeek-V3, eq. 12-16; noaux_tc). Experts e .."
+    " e+shared-1 follow, with weight 1: every token has them.",
     example='f32[5,8], f32[12,8], f32[12] {score="sigmoid", groups=4, keep=2, top_k=3,'
     " normalise=true, scale=2.5}",
     infer=_infer_route,
