@@ -340,6 +340,16 @@ def profile_overhead() -> Figures:
     return {"ok": found <= 1.03, "ratio": round(found, 4)}
 
 
+def footprint() -> Figures:
+    """Memory and start of a 6 GB checkpoint: session, two processes, first token, `dsc compile`."""
+    from bench.footprint import checkpoint, measure
+
+    folder = checkpoint()
+    if folder is None:
+        return {"ok": None, "skipped": "no checkpoint: see bench/footprint.py for where it looks"}
+    return measure(folder)
+
+
 def demo() -> Figures:
     """`make demo` on an environment that is set up: at most 10 minutes."""
     start = time.perf_counter()
@@ -372,6 +382,7 @@ BARS: dict[str, Callable[[], Figures]] = {
     "random_programs": random_programs,
     "verify_each": verify_each,
     "profile_overhead": profile_overhead,
+    "footprint": footprint,
     "demo": demo,
 }
 
