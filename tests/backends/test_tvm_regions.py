@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from dsc import pipeline
-from dsc.api import compile_program
 from dsc.backends import get
 from dsc.backends.base import EmitOptions, Executable, No, Yes
 from dsc.ir.dims import Range, evaluate
@@ -18,7 +17,7 @@ from dsc.ir.interpreter import run_graph
 from dsc.ir.parser import parse_graph
 from dsc.ir.program import Program
 from dsc.ir.stages import Stage
-from dsc.ir.types import DType, TensorType
+from dsc.ir.types import TensorType
 from dsc.ir.weights import random_tensor
 from dsc.rewrite.base import PassReport
 from dsc.targets import Target
@@ -173,20 +172,13 @@ def test_refused_regions_are_put_back() -> None:
     assert [n.op for n in done.entries["main"].nodes] == ["linear", "split"]
 
 
-@pytest.mark.parametrize("dtype", [DType.f32, DType.bf16])
-def test_levels_agree(dtype: DType) -> None:
-    """Level 0 has no region, level 3 fewer kernels; the logits are the same."""
-    program, logits, steps = canonical_lm(Sizes(dtype=dtype)), [], []
-    ids = torch.randint(0, 50, (2, 9), generator=torch.Generator().manual_seed(0))
-    for level in (0, 3):
-        model = compile_program(program, backend="tvm", fusion_level=level)
-        session = model.session(2, 60)
-        logits.append([session.prefill(ids, lengths=[9, 4]), session.decode(torch.tensor([1, 2]))])
-        steps.append(len(model.program.entries["decode"].nodes))
-        for graph in model.program.entries.values():
-            assert all(isinstance(get("tvm").supports(n), Yes) for n in graph.nodes)
-    assert steps[1] < steps[0]
-    for got, wanted in zip(logits[1], logits[0], strict=True):
-        scale = float(wanted.float().abs().max())
-        tolerance = (1e-4 if dtype is DType.f32 else 2e-2) * scale
-        torch.testing.assert_close(got, wanted, rtol=0, atol=tolerance)
+def test_each_level_has_fewer_kernels_and_all_are_taken() -> None:
+    counts = []
+    for level in range(4):
+        options = pipeline.PipelineOptions(fusion_level=level)
+        done, _ = pipeline.run(canonical_lm(Sizes()), get("tvm"), Target("cpu"), options)
+        nodes = done.entries["decode"].nodes
+        assert all(isinstance(get("tvm").supports(n), Yes) for n in nodes)
+        counts.append(len(nodes))
+    assert counts == sorted(counts, reverse=True)
+    assert len(set(counts)) == 4, counts
