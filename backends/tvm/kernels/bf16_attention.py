@@ -26,7 +26,7 @@ from dsc.backends.tvm.bf16 import (
     unzipped,
 )
 from dsc.backends.tvm.kernels import bf16_product as product
-from dsc.backends.tvm.kernels.bf16_product import Factor, Weights, ceil_div, dot_sums
+from dsc.backends.tvm.kernels.bf16_product import Factor, Part, Weights, ceil_div, dot_sums
 from dsc.backends.tvm.kernels.bf16_softmax import (
     BLOCK,
     Running,
@@ -171,10 +171,17 @@ def _latent_scores(
         heads = [bind(query + i) for i in range(tile.queries)]
         latent_at, rope_at = bind(cache.latent_at(first)), bind(cache.rope_at(first))
         strides = integer(cache.latent_stride), integer(cache.rope_stride)
-        rows = Weights(cache.latent, latent_at, strides[0], here, c)
-        product.fill_block(tile.scores, integer(0), q, [bind(h * c) for h in heads], rows)
-        rows = Weights(cache.rope, rope_at, strides[1], here, r)
-        product.add_block(tile.scores, integer(0), q_r, [bind(h * r) for h in heads], rows)
+        latents = Weights(cache.latent, latent_at, strides[0], here, c)
+        keys = Weights(cache.rope, rope_at, strides[1], here, r)
+        q_rows, q_r_rows = [bind(h * c) for h in heads], [bind(h * r) for h in heads]
+        product.clear_block(tile.scores, integer(0), tile.queries)
+        if c + r <= product.WIDENED_DEPTH:
+            none = integer(0)
+            parts = [Part(q, q_rows, latents, none, c), Part(q_r, q_r_rows, keys, none, r)]
+            product.widened_columns(tile.scores, none, parts)
+        else:
+            product.add_block(tile.scores, integer(0), q, q_rows, latents)
+            product.add_block(tile.scores, integer(0), q_r, q_r_rows, keys)
         return
     height = min(tile.queries, 4)
     with loop(ceil_div(here, product.WIDTH)) as four, loop(tile.queries // height) as part:

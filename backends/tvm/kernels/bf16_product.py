@@ -138,9 +138,14 @@ def dot_block(x: Tensor, x_rows: Sequence[Expr], w: Weights) -> Local:
 
 def fill_block(tile: Local, start: Expr, x: Tensor, x_rows: Sequence[Expr], w: Weights) -> None:
     """As `dot_block`, into `tile` from `start` on."""
-    with loop(len(x_rows) * BLOCK // SUMS) as i:
-        tile.store(start + i * SUMS, splat(f32(0.0), SUMS))
+    clear_block(tile, start, len(x_rows))
     add_block(tile, start, x, x_rows, w)
+
+
+def clear_block(tile: Local, start: Expr, rows: int) -> None:
+    """Zeros for some rows of a tile."""
+    with loop(rows * BLOCK // SUMS) as i:
+        tile.store(start + i * SUMS, splat(f32(0.0), SUMS))
 
 
 def add_block(tile: Local, start: Expr, x: Tensor, x_rows: Sequence[Expr], w: Weights) -> None:
@@ -149,59 +154,77 @@ def add_block(tile: Local, start: Expr, x: Tensor, x_rows: Sequence[Expr], w: We
     with loop(ceil_div(w.depth, step)) as part:
         k = bind(part * step)
         depth = bind(tirx.min(integer(step), integer(w.depth) - k))
-        rows = [bind(row + k) for row in x_rows]
+        here = Part(x, [bind(row + k) for row in x_rows], w, k, depth)
         if by_pairs():
-            _pair_columns(tile, start, x, rows, w, k, depth)
+            _pair_columns(tile, start, here)
         else:
-            _widened_columns(tile, start, x, rows, w, k, depth)
+            widened_columns(tile, start, [here])
 
 
-def _pair_columns(
-    tile: Local, start: Expr, x: Tensor, rows: Sequence[Expr], w: Weights, k: Expr, depth: Expr
-) -> None:
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A range of the summed axis: k .. k + depth - 1 of `w`, and rows of x from there on."""
+
+    x: Tensor
+    rows: Sequence[Expr]
+    w: Weights
+    k: Expr
+    depth: Expr
+
+
+def _pair_columns(tile: Local, start: Expr, part: Part) -> None:
     """Add the products over one range of k to `tile`, four columns at a time."""
+    w, k, depth = part.w, part.k, part.depth
     with loop(ceil_div(w.columns, WIDTH)) as group:
         j = bind(group * WIDTH)
         later = w.next_rows(j, k, depth, WIDTH)
-        sums = dot_sums([Factor(x, rows, w.tensor, w.rows(j, k), depth, later)])
+        sums = dot_sums([Factor(part.x, part.rows, w.tensor, w.rows(j, k), depth, later)])
         for r, four in enumerate(sums):
             at = start + j + r * BLOCK
             tile.store(at, tile.load(at, WIDTH) + four)
 
 
-def _widened_columns(
-    tile: Local, start: Expr, x: Tensor, rows: Sequence[Expr], w: Weights, k: Expr, depth: Expr
-) -> None:
-    """The same with the rows of x in fp32, even lanes before odd ones, row by row in a step of k.
+def widened_columns(tile: Local, start: Expr, parts: Sequence[Part]) -> None:
+    """Add the products over all parts to `tile`, with the rows of x in fp32.
 
-    Two columns at a time are enough for high tiles: what is loaded of x costs no arithmetic.
+    Even lanes come before odd ones, row by row in a step of k. Two columns at a time are enough for
+    high tiles: what is loaded of x costs no arithmetic. The parts, WIDENED_DEPTH deep at most in
+    all, have the same columns.
     """
-    height = len(rows)
+    height = len(parts[0].rows)
     width = WIDTH if height < WIDTH else WIDTH // 2
     halves = Local(height * (WIDENED_DEPTH // SUMS), width=SUMS)
-    with loop(depth // LANES) as step:
-        for r, row in enumerate(rows):
-            value = bind(bits(x, row + step * LANES))
-            halves[step * (2 * height) + 2 * r] = even(value)
-            halves[step * (2 * height) + (2 * r + 1)] = odd(value)
-    with loop(ceil_div(w.columns, width)) as group:
+    firsts: list[Expr] = []
+    first: Expr = integer(0)
+    for part in parts:
+        firsts.append(first)
+        with loop(part.depth // LANES) as step:
+            at = bind((first + step) * (2 * height))
+            for r, row in enumerate(part.rows):
+                value = bind(bits(part.x, row + step * LANES))
+                halves[at + 2 * r] = even(value)
+                halves[at + (2 * r + 1)] = odd(value)
+        first = bind(first + integer(part.depth) // LANES)
+    with loop(ceil_div(parts[0].w.columns, width)) as group:
         j = bind(group * width)
-        sums = [[Local(1, width=SUMS) for _ in range(width)] for _ in rows]
+        sums = [[Local(1, width=SUMS) for _ in range(width)] for _ in parts[0].rows]
         for line in sums:
             for acc in line:
                 acc[0] = acc.zero
-        w_rows, later = w.rows(j, k)[:width], w.next_rows(j, k, depth, width)
-        with loop(depth // LANES) as step:
-            columns = []
-            for row, next_row in zip(w_rows, later, strict=True):
-                value = bind(bits(w.tensor, row + step * LANES))
-                columns.append((bind(even(value)), bind(odd(value))))
-                prefetch(w.tensor, next_row + step * LANES)
-            for r, line in enumerate(sums):
-                low = bind(halves[step * (2 * height) + 2 * r])
-                high = bind(halves[step * (2 * height) + (2 * r + 1)])
-                for acc, (b_low, b_high) in zip(line, columns, strict=True):
-                    acc[0] = fma(fma(acc[0], low, b_low), high, b_high)
+        for part, first in zip(parts, firsts, strict=True):
+            w, k, depth = part.w, part.k, part.depth
+            w_rows, later = w.rows(j, k)[:width], w.next_rows(j, k, depth, width)
+            with loop(depth // LANES) as step:
+                columns = []
+                for row, next_row in zip(w_rows, later, strict=True):
+                    value = bind(bits(w.tensor, row + step * LANES))
+                    columns.append((bind(even(value)), bind(odd(value))))
+                    prefetch(w.tensor, next_row + step * LANES)
+                at = bind((first + step) * (2 * height))
+                for r, line in enumerate(sums):
+                    low, high = bind(halves[at + 2 * r]), bind(halves[at + (2 * r + 1)])
+                    for acc, (b_low, b_high) in zip(line, columns, strict=True):
+                        acc[0] = fma(fma(acc[0], low, b_low), high, b_high)
         if width == WIDTH:
             for r, line in enumerate(sums):
                 at = start + j + r * BLOCK
