@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -113,6 +115,22 @@ CASES = {f"{n}_{d}": t.replace("F[", f"{d}[").replace("=F}", f"={d}}}")
 CASES["gated_f16"] = REGIONS["gated"].replace("F[", "f16[")
 
 
+WIDE = {
+    "wide_rows_bf16": """(%x: bf16[B,S,256], %y: bf16[B,S,256], %g: bf16[256]) {
+      %a = add %x, %y
+      %n = rms_norm %a, %g {eps=1e-06}
+      return %a, %n
+    }""",
+    "wide_gated_bf16": """(%x: bf16[B,S,512], %w: bf16[512,512]) {
+      %y = linear %x, %w
+      %g, %u = split %y {sizes=[256,256]}
+      %a = swiglu %g, %u
+      return %a
+    }""",
+}
+"""Enough work for a second thread."""
+
+
 def region(name: str, text: str) -> tuple[Graph, Graph]:
     """A graph of one fused node, and its body as a graph of parts."""
     body = replace(parse_graph(f"graph body{text}"), name=f"{name}_parts")
@@ -122,17 +140,32 @@ def region(name: str, text: str) -> tuple[Graph, Graph]:
     return outer.finish(found, tuple(f"y{i}" for i in range(len(found))), body.aliases), body
 
 
-@pytest.fixture(scope="module")
-def loaded(tmp_path_factory: pytest.TempPathFactory) -> Executable:
-    entries = {g.name: g for n, t in CASES.items() for g in region(n, t)}
+def compiled(graphs: Iterable[Graph], folder: Path) -> Executable:
+    """Graphs as entries of one library."""
+    entries = {g.name: g for g in graphs}
     ranges = {s: Range(1, 128) for s in "BSCN"}
     program = Program("regions", entries, symbols=ranges, stage=Stage.LOWERED)
     planned = pipeline.apply(program, ["plan_memory"])
-    emission, folder = get("tvm").emit(planned, EmitOptions()), tmp_path_factory.mktemp("regions")
+    emission = get("tvm").emit(planned, EmitOptions())
     for name, data in emission.files.items():
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_bytes(data)
-    return get("tvm").load(Path(folder), {"meta": emission.meta, "weights": None}, planned)
+    return get("tvm").load(folder, {"meta": emission.meta, "weights": None}, planned)
+
+
+@pytest.fixture(scope="module")
+def loaded(tmp_path_factory: pytest.TempPathFactory) -> Executable:
+    graphs = (g for name, text in CASES.items() for g in region(name, text))
+    return compiled(graphs, tmp_path_factory.mktemp("regions"))
+
+
+def sampled(graph: Graph, env: Mapping[str, int], seed: str) -> dict[str, torch.Tensor]:
+    """Inputs of a region at sizes `env`."""
+    given = {}
+    for v in graph.inputs:
+        kind = TensorType(v.type.dtype, tuple(evaluate(d, env) for d in v.type.shape))
+        given[v.name] = random_tensor(kind, v.name + seed, 4)
+    return given | ({"o": torch.tensor([0, 5, 5, 8])} if "o" in given else {})
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -140,12 +173,7 @@ def test_a_region_agrees_with_its_body_and_its_parts(name: str, loaded: Executab
     graph, body = region(name, CASES[name])
     dtype = name.rpartition("_")[2]
     for env in POINTS:
-        given = {}
-        for v in graph.inputs:
-            kind = TensorType(v.type.dtype, tuple(evaluate(d, env) for d in v.type.shape))
-            given[v.name] = random_tensor(kind, v.name + name, 4)
-            if v.name == "o":
-                given["o"] = torch.tensor([0, 5, 5, 8])
+        given = sampled(graph, env, name)
         wanted = run_graph(body, [x.clone() for x in given.values()])
         alone = loaded.run(body.name, {k: x.clone() for k, x in given.items()})
         found = loaded.run(name, {k: x.clone() for k, x in given.items()})
@@ -153,6 +181,18 @@ def test_a_region_agrees_with_its_body_and_its_parts(name: str, loaded: Executab
             torch.testing.assert_close(got, reference, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
             # The compiler may contract fp32 products and sums that are rounded apart otherwise.
             torch.testing.assert_close(got, part, rtol=1e-6, atol=1e-6)
+
+
+def test_one_and_two_threads_give_the_same_bits(tmp_path: Path) -> None:
+    """Threads share out rows and blocks of columns; no sum is split between them."""
+    graphs = [region(name, text)[0] for name, text in WIDE.items()]
+    model: Any = compiled(graphs, tmp_path)
+    for graph in graphs:
+        given, found = sampled(graph, POINTS[1], graph.name), []
+        for threads in (1, 2):
+            model.set_threads(threads, None)
+            found.append([y.clone() for y in model.run(graph.name, dict(given)).values()])
+        assert all(map(torch.equal, *found))
 
 
 @pytest.mark.parametrize("why", REFUSED)
