@@ -60,7 +60,8 @@ FusionLevel = Annotated[
         "--fusion-level",
         min=0,
         max=3,
-        help="0: a kernel an operator; 1: pointwise chains; 2: into GEMMs; 3: everything.",
+        help="0: a kernel an operator; 1: pointwise chains; 2: into GEMMs; 3: everything. triton"
+        " goes up to 2 and merges experts at 3; onnxruntime fuses by itself, whatever the level.",
     ),
 ]
 Dtype = Annotated[
@@ -109,6 +110,13 @@ Pin = Annotated[
         "--pin/--no-pin",
         help="Worker threads on a core each, or free to move.  [default: the runtime's]",
         show_default=False,
+    ),
+]
+Tune = Annotated[
+    bool,
+    Option(
+        "--tune/--no-tune",
+        help="Time a few ways to cut products on this CPU (tvm; kept between runs), or the rules'.",
     ),
 ]
 Fallback = Annotated[
