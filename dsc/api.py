@@ -210,7 +210,8 @@ def compile(
         weights: a folder of safetensors files, or "none" to compile without values.
         backend: triton, tvm, onnxruntime, reference or null; the best that runs here by default.
         target: one or more of cpu, cuda:sm_90, …; the backend's default otherwise.
-        fusion_level: 0 to 3.
+        fusion_level: 0 to 3. onnxruntime fuses for itself, whatever the level; triton's kernels
+            go up to 2. Where a level is not taken, report.json has `level` and `level_asked`.
         dtype: fp32, bf16 or fp16; the checkpoint's own by default.
         quant: weight format of linear layers and experts; only "none" so far.
         max_batch: sequences in one step, at most.
