@@ -8,7 +8,15 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dsc.backends.base import Capabilities, Emission, EmitOptions, No, Support, Yes
+from dsc.backends.base import (
+    Capabilities,
+    Emission,
+    EmitOptions,
+    Executable,
+    No,
+    Support,
+    Yes,
+)
 from dsc.errors import BackendUnavailable
 from dsc.ir.expert_forms import ExpertKernels
 from dsc.ir.graph import Graph, Node, Operand, Value
@@ -19,7 +27,6 @@ from dsc.ir.types import DType
 from dsc.targets import Target
 
 if TYPE_CHECKING:
-    from dsc.backends.tvm.executable import TvmExecutable
     from dsc.ir.program import Program
 
 LIBRARY = "tvm/kernels.so"
@@ -88,6 +95,10 @@ class TvmBackend:
         from dsc.runtime.plan import Plan
 
         machine = machine_for(options.targets[0] if options.targets else Target("cpu"))
+        if options.extra.get("form") == "relax":
+            from dsc.backends.tvm import relax
+
+            return relax.emit(program, machine, options)
         plans, table = plan_program(program, machine)
         if options.progress is not None:
             options.progress("kernels", 0, len(table.names))
@@ -124,9 +135,13 @@ class TvmBackend:
         files = {LIBRARY: code, STEPS: np.concatenate(lists).tobytes()}
         return Emission(files, plan, meta=meta, runner=runner)
 
-    def load(self, folder: Path, manifest: Mapping[str, Any], program: Program) -> TvmExecutable:
+    def load(self, folder: Path, manifest: Mapping[str, Any], program: Program) -> Executable:
         """Load the library and map the weights; TVM's compiler is not imported."""
         require_tvm()
+        if manifest["meta"].get("form") == "relax":
+            from dsc.backends.tvm.relax import RelaxExecutable
+
+            return RelaxExecutable(folder, manifest, program)
         from dsc.backends.tvm.executable import TvmExecutable
 
         return TvmExecutable(folder, manifest, program)

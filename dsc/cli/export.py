@@ -1,4 +1,4 @@
-"""`dsc export`: a model in, an ONNX folder for serving out."""
+"""`dsc export`: a model in, a folder for somebody else's runtime out: ONNX, or TVM's Relax VM."""
 
 from __future__ import annotations
 
@@ -15,6 +15,10 @@ def export(
     model: options.Model,
     config: options.Config = None,
     weights: options.Weights = None,
+    format: Annotated[
+        Literal["onnx", "relax"],
+        Option("--format", help="ONNX, or a library for TVM's Relax virtual machine."),
+    ] = "onnx",
     onnx_ops: Annotated[
         Literal["ort", "standard"],
         Option("--onnx-ops", help="ONNX Runtime's own operators where faster, or only ONNX's."),
@@ -30,20 +34,27 @@ def export(
     force: options.Force = False,
     output: options.Output = None,
 ) -> None:
-    """Export MODEL as ONNX, with its latent cache as inputs and outputs.
+    """Export MODEL as ONNX, or for TVM's Relax VM, with its latent cache as inputs and outputs.
 
     Examples:
 
         dsc export path/to/checkpoint --check -o onnx-model
 
         dsc export models/v3.py --dtype fp32
+
+        dsc export path/to/checkpoint --format relax -o relax-model
     """
+    from dsc.errors import UsageError
+
+    if check and format != "onnx":
+        raise UsageError("--check is for ONNX", hint="leave out --check")
+    onnx = format == "onnx"
     folder = build_artifact(
         model,
         output=output,
         force=force,
         json=json,
-        backend="onnxruntime",
+        backend="onnxruntime" if onnx else "tvm",
         config=config,
         weights=weights,
         fusion_level=fusion_level,
@@ -52,7 +63,7 @@ def export(
         max_batch=max_batch,
         max_context=max_context,
         prefill_chunk=prefill_chunk,
-        backend_options={"onnx_ops": onnx_ops},
+        backend_options={"onnx_ops": onnx_ops} if onnx else {"form": "relax"},
     )
     if check:
         _check(folder)

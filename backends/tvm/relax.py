@@ -1,0 +1,267 @@
+"""The Relax VM form of a compiled program, for people who run models by TVM's virtual machine.
+
+Each entry is a Relax function of its inputs, then all weights in sorted order (`num_input` tells
+where they begin); it returns its outputs in order, caches that it updates in place among them. A
+node is one `call_tir` of the kernel that the tvm backend calls by address, so the arithmetic is
+the same; memory is planned by Relax, reshapes are views, and the VM costs about 1 us a step
+(ARCHITECTURE.md, experiment a).
+
+    vm = tvm.relax.VirtualMachine(tvm.runtime.load_module("relax/model.so"), tvm.cpu())
+    logits, *caches = vm["decode"](*inputs, *weights)
+
+bf16 tensors are given and returned as their bits, uint16: TVM's compiler crashes on functions of
+bfloat16 buffers (0.27).
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import reduce
+from operator import mul
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import tvm
+import tvm_ffi
+from tvm import ir, relax, tirx
+from tvm.ir import Call
+from tvm.script.ir_builder import IRBuilder
+from tvm.tirx.script.builder import ir as T
+
+from dsc.backends.base import Emission, EmitOptions, Signature
+from dsc.backends.tvm import library
+from dsc.backends.tvm.bf16 import instructions_of
+from dsc.backends.tvm.machine import Machine, tvm_target
+from dsc.backends.tvm.schedule import VIEWS, KernelTable, launch_of
+from dsc.backends.tvm.tir import Expr, PrimFunc, integer
+from dsc.errors import UsageError
+from dsc.ir.dims import Dim, free_symbols
+from dsc.ir.graph import Graph, Node, Operand, Value
+from dsc.ir.memory import MemoryPlan
+from dsc.ir.paging import page_rows
+from dsc.ir.ranks import ranks_of
+from dsc.ir.types import DType, TensorType
+
+if TYPE_CHECKING:
+    import torch
+
+    from dsc.ir.program import Program
+
+FORM, LIBRARY = "relax", "relax/model.so"
+NAMES = {
+    DType.f32: "float32", DType.f64: "float64", DType.f16: "float16", DType.bf16: "uint16",
+    DType.i64: "int64", DType.i32: "int32", DType.i8: "int8", DType.u8: "uint8",
+    DType.boolean: "bool",
+}  # fmt: skip
+
+
+def emit(program: Program, machine: Machine, options: EmitOptions) -> Emission:
+    """The library of all entries. Raises `UsageError` for pages and for several ranks."""
+    if any(page_rows(graph) is not None for graph in program.entries.values()):
+        raise UsageError("the Relax form takes no caches in pages", hint="use contiguous caches")
+    if ranks_of(program) > 1:
+        raise UsageError("the Relax form is for one rank", hint="leave out --ranks")
+    weights = sorted(program.weights)
+    module = _Module(machine, program, weights)
+    for name, graph in program.entries.items():
+        module.add(name, graph, program.memory[name])
+    meta = {"form": FORM, "weights": weights, "guards": dict(program.meta.get("guards", {}))}
+    return Emission({LIBRARY: module.compile()}, meta=meta)
+
+
+@dataclass
+class _Module:
+    """Relax functions, the kernels that they call, and what stands between the two."""
+
+    machine: Machine
+    program: Program
+    weights: Sequence[str]
+    builder: Any = field(default_factory=relax.BlockBuilder)
+    kernels: KernelTable = field(default_factory=KernelTable)
+    doors: dict[tuple[Any, ...], Any] = field(default_factory=dict)
+
+    def add(self, name: str, graph: Graph, memory: MemoryPlan) -> None:
+        """The Relax function of an entry."""
+        types = {v.name: v.type for v in graph.inputs}
+        free = sorted({s for t in types.values() for d in t.shape for s in free_symbols(d)})
+        sizes = {s: tirx.Var(s, "int64") for s in free}
+        values = {n: relax.Var(_plain(n), _type(t, sizes)) for n, t in types.items()}
+        known = self.program.weight_types()
+        held = {w: relax.Var(_plain(w), _type(known[w], sizes)) for w in self.weights}
+
+        def find(x: Operand) -> Any:
+            return values[x.name] if isinstance(x, Value) else held[x.name]
+
+        attrs = {"num_input": len(values)}
+        with self.builder.function(name, [*values.values(), *held.values()], attrs):
+            for node in graph.nodes:
+                arguments = [find(x) for x in node.inputs if x is not None]
+                if node.op in VIEWS:
+                    shape = [_size(d, sizes) for d in node.output.type.shape]
+                    found = [self.builder.emit(relax.op.reshape(arguments[0], shape))]
+                else:
+                    found = self._call(node, arguments, memory, sizes)
+                values |= {v.name: x for v, x in zip(node.outputs, found, strict=True)}
+            outputs = [find(x) for x in graph.outputs]
+            self.builder.emit_func_output(relax.Tuple(outputs))
+
+    def _call(
+        self, node: Node, arguments: list[Any], memory: MemoryPlan, sizes: Mapping[str, Any]
+    ) -> list[Any]:
+        """The results of a node: one call of its kernel."""
+        launch = launch_of(node, self.machine)
+        operands = [x for x in node.inputs if x is not None]
+        places = [memory.places[x.name] if isinstance(x, Value) else None for x in operands]
+        shared = [
+            places.index(place) if (place := memory.places[v.name]).region == "input" else -1
+            for v in node.outputs
+        ]
+        types = [v.type for v in node.outputs]
+        if launch.scratch:
+            types.append(TensorType(DType.u8, (launch.scratch,)))
+            shared.append(-1)
+        key = (launch.key, *(x.type.dtype for x in operands), *(x.type.rank for x in operands))
+        key = (*key, *((t.dtype, t.rank) for t in types), *shared)
+        if key not in self.doors:
+            kinds = [x.type for x in operands]
+            with instructions_of(self.machine):
+                door = _door(self.kernels.name(launch), kinds, types, shared, len(launch.sizes))
+            self.doors[key] = self.builder.add_func(door, f"call_{len(self.doors)}")
+        given = [*arguments, *(_size(d, sizes) for d in launch.sizes)]
+        results = [_type(t, sizes) for t in types]
+        if any(index >= 0 for index in shared):
+            call = relax.op.call_tir_inplace(self.doors[key], given, shared, results)
+        else:
+            call = relax.op.call_tir(
+                self.doors[key], given, results if len(results) > 1 else results[0]
+            )
+        made = self.builder.emit(call)
+        if len(types) == 1:
+            return [made]
+        return [self.builder.emit(relax.TupleGetItem(made, i)) for i in range(len(node.outputs))]
+
+    def compile(self) -> bytes:
+        """The shared library."""
+        with instructions_of(self.machine):
+            kernels = self.kernels.build()
+        passes = relax.transform
+
+        @ir.transform.module_pass(opt_level=0)  # type: ignore[untyped-decorator]
+        def lower(module: Any, _: Any) -> Any:
+            steps = [
+                passes.ToNonDataflow(), passes.RemovePurityChecking(), passes.CallTIRRewrite(),
+                passes.StaticPlanBlockMemory(), passes.LowerAllocTensor(),
+                passes.KillAfterLastUse(), passes.LowerRuntimeBuiltin(),
+                passes.ComputePrimValue(), passes.VMShapeLower(), passes.AttachGlobalSymbol(),
+            ]  # fmt: skip
+            done = ir.transform.Sequential(steps)(module)
+            for name, kernel in kernels.items():  # private: called by address, not by the VM
+                done[library._global(name)] = kernel
+            return done
+
+        tirx.register_tir_pipeline(library.PIPELINE, library._pipeline)
+        built = relax.build(
+            self.builder.get(), tvm_target(self.machine.cpu), relax_pipeline=lower,
+            tir_pipeline=library.PIPELINE,
+        )  # fmt: skip
+        with tempfile.TemporaryDirectory(prefix="dsc-relax-") as folder:
+            path = Path(folder) / "model.so"
+            built.export_library(str(path))
+            return path.read_bytes()
+
+
+def _door(
+    kernel: str,
+    operands: Sequence[TensorType],
+    results: Sequence[TensorType],
+    shared: Sequence[int],
+    sizes: int,
+) -> PrimFunc:
+    """A function of tensors that calls a kernel of addresses; shapes are the caller's affair."""
+    with IRBuilder() as builder, T.prim_func(private=True, s_tir=True):
+        handles = [T.arg(f"x{i}", tirx.Var(f"x{i}", "handle")) for i in range(len(operands))]
+        numbers = [T.arg(f"n{i}", tirx.Var(f"n{i}", "int64")) for i in range(sizes)]
+        fresh = [i for i, source in enumerate(shared) if source < 0]
+        made = {i: T.arg(f"y{i}", tirx.Var(f"y{i}", "handle")) for i in fresh}
+        inputs = [
+            _address(h, t, f"x{i}") for i, (h, t) in enumerate(zip(handles, operands, strict=True))
+        ]
+        outputs = {i: _address(h, results[i], f"y{i}") for i, h in made.items()}
+        ends = [inputs[s] if s >= 0 else outputs[i] for i, s in enumerate(shared)]
+        T.evaluate(library._call(kernel, [*inputs, *ends, *numbers]))
+    return builder.get()
+
+
+def _address(handle: Expr, type: TensorType, name: str) -> Expr:
+    shape = [tirx.Var(f"{name}_{axis}", "int64") for axis in range(type.rank)]
+    buffer = T.match_buffer(handle, shape, NAMES[type.dtype], align=1)
+    return Call("tirx.reinterpret", [buffer.data], ret_ty=ir.PrimType("int64"))
+
+
+def _type(type: TensorType, sizes: Mapping[str, Any]) -> Any:
+    return relax.TensorType([_size(d, sizes) for d in type.shape], NAMES[type.dtype])
+
+
+def _size(dim: Dim, sizes: Mapping[str, Any]) -> Expr:
+    """A dim over the function's symbols."""
+    if isinstance(dim, int):
+        return integer(dim)
+    terms = []
+    for monomial, coefficient in dim.terms:
+        factors = [integer(coefficient)]
+        for atom in monomial:
+            if isinstance(atom, str):
+                factors.append(sizes[atom])
+                continue
+            over = _size(atom.numerator, sizes)
+            factors.append(tirx.floordiv(over, _size(atom.denominator, sizes)))
+        terms.append(reduce(mul, factors))
+    return reduce(lambda a, b: a + b, terms)
+
+
+def _plain(name: str) -> str:
+    return name.replace(".", "_")
+
+
+class RelaxExecutable:
+    """Runs the entries by TVM's virtual machine on torch tensors, without copies."""
+
+    def __init__(self, folder: Path, manifest: Mapping[str, Any], program: Program) -> None:
+        self.program = program
+        self._vm = relax.VirtualMachine(tvm.runtime.load_module(str(folder / LIBRARY)), tvm.cpu())
+        names = manifest["meta"]["weights"]
+        self._weights = [_given(program.source.load(name)) for name in names]
+
+    def signature(self, entry: str) -> Signature:
+        """Names and types of an entry's inputs and outputs."""
+        return Signature.of(self.program.entry(entry))
+
+    def run(self, entry: str, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Run an entry. Outputs that update an input in place are that input's tensor."""
+        import torch.utils.dlpack
+
+        graph = self.program.entry(entry, inputs)
+        given = [_given(inputs[v.name].contiguous()) for v in graph.inputs]
+        found = self._vm[entry](*given, *self._weights)
+        in_place = {
+            o: inputs[graph.inputs[i].name]
+            for o, i in graph.aliases
+            if graph.inputs[i].type == graph.outputs[o].type
+        }
+        return {
+            name: in_place[i]
+            if i in in_place
+            else torch.utils.dlpack.from_dlpack(found[i]).view(x.type.dtype.torch)
+            for i, (name, x) in enumerate(zip(graph.output_names, graph.outputs, strict=True))
+        }
+
+
+def _given(tensor: torch.Tensor) -> Any:
+    """A torch tensor as the VM takes it, without a copy."""
+    import torch
+
+    return tvm_ffi.from_dlpack(
+        tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor
+    )
