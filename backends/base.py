@@ -89,9 +89,9 @@ class Emission:
 
     `weights_path` is where the artifact's writer streams the packed weights (one safetensors file);
     `meta` is JSON that `load` finds again in the manifest; `runner` is the backend's part of the
-    artifact's run.py (a module text that defines `class Model`), or empty. `finish`, where given,
-    makes the files that need to know where each weight lies: it is called with weight name to
-    (offset, bytes) in the file at `weights_path`.
+    artifact's run.py (a module text that defines `class Model`), or empty; `notes` are lines for
+    the report. `finish`, where given, makes the files that need to know where each weight lies: it
+    is called with weight name to (offset, bytes) in the file at `weights_path`.
     """
 
     files: Mapping[str, bytes]
@@ -99,6 +99,7 @@ class Emission:
     weights_path: str = "weights/model.safetensors"
     meta: Mapping[str, Any] = field(default_factory=dict)
     runner: str = ""
+    notes: tuple[str, ...] = ()
     finish: Callable[[Mapping[str, tuple[int, int]]], Mapping[str, bytes]] | None = None
 
 

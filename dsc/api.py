@@ -294,7 +294,7 @@ def compile(
     return CompiledModel(
         program=program,
         backend=chosen.name,
-        report=build_report(program, records, seconds, loaded.notes),
+        report=build_report(program, records, seconds, [*loaded.notes, *emission.notes]),
         targets=tuple(str(t) for t in targets),
         source=loaded.source,
         max_batch=max_batch,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -92,13 +92,19 @@ class TvmBackend:
         from dsc.backends.tvm.bf16 import instructions_of
         from dsc.backends.tvm.machine import machine_for
         from dsc.backends.tvm.schedule import plan_program
+        from dsc.backends.tvm.tuning import Tiling, tuned
         from dsc.runtime.plan import Plan
 
-        machine = machine_for(options.targets[0] if options.targets else Target("cpu"))
+        target = options.targets[0] if options.targets else Target("cpu")
+        machine = machine_for(target)
         if options.extra.get("form") == "relax":
             from dsc.backends.tvm import relax
 
             return relax.emit(program, machine, options)
+        by = "rule"
+        if _multiplies_bf16(program):
+            asked = options.extra.get("tune", True)
+            machine, by = tuned(machine, target, options.threads, asked)
         plans, table = plan_program(program, machine)
         if options.progress is not None:
             options.progress("kernels", 0, len(table.names))
@@ -126,6 +132,7 @@ class TvmBackend:
         meta = {
             "cpu": machine.cpu,
             "threads": options.threads,
+            "tiling": {**asdict(Tiling.of(machine)), "by": by},
             "weights": weights,
             "entries": entries,
             "guards": dict(program.meta.get("guards", {})),
@@ -133,7 +140,10 @@ class TvmBackend:
         runner = Path(__file__).with_name("runner.py.txt").read_text()
         plan = Plan(plans, {"backend": self.name, "cpu": machine.cpu})
         files = {LIBRARY: code, STEPS: np.concatenate(lists).tobytes()}
-        return Emission(files, plan, meta=meta, runner=runner)
+        way = "pairs" if machine.pairs else "widened"
+        cut = f"bf16 products {way}, {machine.narrow} | {machine.wide} columns a task, by {by}"
+        notes = (cut,) if machine.bf16 and _multiplies_bf16(program) else ()
+        return Emission(files, plan, meta=meta, runner=runner, notes=notes)
 
     def load(self, folder: Path, manifest: Mapping[str, Any], program: Program) -> Executable:
         """Load the library and map the weights; TVM's compiler is not imported."""
@@ -145,6 +155,11 @@ class TvmBackend:
         from dsc.backends.tvm.executable import TvmExecutable
 
         return TvmExecutable(folder, manifest, program)
+
+
+def _multiplies_bf16(program: Program) -> bool:
+    """Whether any weights are bf16."""
+    return any(w.type.dtype is DType.bf16 for w in program.weights.values())
 
 
 def _interface(graph: Graph, memory: MemoryPlan) -> dict[str, Any]:

@@ -39,8 +39,9 @@ LANES = 32
 SUMS = LANES // 2
 """fp32 sums in an accumulator."""
 
-_instructions: ContextVar[tuple[bool, bool]] = ContextVar("instructions", default=(True, True))
-"""Whether the machine multiplies by pairs, and whether it has an instruction for `narrow`."""
+_EVERYTHING = Machine("x86-64", lanes=16, rows=4, columns=4, bf16=True, narrows=True, pairs=True)
+_machine: ContextVar[Machine] = ContextVar("machine", default=_EVERYTHING)
+"""What the kernels that are being built run on."""
 _FEATURES = '"target-features"="+avx512f,+avx512bw,+avx512vl"'
 _PAIRS = '"target-features"="+avx512f,+avx512bw,+avx512vl,+avx512bf16"'
 _QUARTERS = range(0, SUMS, 4)
@@ -196,24 +197,31 @@ attributes #0 = {{ alwaysinline nounwind {_FEATURES} }}
 
 @contextmanager
 def instructions_of(machine: Machine) -> Iterator[None]:
-    """Kernels that are built inside use the instructions that are fast on a machine."""
-    token = _instructions.set((machine.pairs, machine.narrows))
+    """Kernels that are built inside use what is fast on a machine."""
+    token = _machine.set(machine)
     try:
         yield
     finally:
-        _instructions.reset(token)
+        _machine.reset(token)
 
 
 def by_pairs() -> bool:
     """Which way the kernel that is being built multiplies."""
-    return _instructions.get()[0]
+    return _machine.get().pairs
+
+
+def columns_of_tasks() -> tuple[int, int]:
+    """Columns that a task of the kernel that is being built takes, with few rows and with many."""
+    machine = _machine.get()
+    return machine.narrow, machine.wide
 
 
 @contextmanager
 def instructions() -> Iterator[None]:
     """The rest of the kernel's body may use this module's operations."""
-    pairs, narrows = _instructions.get()
-    dot, narrowed = _PAIR_DOT if pairs else _WIDENED_DOT, _NARROW if narrows else _ROUNDED
+    machine = _machine.get()
+    dot = _PAIR_DOT if machine.pairs else _WIDENED_DOT
+    narrowed = _NARROW if machine.narrows else _ROUNDED
     with T.attr("bf16", "pragma_import_llvm", _COMMON + dot + narrowed):
         yield
 

@@ -19,7 +19,8 @@ class Machine:
     A tile of `rows` x `columns` dot products keeps that many vector accumulators in registers;
     `lanes` is the number of fp32 elements in a vector; `bf16` says that bf16 has kernels of its own
     (AVX-512), `narrows` that an instruction rounds to it (AVX512_BF16), and `pairs` that products
-    are fastest by vdpbf16ps (see `bf16`).
+    are fastest by vdpbf16ps (see `bf16`). With few rows a task of a bf16 product takes `narrow`
+    columns, so that small matrices occupy all threads, with many `wide`: 16 to 64 (see `tuning`).
     """
 
     cpu: str
@@ -29,6 +30,8 @@ class Machine:
     bf16: bool = False
     narrows: bool = False
     pairs: bool = False
+    narrow: int = 16
+    wide: int = 64
 
 
 def machine_for(target: Target) -> Machine:

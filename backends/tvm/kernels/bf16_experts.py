@@ -14,7 +14,7 @@ from collections.abc import Callable
 from tvm import tirx
 
 from dsc.backends.tvm.bf16 import SUMS, instructions, narrow, put_bits
-from dsc.backends.tvm.kernels.bf16_linear import FEW, NARROW
+from dsc.backends.tvm.kernels.bf16_linear import grain
 from dsc.backends.tvm.kernels.bf16_product import (
     BLOCK,
     Weights,
@@ -107,12 +107,12 @@ def bf16_experts(experts: int, d: int, hidden: int, top_k: int, act: str) -> Pri
 
             pair_tiles(e, tile)
 
-        grain = bind(select(rows <= integer(FEW), integer(NARROW), integer(BLOCK)))
+        columns = grain(rows)
 
         def output_block(task: Expr) -> None:
             """A block of the output's columns, summed over experts in their order."""
-            first = bind(task * grain)
-            width = bind(tirx.min(grain, d - first))
+            first = bind(task * columns)
+            width = bind(tirx.min(columns, d - first))
             vectors = bind(tirx.truncdiv(width, integer(SUMS)))
             with loop(rows) as r, loop(vectors) as j:
                 sums.store(splat(f32(0.0), SUMS), r, first + j * SUMS)
@@ -120,7 +120,7 @@ def bf16_experts(experts: int, d: int, hidden: int, top_k: int, act: str) -> Pri
                 e = bind(active.load(1 + a))
                 more = a + 1 < active.load(0)
                 after = bind(active.load(1 + select(more, a + 1, integer(0))))
-                column = select(more, first, first + grain)
+                column = select(more, first, first + columns)
                 following = bind((after * d + column) * hidden)
 
                 def tile(p: Expr, height: int) -> None:
@@ -144,8 +144,8 @@ def bf16_experts(experts: int, d: int, hidden: int, top_k: int, act: str) -> Pri
         with instructions():
             tasks = bind(active.load(0) * (hidden // UNITS))
             for_each(tasks, UNITS * d // 2, hidden_block)
-            blocks = bind(tirx.truncdiv(d + grain - 1, grain))
-            for_each(blocks, rows * (top_k * NARROW * hidden // 4), output_block)
+            blocks = bind(tirx.truncdiv(d + columns - 1, columns))
+            for_each(blocks, rows * (top_k * SUMS * hidden // 4), output_block)
 
     return build(body)
 

@@ -19,7 +19,7 @@ from tvm import tirx
 from dsc.backends.tvm import bf16
 from dsc.backends.tvm.kernels import bf16_product
 from dsc.backends.tvm.kernels.access import Access, Number, Rows
-from dsc.backends.tvm.kernels.bf16_linear import FEW, NARROW
+from dsc.backends.tvm.kernels.bf16_linear import grain
 from dsc.backends.tvm.kernels.bf16_product import BLOCK, Weights, ceil_div
 from dsc.backends.tvm.kernels.products import dots
 from dsc.backends.tvm.kernels.values import Operand, Point, compute, held, literal, put, rounded
@@ -36,12 +36,13 @@ from dsc.backends.tvm.tir import (
     for_each,
     integer,
     loop,
-    select,
     splat,
     when,
 )
 from dsc.ir.types import DType
 
+NARROW = 16
+"""Columns of a task where bf16 has no kernels of its own."""
 PRODUCT = -1
 """The step number of the product itself."""
 
@@ -145,11 +146,7 @@ class _Tasks:
     def run(self) -> None:
         """All tasks, over threads where they are worth it."""
         wide = BLOCK // (2 if self.copies > 1 else 1)
-        narrow = min(NARROW, wide)
-        if self.native:
-            self.grain = bind(select(self.rows <= integer(FEW), integer(narrow), integer(wide)))
-        else:
-            self.grain = integer(narrow)
+        self.grain = grain(self.rows, wide) if self.native else integer(NARROW)
         ends: list[Expr] = []
         count: Expr = integer(0)
         for family in self.families:

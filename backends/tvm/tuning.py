@@ -1,0 +1,198 @@
+"""How bf16 products are cut for the CPU at hand: a few candidates, timed once on the host.
+
+A candidate says how products are multiplied (`Machine.pairs`, where the CPU has both ways) and how
+many columns a task takes. Each is timed on two representative products, one row (bound by
+bandwidth) and 64 rows (bound by arithmetic), on fixed data, in turns; a shape's time is the least
+of its rounds. The default stays unless another choice is a tenth faster in each of two measurements
+on their own, so that noise does not turn a choice over. The way to multiply is one for all shapes:
+a token's sums must not depend on how many rows share its batch.
+
+Timing takes seconds, and is done only where the target is the host and the program multiplies bf16.
+What was found is kept in `$XDG_CACHE_HOME/dsc/tuning` (`~/.cache` by default) by everything that it
+depends on; a damaged or foreign file is a miss. `DSC_TUNE=0`, `--no-tune` or another target take
+the defaults: results are the same but for rounding.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import os
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dsc._version import __version__
+from dsc.backends.tvm.machine import Machine
+
+if TYPE_CHECKING:
+    from dsc.targets import Target
+
+COLUMNS = (16, 32, 64)
+"""Columns that a task may take."""
+MARGIN = 0.9
+"""A choice replaces the default when it takes at most this share of its time."""
+ROUNDS = 10
+"""Of each measurement."""
+M, K = 3072, 2048
+"""The weight of the products that are timed: 12 MiB, more than second-level caches hold."""
+FEW, MANY = 1, 64
+"""Their numbers of rows."""
+Times = Mapping[tuple[bool, int], Mapping[int, float]]
+"""Seconds by candidate, which is whether products go by pairs and the columns of a task, and by
+number of rows."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tiling:
+    """What may be chosen: see `Machine`, whose fields these are."""
+
+    pairs: bool
+    narrow: int
+    wide: int
+
+    @staticmethod
+    def of(machine: Machine) -> Tiling:
+        """What a machine has by rule."""
+        return Tiling(machine.pairs, machine.narrow, machine.wide)
+
+
+def tuned(
+    machine: Machine, target: Target, threads: int | None, asked: bool
+) -> tuple[Machine, str]:
+    """The machine with what is fastest on it, and whether that is by `rule` or by `timing`."""
+    from tvm.target import codegen
+
+    off = not asked or os.environ.get("DSC_TUNE") == "0"
+    if off or not machine.bf16 or target.arch not in ("", codegen.llvm_get_system_cpu()):
+        return machine, "rule"
+    threads = threads or len(os.sched_getaffinity(0))
+    key = key_of(machine, threads)
+    found = load(key)
+    if found is None:
+        found = agreed(time_candidates(machine, threads), Tiling.of(machine))
+        store(key, found)
+    return replace(machine, **asdict(found)), "timing"
+
+
+def agreed(measurements: Sequence[Times], default: Tiling) -> Tiling:
+    """What all measurements choose, or the default."""
+    found = {choose(times, default) for times in measurements}
+    return found.pop() if len(found) == 1 else default
+
+
+def choose(times: Times, default: Tiling) -> Tiling:
+    """The way to multiply by many rows, then columns by shape; the default where little is gained.
+
+    A way that makes many rows faster must not make one row slower by as much.
+    """
+    way, other = default.pairs, not default.pairs
+    if (other, default.wide) in times:
+        few = times[other, default.narrow][FEW] / times[way, default.narrow][FEW]
+        many = times[other, default.wide][MANY] / times[way, default.wide][MANY]
+        way = other if many <= MARGIN and few * MARGIN <= 1 else way
+
+    def columns(default: int, rows: int) -> int:
+        seconds = {n: found[rows] for (pairs, n), found in times.items() if pairs is way}
+        fastest = min(seconds, key=lambda n: seconds[n])
+        return fastest if seconds[fastest] <= MARGIN * seconds[default] else default
+
+    return Tiling(way, columns(default.narrow, FEW), columns(default.wide, MANY))
+
+
+def time_candidates(machine: Machine, threads: int) -> list[Times]:
+    """Two measurements: seconds by candidate and shape, the least of rounds in turns.
+
+    The rounds of both alternate.
+    """
+    import numpy as np
+
+    draw = np.random.default_rng(0).integers
+    # bf16 from 2^-15 to 2: no product is subnormal.
+    x, w = (draw(0x3800, 0x3FFF, n, dtype=np.uint16) for n in (MANY * K, M * K))
+    y = np.zeros(MANY * M, dtype=np.uint16)
+    with tempfile.TemporaryDirectory(prefix="dsc-tuning-") as folder:
+        runs = build(machine, Path(folder), threads)
+        found = list(itertools.product(runs, COLUMNS))
+        both = [{c: dict.fromkeys((FEW, MANY), float("inf")) for c in found} for _ in range(2)]
+        for number, rows in itertools.product(range(2 * ROUNDS), (FEW, MANY)):
+            times = both[number // 2 % 2]
+            turns = found if number % 2 else found[::-1]
+            for way, columns in (turns[-1], *turns):  # what comes first pays for what was before
+                start = time.perf_counter()
+                runs[way](x.ctypes.data, w.ctypes.data, y.ctypes.data, rows, M, K, columns)
+                seconds = time.perf_counter() - start
+                times[way, columns][rows] = min(times[way, columns][rows], seconds)
+    return list(both)
+
+
+def build(machine: Machine, folder: Path, threads: int) -> dict[bool, Callable[..., Any]]:
+    """`linear` by the way to multiply, the machine's own first; they take addresses and sizes."""
+    from dsc.backends.tvm import lean, library
+    from dsc.backends.tvm.bf16 import instructions_of
+    from dsc.backends.tvm.kernels.bf16_linear import bf16_linear_cut
+
+    runs: dict[bool, Callable[..., Any]] = {}
+    for way in (machine.pairs, not machine.pairs) if machine.narrows else (machine.pairs,):
+        with instructions_of(replace(machine, pairs=way)):
+            functions = {"linear": bf16_linear_cut().with_attr("global_symbol", "linear")}
+        path = folder / f"linear_{way}.so"
+        path.write_bytes(library.compile_library(functions, machine))
+        runs[way] = lean.load_library(path, threads)["linear"]
+    lean.Threads(threads).apply()
+    return runs
+
+
+def key_of(machine: Machine, threads: int) -> dict[str, Any]:
+    """Everything that the fastest choice depends on, in full."""
+    from tvm.target import codegen
+
+    from dsc.backends.tvm.machine import tvm_target
+
+    sources = sorted(Path(__file__).parent.rglob("*.py"))
+    return {
+        "kernel": "bf16_linear",
+        "rows": [FEW, MANY],
+        "weight": [M, K],
+        "machine": asdict(machine),
+        "features": sorted(codegen.llvm_get_cpu_features(tvm_target(machine.cpu))),
+        "threads": threads,
+        "versions": {"tvm": version("apache-tvm"), "llvm": int(codegen.llvm_version_major())},
+        "ours": hashlib.sha256(b"".join(p.read_bytes() for p in sources)).hexdigest(),
+        "dsc": __version__,
+    }
+
+
+def load(key: Mapping[str, Any]) -> Tiling | None:
+    """What was chosen under a key, or `None`."""
+    try:
+        entry = json.loads(_path(key).read_text())
+        found = Tiling(**entry["tiling"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
+    cut = found.narrow in COLUMNS and found.wide in COLUMNS and type(found.pairs) is bool
+    return found if cut and entry["key"] == dict(key) else None
+
+
+def store(key: Mapping[str, Any], found: Tiling) -> None:
+    """Keep a choice."""
+    path = _path(key)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+            fresh = Path(folder) / "entry"
+            fresh.write_text(json.dumps({"key": key, "tiling": asdict(found)}))
+            os.replace(fresh, path)
+    except OSError:
+        return  # a cache that cannot be written is a slower compile, not an error
+
+
+def _path(key: Mapping[str, Any]) -> Path:
+    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
+    return base / "dsc" / "tuning" / f"{name}.json"

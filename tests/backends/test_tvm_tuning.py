@@ -1,0 +1,165 @@
+"""The search over ways to cut bf16 products: its choice, its cache, its results."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("tvm")
+
+from dsc.backends.tvm import tuning
+from dsc.backends.tvm.machine import Machine, machine_for
+from dsc.backends.tvm.tuning import FEW, MANY, Tiling, agreed, choose
+from dsc.targets import parse_target
+
+BOTH = Machine("host", lanes=16, rows=4, columns=4, bf16=True, narrows=True)
+RULE = Tiling.of(BOTH)
+
+
+def times(**changed: tuple[float, float]) -> dict[tuple[bool, int], dict[int, float]]:
+    """One second for all candidates but the changed ones, such as pairs_64=(few, many)."""
+    found = {(way, n): {FEW: 1.0, MANY: 1.0} for way in (False, True) for n in tuning.COLUMNS}
+    for name, (few, many) in changed.items():
+        way, _, columns = name.partition("_")
+        found[way == "pairs", int(columns)] = {FEW: few, MANY: many}
+    return found
+
+
+@pytest.mark.parametrize(
+    ("measured", "wanted"),
+    [
+        (times(), RULE),
+        (times(widened_32=(0.95, 0.95)), RULE),
+        (times(widened_32=(0.8, 1.0)), replace(RULE, narrow=32)),
+        (times(widened_32=(1.0, 0.8)), replace(RULE, wide=32)),
+        (times(pairs_64=(1.0, 0.5)), replace(RULE, pairs=True)),
+        (times(pairs_64=(1.0, 0.95)), RULE),
+        (times(pairs_64=(1.0, 0.5), pairs_16=(1.3, 1.0)), RULE),
+        (times(pairs_32=(0.1, 0.1)), RULE),
+    ],
+    ids=["level", "noise", "few", "many", "way", "way_noise", "way_costs_decoding", "other_cut"],
+)
+def test_what_is_clearly_faster_is_chosen(measured: Any, wanted: Tiling) -> None:
+    assert choose(measured, RULE) == wanted
+
+
+def test_a_cpu_with_one_way_to_multiply_keeps_it() -> None:
+    one = {c: t for c, t in times(widened_16=(1.0, 0.5)).items() if not c[0]}
+    assert choose(one, RULE) == replace(RULE, wide=16)
+
+
+def test_measurements_that_disagree_change_nothing() -> None:
+    faster, level = times(widened_32=(0.5, 1.0)), times()
+    assert agreed([faster, faster], RULE) == replace(RULE, narrow=32)
+    assert agreed([faster, level], RULE) == RULE
+
+
+@pytest.fixture
+def timed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[int]:
+    """Tuning is on, with an empty cache; each search leaves a mark and finds 32 columns faster."""
+    marks: list[int] = []
+
+    def search(machine: Machine, threads: int) -> Any:
+        marks.append(threads)
+        return [times(widened_32=(0.5, 1.0))] * 2
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv("DSC_TUNE", raising=False)
+    monkeypatch.setattr(tuning, "time_candidates", search)
+    return marks
+
+
+def host() -> Machine:
+    """The host, as if it had both ways."""
+    return replace(BOTH, cpu=machine_for(parse_target("cpu")).cpu)
+
+
+def test_a_choice_is_kept_by_its_whole_key(timed: list[int]) -> None:
+    target = parse_target("cpu")
+    first = tuning.tuned(host(), target, 1, asked=True)
+    assert first == (replace(host(), narrow=32), "timing")
+    assert tuning.tuned(host(), target, 1, asked=True) == first
+    assert timed == [1]
+    tuning.tuned(host(), target, 2, asked=True)
+    tuning.tuned(replace(host(), rows=3), target, 1, asked=True)
+    assert timed == [1, 2, 1]
+
+
+@pytest.mark.parametrize(
+    "damage", ["", "[]", "{}", '{"key": {}, "tiling": {"pairs": false, "narrow": 32, "wide": 64}}']
+)
+def test_a_damaged_or_foreign_file_is_a_miss(timed: list[int], tmp_path: Path, damage: str) -> None:
+    tuning.tuned(host(), parse_target("cpu"), 1, asked=True)
+    (kept,) = (tmp_path / "dsc" / "tuning").iterdir()
+    kept.write_text(damage)
+    tuning.tuned(host(), parse_target("cpu"), 1, asked=True)
+    assert timed == [1, 1]
+    assert '"narrow": 32' in kept.read_text()
+
+
+def test_a_choice_that_was_never_offered_is_a_miss(timed: list[int]) -> None:
+    key = tuning.key_of(host(), 1)
+    tuning.store(key, Tiling(False, 32, 64))
+    assert tuning.load(key) == Tiling(False, 32, 64)
+    tuning.store(key, Tiling(False, 17, 64))
+    assert tuning.load(key) is None
+
+
+def test_rules_where_nothing_is_to_be_timed(
+    timed: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    elsewhere = parse_target("cpu:x86-64-v4")
+    assert tuning.tuned(host(), elsewhere, 1, asked=True) == (host(), "rule")
+    plain = replace(host(), bf16=False)
+    assert tuning.tuned(plain, parse_target("cpu"), 1, asked=True) == (plain, "rule")
+    assert tuning.tuned(host(), parse_target("cpu"), 1, asked=False) == (host(), "rule")
+    monkeypatch.setenv("DSC_TUNE", "0")
+    assert tuning.tuned(host(), parse_target("cpu"), 1, asked=True) == (host(), "rule")
+    assert timed == []
+
+
+def test_every_candidate_is_right_on_odd_shapes(tmp_path: Path) -> None:
+    """All ways and cuts against fp64; a cut changes no bit, and neither do other rows."""
+    machine = machine_for(parse_target("cpu"))
+    if not machine.bf16:
+        pytest.skip("this CPU has no AVX-512")
+    seed = torch.Generator().manual_seed(0)
+    rows, m, k = 21, 83, 2080
+    x, w = (torch.randn(n, k, generator=seed).bfloat16() for n in (rows, m))
+    exact = x.double() @ w.double().T
+    bound = x.double().abs() @ w.double().abs().T * (k / 2**24) + exact.abs() * 2**-8
+    for run in tuning.build(machine, tmp_path, threads=1).values():
+        found = []
+        for columns in tuning.COLUMNS:
+            y = torch.zeros(rows, m, dtype=torch.bfloat16)
+            run(x.data_ptr(), w.data_ptr(), y.data_ptr(), rows, m, k, columns)
+            assert bool(((y.double() - exact).abs() <= bound).all())
+            alone = torch.zeros(1, m, dtype=torch.bfloat16)
+            run(x[5:].data_ptr(), w.data_ptr(), alone.data_ptr(), 1, m, k, columns)
+            assert torch.equal(alone[0], y[5])
+            found.append(y)
+        assert all(torch.equal(y, found[0]) for y in found)
+
+
+def test_timing_covers_every_candidate(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+
+    def build(machine: Machine, folder: Path, threads: int) -> Any:
+        def run(*arguments: int) -> None:
+            calls.append(arguments[3:])
+
+        return {False: run, True: run}
+
+    monkeypatch.setattr(tuning, "build", build)
+    for found in tuning.time_candidates(BOTH, 1):
+        assert list(found) == [(way, n) for way in (False, True) for n in tuning.COLUMNS]
+        assert all(np.isfinite(list(t.values())).all() for t in found.values())
+    assert {(rows, columns) for rows, _, _, columns in calls} == {
+        (rows, n) for rows in (FEW, MANY) for n in tuning.COLUMNS
+    }
+    assert asdict(RULE) == {"pairs": False, "narrow": 16, "wide": 64}
