@@ -16,6 +16,7 @@ from dsc.backends.base import EmitOptions, Executable
 from dsc.backends.tvm import machine
 from dsc.ir.interpreter import run_graph
 from dsc.targets import parse_target
+from tests.backends.tvm_bounds import RULES, excess
 from tests.backends.tvm_cases import POINTS, WIDE, Case, cases, program
 
 pytest.importorskip("tvm")
@@ -91,6 +92,30 @@ def test_kernel_matches_the_reference(case: Case, loaded: Executable) -> None:
             assert tensor.dtype == reference.dtype
             error = relative_error(tensor, reference)
             assert error <= tolerance, f"{name} at {env}: {error:.2e} > {tolerance}"
+
+
+@pytest.mark.parametrize("case", [c for c in FOUND if c.op in RULES], ids=lambda case: case.id)
+def test_errors_stay_within_their_bounds(case: Case, loaded: Executable) -> None:
+    """Every element, against fp64, within what the kernel's sums and roundings allow."""
+    (node,) = case.graph.nodes
+    for env in POINTS:
+        inputs = case.inputs(env)
+        got = loaded.run(case.id, {k: x.clone() for k, x in inputs.items()})["y0"]
+        if got.numel():
+            assert excess(case.op, node.attrs, list(inputs.values()), got) <= 1
+
+
+@pytest.mark.parametrize("op", ["linear", "grouped_linear", "einsum"])
+def test_bounds_see_a_lost_term(op: str, loaded: Executable) -> None:
+    """The kernels on operands whose last term is 0, held against operands that have it."""
+    for case in (c for c in FOUND if c.op == op and c.low_precision):
+        (node,) = case.graph.nodes
+        inputs = case.inputs(POINTS[1])
+        first = next(iter(inputs))
+        cut = inputs | {first: inputs[first].clone()}
+        cut[first][..., -1] = 0
+        got = loaded.run(case.id, cut)["y0"]
+        assert excess(op, node.attrs, list(inputs.values()), got) > 1
 
 
 @pytest.mark.parametrize("case", WIDE_ONLY, ids=lambda case: case.id)

@@ -1,0 +1,120 @@
+"""What a kernel may be wrong by: fp64 results with a bound for every element.
+
+With fp32 sums of n terms in any order the error of a dot product is at most
+gamma(n) = n u / (1 - n u), u = 2^-24, times the sum of |a b| (Higham, Accuracy and Stability of
+Numerical Algorithms, 2nd ed., section 3.1). Products of bf16 are exact in fp32, and our bf16
+kernels sum in 16 lanes at least: n is the length of a lane's chain, k / 16, the 4 steps that sum
+the lanes, and one addition for each range of 1024. The result is rounded once: r = 2^-24 in fp32,
+2^-8 in bf16, relative. A term that is lost is 1 / k of the sum of |a b|, far above gamma(k / 16).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+U = 2.0**-24
+Bounded = tuple[Tensor, Tensor]
+"""The exact result and the bound."""
+Rule = Callable[[Mapping[str, Any], list[Tensor], float], Bounded]
+
+
+def roundoff(dtype: torch.dtype) -> float:
+    """The relative error of rounding to an element type."""
+    return float(torch.finfo(dtype).eps) / 2
+
+
+def gamma(terms: float) -> float:
+    """The relative error of a sum of so many terms."""
+    return terms * U / (1 - terms * U)
+
+
+def chain(k: int, r: float) -> float:
+    """gamma of a dot product of depth k whose operands have roundoff r."""
+    return gamma(k + 1) if r < 1e-6 else gamma(-(-k // 16) + 8 + k // 1024)
+
+
+def _products(
+    given: list[Tensor], r: float, k: int, dot: Callable[[Tensor, Tensor], Tensor]
+) -> Bounded:
+    a, b, *bias = given
+    exact, total = dot(a, b), dot(a.abs(), b.abs())
+    if bias:
+        exact, total = exact + bias[0], total + bias[0].abs()
+    error = chain(k, r) * total
+    return exact, error + r * (exact.abs() + error)
+
+
+def _linear(attrs: Mapping[str, Any], given: list[Tensor], r: float) -> Bounded:
+    return _products(given, r, given[1].shape[-1], lambda x, w: x @ w.T)
+
+
+def _grouped(attrs: Mapping[str, Any], given: list[Tensor], r: float) -> Bounded:
+    x, w, offsets = given
+    ends = [int(n) for n in offsets]
+
+    def dot(x: Tensor, w: Tensor) -> Tensor:
+        return torch.cat([x[a:b] @ m.T for a, b, m in zip(ends, ends[1:], w, strict=False)])
+
+    return _products([x, w], r, w.shape[-1], dot)
+
+
+def _einsum(attrs: Mapping[str, Any], given: list[Tensor], r: float) -> Bounded:
+    terms, result = attrs["eq"].split("->")
+    (shared,) = set(terms.replace(",", "")) - set(result)
+    k = given[0].shape[terms.split(",")[0].index(shared)]
+    return _products(given, r, k, lambda a, b: torch.einsum(attrs["eq"], a, b))
+
+
+def _matmul(attrs: Mapping[str, Any], given: list[Tensor], r: float) -> Bounded:
+    return _products(given, r, given[0].shape[-1], torch.matmul)
+
+
+def _rms_norm(attrs: Mapping[str, Any], given: list[Tensor], r: float) -> Bounded:
+    """The normalised row is rounded, then its product with the weight."""
+    x, weight = given
+    exact = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + attrs["eps"]) * weight
+    return exact, exact.abs() * (2 * r + gamma(x.shape[-1] + 8) + r * r)
+
+
+def _latent_attention(attrs: Mapping[str, Any], given: list[Tensor], r: float) -> Bounded:
+    """Scores, weights e^s (4 u, and r where they meet bf16 values) and sums, each with its part.
+
+    An error of at most d in all scores changes a weight by e^2d; the sum of weights is rounded too.
+    """
+    q, q_rope, latent, rope, lengths = given
+    keys, queries = torch.cat([latent, rope], -1), torch.cat([q, q_rope], -1)
+    scale, context = attrs["scale"], latent.shape[1]
+    scores = torch.einsum("bshd,btd->bhst", queries, keys) * scale
+    sizes = torch.einsum("bshd,btd->bhst", queries.abs(), keys.abs()) * scale
+    ends = lengths.long()[:, None] + torch.arange(q.shape[1]) + 1
+    seen = torch.arange(context) < ends.clamp(max=context)[:, None, :, None]
+    weights = scores.masked_fill(~seen, float("-inf")).softmax(-1)
+    # The scaled score and its distance to the maximum are rounded once more each.
+    wrong = (sizes * (chain(keys.shape[-1], r) + 4 * U)).masked_fill(~seen, 0).amax(-1)
+    share = torch.expm1(2 * wrong) + 2 * (r + gamma(context + 16))
+    exact = torch.einsum("bhst,btc->bshc", weights, latent)
+    total = torch.einsum("bhst,btc->bshc", weights, latent.abs())
+    error = total * share.transpose(1, 2)[..., None]
+    return exact, error + r * (exact.abs() + error)
+
+
+RULES: dict[str, Rule] = {
+    "linear": _linear,
+    "grouped_linear": _grouped,
+    "einsum": _einsum,
+    "matmul": _matmul,
+    "rms_norm": _rms_norm,
+    "latent_attention": _latent_attention,
+}
+"""Bounds by operator."""
+
+
+def excess(op: str, attrs: Mapping[str, Any], given: list[Tensor], got: Tensor) -> float:
+    """The largest error as a share of its bound."""
+    r = roundoff(got.dtype)
+    exact, bound = RULES[op](attrs, [x.double() for x in given], r)
+    return float(((got.double() - exact).abs() / bound.clamp(min=1e-300)).max())
