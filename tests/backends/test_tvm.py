@@ -81,13 +81,17 @@ def test_chunked_prefill_is_the_same_as_whole(compiled: CompiledModel) -> None:
     assert largest_error(parts.prefill(ids[:, 20:]), whole.prefill(ids)) <= FP32
 
 
-@pytest.mark.parametrize("cpu", ["x86-64-v3", "x86-64"])
-def test_code_for_older_cpus_agrees(program: Program, cpu: str) -> None:
+@pytest.mark.parametrize(
+    ("cpu", "dtype"), [("x86-64-v3", DType.f32), ("x86-64", DType.f32), ("x86-64-v3", DType.bf16)]
+)
+def test_code_for_older_cpus_agrees(cpu: str, dtype: DType) -> None:
+    program = canonical_lm(Sizes(dtype=dtype))
     backend, target = get("tvm"), parse_target(f"cpu:{cpu}")
     done, _ = pipeline.run(program, backend, target, pipeline.PipelineOptions())
     done = replace(done, entries={"extend": done.entries["extend"]})
     model = CompiledModel(done, "tvm", {}, _emission=backend.emit(done, EmitOptions((target,))))
-    compare(Session(model.executable, done, ROWS, CONTEXT, CHUNK), interpreted(program), FP32)
+    ours = Session(model.executable, done, ROWS, CONTEXT, CHUNK)
+    compare(ours, interpreted(program), FP32 if dtype is DType.f32 else BF16)
 
 
 def test_layers_share_kernels(program: Program) -> None:
