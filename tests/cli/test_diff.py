@@ -199,7 +199,7 @@ def test_json_is_one_document(invoke: Invoke, dumps: Path) -> None:
 def test_mistakes_are_told(invoke: Invoke, dumps: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="nothing at"):
         invoke("diff", str(tmp_path / "a"), str(SMALL))
-    with pytest.raises(UsageError, match="holds the stages input, specialise_entries"):
+    with pytest.raises(UsageError, match="holds the stages input, merge_shared_expert"):
         open_side(str(dumps / "nonsense"))
     with pytest.raises(UsageError, match="is no artifact"):
         invoke("diff", str(tmp_path), str(SMALL))

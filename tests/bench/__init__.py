@@ -1,0 +1,1 @@
+"""Tests of the benchmarks' protocol; figures are taken by hand on a quiet machine."""
