@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 Progress = Callable[[str, int, int], None]
 BUILT_IN = {"v3": "v3.py", "tiny": "v3.py", "tiny-v3": "v3.py"}
-CONSTANT = "constant:"
+CONSTANT = "constant."
 """Prefix of the keys of values that the tracer found in the module and no checkpoint holds."""
 
 
