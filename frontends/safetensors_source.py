@@ -103,7 +103,8 @@ class SafetensorsFile:
 
     def release(self) -> None:
         """Give the pages that were read back: they can be read again."""
-        self._bytes.madvise(mmap.MADV_DONTNEED)
+        if "_bytes" in vars(self):
+            self._bytes.madvise(mmap.MADV_DONTNEED)
 
     def load(self, key: str, rows: slice = slice(None)) -> torch.Tensor:
         """Give the tensor `key`, or `rows` of its leading axis: a read-only view of the file."""

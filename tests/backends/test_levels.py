@@ -53,9 +53,6 @@ def written(model: str, dtype: str) -> Program:
     return replace(program, entries={graph.name: replace(graph, nodes=nodes)})
 
 
-TORCH = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
 @cache
 def stock(model: str) -> torch.nn.Module:
     """transformers' model of three layers."""
@@ -68,7 +65,7 @@ def logits(model: str, backend: str, dtype: str, level: int) -> torch.Tensor:
     """Of a prefill of two lengths and a decode step, no expert forced."""
     options: dict[str, Any] = {"backend": backend, "fusion_level": level}
     if model.startswith("stock"):
-        module = deepcopy(stock(model)).to(TORCH[dtype])
+        module = deepcopy(stock(model)).to(DTYPES[dtype].torch)
         compiled = dsc.compile(module, max_batch=2, max_context=64, **options)
     else:
         compiled = compile_program(written(model, dtype), **options)
