@@ -119,14 +119,16 @@ def entry_function(entry: str, slots: Slots) -> PrimFunc:
     def body(values: Expr, steps: Expr) -> None:
         table = Tensor(values, DType.i64, (len(slots.numbers),))
         for dim in slots.derived:
-            table.store(_evaluate(dim, table, slots), slots.numbers[dim])
-        T.evaluate(_call(EXECUTE, [values, steps]))
+            table.store(
+                dim_value(dim, lambda name: table.load(slots.numbers[name])), slots.numbers[dim]
+            )
+        T.evaluate(call_function(EXECUTE, [values, steps]))
 
     return build(body).with_attr("global_symbol", entry)
 
 
-def _evaluate(dim: Dim, table: Tensor, slots: Slots) -> Expr:
-    """The value of a dim inside an entry's function."""
+def dim_value(dim: Dim, symbol: Callable[[str], Expr]) -> Expr:
+    """The value of a dim as int64, where `symbol` gives those of its symbols."""
     if isinstance(dim, int):
         return integer(dim)
     terms = []
@@ -134,10 +136,10 @@ def _evaluate(dim: Dim, table: Tensor, slots: Slots) -> Expr:
         factors = [integer(coefficient)]
         for atom in monomial:
             if isinstance(atom, str):
-                factors.append(table.load(slots.numbers[atom]))
+                factors.append(symbol(atom))
                 continue
-            over = _evaluate(atom.numerator, table, slots)
-            factors.append(tirx.floordiv(over, _evaluate(atom.denominator, table, slots)))
+            over = dim_value(atom.numerator, symbol)
+            factors.append(tirx.floordiv(over, dim_value(atom.denominator, symbol)))
         terms.append(reduce(mul, factors))
     return reduce(lambda a, b: a + b, terms)
 
@@ -153,7 +155,7 @@ def execute_function(kernels: Mapping[str, PrimFunc], numbers: Mapping[str, int]
         def run(name: str) -> None:
             first, arity = bind(at[0] + 1), len(kernels[name].params)
             pairs = [(words.at(first + 2 * i), words.at(first + 2 * i + 1)) for i in range(arity)]
-            T.evaluate(_call(name, [table.at(slot) + added for slot, added in pairs]))
+            T.evaluate(call_function(name, [table.at(slot) + added for slot, added in pairs]))
             at[0] = first + 2 * arity
 
         with loop(bind(words.at(0))):
@@ -188,17 +190,18 @@ def _switch(number: Expr, cases: Sequence[tuple[int, str]], run: Callable[[str],
             _switch(number, cases[middle:], run)
 
 
-def _call(name: str, arguments: Sequence[Expr]) -> Expr:
-    return Call(_global(name), list(arguments), ret_ty=ir.PrimType("int32"))
+def call_function(name: str, arguments: Sequence[Expr]) -> Expr:
+    """A call of another function of the library."""
+    return Call(global_var(name), list(arguments), ret_ty=ir.PrimType("int32"))
 
 
 @cache
-def _global(name: str) -> Any:
+def global_var(name: str) -> Any:
     """One GlobalVar a name: TVM compares them by identity."""
     return ir.GlobalVar(name)
 
 
-def _pipeline() -> tuple[Any, Callable[[], Any], Callable[[], Any]]:
+def tir_passes() -> tuple[Any, Callable[[], Any], Callable[[], Any]]:
     """The passes that our kernels need.
 
     TVM's own pipeline takes ten times as long, and its storage rewrite would hoist local arrays
@@ -221,8 +224,8 @@ def compile_library(functions: Mapping[str, PrimFunc], machine: Machine) -> byte
             "the tvm backend found no C++ compiler to link its library with",
             hint="install g++ (apt install g++)",
         )
-    module = tvm.IRModule({_global(name): f for name, f in functions.items()})
-    tirx.register_tir_pipeline(PIPELINE, _pipeline)
+    module = tvm.IRModule({global_var(name): f for name, f in functions.items()})
+    tirx.register_tir_pipeline(PIPELINE, tir_passes)
     built = tvm.compile(module, target=tvm_target(machine.cpu), tir_pipeline=PIPELINE)
     with tempfile.TemporaryDirectory(prefix="dsc-tvm-") as folder:
         path = Path(folder) / "kernels.so"

@@ -18,8 +18,6 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import reduce
-from operator import mul
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,7 +33,7 @@ from dsc.backends.tvm import library
 from dsc.backends.tvm.bf16 import instructions_of
 from dsc.backends.tvm.machine import Machine, tvm_target
 from dsc.backends.tvm.schedule import VIEWS, KernelTable, launch_of
-from dsc.backends.tvm.tir import Expr, PrimFunc, integer
+from dsc.backends.tvm.tir import Expr, PrimFunc
 from dsc.errors import UsageError
 from dsc.ir.dims import Dim, free_symbols
 from dsc.ir.graph import Graph, Node, Operand, Value
@@ -158,10 +156,10 @@ class _Module:
             ]  # fmt: skip
             done = ir.transform.Sequential(steps)(module)
             for name, kernel in kernels.items():  # private: called by address, not by the VM
-                done[library._global(name)] = kernel
+                done[library.global_var(name)] = kernel
             return done
 
-        tirx.register_tir_pipeline(library.PIPELINE, library._pipeline)
+        tirx.register_tir_pipeline(library.PIPELINE, library.tir_passes)
         built = relax.build(
             self.builder.get(), tvm_target(self.machine.cpu), relax_pipeline=lower,
             tir_pipeline=library.PIPELINE,
@@ -190,7 +188,7 @@ def _door(
         ]
         outputs = {i: _address(h, results[i], f"y{i}") for i, h in made.items()}
         ends = [inputs[s] if s >= 0 else outputs[i] for i, s in enumerate(shared)]
-        T.evaluate(library._call(kernel, [*inputs, *ends, *numbers]))
+        T.evaluate(library.call_function(kernel, [*inputs, *ends, *numbers]))
     return builder.get()
 
 
@@ -206,19 +204,7 @@ def _type(type: TensorType, sizes: Mapping[str, Any]) -> Any:
 
 def _size(dim: Dim, sizes: Mapping[str, Any]) -> Expr:
     """A dim over the function's symbols."""
-    if isinstance(dim, int):
-        return integer(dim)
-    terms = []
-    for monomial, coefficient in dim.terms:
-        factors = [integer(coefficient)]
-        for atom in monomial:
-            if isinstance(atom, str):
-                factors.append(sizes[atom])
-                continue
-            over = _size(atom.numerator, sizes)
-            factors.append(tirx.floordiv(over, _size(atom.denominator, sizes)))
-        terms.append(reduce(mul, factors))
-    return reduce(lambda a, b: a + b, terms)
+    return library.dim_value(dim, sizes.__getitem__)
 
 
 def _plain(name: str) -> str:
