@@ -11,7 +11,6 @@ cache off. A damaged or foreign file is a miss.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import sys
@@ -32,6 +31,7 @@ from dsc.ir.parser import parse_program
 from dsc.ir.printer import print_program
 from dsc.ir.program import Program
 from dsc.ir.weights import LayeredSource, MetaSource, sources
+from dsc.user_folders import cache_entry
 
 if TYPE_CHECKING:
     import torch
@@ -100,6 +100,4 @@ def store(key: Mapping[str, Any], program: Program, constants: Mapping[str, torc
 def _path(key: Mapping[str, Any]) -> Path | None:
     if os.environ.get("DSC_TRACE_CACHE") == "off":
         return None
-    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
-    return base / "dsc" / "traces" / f"{name}.json"
+    return cache_entry("traces", key)

@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, Any
 
 from dsc._version import __version__
 from dsc.backends.tvm.machine import Machine
+from dsc.user_folders import cache_entry
 
 if TYPE_CHECKING:
     from dsc.targets import Target
@@ -193,6 +194,4 @@ def store(key: Mapping[str, Any], found: Tiling) -> None:
 
 
 def _path(key: Mapping[str, Any]) -> Path:
-    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
-    return base / "dsc" / "tuning" / f"{name}.json"
+    return cache_entry("tuning", key)

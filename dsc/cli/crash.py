@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import shlex
 import tempfile
@@ -13,6 +12,7 @@ from pathlib import Path
 
 from dsc._version import __version__
 from dsc.errors import InternalError
+from dsc.user_folders import state_folder
 
 
 def save_crash(error: BaseException, argv: Sequence[str]) -> tuple[Path, str]:
@@ -37,11 +37,11 @@ def save_crash(error: BaseException, argv: Sequence[str]) -> tuple[Path, str]:
 
 def _new_folder() -> Path:
     """Make a fresh folder in the user's state folder, or a temporary one where that fails."""
-    state = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state")
+    crashes = state_folder() / "crashes"
     stamp = time.strftime("%Y%m%d-%H%M%S")
     try:
-        (state / "dsc" / "crashes").mkdir(parents=True, exist_ok=True)
-        return Path(tempfile.mkdtemp(prefix=f"{stamp}-", dir=state / "dsc" / "crashes"))
+        crashes.mkdir(parents=True, exist_ok=True)
+        return Path(tempfile.mkdtemp(prefix=f"{stamp}-", dir=crashes))
     except OSError:
         return Path(tempfile.mkdtemp(prefix=f"dsc-crash-{stamp}-"))
 

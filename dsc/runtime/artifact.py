@@ -27,6 +27,7 @@ from dsc.ir.printer import print_program
 from dsc.ir.program import Program
 from dsc.ir.ranks import at_rank
 from dsc.runtime.packing import layout, pack
+from dsc.user_folders import state_folder
 
 FORMAT = 1
 MANIFEST = "dsc.json"
@@ -272,8 +273,7 @@ def _holds_code(manifest: Mapping[str, Any]) -> bool:
 
 
 def _state_file(manifest: bytes) -> Path:
-    base = os.environ.get("XDG_STATE_HOME") or str(Path.home() / ".local" / "state")
-    return Path(base) / "dsc" / "built" / hashlib.sha256(manifest).hexdigest()
+    return state_folder() / "built" / hashlib.sha256(manifest).hexdigest()
 
 
 def _remember(manifest: bytes) -> None:

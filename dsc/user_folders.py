@@ -1,0 +1,28 @@
+"""Where dsc keeps what is the user's own: a cache that may go at any time, and state.
+
+The folders are those of the XDG base directory specification; nothing here creates them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+
+def state_folder() -> Path:
+    """`$XDG_STATE_HOME/dsc`, `~/.local/state/dsc` by default."""
+    return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "dsc"
+
+
+def cache_entry(kind: str, key: Mapping[str, Any]) -> Path:
+    """The file of a cache entry, `$XDG_CACHE_HOME/dsc/KIND/HASH.json`, `~/.cache` by default.
+
+    The name is a hash: an entry must hold its whole key, to be compared when it is read.
+    """
+    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
+    return base / "dsc" / kind / f"{name}.json"
