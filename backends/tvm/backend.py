@@ -100,7 +100,8 @@ class TvmBackend:
         if options.extra.get("form") == "relax":
             from dsc.backends.tvm import relax
 
-            return relax.emit(program, machine, options)
+            # Nobody asks the operating system for tiles before TVM's own run time calls a kernel.
+            return relax.emit(program, replace(machine, tiles=False), options)
         by = "rule"
         if _multiplies_bf16(program):
             asked = options.extra.get("tune", True)
@@ -127,12 +128,13 @@ class TvmBackend:
             }
             lists.append(library.encode_steps(plans[name], slots, numbers))
         code = library.compile_library(functions, machine)
+        tiling = Tiling.of(machine)
         if options.progress is not None:
             options.progress("kernels", len(table.names), len(table.names))
         meta = {
             "cpu": machine.cpu,
             "threads": options.threads,
-            "tiling": {**asdict(Tiling.of(machine)), "by": by},
+            "tiling": {**asdict(tiling), "by": by},
             "weights": weights,
             "entries": entries,
             "guards": dict(program.meta.get("guards", {})),
@@ -140,9 +142,9 @@ class TvmBackend:
         runner = Path(__file__).with_name("runner.py.txt").read_text()
         plan = Plan(plans, {"backend": self.name, "cpu": machine.cpu})
         files = {LIBRARY: code, STEPS: np.concatenate(lists).tobytes()}
-        way = "pairs" if machine.pairs else "widened"
-        cut = f"bf16 products {way}, {machine.narrow} | {machine.wide} columns a task, by {by}"
-        notes = (cut,) if machine.bf16 and _multiplies_bf16(program) else ()
+        cut = f"{tiling.narrow} | {tiling.wide} columns a task, by {by}"
+        native = machine.bf16 and _multiplies_bf16(program)
+        notes = (f"bf16 products by {tiling.way}, {cut}",) if native else ()
         return Emission(files, plan, meta=meta, runner=runner, notes=notes)
 
     def load(self, folder: Path, manifest: Mapping[str, Any], program: Program) -> Executable:

@@ -12,7 +12,7 @@ and the few operations on it are LLVM IR functions, linked into the library by a
     mesh_low, mesh_high     fp32 sums of even and of odd columns, back in the order of columns
     narrow      fp32 to bf16, to nearest even (where it is vcvtneps2bf16, subnormals become 0)
 
-There are two ways to multiply, and which is faster is the CPU's affair (`Machine.pairs`):
+There are two ways to multiply vectors, and which is faster is the CPU's affair (`Machine.pairs`):
 
     pairs       vdpbf16ps, 64 flops an instruction. Zen 4 and 5 start one or two a cycle.
     widened     even and odd lanes by two fp32 FMAs. Intel's cores start a vdpbf16ps every second
@@ -30,6 +30,7 @@ from contextvars import ContextVar
 from tvm import tirx
 from tvm.tirx.script.builder import ir as T
 
+from dsc.backends.tvm import amx
 from dsc.backends.tvm.machine import Machine
 from dsc.backends.tvm.tir import Expr, Local, Tensor, bind, span, splat
 from dsc.ir.types import DType
@@ -165,6 +166,11 @@ define linkonce_odr i32 @dsc_prefetch(ptr %p) #0 {{
   ret i32 0
 }}
 
+define linkonce_odr i32 @dsc_prefetch_far(ptr %p) #0 {{
+  call void @llvm.prefetch.p0(ptr %p, i32 0, i32 2, i32 1)
+  ret i32 0
+}}
+
 define linkonce_odr <4 x float> @dsc_sum4(
     <16 x float> %a, <16 x float> %b, <16 x float> %c, <16 x float> %d) #0 {{
   %ab0 = shufflevector <16 x float> %a, <16 x float> %b, {_quarters((0, 16, 1, 17))}
@@ -210,6 +216,11 @@ def by_pairs() -> bool:
     return _machine.get().pairs
 
 
+def by_tiles() -> bool:
+    """Whether products of rows with weights go by tile registers."""
+    return _machine.get().tiles
+
+
 def columns_of_tasks() -> tuple[int, int]:
     """Columns that a task of the kernel that is being built takes, with few rows and with many."""
     machine = _machine.get()
@@ -222,7 +233,8 @@ def instructions() -> Iterator[None]:
     machine = _machine.get()
     dot = _PAIR_DOT if machine.pairs else _WIDENED_DOT
     narrowed = _NARROW if machine.narrows else _ROUNDED
-    with T.attr("bf16", "pragma_import_llvm", _COMMON + dot + narrowed):
+    tiles = amx.functions() if machine.tiles else ""
+    with T.attr("bf16", "pragma_import_llvm", _COMMON + dot + narrowed + tiles):
         yield
 
 
@@ -278,6 +290,12 @@ def meshed(low: Expr, high: Expr) -> tuple[Expr, Expr]:
 def prefetch(x: Tensor, position: Expr) -> None:
     """Ask for the cache line of an element; a position past the end does no harm."""
     T.evaluate(tirx.call_extern("int32", "dsc_prefetch", T.address_of(x.buffer[position])))
+
+
+def prefetch_far(x: Tensor, position: Expr) -> None:
+    """As `prefetch`, into the second-level cache."""
+    far = tirx.call_extern("int32", "dsc_prefetch_far", T.address_of(x.buffer[position]))
+    T.evaluate(far)
 
 
 def bits(x: Tensor | Local, position: Expr, lanes: int = LANES) -> Expr:

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dsc.backends.base import Signature
-from dsc.backends.tvm.lean import MappedWeights, Threads, load_library
+from dsc.backends.tvm.lean import MappedWeights, Threads, load_library, tiles_allowed
 from dsc.backends.tvm.timed import TimedEntry, timed_entries
-from dsc.errors import ArtifactError, UsageError
+from dsc.errors import ArtifactError, BackendUnavailable, UsageError
 from dsc.ir.dims import evaluate
 from dsc.ir.graph import Graph
 from dsc.ir.paging import block_tables, check_block_table
@@ -36,6 +36,11 @@ class TvmExecutable:
         self.meta = manifest["meta"]
         self._folder = folder
         self._timed: dict[str, TimedEntry] | None = None
+        if self.meta["tiling"]["way"] == "tiles" and not tiles_allowed():
+            raise BackendUnavailable(
+                "this artifact multiplies by AMX, which this CPU or operating system does not give",
+                hint="compile it on this machine, or for a target such as cpu:x86-64-v4",
+            )
         self.functions = load_library(folder / "tvm" / "kernels.so", self.meta["threads"])
         self._threads = Threads(self.meta["threads"])
         self.weights = self._map_weights(folder, manifest["weights"])

@@ -38,6 +38,21 @@ def runtime_library() -> ctypes.CDLL:
     return ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
 
 
+@cache
+def tiles_allowed() -> bool:
+    """Whether this process may use the CPU's tile registers; asks the operating system for it."""
+    try:
+        flags = Path("/proc/cpuinfo").read_text().partition("\nflags")[2].partition("\n")[0]
+    except OSError:
+        return False
+    if not {"amx_tile", "amx_bf16"} <= set(flags.split()):
+        return False
+    return int(ctypes.CDLL(None).syscall(_SYS_ARCH_PRCTL, _REQUEST_PERMISSION, _TILE_DATA)) == 0
+
+
+_SYS_ARCH_PRCTL, _REQUEST_PERMISSION, _TILE_DATA = 158, 0x1023, 18  # asm/prctl.h of Linux, x86-64
+
+
 def load_library(path: Path, threads: int | None) -> Any:
     """The functions of a library by name. The thread pool will have room for `threads`."""
     cores = len(os.sched_getaffinity(0))

@@ -1,7 +1,7 @@
 """How bf16 products are cut for the CPU at hand: a few candidates, timed once on the host.
 
-A candidate says how products are multiplied (`Machine.pairs`, where the CPU has both ways) and how
-many columns a task takes. Each is timed on two representative products, one row (bound by
+A candidate says how products are multiplied (`WAYS`, of those that the CPU has) and how many
+columns a task takes. Each is timed on two representative products, one row (bound by
 bandwidth) and 64 rows (bound by arithmetic), on fixed data, in turns; a shape's time is the least
 of its rounds. The default stays unless another choice is a tenth faster in each of two measurements
 on their own, so that noise does not turn a choice over. The way to multiply is one for all shapes:
@@ -44,23 +44,39 @@ M, K = 3072, 2048
 """The weight of the products that are timed: 12 MiB, more than second-level caches hold."""
 FEW, MANY = 1, 64
 """Their numbers of rows."""
-Times = Mapping[tuple[bool, int], Mapping[int, float]]
-"""Seconds by candidate, which is whether products go by pairs and the columns of a task, and by
-number of rows."""
+WAYS = ("tiles", "widened", "pairs")
+"""Ways to multiply: tile registers (`amx`), fp32 FMAs on widened lanes, vdpbf16ps (`bf16`)."""
+Times = Mapping[tuple[str, int], Mapping[int, float]]
+"""Seconds by candidate, which is a way to multiply and the columns of a task, and by number of
+rows."""
 
 
 @dataclass(frozen=True, slots=True)
 class Tiling:
-    """What may be chosen: see `Machine`, whose fields these are."""
+    """What may be chosen: a way to multiply, and the columns of a task (see `Machine`)."""
 
-    pairs: bool
+    way: str
     narrow: int
     wide: int
 
     @staticmethod
     def of(machine: Machine) -> Tiling:
         """What a machine has by rule."""
-        return Tiling(machine.pairs, machine.narrow, machine.wide)
+        way = "tiles" if machine.tiles else "pairs" if machine.pairs else "widened"
+        return Tiling(way, machine.narrow, machine.wide)
+
+    def on(self, machine: Machine) -> Machine:
+        """A machine with this choice; beside tiles it keeps its way to multiply vectors."""
+        tiles, pairs = self.way == "tiles", self.way == "pairs"
+        pairs = machine.pairs if tiles else pairs
+        return replace(machine, tiles=tiles, pairs=pairs, narrow=self.narrow, wide=self.wide)
+
+
+def ways(machine: Machine) -> list[str]:
+    """How a machine can multiply; what it does by rule comes first."""
+    able = {"tiles": machine.tiles, "widened": True, "pairs": machine.narrows}
+    found = [way for way in WAYS if able[way]]
+    return sorted(found, key=lambda way: way != Tiling.of(machine).way)
 
 
 def tuned(
@@ -78,7 +94,7 @@ def tuned(
     if found is None:
         found = agreed(time_candidates(machine, threads), Tiling.of(machine))
         store(key, found)
-    return replace(machine, **asdict(found)), "timing"
+    return found.on(machine), "timing"
 
 
 def agreed(measurements: Sequence[Times], default: Tiling) -> Tiling:
@@ -92,14 +108,15 @@ def choose(times: Times, default: Tiling) -> Tiling:
 
     A way that makes many rows faster must not make one row slower by as much.
     """
-    way, other = default.pairs, not default.pairs
-    if (other, default.wide) in times:
-        few = times[other, default.narrow][FEW] / times[way, default.narrow][FEW]
-        many = times[other, default.wide][MANY] / times[way, default.wide][MANY]
-        way = other if many <= MARGIN and few * MARGIN <= 1 else way
+    way, best = default.way, MARGIN
+    for other in {way for way, _ in times} - {default.way}:
+        few = times[other, default.narrow][FEW] / times[default.way, default.narrow][FEW]
+        many = times[other, default.wide][MANY] / times[default.way, default.wide][MANY]
+        if many <= best and few * MARGIN <= 1:
+            way, best = other, many
 
     def columns(default: int, rows: int) -> int:
-        seconds = {n: found[rows] for (pairs, n), found in times.items() if pairs is way}
+        seconds = {n: found[rows] for (each, n), found in times.items() if each == way}
         fastest = min(seconds, key=lambda n: seconds[n])
         return fastest if seconds[fastest] <= MARGIN * seconds[default] else default
 
@@ -113,10 +130,14 @@ def time_candidates(machine: Machine, threads: int) -> list[Times]:
     """
     import numpy as np
 
+    from dsc.backends.tvm.kernels.bf16_rows import panel_bytes
+
     draw = np.random.default_rng(0).integers
     # bf16 from 2^-15 to 2: no product is subnormal.
     x, w = (draw(0x3800, 0x3FFF, n, dtype=np.uint16) for n in (MANY * K, M * K))
     y = np.zeros(MANY * M, dtype=np.uint16)
+    panels = np.zeros(panel_bytes(MANY, K), dtype=np.uint8)
+    addresses = [array.ctypes.data for array in (x, w, y, panels)]
     with tempfile.TemporaryDirectory(prefix="dsc-tuning-") as folder:
         runs = build(machine, Path(folder), threads)
         found = list(itertools.product(runs, COLUMNS))
@@ -126,21 +147,21 @@ def time_candidates(machine: Machine, threads: int) -> list[Times]:
             turns = found if number % 2 else found[::-1]
             for way, columns in (turns[-1], *turns):  # what comes first pays for what was before
                 start = time.perf_counter()
-                runs[way](x.ctypes.data, w.ctypes.data, y.ctypes.data, rows, M, K, columns)
+                runs[way](*addresses, rows, M, K, columns)
                 seconds = time.perf_counter() - start
                 times[way, columns][rows] = min(times[way, columns][rows], seconds)
     return list(both)
 
 
-def build(machine: Machine, folder: Path, threads: int) -> dict[bool, Callable[..., Any]]:
+def build(machine: Machine, folder: Path, threads: int) -> dict[str, Callable[..., Any]]:
     """`linear` by the way to multiply, the machine's own first; they take addresses and sizes."""
     from dsc.backends.tvm import lean, library
     from dsc.backends.tvm.bf16 import instructions_of
     from dsc.backends.tvm.kernels.bf16_linear import bf16_linear_cut
 
-    runs: dict[bool, Callable[..., Any]] = {}
-    for way in (machine.pairs, not machine.pairs) if machine.narrows else (machine.pairs,):
-        with instructions_of(replace(machine, pairs=way)):
+    runs: dict[str, Callable[..., Any]] = {}
+    for way in ways(machine):
+        with instructions_of(replace(Tiling.of(machine), way=way).on(machine)):
             functions = {"linear": bf16_linear_cut().with_attr("global_symbol", "linear")}
         path = folder / f"linear_{way}.so"
         path.write_bytes(library.compile_library(functions, machine))
@@ -176,7 +197,7 @@ def load(key: Mapping[str, Any]) -> Tiling | None:
         found = Tiling(**entry["tiling"])
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
-    cut = found.narrow in COLUMNS and found.wide in COLUMNS and type(found.pairs) is bool
+    cut = found.narrow in COLUMNS and found.wide in COLUMNS and found.way in WAYS
     return found if cut and entry["key"] == dict(key) else None
 
 

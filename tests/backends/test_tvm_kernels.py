@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from dsc import pipeline
 from dsc.backends import get
 from dsc.backends.base import EmitOptions, Executable
 from dsc.backends.tvm import machine
+from dsc.backends.tvm.tuning import WAYS, Tiling, ways
 from dsc.ir.interpreter import run_graph
 from dsc.targets import parse_target
 from tests.backends.tvm_bounds import RULES, excess
@@ -57,17 +59,16 @@ def portable(tmp_path_factory: pytest.TempPathFactory) -> Executable:
     return compiled(WIDE_ONLY, "cpu:x86-64", tmp_path_factory.mktemp("portable"))
 
 
-@pytest.fixture(scope="module")
-def other_way(tmp_path_factory: pytest.TempPathFactory) -> Executable:
-    """The products of bf16 by the way that this machine does not take of itself."""
+@pytest.fixture(scope="module", params=WAYS)
+def by_way(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Executable:
+    """The products of bf16 by one of the ways that this machine has."""
     host = machine.machine_for(parse_target("cpu"))
-    if not host.bf16:
-        pytest.skip("this CPU has no AVX-512")
-    if not host.narrows:
-        pytest.skip("this CPU has no vdpbf16ps")
+    if not host.bf16 or request.param not in ways(host):
+        pytest.skip(f"this CPU does not multiply bf16 by {request.param}")
+    chosen = replace(Tiling.of(host), way=request.param).on(host)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(machine, "FULL_RATE", "none" if host.pairs else "")
-        return compiled(WIDE_ONLY, "cpu", tmp_path_factory.mktemp("other_way"))
+        patch.setattr(machine, "machine_for", lambda target: chosen)
+        return compiled(WIDE_ONLY, "cpu", tmp_path_factory.mktemp(request.param))
 
 
 def relative_error(got: torch.Tensor, wanted: torch.Tensor) -> float:
@@ -128,21 +129,23 @@ def test_portable_bf16_kernel_matches_the_reference(case: Case, portable: Execut
 
 
 @pytest.mark.parametrize("case", WIDE_ONLY, ids=lambda case: case.id)
-def test_both_ways_to_multiply_match_the_reference(case: Case, other_way: Executable) -> None:
-    test_kernel_matches_the_reference(case, other_way)
+def test_every_way_to_multiply_matches_the_reference(case: Case, by_way: Executable) -> None:
+    test_kernel_matches_the_reference(case, by_way)
 
 
-@pytest.mark.parametrize("entry", ["linear_1_bf16", "linear_2_bf16", "experts_1_bf16"])
-def test_a_token_is_the_same_alone_and_in_a_batch(entry: str, loaded: Executable) -> None:
+@pytest.mark.parametrize(
+    "entry", ["linear_1_bf16", "linear_2_bf16", "linear_3_bf16", "experts_1_bf16"]
+)
+def test_a_token_is_the_same_alone_and_in_a_batch(entry: str, by_way: Executable) -> None:
     """Each sum has one order, whatever the number of rows; so no bit depends on the batch."""
     case = next(c for c in FOUND if c.id == entry)
     inputs = case.inputs({"B": 1, "S": 23, "N": 23})
     rows = [v.name for v in case.graph.inputs if v.type.symbols]
-    together = loaded.run(entry, inputs)["y0"].reshape(23, -1)
+    together = by_way.run(entry, inputs)["y0"].reshape(23, -1)
     for i in range(23):
         alone = {k: x.reshape(23, -1)[i : i + 1] for k, x in inputs.items() if k in rows}
         shaped = {k: x.reshape(1, 1, -1) if inputs[k].dim() == 3 else x for k, x in alone.items()}
-        got = loaded.run(entry, inputs | shaped)["y0"]
+        got = by_way.run(entry, inputs | shaped)["y0"]
         assert torch.equal(got.reshape(-1), together[i])
 
 

@@ -13,21 +13,31 @@ import torch
 pytest.importorskip("tvm")
 
 from dsc.backends.tvm import tuning
+from dsc.backends.tvm.kernels.bf16_rows import panel_bytes
 from dsc.backends.tvm.machine import Machine, machine_for
-from dsc.backends.tvm.tuning import FEW, MANY, Tiling, agreed, choose
+from dsc.backends.tvm.tuning import FEW, MANY, Tiling, agreed, choose, ways
 from dsc.targets import parse_target
 
 BOTH = Machine("host", lanes=16, rows=4, columns=4, bf16=True, narrows=True)
 RULE = Tiling.of(BOTH)
 
 
-def times(**changed: tuple[float, float]) -> dict[tuple[bool, int], dict[int, float]]:
+def times(**changed: tuple[float, float]) -> dict[tuple[str, int], dict[int, float]]:
     """One second for all candidates but the changed ones, such as pairs_64=(few, many)."""
-    found = {(way, n): {FEW: 1.0, MANY: 1.0} for way in (False, True) for n in tuning.COLUMNS}
+    found = {(way, n): {FEW: 1.0, MANY: 1.0} for way in ways(BOTH) for n in tuning.COLUMNS}
     for name, (few, many) in changed.items():
         way, _, columns = name.partition("_")
-        found[way == "pairs", int(columns)] = {FEW: few, MANY: many}
+        found[way, int(columns)] = {FEW: few, MANY: many}
     return found
+
+
+def test_tiles_come_first_and_leave_vectors_alone() -> None:
+    host = replace(BOTH, tiles=True)
+    assert ways(host) == ["tiles", "widened", "pairs"]
+    assert ways(replace(BOTH, narrows=False)) == ["widened"]
+    for way in ways(host):
+        assert Tiling.of(replace(Tiling.of(host), way=way).on(host)).way == way
+    assert not Tiling.of(host).on(host).pairs
 
 
 @pytest.mark.parametrize(
@@ -37,7 +47,7 @@ def times(**changed: tuple[float, float]) -> dict[tuple[bool, int], dict[int, fl
         (times(widened_32=(0.95, 0.95)), RULE),
         (times(widened_32=(0.8, 1.0)), replace(RULE, narrow=32)),
         (times(widened_32=(1.0, 0.8)), replace(RULE, wide=32)),
-        (times(pairs_64=(1.0, 0.5)), replace(RULE, pairs=True)),
+        (times(pairs_64=(1.0, 0.5)), replace(RULE, way="pairs")),
         (times(pairs_64=(1.0, 0.95)), RULE),
         (times(pairs_64=(1.0, 0.5), pairs_16=(1.3, 1.0)), RULE),
         (times(pairs_32=(0.1, 0.1)), RULE),
@@ -49,7 +59,7 @@ def test_what_is_clearly_faster_is_chosen(measured: Any, wanted: Tiling) -> None
 
 
 def test_a_cpu_with_one_way_to_multiply_keeps_it() -> None:
-    one = {c: t for c, t in times(widened_16=(1.0, 0.5)).items() if not c[0]}
+    one = {c: t for c, t in times(widened_16=(1.0, 0.5)).items() if c[0] == "widened"}
     assert choose(one, RULE) == replace(RULE, wide=16)
 
 
@@ -91,7 +101,8 @@ def test_a_choice_is_kept_by_its_whole_key(timed: list[int]) -> None:
 
 
 @pytest.mark.parametrize(
-    "damage", ["", "[]", "{}", '{"key": {}, "tiling": {"pairs": false, "narrow": 32, "wide": 64}}']
+    "damage",
+    ["", "[]", "{}", '{"key": {}, "tiling": {"way": "widened", "narrow": 32, "wide": 64}}'],
 )
 def test_a_damaged_or_foreign_file_is_a_miss(timed: list[int], tmp_path: Path, damage: str) -> None:
     tuning.tuned(host(), parse_target("cpu"), 1, asked=True)
@@ -104,10 +115,11 @@ def test_a_damaged_or_foreign_file_is_a_miss(timed: list[int], tmp_path: Path, d
 
 def test_a_choice_that_was_never_offered_is_a_miss(timed: list[int]) -> None:
     key = tuning.key_of(host(), 1)
-    tuning.store(key, Tiling(False, 32, 64))
-    assert tuning.load(key) == Tiling(False, 32, 64)
-    tuning.store(key, Tiling(False, 17, 64))
-    assert tuning.load(key) is None
+    tuning.store(key, Tiling("widened", 32, 64))
+    assert tuning.load(key) == Tiling("widened", 32, 64)
+    for never in (Tiling("widened", 17, 64), Tiling("by hand", 32, 64)):
+        tuning.store(key, never)
+        assert tuning.load(key) is None
 
 
 def test_rules_where_nothing_is_to_be_timed(
@@ -133,14 +145,17 @@ def test_every_candidate_is_right_on_odd_shapes(tmp_path: Path) -> None:
     x, w = (torch.randn(n, k, generator=seed).bfloat16() for n in (rows, m))
     exact = x.double() @ w.double().T
     bound = x.double().abs() @ w.double().abs().T * (k / 2**24) + exact.abs() * 2**-8
+    panels = torch.zeros(panel_bytes(rows, k), dtype=torch.uint8)
     for run in tuning.build(machine, tmp_path, threads=1).values():
         found = []
         for columns in tuning.COLUMNS:
             y = torch.zeros(rows, m, dtype=torch.bfloat16)
-            run(x.data_ptr(), w.data_ptr(), y.data_ptr(), rows, m, k, columns)
+            at = [t.data_ptr() for t in (x, w, y, panels)]
+            run(*at, rows, m, k, columns)
             assert bool(((y.double() - exact).abs() <= bound).all())
             alone = torch.zeros(1, m, dtype=torch.bfloat16)
-            run(x[5:].data_ptr(), w.data_ptr(), alone.data_ptr(), 1, m, k, columns)
+            at = [t.data_ptr() for t in (x[5:], w, alone, panels)]
+            run(*at, 1, m, k, columns)
             assert torch.equal(alone[0], y[5])
             found.append(y)
         assert all(torch.equal(y, found[0]) for y in found)
@@ -151,15 +166,15 @@ def test_timing_covers_every_candidate(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def build(machine: Machine, folder: Path, threads: int) -> Any:
         def run(*arguments: int) -> None:
-            calls.append(arguments[3:])
+            calls.append(arguments[4:])
 
-        return {False: run, True: run}
+        return {"widened": run, "pairs": run}
 
     monkeypatch.setattr(tuning, "build", build)
     for found in tuning.time_candidates(BOTH, 1):
-        assert list(found) == [(way, n) for way in (False, True) for n in tuning.COLUMNS]
+        assert list(found) == [(way, n) for way in ways(BOTH) for n in tuning.COLUMNS]
         assert all(np.isfinite(list(t.values())).all() for t in found.values())
     assert {(rows, columns) for rows, _, _, columns in calls} == {
         (rows, n) for rows in (FEW, MANY) for n in tuning.COLUMNS
     }
-    assert asdict(RULE) == {"pairs": False, "narrow": 16, "wide": 64}
+    assert asdict(RULE) == {"way": "widened", "narrow": 16, "wide": 64}

@@ -10,24 +10,29 @@ experts, whatever shares the batch.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from tvm import tirx
 
+from dsc.backends.tvm.amx import TOKENS
 from dsc.backends.tvm.bf16 import SUMS, instructions, narrow, put_bits
 from dsc.backends.tvm.kernels.bf16_linear import grain
-from dsc.backends.tvm.kernels.bf16_product import (
-    BLOCK,
-    Weights,
-    dot_block,
-    row_tiles,
-    store_row,
-    tile_height,
+from dsc.backends.tvm.kernels.bf16_product import BLOCK, Weights, store_row
+from dsc.backends.tvm.kernels.bf16_rows import (
+    Rows,
+    first_panel,
+    multiply,
+    pack_stacked,
+    panel_bytes,
+    tile_rows,
 )
 from dsc.backends.tvm.kernels.sorting import sort_pairs
 from dsc.backends.tvm.launch import Launch
+from dsc.backends.tvm.machine import Machine
 from dsc.backends.tvm.tir import (
     ACTIVATIONS,
     Expr,
+    Local,
     PrimFunc,
     Tensor,
     bind,
@@ -47,19 +52,44 @@ UNITS = 32
 """Hidden units of a task: as many rows of gate and of up, 256 KiB at d = 2048."""
 
 
-def launch(rows: Dim, experts: int, d: int, hidden: int, top_k: int, act: str) -> Launch:
-    """The launch of `experts`.
-
-    Scratch: the sorted pairs (i64 [experts + 1] and [pairs]), the chosen experts (their number,
-    then i64 [experts]), the fp32 sums [rows, d], and the hidden activations bf16 [pairs, hidden].
-    """
+def launch(
+    rows: Dim, experts: int, d: int, hidden: int, top_k: int, act: str, machine: Machine
+) -> Launch:
+    """The launch of `experts`."""
+    static = (experts, d, hidden, top_k, act, machine.tiles)
     pairs = rows * top_k
-    scratch = 16 * (experts + 1) + pairs * (8 + 2 * hidden) + rows * (4 * d)
-    static = (experts, d, hidden, top_k, act)
+    scratch = _places(rows, experts, d, hidden, top_k, machine.tiles)["end"]
     return Launch(bf16_experts, static, (rows,), scratch=scratch, flops=pairs * (6 * d * hidden))
 
 
-def bf16_experts(experts: int, d: int, hidden: int, top_k: int, act: str) -> PrimFunc:
+def _places(
+    rows: Dim | Expr, experts: int, d: int, hidden: int, top_k: int, tiles: bool
+) -> dict[str, Any]:
+    """Where things lie in scratch memory, on whole cache lines; `end` is its size.
+
+    The sorted pairs (i64 [experts + 1] and [pairs]), the chosen experts (their number, then i64
+    [experts]), the fp32 sums [rows, d], the hidden activations bf16 [pairs, hidden], and the panels
+    of both products.
+    """
+    pairs = rows * top_k
+    sizes: dict[str, Any] = {
+        "offsets": 8 * (experts + 1),
+        "active": 8 * (experts + 1),
+        "order": pairs * 8,
+        "sums": rows * (4 * d),
+        "hidden": pairs * (2 * hidden),
+        "x_panels": panel_bytes(pairs, d, experts) if tiles else 0,
+        "hidden_panels": panel_bytes(pairs, hidden, experts) if tiles else 0,
+    }
+    found: dict[str, Any] = {}
+    at: Any = 0
+    for name, size in sizes.items():
+        found[name] = at
+        at = at + (size + 63) // 64 * 64
+    return {**found, "end": at}
+
+
+def bf16_experts(experts: int, d: int, hidden: int, top_k: int, act: str, tiles: bool) -> PrimFunc:
     """Arguments: x, idx, w, gate_up [e, 2i, d], down [e, d, i], y, scratch; rows."""
     activation = ACTIVATIONS[act]
 
@@ -67,45 +97,53 @@ def bf16_experts(experts: int, d: int, hidden: int, top_k: int, act: str) -> Pri
         x: Expr, idx: Expr, w: Expr, gate_up: Expr, down: Expr, y: Expr, scratch: Expr, rows: Expr
     ) -> None:
         pairs = rows * top_k
+        places = _places(rows, experts, d, hidden, top_k, tiles)
+        at = {name: bind(scratch + place) for name, place in places.items()}
         source = Tensor(x, DType.bf16, (rows, d))
         target = Tensor(y, DType.bf16, (rows, d))
         chosen, weight = Tensor(idx, DType.i64, (pairs,)), Tensor(w, DType.f32, (pairs,))
         up = Tensor(gate_up, DType.bf16, (experts, 2 * hidden, d))
         out = Tensor(down, DType.bf16, (experts, d, hidden))
-        offsets = Tensor(scratch, DType.i64, (experts + 1,))
-        active = Tensor(scratch + 8 * (experts + 1), DType.i64, (experts + 1,))
-        order = Tensor(scratch + 16 * (experts + 1), DType.i64, (pairs,))
-        sums_at = scratch + 16 * (experts + 1) + 8 * pairs
-        sums = Tensor(sums_at, DType.f32, (rows, d))
-        h = Tensor(sums_at + 4 * d * rows, DType.bf16, (pairs, hidden))
+        offsets = Tensor(at["offsets"], DType.i64, (experts + 1,))
+        active = Tensor(at["active"], DType.i64, (experts + 1,))
+        order = Tensor(at["order"], DType.i64, (pairs,))
+        sums = Tensor(at["sums"], DType.f32, (rows, d))
+        h = Tensor(at["hidden"], DType.bf16, (pairs, hidden))
         sort_pairs(chosen, pairs, experts, offsets, order)
         _list_active(offsets, active, experts)
 
-        def pair_tiles(e: Expr, tile: Callable[[Expr, int], None]) -> None:
-            first = bind(offsets.load(e))
-            count = bind(offsets.load(e + 1) - first)
-            row_tiles(count, tile_height(), lambda p, height: tile(first + p, height))
+        def tokens_of(e: Expr) -> Rows:
+            """The rows of x that chose an expert."""
+            return _rows_of(
+                e, offsets, source, x, lambda p: order.load(p) // top_k * d, d, at["x_panels"]
+            )
+
+        def activations_of(e: Expr) -> Rows:
+            """The hidden activations of an expert's pairs."""
+            return _rows_of(
+                e, offsets, h, at["hidden"], lambda p: p * hidden, hidden, at["hidden_panels"]
+            )
 
         def hidden_block(task: Expr) -> None:
             """act(gate) * up of UNITS hidden units, for all tokens of an expert."""
             e = bind(active.load(1 + tirx.truncdiv(task, integer(hidden // UNITS))))
             unit = bind(tirx.truncmod(task, integer(hidden // UNITS)) * UNITS)
             gate_at = bind((e * (2 * hidden) + unit) * d)
+            lift_at = bind(gate_at + hidden * d)
 
-            def tile(p: Expr, height: int) -> None:
-                x_rows = [bind(order.load(p + r) // top_k * d) for r in range(height)]
-                lift_at = bind(gate_at + hidden * d)
-                gate, lift = (
-                    dot_block(source, x_rows, Weights(up, start, integer(d), UNITS, d, then))
-                    for start, then in ((gate_at, lift_at), (lift_at, gate_at + UNITS * d))
-                )
-                for r in range(height):
-                    for j in range(0, UNITS, SUMS):
-                        at = integer(r * BLOCK + j)
-                        value = activation(bind(gate.load(at, SUMS))) * lift.load(at, SUMS)
-                        put_bits(h, (p + r) * hidden + unit + j, narrow(value))
+            def block(n: Expr) -> Weights:
+                gate = tirx.EQ(integer(n), integer(0))
+                start = bind(select(gate, gate_at, lift_at))
+                then = bind(select(gate, lift_at, gate_at + UNITS * d))
+                return Weights(up, start, integer(d), UNITS, d, then)
 
-            pair_tiles(e, tile)
+            def finish(tile: Local, r: Expr, p: Expr) -> None:
+                for j in range(0, UNITS, SUMS):
+                    gate = tile.load(r * BLOCK + j, SUMS)
+                    lift = tile.load((r + tile_rows()) * BLOCK + j, SUMS)
+                    put_bits(h, p * hidden + unit + j, narrow(activation(bind(gate)) * lift))
+
+            multiply(tokens_of(e), integer(2), block, finish, copies=2)
 
         columns = grain(rows)
 
@@ -122,32 +160,42 @@ def bf16_experts(experts: int, d: int, hidden: int, top_k: int, act: str) -> Pri
                 after = bind(active.load(1 + select(more, a + 1, integer(0))))
                 column = select(more, first, first + columns)
                 following = bind((after * d + column) * hidden)
+                start = bind((e * d + first) * hidden)
+                block = Weights(out, start, integer(hidden), width, hidden, following)
 
-                def tile(p: Expr, height: int) -> None:
-                    h_rows = [bind((p + r) * hidden) for r in range(height)]
-                    start = bind((e * d + first) * hidden)
-                    block = Weights(out, start, integer(hidden), width, hidden, following)
-                    values = dot_block(h, h_rows, block)
-                    for r in range(height):
-                        place = bind(order.load(p + r))
-                        at = bind(sums.offset(place // top_k, first))
-                        share = bind(splat(weight.load(place), SUMS))
-                        with loop(vectors) as j:
-                            value = share * values.load(j * SUMS + r * BLOCK, SUMS)
-                            sums.put(at + j * SUMS, sums.at(at + j * SUMS, SUMS) + value)
+                def finish(tile: Local, r: Expr, p: Expr) -> None:
+                    place = bind(order.load(p))
+                    at = bind(sums.offset(place // top_k, first))
+                    share = bind(splat(weight.load(place), SUMS))
+                    with loop(vectors) as j:
+                        value = share * tile.load(j * SUMS + r * BLOCK, SUMS)
+                        sums.put(at + j * SUMS, sums.at(at + j * SUMS, SUMS) + value)
 
-                pair_tiles(e, tile)
+                multiply(activations_of(e), integer(1), lambda _: block, finish)
             with loop(rows) as r, loop(vectors) as j:
                 at = bind(target.offset(r, first + j * SUMS))
                 put_bits(target, at, narrow(sums.at(at, SUMS)))
 
         with instructions():
-            tasks = bind(active.load(0) * (hidden // UNITS))
-            for_each(tasks, UNITS * d // 2, hidden_block)
+            count = bind(active.load(0))
+            pack_stacked(count, d, lambda a: tokens_of(bind(active.load(1 + a))))
+            for_each(bind(count * (hidden // UNITS)), UNITS * d // 2, hidden_block)
+            pack_stacked(count, hidden, lambda a: activations_of(bind(active.load(1 + a))))
             blocks = bind(tirx.truncdiv(d + columns - 1, columns))
             for_each(blocks, rows * (top_k * SUMS * hidden // 4), output_block)
 
     return build(body)
+
+
+def _rows_of(
+    e: Expr, offsets: Tensor, x: Tensor, base: Expr, at: Callable[[Expr], Expr], depth: Expr,
+    panels: Expr,
+) -> Rows:  # fmt: skip
+    """An expert's rows of those that are sorted by expert."""
+    first = bind(offsets.load(e))
+    count = bind(offsets.load(e + 1) - first)
+    mine = panels + first_panel(first, e) * (integer(depth) * (2 * TOKENS))
+    return Rows(x, base, at, first, count, depth, bind(mine))
 
 
 def _list_active(offsets: Tensor, active: Tensor, experts: int) -> None:
@@ -159,37 +207,50 @@ def _list_active(offsets: Tensor, active: Tensor, experts: int) -> None:
         active.store(count, 0)
 
 
-def launch_grouped(rows: Dim, experts: int, n: int, k: int) -> Launch:
+def launch_grouped(rows: Dim, experts: int, n: int, k: int, machine: Machine) -> Launch:
     """The launch of `grouped_linear`."""
-    return Launch(bf16_grouped, (experts, n, k), (rows,), flops=rows * (2 * n * k))
+    scratch = panel_bytes(rows, k, experts) if machine.tiles else 0
+    static, flops = (experts, n, k, machine.tiles), rows * (2 * n * k)
+    return Launch(bf16_grouped, static, (rows,), scratch=scratch, flops=flops)
 
 
-def bf16_grouped(experts: int, n: int, k: int) -> PrimFunc:
-    """Arguments: x [rows, k], weight [e, n, k], offsets [e+1], y [rows, n]; rows."""
+def bf16_grouped(experts: int, n: int, k: int, tiles: bool) -> PrimFunc:
+    """Arguments: x [rows, k], weight [e, n, k], offsets [e+1], y [rows, n]; rows.
 
-    def body(x: Expr, weight: Expr, offsets: Expr, y: Expr, rows: Expr) -> None:
+    With `tiles` scratch memory for panels stands before the size.
+    """
+
+    def emit(x: Expr, weight: Expr, offsets: Expr, y: Expr, rows: Expr, panels: Expr) -> None:
         source, target = Tensor(x, DType.bf16, (rows, k)), Tensor(y, DType.bf16, (rows, n))
         w = Tensor(weight, DType.bf16, (experts, n, k))
         starts = Tensor(offsets, DType.i64, (experts + 1,))
 
+        def rows_of(e: Expr) -> Rows:
+            return _rows_of(e, starts, source, x, lambda p: p * k, k, panels)
+
         def task(i: Expr) -> None:
             e, column = bind(tirx.truncmod(i, experts)), bind(tirx.truncdiv(i, experts) * BLOCK)
-            first, width = bind(starts.load(e)), bind(tirx.min(integer(BLOCK), n - column))
+            width = bind(tirx.min(integer(BLOCK), n - column))
             block = Weights(w, bind((e * n + column) * k), integer(k), width, k)
 
-            def tile(p: Expr, height: int) -> None:
-                at = [bind(first + p + r) for r in range(height)]
-                values = dot_block(source, [bind(row * k) for row in at], block)
-                for r, row in enumerate(at):
+            def finish(tile: Local, r: Expr, row: Expr) -> None:
+                def value(j: Expr, lanes: int) -> Expr:
+                    return tile.load(j + r * BLOCK, lanes)
 
-                    def value(j: Expr, lanes: int, r: int = r) -> Expr:
-                        return values.load(j + r * BLOCK, lanes)
+                store_row(target, bind(row * n + column), width, value)
 
-                    store_row(target, bind(row * n + column), width, value)
-
-            row_tiles(bind(starts.load(e + 1) - first), tile_height(), tile)
+            multiply(rows_of(e), integer(1), lambda _: block, finish)
 
         with instructions():
+            pack_stacked(integer(experts), rows * k, rows_of)
             for_each(experts * -(-n // BLOCK), rows * k, task)
 
-    return build(body)
+    def with_panels(
+        x: Expr, weight: Expr, offsets: Expr, y: Expr, scratch: Expr, rows: Expr
+    ) -> None:
+        emit(x, weight, offsets, y, rows, scratch)
+
+    def plain(x: Expr, weight: Expr, offsets: Expr, y: Expr, rows: Expr) -> None:
+        emit(x, weight, offsets, y, rows, integer(0))
+
+    return build(with_panels if tiles else plain)

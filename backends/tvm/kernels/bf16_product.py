@@ -112,6 +112,18 @@ class Weights:
         picked = [tirx.min(j + c, last) for c in range(WIDTH)]
         return [bind(self.start + row * self.stride + k) for row in picked]
 
+    @property
+    def _follow(self) -> Expr:
+        """Where the rows start that are read after these."""
+        if self.following is not None:
+            return self.following
+        return self.start + integer(self.columns) * self.stride
+
+    def next_start(self, j: Expr, width: int) -> Expr:
+        """Where the row starts that is read after `width` columns from j, over all of k."""
+        beside = self.start + (j + width) * self.stride
+        return select(j + width < integer(self.columns), beside, self._follow)
+
     def next_rows(self, j: Expr, k: Expr, depth: Expr, width: int) -> list[Expr]:
         """Where the rows start that come after `width` columns from j in a range of k.
 
@@ -120,9 +132,7 @@ class Weights:
         the bandwidth where blocks are small.
         """
         columns, end = integer(self.columns), bind(k + depth)
-        follow = self.following
-        if follow is None:
-            follow = self.start + columns * self.stride
+        follow = self._follow
         deeper = select(end < integer(self.depth), self.start + end, follow)
         beside = self.start + (j + width) * self.stride + k
         first = bind(select(j + width < columns, beside, deeper))

@@ -45,7 +45,7 @@ def lower(node: Node, machine: Machine) -> Launch:
     top_k, rows = static_dim(idx.shape[-1], "top_k"), rows_of(x)
     act = node.attrs.get("act", "silu")
     if bf16_linear.fits(machine, d, x, gate_up, down) and bf16_linear.fits(machine, i, x):
-        return bf16_experts.launch(rows, experts, d, i, top_k, act)
+        return bf16_experts.launch(rows, experts, d, i, top_k, act, machine)
     static = (x.dtype, gate_up.dtype, experts, d, i, top_k, act, machine)
     pairs = rows * top_k
     return Launch(

@@ -62,7 +62,7 @@ def lower_grouped_linear(node: Node, machine: Machine) -> Launch:
     experts, n, k = (static_dim(a, "an expert's axis") for a in weight.shape)
     rows = x.shape[0]
     if bf16_linear.fits(machine, k, x, weight):
-        return bf16_experts.launch_grouped(rows, experts, n, k)
+        return bf16_experts.launch_grouped(rows, experts, n, k, machine)
     static = (x.dtype, experts, n, k, machine)
     return Launch(grouped_linear, static, (rows,), flops=rows * (2 * n * k))
 

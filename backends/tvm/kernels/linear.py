@@ -25,7 +25,7 @@ def lower(node: Node, machine: Machine) -> Launch:
     rows = rows_of(x)
     has_bias = len(node.operands) > 2
     if bf16_linear.fits(machine, k, *(o.type for o in node.operands)):
-        return bf16_linear.launch(rows, m, k, has_bias)
+        return bf16_linear.launch(rows, m, k, has_bias, machine)
     return Launch(linear, (x.dtype, m, k, has_bias, machine), (rows,), flops=rows * (2 * m * k))
 
 

@@ -19,6 +19,7 @@ from dsc.backends.tvm.kernels.access import (
     make_access,
     unapply_view,
 )
+from dsc.backends.tvm.kernels.bf16_rows import panel_bytes
 from dsc.backends.tvm.kernels.families import Families
 from dsc.backends.tvm.kernels.region_products import Product, product_region
 from dsc.backends.tvm.kernels.region_rows import RowStep, row_region
@@ -91,10 +92,12 @@ def _product(body: Graph, anchor: Node, machine: Machine) -> Launch:
         x.dtype, places[0], places[1], -1 if groups else last, last if groups else -1,
         groups[0] if groups else 0, rows_at, m, depth, m * k >= 4 * PARALLEL_WORK,
     )  # fmt: skip
-    machine = machine if native else replace(machine, bf16=False)
+    machine = machine if native else replace(machine, bf16=False, tiles=False)
     static = (gemm, families, found.parameters, len(found.table.dims), machine)
+    tiles = native and machine.tiles
+    scratch = panel_bytes(rows_of(x), k, max(gemm.experts, 1)) if tiles else 0
     flops = rows_of(x) * (2 * m * k)
-    return Launch(product_region, static, tuple(found.table.dims), flops=flops)
+    return Launch(product_region, static, tuple(found.table.dims), scratch=scratch, flops=flops)
 
 
 def dense(value: Value, buffer: int) -> View:

@@ -17,7 +17,8 @@ from math import prod
 from tvm import tirx
 
 from dsc.backends.tvm import bf16
-from dsc.backends.tvm.kernels import bf16_product
+from dsc.backends.tvm.amx import TOKENS
+from dsc.backends.tvm.kernels import bf16_rows
 from dsc.backends.tvm.kernels.access import Access, Number, Rows
 from dsc.backends.tvm.kernels.bf16_linear import grain
 from dsc.backends.tvm.kernels.bf16_product import BLOCK, Weights, ceil_div
@@ -101,14 +102,15 @@ def product_region(
     sizes: int,
     machine: Machine,
 ) -> PrimFunc:
-    """Arguments: the region's operands and results; sizes."""
+    """Arguments: the region's operands and results; scratch memory for panels by tiles; sizes."""
+    names = [f"x{i}" for i in range(parameters)] + ["scratch"] * machine.tiles
 
     def body(*arguments: Expr) -> None:
-        given = arguments[parameters:]
+        addresses, given = arguments[: len(names)], arguments[len(names) :]
         with bf16.instructions() if machine.bf16 else nullcontext():
-            _Tasks(product, families, arguments[:parameters], given, machine).run()
+            _Tasks(product, families, addresses, given, machine).run()
 
-    return build(body, [*(f"x{i}" for i in range(parameters)), *size_names(sizes)])
+    return build(body, [*names, *size_names(sizes)])
 
 
 class _Tasks:
@@ -140,13 +142,17 @@ class _Tasks:
             for family in families
             for a in _accesses(family)
         }
-        self.height = bf16_product.tile_height() if self.native else machine.rows
+        self.x_at = addresses[product.x]
+        self.panels = addresses[-1] if machine.tiles else integer(0)
+        self.height = bf16_rows.tile_rows() if self.native else machine.rows
         self.copies = max(1 + len(f.shifts) for f in families)
 
     def run(self) -> None:
         """All tasks, over threads where they are worth it."""
         wide = BLOCK // (2 if self.copies > 1 else 1)
         self.grain = grain(self.rows, wide) if self.native else integer(NARROW)
+        if self.native:
+            self._pack()
         ends: list[Expr] = []
         count: Expr = integer(0)
         for family in self.families:
@@ -169,19 +175,46 @@ class _Tasks:
             first = end
         family, block, at, width, copies = (bind(cells[n]) for n in range(5))
         task = _Task(family, block, at, width, copies, cells)
-        start: Expr = integer(0)
-        count: Expr = self.rows
-        if self.offsets is not None:
-            start = bind(self.offsets.load(expert))
-            count = bind(self.offsets.load(expert + 1) - start)
-        tile = Local(self.copies * self.height * BLOCK)
         weight = bind(expert * (self.product.m * integer(self.depth)))
-        with loop(ceil_div(integer(count), self.height)) as t:
-            row = bind(start + t * self.height)
-            rows = bind(tirx.min(integer(self.height), start + count - row))
-            self._fill(tile, row, rows, weight, task)
-            with loop(rows) as r:
-                self._finish(tile, r, bind(row + r), task)
+        rows = self._rows(expert)
+
+        def finish(tile: Local, r: Expr, row: Expr) -> None:
+            self._finish(tile, r, row, task)
+
+        if self.native:
+
+            def block(n: Expr) -> Weights:
+                at = bind(weight + task.column(n) * self.depth)
+                return Weights(self.w, at, integer(self.depth), task.width, self.depth)
+
+            bf16_rows.multiply(rows, task.copies, block, finish, self.copies)
+            return
+        tile = Local(self.copies * self.height * BLOCK)
+        with loop(ceil_div(rows.count, self.height)) as t:
+            row = bind(rows.first + t * self.height)
+            here = bind(tirx.min(integer(self.height), rows.first + rows.count - row))
+            self._fill(tile, row, here, weight, task)
+            with loop(here) as r:
+                finish(tile, r, bind(row + r))
+
+    def _rows(self, expert: Expr) -> bf16_rows.Rows:
+        """The rows of x that an expert's weights meet; all of them where there is one weight."""
+        depth, panels = integer(self.depth), self.panels
+        first, count = integer(0), integer(self.rows)
+        if self.offsets is not None:
+            first = bind(self.offsets.load(expert))
+            count = bind(self.offsets.load(expert + 1) - first)
+            panels = panels + bf16_rows.first_panel(first, expert) * (depth * (2 * TOKENS))
+        at = self.x_at
+        return bf16_rows.Rows(self.x, at, lambda i: i * depth, first, count, depth, panels)
+
+    def _pack(self) -> None:
+        """Panels of x, where products go by tiles."""
+        if self.offsets is None:
+            bf16_rows.pack(self._rows(integer(0)))
+        else:
+            experts = integer(self.product.experts)
+            bf16_rows.pack_stacked(experts, self.rows * self.depth, self._rows)
 
     def _locate(self, family: Family, number: int, g: Expr, cells: Local) -> None:
         """Where a family's task g lies: family, block of the walk, place in it, columns."""
@@ -196,32 +229,23 @@ class _Tasks:
             cells[5 + n] = column + shift
 
     def _fill(self, tile: Local, row: Expr, rows: Expr, weight: Expr, task: _Task) -> None:
-        """The products of up to `height` rows with the task's columns, at each of its shifts."""
-        depth = self.depth
+        """The products of up to `height` rows with the task's columns, at each of its shifts.
+
+        For element types and CPUs without kernels of their own.
+        """
+        columns, depth = self.machine.columns, self.depth
+        assert isinstance(depth, int)
         for height in range(1, self.height + 1):
             with when(tirx.EQ(rows, integer(height))):
                 x_rows = [bind((row + r) * depth) for r in range(height)]
-                with loop(task.copies) as n:
-                    start = bind(n * (self.height * BLOCK))
-                    at = bind(weight + task.column(n) * depth)
-                    block = Weights(self.w, at, integer(depth), task.width, depth)
-                    if self.native:
-                        bf16_product.fill_block(tile, start, self.x, x_rows, block)
-                    else:
-                        self._fill_portable(tile, start, x_rows, block)
-
-    def _fill_portable(self, tile: Local, start: Expr, x_rows: Sequence[Expr], w: Weights) -> None:
-        """`fill_block` for element types and CPUs without pair products."""
-        columns = self.machine.columns
-        last = integer(w.columns) - 1
-        with loop(ceil_div(w.columns, columns)) as group:
-            j = bind(group * columns)
-            picked = [bind(w.start + tirx.min(j + c, last) * w.stride) for c in range(columns)]
-            assert isinstance(w.depth, int)
-            made = dots(self.x, x_rows, w.tensor, picked, w.depth, self.machine.lanes)
-            for r, line in enumerate(made):
-                for c, value in enumerate(line):
-                    tile[start + j + (r * BLOCK + c)] = value
+                with loop(task.copies) as n, loop(ceil_div(task.width, columns)) as group:
+                    start, j = bind(n * (self.height * BLOCK)), bind(group * columns)
+                    at, last = bind(weight + task.column(n) * depth), integer(task.width) - 1
+                    picked = [bind(at + tirx.min(j + c, last) * depth) for c in range(columns)]
+                    made = dots(self.x, x_rows, self.w, picked, depth, self.machine.lanes)
+                    for r, line in enumerate(made):
+                        for c, value in enumerate(line):
+                            tile[start + j + (r * BLOCK + c)] = value
 
     def _finish(self, tile: Local, r: Expr, row: Expr, task: _Task) -> None:
         """What follows the product, on row r of the tile, and the stores."""

@@ -1,0 +1,197 @@
+"""bf16 products on AMX: 16 x 16 fp32 sums in a tile register, 16 x 16 x 32 products an instruction.
+
+A multiplication C += A B takes A as 16 rows of 32 values as they lie in memory and B as pairs: row
+p holds values 2p and 2p + 1 of each of its columns. Rows of a weight are rows of A, so weights need
+no packing; tokens are columns of B, so rows of x do (`pack`), and sums come out transposed
+(`unpack`). With one token a row of x is its own B.
+
+    tiles 0 .. 3   sums: [columns, tokens]
+    tiles 4, 5     16 columns of the product each: rows of a weight
+    tiles 6, 7     16 tokens each
+
+A thread that multiplies configures its tiles first. The operating system must have given the
+process leave (`lean.tiles_allowed`). An instruction starts every 16 cycles: 1024 flops a cycle,
+where AVX-512 FMAs do 64. Every sum is taken over pairs of k in their order, whatever the number of
+tokens and columns (Intel Architecture Instruction Set Extensions, TDPBF16PS).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+
+from tvm import tirx
+from tvm.tirx.script.builder import ir as T
+
+from dsc.backends.tvm.tir import Expr, Local, Tensor
+
+TOKENS = 16
+"""Columns of B at most."""
+COLUMNS = 16
+"""Rows of A at most."""
+DEPTH = 32
+"""Values of k that an instruction takes."""
+SUMS, WEIGHTS, PAIRS = (0, 1, 2, 3), (4, 5), (6, 7)
+_FEATURES = '"target-features"="+avx512f,+avx512bw,+avx512vl,+amx-tile,+amx-bf16"'
+
+
+def _function(signature: str, body: str) -> str:
+    lines = "\n".join(f"  {line.strip()}" for line in body.strip().splitlines())
+    return f"\ndefine linkonce_odr i32 {signature} #2 {{\n{lines}\n  ret i32 0\n}}\n"
+
+
+def _configure() -> str:
+    """Write the 64 bytes that `ldtilecfg` reads: widths in bytes from 16 on, rows from 48 on."""
+    lines = ["%c = alloca [64 x i8], align 64", "%n = trunc i64 %columns to i8"]
+    lines += ["%s = shl i64 %tokens, 2", "%w = trunc i64 %s to i16"]
+    lines += ["store [64 x i8] zeroinitializer, ptr %c", "store i8 1, ptr %c"]
+    for tile in (*SUMS, *WEIGHTS, *PAIRS):
+        width = "64" if tile in WEIGHTS else "%w"
+        rows = "16" if tile in PAIRS else "%n"
+        for kind, value, at in (("i16", width, 16 + 2 * tile), ("i8", rows, 48 + tile)):
+            lines.append(f"%p{at} = getelementptr i8, ptr %c, i64 {at}")
+            lines.append(f"store {kind} {value}, ptr %p{at}")
+    lines.append("call void @llvm.x86.ldtilecfg(ptr %c)")
+    return _function("@dsc_tiles(i64 %tokens, i64 %columns)", "\n".join(lines))
+
+
+def _tile_functions() -> str:
+    """One function for each instruction and register: tile numbers are immediate operands."""
+    text = _configure()
+    for tile in SUMS:
+        text += _function(f"@dsc_zero{tile}()", f"call void @llvm.x86.tilezero(i8 {tile})")
+        save = f"call void @llvm.x86.tilestored64(i8 {tile}, ptr %p, i64 %stride)"
+        text += _function(f"@dsc_save{tile}(ptr %p, i64 %stride)", save)
+        for a in WEIGHTS:
+            for b in PAIRS:
+                line = f"call void @llvm.x86.tdpbf16ps(i8 {tile}, i8 {a}, i8 {b})"
+                text += _function(f"@dsc_multiply{tile}{a}{b}()", line)
+    for tile in WEIGHTS:
+        load = f"call void @llvm.x86.tileloadd64(i8 {tile}, ptr %p, i64 %stride)"
+        text += _function(f"@dsc_load{tile}(ptr %p, i64 %stride)", load)
+    for tile in PAIRS:
+        load = f"""%p = inttoptr i64 %at to ptr
+            call void @llvm.x86.tileloadd64(i8 {tile}, ptr %p, i64 %stride)"""
+        text += _function(f"@dsc_load{tile}(i64 %at, i64 %stride)", load)
+    return text
+
+
+def _transposed(names: list[str]) -> tuple[list[str], list[str]]:
+    """Lines that transpose 16 vectors of 16 words, and the names of the results.
+
+    Blocks of 1, 2, 4 and 8 words change places across the diagonal, in turns.
+    """
+    lines: list[str] = []
+    for step in (1, 2, 4, 8):
+        fresh = list(names)
+        for i in (i for i in range(16) if not i & step):
+            low = [16 + lane - step if lane & step else lane for lane in range(16)]
+            high = [16 + lane if lane & step else lane + step for lane in range(16)]
+            for row, mask in ((i, low), (i + step, high)):
+                fresh[row] = f"%t{step}_{row}"
+                picked = ", ".join(f"i32 {lane}" for lane in mask)
+                lines.append(
+                    f"{fresh[row]} = shufflevector <16 x float> {names[i]},"
+                    f" <16 x float> {names[i + step]}, <16 x i32> <{picked}>"
+                )
+        names = fresh
+    return lines, names
+
+
+def _pack() -> str:
+    """16 rows of 16 words to 16 rows of `tokens` words."""
+    lines = []
+    for i in range(16):
+        lines.append(f"%a{i} = inttoptr i64 %r{i} to ptr")
+        lines.append(f"%v{i} = load <16 x float>, ptr %a{i}, align 4")
+    moved, found = _transposed([f"%v{i}" for i in range(16)])
+    lines += [*moved, "%n = trunc i64 %tokens to i32"]
+    lines.append("%i = insertelement <16 x i32> poison, i32 %n, i32 0")
+    lines.append("%s = shufflevector <16 x i32> %i, <16 x i32> poison, <16 x i32> zeroinitializer")
+    every = ", ".join(f"i32 {i}" for i in range(16))
+    lines += [f"%m = icmp ult <16 x i32> <{every}>, %s", "%w = shl i64 %tokens, 2"]
+    for i, name in enumerate(found):
+        lines.append(f"%o{i} = mul i64 %w, {i}")
+        lines.append(f"%q{i} = add i64 %at, %o{i}")
+        lines.append(f"%b{i} = inttoptr i64 %q{i} to ptr")
+        store = f"<16 x float> {name}, ptr %b{i}, i32 4, <16 x i1> %m"
+        lines.append(f"call void @llvm.masked.store.v16f32.p0({store})")
+    rows = ", ".join(f"i64 %r{i}" for i in range(16))
+    return _function(f"@dsc_pack({rows}, i64 %at, i64 %tokens)", "\n".join(lines))
+
+
+def _unpack() -> str:
+    """16 rows of 16 floats to the other order, rows `stride` bytes apart."""
+    lines = []
+    for i in range(16):
+        lines.append(f"%a{i} = getelementptr i8, ptr %from, i64 {64 * i}")
+        lines.append(f"%v{i} = load <16 x float>, ptr %a{i}, align 4")
+    moved, found = _transposed([f"%v{i}" for i in range(16)])
+    lines += moved
+    for i, name in enumerate(found):
+        lines.append(f"%o{i} = mul i64 %stride, {i}")
+        lines.append(f"%b{i} = getelementptr i8, ptr %to, i64 %o{i}")
+        lines.append(f"store <16 x float> {name}, ptr %b{i}, align 4")
+    return _function("@dsc_unpack(ptr %from, ptr %to, i64 %stride)", "\n".join(lines))
+
+
+_DECLARED = """
+declare void @llvm.x86.ldtilecfg(ptr)
+declare void @llvm.x86.tilezero(i8 immarg)
+declare void @llvm.x86.tileloadd64(i8 immarg, ptr, i64)
+declare void @llvm.x86.tilestored64(i8 immarg, ptr, i64)
+declare void @llvm.x86.tdpbf16ps(i8 immarg, i8 immarg, i8 immarg)
+declare void @llvm.masked.store.v16f32.p0(<16 x float>, ptr, i32, <16 x i1>)
+"""
+
+
+@cache
+def functions() -> str:
+    """The LLVM IR of this module's operations."""
+    text = _DECLARED + _tile_functions() + _pack() + _unpack()
+    return text + f"\nattributes #2 = {{ alwaysinline nounwind {_FEATURES} }}\n"
+
+
+def _call(name: str, *operands: Expr) -> None:
+    T.evaluate(tirx.call_extern("int32", f"dsc_{name}", *operands))
+
+
+def configure(tokens: Expr, columns: Expr) -> None:
+    """Give this thread's tiles their sizes: up to 16 tokens and 16 columns."""
+    _call("tiles", tokens, columns)
+
+
+def zero(tile: int) -> None:
+    """Set sums to 0."""
+    _call(f"zero{tile}")
+
+
+def multiply(sums: int, weights: int, pairs: int) -> None:
+    """Add products to sums."""
+    _call(f"multiply{sums}{weights}{pairs}")
+
+
+def load_weights(tile: int, x: Tensor, position: Expr, stride: Expr) -> None:
+    """Rows of 32 values, `stride` bytes apart."""
+    _call(f"load{tile}", T.address_of(x.buffer[position]), stride)
+
+
+def load_pairs(tile: int, address: Expr, stride: Expr) -> None:
+    """16 rows of a pair of each token, `stride` bytes apart."""
+    _call(f"load{tile}", address, stride)
+
+
+def save(tile: int, target: Local, position: Expr, stride: Expr) -> None:
+    """Write sums, a row of tokens for each column, `stride` bytes apart."""
+    _call(f"save{tile}", T.address_of(target.buffer[position]), stride)
+
+
+def pack(rows: Sequence[Expr], address: Expr, tokens: Expr) -> None:
+    """32 values of each of 16 rows, at their addresses, as pairs of the first `tokens` of them."""
+    _call("pack", *rows, address, tokens)
+
+
+def unpack(source: Local, target: Local, position: Expr, stride: Expr) -> None:
+    """16 x 16 sums, in the other order, to rows `stride` bytes apart."""
+    start = T.address_of(source.buffer[tirx.IntImm("int64", 0)])
+    _call("unpack", start, T.address_of(target.buffer[position]), stride)
