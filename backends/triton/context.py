@@ -157,7 +157,9 @@ class Context:
         """Append a launch of `module:function`; `given` names its parameters, in any order.
 
         Static numbers, strings and absent operands become compile-time constants; symbolic
-        numbers and pointers are passed at run time. A grid with a zero dim launches nothing.
+        numbers and pointers are passed at run time, those that are multiples of 16 under that
+        promise: without it loads of 16 bytes become one load an element. A grid with a zero dim
+        launches nothing.
         """
         module, function = name.split(":")
         order = parameters(self.sources.get(module) or template(module), function)
@@ -178,6 +180,8 @@ class Context:
                 arguments.append(value)
             elif isinstance(value, Sym):
                 signature[parameter] = "i64" if self.limit(value) >= 1 << 31 else "i32"
+                if is_multiple(value, ALIGNMENT):
+                    aligned.append(parameter)
                 arguments.append(value)
             else:
                 signature[parameter] = "constexpr"

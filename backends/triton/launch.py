@@ -52,7 +52,8 @@ class Kernel:
     """A kernel specialisation: the key under which compiled code is shared.
 
     `signature` maps every parameter to its Triton type ("constexpr" when it is in `constants`);
-    `aligned` lists the pointer parameters known to be 16-byte aligned.
+    `aligned` lists the pointers known to be 16-byte aligned and the integers that are multiples
+    of 16.
     """
 
     module: str
