@@ -2,8 +2,9 @@
 
 Weights are uploaded once. Temporaries live in one arena, outputs and small inputs in buffers that
 grow as needed. A KV cache that an entry updates in place is uploaded when it is first given and
-stays on the device: later steps that give the same, unmodified tensor find it there. Its host copy
-is refreshed by `read_back` alone: copying a cache after every token would cost more than the step.
+stays on the device: later steps that give it unmodified, whole or a view of some of its slots, find
+it there. Its host copy is refreshed by `read_back` alone: copying a cache after every token would
+cost more than the step.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import ctypes
 import json
 import weakref
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,17 +26,42 @@ from dsc.ir.program import Program
 
 if TYPE_CHECKING:
     import torch
+    from torch.multiprocessing.reductions import StorageWeakRef
 
 ALIGNMENT = 256
 
 
 @dataclass(slots=True)
 class Resident:
-    """A cache on the device: whose it is, and the version of the host tensor that was uploaded."""
+    """A cache's whole storage on the device, and the version of the host's that was uploaded."""
 
-    tensor: weakref.ref[torch.Tensor]
+    storage: StorageWeakRef
     version: int
     pointer: int
+
+
+@dataclass(slots=True)
+class Held:
+    """What an executable holds on the device; it outlives the executable until it is given back.
+
+    `pools` are buffers by name with their sizes, `caches` residents by the storage's identity.
+    """
+
+    driver: Driver
+    weights: int
+    pools: dict[str, tuple[int, int]] = field(default_factory=dict)
+    caches: dict[int, Resident] = field(default_factory=dict)
+
+    def release(self) -> None:
+        """Give all of it back, after the work that is queued."""
+        self.driver.activate()
+        self.driver.synchronise()
+        for pointer, _ in self.pools.values():
+            self.driver.free(pointer)
+        for resident in self.caches.values():
+            self.driver.free(resident.pointer)
+        self.driver.free(self.weights)
+        self.driver.close()
 
 
 class CudaExecutable:
@@ -55,15 +81,17 @@ class CudaExecutable:
         self._program = LaunchProgram.from_json((folder / "launches.json").read_text())
         self._graphs = program.entries
         self._functions = _load_functions(self._driver, folder)
-        self._weights = _upload_weights(self._driver, weights)
+        base, places = _upload_weights(self._driver, weights)
+        self._weights = {name: base + offset for name, offset in places.items()}
         self._schedules: dict[tuple[object, ...], Schedule] = {}
-        self._pools: dict[str, tuple[int, int]] = {}
-        self._caches: dict[int, Resident] = {}
+        self._held = Held(self._driver, base)
+        weakref.finalize(self, self._held.release).atexit = False  # the driver may be gone by then
 
     def run(self, entry: str, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Run an entry on CPU tensors; caches stay on the device (see `read_back`)."""
         import torch
 
+        self._driver.activate()
         lowered = self._program.entries[entry]
         shapes = {p.name: tuple(inputs[p.name].shape) for p in lowered.inputs}
         schedule = self._schedule(entry, shapes)
@@ -91,9 +119,12 @@ class CudaExecutable:
         return results
 
     def read_back(self, cache: torch.Tensor) -> None:
-        """Copy a cache's device contents into the host tensor that a caller gave."""
-        resident = self._caches[id(cache)]
-        self._driver.download(cache.data_ptr(), resident.pointer, cache.nbytes)
+        """Copy what the device holds of a cache, or of a view of one, into the host's tensor."""
+        self._driver.activate()
+        storage = cache.untyped_storage()
+        resident = self._held.caches[storage._cdata]
+        offset = cache.data_ptr() - storage.data_ptr()
+        self._driver.download(cache.data_ptr(), resident.pointer + offset, cache.nbytes)
         self._driver.synchronise()
 
     def signature(self, entry: str) -> Signature:
@@ -125,31 +156,38 @@ class CudaExecutable:
         return pointer
 
     def _resident(self, tensor: torch.Tensor) -> int:
-        """Where a cache lies on the device, uploaded when it is new or was changed by the host."""
+        """Where a cache lies on the device, uploaded when it is new or was changed by the host.
+
+        Storages are what stays: a session gives views of one, of the sequences that are in a step.
+        """
+        from torch.multiprocessing.reductions import StorageWeakRef
+
         if not tensor.is_contiguous():
             raise ValueError("a cache that is written in place must be contiguous")
-        for key in [k for k, r in self._caches.items() if r.tensor() is None]:
-            self._driver.free(self._caches.pop(key).pointer)
-        known = self._caches.get(id(tensor))
+        caches = self._held.caches
+        for key in [k for k, r in caches.items() if r.storage.expired()]:
+            self._driver.free(caches.pop(key).pointer)
+        storage = tensor.untyped_storage()
+        known = caches.get(storage._cdata)
         if known is None:
-            pointer = self._driver.allocate(tensor.nbytes)
-            known = Resident(weakref.ref(tensor), -1, pointer)
-            self._caches[id(tensor)] = known
+            pointer = self._driver.allocate(storage.nbytes())
+            known = caches[storage._cdata] = Resident(StorageWeakRef(storage), -1, pointer)
         if known.version != tensor._version:
-            self._driver.upload(known.pointer, tensor.data_ptr(), tensor.nbytes)
+            self._driver.upload(known.pointer, storage.data_ptr(), storage.nbytes())
             self._driver.synchronise()
             known.version = tensor._version
-        return known.pointer
+        return known.pointer + tensor.data_ptr() - storage.data_ptr()
 
     def _pool(self, name: str, size: int) -> int:
         """A buffer by name that grows when a call needs more."""
-        pointer, held = self._pools.get(name, (0, -1))
+        pools = self._held.pools
+        pointer, held = pools.get(name, (0, -1))
         if size > held:
             if held >= 0:
                 self._driver.synchronise()
-                self._driver.free(pointer)
+                self._driver.free(pools.pop(name)[0])
             pointer = self._driver.allocate(size)
-            self._pools[name] = (pointer, size)
+            pools[name] = (pointer, size)
         return pointer
 
     def _call(self, call: Call, addresses: Mapping[int, int]) -> None:
@@ -185,13 +223,13 @@ def _load_functions(driver: Driver, folder: Path) -> dict[str, Function]:
     return functions
 
 
-def _upload_weights(driver: Driver, path: Path) -> dict[str, int]:
-    """All weights in one allocation, each aligned; device address by name."""
+def _upload_weights(driver: Driver, path: Path) -> tuple[int, dict[str, int]]:
+    """All weights in one allocation, each aligned: its address, and offsets by name."""
     from safetensors import safe_open
 
-    if not path.is_file():
-        return {}
     places: dict[str, int] = {}
+    if not path.is_file():
+        return driver.allocate(0), places
     with safe_open(path, framework="pt") as file:
         total = 0
         for name in file.keys():
@@ -203,4 +241,4 @@ def _upload_weights(driver: Driver, path: Path) -> dict[str, int]:
             tensor = file.get_tensor(name).contiguous()
             driver.upload(base + offset, tensor.data_ptr(), tensor.nbytes)
             driver.synchronise()
-    return {name: base + offset for name, offset in places.items()}
+    return base, places

@@ -53,6 +53,18 @@ class Driver:
         self._check("cuCtxSetCurrent", self._context)
         self._stream = ctypes.c_void_p()
         self._check("cuStreamCreate", ctypes.byref(self._stream), 1)
+        self._modules: list[ctypes.c_void_p] = []
+
+    def activate(self) -> None:
+        """Make the context this thread's: what follows may come from another than `__init__`'s."""
+        self._check("cuCtxSetCurrent", self._context)
+
+    def close(self) -> None:
+        """Unload the kernels and let the context go; the caller has freed its memory."""
+        for module in self._modules:
+            self._check("cuModuleUnload", module)
+        self._check("cuStreamDestroy_v2", self._stream)
+        self._check("cuDevicePrimaryCtxRelease_v2", self._device)
 
     @property
     def arch(self) -> str:
@@ -68,6 +80,7 @@ class Driver:
         """A kernel of a cubin. Raises `RuntimeError` when the device does not take the binary."""
         module, function = ctypes.c_void_p(), ctypes.c_void_p()
         self._check("cuModuleLoadData", ctypes.byref(module), image)
+        self._modules.append(module)
         self._check("cuModuleGetFunction", ctypes.byref(function), module, symbol.encode())
         if shared > _STATIC_SHARED:
             self._check("cuFuncSetAttribute", function, _MAX_DYNAMIC_SHARED, shared)
@@ -133,4 +146,6 @@ def _declare(cuda: ctypes.CDLL) -> None:
     cuda.cuStreamSynchronize.argtypes = [pointer]
     cuda.cuFuncSetAttribute.argtypes = [pointer, ctypes.c_int, ctypes.c_int]
     cuda.cuModuleLoadData.argtypes = [pointer, ctypes.c_char_p]
+    cuda.cuModuleUnload.argtypes = [pointer]
+    cuda.cuStreamDestroy_v2.argtypes = [pointer]
     cuda.cuModuleGetFunction.argtypes = [pointer, pointer, ctypes.c_char_p]

@@ -29,6 +29,9 @@ int cuDeviceGetAttribute(int *value, int attribute, int device) {
 }
 int cuDevicePrimaryCtxRetain(void **context, int device) { *context = &used; return device; }
 int cuCtxSetCurrent(void *context) { return context != &used; }
+int cuDevicePrimaryCtxRelease_v2(int device) { return device; }
+int cuModuleUnload(void *module) { return module == NULL; }
+int cuStreamDestroy_v2(void *stream) { return stream != blocks; }
 int cuStreamCreate(void **stream, unsigned flags) { *stream = blocks; return flags != 1; }
 int cuStreamSynchronize(void *stream) { return stream != blocks; }
 int cuMemAlloc_v2(uint64_t *pointer, size_t size) {

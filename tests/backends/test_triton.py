@@ -232,6 +232,12 @@ class FakeDriver(Driver):
     def synchronise(self) -> None:
         return
 
+    def activate(self) -> None:
+        return
+
+    def close(self) -> None:
+        return
+
 
 def test_cuda_launches_what_was_emitted(model: Program, tmp_path: Path) -> None:
     folder = write_artifact(model, tmp_path) / "triton/sm_90"
