@@ -12,7 +12,7 @@ rows stay dense and a step runs over a part of them without a copy. All three fo
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -80,12 +80,19 @@ class SlotCaches:
     """Caches written in place: a slot of `capacity` rows for each of `count` sequences.
 
     A step over neighbouring slots is given a view of them. Memory is the system's until a row is
-    written.
+    written. Where slots live on a device, `read_back` brings a view of them to the host.
     """
 
-    def __init__(self, specs: Sequence[CacheSpec], count: int, capacity: int) -> None:
+    def __init__(
+        self,
+        specs: Sequence[CacheSpec],
+        count: int,
+        capacity: int,
+        read_back: Callable[[torch.Tensor], None] | None = None,
+    ) -> None:
         self._specs = specs
         self._shape = (count, capacity)
+        self._read_back = read_back
         self._slots: dict[str, torch.Tensor] = {}
         self._views: dict[str, torch.Tensor] = {}
         self._window = (0, 0)
@@ -117,6 +124,8 @@ class SlotCaches:
         last = len(lengths) - 1
         if row < last:
             for slot in self._slots.values():
+                if self._read_back is not None:  # all rows: the host's copy is what counts then
+                    self._read_back(slot[: last + 1])
                 slot[row, : lengths[last]] = slot[last, : lengths[last]]
 
     def clear(self) -> None:

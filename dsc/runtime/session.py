@@ -106,11 +106,6 @@ class Session:
         tokens, like = _as_ids(ids)
         if tokens.shape[0] != 1:
             raise UsageError(f"{tokens.shape[0]} prompts at once", hint="add them one by one")
-        if isinstance(self.executable, KeepsCaches):
-            raise UsageError(
-                "this backend keeps caches on its device, where sequences cannot join or leave",
-                hint="start all of them with session.prefill(ids, lengths=[...])",
-            )
         if len(self._active) == self.max_batch:
             raise UsageError(
                 f"the session holds {self.max_batch} sequences already",
@@ -245,7 +240,10 @@ class Session:
         if self._pool is not None:
             return PagedCaches(specs, self._pool)
         if all(spec.in_place for spec in specs):
-            return SlotCaches(specs, self.max_batch, self.max_context + self.prefill_chunk)
+            held = self.executable
+            read_back = held.read_back if isinstance(held, KeepsCaches) else None
+            capacity = self.max_context + self.prefill_chunk
+            return SlotCaches(specs, self.max_batch, capacity, read_back)
         return GrownCaches(specs)
 
     def _begin(self, like: str) -> int:
