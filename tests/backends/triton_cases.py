@@ -102,6 +102,65 @@ EXTRA: dict[str, list[str]] = {
     "full": [' {shape=[3,4], value=-inf, dtype=bf16}', " {shape=[], value=3, dtype=i64}"],
 }  # fmt: skip
 
+# Shapes that reach the tile policies of a GPU: too slow for the interpreter, which has its own.
+LARGE: dict[str, list[str]] = {
+    "linear": [
+        "bf16[300,520], bf16[264,520], bf16[264]",
+        "bf16[1,7168], bf16[1000,7168]",
+        "bf16[17,200], bf16[8200,200]",
+        "bf16[129,130], bf16[131,130]",
+        "f16[65,128], f16[136,128]",
+        "f32[100,300], f32[130,300]",
+    ],
+    "einsum": [
+        'bf16[1,1,128,128], bf16[128,128,512] {eq="bshd,hdc->bshc"}',
+        'bf16[2,3,16,512], bf16[16,128,512] {eq="bshc,hdc->bshd"}',
+    ],
+    "matmul": ["bf16[3,130,70], bf16[3,70,200]"],
+    "grouped_linear": [
+        "bf16[700,160], bf16[64,96,160], i64[65]",
+        "bf16[2000,256], bf16[8,264,256], i64[9]",
+    ],
+    "rms_norm": ["bf16[130,7168], bf16[7168] {eps=1e-06}"],
+    "rope": ['bf16[2,300,16,64], i64[2,300]=160000, f32[32] {layout="deinterleave", scale=1.0}'],
+    "softmax": ["f32[3,9000]"],
+    "attention": [
+        "bf16[1,200,8,192], bf16[1,200,8,192], bf16[1,200,8,128] {scale=0.07, causal=true}",
+        "bf16[2,70,8,128], bf16[2,300,2,128], bf16[2,300,2,128], i64[2]=200"
+        " {scale=0.09, causal=true}",
+    ],
+    "mla_attention": [
+        "bf16[2,130,16,128], bf16[2,130,16,64], bf16[2,400,512], bf16[2,400,64], bf16[4096,512],"
+        " i64[2]=250 {scale=0.005}",
+    ],
+    "latent_attention": [
+        "bf16[3,1,128,512], bf16[3,1,128,64], bf16[3,4000,512], bf16[3,4000,64], i64[3]=3900"
+        " {scale=0.02}",
+        "bf16[1,1,16,512], bf16[1,1,16,64], bf16[1,8000,512], bf16[1,8000,64], i64[1]=7999"
+        " {scale=0.02}",
+        "bf16[2,6,20,512], bf16[2,6,20,64], bf16[2,120,512], bf16[2,120,64], i64[2]=90"
+        " {scale=0.02}",
+        "f32[1,2,24,512], f32[1,2,24,64], f32[1,600,512], f32[1,600,64], i64[1]=500 {scale=0.02}",
+    ],
+    "route": [
+        'bf16[300,16], bf16[256,16], f32[256] {score="sigmoid", groups=8, keep=4,'
+        ' group_score="top2", top_k=8, normalise=true, scale=2.5}',
+    ],
+    "experts": ["bf16[3,512], i64[3,8]=64, f32[3,8], bf16[64,512,512], bf16[64,512,256]"],
+    "dispatch": ["bf16[700,64], i64[700,8]=64 {experts=64}"],
+    "combine": ["bf16[5600,64], i64[5600], f32[700,8]"],
+    "argmax": ["f32[3,129280] {axis=-1}"],
+    "topk": ["f32[130,256] {k=8}"],
+    "embedding": ["i64[600]=9000, bf16[9000,2048]"],
+    "cache_write": ["bf16[3,900,576], bf16[3,257,576], i64[3]=640"],
+    "add": ["bf16[3,1000,48], bf16[48]"],
+    "swiglu": ["bf16[700,1408], bf16[700,1408]"],
+    "sum": ["bf16[3,5000] {axes=[-1]}"],
+}  # fmt: skip
+
+EXACT_TOLERANCE = 1e-3
+NARROW_TOLERANCE = 2e-2  # of the largest value, for 16-bit results
+
 
 @dataclass(frozen=True)
 class Case:
@@ -119,6 +178,18 @@ class Case:
         result = definition.reference(*(x.clone() for x in self.inputs.values()), **attrs)
         return result if isinstance(result, tuple) else (result,)
 
+    def check(self, found: Mapping[str, torch.Tensor]) -> None:
+        """Hold results against the reference: types exactly, values within the tolerances."""
+        for result, expected in zip(found.values(), self.expected(), strict=True):
+            assert (result.dtype, result.shape) == (expected.dtype, expected.shape)
+            if expected.dtype in (torch.bfloat16, torch.float16):
+                finite = expected[expected.isfinite()].abs()
+                bound = NARROW_TOLERANCE * max(1.0, float(finite.max()) if len(finite) else 1.0)
+                torch.testing.assert_close(result.float(), expected.float(), rtol=0, atol=bound)
+            else:
+                atol = EXACT_TOLERANCE if expected.is_floating_point() else 0
+                torch.testing.assert_close(result, expected, rtol=0, atol=atol, equal_nan=True)
+
 
 def build(op: str, text: str, name: str) -> Case:
     """The case that a text describes."""
@@ -131,11 +202,19 @@ def build(op: str, text: str, name: str) -> Case:
     if op == "combine":
         inputs["x1"] = torch.randperm(len(inputs["x1"]), generator=torch.Generator().manual_seed(3))
     if op == "grouped_linear":
-        inputs["x2"] = torch.tensor([0, 3, 3, 9, 11])[: len(inputs["x2"])]
+        inputs["x2"] = _segments(len(inputs["x0"]), len(inputs["x2"]) - 1)
     outputs = builder.call(op, *values, **attrs)
     names = tuple(f"y{at}" for at in range(len(outputs)))
     aliases = registry()[op].aliases
     return Case(op, builder.finish(outputs, names, aliases), inputs)
+
+
+def _segments(rows: int, groups: int) -> torch.Tensor:
+    """Offsets of groups of uneven size over rows, one of them empty."""
+    if groups == 4:
+        return torch.tensor([0, 3, 3, 9, 11])
+    cuts = torch.randint(0, rows, (groups - 2,), generator=torch.Generator().manual_seed(groups))
+    return torch.cat([torch.tensor([0, 0]), cuts.sort().values, torch.tensor([rows])])
 
 
 def _operand(op: str, at: int, type: TensorType, high: int | None) -> torch.Tensor:
@@ -160,6 +239,12 @@ def cases(operators: frozenset[str]) -> dict[str, Case]:
             name = f"{op}_{number}"
             found[name] = build(op, text, name)
     return found
+
+
+def large_cases() -> dict[str, Case]:
+    """The cases of `LARGE` by name."""
+    texts = {f"{op}_large_{at}": (op, x) for op, some in LARGE.items() for at, x in enumerate(some)}
+    return {name: build(op, text, name) for name, (op, text) in texts.items()}
 
 
 def program_of(found: Mapping[str, Case]) -> Program:
