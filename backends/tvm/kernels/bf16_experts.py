@@ -22,6 +22,7 @@ from dsc.backends.tvm.kernels.bf16_rows import (
     Rows,
     first_panel,
     multiply,
+    next_stacked,
     pack_stacked,
     panel_bytes,
     tile_rows,
@@ -131,11 +132,16 @@ def bf16_experts(experts: int, d: int, hidden: int, top_k: int, act: str, tiles:
             gate_at = bind((e * (2 * hidden) + unit) * d)
             lift_at = bind(gate_at + hidden * d)
 
+            place = 1 + tirx.truncdiv(task + 1, integer(hidden // UNITS))
+            after = bind(active.load(tirx.min(place, active.load(0))))
+            next_unit = tirx.truncmod(task + 1, integer(hidden // UNITS)) * UNITS
+            away = bind((after * (2 * hidden) + next_unit) * d - gate_at)
+
             def block(n: Expr) -> Weights:
                 gate = tirx.EQ(integer(n), integer(0))
                 start = bind(select(gate, gate_at, lift_at))
-                then = bind(select(gate, lift_at, gate_at + UNITS * d))
-                return Weights(up, start, integer(d), UNITS, d, then)
+                then = bind(select(gate, lift_at, gate_at + away))
+                return Weights(up, start, integer(d), UNITS, d, then, start + away)
 
             def finish(tile: Local, r: Expr, p: Expr) -> None:
                 for j in range(0, UNITS, SUMS):
@@ -161,7 +167,7 @@ def bf16_experts(experts: int, d: int, hidden: int, top_k: int, act: str, tiles:
                 column = select(more, first, first + columns)
                 following = bind((after * d + column) * hidden)
                 start = bind((e * d + first) * hidden)
-                block = Weights(out, start, integer(hidden), width, hidden, following)
+                block = Weights(out, start, integer(hidden), width, hidden, following, following)
 
                 def finish(tile: Local, r: Expr, p: Expr) -> None:
                     place = bind(order.load(p))
@@ -231,7 +237,9 @@ def bf16_grouped(experts: int, n: int, k: int, tiles: bool) -> PrimFunc:
         def task(i: Expr) -> None:
             e, column = bind(tirx.truncmod(i, experts)), bind(tirx.truncdiv(i, experts) * BLOCK)
             width = bind(tirx.min(integer(BLOCK), n - column))
-            block = Weights(w, bind((e * n + column) * k), integer(k), width, k)
+            start = bind((e * n + column) * k)
+            ahead = start + next_stacked(e, experts, n * k, BLOCK * k)
+            block = Weights(w, start, integer(k), width, k, ahead=ahead)
 
             def finish(tile: Local, r: Expr, row: Expr) -> None:
                 def value(j: Expr, lanes: int) -> Expr:

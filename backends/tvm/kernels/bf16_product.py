@@ -96,7 +96,8 @@ def dot_sums(factors: Sequence[Factor]) -> list[Expr]:
 class Weights:
     """`columns` rows of a matrix [*, depth], `stride` apart: the columns of the product.
 
-    `following` is where the rows start that are read after these; right behind them if not said.
+    `following` is where the rows start that are read after these, `ahead` where those of the task
+    after this one; right behind these if not said.
     """
 
     tensor: Tensor
@@ -105,6 +106,7 @@ class Weights:
     columns: Expr
     depth: Expr
     following: Expr | None = None
+    ahead: Expr | None = None
 
     def rows(self, j: Expr, k: Expr) -> list[Expr]:
         """Where WIDTH rows start; the last one stands in for rows past the end."""
@@ -113,16 +115,9 @@ class Weights:
         return [bind(self.start + row * self.stride + k) for row in picked]
 
     @property
-    def _follow(self) -> Expr:
-        """Where the rows start that are read after these."""
-        if self.following is not None:
-            return self.following
+    def behind(self) -> Expr:
+        """Where the rows right behind these start."""
         return self.start + integer(self.columns) * self.stride
-
-    def next_start(self, j: Expr, width: int) -> Expr:
-        """Where the row starts that is read after `width` columns from j, over all of k."""
-        beside = self.start + (j + width) * self.stride
-        return select(j + width < integer(self.columns), beside, self._follow)
 
     def next_rows(self, j: Expr, k: Expr, depth: Expr, width: int) -> list[Expr]:
         """Where the rows start that come after `width` columns from j in a range of k.
@@ -132,7 +127,7 @@ class Weights:
         the bandwidth where blocks are small.
         """
         columns, end = integer(self.columns), bind(k + depth)
-        follow = self._follow
+        follow = self.behind if self.following is None else self.following
         deeper = select(end < integer(self.depth), self.start + end, follow)
         beside = self.start + (j + width) * self.stride + k
         first = bind(select(j + width < columns, beside, deeper))

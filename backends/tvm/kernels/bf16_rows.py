@@ -13,15 +13,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 from tvm import tirx
 from tvm.tirx.script.builder import ir as T
 
 from dsc.backends.tvm import amx
-from dsc.backends.tvm.bf16 import by_tiles, prefetch_far
-from dsc.backends.tvm.kernels import bf16_product as product
-from dsc.backends.tvm.kernels.bf16_product import BLOCK, Weights, ceil_div
+from dsc.backends.tvm.bf16 import LANES, by_tiles, prefetch_far
+from dsc.backends.tvm.kernels.bf16_product import (
+    BLOCK,
+    Weights,
+    ceil_div,
+    fill_block,
+    tile_height,
+)
 from dsc.backends.tvm.tir import Expr, Local, Tensor, bind, for_each, integer, loop, select, when
 from dsc.ir.dims import Dim
 
@@ -29,6 +35,8 @@ PANELS = 2
 """Panels that a tile of rows takes: with two blocks of 16 columns, four independent sums."""
 WIDE = 2 * amx.COLUMNS
 """Columns of two weight tiles."""
+NEAR = 4
+"""Steps of k ahead of which lines are asked for where memory is the bound."""
 CHUNK = 32
 """Steps of k that a task packs."""
 
@@ -70,7 +78,7 @@ class Rows:
 
 def tile_rows() -> int:
     """Rows of x that a tile takes."""
-    return PANELS * amx.TOKENS if by_tiles() else product.tile_height()
+    return PANELS * amx.TOKENS if by_tiles() else tile_height()
 
 
 def panel_bytes(rows: Dim | Expr, depth: Dim, experts: int = 1) -> Any:
@@ -85,6 +93,15 @@ def first_panel(start: Expr, expert: Expr) -> Expr:
     for ceil(count / 16).
     """
     return tirx.truncdiv(integer(start), integer(amx.TOKENS)) + integer(expert)
+
+
+def next_stacked(expert: Expr, experts: int, size: Expr, block: Expr) -> Expr:
+    """How far the next task's weights are where tasks go from expert to expert, then on by a block.
+
+    `size` is that of an expert's weights, `block` that of the task's part of them.
+    """
+    more = expert + 1 < integer(experts)
+    return select(more, integer(size), integer(block) - integer(size) * (experts - 1))
 
 
 def pack(rows: Rows) -> None:
@@ -162,20 +179,25 @@ def multiply(
 
 def _fill(rows: Rows, tile: Local, start: Expr, first: Expr, here: Expr, w: Weights) -> None:
     """The sums of up to `tile_height()` rows on vectors: a body for each number of rows."""
-    for height in range(product.tile_height(), 0, -1):
+    for height in range(tile_height(), 0, -1):
         with when(tirx.EQ(here, integer(height))):
             x_rows = [bind(integer(rows.at(first + r))) for r in range(height)]
-            product.fill_block(tile, start, rows.x, x_rows, w)
+            fill_block(tile, start, rows.x, x_rows, w)
 
 
 class _Tiles:
-    """A task's products on tile registers."""
+    """A task's products on tile registers.
+
+    While a task runs it fetches the next one's weights, a share with each tile of rows, so that
+    memory is read all the time and not only while weights are new.
+    """
 
     def __init__(self, rows: Rows, tile: Local) -> None:
         self.rows, self.tile = rows, tile
         self.square = Local(amx.TOKENS * amx.COLUMNS)
         self.tokens = bind(rows.tokens)
         self.pair_stride = bind(self.tokens * 4)
+        self.tiles = bind(ceil_div(rows.count, PANELS * amx.TOKENS))
 
     def begin(self, columns: Expr) -> None:
         """Size the tiles for blocks of so many columns.
@@ -187,59 +209,87 @@ class _Tiles:
             amx.configure(self.tokens, self.columns)
 
     def fill(self, start: Expr, t: Expr, here: Expr, w: Weights) -> None:
-        """The sums of a tile of rows with a block of columns. The first tile fetches ahead."""
+        """The sums of a tile of rows with a block of columns."""
         first = bind(self.rows.panel(t * PANELS))
-        second = bind(first + self.rows.panel_bytes)
-        panels = first, second
-        with T.If(tirx.EQ(t, integer(0))):
-            with T.Then():
-                self._panels(start, here, panels, w, True)
-            with T.Else():
-                self._panels(start, here, panels, w, False)
-
-    def _panels(
-        self, start: Expr, here: Expr, panels: tuple[Expr, Expr], w: Weights, ahead: bool
-    ) -> None:
+        panels = first, bind(first + self.rows.panel_bytes)
         with T.If(here > integer(amx.TOKENS)):
             with T.Then():
-                self._columns(start, panels, w, ahead)
+                self._columns(start, t, panels, w)
             with T.Else():
-                self._columns(start, panels[:1], w, ahead)
+                self._columns(start, t, panels[:1], w)
 
-    def _columns(self, start: Expr, panels: Sequence[Expr], w: Weights, ahead: bool) -> None:
-        """All columns of the block: groups of 16, of which the last may overlap the one before."""
+    def _columns(self, start: Expr, t: Expr, panels: Sequence[Expr], w: Weights) -> None:
+        """All columns of the block, in groups of two tiles; the last may overlap the one before."""
         columns = integer(w.columns)
         last = bind(columns - self.columns)
-        stride = bind(integer(w.stride) * 2)
-        steps = bind(tirx.truncdiv(integer(w.depth), integer(amx.DEPTH)))
+        ahead = bind(w.behind if w.ahead is None else w.ahead)
+        begin = bind(tirx.truncdiv(t * WIDE, self.tiles))
+        lines = bind(tirx.truncdiv((t + 1) * WIDE, self.tiles) - begin)
         with loop(ceil_div(columns, WIDE)) as group:
             j = bind(group * WIDE)
-            at = [bind(tirx.min(j + i * amx.COLUMNS, last)) for i in range(2)]
+            at = [bind(tirx.min(j + a * amx.COLUMNS, last)) for a in range(2)]
             rows = [bind(w.start + column * w.stride) for column in at]
-            later = bind(w.next_start(j, WIDE)) if ahead else None
-            self._sums(panels, w, rows, stride, steps, later)
+            later = bind(ahead + (j + begin) * w.stride)
+            beside = bind(select(j + WIDE < columns, rows[0] + WIDE * w.stride, later))
+            with T.If(tirx.EQ(self.tiles, integer(1))):
+                with T.Then():
+                    self._stream(panels, w, rows, beside)
+                with T.Else():
+                    self._share(panels, w, rows, later, lines)
             for q in range(len(panels)):
                 for a, column in enumerate(at):
                     self._save(2 * q + a, bind(start + column + q * (amx.TOKENS * BLOCK)))
 
-    def _sums(
-        self, panels: Sequence[Expr], w: Weights, rows: Sequence[Expr], stride: Expr, steps: Expr,
-        later: Expr | None,
-    ) -> None:  # fmt: skip
-        """Sums over all of k, in tiles 2 q + a for panel q and columns a."""
-        for sums in range(2 * len(panels)):
-            amx.zero(sums)
-        with loop(steps) as step:
-            pairs_at = bind(step * self.tokens * 64)
-            for q, panel in enumerate(panels):
-                amx.load_pairs(amx.PAIRS[q], panel + pairs_at, self.pair_stride)
-            for a, row in enumerate(rows):
-                amx.load_weights(amx.WEIGHTS[a], w.tensor, row + step * amx.DEPTH, stride)
-                for q in range(len(panels)):
-                    amx.multiply(2 * q + a, amx.WEIGHTS[a], amx.PAIRS[q])
-            if later is not None:
+    def _stream(
+        self, panels: Sequence[Expr], w: Weights, rows: Sequence[Expr], beside: Expr
+    ) -> None:
+        """The sums of a group that one tile of rows meets: a few steps ahead is far enough.
+
+        Farther ahead, memory streams no faster, and a kernel begins with as many lines that nobody
+        has asked for and ends with as many that nobody wants (measured: 4 to 25% of its time).
+        """
+        self._clear(panels)
+        steps = bind(tirx.truncdiv(integer(w.depth), integer(amx.DEPTH)))
+        near = bind(tirx.min(steps, integer(NEAR)))
+        most = bind(steps - near)
+        for first, count, target in (
+            (integer(0), most, bind(rows[0] + near * amx.DEPTH)),
+            (most, near, bind(beside - most * amx.DEPTH)),
+        ):
+            with loop(count) as i:
+                step = bind(first + i)
+                self._step(panels, w, rows, step)
                 for c in range(WIDE):
-                    prefetch_far(w.tensor, later + c * w.stride + step * amx.DEPTH)
+                    prefetch_far(w.tensor, target + step * amx.DEPTH + c * w.stride)
+
+    def _share(
+        self, panels: Sequence[Expr], w: Weights, rows: Sequence[Expr], later: Expr, lines: Expr
+    ) -> None:
+        """The sums of a group, with `lines` cache lines a step of the next task's, from `later` on.
+
+        They are read as they lie: that is faster than a line of each of many rows.
+        """
+        self._clear(panels)
+        with loop(tirx.truncdiv(integer(w.depth), integer(amx.DEPTH))) as step:
+            self._step(panels, w, rows, step)
+            from_here = bind(later + step * lines * amx.DEPTH)
+            with loop(lines) as i:
+                prefetch_far(w.tensor, from_here + i * LANES)
+
+    def _clear(self, panels: Sequence[Expr]) -> None:
+        for q, a in product(range(len(panels)), range(2)):
+            amx.zero(2 * q + a)
+
+    def _step(self, panels: Sequence[Expr], w: Weights, rows: Sequence[Expr], step: Expr) -> None:
+        """32 products more for tiles 2 q + a, for panel q and columns a."""
+        pairs_at = bind(step * self.tokens * (4 * amx.TOKENS))
+        for q, panel in enumerate(panels):
+            amx.load_pairs(amx.PAIRS[q], panel + pairs_at, self.pair_stride)
+        for a, row in enumerate(rows):
+            at, stride = row + step * amx.DEPTH, integer(w.stride) * 2
+            amx.load_weights(amx.WEIGHTS[a], w.tensor, at, stride)
+            for q in range(len(panels)):
+                amx.multiply(2 * q + a, amx.WEIGHTS[a], amx.PAIRS[q])
 
     def _save(self, sums: int, at: Expr) -> None:
         """Sums to rows of the tile: one token's lie in order, more are transposed."""

@@ -184,8 +184,13 @@ class _Tasks:
         if self.native:
 
             def block(n: Expr) -> Weights:
-                at = bind(weight + task.column(n) * self.depth)
-                return Weights(self.w, at, integer(self.depth), task.width, self.depth)
+                depth, width = integer(self.depth), task.width
+                at = bind(weight + task.column(n) * depth)
+                ahead = None
+                if experts > 1:
+                    size = self.product.m * depth
+                    ahead = at + bf16_rows.next_stacked(expert, experts, size, width * depth)
+                return Weights(self.w, at, depth, width, depth, ahead=ahead)
 
             bf16_rows.multiply(rows, task.copies, block, finish, self.copies)
             return
