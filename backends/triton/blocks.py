@@ -67,11 +67,12 @@ class Blocks:
         """Pipeline stages for a long loop over k: AMD's loop pipeliner wants two."""
         return 2 if self.target.startswith("hip:") else 3
 
-    def gemm(self, m: int, n: int, k: int, itemsize: int) -> Tile:
-        """A tile for at most `m` rows by `n` columns; operands of `itemsize` bytes.
+    def gemm(self, m: int, n: int, k: int, itemsize: int, batch: int = 1) -> Tile:
+        """A tile for at most `m` rows by `n` columns, `batch` times; operands of `itemsize` bytes.
 
-        Few rows mean a stream of weights: narrow column tiles, so that many programs read at once.
-        fp32 products have no tensor cores to feed, and code that grows with the tile.
+        Few rows mean a stream of weights: narrow column tiles, so that many programs read at once,
+        and for the fewest rows deep ones, so that each has much on its way. fp32 products have no
+        tensor cores to feed, and code that grows with the tile.
         """
         if self.interprets:
             edge_k = clamp_power(k, DOT_MINIMUM, 512)
@@ -79,6 +80,8 @@ class Blocks:
             return Tile(clamp_power(m, DOT_MINIMUM, 64), edge_n, edge_k)
         if itemsize >= 4:
             return Tile(clamp_power(m, 16, 32), clamp_power(n, 16, 64), 16, 4, 1)
+        if m <= 16 and n * batch < 8192 and k > 512 and self.target.startswith("cuda:"):
+            return Tile(16, clamp_power(n, 16, 32 if n > 3072 else 16), 256, 4, 4)
         if m <= 64:
             wide = 64 if n >= 8192 else 32
             return Tile(clamp_power(m, 16, 64), clamp_power(n, 16, wide), 128, 4, self.deep_stages)
@@ -90,8 +93,8 @@ class Blocks:
         if self.interprets:
             edge_k = clamp_power(k, 1, 512)
             return Tile(1, clamp_power(n, 1, INTERPRET_ELEMENTS // edge_k), edge_k)
-        edge_k = clamp_power(k, 32, 512)
-        return Tile(1, clamp_power(n, 1, 4096 // edge_k), edge_k)
+        edge_k = clamp_power(k, 32, 1024)
+        return Tile(1, clamp_power(n, 1, 2048 // edge_k), edge_k)
 
     def flash(self, queries: int, keys: int, head: int, itemsize: int) -> Tile:
         """Query rows (m) and keys (n) of a flash-attention tile for heads of `head` numbers."""
@@ -119,11 +122,18 @@ class Blocks:
         return Tile(16, clamp_power(tokens, 16, most), 0, warps, 1 if most < 64 else 2)
 
     def splits(self, programs: int, tokens: int) -> int:
-        """Spans that a cache of up to `tokens` rows is cut into, for `programs` other programs."""
+        """Spans that a cache of up to `tokens` rows is cut into, for `programs` other programs.
+
+        Two for each multiprocessor, and none below the rows of a tile.
+        """
         if self.interprets:
             return 1
-        wanted = max(1, 128 // max(programs, 1))
-        return max(1, min(wanted, tokens // 256, 32))
+        wanted = max(1, 256 // max(programs, 1))
+        return max(1, min(wanted, tokens // 64, 128))
+
+    def merge(self, spans: int, columns: int) -> int:
+        """Columns that a program merges, of `spans` partial results at once."""
+        return clamp_power(columns, 16, max(16, 8192 // spans))
 
     def rows(self, rows: int, columns: int) -> RowTile:
         """A tile of whole rows: `columns` numbers each, at most `rows` of them."""

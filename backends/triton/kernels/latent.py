@@ -45,7 +45,8 @@ def latent_attention(
     """out[b, s, h, :C] over one span of the cache; grid (B * S, head tiles, SPLITS).
 
     Query s of row b sees cache rows j <= lengths[b] + s. With SPLITS > 1 the normalised result of
-    the span goes to partial f32[SPLITS, B*S, H, C] and its log-sum-exp to lse f32[SPLITS, B*S, H].
+    the span goes to partial f32[SPLITS, B*S, H, C], unless it is empty, and its log-sum-exp to lse
+    f32[SPLITS, B*S, H].
     """
     row = tl.program_id(0).to(tl.int64)
     b = row // S
@@ -89,7 +90,8 @@ def latent_attention(
         tl.store(out + (row * H + h[:, None]) * C + c[None, :], acc, mask=keep)
     else:
         at = (split * tl.num_programs(0) + row) * H + h
-        tl.store(partial + at[:, None] * C + c[None, :], acc, mask=keep)
+        seen_any = (total > 0.0)[:, None]
+        tl.store(partial + at[:, None] * C + c[None, :], acc, mask=keep & seen_any)
         tl.store(lse + at, tl.where(total == 0.0, float("-inf"), top + tl.log(total)), mask=h < H)
 
 
@@ -98,29 +100,24 @@ def latent_combine(
     partial,
     lse,
     out,
-    rows,
     C: tl.constexpr,
     BLOCK_C: tl.constexpr,
     SPLITS: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
+    SPLITS_PADDED: tl.constexpr,
 ):
-    """Merge SPLITS partial results by their log-sum-exp; a row is one (batch, query, head).
+    """Merge SPLITS partial results by their log-sum-exp; grid (rows, tiles of C).
 
-    Split 0 always holds a visible token (a query sees at least itself), so the maximum is finite.
+    A row is one (batch, query, head). All its spans are read at once; an empty one wrote nothing
+    but its log-sum-exp. Span 0 always holds a visible token (a query sees at least itself), so the
+    maximum is finite.
     """
-    row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    c = tl.arange(0, BLOCK_C)
-    top = tl.load(lse + row, mask=row < rows, other=0.0)
-    for split in range(1, SPLITS):
-        top = tl.maximum(top, tl.load(lse + split * rows + row, mask=row < rows, other=0.0))
-    total = tl.zeros((BLOCK_ROWS,), dtype=tl.float32)
-    acc = tl.zeros((BLOCK_ROWS, BLOCK_C), dtype=tl.float32)
-    keep = (row[:, None] < rows) & (c[None, :] < C)
-    for split in range(0, SPLITS):
-        part = split * rows + row
-        weight = tl.exp(tl.load(lse + part, mask=row < rows, other=0.0) - top)
-        total += weight
-        at = partial + part[:, None].to(tl.int64) * C + c[None, :]
-        acc += weight[:, None] * tl.load(at, mask=keep, other=0.0)
-    at = out + row[:, None].to(tl.int64) * C + c[None, :]
-    tl.store(at, acc / total[:, None], mask=keep)
+    row = tl.program_id(0)
+    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    split = tl.arange(0, SPLITS_PADDED)
+    part = split.to(tl.int64) * tl.num_programs(0) + row
+    level = tl.load(lse + part, mask=split < SPLITS, other=float("-inf"))
+    weight = tl.exp(level - tl.max(level, axis=0))
+    keep = (weight > 0.0)[:, None] & (c[None, :] < C)
+    parts = tl.load(partial + part[:, None] * C + c[None, :], mask=keep, other=0.0)
+    acc = tl.sum(weight[:, None] * parts, axis=0) / tl.sum(weight, axis=0)
+    tl.store(out + row.to(tl.int64) * C + c, acc, mask=c < C)

@@ -113,11 +113,11 @@ def latent_attention(ctx: Context, node: Node) -> None:
     grid = (b * s, head_tiles, splits)
     ctx.launch("latent:latent_attention", grid, given, tile.warps, tile.stages)
     if splits > 1:
-        rows = product((b, s, heads))
-        part = ctx.blocks.rows(ctx.limit(rows), c)
-        merge: dict[str, Given] = {"partial": partial, "lse": lse, "out": out, "rows": rows}
-        merge |= {"C": c, "BLOCK_C": blocks["BLOCK_C"], "SPLITS": splits, "BLOCK_ROWS": part.rows}
-        ctx.launch("latent:latent_combine", (ceil_div(rows, part.rows),), merge, part.warps)
+        padded = next_power(splits)
+        block = ctx.blocks.merge(padded, c)
+        merge: dict[str, Given] = {"partial": partial, "lse": lse, "out": out, "C": c}
+        merge |= {"BLOCK_C": block, "SPLITS": splits, "SPLITS_PADDED": padded}
+        ctx.launch("latent:latent_combine", (product((b, s, heads)), -(-c // block)), merge)
 
 
 def _token_rows(ctx: Context, view: View) -> tuple[View, Dim]:

@@ -20,9 +20,9 @@ from dsc.backends.tvm.kernels.bf16_linear import grain
 from dsc.backends.tvm.kernels.bf16_product import BLOCK, Weights, store_row
 from dsc.backends.tvm.kernels.bf16_rows import (
     Rows,
+    Stacked,
     first_panel,
     multiply,
-    next_stacked,
     pack_stacked,
     panel_bytes,
     tile_rows,
@@ -231,14 +231,17 @@ def bf16_grouped(experts: int, n: int, k: int, tiles: bool) -> PrimFunc:
         w = Tensor(weight, DType.bf16, (experts, n, k))
         starts = Tensor(offsets, DType.i64, (experts + 1,))
 
+        stacked = Stacked(experts, -(-n // BLOCK))
+
         def rows_of(e: Expr) -> Rows:
             return _rows_of(e, starts, source, x, lambda p: p * k, k, panels)
 
         def task(i: Expr) -> None:
-            e, column = bind(tirx.truncmod(i, experts)), bind(tirx.truncdiv(i, experts) * BLOCK)
+            e, number = stacked.place(i)
+            column = bind(number * BLOCK)
             width = bind(tirx.min(integer(BLOCK), n - column))
             start = bind((e * n + column) * k)
-            ahead = start + next_stacked(e, experts, n * k, BLOCK * k)
+            ahead = start + stacked.step(i, e, n * k, BLOCK * k)
             block = Weights(w, start, integer(k), width, k, ahead=ahead)
 
             def finish(tile: Local, r: Expr, row: Expr) -> None:
@@ -247,11 +250,12 @@ def bf16_grouped(experts: int, n: int, k: int, tiles: bool) -> PrimFunc:
 
                 store_row(target, bind(row * n + column), width, value)
 
-            multiply(rows_of(e), integer(1), lambda _: block, finish)
+            with when(column < n):
+                multiply(rows_of(e), integer(1), lambda _: block, finish)
 
         with instructions():
             pack_stacked(integer(experts), rows * k, rows_of)
-            for_each(experts * -(-n // BLOCK), rows * k, task)
+            for_each(stacked.count, rows * k, task)
 
     def with_panels(
         x: Expr, weight: Expr, offsets: Expr, y: Expr, scratch: Expr, rows: Expr

@@ -20,7 +20,7 @@ from tvm import tirx
 from tvm.tirx.script.builder import ir as T
 
 from dsc.backends.tvm import amx
-from dsc.backends.tvm.bf16 import LANES, by_tiles, prefetch_far
+from dsc.backends.tvm.bf16 import by_tiles, prefetch_far
 from dsc.backends.tvm.kernels.bf16_product import (
     BLOCK,
     Weights,
@@ -37,6 +37,8 @@ WIDE = 2 * amx.COLUMNS
 """Columns of two weight tiles."""
 NEAR = 4
 """Steps of k ahead of which lines are asked for where memory is the bound."""
+RUN = 8
+"""Blocks of columns of an expert that follow each other."""
 CHUNK = 32
 """Steps of k that a task packs."""
 
@@ -95,13 +97,36 @@ def first_panel(start: Expr, expert: Expr) -> Expr:
     return tirx.truncdiv(integer(start), integer(amx.TOKENS)) + integer(expert)
 
 
-def next_stacked(expert: Expr, experts: int, size: Expr, block: Expr) -> Expr:
-    """How far the next task's weights are where tasks go from expert to expert, then on by a block.
+@dataclass(frozen=True)
+class Stacked:
+    """Tasks over `blocks` of columns of each of some experts' weights, in their order.
 
-    `size` is that of an expert's weights, `block` that of the task's part of them.
+    A few blocks of an expert follow each other, so that its rows of x stay in the second-level
+    cache; then comes the next expert, so that threads stay level however uneven the loads are.
     """
-    more = expert + 1 < integer(experts)
-    return select(more, integer(size), integer(block) - integer(size) * (experts - 1))
+
+    experts: int
+    blocks: Expr
+
+    @property
+    def count(self) -> Expr:
+        """How many tasks there are; some at the end have no block."""
+        return ceil_div(self.blocks, RUN) * (RUN * self.experts)
+
+    def place(self, task: Expr) -> tuple[Expr, Expr]:
+        """The expert and the block of a task."""
+        run = tirx.truncdiv(task, integer(RUN))
+        first = tirx.truncdiv(run, integer(self.experts)) * RUN
+        block = first + tirx.truncmod(task, integer(RUN))
+        return bind(tirx.truncmod(run, integer(self.experts))), bind(block)
+
+    def step(self, task: Expr, expert: Expr, size: Expr, block: Expr) -> Expr:
+        """How far the next task's weights are; `size` of an expert's, `block` of a block's."""
+        size, block = integer(size), integer(block)
+        over = select(expert + 1 < integer(self.experts), size, -size * (self.experts - 1))
+        inside = tirx.truncmod(task, integer(RUN)) + 1 < integer(RUN)
+        wrap = select(expert + 1 < integer(self.experts), -block * (RUN - 1), block)
+        return select(inside, block, over + wrap)
 
 
 def pack(rows: Rows) -> None:
@@ -223,19 +248,17 @@ class _Tiles:
         columns = integer(w.columns)
         last = bind(columns - self.columns)
         ahead = bind(w.behind if w.ahead is None else w.ahead)
-        begin = bind(tirx.truncdiv(t * WIDE, self.tiles))
-        lines = bind(tirx.truncdiv((t + 1) * WIDE, self.tiles) - begin)
         with loop(ceil_div(columns, WIDE)) as group:
             j = bind(group * WIDE)
             at = [bind(tirx.min(j + a * amx.COLUMNS, last)) for a in range(2)]
             rows = [bind(w.start + column * w.stride) for column in at]
-            later = bind(ahead + (j + begin) * w.stride)
+            later = bind(ahead + j * w.stride)
             beside = bind(select(j + WIDE < columns, rows[0] + WIDE * w.stride, later))
             with T.If(tirx.EQ(self.tiles, integer(1))):
                 with T.Then():
                     self._stream(panels, w, rows, beside)
                 with T.Else():
-                    self._share(panels, w, rows, later, lines)
+                    self._share(panels, w, rows, t, later)
             for q in range(len(panels)):
                 for a, column in enumerate(at):
                     self._save(2 * q + a, bind(start + column + q * (amx.TOKENS * BLOCK)))
@@ -263,18 +286,24 @@ class _Tiles:
                     prefetch_far(w.tensor, target + step * amx.DEPTH + c * w.stride)
 
     def _share(
-        self, panels: Sequence[Expr], w: Weights, rows: Sequence[Expr], later: Expr, lines: Expr
+        self, panels: Sequence[Expr], w: Weights, rows: Sequence[Expr], t: Expr, later: Expr
     ) -> None:
-        """The sums of a group, with `lines` cache lines a step of the next task's, from `later` on.
+        """The sums of a group with tile t of rows, and a share of what the next task multiplies.
 
-        They are read as they lie: that is faster than a line of each of many rows.
+        Each tile asks for a range of k of the group at `later`, a line of each row at a time.
         """
         self._clear(panels)
-        with loop(tirx.truncdiv(integer(w.depth), integer(amx.DEPTH))) as step:
-            self._step(panels, w, rows, step)
-            from_here = bind(later + step * lines * amx.DEPTH)
-            with loop(lines) as i:
-                prefetch_far(w.tensor, from_here + i * LANES)
+        steps = bind(tirx.truncdiv(integer(w.depth), integer(amx.DEPTH)))
+        begin = bind(tirx.truncdiv(t * steps, self.tiles))
+        count = tirx.truncdiv((t + 1) * steps, self.tiles) - begin
+        count = bind(tirx.max(count, integer(1)))  # with fewer steps than tiles some ask twice
+        with loop(count) as part:
+            first = bind(tirx.truncdiv(part * steps, count))
+            end = tirx.truncdiv((part + 1) * steps, count)
+            for c in range(WIDE):
+                prefetch_far(w.tensor, later + (begin + part) * amx.DEPTH + c * w.stride)
+            with loop(bind(end - first)) as i:
+                self._step(panels, w, rows, bind(first + i))
 
     def _clear(self, panels: Sequence[Expr]) -> None:
         for q, a in product(range(len(panels)), range(2)):

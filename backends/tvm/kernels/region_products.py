@@ -158,14 +158,26 @@ class _Tasks:
         for family in self.families:
             count = bind(count + ceil_up(family.width, self.grain) * family.blocks)
             ends.append(count)
-        experts = max(self.product.experts, 1)
         work = PARALLEL_WORK if self.product.heavy else self.rows * self.depth * 16
-        for_each(count * experts, work, lambda i: self._task(i, ends, experts))
+        if self.offsets is None:
+            for_each(count, work, lambda i: self._task(integer(0), i, ends, None))
+            return
+        stacked = bf16_rows.Stacked(self.product.experts, count)
 
-    def _task(self, i: Expr, ends: Sequence[Expr], experts: int) -> None:
-        """One block of columns: find its family, then its rows."""
-        expert = bind(tirx.truncmod(i, integer(experts))) if experts > 1 else integer(0)
-        g = bind(tirx.truncdiv(i, integer(experts))) if experts > 1 else i
+        def task(i: Expr) -> None:
+            expert, g = stacked.place(i)
+            with when(g < count):
+                size = self.product.m * integer(self.depth)
+                block = self.grain * integer(self.depth)
+                self._task(expert, g, ends, bind(stacked.step(i, expert, size, block)))
+
+        for_each(stacked.count, work, task)
+
+    def _task(self, expert: Expr, g: Expr, ends: Sequence[Expr], step: Expr | None) -> None:
+        """One block of columns: find its family, then its rows.
+
+        `step` is the distance of the next task's weights, where they do not lie right behind.
+        """
         cells = Local(5 + self.copies, "int64")
         first: Expr = integer(0)
         for number, (family, end) in enumerate(zip(self.families, ends, strict=True)):
@@ -186,10 +198,7 @@ class _Tasks:
             def block(n: Expr) -> Weights:
                 depth, width = integer(self.depth), task.width
                 at = bind(weight + task.column(n) * depth)
-                ahead = None
-                if experts > 1:
-                    size = self.product.m * depth
-                    ahead = at + bf16_rows.next_stacked(expert, experts, size, width * depth)
+                ahead = None if step is None else at + step
                 return Weights(self.w, at, depth, width, depth, ahead=ahead)
 
             bf16_rows.multiply(rows, task.copies, block, finish, self.copies)
