@@ -47,7 +47,7 @@ EXPRESSIONS: dict[str, tuple[str, str | None]] = {
     "mul": ("{0} * {1}", None),
     "div": ("{0} / {1}", "{0} // {1} - (({0} % {1} != 0) & (({0} < 0) != ({1} < 0)))"),
     "remainder": (
-        "{0} - {1} * tl.floor({0} / {1})",
+        "{0} - {1} * tl.floor(tl.div_rn({0}, {1}))",  # a GPU's `/` takes 6 / 3 below 2
         "{0} % {1} + tl.where(({0} % {1} != 0) & (({0} < 0) != ({1} < 0)), {1}, 0)",
     ),
     "maximum": (f"tl.maximum({{0}}, {{1}}, {_NAN})", "tl.maximum({0}, {1})"),
