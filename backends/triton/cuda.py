@@ -5,6 +5,9 @@ grow as needed. A KV cache that an entry updates in place is uploaded when it is
 stays on the device: later steps that give it unmodified, whole or a view of some of its slots, find
 it there. Its host copy is refreshed by `read_back` alone: copying a cache after every token would
 cost more than the step.
+
+What one step after another does again, on the same addresses, is queued as one CUDA graph: a decode
+step has a hundred launches and more, and queueing them one by one takes longer than they run.
 """
 
 from __future__ import annotations
@@ -12,15 +15,15 @@ from __future__ import annotations
 import ctypes
 import json
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from dsc.backends.base import Signature
-from dsc.backends.triton.driver import Argument, Driver, Function
-from dsc.backends.triton.launch import EntryLaunches, Kernel, LaunchProgram, Port
-from dsc.backends.triton.schedule import Address, Call, Schedule, is_state, resolve
+from dsc.backends.triton.driver import Argument, Driver, Function, Launch
+from dsc.backends.triton.launch import EntryLaunches, Kernel, LaunchProgram
+from dsc.backends.triton.schedule import Address, Call, Schedule, Shapes, is_state, resolve
 from dsc.errors import BackendUnavailable
 from dsc.ir.program import Program
 
@@ -29,6 +32,9 @@ if TYPE_CHECKING:
     from torch.multiprocessing.reductions import StorageWeakRef
 
 ALIGNMENT = 256
+REPLAYS = 32  # sets of shapes whose launches are kept
+Key: TypeAlias = tuple[object, ...]
+"""An entry and the shapes of its inputs."""
 
 
 @dataclass(slots=True)
@@ -41,21 +47,41 @@ class Resident:
 
 
 @dataclass(slots=True)
+class Replay:
+    """A schedule, its launches for the addresses of the last run, and the graph of a second one."""
+
+    schedule: Schedule
+    addresses: Mapping[int, int] | None = None
+    launches: Sequence[Launch] = ()
+    graph: ctypes.c_void_p | None = None
+
+    def forget(self, driver: Driver) -> None:
+        """Let the graph go."""
+        if self.graph is not None:
+            driver.forget(self.graph)
+            self.graph = None
+
+
+@dataclass(slots=True)
 class Held:
     """What an executable holds on the device; it outlives the executable until it is given back.
 
-    `pools` are buffers by name with their sizes, `caches` residents by the storage's identity.
+    `pools` are buffers by name with their sizes, `caches` residents by the storage's identity,
+    `replays` what is ready to run by entry and shapes, the latest last.
     """
 
     driver: Driver
     weights: int
     pools: dict[str, tuple[int, int]] = field(default_factory=dict)
     caches: dict[int, Resident] = field(default_factory=dict)
+    replays: dict[Key, Replay] = field(default_factory=dict)
 
     def release(self) -> None:
         """Give all of it back, after the work that is queued."""
         self.driver.activate()
         self.driver.synchronise()
+        for replay in self.replays.values():
+            replay.forget(self.driver)
         for pointer, _ in self.pools.values():
             self.driver.free(pointer)
         for resident in self.caches.values():
@@ -83,9 +109,9 @@ class CudaExecutable:
         self._functions = _load_functions(self._driver, folder)
         base, places = _upload_weights(self._driver, weights)
         self._weights = {name: base + offset for name, offset in places.items()}
-        self._schedules: dict[tuple[object, ...], Schedule] = {}
         self._held = Held(self._driver, base)
-        weakref.finalize(self, self._held.release).atexit = False  # the driver may be gone by then
+        self._release = weakref.finalize(self, self._held.release)
+        self._release.atexit = False  # the driver may be gone by then
 
     def run(self, entry: str, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Run an entry on CPU tensors; caches stay on the device (see `read_back`)."""
@@ -94,13 +120,11 @@ class CudaExecutable:
         self._driver.activate()
         lowered = self._program.entries[entry]
         shapes = {p.name: tuple(inputs[p.name].shape) for p in lowered.inputs}
-        schedule = self._schedule(entry, shapes)
-        addresses = self._inputs(lowered, inputs)
+        replay = self._replay((entry, *sorted(shapes.items())), lowered, shapes)
+        schedule = replay.schedule
+        addresses, _kept = self._inputs(lowered, inputs)
         arena = self._pool("arena", schedule.arena_bytes)
         addresses |= {k: arena + v for k, v in schedule.places.items()}
-        for index, buffer in enumerate(lowered.buffers):
-            if buffer.kind == "weight":
-                addresses[index] = self._weights[buffer.name]
         results: dict[str, torch.Tensor] = {}
         names = {p.buffer: p.name for p in lowered.inputs}
         for port, shape in zip(lowered.outputs, schedule.output_shapes, strict=True):
@@ -109,8 +133,7 @@ class CudaExecutable:
                 continue
             results[port.name] = torch.empty(shape, dtype=port.dtype.torch)
             addresses[port.buffer] = self._pool(f"output {port.name}", results[port.name].nbytes)
-        for call in schedule.calls:
-            self._call(call, addresses)
+        self._queue(lowered, replay, addresses)
         for port in lowered.outputs:
             if not is_state(lowered.buffers[port.buffer]):
                 tensor = results[port.name]
@@ -127,33 +150,70 @@ class CudaExecutable:
         self._driver.download(cache.data_ptr(), resident.pointer + offset, cache.nbytes)
         self._driver.synchronise()
 
+    def close(self) -> None:
+        """Give all device memory back; nothing runs after this."""
+        self._release()
+
     def signature(self, entry: str) -> Signature:
         """The signature of an entry."""
         return Signature.of(self._graphs[entry])
 
-    def _schedule(self, entry: str, shapes: Mapping[str, tuple[int, ...]]) -> Schedule:
-        key = (entry, *sorted(shapes.items()))
-        if key not in self._schedules:
-            self._schedules[key] = resolve(self._program.entries[entry], shapes)
-        return self._schedules[key]
+    def _replay(self, key: Key, lowered: EntryLaunches, shapes: Shapes) -> Replay:
+        """The schedule for these shapes and what is ready of it; the oldest of many are let go."""
+        replays = self._held.replays
+        known = replays.pop(key, None) or Replay(resolve(lowered, shapes))
+        replays[key] = known
+        if len(replays) > REPLAYS:
+            replays.pop(next(iter(replays))).forget(self._driver)
+        return known
 
-    def _inputs(self, lowered: EntryLaunches, inputs: Mapping[str, torch.Tensor]) -> dict[int, int]:
+    def _inputs(
+        self, lowered: EntryLaunches, inputs: Mapping[str, torch.Tensor]
+    ) -> tuple[dict[int, int], list[torch.Tensor]]:
+        """Addresses of the inputs by buffer, and tensors to keep until what is new has arrived."""
         state = {p.buffer for p in lowered.outputs if is_state(lowered.buffers[p.buffer])}
         addresses: dict[int, int] = {}
+        kept = []
         for port in lowered.inputs:
-            tensor = inputs[port.name]
             if port.buffer in state:
-                addresses[port.buffer] = self._resident(tensor)
-            else:
-                addresses[port.buffer] = self._staged(port, tensor.contiguous())
-        return addresses
+                addresses[port.buffer] = self._resident(inputs[port.name])
+                continue
+            tensor = inputs[port.name].contiguous()
+            addresses[port.buffer] = pointer = self._pool(f"input {port.name}", tensor.nbytes)
+            self._driver.upload(pointer, tensor.data_ptr(), tensor.nbytes)
+            kept.append(tensor)
+        return addresses, kept
 
-    def _staged(self, port: Port, tensor: torch.Tensor) -> int:
-        """Upload a small input. `tensor` outlives the copy: `run` waits for the stream."""
-        pointer = self._pool(f"input {port.name}", tensor.nbytes)
-        self._driver.upload(pointer, tensor.data_ptr(), tensor.nbytes)
-        self._driver.synchronise()
-        return pointer
+    def _queue(self, lowered: EntryLaunches, replay: Replay, addresses: Mapping[int, int]) -> None:
+        """Queue a schedule's launches: one by one at first, as one graph when they come again."""
+        driver = self._driver
+        if replay.addresses != addresses:
+            replay.forget(driver)
+            replay.addresses = addresses
+            replay.launches = self._prepare(lowered, replay.schedule, addresses)
+            for launch in replay.launches:
+                driver.launch(launch)
+            return
+        if replay.graph is None:
+            replay.graph = driver.capture(replay.launches)
+        driver.replay(replay.graph)
+
+    def _prepare(
+        self, lowered: EntryLaunches, schedule: Schedule, addresses: Mapping[int, int]
+    ) -> list[Launch]:
+        weights = {
+            index: self._weights[buffer.name]
+            for index, buffer in enumerate(lowered.buffers)
+            if buffer.kind == "weight"
+        }
+        places = {**addresses, **weights}
+        launches = []
+        for call in schedule.calls:
+            if 0 not in call.grid:
+                arguments = pack_arguments(self._program.kernels[call.kernel], call, places)
+                function = self._functions[call.kernel]
+                launches.append(self._driver.prepare(function, call.grid, arguments))
+        return launches
 
     def _resident(self, tensor: torch.Tensor) -> int:
         """Where a cache lies on the device, uploaded when it is new or was changed by the host.
@@ -189,13 +249,6 @@ class CudaExecutable:
             pointer = self._driver.allocate(size)
             pools[name] = (pointer, size)
         return pointer
-
-    def _call(self, call: Call, addresses: Mapping[int, int]) -> None:
-        if 0 in call.grid:
-            return
-        kernel = self._program.kernels[call.kernel]
-        arguments = pack_arguments(kernel, call, addresses)
-        self._driver.launch(self._functions[call.kernel], call.grid, arguments)
 
 
 def pack_arguments(kernel: Kernel, call: Call, addresses: Mapping[int, int]) -> list[Argument]:

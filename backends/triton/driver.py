@@ -17,6 +17,7 @@ Argument: TypeAlias = "ctypes._SimpleCData[int]"
 
 _MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 _COMPUTE_MAJOR, _COMPUTE_MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_*
+_CAPTURE_THREAD_LOCAL = 1  # CU_STREAM_CAPTURE_MODE_THREAD_LOCAL: other threads may allocate
 _STATIC_SHARED = 48 * 1024  # above this a kernel must ask for its shared memory
 _HINT = "run it on a machine with an NVIDIA GPU and its driver, or in the interpreter"
 
@@ -29,6 +30,16 @@ class Function:
     threads: int
     shared: int
     parameters: int
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """A kernel call in the form that the driver takes; `arguments` keeps what `pointers` name."""
+
+    function: Function
+    grid: tuple[int, int, int]
+    arguments: Sequence[Argument]
+    pointers: object
 
 
 class Driver:
@@ -106,19 +117,43 @@ class Driver:
         if size:
             self._check("cuMemcpyDtoHAsync_v2", target, source, size, self._stream)
 
-    def launch(
+    def prepare(
         self, function: Function, grid: tuple[int, int, int], arguments: Sequence[Argument]
-    ) -> None:
-        """Queue a kernel. Parameters past `arguments` are Triton's scratch pointers, all null."""
+    ) -> Launch:
+        """A launch to queue many times. Parameters past `arguments` are Triton's, all null."""
         hidden = [ctypes.c_uint64(0) for _ in range(function.parameters - len(arguments))]
         values = [*arguments, *hidden]
-        pointers = (ctypes.c_void_p * len(values))(
-            *(ctypes.cast(ctypes.pointer(v), ctypes.c_void_p) for v in values)
-        )
+        pointers = (ctypes.c_void_p * len(values))(*(ctypes.addressof(v) for v in values))
+        return Launch(function, grid, values, pointers)
+
+    def launch(self, launch: Launch) -> None:
+        """Queue a kernel."""
+        function = launch.function
         self._check(
-            "cuLaunchKernel", function.handle, *grid, function.threads, 1, 1,
-            function.shared, self._stream, pointers, None,
+            "cuLaunchKernel", function.handle, *launch.grid, function.threads, 1, 1,
+            function.shared, self._stream, launch.pointers, None,
         )  # fmt: skip
+
+    def capture(self, launches: Sequence[Launch]) -> ctypes.c_void_p:
+        """Launches as one graph, which `replay` queues at once. Runs nothing."""
+        graph, ready = ctypes.c_void_p(), ctypes.c_void_p()
+        self._check("cuStreamBeginCapture_v2", self._stream, _CAPTURE_THREAD_LOCAL)
+        try:
+            for launch in launches:
+                self.launch(launch)
+        finally:
+            self._check("cuStreamEndCapture", self._stream, ctypes.byref(graph))
+        self._check("cuGraphInstantiateWithFlags", ctypes.byref(ready), graph, ctypes.c_uint64(0))
+        self._check("cuGraphDestroy", graph)
+        return ready
+
+    def replay(self, graph: ctypes.c_void_p) -> None:
+        """Queue a captured graph."""
+        self._check("cuGraphLaunch", graph, self._stream)
+
+    def forget(self, graph: ctypes.c_void_p) -> None:
+        """Let a captured graph go."""
+        self._check("cuGraphExecDestroy", graph)
 
     def synchronise(self) -> None:
         """Wait for everything queued; an error of an earlier kernel is raised here."""

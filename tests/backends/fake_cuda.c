@@ -1,7 +1,8 @@
 /* A CUDA driver whose device memory is the host's: what the launcher calls, checked and logged.
  *
  * Kernels do not run. Each launch writes "symbol grid block shared device-pointer" to the file that
- * FAKE_CUDA_LOG names; the last is 1 when the first parameter points into allocated memory. */
+ * FAKE_CUDA_LOG names; the last is 1 when the first parameter points into allocated memory. A graph
+ * is the lines of its launches, written when it is replayed. */
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -72,11 +73,37 @@ int cuFuncSetAttribute(void *function, int attribute, int value) {
   return function == NULL || attribute != 8 || value < 0;
 }
 int cuGetErrorName(int status, const char **name) { *name = "FAKE_ERROR"; return status == 0; }
+static char *captured;
+int cuStreamBeginCapture_v2(void *stream, int mode) {
+  captured = calloc(1, 1 << 20);
+  return stream != blocks || mode != 1;
+}
+int cuStreamEndCapture(void *stream, void **graph) {
+  *graph = captured;
+  captured = NULL;
+  return stream != blocks;
+}
+int cuGraphInstantiateWithFlags(void **ready, void *graph, unsigned long long flags) {
+  *ready = strdup(graph);
+  return flags != 0;
+}
+int cuGraphDestroy(void *graph) { free(graph); return 0; }
+int cuGraphExecDestroy(void *ready) { free(ready); return 0; }
+int cuGraphLaunch(void *ready, void *stream) {
+  FILE *log = fopen(getenv("FAKE_CUDA_LOG"), "a");
+  if (log == NULL || stream != blocks) return 1;
+  fputs(ready, log);
+  return fclose(log);
+}
 int cuLaunchKernel(void *function, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by,
                    unsigned bz, unsigned shared, void *stream, void **parameters, void **extra) {
+  char line[256];
+  if (stream != blocks || extra != NULL || gx * gy * gz == 0) return 1;
+  snprintf(line, sizeof line, "%s %u %u %u %u %u %u %d\n", (char *)function, gx, gy, gz,
+           bx * by * bz, by, shared, inside(*(uint64_t *)parameters[0]));
+  if (captured != NULL) return strcat(captured, line) == NULL;
   FILE *log = fopen(getenv("FAKE_CUDA_LOG"), "a");
-  if (log == NULL || stream != blocks || extra != NULL || gx * gy * gz == 0) return 1;
-  fprintf(log, "%s %u %u %u %u %u %u %d\n", (char *)function, gx, gy, gz, bx * by * bz, by, shared,
-          inside(*(uint64_t *)parameters[0]));
+  if (log == NULL) return 1;
+  fputs(line, log);
   return fclose(log);
 }
