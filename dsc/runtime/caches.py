@@ -129,8 +129,9 @@ class SlotCaches:
                 slot[row, : lengths[last]] = slot[last, : lengths[last]]
 
     def clear(self) -> None:
-        """Give the memory back."""
-        self._slots, self._views, self._window = {}, {}, (0, 0)
+        """Give the memory back, unless it is a device's: what a row held is never seen again."""
+        if self._read_back is None:
+            self._slots, self._views, self._window = {}, {}, (0, 0)
 
 
 class GrownCaches:
