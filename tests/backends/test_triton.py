@@ -6,7 +6,7 @@ import ctypes
 import json
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from dsc import pipeline
 from dsc.backends.base import EmitOptions, No, Yes
 from dsc.backends.triton import TritonBackend
 from dsc.backends.triton.cuda import CudaExecutable
-from dsc.backends.triton.driver import Driver, Function
+from dsc.backends.triton.driver import Driver, Function, Launch
 from dsc.backends.triton.launch import LaunchProgram
 from dsc.backends.triton.program import lower_program
 from dsc.backends.triton.schedule import lifetimes, pack, resolve
@@ -116,8 +116,33 @@ def test_absorbed_attention_splits_a_long_cache() -> None:
     out = b.latent_attention(*operands, lengths, scale=0.1)
     lowered, _ = lower_program(Program("p", {"main": b.finish([out])}), "cuda:sm_90")
     first, second = lowered.entries["main"].launches
-    assert first.grid[2] == 16
+    assert first.grid[2] == 64
     assert second.kernel.startswith("latent_combine")
+
+
+def test_strides_that_are_multiples_of_16_are_promised() -> None:
+    b, bf16 = GraphBuilder("main"), DType.bf16
+    rows = symbol("C")
+    shapes: list[tuple[Any, ...]] = [(1, 1, 16, 64), (1, 1, 16, 24), (1, rows, 64), (1, rows, 24)]
+    operands = [b.input(f"x{i}", TensorType(bf16, s)) for i, s in enumerate(shapes)]
+    lengths = b.input("lengths", TensorType(DType.i64, (1,)))
+    out = b.latent_attention(*operands, lengths, scale=0.1)
+    lowered, _ = lower_program(Program("p", {"main": b.finish([out])}), "cuda:sm_90")
+    kernel = lowered.kernels[lowered.entries["main"].launches[0].kernel]
+    assert "l_batch" in kernel.aligned, "64 numbers a token, however many tokens"
+    assert not {"r_batch", "T"} & set(kernel.aligned), "24 times an unknown number is no multiple"
+
+
+@pytest.mark.parametrize(("gate", "widen"), [(DType.bf16, False), (DType.f32, True)])
+def test_router_products_are_exact(gate: DType, widen: bool) -> None:
+    b = GraphBuilder("main")
+    x = b.input("x", TensorType(DType.bf16, (3, 32)))
+    weight = b.input("w", TensorType(gate, (8, 32)))
+    index, weights = b.route(x, weight, score="softmax", top_k=2, normalise=False)
+    lowered, _ = lower_program(Program("p", {"main": b.finish([index, weights])}), "cuda:sm_90")
+    kernel = lowered.kernels[lowered.entries["main"].launches[0].kernel]
+    assert kernel.constants["WIDEN"] is widen
+    assert kernel.signature["c"] == "*fp32"
 
 
 def test_refusals_name_every_reason_and_place() -> None:
@@ -225,9 +250,20 @@ class FakeDriver(Driver):
     def download(self, target: int, source: int, size: int) -> None:
         ctypes.memmove(target, source, size)
 
-    def launch(self, function: Function, grid: tuple[int, int, int], arguments: Any) -> None:
-        assert len(arguments) <= function.parameters
-        self.launched.append((function, grid, [a.value for a in arguments]))
+    def launch(self, launch: Launch) -> None:
+        assert len(launch.arguments) == launch.function.parameters
+        values = [a.value for a in launch.arguments]
+        self.launched.append((launch.function, launch.grid, values))
+
+    def capture(self, launches: Sequence[Launch]) -> Any:
+        return list(launches)
+
+    def replay(self, graph: Any) -> None:
+        for launch in graph:
+            self.launch(launch)
+
+    def forget(self, graph: Any) -> None:
+        return
 
     def synchronise(self) -> None:
         return
@@ -239,9 +275,8 @@ class FakeDriver(Driver):
         return
 
 
-def test_cuda_launches_what_was_emitted(model: Program, tmp_path: Path) -> None:
-    folder = write_artifact(model, tmp_path) / "triton/sm_90"
-    program = LaunchProgram.from_json((folder / "launches.json").read_text())
+def write_records(program: LaunchProgram, folder: Path) -> None:
+    """Stand-ins for binaries."""
     records = {
         key: {"file": "k", "symbol": k.function, "warps": k.warps, "shared": 0, "global_scratch": 0,
               "profile_scratch": 0, "parameters": len(k.signature) + 2}
@@ -249,8 +284,23 @@ def test_cuda_launches_what_was_emitted(model: Program, tmp_path: Path) -> None:
     }  # fmt: skip
     (folder / "kernels.json").write_text(json.dumps(records))
     (folder / "k").write_bytes(b"")
+
+
+@pytest.fixture
+def on_fake(model: Program, tmp_path: Path) -> tuple[CudaExecutable, FakeDriver, LaunchProgram]:
+    """The model on a device that runs nothing."""
+    folder = write_artifact(model, tmp_path) / "triton/sm_90"
+    program = LaunchProgram.from_json((folder / "launches.json").read_text())
+    write_records(program, folder)
     driver = FakeDriver()
-    executable = CudaExecutable(folder, tmp_path / "weights/model.safetensors", model, driver)
+    weights = tmp_path / "weights/model.safetensors"
+    return CudaExecutable(folder, weights, model, driver), driver, program
+
+
+def test_cuda_launches_what_was_emitted(
+    model: Program, on_fake: tuple[CudaExecutable, FakeDriver, LaunchProgram]
+) -> None:
+    executable, driver, program = on_fake
     session = Session(executable, model, 1, CONTEXT, CHUNK)
     session.prefill([1, 2, 3])
     launches = len(driver.launched)
@@ -259,9 +309,43 @@ def test_cuda_launches_what_was_emitted(model: Program, tmp_path: Path) -> None:
     before = len(driver.uploads)
     session.decode([4])
     assert max(driver.uploads[before:]) < cache, "a resident cache is not uploaded again"
-    assert len(driver.launched) - launches == len(program.entries["decode"].launches)
+    step = len(program.entries["decode"].launches)
+    assert len(driver.launched) - launches == step
+    session.decode([5])
+    session.decode([6])
+    assert len(driver.launched) - launches == 3 * step
+    assert driver.launched[-step:] == driver.launched[-2 * step : -step]
     for _, _, arguments in driver.launched:
         assert all(a >= 0 for a in arguments)
+
+
+def test_a_moved_sequence_takes_its_rows_on_the_device_along(
+    model: Program, on_fake: tuple[CudaExecutable, FakeDriver, LaunchProgram]
+) -> None:
+    executable, driver, _ = on_fake
+    session = Session(executable, model, 2, CONTEXT, CHUNK)
+    first, second = session.add([1, 2, 3]), session.add([4, 5])
+    residents = [r.pointer for r in executable._held.caches.values()]
+    for pointer in residents:  # what a kernel would write for the second sequence's two tokens
+        slot = len(driver.memory[pointer]) // 2
+        ctypes.memset(pointer + slot, 7, 2 * slot // (CONTEXT + CHUNK))
+    session.decode({second: 6})
+    session.remove(first)
+    session.decode({second: 8})
+    assert [r.pointer for r in executable._held.caches.values()] == residents
+    for pointer in residents:
+        width = len(driver.memory[pointer]) // 2 // (CONTEXT + CHUNK)
+        assert ctypes.string_at(pointer, 2 * width) == b"\x07" * 2 * width
+
+
+def test_an_executable_gives_everything_back(
+    on_fake: tuple[CudaExecutable, FakeDriver, LaunchProgram], model: Program
+) -> None:
+    executable, driver, _ = on_fake
+    session = Session(executable, model, 1, CONTEXT, CHUNK)
+    session.prefill([1, 2, 3])
+    executable.close()
+    assert not driver.memory
 
 
 def test_no_driver_is_said_so() -> None:

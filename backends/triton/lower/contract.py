@@ -42,7 +42,7 @@ def emit_gemm(
     z, m, n, k = p.extents
     itemsize = 4 if widen else p.a.dtype.itemsize
     rows, columns = ctx.limit(m), ctx.limit(n)
-    tile = ctx.blocks.gemm(rows, columns, ctx.limit(k), itemsize)
+    tile = ctx.blocks.gemm(rows, columns, ctx.limit(k), itemsize, ctx.limit(z))
     given: dict[str, Given] = {"a": p.a, "b": p.b, "bias": bias, "limit": limit, "c": p.out}
     given |= {"M": m, "N": n, "K": k, "new_rows": new_rows}
     given |= dict(zip(("a_batch", "a_m", "a_k"), p.a_strides, strict=True))
@@ -207,8 +207,13 @@ def emit_grouped(
 
 
 def router_logits(ctx: Context, x: View, weight: View) -> View:
-    """Logits f32[rows, e], multiplied in fp32 whatever the operands are."""
+    """Logits f32[rows, e] by fp32 arithmetic, whatever the operands are.
+
+    Products of two 16-bit floats of one type are exact in the fp32 that tensor cores sum in, so
+    only other operands are widened: without tensor cores this takes half of a decode step.
+    """
     rows = product(x.shape[:-1])
     out = ctx.make(x.type.with_shape((rows, weight.shape[0])).with_dtype(DType.f32))
-    emit_gemm(ctx, linear_product(ctx, x, weight, out), widen=True)
+    narrow = x.dtype is weight.dtype and x.dtype.bits == 16
+    emit_gemm(ctx, linear_product(ctx, x, weight, out), widen=not narrow)
     return out
