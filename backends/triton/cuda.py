@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from torch.multiprocessing.reductions import StorageWeakRef
 
 ALIGNMENT = 256
+ARENA = -1  # stands for the buffer of all temporaries among addresses by buffer
 REPLAYS = 32  # sets of shapes whose launches are kept
 Key: TypeAlias = tuple[object, ...]
 """An entry and the shapes of its inputs."""
@@ -120,11 +121,10 @@ class CudaExecutable:
         self._driver.activate()
         lowered = self._program.entries[entry]
         shapes = {p.name: tuple(inputs[p.name].shape) for p in lowered.inputs}
-        replay = self._replay((entry, *sorted(shapes.items())), lowered, shapes)
+        replay = self._replay((entry, *shapes.values()), lowered, shapes)
         schedule = replay.schedule
         addresses, _kept = self._inputs(lowered, inputs)
-        arena = self._pool("arena", schedule.arena_bytes)
-        addresses |= {k: arena + v for k, v in schedule.places.items()}
+        addresses[ARENA] = self._pool("arena", schedule.arena_bytes)
         results: dict[str, torch.Tensor] = {}
         names = {p.buffer: p.name for p in lowered.inputs}
         for port, shape in zip(lowered.outputs, schedule.output_shapes, strict=True):
@@ -206,7 +206,8 @@ class CudaExecutable:
             for index, buffer in enumerate(lowered.buffers)
             if buffer.kind == "weight"
         }
-        places = {**addresses, **weights}
+        temporaries = {k: addresses[ARENA] + v for k, v in schedule.places.items()}
+        places = {**addresses, **weights, **temporaries}
         launches = []
         for call in schedule.calls:
             if 0 not in call.grid:
@@ -220,23 +221,26 @@ class CudaExecutable:
 
         Storages are what stays: a session gives views of one, of the sequences that are in a step.
         """
-        from torch.multiprocessing.reductions import StorageWeakRef
-
         if not tensor.is_contiguous():
             raise ValueError("a cache that is written in place must be contiguous")
-        caches = self._held.caches
-        for key in [k for k, r in caches.items() if r.storage.expired()]:
-            self._driver.free(caches.pop(key).pointer)
         storage = tensor.untyped_storage()
-        known = caches.get(storage._cdata)
-        if known is None:
-            pointer = self._driver.allocate(storage.nbytes())
-            known = caches[storage._cdata] = Resident(StorageWeakRef(storage), -1, pointer)
+        known = self._held.caches.get(storage._cdata) or self._settle(storage)
         if known.version != tensor._version:
             self._driver.upload(known.pointer, storage.data_ptr(), storage.nbytes())
             self._driver.synchronise()
             known.version = tensor._version
         return known.pointer + tensor.data_ptr() - storage.data_ptr()
+
+    def _settle(self, storage: torch.UntypedStorage) -> Resident:
+        """Room for a new cache, once that of caches which are gone is free."""
+        from torch.multiprocessing.reductions import StorageWeakRef
+
+        caches = self._held.caches
+        for key in [k for k, r in caches.items() if r.storage.expired()]:
+            self._driver.free(caches.pop(key).pointer)
+        made = Resident(StorageWeakRef(storage), -1, self._driver.allocate(storage.nbytes()))
+        caches[storage._cdata] = made
+        return made
 
     def _pool(self, name: str, size: int) -> int:
         """A buffer by name that grows when a call needs more."""
