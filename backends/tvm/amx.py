@@ -23,7 +23,7 @@ from functools import cache
 from tvm import tirx
 from tvm.tirx.script.builder import ir as T
 
-from dsc.backends.tvm.tir import Expr, Local, Tensor
+from dsc.backends.tvm.tir import Expr, Local, Tensor, integer
 
 TOKENS = 16
 """Columns of B at most."""
@@ -60,20 +60,20 @@ def _tile_functions() -> str:
     text = _configure()
     for tile in SUMS:
         text += _function(f"@dsc_zero{tile}()", f"call void @llvm.x86.tilezero(i8 {tile})")
-        save = f"call void @llvm.x86.tilestored64(i8 {tile}, ptr %p, i64 %stride)"
-        text += _function(f"@dsc_save{tile}(ptr %p, i64 %stride)", save)
+        text += _moving(f"save{tile}", f"call void @llvm.x86.tilestored64(i8 {tile}")
         for a in WEIGHTS:
             for b in PAIRS:
                 line = f"call void @llvm.x86.tdpbf16ps(i8 {tile}, i8 {a}, i8 {b})"
                 text += _function(f"@dsc_multiply{tile}{a}{b}()", line)
-    for tile in WEIGHTS:
-        load = f"call void @llvm.x86.tileloadd64(i8 {tile}, ptr %p, i64 %stride)"
-        text += _function(f"@dsc_load{tile}(ptr %p, i64 %stride)", load)
-    for tile in PAIRS:
-        load = f"""%p = inttoptr i64 %at to ptr
-            call void @llvm.x86.tileloadd64(i8 {tile}, ptr %p, i64 %stride)"""
-        text += _function(f"@dsc_load{tile}(i64 %at, i64 %stride)", load)
+    for tile in (*SUMS, *WEIGHTS, *PAIRS):
+        text += _moving(f"load{tile}", f"call void @llvm.x86.tileloadd64(i8 {tile}")
     return text
+
+
+def _moving(name: str, call: str) -> str:
+    """A function that moves a tile from or to memory, rows `stride` bytes apart."""
+    lines = f"%p = inttoptr i64 %at to ptr\n{call}, ptr %p, i64 %stride)"
+    return _function(f"@dsc_{name}(i64 %at, i64 %stride)", lines)
 
 
 def _transposed(names: list[str]) -> tuple[list[str], list[str]]:
@@ -121,20 +121,41 @@ def _pack() -> str:
 
 
 def _unpack() -> str:
-    """16 rows of 16 floats to the other order, rows `stride` bytes apart."""
+    """16 rows of 16 words to the other order, rows `stride` bytes apart."""
     lines = []
     for i in range(16):
-        lines.append(f"%a{i} = getelementptr i8, ptr %from, i64 {64 * i}")
+        lines.append(f"%r{i} = add i64 %from, {64 * i}")
+        lines.append(f"%a{i} = inttoptr i64 %r{i} to ptr")
         lines.append(f"%v{i} = load <16 x float>, ptr %a{i}, align 4")
     moved, found = _transposed([f"%v{i}" for i in range(16)])
     lines += moved
     for i, name in enumerate(found):
         lines.append(f"%o{i} = mul i64 %stride, {i}")
-        lines.append(f"%b{i} = getelementptr i8, ptr %to, i64 %o{i}")
+        lines.append(f"%q{i} = add i64 %to, %o{i}")
+        lines.append(f"%b{i} = inttoptr i64 %q{i} to ptr")
         lines.append(f"store <16 x float> {name}, ptr %b{i}, align 4")
-    return _function("@dsc_unpack(ptr %from, ptr %to, i64 %stride)", "\n".join(lines))
+    return _function("@dsc_unpack(i64 %from, i64 %to, i64 %stride)", "\n".join(lines))
 
 
+def _pair(half: int) -> str:
+    """16 columns of two rows of 32 values, side by side."""
+    lanes = [x for i in range(16 * half, 16 * half + 16) for x in (i, i + 32)]
+    mask = ", ".join(f"i32 {lane}" for lane in lanes)
+    return f"""
+define linkonce_odr <16 x i32> @dsc_pair{half}(<32 x i16> %a, <32 x i16> %b) #2 {{
+  %s = shufflevector <32 x i16> %a, <32 x i16> %b, <32 x i32> <{mask}>
+  %r = bitcast <32 x i16> %s to <16 x i32>
+  ret <16 x i32> %r
+}}
+"""
+
+
+_ADDRESS = """
+define linkonce_odr i64 @dsc_address(ptr %p) #2 {
+  %r = ptrtoint ptr %p to i64
+  ret i64 %r
+}
+"""
 _DECLARED = """
 declare void @llvm.x86.ldtilecfg(ptr)
 declare void @llvm.x86.tilezero(i8 immarg)
@@ -148,7 +169,7 @@ declare void @llvm.masked.store.v16f32.p0(<16 x float>, ptr, i32, <16 x i1>)
 @cache
 def functions() -> str:
     """The LLVM IR of this module's operations."""
-    text = _DECLARED + _tile_functions() + _pack() + _unpack()
+    text = _DECLARED + _ADDRESS + _tile_functions() + _pack() + _unpack() + _pair(0) + _pair(1)
     return text + f"\nattributes #2 = {{ alwaysinline nounwind {_FEATURES} }}\n"
 
 
@@ -171,27 +192,33 @@ def multiply(sums: int, weights: int, pairs: int) -> None:
     _call(f"multiply{sums}{weights}{pairs}")
 
 
-def load_weights(tile: int, x: Tensor, position: Expr, stride: Expr) -> None:
-    """Rows of 32 values, `stride` bytes apart."""
-    _call(f"load{tile}", T.address_of(x.buffer[position]), stride)
+def address(x: Tensor | Local, position: Expr) -> Expr:
+    """Where an element lies."""
+    place = T.address_of(x.buffer[integer(position)])
+    return tirx.call_extern("int64", "dsc_address", place)
 
 
-def load_pairs(tile: int, address: Expr, stride: Expr) -> None:
-    """16 rows of a pair of each token, `stride` bytes apart."""
-    _call(f"load{tile}", address, stride)
+def load(tile: int, at: Expr, stride: Expr) -> None:
+    """Fill a tile from memory: rows at an address, `stride` bytes apart."""
+    _call(f"load{tile}", at, integer(stride))
 
 
-def save(tile: int, target: Local, position: Expr, stride: Expr) -> None:
-    """Write sums, a row of tokens for each column, `stride` bytes apart."""
-    _call(f"save{tile}", T.address_of(target.buffer[position]), stride)
+def save(tile: int, at: Expr, stride: Expr) -> None:
+    """Write sums to memory."""
+    _call(f"save{tile}", at, integer(stride))
 
 
-def pack(rows: Sequence[Expr], address: Expr, tokens: Expr) -> None:
+def pack(rows: Sequence[Expr], at: Expr, tokens: Expr) -> None:
     """32 values of each of 16 rows, at their addresses, as pairs of the first `tokens` of them."""
-    _call("pack", *rows, address, tokens)
+    _call("pack", *rows, at, integer(tokens))
 
 
-def unpack(source: Local, target: Local, position: Expr, stride: Expr) -> None:
-    """16 x 16 sums, in the other order, to rows `stride` bytes apart."""
-    start = T.address_of(source.buffer[tirx.IntImm("int64", 0)])
-    _call("unpack", start, T.address_of(target.buffer[position]), stride)
+def pairs(a: Expr, b: Expr) -> tuple[Expr, Expr]:
+    """Two rows of 32 values as words of one column each: columns 0 .. 15 and 16 .. 31."""
+    low, high = (tirx.call_pure_extern("int32x16", f"dsc_pair{i}", a, b) for i in range(2))
+    return low, high
+
+
+def unpack(source: Expr, target: Expr, stride: Expr) -> None:
+    """16 x 16 words in the other order, to rows `stride` bytes apart."""
+    _call("unpack", source, target, integer(stride))

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from tvm import tirx
 
 from dsc.backends.tvm.bf16 import LANES
-from dsc.backends.tvm.kernels import bf16_attention, bf16_softmax
+from dsc.backends.tvm.kernels import bf16_attention, bf16_softmax, tile_attention
 from dsc.backends.tvm.kernels.attend import BLOCK, Queries, Rows, attend
 from dsc.backends.tvm.kernels.bf16_linear import fits
 from dsc.backends.tvm.kernels.latent_cache import LatentCache, page_of
@@ -51,7 +51,7 @@ def lower_latent(node: Node, machine: Machine) -> Launch:
         split = s == 1
         floats = bf16_attention.PARTS * bf16_attention.part_floats(heads, c) if split else 0
         wide = (heads, c, r, scale, split, page)
-        maker = bf16_attention.bf16_latent
+        maker = tile_attention.tile_latent if machine.tiles else bf16_attention.bf16_latent
         return Launch(maker, wide, (b, s, t), scratch=b * (4 * floats), flops=flops)
     static = (q.dtype, heads, c, r, scale, machine.lanes, page)
     return Launch(latent_attention, static, (b, s, t), flops=flops)
@@ -113,7 +113,8 @@ def lower_mla(node: Node, machine: Machine) -> Launch:
     tiled = page % bf16_softmax.BLOCK == 0 and not any(d % LANES for d in (n, r, width - n))
     if fits(machine, c, q, latent, kv_b) and tiled:
         wide = (heads, n, r, width - n, c, scale, page)
-        return Launch(bf16_attention.bf16_mla, wide, (b, s, t), flops=flops)
+        maker = tile_attention.tile_mla if machine.tiles else bf16_attention.bf16_mla
+        return Launch(maker, wide, (b, s, t), flops=flops)
     static = (q.dtype, heads, n, r, width - n, c, scale, machine, page)
     return Launch(mla_attention, static, (b, s, t), flops=flops)
 

@@ -68,6 +68,53 @@ def part_floats(heads: int, c: int) -> int:
     return heads * (c + 2)
 
 
+def part_of(part: Expr, parts: int, limit: Expr, unit: int) -> tuple[Expr, Expr]:
+    """Where a share of `limit` rows begins, and its number of rows: whole units but at the end."""
+    units = bind(ceil_div(limit, unit))
+    begin = bind(tirx.truncdiv(part * units, integer(parts)) * unit)
+    end = tirx.truncdiv((part + 1) * units, integer(parts)) * unit
+    return begin, bind(tirx.min(end, limit) - begin)
+
+
+class SharedParts:
+    """What the shares of the context come to: sums, maxima and masses of all heads of each."""
+
+    def __init__(self, at: Expr, heads: int, c: int, tokens: Expr) -> None:
+        self.heads, self.c, self.floats = heads, c, part_floats(heads, c)
+        self.tensor = Tensor(at, DType.f32, (tokens, PARTS, self.floats))
+
+    def put(self, share: Expr, head: Expr, peak: Expr, mass: Expr) -> None:
+        """Keep a head's maximum and mass; sums are written to `tensor`."""
+        at = bind(share * self.floats + self.heads * self.c + head)
+        self.tensor.put(at, peak)
+        self.tensor.put(at + self.heads, mass)
+
+    def join(self, y: Tensor, n: Expr, zipped: bool) -> None:
+        """The output of one head of one token; `zipped` sums are in the order of `mix_sums`."""
+        heads, c, parts = self.heads, self.c, self.tensor
+        token, head = bind(tirx.truncdiv(n, heads)), bind(tirx.truncmod(n, heads))
+        peaks = [hold(parts.load(token, p, heads * c + head)) for p in range(PARTS)]
+        top = peaks[0]
+        for peak in peaks[1:]:
+            top = hold(tirx.max(top, peak))
+        shares = [hold(exp(peak - top)) for peak in peaks]
+        mass = f32(0.0)
+        for p, weight in enumerate(shares):
+            mass = hold(mass + weight * parts.load(token, p, heads * c + heads + head))
+        inverse = hold(f32(1.0) / mass)
+        with loop(c // LANES) as i:
+            halves = []
+            for half in range(2):
+                value = splat(f32(0.0), SUMS)
+                for p, weight in enumerate(shares):
+                    at = head * c + i * LANES + half * SUMS
+                    got = parts.load(token, p, at, lanes=SUMS)
+                    value = hold(value + got * splat(weight * inverse, SUMS))
+                halves.append(value)
+            for half, value in enumerate(in_order(*halves) if zipped else halves):
+                put_bits(y, n * c + i * LANES + half * SUMS, narrow(value))
+
+
 def bf16_latent(heads: int, c: int, r: int, scale: float, split: bool, page: int) -> PrimFunc:
     """Arguments: q_latent, q_rope, latent, rope, lengths, out, scratch when `split`; b, s, t.
 
@@ -85,15 +132,13 @@ def bf16_latent(heads: int, c: int, r: int, scale: float, split: bool, page: int
         q_r = Tensor(q_rope, DType.bf16, (b, s, heads, r))
         cache = LatentCache.at(latent, rope, DType.bf16, (b, t), c, r, page)
         used, y = Tensor(lengths, DType.i64, (b,)), Tensor(out, DType.bf16, (b, s, heads, c))
+        shared = None if scratch is None else SharedParts(scratch, heads, c, b * s)
 
         def task(n: Expr) -> None:
             token, part = bind(tirx.truncdiv(n, parts)), bind(tirx.truncmod(n, parts))
             batch = bind(tirx.truncdiv(token, s))
             limit = bind(tirx.min(used.load(batch) + (token - batch * s) + 1, cache.extent))
-            units = bind(ceil_div(limit, unit))
-            begin = bind(tirx.truncdiv(part * units, integer(parts)) * unit)
-            end = tirx.truncdiv((part + 1) * units, integer(parts)) * unit
-            count = bind(tirx.min(end, limit) - begin)
+            begin, count = part_of(part, parts, limit, unit)
             running, tile = Running(heads, c), Tile.of(group)
             running.clear()
             with loop(ceil_div(count, BLOCK)) as block, loop(heads // group) as g:
@@ -106,46 +151,19 @@ def bf16_latent(heads: int, c: int, r: int, scale: float, split: bool, page: int
                 add_values(
                     tile, running, head, values, lambda row: cache.latent_at(first + row), here
                 )
-            if scratch is None:
+            if shared is None:
                 with loop(heads) as head:
                     store_output(y, bind((token * heads + head) * c), running, head)
                 return
-            mine = Tensor(scratch + n * (4 * floats), DType.f32, (floats,))
             with loop(heads * c // SUMS) as i:
-                mine.put(i * SUMS, running.sums.at(i * SUMS, SUMS))
+                shared.tensor.put(n * floats + i * SUMS, running.sums.at(i * SUMS, SUMS))
             with loop(heads) as head:
-                mine.put(heads * c + head, running.peak[head])
-                mine.put(heads * c + heads + head, running.mass[head])
-
-        def join(n: Expr) -> None:
-            """The output of one head of one token, from the shares of the context."""
-            token, head = bind(tirx.truncdiv(n, heads)), bind(tirx.truncmod(n, heads))
-            all_parts = Tensor(scratch, DType.f32, (b * s, parts, floats))
-            peaks = [hold(all_parts.load(token, p, heads * c + head)) for p in range(parts)]
-            top = peaks[0]
-            for peak in peaks[1:]:
-                top = hold(tirx.max(top, peak))
-            shares = [hold(exp(peak - top)) for peak in peaks]
-            mass = f32(0.0)
-            for p, weight in enumerate(shares):
-                mass = hold(mass + weight * all_parts.load(token, p, heads * c + heads + head))
-            inverse = hold(f32(1.0) / mass)
-            with loop(c // LANES) as i:
-                halves = []
-                for half in range(2):
-                    value = splat(f32(0.0), SUMS)
-                    for p, weight in enumerate(shares):
-                        at = head * c + i * LANES + half * SUMS
-                        got = all_parts.load(token, p, at, lanes=SUMS)
-                        value = hold(value + got * splat(weight * inverse, SUMS))
-                    halves.append(value)
-                for half, value in enumerate(in_order(*halves)):
-                    put_bits(y, n * c + i * LANES + half * SUMS, narrow(value))
+                shared.put(n, head, running.peak[head], running.mass[head])
 
         with instructions():
             for_each(b * s * parts, bind(heads * (cache.extent * (c // parts))), task)
-            if split:
-                for_each(b * s * heads, parts * c, join)
+            if shared is not None:
+                for_each(b * s * heads, parts * c, lambda n: shared.join(y, n, True))
 
     def split_context(
         q_latent: Expr, q_rope: Expr, latent: Expr, rope: Expr, lengths: Expr, out: Expr,

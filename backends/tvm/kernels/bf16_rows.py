@@ -313,18 +313,19 @@ class _Tiles:
         """32 products more for tiles 2 q + a, for panel q and columns a."""
         pairs_at = bind(step * self.tokens * (4 * amx.TOKENS))
         for q, panel in enumerate(panels):
-            amx.load_pairs(amx.PAIRS[q], panel + pairs_at, self.pair_stride)
+            amx.load(amx.PAIRS[q], panel + pairs_at, self.pair_stride)
         for a, row in enumerate(rows):
-            at, stride = row + step * amx.DEPTH, integer(w.stride) * 2
-            amx.load_weights(amx.WEIGHTS[a], w.tensor, at, stride)
+            at = amx.address(w.tensor, row + step * amx.DEPTH)
+            amx.load(amx.WEIGHTS[a], at, integer(w.stride) * 2)
             for q in range(len(panels)):
                 amx.multiply(2 * q + a, amx.WEIGHTS[a], amx.PAIRS[q])
 
     def _save(self, sums: int, at: Expr) -> None:
         """Sums to rows of the tile: one token's lie in order, more are transposed."""
+        target, square = amx.address(self.tile, at), amx.address(self.square, 0)
         with T.If(tirx.EQ(self.tokens, integer(1))):
             with T.Then():
-                amx.save(sums, self.tile, at, integer(4))
+                amx.save(sums, target, 4)
             with T.Else():
-                amx.save(sums, self.square, integer(0), integer(4 * amx.TOKENS))
-                amx.unpack(self.square, self.tile, at, integer(4 * BLOCK))
+                amx.save(sums, square, 4 * amx.TOKENS)
+                amx.unpack(square, target, 4 * BLOCK)
