@@ -26,6 +26,7 @@ from dsc.backends.tvm.kernels.tile_softmax import (
     ROW,
     TILE,
     TILE_BYTES,
+    Ahead,
     Attention,
     Keys,
     pack_queries,
@@ -139,6 +140,10 @@ def tile_latent(heads: int, c: int, r: int, scale: float, split: bool, page: int
                 def slot(t: Expr) -> Expr:
                     return cache.slot(batch, first + t)
 
+                def later(tile: Expr) -> Expr:
+                    row = tirx.min(first + KEYS + tile * DEPTH, limit - 1)
+                    return cache.latent_at(cache.slot(batch, row))
+
                 _pair_latents(cache, slot, here, values)
                 rest = bind(tirx.truncmod(here, integer(DEPTH)))
                 with when(rest > 0):
@@ -150,8 +155,9 @@ def tile_latent(heads: int, c: int, r: int, scale: float, split: bool, page: int
                     queries = [
                         bind(amx.address(panels, (group + g) * panel)) for g in range(state.pair)
                     ]
+                    ahead = Ahead(cache.latent, later, cache.latent_stride, tirx.EQ(i, integer(0)))
                     at = amx.address(values, 0)
-                    state.attend(group, queries, keys, at, here, lambda g: seen)
+                    state.attend(group, queries, keys, at, here, lambda g: seen, ahead)
             with loop(groups) as g, loop(lanes) as lane:
                 head = bind(g * lanes + lane)
                 if shared is None:

@@ -21,7 +21,7 @@ from itertools import product
 from tvm import tirx
 
 from dsc.backends.tvm import amx
-from dsc.backends.tvm.bf16 import SUMS, narrow, put_bits
+from dsc.backends.tvm.bf16 import SUMS, narrow, prefetch_far, put_bits
 from dsc.backends.tvm.kernels.bf16_product import ceil_div
 from dsc.backends.tvm.tir import (
     Expr,
@@ -60,6 +60,25 @@ class Keys:
     depth: int
 
 
+@dataclass(frozen=True)
+class Ahead:
+    """Rows that are asked for while a block is multiplied: those of the next one.
+
+    `start(tile)` is where the 32 rows of a tile lie in `x`, `stride` apart. `wanted` says whether.
+    """
+
+    x: Tensor
+    start: Callable[[Expr], Expr]
+    stride: int
+    wanted: Expr
+
+    def ask(self, starts: Sequence[Expr], half: int, column: Expr) -> None:
+        """A cache line of half of the rows of some tiles."""
+        with when(self.wanted):
+            for start, row in product(starts, range(half * SUMS, (half + 1) * SUMS)):
+                prefetch_far(self.x, start + row * self.stride + column)
+
+
 class Attention:
     """What a task keeps: `groups` groups of up to 16 queries, `lanes` each, over values of `width`.
 
@@ -88,7 +107,7 @@ class Attention:
 
     def attend(
         self, first: Expr, queries: Sequence[Expr], keys: Sequence[Keys], values: Expr, here: Expr,
-        visible: Callable[[int], Expr],
+        visible: Callable[[int], Expr], ahead: Ahead | None = None,
     ) -> None:  # fmt: skip
         """Let `pair` groups from `first` on see a block of `here` keys.
 
@@ -97,13 +116,15 @@ class Attention:
         the blocks up to this one.
         """
         tiles = bind(ceil_div(here, DEPTH))
-        self._score(queries, keys, tiles)
+        self._score(queries, keys, tiles, ahead)
         for g in range(self.pair):
             self._weigh(g, bind(first + g), tiles, visible(g))
-        self._add(first, values, tiles)
+        self._add(first, values, tiles, ahead)
 
-    def _score(self, queries: Sequence[Expr], keys: Sequence[Keys], tiles: Expr) -> None:
-        """S = keys times queries, four tiles of sums at a time: 64 keys of a group, 32 of a pair."""
+    def _score(
+        self, queries: Sequence[Expr], keys: Sequence[Keys], tiles: Expr, ahead: Ahead | None
+    ) -> None:
+        """S = keys times queries, four tiles of sums at a time: 64 keys a group, 32 a pair."""
         amx.configure(integer(self.lanes), integer(amx.COLUMNS))
         stride, together = 4 * self.lanes, 2 // self.pair
         with loop(ceil_div(tiles, together)) as i:
@@ -112,6 +133,7 @@ class Attention:
             for sums in range(4):
                 amx.zero(sums)
             step = 0
+            later = [bind(ahead.start(tile)) for tile in chosen] if ahead is not None else []
             for part in keys:
                 starts = [bind(part.address(bind(tile * DEPTH))) for tile in chosen]
                 apart = [bind(part.stride(bind(tile * DEPTH))) for tile in chosen]
@@ -124,6 +146,8 @@ class Attention:
                         amx.load(amx.WEIGHTS[n % 2], row, apart[tile])
                         for g in range(self.pair):
                             amx.multiply(len(rows) * g + n, amx.WEIGHTS[n % 2], amx.PAIRS[g])
+                    if ahead is not None and step == 0:
+                        ahead.ask(later, 0, k * DEPTH)
                 step += part.depth // DEPTH
             for g, (n, (tile, half)) in product(range(self.pair), enumerate(rows)):
                 place = (g * KEYS + chosen[tile] * DEPTH + half * SUMS) * SUMS
@@ -169,7 +193,7 @@ class Attention:
             at = bind((group * (self.width // SUMS) + v) * TILE + q * SUMS)
             self.sums.put(at, self.sums.at(at, SUMS) * splat(bind(self.shrink[q]), SUMS))
 
-    def _add(self, first: Expr, values: Expr, tiles: Expr) -> None:
+    def _add(self, first: Expr, values: Expr, tiles: Expr, ahead: Ahead | None) -> None:
         """O += P V, four tiles of sums at a time where the width allows it."""
         columns = self.width // SUMS
         together = 4 // self.pair if columns % 4 == 0 else 2
@@ -190,6 +214,10 @@ class Attention:
                     amx.load(amx.PAIRS[b % 2], at + b * TILE_BYTES, ROW)
                     for g in range(self.pair):
                         amx.multiply(together * g + b, amx.WEIGHTS[g], amx.PAIRS[b % 2])
+                if ahead is not None:
+                    start = bind(ahead.start(tile))
+                    for line in range(0, together * SUMS, DEPTH):
+                        ahead.ask([start], 1, v * (together * SUMS) + line)
             for sums, place in enumerate(places):
                 amx.save(sums, place, ROW)
 
