@@ -9,6 +9,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,6 +17,10 @@ from torch import Tensor
 
 import dsc
 
+SETTLE = 0.3
+"""Seconds after which torch's threads no longer spin."""
+STEPS = 5
+"""Decode steps of ours in a turn; one of stock's takes longer than all of them."""
 V3_ATTENTION: dict[str, Any] = {
     "model_type": "deepseek_v3",
     "vocab_size": 64,
@@ -116,25 +121,30 @@ def attention_block(
     token = torch.tensor([[3]])
 
     def ours() -> Tensor:
-        start = time.perf_counter()
         logits: Tensor = session.decode(token)
-        times["ours"].append(time.perf_counter() - start)
         return logits[0]
 
     def theirs() -> Tensor:
-        start = time.perf_counter()
         with torch.no_grad():
             logits: Tensor = stock(token, past_key_values=past).logits
-        times["stock"].append(time.perf_counter() - start)
         return logits[0, 0]
 
-    times: dict[str, list[float]] = {"ours": [], "stock": []}
+    def turn(step: Callable[[], Tensor], steps: int) -> float:
+        """Median seconds of a few steps, when the other's threads have stopped spinning."""
+        time.sleep(SETTLE)
+        seconds = []
+        for _ in range(steps):
+            start = time.perf_counter()
+            step()
+            seconds.append(time.perf_counter() - start)
+        return statistics.median(seconds)
+
     first, second = ours().float(), theirs().float()
     error = float((first - second).abs().max() / second.abs().max().clamp(min=1.0))
-    times = {"ours": [], "stock": []}
+    times: dict[str, list[float]] = {"ours": [], "stock": []}
     for _ in range(pairs):
-        ours()
-        theirs()
+        times["ours"].append(turn(ours, STEPS))
+        times["stock"].append(turn(theirs, 1))
     ratios = [b / a for a, b in zip(times["ours"], times["stock"], strict=True)]
     return {
         "ratio": round(statistics.median(ratios), 1),

@@ -86,6 +86,54 @@ def _rms_norm(attrs: Mapping[str, Any], given: list[Tensor], r: float) -> Bounde
     return exact, exact.abs() * (2 * r + gamma(x.shape[-1] + 8) + r * r)
 
 
+SLOPE = 1.13
+"""The largest slope of gelu, silu and relu."""
+
+
+def _experts(attrs: Mapping[str, Any], given: list[Tensor], r: float) -> Bounded:
+    """Products, an activation of slope SLOPE and a few u, a rounded hidden value, and the sums."""
+    x, idx, w, gate_up, down = given
+    rows, (top_k, hidden) = x.reshape(-1, x.shape[-1]), (idx.shape[-1], down.shape[-1])
+    act = getattr(torch.nn.functional, attrs.get("act", "silu"))
+    exact = torch.zeros_like(rows)
+    error, size = torch.zeros_like(rows), torch.zeros_like(rows)
+    for place, (choice, share) in enumerate(zip(idx.reshape(-1), w.reshape(-1), strict=True)):
+        row, expert = rows[place // top_k], int(choice)
+        gate, up = (gate_up[expert] @ row).split(hidden)
+        gate_off, up_off = ((gate_up[expert].abs() @ row.abs()) * chain(x.shape[-1], r)).split(
+            hidden
+        )
+        gate_off = SLOPE * gate_off + 8 * U * act(gate).abs()
+        h = act(gate) * up
+        h_off = gate_off * (up.abs() + up_off) + act(gate).abs() * up_off + 2 * U * h.abs()
+        h_off = h_off + r * (h.abs() + h_off)
+        weights, share = down[expert].abs(), abs(float(share))
+        here = weights @ h.abs()
+        error[place // top_k] += share * (weights @ h_off + chain(hidden, r) * here)
+        size[place // top_k] += share * here
+        exact[place // top_k] += float(w.reshape(-1)[place]) * (down[expert] @ h)
+    error = error + gamma(top_k + 2) * size
+    error = error + r * (exact.abs() + error)
+    return exact.reshape(x.shape), error.reshape(x.shape)
+
+
+def _mla_attention(attrs: Mapping[str, Any], given: list[Tensor], r: float) -> Bounded:
+    """As `_latent_attention`, over keys and values that are made from the latents and rounded."""
+    q, q_rope, latent, rope, kv_b, lengths = given
+    heads, nope = q.shape[2:]
+    up = kv_b.reshape(heads, -1, kv_b.shape[-1])
+    made = torch.einsum("btc,hmc->bthm", latent, up)
+    off = torch.einsum("btc,hmc->bthm", latent.abs(), up.abs()) * chain(latent.shape[-1], r)
+    off = off + r * (made.abs() + off)
+    sizes = [nope, made.shape[-1] - nope]
+    (keys, values), (keys_off, values_off) = made.split(sizes, -1), off.split(sizes, -1)
+    shared = rope[:, :, None].expand(-1, -1, heads, -1)
+    keys, queries = torch.cat([keys, shared], -1), torch.cat([q, q_rope], -1)
+    keys_off = torch.cat([keys_off, torch.zeros_like(shared)], -1)
+    score_off = torch.einsum("bshd,bthd->bhst", queries.abs(), keys_off) * attrs["scale"]
+    return _attend(attrs["scale"], queries, keys, values, values_off, score_off, lengths, r)
+
+
 def _latent_attention(attrs: Mapping[str, Any], given: list[Tensor], r: float) -> Bounded:
     """Scores, weights e^s (4 u, and r where they meet bf16 values) and sums, each with its part.
 
@@ -93,18 +141,30 @@ def _latent_attention(attrs: Mapping[str, Any], given: list[Tensor], r: float) -
     """
     q, q_rope, latent, rope, lengths = given
     keys, queries = torch.cat([latent, rope], -1), torch.cat([q, q_rope], -1)
-    scale, context = attrs["scale"], latent.shape[1]
-    scores = torch.einsum("bshd,btd->bhst", queries, keys) * scale
-    sizes = torch.einsum("bshd,btd->bhst", queries.abs(), keys.abs()) * scale
+    none, heads = torch.zeros(()).double(), q.shape[2]
+    keys, values = (x[:, :, None].expand(-1, -1, heads, -1) for x in (keys, latent))
+    return _attend(attrs["scale"], queries, keys, values, none, none, lengths, r)
+
+
+def _attend(
+    scale: float, queries: Tensor, keys: Tensor, values: Tensor, values_off: Tensor,
+    score_off: Tensor, lengths: Tensor, r: float,
+) -> Bounded:  # fmt: skip
+    """Causal attention, where keys and values are themselves wrong by a little."""
+    context, q = keys.shape[1], queries
+    scores = torch.einsum("bshd,bthd->bhst", queries, keys) * scale
+    sizes = torch.einsum("bshd,bthd->bhst", queries.abs(), keys.abs()) * scale
     ends = lengths.long()[:, None] + torch.arange(q.shape[1]) + 1
     seen = torch.arange(context) < ends.clamp(max=context)[:, None, :, None]
     weights = scores.masked_fill(~seen, float("-inf")).softmax(-1)
     # The scaled score and its distance to the maximum are rounded once more each.
-    wrong = (sizes * (chain(keys.shape[-1], r) + 4 * U)).masked_fill(~seen, 0).amax(-1)
+    wrong = sizes * (chain(keys.shape[-1], r) + 4 * U) + score_off
+    wrong = wrong.masked_fill(~seen, 0).amax(-1)
     share = torch.expm1(2 * wrong) + 2 * (r + gamma(context + 16))
-    exact = torch.einsum("bhst,btc->bshc", weights, latent)
-    total = torch.einsum("bhst,btc->bshc", weights, latent.abs())
+    exact = torch.einsum("bhst,bthc->bshc", weights, values)
+    total = torch.einsum("bhst,bthc->bshc", weights, values.abs() + values_off)
     error = total * share.transpose(1, 2)[..., None]
+    error = error + torch.einsum("bhst,bthc->bshc", weights, values_off.expand_as(values))
     return exact, error + r * (exact.abs() + error)
 
 
@@ -115,6 +175,8 @@ RULES: dict[str, Rule] = {
     "matmul": _matmul,
     "rms_norm": _rms_norm,
     "latent_attention": _latent_attention,
+    "mla_attention": _mla_attention,
+    "experts": _experts,
 }
 """Bounds by operator."""
 
