@@ -36,6 +36,7 @@ class TvmExecutable:
         self.meta = manifest["meta"]
         self._folder = folder
         self._timed: dict[str, TimedEntry] | None = None
+        self._seen: dict[str, tuple[Mapping[str, tuple[int, ...]], dict[str, int]]] = {}
         if self.meta["tiling"]["way"] == "tiles" and not tiles_allowed():
             raise BackendUnavailable(
                 "this artifact multiplies by AMX, which this CPU or operating system does not give",
@@ -81,7 +82,8 @@ class TvmExecutable:
         for name in facts["in_place"].values():
             if given[name] is not inputs[name]:
                 raise UsageError(f"{name} is updated in place and must be contiguous")
-        env = self._sizes(graph, {name: tuple(t.shape) for name, t in given.items()})
+        shapes = {name: tuple(t.shape) for name, t in given.items()}
+        env = self._sizes(entry, graph, shapes)
         for name, pages in self._tables[entry]:
             check_block_table(given[name], evaluate(pages, env))
         outputs: dict[str, torch.Tensor] = {}
@@ -110,21 +112,45 @@ class TvmExecutable:
         """Execute the entry's list of steps, or its timed form when somebody profiles."""
         profiler, timed = active(), None
         if profiler is not None:
-            with profiler.aside():
-                if self._timed is None:
-                    self._timed = timed_entries(self._folder, self.program.entries, self._steps)
-                timed = self._timed.get(entry)
-                steps = timed.prepare(env) if timed is not None else 0
-        if profiler is None or timed is None:
+            timed = self._timed.get(entry) if self._timed is not None else None
+            if timed is None or timed.sizes != env:
+                with profiler.aside():
+                    timed = self._timed_entry(entry, env)
+        if timed is None:
             steps = self._steps.ctypes.data + self.meta["entries"][entry]["steps_at"]
+        else:
+            steps = timed.address
         self._threads.apply()
         self.functions[entry](table.ctypes.data, steps)
         if profiler is not None and timed is not None:
             lengths = inputs.get("lengths")
             profiler.ran(timed.finished(None if lengths is None else lengths.tolist()))
 
-    def _sizes(self, graph: Graph, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
-        """The symbols' sizes. Raises `UsageError` when a shape does not fit or is out of range."""
+    def _timed_entry(self, entry: str, env: Mapping[str, int]) -> TimedEntry | None:
+        """The timed form of an entry for these sizes, where the artifact has one."""
+        if self._timed is None:
+            self._timed = timed_entries(self._folder, self.program.entries, self._steps)
+        timed = self._timed.get(entry)
+        if timed is not None:
+            timed.prepare(env)
+        return timed
+
+    def _sizes(
+        self, entry: str, graph: Graph, shapes: Mapping[str, tuple[int, ...]]
+    ) -> dict[str, int]:
+        """The symbols' sizes. Raises `UsageError` when a shape does not fit or is out of range.
+
+        Step after step of decoding has the same shapes: the last ones of each entry are known.
+        """
+        known, env = self._seen.get(entry, ({}, {}))
+        if known == shapes:
+            return env
+        env = self._fitting(graph, shapes)
+        self._seen[entry] = shapes, env
+        return env
+
+    def _fitting(self, graph: Graph, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
+        """The symbols' sizes, when all shapes fit."""
         for value in graph.inputs:
             if len(shapes[value.name]) != value.type.rank:
                 raise _misfit(value.name, shapes[value.name], value.type)

@@ -49,11 +49,10 @@ class TimedEntry:
     sizes: Mapping[str, int] = field(default_factory=dict)
     taps: list[Tap] = field(default_factory=list)
 
-    def prepare(self, sizes: Mapping[str, int]) -> int:
-        """The address of the list for a run at these sizes."""
-        if dict(sizes) != dict(self.sizes):
+    def prepare(self, sizes: Mapping[str, int]) -> None:
+        """Make the list, at `address`, one for a run at these sizes."""
+        if sizes != self.sizes:
             self._build(sizes)
-        return int(self.list.ctypes.data)
 
     def _build(self, sizes: Mapping[str, int]) -> None:
         self.sizes, self.taps = dict(sizes), []
@@ -89,6 +88,7 @@ class TimedEntry:
         words += (CLOCK, ZERO, clock + 16 * len(self.plan.steps))
         total = 2 * len(self.plan.steps) + 1 + len(self.taps)
         self.list = np.array([total, *words], dtype=np.int64)
+        self.address = int(self.list.ctypes.data)
 
     def finished(self, lengths: Sequence[int] | None) -> EntryRun:
         """What the last run wrote, for the profiler."""

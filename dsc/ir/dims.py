@@ -121,6 +121,19 @@ def from_terms(coefficients: Mapping[Monomial, int]) -> Dim:
     return _poly(dict(coefficients))
 
 
+def symbol_name(dim: Dim) -> str | None:
+    """The name of a dim that is a symbol and nothing else.
+
+    >>> symbol_name(symbol("B")), symbol_name(symbol("B") + 1), symbol_name(4)
+    ('B', None, None)
+    """
+    if isinstance(dim, int) or len(dim.terms) != 1:
+        return None
+    (atoms, coefficient) = dim.terms[0]
+    alone = coefficient == 1 and len(atoms) == 1 and isinstance(atoms[0], str)
+    return str(atoms[0]) if alone else None
+
+
 def free_symbols(dim: Dim) -> frozenset[str]:
     """The names of all symbols in `dim`."""
     if isinstance(dim, int):

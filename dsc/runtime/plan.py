@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dsc.errors import ArtifactError
-from dsc.ir.dims import Dim, evaluate, parse_dim
+from dsc.ir.dims import Dim, evaluate, parse_dim, symbol_name
 from dsc.ir.graph import Graph, Node, Operand, Value
 from dsc.ir.memory import MemoryPlan
 from dsc.ir.types import DType, TensorType
@@ -119,8 +119,9 @@ def symbols_of(graph: Graph, shapes: Mapping[str, tuple[int, ...]]) -> dict[str,
     env: dict[str, int] = {}
     for value in graph.inputs:
         for dim, size in zip(value.type.shape, shapes[value.name], strict=True):
-            if not isinstance(dim, int) and str(dim).isidentifier():
-                env[str(dim)] = size
+            name = symbol_name(dim)
+            if name is not None:
+                env[name] = size
     return env
 
 

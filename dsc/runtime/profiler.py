@@ -261,9 +261,12 @@ def entry_span(graph: Graph, inputs: Mapping[str, Any]) -> Any:
     from dsc.runtime.costs import entry_cost, lengths_of
     from dsc.runtime.plan import symbols_of
 
-    sizes = symbols_of(graph, {v.name: tuple(inputs[v.name].shape) for v in graph.inputs})
-    lengths = lengths_of(inputs)
-    return span(graph.name, "entry", lambda: entry_cost(graph, sizes, lengths))
+    shapes, lengths = {v.name: inputs[v.name].shape for v in graph.inputs}, lengths_of(inputs)
+
+    def cost() -> tuple[int, int]:
+        return entry_cost(graph, symbols_of(graph, shapes), lengths)
+
+    return span(graph.name, "entry", cost)
 
 
 def step_events(run: EntryRun) -> Iterable[Event]:
