@@ -37,7 +37,7 @@ class TvmExecutable:
         self._folder = folder
         self._timed: dict[str, TimedEntry] | None = None
         self._seen: dict[str, tuple[Mapping[str, tuple[int, ...]], dict[str, int]]] = {}
-        if self.meta["tiling"]["way"] == "tiles" and not tiles_allowed():
+        if self.meta.get("tiling", {}).get("way") == "tiles" and not tiles_allowed():
             raise BackendUnavailable(
                 "this artifact multiplies by AMX, which this CPU or operating system does not give",
                 hint="compile it on this machine, or for a target such as cpu:x86-64-v4",

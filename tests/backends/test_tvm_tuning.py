@@ -12,10 +12,12 @@ import torch
 
 pytest.importorskip("tvm")
 
-from dsc.backends.tvm import tuning
+from dsc.backends.tvm import executable, tuning
 from dsc.backends.tvm.kernels.bf16_rows import panel_bytes
 from dsc.backends.tvm.machine import Machine, machine_for
 from dsc.backends.tvm.tuning import FEW, MANY, Tiling, agreed, choose, ways
+from dsc.errors import BackendUnavailable
+from dsc.ir.program import Program
 from dsc.targets import parse_target
 
 BOTH = Machine("host", lanes=16, rows=4, columns=4, bf16=True, narrows=True)
@@ -38,6 +40,15 @@ def test_tiles_come_first_and_leave_vectors_alone() -> None:
     for way in ways(host):
         assert Tiling.of(replace(Tiling.of(host), way=way).on(host)).way == way
     assert not Tiling.of(host).on(host).pairs
+
+
+def test_tiles_are_refused_where_nobody_gives_them(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(executable, "tiles_allowed", lambda: False)
+    manifest = {"meta": {"tiling": {"way": "tiles"}}, "weights": None}
+    with pytest.raises(BackendUnavailable, match="AMX"):
+        executable.TvmExecutable(tmp_path, manifest, Program("p", {}))
 
 
 @pytest.mark.parametrize(
