@@ -109,7 +109,7 @@ def choose(times: Times, default: Tiling) -> Tiling:
     A way that makes many rows faster must not make one row slower by as much.
     """
     way, best = default.way, MARGIN
-    for other in {way for way, _ in times} - {default.way}:
+    for other in dict.fromkeys(way for way, _ in times if way != default.way):
         few = times[other, default.narrow][FEW] / times[default.way, default.narrow][FEW]
         many = times[other, default.wide][MANY] / times[default.way, default.wide][MANY]
         if many <= best and few * MARGIN <= 1:

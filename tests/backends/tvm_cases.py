@@ -176,21 +176,36 @@ WIDE: dict[str, list[str]] = {
     "latent_attention": [
         f"F[B,{s},{h},64], F[B,{s},{h},32], F[B,C,64], F[B,C,32], i64[B]=4 {{scale=0.1}}"
         for s, h in (("S", 6), (1, 16), (1, 3))
+    ]
+    + [
+        f"F[B,{s},{h},64], F[B,{s},{h},32], F[B,{t},64], F[B,{t},32], i64[B]={t - 10} {{scale=0.1}}"
+        for s, h, t in (("S", 32, 700), (1, 16, 2600))  # several blocks of keys in a task
     ],
     "mla_attention": [
+        "F[B,S,3,64], F[B,S,3,32], F[B,700,96], F[B,700,32], F[288,96], i64[B]=690 {scale=0.2}",
         "F[B,S,3,64], F[B,S,3,32], F[B,C,96], F[B,C,32], F[288,96], i64[B]=4 {scale=0.2}",
         "F[B,C,2,32], F[B,C,2,32], F[B,C,64], F[B,C,32], F[128,64], i64[B]=1 {scale=0.2}",
     ],
     "page_write": ["F[9,64,96], F[B,S,64], F[B,S,32], i64[B,3]=pages, i64[B]=192"],
     "paged_latent_attention": [
-        f"F[B,{s},{h},64], F[B,{s},{h},32], F[9,64,96], i64[B,3]=pages, i64[B]=187 {{scale=0.1}}"
-        for s, h in (("S", 6), (1, 16), (1, 3))
+        f"F[B,{s},{h},64], F[B,{s},{h},32], F[9,{page},96], i64[B,3]=pages, i64[B]={n}"
+        " {scale=0.1}"
+        for s, h, page, n in (
+            ("S", 6, 64, 187),
+            (1, 16, 64, 187),
+            (1, 3, 64, 187),
+            ("S", 8, 256, 763),
+        )
     ],
     "paged_mla_attention": [
+        "F[B,S,3,64], F[B,S,3,32], F[9,256,128], i64[B,3]=pages, F[288,96], i64[B]=750 {scale=0.2}",
         "F[B,S,3,64], F[B,S,3,32], F[9,64,128], i64[B,3]=pages, F[288,96], i64[B]=187 {scale=0.2}",
         "F[B,C,2,32], F[B,C,2,32], F[9,128,96], i64[B,2]=pages, F[128,64], i64[B]=150 {scale=0.2}",
     ],
-    "grouped_linear": ["F[8,64], F[3,70,64], i64[4]=offsets"],
+    "grouped_linear": [
+        "F[8,64], F[3,70,64], i64[4]=offsets",
+        "F[8,32], F[3,600,32], i64[4]=offsets",
+    ],
 }
 """Shapes of whole vectors, for which bf16 has schedules of its own: run in bf16 only."""
 
