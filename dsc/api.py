@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, cast
 from dsc import backends, pipeline
 from dsc.backends.base import Backend, Emission, EmitOptions, Executable, set_threads
 from dsc.errors import MemoryLimitError, UnsupportedOperator, UsageError
+from dsc.files import check_folder
 from dsc.ir.program import Program
 from dsc.ir.ranks import ranks_of
 from dsc.ir.segments import cut
@@ -186,7 +187,6 @@ def compile(
     target: str | Sequence[str] | None = None,
     fusion_level: int = 3,
     dtype: str | None = None,
-    quant: str = "none",
     max_batch: int = 4,
     max_context: int | None = None,
     prefill_chunk: int = 512,
@@ -213,7 +213,6 @@ def compile(
         fusion_level: 0 to 3. onnxruntime fuses for itself, whatever the level; triton's kernels
             go up to 2. Where a level is not taken, report.json has `level` and `level_asked`.
         dtype: fp32, bf16 or fp16; the checkpoint's own by default.
-        quant: weight format of linear layers and experts; only "none" so far.
         max_batch: sequences in one step, at most.
         max_context: tokens a sequence may hold, at most; the model's own limit by default.
         prefill_chunk: tokens of a prompt that are processed at once.
@@ -236,8 +235,11 @@ def compile(
     from dsc.frontends.load import load_program
     from dsc.passes.shard import check_parallel
 
-    _check_options(fusion_level, dtype, quant, max_batch, max_context, prefill_chunk)
+    _check_options(fusion_level, dtype, max_batch, max_context, prefill_chunk)
     check_parallel(ranks, parallel)
+    folder = Path(dump_dir) if dump_dir is not None else None
+    if folder is not None:
+        check_folder(folder)
     start = time.perf_counter()
     chosen = backends.get(backend) if backend else best_backend()
     targets = _targets(target, chosen)
@@ -252,7 +254,6 @@ def compile(
         progress=progress,
     )
     traced = time.perf_counter()
-    folder = Path(dump_dir) if dump_dir is not None else None
     watch = Watch(tuple(print_ir_after), folder, verify_each or debug_mode(), progress)
     options = pipeline.PipelineOptions(
         fusion_level=fusion_level,
@@ -408,7 +409,6 @@ def _targets(target: str | Sequence[str] | None, backend: Backend) -> tuple[Targ
 def _check_options(
     fusion_level: int,
     dtype: str | None,
-    quant: str,
     max_batch: int,
     max_context: int | None,
     prefill_chunk: int,
@@ -417,11 +417,6 @@ def _check_options(
         raise UsageError(f"fusion_level {fusion_level}", hint="one of 0, 1, 2, 3")
     if dtype is not None and dtype not in DTYPES:
         raise UsageError(f"dtype {dtype!r}", hint=f"one of {', '.join(DTYPES)}")
-    if quant != "none":
-        raise UsageError(
-            f"quant {quant!r} is not built yet",
-            hint='use quant="none"; FP8 checkpoints load as bf16',
-        )
     for name, value in (("max_batch", max_batch), ("prefill_chunk", prefill_chunk)):
         if value < 1:
             raise UsageError(f"{name} is {value}", hint="give at least 1")

@@ -59,6 +59,10 @@ class UsageError(DscError):
     """An argument that cannot be right: an unknown name, a missing file, contradicting options."""
 
 
+class FileError(DscError):
+    """A path that cannot be read or written: no such folder, no right, no room."""
+
+
 class ConfigError(DscError):
     """A model configuration that is incomplete or contradicts itself."""
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from dsc.errors import ParseError, UsageError
+from dsc.files import write_text
 from dsc.ir.parser import parse_program
 from dsc.ir.printer import print_program
 from dsc.ir.program import Program
@@ -42,4 +43,4 @@ def read_program(file: Path | str, source: WeightSource | None = None) -> Progra
 
 def write_program(program: Program, file: Path | str) -> None:
     """Write a program as text. Weight values stay where they are."""
-    Path(file).write_text(print_program(program), encoding="utf-8")
+    write_text(file, print_program(program))

@@ -62,10 +62,10 @@ def key_of(module: nn.Module, **facts: Any) -> dict[str, Any] | None:
 
 def load(key: Mapping[str, Any]) -> Program | None:
     """The traced program of a key, or `None`."""
-    path = _path(key)
-    if path is None or not path.is_file() or path.stat().st_size > MAX_ENTRY_BYTES:
-        return None
     try:
+        path = _path(key)
+        if path is None or not path.is_file() or path.stat().st_size > MAX_ENTRY_BYTES:
+            return None
         entry = json.loads(path.read_text())
         if entry["key"] != json.loads(json.dumps(key)):
             return None
@@ -79,12 +79,13 @@ def load(key: Mapping[str, Any]) -> Program | None:
 
 def store(key: Mapping[str, Any], program: Program, constants: Mapping[str, torch.Tensor]) -> None:
     """Keep a traced program. `constants` are the values among its weights' sources, by key."""
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    path = _path(key)
-    if path is None:
-        return
     try:
+        path = _path(key)
+        if path is None:
+            return
         path.parent.mkdir(parents=True, exist_ok=True)
         entry = json.dumps({"key": key, "program": print_program(program)})
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
@@ -93,7 +94,7 @@ def store(key: Mapping[str, Any], program: Program, constants: Mapping[str, torc
             save_file({k: v.contiguous() for k, v in constants.items()}, values)
             os.replace(values, path.with_suffix(".safetensors"))
             os.replace(text, path)
-    except OSError:
+    except (OSError, SafetensorError):
         return  # a cache that cannot be written is a slower compile, not an error
 
 

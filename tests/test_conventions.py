@@ -99,7 +99,14 @@ BACKEND = (
 # The runtime runs what was compiled, and must not need the compiler.
 RUNTIME_NEVER = ("dsc.passes", "dsc.pipeline", "dsc.frontends", "dsc.cli", "dsc.api", "dsc.models")
 RUNTIME_MAY = ("dsc.frontends.safetensors_source",)  # the reader of weights serves both ends
-EVERYBODY = ("dsc.errors", "dsc.settings", "dsc.hardware", "dsc._version", "dsc.user_folders")
+EVERYBODY = (
+    "dsc.errors",
+    "dsc.files",
+    "dsc.settings",
+    "dsc.hardware",
+    "dsc._version",
+    "dsc.user_folders",
+)
 
 
 def imported(path: Path) -> Iterator[tuple[int, str]]:

@@ -41,6 +41,7 @@ from dsc.backends.tvm.tir import (
     loop,
 )
 from dsc.errors import BackendUnavailable, UsageError
+from dsc.files import check_room
 from dsc.ir.dims import Dim, free_symbols
 from dsc.ir.graph import Graph
 from dsc.ir.types import DType
@@ -51,6 +52,8 @@ EXECUTE = "execute"
 CLOCK, COPY = "dsc_clock", "dsc_copy"
 TIMING = (CLOCK, COPY)
 """What every library holds for profiles; their numbers in a list are their positions here."""
+OBJECT_BYTES = 16 * 10**6
+"""Room that a library and its object file may take, by far: LLVM ends the process without it."""
 _CLOCK_MONOTONIC = 1  # <time.h> of Linux; the clock of `time.perf_counter`
 ZERO, ARENA = "zero", "arena"
 
@@ -229,5 +232,6 @@ def compile_library(functions: Mapping[str, PrimFunc], machine: Machine) -> byte
     built = tvm.compile(module, target=tvm_target(machine.cpu), tir_pipeline=PIPELINE)
     with tempfile.TemporaryDirectory(prefix="dsc-tvm-") as folder:
         path = Path(folder) / "kernels.so"
+        check_room(path, OBJECT_BYTES, "code to be linked")
         built.export_library(str(path))
         return path.read_bytes()

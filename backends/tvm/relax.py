@@ -35,6 +35,7 @@ from dsc.backends.tvm.machine import Machine, tvm_target
 from dsc.backends.tvm.schedule import VIEWS, KernelTable, launch_of
 from dsc.backends.tvm.tir import Expr, PrimFunc
 from dsc.errors import UsageError
+from dsc.files import check_room
 from dsc.ir.dims import Dim, free_symbols
 from dsc.ir.graph import Graph, Node, Operand, Value
 from dsc.ir.memory import MemoryPlan
@@ -166,6 +167,7 @@ class _Module:
         )  # fmt: skip
         with tempfile.TemporaryDirectory(prefix="dsc-relax-") as folder:
             path = Path(folder) / "model.so"
+            check_room(path, library.OBJECT_BYTES, "code to be linked")
             built.export_library(str(path))
             return path.read_bytes()
 

@@ -203,8 +203,8 @@ def load(key: Mapping[str, Any]) -> Tiling | None:
 
 def store(key: Mapping[str, Any], found: Tiling) -> None:
     """Keep a choice."""
-    path = _path(key)
     try:
+        path = _path(key)
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
             fresh = Path(folder) / "entry"

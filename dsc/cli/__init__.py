@@ -1,20 +1,26 @@
 """The `dsc` command: one file per verb, each imported when it is called.
 
-Exit status 0 on success; 2 for a user's mistake, with one message and no traceback; 1 for our bug,
-with a traceback and a repro file saved and their place printed.
+Exit status 0 on success; 2 for a user's mistake or what the machine refuses, with one message and
+no traceback; 1 for our bug, with a traceback and a repro file saved and their place printed, and
+where `verify` and `bisect` find a difference.
 """
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from importlib import import_module
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import typer
+from typer.core import TyperCommand, TyperGroup
 
 from dsc._version import __version__
-from dsc.errors import DscError
+from dsc.cli import streams
+from dsc.errors import DscError, MemoryLimitError, UsageError
+from dsc.files import translated
 
 # The order is the order of the help page.
 VERBS = (
@@ -32,10 +38,34 @@ VERBS = (
 )
 
 
+class Verb(TyperCommand):
+    """A verb whose help shows a flag as a flag: no `<bool>` beside it, for it takes no value."""
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        """The verb's parameters."""
+        return _plain_flags(super().get_params(ctx))
+
+
+class Root(TyperGroup):
+    """The command itself, with flags shown as its verbs show theirs."""
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        """The command's parameters."""
+        return _plain_flags(super().get_params(ctx))
+
+
+def _plain_flags(parameters: list[Any]) -> list[Any]:
+    for each in parameters:
+        if getattr(each, "is_flag", False):
+            each.metavar = ""
+    return parameters
+
+
 def build_app() -> typer.Typer:
     """Assemble the command from its verbs."""
     app = typer.Typer(
         name="dsc",
+        cls=Root,
         no_args_is_help=True,
         add_completion=False,
         pretty_exceptions_enable=False,
@@ -44,39 +74,96 @@ def build_app() -> typer.Typer:
     )
     app.callback()(_root)
     for verb in VERBS:
-        app.command(verb)(getattr(import_module(f"dsc.cli.{verb}"), verb))
+        app.command(verb, cls=Verb)(getattr(import_module(f"dsc.cli.{verb}"), verb))
     return app
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Run the command and exit with its status."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    streams.prepare()
+    status = _run(arguments)
     try:
+        sys.stdout.flush()
+    except OSError as error:
+        status = _refused(error, arguments) or status
+    sys.exit(status)
+
+
+def _run(arguments: list[str]) -> int:
+    """Run a verb; the exit status, once what went wrong has been said."""
+    try:
+        _check_text(arguments)
         build_app()(args=arguments, prog_name="dsc")
+    except SystemExit as ended:  # how typer returns
+        if isinstance(ended.__context__, BrokenPipeError):
+            return _refused(ended.__context__, arguments)
+        return ended.code if isinstance(ended.code, int) else 0
     except DscError as error:
-        print(f"dsc: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
+        return _say(error)
     except KeyboardInterrupt:
-        sys.exit(130)
-    except BrokenPipeError:
-        sys.stderr.close()
-        sys.exit(0)
+        return 130
+    except OSError as error:
+        return _refused(error, arguments)
+    except MemoryError:
+        return _say(_out_of_memory())
     except Exception as error:
-        sys.exit(_report_bug(error, arguments))
-    sys.exit(0)
+        if "can't allocate memory" in str(error):  # how torch says it
+            return _say(_out_of_memory())
+        return _report_bug(error, arguments)
+    return 0
+
+
+def _refused(error: OSError, arguments: Sequence[str]) -> int:
+    """Say what the machine refused; nothing when it is our output that nobody reads any more."""
+    ours = error.filename == streams.OUTPUT
+    if ours:
+        streams.discard_output()
+    if isinstance(error, BrokenPipeError):
+        return 0 if ours else _report_bug(error, arguments)
+    return _say(translated(error))
+
+
+def _check_text(arguments: Sequence[str]) -> None:
+    """Raise `UsageError` for bytes that are no UTF-8, unless they name a file."""
+    for number, argument in enumerate(arguments, 1):
+        try:
+            argument.encode("utf-8")
+        except UnicodeEncodeError:
+            if not os.path.lexists(argument):
+                shown = os.fsencode(argument).decode("utf-8", "backslashreplace")
+                raise UsageError(
+                    f"argument {number} holds bytes that are no UTF-8: {shown}",
+                    hint="give the text in UTF-8",
+                ) from None
+
+
+def _say(error: DscError) -> int:
+    """Print a user's mistake, where somebody still listens; its exit status."""
+    with suppress(OSError, ValueError):
+        print(f"dsc: {error}", file=sys.stderr)
+    return error.exit_code
+
+
+def _out_of_memory() -> DscError:
+    return MemoryLimitError(
+        "the machine has not enough memory for this",
+        hint="compile for less: --max-batch, --max-context, --prefill-chunk; or free some",
+    )
 
 
 def _report_bug(error: Exception, arguments: Sequence[str]) -> int:
-    """Save what is needed to mend our bug and say where it is."""
-    from dsc.cli.crash import save_crash
+    """Save what is needed to mend our bug and say where it is. Never fails."""
+    from dsc.cli.crash import save_crash, told
 
-    folder, line = save_crash(error, arguments)
-    print(
-        f"dsc: a bug in dsc, not in what you asked for: {type(error).__name__}: {error}\n"
-        f"  saved:      {folder / 'traceback.txt'}\n"
-        f"  reproduce:  {line}",
-        file=sys.stderr,
-    )
+    what = f"dsc: a bug in dsc, not in what you asked for: {type(error).__name__}: {error}"
+    try:
+        folder, line = save_crash(error, arguments)
+        saved = f"  saved:      {folder / 'traceback.txt'}\n  reproduce:  {line}"
+    except Exception as problem:  # nothing can be saved: then it is told here, or lost
+        saved = f"  not saved:  {problem}\n\n{told(error, arguments)}"
+    with suppress(OSError, ValueError):
+        print(f"{what}\n{saved}", file=sys.stderr)
     return 1
 
 

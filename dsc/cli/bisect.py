@@ -70,7 +70,10 @@ def bisect(
         dsc bisect layer.dsc --backend reference -o found
     """
     from dsc.cli import console
+    from dsc.files import check_folder
 
+    folder = output or Path(f"{Path(model).stem or 'model'}-bisect")
+    check_folder(folder)
     with console.progress_bar() as progress:
         program, passes = load_passes(
             model, config, weights, backend, target, dtype, fusion_level, progress
@@ -85,7 +88,6 @@ def bisect(
             for name, outcome in checked:
                 console.stdout().print(f"  {name}: {outcome}", markup=False)
         return
-    folder = output or Path(f"{Path(model).stem or 'model'}-bisect")
     line = write_programs(folder, finding)
     if json:
         console.print_json({**finding.as_dict(), "checked": listed, "folder": str(folder)})
@@ -185,17 +187,13 @@ def write_programs(folder: Path, finding: Finding) -> str:
     """Write before.dsc and after.dsc; the command that repeats the pass alone."""
     import shlex
 
-    from dsc.errors import UsageError
+    from dsc.files import write_text
     from dsc.ir.printer import print_program
 
     sides = {"before.dsc": finding.before, "after.dsc": finding.after}
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, program in sides.items():
-            if program is not None:
-                (folder / name).write_text(print_program(program), encoding="utf-8")
-    except OSError as error:
-        raise UsageError(f"cannot write there: {error}", where=str(folder)) from None
+    for name, program in sides.items():
+        if program is not None:
+            write_text(folder / name, print_program(program))
     return f"dsc opt {shlex.quote(str(folder / 'before.dsc'))} -p {finding.name} --verify-each"
 
 

@@ -19,7 +19,6 @@ def compile(
     target: options.Targets = None,
     fusion_level: options.FusionLevel = 3,
     dtype: options.Dtype = None,
-    quant: options.Quant = "none",
     max_batch: options.MaxBatch = None,
     max_context: options.MaxContext = None,
     prefill_chunk: options.PrefillChunk = 512,
@@ -64,7 +63,6 @@ def compile(
         target=target,
         fusion_level=fusion_level,
         dtype=dtype,
-        quant=quant,
         max_batch=max_batch,
         max_context=max_context,
         prefill_chunk=prefill_chunk,
@@ -84,19 +82,15 @@ def build_artifact(
     model: str, *, output: Path | None, force: bool, json: bool, backend: str | None, **asked: Any
 ) -> Path:
     """Compile, save, and say what was made; `asked` are options of `dsc.compile`, None: unset."""
-    from dsc.runtime.artifact import check_free
-
-    if output is None and backend is not None:
-        output = default_output(model, backend)
-    if output is not None:  # before minutes go into compiling
-        check_free(output, force)
     from dsc import api
     from dsc.cli import console
+    from dsc.runtime.artifact import check_free
 
+    folder = output or default_output(model, backend or api.best_backend().name)
+    check_free(folder, force)  # before minutes go into compiling
     given = {name: value for name, value in asked.items() if value is not None}
     with console.progress_bar() as progress:
         compiled = api.compile(model, backend=backend, progress=progress, **given)
-        folder = output or default_output(model, compiled.backend)
         progress(f"writing {folder}")
         compiled.save(folder, force=force, progress=progress)
     _describe(compiled, folder, json)
@@ -117,6 +111,7 @@ def default_output(model: str, backend: str) -> Path:
 def _describe(compiled: CompiledModel, folder: Path, json: bool) -> None:
     from dsc.cli import console
 
+    _warn_of_trust(folder)
     files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
     total = sum(path.stat().st_size for path in files)
     if json:
@@ -126,3 +121,17 @@ def _describe(compiled: CompiledModel, folder: Path, json: bool) -> None:
     console.stdout().print(
         f"{folder}: {len(files)} files, {console.human_bytes(total)}, for {compiled.backend}"
     )
+
+
+def _warn_of_trust(folder: Path) -> None:
+    """Say so where nothing keeps that this user built the code."""
+    from dsc.cli import console
+    from dsc.runtime import artifact, sharded
+
+    ranks = sharded.opened(folder)
+    each = folder if ranks is None else ranks.rank(0)
+    if not artifact.loads_untrusted(each):
+        console.stderr().print(
+            "the state folder cannot be written (XDG_STATE_HOME, by default ~/.local/state), so"
+            " nothing says that you built this: load it with --trust"
+        )

@@ -20,37 +20,41 @@ def save_crash(error: BaseException, argv: Sequence[str]) -> tuple[Path, str]:
 
     Where the chain of causes holds an `InternalError` with a program, that program becomes
     `repro.dsc` and its own command is the line. Otherwise the line is the command as it was typed,
-    saved as `repro.sh`.
+    saved as `repro.sh`. Raises `OSError` where nothing can be written anywhere.
     """
     folder = _new_folder()
-    _write(
-        folder / "traceback.txt", _environment(argv) + "".join(traceback.format_exception(error))
-    )
+    _write(folder / "traceback.txt", told(error, argv))
     internal = next((e for e in _chain(error) if isinstance(e, InternalError) and e.program), None)
     if internal is None:
-        line = shlex.join(["dsc", *argv])
+        line = _line(argv)
         _write(folder / "repro.sh", f"cd {shlex.quote(str(Path.cwd()))} && {line}\n")
         return folder, line
     _write(folder / "repro.dsc", internal.program)
     return folder, internal.command.replace("repro.dsc", shlex.quote(str(folder / "repro.dsc")))
 
 
+def told(error: BaseException, argv: Sequence[str]) -> str:
+    """The versions, the command and the traceback."""
+    trace = "".join(traceback.format_exception(error))
+    return (
+        f"dsc {__version__}, Python {platform.python_version()}, {platform.platform()}\n"
+        f"command: {_line(argv)}\n\n{trace}"
+    )
+
+
 def _new_folder() -> Path:
     """Make a fresh folder in the user's state folder, or a temporary one where that fails."""
-    crashes = state_folder() / "crashes"
     stamp = time.strftime("%Y%m%d-%H%M%S")
     try:
+        crashes = state_folder() / "crashes"
         crashes.mkdir(parents=True, exist_ok=True)
         return Path(tempfile.mkdtemp(prefix=f"{stamp}-", dir=crashes))
     except OSError:
         return Path(tempfile.mkdtemp(prefix=f"dsc-crash-{stamp}-"))
 
 
-def _environment(argv: Sequence[str]) -> str:
-    return (
-        f"dsc {__version__}, Python {platform.python_version()}, {platform.platform()}\n"
-        f"command: {shlex.join(['dsc', *argv])}\n\n"
-    )
+def _line(argv: Sequence[str]) -> str:
+    return shlex.join(["dsc", *argv])
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:
@@ -63,4 +67,4 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
 
 
 def _write(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
+    path.write_text(text, encoding="utf-8", errors="surrogateescape")  # arguments may be bytes

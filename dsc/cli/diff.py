@@ -67,7 +67,9 @@ def diff(
     """
     from dsc.cli import console
     from dsc.diff.compare import compare
+    from dsc.diff.page import page
     from dsc.diff.sides import open_side
+    from dsc.files import write_text
 
     _check(output, force, measure, profiles)
     with console.progress_bar() as progress:
@@ -78,7 +80,7 @@ def diff(
         found = compare(sides[0], sides[1], times, run=error, seed=seed)
         if output is not None:
             progress("drawing")
-            _write(output, found)
+            write_text(output, page(found))
     if json:
         console.print_json(found.as_dict())
     else:
@@ -89,11 +91,14 @@ def _check(
     output: Path | None, force: bool, measure: bool, profiles: tuple[Path, Path] | None
 ) -> None:
     from dsc.errors import UsageError
+    from dsc.files import check_writable
 
     if measure and profiles:
         raise UsageError("--measure and --profiles both give times", hint="choose one")
     if output is not None and output.exists() and not force:
         raise UsageError(f"{output} exists already", hint="choose another -o, or give --force")
+    if output is not None:
+        check_writable(output)
 
 
 def _times(
@@ -118,17 +123,6 @@ def _times(
         progress("measuring")
     first, second = (measuring.measure(side, context, trust) for side in sides)
     return first, second
-
-
-def _write(output: Path, found: Diff) -> None:
-    from dsc.diff.page import page
-    from dsc.errors import UsageError
-
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(page(found), encoding="utf-8")
-    except OSError as problem:
-        raise UsageError(f"cannot write it: {problem}", where=str(output)) from None
 
 
 def _print(found: Diff, output: Path | None) -> None:

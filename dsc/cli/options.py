@@ -68,10 +68,6 @@ Dtype = Annotated[
     Literal["fp32", "bf16", "fp16"] | None,
     Option("--dtype", help="Compute dtype.  [default: the checkpoint's]", show_default=False),
 ]
-Quant = Annotated[
-    Literal["none", "fp8", "int8", "int4"],
-    Option("--quant", help="Weight format of linear layers and experts; so far none."),
-]
 MaxBatch = Annotated[
     int | None,
     Option("--max-batch", min=1, help="Sequences in one step.  [default: 4]", show_default=False),
@@ -160,7 +156,7 @@ DumpDir = Annotated[
     Option(
         "--dump-dir",
         metavar="D",
-        help="Write numbered text IR, one file a pass, and one line about each.",
+        help="Write numbered text IR, one file a pass.",
         show_default=False,
     ),
 ]

@@ -62,9 +62,12 @@ def profile(
     from dsc.cli import console
     from dsc.cli.bench import vocabulary
     from dsc.cli.generate import manifest_config
+    from dsc.files import check_writable
     from dsc.runtime.probes import available, machine
     from dsc.runtime.profiler import Profiler
 
+    if trace is not None:
+        check_writable(trace)
     compiled = api.load(artifact, trust=trust, **options.chosen(threads=threads, pin=pin))
     vocab = vocabulary(manifest_config(artifact))
     with console.progress_bar() as progress:

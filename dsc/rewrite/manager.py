@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dsc.errors import DscError, InternalError, UsageError, VerificationError
+from dsc.files import write_text
 from dsc.ir.printer import print_program
 from dsc.ir.program import Program
 from dsc.ir.verifier import verify
@@ -130,9 +131,8 @@ class Manager:
         if wanted:
             sys.stdout.write(f"# after {name}\n{text}\n")
         if self.watch.dump_dir is not None:
-            self.watch.dump_dir.mkdir(parents=True, exist_ok=True)
             number = len(list(self.watch.dump_dir.glob("*.dsc")))
-            (self.watch.dump_dir / f"{number:02d}_{name}.dsc").write_text(text)
+            write_text(self.watch.dump_dir / f"{number:02d}_{name}.dsc", text)
 
 
 @contextmanager
@@ -146,7 +146,7 @@ def _blame(each: Pass, before: Program) -> Iterator[None]:
             print_program(before),
             f"dsc opt repro.dsc -p {each.name}",
         ) from problem
-    except DscError:
+    except (DscError, OSError, MemoryError):  # not the pass's doing
         raise
     except Exception as problem:
         raise InternalError(

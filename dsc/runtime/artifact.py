@@ -22,6 +22,7 @@ from typing import Any
 from dsc._version import __version__
 from dsc.backends.base import Emission
 from dsc.errors import ArtifactError, UsageError
+from dsc.files import check_room, check_writable, made, named
 from dsc.ir.parser import parse_program
 from dsc.ir.printer import print_program
 from dsc.ir.program import Program
@@ -53,8 +54,14 @@ class Artifact:
 
 
 def check_free(out: Path, force: bool) -> None:
-    """Raise `ArtifactError` when `out` exists and may not be replaced."""
-    if not out.exists():
+    """Raise `ArtifactError` when `out` exists and may not be replaced.
+
+    Raises `FileError` where no folder can be put there.
+    """
+    with named(out):
+        exists = out.exists()
+    check_writable(out, folder=True)
+    if not exists:
         return
     if not force:
         raise ArtifactError(
@@ -104,6 +111,7 @@ def write(
                 emitted |= emission.finish(places)
             path = _inside(folder, emission.weights_path)
             own = program if rank is None else at_rank(program, rank)
+            check_room(out, sum(size for _, size in places.values()), "the weights")
             digest = pack(own, path, progress)
             files[emission.weights_path] = {"bytes": path.stat().st_size, "sha256": digest}
         elif emission.finish is not None:
@@ -180,6 +188,15 @@ def packed(program: Program, source: Any) -> Program:
     return replace(program, weights=weights, source=source or MetaSource(types))
 
 
+def loads_untrusted(folder: Path) -> bool:
+    """Whether an artifact that was just written loads here without `trust`.
+
+    One with code does not where the state folder, which keeps what this user built, takes nothing.
+    """
+    data = (folder / MANIFEST).read_bytes()
+    return not _holds_code(json.loads(data)) or _remembered(data)
+
+
 def check_hashes(folder: Path) -> int:
     """Verify the hash of every file, weights included; returns how many. Raises `ArtifactError`."""
     files = read(folder, trust=True).manifest["files"]
@@ -196,22 +213,36 @@ def run_script(runner: str) -> str:
 
 @contextmanager
 def replacing(out: Path) -> Iterator[Path]:
-    """A temporary sibling of `out` that becomes `out` when the block ends well."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    """A temporary sibling of `out` that becomes `out` when the block ends well.
+
+    What was there before stays until then. Raises `FileError` where the machine refuses.
+    """
+    with named(out), made(out.parent):
+        folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+        try:
+            yield folder
+            folder.chmod(0o755)
+            if out.exists():
+                _swap(folder, out)
+            else:
+                os.rename(folder, out)
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+
+
+def _swap(folder: Path, out: Path) -> None:
+    """Put `folder` in the place of `out`; where that fails, `out` is what it was."""
+    old = Path(tempfile.mkdtemp(prefix=f".{out.name}.old.", dir=out.parent))
     try:
-        yield folder
-        folder.chmod(0o755)
-        if out.exists():
-            old = Path(tempfile.mkdtemp(prefix=f".{out.name}.old.", dir=out.parent))
-            os.rename(out, old / out.name)
+        os.rename(out, old / out.name)
+        try:
             os.rename(folder, out)
-            shutil.rmtree(old)
-        else:
-            os.rename(folder, out)
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
+        except BaseException:
+            os.rename(old / out.name, out)
+            raise
+    finally:
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def _inside(folder: Path, name: str) -> Path:
@@ -287,7 +318,10 @@ def _remember(manifest: bytes) -> None:
 
 
 def _remembered(manifest: bytes) -> bool:
-    return _state_file(manifest).exists()
+    try:
+        return _state_file(manifest).exists()
+    except OSError:
+        return False
 
 
 def _versions() -> dict[str, str]:

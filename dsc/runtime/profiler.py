@@ -22,6 +22,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from dsc.errors import UsageError
+from dsc.files import write_text
 
 if TYPE_CHECKING:
     from dsc.ir.graph import Graph
@@ -192,9 +193,8 @@ class Profiler:
 
         Live bytes of intermediates become a counter beside the steps.
         """
-        Path(path).write_text(
-            json.dumps({"traceEvents": _trace(self.events), "displayTimeUnit": "ms"})
-        )
+        text = json.dumps({"traceEvents": _trace(self.events), "displayTimeUnit": "ms"})
+        write_text(path, text)
 
 
 def _trace(events: Sequence[Event]) -> list[dict[str, Any]]:

@@ -67,7 +67,7 @@ class CountingModel:
         """Write the least that the verbs read."""
         path.mkdir(parents=True, exist_ok=force)
         config = {"vocab_size": VOCAB, "eos_token_id": 7}
-        (path / "dsc.json").write_text(json.dumps({"config": config}))
+        (path / "dsc.json").write_text(json.dumps({"config": config, "files": {}}))
         (path / "program.dsc").write_text("the program")
         (path / "report.json").write_text("{}")
         (path / "null").mkdir(exist_ok=True)
@@ -88,6 +88,10 @@ class FakeApi:
             for number, name in enumerate(("raise", "absorb_mla")):
                 (options["dump_dir"] / f"{number:02}-{name}.dsc").write_text(f"after {name}\n")
         return CountingModel(options.get("backend") or "reference")
+
+    def best_backend(self) -> SimpleNamespace:
+        """What is taken where no backend is named."""
+        return SimpleNamespace(name="reference")
 
     def load(self, path: Path, trust: bool = False, **options: Any) -> CountingModel:
         """Remember the path and the options."""

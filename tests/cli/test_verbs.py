@@ -17,7 +17,7 @@ from .conftest import FakeApi, Invoke
 
 
 def test_compile_passes_only_what_was_asked(api: FakeApi, invoke: Invoke, tmp_path: Path) -> None:
-    line = f"compile m.py --backend tvm --target cpu --quant int8 --max-batch 4 -o {tmp_path}/o"
+    line = f"compile m.py --backend tvm --target cpu --max-batch 4 -o {tmp_path}/o"
     result = invoke(*line.split())
     assert result.exit_code == 0
     (asked,) = api.asked
@@ -26,7 +26,6 @@ def test_compile_passes_only_what_was_asked(api: FakeApi, invoke: Invoke, tmp_pa
         "model": "m.py",
         "backend": "tvm",
         "target": ["cpu"],
-        "quant": "int8",
         "max_batch": 4,
         "fusion_level": 3,
         "prefill_chunk": 512,

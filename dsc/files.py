@@ -1,0 +1,165 @@
+"""Places that dsc writes to: tried before the work, written whole or not at all, failures in words.
+
+What the machine refuses (no room, no right, no such folder) is never a bug of dsc: an `OSError`
+becomes a `FileError` that says which path, why, and what to do. `translated` is the one place that
+does it, for the command line and for the API alike.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import resource
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from dsc.errors import FileError
+
+_ANOTHER = "give a path that you may use"
+_TEMPORARY = "set TMPDIR to a folder that you may write to"
+_ROOM = "free some space, or give a place on another disk"
+HINTS = {
+    errno.EACCES: _ANOTHER,
+    errno.EPERM: _ANOTHER,
+    errno.EROFS: _ANOTHER,
+    errno.ENOENT: "make the folder first, or give another path",
+    errno.ENOTDIR: "a part of the path is a file; give another one",
+    errno.EISDIR: "it is a folder; give a file",
+    errno.EEXIST: "give another path",
+    errno.ENAMETOOLONG: "give a shorter name",
+    errno.ENOSPC: _ROOM,
+    errno.EDQUOT: _ROOM,
+    errno.EFBIG: "raise the limit on the size of a file (ulimit -f), or use another disk",
+    errno.EMFILE: "raise the limit on open files (ulimit -n)",
+    errno.ENFILE: "raise the limit on open files (ulimit -n)",
+    errno.ENOMEM: "free some memory",
+}
+
+WRITING = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS})
+"""What only writing meets."""
+
+
+def translated(error: OSError, where: str | Path | None = None) -> FileError:
+    """The error that tells a user of `error`.
+
+    `where` is what the user asked for: it stands for our temporary files beside it, and serves
+    where `error` names no path.
+    """
+    reason = error.strerror or str(error) or type(error).__name__
+    if error.filename is None and reason.startswith("No usable temporary directory"):
+        return FileError("no folder for temporary files can be written", hint=_TEMPORARY)
+    place = os.fsdecode(error.filename) if isinstance(error.filename, (str, bytes)) else None
+    if where is not None and (place is None or _beside(Path(where)) in place):
+        place = str(where)
+    number = error.errno or 0
+    verb = "write" if number in WRITING else "read or write"
+    return FileError(f"cannot {verb}: {reason}", where=place, hint=HINTS.get(number))
+
+
+def _beside(path: Path) -> str:
+    """How the names of our temporary files beside `path` begin."""
+    return f".{path.name}."
+
+
+@contextmanager
+def named(where: str | Path) -> Iterator[None]:
+    """Turn an `OSError` of the block into a `FileError` about `where`, unless it names another."""
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise translated(error, where) from error
+
+
+def check_writable(path: str | Path, folder: bool = False) -> None:
+    """Raise `FileError` unless a file (or a folder) could be put at `path`; nothing stays behind.
+
+    Folders above it that are missing would be made, so the nearest one that exists is tried.
+    """
+    path = Path(path)
+    target = Path(os.path.realpath(path))
+    with named(path):
+        if not folder and target.exists() and not _replaceable(target):
+            target.open("ab").close()
+            return
+        os.rmdir(tempfile.mkdtemp(prefix=_beside(path), dir=nearest(target.parent)))
+
+
+def check_folder(folder: Path) -> None:
+    """Raise `FileError` unless files can be written into `folder`, there or still to be made."""
+    with named(folder):
+        os.rmdir(tempfile.mkdtemp(prefix=_beside(folder), dir=nearest(folder)))
+
+
+def check_room(place: Path, needed: int, what: str) -> None:
+    """Raise `FileError` unless a file of `needed` bytes fits at `place`, before it is written."""
+    free = shutil.disk_usage(nearest(place.parent)).free
+    largest, _ = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if needed > free:
+        raise FileError(
+            f"{what}: {needed / 1e6:.1f} MB needed, the disk has {free / 1e6:.1f} MB left",
+            where=str(place),
+            hint=_ROOM,
+        )
+    if largest != resource.RLIM_INFINITY and needed > largest:
+        raise FileError(
+            f"{what}: {needed / 1e6:.1f} MB needed, a file may have {largest / 1e6:.1f} MB",
+            where=str(place),
+            hint=HINTS[errno.EFBIG],
+        )
+
+
+def nearest(folder: Path) -> Path:
+    """The folder itself, or the nearest one above it that exists."""
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    return folder
+
+
+@contextmanager
+def made(folder: Path) -> Iterator[None]:
+    """Make a folder and those above it; take back those that were made if the block fails."""
+    missing = [f for f in (folder, *folder.parents) if not f.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except BaseException:
+        for each in missing:
+            with suppress(OSError):
+                each.rmdir()
+        raise
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write a text file, whole or not at all; folders above it are made. Raises `FileError`."""
+    path = Path(path)
+    target = Path(os.path.realpath(path))  # a link stays one
+    with named(path), made(target.parent):
+        if target.exists() and not _replaceable(target):
+            target.write_text(text, encoding="utf-8")
+            return
+        handle, fresh = tempfile.mkstemp(prefix=_beside(path), dir=target.parent)
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8") as file:
+                file.write(text)
+            os.chmod(fresh, 0o666 & ~_umask())
+            os.replace(fresh, target)
+        except BaseException:
+            os.unlink(fresh)
+            raise
+
+
+def _replaceable(path: Path) -> bool:
+    """Whether a new file can take the place of `path`; not of a device, or in a locked folder."""
+    return path.is_file() and os.access(path.parent, os.W_OK)
+
+
+def _umask() -> int:
+    """The process's umask, which can only be read by setting it."""
+    found = os.umask(0o022)
+    os.umask(found)
+    return found

@@ -1,0 +1,246 @@
+"""Places that cannot be written: one message, exit 2, before the work, nothing half-written."""
+
+from __future__ import annotations
+
+import os
+import resource
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+import dsc
+from dsc.cli import main
+from dsc.errors import FileError
+from dsc.files import check_room, check_writable, made, named, write_text
+from dsc.runtime import artifact
+
+from .conftest import FakeApi, Invoke
+
+SMALL_LM = Path(__file__).resolve().parent.parent / "data" / "small_lm.dsc"
+LONG = "x" * 250  # a name that is legal, but not with what a temporary sibling adds
+
+
+@pytest.fixture(autouse=True)
+def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    (tmp_path / "file").write_text("kept")
+
+
+def ended(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]:
+    """Exit status and standard error."""
+    with pytest.raises(SystemExit) as stopped:
+        main(list(arguments))
+    assert isinstance(stopped.value.code, int)
+    return stopped.value.code, capsys.readouterr().err
+
+
+def listed() -> set[Path]:
+    return {p for p in Path.cwd().rglob("*") if "state" not in p.parts}
+
+
+@contextmanager
+def largest_file(size: int) -> Iterator[None]:
+    """No file may grow beyond `size` bytes: what a full disk is, but for this process alone."""
+    kept = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, kept[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, kept)
+
+
+@pytest.mark.parametrize("place", ["file/out", "file/deep/out", "/proc/none/out", LONG])
+@pytest.mark.parametrize(
+    "line",
+    [
+        "compile m.py --backend tvm -o PLACE",
+        "compile m.py -o PLACE",
+        "export m.py -o PLACE",
+        "profile OUT --trace PLACE",
+        "diff file file -o PLACE",
+    ],
+)
+def test_a_place_that_cannot_be_is_told_before_the_work(
+    line: str,
+    place: str,
+    api: FakeApi,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    before = listed()
+    words = [place if word == "PLACE" else word for word in line.split()]
+    status, error = ended(capsys, *words)
+    assert status == 2, error
+    assert f"where:  {place}" in error
+    assert "to do:" in error
+    assert "Traceback" not in error
+    assert (api.asked, api.loaded) == ([], [])
+    assert listed() == before
+
+
+def test_a_dump_folder_that_cannot_be_is_told_before_tracing(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    line = ("compile", "none.py", "-o", "out", "--dump-dir", "file/dump")
+    status, error = ended(capsys, *line)
+    assert (status, "where:  file/dump" in error) == (2, True), error
+
+
+@pytest.mark.parametrize("missing", ["", "a/b/"])
+def test_a_disk_that_fills_leaves_nothing(missing: str, capsys: pytest.CaptureFixture[str]) -> None:
+    before = listed()
+    with largest_file(1000):
+        status, error = ended(
+            capsys, "compile", str(SMALL_LM), "--backend", "null", "-o", f"{missing}out"
+        )
+    assert status == 2, error
+    assert f"where:  {missing}out" in error
+    assert "ulimit -f" in error
+    assert listed() == before
+
+
+def test_a_disk_that_fills_keeps_what_was_there(capsys: pytest.CaptureFixture[str]) -> None:
+    line = ("compile", str(SMALL_LM), "--backend", "null", "-o", "out")
+    assert ended(capsys, *line)[0] == 0
+    before = {p: p.read_bytes() for p in Path("out").rglob("*") if p.is_file()}
+    with largest_file(1000):
+        assert ended(capsys, *line, "--force")[0] == 2
+    assert {p: p.read_bytes() for p in Path("out").rglob("*") if p.is_file()} == before
+    assert [p.name for p in Path.cwd().iterdir() if p.name.startswith(".")] == []
+
+
+def test_room_is_looked_at_before_it_is_filled(tmp_path: Path) -> None:
+    check_room(tmp_path / "x", 1000, "weights")
+    with pytest.raises(FileError, match="the disk has"):
+        check_room(tmp_path / "x", 1 << 60, "weights")
+    with largest_file(1000), pytest.raises(FileError, match="a file may have"):
+        check_room(tmp_path / "x", 2000, "weights")
+
+
+def test_a_text_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
+    page = tmp_path / "new" / "page.html"
+    with largest_file(1000), pytest.raises(FileError):
+        write_text(page, "y" * 2000)
+    assert not page.parent.exists()
+    write_text(page, "first")
+    with largest_file(1000), pytest.raises(FileError, match="cannot write"):
+        write_text(page, "y" * 2000)
+    assert page.read_text() == "first"
+    assert list(page.parent.iterdir()) == [page]
+    write_text("/dev/null", "second")
+
+
+def test_folders_that_were_there_stay(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    with pytest.raises(KeyError), made(tmp_path / "a" / "b" / "c"):
+        raise KeyError
+    assert [p.name for p in (tmp_path / "a").iterdir()] == []
+
+
+def test_a_folder_is_no_file(tmp_path: Path) -> None:
+    with pytest.raises(FileError, match="directory"):
+        check_writable(tmp_path)
+
+
+def test_an_error_names_the_file_it_is_about(tmp_path: Path) -> None:
+    with pytest.raises(FileError) as told, named(tmp_path / "out"):
+        (tmp_path / "elsewhere").read_text()
+    assert told.value.where == str(tmp_path / "elsewhere")
+
+
+# --- standard output ------------------------------------------------------------------------------
+
+
+def run(line: str, folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run a shell line in which `dsc` is the command."""
+    checkout = str(Path(dsc.__path__[0]).parent)
+    given = {**os.environ, "PYTHONPATH": checkout, "XDG_STATE_HOME": str(folder), **environment}
+    text = f'set -o pipefail; dsc() {{ "{sys.executable}" -m dsc "$@"; }}; {line}'
+    return subprocess.run(
+        ["bash", "-c", text], cwd=folder, env=given, capture_output=True, text=True, check=False
+    )
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_output_that_cannot_be_written_is_told(unbuffered: str, tmp_path: Path) -> None:
+    done = run(f"dsc opt {SMALL_LM} > /dev/full", tmp_path, PYTHONUNBUFFERED=unbuffered)
+    assert done.returncode == 2
+    assert "where:  standard output" in done.stderr
+    assert len(done.stderr.splitlines()) == 3
+
+
+def test_a_reader_that_leaves_ends_it_quietly(tmp_path: Path) -> None:
+    done = run(f"dsc opt {SMALL_LM} | head -1; dsc --help | true", tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_closed_streams_are_no_crash(tmp_path: Path) -> None:
+    done = run(f"dsc opt {SMALL_LM} >&- && dsc opt none.dsc 2>&-", tmp_path)
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", "")
+
+
+def test_a_state_folder_that_cannot_be_written_is_told_when_compiling(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(artifact, "CODE_SUFFIXES", {".dsc"})  # a program passes for code
+    line = ("compile", str(SMALL_LM), "--backend", "null", "--force", "-o", "out")
+    for state, told in (("state", False), ("file", True)):
+        monkeypatch.setenv("XDG_STATE_HOME", str(Path.cwd() / state))
+        status, error = ended(capsys, *line)
+        assert status == 0
+        assert ("load it with --trust" in error) is told
+
+
+# --- the crash report -----------------------------------------------------------------------------
+
+
+def test_bytes_that_are_no_text_are_one_message(capsys: pytest.CaptureFixture[str]) -> None:
+    status, error = ended(capsys, "generate", "out", "--prompt", os.fsdecode(b"caf\xe9"))
+    assert status == 2
+    assert error.splitlines() == [
+        "dsc: argument 4 holds bytes that are no UTF-8: caf\\xe9",
+        "  to do:  give the text in UTF-8",
+    ]
+
+
+@pytest.mark.parametrize("closed", ["", "2>&-", "2> /dev/full"])
+def test_a_crash_that_cannot_be_saved_is_no_second_crash(closed: str, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    code = (
+        "import sys, tempfile; from dsc.cli import doctor, main; tempfile.tempdir = 'file';"
+        " doctor.examine = lambda *_: 1 / 0; main(['doctor', '\\udcff', '--json'][::2])"
+    )
+    done = run(f'"{sys.executable}" -c "{code}" {closed}', tmp_path, XDG_STATE_HOME="file")
+    assert done.returncode == 1
+    assert done.stdout == ""
+    if not closed:
+        assert "not saved:" in done.stderr
+        assert done.stderr.count("Traceback") == 1
+        assert "ZeroDivisionError" in done.stderr
+
+
+def test_a_crash_report_holds_arguments_of_any_bytes(tmp_path: Path) -> None:
+    from dsc.cli.crash import save_crash
+
+    folder, line = save_crash(ValueError("\udcff"), ["opt", "\udcff"])
+    assert os.fsencode("\udcff") in (folder / "repro.sh").read_bytes()
+    assert line.startswith("dsc opt")
+
+
+# --- what is offered ------------------------------------------------------------------------------
+
+
+def test_help_shows_no_type_beside_a_flag(invoke: Invoke) -> None:
+    from dsc.cli import VERBS
+
+    for verb in VERBS:
+        assert "bool" not in invoke(verb, "--help").output, verb
+    assert "bool" not in invoke("--help").output
+
+
+def test_python_m_dsc_is_the_command(tmp_path: Path) -> None:
+    assert run("dsc --version", tmp_path).stdout.strip() == dsc.__version__
