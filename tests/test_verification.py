@@ -1,49 +1,180 @@
-"""The comparison sees a wrong token, forgives a tie, and counts what it forgave."""
+"""The comparison sees what is wrong, forgives what rounding does, and counts what it forgave."""
 
 from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 
-from dsc.verification import compare
+import dsc
+from dsc.ir.types import DType
+from dsc.ir.weights import DictSource, LayeredSource
+from dsc.verification import Comparison, Noise, compare, session_logits
+from tests.backends.canonical_lm import Sizes, canonical_lm
 
 IDS = list(range(100))
+Logits = np.ndarray[Any, np.dtype[np.float32]]
 
 
-def clear_logits() -> np.ndarray[tuple[int, int], np.dtype[np.float32]]:
-    """Return logits [100, 100] whose best token is better by 1, with small noise below."""
-    noise = np.random.default_rng(0).normal(0, 1e-3, (100, 100))
-    return (np.eye(100) + noise).astype(np.float32)
+def clear_logits() -> Logits:
+    """Logits [100, 100] whose best token is better by 1, with small differences below."""
+    below = np.random.default_rng(0).normal(0, 1e-3, (100, 100))
+    return (np.eye(100) + below).astype(np.float32)
+
+
+def rounded(logits: Logits, seed: int, size: float = 1e-3) -> Logits:
+    """The logits with the error of an element type: normal, `size` wide."""
+    error = np.random.default_rng(seed).normal(0, size, logits.shape)
+    return (logits + error).astype(np.float32)
+
+
+def noise(logits: Logits, size: float = 1e-3) -> Noise:
+    """What a yardstick in that type measures."""
+    return Noise.of(rounded(logits, 100, size), logits)
+
+
+def judged(ours: Logits, oracle: Logits, **options: bool) -> Comparison:
+    return compare(ours, oracle, IDS, noise(oracle), **options)
 
 
 def test_equal_logits_agree() -> None:
-    result = compare(clear_logits(), clear_logits(), IDS)
+    result = judged(clear_logits(), clear_logits())
     assert (result.max_logit_diff, result.greedy_agreement, result.excluded) == (0, 1, 0)
     assert result.perplexity == result.oracle_perplexity
+    assert result.failures() == []
 
 
 def test_a_wrong_token_at_a_clear_position_counts() -> None:
-    wrong = clear_logits()
-    wrong[7, 8] = 2.0
-    result = compare(wrong, clear_logits(), IDS)
+    oracle = clear_logits()
+    ours = oracle.copy()
+    ours[7, 8] = 1.02 * ours[7, 7]
+    oracle[7, 7] *= 1.5
+    ours[7, 7] = 1.0
+    result = judged(ours, oracle)
+    assert result.max_logit_diff == pytest.approx(1.02, abs=0.01)
     assert result.greedy_agreement == pytest.approx(0.99)
-    assert result.max_logit_diff == pytest.approx(2.0, abs=0.01)
+    assert "99.00%" in result.failures()[-1]
 
 
 def test_a_tie_is_left_out_and_counted() -> None:
-    oracle, ours = clear_logits(), clear_logits()
+    oracle = clear_logits()
     oracle[3, 4] = oracle[3, 3] - 1e-5
-    ours[3, 4] = oracle[3, 3] + 1e-5
-    ours += np.random.default_rng(1).normal(0, 1e-4, ours.shape).astype(np.float32)
-    result = compare(ours, oracle, IDS)
+    ours = rounded(oracle, 1, 1e-4)
+    ours[3, 4] = ours[3, 3] + 1e-5
+    result = judged(ours, oracle)
     assert result.greedy_agreement == 1
     assert result.excluded == pytest.approx(0.01)
+    assert result.failures() == []
+
+
+def test_nothing_compared_is_no_pass() -> None:
+    """Rows of the head that are nearly equal: every position is a near-tie."""
+    oracle = (1.0 + clear_logits() * 1e-6).astype(np.float32)
+    result = judged(rounded(oracle, 1), oracle)
+    assert result.excluded == 1
+    assert result.greedy_agreement == 0
+    assert result.failures(require=0.0) != []
+    assert result.failures(require=0.0, most_excluded=1.0) == []
+
+
+@pytest.mark.parametrize("off", [0.15, 1.65])
+def test_logits_have_a_bound_of_their_own(off: float) -> None:
+    """Off alike for all tokens, so that every token is still the same."""
+    oracle = clear_logits()
+    result = judged(oracle + np.float32(off), oracle)
+    assert result.greedy_agreement == 1
+    assert result.excluded == 0
+    assert "a logit's error at a typical position" in result.failures()[0]
+
+
+@pytest.mark.parametrize("factor", [1.0, 1.5, 2.5])
+def test_errors_are_held_against_what_the_type_does(factor: float) -> None:
+    oracle = clear_logits()
+    ours = rounded(oracle, 1, 1e-3 * factor)
+    assert (judged(ours, oracle).failures() == []) == (factor < 2)
+
+
+@pytest.mark.parametrize("phase", ["prefill", "decode"])
+def test_an_error_in_one_phase_is_seen(phase: str) -> None:
+    oracle, at = clear_logits(), slice(None, -16) if phase == "prefill" else slice(-16, None)
+    ours = rounded(oracle, 1)
+    ours[at] += np.float32(0.003)
+    assert phase in judged(ours, oracle).failures()[0]
+
+
+@pytest.mark.parametrize("strays", [2, 30])
+def test_few_positions_where_a_router_chose_otherwise_are_no_fault(strays: int) -> None:
+    oracle = clear_logits()
+    ours = rounded(oracle, 1)
+    ours[:strays] = rounded(oracle, 2, 0.02)[:strays]
+    failures = judged(ours, oracle).failures()
+    assert [f.split(" ")[0] for f in failures] == ([] if strays == 2 else ["positions"])
+
+
+def test_one_position_that_is_wrong_altogether_is_seen() -> None:
+    oracle = clear_logits()
+    ours = rounded(oracle, 1)
+    ours[40] = ours[41]
+    assert any("worst position (40)" in f for f in judged(ours, oracle).failures())
+
+
+@pytest.mark.parametrize("size", [1e-6, 1e-4])
+def test_fp32_is_held_to_its_own_rounding_and_has_no_strays(size: float) -> None:
+    oracle = rounded(clear_logits(), 3, 1.0)
+    explained = Noise.in_fp32(oracle, layers=4)
+    ours = rounded(oracle, 1, size)
+    assert (compare(ours, oracle, IDS, explained).failures() == []) == (size < 1e-5)
+    ours = oracle.copy()
+    ours[50] += np.float32(0.01)
+    assert compare(ours, oracle, IDS, explained).failures() != []
+
+
+def test_what_is_no_number_fails() -> None:
+    oracle = clear_logits()
+    ours = oracle.copy()
+    ours[:60] = np.nan
+    assert judged(ours, oracle).failures() != []
+    ours = oracle.copy()
+    ours[3, 5] = np.nan
+    assert judged(ours, oracle).failures() != []
+
+
+def model(dtype: DType, backend: str = "reference", doubled: str = "") -> Logits:
+    """Logits of a small model with two layers; the weight `doubled` is twice what it should be."""
+    program = canonical_lm(Sizes(dtype=dtype, layers=3, vocab=300), max_context=128)
+    if doubled:
+        twice = DictSource({doubled: program.source.load(doubled) * 2})
+        program = replace(program, source=LayeredSource((twice, program.source)))
+    compiled = dsc.compile(program, backend=backend, max_context=128, prefill_chunk=64)
+    ids = np.random.default_rng(0).integers(0, 300, 80).tolist()
+    return session_logits(compiled, ids)
+
+
+@pytest.fixture(scope="module")
+def exact() -> Logits:
+    return model(DType.f32)
+
+
+@pytest.mark.parametrize("dtype", [DType.bf16, DType.f16])
+def test_a_sound_model_passes_in_its_own_type_and_a_doubled_layer_fails(
+    dtype: DType, exact: Logits
+) -> None:
+    explained = Noise.of(model(dtype), exact)
+    ids = list(range(80))
+    sound = compare(model(dtype, "onnxruntime"), exact, ids, explained)
+    assert sound.failures() == []
+    assert sound.excluded < 0.5
+    for name in ("self_attn.o_proj.weight", "mlp.experts.down_proj"):
+        wrong = model(dtype, doubled=f"model.layers.1.{name}")
+        assert compare(wrong, exact, ids, explained).failures() != []
 
 
 def test_random_tokens_have_no_perplexity() -> None:
-    assert compare(clear_logits(), clear_logits(), IDS, is_text=False).perplexity is None
+    assert judged(clear_logits(), clear_logits(), is_text=False).perplexity is None
 
 
 def test_shapes_must_agree() -> None:
     with pytest.raises(ValueError, match="for 99 tokens"):
-        compare(clear_logits(), clear_logits(), IDS[:-1])
+        compare(clear_logits(), clear_logits(), IDS[:-1], noise(clear_logits()))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -11,6 +12,7 @@ from dsc.cli import options
 
 if TYPE_CHECKING:
     from dsc.api import CompiledModel
+    from dsc.verification import Comparison, Noise
 
 # The opening of the Declaration of Independence: public, and ordinary English.
 _TEXT = """When in the Course of human events, it becomes necessary for one people to dissolve
@@ -51,13 +53,27 @@ def verify(
         float,
         Option("--require", min=0.0, max=1.0, help="Greedy agreement below this is a failure."),
     ] = 1.0,
+    most_excluded: Annotated[
+        float,
+        Option(
+            "--most-excluded",
+            min=0.0,
+            max=1.0,
+            help="A larger share of positions left out as near-ties is a failure.",
+        ),
+    ] = 0.5,
     hashes: Annotated[bool, Option("--hashes", help="Also hash every file of OUT.")] = False,
     json: options.Json = False,
     trust: options.Trust = False,
 ) -> None:
-    """Compare OUT, or MODEL compiled now, with an oracle; exit 1 where greedy tokens disagree.
+    """Compare OUT, or MODEL compiled now, with an oracle in fp32; exit 1 where it is wrong.
 
-    JSON keys: max_logit_diff, greedy_agreement, excluded, perplexity, and more.
+    It is wrong where logits are further off than rounding to the model's element type explains
+    (in bf16 and fp16 measured: the reference backend in that type against itself in fp32), where
+    greedy tokens disagree at positions that are no near-ties, or where too few positions are clear
+    to say anything. An artifact of several ranks runs as that many processes.
+
+    JSON keys: max_logit_diff, greedy_agreement, excluded, perplexity, ok, failures, and more.
 
     Examples:
 
@@ -67,11 +83,17 @@ def verify(
     """
     from dsc import api, verification
     from dsc.cli import console
+    from dsc.cli.ranks import launched, speaks
 
     folder = Path(model)
     is_artifact = (folder / "dsc.json").is_file()
     if hashes:
         _check_hashes(folder, is_artifact)
+    if is_artifact and launched(
+        "verify", folder, against=against, text=text, tokens=tokens, checkpoint=checkpoint,
+        require=require, most_excluded=most_excluded, json=json, trust=trust,
+    ):  # fmt: skip
+        return
     with console.progress_bar() as progress:
         progress("compiling" if not is_artifact else "loading")
         compiled = (
@@ -81,20 +103,45 @@ def verify(
         ids, is_text = token_ids(compiled, text, tokens)
         progress("running the compiled model")
         ours = verification.session_logits(compiled, ids)
+        if not speaks():  # the other ranks have done their part
+            return
         progress(f"running the oracle ({against})")
         oracle = oracle_logits(against, source, ids)
-    result = verification.compare(ours, oracle, ids, is_text=is_text)
+        if oracle.shape != ours.shape:
+            raise _other_model(compiled, source, ours.shape, oracle.shape)
+        dtype = verification.compute_dtype(compiled.program)
+        if dtype != "fp32":
+            progress(f"measuring what {dtype} does (reference)")
+        noise = noise_of(dtype, against, source, ids, oracle, compiled.manifest["config"])
+    result = verification.compare(ours, oracle, ids, noise, is_text=is_text)
+    failures = result.failures(require, most_excluded)
     if json:
-        console.print_json({"against": against, **result.as_dict()})
+        facts = {"against": against, "dtype": dtype, **result.as_dict()}
+        console.print_json({**facts, "ok": not failures, "failures": failures})
     else:
-        lines = (f"{name:18} {value}" for name, value in result.as_dict().items())
-        console.stdout().print("\n".join(lines))
-    if result.greedy_agreement < require:
-        console.stderr().print(
-            f"greedy tokens agree at {result.greedy_agreement:.2%} of the clear positions, "
-            f"{require:.2%} required"
-        )
+        console.stdout().print("\n".join(_lines(result, dtype)))
+    if failures:
+        console.stderr().print("\n".join(failures))
         raise Exit(1)
+
+
+def _lines(result: Comparison, dtype: str) -> Iterator[str]:
+    """The comparison in words: its numbers, then what they were held against."""
+    from dsc import verification
+
+    for name, value in result.as_dict().items():
+        if name != "checks":
+            yield f"{name:18} {value}"
+    for check in result.checks:
+        found = f"{check.found:.3g}, at most {check.bound:.3g}"
+        yield f"{'right' if check.ok else 'WRONG':18} {check.what}: {found}"
+    if result.excluded:
+        yield (
+            f"{round(result.excluded * result.positions)} of {result.positions} positions were"
+            " left out: there the oracle's two best tokens lie closer than"
+            f" {verification.MARGIN:g} times the error that {dtype} leaves in a logit, so that"
+            " rounding alone may swap them"
+        )
 
 
 def token_ids(compiled: CompiledModel, text: Path | None, limit: int) -> tuple[list[int], bool]:
@@ -103,9 +150,17 @@ def token_ids(compiled: CompiledModel, text: Path | None, limit: int) -> tuple[l
     from dsc.cli.opt import read_text
     from dsc.errors import UsageError
 
+    limit = min(limit, compiled.max_context)
     if compiled.tokenizer is not None:
         content = read_text(str(text)) if text is not None else _TEXT
-        return list(compiled.tokenizer.encode(content).ids[:limit]), True
+        ids = list(compiled.tokenizer.encode(content).ids[:limit])
+        if len(ids) < 2:
+            raise UsageError(
+                f"{len(ids)} tokens are too few to compare",
+                where=str(text) if text is not None else f"--max-context {compiled.max_context}",
+                hint="take a longer text, or compile for a longer context",
+            )
+        return ids, True
     if text is not None:
         raise UsageError("the model has no tokenizer to read the text with", where=str(text))
     vocab = int(compiled.manifest["config"]["vocab_size"])
@@ -141,6 +196,35 @@ def oracle_logits(against: str, source: str, ids: list[int]) -> Any:
             hint="name one with --checkpoint, or compare with --against reference",
         )
     return verification.transformers_logits(Path(source), ids)
+
+
+def noise_of(
+    dtype: str,
+    against: str,
+    source: str,
+    ids: list[int],
+    oracle: Any,
+    config: Mapping[str, Any],
+) -> Noise:
+    """What rounding explains: measured with the reference backend, in fp32 derived."""
+    from dsc import api, verification
+
+    if dtype == "fp32":
+        layers = int(config.get("num_hidden_layers", 1))
+        return verification.Noise.in_fp32(oracle, layers)
+    rounded = api.compile(source, backend="reference", dtype=dtype)
+    exact = oracle if against == "reference" else oracle_logits("reference", source, ids)
+    return verification.Noise.of(verification.session_logits(rounded, ids), exact)
+
+
+def _other_model(compiled: CompiledModel, source: str, ours: Any, oracle: Any) -> Exception:
+    from dsc.errors import UsageError
+
+    return UsageError(
+        f"logits {list(ours)} of the artifact, {list(oracle)} of its source: another model",
+        where=source,
+        hint="name the checkpoint that it was compiled from with --checkpoint",
+    )
 
 
 def _check_hashes(folder: Path, is_artifact: bool) -> None:

@@ -53,10 +53,16 @@ class CountingModel:
     def __init__(self, backend: str = "reference") -> None:
         self.backend = backend
         self.source = "somewhere"
+        self.max_context = 4096
         self.report: dict[str, Any] = {"passes": []}
         self.tokenizer = LetterTokenizer()
         self.sessions: list[tuple[int, int]] = []
         self.program = parse_program(SMALL_LM.read_text())
+
+    @property
+    def manifest(self) -> dict[str, Any]:
+        """What is known of the model."""
+        return {"config": {"vocab_size": VOCAB}}
 
     def session(self, max_batch: int, max_context: int) -> CountingSession:
         """Open a session and note its bounds."""

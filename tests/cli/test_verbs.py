@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
 from dsc.cli import doctor
@@ -13,7 +15,7 @@ from dsc.cli.compile import default_output
 from dsc.cli.opt import read_text
 from dsc.errors import ArtifactError, UsageError
 
-from .conftest import FakeApi, Invoke
+from .conftest import VOCAB, CountingSession, FakeApi, Invoke
 
 
 def test_compile_passes_only_what_was_asked(api: FakeApi, invoke: Invoke, tmp_path: Path) -> None:
@@ -124,6 +126,31 @@ def test_verify_compares_with_the_oracle(api: FakeApi, invoke: Invoke, artifact:
     assert document["greedy_agreement"] == 1
     assert {"excluded", "perplexity"} <= set(document)
     assert api.asked == [{"model": "somewhere", "backend": "reference", "dtype": "fp32"}]
+
+
+def test_verify_fails_where_every_position_is_a_tie(
+    api: FakeApi, invoke: Invoke, artifact: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def flat(self: object, ids: np.ndarray[Any, Any], all_logits: bool = False) -> Any:
+        shape = (*ids.shape, VOCAB) if all_logits else (len(ids), VOCAB)
+        return np.zeros(shape, np.float32)
+
+    monkeypatch.setattr(CountingSession, "prefill", flat)
+    result = invoke("verify", str(artifact), "--json")
+    document = json.loads(result.stdout)
+    assert result.exit_code == 1
+    assert (document["excluded"], document["ok"]) == (1, False)
+    assert "near-ties" in document["failures"][0]
+    assert invoke("verify", str(artifact), "--most-excluded=1").exit_code == 0
+
+
+def test_verify_refuses_a_text_of_one_token(
+    api: FakeApi, invoke: Invoke, artifact: Path, tmp_path: Path
+) -> None:
+    text = tmp_path / "text"
+    text.write_text("a")
+    with pytest.raises(UsageError, match="1 tokens are too few"):
+        invoke("verify", str(artifact), "--text", str(text))
 
 
 def test_verify_against_transformers_needs_a_checkpoint(
