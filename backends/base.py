@@ -6,12 +6,13 @@ one into files (`emit`, which needs no device), and files into something that ru
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, runtime_checkable
 
-from dsc.errors import UsageError
+from dsc.errors import ArtifactError, UsageError
 from dsc.ir.expert_forms import ExpertKernels
 from dsc.ir.graph import Graph, Node
 from dsc.ir.program import Program
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
     from dsc.runtime.plan import Plan
 
+MANIFEST = "dsc.json"
 Progress: TypeAlias = Callable[[str, int, int], None]
 """`progress(what, done, total)`: called while long work goes on."""
 
@@ -118,6 +120,23 @@ class Signature:
             tuple((v.name, v.type) for v in graph.inputs),
             tuple(zip(graph.output_names, (x.type for x in graph.outputs), strict=True)),
             graph.aliases,
+        )
+
+
+def check_unchanged(folder: Path, manifest: Mapping[str, Any]) -> None:
+    """Raise `ArtifactError` where `folder` holds no longer the artifact of this manifest.
+
+    What is read from a folder after it was opened may be another artifact's, compiled over it.
+    """
+    try:
+        found = json.loads((folder / MANIFEST).read_bytes())
+    except (OSError, ValueError):
+        found = {}
+    if found.get("files") != manifest.get("files"):
+        raise ArtifactError(
+            "the artifact was replaced after it was opened",
+            where=str(folder),
+            hint="load the folder again",
         )
 
 

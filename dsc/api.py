@@ -13,7 +13,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from dsc import backends, pipeline
-from dsc.backends.base import Backend, Emission, EmitOptions, Executable, set_threads
+from dsc.backends.base import (
+    Backend,
+    Emission,
+    EmitOptions,
+    Executable,
+    check_unchanged,
+    set_threads,
+)
 from dsc.errors import MemoryLimitError, UnsupportedOperator, UsageError
 from dsc.files import check_folder
 from dsc.ir.program import Program
@@ -25,7 +32,7 @@ from dsc.rewrite.manager import Watch
 from dsc.runtime import artifact as artifacts
 from dsc.runtime import sharded
 from dsc.runtime.segmented import SegmentedExecutable
-from dsc.runtime.session import Session
+from dsc.runtime.session import Session, check_limits, compiled_limits
 from dsc.settings import debug_mode, memory_limit
 from dsc.targets import Target, parse_target
 
@@ -114,6 +121,7 @@ class CompiledModel:
         from tokenizers import Tokenizer
 
         if self._artifact is not None:
+            check_unchanged(self._artifact.folder, self._artifact.manifest)
             path = self._artifact.folder / "tokenizer.json"
             return Tokenizer.from_file(str(path)) if path.is_file() else None
         found = self._files.get("tokenizer.json")
@@ -135,13 +143,15 @@ class CompiledModel:
         return found
 
     def _loaded(self, opened: artifacts.Artifact) -> Executable:
-        """What the backend makes of an artifact."""
+        """What the backend makes of an artifact. Raises `ArtifactError` where it was replaced."""
+        check_unchanged(opened.folder, opened.manifest)
         chosen = backends.get(self.backend)
         collectives = chosen.capabilities(parse_target(self.targets[0])).collectives
-        if ranks_of(opened.program) == 1 or collectives:
-            return chosen.load(opened.folder, opened.manifest, opened.program)
-        segments = chosen.load(opened.folder, opened.manifest, cut(opened.program))
-        return SegmentedExecutable(segments, opened.program)
+        whole = ranks_of(opened.program) == 1 or collectives
+        program = opened.program if whole else cut(opened.program)
+        found = chosen.load(opened.folder, opened.manifest, program)
+        check_unchanged(opened.folder, opened.manifest)  # nor while it was read
+        return found if whole else SegmentedExecutable(found, opened.program)
 
     def run(
         self, inputs: Mapping[str, torch.Tensor], entry: str | None = None
@@ -166,14 +176,20 @@ class CompiledModel:
         threads: int | None = None,
         pin: bool | None = None,
     ) -> Session:
-        """A session over this model, which owns a KV cache; `set_threads` first where asked."""
+        """A session over this model, which owns a KV cache; `set_threads` first where asked.
+
+        Raises `UsageError` for more than the model was compiled for.
+        """
+        batch = self.max_batch if max_batch is None else max_batch
+        context = self.max_context if max_context is None else max_context
+        check_limits(self.program, batch, context, self.prefill_chunk)
         if threads is not None or pin is not None:
             self.set_threads(threads, pin)
         return Session(
             self.executable,
             self.program,
-            max_batch or self.max_batch,
-            max_context or self.max_context,
+            batch,
+            context,
             self.prefill_chunk,
         )
 
@@ -292,14 +308,15 @@ def compile(
         "passes": round(optimised - traced, 3),
         "emit": round(time.perf_counter() - optimised, 3),
     }
+    most = compiled_limits(program, prefill_chunk)  # a program that was given has its own
     return CompiledModel(
         program=program,
         backend=chosen.name,
         report=build_report(program, records, seconds, [*loaded.notes, *emission.notes]),
         targets=tuple(str(t) for t in targets),
         source=loaded.source,
-        max_batch=max_batch,
-        max_context=loaded.max_context,
+        max_batch=min(max_batch, most.get("max_batch", max_batch)),
+        max_context=min(loaded.max_context, most.get("max_context", loaded.max_context)),
         prefill_chunk=prefill_chunk,
         _emission=emission,
         _files=loaded.files,
@@ -352,8 +369,14 @@ def compile_program(
     done, records = pipeline.run(program, chosen, Target("cpu"), options)
     check_memory(done, Target("cpu"), max_batch=1, max_context=1)
     emission = chosen.emit(done, EmitOptions())
-    report = build_report(done, records, {}, [])
-    return CompiledModel(program=done, backend=chosen.name, report=report, _emission=emission)
+    made = CompiledModel(
+        program=done,
+        backend=chosen.name,
+        report=build_report(done, records, {}, []),
+        _emission=emission,
+    )
+    most = compiled_limits(done, made.prefill_chunk).get("max_context", made.max_context)
+    return replace(made, max_context=min(made.max_context, most))
 
 
 def check_memory(program: Program, target: Target, max_batch: int, max_context: int) -> None:

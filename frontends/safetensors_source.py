@@ -13,7 +13,6 @@ import mmap
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from itertools import pairwise
 from math import prod
 from pathlib import Path
@@ -66,10 +65,15 @@ class Entry:
 
 @dataclass(frozen=True)
 class SafetensorsFile:
-    """One file: a checked table of tensors, and the bytes, mapped at the first load."""
+    """One file: a checked table of tensors, and the bytes, mapped read-only.
+
+    A file that takes its place later changes nothing; a private writable mapping would count as
+    memory in use.
+    """
 
     path: Path
     entries: Mapping[str, Entry]
+    _bytes: mmap.mmap
 
     @staticmethod
     def open(path: Path) -> SafetensorsFile:
@@ -86,6 +90,7 @@ class SafetensorsFile:
                     "the file is truncated, or not a safetensors file",
                 )  # fmt: skip
             header = parse_object(stream.read(length), where, CheckpointError)
+            mapped = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
         start = 8 + length
         entries = {
             name: _entry(fields, start, size, f"{where}: {name}")
@@ -93,18 +98,11 @@ class SafetensorsFile:
             if name != "__metadata__"
         }
         _refuse_overlap(entries, where)
-        return SafetensorsFile(path, entries)
-
-    @cached_property
-    def _bytes(self) -> mmap.mmap:
-        """The file's bytes, read-only: a private writable mapping would count as memory in use."""
-        with self.path.open("rb") as stream:
-            return mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
+        return SafetensorsFile(path, entries, mapped)
 
     def release(self) -> None:
         """Give the pages that were read back: they can be read again."""
-        if "_bytes" in vars(self):
-            self._bytes.madvise(mmap.MADV_DONTNEED)
+        self._bytes.madvise(mmap.MADV_DONTNEED)
 
     def load(self, key: str, rows: slice = slice(None)) -> torch.Tensor:
         """Give the tensor `key`, or `rows` of its leading axis: a read-only view of the file."""

@@ -92,6 +92,7 @@ BACKEND = (
     "dsc.ir",
     "dsc.targets",
     "dsc.rewrite",
+    "dsc.runtime.admission",
     "dsc.runtime.plan",
     "dsc.runtime.profiler",
     "dsc.backends.base",

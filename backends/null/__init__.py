@@ -25,9 +25,9 @@ from dsc.backends.base import (
 from dsc.ir.analyses import total_cost
 from dsc.ir.dims import Dim, evaluate
 from dsc.ir.graph import Graph, Node
-from dsc.ir.interpreter import bind_symbols
 from dsc.ir.program import Program
 from dsc.ir.types import DType
+from dsc.runtime.admission import Admission
 from dsc.targets import KNOWN, Target
 
 if TYPE_CHECKING:
@@ -74,6 +74,7 @@ class NullExecutable:
 
     def __init__(self, program: Program) -> None:
         self._program = program
+        self._admissions = {n: Admission(g, program.symbols) for n, g in program.entries.items()}
 
     def signature(self, entry: str) -> Signature:
         """Names, types and aliases of an entry."""
@@ -84,7 +85,7 @@ class NullExecutable:
         import torch
 
         graph = self._program.entry(entry, inputs)
-        env = bind_symbols(graph, [inputs[v.name] for v in graph.inputs])
+        env = self._admissions[entry].check(inputs)
         in_place = {
             output: graph.inputs[source].name
             for output, source in graph.aliases

@@ -104,8 +104,7 @@ class OnnxRuntimeBackend:
         _require("onnxruntime")
         from dsc.backends.onnxruntime.session import OnnxExecutable
 
-        meta = manifest["meta"]
-        return OnnxExecutable(folder, meta["models"], program, meta["threads"], meta["prepack"])
+        return OnnxExecutable(folder, manifest, program)
 
     def _check(self, program: Program) -> None:
         refused: dict[str, str] = {}

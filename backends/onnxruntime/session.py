@@ -15,13 +15,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dsc.backends.base import Signature
+from dsc.backends.base import Signature, check_unchanged
 from dsc.backends.onnxruntime.graph import ONNX_TYPE
 from dsc.backends.onnxruntime.timed import TimedSession
 from dsc.errors import UsageError
 from dsc.ir.dims import evaluate
-from dsc.ir.interpreter import bind_symbols
 from dsc.ir.program import Program
+from dsc.runtime.admission import Admission
 from dsc.runtime.profiler import Profiler, active
 
 if TYPE_CHECKING:
@@ -55,20 +55,19 @@ def open_session(
 
 
 class OnnxExecutable:
-    """A loaded artifact: one session a model, opened when an entry first runs."""
+    """A loaded artifact: one session a model, all opened when an entry first runs.
 
-    def __init__(
-        self,
-        folder: Path,
-        models: Mapping[str, str],
-        program: Program,
-        threads: int | None = None,
-        prepack: bool = False,
-    ) -> None:
+    So whoever replaces the folder later changes nothing here. Sessions that open again, for other
+    threads or for a profile, refuse a folder that is no longer the one that was loaded.
+    """
+
+    def __init__(self, folder: Path, manifest: Mapping[str, Any], program: Program) -> None:
         self.program = program
-        self._folder = folder
-        self._models = dict(models)
-        self._threads, self._prepack = threads, prepack
+        self._folder, self._manifest = folder, manifest
+        meta = manifest["meta"]
+        self._models: dict[str, str] = dict(meta["models"])
+        self._threads, self._prepack = meta["threads"], meta["prepack"]
+        self._admissions = {n: Admission(g, program.symbols) for n, g in program.entries.items()}
         self._pin = ""
         self._sessions: dict[str, Any] = {}
         self._timed: dict[str, TimedSession] = {}
@@ -82,8 +81,8 @@ class OnnxExecutable:
         import torch
 
         graph = self.program.entry(entry, inputs)
+        env = self._admissions[entry].check(inputs)
         given = [inputs[v.name].contiguous() for v in graph.inputs]
-        env = bind_symbols(graph, given)
         session = self._session(entry)
         profiler, timed = active(), None
         if profiler is not None:
@@ -114,7 +113,7 @@ class OnnxExecutable:
             )
         # The calling thread works as well and is not ONNX Runtime's to pin; cores count from 1.
         self._pin = ";".join(str(core + 1) for core in cores[1 : self._threads or len(cores)])
-        self._sessions.clear()
+        self._sessions = {}
 
     def _timed_session(self, entry: str, profiler: Profiler) -> TimedSession:
         """A session of the entry's model with ONNX Runtime's profiler on, until ours ends."""
@@ -122,6 +121,7 @@ class OnnxExecutable:
         if path not in self._timed:
             place = tempfile.mkdtemp(prefix="dsc-profile-")
             prefix = str(Path(place) / "ort")
+            check_unchanged(self._folder, self._manifest)
             session = open_session(
                 self._folder / path, self._threads, self._prepack, prefix, self._pin
             )
@@ -136,12 +136,13 @@ class OnnxExecutable:
         return self._timed[path]
 
     def _session(self, entry: str) -> Any:
-        path = self._models[entry]
-        if path not in self._sessions:
-            self._sessions[path] = open_session(
-                self._folder / path, self._threads, self._prepack, pin=self._pin
-            )
-        return self._sessions[path]
+        if not self._sessions:
+            check_unchanged(self._folder, self._manifest)
+            self._sessions = {
+                path: open_session(self._folder / path, self._threads, self._prepack, pin=self._pin)
+                for path in sorted(set(self._models.values()))
+            }
+        return self._sessions[self._models[entry]]
 
 
 def _bind(bind: Any, name: str, element_type: int, tensor: torch.Tensor) -> None:

@@ -25,6 +25,7 @@ from dsc.ir.graph import Graph, Node
 from dsc.ir.interpreter import Interpreter
 from dsc.ir.program import Program
 from dsc.ir.types import DType
+from dsc.runtime.admission import Admission
 from dsc.runtime.plan import symbols_of
 from dsc.runtime.profiler import EntryRun, StepTime, active
 from dsc.targets import Target
@@ -61,6 +62,7 @@ class ReferenceExecutable:
 
     def __init__(self, program: Program) -> None:
         self._interpreter = Interpreter(program)
+        self._admissions = {n: Admission(g, program.symbols) for n, g in program.entries.items()}
 
     def set_threads(self, threads: int | None, pin: bool | None) -> None:
         """Set torch's threads, which the whole process shares. Raises `UsageError` for `pin`."""
@@ -77,10 +79,11 @@ class ReferenceExecutable:
 
     def run(self, entry: str, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Run an entry on CPU tensors by name. Raises `UsageError`."""
+        graph = self._interpreter.program.entry(entry, inputs)
+        self._admissions[entry].check(inputs)
         profiler = active()
         if profiler is None:
             return self._interpreter.run(entry, inputs)
-        graph = self._interpreter.program.entry(entry, inputs)
         sizes = symbols_of(graph, {v.name: tuple(inputs[v.name].shape) for v in graph.inputs})
         lengths = inputs.get("lengths")
         watch = _Watch(graph)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
@@ -15,6 +16,7 @@ from dsc.backends.triton.schedule import is_state
 from dsc.backends.triton.worker import read_frame, write_frame
 from dsc.errors import ArtifactError
 from dsc.ir.program import Program
+from dsc.runtime.admission import Admission
 
 if TYPE_CHECKING:
     import torch
@@ -26,7 +28,9 @@ class InterpretedExecutable:
     def __init__(self, folder: Path, weights: Path, program: Program) -> None:
         text = (folder / "interpret" / "launches.json").read_text()
         self._entries = LaunchProgram.from_json(text).entries
-        self._graphs = program.entries
+        self._program = program
+        self._admissions = {n: Admission(g, program.symbols) for n, g in program.entries.items()}
+        self._lock = threading.Lock()
         environment = {"OMP_NUM_THREADS": "1", **import_environment(), "TRITON_INTERPRET": "1"}
         command = [sys.executable, "-m", "dsc.backends.triton.worker", str(folder), str(weights)]
         self._process = subprocess.Popen(
@@ -41,13 +45,19 @@ class InterpretedExecutable:
         return self._process.stdout
 
     def run(self, entry: str, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Run an entry on CPU tensors; updated caches are written back into the tensors given."""
+        """Run an entry on CPU tensors; updated caches are written back into the tensors given.
+
+        Raises `UsageError` for sizes and indices that the entry does not admit.
+        """
+        self._program.entry(entry, inputs)
+        self._admissions[entry].check(inputs)
         lowered = self._entries[entry]
         wanted = {p.name: inputs[p.name] for p in lowered.inputs}
         assert self._process.stdin is not None, "the process was started with pipes"
         try:
-            write_frame(self._process.stdin, {"entry": entry}, wanted)
-            answer = read_frame(self._stdout)
+            with self._lock:
+                write_frame(self._process.stdin, {"entry": entry}, wanted)
+                answer = read_frame(self._stdout)
         except BrokenPipeError:
             answer = None
         if answer is None or "error" in answer[0]:
@@ -63,7 +73,7 @@ class InterpretedExecutable:
 
     def signature(self, entry: str) -> Signature:
         """The signature of an entry."""
-        return Signature.of(self._graphs[entry])
+        return Signature.of(self._program.entry(entry))
 
     def close(self) -> None:
         """End the child process."""

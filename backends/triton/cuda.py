@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import threading
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -26,6 +27,7 @@ from dsc.backends.triton.launch import EntryLaunches, Kernel, LaunchProgram
 from dsc.backends.triton.schedule import Address, Call, Schedule, Shapes, is_state, resolve
 from dsc.errors import BackendUnavailable
 from dsc.ir.program import Program
+from dsc.runtime.admission import Admission
 
 if TYPE_CHECKING:
     import torch
@@ -106,7 +108,9 @@ class CudaExecutable:
             found = f"the binaries are for {folder.name}, the device is {self._driver.arch}"
             raise BackendUnavailable(found, hint)
         self._program = LaunchProgram.from_json((folder / "launches.json").read_text())
-        self._graphs = program.entries
+        self._source = program
+        self._admissions = {n: Admission(g, program.symbols) for n, g in program.entries.items()}
+        self._lock = threading.Lock()
         self._functions = _load_functions(self._driver, folder)
         base, places = _upload_weights(self._driver, weights)
         self._weights = {name: base + offset for name, offset in places.items()}
@@ -115,7 +119,16 @@ class CudaExecutable:
         self._release.atexit = False  # the driver may be gone by then
 
     def run(self, entry: str, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Run an entry on CPU tensors; caches stay on the device (see `read_back`)."""
+        """Run an entry on CPU tensors; caches stay on the device (see `read_back`).
+
+        Raises `UsageError` for sizes and indices that the entry does not admit.
+        """
+        self._source.entry(entry, inputs)
+        self._admissions[entry].check(inputs)
+        with self._lock:
+            return self._run(entry, inputs)
+
+    def _run(self, entry: str, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         import torch
 
         self._driver.activate()
@@ -156,7 +169,7 @@ class CudaExecutable:
 
     def signature(self, entry: str) -> Signature:
         """The signature of an entry."""
-        return Signature.of(self._graphs[entry])
+        return Signature.of(self._source.entry(entry))
 
     def _replay(self, key: Key, lowered: EntryLaunches, shapes: Shapes) -> Replay:
         """The schedule for these shapes and what is ready of it; the oldest of many are let go."""

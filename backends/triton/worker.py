@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
+import tempfile
 import traceback
 from collections.abc import Mapping
 from pathlib import Path
@@ -63,9 +65,12 @@ def serve(folder: Path, weights: Path, source: IO[bytes], sink: IO[bytes]) -> No
     from dsc.backends.triton.launch import LaunchProgram
 
     torch.set_num_threads(1)
+    # Kernels are imported when they are first launched, and the folder may be another's by then.
+    own = tempfile.TemporaryDirectory(prefix="dsc-kernels-")
+    shutil.copytree(folder / "kernels", own.name, dirs_exist_ok=True)
     text = (folder / "interpret" / "launches.json").read_text()
     tensors = load_file(weights) if weights.is_file() else {}
-    launches, kernels = LaunchProgram.from_json(text), Kernels(folder / "kernels")
+    launches, kernels = LaunchProgram.from_json(text), Kernels(Path(own.name))
     program = InterpretedProgram(launches, kernels, tensors)
     write_frame(sink, {"ready": True}, {})
     while (frame := read_frame(source)) is not None:

@@ -20,6 +20,7 @@ from dsc.backends.base import (
 from dsc.errors import BackendUnavailable
 from dsc.ir.expert_forms import ExpertKernels
 from dsc.ir.graph import Graph, Node, Operand, Value
+from dsc.ir.index_ranges import index_ranges
 from dsc.ir.memory import MemoryPlan
 from dsc.ir.ops.pointwise import POINTWISE
 from dsc.ir.regions import RegionLimits
@@ -73,6 +74,8 @@ class TvmBackend:
                 return No(f"element type {x.type.dtype}")
         if node.op in VIEWS:
             return Yes()
+        if node.body is not None and index_ranges(node.body, {}).computed:
+            return No("a region that computes an index: only a step between can check it")
         try:
             launch_of(node, GENERIC)
         except Unsupported as reason:
@@ -90,6 +93,7 @@ class TvmBackend:
 
         from dsc.backends.tvm import library
         from dsc.backends.tvm.bf16 import instructions_of
+        from dsc.backends.tvm.checks import entry_checks, facts_of
         from dsc.backends.tvm.machine import machine_for
         from dsc.backends.tvm.schedule import plan_program
         from dsc.backends.tvm.tuning import Tiling, tuned
@@ -118,9 +122,12 @@ class TvmBackend:
         lists: list[Any] = []
         for name, graph in program.entries.items():
             slots = library.Slots.of(graph, plans[name], weights)
-            functions[name] = library.entry_function(name, slots)
+            found = index_ranges(graph, program.symbols)
+            checks = entry_checks(graph, program.symbols, found)
+            functions[name] = library.entry_function(name, slots, checks)
             entries[name] = {
                 **_interface(graph, program.memory[name]),
+                "checks": facts_of(checks),
                 "slots": slots.given,
                 "derived": len(slots.derived),
                 "arena_bytes": plans[name].arena_bytes,

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import threading
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from dsc.backends.base import Signature
-from dsc.backends.tvm.lean import MappedWeights, Threads, load_library, tiles_allowed
+from dsc.backends.tvm.lean import (
+    KeptFile,
+    MappedWeights,
+    Threads,
+    load_library,
+    tiles_allowed,
+)
 from dsc.backends.tvm.timed import TimedEntry, timed_entries
 from dsc.errors import ArtifactError, BackendUnavailable, UsageError
 from dsc.ir.dims import evaluate
 from dsc.ir.graph import Graph
-from dsc.ir.paging import block_tables, check_block_table
-from dsc.ir.types import DType
-from dsc.runtime.plan import symbols_of
+from dsc.runtime.admission import Admission
 from dsc.runtime.profiler import active
 
 if TYPE_CHECKING:
@@ -28,15 +33,15 @@ if TYPE_CHECKING:
 class TvmExecutable:
     """Entries of a library over mapped weights and one arena that grows to the largest entry.
 
-    An arena serves one step at a time: an executable is not for several threads at once.
+    An arena serves one step at a time: threads that run entries wait for each other.
     """
 
     def __init__(self, folder: Path, manifest: Mapping[str, Any], program: Program) -> None:
         self.program = program
         self.meta = manifest["meta"]
-        self._folder = folder
+        self._plan = KeptFile(folder / "plan.json")
         self._timed: dict[str, TimedEntry] | None = None
-        self._seen: dict[str, tuple[Mapping[str, tuple[int, ...]], dict[str, int]]] = {}
+        self._lock = threading.Lock()
         if self.meta.get("tiling", {}).get("way") == "tiles" and not tiles_allowed():
             raise BackendUnavailable(
                 "this artifact multiplies by AMX, which this CPU or operating system does not give",
@@ -49,7 +54,7 @@ class TvmExecutable:
         self._arena = np.empty(0, dtype=np.uint8)
         self._steps = np.fromfile(folder / "tvm" / "steps.bin", dtype=np.int64)
         self._values: dict[str, np.ndarray[Any, np.dtype[np.int64]]] = {}
-        self._tables = {name: block_tables(g) for name, g in program.entries.items()}
+        self._admissions = {n: Admission(g, program.symbols) for n, g in program.entries.items()}
         for name, entry in self.meta["entries"].items():
             own = len(entry["slots"]) + entry["derived"]
             self._values[name] = np.array([0] * own + addresses, dtype=np.int64)
@@ -73,19 +78,30 @@ class TvmExecutable:
         self._threads = wanted
 
     def run(self, entry: str, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Run an entry. Outputs that update an input in place are that input's tensor."""
-        import torch
+        """Run an entry. Outputs that update an input in place are that input's tensor.
 
+        Raises `UsageError` where the library, or a shape, refuses what it is given.
+        """
         graph = self.program.entry(entry, inputs)
-        given = {v.name: _checked(inputs, v.name, v.type.dtype) for v in graph.inputs}
+        env = self._admissions[entry].sizes(inputs)
+        given = {v.name: _contiguous(inputs[v.name]) for v in graph.inputs}
         facts = self.meta["entries"][entry]
         for name in facts["in_place"].values():
             if given[name] is not inputs[name]:
                 raise UsageError(f"{name} is updated in place and must be contiguous")
-        shapes = {name: tuple(t.shape) for name, t in given.items()}
-        env = self._sizes(entry, graph, shapes)
-        for name, pages in self._tables[entry]:
-            check_block_table(given[name], evaluate(pages, env))
+        with self._lock:  # one arena, one table of values
+            return self._run(entry, graph, given, env)
+
+    def _run(
+        self,
+        entry: str,
+        graph: Graph,
+        given: Mapping[str, torch.Tensor],
+        env: Mapping[str, int],
+    ) -> dict[str, torch.Tensor]:
+        import torch
+
+        facts = self.meta["entries"][entry]
         outputs: dict[str, torch.Tensor] = {}
         for name, value in zip(graph.output_names, graph.outputs, strict=True):
             source = facts["in_place"].get(name)
@@ -94,12 +110,13 @@ class TvmExecutable:
                 continue
             shape = [evaluate(d, env) for d in value.type.shape]
             outputs[name] = torch.empty(shape, dtype=value.type.dtype.torch)
-        values = {**env, "zero": 0, "arena": self._arena_address(facts["arena_bytes"])}
-        values |= {f"input:{name}": t.data_ptr() for name, t in given.items()}
-        values |= {f"output:{name}": t.data_ptr() for name, t in outputs.items()}
+        arena = self._arena_address(facts["arena_bytes"])
+        values = {**env, "zero": 0, "self": 0, "status": 0, "arena": arena}
+        values |= {f"input:{name}": t.data_ptr() or arena for name, t in given.items()}
+        values |= {f"output:{name}": t.data_ptr() or arena for name, t in outputs.items()}
         table = self._values[entry]
         table[: len(facts["slots"])] = [values[slot] for slot in facts["slots"]]
-        self._call(entry, table, env, inputs)
+        self._call(entry, table, env, given)
         return outputs
 
     def _call(
@@ -121,7 +138,10 @@ class TvmExecutable:
         else:
             steps = timed.address
         self._threads.apply()
-        self.functions[entry](table.ctypes.data, steps)
+        failed = self.functions[entry](table.ctypes.data, steps)
+        if failed:
+            self._admissions[entry].values(inputs, env)
+            raise UsageError(refusal(self.meta["entries"][entry]["checks"][failed - 1]))
         if profiler is not None and timed is not None:
             lengths = inputs.get("lengths")
             profiler.ran(timed.finished(None if lengths is None else lengths.tolist()))
@@ -129,43 +149,11 @@ class TvmExecutable:
     def _timed_entry(self, entry: str, env: Mapping[str, int]) -> TimedEntry | None:
         """The timed form of an entry for these sizes, where the artifact has one."""
         if self._timed is None:
-            self._timed = timed_entries(self._folder, self.program.entries, self._steps)
+            self._timed = timed_entries(self._plan.read(), self.program.entries, self._steps)
         timed = self._timed.get(entry)
         if timed is not None:
             timed.prepare(env)
         return timed
-
-    def _sizes(
-        self, entry: str, graph: Graph, shapes: Mapping[str, tuple[int, ...]]
-    ) -> dict[str, int]:
-        """The symbols' sizes. Raises `UsageError` when a shape does not fit or is out of range.
-
-        Step after step of decoding has the same shapes: the last ones of each entry are known.
-        """
-        known, env = self._seen.get(entry, ({}, {}))
-        if known == shapes:
-            return env
-        env = self._fitting(graph, shapes)
-        self._seen[entry] = shapes, env
-        return env
-
-    def _fitting(self, graph: Graph, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
-        """The symbols' sizes, when all shapes fit."""
-        for value in graph.inputs:
-            if len(shapes[value.name]) != value.type.rank:
-                raise _misfit(value.name, shapes[value.name], value.type)
-        env = symbols_of(graph, shapes)
-        for value in graph.inputs:
-            if tuple(evaluate(d, env) for d in value.type.shape) != shapes[value.name]:
-                raise _misfit(value.name, shapes[value.name], value.type)
-        for name, size in env.items():
-            bound = self.program.symbols.get(name)
-            if bound is not None and size > bound.hi:
-                raise UsageError(
-                    f"{name} is {size}, this artifact was compiled for up to {bound.hi}",
-                    hint="compile it with larger limits (max_batch, max_context, prefill_chunk)",
-                )
-        return env
 
     def _arena_address(self, size: int) -> int:
         """The arena's address, on a 64-byte boundary."""
@@ -174,13 +162,11 @@ class TvmExecutable:
         return -(-self._arena.ctypes.data // 64) * 64
 
 
-def _checked(inputs: Mapping[str, torch.Tensor], name: str, dtype: DType) -> torch.Tensor:
-    """The input called `name`, contiguous and of its element type."""
-    tensor = inputs[name]
-    if tensor.dtype != dtype.torch:
-        raise UsageError(f"input {name} is {tensor.dtype}, {dtype} is declared")
+def _contiguous(tensor: torch.Tensor) -> torch.Tensor:
     return tensor if tensor.is_contiguous() else tensor.contiguous()
 
 
-def _misfit(name: str, shape: tuple[int, ...], wanted: object) -> UsageError:
-    return UsageError(f"input {name} has shape {shape}, {wanted} is declared")
+def refusal(check: Sequence[str]) -> str:
+    """A check that failed, in words."""
+    kind, name, what = check
+    return what if kind in ("address", "computed") else f"{name} {what}"

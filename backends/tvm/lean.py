@@ -10,9 +10,12 @@ import ctypes
 import json
 import mmap
 import os
+import shutil
+import tempfile
 import threading
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
@@ -62,7 +65,25 @@ def load_library(path: Path, threads: int | None) -> Any:
     runtime_library()
     import tvm_ffi
 
-    return tvm_ffi.load_module(str(path))
+    with private_copy(path) as own:
+        return tvm_ffi.load_module(str(own))
+
+
+@contextmanager
+def private_copy(path: Path) -> Iterator[Path]:
+    """A copy of a library under a path that never was and never will be, while it is loaded.
+
+    The dynamic linker takes a path that it knows for the library that it has: of a folder that was
+    compiled anew it would give the old code. What is loaded outlives the file.
+    """
+    try:
+        with tempfile.TemporaryDirectory(prefix="dsc-library-") as folder:
+            own = Path(folder) / path.name
+            shutil.copyfile(path, own)
+            yield own
+    except OSError as problem:
+        hint = f"free some room in {tempfile.gettempdir()}, or set TMPDIR to a folder with room"
+        raise BackendUnavailable(f"the library cannot be loaded: {problem}", hint) from None
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +135,22 @@ class Threads:
 POOL_SIZE = "TVM_NUM_THREADS"
 _DEFAULT, _OWN_CORE, _ANY_CORE = 0, -2, -3  # threading_backend.h: AffinityMode
 _applied = threading.local()  # a thread that launches kernels has a pool of its own
+
+
+class KeptFile:
+    """A file that is read later, and is still the same when its folder has been replaced."""
+
+    def __init__(self, path: Path) -> None:
+        self._file: int | None = None
+        with suppress(FileNotFoundError):
+            self._file = os.open(path, os.O_RDONLY)
+            weakref.finalize(self, os.close, self._file)
+
+    def read(self) -> bytes | None:
+        """What the file holds; `None` where there was none."""
+        if self._file is None:
+            return None
+        return os.pread(self._file, os.fstat(self._file).st_size, 0)
 
 
 class MappedWeights:

@@ -2,10 +2,11 @@
 
 `decode(values, steps)` takes the addresses of two int64 arrays. `values` holds the sizes of the
 symbols and the addresses of the arena, the inputs, the outputs and the weights, in the order of
-`Slots`; the entry's function fills in what is derived from the sizes. `steps` is the entry's list:
-the number of steps, then for each a kernel's number, and for each of its arguments a slot and what
-is added to its value. `execute` reads a step and calls its kernel directly, so that a decode step
-runs without Python, and the code to compile does not grow with the number of layers.
+`Slots`; the entry's function checks them (`dsc.backends.tvm.checks`), fills in what is derived from
+the sizes, and returns 0, or the number of the check that failed. `steps` is the entry's list: the
+number of steps, then for each a kernel's number, and for each of its arguments a slot and what is
+added to its value. `execute` reads a step and calls its kernel directly, so that a decode step runs
+without Python, and the code to compile does not grow with the number of layers.
 
 Lists are data, so a profile costs nothing when there is none: `dsc.backends.tvm.timed` gives the
 same function a list with calls of `clock` and `copy` between the steps.
@@ -29,6 +30,7 @@ from tvm import ir, tirx
 from tvm.ir import Call
 from tvm.tirx.script.builder import ir as T
 
+from dsc.backends.tvm.checks import Addresses, Check, emit_addresses, emit_check
 from dsc.backends.tvm.machine import Machine, tvm_target
 from dsc.backends.tvm.tir import (
     Expr,
@@ -37,8 +39,10 @@ from dsc.backends.tvm.tir import (
     Tensor,
     bind,
     build,
+    cast,
     integer,
     loop,
+    when,
 )
 from dsc.errors import BackendUnavailable, UsageError
 from dsc.files import check_room
@@ -55,7 +59,9 @@ TIMING = (CLOCK, COPY)
 OBJECT_BYTES = 16 * 10**6
 """Room that a library and its object file may take, by far: LLVM ends the process without it."""
 _CLOCK_MONOTONIC = 1  # <time.h> of Linux; the clock of `time.perf_counter`
-ZERO, ARENA = "zero", "arena"
+ZERO, SELF, STATUS, ARENA = "zero", "self", "status", "arena"
+"""Slots that no entry lacks. `self` is where `values` lies, `status` what a step found wrong."""
+_FIXED = (ZERO, SELF, STATUS)
 
 
 @dataclass(frozen=True)
@@ -68,12 +74,13 @@ class Slots:
 
     @staticmethod
     def of(graph: Graph, plan: EntryPlan, weights: Sequence[str]) -> Slots:
-        """The slots of an entry: zero, symbols, `arena`, `input:x`, `output:y`."""
+        """The slots of an entry: zero, self, status, symbols, `arena`, `input:x`, `output:y`."""
         dims = dict.fromkeys(d for s in plan.steps for _, d in s.scalars if not isinstance(d, int))
-        symbols = sorted(frozenset().union(*map(free_symbols, dims)))
+        shapes = (d for v in graph.inputs for d in v.type.shape)
+        symbols = sorted(frozenset().union(*map(free_symbols, (*dims, *shapes))))
         inputs = [f"input:{v.name}" for v in graph.inputs]
         outputs = [f"output:{name}" for name in graph.output_names]
-        given = (ZERO, *symbols, ARENA, *inputs, *outputs)
+        given = (*_FIXED, *symbols, ARENA, *inputs, *outputs)
         return Slots(given, tuple(dims), tuple(weights))
 
     @cached_property
@@ -86,6 +93,8 @@ class Slots:
         """A buffer's address as a slot and what is added."""
         if ref.region == "arena":
             return self.numbers[ARENA], ref.offset
+        if ref.region == STATUS:
+            return self.numbers[SELF], 8 * self.numbers[STATUS]
         return self.numbers[f"{ref.region}:{ref.key}"], 0
 
     def size(self, dim: Dim) -> tuple[int, int]:
@@ -116,16 +125,25 @@ def encode_steps(
         ) from None
 
 
-def entry_function(entry: str, slots: Slots) -> PrimFunc:
-    """`entry(values, steps)`: fill in the derived sizes, then execute the steps."""
+def entry_function(entry: str, slots: Slots, checks: Sequence[Check]) -> PrimFunc:
+    """`entry(values, steps)`: check what is given, derive the other sizes, execute the steps."""
 
     def body(values: Expr, steps: Expr) -> None:
         table = Tensor(values, DType.i64, (len(slots.numbers),))
+
+        def slot(name: str) -> Expr:
+            return bind(table.load(slots.numbers[name]))
+
+        for number, check in enumerate(checks, 1):
+            if isinstance(check, Addresses):
+                emit_addresses(number, table, slots.numbers[ARENA], len(slots.given))
+            emit_check(check, number, slot, lambda dim: dim_value(dim, slot))
+        table.store(values, slots.numbers[SELF])
+        table.store(integer(0), slots.numbers[STATUS])
         for dim in slots.derived:
-            table.store(
-                dim_value(dim, lambda name: table.load(slots.numbers[name])), slots.numbers[dim]
-            )
+            table.store(dim_value(dim, slot), slots.numbers[dim])
         T.evaluate(call_function(EXECUTE, [values, steps]))
+        T.Return(cast(table.load(slots.numbers[STATUS]), "int32"))
 
     return build(body).with_attr("global_symbol", entry)
 
@@ -148,7 +166,7 @@ def dim_value(dim: Dim, symbol: Callable[[str], Expr]) -> Expr:
 
 
 def execute_function(kernels: Mapping[str, PrimFunc], numbers: Mapping[str, int]) -> PrimFunc:
-    """`execute(values, steps)`: call one kernel after another."""
+    """`execute(values, steps)`: call one kernel after another, until a check fails."""
 
     def body(values: Expr, steps: Expr) -> None:
         table, words = Tensor(values, DType.i64, (1,)), Tensor(steps, DType.i64, (1,))
@@ -161,8 +179,9 @@ def execute_function(kernels: Mapping[str, PrimFunc], numbers: Mapping[str, int]
             T.evaluate(call_function(name, [table.at(slot) + added for slot, added in pairs]))
             at[0] = first + 2 * arity
 
-        with loop(bind(words.at(0))):
-            _switch(bind(words.at(at[0])), [(n, name) for name, n in numbers.items()], run)
+        cases = [(n, name) for name, n in numbers.items()]
+        with loop(bind(words.at(0))), when(tirx.EQ(table.at(_FIXED.index(STATUS)), integer(0))):
+            _switch(bind(words.at(at[0])), cases, run)
 
     return build(body)
 

@@ -31,6 +31,7 @@ from tvm.tirx.script.builder import ir as T
 from dsc.backends.base import Emission, EmitOptions, Signature
 from dsc.backends.tvm import library
 from dsc.backends.tvm.bf16 import instructions_of
+from dsc.backends.tvm.lean import private_copy
 from dsc.backends.tvm.machine import Machine, tvm_target
 from dsc.backends.tvm.schedule import VIEWS, KernelTable, launch_of
 from dsc.backends.tvm.tir import Expr, PrimFunc
@@ -42,6 +43,7 @@ from dsc.ir.memory import MemoryPlan
 from dsc.ir.paging import page_rows
 from dsc.ir.ranks import ranks_of
 from dsc.ir.types import DType, TensorType
+from dsc.runtime.admission import Admission
 
 if TYPE_CHECKING:
     import torch
@@ -218,7 +220,9 @@ class RelaxExecutable:
 
     def __init__(self, folder: Path, manifest: Mapping[str, Any], program: Program) -> None:
         self.program = program
-        self._vm = relax.VirtualMachine(tvm.runtime.load_module(str(folder / LIBRARY)), tvm.cpu())
+        with private_copy(folder / LIBRARY) as own:
+            self._vm = relax.VirtualMachine(tvm.runtime.load_module(str(own)), tvm.cpu())
+        self._admissions = {n: Admission(g, program.symbols) for n, g in program.entries.items()}
         names = manifest["meta"]["weights"]
         self._weights = [_given(program.source.load(name)) for name in names]
 
@@ -231,6 +235,7 @@ class RelaxExecutable:
         import torch.utils.dlpack
 
         graph = self.program.entry(entry, inputs)
+        self._admissions[entry].check(inputs)
         given = [_given(inputs[v.name].contiguous()) for v in graph.inputs]
         found = self._vm[entry](*given, *self._weights)
         in_place = {

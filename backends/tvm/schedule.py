@@ -10,12 +10,14 @@ from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from dsc.backends.tvm.checks import Later, entry_checks, lower_check
 from dsc.backends.tvm.kernels import lowering
 from dsc.backends.tvm.launch import Launch, Unsupported
 from dsc.backends.tvm.machine import Machine
 from dsc.errors import UnsupportedOperator, UsageError
 from dsc.ir.dims import Range, bounds
 from dsc.ir.graph import Graph, Node
+from dsc.ir.index_ranges import Computed, index_ranges
 from dsc.ir.memory import ALIGNMENT, MemoryPlan
 from dsc.ir.types import DType, TensorType
 from dsc.runtime.plan import BufferRef, EntryPlan, Step, buffer
@@ -67,6 +69,17 @@ def plan_program(program: Program, machine: Machine) -> tuple[dict[str, EntryPla
     return plans, table
 
 
+def _guard(found: Computed, number: int, memory: MemoryPlan, table: KernelTable) -> Step:
+    """The step that checks an index before the node that reads it."""
+    if found.value is None:
+        raise UnsupportedOperator("a region that computes an index", where=found.node.loc or None)
+    launch = lower_check(found, number)
+    status = BufferRef("status", "", 0, TensorType(DType.i64, (1,)))
+    scalars = tuple((f"n{i}", size) for i, size in enumerate(launch.sizes))
+    reads = (buffer(found.value, memory),)
+    return Step(table.name(launch), reads, (status,), scalars, loc=found.node.loc)
+
+
 def plan_entry(
     graph: Graph,
     memory: MemoryPlan,
@@ -76,9 +89,12 @@ def plan_entry(
 ) -> EntryPlan:
     """The steps of a graph, in order."""
     steps, scratch = [], 0
+    checks = entry_checks(graph, ranges, index_ranges(graph, ranges))
+    later = [(c.computed, n) for n, c in enumerate(checks, 1) if isinstance(c, Later)]
     for node in graph.nodes:
         if node.op in VIEWS:
             continue
+        steps += [_guard(found, n, memory, table) for found, n in later if found.node is node]
         try:
             launch = launch_of(node, machine)
         except Unsupported as reason:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -103,12 +102,13 @@ class TimedEntry:
         )
 
 
-def timed_entries(folder: Path, graphs: Mapping[str, Graph], steps: Words) -> dict[str, TimedEntry]:
-    """The timed form of every entry; none for an artifact without plan.json."""
-    path = folder / "plan.json"
-    if not path.is_file():
+def timed_entries(
+    text: bytes | None, graphs: Mapping[str, Graph], steps: Words
+) -> dict[str, TimedEntry]:
+    """The timed form of every entry by the text of plan.json; none for an artifact without it."""
+    if text is None:
         return {}
-    plan = Plan.from_json(path.read_bytes())
+    plan = Plan.from_json(text)
     found, at = {}, 0
     for name, entry in plan.entries.items():
         size = 1 + sum(1 + 2 * _arity(step) for step in entry.steps)

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
@@ -62,11 +62,27 @@ class AttrDef:
 
 
 @dataclass(frozen=True, slots=True)
+class Within:
+    """The values that an index may have: `low` <= x <= `high`, dims over the signature's names.
+
+    `extent` is the size of the axis that `axis` names (0 where there is none). `ascending`: no
+    element is smaller than the one before it. `what` says to a user what each value is.
+    """
+
+    low: str
+    high: str
+    what: str = "an index"
+    ascending: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class OpDef:
     """A declared operator. `reference` is plain torch on CPU: the meaning of the operator.
 
     `aliases` maps a result index to the operand index that it updates in place; `example` gives
-    operand types and attributes in text form, from which the tests build one call.
+    operand types and attributes in text form, from which the tests build one call. `within` says
+    which values operands that are indices may have, by name, and `gives` which values results have
+    that may be indices of others, by position.
     """
 
     name: str
@@ -79,6 +95,8 @@ class OpDef:
     custom_infer: InferFn | None = None
     aliases: tuple[tuple[int, int], ...] = ()
     signature: str = ""
+    within: Mapping[str, Within] = field(default_factory=dict)
+    gives: Mapping[int, Within] = field(default_factory=dict)
 
     def attr(self, name: str) -> AttrDef | None:
         """The declaration of attribute `name`, or `None`."""
@@ -102,6 +120,22 @@ class OpDef:
             return self._infer(types, attrs)
         except (ArithmeticError, LookupError, TypeError, ValueError) as problem:
             raise TypeMismatch(str(problem)) from problem
+
+    def range_of(
+        self, within: Within, types: Sequence[TensorType | None], attrs: Mapping[str, Any]
+    ) -> tuple[Dim, Dim]:
+        """The least and the largest value of an index, for operand types and attributes."""
+        bound: dict[str, Any] = {}
+        for declared, given in self._pad(types):
+            if given is not None:
+                _match(declared, given, bound, [])
+        full = self.with_defaults(attrs)
+        scope = {k: v for k, v in {**bound, **full}.items() if _is_dim(v)}
+        first = types[0] if types else None
+        if first is not None and first.rank:
+            scope["extent"] = first.shape[full.get("axis", 0)]
+        low, high = (substitute(_dim_expression(t), scope) for t in (within.low, within.high))
+        return low, high
 
     def _infer(
         self, types: Sequence[TensorType | None], attrs: Mapping[str, Any]
@@ -193,6 +227,8 @@ def op(
     example: str,
     infer: InferFn | None = None,
     aliases: tuple[tuple[int, int], ...] = (),
+    within: Mapping[str, Within] | None = None,
+    gives: Mapping[int, Within] | None = None,
 ) -> OpDef:
     """Declare an operator from its signature. Raises `ValueError` on a malformed one."""
     parsed = re.fullmatch(r"(\w+)\((.*?)\)\s*->\s*(.*)", signature, re.DOTALL)
@@ -214,6 +250,8 @@ def op(
         infer,
         aliases,
         " ".join(signature.split()),
+        within or {},
+        gives or {},
     )
 
 

@@ -20,13 +20,13 @@ if TYPE_CHECKING:
 PAGE = 64
 """Rows of a page: whole tiles of the attention kernels, 72 KiB at a row of 576 16-bit values."""
 BLOCK_TABLE = "block_table"
-_PAGES = {"page_write": (0, 3), "paged_latent_attention": (2, 3), "paged_mla_attention": (2, 3)}
+PAGES = {"page_write": (0, 3), "paged_latent_attention": (2, 3), "paged_mla_attention": (2, 3)}
 """Operators over pages, and which operands the pages and the block table are."""
 
 
 def page_inputs(graph: Graph) -> list[Value]:
     """The inputs that are caches in pages, in order."""
-    used = {n.operands[_PAGES[n.op][0]].name for n in graph.walk() if n.op in _PAGES}
+    used = {n.operands[PAGES[n.op][0]].name for n in graph.walk() if n.op in PAGES}
     return [v for v in graph.inputs if v.name in used]
 
 
@@ -34,8 +34,8 @@ def block_tables(graph: Graph) -> list[tuple[str, Dim]]:
     """The inputs that are block tables, and the number of pages that each may name."""
     found: dict[str, Dim] = {}
     for node in graph.walk():
-        if node.op in _PAGES:
-            pages, table = (node.operands[i] for i in _PAGES[node.op])
+        if node.op in PAGES:
+            pages, table = (node.operands[i] for i in PAGES[node.op])
             found[table.name] = pages.type.shape[0]
     return [(v.name, found[v.name]) for v in graph.inputs if v.name in found]
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from dsc._version import __version__
-from dsc.backends.base import Emission
+from dsc.backends.base import MANIFEST, Emission
 from dsc.errors import ArtifactError, UsageError
 from dsc.files import check_room, check_writable, made, named
 from dsc.ir.parser import parse_program
@@ -31,7 +31,6 @@ from dsc.runtime.packing import layout, pack
 from dsc.user_folders import state_folder
 
 FORMAT = 1
-MANIFEST = "dsc.json"
 CODE_SUFFIXES = frozenset({".so", ".cubin", ".hsaco", ".ptx", ".py"})
 RUN_SCRIPT = "run.py"
 """Written for people to run; loading an artifact never imports it."""

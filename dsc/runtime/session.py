@@ -58,7 +58,7 @@ class Session:
         max_context: int = 4096,
         prefill_chunk: int = 512,
     ) -> None:
-        _check_limits(program, max_batch, max_context)
+        self._most = check_limits(program, max_batch, max_context, prefill_chunk)
         self.executable = executable
         self.program = program
         self.max_batch = max_batch
@@ -109,7 +109,7 @@ class Session:
         if len(self._active) == self.max_batch:
             raise UsageError(
                 f"the session holds {self.max_batch} sequences already",
-                hint="remove one, or open the session with a larger max_batch",
+                hint="remove one, or " + self._larger("max_batch", self.max_batch),
             )
         new = self._check_new(tokens, None, [0])
         started = self._begin(like)
@@ -252,6 +252,13 @@ class Session:
         self._next_id += 1
         return self._active[-1].id
 
+    def _larger(self, option: str, now: int) -> str:
+        """What to do about a limit of the session."""
+        most = self._most[option]
+        if now < most:
+            return f"open the session with a larger {option}: the model takes up to {most}"
+        return f"compile the model with a larger {option}"
+
     def _row(self, sequence: int) -> int:
         for row, each in enumerate(self._active):
             if each.id == sequence:
@@ -292,12 +299,24 @@ class Session:
         if longest > self.max_context:
             raise UsageError(
                 f"a sequence of {longest} tokens, max_context is {self.max_context}",
-                hint="open the session with a larger max_context",
+                hint="give fewer tokens, or " + self._larger("max_context", self.max_context),
             )
         return new
 
 
-def _check_limits(program: Program, max_batch: int, max_context: int) -> None:
+def _check_limit(option: str, wanted: int, most: int) -> None:
+    """Raise `UsageError` unless 1 <= `wanted` <= `most`, what a model was compiled for."""
+    if not 1 <= wanted <= most:
+        larger = f"; compile it with a larger {option}" if wanted > most else ""
+        raise UsageError(
+            f"{option} is {wanted}", hint=f"the model was compiled for 1 to {most}{larger}"
+        )
+
+
+def check_limits(
+    program: Program, max_batch: int, max_context: int, prefill_chunk: int
+) -> dict[str, int]:
+    """The limits that a program was compiled for, by option. Raises `UsageError` beyond them."""
     if any(
         name not in {v.name for v in g.inputs}
         for g in program.entries.values()
@@ -307,16 +326,25 @@ def _check_limits(program: Program, max_batch: int, max_context: int) -> None:
             f"{program.name} is no causal language model",
             hint="run its entries with CompiledModel.run(entry, inputs)",
         )
+    asked = {"max_batch": max_batch, "max_context": max_context}
+    most = {**asked, **compiled_limits(program, prefill_chunk)}
+    _check_limit("max_batch", max_batch, most["max_batch"])
+    _check_limit("max_context", max_context, most["max_context"])
+    return most
+
+
+def compiled_limits(program: Program, prefill_chunk: int) -> dict[str, int]:
+    """What a program was compiled for, by option; what it has no symbol for is left out."""
     rows = next((r for r in map(page_rows, program.entries.values()) if r is not None), 1)
-    limits = (("B", 1, max_batch), ("P", 1, max_context), ("C", 1, max_context))
-    for name, unit, wanted in (*limits, ("M", rows, max_context)):
-        most = _high(program, name, wanted) * (unit if name in program.symbols else 1)
-        if not 1 <= wanted <= most:
-            option = "max_batch" if name == "B" else "max_context"
-            raise UsageError(
-                f"{option} is {wanted}",
-                hint=f"it was compiled for 1 to {most}; compile with a larger {option}",
-            )
+    found = {name: bounds.hi for name, bounds in program.symbols.items()}
+    limits = {"max_batch": found["B"]} if "B" in found else {}
+    if "M" in found:
+        limits["max_context"] = found["M"] * rows
+    elif "C" in found:  # the padding of a prompt's last chunk has rows of its own
+        limits["max_context"] = found["C"] - prefill_chunk
+    elif "P" in found:
+        limits["max_context"] = found["P"]
+    return limits
 
 
 def _high(program: Program, name: str, default: int) -> int:

@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from dsc._version import __version__
+from dsc.backends.base import MANIFEST
 from dsc.errors import ArtifactError, UsageError
 from dsc.runtime import collectives
-from dsc.runtime.artifact import FORMAT, MANIFEST, check_free, replacing
+from dsc.runtime.artifact import FORMAT, check_free, replacing
 
 
 @dataclass(frozen=True)

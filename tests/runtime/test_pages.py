@@ -173,7 +173,7 @@ def test_an_executable_refuses_a_wrong_block_table(backend: str, wrong: int) -> 
     session.prefill(torch.ones(1, 3, dtype=torch.int64))
     assert session._pool is not None
     session._pool.blocks[0][0] = wrong
-    with pytest.raises(UsageError, match="block_table names the pages"):
+    with pytest.raises(UsageError, match="input block_table holds"):
         session.decode([1])
 
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from dsc.ir.lazy import LazyModule
-from dsc.ir.op import op
+from dsc.ir.op import Within, op
 
 if TYPE_CHECKING:
     import torch
 else:
     torch = LazyModule("torch")
+
+ROOM = "the number of tokens that a sequence has in the cache, with room left for the new ones"
 
 
 def _write(cache: Any, new: Any, lengths: Any) -> Any:
@@ -31,6 +33,7 @@ append = op(
     reference=_append,
     doc="A grown copy of the cache with new rows at lengths[b] .. lengths[b]+s-1; lengths[b] <= p.",
     example="f32[2,4,3], f32[2,2,3], i64[2]=4",
+    within={"lengths": Within("0", "p", ROOM)},
 )
 cache_write = op(
     "cache_write(cache: T[b, c, d], new: T[b, s, d], lengths: i64[b]) -> T[b, c, d]",
@@ -38,4 +41,5 @@ cache_write = op(
     doc="Write new rows at lengths[b] .. lengths[b]+s-1 in place; the result is the cache itself.",
     example="f32[2,7,3], f32[2,2,3], i64[2]=4",
     aliases=((0, 0),),
+    within={"lengths": Within("0", "c-s", ROOM)},
 )

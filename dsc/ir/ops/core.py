@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from dsc.ir.dims import Dim
 from dsc.ir.graph import Graph
 from dsc.ir.lazy import LazyModule
-from dsc.ir.op import OpDef, TypeMismatch, op
+from dsc.ir.op import OpDef, TypeMismatch, Within, op
 from dsc.ir.ops.pointwise import broadcast
 from dsc.ir.ops.shape import axis_of
 from dsc.ir.types import DType, TensorType
@@ -111,6 +111,7 @@ argmax = op(
     infer=lambda types, attrs: (
         TensorType(DType.i64, reduced_shape(types[0].shape, (attrs["axis"],), False)),
     ),
+    gives={0: Within("0", "extent-1")},
 )
 
 
@@ -157,6 +158,7 @@ topk = op(
     doc="The k largest of the last axis, largest first, with their indices.",
     example="f32[2,5] {k=2}",
     infer=_infer_topk,
+    gives={1: Within("0", "d-1")},
 )
 linear = op(
     "linear(x: T[*n, k], weight: T[m, k], bias: T[m]?) -> T[*n, m]",

@@ -7,7 +7,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from dsc.ir.lazy import LazyModule
-from dsc.ir.op import TypeMismatch, op
+from dsc.ir.op import TypeMismatch, Within, op
 from dsc.ir.types import DType, TensorType
 
 if TYPE_CHECKING:
@@ -165,6 +165,7 @@ route = op(
     example='f32[5,8], f32[12,8], f32[12] {score="sigmoid", groups=4, keep=2, top_k=3,'
     " normalise=true, scale=2.5}",
     infer=_infer_route,
+    gives={0: Within("0", "e+shared-1")},
 )
 experts = op(
     "experts(x: T[*n, d], idx: i64[*n, k], w: f32[*n, k], gate_up: T[e, g, d], down: T[e, d, i];"
@@ -174,6 +175,7 @@ experts = op(
     " i gate rows, then the i up rows of each expert. Accumulates in fp32.",
     example="f32[5,8], i64[5,2]=3, f32[5,2], f32[4,6,8], f32[4,8,3]",
     infer=_infer_experts,
+    within={"idx": Within("0", "e-1", "the number of an expert")},
 )
 dispatch = op(
     "dispatch(x: T[m, d], idx: i64[m, k]; experts: int) -> (T[r, d], i64[experts+1], i64[r])",
@@ -182,12 +184,15 @@ dispatch = op(
     " the counts, and order[p] = token*k + slot of sorted row p.",
     example="f32[5,3], i64[5,2]=3 {experts=4}",
     infer=_infer_dispatch,
+    within={"idx": Within("0", "experts-1", "the number of an expert")},
+    gives={1: Within("0", "m*k", ascending=True), 2: Within("0", "m*k-1")},
 )
 grouped_linear = op(
     "grouped_linear(x: T[m, k], weight: T[e, n, k], offsets: i64[e+1]) -> T[m, n]",
     reference=_grouped_linear,
     doc="Rows offsets[g] .. offsets[g+1]-1 times weight[g]^T.",
     example="f32[0,3], f32[4,2,3], i64[5]=0",
+    within={"offsets": Within("0", "m", "the first row of a group", ascending=True)},
 )
 combine = op(
     "combine(y: T[r, d], order: i64[r], w: f32[m, k]) -> T[m, d]",
@@ -195,4 +200,5 @@ combine = op(
     doc="Undo dispatch: each token's weighted sum of its slots, in fp32.",
     example="f32[10,3], i64[10], f32[5,2]",
     infer=_infer_combine,
+    within={"order": Within("0", "r-1", "the slot of a sorted row")},
 )

@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from dsc.ir.lazy import LazyModule
-from dsc.ir.op import TypeMismatch, op
+from dsc.ir.op import TypeMismatch, Within, op
+from dsc.ir.ops.cache import ROOM
 from dsc.ir.types import TensorType
 
 if TYPE_CHECKING:
@@ -131,6 +132,7 @@ embedding = op(
     reference=lambda ids, weight: torch.nn.functional.embedding(ids, weight),
     doc="Rows of a table.",
     example="i64[2,3]=5, f32[6,4]",
+    within={"ids": Within("0", "v-1", "an id of the vocabulary")},
 )
 rms_norm = op(
     "rms_norm(x: T[*n, d], weight: T[d]; eps: float) -> T[*n, d]",
@@ -147,6 +149,7 @@ rope = op(
     "interleaved (pairs 2i,2i+1), deinterleave (such pairs in, halves out), half (pairs i,i+r).",
     example='f32[2,3,4,6], i64[2,3]=9, f32[3] {layout="deinterleave", scale=1.5}',
     infer=_infer_rope,
+    within={"positions": Within("0", "16777216", "a position, which fp32 must hold exactly")},
 )
 swiglu = op(
     "swiglu(gate: T[*n], up: T[*n]) -> T[*n]",
@@ -162,6 +165,7 @@ attention = op(
     " j <= lengths[b] + i; causal without lengths, j <= i + t - s.",
     example="f32[2,3,4,5], f32[2,7,2,5], f32[2,7,2,6], i64[2]=4 {scale=0.5, causal=true}",
     infer=_infer_attention,
+    within={"lengths": Within("0", "t-s", ROOM)},
 )
 mla_attention = op(
     "mla_attention(q_nope: T[b, s, h, n], q_rope: T[b, s, h, r], latent: T[b, t, c],"
@@ -171,6 +175,7 @@ mla_attention = op(
     " kv_b, per head [nope | v] (DeepSeek-V2, eq. 9-19).",
     example="f32[2,3,4,5], f32[2,3,4,2], f32[2,7,6], f32[2,7,2], f32[32,6], i64[2]=4 {scale=0.5}",
     infer=lambda types, attrs: mla_result(types[0], types[4]),
+    within={"lengths": Within("0", "t-s", ROOM)},
 )
 latent_attention = op(
     "latent_attention(q_latent: T[b, s, h, c], q_rope: T[b, s, h, r], latent: T[b, t, c],"
@@ -179,4 +184,5 @@ latent_attention = op(
     doc="Multi-head latent attention, absorbed: W_UK is in the query, W_UV in what follows, so"
     " every head attends over the same latent rows (DeepSeek-V2, section 2.1.2).",
     example="f32[2,3,4,6], f32[2,3,4,2], f32[2,7,6], f32[2,7,2], i64[2]=4 {scale=0.5}",
+    within={"lengths": Within("0", "t-s", ROOM)},
 )

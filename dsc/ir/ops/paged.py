@@ -10,8 +10,9 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from dsc.ir.lazy import LazyModule
-from dsc.ir.op import op
+from dsc.ir.op import Within, op
 from dsc.ir.ops import nn
+from dsc.ir.ops.cache import ROOM
 from dsc.ir.paging import gathered, scattered
 from dsc.ir.types import TensorType
 
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     import torch
 else:
     torch = LazyModule("torch")
+
+_TABLE = Within("-1", "n-1", "the number of a page, or -1 for none")
 
 
 def _page_write(pages: Any, latent: Any, rope: Any, block_table: Any, lengths: Any) -> Any:
@@ -57,6 +60,7 @@ page_write = op(
     " row t is row t % p of page block_table[b, t // p], dropped where that is -1 or t >= m * p.",
     example="f32[7,4,8], f32[2,3,6], f32[2,3,2], i64[2,3], i64[2]=6",
     aliases=((0, 0),),
+    within={"block_table": _TABLE, "lengths": Within("0", "m*p", ROOM)},
 )
 paged_latent_attention = op(
     "paged_latent_attention(q_latent: T[b, s, h, c], q_rope: T[b, s, h, r], pages: T[n, p, c+r],"
@@ -64,6 +68,7 @@ paged_latent_attention = op(
     reference=_latent,
     doc="latent_attention over the rows that a block table names.",
     example="f32[2,3,4,6], f32[2,3,4,2], f32[7,4,8], i64[2,3], i64[2]=9 {scale=0.5}",
+    within={"block_table": _TABLE, "lengths": Within("0", "m*p", ROOM)},
 )
 paged_mla_attention = op(
     "paged_mla_attention(q_nope: T[b, s, h, d], q_rope: T[b, s, h, r], pages: T[n, p, c+r],"
@@ -72,4 +77,5 @@ paged_mla_attention = op(
     doc="mla_attention over the rows that a block table names.",
     example="f32[2,3,4,5], f32[2,3,4,2], f32[7,4,8], i64[2,3], f32[32,6], i64[2]=9 {scale=0.5}",
     infer=_infer_mla,
+    within={"block_table": _TABLE, "lengths": Within("0", "m*p", ROOM)},
 )

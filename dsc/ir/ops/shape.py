@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from dsc.ir.dims import Dim, Sym, product
 from dsc.ir.lazy import LazyModule
-from dsc.ir.op import TypeMismatch, op
+from dsc.ir.op import TypeMismatch, Within, op
 from dsc.ir.types import DType, TensorType
 
 if TYPE_CHECKING:
@@ -197,6 +197,7 @@ gather = op(
     doc="Element-wise lookup along an axis (torch.gather).",
     example="f32[2,3], i64[2,2]=1 {axis=1}",
     infer=_infer_gather,
+    within={"index": Within("0", "extent-1")},
 )
 take = op(
     "take(x: T[...], index: i64[...]; axis: int) -> T[...]",
@@ -204,12 +205,14 @@ take = op(
     doc="Whole slices of an axis by index; the axis becomes the index's axes.",
     example="f32[4,3], i64[2,2]=3 {axis=0}",
     infer=_infer_take,
+    within={"index": Within("0", "extent-1")},
 )
 select_rows = op(
     "select_rows(x: T[b, s, d], index: i64[b, l]) -> T[b, l, d]",
     reference=lambda x, index: x.gather(1, index[..., None].expand(-1, -1, x.shape[-1])),
     doc="Rows index[b, :] of each sequence: the tokens whose logits are wanted.",
     example="f32[2,5,3], i64[2,2]=4",
+    within={"index": Within("0", "s-1", "the place of a new token")},
 )
 full = op(
     "full(; shape: dims, value: float, dtype: dtype) -> T[...]",
@@ -224,6 +227,7 @@ arange = op(
     doc="start, start+1, … below end.",
     example=" {start=2, end=7, dtype=i64}",
     infer=_infer_arange,
+    gives={0: Within("start", "end-1", ascending=True)},
 )
 
 VIEWS = frozenset({"reshape", "permute", "expand", "slice", "split"})

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from dsc.ir.lazy import LazyModule
-from dsc.ir.op import TypeMismatch, op
+from dsc.ir.op import TypeMismatch, Within, op
 from dsc.ir.ops.pointwise import broadcast
 from dsc.ir.ops.shape import axis_of, check_index, slice_extent
 from dsc.ir.types import DType, TensorType
@@ -98,6 +98,7 @@ scatter = op(
     doc="A copy of x with values placed by index along an axis (torch.scatter).",
     example="f32[2,4], i64[2,1]=3, f32[] {axis=1}",
     infer=_infer_scatter,
+    within={"index": Within("0", "extent-1")},
 )
 index_put = op(
     "index_put(x: T[...], index: i64[...], values: T[...]; accumulate: bool = false) -> T[...]",
@@ -105,6 +106,7 @@ index_put = op(
     doc="A copy of x with rows x[index] set to values, or increased by them.",
     example="f32[4,3], i64[2]=3, f32[2,3] {accumulate=true}",
     infer=_infer_index_put,
+    within={"index": Within("0", "extent-1")},
 )
 sort = op(
     "sort(x: T[*n]; axis: int, descending: bool = false) -> (T[*n], i64[*n])",
@@ -114,6 +116,7 @@ sort = op(
     doc="A stable sort along an axis, with indices.",
     example="f32[2,4] {axis=-1}",
     infer=_infer_sort,
+    gives={1: Within("0", "extent-1")},
 )
 histc = op(
     "histc(x: T[...]; bins: int) -> T[bins]",
@@ -126,4 +129,5 @@ grouped_mm = op(
     reference=_grouped_mm,
     doc="Rows up to ends[g] times weight[g]; rows past the last end are zero (torch._grouped_mm).",
     example="f32[4,3], f32[2,3,5], i64[2]=4",
+    within={"ends": Within("0", "m", "the end of a group's rows", ascending=True)},
 )

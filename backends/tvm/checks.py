@@ -1,0 +1,197 @@
+"""What an entry's function checks before its first step: sizes, addresses, and what indices hold.
+
+Whoever calls a library (a session, run.py, somebody's ctypes) gives it numbers and addresses, and
+kernels believe them. So the function looks once, in this order: every size against what memory was
+planned for, every address, and every input that is an index against the tensor that it points into
+(`dsc.ir.index_ranges`). It returns the number of the check that failed, counted from 1 in the order
+of `entry_checks`, or 0. An index that the entry computes itself is checked by a step of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from tvm import tirx
+from tvm.tirx.script.builder import ir as T
+
+from dsc.backends.tvm.launch import Launch
+from dsc.backends.tvm.tir import Expr, Local, PrimFunc, Tensor, bind, build, integer, loop, when
+from dsc.ir.dims import Dim, Range, free_symbols
+from dsc.ir.graph import Graph
+from dsc.ir.index_ranges import Computed, Demand, IndexRanges, PageDemand
+from dsc.ir.types import DType
+
+Value = Callable[[Dim], Expr]
+"""A dim's value inside the function."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """A symbol, the size of a `place` such as `axis 0 of input_ids`, lies in its range."""
+
+    symbol: str
+    range: Range
+    place: str
+
+    @property
+    def facts(self) -> list[str]:
+        """What failed, as the manifest says it: a kind, a name, words."""
+        return ["size", self.place, f"must be {self.range.lo} to {self.range.hi}"]
+
+
+@dataclass(frozen=True, slots=True)
+class Addresses:
+    """No address is null; that of an empty tensor may be any other."""
+
+    facts = ("address", "", "every address must be given")
+
+
+@dataclass(frozen=True, slots=True)
+class Values:
+    """The values of an input of some element type lie where they must."""
+
+    demand: Demand
+    dtype: DType
+    numel: Dim
+
+    @property
+    def facts(self) -> list[str]:
+        """What failed."""
+        return ["value", self.demand.input, f"is {self.demand.what}"]
+
+
+@dataclass(frozen=True, slots=True)
+class Pages:
+    """Every token of the cache lies in a page."""
+
+    demand: PageDemand
+    shape: tuple[Dim, ...]
+
+    @property
+    def facts(self) -> list[str]:
+        """What failed."""
+        return ["pages", self.demand.table, self.demand.what]
+
+
+@dataclass(frozen=True, slots=True)
+class Later:
+    """An index that the entry computes, which a step checks."""
+
+    computed: Computed
+
+    @property
+    def facts(self) -> list[str]:
+        """What failed."""
+        node = self.computed.node
+        place = f" at {node.loc}" if node.loc else ""
+        return ["computed", node.op, f"an index that is computed must be inside{place}"]
+
+
+Check = Sizes | Addresses | Values | Pages | Later
+
+
+def entry_checks(graph: Graph, symbols: Mapping[str, Range], found: IndexRanges) -> list[Check]:
+    """The checks of an entry, in the order of their numbers."""
+    types = {v.name: v.type for v in graph.inputs}
+    places: dict[str, str] = {}
+    for name, t in types.items():
+        for axis, dim in enumerate(t.shape):
+            for used in free_symbols(dim):
+                places.setdefault(used, f"axis {axis} of {name}")
+    checks: list[Check] = [Sizes(s, symbols[s], p) for s, p in places.items() if s in symbols]
+    checks.append(Addresses())
+    checks += [Values(d, types[d.input].dtype, types[d.input].numel) for d in found.demands]
+    checks += [Pages(d, types[d.table].shape) for d in found.pages]
+    return [*checks, *map(Later, found.computed)]
+
+
+def emit_check(check: Check, number: int, slot: Callable[[str], Expr], value: Value) -> None:
+    """Return `number` from the function being built where `check` fails.
+
+    `slot` gives what the caller put into a slot of this name.
+    """
+    match check:
+        case Sizes(symbol, range, _):
+            size = slot(symbol)
+            _refuse(number, tirx.any(size < integer(range.lo), size > integer(range.hi)))
+        case Values(demand, dtype, numel):
+            span = demand.span
+            address = slot(f"input:{demand.input}")
+            ends = (bind(value(span.low)), bind(value(span.high)))
+            _refuse(number, _outside(address, dtype, value(numel), ends, span.ascending))
+        case Pages(demand, shape):
+            addresses = (slot(f"input:{demand.table}"), slot(f"input:{demand.lengths}"))
+            _refuse(number, _uncovered(addresses, [value(d) for d in shape], demand.rows))
+        case _:
+            pass  # addresses are checked by the caller, computed indices by their steps
+
+
+def emit_addresses(number: int, table: Tensor, first: int, last: int) -> None:
+    """Return `number` where one of the slots `first` .. `last`-1 is null."""
+    null = Local(1, "bool")
+    null[0] = tirx.const(False, "bool")
+    with loop(last - first) as i:
+        null[0] = tirx.Or(null[0], tirx.EQ(table.load(integer(first) + i), integer(0)))
+    _refuse(number, null[0])
+
+
+def _refuse(number: int, condition: Expr) -> None:
+    with when(condition):
+        T.Return(tirx.const(number, "int32"))
+
+
+def _outside(
+    address: Expr, dtype: DType, numel: Expr, ends: tuple[Expr, Expr], ascending: bool
+) -> Expr:
+    """Whether some element lies outside of `ends`, or below the one before it."""
+    values = Tensor(address, dtype, (numel,))
+    found, last = Local(1, "bool"), Local(1, "int64")
+    found[0] = tirx.const(False, "bool")
+    last[0] = ends[0]
+    with loop(numel) as i:
+        x = bind(tirx.Cast("int64", values.load(i)))
+        found[0] = tirx.any(found[0], x < last[0], x > ends[1])
+        if ascending:
+            last[0] = x
+    return found[0]
+
+
+def _uncovered(addresses: tuple[Expr, Expr], shape: list[Expr], rows: int) -> Expr:
+    """Whether a sequence has tokens in a block that has no page; lengths were checked before."""
+    batch, blocks = shape
+    pages = Tensor(addresses[0], DType.i64, (batch, blocks))
+    lengths = Tensor(addresses[1], DType.i64, (batch,))
+    found = Local(1, "bool")
+    found[0] = tirx.const(False, "bool")
+    with loop(batch) as b:
+        used = bind(tirx.truncdiv(lengths.load(b) + integer(rows - 1), integer(rows)))
+        with loop(used) as block:
+            found[0] = tirx.Or(found[0], pages.load(b, block) < integer(0))
+    return found[0]
+
+
+def lower_check(found: Computed, number: int) -> Launch:
+    """The launch that checks a computed index. Its operand is the index, its result the status."""
+    assert found.value is not None, "a region that computes an index was refused"
+    t, span = found.value.type, found.span
+    return Launch(check_index, (t.dtype, span.ascending), (t.numel, span.low, span.high, number))
+
+
+def check_index(dtype: DType, ascending: bool) -> PrimFunc:
+    """Arguments: index, status; elements, least, largest, the check's number."""
+
+    def body(
+        index: Expr, status: Expr, elements: Expr, low: Expr, high: Expr, number: Expr
+    ) -> None:
+        outside = _outside(index, dtype, elements, (low, high), ascending)
+        with when(outside):
+            Tensor(status, DType.i64, (1,)).store(number, 0)
+
+    return build(body)
+
+
+def facts_of(checks: list[Check]) -> list[Any]:
+    """The checks as the manifest holds them."""
+    return [list(check.facts) for check in checks]

@@ -1,0 +1,187 @@
+"""Which values an entry's inputs must have so that no operator reads or writes past a tensor.
+
+An operator's declaration says what its index operands may hold (`Within`). Here these demands are
+carried back to the inputs of a graph, through bodies and through operators that only rearrange
+elements; results such as a router's choices are known to lie within. What is computed in another
+way is listed apart: only a check at run time can tell.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from dsc.ir.dims import Dim, Range, bounds, free_symbols
+from dsc.ir.graph import Graph, Node, Operand
+from dsc.ir.op import OpDef, Within, lookup
+from dsc.ir.paging import PAGES
+from dsc.ir.types import DType
+
+SAME_ELEMENTS = frozenset({"reshape", "permute", "expand"})
+"""Operators whose result holds all elements of their operand, and no others."""
+INTEGERS = frozenset({DType.i64, DType.i32, DType.i8, DType.u8})
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """The values low <= x <= high; `ascending`: in the order of the elements."""
+
+    low: Dim
+    high: Dim
+    ascending: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Demand:
+    """What an entry demands of every value of an input; `what` says what each of them is."""
+
+    input: str
+    span: Span
+    what: str
+
+
+@dataclass(frozen=True, slots=True)
+class PageDemand:
+    """Rows below `lengths[b]` must lie in pages that `table` names, of `rows` each."""
+
+    table: str
+    lengths: str
+    rows: int
+
+    @property
+    def what(self) -> str:
+        """What is demanded, for a user."""
+        return "must name a page for every token in the cache"
+
+
+@dataclass(frozen=True, slots=True)
+class Computed:
+    """An index that the operator `op` at `loc` takes from `value`, which an entry computes.
+
+    `value` is a value or a weight at the top of the graph, `None` where a region computes it.
+    """
+
+    node: Node
+    value: Operand | None
+    span: Span
+    what: str
+
+
+@dataclass(frozen=True)
+class IndexRanges:
+    """What a graph demands of its inputs, and the indices that it computes itself."""
+
+    demands: tuple[Demand, ...]
+    pages: tuple[PageDemand, ...]
+    computed: tuple[Computed, ...]
+
+
+Source: TypeAlias = str | Span | Operand | None
+"""Where values come from: an input by name, an operator that gives a span, or some other operand.
+
+`None` stands for what a region computes.
+"""
+Sources: TypeAlias = dict[str, Source]
+
+
+def index_ranges(graph: Graph, symbols: Mapping[str, Range]) -> IndexRanges:
+    """The demands of a graph on the values of its inputs, each once."""
+    walk = _Walk(symbols)
+    walk.graph(graph, {v.name: v.name for v in graph.inputs}, None)
+    return IndexRanges(tuple(walk.demands), tuple(walk.pages), tuple(walk.computed))
+
+
+class _Walk:
+    """Follows indices through a graph and the bodies of its regions, in order."""
+
+    def __init__(self, symbols: Mapping[str, Range]) -> None:
+        self.demands: dict[Demand, None] = {}
+        self.pages: dict[PageDemand, None] = {}
+        self.computed: list[Computed] = []
+        self._symbols = symbols
+
+    def graph(self, graph: Graph, sources: Sources, region: Node | None) -> None:
+        """Walk a graph whose inputs have these sources; `region` owns it where it is a body."""
+        for node in graph.nodes:
+            if node.body is not None:
+                given = [_source(x, sources, region) for x in node.operands]
+                inner = dict(zip((v.name for v in node.body.inputs), given, strict=True))
+                self.graph(node.body, inner, region or node)
+                for value, result in zip(node.outputs, node.body.outputs, strict=True):
+                    found = inner.get(result.name)
+                    if isinstance(found, (str, Span)):
+                        sources[value.name] = found
+                continue
+            definition = lookup(node.op)
+            for name, within in definition.within.items():
+                self._demand(node, definition, name, within, sources, region)
+            self._pages(node, sources)
+            sources |= _results(node, definition, sources, region)
+
+    def _demand(
+        self,
+        node: Node,
+        definition: OpDef,
+        name: str,
+        within: Within,
+        sources: Sources,
+        region: Node | None,
+    ) -> None:
+        place = next(i for i, o in enumerate(definition.operands) if o.name == name)
+        index = node.inputs[place] if place < len(node.inputs) else None
+        if index is None:
+            return
+        types = [None if x is None else x.type for x in node.inputs]
+        low, high = definition.range_of(within, types, node.attrs)
+        span = Span(low, high, within.ascending)
+        source = _source(index, sources, region)
+        if isinstance(source, str):
+            self.demands[Demand(source, span, within.what)] = None
+        elif isinstance(source, Span):
+            if not self._inside(source, span):
+                self.computed.append(Computed(region or node, None, span, within.what))
+        else:
+            self.computed.append(Computed(region or node, source, span, within.what))
+
+    def _pages(self, node: Node, sources: Sources) -> None:
+        if node.op not in PAGES:
+            return
+        pages, table = (node.operands[i] for i in PAGES[node.op])
+        lengths, rows = node.operands[-1], pages.type.shape[1]
+        names = [sources.get(x.name) for x in (table, lengths)]
+        if isinstance(names[0], str) and isinstance(names[1], str) and isinstance(rows, int):
+            self.pages[PageDemand(names[0], names[1], rows)] = None
+
+    def _inside(self, given: Span, wanted: Span) -> bool:
+        """Whether values of one span always lie in another."""
+        room = (given.low - wanted.low, wanted.high - given.high)
+        known = all(free_symbols(d) <= self._symbols.keys() for d in room)
+        ordered = given.ascending or not wanted.ascending
+        return ordered and known and all(bounds(d, self._symbols).lo >= 0 for d in room)
+
+
+def _source(x: Operand, sources: Sources, region: Node | None) -> Source:
+    """Where an operand comes from."""
+    known = sources.get(x.name)
+    return known if known is not None or region is not None else x
+
+
+def _results(node: Node, definition: OpDef, sources: Sources, region: Node | None) -> Sources:
+    """The sources of a node's results, as far as something is known of them."""
+    if node.op in SAME_ELEMENTS or _widens(node):
+        return {node.output.name: _source(node.operands[0], sources, region)}
+    found: Sources = {}
+    types = [None if x is None else x.type for x in node.inputs]
+    for place, within in definition.gives.items():
+        low, high = definition.range_of(within, types, node.attrs)
+        found[node.outputs[place].name] = Span(low, high, within.ascending)
+    return found
+
+
+def _widens(node: Node) -> bool:
+    """Whether a node makes wider integers of integers."""
+    if node.op != "cast":
+        return False
+    given, made = node.operands[0].type.dtype, node.output.type.dtype
+    return {given, made} <= INTEGERS and made.itemsize >= given.itemsize

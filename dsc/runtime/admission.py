@@ -1,0 +1,121 @@
+"""What an entry admits: sizes that it was compiled for, and indices that point into tensors.
+
+One place for every executable: `sizes` reads the symbols off the shapes and checks them against
+their ranges, `values` looks into the inputs that are indices. Both raise `UsageError` in the words
+of the inputs and of the options that a model is compiled with, before anything runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from dsc.errors import UsageError
+from dsc.ir.dims import Range, evaluate, free_symbols
+from dsc.ir.graph import Graph
+from dsc.ir.index_ranges import Demand, PageDemand, index_ranges
+from dsc.ir.interpreter import bind_symbols
+
+if TYPE_CHECKING:
+    import torch
+
+OPTIONS = {
+    "B": "max_batch", "S": "prefill_chunk", "L": "prefill_chunk", "P": "max_context",
+    "C": "max_context", "M": "max_context", "N": "max_batch or max_context",
+}  # fmt: skip
+"""The option of `compile` that a size of a causal language model follows from."""
+FEW = 64
+"""Values that are looked at one by one: for so few that takes less than an array operation."""
+
+
+class Admission:
+    """Checks the inputs of one entry."""
+
+    def __init__(self, graph: Graph, symbols: Mapping[str, Range]) -> None:
+        self._graph = graph
+        self._symbols = symbols
+        self._found = index_ranges(graph, symbols)
+        self._causal = any(v.name == "input_ids" for v in graph.inputs)
+        self._seen: tuple[tuple[tuple[int, ...], ...], Mapping[str, int]] = (), {}
+
+    def check(self, inputs: Mapping[str, torch.Tensor]) -> Mapping[str, int]:
+        """The symbols' sizes, when shapes, element types and indices are admitted."""
+        env = self.sizes(inputs)
+        self.values(inputs, env)
+        return env
+
+    def sizes(self, inputs: Mapping[str, torch.Tensor]) -> Mapping[str, int]:
+        """The symbols' sizes, when shapes and element types are admitted. Raises `UsageError`.
+
+        Step after step of decoding has the same shapes: the last ones are known.
+        """
+        given = [inputs[v.name] for v in self._graph.inputs]
+        shapes = tuple(tuple(x.shape) for x in given)
+        known, env = self._seen
+        for value, tensor in zip(self._graph.inputs, given, strict=True):
+            if tensor.dtype != value.type.dtype.torch:
+                raise UsageError(
+                    f"input {value.name} is {tensor.dtype}, {value.type.dtype} is declared"
+                )
+        if known == shapes and shapes:
+            return env
+        env = bind_symbols(self._graph, given)
+        for name, size in env.items():
+            self._admit(name, size)
+        self._seen = shapes, env
+        return env
+
+    def values(self, inputs: Mapping[str, torch.Tensor], env: Mapping[str, int]) -> None:
+        """Raise `UsageError` where an index points outside of its tensor."""
+        for demand in self._found.demands:
+            self._value(demand, inputs[demand.input], env)
+        for pages in self._found.pages:
+            check_pages(pages, inputs[pages.table], inputs[pages.lengths])
+
+    def _admit(self, name: str, size: int) -> None:
+        bound = self._symbols.get(name)
+        if bound is None or bound.lo <= size <= bound.hi:
+            return
+        place = next(
+            f"{v.name} has {size} at axis {axis}"
+            for v in self._graph.inputs
+            for axis, dim in enumerate(v.type.shape)
+            if name in free_symbols(dim)
+        )
+        option = OPTIONS.get(name) if self._causal and size > bound.hi else None
+        larger = "" if option is None else f"; compile it with a larger {option}"
+        raise UsageError(
+            f"input {place}", hint=f"it was compiled for {bound.lo} to {bound.hi}{larger}"
+        )
+
+    def _value(self, demand: Demand, tensor: torch.Tensor, env: Mapping[str, int]) -> None:
+        span = demand.span
+        least, most = evaluate(span.low, env), evaluate(span.high, env)
+        values = tensor.reshape(-1)
+        if values.numel() == 0:
+            return
+        if values.numel() <= FEW:
+            listed = values.tolist()
+            low, high = min(listed), max(listed)
+        else:
+            low, high = int(values.min()), int(values.max())
+        if low < least or high > most:
+            found = str(low) if low == high else f"{low} to {high}"
+            possible = f"{least} to {most} are" if least <= most else "at these sizes none is"
+            raise UsageError(
+                f"input {demand.input} holds {found}; each is {demand.what}",
+                hint=f"{possible} possible here",
+            )
+        if span.ascending and bool((values[1:] < values[:-1]).any()):
+            raise UsageError(f"input {demand.input} is not in ascending order")
+
+
+def check_pages(demand: PageDemand, table: Any, lengths: Any) -> None:
+    """Raise `UsageError` where a token of the cache has no page."""
+    for row, length in enumerate(lengths.tolist()):
+        used = -(-length // demand.rows)
+        if used and int(table[row, :used].min()) < 0:
+            raise UsageError(
+                f"{demand.table} names no page for some of the {length} tokens of sequence {row}",
+                hint="-1 may stand only where a sequence has no tokens yet",
+            )
