@@ -96,7 +96,14 @@ class ArtifactError(DscError):
 
 
 class VerificationError(DscError):
-    """A program that breaks a rule of the IR, or a result that left its tolerance."""
+    """A program that breaks a rule of the IR, or a result that left its tolerance.
+
+    `culprit` is the node or graph to blame, where there is one, and `part` what of it: "type" or
+    "return"; whoever read the program from a text knows where that stands.
+    """
+
+    culprit: object = None
+    part: str = ""
 
 
 class ParseError(DscError):

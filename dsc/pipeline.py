@@ -21,6 +21,7 @@ from dsc.ir.stages import Stage
 from dsc.rewrite.base import Pass, PassReport
 from dsc.rewrite.explain import explain_pass
 from dsc.rewrite.manager import Manager, PassRecord, Watch
+from dsc.rewrite.regions import inline_graph
 from dsc.runtime.check_plan import check_plan
 from dsc.targets import Target
 
@@ -185,13 +186,52 @@ def check_supported(program: Program, backend: Backend) -> None:
 
 
 def apply(program: Program, names: Sequence[str], *, verify_each: bool = False) -> Program:
-    """Run the named passes in order, each with its default options."""
-    return Manager(Watch(verify_each=verify_each)).run(program, [make(n) for n in names])
+    """Run the named passes in order, each with its default options.
+
+    A program that is further than a pass needs is taken back where that loses nothing. Raises
+    `UsageError` where it cannot be, or is not far enough.
+    """
+    manager = Manager(Watch(verify_each=verify_each))
+    for name in names:
+        each = make(name)
+        program = manager.run(_ready(program, each), [each])
+    return program
 
 
 def explain(program: Program, name: str) -> str:
     """Where a pass fires on a program, and which condition failed where it nearly does."""
-    return str(explain_pass(program, make(name)))
+    each = make(name)
+    return str(explain_pass(_ready(program, each), each))
+
+
+def stages_for(names: Sequence[str]) -> Sequence[Stage]:
+    """The stages that a text may be at for the first of some passes, the earliest first."""
+    return sorted(make(names[0]).needs) if names else tuple(Stage)
+
+
+def _ready(program: Program, each: Pass) -> Program:
+    """The program at a stage that a pass takes: its plan dropped, its regions opened again."""
+    if program.stage in each.needs:
+        return program
+    if program.stage >= Stage.LOWERED and Stage.OPTIMIZED in each.needs:
+        return replace(program.map_entries(inline_graph), memory={}).at(Stage.OPTIMIZED)
+    wanted = " or ".join(s.name for s in sorted(each.needs))
+    before = _before(each.name)
+    hint = (
+        f"run what leads there before it: -p {','.join([*before, each.name])}"
+        if program.stage < min(each.needs)
+        else f"take the text from before it: dsc inspect MODEL --after {before[-1]}"
+    )
+    raise UsageError(
+        f"{each.name} takes a program at stage {wanted}, this one is at {program.stage.name}",
+        hint=hint,
+    )
+
+
+def _before(name: str) -> list[str]:
+    """What every compile of a traced model runs before the pass of this name."""
+    order = [*RAISE, *(["specialise_entries"] if name == "absorb_mla" else [])]
+    return order[: order.index(name)] if name in order else order
 
 
 def symbols_within(program: Program, **limits: int) -> Program:

@@ -9,11 +9,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from dsc.errors import ParseError, UsageError
-from dsc.files import write_text
-from dsc.ir.parser import parse_program
+from dsc.files import translated, write_text
+from dsc.ir.parser import parse_verified
 from dsc.ir.printer import print_program
 from dsc.ir.program import Program
-from dsc.ir.verifier import verify
 from dsc.ir.weights import WeightSource
 
 SUFFIX = ".dsc"
@@ -23,22 +22,22 @@ def read_program(file: Path | str, source: WeightSource | None = None) -> Progra
     """The program in a text file, verified. Its weights have types alone, unless `source` is given.
 
     Raises:
-        UsageError: the file cannot be read, or is no text.
-        ParseError: it is not a program; says where.
-        VerificationError: it breaks a rule of the IR.
+        FileError: the file cannot be read.
+        UsageError: it is no text.
+        ParseError: it is not a program, or breaks a rule of the IR; says where.
     """
     path = Path(file)
     try:
         text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as problem:
-        raise UsageError(f"cannot read it: {problem}", where=str(path)) from None
+    except OSError as problem:
+        raise translated(problem, path) from None
+    except UnicodeDecodeError as problem:
+        raise UsageError(f"it is no UTF-8 text: {problem}", where=str(path)) from None
     try:
-        program = parse_program(text, source)
+        return parse_verified(text, source)
     except ParseError as problem:
         where = f"{path}, {problem.where}" if problem.where else str(path)
         raise ParseError(problem.what, where, problem.hint, problem.picture) from None
-    verify(program)
-    return program
 
 
 def write_program(program: Program, file: Path | str) -> None:

@@ -2,7 +2,7 @@
 
 What           values become places: arena offsets, or the storage of an input, output or weight.
 Why it pays    a step allocates nothing; activations of a layer are laid over those of the last.
-Preconditions  any stage; every symbol in an intermediate's type has a range.
+Preconditions  stage CANONICAL or later; every symbol in an intermediate's type has a range.
 Before         graph main(%x: f32[8]) {
                  %a = exp %x : f32[8]
                  %b = neg %a : f32[8]
@@ -46,6 +46,7 @@ class PlanMemory(Pass):
 
     reuse: bool = True
 
+    needs = frozenset(Stage) - {Stage.TRACED}
     ensures = Stage.PLANNED
 
     def run(self, program: Program, report: PassReport) -> Program:

@@ -24,7 +24,8 @@ WORST = 5
 class Finding:
     """The pass that broke a program: what went wrong, the program on both sides of it.
 
-    `after` is `None` where the pass failed, `errors` the difference by output where both ran.
+    `after` is `None` where the pass failed, `errors` the difference by output where both ran;
+    `options` says which of the pass's options `dsc opt` does not give it.
     """
 
     name: str
@@ -32,6 +33,7 @@ class Finding:
     before: Program
     after: Program | None
     errors: tuple[tuple[str, float], ...]
+    options: str = ""
 
     def as_dict(self) -> dict[str, object]:
         """The finding as JSON values."""
@@ -151,9 +153,10 @@ def step(before: Program, each: Pass, twin: Twin) -> tuple[Finding | None, Progr
     from dsc.errors import VerificationError
     from dsc.ir.verifier import verify
     from dsc.rewrite.base import PassReport
+    from dsc.rewrite.manager import options_of
 
     def broken(problem: str, after: Program | None) -> tuple[Finding, Program, str]:
-        return Finding(each.name, problem, before, after, ()), before, ""
+        return Finding(each.name, problem, before, after, (), options_of(each)), before, ""
 
     if before.stage not in each.needs:
         wanted = ", ".join(s.name for s in sorted(each.needs))
@@ -174,7 +177,9 @@ def step(before: Program, each: Pass, twin: Twin) -> tuple[Finding | None, Progr
         return None, after, f"not compared: {problem.what}"
     if found.ok:
         return None, after, str(found)
-    return Finding(each.name, str(found), before, after, worst_outputs(found)), before, ""
+    worst = worst_outputs(found)
+    finding = Finding(each.name, str(found), before, after, worst, options_of(each))
+    return finding, before, ""
 
 
 def worst_outputs(found: Comparison) -> tuple[tuple[str, float], ...]:
@@ -202,4 +207,4 @@ def _told(finding: Finding, line: str) -> list[str]:
     if finding.errors:
         lines.append("worst outputs, difference relative to max(1, |value|max):")
         lines += [f"  {error:10.3g}  {name}" for name, error in finding.errors[:WORST]]
-    return [*lines, f"repeat it with: {line}"]
+    return [*lines, f"repeat it with: {line}{finding.options}"]

@@ -93,7 +93,7 @@ def build_artifact(
         compiled = api.compile(model, backend=backend, progress=progress, **given)
         progress(f"writing {folder}")
         compiled.save(folder, force=force, progress=progress)
-    _describe(compiled, folder, json)
+    _describe(compiled, folder, json, aside=bool(given.get("print_ir_after")))
     return folder
 
 
@@ -108,7 +108,8 @@ def default_output(model: str, backend: str) -> Path:
     return Path(f"{stem}-{backend}")
 
 
-def _describe(compiled: CompiledModel, folder: Path, json: bool) -> None:
+def _describe(compiled: CompiledModel, folder: Path, json: bool, aside: bool) -> None:
+    """Say what was made; `aside`, on standard error, where the IR went to standard output."""
     from dsc.cli import console
 
     _warn_of_trust(folder)
@@ -118,7 +119,7 @@ def _describe(compiled: CompiledModel, folder: Path, json: bool) -> None:
         report = {"output": str(folder), "backend": compiled.backend, "bytes": total}
         console.print_json(report | {"report": compiled.report})
         return
-    console.stdout().print(
+    (console.stderr() if aside else console.stdout()).print(
         f"{folder}: {len(files)} files, {console.human_bytes(total)}, for {compiled.backend}"
     )
 

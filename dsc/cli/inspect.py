@@ -5,6 +5,7 @@ from __future__ import annotations
 import json as json_text
 import tempfile
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -171,14 +172,15 @@ def pass_name(path: Path) -> str:
 
 
 def _select(text: str, entry: str | None) -> str:
-    """Return the whole program, or one entry of it."""
+    """Return the whole program, or one with a single entry of it: `dsc opt` reads either."""
     if entry is None:
         return text if text.endswith("\n") else text + "\n"
     from dsc.errors import UsageError
     from dsc.ir.parser import parse_program
-    from dsc.ir.printer import print_graph
+    from dsc.ir.printer import print_program
 
-    entries = parse_program(text).entries
-    if entry not in entries:
-        raise UsageError(f"no entry {entry!r}", hint="one of " + ", ".join(entries))
-    return print_graph(entries[entry]).rstrip("\n") + "\n"
+    program = parse_program(text)
+    if entry not in program.entries:
+        raise UsageError(f"no entry {entry!r}", hint="one of " + ", ".join(program.entries))
+    alone = replace(program, entries={entry: program.entries[entry]})
+    return print_program(alone.pruned())

@@ -16,7 +16,7 @@ def opt(
         str,
         Argument(
             metavar="FILE.dsc",
-            help="A program; - reads it from standard input.",
+            help="A program, or one graph; - reads it from standard input.",
             show_default=False,
         ),
     ],
@@ -37,6 +37,9 @@ def opt(
 ) -> None:
     """Apply passes to a text program and print the result.
 
+    A graph alone is a program of one entry at the stage that the first pass needs. A program that
+    is fused or planned already is opened again for a pass that needs it so.
+
     Examples:
 
         dsc opt layer.dsc -p absorb_mla,fuse
@@ -44,11 +47,13 @@ def opt(
         dsc opt layer.dsc --explain absorb_mla
     """
     from dsc import pipeline
-    from dsc.ir.parser import parse_program
+    from dsc.ir.parser import parse_verified
     from dsc.ir.printer import print_program
 
     names = [name.strip() for name in passes.split(",") if name.strip()]
-    program = pipeline.apply(parse_program(read_text(file)), names, verify_each=verify_each)
+    stages = pipeline.stages_for([*names, *([] if explain is None else [explain])])
+    program = parse_verified(read_text(file), stages=stages)
+    program = pipeline.apply(program, names, verify_each=verify_each)
     if explain is not None:
         print(pipeline.explain(program, explain))
     else:
@@ -58,10 +63,14 @@ def opt(
 def read_text(file: str) -> str:
     """Read a file, or standard input for `-`."""
     from dsc.errors import UsageError
+    from dsc.files import translated
 
-    if file == "-":
-        return sys.stdin.read()
     try:
+        if file == "-":
+            return sys.stdin.read()
         return Path(file).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"cannot read it: {error}", where=file) from None
+    except UnicodeDecodeError as error:
+        where = "standard input" if file == "-" else file
+        raise UsageError(f"it is no UTF-8 text: {error}", where=where) from None
+    except OSError as error:
+        raise translated(error, file) from None

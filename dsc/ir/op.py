@@ -178,7 +178,8 @@ class OpDef:
             if declared is None:
                 raise TypeMismatch(f"unknown attribute {name}")
             if not KINDS[declared.kind](value):
-                raise TypeMismatch(f"attribute {name}={value!r} is no {declared.kind}")
+                wanted = KIND_WORDS[declared.kind]
+                raise TypeMismatch(f"attribute {name}={value!r} is not {wanted}")
         for declared in self.attrs:
             if declared.default is None and declared.name not in attrs:
                 if declared.kind.endswith("?"):
@@ -215,6 +216,12 @@ KINDS: dict[str, Callable[[Any], bool]] = {
     "graph": lambda v: isinstance(v, Graph),
 }
 
+
+KIND_WORDS = {
+    "int": "an integer", "dim": "a size", "dim?": "a size", "float": "a number",
+    "bool": "true or false", "str": "a string", "dtype": "an element type",
+    "ints": "a list of integers", "dims": "a list of sizes", "graph": "a graph",
+}  # fmt: skip
 
 _DTYPE_NAMES = frozenset(d.value for d in DType)
 

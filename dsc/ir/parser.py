@@ -9,17 +9,20 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol, TypeVar
 
-from dsc.errors import ParseError
+from dsc.errors import ParseError, VerificationError
 from dsc.ir.dims import MAX_TOKENS, Dim, Range, parse_dim
 from dsc.ir.graph import Attrs, Graph, Node, Operand, Value, Weight
-from dsc.ir.op import KINDS, OpDef, TypeMismatch, lookup
+from dsc.ir.op import KIND_WORDS, KINDS, OpDef, TypeMismatch, lookup
 from dsc.ir.program import Program
-from dsc.ir.stages import Stage
+from dsc.ir.stages import LEGAL, Stage
 from dsc.ir.types import DType, TensorType
+from dsc.ir.verifier import graph_symbols, verify
 from dsc.ir.weights import Apply, MetaSource, Source, WeightExpr, WeightSource, sources
 
 MAX_CHARACTERS = 256 * 2**20
 MAX_DEPTH = 24
+ANY_SIZE = 1 << 20
+"""The largest size of a symbol that a bare graph does not bound."""
 
 _TOKEN = re.compile(
     r"""(?P<space>[ \t\r\n]+|\#[^\n]*)
@@ -48,9 +51,31 @@ class Token:
     at: int
 
 
-def parse_program(text: str, source: WeightSource | None = None) -> Program:
-    """Read a program. Weights come from `source`, or have types only. Raises `ParseError`."""
-    return _Parser(text).program(source)
+STAGES = tuple(Stage)
+
+
+def parse_program(
+    text: str, source: WeightSource | None = None, stages: Sequence[Stage] = STAGES
+) -> Program:
+    """Read a program. Weights come from `source`, or have types only. Raises `ParseError`.
+
+    A bare graph is a program of one entry, at the first of `stages` where its operators are legal.
+    Whether the program keeps the rules of the IR is for `parse_verified`, or for the verifier.
+    """
+    return _Parser(text).program(source, stages)
+
+
+def parse_verified(
+    text: str, source: WeightSource | None = None, stages: Sequence[Stage] = STAGES
+) -> Program:
+    """Read a program that somebody wrote: what the verifier finds is a `ParseError` as well."""
+    parser = _Parser(text)
+    program = parser.program(source, stages)
+    try:
+        verify(program)
+    except VerificationError as problem:
+        raise parser.located(problem) from None
+    return program
 
 
 def parse_graph(text: str) -> Graph:
@@ -82,8 +107,11 @@ class _Parser:
         self.text = text
         self.tokens = self._lex()
         self.i = 0
+        self.places: dict[tuple[int, str], Token] = {}
 
-    def program(self, source: WeightSource | None) -> Program:
+    def program(self, source: WeightSource | None, stages: Sequence[Stage]) -> Program:
+        if self.at_word("graph"):
+            return self._bare(source, stages)
         self.word("program")
         name = self.string()
         self.sign("{")
@@ -107,11 +135,36 @@ class _Parser:
             source = MetaSource({s.key: s.type for e in weights.values() for s in sources(e)})
         return Program(name, entries, weights, symbols, source, meta, stage)
 
+    def _bare(self, source: WeightSource | None, stages: Sequence[Stage]) -> Program:
+        """A graph alone: its header declares its weights, and its sizes may be anything."""
+        graph = self.graph({}, 0)
+        self.end()
+        types = {
+            x.name: x.type
+            for x in (*(y for n in graph.walk() for y in n.operands), *graph.outputs)
+            if isinstance(x, Weight)
+        }
+        symbols = dict.fromkeys(sorted(graph_symbols(graph)), Range(0, ANY_SIZE))
+        operators = {node.op for node in graph.walk()}
+        fitting = (stage for stage in stages if operators <= LEGAL[stage])
+        weights: dict[str, WeightExpr] = {name: Source(name, t) for name, t in types.items()}
+        stage = next(fitting, stages[0])
+        given = source or MetaSource(types)
+        return Program(graph.name, {graph.name: graph}, weights, symbols, given, {}, stage)
+
+    def located(self, problem: VerificationError) -> ParseError:
+        """What the verifier found, where it stands in the text."""
+        for part in (problem.part, ""):
+            token = self.places.get((id(problem.culprit), part))
+            if token is not None:
+                return self.error(problem.what, token)
+        return self.error(problem.what, self.tokens[0])
+
     def graph(self, weights: Mapping[str, TensorType], depth: int) -> Graph:
         if depth > MAX_DEPTH:
             raise self.error(f"bodies nest deeper than {MAX_DEPTH}")
         self.word("graph")
-        name = self.take("word", "a graph name").text
+        at = self.take("word", "a graph name")
         weights = dict(weights)
         scope: dict[str, Value] = {}
         inputs = self._parameters(scope, weights)
@@ -119,9 +172,12 @@ class _Parser:
         nodes = []
         while not self.at_word("return"):
             nodes.append(self._node(scope, weights, depth))
+        end = self.peek()
         outputs, names, aliases = self._return(scope, weights, inputs)
         self.sign("}")
-        return Graph(name, tuple(inputs), tuple(nodes), outputs, names, aliases)
+        found = Graph(at.text, tuple(inputs), tuple(nodes), outputs, names, aliases)
+        self.places |= {(id(found), ""): at, (id(found), "return"): end}
+        return found
 
     def example(self) -> tuple[list[tuple[TensorType, int | None]], dict[str, Any]]:
         operands: list[tuple[TensorType, int | None]] = []
@@ -184,7 +240,9 @@ class _Parser:
         definition = self._lookup(op_token)
         operands = self._operands(scope, weights)
         attrs = Attrs(self._attrs(definition, weights, depth) if self.at_sign("{") else {})
+        types_at = op_token
         if self.skip(":"):
+            types_at = self.peek()
             types = self._types()
         else:
             types = self._infer(definition, operands, attrs, op_token)
@@ -193,7 +251,9 @@ class _Parser:
             raise self.error(f"{len(results)} results for {len(types)} types", op_token)
         pairs = zip(results, types, strict=True)
         outputs = tuple(self._define(scope, token, t) for token, t in pairs)
-        return Node(definition.name, tuple(operands), attrs, outputs, loc)
+        found = Node(definition.name, tuple(operands), attrs, outputs, loc)
+        self.places |= {(id(found), ""): op_token, (id(found), "type"): types_at}
+        return found
 
     def _operands(
         self, scope: Mapping[str, Value], weights: Mapping[str, TensorType]
@@ -270,7 +330,8 @@ class _Parser:
             at = self.peek()
             value = self._attr(declared.kind if declared else "any", weights, depth)
             if declared is not None and not KINDS[declared.kind](value):
-                raise self.error(f"attribute {token.text} is no {declared.kind}", at)
+                wanted = KIND_WORDS[declared.kind]
+                raise self.error(f"attribute {token.text} is not {wanted}", at)
             attrs[token.text] = value
             if not self.at_sign("}"):
                 self.sign(",")

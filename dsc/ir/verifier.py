@@ -24,17 +24,18 @@ RESERVED = frozenset({"inf", "nan", "true", "false", "_"})
 def verify(program: Program) -> None:
     """Raise `VerificationError` unless the program is well formed at its stage."""
     types = program.weight_types()
-    for entry, graph in program.entries.items():
+    for graph in program.entries.values():
         verify_graph(graph, types)
         if len(set(graph.output_names)) != len(graph.output_names):
-            raise _error(graph, None, f"two outputs share a name: {', '.join(graph.output_names)}")
+            what = f"two outputs share a name: {', '.join(graph.output_names)}"
+            raise _error(graph, None, what, "return")
         illegal = {n.op for n in graph.walk()} - LEGAL[program.stage]
         if illegal:
             node = next(n for n in graph.walk() if n.op in illegal)
             raise _error(graph, node, f"{node.op} is not legal at stage {program.stage.name}")
-        unknown = _symbols(graph) - program.symbols.keys()
+        unknown = graph_symbols(graph) - program.symbols.keys()
         if unknown:
-            raise VerificationError(f"symbols without a range: {', '.join(sorted(unknown))}", entry)
+            raise _error(graph, None, f"symbols without a range: {', '.join(sorted(unknown))}")
     for name in (*types, *program.symbols):
         pattern = WORD if name in program.symbols else WEIGHT_NAME
         if not pattern.fullmatch(name) or name in RESERVED:
@@ -55,9 +56,9 @@ def verify_graph(graph: Graph, weights: dict[str, TensorType] | None = None) -> 
     for node in graph.nodes:
         for operand in node.operands:
             _check_operand(graph, node, operand, defined, weights)
-        _check_types(graph, node)
         if node.body is not None:
             verify_graph(node.body, weights)
+        _check_types(graph, node)
         for value in node.outputs:
             _define(graph, node, value, defined)
     for operand in graph.outputs:
@@ -66,7 +67,7 @@ def verify_graph(graph: Graph, weights: dict[str, TensorType] | None = None) -> 
     _check_in_place(graph)
 
 
-def _symbols(graph: Graph) -> frozenset[str]:
+def graph_symbols(graph: Graph) -> frozenset[str]:
     """All symbols of types and attributes, those of nested bodies too."""
     found: set[str] = set()
     for value in graph.values():
@@ -76,7 +77,7 @@ def _symbols(graph: Graph) -> frozenset[str]:
             for dim in value if isinstance(value, tuple) else (value,):
                 found |= free_symbols(dim) if isinstance(dim, Sym) else frozenset()
         if node.body is not None:
-            found |= _symbols(node.body)
+            found |= graph_symbols(node.body)
     return frozenset(found)
 
 
@@ -117,7 +118,8 @@ def _check_types(graph: Graph, node: Node) -> None:
     found = tuple(v.type for v in node.outputs)
     if wanted != found:
         shown, declared = (", ".join(map(str, types)) for types in (wanted, found))
-        raise _error(graph, node, f"{node.op} has the type {shown}, {declared} declared")
+        what = f"{node.op} has the type {shown}, {declared} declared"
+        raise _error(graph, node, what, "type")
 
 
 def _check_aliases(graph: Graph) -> None:
@@ -126,12 +128,14 @@ def _check_aliases(graph: Graph) -> None:
     for output, source in graph.aliases:
         known = 0 <= output < len(graph.outputs) and 0 <= source < len(graph.inputs)
         if not known or source in seen or output in taken:
-            raise _error(graph, None, f"output {output} cannot update input {source}")
+            what = f"output {output} cannot update input {source}"
+            raise _error(graph, None, what, "return")
         seen.add(source)
         taken.add(output)
         result, state = graph.outputs[output].type, graph.inputs[source].type
         if result.dtype != state.dtype or result.rank != state.rank:
-            raise _error(graph, None, f"output {output}, {result}, cannot update {state}")
+            what = f"output {output}, {result}, cannot update {state}"
+            raise _error(graph, None, what, "return")
 
 
 def _check_in_place(graph: Graph) -> None:
@@ -169,10 +173,13 @@ def _check_fresh(
         raise _error(graph, node, f"{operand} is read after {stale[operand.name]} overwrote it")
 
 
-def _error(graph: Graph, node: Node | None, what: str) -> VerificationError:
+def _error(graph: Graph, node: Node | None, what: str, part: str = "") -> VerificationError:
     if node is None:
-        return VerificationError(what, where=f"graph {graph.name}")
-    at = graph.nodes.index(node) if node in graph.nodes else 0
-    near = graph.nodes[max(0, at - NEIGHBOURS) : at + NEIGHBOURS + 1]
-    picture = "\n".join(("> " if n is node else "  ") + print_node(n) for n in near)
-    return VerificationError(what, where=node.loc or f"graph {graph.name}", picture=picture)
+        error = VerificationError(what, where=f"graph {graph.name}")
+    else:
+        at = graph.nodes.index(node) if node in graph.nodes else 0
+        near = graph.nodes[max(0, at - NEIGHBOURS) : at + NEIGHBOURS + 1]
+        picture = "\n".join(("> " if n is node else "  ") + print_node(n) for n in near)
+        error = VerificationError(what, where=node.loc or f"graph {graph.name}", picture=picture)
+    error.culprit, error.part = node or graph, part
+    return error

@@ -41,10 +41,9 @@ class Miss:
 
 @dataclass(frozen=True)
 class Explanation:
-    """What a pass did to a program. `obstacle`: why it may not run at all, else empty."""
+    """What a pass did to a program."""
 
     title: str
-    obstacle: str
     fired: dict[str, int]
     places: dict[str, list[str]]
     misses: tuple[Miss, ...]
@@ -52,8 +51,6 @@ class Explanation:
     def __str__(self) -> str:
         """The explanation as lines of text."""
         lines = [self.title]
-        if self.obstacle:
-            lines.append(f"missed  everywhere: {self.obstacle}")
         for rule, times in self.fired.items():
             where = summary(self.places.get(rule, []))
             lines.append(f"fired   {rule} {_times(times)}{': ' if where else ''}{where}")
@@ -65,18 +62,14 @@ class Explanation:
 
 
 def explain_pass(program: Program, each: Pass) -> Explanation:
-    """Run a pass on a program and tell what it did; the program stays as it is."""
+    """Run a pass on a program at a stage it takes and tell what it did; the program stays."""
     report = PassReport(explain=True)
     title = f"{each.name} on {program.name}, stage {program.stage.name}"
-    if program.stage not in each.needs:
-        needed = ", ".join(s.name for s in sorted(each.needs))
-        obstacle = f"it needs a program at stage {needed}, this one is at {program.stage.name}"
-        return Explanation(title, obstacle, {}, {}, ())
     after = each.run(program, report)
     graphs = [*program.entries.values(), *after.entries.values()]
     lines = _definitions(graphs)
     misses = sorted(_grouped(report.near, lines), key=lambda m: m.rank)
-    return Explanation(title, "", report.fired, report.places, tuple(misses))
+    return Explanation(title, report.fired, report.places, tuple(misses))
 
 
 def summary(places: Sequence[str]) -> str:

@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -110,9 +110,10 @@ class Manager:
     def _compare(self, each: Pass, before: Program, after: Program) -> str:
         found = self.twin.compare(each, before, after)
         if not found.ok:
-            raise VerificationError(
-                f"pass {each.name} changed what the program computes: {found}",
-                hint=f"reproduce with: dsc opt BEFORE.dsc -p {each.name} --verify-each",
+            raise InternalError(
+                f"pass {each.name} changed what the program computes: {found}{options_of(each)}",
+                print_program(before),
+                f"dsc opt repro.dsc -p {each.name} --verify-each",
             )
         return str(found)
 
@@ -135,6 +136,20 @@ class Manager:
             write_text(self.watch.dump_dir / f"{number:02d}_{name}.dsc", text)
 
 
+def options_of(each: Pass) -> str:
+    """A line about options of a pass that are not its defaults, with which `dsc opt` runs it."""
+    usual = type(each)()
+    given = {f.name: getattr(each, f.name) for f in fields(each)}
+    shown = [
+        f"{name}={value!r}" if isinstance(value, (bool, int, str, tuple)) else f"other {name}"
+        for name, value in given.items()
+        if value != getattr(usual, name)
+    ]
+    if not shown:
+        return ""
+    return f"\n  it ran with {', '.join(shown)}; dsc opt takes its defaults, which may not show it"
+
+
 @contextmanager
 def _blame(each: Pass, before: Program) -> Iterator[None]:
     """Turn what goes wrong inside a pass into an error that names it and can be reproduced."""
@@ -142,7 +157,7 @@ def _blame(each: Pass, before: Program) -> Iterator[None]:
         yield
     except VerificationError as problem:
         raise InternalError(
-            f"pass {each.name} made a program that does not verify: {problem}",
+            f"pass {each.name} made a program that does not verify: {problem}{options_of(each)}",
             print_program(before),
             f"dsc opt repro.dsc -p {each.name}",
         ) from problem
@@ -150,7 +165,7 @@ def _blame(each: Pass, before: Program) -> Iterator[None]:
         raise
     except Exception as problem:
         raise InternalError(
-            f"pass {each.name} failed: {type(problem).__name__}: {problem}",
+            f"pass {each.name} failed: {type(problem).__name__}: {problem}{options_of(each)}",
             print_program(before),
             f"dsc opt repro.dsc -p {each.name}",
         ) from problem

@@ -1,0 +1,290 @@
+"""`dsc opt` reads what people write and what the other verbs print, or says what is wrong where."""
+
+from __future__ import annotations
+
+import inspect
+import random
+import re
+import shlex
+from collections import Counter
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import ClassVar
+
+import pytest
+
+from dsc import pipeline
+from dsc.cli import main
+from dsc.errors import ParseError, UsageError
+from dsc.ir.parser import parse_program, parse_verified
+from dsc.ir.program import Program
+from dsc.ir.stages import Stage
+from dsc.rewrite.base import Pass, PassReport
+from dsc.rewrite.harness import doc_block
+
+from .conftest import Invoke
+
+DATA = Path(__file__).resolve().parent.parent / "data"
+SMALL_LM = DATA / "small_lm.dsc"
+
+
+def document(name: str, block: str) -> str:
+    module = inspect.getmodule(type(pipeline.make(name)))
+    return doc_block(inspect.getdoc(module) or "", block)
+
+
+# --- what is written by hand ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", pipeline.PASSES)
+def test_the_text_in_a_pass_runs_as_a_file(name: str, invoke: Invoke, tmp_path: Path) -> None:
+    (tmp_path / "before.dsc").write_text(document(name, "Before"))
+    line = ("opt", str(tmp_path / "before.dsc"))
+    done = invoke(*line, "-p", name)
+    assert done.exit_code == 0
+    stage = parse_verified(done.stdout).stage
+    assert stage >= (pipeline.make(name).ensures or min(pipeline.make(name).needs))
+    assert invoke(*line, "--explain", name).exit_code == 0
+
+
+NEEDED = {"cache_write": "OPTIMIZED", "fused": "LOWERED"}
+# ^ stands before the place that the error must point at.
+WRONG = {
+    "a declared type": "(%x: f32[B,4]) {\n%y = relu %x : ^f32[B,5]\nreturn %y }",
+    "a declared element type": "(%x: f32[B]) {\n%y = relu %x : ^bf16[B]\nreturn %y }",
+    "an operand's type": "(%x: f32[B], %z: f32[4]) {\n%y = ^linear %x, %z : f32[B]\nreturn %y }",
+    "the number of results": "(%x: f32[B]) {\n%y, %z = ^relu %x\nreturn %y }",
+    "a value nobody defines": "(%x: f32[B]) {\n%y = relu ^%z\nreturn %y }",
+    "a value defined twice": "(%x: f32[B]) {\n^%x = relu %x\nreturn %x }",
+    "a result nobody defines": "(%x: f32[B]) {\nreturn ^%y }",
+    "an operator of another stage": (
+        "(%x: f32[2,2,3,4]) {\n%y = ^sdpa %x, %x, %x {scale=0.5, causal=false}\nreturn %y }"
+    ),
+    "an attribute's value": "(%x: f32[B]) {\n%y = ^sum %x {axes=[3]}\nreturn %y }",
+    "an attribute's kind": '(%x: f32[B]) {\n%y = sum %x {axes=^"0"}\nreturn %y }',
+    "an attribute that is not": "(%x: f32[B]) {\n%y = relu %x {^axis=0}\nreturn %y }",
+    "two outputs of one name": '(%x: f32[B]) {\n^return %x, %x as "x" }',
+    "an output that updates what it does not fit": (
+        "(%x: f32[B], %z: f32[B,2]) {\n%y = relu %x\n^return %y updates %z }"
+    ),
+    "storage that is read after it is overwritten": (
+        "(%c: f32[B,4,2], %x: f32[B,1,2], %n: i64[B]) {\n"
+        "%e = cache_write %c, %x, %n\n%y = ^relu %c\nreturn %y, %e }"
+    ),
+    "a body": (
+        "(%x: f32[B]) {\n%y = fused %x {body=graph b(%x: f32[B]) {\n"
+        "%y = relu %x : ^f32[B,1]\nreturn %y\n}} : f32[B]\nreturn %y }"
+    ),
+    "a size without a range": "(%x: f32[Q]) {\nreturn %x }",
+}
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_what_breaks_a_rule_is_shown_where_it_stands(
+    what: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    marked = WRONG[what]
+    stage = next((s for op, s in NEEDED.items() if op in marked), "CANONICAL")
+    lines = f'program "p" {{stage={stage}}}\nsymbols {{B=[1,4]}}\ngraph ^g{marked}'.splitlines()
+    line = max(i for i, each in enumerate(lines) if "^" in each)
+    column = lines[line].index("^")
+    lines = [each.replace("^", "") for each in lines]
+    path = tmp_path / "wrong.dsc"
+    path.write_text("\n".join(lines))
+    with pytest.raises(SystemExit) as ended:
+        main(["opt", str(path), "-p", "eliminate_dead_code"])
+    error = capsys.readouterr().err
+    assert ended.value.code == 2, error
+    assert error.splitlines()[1:] == [
+        f"  where:  line {line + 1}, column {column + 1}",
+        f"  | {lines[line]}",
+        f"  | {' ' * column}^",
+    ]
+
+
+def mutated(text: str, rng: random.Random) -> str:
+    """The text with a few words deleted, swapped, repeated or put elsewhere, numbers changed."""
+    words = re.findall(r"\w+|\s+|.", text)
+    for _ in range(rng.randint(1, 3)):
+        full = [i for i, word in enumerate(words) if word.strip()]
+        numbers = [i for i in full if words[i].isdigit()]
+        i, j, n = rng.choice(full), rng.choice(full), rng.choice(numbers)
+        match rng.randrange(6):
+            case 0:
+                del words[i]
+            case 1:
+                words[i], words[j] = words[j], words[i]
+            case 2:
+                words.insert(i, words[j])
+            case 3:
+                words[i] = words[j]
+            case _:
+                words[n] = rng.choice(["0", "1", "2", "7", "-1", "1e400", "9" * 18, "9" * 30])
+    return "".join(words)
+
+
+def test_a_text_that_somebody_damaged_is_a_program_or_one_located_error() -> None:
+    rng = random.Random(0)
+    traced = (DATA / "traced" / "v3.dsc").read_text()
+    raised = document("fuse", "After"), document("page_cache", "Before")
+    texts = [SMALL_LM.read_text(), *raised, traced]
+    outcomes = Counter[str]()
+    for round_ in range(600):
+        text = mutated(texts[0 if round_ % 20 else 3] if round_ % 3 else rng.choice(raised), rng)
+        found = outcome(text)
+        outcomes[found] += 1
+    assert outcomes.keys() == {"read", "refused"}, outcomes
+    assert outcomes["refused"] > 300
+    assert outcomes["read"] > 20
+
+
+def outcome(text: str) -> str:
+    """What comes of a text: "read", "refused" at a place in it, or else what was raised."""
+    try:
+        parse_verified(text)
+    except ParseError as error:
+        located = re.match(r"line \d+, column \d+$", error.where or "")
+        return "refused" if located and (error.picture or "").endswith("^") else str(error)
+    return "read"
+
+
+# --- what the other verbs print -------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def printed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with what each printing verb prints."""
+    folder = tmp_path_factory.mktemp("printed")
+    model = str(SMALL_LM)
+    lines = {
+        "whole": ["inspect", model, "--backend", "null"],
+        "entry": ["inspect", model, "--backend", "null", "--entry", "decode"],
+        "after": ["inspect", model, "--backend", "null", "--after", "absorb_mla"],
+        "opened": ["inspect", str(folder / "out")],
+        "opened-entry": ["inspect", str(folder / "out"), "--entry", "prefill"],
+        "opt": ["opt", model, "-p", "specialise_entries,absorb_mla"],
+    }
+    compiling = ["compile", model, "--backend", "null", "-o", str(folder / "out")]
+    compiling += ["--dump-dir", str(folder), "--print-ir-after", "fuse"]
+    from typer.testing import CliRunner
+
+    from dsc.cli import build_app
+
+    for name, line in {"compile": compiling, **lines}.items():
+        done = CliRunner().invoke(build_app(), line, catch_exceptions=False)
+        (folder / f"{name}.dsc").write_text(done.stdout)
+    return folder
+
+
+def test_what_one_verb_prints_the_other_reads(printed: Path, invoke: Invoke) -> None:
+    texts = sorted(printed.glob("*.dsc"))
+    assert len(texts) > 12
+    for path in texts:
+        parse_verified(path.read_text())
+        fused = parse_verified(invoke("opt", str(path), "-p", "fuse,plan_memory").stdout)
+        assert fused.stage is Stage.PLANNED
+        assert any(node.op == "fused" for graph in fused.entries.values() for node in graph.nodes)
+
+
+def test_fusing_again_gives_the_same(printed: Path, invoke: Invoke) -> None:
+    once = invoke("opt", str(printed / "after.dsc"), "-p", "fuse")
+    (printed / "once").write_text(once.stdout)
+    assert invoke("opt", str(printed / "once"), "-p", "fuse").stdout == once.stdout
+
+
+@pytest.mark.parametrize("name", ["absorb_mla", "raise_rope", "specialise_entries", "raise_mla"])
+def test_a_text_that_is_too_far_names_the_one_to_take(
+    name: str, printed: Path, invoke: Invoke
+) -> None:
+    with pytest.raises(UsageError, match=f"{name} takes a program at stage") as told:
+        invoke("opt", str(printed / "whole.dsc"), "-p", name)
+    option = (told.value.hint or "").partition("dsc inspect MODEL ")[2].split()
+    assert option[0] == "--after"
+    traced = str(DATA / "traced" / "v3.dsc")
+    earlier = invoke("inspect", traced, "--backend", "null", "--weights", "none", *option)
+    program = parse_program(earlier.stdout)
+    assert pipeline.make(name).needs >= {program.stage}
+
+
+def test_a_text_that_is_not_far_enough_names_what_leads_there(invoke: Invoke) -> None:
+    traced = str(DATA / "traced" / "v3.dsc")
+    with pytest.raises(UsageError) as told:
+        invoke("opt", traced, "-p", "absorb_mla")
+    option = (told.value.hint or "").partition(": ")[2].split()
+    assert "mla_attention" in invoke("opt", traced, *option).stdout
+
+
+# --- a pass that is wrong -------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class HalveTheScale(Pass):
+    """A pass that is wrong: attention gets `scale` times its scale."""
+
+    scale: float = 0.5
+    entries: tuple[str, ...] = ()
+
+    needs: ClassVar[frozenset[Stage]] = frozenset(Stage)
+
+    def run(self, program: Program, report: PassReport) -> Program:
+        """Change the first mla_attention of each entry."""
+        entries = {}
+        for name, graph in program.entries.items():
+            nodes = [
+                replace(n, attrs=type(n.attrs)({**n.attrs, "scale": n.attrs["scale"] * self.scale}))
+                if n.op == "mla_attention"
+                else n
+                for n in graph.nodes
+            ]
+            entries[name] = replace(graph, nodes=tuple(nodes))
+        return replace(program, entries=entries)
+
+
+@pytest.fixture
+def wrong(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> SimpleNamespace:
+    """`fuse` is replaced by a pass that is wrong; `.options` are those it runs with."""
+    given = SimpleNamespace(options={})
+    right = pipeline.make
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    monkeypatch.setattr(HalveTheScale, "name", "fuse")
+    monkeypatch.setattr(
+        pipeline,
+        "make",
+        lambda name, **o: HalveTheScale(**given.options) if name == "fuse" else right(name, **o),
+    )
+    return given
+
+
+def ran(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[object, str]:
+    with pytest.raises(SystemExit) as ended:
+        main(list(arguments))
+    return ended.value.code, capsys.readouterr().err
+
+
+def test_a_pass_that_changes_results_is_saved_and_the_line_repeats_it(
+    wrong: SimpleNamespace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = ("compile", str(SMALL_LM), "--backend", "null", "--verify-each")
+    code, error = ran(capsys, *line, "-o", str(tmp_path / "out"))
+    assert code == 1
+    assert "pass fuse changed what the program computes" in error
+    assert "dsc opt takes its defaults" not in error
+    (repeat,) = re.findall(r"reproduce:  dsc (.*)", error)
+    again, told = ran(capsys, *shlex.split(repeat))
+    assert again == 1
+    assert "pass fuse changed what the program computes" in told
+
+
+def test_options_that_the_line_cannot_give_are_told(
+    wrong: SimpleNamespace, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wrong.options = {"entries": ("decode",), "scale": 0.25}
+    _, error = ran(capsys, "opt", str(SMALL_LM), "-p", "fuse", "--verify-each")
+    assert "it ran with other scale, entries=('decode',); dsc opt takes its defaults" in error
+
+
+def test_a_file_that_is_no_text(tmp_path: Path, invoke: Invoke) -> None:
+    (tmp_path / "x.dsc").write_bytes(b"\xff\xfe")
+    with pytest.raises(UsageError, match="no UTF-8 text"):
+        invoke("opt", str(tmp_path / "x.dsc"))
