@@ -15,9 +15,10 @@ from typer import Option
 from dsc.cli import options
 
 if TYPE_CHECKING:
-    from dsc.runtime.protocol import Turn
+    from dsc.runtime.protocol import Spread, Turn
 
 _VOCAB_SEED = 0
+_READINGS = 5
 
 
 def bench(
@@ -38,18 +39,27 @@ def bench(
     """Measure prefill and decode of the model in OUT with random tokens.
 
     Each round of decode steps, and each prefill, lies between two readings of the machine's memory
-    bandwidth and its matrix peak; rounds whose readings differ by more than 10% are dropped. What
-    is left is given as medians with quartiles, and as a share of the limit: the time that reading
-    weights and cache, or computing, takes at those readings.
+    bandwidth, over as many bytes as a step reads, and its matrix peak; rounds whose readings differ
+    by more than 10% are dropped. What is left is given as medians with quartiles, and as a share of
+    the limit: the time that reading weights and cache, or computing, takes at those readings. An
+    artifact for a GPU gets no share, since only processors are read. An artifact of several ranks
+    runs as that many processes, each with its part of the machine.
 
     Example: dsc bench v3-tvm --prompt-len 512 --context 1024 --json
     """
     from dsc import api
     from dsc.cli import console
     from dsc.cli.generate import manifest_config
-    from dsc.runtime.limit import limit_seconds, prefill_work, step_work
-    from dsc.runtime.probes import MatrixProbe, ReadProbe, available, machine
+    from dsc.cli.ranks import launched, speaks
+    from dsc.runtime.limit import limit_seconds, prefill_work, step_work, working_set
+    from dsc.runtime.probes import MatrixProbe, ReadProbe
+    from dsc.verification import compute_dtype
 
+    if launched(
+        "bench", artifact, prompt_len=prompt_len, context=context, batch=batch, tokens=tokens,
+        rounds=rounds, repeats=repeats, threads=threads, pin=pin, json=json, trust=trust,
+    ):  # fmt: skip
+        return
     start = time.perf_counter()
     compiled = api.load(artifact, trust=trust, **options.chosen(threads=threads, pin=pin))
     vocab = vocabulary(manifest_config(artifact))
@@ -59,35 +69,60 @@ def bench(
         random_ids(vocab, batch, prompt_len)
     )
     memory = peak_rss()  # before the probe takes a gigabyte
-    count = threads or available()
-    found = machine(count)
-    reading = found.bandwidth
+    chunk = getattr(session, "prefill_chunk", prompt_len)
+    prompt = prefill_work(compiled.program, batch, prompt_len, chunk)
+    step = step_work(compiled.program, batch, 1, context + tokens * (rounds + 1) // 2)
+    if not speaks():  # the same steps as rank 0, and no readings
+        measure_prefill(compiled, vocab, batch, prompt_len, repeats, lambda: 1.0)
+        measure_decode(session, vocab, batch, context, tokens, rounds, lambda: 1.0)
+        return
+    count, ranks = machine_threads(threads)
+    device = compiled.targets[0]
+    first = prefill_work(compiled.program, batch, min(chunk, prompt_len), chunk)
     with (
         console.progress_bar() as progress,
-        ReadProbe(count) as read,
-        MatrixProbe(count) as product,
+        ReadProbe(count, ranks * working_set(step)) as read,
+        MatrixProbe(count, dtype=compute_dtype(compiled.program)) as product,
     ):
+        progress("reading the machine's speed")
+        with ReadProbe(count, ranks * working_set(first)) as whole:
+            reading = statistics.median(whole() for _ in range(_READINGS))
+        stepwise = statistics.median(read() for _ in range(_READINGS))
+        computing = statistics.median(product() for _ in range(_READINGS))
         progress("prefill")
-        chunk = getattr(session, "prefill_chunk", prompt_len)
         prefills = measure_prefill(compiled, vocab, batch, prompt_len, repeats, product)
         progress("decode")
         decodes = measure_decode(session, vocab, batch, context, tokens, rounds, read)
-    prompt = prefill_work(compiled.program, batch, prompt_len, chunk)
-    step = step_work(compiled.program, batch, 1, context + tokens * (rounds + 1) // 2)
+
+    def least_prefill(matrix: float) -> float:
+        return limit_seconds(prompt, reading / ranks, matrix / ranks)
+
+    def least_step(bandwidth: float) -> float:
+        return limit_seconds(step, bandwidth / ranks, computing / ranks)
+
+    is_read = on_cpu(device)  # the probes read processors
+    unread = f"no share of a limit: the probes read processors, and this is code for {device}"
     result = {
         "backend": compiled.backend,
+        "device": device,
+        "ranks": ranks,
         "batch": batch,
         "threads": count,
         "load_s": loading,
         "peak_rss_bytes": memory,
-        "machine": {"read_bytes_per_s": found.bandwidth, "matrix_flop_per_s": found.matrix},
+        "machine": {
+            "read_bytes_per_s": stepwise,
+            "read_bytes": read.size,
+            "matrix_flop_per_s": computing,
+            "matrix_dtype": product.dtype,
+        },
         "prefill": {
             "tokens": prompt_len,
-            **summary(prefills, batch * prompt_len, lambda m: limit_seconds(prompt, reading, m)),
+            **summary(prefills, batch * prompt_len, least_prefill if is_read else None, unread),
         },
         "decode": {
             "context": context,
-            **summary(decodes, batch, lambda b: limit_seconds(step, b, found.matrix)),
+            **summary(decodes, batch, least_step if is_read else None, unread),
         },
     }
     if json:
@@ -96,23 +131,47 @@ def bench(
     _show(result)
 
 
+def machine_threads(threads: int | None) -> tuple[int, int]:
+    """How many threads the machine's speed is read with, and how many ranks share that machine."""
+    import os
+
+    from dsc.ir.ranks import current
+    from dsc.runtime.probes import available
+
+    size = current().size
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", size)) if size > 1 else 1
+    return min(available(), threads * ranks) if threads else available(), ranks
+
+
+def on_cpu(target: str) -> bool:
+    """Whether code for a target runs on processors, whose speed is what the probes read."""
+    from dsc.targets import parse_target
+
+    return parse_target(target).kind == "cpu"
+
+
 def _show(result: Mapping[str, Any]) -> None:
     from dsc.cli import console
 
     for phase in ("prefill", "decode"):
         found: Any = result[phase]
         low, high = found["quartiles_ms"]
+        share = "" if found["of_limit"] is None else f"   {found['of_limit']:.0%} of the limit"
         console.stdout().print(
             f"{phase:8} {found['tokens_per_s']:10.1f} tokens/s   {found['median_ms']:.3f} ms a step"
-            f" (quartiles {low:.3f} to {high:.3f})   {found['of_limit']:.0%} of the limit"
+            f" (quartiles {low:.3f} to {high:.3f}){share}"
             f"   {found['rounds_dropped']} of {found['rounds']} rounds dropped"
         )
+        if found["limit_note"]:
+            console.stdout().print(f"{'':8} {found['limit_note']}")
     machine: Any = result["machine"]
+    shared = f" on each of {result['ranks']} ranks" if result["ranks"] > 1 else ""
     console.stdout().print(
-        f"machine  read {machine['read_bytes_per_s'] / 1e9:.1f} GB/s,"
-        f" bf16 matrix product {machine['matrix_flop_per_s'] / 1e9:.0f} GFLOP/s,"
+        f"machine  read {machine['read_bytes_per_s'] / 1e9:.1f} GB/s over"
+        f" {console.human_bytes(machine['read_bytes'])}, {machine['matrix_dtype']} matrix product"
+        f" {machine['matrix_flop_per_s'] / 1e9:.0f} GFLOP/s,"
         f" {result['threads']} threads; loaded in {result['load_s']:.2f} s,"
-        f" peak RSS {console.human_bytes(result['peak_rss_bytes'])}"
+        f" peak RSS {console.human_bytes(result['peak_rss_bytes'])}{shared}"
     )
 
 
@@ -178,28 +237,58 @@ def random_ids(vocab: int, batch: int, length: int) -> Any:
 
 
 def summary(
-    turns: Sequence[Turn[float]], tokens: int, limit: Callable[[float], float]
+    turns: Sequence[Turn[float]],
+    tokens: int,
+    limit: Callable[[float], float] | None,
+    unread: str = "",
 ) -> dict[str, Any]:
     """Summarise turns whose steps process `tokens` tokens each.
 
-    `limit` gives the least seconds of a step at the speed that the probes read.
+    `limit` gives the least seconds of a step at the speed that the probes read; None where they
+    read no speed of the device that ran. `of_limit` is None then, and `limit_note` is `unread`.
     """
     from dsc.runtime.protocol import Spread, steady
 
     kept = steady(turns, float)
     used = kept or turns
     times = Spread.of([t for turn in used for t in turn.seconds])
-    shares = Spread.of([_share(turn, limit) for turn in used])
+    share, quartiles, note = None, None, unread
+    if limit is not None:
+        share, quartiles, note = judged(Spread.of([_share(turn, limit) for turn in used]))
     return {
         "tokens_per_s": tokens / times.median,
         "median_ms": times.median * 1e3,
         "quartiles_ms": [times.low * 1e3, times.high * 1e3],
-        "of_limit": shares.median,
-        "of_limit_quartiles": [shares.low, shares.high],
+        "of_limit": share,
+        "of_limit_quartiles": quartiles,
+        "limit_note": note,
         "steps": times.count,
         "rounds": len(turns),
         "rounds_dropped": len(turns) - len(kept),
     }
+
+
+def judged(shares: Spread) -> tuple[float | None, list[float] | None, str]:
+    """The share of the limit that may be told, its quartiles, and what has to be said about them.
+
+    A limit is what nothing passes: of steps that were faster it was none.
+
+    >>> from dsc.runtime.protocol import Spread
+    >>> judged(Spread(0.5, 0.4, 0.6, 9))
+    (0.5, [0.4, 0.6], '')
+    >>> judged(Spread(1.04, 0.9, 1.1, 9))[:2], judged(Spread(1.5, 1.4, 1.6, 9))[:2]
+    ((1.0, [0.9, 1.0]), (None, None))
+    """
+    from dsc.runtime.protocol import DRIFT
+
+    if shares.median > 1.0 + DRIFT:
+        note = (
+            "no share of a limit: steps are faster than the probes say that they can be, by"
+            f" {shares.median - 1:.0%}"
+        )
+        return None, None, note
+    note = f"at the limit, whose readings vary by {DRIFT:.0%}" if shares.median > 1.0 else ""
+    return min(1.0, shares.median), [min(1.0, shares.low), min(1.0, shares.high)], note
 
 
 def _share(turn: Turn[float], limit: Callable[[float], float]) -> float:

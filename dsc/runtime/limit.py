@@ -3,7 +3,8 @@
 limit = sum over operators of max(bytes of weights and caches / bandwidth, flops / matrix peak).
 Intermediates count nothing: they can stay in the processor's caches. Of stacked experts those that
 a step's tokens choose are read; with uniform routing n tokens of k choices among E experts choose
-E (1 - (1 - k/E)^n) of them.
+E (1 - (1 - k/E)^n) of them. A token attends to itself and what came before it, so that of the rows
+of a chunk's own tokens it sees half.
 """
 
 from __future__ import annotations
@@ -36,9 +37,21 @@ def limit_seconds(work: Iterable[Work], bandwidth: float, matrix: float) -> floa
 def step_work(program: Program, batch: int, new: int, context: int) -> list[Work]:
     """What a step over `new` tokens of each of `batch` sequences does, after `context` tokens."""
     graph = entry_for(program, new)
-    real = real_sizes(graph, step_sizes(graph, batch, new, context), [context] * batch)
-    found = (moved(graph, n, real, _distinct(n, real, batch * new)) for n in graph.nodes)
-    return [Work(m.stored, m.flops) for m in found]
+    unseen = new // 2  # of the rows that the last token sees, by a token in the middle
+    held, seen = (
+        real_sizes(graph, step_sizes(graph, batch, new, rows), [rows] * batch)
+        for rows in (context, context - unseen)
+    )
+    found = []
+    for node in graph.nodes:
+        stored = moved(graph, node, held, _distinct(node, held, batch * new)).stored
+        found.append(Work(stored, moved(graph, node, seen).flops))
+    return found
+
+
+def working_set(work: Iterable[Work]) -> int:
+    """The bytes that a step reads, and reads again in the next."""
+    return round(sum(each.bytes for each in work))
 
 
 def prefill_work(program: Program, batch: int, tokens: int, chunk: int) -> list[Work]:

@@ -1,11 +1,15 @@
-"""What this machine can do now: a streaming read of memory and a bf16 matrix product.
+"""What this machine can do now: a read of so many bytes, and a matrix product.
 
 Speed means little on a machine whose speed moves, so figures are given as shares of these two,
-measured beside them. Both keep every thread busy that the process may use.
+measured beside them. Both keep every thread busy that the process may use. A step whose weights
+stay in the processor's caches reads them faster than memory could give them, so the read goes over
+as many bytes as the step's, again and again; the product is the fastest of the types that a
+program's own may be computed in.
 """
 
 from __future__ import annotations
 
+import ctypes
 import os
 import time
 from collections.abc import Callable
@@ -19,39 +23,51 @@ import numpy as np
 
 if TYPE_CHECKING:
     import torch
+    from numpy.typing import NDArray
+
+    Bytes = NDArray[np.uint8]
 
 READ_BYTES = 1 << 30
 """Far more than caches hold."""
-PIECE = 1 << 21
-"""Bytes of one call; between two calls a thread holds Python's lock for a moment."""
+LEAST_BYTES = 1 << 18
+"""Of a thread's part; what is smaller is read no faster."""
+PASS_BYTES = 1 << 26
+"""Of a call at least, by as many passes as that takes."""
+ABSENT = 7
+"""A byte that the memory which is read does not hold."""
 MATRIX = (512, 4096, 2048)
 """Rows, columns and depth of the product: a prompt's chunk times a wide layer."""
+PRODUCTS = {"fp32": ("fp32",), "bf16": ("bf16", "fp32"), "fp16": ("fp16", "fp32")}
+"""Types in which the products of a program may be computed, by the program's own: 16-bit factors
+may be widened."""
 ROUNDS = 5
 
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """Bytes a second that a read streams, floating-point operations a second of a product."""
+    """Bytes a second of a read over `size` bytes, operations a second of a product in `dtype`."""
 
     bandwidth: float
     matrix: float
     threads: int
+    size: int = READ_BYTES
+    dtype: str = "bf16"
 
     def __str__(self) -> str:
         return (
-            f"read {self.bandwidth / 1e9:.1f} GB/s, bf16 matrix product"
-            f" {self.matrix / 1e9:.0f} GFLOP/s, {self.threads} threads"
+            f"read {self.bandwidth / 1e9:.1f} GB/s over {self.size / 1e6:.4g} MB, {self.dtype}"
+            f" matrix product {self.matrix / 1e9:.0f} GFLOP/s, {self.threads} threads"
         )
 
 
 @cache
-def machine(threads: int | None = None) -> Machine:
-    """Measure both, once a process and number of threads."""
+def machine(threads: int | None = None, size: int = READ_BYTES, dtype: str = "bf16") -> Machine:
+    """Measure both, once a process, number of threads, size of the read and type of the product."""
     count = threads or available()
-    with ReadProbe(count) as read, MatrixProbe(count) as product:
-        return Machine(
-            median(read() for _ in range(ROUNDS)), median(product() for _ in range(ROUNDS)), count
-        )
+    with ReadProbe(count, size) as read, MatrixProbe(count, dtype=dtype) as product:
+        reading = median(read() for _ in range(ROUNDS))
+        computing = median(product() for _ in range(ROUNDS))
+        return Machine(reading, computing, count, read.size, product.dtype)
 
 
 def available() -> int:
@@ -62,12 +78,19 @@ def available() -> int:
 
 
 class ReadProbe:
-    """Reads memory, each thread its own part of it; a call gives bytes a second."""
+    """Reads `size` bytes of memory, each thread its own part of them; a call gives bytes a second.
+
+    The C library's search for a byte reads as fast as a core can, and outside of Python's lock.
+    """
 
     def __init__(self, threads: int, size: int = READ_BYTES) -> None:
-        words = np.ones(size // 8, dtype=np.int64)
-        self.parts = np.array_split(words, threads)
-        self.size = words.nbytes
+        part = max(LEAST_BYTES, min(size, READ_BYTES) // threads)
+        self.parts = [np.zeros(part, dtype=np.uint8) + 1 for _ in range(threads)]
+        self.size = part * threads
+        self._passes = -(-PASS_BYTES // self.size)
+        self._search: Any = ctypes.CDLL(None).memchr
+        self._search.argtypes = (ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t)
+        self._search.restype = ctypes.c_void_p
         self.pool = ThreadPoolExecutor(threads)
 
     def __enter__(self) -> ReadProbe:
@@ -79,46 +102,58 @@ class ReadProbe:
         self.parts = []
 
     def __call__(self) -> float:
-        """Bytes a second of one pass."""
-        seconds = _seconds(lambda: list(self.pool.map(_largest, self.parts)))
-        return self.size / seconds
+        """Bytes a second of some passes."""
+        seconds = _seconds(lambda: list(self.pool.map(self._read, self.parts)))
+        return self.size * self._passes / seconds
+
+    def _read(self, part: Bytes) -> None:
+        for _ in range(self._passes):
+            self._search(part.ctypes.data, ABSENT, part.nbytes)
 
 
 class MatrixProbe:
-    """Multiplies bf16 matrices through torch; a call gives floating-point operations a second."""
+    """Multiplies matrices through torch; a call gives floating-point operations a second.
 
-    def __init__(self, threads: int, shape: tuple[int, int, int] = MATRIX) -> None:
+    Of the types that a program in `dtype` may be computed in, that which is faster here.
+    """
+
+    def __init__(
+        self, threads: int, shape: tuple[int, int, int] = MATRIX, dtype: str = "bf16"
+    ) -> None:
         import torch
 
         rows, columns, depth = shape
         self._threads, self._before = threads, torch.get_num_threads()
-        self._operands: list[torch.Tensor] = [
-            torch.full((n, depth), 0.5, dtype=torch.bfloat16) for n in (rows, columns)
-        ]
+        named = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+        self._operands: dict[str, list[torch.Tensor]] = {
+            name: [torch.full((n, depth), 0.5, dtype=named[name]) for n in (rows, columns)]
+            for name in PRODUCTS[dtype]
+        }
+        self.dtype = dtype
         self.flops = 2 * rows * columns * depth
 
     def __enter__(self) -> MatrixProbe:
-        self()
+        speeds = {name: max(self._run(name), self._run(name)) for name in self._operands}
+        self.dtype = max(speeds, key=speeds.__getitem__)
+        self._operands = {self.dtype: self._operands[self.dtype]}
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._operands = []
+        self._operands = {}
 
     def __call__(self) -> float:
         """Operations a second of one product."""
+        return self._run(self.dtype)
+
+    def _run(self, dtype: str) -> float:
         import torch
 
         torch.set_num_threads(self._threads)
         try:
-            product = partial(torch.nn.functional.linear, *self._operands)
+            product = partial(torch.nn.functional.linear, *self._operands[dtype])
             return self.flops / _seconds(product)
         finally:
             torch.set_num_threads(self._before)
-
-
-def _largest(words: np.ndarray[Any, np.dtype[np.int64]]) -> int:
-    step = PIECE // words.itemsize
-    return max(int(words[i : i + step].max()) for i in range(0, len(words), step))
 
 
 def _seconds(run: Callable[[], Any]) -> float:

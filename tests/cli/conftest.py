@@ -50,6 +50,8 @@ class LetterTokenizer:
 class CountingModel:
     """What the fake `compile` and `load` return."""
 
+    targets: tuple[str, ...] = ("cpu",)
+
     def __init__(self, backend: str = "reference") -> None:
         self.backend = backend
         self.source = "somewhere"

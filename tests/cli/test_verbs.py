@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,13 @@ import numpy as np
 import pytest
 
 from dsc.cli import doctor
+from dsc.cli.bench import summary
 from dsc.cli.compile import default_output
 from dsc.cli.opt import read_text
 from dsc.errors import ArtifactError, UsageError
+from dsc.runtime.protocol import Turn
 
-from .conftest import VOCAB, CountingSession, FakeApi, Invoke
+from .conftest import VOCAB, CountingModel, CountingSession, FakeApi, Invoke
 
 
 def test_compile_passes_only_what_was_asked(api: FakeApi, invoke: Invoke, tmp_path: Path) -> None:
@@ -100,9 +103,30 @@ def test_bench_measures_both_phases(api: FakeApi, invoke: Invoke, artifact: Path
         found = document[phase]
         assert found["rounds"] == 2
         assert found["steps"] == each * (2 - found["rounds_dropped"] % 2)  # all, if none is steady
-        assert found["of_limit"] > 0
+        assert found["of_limit"] is None or 0 < found["of_limit"] <= 1
     low, high = document["decode"]["quartiles_ms"]
     assert low <= document["decode"]["median_ms"] <= high
+
+
+def test_a_share_of_a_limit_is_at_most_all_of_it() -> None:
+    turns = [Turn(1.0, (2.0, 2.0), 1.0)] * 3
+    for seconds, share, said in ((1.0, 0.5, ""), (2.1, 1.0, "at the limit"), (4.0, None, "faster")):
+        found = summary(turns, 1, partial(max, seconds))
+        assert found["of_limit"] == share
+        assert said in found["limit_note"]
+        assert share is None or max(found["of_limit_quartiles"]) <= 1
+    unread = summary(turns, 1, None, "code for a GPU")
+    assert (unread["of_limit"], unread["limit_note"]) == (None, "code for a GPU")
+
+
+def test_code_for_a_gpu_is_not_judged_by_a_processor(
+    api: FakeApi, invoke: Invoke, artifact: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(CountingModel, "targets", ("cuda:sm_90",))
+    line = ("bench", str(artifact), "--prompt-len=8", "--tokens=2", "--rounds=1", "--repeats=1")
+    shown = invoke(*line, "--threads=1").stdout
+    assert "this is code for cuda:sm_90" in shown
+    assert "% of the limit" not in shown
 
 
 def test_profile_prints_rows_and_writes_a_trace(

@@ -8,7 +8,7 @@ import pytest
 
 from dsc.ir.parser import parse_program
 from dsc.runtime.limit import Work, entry_for, limit_seconds, prefill_work, step_work
-from dsc.runtime.probes import MatrixProbe, ReadProbe
+from dsc.runtime.probes import ABSENT, LEAST_BYTES, MatrixProbe, ReadProbe
 from dsc.runtime.protocol import Spread, Turn, drift, ratios, steady, take_turns
 
 TEXT = (Path(__file__).resolve().parent.parent / "data" / "small_lm.dsc").read_text()
@@ -57,8 +57,42 @@ def test_the_work_of_a_step_is_weights_and_cache() -> None:
     assert len(chunks) == 2 * len(entry_for(program, 4).nodes)
 
 
+def test_a_token_of_a_chunk_attends_to_half_of_it_on_average() -> None:
+    """Attention of the chunk's tokens among themselves; everything else grows with their number."""
+    program = parse_program(TEXT)
+
+    def flops(new: int, context: int) -> float:
+        return sum(w.flops for w in step_work(program, 1, new, context))
+
+    n = 16
+    a_pair = (flops(n, 1000) - flops(n, 0)) / 1000 / n
+    squared = flops(2 * n, 0) - 2 * flops(n, 0)  # what does not grow with the number of tokens
+    assert squared == pytest.approx(a_pair * n * n, rel=0.2)
+
+
 def test_probes_read_what_they_say() -> None:
     with ReadProbe(1, size=1 << 22) as read, MatrixProbe(1, shape=(8, 16, 32)) as product:
         assert read.size == 1 << 22
         assert read() > 1e6
         assert product() > 1e3
+    with ReadProbe(2, size=1) as least:
+        assert least.size == 2 * LEAST_BYTES
+
+
+def test_a_read_touches_every_byte() -> None:
+    with ReadProbe(1, size=1 << 20) as read:
+        (part,) = read.parts
+        assert read._search(part.ctypes.data, ABSENT, part.nbytes) is None
+        part[-1] = ABSENT
+        assert (
+            read._search(part.ctypes.data, ABSENT, part.nbytes) == part.ctypes.data + (1 << 20) - 1
+        )
+
+
+def test_the_product_is_the_faster_of_the_types_that_a_program_may_be_computed_in() -> None:
+    with MatrixProbe(1, shape=(8, 16, 32), dtype="fp32") as product:
+        assert product.dtype == "fp32"
+    probe = MatrixProbe(1, shape=(8, 16, 32), dtype="fp16")
+    probe._run = lambda dtype: {"fp16": 1.0, "fp32": 4.0}[dtype]  # type: ignore[method-assign]
+    with probe:
+        assert (probe.dtype, probe()) == ("fp32", 4.0)
