@@ -40,7 +40,7 @@ ROOM = 2.0
 """How many times what rounding explains a typical position may be off."""
 STRAY = 4.0
 """A position that is so many times as far off as rounding explains typically is a stray."""
-STRAYS, STRAY_SHARE = 3, 0.03
+STRAYS, STRAY_SHARE = 2, 0.02
 """In 16 bits: strays may be so many for one of the yardstick's, and a share of all besides."""
 SPREAD = 0.5
 """How far off a position may be in 16 bits, in standard deviations of its logits."""

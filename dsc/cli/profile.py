@@ -11,6 +11,7 @@ from typer import Option
 from dsc.cli import options
 
 if TYPE_CHECKING:
+    from dsc.runtime.probes import Machine
     from dsc.runtime.profiler import Event, Profiler, Row
 
 Phase = Literal["decode", "prefill"]
@@ -27,6 +28,9 @@ def profile(
     ] = 128,
     batch: Annotated[int, Option("--batch", min=1, help="Sequences in a step.")] = 1,
     tokens: Annotated[int, Option("--tokens", min=1, help="Decode steps, or prefills.")] = 16,
+    warmup: Annotated[
+        int, Option("--warmup", min=0, help="Steps, or prefills, run before and left out.")
+    ] = 2,
     group_by: Annotated[Group, Option("--group-by", help="What a row of the table is.")] = (
         "operator"
     ),
@@ -48,9 +52,11 @@ def profile(
 ) -> None:
     """Profile decode steps, or prefills, of the model in OUT on random tokens.
 
-    Rates are shown as shares of the memory bandwidth and the matrix peak that this machine reads
-    at the same time. tvm, onnxruntime and reference time every step; triton and null the whole
-    entry, which then is the only row.
+    A row tells what a step takes there: the median over the steps, the least, and what 95% of them
+    kept within. Rates are shown as shares of the memory bandwidth, over as many bytes as a step
+    reads, and the matrix peak that this machine reads at the same time; on a GPU there are none.
+    tvm, onnxruntime and reference time every operator; triton and null the whole step, which then
+    is the only row. Of an artifact of several ranks, rank 0 is profiled.
 
     Examples:
 
@@ -60,48 +66,79 @@ def profile(
     """
     from dsc import api
     from dsc.cli import console
-    from dsc.cli.bench import vocabulary
+    from dsc.cli.bench import machine_threads, on_cpu, vocabulary
     from dsc.cli.generate import manifest_config
+    from dsc.cli.ranks import launched, speaks
     from dsc.files import check_writable
-    from dsc.runtime.probes import available, machine
+    from dsc.runtime.probes import READ_BYTES, machine
     from dsc.runtime.profiler import Profiler
+    from dsc.runtime.stats import entry_rows, working_set
+    from dsc.verification import compute_dtype
 
     if trace is not None:
         check_writable(trace)
+    if launched(
+        "profile", artifact, phase=phase, prompt_len=prompt_len, context=context, batch=batch,
+        tokens=tokens, warmup=warmup, group_by=group_by, sort_by=sort_by, row_limit=row_limit,
+        trace=trace, threads=threads, pin=pin, json=json, trust=trust,
+    ):  # fmt: skip
+        return
     compiled = api.load(artifact, trust=trust, **options.chosen(threads=threads, pin=pin))
     vocab = vocabulary(manifest_config(artifact))
+    found = None
     with console.progress_bar() as progress:
         progress(phase)
         if phase == "decode":
-            profiler = _decode(compiled, Profiler(), vocab, batch, context, tokens)
+            profiler = _decode(compiled, Profiler(), vocab, batch, context, tokens, warmup)
         else:
-            profiler = _prefill(compiled, Profiler(), vocab, batch, prompt_len, tokens)
-        progress("reading the machine's speed")
-        found = machine(threads or available())
+            profiler = _prefill(compiled, Profiler(), vocab, batch, prompt_len, tokens, warmup)
+        if not speaks():
+            return
+        if on_cpu(compiled.targets[0]):
+            progress("reading the machine's speed")
+            count, ranks = machine_threads(threads)
+            size = ranks * working_set(profiler.events) or READ_BYTES
+            found = machine(count, size, compute_dtype(compiled.program)).shared(ranks)
     if trace is not None:
         profiler.export_chrome_trace(trace)
-    rows = profiler.rows(sort_by, row_limit, group_by)
     memory = memory_facts(compiled, profiler.events, batch)
     if json:
-        facts = {"read_bytes_per_s": found.bandwidth, "matrix_flop_per_s": found.matrix}
-        table = [_row(row) for row in rows]
-        console.print_json({"rows": table, "memory": memory, "machine": facts})
+        console.print_json(
+            {
+                "rows": [_row(row) for row in profiler.rows(sort_by, row_limit, group_by)],
+                "steps": [_row(row) for row in entry_rows(profiler.events)],
+                "warmup": warmup,
+                "memory": memory,
+                "machine": None if found is None else _speeds(found),
+            }
+        )
         return
-    profiler.print_stats(sort_by, row_limit, group_by, found)
+    profiler.print_stats(sort_by, row_limit, group_by, found, shares=found is not None)
     line = (f"{name.replace('_', ' ')} {console.human_bytes(n)}" for name, n in memory.items())
+    console.stdout().print(f"{warmup} more were run before and left out")
+    if found is None:
+        target = compiled.targets[0]
+        console.stdout().print(f"no shares: the probes read processors, this is code for {target}")
     console.stdout().print("memory: " + ", ".join(line))
 
 
 def _decode(
-    compiled: Any, profiler: Profiler, vocab: int, batch: int, context: int, tokens: int
+    compiled: Any,
+    profiler: Profiler,
+    vocab: int,
+    batch: int,
+    context: int,
+    tokens: int,
+    warmup: int,
 ) -> Profiler:
-    """Profile decode steps after one that is not counted."""
+    """Profile decode steps after some that are not counted."""
     from dsc.cli.bench import random_ids
 
-    session = compiled.session(max_batch=batch, max_context=context + tokens + 1)
+    session = compiled.session(max_batch=batch, max_context=context + tokens + warmup)
     session.prefill(random_ids(vocab, batch, context))
-    ids = random_ids(vocab, batch, tokens + 1)
-    session.decode(ids[:, tokens])
+    ids = random_ids(vocab, batch, tokens + warmup)
+    for i in range(warmup):
+        session.decode(ids[:, tokens + i])
     with profiler:
         for i in range(tokens):
             session.decode(ids[:, i])
@@ -109,13 +146,20 @@ def _decode(
 
 
 def _prefill(
-    compiled: Any, profiler: Profiler, vocab: int, batch: int, length: int, times: int
+    compiled: Any,
+    profiler: Profiler,
+    vocab: int,
+    batch: int,
+    length: int,
+    times: int,
+    warmup: int,
 ) -> Profiler:
-    """Profile prefills into empty caches after one that is not counted."""
+    """Profile prefills into empty caches after some that are not counted."""
     from dsc.cli.bench import random_ids
 
     ids = random_ids(vocab, batch, length)
-    compiled.session(max_batch=batch, max_context=length).prefill(ids)
+    for _ in range(warmup):
+        compiled.session(max_batch=batch, max_context=length).prefill(ids)
     sessions = [compiled.session(max_batch=batch, max_context=length) for _ in range(times)]
     with profiler:
         for session in sessions:
@@ -139,6 +183,19 @@ def _row(row: Row) -> dict[str, Any]:
         "calls": row.calls,
         "total_s": row.seconds,
         "self_s": row.self_seconds,
+        "runs": len(row.runs),
+        "median_s": row.median,
+        "least_s": row.least,
+        "p95_s": row.p95,
         "bytes": row.bytes,
         "flops": row.flops,
+    }
+
+
+def _speeds(found: Machine) -> dict[str, Any]:
+    return {
+        "read_bytes_per_s": found.bandwidth,
+        "read_bytes": found.size,
+        "matrix_flop_per_s": found.matrix,
+        "matrix_dtype": found.dtype,
     }

@@ -114,7 +114,7 @@ def _spans(path: Path) -> list[Span]:
                 str(e.get("args", {}).get("loc", "")),
             )
             for e in events
-            if e.get("ph") != "C"  # counters lie beside the spans
+            if e.get("ph") == "X"  # names and counters lie beside the spans
         ]  # fmt: skip
     except OSError as problem:
         raise UsageError(f"cannot read the profile: {problem}", where=str(path)) from None

@@ -58,14 +58,15 @@ def step_events(run: EntryRun) -> Iterator[Event]:
         found = NOTHING if step.again else moved(run.graph, node, sizes, step.chosen)
         yield Event(
             label(node), "step", step.start, step.seconds,
-            found.bytes, found.flops, node.loc, step.kernel, now,
+            found.bytes, found.flops, node.loc, step.kernel, now, found.stored,
         )  # fmt: skip
 
 
-def entry_cost(graph: Graph, sizes: Sizes, lengths: Sequence[int] | None) -> tuple[int, int]:
-    """Bytes and flops of a whole run; of experts, as many as could be chosen."""
+def entry_cost(graph: Graph, sizes: Sizes, lengths: Sequence[int] | None) -> tuple[int, int, int]:
+    """Bytes, flops and stored bytes of a whole run; of experts, as many as could be chosen."""
     found = entry_moved(graph, sizes, lengths)
-    return sum(m.bytes for m in found), sum(m.flops for m in found)
+    bytes_and_flops = sum(m.bytes for m in found), sum(m.flops for m in found)
+    return (*bytes_and_flops, sum(m.stored for m in found))
 
 
 def entry_moved(graph: Graph, sizes: Sizes, lengths: Sequence[int] | None) -> list[Moved]:

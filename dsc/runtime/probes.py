@@ -14,7 +14,7 @@ import os
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from statistics import median
 from typing import TYPE_CHECKING, Any
@@ -52,6 +52,10 @@ class Machine:
     threads: int
     size: int = READ_BYTES
     dtype: str = "bf16"
+
+    def shared(self, ranks: int) -> Machine:
+        """The part that each of some ranks has of it."""
+        return replace(self, bandwidth=self.bandwidth / ranks, matrix=self.matrix / ranks)
 
     def __str__(self) -> str:
         return (

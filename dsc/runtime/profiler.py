@@ -13,13 +13,15 @@ over is turned into events when somebody looks: a profiled step does as little a
 from __future__ import annotations
 
 import json
+import math
+import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from dsc.errors import UsageError
 from dsc.files import write_text
@@ -29,13 +31,19 @@ if TYPE_CHECKING:
     from dsc.runtime.probes import Machine
 
 _active: list[Profiler] = []
+Spans: TypeAlias = dict[int, float]
+"""Seconds by the number of the run of an entry."""
+THREADS = {"entry": "steps", "segment": "between ranks", "collective": "between ranks"}
+OPERATORS = "operators"
+"""Rows of a trace by category of events; all others are operators."""
 
 
 @dataclass(frozen=True, slots=True)
 class Event:
     """One span of time, in seconds of a monotonic clock. Bytes and flops are 0 where unknown.
 
-    `live` is what the intermediates take during a step, in bytes.
+    `live` is what the intermediates take during a step, in bytes; `stored` are those of `bytes`
+    that weights and caches are.
     """
 
     name: str
@@ -47,13 +55,16 @@ class Event:
     loc: str = ""
     kernel: str = ""
     live: int | None = None
+    stored: int = 0
 
 
 @dataclass(slots=True)
 class Row:
     """The events of one group, summed: `seconds` with what ran inside them, `self_seconds` without.
 
-    Bytes and flops are those of the steps.
+    Bytes and flops are those of the steps. `runs` holds the seconds of each run of an entry in
+    which the group ran, `self_runs` without what ran inside; outside of entries each event is a run
+    of its own. One slow run moves a mean, and a sum, but no median.
     """
 
     name: str
@@ -62,6 +73,30 @@ class Row:
     self_seconds: float = 0.0
     bytes: int = 0
     flops: int = 0
+    stored: int = 0
+    runs: Spans = field(default_factory=dict)
+    self_runs: Spans = field(default_factory=dict)
+
+    @property
+    def median(self) -> float:
+        """Seconds of a run, in the middle."""
+        return statistics.median(self.runs.values()) if self.runs else 0.0
+
+    @property
+    def self_median(self) -> float:
+        """The same without what ran inside."""
+        return statistics.median(self.self_runs.values()) if self.self_runs else 0.0
+
+    @property
+    def least(self) -> float:
+        """Seconds of the fastest run."""
+        return min(self.runs.values(), default=0.0)
+
+    @property
+    def p95(self) -> float:
+        """The seconds that 95% of the runs kept within."""
+        ordered = sorted(self.runs.values())
+        return ordered[math.ceil(0.95 * len(ordered)) - 1] if ordered else 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,8 +197,9 @@ class Profiler:
     ) -> list[Row]:
         """Events summed by group, largest first.
 
-        `sort_by`: seconds (or total), self, calls, bytes, flops or name. `group_by`: operator,
-        kernel, module (every module path, with what lies inside it) or layer. Raises `UsageError`.
+        `sort_by`: seconds (or total) and self, both by the median of runs; calls, bytes, flops or
+        name. `group_by`: operator, kernel, module (every module path, with what lies inside it) or
+        layer. What a run of an entry takes outside of its steps has a row. Raises `UsageError`.
         """
         from dsc.runtime.stats import grouped
 
@@ -175,10 +211,12 @@ class Profiler:
         row_limit: int = 0,
         group_by: str = "operator",
         machine: Machine | None = None,
+        shares: bool = True,
     ) -> None:
         """Print the table of `rows`, with shares of what this machine's memory and cores can do.
 
-        Those are measured once a process, in about two seconds, unless `machine` gives them.
+        Those are measured once a process, in about two seconds, unless `machine` gives them;
+        without `shares` they are left out, as where the code ran on another device.
         """
         from rich.console import Console
 
@@ -186,33 +224,59 @@ class Profiler:
 
         found = Console(highlight=False)
         wide = found if found.is_terminal else Console(highlight=False, width=160)
-        wide.print(table(self.events, sort_by, row_limit, group_by, machine))
+        wide.print(table(self.events, sort_by, row_limit, group_by, machine, shares))
 
     def export_chrome_trace(self, path: str | Path) -> None:
         """Write the events in the Trace Event format that Perfetto and chrome://tracing read.
 
-        Live bytes of intermediates become a counter beside the steps.
+        Live bytes of intermediates become a counter beside the steps. Times begin with the first
+        event; the process is this rank's, its threads are steps, operators and collectives.
         """
-        text = json.dumps({"traceEvents": _trace(self.events), "displayTimeUnit": "ms"})
-        write_text(path, text)
+        from dsc.ir.ranks import current
+
+        events = _trace(self.events, current().rank)
+        write_text(path, json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}))
 
 
-def _trace(events: Sequence[Event]) -> list[dict[str, Any]]:
-    spans: list[dict[str, Any]] = [
+def _trace(events: Sequence[Event], rank: int = 0) -> list[dict[str, Any]]:
+    """Names of the process and its threads, a span for each event, and a counter."""
+    start = min((e.start for e in events), default=0.0)
+    threads = list(dict.fromkeys(_thread(e) for e in sorted(events, key=lambda e: e.start)))
+    named: list[dict[str, Any]] = [
+        {"name": "process_name", "ph": "M", "pid": rank, "tid": 0, "args": {"name": _process(rank)}}
+    ]
+    for tid, name in enumerate(threads):
+        of = {"ph": "M", "pid": rank, "tid": tid}
+        named.append({"name": "thread_name", **of, "args": {"name": name}})
+        named.append({"name": "thread_sort_index", **of, "args": {"sort_index": tid}})
+    spans = [
         {
-            "name": e.name, "cat": e.category, "ph": "X", "pid": 0,
-            "tid": 0 if e.category == "entry" else 1,
-            "ts": e.start * 1e6, "dur": e.seconds * 1e6,
+            "name": e.name, "cat": e.category, "ph": "X", "pid": rank,
+            "tid": threads.index(_thread(e)),
+            "ts": (e.start - start) * 1e6, "dur": e.seconds * 1e6,
             "args": {"bytes": e.bytes, "flops": e.flops, "loc": e.loc, "kernel": e.kernel},
         }
         for e in events
     ]  # fmt: skip
     counters = [
-        {"name": "live bytes", "ph": "C", "pid": 0, "ts": e.start * 1e6, "args": {"arena": e.live}}
+        {
+            "name": "live bytes", "ph": "C", "pid": rank, "tid": 0,
+            "ts": (e.start - start) * 1e6, "args": {"arena": e.live},
+        }
         for e in events
         if e.live is not None
-    ]
-    return spans + counters
+    ]  # fmt: skip
+    return named + spans + counters
+
+
+def _thread(event: Event) -> str:
+    return THREADS.get(event.category, OPERATORS)
+
+
+def _process(rank: int) -> str:
+    from dsc.ir.ranks import current
+
+    return f"dsc, rank {rank}" if current().size > 1 else "dsc"
 
 
 def active() -> Profiler | None:
@@ -224,11 +288,11 @@ def active() -> Profiler | None:
 def span(
     name: str,
     category: str,
-    cost: Callable[[], tuple[int, int]] | None = None,
+    cost: Callable[[], tuple[int, int, int]] | None = None,
 ) -> Iterator[None]:
     """Time a block for the active profiler; free when there is none.
 
-    `cost` gives its bytes and flops, when somebody looks.
+    `cost` gives its bytes, its flops, and the bytes of weights and caches, when somebody looks.
     """
     profiler = active()
     if profiler is None:
@@ -245,8 +309,8 @@ def span(
         began = start + mine.excluded  # what was left out came first: a backend gets ready
 
         def made() -> tuple[Event]:
-            moved = cost() if cost is not None else (0, 0)
-            return (Event(name, category, began, seconds, *moved),)
+            read, computed, stored = cost() if cost is not None else (0, 0, 0)
+            return (Event(name, category, began, seconds, read, computed, stored=stored),)
 
         profiler.later(made)
 
@@ -263,7 +327,7 @@ def entry_span(graph: Graph, inputs: Mapping[str, Any]) -> Any:
 
     shapes, lengths = {v.name: inputs[v.name].shape for v in graph.inputs}, lengths_of(inputs)
 
-    def cost() -> tuple[int, int]:
+    def cost() -> tuple[int, int, int]:
         return entry_cost(graph, symbols_of(graph, shapes), lengths)
 
     return span(graph.name, "entry", cost)

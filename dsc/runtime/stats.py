@@ -13,9 +13,9 @@ if TYPE_CHECKING:
     from dsc.runtime.probes import Machine
 
 SORTS: dict[str, Callable[[Row], float]] = {
-    "seconds": lambda r: r.seconds,
-    "total": lambda r: r.seconds,
-    "self": lambda r: r.self_seconds,
+    "seconds": lambda r: r.median * len(r.runs),
+    "total": lambda r: r.median * len(r.runs),
+    "self": lambda r: r.self_median * len(r.self_runs),
     "calls": lambda r: r.calls,
     "bytes": lambda r: r.bytes,
     "flops": lambda r: r.flops,
@@ -23,30 +23,65 @@ SORTS: dict[str, Callable[[Row], float]] = {
 GROUPS = ("operator", "kernel", "module", "layer")
 ROOT = "(model)"
 """The module path that all others lie in."""
+OUTSIDE = "(outside its steps)"
+"""What follows an entry's name in the row of what its runs take besides their steps."""
 
 
 def grouped(events: Sequence[Event], sort_by: str, row_limit: int, group_by: str) -> list[Row]:
-    """Events summed by group. Raises `UsageError` for an unknown order or group."""
+    """Events summed by group. Raises `UsageError` for an unknown order or group.
+
+    An entry's run is a row where nothing ran inside it; else its row holds what its steps leave.
+    """
     check_choice("sort_by", sort_by, (*SORTS, "name"))
     check_choice("group_by", group_by, GROUPS)
     rows: dict[str, Row] = {}
-    for event, alone, outer in nested(events):
+    found = list(nested(events))
+    whole = {id(e) for e, _, _ in found} - {id(o) for _, _, outer in found for o in outer}
+    runs = {id(e): i for i, (e, _, outer) in enumerate(found) if not outer}
+    for event, alone, outer in found:
+        run = runs[id(outer[0] if outer else event)]
+        if event.category == "entry" and id(event) not in whole:
+            _add(rows, f"{event.name} {OUTSIDE}", run, alone, alone, own=True)
+            continue
         own, *around = _groups(event, group_by)
-        row = rows.setdefault(own, Row(own))
-        row.calls += 1
-        row.self_seconds += alone
         inside_itself = group_by != "module" and any(_groups(o, group_by)[0] == own for o in outer)
         for name in (own, *around):
-            each = rows.setdefault(name, Row(name))
             # A module's total is what its own and its parts' events took by themselves.
-            each.seconds += alone if group_by == "module" else event.seconds * (not inside_itself)
+            total = alone if group_by == "module" else event.seconds * (not inside_itself)
+            row = _add(rows, name, run, total, alone, own=name == own)
             if event.category != "entry" or group_by == "operator":
-                each.bytes += event.bytes
-                each.flops += event.flops
+                row.bytes += event.bytes
+                row.flops += event.flops
+                row.stored += event.stored
     by_name = sorted(rows.values(), key=lambda r: r.name)
     if sort_by != "name":
         by_name.sort(key=SORTS[sort_by], reverse=True)
     return by_name[:row_limit] if row_limit else by_name
+
+
+def _add(rows: dict[str, Row], name: str, run: int, total: float, alone: float, own: bool) -> Row:
+    """Add an event's seconds to a row, `own` where it is the row of the event itself."""
+    row = rows.setdefault(name, Row(name))
+    row.calls += own
+    row.seconds += total
+    row.runs[run] = row.runs.get(run, 0.0) + total
+    row.self_seconds += alone * own
+    row.self_runs[run] = row.self_runs.get(run, 0.0) + alone * own
+    return row
+
+
+def entry_rows(events: Sequence[Event]) -> list[Row]:
+    """Each entry's runs as wholes, with what ran inside them."""
+    rows: dict[str, Row] = {}
+    for run, event in enumerate(e for e in events if e.category == "entry"):
+        row = _add(rows, event.name, run, event.seconds, event.seconds, own=True)
+        row.stored += event.stored
+    return list(rows.values())
+
+
+def working_set(events: Sequence[Event]) -> int:
+    """Bytes of weights and caches that a run of an entry reads, at most."""
+    return round(max((row.stored / row.calls for row in entry_rows(events)), default=0))
 
 
 def nested(events: Sequence[Event]) -> Iterator[tuple[Event, float, list[Event]]]:
@@ -97,40 +132,83 @@ def table(
     row_limit: int,
     group_by: str,
     machine: Machine | None,
+    shares: bool = True,
 ) -> Table:
-    """The table that `Profiler.print_stats` prints."""
+    """The table that `Profiler.print_stats` prints: a run of an entry, row by row."""
     from rich.table import Table
 
-    rows = grouped(events, sort_by, row_limit, group_by)
-    if machine is None and any(row.bytes or row.flops for row in rows):
+    rows = grouped(events, sort_by, 0, group_by)
+    if shares and machine is None and any(row.bytes or row.flops for row in rows):
+        from dsc.runtime.probes import READ_BYTES
         from dsc.runtime.probes import machine as measured
 
-        machine = measured()
-    total = sum(alone for _, alone, _ in nested(events)) or 1.0
-    times = ("self ms", "self %", "total ms", "total %", "calls", "us a call")
+        machine = measured(size=working_set(events) or READ_BYTES)
+    total = sum(row.self_median for row in rows) or 1.0
+    times = ("self ms", "self %", "median ms", "least", "p95", "calls")
     rates = ("MB", "GFLOP", "GB/s", "of read", "GFLOP/s", "of matrix")
     found = Table(group_by, *times, *rates)
     for column in found.columns[1:]:
         column.justify = "right"
         column.no_wrap = True
-    for row in rows:
-        found.add_row(*cells(row, total, machine))
-    if machine is not None:
-        found.caption = str(machine)
+    best = fastest(rows)
+    for row in rows[:row_limit] if row_limit else rows:
+        found.add_row(*cells(row, total, machine, best))
+    found.caption = "\n".join(_captions(events, rows, machine, best))
+    found.caption_justify = "left"
     return found
 
 
-def cells(row: Row, total: float, machine: Machine | None) -> list[str]:
-    """A row as text. Rates are over the time with what ran inside."""
-    seconds = max(row.seconds, 1e-12)
-    found = [row.name, f"{row.self_seconds * 1e3:.3f}", f"{row.self_seconds / total:.1%}"]
-    found += [f"{row.seconds * 1e3:.3f}", f"{row.seconds / total:.1%}", str(row.calls)]
-    found.append(f"{1e6 * row.seconds / row.calls:.1f}" if row.calls else "-")
-    reading, computing = row.bytes / seconds, row.flops / seconds
-    found.append(f"{row.bytes / 1e6:.2f}" if row.bytes else "-")
-    found.append(f"{row.flops / 1e9:.3f}" if row.flops else "-")
-    found.append(f"{reading / 1e9:.2f}" if row.bytes else "-")
-    found.append(f"{reading / machine.bandwidth:.0%}" if row.bytes and machine else "-")
-    found.append(f"{computing / 1e9:.2f}" if row.flops else "-")
-    found.append(f"{computing / machine.matrix:.0%}" if row.flops and machine else "-")
+def fastest(rows: Sequence[Row]) -> float:
+    """Operations a second of the row that computes fastest."""
+    return max((_rate(row, row.flops) for row in rows), default=0.0)
+
+
+def _captions(
+    events: Sequence[Event], rows: Sequence[Row], machine: Machine | None, best: float
+) -> Iterator[str]:
+    """What was run, what the columns are, and what the shares are of."""
+    for entry in entry_rows(events):
+        yield (
+            f"{entry.name}: {entry.calls} runs, median {entry.median * 1e3:.3f} ms,"
+            f" least {entry.least * 1e3:.3f}, p95 {entry.p95 * 1e3:.3f}"
+        )
+    yield "a row tells of one run: the median over runs, the fastest, what 95% of them kept within"
+    if any(OUTSIDE in row.name for row in rows):
+        yield f"{OUTSIDE}: what a run takes to prepare its inputs and to start and leave the code"
+    if machine is None:
+        return
+    yield str(machine)
+    if any(_reading(row) > machine.bandwidth for row in rows):
+        yield "of read: cached where weights and caches came faster, from the processor's caches"
+    if best > machine.matrix:
+        yield f"of matrix: of {best / 1e9:.0f} GFLOP/s, which a row reaches and the product did not"
+
+
+def _rate(row: Row, amount: int) -> float:
+    """So much a second: a run's share of an amount, in a median run."""
+    return amount / len(row.runs) / row.median if row.median else 0.0
+
+
+def _reading(row: Row) -> float:
+    """Bytes of weights and caches a second."""
+    return _rate(row, row.stored)
+
+
+def cells(row: Row, total: float, machine: Machine | None, best: float = 0.0) -> list[str]:
+    """A row as text. Rates are over the time with what ran inside.
+
+    Only weights and caches count as read: other bytes may never leave the processor's caches.
+    """
+    runs = max(1, len(row.runs))
+    found = [row.name, f"{row.self_median * 1e3:.3f}", f"{row.self_median / total:.1%}"]
+    found += [f"{x * 1e3:.3f}" for x in (row.median, row.least, row.p95)]
+    found.append(f"{row.calls / runs:g}" if row.calls else "-")
+    found.append(f"{row.bytes / runs / 1e6:.2f}" if row.bytes else "-")
+    found.append(f"{row.flops / runs / 1e9:.3f}" if row.flops else "-")
+    found.append(f"{_rate(row, row.bytes) / 1e9:.2f}" if row.bytes else "-")
+    share = _reading(row) / machine.bandwidth if machine else 0.0
+    found.append("cached" if share > 1.0 else f"{share:.0%}" if share else "-")
+    found.append(f"{_rate(row, row.flops) / 1e9:.2f}" if row.flops else "-")
+    peak = max(machine.matrix, best) if machine else 0.0
+    found.append(f"{_rate(row, row.flops) / peak:.0%}" if row.flops and peak else "-")
     return found

@@ -16,6 +16,7 @@ from dsc.cli.bench import summary
 from dsc.cli.compile import default_output
 from dsc.cli.opt import read_text
 from dsc.errors import ArtifactError, UsageError
+from dsc.runtime.profiler import span
 from dsc.runtime.protocol import Turn
 
 from .conftest import VOCAB, CountingModel, CountingSession, FakeApi, Invoke
@@ -129,6 +130,26 @@ def test_code_for_a_gpu_is_not_judged_by_a_processor(
     assert "% of the limit" not in shown
 
 
+def test_a_profile_leaves_warm_up_runs_out(
+    api: FakeApi, invoke: Invoke, artifact: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def timed(self: CountingSession, ids: Any) -> Any:
+        with span("decode", "entry"):
+            return self.prefill(ids[:, None])
+
+    monkeypatch.setattr(CountingSession, "decode", timed)
+    monkeypatch.setattr(CountingModel, "targets", ("cuda:sm_90",))
+    line = ("profile", str(artifact), "--tokens=5", "--warmup=3")
+    document = json.loads(invoke(*line, "--json").stdout)
+    (row,) = document["steps"]
+    assert (row["name"], row["runs"]) == ("decode", 5)
+    assert 0 < row["least_s"] <= row["median_s"] <= row["p95_s"]
+    assert document["machine"] is None
+    shown = invoke(*line).stdout
+    assert "5 runs" in shown
+    assert "code for cuda:sm_90" in shown
+
+
 def test_profile_prints_rows_and_writes_a_trace(
     api: FakeApi, invoke: Invoke, artifact: Path, tmp_path: Path
 ) -> None:
@@ -138,7 +159,8 @@ def test_profile_prints_rows_and_writes_a_trace(
     assert document["rows"] == []  # the fake reports nothing
     assert document["memory"]["weights"] > 0
     assert document["machine"]["read_bytes_per_s"] > 1e8
-    assert json.loads(trace.read_text())["traceEvents"] == []
+    assert {e["ph"] for e in json.loads(trace.read_text())["traceEvents"]} == {"M"}
+    assert (document["steps"], document["warmup"]) == ([], 2)
     assert invoke("profile", str(artifact), "--phase", "prefill", "--threads=1").exit_code == 0
 
 
