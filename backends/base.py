@@ -181,6 +181,27 @@ class KeepsCaches(Protocol):
         ...
 
 
+@runtime_checkable
+class OpensLate(Protocol):
+    """An executable that opens the code of an entry when it first runs, or when asked to."""
+
+    def open(self, entry: str) -> None:
+        """Open it now, so that the first step takes no longer than the next."""
+        ...
+
+
+@runtime_checkable
+class StandIn(Protocol):
+    """An executable that is there in the place of compiled code.
+
+    `stand_in` tells a user what runs instead and what that means; `computes`: whether the results
+    are those of the program.
+    """
+
+    stand_in: str
+    computes: bool
+
+
 class Backend(Protocol):
     """Turns programs into artifacts and artifacts into executables."""
 

@@ -64,6 +64,6 @@ def our_greedy(compiled: dsc.CompiledModel, ids: list[int], count: int) -> list[
     """Greedy continuation by a compiled model."""
     from dsc.generation import generate
 
-    stop = compiled.manifest["config"].get("eos_token_id")
+    stop = compiled.manifest["generation"]["eos_token_id"]
     session = compiled.session(max_batch=1, max_context=len(ids) + count)
-    return list(generate(session, ids, count, stop=() if stop is None else (stop,)))
+    return list(generate(session, ids, count, stop=stop))

@@ -113,7 +113,8 @@ class CompiledModel:
         """The artifact's manifest; before saving, what of it is known."""
         if self._artifact is not None:
             return self._artifact.manifest
-        return {"config": self.program.meta.get("config", {}), "source": self.source}
+        known = {name: self.program.meta.get(name, {}) for name in ("config", "generation")}
+        return {**known, "source": self.source}
 
     @cached_property
     def tokenizer(self) -> Any:

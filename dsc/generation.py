@@ -1,30 +1,257 @@
-"""Autoregressive generation over a session: one prompt in, token ids out as they come.
+"""Autoregressive generation over a session: prompts in, texts out as they come.
 
 NumPy only, so that an artifact whose backend needs no torch generates without importing it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+import time
+from collections import deque
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+from dsc.errors import ArtifactError, UsageError
+from dsc.sampling import Sampling
 
 if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
+    from dsc.sampling import Pick
 
-    Pick = Callable[[NDArray[np.float32]], int]
+BROKEN = "\N{REPLACEMENT CHARACTER}"
+PENDING = 3
+"""Bytes of a character that may wait for its last one."""
+GREEDY = Sampling()
 
 
 class Steps(Protocol):
-    """The two calls of a session that generation makes; arrays go in and come back."""
+    """What generation asks of a session; arrays go in and come back."""
 
-    def prefill(self, ids: Any) -> Any:
-        """Process the prompt `ids` [1, S]; return logits [1, vocab] of its last position."""
+    max_batch: int
+    max_context: int
+
+    def add(self, ids: Any) -> int:
+        """Start a sequence with the prompt `ids` [S]; return its id."""
         ...
 
-    def decode(self, next_ids: Any) -> Any:
-        """Process one more token, `next_ids` [1]; return its logits [1, vocab]."""
+    def logits(self, sequence: int) -> Any:
+        """The logits [vocab] after a sequence's last token."""
         ...
+
+    def decode(self, next_ids: Mapping[int, int]) -> Mapping[int, Any]:
+        """Process one more token of each sequence named; return their logits [vocab]."""
+        ...
+
+    def remove(self, sequence: int) -> None:
+        """End a sequence."""
+        ...
+
+
+class Tokenizer(Protocol):
+    """What turns ids into text."""
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Spell tokens."""
+        ...
+
+
+class TextStream:
+    """The text of tokens as it becomes whole, up to the first of some texts that end it.
+
+    A character may take several tokens, and so may a text that ends: what could still turn out to
+    be either is held back.
+    """
+
+    def __init__(
+        self, tokenizer: Tokenizer, prompt: Sequence[int] = (), stop: Sequence[str] = ()
+    ) -> None:
+        self._decode = tokenizer.decode
+        self._ids = list(prompt)  # spelled with what follows: a text's start is a special place
+        self._spelled = len(self._ids)
+        self._shown = self._decode(self._ids)
+        self._stop = stop
+        self._held = ""
+        self.stopped = False
+
+    def push(self, token: int) -> str:
+        """Add a token; return the text that is whole now and cannot be the beginning of an end."""
+        self._ids.append(token)
+        text = self._decode(self._ids)
+        waiting = min(PENDING, len(text) - len(text.rstrip(BROKEN)))
+        whole = text[: len(text) - waiting]
+        if not whole.startswith(self._shown):
+            return ""
+        new, self._shown = whole[len(self._shown) :], whole
+        if not waiting:
+            self._forget()
+        return self._released(new)
+
+    def finish(self) -> str:
+        """Return what was held back: no more tokens come."""
+        if self.stopped:
+            return ""
+        text = self._released(self._decode(self._ids).removeprefix(self._shown))
+        rest, self._held = self._held, ""
+        return text + rest
+
+    def _forget(self) -> None:
+        """Let go of the tokens before the last ones, which suffice to spell the next."""
+        last = self._ids[self._spelled :]
+        spelled = self._decode(last)
+        if spelled:  # a token that is not shown is no context
+            self._ids, self._shown = last, spelled
+        self._spelled = len(self._ids)
+
+    def _released(self, text: str) -> str:
+        """The part of the held and the new text that may be shown."""
+        text = self._held + text
+        found = [at for at in (text.find(s) for s in self._stop) if at >= 0]
+        if found:
+            self.stopped, self._held = True, ""
+            return text[: min(found)]
+        keep = max((_overlap(text, s) for s in self._stop), default=0)
+        self._held = text[len(text) - keep :]
+        return text[: len(text) - keep]
+
+
+def _overlap(text: str, stop: str) -> int:
+    """How long the end of `text` is with which `stop` begins.
+
+    >>> _overlap("so the E", "END"), _overlap("EN", "END"), _overlap("so", "END")
+    (1, 2, 0)
+    """
+    sizes = range(min(len(text), len(stop) - 1), 0, -1)
+    return next((n for n in sizes if text.endswith(stop[:n])), 0)
+
+
+@dataclass
+class Answer:
+    """What comes of one prompt: ids, and with a stream their text, until `finish_reason` says why.
+
+    "stop": a stop id or a stop text. "length": `most` new tokens.
+    """
+
+    prompt: Sequence[int]
+    most: int
+    pick: Pick
+    stop: Collection[int] = ()
+    stream: TextStream | None = None
+    ids: list[int] = field(default_factory=list)
+    text: str = ""
+    finish_reason: Literal["", "stop", "length"] = ""
+
+    def __post_init__(self) -> None:
+        self._tokens = list(self.prompt)
+
+    def take(self, logits: Any) -> str:
+        """Choose the next token; return the text that became whole by it.
+
+        Raises `ArtifactError` for logits that are no numbers.
+        """
+        import numpy as np
+
+        scores = np.asarray(logits, dtype=np.float32)
+        if not np.isfinite(scores).all():
+            raise ArtifactError(
+                f"the logits after {len(self._tokens)} tokens are not all numbers (NaN, infinity)",
+                hint="see whether the files are whole: dsc verify OUT --hashes; if they are,"
+                " compile again with --dtype fp32 and compare",
+            )
+        token = self.pick(scores, self._tokens)
+        if token in self.stop:
+            return self._ended("stop")
+        self.ids.append(token)
+        self._tokens.append(token)
+        text = "" if self.stream is None else self.stream.push(token)
+        self.text += text
+        if self.stream is not None and self.stream.stopped:
+            self.finish_reason = "stop"
+        elif len(self.ids) == self.most:
+            text += self._ended("length")
+        return text
+
+    def _ended(self, reason: Literal["stop", "length"]) -> str:
+        rest = "" if self.stream is None else self.stream.finish()
+        self.text += rest
+        self.finish_reason = "stop" if self.stream is not None and self.stream.stopped else reason
+        return rest
+
+
+@dataclass
+class Clock:
+    """Tokens and seconds: loading, prompts, and all that came after them."""
+
+    load_s: float = 0.0
+    prompt_tokens: int = 0
+    prefill_s: float = 0.0
+    decoded: int = 0
+    first_token_s: float | None = None
+    last_token_s: float = 0.0
+    start: float = field(default_factory=time.perf_counter)
+
+    @contextmanager
+    def prefill(self, tokens: int) -> Iterator[None]:
+        """Time the processing of a prompt."""
+        start = time.perf_counter()
+        yield
+        self.prefill_s += time.perf_counter() - start
+        self.prompt_tokens += tokens
+
+    def saw_token(self, decoded: bool) -> None:
+        """Note when a token was chosen, and whether a decode step led to it, not a prompt."""
+        self.last_token_s = time.perf_counter() - self.start
+        if self.first_token_s is None:
+            self.first_token_s = self.last_token_s
+        self.decoded += decoded
+
+    def summary(self) -> dict[str, float | int]:
+        """Counts, seconds and rates; what did not happen is left out."""
+        found: dict[str, float | int] = {"load_s": self.load_s} if self.load_s else {}
+        found["prompt_tokens"] = self.prompt_tokens
+        if self.first_token_s is None:
+            return found
+        found["first_token_s"] = self.first_token_s
+        found["prefill_s"] = self.prefill_s
+        found["prefill_tokens_per_s"] = self.prompt_tokens / self.prefill_s
+        if self.decoded:
+            found["decode_s"] = self.last_token_s - self.prefill_s
+            found["decode_tokens_per_s"] = self.decoded / found["decode_s"]
+        return found
+
+
+def continue_all(
+    session: Steps, answers: Sequence[Answer], clock: Clock | None = None
+) -> Iterator[tuple[int, str]]:
+    """Continue all prompts; yield the index of an answer and the text that became whole, or "".
+
+    As many as the session takes run together, and the next begins when one ends. One item comes
+    for each token, and one for an end without a token. The last token of an answer takes no step:
+    nobody would read its logits.
+    """
+    import numpy as np
+
+    clock = clock or Clock()
+    waiting = deque(range(len(answers)))
+    running: dict[int, int] = {}  # sequence to the index of its answer
+    scores: dict[int, Any] = {}
+    while waiting or running:
+        while waiting and len(running) < session.max_batch:
+            index = waiting.popleft()
+            prompt = np.asarray(answers[index].prompt, dtype=np.int64)
+            with clock.prefill(len(prompt)):
+                sequence = session.add(prompt)
+                scores[sequence] = session.logits(sequence)
+            running[sequence] = index
+        for sequence, index in list(running.items()):
+            decoded = bool(answers[index].ids)
+            text = answers[index].take(scores[sequence])
+            clock.saw_token(decoded)
+            if answers[index].finish_reason:
+                session.remove(sequence)
+                del running[sequence]
+            yield index, text
+        if running:
+            scores = dict(session.decode({s: answers[i].ids[-1] for s, i in running.items()}))
 
 
 def generate(
@@ -32,43 +259,29 @@ def generate(
     prompt: Sequence[int],
     max_new_tokens: int,
     *,
-    temperature: float = 0.0,
+    sampling: Sampling = GREEDY,
     seed: int = 0,
     stop: Collection[int] = (),
 ) -> Iterator[int]:
     """Yield up to `max_new_tokens` ids after `prompt`, ending early at (and without) a `stop` id.
 
-    Temperature 0 is greedy; above it ids are drawn from softmax(logits / temperature) with a
-    generator seeded by `seed`. The last id is yielded without a step that nobody would read.
+    The context of the session ends the text too.
     """
-    import numpy as np
-
-    if max_new_tokens < 1:
+    most = min(max_new_tokens, room(len(prompt), session.max_context))
+    if most < 1:
         return
-    pick = sampler(temperature, seed)
-    logits = session.prefill(np.asarray([prompt], dtype=np.int64))
-    for remaining in range(max_new_tokens - 1, -1, -1):
-        token = pick(np.asarray(logits, dtype=np.float32)[0])
-        if token in stop:
-            return
-        yield token
-        if remaining:
-            logits = session.decode(np.asarray([token], dtype=np.int64))
+    answer = Answer(prompt, most, sampling.picker(seed, 0), stop)
+    for _ in continue_all(session, [answer]):
+        if answer.finish_reason != "stop":
+            yield answer.ids[-1]
 
 
-def sampler(temperature: float, seed: int) -> Pick:
-    """Return the choice of one id from logits [vocab]: the largest, or a seeded draw."""
-    import numpy as np
-
-    if temperature < 0:
-        raise ValueError(f"temperature {temperature} is negative")
-    if temperature == 0:
-        return lambda logits: int(logits.argmax())
-    draws = np.random.default_rng(seed)
-
-    def draw(logits: NDArray[np.float32]) -> int:
-        scaled = logits.astype(np.float64) / temperature
-        weights = np.exp(scaled - scaled.max())
-        return int(draws.choice(len(weights), p=weights / weights.sum()))
-
-    return draw
+def room(prompt_tokens: int, max_context: int) -> int:
+    """How many tokens a text may still grow by. Raises `UsageError` for a prompt that fills it."""
+    if prompt_tokens < max_context:
+        return max_context - prompt_tokens
+    raise UsageError(
+        f"the prompt has {prompt_tokens} tokens, and the text may have {max_context} with the"
+        " answer: that is --max-context, for which the model was compiled",
+        hint="shorten the prompt, or compile with a larger --max-context",
+    )

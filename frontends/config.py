@@ -246,7 +246,7 @@ def parse_config(raw: Mapping[str, Any], where: str = CONFIG_FILE) -> ModelConfi
     try:
         return ModelConfig.model_validate(fields)
     except ValidationError as exc:
-        raise ConfigError(_sentence(exc), where) from None
+        raise ConfigError(sentence(exc), where) from None
 
 
 def load_config(path: Path | str) -> ModelConfig:
@@ -294,7 +294,7 @@ def _rope_parameters(raw: Mapping[str, Any], where: str) -> dict[str, Any]:
     return rope
 
 
-def _sentence(exc: ValidationError) -> str:
+def sentence(exc: ValidationError) -> str:
     """All that pydantic found, one `field: reason` after the other, without its jargon."""
     found = []
     for error in exc.errors(include_url=False, include_context=False):

@@ -10,7 +10,7 @@ import hashlib
 import importlib
 import importlib.util
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import ModuleType
@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from dsc.errors import ConfigError, UnsupportedArchitecture, UsageError
 from dsc.frontends.config import ModelConfig
+from dsc.frontends.generation_config import Settings, load_generation, settings_of
 from dsc.ir.dims import Range
 from dsc.ir.program import Program
 from dsc.ir.types import DType
@@ -134,10 +135,11 @@ def _from_checkpoint(
             hint='drop --weights, or give "none" to compile without values',
         )
     checkpoint = load_checkpoint(folder, dtype)
+    settings = load_generation(folder, checkpoint.config)
     traced = _trace(checkpoint.build(), checkpoint.config, checkpoint.dtype, limits, progress)
     given = None if weights is not None else (checkpoint.weights, checkpoint.source)
     program = _with_weights(traced, given, folder.resolve().name)
-    return _loaded(program, checkpoint.config, limits, folder, list(checkpoint.notes))
+    return _loaded(program, checkpoint.config, limits, settings, folder, checkpoint.notes)
 
 
 def _from_code(
@@ -175,14 +177,15 @@ def _from_code(
             hint="leave --config out to use the folder's own",
         )
     compute = checkpoint.dtype if checkpoint is not None else dtype or _config_dtype(config)
+    settings = settings_of({}, config) if folder is None else load_generation(folder, config)
     with torch.device("meta"):
         module = cast_parameters(build(config), compute.torch)
     traced = _trace(module, config, compute, limits, progress)
     if checkpoint is None:
-        return _loaded(_with_weights(traced, None, path.stem), config, limits, None, [])
+        return _loaded(_with_weights(traced, None, path.stem), config, limits, settings)
     mapped = retarget(checkpoint, module)
     program = _with_weights(traced, (mapped.weights, mapped.source), path.stem)
-    return _loaded(program, config, limits, folder, list(checkpoint.notes))
+    return _loaded(program, config, limits, settings, folder, checkpoint.notes)
 
 
 def _from_text(path: Path, limits: Limits) -> Loaded:
@@ -228,15 +231,17 @@ def _from_module(
         raise UsageError(
             f"the module computes in {stored}", hint=f"convert it first: module.to({dtype.torch})"
         )
+    generation = getattr(module, "generation_config", None)
+    settings = settings_of({} if generation is None else generation.to_dict(), config)
     step = CausalLMStep(module.eval())
     traced = _trace(step, config, stored, limits, progress)
     state = {k: v.detach() for k, v in step.state_dict().items()}
     if any(v.is_meta for v in state.values()):
-        return _loaded(_with_weights(traced, None, config.model_type), config, limits, None, [])
+        return _loaded(_with_weights(traced, None, config.model_type), config, limits, settings)
     source = DictSource(state)
     given = {k: Source(k, source.type(k)) for k in state}
     program = _with_weights(traced, (given, source), config.model_type)
-    return _loaded(program, config, limits, None, [])
+    return _loaded(program, config, limits, settings)
 
 
 def _trace(
@@ -321,13 +326,20 @@ def _value(traced: Program, name: str) -> Any:
 
 
 def _loaded(
-    program: Program, config: ModelConfig, limits: Limits, folder: Path | None, notes: list[str]
+    program: Program,
+    config: ModelConfig,
+    limits: Limits,
+    settings: Settings,
+    folder: Path | None = None,
+    notes: Sequence[str] = (),
 ) -> Loaded:
+    generation, unused = settings
+    program = replace(program, meta={**program.meta, "generation": generation})
     files: dict[str, Path | bytes] = {}
     if folder is not None and (folder / "tokenizer.json").is_file():
         files["tokenizer.json"] = folder / "tokenizer.json"
     source = str(folder.resolve()) if folder is not None else ""
-    return Loaded(program, limits.context(config), source, files, notes)
+    return Loaded(program, limits.context(config), source, files, [*notes, *unused])
 
 
 def _build_function(path: Path) -> Callable[[ModelConfig], nn.Module]:

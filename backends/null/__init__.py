@@ -72,6 +72,9 @@ class NullBackend:
 class NullExecutable:
     """Checks its inputs and returns zeros; a cache that is written in place comes back as it is."""
 
+    stand_in = "the null backend plans and counts, and computes nothing"
+    computes = False
+
     def __init__(self, program: Program) -> None:
         self._program = program
         self._admissions = {n: Admission(g, program.symbols) for n, g in program.entries.items()}

@@ -76,6 +76,10 @@ class OnnxExecutable:
         """Names, types and aliases of an entry."""
         return Signature.of(self.program.entries[entry])
 
+    def open(self, entry: str) -> None:
+        """Open the session of an entry's model."""
+        self._session(entry)
+
     def run(self, entry: str, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Run an entry on CPU tensors by name; results are new tensors. Raises `UsageError`."""
         import torch

@@ -25,6 +25,12 @@ if TYPE_CHECKING:
 class InterpretedExecutable:
     """Runs an artifact's launches through `worker.py`. Exact to the kernels, and slow."""
 
+    stand_in = (
+        "no GPU here runs these kernels: Triton's interpreter stands in for it on the CPU, for"
+        " tests; even a tiny model takes seconds for each token"
+    )
+    computes = True
+
     def __init__(self, folder: Path, weights: Path, program: Program) -> None:
         text = (folder / "interpret" / "launches.json").read_text()
         self._entries = LaunchProgram.from_json(text).entries

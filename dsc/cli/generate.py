@@ -1,109 +1,220 @@
-"""`dsc generate`: continue a prompt with a compiled model."""
+"""`dsc generate`: continue prompts with a compiled model."""
 
 from __future__ import annotations
 
 import json as json_format
 import sys
+import tempfile
 import time
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-from typer import Option
+from typer import Context, Option
 
 from dsc.cli import options
-
-
-@dataclass(slots=True)
-class Clock:
-    """When each token came, in seconds since `start`."""
-
-    start: float = field(default_factory=time.perf_counter)
-    arrivals: list[float] = field(default_factory=list)
-
-    def timed(self, tokens: Iterable[int]) -> Iterator[int]:
-        """Pass tokens on and note when each came."""
-        for token in tokens:
-            self.arrivals.append(time.perf_counter() - self.start)
-            yield token
-
-    def summary(self, prompt_tokens: int) -> dict[str, float | int]:
-        """Return the counts, the time to the first token and the decode rate after it."""
-        found: dict[str, float | int] = {
-            "prompt_tokens": prompt_tokens,
-            "new_tokens": len(self.arrivals),
-        }
-        if self.arrivals:
-            found["first_token_s"] = self.arrivals[0]
-            found["prefill_tokens_per_s"] = prompt_tokens / self.arrivals[0]
-        if len(self.arrivals) > 1:
-            elapsed = self.arrivals[-1] - self.arrivals[0]
-            found["decode_tokens_per_s"] = (len(self.arrivals) - 1) / elapsed
-        return found
+from dsc.cli.answers import (
+    Printer,
+    Prompt,
+    check_sampling,
+    check_stops,
+    chosen_sampling,
+    cut_off,
+    encoded,
+    facts,
+    read_prompts,
+)
 
 
 def generate(
+    context: Context,
     artifact: options.Artifact,
-    prompt: Annotated[str, Option("--prompt", help="The text to continue.", show_default=False)],
+    prompt: Annotated[
+        list[str] | None,
+        Option(
+            "--prompt",
+            metavar="TEXT",
+            help="The text to continue; repeat for several, '-' reads standard input.",
+            show_default=False,
+        ),
+    ] = None,
+    file: Annotated[
+        list[Path] | None,
+        Option(
+            "--file",
+            metavar="F",
+            help="A file whose text is continued; repeat for several. One newline at the end of a"
+            " file, or of standard input, is left out.",
+            show_default=False,
+        ),
+    ] = None,
     max_new_tokens: Annotated[
-        int, Option("--max-new-tokens", min=1, help="How many tokens at most.")
+        int, Option("--max-new-tokens", min=1, help="How many tokens at most, for each prompt.")
     ] = 64,
+    stop: Annotated[
+        list[str] | None,
+        Option(
+            "--stop",
+            metavar="TEXT",
+            help="End an answer before this text, besides the model's stop ids; repeatable.",
+            show_default=False,
+        ),
+    ] = None,
+    greedy: Annotated[
+        bool, Option("--greedy", help="The likeliest token, always, whatever the model's default.")
+    ] = False,
     temperature: Annotated[
-        float, Option("--temperature", min=0.0, help="0: the likeliest token, always.")
-    ] = 0.0,
-    seed: Annotated[int, Option("--seed", min=0, help="Of the draws above temperature 0.")] = 0,
-    stats: Annotated[bool, Option("--stats", help="Print rates on standard error.")] = False,
+        float | None,
+        Option(
+            "--temperature",
+            min=0.0,
+            help="Draw, from softmax(logits / temperature); 0: as --greedy.  [default: the"
+            " model's own, else greedy; so for the next four]",
+            show_default=False,
+        ),
+    ] = None,
+    top_k: Annotated[
+        int | None,
+        Option(
+            "--top-k",
+            min=0,
+            help="Draw from so many likeliest tokens; 0: all.",
+            show_default=False,
+        ),
+    ] = None,
+    top_p: Annotated[
+        float | None,
+        Option(
+            "--top-p",
+            min=0.0,
+            max=1.0,
+            help="Draw from the likeliest tokens that have this probability together.",
+            show_default=False,
+        ),
+    ] = None,
+    min_p: Annotated[
+        float | None,
+        Option(
+            "--min-p",
+            min=0.0,
+            max=1.0,
+            help="Draw from tokens with at least this share of the likeliest one's probability.",
+            show_default=False,
+        ),
+    ] = None,
+    repetition_penalty: Annotated[
+        float | None,
+        Option(
+            "--repetition-penalty",
+            min=0.01,
+            help="Above 1: tokens of the text so far become less likely, also with --greedy.",
+            show_default=False,
+        ),
+    ] = None,
+    seed: Annotated[int, Option("--seed", min=0, help="Of the draws.")] = 0,
+    stats: Annotated[
+        bool, Option("--stats", help="Print times of loading, prompts and decoding, to stderr.")
+    ] = False,
     ranks: options.Ranks = None,
     threads: options.Threads = None,
     pin: options.Pin = None,
     json: options.Json = False,
     trust: options.Trust = False,
 ) -> None:
-    """Continue a prompt with the model in OUT; the text streams to standard output.
+    """Continue prompts with the model in OUT; the text streams to standard output.
+
+    Several prompts run together, as many as the model was compiled for (--max-batch), and each
+    answer is printed under its prompt. An answer ends at a stop id or --stop ("stop"), or at
+    --max-new-tokens or the model's --max-context ("length"). Options that are not given are those
+    that the model's generation_config.json asks for; where it asks for none, text is greedy.
 
     An artifact of several ranks runs as that many processes, started here, or by torchrun.
 
-    Example: dsc generate v3-tvm --prompt "Once upon a time" --max-new-tokens 40 --stats
+    Examples:
+
+        dsc generate v3-tvm --prompt "Once upon a time" --max-new-tokens 40 --stats
+
+        dsc generate v3-tvm --file a.txt --file b.txt --top-p 0.9 --seed 7 --stop "The end" --json
     """
     from dsc import api, generation
     from dsc.cli import console
+    from dsc.errors import ArtifactError
+    from dsc.frontends.generation_config import parse_settings
     from dsc.ir.ranks import current
 
+    asked = options.chosen(
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+    )
+    ends = stop or []
+    check_stops(ends)
+    check_sampling(asked, greedy)
+    prompts = read_prompts(prompt or [], file or [])
     if must_launch(artifact, ranks):
-        arguments = ["generate", str(artifact), "--prompt", prompt, "--seed", str(seed)]
-        arguments += ["--max-new-tokens", str(max_new_tokens), "--temperature", str(temperature)]
-        flags = {"--stats": stats, "--json": json, "--trust": trust}
-        flags |= {"--pin": pin is True, "--no-pin": pin is False}
-        arguments += [] if threads is None else ["--threads", str(threads)]
-        launch_ranks([*arguments, *(name for name, on in flags.items() if on)], artifact)
+        launch_typed(context.params, prompts, artifact)
         return
+    start = time.perf_counter()
     compiled = api.load(artifact, trust=trust, **options.chosen(threads=threads, pin=pin))
     tokenizer = required_tokenizer(compiled.tokenizer, artifact)
-    ids = tokenizer.encode(prompt).ids
-    if not ids:
-        raise _empty_prompt()
-    agree_on(prompt=prompt, seed=seed, max_new_tokens=max_new_tokens, temperature=temperature)
-    session = compiled.session(max_batch=1, max_context=len(ids) + max_new_tokens)
-    clock = Clock()
-    tokens = generation.generate(
-        session,
-        ids,
-        max_new_tokens,
-        temperature=temperature,
-        seed=seed,
-        stop=stop_ids(artifact),
+    ids = [encoded(tokenizer, each, compiled.max_context) for each in prompts]
+    own = parse_settings(compiled.manifest.get("generation") or {}, str(artifact), ArtifactError)
+    sampling = chosen_sampling(own, asked, greedy)
+    agree_on(prompt=ids, max_new_tokens=max_new_tokens, seed=seed, sampling=sampling, stop=ends)
+    tell_stand_in(compiled.executable)
+    session = compiled.session(
+        max_batch=min(len(ids), compiled.max_batch),
+        max_context=min(max(map(len, ids)) + max_new_tokens, compiled.max_context),
     )
+    session.prepare([len(each) for each in ids])
+    ends = [*ends, *own.stop_strings]
+    special = (tokenizer.token_to_id(text) for text in ends)  # has no text to be found in
+    stop_ids = {*own.eos_token_id, *(token for token in special if token is not None)}
+    answers = [
+        generation.Answer(
+            each,
+            min(max_new_tokens, generation.room(len(each), compiled.max_context)),
+            sampling.picker(seed, number),
+            stop_ids,
+            generation.TextStream(tokenizer, each, ends),
+        )
+        for number, each in enumerate(ids)
+    ]
     speaks = current().rank == 0
-    text = _stream(tokenizer, clock.timed(tokens), quiet=json or not speaks)
-    summary = clock.summary(len(ids))
+    clock = generation.Clock(load_s=time.perf_counter() - start)
+    printer = Printer(answers, prompts, quiet=json or not speaks)
+    for index, text in generation.continue_all(session, answers, clock):
+        printer.take(index, text)
     if not speaks:
         return
     if json:
-        console.print_json({"text": text, **summary})
-    elif stats:
-        lines = (f"{name} {value:.6g}" for name, value in summary.items())
+        found = [facts(*pair) for pair in zip(prompts, answers, strict=True)]
+        console.print_json(found if len(found) > 1 else {**found[0], **clock.summary()})
+    remark = cut_off(answers, max_new_tokens, compiled.max_context)
+    if remark:
+        console.stderr().print(remark)
+    if stats:
+        counted = clock.summary() | {"new_tokens": sum(len(answer.ids) for answer in answers)}
+        lines = (f"{name} {value:.6g}" for name, value in counted.items())
         console.stderr().print("\n".join(lines))
+
+
+def tell_stand_in(executable: object) -> None:
+    """Say what runs in the place of compiled code. Raises `UsageError` where nothing computes."""
+    from dsc.backends.base import StandIn
+    from dsc.cli import console
+    from dsc.errors import UsageError
+
+    if not isinstance(executable, StandIn):
+        return
+    if not executable.computes:
+        raise UsageError(
+            f"there is no text to be had: {executable.stand_in}",
+            hint="compile the model for another backend: tvm, onnxruntime, reference or triton",
+        )
+    console.stderr().print(executable.stand_in)
 
 
 def must_launch(artifact: Path, ranks: int | None) -> bool:
@@ -137,11 +248,27 @@ def launch_ranks(arguments: list[str], artifact: Path) -> None:
         sys.exit(status)
 
 
+def launch_typed(given: Mapping[str, Any], prompts: Sequence[Prompt], artifact: Path) -> None:
+    """Launch the ranks with the options of this command; prompts go through files.
+
+    A rank has no standard input, and what a line may hold has a limit.
+    """
+    from dsc.cli.ranks import spelled
+
+    elsewhere = ("artifact", "prompt", "file", "ranks")
+    kept = {name: value for name, value in given.items() if name not in elsewhere}
+    with tempfile.TemporaryDirectory(prefix="dsc-prompts-") as folder:
+        files = [Path(folder) / str(number) for number in range(len(prompts))]
+        for path, (_, text) in zip(files, prompts, strict=True):
+            path.write_text(text + "\n", encoding="utf-8", newline="")
+        launch_ranks(["generate", str(artifact), *spelled({**kept, "file": files})], artifact)
+
+
 def agree_on(**options: object) -> None:
     """Check that all ranks were given the same options, which are shown only as digests."""
     from dsc.runtime import collectives
 
-    shown = {"seed", "max_new_tokens", "temperature"}
+    shown = {"seed", "max_new_tokens", "sampling"}
     facts = {
         name: str(value) if name in shown else collectives.digest(str(value))
         for name, value in options.items()
@@ -167,35 +294,3 @@ def manifest_config(artifact: Path) -> dict[str, Any]:
     manifest = json_format.loads((artifact / "dsc.json").read_text(encoding="utf-8"))
     config: dict[str, Any] = manifest.get("config") or {}
     return config
-
-
-def stop_ids(artifact: Path) -> frozenset[int]:
-    """Return the ids that end a text: one, several or none, as the configuration says."""
-    stop = manifest_config(artifact).get("eos_token_id")
-    if stop is None:
-        return frozenset()
-    return frozenset(stop if isinstance(stop, list) else [stop])
-
-
-def _stream(tokenizer: Any, tokens: Iterator[int], quiet: bool) -> str:
-    """Print text as it becomes whole; a character may take several tokens."""
-    ids: list[int] = []
-    shown = ""
-    for token in tokens:
-        ids.append(token)
-        text = tokenizer.decode(ids)
-        if quiet or text.endswith("\N{REPLACEMENT CHARACTER}"):
-            continue
-        sys.stdout.write(text[len(shown) :])
-        sys.stdout.flush()
-        shown = text
-    text = str(tokenizer.decode(ids))
-    if not quiet:
-        sys.stdout.write(text[len(shown) :] + "\n")
-    return text
-
-
-def _empty_prompt() -> Exception:
-    from dsc.errors import UsageError
-
-    return UsageError("the prompt holds no token", hint="give a text with --prompt")

@@ -35,6 +35,8 @@ def inspect(
 ) -> None:
     """Print the text IR of MODEL, or of an artifact OUT, or what OUT holds.
 
+    Of an artifact the first lines say what runs it, its limits, and where and how texts go on.
+
     Examples:
 
         dsc inspect models/v3.py --entry decode --after absorb_mla
@@ -81,24 +83,60 @@ def _inspect_artifact(
             where=str(folder),
             hint="name the model with --after, not the artifact",
         )
-    if report:
+    manifest = read_object(folder, "dsc.json")
+    facts = card(manifest, folder)
+    if report and as_json:
+        known = {name: manifest.get(name) or {} for name in ("limits", "generation", "needs")}
+        _show_report({**read_report(folder), **known}, entry, as_json)
+    elif report:
+        print("\n".join(f"{name:<20}  {value}" for name, value in facts.items()))
         _show_report(read_report(folder), entry, as_json)
     if kernels:
         _list_kernels(folder)
     if not (report or kernels):
-        print(_select((folder / "program.dsc").read_text("utf-8"), entry), end="")
+        head = "".join(f"# {name:<8} {value}\n" for name, value in facts.items())
+        print(head + _select((folder / "program.dsc").read_text("utf-8"), entry), end="")
+
+
+def card(manifest: Mapping[str, Any], folder: Path) -> dict[str, str]:
+    """What an artifact is for: what runs it, its limits, where texts end and how they go on.
+
+    Raises `ArtifactError` for settings that are none.
+    """
+    from dsc.cli.answers import chosen_sampling
+    from dsc.cli.report_tables import clean
+    from dsc.errors import ArtifactError
+    from dsc.frontends.generation_config import parse_settings
+
+    own = parse_settings(manifest.get("generation") or {}, str(folder), ArtifactError)
+    ends = [*map(str, own.eos_token_id), *map(json_text.dumps, own.stop_strings)]
+    sampling = chosen_sampling(own, {})
+    limits = {f"--{k.replace('_', '-')}": v for k, v in (manifest.get("limits") or {}).items()}
+    runs = [str(manifest.get("backend")), *map(str, manifest.get("targets") or [])]
+    lines = {
+        "backend": ", ".join(runs + list((manifest.get("needs") or {}).values())),
+        "limits": ", ".join(f"{name} {value}" for name, value in limits.items()) or "none",
+        "stops": ("at " + ", ".join(ends)) if ends else "only at a limit",
+        "chooses": str(sampling),
+    }
+    return {name: clean(line) for name, line in lines.items()}
 
 
 def read_report(folder: Path) -> dict[str, Any]:
     """Return an artifact's report. Raises `ArtifactError`."""
+    return read_object(folder, "report.json")
+
+
+def read_object(folder: Path, name: str) -> dict[str, Any]:
+    """Return a JSON object of an artifact. Raises `ArtifactError`."""
     from dsc.errors import ArtifactError
 
     try:
-        found = json_text.loads((folder / "report.json").read_text("utf-8"))
+        found = json_text.loads((folder / name).read_text("utf-8"))
     except (OSError, ValueError, RecursionError) as problem:
-        raise ArtifactError(f"cannot read report.json: {problem}", where=str(folder)) from None
+        raise ArtifactError(f"cannot read {name}: {problem}", where=str(folder)) from None
     if not isinstance(found, dict):
-        raise ArtifactError("report.json holds no report", where=str(folder))
+        raise ArtifactError(f"{name} is no JSON object", where=str(folder))
     return found
 
 

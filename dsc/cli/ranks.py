@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 
@@ -19,11 +20,11 @@ def launched(verb: str, artifact: Path, **given: object) -> bool:
     return True
 
 
-def spelled(given: dict[str, object]) -> list[str]:
+def spelled(given: Mapping[str, object]) -> list[str]:
     """Options as the command line spells them; None and False are left out, but for `pin`.
 
-    >>> spelled({"row_limit": 3, "json": True, "trust": False, "pin": False, "trace": None})
-    ['--row-limit', '3', '--json', '--no-pin']
+    >>> spelled({"row_limit": 3, "json": True, "pin": False, "trace": None, "stop": ["-", "x"]})
+    ['--row-limit=3', '--json', '--no-pin', '--stop=-', '--stop=x']
     """
     words: list[str] = []
     for name, value in given.items():
@@ -33,7 +34,8 @@ def spelled(given: dict[str, object]) -> list[str]:
         elif value is False:
             words += [f"--no-{option}"] if name == "pin" else []
         elif value is not None:
-            words += [f"--{option}", str(value)]
+            values = value if isinstance(value, (list, tuple)) else [value]
+            words += [f"--{option}={each}" for each in values]
     return words
 
 

@@ -136,6 +136,7 @@ def write(
             "versions": _versions(),
             "meta": dict(emission.meta),
             "config": program.meta.get("config", {}),
+            "generation": program.meta.get("generation", {}),
             "source": source,
             "limits": dict(limits),
             "rank": rank,

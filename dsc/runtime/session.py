@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dsc.backends.base import KeepsCaches
+from dsc.backends.base import KeepsCaches, OpensLate
 from dsc.errors import UsageError
 from dsc.ir.dims import Sym
 from dsc.ir.graph import Graph
@@ -91,6 +91,17 @@ class Session:
         found = self._active[self._row(sequence)]
         assert found.logits is not None
         return _like(found.logits, found.like)
+
+    def prepare(self, prompts: Sequence[int]) -> None:
+        """Open the entries that prompts of so many tokens and decode steps need, where that waits.
+
+        Without it the first step of each entry opens it, and takes so much longer.
+        """
+        if isinstance(self.executable, OpensLate):
+            sizes = {n % self.prefill_chunk or self.prefill_chunk for n in prompts} | {1}
+            sizes |= {self.prefill_chunk for n in prompts if n > self.prefill_chunk}
+            for entry in {self._entry(size) for size in sizes}:
+                self.executable.open(entry)
 
     def reset(self) -> None:
         """Forget all sequences; pages go back to the pool."""

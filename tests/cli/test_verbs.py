@@ -19,7 +19,7 @@ from dsc.errors import ArtifactError, UsageError
 from dsc.runtime.profiler import span
 from dsc.runtime.protocol import Turn
 
-from .conftest import VOCAB, CountingModel, CountingSession, FakeApi, Invoke
+from .conftest import GENERATION, VOCAB, CountingModel, CountingSession, FakeApi, Invoke
 
 
 def test_compile_passes_only_what_was_asked(api: FakeApi, invoke: Invoke, tmp_path: Path) -> None:
@@ -75,25 +75,6 @@ def test_export_asks_for_onnx(api: FakeApi, invoke: Invoke, tmp_path: Path) -> N
     assert invoke("export", "m.py", "--onnx-ops", "ort", "-o", str(tmp_path / "o")).exit_code == 0
     assert api.asked[0]["backend"] == "onnxruntime"
     assert api.asked[0]["backend_options"] == {"onnx_ops": "ort"}
-
-
-def test_generate_streams_until_the_end_token(api: FakeApi, invoke: Invoke, artifact: Path) -> None:
-    result = invoke("generate", str(artifact), "--prompt", "abc", "--trust")
-    assert result.stdout == "defg\n"  # h is the end token, 7
-    assert api.loaded == [{"path": artifact, "trust": True}]
-
-
-def test_generate_counts(api: FakeApi, invoke: Invoke, artifact: Path) -> None:
-    line = ("generate", str(artifact), "--prompt", "abc", "--max-new-tokens", "3", "--json")
-    document = json.loads(invoke(*line).stdout)
-    assert document["text"] == "def"
-    assert (document["prompt_tokens"], document["new_tokens"]) == (3, 3)
-    assert document["decode_tokens_per_s"] > 0
-
-
-def test_generate_refuses_an_empty_prompt(api: FakeApi, invoke: Invoke, artifact: Path) -> None:
-    with pytest.raises(UsageError, match="no token"):
-        invoke("generate", str(artifact), "--prompt", "")
 
 
 def test_bench_measures_both_phases(api: FakeApi, invoke: Invoke, artifact: Path) -> None:
@@ -227,10 +208,24 @@ def test_inspect_shows_a_models_ir(api: FakeApi, invoke: Invoke) -> None:
 
 
 def test_inspect_shows_what_an_artifact_holds(invoke: Invoke, artifact: Path) -> None:
-    assert invoke("inspect", str(artifact)).stdout == "the program\n"
-    assert invoke("inspect", str(artifact), "--report", "--json").stdout == "{}\n"
+    shown = invoke("inspect", str(artifact)).stdout.splitlines()
+    assert shown[-1] == "the program"
+    assert all(line.startswith("# ") for line in shown[:-1])
+    document = json.loads(invoke("inspect", str(artifact), "--report", "--json").stdout)
+    assert document == {"limits": {"max_context": 64}, "generation": GENERATION, "needs": {}}
+    for lines in (shown[:-1], invoke("inspect", str(artifact), "--report").stdout.splitlines()):
+        said = dict(line.removeprefix("# ").split(maxsplit=1) for line in lines[:4])
+        assert said["limits"] == "--max-context 64"
+        assert said["stops"] == 'at 7, "###"'
+        assert said["chooses"] == "draws: --top-p 0.9"
     listed = invoke("inspect", str(artifact), "--kernels").stdout.split()
     assert listed == ["7", "B", os.path.join("null", "kernel.txt")]
+
+
+def test_an_artifact_that_is_no_json_is_refused(invoke: Invoke, artifact: Path) -> None:
+    (artifact / "dsc.json").write_text("[]")
+    with pytest.raises(ArtifactError, match=r"dsc\.json is no JSON object"):
+        invoke("inspect", str(artifact))
 
 
 def test_opt_refuses_a_missing_file(tmp_path: Path) -> None:

@@ -1,0 +1,165 @@
+"""How the next token is chosen from logits: the likeliest, or a seeded draw from what is likely.
+
+The steps and their order are those of transformers' logits processors (`generation/utils.py`,
+`_get_logits_processor`): repetition penalty, temperature, top-k, top-p, min-p, each on float32.
+NumPy only, so that an artifact whose backend needs no torch generates without importing it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    Scores = NDArray[np.float32]
+    Pick = Callable[[Scores, Sequence[int]], int]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """What is done to logits before a token is chosen; the defaults do nothing.
+
+    `sample`: draw, instead of taking the likeliest token. `temperature` 0 is the likeliest too.
+    `top_k`: only so many of the likeliest (0: all). `top_p`: only the likeliest that together have
+    this probability. `min_p`: only what has this share of the likeliest token's probability.
+    `repetition_penalty`: above 1, tokens of the prompt and the text so far become less likely; it
+    holds with and without drawing.
+    """
+
+    sample: bool = False
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+
+    def __str__(self) -> str:
+        """Say it as options of the command line.
+
+        >>> print(Sampling(), "|", Sampling(True, 0.6, top_p=0.95))
+        greedily | draws: --temperature 0.6, --top-p 0.95
+        """
+        said = [
+            f"--{each.name.replace('_', '-')} {value:g}"
+            for each in fields(self)
+            if (value := getattr(self, each.name)) != each.default and each.name != "sample"
+        ]
+        how = "draws" if self.draws else "greedily"
+        return f"{how}: {', '.join(said)}" if said else how
+
+    @property
+    def draws(self) -> bool:
+        """Whether there is anything left to chance."""
+        return self.sample and self.temperature > 0
+
+    def processed(self, logits: Scores, ids: Sequence[int]) -> Scores:
+        """The logits [vocab] after all steps, minus infinity where a token is left out.
+
+        `ids` are the tokens so far, those of the prompt included.
+        """
+        scores = logits
+        if self.repetition_penalty != 1.0:
+            scores = penalised(scores, ids, self.repetition_penalty)
+        if not self.draws:
+            return scores
+        if self.temperature != 1.0:
+            scores = scores / scores.dtype.type(self.temperature)
+        if self.top_k:
+            scores = top_k(scores, self.top_k)
+        if self.top_p < 1.0:
+            scores = top_p(scores, self.top_p)
+        if self.min_p:
+            scores = min_p(scores, self.min_p)
+        return scores
+
+    def picker(self, *seed: int) -> Pick:
+        """The choice of a token from logits [vocab] and the tokens so far; `seed` repeats it."""
+        import numpy as np
+
+        if not self.draws:
+            return lambda logits, ids: int(self.processed(logits, ids).argmax())
+        draws = np.random.default_rng(seed)
+
+        def draw(logits: Scores, ids: Sequence[int]) -> int:
+            scores = self.processed(logits, ids).astype(np.float64)
+            reached = np.exp(scores - scores.max()).cumsum()
+            return int(np.searchsorted(reached, draws.random() * reached[-1], side="right"))
+
+        return draw
+
+
+def penalised(scores: Scores, ids: Sequence[int], penalty: float) -> Scores:
+    """Scores of tokens that were there before, made smaller by a penalty above 1.
+
+    >>> import numpy as np
+    >>> penalised(np.float32([2.0, -2.0, 2.0]), [0, 1, 0], 2.0).tolist()
+    [1.0, -4.0, 2.0]
+    """
+    import numpy as np
+
+    seen = np.unique(np.asarray(ids, dtype=np.int64))
+    scores = scores.copy()
+    scores[seen] = np.where(scores[seen] < 0, scores[seen] * penalty, scores[seen] / penalty)
+    return scores
+
+
+def top_k(scores: Scores, count: int) -> Scores:
+    """The `count` largest scores and all that equal the least of them.
+
+    >>> import numpy as np
+    >>> top_k(np.float32([3.0, 1.0, 2.0, 2.0]), 2).tolist()
+    [3.0, -inf, 2.0, 2.0]
+    """
+    import numpy as np
+
+    least = np.partition(scores, -min(count, len(scores)))[-min(count, len(scores))]
+    return _without(scores, scores < least)
+
+
+def top_p(scores: Scores, mass: float) -> Scores:
+    """The largest scores whose probabilities just exceed `mass` together; one at least.
+
+    >>> import numpy as np
+    >>> top_p(np.float32([2.0, 0.0, 1.0]), 0.7).tolist()  # 0.67, 0.09 and 0.24
+    [2.0, -inf, 1.0]
+    """
+    import numpy as np
+
+    order = scores.argsort(kind="stable")
+    reached = _softmax(scores[order]).cumsum(dtype=np.float64).astype(scores.dtype)
+    out = reached <= 1 - mass
+    out[-1] = False
+    left_out = np.empty_like(out)
+    left_out[order] = out
+    return _without(scores, left_out)
+
+
+def min_p(scores: Scores, share: float) -> Scores:
+    """The scores whose probability is at least `share` of the largest one.
+
+    >>> import numpy as np
+    >>> min_p(np.float32([2.0, 0.0, 1.0]), 0.3).tolist()  # e ** -2 and e ** -1 of the largest
+    [2.0, -inf, 1.0]
+    """
+    probabilities = _softmax(scores)
+    left_out = probabilities < probabilities.max() * scores.dtype.type(share)
+    left_out[probabilities.argmax()] = False
+    return _without(scores, left_out)
+
+
+def _softmax(scores: Scores) -> Scores:
+    import numpy as np
+
+    weights = np.exp(scores - scores.max())
+    shares: Scores = weights / weights.sum()
+    return shares
+
+
+def _without(scores: Scores, left_out: NDArray[np.bool_]) -> Scores:
+    import numpy as np
+
+    return np.where(left_out, -np.inf, scores).astype(scores.dtype)

@@ -1,0 +1,80 @@
+"""generation_config.json: checked as a stranger's, kept in the artifact, nothing passed over."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dsc.errors import ConfigError
+from dsc.frontends.config import ModelConfig, load_config
+from dsc.frontends.generation_config import load_generation, settings_of
+
+
+@pytest.fixture(scope="module")
+def config(root: Path) -> ModelConfig:
+    """Return tiny-v3's configuration: bos 0, eos 1, 2048 tokens."""
+    return load_config(root / "models" / "tiny-v3")
+
+
+def test_stop_ids_and_defaults_are_read(config: ModelConfig) -> None:
+    raw = {"eos_token_id": [1, 13], "do_sample": True, "temperature": 1, "top_k": None}
+    kept, notes = settings_of(raw | {"stop_strings": "###", "pad_token_id": 2}, config)
+    assert kept == {
+        "eos_token_id": [1, 13],
+        "bos_token_id": 0,
+        "pad_token_id": 2,
+        "do_sample": True,
+        "temperature": 1.0,
+        "stop_strings": ["###"],
+    }
+    assert notes == []
+
+
+def test_config_json_speaks_where_the_file_does_not(config: ModelConfig, tmp_path: Path) -> None:
+    assert load_generation(tmp_path, config) == ({"eos_token_id": [1], "bos_token_id": 0}, [])
+    assert settings_of({"eos_token_id": 7}, config)[0]["eos_token_id"] == [7]
+
+
+@pytest.mark.parametrize(
+    ("raw", "key"),
+    [
+        ({"eos_token_id": "1"}, "eos_token_id"),
+        ({"eos_token_id": [1, True]}, "eos_token_id"),
+        ({"eos_token_id": [[1]]}, "eos_token_id"),
+        ({"temperature": -0.5}, "temperature"),
+        ({"temperature": "warm"}, "temperature"),
+        ({"top_p": 1.5}, "top_p"),
+        ({"top_k": -1}, "top_k"),
+        ({"top_k": 2.5}, "top_k"),
+        ({"min_p": -0.1}, "min_p"),
+        ({"repetition_penalty": 0}, "repetition_penalty"),
+        ({"do_sample": 1}, "do_sample"),
+        ({"stop_strings": [1]}, "stop_strings"),
+    ],
+)
+def test_what_means_nothing_is_refused_by_name(
+    raw: dict[str, Any], key: str, config: ModelConfig
+) -> None:
+    with pytest.raises(ConfigError, match=key):
+        settings_of(raw, config)
+
+
+@pytest.mark.parametrize("text", ['{"top_p": NaN}', "[1]", '{"top_k": 1, "top_k": 2}', "{"])
+def test_a_damaged_file_is_refused(text: str, config: ModelConfig, tmp_path: Path) -> None:
+    (tmp_path / "generation_config.json").write_text(text)
+    with pytest.raises(ConfigError) as refused:
+        load_generation(tmp_path, config)
+    assert "generation_config.json" in str(refused.value)
+
+
+def test_what_is_not_used_is_noted(config: ModelConfig) -> None:
+    raw = {"num_beams": 4, "no_repeat_ngram_size": 3, "renormalize_logits": True}
+    off = {"num_beam_groups": 1, "typical_p": 1.0, "bad_words_ids": None, "max_length": 4096}
+    kept, (note,) = settings_of(raw | off, config)
+    assert note.endswith("not used: no_repeat_ngram_size, num_beams, renormalize_logits")
+    kept, (note,) = settings_of({"eos_token_id": [1, 2048], "pad_token_id": -1}, config)
+    assert kept["eos_token_id"] == [1]
+    assert "pad_token_id" not in kept
+    assert note.endswith("left out: eos_token_id 2048, pad_token_id -1")

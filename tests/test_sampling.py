@@ -1,0 +1,115 @@
+"""Each step of sampling, and their order, are transformers' logits processors'."""
+
+from __future__ import annotations
+
+from collections import Counter
+from functools import cache
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import GenerationConfig, GPT2Config, GPT2LMHeadModel
+from transformers.generation import logits_process as stock
+
+from dsc.sampling import Sampling, min_p, penalised, top_k, top_p
+
+VOCAB = 40
+
+
+def logits(seed: int, ties: bool = False) -> Any:
+    """Logits [VOCAB]; with ties, of few different values."""
+    drawn = np.random.default_rng(seed).normal(0, 3, VOCAB).astype(np.float32)
+    return drawn.round(0) if ties else drawn
+
+
+def theirs(processors: Any, scores: Any, ids: list[int]) -> Any:
+    """What transformers makes of the same logits."""
+    return processors(torch.tensor([ids]), torch.tensor(scores)[None].clone())[0].numpy()
+
+
+def same(ours: Any, wanted: Any, ties: bool = False) -> None:
+    """The same tokens are left, with the same scores to the last bits; of equal ones as many."""
+    if ties:
+        ours, wanted = np.sort(ours), np.sort(wanted)
+    np.testing.assert_array_equal(np.isinf(ours), np.isinf(wanted))
+    np.testing.assert_allclose(ours, wanted, rtol=3e-7)
+
+
+@pytest.mark.parametrize("ties", [False, True])
+@pytest.mark.parametrize("seed", range(20))
+def test_each_step_is_transformers(seed: int, ties: bool) -> None:
+    scores, ids = logits(seed, ties), [3, 3, 39, 0, 17]
+    for k in (1, 2, 7, VOCAB, 1000):
+        same(top_k(scores, k), theirs(stock.TopKLogitsWarper(k), scores, ids))
+    for p in (0.0, 0.1, 0.5, 0.95, 0.999999, 1.0):
+        same(top_p(scores, p), theirs(stock.TopPLogitsWarper(p), scores, ids), ties)
+    for share in (0.0, 0.01, 0.3, 1.0):
+        same(min_p(scores, share), theirs(stock.MinPLogitsWarper(share), scores, ids))
+    for penalty in (0.5, 1.3, 4.0):
+        wanted = theirs(stock.RepetitionPenaltyLogitsProcessor(penalty), scores, ids)
+        same(penalised(scores, ids, penalty), wanted)
+
+
+@cache
+def any_model() -> Any:
+    """A model, for what its `generate` makes of settings."""
+    with torch.device("meta"):
+        return GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=1, vocab_size=VOCAB))
+
+
+SETTINGS = st.fixed_dictionaries(
+    {},
+    optional={
+        "temperature": st.sampled_from([0.1, 0.7, 1.0, 2.5]),
+        "top_k": st.sampled_from([0, 1, 3, 20]),
+        "top_p": st.sampled_from([0.0, 0.3, 0.9, 1.0]),
+        "min_p": st.sampled_from([0.0, 0.05, 0.5, 1.0]),
+        "repetition_penalty": st.sampled_from([0.7, 1.0, 1.2, 3.0]),
+    },
+)
+
+
+@given(SETTINGS, st.integers(0, 1000), st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=9))
+def test_all_steps_together_are_those_that_generate_takes(
+    settings: dict[str, Any], seed: int, ids: list[int]
+) -> None:
+    config = GenerationConfig(do_sample=True, **{"top_k": 0, **settings})
+    processors = any_model()._get_logits_processor(config, input_ids_seq_length=len(ids))
+    scores = logits(seed)
+    ours = Sampling(sample=True, **settings).processed(scores, ids)
+    same(ours, theirs(processors, scores, ids))
+
+
+def test_what_is_off_leaves_logits_alone() -> None:
+    scores = logits(0)
+    assert Sampling().processed(scores, [1]) is scores
+    assert Sampling(sample=True).processed(scores, [1]) is scores
+    greedy = Sampling(sample=False, temperature=3.0, top_k=1, top_p=0.1, min_p=0.5)
+    assert greedy.processed(scores, [1]) is scores
+
+
+def test_a_penalty_holds_without_drawing_and_for_prompts() -> None:
+    scores = np.array([1.0, 1.5, 1.4], dtype=np.float32)
+    pick = Sampling(repetition_penalty=2.0).picker()
+    assert pick(scores, [0]) == 1
+    assert pick(scores, [1]) == 2
+
+
+def test_draws_follow_the_softmax_and_never_take_what_was_left_out() -> None:
+    pick = Sampling(sample=True, temperature=0.5, top_k=3).picker(0)
+    scores = np.log(np.asarray([0.01, 1, 2, 1], dtype=np.float32))  # squared: 1 : 4 : 1
+    shares = Counter(pick(scores, []) for _ in range(6000))
+    assert shares[0] == 0
+    assert shares[2] / 6000 == pytest.approx(4 / 6, abs=0.02)
+    assert shares[1] / 6000 == pytest.approx(1 / 6, abs=0.02)
+
+
+def test_sequences_of_one_seed_draw_apart_and_repeat() -> None:
+    scores = logits(1)
+    warm = Sampling(sample=True, temperature=5.0)
+    pickers = [warm.picker(7, row) for row in (0, 0, 1)]
+    first, again, other = ([pick(scores, []) for _ in range(20)] for pick in pickers)
+    assert first == again != other
