@@ -316,6 +316,32 @@ def random_programs() -> Figures:
     return prove()
 
 
+def random_configs() -> Figures:
+    """1,091 legal V2 and V3 configurations whose widths coincide, on every backend.
+
+    A quarter of a minute each, most of it tracing and LLVM: run `python -m bench.random_configs` in
+    several processes first to share it out.
+    """
+    from bench import random_configs as grid
+
+    found = grid.run(0, len(grid.EQUATIONS))
+    worst = {
+        b: max((r["worst"] for r in found if r["backend"] == b and "worst" in r), default=None)
+        for b in grid.BACKENDS
+    }
+    bad = [r for r in found if not r["ok"]]
+    positions, excluded = (sum(r.get(n, 0) for r in found) for n in ("positions", "excluded"))
+    return {
+        "ok": not bad and excluded <= 0.01 * positions,
+        "configurations": len(grid.EQUATIONS),
+        "worst": worst,
+        "bad": len(bad),
+        "first bad": bad[:5],
+        "positions": positions,
+        "excluded": excluded,
+    }
+
+
 def verify_each() -> Figures:
     """Every pass verified on small V3 and V2, all fusion levels, and on the 671B, shrunk."""
     from bench.proofs import verify_each as prove
@@ -387,6 +413,7 @@ BARS: dict[str, Callable[[], Figures]] = {
     "fusion": fusion,
     "ranks": ranks,
     "random_programs": random_programs,
+    "random_configs": random_configs,
     "verify_each": verify_each,
     "profile_overhead": profile_overhead,
     "footprint": footprint,

@@ -90,8 +90,8 @@ class Result:
 
     @property
     def worst(self) -> float:
-        """The largest error of all scenarios, relative to max(1, |logit|max)."""
-        return max(self.errors.values())
+        """The largest error relative to max(1, |logit|max); infinite if nothing was compared."""
+        return max(self.errors.values(), default=float("inf"))
 
     @property
     def ok(self) -> bool:
@@ -197,10 +197,10 @@ def compare(
     for batch in (1, 3):
         ids = tokens(batch, 13)
         ours = compiled.session().prefill(ids, all_logits=True)
-        _note(result, f"prefill batch {batch}", oracle, ids, ours, 0)
+        note(result, f"prefill batch {batch}", oracle, ids, ours, 0)
     ids = tokens(2, 37)
     ours = compiled.session().prefill(ids, all_logits=True)
-    _note(result, "chunked prefill", oracle, ids, ours, 0)
+    note(result, "chunked prefill", oracle, ids, ours, 0)
     lengths = [5, 21, 1, 18]
     ids = tokens(4, 21 + steps)
     session = compiled.session()
@@ -214,11 +214,11 @@ def compare(
     ours = torch.stack(rows, 1)
     for row, n in enumerate(lengths):
         used = ids[row : row + 1, : n + steps]
-        _note(result, "ragged prefill and decode", oracle, used, ours[row : row + 1], n - 1)
+        note(result, "ragged prefill and decode", oracle, used, ours[row : row + 1], n - 1)
     return result
 
 
-def _note(
+def note(
     result: Result, scenario: str, oracle: Oracle, ids: Tensor, ours: Tensor, first: int
 ) -> None:
     """Compare our logits of positions `first` on with the oracle's, row by row."""

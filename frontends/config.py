@@ -189,6 +189,9 @@ class ModelConfig(_Schema):
             f"{experts // groups}": self.topk_method == "noaux_tc" and experts // groups < 2,
             "norm_topk_prob is not defined for deepseek_v2 routers":
                 self.model_type == "deepseek_v2" and self.norm_topk_prob,
+            f"a deepseek_v2 needs a hidden_size ({self.hidden_size}) that num_attention_heads "
+            f"({heads}) divides":
+                self.model_type == "deepseek_v2" and self.hidden_size % heads != 0,
             "deepseek_v2 has no rope_interleave: false":
                 self.model_type == "deepseek_v2" and not self.rope_interleave,
             "yarn needs original_max_position_embeddings":

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 
 from dsc.errors import CheckpointError, ConfigError
@@ -114,9 +115,10 @@ def stock_causal_lm(
         "deepseek_v3": (transformers.DeepseekV3Config, transformers.DeepseekV3ForCausalLM),
     }
     config_class, model_class = classes[config.model_type]
+    check_rotation(config, dtype)
     try:
         stock = config_class(**_transformers_fields(config))
-    except ValueError as exc:
+    except (ValueError, KeyError, StrictDataclassError) as exc:
         raise ConfigError(f"transformers refuses this configuration: {exc}") from None
     with torch.device(device):
         model: nn.Module = cast_parameters(model_class(stock).eval(), dtype.torch)
@@ -127,6 +129,20 @@ def stock_causal_lm(
         head: Any = model.lm_head
         head.weight = base.embed_tokens.weight
     return model
+
+
+def check_rotation(config: ModelConfig, dtype: DType) -> None:
+    """Refuse a V2 whose stock class fails at run time: in fp32 it views halves as complex numbers.
+
+    Raises:
+        ConfigError: a rotated part starts at an odd column.
+    """
+    odd = [n for n in ("kv_lora_rank", "qk_nope_head_dim") if getattr(config, n) % 2]
+    if config.model_type == "deepseek_v2" and dtype is DType.f32 and odd:
+        raise ConfigError(
+            f"in fp32 transformers rotates a deepseek_v2 only with an even {' and '.join(odd)}",
+            hint="compile with dtype bf16",
+        )
 
 
 def _transformers_fields(config: ModelConfig) -> dict[str, Any]:

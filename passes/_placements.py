@@ -203,7 +203,7 @@ def _split(s: Sharding, b: GraphBuilder, node: Node, operands: Operands) -> Plac
     x, placement = operands[0], s.of(operands[0])
     if not isinstance(x, Value) or placement is None:
         return None
-    axis = axis_of(node.attrs.get("axis", -1), x.type.rank)
+    axis = axis_of(node.attrs["axis"], x.type.rank)
     if isinstance(placement, Split) and placement.axis == axis:
         return None
     return s.emit(b, node, [x]), [placement] * len(node.outputs)

@@ -66,7 +66,7 @@ def whole(node: Node) -> Spelling | Reject:
     order = tuple(range(q.type.rank))
     return Spelling(
         node, (node,), q, k, v, (order, order, order), order, scale=node.attrs["scale"],
-        mask=mask[0] if mask else None, causal=node.attrs.get("causal", False),
+        mask=mask[0] if mask else None, causal=node.attrs["causal"],
     )  # fmt: skip
 
 
@@ -88,7 +88,7 @@ def spelled_out(scope: Scope, softmax: Node) -> Spelling | Reject | None:
     shape = softmax.output.type.shape
     if any(n.output.type.shape != shape for n in (scores.product, *scores.nodes)):
         return reject("a mask or a factor widens the scores", softmax.output)
-    axis = axis_of(softmax.attrs.get("axis", -1), len(shape))
+    axis = axis_of(softmax.attrs["axis"], len(shape))
     nodes = (scores.product, *scores.nodes, softmax, *casts, root)
     return _in_letters(scope, scores, axis, out, root, nodes)
 

@@ -31,7 +31,7 @@ class SplitBeforePermute(Rule):
     def rewrite(self, b: RewriteBuilder, m: Match, facts: Facts) -> Result:
         """Split the axis that becomes the split axis, then permute each part."""
         dims = m.permuted.attrs["dims"]
-        axis = dims[axis_of(m.root.attrs.get("axis", -1), len(dims))]
+        axis = dims[axis_of(m.root.attrs["axis"], len(dims))]
         axis = -1 if axis == len(dims) - 1 else axis
         attrs = {"sizes": m.root.attrs["sizes"]} | ({} if axis == -1 else {"axis": axis})
         parts = b.call("split", m.x, **attrs)
@@ -53,7 +53,7 @@ class SplitOfLastAxis(Rule):
     def propose(self, scope: Scope, node: Node) -> Match | None:
         """The axis is written out and is the last."""
         x = node.inputs[0]
-        last = x is not None and node.attrs.get("axis", -1) == x.type.rank - 1
+        last = x is not None and node.attrs["axis"] == x.type.rank - 1
         return at(scope, node, x=x) if last else None
 
     def rewrite(self, b: RewriteBuilder, m: Match, facts: Facts) -> Result:
@@ -80,7 +80,7 @@ class SlicesToSplit(Rule):
     def propose(self, scope: Scope, node: Node) -> Match | None:
         """`node` starts the axis; a sibling goes on where it ends."""
         x = node.inputs[0]
-        if not isinstance(x, Value) or node.attrs["start"] != 0 or node.attrs.get("step", 1) != 1:
+        if not isinstance(x, Value) or node.attrs["start"] != 0 or node.attrs["step"] != 1:
             return None
         axis = axis_of(node.attrs["axis"], x.type.rank)
         for other in _slices(scope, x, axis):
@@ -102,7 +102,7 @@ class SlicesToSplit(Rule):
 
 def _slices(scope: Scope, x: Value, axis: int) -> Iterator[Node]:
     for other in scope.consumers(x):
-        same = other.op == "slice" and other.attrs.get("step", 1) == 1
+        same = other.op == "slice" and other.attrs["step"] == 1
         if same and axis_of(other.attrs["axis"], x.type.rank) == axis:
             yield other
 

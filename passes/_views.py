@@ -38,7 +38,7 @@ def _is_identity(node: Node) -> bool:
         case "permute":
             return tuple(node.attrs["dims"]) == tuple(range(x.type.rank))
         case "slice":
-            return int(node.attrs.get("step", 1)) == 1
+            return int(node.attrs["step"]) == 1
         case "concat":
             return len(node.inputs) == 1
     return True

@@ -117,7 +117,7 @@ def _grouped(b: GraphBuilder, node: Node, operands: Operands) -> Sequence[Operan
     rows, offsets, order = b.call("dispatch", x, idx, experts=number, hint="rows")
     (both,) = b.call("grouped_linear", rows, gate_up, offsets, hint="gate_up")
     gate, up = b.call("split", both, sizes=(inner, inner), axis=-1)
-    act = node.attrs.get("act", "silu")
+    act = node.attrs["act"]
     if act == "silu":
         (hidden,) = b.call("swiglu", gate, up)
     else:

@@ -197,7 +197,7 @@ def _inner_splits(graph: Graph, merged: set[int]) -> dict[str, Node]:
         if reader is None or reader.op != "split":
             continue
         last = node.output.type.rank - 1
-        if axis_of(reader.attrs.get("axis", -1), last + 1) == last:
+        if axis_of(reader.attrs["axis"], last + 1) == last:
             found[node.output.name] = reader
     return found
 

@@ -99,9 +99,9 @@ class SharedExpert(Rule):
     def check(self, m: Match) -> Facts | Reject:
         """Widths divide, activations agree, and nobody else needs the weights."""
         inner, rows = m.down.type.shape[2], m.gate.type.shape[0]
-        if m.experts.attrs.get("act", "silu") != "silu":
+        if m.experts.attrs["act"] != "silu":
             return reject(f"the experts' activation is {m.experts.attrs['act']}, not silu", m.down)
-        if m.down.type.shape[0] != m.router.type.shape[0] + m.route.attrs.get("shared", 0):
+        if m.down.type.shape[0] != m.router.type.shape[0] + m.route.attrs["shared"]:
             return reject("the stack holds other experts than the router's", m.router, m.down)
         if not (isinstance(inner, int) and isinstance(rows, int)) or rows % inner:
             return reject(f"{rows} rows are no multiple of an expert's {inner}", m.gate)
@@ -126,7 +126,7 @@ class SharedExpert(Rule):
             b.weight(f"{w.name}.with_shared", apply("concat", b.expr(w), more, axis=0))
             for w, more in zip((m.gate_up, m.down), added, strict=True)
         ]
-        attrs = {**m.route.attrs, "shared": n + m.route.attrs.get("shared", 0)}
+        attrs = {**m.route.attrs, "shared": n + m.route.attrs["shared"]}
         idx, w = b.call("route", *m.route.inputs, loc=m.route.loc, **attrs)
         return b.call("experts", m.x, idx, w, *stacks, act="silu")
 

@@ -190,7 +190,7 @@ def _slice(call: Call, scope: Scope) -> None:
     axis = axis_of(call.attrs["axis"], call.type(0).rank)
     x, out = call.operand(0), call.outs[0]
     call.same(x[:axis] + x[axis + 1 :], out[:axis] + out[axis + 1 :])
-    start, end, step = call.extents["start"], call.extents["end"], call.attrs.get("step", 1)
+    start, end, step = call.extents["start"], call.extents["end"], call.attrs["step"]
     call.system.at_most(end, x[axis])
     first, last, taken = call.attrs["start"], call.attrs["end"], call.results[0].shape[axis]
     over = taken * step - (last - first)  # 0:63:2 takes 32 elements, one step beyond its end
@@ -219,7 +219,7 @@ def _concat(call: Call, scope: Scope) -> None:
 
 
 def _split(call: Call, scope: Scope) -> None:
-    axis = axis_of(call.attrs.get("axis", -1), call.type(0).rank)
+    axis = axis_of(call.attrs["axis"], call.type(0).rank)
     x = call.operand(0)
     total = Extent.number(0)
     for size, out in zip(call.extents["sizes"], call.outs, strict=True):
@@ -299,7 +299,7 @@ def _reduce(call: Call, scope: Scope) -> None:
     rank = call.type(0).rank
     axes = call.attrs["axes"] if "axes" in call.attrs else (call.attrs["axis"],)
     gone = {axis_of(a, rank) for a in axes}
-    keep = bool(call.attrs.get("keepdims", False))
+    keep = bool(call.attrs["keepdims"])
     kept = [x for i, x in enumerate(call.operand(0)) if i not in gone]
     out = [x for i, x in enumerate(call.outs[0]) if not (keep and i in gone)]
     call.same(kept, out)
@@ -345,9 +345,9 @@ def _paged_mla(call: Call, scope: Scope) -> None:
 
 
 def _route(call: Call, scope: Scope) -> None:
-    groups, keep = call.attrs.get("groups", 1), call.attrs.get("keep", 1)
+    groups, keep = call.attrs["groups"], call.attrs["keep"]
     needed = -(-call.attrs["top_k"] // keep)
-    if call.attrs.get("group_score", "top2") == "top2" and keep < groups:
+    if call.attrs["group_score"] == "top2" and keep < groups:
         needed = max(needed, 2)
     call.system.divisible(scope["e"], groups, needed * groups)
 

@@ -278,6 +278,13 @@ def lookup(name: str) -> OpDef:
     return found
 
 
+@cache
+def defaults(name: str) -> Mapping[str, Any]:
+    """The attributes of operator `name` that have a default, and it; none for an unknown one."""
+    found = registry().get(name)
+    return {a.name: a.default for a in found.attrs if a.default is not None} if found else {}
+
+
 def infer(
     name: str, operands: Sequence[Operand | None], attrs: Attrs | Mapping[str, Any]
 ) -> tuple[TensorType, ...]:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from dsc.errors import RankError, VerificationError
 from dsc.ir.dims import Sym, substitute, symbol
+from dsc.ir.graph import Attrs
 from dsc.ir.interpreter import Intercept, Interpreter, Observer
 from dsc.ir.program import Program
 from dsc.ir.weights import Apply, Source, WeightExpr, apply
@@ -114,20 +115,21 @@ def at_rank(program: Program, rank: int) -> Program:
 def _at(expr: WeightExpr, rank: int) -> WeightExpr:
     if isinstance(expr, Source):
         return expr
-    attrs = {
+    fixed = {
         k: substitute(v, {"rank": rank}) if isinstance(v, Sym) else v for k, v in expr.attrs.items()
     }
+    attrs = Attrs(fixed).of(expr.op)
     return _narrowed(expr.op, tuple(_at(a, rank) for a in expr.args), attrs)
 
 
-def _narrowed(op: str, args: tuple[WeightExpr, ...], attrs: Mapping[str, Any]) -> WeightExpr:
+def _narrowed(op: str, args: tuple[WeightExpr, ...], attrs: Attrs) -> WeightExpr:
     """`op(args)`; a slice of a cast becomes a cast of a slice, a slice of a stack a stack."""
     inner = args[0] if args else None
     if op != "slice" or not isinstance(inner, Apply):
         return apply(op, *args, **attrs)
     if inner.op == "cast":
         return apply("cast", _narrowed("slice", inner.args, attrs), **inner.attrs)
-    if inner.op == "stack" and attrs["axis"] == 0 and attrs.get("step", 1) == 1:
+    if inner.op == "stack" and attrs["axis"] == 0 and attrs["step"] == 1:
         return apply("stack", *inner.args[attrs["start"] : attrs["end"]])
     return apply(op, *args, **attrs)
 

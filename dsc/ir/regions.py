@@ -103,7 +103,7 @@ def _along_rows(node: Node) -> bool:
     rank = node.operands[0].type.rank
     if node.op == "rms_norm":
         return True
-    axes = node.attrs["axes"] if "axes" in node.attrs else (node.attrs.get("axis", -1),)
+    axes = node.attrs["axes"] if "axes" in node.attrs else (node.attrs["axis"],)
     return rank > 0 and tuple(axis_of(a, rank) for a in axes) == (rank - 1,)
 
 

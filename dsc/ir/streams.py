@@ -92,7 +92,7 @@ def _streams(expr: WeightExpr) -> bool:
 def _keeps_rows(expr: Apply) -> bool:
     """Whether rows of the result need no more than rows of the arguments."""
     if expr.op == "slice" and _axis(expr) == 0:
-        return expr.attrs.get("step", 1) == 1 and _grain(expr.args[0]) == 1
+        return expr.attrs["step"] == 1 and _grain(expr.args[0]) == 1
     if expr.op in ("slice", "concat"):
         return _axis(expr) != 0
     if expr.op == "permute":

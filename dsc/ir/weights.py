@@ -36,6 +36,9 @@ class Apply:
     attrs: Attrs
     type: TensorType
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "attrs", self.attrs.of(self.op))
+
 
 WeightExpr: TypeAlias = Source | Apply
 

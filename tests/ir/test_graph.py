@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 
 from dsc.ir.dims import Range, symbol
 from dsc.ir.graph import Attrs, Graph, GraphBuilder, Value
-from dsc.ir.op import TypeMismatch
+from dsc.ir.op import TypeMismatch, registry
 from dsc.ir.program import Program
 from dsc.ir.stages import LEGAL, Stage
 from dsc.ir.types import DType, TensorType
 from dsc.ir.verifier import verify, verify_graph
-from dsc.ir.weights import MetaSource, Source
+from dsc.ir.weights import MetaSource, Source, apply
 from tests.ir.strategies import graphs, programs
 
 B, S = symbol("B"), symbol("S")
@@ -143,3 +145,25 @@ def test_stages_narrow_from_traced_to_canonical() -> None:
     assert "cache_write" in LEGAL[Stage.OPTIMIZED]
     assert "fused" not in LEGAL[Stage.OPTIMIZED]
     assert "fused" in LEGAL[Stage.LOWERED]
+
+
+def test_a_default_holds_wherever_an_attribute_is_read() -> None:
+    """Of nodes and of weight expressions, however they are read; what is printed stays as given."""
+    b = GraphBuilder()
+    x = b.input("x", TensorType(DType.f32, (2, 6)))
+    b.call("split", x, sizes=(2, 4))
+    (node,) = b.nodes
+    assert node.attrs["axis"] == node.attrs.get("axis") == node.attrs.get("axis", 7) == -1
+    assert "axis" in node.attrs
+    assert list(node.attrs) == ["sizes"]
+    assert replace(node, attrs=node.attrs.updated(sizes=(4, 2))).attrs["axis"] == -1
+    assert replace(node, attrs=node.attrs.updated(axis=1)).attrs["axis"] == 1
+    sliced = apply("slice", Source("w", x.type), axis=0, start=0, end=1)
+    assert sliced.attrs["step"] == 1
+    assert "step" not in list(sliced.attrs)
+    with pytest.raises(KeyError):
+        node.attrs["step"]
+    for name, op in registry().items():
+        declared = {a.name: a.default for a in op.attrs if a.default is not None}
+        read = Attrs().of(name)
+        assert {a: read[a] for a in declared} == declared

@@ -98,7 +98,7 @@ def _arranged(
 def _reduce(op_type: str) -> Callable[..., str]:
     def emit(g: GraphWriter, node: Node, x: str) -> str:
         axes = g.i64(*node.attrs["axes"])
-        return g.op(op_type, x, axes, keepdims=int(node.attrs.get("keepdims", False)))
+        return g.op(op_type, x, axes, keepdims=int(node.attrs["keepdims"]))
 
     return emit
 
@@ -112,7 +112,7 @@ def _cumsum(g: GraphWriter, node: Node, x: str) -> str:
 
 
 def _softmax(g: GraphWriter, node: Node, x: str) -> str:
-    return g.op("Softmax", x, axis=node.attrs.get("axis", -1))
+    return g.op("Softmax", x, axis=node.attrs["axis"])
 
 
 def _topk(g: GraphWriter, node: Node, x: str) -> tuple[str, ...]:
@@ -123,7 +123,7 @@ def _sort(g: GraphWriter, node: Node, x: str) -> tuple[str, ...]:
     """All of an axis by TopK, which takes the lower index first among equals: a stable sort."""
     axis = node.attrs["axis"]
     (given,) = _types(node)
-    largest = int(node.attrs.get("descending", False))
+    largest = int(node.attrs["descending"])
     return g.ops("TopK", 2, x, g.dim(given.shape[axis]), axis=axis, largest=largest)
 
 
@@ -133,7 +133,7 @@ def _index_put(g: GraphWriter, node: Node, x: str, index: str, values: str) -> s
     if new.shape != shape:
         values = g.op("Expand", values, g.shape(shape))
     where = g.op("Unsqueeze", index, g.i64(-1))
-    reduction = "add" if node.attrs.get("accumulate", False) else "none"
+    reduction = "add" if node.attrs["accumulate"] else "none"
     return g.op("ScatterND", x, where, values, reduction=reduction)
 
 

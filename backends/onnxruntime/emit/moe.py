@@ -20,7 +20,7 @@ from dsc.backends.onnxruntime.emit.core import count, linear
 from dsc.backends.onnxruntime.emit.pointwise import activate
 from dsc.backends.onnxruntime.graph import GraphWriter, Shape, static
 from dsc.ir.dims import Dim, product
-from dsc.ir.graph import Node, Operand, Weight
+from dsc.ir.graph import Attrs, Node, Operand, Weight
 from dsc.ir.types import DType
 
 LAST = 2**63 - 1
@@ -31,7 +31,7 @@ def _route(g: GraphWriter, node: Node, x: str, weight: str, bias: str = "") -> t
     """Scores, biased scores cut to the best groups, TopK, weights from the unbiased scores."""
     shape = node.operands[0].type.shape
     n, experts = shape[:-1], node.operands[1].type.shape[0]
-    attrs = {"scale": 1.0, "groups": 1, "keep": 1, **node.attrs}
+    attrs = node.attrs
     logits = linear(g, x, shape, weight, experts)
     sigmoid = attrs["score"] == "sigmoid"
     scores = g.op("Sigmoid", logits) if sigmoid else g.op("Softmax", logits, axis=-1)
@@ -45,7 +45,7 @@ def _route(g: GraphWriter, node: Node, x: str, weight: str, bias: str = "") -> t
         w = g.op("Div", w, g.op("Add", total, g.scalar(1e-20)))
     if attrs["scale"] != 1.0:
         w = g.op("Mul", w, g.scalar(attrs["scale"]))
-    shared = attrs.get("shared", 0)
+    shared = attrs["shared"]
     if shared:
         to = g.shape((*n, shared))
         always = g.constant(np.arange(static(experts), static(experts) + shared))
@@ -54,12 +54,12 @@ def _route(g: GraphWriter, node: Node, x: str, weight: str, bias: str = "") -> t
     return idx, w
 
 
-def _kept(g: GraphWriter, biased: str, shape: Shape, attrs: dict[str, Any]) -> str:
+def _kept(g: GraphWriter, biased: str, shape: Shape, attrs: Attrs) -> str:
     """`biased` [*n, e] with the scores outside of the best groups replaced by `fill`."""
     groups: int = attrs["groups"]
     grouped_shape = (*shape[:-1], groups, shape[-1] // groups)
     grouped = g.reshape(biased, shape, grouped_shape)
-    if attrs.get("group_score", "top2") == "top2":
+    if attrs["group_score"] == "top2":
         best, _ = g.ops("TopK", 2, grouped, g.i64(2))
         best = g.op("ReduceSum", best, g.i64(-1), keepdims=0)
     else:
@@ -70,7 +70,7 @@ def _kept(g: GraphWriter, biased: str, shape: Shape, attrs: dict[str, Any]) -> s
     same = g.op("Equal", each, g.op("Unsqueeze", chosen, g.i64(-2)))
     kept = g.op("ReduceMax", g.op("Cast", same, to=6), g.i64(-1), keepdims=1)
     kept = g.op("Cast", kept, to=9)
-    masked = g.op("Where", kept, grouped, g.scalar(attrs.get("fill", -np.inf)))
+    masked = g.op("Where", kept, grouped, g.scalar(attrs["fill"]))
     return g.reshape(masked, grouped_shape, shape)
 
 
@@ -152,7 +152,7 @@ def _experts(g: GraphWriter, node: Node, x: str, idx: str, w: str, gate_up: str,
     def one(b: GraphWriter, rows: str, gate_up_weight: str, down_weight: str) -> str:
         both = b.op("Gemm", rows, gate_up_weight, transB=1)
         gate, up = b.ops("Split", 2, both, g.i64(inner, inner), axis=1)
-        hidden = b.op("Mul", activate(b, gate, node.attrs.get("act", "silu")), up)
+        hidden = b.op("Mul", activate(b, gate, node.attrs["act"]), up)
         return b.op("Gemm", hidden, down_weight, transB=1)
 
     stacks = list(zip(node.operands[3:], (gate_up, down), strict=True))

@@ -45,7 +45,7 @@ def _angles(g: GraphWriter, node: Node, positions: str, inv_freq: str) -> tuple[
     steps = g.cast(g.op("Unsqueeze", positions, g.i64(2)), DType.i64, DType.f32)
     angle = g.op("Mul", steps, inv_freq)
     cos, sin = g.op("Cos", angle), g.op("Sin", angle)
-    scale = node.attrs.get("scale", 1.0)
+    scale = node.attrs["scale"]
     if scale == 1.0:
         return cos, sin
     return g.op("Mul", cos, g.scalar(scale)), g.op("Mul", sin, g.scalar(scale))

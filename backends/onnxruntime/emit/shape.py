@@ -33,7 +33,7 @@ def _expand(g: GraphWriter, node: Node, x: str) -> str:
 
 def _slice(g: GraphWriter, node: Node, x: str) -> str:
     start, end = g.dim(node.attrs["start"]), g.dim(node.attrs["end"])
-    step = node.attrs.get("step", 1)
+    step = node.attrs["step"]
     return g.op("Slice", x, start, end, g.i64(node.attrs["axis"]), g.i64(step))
 
 
@@ -47,7 +47,7 @@ def _stack(g: GraphWriter, node: Node, *xs: str) -> str:
 
 def _split(g: GraphWriter, node: Node, x: str) -> tuple[str, ...]:
     sizes = node.attrs["sizes"]
-    axis = node.attrs.get("axis", -1)
+    axis = node.attrs["axis"]
     return g.ops("Split", len(sizes), x, g.shape(sizes), axis=axis)
 
 

@@ -9,7 +9,6 @@ from dsc.backends.triton.lower.contract import router_logits
 from dsc.backends.triton.pointwise import Region, Step
 from dsc.ir.dims import Dim, product
 from dsc.ir.graph import Node
-from dsc.ir.op import lookup
 from dsc.ir.types import DType, TensorType
 from dsc.ir.views import View
 
@@ -18,7 +17,7 @@ def route(ctx: Context, node: Node) -> None:
     """Router logits by a GEMM in fp32, then one kernel that scores, limits and picks."""
     x, weight = ctx.view(node.inputs[0]), ctx.view(node.inputs[1])
     bias = ctx.dense(ctx.view(node.inputs[2])) if len(node.inputs) > 2 else None
-    attrs = lookup("route").with_defaults(node.attrs)
+    attrs = node.attrs
     logits = router_logits(ctx, x, weight)
     experts, rows = int(weight.shape[0]), logits.shape[0]  # type: ignore[arg-type]
     tile = ctx.blocks.rows(ctx.limit(rows), experts)
@@ -67,7 +66,7 @@ def experts(ctx: Context, node: Node) -> None:
     tile = ctx.blocks.gemv(inner, width)
     given: dict[str, Given] = {"x": x, "index": index, "gate_up": gate_up, "hidden": hidden}
     given |= {"x_row": row_stride, "D": width, "INNER": inner, "TOP_K": slots}
-    given |= {"ACT": lookup("experts").with_defaults(node.attrs)["act"]}
+    given |= {"ACT": node.attrs["act"]}
     given |= {"BLOCK_N": tile.n, "BLOCK_K": tile.k}
     ctx.launch("moe:experts_hidden", (pairs, ceil_div(inner, tile.n)), given, tile.warps)
     tile = ctx.blocks.gemv(width, inner)

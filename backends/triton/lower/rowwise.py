@@ -8,7 +8,6 @@ from dsc.backends.triton.lower.moe import take_rows
 from dsc.ir import views
 from dsc.ir.dims import Dim, product
 from dsc.ir.graph import Node
-from dsc.ir.op import lookup
 from dsc.ir.types import TensorType
 from dsc.ir.views import View
 
@@ -28,7 +27,7 @@ def rms_norm(ctx: Context, node: Node) -> None:
 
 def softmax(ctx: Context, node: Node) -> None:
     """Softmax along an axis, which is brought innermost first."""
-    axis = lookup("softmax").with_defaults(node.attrs)["axis"]
+    axis = node.attrs["axis"]
     _along_last(ctx, node, axis, "rows:softmax", {})
 
 
@@ -110,7 +109,7 @@ def rope(ctx: Context, node: Node) -> None:
     heads: Dim = x.shape[2] if len(x.shape) == 4 else 1
     half = next_power(width // 2)
     tile = ctx.blocks.rows(ctx.limit(rows), half)
-    scale = lookup("rope").with_defaults(node.attrs)["scale"]
+    scale = node.attrs["scale"]
     given: dict[str, Given] = {
         "x": x, "positions": positions, "inv_freq": inv_freq, "y": ctx.result(node),
         "rows": rows, "heads": heads, "x_row": stride, "scale": float(scale), "R": width,

@@ -8,7 +8,6 @@ from dsc.backends.triton.pointwise import Region, Step
 from dsc.ir import views
 from dsc.ir.dims import Dim
 from dsc.ir.graph import Node
-from dsc.ir.op import lookup
 
 
 def reshape(ctx: Context, node: Node) -> None:
@@ -28,7 +27,7 @@ def expand(ctx: Context, node: Node) -> None:
 
 def slice_(ctx: Context, node: Node) -> None:
     """Part of an axis: no launch."""
-    attrs = lookup("slice").with_defaults(node.attrs)
+    attrs = node.attrs
     axis = attrs["axis"]
     extent = node.output.type.shape[axis]
     view = ctx.view(node.inputs[0])
@@ -37,7 +36,7 @@ def slice_(ctx: Context, node: Node) -> None:
 
 def split(ctx: Context, node: Node) -> None:
     """Consecutive parts of an axis: no launch."""
-    axis = lookup("split").with_defaults(node.attrs)["axis"]
+    axis = node.attrs["axis"]
     view = ctx.view(node.inputs[0])
     parts, start = [], 0 * view.shape[axis]
     for size in node.attrs["sizes"]:

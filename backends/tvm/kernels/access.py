@@ -95,10 +95,10 @@ def apply_view(node: Node, view: View) -> list[View]:
             return [views.expand(view, attrs["shape"])]
         case "slice":
             extent = node.output.type.shape[axis_of(attrs["axis"], len(view.shape))]
-            step = int(attrs.get("step", 1))
+            step = int(attrs["step"])
             return [views.narrow(view, attrs["axis"], attrs["start"], extent, step)]
         case "split":
-            axis, start = axis_of(attrs.get("axis", -1), len(view.shape)), 0
+            axis, start = axis_of(attrs["axis"], len(view.shape)), 0
             parts, position = [], start
             for value in node.outputs:
                 extent = value.type.shape[axis]

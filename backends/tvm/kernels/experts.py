@@ -43,7 +43,7 @@ def lower(node: Node, machine: Machine) -> Launch:
     x, idx, gate_up, down = (operand(node, i).type for i in (0, 1, 3, 4))
     experts, d, i = (static_dim(n, "an expert's axis") for n in down.shape)
     top_k, rows = static_dim(idx.shape[-1], "top_k"), rows_of(x)
-    act = node.attrs.get("act", "silu")
+    act = node.attrs["act"]
     if bf16_linear.fits(machine, d, x, gate_up, down) and bf16_linear.fits(machine, i, x):
         return bf16_experts.launch(rows, experts, d, i, top_k, act, machine)
     static = (x.dtype, gate_up.dtype, experts, d, i, top_k, act, machine)

@@ -112,7 +112,7 @@ def expand(dtype: DType, shape: Pattern, wide: Pattern, lanes: int, sizes: int) 
 def lower_slice(node: Node, machine: Machine) -> Launch:
     """The launch of `slice`."""
     table, x = SizeTable(), operand(node, 0).type
-    axis, step = node.attrs["axis"] % x.rank, node.attrs.get("step", 1)
+    axis, step = node.attrs["axis"] % x.rank, node.attrs["step"]
     part = (table.dim(node.attrs["start"]), axis, step)
     static = (x.dtype, table.shape(x.shape), table.shape(node.output.type.shape), part)
     lanes = machine.lanes if step == 1 or axis != x.rank - 1 else 1
@@ -144,7 +144,7 @@ def slice_axis(
 def lower_split(node: Node, machine: Machine) -> Launch:
     """The launch of `split`: all parts in one kernel."""
     table, x = SizeTable(), operand(node, 0).type
-    axis = node.attrs.get("axis", -1) % x.rank
+    axis = node.attrs["axis"] % x.rank
     parts = tuple(table.shape(v.type.shape) for v in node.outputs)
     static = (x.dtype, table.shape(x.shape), parts, axis, machine.lanes)
     return Launch(split, (*static, len(table.dims)), tuple(table.dims))

@@ -30,7 +30,7 @@ def lower(node: Node, machine: Machine) -> Launch:
     x, positions = operand(node, 0).type, operand(node, 1).type
     width = static_dim(x.shape[-1], "the rotated axis")
     heads = static_dim(x.shape[2], "the number of heads") if x.rank == 4 else 1
-    scale = float(node.attrs.get("scale", 1.0))
+    scale = float(node.attrs["scale"])
     static = (x.dtype, heads, width, node.attrs["layout"], scale)
     tokens = rows_of(positions, 0)
     return Launch(rope, static, (tokens,), flops=tokens * (3 * heads * width))

@@ -1,0 +1,250 @@
+"""Random legal configurations of the family whose widths coincide, against stock transformers.
+
+A pass tells axes apart by their extents, so what breaks it is a configuration in which two extents
+that mean different things are equal: heads x rope = nope, kv_lora = heads x v, one head, hidden =
+vocabulary. `draw` seeks those on purpose: configuration `i` has the `i`-th of all equations
+"width = width" and "width = width x width", drawn around with small widths that coincide anyhow.
+
+Each is traced from the stock class once, compiled for every backend, and compared in fp32 over a
+prompt, a batch of different lengths in chunks and decode steps, within the bound of `bench.parity`.
+
+    python -m bench.random_configs [FIRST LAST]    # results go to bench/out/random_configs.jsonl
+
+What was measured at this commit is not measured again, so ranges may run side by side.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator
+from itertools import combinations_with_replacement
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import dsc
+from bench import parity
+from dsc.errors import ConfigError
+from dsc.frontends.config import ModelConfig, parse_config
+from dsc.frontends.huggingface import check_rotation, stock_causal_lm
+from dsc.frontends.load import load_program
+from dsc.ir.types import DType
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "bench" / "out" / "random_configs.jsonl"
+BACKENDS = ("reference", "tvm", "onnxruntime")
+SMALL = (1, 2, 3, 4, 5, 6, 8, 12, 16, 24)
+CONTEXT, CHUNK, BATCH = 24, 8, 4
+WIDTHS = (
+    "vocab_size", "hidden_size", "intermediate_size", "moe_intermediate_size", "q_lora_rank",
+    "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "num_attention_heads",
+    "n_routed_experts", "num_experts_per_tok", "n_shared_experts",
+)  # fmt: skip
+IMPOSSIBLE = ("num_experts_per_tok", ("qk_rope_head_dim", "n_routed_experts"))
+EVEN = ("kv_lora_rank", "qk_nope_head_dim")
+"""What the stock V2 class wants even in fp32."""
+MOST = 96
+"""No width exceeds this, so that a configuration costs seconds."""
+
+
+def equations() -> list[tuple[str, tuple[str, ...]]]:
+    """All coincidences sought: a width, and the one or two whose product it equals.
+
+    One cannot be: rope turns pairs, so its product with the experts exceeds the experts.
+    """
+    pairs = [(x, (y,)) for x in WIDTHS for y in WIDTHS if x < y]
+    products = [
+        (x, pair) for x in WIDTHS for pair in combinations_with_replacement(WIDTHS, 2)
+        if x not in pair
+    ]  # fmt: skip
+    found = [each for each in pairs + products if each != IMPOSSIBLE]
+    random.Random(0).shuffle(found)
+    return found
+
+
+EQUATIONS = equations()
+
+
+def draw(index: int) -> ModelConfig:
+    """Configuration `index`: legal, small, and the same at every call."""
+    wanted = EQUATIONS[index]
+    chance = random.Random(str(wanted))
+    for attempt in range(10_000):
+        fields = _fields(chance, attempt)
+        if not _impose(fields, *wanted):
+            continue
+        try:
+            config = parse_config(fields)
+            check_rotation(config, DType.f32)
+        except ConfigError:
+            continue
+        return config
+    raise RuntimeError(f"no legal configuration has {wanted}")
+
+
+def _fields(chance: random.Random, attempt: int) -> dict[str, Any]:
+    """One draw, legal or not. The first try of a V3 router is often right, of others seldom."""
+    v3 = chance.random() < 0.6
+    layers = 1 if chance.random() < 0.8 else 2
+    groups = chance.choice((1, 1, 2, 3, 4))
+    experts = groups * chance.choice((1, 2, 2, 3, 4))
+    kept = chance.randint(1, groups)
+    fields: dict[str, Any] = {name: chance.choice(SMALL) for name in WIDTHS}
+    fields |= {
+        "model_type": "deepseek_v3" if v3 else "deepseek_v2",
+        "num_hidden_layers": layers,
+        "first_k_dense_replace": chance.choice((0, 0, 0, 1, layers)),
+        "num_attention_heads": chance.choice((1, 2, 2, 3, 4, 6)),
+        "qk_rope_head_dim": chance.choice((2, 4, 6, 8, 16)),
+        "n_routed_experts": experts,
+        "num_experts_per_tok": chance.choice((1, 2, experts, kept * (experts // groups))),
+        "n_shared_experts": chance.choice((1, 1, 2, 3)),
+        "n_group": groups,
+        "topk_group": kept,
+        "routed_scaling_factor": chance.choice((1.0, 2.5)),
+        "max_position_embeddings": 4 * CONTEXT,
+        "rms_norm_eps": 1e-6,
+        "attention_bias": chance.random() < 0.2,
+        "tie_word_embeddings": chance.random() < 0.2,
+        "rope_parameters": chance.choice((parity.PLAIN, _YARN)),
+    }
+    if v3:
+        fields |= {"rope_interleave": chance.random() < 0.7, "norm_topk_prob": attempt % 2 == 0}
+    else:
+        fields["topk_method"] = chance.choice(("greedy", "group_limited_greedy"))
+        fields |= {name: fields[name] + fields[name] % 2 for name in EVEN}
+    if chance.random() < 0.3:
+        fields["q_lora_rank"] = None
+    return fields
+
+
+_YARN = parity.YARN | {"original_max_position_embeddings": CHUNK}
+
+
+def _impose(fields: dict[str, Any], width: str, factors: tuple[str, ...]) -> bool:
+    """Make the equation hold; whether that is possible within `MOST`."""
+    if "q_lora_rank" in (width, *factors) and fields["q_lora_rank"] is None:
+        return False
+    product = 1
+    for name in factors:
+        product *= fields[name]
+    fields[width] = product
+    return product <= MOST
+
+
+def check(index: int, backends: Iterable[str] = BACKENDS) -> Iterator[parity.Result]:
+    """Compare configuration `index` on each backend with the stock class."""
+    config = draw(index)
+    stock: Any = parity.randomise(stock_causal_lm(config, device="cpu"), index)
+    limits: dict[str, Any] = {"max_batch": BATCH, "max_context": CONTEXT, "prefill_chunk": CHUNK}
+    program = load_program(stock, **limits).program
+    # Traced above with grouped GEMMs; run, those refuse most of these widths.
+    stock.config._experts_implementation = "eager"
+    oracle = parity.Oracle(stock)
+    for backend in backends:
+        compiled = dsc.compile(program, backend=backend, **limits)
+        yield compare(compiled, oracle, parity.Result(str(index), backend), config, index)
+
+
+def compare(
+    compiled: dsc.CompiledModel,
+    oracle: parity.Oracle,
+    result: parity.Result,
+    config: ModelConfig,
+    seed: int,
+) -> parity.Result:
+    """Fill `result`: a prompt, a batch of different lengths in chunks, decode past YaRN's length.
+
+    A batch has as many sequences as the model has heads, where that is possible.
+    """
+    chance = torch.Generator().manual_seed(seed)
+
+    def tokens(*shape: int) -> Tensor:
+        return torch.randint(config.vocab_size, shape, generator=chance)
+
+    ids = tokens(1, CHUNK - 1)
+    ours = compiled.session().prefill(ids, all_logits=True)
+    parity.note(result, "prefill", oracle, ids, ours, 0)
+    batch = min(config.num_attention_heads, BATCH)
+    lengths = [13, 5, 1, 8][:batch]
+    steps = 4
+    ids = tokens(batch, lengths[0] + steps)
+    prompt = torch.zeros(batch, lengths[0], dtype=torch.int64)
+    for row, n in enumerate(lengths):
+        prompt[row, :n] = ids[row, :n]
+    session = compiled.session()
+    rows = [session.prefill(prompt, lengths=lengths)]
+    for step in range(steps):
+        token = torch.stack([ids[row, n + step] for row, n in enumerate(lengths)])
+        rows.append(session.decode(token))
+    logits = torch.stack(rows, 1)
+    for row, n in enumerate(lengths):
+        used, mine = ids[row : row + 1, : n + steps], logits[row : row + 1]
+        parity.note(result, "different lengths and decode", oracle, used, mine, n - 1)
+    return result
+
+
+def run(first: int, last: int) -> list[dict[str, Any]]:
+    """Results of configurations `first` up to `last`, one a configuration and backend."""
+    known = earlier()
+    for index in range(first, last):
+        done = {found["backend"] for found in known if found["case"] == str(index)}
+        if done.issuperset(BACKENDS):
+            continue
+        for found in _measured(index):
+            known.append(found)
+            _append(found)
+    return [found for found in known if first <= int(found["case"]) < last]
+
+
+def _measured(index: int) -> Iterator[dict[str, Any]]:
+    """A configuration's results; where something failed, what did, for the backends left."""
+    left = list(BACKENDS)
+    try:
+        for result in check(index):
+            left.remove(result.backend)
+            ok = result.worst <= parity.TOLERANCE
+            yield result.as_dict() | {"ok": ok, "worst": result.worst}
+    except Exception as problem:
+        told = f"{type(problem).__name__}: {str(problem)[:300]}"
+        for backend in left:
+            yield {"case": str(index), "backend": backend, "ok": False, "error": told}
+
+
+def earlier() -> list[dict[str, Any]]:
+    """What was measured at this commit."""
+    if not RESULTS.is_file():
+        return []
+    lines = (json.loads(line) for line in RESULTS.read_text().splitlines())
+    return [found for found in lines if found.pop("commit") == commit()]
+
+
+def _append(found: dict[str, Any]) -> None:
+    RESULTS.parent.mkdir(parents=True, exist_ok=True)
+    with RESULTS.open("a") as out:
+        out.write(json.dumps({"commit": commit(), **found}) + "\n")
+
+
+def commit() -> str:
+    """The commit that is checked out."""
+    line = ["git", "rev-parse", "HEAD"]
+    return subprocess.run(line, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def main() -> None:
+    """Measure a range of configurations and print what does not hold."""
+    first, last = (int(each) for each in (sys.argv[1:] or ("0", str(len(EQUATIONS)))))
+    found = run(first, last)
+    bad = [each for each in found if not each["ok"]]
+    for each in bad:
+        print(json.dumps(each))
+    print(f"{len(found)} results, {len(bad)} bad")
+
+
+if __name__ == "__main__":
+    main()
