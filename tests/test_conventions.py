@@ -332,6 +332,19 @@ def test_every_test_file_can_fail() -> None:
     assert not idle, idle
 
 
+def test_what_contributing_names_is_there() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text("utf-8")
+    names = {n for n in re.findall(r"`([\w/.]+)`", text) if "/" in n and not n.startswith(".")}
+    assert len(names) > 15
+    places = {n: ROOT / n for n in names}
+    assert [n for n, place in places.items() if not place.exists()] == []
+    pairs = re.findall(r"`([A-Z_]+)` (?:or `([A-Z_]+)` )?in `([\w/.]+\.py)`", text)
+    assert len(pairs) > 6
+    for *tables, file in pairs:
+        content = (ROOT / file).read_text("utf-8")
+        assert all(re.search(rf"^{t}\b", content, re.MULTILINE) for t in tables if t), file
+
+
 def test_make_has_its_targets() -> None:
     text = (ROOT / "Makefile").read_text("utf-8")
     targets = set(re.findall(r"^([a-z]+):", text, re.MULTILINE))

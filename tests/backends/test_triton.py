@@ -160,6 +160,18 @@ def test_refusals_name_every_reason_and_place() -> None:
         backend.emit(Program("p", {"main": graph}), EmitOptions())
 
 
+def test_a_pointwise_operator_without_an_expression_is_refused_by_name(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from dsc.backends.triton.pointwise import EXPRESSIONS
+
+    b = GraphBuilder("g")
+    b.gelu(b.input("x", TensorType(DType.f32, (4, 4))))
+    assert TritonBackend().supports(b.nodes[0]) == Yes()
+    monkeypatch.delitem(EXPRESSIONS, "gelu")
+    assert TritonBackend().supports(b.nodes[0]) == No("no Triton kernel for gelu")
+
+
 def test_every_node_of_the_family_is_taken(model: Program) -> None:
     backend = TritonBackend()
     answers = {backend.supports(n) for g in model.entries.values() for n in g.nodes}

@@ -162,6 +162,18 @@ def test_what_has_no_kernel_is_refused_with_a_reason() -> None:
     assert "sort" in sort.reason
 
 
+def test_a_pointwise_operator_without_a_formula_is_refused_by_name(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from dsc.backends.tvm.kernels.pointwise import FORMULAS
+
+    b = GraphBuilder("g")
+    b.gelu(b.input("x", TensorType(DType.f32, (4, 4))))
+    assert get("tvm").supports(b.nodes[0]) == Yes()
+    monkeypatch.delitem(FORMULAS, "gelu")
+    assert get("tvm").supports(b.nodes[0]) == No("no kernel for the operator gelu")
+
+
 def test_an_unknown_cpu_is_a_users_mistake(program: Program) -> None:
     done, _ = pipeline.run(program, get("tvm"), Target("cpu"), pipeline.PipelineOptions())
     with pytest.raises(UsageError, match="no CPU called"):

@@ -85,6 +85,8 @@ def with_epilogue(ctx: Context, node: Node, nodes: Sequence[Node], wanted: list[
 
 def pointwise_reason(node: Node) -> str | None:
     """Why a pointwise node cannot be generated, or `None`."""
+    if node.op not in pointwise.EXPRESSIONS and node.op != "cast":
+        return f"no Triton kernel for {node.op}"
     types = [x.type.dtype for x in node.operands] + [v.type.dtype for v in node.outputs]
     odd = [t for t in types if t not in pointwise.TYPES]
     if odd:

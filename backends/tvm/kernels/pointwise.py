@@ -107,6 +107,8 @@ FLOAT_ONLY = frozenset(
 
 def lower(node: Node, machine: Machine) -> Launch:
     """The launch of any operator in `FORMULAS`, or of `cast`."""
+    if node.op not in FORMULAS and node.op != "cast":
+        raise Unsupported(f"no kernel for the operator {node.op}")
     table, types = SizeTable(), [x.type for x in node.operands]
     if node.op in FLOAT_ONLY and VALUE[types[-1].dtype] != "float32":
         raise Unsupported(f"{node.op} of {types[-1].dtype}; f32, bf16 and f16 have it")
