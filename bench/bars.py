@@ -398,6 +398,23 @@ def demo() -> Figures:
     }
 
 
+def judging() -> Figures:
+    """Sound artifacts verify in their own type, broken ones do not; no share is more than all."""
+    from bench import judging as judge
+
+    told = judge.verdicts(TINY)
+    ranks = judge.of_two_ranks(TINY)
+    shares = judge.shares(TINY)
+    right = all(v["exit"] == (1 if name in judge.BROKEN else 0) for name, v in told.items())
+    whole = all(s is None or 0 < s <= 1 for each in shares.values() for s in each)
+    return {
+        "ok": right and whole and not any(ranks.values()),
+        "verify": told,
+        "exit of two ranks": ranks,
+        "shares of the limit (prefill, decode)": shares,
+    }
+
+
 BARS: dict[str, Callable[[], Figures]] = {
     "import_time": import_time,
     "parity": parity,
@@ -418,6 +435,7 @@ BARS: dict[str, Callable[[], Figures]] = {
     "profile_overhead": profile_overhead,
     "footprint": footprint,
     "demo": demo,
+    "judging": judging,
 }
 
 

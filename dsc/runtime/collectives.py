@@ -12,12 +12,14 @@ import importlib
 import json
 import os
 import sys
+import threading
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from dsc._version import __version__
@@ -35,6 +37,10 @@ TIMEOUT = 25.0
 """Seconds that a collective waits for the slowest rank. `DSC_COLLECTIVE_TIMEOUT` changes it."""
 RENDEZVOUS = 120.0
 """Seconds in which all ranks must have started. `DSC_RENDEZVOUS_TIMEOUT` changes it."""
+PATIENCE = 1.0
+"""Seconds after which a rank that waits for others to start says for whom."""
+LAUNCHERS = ("DSC_LAUNCHED", "TORCHELASTIC_RUN_ID")
+"""Variables of those that start all ranks at once, and end them all when one fails to start."""
 STORE_TIMEOUT = 2.0
 VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -217,9 +223,11 @@ def connect(where: Place, timeout: float = TIMEOUT, rendezvous: float = RENDEZVO
     dist: Any = importlib.import_module("torch.distributed")
     if not dist.is_available() or not dist.is_gloo_available():
         raise UsageError("this torch has no gloo", hint="install a torch built with distributed")
-    store = _open_store(dist, where, rendezvous)
+    listener = f"{where.address}:{where.port}"
+    with _saying(f"rank {where.rank} waits for rank 0 at {listener}, for {rendezvous:g} s at most"):
+        store = _open_store(dist, where, rendezvous)
     store.set(f"hello/{where.rank}", __version__)
-    _wait_for(store, "hello", where.size, rendezvous)
+    _wait_for(store, "hello", where.size, rendezvous, f"rank {where.rank} at {listener}")
     prefixed = dist.PrefixStore("gloo", store)
     limit = timedelta(seconds=rendezvous)
     try:
@@ -282,16 +290,41 @@ def _open_store(dist: Any, where: Place, rendezvous: float) -> Any:
         ) from None
 
 
-def _wait_for(store: Any, key: str, size: int, timeout: float) -> list[bytes]:
-    """What every rank wrote under `key`. Raises `RankError` that names who wrote nothing."""
+@contextmanager
+def _saying(words: str) -> Iterator[None]:
+    """Say on standard error what a block waits for that takes longer than `PATIENCE`."""
+    if any(name in os.environ for name in LAUNCHERS):
+        yield
+        return
+    timer = threading.Timer(PATIENCE, partial(print, f"dsc: {words}", file=sys.stderr, flush=True))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def _wait_for(store: Any, key: str, size: int, timeout: float, waiting: str = "") -> list[bytes]:
+    """What every rank wrote under `key`. Raises `RankError` that names who wrote nothing.
+
+    `waiting` names who waits for the others to start, and says whom for each time that changes.
+    """
     names = [f"{key}/{rank}" for rank in range(size)]
-    deadline = time.monotonic() + timeout
+    start = time.monotonic()
+    told: list[int] = []
+    quiet = not waiting or any(name in os.environ for name in LAUNCHERS)
     try:
         while not all(store.check([name]) for name in names):
-            if time.monotonic() > deadline:
-                absent = [rank for rank, name in enumerate(names) if not store.check([name])]
+            absent = [rank for rank, name in enumerate(names) if not store.check([name])]
+            waited = time.monotonic() - start
+            if waited > PATIENCE and not quiet and absent != told:
+                text = f"dsc: {waiting} waits for {_named(absent)} of {size}"
+                print(f"{text}, for {timeout - waited:.0f} s more", file=sys.stderr, flush=True)
+                told = absent
+            if waited > timeout:
                 raise RankError(
-                    f"{_named(absent)} did not come within {timeout:g} s ({key})",
+                    f"{_named(absent)} did not come within {timeout:g} s",
                     hint=f"start all {size} ranks, each with its own RANK",
                 )
             time.sleep(0.02)

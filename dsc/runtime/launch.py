@@ -36,7 +36,12 @@ def environment(rank: int, ranks: int, port: int) -> dict[str, str]:
     path = os.pathsep.join(p for p in (root, os.environ.get("PYTHONPATH", "")) if p)
     threads = str(max(1, (os.cpu_count() or 1) // ranks))
     shared = {"OMP_NUM_THREADS": threads, **os.environ, "PYTHONPATH": path}
-    shared |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
+    shared |= {
+        "DSC_LAUNCHED": "1",
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(ranks),
+    }
     return shared | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
 
 

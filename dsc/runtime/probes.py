@@ -89,7 +89,7 @@ class ReadProbe:
 
     def __init__(self, threads: int, size: int = READ_BYTES) -> None:
         part = max(LEAST_BYTES, min(size, READ_BYTES) // threads)
-        self.parts = [np.zeros(part, dtype=np.uint8) + 1 for _ in range(threads)]
+        self.parts = [np.full(part, 1, dtype=np.uint8) for _ in range(threads)]
         self.size = part * threads
         self._passes = -(-PASS_BYTES // self.size)
         self._search: Any = ctypes.CDLL(None).memchr
@@ -122,11 +122,11 @@ class MatrixProbe:
     """
 
     def __init__(
-        self, threads: int, shape: tuple[int, int, int] = MATRIX, dtype: str = "bf16"
+        self, threads: int, shape: tuple[int, int, int] | None = None, dtype: str = "bf16"
     ) -> None:
         import torch
 
-        rows, columns, depth = shape
+        rows, columns, depth = shape or MATRIX
         self._threads, self._before = threads, torch.get_num_threads()
         named = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
         self._operands: dict[str, list[torch.Tensor]] = {
@@ -137,7 +137,9 @@ class MatrixProbe:
         self.flops = 2 * rows * columns * depth
 
     def __enter__(self) -> MatrixProbe:
-        speeds = {name: max(self._run(name), self._run(name)) for name in self._operands}
+        for name in self._operands:
+            self._run(name)
+        speeds = {name: self._run(name) for name in self._operands}
         self.dtype = max(speeds, key=speeds.__getitem__)
         self._operands = {self.dtype: self._operands[self.dtype]}
         return self

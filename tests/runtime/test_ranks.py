@@ -5,6 +5,7 @@ Processes are few, have limits, and are killed at the end whatever happens.
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -96,6 +97,17 @@ def small() -> Program:
 def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small model for two ranks."""
     return compiled(small(), ranks=2).save(tmp_path_factory.mktemp("small") / "out")
+
+
+@pytest.fixture(scope="module")
+def artifact_with_vocabulary(artifact: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same, with the configuration that a causal language model's artifact has."""
+    out = tmp_path_factory.mktemp("named") / "out"
+    shutil.copytree(artifact, out)
+    manifest = json.loads((out / "dsc.json").read_text())
+    manifest["config"] = {"vocab_size": 2000}
+    (out / "dsc.json").write_text(json.dumps(manifest))
+    return out
 
 
 # --- processes ------------------------------------------------------------------------------------
@@ -301,12 +313,46 @@ def test_different_options_are_named() -> None:
         assert "prompt" not in message
 
 
-def test_a_rank_that_never_comes_is_named() -> None:
-    where = collectives.place(environment(0, launch.free_port()))
+def test_a_rank_that_never_comes_is_named_at_once_and_at_the_limit(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    where = collectives.Place(0, 4, "127.0.0.1", launch.free_port(), True)
     start = time.monotonic()
-    with pytest.raises(RankError, match=r"rank 1 did not come within 0\.5 s"):
-        collectives.connect(where, rendezvous=0.5)
+    with pytest.raises(RankError, match=r"ranks 1, 2, 3 did not come within 1\.2 s"):
+        collectives.connect(where, rendezvous=1.2)
     assert time.monotonic() - start < 10
+    assert "rank 0 at 127.0.0.1" in (said := capsys.readouterr().err)
+    assert said.count("waits for ranks 1, 2, 3 of 4") == 1
+
+
+def test_a_rank_without_rank_0_says_that_it_waits(capsys: pytest.CaptureFixture[str]) -> None:
+    port = launch.free_port()
+    where = collectives.Place(1, 2, "127.0.0.1", port, False)
+    with pytest.raises(RankError, match=r"rank 1 found nobody"):
+        collectives.connect(where, rendezvous=1.5)
+    assert f"rank 1 waits for rank 0 at 127.0.0.1:{port}" in capsys.readouterr().err
+
+
+def test_who_starts_all_ranks_need_not_be_told(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert "DSC_LAUNCHED" in launch.environment(0, 2, 29500)
+    monkeypatch.setenv("DSC_LAUNCHED", "1")
+    where = collectives.Place(0, 2, "127.0.0.1", launch.free_port(), True)
+    with pytest.raises(RankError, match="rank 1 did not come"):
+        collectives.connect(where, rendezvous=1.2)
+    assert capsys.readouterr().err == ""
+
+
+def test_bench_starts_the_ranks_as_generate_does(artifact_with_vocabulary: Path) -> None:
+    """Of which rank 0 alone prints, and all take the same steps."""
+    options = "--prompt-len=8 --context=8 --tokens=2 --rounds=1 --repeats=1 --json"
+    line = launch.command(["bench", str(artifact_with_vocabulary), *options.split()])
+    done = subprocess.run(line, capture_output=True, text=True, timeout=LIMIT, check=False)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["ranks"] == 2
+    assert found["decode"]["steps"] == 2
 
 
 def test_generate_checks_its_options(artifact: Path) -> None:

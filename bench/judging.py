@@ -1,0 +1,84 @@
+"""Are the verbs that judge right? Sound models pass in their own type, broken ones fail."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from dsc.runtime.launch import command
+
+SOUND = (("tvm", "fp32"), ("tvm", "bf16"), ("tvm", "fp16"), ("onnxruntime", "bf16"))
+BROKEN = ("model.layers.1.self_attn.o_proj.weight", "model.layers.2.mlp.experts.3.down_proj.weight")
+"""Weights that are doubled, each in a checkpoint of its own: of one layer, of one expert of 16."""
+SHORT = {
+    "verify": ["--tokens", "48"],
+    "bench": ["--prompt-len", "64", "--tokens", "4", "--rounds", "4", "--repeats", "3"],
+    "profile": ["--tokens", "4", "--context", "32"],
+}
+
+
+def verdicts(checkpoint: Path) -> dict[str, Any]:
+    """What `dsc verify` says of sound artifacts in three types, and of broken ones in bf16."""
+    found = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for backend, dtype in SOUND:
+            out = Path(folder) / f"{backend}-{dtype}"
+            _dsc("compile", checkpoint, "--backend", backend, "--dtype", dtype, "-o", out)
+            done = _dsc("verify", out, "--json")
+            found[out.name] = {"exit": done.returncode, **_short(json.loads(done.stdout))}
+        for number, name in enumerate(BROKEN):
+            wrong, out = Path(folder) / f"wrong-{number}", Path(folder) / f"doubled-{number}"
+            _doubled(checkpoint, wrong, name)
+            _dsc("compile", wrong, "--backend", "tvm", "--dtype", "bf16", "-o", out)
+            done = _dsc("verify", out, "--checkpoint", checkpoint, "--json")
+            found[name] = {"exit": done.returncode, **_short(json.loads(done.stdout))}
+    return found
+
+
+def of_two_ranks(checkpoint: Path) -> dict[str, int]:
+    """The exit status of each verb on an artifact of two ranks."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "out"
+        _dsc("compile", checkpoint, "--backend", "reference", "--ranks", 2, "-o", out)
+        return {verb: _dsc(verb, out, *words).returncode for verb, words in SHORT.items()}
+
+
+def shares(checkpoint: Path) -> dict[str, list[float | None]]:
+    """The shares of the limit that `dsc bench` tells of a small model, by type."""
+    found = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for dtype in ("fp32", "bf16", "fp16"):
+            out = Path(folder) / dtype
+            _dsc("compile", checkpoint, "--backend", "tvm", "--dtype", dtype, "-o", out)
+            told = json.loads(_dsc("bench", out, "--json").stdout)
+            found[dtype] = [told[phase]["of_limit"] for phase in ("prefill", "decode")]
+    return found
+
+
+def _doubled(checkpoint: Path, out: Path, name: str) -> None:
+    """A copy of a checkpoint in which one tensor is twice what it should be."""
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(checkpoint, out)
+    for path in out.glob("*.safetensors"):
+        tensors = load_file(path)
+        if name in tensors:
+            tensors[name] = tensors[name] * 2
+            save_file(tensors, path, metadata={"format": "pt"})
+            return
+    raise KeyError(name)
+
+
+def _short(told: dict[str, Any]) -> dict[str, Any]:
+    """The figures of a verdict, the errors of logits beside their bounds."""
+    errors = [[float(f"{c[k]:.3g}") for k in ("found", "bound")] for c in told["checks"]]
+    return {"excluded": told["excluded"], "agree": told["greedy_agreement"], "errors": errors}
+
+
+def _dsc(*words: object) -> subprocess.CompletedProcess[str]:
+    line = command([str(word) for word in words])
+    return subprocess.run(line, capture_output=True, text=True, check=False)
