@@ -26,6 +26,7 @@ from dsc.runtime.check_plan import check_plan
 from dsc.targets import Target
 
 RAISE = {
+    "fold_empty": "dsc.passes.fold_empty:FoldEmpty",
     "fold_constants": "dsc.passes.fold_constants:FoldConstants",
     "canonicalise_views": "dsc.passes.canonicalise_views:CanonicaliseViews",
     "eliminate_common_subexpressions": (
@@ -40,6 +41,7 @@ RAISE = {
     "raise_router": "dsc.passes.raise_router:RaiseRouter",
     "raise_experts": "dsc.passes.raise_experts:RaiseExperts",
     "raise_select_rows": "dsc.passes.raise_select_rows:RaiseSelectRows",
+    "spell_out_sdpa": "dsc.passes.spell_out_sdpa:SpellOutSdpa",
     "eliminate_dead_code": "dsc.passes.eliminate_dead_code:EliminateDeadCode",
     "raise_canonical": "dsc.passes.raise_canonical:RaiseCanonical",
     "name_values": "dsc.passes.name_values:NameValues",

@@ -6,7 +6,7 @@ the result. Keyword arguments that say where a tensor lies (device, layout, ...)
 
 To support another operator, write its row. A row that cannot translate a certain use raises
 `Unsupported` with the reason; the converter reports all of them together. Rows that compute are in
-`aten_math.py`, rows that move elements in `aten_shape.py`.
+`aten_math.py` and `aten_reduce.py`, rows that move elements in `aten_shape.py`.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 from dsc.frontends import aten_math as m
+from dsc.frontends import aten_reduce as r
 from dsc.frontends import aten_shape as s
 from dsc.frontends.aten_math import COMPLEX, Row, declared_row
 from dsc.frontends.lowering import Complex
@@ -64,8 +65,8 @@ ROWS: Mapping[str, Row] = MappingProxyType(
         "aten.div.Tensor_mode": m.quotient,
         "aten.div.Scalar_mode": m.quotient,
         "aten.floor_divide.default": m.floor_quotient,
-        "aten.remainder.Tensor": m.arithmetic("remainder"),
-        "aten.remainder.Scalar": m.arithmetic("remainder"),
+        "aten.remainder.Tensor": m.remainder,
+        "aten.remainder.Scalar": m.remainder,
         "aten.fmod.Tensor": m.fmod,
         "aten.fmod.Scalar": m.fmod,
         "aten.pow.Tensor_Scalar": m.power,
@@ -135,6 +136,8 @@ ROWS: Mapping[str, Row] = MappingProxyType(
         "aten.trunc.default": m.trunc,
         "aten.floor.default": m.floor,
         "aten.ceil.default": m.ceil,
+        "aten.round.default": m.round_half_to_even,
+        "aten.round.decimals": m.round_half_to_even,
         "aten.copy.default": m.copy,
         "aten._to_copy.default": m.to,
         "aten.to.dtype": m.to,
@@ -142,36 +145,36 @@ ROWS: Mapping[str, Row] = MappingProxyType(
         "aten.to.device": m.to,
         "aten.type_as.default": m.to,
         # reductions and selections
-        "aten.sum.default": m.reduction("sum"),
-        "aten.sum.dim_IntList": m.reduction("sum"),
-        "aten.mean.default": m.reduction("mean"),
-        "aten.mean.dim": m.reduction("mean"),
-        "aten.amax.default": m.reduction("amax"),
-        "aten.amin.default": m.reduction("amin"),
-        "aten.max.default": m.reduction("amax"),
-        "aten.min.default": m.reduction("amin"),
-        "aten.max.dim": m.extreme("amax", 1),
-        "aten.min.dim": m.extreme("amin", -1),
-        "aten.any.default": m.truth_reduction("amax"),
-        "aten.any.dim": m.truth_reduction("amax"),
-        "aten.any.dims": m.truth_reduction("amax"),
-        "aten.all.default": m.truth_reduction("amin"),
-        "aten.all.dim": m.truth_reduction("amin"),
-        "aten.all.dims": m.truth_reduction("amin"),
-        "aten.argmax.default": m.arg(1),
-        "aten.argmin.default": m.arg(-1),
-        "aten.var.correction": m.variance,
-        "aten.std.correction": m.deviation,
-        "aten.cumsum.default": m.cumulative_sum,
-        "aten.softmax.int": m.softmax,
-        "aten._softmax.default": m.softmax,
-        "aten._log_softmax.default": m.log_softmax,
-        "aten.log_softmax.int": m.log_softmax,
-        "aten.topk.default": m.topk,
-        "aten.sort.default": m.sort,
-        "aten.sort.stable": m.stable_sort,
-        "aten.argsort.default": m.argsort,
-        "aten.histc.default": m.histogram,
+        "aten.sum.default": r.reduction("sum"),
+        "aten.sum.dim_IntList": r.reduction("sum"),
+        "aten.mean.default": r.reduction("mean"),
+        "aten.mean.dim": r.reduction("mean"),
+        "aten.amax.default": r.reduction("amax"),
+        "aten.amin.default": r.reduction("amin"),
+        "aten.max.default": r.reduction("amax"),
+        "aten.min.default": r.reduction("amin"),
+        "aten.max.dim": r.extreme("amax", 1),
+        "aten.min.dim": r.extreme("amin", -1),
+        "aten.any.default": r.truth_reduction("amax"),
+        "aten.any.dim": r.truth_reduction("amax"),
+        "aten.any.dims": r.truth_reduction("amax"),
+        "aten.all.default": r.truth_reduction("amin"),
+        "aten.all.dim": r.truth_reduction("amin"),
+        "aten.all.dims": r.truth_reduction("amin"),
+        "aten.argmax.default": r.arg(1),
+        "aten.argmin.default": r.arg(-1),
+        "aten.var.correction": r.variance,
+        "aten.std.correction": r.deviation,
+        "aten.cumsum.default": r.cumulative_sum,
+        "aten.softmax.int": r.softmax,
+        "aten._softmax.default": r.softmax,
+        "aten._log_softmax.default": r.log_softmax,
+        "aten.log_softmax.int": r.log_softmax,
+        "aten.topk.default": r.topk,
+        "aten.sort.default": r.sort,
+        "aten.sort.stable": r.stable_sort,
+        "aten.argsort.default": r.argsort,
+        "aten.histc.default": r.histogram,
         # contractions and layers
         "aten.mm.default": m.matmul,
         "aten.bmm.default": m.matmul,

@@ -1,4 +1,4 @@
-"""Rows of the ATen table that compute: arithmetic, reductions, contractions, complex numbers.
+"""Rows of the ATen table that compute: arithmetic, contractions, complex numbers.
 
 ATen promotes element types by itself. The operators of the IR do not: each row casts its operands
 to the type that the tracer recorded for the result.
@@ -85,12 +85,48 @@ def reversed_difference(t: Lowering, a: Number, b: Number, alpha: float = 1) -> 
 
 def quotient(t: Lowering, a: Number, b: Number, rounding_mode: str | None = None) -> Operand:
     """a / b, or rounded down or towards zero."""
-    ratio = _divide(t, a, b)
-    if rounding_mode is None or (t.out.dtype.is_int and rounding_mode == "floor"):
-        return ratio
+    if rounding_mode is None:
+        return _divide(t, a, b)
     if t.out.dtype.is_int:
-        raise Unsupported("integer division that rounds towards zero")
-    return floor(t, ratio) if rounding_mode == "floor" else trunc(t, ratio)
+        return _whole_quotient(t, a, _not_zero(b), rounding_mode)
+    if rounding_mode == "trunc":
+        return trunc(t, _divide(t, a, b))
+    working = DType.f32 if t.out.dtype in NARROW else t.out.dtype
+    return t.cast(_floor_of_quotient(t, t.operand(a, working), t.operand(b, working)), t.out.dtype)
+
+
+def _not_zero(x: Number) -> Number:
+    """An integer divisor that is known not to be zero."""
+    if isinstance(x, (Value, Weight)) or x == 0:
+        raise Unsupported("integer division by numbers that may be 0, which is an error")
+    return x
+
+
+def _whole_quotient(t: Lowering, a: Number, b: Number, rounding_mode: str) -> Operand:
+    """An integer quotient rounded down, or one more where that is not towards zero."""
+    x, y = t.operand(a, t.out.dtype), t.operand(b, t.out.dtype)
+    down = t.call("div", x, y)
+    if rounding_mode == "floor":
+        return down
+    zero = t.number(0, t.out.dtype)
+    rest = t.call("ne", t.call("remainder", x, y), zero)
+    below = t.call("ne", *(t.cast(t.call("lt", v, zero), DType.i64) for v in (x, y)))
+    return t.call("add", down, t.cast(t.call("logical_and", rest, below), t.out.dtype))
+
+
+def _floor_of_quotient(t: Lowering, a: Operand, b: Operand) -> Operand:
+    """As Python's float `//` has it: exact where the quotient itself would round up."""
+    dtype = a.type.dtype
+    zero = t.number(0, dtype)
+    rest = _fmod(t, a, b)
+    apart = t.call("ne", *(t.cast(t.call("lt", x, zero), dtype) for x in (rest, b)))
+    less = t.call("logical_and", t.call("ne", rest, zero), apart)
+    ratio = t.call("div", t.call("sub", a, rest), b)
+    ratio = t.call("sub", ratio, t.cast(less, dtype))
+    down = floor(t, ratio)
+    above = t.call("gt", t.call("sub", ratio, down), t.number(0.5, dtype))
+    whole = t.call("add", down, t.cast(above, dtype))
+    return t.call("where", t.call("eq", b, zero), t.call("div", a, b), whole)
 
 
 def floor_quotient(t: Lowering, a: Number, b: Number) -> Operand:
@@ -100,10 +136,19 @@ def floor_quotient(t: Lowering, a: Number, b: Number) -> Operand:
 
 def fmod(t: Lowering, a: Number, b: Number) -> Operand:
     """The remainder with the sign of a."""
-    x, y = t.operand(a, t.out.dtype), t.operand(b, t.out.dtype)
+    b = _not_zero(b) if t.out.dtype.is_int else b
+    return _fmod(t, t.operand(a, t.out.dtype), t.operand(b, t.out.dtype))
+
+
+def _fmod(t: Lowering, x: Operand, y: Operand) -> Operand:
     rest = t.call("remainder", t.call("abs", x), t.call("abs", y))
-    below = t.call("lt", x, t.number(0, t.out.dtype))
+    below = t.call("lt", x, t.number(0, x.type.dtype))
     return t.call("where", below, t.call("neg", rest), rest)
+
+
+def remainder(t: Lowering, a: Number, b: Number) -> Operand:
+    """The remainder with the sign of b."""
+    return arithmetic("remainder")(t, a, _not_zero(b) if t.out.dtype.is_int else b)
 
 
 def power(t: Lowering, x: Number, exponent: Number) -> Operand:
@@ -113,9 +158,23 @@ def power(t: Lowering, x: Number, exponent: Number) -> Operand:
         return t.call(named[exponent], t.operand(x, t.out.dtype))
     if exponent == 1:
         return t.operand(x, t.out.dtype)
-    if isinstance(exponent, int) and exponent == 2:
-        return t.call("mul", t.operand(x, t.out.dtype), t.operand(x, t.out.dtype))
+    if isinstance(exponent, int) and 2 <= exponent <= _MOST_FACTORS and _is_whole(exponent, t):
+        base = t.operand(x, t.out.dtype)
+        product = base
+        for _ in range(exponent - 1):
+            product = t.call("mul", product, base)
+        return product
+    if exponent == 0 and isinstance(x, (Value, Weight)):
+        return t.expand(t.number(1, t.out.dtype), t.out.shape)
     return arithmetic("pow")(t, x, exponent)
+
+
+_MOST_FACTORS = 16
+
+
+def _is_whole(exponent: int, t: Lowering) -> bool:
+    """Whether a power is a product: of integers, and the cube, which ATen multiplies out too."""
+    return t.out.dtype.is_int or exponent == 3
 
 
 def _stand_in(x: Number) -> Any:
@@ -135,7 +194,7 @@ def comparison(op: str) -> Row:
     return row
 
 
-def _truth(t: Lowering, x: Operand) -> Operand:
+def truth(t: Lowering, x: Operand) -> Operand:
     """Whether elements differ from zero."""
     if x.type.dtype is DType.boolean:
         return x
@@ -144,7 +203,7 @@ def _truth(t: Lowering, x: Operand) -> Operand:
 
 def logical(op: str) -> Row:
     """`op` on the truth of the operands."""
-    return lambda t, *xs: t.call(op, *(_truth(t, x) for x in xs))
+    return lambda t, *xs: t.call(op, *(truth(t, x) for x in xs))
 
 
 def bitwise(op: str) -> Row:
@@ -190,16 +249,38 @@ def ceil(t: Lowering, x: Operand) -> Operand:
     return t.call("neg", floor(t, t.call("neg", x)))
 
 
+def widened(t: Lowering, x: Operand) -> tuple[Operand, DType]:
+    """x in the element type that ATen computes in: fp64 as it is, all others in fp32."""
+    dtype = DType.f64 if x.type.dtype is DType.f64 else DType.f32
+    return t.cast(x, dtype), dtype
+
+
+def round_half_to_even(t: Lowering, x: Operand, **options: Any) -> Operand:
+    """To the nearest whole number; of two, to the even one."""
+    if options.get("decimals"):
+        raise Unsupported("rounding to decimals")
+    if not x.type.dtype.is_float:
+        return x
+    wide, dtype = widened(t, x)
+    whole = trunc(t, wide)
+    rest = t.call("abs", t.call("sub", wide, whole))
+    half = t.number(0.5, dtype)
+    odd = t.call("ne", t.call("remainder", whole, t.number(2, dtype)), t.number(0, dtype))
+    tie = t.call("logical_and", t.call("eq", rest, half), odd)
+    away = t.cast(t.call("logical_or", t.call("gt", rest, half), tie), dtype)
+    return t.cast(t.call("add", whole, t.call("mul", sign(t, wide), away)), x.type.dtype)
+
+
 def gelu(t: Lowering, x: Operand, approximate: str = "none") -> Operand:
     """Exact, or by the tanh approximation (Hendrycks & Gimpel 2016) in fp32."""
     if approximate == "none":
         return t.call("gelu", x)
-    wide = t.cast(x, DType.f32)
+    wide, dtype = widened(t, x)
     cubic = t.call("mul", t.call("square", wide), wide)
-    inner = t.call("add", wide, t.call("mul", cubic, t.number(0.044715, DType.f32)))
-    scaled = t.call("mul", inner, t.number(math.sqrt(2 / math.pi), DType.f32))
-    gate = t.call("add", t.call("tanh", scaled), t.number(1, DType.f32))
-    half = t.call("mul", wide, t.number(0.5, DType.f32))
+    inner = t.call("add", wide, t.call("mul", cubic, t.number(0.044715, dtype)))
+    scaled = t.call("mul", inner, t.number(math.sqrt(2 / math.pi), dtype))
+    gate = t.call("add", t.call("tanh", scaled), t.number(1, dtype))
+    half = t.call("mul", wide, t.number(0.5, dtype))
     return t.cast(t.call("mul", half, gate), x.type.dtype)
 
 
@@ -207,12 +288,12 @@ def with_factor(op: str, before: float = 1.0, after: float = 1.0) -> Row:
     """A function in another base: `op(x * before) * after`, in fp32."""
 
     def row(t: Lowering, x: Operand) -> Operand:
-        wide = t.cast(x, DType.f32)
+        wide, dtype = widened(t, x)
         if before != 1:
-            wide = t.call("mul", wide, t.number(before, DType.f32))
+            wide = t.call("mul", wide, t.number(before, dtype))
         result = t.call(op, wide)
         if after != 1:
-            result = t.call("mul", result, t.number(after, DType.f32))
+            result = t.call("mul", result, t.number(after, dtype))
         return t.cast(result, t.out.dtype)
 
     return row
@@ -220,23 +301,25 @@ def with_factor(op: str, before: float = 1.0, after: float = 1.0) -> Row:
 
 def log1p(t: Lowering, x: Operand) -> Operand:
     """log(1 + x) without the loss near 0: x * log(u) / (u - 1) for u = 1 + x (Higham 2002)."""
-    wide, one = t.cast(x, DType.f32), t.number(1, DType.f32)
+    wide, dtype = widened(t, x)
+    one = t.number(1, dtype)
     u = t.call("add", wide, one)
     ratio = t.call("div", wide, t.call("sub", u, one))
     correction = t.call("where", is_infinite(t, u), one, ratio)
     precise = t.call("mul", t.call("log", u), correction)
-    return t.cast(t.call("where", t.call("eq", u, one), wide, precise), x.type.dtype)
+    return t.cast(t.call("where", t.call("eq", u, one), wide, precise), t.out.dtype)
 
 
 def expm1(t: Lowering, x: Operand) -> Operand:
     """exp(x) - 1 without the loss near 0: x * (u - 1) / log(u) for u = exp(x)."""
-    wide, one = t.cast(x, DType.f32), t.number(1, DType.f32)
+    wide, dtype = widened(t, x)
+    one = t.number(1, dtype)
     u = t.call("exp", wide)
     less = t.call("sub", u, one)
     precise = t.call("mul", less, t.call("div", wide, t.call("log", u)))
     small = t.call("lt", t.call("abs", wide), one)
     result = t.call("where", small, precise, less)
-    return t.cast(t.call("where", t.call("eq", u, one), wide, result), x.type.dtype)
+    return t.cast(t.call("where", t.call("eq", u, one), wide, result), t.out.dtype)
 
 
 def is_infinite(t: Lowering, x: Operand) -> Operand:
@@ -279,135 +362,13 @@ def copy(t: Lowering, target: Operand, source: Operand, non_blocking: bool = Fal
     return t.expand(t.cast(source, t.out.dtype), t.out.shape)
 
 
-# Reductions and selections.
-
-
-def _axes(x: Operand, dim: Any) -> tuple[int, ...]:
-    if dim is None or dim == []:
-        return tuple(range(x.type.rank))
-    return tuple(d % x.type.rank for d in ([dim] if isinstance(dim, int) else dim))
-
-
-def reduction(op: str) -> Row:
-    """`op` over the axes in `dim`, all by default."""
-
-    def row(t: Lowering, x: Operand, dim: Any = None, keepdim: bool = False, **_: Any) -> Operand:
-        x = t.cast(x, t.out.dtype)
-        return t.call(op, x, axes=_axes(x, dim), keepdims=keepdim) if x.type.rank else x
-
-    return row
-
-
-def truth_reduction(op: str) -> Row:
-    """any and all, as the largest and the smallest of 0 and 1."""
-
-    def row(t: Lowering, x: Operand, dim: Any = None, keepdim: bool = False) -> Operand:
-        numbers = t.cast(_truth(t, x), DType.i64)
-        found = t.call(op, numbers, axes=_axes(x, dim), keepdims=keepdim)
-        return t.cast(found, DType.boolean)
-
-    return row
-
-
-def arg(sign: int) -> Row:
-    """argmax (1) or argmin (-1), of the whole tensor when no axis is given."""
-
-    def row(t: Lowering, x: Operand, dim: int | None = None, keepdim: bool = False) -> Operand:
-        x = x if sign > 0 else t.call("neg", x)
-        flat = t.reshape(x, (x.type.numel,)) if dim is None else x
-        return t.reshape(t.call("argmax", flat, axis=0 if dim is None else dim), t.out.shape)
-
-    return row
-
-
-def extreme(op: str, sign: int) -> Row:
-    """max.dim and min.dim: values and indices."""
-
-    def row(t: Lowering, x: Operand, dim: int, keepdim: bool = False) -> tuple[Operand, Operand]:
-        values = t.call(op, x, axes=_axes(x, dim), keepdims=keepdim)
-        found = t.call("argmax", x if sign > 0 else t.call("neg", x), axis=dim)
-        return values, t.reshape(found, values.type.shape)
-
-    return row
-
-
-def variance(
-    t: Lowering, x: Operand, dim: Any = None, *, correction: float | None = 1, keepdim: bool = False
-) -> Operand:
-    """Mean square distance from the mean, over count - correction."""
-    axes = _axes(x, dim)
-    count: Dim = 1
-    for axis in axes:
-        count = count * x.type.shape[axis]
-    wide = t.cast(x, DType.f32) if x.type.dtype in NARROW else x
-    centred = t.call("sub", wide, t.call("mean", wide, axes=axes, keepdims=True))
-    total = t.call("sum", t.call("square", centred), axes=axes, keepdims=keepdim)
-    free = count - int(1 if correction is None else correction)
-    return t.cast(t.call("div", total, t.number(free, wide.type.dtype)), x.type.dtype)
-
-
-def deviation(t: Lowering, x: Operand, dim: Any = None, **options: Any) -> Operand:
-    """Square root of the variance."""
-    return t.call("sqrt", variance(t, x, dim, **options))
-
-
-def cumulative_sum(t: Lowering, x: Operand, dim: int, **_: Any) -> Operand:
-    """Running sum."""
-    return t.call("cumsum", t.cast(x, t.out.dtype), axis=dim)
-
-
-def softmax(t: Lowering, x: Operand, dim: int, *_: Any) -> Operand:
-    """Softmax along an axis."""
-    return t.call("softmax", t.cast(x, t.out.dtype), axis=dim)
-
-
-def log_softmax(t: Lowering, x: Operand, dim: int, *_: Any) -> Operand:
-    """log(softmax(x)), in fp32."""
-    wide = t.cast(x, DType.f32)
-    shifted = t.call("sub", wide, t.call("amax", wide, axes=(dim,), keepdims=True))
-    total = t.call("sum", t.call("exp", shifted), axes=(dim,), keepdims=True)
-    return t.cast(t.call("sub", shifted, t.call("log", total)), t.out.dtype)
-
-
-def topk(
-    t: Lowering, x: Operand, k: Dim, dim: int = -1, largest: bool = True, sorted: bool = True
-) -> tuple[Operand, ...]:
-    """Sorted or not: an order is always allowed where none is asked for."""
-    if isinstance(k, Sym):
-        raise Unsupported("topk of a symbolic count")
-    last, axis = x.type.rank - 1, dim % x.type.rank
-    swap = [last if i == axis else axis if i == last else i for i in range(x.type.rank)]
-    x = t.permute(x if largest else t.call("neg", x), swap)
-    values, indices = t.calls("topk", x, k=k)
-    kept = values if largest else t.call("neg", values)
-    return t.permute(kept, swap), t.permute(indices, swap)
-
-
-def sort(t: Lowering, x: Operand, dim: int = -1, descending: bool = False) -> tuple[Value, ...]:
-    """Stable, ascending or descending; values and indices."""
-    return t.calls("sort", x, axis=dim % x.type.rank, descending=descending)
-
-
-def stable_sort(
-    t: Lowering, x: Operand, *, stable: bool = False, dim: int = -1, descending: bool = False
-) -> tuple[Value, ...]:
-    """As `sort`, which is stable already."""
-    return sort(t, x, dim, descending)
-
-
-def argsort(t: Lowering, x: Operand, dim: int = -1, descending: bool = False, **_: Any) -> Value:
-    """The indices of `sort`."""
-    return sort(t, x, dim, descending)[1]
-
-
-def histogram(t: Lowering, x: Operand, bins: int = 100, min: float = 0, max: float = 0) -> Operand:
-    """Counts of the integers 0 .. bins-1; other histograms are refused."""
-    if (min, max) != (0, bins - 1):
-        raise Unsupported("histc, except as a count of the integers 0 .. bins-1")
-    return t.call("histc", x, bins=bins)
-
-
 # Contractions and the operators of a network.
+
+
+def matmul_of(t: Lowering, a: Operand, b: Operand) -> Operand:
+    """a [*n, k] times b [k, m]; a may be a vector."""
+    rows = a if a.type.rank > 1 else t.reshape(a, (1, *a.type.shape))
+    return t.reshape(t.call("matmul", rows, b), t.out.shape)
 
 
 def matmul(t: Lowering, a: Operand, b: Operand, *_: Any) -> Operand:
@@ -486,16 +447,16 @@ def native_layer_norm(
     t: Lowering, x: Operand, extents: Sequence[Dim], weight: Operand | None,
     bias: Operand | None, eps: float,
 ) -> tuple[Operand, ...]:  # fmt: skip
-    """The normalised tensor, the mean and 1/deviation, in fp32 inside."""
+    """The normalised tensor, the mean and 1/deviation, in fp32 or wider inside."""
     axes = tuple(range(-len(extents), 0))
-    wide = t.cast(x, DType.f32)
+    wide, dtype = widened(t, x)
     mean = t.call("mean", wide, axes=axes, keepdims=True)
     centred = t.call("sub", wide, mean)
     variance = t.call("mean", t.call("square", centred), axes=axes, keepdims=True)
-    inverse = t.call("rsqrt", t.call("add", variance, t.number(eps, DType.f32)))
+    inverse = t.call("rsqrt", t.call("add", variance, t.number(eps, dtype)))
     y: Operand = t.call("mul", centred, inverse)
-    y = y if weight is None else t.call("mul", y, t.cast(weight, DType.f32))
-    y = y if bias is None else t.call("add", y, t.cast(bias, DType.f32))
+    y = y if weight is None else t.call("mul", y, t.cast(weight, dtype))
+    y = y if bias is None else t.call("add", y, t.cast(bias, dtype))
     return t.cast(y, x.type.dtype), mean, inverse
 
 
@@ -516,6 +477,9 @@ def linear(t: Lowering, x: Operand, weight: Operand, bias: Operand | None = None
     """x @ weight^T + bias."""
     if weight.type.rank != 2:
         raise Unsupported(f"linear with a weight of rank {weight.type.rank}")
+    if x.type.dtype not in (DType.f32, *NARROW) or x.type.rank == 0:
+        product: Operand = matmul_of(t, x, t.permute(weight, (1, 0)))
+        return product if bias is None else t.call("add", product, bias)
     return t.call("linear", x, weight, bias)
 
 

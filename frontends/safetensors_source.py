@@ -36,6 +36,7 @@ MAX_NAME = 255
 DTYPES = {
     "BOOL": DType.boolean,
     "U8": DType.u8,
+    "I16": DType.i16,
     "I8": DType.i8,
     "I32": DType.i32,
     "I64": DType.i64,

@@ -134,6 +134,8 @@ class Attention(Rule):
     def check(self, m: Match) -> Facts | Reject:
         """The mask's meaning, then (for a spelled-out form) the whole by evaluation."""
         found: Spelling = m.found
+        if found.q.type.dtype is DType.f64:
+            return reject("attention is computed in fp32", found.q)
         facts = _visibility(m.scope, found)
         if isinstance(facts, Reject) or found.root.op == "sdpa":
             return facts

@@ -28,7 +28,8 @@ from dsc.ir.types import DType
 from dsc.targets import Target
 
 COMPUTED = frozenset(
-    {DType.f32, DType.bf16, DType.f16, DType.i64, DType.i32, DType.i8, DType.u8, DType.boolean}
+    {DType.f32, DType.bf16, DType.f16, DType.i64, DType.i32, DType.i16, DType.i8, DType.u8}
+    | {DType.boolean}
 )
 """Element types that emitters handle; the 8-bit floats can only be converted from and to."""
 CONVERSIONS = frozenset({"cast", "dequantize_block"})

@@ -35,6 +35,7 @@ ONNX_TYPE = {
     DType.f8e8m0: TensorProto.FLOAT8E8M0,
     DType.i64: TensorProto.INT64,
     DType.i32: TensorProto.INT32,
+    DType.i16: TensorProto.INT16,
     DType.i8: TensorProto.INT8,
     DType.u8: TensorProto.UINT8,
     DType.boolean: TensorProto.BOOL,
@@ -291,7 +292,13 @@ def plain_symbol(dim: Dim) -> str | None:
 def numpy_type(dtype: DType) -> np.dtype[Any]:
     """The numpy type of an element type that numpy knows."""
     names = {DType.f32: "float32", DType.f64: "float64", DType.f16: "float16", DType.i64: "int64"}
-    names |= {DType.i32: "int32", DType.i8: "int8", DType.u8: "uint8", DType.boolean: "bool"}
+    names |= {
+        DType.i32: "int32",
+        DType.i16: "int16",
+        DType.i8: "int8",
+        DType.u8: "uint8",
+        DType.boolean: "bool",
+    }
     return np.dtype(names[dtype])
 
 

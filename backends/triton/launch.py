@@ -21,7 +21,8 @@ Kind: TypeAlias = Literal["input", "weight", "temp", "output"]
 POINTER_TYPES = {
     DType.f32: "*fp32", DType.f64: "*fp64", DType.bf16: "*bf16", DType.f16: "*fp16",
     DType.f8e4m3: "*fp8e4nv", DType.f8e4m3fnuz: "*fp8e4b8", DType.f8e5m2: "*fp8e5",
-    DType.i64: "*i64", DType.i32: "*i32", DType.i8: "*i8", DType.u8: "*u8", DType.boolean: "*i1",
+    DType.i64: "*i64", DType.i32: "*i32", DType.i16: "*i16", DType.i8: "*i8", DType.u8: "*u8",
+    DType.boolean: "*i1",
 }  # fmt: skip
 
 

@@ -33,7 +33,8 @@ if TYPE_CHECKING:
 
 TYPES = {
     DType.f32: "tl.float32", DType.f64: "tl.float64", DType.bf16: "tl.bfloat16",
-    DType.f16: "tl.float16", DType.i64: "tl.int64", DType.i32: "tl.int32", DType.i8: "tl.int8",
+    DType.f16: "tl.float16", DType.i64: "tl.int64", DType.i32: "tl.int32", DType.i16: "tl.int16",
+    DType.i8: "tl.int8",
     DType.u8: "tl.uint8", DType.boolean: "tl.int1", DType.f8e4m3: "tl.float8e4nv",
     DType.f8e5m2: "tl.float8e5",
 }  # fmt: skip

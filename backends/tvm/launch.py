@@ -8,7 +8,7 @@ from typing import Any
 
 from dsc.ir.dims import Dim, product
 from dsc.ir.graph import Node, Operand
-from dsc.ir.types import TensorType
+from dsc.ir.types import DType, TensorType
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +64,13 @@ def operand(node: Node, index: int) -> Operand:
     if found is None:
         raise Unsupported(f"operand {index} is missing")
     return found
+
+
+def fp32_only(node: Node) -> None:
+    """Raise `Unsupported` unless all floats of a node are computed with in fp32."""
+    floats = {x.type.dtype for x in (*node.operands, *node.outputs) if not x.type.dtype.is_int}
+    if node.operands[0].type.dtype.is_int or not floats <= {DType.f32, DType.bf16, DType.f16}:
+        raise Unsupported(f"{node.op} of {node.operands[0].type.dtype}; f32, bf16 and f16 have it")
 
 
 class Unsupported(Exception):

@@ -53,7 +53,7 @@ if TYPE_CHECKING:
 FORM, LIBRARY = "relax", "relax/model.so"
 NAMES = {
     DType.f32: "float32", DType.f64: "float64", DType.f16: "float16", DType.bf16: "uint16",
-    DType.i64: "int64", DType.i32: "int32", DType.i8: "int8", DType.u8: "uint8",
+    DType.i64: "int64", DType.i32: "int32", DType.i16: "int16", DType.i8: "int8", DType.u8: "uint8",
     DType.boolean: "bool",
 }  # fmt: skip
 

@@ -92,7 +92,7 @@ def plan_entry(
     checks = entry_checks(graph, ranges, index_ranges(graph, ranges))
     later = [(c.computed, n) for n, c in enumerate(checks, 1) if isinstance(c, Later)]
     for node in graph.nodes:
-        if node.op in VIEWS:
+        if node.op in VIEWS or all(0 in v.type.shape for v in node.outputs):
             continue
         steps += [_guard(found, n, memory, table) for found, n in later if found.node is node]
         try:

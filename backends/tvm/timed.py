@@ -45,7 +45,7 @@ class TimedEntry:
     graph: Graph
     plan: EntryPlan
     words: Words
-    sizes: Mapping[str, int] = field(default_factory=dict)
+    sizes: Mapping[str, int] | None = None
     taps: list[Tap] = field(default_factory=list)
 
     def prepare(self, sizes: Mapping[str, int]) -> None:
@@ -92,7 +92,7 @@ class TimedEntry:
     def finished(self, lengths: Sequence[int] | None) -> EntryRun:
         """What the last run wrote, for the profiler."""
         times, copies, taps = self.times.copy(), self.copies.copy(), self.taps
-        sizes = self.sizes
+        sizes = self.sizes or {}
         return EntryRun(
             self.graph,
             sizes,

@@ -32,14 +32,15 @@ PARALLEL_WORK = 1 << 15
 
 STORAGE = {
     DType.f32: "float32", DType.f64: "float64", DType.f16: "float16", DType.bf16: "uint16",
-    DType.i64: "int64", DType.i32: "int32", DType.i8: "int8", DType.u8: "uint8",
+    DType.i64: "int64", DType.i32: "int32", DType.i16: "int16", DType.i8: "int8", DType.u8: "uint8",
     DType.boolean: "uint8",
 }  # fmt: skip
 """What an element is in memory. Element types that are missing here have no kernels."""
 
 VALUE = {
     DType.f32: "float32", DType.f64: "float64", DType.f16: "float32", DType.bf16: "float32",
-    DType.i64: "int64", DType.i32: "int32", DType.i8: "int32", DType.u8: "int32",
+    DType.i64: "int64", DType.i32: "int32", DType.i16: "int32", DType.i8: "int32",
+    DType.u8: "int32",
     DType.boolean: "bool",
 }  # fmt: skip
 """What an element is in a register."""
@@ -273,15 +274,32 @@ def select(condition: Expr, a: Expr, b: Expr) -> Expr:
 
 def total(vector: Expr) -> Expr:
     """The sum of the lanes."""
-    return _fold(vector, lambda a, b: a + b)
+    return fold(vector, lambda a, b: a + b)
+
+
+def is_nan(x: Expr) -> Expr:
+    """Whether floats are not a number, by their bits: TVM takes `x == x` to be true."""
+    wide = x.ty.dtype.with_lanes(1) == "float64"
+    name, width = ("uint64", 64) if wide else ("uint32", 32)
+    infinity = 0x7FF << 52 if wide else 0xFF << 23
+
+    def word(value: int) -> Expr:
+        return splat(tirx.const(value, name), lanes_of(x))
+
+    return (reinterpret(x, name) & word((1 << (width - 1)) - 1)) > word(infinity)
+
+
+def number(value: float, like: Expr) -> Expr:
+    """A constant of the element type and the lanes of a float value."""
+    return splat(tirx.FloatImm(str(like.ty.dtype.with_lanes(1)), value), lanes_of(like))
 
 
 def largest(vector: Expr) -> Expr:
     """The largest lane."""
-    return _fold(vector, tirx.max)
+    return fold(vector, tirx.max)
 
 
-def _fold(vector: Expr, combine: Callable[[Expr, Expr], Expr]) -> Expr:
+def fold(vector: Expr, combine: Callable[[Expr, Expr], Expr]) -> Expr:
     """Combine the halves of a vector until one lane is left.
 
     LLVM's own reductions add the lanes in order, one after another.
@@ -330,9 +348,23 @@ def _power_of_two(n: Expr, lanes: int) -> Expr:
     return reinterpret(shifted, "float32")
 
 
+def exp_of_any(x: Expr) -> Expr:
+    """e^x of fp32 or fp64, where a NaN stays one."""
+    if x.ty.dtype.with_lanes(1) == "float64":
+        return libm("expf", x)
+    return keep_nan(x, exp(x))
+
+
+def keep_nan(x: Expr, y: Expr) -> Expr:
+    """x where it is a NaN, else y."""
+    return select(is_nan(x), x, y)
+
+
 def sigmoid(x: Expr) -> Expr:
     """1 / (1 + e^-x)."""
-    one = splat(f32(1.0), lanes_of(x))
+    one = number(1.0, x)
+    if x.ty.dtype.with_lanes(1) == "float64":
+        return one / (one + libm("expf", -x))
     return one / (one + exp(-x))
 
 
@@ -342,15 +374,14 @@ def silu(x: Expr) -> Expr:
 
 
 def relu(x: Expr) -> Expr:
-    """max(x, 0)."""
-    return tirx.max(x, splat(f32(0.0), lanes_of(x)))
+    """max(x, 0); a NaN stays one."""
+    zero = splat(tirx.const(0, str(x.ty.dtype.with_lanes(1))), lanes_of(x))
+    return select(x < zero, zero, x)
 
 
 def gelu(x: Expr) -> Expr:
     """x times the normal distribution's CDF, by erf."""
-    lanes = lanes_of(x)
-    half, root = splat(f32(0.5), lanes), splat(f32(0.5**0.5), lanes)
-    return x * half * (splat(f32(1.0), lanes) + erf(x * root))
+    return x * number(0.5, x) * (number(1.0, x) + erf(x * number(0.5**0.5, x)))
 
 
 def erf(x: Expr) -> Expr:
@@ -359,15 +390,17 @@ def erf(x: Expr) -> Expr:
 
 
 def libm(name: str, *xs: Expr) -> Expr:
-    """A function of the C library on fp32, lane by lane."""
+    """A function of the C library, `name` on fp32, lane by lane."""
     lanes = max(lanes_of(x) for x in xs)
+    kind = str(xs[0].ty.dtype.with_lanes(1))
+    name = name.removesuffix("f") if kind == "float64" else name
     if lanes == 1:
-        return tirx.call_pure_extern("float32", name, *xs)
+        return tirx.call_pure_extern(kind, name, *xs)
     named = [bind(splat(x, lanes)) for x in xs]
 
     def lane(i: int) -> Expr:
         scalars = [tirx.Shuffle([v], [i]) for v in named]
-        return tirx.call_pure_extern("float32", name, *scalars)
+        return tirx.call_pure_extern(kind, name, *scalars)
 
     return tirx.Shuffle([lane(i) for i in range(lanes)], list(range(lanes)))
 

@@ -167,4 +167,6 @@ def _label(node: Node, operands: Sequence[Value | Weight | None]) -> str:
     if node.op not in ("linear", "einsum") or not isinstance(weight, Weight):
         return node.op
     parts = [p for p in weight.name.split(".") if p != "weight"]
+    if not parts:  # the program is one bare layer
+        return node.op
     return ".".join(parts[-2:]) if len(parts[-1]) == 1 else parts[-1]

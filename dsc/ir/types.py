@@ -29,6 +29,7 @@ class DType(StrEnum):
     f8e8m0 = "f8e8m0"
     i64 = "i64"
     i32 = "i32"
+    i16 = "i16"
     i8 = "i8"
     u8 = "u8"
     i4 = "i4"
@@ -73,7 +74,7 @@ class DType(StrEnum):
 _BITS = {
     DType.f32: 32, DType.f64: 64, DType.bf16: 16, DType.f16: 16, DType.f8e4m3: 8,
     DType.f8e4m3fnuz: 8, DType.f8e5m2: 8, DType.f8e8m0: 8, DType.i64: 64, DType.i32: 32,
-    DType.i8: 8, DType.u8: 8, DType.i4: 4, DType.boolean: 8,
+    DType.i16: 16, DType.i8: 8, DType.u8: 8, DType.i4: 4, DType.boolean: 8,
 }  # fmt: skip
 
 
@@ -92,6 +93,7 @@ def _torch_types() -> Mapping[DType, TorchType]:
         DType.f8e8m0: torch.float8_e8m0fnu,
         DType.i64: torch.int64,
         DType.i32: torch.int32,
+        DType.i16: torch.int16,
         DType.i8: torch.int8,
         DType.u8: torch.uint8,
         DType.boolean: torch.bool,

@@ -28,7 +28,8 @@ RELEASE_BYTES = 128 << 20
 NAMES = {
     DType.f32: "F32", DType.f64: "F64", DType.bf16: "BF16", DType.f16: "F16",
     DType.f8e4m3: "F8_E4M3", DType.f8e5m2: "F8_E5M2", DType.f8e8m0: "F8_E8M0",
-    DType.i64: "I64", DType.i32: "I32", DType.i8: "I8", DType.u8: "U8", DType.boolean: "BOOL",
+    DType.i64: "I64", DType.i32: "I32", DType.i16: "I16", DType.i8: "I8",
+    DType.u8: "U8", DType.boolean: "BOOL",
 }  # fmt: skip
 Layout = Mapping[str, tuple[int, int]]
 """Weight name to (offset in the file, bytes)."""

@@ -18,7 +18,7 @@ from dsc.backends.tvm.kernels.attend import BLOCK, Queries, Rows, attend
 from dsc.backends.tvm.kernels.bf16_linear import fits
 from dsc.backends.tvm.kernels.latent_cache import LatentCache, page_of
 from dsc.backends.tvm.kernels.products import product_rows
-from dsc.backends.tvm.launch import Launch, operand, static_dim
+from dsc.backends.tvm.launch import Launch, Unsupported, operand, static_dim
 from dsc.backends.tvm.machine import Machine
 from dsc.backends.tvm.tir import (
     PARALLEL_WORK,
@@ -177,6 +177,9 @@ def mla_attention(
 
 def lower(node: Node, machine: Machine) -> Launch:
     """The launch of `attention`."""
+    for x in node.operands[:3]:
+        if x.type.dtype is DType.f64:
+            raise Unsupported(f"attention of {x.type.dtype}; f32, bf16 and f16 have it")
     q, k, value = (operand(node, i).type for i in range(3))
     axes = (*q.shape[2:], k.shape[2], value.shape[3])
     heads, d, groups, e = (static_dim(x, "a head axis") for x in axes)

@@ -107,7 +107,7 @@ def contract(
             for at, term in zip(addresses, terms, strict=False)
         ]
         y = Tensor(addresses[-1], dtype, [extents[c] for c in result])
-        along = _vector_letter(terms, result, summed, extents) if dtype is not DType.i64 else ""
+        along = _vector_letter(terms, result, summed, extents) if VALUE[dtype] == "float32" else ""
         width = lanes_for(extents[along], lanes) if along else 1
         if along and along in result:
             _rows(xs, terms, y, result, summed, extents, width)

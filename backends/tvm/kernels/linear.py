@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dsc.backends.tvm.kernels import bf16_linear
 from dsc.backends.tvm.kernels.products import product_rows
-from dsc.backends.tvm.launch import Launch, operand, rows_of, static_dim
+from dsc.backends.tvm.launch import Launch, fp32_only, operand, rows_of, static_dim
 from dsc.backends.tvm.machine import Machine
 from dsc.backends.tvm.tir import PARALLEL_WORK, Expr, PrimFunc, Tensor, build, for_each, integer
 from dsc.ir.graph import Node
@@ -23,6 +23,7 @@ def lower(node: Node, machine: Machine) -> Launch:
     x, weight = operand(node, 0).type, operand(node, 1).type
     m, k = (static_dim(d, "a weight's axis") for d in weight.shape)
     rows = rows_of(x)
+    fp32_only(node)
     has_bias = len(node.operands) > 2
     if bf16_linear.fits(machine, k, *(o.type for o in node.operands)):
         return bf16_linear.launch(rows, m, k, has_bias, machine)

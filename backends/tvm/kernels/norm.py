@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from tvm import tirx
 
-from dsc.backends.tvm.launch import Launch, operand, rows_of, static_dim
+from dsc.backends.tvm.launch import Launch, fp32_only, operand, rows_of, static_dim
 from dsc.backends.tvm.machine import Machine
 from dsc.backends.tvm.tir import (
     Expr,
@@ -32,6 +32,7 @@ from dsc.ir.types import DType
 
 def lower(node: Node, machine: Machine) -> Launch:
     """The launch of `rms_norm`: rows are all leading axes."""
+    fp32_only(node)
     x = operand(node, 0).type
     d, rows = static_dim(x.shape[-1], "the normalised axis"), rows_of(x)
     return Launch(rms_norm, (x.dtype, d, node.attrs["eps"], machine), (rows,), flops=rows * (4 * d))

@@ -38,16 +38,52 @@ def _is_float(x: Expr) -> bool:
 
 
 def _divide(a: Expr, b: Expr) -> Expr:
-    return a / b if _is_float(a) else tirx.floordiv(a, b)
+    return a / b if _is_float(a) else tirx.floordiv(a, _divisor(b))
 
 
 def _remainder(a: Expr, b: Expr) -> Expr:
-    return a - b * tirx.floor(a / b) if _is_float(a) else tirx.floormod(a, b)
+    """Exactly, as C's fmod gives it, with the sign of b."""
+    if not _is_float(a):
+        return tirx.floormod(a, _divisor(b))
+    rest = tir.bind(tir.libm("fmodf", a, b))
+    zero = tir.number(0.0, rest)
+    apart = _and(tirx.NE(rest, zero), tirx.NE(_as_byte(rest < zero), _as_byte(b < zero)))
+    return tir.select(apart, rest + b, rest)
+
+
+def _divisor(b: Expr) -> Expr:
+    """An integer divisor, -1 in the place of 0: a processor would end the process."""
+    zero, other = (splat(tirx.const(n, _element(b)), tir.lanes_of(b)) for n in (0, -1))
+    return tir.select(tirx.EQ(b, zero), other, b)
+
+
+def _as_byte(a: Expr) -> Expr:
+    return tir.cast(a, "uint8")
 
 
 def _larger(a: Expr, b: Expr) -> Expr:
     """As torch.maximum: a NaN on either side wins."""
-    return tir.select(_or(a > b, tirx.NE(a, a)), a, b)
+    return tir.select(_or(a > b, tir.is_nan(a)) if _is_float(a) else a > b, a, b)
+
+
+def _smaller(a: Expr, b: Expr) -> Expr:
+    """As torch.minimum: a NaN on either side wins."""
+    return tir.select(_or(a < b, tir.is_nan(a)) if _is_float(a) else a < b, a, b)
+
+
+def _ordered(holds: Callable[[Expr, Expr], Expr]) -> Callable[[Expr, Expr], Expr]:
+    """A comparison that holds of equal values, but not of NaN with itself, as TVM would have it."""
+
+    def compare(a: Expr, b: Expr) -> Expr:
+        if _element(a) == "bool":
+            a, b = _as_byte(a), _as_byte(b)
+        found = holds(a, b)
+        return _and(found, _not(tir.is_nan(a))) if _is_float(a) else found
+
+    return compare
+
+
+_equal = _ordered(tirx.EQ)
 
 
 def _or(a: Expr, b: Expr) -> Expr:
@@ -69,14 +105,14 @@ FORMULAS: dict[str, Callable[..., Expr]] = {
     "div": _divide,
     "remainder": _remainder,
     "maximum": _larger,
-    "minimum": lambda a, b: -_larger(-a, -b),
+    "minimum": _smaller,
     "pow": lambda a, b: libm("powf", a, b),
     "lt": lambda a, b: a < b,
-    "le": lambda a, b: a <= b,
+    "le": _ordered(lambda a, b: a <= b),
     "gt": lambda a, b: a > b,
-    "ge": lambda a, b: a >= b,
-    "eq": tirx.EQ,
-    "ne": tirx.NE,
+    "ge": _ordered(lambda a, b: a >= b),
+    "eq": _equal,
+    "ne": lambda a, b: _not(_equal(a, b)),
     "logical_and": _and,
     "logical_or": _or,
     "logical_not": _not,
@@ -85,12 +121,12 @@ FORMULAS: dict[str, Callable[..., Expr]] = {
     "neg": lambda x: -x,
     "abs": tirx.abs,
     "square": lambda x: x * x,
-    "exp": tir.exp,
+    "exp": tir.exp_of_any,
     "log": lambda x: libm("logf", x),
     "sqrt": tirx.sqrt,
     "rsqrt": lambda x: _one(x) / tirx.sqrt(x),
     "reciprocal": lambda x: _one(x) / x,
-    "sigmoid": tir.sigmoid,
+    "sigmoid": lambda x: tir.keep_nan(x, tir.sigmoid(x)),
     "silu": tir.silu,
     "tanh": lambda x: libm("tanhf", x),
     "cos": lambda x: libm("cosf", x),
@@ -101,7 +137,7 @@ FORMULAS: dict[str, Callable[..., Expr]] = {
 }
 FLOAT_ONLY = frozenset(
     {"pow", "exp", "log", "sqrt", "rsqrt", "reciprocal", "sigmoid", "silu", "tanh", "cos", "sin"}
-    | {"erf", "relu", "gelu", "swiglu"}
+    | {"erf", "gelu", "swiglu"}
 )
 
 
@@ -110,8 +146,8 @@ def lower(node: Node, machine: Machine) -> Launch:
     if node.op not in FORMULAS and node.op != "cast":
         raise Unsupported(f"no kernel for the operator {node.op}")
     table, types = SizeTable(), [x.type for x in node.operands]
-    if node.op in FLOAT_ONLY and VALUE[types[-1].dtype] != "float32":
-        raise Unsupported(f"{node.op} of {types[-1].dtype}; f32, bf16 and f16 have it")
+    if node.op in FLOAT_ONLY and not types[-1].dtype.is_float:
+        raise Unsupported(f"{node.op} of {types[-1].dtype}; floats have it")
     out = node.output.type
     static = (
         node.op,

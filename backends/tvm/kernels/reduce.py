@@ -28,9 +28,9 @@ from dsc.backends.tvm.tir import (
     bind,
     build,
     cast,
-    exp,
-    f32,
+    exp_of_any,
     integer,
+    is_nan,
     lanes_for,
     loop,
     total,
@@ -103,7 +103,12 @@ def _combine(op: str, acc: Expr, value: Expr) -> Expr:
     if op in ("sum", "mean"):
         return acc + value
     better = value > acc if op == "amax" else value < acc
-    return tirx.Select(better, value, acc)
+    return tirx.Select(_or_nan(better, value), value, acc)
+
+
+def _or_nan(better: Expr, value: Expr) -> Expr:
+    """`better`, or that the value is no number: of several values a NaN is the extreme."""
+    return tirx.Or(better, is_nan(value)) if value.ty.dtype.is_float else better
 
 
 def _nest(
@@ -122,7 +127,7 @@ def lower_scan(node: Node, machine: Machine) -> Launch:
     table, x = SizeTable(), operand(node, 0).type
     attrs = lookup(node.op).with_defaults(node.attrs)
     name = VALUE[x.dtype]
-    if name == "bool" or (node.op == "softmax" and name != "float32"):
+    if name == "bool" or (node.op == "softmax" and not x.dtype.is_float):
         raise Unsupported(f"{node.op} of {x.dtype}")
     if node.op == "topk":
         static_dim(x.shape[-1], "the axis of topk")
@@ -148,7 +153,7 @@ def scan_axis(op: str, dtype: DType, shape: Pattern, axis: int, k: int, sizes: i
         full = Tensor(addresses[0], dtype, extents)
         match op:
             case "softmax":
-                each_index(kept, n, lambda outer: _softmax(line(outer), full))
+                each_index(kept, n, lambda outer: _softmax(line(outer), full, VALUE[dtype]))
             case "cumsum":
                 each_index(kept, n, lambda outer: _cumsum(line(outer), full, VALUE[dtype]))
             case "argmax":
@@ -177,15 +182,15 @@ class Line:
         return self.source.load(*self.index(i))
 
 
-def _softmax(line: Line, target: Tensor) -> None:
-    peak, mass = Local(1), Local(1)
-    peak[0], mass[0] = f32(float("-inf")), f32(0.0)
+def _softmax(line: Line, target: Tensor, name: str) -> None:
+    peak, mass = Local(1, name), Local(1, name)
+    peak[0], mass[0] = tirx.FloatImm(name, float("-inf")), mass.zero
     with loop(line.extent) as i:
         peak[0] = tirx.max(peak[0], line.load(i))
     with loop(line.extent) as i:
-        mass[0] = mass[0] + exp(line.load(i) - peak[0])
+        mass[0] = mass[0] + exp_of_any(line.load(i) - peak[0])
     with loop(line.extent) as i:
-        target.store(exp(line.load(i) - peak[0]) / mass[0], *line.index(i))
+        target.store(exp_of_any(line.load(i) - peak[0]) / mass[0], *line.index(i))
 
 
 def _cumsum(line: Line, target: Tensor, name: str) -> None:
@@ -199,10 +204,19 @@ def _cumsum(line: Line, target: Tensor, name: str) -> None:
 def _argmax(line: Line, name: str) -> Expr:
     best, where = Local(1, name), Local(1, "int64")
     best[0], where[0] = line.load(integer(0)), integer(0)
-    with loop(line.extent) as i, when(line.load(i) > best[0]):
-        best[0] = line.load(i)
-        where[0] = i
+    with loop(line.extent) as i:
+        value = bind(line.load(i))
+        with when(_before(value, best[0])):
+            best[0] = value
+            where[0] = i
     return where[0]
+
+
+def _before(value: Expr, best: Expr) -> Expr:
+    """Whether a value comes before the best one so far: larger, or the first NaN."""
+    if not value.ty.dtype.is_float:
+        return value > best
+    return tirx.Or(value > best, tirx.And(is_nan(value), tirx.Not(is_nan(best))))
 
 
 def _topk(
@@ -217,7 +231,7 @@ def _topk(
         top, where = Local(1, name), Local(1, "int64")
         top[0], where[0] = tirx.const(LOWEST[name], name), integer(-1)
         with loop(line.extent) as i:
-            better = tirx.any(where[0] < 0, line.load(i) > top[0])
+            better = tirx.any(where[0] < 0, _before(line.load(i), top[0]))
             with when(tirx.all(tirx.EQ(taken[i], 0), better)):
                 top[0] = line.load(i)
                 where[0] = i

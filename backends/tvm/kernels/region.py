@@ -24,7 +24,7 @@ from dsc.backends.tvm.kernels.families import Families
 from dsc.backends.tvm.kernels.region_products import Product, product_region
 from dsc.backends.tvm.kernels.region_rows import RowStep, row_region
 from dsc.backends.tvm.kernels.values import Operand, check_pointwise
-from dsc.backends.tvm.launch import Launch, Unsupported, rows_of, static_dim
+from dsc.backends.tvm.launch import Launch, Unsupported, fp32_only, rows_of, static_dim
 from dsc.backends.tvm.machine import Machine
 from dsc.backends.tvm.shapes import SizeTable
 from dsc.backends.tvm.tir import PARALLEL_WORK, STORAGE, VALUE
@@ -57,6 +57,8 @@ def lower(node: Node, machine: Machine) -> Launch:
     return found
 
 
+_IN_FP32 = frozenset({"linear", "grouped_linear", "rms_norm", "softmax", "rope"})
+"""Operators whose regions compute in fp32 whatever the element type."""
 _KNOWN: dict[tuple[str, Machine], Launch | str] = {}
 """Launches, or why there is none, by what a body computes: layers repeat."""
 
@@ -65,6 +67,9 @@ def _lowered(body: Graph, machine: Machine) -> Launch:
     for value in body.values():
         if value.type.dtype not in STORAGE:
             raise Unsupported(f"element type {value.type.dtype}")
+    for node in body.nodes:
+        if node.op in _IN_FP32:
+            fp32_only(node)
     kind = classify(body)
     if kind in _ROWWISE:
         return RowAnalysis(body, machine).launch()

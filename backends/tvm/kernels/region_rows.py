@@ -18,6 +18,7 @@ from tvm import tirx
 
 from dsc.backends.tvm import bf16
 from dsc.backends.tvm.kernels.access import Access, Number, Rows
+from dsc.backends.tvm.kernels.pointwise import FORMULAS
 from dsc.backends.tvm.kernels.values import Operand, Point, compute, held, literal, put, rounded
 from dsc.backends.tvm.machine import Machine
 from dsc.backends.tvm.shapes import size_names
@@ -33,20 +34,21 @@ from dsc.backends.tvm.tir import (
     cast,
     decode,
     encode,
-    exp,
+    exp_of_any,
     f32,
+    fold,
     for_each,
     integer,
     lanes_for,
     largest,
     loop,
-    select,
     splat,
     total,
 )
 from dsc.ir.types import DType
 
 LOWEST = float("-inf")
+_PAIRS = {"amax": "maximum", "amin": "minimum"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -247,11 +249,11 @@ class _Row:
         peak = bind(splat(bind(largest(peaks[0])), lanes))
 
         def add(at: Expr, v: Expr) -> None:
-            sums[0] = sums[0] + exp(v - peak)
+            sums[0] = sums[0] + exp_of_any(v - peak)
 
         visit(add)
         mass = bind(splat(bind(total(sums[0])), lanes))
-        visit(lambda at, v: self.store(step, [at], held(exp(v - peak) / mass), [d]))
+        visit(lambda at, v: self.store(step, [at], held(exp_of_any(v - peak) / mass), [d]))
 
     def _reduce(self, step: RowStep) -> None:
         """sum, mean, amax and amin of a row; `extents` is what the row holds."""
@@ -270,7 +272,7 @@ class _Row:
             if sums:
                 acc[0] = acc[0] + v
             else:
-                acc[0] = select(v > acc[0] if step.op == "amax" else v < acc[0], v, acc[0])
+                acc[0] = FORMULAS[_PAIRS[step.op]](v, acc[0])
         result = acc[0]
         if lanes > 1:
             result = _joined(step.op, acc, lanes) if not sums else total(result)
@@ -338,5 +340,4 @@ def _flat(index: Sequence[Expr], extents: Sequence[Expr]) -> Expr:
 
 def _joined(op: str, acc: Local, lanes: int) -> Expr:
     """The largest or smallest lane."""
-    values = bind(acc[0])
-    return largest(values) if op == "amax" else -largest(-values)
+    return fold(bind(acc[0]), FORMULAS[_PAIRS[op]])

@@ -60,8 +60,8 @@ def check_pointwise(node: Node) -> None:
     if node.op not in FORMULAS and node.op != "cast":
         raise Unsupported(f"{node.op} is no pointwise operator")
     dtype = node.operands[-1].type.dtype
-    if node.op in FLOAT_ONLY and VALUE[dtype] != "float32":
-        raise Unsupported(f"{node.op} of {dtype}; f32, bf16 and f16 have it")
+    if node.op in FLOAT_ONLY and not dtype.is_float:
+        raise Unsupported(f"{node.op} of {dtype}; floats have it")
 
 
 def compute(point: Point, values: Sequence[Expr], native: bool) -> Expr:

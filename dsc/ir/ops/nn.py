@@ -21,8 +21,13 @@ Result = tuple[TensorType, ...]
 ROPE_LAYOUTS = ("interleaved", "deinterleave", "half")
 
 
+def _wide(x: Any) -> Any:
+    """In fp32; fp64 as it is."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
 def _rms_norm(x: Any, weight: Any, eps: float) -> Any:
-    wide = x.float()
+    wide = _wide(x)
     normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
     return normed.to(x.dtype) * weight
 
@@ -63,21 +68,21 @@ def visible(lengths: Any, new: int, total: int) -> Any:
 
 def _probabilities(scores: Any, mask: Any) -> Any:
     """Softmax over the last axis in fp32; `mask` is bool[b, s, t], scores are [b, h, s, t]."""
-    return torch.softmax(scores.float().masked_fill(~mask[:, None], float("-inf")), -1)
+    return torch.softmax(_wide(scores).masked_fill(~mask[:, None], float("-inf")), -1)
 
 
 def _attention(q: Any, k: Any, v: Any, lengths: Any = None, *, scale: float, causal: bool) -> Any:
     heads, groups = q.shape[2], k.shape[2]
     k = k.repeat_interleave(heads // groups, 2)
     v = v.repeat_interleave(heads // groups, 2)
-    scores = torch.einsum("bshd,bthd->bhst", q.float(), k.float()) * scale
+    scores = torch.einsum("bshd,bthd->bhst", _wide(q), _wide(k)) * scale
     b, s, t = q.shape[0], q.shape[1], k.shape[1]
     mask = torch.ones(b, s, t, dtype=torch.bool)
     if lengths is not None:
         mask = visible(lengths, s, t)
     elif causal:
         mask = visible(torch.full((b,), t - s), s, t)
-    return torch.einsum("bhst,bthe->bshe", _probabilities(scores, mask), v.float()).to(q.dtype)
+    return torch.einsum("bhst,bthe->bshe", _probabilities(scores, mask), _wide(v)).to(q.dtype)
 
 
 def _infer_attention(types: Types, attrs: Mapping[str, Any]) -> Result:
@@ -153,7 +158,7 @@ rope = op(
 )
 swiglu = op(
     "swiglu(gate: T[*n], up: T[*n]) -> T[*n]",
-    reference=lambda gate, up: (torch.nn.functional.silu(gate.float()) * up.float()).to(gate.dtype),
+    reference=lambda gate, up: (torch.nn.functional.silu(_wide(gate)) * _wide(up)).to(gate.dtype),
     doc="silu(gate) * up (Shazeer 2020).",
     example="f32[2,3], f32[2,3]",
 )
