@@ -16,7 +16,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dsc.backends.base import Capabilities, Emission, EmitOptions, Executable, No, Support, Yes
+from dsc.backends.base import (
+    Capabilities,
+    Emission,
+    EmitOptions,
+    Executable,
+    No,
+    Support,
+    Yes,
+    is_causal_lm,
+)
 from dsc.backends.triton.blocks import INTERPRET
 from dsc.backends.triton.compile import compile_kernels, require_triton
 from dsc.backends.triton.context import template
@@ -87,8 +96,8 @@ class TritonBackend:
         texts = with_templates(lowered, sources)
         files |= {f"{FOLDER}/kernels/{m}.py": t.encode() for m, t in sorted(texts.items())}
         meta = {"targets": summary, "guards": dict(program.meta.get("guards", {}))}
-        causal = "input_ids" in {v.name for g in program.entries.values() for v in g.inputs}
-        runner = RUNNER.read_text() if causal and "cuda" in {t.kind for t in targets} else ""
+        runs = is_causal_lm(program) and "cuda" in {t.kind for t in targets}
+        runner = RUNNER.read_text() if runs else ""
         return Emission(files, meta=meta, runner=runner)
 
     def load(self, folder: Path, manifest: Mapping[str, Any], program: Program) -> Executable:

@@ -16,6 +16,7 @@ from dsc.backends.base import (
     No,
     Support,
     Yes,
+    is_causal_lm,
 )
 from dsc.errors import BackendUnavailable
 from dsc.ir.expert_forms import ExpertKernels
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 
 LIBRARY = "tvm/kernels.so"
 STEPS = "tvm/steps.bin"
+RUNNER = Path(__file__).with_name("runner.py.txt")
 REGIONS = RegionLimits(
     anchors=frozenset({"linear", "grouped_linear"}),
     epilogue=POINTWISE | {"swiglu", "reshape", "split"},
@@ -146,7 +148,7 @@ class TvmBackend:
             "entries": entries,
             "guards": dict(program.meta.get("guards", {})),
         }
-        runner = Path(__file__).with_name("runner.py.txt").read_text()
+        runner = RUNNER.read_text() if is_causal_lm(program) else ""
         plan = Plan(plans, {"backend": self.name, "cpu": machine.cpu})
         files = {LIBRARY: code, STEPS: np.concatenate(lists).tobytes()}
         cut = f"{tiling.narrow} | {tiling.wide} columns a task, by {by}"

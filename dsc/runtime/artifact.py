@@ -123,7 +123,7 @@ def write(
         add("report.json", _json(report))
         if emission.plan is not None:
             add("plan.json", emission.plan.to_json())
-        if emission.runner:
+        if emission.runner and (with_weights or not program.weights):
             add(RUN_SCRIPT, run_script(emission.runner).encode())
         manifest = {
             "format": FORMAT,
@@ -136,7 +136,7 @@ def write(
             "versions": _versions(),
             "meta": dict(emission.meta),
             "config": program.meta.get("config", {}),
-            "generation": program.meta.get("generation", {}),
+            "generation": program.meta.get("generation", {"eos_token_id": []}),
             "source": source,
             "limits": dict(limits),
             "rank": rank,

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dsc.backends.base import KeepsCaches, OpensLate
+from dsc.backends.base import KeepsCaches, OpensLate, is_causal_lm
 from dsc.errors import UsageError
 from dsc.ir.dims import Sym
 from dsc.ir.graph import Graph
@@ -28,8 +28,6 @@ if TYPE_CHECKING:
     import torch
 
     from dsc.backends.base import Executable
-
-LM_INPUTS = ("input_ids", "positions", "lengths", "logits_at")
 
 
 @dataclass(slots=True)
@@ -328,11 +326,7 @@ def check_limits(
     program: Program, max_batch: int, max_context: int, prefill_chunk: int
 ) -> dict[str, int]:
     """The limits that a program was compiled for, by option. Raises `UsageError` beyond them."""
-    if any(
-        name not in {v.name for v in g.inputs}
-        for g in program.entries.values()
-        for name in LM_INPUTS
-    ):
+    if not is_causal_lm(program):
         raise UsageError(
             f"{program.name} is no causal language model",
             hint="run its entries with CompiledModel.run(entry, inputs)",

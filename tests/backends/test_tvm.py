@@ -8,14 +8,18 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
+import dsc
 from dsc import pipeline
 from dsc.api import CompiledModel, compile_program
 from dsc.backends import get
 from dsc.backends.base import EmitOptions, No, Yes
 from dsc.errors import UsageError
+from dsc.generation import generate
 from dsc.ir.dims import symbol
 from dsc.ir.graph import GraphBuilder
 from dsc.ir.interpreter import Interpreter
@@ -140,6 +144,54 @@ def test_run_py_gives_the_same_logits_without_dsc(compiled: CompiledModel, tmp_p
     for row in logits:
         assert largest_error(torch.tensor([row]), wanted) <= FP32
         wanted = session.decode(wanted.argmax(-1))
+
+
+LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWX"
+
+
+@pytest.fixture(scope="module")
+def artifact(compiled: CompiledModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return an artifact of the model whose tokens are letters."""
+    limited = replace(compiled, max_context=CONTEXT, prefill_chunk=CHUNK)
+    folder = limited.save(tmp_path_factory.mktemp("letters") / "out")
+    tokenizer = Tokenizer(models.WordLevel({c: i for i, c in enumerate(LETTERS)}, unk_token="a"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+def test_run_py_ends_at_the_context_from_its_own_folder(artifact: Path) -> None:
+    line = [sys.executable, "run.py", LETTERS[:40], "--max-new-tokens", "1560"]
+    done = subprocess.run(line, cwd=artifact, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "length\n")
+    session = dsc.load(artifact).session(1)
+    ids = list(generate(session, list(range(40)), 1560))
+    assert len(ids) == CONTEXT - 40
+    assert done.stdout == LETTERS[:40] + "".join(LETTERS[i] for i in ids) + "\n"
+
+
+def test_run_py_names_the_package_that_is_missing(artifact: Path, tmp_path: Path) -> None:
+    site = Path(np.__file__).parent.parent
+    line = [sys.executable, "-I", "-S", "-c", BARE, str(artifact), str(tmp_path), "abc"]
+    for added in (("numpy", "numpy.libs", "tokenizers"), ("tvm_ffi", "typing_extensions.py")):
+        for name in added:
+            if (site / name).exists():
+                (tmp_path / name).symlink_to(site / name)
+        done = subprocess.run(line, cwd=artifact, capture_output=True, text=True, check=False)
+        assert done.returncode > 0
+        assert "apache-tvm" in done.stderr
+        assert "Traceback" not in done.stderr
+    assert "there is no package tvm" in done.stderr, "its own folder tvm/ is none"
+
+
+BARE = """
+import runpy, sys
+artifact, packages = sys.argv[1:3]
+sys.argv[:3] = [artifact + "/run.py"]
+sys.path[:0] = [artifact, packages]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
 
 
 def test_what_has_no_kernel_is_refused_with_a_reason() -> None:

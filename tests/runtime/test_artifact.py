@@ -51,11 +51,13 @@ def program() -> Program:
     return parse_program(TEXT, DictSource(TENSORS))
 
 
-def write(out: Path, emission: Emission | None = None, force: bool = False) -> Path:
+def write(
+    out: Path, emission: Emission | None = None, force: bool = False, with_weights: bool = True
+) -> Path:
     emission = emission or Emission({"x/code.txt": b"hello"})
     return artifact.write(
         out, program(), emission, backend="reference", targets=("cpu",), report={"passes": []},
-        limits=LIMITS, force=force,
+        limits=LIMITS, force=force, with_weights=with_weights,
     )  # fmt: skip
 
 
@@ -198,6 +200,11 @@ def test_the_script_for_people_needs_no_trust(
     out = write(tmp_path / "out", Emission({}, runner="class Model: ..."))
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "another user"))
     assert "run.py" in artifact.read(out).manifest["files"]
+
+
+def test_without_weights_there_is_nothing_for_people_to_run(tmp_path: Path) -> None:
+    out = write(tmp_path / "out", Emission({}, runner="class Model: ..."), with_weights=False)
+    assert not (out / "run.py").exists()
 
 
 def test_a_symlink_in_the_artifact_is_refused(tmp_path: Path) -> None:
