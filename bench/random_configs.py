@@ -52,7 +52,10 @@ MOST = 96
 """No width exceeds this, so that a configuration costs seconds."""
 
 
-def equations() -> list[tuple[str, tuple[str, ...]]]:
+Equation = tuple[str, tuple[str, ...]]
+
+
+def equations() -> list[Equation]:
     """All coincidences sought: a width, and the one or two whose product it equals.
 
     One cannot be: rope turns pairs, so its product with the experts exceeds the experts.
@@ -62,7 +65,7 @@ def equations() -> list[tuple[str, tuple[str, ...]]]:
         (x, pair) for x in WIDTHS for pair in combinations_with_replacement(WIDTHS, 2)
         if x not in pair
     ]  # fmt: skip
-    found = [each for each in pairs + products if each != IMPOSSIBLE]
+    found: list[Equation] = [each for each in pairs + products if each != IMPOSSIBLE]
     random.Random(0).shuffle(found)
     return found
 

@@ -20,6 +20,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from dsc.errors import ConfigError, UnsupportedArchitecture
+from dsc.frontends.quantisation import readable
 from dsc.frontends.strict_json import parse_object
 
 CONFIG_FILE = "config.json"
@@ -92,23 +93,26 @@ class RopeParameters(_Schema):
 
 
 class QuantizationConfig(_Schema):
-    """Block-scaled FP8 weights, the only quantised layout that is read.
+    """FP8 weights, the only quantised ones that are read (see `quantisation.py` for the methods).
 
-    A weight `W` of `[N, K]` is stored as e4m3 with a scale for each block, in a tensor
-    `weight_scale_inv` of `[ceil(N / n), ceil(K / k)]`.
+    A weight `W` of `[N, K]` is stored as e4m3 beside its scales: one for each block, in a tensor
+    of `[ceil(N / n), ceil(K / k)]`, one a row, or one in all. `weight_block_size` says the blocks.
     """
 
-    quant_method: Literal["fp8"]
+    quant_method: Literal["fp8", "compressed-tensors", "modelopt", "fbgemm_fp8"]
     fmt: Literal["e4m3"] = "e4m3"
-    activation_scheme: Literal["dynamic"] = "dynamic"
-    weight_block_size: Annotated[
-        list[Annotated[int, Field(gt=0, le=1 << 16)]], Field(min_length=2, max_length=2)
-    ] = [128, 128]
+    activation_scheme: Literal["dynamic", "static"] = "dynamic"
+    weight_block_size: (
+        Annotated[list[Annotated[int, Field(gt=0, le=1 << 16)]], Field(min_length=2, max_length=2)]
+        | None
+    ) = [128, 128]
     scale_fmt: Literal["ue8m0", "float32"] | None = None
 
     @property
-    def block(self) -> tuple[int, int]:
-        """Rows and columns that share one scale."""
+    def block(self) -> tuple[int, int] | None:
+        """Rows and columns that share one scale; `None` where scales are by row or by tensor."""
+        if self.weight_block_size is None:
+            return None
         rows, columns = self.weight_block_size
         return rows, columns
 
@@ -170,7 +174,6 @@ class ModelConfig(_Schema):
         experts, chosen = self.n_routed_experts, self.num_experts_per_tok
         kept_experts = kept * (experts // groups)
         router = (self.scoring_func, self.topk_method)
-        rope = self.rope_parameters
         rules = {
             f"num_key_value_heads ({kv_heads}) must equal num_attention_heads ({heads}): "
             "latent attention has no grouped heads": kv_heads not in (None, heads),
@@ -194,8 +197,6 @@ class ModelConfig(_Schema):
                 self.model_type == "deepseek_v2" and self.hidden_size % heads != 0,
             "deepseek_v2 has no rope_interleave: false":
                 self.model_type == "deepseek_v2" and not self.rope_interleave,
-            "yarn needs original_max_position_embeddings":
-                rope.rope_type == "yarn" and rope.original_max_position_embeddings is None,
         }  # fmt: skip
         return [sentence for sentence, broken in rules.items() if broken]
 
@@ -238,14 +239,18 @@ def parse_config(raw: Mapping[str, Any], where: str = CONFIG_FILE) -> ModelConfi
         raise UnsupportedArchitecture(
             f"model_type {published!r} is not one that dsc knows", where, f"known: {known}"
         )
-    fields = {key: value for key, value in raw.items() if key in ModelConfig.model_fields}
+    known_keys = ModelConfig.model_fields
+    fields = {key: v for key, v in raw.items() if key in known_keys and v is not None}
     fields |= {"model_type": member, "published_model_type": published}
     fields["dtype"] = raw.get("dtype") or raw.get("torch_dtype")
     fields["rope_parameters"] = _rope_parameters(raw, where)
     _default(fields, _routing_defaults(member))
+    fields["quantization_config"] = readable(raw.get("quantization_config"), where)
     for name in ("mlp_bias", "use_sliding_window"):
         if raw.get(name):
             raise ConfigError(f"{name} is not supported for {member}", where)
+    if raw.get("partial_rotary_factor") not in (None, 1):
+        raise ConfigError("partial_rotary_factor: all of qk_rope_head_dim is rotated", where)
     try:
         return ModelConfig.model_validate(fields)
     except ValidationError as exc:
@@ -285,16 +290,66 @@ def _routing_defaults(member: str) -> dict[str, Any]:
     return {"n_group": 1, "topk_group": 1} | router
 
 
+SCALING = {"yarn": ("factor",)}
+"""Rope types that change the frequencies, and the keys that each means nothing without."""
+
+
 def _rope_parameters(raw: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Both spellings of the rope section as the fields of `RopeParameters`."""
-    section = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-    if not isinstance(section, Mapping):
-        raise ConfigError(f"the rope section must be an object, found {section!r}", where)
-    rope = {key: value for key, value in section.items() if value is not None}
-    rope["rope_type"] = rope.get("rope_type", rope.pop("type", "default"))
+    """Both spellings of the rope section as the fields of `RopeParameters`.
+
+    What transformers derives is derived: the base of the frequencies is 10000 where no key says
+    it, and yarn's original context is the model's.
+    """
+    newer, older = (_section(raw, name, where) for name in ("rope_parameters", "rope_scaling"))
+    differ = {k for k in newer.keys() | older.keys() if newer.get(k) != older.get(k)}
+    if newer and older and differ - {"rope_theta"}:
+        raise ConfigError("rope_parameters and rope_scaling say different things", where)
+    rope = {"rope_type": "default"} | older | newer
     if "rope_theta" not in rope and raw.get("rope_theta") is not None:
         rope["rope_theta"] = raw["rope_theta"]
+    if rope["rope_type"] == "yarn":
+        own = rope.get("original_max_position_embeddings", raw.get("max_position_embeddings"))
+        original = raw.get("original_max_position_embeddings")
+        rope["original_max_position_embeddings"] = own if original is None else original
     return rope
+
+
+def _section(raw: Mapping[str, Any], name: str, where: str) -> dict[str, Any]:
+    """One spelling of the rope section, without its nulls and with its type; {} if there is none.
+
+    Raises:
+        ConfigError: it is no section, is one for each kind of layer, is of a type that dsc does not
+            compute, or lacks a key without which it means nothing.
+    """
+    found = raw.get(name)
+    if found is None or found == {}:
+        return {}
+    if not isinstance(found, Mapping):
+        raise ConfigError(f"the rope section {name} must be an object, found {found!r}", where)
+    nested = [key for key, value in found.items() if isinstance(value, Mapping)]
+    if nested:
+        raise ConfigError(
+            f"{name} has sections of its own ({', '.join(nested)}): all layers of the family "
+            "rotate alike", where,
+        )  # fmt: skip
+    section = {key: value for key, value in found.items() if value is not None}
+    kind = section.pop("type", None)
+    kind = section.setdefault("rope_type", kind)
+    if kind is None:
+        del section["rope_type"]
+        scaling = section.keys() & RopeParameters.model_fields.keys() - {"rope_theta"}
+        if scaling:
+            raise ConfigError(f"{name} has {', '.join(sorted(scaling))} and no rope_type", where)
+        return section
+    if kind not in ("default", *SCALING):
+        raise ConfigError(
+            f"{name}: rope_type {kind!r} is not one that dsc computes", where,
+            f"known: default, {', '.join(SCALING)}",
+        )  # fmt: skip
+    missing = [key for key in SCALING.get(kind, ()) if key not in section]
+    if missing:
+        raise ConfigError(f"{name}.{', '.join(missing)} is missing, and {kind} needs it", where)
+    return section
 
 
 def sentence(exc: ValidationError) -> str:

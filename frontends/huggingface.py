@@ -20,12 +20,13 @@ from torch import nn
 from dsc.errors import CheckpointError, ConfigError
 from dsc.frontends.causal_lm import CausalLMStep, cast_parameters, parameter_types
 from dsc.frontends.config import CONFIG_FILE, ModelConfig, parse_config, read_bounded
-from dsc.frontends.names import EMBEDDING, WeightMap, map_weights
+from dsc.frontends.names import EMBEDDING, WeightMap, check_layout, map_weights
 from dsc.frontends.safetensors_source import SafetensorsSource, open_safetensors
-from dsc.frontends.strict_json import parse_object
+from dsc.frontends.strict_json import JsonObject, parse_object
 from dsc.ir.types import DType
 from dsc.ir.weights import WeightExpr, evaluate
 
+MODELOPT_FILE = "hf_quant_config.json"
 _DTYPES = {"float32": DType.f32, "bfloat16": DType.bf16, "float16": DType.f16}
 
 
@@ -81,8 +82,9 @@ def load_checkpoint(folder: Path | str, dtype: DType | None = None) -> Checkpoin
     folder = Path(folder)
     file = folder / CONFIG_FILE
     raw = parse_object(read_bounded(file), str(file), ConfigError)
-    config = parse_config(raw, str(file))
+    config = parse_config(_with_quantization(raw, folder), str(file))
     source = open_safetensors(folder)
+    check_layout(source, config, str(folder))
     dtype = dtype or _stored_dtype(config, source, folder)
     step = CausalLMStep(stock_causal_lm(config, dtype))
     mapped = map_weights(parameter_types(step), source, config, str(folder))
@@ -159,6 +161,15 @@ def _transformers_fields(config: ModelConfig) -> dict[str, Any]:
     }
 
 
+def _with_quantization(raw: JsonObject, folder: Path) -> JsonObject:
+    """`config.json` with what modelopt writes beside it, where it has no section of its own."""
+    file = folder / MODELOPT_FILE
+    if raw.get("quantization_config") is not None or not file.is_file():
+        return raw
+    found = parse_object(read_bounded(file), str(file), ConfigError).get("quantization")
+    return raw | {"quantization_config": found}
+
+
 def _stored_dtype(config: ModelConfig, source: SafetensorsSource, folder: Path) -> DType:
     """What config.json names, else what the embedding is stored in."""
     if config.dtype is not None:
@@ -173,12 +184,19 @@ def _notes(folder: Path, raw: Mapping[str, Any], mapped: WeightMap) -> tuple[str
     notes = []
     if mapped.mtp:
         layers = sorted({int(key.split(".")[2]) for key in mapped.mtp})
+        announced = "" if raw.get("num_nextn_predict_layers") else (
+            ", which num_nextn_predict_layers does not announce"
+        )  # fmt: skip
         notes.append(
-            f"layer {', '.join(map(str, layers))} predicts further tokens (MTP); its "
+            f"layer {', '.join(map(str, layers))} predicts further tokens (MTP){announced}; its "
             f"{len(mapped.mtp)} tensors are not used"
         )
     if mapped.ignored:
-        notes.append(f"not used, recomputed or tied: {', '.join(mapped.ignored[:3])}")
+        more = f" and {len(mapped.ignored) - 3} more" if len(mapped.ignored) > 3 else ""
+        notes.append(
+            "not used, since recomputed, tied, or scales of activations: "
+            + ", ".join(mapped.ignored[:3]) + more
+        )  # fmt: skip
     code = sorted(path.name for path in folder.glob("*.py"))
     if code or "auto_map" in raw:
         named = ", ".join(code) or "auto_map in config.json"

@@ -6,14 +6,16 @@ that nothing is read before an artifact is packed:
 * Published checkpoints store each expert on its own (`mlp.experts.7.gate_proj.weight`); models
   declare all experts of a layer as one tensor (`mlp.experts.gate_up_proj` of `[E, 2i, h]`, gate
   rows before up rows; `mlp.experts.down_proj` of `[E, h, i]`).
-* FP8 checkpoints store `weight` as e4m3 beside `weight_scale_inv`, in the same shard or another.
-  Despite its name the scale multiplies: `W = weight * weight_scale_inv`, block by block.
+* FP8 checkpoints store `weight` as e4m3 beside `weight_scale_inv` or `weight_scale`, in the same
+  shard or another. Despite its name the first multiplies too: `W = weight * weight_scale_inv`, with
+  one scale a block, a row or a tensor. Experts may be stacked, and their scales with them.
 * With tied embeddings `lm_head.weight` is the embedding.
 * An element type may differ from the one to compute in.
 
 The layers behind the last decoder layer predict further tokens (MTP). They are recognised, and
 reported as unused; every other tensor that no parameter takes is an error, because a tensor that
-is silently dropped is a model that silently differs.
+is silently dropped is a model that silently differs. One cause is told once: tensors that differ in
+layer and expert alone are one line.
 """
 
 from __future__ import annotations
@@ -21,17 +23,22 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from math import prod
+from typing import Any
 
 from dsc.errors import CheckpointError
 from dsc.frontends.config import ModelConfig
+from dsc.frontends.quantisation import HINT, packed
 from dsc.ir.types import DType, TensorType
 from dsc.ir.weights import Source, WeightExpr, WeightSource, apply, sources
 
-SCALE_SUFFIX = "_scale_inv"
+SCALE_SUFFIXES = ("_scale_inv", "_scale")
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
 _FP8 = {DType.f8e4m3}
 _RECOMPUTED = re.compile(r".*\.rotary_emb\.inv_freq")
+_ACTIVATIONS = re.compile(r".*(\.|_)(input|output|activation|[qkv]|kv)_scale(_inv)?")
+"""Scales of what flows through a layer or lies in a cache: both stay as they are computed."""
 
 
 @dataclass(frozen=True)
@@ -45,19 +52,19 @@ class WeightMap:
 
 @dataclass
 class _Faults:
-    """What does not fit, gathered so that one error tells all of it."""
+    """What does not fit, gathered so that one error tells all of it: causes before effects."""
 
     where: str
-    missing: list[str] = field(default_factory=list)
-    misfit: list[str] = field(default_factory=list)
-    unexpected: list[str] = field(default_factory=list)
+    misfit: list[tuple[str, str]] = field(default_factory=list)
+    missing: list[tuple[str, str]] = field(default_factory=list)
+    unexpected: list[tuple[str, str]] = field(default_factory=list)
 
     def raise_any(self) -> None:
         told = [
             f"{kind} ({len(lines)}):\n" + _listed(lines)
             for kind, lines in (
-                ("missing tensors", self.missing),
                 ("tensors that do not fit", self.misfit),
+                ("missing tensors", self.missing),
                 ("unexpected tensors", self.unexpected),
             )
             if lines
@@ -90,19 +97,41 @@ def map_weights(
     used = {leaf.key for expr in weights.values() if expr for leaf in sources(expr)}
     left = [key for key in source.keys() if key not in used]
     mtp, left = _split_mtp(left, config)
-    ignored = [
-        key
-        for key in left
-        if _RECOMPUTED.fullmatch(key) or (config.tie_word_embeddings and key == HEAD)
-    ]
+    ignored = [key for key in left if _ignorable(key, config)]
     mapper.faults.unexpected += [
-        f"{key} : {source.type(key)}"
-        for key in sorted(left)
-        if key not in ignored and not mapper.is_claimed(key)
+        (key, f" : {source.type(key)}")
+        for key in sorted(set(left) - set(ignored), key=_natural)
+        if not mapper.is_claimed(key)
     ]
     mapper.faults.raise_any()
     complete = {name: expr for name, expr in weights.items() if expr is not None}
     return WeightMap(complete, tuple(mtp), tuple(ignored))
+
+
+def check_layout(source: WeightSource, config: ModelConfig, where: str) -> None:
+    """Refuse in one sentence what would make every tensor missing and every other unexpected.
+
+    Raises:
+        CheckpointError: the weights are packed in a form that is not read, all names have a
+            prefix, or a layer that the configuration counts as a decoder layer is an MTP layer.
+    """
+    keys = list(source.keys())
+    form = packed(keys)
+    if form:
+        raise CheckpointError(f"{form} holds a weight in a quantised form not read", where, HINT)
+    under = next((k for k in keys if k.endswith("." + EMBEDDING)), None)
+    if under is not None and EMBEDDING not in keys:
+        raise CheckpointError(
+            f"all tensors lie under {under.removesuffix(EMBEDDING)!r}: this is a part of a larger "
+            "model", where, "save the language model on its own",
+        )  # fmt: skip
+    for layer in range(config.num_hidden_layers):
+        if f"model.layers.{layer}.eh_proj.weight" in keys:
+            raise CheckpointError(
+                f"layer {layer} predicts further tokens (MTP: it has model.layers.{layer}.eh_proj."
+                f"weight), yet num_hidden_layers is {config.num_hidden_layers}", where,
+                f"set num_hidden_layers to {layer}",
+            )  # fmt: skip
 
 
 class _Mapper:
@@ -142,79 +171,136 @@ class _Mapper:
         for expert in range(count):
             parts = [self._tensor(f"{prefix}.{expert}.{half}.weight", each) for half in halves]
             whole = [expr for expr in parts if expr is not None]
-            if len(whole) < len(parts):
-                return None  # one faulty expert tells enough; a layer may announce thousands
-            stacked.append(apply("concat", *whole, axis=0) if len(whole) > 1 else whole[0])
-        return apply("stack", *stacked)
+            if len(whole) == len(parts):
+                stacked.append(apply("concat", *whole, axis=0) if len(whole) > 1 else whole[0])
+        return apply("stack", *stacked) if len(stacked) == count else None
 
     def _tensor(self, key: str, declared: TensorType) -> WeightExpr | None:
         """A stored tensor, dequantised and cast to what is declared."""
-        self.claimed |= {key, key + SCALE_SUFFIX}
+        self.claimed |= {key, *(key + suffix for suffix in SCALE_SUFFIXES)}
         if key not in self.stored:
-            self.faults.missing.append(f"{key} : {declared}")
+            self.faults.missing.append((key, f" : {declared}"))
             return None
         found = self.source.type(key)
         if found.shape != declared.shape:
-            self.faults.misfit.append(f"{key}: expected {declared}, found {found}")
+            self._misfit(key, f": expected {declared}, found {found}")
             return None
+        scale = next((key + s for s in SCALE_SUFFIXES if key + s in self.stored), None)
         if found.dtype in _FP8:
-            return self._dequantised(key, found, declared)
-        if key + SCALE_SUFFIX in self.stored:
-            self.faults.misfit.append(f"{key}: {found} is not FP8, yet has {key}{SCALE_SUFFIX}")
+            return self._dequantised(key, found, scale, declared)
+        if scale is not None:
+            self._misfit(key, f": {found} is not FP8 (e4m3), yet has {scale}")
             return None
         if found.dtype is declared.dtype:
             return Source(key, found)
-        if not found.dtype.is_float:
-            self.faults.misfit.append(f"{key}: expected {declared}, found {found}")
+        if not found.dtype.is_float or found.dtype.itemsize == 1:
+            self._misfit(key, f": expected {declared}, found {found}")
             return None
         return apply("cast", Source(key, found), dtype=declared.dtype)
 
-    def _dequantised(self, key: str, found: TensorType, declared: TensorType) -> WeightExpr | None:
-        """`weight * weight_scale_inv`, one scale a block; blocks at the edges may be partial."""
+    def _dequantised(
+        self, key: str, found: TensorType, scale_key: str | None, declared: TensorType
+    ) -> WeightExpr | None:
+        """`weight * scale`; of stacked matrices `[E, n, k]`, each with its own scales."""
         quantization = self.config.quantization_config
-        scale_key = key + SCALE_SUFFIX
         if quantization is None:
-            self.faults.misfit.append(f"{key}: {found}, but config.json has no quantization_config")
+            self._misfit(key, f": {found}, but config.json has no quantization_config")
             return None
-        if found.rank != 2:
-            self.faults.misfit.append(f"{key}: {found}, FP8 blocks are read of matrices only")
+        if scale_key is None:
+            suffix = SCALE_SUFFIXES[quantization.quant_method != "fp8"]
+            self.faults.missing.append((key + suffix, f" (the scales of {key})"))
             return None
-        if scale_key not in self.stored:
-            self.faults.missing.append(f"{scale_key} (the scales of {key})")
+        if found.rank not in (2, 3):
+            self._misfit(key, f": {found}, FP8 weights are read of matrices and stacked ones")
             return None
-        block = quantization.block
         scale = self.source.type(scale_key)
-        expected = tuple(-(-n // size) for n, size in zip(found.shape, block, strict=True))
-        if scale.shape != expected or not scale.dtype.is_float:
-            wanted = TensorType(DType.f32, expected)
-            self.faults.misfit.append(
-                f"{scale_key}: expected {wanted} for {found} in blocks of {list(block)}, "
-                f"found {scale}"
-            )
+        matrix, stack = found.shape[-2:], found.shape[:-2]
+        blocked = _blocks(matrix, scale.shape, len(stack), quantization.block)
+        if blocked is None or not scale.dtype.is_float or scale.shape[: len(stack)] != stack:
+            self._misfit(scale_key, _expected_scales(found, scale, quantization.block))
             return None
+        block, blocks = blocked
         scales: WeightExpr = Source(scale_key, scale)
         if scale.dtype is not DType.f32:
             scales = apply("cast", scales, dtype=DType.f32)
-        return apply(
-            "dequantize_block", Source(key, found), scales, block=block, dtype=declared.dtype
-        )
+
+        def matrix_of(weights: WeightExpr, scales: WeightExpr) -> WeightExpr:
+            scales = scales if scales.type.shape == blocks else _shaped(scales, blocks)
+            return apply("dequantize_block", weights, scales, block=block, dtype=declared.dtype)
+
+        if not stack:
+            return matrix_of(Source(key, found), scales)
+        (count,) = stack
+        assert isinstance(count, int)
+        whole = Source(key, found)
+        return apply("stack", *(
+            matrix_of(_shaped(_row(whole, e), matrix), _shaped(_row(scales, e), blocks))
+            for e in range(count)
+        ))  # fmt: skip
+
+    def _misfit(self, key: str, why: str) -> None:
+        self.faults.misfit.append((key, why))
+
+
+Shape = tuple[Any, ...]
+
+
+def _row(expr: WeightExpr, index: int) -> WeightExpr:
+    return apply("slice", expr, axis=0, start=index, end=index + 1)
+
+
+def _shaped(expr: WeightExpr, shape: Shape) -> WeightExpr:
+    return apply("reshape", expr, shape=shape)
+
+
+def _blocks(
+    matrix: Shape, scale: Shape, stacked: int, block: tuple[int, int] | None
+) -> tuple[tuple[int, int], Shape] | None:
+    """What shares a scale, rows and columns, and the table of scales; `None` if neither fits.
+
+    Whatever the configuration says of blocks, one scale a row or one a tensor tells itself.
+    """
+    rows, columns = matrix
+    scale = scale[stacked:]
+    if block is not None:
+        table = (-(-rows // block[0]), -(-columns // block[1]))
+        if scale == table:
+            return block, table
+    if prod(scale) == 1:
+        return (rows, columns), (1, 1)
+    return ((1, columns), (rows, 1)) if scale in ((rows,), (rows, 1)) else None
+
+
+def _expected_scales(found: TensorType, scale: TensorType, block: tuple[int, int] | None) -> str:
+    *stack, rows, columns = found.shape
+    table = (rows, 1) if block is None else (-(-rows // block[0]), -(-columns // block[1]))
+    how = "one a row or one in all" if block is None else f"blocks of {list(block)}"
+    wanted = TensorType(DType.f32, (*stack, *table))
+    return f": expected {wanted} for {found} in {how}, found {scale}"
+
+
+def _ignorable(key: str, config: ModelConfig) -> bool:
+    """Whether a tensor that no parameter takes changes nothing."""
+    if config.quantization_config is not None and _ACTIVATIONS.fullmatch(key):
+        return True
+    return bool(_RECOMPUTED.fullmatch(key)) or (config.tie_word_embeddings and key == HEAD)
 
 
 def _split_mtp(keys: Iterable[str], config: ModelConfig) -> tuple[list[str], list[str]]:
     """Tensors of MTP layers, and the rest.
 
-    An MTP layer lies behind the decoder layers, as many as the config announces, and has the
-    `eh_proj` that joins hidden state and embedding. A plain layer there is no MTP layer: it means
-    that the config has fewer layers than the weights.
+    An MTP layer lies behind the decoder layers and has the `eh_proj` that joins hidden state and
+    embedding, whether or not the config announces it: tools drop `num_nextn_predict_layers` more
+    often than tensors. A plain layer there is no MTP layer: it means that the config has fewer
+    layers than the weights.
     """
     rest: list[str] = []
     layers: dict[int, list[str]] = {}
-    first = config.num_hidden_layers
     for key in keys:
         found = _LAYER.fullmatch(key)
         layer = int(found[1]) if found else -1
-        announced = first <= layer < first + config.num_nextn_predict_layers
-        (layers.setdefault(layer, []) if announced else rest).append(key)
+        behind = layer >= config.num_hidden_layers
+        (layers.setdefault(layer, []) if behind else rest).append(key)
     mtp: list[str] = []
     for layer, members in layers.items():
         joined = f"model.layers.{layer}.eh_proj.weight" in members
@@ -222,6 +308,20 @@ def _split_mtp(keys: Iterable[str], config: ModelConfig) -> tuple[list[str], lis
     return mtp, rest
 
 
-def _listed(lines: list[str], limit: int = 8) -> str:
-    more = [f"... and {len(lines) - limit} more"] if len(lines) > limit else []
-    return "\n".join(f"  {line}" for line in lines[:limit] + more)
+def _listed(lines: list[tuple[str, str]], limit: int = 8) -> str:
+    """A line for each tensor; those alike but for numbers in their names share one."""
+    alike: dict[tuple[str, str], list[str]] = {}
+    for key, what in lines:
+        kind = (re.sub(r"\d+", "#", key), re.sub(re.escape(key), "", what))
+        alike.setdefault(kind, []).append(key + what)
+    shown = [
+        first + (f" (and {len(rest)} of other layers or experts)" if rest else "")
+        for first, *rest in alike.values()
+    ]
+    more = [f"... and {len(shown) - limit} more kinds"] if len(shown) > limit else []
+    return "\n".join(f"  {line}" for line in shown[:limit] + more)
+
+
+def _natural(key: str) -> list[int | str]:
+    """Orders layer 10 behind layer 9."""
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", key)]

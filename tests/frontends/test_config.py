@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -117,7 +118,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "sparse every other": ({"moe_layer_freq": 2}, "moe_layer_freq"),
     "other rope": ({"rope_scaling": {"type": "longrope"}}, "rope_type"),
     "rope is a list": ({"rope_scaling": [1]}, "rope section"),
-    "yarn without context": ({"rope_scaling": {"type": "yarn", "factor": 4}}, "original_max"),
+    "rope by layer": ({"rope_scaling": {"full_attention": {"rope_type": "yarn"}}}, "rotate alike"),
+    "two ropes": ({"rope_parameters": V3["rope_scaling"] | {"factor": 4}}, "different things"),
+    "a scale and no type": ({"rope_scaling": {"factor": 4}}, "has factor and no rope_type"),
+    "partly rotated": ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
     "yarn shrinks": (
         {"rope_scaling": V3["rope_scaling"] | {"factor": 0.5}},
         "rope_parameters.factor",
@@ -198,6 +202,103 @@ JSON = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
     max_leaves=8,
 )
+
+
+TYPES: dict[str, dict[str, Any]] = {
+    "default": {},
+    "yarn": {
+        "factor": 4.0, "original_max_position_embeddings": 1024, "beta_fast": 32, "beta_slow": 1,
+        "mscale": 1.0, "mscale_all_dim": 0.7, "attention_factor": 1.1, "truncate": True,
+    },
+    "linear": {"factor": 4.0},
+    "dynamic": {"factor": 4.0},
+    "proportional": {"partial_rotary_factor": 0.5},
+    "llama3": {
+        "factor": 4.0, "original_max_position_embeddings": 1024, "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+    },
+    "longrope": {
+        "short_factor": [1.0] * 32, "long_factor": [2.0] * 32, "factor": 4.0,
+        "original_max_position_embeddings": 1024,
+    },
+}  # fmt: skip
+"""A full section of every rope type that transformers has."""
+
+
+def test_every_rope_type_of_transformers_is_held_against_its_own_validation() -> None:
+    """Each section whole, and without each of its keys: refused where transformers refuses.
+
+    What both accept has the same frequencies and the same scale of cos and sin; a type that is not
+    computed is refused by its name.
+    """
+    from transformers import DeepseekV3Config
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+    from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3RotaryEmbedding
+
+    from dsc.models.v3 import inverse_frequencies
+
+    assert ROPE_INIT_FUNCTIONS.keys() | {"default"} <= TYPES.keys()
+    fields = {"max_position_embeddings": 4096, "qk_rope_head_dim": 64, "rope_theta": 10000.0}
+    refused, computed = [], 0
+    for kind, whole in TYPES.items():
+        for lost in (None, *whole, "rope_type"):
+            section = {"rope_type": kind, **whole}
+            section = {key: value for key, value in section.items() if key != lost}
+            raw = V3 | fields | {"rope_scaling": section}
+            try:
+                theirs = DeepseekV3Config(**fields, rope_scaling=dict(section))
+            except Exception as problem:  # transformers raises KeyError, wrapped or not
+                with pytest.raises(ConfigError) as caught:
+                    parse_config(raw)
+                assert lost is not None
+                assert lost in str(problem)  # noqa: PT017 - what both say is compared
+                assert lost in str(caught.value) or repr(kind) in str(caught.value)
+                refused.append((kind, lost))
+                continue
+            if kind not in ("default", "yarn") or (lost == "rope_type" and whole):
+                words = "no rope_type" if lost == "rope_type" else f"rope_type {kind!r}"
+                if kind == "proportional" and lost == "rope_type":
+                    continue  # of the family's keys it has none left: a plain section
+                with pytest.raises(ConfigError, match=words):
+                    parse_config(raw)
+                continue
+            ours = parse_config(raw).rope_parameters
+            rotary = DeepseekV3RotaryEmbedding(theirs)
+            torch.testing.assert_close(inverse_frequencies(ours, 64), rotary.inv_freq)
+            assert ours.cos_sin_scale == pytest.approx(rotary.attention_scaling)
+            computed += 1
+    assert ("yarn", "factor") in refused
+    assert computed >= 9
+
+
+def test_a_context_before_yarn_is_derived_as_transformers_derives_it() -> None:
+    section = {"rope_type": "yarn", "factor": 4}
+    inside = section | {"original_max_position_embeddings": 512}
+    for changes, expected in (
+        ({"rope_scaling": section}, V3["max_position_embeddings"]),
+        ({"rope_scaling": inside}, 512),
+        ({"rope_scaling": inside, "original_max_position_embeddings": 256}, 256),
+    ):
+        assert parse_config(
+            changed(**changes)
+        ).rope_parameters.original_max_position_embeddings == (expected)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "num_nextn_predict_layers",
+        "tie_word_embeddings",
+        "hidden_act",
+        "rms_norm_eps",
+        "rope_scaling",
+    ],
+)
+def test_null_is_no_value(name: str) -> None:
+    """transformers writes null for what it leaves to the class."""
+    assert parse_config(changed(**{name: None})) == parse_config(
+        {key: value for key, value in V3.items() if key != name}
+    )
 
 
 @given(name=st.sampled_from(sorted(V3)), value=JSON)

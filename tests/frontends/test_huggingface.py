@@ -33,6 +33,7 @@ from dsc.frontends.huggingface import (
     stock_causal_lm,
 )
 from dsc.frontends.names import map_weights
+from dsc.frontends.safetensors_source import SafetensorsFile
 from dsc.ir.types import DType, TensorType
 from dsc.ir.weights import DictSource, evaluate, sources
 from dsc.models import v3
@@ -108,11 +109,13 @@ def test_the_tiny_model_writes_its_sentence() -> None:
     assert greedy(model, "In the beginning", 22).startswith(expected)
 
 
-def test_nothing_is_read_before_it_is_evaluated() -> None:
-    model = load_checkpoint(TINY_CHECKPOINT)
-    step = model.build()
+def test_nothing_is_read_before_it_is_evaluated(monkeypatch: pytest.MonkeyPatch) -> None:
+    def read(*_: Any) -> None:
+        raise AssertionError("a weight was read")
+
+    monkeypatch.setattr(SafetensorsFile, "load", read)
+    step = load_checkpoint(TINY_CHECKPOINT).build()
     assert all(parameter.is_meta for parameter in step.parameters())
-    assert all("_bytes" not in vars(file) for file in model.source.files.values())
 
 
 @pytest.mark.parametrize("stacked", [True, False], ids=["stacked", "per expert"])
@@ -235,7 +238,10 @@ def fp8_unannounced(tensors: Tensors) -> None:
         (add, ["unexpected tensors (1):\n  model.layers.1.self_attn.indexer.wk.weight : f32[2,2]"]),
         (one_expert_too_many, ["unexpected tensors (1):\n  model.layers.2.mlp.experts.8.up_proj"]),
         (integers, [f"{NORM}: expected f32[16], found i32[16]"]),
-        (stray_scale, ["lm_head.weight: f32[97,32] is not FP8, yet has lm_head.weight_scale_inv"]),
+        (
+            stray_scale,
+            ["lm_head.weight: f32[97,32] is not FP8 (e4m3), yet has lm_head.weight_scale"],
+        ),
         (fp8_unannounced, ["lm_head.weight: f8e4m3[97,32]", "no quantization_config"]),
     ],
 )
@@ -263,7 +269,64 @@ def test_all_faults_are_told_together(tmp_path: Path) -> None:
     assert all(kind in told for kind in ("missing tensors", "do not fit", "unexpected tensors"))
 
 
+def test_one_faulty_expert_is_one_fault(tmp_path: Path) -> None:
+    """Whatever an expert lacks, its neighbours are in order and are not told."""
+    for lost in (".up_proj.weight", ".up_proj.weight_scale_inv", ".down_proj.weight_scale_inv"):
+        config = small(quantization_config=FP8_CONFIG)
+        tensors = quantised(official(config), (128, 128))
+        del tensors[f"model.layers.1.mlp.experts.3{lost}"]
+        with pytest.raises(CheckpointError) as caught:
+            load_checkpoint(save(tmp_path, config, tensors))
+        told = caught.value.what.splitlines()
+        assert told[0] == "missing tensors (1):"
+        assert f"model.layers.1.mlp.experts.3{lost}" in told[1]
+        assert len(told) == 2
+
+
+def test_one_cause_in_every_expert_is_one_line(tmp_path: Path) -> None:
+    config = small()
+    tensors = official(config)
+    for name in [name for name in tensors if ".mlp.experts." in name]:
+        if name.endswith("down_proj.weight"):
+            tensors[name] = tensors[name].t()
+        elif name.endswith("up_proj.weight"):
+            tensors[name.replace("up_proj", "w3")] = tensors.pop(name)
+    with pytest.raises(CheckpointError) as caught:
+        load_checkpoint(save(tmp_path, config, tensors))
+    heads = ["tensors that do not fit (16):", "missing tensors (16):", "unexpected tensors (16):"]
+    told = caught.value.what.splitlines()
+    assert told[0::2] == heads
+    assert all("(and 15 of other layers or experts)" in line for line in told[1::2])
+
+
+def test_a_prefix_of_all_names_is_one_sentence(tmp_path: Path) -> None:
+    config = small()
+    tensors = {f"language_model.{name}": t for name, t in official(config).items()}
+    with pytest.raises(CheckpointError, match=r"lie under 'language_model\.'") as caught:
+        load_checkpoint(save(tmp_path, config, tensors))
+    assert len(str(caught.value).splitlines()) == 3
+
+
 # --- FP8 -----------------------------------------------------------------------------------------
+
+
+def quantised(tensors: Tensors, block: tuple[int, int], suffix: str = "_scale_inv") -> Tensors:
+    """The matrices of all layers in FP8 beside scales by block; routers and the rest as they are.
+
+    Stacked matrices `[E, n, k]` get stacked scales.
+    """
+    made: Tensors = {}
+    for name, tensor in tensors.items():
+        if tensor.ndim < 2 or ".layers." not in name or name.endswith("mlp.gate.weight"):
+            made[name] = tensor
+            continue
+        *_, rows, columns = tensor.shape
+        table = (-(-rows // block[0]), -(-columns // block[1]))
+        random = torch.Generator().manual_seed(len(made))
+        scale = torch.rand(*tensor.shape[:-2], *table, generator=random) * 0.1 + 0.01
+        made[name] = (tensor * 4).to(torch.float8_e4m3fn)
+        made[name + suffix] = scale
+    return made
 
 
 def dequantised(weight: Tensor, scale: Tensor, block: tuple[int, int]) -> Tensor:
@@ -341,11 +404,10 @@ def test_15_mtp_layer_is_ignored_and_told() -> None:
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({"num_hidden_layers": 5}, "model.layers.4.eh_proj.weight"),
-        ({"num_hidden_layers": 3}, "unexpected tensors (130):\n  model.layers.3."),
-        ({"num_nextn_predict_layers": 0}, "unexpected tensors (68):\n  model.layers.4."),
+        ({"num_hidden_layers": 5}, "layer 4 predicts further tokens (MTP: it has model.layers.4."),
+        ({"num_hidden_layers": 3}, "unexpected tensors (62):\n  model.layers.3."),
     ],
-    ids=["used as a decoder layer", "a decoder layer used as MTP", "not announced"],
+    ids=["used as a decoder layer", "a decoder layer used as MTP"],
 )
 def test_15_mtp_layer_is_never_misloaded(
     tmp_path: Path, fields: dict[str, int], words: str
@@ -357,6 +419,21 @@ def test_15_mtp_layer_is_never_misloaded(
     with pytest.raises(CheckpointError) as caught:
         load_checkpoint(tmp_path)
     assert words in str(caught.value)
+
+
+@pytest.mark.parametrize("announced", [0, None, 1])
+def test_15_mtp_layer_is_left_out_whether_or_not_it_is_announced(
+    tmp_path: Path, announced: int | None
+) -> None:
+    raw = json.loads((TINY_CHECKPOINT / "config.json").read_text())
+    raw["num_nextn_predict_layers"] = announced
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    shutil.copy(TINY_CHECKPOINT / "model.safetensors", tmp_path)
+    model, whole = load_checkpoint(tmp_path), load_checkpoint(TINY_CHECKPOINT)
+    assert model.weights == whole.weights
+    assert len(model.unused_mtp) == 68
+    told = "num_nextn_predict_layers does not announce" in model.notes[0]
+    assert told is (not announced)
 
 
 def test_15_a_plain_layer_in_the_place_of_mtp_is_unexpected(tmp_path: Path) -> None:
