@@ -60,7 +60,7 @@ def build_model(graph: Graph, name: str, max_branches: int = MAX_BRANCHES) -> Bu
         g.nodes,
         name,
         [value_info(v.name, v.type) for v in graph.inputs],
-        [value_info(n, x.type) for n, x in zip(graph.output_names, graph.outputs, strict=True)],
+        [value_info(n, x.type) for n, x in zip(result_names(graph), graph.outputs, strict=True)],
         [t for t in g.pool.constants.values() if t.name in used],
     )
     opset = helper.make_opsetid("", OPSET)
@@ -68,6 +68,16 @@ def build_model(graph: Graph, name: str, max_branches: int = MAX_BRANCHES) -> Bu
     model.producer_name, model.producer_version = "dsc", __version__
     externals = [e for e in g.pool.externals.values() if e.tensor.name in used]
     return BuiltModel(model, externals)
+
+
+def result_names(graph: Graph) -> tuple[str, ...]:
+    """What a model calls its results: as the graph does, unless an input or a weight has the name.
+
+    In ONNX a name is one value.
+    """
+    read = (*graph.outputs, *(x for node in graph.walk() for x in node.operands))
+    taken = {v.name for v in graph.inputs} | {x.name for x in read if isinstance(x, Weight)}
+    return tuple(f"{n}.out" if n in taken else n for n in graph.output_names)
 
 
 def _experts(graph: Graph) -> int:
@@ -130,7 +140,7 @@ def _name_outputs(g: GraphWriter, graph: Graph, results: Iterable[str]) -> None:
     """Give results their public names: by renaming, or by an Identity where one has a name."""
     made = {name for node in g.nodes for name in node.output}
     renamed: dict[str, str] = {}
-    for name, result in zip(graph.output_names, results, strict=True):
+    for name, result in zip(result_names(graph), results, strict=True):
         if result in made and result not in renamed:
             renamed[result] = name
         elif result != name:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from dsc.backends.base import Signature, check_unchanged
 from dsc.backends.onnxruntime.graph import ONNX_TYPE
+from dsc.backends.onnxruntime.model import result_names
 from dsc.backends.onnxruntime.timed import TimedSession
 from dsc.errors import UsageError
 from dsc.ir.dims import evaluate
@@ -97,10 +98,11 @@ class OnnxExecutable:
         for value, tensor in zip(graph.inputs, given, strict=True):
             _bind(binding.bind_input, value.name, ONNX_TYPE[value.type.dtype], tensor)
         results = {}
-        for name, output in zip(graph.output_names, graph.outputs, strict=True):
+        named = zip(graph.output_names, result_names(graph), graph.outputs, strict=True)
+        for name, theirs, output in named:
             shape = [evaluate(d, env) for d in output.type.shape]
             results[name] = torch.empty(shape, dtype=output.type.dtype.torch)
-            _bind(binding.bind_output, name, ONNX_TYPE[output.type.dtype], results[name])
+            _bind(binding.bind_output, theirs, ONNX_TYPE[output.type.dtype], results[name])
         if timed is not None:
             timed.starts(inputs)
         session.run_with_iobinding(binding)

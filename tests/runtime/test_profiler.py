@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import dsc
+from dsc.api import compile_program
 from dsc.errors import UsageError
 from dsc.ir.graph import Graph
 from dsc.ir.parser import parse_program
@@ -307,3 +308,19 @@ def test_threads_that_cannot_be_had_are_an_error() -> None:
     null = dsc.compile(small_lm(), backend="null", max_context=32, prefill_chunk=8)
     with pytest.raises(UsageError, match="no threads"):
         null.set_threads(1)
+
+
+def test_a_program_without_symbols_has_a_profile() -> None:
+    text = """program "p" {stage=CANONICAL}
+graph main(%x: f32[3,4]) {
+ %a = softmax %x
+ %y = exp %a
+ return %y
+}
+"""
+    compiled = compile_program(parse_program(text), backend="tvm", fusion_level=0)
+    with dsc.Profiler() as prof:
+        for _ in range(2):
+            compiled.run({"x": torch.zeros(3, 4)})
+    rows = {row.name: row.calls for row in prof.rows()}
+    assert rows["softmax"] == rows["exp"] == 2

@@ -1,0 +1,126 @@
+"""Programs with little in them: one node or none, no elements, values that are no numbers."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import cache
+
+import pytest
+import torch
+from torch import Tensor
+
+from dsc import pipeline
+from dsc.api import CompiledModel, compile_program
+from dsc.ir.interpreter import Interpreter
+from dsc.ir.parser import parse_program
+from dsc.ir.program import Program
+from dsc.ir.weights import random_source, random_tensor, sources
+
+BACKENDS = ("reference", "tvm", "onnxruntime")
+GRAPHS = {
+    "one_layer": "(%x: f32[3,2]) { %y = linear %x, @weight\n return %y }",
+    "one_reduction": "(%x: f32[3,2]) { %y = softmax %x\n return %y }",
+    "one_view": "(%x: f32[3,2]) { %y = permute %x {dims=[1,0]}\n return %y }",
+    "identity": "(%x: f32[3,2]) { return %x }",
+    "inputs_and_weights": "(%x: f32[3,2]) { %y = neg %x\n"
+    ' return %y as "a", @weight as "b", %x as "c", %y as "d", @weight as "e" }',
+    "weight_alone": "(%x: f32[3,2]) { return @weight }",
+    "views_of_what_is_given": "(%x: f32[3,2]) {"
+    " %y = reshape %x {shape=[6]}\n %z = reshape @weight {shape=[8]}\n"
+    ' return %y as "y", %z as "z" }',
+    "no_inputs": "() { %y = arange {start=2, end=6, dtype=i64}\n return %y }",
+    "constant": "() { %y = full {shape=[3], value=2.0, dtype=f32}\n"
+    ' return %y as "a", %y as "b" }',
+    "unread_input": "(%x: f32[3,2], %n: i64[0]) { %y = exp %x\n return %y }",
+    "no_axes": "(%x: f32[]) { %y = exp %x\n return %y }",
+    "truth_values": "(%x: bool[3,2], %y: bool[3,2]) { %z = logical_not %x\n %e = eq %x, %y\n"
+    ' %n = ne %z, %y\n return %z as "a", %e as "b", %n as "c" }',
+    "short_integers": "(%x: i16[3,2]) { %y = mul %x, %x\n %z = neg %y\n return %z }",
+    "empty_input": "(%x: f32[0,2]) { return %x }",
+    "empty_values": "(%x: f32[0,2], %y: f32[3,2]) { %a = exp %x\n %c = concat %a, %y {axis=0}\n"
+    " %b = sum %x {axes=[0]}\n %z = add %c, %b\n return %z as \"z\", %a as \"a\" }",
+    "empty_contraction": "(%x: f32[3,0], %y: f32[0,2], %b: f32[2], %w: f32[2,0]) {"
+    " %m = matmul %x, %y\n %l = linear %x, %w, %b\n %z = add %m, %l\n return %z }",
+    "empty_parts": "(%x: f32[3,2]) { %a, %b, %c = split %x {sizes=[0,2,0], axis=1}\n"
+    " %y = exp %b\n %z = neg %a\n return %y as \"y\", %z as \"z\" }",
+    "empty_attention": "(%q: f32[2,4,0,8], %k: f32[2,4,3,8], %p: f32[2,4,5,8], %e: f32[2,4,0,8]) {"
+    " %y = sdpa %q, %k, %k {scale=0.5, causal=true}\n %z = sdpa %p, %e, %e {scale=0.5}\n"
+    ' return %y as "y", %z as "z" }',
+}  # fmt: skip
+NO_NUMBERS = """(%x: f32[4,4], %y: f32[4,4]) {
+  %n = ne %x, %x
+  %l = le %x, %x
+  %g = maximum %x, %y
+  %s = minimum %y, %x
+  %r = relu %x
+  %e = exp %x
+  %d = sigmoid %x
+  %a = amax %x {axes=[1]}
+  %i = amin %y {axes=[0]}
+  %m = argmax %x {axis=1}
+  %p = softmax %x
+  return %n as "n", %l as "l", %g as "g", %s as "s", %r as "r", %e as "e", %d as "d", %a as "a",
+    %i as "i", %m as "m", %p as "p"
+}"""
+
+
+def program(graphs: dict[str, str]) -> Program:
+    """Entries of these texts, with seeded weights, at stage TRACED."""
+    text = 'program "p" {stage=TRACED}\nweights {@weight : f32[4,2] = source "weight" : f32[4,2]}\n'
+    text += "\n".join(f"graph {name}{body}" for name, body in graphs.items())
+    bare = parse_program(text)
+    keys = {s.key: s.type for e in bare.weights.values() for s in sources(e)}
+    return replace(bare, source=random_source(keys))
+
+
+@cache
+def compiled(backend: str) -> CompiledModel:
+    """All of `GRAPHS` as the entries of one program."""
+    return compile_program(program(GRAPHS), backend=backend)
+
+
+def inputs_of(entry: str) -> dict[str, Tensor]:
+    """Seeded inputs."""
+    graph = program(GRAPHS).entries[entry]
+    return {v.name: random_tensor(v.type, v.name) for v in graph.inputs}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("entry", GRAPHS)
+def test_a_small_program_computes_what_it_says(entry: str, backend: str) -> None:
+    given = inputs_of(entry)
+    found = compiled(backend).run(given, entry)
+    right = Interpreter(program(GRAPHS)).run(entry, given)
+    assert list(found) == list(right)
+    for name, wanted in right.items():
+        torch.testing.assert_close(found[name], wanted)
+
+
+def test_results_are_tensors_of_their_own() -> None:
+    found = compiled("tvm").run(inputs_of("inputs_and_weights"), "inputs_and_weights")
+    found["a"].fill_(7)
+    found["b"].fill_(7)
+    again = compiled("tvm").run(inputs_of("inputs_and_weights"), "inputs_and_weights")
+    assert not torch.equal(found["d"], found["a"])
+    assert not torch.equal(again["b"], found["b"])
+
+
+@pytest.mark.parametrize("level", [0, 3])
+def test_what_is_no_number_stays_none_on_tvm(level: int) -> None:
+    nan, inf = float("nan"), float("inf")
+    given = {
+        "x": torch.tensor([[nan, 1, 2, 3], [1, inf, nan, -inf], [0, -1, 5, 5], [-inf] * 4]),
+        "y": torch.tensor([[0.0] * 4, [1, 2, nan, 4], [nan] * 4, [1, 2, 3, inf]]),
+    }
+    traced = program({"main": NO_NUMBERS})
+    found = compile_program(traced, backend="tvm", fusion_level=level).run(given)
+    right = Interpreter(traced).run("main", given)
+    for name, wanted in right.items():
+        torch.testing.assert_close(found[name], wanted, equal_nan=True, msg=name)
+
+
+def test_nothing_without_elements_reaches_a_kernel() -> None:
+    after = pipeline.apply(program(GRAPHS), list(pipeline.RAISE))
+    for graph in after.entries.values():
+        for node in graph.nodes:
+            assert node.op == "full" or not any(0 in x.type.shape for x in node.operands), node
