@@ -19,6 +19,7 @@ from dsc._version import __version__
 if TYPE_CHECKING:
     from dsc.api import CompiledModel, compile, load
     from dsc.errors import DscError
+    from dsc.frontends.explain import explain
     from dsc.frontends.ops import (
         attention,
         embedding,
@@ -49,6 +50,7 @@ __all__ = [
     "compile",
     "embedding",
     "experts",
+    "explain",
     "latent_attention",
     "linear",
     "load",
@@ -70,6 +72,7 @@ _LAZY = {
     "compile": "dsc.api:compile",
     "load": "dsc.api:load",
     "DscError": "dsc.errors:DscError",
+    "explain": "dsc.frontends.explain:explain",
     "optimize": "dsc.frontends.optimize:optimize",
     "Profiler": "dsc.runtime.profiler:Profiler",
     "Session": "dsc.runtime.session:Session",

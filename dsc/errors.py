@@ -8,6 +8,8 @@ needed to reproduce it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 
 class DscError(Exception):
     """A user's mistake, or a limit of dsc that the user has met.
@@ -76,7 +78,12 @@ class UnsupportedArchitecture(DscError):
 
 
 class UnsupportedOperator(DscError):
-    """Operators that a frontend cannot read or a backend cannot emit; all of them in one error."""
+    """Operators that a frontend cannot read or a backend cannot emit; all of them in one error.
+
+    `places` are those in the program that are refused, where they are known.
+    """
+
+    places: Sequence[str] = ()
 
 
 class BackendUnavailable(DscError):

@@ -141,6 +141,7 @@ ROWS: Mapping[str, Row] = MappingProxyType(
         "aten.copy.default": m.copy,
         "aten._to_copy.default": m.to,
         "aten.to.dtype": m.to,
+        "prims.convert_element_type.default": m.to,
         "aten.to.dtype_layout": m.to,
         "aten.to.device": m.to,
         "aten.type_as.default": m.to,

@@ -154,6 +154,7 @@ def remainder(t: Lowering, a: Number, b: Number) -> Operand:
 def power(t: Lowering, x: Number, exponent: Number) -> Operand:
     """x ** exponent, by the function that ATen itself uses for 2, 1/2, -1/2 and -1."""
     named = {2: "square", 0.5: "sqrt", -0.5: "rsqrt", -1: "reciprocal"}
+    exponent = t.known(exponent)
     if isinstance(exponent, (int, float)) and t.out.dtype.is_float and exponent in named:
         return t.call(named[exponent], t.operand(x, t.out.dtype))
     if exponent == 1:

@@ -1,32 +1,60 @@
-"""`torch.compile(model, backend="dsc")`.
+"""The backend that Dynamo calls: `torch.compile(model, backend="dsc")` and `@dsc.optimize`.
 
     fast = torch.compile(model.eval(), backend="dsc", options={"fusion_level": 3})
     with torch.no_grad():
         y = fast(x)
 
-Dynamo hands over FX graphs whose inputs are the caller's tensors, sizes that it keeps symbolic, and
-the parameters. Parameters become weights of a program, under their own names, so that passes may
-fold and pack them; the rest goes the way of `@dsc.optimize`. A graph is traced on its first run,
-with the real tensors at hand.
+Dynamo captures graphs and guards what they hold for; AOTAutograd makes them functional, so that
+views, aliases and changes in place are what they are in PyTorch; what is left is a graph of ATen
+operators, which `aten_graph.py` compiles. Parameters are inputs like all others and read at every
+call, unless `freeze` makes constants of them.
 
-What cannot be compiled runs eagerly after one warning that names it. So do calls that need
-gradients: dsc compiles inference.
+dsc compiles inference: where an input requires gradients the graph runs eagerly, after one warning.
 """
 
 from __future__ import annotations
 
+import functools
 import re
+import traceback
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from dsc.errors import DscError, UsageError
-from dsc.frontends.optimize import Optimized, Options
+from dsc.errors import UsageError
+from dsc.frontends.aten_graph import CompiledGraph
+from dsc.frontends.regions import Options
+from dsc.frontends.whole import kept_whole
 
-_OPTIONS = ("memory_reuse", "fusion_level", "backend")
+_OPTIONS = ("memory_reuse", "fusion_level", "backend", "fallback", "freeze")
+_FALLBACKS = ("eager", "error")
+_FROZEN = 8
+"""Sets of frozen parameters that code is kept for."""
+
+
+def checked(options: Mapping[str, Any]) -> Options:
+    """Options by name. Raises `UsageError` for an unknown one or an impossible value."""
+    unknown = set(options) - set(_OPTIONS)
+    if unknown:
+        raise UsageError(
+            f"unknown option {', '.join(sorted(unknown))} of the dsc backend",
+            hint=f"it takes {', '.join(_OPTIONS)}",
+        )
+    found = Options(**options)
+    if found.fusion_level not in range(4):
+        raise UsageError(f"fusion_level {found.fusion_level}", hint="one of 0, 1, 2, 3")
+    if found.fallback not in _FALLBACKS:
+        raise UsageError(f"fallback {found.fallback!r}", hint=f"one of {', '.join(_FALLBACKS)}")
+    if found.backend is not None:
+        from dsc import backends
+
+        backends.get(found.backend)
+    return found
 
 
 def dsc_backend(
@@ -38,155 +66,208 @@ def dsc_backend(
 ) -> Callable[..., Any]:
     """The backend that `torch.compile` calls with each graph it captures.
 
-    `options` are those of `dsc.optimize`: memory_reuse, fusion_level, backend. `mode` is torch's
-    and says nothing here. Raises `UsageError` on an unknown option.
+    `options` are those of `dsc.optimize`: memory_reuse, fusion_level, backend, fallback and freeze.
+    `mode` is torch's and says nothing here. Raises `UsageError` on an unknown option.
     """
-    del example_inputs, mode
-    unknown = set(options or {}) - set(_OPTIONS)
-    if unknown:
-        raise UsageError(
-            f"unknown option {', '.join(sorted(unknown))} of the dsc backend",
-            hint=f"it takes {', '.join(_OPTIONS)}",
-        )
-    return _Captured(gm, Options(**dict(options or {})))
+    del mode
+    return GraphCompiler("a graph of torch.compile", checked(options or {}))(gm, example_inputs)
 
 
-class _Captured:
-    """A captured graph, callable as it is, compiled for each set of parameters it meets."""
+@dataclass
+class Capture:
+    """One graph that Dynamo handed over and what was made of it; eager for a reason, or compiled.
 
-    def __init__(self, gm: fx.GraphModule, options: Options) -> None:
-        self.gm = gm
+    `inputs` says what each is called and what it is: `x float32[s0, 3]`. `parts` holds one compiled
+    graph, or one a set of frozen parameters.
+    """
+
+    gm: fx.GraphModule
+    inputs: tuple[str, ...]
+    parts: list[CompiledGraph] = field(default_factory=list)
+    eager: str = ""
+
+    @property
+    def broken(self) -> str:
+        """Why the capture ended before the function did; empty where it did not."""
+        reason = getattr(self.gm, "compile_subgraph_reason", None)
+        if reason is None or not reason.graph_break:
+            return ""
+        text = str(reason.reason).strip().partition("\n")[0]
+        what = "branches on the values of a tensor" if text.startswith("generic_jump") else text
+        return f"{what}: {users_line(reason.user_stack)}"
+
+
+class GraphCompiler:
+    """Compiles graphs for one decorated function, or for one call of `torch.compile`'s backend."""
+
+    def __init__(self, name: str, options: Options) -> None:
+        self.__name__ = "dsc"
+        self.name = name
         self.options = options
-        self.eager = False
-        placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
-        self.weights = {i: _weight_path(n, i) for i, n in enumerate(placeholders) if _is_weight(n)}
-        self.tensors = [
-            i for i, n in enumerate(placeholders)
-            if i not in self.weights and isinstance(n.meta.get("example_value"), Tensor)
-        ]  # fmt: skip
-        self.symbolic = {i: _symbolic_axes(placeholders[i]) for i in self.tensors}
-        self._runners: dict[tuple[int, ...], Optimized[..., Any]] = {}
+        self.captures: list[Capture] = []
+        self._warned: set[str] = set()
 
-    def __call__(self, *args: Any) -> Any:
-        if self.eager:
-            return self.gm(*args)
-        try:
-            return self._runner(args)(*(args[i] for i in self.tensors))
-        except DscError as problem:
-            self.eager = True
-            warnings.warn(f"dsc: this graph runs eagerly: {problem}", stacklevel=2)
-            return self.gm(*args)
+    def __call__(
+        self, gm: fx.GraphModule, example_inputs: Sequence[Any], **_: Any
+    ) -> Callable[..., Any]:
+        """What runs a captured graph. Raises `DscError` where that is asked for."""
+        capture = Capture(gm, tuple(_told(n) for n in gm.graph.nodes if n.op == "placeholder"))
+        self.captures.append(capture)
+        capture.eager = _reason_for_eager(example_inputs)
+        if capture.eager:
+            self.warn(f"{self.name} runs eagerly, because {capture.eager}")
+            return gm.forward
+        from torch._dynamo.backends.common import aot_autograd
 
-    def _runner(self, args: Sequence[Any]) -> Optimized[..., Any]:
-        """The graph with these very parameters: Dynamo may call it with another module's."""
-        key = tuple(id(args[i]) for i in self.weights)
-        if key not in self._runners:
-            module = _Graph(self, {path: args[i] for i, path in self.weights.items()})
-            axes = [self.symbolic[i] for i in self.tensors]
-            self._runners[key] = Optimized(module, self.options, axes)
-        return self._runners[key]
+        compiler = functools.partial(self._compiled, capture)
+        with kept_whole():
+            return aot_autograd(
+                fw_compiler=compiler,
+                inference_compiler=compiler,
+                decompositions=decompositions(),
+                keep_inference_input_mutations=False,
+            )(gm, example_inputs)
 
+    def warn(self, message: str) -> None:
+        """Say something once."""
+        if message not in self._warned:
+            self._warned.add(message)
+            warnings.warn(f"dsc: {message}", stacklevel=2)
 
-class _Graph(nn.Module):
-    """A captured graph as a module of its tensor inputs, with parameters of its own."""
+    def _compiled(
+        self, capture: Capture, aten: fx.GraphModule, example_inputs: Sequence[Any]
+    ) -> Any:
+        del example_inputs
+        names, weights = _named_inputs(capture.gm, aten)
+        if self.options.freeze and weights:
+            return Frozen(self, capture, aten, names, weights)
+        return self.compile(capture, aten, names, {})
 
-    def __init__(self, captured: _Captured, weights: Mapping[str, Tensor]) -> None:
-        super().__init__()
-        self.__name__ = "a graph of torch.compile"
-        self._tensors = captured.tensors
-        self._weights = captured.weights
-        self._count = sum(n.op == "placeholder" for n in captured.gm.graph.nodes)
-        self._run = fx.Interpreter(_sizes_from_tensors(captured.gm)).run
-        for path, tensor in weights.items():
-            _attach(self, path.split("."), tensor)
+    def compile(
+        self,
+        capture: Capture,
+        aten: fx.GraphModule,
+        names: Mapping[fx.Node, str],
+        constants: Mapping[fx.Node, Tensor],
+    ) -> CompiledGraph:
+        """The functional graph of a capture, compiled; what is not is warned of once."""
+        from torch.utils._python_dispatch import _disable_current_modes
 
-    def forward(self, *tensors: Tensor) -> Any:
-        """Run the graph, with the notes on where each node comes from kept for the tracer."""
-        from torch.fx.traceback import preserve_node_meta
-
-        given: dict[int, Any] = dict(zip(self._tensors, tensors, strict=True))
-        for position, path in self._weights.items():
-            given[position] = _read(self, path.split("."))
-        with preserve_node_meta():
-            return self._run(*(given.get(i, 0) for i in range(self._count)))
-
-
-def _sizes_from_tensors(gm: fx.GraphModule) -> fx.GraphModule:
-    """The graph with every size input replaced by a query of the tensor that it is a size of."""
-    copied = fx.GraphModule(gm, _copy(gm.graph))
-    graph = copied.graph
-    placeholders = [n for n in graph.nodes if n.op == "placeholder"]
-    last = placeholders[-1]
-    for node in placeholders:
-        size = node.meta.get("example_value")
-        if not isinstance(size, torch.SymInt) or not node.users:
-            continue
-        owner, axis = _owner(placeholders, size)
-        with graph.inserting_after(last):
-            query = graph.call_function(torch.ops.aten.sym_size.int, (owner, axis))
-        node.replace_all_uses_with(query)
-    copied.recompile()
-    return copied
+        with _disable_current_modes(), torch._C._DisablePythonDispatcher(), torch.no_grad():
+            done = CompiledGraph(aten, self.options, self.name, names, constants)
+        capture.parts.append(done)
+        for line in done.eager_lines():
+            self.warn(f"{self.name} runs eagerly in part: {line}")
+        return done
 
 
-def _copy(graph: fx.Graph) -> fx.Graph:
-    copied = fx.Graph()
-    output = copied.graph_copy(graph, {}, return_output_node=True)
-    assert isinstance(output, tuple)
-    copied.output(output[0])
-    return copied
+class Frozen:
+    """A graph whose parameters are constants, compiled for each set of them that comes.
+
+    They are told apart by address and version, so changes through `.data` stay unseen.
+    """
+
+    _boxed_call = True
+
+    def __init__(
+        self,
+        compiler: GraphCompiler,
+        capture: Capture,
+        aten: fx.GraphModule,
+        names: Mapping[fx.Node, str],
+        weights: Mapping[fx.Node, int],
+    ) -> None:
+        self.made_for: dict[tuple[tuple[int, int], ...], CompiledGraph] = {}
+        self.positions = tuple(weights.values())
+        self.make: Callable[[Sequence[Tensor]], CompiledGraph] = lambda tensors: compiler.compile(
+            capture, aten, names, dict(zip(weights, tensors, strict=True))
+        )
+
+    def __call__(self, args: list[Any]) -> list[Any]:
+        """Run with the parameters among `args`."""
+        weights = [args[i] for i in self.positions]
+        key = tuple((w.data_ptr(), 0 if w.is_inference() else w._version) for w in weights)
+        found = self.made_for.get(key)
+        if found is None:
+            while len(self.made_for) >= _FROZEN:
+                self.made_for.pop(next(iter(self.made_for)))
+            found = self.made_for[key] = self.make(weights)
+        return found(args)
 
 
-def _owner(placeholders: Sequence[fx.Node], size: torch.SymInt) -> tuple[fx.Node, int]:
-    """A tensor input and its axis whose size this is."""
-    for node in placeholders:
-        tensor = node.meta.get("example_value")
-        sizes: Sequence[Any] = tensor.shape if isinstance(tensor, Tensor) else ()
-        for axis, extent in enumerate(sizes):
-            if isinstance(extent, torch.SymInt) and extent.node.expr == size.node.expr:
-                return node, axis
-    raise UsageError(
-        f"the graph takes the number {size}, which is no tensor's size",
-        hint="pass it as a tensor, or call torch.compile(..., dynamic=False)",
-    )
+@functools.cache
+def decompositions() -> Mapping[Any, Any]:
+    """The tracer's table of decompositions, made once a process.
+
+    What draws random numbers stays whole, so that it draws those that it draws eagerly.
+    """
+    from dsc.frontends.torch_export import decompositions
+
+    random = torch.Tag.nondeterministic_seeded
+    return {k: v for k, v in decompositions().items() if random not in getattr(k, "tags", ())}
+
+
+def users_line(stack: Iterable[traceback.FrameSummary] | None) -> str:
+    """`folder/file:line: code` of the innermost frame outside of torch and of dsc."""
+    hidden = ("/torch/", str(Path(__file__).parent))
+    frames = [f for f in stack or () if not any(part in f.filename for part in hidden)]
+    if not frames:
+        return ""
+    last = frames[-1]
+    return f"{'/'.join(last.filename.split('/')[-2:])}:{last.lineno}: {(last.line or '').strip()}"
+
+
+def _reason_for_eager(example_inputs: Sequence[Any]) -> str:
+    """Why a graph on these inputs cannot be compiled at all; empty where it can."""
+    tensors = [x for x in example_inputs if isinstance(x, Tensor)]
+    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+        return "its inputs require gradients (call it under torch.no_grad())"
+    if any(x.device.type != "cpu" for x in tensors):
+        return "its inputs are not on the CPU"
+    if any(x.layout != torch.strided or x.is_quantized for x in tensors):
+        return "its inputs are sparse or quantised"
+    if any(torch.is_neg(x) or torch.is_conj(x) for x in tensors):
+        return "its inputs are negated or conjugated views"
+    return ""
+
+
+def _named_inputs(
+    captured: fx.GraphModule, aten: fx.GraphModule
+) -> tuple[dict[fx.Node, str], dict[fx.Node, int]]:
+    """Names of the functional graph's inputs, and the positions of those that are parameters.
+
+    AOTAutograd keeps the order of what Dynamo captured; where it merged aliased inputs there are no
+    names to be had.
+    """
+    ours = [n for n in aten.graph.nodes if n.op == "placeholder"]
+    theirs = [n for n in captured.graph.nodes if n.op == "placeholder"]
+    if len(ours) != len(theirs):
+        return {}, {}
+    names = {a: _input_name(b) for a, b in zip(ours, theirs, strict=True)}
+    return names, {a: i for i, (a, b) in enumerate(zip(ours, theirs, strict=True)) if _is_weight(b)}
 
 
 def _is_weight(node: fx.Node) -> bool:
-    """Whether a graph input is a parameter or a buffer, the same object in every call."""
+    """Whether an input of a captured graph is a parameter or a buffer."""
     marks = node.meta.get("tensor_dict") or {}
-    return isinstance(node.meta.get("example_value"), Tensor) and (
-        isinstance(node.meta["example_value"], nn.Parameter)
-        or marks.get("_dynamo_static_input_type") is not None
-    )
+    fake = node.meta.get("example_value")
+    static = marks.get("_dynamo_static_input_type") is not None
+    return isinstance(fake, Tensor) and (isinstance(fake, nn.Parameter) or static)
 
 
-def _weight_path(node: fx.Node, position: int) -> str:
-    """The path of a parameter in its model: `layers.0.weight`."""
+def _input_name(node: fx.Node) -> str:
+    """What the user calls an input: `x`, or the path of a parameter in its model."""
     source = getattr(getattr(node.meta.get("grapharg"), "source", None), "name", "")
     name = str(source() if callable(source) else source)
-    keys = re.findall(r"\[['\"](\w+)['\"]\]", re.sub(r"^L\[[^]]*\]|^G\[[^]]*\]", "", name))
-    path = [k for k in keys if k not in ("_modules", "_parameters", "_buffers")]
-    return ".".join(path) or f"weight{position}"
+    keys = re.findall(r"\[['\"](\w+)['\"]\]|\.(\w+)", name)
+    path = [a or b for a, b in keys if (a or b) not in ("_modules", "_parameters", "_buffers")]
+    return ".".join(path[1:] if path[:1] in (["self"], ["fn"]) and path[1:] else path) or node.name
 
 
-def _symbolic_axes(node: fx.Node) -> list[int]:
-    shape: Sequence[Any] = node.meta["example_value"].shape
-    return [axis for axis, size in enumerate(shape) if isinstance(size, torch.SymInt)]
-
-
-def _attach(module: nn.Module, path: Sequence[str], tensor: Tensor) -> None:
-    """Register a tensor at a dotted path, making the modules on the way."""
-    for name in path[:-1]:
-        if name not in module._modules:
-            module.add_module(name, nn.Module())
-        module = module._modules[name]  # type: ignore[assignment]
-    if isinstance(tensor, nn.Parameter):
-        module.register_parameter(path[-1], tensor)
-    else:
-        module.register_buffer(path[-1], tensor)
-
-
-def _read(module: nn.Module, path: Sequence[str]) -> Any:
-    for name in path:
-        module = getattr(module, name)
-    return module
+def _told(node: fx.Node) -> str:
+    """An input of a captured graph: its name, element type and shape, or its value."""
+    fake = node.meta.get("example_value")
+    if not isinstance(fake, Tensor):
+        return f"{_input_name(node)} {fake}"
+    shape = ", ".join(map(str, fake.shape))
+    return f"{_input_name(node)} {str(fake.dtype).removeprefix('torch.')}[{shape}]"

@@ -54,6 +54,7 @@ class Lowering:
         self.constants: dict[str, torch.Tensor] = {}
         self._counts: dict[str, int] = {}
         self._starts: dict[str, tuple[Dim, Dim]] = {}
+        self._known: dict[str, float] = {}
 
     @property
     def out(self) -> TensorType:
@@ -133,7 +134,13 @@ class Lowering:
         if isinstance(value, Sym):
             point = self.call("arange", start=value, end=value + 1, dtype=DType.i64)
             return self.cast(self.call("reshape", point, shape=()), dtype)
-        return self.call("full", shape=(), value=_plain(value, dtype), dtype=dtype)
+        found = self.call("full", shape=(), value=_plain(value, dtype), dtype=dtype)
+        self._known[found.name] = value
+        return found
+
+    def known(self, x: Number) -> Number:
+        """The number that a value of shape [] was made of; other values as they are."""
+        return self._known.get(x.name, x) if isinstance(x, Value) else x
 
     def operand(self, x: Number, dtype: DType) -> Operand:
         """`x` as a value of the given element type, be it a tensor or a number."""

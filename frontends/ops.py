@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from dsc.frontends.symbolic import SizeReader
 from dsc.ir.dims import evaluate
-from dsc.ir.op import AttrDef, OpDef, TypeMismatch, registry
+from dsc.ir.op import OpDef, TypeMismatch, registry
 from dsc.ir.ops import FAMILIES
 from dsc.ir.types import DType, TensorType
 
@@ -222,11 +222,12 @@ for _definition in registered().values():
     _register(_definition)
 
 
+_DEFAULTS = {name: {a.name: a.default for a in d.attrs} for name, d in registered().items()}
+
+
 def _call(name: str, *operands: Any, **attrs: Any) -> Any:
     """Call a registered operator with the defaults that its declaration states."""
-    declared: Sequence[AttrDef] = registry()[name].attrs
-    full = {a.name: attrs.get(a.name, a.default) for a in declared}
-    return getattr(torch.ops.dsc, name)(*operands, **full)
+    return getattr(torch.ops.dsc, name)(*operands, **{**_DEFAULTS[name], **attrs})
 
 
 # What a user calls.

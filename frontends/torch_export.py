@@ -15,22 +15,25 @@ names and are read only when an artifact is packed. A module on the `meta` devic
 from __future__ import annotations
 
 import inspect
-import re
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import fx, nn
 
 from dsc.errors import UnsupportedOperator, UsageError
-from dsc.frontends.aten import COMPLEX, DROPPED, HARMLESS, KEPT_WHOLE, ROWS, VIEWS
-from dsc.frontends.lowering import Complex, Lowering, SymbolicNumber, Unsupported
-from dsc.frontends.symbolic import NotADim, SizeReader
-from dsc.ir.dims import Range, Sym
-from dsc.ir.graph import Graph, Operand, Value, Weight
-from dsc.ir.op import TypeMismatch, lookup
+from dsc.frontends.aten import COMPLEX, DROPPED, HARMLESS, KEPT_WHOLE, ROWS
+from dsc.frontends.fx_import import (
+    GETITEM,
+    SYMBOLIC_NUMBERS,
+    FxImporter,
+    without_dead_nodes,
+)
+from dsc.frontends.lowering import Complex, Unsupported
+from dsc.ir.dims import Range
+from dsc.ir.graph import Graph, Operand, Weight
 from dsc.ir.program import Program
 from dsc.ir.stages import Stage
 from dsc.ir.types import DType, TensorType
@@ -38,11 +41,6 @@ from dsc.ir.weights import DictSource, LayeredSource, MetaSource, Source, Weight
 
 ANY_SIZE = Range(0, 2**31 - 1)
 """The range of a symbol that nobody bounds."""
-
-PLACEMENT = frozenset({"device", "layout", "memory_format", "pin_memory", "non_blocking"})
-
-GETITEM = "<built-in function getitem>"
-_SymNumber = (torch.SymInt, torch.SymFloat, torch.SymBool)
 
 
 def decompositions() -> dict[Any, Any]:
@@ -131,7 +129,7 @@ def _is_translatable(exported: torch.export.ExportedProgram) -> bool:
     """Whether every operator has a row already, and none writes to its operands."""
     for node in exported.graph.nodes:
         target = str(node.target)
-        if node.op == "call_function" and isinstance(node.meta.get("val"), _SymNumber):
+        if node.op == "call_function" and isinstance(node.meta.get("val"), SYMBOLIC_NUMBERS):
             continue
         if node.op == "call_function" and target in (GETITEM, *DROPPED, *HARMLESS):
             continue
@@ -177,24 +175,8 @@ def import_exported(
     return program.pruned()
 
 
-@dataclass(frozen=True)
-class _Problem:
-    operator: str
-    reason: str
-    line: str
-
-    def told(self, places: Sequence[str]) -> str:
-        """One line of the error: what, why, the first module, how often, the source line."""
-        why = f" ({self.reason})" if self.reason else ""
-        where = f"in {places[0]}" if places[0] else ""
-        if len(places) > 1:
-            where += f" and {len(places) - 1} more" if where else f"{len(places)} times"
-        place = ", ".join(p for p in (where, self.line) if p)
-        return f"  {self.operator}{why}{': ' if place else ''}{place}"
-
-
-class _Importer:
-    """Translates one exported graph."""
+class _Importer(FxImporter):
+    """Translates one exported program."""
 
     def __init__(
         self,
@@ -203,13 +185,9 @@ class _Importer:
         prefix: str,
         symbol_names: Mapping[tuple[int, int], str],
     ) -> None:
+        super().__init__(name, prefix)
         self.exported = exported
-        self.prefix = prefix
         self.symbol_names = symbol_names
-        self.sizes = SizeReader()
-        self.lowering = Lowering(name, self.sizes)
-        self.values: dict[fx.Node, Any] = {}
-        self.problems: dict[_Problem, list[str]] = {}
         self.states: dict[str, tuple[TensorType, torch.Tensor]] = {}
 
     # Inputs and weights.
@@ -225,15 +203,10 @@ class _Importer:
         self._placeholders(input_names)
         for node in self.exported.graph.nodes:
             if node.op == "call_function":
-                self._node(node)
+                self.node(node)
             elif node.op not in ("placeholder", "output"):
-                self._problem(node, f"{node.op} {node.target}", "control flow")
-        if self.problems:
-            raise UnsupportedOperator(
-                "operators without a translation:\n"
-                + "\n".join(p.told(places) for p, places in self.problems.items()),
-                hint="write them with supported operators, or add rows to frontends/aten.py",
-            )  # fmt: skip
+                self.problem(node, f"{node.op} {node.target}", "control flow")
+        self.refuse_problems()
         outputs = self._outputs()
         names = tuple(output_names or _default_names(len(outputs)))
         if len(names) != len(outputs):
@@ -265,7 +238,7 @@ class _Importer:
             raise UsageError(f"{len(names)} input names for {len(user)} tensor inputs")
         self._name_sizes(user)
         for node, name in zip(user, names, strict=True):
-            self._guarded(node, lambda n=node, k=name: self._input(n, k))
+            self.guarded(node, partial(self._input, node, name))
         for spec in self.exported.graph_signature.input_specs:
             node = placeholders.get(getattr(spec.arg, "name", ""))
             if node is None or node in self.values:
@@ -273,7 +246,7 @@ class _Importer:
             if spec.target is None:
                 self.values[node] = getattr(spec.arg, "value", None)
                 continue
-            self._guarded(node, lambda n=node, s=spec: self._weight(n, s.target, s.kind.name))
+            self.guarded(node, partial(self._weight, node, spec.target, spec.kind.name))
 
     def _name_sizes(self, user: Sequence[fx.Node]) -> None:
         for (position, axis), name in self.symbol_names.items():
@@ -323,182 +296,11 @@ class _Importer:
         source = LayeredSource(layers) if real and absent else layers[bool(absent)]
         return {k: Source(k, t) for k, (t, _) in states.items()}, source
 
-    # Nodes.
-
-    def _node(self, node: fx.Node) -> None:
-        target = str(node.target)
-        if target in DROPPED:
-            return
-        value = node.meta.get("val")
-        if isinstance(value, (*_SymNumber, int, float, bool)):
-            self._guarded(node, lambda: self._size(value))
-            return
-        if target == GETITEM:
-            whole, position = node.args
-            self.values[node] = self.values[whole][position]  # type: ignore[index]
-            return
-        if value is None:
-            return
-        self.lowering.builder.loc = self._loc(node)
-        self._guarded(node, lambda: self._translated(node, target))
-
-    def _size(self, value: Any) -> Any:
-        if isinstance(value, torch.SymInt):
-            return self.sizes.read(value)
-        if isinstance(value, torch.SymFloat):
-            return SymbolicNumber(value.node.expr)
-        if isinstance(value, torch.SymBool):
-            return None
-        return value
-
-    def _translated(self, node: fx.Node, target: str) -> Any:
-        fakes = node.meta["val"]
-        fakes = tuple(fakes) if isinstance(fakes, (tuple, list)) else (fakes,)
-        if not all(isinstance(f, torch.Tensor) for f in fakes):
-            raise Unsupported("a result that is no tensor")
-        self.lowering.outs = tuple(self.lowering.type_of(f) for f in fakes)
-        args = tuple(self._argument(a) for a in node.args)
-        dropped = PLACEMENT if target.startswith("aten.") else frozenset()
-        kwargs = {k: self._argument(v) for k, v in node.kwargs.items() if k not in dropped}
-        row = ROWS.get(target)
-        complex_row = COMPLEX.get(target)
-        if any(isinstance(a, Complex) for a in _flat((*args, *kwargs.values()))):
-            if complex_row is None and (row is None or target not in VIEWS):
-                raise Unsupported("on complex numbers")
-            result = (complex_row or _partwise(row))(self.lowering, *args, **kwargs)
-        elif row is None:
-            raise Unsupported("")
-        else:
-            result = row(self.lowering, *args, **kwargs)
-        return self._checked(result, isinstance(node.meta["val"], torch.Tensor))
-
-    def _checked(self, result: Any, single: bool) -> Any:
-        """The result, once its types are those that the tracer recorded."""
-        if isinstance(result, Complex):
-            return result
-        results = result if isinstance(result, tuple) else (result,)
-        for found, wanted in zip(results, self.lowering.outs, strict=True):
-            if not isinstance(found, Complex) and found.type != wanted:
-                raise Unsupported(f"translated to {found.type}, the tracer has {wanted}")
-        return results[0] if single else results
-
-    def _argument(self, argument: Any) -> Any:
-        if isinstance(argument, fx.Node):
-            if argument not in self.values:
-                raise Unsupported(f"needs %{argument.name}, which has no value")
-            return self.values[argument]
-        if isinstance(argument, (list, tuple)):
-            return [self._argument(a) for a in argument]
-        if isinstance(argument, torch.dtype):
-            return _dtype(argument)
-        return argument
-
     def _outputs(self) -> list[Operand]:
-        outputs: list[Operand] = []
-        for spec in self.exported.graph_signature.output_specs:
-            name = getattr(spec.arg, "name", None)
-            value = next((v for n, v in self.values.items() if n.name == name), None)
-            if isinstance(value, Complex):
-                raise UnsupportedOperator(
-                    "a complex output", hint="return torch.view_as_real of it"
-                )
-            if isinstance(value, (int, Sym)) and not isinstance(value, bool):
-                value = self.lowering.number(value, DType.i64)
-            if isinstance(value, (Value, Weight)):
-                outputs.append(value)
-        return outputs
-
-    # Errors and locations.
-
-    def _guarded(self, node: fx.Node, translate: Any) -> None:
-        """Translate one node; on failure note the problem and go on with values of its type."""
-        try:
-            self.values[node] = translate()
-        except (Unsupported, TypeMismatch, NotADim, KeyError) as problem:
-            self._problem(node, str(node.target), str(problem))
-            self.values[node] = self._placeholder(node)
-
-    def _placeholder(self, node: fx.Node) -> Any:
-        def stand_in(fake: Any) -> Any:
-            try:
-                value = Value(self.lowering.builder.fresh("missing"), self.lowering.type_of(fake))
-            except (Unsupported, AttributeError):
-                return None
-            return Complex(value, value) if fake.is_complex() else value
-
-        fakes = node.meta.get("val")
-        if isinstance(fakes, (tuple, list)):
-            return tuple(stand_in(f) for f in fakes)
-        return stand_in(fakes)
-
-    def _problem(self, node: fx.Node, operator: str, reason: str) -> None:
-        problem = _Problem(operator, reason, source_line(node))
-        self.problems.setdefault(problem, []).append(self._loc(node))
-
-    def _loc(self, node: fx.Node) -> str:
-        """The path of the module that a node comes from, as `model.layers.3.self_attn`."""
-        stack = node.meta.get("nn_module_stack") or {}
-        paths = [path for path, _ in stack.values() if not path.startswith("_empty_nn")]
-        path = re.sub(r"@\d+|^L\['\w+'\]\.?", "", paths[-1]) if paths else ""
-        return (path + ".").removeprefix(self.prefix).removesuffix(".")
-
-
-def without_dead_nodes(graph: Graph) -> Graph:
-    """The graph without nodes whose results nobody reads, as shape arithmetic leaves behind."""
-    live = {x.name for x in graph.outputs if isinstance(x, Value)}
-    kept = []
-    for node in reversed(graph.nodes):
-        if lookup(node.op).aliases or any(v.name in live for v in node.outputs):
-            kept.append(node)
-            live |= {x.name for x in node.operands if isinstance(x, Value)}
-    return graph.with_nodes(reversed(kept))
-
-
-def source_line(node: fx.Node) -> str:
-    """`file:line: code` of the innermost frame outside of torch, as far as the tracer noted it."""
-    frames = re.findall(
-        r'File "([^"]+)", line (\d+), in \S+\n\s*(.*)', node.meta.get("stack_trace") or ""
-    )
-    frames = [f for f in frames if "/torch/" not in f[0]] or frames
-    if not frames:
-        return ""
-    file, line, code = frames[-1]
-    return f"{'/'.join(file.split('/')[-2:])}:{line}: {code.strip()}"
-
-
-def _partwise(row: Any) -> Any:
-    """A row that moves elements, applied to both parts of a complex operand."""
-
-    def both(t: Lowering, *args: Any, **kwargs: Any) -> Any:
-        results = [
-            row(t, *(_part(a, i) for a in args), **{k: _part(v, i) for k, v in kwargs.items()})
-            for i in (0, 1)
-        ]
-        if isinstance(results[0], tuple):
-            return tuple(Complex(*pair) for pair in zip(*results, strict=True))
-        return Complex(*results)
-
-    return both
-
-
-def _part(argument: Any, part: int) -> Any:
-    if isinstance(argument, Complex):
-        return argument[part]
-    return [_part(a, part) for a in argument] if isinstance(argument, list) else argument
-
-
-def _flat(arguments: Sequence[Any]) -> list[Any]:
-    found: list[Any] = []
-    for a in arguments:
-        found.extend(_flat(a) if isinstance(a, list) else [a])
-    return found
-
-
-def _dtype(dtype: torch.dtype) -> DType | None:
-    try:
-        return DType.of(dtype)
-    except KeyError:
-        return None
+        by_name = {n.name: v for n, v in self.values.items()}
+        specs = self.exported.graph_signature.output_specs
+        found = [self.output(by_name.get(getattr(s.arg, "name", ""))) for s in specs]
+        return [x for x in found if x is not None]
 
 
 def _default_names(count: int) -> list[str]:

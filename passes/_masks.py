@@ -15,8 +15,10 @@ from typing import TYPE_CHECKING
 
 from dsc.errors import DscError
 from dsc.ir.dims import Dim, bounds, evaluate
-from dsc.ir.graph import Operand, Value
+from dsc.ir.graph import Operand, Value, Weight
 from dsc.ir.types import DType
+from dsc.ir.weights import MetaSource, sources
+from dsc.ir.weights import evaluate as evaluate_weight
 from dsc.rewrite import lift
 from dsc.rewrite.rule import Reject, reject
 from dsc.rewrite.scope import Scope
@@ -47,7 +49,7 @@ def classify(scope: Scope, mask: Operand, inverse: bool = False) -> Causal | Rej
     `inverse`: the mask is true where a row is hidden.
     """
     if not isinstance(mask, Value):
-        return reject("the mask is a weight", mask)
+        return _folded(scope, mask, inverse)
     region = lift.cut(scope, [mask], lambda v: False)
     if region is None:
         return reject("the mask is computed from too much to be looked through", mask)
@@ -62,6 +64,23 @@ def classify(scope: Scope, mask: Operand, inverse: bool = False) -> Causal | Rej
         if not found:
             return Causal(region.leaves[0] if region.leaves else None, from_start)  # type: ignore[arg-type]
         reasons.append(found)
+    return reject(reasons[0], mask)
+
+
+def _folded(scope: Scope, mask: Weight, inverse: bool) -> Causal | Reject:
+    """The same of a mask whose sizes were known, so that it has become a constant."""
+    expr = scope.program.weights.get(mask.name)
+    if expr is None or any(True for _ in sources(expr)) or mask.type.rank < 2:
+        return reject("the mask is a weight", mask)
+    value = evaluate_weight(expr, MetaSource({}))
+    rows, total = value.shape[-2:]
+    reasons = []
+    for from_start in (False, True):
+        past = 0 if from_start else total - rows
+        why = _compare(value, inverse, past, None) if past >= 0 else "it has more rows than columns"
+        if not why:
+            return Causal(None, from_start)
+        reasons.append(why)
     return reject(reasons[0], mask)
 
 
@@ -121,8 +140,17 @@ def _check(asked: _Asked, sizes: Mapping[str, int], rows: int, total: int, seed:
     except (DscError, RuntimeError) as problem:
         return f"the mask does not run: {str(problem).splitlines()[0]}"
     start = lengths[0][:, None, None] if lengths else torch.full((1, 1, 1), past)
+    return _compare(value, asked.inverse, past, start)
+
+
+def _compare(value: torch.Tensor, inverse: bool, past: int, start: torch.Tensor | None) -> str:
+    """How a mask differs from `j <= start + i`, with `past` rows before the first; or empty."""
+    import torch
+
+    rows, total = value.shape[-2:]
+    start = torch.full((1, 1, 1), past) if start is None else start
     seen = torch.arange(total)[None, None] <= start + torch.arange(rows)[None, :, None]
-    shown = _visible(~value if asked.inverse and value.dtype == torch.bool else value)
+    shown = _visible(~value if inverse and value.dtype == torch.bool else value)
     if isinstance(shown, str):
         return shown
     flat = shown.reshape(-1, rows, total) if shown.dim() < 4 else shown.amax(1)

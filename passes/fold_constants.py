@@ -28,6 +28,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+from dsc.ir.dims import Sym
 from dsc.ir.graph import Graph, GraphBuilder, Node, Operand, Value, Weight
 from dsc.ir.program import Program
 from dsc.ir.types import TensorType
@@ -99,7 +100,7 @@ class _Fold:
 
     def _expr(self, node: Node, known: Mapping[str, WeightExpr]) -> WeightExpr | None:
         """The expression of a node that depends on constants alone."""
-        if len(node.outputs) != 1 or node.op in _NEVER or not node.output.type.is_static:
+        if len(node.outputs) != 1 or node.op in _NEVER or not _is_static(node):
             return None
         numel = node.output.type.numel
         if not isinstance(numel, int) or numel > self.options.limit:
@@ -133,6 +134,12 @@ class _Fold:
                 name = other
         self.added[name] = expr
         return Weight(name, expr.type)
+
+
+def _is_static(node: Node) -> bool:
+    """Whether neither the result's type nor an attribute, as `arange`'s start, has a symbol."""
+    given = [x for v in node.attrs.values() for x in (v if isinstance(v, tuple) else (v,))]
+    return node.output.type.is_static and not any(isinstance(x, Sym) for x in given)
 
 
 def _read_by_others(graph: Graph, known: Mapping[str, WeightExpr]) -> set[str]:

@@ -1,0 +1,243 @@
+"""How a function gets to Dynamo: capturing with sizes of 0 and 1 open, errors in the user's words.
+
+Dynamo compiles a frame when none of the code it has holds. `Door` stands in front of that moment.
+
+Where sizes have become symbolic, Dynamo sets 0 and 1 apart, for they broadcast and vanish, and so
+captures again for a batch of one. Many functions do not care. So a frame is first captured with
+such sizes open (torch's `backed_size_oblivious`), which holds only for functions whose operators
+are all in `SIZE_OBLIVIOUS`; failing that, in the ordinary way.
+
+What Dynamo refuses becomes one `UsageError` with the function, its line and what to write instead.
+A mistake in the function itself, as shapes that do not fit, raises what it raises eagerly.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+from torch import fx
+
+from dsc.errors import DscError, InternalError, UsageError
+from dsc.frontends.dynamo import GraphCompiler, users_line
+from dsc.frontends.regions import Options
+from dsc.frontends.whole import kept_whole
+
+log = logging.getLogger("dsc")
+
+DOORS: weakref.WeakKeyDictionary[Any, Door] = weakref.WeakKeyDictionary()
+"""The door of each decorated function and module."""
+
+SIZE_OBLIVIOUS = frozenset(
+    """
+    abs add addmm attention baddbmm bfloat16 bmm clamp cos div embedding eq erf exp float floordiv
+    ge gelu gt half layer_norm le linear log logical_and logical_not logical_or lt mT masked_fill
+    matmul mm mul ne neg permute pow relu rms_norm rsqrt rsub scaled_dot_product_attention sigmoid
+    silu sin size softmax sqrt square sub swiglu sym_size sym_sqrt t tanh to transpose tril triu
+    truediv type_as view where
+    """.split()
+)
+"""Names of functions and methods that do the same for sizes of 0 and 1 as for others.
+
+Broadcasting does not belong to what they do the same: Dynamo guards that sizes are equal where two
+tensors meet. Reductions do not stand here, since some have no value for no elements, nor does
+`reshape`, which is a view for some sizes and a copy for others, nor `squeeze`.
+"""
+
+
+class Door:
+    """What stands between a decorated function and Dynamo: its compiler and its record."""
+
+    def __init__(self, name: str, options: Options, whole: bool, dynamic: bool | None) -> None:
+        self.name = name
+        self.options = options
+        self.whole = whole
+        self.dynamic = dynamic
+        self.compiler = GraphCompiler(name, options)
+        self.reasons: list[str] = []
+        self.guards: list[str] = []
+        self._narrow: set[Any] = set()
+        self._strict: Callable[..., Any]
+        self._lenient: Callable[..., Any]
+
+    def context(self) -> Any:
+        """Dynamo's decorator, with this door in front of its compiler."""
+        arguments: dict[str, Any] = {
+            "guard_fail_fn": lambda failed: self.reasons.append(str(failed.reason)),
+            "guard_export_fn": self._keep_guards,
+            "dynamic": self.dynamic,
+        }
+        if "isolate_recompiles" in inspect.signature(torch.compile).parameters:
+            arguments["isolate_recompiles"] = True
+        found: Any = torch._dynamo.optimize(self._backend, nopython=False, **arguments)
+        if not hasattr(found, "callback"):  # TORCHDYNAMO_DISABLE is set
+            return found
+        strict: Any = torch._dynamo.optimize(self._backend, nopython=True, **arguments)
+        self._strict, self._lenient = strict.callback, found.callback
+        found.callback = _Callback(self)
+        return found
+
+    def _keep_guards(self, found: Any) -> None:
+        """Note the conditions that a capture holds for, as Dynamo words them.
+
+        Those on tensors are told by the inputs of the captured graph.
+        """
+        for guard in found:
+            texts = guard.code_list or [f"{guard.create_fn_name()}({guard.name})"]
+            self.guards += [t for t in texts if "_dynamo_" not in t]
+
+    def _backend(self, gm: fx.GraphModule, example_inputs: Sequence[Any], **_: Any) -> Any:
+        if _sizes_are_open() and not _is_size_oblivious(gm):
+            raise _SizesMatter
+        return self.compiler(gm, example_inputs)
+
+    def convert(self, *arguments: Any) -> Any:
+        """Compile a frame, as Dynamo's own callback does; `arguments` are that one's."""
+        frame, cache_entry, frame_state = arguments
+        varied = cache_entry is not None or bool(self.dynamic) or len(frame_state) > 1
+        found = self._converted(frame.f_code, varied, arguments)
+        if cache_entry is not None and found.guarded_code is not None:
+            log.info("%s is compiled again: %s", self.name, self.reason)
+        return found
+
+    def _converted(self, code: Any, varied: bool, arguments: tuple[Any, ...]) -> Any:
+        """`varied` says that there may be symbolic sizes."""
+        try:
+            if varied and code not in self._narrow:
+                try:
+                    with _open_sizes(), kept_whole():
+                        return self._strict(*arguments)
+                except _CAPTURE_FAILED as failed:
+                    if isinstance(getattr(failed, "inner_exception", None), DscError):
+                        raise
+                    self._narrow.add(code)
+            return (self._strict if self.whole else self._lenient)(*arguments)
+        except torch._dynamo.exc.FailOnRecompileLimitHit:
+            self._tell_limit()
+            return self._lenient(*arguments)
+        except torch._dynamo.exc.BackendCompilerFailed as failed:
+            inner = failed.inner_exception
+            if isinstance(inner, DscError):
+                raise inner.with_traceback(None) from None
+            raise inner if isinstance(inner, InternalError) else failed from None
+        except torch._dynamo.exc.TorchDynamoException as refused:
+            if _is_the_users(refused):
+                return _run_eagerly()
+            raise self._refusal(refused) from None
+
+    @property
+    def reason(self) -> str:
+        """Why the last capture became necessary."""
+        return self.reasons[-1].strip() if self.reasons else "unknown"
+
+    def _tell_limit(self) -> None:
+        limit = torch._dynamo.config.recompile_limit
+        self.compiler.warn(
+            f"{self.name} has been compiled {limit} times and runs eagerly for other kinds of"
+            f" calls; the last reason was: {self.reason}"
+        )
+
+    def _refusal(self, refused: Any) -> UsageError:
+        """What Dynamo refuses, in words."""
+        kind = str(getattr(refused, "gb_type", "") or type(refused).__name__)
+        first = next((t.strip() for t in str(refused).splitlines() if t.strip()), kind)
+        where = users_line(getattr(refused, "real_stack", None))
+        if _depends_on_data(refused):
+            what = f"{self.name} branches on the values of a tensor"
+            hint = "write torch.where(condition, a, b)"
+        else:
+            what, hint = f"{self.name} cannot be captured as one graph: {first}", ""
+        hint += f'{"; or " if hint else ""}give fallback="eager" to run this line by PyTorch'
+        return UsageError(what, where=where or None, hint=hint)
+
+
+class _SizesMatter(Exception):
+    """A graph has operators for which 0 and 1 are no sizes like others."""
+
+
+class _Callback:
+    """Dynamo's callback for frames, with a door in front. A copy gets a door of its own."""
+
+    def __init__(self, door: Door) -> None:
+        self.door = door
+        self._torchdynamo_orig_backend = door._lenient
+
+    def __call__(self, frame: Any, cache_entry: Any, frame_state: Any) -> Any:
+        return self.door.convert(frame, cache_entry, frame_state)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        door = self.door
+        return _reopened, (door.name, door.options, door.whole, door.dynamic)
+
+
+def _reopened(*settings: Any) -> _Callback:
+    door = Door(*settings)
+    return cast(_Callback, door.context().callback)
+
+
+@contextmanager
+def _open_sizes() -> Iterator[None]:
+    with _shape_config().patch(backed_size_oblivious=True):
+        yield
+
+
+def _sizes_are_open() -> bool:
+    return bool(_shape_config().backed_size_oblivious)
+
+
+def _shape_config() -> Any:
+    from torch.fx.experimental import _config
+
+    return _config
+
+
+def _is_size_oblivious(gm: fx.GraphModule) -> bool:
+    """Whether all functions and methods of a captured graph are in `SIZE_OBLIVIOUS`."""
+    calls = [n for n in gm.graph.nodes if n.op in ("call_function", "call_method")]
+    return all(_called(n) in SIZE_OBLIVIOUS for n in calls) and all(
+        n.op in ("placeholder", "call_function", "call_method", "output", "get_attr")
+        for n in gm.graph.nodes
+    )
+
+
+def _called(node: fx.Node) -> str:
+    target = node.target
+    name = target if isinstance(target, str) else getattr(target, "__name__", str(target))
+    return name.removesuffix(".default")
+
+
+_CAPTURE_FAILED = (torch._dynamo.exc.TorchDynamoException, AssertionError, RuntimeError, ValueError)
+
+
+def _run_eagerly() -> Any:
+    """Dynamo's answer that this call, and what it calls, is not to be compiled."""
+    types: Any = torch._dynamo.types
+    skip = types.FrameExecStrategy(types.FrameAction.SKIP, types.FrameAction.SKIP)
+    return types.ConvertFrameReturn(frame_exec_strategy=skip, apply_to_code=False)
+
+
+def _is_the_users(refused: Exception) -> bool:
+    """Whether the function fails as it would eagerly, which running it shows best."""
+    kind = str(getattr(refused, "gb_type", ""))
+    fails = isinstance(refused, torch._dynamo.exc.TorchRuntimeError)
+    return fails or "fake tensor call" in kind or "bserved exception" in kind
+
+
+def _depends_on_data(refused: Exception) -> bool:
+    text = f"{getattr(refused, 'gb_type', '')} {refused}"
+    return "ata-dependent" in text or "data dependent" in text
+
+
+def decorated(
+    target: Callable[..., Any], options: Options, *, whole: bool, dynamic: bool | None
+) -> Any:
+    """The function or module behind a door of its own."""
+    door = Door(getattr(target, "__name__", type(target).__name__), options, whole, dynamic)
+    found = door.context()(target)
+    DOORS[found] = door
+    return found

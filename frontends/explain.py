@@ -1,0 +1,157 @@
+"""`dsc.explain`: what became of a function, as data and as text.
+
+print(dsc.explain(attention_layer))           # what has been compiled so far
+print(dsc.explain(attention_layer, q, k, v))  # after one more call
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from dsc.errors import UsageError
+from dsc.frontends.capture import DOORS, Door, decorated
+from dsc.frontends.dynamo import Capture
+from dsc.frontends.regions import Options, Region
+
+
+@dataclass(frozen=True)
+class CompiledRegion:
+    """A compiled part: its operators once optimised, and the bounds of its symbolic sizes.
+
+    `model` is the `CompiledModel`, whose program and report say the rest.
+    """
+
+    model: Any
+    operators: tuple[str, ...]
+    symbols: dict[str, tuple[int, int]]
+    compilations: int
+    seconds: float
+
+    def __str__(self) -> str:
+        sizes = ", ".join(f"{n} {lo}..{hi}" for n, (lo, hi) in self.symbols.items())
+        return (
+            f"{len(self.operators)} steps on {self.model.backend}: {' '.join(self.operators)}"
+            f"{f'; sizes {sizes}' if sizes else ''}; {self.seconds:.2f} s"
+            f"{f' in {self.compilations} compilations' if self.compilations > 1 else ''}"
+        )
+
+
+@dataclass(frozen=True)
+class CapturedGraph:
+    """What Dynamo captured at once: how much of it is compiled, and what is not.
+
+    `inputs` says what tensors and numbers it takes; code runs for no others. `eager` says why none
+    of it is compiled, `fallbacks` what runs eagerly around the regions, `broken` why the capture
+    ended before the function did.
+    """
+
+    inputs: tuple[str, ...]
+    operations: int
+    regions: tuple[CompiledRegion, ...]
+    fallbacks: tuple[str, ...]
+    eager: str
+    broken: str
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Everything on record about a function under `@dsc.optimize`.
+
+    `recompiles` gives the reason of each capture after the first; `guards` the conditions that
+    captures hold for.
+    """
+
+    name: str
+    graphs: tuple[CapturedGraph, ...]
+    guards: tuple[str, ...]
+    recompiles: tuple[str, ...]
+
+    @property
+    def breaks(self) -> tuple[str, ...]:
+        """Where capturing was interrupted, and why."""
+        return tuple(g.broken for g in self.graphs if g.broken)
+
+    @property
+    def fallbacks(self) -> tuple[str, ...]:
+        """What runs eagerly."""
+        return tuple(t for g in self.graphs for t in (*g.fallbacks, g.eager) if t)
+
+    @property
+    def regions(self) -> tuple[CompiledRegion, ...]:
+        """All that is compiled."""
+        return tuple(r for g in self.graphs for r in g.regions)
+
+    def __str__(self) -> str:
+        lines = [
+            f"{self.name}: {len(self.graphs)} graphs, {len(self.breaks)} breaks,"
+            f" {len(self.fallbacks)} fallbacks, {len(self.recompiles)} recompiles"
+        ]
+        for number, graph in enumerate(self.graphs):
+            lines.append(f"  graph {number}: {graph.operations} operations captured")
+            lines.append(f"    inputs    {', '.join(graph.inputs)}")
+            lines += [f"    compiled  {r}" for r in graph.regions]
+            lines += [
+                f"    eager     {t}" for t in (*graph.fallbacks, *filter(None, [graph.eager]))
+            ]
+            lines += [f"    break     {graph.broken}"] * bool(graph.broken)
+        lines += [f"  recompiled because {t}" for t in self.recompiles]
+        lines += [f"  guard  {t}" for t in self.guards]
+        return "\n".join(lines)
+
+
+def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
+    """Say what was compiled of a function, what runs eagerly, and what the code holds for.
+
+    Arguments are those of one call, made first. A function that is not under `@dsc.optimize` is
+    compiled for that call, with what cannot be compiled run eagerly.
+    """
+    if not callable(function):
+        raise UsageError(f"explain takes a function, not {type(function).__name__}")
+    door = _door(function)
+    if door is None:
+        plain = getattr(function, "_torchdynamo_orig_callable", function)
+        function = decorated(plain, Options(), whole=False, dynamic=None)
+        door = DOORS[function]
+        function(*args, **kwargs)
+    elif args or kwargs:
+        function(*args, **kwargs)
+    return Explanation(
+        door.name,
+        tuple(_graph(c) for c in door.compiler.captures),
+        tuple(dict.fromkeys(door.guards)),
+        tuple(door.reasons),
+    )
+
+
+def _door(function: Any) -> Door | None:
+    function = getattr(function, "__func__", function)
+    try:
+        return DOORS.get(function)
+    except TypeError:  # an object that allows no weak reference is no decorated function
+        return None
+
+
+def _graph(capture: Capture) -> CapturedGraph:
+    return CapturedGraph(
+        capture.inputs,
+        sum(n.op.startswith("call") for n in capture.gm.graph.nodes),
+        tuple(_region(r) for p in capture.parts for r in p.regions.values()),
+        tuple(dict.fromkeys(t for p in capture.parts for t in p.eager_lines())),
+        capture.eager,
+        capture.broken,
+    )
+
+
+def _region(region: Region) -> CompiledRegion:
+    model = region.executable
+    assert model is not None
+    (graph,) = model.program.entries.values()
+    return CompiledRegion(
+        model,
+        tuple(n.op for n in graph.nodes),
+        {n: (r.lo, r.hi) for n, r in model.program.symbols.items()},
+        region.compilations,
+        region.seconds,
+    )

@@ -1,0 +1,259 @@
+"""FX graphs of ATen operators to the IR, node by node: what every way into dsc from PyTorch shares.
+
+`FxImporter` holds the graph under construction; who uses it says what the inputs, the weights and
+the outputs are (`torch_export.py` for an exported program, `aten_graph.py` for what Dynamo
+captured). A node without a translation is noted with its reason and the user's line, and stands in
+for itself as a value of its type, so that one walk finds everything that has none.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx
+
+from dsc.errors import UnsupportedOperator
+from dsc.frontends.aten import COMPLEX, DROPPED, ROWS, VIEWS
+from dsc.frontends.lowering import Complex, Lowering, SymbolicNumber, Unsupported
+from dsc.frontends.symbolic import NotADim, SizeReader
+from dsc.ir.dims import Sym
+from dsc.ir.graph import Graph, Operand, Value, Weight
+from dsc.ir.op import TypeMismatch, lookup
+from dsc.ir.types import DType
+
+PLACEMENT = frozenset({"device", "layout", "memory_format", "pin_memory", "non_blocking"})
+
+GETITEM = "<built-in function getitem>"
+SYMBOLIC_NUMBERS = (torch.SymInt, torch.SymFloat, torch.SymBool)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A node that has no translation: its operator, why, and the user's line."""
+
+    operator: str
+    reason: str
+    line: str
+
+    def told(self, places: Sequence[str]) -> str:
+        """One line of the error: what, why, the first module, how often, the source line."""
+        why = f" ({self.reason})" if self.reason else ""
+        where = f"in {places[0]}" if places[0] else ""
+        if len(places) > 1:
+            where += f" and {len(places) - 1} more" if where else f"{len(places)} times"
+        place = ", ".join(p for p in (where, self.line) if p)
+        return f"  {self.operator}{why}{': ' if place else ''}{place}"
+
+
+class FxImporter:
+    """Translates the nodes of one FX graph; `prefix` is what to cut off module paths."""
+
+    def __init__(self, name: str, prefix: str = "") -> None:
+        self.prefix = prefix
+        self.sizes = SizeReader()
+        self.lowering = Lowering(name, self.sizes)
+        self.values: dict[fx.Node, Any] = {}
+        self.problems: dict[fx.Node, Problem] = {}
+
+    def refuse_problems(self) -> None:
+        """Raise `UnsupportedOperator` naming all nodes without a translation, if there are any."""
+        if not self.problems:
+            return
+        places: dict[Problem, list[str]] = {}
+        for node, problem in self.problems.items():
+            places.setdefault(problem, []).append(module_path(node, self.prefix))
+        raise UnsupportedOperator(
+            "operators without a translation:\n"
+            + "\n".join(p.told(found) for p, found in places.items()),
+            hint="write them with supported operators, or add rows to frontends/aten.py",
+        )
+
+    def node(self, node: fx.Node) -> None:
+        """Translate one node of kind `call_function`; a problem is noted."""
+        target = str(node.target)
+        if target in DROPPED:
+            return
+        value = node.meta.get("val")
+        if isinstance(value, (*SYMBOLIC_NUMBERS, int, float, bool)):
+            self.guarded(node, lambda: self._size(value))
+            return
+        if target == GETITEM:
+            whole, position = node.args
+            self.values[node] = self.values[whole][position]  # type: ignore[index]
+            return
+        if value is None:
+            return
+        self.lowering.builder.loc = self.place(node)
+        self.guarded(node, lambda: self._translated(node, target))
+
+    def _size(self, value: Any) -> Any:
+        if isinstance(value, torch.SymInt):
+            return self.sizes.read(value)
+        if isinstance(value, torch.SymFloat):
+            return SymbolicNumber(value.node.expr)
+        if isinstance(value, torch.SymBool):
+            return None
+        return value
+
+    def _translated(self, node: fx.Node, target: str) -> Any:
+        fakes = node.meta["val"]
+        fakes = tuple(fakes) if isinstance(fakes, (tuple, list)) else (fakes,)
+        if not all(isinstance(f, torch.Tensor) for f in fakes):
+            raise Unsupported("a result that is no tensor")
+        self.lowering.outs = tuple(self.lowering.type_of(f) for f in fakes)
+        args = tuple(self._argument(a) for a in node.args)
+        dropped = PLACEMENT if target.startswith("aten.") else frozenset()
+        kwargs = {k: self._argument(v) for k, v in node.kwargs.items() if k not in dropped}
+        row = ROWS.get(target)
+        complex_row = COMPLEX.get(target)
+        if any(isinstance(a, Complex) for a in _flat((*args, *kwargs.values()))):
+            if complex_row is None and (row is None or target not in VIEWS):
+                raise Unsupported("on complex numbers")
+            result = (complex_row or _partwise(row))(self.lowering, *args, **kwargs)
+        elif row is None:
+            raise Unsupported("")
+        else:
+            result = row(self.lowering, *args, **kwargs)
+        return self._checked(result, isinstance(node.meta["val"], torch.Tensor))
+
+    def _checked(self, result: Any, single: bool) -> Any:
+        """The result, once its types are those that the tracer recorded."""
+        if isinstance(result, Complex):
+            return result
+        results = result if isinstance(result, tuple) else (result,)
+        for found, wanted in zip(results, self.lowering.outs, strict=True):
+            if not isinstance(found, Complex) and found.type != wanted:
+                raise Unsupported(f"translated to {found.type}, the tracer has {wanted}")
+        return results[0] if single else results
+
+    def _argument(self, argument: Any) -> Any:
+        if isinstance(argument, fx.Node):
+            if argument not in self.values:
+                raise Unsupported(f"needs %{argument.name}, which has no value")
+            return self.values[argument]
+        if isinstance(argument, (list, tuple)):
+            return [self._argument(a) for a in argument]
+        if isinstance(argument, complex):
+            raise Unsupported("a complex number")
+        if isinstance(argument, torch.dtype):
+            return _dtype(argument)
+        return argument
+
+    def place(self, node: fx.Node) -> str:
+        """Where a node comes from, as the IR keeps it: the path of its module."""
+        return module_path(node, self.prefix)
+
+    def output(self, value: Any) -> Operand | None:
+        """A translated value as an output: sizes become tensors; `None` for what is neither."""
+        if isinstance(value, Complex):
+            raise UnsupportedOperator("a complex output", hint="return torch.view_as_real of it")
+        if isinstance(value, (int, Sym)) and not isinstance(value, bool):
+            return self.lowering.number(value, DType.i64)
+        return value if isinstance(value, (Value, Weight)) else None
+
+    def guarded(self, node: fx.Node, translate: Callable[[], Any]) -> None:
+        """Translate one node; on failure note the problem and go on with values of its type."""
+        try:
+            self.values[node] = translate()
+        except (Unsupported, TypeMismatch, NotADim, KeyError) as problem:
+            self.problem(node, str(node.target), str(problem))
+            self.values[node] = self._placeholder(node)
+
+    def problem(self, node: fx.Node, operator: str, reason: str) -> None:
+        """Note that a node has no translation."""
+        self.problems[node] = Problem(operator, reason, source_line(node))
+
+    def _placeholder(self, node: fx.Node) -> Any:
+        def stand_in(fake: Any) -> Any:
+            try:
+                value = Value(self.lowering.builder.fresh("missing"), self.lowering.type_of(fake))
+            except (Unsupported, AttributeError):
+                return None
+            return Complex(value, value) if fake.is_complex() else value
+
+        fakes = node.meta.get("val")
+        if isinstance(fakes, (tuple, list)):
+            return tuple(stand_in(f) for f in fakes)
+        return stand_in(fakes)
+
+
+def module_path(node: fx.Node, prefix: str = "") -> str:
+    """The path of the module that a node comes from, as `model.layers.3.self_attn`."""
+    stack = node.meta.get("nn_module_stack") or {}
+    paths = [path for path, _ in stack.values() if not path.startswith("_empty_nn")]
+    path = re.sub(r"@\d+|^L\['\w+'\]\.?", "", paths[-1]) if paths else ""
+    return (path + ".").removeprefix(prefix).removesuffix(".")
+
+
+def without_dead_nodes(graph: Graph) -> Graph:
+    """The graph without nodes whose results nobody reads, as shape arithmetic leaves behind."""
+    live = {x.name for x in graph.outputs if isinstance(x, Value)}
+    kept = []
+    for node in reversed(graph.nodes):
+        if lookup(node.op).aliases or any(v.name in live for v in node.outputs):
+            kept.append(node)
+            live |= {x.name for x in node.operands if isinstance(x, Value)}
+    return graph.with_nodes(reversed(kept))
+
+
+def source_line(node: fx.Node) -> str:
+    """`folder/file:line: code` of the user's innermost frame, as far as the tracer noted it."""
+    file, line, code = _frame(node)
+    return f"{'/'.join(file.split('/')[-2:])}:{line}: {code.strip()}" if file else ""
+
+
+def source_place(node: fx.Node) -> str:
+    """`file:line` of the user's innermost frame."""
+    file, line, _ = _frame(node)
+    return f"{file.rpartition('/')[2]}:{line}" if file else ""
+
+
+def _frame(node: fx.Node) -> tuple[str, str, str]:
+    """File, line and code of the innermost frame outside of torch and of dsc."""
+    frames = re.findall(
+        r'File "([^"]+)", line (\d+), in \S+\n\s*(.*)', node.meta.get("stack_trace") or ""
+    )
+    own = str(Path(__file__).parent)
+    users = [f for f in frames if "/torch/" not in f[0] and not f[0].startswith(own)]
+    found = (users or frames or [("", "", "")])[-1]
+    return found[0], found[1], found[2]
+
+
+def _partwise(row: Any) -> Any:
+    """A row that moves elements, applied to both parts of a complex operand."""
+
+    def both(t: Lowering, *args: Any, **kwargs: Any) -> Any:
+        results = [
+            row(t, *(_part(a, i) for a in args), **{k: _part(v, i) for k, v in kwargs.items()})
+            for i in (0, 1)
+        ]
+        if isinstance(results[0], tuple):
+            return tuple(Complex(*pair) for pair in zip(*results, strict=True))
+        return Complex(*results)
+
+    return both
+
+
+def _part(argument: Any, part: int) -> Any:
+    if isinstance(argument, Complex):
+        return argument[part]
+    return [_part(a, part) for a in argument] if isinstance(argument, list) else argument
+
+
+def _flat(arguments: Sequence[Any]) -> list[Any]:
+    found: list[Any] = []
+    for a in arguments:
+        found.extend(_flat(a) if isinstance(a, list) else [a])
+    return found
+
+
+def _dtype(dtype: torch.dtype) -> DType | None:
+    try:
+        return DType.of(dtype)
+    except KeyError:
+        return None
