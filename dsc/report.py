@@ -32,6 +32,8 @@ TABLES = {"embedding": 1, "gather": 0, "take": 0, "select_rows": 0}
 EXPERTS = {"experts": (1, (3, 4)), "grouped_linear": (0, (1,))}
 """Operators over stacked experts: the operand that counts the choices, the stacked operands."""
 
+_NUMBERED = re.compile(r"(?:.*?\.)?layers\.\d+(?=\.|$)")
+
 Sizes = Mapping[str, int]
 Costs = Mapping[str, Cost]
 
@@ -187,8 +189,19 @@ def by_layer(graph: Graph) -> dict[str, list[Node]]:
     """The nodes of each part of a model, by the module path that tells parts apart."""
     found: dict[str, list[Node]] = {}
     for node in graph.nodes:
-        found.setdefault(layer_of(node.loc), []).append(node)
+        found.setdefault(layer_of(home(node)), []).append(node)
     return found
+
+
+def home(node: Node) -> str:
+    """The module path under which a node counts: its own.
+
+    A region over several layers lies in none of them; it counts where its first node does that
+    lies in one.
+    """
+    if node.body is None or _NUMBERED.match(node.loc):
+        return node.loc
+    return next((n.loc for n in node.body.nodes if _NUMBERED.match(n.loc)), node.loc)
 
 
 def layer_of(loc: str) -> str:
@@ -197,7 +210,7 @@ def layer_of(loc: str) -> str:
     >>> layer_of("model.layers.3.self_attn.q_a_proj"), layer_of("model.norm"), layer_of("")
     ('model.layers.3', 'model.norm', 'elsewhere')
     """
-    found = re.match(r"(?:.*?\.)?layers\.\d+(?=\.|$)", loc)
+    found = _NUMBERED.match(loc)
     return found[0] if found else loc or "elsewhere"
 
 

@@ -149,7 +149,6 @@ def _print_entry(out: object, entry: EntryDiff) -> None:
     from rich.text import Text
 
     from dsc.cli.report_tables import clean
-    from dsc.diff.lines import EQUAL
     from dsc.diff.page import COLUMNS, run_name, run_value
 
     assert isinstance(out, Console)
@@ -166,7 +165,7 @@ def _print_entry(out: object, entry: EntryDiff) -> None:
     for run in entry.runs():
         rows = entry.rows[run[0].name]
         name = run_name(run) + (f" ({len(run)}, each)" if len(run) > 1 else "")
-        changed = f"{sum(r.kind not in EQUAL for r in rows)}/{len(rows)}"
+        changed = f"{sum(r.differs for r in rows)}/{len(rows)}"
         cells = [_cell(k, run_value(run, 0, k), run_value(run, 1, k)) for k, _ in shown]
         table.add_row(*(Text(clean(c)) for c in (name, *cells, changed)))
     sums = [_cell(k, entry.totals[0].get(k), entry.totals[1].get(k)) for k, _ in shown]

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
-from dsc.diff.lines import Row, align, lines_of
+from dsc.diff.lines import Row, align, lines_of, with_moves
 from dsc.diff.measure import Timing
 from dsc.diff.sides import Side
 from dsc.errors import DscError, VerificationError
@@ -68,9 +68,10 @@ class EntryDiff:
     def rows(self) -> dict[str, list[Row]]:
         """The text of both sides by layer, aligned; what a layer renames is known to the next."""
         known: dict[str, str] = {}
-        return {
+        texts = {
             x.name: align(lines_of(x.nodes[0]), lines_of(x.nodes[1]), known) for x in self.layers
         }
+        return with_moves(texts, known)
 
     @property
     def error(self) -> float | None:

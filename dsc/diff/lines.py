@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from dsc.ir.graph import Node, Weight
 from dsc.ir.printer import print_node
@@ -19,6 +19,8 @@ _VALUE = re.compile(r"%[\w.]+")
 _LOC = re.compile(r' loc "((?:[^"\\]|\\.)*)"(?=$| \{)')
 EQUAL = frozenset({"same", "renamed"})
 """Kinds of rows that are no change."""
+UNCHANGED = EQUAL | {"moved", "gap"}
+"""What may have happened to a line that is no change."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,12 +72,28 @@ class Row:
     """Two lines side by side.
 
     `kind` is same, renamed, changed, removed, added, or both: two lines that have nothing in
-    common but their height on the page.
+    common but their height on the page. `moved` says of each that it stands elsewhere on the other
+    side, and says the same there.
     """
 
     kind: str
     before: Line | None
     after: Line | None
+    moved: tuple[bool, bool] = (False, False)
+
+    @property
+    def sides(self) -> tuple[str, str]:
+        """What happened to each line: same, renamed, changed, moved, removed or added; or gap."""
+        if self.kind in EQUAL or self.kind == "changed":
+            return self.kind, self.kind
+        before = "moved" if self.moved[0] else "removed"
+        after = "moved" if self.moved[1] else "added"
+        return before if self.before else "gap", after if self.after else "gap"
+
+    @property
+    def differs(self) -> bool:
+        """Whether something is not the same on the other side."""
+        return not UNCHANGED.issuperset(self.sides)
 
 
 def lines_of(nodes: Sequence[Node]) -> list[Line]:
@@ -119,6 +137,31 @@ def align(
         _rename(x, y, known)
         rows.append(Row(_kind(x, y, known), x, y))
     return [*_packed(rows[:-1])]
+
+
+def with_moves(
+    texts: Mapping[str, Sequence[Row]], known: Mapping[str, str]
+) -> dict[str, list[Row]]:
+    """Texts by layer, with the lines marked that only stand elsewhere: in a region, or a layer.
+
+    `known` holds old names and the new ones.
+    """
+    removed: dict[str, list[tuple[str, int]]] = {}
+    moved: set[tuple[str, int, int]] = set()
+    rows = [(name, i, row) for name, each in texts.items() for i, row in enumerate(each)]
+    for name, i, row in rows:
+        if row.before is not None and row.sides[0] == "removed" and row.before.results:
+            removed.setdefault(_renamed(row.before.meaning, known), []).append((name, i))
+    for name, i, row in rows:
+        if row.after is not None and row.sides[1] == "added" and removed.get(row.after.meaning):
+            moved |= {(*removed[row.after.meaning].pop(0), 0), (name, i, 1)}
+    return {
+        name: [
+            replace(row, moved=((name, i, 0) in moved, (name, i, 1) in moved))
+            for i, row in enumerate(each)
+        ]
+        for name, each in texts.items()
+    }
 
 
 def _rename(before: Line, after: Line, known: dict[str, str]) -> None:

@@ -14,11 +14,13 @@ from pathlib import Path
 from dsc._version import __version__
 from dsc.cli.console import human_bytes
 from dsc.diff.compare import Diff, EntryDiff, Layer
-from dsc.diff.lines import EQUAL, Line, Row
+from dsc.diff.lines import UNCHANGED, Line, Row
 from dsc.diff.svg import Timeline, graph_svg, timeline, timeline_svg
 from dsc.ir.graph import Graph
 from dsc.rewrite.explain import summary
 
+NEUTRAL = frozenset({"regions", "parameters"})
+"""Measures of which neither more nor less is better."""
 POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 OPEN_LINES = 120
 """A layer's text is open when the page is, up to so many lines."""
@@ -127,7 +129,8 @@ def _costs(entry: EntryDiff) -> str:
         f"<td>{_change(k, entry.totals[0].get(k), entry.totals[1].get(k))}</td>" for k, _ in shown
     )
     rows.append(f'<tr class="total"><td>all</td>{sums}</tr>')
-    return f'<table class="costs"><tr><th>layer</th>{head}</tr>{"".join(rows)}</table>'
+    table = f'<table class="costs"><tr><th>layer</th>{head}</tr>{"".join(rows)}</table>'
+    return f'<div class="wide">{table}</div>'
 
 
 def run_value(run: Sequence[Layer], side: int, key: str) -> float | None:
@@ -153,7 +156,7 @@ def _change(key: str, before: float | None, after: float | None) -> str:
         only = after if after is not None else before
         text = spell(key, only or 0)
         return text if before == after else f"- → {text}" if before is None else f"{text} → -"
-    kind = "less" if after < before else "more"
+    kind = "" if key in NEUTRAL else "less" if after < before else "more"
     first, second = spell(key, before), spell(key, after)
     if first == second:
         return first
@@ -180,9 +183,9 @@ def _errors(errors: Mapping[str, float]) -> str:
 
 def _legend() -> str:
     items = "".join(f'<span><b style="background:{c}"></b>{w}</span>' for w, c in LEGEND)
-    return (
-        f'<div class="legend">{items}<span>red border: not the same on the other side</span></div>'
-    )
+    marks = "<span>blue border: not on the other side</span>"
+    marks += "<span>grey text: the same line stands elsewhere on the other side</span>"
+    return f'<div class="legend">{items}{marks}</div>'
 
 
 def run_name(run: Sequence[Layer]) -> str:
@@ -194,8 +197,10 @@ def _run(diff: Diff, entry: EntryDiff, run: Sequence[Layer]) -> Iterator[str]:
     """The text and the pictures of the first layer of a run."""
     layer = run[0]
     rows = entry.rows[layer.name]
-    different = sum(r.kind not in EQUAL for r in rows)
+    different = sum(r.differs for r in rows)
+    moved = sum("moved" in r.sides for r in rows)
     note = f"{different} of {len(rows)} lines differ" if different else "unchanged"
+    note += f", {moved} stand elsewhere" if moved else ""
     like = f"; shown: {escape(layer.name)}" if len(run) > 1 else ""
     is_open = " open" if different and len(rows) <= OPEN_LINES else ""
     yield f"<details{is_open}><summary>{escape(run_name(run))}"
@@ -226,10 +231,9 @@ def _marked(rows: Sequence[Row]) -> tuple[frozenset[str], frozenset[str]]:
     """Names of values whose line is not the same on the other side, by side."""
     found: tuple[set[str], set[str]] = (set(), set())
     for row in rows:
-        if row.kind not in EQUAL:
-            for names, line in zip(found, (row.before, row.after), strict=True):
-                if line is not None:
-                    names.update(name[1:] for name in line.results)
+        for names, line, kind in zip(found, (row.before, row.after), row.sides, strict=True):
+            if line is not None and kind not in UNCHANGED and not line.depth:
+                names.update(name[1:] for name in line.results)
     return frozenset(found[0]), frozenset(found[1])
 
 
@@ -243,14 +247,9 @@ def _cells(row: Row, layer: str) -> str:
     if row.kind == "changed" and before is not None and after is not None:
         old, new = _word_marks(before.text, after.text)
         return _cell(before, old, "old changed", layer) + _cell(after, new, "new changed", layer)
-    left = {"same": "old", "renamed": "old", "both": "old removed", "removed": "old removed"}.get(
-        row.kind, "gap"
-    )
-    right = {"same": "new", "renamed": "new", "both": "new added", "added": "new added"}.get(
-        row.kind, "gap"
-    )
-    return _cell(before, escape(before.text) if before else "", left, layer) + _cell(
-        after, escape(after.text) if after else "", right, layer
+    left, right = row.sides
+    return _cell(before, escape(before.text) if before else "", f"old {left}", layer) + _cell(
+        after, escape(after.text) if after else "", f"new {right}", layer
     )
 
 

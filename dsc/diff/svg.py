@@ -17,7 +17,7 @@ from dsc.ir.graph import Graph, Node, Operand, Value, Weight
 from dsc.ir.memory import ALIGNMENT
 from dsc.ir.printer import print_node
 from dsc.ir.program import Program
-from dsc.report import layer_of
+from dsc.report import home, layer_of
 
 FAMILIES = {
     "gemm": ("linear", "matmul", "einsum"),
@@ -43,7 +43,7 @@ def graph_svg(graph: Graph, name: str, changed: frozenset[str]) -> str:
 
     What comes in from other layers, and what others read, are pills at the border.
     """
-    nodes = [n for n in graph.nodes if layer_of(n.loc) == name]
+    nodes = [n for n in graph.nodes if layer_of(home(n)) == name]
     inside = {v.name: i for i, n in enumerate(nodes) for v in n.outputs}
     vertices, edges = _vertices(graph, nodes, inside)
     drawing = draw(vertices, edges)
@@ -209,7 +209,7 @@ def timeline(program: Program, entry: str) -> Timeline | None:
             blocks[root] = Block(root, place.offset, size, position, last, node.loc)
     parts: dict[int, str] = {}
     for position, node in enumerate(graph.nodes):
-        part = layer_of(node.loc)
+        part = layer_of(home(node))
         if part not in parts.values():
             parts[position] = part
     steps = len(graph.nodes)

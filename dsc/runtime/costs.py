@@ -46,6 +46,8 @@ NOTHING = Moved(0, 0, 0, 0)
 
 def step_events(run: EntryRun) -> Iterator[Event]:
     """The events of a run's steps."""
+    from dsc.report import home
+
     sizes = real_sizes(run.graph, run.sizes, run.lengths)
     nodes = {node.outputs[0].name: node for node in run.graph.nodes}
     live = run.live() if run.live is not None else ()
@@ -58,7 +60,7 @@ def step_events(run: EntryRun) -> Iterator[Event]:
         found = NOTHING if step.again else moved(run.graph, node, sizes, step.chosen)
         yield Event(
             label(node), "step", step.start, step.seconds,
-            found.bytes, found.flops, node.loc, step.kernel, now, found.stored,
+            found.bytes, found.flops, home(node), step.kernel, now, found.stored,
         )  # fmt: skip
 
 

@@ -13,9 +13,9 @@ import pytest
 import dsc
 from dsc.diff import layout
 from dsc.diff.compare import compare, shrunk_together
-from dsc.diff.lines import Line, align, lines_of
+from dsc.diff.lines import Line, align, lines_of, with_moves
 from dsc.diff.measure import read_profile
-from dsc.diff.page import page
+from dsc.diff.page import _change, page
 from dsc.diff.sides import Side, open_side
 from dsc.diff.svg import timeline
 from dsc.errors import ArtifactError, ParseError, UsageError
@@ -23,6 +23,7 @@ from dsc.ir.parser import parse_graph, parse_program
 from dsc.ir.weights import MetaSource
 from dsc.passes.absorb_mla import AbsorbMla
 from dsc.passes.specialise_entries import SpecialiseEntries
+from dsc.report import by_layer, home
 from dsc.rewrite.base import PassReport
 from dsc.runtime.profiler import Event, Profiler
 from tests.backends import canonical_lm as family
@@ -104,6 +105,24 @@ def test_a_region_reads_its_weights_under_their_own_names() -> None:
     }""")
     rows = align(lines_of(plain.nodes), lines_of(fused.nodes))
     assert [r.kind for r in rows] == ["added", "same", "same", "added", "added"]
+
+
+def test_a_line_that_stands_elsewhere_is_no_change() -> None:
+    """Moved past another, within a layer and into the next one; a changed one is a change."""
+    before = lines("%a = exp %x : f32[4]", "%b = neg %x : f32[4]", "%c = sub %a, %b : f32[4]")
+    known: dict[str, str] = {}
+    texts = {
+        "0": align(before, [before[1], before[0]], known),
+        "1": align([], [before[2], Line("%d = cos %x : f32[4]")], known),
+    }
+    found = with_moves(texts, known)
+    assert not any(row.differs for row in found["0"])
+    assert [(row.sides[1], row.differs) for row in found["1"]] == [
+        ("moved", False), ("added", True),
+    ]  # fmt: skip
+    changed = Line("%b = neg %y : f32[4]")
+    rows = with_moves({"": align(before, [changed, before[0], before[2]])}, {})[""]
+    assert sum(row.differs for row in rows) == 2
 
 
 # --- the comparison -------------------------------------------------------------------------------
@@ -313,6 +332,52 @@ def test_the_timeline_shows_a_plan_without_overlap(dumps: Path) -> None:
             together = a.first <= b.last and b.first <= a.last
             overlap = a.offset < b.offset + b.size and b.offset < a.offset + a.size
             assert not (together and overlap), (a, b)
+
+
+def test_what_a_fusion_gathers_is_not_marked_but_the_region_is(dumps: Path) -> None:
+    """Operators keep their lines in a region and past it; only regions have a frame."""
+    before, after = (open_side(f"{dumps}/{stage}") for stage in ("merge_projections", "fuse"))
+    text = page(compare(before, after, run=False))
+    marked = re.findall(r'<g class="(\w+) changed">', text)
+    assert marked
+    assert set(marked) == {"fused"}
+    assert 'class="old removed"' not in text
+
+
+def test_more_regions_are_neither_good_nor_bad() -> None:
+    assert "less" in _change("nodes", 25, 13)
+    assert "more" in _change("flops", 10, 20)
+    shown = _change("regions", 0, 16)
+    assert "16" in shown
+    assert "more" not in shown
+
+
+def test_a_region_over_two_layers_counts_in_the_first() -> None:
+    graph = parse_graph("""graph g(%x: f32[B,4], @w: f32[4]) {
+      %s, %n = fused %x, @w {body=graph body(%x: f32[B,4], %w: f32[4]) {
+        %s = add %x, %x : f32[B,4] loc "model.layers.3.mlp"
+        %n = rms_norm %s, %w {eps=1e-06} : f32[B,4] loc "model.norm"
+        return %s, %n
+      }} : f32[B,4], f32[B,4] loc "model"
+      return %s, %n
+    }""")
+    assert list(by_layer(graph)) == ["model.layers.3"]
+    assert home(graph.nodes[0]) == "model.layers.3.mlp"
+
+
+def test_a_narrow_page_has_one_column(dumps: Path) -> None:
+    """Below 800 px texts and pictures stand under each other; what is wide scrolls by itself."""
+    text = page(compare(open_side(f"{dumps}/absorb_mla"), open_side(f"{dumps}/fuse"), run=False))
+    narrow = text[text.index("@media (max-width: 800px)") : text.index("</style>")]
+    assert re.search(r"table\.text td \{ display: block; width: 100%; \}", narrow)
+    assert re.search(r"\.gap, [^{]*\.new\.same[^{]*\{ display: none; \}", narrow)
+    assert ".pair { grid-template-columns: minmax(0, 1fr); }" in narrow
+    costs = re.findall(r'(<div class="wide">)?<table class="costs">', text)
+    assert costs
+    assert all(costs)
+    cells = re.findall(r'<td class="([\w ]+)"', text)
+    assert {"old same", "new same", "old gap", "new added"} <= set(cells)
+    assert len([c for c in cells if c.startswith("old")]) == len(cells) / 2
 
 
 # --- the drawing ----------------------------------------------------------------------------------
