@@ -415,6 +415,16 @@ def judging() -> Figures:
     }
 
 
+def random_calls() -> Figures:
+    """20,000 calls of compiled entries, half of them wrong: no crash, no write outside of a buffer.
+
+    300 are processes of run.py, 300 run in Triton's interpreter.
+    """
+    from bench import random_calls as calls
+
+    return calls.figures(20_000)
+
+
 BARS: dict[str, Callable[[], Figures]] = {
     "import_time": import_time,
     "parity": parity,
@@ -431,6 +441,7 @@ BARS: dict[str, Callable[[], Figures]] = {
     "ranks": ranks,
     "random_programs": random_programs,
     "random_configs": random_configs,
+    "random_calls": random_calls,
     "verify_each": verify_each,
     "profile_overhead": profile_overhead,
     "footprint": footprint,

@@ -23,6 +23,7 @@ from dsc.backends.base import (
 )
 from dsc.errors import BackendUnavailable, UnsupportedOperator
 from dsc.ir.graph import Node
+from dsc.ir.index_ranges import index_ranges
 from dsc.ir.program import Program
 from dsc.ir.types import DType
 from dsc.targets import Target
@@ -86,6 +87,8 @@ class OnnxRuntimeBackend:
             "threads": options.threads,
             "prepack": bool(options.extra.get("prepack", False)),
             "opset": model.OPSET,
+            "context": options.max_context,
+            "checks": index_ranges(list(program.entries.values())[-1], program.symbols).facts,
         }
 
         def finish(places: Mapping[str, tuple[int, int]]) -> Mapping[str, bytes]:

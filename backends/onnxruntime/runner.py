@@ -28,6 +28,8 @@ class Model:
         self.folder = pathlib.Path(folder)
         meta = json.loads((self.folder / "dsc.json").read_text())["meta"]
         self.chunk: int = meta["chunk"]
+        self.context: int = meta["context"]
+        self._checks = meta["checks"]
         self.threads = threads or meta["threads"] or 0
         self._prepack: bool = meta["prepack"]
         self._models, self._guards = meta["models"], meta["guards"]
@@ -38,10 +40,13 @@ class Model:
         """Run new tokens [B, S] of sequences that have `lengths` [B] tokens in the cache.
 
         Returns float32 logits [B, L, vocab] of the tokens `logits_at` [B, L], indices into S.
+        Raises ValueError for what the model was not compiled for.
         """
-        tokens = dict(zip(TOKENS, (input_ids, positions, lengths, logits_at), strict=True))
+        given = (input_ids, positions, lengths, logits_at)
+        tokens = {n: np.ascontiguousarray(x) for n, x in zip(TOKENS, given, strict=True)}
+        self._admit(tokens)
         session = self._session(input_ids.shape[1], logits_at.shape[1])
-        feeds = {name: _value(np.ascontiguousarray(x, np.int64)) for name, x in tokens.items()}
+        feeds = {name: _value(x) for name, x in tokens.items()}
         for spec in session.get_inputs():
             if spec.name not in tokens:
                 feeds[spec.name] = self._past(spec, len(input_ids), int(np.max(lengths)))
@@ -52,6 +57,26 @@ class Model:
         if logits.dtype == np.uint16:  # a bfloat16 is the upper half of a float32
             return (logits.astype(np.uint32) << 16).view(np.float32)
         return logits.astype(np.float32)
+
+    def _admit(self, tokens: dict[str, Array]) -> None:
+        """Look at shapes, and at the values that point into tensors, before anything runs."""
+        rows = {x.ndim and x.shape[0] for x in tokens.values()}
+        ids, lengths, wanted = (tokens[name] for name in ("input_ids", "lengths", "logits_at"))
+        fitting = ids.ndim == wanted.ndim == 2 and lengths.ndim == 1 and len(rows) == 1
+        whole = all(x.dtype == np.int64 and x.size for x in tokens.values())
+        if not fitting or not whole or tokens["positions"].shape != ids.shape:
+            raise ValueError("int64 [B, S], [B, S], [B] and [B, L] are wanted, none of them empty")
+        held = next((x.shape() for x in self._caches.values()), [len(ids), 0])
+        sizes = {"B": len(ids), "S": ids.shape[1], "L": wanted.shape[1], "P": held[1]}
+        if lengths.any() and held[0] != len(ids):
+            raise ValueError(f"{len(ids)} sequences, the cache holds {held[0]}")
+        longest = max(lengths.max(), lengths.min() + ids.shape[1])  # the rest may be padding
+        if longest > self.context or ids.shape[1] > self.chunk:
+            raise ValueError(f"more than {self.context} tokens, or {self.chunk} at once")
+        for name, low, high, what in self._checks:
+            least, most = (eval(text, {"__builtins__": {}}, sizes) for text in (low, high))
+            if tokens[name].min() < least or tokens[name].max() > most:
+                raise ValueError(f"{name}: each is {what}, {least} to {most} here")
 
     def _past(self, spec: Any, rows: int, longest: int) -> Any:
         """The cache as an input, cut to `longest` rows: what follows was padding."""

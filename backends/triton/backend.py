@@ -35,6 +35,7 @@ from dsc.backends.triton.program import lower_program
 from dsc.errors import ArtifactError, BackendUnavailable, UnsupportedOperator, UsageError
 from dsc.ir.expert_forms import ExpertKernels
 from dsc.ir.graph import Node
+from dsc.ir.index_ranges import index_ranges
 from dsc.ir.program import Program
 from dsc.ir.types import DType
 from dsc.targets import KNOWN, Target
@@ -95,7 +96,12 @@ class TritonBackend:
                 files[f"{place}/kernels.json"] = json.dumps(records, indent=1).encode()
         texts = with_templates(lowered, sources)
         files |= {f"{FOLDER}/kernels/{m}.py": t.encode() for m, t in sorted(texts.items())}
-        meta = {"targets": summary, "guards": dict(program.meta.get("guards", {}))}
+        general = list(program.entries.values())[-1]
+        meta = {
+            "targets": summary,
+            "guards": dict(program.meta.get("guards", {})),
+            "checks": index_ranges(general, program.symbols).facts,
+        }
         runs = is_causal_lm(program) and "cuda" in {t.kind for t in targets}
         runner = RUNNER.read_text() if runs else ""
         return Emission(files, meta=meta, runner=runner)

@@ -57,6 +57,10 @@ class InterpretedExecutable:
         """
         self._program.entry(entry, inputs)
         self._admissions[entry].check(inputs)
+        return self._interpret(entry, inputs)
+
+    def _interpret(self, entry: str, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Run an entry in the child process."""
         lowered = self._entries[entry]
         wanted = {p.name: inputs[p.name] for p in lowered.inputs}
         assert self._process.stdin is not None, "the process was started with pipes"

@@ -76,6 +76,11 @@ class IndexRanges:
     pages: tuple[PageDemand, ...]
     computed: tuple[Computed, ...]
 
+    @property
+    def facts(self) -> list[list[str]]:
+        """Input, least and largest value, and words, for the manifest: what a run.py checks."""
+        return [[d.input, str(d.span.low), str(d.span.high), d.what] for d in self.demands]
+
 
 Source: TypeAlias = str | Span | Operand | None
 """Where values come from: an input by name, an operator that gives a span, or some other operand.

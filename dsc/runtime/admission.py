@@ -8,6 +8,7 @@ of the inputs and of the options that a model is compiled with, before anything 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from dsc.errors import UsageError
@@ -36,7 +37,7 @@ class Admission:
         self._symbols = symbols
         self._found = index_ranges(graph, symbols)
         self._causal = any(v.name == "input_ids" for v in graph.inputs)
-        self._seen: tuple[tuple[tuple[int, ...], ...], Mapping[str, int]] = (), {}
+        self._seen: tuple[list[torch.Size], Mapping[str, int]] = [], {}
 
     def check(self, inputs: Mapping[str, torch.Tensor]) -> Mapping[str, int]:
         """The symbols' sizes, when shapes, element types and indices are admitted."""
@@ -49,14 +50,12 @@ class Admission:
 
         Step after step of decoding has the same shapes: the last ones are known.
         """
-        given = [inputs[v.name] for v in self._graph.inputs]
-        shapes = tuple(tuple(x.shape) for x in given)
+        given = [inputs[name] for name, _ in self._wanted]
+        for (name, dtype), tensor in zip(self._wanted, given, strict=True):
+            if tensor.dtype != dtype:
+                raise UsageError(f"input {name} is {tensor.dtype}, {dtype} is declared")
+        shapes = [tensor.shape for tensor in given]
         known, env = self._seen
-        for value, tensor in zip(self._graph.inputs, given, strict=True):
-            if tensor.dtype != value.type.dtype.torch:
-                raise UsageError(
-                    f"input {value.name} is {tensor.dtype}, {value.type.dtype} is declared"
-                )
         if known == shapes and shapes:
             return env
         env = bind_symbols(self._graph, given)
@@ -64,6 +63,11 @@ class Admission:
             self._admit(name, size)
         self._seen = shapes, env
         return env
+
+    @cached_property
+    def _wanted(self) -> list[tuple[str, torch.dtype]]:
+        """Names and element types of the inputs."""
+        return [(v.name, v.type.dtype.torch) for v in self._graph.inputs]
 
     def values(self, inputs: Mapping[str, torch.Tensor], env: Mapping[str, int]) -> None:
         """Raise `UsageError` where an index points outside of its tensor."""

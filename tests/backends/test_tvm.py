@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 import dsc
+from bench.random_calls import Kind, run
 from dsc import pipeline
 from dsc.api import CompiledModel, compile_program
 from dsc.backends import get
@@ -23,6 +25,7 @@ from dsc.generation import generate
 from dsc.ir.dims import symbol
 from dsc.ir.graph import GraphBuilder
 from dsc.ir.interpreter import Interpreter
+from dsc.ir.parser import parse_program
 from dsc.ir.program import Program
 from dsc.ir.types import DType, TensorType
 from dsc.runtime.session import Session
@@ -192,6 +195,60 @@ sys.argv[:3] = [artifact + "/run.py"]
 sys.path[:0] = [artifact, packages]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
+
+
+def test_the_library_refuses_wrong_calls_and_writes_nowhere_else(
+    compiled: CompiledModel, tmp_path: Path
+) -> None:
+    outcome = run(Kind("tvm", "contiguous", "library"), compiled.save(tmp_path / "out"), 200)
+    assert not outcome.bad, outcome.bad
+    assert outcome.worked + outcome.refused == outcome.calls == 200
+    assert set(outcome.faults) == {
+        "address", "input_ids", "lengths", "logits_at", "positions", "size",
+    }  # fmt: skip
+
+
+INDICES = """
+program "indices" {stage=CANONICAL}
+symbols {S=[0,8]}
+graph main(%x: f32[5,3], %i: i64[S], %by: i64[]) {
+  %j = add %i, %by : i64[S]
+  %y = take %x, %j {axis=0} : f32[S,3]
+  return %y as "y"
+}
+"""
+
+
+def test_an_index_that_is_computed_is_checked_before_it_is_read() -> None:
+    compiled = compile_program(parse_program(INDICES), backend="tvm")
+    x = torch.arange(15.0).view(5, 3)
+
+    def taken(indices: list[int], by: int) -> torch.Tensor:
+        index = torch.tensor(indices, dtype=torch.int64)
+        return compiled.run({"x": x, "i": index, "by": torch.tensor(by)})["y"]
+
+    assert torch.equal(taken([0, 2, 1], 2), x[[2, 4, 3]])
+    assert taken([], 9).shape == (0, 3)
+    for indices, by in (([0, 3], 2), ([1], -2), ([1 << 62], 1)):
+        with pytest.raises(UsageError, match="an index that is computed must be inside"):
+            taken(indices, by)
+    assert torch.equal(taken([4], 0), x[4:])
+
+
+def test_threads_wait_for_each_other(compiled: CompiledModel) -> None:
+    prompts = [
+        torch.randint(50, (1, n), generator=torch.Generator().manual_seed(n)) for n in (3, 30)
+    ]
+    alone = [compiled.session().prefill(prompt) for prompt in prompts]
+
+    def again(at: int) -> bool:
+        found = []
+        for _ in range(30):
+            found.append(compiled.session().prefill(prompts[at]))
+        return all(torch.equal(x, alone[at]) for x in found)
+
+    with ThreadPoolExecutor(2) as pool:
+        assert all(pool.map(again, (0, 1)))
 
 
 def test_what_has_no_kernel_is_refused_with_a_reason() -> None:

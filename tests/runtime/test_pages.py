@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import dsc
+from bench.random_calls import Kind, run
 from dsc import pipeline
 from dsc.errors import UnsupportedOperator, UsageError
 from dsc.ir.analyses import cost
@@ -175,6 +176,15 @@ def test_an_executable_refuses_a_wrong_block_table(backend: str, wrong: int) -> 
     session._pool.blocks[0][0] = wrong
     with pytest.raises(UsageError, match="input block_table holds"):
         session.decode([1])
+
+
+def test_the_library_refuses_wrong_pages_and_writes_nowhere_else(tmp_path: Path) -> None:
+    pytest.importorskip("tvm")
+    folder = compiled("hand", "tvm", "paged").save(tmp_path / "out")
+    outcome = run(Kind("tvm", "paged", "library"), folder, 120)
+    assert not outcome.bad, outcome.bad
+    assert outcome.worked + outcome.refused == outcome.calls == 120
+    assert {"block_table", "hole", "lengths", "size"} <= set(outcome.faults)
 
 
 # --- the pass -------------------------------------------------------------------------------------

@@ -127,6 +127,23 @@ def test_mistakes_are_told(call: object, words: str) -> None:
 
 def test_a_session_must_fit_what_was_compiled() -> None:
     compiled = dsc.compile(small_lm(), backend="null", max_context=32)
-    for batch, context in ((9, None), (None, 4000)):
+    for batch, context in ((9, None), (None, 4000), (0, None), (None, 0)):
         with pytest.raises(UsageError, match="compiled for"):
             compiled.session(max_batch=batch, max_context=context)
+
+
+@pytest.mark.parametrize("backend", ["null", "reference"])
+def test_the_limit_is_what_was_compiled_for_whatever_the_chunk(backend: str) -> None:
+    """Caches written in place have rows for a chunk's padding, which are nobody's context."""
+    compiled = dsc.compile(small_lm(), backend=backend, max_context=32, prefill_chunk=8)
+    assert compiled.session(max_context=32).max_context == 32
+    for beyond in (33, 40):
+        with pytest.raises(UsageError, match=f"max_context is {beyond}.*\n.*for 1 to 32"):
+            compiled.session(max_context=beyond)
+    with pytest.raises(UsageError, match="33 tokens, max_context is 32") as told:
+        compiled.session().prefill([[0] * 33])
+    assert told.value.hint == "give fewer tokens, or compile the model with a larger max_context"
+    with pytest.raises(UsageError, match="11 tokens") as told:
+        compiled.session(max_context=10).prefill([[0] * 11])
+    assert told.value.hint is not None
+    assert "open the session with a larger max_context: the model takes up to 32" in told.value.hint
