@@ -14,6 +14,75 @@ from dsc.ir.types import DType
 from dsc.rewrite import lift
 from dsc.rewrite.rule import Match
 
+DENSE = """graph g(%x: f32[B,S,4], %idx: i64[N,2], %w: f32[N,2],
+  @gu: f32[5,6,4], @dn: f32[5,4,3]) {{
+  %t = reshape %x {{shape=[N,4]}}
+  %a = full {{shape=[N,5], value=0.0, dtype=f32}}
+  %b = scatter %a, %idx, %w {{axis=1}}
+  %c = expand %t {{shape=[5,N,4]}}
+  %d = permute @gu {{dims=[0,2,1]}}
+  %e = matmul %c, %d
+  %f, %g = split %e {{axis=2, sizes=[3,3]}}
+  %u = {act} %f
+  %h = {gated}
+  %i = permute @dn {{dims=[0,2,1]}}
+  %j = matmul %h, %i
+  %k = permute %b {{dims=[1,0]}}
+  %l = reshape %k {{shape=[5,N,1]}}
+  %m = mul %j, %l
+  %y = sum %m {{axes=[0]}}
+  return %y
+}}"""
+BATCHED = """graph g(%x: bf16[N,4], %idx: i64[N,2], %w: f32[N,2],
+  @gu: bf16[5,6,4], @dn: bf16[5,4,3]) {
+  %o = reshape %x {shape=[N,1,4]}
+  %p = expand %o {shape=[N,2,4]}
+  %q = reshape %p {shape=[2*N,4,1]}
+  %i = reshape %idx {shape=[2*N]}
+  %a = take @gu, %i {axis=0}
+  %b = matmul %a, %q
+  %c = reshape %b {shape=[2*N,6]}
+  %f, %g = split %c {sizes=[3,3]}
+  %h = swiglu %f, %g
+  %d = take @dn, %i {axis=0}
+  %e = reshape %h {shape=[2*N,3,1]}
+  %j = matmul %d, %e
+  %k = reshape %j {shape=[2*N,4]}
+  %l = cast %k {dtype=f32}
+  %m = reshape %w {shape=[2*N,1]}
+  %n = mul %l, %m
+  %r = reshape %n {shape=[N,2,4]}
+  %s = sum %r {axes=[1]}
+  %y = cast %s {dtype=bf16}
+  return %y
+}"""
+GROUPED = """graph g(%x: f32[N,4], %idx: i64[N,2], %w: f32[N,2],
+  @gu: f32[5,4,6], @dn: f32[5,3,4]) {
+  %i = reshape %idx {shape=[2*N]}
+  %s, %o = sort %i {axis=0}
+  %two = full {shape=[], value=2, dtype=i64}
+  %t = div %o, %two
+  %a = take %x, %t {axis=0}
+  %c = histc %s {bins=5}
+  %e = cumsum %c {axis=0}
+  %b = grouped_mm %a, @gu, %e
+  %f, %g = split %b {sizes=[3,3]}
+  %h = swiglu %f, %g
+  %j = grouped_mm %h, @dn, %e
+  %v = reshape %w {shape=[2*N]}
+  %u = take %v, %o {axis=0}
+  %k = reshape %u {shape=[2*N,1]}
+  %m = mul %j, %k
+  %z = full {shape=[2*N], value=0, dtype=i64}
+  %r = arange {start=0, end=2*N, dtype=i64}
+  %inv = index_put %z, %o, %r
+  %n = take %m, %inv {axis=0}
+  %q = reshape %n {shape=[N,2,4]}
+  %y = sum %q {axes=[1]}
+  return %y
+}"""
+"""Three spellings: every expert under a mask, weights gathered, rows sorted by expert."""
+
 if TYPE_CHECKING:
     import torch
 

@@ -43,7 +43,7 @@ from dsc.ir.program import Program
 from dsc.ir.stages import Stage
 from dsc.ir.types import DType
 from dsc.ir.weights import apply
-from dsc.passes._gated_experts import distinct, emit, prove
+from dsc.passes._gated_experts import BATCHED, DENSE, GROUPED, distinct, emit, prove
 from dsc.passes._views import VIEW_RULES
 from dsc.rewrite import lift
 from dsc.rewrite.base import Pass, PassReport
@@ -61,74 +61,6 @@ _GLUE = _MOVES | {
 _BETWEEN = POINTWISE | VIEWS | _PRODUCTS | {"swiglu", "concat"}
 """What may lie between the two products."""
 
-_DENSE = """graph g(%x: f32[B,S,4], %idx: i64[N,2], %w: f32[N,2],
-  @gu: f32[5,6,4], @dn: f32[5,4,3]) {{
-  %t = reshape %x {{shape=[N,4]}}
-  %a = full {{shape=[N,5], value=0.0, dtype=f32}}
-  %b = scatter %a, %idx, %w {{axis=1}}
-  %c = expand %t {{shape=[5,N,4]}}
-  %d = permute @gu {{dims=[0,2,1]}}
-  %e = matmul %c, %d
-  %f, %g = split %e {{axis=2, sizes=[3,3]}}
-  %u = {act} %f
-  %h = {gated}
-  %i = permute @dn {{dims=[0,2,1]}}
-  %j = matmul %h, %i
-  %k = permute %b {{dims=[1,0]}}
-  %l = reshape %k {{shape=[5,N,1]}}
-  %m = mul %j, %l
-  %y = sum %m {{axes=[0]}}
-  return %y
-}}"""
-_BATCHED = """graph g(%x: bf16[N,4], %idx: i64[N,2], %w: f32[N,2],
-  @gu: bf16[5,6,4], @dn: bf16[5,4,3]) {
-  %o = reshape %x {shape=[N,1,4]}
-  %p = expand %o {shape=[N,2,4]}
-  %q = reshape %p {shape=[2*N,4,1]}
-  %i = reshape %idx {shape=[2*N]}
-  %a = take @gu, %i {axis=0}
-  %b = matmul %a, %q
-  %c = reshape %b {shape=[2*N,6]}
-  %f, %g = split %c {sizes=[3,3]}
-  %h = swiglu %f, %g
-  %d = take @dn, %i {axis=0}
-  %e = reshape %h {shape=[2*N,3,1]}
-  %j = matmul %d, %e
-  %k = reshape %j {shape=[2*N,4]}
-  %l = cast %k {dtype=f32}
-  %m = reshape %w {shape=[2*N,1]}
-  %n = mul %l, %m
-  %r = reshape %n {shape=[N,2,4]}
-  %s = sum %r {axes=[1]}
-  %y = cast %s {dtype=bf16}
-  return %y
-}"""
-_GROUPED = """graph g(%x: f32[N,4], %idx: i64[N,2], %w: f32[N,2],
-  @gu: f32[5,4,6], @dn: f32[5,3,4]) {
-  %i = reshape %idx {shape=[2*N]}
-  %s, %o = sort %i {axis=0}
-  %two = full {shape=[], value=2, dtype=i64}
-  %t = div %o, %two
-  %a = take %x, %t {axis=0}
-  %c = histc %s {bins=5}
-  %e = cumsum %c {axis=0}
-  %b = grouped_mm %a, @gu, %e
-  %f, %g = split %b {sizes=[3,3]}
-  %h = swiglu %f, %g
-  %j = grouped_mm %h, @dn, %e
-  %v = reshape %w {shape=[2*N]}
-  %u = take %v, %o {axis=0}
-  %k = reshape %u {shape=[2*N,1]}
-  %m = mul %j, %k
-  %z = full {shape=[2*N], value=0, dtype=i64}
-  %r = arange {start=0, end=2*N, dtype=i64}
-  %inv = index_put %z, %o, %r
-  %n = take %m, %inv {axis=0}
-  %q = reshape %n {shape=[N,2,4]}
-  %y = sum %q {axes=[1]}
-  return %y
-}"""
-
 
 class Experts(Rule):
     """sum_k w_k * down_k(act(gate_k x) * up_k x), in any spelling  ==>  experts(x, idx, w)."""
@@ -136,17 +68,17 @@ class Experts(Rule):
     tolerance = 2e-2
     anchors = _PRODUCTS
     examples = (
-        _DENSE.format(act="silu", gated="mul %u, %g").replace("B,S", "N"),
-        _DENSE.format(act="gelu", gated="mul %g, %u").replace("B,S", "N"),
-        _BATCHED,
-        _GROUPED,
-        _GROUPED.replace("[N,2", "[N,1").replace("2*N", "N").replace("value=2,", "value=1,"),
+        DENSE.format(act="silu", gated="mul %u, %g").replace("B,S", "N"),
+        DENSE.format(act="gelu", gated="mul %g, %u").replace("B,S", "N"),
+        BATCHED,
+        GROUPED,
+        GROUPED.replace("[N,2", "[N,1").replace("2*N", "N").replace("value=2,", "value=1,"),
     )
     near_misses: ClassVar[Mapping[str, str]] = {
-        "the activation is another": _DENSE.format(act="tanh", gated="mul %u, %g").replace(
+        "the activation is another": DENSE.format(act="tanh", gated="mul %u, %g").replace(
             "B,S", "N"
         ),
-        "the gate and up rows are added": _DENSE.format(act="silu", gated="add %u, %g").replace(
+        "the gate and up rows are added": DENSE.format(act="silu", gated="add %u, %g").replace(
             "B,S", "N"
         ),
     }
@@ -169,7 +101,9 @@ class Experts(Rule):
         for x in _tokens(scope, before[0], node):
             for found in self._regions(scope, node, before, down, x):
                 if isinstance(found, Match) and not isinstance(self.check(found), Reject):
-                    return found
+                    if not _is_moved(scope, found.root.outputs[0]):
+                        return found
+                    best = found
                 best = best if isinstance(best, Match) else found
         return best
 
@@ -223,6 +157,17 @@ class Experts(Rule):
         """experts, over weights in the declared arrangement."""
         gate_up, down = _weights(b, m.gate_up, m.down, facts)
         return emit(b, m.x, m.idx, m.w, gate_up, down, facts["act"], m.root.outputs[0])
+
+
+def _is_moved(scope: Scope, y: Value) -> bool:
+    """Whether the rows of a result are put into another order: then more belongs to the experts.
+
+    With one expert the sorted rows are the rows in order, so what was sorted proves equal too.
+    """
+    readers = scope.consumers(y)
+    while len(readers) == 1 and readers[0].op in VIEWS:
+        readers = scope.consumers(readers[0].outputs[0])
+    return any(reader.op in ("take", "gather") for reader in readers)
 
 
 def _stacked(scope: Scope, node: Node) -> Weight | None:
