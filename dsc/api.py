@@ -260,6 +260,7 @@ def compile(
     start = time.perf_counter()
     chosen = backends.get(backend) if backend else best_backend()
     targets = _targets(target, chosen)
+    spare = backends.get(fallback) if fallback else None
     loaded = load_program(
         model,
         config=config,
@@ -283,9 +284,9 @@ def compile(
     try:
         program, records = pipeline.run(loaded.program, chosen, targets[0], options)
     except UnsupportedOperator as refused:
-        if fallback is None:
+        if spare is None:
             raise
-        chosen = backends.get(fallback)
+        chosen = spare
         program, records = pipeline.run(loaded.program, chosen, Target("cpu"), options)
         loaded.notes.append(f"the whole program runs on {fallback}: {refused.what}")
     optimised = time.perf_counter()

@@ -9,14 +9,17 @@ from __future__ import annotations
 import hashlib
 import importlib
 import importlib.util
+import inspect
 import sys
-from collections.abc import Callable, Mapping, Sequence
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from dsc.errors import ConfigError, UnsupportedArchitecture, UsageError
+from dsc.errors import ConfigError, DscError, UnsupportedArchitecture, UsageError
 from dsc.frontends.config import ModelConfig
 from dsc.frontends.generation_config import Settings, load_generation, settings_of
 from dsc.ir.dims import Range
@@ -103,7 +106,17 @@ def load_program(
     if path.suffix == ".py" and path.is_file():
         return _from_code(path, config, weights, dtype, limits, progress)
     if path.suffix == ".dsc" and path.is_file():
+        if config is not None or weights not in (None, "none"):
+            raise UsageError(
+                "a text is whole: it takes neither --config nor --weights", where=str(path)
+            )
         return _from_text(path, limits)
+    if (path / "dsc.json").is_file() and not (path / "config.json").exists():
+        raise UsageError(
+            "this is an artifact, compiled already",
+            where=str(path),
+            hint="name the model that it was compiled from",
+        )
     if path.is_dir():
         if config is not None:
             raise UsageError(
@@ -178,9 +191,18 @@ def _from_code(
         )
     compute = checkpoint.dtype if checkpoint is not None else dtype or _config_dtype(config)
     settings = settings_of({}, config) if folder is None else load_generation(folder, config)
-    with torch.device("meta"):
-        module = cast_parameters(build(config), compute.torch)
-    traced = _trace(module, config, compute, limits, progress)
+    with torch.device("meta"), blaming(path):
+        module = build(config)
+    if not isinstance(module, torch.nn.Module):
+        raise UsageError(
+            f"build(config) returned {type(module).__name__}, not a module",
+            where=str(path),
+            hint="return the torch.nn.Module to compile, as models/v3.py does",
+        )
+    module = cast_parameters(module, compute.torch)
+    _check_signature(module, config, path)
+    with blaming(path, only_its_lines=True):
+        traced = _trace(module, config, compute, limits, progress)
     if checkpoint is None:
         return _loaded(_with_weights(traced, None, path.stem), config, limits, settings)
     mapped = retarget(checkpoint, module)
@@ -353,6 +375,48 @@ def _build_function(path: Path) -> Callable[[ModelConfig], nn.Module]:
     return build
 
 
+def _check_signature(module: nn.Module, config: ModelConfig, path: Path) -> None:
+    """Raise `UsageError` unless `forward` takes what the step of a causal LM gives it."""
+    from dsc.frontends.causal_lm import input_names
+
+    try:
+        inspect.signature(module.forward).bind(*input_names(config))
+    except TypeError as problem:
+        raise UsageError(
+            f"forward of {type(module).__name__} does not take"
+            f" input_ids, positions, lengths, logits_at, *past: {problem}",
+            where=str(path),
+            hint="give it the signature of the model in models/v3.py",
+        ) from None
+
+
+@contextmanager
+def blaming(path: Path, only_its_lines: bool = False) -> Iterator[None]:
+    """Turn what the user's own file raises into a `UsageError` that names its line.
+
+    With `only_its_lines` an error that no line of the file takes part in stays what it is.
+    """
+    try:
+        yield
+    except (DscError, OSError, MemoryError):
+        raise
+    except Exception as problem:
+        lines = [n for name, n in _frames(problem) if name == str(path.resolve())]
+        if only_its_lines and not lines:
+            raise
+        raise UsageError(
+            f"the file fails when it is run: {type(problem).__name__}: {problem}",
+            where=f"{path}:{lines[-1]}" if lines else str(path),
+        ) from problem
+
+
+def _frames(problem: BaseException | None) -> Iterator[tuple[str, int | None]]:
+    """Files and lines that an error and its causes passed through."""
+    while problem is not None:
+        yield from ((f.filename, f.lineno) for f in traceback.extract_tb(problem.__traceback__))
+        problem = problem.__cause__
+
+
 def _module_at(path: Path) -> ModuleType:
     """Import a file under a name of its own; a file of dsc's models is the module it already is."""
     models = Path(__file__).resolve().parent.parent / "models"
@@ -365,12 +429,8 @@ def _module_at(path: Path) -> ModuleType:
         raise UsageError("this is no Python file", where=str(path))
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
-    try:
+    with blaming(path):
         spec.loader.exec_module(module)
-    except Exception as problem:
-        raise UsageError(
-            f"the file fails when it is run: {type(problem).__name__}: {problem}", where=str(path)
-        ) from problem
     return module
 
 

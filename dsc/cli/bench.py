@@ -181,7 +181,8 @@ def vocabulary(config: Mapping[str, Any]) -> int:
 
     if "vocab_size" not in config:
         raise UsageError(
-            "only causal language models are measured", where="dsc.json has no vocab_size"
+            "the model's configuration has no vocab_size, from which random tokens are drawn",
+            hint="take a model that was compiled from a checkpoint or from models/v3.py",
         )
     return int(config["vocab_size"])
 

@@ -84,8 +84,11 @@ def build_artifact(
     """Compile, save, and say what was made; `asked` are options of `dsc.compile`, None: unset."""
     from dsc import api
     from dsc.cli import console
+    from dsc.errors import UsageError
     from dsc.runtime.artifact import check_free
 
+    if model.endswith(".dsc") and asked.get("dtype") is not None:
+        raise UsageError("a text has element types of its own", hint="leave out --dtype")
     folder = output or default_output(model, backend or api.best_backend().name)
     check_free(folder, force)  # before minutes go into compiling
     given = {name: value for name, value in asked.items() if value is not None}

@@ -48,6 +48,10 @@ def export(
     if check and format != "onnx":
         raise UsageError("--check is for ONNX", hint="leave out --check")
     onnx = format == "onnx"
+    if not onnx and onnx_ops != "standard":
+        raise UsageError("--onnx-ops is for ONNX", hint="leave out --onnx-ops")
+    if check and (weights == "none" or model.endswith(".dsc")):
+        raise UsageError("--check reads the weights too", hint="give --weights, or no --check")
     folder = build_artifact(
         model,
         output=output,

@@ -50,11 +50,19 @@ def inspect(
     if json and not report:
         raise UsageError("--json goes with --report", hint="the text IR is printed as it is")
     folder = Path(model)
-    if (folder / "dsc.json").is_file():
-        _inspect_artifact(folder, entry, after, report, kernels, json)
-        return
     asked = {"config": config, "weights": weights}
     given = {name: value for name, value in asked.items() if value is not None}
+    if kernels and entry is not None:
+        raise UsageError("kernels are of all entries", hint="give --kernels or --entry, not both")
+    if (folder / "dsc.json").is_file():
+        idle = [f"--{name}" for name in (*given, *(["backend"] if backend else []))]
+        if idle:
+            raise UsageError(
+                f"{', '.join(idle)}: for models; an artifact is what it was compiled for",
+                where=model,
+            )
+        _inspect_artifact(folder, entry, after, report, kernels, json)
+        return
     if kernels:
         raise UsageError(
             "--kernels reads an artifact",

@@ -146,7 +146,7 @@ def _lines(result: Comparison, dtype: str) -> Iterator[str]:
 
 def token_ids(compiled: CompiledModel, text: Path | None, limit: int) -> tuple[list[int], bool]:
     """Return up to `limit` ids and whether they are text; without a tokenizer they are random."""
-    from dsc.cli.bench import random_ids
+    from dsc.cli.bench import random_ids, vocabulary
     from dsc.cli.opt import read_text
     from dsc.errors import UsageError
 
@@ -163,7 +163,7 @@ def token_ids(compiled: CompiledModel, text: Path | None, limit: int) -> tuple[l
         return ids, True
     if text is not None:
         raise UsageError("the model has no tokenizer to read the text with", where=str(text))
-    vocab = int(compiled.manifest["config"]["vocab_size"])
+    vocab = vocabulary(compiled.manifest["config"])
     return [int(i) for i in random_ids(vocab, 1, limit)[0]], False
 
 

@@ -272,3 +272,66 @@ def test_a_traced_causal_model_with_open_ranges_gets_the_limits_asked_for() -> N
     assert "P=[0,2147483647]" in traced.read_text()
     program = load_program(str(traced), max_batch=3, max_context=64).program
     assert (program.symbols["B"].hi, program.symbols["P"].hi) == (3, 64)
+
+
+FILES = {
+    "raises in build": (
+        "def build(config):\n    raise ValueError('oops')\n",
+        "ValueError: oops",
+        2,
+    ),
+    "build takes nothing": ("def build(): pass\n", "takes 0 positional arguments", 0),
+    "build returns no module": ("def build(config): return 1\n", "returned int, not a module", 0),
+    "raises when imported": ("x = 1\nimport not_there\n", "No module named 'not_there'", 2),
+    "a forward of another kind": (
+        "import torch\ndef build(config): return torch.nn.Linear(2, 2)\n",
+        "forward of Linear does not take input_ids",
+        0,
+    ),
+    "raises in forward": (
+        "import torch\nclass M(torch.nn.Module):\n"
+        "    def __init__(self):\n        super().__init__()\n"
+        "        self.w = torch.nn.Linear(2, 2)\n    def forward(self, input_ids, positions, lengths, logits_at, *past):\n"
+        "        return self.nope\n"
+        "def build(config): return M()\n",
+        "no attribute 'nope'",
+        7,
+    ),
+}
+
+
+@pytest.mark.parametrize("what", FILES)
+def test_a_users_own_file_is_blamed_with_its_line(
+    what: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text, words, line = FILES[what]
+    path = tmp_path / "own.py"
+    path.write_text(text)
+    refused(capsys, path, words, f"own.py:{line}\n" if line else "own.py\n")
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("compile small.dsc --weights folder", "a text is whole"),
+        ("compile small.dsc --config tiny", "a text is whole"),
+        ("compile small.dsc --dtype fp16", "element types of its own"),
+        ("compile small.dsc --fallback nonsense", "unknown backend 'nonsense'"),
+        ("compile made", "this is an artifact"),
+        ("bisect made", "this is an artifact"),
+        ("inspect made --config tiny --backend tvm", "--config, --backend: for models"),
+        ("inspect made --kernels --entry decode", "kernels are of all entries"),
+        ("export small.dsc --check", "--check reads the weights too"),
+        ("export small.dsc --format relax --onnx-ops ort", "--onnx-ops is for ONNX"),
+    ],
+)
+def test_an_option_that_would_do_nothing_is_refused(
+    line: str, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copy(FP8.parent / "small_lm.dsc", "small.dsc")
+    (tmp_path / "made").mkdir()
+    (tmp_path / "made" / "dsc.json").write_text("{}")
+    code, error = run(capsys, *line.split())
+    assert code == 2, error
+    assert words in error
+    assert "Traceback" not in error
