@@ -291,7 +291,8 @@ FILES = {
     "raises in forward": (
         "import torch\nclass M(torch.nn.Module):\n"
         "    def __init__(self):\n        super().__init__()\n"
-        "        self.w = torch.nn.Linear(2, 2)\n    def forward(self, input_ids, positions, lengths, logits_at, *past):\n"
+        "        self.w = torch.nn.Linear(2, 2)\n"
+        "    def forward(self, input_ids, positions, lengths, logits_at, *past):\n"
         "        return self.nope\n"
         "def build(config): return M()\n",
         "no attribute 'nope'",
