@@ -349,6 +349,18 @@ def verify_each() -> Figures:
     return prove()
 
 
+def torch_functions() -> Figures:
+    """Small functions of torch through both doors are equal to eager or refused in words.
+
+    Inductor runs every tenth of them beside it.
+    """
+    from bench import torch_functions as functions
+
+    tenth = ("inductor", "--part", "0/10")
+    found = functions.run_apart([("optimize",), ("compile",), tenth])
+    return {"ok": all(found[door]["ok"] for door in ("optimize", "compile")), **found}
+
+
 def profile_overhead() -> Figures:
     """A profiled decode step of tiny-v3 on tvm takes at most 3% longer, in alternating turns."""
     from statistics import median
@@ -427,6 +439,7 @@ def random_calls() -> Figures:
 
 BARS: dict[str, Callable[[], Figures]] = {
     "import_time": import_time,
+    "torch_functions": torch_functions,
     "parity": parity,
     "perplexity": perplexity,
     "greedy": greedy,

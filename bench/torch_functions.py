@@ -12,11 +12,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import subprocess
 import sys
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -188,6 +190,26 @@ def summary(found: Iterable[Outcome]) -> dict[str, Any]:
     }
 
 
+def run_apart(doors: Sequence[tuple[str, ...]]) -> dict[str, dict[str, Any]]:
+    """The summary of each door (and its options), each in a process of its own, side by side."""
+    running = {
+        door: subprocess.Popen(
+            [sys.executable, "-m", __name__, "--json", "--door", door, *options],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+        for door, *options in doors
+    }
+    found = {}
+    for door, process in running.items():
+        told, _ = process.communicate()
+        ended = {"ok": False, "bad": f"the process ended with {process.returncode}"}
+        found[door] = json.loads(told) if told.strip() else ended
+    return found
+
+
 def main() -> None:
     """Print an outcome a line, and a summary as JSON. Exits with 1 when something is wrong."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -195,6 +217,7 @@ def main() -> None:
     parser.add_argument("--door", choices=DOORS, default="optimize")
     parser.add_argument("--backend", help="of dsc; tvm by default")
     parser.add_argument("--part", default="0/1", help="I/N: every N-th case, from the I-th")
+    parser.add_argument("--json", action="store_true", help="the summary alone")
     given = parser.parse_args()
     index, count = map(int, given.part.split("/"))
     wanted = [
@@ -202,6 +225,8 @@ def main() -> None:
     ]
 
     def tell(outcome: Outcome) -> None:
+        if given.json:
+            return
         words = " ".join(outcome.words.split())[:400]
         print(f"{outcome.result:9} {outcome.case} [{outcome.kind}] {words}", flush=True)
 

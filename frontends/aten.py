@@ -25,6 +25,9 @@ __all__ = ["COMPLEX", "DROPPED", "HARMLESS", "KEPT_WHOLE", "ROWS", "VIEWS"]
 
 KEPT_WHOLE = (
     "aten::einsum",
+    "aten::lift",
+    "aten::lift_fresh",
+    "aten::lift_fresh_copy",
     "aten::linear",
     "aten::matmul",
     "aten::one_hot",
@@ -33,7 +36,8 @@ KEPT_WHOLE = (
     "aten::scaled_dot_product_attention",
     "aten::silu",
 )
-"""Operators that are not decomposed: the IR knows them, or something close."""
+"""Operators that are not decomposed: the IR knows them, or something close; or a tracer does, as
+those that bring a constant in."""
 
 DROPPED = frozenset(
     {
@@ -217,6 +221,8 @@ ROWS: Mapping[str, Row] = MappingProxyType(
         "aten.alias.default": s.same,
         "aten.detach.default": s.same,
         "aten.detach_.default": s.same,
+        "aten.lift.default": s.same,
+        "aten.lift_fresh.default": s.same,
         "aten.lift_fresh_copy.default": s.same,
         "aten.dropout.default": m.dropout,
         "aten.permute.default": s.permute,

@@ -88,15 +88,16 @@ def quotient(t: Lowering, a: Number, b: Number, rounding_mode: str | None = None
     if rounding_mode is None:
         return _divide(t, a, b)
     if t.out.dtype.is_int:
-        return _whole_quotient(t, a, _not_zero(b), rounding_mode)
+        return _whole_quotient(t, a, _not_zero(t, b), rounding_mode)
     if rounding_mode == "trunc":
         return trunc(t, _divide(t, a, b))
     working = DType.f32 if t.out.dtype in NARROW else t.out.dtype
     return t.cast(_floor_of_quotient(t, t.operand(a, working), t.operand(b, working)), t.out.dtype)
 
 
-def _not_zero(x: Number) -> Number:
+def _not_zero(t: Lowering, x: Number) -> Number:
     """An integer divisor that is known not to be zero."""
+    x = t.known(x)
     if isinstance(x, (Value, Weight)) or x == 0:
         raise Unsupported("integer division by numbers that may be 0, which is an error")
     return x
@@ -136,7 +137,7 @@ def floor_quotient(t: Lowering, a: Number, b: Number) -> Operand:
 
 def fmod(t: Lowering, a: Number, b: Number) -> Operand:
     """The remainder with the sign of a."""
-    b = _not_zero(b) if t.out.dtype.is_int else b
+    b = _not_zero(t, b) if t.out.dtype.is_int else b
     return _fmod(t, t.operand(a, t.out.dtype), t.operand(b, t.out.dtype))
 
 
@@ -148,7 +149,7 @@ def _fmod(t: Lowering, x: Operand, y: Operand) -> Operand:
 
 def remainder(t: Lowering, a: Number, b: Number) -> Operand:
     """The remainder with the sign of b."""
-    return arithmetic("remainder")(t, a, _not_zero(b) if t.out.dtype.is_int else b)
+    return arithmetic("remainder")(t, a, _not_zero(t, b) if t.out.dtype.is_int else b)
 
 
 def power(t: Lowering, x: Number, exponent: Number) -> Operand:

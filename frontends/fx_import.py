@@ -135,7 +135,10 @@ class FxImporter:
         if isinstance(argument, fx.Node):
             if argument not in self.values:
                 raise Unsupported(f"needs %{argument.name}, which has no value")
-            return self.values[argument]
+            found = self.values[argument]
+            if found is None and isinstance(argument.meta.get("val"), torch.Tensor):
+                raise Unsupported(f"needs %{argument.name}, which has no translation")
+            return found
         if isinstance(argument, (list, tuple)):
             return [self._argument(a) for a in argument]
         if isinstance(argument, complex):

@@ -127,8 +127,8 @@ def over(
             given = [x[:rows].clone() if x.dim() > 1 else x.clone() for x in whole]
             result = attempt(optimised, *given)
             yield result
+            yield [place_of(each, *given) for each in _tensors(result)]
             for each in _tensors(result):
-                yield place_of(each, *given)
                 if each.numel() and each.is_contiguous():
                     each.zero_()
             yield given
