@@ -234,14 +234,19 @@ def session_logits(compiled: Any, ids: Sequence[int]) -> Logits:
 
 
 def transformers_logits(checkpoint: Path, ids: Sequence[int]) -> Logits:
-    """Return the logits [S, vocab] of the stock transformers class in fp32, in one forward."""
-    import torch
-    from transformers import AutoModelForCausalLM
+    """Return the logits [S, vocab] of the stock transformers class in fp32, in one forward.
 
-    model = AutoModelForCausalLM.from_pretrained(
-        checkpoint, dtype=torch.float32, trust_remote_code=False
-    )
+    The class is built and its weights are read as for tracing: no code of the checkpoint runs,
+    whatever `auto_map` says, and FP8 weights are dequantised by us (transformers takes a block to
+    be rows // rows of scales, which is another one where the last is partial).
+    """
+    import torch
+
+    from dsc.frontends.huggingface import load_checkpoint
+    from dsc.ir.types import DType
+
+    model = load_checkpoint(checkpoint, DType.f32).stock()
     with torch.inference_mode():
-        logits = model.eval()(torch.tensor([list(ids)])).logits[0]
+        logits = model(input_ids=torch.tensor([list(ids)]), use_cache=False).logits[0]
     found: Logits = logits.float().numpy()
     return found

@@ -59,6 +59,17 @@ class CheckpointModel:
         step.load_state_dict(state, strict=True, assign=True)
         return step
 
+    def stock(self) -> nn.Module:
+        """The stock class itself with its weights, to be run as transformers runs it.
+
+        Its experts are those of the plain loop: torch's grouped GEMMs refuse odd widths.
+        """
+        model: Any = stock_causal_lm(self.config, self.dtype)
+        model.load_state_dict(self.load().state_dict(), strict=True, assign=True)
+        model.config._experts_implementation = "eager"
+        stock: nn.Module = model
+        return stock
+
     @property
     def tokenizer(self) -> Path | None:
         """The folder's `tokenizer.json`, if it has one."""

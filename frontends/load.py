@@ -68,8 +68,20 @@ class Limits:
     prefill_chunk: int
 
     def context(self, config: ModelConfig) -> int:
-        """The asked context, else the model's own."""
-        return self.max_context or config.max_position_embeddings
+        """The asked context, else the model's own.
+
+        Raises:
+            UsageError: more is asked than the model has positions for. Beyond them rope rotates
+                by angles that the model never saw, and nothing says so in its text.
+        """
+        positions = config.max_position_embeddings
+        if self.max_context is not None and self.max_context > positions:
+            raise UsageError(
+                f"max_context {self.max_context} is beyond the model's {positions} positions "
+                "(max_position_embeddings in config.json)",
+                hint=f"give at most {positions}; a model that was trained further says so there",
+            )
+        return self.max_context or positions
 
     def symbols(self, config: ModelConfig) -> dict[str, Range]:
         """Ranges of B, S, P and L."""

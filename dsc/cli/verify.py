@@ -94,12 +94,15 @@ def verify(
         require=require, most_excluded=most_excluded, json=json, trust=trust,
     ):  # fmt: skip
         return
+    if not is_artifact:
+        check_oracle(against, str(checkpoint or model))
     with console.progress_bar() as progress:
         progress("compiling" if not is_artifact else "loading")
         compiled = (
             api.load(folder, trust=trust) if is_artifact else api.compile(model, progress=progress)
         )
         source = source_of(compiled, checkpoint)
+        check_oracle(against, source)
         ids, is_text = token_ids(compiled, text, tokens)
         progress("running the compiled model")
         ours = verification.session_logits(compiled, ids)
@@ -181,20 +184,36 @@ def source_of(compiled: CompiledModel, checkpoint: Path | None) -> str:
     return compiled.source
 
 
-def oracle_logits(against: str, source: str, ids: list[int]) -> Any:
-    """Run the oracle over the ids; logits [S, vocab]."""
-    from dsc import api, verification
+def check_oracle(against: str, source: str) -> None:
+    """Refuse, before anything is compiled or run, what stock transformers cannot be compared on.
+
+    Raises:
+        UsageError, ConfigError, CheckpointError: the source is no checkpoint folder, or one whose
+            headers do not fit its configuration.
+    """
     from dsc.errors import UsageError
 
     if against == "reference":
-        exact = api.compile(source, backend="reference", dtype="fp32")
-        return verification.session_logits(exact, ids)
+        return
     if not (Path(source) / "config.json").is_file():
         raise UsageError(
             "stock transformers reads checkpoint folders only",
             where=source,
             hint="name one with --checkpoint, or compare with --against reference",
         )
+    from dsc.frontends.huggingface import load_checkpoint
+    from dsc.ir.types import DType
+
+    load_checkpoint(source, DType.f32)
+
+
+def oracle_logits(against: str, source: str, ids: list[int]) -> Any:
+    """Run the oracle over the ids; logits [S, vocab]."""
+    from dsc import api, verification
+
+    if against == "reference":
+        exact = api.compile(source, backend="reference", dtype="fp32")
+        return verification.session_logits(exact, ids)
     return verification.transformers_logits(Path(source), ids)
 
 

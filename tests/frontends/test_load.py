@@ -16,8 +16,9 @@ from torch import nn
 from dsc.errors import ConfigError, DscError, UsageError
 from dsc.frontends import trace_cache
 from dsc.frontends.causal_lm import CausalLMStep
+from dsc.frontends.config import load_config
 from dsc.frontends.huggingface import stock_causal_lm
-from dsc.frontends.load import load_program
+from dsc.frontends.load import Limits, load_program
 from dsc.ir.printer import print_program
 from dsc.ir.program import Program
 from dsc.ir.weights import DictSource, evaluate
@@ -169,3 +170,13 @@ def test_options_that_contradict_the_model() -> None:
         load_program(nn.Linear(2, 2))
     with pytest.raises(UsageError, match="no model at"):
         load_program("nowhere")
+
+
+def test_a_context_beyond_the_models_positions_is_refused() -> None:
+    """In the words of the option and of the key, before anything is traced; up to it is right."""
+    config = load_config(TINY_CHECKPOINT)
+    positions = config.max_position_embeddings
+    with pytest.raises(UsageError, match=f"max_context {positions + 1} is beyond the model's"):
+        load_program(TINY_CHECKPOINT, max_context=positions + 1)
+    for asked in (None, positions):
+        assert Limits(1, asked, 8).context(config) == positions

@@ -6,15 +6,20 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from dsc.errors import CheckpointError, ConfigError
+import dsc
+from dsc.cli.verify import check_oracle, verify
+from dsc.errors import CheckpointError, ConfigError, UsageError
 from dsc.frontends.huggingface import load_checkpoint
 from dsc.frontends.names import map_weights
 from dsc.ir.types import DType, TensorType
 from dsc.ir.weights import DictSource, evaluate
+from dsc.models import v3
+from dsc.verification import transformers_logits
 from tests.family import small, stock
 from tests.frontends.test_huggingface import FP8_CONFIG, dequantised, official, quantised, save
 
@@ -211,3 +216,58 @@ def test_modelopt_says_its_algorithm_in_a_file_of_its_own(tmp_path: Path) -> Non
     file.write_text(json.dumps({"quantization": {"quant_algo": "NVFP4"}}))
     with pytest.raises(ConfigError, match="NVFP4"):
         load_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("model_type", ["deepseek_v3", "kimi_k2"])
+def test_transformers_is_an_oracle_of_fp8_and_of_remote_code(
+    tmp_path: Path, model_type: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The stock class over our dequantised weights: no loader of transformers, no code that runs.
+
+    The last blocks are partial, which transformers' own loader reads wrongly.
+    """
+    import transformers
+
+    def loader(*_: Any, **__: Any) -> None:
+        raise AssertionError("transformers loaded the folder itself")
+
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", loader)
+    monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", loader)
+    (tmp_path / "modeling_own.py").write_text("raise SystemExit('imported')")
+    config = small(quantization_config=FP8_CONFIG | {"weight_block_size": [20, 12]})
+    apart = quantised(official(config), (20, 12))
+    auto_map = {"AutoModelForCausalLM": "modeling_own.Model", "AutoConfig": "modeling_own.Config"}
+    save(tmp_path, config, apart, auto_map=auto_map, model_type=model_type)
+    plain = {
+        name: dequantised(t, apart[name + "_scale_inv"], (20, 12)) if t.dtype is E4M3 else t
+        for name, t in apart.items()
+        if not name.endswith("_scale_inv")
+    }
+    (tmp_path / "plain").mkdir()
+    save(tmp_path / "plain", small(), plain)
+    check_oracle("hf", str(tmp_path))
+    ids = list(range(9))
+    found = transformers_logits(tmp_path, ids)
+    expected = transformers_logits(tmp_path / "plain", ids)
+    assert found.shape == (9, config.vocab_size)
+    assert np.array_equal(found, expected)
+    session = dsc.compile(tmp_path, backend="reference", dtype="fp32", max_context=16).session(1)
+    ours = np.asarray(session.prefill([ids], all_logits=True))[0]
+    np.testing.assert_allclose(ours, found, atol=1e-4 * max(1.0, float(np.abs(found).max())))
+
+
+def test_what_transformers_cannot_be_asked_is_refused_before_compiling(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def compiled(*_: Any, **__: Any) -> None:
+        raise AssertionError("it was compiled first")
+
+    monkeypatch.setattr("dsc.api.compile", compiled)
+    config = small()
+    tensors = official(config)
+    del tensors["model.norm.weight"]
+    save(tmp_path, config, tensors)
+    with pytest.raises(CheckpointError, match=r"model\.norm\.weight"):
+        verify(str(tmp_path), against="hf")
+    with pytest.raises(UsageError, match="checkpoint folders only"):
+        verify(str(v3.__file__), against="hf")
