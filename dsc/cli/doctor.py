@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
 from dsc.cli import options
+from dsc.targets import KNOWN
 
 if TYPE_CHECKING:
     from dsc.hardware import Cpu, Gpu
@@ -43,8 +44,10 @@ def _cpu_only(gpus: tuple[Gpu, ...]) -> str:
     return "cpu"
 
 
-def _gpu_only(gpus: tuple[Gpu, ...]) -> str:
-    return ", ".join(sorted({gpu.target for gpu in gpus}))
+def _nvidia_only(gpus: tuple[Gpu, ...]) -> str:
+    """Targets that there are kernels for and a launcher: AMD's are only compiled for."""
+    known = {f"cuda:{arch}" for arch in KNOWN["cuda"]}
+    return ", ".join(sorted({gpu.target for gpu in gpus} & known))
 
 
 TOOLCHAINS = (
@@ -54,14 +57,14 @@ TOOLCHAINS = (
         "onnxruntime",
         "onnxruntime",
         "onnxruntime",
-        lambda gpus: "cpu" if not gpus else "cpu; a GPU with onnxruntime-gpu",
+        _cpu_only,
         "ONNX",
     ),
     Toolchain(
         "triton",
         "triton",
         "triton",
-        _gpu_only,
+        _nvidia_only,
         "cuda:sm_80 sm_90 sm_100, hip:gfx942 gfx950",
     ),
 )
@@ -94,7 +97,11 @@ def examine(toolchain: Toolchain, gpus: tuple[Gpu, ...]) -> Finding:
     version, problem = imported_version(toolchain.package)
     if problem:
         return Finding(toolchain.backend, "", "", "", _remedy(toolchain, problem))
-    to_do = "" if toolchain.runs_on(gpus) else "running needs a GPU; compiling does not"
+    to_do = (
+        ""
+        if toolchain.runs_on(gpus)
+        else "running needs an NVIDIA GPU that is compiled for; compiling needs none"
+    )
     return Finding(
         toolchain.backend, version, toolchain.runs_on(gpus), toolchain.compiles_for, to_do
     )

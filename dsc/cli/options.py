@@ -11,7 +11,7 @@ Model = Annotated[
     str,
     Argument(
         metavar="MODEL",
-        help="A .py file with build(config), a checkpoint folder, or a built-in name.",
+        help="A .py file with build(config), a checkpoint folder, a .dsc text, or a built-in name.",
         show_default=False,
     ),
 ]
@@ -120,7 +120,7 @@ Fallback = Annotated[
     Option(
         "--fallback",
         metavar="BACKEND",
-        help="Run what the backend refuses on this one (reference); without it, refuse.",
+        help="Where the backend refuses an operator, compile the whole program for this one.",
         show_default=False,
     ),
 ]

@@ -248,3 +248,13 @@ def test_doctor_tells_damaged_from_missing() -> None:
     assert version == ""
     damaged = doctor.Toolchain("x", "x", "dist", doctor._cpu_only, "cpu")
     assert doctor._remedy(damaged, problem).startswith("pip install --force-reinstall dist")
+
+
+def test_doctor_promises_only_what_is_launched() -> None:
+    from dsc.hardware import Gpu
+
+    amd, new, old = (Gpu("x", t, 1) for t in ("hip:gfx942", "cuda:sm_90", "cuda:sm_70"))
+    triton = next(t for t in doctor.TOOLCHAINS if t.backend == "triton")
+    assert triton.runs_on((amd, old)) == ""
+    assert triton.runs_on((amd, new, old)) == "cuda:sm_90"
+    assert {t.runs_on((new,)) for t in doctor.TOOLCHAINS if t is not triton} == {"cpu"}
