@@ -15,7 +15,7 @@ from torch import Tensor, fx
 
 from dsc.errors import DscError, UnsupportedOperator
 from dsc.frontends.fx_import import Problem, module_path, source_line
-from dsc.frontends.partition import Part, is_free, is_number, needed_by, parts
+from dsc.frontends.partition import Part, is_free, is_number, is_view, needed_by, parts
 from dsc.frontends.regions import (
     Options,
     Region,
@@ -29,10 +29,12 @@ from dsc.ir.graph import Value, Weight
 
 Step: TypeAlias = Callable[[list[Any]], None]
 
-_MOVES = frozenset(
-    {"aten.scalar_tensor.default", "aten.as_strided.default", "prims.as_strided_scatter.default"}
-)
+_MOVES = frozenset({"aten.scalar_tensor.default", "prims.as_strided_scatter.default"})
 """What is left to PyTorch even where all has to be compiled: AOTAutograd's own bookkeeping."""
+_CHOICES = (
+    'fallback="eager" runs them by PyTorch and compiles the rest; or choose another backend, or'
+    " write them otherwise"
+)
 
 
 class CompiledGraph:
@@ -83,9 +85,11 @@ class CompiledGraph:
             except _Refused as found:
                 return dict(found.nodes)
             except Exception as problem:
-                if self.options.fallback == "error":
-                    raise
-                return _refused(part, problem)
+                if self.options.fallback == "eager":
+                    return _refused(part, problem)
+                if isinstance(problem, UnsupportedOperator):
+                    raise UnsupportedOperator(problem.what, problem.where, _CHOICES) from problem
+                raise
             self.regions[part] = region
         return {}
 
@@ -266,7 +270,7 @@ def _untranslatable(gm: fx.GraphModule, name: str) -> dict[fx.Node, Problem]:
 
 def _needs_no_kernel(node: fx.Node) -> bool:
     """Whether a node that runs eagerly computes nothing: a number for Python, or a view."""
-    return is_number(node) or str(node.target) in _MOVES
+    return is_number(node) or is_view(node) or str(node.target) in _MOVES
 
 
 def _refused(part: Part, problem: Exception) -> dict[fx.Node, Problem]:
@@ -283,7 +287,7 @@ def refusal(problems: Mapping[fx.Node, Problem]) -> UnsupportedOperator:
     """One error that names every operator that cannot be compiled, with the user's lines."""
     return UnsupportedOperator(
         "operators that cannot be compiled:\n" + "\n".join(f"  {t}" for t in told(problems)),
-        hint='fallback="eager" runs them by PyTorch and compiles the rest; or write them otherwise',
+        hint=_CHOICES,
     )
 
 

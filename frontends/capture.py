@@ -60,6 +60,7 @@ class Door:
         self.dynamic = dynamic
         self.compiler = GraphCompiler(name, options)
         self.reasons: list[str] = []
+        self._failed: list[str] = []
         self.guards: list[str] = []
         self._narrow: set[Any] = set()
         self._strict: Callable[..., Any]
@@ -68,7 +69,7 @@ class Door:
     def context(self) -> Any:
         """Dynamo's decorator, with this door in front of its compiler."""
         arguments: dict[str, Any] = {
-            "guard_fail_fn": lambda failed: self.reasons.append(str(failed.reason)),
+            "guard_fail_fn": lambda failed: self._failed.append(str(failed.reason).strip()),
             "guard_export_fn": self._keep_guards,
             "dynamic": self.dynamic,
         }
@@ -100,9 +101,11 @@ class Door:
         """Compile a frame, as Dynamo's own callback does; `arguments` are that one's."""
         frame, cache_entry, frame_state = arguments
         varied = cache_entry is not None or bool(self.dynamic) or len(frame_state) > 1
+        self._failed.clear()
         found = self._converted(frame.f_code, varied, arguments)
         if cache_entry is not None and found.guarded_code is not None:
-            log.info("%s is compiled again: %s", self.name, self.reason)
+            self.reasons.append("; ".join(dict.fromkeys(self._failed)))
+            log.info("%s is compiled again: %s", self.name, self.reasons[-1])
         return found
 
     def _converted(self, code: Any, varied: bool, arguments: tuple[Any, ...]) -> Any:
@@ -130,16 +133,11 @@ class Door:
                 return _run_eagerly()
             raise self._refusal(refused) from None
 
-    @property
-    def reason(self) -> str:
-        """Why the last capture became necessary."""
-        return self.reasons[-1].strip() if self.reasons else "unknown"
-
     def _tell_limit(self) -> None:
         limit = torch._dynamo.config.recompile_limit
         self.compiler.warn(
             f"{self.name} has been compiled {limit} times and runs eagerly for other kinds of"
-            f" calls; the last reason was: {self.reason}"
+            f" calls; the last reason was: {'; '.join(dict.fromkeys(self._failed))}"
         )
 
     def _refusal(self, refused: Any) -> UsageError:

@@ -199,12 +199,18 @@ class Frozen:
 def decompositions() -> Mapping[Any, Any]:
     """The tracer's table of decompositions, made once a process.
 
-    What draws random numbers stays whole, so that it draws those that it draws eagerly.
+    What draws random numbers stays whole, so that it draws those that it draws eagerly; so does
+    `lift_fresh`, by which AOTAutograd brings in a constant.
     """
     from dsc.frontends.torch_export import decompositions
 
+    whole = {torch.ops.aten.lift_fresh.default}
     random = torch.Tag.nondeterministic_seeded
-    return {k: v for k, v in decompositions().items() if random not in getattr(k, "tags", ())}
+    return {
+        k: v
+        for k, v in decompositions().items()
+        if k not in whole and random not in getattr(k, "tags", ())
+    }
 
 
 def users_line(stack: Iterable[traceback.FrameSummary] | None) -> str:

@@ -142,3 +142,41 @@ class ScatterToConcat(Rule):
         """The parts one after another; what was there before is gone."""
         first, second = (m.values[name] for name in facts["order"])
         return b.call("concat", first, second, axis=facts["axis"])
+
+
+class WriteToConcat(Rule):
+    """slice_scatter(x, part, start..end)  ==>  concat(x[:start], part, x[end:])."""
+
+    examples = (
+        "graph g(%x: f32[B,6], %a: f32[B,2]) {"
+        " %d = slice_scatter %x, %a {axis=1, start=3, end=5}\n return %d }",
+        "graph g(%x: f32[B,P], %a: f32[2,P]) {"
+        " %d = slice_scatter %x, %a {axis=0, start=0, end=2}\n return %d }",
+    )
+    near_misses: ClassVar[Mapping[str, str]] = {
+        "the whole axis is written": "graph g(%x: f32[B,2], %a: f32[B,2]) {"
+        " %d = slice_scatter %x, %a {axis=1, start=0, end=2}\n return %d }",
+    }
+
+    def pattern(self, p: patterns.Names) -> patterns.Pattern:
+        """Any write of a range."""
+        return p.slice_scatter(p.target, p.part)
+
+    def check(self, m: Match) -> Facts | Reject:
+        """Something of what was there stays."""
+        axis = axis_of(m.root.attrs["axis"], m.target.type.rank)
+        size = m.target.type.shape[axis]
+        if (m.root.attrs["start"], m.root.attrs["end"]) == (0, size):
+            return reject("nothing stays of what was there", m.target)
+        return {"axis": axis, "size": size}
+
+    def rewrite(self, b: RewriteBuilder, m: Match, facts: Facts) -> Result:
+        """What is before, the part, what comes after."""
+        axis, size = facts["axis"], facts["size"]
+        start, end = m.root.attrs["start"], m.root.attrs["end"]
+        parts = [m.part]
+        if start != 0:
+            parts.insert(0, b.slice(m.target, axis=axis, start=0, end=start, step=1))
+        if end != size:
+            parts.append(b.slice(m.target, axis=axis, start=end, end=size, step=1))
+        return b.call("concat", *parts, axis=axis)

@@ -107,7 +107,7 @@ def _hint(node: Node, word: str) -> str:
 
 def _word(node: Node, index: int) -> str:
     leaf = node.loc.rpartition(".")[2]
-    if node.op in _MODULES and leaf and not leaf.isdigit():
+    if node.op in _MODULES and leaf.isidentifier():  # a number, or a line of a file, is no name
         return leaf
     if node.op in _RESULTS:
         return _RESULTS[node.op][index]

@@ -1,7 +1,8 @@
 """Finish raising: tidy what the raise passes left, and prove that nothing traced remains.
 
-What           folds what is computed from weights alone, merges equal nodes, drops dead ones, puts
-               nodes in the order in which the outputs need them, and marks the program CANONICAL.
+What           joins what a write of a range leaves with what it writes, folds what is computed
+               from weights alone, merges equal nodes, drops dead ones, puts nodes in the order in
+               which the outputs need them, and marks the program CANONICAL.
                Operators that only a trace may hold are an error that says, for each, why no raise
                pass took it.
 Why it pays    every later pass and every backend relies on the few operators of this stage.
@@ -30,11 +31,13 @@ from dsc.ir.analyses import producers
 from dsc.ir.graph import Graph, Node
 from dsc.ir.program import Program
 from dsc.ir.stages import LEGAL, Stage
+from dsc.passes._splits import WriteToConcat
 from dsc.passes.canonicalise_views import CanonicaliseViews
 from dsc.passes.eliminate_common_subexpressions import EliminateCommonSubexpressions
 from dsc.passes.eliminate_dead_code import EliminateDeadCode
 from dsc.passes.fold_constants import FoldConstants
 from dsc.rewrite.base import Pass, PassReport
+from dsc.rewrite.driver import apply_rules
 
 _TIDY: tuple[Pass, ...] = (
     FoldConstants(weights=True),
@@ -63,6 +66,7 @@ class RaiseCanonical(Pass):
 
     def run(self, program: Program, report: PassReport) -> Program:
         """Raises `UnsupportedOperator` when something traced is left."""
+        program = apply_rules(program, (WriteToConcat(),), report)
         for each in _TIDY:
             program = each.run(program, report)
         left = _left_over(program)

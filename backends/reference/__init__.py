@@ -83,14 +83,27 @@ class ReferenceExecutable:
         self._admissions[entry].check(inputs)
         profiler = active()
         if profiler is None:
-            return self._interpreter.run(entry, inputs)
+            return _owned(graph, inputs, self._interpreter.run(entry, inputs))
         sizes = symbols_of(graph, {v.name: tuple(inputs[v.name].shape) for v in graph.inputs})
         lengths = inputs.get("lengths")
         watch = _Watch(graph)
         results = self._interpreter.run(entry, inputs, watch.observe)
         known = None if lengths is None else lengths.tolist()
         profiler.ran(EntryRun(graph, sizes, known, lambda: watch.steps))
-        return results
+        return _owned(graph, inputs, results)
+
+
+def _owned(
+    graph: Graph, inputs: Mapping[str, torch.Tensor], results: dict[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """Results with memory of their own, as compiled code gives them; updates in place stay."""
+    updates = {graph.output_names[out] for out, _ in graph.aliases}
+    taken = {x.untyped_storage().data_ptr() for x in inputs.values()}
+    for name, x in results.items():
+        if name not in updates and x.untyped_storage().data_ptr() in taken:
+            results[name] = x.clone()
+        taken.add(results[name].untyped_storage().data_ptr())
+    return results
 
 
 class _Watch:

@@ -120,7 +120,8 @@ def _groups(event: Event, group_by: str) -> list[str]:
         case "layer":
             return [layer_of(event.loc)]
         case "module":
-            parts = event.loc.split(".") if event.loc else []
+            is_line = ":" in event.loc  # of a function outside of modules, as `file.py:12`
+            parts = [event.loc] if is_line else event.loc.split(".") if event.loc else []
             paths = [".".join(parts[:n]) for n in range(len(parts), 0, -1)]
             return [*paths, ROOT]
     return [event.name]

@@ -72,6 +72,25 @@ def test_unsupported_operators_run_eagerly_between_compiled_parts(compiled: list
     assert "svd" in explained.fallbacks[0]
 
 
+def test_writes_of_a_range_compile(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()  # through the passes, of which one joins what stays with what is written
+
+    def written(x: Tensor, y: Tensor) -> Tensor:
+        z = x.clone()
+        z[1:3] = y
+        z[:, 0] = 7
+        x[0] = 5
+        return z.sin()
+
+    function = dsc.optimize(backend="reference")(written)
+    for rows in (4, 5, 6):
+        x, y = torch.randn(rows, 3), torch.randn(2, 3)
+        other = x.clone()
+        wanted = written(other, y)
+        torch.testing.assert_close(function(x, y), wanted)
+        assert torch.equal(x, other)
+
+
 def test_random_numbers_come_in_the_order_of_the_program() -> None:
     def drawn(x: Tensor) -> Tensor:
         y = torch.rand_like(x.sin().exp())
