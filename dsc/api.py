@@ -126,7 +126,9 @@ class CompiledModel:
             path = self._artifact.folder / "tokenizer.json"
             return Tokenizer.from_file(str(path)) if path.is_file() else None
         found = self._files.get("tokenizer.json")
-        return Tokenizer.from_file(str(found)) if isinstance(found, Path) else None
+        if isinstance(found, bytes):
+            return Tokenizer.from_str(found.decode())
+        return Tokenizer.from_file(str(found)) if found is not None else None
 
     @cached_property
     def executable(self) -> Executable:

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 from dsc.errors import ConfigError, DscError, UnsupportedArchitecture, UsageError
 from dsc.frontends.config import ModelConfig
 from dsc.frontends.generation_config import Settings, load_generation, settings_of
+from dsc.frontends.tokenizer import TOKENIZER, find_tokenizer
 from dsc.ir.dims import Range
 from dsc.ir.program import Program
 from dsc.ir.types import DType
@@ -161,10 +162,12 @@ def _from_checkpoint(
         )
     checkpoint = load_checkpoint(folder, dtype)
     settings = load_generation(folder, checkpoint.config)
+    tokenizer = find_tokenizer(folder)
     traced = _trace(checkpoint.build(), checkpoint.config, checkpoint.dtype, limits, progress)
     given = None if weights is not None else (checkpoint.weights, checkpoint.source)
     program = _with_weights(traced, given, folder.resolve().name)
-    return _loaded(program, checkpoint.config, limits, settings, folder, checkpoint.notes)
+    notes = checkpoint.notes
+    return _loaded(program, checkpoint.config, limits, settings, folder, notes, tokenizer)
 
 
 def _from_code(
@@ -203,6 +206,7 @@ def _from_code(
         )
     compute = checkpoint.dtype if checkpoint is not None else dtype or _config_dtype(config)
     settings = settings_of({}, config) if folder is None else load_generation(folder, config)
+    tokenizer = (None, "") if folder is None else find_tokenizer(folder)
     with torch.device("meta"), blaming(path):
         module = build(config)
     if not isinstance(module, torch.nn.Module):
@@ -219,7 +223,7 @@ def _from_code(
         return _loaded(_with_weights(traced, None, path.stem), config, limits, settings)
     mapped = retarget(checkpoint, module)
     program = _with_weights(traced, (mapped.weights, mapped.source), path.stem)
-    return _loaded(program, config, limits, settings, folder, checkpoint.notes)
+    return _loaded(program, config, limits, settings, folder, checkpoint.notes, tokenizer)
 
 
 def _from_text(path: Path, limits: Limits) -> Loaded:
@@ -366,14 +370,17 @@ def _loaded(
     settings: Settings,
     folder: Path | None = None,
     notes: Sequence[str] = (),
+    tokenizer: tuple[Path | bytes | None, str] = (None, ""),
 ) -> Loaded:
     generation, unused = settings
     program = replace(program, meta={**program.meta, "generation": generation})
     files: dict[str, Path | bytes] = {}
-    if folder is not None and (folder / "tokenizer.json").is_file():
-        files["tokenizer.json"] = folder / "tokenizer.json"
+    file, note = tokenizer
+    if file is not None:
+        files[TOKENIZER] = file
+    told = [*notes, *unused, *([note] if note else [])]
     source = str(folder.resolve()) if folder is not None else ""
-    return Loaded(program, limits.context(config), source, files, [*notes, *unused])
+    return Loaded(program, limits.context(config), source, files, told)
 
 
 def _build_function(path: Path) -> Callable[[ModelConfig], nn.Module]:

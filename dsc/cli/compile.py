@@ -122,6 +122,8 @@ def _describe(compiled: CompiledModel, folder: Path, json: bool, aside: bool) ->
         report = {"output": str(folder), "backend": compiled.backend, "bytes": total}
         console.print_json(report | {"report": compiled.report})
         return
+    for note in compiled.report.get("notes", []):
+        console.stderr().print(f"note: {note}")
     (console.stderr() if aside else console.stdout()).print(
         f"{folder}: {len(files)} files, {console.human_bytes(total)}, for {compiled.backend}"
     )

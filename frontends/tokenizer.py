@@ -1,0 +1,130 @@
+"""The tokenizer of a checkpoint: its `tokenizer.json`, or one made from `tiktoken.model`.
+
+Moonlight and Kimi-K2 publish no `tokenizer.json` but the ranks of byte pairs (`tiktoken.model`),
+the special tokens (`tokenizer_config.json`) and a Python file that knows the pattern by which text
+is split first. That file is never run. The ranks go through transformers' own converter with the
+pattern that its class has; for a class whose pattern is not known here nothing is guessed, since
+another split is another text to the model.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+from pathlib import Path
+from typing import Any
+
+from dsc.errors import CheckpointError, ConfigError
+from dsc.frontends.config import read_bounded
+from dsc.frontends.strict_json import JsonObject, parse_object
+
+TOKENIZER, RANKS, SETTINGS = "tokenizer.json", "tiktoken.model", "tokenizer_config.json"
+MAX_RANKS_BYTES = 64 << 20
+"""Kimi-K2's ranks take 2.8 MB."""
+_LETTER, _MARKS = r"[^\r\n\p{L}\p{N}]?", r"\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]"
+_ENDING = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+PATTERNS = {
+    "TikTokenTokenizer": "|".join((
+        r"[\p{Han}]+",
+        rf"{_LETTER}[\p{{Lu}}\p{{Lt}}{_MARKS}]*[\p{{Ll}}{_MARKS}]+{_ENDING}",
+        rf"{_LETTER}[\p{{Lu}}\p{{Lt}}{_MARKS}]+[\p{{Ll}}{_MARKS}]*{_ENDING}",
+        r"\p{N}{1,3}", r" ?[^\s\p{L}\p{N}]+[\r\n]*", r"\s*[\r\n]+", r"\s+(?!\S)", r"\s+",
+    )),
+}  # fmt: skip
+"""How text is split before byte pairs are merged, by `tokenizer_class`."""
+
+
+def find_tokenizer(folder: Path) -> tuple[Path | bytes | None, str]:
+    """A folder's tokenizer, as a file or as the JSON made from its ranks; and what to tell of it.
+
+    Raises:
+        CheckpointError, ConfigError: the files are damaged or contradict each other.
+    """
+    file, ranks = folder / TOKENIZER, folder / RANKS
+    if file.is_file():
+        return file, ""
+    if not ranks.is_file():
+        return None, ""
+    settings: JsonObject = {}
+    if (folder / SETTINGS).is_file():
+        text = read_bounded(folder / SETTINGS)
+        settings = parse_object(text, str(folder / SETTINGS), ConfigError)
+    name = settings.get("tokenizer_class")
+    pattern = PATTERNS.get(name) if isinstance(name, str) else None
+    if pattern is None:
+        return None, (
+            f"{RANKS} is not used: how tokenizer_class {name!r} splits text is not known; text can "
+            f"be read once a {TOKENIZER} lies beside it (save one with transformers)"
+        )
+    made = _converted(ranks, pattern, _special(settings, str(folder / SETTINGS)))
+    return made, f"{TOKENIZER} was made from {RANKS}"
+
+
+def read_ranks(file: Path) -> dict[bytes, int]:
+    """The byte pairs of a tiktoken file, lines of base64 and rank, and the rank of each.
+
+    Raises:
+        CheckpointError: a line is damaged, or the ranks are not 0, 1, 2, …
+    """
+    found: dict[bytes, int] = {}
+    for number, line in enumerate(read_bounded(file, MAX_RANKS_BYTES).splitlines(), 1):
+        where = f"{file}, line {number}"
+        parts = line.split()
+        if not parts:
+            continue
+        try:
+            token, rank = base64.b64decode(parts[0], validate=True), int(parts[1])
+        except (binascii.Error, ValueError, IndexError):
+            raise CheckpointError("a line must be base64 and a rank", where) from None
+        if rank != len(found) or token in found:
+            raise CheckpointError(
+                f"rank {rank} where {len(found)} follows", f"{file}, line {number}"
+            )
+        found[token] = rank
+    absent = [byte for byte in range(256) if bytes([byte]) not in found]
+    if absent:
+        raise CheckpointError(f"{len(absent)} single bytes have no rank", str(file))
+    return found
+
+
+def _special(settings: JsonObject, where: str) -> dict[int, str]:
+    """The special tokens of `tokenizer_config.json` by id."""
+    listed = settings.get("added_tokens_decoder", {})
+    if not isinstance(listed, dict):
+        raise ConfigError("added_tokens_decoder must be an object", where)
+    found: dict[int, str] = {}
+    for key, value in listed.items():
+        content = value.get("content") if isinstance(value, dict) else None
+        if not key.isdecimal() or not isinstance(content, str) or not content:
+            raise ConfigError(f"added_tokens_decoder.{key} is no token with its id", where)
+        found[int(key)] = content
+    return found
+
+
+def _converted(file: Path, pattern: str, special: dict[int, str]) -> bytes:
+    """`tokenizer.json` by transformers' converter; special tokens get the ids that they have."""
+    from transformers.convert_slow_tokenizer import TikTokenConverter
+
+    ranks = read_ranks(file)
+    last = max(special, default=len(ranks) - 1)
+    if min(special, default=len(ranks)) < len(ranks) or last > len(ranks) + (1 << 16):
+        raise ConfigError(
+            f"added_tokens_decoder has ids outside {len(ranks)}, … which follow the byte pairs",
+            str(file.with_name(SETTINGS)),
+        )
+
+    class Converter(TikTokenConverter):  # type: ignore[misc]
+        """The ranks are read here: the package tiktoken is not needed."""
+
+        @staticmethod
+        def load_tiktoken_bpe(_: str) -> dict[bytes, int]:
+            return ranks
+
+    names = [special.get(i, f"<|reserved_token_{i}|>") for i in range(len(ranks), last + 1)]
+    made: Any = Converter(str(file), pattern, extra_special_tokens=names).converted()
+    wrong = [name for i, name in enumerate(names, len(ranks)) if made.token_to_id(name) != i]
+    if wrong:
+        raise ConfigError(
+            f"added_tokens_decoder has {wrong[0]!r} twice", str(file.with_name(SETTINGS))
+        )
+    return str(made.to_str()).encode()

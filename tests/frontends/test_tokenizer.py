@@ -1,0 +1,124 @@
+"""Tokenizers that come as byte pairs: converted without the checkpoint's code, or said."""
+
+from __future__ import annotations
+
+import base64
+import json
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import regex  # type: ignore[import-untyped]
+from tokenizers import Tokenizer
+
+from dsc.errors import CheckpointError, ConfigError
+from dsc.frontends.tokenizer import PATTERNS, find_tokenizer, read_ranks
+from dsc.models.configs import TINY_CHECKPOINT
+
+CLASS = "TikTokenTokenizer"
+MERGES = ["in", "th", "the", " the", "er", "12", "123", "ing", "Th", "'s", " s"]
+SPECIAL = {268: "[BOS]", 270: "<|im_end|>"}
+TEXTS = [
+    "The singer's 12345 things", "in the", "  the\n\n  x", "\u4e2d\u6587the\u4e2d", "'S THING's",
+    "a\u0301b \U0001f600!", "\r\nthe\r\n", "",
+]  # fmt: skip
+
+
+def ranks() -> dict[bytes, int]:
+    """All bytes, then pairs whose halves have ranks already, as tiktoken orders them."""
+    tokens = [bytes([byte]) for byte in range(256)] + [merge.encode() for merge in MERGES]
+    return {token: rank for rank, token in enumerate(tokens)}
+
+
+def write(folder: Path, **changes: Any) -> Path:
+    """A folder with ranks and special tokens, as Moonlight and Kimi-K2 have them."""
+    lines = (f"{base64.b64encode(token).decode()} {rank}" for token, rank in ranks().items())
+    (folder / "tiktoken.model").write_text("\n".join(lines) + "\n")
+    decoder = {str(i): {"content": content, "special": True} for i, content in SPECIAL.items()}
+    settings = {"tokenizer_class": CLASS, "added_tokens_decoder": decoder} | changes
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    return folder
+
+
+def merged(piece: bytes) -> list[int]:
+    """Byte pairs by definition: of all neighbours that are a token, the lowest rank first."""
+    table, parts = ranks(), [bytes([byte]) for byte in piece]
+    while True:
+        pairs = [(table[a + b], i) for i, (a, b) in enumerate(pairwise(parts)) if a + b in table]
+        if piece in table:
+            return [table[piece]]
+        if not pairs:
+            return [table[part] for part in parts]
+        _, at = min(pairs)
+        parts[at : at + 2] = [parts[at] + parts[at + 1]]
+
+
+def test_ranks_become_the_tokenizer_that_they_describe(tmp_path: Path) -> None:
+    """Every text is split by the class's pattern and merged by rank; special tokens keep ids."""
+    (tmp_path / "tokenization_kimi.py").write_text("raise SystemExit('imported')")
+    made, note = find_tokenizer(write(tmp_path))
+    assert isinstance(made, bytes)
+    assert note == "tokenizer.json was made from tiktoken.model"
+    tokenizer = Tokenizer.from_str(made.decode())
+    pattern = regex.compile(PATTERNS[CLASS], regex.V1)
+    for text in TEXTS:
+        pieces = [match[0] for match in pattern.finditer(text)]
+        assert "".join(pieces) == text
+        expected = [i for piece in pieces for i in merged(piece.encode())]
+        assert tokenizer.encode(text).ids == expected, text
+        assert tokenizer.decode(expected) == text
+    assert tokenizer.encode("[BOS]the<|im_end|>").ids == [268, ranks()[b"the"], 270]
+    assert tokenizer.token_to_id("<|reserved_token_267|>") == 267
+
+
+def test_a_folder_with_a_tokenizer_keeps_it() -> None:
+    assert find_tokenizer(TINY_CHECKPOINT) == (TINY_CHECKPOINT / "tokenizer.json", "")
+
+
+def test_no_tokenizer_is_nothing_to_tell(tmp_path: Path) -> None:
+    assert find_tokenizer(tmp_path) == (None, "")
+
+
+@pytest.mark.parametrize("name", ["QWenTokenizer", None, 3])
+def test_a_class_whose_split_is_not_known_is_said_and_not_guessed(
+    tmp_path: Path, name: object
+) -> None:
+    made, note = find_tokenizer(write(tmp_path, tokenizer_class=name))
+    assert made is None
+    assert repr(name) in note
+    assert "once a tokenizer.json lies beside it" in note
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("AA== 0\nAQ== 2\n", "rank 2 where 1 follows"),
+        ("AA== 0\nAA== 1\n", "rank 1 where 1 follows"),
+        ("AA== 0\n\u00e9 1\n", "base64 and a rank"),
+        ("AA== x\n", "base64 and a rank"),
+        ("AA==\n", "base64 and a rank"),
+        ("AA== 0\n", "255 single bytes have no rank"),
+    ],
+)
+def test_damaged_ranks_are_refused_with_their_line(tmp_path: Path, text: str, words: str) -> None:
+    file = tmp_path / "tiktoken.model"
+    file.write_text(text)
+    with pytest.raises(CheckpointError, match=words):
+        read_ranks(file)
+
+
+@pytest.mark.parametrize(
+    "decoder",
+    [
+        {"268": {"content": "a"}, "269": {"content": "a"}},
+        {"3": {"content": "[BOS]"}},
+        {"99999999": {"content": "[BOS]"}},
+        {"x": {"content": "[BOS]"}},
+        {"268": "[BOS]"},
+        ["[BOS]"],
+    ],
+)
+def test_special_tokens_that_contradict_are_refused(tmp_path: Path, decoder: object) -> None:
+    with pytest.raises(ConfigError, match="added_tokens_decoder"):
+        find_tokenizer(write(tmp_path, added_tokens_decoder=decoder))
