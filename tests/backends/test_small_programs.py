@@ -19,6 +19,8 @@ from dsc.ir.weights import random_source, random_tensor, sources
 BACKENDS = ("reference", "tvm", "onnxruntime")
 GRAPHS = {
     "one_layer": "(%x: f32[3,2]) { %y = linear %x, @weight\n return %y }",
+    "from_a_line": '(%x: f32[3,2], %w: f32[4,2]) { %a = linear %x, %w loc "file.py:382"\n'
+    " %y = relu %a\n return %y }",
     "one_reduction": "(%x: f32[3,2]) { %y = softmax %x\n return %y }",
     "one_view": "(%x: f32[3,2]) { %y = permute %x {dims=[1,0]}\n return %y }",
     "identity": "(%x: f32[3,2]) { return %x }",
