@@ -17,6 +17,7 @@ from dsc.backends.triton import TritonBackend
 from dsc.backends.triton.backend import RUNNER
 from dsc.backends.triton.launch import LaunchProgram
 from dsc.backends.triton.schedule import resolve
+from dsc.ir.index_ranges import index_ranges
 from dsc.ir.printer import print_program
 from dsc.ir.program import Program
 from tests.backends.canonical_lm import Sizes, canonical_lm
@@ -29,6 +30,7 @@ import sys, torch
 from pathlib import Path
 from dsc.backends.triton import TritonBackend
 from dsc.backends.triton.cuda import CudaExecutable
+from dsc.errors import UsageError
 from dsc.ir.parser import parse_program
 
 folder = Path(sys.argv[1])
@@ -39,6 +41,13 @@ inputs = {}
 for value in program.entries["decode"].inputs:
     shape = [{"B": 1, "C": 40}.get(str(d), d) for d in value.type.shape]
     inputs[value.name] = torch.zeros(shape, dtype=value.type.dtype.torch)
+for name, wrong in (("input_ids", 50), ("lengths", 40), ("logits_at", 1), ("positions", -1)):
+    try:
+        executable.run("decode", {**inputs, name: torch.full_like(inputs[name], wrong)})
+    except UsageError as refusal:
+        assert f"input {name} holds {wrong}" in str(refusal)
+    else:
+        sys.exit(f"{name} of {wrong} ran")
 outputs = executable.run("decode", inputs)
 assert outputs["present.0.latent"] is inputs["past.0.latent"]
 outputs = executable.run("decode", inputs)
@@ -94,12 +103,18 @@ def test_the_generated_script_makes_the_same_launches(
 ) -> None:
     folder, program = artifact
     limits = {"max_context": 40 - CHUNK, "prefill_chunk": CHUNK}
-    meta = {"guards": program.meta["guards"]}
+    checks = index_ranges(program.entries["decode"], program.symbols).facts
+    meta = {"guards": program.meta["guards"], "checks": checks}
     manifest = {"limits": limits, "meta": meta, "weights": "weights/model.safetensors"}
     (folder / "dsc.json").write_text(json.dumps(manifest))
     step = (
         "import numpy as np; i = np.zeros((1, 1), np.int64); m = Model(sys.argv[1])\n"
         "for _ in range(2): logits = m.step(i, i, i[0], i)\n"
+        "far = [(i + 50, i, i[0], i), (i, i - 1, i[0], i), (i, i, i[0] + 39, i), (i, i, i, i),\n"
+        "       (i, i, i[0], i + 1), (i, i, i[0] - 1, i), (i.astype(np.int32), i, i[0], i)]\n"
+        "for given in far:\n"
+        "    try: sys.exit(f'{given} ran {m.step(*given)}')\n"
+        "    except ValueError: pass\n"
         "assert logits.shape == (1, 1, 50) and not logits.any()\n"
         "assert not {'torch', 'triton', 'dsc'} & sys.modules.keys()\n"
     )
