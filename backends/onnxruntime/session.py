@@ -105,7 +105,11 @@ class OnnxExecutable:
             _bind(binding.bind_output, theirs, ONNX_TYPE[output.type.dtype], results[name])
         if timed is not None:
             timed.starts(inputs)
-        session.run_with_iobinding(binding)
+        try:
+            session.run_with_iobinding(binding)
+        except Exception as problem:  # ONNX Runtime's have no class of their own in common
+            self._admissions[entry].blame_computed(problem)
+            raise
         return results
 
     def set_threads(self, threads: int | None, pin: bool | None) -> None:

@@ -83,7 +83,11 @@ class ReferenceExecutable:
         self._admissions[entry].check(inputs)
         profiler = active()
         if profiler is None:
-            return _owned(graph, inputs, self._interpreter.run(entry, inputs))
+            try:
+                return _owned(graph, inputs, self._interpreter.run(entry, inputs))
+            except (IndexError, RuntimeError) as problem:
+                self._admissions[entry].blame_computed(problem)
+                raise
         sizes = symbols_of(graph, {v.name: tuple(inputs[v.name].shape) for v in graph.inputs})
         lengths = inputs.get("lengths")
         watch = _Watch(graph)

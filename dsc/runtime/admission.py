@@ -76,6 +76,17 @@ class Admission:
         for pages in self._found.pages:
             check_pages(pages, inputs[pages.table], inputs[pages.lengths])
 
+    def blame_computed(self, problem: Exception) -> None:
+        """Raise `UsageError` for what went wrong where the entry computes an index itself.
+
+        Only whoever runs it can tell that such an index is outside, in words of its own.
+        """
+        if self._found.computed:
+            names = ", ".join(sorted({c.node.op for c in self._found.computed}))
+            raise UsageError(
+                f"an index that is computed must be inside ({names}): {problem}"
+            ) from problem
+
     def _admit(self, name: str, size: int) -> None:
         bound = self._symbols.get(name)
         if bound is None or bound.lo <= size <= bound.hi:

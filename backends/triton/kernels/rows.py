@@ -163,14 +163,17 @@ def take_rows(
     """y[p] = table[base(p) + index[p]]; grid (row tiles, column tiles).
 
     base(p) = (p // per_batch) * batch_rows: embedding and take have one table (batch_rows = 0),
-    select_rows has one a batch. An index below zero counts from the end, of LIMIT rows.
+    select_rows has one a batch. An index below zero counts from the end, of LIMIT rows; one that
+    was computed and lies outside of them gives zeros: a launch cannot refuse.
     """
     row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     at = tl.load(index + row, mask=row < rows, other=0).to(tl.int64)
-    at = tl.where(at < 0, at + LIMIT, at) + (row // per_batch).to(tl.int64) * batch_rows
+    at = tl.where(at < 0, at + LIMIT, at)
+    inside = (at >= 0) & (at < LIMIT)
+    at += (row // per_batch).to(tl.int64) * batch_rows
     keep = (row[:, None] < rows) & (d[None, :] < D)
-    v = tl.load(table + at[:, None] * table_row + d[None, :], mask=keep, other=0)
+    v = tl.load(table + at[:, None] * table_row + d[None, :], keep & inside[:, None], other=0)
     tl.store(y + row[:, None].to(tl.int64) * D + d[None, :], v, mask=keep)
 
 
@@ -324,6 +327,7 @@ def lookup(
     """y[o, j, i] = x[o, index, i], x dense [outer, extent, inner], y dense [outer, wanted, inner].
 
     SHARED: the index is i64[wanted], one for all (take); else i64[outer, wanted, inner] (gather).
+    Indices as in `take_rows`.
     """
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     keep = at < n
@@ -334,5 +338,6 @@ def lookup(
         entry = j % wanted
     chosen = tl.load(index + entry, mask=keep, other=0)
     chosen = tl.where(chosen < 0, chosen + extent, chosen)
-    v = tl.load(x + ((j // wanted) * extent + chosen) * inner + i, mask=keep, other=0)
+    inside = keep & (chosen >= 0) & (chosen < extent)
+    v = tl.load(x + ((j // wanted) * extent + chosen) * inner + i, mask=inside, other=0)
     tl.store(y + at, v, mask=keep)
