@@ -15,6 +15,7 @@ from typer import Option
 from dsc.cli import options
 
 if TYPE_CHECKING:
+    from dsc.ir.program import Program
     from dsc.runtime.protocol import Spread, Turn
 
 _VOCAB_SEED = 0
@@ -49,7 +50,6 @@ def bench(
     """
     from dsc import api
     from dsc.cli import console
-    from dsc.cli.generate import manifest_config
     from dsc.cli.ranks import launched, speaks
     from dsc.runtime.limit import limit_seconds, prefill_work, step_work, working_set
     from dsc.runtime.probes import MatrixProbe, ReadProbe
@@ -62,8 +62,14 @@ def bench(
         return
     start = time.perf_counter()
     compiled = api.load(artifact, trust=trust, **options.chosen(threads=threads, pin=pin))
-    vocab = vocabulary(manifest_config(artifact))
-    session = compiled.session(max_batch=batch, max_context=context + tokens * (rounds + 1))
+    vocab, steps = vocabulary(compiled.program), context + tokens * (rounds + 1)
+    check_fits(
+        compiled,
+        batch,
+        prefill=(prompt_len, "--prompt-len"),
+        decode=(steps, f"--context, and --tokens in {rounds} --rounds and a warm-up,"),
+    )
+    session = compiled.session(max_batch=batch, max_context=steps)
     loading = time.perf_counter() - start
     compiled.session(max_batch=batch, max_context=prompt_len).prefill(
         random_ids(vocab, batch, prompt_len)
@@ -77,7 +83,6 @@ def bench(
         measure_decode(session, vocab, batch, context, tokens, rounds, lambda: 1.0)
         return
     count, ranks = machine_threads(threads)
-    device = compiled.targets[0]
     first = prefill_work(compiled.program, batch, min(chunk, prompt_len), chunk)
     with (
         console.progress_bar() as progress,
@@ -100,11 +105,10 @@ def bench(
     def least_step(bandwidth: float) -> float:
         return limit_seconds(step, bandwidth / ranks, computing / ranks)
 
-    is_read = on_cpu(device)  # the probes read processors
-    unread = f"no share of a limit: the probes read processors, and this is code for {device}"
+    note = unread(compiled)
     result = {
         "backend": compiled.backend,
-        "device": device,
+        "device": compiled.targets[0],
         "ranks": ranks,
         "batch": batch,
         "threads": count,
@@ -118,11 +122,11 @@ def bench(
         },
         "prefill": {
             "tokens": prompt_len,
-            **summary(prefills, batch * prompt_len, least_prefill if is_read else None, unread),
+            **summary(prefills, batch * prompt_len, None if note else least_prefill, note),
         },
         "decode": {
             "context": context,
-            **summary(decodes, batch, least_step if is_read else None, unread),
+            **summary(decodes, batch, None if note else least_step, note),
         },
     }
     if json:
@@ -143,11 +147,38 @@ def machine_threads(threads: int | None) -> tuple[int, int]:
     return min(available(), threads * ranks) if threads else available(), ranks
 
 
-def on_cpu(target: str) -> bool:
-    """Whether code for a target runs on processors, whose speed is what the probes read."""
+def unread(compiled: Any) -> str:
+    """Why a model is held against no limit; nothing where the probes read what it runs on."""
     from dsc.targets import parse_target
 
-    return parse_target(target).kind == "cpu"
+    if compiled.backend == "null":
+        return "no share of a limit: the null backend computes nothing"
+    if parse_target(compiled.targets[0]).kind == "cpu":
+        return ""
+    return (
+        "no share of a limit: the probes read processors, and this is code for"
+        f" {compiled.targets[0]}"
+    )
+
+
+def check_fits(compiled: Any, batch: int, **needed: tuple[int, str]) -> None:
+    """Raise `UsageError` unless an artifact takes so many sequences, of so many tokens.
+
+    `needed` are tokens, and the options that ask for them.
+    """
+    from dsc.errors import UsageError
+
+    if batch > compiled.max_batch:
+        raise UsageError(
+            f"--batch {batch}: the artifact takes {compiled.max_batch} sequences",
+            hint=f"give --batch {compiled.max_batch}, or compile it with a larger --max-batch",
+        )
+    for tokens, asked in needed.values():
+        if tokens > compiled.max_context:
+            raise UsageError(
+                f"{asked} need {tokens} tokens: the artifact holds {compiled.max_context}",
+                hint="ask for fewer, or compile it with a larger --max-context",
+            )
 
 
 def _show(result: Mapping[str, Any]) -> None:
@@ -175,16 +206,16 @@ def _show(result: Mapping[str, Any]) -> None:
     )
 
 
-def vocabulary(config: Mapping[str, Any]) -> int:
-    """Return the number of tokens a model knows."""
+def vocabulary(program: Program) -> int:
+    """Return the number of tokens a model knows: how many logits it gives. Raises `UsageError`."""
     from dsc.errors import UsageError
 
-    if "vocab_size" not in config:
-        raise UsageError(
-            "the model's configuration has no vocab_size, from which random tokens are drawn",
-            hint="take a model that was compiled from a checkpoint or from models/v3.py",
-        )
-    return int(config["vocab_size"])
+    for graph in program.entries.values():
+        for name, value in zip(graph.output_names, graph.outputs, strict=True):
+            size = value.type.shape[-1] if name == "logits" and value.type.rank else None
+            if isinstance(size, int):
+                return size
+    raise UsageError("only causal language models are measured", where=f"{program.name}: no logits")
 
 
 def measure_prefill(
@@ -284,8 +315,8 @@ def judged(shares: Spread) -> tuple[float | None, list[float] | None, str]:
 
     if shares.median > 1.0 + DRIFT:
         note = (
-            "no share of a limit: steps are faster than the probes say that they can be, by"
-            f" {shares.median - 1:.0%}"
+            "no share of a limit: steps are faster than the probes say that they can be,"
+            f" {shares.median:.2f} times"
         )
         return None, None, note
     note = f"at the limit, whose readings vary by {DRIFT:.0%}" if shares.median > 1.0 else ""

@@ -66,8 +66,7 @@ def profile(
     """
     from dsc import api
     from dsc.cli import console
-    from dsc.cli.bench import machine_threads, on_cpu, vocabulary
-    from dsc.cli.generate import manifest_config
+    from dsc.cli.bench import check_fits, machine_threads, unread, vocabulary
     from dsc.cli.ranks import launched, speaks
     from dsc.files import check_writable
     from dsc.runtime.probes import READ_BYTES, machine
@@ -84,7 +83,12 @@ def profile(
     ):  # fmt: skip
         return
     compiled = api.load(artifact, trust=trust, **options.chosen(threads=threads, pin=pin))
-    vocab = vocabulary(manifest_config(artifact))
+    vocab, note = vocabulary(compiled.program), unread(compiled)
+    if phase == "decode":
+        asked = (context + tokens + warmup, "--context, --tokens and --warmup")
+    else:
+        asked = (prompt_len, "--prompt-len")
+    check_fits(compiled, batch, tokens=asked)
     found = None
     with console.progress_bar() as progress:
         progress(phase)
@@ -94,7 +98,7 @@ def profile(
             profiler = _prefill(compiled, Profiler(), vocab, batch, prompt_len, tokens, warmup)
         if not speaks():
             return
-        if on_cpu(compiled.targets[0]):
+        if not note:
             progress("reading the machine's speed")
             count, ranks = machine_threads(threads)
             size = ranks * working_set(profiler.events) or READ_BYTES
@@ -116,9 +120,8 @@ def profile(
     profiler.print_stats(sort_by, row_limit, group_by, found, shares=found is not None)
     line = (f"{name.replace('_', ' ')} {console.human_bytes(n)}" for name, n in memory.items())
     console.stdout().print(f"{warmup} more were run before and left out")
-    if found is None:
-        target = compiled.targets[0]
-        console.stdout().print(f"no shares: the probes read processors, this is code for {target}")
+    if note:
+        console.stdout().print(note)
     console.stdout().print("memory: " + ", ".join(line))
 
 

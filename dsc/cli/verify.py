@@ -101,6 +101,8 @@ def verify(
         compiled = (
             api.load(folder, trust=trust) if is_artifact else api.compile(model, progress=progress)
         )
+        if compiled.backend == "null":
+            raise _nothing_to_compare()
         source = source_of(compiled, checkpoint)
         check_oracle(against, source)
         ids, is_text = token_ids(compiled, text, tokens)
@@ -166,7 +168,7 @@ def token_ids(compiled: CompiledModel, text: Path | None, limit: int) -> tuple[l
         return ids, True
     if text is not None:
         raise UsageError("the model has no tokenizer to read the text with", where=str(text))
-    vocab = vocabulary(compiled.manifest["config"])
+    vocab = vocabulary(compiled.program)
     return [int(i) for i in random_ids(vocab, 1, limit)[0]], False
 
 
@@ -234,6 +236,14 @@ def noise_of(
     rounded = api.compile(source, backend="reference", dtype=dtype)
     exact = oracle if against == "reference" else oracle_logits("reference", source, ids)
     return verification.Noise.of(verification.session_logits(rounded, ids), exact)
+
+
+def _nothing_to_compare() -> Exception:
+    from dsc.errors import UsageError
+
+    return UsageError(
+        "the null backend computes nothing to compare", hint="compile for another --backend"
+    )
 
 
 def _other_model(compiled: CompiledModel, source: str, ours: Any, oracle: Any) -> Exception:

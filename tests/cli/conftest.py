@@ -90,7 +90,7 @@ class CountingModel:
     def __init__(self, backend: str = "reference") -> None:
         self.backend = backend
         self.source = "somewhere"
-        self.max_context = 4096
+        self.max_context, self.max_batch = 4096, 4
         self.report: dict[str, Any] = {"passes": []}
         self.tokenizer = LetterTokenizer()
         self.sessions: list[tuple[int, int]] = []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -129,6 +130,34 @@ def test_a_profile_leaves_warm_up_runs_out(
     shown = invoke(*line).stdout
     assert "5 runs" in shown
     assert "code for cuda:sm_90" in shown
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("bench --batch 5", "--batch 5: the artifact takes 4 sequences"),
+        ("bench --prompt-len 5000", "--prompt-len need 5000 tokens: the artifact holds 4096"),
+        ("bench --context 4000", "--rounds and a warm-up, need 4320 tokens"),
+        ("profile --context 4096", "--tokens and --warmup need 4114 tokens"),
+        ("profile --phase prefill --prompt-len 4097", "--prompt-len need 4097"),
+    ],
+)
+def test_what_an_artifact_does_not_hold_is_told_in_options(
+    line: str, said: str, api: FakeApi, invoke: Invoke, artifact: Path
+) -> None:
+    verb, *options = line.split()
+    with pytest.raises(UsageError, match=re.escape(said)):
+        invoke(verb, str(artifact), *options)
+
+
+def test_the_null_backend_is_neither_judged_nor_verified(
+    api: FakeApi, invoke: Invoke, artifact: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(api, "load", lambda *_, **__: CountingModel("null"))
+    with pytest.raises(UsageError, match="computes nothing to compare"):
+        invoke("verify", str(artifact))
+    shown = invoke("profile", str(artifact), "--tokens=1").stdout
+    assert "the null backend computes nothing" in shown
 
 
 def test_profile_prints_rows_and_writes_a_trace(

@@ -99,17 +99,6 @@ def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return compiled(small(), ranks=2).save(tmp_path_factory.mktemp("small") / "out")
 
 
-@pytest.fixture(scope="module")
-def artifact_with_vocabulary(artifact: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same, with the configuration that a causal language model's artifact has."""
-    out = tmp_path_factory.mktemp("named") / "out"
-    shutil.copytree(artifact, out)
-    manifest = json.loads((out / "dsc.json").read_text())
-    manifest["config"] = {"vocab_size": 2000}
-    (out / "dsc.json").write_text(json.dumps(manifest))
-    return out
-
-
 # --- processes ------------------------------------------------------------------------------------
 
 
@@ -344,10 +333,10 @@ def test_who_starts_all_ranks_need_not_be_told(
     assert capsys.readouterr().err == ""
 
 
-def test_bench_starts_the_ranks_as_generate_does(artifact_with_vocabulary: Path) -> None:
+def test_bench_starts_the_ranks_as_generate_does(artifact: Path) -> None:
     """Of which rank 0 alone prints, and all take the same steps."""
     options = "--prompt-len=8 --context=8 --tokens=2 --rounds=1 --repeats=1 --json"
-    line = launch.command(["bench", str(artifact_with_vocabulary), *options.split()])
+    line = launch.command(["bench", str(artifact), *options.split()])
     done = subprocess.run(line, capture_output=True, text=True, timeout=LIMIT, check=False)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
