@@ -16,7 +16,7 @@ from dsc.cli import doctor
 from dsc.cli.bench import summary
 from dsc.cli.compile import default_output
 from dsc.cli.opt import read_text
-from dsc.errors import ArtifactError, UsageError
+from dsc.errors import ArtifactError, FileError, UsageError
 from dsc.runtime.profiler import span
 from dsc.runtime.protocol import Turn
 
@@ -258,7 +258,7 @@ def test_an_artifact_that_is_no_json_is_refused(invoke: Invoke, artifact: Path) 
 
 
 def test_opt_refuses_a_missing_file(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="cannot read it"):
+    with pytest.raises(FileError, match="No such file"):
         read_text(str(tmp_path / "none.dsc"))
 
 
