@@ -86,15 +86,15 @@ class CountingModel:
     """What the fake `compile` and `load` return."""
 
     targets: tuple[str, ...] = ("cpu",)
+    limits = (2, 64)
 
     def __init__(self, backend: str = "reference") -> None:
         self.backend = backend
         self.source = "somewhere"
-        self.max_context, self.max_batch = 4096, 4
         self.report: dict[str, Any] = {"passes": []}
         self.tokenizer = LetterTokenizer()
         self.sessions: list[tuple[int, int]] = []
-        self.max_batch, self.max_context = 2, 64
+        self.max_batch, self.max_context = self.limits
         self.manifest: dict[str, Any] = {
             "config": {"vocab_size": VOCAB},
             "generation": {"eos_token_id": [7]},

@@ -23,6 +23,12 @@ from dsc.runtime.protocol import Turn
 from .conftest import GENERATION, VOCAB, CountingModel, CountingSession, FakeApi, Invoke
 
 
+@pytest.fixture(autouse=True)
+def room(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Artifacts that hold what the verbs that measure ask for."""
+    monkeypatch.setattr(CountingModel, "limits", (4, 4096))
+
+
 def test_compile_passes_only_what_was_asked(api: FakeApi, invoke: Invoke, tmp_path: Path) -> None:
     line = f"compile m.py --backend tvm --target cpu --max-batch 4 -o {tmp_path}/o"
     result = invoke(*line.split())
@@ -225,7 +231,7 @@ def test_verify_refuses_a_text_that_is_none(
         assert invoke("verify", str(artifact), "--text", str(text)).exit_code == 2
         return
     text.write_bytes(content)
-    with pytest.raises(UsageError, match="cannot read it"):
+    with pytest.raises(UsageError, match="no UTF-8"):
         invoke("verify", str(artifact), "--text", str(text))
 
 
