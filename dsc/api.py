@@ -159,9 +159,17 @@ class CompiledModel:
     def run(
         self, inputs: Mapping[str, torch.Tensor], entry: str | None = None
     ) -> dict[str, torch.Tensor]:
-        """Run one entry (the only one by default) on tensors by name."""
+        """Run one entry (the first by default) on tensors by name."""
+        import torch
+
         name = entry or next(iter(self.program.entries))
         self.program.entry(name, inputs)
+        given: Mapping[str, object] = inputs  # whatever a caller's types say
+        strange = [k for k, v in given.items() if not isinstance(v, torch.Tensor)]
+        if strange:
+            raise UsageError(
+                f"no tensors: {', '.join(strange)}", hint="give torch tensors; a session takes both"
+            )
         return self.executable.run(name, inputs)
 
     def set_threads(self, threads: int | None = None, pin: bool | None = None) -> None:
@@ -170,6 +178,8 @@ class CompiledModel:
         Holds for all sessions of this model. Raises `UsageError` where that is impossible: the
         backend has no threads, or its thread pool was started smaller.
         """
+        if threads is not None and threads < 1:
+            raise UsageError(f"{threads} threads asked", hint="give at least 1")
         set_threads(self.executable, threads, pin)
 
     def session(

@@ -33,18 +33,21 @@ def bind_symbols(graph: Graph, inputs: Sequence[Any]) -> dict[str, int]:
     if len(inputs) != len(graph.inputs):
         raise UsageError(f"{graph.name} takes {len(graph.inputs)} inputs, {len(inputs)} given")
     env: dict[str, int] = {}
-    composite: list[tuple[Value, Dim, int]] = []
+    composite: list[tuple[Value, int, Dim, int]] = []
     for value, tensor in zip(graph.inputs, inputs, strict=True):
-        composite += _bind_shape(value, tuple(tensor.shape), env)
+        composite += _bind_shape(graph, value, tuple(tensor.shape), env)
         if DType.of(tensor.dtype) != value.type.dtype:
-            raise UsageError(f"input {value.name} is {tensor.dtype}, {value.type} is declared")
-    for value, dim, size in composite:
+            raise UsageError(
+                f"input {value.name} is {tensor.dtype}, {value.type.dtype} is declared"
+            )
+    for value, axis, dim, size in composite:
         unknown = free_symbols(dim) - env.keys()
         if len(unknown) == 1:
             _solve(dim, size, min(unknown), env)
         if free_symbols(dim) <= env.keys() and evaluate(dim, env) != size:
             raise UsageError(
-                f"input {value.name} has {size} elements where {dim} = {evaluate(dim, env)} is due"
+                f"input {value.name} has {size} at axis {axis}, where the sizes of the other"
+                f" inputs want {evaluate(dim, env)}"
             )
     return env
 
@@ -171,21 +174,30 @@ def _solve(dim: Dim, size: int, name: str, env: dict[str, int]) -> None:
 
 
 def _bind_shape(
-    value: Value, shape: tuple[int, ...], env: dict[str, int]
-) -> list[tuple[Value, Dim, int]]:
+    graph: Graph, value: Value, shape: tuple[int, ...], env: dict[str, int]
+) -> list[tuple[Value, int, Dim, int]]:
     declared: TensorType = value.type
     if len(shape) != declared.rank:
-        raise UsageError(f"input {value.name} has shape {shape}, {declared} is declared")
-    composite: list[tuple[Value, Dim, int]] = []
-    for dim, size in zip(declared.shape, shape, strict=True):
+        raise UsageError(f"input {value.name} has shape {shape}, {declared.rank} axes are declared")
+    composite: list[tuple[Value, int, Dim, int]] = []
+    for axis, (dim, size) in enumerate(zip(declared.shape, shape, strict=True)):
         name = _plain_symbol(dim)
         if name is None and isinstance(dim, Sym):
-            composite.append((value, dim, size))
-        elif (dim if name is None else env.setdefault(name, size)) != size:
-            bound = f" with {name} = {env[name]} before" if name else ""
-            what = f"input {value.name} has shape {shape}, {declared} is declared{bound}"
-            raise UsageError(what)
+            composite.append((value, axis, dim, size))
+        elif (wanted := dim if name is None else env.setdefault(name, size)) != size:
+            wants = "the model has" if name is None else f"{_first_place(graph, name)} has"
+            raise UsageError(f"input {value.name} has {size} at axis {axis}, {wants} {wanted}")
     return composite
+
+
+def _first_place(graph: Graph, name: str) -> str:
+    """Where a symbol's size was read, in words of the inputs."""
+    return next(
+        f"axis {axis} of {value.name}"
+        for value in graph.inputs
+        for axis, dim in enumerate(value.type.shape)
+        if _plain_symbol(dim) == name
+    )
 
 
 def _plain_symbol(dim: Dim) -> str | None:

@@ -45,11 +45,15 @@ def test_symbols_are_read_off_the_inputs() -> None:
 @pytest.mark.parametrize(
     ("types", "shapes", "words"),
     [
-        ("%x: f32[B,B]", [(2, 3)], "with B = 2 before"),
-        ("%x: f32[B], %y: f32[B]", [(2,), (3,)], "input y"),
-        ("%x: f32[4]", [(5,)], "input x has shape"),
+        ("%x: f32[B,B]", [(2, 3)], "has 3 at axis 1, axis 0 of x has 2"),
+        ("%x: f32[B], %y: f32[B]", [(2,), (3,)], "input y has 3 at axis 0, axis 0 of x has 2"),
+        ("%x: f32[4]", [(5,)], "input x has 5 at axis 0, the model has 4"),
         ("%x: f32[4]", [(4, 1)], "input x has shape"),
-        ("%x: f32[S], %y: f32[P], %z: f32[P+S]", [(2,), (3,), (6,)], "P+S = 5"),
+        (
+            "%x: f32[S], %y: f32[P], %z: f32[P+S]",
+            [(2,), (3,), (6,)],
+            "has 6 at axis 0, where .* want 5",
+        ),
         ("%x: f32[2*S]", [(7,)], "S"),
         ("%x: f32[4]", [], "takes 1 inputs, 0 given"),
         ("%x: i64[4]", [(4,)], "torch.float32"),
