@@ -414,9 +414,8 @@ def judging() -> Figures:
     """Sound artifacts verify in their own type, broken ones do not; no share is more than all."""
     from bench import judging as judge
 
-    told = judge.verdicts(TINY)
+    told, shares = judge.verdicts(TINY)
     ranks = judge.of_two_ranks(TINY)
-    shares = judge.shares(TINY)
     right = all(v["exit"] == (1 if name in judge.BROKEN else 0) for name, v in told.items())
     whole = all(s is None or 0 < s <= 1 for each in shares.values() for s in each)
     return {

@@ -21,22 +21,27 @@ SHORT = {
 }
 
 
-def verdicts(checkpoint: Path) -> dict[str, Any]:
-    """What `dsc verify` says of sound artifacts in three types, and of broken ones in bf16."""
-    found = {}
+def verdicts(checkpoint: Path) -> tuple[dict[str, Any], dict[str, list[float | None]]]:
+    """What `dsc verify` says of sound artifacts in three types, and of broken ones in bf16.
+
+    And the shares of the limit of prefill and decode that `dsc bench` tells of the sound ones.
+    """
+    found, shares = {}, {}
     with tempfile.TemporaryDirectory() as folder:
         for backend, dtype in SOUND:
             out = Path(folder) / f"{backend}-{dtype}"
             _dsc("compile", checkpoint, "--backend", backend, "--dtype", dtype, "-o", out)
             done = _dsc("verify", out, "--json")
             found[out.name] = {"exit": done.returncode, **_short(json.loads(done.stdout))}
+            told = json.loads(_dsc("bench", out, "--json").stdout)
+            shares[out.name] = [told[phase]["of_limit"] for phase in ("prefill", "decode")]
         for number, name in enumerate(BROKEN):
             wrong, out = Path(folder) / f"wrong-{number}", Path(folder) / f"doubled-{number}"
             _doubled(checkpoint, wrong, name)
             _dsc("compile", wrong, "--backend", "tvm", "--dtype", "bf16", "-o", out)
             done = _dsc("verify", out, "--checkpoint", checkpoint, "--json")
             found[name] = {"exit": done.returncode, **_short(json.loads(done.stdout))}
-    return found
+    return found, shares
 
 
 def of_two_ranks(checkpoint: Path) -> dict[str, int]:
@@ -45,18 +50,6 @@ def of_two_ranks(checkpoint: Path) -> dict[str, int]:
         out = Path(folder) / "out"
         _dsc("compile", checkpoint, "--backend", "reference", "--ranks", 2, "-o", out)
         return {verb: _dsc(verb, out, *words).returncode for verb, words in SHORT.items()}
-
-
-def shares(checkpoint: Path) -> dict[str, list[float | None]]:
-    """The shares of the limit that `dsc bench` tells of a small model, by type."""
-    found = {}
-    with tempfile.TemporaryDirectory() as folder:
-        for dtype in ("fp32", "bf16", "fp16"):
-            out = Path(folder) / dtype
-            _dsc("compile", checkpoint, "--backend", "tvm", "--dtype", dtype, "-o", out)
-            told = json.loads(_dsc("bench", out, "--json").stdout)
-            found[dtype] = [told[phase]["of_limit"] for phase in ("prefill", "decode")]
-    return found
 
 
 def _doubled(checkpoint: Path, out: Path, name: str) -> None:
