@@ -69,7 +69,7 @@ class Door:
     def context(self) -> Any:
         """Dynamo's decorator, with this door in front of its compiler."""
         arguments: dict[str, Any] = {
-            "guard_fail_fn": lambda failed: self._failed.append(str(failed.reason).strip()),
+            "guard_fail_fn": lambda failed: self._failed.append(_words(str(failed.reason))),
             "guard_export_fn": self._keep_guards,
             "dynamic": self.dynamic,
         }
@@ -89,8 +89,9 @@ class Door:
         Those on tensors are told by the inputs of the captured graph.
         """
         for guard in found:
-            texts = guard.code_list or [f"{guard.create_fn_name()}({guard.name})"]
-            self.guards += [t for t in texts if "_dynamo_" not in t]
+            named = guard.name or guard.create_fn_name() == "GRAD_MODE"
+            texts = guard.code_list or [f"{guard.create_fn_name()}({guard.name})"] * bool(named)
+            self.guards += [_words(t) for t in texts if "_dynamo_" not in t]
 
     def _backend(self, gm: fx.GraphModule, example_inputs: Sequence[Any], **_: Any) -> Any:
         if _sizes_are_open() and not _is_size_oblivious(gm):
@@ -210,6 +211,11 @@ def _called(node: fx.Node) -> str:
 
 
 _CAPTURE_FAILED = (torch._dynamo.exc.TorchDynamoException, AssertionError, RuntimeError, ValueError)
+
+
+def _words(condition: str) -> str:
+    """A condition of Dynamo's without its comment and the stack behind it."""
+    return " ".join(condition.partition("\n")[0].partition("  # ")[0].split())
 
 
 def _run_eagerly() -> Any:

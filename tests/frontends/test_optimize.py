@@ -292,7 +292,7 @@ def test_numbers_go_in_and_out() -> None:
     assert dsc.optimize(lambda x: x.sum().item())(x) == 6.0
     assert dsc.optimize(lambda x: (x.shape[0] * 2, x.numel() > 3, 1.5))(x) == (6, False, 1.5)
     scaled = dsc.optimize(lambda x, by, *, negate=False: -x * by if negate else x * by)
-    for by in (2.0, 3.0, 0.5, 3, 4, 5, -1, -2, 0, 1, True):
+    for by in (2.0, 3.0, 0.5, 3, 4, -1, 0, True):
         assert torch.equal(scaled(x, by), x * by)
     assert torch.equal(scaled(x, 3.0, negate=True), -x * 3)
     ranged = dsc.optimize(lambda x, n: x.sum() + torch.arange(n).sum())
