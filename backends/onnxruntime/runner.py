@@ -26,7 +26,8 @@ class Model:
     def __init__(self, folder: str | pathlib.Path, threads: int | None = None) -> None:
         """Read the manifest of `folder`. Each ONNX model is opened when first needed."""
         self.folder = pathlib.Path(folder)
-        meta = json.loads((self.folder / "dsc.json").read_text())["meta"]
+        self._manifest = (self.folder / "dsc.json").read_text()
+        meta = json.loads(self._manifest)["meta"]
         self.chunk: int = meta["chunk"]
         self.context: int = meta["context"]
         self._checks = meta["checks"]
@@ -94,6 +95,8 @@ class Model:
         admitted = (name for name, limit in self._guards.items() if limit == 0 or size <= limit)
         path = self._models[next(admitted, list(self._models)[-1])]
         if path not in self._sessions:
+            if (self.folder / "dsc.json").read_text() != self._manifest:
+                raise ValueError(f"{self.folder} was compiled anew; open it again")
             options = onnxruntime.SessionOptions()
             options.log_severity_level = 4
             options.add_session_config_entry(
