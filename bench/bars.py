@@ -449,6 +449,14 @@ def varying_sizes() -> Figures:
     return {"ok": right and late < 0.05, "slowest after the second": late, **found}
 
 
+def damaged_texts() -> Figures:
+    """10,000 damaged texts of programs: each a program still, or one error with line and caret."""
+    from bench.damaged_texts import run
+
+    found = run(10_000)
+    return {"ok": found.keys() == {"read", "refused"}, **found}
+
+
 BARS: dict[str, Callable[[], Figures]] = {
     "import_time": import_time,
     "torch_functions": torch_functions,
@@ -467,6 +475,7 @@ BARS: dict[str, Callable[[], Figures]] = {
     "random_programs": random_programs,
     "random_configs": random_configs,
     "random_calls": random_calls,
+    "damaged_texts": damaged_texts,
     "verify_each": verify_each,
     "profile_overhead": profile_overhead,
     "footprint": footprint,

@@ -108,7 +108,7 @@ def mutated(text: str, rng: random.Random) -> str:
     words = re.findall(r"\w+|\s+|.", text)
     for _ in range(rng.randint(1, 3)):
         full = [i for i, word in enumerate(words) if word.strip()]
-        numbers = [i for i in full if words[i].isdigit()]
+        numbers = [i for i in full if words[i].isdigit()] or full
         i, j, n = rng.choice(full), rng.choice(full), rng.choice(numbers)
         match rng.randrange(6):
             case 0:
