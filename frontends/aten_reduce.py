@@ -23,6 +23,8 @@ def reduction(op: str) -> Row:
 
     def row(t: Lowering, x: Operand, dim: Any = None, keepdim: bool = False, **_: Any) -> Operand:
         x = t.cast(x, t.out.dtype)
+        if op in ("amax", "amin") and 0 in (x.type.shape[a] for a in _axes(x, dim)):
+            raise Unsupported("the extreme of no numbers, which is an error")
         return t.call(op, x, axes=_axes(x, dim), keepdims=keepdim) if x.type.rank else x
 
     return row

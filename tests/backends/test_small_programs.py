@@ -126,3 +126,12 @@ def test_nothing_without_elements_reaches_a_kernel() -> None:
     for graph in after.entries.values():
         for node in graph.nodes:
             assert node.op == "full" or not any(0 in x.type.shape for x in node.operands), node
+
+
+def test_tvm_finds_the_largest_of_a_row() -> None:
+    text = {"main": "(%x: f32[3,5]) { %v, %i = topk %x {k=2}\n return %v, %i }"}
+    given = {"x": random_tensor(program(text).entries["main"].inputs[0].type, "x")}
+    found = compile_program(program(text), backend="tvm").run(given)
+    values, indices = given["x"].topk(2)
+    assert torch.equal(found["v"], values)
+    assert torch.equal(found["i"], indices)

@@ -12,7 +12,7 @@ from bench.torch_functions import check, door_of
 
 THROUGH_OPTIMIZE = (
     "integer_trunc_divide bool_not numbers_and_tensors compare_nan rms_norm_by_hand"
-    " linear identity index_from_the_end nothing_to_reduce a_view_of_an_argument"
+    " linear identity index_from_the_end nothing_to_reduce smallest a_view_of_an_argument"
     " an_argument_in_place a_captured_tensor a_branch_on_a_size item numbers_in_and_out"
     " keyword_arguments no_axes"
 ).split()

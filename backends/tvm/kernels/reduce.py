@@ -131,7 +131,7 @@ def lower_scan(node: Node, machine: Machine) -> Launch:
         raise Unsupported(f"{node.op} of {x.dtype}")
     if node.op == "topk":
         static_dim(x.shape[-1], "the axis of topk")
-    axis = int(attrs["axis"]) % x.rank
+    axis = int(attrs.get("axis", -1)) % x.rank
     static = (node.op, x.dtype, table.shape(x.shape), axis, attrs.get("k", 0))
     return Launch(scan_axis, (*static, len(table.dims)), tuple(table.dims), flops=x.numel)
 
