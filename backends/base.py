@@ -103,7 +103,8 @@ class Emission:
     `meta` is JSON that `load` finds again in the manifest; `runner` is the backend's part of the
     artifact's run.py (a module text that defines `class Model`), or empty; `notes` are lines for
     the report. `finish`, where given, makes the files that need to know where each weight lies: it
-    is called with weight name to (offset, bytes) in the file at `weights_path`.
+    is called with weight name to (offset, bytes) in the file at `weights_path`. `needs` are the
+    packages that running takes, by name, as pip is told them.
     """
 
     files: Mapping[str, bytes]
@@ -113,6 +114,7 @@ class Emission:
     runner: str = ""
     notes: tuple[str, ...] = ()
     finish: Callable[[Mapping[str, tuple[int, int]]], Mapping[str, bytes]] | None = None
+    needs: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

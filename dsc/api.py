@@ -255,7 +255,7 @@ def compile(
         print_ir_after: passes after which the text IR is printed, or "all".
         dump_dir: a folder for numbered text after each pass.
         verify_each: interpret before and after each pass and compare.
-        backend_options: what only one backend reads, such as onnx_ops of onnxruntime.
+        backend_options: what only one backend reads, such as opset and caches of onnxruntime.
         progress: called with (what, done, total).
 
     Raises:

@@ -1,13 +1,14 @@
 """The `onnxruntime` backend: ONNX models in standard operators, run by ONNX Runtime on the CPU.
 
 One model for each entry that differs, `onnx/<entry>.onnx`, with the latent cache as inputs and
-outputs and all weights in one file beside them. The models pass `onnx.checker`, need opset 24
-(ONNX 1.19, ONNX Runtime 1.24) and no operator outside of the standard.
+outputs and all weights in one file beside them. The models pass `onnx.checker` and need no operator
+outside of the standard: of opset 23 (ONNX Runtime 1.23), or 24 (1.25) where that is asked for.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from dsc.backends.base import (
     No,
     Support,
     Yes,
+    is_causal_lm,
 )
 from dsc.errors import BackendUnavailable, UnsupportedOperator
 from dsc.ir.graph import Node
@@ -35,6 +37,7 @@ COMPUTED = frozenset(
 """Element types that emitters handle; the 8-bit floats can only be converted from and to."""
 CONVERSIONS = frozenset({"cast", "dequantize_block"})
 INSTALL = "pip install onnx onnxruntime"
+RUNNER = Path(__file__).with_name("runner.py")
 
 
 class OnnxRuntimeBackend:
@@ -70,7 +73,10 @@ class OnnxRuntimeBackend:
         """
         _require("onnx")
         from dsc.backends.onnxruntime import model
+        from dsc.backends.onnxruntime.card import card, facts
+        from dsc.backends.onnxruntime.interface import chosen_form
 
+        form = chosen_form(program, options.extra.get("opset"), options.extra.get("caches"))
         self._check(program)
         shared = model.shared_entries(program)
         files = {entry: f"{model.FOLDER}/{owner}.onnx" for entry, owner in shared.items()}
@@ -79,14 +85,17 @@ class OnnxRuntimeBackend:
         for done, owner in enumerate(owners):
             if options.progress is not None:
                 options.progress("models", done, len(owners))
-            built[files[owner]] = model.build_model(program.entries[owner], owner)
+            built[files[owner]] = model.build_model(
+                program.entries[owner], owner, form, facts(program, options)
+            )
         meta = {
             "models": files,
             "guards": dict(program.meta.get("guards", {})),
             "chunk": options.prefill_chunk,
             "threads": options.threads,
             "prepack": bool(options.extra.get("prepack", False)),
-            "opset": model.OPSET,
+            "opset": form.opset,
+            "wide_caches": form.wide_caches,
             "context": options.max_context,
             "checks": index_ranges(list(program.entries.values())[-1], program.symbols).facts,
         }
@@ -94,18 +103,21 @@ class OnnxRuntimeBackend:
         def finish(places: Mapping[str, tuple[int, int]]) -> Mapping[str, bytes]:
             return {path: one.serialized(places) for path, one in built.items()}
 
+        causal = is_causal_lm(program)
         return Emission(
-            files={},
+            files={"README.md": card(program, files, form, options).encode()} if causal else {},
             weights_path=f"{model.FOLDER}/{model.WEIGHTS}",
             meta=meta,
-            runner=Path(__file__).with_name("runner.py").read_text(),
+            runner=RUNNER.read_text() if causal and form.numpy else "",
             finish=finish,
+            needs={"onnxruntime": f"onnxruntime>={form.runtime}"},
         )
 
     def load(self, folder: Path, manifest: Mapping[str, Any], program: Program) -> Executable:
         """Open an artifact. Sessions are made when an entry first runs."""
         _require("onnx")
         _require("onnxruntime")
+        check_runtime(manifest.get("needs") or {})
         from dsc.backends.onnxruntime.session import OnnxExecutable
 
         return OnnxExecutable(folder, manifest, program)
@@ -128,3 +140,25 @@ class OnnxRuntimeBackend:
 def _require(module: str) -> None:
     if importlib.util.find_spec(module) is None:
         raise BackendUnavailable(f"the package {module} is not installed", INSTALL)
+
+
+def check_runtime(needs: Mapping[str, str]) -> None:
+    """Raise `BackendUnavailable` where the installed ONNX Runtime is older than a model needs."""
+    import onnxruntime
+
+    least = needs.get("onnxruntime", "").partition(">=")[2]
+    if _release(onnxruntime.__version__) < _release(least):
+        raise BackendUnavailable(
+            f"this model needs ONNX Runtime {least}, {onnxruntime.__version__} is installed",
+            f"pip install 'onnxruntime>={least}', or export it again with an older --opset",
+        )
+
+
+def _release(version: str) -> tuple[int, ...]:
+    """The numbers of a version by which releases are ordered.
+
+    >>> _release("1.25.0") > _release("1.9.2") > _release("")
+    True
+    """
+    parts = itertools.takewhile(str.isdecimal, version.split("."))
+    return tuple(int(part) for part in parts)

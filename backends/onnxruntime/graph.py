@@ -20,7 +20,7 @@ from onnx import GraphProto, NodeProto, TensorProto, helper, numpy_helper
 from dsc.errors import UnsupportedOperator
 from dsc.ir.dims import Dim, FloorDiv, Sym
 from dsc.ir.graph import Graph, Weight
-from dsc.ir.types import DType, TensorType
+from dsc.ir.types import DType
 
 ORIGIN = "|"
 """In the name of an ONNX node: what follows the name of the value that it works for."""
@@ -40,7 +40,11 @@ ONNX_TYPE = {
     DType.u8: TensorProto.UINT8,
     DType.boolean: TensorProto.BOOL,
 }
+NARROW = frozenset({DType.bf16, DType.f16})
+"""What ONNX Runtime moves on CPUs, and widens to compute."""
 Shape = tuple[Dim, ...]
+OPSET = 23
+"""Written by default. 24 has TensorScatter, with which ONNX Runtime is no faster on CPUs."""
 
 
 @dataclass(slots=True)
@@ -57,7 +61,9 @@ class External:
 class Pool:
     """What a graph shares with its branches: names, initializers, the sources of symbols.
 
-    `unroll` says that work over experts may be written out, one branch an expert.
+    `unroll` says that work over experts may be written out, one branch an expert. `wide` names
+    values that are fp32 where the program has 16 bits: caches that come and go so. `opset` is the
+    version of ONNX's operators that may be used.
     """
 
     symbols: dict[str, tuple[str, int]] = field(default_factory=dict)
@@ -65,6 +71,8 @@ class Pool:
     externals: dict[str, External] = field(default_factory=dict)
     numbers: Iterator[int] = field(default_factory=itertools.count)
     unroll: bool = True
+    wide: set[str] = field(default_factory=set)
+    opset: int = OPSET
 
 
 class GraphWriter:
@@ -183,6 +191,7 @@ class GraphWriter:
 
     def cast(self, x: str, given: DType, wanted: DType) -> str:
         """`x` with another element type; itself where it has it already."""
+        given = DType.f32 if x in self.pool.wide else given
         return x if given is wanted else self.op("Cast", x, to=ONNX_TYPE[wanted])
 
     # Weights
@@ -302,10 +311,10 @@ def numpy_type(dtype: DType) -> np.dtype[Any]:
     return np.dtype(names[dtype])
 
 
-def value_info(name: str, type: TensorType) -> Any:
+def value_info(name: str, dtype: DType, shape: Shape, doc: str = "") -> Any:
     """The declaration of a graph input or output; axes are named by their dims (`P+S`)."""
-    dims = [d if isinstance(d, int) else str(d) for d in type.shape]
-    return helper.make_tensor_value_info(name, ONNX_TYPE[type.dtype], dims)
+    dims = [d if isinstance(d, int) else str(d) for d in shape]
+    return helper.make_tensor_value_info(name, ONNX_TYPE[dtype], dims, doc)
 
 
 def _arm(writer: GraphWriter, result: str) -> GraphProto:

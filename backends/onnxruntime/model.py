@@ -10,24 +10,30 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
-from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper
+from onnx import GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto, helper
 
 from dsc._version import __version__
 from dsc.backends.onnxruntime.emit import emit_graph
 from dsc.backends.onnxruntime.graph import External, GraphWriter, plain_symbol, static, value_info
+from dsc.backends.onnxruntime.interface import Form, Interface, meaning
 from dsc.ir.analyses import structural_hash
 from dsc.ir.dims import Dim
 from dsc.ir.graph import Graph, Weight
 from dsc.ir.program import Program
+from dsc.ir.types import DType, TensorType
 
 FOLDER = "onnx"
 WEIGHTS = "model.safetensors"
-OPSET = 24  # the first with TensorScatter
 IR_VERSION = 11
 
 MAX_BRANCHES = 4096
 """Branches for experts that a model may have. Each takes milliseconds to load."""
 
+DOC = (
+    "A step of a causal language model with latent attention: new tokens and caches in, logits and"
+    " grown caches out. The folder's README.md tells how to call it. Entry {name!r}; it needs ONNX"
+    " Runtime {runtime} on CPUs."
+)
 Places = Mapping[str, tuple[int, int]]
 
 
@@ -49,23 +55,49 @@ class BuiltModel:
         return bytes(model.SerializeToString(deterministic=True))
 
 
-def build_model(graph: Graph, name: str, max_branches: int = MAX_BRANCHES) -> BuiltModel:
-    """The ONNX model of one graph. With more than `max_branches` experts it loops over them."""
+def build_model(
+    graph: Graph,
+    name: str,
+    form: Form | None = None,
+    facts: Mapping[str, str] | None = None,
+    max_branches: int = MAX_BRANCHES,
+) -> BuiltModel:
+    """The ONNX model of one graph. With more than `max_branches` experts it loops over them.
+
+    `facts` become its metadata.
+    """
+    form = form or Form()
+    border = Interface.of(graph, form)
     g = GraphWriter(graph)
     g.pool.unroll = _experts(graph) <= max_branches
-    results = emit_graph(g, graph, {v.name: v.name for v in graph.inputs})
+    g.pool.opset = form.opset
+    g.pool.wide |= {v.name for v in graph.inputs if border.inputs[v.name] is not v.type.dtype}
+    results = [
+        g.cast(result, x.type.dtype, border.outputs[output])
+        for result, x, output in zip(
+            emit_graph(g, graph, {v.name: v.name for v in graph.inputs}),
+            graph.outputs,
+            graph.output_names,
+            strict=True,
+        )
+    ]
     _name_outputs(g, graph, results)
     used = set(_used(g.nodes))
+    given = zip(result_names(graph), graph.output_names, graph.outputs, strict=True)
+    causal = bool(border.caches)
     proto = helper.make_graph(
         g.nodes,
         name,
-        [value_info(v.name, v.type) for v in graph.inputs],
-        [value_info(n, x.type) for n, x in zip(result_names(graph), graph.outputs, strict=True)],
+        [_declared(v.name, border.inputs[v.name], v.type, causal) for v in graph.inputs],
+        [_declared(theirs, border.outputs[n], x.type, causal) for theirs, n, x in given],
         [t for t in g.pool.constants.values() if t.name in used],
     )
-    opset = helper.make_opsetid("", OPSET)
+    opset = helper.make_opsetid("", form.opset)
     model = helper.make_model(proto, opset_imports=[opset], ir_version=IR_VERSION)
     model.producer_name, model.producer_version = "dsc", __version__
+    if causal:
+        model.doc_string = DOC.format(name=name, runtime=form.runtime)
+    helper.set_model_props(model, dict(facts or {}))
     externals = [e for e in g.pool.externals.values() if e.tensor.name in used]
     return BuiltModel(model, externals)
 
@@ -78,6 +110,12 @@ def result_names(graph: Graph) -> tuple[str, ...]:
     read = (*graph.outputs, *(x for node in graph.walk() for x in node.operands))
     taken = {v.name for v in graph.inputs} | {x.name for x in read if isinstance(x, Weight)}
     return tuple(f"{n}.out" if n in taken else n for n in graph.output_names)
+
+
+def _declared(name: str, dtype: DType, type: TensorType, causal: bool) -> ValueInfoProto:
+    """An input or output; those of a causal language model say what they are."""
+    info: ValueInfoProto = value_info(name, dtype, type.shape, meaning(name) if causal else "")
+    return info
 
 
 def _experts(graph: Graph) -> int:

@@ -1,22 +1,21 @@
-"""Runs a compiled causal language model with onnxruntime and numpy alone.
-
-This is the first half of an artifact's run.py.
-"""
+"""Run this artifact: python run.py "a prompt". It needs numpy, tokenizers and onnxruntime."""
 
 from __future__ import annotations
 
-import ctypes
 import json
+import os  # noqa: F401  (the second half of run.py writes to it)
 import pathlib
+import sys
 from typing import Any
 
-import numpy as np
-import onnxruntime
+try:
+    import numpy as np
+    import onnxruntime
+except ImportError as missing:
+    sys.exit(f"run.py: {missing}; pip install numpy tokenizers onnxruntime")
 
 TOKENS = ("input_ids", "positions", "lengths", "logits_at")
-FLOAT, FLOAT16, BFLOAT16 = 1, 10, 16  # ONNX's numbers; numpy has no bfloat16, uint16 stands for it
-NUMPY = {FLOAT: np.float32, FLOAT16: np.float16, BFLOAT16: np.uint16}
-CACHES = {"tensor(float)": FLOAT, "tensor(float16)": FLOAT16, "tensor(bfloat16)": BFLOAT16}
+NUMPY = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 Array = np.ndarray[Any, Any]
 
 
@@ -27,7 +26,12 @@ class Model:
         """Read the manifest of `folder`. Each ONNX model is opened when first needed."""
         self.folder = pathlib.Path(folder)
         self._manifest = (self.folder / "dsc.json").read_text()
-        meta = json.loads(self._manifest)["meta"]
+        manifest = json.loads(self._manifest)
+        meta, needs = manifest["meta"], manifest["needs"]["onnxruntime"]
+        versions = (needs.partition(">=")[2], onnxruntime.__version__)
+        least, installed = ([int(part) for part in v.split(".")[:2]] for v in versions)
+        if installed < least:
+            raise ImportError(f"onnxruntime {versions[1]} is too old; pip install '{needs}'")
         self.chunk: int = meta["chunk"]
         self.context: int = meta["context"]
         self._checks = meta["checks"]
@@ -53,11 +57,10 @@ class Model:
                 feeds[spec.name] = self._past(spec, len(input_ids), int(np.max(lengths)))
         names = [spec.name for spec in session.get_outputs()]
         results = dict(zip(names, session.run_with_ort_values(names, feeds), strict=True))
-        logits = _array(results.pop("logits"))
+        logits = results.pop("logits").numpy()
         self._caches = {name.replace("present", "past", 1): x for name, x in results.items()}
-        if logits.dtype == np.uint16:  # a bfloat16 is the upper half of a float32
-            return (logits.astype(np.uint32) << 16).view(np.float32)
-        return logits.astype(np.float32)
+        found: Array = logits.astype(np.float32)
+        return found
 
     def _admit(self, tokens: dict[str, Array]) -> None:
         """Look at shapes, and at the values that point into tensors, before anything runs."""
@@ -81,13 +84,12 @@ class Model:
 
     def _past(self, spec: Any, rows: int, longest: int) -> Any:
         """The cache as an input, cut to `longest` rows: what follows was padding."""
-        kind = CACHES[spec.type]
         if longest == 0:
-            return _value(np.zeros((rows, 0, spec.shape[2]), NUMPY[kind]), kind)
+            return _value(np.zeros((rows, 0, spec.shape[2]), NUMPY[spec.type]))
         held = self._caches[spec.name]
         if held.shape()[1] == longest:
             return held
-        return _value(np.ascontiguousarray(_array(held)[:, :longest]), kind)
+        return _value(np.ascontiguousarray(held.numpy()[:, :longest]))
 
     def _session(self, new: int, wanted: int) -> Any:
         """The session of the first entry whose guard admits `new` tokens."""
@@ -109,17 +111,6 @@ class Model:
         return self._sessions[path]
 
 
-def _value(array: Array, kind: int = FLOAT) -> Any:
+def _value(array: Array) -> Any:
     """An OrtValue over the memory of `array`."""
-    if kind == BFLOAT16:
-        return onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(array, BFLOAT16)
     return onnxruntime.OrtValue.ortvalue_from_numpy(array)
-
-
-def _array(value: Any) -> Array:
-    """What an OrtValue holds."""
-    if value.element_type() != BFLOAT16:
-        return np.asarray(value.numpy())
-    shape = value.shape()
-    memory = (ctypes.c_uint16 * int(np.prod(shape))).from_address(value.data_ptr())
-    return np.array(memory, dtype=np.uint16).reshape(shape)

@@ -17,10 +17,12 @@ from typing import TYPE_CHECKING, Any
 
 from dsc.backends.base import Signature, check_unchanged
 from dsc.backends.onnxruntime.graph import ONNX_TYPE
+from dsc.backends.onnxruntime.interface import Form, Interface
 from dsc.backends.onnxruntime.model import result_names
 from dsc.backends.onnxruntime.timed import TimedSession
 from dsc.errors import UsageError
 from dsc.ir.dims import evaluate
+from dsc.ir.graph import Graph
 from dsc.ir.program import Program
 from dsc.runtime.admission import Admission
 from dsc.runtime.profiler import Profiler, active
@@ -69,6 +71,8 @@ class OnnxExecutable:
         self._models: dict[str, str] = dict(meta["models"])
         self._threads, self._prepack = meta["threads"], meta["prepack"]
         self._admissions = {n: Admission(g, program.symbols) for n, g in program.entries.items()}
+        form = Form(meta["opset"], meta["wide_caches"])
+        self._borders = {n: Interface.of(g, form) for n, g in program.entries.items()}
         self._pin = ""
         self._sessions: dict[str, Any] = {}
         self._timed: dict[str, TimedSession] = {}
@@ -82,12 +86,17 @@ class OnnxExecutable:
         self._session(entry)
 
     def run(self, entry: str, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Run an entry on CPU tensors by name; results are new tensors. Raises `UsageError`."""
+        """Run an entry on CPU tensors by name; results are new tensors. Raises `UsageError`.
+
+        Caches are taken as the program declares them or as the model has them, and come back as
+        the model has them.
+        """
         import torch
 
         graph = self.program.entry(entry, inputs)
-        env = self._admissions[entry].check(inputs)
-        given = [inputs[v.name].contiguous() for v in graph.inputs]
+        border = self._borders[entry]
+        env = self._admissions[entry].check(_declared(graph, border, inputs))
+        given = [inputs[v.name].to(border.inputs[v.name].torch).contiguous() for v in graph.inputs]
         session = self._session(entry)
         profiler, timed = active(), None
         if profiler is not None:
@@ -96,13 +105,13 @@ class OnnxExecutable:
                 session = timed.session
         binding = session.io_binding()
         for value, tensor in zip(graph.inputs, given, strict=True):
-            _bind(binding.bind_input, value.name, ONNX_TYPE[value.type.dtype], tensor)
+            _bind(binding.bind_input, value.name, ONNX_TYPE[border.inputs[value.name]], tensor)
         results = {}
         named = zip(graph.output_names, result_names(graph), graph.outputs, strict=True)
         for name, theirs, output in named:
             shape = [evaluate(d, env) for d in output.type.shape]
-            results[name] = torch.empty(shape, dtype=output.type.dtype.torch)
-            _bind(binding.bind_output, theirs, ONNX_TYPE[output.type.dtype], results[name])
+            results[name] = torch.empty(shape, dtype=border.outputs[name].torch)
+            _bind(binding.bind_output, theirs, ONNX_TYPE[border.outputs[name]], results[name])
         if timed is not None:
             timed.starts(inputs)
         try:
@@ -110,7 +119,9 @@ class OnnxExecutable:
         except Exception as problem:  # ONNX Runtime's have no class of their own in common
             self._admissions[entry].blame_computed(problem)
             raise
-        return results
+        declared = zip(graph.output_names, graph.outputs, strict=True)
+        own = {name: x.type.dtype.torch for name, x in declared if name not in border.caches}
+        return results | {name: results[name].to(dtype) for name, dtype in own.items()}
 
     def set_threads(self, threads: int | None, pin: bool | None) -> None:
         """Use this many threads from the next run on; sessions open again."""
@@ -153,6 +164,21 @@ class OnnxExecutable:
                 for path in sorted(set(self._models.values()))
             }
         return self._sessions[self._models[entry]]
+
+
+def _declared(
+    graph: Graph, border: Interface, inputs: Mapping[str, torch.Tensor]
+) -> Mapping[str, torch.Tensor]:
+    """The inputs with stand-ins for caches in the model's own element type: shapes, no values."""
+    import torch
+
+    seen = dict(inputs)
+    for value in graph.inputs:
+        wide, tensor = border.inputs[value.name].torch, inputs[value.name]
+        if tensor.dtype == wide != value.type.dtype.torch:
+            stand_in = torch.empty(tensor.shape, dtype=value.type.dtype.torch, device="meta")
+            seen[value.name] = stand_in
+    return seen
 
 
 def _bind(bind: Any, name: str, element_type: int, tensor: torch.Tensor) -> None:

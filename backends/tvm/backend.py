@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 LIBRARY = "tvm/kernels.so"
 STEPS = "tvm/steps.bin"
+NEEDS = "apache-tvm>=0.27,<0.28"
 RUNNER = Path(__file__).with_name("runner.py.txt")
 REGIONS = RegionLimits(
     anchors=frozenset({"linear", "grouped_linear"}),
@@ -154,7 +155,8 @@ class TvmBackend:
         cut = f"{tiling.narrow} | {tiling.wide} columns a task, by {by}"
         native = machine.bf16 and _multiplies_bf16(program)
         notes = (f"bf16 products by {tiling.way}, {cut}",) if native else ()
-        return Emission(files, plan, meta=meta, runner=runner, notes=notes)
+        needs = {"apache-tvm": NEEDS}
+        return Emission(files, plan, meta=meta, runner=runner, notes=notes, needs=needs)
 
     def load(self, folder: Path, manifest: Mapping[str, Any], program: Program) -> Executable:
         """Load the library and map the weights; TVM's compiler is not imported."""
@@ -193,5 +195,5 @@ def require_tvm() -> None:
     if find_spec("tvm") is None or find_spec("tvm_ffi") is None:
         raise BackendUnavailable(
             "the tvm backend needs the packages apache-tvm and apache-tvm-ffi",
-            hint="pip install 'apache-tvm>=0.27,<0.28'",
+            hint=f"pip install '{NEEDS}'",
         )

@@ -19,10 +19,23 @@ def export(
         Literal["onnx", "relax"],
         Option("--format", help="ONNX, or a library for TVM's Relax virtual machine."),
     ] = "onnx",
-    onnx_ops: Annotated[
-        Literal["ort", "standard"],
-        Option("--onnx-ops", help="ONNX Runtime's own operators where faster, or only ONNX's."),
-    ] = "standard",
+    opset: Annotated[
+        int | None,
+        Option(
+            "--opset",
+            help="Of ONNX: 23 or 24; the older one runs on older runtimes.  [default: 23]",
+            show_default=False,
+        ),
+    ] = None,
+    cache_dtype: Annotated[
+        Literal["fp32", "bf16", "fp16"] | None,
+        Option(
+            "--cache-dtype",
+            help="Caches as ONNX inputs and outputs: fp32, or what the model computes in. NumPy has"
+            " no bf16.  [default: fp32 for bf16 models, else the model's]",
+            show_default=False,
+        ),
+    ] = None,
     check: Annotated[bool, Option("--check", help="Run onnx.checker on what was written.")] = False,
     fusion_level: options.FusionLevel = 3,
     dtype: options.Dtype = None,
@@ -48,8 +61,11 @@ def export(
     if check and format != "onnx":
         raise UsageError("--check is for ONNX", hint="leave out --check")
     onnx = format == "onnx"
-    if not onnx and onnx_ops != "standard":
-        raise UsageError("--onnx-ops is for ONNX", hint="leave out --onnx-ops")
+    asked = {"opset": opset, "caches": cache_dtype}
+    if not onnx and options.chosen(**asked):
+        raise UsageError(
+            "--opset and --cache-dtype are for ONNX", hint="leave them out, or the --format"
+        )
     if check and (weights == "none" or model.endswith(".dsc")):
         raise UsageError("--check reads the weights too", hint="give --weights, or no --check")
     folder = build_artifact(
@@ -65,7 +81,7 @@ def export(
         max_batch=max_batch,
         max_context=max_context,
         prefill_chunk=prefill_chunk,
-        backend_options={"onnx_ops": onnx_ops} if onnx else {"form": "relax"},
+        backend_options=options.chosen(**asked) if onnx else {"form": "relax"},
     )
     if check:
         _check(folder)

@@ -434,7 +434,7 @@ def test_a_looped_model_is_the_branched_one(
 ) -> None:
     from dsc.backends.onnxruntime import model
 
-    monkeypatch.setattr(model, "build_model", lambda g, name: build_model(g, name, max_branches=0))
+    monkeypatch.setattr(model, "build_model", lambda *given: build_model(*given, max_branches=0))
     got = _conversation(_executable(prepared, tmp_path / "a"), prepared)
     opened = artifact.read(folder)
     wanted = _conversation(BACKEND.load(folder, opened.manifest, opened.program), prepared)

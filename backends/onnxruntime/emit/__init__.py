@@ -12,12 +12,11 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
 from dsc.backends.onnxruntime.emit import attention, cache, core, moe, nn, pointwise, shape
-from dsc.backends.onnxruntime.graph import GraphWriter
+from dsc.backends.onnxruntime.graph import NARROW, GraphWriter
 from dsc.ir.graph import Graph, Node, Operand, Weight
 from dsc.ir.types import DType
 
 Emitter = Callable[..., str | tuple[str, ...]]
-NARROW = frozenset({DType.bf16, DType.f16})
 
 EMITTERS: Mapping[str, Emitter] = MappingProxyType(
     {
@@ -66,8 +65,14 @@ def emit_graph(
 def emit_node(g: GraphWriter, node: Node, inputs: list[str]) -> tuple[str, ...]:
     """Append one operator, in fp32 where it computes on 16-bit floats."""
     emitter = EMITTERS[node.op]
-    if node.op in MOVES:
+    if node.op == "append":
         return _as_tuple(emitter(g, node, *inputs))
+    if node.op in MOVES:
+        own = [
+            g.cast(name, DType.f32, x.type.dtype) if x is not None and name in g.pool.wide else name
+            for name, x in zip(inputs, node.inputs, strict=True)
+        ]
+        return _as_tuple(emitter(g, node, *own))
     wide = [
         g.cast(name, x.type.dtype, DType.f32) if x is not None and x.type.dtype in NARROW else name
         for name, x in zip(inputs, node.inputs, strict=True)

@@ -1,0 +1,125 @@
+"""What a model takes and gives at its border: element types, and what every input and output is.
+
+NumPy has no bfloat16, and ONNX Runtime's Python cannot make an array of one. So what a model with
+caches gives beside them is fp32, and its caches are too where it computes in bf16: every bf16 is
+an fp32. ONNX Runtime computes in fp32 on CPUs whatever the type, so the wide caches cost memory
+and no conversion. What comes in is taken as it is; what goes out holds 16-bit values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from dsc.backends.onnxruntime.graph import NARROW, OPSET
+from dsc.errors import UsageError
+from dsc.ir.graph import Graph
+from dsc.ir.program import Program
+from dsc.ir.types import DType
+
+LEAST_RUNTIME = {23: "1.23", 24: "1.25"}
+"""For each opset that is written, the first ONNX Runtime that runs it on CPUs."""
+NAMES = {"fp32": DType.f32, "bf16": DType.bf16, "fp16": DType.f16}
+
+INPUTS = {
+    "input_ids": "The S new tokens of each of B sequences. A shorter sequence is padded on the"
+    " right with any id.",
+    "positions": "Where each new token stands in its text, counted from 0: lengths[b] + i.",
+    "lengths": "How many tokens each sequence has in past.* already, 0 at first. New token i of"
+    " sequence b becomes row lengths[b] + i of present.*, and sees the rows up to its own.",
+    "logits_at": "Of which new tokens logits are wanted: L indices from 0 to S-1 a sequence. With"
+    " padding, give new_tokens[b] - 1 for the last one.",
+}
+PAST = (
+    "{what} of layer {layer}: row t holds token t. P is exactly the largest of lengths; a"
+    " sequence's rows from lengths[b] on are padding, which nothing reads."
+)
+PRESENT = (
+    "past.{rest} with the new tokens' rows. Cut to the largest of the new lengths it is the next"
+    " past.{rest}."
+)
+LOGITS = "The scores of all tokens of the vocabulary after the tokens that logits_at names."
+
+
+@dataclass(frozen=True)
+class Form:
+    """What may be chosen of a model: the opset, and whether caches are fp32 at the border.
+
+    `numpy`: NumPy has a type for all that goes in and comes out.
+    """
+
+    opset: int = OPSET
+    wide_caches: bool = True
+    numpy: bool = True
+
+    @property
+    def runtime(self) -> str:
+        """The first ONNX Runtime that runs it."""
+        return LEAST_RUNTIME[self.opset]
+
+
+def chosen_form(program: Program, opset: int | None, caches: str | None) -> Form:
+    """The form asked for; by default the older opset, and caches that NumPy has a type for.
+
+    Raises `UsageError` for an opset that is not written, or caches that would lose bits.
+    """
+    opset = OPSET if opset is None else opset
+    if opset not in LEAST_RUNTIME:
+        known = ", ".join(map(str, LEAST_RUNTIME))
+        raise UsageError(
+            f"opset {opset} is not written",
+            hint=f"one of {known}: older ones lack RMSNormalization and RotaryEmbedding",
+        )
+    own = {g.inputs[at].type.dtype for g in program.entries.values() for _, at in g.aliases}
+    if caches is None:
+        return Form(opset, wide_caches=DType.bf16 in own)
+    wanted = NAMES.get(caches)
+    if wanted is not DType.f32 and own != {wanted}:
+        shown = ", ".join(name for name, dtype in NAMES.items() if dtype in {DType.f32, *own})
+        raise UsageError(f"caches in {caches} would not hold the model's", hint=f"one of {shown}")
+    return Form(opset, wide_caches=wanted is DType.f32, numpy=wanted is not DType.bf16)
+
+
+@dataclass(frozen=True)
+class Interface:
+    """The element types at the border of an entry's model, by name; `caches` are the outputs'."""
+
+    inputs: Mapping[str, DType]
+    outputs: Mapping[str, DType]
+    caches: frozenset[str]
+
+    @staticmethod
+    def of(graph: Graph, form: Form) -> Interface:
+        """The border of a graph: its own types, but for caches and what comes beside them."""
+        taken = {graph.inputs[source].name for _, source in graph.aliases}
+        given = frozenset(graph.output_names[output] for output, _ in graph.aliases)
+
+        def dtype(own: DType, cache: bool) -> DType:
+            wide = own in NARROW and bool(given) and (form.wide_caches or not cache)
+            return DType.f32 if wide else own
+
+        inputs = {
+            v.name: dtype(v.type.dtype, True) if v.name in taken else v.type.dtype
+            for v in graph.inputs
+        }
+        outputs = {
+            name: dtype(x.type.dtype, name in given)
+            for name, x in zip(graph.output_names, graph.outputs, strict=True)
+        }
+        return Interface(inputs, outputs, given)
+
+
+def meaning(name: str) -> str:
+    """What an input or output of a causal language model is; empty for other names.
+
+    >>> meaning("past.N.latent")[:18], meaning("x")
+    ('Latents of layer N', '')
+    """
+    kind, _, rest = name.partition(".")
+    layer, _, part = rest.partition(".")
+    if kind == "past":
+        what = {"latent": "Latents", "rope": "Rotated keys"}
+        return PAST.format(what=what.get(part, part), layer=layer)
+    if kind == "present":
+        return PRESENT.format(rest=rest)
+    return LOGITS if name == "logits" else INPUTS.get(name, "")

@@ -1,0 +1,117 @@
+"""The ONNX artifact as a product: card and example, what inputs are, opsets, runtimes."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import onnx
+import pytest
+import torch
+
+from dsc.backends.base import EmitOptions
+from dsc.backends.onnxruntime.interface import LEAST_RUNTIME
+from dsc.errors import BackendUnavailable, UsageError
+from dsc.ir.parser import parse_graph
+from dsc.ir.program import Program
+from dsc.ir.types import DType
+from dsc.runtime import artifact
+from dsc.runtime.session import Session
+from tests.backends.test_onnxruntime import BACKEND
+from tests.backends.test_onnxruntime import _executable as executable
+from tests.backends.test_onnxruntime import _prepared as prepared
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the artifact of a model in fp32."""
+    out = tmp_path_factory.mktemp("lm") / "artifact"
+    executable(prepared(DType.f32), out)
+    return out
+
+
+@pytest.mark.parametrize(
+    ("dtype", "options", "caches"),
+    [
+        (DType.bf16, {}, "float32"),
+        (DType.bf16, {"caches": "bf16"}, "bfloat16"),
+        (DType.f16, {"opset": 24}, "float16"),
+    ],
+    ids=str,
+)
+def test_the_cards_example_runs_and_continues_as_a_session(
+    dtype: DType, options: dict[str, Any], caches: str, tmp_path: Path
+) -> None:
+    program = prepared(dtype)
+    folder = tmp_path / "a"
+    session = Session(executable(program, folder, **options), program, 1, 60)
+    text = (folder / "README.md").read_text()
+    for name in (*(v.name for v in program.entries["prefill"].inputs), "logits", "present.0.rope"):
+        assert f"`{re.sub('[.][0-9]+[.]', '.N.', name)}`" in text
+    assert f"| {caches} | [B, P, 20] |" in text
+    assert "| `logits` | float32 |" in text
+    code = text.partition("```python\n")[2].partition("```")[0]
+    line = [sys.executable, "-c", code]
+    done = subprocess.run(line, cwd=folder, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    made = json.loads(done.stdout)
+    logits = session.prefill(torch.tensor([[0]]))
+    for token in made:
+        assert token == int(logits[0].argmax())
+        logits = session.decode([token])
+    assert (folder / "run.py").exists() == (caches != "bfloat16")
+
+
+def test_every_input_and_output_says_what_it_is(folder: Path) -> None:
+    model = onnx.load(str(folder / "onnx/prefill.onnx"), load_external_data=False)
+    said = {x.name: x.doc_string for x in (*model.graph.input, *model.graph.output)}
+    assert all(said.values())
+    assert "exactly the largest of lengths" in said["past.1.latent"]
+    assert "ONNX Runtime 1.23" in model.doc_string
+    assert json.loads({p.key: p.value for p in model.metadata_props}["max_context"]) == 4096
+
+
+@pytest.mark.parametrize("opset", [23, 24])
+def test_an_opset_is_written_by_its_own_operators(opset: int, tmp_path: Path) -> None:
+    program = prepared(DType.f32)
+    executable(program, tmp_path / "a", opset=opset)
+    for path in sorted(tmp_path.rglob("*.onnx")):
+        onnx.checker.check_model(str(path), full_check=True)
+        model = onnx.load(str(path), load_external_data=False)
+        assert model.opset_import[0].version == opset
+        kinds = {n.op_type for n in model.graph.node}
+        assert ("TensorScatter" in kinds) == (opset == 24)
+    needs = artifact.read(tmp_path / "a").manifest["needs"]
+    assert needs == {"onnxruntime": f"onnxruntime>={LEAST_RUNTIME[opset]}"}
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [({"opset": 21}, "opset 21"), ({"caches": "fp16"}, "fp16"), ({"caches": "int8"}, "int8")],
+)
+def test_what_is_not_written_is_refused(options: dict[str, Any], problem: str) -> None:
+    with pytest.raises(UsageError, match=problem):
+        BACKEND.emit(prepared(DType.bf16), EmitOptions(extra=options))
+
+
+def test_an_older_runtime_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import onnxruntime
+
+    opened = artifact.read(folder)
+    monkeypatch.setattr(onnxruntime, "__version__", "1.22.1")
+    with pytest.raises(BackendUnavailable, match=r"needs ONNX Runtime 1\.23, 1\.22\.1 is"):
+        BACKEND.load(folder, opened.manifest, opened.program)
+    code = "import onnxruntime, sys; onnxruntime.__version__ = '1.22.1'; import run"
+    line = [sys.executable, "-c", code + "; run.Model('.')"]
+    done = subprocess.run(line, cwd=folder, capture_output=True, text=True, check=False)
+    assert "onnxruntime>=1.23" in done.stderr
+
+
+def test_what_is_no_language_model_has_nothing_to_run_and_no_card(tmp_path: Path) -> None:
+    graph = parse_graph("graph main(%x: f32[B,3]) { %y = neg %x return %y }")
+    executable(Program("neg", {"main": graph}), tmp_path / "a")
+    assert not {"run.py", "README.md"} & {p.name for p in (tmp_path / "a").iterdir()}
