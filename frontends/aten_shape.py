@@ -278,7 +278,7 @@ def gather(t: Lowering, x: Operand, dim: int, index: Operand, **_: Any) -> Opera
 def _from_front(t: Lowering, index: Operand, extent: Dim) -> Operand:
     """An index as i64, negative entries counted from the front.
 
-    Those of a constant here and now; of what operators give as positions there are none.
+    Those of a constant here and now; of what is known to start at 0 or later there are none.
     """
     if index.type.dtype is DType.boolean:
         raise Unsupported("indexing by a mask, whose result has a length that depends on data")
@@ -290,29 +290,11 @@ def _from_front(t: Lowering, index: Operand, extent: Dim) -> Operand:
             return t.cast(t.call("where", at, wrapped, index), DType.i64)
         assert isinstance(index, Weight)
         index = t.constant(index.name, known.where(known >= 0, known + extent))
-    elif known is None and not _is_position(t, index):
+    elif known is None and not t.is_position(index):
         wide = t.cast(index, DType.i64)
         at = t.call("lt", wide, t.number(0, DType.i64))
         return t.call("where", at, t.call("add", wide, t.number(extent, DType.i64)), wide)
     return t.cast(index, DType.i64)
-
-
-_POSITIONS = {"arange": 0, "argmax": 0, "topk": 1, "sort": 1}
-"""Operators one of whose results (this one) holds positions, counted from the front."""
-_SAME_NUMBERS = frozenset({"reshape", "permute", "expand", "slice", "split", "take", "gather"})
-
-
-def _is_position(t: Lowering, index: Operand) -> bool:
-    """Whether no entry of a computed index is negative, as far as its origin tells."""
-    for node in reversed(t.builder.nodes):
-        names = [v.name for v in node.outputs]
-        if index.name not in names:
-            continue
-        if node.op in _SAME_NUMBERS or node.op == "cast":
-            index = node.operands[0]
-        else:
-            return names.index(index.name) == _POSITIONS.get(node.op)
-    return False
 
 
 def _linear_index(

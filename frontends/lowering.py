@@ -13,8 +13,9 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 
 from dsc.frontends.symbolic import NotADim, SizeReader
-from dsc.ir.dims import Dim, Sym
+from dsc.ir.dims import Dim, Range, Sym, bounds, free_symbols
 from dsc.ir.graph import GraphBuilder, Operand, Value, Weight
+from dsc.ir.index_ranges import known_span
 from dsc.ir.types import DType, TensorType
 
 
@@ -35,6 +36,8 @@ class SymbolicNumber(NamedTuple):
     expr: Any
 
 
+MOST = 2**31 - 1
+"""More than any size is."""
 Scalar: TypeAlias = int | float | bool | Sym | SymbolicNumber
 Number: TypeAlias = Operand | Scalar
 
@@ -116,6 +119,14 @@ class Lowering:
         value = self.call("arange", start=start, end=end, dtype=dtype)
         self._starts[value.name] = (start, end)
         return value
+
+    def is_position(self, x: Operand) -> bool:
+        """Whether no element of `x` is negative, as far as the operators before it tell."""
+        span = known_span(x, self.builder.nodes)
+        if span is None:
+            return False
+        sizes = dict.fromkeys(free_symbols(span.low), Range(0, MOST))
+        return bounds(span.low, sizes).lo >= 0
 
     def shifted(self, x: Number, by: Number) -> Operand | None:
         """`x + by` as another range, when `x` is a range and `by` a size; else `None`."""

@@ -8,18 +8,16 @@ way is listed apart: only a check at run time can tell.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 from dsc.ir.dims import Dim, Range, bounds, free_symbols
-from dsc.ir.graph import Graph, Node, Operand
+from dsc.ir.graph import Graph, Node, Operand, Weight
 from dsc.ir.op import OpDef, Within, lookup
 from dsc.ir.paging import PAGES
 from dsc.ir.types import DType
 
-SAME_ELEMENTS = frozenset({"reshape", "permute", "expand"})
-"""Operators whose result holds all elements of their operand, and no others."""
 INTEGERS = frozenset({DType.i64, DType.i32, DType.i8, DType.u8})
 
 
@@ -87,13 +85,13 @@ Source: TypeAlias = str | Span | Operand | None
 
 `None` stands for what a region computes.
 """
-Sources: TypeAlias = dict[str, Source]
+Sources: TypeAlias = dict[Operand, Source]
 
 
 def index_ranges(graph: Graph, symbols: Mapping[str, Range]) -> IndexRanges:
     """The demands of a graph on the values of its inputs, each once."""
     walk = _Walk(symbols)
-    walk.graph(graph, {v.name: v.name for v in graph.inputs}, None)
+    walk.graph(graph, {v: v.name for v in graph.inputs}, None)
     return IndexRanges(tuple(walk.demands), tuple(walk.pages), tuple(walk.computed))
 
 
@@ -111,18 +109,18 @@ class _Walk:
         for node in graph.nodes:
             if node.body is not None:
                 given = [_source(x, sources, region) for x in node.operands]
-                inner = dict(zip((v.name for v in node.body.inputs), given, strict=True))
+                inner: Sources = dict(zip(node.body.inputs, given, strict=True))
                 self.graph(node.body, inner, region or node)
                 for value, result in zip(node.outputs, node.body.outputs, strict=True):
-                    found = inner.get(result.name)
+                    found = inner.get(result)
                     if isinstance(found, (str, Span)):
-                        sources[value.name] = found
+                        sources[value] = found
                 continue
             definition = lookup(node.op)
             for name, within in definition.within.items():
                 self._demand(node, definition, name, within, sources, region)
             self._pages(node, sources)
-            sources |= _results(node, definition, sources, region)
+            sources |= _results(node, sources, region)
 
     def _demand(
         self,
@@ -154,7 +152,7 @@ class _Walk:
             return
         pages, table = (node.operands[i] for i in PAGES[node.op])
         lengths, rows = node.operands[-1], pages.type.shape[1]
-        names = [sources.get(x.name) for x in (table, lengths)]
+        names = [sources.get(x) for x in (table, lengths)]
         if isinstance(names[0], str) and isinstance(names[1], str) and isinstance(rows, int):
             self.pages[PageDemand(names[0], names[1], rows)] = None
 
@@ -166,22 +164,60 @@ class _Walk:
         return ordered and known and all(bounds(d, self._symbols).lo >= 0 for d in room)
 
 
+def known_span(x: Operand, nodes: Sequence[Node]) -> Span | None:
+    """The values that a result of these nodes is known to have, by what operators declare."""
+    kept = True
+    for node in reversed(nodes):
+        if x not in node.outputs or node.body is not None:
+            continue
+        span = _given(node, node.outputs.index(x))
+        if span is not None:
+            return span if kept else replace(span, ascending=False)
+        holds = _holds(node)
+        if not holds:
+            return None
+        x, kept = node.operands[0], kept and holds == "order"
+    return None
+
+
 def _source(x: Operand, sources: Sources, region: Node | None) -> Source:
     """Where an operand comes from."""
-    known = sources.get(x.name)
+    if isinstance(x, Weight):
+        return x
+    known = sources.get(x)
     return known if known is not None or region is not None else x
 
 
-def _results(node: Node, definition: OpDef, sources: Sources, region: Node | None) -> Sources:
+def _results(node: Node, sources: Sources, region: Node | None) -> Sources:
     """The sources of a node's results, as far as something is known of them."""
-    if node.op in SAME_ELEMENTS or _widens(node):
-        return {node.output.name: _source(node.operands[0], sources, region)}
+    holds = _holds(node)
     found: Sources = {}
-    types = [None if x is None else x.type for x in node.inputs]
-    for place, within in definition.gives.items():
-        low, high = definition.range_of(within, types, node.attrs)
-        found[node.outputs[place].name] = Span(low, high, within.ascending)
+    for place, value in enumerate(node.outputs):
+        source: Source = _given(node, place)
+        if source is None and holds:
+            source = _source(node.operands[0], sources, region)
+            if isinstance(source, Span) and holds != "order":
+                source = replace(source, ascending=False)
+            elif not isinstance(source, Span) and holds == "some":
+                source = None  # what is demanded of a part is not demanded of the whole
+        if source is not None:
+            found[value] = source
     return found
+
+
+def _given(node: Node, place: int) -> Span | None:
+    """The values that a node's result is declared to have."""
+    definition = lookup(node.op)
+    within = definition.gives.get(place)
+    if within is None:
+        return None
+    types = [None if x is None else x.type for x in node.inputs]
+    return Span(*definition.range_of(within, types, node.attrs), within.ascending)
+
+
+def _holds(node: Node) -> str:
+    """What a node's results hold of the elements of its first operand (`OpDef.elements`)."""
+    return "order" if _widens(node) else lookup(node.op).elements
 
 
 def _widens(node: Node) -> bool:

@@ -82,7 +82,8 @@ class OpDef:
     `aliases` maps a result index to the operand index that it updates in place; `example` gives
     operand types and attributes in text form, from which the tests build one call. `within` says
     which values operands that are indices may have, by name, and `gives` which values results have
-    that may be indices of others, by position.
+    that may be indices of others, by position. `elements`: what other results hold of those of the
+    first operand: "order" (all, in row-major order), "all" or "some"; empty: they are computed.
     """
 
     name: str
@@ -97,6 +98,7 @@ class OpDef:
     signature: str = ""
     within: Mapping[str, Within] = field(default_factory=dict)
     gives: Mapping[int, Within] = field(default_factory=dict)
+    elements: str = ""
 
     def attr(self, name: str) -> AttrDef | None:
         """The declaration of attribute `name`, or `None`."""
@@ -236,6 +238,7 @@ def op(
     aliases: tuple[tuple[int, int], ...] = (),
     within: Mapping[str, Within] | None = None,
     gives: Mapping[int, Within] | None = None,
+    elements: str = "",
 ) -> OpDef:
     """Declare an operator from its signature. Raises `ValueError` on a malformed one."""
     parsed = re.fullmatch(r"(\w+)\((.*?)\)\s*->\s*(.*)", signature, re.DOTALL)
@@ -259,6 +262,7 @@ def op(
         " ".join(signature.split()),
         within or {},
         gives or {},
+        elements,
     )
 
 

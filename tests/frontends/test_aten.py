@@ -251,6 +251,12 @@ ROWS: dict[str, Function] = {
         x * x.shape[0],
         x + x.shape[0] * 2.0,
     ),
+    "ranges as indices": lambda x, i, b, h: (
+        x[torch.arange(-2, 0)],
+        x[:, torch.arange(-2, 1)],
+        x[:, torch.arange(-1, 2)[1:]],
+        x[:, torch.arange(2).expand(3, 2)],
+    ),
     "indexing": lambda x, i, b, h: (
         x[:, i],
         x[i[:2] % 2],

@@ -71,6 +71,44 @@ def test_indices_are_followed_through_views_and_what_is_computed_is_known() -> N
     assert computed == [("z", "w")], "part of an input is no demand on all of it"
 
 
+def test_a_weight_that_is_an_index_is_no_input_of_its_name() -> None:
+    program = parse_program("""
+    program "p" {stage=CANONICAL}
+    weights {
+      @i : i64[2] = source "i" : i64[2]
+    }
+    graph main(%x: f32[5,3], %i: f32[2]) {
+      %y = take %x, @i {axis=0} : f32[2,3]
+      return %y as "y", %i as "i"
+    }
+    """)
+    found = index_ranges(program.entries["main"], program.symbols)
+    assert found.demands == ()
+    assert [str(c.value) for c in found.computed] == ["@i"]
+
+
+def test_elements_in_another_order_no_longer_ascend() -> None:
+    """Rows of groups end in ascending order: a range does, a range whose axes changed does not."""
+    text = """
+    program "p" {stage=CANONICAL}
+    graph main(%x: f32[6,3], %w: f32[6,3,4]) {
+      %a = arange {start=1, end=7, dtype=i64} : i64[6]
+      %b = reshape %a {shape=[2,3]} : i64[2,3]
+      MOVED
+      %d = reshape %c {shape=[6]} : i64[6]
+      %y = grouped_mm %x, %w, %d : f32[6,4]
+      return %y as "y"
+    }
+    """
+    for moved, checked in (
+        ("%c = permute %b {dims=[1,0]} : i64[3,2]", 1),
+        ("%c = reshape %b {shape=[3,2]} : i64[3,2]", 0),
+    ):
+        program = parse_program(text.replace("MOVED", moved))
+        found = index_ranges(program.entries["main"], program.symbols)
+        assert len(found.computed) == checked
+
+
 def test_a_size_is_told_by_the_input_and_the_option() -> None:
     text = 'program "p" {stage=CANONICAL}\nsymbols {B=[1,4]}\n'
     text += 'graph main(%input_ids: i64[B,2]) { return %input_ids as "y" }'

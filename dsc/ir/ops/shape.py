@@ -148,6 +148,7 @@ reshape = op(
     doc="The same elements in row-major order under another shape.",
     example="f32[2,3,4] {shape=[6,4]}",
     infer=_infer_reshape,
+    elements="order",
 )
 permute = op(
     "permute(x: T[...]; dims: ints) -> T[...]",
@@ -155,6 +156,7 @@ permute = op(
     doc="Axis i of the result is axis dims[i] of x.",
     example="f32[2,3,4] {dims=[2,0,1]}",
     infer=_infer_permute,
+    elements="all",
 )
 expand = op(
     "expand(x: T[...]; shape: dims) -> T[...]",
@@ -162,6 +164,7 @@ expand = op(
     doc="Broadcast x to a shape.",
     example="f32[3,1] {shape=[2,3,4]}",
     infer=_infer_expand,
+    elements="all",
 )
 slice_ = op(
     "slice(x: T[...]; axis: int, start: dim, end: dim, step: int = 1) -> T[...]",
@@ -169,6 +172,7 @@ slice_ = op(
     doc="Elements start, start+step, … below end of one axis.",
     example="f32[2,7] {axis=1, start=1, end=6, step=2}",
     infer=_infer_slice,
+    elements="some",
 )
 concat = op(
     "concat(xs: T[...]...; axis: int) -> T[...]",
@@ -190,6 +194,7 @@ split = op(
     doc="Consecutive parts of one axis, one result each.",
     example="f32[2,7] {sizes=[3,4]}",
     infer=_infer_split,
+    elements="some",
 )
 gather = op(
     "gather(x: T[...], index: i64[...]; axis: int) -> T[...]",
@@ -198,6 +203,7 @@ gather = op(
     example="f32[2,3], i64[2,2]=1 {axis=1}",
     infer=_infer_gather,
     within={"index": Within("0", "extent-1")},
+    elements="some",
 )
 take = op(
     "take(x: T[...], index: i64[...]; axis: int) -> T[...]",
@@ -206,6 +212,7 @@ take = op(
     example="f32[4,3], i64[2,2]=3 {axis=0}",
     infer=_infer_take,
     within={"index": Within("0", "extent-1")},
+    elements="some",
 )
 select_rows = op(
     "select_rows(x: T[b, s, d], index: i64[b, l]) -> T[b, l, d]",
