@@ -39,9 +39,6 @@ if not all(g.intact for g in guards) or not np.isfinite(logits).all():
 """Makes the steps that its argument lists; the model's caches lie in guarded memory."""
 
 
-FAULTS = ("", "", "", "ids", "lengths", "at", "positions", "long", "batch", "type", "empty")
-
-
 def run_scripts(folder: Path, calls: int, seed: int) -> Outcome:
     """Each call in a process of its own: a first step of two tokens, then the call."""
     from dsc.runtime import artifact

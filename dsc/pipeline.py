@@ -236,12 +236,3 @@ def _before(name: str) -> list[str]:
     """What every compile of a traced model runs before the pass of this name."""
     order = [*RAISE, *(["specialise_entries"] if name == "absorb_mla" else [])]
     return order[: order.index(name)] if name in order else order
-
-
-def symbols_within(program: Program, **limits: int) -> Program:
-    """The program with the upper bounds of the named symbols set."""
-    symbols = dict(program.symbols)
-    for name, limit in limits.items():
-        if name in symbols:
-            symbols[name] = replace(symbols[name], hi=max(limit, symbols[name].lo))
-    return replace(program, symbols=symbols)

@@ -15,8 +15,6 @@ from dsc.ir.printer import print_program
 from dsc.ir.program import Program
 from dsc.ir.weights import WeightSource
 
-SUFFIX = ".dsc"
-
 
 def read_program(file: Path | str, source: WeightSource | None = None) -> Program:
     """The program in a text file, verified. Its weights have types alone, unless `source` is given.

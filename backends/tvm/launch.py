@@ -38,14 +38,6 @@ class Launch:
         return self.maker.__name__
 
 
-def bytes_of(node: Node) -> Dim:
-    """Bytes a node reads and writes when every operand is touched once."""
-    total: Dim = 0
-    for x in (*node.operands, *node.outputs):
-        total = total + x.type.nbytes
-    return total
-
-
 def rows_of(type: TensorType, trailing: int = 1) -> Dim:
     """The number of rows when the last `trailing` axes are a row."""
     return product(type.shape[: type.rank - trailing])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json as json_format
 import sys
 import tempfile
 import time
@@ -287,10 +286,3 @@ def required_tokenizer(tokenizer: Any, artifact: Path) -> Any:
             hint="compile a checkpoint that has a tokenizer.json",
         )
     return tokenizer
-
-
-def manifest_config(artifact: Path) -> dict[str, Any]:
-    """Return the model configuration that the manifest of an artifact records."""
-    manifest = json_format.loads((artifact / "dsc.json").read_text(encoding="utf-8"))
-    config: dict[str, Any] = manifest.get("config") or {}
-    return config

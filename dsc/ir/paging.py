@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from dsc.errors import UsageError
-from dsc.ir.dims import Dim
 from dsc.ir.graph import Graph, Value
 
 if TYPE_CHECKING:
@@ -28,16 +27,6 @@ def page_inputs(graph: Graph) -> list[Value]:
     """The inputs that are caches in pages, in order."""
     used = {n.operands[PAGES[n.op][0]].name for n in graph.walk() if n.op in PAGES}
     return [v for v in graph.inputs if v.name in used]
-
-
-def block_tables(graph: Graph) -> list[tuple[str, Dim]]:
-    """The inputs that are block tables, and the number of pages that each may name."""
-    found: dict[str, Dim] = {}
-    for node in graph.walk():
-        if node.op in PAGES:
-            pages, table = (node.operands[i] for i in PAGES[node.op])
-            found[table.name] = pages.type.shape[0]
-    return [(v.name, found[v.name]) for v in graph.inputs if v.name in found]
 
 
 def page_rows(graph: Graph) -> int | None:

@@ -8,7 +8,7 @@ from functools import cached_property
 from typing import Any
 
 from dsc.ir import analyses
-from dsc.ir.graph import Graph, Node, Operand, Value, Weight
+from dsc.ir.graph import Graph, Node, Operand, Value
 from dsc.ir.program import Program
 
 TRANSPARENT = frozenset({"cast", "expand", "reshape"})
@@ -90,8 +90,3 @@ class Scope:
 
     def _index(self, node: Node) -> int:
         return self.position[node.outputs[0].name]
-
-
-def is_weight(operand: Operand | None) -> bool:
-    """Whether an operand names a weight."""
-    return isinstance(operand, Weight)

@@ -15,7 +15,7 @@ from typing import Any
 
 from dsc.errors import ArtifactError
 from dsc.ir.dims import Dim, evaluate, parse_dim, symbol_name
-from dsc.ir.graph import Graph, Node, Operand, Value
+from dsc.ir.graph import Graph, Operand, Value
 from dsc.ir.memory import MemoryPlan
 from dsc.ir.types import DType, TensorType
 
@@ -101,19 +101,6 @@ def buffer(operand: Operand, memory: MemoryPlan) -> BufferRef:
     return BufferRef("weight", operand.name, 0, operand.type)
 
 
-def step_of(node: Node, kernel: str, memory: MemoryPlan, **scalars: Dim) -> Step:
-    """The step that runs a node by `kernel`."""
-    return Step(
-        kernel,
-        tuple(None if x is None else buffer(x, memory) for x in node.inputs),
-        tuple(buffer(v, memory) for v in node.outputs),
-        tuple(scalars.items()),
-        loc=node.loc,
-        op=node.op,
-        node=node.outputs[0].name,
-    )
-
-
 def symbols_of(graph: Graph, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
     """Sizes of the symbols, from the shapes of an entry's inputs by name."""
     env: dict[str, int] = {}
@@ -123,11 +110,6 @@ def symbols_of(graph: Graph, shapes: Mapping[str, tuple[int, ...]]) -> dict[str,
             if name is not None:
                 env[name] = size
     return env
-
-
-def scalar_values(step: Step, env: Mapping[str, int]) -> dict[str, int]:
-    """A step's scalars as integers."""
-    return {name: evaluate(dim, env) for name, dim in step.scalars}
 
 
 def live_bytes(plan: EntryPlan, env: Mapping[str, int]) -> list[int]:

@@ -6,6 +6,7 @@ import json
 import random
 import subprocess
 import sys
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -46,7 +47,9 @@ V3_BYTES = 61 * (512 + 64) * 2
 def compiled(model: str, backend: str, layout: str) -> dsc.CompiledModel:
     """A model of one V3 or V2 layer, or of several by hand, for contexts of four pages."""
     program = canonical_lm(Sizes(), 4, CONTEXT) if model == "hand" else stored(model)
-    program = pipeline.symbols_within(program, B=4, S=32, L=32, P=CONTEXT)
+    most = {"B": 4, "S": 32, "L": 32, "P": CONTEXT}
+    symbols = {k: replace(v, hi=most.get(k, v.hi)) for k, v in program.symbols.items()}
+    program = replace(program, symbols=symbols)
     return dsc.compile(
         program, backend=backend, cache=layout, max_batch=4, max_context=CONTEXT,
         prefill_chunk=CHUNK,

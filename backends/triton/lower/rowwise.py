@@ -8,7 +8,6 @@ from dsc.backends.triton.lower.moe import take_rows
 from dsc.ir import views
 from dsc.ir.dims import Dim, product
 from dsc.ir.graph import Node
-from dsc.ir.types import TensorType
 from dsc.ir.views import View
 
 
@@ -206,8 +205,3 @@ def append(ctx: Context, node: Node) -> None:
         "new_row": stride, "BLOCK_D": tile.columns, "BLOCK_ROWS": tile.rows,
     }  # fmt: skip
     ctx.launch("rows:append", grid, given, tile.warps)
-
-
-def unit_type(type: TensorType) -> bool:
-    """Whether the innermost axis has a fixed, blockable extent."""
-    return isinstance(type.shape[-1], int) and type.shape[-1] <= 1 << 15
