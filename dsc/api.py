@@ -22,7 +22,7 @@ from dsc.backends.base import (
     set_threads,
 )
 from dsc.errors import MemoryLimitError, UnsupportedOperator, UsageError
-from dsc.files import check_folder
+from dsc.files import check_fillable
 from dsc.ir.program import Program
 from dsc.ir.ranks import ranks_of
 from dsc.ir.segments import cut
@@ -268,7 +268,7 @@ def compile(
     check_parallel(ranks, parallel)
     folder = Path(dump_dir) if dump_dir is not None else None
     if folder is not None:
-        check_folder(folder)
+        check_fillable(folder)
     start = time.perf_counter()
     chosen = backends.get(backend) if backend else best_backend()
     targets = _targets(target, chosen)

@@ -1,4 +1,4 @@
-"""Places that dsc writes to: tried before the work, written whole or not at all, failures in words.
+"""Files that dsc reads and writes: places tried before the work, whole or not at all, in words.
 
 What the machine refuses (no room, no right, no such folder) is never a bug of dsc: an `OSError`
 becomes a `FileError` that says which path, why, and what to do. `translated` is the one place that
@@ -11,12 +11,13 @@ import errno
 import os
 import resource
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from dsc.errors import FileError
+from dsc.errors import FileError, UsageError
 
 _ANOTHER = "give a path that you may use"
 _TEMPORARY = "set TMPDIR to a folder that you may write to"
@@ -38,15 +39,18 @@ HINTS = {
     errno.ENOMEM: "free some memory",
 }
 
+STANDARD_INPUT = "-"
+"""How a command line calls it."""
+_ABSENT = "give the path of a file that is there"
 WRITING = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS})
 """What only writing meets."""
 
 
-def translated(error: OSError, where: str | Path | None = None) -> FileError:
+def translated(error: OSError, where: str | Path | None = None, reading: bool = False) -> FileError:
     """The error that tells a user of `error`.
 
     `where` is what the user asked for: it stands for our temporary files beside it, and serves
-    where `error` names no path.
+    where `error` names no path. `reading`: it was only to be read.
     """
     reason = error.strerror or str(error) or type(error).__name__
     if error.filename is None and reason.startswith("No usable temporary directory"):
@@ -55,8 +59,11 @@ def translated(error: OSError, where: str | Path | None = None) -> FileError:
     if where is not None and (place is None or _beside(Path(where)) in place):
         place = str(where)
     number = error.errno or 0
-    verb = "write" if number in WRITING else "read or write"
-    return FileError(f"cannot {verb}: {reason}", where=place, hint=HINTS.get(number))
+    verb = "read" if reading else "write" if number in WRITING else "read or write"
+    hint = HINTS.get(number)
+    if number == errno.ENOENT and (reading or (place and Path(place).parent.is_dir())):
+        hint = _ABSENT  # who writes makes the file
+    return FileError(f"cannot {verb}: {reason}", where=place, hint=hint)
 
 
 def _beside(path: Path) -> str:
@@ -75,24 +82,56 @@ def named(where: str | Path) -> Iterator[None]:
         raise translated(error, where) from error
 
 
-def check_writable(path: str | Path, folder: bool = False) -> None:
-    """Raise `FileError` unless a file (or a folder) could be put at `path`; nothing stays behind.
+def read_text(file: str | Path) -> str:
+    """The text of a file, or of standard input for `-`.
+
+    Raises:
+        FileError: it cannot be read.
+        UsageError: it is no UTF-8.
+    """
+    standard = str(file) == STANDARD_INPUT
+    where = "standard input" if standard else str(file)
+    try:
+        data = sys.stdin.buffer.read() if standard else Path(file).read_bytes()
+    except OSError as problem:
+        raise translated(problem, where, reading=True) from None
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as problem:
+        raise UsageError(
+            f"this is no UTF-8 text: byte {problem.start} is {data[problem.start]:#04x}",
+            where=where,
+            hint="convert it, as with iconv -t UTF-8",
+        ) from None
+
+
+def check_writable(path: str | Path) -> None:
+    """Raise `FileError` unless a file could be put at `path`; nothing stays behind.
 
     Folders above it that are missing would be made, so the nearest one that exists is tried.
     """
     path = Path(path)
     target = Path(os.path.realpath(path))
     with named(path):
-        if not folder and target.exists() and not _replaceable(target):
+        if target.exists() and not _replaceable(target):
             target.open("ab").close()
             return
-        os.rmdir(tempfile.mkdtemp(prefix=_beside(path), dir=nearest(target.parent)))
+    check_makeable(path)
 
 
-def check_folder(folder: Path) -> None:
+def check_makeable(folder: Path) -> None:
+    """Raise `FileError` unless a folder could be put at this place, or in the place of one."""
+    _try_in(Path(os.path.realpath(folder)).parent, folder)
+
+
+def check_fillable(folder: Path) -> None:
     """Raise `FileError` unless files can be written into `folder`, there or still to be made."""
-    with named(folder):
-        os.rmdir(tempfile.mkdtemp(prefix=_beside(folder), dir=nearest(folder)))
+    _try_in(folder, folder)
+
+
+def _try_in(place: Path, asked: Path) -> None:
+    with named(asked):
+        os.rmdir(tempfile.mkdtemp(prefix=_beside(asked), dir=nearest(place)))
 
 
 def check_room(place: Path, needed: int, what: str) -> None:
@@ -135,22 +174,61 @@ def made(folder: Path) -> Iterator[None]:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write a text file, whole or not at all; folders above it are made. Raises `FileError`."""
+    """Write a text file, in UTF-8, as `write_bytes` does."""
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_bytes(path: str | Path, data: bytes) -> None:
+    """Write a file, whole or not at all; folders above it are made. Raises `FileError`."""
     path = Path(path)
     target = Path(os.path.realpath(path))  # a link stays one
     with named(path), made(target.parent):
         if target.exists() and not _replaceable(target):
-            target.write_text(text, encoding="utf-8")
+            target.write_bytes(data)
             return
         handle, fresh = tempfile.mkstemp(prefix=_beside(path), dir=target.parent)
         try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                file.write(text)
+            with os.fdopen(handle, "wb") as file:
+                file.write(data)
             os.chmod(fresh, 0o666 & ~_umask())
             os.replace(fresh, target)
         except BaseException:
             os.unlink(fresh)
             raise
+
+
+@contextmanager
+def replacing(out: Path) -> Iterator[Path]:
+    """A temporary sibling of `out` that becomes `out` when the block ends well.
+
+    What was there before stays until then. Raises `FileError` where the machine refuses.
+    """
+    with named(out), made(out.parent):
+        folder = Path(tempfile.mkdtemp(prefix=_beside(out), dir=out.parent))
+        try:
+            yield folder
+            folder.chmod(0o755)
+            if out.exists():
+                _swap(folder, out)
+            else:
+                os.rename(folder, out)
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+
+
+def _swap(folder: Path, out: Path) -> None:
+    """Put `folder` in the place of `out`; where that fails, `out` is what it was."""
+    old = Path(tempfile.mkdtemp(prefix=f"{_beside(out)}old.", dir=out.parent))
+    try:
+        os.rename(out, old / out.name)
+        try:
+            os.rename(folder, out)
+        except BaseException:
+            os.rename(old / out.name, out)
+            raise
+    finally:
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def _replaceable(path: Path) -> bool:

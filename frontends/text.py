@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from dsc.errors import ParseError, UsageError
-from dsc.files import translated, write_text
+from dsc.errors import ParseError
+from dsc.files import read_text, write_text
 from dsc.ir.parser import parse_verified
 from dsc.ir.printer import print_program
 from dsc.ir.program import Program
@@ -25,12 +25,7 @@ def read_program(file: Path | str, source: WeightSource | None = None) -> Progra
         ParseError: it is not a program, or breaks a rule of the IR; says where.
     """
     path = Path(file)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as problem:
-        raise translated(problem, path) from None
-    except UnicodeDecodeError as problem:
-        raise UsageError(f"it is no UTF-8 text: {problem}", where=str(path)) from None
+    text = read_text(path)
     try:
         return parse_verified(text, source)
     except ParseError as problem:

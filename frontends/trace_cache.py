@@ -14,8 +14,8 @@ from __future__ import annotations
 import json
 import os
 import sys
-import tempfile
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -23,7 +23,8 @@ from typing import TYPE_CHECKING, Any
 
 from dsc import frontends
 from dsc._version import __version__
-from dsc.errors import DscError
+from dsc.errors import DscError, FileError
+from dsc.files import write_bytes, write_text
 from dsc.frontends.fingerprint import Unknown, digest_of, fingerprint
 from dsc.frontends.safetensors_source import open_safetensors
 from dsc.ir import ops
@@ -80,22 +81,16 @@ def load(key: Mapping[str, Any]) -> Program | None:
 def store(key: Mapping[str, Any], program: Program, constants: Mapping[str, torch.Tensor]) -> None:
     """Keep a traced program. `constants` are the values among its weights' sources, by key."""
     from safetensors import SafetensorError
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
-    try:
+    # A cache that takes nothing is a slower compile, no error.
+    with suppress(FileError, OSError, SafetensorError):
         path = _path(key)
         if path is None:
             return
-        path.parent.mkdir(parents=True, exist_ok=True)
-        entry = json.dumps({"key": key, "program": print_program(program)})
-        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-            text, values = Path(folder) / "entry", Path(folder) / "values"
-            text.write_text(entry)
-            save_file({k: v.contiguous() for k, v in constants.items()}, values)
-            os.replace(values, path.with_suffix(".safetensors"))
-            os.replace(text, path)
-    except (OSError, SafetensorError):
-        return  # a cache that cannot be written is a slower compile, not an error
+        values = save({k: v.contiguous() for k, v in constants.items()})
+        write_bytes(path.with_suffix(".safetensors"), values)
+        write_text(path, json.dumps({"key": key, "program": print_program(program)}))
 
 
 def _path(key: Mapping[str, Any]) -> Path | None:

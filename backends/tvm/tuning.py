@@ -22,6 +22,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -29,6 +30,8 @@ from typing import TYPE_CHECKING, Any
 
 from dsc._version import __version__
 from dsc.backends.tvm.machine import Machine
+from dsc.errors import FileError
+from dsc.files import write_text
 from dsc.user_folders import cache_entry
 
 if TYPE_CHECKING:
@@ -203,15 +206,8 @@ def load(key: Mapping[str, Any]) -> Tiling | None:
 
 def store(key: Mapping[str, Any], found: Tiling) -> None:
     """Keep a choice."""
-    try:
-        path = _path(key)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-            fresh = Path(folder) / "entry"
-            fresh.write_text(json.dumps({"key": key, "tiling": asdict(found)}))
-            os.replace(fresh, path)
-    except OSError:
-        return  # a cache that cannot be written is a slower compile, not an error
+    with suppress(FileError, OSError):  # a cache that takes nothing is a slower compile, no error
+        write_text(_path(key), json.dumps({"key": key, "tiling": asdict(found)}))
 
 
 def _path(key: Mapping[str, Any]) -> Path:

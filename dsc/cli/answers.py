@@ -7,18 +7,22 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dsc.files import STANDARD_INPUT, read_text
+
 if TYPE_CHECKING:
     from dsc.frontends.generation_config import GenerationSettings
     from dsc.generation import Answer
     from dsc.sampling import Sampling
 
-STANDARD_INPUT = "-"
 Prompt = tuple[str, str]
 """Where it comes from, as the user wrote it, and its text."""
 
 
 def read_prompts(texts: Sequence[str], files: Sequence[Path]) -> list[Prompt]:
-    """The prompts of --prompt, then those of --file. Raises `UsageError`."""
+    """The prompts of --prompt, then those of --file; one newline at the end of a file is left out.
+
+    Raises `UsageError` and `FileError`.
+    """
     from dsc.errors import UsageError
 
     if not texts and not files:
@@ -28,29 +32,10 @@ def read_prompts(texts: Sequence[str], files: Sequence[Path]) -> list[Prompt]:
     found = []
     for number, text in enumerate(texts, 1):
         if text == STANDARD_INPUT:
-            found.append((f"--prompt {STANDARD_INPUT}", _read(STANDARD_INPUT)))
+            found.append((f"--prompt {STANDARD_INPUT}", read_text(text).removesuffix("\n")))
         else:
             found.append(("--prompt" if len(texts) == 1 else f"--prompt, number {number}", text))
-    return found + [(f"--file {path}", _read(str(path))) for path in files]
-
-
-def _read(file: str) -> str:
-    """The text of a file, or of standard input for `-`, without one newline at its end."""
-    from dsc.errors import UsageError
-
-    standard = file == STANDARD_INPUT
-    where = "standard input" if standard else file
-    try:
-        data = sys.stdin.buffer.read() if standard else Path(file).read_bytes()
-        return data.decode("utf-8").removesuffix("\n")
-    except OSError as problem:
-        raise UsageError(f"cannot read it: {problem.strerror}", where=where) from None
-    except UnicodeDecodeError as problem:
-        raise UsageError(
-            f"this is no UTF-8 text: byte {problem.start} is {data[problem.start]:#04x}",
-            where=where,
-            hint="convert it, as with iconv -t UTF-8",
-        ) from None
+    return found + [(f"--file {path}", read_text(path).removesuffix("\n")) for path in files]
 
 
 def encoded(tokenizer: Any, prompt: Prompt, max_context: int) -> list[int]:

@@ -72,10 +72,10 @@ def bisect(
         dsc bisect layer.dsc --backend reference -o found
     """
     from dsc.cli import console
-    from dsc.files import check_folder
+    from dsc.files import check_fillable
 
     folder = output or Path(f"{Path(model).stem or 'model'}-bisect")
-    check_folder(folder)
+    check_fillable(folder)
     with console.progress_bar() as progress:
         program, passes = load_passes(
             model, config, weights, backend, target, dtype, fusion_level, progress

@@ -81,6 +81,7 @@ def _inspect_artifact(
     folder: Path, entry: str | None, after: str | None, report: bool, kernels: bool, as_json: bool
 ) -> None:
     from dsc.errors import UsageError
+    from dsc.files import read_text
     from dsc.runtime import sharded
 
     ranks = sharded.opened(folder)
@@ -103,7 +104,7 @@ def _inspect_artifact(
         _list_kernels(folder)
     if not (report or kernels):
         head = "".join(f"# {name:<8} {value}\n" for name, value in facts.items())
-        print(head + _select((folder / "program.dsc").read_text("utf-8"), entry), end="")
+        print(head + _select(read_text(folder / "program.dsc"), entry), end="")
 
 
 def card(manifest: Mapping[str, Any], folder: Path) -> dict[str, str]:
@@ -131,17 +132,18 @@ def card(manifest: Mapping[str, Any], folder: Path) -> dict[str, str]:
 
 
 def read_report(folder: Path) -> dict[str, Any]:
-    """Return an artifact's report. Raises `ArtifactError`."""
+    """Return an artifact's report. Raises `ArtifactError` and `FileError`."""
     return read_object(folder, "report.json")
 
 
 def read_object(folder: Path, name: str) -> dict[str, Any]:
-    """Return a JSON object of an artifact. Raises `ArtifactError`."""
-    from dsc.errors import ArtifactError
+    """Return a JSON object of an artifact. Raises `ArtifactError` and `FileError`."""
+    from dsc.errors import ArtifactError, UsageError
+    from dsc.files import read_text
 
     try:
-        found = json_text.loads((folder / name).read_text("utf-8"))
-    except (OSError, ValueError, RecursionError) as problem:
+        found = json_text.loads(read_text(folder / name))
+    except (UsageError, ValueError, RecursionError) as problem:
         raise ArtifactError(f"cannot read {name}: {problem}", where=str(folder)) from None
     if not isinstance(found, dict):
         raise ArtifactError(f"{name} is no JSON object", where=str(folder))

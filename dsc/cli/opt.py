@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 from typing import Annotated
 
 from typer import Argument, Option
@@ -47,6 +46,7 @@ def opt(
         dsc opt layer.dsc --explain absorb_mla
     """
     from dsc import pipeline
+    from dsc.files import read_text
     from dsc.ir.parser import parse_verified
     from dsc.ir.printer import print_program
 
@@ -58,19 +58,3 @@ def opt(
         print(pipeline.explain(program, explain))
     else:
         sys.stdout.write(print_program(program))
-
-
-def read_text(file: str) -> str:
-    """Read a file, or standard input for `-`."""
-    from dsc.errors import UsageError
-    from dsc.files import translated
-
-    try:
-        if file == "-":
-            return sys.stdin.read()
-        return Path(file).read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        where = "standard input" if file == "-" else file
-        raise UsageError(f"it is no UTF-8 text: {error}", where=where) from None
-    except OSError as error:
-        raise translated(error, file) from None

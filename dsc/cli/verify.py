@@ -152,8 +152,8 @@ def _lines(result: Comparison, dtype: str) -> Iterator[str]:
 def token_ids(compiled: CompiledModel, text: Path | None, limit: int) -> tuple[list[int], bool]:
     """Return up to `limit` ids and whether they are text; without a tokenizer they are random."""
     from dsc.cli.bench import random_ids, vocabulary
-    from dsc.cli.opt import read_text
     from dsc.errors import UsageError
+    from dsc.files import read_text
 
     limit = min(limit, compiled.max_context)
     if compiled.tokenizer is not None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from dsc.diff.sides import Side
 from dsc.errors import UsageError
+from dsc.files import read_text
 from dsc.ir.program import Program
 from dsc.report import layer_of
 
@@ -107,7 +108,7 @@ def read_profile(path: Path, entries: Iterable[str]) -> dict[str, Timing]:
 
 def _spans(path: Path) -> list[Span]:
     try:
-        events = json.loads(path.read_text(encoding="utf-8"))["traceEvents"]
+        events = json.loads(read_text(path))["traceEvents"]
         return [
             Span(
                 str(e["name"]), str(e["cat"]), float(e["ts"]) / 1e3, float(e["dur"]) / 1e3,
@@ -116,8 +117,6 @@ def _spans(path: Path) -> list[Span]:
             for e in events
             if e.get("ph") == "X"  # names and counters lie beside the spans
         ]  # fmt: skip
-    except OSError as problem:
-        raise UsageError(f"cannot read the profile: {problem}", where=str(path)) from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as problem:
         raise UsageError(
             f"no trace of ours: {type(problem).__name__}: {problem}",

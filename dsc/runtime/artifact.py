@@ -9,11 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
-import tempfile
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -22,7 +18,7 @@ from typing import Any
 from dsc._version import __version__
 from dsc.backends.base import MANIFEST, Emission
 from dsc.errors import ArtifactError, UsageError
-from dsc.files import check_room, check_writable, made, named
+from dsc.files import check_makeable, check_room, named, replacing
 from dsc.ir.parser import parse_program
 from dsc.ir.printer import print_program
 from dsc.ir.program import Program
@@ -59,7 +55,7 @@ def check_free(out: Path, force: bool) -> None:
     """
     with named(out):
         exists = out.exists()
-    check_writable(out, folder=True)
+    check_makeable(out)
     if not exists:
         return
     if not force:
@@ -210,40 +206,6 @@ def run_script(runner: str) -> str:
     """The text of run.py: the backend's part, then the loop around it."""
     main = Path(__file__).with_name("run_main.py.txt").read_text()
     return f"{runner.rstrip()}\n\n\n{main}"
-
-
-@contextmanager
-def replacing(out: Path) -> Iterator[Path]:
-    """A temporary sibling of `out` that becomes `out` when the block ends well.
-
-    What was there before stays until then. Raises `FileError` where the machine refuses.
-    """
-    with named(out), made(out.parent):
-        folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-        try:
-            yield folder
-            folder.chmod(0o755)
-            if out.exists():
-                _swap(folder, out)
-            else:
-                os.rename(folder, out)
-        except BaseException:
-            shutil.rmtree(folder, ignore_errors=True)
-            raise
-
-
-def _swap(folder: Path, out: Path) -> None:
-    """Put `folder` in the place of `out`; where that fails, `out` is what it was."""
-    old = Path(tempfile.mkdtemp(prefix=f".{out.name}.old.", dir=out.parent))
-    try:
-        os.rename(out, old / out.name)
-        try:
-            os.rename(folder, out)
-        except BaseException:
-            os.rename(old / out.name, out)
-            raise
-    finally:
-        shutil.rmtree(old, ignore_errors=True)
 
 
 def _inside(folder: Path, name: str) -> Path:

@@ -18,8 +18,9 @@ from typing import Any
 from dsc._version import __version__
 from dsc.backends.base import MANIFEST
 from dsc.errors import ArtifactError, UsageError
+from dsc.files import replacing
 from dsc.runtime import collectives
-from dsc.runtime.artifact import FORMAT, check_free, replacing
+from dsc.runtime.artifact import FORMAT, check_free
 
 
 @dataclass(frozen=True)

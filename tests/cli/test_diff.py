@@ -18,7 +18,7 @@ from dsc.diff.measure import read_profile
 from dsc.diff.page import _change, page
 from dsc.diff.sides import Side, open_side
 from dsc.diff.svg import timeline
-from dsc.errors import ArtifactError, ParseError, UsageError
+from dsc.errors import ArtifactError, FileError, ParseError, UsageError
 from dsc.ir.parser import parse_graph, parse_program
 from dsc.ir.weights import MetaSource
 from dsc.passes.absorb_mla import AbsorbMla
@@ -255,7 +255,7 @@ def test_profiles_give_medians_by_entry_and_layer(tmp_path: Path) -> None:
     path.write_text('{"traceEvents": [7]}')
     with pytest.raises(UsageError, match="no trace of ours"):
         read_profile(path, ["decode"])
-    with pytest.raises(UsageError, match="cannot read"):
+    with pytest.raises(FileError, match="cannot read"):
         read_profile(tmp_path / "none", ["decode"])
 
 

@@ -282,9 +282,3 @@ def test_options_that_the_line_cannot_give_are_told(
     wrong.options = {"entries": ("decode",), "scale": 0.25}
     _, error = ran(capsys, "opt", str(SMALL_LM), "-p", "fuse", "--verify-each")
     assert "it ran with other scale, entries=('decode',); dsc opt takes its defaults" in error
-
-
-def test_a_file_that_is_no_text(tmp_path: Path, invoke: Invoke) -> None:
-    (tmp_path / "x.dsc").write_bytes(b"\xff\xfe")
-    with pytest.raises(UsageError, match="no UTF-8 text"):
-        invoke("opt", str(tmp_path / "x.dsc"))

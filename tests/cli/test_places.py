@@ -152,6 +152,31 @@ def test_an_error_names_the_file_it_is_about(tmp_path: Path) -> None:
     assert told.value.where == str(tmp_path / "elsewhere")
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        ["opt", "f"],
+        ["opt", "deep/f"],
+        ["generate", "file", "--file", "f"],
+        ["diff", str(SMALL_LM), str(SMALL_LM), "--profiles", "f", "f"],
+    ],
+    ids=lambda line: " ".join(map(str, line[:2])),
+)
+def test_what_is_only_read_need_not_be_made(
+    line: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Every verb reads files in the same words, be they absent or no text."""
+    status, error = ended(capsys, *line)
+    assert status == 2
+    assert error.lstrip().startswith("dsc: cannot read: No such file or directory\n"), error
+    assert error.endswith("to do:  give the path of a file that is there\n")
+    Path("f").write_bytes(b"caf\xe9")
+    if "deep/f" not in line:
+        status, error = ended(capsys, *line)
+        assert status == 2
+        assert error.lstrip().startswith("dsc: this is no UTF-8 text: byte 3 is 0xe9\n"), error
+
+
 # --- standard output ------------------------------------------------------------------------------
 
 

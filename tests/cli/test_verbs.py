@@ -15,8 +15,7 @@ import pytest
 from dsc.cli import doctor
 from dsc.cli.bench import summary
 from dsc.cli.compile import default_output
-from dsc.cli.opt import read_text
-from dsc.errors import ArtifactError, FileError, UsageError
+from dsc.errors import ArtifactError, UsageError
 from dsc.runtime.profiler import span
 from dsc.runtime.protocol import Turn
 
@@ -261,11 +260,6 @@ def test_an_artifact_that_is_no_json_is_refused(invoke: Invoke, artifact: Path) 
     (artifact / "dsc.json").write_text("[]")
     with pytest.raises(ArtifactError, match=r"dsc\.json is no JSON object"):
         invoke("inspect", str(artifact))
-
-
-def test_opt_refuses_a_missing_file(tmp_path: Path) -> None:
-    with pytest.raises(FileError, match="No such file"):
-        read_text(str(tmp_path / "none.dsc"))
 
 
 def test_doctor_says_what_is_missing(monkeypatch: pytest.MonkeyPatch, invoke: Invoke) -> None:
