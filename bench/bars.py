@@ -411,13 +411,14 @@ def demo() -> Figures:
 
 
 def judging() -> Figures:
-    """Sound artifacts verify in their own type, broken ones do not; no share is more than all."""
+    """Sound artifacts verify in their own type, broken ones do not; no share passes the limit."""
     from bench import judging as judge
+    from dsc.runtime.protocol import DRIFT
 
     told, shares = judge.verdicts(TINY)
     ranks = judge.of_two_ranks(TINY)
     right = all(v["exit"] == (1 if name in judge.BROKEN else 0) for name, v in told.items())
-    whole = all(s is None or 0 < s <= 1 for each in shares.values() for s in each)
+    whole = all(s is not None and 0 < s <= 1 + DRIFT for each in shares.values() for s in each)
     return {
         "ok": right and whole and not any(ranks.values()),
         "verify": told,

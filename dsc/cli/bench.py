@@ -10,19 +10,16 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
 
-from typer import Option
+from typer import Context, Option
 
 from dsc.cli import options
 
 if TYPE_CHECKING:
-    from dsc.ir.program import Program
     from dsc.runtime.protocol import Spread, Turn
-
-_VOCAB_SEED = 0
-_READINGS = 5
 
 
 def bench(
+    command: Context,
     artifact: options.Artifact,
     prompt_len: Annotated[int, Option("--prompt-len", min=1, help="Tokens to prefill.")] = 512,
     context: Annotated[
@@ -50,15 +47,21 @@ def bench(
     """
     from dsc import api
     from dsc.cli import console
-    from dsc.cli.ranks import launched, speaks
+    from dsc.cli.measuring import (
+        check_fits,
+        machine_threads,
+        random_ids,
+        tell_stand_in,
+        unread,
+        vocabulary,
+    )  # fmt: skip
+    from dsc.cli.ranks import launch_ranks, must_launch, speaks
     from dsc.runtime.limit import limit_seconds, prefill_work, step_work, working_set
-    from dsc.runtime.probes import MatrixProbe, ReadProbe
+    from dsc.runtime.probes import Machine, MatrixProbe, ReadProbe, steadily
     from dsc.verification import compute_dtype
 
-    if launched(
-        "bench", artifact, prompt_len=prompt_len, context=context, batch=batch, tokens=tokens,
-        rounds=rounds, repeats=repeats, threads=threads, pin=pin, json=json, trust=trust,
-    ):  # fmt: skip
+    if must_launch(artifact):
+        launch_ranks(command, artifact)
         return
     start = time.perf_counter()
     compiled = api.load(artifact, trust=trust, **options.chosen(threads=threads, pin=pin))
@@ -66,9 +69,10 @@ def bench(
     check_fits(
         compiled,
         batch,
-        prefill=(prompt_len, "--prompt-len"),
-        decode=(steps, f"--context, and --tokens in {rounds} --rounds and a warm-up,"),
+        (prompt_len, "--prompt-len"),
+        (steps, f"--context, and --tokens in {rounds} --rounds and a warm-up,"),
     )
+    tell_stand_in(compiled.executable, "nothing to be measured")
     session = compiled.session(max_batch=batch, max_context=steps)
     loading = time.perf_counter() - start
     compiled.session(max_batch=batch, max_context=prompt_len).prefill(
@@ -91,9 +95,9 @@ def bench(
     ):
         progress("reading the machine's speed")
         with ReadProbe(count, ranks * working_set(first)) as whole:
-            reading = statistics.median(whole() for _ in range(_READINGS))
-        stepwise = statistics.median(read() for _ in range(_READINGS))
-        computing = statistics.median(product() for _ in range(_READINGS))
+            reading = steadily(whole)
+        computing = steadily(product)
+        speed = Machine(steadily(read), computing, count, read.size, product.dtype)
         progress("prefill")
         prefills = measure_prefill(compiled, vocab, batch, prompt_len, repeats, product)
         progress("decode")
@@ -114,12 +118,7 @@ def bench(
         "threads": count,
         "load_s": loading,
         "peak_rss_bytes": memory,
-        "machine": {
-            "read_bytes_per_s": stepwise,
-            "read_bytes": read.size,
-            "matrix_flop_per_s": computing,
-            "matrix_dtype": product.dtype,
-        },
+        "machine": speed.as_dict(),
         "prefill": {
             "tokens": prompt_len,
             **summary(prefills, batch * prompt_len, None if note else least_prefill, note),
@@ -133,52 +132,6 @@ def bench(
         console.print_json(result)
         return
     _show(result)
-
-
-def machine_threads(threads: int | None) -> tuple[int, int]:
-    """How many threads the machine's speed is read with, and how many ranks share that machine."""
-    import os
-
-    from dsc.ir.ranks import current
-    from dsc.runtime.probes import available
-
-    size = current().size
-    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", size)) if size > 1 else 1
-    return min(available(), threads * ranks) if threads else available(), ranks
-
-
-def unread(compiled: Any) -> str:
-    """Why a model is held against no limit; nothing where the probes read what it runs on."""
-    from dsc.targets import parse_target
-
-    if compiled.backend == "null":
-        return "no share of a limit: the null backend computes nothing"
-    if parse_target(compiled.targets[0]).kind == "cpu":
-        return ""
-    return (
-        "no share of a limit: the probes read processors, and this is code for"
-        f" {compiled.targets[0]}"
-    )
-
-
-def check_fits(compiled: Any, batch: int, **needed: tuple[int, str]) -> None:
-    """Raise `UsageError` unless an artifact takes so many sequences, of so many tokens.
-
-    `needed` are tokens, and the options that ask for them.
-    """
-    from dsc.errors import UsageError
-
-    if batch > compiled.max_batch:
-        raise UsageError(
-            f"--batch {batch}: the artifact takes {compiled.max_batch} sequences",
-            hint=f"give --batch {compiled.max_batch}, or compile it with a larger --max-batch",
-        )
-    for tokens, asked in needed.values():
-        if tokens > compiled.max_context:
-            raise UsageError(
-                f"{asked} need {tokens} tokens: the artifact holds {compiled.max_context}",
-                hint="ask for fewer, or compile it with a larger --max-context",
-            )
 
 
 def _show(result: Mapping[str, Any]) -> None:
@@ -206,18 +159,6 @@ def _show(result: Mapping[str, Any]) -> None:
     )
 
 
-def vocabulary(program: Program) -> int:
-    """Return the number of tokens a model knows: how many logits it gives. Raises `UsageError`."""
-    from dsc.errors import UsageError
-
-    for graph in program.entries.values():
-        for name, value in zip(graph.output_names, graph.outputs, strict=True):
-            size = value.type.shape[-1] if name == "logits" and value.type.rank else None
-            if isinstance(size, int):
-                return size
-    raise UsageError("only causal language models are measured", where=f"{program.name}: no logits")
-
-
 def measure_prefill(
     compiled: Any,
     vocab: int,
@@ -227,6 +168,7 @@ def measure_prefill(
     probe: Callable[[], float],
 ) -> list[Turn[float]]:
     """Return turns of one prefill each of [batch, length] tokens into an empty cache."""
+    from dsc.cli.measuring import random_ids
     from dsc.runtime.protocol import take_turns
 
     ids = random_ids(vocab, batch, length)
@@ -249,6 +191,7 @@ def measure_decode(
     probe: Callable[[], float],
 ) -> list[Turn[float]]:
     """Return turns of `tokens` decode steps each, after `context` tokens and a warm-up."""
+    from dsc.cli.measuring import random_ids
     from dsc.runtime.protocol import take_turns
 
     session.prefill(random_ids(vocab, batch, context))
@@ -259,13 +202,6 @@ def measure_decode(
 
     steps()
     return take_turns(probe, steps, rounds)
-
-
-def random_ids(vocab: int, batch: int, length: int) -> Any:
-    """Return seeded ids, int64 [batch, length]: routing sees many experts, and runs repeat."""
-    import numpy as np
-
-    return np.random.default_rng(_VOCAB_SEED).integers(0, vocab, (batch, length), dtype=np.int64)
 
 
 def summary(
@@ -303,13 +239,14 @@ def summary(
 def judged(shares: Spread) -> tuple[float | None, list[float] | None, str]:
     """The share of the limit that may be told, its quartiles, and what has to be said about them.
 
-    A limit is what nothing passes: of steps that were faster it was none.
+    It is told as it was measured: above 1 by what the readings vary. Of steps that were faster yet
+    the limit was none.
 
     >>> from dsc.runtime.protocol import Spread
     >>> judged(Spread(0.5, 0.4, 0.6, 9))
     (0.5, [0.4, 0.6], '')
     >>> judged(Spread(1.04, 0.9, 1.1, 9))[:2], judged(Spread(1.5, 1.4, 1.6, 9))[:2]
-    ((1.0, [0.9, 1.0]), (None, None))
+    ((1.04, [0.9, 1.1]), (None, None))
     """
     from dsc.runtime.protocol import DRIFT
 
@@ -320,7 +257,7 @@ def judged(shares: Spread) -> tuple[float | None, list[float] | None, str]:
         )
         return None, None, note
     note = f"at the limit, whose readings vary by {DRIFT:.0%}" if shares.median > 1.0 else ""
-    return min(1.0, shares.median), [min(1.0, shares.low), min(1.0, shares.high)], note
+    return shares.median, [shares.low, shares.high], note
 
 
 def _share(turn: Turn[float], limit: Callable[[float], float]) -> float:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -129,6 +129,9 @@ def generate(
 
     An artifact of several ranks runs as that many processes, started here, or by torchrun.
 
+    JSON keys: answers (each prompt, text, finish_reason, prompt_tokens, new_tokens), and seconds
+    and rates of loading, prompts and decoding, over all answers.
+
     Examples:
 
         dsc generate v3-tvm --prompt "Once upon a time" --max-new-tokens 40 --stats
@@ -137,9 +140,10 @@ def generate(
     """
     from dsc import api, generation
     from dsc.cli import console
+    from dsc.cli.measuring import tell_stand_in
+    from dsc.cli.ranks import agree_on, launch_ranks, must_launch, speaks
     from dsc.errors import ArtifactError
     from dsc.frontends.generation_config import parse_settings
-    from dsc.ir.ranks import current
 
     asked = options.chosen(
         temperature=temperature,
@@ -153,7 +157,8 @@ def generate(
     check_sampling(asked, greedy)
     prompts = read_prompts(prompt or [], file or [])
     if must_launch(artifact, ranks):
-        launch_typed(context.params, prompts, artifact)
+        with in_files(prompts) as files:
+            launch_ranks(context, artifact, prompt=None, file=files)
         return
     start = time.perf_counter()
     compiled = api.load(artifact, trust=trust, **options.chosen(threads=threads, pin=pin))
@@ -162,7 +167,7 @@ def generate(
     own = parse_settings(compiled.manifest.get("generation") or {}, str(artifact), ArtifactError)
     sampling = chosen_sampling(own, asked, greedy)
     agree_on(prompt=ids, max_new_tokens=max_new_tokens, seed=seed, sampling=sampling, stop=ends)
-    tell_stand_in(compiled.executable)
+    tell_stand_in(compiled.executable, "no text to be had")
     session = compiled.session(
         max_batch=min(len(ids), compiled.max_batch),
         max_context=min(max(map(len, ids)) + max_new_tokens, compiled.max_context),
@@ -181,16 +186,15 @@ def generate(
         )
         for number, each in enumerate(ids)
     ]
-    speaks = current().rank == 0
     clock = generation.Clock(load_s=time.perf_counter() - start)
-    printer = Printer(answers, prompts, quiet=json or not speaks)
+    printer = Printer(answers, prompts, quiet=json or not speaks())
     for index, text in generation.continue_all(session, answers, clock):
         printer.take(index, text)
-    if not speaks:
+    if not speaks():
         return
     if json:
         found = [facts(*pair) for pair in zip(prompts, answers, strict=True)]
-        console.print_json(found if len(found) > 1 else {**found[0], **clock.summary()})
+        console.print_json({"answers": found, **clock.summary()})
     remark = cut_off(answers, max_new_tokens, compiled.max_context)
     if remark:
         console.stderr().print(remark)
@@ -198,81 +202,6 @@ def generate(
         counted = clock.summary() | {"new_tokens": sum(len(answer.ids) for answer in answers)}
         lines = (f"{name} {value:.6g}" for name, value in counted.items())
         console.stderr().print("\n".join(lines))
-
-
-def tell_stand_in(executable: object) -> None:
-    """Say what runs in the place of compiled code. Raises `UsageError` where nothing computes."""
-    from dsc.backends.base import StandIn
-    from dsc.cli import console
-    from dsc.errors import UsageError
-
-    if not isinstance(executable, StandIn):
-        return
-    if not executable.computes:
-        raise UsageError(
-            f"there is no text to be had: {executable.stand_in}",
-            hint="compile the model for another backend: tvm, onnxruntime, reference or triton",
-        )
-    console.stderr().print(executable.stand_in)
-
-
-def must_launch(artifact: Path, ranks: int | None) -> bool:
-    """Whether the ranks are still to be started. Raises `UsageError` for a wrong number of them."""
-    import os
-
-    from dsc.errors import UsageError
-    from dsc.runtime import collectives, sharded
-
-    found = sharded.opened(artifact)
-    if found is None:
-        if ranks not in (None, 1):
-            raise UsageError(
-                f"{artifact} was compiled for one rank, --ranks {ranks} asked",
-                hint=f"compile it with --ranks {ranks}",
-            )
-        return False
-    if ranks is not None:
-        sharded.check_ranks(found, ranks)
-    return not collectives.launched(os.environ)
-
-
-def launch_ranks(arguments: list[str], artifact: Path) -> None:
-    """Run `dsc` with `arguments` once a rank of the artifact; exit as the first that fails."""
-    from dsc.runtime import launch, sharded
-
-    found = sharded.opened(artifact)
-    assert found is not None
-    status = launch.run(launch.command(arguments), found.ranks)
-    if status:
-        sys.exit(status)
-
-
-def launch_typed(given: Mapping[str, Any], prompts: Sequence[Prompt], artifact: Path) -> None:
-    """Launch the ranks with the options of this command; prompts go through files.
-
-    A rank has no standard input, and what a line may hold has a limit.
-    """
-    from dsc.cli.ranks import spelled
-
-    elsewhere = ("artifact", "prompt", "file", "ranks")
-    kept = {name: value for name, value in given.items() if name not in elsewhere}
-    with tempfile.TemporaryDirectory(prefix="dsc-prompts-") as folder:
-        files = [Path(folder) / str(number) for number in range(len(prompts))]
-        for path, (_, text) in zip(files, prompts, strict=True):
-            path.write_text(text + "\n", encoding="utf-8", newline="")
-        launch_ranks(["generate", str(artifact), *spelled({**kept, "file": files})], artifact)
-
-
-def agree_on(**options: object) -> None:
-    """Check that all ranks were given the same options, which are shown only as digests."""
-    from dsc.runtime import collectives
-
-    shown = {"seed", "max_new_tokens", "sampling"}
-    facts = {
-        name: str(value) if name in shown else collectives.digest(str(value))
-        for name, value in options.items()
-    }
-    collectives.agree("options", facts)
 
 
 def required_tokenizer(tokenizer: Any, artifact: Path) -> Any:
@@ -286,3 +215,13 @@ def required_tokenizer(tokenizer: Any, artifact: Path) -> Any:
             hint="compile a checkpoint that has a tokenizer.json",
         )
     return tokenizer
+
+
+@contextmanager
+def in_files(prompts: Sequence[Prompt]) -> Iterator[list[Path]]:
+    """Files that hold the prompts: ranks have no standard input, and a line has a limit."""
+    with tempfile.TemporaryDirectory(prefix="dsc-prompts-") as folder:
+        files = [Path(folder) / str(number) for number in range(len(prompts))]
+        for path, (_, text) in zip(files, prompts, strict=True):
+            path.write_text(text + "\n", encoding="utf-8", newline="")
+        yield files

@@ -6,12 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from typer import Option
+from typer import Context, Option
 
 from dsc.cli import options
 
 if TYPE_CHECKING:
-    from dsc.runtime.probes import Machine
     from dsc.runtime.profiler import Event, Profiler, Row
 
 Phase = Literal["decode", "prefill"]
@@ -20,6 +19,7 @@ Sort = Literal["total", "self", "calls", "bytes", "flops", "name"]
 
 
 def profile(
+    command: Context,
     artifact: options.Artifact,
     phase: Annotated[Phase, Option("--phase", help="Which steps are profiled.")] = "decode",
     prompt_len: Annotated[int, Option("--prompt-len", min=1, help="Tokens to prefill.")] = 512,
@@ -55,8 +55,8 @@ def profile(
     A row tells what a step takes there: the median over the steps, the least, and what 95% of them
     kept within. Rates are shown as shares of the memory bandwidth, over as many bytes as a step
     reads, and the matrix peak that this machine reads at the same time; on a GPU there are none.
-    tvm, onnxruntime and reference time every operator; triton and null the whole step, which then
-    is the only row. Of an artifact of several ranks, rank 0 is profiled.
+    tvm, onnxruntime and reference time every operator; triton the whole step, which then is the
+    only row. Of an artifact of several ranks, rank 0 is profiled.
 
     Examples:
 
@@ -66,8 +66,8 @@ def profile(
     """
     from dsc import api
     from dsc.cli import console
-    from dsc.cli.bench import check_fits, machine_threads, unread, vocabulary
-    from dsc.cli.ranks import launched, speaks
+    from dsc.cli.measuring import check_fits, machine_threads, tell_stand_in, unread, vocabulary
+    from dsc.cli.ranks import launch_ranks, must_launch, speaks
     from dsc.files import check_writable
     from dsc.runtime.probes import READ_BYTES, machine
     from dsc.runtime.profiler import Profiler
@@ -76,11 +76,8 @@ def profile(
 
     if trace is not None:
         check_writable(trace)
-    if launched(
-        "profile", artifact, phase=phase, prompt_len=prompt_len, context=context, batch=batch,
-        tokens=tokens, warmup=warmup, group_by=group_by, sort_by=sort_by, row_limit=row_limit,
-        trace=trace, threads=threads, pin=pin, json=json, trust=trust,
-    ):  # fmt: skip
+    if must_launch(artifact):
+        launch_ranks(command, artifact)
         return
     compiled = api.load(artifact, trust=trust, **options.chosen(threads=threads, pin=pin))
     vocab, note = vocabulary(compiled.program), unread(compiled)
@@ -88,7 +85,8 @@ def profile(
         asked = (context + tokens + warmup, "--context, --tokens and --warmup")
     else:
         asked = (prompt_len, "--prompt-len")
-    check_fits(compiled, batch, tokens=asked)
+    check_fits(compiled, batch, asked)
+    tell_stand_in(compiled.executable, "nothing to be measured")
     found = None
     with console.progress_bar() as progress:
         progress(phase)
@@ -113,7 +111,7 @@ def profile(
                 "steps": [_row(row) for row in entry_rows(profiler.events)],
                 "warmup": warmup,
                 "memory": memory,
-                "machine": None if found is None else _speeds(found),
+                "machine": None if found is None else found.as_dict(),
             }
         )
         return
@@ -135,7 +133,7 @@ def _decode(
     warmup: int,
 ) -> Profiler:
     """Profile decode steps after some that are not counted."""
-    from dsc.cli.bench import random_ids
+    from dsc.cli.measuring import random_ids
 
     session = compiled.session(max_batch=batch, max_context=context + tokens + warmup)
     session.prefill(random_ids(vocab, batch, context))
@@ -158,7 +156,7 @@ def _prefill(
     warmup: int,
 ) -> Profiler:
     """Profile prefills into empty caches after some that are not counted."""
-    from dsc.cli.bench import random_ids
+    from dsc.cli.measuring import random_ids
 
     ids = random_ids(vocab, batch, length)
     for _ in range(warmup):
@@ -192,13 +190,4 @@ def _row(row: Row) -> dict[str, Any]:
         "p95_s": row.p95,
         "bytes": row.bytes,
         "flops": row.flops,
-    }
-
-
-def _speeds(found: Machine) -> dict[str, Any]:
-    return {
-        "read_bytes_per_s": found.bandwidth,
-        "read_bytes": found.size,
-        "matrix_flop_per_s": found.matrix,
-        "matrix_dtype": found.dtype,
     }

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from typer import Exit, Option
+from typer import Context, Exit, Option
 
 from dsc.cli import options
 
@@ -23,6 +23,7 @@ impel them to the separation."""
 
 
 def verify(
+    context: Context,
     model: options.Model,
     against: Annotated[
         Literal["reference", "hf"],
@@ -83,16 +84,15 @@ def verify(
     """
     from dsc import api, verification
     from dsc.cli import console
-    from dsc.cli.ranks import launched, speaks
+    from dsc.cli.measuring import tell_stand_in
+    from dsc.cli.ranks import launch_ranks, must_launch, speaks
 
     folder = Path(model)
     is_artifact = (folder / "dsc.json").is_file()
     if hashes:
         _check_hashes(folder, is_artifact)
-    if is_artifact and launched(
-        "verify", folder, against=against, text=text, tokens=tokens, checkpoint=checkpoint,
-        require=require, most_excluded=most_excluded, json=json, trust=trust,
-    ):  # fmt: skip
+    if is_artifact and must_launch(folder):
+        launch_ranks(context, folder, hashes=False)  # of which no rank has them all
         return
     if not is_artifact:
         check_oracle(against, str(checkpoint or model))
@@ -101,8 +101,7 @@ def verify(
         compiled = (
             api.load(folder, trust=trust) if is_artifact else api.compile(model, progress=progress)
         )
-        if compiled.backend == "null":
-            raise _nothing_to_compare()
+        tell_stand_in(compiled.executable, "nothing to be compared")
         source = source_of(compiled, checkpoint)
         check_oracle(against, source)
         ids, is_text = token_ids(compiled, text, tokens)
@@ -151,7 +150,7 @@ def _lines(result: Comparison, dtype: str) -> Iterator[str]:
 
 def token_ids(compiled: CompiledModel, text: Path | None, limit: int) -> tuple[list[int], bool]:
     """Return up to `limit` ids and whether they are text; without a tokenizer they are random."""
-    from dsc.cli.bench import random_ids, vocabulary
+    from dsc.cli.measuring import random_ids, vocabulary
     from dsc.errors import UsageError
     from dsc.files import read_text
 
@@ -236,14 +235,6 @@ def noise_of(
     rounded = api.compile(source, backend="reference", dtype=dtype)
     exact = oracle if against == "reference" else oracle_logits("reference", source, ids)
     return verification.Noise.of(verification.session_logits(rounded, ids), exact)
-
-
-def _nothing_to_compare() -> Exception:
-    from dsc.errors import UsageError
-
-    return UsageError(
-        "the null backend computes nothing to compare", hint="compile for another --backend"
-    )
 
 
 def _other_model(compiled: CompiledModel, source: str, ours: Any, oracle: Any) -> Exception:

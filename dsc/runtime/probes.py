@@ -57,6 +57,15 @@ class Machine:
         """The part that each of some ranks has of it."""
         return replace(self, bandwidth=self.bandwidth / ranks, matrix=self.matrix / ranks)
 
+    def as_dict(self) -> dict[str, Any]:
+        """The readings for --json."""
+        return {
+            "read_bytes_per_s": self.bandwidth,
+            "read_bytes": self.size,
+            "matrix_flop_per_s": self.matrix,
+            "matrix_dtype": self.dtype,
+        }
+
     def __str__(self) -> str:
         return (
             f"read {self.bandwidth / 1e9:.1f} GB/s over {self.size / 1e6:.4g} MB, {self.dtype}"
@@ -69,9 +78,12 @@ def machine(threads: int | None = None, size: int = READ_BYTES, dtype: str = "bf
     """Measure both, once a process, number of threads, size of the read and type of the product."""
     count = threads or available()
     with ReadProbe(count, size) as read, MatrixProbe(count, dtype=dtype) as product:
-        reading = median(read() for _ in range(ROUNDS))
-        computing = median(product() for _ in range(ROUNDS))
-        return Machine(reading, computing, count, read.size, product.dtype)
+        return Machine(steadily(read), steadily(product), count, read.size, product.dtype)
+
+
+def steadily(probe: Callable[[], float]) -> float:
+    """The median of a few readings."""
+    return median(probe() for _ in range(ROUNDS))
 
 
 def available() -> int:

@@ -26,7 +26,7 @@ class SegmentedExecutable:
 
     def __init__(self, segments: Executable, program: Program) -> None:
         self.program = program
-        self._segments = segments
+        self.segments = segments
         self._steps: dict[str, list[Step]] = {}
 
     def signature(self, entry: str) -> Signature:
@@ -35,7 +35,7 @@ class SegmentedExecutable:
 
     def set_threads(self, threads: int | None, pin: bool | None) -> None:
         """Set the threads of the segments. Raises `UsageError` where that is impossible."""
-        set_threads(self._segments, threads, pin)
+        set_threads(self.segments, threads, pin)
 
     def run(self, entry: str, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Run an entry on CPU tensors by name. Raises `UsageError`, `RankError`."""
@@ -45,7 +45,7 @@ class SegmentedExecutable:
             if isinstance(step, Segment):
                 given = {v.name: values[v.name] for v in step.graph.inputs}
                 with span(step.graph.name, "segment"):
-                    values |= self._segments.run(step.graph.name, given)
+                    values |= self.segments.run(step.graph.name, given)
             else:
                 with span(step.op, "collective"):
                     values[step.output.name] = _collective(step, values)

@@ -151,21 +151,15 @@ def table(
     for column in found.columns[1:]:
         column.justify = "right"
         column.no_wrap = True
-    best = fastest(rows)
     for row in rows[:row_limit] if row_limit else rows:
-        found.add_row(*cells(row, total, machine, best))
-    found.caption = "\n".join(_captions(events, rows, machine, best))
+        found.add_row(*cells(row, total, machine))
+    found.caption = "\n".join(_captions(events, rows, machine))
     found.caption_justify = "left"
     return found
 
 
-def fastest(rows: Sequence[Row]) -> float:
-    """Operations a second of the row that computes fastest."""
-    return max((_rate(row, row.flops) for row in rows), default=0.0)
-
-
 def _captions(
-    events: Sequence[Event], rows: Sequence[Row], machine: Machine | None, best: float
+    events: Sequence[Event], rows: Sequence[Row], machine: Machine | None
 ) -> Iterator[str]:
     """What was run, what the columns are, and what the shares are of."""
     for entry in entry_rows(events):
@@ -181,8 +175,8 @@ def _captions(
     yield str(machine)
     if any(_reading(row) > machine.bandwidth for row in rows):
         yield "of read: cached where weights and caches came faster, from the processor's caches"
-    if best > machine.matrix:
-        yield f"of matrix: of {best / 1e9:.0f} GFLOP/s, which a row reaches and the product did not"
+    if any(_rate(row, row.flops) > machine.matrix for row in rows):
+        yield "of matrix: above 100% where a row computes faster than the product that was measured"
 
 
 def _rate(row: Row, amount: int) -> float:
@@ -195,7 +189,7 @@ def _reading(row: Row) -> float:
     return _rate(row, row.stored)
 
 
-def cells(row: Row, total: float, machine: Machine | None, best: float = 0.0) -> list[str]:
+def cells(row: Row, total: float, machine: Machine | None) -> list[str]:
     """A row as text. Rates are over the time with what ran inside.
 
     Only weights and caches count as read: other bytes may never leave the processor's caches.
@@ -210,6 +204,6 @@ def cells(row: Row, total: float, machine: Machine | None, best: float = 0.0) ->
     share = _reading(row) / machine.bandwidth if machine else 0.0
     found.append("cached" if share > 1.0 else f"{share:.0%}" if share else "-")
     found.append(f"{_rate(row, row.flops) / 1e9:.2f}" if row.flops else "-")
-    peak = max(machine.matrix, best) if machine else 0.0
-    found.append(f"{_rate(row, row.flops) / peak:.0%}" if row.flops and peak else "-")
+    computed = _rate(row, row.flops) / machine.matrix if machine else 0.0
+    found.append(f"{computed:.0%}" if computed else "-")
     return found

@@ -11,7 +11,7 @@ import pytest
 from dsc.backends.null import NullExecutable
 from dsc.backends.triton.client import InterpretedExecutable
 from dsc.cli.answers import chosen_sampling
-from dsc.errors import ArtifactError, UsageError
+from dsc.errors import ArtifactError, FileError, UsageError
 from dsc.frontends.generation_config import GenerationSettings
 from dsc.ir.parser import parse_program
 from dsc.sampling import Sampling
@@ -28,9 +28,10 @@ def test_text_streams_until_the_stop_id(api: FakeApi, invoke: Invoke, artifact: 
 def test_json_has_the_reason_and_phases_apart(api: FakeApi, invoke: Invoke, artifact: Path) -> None:
     line = ("generate", str(artifact), "--prompt", "abc", "--max-new-tokens", "3", "--json")
     document = json.loads(invoke(*line).stdout)
-    assert document["text"] == "def"
-    assert document["finish_reason"] == "length"
-    assert (document["prompt_tokens"], document["new_tokens"]) == (3, 3)
+    (answer,) = document["answers"]
+    assert answer["text"] == "def"
+    assert answer["finish_reason"] == "length"
+    assert (answer["prompt_tokens"], answer["new_tokens"]) == (3, 3)
     phases = document["load_s"], document["prefill_s"], document["decode_s"]
     assert all(seconds > 0 for seconds in phases)
     assert document["first_token_s"] >= document["prefill_s"]
@@ -45,7 +46,9 @@ def test_several_prompts_are_answered_together_each_under_its_own(
     shown = invoke(*line).stdout
     assert shown == "== 1 of 3: a\nbcdefg\n== 2 of 3: ab\ncdefg\n== 3 of 3: cde\nfg\n"
     assert api.model.sessions == [(2, 64)]  # the model's own limits
-    found = json.loads(invoke(*line, "--json").stdout)
+    document = json.loads(invoke(*line, "--json").stdout)
+    found = document.pop("answers")
+    assert document.keys() >= {"load_s", "prefill_s", "decode_s"}  # as of one prompt
     assert [(each["prompt"], each["text"]) for each in found] == [
         ("a", "bcdefg"),
         ("ab", "cdefg"),
@@ -88,7 +91,7 @@ def test_what_cannot_be_continued_is_refused_in_words(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").write_text("\n")
     (tmp_path / "bytes").write_bytes(b"ab\xff")
-    with pytest.raises(UsageError, match=problem) as refused:
+    with pytest.raises((FileError, UsageError), match=problem) as refused:
         invoke("generate", str(artifact), *line, typed=b"\xfe")
     assert refused.value.where == where
     assert not api.model.sessions
@@ -109,7 +112,8 @@ def test_a_full_context_ends_the_text_and_says_so(
 def test_a_stop_text_cuts_the_text(api: FakeApi, invoke: Invoke, artifact: Path) -> None:
     line = ("generate", str(artifact), "--prompt", "abc", "--stop", "fg", "--stop", "zzz")
     assert invoke(*line).stdout == "de\n"
-    assert json.loads(invoke(*line, "--json").stdout)["finish_reason"] == "stop"
+    (answer,) = json.loads(invoke(*line, "--json").stdout)["answers"]
+    assert answer["finish_reason"] == "stop"
     one = invoke("generate", str(artifact), "--prompt", "abc", "--stop", "e")  # one token's text
     assert one.stdout == "d\n"
 

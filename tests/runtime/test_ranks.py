@@ -345,7 +345,7 @@ def test_bench_starts_the_ranks_as_generate_does(artifact: Path) -> None:
 
 
 def test_generate_checks_its_options(artifact: Path) -> None:
-    from dsc.cli import generate as verb
+    from dsc.cli import ranks as verb
 
     with pytest.raises(UsageError, match="3 ranks for an artifact of 2"):
         verb.must_launch(artifact, 3)
