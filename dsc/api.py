@@ -450,8 +450,7 @@ def _check_options(
     max_context: int | None,
     prefill_chunk: int,
 ) -> None:
-    if not 0 <= fusion_level <= 3:
-        raise UsageError(f"fusion_level {fusion_level}", hint="one of 0, 1, 2, 3")
+    pipeline.check_fusion_level(fusion_level)
     if dtype is not None and dtype not in DTYPES:
         raise UsageError(f"dtype {dtype!r}", hint=f"one of {', '.join(DTYPES)}")
     for name, value in (("max_batch", max_batch), ("prefill_chunk", prefill_chunk)):

@@ -65,6 +65,7 @@ PLAN = {
 CACHES = ("contiguous", "paged")
 """Layouts of KV caches: a capacity of rows for each sequence, or pages that sequences take."""
 PAGED = CACHES[1]
+FUSION_LEVELS = range(4)
 EPILOGUES = 2
 """Backends that fuse from this level on split a merged projection at no cost."""
 HORIZONTAL = 3
@@ -83,6 +84,16 @@ class PipelineOptions:
     ranks: int = 1
     parallel: str = "tp+ep"
     watch: Watch = field(default_factory=Watch)
+
+    def __post_init__(self) -> None:
+        check_fusion_level(self.fusion_level)
+
+
+def check_fusion_level(level: int) -> None:
+    """Raise `UsageError` for a level that there is not."""
+    if level not in FUSION_LEVELS:
+        levels = ", ".join(map(str, FUSION_LEVELS))
+        raise UsageError(f"fusion_level {level}", hint=f"one of {levels}")
 
 
 def make(name: str, **options: Any) -> Pass:

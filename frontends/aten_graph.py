@@ -13,14 +13,13 @@ from typing import Any, TypeAlias, cast
 import torch
 from torch import Tensor, fx
 
-from dsc.errors import DscError, UnsupportedOperator
-from dsc.frontends.fx_import import Problem, module_path, source_line
+from dsc.errors import DscError, InternalError, UnsupportedOperator
+from dsc.frontends.fx_import import Problem, source_line, told
 from dsc.frontends.partition import Part, is_free, is_number, is_view, needed_by, parts
 from dsc.frontends.regions import (
     Options,
     Region,
     RegionImporter,
-    Specialised,
     attribute,
     place_of,
     region_of,
@@ -94,7 +93,20 @@ class CompiledGraph:
         return {}
 
     def _region(self, part: Part) -> Region:
-        """The program of a part. Raises `_Refused` with the nodes that stand in the way."""
+        """The program of a part. Raises `_Refused` with the nodes that stand in the way.
+
+        Each symbol that becomes a constant on the way means another translation, without it.
+        """
+        importer, outputs = self._translated(part)
+        for _ in range(len(importer.sizes.names) + 1):
+            region = region_of(importer, self.options, outputs)
+            if region is not None:
+                return region
+            importer, outputs = self._translated(part)
+        raise InternalError(f"the sizes of {self.name} do not settle")
+
+    def _translated(self, part: Part) -> tuple[RegionImporter, list[fx.Node]]:
+        """A part's nodes in the IR, and those that others read. Raises `_Refused`."""
         inside = set(part.nodes) | needed_by(part.nodes, self.problems.keys())
         importer = RegionImporter(self.name, self.names, self.constants)
         for node in self.gm.graph.nodes:
@@ -115,10 +127,7 @@ class CompiledGraph:
                 for reader in (node, *node.users)
                 if reader in inside
             })  # fmt: skip
-        try:
-            return region_of(importer, self.options, outputs)
-        except Specialised:
-            return self._region(part)
+        return importer, outputs
 
     def _leaves(self, node: fx.Node, inside: set[fx.Node]) -> bool:
         """Whether somebody outside of a region reads a node of it, maybe through a view."""
@@ -141,7 +150,7 @@ class CompiledGraph:
 
     def eager_lines(self) -> list[str]:
         """What is not compiled: one line a kind of operator, with why and the user's line."""
-        return told(self.refused)
+        return [line.strip() for line in told(self.refused)]
 
     # Running.
 
@@ -277,23 +286,14 @@ def _refused(part: Part, problem: Exception) -> dict[fx.Node, Problem]:
     """The nodes of a part that a backend does not take; all, where it does not say which."""
     places = getattr(problem, "places", ())
     known = [n for n in part.nodes if place_of(n) in places]
-    told = str(problem).partition("\n  to do:")[0]
+    why = str(problem).partition("\n  to do:")[0]
     if not isinstance(problem, DscError):
-        told = f"a bug in dsc: {type(problem).__name__}: {told.partition(chr(10))[0]}"
-    return {n: Problem(str(n.target), told, source_line(n)) for n in known or part.nodes}
+        why = f"a bug in dsc: {type(problem).__name__}: {why.partition(chr(10))[0]}"
+    return {n: Problem(str(n.target), why, source_line(n)) for n in known or part.nodes}
 
 
 def refusal(problems: Mapping[fx.Node, Problem]) -> UnsupportedOperator:
     """One error that names every operator that cannot be compiled, with the user's lines."""
     return UnsupportedOperator(
-        "operators that cannot be compiled:\n" + "\n".join(f"  {t}" for t in told(problems)),
-        hint=_CHOICES,
+        "operators that cannot be compiled:\n" + "\n".join(told(problems)), hint=_CHOICES
     )
-
-
-def told(problems: Mapping[fx.Node, Problem]) -> list[str]:
-    """One line a kind of problem: the operator, why, in which module and line."""
-    places: dict[Problem, list[str]] = {}
-    for node, problem in problems.items():
-        places.setdefault(problem, []).append(module_path(node))
-    return [p.told(found).strip() for p, found in places.items()]

@@ -15,6 +15,8 @@ from dsc.ir.types import DType
 def _axes(x: Operand, dim: Any) -> tuple[int, ...]:
     if dim is None or dim == []:
         return tuple(range(x.type.rank))
+    if not x.type.rank:  # torch lets a single number have the axes 0 and -1
+        return ()
     return tuple(d % x.type.rank for d in ([dim] if isinstance(dim, int) else dim))
 
 
@@ -89,8 +91,10 @@ def variance(
     for axis in axes:
         count = count * x.type.shape[axis]
     wide = t.cast(x, DType.f32) if x.type.dtype in NARROW else x
-    centred = t.call("sub", wide, t.call("mean", wide, axes=axes, keepdims=True))
-    total = t.call("sum", t.call("square", centred), axes=axes, keepdims=keepdim)
+    mean = t.call("mean", wide, axes=axes, keepdims=True) if axes else wide
+    total = t.call("square", t.call("sub", wide, mean))
+    if axes:
+        total = t.call("sum", total, axes=axes, keepdims=keepdim)
     free = _degrees_of_freedom(count, 1 if correction is None else correction)
     return t.cast(t.call("div", total, t.number(free, wide.type.dtype)), x.type.dtype)
 

@@ -1,11 +1,12 @@
 """How a function gets to Dynamo: capturing with sizes of 0 and 1 open, errors in the user's words.
 
-Dynamo compiles a frame when none of the code it has holds. `Door` stands in front of that moment.
+Dynamo compiles a frame when none of the code it has holds, by a callback that `FrameCompiler`
+stands in for.
 
 Where sizes have become symbolic, Dynamo sets 0 and 1 apart, for they broadcast and vanish, and so
 captures again for a batch of one. Many functions do not care. So a frame is first captured with
 such sizes open (torch's `backed_size_oblivious`), which holds only for functions whose operators
-are all in `SIZE_OBLIVIOUS`; failing that, in the ordinary way.
+all do the same for them; failing that, in the ordinary way.
 
 What Dynamo refuses becomes one `UsageError` with the function, its line and what to write instead.
 A mistake in the function itself, as shapes that do not fit, raises what it raises eagerly.
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import operator
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -24,41 +26,69 @@ import torch
 from torch import fx
 
 from dsc.errors import DscError, InternalError, UsageError
-from dsc.frontends.dynamo import GraphCompiler, users_line
+from dsc.frontends.dynamo import GraphCompiler
+from dsc.frontends.fx_import import users_line
 from dsc.frontends.regions import Options
 from dsc.frontends.whole import kept_whole
+from dsc.ir.op import lookup
 
 log = logging.getLogger("dsc")
 
-DOORS: weakref.WeakKeyDictionary[Any, Door] = weakref.WeakKeyDictionary()
-"""The door of each decorated function and module."""
+FRAME_COMPILERS: weakref.WeakKeyDictionary[Any, FrameCompiler] = weakref.WeakKeyDictionary()
+"""What compiles the frames of each decorated function and module."""
 
-SIZE_OBLIVIOUS = frozenset(
+_SIZE_OBLIVIOUS = frozenset(
     """
-    abs add addmm attention baddbmm bfloat16 bmm clamp cos div embedding eq erf exp float floordiv
-    ge gelu gt half layer_norm le linear log logical_and logical_not logical_or lt mT masked_fill
-    matmul mm mul ne neg permute pow relu rms_norm rsqrt rsub scaled_dot_product_attention sigmoid
-    silu sin size softmax sqrt square sub swiglu sym_size sym_sqrt t tanh to transpose tril triu
-    truediv type_as view where
+    abs add addmm baddbmm bfloat16 bmm clamp cos div embedding eq erf exp float floordiv ge gelu gt
+    half layer_norm le linear log logical_and logical_not logical_or lt masked_fill matmul mm mul ne
+    neg permute pow relu rms_norm rsqrt rsub scaled_dot_product_attention sigmoid silu sin size
+    softmax sqrt square sub sym_size sym_sqrt t tanh to transpose tril triu truediv type_as view
+    where
     """.split()
 )
-"""Names of functions and methods that do the same for sizes of 0 and 1 as for others.
+"""Names of torch's functions and methods that do the same for sizes of 0 and 1 as for others.
 
 Broadcasting does not belong to what they do the same: Dynamo guards that sizes are equal where two
 tensors meet. Reductions do not stand here, since some have no value for no elements, nor does
 `reshape`, which is a view for some sizes and a copy for others, nor `squeeze`.
 """
 
+_FUNCTIONS = frozenset(
+    getattr(place, name)
+    for place in (torch, torch.nn.functional, torch.special, operator)
+    for name in _SIZE_OBLIVIOUS
+    if hasattr(place, name)
+)
+"""The functions of these names: another library's of such a name is none of them."""
 
-class Door:
-    """What stands between a decorated function and Dynamo: its compiler and its record."""
+_FAILS_EAGERLY_TOO = frozenset(
+    {
+        "Assertion failed on symbolic shapes",
+        "Data-dependent assertion failed (cannot compile partial graph)",
+        "Observed exception",
+        "Observed exception (EXCEPT_HANDLER)",
+        "RuntimeError when making fake tensor call",
+        "TypeError when making fake tensor call",
+    }
+)
+"""Dynamo's kinds of refusals where the function fails without it as well (its `gb_type`).
+
+The assertions are those whose condition is known to be false.
+"""
+_BRANCHES_ON_DATA = frozenset(
+    {"Data-dependent branching", "Data-dependent branching with non-constant __bool__"}
+)
+
+
+class FrameCompiler:
+    """Compiles the frames of one decorated function by Dynamo, and keeps the record of it."""
 
     def __init__(self, name: str, options: Options, whole: bool, dynamic: bool | None) -> None:
         self.name = name
         self.options = options
         self.whole = whole
         self.dynamic = dynamic
-        self.compiler = GraphCompiler(name, options)
+        self.graphs = GraphCompiler(name, options)
         self.reasons: list[str] = []
         self._failed: list[str] = []
         self.guards: list[str] = []
@@ -66,8 +96,8 @@ class Door:
         self._strict: Callable[..., Any]
         self._lenient: Callable[..., Any]
 
-    def context(self) -> Any:
-        """Dynamo's decorator, with this door in front of its compiler."""
+    def decorator(self) -> Any:
+        """Dynamo's decorator, with this in the place of its callback."""
         arguments: dict[str, Any] = {
             "guard_fail_fn": lambda failed: self._failed.append(_words(str(failed.reason))),
             "guard_export_fn": self._keep_guards,
@@ -96,9 +126,9 @@ class Door:
     def _backend(self, gm: fx.GraphModule, example_inputs: Sequence[Any], **_: Any) -> Any:
         if _sizes_are_open() and not _is_size_oblivious(gm):
             raise _SizesMatter
-        return self.compiler(gm, example_inputs)
+        return self.graphs(gm, example_inputs)
 
-    def convert(self, *arguments: Any) -> Any:
+    def compile(self, *arguments: Any) -> Any:
         """Compile a frame, as Dynamo's own callback does; `arguments` are that one's."""
         frame, cache_entry, frame_state = arguments
         varied = cache_entry is not None or bool(self.dynamic) or len(frame_state) > 1
@@ -136,7 +166,7 @@ class Door:
 
     def _tell_limit(self) -> None:
         limit = torch._dynamo.config.recompile_limit
-        self.compiler.warn(
+        self.graphs.warn(
             f"{self.name} has been compiled {limit} times and runs eagerly for other kinds of"
             f" calls; the last reason was: {'; '.join(dict.fromkeys(self._failed))}"
         )
@@ -160,23 +190,22 @@ class _SizesMatter(Exception):
 
 
 class _Callback:
-    """Dynamo's callback for frames, with a door in front. A copy gets a door of its own."""
+    """Dynamo's callback for frames. A copy, or what is unpickled, gets a compiler of its own."""
 
-    def __init__(self, door: Door) -> None:
-        self.door = door
-        self._torchdynamo_orig_backend = door._lenient
+    def __init__(self, compiler: FrameCompiler) -> None:
+        self.compiler = compiler
+        self._torchdynamo_orig_backend = compiler._lenient
 
     def __call__(self, frame: Any, cache_entry: Any, frame_state: Any) -> Any:
-        return self.door.convert(frame, cache_entry, frame_state)
+        return self.compiler.compile(frame, cache_entry, frame_state)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        door = self.door
-        return _reopened, (door.name, door.options, door.whole, door.dynamic)
+        mine = self.compiler
+        return _callback, (mine.name, mine.options, mine.whole, mine.dynamic)
 
 
-def _reopened(*settings: Any) -> _Callback:
-    door = Door(*settings)
-    return cast(_Callback, door.context().callback)
+def _callback(*settings: Any) -> _Callback:
+    return cast(_Callback, FrameCompiler(*settings).decorator().callback)
 
 
 @contextmanager
@@ -196,18 +225,19 @@ def _shape_config() -> Any:
 
 
 def _is_size_oblivious(gm: fx.GraphModule) -> bool:
-    """Whether all functions and methods of a captured graph are in `SIZE_OBLIVIOUS`."""
-    calls = [n for n in gm.graph.nodes if n.op in ("call_function", "call_method")]
-    return all(_called(n) in SIZE_OBLIVIOUS for n in calls) and all(
-        n.op in ("placeholder", "call_function", "call_method", "output", "get_attr")
-        for n in gm.graph.nodes
-    )
+    """Whether nothing in a captured graph does something else for sizes of 0 and 1."""
+    return all(_does_the_same(n) for n in gm.graph.nodes)
 
 
-def _called(node: fx.Node) -> str:
+def _does_the_same(node: fx.Node) -> bool:
     target = node.target
-    name = target if isinstance(target, str) else getattr(target, "__name__", str(target))
-    return name.removesuffix(".default")
+    if node.op == "call_method":
+        return target in _SIZE_OBLIVIOUS
+    if node.op != "call_function":
+        return node.op in ("placeholder", "output", "get_attr")
+    if isinstance(target, torch._ops.OpOverload) and target.namespace == "dsc":
+        return lookup(target._opname).named_sizes
+    return target in _FUNCTIONS
 
 
 _CAPTURE_FAILED = (torch._dynamo.exc.TorchDynamoException, AssertionError, RuntimeError, ValueError)
@@ -227,21 +257,25 @@ def _run_eagerly() -> Any:
 
 def _is_the_users(refused: Exception) -> bool:
     """Whether the function fails as it would eagerly, which running it shows best."""
-    kind = str(getattr(refused, "gb_type", ""))
     fails = isinstance(refused, torch._dynamo.exc.TorchRuntimeError)
-    return fails or "fake tensor call" in kind or "bserved exception" in kind
+    return fails or getattr(refused, "gb_type", None) in _FAILS_EAGERLY_TOO
 
 
 def _depends_on_data(refused: Exception) -> bool:
-    text = f"{getattr(refused, 'gb_type', '')} {refused}"
-    return "ata-dependent" in text or "data dependent" in text
+    """Whether a condition on values of tensors, or on a number made of them, was in the way."""
+    from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
+
+    if getattr(refused, "gb_type", None) in _BRANCHES_ON_DATA:
+        return True
+    return isinstance(refused.__cause__ or refused.__context__, GuardOnDataDependentSymNode)
 
 
 def decorated(
     target: Callable[..., Any], options: Options, *, whole: bool, dynamic: bool | None
 ) -> Any:
-    """The function or module behind a door of its own."""
-    door = Door(getattr(target, "__name__", type(target).__name__), options, whole, dynamic)
-    found = door.context()(target)
-    DOORS[found] = door
+    """The function or module with a compiler of its own."""
+    name = getattr(target, "__name__", type(target).__name__)
+    compiler = FrameCompiler(name, options, whole, dynamic)
+    found = compiler.decorator()(target)
+    FRAME_COMPILERS[found] = compiler
     return found

@@ -16,11 +16,12 @@ from __future__ import annotations
 
 import functools
 import re
+import sys
+import sysconfig
 import traceback
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
@@ -28,33 +29,38 @@ from torch import Tensor, fx, nn
 
 from dsc.errors import UsageError
 from dsc.frontends.aten_graph import CompiledGraph
+from dsc.frontends.fx_import import is_users, users_line
 from dsc.frontends.regions import Options
 from dsc.frontends.whole import kept_whole
 
-_OPTIONS = ("memory_reuse", "fusion_level", "backend", "fallback", "freeze")
 _FALLBACKS = ("eager", "error")
 _FROZEN = 8
 """Sets of frozen parameters that code is kept for."""
 
 
-def checked(options: Mapping[str, Any]) -> Options:
-    """Options by name. Raises `UsageError` for an unknown one or an impossible value."""
-    unknown = set(options) - set(_OPTIONS)
+def checked(options: Options) -> Options:
+    """The options. Raises `UsageError` for an impossible value, before anything is captured."""
+    from dsc import backends
+    from dsc.pipeline import check_fusion_level
+
+    check_fusion_level(options.fusion_level)
+    if options.fallback not in _FALLBACKS:
+        raise UsageError(f"fallback {options.fallback!r}", hint=f"one of {', '.join(_FALLBACKS)}")
+    if options.backend is not None:
+        backends.get(options.backend)
+    return options
+
+
+def options_by_name(given: Mapping[str, Any]) -> Options:
+    """Options as a user of `torch.compile` gives them. Raises `UsageError`."""
+    known = [f.name for f in fields(Options)]
+    unknown = sorted(given.keys() - set(known))
     if unknown:
         raise UsageError(
-            f"unknown option {', '.join(sorted(unknown))} of the dsc backend",
-            hint=f"it takes {', '.join(_OPTIONS)}",
+            f"unknown option {', '.join(unknown)} of the dsc backend",
+            hint=f"it takes {', '.join(known)}",
         )
-    found = Options(**options)
-    if found.fusion_level not in range(4):
-        raise UsageError(f"fusion_level {found.fusion_level}", hint="one of 0, 1, 2, 3")
-    if found.fallback not in _FALLBACKS:
-        raise UsageError(f"fallback {found.fallback!r}", hint=f"one of {', '.join(_FALLBACKS)}")
-    if found.backend is not None:
-        from dsc import backends
-
-        backends.get(found.backend)
-    return found
+    return checked(Options(**given))
 
 
 def dsc_backend(
@@ -70,7 +76,8 @@ def dsc_backend(
     `mode` is torch's and says nothing here. Raises `UsageError` on an unknown option.
     """
     del mode
-    return GraphCompiler("a graph of torch.compile", checked(options or {}))(gm, example_inputs)
+    compiler = GraphCompiler("a graph of torch.compile", options_by_name(options or {}))
+    return compiler(gm, example_inputs)
 
 
 @dataclass
@@ -129,10 +136,10 @@ class GraphCompiler:
             )(gm, example_inputs)
 
     def warn(self, message: str) -> None:
-        """Say something once."""
+        """Say something once, of the user's line that runs."""
         if message not in self._warned:
             self._warned.add(message)
-            warnings.warn(f"dsc: {message}", stacklevel=2)
+            warnings.warn(f"dsc: {message}", stacklevel=_users_level())
 
     def _compiled(
         self, capture: Capture, aten: fx.GraphModule, example_inputs: Sequence[Any]
@@ -213,14 +220,16 @@ def decompositions() -> Mapping[Any, Any]:
     }
 
 
-def users_line(stack: Iterable[traceback.FrameSummary] | None) -> str:
-    """`folder/file:line: code` of the innermost frame outside of torch and of dsc."""
-    hidden = ("/torch/", str(Path(__file__).parent))
-    frames = [f for f in stack or () if not any(part in f.filename for part in hidden)]
-    if not frames:
-        return ""
-    last = frames[-1]
-    return f"{'/'.join(last.filename.split('/')[-2:])}:{last.lineno}: {(last.line or '').strip()}"
+def _users_level() -> int:
+    """The `stacklevel` at which the caller's warning points at the user's code."""
+    library = sysconfig.get_paths()["stdlib"]  # torch's decorators stand on contextlib and such
+    frames = [f for f, _ in traceback.walk_stack(sys._getframe(1))]
+    for level, frame in enumerate(frames, 1):
+        file = frame.f_code.co_filename
+        own = file.startswith(library) and "site-packages" not in file
+        if is_users(file) and not own:
+            return level
+    return 1
 
 
 def _reason_for_eager(example_inputs: Sequence[Any]) -> str:

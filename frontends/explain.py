@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dsc.errors import UsageError
-from dsc.frontends.capture import DOORS, Door, decorated
+from dsc.frontends.capture import FRAME_COMPILERS, FrameCompiler, decorated
 from dsc.frontends.dynamo import Capture
 from dsc.frontends.regions import Options, Region
 
@@ -56,7 +56,7 @@ class CapturedGraph:
 
 
 @dataclass(frozen=True)
-class Explanation:
+class FunctionReport:
     """Everything on record about a function under `@dsc.optimize`.
 
     `recompiles` gives the reason of each capture after the first; `guards` the conditions that
@@ -101,7 +101,7 @@ class Explanation:
         return "\n".join(lines)
 
 
-def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
+def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> FunctionReport:
     """Say what was compiled of a function, what runs eagerly, and what the code holds for.
 
     Arguments are those of one call, made first. A function that is not under `@dsc.optimize` is
@@ -109,26 +109,26 @@ def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanat
     """
     if not callable(function):
         raise UsageError(f"explain takes a function, not {type(function).__name__}")
-    door = _door(function)
-    if door is None:
+    compiler = _compiler(function)
+    if compiler is None:
         plain = getattr(function, "_torchdynamo_orig_callable", function)
         function = decorated(plain, Options(), whole=False, dynamic=None)
-        door = DOORS[function]
+        compiler = FRAME_COMPILERS[function]
         function(*args, **kwargs)
     elif args or kwargs:
         function(*args, **kwargs)
-    return Explanation(
-        door.name,
-        tuple(_graph(c) for c in door.compiler.captures),
-        tuple(dict.fromkeys(door.guards)),
-        tuple(door.reasons),
+    return FunctionReport(
+        compiler.name,
+        tuple(_graph(c) for c in compiler.graphs.captures),
+        tuple(dict.fromkeys(compiler.guards)),
+        tuple(compiler.reasons),
     )
 
 
-def _door(function: Any) -> Door | None:
+def _compiler(function: Any) -> FrameCompiler | None:
     function = getattr(function, "__func__", function)
     try:
-        return DOORS.get(function)
+        return FRAME_COMPILERS.get(function)
     except TypeError:  # an object that allows no weak reference is no decorated function
         return None
 

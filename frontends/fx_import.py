@@ -9,14 +9,15 @@ for itself as a value of its type, so that one walk finds everything that has no
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+import traceback
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import fx
 
+import dsc
 from dsc.errors import UnsupportedOperator
 from dsc.frontends.aten import COMPLEX, DROPPED, ROWS, VIEWS
 from dsc.frontends.lowering import Complex, Lowering, SymbolicNumber, Unsupported
@@ -50,6 +51,14 @@ class Problem:
         return f"  {self.operator}{why}{': ' if place else ''}{place}"
 
 
+def told(problems: Mapping[fx.Node, Problem], prefix: str = "") -> list[str]:
+    """One line a kind of problem: the operator, why, in which module and line."""
+    places: dict[Problem, list[str]] = {}
+    for node, problem in problems.items():
+        places.setdefault(problem, []).append(module_path(node, prefix))
+    return [p.told(found) for p, found in places.items()]
+
+
 class FxImporter:
     """Translates the nodes of one FX graph; `prefix` is what to cut off module paths."""
 
@@ -62,16 +71,11 @@ class FxImporter:
 
     def refuse_problems(self) -> None:
         """Raise `UnsupportedOperator` naming all nodes without a translation, if there are any."""
-        if not self.problems:
-            return
-        places: dict[Problem, list[str]] = {}
-        for node, problem in self.problems.items():
-            places.setdefault(problem, []).append(module_path(node, self.prefix))
-        raise UnsupportedOperator(
-            "operators without a translation:\n"
-            + "\n".join(p.told(found) for p, found in places.items()),
-            hint="write them with supported operators, or add rows to frontends/aten.py",
-        )
+        if self.problems:
+            raise UnsupportedOperator(
+                "operators without a translation:\n" + "\n".join(told(self.problems, self.prefix)),
+                hint="write them with supported operators, or add rows to frontends/aten.py",
+            )
 
     def node(self, node: fx.Node) -> None:
         """Translate one node of kind `call_function`; a problem is noted."""
@@ -118,7 +122,12 @@ class FxImporter:
         elif row is None:
             raise Unsupported("")
         else:
-            result = row(self.lowering, *args, **kwargs)
+            try:
+                result = row(self.lowering, *args, **kwargs)
+            except (IndexError, ZeroDivisionError):
+                if any(isinstance(a, (Value, Weight)) and not a.type.rank for a in args):
+                    raise Unsupported("an axis of a single number") from None
+                raise
         return self._checked(result, isinstance(node.meta["val"], torch.Tensor))
 
     def _checked(self, result: Any, single: bool) -> Any:
@@ -206,25 +215,46 @@ def without_dead_nodes(graph: Graph) -> Graph:
 
 def source_line(node: fx.Node) -> str:
     """`folder/file:line: code` of the user's innermost frame, as far as the tracer noted it."""
-    file, line, code = _frame(node)
-    return f"{'/'.join(file.split('/')[-2:])}:{line}: {code.strip()}" if file else ""
+    return users_line(_frames(node))
 
 
 def source_place(node: fx.Node) -> str:
     """`file:line` of the user's innermost frame."""
-    file, line, _ = _frame(node)
-    return f"{file.rpartition('/')[2]}:{line}" if file else ""
+    frame = _users_frame(_frames(node))
+    return f"{frame.filename.rpartition('/')[2]}:{frame.lineno}" if frame else ""
 
 
-def _frame(node: fx.Node) -> tuple[str, str, str]:
-    """File, line and code of the innermost frame outside of torch and of dsc."""
-    frames = re.findall(
-        r'File "([^"]+)", line (\d+), in \S+\n\s*(.*)', node.meta.get("stack_trace") or ""
+def users_line(stack: Iterable[traceback.FrameSummary] | None) -> str:
+    """`folder/file:line: code` of the innermost frame outside of torch and of dsc."""
+    frame = _users_frame(stack or ())
+    if frame is None:
+        return ""
+    file = "/".join(frame.filename.split("/")[-2:])
+    return f"{file}:{frame.lineno}: {(frame.line or '').strip()}"
+
+
+def is_users(file: str) -> bool:
+    """Whether a file of code is neither torch's nor dsc's."""
+    return not file.startswith(_NOT_THE_USERS)
+
+
+_NOT_THE_USERS = tuple(f"{p}/" for p in (*torch.__path__, *dsc.__path__))
+
+
+def _users_frame(stack: Iterable[traceback.FrameSummary]) -> traceback.FrameSummary | None:
+    frames = [*stack][::-1]
+    return next((f for f in frames if is_users(f.filename)), frames[0] if frames else None)
+
+
+def _frames(node: fx.Node) -> list[traceback.FrameSummary]:
+    """The stack that the tracer noted for a node, outermost frame first."""
+    noted = re.findall(
+        r'File "([^"]+)", line (\d+), in (\S+)\n\s*(.*)', node.meta.get("stack_trace") or ""
     )
-    own = str(Path(__file__).parent)
-    users = [f for f in frames if "/torch/" not in f[0] and not f[0].startswith(own)]
-    found = (users or frames or [("", "", "")])[-1]
-    return found[0], found[1], found[2]
+    return [
+        traceback.FrameSummary(file, int(number), name, lookup_line=False, line=line)
+        for file, number, name, line in noted
+    ]
 
 
 def _partwise(row: Any) -> Any:

@@ -152,7 +152,7 @@ def _gradients(
 def _fake_results(definition: OpDef, operands: Sequence[Any], attrs: Mapping[str, Any]) -> Any:
     """Empty results on fake tensors. Sizes that a signature calls equal are made so for good."""
     given = _reference_attrs(definition, attrs)
-    if any(o.pattern.dims == ("...",) for o in definition.operands):
+    if not definition.named_sizes:
         return tree_map(torch.empty_like, definition.reference(*operands, **given))
     _unify(definition, operands)
     sizes = SizeReader()

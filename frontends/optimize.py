@@ -25,6 +25,7 @@ from typing import Any, ParamSpec, TypeVar, overload
 from dsc.errors import UsageError
 from dsc.frontends.capture import decorated
 from dsc.frontends.dynamo import checked
+from dsc.frontends.regions import Options
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -96,15 +97,7 @@ def optimize(
             'fullgraph=False and fallback="error"',
             hint='give fallback="eager": what is outside of a graph runs eagerly',
         )
-    options = checked(
-        {
-            "memory_reuse": memory_reuse,
-            "fusion_level": fusion_level,
-            "backend": backend,
-            "fallback": fallback,
-            "freeze": freeze,
-        }
-    )
+    options = checked(Options(memory_reuse, fusion_level, backend, fallback, freeze))
     whole = fallback == "error" if fullgraph is None else fullgraph
 
     def decorate(target: Callable[..., Any]) -> Any:

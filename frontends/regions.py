@@ -280,12 +280,13 @@ def _laid_out(x: Tensor, dims: Sequence[int]) -> Tensor:
     return x.permute(*dims).contiguous().permute(*back)
 
 
-class Specialised(Exception):
-    """A number of the trace has become a constant; the region is to be translated again."""
+def region_of(
+    importer: RegionImporter, options: Options, outputs: Sequence[fx.Node]
+) -> Region | None:
+    """The region of nodes that have been translated.
 
-
-def region_of(importer: RegionImporter, options: Options, outputs: Sequence[fx.Node]) -> Region:
-    """The region of nodes that have been translated. Raises `Specialised`."""
+    `None` where that made a constant of a symbol of the trace: they are to be translated again.
+    """
     builder = importer.lowering.builder
     names = tuple(f"out.{i}" for i in range(len(outputs))) if len(outputs) > 1 else ("out",)
     results = [cast(Operand, importer.values[n]) for n in outputs]
@@ -293,7 +294,10 @@ def region_of(importer: RegionImporter, options: Options, outputs: Sequence[fx.N
     torch_names = {ours: theirs for theirs, ours in importer.sizes.names.items()}
     sizes: dict[str, fx.Node] = {}
     for name in sorted(_symbols(graph) - _axes(graph).keys()):
-        sizes[name] = _number(outputs[0].graph, torch_names[name])
+        found = _number(outputs[0].graph, torch_names[name])
+        if found is None:
+            return None
+        sizes[name] = found
         builder.input(f"size.{name}", TensorType(DType.i8, (symbol(name), 0)))
     graph = without_dead_nodes(builder.finish(results, names))
     known = {n: _facts(outputs[0].graph, torch_names[n]) for n in sorted(_symbols(graph))}
@@ -328,8 +332,8 @@ def _symbols(graph: Graph) -> set[str]:
     return {name for d in dims for name in free_symbols(d)}
 
 
-def _number(graph: fx.Graph, name: str) -> fx.Node:
-    """The node whose value is a symbol of the trace.
+def _number(graph: fx.Graph, name: str) -> fx.Node | None:
+    """The node whose value is a symbol of the trace; `None` where it has become a constant.
 
     A negative number is no size: it becomes a constant of the trace, another one another trace.
     """
@@ -340,9 +344,7 @@ def _number(graph: fx.Graph, name: str) -> fx.Node:
             _ = bool(number >= 0)  # which the trace is guarded for from now on
             if number.node.hint < 0:
                 int(number)
-            if not number.node.expr.is_Symbol:
-                raise Specialised(name)
-            return node
+            return node if number.node.expr.is_Symbol else None
     raise UnsupportedOperator(f"the size {name} is that of no input")
 
 

@@ -100,6 +100,11 @@ class OpDef:
     gives: Mapping[int, Within] = field(default_factory=dict)
     elements: str = ""
 
+    @property
+    def named_sizes(self) -> bool:
+        """Whether every axis of the operands has a name: then 0 and 1 are sizes like others."""
+        return not any(o.pattern.dims == ("...",) for o in self.operands)
+
     def attr(self, name: str) -> AttrDef | None:
         """The declaration of attribute `name`, or `None`."""
         return next((a for a in self.attrs if a.name == name), None)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,8 +13,9 @@ from torch import Tensor
 
 import dsc
 from dsc.errors import UnsupportedOperator, UsageError
+from dsc.frontends import capture
 from dsc.ir.program import Program
-from tests.frontends.tracing import ops_of
+from tests.frontends.tracing import four_rows, ops_of
 
 pytestmark = pytest.mark.usefixtures("compiled")
 FACTOR = 3
@@ -143,6 +147,42 @@ def test_mistakes_of_the_function_raise_what_they_raise_eagerly() -> None:
         raising(torch.ones(2))
 
 
+def test_an_assertion_on_a_size_fails_as_it_does_eagerly() -> None:
+    asserting = dsc.optimize(four_rows)
+    assert torch.equal(asserting(torch.ones(4)), torch.full((4,), 2.0))
+    with pytest.raises(AssertionError, match="four rows"):
+        asserting(torch.ones(3))
+
+
+def test_what_only_its_shape_depends_on_the_data_is_not_told_as_a_branch() -> None:
+    with pytest.raises(UsageError, match="one_hot") as refused:
+        dsc.optimize(lambda x: torch.nn.functional.one_hot(x))(torch.arange(3))
+    assert "torch.where" not in str(refused.value)
+    with pytest.raises(UsageError, match="branches on the values"):
+        dsc.optimize(lambda x: x + 1 if x.sum().item() > 1 else x)(torch.ones(3))
+
+
+def test_the_refusals_told_apart_are_those_of_the_installed_torch() -> None:
+    """An upgrade that words one otherwise fails here, not in the messages of users."""
+    folder = Path(torch._dynamo.__file__).parent
+    text = "".join(p.read_text() for p in folder.rglob("*.py"))
+    kinds = capture._FAILS_EAGERLY_TOO | capture._BRANCHES_ON_DATA
+    assert [k for k in kinds if f'"{k}"' not in text] == []
+
+
+def test_warnings_point_at_the_users_line() -> None:
+    x = torch.rand(3, 3)
+    grad = torch.rand(3, requires_grad=True)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        dsc.optimize(fallback="eager")(torch.linalg.det)(x)
+        torch.compile(lambda x: torch.linalg.det(x) + 1, backend="dsc")(x)
+        dsc.optimize(lambda x: x * 2)(grad)
+    ours = [w for w in told if str(w.message).startswith("dsc")]
+    assert {w.filename for w in ours} == {__file__}
+    assert len({w.lineno for w in ours}) == 3
+
+
 def test_explain_tells_graphs_guards_breaks_fallbacks_and_recompiles() -> None:
     def broken(x: Tensor) -> Tensor:
         y = (x * FACTOR).cumsum(0).sin()
@@ -168,3 +208,29 @@ def test_explain_tells_graphs_guards_breaks_fallbacks_and_recompiles() -> None:
     assert len(dsc.explain(decorated, torch.ones(2)).graphs) == 1
     with pytest.raises(UsageError, match="takes a function"):
         dsc.explain(3)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: (x.var(-1), x.std(0, correction=0), x.sum(-1), x.argmax(0), x.softmax(-1)),
+        lambda x: x.sort(-1),
+        lambda x: x.topk(1),
+        lambda x: x.flip(0),
+        lambda x: torch.index_select(x, 0, torch.tensor([0])),
+    ],
+)
+def test_a_single_number_has_axes_as_in_torch_or_is_refused(
+    function: Callable[[Tensor], Any],
+) -> None:
+    x = torch.tensor(3.0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        wanted = function(x)
+        try:
+            found = dsc.optimize(function)(x)
+        except UnsupportedOperator:
+            found = dsc.optimize(fallback="eager")(function)(x)
+    for a, b in zip(torch.utils._pytree.tree_leaves(found),
+                    torch.utils._pytree.tree_leaves(wanted), strict=True):  # fmt: skip
+        torch.testing.assert_close(a, b, equal_nan=True)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 import logging
+import pickle
 import threading
-import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -42,11 +42,7 @@ def test_the_documented_example_is_compiled_twice_for_any_sizes(
         widths = (new, last, 32) if crossed else (new, new, last)
         q = torch.randn(batch, heads, widths[0], widths[2])
         k, v = (torch.randn(batch, heads, widths[1], widths[2]) for _ in range(2))
-        start = time.perf_counter()
-        found = function(q, k, v)
-        seconds = time.perf_counter() - start
-        torch.testing.assert_close(found, attention(q, k, v))
-        assert (batch, new) != SIZES[2][::2] or seconds < 1
+        torch.testing.assert_close(function(q, k, v), attention(q, k, v))
     assert len(compiled) == 2
     assert len(dsc.explain(function).recompiles) == 1
 
@@ -76,6 +72,24 @@ def test_sizes_of_one_and_none_are_right_where_they_matter(compiled: list[Progra
         assert torch.equal(largest(x), x.amax(0))
     with pytest.raises(IndexError, match="amax"):
         largest(torch.randn(0, 2))
+
+
+def test_another_librarys_operator_of_a_name_of_torchs_is_not_torchs() -> None:
+    """This `exp` drops an axis of one: a capture with such sizes open would be wrong of it."""
+
+    def exp(x: Tensor) -> Tensor:
+        return x[0].exp() if x.shape[0] == 1 else x.exp()
+
+    operator = torch.library.custom_op(
+        "dsc_tests::exp", exp, mutates_args=(), schema="(Tensor x) -> Tensor"
+    )
+    operator.register_fake(lambda x: x.new_empty(x.shape[1:] if x.shape[0] == 1 else x.shape))
+    function = dsc.optimize(fallback="eager")(lambda x: operator(x) * 2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for n in (4, 6, 1, 5, 0):
+            x = torch.randn(n, 3)
+            torch.testing.assert_close(function(x), exp(x) * 2)
 
 
 def test_a_varying_batch_is_compiled_once_and_the_reason_is_logged(
@@ -385,6 +399,28 @@ def test_modules_stay_modules_and_are_copied() -> None:
         assert torch.equal(function(x), module.bias.expand(2, 3))
         torch.testing.assert_close(other(x), F.linear(x, *other.parameters()))
         assert not torch.equal(other(x), function(x))
+
+
+@dsc.optimize
+def doubled(x: Tensor) -> Tensor:
+    return x * 2
+
+
+def test_pickles_are_those_of_torch_compile() -> None:
+    """A function is its name; a module its weights, compiled anew; a lambda is refused."""
+    assert pickle.loads(pickle.dumps(doubled)) is doubled
+    module: Any = dsc.optimize(nn.Linear(4, 3).eval())
+    x = torch.randn(2, 4)
+    with torch.no_grad():
+        wanted = module(x)
+        other = pickle.loads(pickle.dumps(module))
+        assert torch.equal(other(x), wanted)
+        assert type(other) is type(module)
+        other.bias.add_(1)
+        assert torch.equal(module(x), wanted)
+        torch.testing.assert_close(other(x), wanted + 1)
+    with pytest.raises((pickle.PicklingError, AttributeError), match="lambda"):
+        pickle.dumps(dsc.optimize(lambda x: x))  # type: ignore[misc]
 
 
 def test_calls_within_other_compiled_functions_are_inlined(compiled: list[Program]) -> None:
