@@ -83,7 +83,16 @@ class UnsupportedOperator(DscError):
     `places` are those in the program that are refused, where they are known.
     """
 
-    places: Sequence[str] = ()
+    def __init__(
+        self,
+        what: str,
+        where: str | None = None,
+        hint: str | None = None,
+        picture: str | None = None,
+        places: Sequence[str] = (),
+    ) -> None:
+        super().__init__(what, where, hint, picture)
+        self.places = places
 
 
 class BackendUnavailable(DscError):
@@ -109,8 +118,18 @@ class VerificationError(DscError):
     "return"; whoever read the program from a text knows where that stands.
     """
 
-    culprit: object = None
-    part: str = ""
+    def __init__(
+        self,
+        what: str,
+        where: str | None = None,
+        hint: str | None = None,
+        picture: str | None = None,
+        culprit: object = None,
+        part: str = "",
+    ) -> None:
+        super().__init__(what, where, hint, picture)
+        self.culprit = culprit
+        self.part = part
 
 
 class ParseError(DscError):

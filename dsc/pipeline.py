@@ -192,12 +192,11 @@ def check_supported(program: Program, backend: Backend) -> None:
             f"{op}: {reason} (at {places[0]}{f' and {len(places) - 1} more' if places[1:] else ''})"
             for (op, reason), places in refused.items()
         ]
-        error = UnsupportedOperator(
+        raise UnsupportedOperator(
             f"the {backend.name} backend does not take:\n" + "\n".join(lines),
             hint="choose another backend; `dsc doctor` lists those that run here",
+            places=[place for places in refused.values() for place in places],
         )
-        error.places = [place for places in refused.values() for place in places]
-        raise error
 
 
 def apply(program: Program, names: Sequence[str], *, verify_each: bool = False) -> Program:

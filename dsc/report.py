@@ -1,21 +1,19 @@
 """What report.json holds: what every pass did, and what each entry costs, layer by layer.
 
-Costs are read off the final program at stated points: sizes of its symbols. Bytes count every
-operand and result of every kernel once; of a table or of stacked experts only the part that a step
-of that size can touch.
+Costs (`dsc.ir.costs`) are read off the final program at stated points: sizes of its symbols.
 """
 
 from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 from dsc.ir import regions
-from dsc.ir.analyses import Cost, cost
-from dsc.ir.dims import evaluate
-from dsc.ir.graph import Graph, Node, Value, Weight
+from dsc.ir.costs import Costs, Sizes, node_costs, total
+from dsc.ir.graph import Graph, Node, Value
+from dsc.ir.layers import by_layer
 from dsc.ir.paging import page_rows
 from dsc.ir.program import Program
 from dsc.ir.weights import sources
@@ -27,15 +25,6 @@ CONTEXTS = (1024, 4096)
 NEW_TOKENS = {"decode": 1}
 """Tokens of one step by entry; `CHUNK` for the others."""
 CHUNK = 512
-TABLES = {"embedding": 1, "gather": 0, "take": 0, "select_rows": 0}
-"""Operators that read rows of one operand, and which operand that is."""
-EXPERTS = {"experts": (1, (3, 4)), "grouped_linear": (0, (1,))}
-"""Operators over stacked experts: the operand that counts the choices, the stacked operands."""
-
-_NUMBERED = re.compile(r"(?:.*?\.)?layers\.\d+(?=\.|$)")
-
-Sizes = Mapping[str, int]
-Costs = Mapping[str, Cost]
 
 
 def build_report(
@@ -109,109 +98,9 @@ def layer_reports(graph: Graph, costs: Costs, at: Sizes) -> list[dict[str, Any]]
     return layers
 
 
-def node_costs(graph: Graph) -> Costs:
-    """The cost of each node, by the name of its first result; equal nodes are costed once."""
-    memo: dict[tuple[Any, ...], Cost] = {}
-    costs = {}
-    for node in graph.nodes:
-        types = tuple(None if x is None else (type(x), x.type) for x in node.inputs)
-        key = (node.op, types, node.attrs, tuple(v.type for v in node.outputs))
-        if key not in memo:
-            memo[key] = cost(node)
-        costs[node.outputs[0].name] = memo[key]
-    return costs
-
-
-def total(nodes: Sequence[Node], costs: Costs, at: Sizes) -> dict[str, int]:
-    """Bytes, operations and parameters of some nodes at the given sizes.
-
-    `parameters` are the weight elements that such a step reads, each counted once: of an embedding
-    the rows of its tokens, of stacked experts as many as the tokens can choose.
-    """
-    sums = {"read_bytes": 0, "written_bytes": 0, "weight_bytes": 0, "flops": 0}
-    touched: dict[Weight, float] = {}
-    for node in nodes:
-        found = costs[node.outputs[0].name]
-        sums["read_bytes"] += evaluate(found.read, at)
-        sums["written_bytes"] += evaluate(found.written, at)
-        sums["flops"] += evaluate(found.flops, at)
-        for weight, share in weights_read(node, at):
-            sums["weight_bytes"] += round(evaluate(weight.type.nbytes, at) * share)
-            touched[weight] = min(1.0, touched.get(weight, 0.0) + share)
-    parameters = sum(round(evaluate(w.type.numel, at) * share) for w, share in touched.items())
-    return {**sums, "parameters": parameters}
-
-
-def weights_read(
-    node: Node, at: Sizes, outer: Mapping[str, Weight] | None = None
-) -> Iterator[tuple[Weight, float]]:
-    """The weights that a node reads, those of its body included, and the share of each."""
-    if node.body is not None:
-        inner = dict(zip((v.name for v in node.body.inputs), node.inputs, strict=True))
-        known = {k: _weight(x, outer or {}) for k, x in inner.items()}
-        for each in node.body.nodes:
-            yield from weights_read(each, at, {k: w for k, w in known.items() if w is not None})
-        return
-    for index, operand in enumerate(node.inputs):
-        weight = _weight(operand, outer or {})
-        if weight is not None:
-            yield weight, _share(node, index, at)
-
-
-def _weight(operand: Value | Weight | None, outer: Mapping[str, Weight]) -> Weight | None:
-    if isinstance(operand, Weight) or operand is None:
-        return operand
-    return outer.get(operand.name)
-
-
-def _share(node: Node, index: int, at: Sizes) -> float:
-    """The part of an operand that a node reads: of a table its rows, of experts the chosen."""
-    types = [None if x is None else x.type for x in node.inputs]
-    operand = types[index]
-    assert operand is not None
-    if TABLES.get(node.op) == index:
-        rows = evaluate(node.output.type.numel, at) / max(1, evaluate(operand.numel, at))
-        return min(1.0, rows)
-    if node.op in EXPERTS and index in EXPERTS[node.op][1]:
-        choices = types[EXPERTS[node.op][0]]
-        assert choices is not None
-        counted = choices.numel if node.op == "experts" else choices.shape[0]
-        return min(1.0, evaluate(counted, at) / max(1, evaluate(operand.shape[0], at)))
-    return 1.0
-
-
 def region_names(nodes: Sequence[Node]) -> dict[str, int]:
     """How many fused regions of each name there are."""
     return dict(Counter(regions.name_of(n) for n in nodes if n.body is not None))
-
-
-def by_layer(graph: Graph) -> dict[str, list[Node]]:
-    """The nodes of each part of a model, by the module path that tells parts apart."""
-    found: dict[str, list[Node]] = {}
-    for node in graph.nodes:
-        found.setdefault(layer_of(home(node)), []).append(node)
-    return found
-
-
-def home(node: Node) -> str:
-    """The module path under which a node counts: its own.
-
-    A region over several layers lies in none of them; it counts where its first node does that
-    lies in one.
-    """
-    if node.body is None or _NUMBERED.match(node.loc):
-        return node.loc
-    return next((n.loc for n in node.body.nodes if _NUMBERED.match(n.loc)), node.loc)
-
-
-def layer_of(loc: str) -> str:
-    """The part of a model that a module path lies in: its numbered layer, or the path itself.
-
-    >>> layer_of("model.layers.3.self_attn.q_a_proj"), layer_of("model.norm"), layer_of("")
-    ('model.layers.3', 'model.norm', 'elsewhere')
-    """
-    found = _NUMBERED.match(loc)
-    return found[0] if found else loc or "elsewhere"
 
 
 def parameter_count(program: Program) -> int:

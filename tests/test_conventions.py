@@ -98,7 +98,16 @@ BACKEND = (
     "dsc.backends.base",
 )
 # The runtime runs what was compiled, and must not need the compiler.
-RUNTIME_NEVER = ("dsc.passes", "dsc.pipeline", "dsc.frontends", "dsc.cli", "dsc.api", "dsc.models")
+RUNTIME_NEVER = (
+    "dsc.passes",
+    "dsc.pipeline",
+    "dsc.frontends",
+    "dsc.cli",
+    "dsc.api",
+    "dsc.models",
+    "dsc.report",
+    "dsc.rewrite",
+)
 RUNTIME_MAY = ("dsc.frontends.safetensors_source",)  # the reader of weights serves both ends
 EVERYBODY = (
     "dsc.errors",

@@ -12,8 +12,10 @@ from rich.console import Console
 import dsc
 from dsc.cli.report_tables import print_report, runs
 from dsc.errors import ArtifactError, UsageError
+from dsc.ir.costs import node_costs, total
 from dsc.ir.dims import Range, symbol
 from dsc.ir.graph import GraphBuilder, Weight
+from dsc.ir.layers import layer_of
 from dsc.ir.program import Program
 from dsc.ir.stages import Stage
 from dsc.ir.types import DType, TensorType
@@ -21,7 +23,7 @@ from dsc.ir.weights import MetaSource, Source
 from dsc.passes.absorb_mla import AbsorbMla
 from dsc.passes.lower_moe_dispatch import LowerMoeDispatch
 from dsc.passes.specialise_entries import SpecialiseEntries
-from dsc.report import build_report, entry_report, layer_of, node_costs, total
+from dsc.report import build_report, entry_report
 from dsc.rewrite.base import PassReport
 from tests.backends import canonical_lm as family
 from tests.cli.conftest import Invoke

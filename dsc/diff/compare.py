@@ -12,10 +12,12 @@ from dsc.diff.lines import Row, align, lines_of, with_moves
 from dsc.diff.measure import Timing
 from dsc.diff.sides import Side
 from dsc.errors import DscError, VerificationError
+from dsc.ir.costs import Costs, node_costs, total
 from dsc.ir.dims import Dim
 from dsc.ir.graph import Graph, Node
+from dsc.ir.layers import by_layer
 from dsc.ir.program import Program
-from dsc.report import Costs, by_layer, node_costs, region_names, sizes_at, total
+from dsc.report import region_names, sizes_at
 
 MEASURES = ("nodes", "regions", "read_bytes", "written_bytes", "weight_bytes", "flops")
 CONTEXT = 1024

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 from dsc.diff.sides import Side
 from dsc.errors import UsageError
 from dsc.files import read_text
+from dsc.ir.layers import layer_of
 from dsc.ir.program import Program
-from dsc.report import layer_of
 
 if TYPE_CHECKING:
     from dsc.backends.base import Executable

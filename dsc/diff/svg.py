@@ -14,10 +14,10 @@ from dsc.ir import regions
 from dsc.ir.analyses import last_uses
 from dsc.ir.dims import bounds
 from dsc.ir.graph import Graph, Node, Operand, Value, Weight
+from dsc.ir.layers import home, layer_of
 from dsc.ir.memory import ALIGNMENT
 from dsc.ir.printer import print_node
 from dsc.ir.program import Program
-from dsc.report import home, layer_of
 
 FAMILIES = {
     "gemm": ("linear", "matmul", "einsum"),

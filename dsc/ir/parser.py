@@ -107,7 +107,7 @@ class _Parser:
         self.text = text
         self.tokens = self._lex()
         self.i = 0
-        self.places: dict[tuple[int, str], Token] = {}
+        self.places: list[tuple[object, str, Token]] = []
 
     def program(self, source: WeightSource | None, stages: Sequence[Stage]) -> Program:
         if self.at_word("graph"):
@@ -154,11 +154,8 @@ class _Parser:
 
     def located(self, problem: VerificationError) -> ParseError:
         """What the verifier found, where it stands in the text."""
-        for part in (problem.part, ""):
-            token = self.places.get((id(problem.culprit), part))
-            if token is not None:
-                return self.error(problem.what, token)
-        return self.error(problem.what, self.tokens[0])
+        own = {part: token for found, part, token in self.places if found is problem.culprit}
+        return self.error(problem.what, own.get(problem.part) or own.get("") or self.tokens[0])
 
     def graph(self, weights: Mapping[str, TensorType], depth: int) -> Graph:
         if depth > MAX_DEPTH:
@@ -176,7 +173,7 @@ class _Parser:
         outputs, names, aliases = self._return(scope, weights, inputs)
         self.sign("}")
         found = Graph(at.text, tuple(inputs), tuple(nodes), outputs, names, aliases)
-        self.places |= {(id(found), ""): at, (id(found), "return"): end}
+        self.places += [(found, "", at), (found, "return", end)]
         return found
 
     def example(self) -> tuple[list[tuple[TensorType, int | None]], dict[str, Any]]:
@@ -252,7 +249,7 @@ class _Parser:
         pairs = zip(results, types, strict=True)
         outputs = tuple(self._define(scope, token, t) for token, t in pairs)
         found = Node(definition.name, tuple(operands), attrs, outputs, loc)
-        self.places |= {(id(found), ""): op_token, (id(found), "type"): types_at}
+        self.places += [(found, "", op_token), (found, "type", types_at)]
         return found
 
     def _operands(

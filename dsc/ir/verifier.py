@@ -175,11 +175,9 @@ def _check_fresh(
 
 def _error(graph: Graph, node: Node | None, what: str, part: str = "") -> VerificationError:
     if node is None:
-        error = VerificationError(what, where=f"graph {graph.name}")
-    else:
-        at = graph.nodes.index(node) if node in graph.nodes else 0
-        near = graph.nodes[max(0, at - NEIGHBOURS) : at + NEIGHBOURS + 1]
-        picture = "\n".join(("> " if n is node else "  ") + print_node(n) for n in near)
-        error = VerificationError(what, where=node.loc or f"graph {graph.name}", picture=picture)
-    error.culprit, error.part = node or graph, part
-    return error
+        return VerificationError(what, where=f"graph {graph.name}", culprit=graph, part=part)
+    at = graph.nodes.index(node) if node in graph.nodes else 0
+    near = graph.nodes[max(0, at - NEIGHBOURS) : at + NEIGHBOURS + 1]
+    picture = "\n".join(("> " if n is node else "  ") + print_node(n) for n in near)
+    where = node.loc or f"graph {graph.name}"
+    return VerificationError(what, where=where, picture=picture, culprit=node, part=part)

@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from dsc.ir.analyses import Cost
+from dsc.ir.costs import Sizes, node_costs, weights_read
 from dsc.ir.dims import evaluate
 from dsc.ir.graph import Graph, Node, Value, Weight
+from dsc.ir.layers import home
 from dsc.ir.paging import BLOCK_TABLE, page_rows
 from dsc.runtime.profiler import EntryRun, Event
-
-Sizes = Mapping[str, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,8 +46,6 @@ NOTHING = Moved(0, 0, 0, 0)
 
 def step_events(run: EntryRun) -> Iterator[Event]:
     """The events of a run's steps."""
-    from dsc.report import home
-
     sizes = real_sizes(run.graph, run.sizes, run.lengths)
     nodes = {node.outputs[0].name: node for node in run.graph.nodes}
     live = run.live() if run.live is not None else ()
@@ -111,8 +109,6 @@ def lengths_of(inputs: Mapping[str, Any]) -> list[int] | None:
 
 def moved(graph: Graph, node: Node, sizes: Sizes, chosen: int | None = None) -> Moved:
     """What a node moves and computes; `chosen` are the distinct experts that it reads."""
-    from dsc.report import weights_read
-
     spent = _facts(graph).costs[node.outputs[0].name]
     stacked = _expert_weights(node) if chosen is not None else frozenset()
     weights = 0
@@ -140,8 +136,6 @@ _facts_of: dict[int, _Facts] = {}
 
 
 def _facts(graph: Graph) -> _Facts:
-    from dsc.report import node_costs
-
     found = _facts_of.get(id(graph))
     if found is None:
         if len(_facts_of) >= _KEPT:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
+from dsc.ir.layers import layer_of
 from dsc.runtime.profiler import Event, Row, check_choice
 
 if TYPE_CHECKING:
@@ -110,8 +111,6 @@ def _holds(outer: Event, inner: Event) -> bool:
 
 def _groups(event: Event, group_by: str) -> list[str]:
     """The group of an event, and for modules those that it lies in."""
-    from dsc.report import layer_of
-
     if event.category == "entry":
         return [event.name]
     match group_by:

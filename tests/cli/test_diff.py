@@ -19,11 +19,11 @@ from dsc.diff.page import _change, page
 from dsc.diff.sides import Side, open_side
 from dsc.diff.svg import timeline
 from dsc.errors import ArtifactError, FileError, ParseError, UsageError
+from dsc.ir.layers import by_layer, home
 from dsc.ir.parser import parse_graph, parse_program
 from dsc.ir.weights import MetaSource
 from dsc.passes.absorb_mla import AbsorbMla
 from dsc.passes.specialise_entries import SpecialiseEntries
-from dsc.report import by_layer, home
 from dsc.rewrite.base import PassReport
 from dsc.runtime.profiler import Event, Profiler
 from tests.backends import canonical_lm as family

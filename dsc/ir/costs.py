@@ -1,0 +1,93 @@
+"""What nodes cost at given sizes: bytes, operations, and the parameters that a step touches.
+
+Bytes count every operand and result of every kernel once; of a table or of stacked experts only the
+part that a step of that size can touch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from dsc.ir.analyses import Cost, cost
+from dsc.ir.dims import evaluate
+from dsc.ir.graph import Graph, Node, Value, Weight
+
+TABLES = {"embedding": 1, "gather": 0, "take": 0, "select_rows": 0}
+"""Operators that read rows of one operand, and which operand that is."""
+EXPERTS = {"experts": (1, (3, 4)), "grouped_linear": (0, (1,))}
+"""Operators over stacked experts: the operand that counts the choices, the stacked operands."""
+
+Sizes = Mapping[str, int]
+Costs = Mapping[str, Cost]
+
+
+def node_costs(graph: Graph) -> Costs:
+    """The cost of each node, by the name of its first result; equal nodes are costed once."""
+    memo: dict[tuple[Any, ...], Cost] = {}
+    costs = {}
+    for node in graph.nodes:
+        types = tuple(None if x is None else (type(x), x.type) for x in node.inputs)
+        key = (node.op, types, node.attrs, tuple(v.type for v in node.outputs))
+        if key not in memo:
+            memo[key] = cost(node)
+        costs[node.outputs[0].name] = memo[key]
+    return costs
+
+
+def total(nodes: Sequence[Node], costs: Costs, at: Sizes) -> dict[str, int]:
+    """Bytes, operations and parameters of some nodes at the given sizes.
+
+    `parameters` are the weight elements that such a step reads, each counted once: of an embedding
+    the rows of its tokens, of stacked experts as many as the tokens can choose.
+    """
+    sums = {"read_bytes": 0, "written_bytes": 0, "weight_bytes": 0, "flops": 0}
+    touched: dict[Weight, float] = {}
+    for node in nodes:
+        found = costs[node.outputs[0].name]
+        sums["read_bytes"] += evaluate(found.read, at)
+        sums["written_bytes"] += evaluate(found.written, at)
+        sums["flops"] += evaluate(found.flops, at)
+        for weight, share in weights_read(node, at):
+            sums["weight_bytes"] += round(evaluate(weight.type.nbytes, at) * share)
+            touched[weight] = min(1.0, touched.get(weight, 0.0) + share)
+    parameters = sum(round(evaluate(w.type.numel, at) * share) for w, share in touched.items())
+    return {**sums, "parameters": parameters}
+
+
+def weights_read(
+    node: Node, at: Sizes, outer: Mapping[str, Weight] | None = None
+) -> Iterator[tuple[Weight, float]]:
+    """The weights that a node reads, those of its body included, and the share of each."""
+    if node.body is not None:
+        inner = dict(zip((v.name for v in node.body.inputs), node.inputs, strict=True))
+        known = {k: _weight(x, outer or {}) for k, x in inner.items()}
+        for each in node.body.nodes:
+            yield from weights_read(each, at, {k: w for k, w in known.items() if w is not None})
+        return
+    for index, operand in enumerate(node.inputs):
+        weight = _weight(operand, outer or {})
+        if weight is not None:
+            yield weight, _share(node, index, at)
+
+
+def _weight(operand: Value | Weight | None, outer: Mapping[str, Weight]) -> Weight | None:
+    if isinstance(operand, Weight) or operand is None:
+        return operand
+    return outer.get(operand.name)
+
+
+def _share(node: Node, index: int, at: Sizes) -> float:
+    """The part of an operand that a node reads: of a table its rows, of experts the chosen."""
+    types = [None if x is None else x.type for x in node.inputs]
+    operand = types[index]
+    assert operand is not None
+    if TABLES.get(node.op) == index:
+        rows = evaluate(node.output.type.numel, at) / max(1, evaluate(operand.numel, at))
+        return min(1.0, rows)
+    if node.op in EXPERTS and index in EXPERTS[node.op][1]:
+        choices = types[EXPERTS[node.op][0]]
+        assert choices is not None
+        counted = choices.numel if node.op == "experts" else choices.shape[0]
+        return min(1.0, evaluate(counted, at) / max(1, evaluate(operand.shape[0], at)))
+    return 1.0

@@ -1,0 +1,38 @@
+"""The parts of a model, told apart by the module paths of its nodes."""
+
+from __future__ import annotations
+
+import re
+
+from dsc.ir.graph import Graph, Node
+
+_NUMBERED = re.compile(r"(?:.*?\.)?layers\.\d+(?=\.|$)")
+
+
+def by_layer(graph: Graph) -> dict[str, list[Node]]:
+    """The nodes of each part of a model, by the module path that tells parts apart."""
+    found: dict[str, list[Node]] = {}
+    for node in graph.nodes:
+        found.setdefault(layer_of(home(node)), []).append(node)
+    return found
+
+
+def home(node: Node) -> str:
+    """The module path under which a node counts: its own.
+
+    A region over several layers lies in none of them; it counts where its first node does that
+    lies in one.
+    """
+    if node.body is None or _NUMBERED.match(node.loc):
+        return node.loc
+    return next((n.loc for n in node.body.nodes if _NUMBERED.match(n.loc)), node.loc)
+
+
+def layer_of(loc: str) -> str:
+    """The part of a model that a module path lies in: its numbered layer, or the path itself.
+
+    >>> layer_of("model.layers.3.self_attn.q_a_proj"), layer_of("model.norm"), layer_of("")
+    ('model.layers.3', 'model.norm', 'elsewhere')
+    """
+    found = _NUMBERED.match(loc)
+    return found[0] if found else loc or "elsewhere"
