@@ -21,7 +21,7 @@ from dsc.backends.base import (
     check_unchanged,
     set_threads,
 )
-from dsc.errors import MemoryLimitError, UnsupportedOperator, UsageError
+from dsc.errors import ArtifactError, MemoryLimitError, UnsupportedOperator, UsageError
 from dsc.files import check_fillable
 from dsc.ir.program import Program
 from dsc.ir.ranks import ranks_of
@@ -118,17 +118,20 @@ class CompiledModel:
 
     @cached_property
     def tokenizer(self) -> Any:
-        """The `tokenizers.Tokenizer` that came with the model, or `None`."""
-        from tokenizers import Tokenizer
+        """The `tokenizers.Tokenizer` that came with the model, or `None`.
 
+        Raises `ArtifactError` where it is damaged, or the artifact was replaced.
+        """
+        from dsc.frontends.tokenizer import TOKENIZER, parse_tokenizer
+
+        found = self._files.get(TOKENIZER)
         if self._artifact is not None:
             check_unchanged(self._artifact.folder, self._artifact.manifest)
-            path = self._artifact.folder / "tokenizer.json"
-            return Tokenizer.from_file(str(path)) if path.is_file() else None
-        found = self._files.get("tokenizer.json")
-        if isinstance(found, bytes):
-            return Tokenizer.from_str(found.decode())
-        return Tokenizer.from_file(str(found)) if found is not None else None
+            path = self._artifact.folder / TOKENIZER
+            found = path if path.is_file() else None
+        if found is None:
+            return None
+        return parse_tokenizer(found, ArtifactError, "compile the model again")
 
     @cached_property
     def executable(self) -> Executable:

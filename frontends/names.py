@@ -24,10 +24,11 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from math import prod
+from pathlib import Path
 from typing import Any
 
 from dsc.errors import CheckpointError
-from dsc.frontends.config import ModelConfig
+from dsc.frontends.config import CONFIG_FILE, ModelConfig
 from dsc.frontends.quantisation import HINT, packed
 from dsc.ir.types import DType, TensorType
 from dsc.ir.weights import Source, WeightExpr, WeightSource, apply, sources
@@ -113,7 +114,8 @@ def check_layout(source: WeightSource, config: ModelConfig, where: str) -> None:
 
     Raises:
         CheckpointError: the weights are packed in a form that is not read, all names have a
-            prefix, or a layer that the configuration counts as a decoder layer is an MTP layer.
+            prefix, or the configuration counts an MTP layer, or layers that are not there, as
+            decoder layers.
     """
     keys = list(source.keys())
     form = packed(keys)
@@ -125,13 +127,21 @@ def check_layout(source: WeightSource, config: ModelConfig, where: str) -> None:
             f"all tensors lie under {under.removesuffix(EMBEDDING)!r}: this is a part of a larger "
             "model", where, "save the language model on its own",
         )  # fmt: skip
+    file = str(Path(where) / CONFIG_FILE)
     for layer in range(config.num_hidden_layers):
         if f"model.layers.{layer}.eh_proj.weight" in keys:
             raise CheckpointError(
                 f"layer {layer} predicts further tokens (MTP: it has model.layers.{layer}.eh_proj."
-                f"weight), yet num_hidden_layers is {config.num_hidden_layers}", where,
+                f"weight), yet num_hidden_layers is {config.num_hidden_layers}", file,
                 f"set num_hidden_layers to {layer}",
             )  # fmt: skip
+    stored = {int(found[1]) for found in map(_LAYER.fullmatch, keys) if found}
+    if stored and max(stored) + 1 < config.num_hidden_layers:
+        raise CheckpointError(
+            f"num_hidden_layers is {config.num_hidden_layers}, and the weights end with layer "
+            f"{max(stored)}", file,
+            f"set num_hidden_layers to {max(stored) + 1}, or get the weights that are missing",
+        )  # fmt: skip
 
 
 class _Mapper:

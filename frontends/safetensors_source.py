@@ -32,6 +32,7 @@ MAX_HEADER_BYTES = 100_000_000
 MAX_INDEX_BYTES = 256 << 20
 MAX_EXTENT = 1 << 40
 MAX_NAME = 255
+CUT = "the file is cut short, or is no safetensors file: get it again"
 
 DTYPES = {
     "BOOL": DType.boolean,
@@ -82,14 +83,13 @@ class SafetensorsFile:
         where = str(path)
         size = path.stat().st_size
         if size < 8:
-            raise CheckpointError(f"only {size} bytes: not a safetensors file, or truncated", where)
+            raise CheckpointError(f"only {size} bytes", where, CUT)
         with path.open("rb") as stream:
             length = int.from_bytes(stream.read(8), "little")
             if not 2 <= length <= min(size - 8, MAX_HEADER_BYTES):
                 raise CheckpointError(
-                    f"the header claims {length} bytes in a file of {size}", where,
-                    "the file is truncated, or not a safetensors file",
-                )  # fmt: skip
+                    f"the header claims {length} bytes in a file of {size}", where, CUT
+                )
             header = parse_object(stream.read(length), where, CheckpointError)
             mapped = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
         start = 8 + length
@@ -259,7 +259,11 @@ def _entry(fields: object, start: int, size: int, where: str) -> Entry:
         raise CheckpointError(f"{len(shape)} axes, at most {MAX_RANK} are read", where)
     offsets = _integers(fields, "data_offsets", where)
     if len(offsets) != 2 or not offsets[0] <= offsets[1] <= size - start:
-        raise CheckpointError(f"data_offsets {offsets} do not lie in {size - start} bytes", where)
+        raise CheckpointError(
+            f"data_offsets {offsets} do not lie in the file's {size - start} bytes of data",
+            where,
+            CUT,
+        )
     found, needed = offsets[1] - offsets[0], prod(shape) * dtype.itemsize
     if found != needed:
         raise CheckpointError(

@@ -6,30 +6,37 @@ was written, so a pass can be tried on a hand-written graph of five lines.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from dsc.errors import ParseError
-from dsc.files import read_text, write_text
+from dsc.files import STANDARD_INPUT, read_text, write_text
 from dsc.ir.parser import parse_verified
 from dsc.ir.printer import print_program
 from dsc.ir.program import Program
+from dsc.ir.stages import Stage
 from dsc.ir.weights import WeightSource
 
 
-def read_program(file: Path | str, source: WeightSource | None = None) -> Program:
-    """The program in a text file, verified. Its weights have types alone, unless `source` is given.
+def read_program(
+    file: Path | str, source: WeightSource | None = None, stages: Sequence[Stage] = tuple(Stage)
+) -> Program:
+    """The program in a text file, or in standard input for `-`, verified.
+
+    Its weights have types alone, unless `source` is given; a graph on its own is at the first of
+    `stages` that allows it.
 
     Raises:
         FileError: the file cannot be read.
         UsageError: it is no text.
         ParseError: it is not a program, or breaks a rule of the IR; says where.
     """
-    path = Path(file)
-    text = read_text(path)
+    text = read_text(file)
     try:
-        return parse_verified(text, source)
+        return parse_verified(text, source, stages)
     except ParseError as problem:
-        where = f"{path}, {problem.where}" if problem.where else str(path)
+        place = "standard input" if str(file) == STANDARD_INPUT else str(file)
+        where = f"{place}, {problem.where}" if problem.where else place
         raise ParseError(problem.what, where, problem.hint, problem.picture) from None
 
 

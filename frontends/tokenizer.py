@@ -14,7 +14,8 @@ import binascii
 from pathlib import Path
 from typing import Any
 
-from dsc.errors import CheckpointError, ConfigError
+from dsc.errors import CheckpointError, ConfigError, DscError, FileError
+from dsc.files import read_text
 from dsc.frontends.config import read_bounded
 from dsc.frontends.strict_json import JsonObject, parse_object
 
@@ -42,6 +43,7 @@ def find_tokenizer(folder: Path) -> tuple[Path | bytes | None, str]:
     """
     file, ranks = folder / TOKENIZER, folder / RANKS
     if file.is_file():
+        parse_tokenizer(file, CheckpointError, "get it again, or take it out of the folder")
         return file, ""
     if not ranks.is_file():
         return None, ""
@@ -58,6 +60,26 @@ def find_tokenizer(folder: Path) -> tuple[Path | bytes | None, str]:
         )
     made = _converted(ranks, pattern, _special(settings, str(folder / SETTINGS)))
     return made, f"{TOKENIZER} was made from {RANKS}"
+
+
+def parse_tokenizer(found: Path | bytes, error: type[DscError], hint: str) -> Any:
+    """The `tokenizers.Tokenizer` of a `tokenizer.json`, a file's or what was made.
+
+    Raises:
+        FileError: the file cannot be read.
+        DscError: it is damaged: `error`, with `hint`.
+    """
+    from tokenizers import Tokenizer
+
+    try:
+        text = found.decode() if isinstance(found, bytes) else read_text(found)
+        return Tokenizer.from_str(text)
+    except FileError:
+        raise
+    except Exception as problem:  # tokenizers raises no class of its own
+        reason = problem.what if isinstance(problem, DscError) else str(problem)
+        where = TOKENIZER if isinstance(found, bytes) else str(found)
+        raise error(f"the tokenizer is damaged: {reason}", where, hint) from None
 
 
 def read_ranks(file: Path) -> dict[bytes, int]:

@@ -52,7 +52,7 @@ def diff(
     ] = True,
     seed: Annotated[int, Option("--seed", help="Of the random inputs.")] = 0,
     json: options.Json = False,
-    force: options.Force = False,
+    force: Annotated[bool, Option("--force", help="Replace the page at PAGE.html.")] = False,
     trust: options.Trust = False,
 ) -> None:
     """Compare A and B layer by layer: IR, bytes, flops, time, results.

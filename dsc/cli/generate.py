@@ -122,7 +122,8 @@ def generate(
 ) -> None:
     """Continue prompts with the model in OUT; the text streams to standard output.
 
-    Several prompts run together, as many as the model was compiled for (--max-batch), and each
+    Prompts of --prompt come first, then those of --file, each in the order given.
+    Several run together, as many as the model was compiled for (--max-batch), and each
     answer is printed under its prompt. An answer ends at a stop id or --stop ("stop"), or at
     --max-new-tokens or the model's --max-context ("length"). Options that are not given are those
     that the model's generation_config.json asks for; where it asks for none, text is greedy.

@@ -46,13 +46,12 @@ def opt(
         dsc opt layer.dsc --explain absorb_mla
     """
     from dsc import pipeline
-    from dsc.files import read_text
-    from dsc.ir.parser import parse_verified
+    from dsc.frontends.text import read_program
     from dsc.ir.printer import print_program
 
     names = [name.strip() for name in passes.split(",") if name.strip()]
     stages = pipeline.stages_for([*names, *([] if explain is None else [explain])])
-    program = parse_verified(read_text(file), stages=stages)
+    program = read_program(file, stages=stages)
     program = pipeline.apply(program, names, verify_each=verify_each)
     if explain is not None:
         print(pipeline.explain(program, explain))

@@ -110,6 +110,12 @@ class _Parser:
         self.places: list[tuple[object, str, Token]] = []
 
     def program(self, source: WeightSource | None, stages: Sequence[Stage]) -> Program:
+        if self.peek().kind == "end":
+            raise ParseError(
+                "the text holds comments alone" if self.text.strip() else "the text is empty",
+                where="line 1, column 1",
+                hint="give a program, as dsc inspect MODEL prints it",
+            )
         if self.at_word("graph"):
             return self._bare(source, stages)
         self.word("program")

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+import dsc
 from dsc.cli import main
 from dsc.models.configs import TINY_CHECKPOINT
 
@@ -91,7 +92,7 @@ def truncate(size: int) -> Break:
 
 
 BREAKS: dict[str, tuple[Break, tuple[str, ...]]] = {
-    "truncated weights": (truncate(100_000), ("model.safetensors",)),
+    "truncated weights": (truncate(100_000), ("model.safetensors", "cut short", "get it again")),
     "empty weights": (truncate(0), ("model.safetensors",)),
     "a header length beyond the file": (
         overwrite("model.safetensors", struct.pack("<Q", 1 << 50)),
@@ -122,6 +123,18 @@ BREAKS: dict[str, tuple[Break, tuple[str, ...]]] = {
     ),
     "a config out of range": (edit_config(num_attention_heads=0), ("num_attention_heads",)),
     "a config that contradicts itself": (edit_config(num_experts_per_tok=99), ("experts",)),
+    "more layers than there are": (
+        edit_config(num_hidden_layers=9),
+        ("num_hidden_layers is 9", "model/config.json\n", "to do:  set num_hidden_layers to 4"),
+    ),
+    "a tokenizer that is cut short": (
+        lambda f: os.truncate(f / "tokenizer.json", 1000),
+        ("the tokenizer is damaged: EOF", "model/tokenizer.json\n", "to do:  get it again"),
+    ),
+    "a tokenizer that is no text": (
+        overwrite("tokenizer.json", b"\xff{}"),
+        ("the tokenizer is damaged: this is no UTF-8", "to do:  get it again"),
+    ),
     "an unknown architecture": (edit_config(model_type="llama"), ("llama", "deepseek_v3")),
 }
 
@@ -241,6 +254,20 @@ def test_a_tampered_artifact(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert code == 2
     assert "program.dsc" in error
     assert "Traceback" not in error
+
+
+def test_a_damaged_tokenizer_of_an_artifact(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small = FP8.parent / "small_lm.dsc"
+    out = dsc.compile(str(small), backend="reference", max_context=32).save(tmp_path / "out")
+    (out / "tokenizer.json").write_text('{"version": ')
+    for line in (("generate", "out", "--prompt", "x"), ("verify", "out", "--checkpoint", "m")):
+        code, error = run(capsys, *line)
+        assert code == 2, error
+        assert "the tokenizer is damaged: EOF while parsing" in error
+        assert "out/tokenizer.json\n  to do:  compile the model again" in error
+        assert "Traceback" not in error
 
 
 OPEN = """program "open" {stage=TRACED}

@@ -97,7 +97,7 @@ def test_what_breaks_a_rule_is_shown_where_it_stands(
     error = capsys.readouterr().err
     assert ended.value.code == 2, error
     assert error.splitlines()[1:] == [
-        f"  where:  line {line + 1}, column {column + 1}",
+        f"  where:  {path}, line {line + 1}, column {column + 1}",
         f"  | {lines[line]}",
         f"  | {' ' * column}^",
     ]
@@ -147,6 +147,23 @@ def outcome(text: str) -> str:
         located = re.match(r"line \d+, column \d+$", error.where or "")
         return "refused" if located and (error.picture or "").endswith("^") else str(error)
     return "read"
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [("", "the text is empty"), (" \n", "the text is empty"), ("# a\n", "comments alone")],
+)
+def test_an_empty_text_is_called_empty_with_its_place(
+    text: str, words: str, invoke: Invoke, tmp_path: Path
+) -> None:
+    file = tmp_path / "empty.dsc"
+    file.write_text(text)
+    with pytest.raises(ParseError, match=rf"{words}\n  where:  .*empty\.dsc, line 1"):
+        invoke("opt", str(file))
+    with pytest.raises(ParseError, match=rf"{words}\n  where:  .*empty\.dsc, line 1"):
+        invoke("diff", str(file), str(file))
+    with pytest.raises(ParseError, match=rf"{words}\n  where:  standard input, line 1"):
+        invoke("opt", "-", typed=text.encode())
 
 
 # --- what the other verbs print -------------------------------------------------------------------

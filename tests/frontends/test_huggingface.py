@@ -447,6 +447,17 @@ def test_15_a_plain_layer_in_the_place_of_mtp_is_unexpected(tmp_path: Path) -> N
     assert len(load_checkpoint(save(tmp_path, config, tensors)).unused_mtp) == 2
 
 
+def test_layers_that_are_not_there_are_one_sentence(tmp_path: Path) -> None:
+    config = small(num_hidden_layers=2)
+    save(tmp_path, config, official(config))
+    raw = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(raw | {"num_hidden_layers": 9}))
+    with pytest.raises(CheckpointError, match="is 9, and the weights end with layer 1") as caught:
+        load_checkpoint(tmp_path)
+    assert caught.value.where == str(tmp_path / "config.json")
+    assert "set num_hidden_layers to 2" in str(caught.value.hint)
+
+
 # --- the module that is traced -------------------------------------------------------------------
 
 FAMILY = {

@@ -109,6 +109,23 @@ def test_the_whole_text_comes_until_the_stop_id(folder: Path) -> None:
     assert done.stderr.decode() == "stop\n"
 
 
+@pytest.mark.parametrize("most", ["0", "-3"])
+def test_no_tokens_at_all_are_refused(most: str, folder: Path) -> None:
+    said = refused(run(folder, "In the beginning", "--max-new-tokens", most))
+    assert said == f"--max-new-tokens {most}: give at least 1"
+
+
+def test_the_help_says_how_many_tokens_come_by_default(folder: Path) -> None:
+    assert b"(default: 64)" in run(folder, "--help").stdout
+
+
+def test_a_tokenizer_that_is_damaged_is_told(folder: Path) -> None:
+    os.truncate(folder / "tokenizer.json", 1000)
+    said = refused(run(folder, "In the beginning"))
+    assert "tokenizer.json is damaged" in said
+    assert "compile again" in said
+
+
 def test_the_text_streams_whole_characters(folder: Path) -> None:
     line = [sys.executable, "-c", WATCH, str(folder)]
     done = subprocess.run(line, capture_output=True, timeout=60, check=False)
@@ -162,8 +179,9 @@ def test_any_of_several_stop_ids_ends_the_text(folder: Path, tokenizer: Tokenize
 
 def test_a_prompt_that_cannot_be_continued_is_refused(folder: Path) -> None:
     describe(folder, [1] * 20, context=4)
-    assert refused(run(folder, "")) == "a prompt of 0 tokens; it may have 1 to 3"
-    assert "it may have 1 to 3" in refused(run(folder, TEXT))
+    assert refused(run(folder, "")) == "the prompt holds no token; give a text to continue"
+    said = refused(run(folder, TEXT))
+    assert "the text may have 4 with the answer: shorten it, or compile with a larger" in said
     surrogate = os.fsdecode(b"In \xff")
     assert refused(run(folder, surrogate))
 
