@@ -30,16 +30,6 @@ Progress: TypeAlias = Callable[[str, int, int], None]
 """`progress(what, done, total)`: called while long work goes on."""
 
 
-LM_INPUTS = ("input_ids", "positions", "lengths", "logits_at")
-"""What every entry of a causal language model takes beside its caches."""
-
-
-def is_causal_lm(program: Program) -> bool:
-    """Whether a session can continue texts with a program."""
-    inputs = ({v.name for v in graph.inputs} for graph in program.entries.values())
-    return all(names.issuperset(LM_INPUTS) for names in inputs)
-
-
 @dataclass(frozen=True, slots=True)
 class Yes:
     """The backend takes this node."""
@@ -88,9 +78,6 @@ class EmitOptions:
 
     targets: tuple[Target, ...] = (Target("cpu"),)
     threads: int | None = None
-    max_batch: int = 4
-    max_context: int = 4096
-    prefill_chunk: int = 512
     progress: Progress | None = None
     extra: Mapping[str, Any] = field(default_factory=dict)
 

@@ -15,7 +15,8 @@ from hypothesis import HealthCheck, Phase, given, seed
 from hypothesis import settings as hypothesis_settings
 
 from dsc import backends, pipeline
-from dsc.frontends.load import Limits, load_program
+from dsc.frontends.load import load_program
+from dsc.ir.limits import Limits
 from dsc.ir.program import Program
 from dsc.ir.types import DType
 from dsc.models import v3
@@ -99,7 +100,7 @@ def small_models() -> dict[str, Program]:
 
     found = {"v3.py tiny": load_program(v3.__file__, config="tiny", weights="none").program}
     for name, config in (("stock V3", small()), ("stock V2", small_v2())):
-        symbols = Limits(max_batch=4, max_context=64, prefill_chunk=16).symbols(config)
+        symbols = Limits(max_batch=4, max_context=64, prefill_chunk=16).symbols
         found[name] = causal_lm.trace_step(stock(config), config, DType.f32, symbols)
     return found
 

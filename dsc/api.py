@@ -23,6 +23,7 @@ from dsc.backends.base import (
 )
 from dsc.errors import ArtifactError, MemoryLimitError, UnsupportedOperator, UsageError
 from dsc.files import check_fillable
+from dsc.ir.limits import Limits
 from dsc.ir.program import Program
 from dsc.ir.ranks import ranks_of
 from dsc.ir.segments import cut
@@ -32,7 +33,7 @@ from dsc.rewrite.manager import Watch
 from dsc.runtime import artifact as artifacts
 from dsc.runtime import sharded
 from dsc.runtime.segmented import SegmentedExecutable
-from dsc.runtime.session import Session, check_limits, compiled_limits
+from dsc.runtime.session import Session, check_limits
 from dsc.settings import debug_mode, memory_limit
 from dsc.targets import Target, parse_target
 
@@ -54,9 +55,6 @@ class CompiledModel:
     report: Mapping[str, Any]
     targets: tuple[str, ...] = ("cpu",)
     source: str = ""
-    max_batch: int = 1
-    max_context: int = 4096
-    prefill_chunk: int = 512
     _emission: Emission | None = None
     _files: Mapping[str, Path | bytes] = field(default_factory=dict)
     _artifact: artifacts.Artifact | None = None
@@ -90,11 +88,6 @@ class CompiledModel:
             backend=self.backend,
             targets=self.targets,
             report=self.report,
-            limits={
-                "max_batch": self.max_batch,
-                "max_context": self.max_context,
-                "prefill_chunk": self.prefill_chunk,
-            },
             source=self.source,
             extra_files=self._files,
             force=force,
@@ -102,6 +95,21 @@ class CompiledModel:
             rank=rank,
             progress=progress,
         )
+
+    @property
+    def max_batch(self) -> int:
+        """Sequences in one step, at most."""
+        return self.program.limits.max_batch
+
+    @property
+    def max_context(self) -> int:
+        """Tokens that a sequence may hold, at most."""
+        return self.program.limits.max_context
+
+    @property
+    def prefill_chunk(self) -> int:
+        """Tokens of a prompt that are processed at once, at most."""
+        return self.program.limits.prefill_chunk
 
     @property
     def has_weights(self) -> bool:
@@ -198,16 +206,10 @@ class CompiledModel:
         """
         batch = self.max_batch if max_batch is None else max_batch
         context = self.max_context if max_context is None else max_context
-        check_limits(self.program, batch, context, self.prefill_chunk)
+        check_limits(self.program, batch, context)
         if threads is not None or pin is not None:
             self.set_threads(threads, pin)
-        return Session(
-            self.executable,
-            self.program,
-            batch,
-            context,
-            self.prefill_chunk,
-        )
+        return Session(self.executable, self.program, batch, context)
 
 
 def compile(
@@ -288,9 +290,10 @@ def compile(
     )
     traced = time.perf_counter()
     watch = Watch(tuple(print_ir_after), folder, verify_each or debug_mode(), progress)
+    limits = loaded.program.limits
     options = pipeline.PipelineOptions(
         fusion_level=fusion_level,
-        prefill_chunk=prefill_chunk,
+        prefill_chunk=min(prefill_chunk, limits.prefill_chunk),
         cache=cache,
         ranks=ranks,
         parallel=parallel,
@@ -305,15 +308,12 @@ def compile(
         program, records = pipeline.run(loaded.program, chosen, Target("cpu"), options)
         loaded.notes.append(f"the whole program runs on {fallback}: {refused.what}")
     optimised = time.perf_counter()
-    check_memory(program, targets[0], max_batch, loaded.max_context)
+    check_memory(program, targets[0], limits.max_batch, limits.max_context)
     emission = chosen.emit(
         pipeline.for_emission(program, chosen.capabilities(targets[0])),
         EmitOptions(
             targets=targets,
             threads=threads,
-            max_batch=max_batch,
-            max_context=loaded.max_context,
-            prefill_chunk=prefill_chunk,
             progress=progress,
             extra=backend_options or {},
         ),
@@ -325,16 +325,12 @@ def compile(
         "passes": round(optimised - traced, 3),
         "emit": round(time.perf_counter() - optimised, 3),
     }
-    most = compiled_limits(program, prefill_chunk)  # a program that was given has its own
     return CompiledModel(
         program=program,
         backend=chosen.name,
         report=build_report(program, records, seconds, [*loaded.notes, *emission.notes]),
         targets=tuple(str(t) for t in targets),
         source=loaded.source,
-        max_batch=min(max_batch, most.get("max_batch", max_batch)),
-        max_context=min(loaded.max_context, most.get("max_context", loaded.max_context)),
-        prefill_chunk=prefill_chunk,
         _emission=emission,
         _files=loaded.files,
     )
@@ -351,16 +347,12 @@ def load(
     `CompiledModel.set_threads`.
     """
     opened = artifacts.read(_own_folder(Path(path)), trust)
-    limits = opened.manifest["limits"]
     model = CompiledModel(
         program=opened.program,
         backend=opened.backend,
         report={},
         targets=tuple(opened.manifest["targets"]),
         source=str(opened.manifest.get("source", "")),
-        max_batch=int(limits["max_batch"]),
-        max_context=int(limits["max_context"]),
-        prefill_chunk=int(limits["prefill_chunk"]),
         _artifact=opened,
     )
     if threads is not None or pin is not None:
@@ -382,18 +374,18 @@ def compile_program(
 ) -> CompiledModel:
     """Compile a program that is already traced: what `@dsc.optimize` and torch.compile use."""
     chosen = backends.get(backend) if backend else best_backend()
+    if program.is_causal_lm:
+        program = program.limited(Limits())
     options = pipeline.PipelineOptions(fusion_level=fusion_level, memory_reuse=memory_reuse)
     done, records = pipeline.run(program, chosen, Target("cpu"), options)
     check_memory(done, Target("cpu"), max_batch=1, max_context=1)
     emission = chosen.emit(done, EmitOptions())
-    made = CompiledModel(
+    return CompiledModel(
         program=done,
         backend=chosen.name,
         report=build_report(done, records, {}, []),
         _emission=emission,
     )
-    most = compiled_limits(done, made.prefill_chunk).get("max_context", made.max_context)
-    return replace(made, max_context=min(made.max_context, most))
 
 
 def check_memory(program: Program, target: Target, max_batch: int, max_context: int) -> None:

@@ -15,7 +15,7 @@ from dsc.ir.costs import Costs, Sizes, node_costs, total
 from dsc.ir.graph import Graph, Node, Value
 from dsc.ir.layers import by_layer
 from dsc.ir.paging import page_rows
-from dsc.ir.program import Program
+from dsc.ir.program import Program, is_causal_step
 from dsc.ir.weights import sources
 from dsc.rewrite.manager import PassRecord
 from dsc.runtime.caches import cache_specs
@@ -75,7 +75,7 @@ def sizes_at(program: Program, graph: Graph, name: str, context: int) -> dict[st
     wanted = {"B": 1, "S": new, "L": 1, "P": context, "C": context + new}
     blocks = -(-(context + new) // (page_rows(graph) or 1))
     wanted |= {"M": blocks, "N": blocks}
-    sizes = {"S": new} if is_causal(graph) else {}
+    sizes = {"S": new} if is_causal_step(graph) else {}
     for symbol in sorted({s for v in graph.values() for s in v.type.symbols}):
         known = program.symbols.get(symbol)
         size = wanted.get(symbol, 1)
@@ -107,11 +107,6 @@ def parameter_count(program: Program) -> int:
     """Elements of all tensors that the weights of a program are made of, each counted once."""
     found = {s.key: s.type for e in program.weights.values() for s in sources(e)}
     return sum(cast(int, t.numel) for t in found.values())
-
-
-def is_causal(graph: Graph) -> bool:
-    """Whether a graph is a step of a causal language model."""
-    return {"input_ids", "lengths"} <= {v.name for v in graph.inputs}
 
 
 def cache_layer(name: str) -> str:

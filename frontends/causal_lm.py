@@ -15,11 +15,9 @@ from torch import Tensor, nn
 
 from dsc.frontends.config import ModelConfig
 from dsc.ir.dims import Range
-from dsc.ir.program import Program
+from dsc.ir.program import TOKEN_INPUTS, Program
 from dsc.ir.types import DType, TensorType
 from dsc.models.v3 import append, visible
-
-TokenInputs = ("input_ids", "positions", "lengths", "logits_at")
 
 
 @dataclass(frozen=True)
@@ -84,7 +82,7 @@ def dynamic_shapes(config: ModelConfig) -> dict[str, Any]:
 
 def input_names(config: ModelConfig) -> tuple[str, ...]:
     """Names of a step's inputs, in order: `input_ids`, ..., `past.0.latent`, `past.0.rope`, ..."""
-    return (*TokenInputs, *_names_per_layer("past", config))
+    return (*TOKEN_INPUTS, *_names_per_layer("past", config))
 
 
 def output_names(config: ModelConfig) -> tuple[str, ...]:

@@ -23,7 +23,7 @@ from dsc.errors import ConfigError, DscError, UnsupportedArchitecture, UsageErro
 from dsc.frontends.config import ModelConfig
 from dsc.frontends.generation_config import Settings, load_generation, settings_of
 from dsc.frontends.tokenizer import TOKENIZER, find_tokenizer
-from dsc.ir.dims import Range
+from dsc.ir.limits import OPEN, Limits
 from dsc.ir.program import Program
 from dsc.ir.types import DType
 from dsc.ir.weights import (
@@ -50,26 +50,21 @@ class Loaded:
     """A traced program, what to copy beside it, and what to tell the user."""
 
     program: Program
-    max_context: int
     source: str = ""
     files: dict[str, Path | bytes] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
 
-OPEN = 2**31 - 1
-"""An upper bound that says nothing: torch.export's for a size that it does not know."""
-
-
 @dataclass(frozen=True)
-class Limits:
-    """The upper bounds that the symbols of a causal LM get."""
+class Asked:
+    """The limits that a user asked for; without `max_context` they are the model's own."""
 
     max_batch: int
     max_context: int | None
     prefill_chunk: int
 
-    def context(self, config: ModelConfig) -> int:
-        """The asked context, else the model's own.
+    def limits(self, config: ModelConfig) -> Limits:
+        """The limits of a model with this configuration.
 
         Raises:
             UsageError: more is asked than the model has positions for. Beyond them rope rotates
@@ -82,16 +77,11 @@ class Limits:
                 "(max_position_embeddings in config.json)",
                 hint=f"give at most {positions}; a model that was trained further says so there",
             )
-        return self.max_context or positions
+        return Limits(self.max_batch, self.max_context or positions, self.prefill_chunk)
 
-    def symbols(self, config: ModelConfig) -> dict[str, Range]:
-        """Ranges of B, S, P and L."""
-        return self.ranges(self.context(config))
-
-    def ranges(self, context: int) -> dict[str, Range]:
-        """The same for a context of so many tokens."""
-        new = Range(1, self.prefill_chunk)
-        return {"B": Range(1, self.max_batch), "S": new, "P": Range(0, context), "L": new}
+    def whatever(self) -> Limits:
+        """The limits of a program, which has no configuration."""
+        return Limits(self.max_batch, self.max_context or Limits().max_context, self.prefill_chunk)
 
 
 def load_program(
@@ -106,24 +96,24 @@ def load_program(
     progress: Progress | None = None,
 ) -> Loaded:
     """Read a model in any of its forms. Arguments as in `dsc.compile`."""
-    limits = Limits(max_batch, max_context, prefill_chunk)
+    asked = Asked(max_batch, max_context, prefill_chunk)
     if progress is not None:
         progress("reading the model", 0, 0)
     if isinstance(model, Program):
-        return Loaded(model, max_context or 4096)
+        return Loaded(model.limited(asked.whatever()) if model.is_causal_lm else model)
     if not isinstance(model, (str, Path)):
-        return _from_module(model, dtype, limits, progress)
+        return _from_module(model, dtype, asked, progress)
     path = Path(model)
     if str(model) in BUILT_IN and not path.exists():
         path = Path(__file__).resolve().parent.parent / "models" / BUILT_IN[str(model)]
     if path.suffix == ".py" and path.is_file():
-        return _from_code(path, config, weights, dtype, limits, progress)
+        return _from_code(path, config, weights, dtype, asked, progress)
     if path.suffix == ".dsc" and path.is_file():
         if config is not None or weights not in (None, "none"):
             raise UsageError(
                 "a text is whole: it takes neither --config nor --weights", where=str(path)
             )
-        return _from_text(path, limits)
+        return _from_text(path, asked)
     if (path / "dsc.json").is_file() and not (path / "config.json").exists():
         raise UsageError(
             "this is an artifact, compiled already",
@@ -137,7 +127,7 @@ def load_program(
                 where=str(path),
                 hint="drop --config, or name models/v3.py and give the folder as --weights",
             )
-        return _from_checkpoint(path, weights, dtype, limits, progress)
+        return _from_checkpoint(path, weights, dtype, asked, progress)
     raise UsageError(
         f"no model at {str(model)!r}",
         hint="give a checkpoint folder, a .py file with build(config), a .dsc file, or one of "
@@ -149,7 +139,7 @@ def _from_checkpoint(
     folder: Path,
     weights: str | Path | None,
     dtype: DType | None,
-    limits: Limits,
+    asked: Asked,
     progress: Progress | None,
 ) -> Loaded:
     from dsc.frontends.huggingface import load_checkpoint
@@ -163,11 +153,11 @@ def _from_checkpoint(
     checkpoint = load_checkpoint(folder, dtype)
     settings = load_generation(folder, checkpoint.config)
     tokenizer = find_tokenizer(folder)
-    traced = _trace(checkpoint.build(), checkpoint.config, checkpoint.dtype, limits, progress)
+    traced = _trace(checkpoint.build(), checkpoint.config, checkpoint.dtype, asked, progress)
     given = None if weights is not None else (checkpoint.weights, checkpoint.source)
     program = _with_weights(traced, given, folder.resolve().name)
     notes = checkpoint.notes
-    return _loaded(program, checkpoint.config, limits, settings, folder, notes, tokenizer)
+    return _loaded(program, settings, folder, notes, tokenizer)
 
 
 def _from_code(
@@ -175,7 +165,7 @@ def _from_code(
     config_name: str | Path | None,
     weights: str | Path | None,
     dtype: DType | None,
-    limits: Limits,
+    asked: Asked,
     progress: Progress | None,
 ) -> Loaded:
     """A `.py` file is the user's own code: it is run, and its `build(config)` called."""
@@ -218,34 +208,33 @@ def _from_code(
     module = cast_parameters(module, compute.torch)
     _check_signature(module, config, path)
     with blaming(path, only_its_lines=True):
-        traced = _trace(module, config, compute, limits, progress)
+        traced = _trace(module, config, compute, asked, progress)
     if checkpoint is None:
-        return _loaded(_with_weights(traced, None, path.stem), config, limits, settings)
+        return _loaded(_with_weights(traced, None, path.stem), settings)
     mapped = retarget(checkpoint, module)
     program = _with_weights(traced, (mapped.weights, mapped.source), path.stem)
-    return _loaded(program, config, limits, settings, folder, checkpoint.notes, tokenizer)
+    return _loaded(program, settings, folder, checkpoint.notes, tokenizer)
 
 
-def _from_text(path: Path, limits: Limits) -> Loaded:
+def _from_text(path: Path, asked: Asked) -> Loaded:
     """A text says its own ranges; a causal LM whose ranges are open gets the limits asked for."""
     from dsc.frontends.text import read_program
 
     program = read_program(path)
     program = replace(program, meta={**program.meta, "weightless": bool(program.weights)})
-    context = limits.max_context or 4096
-    causal = all(any(v.name == "input_ids" for v in g.inputs) for g in program.entries.values())
-    if causal:
-        asked = limits.ranges(context)
-        symbols = {
-            name: asked[name] if name in asked and found.hi >= OPEN else found
-            for name, found in program.symbols.items()
-        }
-        program = replace(program, symbols=symbols)
-    return Loaded(program, context, str(path))
+    if not program.is_causal_lm:
+        return Loaded(program, str(path))
+    limits = asked.whatever()
+    ranges = limits.symbols
+    symbols = {
+        name: ranges[name] if name in ranges and found.hi >= OPEN else found
+        for name, found in program.symbols.items()
+    }
+    return Loaded(replace(program, symbols=symbols).limited(limits), str(path))
 
 
 def _from_module(
-    module: Any, dtype: DType | None, limits: Limits, progress: Progress | None
+    module: Any, dtype: DType | None, asked: Asked, progress: Progress | None
 ) -> Loaded:
     """A stock transformers causal LM in memory: traced with its own weights."""
     import torch
@@ -272,36 +261,38 @@ def _from_module(
     generation = getattr(module, "generation_config", None)
     settings = settings_of({} if generation is None else generation.to_dict(), config)
     step = CausalLMStep(module.eval())
-    traced = _trace(step, config, stored, limits, progress)
+    traced = _trace(step, config, stored, asked, progress)
     state = {k: v.detach() for k, v in step.state_dict().items()}
     if any(v.is_meta for v in state.values()):
-        return _loaded(_with_weights(traced, None, config.model_type), config, limits, settings)
+        return _loaded(_with_weights(traced, None, config.model_type), settings)
     source = DictSource(state)
     given = {k: Source(k, source.type(k)) for k in state}
     program = _with_weights(traced, (given, source), config.model_type)
-    return _loaded(program, config, limits, settings)
+    return _loaded(program, settings)
 
 
 def _trace(
     module: nn.Module,
     config: ModelConfig,
     dtype: DType,
-    limits: Limits,
+    asked: Asked,
     progress: Progress | None,
 ) -> Program:
     from dsc.frontends import causal_lm, trace_cache
 
+    limits = asked.limits(config)
     config_values = config.model_dump(mode="json", exclude_none=True)
     key = trace_cache.key_of(module, config=config_values, dtype=str(dtype))
     program = None if key is None else trace_cache.load(key)
     if program is None:
         if progress is not None:
             progress("tracing", 0, 0)
-        program = causal_lm.trace_step(module, config, dtype, limits.symbols(config))
+        program = causal_lm.trace_step(module, config, dtype, limits.symbols)
         if key is not None:
             trace_cache.store(key, program, _constant_sources(program, module))
     meta = {**program.meta, "config": config_values}
-    return replace(program, meta=meta, symbols={**program.symbols, **limits.symbols(config)})
+    symbols = {**program.symbols, **limits.symbols}
+    return replace(program, meta=meta, symbols=symbols).limited(limits)
 
 
 def _constant_sources(program: Program, module: nn.Module) -> dict[str, Any]:
@@ -365,8 +356,6 @@ def _value(traced: Program, name: str) -> Any:
 
 def _loaded(
     program: Program,
-    config: ModelConfig,
-    limits: Limits,
     settings: Settings,
     folder: Path | None = None,
     notes: Sequence[str] = (),
@@ -380,7 +369,7 @@ def _loaded(
         files[TOKENIZER] = file
     told = [*notes, *unused, *([note] if note else [])]
     source = str(folder.resolve()) if folder is not None else ""
-    return Loaded(program, limits.context(config), source, files, told)
+    return Loaded(program, source, files, told)
 
 
 def _build_function(path: Path) -> Callable[[ModelConfig], nn.Module]:

@@ -16,6 +16,7 @@ from dsc.frontends.symbolic import NotADim, SizeReader
 from dsc.ir.dims import Dim, Range, Sym, bounds, free_symbols
 from dsc.ir.graph import GraphBuilder, Operand, Value, Weight
 from dsc.ir.index_ranges import known_span
+from dsc.ir.limits import OPEN
 from dsc.ir.types import DType, TensorType
 
 
@@ -36,8 +37,6 @@ class SymbolicNumber(NamedTuple):
     expr: Any
 
 
-MOST = 2**31 - 1
-"""More than any size is."""
 Scalar: TypeAlias = int | float | bool | Sym | SymbolicNumber
 Number: TypeAlias = Operand | Scalar
 
@@ -125,7 +124,7 @@ class Lowering:
         span = known_span(x, self.builder.nodes)
         if span is None:
             return False
-        sizes = dict.fromkeys(free_symbols(span.low), Range(0, MOST))
+        sizes = dict.fromkeys(free_symbols(span.low), Range(0, OPEN))
         return bounds(span.low, sizes).lo >= 0
 
     def shifted(self, x: Number, by: Number) -> Operand | None:

@@ -39,10 +39,10 @@ def test_the_report_says_what_happened(tmp_path: Path) -> None:
 
 
 def test_a_memory_limit_refuses_and_says_what_would_fit() -> None:
-    dsc.set_memory_limit("cpu", 0.02)
+    dsc.set_memory_limit("cpu", 0.016)
     try:
         with pytest.raises(MemoryLimitError, match="max_context=") as refused:
-            dsc.compile(small_lm(), backend="null", max_batch=4, max_context=4096)
+            dsc.compile(small_lm(), backend="null", max_batch=4, max_context=32)
         hint = refused.value.hint or ""
         fits = int(hint.partition("max_context=")[2].partition(" ")[0])
         dsc.compile(small_lm(), backend="null", max_batch=4, max_context=fits)

@@ -21,7 +21,6 @@ from dsc.backends.base import (
     No,
     Support,
     Yes,
-    is_causal_lm,
 )
 from dsc.errors import BackendUnavailable, UnsupportedOperator
 from dsc.ir.graph import Node
@@ -86,26 +85,24 @@ class OnnxRuntimeBackend:
             if options.progress is not None:
                 options.progress("models", done, len(owners))
             built[files[owner]] = model.build_model(
-                program.entries[owner], owner, form, facts(program, options)
+                program.entries[owner], owner, form, facts(program)
             )
         meta = {
             "models": files,
             "guards": dict(program.meta.get("guards", {})),
-            "chunk": options.prefill_chunk,
             "threads": options.threads,
             "prepack": bool(options.extra.get("prepack", False)),
             "opset": form.opset,
             "wide_caches": form.wide_caches,
-            "context": options.max_context,
             "checks": index_ranges(list(program.entries.values())[-1], program.symbols).facts,
         }
 
         def finish(places: Mapping[str, tuple[int, int]]) -> Mapping[str, bytes]:
             return {path: one.serialized(places) for path, one in built.items()}
 
-        causal = is_causal_lm(program)
+        causal = program.is_causal_lm
         return Emission(
-            files={"README.md": card(program, files, form, options).encode()} if causal else {},
+            files={"README.md": card(program, files, form).encode()} if causal else {},
             weights_path=f"{model.FOLDER}/{model.WEIGHTS}",
             meta=meta,
             runner=RUNNER.read_text() if causal and form.numpy else "",

@@ -8,10 +8,10 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict
 from typing import Any
 
 from dsc._version import __version__
-from dsc.backends.base import EmitOptions
 from dsc.backends.onnxruntime.interface import Form, Interface, meaning
 from dsc.ir.program import Program
 from dsc.ir.types import DType
@@ -97,7 +97,7 @@ SPELLED = {DType.f32: "float32", DType.f16: "float16", DType.bf16: "bfloat16", D
 LAYER = re.compile(r"^(past|present)\.(\d+)\.(.*)$")
 
 
-def card(program: Program, files: Mapping[str, str], form: Form, options: EmitOptions) -> str:
+def card(program: Program, files: Mapping[str, str], form: Form) -> str:
     """The text for the models in `files`, by entry."""
     general = list(program.entries)[-1]
     graph = program.entries[general]
@@ -116,9 +116,7 @@ def card(program: Program, files: Mapping[str, str], form: Form, options: EmitOp
         runtime=form.runtime,
         weights="onnx/model.safetensors",
         models="\n".join(_models(program, files)),
-        max_batch=options.max_batch,
-        max_context=options.max_context,
-        prefill_chunk=options.prefill_chunk,
+        **asdict(program.limits),
         stops=_stops(generation),
         inputs="\n".join(_rows(inputs)),
         outputs="\n".join(_rows(outputs)),
@@ -126,10 +124,9 @@ def card(program: Program, files: Mapping[str, str], form: Form, options: EmitOp
     )
 
 
-def facts(program: Program, options: EmitOptions) -> dict[str, str]:
+def facts(program: Program) -> dict[str, str]:
     """What a model's metadata says of it, as text."""
-    limits = {name: getattr(options, name) for name in ("max_batch", "max_context")}
-    known = {**limits, "prefill_chunk": options.prefill_chunk, "name": program.name}
+    known = {**asdict(program.limits), "name": program.name}
     known |= program.meta.get("generation", {})
     return {key: x if isinstance(x, str) else json.dumps(x) for key, x in known.items()}
 

@@ -32,8 +32,8 @@ class Model:
         least, installed = ([int(part) for part in v.split(".")[:2]] for v in versions)
         if installed < least:
             raise ImportError(f"onnxruntime {versions[1]} is too old; pip install '{needs}'")
-        self.chunk: int = meta["chunk"]
-        self.context: int = meta["context"]
+        self.chunk: int = manifest["limits"]["prefill_chunk"]
+        self.context: int = manifest["limits"]["max_context"]
         self._checks = meta["checks"]
         self.threads = threads or meta["threads"] or 0
         self._prepack: bool = meta["prepack"]

@@ -24,7 +24,6 @@ from dsc.backends.base import (
     No,
     Support,
     Yes,
-    is_causal_lm,
 )
 from dsc.backends.triton.blocks import INTERPRET
 from dsc.backends.triton.compile import compile_kernels, require_triton
@@ -102,7 +101,7 @@ class TritonBackend:
             "guards": dict(program.meta.get("guards", {})),
             "checks": index_ranges(general, program.symbols).facts,
         }
-        runs = is_causal_lm(program) and "cuda" in {t.kind for t in targets}
+        runs = program.is_causal_lm and "cuda" in {t.kind for t in targets}
         runner = RUNNER.read_text() if runs else ""
         return Emission(files, meta=meta, runner=runner)
 

@@ -16,7 +16,6 @@ from dsc.backends.base import (
     No,
     Support,
     Yes,
-    is_causal_lm,
 )
 from dsc.errors import BackendUnavailable
 from dsc.ir.expert_forms import ExpertKernels
@@ -149,7 +148,7 @@ class TvmBackend:
             "entries": entries,
             "guards": dict(program.meta.get("guards", {})),
         }
-        runner = RUNNER.read_text() if is_causal_lm(program) else ""
+        runner = RUNNER.read_text() if program.is_causal_lm else ""
         plan = Plan(plans, {"backend": self.name, "cpu": machine.cpu})
         files = {LIBRARY: code, STEPS: np.concatenate(lists).tobytes()}
         cut = f"{tiling.narrow} | {tiling.wide} columns a task, by {by}"

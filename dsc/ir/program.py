@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from dsc.errors import UsageError
 from dsc.ir.dims import Range
 from dsc.ir.graph import Graph
+from dsc.ir.limits import LIMITS, Limits
 from dsc.ir.memory import MemoryPlan
 from dsc.ir.stages import Stage
 from dsc.ir.types import TensorType
 from dsc.ir.weights import MetaSource, WeightExpr, WeightSource
+
+TOKEN_INPUTS = ("input_ids", "positions", "lengths", "logits_at")
+"""What every step of a causal language model takes beside its caches."""
+
+
+def is_causal_step(graph: Graph) -> bool:
+    """Whether an entry is a step of a causal language model."""
+    return {v.name for v in graph.inputs}.issuperset(TOKEN_INPUTS)
 
 
 @dataclass(frozen=True)
@@ -42,6 +51,20 @@ class Program:
                 for name, graph in self.entries.items()
             }
             object.__setattr__(self, "entries", named)
+
+    @property
+    def is_causal_lm(self) -> bool:
+        """Whether a session can continue texts with it."""
+        return all(map(is_causal_step, self.entries.values()))
+
+    @property
+    def limits(self) -> Limits:
+        """What a causal language model takes. Raises `UsageError` where its meta is damaged."""
+        return Limits.of(self)
+
+    def limited(self, asked: Limits) -> Program:
+        """The program with its limits declared: the asked ones, as far as its own go."""
+        return replace(self, meta={**self.meta, LIMITS: asdict(asked.within(self.limits))})
 
     def entry(self, name: str, inputs: Collection[str] | None = None) -> Graph:
         """The entry called `name`; with `inputs` given, all that it takes must be among them.

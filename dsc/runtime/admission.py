@@ -16,15 +16,12 @@ from dsc.ir.dims import Range, evaluate, free_symbols
 from dsc.ir.graph import Graph
 from dsc.ir.index_ranges import Demand, PageDemand, index_ranges
 from dsc.ir.interpreter import bind_symbols
+from dsc.ir.limits import OPTIONS
+from dsc.ir.program import is_causal_step
 
 if TYPE_CHECKING:
     import torch
 
-OPTIONS = {
-    "B": "max_batch", "S": "prefill_chunk", "L": "prefill_chunk", "P": "max_context",
-    "C": "max_context", "M": "max_context", "N": "max_batch or max_context",
-}  # fmt: skip
-"""The option of `compile` that a size of a causal language model follows from."""
 FEW = 64
 """Values that are looked at one by one: for so few that takes less than an array operation."""
 
@@ -36,7 +33,7 @@ class Admission:
         self._graph = graph
         self._symbols = symbols
         self._found = index_ranges(graph, symbols)
-        self._causal = any(v.name == "input_ids" for v in graph.inputs)
+        self._causal = is_causal_step(graph)
         self._seen: tuple[list[torch.Size], Mapping[str, int]] = [], {}
 
     def check(self, inputs: Mapping[str, torch.Tensor]) -> Mapping[str, int]:

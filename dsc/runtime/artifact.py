@@ -19,6 +19,7 @@ from dsc._version import __version__
 from dsc.backends.base import MANIFEST, Emission
 from dsc.errors import ArtifactError, UsageError
 from dsc.files import check_makeable, check_room, named, replacing
+from dsc.ir.limits import LIMITS
 from dsc.ir.parser import parse_program
 from dsc.ir.printer import print_program
 from dsc.ir.program import Program
@@ -77,7 +78,6 @@ def write(
     backend: str,
     targets: tuple[str, ...],
     report: Mapping[str, Any],
-    limits: Mapping[str, int],
     source: str = "",
     extra_files: Mapping[str, Path | bytes] | None = None,
     force: bool = False,
@@ -135,7 +135,7 @@ def write(
             "config": program.meta.get("config", {}),
             "generation": program.meta.get("generation", {"eos_token_id": []}),
             "source": source,
-            "limits": dict(limits),
+            "limits": program.meta.get(LIMITS, {}),
             "rank": rank,
             "files": files,
         }

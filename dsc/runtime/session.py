@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dsc.backends.base import KeepsCaches, OpensLate, is_causal_lm
+from dsc.backends.base import KeepsCaches, OpensLate
 from dsc.errors import UsageError
 from dsc.ir.dims import Sym
 from dsc.ir.graph import Graph
+from dsc.ir.limits import OPEN
 from dsc.ir.paging import page_rows
 from dsc.ir.program import Program
 from dsc.runtime.caches import Caches, GrownCaches, PagedCaches, SlotCaches, cache_specs
@@ -44,8 +45,9 @@ class Session:
     """Generates with a compiled causal language model.
 
     `max_batch` sequences of up to `max_context` tokens each; prompts run in chunks of
-    `prefill_chunk`. Ids are int64 torch tensors or numpy arrays (lists are taken too); logits come
-    back as the kind that went in, torch for lists.
+    `prefill_chunk`. What is not given is what the model was compiled for. Ids are int64 torch
+    tensors or numpy arrays (lists are taken too); logits come back as the kind that went in, torch
+    for lists.
     """
 
     def __init__(
@@ -53,15 +55,17 @@ class Session:
         executable: Executable,
         program: Program,
         max_batch: int = 1,
-        max_context: int = 4096,
-        prefill_chunk: int = 512,
+        max_context: int | None = None,
+        prefill_chunk: int | None = None,
     ) -> None:
-        self._most = check_limits(program, max_batch, max_context, prefill_chunk)
+        self._most = program.limits
+        max_context = self._most.max_context if max_context is None else max_context
+        check_limits(program, max_batch, max_context)
         self.executable = executable
         self.program = program
         self.max_batch = max_batch
         self.max_context = max_context
-        self.prefill_chunk = min(prefill_chunk, _high(program, "S", prefill_chunk))
+        self.prefill_chunk = min(prefill_chunk or OPEN, self._most.prefill_chunk)
         self._guards: Mapping[str, int] = program.meta.get("guards", {})
         graph = program.entries[self._entry(2)]
         self._vocab = _vocabulary(graph, program)
@@ -263,7 +267,7 @@ class Session:
 
     def _larger(self, option: str, now: int) -> str:
         """What to do about a limit of the session."""
-        most = self._most[option]
+        most = getattr(self._most, option)
         if now < most:
             return f"open the session with a larger {option}: the model takes up to {most}"
         return f"compile the model with a larger {option}"
@@ -322,39 +326,15 @@ def _check_limit(option: str, wanted: int, most: int) -> None:
         )
 
 
-def check_limits(
-    program: Program, max_batch: int, max_context: int, prefill_chunk: int
-) -> dict[str, int]:
-    """The limits that a program was compiled for, by option. Raises `UsageError` beyond them."""
-    if not is_causal_lm(program):
+def check_limits(program: Program, max_batch: int, max_context: int) -> None:
+    """Raise `UsageError` beyond what a causal language model was compiled for."""
+    if not program.is_causal_lm:
         raise UsageError(
             f"{program.name} is no causal language model",
             hint="run its entries with CompiledModel.run(entry, inputs)",
         )
-    asked = {"max_batch": max_batch, "max_context": max_context}
-    most = {**asked, **compiled_limits(program, prefill_chunk)}
-    _check_limit("max_batch", max_batch, most["max_batch"])
-    _check_limit("max_context", max_context, most["max_context"])
-    return most
-
-
-def compiled_limits(program: Program, prefill_chunk: int) -> dict[str, int]:
-    """What a program was compiled for, by option; what it has no symbol for is left out."""
-    rows = next((r for r in map(page_rows, program.entries.values()) if r is not None), 1)
-    found = {name: bounds.hi for name, bounds in program.symbols.items()}
-    limits = {"max_batch": found["B"]} if "B" in found else {}
-    if "M" in found:
-        limits["max_context"] = found["M"] * rows
-    elif "C" in found:  # the padding of a prompt's last chunk has rows of its own
-        limits["max_context"] = found["C"] - prefill_chunk
-    elif "P" in found:
-        limits["max_context"] = found["P"]
-    return limits
-
-
-def _high(program: Program, name: str, default: int) -> int:
-    found = program.symbols.get(name)
-    return default if found is None else found.hi
+    _check_limit("max_batch", max_batch, program.limits.max_batch)
+    _check_limit("max_context", max_context, program.limits.max_context)
 
 
 def _vocabulary(graph: Graph, program: Program) -> int | None:

@@ -72,7 +72,7 @@ def test_every_input_and_output_says_what_it_is(folder: Path) -> None:
     assert all(said.values())
     assert "exactly the largest of lengths" in said["past.1.latent"]
     assert "ONNX Runtime 1.23" in model.doc_string
-    assert json.loads({p.key: p.value for p in model.metadata_props}["max_context"]) == 4096
+    assert json.loads({p.key: p.value for p in model.metadata_props}["max_context"]) == 64
 
 
 @pytest.mark.parametrize("opset", [23, 24])

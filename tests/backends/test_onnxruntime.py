@@ -164,9 +164,7 @@ def _graph_of(name: str, text: str) -> tuple[Graph, list[tuple[TensorType, int |
 
 def _executable(program: Program, folder: Path, **options: Any) -> Executable:
     emission = BACKEND.emit(program, EmitOptions(threads=1, extra=options))
-    artifact.write(
-        folder, program, emission, backend="onnxruntime", targets=("cpu",), report={}, limits={}
-    )
+    artifact.write(folder, program, emission, backend="onnxruntime", targets=("cpu",), report={})
     opened = artifact.read(folder)
     return BACKEND.load(folder, opened.manifest, opened.program)
 

@@ -43,7 +43,6 @@ def _loaded(
         backend=backend.name,
         targets=("cpu",),
         report={},
-        limits={},
         with_weights=with_weights,
     )
     opened = artifact.read(folder)

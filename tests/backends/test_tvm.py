@@ -25,6 +25,7 @@ from dsc.generation import generate
 from dsc.ir.dims import symbol
 from dsc.ir.graph import GraphBuilder
 from dsc.ir.interpreter import Interpreter
+from dsc.ir.limits import Limits
 from dsc.ir.parser import parse_program
 from dsc.ir.program import Program
 from dsc.ir.types import DType, TensorType
@@ -155,7 +156,8 @@ LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWX"
 @pytest.fixture(scope="module")
 def artifact(compiled: CompiledModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return an artifact of the model whose tokens are letters."""
-    limited = replace(compiled, max_context=CONTEXT, prefill_chunk=CHUNK)
+    program = compiled.program.limited(Limits(ROWS, CONTEXT, CHUNK))
+    limited = replace(compiled, program=program)
     folder = limited.save(tmp_path_factory.mktemp("letters") / "out")
     tokenizer = Tokenizer(models.WordLevel({c: i for i, c in enumerate(LETTERS)}, unk_token="a"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")

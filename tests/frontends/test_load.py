@@ -6,6 +6,7 @@ import importlib
 import json
 import threading
 from collections.abc import Callable
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,8 @@ from dsc.frontends import trace_cache
 from dsc.frontends.causal_lm import CausalLMStep
 from dsc.frontends.config import load_config
 from dsc.frontends.huggingface import stock_causal_lm
-from dsc.frontends.load import Limits, load_program
+from dsc.frontends.load import Asked, load_program
+from dsc.ir.limits import Limits
 from dsc.ir.printer import print_program
 from dsc.ir.program import Program
 from dsc.ir.weights import DictSource, evaluate
@@ -135,7 +137,9 @@ def test_what_cannot_be_told_is_not_kept() -> None:
 
 def test_a_program_loads_as_it_is() -> None:
     program = small_lm()
-    assert load_program(program).program is program
+    loaded = load_program(program).program
+    assert loaded.meta == {"limits": asdict(program.limits.within(Limits()))}
+    assert replace(loaded, meta={}) == program
 
 
 def test_a_text_loads_without_weights(tmp_path: Path) -> None:
@@ -179,4 +183,4 @@ def test_a_context_beyond_the_models_positions_is_refused() -> None:
     with pytest.raises(UsageError, match=f"max_context {positions + 1} is beyond the model's"):
         load_program(TINY_CHECKPOINT, max_context=positions + 1)
     for asked in (None, positions):
-        assert Limits(1, asked, 8).context(config) == positions
+        assert Asked(1, asked, 8).limits(config).max_context == positions

@@ -111,11 +111,17 @@ def test_elements_in_another_order_no_longer_ascend() -> None:
 
 def test_a_size_is_told_by_the_input_and_the_option() -> None:
     text = 'program "p" {stage=CANONICAL}\nsymbols {B=[1,4]}\n'
-    text += 'graph main(%input_ids: i64[B,2]) { return %input_ids as "y" }'
+    text += "graph main(%input_ids: i64[B,2], %positions: i64[B,2], %lengths: i64[B],"
+    text += ' %logits_at: i64[B,2]) { return %input_ids as "y" }'
     program = parse_program(text)
     admission = Admission(program.entries["main"], program.symbols)
     for batch in (0, 5):
         with pytest.raises(UsageError, match=f"input_ids has {batch} at axis 0") as told:
-            admission.check({"input_ids": torch.zeros(batch, 2, dtype=torch.int64)})
+            admission.check(
+                {
+                    v.name: torch.zeros((batch, 2)[: v.type.rank], dtype=torch.int64)
+                    for v in program.entries["main"].inputs
+                }
+            )
         assert told.value.hint is not None
         assert ("max_batch" in told.value.hint) == (batch == 5)

@@ -39,7 +39,6 @@ TENSORS = {
     "b": torch.zeros(2, 2, dtype=torch.bfloat16),
     "scalar": torch.tensor(7),
 }
-LIMITS = {"max_batch": 1, "max_context": 8, "prefill_chunk": 4}
 
 
 @pytest.fixture(autouse=True)
@@ -57,7 +56,7 @@ def write(
     emission = emission or Emission({"x/code.txt": b"hello"})
     return artifact.write(
         out, program(), emission, backend="reference", targets=("cpu",), report={"passes": []},
-        limits=LIMITS, force=force, with_weights=with_weights,
+        force=force, with_weights=with_weights,
     )  # fmt: skip
 
 

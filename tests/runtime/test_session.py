@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -147,3 +148,29 @@ def test_the_limit_is_what_was_compiled_for_whatever_the_chunk(backend: str) -> 
         compiled.session(max_context=10).prefill([[0] * 11])
     assert told.value.hint is not None
     assert "open the session with a larger max_context: the model takes up to 32" in told.value.hint
+
+
+@pytest.mark.parametrize("backend", ["null", "reference"])
+def test_the_limits_are_the_programs_whoever_opens_the_session(
+    backend: str, tmp_path: Path
+) -> None:
+    compiled = dsc.compile(
+        small_lm(), backend=backend, max_batch=2, max_context=32, prefill_chunk=8
+    )
+    opened = dsc.load(compiled.save(tmp_path / "out"), trust=True)
+    for model in (compiled, opened):
+        made = dsc.Session(model.executable, model.program)
+        assert (made.max_batch, made.max_context, made.prefill_chunk) == (1, 32, 8)
+        assert dsc.Session(model.executable, model.program, 2, 32, 4).prefill_chunk == 4
+        for batch, context in ((1, 33), (3, 32)):
+            with pytest.raises(UsageError, match="compiled for"):
+                dsc.Session(model.executable, model.program, batch, context)
+    limits = {"max_batch": 2, "max_context": 32, "prefill_chunk": 8}
+    assert opened.manifest["limits"] == opened.program.meta["limits"] == limits
+
+
+@pytest.mark.parametrize("damaged", [3, {}, {"max_batch": 1}, {"max_batch": "1"}])
+def test_limits_that_are_none_are_told(damaged: object) -> None:
+    program = replace(small_lm(), meta={"limits": damaged})
+    with pytest.raises(UsageError, match="the limits are"):
+        dsc.compile(program, backend="reference")

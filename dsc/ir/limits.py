@@ -1,0 +1,76 @@
+"""What a causal language model is compiled for, declared once where its symbols get their ranges.
+
+The limits lie in a program's meta and go with it through passes, texts and artifacts: a session,
+an executable, the manifest and run.py read them from there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any
+
+from dsc.errors import UsageError
+from dsc.ir.dims import Range
+from dsc.ir.paging import page_rows
+
+if TYPE_CHECKING:
+    from dsc.ir.program import Program
+
+LIMITS = "limits"
+"""The key of the meta that holds them."""
+OPEN = 2**31 - 1
+"""An upper bound that says nothing: torch.export's for a size that it does not know."""
+OPTIONS = {
+    "B": "max_batch", "S": "prefill_chunk", "L": "prefill_chunk", "P": "max_context",
+    "C": "max_context", "M": "max_context", "N": "max_batch or max_context",
+}  # fmt: skip
+"""The option of `compile` that a size of a causal language model follows from."""
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """At most `max_batch` sequences of `max_context` tokens, `prefill_chunk` new ones in a step."""
+
+    max_batch: int = 4
+    max_context: int = 4096
+    prefill_chunk: int = 512
+
+    @property
+    def symbols(self) -> dict[str, Range]:
+        """Ranges of B, S, P and L, of which the step of a causal language model is made."""
+        new = Range(1, self.prefill_chunk)
+        return {"B": Range(1, self.max_batch), "S": new, "P": Range(0, self.max_context), "L": new}
+
+    def within(self, most: Limits) -> Limits:
+        """These limits, as far as `most` goes."""
+        names = (f.name for f in fields(self))
+        return Limits(**{n: min(getattr(self, n), getattr(most, n)) for n in names})
+
+    @staticmethod
+    def of(program: Program) -> Limits:
+        """What a program declares, else what its symbols allow. Raises `UsageError`."""
+        declared = program.meta.get(LIMITS)
+        return _of_symbols(program) if declared is None else Limits.read(declared)
+
+    @staticmethod
+    def read(declared: Any) -> Limits:
+        """Limits as a meta or a manifest has them. Raises `UsageError` where they are damaged."""
+        names = {f.name for f in fields(Limits)}
+        whole = isinstance(declared, Mapping) and set(declared) == names
+        if not whole or not all(type(n) is int and n >= 0 for n in declared.values()):
+            raise UsageError(
+                f"the limits are {declared!r}", hint=f"three numbers: {', '.join(sorted(names))}"
+            )
+        return Limits(**declared)
+
+
+def _of_symbols(program: Program) -> Limits:
+    """What the symbols allow: a cache of capacity C also has rows for a last chunk's padding."""
+    most = {name: bounds.hi for name, bounds in program.symbols.items()}
+    chunk = most.get("S", OPEN)
+    rows = next((r for r in map(page_rows, program.entries.values()) if r is not None), 1)
+    room = [most["P"]] if "P" in most else []
+    room += [most["C"] - chunk] if "C" in most else []
+    room += [most["M"] * rows] if "M" in most else []
+    return Limits(most.get("B", OPEN), max(0, min(room, default=OPEN)), chunk)
