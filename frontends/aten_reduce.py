@@ -20,13 +20,18 @@ def _axes(x: Operand, dim: Any) -> tuple[int, ...]:
     return tuple(d % x.type.rank for d in ([dim] if isinstance(dim, int) else dim))
 
 
+def _refuse_nothing(x: Operand, dim: Any) -> None:
+    if 0 in (x.type.shape[a] for a in _axes(x, dim)):
+        raise Unsupported("the extreme of no numbers, which is an error")
+
+
 def reduction(op: str) -> Row:
     """`op` over the axes in `dim`, all by default."""
 
     def row(t: Lowering, x: Operand, dim: Any = None, keepdim: bool = False, **_: Any) -> Operand:
         x = t.cast(x, t.out.dtype)
-        if op in ("amax", "amin") and 0 in (x.type.shape[a] for a in _axes(x, dim)):
-            raise Unsupported("the extreme of no numbers, which is an error")
+        if op in ("amax", "amin"):
+            _refuse_nothing(x, dim)
         return t.call(op, x, axes=_axes(x, dim), keepdims=keepdim) if x.type.rank else x
 
     return row
@@ -75,6 +80,7 @@ def extreme(op: str, sign: int) -> Row:
     def row(t: Lowering, x: Operand, dim: int, keepdim: bool = False) -> tuple[Operand, Operand]:
         if not x.type.rank:
             return x, t.number(0, DType.i64)
+        _refuse_nothing(x, dim)
         values = t.call(op, x, axes=_axes(x, dim), keepdims=keepdim)
         found = t.call("argmax", x if sign > 0 else _descending(t, x), axis=dim)
         return values, t.reshape(found, values.type.shape)

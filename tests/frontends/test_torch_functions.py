@@ -23,16 +23,20 @@ THROUGH_COMPILE = (
 ).split()
 
 
+REFUSED = {"integer_trunc_divide", "nothing_to_reduce"}
+EAGER = {"linear_double", "conv1d", "a_gradient"}
+
+
 @pytest.mark.parametrize("name", THROUGH_OPTIMIZE)
 def test_optimize_is_equal_to_eager_or_says_why_not(name: str) -> None:
     outcome = check(CASES[name], door_of("optimize", "reference"))
-    assert outcome.ok, outcome
+    assert outcome.result == ("refused" if name in REFUSED else "equal"), outcome
 
 
 @pytest.mark.parametrize("name", THROUGH_COMPILE)
 def test_torch_compile_is_equal_to_eager(name: str) -> None:
     outcome = check(CASES[name], door_of("compile", "reference"))
-    assert outcome.result in ("equal", "eager"), outcome
+    assert outcome.result == ("eager" if name in EAGER else "equal"), outcome
 
 
 def test_a_difference_is_found() -> None:
