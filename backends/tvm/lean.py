@@ -15,7 +15,7 @@ import tempfile
 import threading
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
@@ -76,14 +76,15 @@ def private_copy(path: Path) -> Iterator[Path]:
     The dynamic linker takes a path that it knows for the library that it has: of a folder that was
     compiled anew it would give the old code. What is loaded outlives the file.
     """
-    try:
-        with tempfile.TemporaryDirectory(prefix="dsc-library-") as folder:
+    with ExitStack() as held:
+        try:
+            folder = held.enter_context(tempfile.TemporaryDirectory(prefix="dsc-library-"))
             own = Path(folder) / path.name
             shutil.copyfile(path, own)
-            yield own
-    except OSError as problem:
-        hint = f"free some room in {tempfile.gettempdir()}, or set TMPDIR to a folder with room"
-        raise BackendUnavailable(f"the library cannot be loaded: {problem}", hint) from None
+        except OSError as problem:
+            hint = f"free some room in {tempfile.gettempdir()}, or set TMPDIR to a folder with room"
+            raise BackendUnavailable(f"the library cannot be copied: {problem}", hint) from None
+        yield own
 
 
 @dataclass(frozen=True, slots=True)

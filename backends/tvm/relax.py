@@ -35,10 +35,11 @@ from dsc.backends.tvm.lean import private_copy
 from dsc.backends.tvm.machine import Machine, tvm_target
 from dsc.backends.tvm.schedule import VIEWS, KernelTable, launch_of
 from dsc.backends.tvm.tir import Expr, PrimFunc
-from dsc.errors import UsageError
+from dsc.errors import UnsupportedOperator, UsageError
 from dsc.files import check_room
 from dsc.ir.dims import Dim, free_symbols
 from dsc.ir.graph import Graph, Node, Operand, Value
+from dsc.ir.index_ranges import index_ranges
 from dsc.ir.memory import MemoryPlan
 from dsc.ir.paging import page_rows
 from dsc.ir.ranks import ranks_of
@@ -59,11 +60,21 @@ NAMES = {
 
 
 def emit(program: Program, machine: Machine, options: EmitOptions) -> Emission:
-    """The library of all entries. Raises `UsageError` for pages and for several ranks."""
+    """The library of all entries. Raises `UsageError` for pages and for several ranks.
+
+    Raises `UnsupportedOperator` where an entry computes an index: no step here checks one.
+    """
     if any(page_rows(graph) is not None for graph in program.entries.values()):
         raise UsageError("the Relax form takes no caches in pages", hint="use contiguous caches")
     if ranks_of(program) > 1:
         raise UsageError("the Relax form is for one rank", hint="leave out --ranks")
+    for graph in program.entries.values():
+        for found in index_ranges(graph, program.symbols).computed:
+            raise UnsupportedOperator(
+                f"{found.node.op}: an index that is computed, which the Relax form does not check",
+                where=found.node.loc or None,
+                hint="leave out --format relax",
+            )
     weights = sorted(program.weights)
     module = _Module(machine, program, weights)
     for name, graph in program.entries.items():

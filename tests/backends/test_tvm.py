@@ -20,7 +20,8 @@ from dsc import pipeline
 from dsc.api import CompiledModel, compile_program
 from dsc.backends import get
 from dsc.backends.base import EmitOptions, No, Yes
-from dsc.errors import UsageError
+from dsc.backends.tvm.lean import private_copy
+from dsc.errors import BackendUnavailable, UnsupportedOperator, UsageError
 from dsc.generation import generate
 from dsc.ir.dims import symbol
 from dsc.ir.graph import GraphBuilder
@@ -236,6 +237,28 @@ def test_an_index_that_is_computed_is_checked_before_it_is_read(backend: str) ->
         with pytest.raises(UsageError, match="an index that is computed must be inside"):
             taken(indices, by)
     assert torch.equal(taken([4], 0), x[4:])
+
+
+def test_what_checks_no_index_is_no_way_to_compile_one() -> None:
+    options = {"form": "relax"}
+    with pytest.raises(UnsupportedOperator, match="take: an index that is computed"):
+        dsc.compile(parse_program(INDICES), backend="tvm", backend_options=options)
+
+
+def test_only_the_copy_of_a_library_asks_for_room(tmp_path: Path) -> None:
+    (tmp_path / "a.so").write_bytes(b"code")
+    seen = []
+
+    def opened(path: Path) -> None:
+        with private_copy(path) as own:
+            seen.append(own.read_bytes())
+            raise OSError("an undefined symbol")
+
+    with pytest.raises(OSError, match="symbol"):
+        opened(tmp_path / "a.so")
+    assert seen == [b"code"]
+    with pytest.raises(BackendUnavailable, match="cannot be copied"):
+        opened(tmp_path / "none.so")
 
 
 def test_threads_wait_for_each_other(compiled: CompiledModel) -> None:
