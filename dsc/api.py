@@ -189,6 +189,7 @@ class CompiledModel:
         Holds for all sessions of this model. Raises `UsageError` where that is impossible: the
         backend has no threads, or its thread pool was started smaller.
         """
+        _check_kinds(int, True, threads=threads)
         if threads is not None and threads < 1:
             raise UsageError(f"{threads} threads asked", hint="give at least 1")
         set_threads(self.executable, threads, pin)
@@ -204,6 +205,7 @@ class CompiledModel:
 
         Raises `UsageError` for more than the model was compiled for.
         """
+        _check_kinds(int, True, max_batch=max_batch, max_context=max_context, threads=threads)
         batch = self.max_batch if max_batch is None else max_batch
         context = self.max_context if max_context is None else max_context
         check_limits(self.program, batch, context)
@@ -269,6 +271,11 @@ def compile(
     from dsc.frontends.load import load_program
     from dsc.passes.shard import check_parallel
 
+    sizes = {"max_batch": max_batch, "prefill_chunk": prefill_chunk, "ranks": ranks}
+    _check_kinds(int, False, fusion_level=fusion_level, **sizes)
+    _check_kinds(int, True, max_context=max_context, threads=threads)
+    _check_kinds(str, False, cache=cache, parallel=parallel)
+    _check_kinds(str, True, backend=backend, dtype=dtype, fallback=fallback)
     _check_options(fusion_level, dtype, max_batch, max_context, prefill_chunk)
     check_parallel(ranks, parallel)
     folder = Path(dump_dir) if dump_dir is not None else None
@@ -278,6 +285,8 @@ def compile(
     chosen = backends.get(backend) if backend else best_backend()
     targets = _targets(target, chosen)
     spare = backends.get(fallback) if fallback else None
+    extra = dict(backend_options or {})
+    _check_extra(extra, chosen, targets[0])
     loaded = load_program(
         model,
         config=config,
@@ -305,6 +314,8 @@ def compile(
         if spare is None:
             raise
         chosen = spare
+        known = chosen.capabilities(Target("cpu")).options
+        extra = {name: value for name, value in extra.items() if name in known}
         program, records = pipeline.run(loaded.program, chosen, Target("cpu"), options)
         loaded.notes.append(f"the whole program runs on {fallback}: {refused.what}")
     optimised = time.perf_counter()
@@ -315,7 +326,7 @@ def compile(
             targets=targets,
             threads=threads,
             progress=progress,
-            extra=backend_options or {},
+            extra=extra,
         ),
     )
     if ranks > 1:  # run.py knows one process
@@ -436,6 +447,26 @@ def _targets(target: str | Sequence[str] | None, backend: Backend) -> tuple[Targ
                 hint=f"it takes {', '.join(sorted(known))}",
             )
     return parsed
+
+
+def _check_kinds(kind: type, optional: bool, **given: object) -> None:
+    """Raise `UsageError` for options of another kind than they must be, None where `optional`."""
+    words = {int: "a whole number", str: "a text"}[kind]
+    for name, value in given.items():
+        left_out = optional and value is None
+        if not left_out and (not isinstance(value, kind) or isinstance(value, bool)):
+            raise UsageError(f"{name} is {value!r}", hint=f"give {words}")
+
+
+def _check_extra(given: Mapping[str, Any], backend: Backend, target: Target) -> None:
+    """Raise `UsageError` for `backend_options` that the backend does not read."""
+    known = backend.capabilities(target).options
+    strange = sorted(str(name) for name in given if name not in known)
+    if strange:
+        raise UsageError(
+            f"the {backend.name} backend has no option {', '.join(strange)}",
+            hint=f"its backend_options are {', '.join(known)}" if known else "it has none",
+        )
 
 
 def _check_options(

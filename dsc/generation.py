@@ -282,6 +282,6 @@ def room(prompt_tokens: int, max_context: int) -> int:
         return max_context - prompt_tokens
     raise UsageError(
         f"the prompt has {prompt_tokens} tokens, and the text may have {max_context} with the"
-        " answer: that is --max-context, for which the model was compiled",
-        hint="shorten the prompt, or compile with a larger --max-context",
+        " answer: that is max_context, for which the model was compiled",
+        hint="shorten the prompt, or compile with a larger max_context",
     )

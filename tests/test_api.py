@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -25,6 +27,39 @@ def test_a_saved_model_is_what_was_compiled(tmp_path: Path) -> None:
         compiled.save(out)
     with pytest.raises(UsageError, match="copy its folder"):
         loaded.save(tmp_path / "again")
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"max_batch": "4"},
+        {"max_context": 3.5},
+        {"prefill_chunk": True},
+        {"threads": "2"},
+        {"ranks": [2]},
+        {"fusion_level": None},
+        {"dtype": ["fp32"]},
+        {"backend": 7},
+        {"cache": b"paged"},
+    ],
+    ids=str,
+)
+def test_an_option_of_another_kind_is_named(wrong: dict[str, Any]) -> None:
+    name, value = list(wrong.items())[-1]
+    with pytest.raises(UsageError, match=re.escape(f"{name} is {value!r}")) as refused:
+        dsc.compile("no such model", **wrong)
+    assert refused.value.hint in ("give a whole number", "give a text")
+
+
+@pytest.mark.parametrize(
+    ("backend", "known"),
+    [("onnxruntime", "opset, caches, prepack"), ("tvm", "form, tune"), ("null", None)],
+)
+def test_an_option_that_no_backend_reads_is_refused(backend: str, known: str | None) -> None:
+    """Before the model is looked for, with those that there are."""
+    with pytest.raises(UsageError, match=f"the {backend} backend has no option opsett") as refused:
+        dsc.compile("no such model", backend=backend, backend_options={"opsett": 23})
+    assert known is None or known in (refused.value.hint or "")
 
 
 def test_the_report_says_what_happened(tmp_path: Path) -> None:

@@ -66,7 +66,7 @@ def test_the_context_ends_the_text_and_a_prompt_that_fills_it_is_refused() -> No
     session = Countdown(max_context=6)
     assert list(generate(session, [5, 4], 10)) == [3, 2, 1, 0]
     assert sum(session.steps) <= session.max_context
-    with pytest.raises(UsageError, match="--max-context"):
+    with pytest.raises(UsageError, match="max_context"):
         list(generate(session, [5] * 6, 10))
 
 

@@ -47,7 +47,7 @@ class OnnxRuntimeBackend:
 
     def capabilities(self, target: Target) -> Capabilities:
         """Caches go in and come out grown; experts stay one operator."""
-        return Capabilities()
+        return Capabilities(options=("opset", "caches", "prepack"))
 
     def supports(self, node: Node) -> Support:
         """Whether there is an emitter and a kernel for the node's element types."""

@@ -58,6 +58,7 @@ class TritonBackend:
     def capabilities(self, target: Target) -> Capabilities:
         """Caches in place, experts one by one or as grouped GEMMs, absorbed decode."""
         return Capabilities(
+            options=("compile",),
             in_place_cache=True,
             experts=EXPERTS,
             shared_experts=True,

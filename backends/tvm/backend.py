@@ -53,6 +53,7 @@ class TvmBackend:
     def capabilities(self, target: Target) -> Capabilities:
         """Caches in place; experts as one kernel, or grouped; rows and epilogues as regions."""
         return Capabilities(
+            options=("form", "tune"),
             in_place_cache=True,
             paged_cache=True,
             experts=EXPERTS,

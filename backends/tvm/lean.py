@@ -129,7 +129,8 @@ class Threads:
             _applied.threads = None
             raise UsageError(
                 f"{wanted} threads asked, TVM's thread pool of this process has {room}",
-                hint=f"ask for {wanted} threads when the first model is loaded, or set {POOL_SIZE}",
+                hint=f"ask for at most {room}, or start the process with"
+                f" {POOL_SIZE}={wanted} in its environment",
             )
 
 

@@ -8,6 +8,7 @@ where `verify` and `bisect` find a difference.
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
@@ -36,6 +37,10 @@ VERBS = (
     "profile",
     "doctor",
 )
+
+
+PARAMETERS = re.compile(r"(?<![\w.-])(max_batch|max_context|prefill_chunk|fusion_level)\b(=?)")
+"""Parameters of the API that are options of verbs."""
 
 
 class Verb(TyperCommand):
@@ -141,8 +146,19 @@ def _check_text(arguments: Sequence[str]) -> None:
 def _say(error: DscError) -> int:
     """Print a user's mistake, where somebody still listens; its exit status."""
     with suppress(OSError, ValueError):
-        print(f"dsc: {error}", file=sys.stderr)
+        print(f"dsc: {as_typed(str(error))}", file=sys.stderr)
     return error.exit_code
+
+
+def as_typed(text: str) -> str:
+    """A message of the API in the words of the command line: its parameters are options here.
+
+    >>> as_typed("compile it with a larger max_context; max_batch=2 would fit")
+    'compile it with a larger --max-context; --max-batch 2 would fit'
+    """
+    return PARAMETERS.sub(
+        lambda found: f"--{found[1].replace('_', '-')}{' ' if found[2] else ''}", text
+    )
 
 
 def _out_of_memory() -> DscError:

@@ -352,7 +352,8 @@ def _as_ids(ids: Any, column: bool = False) -> tuple[torch.Tensor, str]:
     tokens = torch.as_tensor(ids)
     if tokens.dtype not in (torch.int64, torch.int32) or tokens.dim() not in (1, 2):
         raise UsageError(
-            f"ids of {tokens.dtype} and shape {tuple(tokens.shape)}; int64 [B, S] needed"
+            f"ids of {tokens.dtype} and shape {list(tokens.shape)}",
+            hint="give token ids, int64: one row a sequence, or the ids of one alone",
         )
     if tokens.dim() == 1:
         tokens = tokens[:, None] if column else tokens[None]

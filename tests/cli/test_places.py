@@ -14,7 +14,7 @@ import pytest
 
 import dsc
 from dsc.cli import main
-from dsc.errors import FileError
+from dsc.errors import FileError, UsageError
 from dsc.files import check_room, check_writable, made, named, write_text
 from dsc.runtime import artifact
 
@@ -150,6 +150,20 @@ def test_an_error_names_the_file_it_is_about(tmp_path: Path) -> None:
     with pytest.raises(FileError) as told, named(tmp_path / "out"):
         (tmp_path / "elsewhere").read_text()
     assert told.value.where == str(tmp_path / "elsewhere")
+
+
+def test_limits_are_told_in_the_words_of_options(
+    capsys: pytest.CaptureFixture[str], api: FakeApi
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise UsageError("max_context is 9", hint="compile with a larger max_context")
+
+    api.load = refuse  # type: ignore[assignment]
+    status, error = ended(capsys, "generate", "file", "--prompt", "a")
+    assert status == 2
+    assert "--max-context is 9" in error
+    assert "a larger --max-context" in error
+    assert "max_context" not in error
 
 
 @pytest.mark.parametrize(
