@@ -170,6 +170,11 @@ ROWS: Mapping[str, Row] = MappingProxyType(
         "aten.argmin.default": r.arg(-1),
         "aten.var.correction": r.variance,
         "aten.std.correction": r.deviation,
+        # what torch's own decompositions leave of norms
+        "prims.var.default": r.primitive_variance,
+        "prims.sum.default": r.reduction("sum"),
+        "prims.div.default": m.quotient,
+        "prims.broadcast_in_dim.default": s.broadcast_in_dim,
         "aten.cumsum.default": r.cumulative_sum,
         "aten.softmax.int": r.softmax,
         "aten._softmax.default": r.softmax,

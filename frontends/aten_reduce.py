@@ -105,6 +105,13 @@ def variance(
     return t.cast(t.call("div", total, t.number(free, wide.type.dtype)), x.type.dtype)
 
 
+def primitive_variance(
+    t: Lowering, x: Operand, dims: Any, correction: float | None = 1, **_: Any
+) -> Operand:
+    """As `variance`, in the order of torch's primitives."""
+    return variance(t, x, dims, correction=correction)
+
+
 def _degrees_of_freedom(count: Dim, correction: float) -> Scalar:
     """count - correction, at least 0 as ATen has it."""
     if isinstance(count, int):

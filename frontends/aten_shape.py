@@ -26,6 +26,14 @@ def to_expanded(t: Lowering, x: Operand, *_: Any, **__: Any) -> Operand:
     return t.expand(x, t.out.shape)
 
 
+def broadcast_in_dim(t: Lowering, x: Operand, shape: Any, dims: Sequence[int]) -> Operand:
+    """Axis i of x becomes axis dims[i] of the traced shape."""
+    ones: list[Dim] = [1] * t.out.rank
+    for extent, axis in zip(x.type.shape, dims, strict=True):
+        ones[axis] = extent
+    return t.expand(t.reshape(x, ones), t.out.shape)
+
+
 def same(t: Lowering, x: Operand, *_: Any, **__: Any) -> Operand:
     """clone, contiguous, alias, detach, dropout in eval: nothing to do without mutation."""
     return x

@@ -73,9 +73,9 @@ class RaiseCanonical(Pass):
         if left:
             raise UnsupportedOperator(
                 "operators that no pass could raise:\n" + "\n".join(f"  {x}" for x in left),
-                hint="write them with other operators; of a model, `dsc compile --dump-dir DIR` keeps"
-                " the program, and `dsc opt DIR/00_input.dsc --explain PASS` tells why a pass did not"
-                " fire",
+                hint="write them with other operators; of a model, `dsc compile --dump-dir DIR`"
+                " keeps the program, and `dsc opt DIR/00_input.dsc --explain PASS` tells why a"
+                " pass did not fire",
             )
         return program.map_entries(ordered).at(Stage.CANONICAL)
 
