@@ -25,6 +25,7 @@ from dsc.ir.printer import print_program
 from dsc.ir.program import Program
 from dsc.ir.ranks import at_rank
 from dsc.runtime.packing import layout, pack
+from dsc.targets import parse_target
 from dsc.user_folders import state_folder
 
 FORMAT = 1
@@ -233,9 +234,12 @@ def _parse_manifest(data: bytes, folder: Path) -> dict[str, Any]:
             if not isinstance(name, str) or not isinstance(facts["bytes"], int):
                 raise TypeError("files")
             str(facts["sha256"])
-        for key in ("backend", "name", "meta", "targets", "entries", "weights", "limits"):
+        for key in ("backend", "name", "meta", "entries", "weights"):
             manifest[key]
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as problem:
+        for key in ("max_batch", "max_context", "prefill_chunk"):
+            int(manifest["limits"][key])
+        parse_target(manifest["targets"][0])
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as problem:
         raise ArtifactError(f"{MANIFEST} is damaged: {problem}", where=str(folder)) from None
     return manifest  # type: ignore[no-any-return]
 

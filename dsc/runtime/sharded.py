@@ -80,7 +80,7 @@ def opened(folder: Path) -> Sharded | None:
             raise ArtifactError(f"artifact format {manifest['format']}, this dsc reads {FORMAT}")
         for each in listed:
             str(each["manifest"]), str(each["weights"])
-    except (ValueError, KeyError, TypeError) as problem:
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as problem:
         raise ArtifactError(f"{MANIFEST} is damaged: {problem}", where=str(folder)) from None
     return Sharded(folder, manifest)
 
