@@ -449,7 +449,10 @@ def native_layer_norm(
     t: Lowering, x: Operand, extents: Sequence[Dim], weight: Operand | None,
     bias: Operand | None, eps: float,
 ) -> tuple[Operand, ...]:  # fmt: skip
-    """The normalised tensor, the mean and 1/deviation, in fp32 or wider inside."""
+    """The normalised tensor, the mean and 1/deviation, in fp32 or wider inside.
+
+    The statistics have the tracer's element type, which is that of x.
+    """
     axes = tuple(range(-len(extents), 0))
     wide, dtype = widened(t, x)
     mean = t.call("mean", wide, axes=axes, keepdims=True)
@@ -459,7 +462,7 @@ def native_layer_norm(
     y: Operand = t.call("mul", centred, inverse)
     y = y if weight is None else t.call("mul", y, t.cast(weight, dtype))
     y = y if bias is None else t.call("add", y, t.cast(bias, dtype))
-    return t.cast(y, x.type.dtype), mean, inverse
+    return tuple(t.cast(v, x.type.dtype) for v in (y, mean, inverse))
 
 
 def layer_norm(

@@ -128,15 +128,17 @@ class FxImporter:
                 if any(isinstance(a, (Value, Weight)) and not a.type.rank for a in args):
                     raise Unsupported("an axis of a single number") from None
                 raise
-        return self._checked(result, isinstance(node.meta["val"], torch.Tensor))
+        return self._checked(node, result)
 
-    def _checked(self, result: Any, single: bool) -> Any:
-        """The result, once its types are those that the tracer recorded."""
+    def _checked(self, node: fx.Node, result: Any) -> Any:
+        """The result, once the types of what is read are those that the tracer recorded."""
         if isinstance(result, Complex):
             return result
+        single = isinstance(node.meta["val"], torch.Tensor)
         results = result if isinstance(result, tuple) else (result,)
-        for found, wanted in zip(results, self.lowering.outs, strict=True):
-            if not isinstance(found, Complex) and found.type != wanted:
+        read = {0} if single else {u.args[1] for u in node.users if str(u.target) == GETITEM}
+        for i, (found, wanted) in enumerate(zip(results, self.lowering.outs, strict=True)):
+            if i in read and not isinstance(found, Complex) and found.type != wanted:
                 raise Unsupported(f"translated to {found.type}, the tracer has {wanted}")
         return results[0] if single else results
 

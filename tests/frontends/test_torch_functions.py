@@ -6,7 +6,11 @@ Kernels are not the point here, so the reference backend runs what is compiled.
 from __future__ import annotations
 
 import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
 
+import dsc
 from bench.functions import CASES
 from bench.torch_functions import check, door_of
 
@@ -39,9 +43,34 @@ def test_torch_compile_is_equal_to_eager(name: str) -> None:
     assert outcome.result == ("eager" if name in EAGER else "equal"), outcome
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_norms_have_the_types_of_eager_in_every_precision(dtype: torch.dtype) -> None:
+    def norms(x: Tensor, w: Tensor) -> tuple[Tensor, ...]:
+        image = x.view(2, 4, 4)
+        return (
+            F.layer_norm(x, (16,)),
+            F.layer_norm(x, (16,), w.float(), w.float()),
+            *torch.native_layer_norm(x, [16], w, w, 1e-5),
+            F.group_norm(image, 2, w[:4], w[:4]),
+            *torch.native_group_norm(image, w[:4], None, 2, 4, 4, 2, 1e-5),
+            F.batch_norm(image, w[:4], w[4:8].abs() + 1),
+            F.instance_norm(image),
+            F.rms_norm(x, (16,), w),
+            F.softmax(x, -1),
+            F.log_softmax(x, -1),
+            F.log_softmax(x, -1, dtype=torch.float32),
+            *torch.var_mean(x, -1),
+        )
+
+    x, w = torch.randn(2, 16).to(dtype), torch.randn(16).to(dtype)
+    found = dsc.optimize(backend="reference")(norms)(x, w)
+    rounding = 4 * torch.finfo(dtype).eps
+    for y, expected in zip(found, norms(x, w), strict=True):
+        torch.testing.assert_close(y, expected, rtol=rounding, atol=rounding)
+
+
 def test_a_difference_is_found() -> None:
     """A door that forgets what was captured, copies views and rounds is caught."""
-    import torch
 
     def wrong(function: object, **_: object) -> object:
         optimised = door_of("optimize", "reference")(function)
