@@ -95,6 +95,10 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     sys.exit(status)
 
 
+_OUT_OF_MEMORY = "DefaultCPUAllocator: can't allocate memory"
+"""How torch says it, in a `RuntimeError`."""
+
+
 def _run(arguments: list[str]) -> int:
     """Run a verb; the exit status, once what went wrong has been said."""
     try:
@@ -113,7 +117,7 @@ def _run(arguments: list[str]) -> int:
     except MemoryError:
         return _say(_out_of_memory())
     except Exception as error:
-        if "can't allocate memory" in str(error):  # how torch says it
+        if _OUT_OF_MEMORY in str(error):
             return _say(_out_of_memory())
         return _report_bug(error, arguments)
     return 0

@@ -121,3 +121,13 @@ def test_every_verb_has_help_with_an_example(invoke: Invoke) -> None:
         shown = invoke(verb, "--help")
         assert shown.exit_code == 0
         assert f"dsc {verb}" in shown.output.partition("Example")[2], verb
+
+
+def test_how_torch_says_that_memory_is_out_is_known() -> None:
+    """An upgrade that words it otherwise fails here, not as a bug of dsc."""
+    import torch
+
+    from dsc import cli
+
+    with pytest.raises(RuntimeError, match=cli._OUT_OF_MEMORY):
+        torch.empty(1 << 52, dtype=torch.int8)

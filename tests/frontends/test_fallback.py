@@ -147,7 +147,7 @@ def test_mistakes_of_the_function_raise_what_they_raise_eagerly() -> None:
         raising(torch.ones(2))
 
 
-def test_an_extreme_of_no_numbers_is_an_error() -> None:
+def test_an_extreme_of_no_numbers_is_an_error(compiled: list[Program]) -> None:
     for largest in (lambda x: x.max(0)[0], lambda x: x.min(0)[1], lambda x: x.amax(0)):
         with pytest.raises((UnsupportedOperator, IndexError), match=r"dim 0|no numbers"):
             dsc.optimize(largest)(torch.zeros(0, 3))
@@ -155,6 +155,7 @@ def test_an_extreme_of_no_numbers_is_an_error() -> None:
         warnings.simplefilter("ignore")
         with pytest.raises(IndexError, match="dim 0"):
             dsc.optimize(fallback="eager")(lambda x: x.max(0)[0])(torch.zeros(0, 3))
+    assert not compiled
 
 
 def test_an_assertion_on_a_size_fails_as_it_does_eagerly() -> None:
