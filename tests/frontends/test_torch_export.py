@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import dsc
 from dsc.errors import UnsupportedOperator, UsageError
 from dsc.frontends import causal_lm
 from dsc.frontends.config import parse_config
@@ -212,6 +213,10 @@ ONE_LAYER = {"num_hidden_layers": 1, "first_k_dense_replace": 0}
 
 
 def stock(kind: str, experts: str, layers: dict[str, int]) -> nn.Module:
+    return causal_lm.CausalLMStep(stock_lm(kind, experts, layers))
+
+
+def stock_lm(kind: str, experts: str, layers: dict[str, int]) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     more = {"topk_method": "group_limited_greedy"} if kind == "deepseek_v2" else {}
@@ -220,7 +225,14 @@ def stock(kind: str, experts: str, layers: dict[str, int]) -> nn.Module:
         AutoConfig.for_model(kind, **{**TINY, **layers, **more})
     ).eval()
     model.set_experts_implementation(experts)
-    return causal_lm.CausalLMStep(model)
+    return model
+
+
+def test_experts_in_a_loop_are_told_what_to_be_instead() -> None:
+    model = stock_lm("deepseek_v3", "eager", ONE_LAYER)
+    with pytest.raises(UsageError, match="cannot trace") as refused:
+        dsc.compile(model, backend="null", max_context=32)
+    assert 'set_experts_implementation("grouped_mm")' in (refused.value.hint or "")
 
 
 @pytest.mark.parametrize(
