@@ -236,8 +236,8 @@ def _parse_manifest(data: bytes, folder: Path) -> dict[str, Any]:
             str(facts["sha256"])
         for key in ("backend", "name", "meta", "entries", "weights"):
             manifest[key]
-        for key in ("max_batch", "max_context", "prefill_chunk"):
-            int(manifest["limits"][key])
+        for limit in manifest["limits"].values():
+            int(limit)
         parse_target(manifest["targets"][0])
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as problem:
         raise ArtifactError(f"{MANIFEST} is damaged: {problem}", where=str(folder)) from None
