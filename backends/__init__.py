@@ -6,7 +6,7 @@ import importlib
 from importlib.metadata import entry_points
 
 from dsc.backends.base import Backend
-from dsc.errors import UsageError
+from dsc.errors import UsageError, one_of
 
 BACKENDS = {
     "reference": "dsc.backends.reference:ReferenceBackend",
@@ -29,7 +29,7 @@ def get(name: str) -> Backend:
     if place is None:
         found = [e for e in entry_points(group="dsc.backends") if e.name == name]
         if not found:
-            raise UsageError(f"unknown backend {name!r}", hint=f"one of {', '.join(names())}")
+            raise UsageError(f"unknown backend {name!r}", hint=one_of(name, names()))
         place = found[0].value
     module, _, attribute = place.partition(":")
     backend: Backend = getattr(importlib.import_module(module), attribute)()

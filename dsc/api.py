@@ -29,7 +29,7 @@ from dsc.ir.ranks import ranks_of
 from dsc.ir.segments import cut
 from dsc.ir.types import DType
 from dsc.report import build_report, cache_bytes
-from dsc.rewrite.manager import Watch
+from dsc.rewrite.manager import NOT_PASSES, Watch
 from dsc.runtime import artifact as artifacts
 from dsc.runtime import sharded
 from dsc.runtime.segmented import SegmentedExecutable
@@ -39,6 +39,8 @@ from dsc.targets import Target, parse_target
 
 if TYPE_CHECKING:
     import torch
+
+    from dsc.frontends.config import ModelConfig
 
 Progress = Callable[[str, int, int], None]
 DTYPES = {"fp32": DType.f32, "bf16": DType.bf16, "fp16": DType.f16}
@@ -269,7 +271,7 @@ def compile(
         DscError: one of its classes, with what is wrong, where, and what to do.
     """
     from dsc.frontends.load import load_program
-    from dsc.passes.shard import check_parallel
+    from dsc.passes.shard import check_parallel, check_parts
 
     sizes = {"max_batch": max_batch, "prefill_chunk": prefill_chunk, "ranks": ranks}
     _check_kinds(int, False, fusion_level=fusion_level, **sizes)
@@ -278,6 +280,12 @@ def compile(
     _check_kinds(str, True, backend=backend, dtype=dtype, fallback=fallback)
     _check_options(fusion_level, dtype, max_batch, max_context, prefill_chunk)
     check_parallel(ranks, parallel)
+    pipeline.check_names(print_ir_after, NOT_PASSES)
+
+    def shares(config: ModelConfig) -> None:
+        experts = config.n_routed_experts if config.is_moe(config.num_hidden_layers - 1) else 0
+        check_parts(config.num_attention_heads, experts, ranks, parallel)
+
     folder = Path(dump_dir) if dump_dir is not None else None
     if folder is not None:
         check_fillable(folder)
@@ -295,6 +303,7 @@ def compile(
         max_batch=max_batch,
         max_context=max_context,
         prefill_chunk=prefill_chunk,
+        check=shares,
         progress=progress,
     )
     traced = time.perf_counter()

@@ -8,7 +8,7 @@ needed to reproduce it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 
 class DscError(Exception):
@@ -156,6 +156,20 @@ class InternalError(Exception):
     def __str__(self) -> str:
         """Show the sentence alone; the program may be thousands of lines."""
         return self.what
+
+
+def one_of(name: str, known: Iterable[str]) -> str:
+    """The hint about a name that is not known: the nearest one, where one is near, and all.
+
+    >>> one_of("absorb_mia", ["absorb_mla", "fuse"]), one_of("x", ["fuse"])
+    ('did you mean absorb_mla? One of absorb_mla, fuse', 'one of fuse')
+    """
+    from difflib import get_close_matches
+
+    names = list(known)
+    near = get_close_matches(name, names, 1)
+    listed = ", ".join(names)
+    return f"did you mean {near[0]}? One of {listed}" if near else f"one of {listed}"
 
 
 def _labelled(label: str, text: str) -> str:

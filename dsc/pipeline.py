@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from dsc.backends.base import Backend, Capabilities, No
-from dsc.errors import UnsupportedOperator, UsageError
+from dsc.errors import UnsupportedOperator, UsageError, one_of
 from dsc.ir.paging import page_rows
 from dsc.ir.program import Program
 from dsc.ir.ranks import ranks_of
@@ -98,12 +98,23 @@ def check_fusion_level(level: int) -> None:
 
 def make(name: str, **options: Any) -> Pass:
     """The pass called `name`. Raises `UsageError`."""
-    place = PASSES.get(name)
-    if place is None:
-        raise UsageError(f"no pass is called {name!r}", hint=f"one of {', '.join(PASSES)}")
-    module, _, attribute = place.partition(":")
+    check_names([name])
+    module, _, attribute = PASSES[name].partition(":")
     found: Pass = getattr(importlib.import_module(module), attribute)(**options)
     return found
+
+
+def check_names(names: Sequence[str], also: Sequence[str] = ()) -> None:
+    """Raise `UsageError` for a name that is neither a pass's nor one of `also`."""
+    for name in names:
+        if name not in PASSES and name not in also:
+            raise UsageError(f"no pass is called {name!r}", hint=one_of(name, [*PASSES, *also]))
+
+
+def has_entries(name: str) -> bool:
+    """Whether a causal LM that was traced has its entries after this pass, and not one `step`."""
+    order = list(PASSES)
+    return name in order and order.index(name) >= order.index("specialise_entries")
 
 
 def passes_for(

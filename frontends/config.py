@@ -13,6 +13,7 @@ checkpoints leave out; widths have none.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -21,7 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from dsc.errors import ConfigError, UnsupportedArchitecture
 from dsc.frontends.quantisation import readable
-from dsc.frontends.strict_json import parse_object
+from dsc.frontends.strict_json import AGAIN, parse_object
 
 CONFIG_FILE = "config.json"
 MAX_CONFIG_BYTES = 4 << 20
@@ -254,7 +255,7 @@ def parse_config(raw: Mapping[str, Any], where: str = CONFIG_FILE) -> ModelConfi
     try:
         return ModelConfig.model_validate(fields)
     except ValidationError as exc:
-        raise ConfigError(sentence(exc), where) from None
+        raise ConfigError(sentence(exc), where, AGAIN) from None
 
 
 def load_config(path: Path | str) -> ModelConfig:
@@ -352,13 +353,43 @@ def _section(raw: Mapping[str, Any], name: str, where: str) -> dict[str, Any]:
     return section
 
 
+MUST = {
+    "int_type": "a whole number",
+    "float_type": "a number",
+    "bool_type": "true or false",
+    "string_type": "a text",
+    "list_type": "a list",
+    "tuple_type": "a list",
+    "model_type": "an object",
+    "finite_number": "a finite number",
+    "literal_error": "{expected}",
+    "greater_than": "above {gt}",
+    "greater_than_equal": "at least {ge}",
+    "less_than": "below {lt}",
+    "less_than_equal": "at most {le}",
+    "too_short": "a list of at least {min_length}",
+    "too_long": "a list of at most {max_length}",
+}
+"""What a value must be, by the kind of pydantic's errors."""
+_FORM = re.compile(r"int|str|(constrained|list|tuple|function).*")
+"""How pydantic calls the forms that a value may have, behind the key."""
+
+
 def sentence(exc: ValidationError) -> str:
-    """All that pydantic found, one `field: reason` after the other, without its jargon."""
-    found = []
-    for error in exc.errors(include_url=False, include_context=False):
-        field = ".".join(str(part) for part in error["loc"])
-        reason = error["msg"].removeprefix("Value error, ")
-        shown = repr(error["input"])
-        value = f", found {shown[:60]}" if field and error["type"] != "missing" else ""
-        found.append(f"{field}: {reason}{value}" if field else reason)
-    return "; ".join(found)
+    """All that pydantic found, one key after the other: what it must be, and what was found."""
+    must: dict[tuple[str, str], list[str]] = {}
+    rest: list[str] = []
+    for error in exc.errors(include_url=False):
+        key = ".".join(str(p) for p in error["loc"] if not _FORM.fullmatch(str(p)))
+        if error["type"] == "missing":
+            rest.append(f"{key} is missing")
+        elif error["type"] in MUST:
+            wanted = MUST[error["type"]].format(**error.get("ctx", {}))
+            must.setdefault((key, f"{error['input']!r:.60}"), []).append(wanted)
+        else:
+            rest.append((f"{key}: " if key else "") + error["msg"].removeprefix("Value error, "))
+    told = (
+        f"{key} must be {' or '.join(dict.fromkeys(wanted))}, found {found}"
+        for (key, found), wanted in must.items()
+    )
+    return "; ".join([*told, *rest])

@@ -16,9 +16,9 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from dsc.errors import ConfigError, DscError
+from dsc.errors import ArtifactError, ConfigError, DscError
 from dsc.frontends.config import ModelConfig, read_bounded, sentence
-from dsc.frontends.strict_json import parse_object
+from dsc.frontends.strict_json import AGAIN, parse_object
 
 GENERATION_FILE = "generation_config.json"
 Settings = tuple[dict[str, Any], list[str]]
@@ -108,10 +108,11 @@ def parse_settings(
     raw: Mapping[str, Any], where: str, error: type[DscError] = ConfigError
 ) -> GenerationSettings:
     """Check settings, from a checkpoint or an artifact. Raises `error`."""
+    hint = "compile the model again" if error is ArtifactError else AGAIN
     try:
         return GenerationSettings.model_validate(raw)
     except ValidationError as exc:
-        raise error(sentence(exc), where) from None
+        raise error(sentence(exc), where, hint) from None
 
 
 def _says(value: Any) -> bool:

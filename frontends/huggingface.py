@@ -91,9 +91,7 @@ def load_checkpoint(folder: Path | str, dtype: DType | None = None) -> Checkpoin
         CheckpointError: the weights are damaged, or are not those of that configuration.
     """
     folder = Path(folder)
-    file = folder / CONFIG_FILE
-    raw = parse_object(read_bounded(file), str(file), ConfigError)
-    config = parse_config(_with_quantization(raw, folder), str(file))
+    raw, config = read_config(folder)
     source = open_safetensors(folder)
     check_layout(source, config, str(folder))
     dtype = dtype or _stored_dtype(config, source, folder)
@@ -102,6 +100,13 @@ def load_checkpoint(folder: Path | str, dtype: DType | None = None) -> Checkpoin
     return CheckpointModel(
         folder, config, dtype, source, mapped.weights, mapped.mtp, _notes(folder, raw, mapped)
     )
+
+
+def read_config(folder: Path) -> tuple[JsonObject, ModelConfig]:
+    """A folder's `config.json`, as it stands and checked. Raises as `load_checkpoint` does."""
+    file = folder / CONFIG_FILE
+    raw = parse_object(read_bounded(file), str(file), ConfigError)
+    return raw, parse_config(_with_quantization(raw, folder), str(file))
 
 
 def retarget(model: CheckpointModel, module: nn.Module) -> CheckpointModel:

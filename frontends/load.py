@@ -62,6 +62,13 @@ class Asked:
     max_batch: int
     max_context: int | None
     prefill_chunk: int
+    shares: Callable[[ModelConfig], None] | None = None
+
+    def check(self, config: ModelConfig) -> None:
+        """Raise what the configuration alone rules out, before anything large is read."""
+        self.limits(config)
+        if self.shares is not None:
+            self.shares(config)
 
     def limits(self, config: ModelConfig) -> Limits:
         """The limits of a model with this configuration.
@@ -93,10 +100,14 @@ def load_program(
     max_batch: int = 4,
     max_context: int | None = None,
     prefill_chunk: int = 512,
+    check: Callable[[ModelConfig], None] | None = None,
     progress: Progress | None = None,
 ) -> Loaded:
-    """Read a model in any of its forms. Arguments as in `dsc.compile`."""
-    asked = Asked(max_batch, max_context, prefill_chunk)
+    """Read a model in any of its forms. Arguments as in `dsc.compile`.
+
+    `check` raises what is wrong with the configuration of a causal LM, before it is traced.
+    """
+    asked = Asked(max_batch, max_context, prefill_chunk, check)
     if progress is not None:
         progress("reading the model", 0, 0)
     if isinstance(model, Program):
@@ -142,7 +153,7 @@ def _from_checkpoint(
     asked: Asked,
     progress: Progress | None,
 ) -> Loaded:
-    from dsc.frontends.huggingface import load_checkpoint
+    from dsc.frontends.huggingface import load_checkpoint, read_config
 
     if weights is not None and str(weights) != "none":
         raise UsageError(
@@ -150,9 +161,11 @@ def _from_checkpoint(
             where=str(folder),
             hint='drop --weights, or give "none" to compile without values',
         )
-    checkpoint = load_checkpoint(folder, dtype)
-    settings = load_generation(folder, checkpoint.config)
+    _, config = read_config(folder)
+    asked.check(config)
+    settings = load_generation(folder, config)
     tokenizer = find_tokenizer(folder)
+    checkpoint = load_checkpoint(folder, dtype)
     traced = _trace(checkpoint.build(), checkpoint.config, checkpoint.dtype, asked, progress)
     given = None if weights is not None else (checkpoint.weights, checkpoint.source)
     program = _with_weights(traced, given, folder.resolve().name)
@@ -186,8 +199,11 @@ def _from_code(
                 hint="give --weights DIR, or --weights none to compile without values",
             )
         weights = configs.TINY_CHECKPOINT
-    build = _build_function(path)
+    asked.check(config)
     folder = None if str(weights) == "none" else Path(weights)
+    settings = settings_of({}, config) if folder is None else load_generation(folder, config)
+    tokenizer = (None, "") if folder is None else find_tokenizer(folder)
+    build = _build_function(path)
     checkpoint = load_checkpoint(folder, dtype) if folder is not None else None
     if checkpoint is not None and _shape_of(checkpoint.config) != _shape_of(config):
         raise ConfigError(
@@ -195,8 +211,6 @@ def _from_code(
             hint="leave --config out to use the folder's own",
         )
     compute = checkpoint.dtype if checkpoint is not None else dtype or _config_dtype(config)
-    settings = settings_of({}, config) if folder is None else load_generation(folder, config)
-    tokenizer = (None, "") if folder is None else find_tokenizer(folder)
     with torch.device("meta"), blaming(path):
         module = build(config)
     if not isinstance(module, torch.nn.Module):
@@ -253,6 +267,7 @@ def _from_module(
         raise UnsupportedArchitecture(f"{type(module).__name__} has no lm_head")
     assert stock is not None
     config = parse_config(stock.to_dict(), type(stock).__name__)
+    asked.check(config)
     stored = DType.of(next(module.parameters()).dtype)
     if dtype is not None and dtype != stored:
         raise UsageError(

@@ -14,6 +14,8 @@ from typing import NoReturn
 from dsc.errors import DscError
 
 JsonObject = dict[str, object]
+AGAIN = "correct the file, or get it again"
+"""What to do about a file that somebody else wrote."""
 
 
 def parse_object(text: bytes, where: str, error: type[DscError]) -> JsonObject:
@@ -29,20 +31,20 @@ def parse_object(text: bytes, where: str, error: type[DscError]) -> JsonObject:
         if len(found) != len(pairs):
             names = [name for name, _ in pairs]
             twice = next(name for name in names if names.count(name) > 1)
-            raise error(f"the key {twice!r} appears twice in one JSON object", where)
+            raise error(f"the key {twice!r} appears twice in one JSON object", where, AGAIN)
         return found
 
     def refuse(constant: str) -> NoReturn:
-        raise error(f"{constant} is not a JSON number", where)
+        raise error(f"{constant} is not a JSON number", where, AGAIN)
 
     try:
         value = json.loads(text.decode("utf-8"), object_pairs_hook=unique, parse_constant=refuse)
     except UnicodeDecodeError as exc:
-        raise error(f"not UTF-8 text (byte {exc.start})", where) from None
+        raise error(f"not UTF-8 text (byte {exc.start})", where, AGAIN) from None
     except RecursionError:
-        raise error("JSON nested too deeply", where) from None
+        raise error("JSON nested too deeply", where, AGAIN) from None
     except ValueError as exc:  # JSONDecodeError, and integers beyond Python's digit limit
-        raise error(f"not valid JSON ({exc})", where) from None
+        raise error(f"not valid JSON ({exc})", where, AGAIN) from None
     if not isinstance(value, dict):
-        raise error(f"expected a JSON object, found {str(value)[:40]!r}", where)
+        raise error(f"expected a JSON object, found {str(value)[:40]!r}", where, AGAIN)
     return value

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from dsc.errors import UsageError
+from dsc.errors import UsageError, one_of
 from dsc.frontends.config import ModelConfig, load_config
 
 _HERE = Path(__file__).resolve().parent
@@ -32,5 +32,5 @@ def config(name: str) -> ModelConfig:
         return load_config(Path(name))
     raise UsageError(
         f"no configuration is called {name!r}, and no file has that path",
-        hint=f"known: {', '.join(CONFIGS)}",
+        hint=one_of(name, CONFIGS),
     )

@@ -104,19 +104,9 @@ class Shard(Pass):
         """Refuse heads and experts that cannot be dealt out evenly."""
         if node.op in _HEADS_OF and "tp" in self.parallel:
             heads = node.operands[0].type.shape[2]
-            self._divides(node, heads, "attention heads")
+            _divides(heads, "attention heads", self.ranks, node.loc)
         if node.op == "experts" and "ep" in self.parallel:
-            self._divides(node, node.operands[3].type.shape[0], "experts")
-
-    def _divides(self, node: Node, number: object, what: str) -> None:
-        if isinstance(number, int) and number % self.ranks == 0:
-            return
-        fits = [n for n in range(1, 65) if isinstance(number, int) and number % n == 0]
-        raise UsageError(
-            f"{number} {what} do not part into {self.ranks} ranks",
-            where=node.loc or None,
-            hint=f"a number of ranks that divides {number}: {', '.join(map(str, fits))}",
-        )
+            _divides(node.operands[3].type.shape[0], "experts", self.ranks, node.loc)
 
     def _columns(self, graph: Graph, sharding: Sharding) -> Iterator[str]:
         """Results of the linears whose rows are split: what makes heads, inner rows, logits."""
@@ -144,6 +134,25 @@ def check_parallel(ranks: int, parallel: str) -> None:
         raise UsageError(f"{ranks} ranks", hint="give at least 1")
     if parallel not in PARALLEL:
         raise UsageError(f"no way to share called {parallel!r}", hint=f"one of {PARALLEL}")
+
+
+def check_parts(heads: int, experts: int, ranks: int, parallel: str) -> None:
+    """Raise `UsageError` unless ranks can share a model of so many heads and routed experts."""
+    if "tp" in parallel:
+        _divides(heads, "attention heads", ranks)
+    if "ep" in parallel:
+        _divides(experts, "experts", ranks)
+
+
+def _divides(number: object, what: str, ranks: int, where: str = "") -> None:
+    if isinstance(number, int) and number % ranks == 0:
+        return
+    fits = [n for n in range(1, 65) if isinstance(number, int) and number % n == 0]
+    raise UsageError(
+        f"{number} {what} do not part into {ranks} ranks",
+        where=where or None,
+        hint=f"a number of ranks that divides {number}: {', '.join(map(str, fits))}",
+    )
 
 
 def _source(x: Operand | None, made: dict[str, Node]) -> Node | None:

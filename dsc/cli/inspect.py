@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json as json_text
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -69,12 +69,45 @@ def inspect(
             where=model,
             hint="compile it first: dsc compile " + model,
         )
+    if report and after is not None:
+        raise UsageError("a report is of all passes", hint="give --report or --after, not both")
+    _check_names(model, backend or "null", after, entry)
     if report:
-        if after is not None:
-            raise UsageError("a report is of all passes", hint="give --report or --after, not both")
         _show_report(_compiled_report(model, backend or "null", given), entry, json)
         return
     print(_select(_lowered(model, backend or "null", after, given), entry), end="")
+
+
+def _check_names(model: str, backend: str, after: str | None, entry: str | None) -> None:
+    """Raise `UsageError` for names that no compile of this model has, before there is one.
+
+    A text has entries of its own, whatever its stage.
+    """
+    from dsc import backends, pipeline
+    from dsc.errors import UsageError
+    from dsc.targets import Target
+
+    pipeline.check_names([] if after is None else [after], ["input"])
+    chosen = backends.get(backend)
+    if entry is None or model.endswith(".dsc"):
+        return
+    whole = after is not None and not pipeline.has_entries(after)
+    made = chosen.capabilities(Target("cpu")).entries
+    if whole and entry in made:
+        raise UsageError(
+            f"after {after} there is no entry {entry!r} yet",
+            hint="entries exist from specialise_entries on; leave out --entry, or take a later"
+            " pass",
+        )
+    if not whole:
+        _check_entry(entry, made)
+
+
+def _check_entry(entry: str, known: Collection[str]) -> None:
+    from dsc.errors import UsageError, one_of
+
+    if entry not in known:
+        raise UsageError(f"no entry {entry!r}", hint=one_of(entry, known))
 
 
 def _inspect_artifact(
@@ -161,11 +194,11 @@ def _compiled_report(model: str, backend: str, given: dict[str, Any]) -> Mapping
 
 def _show_report(report: Mapping[str, Any], entry: str | None, as_json: bool) -> None:
     from dsc.cli import console
-    from dsc.errors import ArtifactError, UsageError
+    from dsc.errors import ArtifactError
 
     entries = report.get("entries", {})
-    if entry is not None and entry not in entries:
-        raise UsageError(f"no entry {entry!r}", hint="one of " + ", ".join(entries))
+    if entry is not None:
+        _check_entry(entry, entries)
     if as_json:
         console.print_json(report)
         return
@@ -223,12 +256,10 @@ def _select(text: str, entry: str | None) -> str:
     """Return the whole program, or one with a single entry of it: `dsc opt` reads either."""
     if entry is None:
         return text if text.endswith("\n") else text + "\n"
-    from dsc.errors import UsageError
     from dsc.ir.parser import parse_program
     from dsc.ir.printer import print_program
 
     program = parse_program(text)
-    if entry not in program.entries:
-        raise UsageError(f"no entry {entry!r}", hint="one of " + ", ".join(program.entries))
+    _check_entry(entry, program.entries)
     alone = replace(program, entries={entry: program.entries[entry]})
     return print_program(alone.pruned())

@@ -50,7 +50,9 @@ def opt(
     from dsc.ir.printer import print_program
 
     names = [name.strip() for name in passes.split(",") if name.strip()]
-    stages = pipeline.stages_for([*names, *([] if explain is None else [explain])])
+    asked = [*names, *([] if explain is None else [explain])]
+    pipeline.check_names(asked)
+    stages = pipeline.stages_for(asked)
     program = read_program(file, stages=stages)
     program = pipeline.apply(program, names, verify_each=verify_each)
     if explain is not None:

@@ -27,6 +27,10 @@ if TYPE_CHECKING:
     from dsc.rewrite.twin import Twin
 
 
+NOT_PASSES = ("input", "all")
+"""What `print_after` takes besides: the program before all passes, and every pass."""
+
+
 @dataclass(frozen=True)
 class Watch:
     """What a user wants to see of the passes as they run.
@@ -118,11 +122,11 @@ class Manager:
         return str(found)
 
     def _check_names(self, passes: Sequence[Pass]) -> None:
-        known = {p.name for p in passes} | {"all", "input"}
+        known = {p.name for p in passes} | set(NOT_PASSES)
         unknown = [n for n in self.watch.print_after if n not in known]
         if unknown:
             hint = f"one of {', '.join(p.name for p in passes)}, or all"
-            raise UsageError(f"no pass is called {', '.join(unknown)}", hint=hint)
+            raise UsageError(f"no pass that runs is called {', '.join(unknown)}", hint=hint)
 
     def _dump(self, program: Program, name: str) -> None:
         wanted = {name, "all"} & set(self.watch.print_after)

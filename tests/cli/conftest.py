@@ -130,7 +130,7 @@ class FakeApi:
         """Remember the options; write one dump where they ask for it."""
         self.asked.append({"model": model, **options})
         if "dump_dir" in options:
-            for number, name in enumerate(("raise", "absorb_mla")):
+            for number, name in enumerate(("raise_mla", "absorb_mla")):
                 (options["dump_dir"] / f"{number:02}-{name}.dsc").write_text(f"after {name}\n")
         return CountingModel(options.get("backend") or "reference")
 

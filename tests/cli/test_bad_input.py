@@ -243,6 +243,52 @@ def test_options_that_cannot_be(line: str, capsys: pytest.CaptureFixture[str]) -
     assert not [p for p in Path.cwd().iterdir() if p.name != "state"]
 
 
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("compile v3 --print-ir-after absorb_mia", "did you mean absorb_mla? One of fold_empty"),
+        ("inspect v3 --after raise_mia", "did you mean raise_mla?"),
+        ("opt small.dsc -p eliminate_dead_code,fuze", "did you mean fuse?"),
+        ("opt small.dsc --explain fuze", "did you mean fuse?"),
+        ("inspect v3 --entry decoed", "did you mean decode? One of decode, extend, prefill"),
+        ("inspect v3 --entry decoed --report", "did you mean decode?"),
+        ("inspect v3 --entry decode --after raise_mla", "leave out --entry, or take a later pass"),
+        ("inspect v3 --backend nul", "did you mean null?"),
+        ("compile v3 --ranks 3", "8 attention heads do not part into 3 ranks"),
+        ("compile v3 --ranks 3 --parallel ep", "16 experts do not part into 3 ranks"),
+        ("compile v3 --max-context 999999", "is beyond the model's"),
+        ("compile v3 --weights odd", "temperature must be a number, found 'hot'"),
+        ("compile odd", "temperature must be a number, found 'hot'"),
+        ("compile torn", "the tokenizer is damaged"),
+    ],
+)
+def test_a_mistake_in_few_bytes_is_found_before_weights_and_traces(
+    line: str,
+    words: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def work(*_: object, **__: object) -> None:
+        raise AssertionError("the work began")
+
+    for place in ("huggingface.open_safetensors", "causal_lm.trace_step"):
+        monkeypatch.setattr(f"dsc.frontends.{place}", work)
+    monkeypatch.setattr("dsc.pipeline.Manager.run", work)
+    shutil.copy(FP8.parent / "small_lm.dsc", "small.dsc")
+    for name, file, text in (
+        ("odd", "generation_config.json", '{"temperature": "hot"}'),
+        ("torn", "tokenizer.json", "{"),
+    ):
+        (tmp_path / name).mkdir()
+        shutil.copy(TINY_CHECKPOINT / "config.json", name)
+        (tmp_path / name / file).write_text(text)
+    code, error = run(capsys, *line.split())
+    assert code == 2, error
+    assert words in error
+    assert "to do:" in error
+
+
 def test_a_tampered_artifact(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, error = run(
         capsys, "compile", str(TINY_CHECKPOINT), "--backend", "reference", "-o", "out"

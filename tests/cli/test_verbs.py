@@ -289,7 +289,7 @@ def test_verify_refuses_a_text_that_is_none(
 
 def test_inspect_shows_a_models_ir(api: FakeApi, invoke: Invoke) -> None:
     assert invoke("inspect", "m.py").stdout == "after absorb_mla\n"
-    assert invoke("inspect", "m.py", "--after", "raise").stdout == "after raise\n"
+    assert invoke("inspect", "m.py", "--after", "raise_mla").stdout == "after raise_mla\n"
     with pytest.raises(UsageError, match="no pass 'fuse' ran"):
         invoke("inspect", "m.py", "--after", "fuse")
 

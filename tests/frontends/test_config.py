@@ -98,6 +98,26 @@ def test_fp8_blocks() -> None:
     assert quantization.block == (128, 128)
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("hidden_size", "7168", "hidden_size must be a whole number, found '7168'"),
+        ("hidden_size", 0, "hidden_size must be above 0, found 0"),
+        ("rms_norm_eps", float("inf"), "rms_norm_eps must be a finite number, found inf"),
+        ("tie_word_embeddings", 1, "tie_word_embeddings must be true or false, found 1"),
+        ("hidden_act", "gelu", "hidden_act must be 'silu', found 'gelu'"),
+        ("eos_token_id", "x", "eos_token_id must be a whole number or a list, found 'x'"),
+        ("rope_theta", "x", "rope_parameters.rope_theta must be a number, found 'x'"),
+        ("vocab_size", None, "vocab_size is missing"),
+    ],
+)
+def test_a_wrong_key_says_what_it_must_be(key: str, value: object, words: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_config(changed(**{key: value}))
+    assert caught.value.what == words
+    assert caught.value.hint == "correct the file, or get it again"
+
+
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "text for a number": ({"hidden_size": "7168"}, "hidden_size"),
     "true for a number": ({"num_hidden_layers": True}, "num_hidden_layers"),
