@@ -1,4 +1,4 @@
-"""Paged caches: what the pages of a graph are, which block tables are right, rows in and out.
+"""Paged caches: what the pages of a graph are, rows in and out.
 
 A cache in pages is one tensor `T[N, page, c + r]` a layer, a row the latent and the rope key of one
 token. Row t of sequence b lies in page `block_table[b, t // page]`; -1 stands for no page: what is
@@ -8,9 +8,8 @@ written there is dropped, and nothing visible is read there (Kwon et al. 2023, s
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from dsc.errors import UsageError
 from dsc.ir.graph import Graph, Value
 
 if TYPE_CHECKING:
@@ -36,28 +35,12 @@ def page_rows(graph: Graph) -> int | None:
     return rows if isinstance(rows, int) else None
 
 
-def check_block_table(table: Any, pages: int) -> None:
-    """Raise `UsageError` unless every entry is the number of a page, or -1.
-
-    Kernels read and write where the table says. `table` is a torch tensor or a numpy array.
-    """
-    if 0 in table.shape:
-        return
-    low, high = int(table.min()), int(table.max())
-    if low < -1 or high >= pages:
-        raise UsageError(
-            f"block_table names the pages {low} to {high}",
-            hint=f"the cache has {pages}: 0 to {pages - 1}; -1 stands for no page",
-        )
-
-
 def scattered(
     pages: torch.Tensor, table: torch.Tensor, rows: torch.Tensor, start: torch.Tensor
 ) -> torch.Tensor:
     """Write rows [b, s, w] at start[b] .. start[b]+s-1 of each sequence, in place."""
     import torch
 
-    check_block_table(table, pages.shape[0])
     at = start[:, None] + torch.arange(rows.shape[1])
     block = at // pages.shape[1]
     inside = block < table.shape[1]
@@ -69,7 +52,6 @@ def scattered(
 
 def gathered(pages: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
     """Rows [b, m * page, w] of each sequence in order; zeros where there is no page."""
-    check_block_table(table, pages.shape[0])
     rows = pages[table.clamp(min=0)]
     empty = (table < 0)[..., None, None]
     return rows.masked_fill(empty, 0).reshape(table.shape[0], -1, pages.shape[2])
