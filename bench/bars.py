@@ -319,7 +319,7 @@ def random_programs() -> Figures:
 def random_configs() -> Figures:
     """1,091 legal V2 and V3 configurations whose widths coincide, on every backend.
 
-    A quarter of a minute each, most of it tracing and LLVM: run `python -m bench.random_configs` in
+    Two to three seconds each, every tenth ten: run `python -m bench.random_configs FIRST LAST` in
     several processes first to share it out.
     """
     from bench import random_configs as grid

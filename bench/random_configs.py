@@ -5,8 +5,12 @@ that mean different things are equal: heads x rope = nope, kv_lora = heads x v, 
 vocabulary. `draw` seeks those on purpose: configuration `i` has the `i`-th of all equations
 "width = width" and "width = width x width", drawn around with small widths that coincide anyhow.
 
-Each is traced from the stock class once, compiled for every backend, and compared in fp32 over a
-prompt, a batch of different lengths in chunks and decode steps, within the bound of `bench.parity`.
+Each is compiled for every backend and compared with the stock class in fp32, over a prompt, a batch
+of different lengths in chunks and decode steps, within the bound of `bench.parity`. Tracing takes
+longer than all of that, so a few `structures` are traced once, at widths that are all unlike, and
+their traces written down at those of a configuration (`bench.apart`). Every tenth is traced itself,
+and compiled with LLVM's optimisations; where there is a trace of its structure too, the two must be
+the same. Every twentieth has the structure that was drawn, whether that is traced or not.
 
     python -m bench.random_configs [FIRST LAST]    # results go to bench/out/random_configs.jsonl
 
@@ -20,19 +24,27 @@ import random
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import replace
+from functools import cache
 from itertools import combinations_with_replacement
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
 
 import dsc
 from bench import parity
+from bench.apart import Structure, apart, at, covering, traced, valued
 from dsc.errors import ConfigError
 from dsc.frontends.config import ModelConfig, parse_config
 from dsc.frontends.huggingface import check_rotation, stock_causal_lm
-from dsc.frontends.load import load_program
+from dsc.ir.analyses import structural_hash
+from dsc.ir.graph import Node, Operand, Weight
+from dsc.ir.printer import print_program
+from dsc.ir.program import Program
 from dsc.ir.types import DType
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -40,6 +52,9 @@ RESULTS = ROOT / "bench" / "out" / "random_configs.jsonl"
 BACKENDS = ("reference", "tvm", "onnxruntime")
 SMALL = (1, 2, 3, 4, 5, 6, 8, 12, 16, 24)
 CONTEXT, CHUNK, BATCH = 24, 8, 4
+LIMITS = {"max_batch": BATCH, "max_context": CONTEXT, "prefill_chunk": CHUNK}
+LIVE = 10
+"""Of so many configurations one is traced itself, and its code optimised by LLVM."""
 WIDTHS = (
     "vocab_size", "hidden_size", "intermediate_size", "moe_intermediate_size", "q_lora_rank",
     "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "num_attention_heads",
@@ -140,18 +155,115 @@ def _impose(fields: dict[str, Any], width: str, factors: tuple[str, ...]) -> boo
     return product <= MOST
 
 
+@cache
+def structures() -> list[Structure]:
+    """Those that are traced once: two features that meet in a draw meet in one of them."""
+    drawn = [Structure.of(draw(index)) for index in range(len(EQUATIONS))]
+    v3 = Structure("deepseek_v3", (True,), *_USUAL, True, "noaux_tc", scaled=True)
+    both = replace(v3, experts=(False, True), yarn=False, scaled=False)
+    v2 = Structure("deepseek_v2", (True,), *_USUAL, False, "group_limited_greedy", scaled=True)
+    return covering(drawn, (v3, both, v2))
+
+
+_USUAL = (True, False, False, True, True)
+"""A query through its own latent space, no bias, an output layer of its own, YaRN, pairs."""
+
+
+def configuration(index: int) -> ModelConfig:
+    """Draw `index`: every twentieth as it is, others in the likest of `structures`.
+
+    In the likest all widths of the equation mean something, which is not so in every draw.
+    """
+    drawn = draw(index)
+    if index % (2 * LIVE) == 0:
+        return drawn
+    width, factors = EQUATIONS[index]
+    own = Structure.of(drawn)
+    given = drawn.model_dump(exclude_none=True) | {"rope_parameters": _YARN}
+    given["routed_scaling_factor"] = 2.5
+    fitting = [
+        each for each in structures()
+        if each.model_type == own.model_type and all(map(each.has, (width, *factors)))
+    ]  # fmt: skip
+    for structure in sorted(fitting, key=own.likeness, reverse=True):
+        with suppress(ConfigError):
+            config = structure.impose(given)
+            check_rotation(config, DType.f32)
+            return config
+    return drawn
+
+
+@cache
+def trace_of(structure: Structure) -> tuple[str, dict[str, Any]]:
+    """The trace of a structure where every extent differs, as a text, and what goes with it."""
+    program = traced(apart(structure), **LIMITS)
+    return print_program(replace(program, meta={})), dict(program.meta)
+
+
+def program_of(config: ModelConfig, live: bool) -> Program:
+    """The trace of `config`, without values: of the stock class, or that of its structure.
+
+    Raises:
+        AssertionError: there are both, and they are not the same.
+    """
+    structure = Structure.of(config)
+    found = traced(config, **LIMITS) if live or structure not in structures() else None
+    if structure not in structures():
+        assert found is not None
+        return found
+    text, meta = trace_of(structure)
+    written = at(text, apart(structure), config)
+    if found is None:
+        fields = config.model_dump(mode="json", exclude_none=True)
+        return replace(written, meta=meta | {"config": fields})
+    assert _told(found) == _told(written), "at its widths the trace is not that of the class"
+    return found
+
+
+def _told(program: Program) -> list[str]:
+    """What a trace computes, on which weights; the scale of attention to twelve digits.
+
+    At a width of one torch leaves out an `expand` that changes nothing.
+    """
+    ((_, graph),) = program.entries.items()
+    same: dict[str, Operand] = {}
+    nodes: list[Node] = []
+    for node in graph.nodes:
+        inputs = tuple(x if x is None else same.get(str(x), x) for x in node.inputs)
+        if node.op == "expand" and inputs[0] is not None and inputs[0].type == node.outputs[0].type:
+            same[str(node.outputs[0])] = inputs[0]
+            continue
+        scale = {"scale": round(node.attrs["scale"], 12)} if "scale" in node.attrs else {}
+        nodes.append(replace(node, inputs=inputs, attrs=node.attrs.updated(**scale)))
+    read = [str(x) for node in nodes for x in node.operands if isinstance(x, Weight)]
+    return [structural_hash(replace(graph, nodes=tuple(nodes))), *read]
+
+
 def check(index: int, backends: Iterable[str] = BACKENDS) -> Iterator[parity.Result]:
     """Compare configuration `index` on each backend with the stock class."""
-    config = draw(index)
+    config = configuration(index)
     stock: Any = parity.randomise(stock_causal_lm(config, device="cpu"), index)
-    limits: dict[str, Any] = {"max_batch": BATCH, "max_context": CONTEXT, "prefill_chunk": CHUNK}
-    program = load_program(stock, **limits).program
+    live = index % LIVE == 0
+    program = valued(program_of(config, live), stock)
     # Traced above with grouped GEMMs; run, those refuse most of these widths.
     stock.config._experts_implementation = "eager"
     oracle = parity.Oracle(stock)
     for backend in backends:
-        compiled = dsc.compile(program, backend=backend, **limits)
+        with nullcontext() if live else unoptimised():
+            compiled = dsc.compile(program, backend=backend, **LIMITS)
         yield compare(compiled, oracle, parity.Result(str(index), backend), config, index)
+
+
+@contextmanager
+def unoptimised() -> Iterator[None]:
+    """LLVM without its optimisations: two thirds of what tvm's compile takes here."""
+    from tvm.target import Target
+
+    def target(cpu: str) -> Any:
+        return Target({"kind": "llvm", "mcpu": cpu, "opt-level": 0})
+
+    with patch("dsc.backends.tvm.library.tvm_target", target):
+        yield
 
 
 def compare(
