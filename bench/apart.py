@@ -139,7 +139,7 @@ def valued(program: Program, stock: nn.Module) -> Program:
     return replace(program, source=source, meta=meta)
 
 
-def traced(config: ModelConfig, **limits: int) -> Program:
+def traced(config: ModelConfig, **limits: Any) -> Program:
     """The trace of the stock class on `meta`: without values."""
     return load_program(stock_causal_lm(config), **limits).program
 

@@ -52,7 +52,7 @@ RESULTS = ROOT / "bench" / "out" / "random_configs.jsonl"
 BACKENDS = ("reference", "tvm", "onnxruntime")
 SMALL = (1, 2, 3, 4, 5, 6, 8, 12, 16, 24)
 CONTEXT, CHUNK, BATCH = 24, 8, 4
-LIMITS = {"max_batch": BATCH, "max_context": CONTEXT, "prefill_chunk": CHUNK}
+LIMITS: dict[str, Any] = {"max_batch": BATCH, "max_context": CONTEXT, "prefill_chunk": CHUNK}
 LIVE = 10
 """Of so many configurations one is traced itself, and its code optimised by LLVM."""
 WIDTHS = (
