@@ -6,6 +6,7 @@
     interpret/launches.json      the launches with the interpreter's block sizes
     <arch>/launches.json         the launches for a GPU, one folder a target
     <arch>/kernels.json          for each kernel: file, symbol, shared memory, registers, spills
+    <arch>/run.json              for CUDA and causal models: what run.py launches (`script.py`)
     <arch>/<kernel>.cubin|hsaco  the binaries, one for each distinct specialisation
 """
 
@@ -31,6 +32,7 @@ from dsc.backends.triton.context import template
 from dsc.backends.triton.launch import LaunchProgram
 from dsc.backends.triton.lower import reason
 from dsc.backends.triton.program import lower_program
+from dsc.backends.triton.script import script_plan
 from dsc.errors import ArtifactError, BackendUnavailable, UnsupportedOperator, UsageError
 from dsc.ir.expert_forms import ExpertKernels
 from dsc.ir.graph import Node
@@ -83,6 +85,8 @@ class TritonBackend:
         lowered, sources = lower_program(program, INTERPRET)
         files = {f"{FOLDER}/{INTERPRET}/launches.json": lowered.to_json().encode()}
         summary: dict[str, Any] = {}
+        guards = dict(program.meta.get("guards", {}))
+        causal = program.is_causal_lm
         for target in targets:
             gpu, generated = lower_program(program, str(target))
             sources |= generated
@@ -94,15 +98,18 @@ class TritonBackend:
                 binaries, records = compile_kernels(gpu.kernels, target, texts, options.progress)
                 files |= {f"{place}/{name}": data for name, data in binaries.items()}
                 files[f"{place}/kernels.json"] = json.dumps(records, indent=1).encode()
+                if causal and target.kind == "cuda":
+                    plan = script_plan(gpu, records, guards, program.limits)
+                    files[f"{place}/run.json"] = json.dumps(plan, separators=(",", ":")).encode()
         texts = with_templates(lowered, sources)
         files |= {f"{FOLDER}/kernels/{m}.py": t.encode() for m, t in sorted(texts.items())}
         general = list(program.entries.values())[-1]
         meta = {
             "targets": summary,
-            "guards": dict(program.meta.get("guards", {})),
+            "guards": guards,
             "checks": index_ranges(general, program.symbols).facts,
         }
-        runs = program.is_causal_lm and "cuda" in {t.kind for t in targets}
+        runs = causal and "cuda" in {t.kind for t in targets}
         runner = RUNNER.read_text() if runs else ""
         return Emission(files, meta=meta, runner=runner)
 

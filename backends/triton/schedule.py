@@ -64,12 +64,7 @@ def resolve(entry: EntryLaunches, shapes: Shapes) -> Schedule:
                 arguments.append(a if isinstance(a, float) else evaluate(a, env))
         x, y, z = (*grid, 1, 1)[:3]
         calls.append(Call(launch.kernel, tuple(arguments), (x, y, z), launch.loc))
-    sizes = {
-        i: evaluate(b.numel, env) * b.dtype.itemsize
-        for i, b in enumerate(entry.buffers)
-        if b.kind == "temp"
-    }
-    places, total = pack(sizes, lifetimes(entry))
+    places, total = pack_temporaries(entry, env)
     outputs = tuple(tuple(evaluate(d, env) for d in p.shape) for p in entry.outputs)
     return Schedule(tuple(calls), places, total, outputs)
 
@@ -101,6 +96,16 @@ def lifetimes(entry: EntryLaunches) -> dict[int, tuple[int, int]]:
                 first, _ = spans.get(buffer, (at, at))
                 spans[buffer] = (first, at)
     return spans
+
+
+def pack_temporaries(entry: EntryLaunches, env: Mapping[str, int]) -> tuple[dict[int, int], int]:
+    """Arena offsets of an entry's temporaries for these values of the symbols, and the total."""
+    sizes = {
+        i: evaluate(b.numel, env) * b.dtype.itemsize
+        for i, b in enumerate(entry.buffers)
+        if b.kind == "temp"
+    }
+    return pack(sizes, lifetimes(entry))
 
 
 def pack(

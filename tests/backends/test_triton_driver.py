@@ -2,24 +2,35 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
 
 from dsc import pipeline
 from dsc.backends.triton import TritonBackend
 from dsc.backends.triton.backend import RUNNER
-from dsc.backends.triton.launch import LaunchProgram
-from dsc.backends.triton.schedule import resolve
+from dsc.backends.triton.launch import EntryLaunches, LaunchProgram, Pointer
+from dsc.backends.triton.program import lower_program
+from dsc.backends.triton.schedule import lifetimes, resolve
+from dsc.backends.triton.script import script_plan
+from dsc.ir.dims import evaluate
 from dsc.ir.index_ranges import index_ranges
+from dsc.ir.limits import Limits
 from dsc.ir.printer import print_program
 from dsc.ir.program import Program
+from dsc.pipeline import PipelineOptions
+from dsc.runtime.artifact import run_script
 from tests.backends.canonical_lm import Sizes, canonical_lm
 from tests.backends.test_triton import CHUNK, CONTEXT, SM_90, write_artifact
 
@@ -104,8 +115,11 @@ def test_the_generated_script_makes_the_same_launches(
     folder, program = artifact
     limits = {"max_context": 40 - CHUNK, "prefill_chunk": CHUNK}
     checks = index_ranges(program.entries["decode"], program.symbols).facts
-    meta = {"guards": program.meta["guards"], "checks": checks}
-    manifest = {"limits": limits, "meta": meta, "weights": "weights/model.safetensors"}
+    manifest = {
+        "limits": limits,
+        "meta": {"checks": checks},
+        "weights": "weights/model.safetensors",
+    }
     (folder / "dsc.json").write_text(json.dumps(manifest))
     step = (
         "import numpy as np; i = np.zeros((1, 1), np.int64); m = Model(sys.argv[1])\n"
@@ -124,6 +138,92 @@ def test_the_generated_script_makes_the_same_launches(
     done = run_with(driver, log, [sys.executable, "-I", str(script), str(folder)])
     assert done.returncode == 0, done.stderr
     assert log.read_text().splitlines() == 2 * expected_calls(folder, program)
+
+
+def test_the_generated_script_runs_to_its_end(
+    driver: Path, artifact: tuple[Path, Program], tmp_path: Path
+) -> None:
+    """Kernels of the fake driver write nothing: all logits are zero, and token 0 the likeliest."""
+    folder, _ = artifact
+    answer = run_script_on(driver, folder, tmp_path)
+    assert (answer.returncode, answer.stderr) == (0, "length\n"), answer.stderr
+    assert answer.stdout == "w7 w0 w0 w0\n"
+
+
+def test_the_generated_script_says_what_is_missing(
+    driver: Path, artifact: tuple[Path, Program], tmp_path: Path
+) -> None:
+    (tmp_path / "libcuda.so.1").touch()
+    done = run_script_on(tmp_path, artifact[0], tmp_path)
+    assert done.returncode == 2, done.stderr
+    assert "run.py: error: there is no driver of an NVIDIA GPU" in done.stderr
+    done = run_script_on(driver, tmp_path, tmp_path)
+    assert done.returncode == 2, done.stderr
+    assert "compiled for other GPUs; give --target cuda:sm_90" in done.stderr
+
+
+def run_script_on(
+    driver: Path, folder: Path, log: Path, tokens: int = 3
+) -> subprocess.CompletedProcess[str]:
+    """Run run.py in an artifact of `write_artifact`, with a tokenizer of 50 words."""
+    words = Tokenizer(WordLevel({f"w{i}": i for i in range(50)}, unk_token="w0"))
+    words.pre_tokenizer = WhitespaceSplit()
+    words.save(str(folder / "tokenizer.json"))
+    (folder / "run.py").write_text(run_script(RUNNER.read_text()))
+    manifest = {
+        "limits": {"max_context": 40 - CHUNK, "prefill_chunk": CHUNK},
+        "meta": {"checks": []},
+        "weights": "weights/model.safetensors",
+        "generation": {"eos_token_id": []},
+    }
+    (folder / "dsc.json").write_text(json.dumps(manifest))
+    command = [sys.executable, "-I", str(folder / "run.py"), "w7", "--max-new-tokens", str(tokens)]
+    return run_with(driver, log / "log", command)
+
+
+def test_all_that_a_script_may_ask_for_fits_into_its_buffers() -> None:
+    """Whatever S and L: temporaries are placed once, for the most tokens of an entry."""
+    limits = Limits(1, CONTEXT - CHUNK, CHUNK)
+    whole = canonical_lm(Sizes(layers=1, dense=0), max_context=CONTEXT)
+    program = pipeline.run(whole, TritonBackend(), SM_90, PipelineOptions(prefill_chunk=CHUNK))[0]
+    lowered, _ = lower_program(program, str(SM_90))
+    record = {"file": "k", "symbol": "k", "shared": 0, "warps": 4, "parameters": 0}
+    guards = program.meta["guards"]
+    plan = script_plan(lowered, dict.fromkeys(lowered.kernels, record), guards, limits)
+    mosts = [entry["most"] for entry in plan["entries"]]
+    assert mosts == [1, min(guards["extend"], CHUNK), CHUNK]
+    for entry, name in zip(plan["entries"], guards, strict=True):
+        most, launched = entry["most"], lowered.entries[name]
+        places = {}
+        for launch, (_, _, arguments) in zip(launched.launches, entry["launches"], strict=True):
+            for pointer, (kind, label, text) in zip(launch.arguments, arguments, strict=True):
+                if isinstance(pointer, Pointer):
+                    assert kind == "u64"
+                    if label == "arena":
+                        places[pointer.buffer] = int(text.partition("+")[0])
+        spans = lifetimes(launched)
+        assert spans.keys() == places.keys()
+        for new, wanted in itertools.product(range(1, most + 1), (1, most)):
+            ends = ends_at(launched, places, sizes_at(new, wanted))
+            assert max(ends.values()) <= plan["buffers"]["arena"]
+            for x, y in itertools.combinations(places, 2):
+                if spans[x][0] <= spans[y][1] and spans[y][0] <= spans[x][1]:
+                    assert ends[x] <= places[y] or ends[y] <= places[x]
+
+
+def sizes_at(new: int, wanted: int) -> dict[str, int]:
+    return {"B": 1, "S": new, "L": wanted, "C": CONTEXT}
+
+
+def ends_at(
+    entry: EntryLaunches, places: Mapping[int, int], sizes: Mapping[str, int]
+) -> dict[int, int]:
+    """Where each temporary ends in the arena."""
+    held = {i: entry.buffers[i] for i in places}
+    return {
+        i: places[i] + evaluate(buffer.numel, sizes) * buffer.dtype.itemsize
+        for i, buffer in held.items()
+    }
 
 
 def expected_calls(folder: Path, program: Program) -> list[str]:

@@ -5,9 +5,11 @@ The loop is the same whatever backend's half stands before it; here that half pl
 
 from __future__ import annotations
 
+import builtins
 import json
 import os
 import subprocess
+import symtable
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -210,3 +212,39 @@ def test_a_full_disk_is_one_message_and_a_closed_pipe_none(folder: Path) -> None
     done = run(folder, "In the beginning", stdout=writing)
     os.close(writing)
     assert (done.returncode, done.stderr) == (0, b"")
+
+
+def runners() -> dict[str, Path]:
+    """What each backend puts before the loop."""
+    from dsc.backends import onnxruntime, triton, tvm
+
+    folders = {"onnxruntime": onnxruntime, "triton": triton, "tvm": tvm}
+    found = {n: Path(m.__path__[0]) / "runner.py" for n, m in folders.items()}
+    return {n: p if p.is_file() else p.with_name("runner.py.txt") for n, p in found.items()}
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime", "triton", "tvm"])
+def test_a_script_is_short_and_defines_every_name_that_it_uses(backend: str) -> None:
+    text = run_script(runners()[backend].read_text())
+    assert len(text.splitlines()) < 200
+    assert max(map(len, text.splitlines())) <= 100
+    assert undefined(text) == set()
+
+
+def test_a_name_that_no_part_of_a_script_defines_is_noticed() -> None:
+    text = run_script(PLAYER)
+    assert undefined(text) == set()
+    assert undefined(text.replace("import sys\n", "")) == {"sys"}
+
+
+def undefined(text: str) -> set[str]:
+    """Names that a module reads, in any of its functions, and neither defines nor gets built in."""
+    module = symtable.symtable(text, "run.py", "exec")
+    known = {s.get_name() for s in module.get_symbols() if s.is_assigned() or s.is_imported()}
+    known |= {*dir(builtins), "__file__"}
+    tables, read = [module], set()
+    while tables:
+        table = tables.pop()
+        tables += table.get_children()
+        read |= {s.get_name() for s in table.get_symbols() if s.is_global() and s.is_referenced()}
+    return read - known
