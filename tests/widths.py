@@ -1,6 +1,6 @@
 """Two stored traces in which every extent differs, at other widths: see `bench.apart`.
 
-`python -m bench.bars random_configs` holds them, and what `at` makes of them, against live ones.
+`python -m bench.bars random_configs` holds what `apart.at` writes down against live traces.
 """
 
 from __future__ import annotations
