@@ -22,7 +22,7 @@ from tests.ir.models import RANGES, models
 from tests.passes.test_raise_models import stored
 from tests.whole_pipeline import Setting, Tally, check, settings
 
-SAMPLED, ALL = 100, 2000
+SAMPLED, ALL = 60, 2000
 OPTIONAL = frozenset({"page_cache", "merge_shared_expert"})
 """Passes that no setting here asks for."""
 

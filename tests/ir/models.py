@@ -277,9 +277,9 @@ class _Writer:
 
     def move(self) -> None:
         moves: tuple[Callable[[Value], object], ...] = (
-            self.pointwise, self.pair, self.neutral, self.view, self.part, self.reduce,
-            self.project, self.siblings, self.whole, self.choose, self.repeat, self.dead,
-            self.convert, self.share,
+            self.pointwise, self.pair, self.neutral, self.masked, self.view, self.part,
+            self.reduce, self.project, self.siblings, self.whole, self.choose, self.repeat,
+            self.dead, self.convert, self.share, self.nothing,
         )  # fmt: skip
         self.one_of(*moves)(self.one_of(*self.pool))
 
@@ -304,6 +304,17 @@ class _Writer:
             self.keep(self.norm(x))
         else:
             self.keep((self.mlp if kind == "mlp" else self.moe)(x, 9))
+
+    def masked(self, x: Value) -> None:
+        """Rows that attend to each other under a mask of values, what each begins with."""
+        rank = len(x.type.shape)
+        if rank < 2:
+            self.pointwise(x)
+            return
+        first = self.call("slice", x, axis=rank - 1, start=0, end=1)
+        mask = self.call("permute", first, dims=(*range(rank - 2), rank - 1, rank - 2))
+        y = self.keep(self.call("sdpa", x, x, x, mask, scale=0.5))
+        self.outputs.append((f"masked.{len(self.outputs)}", y))
 
     def pointwise(self, x: Value) -> None:
         for _ in range(self.draw(st.integers(1, 3))):
@@ -411,6 +422,14 @@ class _Writer:
     def dead(self, x: Value) -> None:
         """Code that no output needs."""
         self.call("silu", self.call("neg", x))
+
+    def nothing(self, x: Value) -> None:
+        """An empty part, and a join with it."""
+        if not x.type.rank:
+            return
+        axis = x.type.rank - 1
+        empty = self.call("neg", self.call("slice", x, axis=axis, start=0, end=0))
+        self.keep(self.call("concat", x, empty, axis=axis))
 
     def convert(self, x: Value) -> None:
         """There and back."""

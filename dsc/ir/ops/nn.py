@@ -170,7 +170,7 @@ attention = op(
     " j <= lengths[b] + i; causal without lengths, j <= i + t - s.",
     example="f32[2,3,4,5], f32[2,7,2,5], f32[2,7,2,6], i64[2]=4 {scale=0.5, causal=true}",
     infer=_infer_attention,
-    within={"lengths": Within("0", "t-s", ROOM)},
+    within={"lengths": Within("0", "t", "a number of keys that the first query sees")},
 )
 mla_attention = op(
     "mla_attention(q_nope: T[b, s, h, n], q_rope: T[b, s, h, r], latent: T[b, t, c],"
