@@ -287,6 +287,16 @@ def test_verify_refuses_a_text_that_is_none(
         invoke("verify", str(artifact), "--text", str(text))
 
 
+def test_the_help_says_what_force_replaces_and_in_which_order_prompts_are_answered(
+    invoke: Invoke,
+) -> None:
+    def told(verb: str) -> str:
+        return " ".join(invoke(verb, "--help").stdout.replace("│", " ").split())
+
+    assert "Replace the page at PAGE.html" in told("diff")
+    assert "Prompts of --prompt come first, then those of --file" in told("generate")
+
+
 def test_inspect_shows_a_models_ir(api: FakeApi, invoke: Invoke) -> None:
     assert invoke("inspect", "m.py").stdout == "after absorb_mla\n"
     assert invoke("inspect", "m.py", "--after", "raise_mla").stdout == "after raise_mla\n"
