@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from typer.testing import CliRunner
 
 import dsc
-from dsc.cli.verify import check_oracle, verify
+from dsc.cli import build_app
+from dsc.cli.verify import check_oracle
 from dsc.errors import CheckpointError, ConfigError, UsageError
 from dsc.frontends.huggingface import load_checkpoint
 from dsc.frontends.names import map_weights
@@ -262,12 +264,16 @@ def test_what_transformers_cannot_be_asked_is_refused_before_compiling(
     def compiled(*_: Any, **__: Any) -> None:
         raise AssertionError("it was compiled first")
 
+    def verified(model: object) -> None:
+        line = ["verify", str(model), "--against", "hf"]
+        CliRunner().invoke(build_app(), line, catch_exceptions=False)
+
     monkeypatch.setattr("dsc.api.compile", compiled)
     config = small()
     tensors = official(config)
     del tensors["model.norm.weight"]
     save(tmp_path, config, tensors)
     with pytest.raises(CheckpointError, match=r"model\.norm\.weight"):
-        verify(str(tmp_path), against="hf")
+        verified(tmp_path)
     with pytest.raises(UsageError, match="checkpoint folders only"):
-        verify(str(v3.__file__), against="hf")
+        verified(v3.__file__)
