@@ -17,6 +17,7 @@ except ImportError as missing:
 TOKENS = ("input_ids", "positions", "lengths", "logits_at")
 NUMPY = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 Array = np.ndarray[Any, Any]
+_value = onnxruntime.OrtValue.ortvalue_from_numpy  # over the memory of an array
 
 
 class Model:
@@ -59,8 +60,7 @@ class Model:
         results = dict(zip(names, session.run_with_ort_values(names, feeds), strict=True))
         logits = results.pop("logits").numpy()
         self._caches = {name.replace("present", "past", 1): x for name, x in results.items()}
-        found: Array = logits.astype(np.float32)
-        return found
+        return np.asarray(logits, dtype=np.float32)
 
     def _admit(self, tokens: dict[str, Array]) -> None:
         """Look at shapes, and at the values that point into tensors, before anything runs."""
@@ -109,8 +109,3 @@ class Model:
                 str(self.folder / path), options, providers=["CPUExecutionProvider"]
             )
         return self._sessions[path]
-
-
-def _value(array: Array) -> Any:
-    """An OrtValue over the memory of `array`."""
-    return onnxruntime.OrtValue.ortvalue_from_numpy(array)

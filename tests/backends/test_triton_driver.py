@@ -116,6 +116,7 @@ def test_the_generated_script_makes_the_same_launches(
     limits = {"max_context": 40 - CHUNK, "prefill_chunk": CHUNK}
     checks = index_ranges(program.entries["decode"], program.symbols).facts
     manifest = {
+        "files": {},
         "limits": limits,
         "meta": {"checks": checks},
         "weights": "weights/model.safetensors",
@@ -133,7 +134,8 @@ def test_the_generated_script_makes_the_same_launches(
         "assert not {'torch', 'triton', 'dsc'} & sys.modules.keys()\n"
     )
     script = tmp_path / "step.py"
-    script.write_text("import sys\n" + RUNNER.read_text() + step)
+    definitions = run_script(RUNNER.read_text()).partition("if __name__ ==")[0]
+    script.write_text(definitions + step)
     log = tmp_path / "log"
     done = run_with(driver, log, [sys.executable, "-I", str(script), str(folder)])
     assert done.returncode == 0, done.stderr
@@ -171,6 +173,7 @@ def run_script_on(
     words.save(str(folder / "tokenizer.json"))
     (folder / "run.py").write_text(run_script(RUNNER.read_text()))
     manifest = {
+        "files": {},
         "limits": {"max_context": 40 - CHUNK, "prefill_chunk": CHUNK},
         "meta": {"checks": []},
         "weights": "weights/model.safetensors",

@@ -177,6 +177,20 @@ def test_run_py_ends_at_the_context_from_its_own_folder(artifact: Path) -> None:
     assert done.stdout == LETTERS[:40] + "".join(LETTERS[i] for i in ids) + "\n"
 
 
+@pytest.mark.parametrize("name", ["weights/model.safetensors", "tvm/steps.bin"])
+def test_a_model_does_not_open_files_that_were_cut(name: str, artifact: Path) -> None:
+    """Reading past the end of a mapped file would end the process, or give any text."""
+    whole = (artifact / name).read_bytes()
+    short = len(whole) - 88
+    line = [sys.executable, "-c", "import run; run.Model('.')"]
+    try:
+        (artifact / name).write_bytes(whole[:-88])
+        done = subprocess.run(line, cwd=artifact, capture_output=True, text=True, check=False)
+    finally:
+        (artifact / name).write_bytes(whole)
+    assert f"ValueError: {name} has {short} bytes, {len(whole)} recorded" in done.stderr
+
+
 def test_run_py_names_the_package_that_is_missing(artifact: Path, tmp_path: Path) -> None:
     site = Path(np.__file__).parent.parent
     line = [sys.executable, "-I", "-S", "-c", BARE, str(artifact), str(tmp_path), "abc"]

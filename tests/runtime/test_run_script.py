@@ -80,13 +80,15 @@ def describe(
     largest: float = 1.0,
 ) -> None:
     """Write what the model plays, and what its manifest says."""
+    played = {"tokens": [*tokens, 1, 1], "most": context, "largest": largest}
+    player = json.dumps(played)
+    (folder / "player.json").write_text(player)
     manifest = {
+        "files": {"player.json": {"bytes": len(player)}},
         "limits": {"max_context": context, "prefill_chunk": 4},
         "generation": {"eos_token_id": list(stop)},
     }
     (folder / "dsc.json").write_text(json.dumps(manifest))
-    played = {"tokens": [*tokens, 1, 1], "most": context, "largest": largest}
-    (folder / "player.json").write_text(json.dumps(played))
 
 
 def run(folder: Path, *arguments: str, **how: Any) -> Done:
@@ -126,6 +128,14 @@ def test_a_tokenizer_that_is_damaged_is_told(folder: Path) -> None:
     said = refused(run(folder, "In the beginning"))
     assert "tokenizer.json is damaged" in said
     assert "compile again" in said
+
+
+def test_a_file_of_another_size_than_recorded_is_told(folder: Path) -> None:
+    size = (folder / "player.json").stat().st_size
+    with (folder / "player.json").open("a") as file:
+        file.write("  ")
+    said = refused(run(folder, "In the beginning"))
+    assert f"player.json has {size + 2} bytes, {size} recorded: compile or copy it again" in said
 
 
 def test_the_text_streams_whole_characters(folder: Path) -> None:
