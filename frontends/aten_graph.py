@@ -145,8 +145,15 @@ class CompiledGraph:
 
     @property
     def refused(self) -> dict[fx.Node, Problem]:
-        """What cannot be compiled; handing a number to Python, as `.item()` does, is no such."""
-        return {n: p for n, p in self.problems.items() if not _needs_no_kernel(n)}
+        """What cannot be compiled; handing a number to Python, as `.item()` does, is no such.
+
+        Nor is a mistake that PyTorch names best, as it does when the graph runs.
+        """
+        return {
+            n: p
+            for n, p in self.problems.items()
+            if not _needs_no_kernel(n) and not _mixes_types(n)
+        }
 
     def eager_lines(self) -> list[str]:
         """What is not compiled: one line a kind of operator, with why and the user's line."""
@@ -280,6 +287,32 @@ def _untranslatable(gm: fx.GraphModule, name: str) -> dict[fx.Node, Problem]:
 def _needs_no_kernel(node: fx.Node) -> bool:
     """Whether a node that runs eagerly computes nothing: a number for Python, or a view."""
     return is_number(node) or is_view(node) or str(node.target) in _MOVES
+
+
+def _mixes_types(node: fx.Node) -> bool:
+    """Whether PyTorch itself refuses the element types that an operator is given."""
+    from torch.utils._python_dispatch import _disable_current_modes
+
+    fakes = [n.meta.get("val") for n in node.all_input_nodes]
+    if len({f.dtype for f in fakes if isinstance(f, Tensor)}) < 2 or not callable(node.target):
+        return False
+    try:
+        with _disable_current_modes(), torch.no_grad():
+            args, kwargs = fx.node.map_arg(
+                (node.args, node.kwargs), lambda n: _zeros(n.meta.get("val"))
+            )
+            node.target(*args, **kwargs)
+    except RuntimeError as problem:
+        return "type" in str(problem)
+    return False
+
+
+def _zeros(fake: Any) -> Any:
+    """A value like a traced one: zeros of its shape, or the number seen."""
+    if isinstance(fake, Tensor):
+        sizes = [getattr(getattr(n, "node", None), "hint", n) for n in fake.shape]
+        return torch.zeros(sizes, dtype=fake.dtype)
+    return getattr(getattr(fake, "node", None), "hint", fake)
 
 
 def _refused(part: Part, problem: Exception) -> dict[fx.Node, Problem]:

@@ -17,6 +17,7 @@ from __future__ import annotations
 import inspect
 import logging
 import operator
+import re
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -78,6 +79,8 @@ The assertions are those whose condition is known to be false.
 _BRANCHES_ON_DATA = frozenset(
     {"Data-dependent branching", "Data-dependent branching with non-constant __bool__"}
 )
+_INTERNAL = re.compile("_dynamo_|___check_|_functorch|utils_device")
+_BUILTIN = "Failed to trace builtin operator"
 
 
 class FrameCompiler:
@@ -116,12 +119,13 @@ class FrameCompiler:
     def _keep_guards(self, found: Any) -> None:
         """Note the conditions that a capture holds for, as Dynamo words them.
 
-        Those on tensors are told by the inputs of the captured graph.
+        Those on tensors are told by the inputs of the captured graph; those on addresses of
+        objects and on torch's own state say nothing to a user.
         """
         for guard in found:
             named = guard.name or guard.create_fn_name() == "GRAD_MODE"
             texts = guard.code_list or [f"{guard.create_fn_name()}({guard.name})"] * bool(named)
-            self.guards += [_words(t) for t in texts if "_dynamo_" not in t]
+            self.guards += [_words(t) for t in texts if not _INTERNAL.search(t)]
 
     def _backend(self, gm: fx.GraphModule, example_inputs: Sequence[Any], **_: Any) -> Any:
         if _sizes_are_open() and not _is_size_oblivious(gm):
@@ -133,8 +137,9 @@ class FrameCompiler:
         frame, cache_entry, frame_state = arguments
         varied = cache_entry is not None or bool(self.dynamic) or len(frame_state) > 1
         self._failed.clear()
-        found = self._converted(frame.f_code, varied, arguments)
-        if cache_entry is not None and found.guarded_code is not None:
+        with _one_report_a_mistake():
+            found = self._converted(frame.f_code, varied, arguments)
+        if self._failed and found.guarded_code is not None:
             self.reasons.append("; ".join(dict.fromkeys(self._failed)))
             log.info("%s is compiled again: %s", self.name, self.reasons[-1])
         return found
@@ -179,6 +184,11 @@ class FrameCompiler:
         if _depends_on_data(refused):
             what = f"{self.name} branches on the values of a tensor"
             hint = "write torch.where(condition, a, b)"
+        elif kind == _BUILTIN:
+            called = re.search(r"builtin operator `([^`]+)`", str(refused))
+            name = called[1] if called else "a builtin"
+            what = f"{self.name} calls {name}, which no graph has"
+            hint = "take the call out of the function"
         else:
             what, hint = f"{self.name} cannot be captured as one graph: {first}", ""
         hint += f'{"; or " if hint else ""}give fallback="eager" to run this line by PyTorch'
@@ -206,6 +216,21 @@ class _Callback:
 
 def _callback(*settings: Any) -> _Callback:
     return cast(_Callback, FrameCompiler(*settings).decorator().callback)
+
+
+@contextmanager
+def _one_report_a_mistake() -> Iterator[None]:
+    """Torch's log of what failed while tracing stays out: the call raises it, or captures it."""
+    torchs = logging.getLogger("torch._subclasses.fake_tensor")
+
+    def wanted(record: logging.LogRecord) -> bool:
+        return not record.msg.startswith("failed while attempting to run meta")
+
+    torchs.addFilter(wanted)
+    try:
+        yield
+    finally:
+        torchs.removeFilter(wanted)
 
 
 @contextmanager

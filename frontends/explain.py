@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from inspect import getclosurevars, isfunction
 from typing import Any
 
 from dsc.errors import UsageError
 from dsc.frontends.capture import FRAME_COMPILERS, FrameCompiler, decorated
-from dsc.frontends.dynamo import Capture
+from dsc.frontends.dynamo import Capture, options_by_name
 from dsc.frontends.regions import Options, Region
 
 
@@ -84,10 +85,14 @@ class FunctionReport:
         return tuple(r for g in self.graphs for r in g.regions)
 
     def __str__(self) -> str:
-        lines = [
-            f"{self.name}: {len(self.graphs)} graphs, {len(self.breaks)} breaks,"
-            f" {len(self.fallbacks)} fallbacks, {len(self.recompiles)} recompiles"
-        ]
+        counted = {
+            "graph": self.graphs,
+            "break": self.breaks,
+            "fallback": self.fallbacks,
+            "recompile": self.recompiles,
+        }
+        told = [f"{len(found)} {what}{'s' * (len(found) != 1)}" for what, found in counted.items()]
+        lines = [f"{self.name}: {', '.join(told)}"]
         for number, graph in enumerate(self.graphs):
             lines.append(f"  graph {number}: {graph.operations} operations captured")
             lines.append(f"    inputs    {', '.join(graph.inputs)}")
@@ -105,14 +110,16 @@ def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Function
     """Say what was compiled of a function, what runs eagerly, and what the code holds for.
 
     Arguments are those of one call, made first. A function that is not under `@dsc.optimize` is
-    compiled for that call, with what cannot be compiled run eagerly.
+    compiled for that call with the options that `torch.compile` was given, if it was for dsc; what
+    cannot be compiled runs eagerly.
     """
     if not callable(function):
         raise UsageError(f"explain takes a function, not {type(function).__name__}")
     compiler = _compiler(function)
     if compiler is None:
         plain = getattr(function, "_torchdynamo_orig_callable", function)
-        function = decorated(plain, Options(), whole=False, dynamic=None)
+        options = _options_of(function)
+        function = decorated(plain, options, whole=False, dynamic=None)
         compiler = FRAME_COMPILERS[function]
         function(*args, **kwargs)
     elif args or kwargs:
@@ -131,6 +138,19 @@ def _compiler(function: Any) -> FrameCompiler | None:
         return FRAME_COMPILERS.get(function)
     except TypeError:  # an object that allows no weak reference is no decorated function
         return None
+
+
+def _options_of(function: Any) -> Options:
+    """The options that `torch.compile(function, backend="dsc", options=...)` was given."""
+    context = getattr(function, "dynamo_ctx", None)  # of a module
+    if context is None and isfunction(function):
+        context = getclosurevars(function).nonlocals.get("self")
+    backend: Any = getattr(context, "callback", None)
+    while hasattr(backend, "_torchdynamo_orig_backend"):
+        backend = backend._torchdynamo_orig_backend
+    if getattr(backend, "compiler_name", None) != "dsc":
+        return Options()
+    return options_by_name(getattr(backend, "kwargs", {}).get("options") or {})
 
 
 def _graph(capture: Capture) -> CapturedGraph:

@@ -20,6 +20,7 @@ Every capture after the first is logged at level INFO of the logger `dsc`, with 
 from __future__ import annotations
 
 from collections.abc import Callable
+from inspect import signature
 from typing import Any, ParamSpec, TypeVar, overload
 
 from dsc.errors import UsageError
@@ -65,6 +66,7 @@ def optimize(
     fullgraph: bool | None = None,
     dynamic: bool | None = None,
     mode: str | None = None,
+    **unknown: Any,
 ) -> Any:
     """Compile a function of tensors, or a module, on its first call.
 
@@ -81,6 +83,7 @@ def optimize(
         fullgraph: whether the whole function has to be one graph: with `fallback="error"` it has.
         dynamic: sizes become symbols once they have changed (`None`), at once (`True`) or never.
         mode: torch's; only "default" means something here.
+        unknown: refused with a list of the options.
 
     Inference only: with inputs that require gradients the function runs eagerly, and warns once.
 
@@ -88,6 +91,12 @@ def optimize(
         UsageError: for arguments that cannot be; on a call, for what cannot be captured.
         UnsupportedOperator: on a call, naming all that cannot be compiled.
     """
+    if unknown:
+        taken = [n for n, p in signature(optimize).parameters.items() if p.kind is p.KEYWORD_ONLY]
+        raise UsageError(
+            f"unknown option {', '.join(sorted(unknown))} of dsc.optimize",
+            hint=f"it takes {', '.join(taken)}",
+        )
     if mode not in _MODES:
         raise UsageError(
             f"mode {mode!r}", hint="leave it out: dsc has no modes; see backend and fusion_level"

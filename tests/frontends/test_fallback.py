@@ -147,6 +147,45 @@ def test_mistakes_of_the_function_raise_what_they_raise_eagerly() -> None:
         raising(torch.ones(2))
 
 
+def test_mixed_types_and_wrong_shapes_are_told_by_pytorch_alone(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    weight = torch.ones(4, 4)
+    for wrong in (torch.ones(2, 4).double(), torch.ones(2, 5)):
+
+        def function(x: Tensor) -> Tensor:
+            return torch.nn.functional.linear(x, weight)
+
+        with pytest.raises(RuntimeError) as eager:
+            function(wrong)
+        with warnings.catch_warnings(), caplog.at_level("ERROR"):
+            warnings.simplefilter("error")
+            with pytest.raises(RuntimeError) as told:
+                dsc.optimize(function)(wrong)
+        assert (str(told.value), caplog.records) == (str(eager.value), [])
+
+
+def test_a_builtin_and_an_unknown_option_are_named() -> None:
+    def printing(x: Tensor) -> Tensor:
+        print("here")
+        return x + 1
+
+    with pytest.raises(UsageError, match="printing calls print, "):
+        dsc.optimize(printing)(torch.ones(2))
+    with pytest.raises(UsageError, match=r"unknown option fusion .*\n.*fusion_level"):
+        dsc.optimize(fusion=2)  # type: ignore[call-overload]
+
+
+def test_explain_takes_the_options_of_torch_compile_and_tells_no_recompile() -> None:
+    options: Any = {"backend": "reference", "fusion_level": 0}
+    function = torch.compile(lambda x: x.exp() + 1, backend="dsc", options=options)
+    function(torch.ones(2))
+    explained = dsc.explain(function, torch.ones(2))
+    (region,) = explained.regions
+    assert (region.model.backend, explained.recompiles) == ("reference", ())
+    assert ": 1 graph, 0 breaks, 0 fallbacks, 0 recompiles" in str(explained)
+
+
 def test_an_extreme_of_no_numbers_is_an_error(compiled: list[Program]) -> None:
     for largest in (lambda x: x.max(0)[0], lambda x: x.min(0)[1], lambda x: x.amax(0)):
         with pytest.raises((UnsupportedOperator, IndexError), match=r"dim 0|no numbers"):
@@ -210,7 +249,7 @@ def test_explain_tells_graphs_guards_breaks_fallbacks_and_recompiles() -> None:
     assert "FACTOR" in str(found.guards)
     assert "x float32[3, 3]" in found.graphs[0].inputs
     text = str(found)
-    assert text.startswith("broken: 2 graphs, 1 breaks")
+    assert text.startswith("broken: 2 graphs, 1 break, ")
     assert "compiled" in text
     assert "guard" in text
     assert "eager" in text
