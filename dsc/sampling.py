@@ -11,6 +11,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
 
+from dsc.errors import UsageError
+
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
@@ -67,7 +69,7 @@ class Sampling:
         if not self.draws:
             return scores
         if self.temperature != 1.0:
-            scores = scores / scores.dtype.type(self.temperature)
+            scores = tempered(scores, self.temperature)
         if self.top_k:
             scores = top_k(scores, self.top_k)
         if self.top_p < 1.0:
@@ -77,15 +79,21 @@ class Sampling:
         return scores
 
     def picker(self, *seed: int) -> Pick:
-        """The choice of a token from logits [vocab] and the tokens so far; `seed` repeats it."""
+        """The choice of a token from logits [vocab] and the tokens so far; `seed` repeats it.
+
+        It raises `UsageError` where the largest logit is no number.
+        """
         import numpy as np
 
-        if not self.draws:
-            return lambda logits, ids: int(self.processed(logits, ids).argmax())
         draws = np.random.default_rng(seed)
 
         def draw(logits: Scores, ids: Sequence[int]) -> int:
-            scores = self.processed(logits, ids).astype(np.float64)
+            if not np.isfinite(logits.max()):
+                raise UsageError("the largest of the logits is no number (NaN, infinity)")
+            scores = self.processed(logits, ids)
+            if not self.draws:
+                return int(scores.argmax())
+            scores = scores.astype(np.float64)
             reached = np.exp(scores - scores.max()).cumsum()
             return int(np.searchsorted(reached, draws.random() * reached[-1], side="right"))
 
@@ -102,9 +110,30 @@ def penalised(scores: Scores, ids: Sequence[int], penalty: float) -> Scores:
     import numpy as np
 
     seen = np.unique(np.asarray(ids, dtype=np.int64))
-    scores = scores.copy()
-    scores[seen] = np.where(scores[seen] < 0, scores[seen] * penalty, scores[seen] / penalty)
+    scores, wide = scores.copy(), scores[seen].astype(np.float64)
+    with np.errstate(over="ignore"):
+        wide = np.where(wide < 0, wide * penalty, wide / penalty)
+    most = np.finfo(scores.dtype).max  # what a penalty makes larger stays a number
+    scores[seen] = wide.clip(-most, most)
     return scores
+
+
+def tempered(scores: Scores, temperature: float) -> Scores:
+    """Scores divided by the temperature; where one would overflow, less the largest of them.
+
+    Only differences count for a softmax, and these may become minus infinity.
+
+    >>> import numpy as np
+    >>> [tempered(np.float32([1.0, 3.0]), t).tolist() for t in (0.5, 1e-39)]
+    [[2.0, 6.0], [-inf, 0.0]]
+    """
+    import numpy as np
+
+    wide = scores.astype(np.float64)
+    if np.abs(wide).max() > temperature * float(np.finfo(scores.dtype).max):
+        wide -= wide.max()
+    with np.errstate(over="ignore"):
+        return (wide / temperature).astype(scores.dtype)
 
 
 def top_k(scores: Scores, count: int) -> Scores:
@@ -154,7 +183,8 @@ def min_p(scores: Scores, share: float) -> Scores:
 def _softmax(scores: Scores) -> Scores:
     import numpy as np
 
-    weights = np.exp(scores - scores.max())
+    with np.errstate(over="ignore"):  # what lies that far below the largest has no share
+        weights = np.exp(scores - scores.max())
     shares: Scores = weights / weights.sum()
     return shares
 

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from transformers import GenerationConfig, GPT2Config, GPT2LMHeadModel
 from transformers.generation import logits_process as stock
 
+from dsc.errors import UsageError
 from dsc.sampling import Sampling, min_p, penalised, top_k, top_p
 
 VOCAB = 40
@@ -105,6 +106,39 @@ def test_draws_follow_the_softmax_and_never_take_what_was_left_out() -> None:
     assert shares[0] == 0
     assert shares[2] / 6000 == pytest.approx(4 / 6, abs=0.02)
     assert shares[1] / 6000 == pytest.approx(1 / 6, abs=0.02)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("temperature", [1e-3, 1e-30, 1e-38, 1e-45, 5e-324])
+@pytest.mark.parametrize("rest", [{}, {"top_k": 5, "top_p": 0.9, "min_p": 0.1}])
+def test_the_least_temperature_takes_the_likeliest(temperature: float, rest: Any) -> None:
+    pick = Sampling(sample=True, temperature=temperature, **rest).picker(0)
+    for seed in range(3):
+        for scale in (0, 1e-6, 1, 1e37):
+            scores = logits(seed) * np.float32(scale)
+            if temperature > 1e-30 and scale < 1:
+                continue
+            chosen = pick(scores, [])
+            assert scores[chosen] == scores.max()
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("penalty", [1e-300, 1e-38, 1e38, 1e300])
+def test_the_largest_penalty_leaves_numbers(penalty: float) -> None:
+    for temperature in (0.0, 1.0, 1e-38):
+        sampling = Sampling(temperature > 0, temperature, top_p=0.9, repetition_penalty=penalty)
+        assert 0 <= sampling.picker(0)(logits(0), [0, 1, 2]) < VOCAB
+    assert np.isfinite(penalised(logits(0), range(VOCAB), penalty)).all()
+
+
+@pytest.mark.parametrize("sample", [False, True])
+def test_no_token_is_taken_from_what_is_no_number(sample: bool) -> None:
+    pick = Sampling(sample=sample).picker(0)
+    for wrong in (np.nan, np.inf):
+        scores = logits(0)
+        scores[7] = wrong
+        with pytest.raises(UsageError, match="no number"):
+            pick(scores, [])
 
 
 def test_sequences_of_one_seed_draw_apart_and_repeat() -> None:

@@ -24,6 +24,7 @@ from dsc.ir.program import Program
 from dsc.runtime.caches import Caches, GrownCaches, PagedCaches, SlotCaches, cache_specs
 from dsc.runtime.pages import PagePool
 from dsc.runtime.profiler import entry_span
+from dsc.runtime.tokens import read_ids, read_lengths
 
 if TYPE_CHECKING:
     import torch
@@ -111,14 +112,12 @@ class Session:
         self._active = []
 
     def add(self, ids: Any) -> int:
-        """Start one more sequence with the prompt `ids`, [S] or [1, S]; the others wait.
+        """Start one more sequence with the prompt `ids` [S]; the others wait.
 
         Returns its id, by which `logits`, `decode` and `remove` know it. Raises `UsageError` where
         `max_batch` sequences are there already, or the prompt is longer than `max_context`.
         """
-        tokens, like = _as_ids(ids)
-        if tokens.shape[0] != 1:
-            raise UsageError(f"{tokens.shape[0]} prompts at once", hint="add them one by one")
+        tokens, like = read_ids(ids, "prompt")
         if len(self._active) == self.max_batch:
             raise UsageError(
                 f"the session holds {self.max_batch} sequences already",
@@ -149,7 +148,7 @@ class Session:
         that sequences are shorter. Returns logits [B, vocab] of each sequence's last token, or
         [B, S, vocab] of all positions with `all_logits`. Raises `UsageError`.
         """
-        tokens, like = _as_ids(ids)
+        tokens, like = read_ids(ids)
         batch = tokens.shape[0]
         held = self.lengths
         new = self._check_new(tokens, lengths, held if len(held) == batch else [0] * batch)
@@ -174,7 +173,7 @@ class Session:
             raise UsageError("decode before prefill", hint="call session.prefill(ids) first")
         if isinstance(next_ids, Mapping):
             return self._decode_named(next_ids)
-        tokens, like = _as_ids(next_ids, column=True)
+        tokens, like = read_ids(next_ids, "column")
         if tokens.shape != (len(self._active), 1):
             shape = tuple(tokens.shape)
             raise UsageError(f"next_ids of shape {shape} for {len(self._active)} sequences")
@@ -186,7 +185,12 @@ class Session:
             raise UsageError("no sequence to decode", hint="give at least one id and its token")
         rows = sorted(self._row(sequence) for sequence in next_ids)
         names = [self._active[row].id for row in rows]
-        tokens, _ = _as_ids([next_ids[name] for name in names], column=True)
+        tokens, _ = read_ids([next_ids[name] for name in names], "column")
+        if tokens.shape[1] != 1:
+            raise UsageError(
+                f"{tokens.shape[1]} tokens each for {len(names)} sequences",
+                hint="give one token for each id; prefill takes several",
+            )
         new = self._check_new(tokens, None, [self._active[row].length for row in rows])
         self._append(tokens, new, rows, all_logits=False)
         return {name: self.logits(name) for name in next_ids}
@@ -272,9 +276,9 @@ class Session:
             return f"open the session with a larger {option}: the model takes up to {most}"
         return f"compile the model with a larger {option}"
 
-    def _row(self, sequence: int) -> int:
+    def _row(self, sequence: object) -> int:
         for row, each in enumerate(self._active):
-            if each.id == sequence:
+            if isinstance(sequence, int | np.integer) and each.id == sequence:
                 return row
         known = ", ".join(map(str, self.sequences)) or "none"
         raise UsageError(f"no sequence {sequence!r} in this session", hint=f"there are: {known}")
@@ -302,12 +306,7 @@ class Session:
         low, high = int(tokens.min()), int(tokens.max())
         if low < 0 or (self._vocab is not None and high >= self._vocab):
             raise UsageError(f"token ids {low}..{high} outside of the vocabulary of {self._vocab}")
-        new = torch.full((batch,), size) if lengths is None else torch.as_tensor(list(lengths))
-        if new.shape != (batch,) or int(new.min()) < 1 or int(new.max()) > size:
-            raise UsageError(
-                f"lengths {new.tolist()} for ids of shape [{batch}, {size}]",
-                hint="one length a sequence, each from 1 to the width of ids",
-            )
+        new = read_lengths(lengths, batch, size)
         longest = int((new + torch.tensor(held)).max())
         if longest > self.max_context:
             raise UsageError(
@@ -317,8 +316,10 @@ class Session:
         return new
 
 
-def _check_limit(option: str, wanted: int, most: int) -> None:
+def _check_limit(option: str, wanted: object, most: int) -> None:
     """Raise `UsageError` unless 1 <= `wanted` <= `most`, what a model was compiled for."""
+    if isinstance(wanted, bool) or not isinstance(wanted, int | np.integer):
+        raise UsageError(f"{option} is {wanted!r}", hint=f"give a whole number, 1 to {most}")
     if not 1 <= wanted <= most:
         larger = f"; compile it with a larger {option}" if wanted > most else ""
         raise UsageError(
@@ -343,21 +344,6 @@ def _vocabulary(graph: Graph, program: Program) -> int | None:
             size = node.operands[1].type.shape[0]
             return None if isinstance(size, Sym) else size
     return None
-
-
-def _as_ids(ids: Any, column: bool = False) -> tuple[torch.Tensor, str]:
-    import torch
-
-    like = "numpy" if isinstance(ids, np.ndarray) else "torch"
-    tokens = torch.as_tensor(ids)
-    if tokens.dtype not in (torch.int64, torch.int32) or tokens.dim() not in (1, 2):
-        raise UsageError(
-            f"ids of {tokens.dtype} and shape {list(tokens.shape)}",
-            hint="give token ids, int64: one row a sequence, or the ids of one alone",
-        )
-    if tokens.dim() == 1:
-        tokens = tokens[:, None] if column else tokens[None]
-    return tokens.to(torch.int64), like
 
 
 def _like(logits: torch.Tensor, like: str) -> Any:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +16,7 @@ from dsc.errors import UsageError
 from dsc.ir.parser import parse_program
 from dsc.ir.program import Program
 from dsc.ir.weights import random_source, sources
+from dsc.runtime.session import Session
 
 TEXT = (Path(__file__).resolve().parent.parent / "data" / "small_lm.dsc").read_text()
 BACKENDS = ["reference", "onnxruntime", "tvm"]
@@ -106,7 +109,7 @@ def test_the_guard_table_chooses(compiled: dsc.CompiledModel) -> None:
     ("call", "words"),
     [
         (lambda s: s.decode([1]), "decode before prefill"),
-        (lambda s: s.prefill([[]]), "ids of"),
+        (lambda s: s.prefill([[]]), "an empty prompt"),
         (lambda s: s.prefill([[9]]), "vocabulary of 9"),
         (lambda s: s.prefill([[-1]]), "vocabulary of 9"),
         (lambda s: s.prefill([[0.5]]), "int64"),
@@ -124,6 +127,75 @@ def test_mistakes_are_told(call: object, words: str) -> None:
     compiled = dsc.compile(small_lm(), backend="null", max_context=32)
     with pytest.raises(UsageError, match=words):
         call(compiled.session())
+
+
+WRONG_IDS = {
+    "nothing": None,
+    "a text": "abc",
+    "one number": 3,
+    "a generator": (i for i in (1, 2)),
+    "too large": [2**70],
+    "beyond int64": [2**63],
+    "true": [True, False],
+    "rows of two lengths": [[1, 2], [3]],
+    "halves": torch.tensor([0.5]),
+    "objects": np.array([1, 2], dtype=object),
+    "another order of bytes": np.array([1, 2], dtype=">i8"),
+    "no values": torch.zeros(1, 2, dtype=torch.int64, device="meta"),
+    "only some values": torch.eye(2, dtype=torch.int64).to_sparse(),
+    "too many axes": np.zeros((1, 1, 1), dtype=np.int64),
+}
+
+
+@pytest.mark.parametrize("given", WRONG_IDS)
+def test_ids_that_are_no_numbers_are_told_in_words(given: str) -> None:
+    session = null_session()
+    for call in (session.add, session.prefill):
+        with pytest.raises(UsageError, match="ids must be int64"):
+            call(WRONG_IDS[given])
+    session.add([1])
+    with pytest.raises(UsageError, match="ids must be int64"):
+        session.decode(WRONG_IDS[given])
+    assert session.lengths == [1]
+
+
+@pytest.mark.parametrize(
+    "lengths", [[1.5, 2], [True, True], "ab", 2, [[1, 2]], [2**70, 1], [1, None], [1]], ids=str
+)
+def test_lengths_that_are_no_numbers_are_told_in_words(lengths: object) -> None:
+    session = null_session()
+    with pytest.raises(UsageError, match="lengths"):
+        session.prefill([[1, 2], [3, 4]], lengths=lengths)  # type: ignore[arg-type]
+    assert session.lengths == []
+
+
+def test_arrays_of_any_order_in_memory_are_taken(compiled: dsc.CompiledModel) -> None:
+    array = np.arange(8).reshape(2, 4)
+    array.flags.writeable = False
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for view in (array[:, ::-1], array.T[:, :2].T, array[:, ::2], array.astype(np.int32)):
+            found = compiled.session().prefill(view)
+            wanted = compiled.session().prefill(np.array(view, dtype=np.int64, order="C"))
+            np.testing.assert_array_equal(found, wanted)
+
+
+@cache
+def null_model() -> dsc.CompiledModel:
+    """A model whose runs give zeros."""
+    return dsc.compile(small_lm(), backend="null", max_context=32)
+
+
+def null_session() -> Session:
+    """A session of four sequences."""
+    return null_model().session()
+
+
+@pytest.mark.parametrize("option", ["max_batch", "max_context"])
+@pytest.mark.parametrize("given", [1.5, True, "2"])
+def test_a_limit_is_a_whole_number(option: str, given: object) -> None:
+    with pytest.raises(UsageError, match=f"{option} is {given!r}\n.*give a whole number"):
+        null_model().session(**{option: given})  # type: ignore[arg-type]
 
 
 def test_a_session_must_fit_what_was_compiled() -> None:

@@ -1,0 +1,101 @@
+"""What a session is given as tokens and lengths, read in one place: any kind, or an error in words.
+
+NumPy is the form that all kinds share: it reads lists, and torch tensors that have values on some
+device become its arrays. What either refuses is the user's mistake, told as such.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from dsc.errors import UsageError
+
+if TYPE_CHECKING:
+    import torch
+    from numpy.typing import NDArray
+
+TYPES = (np.dtype(np.int64), np.dtype(np.int32))
+
+
+def read_ids(
+    ids: Any, form: Literal["batch", "prompt", "column"] = "batch"
+) -> tuple[torch.Tensor, str]:
+    """Token ids as an int64 tensor [B, S], and the kind that came: "numpy", else "torch".
+
+    One axis is a sequence, [1, S], and all that a "prompt" may have; in a "column" it is one token
+    of each, [B, 1]. The tensor is a copy: views of any order will do. Raises `UsageError`.
+    """
+    import torch
+
+    shape = {"batch": "[B, S]", "prompt": "[S]", "column": "[B]"}[form]
+    found = _integers(ids, f"ids must be int64 {shape}")
+    if not 1 <= found.ndim <= (1 if form == "prompt" else 2):
+        raise UsageError(
+            f"ids must be int64 {shape}; these have the shape {list(found.shape)}",
+            hint="add prompts one by one, each a row of its own" if form == "prompt" else None,
+        )
+    if found.ndim == 1:
+        found = found[:, None] if form == "column" else found[None]
+    return torch.from_numpy(found), "numpy" if isinstance(ids, np.ndarray) else "torch"
+
+
+def read_lengths(lengths: Any, batch: int, size: int) -> torch.Tensor:
+    """How many of `size` tokens each of `batch` sequences has, [B]; `None`: all of them.
+
+    Raises `UsageError`.
+    """
+    import torch
+
+    if lengths is None:
+        return torch.full((batch,), size)
+    found = _integers(lengths, "lengths must be int64 [B]")
+    if found.shape != (batch,) or found.min() < 1 or found.max() > size:
+        raise UsageError(
+            f"lengths {found.tolist()} for ids of shape [{batch}, {size}]",
+            hint="one length a sequence, each from 1 to the width of ids",
+        )
+    return torch.from_numpy(found)
+
+
+def _integers(given: Any, wanted: str) -> NDArray[np.int64]:
+    """A new int64 array of whole numbers. Raises `UsageError`, which begins with `wanted`."""
+    import torch
+
+    try:
+        with warnings.catch_warnings():  # of how NumPy would have to be asked by a tensor in a list
+            warnings.simplefilter("ignore")
+            found = np.asarray(given.detach().cpu() if isinstance(given, torch.Tensor) else given)
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        raise UsageError(f"{wanted}; {_kind(given)}", hint=_todo(given)) from None
+    if found.size and found.dtype not in TYPES:
+        raise UsageError(f"{wanted}; {_kind(given, found)}", hint=_todo(given))
+    return np.array(found, dtype=np.int64, order="C", subok=False)
+
+
+def _kind(given: Any, found: NDArray[Any] | None = None) -> str:
+    """What was given, as the second half of a sentence."""
+    import torch
+
+    if isinstance(given, torch.Tensor):
+        return f"this is a tensor of {given.dtype} and shape {list(given.shape)} on {given.device}"
+    if isinstance(given, np.ndarray):
+        return f"this is an array of {given.dtype} ({given.dtype.str}) and shape {given.shape}"
+    if not isinstance(given, list | tuple):
+        return f"this is {given!r:.60} ({type(given).__name__})"
+    if found is None:
+        return "its rows differ in length, or hold other things than numbers"
+    kinds = sorted({type(each).__name__ for each in found.astype(object).flat})
+    large = "" if set(kinds) != {"int"} else ", some too large for int64"
+    return f"this is a {type(given).__name__} of {', '.join(kinds)}{large}"
+
+
+def _todo(given: Any) -> str:
+    """What to do about it."""
+    if isinstance(given, str | bytes):
+        return "make ids of a text with its tokenizer"
+    if isinstance(given, list | tuple):
+        return "give whole numbers; pad shorter rows on the right, and give their lengths"
+    return "give a list, an array or a tensor of whole numbers; convert with .astype or .to"
