@@ -142,8 +142,14 @@ def fmod(t: Lowering, a: Number, b: Number) -> Operand:
 
 
 def _fmod(t: Lowering, x: Operand, y: Operand) -> Operand:
+    zero = t.number(0, x.type.dtype)
+    if x.type.dtype.is_int:  # the least integer has no absolute value
+        rest = t.call("remainder", x, y)
+        apart = t.call("ne", *(t.cast(t.call("lt", v, zero), DType.i64) for v in (x, y)))
+        wrong = t.call("logical_and", t.call("ne", rest, zero), apart)
+        return t.call("where", wrong, t.call("sub", rest, y), rest)
     rest = t.call("remainder", t.call("abs", x), t.call("abs", y))
-    below = t.call("lt", x, t.number(0, x.type.dtype))
+    below = t.call("lt", x, zero)
     return t.call("where", below, t.call("neg", rest), rest)
 
 
@@ -153,8 +159,13 @@ def remainder(t: Lowering, a: Number, b: Number) -> Operand:
 
 
 def power(t: Lowering, x: Number, exponent: Number) -> Operand:
-    """x ** exponent, by the function that ATen itself uses for 2, 1/2, -1/2 and -1."""
-    named = {2: "square", 0.5: "sqrt", -0.5: "rsqrt", -1: "reciprocal"}
+    """x ** exponent, by the function that ATen itself uses for 2, 1/2, -1/2 and -1.
+
+    Of fp16 ATen takes roots as powers, which have another result at -inf and -0.
+    """
+    named: dict[float, str] = {2: "square", -1: "reciprocal"}
+    if t.out.dtype is not DType.f16:
+        named |= {0.5: "sqrt", -0.5: "rsqrt"}
     exponent = t.known(exponent)
     if isinstance(exponent, (int, float)) and t.out.dtype.is_float and exponent in named:
         return t.call(named[exponent], t.operand(x, t.out.dtype))

@@ -421,8 +421,10 @@ def scatter(t: Lowering, x: Operand, dim: int, index: Operand, values: Any, **_:
 
 
 def one_hot(t: Lowering, x: Operand, classes: Dim = -1) -> Operand:
-    """Indicator rows."""
+    """Indicator rows; read through a range, so that an index outside of it is an error."""
     if not isinstance(classes, int) or classes < 0:
         raise Unsupported("one_hot without a number of classes")
-    spread = t.reshape(x, (*x.type.shape, 1))
-    return t.cast(t.call("eq", spread, t.arange(0, classes)), DType.i64)
+    numbers = t.arange(0, classes)
+    inside = t.call("take", numbers, t.cast(x, DType.i64), axis=0)
+    spread = t.reshape(inside, (*x.type.shape, 1))
+    return t.cast(t.call("eq", spread, numbers), DType.i64)

@@ -28,8 +28,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from dsc.errors import UsageError
-from dsc.frontends.aten_graph import CompiledGraph
-from dsc.frontends.fx_import import is_users, users_line
+from dsc.frontends.aten_graph import CompiledGraph, refusal
+from dsc.frontends.fx_import import Problem, is_users, source_line, users_line
 from dsc.frontends.regions import Options
 from dsc.frontends.whole import kept_whole
 
@@ -124,6 +124,15 @@ class GraphCompiler:
         if capture.eager:
             self.warn(f"{self.name} runs eagerly, because {capture.eager}")
             return gm.forward
+        moved = [n for n in gm.graph.nodes if n.target is torch.Tensor.set_]
+        if moved:  # AOTAutograd cannot take it
+            why = "a tensor is given other memory (`x.data = y`)"
+            problems = {n: Problem("set_", why, source_line(n)) for n in moved}
+            if self.options.fallback == "error":
+                raise refusal(problems)
+            capture.eager = f"{why}: {source_line(moved[0])}"
+            self.warn(f"{self.name} runs eagerly, because {capture.eager}")
+            return gm.forward
         from torch._dynamo.backends.common import aot_autograd
 
         compiler = functools.partial(self._compiled, capture)
@@ -171,7 +180,8 @@ class GraphCompiler:
 class Frozen:
     """A graph whose parameters are constants, compiled for each set of them that comes.
 
-    They are told apart by address and version, so changes through `.data` stay unseen.
+    They are told apart by address and version, so changes through `.data`
+    or through other aliases of their memory (NumPy) stay unseen.
     """
 
     _boxed_call = True

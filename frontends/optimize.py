@@ -78,8 +78,8 @@ def optimize(
         fallback: "error" refuses what cannot be compiled; "eager" runs it by PyTorch, around
             compiled parts.
         freeze: take parameters and buffers as constants, so that passes may fold and pack them.
-            Another module, or a change in place, compiles again; a change through `.data` is not
-            seen, and the old values stay.
+            Another module, or a change in place, compiles again; one through `.data` or
+            through another alias of the memory (NumPy) is not seen, and the old values stay.
         fullgraph: whether the whole function has to be one graph: with `fallback="error"` it has.
         dynamic: sizes become symbols once they have changed (`None`), at once (`True`) or never.
         mode: torch's; only "default" means something here.

@@ -126,7 +126,7 @@ class RegionImporter(FxImporter):
         kind = self.lowering.type_of(tensor)
         if tensor.dim() == 0:
             return self.lowering.number(tensor.item(), kind.dtype)
-        return self.lowering.constant(name, tensor.detach())
+        return self.lowering.constant(name, tensor.detach().resolve_neg())
 
 
 def place_of(node: fx.Node) -> str:
@@ -194,7 +194,8 @@ class Region:
         executable = self.executable
         assert executable is not None
         with self._lock:  # an arena serves one call at a time
-            found = executable.run(dict(zip(self._names, tensors, strict=True)))
+            plain = (x.resolve_neg() if x.is_neg() else x for x in tensors)
+            found = executable.run(dict(zip(self._names, plain, strict=True)))
         return [
             found[name].contiguous() if dims is None else _laid_out(found[name], dims)
             for name, dims in zip(self._outputs, self._layouts, strict=True)

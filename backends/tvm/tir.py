@@ -156,7 +156,7 @@ class Local:
     """A small array on a thread's stack: accumulators, or a tile; `width` lanes an element."""
 
     def __init__(self, count: int, name: str = "float32", width: int = 1) -> None:
-        self.width = width
+        self.name, self.width = name, width
         self.zero = splat(tirx.const(0, name), width)
         self.buffer = T.alloc_buffer((count,), vector_type(name, width), annotations=_ON_STACK)
 

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dsc.frontends.torch_export import trace
-from tests.frontends.tracing import Function, Lambda, checked, interpreted
+from dsc.ir.index_ranges import index_ranges
+from tests.frontends.tracing import Function, Lambda, checked, interpreted, traced
 
 # One row of the table at a time: x f32[B,4,6] with B symbolic, i i64[3], b bool[B,4,6], h bf16.
 
@@ -380,3 +381,9 @@ def test_row_means_what_pytorch_means_after_decomposition(name: str, decomposed:
 def test_decomposing_changes_no_meaning() -> None:
     for found, wanted in compared(list(ROWS)).values():
         assert_equal(found, wanted)
+
+
+def test_a_class_of_one_hot_has_to_exist() -> None:
+    graph = checked(traced(lambda i: F.one_hot(i, 5), torch.tensor([0, 4])))
+    (demand,) = index_ranges(graph, {}).demands
+    assert (demand.span.low, demand.span.high) == (0, 4)

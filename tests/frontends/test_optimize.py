@@ -474,3 +474,38 @@ def test_a_mixture_of_experts_is_two_operators(compiled: list[Program]) -> None:
 
 def _leaves(found: Any) -> list[Tensor]:
     return list(found) if isinstance(found, (tuple, list)) else [found]
+
+
+def test_negated_views_are_read_as_what_they_are() -> None:
+    def imaginary(x: Tensor) -> Tensor:
+        return x.conj().imag * 2
+
+    x = torch.complex(torch.ones(2), torch.ones(2))
+    assert torch.equal(dsc.optimize(fallback="eager")(imaginary)(x), imaginary(x))
+
+
+def test_least_integers_and_fp16_roots_are_what_they_are_eagerly() -> None:
+    def both(x: Tensor, y: Tensor, h: Tensor) -> tuple[Tensor, ...]:
+        return x.fmod(3), x.fmod(-5), y.fmod(7), h**0.5, h**-0.5
+
+    x, y = (
+        torch.tensor([torch.iinfo(t).min, -7, 7, 0], dtype=t) for t in (torch.int8, torch.int16)
+    )
+    h = torch.tensor([float("-inf"), -0.0, 4.0, float("inf")], dtype=torch.float16)
+    for found, wanted in zip(dsc.optimize(both)(x, y, h), both(x, y, h), strict=True):
+        torch.testing.assert_close(found, wanted, rtol=0, atol=0)
+        assert torch.equal(found.float().signbit(), wanted.float().signbit())
+
+
+def test_a_tensor_given_other_memory_is_refused_or_runs_eagerly() -> None:
+    def moved(x: Tensor, y: Tensor) -> Tensor:
+        x.data = y
+        return x * 2
+
+    y = torch.full((3,), 5.0)
+    with pytest.raises(UnsupportedOperator, match=r"x\.data = y"):
+        dsc.optimize(moved)(torch.ones(3), y)
+    x = torch.ones(3)
+    with pytest.warns(UserWarning, match="runs eagerly"):
+        assert torch.equal(torch.compile(moved, backend="dsc")(x, y), y * 2)
+    assert torch.equal(x, y)

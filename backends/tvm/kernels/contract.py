@@ -7,12 +7,13 @@ products, as in bshc,hvc->bshv), or not at all.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import reduce
 from operator import mul
 from typing import TypeAlias
 
 from dsc.backends.tvm.kernels import bf16_contract
+from dsc.backends.tvm.kernels.sums import summed
 from dsc.backends.tvm.launch import Launch, Unsupported, operand
 from dsc.backends.tvm.machine import Machine
 from dsc.backends.tvm.shapes import (
@@ -32,7 +33,6 @@ from dsc.backends.tvm.tir import (
     build,
     integer,
     lanes_for,
-    loop,
     splat,
     total,
 )
@@ -97,7 +97,7 @@ def contract(
     sizes: int,
 ) -> PrimFunc:
     """Arguments: the operands, the result; sizes. `shape` gives the extent of each letter."""
-    summed = [c for c in letters if c not in result and c != "_"]
+    over = [c for c in letters if c not in result and c != "_"]
 
     def body(*arguments: Expr) -> None:
         addresses, given = arguments[: len(terms) + 1], arguments[len(terms) + 1 :]
@@ -107,18 +107,18 @@ def contract(
             for at, term in zip(addresses, terms, strict=False)
         ]
         y = Tensor(addresses[-1], dtype, [extents[c] for c in result])
-        along = _vector_letter(terms, result, summed, extents) if VALUE[dtype] == "float32" else ""
+        along = _vector_letter(terms, result, over, extents) if VALUE[dtype] == "float32" else ""
         width = lanes_for(extents[along], lanes) if along else 1
         if along and along in result:
-            _rows(xs, terms, y, result, summed, extents, width)
+            _rows(xs, terms, y, result, over, extents, width)
         else:
-            _dots(xs, terms, y, result, summed, extents, along, width, VALUE[dtype])
+            _dots(xs, terms, y, result, over, extents, along, width, VALUE[dtype])
 
     return build(body, [*(f"x{i}" for i in range(len(terms))), "y", *size_names(sizes)])
 
 
 def _vector_letter(
-    terms: Terms, result: str, summed: Sequence[str], extents: dict[str, Expr]
+    terms: Terms, result: str, letters: Sequence[str], extents: dict[str, Expr]
 ) -> str:
     """The letter to run vectors along, or an empty string."""
 
@@ -128,7 +128,7 @@ def _vector_letter(
     end = result[-1:]
     if end and isinstance(extents[end], int) and last_where_present(end):
         return end
-    for letter in summed:
+    for letter in letters:
         everywhere = all(term.endswith(letter) for term in terms)
         if everywhere and isinstance(extents[letter], int):
             return letter
@@ -152,7 +152,7 @@ def _rows(
     terms: Terms,
     y: Tensor,
     result: str,
-    summed: Sequence[str],
+    letters: Sequence[str],
     extents: dict[str, Expr],
     width: int,
 ) -> None:
@@ -161,23 +161,20 @@ def _rows(
     steps = extents[along] // width
     together = lanes_for(steps, UNROLL)
     outer = [extents[c] for c in result[:-1]]
-    work = count([extents[c] for c in summed]) * (together * width)
+    work = count([extents[c] for c in letters]) * (together * width)
 
     def block(index: list[Expr]) -> None:
         start = bind(index[-1] * (together * width))
         at = dict(zip(result[:-1], index, strict=False)) | {"_": integer(0)}
-        sums = [Local(1, width=width) for _ in range(together)]
-        for acc in sums:
-            acc[0] = acc.zero
+        parts = [Local(1, width=width) for _ in range(together)]
 
-        def visit(inner: dict[str, Expr]) -> None:
-            for u, acc in enumerate(sums):
-                here = at | inner | {along: start + u * width}
-                acc[0] = acc[0] + _product(xs, terms, here, along, width)
+        def add(inner: Sequence[Expr]) -> None:
+            for u, acc in enumerate(parts):
+                own = dict(zip(letters, inner, strict=True)) | {along: start + u * width}
+                acc[0] = acc[0] + _product(xs, terms, at | own, along, width)
 
-        _nest(summed, extents, visit, {})
-        for u, acc in enumerate(sums):
-            y.store(acc[0], *(at[c] for c in result[:-1]), start + u * width)
+        for u, value in enumerate(summed([extents[c] for c in letters], parts, add)):
+            y.store(value, *(at[c] for c in result[:-1]), start + u * width)
 
     each_index([*outer, steps // together], work, block)
 
@@ -187,42 +184,27 @@ def _dots(
     terms: Terms,
     y: Tensor,
     result: str,
-    summed: Sequence[str],
+    letters: Sequence[str],
     extents: dict[str, Expr],
     along: str,
     width: int,
     name: str,
 ) -> None:
     """One result element at a time, vectors along a contracted letter where there is one."""
-    order = [c for c in summed if c != along] + ([along] if along else [])
+    order = [c for c in letters if c != along] + ([along] if along else [])
     stepped = {c: (e // width if c == along and width > 1 else e) for c, e in extents.items()}
 
     def one(index: list[Expr]) -> None:
         at = dict(zip(result, index, strict=True)) | {"_": integer(0)}
         acc = Local(1, name, width)
-        acc[0] = acc.zero
 
-        def visit(inner: dict[str, Expr]) -> None:
-            here = at | inner
+        def add(inner: Sequence[Expr]) -> None:
+            here = at | dict(zip(order, inner, strict=True))
             if along:
-                here[along] = inner[along] * width
+                here[along] = here[along] * width
             acc[0] = acc[0] + _product(xs, terms, here, along, width)
 
-        _nest(order, stepped, visit, {})
-        y.store(total(acc[0]) if width > 1 else acc[0], *index)
+        (found,) = summed([stepped[c] for c in order], [acc], add)
+        y.store(total(found) if width > 1 else found, *index)
 
     each_index([extents[c] for c in result], count([extents[c] for c in order]), one)
-
-
-def _nest(
-    letters: Sequence[str],
-    extents: dict[str, Expr],
-    body: Callable[[dict[str, Expr]], None],
-    index: dict[str, Expr],
-) -> None:
-    """Serial loops over `letters`."""
-    if not letters:
-        body(index)
-        return
-    with loop(extents[letters[0]]) as i:
-        _nest(letters[1:], extents, body, index | {letters[0]: i})

@@ -213,7 +213,7 @@ def _broadcast_load(x: Tensor, shape: Pattern, index: list[Expr], width: int) ->
 
 
 def convert(value: Expr, source: DType, target: DType) -> Expr:
-    """A register value of `source` as one of `target`."""
+    """A register value of `source` as one of `target`; a NaN is true, as torch has it."""
     if target is DType.boolean and source is not DType.boolean:
-        return tirx.NE(value, splat(tirx.const(0, VALUE[source]), tir.lanes_of(value)))
+        return FORMULAS["ne"](value, splat(tirx.const(0, VALUE[source]), tir.lanes_of(value)))
     return value if VALUE[source] == VALUE[target] else tir.cast(value, VALUE[target])

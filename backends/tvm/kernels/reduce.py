@@ -1,14 +1,16 @@
 """Reductions over axes, and what scans one axis: softmax, argmax, cumsum, topk.
 
-A sum over the last axis runs in vectors; everything else walks elements. Statistics are fp32.
+A sum over the last axis runs in vectors; everything else walks elements. Statistics are fp32,
+long sums exact to a few of its last places: `sums.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from tvm import tirx
 
+from dsc.backends.tvm.kernels.sums import nest, summed
 from dsc.backends.tvm.launch import Launch, Unsupported, operand, static_dim
 from dsc.backends.tvm.machine import Machine
 from dsc.backends.tvm.shapes import (
@@ -71,7 +73,6 @@ def reduce_axes(
 
         def one(outer: list[Expr]) -> None:
             acc = Local(1, name, width)
-            acc[0] = acc.zero if op in ("sum", "mean") else source.load(*_merge(outer, kept, axes))
             steps = [*counts[:-1], counts[-1] // width] if counts and width > 1 else counts
 
             def visit(inner: Sequence[Expr]) -> None:
@@ -79,8 +80,14 @@ def reduce_axes(
                 value = source.load(*_merge(outer, kept, axes, place), lanes=width)
                 acc[0] = _combine(op, acc[0], bind(value))
 
-            _nest(steps, visit)
-            result = total(acc[0]) if width > 1 else acc[0]
+            if op in ("sum", "mean"):
+                (result,) = summed(steps, [acc], visit)
+            else:
+                acc[0] = source.load(*_merge(outer, kept, axes))
+                nest(steps, visit)
+                result = acc[0]
+            if width > 1:
+                result = total(result)
             if op == "mean":
                 result = result / cast(integer(count(counts)), name)
             target.store(result, *outer)
@@ -109,17 +116,6 @@ def _combine(op: str, acc: Expr, value: Expr) -> Expr:
 def _or_nan(better: Expr, value: Expr) -> Expr:
     """`better`, or that the value is no number: of several values a NaN is the extreme."""
     return tirx.Or(better, is_nan(value)) if value.ty.dtype.is_float else better
-
-
-def _nest(
-    extents: Sequence[Expr], body: Callable[[Sequence[Expr]], None], index: Sequence[Expr] = ()
-) -> None:
-    """Serial loops over all of `extents`."""
-    if not extents:
-        body(index)
-        return
-    with loop(extents[0]) as i:
-        _nest(extents[1:], body, [*index, i])
 
 
 def lower_scan(node: Node, machine: Machine) -> Launch:
@@ -184,21 +180,25 @@ class Line:
 
 def _softmax(line: Line, target: Tensor, name: str) -> None:
     peak, mass = Local(1, name), Local(1, name)
-    peak[0], mass[0] = tirx.FloatImm(name, float("-inf")), mass.zero
+    peak[0] = tirx.FloatImm(name, float("-inf"))
     with loop(line.extent) as i:
         peak[0] = tirx.max(peak[0], line.load(i))
+
+    def add(at: Sequence[Expr]) -> None:
+        mass[0] = mass[0] + exp_of_any(line.load(at[0]) - peak[0])
+
+    (found,) = summed([line.extent], [mass], add)
+    whole = bind(found)
     with loop(line.extent) as i:
-        mass[0] = mass[0] + exp_of_any(line.load(i) - peak[0])
-    with loop(line.extent) as i:
-        target.store(exp_of_any(line.load(i) - peak[0]) / mass[0], *line.index(i))
+        target.store(exp_of_any(line.load(i) - peak[0]) / whole, *line.index(i))
 
 
 def _cumsum(line: Line, target: Tensor, name: str) -> None:
-    acc = Local(1, name)
+    acc = Local(1, "float64" if name == "float32" else name)
     acc[0] = acc.zero
     with loop(line.extent) as i:
-        acc[0] = acc[0] + line.load(i)
-        target.store(acc[0], *line.index(i))
+        acc[0] = acc[0] + cast(line.load(i), acc.name)
+        target.store(cast(acc[0], name), *line.index(i))
 
 
 def _argmax(line: Line, name: str) -> Expr:

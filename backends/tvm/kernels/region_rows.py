@@ -19,6 +19,7 @@ from tvm import tirx
 from dsc.backends.tvm import bf16
 from dsc.backends.tvm.kernels.access import Access, Number, Rows
 from dsc.backends.tvm.kernels.pointwise import FORMULAS
+from dsc.backends.tvm.kernels.sums import nest, summed
 from dsc.backends.tvm.kernels.values import Operand, Point, compute, held, literal, put, rounded
 from dsc.backends.tvm.machine import Machine
 from dsc.backends.tvm.shapes import size_names
@@ -236,7 +237,7 @@ class _Row:
         d, lanes = self.places.at(step.extents[-1]), self.lanes([step])
         steps = d // lanes if isinstance(d, int) else d
         peaks, sums = Local(1, width=lanes), Local(1, width=lanes)
-        peaks[0], sums[0] = splat(f32(LOWEST), lanes), sums.zero
+        peaks[0] = splat(f32(LOWEST), lanes)
 
         def visit(body: Callable[[Expr, Expr], None]) -> None:
             with loop(steps) as i:
@@ -248,11 +249,12 @@ class _Row:
         visit(raise_peak)
         peak = bind(splat(bind(largest(peaks[0])), lanes))
 
-        def add(at: Expr, v: Expr) -> None:
+        def add(at: Sequence[Expr]) -> None:
+            v = bind(self.load(x, [at[0] * lanes], lanes, [d]))
             sums[0] = sums[0] + exp_of_any(v - peak)
 
-        visit(add)
-        mass = bind(splat(bind(total(sums[0])), lanes))
+        (found,) = summed([steps], [sums], add)
+        mass = bind(splat(bind(total(found)), lanes))
         visit(lambda at, v: self.store(step, [at], held(exp_of_any(v - peak) / mass), [d]))
 
     def _reduce(self, step: RowStep) -> None:
@@ -265,17 +267,21 @@ class _Row:
         wide = isinstance(d, int) and name == "float32" and plain
         lanes = lanes_for(d, self.machine.lanes) if wide else 1
         acc = Local(1, name, lanes)
+        steps = d // lanes if isinstance(d, int) else d
         sums = step.op in ("sum", "mean")
-        acc[0] = acc.zero if sums else self.load(x, [integer(0)], lanes, [d])
-        with loop(d // lanes if isinstance(d, int) else d) as i:
-            v = bind(self.load(x, [i * lanes], lanes, [d]))
-            if sums:
-                acc[0] = acc[0] + v
-            else:
-                acc[0] = FORMULAS[_PAIRS[step.op]](v, acc[0])
-        result = acc[0]
+
+        def add(at: Sequence[Expr]) -> None:
+            v = bind(self.load(x, [at[0] * lanes], lanes, [d]))
+            acc[0] = acc[0] + v if sums else FORMULAS[_PAIRS[step.op]](v, acc[0])
+
+        if sums:
+            (result,) = summed([steps], [acc], add)
+        else:
+            acc[0] = self.load(x, [integer(0)], lanes, [d])
+            nest([steps], add)
+            result = acc[0]
         if lanes > 1:
-            result = _joined(step.op, acc, lanes) if not sums else total(result)
+            result = total(result) if sums else _joined(step.op, acc, lanes)
         if step.op == "mean":
             result = result / cast(integer(d), name)
         self.store(step, [integer(0)], held(result), [1])
