@@ -11,6 +11,7 @@ import errno
 import os
 import resource
 import shutil
+import stat
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -103,6 +104,24 @@ def read_text(file: str | Path) -> str:
             where=where,
             hint="convert it, as with iconv -t UTF-8",
         ) from None
+
+
+def why_no_file(path: Path) -> str:
+    """What keeps `path` from being a regular file, links followed: "is missing", …; or "".
+
+    A pipe or a device, which may never end, is none.
+    """
+    try:
+        mode = path.stat().st_mode
+    except FileNotFoundError:
+        return "is a link that leads nowhere" if path.is_symlink() else "is missing"
+    except OSError as problem:
+        return f"cannot be read: {problem.strerror}"
+    except ValueError:  # of a name that holds a zero byte
+        return "is missing"
+    if stat.S_ISREG(mode):
+        return ""
+    return "is a folder, not a file" if stat.S_ISDIR(mode) else "is a pipe or a device, not a file"
 
 
 def check_writable(path: str | Path) -> None:

@@ -21,6 +21,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from dsc.errors import ConfigError, UnsupportedArchitecture
+from dsc.files import why_no_file
 from dsc.frontends.quantisation import readable
 from dsc.frontends.strict_json import AGAIN, parse_object
 
@@ -267,8 +268,10 @@ def load_config(path: Path | str) -> ModelConfig:
 
 def read_bounded(file: Path, limit: int = MAX_CONFIG_BYTES) -> bytes:
     """The bytes of a regular file that must not exceed `limit`; `ConfigError` otherwise."""
-    if not file.is_file():
-        raise ConfigError("no such file", str(file), "give a folder that holds a config.json")
+    if reason := why_no_file(file):
+        raise ConfigError(
+            f"{file.name} {reason}", str(file), f"give a folder that holds a file {file.name}"
+        )
     with file.open("rb") as stream:
         text = stream.read(limit + 1)
     if len(text) > limit:

@@ -10,6 +10,7 @@ file asks for sampling and names no `top_k`.)
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -63,7 +64,7 @@ def load_generation(folder: Path, config: ModelConfig) -> Settings:
     """
     file = folder / GENERATION_FILE
     raw: Mapping[str, Any] = {}
-    if file.is_file():
+    if os.path.lexists(file):
         raw = parse_object(read_bounded(file), str(file), ConfigError)
     return settings_of(raw, config, str(file))
 

@@ -8,6 +8,7 @@ opened, `trust_remote_code` is never set.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -180,7 +181,7 @@ def _transformers_fields(config: ModelConfig) -> dict[str, Any]:
 def _with_quantization(raw: JsonObject, folder: Path) -> JsonObject:
     """`config.json` with what modelopt writes beside it, where it has no section of its own."""
     file = folder / MODELOPT_FILE
-    if raw.get("quantization_config") is not None or not file.is_file():
+    if raw.get("quantization_config") is not None or not os.path.lexists(file):
         return raw
     found = parse_object(read_bounded(file), str(file), ConfigError).get("quantization")
     return raw | {"quantization_config": found}

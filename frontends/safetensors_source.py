@@ -10,6 +10,7 @@ is touched. Pickles (`.bin`, `.pt`, `.pkl`) run code when they are opened and ne
 from __future__ import annotations
 
 import mmap
+import os
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dsc.errors import CheckpointError, UsageError
+from dsc.files import why_no_file
 from dsc.frontends.strict_json import JsonObject, parse_object
 from dsc.ir.types import MAX_RANK, DType, TensorType
 
@@ -177,9 +179,9 @@ def open_safetensors(path: Path | str) -> SafetensorsSource:
         return _union([path])
     if not path.is_dir():
         raise CheckpointError("no such file or folder", str(path))
-    if (path / INDEX_FILE).exists():
+    if os.path.lexists(path / INDEX_FILE):
         return _indexed(path)
-    if (path / SINGLE_FILE).exists():
+    if os.path.lexists(path / SINGLE_FILE):
         return _union([_inside(path, SINGLE_FILE, str(path))])
     found = sorted(file.name for file in path.glob("*.safetensors"))
     if found:
@@ -233,11 +235,14 @@ def _inside(folder: Path, name: str, where: str) -> Path:
     A snapshot of the Hugging Face cache (`<repo>/snapshots/<revision>/`) is a folder of links into
     `<repo>/blobs/`; those, and no other links out of the folder, are followed.
     """
-    if Path(name).name != name or name in {"", ".", ".."} or len(name) > MAX_NAME:
+    if len(name) > MAX_NAME:
+        told = f"a file name of {len(name)} characters, {name[:40]!r}…; at most {MAX_NAME} are read"
+        raise CheckpointError(told, where, "give the file a shorter name, in the index too")
+    if Path(name).name != name or name in {"", ".", ".."}:
         raise CheckpointError(f"the file name {name[:80]!r} leaves the checkpoint folder", where)
     path, home = folder / name, folder.resolve()
-    if not path.is_file():
-        raise CheckpointError(f"the file {name} is missing", where, "download it, or repair links")
+    if reason := why_no_file(path):
+        raise CheckpointError(f"{name!r} {reason}", where, "download it, or repair links")
     homes = {home}
     if home.parent.name == "snapshots":
         homes.add(home.parent.parent / "blobs")

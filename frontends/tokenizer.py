@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import os
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,7 @@ def find_tokenizer(folder: Path) -> tuple[Path | bytes | None, str]:
     if not ranks.is_file():
         return None, ""
     settings: JsonObject = {}
-    if (folder / SETTINGS).is_file():
+    if os.path.lexists(folder / SETTINGS):
         text = read_bounded(folder / SETTINGS)
         settings = parse_object(text, str(folder / SETTINGS), ConfigError)
     name = settings.get("tokenizer_class")

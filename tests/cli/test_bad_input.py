@@ -14,6 +14,9 @@ import pytest
 
 import dsc
 from dsc.cli import main
+from dsc.errors import DscError
+from dsc.frontends.generation_config import load_generation
+from dsc.frontends.huggingface import load_checkpoint
 from dsc.models.configs import TINY_CHECKPOINT
 
 FP8 = Path(__file__).resolve().parent.parent / "data" / "tiny-v3-fp8"
@@ -164,6 +167,41 @@ def test_an_index_that_leads_outside(
     index["weight_map"]["model.norm.weight"] = place
     path.write_text(json.dumps(index))
     refused(capsys, folder, place)
+
+
+def pipe(path: Path) -> None:
+    os.mkfifo(path)
+
+
+def loop(path: Path) -> None:
+    path.symlink_to(path.name)
+
+
+def dangling(path: Path) -> None:
+    path.symlink_to("absent")
+
+
+NO_FILES: dict[str, tuple[Callable[[Path], None], str]] = {
+    "a pipe": (pipe, "is a pipe or a device, not a file"),
+    "a link to itself": (loop, "cannot be read: Too many levels of symbolic links"),
+    "a link to nothing": (dangling, "is a link that leads nowhere"),
+    "a folder": (Path.mkdir, "is a folder, not a file"),
+}
+
+
+@pytest.mark.parametrize("kind", NO_FILES)
+@pytest.mark.parametrize(
+    "name", ["config.json", "generation_config.json", "hf_quant_config.json", "model.safetensors"]
+)
+def test_what_is_no_file_is_called_what_it_is(name: str, kind: str, tmp_path: Path) -> None:
+    """Also where the file is optional: what somebody put there is not ignored without a word."""
+    folder = copy(TINY_CHECKPOINT, tmp_path / "model")
+    (folder / name).unlink(missing_ok=True)
+    make, words = NO_FILES[kind]
+    make(folder / name)
+    with pytest.raises(DscError, match=words) as told:
+        load_generation(folder, load_checkpoint(folder).config)
+    assert name in str(told.value)
 
 
 def test_a_pickle_is_never_opened(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

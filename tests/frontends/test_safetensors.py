@@ -165,10 +165,11 @@ def test_shards_by_their_index(sharded: Path) -> None:
         ({"a": "../one.safetensors"}, "leaves the checkpoint folder"),
         ({"a": "/etc/passwd"}, "leaves the checkpoint folder"),
         ({"a": "sub/one.safetensors"}, "leaves the checkpoint folder"),
-        ({"a": "x" * 300}, "leaves the checkpoint folder"),
+        ({"a": "x" * 300}, "a file name of 300 characters, .* at most 255"),
+        ({"a": "ä" * 200}, "cannot be read: File name too long"),
         ({"a": "x\0y"}, "is missing"),
         ({"a": ".."}, "leaves the checkpoint folder"),
-        ({"a": "absent.safetensors"}, "absent.safetensors is missing"),
+        ({"a": "absent.safetensors"}, "'absent.safetensors' is missing"),
         ({"a": "two.safetensors", "b": "two.safetensors"}, "1 tensors .* a in two.safetensors"),
         ({"a": 3}, "file names"),
         ({"a": ["one.safetensors"]}, "file names"),
@@ -206,7 +207,7 @@ def test_refuses_links_that_lead_out(
     attack: Callable[[Path, Path], None],
 ) -> None:
     attack(sharded, tmp_path_factory.mktemp("outside") / "there")
-    with pytest.raises(CheckpointError, match=r"leads out|is missing"):
+    with pytest.raises(CheckpointError, match=r"leads out|leads nowhere"):
         open_safetensors(sharded)
 
 
