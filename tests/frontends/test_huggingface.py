@@ -182,7 +182,7 @@ def test_code_in_the_folder_is_never_imported(tmp_path: Path) -> None:
 
 
 def test_a_folder_without_config(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="no such file"):
+    with pytest.raises(ConfigError, match="is missing"):
         load_checkpoint(tmp_path)
 
 
