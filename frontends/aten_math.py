@@ -126,7 +126,8 @@ def _floor_of_quotient(t: Lowering, a: Operand, b: Operand) -> Operand:
     ratio = t.call("sub", ratio, t.cast(less, dtype))
     down = floor(t, ratio)
     above = t.call("gt", t.call("sub", ratio, down), t.number(0.5, dtype))
-    whole = t.call("add", down, t.cast(above, dtype))
+    whole = t.call("where", above, t.call("add", down, t.number(1, dtype)), down)
+    whole = t.call("where", t.call("eq", ratio, zero), trunc(t, t.call("div", a, b)), whole)
     return t.call("where", t.call("eq", b, zero), t.call("div", a, b), whole)
 
 
@@ -243,10 +244,16 @@ def sign(t: Lowering, x: Operand) -> Operand:
 
 
 def trunc(t: Lowering, x: Operand) -> Operand:
-    """Towards zero, by way of i64; values of 2^52 and more are whole already and stay."""
-    whole = t.cast(t.cast(x, DType.i64), x.type.dtype)
-    small = t.call("lt", t.call("abs", x), t.number(2.0**52, x.type.dtype))
-    return t.call("where", small, whole, x)
+    """Towards zero, by way of i64; values of 2^52 and more are whole already and stay.
+
+    A zero keeps the sign of x.
+    """
+    zero, size = t.number(0, x.type.dtype), t.call("abs", x)
+    whole = t.cast(t.cast(size, DType.i64), x.type.dtype)
+    signed = t.call("where", t.call("lt", x, zero), t.call("neg", whole), whole)
+    small = t.call("lt", size, t.number(2.0**52, x.type.dtype))
+    broken = t.call("logical_and", small, t.call("ne", x, zero))
+    return t.call("where", broken, signed, x)
 
 
 def floor(t: Lowering, x: Operand) -> Operand:
@@ -281,7 +288,8 @@ def round_half_to_even(t: Lowering, x: Operand, **options: Any) -> Operand:
     odd = t.call("ne", t.call("remainder", whole, t.number(2, dtype)), t.number(0, dtype))
     tie = t.call("logical_and", t.call("eq", rest, half), odd)
     away = t.cast(t.call("logical_or", t.call("gt", rest, half), tie), dtype)
-    return t.cast(t.call("add", whole, t.call("mul", sign(t, wide), away)), x.type.dtype)
+    back = t.call("mul", sign(t, t.call("neg", wide)), away)  # +0 or -0 leaves a zero its sign
+    return t.cast(t.call("sub", whole, back), x.type.dtype)
 
 
 def gelu(t: Lowering, x: Operand, approximate: str = "none") -> Operand:

@@ -497,6 +497,16 @@ def test_least_integers_and_fp16_roots_are_what_they_are_eagerly() -> None:
         assert torch.equal(found.float().signbit(), wanted.float().signbit())
 
 
+def test_rounding_keeps_the_sign_of_zero() -> None:
+    def whole(x: Tensor) -> tuple[Tensor, ...]:
+        return x.trunc(), x.floor(), x.ceil(), x.round(), x // 2, x // -2
+
+    x = torch.tensor([-0.3, -0.0, 0.0, 0.3, -0.7, 0.7, -2.5, 2.5, 1e20, -1e20, float("-inf")])
+    for found, wanted in zip(dsc.optimize(whole)(x), whole(x), strict=True):
+        torch.testing.assert_close(found, wanted, rtol=0, atol=0, equal_nan=True)
+        assert torch.equal(found.signbit() & (found == 0), wanted.signbit() & (wanted == 0))
+
+
 def test_a_tensor_given_other_memory_is_refused_or_runs_eagerly() -> None:
     def moved(x: Tensor, y: Tensor) -> Tensor:
         x.data = y
