@@ -432,7 +432,10 @@ def test_a_looped_model_is_the_branched_one(
 ) -> None:
     from dsc.backends.onnxruntime import model
 
-    monkeypatch.setattr(model, "build_model", lambda *given: build_model(*given, max_branches=0))
+    def looped(*given: Any, **named: Any) -> Any:
+        return build_model(*given, **{**named, "max_branches": 0})
+
+    monkeypatch.setattr(model, "build_model", looped)
     got = _conversation(_executable(prepared, tmp_path / "a"), prepared)
     opened = artifact.read(folder)
     wanted = _conversation(BACKEND.load(folder, opened.manifest, opened.program), prepared)
