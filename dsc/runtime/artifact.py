@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,6 @@ from dsc._version import __version__
 from dsc.backends.base import MANIFEST, Emission
 from dsc.errors import ArtifactError, UsageError
 from dsc.files import check_makeable, check_room, named, replacing
-from dsc.ir.limits import LIMITS
 from dsc.ir.parser import parse_program
 from dsc.ir.printer import print_program
 from dsc.ir.program import Program
@@ -136,7 +135,7 @@ def write(
             "config": program.meta.get("config", {}),
             "generation": program.meta.get("generation", {"eos_token_id": []}),
             "source": source,
-            "limits": program.meta.get(LIMITS, {}),
+            "limits": asdict(program.limits) if program.is_causal_lm else {},
             "rank": rank,
             "files": files,
         }
