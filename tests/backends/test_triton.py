@@ -29,6 +29,7 @@ from dsc.ir import views
 from dsc.ir.dims import symbol
 from dsc.ir.graph import GraphBuilder
 from dsc.ir.interpreter import Interpreter
+from dsc.ir.limits import Limits
 from dsc.ir.program import Program
 from dsc.ir.types import DType, TensorType
 from dsc.ir.views import View
@@ -44,7 +45,8 @@ CONTEXT, CHUNK = 64, 16
 @pytest.fixture(scope="module")
 def model() -> Program:
     options = pipeline.PipelineOptions(prefill_chunk=CHUNK)
-    program = canonical_lm(Sizes(), max_context=CONTEXT)
+    limits = Limits(max_batch=4, max_context=CONTEXT, prefill_chunk=CHUNK)
+    program = canonical_lm(Sizes(), max_context=CONTEXT).limited(limits)
     return pipeline.run(program, TritonBackend(), SM_90, options)[0]
 
 

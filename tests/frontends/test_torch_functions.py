@@ -28,7 +28,7 @@ THROUGH_COMPILE = (
 
 
 REFUSED = {"integer_trunc_divide", "nothing_to_reduce"}
-EAGER = {"linear_double", "conv1d", "a_gradient"}
+EAGER = {"conv1d", "a_gradient"}
 
 
 @pytest.mark.parametrize("name", THROUGH_OPTIMIZE)

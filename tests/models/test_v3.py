@@ -218,5 +218,5 @@ def test_presets_by_name_or_path() -> None:
     assert set(CONFIGS) == {"tiny", "moonlight", "16b", "236b", "671b"}
     assert config("tiny").num_hidden_layers == 4
     assert config(str(CONFIGS["671b"])) == config("671b")
-    with pytest.raises(UsageError, match="known: tiny, moonlight"):
+    with pytest.raises(UsageError, match="one of tiny, moonlight"):
         config("70b")
