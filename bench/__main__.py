@@ -2,6 +2,7 @@
 
     python -m bench --shape moonlight-6l [--quick] [--peers transformers,llama.cpp] [--out DIR]
     python -m bench --folder CHECKPOINT
+    python -m bench --against ../another-checkout      two commits in turns, without other peers
 
 Writes report.md, report.json and decode-b1.svg. A peer that is not installed is reported as skipped
 with the reason; llama.cpp may live in an environment of its own (`--llama-python`).
@@ -41,6 +42,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     model.add_argument("--folder", type=Path, help="a checkpoint instead of a shape")
     parser.add_argument("--quick", action="store_true", help="two minutes: dsc alone, few rounds")
     parser.add_argument("--peers", type=_names, help=f"of {', '.join(PEERS)}; or none")
+    parser.add_argument("--against", type=Path, help="a checkout of another commit, as the peer")
     parser.add_argument("--contexts", type=_numbers)
     parser.add_argument("--batches", type=_numbers)
     parser.add_argument("--rounds", type=int)
@@ -52,11 +54,11 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--cache", type=Path, default=ROOT / "bench" / "out" / "cache")
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "out" / "peers")
     found = parser.parse_args(arguments)
-    quick = found.quick
-    found.peers = ([] if quick else list(PEERS)) if found.peers is None else found.peers
-    found.contexts = found.contexts or ([128, 1024] if quick else list(CONTEXTS))
-    found.batches = found.batches or ([1] if quick else [1, 8])
-    effort = QUICK if quick else Effort()
+    alone = found.quick or found.against is not None
+    found.peers = ([] if alone else list(PEERS)) if found.peers is None else found.peers
+    found.contexts = found.contexts or ([128, 1024] if alone else list(CONTEXTS))
+    found.batches = found.batches or ([1] if alone else [1, 8])
+    effort = QUICK if found.quick else Effort()
     found.effort = effort if found.rounds is None else Effort(found.rounds, effort.tokens)
     return found
 
@@ -109,6 +111,7 @@ class Bench:
         with Remote("probe", threads=asked.threads) as machine:
             machine.call("open", **self.options())
             peers = [name for name in asked.peers if self._installed(name)]
+            peers += [f"dsc@{_commit(asked.against)}"] if asked.against else []
             with self._open("dsc", sys.executable) as ours:
                 for name in peers or [""]:
                     self._beside(ours, name, machine)
@@ -159,9 +162,15 @@ class Bench:
 
     def _open(self, engine: str, python: str) -> Remote:
         _say(f"opening {engine}")
-        remote = Remote(engine, python, self.asked.threads)
+        name, _, commit = engine.partition("@")
+        options = self.options()
+        if commit:
+            options["commit"] = commit
+        root = self.asked.against.resolve() if commit else ROOT
+        remote = Remote(name, python, self.asked.threads, root=root)
+        remote.engine = engine
         try:
-            self.engines[engine] = remote.call("open", **self.options())
+            self.engines[engine] = remote.call("open", **options)
         except EngineFailed:
             remote.close()
             raise
@@ -202,16 +211,16 @@ class Bench:
         return out / "report.md"
 
 
-def _commit() -> str:
+def _commit(root: Path = ROOT) -> str:
     """The commit, and a digest of what was changed since: a compiled model belongs to both."""
-    name = _git("describe", "--always").strip() or "unknown"
-    changes = _git("diff", "HEAD")
+    name = _git(root, "describe", "--always").strip() or "unknown"
+    changes = _git(root, "diff", "HEAD")
     return f"{name}-{hashlib.sha256(changes.encode()).hexdigest()[:8]}" if changes else name
 
 
-def _git(*arguments: str) -> str:
+def _git(root: Path, *arguments: str) -> str:
     done = subprocess.run(
-        ["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False
+        ["git", *arguments], cwd=root, capture_output=True, text=True, check=False
     )
     return done.stdout
 

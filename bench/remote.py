@@ -25,18 +25,26 @@ class EngineFailed(Exception):
 
 
 class Remote:
-    """A process with one engine. A call blocks; between calls the process waits for its pipe."""
+    """A process with one engine. A call blocks; between calls the process waits for its pipe.
+
+    `root` is the checkout whose engine it is: another commit's, to measure that beside this one.
+    """
 
     def __init__(
-        self, engine: str, python: str = sys.executable, threads: int = 1, limit: float = LIMIT
+        self,
+        engine: str,
+        python: str = sys.executable,
+        threads: int = 1,
+        limit: float = LIMIT,
+        root: Path = ROOT,
     ) -> None:
-        path = os.pathsep.join(p for p in (str(ROOT), os.environ.get("PYTHONPATH", "")) if p)
+        path = os.pathsep.join(p for p in (str(root), os.environ.get("PYTHONPATH", "")) if p)
         env = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": str(threads)}
         env |= {"TOKENIZERS_PARALLELISM": "false"}
         self.engine, self.limit = engine, limit
         self.process = subprocess.Popen(
             [python, "-m", "bench.worker", engine],
-            cwd=ROOT,
+            cwd=root,
             env=env,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
