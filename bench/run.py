@@ -1,15 +1,17 @@
 """What is measured, cell by cell: turns between probes, and two engines taking turns.
 
 A cell is a prompt, or decode steps at a context and a batch. In each round the machine is probed,
-we run, it is probed, the peer runs, and it is probed again; a round counts for the ratio when all
-three probes agree, and each half of it for its engine's share of the limit when its two do.
+one engine runs, it is probed, the other runs, and it is probed again; who is first changes from
+round to round. A round counts for the ratio when all three probes agree, and each half of it for
+its engine's share of the limit when its two do.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import combinations
 from typing import Any
 
 from bench import limit
@@ -119,14 +121,15 @@ def measure(
     config: Mapping[str, Any],
     settle: float = SETTLE,
 ) -> list[Result]:
-    """Run a cell on one engine, or on two in turns: us first, then a peer."""
+    """Run a cell on one engine, or on two in turns; either is first in every other round."""
     for runner in runners:
         runner.start()
     turns: list[list[Turn[Speed]]] = [[] for _ in runners]
     time.sleep(settle)
     before = probe()
-    for _ in range(runners[0].effort.rounds):
-        for runner, mine in zip(runners, turns, strict=True):
+    for number in range(runners[0].effort.rounds):
+        order = list(zip(runners, turns, strict=True))
+        for runner, mine in reversed(order) if number % 2 else order:
             seconds = tuple(runner.turn())
             time.sleep(settle)
             after = probe()
@@ -143,7 +146,7 @@ def paired(ours: Sequence[Turn[Speed]], theirs: Sequence[Turn[Speed]], bound: st
     kept = [
         (a, b)
         for a, b in zip(ours, theirs, strict=True)
-        if max(drift(x[bound], y[bound]) for x, y in _pairs(a.before, a.after, b.after)) <= 0.10
+        if max(drift(x[bound], y[bound]) for x, y in _pairs(a, b)) <= 0.10
     ]
     if not kept:
         return None
@@ -151,8 +154,9 @@ def paired(ours: Sequence[Turn[Speed]], theirs: Sequence[Turn[Speed]], bound: st
     return Spread.of(ratios(*medians))
 
 
-def _pairs(a: Speed, b: Speed, c: Speed) -> list[tuple[Speed, Speed]]:
-    return [(a, b), (b, c), (a, c)]
+def _pairs(a: Turn[Speed], b: Turn[Speed]) -> Iterable[tuple[Speed, Speed]]:
+    """The probes around two turns, each with each."""
+    return combinations((a.before, a.after, b.before, b.after), 2)
 
 
 def summary(runner: Runner, turns: Sequence[Turn[Speed]], config: Mapping[str, Any]) -> Result:
