@@ -12,15 +12,15 @@ from collections.abc import Collection, Mapping, Sequence
 
 from dsc.ir.dims import Range, bounds, product
 from dsc.ir.graph import Node, Value
-from dsc.ir.regions import ANCHORS, RegionLimits, Role, role, rows
+from dsc.ir.regions import RegionLimits, is_anchor, role, rows
+from dsc.ir.traits import Role
 
-_BORDER_VIEWS = frozenset({"reshape", "permute"})
 _LEVEL = {
     Role.REDUCTION: 2,
     Role.ROTATION: 2,
     Role.WRITE: 2,
-    Role.GEMM: 2,
-    Role.SPARSE: 2,
+    Role.PRODUCT: 2,
+    Role.EXPERTS: 2,
     Role.ATTENTION: 3,
 }
 
@@ -35,7 +35,7 @@ def refusal(
     """Why nodes, in order, are no region; empty when they are one. `kept` values leave it."""
     for node in nodes:
         part = role(node)
-        if part in (Role.ALONE, Role.LITERAL):
+        if part in (Role.OTHER, Role.CONSTANT):
             return f"{node.op} stands alone"
         if _LEVEL.get(part, 1) > level:
             return f"{node.op} is fused from level {_LEVEL[part]}"
@@ -43,7 +43,7 @@ def refusal(
     operands = {x for n in nodes for x in n.operands if x.name not in made}
     if len(nodes) > limits.nodes or len(operands) > limits.operands:
         return f"{len(nodes)} operators of {len(operands)} operands are too many for a kernel"
-    anchors = [n for n in nodes if n.op in ANCHORS]
+    anchors = [n for n in nodes if is_anchor(n)]
     if not anchors:
         return _rowwise(nodes, kept, limits)
     if len(anchors) > 1:
@@ -83,12 +83,17 @@ def _bordered(nodes: Sequence[Node], kept: Collection[str]) -> str:
                 return "a view lies between two operators"
             computed |= names
         elif read & (computed | viewed):
-            if node.op not in _BORDER_VIEWS:
+            if not _keeps_all(node):
                 return f"a {node.op} of what the region computes"
             viewed |= names
         elif names & set(kept):
             return f"what the {node.op} gives is also read elsewhere"
     return ""
+
+
+def _keeps_all(view: Node) -> bool:
+    """Whether a view gives every element once."""
+    return len(view.outputs) == 1 and view.output.type.numel == view.operands[0].type.numel
 
 
 def _epilogue(
@@ -120,7 +125,7 @@ def _epilogue(
 
 def _on_the_tile(node: Node, anchor: Node, inside: Sequence[Value]) -> str:
     """Why an operator after an anchor needs more than the tile that was computed."""
-    if role(node) is Role.VIEW and role(anchor) is not Role.GEMM and node.op != "reshape":
+    if role(node) is Role.VIEW and role(anchor) is not Role.PRODUCT and node.op != "reshape":
         return f"a {node.op} of what {anchor.op} computes"
     if role(node) is Role.POINTWISE:
         shapes = {x.type.shape for x in inside}
@@ -137,7 +142,7 @@ def _prologue(
     ranges: Mapping[str, Range],
 ) -> str:
     """Why an operator in front of an anchor cannot be computed by each of its tiles."""
-    if role(anchor) is not Role.GEMM or role(node) is not Role.REDUCTION:
+    if role(anchor) is not Role.PRODUCT or role(node) is not Role.REDUCTION:
         return f"{node.op} is no prologue of {anchor.op}"
     if any(v.name in kept for v in node.outputs):
         return f"what {node.op} gives is also read elsewhere"

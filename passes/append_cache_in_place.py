@@ -24,19 +24,15 @@ from dataclasses import dataclass, replace
 
 from dsc.ir.dims import Dim, Range, Sym, free_symbols, symbol
 from dsc.ir.graph import Graph, GraphBuilder, Node, Operand, Value
-from dsc.ir.ops.pointwise import POINTWISE
+from dsc.ir.op import named, traits_of
 from dsc.ir.program import Program
 from dsc.ir.stages import Stage
+from dsc.ir.traits import Role
 from dsc.rewrite.base import Pass, PassReport
 from dsc.rewrite.rebuild import Operands, rebuild
 
 PAST, CAPACITY = "P", "C"
-MASKED = {"attention": (1, 3), "mla_attention": (2, 5), "latent_attention": (2, 4)}
-"""Operators that mask by lengths: the first operand that may hold rows, the place of lengths."""
-ALONG_AN_AXIS = frozenset({"slice", "split", "concat"})
-ROW_BY_ROW = POINTWISE | ALONG_AN_AXIS | {
-    "linear", "reshape", "permute", "expand", "cast", "rms_norm", "swiglu"
-}  # fmt: skip
+ROW_BY_ROW = named(Role.POINTWISE, Role.VIEW) | {"concat", "linear", "rms_norm"}
 
 
 @dataclass(frozen=True)
@@ -133,11 +129,12 @@ def _obstacle(node: Node, rows: Collection[str], caches: Collection[str]) -> str
         reads = any(x.name in caches for x in node.operands)
         has = reads or _holds(node.outputs) or PAST in _symbols(node.attrs.values())
         return f"{node.op} has to do with {PAST} rows and is no append" if has else ""
-    first, lengths = MASKED.get(node.op, (0, 0))
-    if lengths:
-        masked = len(node.inputs) > lengths and min(grown) >= first and not _holds(node.outputs)
-        return "" if masked else f"{node.op} does not mask rows past the end"
-    along = node.op in ALONG_AN_AXIS and any(
+    masked = {node[name].name for name in traits_of(node.op).masked}
+    if masked:
+        hidden = all(node.inputs[i] is not None and node.operands[i].name in masked for i in grown)
+        done = node.get("lengths") is not None and hidden and not _holds(node.outputs)
+        return "" if done else f"{node.op} does not mask rows past the end"
+    along = "axis" in node.attrs and any(
         _holds_at(x, node.attrs["axis"]) for x in (*node.operands, *node.outputs)
     )
     if node.op not in ROW_BY_ROW or along or not all(_holds([v]) for v in node.outputs):

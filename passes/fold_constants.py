@@ -30,14 +30,14 @@ from dataclasses import dataclass, replace
 
 from dsc.ir.dims import Sym
 from dsc.ir.graph import Graph, GraphBuilder, Node, Operand, Value, Weight
+from dsc.ir.op import lookup, traits_of
 from dsc.ir.program import Program
+from dsc.ir.traits import Role
 from dsc.ir.types import TensorType
 from dsc.ir.weights import Apply, MetaSource, WeightExpr, apply, evaluate, sources
 from dsc.rewrite.base import Pass, PassReport
 from dsc.rewrite.driver import live, substitute
 
-_CHEAP = frozenset({"arange", "full", "reshape", "expand", "permute", "slice", "cast"})
-_NEVER = frozenset({"fused", "append", "cache_write"})
 _NOTHING = MetaSource({})
 
 
@@ -100,7 +100,7 @@ class _Fold:
 
     def _expr(self, node: Node, known: Mapping[str, WeightExpr]) -> WeightExpr | None:
         """The expression of a node that depends on constants alone."""
-        if len(node.outputs) != 1 or node.op in _NEVER or not _is_static(node):
+        if len(node.outputs) != 1 or _is_never(node) or not _is_static(node):
             return None
         numel = node.output.type.numel
         if not isinstance(numel, int) or numel > self.options.limit:
@@ -111,7 +111,7 @@ class _Fold:
             if found is None:
                 return None
             args.append(found)
-        if not args and node.op not in ("arange", "full"):
+        if not args and traits_of(node.op).role is not Role.CONSTANT:
             return None
         return apply(node.op, *args, **node.attrs)
 
@@ -136,6 +136,13 @@ class _Fold:
         return Weight(name, expr.type)
 
 
+def _is_never(node: Node) -> bool:
+    """Whether a node is no constant whatever it reads: regions, caches, what other ranks say."""
+    definition = lookup(node.op)
+    cached = definition.traits.role is Role.WRITE and definition.has_operand("lengths")
+    return cached or definition.traits.role in (Role.REGION, Role.COLLECTIVE)
+
+
 def _is_static(node: Node) -> bool:
     """Whether neither the result's type nor an attribute, as `arange`'s start, has a symbol."""
     given = [x for v in node.attrs.values() for x in (v if isinstance(v, tuple) else (v,))]
@@ -155,7 +162,8 @@ def _worth(expr: WeightExpr) -> bool:
     """Whether an expression is more than a range, a fill or a view of those."""
     if not isinstance(expr, Apply):
         return True
-    return expr.op not in _CHEAP or any(_worth(a) for a in expr.args)
+    cheap = expr.op == "cast" or traits_of(expr.op).role in (Role.VIEW, Role.CONSTANT)
+    return not cheap or any(_worth(a) for a in expr.args)
 
 
 def _number(expr: WeightExpr) -> float | None:

@@ -23,7 +23,6 @@ After          graph main(%x: f32[0,4], %y: f32[2,4]) {
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 
 from dsc.ir.graph import Attrs, Graph, Node, Operand, Value
@@ -32,15 +31,6 @@ from dsc.ir.program import Program
 from dsc.ir.stages import Stage
 from dsc.ir.types import TensorType
 from dsc.rewrite.base import Pass, PassReport
-
-_OF_NOTHING = {
-    **dict.fromkeys(("sum", "matmul", "linear", "einsum", "sdpa", "histc", "grouped_mm"), 0.0),
-    "mean": math.nan,
-}
-"""What operators give for operands without elements. `amax` of nothing has no value."""
-_WRITES = {"scatter": 1, "index_put": 1, "slice_scatter": 1}
-"""Operators that return their first operand, changed by another of this position."""
-_NOTHING_TO_DO = frozenset({"full", "fused"})
 
 
 @dataclass(frozen=True)
@@ -73,7 +63,9 @@ def _is_empty(t: TensorType) -> bool:
 
 def _without_nothing(node: Node) -> list[Node]:
     """The nodes that give a node's results, of which none reads or makes nothing."""
-    if node.op in _NOTHING_TO_DO or lookup(node.op).aliases:
+    definition = lookup(node.op)
+    traits = definition.traits
+    if node.op == "full" or node.body is not None or definition.aliases:
         return [node]
     made = [v for v in node.outputs if not _is_empty(v.type)]
     fills = [_fill(node, v, 0.0) for v in node.outputs if _is_empty(v.type)]
@@ -89,12 +81,12 @@ def _without_nothing(node: Node) -> list[Node]:
     (value,) = made
     if node.op == "concat":
         return [replace(node, inputs=tuple(read))]
-    if node.op in _WRITES and _is_empty(node.operands[_WRITES[node.op]].type):
+    if traits.updates and _is_empty(node[traits.updates].type):
         return [_view("reshape", node, node.operands[0], value)]
     if node.op == "linear" and len(node.operands) == 3:
         return [_view("expand", node, node.operands[2], value)]
-    if node.op in _OF_NOTHING:
-        return [_fill(node, value, _OF_NOTHING[node.op])]
+    if traits.of_nothing is not None:
+        return [_fill(node, value, traits.of_nothing)]
     return [node]
 
 

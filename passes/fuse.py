@@ -37,13 +37,14 @@ from dsc.ir.analyses import structural_hash, total_cost
 from dsc.ir.dims import Range, bounds
 from dsc.ir.graph import Graph, Node, Value
 from dsc.ir.program import Program
-from dsc.ir.regions import RegionLimits, Role, is_free, name_of, role
+from dsc.ir.regions import RegionLimits, is_free, name_of, role
 from dsc.ir.stages import Stage
+from dsc.ir.traits import Role
 from dsc.passes._regions import refusal
 from dsc.rewrite.base import Pass, PassReport
 from dsc.rewrite.regions import Grouping, inline_graph, outline
 
-_GEMM_FIRST = (Role.GEMM, Role.SPARSE, Role.ATTENTION)
+_GEMM_FIRST = (Role.PRODUCT, Role.EXPERTS, Role.ATTENTION)
 _ROWWISE = frozenset({Role.POINTWISE, Role.REDUCTION, Role.ROTATION, Role.WRITE})
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)(?:\.|$)")
 
@@ -185,7 +186,7 @@ class _Sweep:
     def _prologues(self) -> None:
         """Give a GEMM the norm in front of it, where computing it in every tile is cheap."""
         if self.limits.prologue_rows > 0:
-            for i in self._positions(Role.GEMM):
+            for i in self._positions(Role.PRODUCT):
                 for p in self.groups.producers(self.groups.owner[i]):
                     self._try(p, self.groups.owner[i], quiet=True)
 

@@ -27,17 +27,11 @@ import re
 from dataclasses import dataclass, replace
 
 from dsc.ir.graph import Graph, GraphBuilder, Node, Operand, Value
-from dsc.ir.op import lookup
+from dsc.ir.op import lookup, traits_of
 from dsc.ir.program import Program
 from dsc.rewrite.base import Pass, PassReport
 
 _MODULES = frozenset({"linear", "rms_norm", "embedding"})
-_RESULTS = {
-    "route": ("idx", "w"),
-    "dispatch": ("rows", "offsets", "order"),
-    "mla_attention": ("attention",),
-    "latent_attention": ("attention",),
-}
 _TELLING = {"mla_attention": "", "rope": "", "rms_norm": "kv"}
 """Readers that say what a part of a split is: its role in the attention, or this word."""
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)(?:\.|$)")
@@ -109,8 +103,9 @@ def _word(node: Node, index: int) -> str:
     leaf = node.loc.rpartition(".")[2]
     if node.op in _MODULES and leaf.isidentifier():  # a number, or a line of a file, is no name
         return leaf
-    if node.op in _RESULTS:
-        return _RESULTS[node.op][index]
+    results = traits_of(node.op).results
+    if results:
+        return results[index]
     if node.op == "rope":
         return "q_rope" if node.output.type.rank == 4 else "k_rope"
     if node.op == "append" and node.inputs[0] is not None:

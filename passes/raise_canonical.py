@@ -30,7 +30,7 @@ from dsc.errors import UnsupportedOperator
 from dsc.ir.analyses import producers
 from dsc.ir.graph import Graph, Node
 from dsc.ir.program import Program
-from dsc.ir.stages import LEGAL, Stage
+from dsc.ir.stages import Stage, is_legal
 from dsc.passes._splits import WriteToConcat
 from dsc.passes.canonicalise_views import CanonicaliseViews
 from dsc.passes.eliminate_common_subexpressions import EliminateCommonSubexpressions
@@ -105,7 +105,7 @@ def _left_over(program: Program) -> list[str]:
     found: dict[str, list[str]] = {}
     for graph in program.entries.values():
         for node in graph.nodes:
-            if node.op not in LEGAL[Stage.CANONICAL]:
+            if not is_legal(node.op, Stage.CANONICAL):
                 found.setdefault(node.op, []).append(node.loc or graph.name)
     lines = []
     for op, places in found.items():

@@ -38,9 +38,10 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from dsc.ir.graph import Node, Operand, Value, Weight
-from dsc.ir.ops.pointwise import POINTWISE
+from dsc.ir.op import named
 from dsc.ir.program import Program
 from dsc.ir.stages import Stage
+from dsc.ir.traits import Role
 from dsc.ir.types import DType
 from dsc.ir.weights import apply
 from dsc.passes._gated_experts import BATCHED, DENSE, GROUPED, distinct, emit, prove
@@ -58,7 +59,7 @@ _GLUE = _MOVES | {
     "ne", "lt", "le", "gt", "ge", "logical_and", "logical_or", "logical_not",
 }  # fmt: skip
 """What only moves tokens, indices and weights about."""
-_BETWEEN = POINTWISE | VIEWS | _PRODUCTS | {"swiglu", "concat"}
+_BETWEEN = named(Role.POINTWISE) | VIEWS | _PRODUCTS | {"concat"}
 """What may lie between the two products."""
 
 

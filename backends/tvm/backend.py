@@ -22,8 +22,9 @@ from dsc.ir.expert_forms import ExpertKernels
 from dsc.ir.graph import Graph, Node, Operand, Value
 from dsc.ir.index_ranges import index_ranges
 from dsc.ir.memory import MemoryPlan
-from dsc.ir.ops.pointwise import POINTWISE
+from dsc.ir.op import named
 from dsc.ir.regions import RegionLimits
+from dsc.ir.traits import Role
 from dsc.ir.types import DType
 from dsc.targets import Target
 
@@ -36,7 +37,7 @@ NEEDS = "apache-tvm>=0.27,<0.28"
 RUNNER = Path(__file__).with_name("runner.py.txt")
 REGIONS = RegionLimits(
     anchors=frozenset({"linear", "grouped_linear"}),
-    epilogue=POINTWISE | {"swiglu", "reshape", "split"},
+    epilogue=named(Role.POINTWISE) | {"reshape", "split"},
 )
 """Rope is no epilogue: its angles would be computed again by every block of columns."""
 EXPERTS = ExpertKernels(rereads=False, tile=1, balance=24.0, launch=80_000)

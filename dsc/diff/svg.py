@@ -16,19 +16,22 @@ from dsc.ir.dims import bounds
 from dsc.ir.graph import Graph, Node, Operand, Value, Weight
 from dsc.ir.layers import home, layer_of
 from dsc.ir.memory import ALIGNMENT
+from dsc.ir.op import traits_of
 from dsc.ir.printer import print_node
 from dsc.ir.program import Program
+from dsc.ir.traits import Role
 
 FAMILIES = {
-    "gemm": ("linear", "matmul", "einsum"),
-    "attention": ("attention", "mla_attention", "latent_attention", "sdpa", "softmax"),
-    "moe": ("route", "experts", "dispatch", "grouped_linear", "grouped_mm", "combine", "topk"),
-    "norm": ("rms_norm", "mean", "sum", "rsqrt", "square"),
-    "cache": ("append", "cache_write", "concat", "scatter", "index_put"),
-    "table": ("embedding", "select_rows", "gather", "take"),
-    "view": ("reshape", "permute", "expand", "slice", "split", "cast"),
+    "gemm": (Role.PRODUCT,),
+    "attention": (Role.ATTENTION,),
+    "moe": (Role.DISPATCH, Role.EXPERTS),
+    "norm": (Role.REDUCTION, Role.ROTATION),
+    "cache": (Role.WRITE, Role.JOIN),
+    "table": (Role.LOOKUP,),
+    "view": (Role.VIEW,),
 }
-_FAMILY = {op: family for family, ops in FAMILIES.items() for op in ops}
+"""Colours by the roles of operators; those of no other role count as pointwise."""
+_FAMILY = {role: family for family, roles in FAMILIES.items() for role in roles}
 CHARACTER = 6.3
 LONGEST = 34
 MAX_TITLES = 2500
@@ -118,7 +121,7 @@ def _width(*texts: str) -> float:
 
 
 def _box(node: Node, x: float, y: float, width: float, changed: frozenset[str]) -> str:
-    family = "fused" if node.body is not None else _FAMILY.get(node.op, "pointwise")
+    family = "fused" if node.body is not None else _FAMILY.get(traits_of(node.op).role, "pointwise")
     mark = " changed" if node.outputs[0].name in changed else ""
     first, second = _labels(node)
     middle = x + width / 2

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from dsc.ir.dims import Dim
 from dsc.ir.graph import Graph, Node, Operand, Value, Weight
-from dsc.ir.op import lookup
-from dsc.ir.ops.shape import VIEWS
+from dsc.ir.op import lookup, traits_of
+from dsc.ir.traits import Call, Role
 
 Use = tuple[Node | None, int]
 
@@ -87,7 +87,7 @@ def aliases_of(node: Node) -> dict[int, int]:
 
 def _shared(node: Node) -> dict[int, int]:
     """Result index -> index of the operand whose storage it may share."""
-    if node.op in VIEWS:
+    if traits_of(node.op).role is Role.VIEW:
         return {index: 0 for index in range(len(node.outputs))}
     if node.body is None:
         return dict(lookup(node.op).aliases)
@@ -154,68 +154,79 @@ def cost(node: Node) -> Cost:
     Experts count the weights of the chosen experts only where the number of (token, expert) pairs
     is known to be below the number of experts; else all of them.
     """
-    if node.op in ("reshape", "slice", "split", "expand"):
+    if traits_of(node.op).role is Role.VIEW:
         return Cost()
     read: Dim = 0
     weights: Dim = 0
-    in_place = overwritten(node)
     for index, operand in enumerate(node.inputs):
+        if operand is None:
+            continue
+        moved = elements_read(node, index) * operand.type.dtype.itemsize
         if isinstance(operand, Weight):
-            weights = weights + _weight_bytes(node, operand)
-        elif operand is not None and not (index in in_place and _only_written(node, index)):
-            read = read + _read_bytes(node, index, operand)
+            weights = weights + moved
+        else:
+            read = read + moved
+    in_place = overwritten(node)
     updated = {result for result, index in _shared(node).items() if index in in_place}
-    written: Dim = 0
+    written = _rows_written(node)
     for result, value in enumerate(node.outputs):
         if result not in updated:
             written = written + value.type.nbytes
-    if node.op in _WRITES:
-        written = _rows_written(node)
     for inner in node.body.nodes if node.body is not None else ():
-        moved = cost(inner)
-        weights = weights + moved.weights
-        if inner.op in _WRITES:
-            written = written + moved.written
+        weights = weights + cost(inner).weights
+        written = written + _rows_written(inner)
     return Cost(read, written, weights, flops(node))
 
 
-_WRITES: Mapping[str, tuple[int, ...]] = {"cache_write": (1,), "page_write": (1, 2)}
-"""Writes in place, and the operands that hold the new rows."""
+def call_of(node: Node) -> Call:
+    """A node under the names of its operator's signature."""
+    types = [None if x is None else x.type for x in node.inputs]
+    return lookup(node.op).call(types, node.attrs, [v.type for v in node.outputs])
 
 
 def _rows_written(node: Node) -> Dim:
     total: Dim = 0
-    for index in _WRITES[node.op]:
-        total = total + node.operands[index].type.nbytes
+    for name in traits_of(node.op).writes:
+        total = total + node[name].type.nbytes
     return total
 
 
-def _read_bytes(node: Node, index: int, operand: Operand) -> Dim:
-    """Bytes read of an operand: of a table the rows taken, of pages those that the table names."""
-    if _LOOKUPS.get(node.op) == index:
-        return node.output.type.nbytes
-    if node.op in _PAGED and index == 2:
-        batch, width = node.operands[0].type.shape[0], operand.type.shape[2]
-        return operand.type.with_shape((batch, _cached_rows(node), width)).nbytes
-    return operand.type.nbytes
+def elements_read(node: Node, index: int) -> Dim:
+    """Elements that a node reads of an operand: of a table the rows taken, of what is written none.
 
-
-def _cached_rows(node: Node) -> Dim:
-    """Rows that an attention over pages reads for each sequence, at most."""
-    return node.operands[3].type.shape[1] * node.operands[2].type.shape[1]
-
-
-def _only_written(node: Node, index: int) -> bool:
-    """Whether an operand that is updated in place is not read besides, by a body."""
+    A region reads what its operators read: all where one of them does, else the sum.
+    """
+    operand = node.inputs[index]
+    assert operand is not None
+    whole = operand.type.numel
     if node.body is None:
-        return True
+        taken = elements_taken(node, index)
+        return whole if taken is None else _least(node, taken, whole)
     name = node.body.inputs[index].name
-    return all(
-        i in overwritten(inner)
-        for inner in node.body.nodes
-        for i, operand in enumerate(inner.inputs)
-        if isinstance(operand, Value) and operand.name == name
-    )
+    total: Dim = 0
+    for inner in node.body.nodes:
+        for i, x in enumerate(inner.inputs):
+            if isinstance(x, Value) and x.name == name:
+                read = elements_read(inner, i)
+                if read == whole:
+                    return whole
+                total = total + read
+    passed_on = any(isinstance(x, Value) and x.name == name for x in node.body.outputs)
+    return whole if passed_on else total
+
+
+def elements_taken(node: Node, index: int) -> Dim | None:
+    """Elements that a node takes of an operand, each choice apart; `None`: all that it has."""
+    operands = lookup(node.op).operands
+    count = traits_of(node.op).reads.get(operands[min(index, len(operands) - 1)].name)
+    return None if count is None else count(call_of(node))
+
+
+def _least(node: Node, taken: Dim, whole: Dim) -> Dim:
+    """The smaller of two counts. Where sizes are open, experts are taken to be all chosen."""
+    if isinstance(taken, int) and isinstance(whole, int):
+        return min(taken, whole)
+    return whole if traits_of(node.op).stacked else taken
 
 
 def total_cost(nodes: Iterable[Node]) -> Cost:
@@ -228,72 +239,9 @@ def total_cost(nodes: Iterable[Node]) -> Cost:
 
 def flops(node: Node) -> Dim:
     """Floating-point operations of a node; two for a multiply and add."""
-    types = [x.type for x in node.operands]
-    match node.op:
-        case "linear" | "route":
-            return 2 * types[0].numel * types[1].shape[0]
-        case "grouped_linear":
-            return 2 * types[0].numel * types[1].shape[1]
-        case "matmul":
-            return 2 * node.output.type.numel * types[0].shape[-1]
-        case "grouped_mm":
-            return 2 * types[0].numel * types[1].shape[2]
-        case "experts":
-            (_, g, d), (_, _, i) = types[3].shape, types[4].shape
-            return 2 * types[1].numel * (g * d + d * i)
-        case "sdpa":
-            return (
-                2 * types[0].numel * types[1].shape[-2]
-                + 2 * node.output.type.numel * (types[1].shape[-2])
-            )
-        case "latent_attention":
-            b, s, h, c = types[0].shape
-            t, r = types[2].shape[1], types[1].shape[-1]
-            return 2 * b * s * h * t * (2 * c + r)
-        case "mla_attention":
-            b, s, h, n = types[0].shape
-            t, r, v = types[2].shape[1], types[1].shape[-1], node.output.type.shape[-1]
-            return 2 * b * t * types[4].numel + 2 * b * s * h * t * (n + r + v)
-        case "paged_latent_attention":
-            b, s, h, c = types[0].shape
-            return 2 * b * s * h * _cached_rows(node) * (2 * c + types[1].shape[-1])
-        case "paged_mla_attention":
-            b, s, h, n = types[0].shape
-            t, r, v = _cached_rows(node), types[1].shape[-1], node.output.type.shape[-1]
-            return 2 * b * t * types[4].numel + 2 * b * s * h * t * (n + r + v)
-        case "attention":
-            b, s, h, d = types[0].shape
-            return 2 * b * s * h * types[1].shape[1] * (d + types[2].shape[-1])
-        case "einsum":
-            from dsc.ir.ops.core import einsum_terms
-
-            terms, _ = einsum_terms(str(node.attrs["eq"]))
-            sizes = {
-                letter: dim
-                for term, t in zip(terms, types, strict=True)
-                for letter, dim in zip(term, t.shape, strict=True)
-            }
-            total: Dim = 2
-            for size in sizes.values():
-                total = total * size
-            return total
-        case _ if node.body is not None:
-            return total_cost(node.body.nodes).flops
-    return node.outputs[0].type.numel if node.outputs else 0
-
-
-_PAGED = frozenset({"paged_latent_attention", "paged_mla_attention"})
-_LOOKUPS = {"embedding": 1, "gather": 0, "take": 0, "select_rows": 0}
-
-
-def _weight_bytes(node: Node, weight: Weight) -> Dim:
-    if node.op in _LOOKUPS:
-        return node.output.type.nbytes
-    if node.op == "experts":
-        chosen, all_experts = node.operands[1].type.numel, weight.type.shape[0]
-        if isinstance(chosen, int) and isinstance(all_experts, int) and chosen < all_experts:
-            return weight.type.nbytes // all_experts * chosen
-    return weight.type.nbytes
+    if node.body is not None:
+        return total_cost(node.body.nodes).flops
+    return traits_of(node.op).flops(call_of(node))
 
 
 def _attr_key(value: object, numbers: dict[str, int]) -> str:

@@ -9,14 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from dsc.ir.analyses import Cost, cost
+from dsc.ir.analyses import Cost, cost, elements_taken
 from dsc.ir.dims import evaluate
 from dsc.ir.graph import Graph, Node, Value, Weight
-
-TABLES = {"embedding": 1, "gather": 0, "take": 0, "select_rows": 0}
-"""Operators that read rows of one operand, and which operand that is."""
-EXPERTS = {"experts": (1, (3, 4)), "grouped_linear": (0, (1,))}
-"""Operators over stacked experts: the operand that counts the choices, the stacked operands."""
 
 Sizes = Mapping[str, int]
 Costs = Mapping[str, Cost]
@@ -79,15 +74,8 @@ def _weight(operand: Value | Weight | None, outer: Mapping[str, Weight]) -> Weig
 
 def _share(node: Node, index: int, at: Sizes) -> float:
     """The part of an operand that a node reads: of a table its rows, of experts the chosen."""
-    types = [None if x is None else x.type for x in node.inputs]
-    operand = types[index]
+    operand, taken = node.inputs[index], elements_taken(node, index)
+    if taken is None:
+        return 1.0
     assert operand is not None
-    if TABLES.get(node.op) == index:
-        rows = evaluate(node.output.type.numel, at) / max(1, evaluate(operand.numel, at))
-        return min(1.0, rows)
-    if node.op in EXPERTS and index in EXPERTS[node.op][1]:
-        choices = types[EXPERTS[node.op][0]]
-        assert choices is not None
-        counted = choices.numel if node.op == "experts" else choices.shape[0]
-        return min(1.0, evaluate(counted, at) / max(1, evaluate(operand.shape[0], at)))
-    return 1.0
+    return min(1.0, evaluate(taken, at) / max(1, evaluate(operand.type.numel, at)))

@@ -125,6 +125,20 @@ class Node:
         """The operands that are present."""
         return tuple(x for x in self.inputs if x is not None)
 
+    def __getitem__(self, operand: str) -> Operand:
+        """The operand of this name in the operator's signature. Raises `KeyError` if absent."""
+        found = self.get(operand)
+        if found is None:
+            raise KeyError(f"{self.op} without {operand}")
+        return found
+
+    def get(self, operand: str) -> Operand | None:
+        """The operand of this name, or `None` where an optional one was not given."""
+        from dsc.ir.op import operand_index
+
+        index = operand_index(self.op, operand)
+        return self.inputs[index] if index < len(self.inputs) else None
+
     @property
     def output(self) -> Value:
         """The single result. An error for a node with several."""

@@ -14,8 +14,9 @@ from typing import TypeAlias
 
 from dsc.ir.dims import Dim, Range, bounds, free_symbols
 from dsc.ir.graph import Graph, Node, Operand, Weight
-from dsc.ir.op import OpDef, Within, lookup
-from dsc.ir.paging import PAGES
+from dsc.ir.op import OpDef, lookup
+from dsc.ir.paging import BLOCK_TABLE, PAGES, reads_pages
+from dsc.ir.traits import Within
 from dsc.ir.types import DType
 
 INTEGERS = frozenset({DType.i64, DType.i32, DType.i8, DType.u8})
@@ -131,8 +132,7 @@ class _Walk:
         sources: Sources,
         region: Node | None,
     ) -> None:
-        place = next(i for i, o in enumerate(definition.operands) if o.name == name)
-        index = node.inputs[place] if place < len(node.inputs) else None
+        index = node.get(name)
         if index is None:
             return
         types = [None if x is None else x.type for x in node.inputs]
@@ -148,11 +148,10 @@ class _Walk:
             self.computed.append(Computed(region or node, source, span, within.what))
 
     def _pages(self, node: Node, sources: Sources) -> None:
-        if node.op not in PAGES:
+        if not reads_pages(node):
             return
-        pages, table = (node.operands[i] for i in PAGES[node.op])
-        lengths, rows = node.operands[-1], pages.type.shape[1]
-        names = [sources.get(x) for x in (table, lengths)]
+        rows = node[PAGES].type.shape[1]
+        names = [sources.get(node[x]) for x in (BLOCK_TABLE, "lengths")]
         if isinstance(names[0], str) and isinstance(names[1], str) and isinstance(rows, int):
             self.pages[PageDemand(names[0], names[1], rows)] = None
 

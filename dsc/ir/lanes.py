@@ -10,9 +10,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from dsc.ir.graph import Node
-from dsc.ir.ops.comm import COLLECTIVES
+from dsc.ir.op import traits_of
+from dsc.ir.traits import COLLECTIVE, COMPUTE, COPY, LANES
 
-COMPUTE, COPY, COLLECTIVE = LANES = ("compute", "copy", "collective")
+__all__ = ["COLLECTIVE", "COMPUTE", "COPY", "LANES", "NO_STEP", "LaneOf", "lane_of"]
 LaneOf = Callable[[Node], str]
 NO_STEP = frozenset({"reshape"})
 """Operators whose result is their operand's bytes, unmoved: nothing runs, so nothing waits."""
@@ -20,7 +21,6 @@ NO_STEP = frozenset({"reshape"})
 
 def lane_of(node: Node) -> str:
     """The lane of a node. No operator of the IR copies between memories so far."""
-    if node.op in COLLECTIVES:
-        return COLLECTIVE
-    inner = node.body.nodes if node.body is not None else ()
-    return next((lane for lane in map(lane_of, inner) if lane != COMPUTE), COMPUTE)
+    if node.body is None:
+        return traits_of(node.op).lane
+    return next((lane for lane in map(lane_of, node.body.nodes) if lane != COMPUTE), COMPUTE)

@@ -1,8 +1,9 @@
 """Operator declarations: one declaration, four consumers.
 
-`op(signature, reference=…, doc=…, example=…)` states an operator's operands, attributes and result
-types in one line. The printer and parser take attribute kinds from it, the verifier its types, the
-interpreter its reference. A signature reads
+`op(signature, traits, reference=…, doc=…, example=…)` states an operator's operands, attributes and
+result types in one line, and by its traits what passes and plans may know of it. The printer and
+parser take attribute kinds from it, the verifier its types, the interpreter its reference. A
+signature reads
 
     rms_norm(x: T[*n, d], weight: T[d]; eps: float) -> T[*n, d]
 
@@ -22,6 +23,7 @@ from typing import Any
 
 from dsc.ir.dims import Dim, Sym, evaluate, free_symbols, parse_dim, substitute
 from dsc.ir.graph import Attrs, Graph, Operand
+from dsc.ir.traits import Call, Role, Traits, Within
 from dsc.ir.types import DType, TensorType
 
 InferFn = Callable[[Sequence[Any], Mapping[str, Any]], tuple[TensorType, ...]]
@@ -62,20 +64,6 @@ class AttrDef:
 
 
 @dataclass(frozen=True, slots=True)
-class Within:
-    """The values that an index may have: `low` <= x <= `high`, dims over the signature's names.
-
-    `extent` is the size of the axis that `axis` names (0 where there is none). `ascending`: no
-    element is smaller than the one before it. `what` says to a user what each value is.
-    """
-
-    low: str
-    high: str
-    what: str = "an index"
-    ascending: bool = False
-
-
-@dataclass(frozen=True, slots=True)
 class OpDef:
     """A declared operator. `reference` is plain torch on CPU: the meaning of the operator.
 
@@ -84,12 +72,14 @@ class OpDef:
     which values operands that are indices may have, by name, and `gives` which values results have
     that may be indices of others, by position. `elements`: what other results hold of those of the
     first operand: "order" (all, in row-major order), "all" or "some"; empty: they are computed.
+    `traits` say all else that passes, costs and plans may know of it.
     """
 
     name: str
     operands: tuple[OperandDef, ...]
     attrs: tuple[AttrDef, ...]
     results: tuple[TypePattern, ...]
+    traits: Traits
     reference: Callable[..., Any]
     doc: str
     example: str
@@ -127,6 +117,33 @@ class OpDef:
             return self._infer(types, attrs)
         except (ArithmeticError, LookupError, TypeError, ValueError) as problem:
             raise TypeMismatch(str(problem)) from problem
+
+    def call(
+        self,
+        types: Sequence[TensorType | None],
+        attrs: Mapping[str, Any],
+        results: Sequence[TensorType],
+    ) -> Call:
+        """One use of the operator under the names of its signature."""
+        bound: dict[str, Any] = {}
+        operands: dict[str, TensorType] = {}
+        for declared, given in self._pad(types):
+            if given is not None:
+                _match(declared, given, bound, [])
+                operands[declared.name] = given
+        given_types = tuple(t for t in types if t is not None)
+        return Call(operands, bound, self.with_defaults(attrs), tuple(results), given_types)
+
+    def index_of(self, operand: str) -> int:
+        """The position of an operand. Raises `KeyError`."""
+        for index, declared in enumerate(self.operands):
+            if declared.name == operand:
+                return index
+        raise KeyError(f"{self.name} has no operand {operand}")
+
+    def has_operand(self, name: str) -> bool:
+        """Whether the signature has an operand of this name."""
+        return any(o.name == name for o in self.operands)
 
     def range_of(
         self, within: Within, types: Sequence[TensorType | None], attrs: Mapping[str, Any]
@@ -235,6 +252,7 @@ _DTYPE_NAMES = frozenset(d.value for d in DType)
 
 def op(
     signature: str,
+    traits: Traits,
     *,
     reference: Callable[..., Any],
     doc: str,
@@ -259,6 +277,7 @@ def op(
         tuple(_operand(t) for t in _split(operand_text)),
         tuple(_attr(t) for t in _split(attr_text)),
         tuple(_pattern(t) for t in _split(results)),
+        traits,
         reference,
         doc,
         example,
@@ -285,6 +304,23 @@ def lookup(name: str) -> OpDef:
     if found is None:
         raise TypeMismatch(f"unknown operator {name}")
     return found
+
+
+@cache
+def traits_of(name: str) -> Traits:
+    """The traits of operator `name`. Raises `TypeMismatch` when there is none."""
+    return lookup(name).traits
+
+
+def named(*roles: Role) -> frozenset[str]:
+    """The names of all operators of some roles."""
+    return frozenset(name for name, found in registry().items() if found.traits.role in roles)
+
+
+@cache
+def operand_index(name: str, operand: str) -> int:
+    """The position of an operand of operator `name`. Raises `KeyError`, `TypeMismatch`."""
+    return lookup(name).index_of(operand)
 
 
 @cache

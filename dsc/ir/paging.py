@@ -10,7 +10,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from dsc.ir.graph import Graph, Value
+from dsc.ir.graph import Graph, Node, Value
+from dsc.ir.op import lookup
 
 if TYPE_CHECKING:
     import torch
@@ -18,13 +19,17 @@ if TYPE_CHECKING:
 PAGE = 64
 """Rows of a page: whole tiles of the attention kernels, 72 KiB at a row of 576 16-bit values."""
 BLOCK_TABLE = "block_table"
-PAGES = {"page_write": (0, 3), "paged_latent_attention": (2, 3), "paged_mla_attention": (2, 3)}
-"""Operators over pages, and which operands the pages and the block table are."""
+PAGES = "pages"
+
+
+def reads_pages(node: Node) -> bool:
+    """Whether an operator works on a cache in pages: it takes them and a block table."""
+    return node.body is None and lookup(node.op).has_operand(BLOCK_TABLE)
 
 
 def page_inputs(graph: Graph) -> list[Value]:
     """The inputs that are caches in pages, in order."""
-    used = {n.operands[PAGES[n.op][0]].name for n in graph.walk() if n.op in PAGES}
+    used = {n[PAGES].name for n in graph.walk() if reads_pages(n)}
     return [v for v in graph.inputs if v.name in used]
 
 

@@ -14,7 +14,7 @@ from dsc.ir.dims import MAX_TOKENS, Dim, Range, parse_dim
 from dsc.ir.graph import Attrs, Graph, Node, Operand, Value, Weight
 from dsc.ir.op import KIND_WORDS, KINDS, OpDef, TypeMismatch, lookup
 from dsc.ir.program import Program
-from dsc.ir.stages import LEGAL, Stage
+from dsc.ir.stages import Stage, is_legal
 from dsc.ir.types import DType, TensorType
 from dsc.ir.verifier import graph_symbols, verify
 from dsc.ir.weights import Apply, MetaSource, Source, WeightExpr, WeightSource, sources
@@ -152,7 +152,7 @@ class _Parser:
         }
         symbols = dict.fromkeys(sorted(graph_symbols(graph)), Range(0, ANY_SIZE))
         operators = {node.op for node in graph.walk()}
-        fitting = (stage for stage in stages if operators <= LEGAL[stage])
+        fitting = (s for s in stages if all(is_legal(op, s) for op in operators))
         weights: dict[str, WeightExpr] = {name: Source(name, t) for name, t in types.items()}
         stage = next(fitting, stages[0])
         given = source or MetaSource(types)

@@ -9,28 +9,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 
 from dsc.ir.dims import Dim, product
 from dsc.ir.graph import Graph, Node, Value, Weight
-from dsc.ir.ops.pointwise import POINTWISE
-from dsc.ir.ops.shape import VIEWS, axis_of
-
-
-class Role(StrEnum):
-    """The part that an operator can play in a region."""
-
-    POINTWISE = "pointwise"
-    REDUCTION = "reduction"
-    ROTATION = "rotation"
-    WRITE = "write"
-    VIEW = "view"
-    LITERAL = "literal"
-    GEMM = "gemm"
-    SPARSE = "sparse"
-    ATTENTION = "attention"
-    ALONE = "alone"
+from dsc.ir.op import named, traits_of
+from dsc.ir.ops.shape import axis_of
+from dsc.ir.traits import Form, Role
 
 
 class Kind(StrEnum):
@@ -46,24 +32,22 @@ class Kind(StrEnum):
     MIXED = "mixed"
 
 
-GEMMS = frozenset({"linear", "matmul", "einsum", "grouped_linear"})
-SPARSE = frozenset({"experts", "combine"})
-ATTENTION = frozenset({"attention", "mla_attention", "latent_attention"})
-ANCHORS = GEMMS | SPARSE | ATTENTION
-"""Operators that other operators may join. Those of no role (`route`, `topk`) stand alone."""
-
-_POINTWISE = POINTWISE | {"swiglu"}
-_REDUCTIONS = frozenset({"rms_norm", "softmax", "sum", "mean", "amax", "amin"})
-_ROLES: dict[str, Role] = {
-    **dict.fromkeys(_POINTWISE, Role.POINTWISE),
-    **dict.fromkeys(_REDUCTIONS, Role.REDUCTION),
-    **dict.fromkeys(VIEWS, Role.VIEW),
-    **dict.fromkeys(GEMMS, Role.GEMM),
-    **dict.fromkeys(SPARSE, Role.SPARSE),
-    **dict.fromkeys(ATTENTION, Role.ATTENTION),
-    "rope": Role.ROTATION,
-    "cache_write": Role.WRITE,
+_ANCHORS = {
+    Role.PRODUCT: Kind.GEMM,
+    Role.EXPERTS: Kind.SPARSE,
+    Role.ATTENTION: Kind.ATTENTION,
 }
+"""Roles of operators that others may join, and the kernel that runs them."""
+_JOINING = frozenset({Role.VIEW, Role.POINTWISE, Role.REDUCTION, Role.ROTATION, Role.WRITE})
+"""Roles of operators that may join others. Those of neither stand alone: the router, lookups."""
+
+
+def _anchors() -> frozenset[str]:
+    return named(*_ANCHORS)
+
+
+def _epilogue() -> frozenset[str]:
+    return named(Role.POINTWISE) | {"rope", "reshape", "split"}
 
 
 @dataclass(frozen=True)
@@ -78,8 +62,8 @@ class RegionLimits:
     `accepts` has the last word on a finished region: one that it refuses is put back as it was.
     """
 
-    anchors: frozenset[str] = ANCHORS
-    epilogue: frozenset[str] = _POINTWISE | {"rope", "reshape", "split"}
+    anchors: frozenset[str] = field(default_factory=_anchors)
+    epilogue: frozenset[str] = field(default_factory=_epilogue)
     reductions: int = 4
     prologue_rows: int = 0
     operands: int = 24
@@ -89,13 +73,24 @@ class RegionLimits:
 
 
 def role(node: Node) -> Role:
-    """The part that a node can play in a region."""
-    if node.op == "full":
-        return Role.LITERAL if node.output.type.numel == 1 else Role.ALONE
-    found = _ROLES.get(node.op, Role.ALONE)
-    if found is Role.REDUCTION and not _along_rows(node):
-        return Role.ALONE
-    return found
+    """The part that a node can play in a region: its operator's, or `OTHER` where it stands alone.
+
+    Constants of one element are literals. A reduction takes part along rows, a write in place.
+    """
+    traits = traits_of(node.op)
+    match traits.role:
+        case Role.CONSTANT:
+            return Role.CONSTANT if is_literal(node) else Role.OTHER
+        case Role.REDUCTION if not _along_rows(node):
+            return Role.OTHER
+        case Role.WRITE if not traits.writes:
+            return Role.OTHER
+    return traits.role if traits.role in _JOINING or traits.role in _ANCHORS else Role.OTHER
+
+
+def is_literal(node: Node) -> bool:
+    """Whether a node is a number that a kernel writes out."""
+    return node.op == "full" and node.output.type.numel == 1
 
 
 def _along_rows(node: Node) -> bool:
@@ -115,7 +110,7 @@ def rows(node: Node) -> Dim:
     if role(node) is Role.ROTATION:
         return node.operands[1].type.numel
     if role(node) is Role.WRITE:
-        shape = node.operands[1].type.shape
+        shape = node[traits_of(node.op).writes[0]].type.shape
     elif role(node) is Role.REDUCTION:
         shape = node.operands[0].type.shape
     else:
@@ -126,27 +121,31 @@ def rows(node: Node) -> Dim:
 def classify(body: Graph) -> Kind:
     """The kind of kernel that runs a body, read off its operators."""
     roles = Counter(role(node) for node in body.nodes)
-    anchors = roles[Role.GEMM] + roles[Role.SPARSE] + roles[Role.ATTENTION]
-    if anchors > 1 or (roles[Role.ALONE] and sum(roles.values()) > 1):
+    anchors = [r for r in roles.elements() if r in _ANCHORS]
+    if len(anchors) > 1 or (roles[Role.OTHER] and sum(roles.values()) > 1):
         return Kind.MIXED
     if anchors:
-        (found,) = (r for r in (Role.GEMM, Role.SPARSE, Role.ATTENTION) if roles[r])
-        return Kind(found.value)
-    if roles[Role.ALONE]:
+        return _ANCHORS[anchors[0]]
+    if roles[Role.OTHER]:
         return Kind.SINGLE
     if roles[Role.REDUCTION] or roles[Role.ROTATION] or roles[Role.WRITE]:
         return Kind.ROWWISE
     return Kind.POINTWISE if roles[Role.POINTWISE] else Kind.MOVEMENT
 
 
+def is_anchor(node: Node) -> bool:
+    """Whether others may join a node."""
+    return role(node) in _ANCHORS
+
+
 def anchor_of(nodes: Iterable[Node]) -> Node | None:
     """The GEMM, attention or experts that the others join, if there is one."""
-    return next((n for n in nodes if n.op in ANCHORS), None)
+    return next(filter(is_anchor, nodes), None)
 
 
 def is_free(node: Node, limits: RegionLimits) -> bool:
     """Whether a node costs no kernel: a free view or a literal."""
-    return node.op in limits.free or role(node) is Role.LITERAL
+    return node.op in limits.free or is_literal(node)
 
 
 def name_of(node: Node) -> str:
@@ -156,7 +155,7 @@ def name_of(node: Node) -> str:
     weights = {v.name: x for v, x in zip(node.body.inputs, node.operands, strict=True)}
     labels: Counter[str] = Counter()
     for inner in node.body.nodes:
-        if role(inner) not in (Role.VIEW, Role.LITERAL):
+        if role(inner) not in (Role.VIEW, Role.CONSTANT):
             read = [weights.get(x.name, x) for x in inner.operands]
             labels[_label(inner, read)] += 1
     return " + ".join(label if n == 1 else f"{n} {label}" for label, n in labels.items())
@@ -164,7 +163,9 @@ def name_of(node: Node) -> str:
 
 def _label(node: Node, operands: Sequence[Value | Weight | None]) -> str:
     weight = operands[1] if len(operands) > 1 else None
-    if node.op not in ("linear", "einsum") or not isinstance(weight, Weight):
+    traits = traits_of(node.op)
+    plain = traits.role is Role.PRODUCT and traits.form is Form.MODEL
+    if not plain or not isinstance(weight, Weight):
         return node.op
     parts = [p for p in weight.name.split(".") if p != "weight"]
     if not parts:  # the program is one bare layer

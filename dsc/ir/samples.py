@@ -8,32 +8,22 @@ of its own; `lengths`, `positions` and `logits_at` of a causal model are what th
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING
 
 from dsc.ir.analyses import Use, uses
-from dsc.ir.dims import Dim, evaluate
+from dsc.ir.dims import evaluate
 from dsc.ir.graph import Graph, Node, Value
-from dsc.ir.op import lookup
+from dsc.ir.op import lookup, traits_of
 from dsc.ir.paging import BLOCK_TABLE, page_rows
+from dsc.ir.traits import DISTINCT, FROM_FIRST, Role
 from dsc.ir.types import DType, TensorType
 from dsc.ir.weights import random_tensor
 
 if TYPE_CHECKING:
     import torch
-
-_TABLES: Mapping[str, tuple[int, int, int | str]] = {
-    # operator: (operand that indexes, operand that is indexed, its axis or the attribute naming it)
-    "embedding": (0, 1, 0),
-    "select_rows": (1, 0, 1),
-    "take": (1, 0, "axis"),
-    "gather": (1, 0, "axis"),
-    "scatter": (1, 0, "axis"),
-    "index_put": (1, 0, 0),
-    "experts": (1, 3, 0),
-}
-_PASS_THROUGH = frozenset({"reshape", "permute", "expand", "slice", "split", "cast", "concat"})
 
 
 def sample_inputs(
@@ -65,67 +55,59 @@ def _sample(
     t = TensorType(value.type.dtype, shape)
     if not t.dtype.is_int:
         return random_tensor(t, seed)
+    spans = [span for span in _spans(graph, value.name, found, sizes) if span is not None]
+    low = max((span.low for span in spans), default=0)
+    high = min((span.high for span in spans), default=1)
+    order = next((span.order for span in spans if span.order), "")
     generator = torch.Generator().manual_seed(zlib.crc32(seed.encode()))
-    for node, index in found[value.name]:
-        pages = _paged(node, index, sizes)
-        if pages is not None:
-            numbers = torch.randperm(pages, generator=generator)
-            return numbers[torch.arange(prod(shape)) % pages].reshape(shape)
-        rows = _ordered(node, index, sizes)
-        if rows is None:
-            continue
-        if node is not None and node.op == "combine":
-            return torch.randperm(shape[0], generator=generator).to(t.dtype.torch)
-        cuts = torch.randint(0, rows + 1, shape, generator=generator).sort()[0]
-        if node is not None and node.op == "grouped_linear":
-            cuts[0] = 0
-        cuts[-1:] = rows
-        return cuts.to(t.dtype.torch)
-    high = [evaluate(d, sizes) for d in _indexed(graph, value.name, found)]
-    return random_tensor(t, seed, max(1, min(high, default=2)))
+    if order == DISTINCT:
+        count, low = prod(shape), max(low, 0)
+        numbers = torch.randperm(max(1, high - low + 1), generator=generator) + low
+        return numbers[torch.arange(count) % len(numbers)].reshape(shape).to(t.dtype.torch)
+    drawn = torch.randint(low, max(low, high) + 1, shape, generator=generator)
+    if order:
+        drawn = drawn.sort()[0]
+        drawn[-1:] = high
+        drawn[:1] = low if order == FROM_FIRST else drawn[:1]
+    return drawn.to(t.dtype.torch)
 
 
-def _paged(node: Node | None, index: int, sizes: Mapping[str, int]) -> int | None:
-    """Pages that a value names, where it is used as a block table."""
-    if node is None or node.body is not None:
-        return None
-    names = [o.name for o in lookup(node.op).operands]
-    if BLOCK_TABLE not in names or names.index(BLOCK_TABLE) != index:
-        return None
-    return evaluate(node.operands[names.index("pages")].type.shape[0], sizes)
+@dataclass(frozen=True, slots=True)
+class _Span:
+    """The values low .. high that a use takes, in an order."""
+
+    low: int
+    high: int
+    order: str
 
 
-def _ordered(node: Node | None, index: int, sizes: Mapping[str, int]) -> int | None:
-    """Rows that `offsets`, `ends` or `order` range over, where a value is used as one."""
-    if node is None or (node.op, index) not in (
-        ("grouped_linear", 2),
-        ("grouped_mm", 2),
-        ("combine", 1),
-    ):
-        return None
-    return evaluate(node.operands[0].type.shape[0], sizes)
-
-
-def _indexed(graph: Graph, name: str, found: Mapping[str, list[Use]]) -> list[Dim]:
-    """Extents of all that a value is used to index, also through views and casts."""
-    extents: list[Dim] = []
+def _spans(
+    graph: Graph, name: str, found: Mapping[str, list[Use]], sizes: Mapping[str, int]
+) -> Iterator[_Span | None]:
+    """What all uses of an index take, also through what only rearranges or converts it."""
     for node, index in found[name]:
         if node is None:
             continue
-        if node.op in _PASS_THROUGH:
+        if node.body is not None:
+            inner = uses(node.body)
+            yield from _spans(node.body, node.body.inputs[index].name, inner, sizes)
+        elif node.op == "cast" or traits_of(node.op).role in (Role.VIEW, Role.JOIN):
             for out in node.outputs:
-                extents += _indexed(graph, out.name, found)
-        elif node.op == "dispatch" and index == 1:
-            extents.append(node.attrs["experts"])
-        elif node.op == "histc":
-            extents.append(node.attrs["bins"])
-        elif node.op in _TABLES and _TABLES[node.op][0] == index:
-            _, table, axis = _TABLES[node.op]
-            axis = axis if isinstance(axis, int) else int(node.attrs[axis])
-            operand = node.inputs[table]
-            assert operand is not None
-            extents.append(operand.type.shape[axis])
-    return extents
+                yield from _spans(graph, out.name, found, sizes)
+        else:
+            yield _span(node, index, sizes)
+
+
+def _span(node: Node, index: int, sizes: Mapping[str, int]) -> _Span | None:
+    """What a node declares of the values of an operand."""
+    definition = lookup(node.op)
+    name = definition.operands[min(index, len(definition.operands) - 1)].name
+    within = definition.traits.samples.get(name) or definition.within.get(name)
+    if within is None:
+        return None
+    types = [None if x is None else x.type for x in node.inputs]
+    low, high = (evaluate(d, sizes) for d in definition.range_of(within, types, node.attrs))
+    return _Span(low, high, within.order)
 
 
 def _causal(

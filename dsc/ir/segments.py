@@ -11,8 +11,9 @@ from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 from dsc.ir.graph import Graph, Node, Value
-from dsc.ir.ops.comm import COLLECTIVES
+from dsc.ir.op import traits_of
 from dsc.ir.program import Program
+from dsc.ir.traits import Role
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +48,7 @@ def steps(graph: Graph) -> list[Step]:
     found: list[Step] = []
     for number in range(len(stretches) - 1, -1, -1):
         nodes = stretches[number]
-        if nodes[0].op in COLLECTIVES:
+        if _talks(nodes[0]):
             found.append(nodes[0])
         else:
             found.append(Segment(_segment(graph, nodes, f"{graph.name}_{number}", later)))
@@ -59,7 +60,7 @@ def _stretches(nodes: Sequence[Node]) -> Iterator[list[Node]]:
     """Runs of nodes without a collective, and each collective alone."""
     current: list[Node] = []
     for node in nodes:
-        if node.op not in COLLECTIVES:
+        if not _talks(node):
             current.append(node)
             continue
         if current:
@@ -85,3 +86,7 @@ def _segment(graph: Graph, nodes: Sequence[Node], name: str, later: set[str]) ->
             aliases.append((at, state))
     names = tuple(v.name for v in outputs)
     return Graph(name, inputs, tuple(nodes), outputs, names, tuple(aliases))
+
+
+def _talks(node: Node) -> bool:
+    return traits_of(node.op).role is Role.COLLECTIVE

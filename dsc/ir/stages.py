@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from enum import IntEnum
 
-from dsc.ir.op import OpDef
-from dsc.ir.ops import FAMILIES
+from dsc.ir.op import registry
+from dsc.ir.traits import Form
 
 
 class Stage(IntEnum):
@@ -22,21 +22,17 @@ class Stage(IntEnum):
     PLANNED = 4
 
 
-def _family(name: str) -> frozenset[str]:
-    return frozenset(v.name for v in vars(FAMILIES[name]).values() if isinstance(v, OpDef))
-
-
-_GROUPED_MOE = frozenset({"dispatch", "grouped_linear", "combine"})
-_MODEL = (
-    _family("pointwise") | _family("shape") | _family("core") | _family("nn") | _family("cache")
-    | _family("paged") | _family("moe")
-)  # fmt: skip
-_COMM = _family("comm")
-
-LEGAL: dict[Stage, frozenset[str]] = {
-    Stage.TRACED: _MODEL | _family("traced") | _family("quant"),
-    Stage.CANONICAL: _MODEL - _GROUPED_MOE - _family("paged") - {"cache_write", "fused"},
-    Stage.OPTIMIZED: (_MODEL | _COMM) - {"fused"},
-    Stage.LOWERED: _MODEL | _COMM,
-    Stage.PLANNED: _MODEL | _COMM,
+_MADE_OF: dict[Stage, frozenset[Form]] = {
+    Stage.TRACED: frozenset({Form.MODEL, Form.TRACED, Form.LOWERED, Form.REGION}),
+    Stage.CANONICAL: frozenset({Form.MODEL}),
+    Stage.OPTIMIZED: frozenset({Form.MODEL, Form.LOWERED, Form.COLLECTIVE}),
+    Stage.LOWERED: frozenset({Form.MODEL, Form.LOWERED, Form.COLLECTIVE, Form.REGION}),
+    Stage.PLANNED: frozenset({Form.MODEL, Form.LOWERED, Form.COLLECTIVE, Form.REGION}),
 }
+"""The forms of operators that may stand at each stage."""
+
+
+def is_legal(op: str, stage: Stage) -> bool:
+    """Whether an operator is declared and may stand in a program at a stage."""
+    found = registry().get(op)
+    return found is not None and found.traits.form in _MADE_OF[stage]

@@ -11,7 +11,7 @@ from dsc.ir.graph import Graph, Node, Value, Weight
 from dsc.ir.op import TypeMismatch, infer
 from dsc.ir.printer import print_node
 from dsc.ir.program import Program
-from dsc.ir.stages import LEGAL
+from dsc.ir.stages import is_legal
 from dsc.ir.types import TensorType
 
 NEIGHBOURS = 3
@@ -29,9 +29,8 @@ def verify(program: Program) -> None:
         if len(set(graph.output_names)) != len(graph.output_names):
             what = f"two outputs share a name: {', '.join(graph.output_names)}"
             raise _error(graph, None, what, "return")
-        illegal = {n.op for n in graph.walk()} - LEGAL[program.stage]
-        if illegal:
-            node = next(n for n in graph.walk() if n.op in illegal)
+        node = next((n for n in graph.walk() if not is_legal(n.op, program.stage)), None)
+        if node is not None:
             raise _error(graph, node, f"{node.op} is not legal at stage {program.stage.name}")
         unknown = graph_symbols(graph) - program.symbols.keys()
         if unknown:

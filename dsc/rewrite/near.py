@@ -12,6 +12,7 @@ from itertools import permutations
 from typing import Any
 
 from dsc.ir.graph import Node, Operand, Value, Weight
+from dsc.ir.op import traits_of
 from dsc.rewrite import pattern as patterns
 from dsc.rewrite.base import NearMiss
 from dsc.rewrite.rule import Rule
@@ -118,7 +119,7 @@ def _call(pattern: patterns.Call, node: Node, fit: _Fit, scope: Scope) -> _Fit:
             why = f"{name} of {node.outputs[0]} is {found}, not {wanted}"
             fit = fit.fault(why, 0, node.outputs[0])
     orders = [node.inputs]
-    if node.op in patterns.COMMUTATIVE and node.inputs[0] != node.inputs[1]:
+    if traits_of(node.op).commutative and node.inputs[0] != node.inputs[1]:
         orders = [*permutations(node.inputs)]
     tried = (_operands(pattern, order, fit, scope) for order in orders)
     return max(tried, key=lambda found: found.rank)

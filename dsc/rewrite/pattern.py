@@ -14,11 +14,8 @@ from itertools import permutations
 from typing import Any
 
 from dsc.ir.graph import Node, Operand, Value, Weight
+from dsc.ir.op import traits_of
 from dsc.rewrite.scope import Scope
-
-COMMUTATIVE = frozenset(
-    {"add", "mul", "maximum", "minimum", "eq", "ne", "logical_and", "logical_or"}
-)
 
 
 class Pattern:
@@ -217,7 +214,7 @@ def _call(pattern: Call, node: Node, bound: Bound, scope: Scope) -> Iterator[Bou
     if start is None:
         return
     orders: Iterator[tuple[Operand | None, ...]] = iter([node.inputs])
-    if node.op in COMMUTATIVE and node.inputs[0] != node.inputs[1]:
+    if traits_of(node.op).commutative and node.inputs[0] != node.inputs[1]:
         orders = permutations(node.inputs)
     for operands in orders:
         partial = [start]

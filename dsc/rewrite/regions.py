@@ -14,9 +14,10 @@ from itertools import pairwise
 
 from dsc.ir.analyses import overwritten, storage_roots, uses
 from dsc.ir.graph import Attrs, Graph, Node, Operand, Value, Weight
-from dsc.ir.ops.comm import COLLECTIVES
+from dsc.ir.op import traits_of
 from dsc.ir.program import Program
-from dsc.ir.regions import Role, anchor_of, role
+from dsc.ir.regions import anchor_of, is_literal
+from dsc.ir.traits import Role
 
 FAR = 96
 """Groups further apart than this in the order are not joined, so that a sweep stays linear."""
@@ -53,7 +54,11 @@ class Grouping:
         made = {v.name: i for i, node in enumerate(self.graph.nodes) for v in node.outputs}
         roots = storage_roots(self.graph)
         seen: dict[str, list[int]] = {}
-        talk = [i for i, node in enumerate(self.graph.nodes) if node.op in COLLECTIVES]
+        talk = [
+            i
+            for i, node in enumerate(self.graph.nodes)
+            if traits_of(node.op).role is Role.COLLECTIVE
+        ]
         for first, second in pairwise(talk):
             self._edge(first, second)
         for i, node in enumerate(self.graph.nodes):
@@ -160,7 +165,7 @@ class Grouping:
 def outline(grouping: Grouping) -> Graph:
     """The graph with every group of several nodes as one `fused` node."""
     graph = grouping.graph
-    literals = {n.output.name: n for n in graph.nodes if role(n) is Role.LITERAL}
+    literals = {n.output.name: n for n in graph.nodes if is_literal(n)}
     nodes: list[Node] = []
     for group in grouping.order:
         members = grouping.nodes(group)
@@ -239,7 +244,7 @@ def inline_graph(graph: Graph, keep: Callable[[Node], bool] | None = None) -> Gr
     nodes: list[Node] = []
     for node in graph.nodes:
         for each in _expanded(node, env, taken, id(node) in stay):
-            if role(each) is Role.LITERAL:
+            if is_literal(each):
                 same = literals.setdefault((each.attrs, str(each.output.type)), each.output)
                 if same is not each.output:
                     env[each.output.name] = same

@@ -9,12 +9,14 @@ from typing import Any
 
 from dsc.ir import analyses
 from dsc.ir.graph import Graph, Node, Operand, Value
+from dsc.ir.op import named
 from dsc.ir.program import Program
+from dsc.ir.traits import Role
 
 TRANSPARENT = frozenset({"cast", "expand", "reshape"})
 """Operators that keep a scalar constant what it is."""
 
-VIEWS = frozenset({"reshape", "permute", "expand", "slice", "split"})
+VIEWS = named(Role.VIEW)
 
 
 @dataclass(frozen=True)

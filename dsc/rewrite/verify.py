@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING, Any
 
 from dsc.errors import DscError, VerificationError
 from dsc.ir.dims import Sym, free_symbols
-from dsc.ir.graph import Graph, Value
+from dsc.ir.graph import Graph, Node, Value
 from dsc.ir.interpreter import Interpreter
-from dsc.ir.op import TypeMismatch
+from dsc.ir.op import TypeMismatch, lookup
 from dsc.ir.paging import BLOCK_TABLE, filled_pages, gathered, page_rows
 from dsc.ir.program import Program
 from dsc.ir.ranks import RankedInterpreter, interpreter
 from dsc.ir.samples import sample_inputs
+from dsc.ir.traits import Role
 from dsc.rewrite.base import EXACT
 from dsc.rewrite.routing import NEAR, Routing
 from dsc.rewrite.widen import runnable
@@ -37,7 +38,6 @@ SIZES: tuple[Sizes, ...] = (
     {"B": 2, "S": 4, "P": 0, "L": 3},
 )
 _OTHER, _SPARE = 3, 2
-_WRITES = frozenset({"append", "cache_write", "page_write"})
 
 
 @dataclass
@@ -184,7 +184,13 @@ def _fillings(first: Graph, second: Graph, env: Sizes) -> Iterator[tuple[int, ..
 def _is_ragged(graph: Graph) -> bool:
     """Whether a graph gives sequences of different lengths a meaning: by where it writes caches."""
     has_lengths = any(v.name == "lengths" for v in graph.inputs)
-    return has_lengths and any(n.op in _WRITES for n in graph.walk())
+    return has_lengths and any(map(_writes_cache, graph.walk()))
+
+
+def _writes_cache(node: Node) -> bool:
+    """Whether a node places new rows at each sequence's own length."""
+    found = lookup(node.op)
+    return found.traits.role is Role.WRITE and found.has_operand("lengths")
 
 
 def _symbols(graph: Graph) -> list[str]:

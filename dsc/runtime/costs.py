@@ -17,7 +17,9 @@ from dsc.ir.costs import Sizes, node_costs, weights_read
 from dsc.ir.dims import evaluate
 from dsc.ir.graph import Graph, Node, Value, Weight
 from dsc.ir.layers import home
+from dsc.ir.op import traits_of
 from dsc.ir.paging import BLOCK_TABLE, page_rows
+from dsc.ir.traits import Role
 from dsc.runtime.profiler import EntryRun, Event
 
 
@@ -151,9 +153,10 @@ def _expert_weights(node: Node) -> frozenset[str]:
         outer = {v.name: x for v, x in zip(node.body.inputs, node.inputs, strict=True)}
     found = set()
     for inner in expert_nodes(node):
-        for operand in inner.operands:
+        for name in traits_of(inner.op).stacked:
+            operand = inner[name]
             x = outer.get(operand.name, operand)
-            if isinstance(x, Weight) and x.type.rank == 3:
+            if isinstance(x, Weight):
                 found.add(x.name)
     return frozenset(found)
 
@@ -161,14 +164,14 @@ def _expert_weights(node: Node) -> frozenset[str]:
 def expert_nodes(node: Node) -> list[Node]:
     """The operators over stacked experts that a node is or holds."""
     inside = node.body.nodes if node.body is not None else (node,)
-    return [n for n in inside if n.op in ("experts", "grouped_linear")]
+    return [n for n in inside if traits_of(n.op).stacked]
 
 
 def _cache_bytes(graph: Graph, node: Node, sizes: Sizes) -> int:
     """Bytes of cache rows that a node reads as a whole: attention does, appending does not."""
     held = _facts(graph).caches
     inside = node.body.nodes if node.body is not None else (node,)
-    attends = any("attention" in n.op or n.op == "sdpa" for n in inside)
+    attends = any(traits_of(n.op).role is Role.ATTENTION for n in inside)
     if not attends and any(v.name in held for v in node.outputs):
         return 0
     read = {x.name: x for x in node.operands if isinstance(x, Value) and x.name in held}
@@ -189,8 +192,10 @@ def label(node: Node) -> str:
     """How a node is called in a table: its operator, of a region all that it fuses."""
     if node.body is None:
         return node.op
-    ops = dict.fromkeys(n.op for n in node.body.nodes if n.op not in _SILENT)
-    return "+".join(ops) or node.op
+    told = (n.op for n in node.body.nodes if not _is_silent(n.op))
+    return "+".join(dict.fromkeys(told)) or node.op
 
 
-_SILENT = frozenset({"reshape", "slice", "split", "expand", "transpose", "full", "cast"})
+def _is_silent(op: str) -> bool:
+    """Whether an operator says nothing of what a region computes."""
+    return op == "cast" or traits_of(op).role in (Role.VIEW, Role.CONSTANT)

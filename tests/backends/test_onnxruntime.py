@@ -24,10 +24,10 @@ from dsc.errors import BackendUnavailable, UnsupportedOperator, UsageError
 from dsc.ir.dims import Range, evaluate
 from dsc.ir.graph import Graph, GraphBuilder, Node, Value
 from dsc.ir.interpreter import Interpreter, run_graph
-from dsc.ir.op import OpDef, registry
-from dsc.ir.ops import FAMILIES
+from dsc.ir.op import named, registry
 from dsc.ir.parser import parse_graph, parse_operands, parse_program
 from dsc.ir.program import Program
+from dsc.ir.traits import Role
 from dsc.ir.types import DType, TensorType
 from dsc.ir.weights import evaluate as evaluate_weight
 from dsc.ir.weights import random_source, random_tensor
@@ -38,7 +38,7 @@ from tests.backends.canonical_lm import Sizes, canonical_lm
 
 BACKEND = OnnxRuntimeBackend()
 POINTS = ({"B": 1, "S": 1, "T": 6, "N": 1}, {"B": 3, "S": 4, "T": 9, "N": 11})
-COLLECTIVES = {d.name for d in vars(FAMILIES["comm"]).values() if isinstance(d, OpDef)}
+COLLECTIVES = named(Role.COLLECTIVE)
 PAGED = {"page_write", "paged_latent_attention", "paged_mla_attention"}
 REFUSED = {"cache_write", "sdpa", "grouped_mm"} | PAGED | COLLECTIVES
 """What writes in place or reads pages, and collectives, cannot be said in ONNX; the others go when

@@ -13,7 +13,7 @@ from dsc.backends.reference import ReferenceExecutable
 from dsc.errors import UsageError
 from dsc.ir.graph import Graph
 from dsc.ir.interpreter import Interpreter
-from dsc.ir.ops.comm import COLLECTIVES
+from dsc.ir.op import named
 from dsc.ir.parser import parse_program
 from dsc.ir.printer import print_program
 from dsc.ir.program import Program
@@ -21,6 +21,7 @@ from dsc.ir.ranks import RankedInterpreter, at_rank, run_ranks
 from dsc.ir.samples import sample_inputs
 from dsc.ir.segments import cut
 from dsc.ir.stages import Stage
+from dsc.ir.traits import Role
 from dsc.ir.types import DType, TensorType
 from dsc.ir.verifier import verify
 from dsc.ir.weights import Apply, Source, apply, evaluate, sources
@@ -258,7 +259,9 @@ def test_segments_hold_no_collective_and_compute_the_same() -> None:
     after, _ = shard(model())
     pieces = cut(after)
     verify(pieces)
-    assert not COLLECTIVES & {op for graph in pieces.entries.values() for op in ops(graph)}
+    assert not named(Role.COLLECTIVE) & {
+        op for graph in pieces.entries.values() for op in ops(graph)
+    }
     assert len(pieces.entries) == 3 * (2 * SIZES.layers + 1), "logits end in a gather"
     inputs = sample_inputs(after.entries["extend"], {"B": 2, "S": 3, "P": 4, "L": 2})
 

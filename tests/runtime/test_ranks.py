@@ -30,12 +30,12 @@ from dsc.errors import ArtifactError, RankError, UsageError
 from dsc.frontends.load import Loaded, load_program
 from dsc.generation import generate
 from dsc.ir.interpreter import run_graph
-from dsc.ir.op import lookup
-from dsc.ir.ops.comm import COLLECTIVES
+from dsc.ir.op import lookup, named
 from dsc.ir.parser import parse_graph
 from dsc.ir.program import Program
 from dsc.ir.ranks import ThreadRank, at_rank, current, entered, run_ranks
 from dsc.ir.ranks import _Post as Post
+from dsc.ir.traits import Role
 from dsc.ir.types import DType
 from dsc.ir.weights import random_source, sources
 from dsc.runtime import collectives, launch, sharded
@@ -253,7 +253,7 @@ def test_a_killed_rank_ends_the_others_and_is_named(artifact: Path) -> None:
         assert time.monotonic() - start < DEATH
     assert code == 1
     assert "rank 1 died" in err
-    assert any(f"closed at {op} of" in err for op in COLLECTIVES), err
+    assert any(f"closed at {op} of" in err for op in named(Role.COLLECTIVE)), err
     assert "model.layers" in err or "lm_head" in err, "and where in the model"
 
 

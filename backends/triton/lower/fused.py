@@ -17,11 +17,12 @@ from dsc.backends.triton.lower.contract import emit_linear
 from dsc.backends.triton.pointwise import FLOAT_ONLY, Region, Step
 from dsc.ir.dims import Dim
 from dsc.ir.graph import Graph, Node, Operand, Value
-from dsc.ir.ops.pointwise import POINTWISE
+from dsc.ir.op import named
+from dsc.ir.traits import Role
 from dsc.ir.types import DType
 
 LowerNode = Callable[[Context, Node], None]
-REGISTERED = POINTWISE | {"swiglu"}
+REGISTERED = named(Role.POINTWISE)
 
 
 def single(ctx: Context, node: Node) -> None:

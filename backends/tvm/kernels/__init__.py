@@ -9,13 +9,13 @@ from functools import cache
 from dsc.backends.tvm.launch import Launch
 from dsc.backends.tvm.machine import Machine
 from dsc.ir.graph import Node
-from dsc.ir.ops.pointwise import POINTWISE
+from dsc.ir.op import named
+from dsc.ir.traits import Role
 
 Lower = Callable[[Node, Machine], Launch]
 
 LOWERINGS = {
-    **dict.fromkeys(sorted(POINTWISE), "pointwise:lower"),
-    "swiglu": "pointwise:lower",
+    **dict.fromkeys(sorted(named(Role.POINTWISE)), "pointwise:lower"),
     "linear": "linear:lower",
     "rms_norm": "norm:lower",
     "rope": "rope:lower",

@@ -20,8 +20,9 @@ from dsc.backends.tvm.shapes import SizeTable
 from dsc.ir.dims import Dim, product
 from dsc.ir.graph import Graph, Node
 from dsc.ir.graph import Operand as Input
-from dsc.ir.ops.shape import VIEWS
-from dsc.ir.regions import Role, role
+from dsc.ir.op import traits_of
+from dsc.ir.regions import role
+from dsc.ir.traits import Role
 from dsc.ir.views import View, dense_strides, expand
 
 
@@ -91,10 +92,10 @@ class Families:
     # --- reading the body -------------------------------------------------------------------------
 
     def _place(self, node: Node) -> None:
-        if role(node) is Role.LITERAL:
+        if role(node) is Role.CONSTANT:
             return
         source = self.placed.get(node.operands[0].name)
-        if node.op in VIEWS:
+        if traits_of(node.op).role is Role.VIEW:
             if source is not None:
                 made = apply_view(node, source.place)
                 for value, place in zip(node.outputs, made, strict=True):

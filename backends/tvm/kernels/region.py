@@ -32,9 +32,9 @@ from dsc.ir.analyses import structural_hash
 from dsc.ir.dims import Dim, product
 from dsc.ir.graph import Graph, Node, Value
 from dsc.ir.graph import Operand as Input
-from dsc.ir.op import lookup
-from dsc.ir.ops.shape import VIEWS
-from dsc.ir.regions import Kind, Role, anchor_of, classify, role, rows
+from dsc.ir.op import lookup, traits_of
+from dsc.ir.regions import Kind, anchor_of, classify, role, rows
+from dsc.ir.traits import Role
 from dsc.ir.views import View, dense_strides, expand
 
 SCRATCH = 1 << 18
@@ -129,9 +129,9 @@ class Body:
         return len(self.body.inputs) + len(self.body.outputs)
 
     def _place(self, node: Node) -> None:
-        if role(node) is Role.LITERAL:
+        if role(node) is Role.CONSTANT:
             self.literals[node.output.name] = float(node.attrs["value"])
-        elif node.op not in VIEWS:
+        elif traits_of(node.op).role is not Role.VIEW:
             self.core.append(node)
         elif (source := self.given.get(node.operands[0].name)) is not None:
             made = apply_view(node, source)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from dsc.ir.lazy import LazyModule
-from dsc.ir.op import Within, op
+from dsc.ir.op import op
+from dsc.ir.traits import Form, Role, Traits, Within, nothing
 
 if TYPE_CHECKING:
     import torch
@@ -30,6 +31,7 @@ def _append(past: Any, new: Any, lengths: Any) -> Any:
 
 append = op(
     "append(past: T[b, p, d], new: T[b, s, d], lengths: i64[b]) -> T[b, p+s, d]",
+    Traits(Role.WRITE, flops=nothing),
     reference=_append,
     doc="A grown copy of the cache with new rows at lengths[b] .. lengths[b]+s-1; lengths[b] <= p.",
     example="f32[2,4,3], f32[2,2,3], i64[2]=4",
@@ -37,6 +39,7 @@ append = op(
 )
 cache_write = op(
     "cache_write(cache: T[b, c, d], new: T[b, s, d], lengths: i64[b]) -> T[b, c, d]",
+    Traits(Role.WRITE, Form.LOWERED, flops=nothing, reads={"cache": nothing}, writes=("new",)),
     reference=_write,
     doc="Write new rows at lengths[b] .. lengths[b]+s-1 in place; the result is the cache itself.",
     example="f32[2,7,3], f32[2,2,3], i64[2]=4",

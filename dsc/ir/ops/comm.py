@@ -14,6 +14,7 @@ from dsc.ir.dims import Dim
 from dsc.ir.lazy import LazyModule
 from dsc.ir.op import TypeMismatch, op
 from dsc.ir.ops.shape import axis_of
+from dsc.ir.traits import COLLECTIVE, Form, Role, Traits
 from dsc.ir.types import TensorType
 
 if TYPE_CHECKING:
@@ -25,10 +26,6 @@ else:
 
 Types = Sequence[TensorType]
 Result = tuple[TensorType, ...]
-
-COLLECTIVES = frozenset(
-    {"all_reduce", "all_gather", "reduce_scatter", "all_to_all", "send", "recv"}
-)
 
 
 def _group(what: str, ranks: int) -> Group:
@@ -164,6 +161,7 @@ def _infer_peer(types: Types, attrs: Mapping[str, Any]) -> Result:
 
 all_reduce = op(
     "all_reduce(x: T[*n]; ranks: int) -> T[*n]",
+    Traits(Role.COLLECTIVE, Form.COLLECTIVE, lane=COLLECTIVE),
     reference=_all_reduce,
     doc="The sum of x over all ranks, in order of rank: every rank gets the same bits.",
     example="f32[2,3] {ranks=1}",
@@ -171,6 +169,7 @@ all_reduce = op(
 )
 all_gather = op(
     "all_gather(x: T[...]; axis: int, ranks: int) -> T[...]",
+    Traits(Role.COLLECTIVE, Form.COLLECTIVE, lane=COLLECTIVE),
     reference=_all_gather,
     doc="The x of all ranks, one after another along an axis, in order of rank.",
     example="f32[2,3] {axis=-1, ranks=1}",
@@ -178,6 +177,7 @@ all_gather = op(
 )
 reduce_scatter = op(
     "reduce_scatter(x: T[...]; axis: int, ranks: int) -> T[...]",
+    Traits(Role.COLLECTIVE, Form.COLLECTIVE, lane=COLLECTIVE),
     reference=_reduce_scatter,
     doc="The sum of x over all ranks, of which rank r keeps part r of an axis.",
     example="f32[2,4] {axis=1, ranks=1}",
@@ -185,6 +185,7 @@ reduce_scatter = op(
 )
 all_to_all = op(
     "all_to_all(x: T[...]; axis: int, ranks: int) -> T[...]",
+    Traits(Role.COLLECTIVE, Form.COLLECTIVE, lane=COLLECTIVE),
     reference=_all_to_all,
     doc="Part r of an axis goes to rank r; what came, in order of rank, takes its place.",
     example="f32[4,3] {axis=0, ranks=1}",
@@ -192,6 +193,7 @@ all_to_all = op(
 )
 send = op(
     "send(x: T[*n]; to: int) -> T[*n]",
+    Traits(Role.COLLECTIVE, Form.COLLECTIVE, lane=COLLECTIVE),
     reference=_send,
     doc="Give x to another rank, and pass it on. To the rank itself: nothing else happens.",
     example="f32[2,3] {to=0}",
@@ -199,6 +201,7 @@ send = op(
 )
 recv = op(
     "recv(x: T[*n]; source: int) -> T[*n]",
+    Traits(Role.COLLECTIVE, Form.COLLECTIVE, lane=COLLECTIVE),
     reference=_recv,
     doc="What rank `source` sends, of the type of x. From the rank itself: x.",
     example="f32[2,3] {source=0}",

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from dsc.ir.dims import Dim
+from dsc.ir.dims import Dim, product
 from dsc.ir.graph import Graph
 from dsc.ir.lazy import LazyModule
-from dsc.ir.op import OpDef, TypeMismatch, Within, op
+from dsc.ir.op import OpDef, TypeMismatch, op
 from dsc.ir.ops.pointwise import broadcast
 from dsc.ir.ops.shape import axis_of
+from dsc.ir.traits import Call, Form, Role, Traits, Within
 from dsc.ir.types import DType, TensorType
 
 if TYPE_CHECKING:
@@ -58,6 +60,13 @@ def _infer_einsum(types: Types, attrs: Mapping[str, Any]) -> Result:
     return (types[0].with_shape(tuple(sizes[c] for c in result)),)
 
 
+def _einsum_flops(call: Call) -> Dim:
+    sizes: dict[str, Dim] = {}
+    for term, t in zip(einsum_terms(call.attrs["eq"])[0], call.types, strict=True):
+        sizes.update(zip(term, t.shape, strict=True))
+    return 2 * product(tuple(sizes.values()))
+
+
 def reduced_shape(shape: tuple[Dim, ...], axes: tuple[int, ...], keepdims: bool) -> tuple[Dim, ...]:
     """The shape after reducing `axes`, at least one and each once."""
     gone = {axis_of(a, len(shape)) for a in axes}
@@ -69,7 +78,11 @@ def reduced_shape(shape: tuple[Dim, ...], axes: tuple[int, ...], keepdims: bool)
 
 
 def _reduction(
-    name: str, reference: Callable[..., Any], doc: str, floats_only: bool = False
+    name: str,
+    reference: Callable[..., Any],
+    doc: str,
+    floats_only: bool = False,
+    of_nothing: float | None = None,
 ) -> OpDef:
     def infer(types: Types, attrs: Mapping[str, Any]) -> Result:
         (x,) = types
@@ -79,6 +92,7 @@ def _reduction(
 
     return op(
         f"{name}(x: T[...]; axes: ints, keepdims: bool = false) -> T[...]",
+        Traits(Role.REDUCTION, of_nothing=of_nothing),
         reference=reference,
         doc=doc,
         example="f32[2,3,4] {axes=[-1], keepdims=true}",
@@ -96,15 +110,22 @@ def _accumulate(function: Callable[..., Any]) -> Callable[..., Any]:
     return reference
 
 
-sum = _reduction("sum", _accumulate(lambda x, a, k: x.sum(a, keepdim=k)), "Sum over axes.")
+sum = _reduction(
+    "sum", _accumulate(lambda x, a, k: x.sum(a, keepdim=k)), "Sum over axes.", of_nothing=0.0
+)
 mean = _reduction(
-    "mean", _accumulate(lambda x, a, k: x.mean(a, keepdim=k)), "Mean over axes.", floats_only=True
+    "mean",
+    _accumulate(lambda x, a, k: x.mean(a, keepdim=k)),
+    "Mean over axes.",
+    floats_only=True,
+    of_nothing=math.nan,
 )
 amax = _reduction("amax", lambda x, axes, keepdims: x.amax(axes, keepdims), "Largest over axes.")
 amin = _reduction("amin", lambda x, axes, keepdims: x.amin(axes, keepdims), "Smallest over axes.")
 
 argmax = op(
     "argmax(x: T[...]; axis: int) -> i64[...]",
+    Traits(Role.OTHER),
     reference=lambda x, axis: x.argmax(axis),
     doc="Index of the largest element of an axis; of equals, any.",
     example="f32[2,3] {axis=-1}",
@@ -140,6 +161,7 @@ def _infer_topk(types: Types, attrs: Mapping[str, Any]) -> Result:
 
 cumsum = op(
     "cumsum(x: T[*n]; axis: int) -> T[*n]",
+    Traits(Role.OTHER),
     reference=_cumsum,
     doc="Running sum along an axis; 16-bit floats accumulate in fp32.",
     example="f32[2,3] {axis=-1}",
@@ -147,6 +169,7 @@ cumsum = op(
 )
 softmax = op(
     "softmax(x: T[*n]; axis: int = -1) -> T[*n]",
+    Traits(Role.REDUCTION),
     reference=_softmax,
     doc="exp(x - max) / sum along an axis, in fp32.",
     example="f32[2,3] {axis=-1}",
@@ -154,6 +177,7 @@ softmax = op(
 )
 topk = op(
     "topk(x: T[*n, d]; k: int) -> (T[*n, k], i64[*n, k])",
+    Traits(Role.OTHER),
     reference=lambda x, k: tuple(torch.topk(x, k, dim=-1)),
     doc="The k largest of the last axis, largest first, with their indices.",
     example="f32[2,5] {k=2}",
@@ -162,12 +186,22 @@ topk = op(
 )
 linear = op(
     "linear(x: T[*n, k], weight: T[m, k], bias: T[m]?) -> T[*n, m]",
+    Traits(
+        Role.PRODUCT,
+        flops=lambda c: 2 * c["x"].numel * c.dim("m"),
+        of_nothing=0.0,
+    ),
     reference=lambda x, weight, bias=None: torch.nn.functional.linear(x, weight, bias),
     doc="x @ weight^T + bias; products accumulate in fp32.",
     example="f32[2,5,3], f32[4,3], f32[4]",
 )
 matmul = op(
     "matmul(a: T[...], b: T[...]) -> T[...]",
+    Traits(
+        Role.PRODUCT,
+        flops=lambda c: 2 * c.results[0].numel * c["a"].shape[-1],
+        of_nothing=0.0,
+    ),
     reference=lambda a, b: torch.matmul(a, b),
     doc="Matrix product of the last two axes; leading axes broadcast.",
     example="f32[2,1,3,4], f32[5,4,2]",
@@ -175,6 +209,7 @@ matmul = op(
 )
 einsum = op(
     "einsum(xs: T[...]...; eq: str) -> T[...]",
+    Traits(Role.PRODUCT, flops=_einsum_flops, of_nothing=0.0),
     reference=lambda *xs, eq: torch.einsum(eq, *xs),
     doc="Sum of products over named axes; letters as in ARCHITECTURE.md (b s t h d c r e g).",
     example='f32[2,3,4], f32[4,5] {eq="bsd,dc->bsc"}',
@@ -201,6 +236,7 @@ def _infer_fused(types: Types, attrs: Mapping[str, Any]) -> Result:
 
 fused = op(
     "fused(xs: any[...]...; body: graph) -> any[...]",
+    Traits(Role.REGION, Form.REGION),
     reference=_run_body,
     doc="Run a body as one kernel: at most one anchor (GEMM, attention, …). It means its body.",
     example="",

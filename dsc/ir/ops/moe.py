@@ -6,8 +6,10 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
+from dsc.ir.dims import Dim
 from dsc.ir.lazy import LazyModule
-from dsc.ir.op import TypeMismatch, Within, op
+from dsc.ir.op import TypeMismatch, op
+from dsc.ir.traits import DISTINCT, FROM_FIRST, Call, Form, Role, Traits, Within, nothing
 from dsc.ir.types import DType, TensorType
 
 if TYPE_CHECKING:
@@ -153,11 +155,25 @@ def _combine(y: Any, order: Any, w: Any) -> Any:
     return (slots.reshape(*w.shape, y.shape[1]) * w[..., None]).sum(1).to(y.dtype)
 
 
+def _chosen_gate_up(call: Call) -> Dim:
+    """Elements of gate and up of the chosen experts, each choice apart."""
+    return call["idx"].numel * call.dim("g") * call.dim("d")
+
+
+def _chosen_down(call: Call) -> Dim:
+    return call["idx"].numel * call.dim("d") * call.dim("i")
+
+
 route = op(
     "route(x: T[*n, d], weight: W[e, d], bias: f32[e]?; score: str, groups: int = 1,"
     ' keep: int = 1, group_score: str = "top2", fill: float = -inf, top_k: int,'
     " normalise: bool, scale: float = 1.0, shared: int = 0)"
     " -> (i64[*n, top_k+shared], f32[*n, top_k+shared])",
+    Traits(
+        Role.DISPATCH,
+        results=("idx", "w"),
+        flops=lambda c: 2 * c["x"].numel * c.dim("e"),
+    ),
     reference=_route,
     doc="Choose top_k experts a token among the kept groups by biased scores; weights come from"
     " the unbiased ones, normalised, then scaled (DeepSeek-V3, eq. 12-16; noaux_tc). Experts e .."
@@ -170,6 +186,11 @@ route = op(
 experts = op(
     "experts(x: T[*n, d], idx: i64[*n, k], w: f32[*n, k], gate_up: T[e, g, d], down: T[e, d, i];"
     ' act: str = "silu") -> T[*n, d]',
+    Traits(
+        Role.EXPERTS,
+        flops=lambda c: 2 * (_chosen_gate_up(c) + _chosen_down(c)),
+        reads={"gate_up": _chosen_gate_up, "down": _chosen_down},
+    ),
     reference=_experts,
     doc="sum_k w_k * down_k(act(gate_k x) * up_k x) over each token's experts; gate_up holds the"
     " i gate rows, then the i up rows of each expert. Accumulates in fp32.",
@@ -179,26 +200,42 @@ experts = op(
 )
 dispatch = op(
     "dispatch(x: T[m, d], idx: i64[m, k]; experts: int) -> (T[r, d], i64[experts+1], i64[r])",
+    Traits(
+        Role.DISPATCH,
+        Form.LOWERED,
+        flops=nothing,
+        results=("rows", "offsets", "order"),
+    ),
     reference=_dispatch,
     doc="Sort (token, slot) pairs by expert, stably: rows of x in that order, the prefix sum of"
     " the counts, and order[p] = token*k + slot of sorted row p.",
     example="f32[5,3], i64[5,2]=3 {experts=4}",
     infer=_infer_dispatch,
     within={"idx": Within("0", "experts-1", "the number of an expert")},
-    gives={1: Within("0", "m*k", ascending=True), 2: Within("0", "m*k-1")},
+    gives={
+        1: Within("0", "m*k", order=FROM_FIRST),
+        2: Within("0", "m*k-1", order=DISTINCT),
+    },
 )
 grouped_linear = op(
     "grouped_linear(x: T[m, k], weight: T[e, n, k], offsets: i64[e+1]) -> T[m, n]",
+    Traits(
+        Role.PRODUCT,
+        Form.LOWERED,
+        flops=lambda c: 2 * c["x"].numel * c.dim("n"),
+        reads={"weight": lambda c: c["x"].numel * c.dim("n")},
+    ),
     reference=_grouped_linear,
     doc="Rows offsets[g] .. offsets[g+1]-1 times weight[g]^T.",
     example="f32[0,3], f32[4,2,3], i64[5]=0",
-    within={"offsets": Within("0", "m", "the first row of a group", ascending=True)},
+    within={"offsets": Within("0", "m", "the first row of a group", FROM_FIRST)},
 )
 combine = op(
     "combine(y: T[r, d], order: i64[r], w: f32[m, k]) -> T[m, d]",
+    Traits(Role.EXPERTS, Form.LOWERED, flops=lambda c: 2 * c["y"].numel),
     reference=_combine,
     doc="Undo dispatch: each token's weighted sum of its slots, in fp32.",
     example="f32[10,3], i64[10], f32[5,2]",
     infer=_infer_combine,
-    within={"order": Within("0", "r-1", "the slot of a sorted row")},
+    within={"order": Within("0", "r-1", "the slot of a sorted row", DISTINCT)},
 )

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from dsc.ir.dims import Dim
 from dsc.ir.lazy import LazyModule
-from dsc.ir.op import TypeMismatch, Within, op
+from dsc.ir.op import TypeMismatch, op
 from dsc.ir.ops.cache import ROOM
+from dsc.ir.traits import Call, Role, Traits, Within, each_result, nothing
 from dsc.ir.types import TensorType
 
 if TYPE_CHECKING:
@@ -132,8 +134,25 @@ def _latent_attention(
     return torch.einsum("bhst,btc->bshc", p, latent.float()).to(q_latent.dtype)
 
 
+def _pairs(call: Call, rows: Dim) -> Dim:
+    """Query rows of all heads times the rows that they see."""
+    return call.dim("b") * call.dim("s") * call.dim("h") * rows
+
+
+def absorbed_flops(call: Call, rows: Dim) -> Dim:
+    """Operations of absorbed latent attention over so many rows a sequence."""
+    return 2 * _pairs(call, rows) * (2 * call.dim("c") + call.dim("r"))
+
+
+def expanded_flops(call: Call, rows: Dim) -> Dim:
+    """Operations of expanded latent attention, keys and values of all rows rebuilt."""
+    width = call["q_nope"].shape[-1] + call.dim("r") + call.results[0].shape[-1]
+    return 2 * call.dim("b") * rows * call["kv_b"].numel + 2 * _pairs(call, rows) * width
+
+
 embedding = op(
     "embedding(ids: i64[*n], weight: T[v, d]) -> T[*n, d]",
+    Traits(Role.LOOKUP, flops=nothing, reads={"weight": each_result}),
     reference=lambda ids, weight: torch.nn.functional.embedding(ids, weight),
     doc="Rows of a table.",
     example="i64[2,3]=5, f32[6,4]",
@@ -141,6 +160,7 @@ embedding = op(
 )
 rms_norm = op(
     "rms_norm(x: T[*n, d], weight: T[d]; eps: float) -> T[*n, d]",
+    Traits(Role.REDUCTION),
     reference=_rms_norm,
     doc="Root-mean-square norm over the last axis, statistics in fp32"
     " (Zhang & Sennrich 2019, eq. 4).",
@@ -149,6 +169,7 @@ rms_norm = op(
 rope = op(
     "rope(x: T[...], positions: i64[b, s], inv_freq: f32[r]; layout: str, scale: float = 1.0)"
     " -> T[...]",
+    Traits(Role.ROTATION, samples={"positions": Within("0", "1")}),
     reference=_rope,
     doc="Rotary position embedding (Su et al. 2021) of x [b,s,2r] or [b,s,h,2r]; layouts: "
     "interleaved (pairs 2i,2i+1), deinterleave (such pairs in, halves out), half (pairs i,i+r).",
@@ -158,6 +179,7 @@ rope = op(
 )
 swiglu = op(
     "swiglu(gate: T[*n], up: T[*n]) -> T[*n]",
+    Traits(Role.POINTWISE),
     reference=lambda gate, up: (torch.nn.functional.silu(_wide(gate)) * _wide(up)).to(gate.dtype),
     doc="silu(gate) * up (Shazeer 2020).",
     example="f32[2,3], f32[2,3]",
@@ -165,6 +187,11 @@ swiglu = op(
 attention = op(
     "attention(q: T[b, s, h, d], k: T[b, t, g, d], v: T[b, t, g, e], lengths: i64[b]?;"
     " scale: float, causal: bool) -> T[b, s, h, e]",
+    Traits(
+        Role.ATTENTION,
+        masked=("k", "v"),
+        flops=lambda c: 2 * _pairs(c, c.dim("t")) * (c.dim("d") + c.dim("e")),
+    ),
     reference=_attention,
     doc="softmax(q k^T * scale) v over grouped heads. With lengths, query i sees keys"
     " j <= lengths[b] + i; causal without lengths, j <= i + t - s.",
@@ -175,6 +202,12 @@ attention = op(
 mla_attention = op(
     "mla_attention(q_nope: T[b, s, h, n], q_rope: T[b, s, h, r], latent: T[b, t, c],"
     " rope: T[b, t, r], kv_b: T[m, c], lengths: i64[b]; scale: float) -> T[b, s, h, v]",
+    Traits(
+        Role.ATTENTION,
+        results=("attention",),
+        masked=("latent", "rope"),
+        flops=lambda c: expanded_flops(c, c.dim("t")),
+    ),
     reference=_mla_attention,
     doc="Multi-head latent attention, expanded: keys and values are rebuilt from the latent by"
     " kv_b, per head [nope | v] (DeepSeek-V2, eq. 9-19).",
@@ -185,6 +218,12 @@ mla_attention = op(
 latent_attention = op(
     "latent_attention(q_latent: T[b, s, h, c], q_rope: T[b, s, h, r], latent: T[b, t, c],"
     " rope: T[b, t, r], lengths: i64[b]; scale: float) -> T[b, s, h, c]",
+    Traits(
+        Role.ATTENTION,
+        results=("attention",),
+        masked=("latent", "rope"),
+        flops=lambda c: absorbed_flops(c, c.dim("t")),
+    ),
     reference=_latent_attention,
     doc="Multi-head latent attention, absorbed: W_UK is in the query, W_UV in what follows, so"
     " every head attends over the same latent rows (DeepSeek-V2, section 2.1.2).",

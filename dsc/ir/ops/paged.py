@@ -9,11 +9,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from dsc.ir.dims import Dim
 from dsc.ir.lazy import LazyModule
-from dsc.ir.op import Within, op
+from dsc.ir.op import op
 from dsc.ir.ops import nn
 from dsc.ir.ops.cache import ROOM
 from dsc.ir.paging import gathered, scattered
+from dsc.ir.traits import DISTINCT, Call, Form, Role, Traits, Within, nothing
 from dsc.ir.types import TensorType
 
 if TYPE_CHECKING:
@@ -21,7 +23,14 @@ if TYPE_CHECKING:
 else:
     torch = LazyModule("torch")
 
-_TABLE = Within("-1", "n-1", "the number of a page, or -1 for none")
+
+def _rows(call: Call) -> Dim:
+    """Elements of the rows that a block table can name."""
+    rows: Dim = call.dim("b") * call.dim("m") * call.dim("p")
+    return rows * call["pages"].shape[2]
+
+
+_TABLE = Within("-1", "n-1", "the number of a page, or -1 for none", DISTINCT)
 
 
 def _page_write(pages: Any, latent: Any, rope: Any, block_table: Any, lengths: Any) -> Any:
@@ -55,6 +64,9 @@ def _infer_mla(types: Sequence[TensorType], attrs: Mapping[str, Any]) -> tuple[T
 page_write = op(
     "page_write(pages: T[n, p, c+r], latent: T[b, s, c], rope: T[b, s, r],"
     " block_table: i64[b, m], lengths: i64[b]) -> T[n, p, c+r]",
+    Traits(
+        Role.WRITE, Form.LOWERED, flops=nothing, reads={"pages": nothing}, writes=("latent", "rope")
+    ),
     reference=_page_write,
     doc="Write rows [latent | rope] at lengths[b] .. lengths[b]+s-1 of each sequence in place;"
     " row t is row t % p of page block_table[b, t // p], dropped where that is -1 or t >= m * p.",
@@ -65,6 +77,13 @@ page_write = op(
 paged_latent_attention = op(
     "paged_latent_attention(q_latent: T[b, s, h, c], q_rope: T[b, s, h, r], pages: T[n, p, c+r],"
     " block_table: i64[b, m], lengths: i64[b]; scale: float) -> T[b, s, h, c]",
+    Traits(
+        Role.ATTENTION,
+        Form.LOWERED,
+        results=("attention",),
+        flops=lambda c: nn.absorbed_flops(c, c.dim("m") * c.dim("p")),
+        reads={"pages": _rows},
+    ),
     reference=_latent,
     doc="latent_attention over the rows that a block table names.",
     example="f32[2,3,4,6], f32[2,3,4,2], f32[7,4,8], i64[2,3], i64[2]=9 {scale=0.5}",
@@ -73,6 +92,13 @@ paged_latent_attention = op(
 paged_mla_attention = op(
     "paged_mla_attention(q_nope: T[b, s, h, d], q_rope: T[b, s, h, r], pages: T[n, p, c+r],"
     " block_table: i64[b, m], kv_b: T[w, c], lengths: i64[b]; scale: float) -> T[b, s, h, v]",
+    Traits(
+        Role.ATTENTION,
+        Form.LOWERED,
+        results=("attention",),
+        flops=lambda c: nn.expanded_flops(c, c.dim("m") * c.dim("p")),
+        reads={"pages": _rows},
+    ),
     reference=_mla,
     doc="mla_attention over the rows that a block table names.",
     example="f32[2,3,4,5], f32[2,3,4,2], f32[7,4,8], i64[2,3], f32[32,6], i64[2]=9 {scale=0.5}",

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from dsc.ir.dims import Dim
 from dsc.ir.lazy import LazyModule
 from dsc.ir.op import OpDef, TypeMismatch, op
+from dsc.ir.traits import Role, Traits
 from dsc.ir.types import DType, TensorType
 
 if TYPE_CHECKING:
@@ -38,7 +39,13 @@ def _infer_broadcast(
     return (TensorType(dtype or types[-1].dtype, shape),)
 
 
-def _binary(name: str, reference: Callable[..., Any], doc: str, booleans: bool = True) -> OpDef:
+def _binary(
+    name: str,
+    reference: Callable[..., Any],
+    doc: str,
+    booleans: bool = True,
+    commutative: bool = False,
+) -> OpDef:
     def infer(types: Sequence[TensorType], attrs: Mapping[str, Any]) -> tuple[TensorType, ...]:
         if types[0].dtype is DType.boolean and not booleans:
             raise TypeMismatch(f"{name} of truth values")
@@ -46,6 +53,7 @@ def _binary(name: str, reference: Callable[..., Any], doc: str, booleans: bool =
 
     return op(
         f"{name}(a: T[...], b: T[...]) -> T[...]",
+        Traits(Role.POINTWISE, commutative=commutative),
         reference=reference,
         doc=doc,
         example="f32[2,1,3], f32[4,1]",
@@ -53,9 +61,12 @@ def _binary(name: str, reference: Callable[..., Any], doc: str, booleans: bool =
     )
 
 
-def _compare(name: str, reference: Callable[..., Any], doc: str) -> OpDef:
+def _compare(
+    name: str, reference: Callable[..., Any], doc: str, commutative: bool = False
+) -> OpDef:
     return op(
         f"{name}(a: T[...], b: T[...]) -> bool[...]",
+        Traits(Role.POINTWISE, commutative=commutative),
         reference=reference,
         doc=doc,
         example="f32[2,1,3], f32[4,1]",
@@ -66,6 +77,7 @@ def _compare(name: str, reference: Callable[..., Any], doc: str) -> OpDef:
 def _logical(name: str, reference: Callable[..., Any], doc: str) -> OpDef:
     return op(
         f"{name}(a: bool[...], b: bool[...]) -> bool[...]",
+        Traits(Role.POINTWISE, commutative=True),
         reference=reference,
         doc=doc,
         example="bool[2,1,3], bool[4,1]",
@@ -84,6 +96,7 @@ def _unary(name: str, reference: Callable[..., Any], doc: str, integers: bool = 
 
     return op(
         f"{name}(x: T[*n]) -> T[*n]",
+        Traits(Role.POINTWISE),
         reference=reference,
         doc=doc,
         example="f32[2,3]",
@@ -108,27 +121,32 @@ def _divide(a: Any, b: Any) -> Any:
     return torch.div(a, b, rounding_mode="floor")
 
 
-add = _binary("add", lambda a, b: a + b, "Sum.")
+add = _binary("add", lambda a, b: a + b, "Sum.", commutative=True)
 sub = _binary("sub", lambda a, b: a - b, "Difference.", booleans=False)
-mul = _binary("mul", lambda a, b: a * b, "Product.")
+mul = _binary("mul", lambda a, b: a * b, "Product.", commutative=True)
 div = _binary("div", _divide, "Quotient; of integers, rounded down.", booleans=False)
 remainder = _binary(
     "remainder", lambda a, b: torch.remainder(a, b), "a - b * floor(a / b).", booleans=False
 )
-maximum = _binary("maximum", lambda a, b: torch.maximum(a, b), "The larger of two.")
-minimum = _binary("minimum", lambda a, b: torch.minimum(a, b), "The smaller of two.")
+maximum = _binary(
+    "maximum", lambda a, b: torch.maximum(a, b), "The larger of two.", commutative=True
+)
+minimum = _binary(
+    "minimum", lambda a, b: torch.minimum(a, b), "The smaller of two.", commutative=True
+)
 pow = _binary("pow", lambda a, b: torch.pow(a, b), "a to the power b.", booleans=False)
 
 lt = _compare("lt", lambda a, b: a < b, "a < b.")
 le = _compare("le", lambda a, b: a <= b, "a <= b.")
 gt = _compare("gt", lambda a, b: a > b, "a > b.")
 ge = _compare("ge", lambda a, b: a >= b, "a >= b.")
-eq = _compare("eq", lambda a, b: a == b, "a == b.")
-ne = _compare("ne", lambda a, b: a != b, "a != b.")
+eq = _compare("eq", lambda a, b: a == b, "a == b.", commutative=True)
+ne = _compare("ne", lambda a, b: a != b, "a != b.", commutative=True)
 logical_and = _logical("logical_and", lambda a, b: a & b, "Both.")
 logical_or = _logical("logical_or", lambda a, b: a | b, "Either.")
 logical_not = op(
     "logical_not(x: bool[*n]) -> bool[*n]",
+    Traits(Role.POINTWISE),
     reference=lambda x: ~x,
     doc="Not.",
     example="bool[2,3]",
@@ -155,6 +173,7 @@ gelu = _unary(
 
 cast = op(
     "cast(x: T[*n]; dtype: dtype) -> dtype[*n]",
+    Traits(Role.POINTWISE),
     reference=lambda x, dtype: x.to(dtype.torch),
     doc="Convert elements to another element type, rounding to nearest even.",
     example="f32[2,3] {dtype=bf16}",
@@ -167,18 +186,9 @@ def _infer_where(types: Sequence[TensorType], attrs: Mapping[str, Any]) -> tuple
 
 where = op(
     "where(condition: bool[...], a: T[...], b: T[...]) -> T[...]",
+    Traits(Role.POINTWISE),
     reference=lambda condition, a, b: torch.where(condition, a, b),
     doc="`a` where the condition holds, else `b`.",
     example="bool[2,1,3], f32[4,1], f32[]",
     infer=_infer_where,
 )
-
-BINARY = frozenset(
-    {"add", "sub", "mul", "div", "remainder", "maximum", "minimum", "pow", "lt", "le", "gt", "ge"}
-    | {"eq", "ne", "logical_and", "logical_or"}
-)
-UNARY = frozenset(
-    {"neg", "abs", "exp", "log", "sqrt", "rsqrt", "reciprocal", "square", "sigmoid", "silu"}
-    | {"tanh", "cos", "sin", "erf", "relu", "gelu", "logical_not", "cast"}
-)
-POINTWISE = BINARY | UNARY | {"where"}

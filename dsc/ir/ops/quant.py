@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dsc.ir.op import TypeMismatch, op
+from dsc.ir.traits import Form, Role, Traits
 from dsc.ir.types import TensorType
 
 
@@ -30,6 +31,7 @@ def _dequantize(w: Any, scale: Any, block: tuple[int, int], dtype: Any) -> Any:
 
 dequantize_block = op(
     "dequantize_block(w: Q[n, k], scale: f32[p, q]; block: ints, dtype: dtype) -> dtype[n, k]",
+    Traits(Role.OTHER, Form.TRACED),
     reference=_dequantize,
     doc="w * scale, one scale for each block of rows x columns; edge blocks may be partial. The"
     " checkpoints call that scale weight_scale_inv.",

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from dsc.ir.dims import Dim, Sym, product
 from dsc.ir.lazy import LazyModule
-from dsc.ir.op import TypeMismatch, Within, op
+from dsc.ir.op import TypeMismatch, op
+from dsc.ir.traits import ASCENDING, Role, Traits, Within, each_result, nothing
 from dsc.ir.types import DType, TensorType
 
 if TYPE_CHECKING:
@@ -144,6 +145,7 @@ def _full(shape: tuple[int, ...], value: float, dtype: DType) -> Any:
 
 reshape = op(
     "reshape(x: T[...]; shape: dims) -> T[...]",
+    Traits(Role.VIEW, flops=nothing),
     reference=lambda x, shape: x.reshape(shape),
     doc="The same elements in row-major order under another shape.",
     example="f32[2,3,4] {shape=[6,4]}",
@@ -152,6 +154,7 @@ reshape = op(
 )
 permute = op(
     "permute(x: T[...]; dims: ints) -> T[...]",
+    Traits(Role.VIEW, flops=nothing),
     reference=lambda x, dims: x.permute(dims),
     doc="Axis i of the result is axis dims[i] of x.",
     example="f32[2,3,4] {dims=[2,0,1]}",
@@ -160,6 +163,7 @@ permute = op(
 )
 expand = op(
     "expand(x: T[...]; shape: dims) -> T[...]",
+    Traits(Role.VIEW, flops=nothing),
     reference=lambda x, shape: x.expand(shape),
     doc="Broadcast x to a shape.",
     example="f32[3,1] {shape=[2,3,4]}",
@@ -168,6 +172,7 @@ expand = op(
 )
 slice_ = op(
     "slice(x: T[...]; axis: int, start: dim, end: dim, step: int = 1) -> T[...]",
+    Traits(Role.VIEW, flops=nothing),
     reference=_slice,
     doc="Elements start, start+step, … below end of one axis.",
     example="f32[2,7] {axis=1, start=1, end=6, step=2}",
@@ -176,6 +181,7 @@ slice_ = op(
 )
 concat = op(
     "concat(xs: T[...]...; axis: int) -> T[...]",
+    Traits(Role.JOIN, flops=nothing),
     reference=lambda *xs, axis: torch.cat(xs, axis),
     doc="Operands one after another along an axis.",
     example="f32[2,3], f32[2,1], f32[2,2] {axis=-1}",
@@ -183,6 +189,7 @@ concat = op(
 )
 stack = op(
     "stack(xs: T[*n]...) -> T[...]",
+    Traits(Role.JOIN, flops=nothing),
     reference=lambda *xs: torch.stack(xs),
     doc="Operands of one shape along a new leading axis.",
     example="f32[2,3], f32[2,3]",
@@ -190,6 +197,7 @@ stack = op(
 )
 split = op(
     "split(x: T[...]; sizes: dims, axis: int = -1) -> T[...]",
+    Traits(Role.VIEW, flops=nothing),
     reference=lambda x, sizes, axis: x.split(list(sizes), axis),
     doc="Consecutive parts of one axis, one result each.",
     example="f32[2,7] {sizes=[3,4]}",
@@ -198,6 +206,7 @@ split = op(
 )
 gather = op(
     "gather(x: T[...], index: i64[...]; axis: int) -> T[...]",
+    Traits(Role.LOOKUP, flops=nothing, reads={"x": each_result}),
     reference=lambda x, index, axis: x.gather(axis, index),
     doc="Element-wise lookup along an axis (torch.gather).",
     example="f32[2,3], i64[2,2]=1 {axis=1}",
@@ -207,6 +216,7 @@ gather = op(
 )
 take = op(
     "take(x: T[...], index: i64[...]; axis: int) -> T[...]",
+    Traits(Role.LOOKUP, flops=nothing, reads={"x": each_result}),
     reference=_take,
     doc="Whole slices of an axis by index; the axis becomes the index's axes.",
     example="f32[4,3], i64[2,2]=3 {axis=0}",
@@ -216,6 +226,7 @@ take = op(
 )
 select_rows = op(
     "select_rows(x: T[b, s, d], index: i64[b, l]) -> T[b, l, d]",
+    Traits(Role.LOOKUP, flops=nothing, reads={"x": each_result}),
     reference=lambda x, index: x.gather(1, index[..., None].expand(-1, -1, x.shape[-1])),
     doc="Rows index[b, :] of each sequence: the tokens whose logits are wanted.",
     example="f32[2,5,3], i64[2,2]=4",
@@ -223,6 +234,7 @@ select_rows = op(
 )
 full = op(
     "full(; shape: dims, value: float, dtype: dtype) -> T[...]",
+    Traits(Role.CONSTANT, flops=nothing),
     reference=_full,
     doc="A tensor of one value; a scalar constant has the shape [].",
     example=" {shape=[2,3], value=0.5, dtype=f32}",
@@ -230,14 +242,13 @@ full = op(
 )
 arange = op(
     "arange(; start: dim, end: dim, dtype: dtype) -> T[...]",
+    Traits(Role.CONSTANT, flops=nothing),
     reference=lambda start, end, dtype: torch.arange(start, end, dtype=dtype.torch),
     doc="start, start+1, … below end.",
     example=" {start=2, end=7, dtype=i64}",
     infer=_infer_arange,
-    gives={0: Within("start", "end-1", ascending=True)},
+    gives={0: Within("start", "end-1", order=ASCENDING)},
 )
-
-VIEWS = frozenset({"reshape", "permute", "expand", "slice", "split"})
 
 
 def normalised_dims(shape: tuple[Dim, ...]) -> tuple[Dim, ...]:

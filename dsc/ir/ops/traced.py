@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from dsc.ir.dims import Dim
 from dsc.ir.lazy import LazyModule
-from dsc.ir.op import TypeMismatch, Within, op
+from dsc.ir.op import TypeMismatch, op
 from dsc.ir.ops.pointwise import broadcast
 from dsc.ir.ops.shape import axis_of, check_index, slice_extent
+from dsc.ir.traits import ASCENDING, Call, Form, Role, Traits, Within, nothing
 from dsc.ir.types import DType, TensorType
 
 if TYPE_CHECKING:
@@ -78,15 +80,26 @@ def _histc(x: Any, bins: int) -> Any:
     return torch.bincount(x.long().reshape(-1), minlength=bins)[:bins].to(x.dtype)
 
 
+def _sdpa_flops(call: Call) -> Dim:
+    return 2 * call.dim("t") * (call["q"].numel + call.results[0].numel)
+
+
 sdpa = op(
     "sdpa(q: T[*b, s, d], k: T[*c, t, d], v: T[*c, t, e], mask: any[...]?; scale: float,"
     " causal: bool = false, grouped: bool = false) -> T[*b, s, e]",
+    Traits(
+        Role.ATTENTION,
+        Form.TRACED,
+        flops=_sdpa_flops,
+        of_nothing=0.0,
+    ),
     reference=_sdpa,
     doc="torch's scaled_dot_product_attention; a bool mask keeps what is true, a float one adds.",
     example="f32[2,4,3,5], f32[2,4,7,5], f32[2,4,7,6], bool[2,1,3,7] {scale=0.5}",
 )
 slice_scatter = op(
     "slice_scatter(x: T[...], part: T[...]; axis: int, start: dim, end: dim) -> T[...]",
+    Traits(Role.WRITE, Form.TRACED, flops=nothing, updates="part"),
     reference=lambda x, part, axis, start, end: torch.slice_scatter(x, part, axis, start, end),
     doc="A copy of x with start..end-1 of an axis replaced by part.",
     example="f32[2,7], f32[2,3] {axis=1, start=2, end=5}",
@@ -94,6 +107,7 @@ slice_scatter = op(
 )
 scatter = op(
     "scatter(x: T[*n], index: i64[...], values: T[...]; axis: int) -> T[*n]",
+    Traits(Role.WRITE, Form.TRACED, flops=nothing, updates="index"),
     reference=lambda x, index, values, axis: x.scatter(axis, index, values.expand(index.shape)),
     doc="A copy of x with values placed by index along an axis (torch.scatter).",
     example="f32[2,4], i64[2,1]=3, f32[] {axis=1}",
@@ -102,6 +116,7 @@ scatter = op(
 )
 index_put = op(
     "index_put(x: T[...], index: i64[...], values: T[...]; accumulate: bool = false) -> T[...]",
+    Traits(Role.WRITE, Form.TRACED, flops=nothing, updates="index"),
     reference=_index_put,
     doc="A copy of x with rows x[index] set to values, or increased by them.",
     example="f32[4,3], i64[2]=3, f32[2,3] {accumulate=true}",
@@ -110,6 +125,7 @@ index_put = op(
 )
 sort = op(
     "sort(x: T[*n]; axis: int, descending: bool = false) -> (T[*n], i64[*n])",
+    Traits(Role.OTHER, Form.TRACED),
     reference=lambda x, axis, descending: tuple(
         torch.sort(x, dim=axis, descending=descending, stable=True)
     ),
@@ -120,14 +136,22 @@ sort = op(
 )
 histc = op(
     "histc(x: T[...]; bins: int) -> T[bins]",
+    Traits(Role.OTHER, Form.TRACED, of_nothing=0.0, samples={"x": Within("0", "bins")}),
     reference=_histc,
     doc="Counts of the integers 0 .. bins-1.",
     example="i64[6]=4 {bins=5}",
 )
 grouped_mm = op(
     "grouped_mm(x: T[m, k], weight: T[e, k, n], ends: I[e]) -> T[m, n]",
+    Traits(
+        Role.PRODUCT,
+        Form.TRACED,
+        flops=lambda c: 2 * c["x"].numel * c.dim("n"),
+        reads={"weight": lambda c: c["x"].numel * c.dim("n")},
+        of_nothing=0.0,
+    ),
     reference=_grouped_mm,
     doc="Rows up to ends[g] times weight[g]; rows past the last end are zero (torch._grouped_mm).",
     example="f32[4,3], f32[2,3,5], i64[2]=4",
-    within={"ends": Within("0", "m", "the end of a group's rows", ascending=True)},
+    within={"ends": Within("0", "m", "the end of a group's rows", ASCENDING)},
 )
