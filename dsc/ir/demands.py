@@ -15,8 +15,8 @@ from dsc.ir.dims import Dim, Sym, parse_dim, terms
 from dsc.ir.extents import Extent, System
 from dsc.ir.op import OpDef, lookup
 from dsc.ir.ops.core import einsum_terms
-from dsc.ir.ops.pointwise import BINARY
 from dsc.ir.ops.shape import axis_of
+from dsc.ir.traits import Role
 from dsc.ir.types import TensorType
 
 Shape = list[Extent]
@@ -74,6 +74,8 @@ def demand(call: Call) -> None:
     special = _SPECIAL.get(call.op)
     if special is not None:
         special(call, scope)
+    elif definition.traits.role is Role.POINTWISE:
+        _pointwise(call, scope)
     elif any(o.pattern.dims == ("...",) for o in definition.operands):
         _by_value(call)
 
@@ -370,7 +372,6 @@ def _dequantize(call: Call, scope: Scope) -> None:
 
 
 _SPECIAL: dict[str, Callable[[Call, Scope], None]] = {
-    **dict.fromkeys((*BINARY, "where"), _pointwise),
     **dict.fromkeys(("sum", "mean", "amax", "amin", "argmax"), _reduce),
     "reshape": _reshape,
     "permute": _permute,

@@ -20,6 +20,7 @@ from dsc.ir.ops import FAMILIES
 from dsc.ir.parser import parse_graph, parse_operands
 from dsc.ir.printer import print_graph
 from dsc.ir.samples import sample_inputs
+from dsc.ir.traits import Role, Traits
 from dsc.ir.types import DType, TensorType
 from tests.ir.strategies import call_graph
 
@@ -349,7 +350,7 @@ def test_symbolic_types_are_inferred() -> None:
 def test_a_malformed_declaration_is_refused() -> None:
     for signature in ("f(x: T[a] -> T[a]", "f(x: T) -> T[a]", "f(x: T[a]; n: what) -> T[a]"):
         with pytest.raises(ValueError, match=r"malformed|unknown attribute kind"):
-            op(signature, reference=lambda x: x, doc=".", example="f32[2]")
+            op(signature, Traits(Role.OTHER), reference=lambda x: x, doc=".", example="f32[2]")
 
 
 def test_whole_numbers_given_for_floats_are_floats() -> None:
