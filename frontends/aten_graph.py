@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx
 
 from dsc.errors import DscError, InternalError, UnsupportedOperator
-from dsc.frontends.fx_import import Problem, source_line, told
+from dsc.frontends.fx_import import Problem, hint, source_line, told
 from dsc.frontends.partition import Part, is_free, is_number, is_view, needed_by, parts
 from dsc.frontends.regions import (
     Options,
@@ -310,9 +310,8 @@ def _mixes_types(node: fx.Node) -> bool:
 def _zeros(fake: Any) -> Any:
     """A value like a traced one: zeros of its shape, or the number seen."""
     if isinstance(fake, Tensor):
-        sizes = [getattr(getattr(n, "node", None), "hint", n) for n in fake.shape]
-        return torch.zeros(sizes, dtype=fake.dtype)
-    return getattr(getattr(fake, "node", None), "hint", fake)
+        return torch.zeros([hint(n) for n in fake.shape], dtype=fake.dtype)
+    return hint(fake)
 
 
 def _refused(part: Part, problem: Exception) -> dict[fx.Node, Problem]:

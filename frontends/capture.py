@@ -31,6 +31,7 @@ from dsc.frontends.dynamo import GraphCompiler
 from dsc.frontends.fx_import import users_line
 from dsc.frontends.regions import Options
 from dsc.frontends.whole import kept_whole
+from dsc.frontends.wording import condition, same_object, unchanged
 from dsc.ir.op import lookup
 
 log = logging.getLogger("dsc")
@@ -102,7 +103,7 @@ class FrameCompiler:
     def decorator(self) -> Any:
         """Dynamo's decorator, with this in the place of its callback."""
         arguments: dict[str, Any] = {
-            "guard_fail_fn": lambda failed: self._failed.append(_words(str(failed.reason))),
+            "guard_fail_fn": lambda failed: self._failed.append(condition(str(failed.reason))),
             "guard_export_fn": self._keep_guards,
             "dynamic": self.dynamic,
         }
@@ -117,15 +118,20 @@ class FrameCompiler:
         return found
 
     def _keep_guards(self, found: Any) -> None:
-        """Note the conditions that a capture holds for, as Dynamo words them.
+        """Note the conditions that a capture holds for.
 
         Those on tensors are told by the inputs of the captured graph; those on addresses of
         objects and on torch's own state say nothing to a user.
         """
         for guard in found:
-            named = guard.name or guard.create_fn_name() == "GRAD_MODE"
-            texts = guard.code_list or [f"{guard.create_fn_name()}({guard.name})"] * bool(named)
-            self.guards += [_words(t) for t in texts if not _INTERNAL.search(t)]
+            texts = [condition(t) for t in guard.code_list or () if not _INTERNAL.search(t)]
+            if guard.create_fn_name() == "GRAD_MODE":
+                texts = [f"gradients are {'on' if torch.is_grad_enabled() else 'off'}"]
+            elif guard.name and not guard.code_list:
+                texts = [unchanged(guard.name)]
+            self.guards += texts
+            if self.graphs.captures:
+                self.graphs.captures[-1].same += filter(None, map(same_object, texts))
 
     def _backend(self, gm: fx.GraphModule, example_inputs: Sequence[Any], **_: Any) -> Any:
         if _sizes_are_open() and not _is_size_oblivious(gm):
@@ -266,11 +272,6 @@ def _does_the_same(node: fx.Node) -> bool:
 
 
 _CAPTURE_FAILED = (torch._dynamo.exc.TorchDynamoException, AssertionError, RuntimeError, ValueError)
-
-
-def _words(condition: str) -> str:
-    """A condition of Dynamo's without its comment and the stack behind it."""
-    return " ".join(condition.partition("\n")[0].partition("  # ")[0].split())
 
 
 def _run_eagerly() -> Any:

@@ -15,7 +15,6 @@ dsc compiles inference: where an input requires gradients the graph runs eagerly
 from __future__ import annotations
 
 import functools
-import re
 import sys
 import sysconfig
 import traceback
@@ -27,11 +26,14 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from dsc.backends.base import StandIn
 from dsc.errors import UsageError
 from dsc.frontends.aten_graph import CompiledGraph, refusal
 from dsc.frontends.fx_import import Problem, is_users, source_line, users_line
+from dsc.frontends.overlaps import is_refused, shared
 from dsc.frontends.regions import Options
 from dsc.frontends.whole import kept_whole
+from dsc.frontends.wording import input_name, size_names, told_inputs
 
 _FALLBACKS = ("eager", "error")
 _FROZEN = 8
@@ -84,14 +86,19 @@ def dsc_backend(
 class Capture:
     """One graph that Dynamo handed over and what was made of it; eager for a reason, or compiled.
 
-    `inputs` says what each is called and what it is: `x float32[s0, 3]`. `parts` holds one compiled
-    graph, or one a set of frozen parameters.
+    `inputs` says what each is called and what it is: `x float32[any, 3]`, `sizes` what the user
+    calls symbolic numbers. `same` are inputs that have to be one object. `parts` holds one compiled
+    graph, or one a set of frozen parameters. `changes` says of each input whether it is changed in
+    place; of the memory behind it, where inputs share some.
     """
 
     gm: fx.GraphModule
     inputs: tuple[str, ...]
+    sizes: Mapping[str, str]
+    same: list[tuple[str, str]] = field(default_factory=list)
     parts: list[CompiledGraph] = field(default_factory=list)
     eager: str = ""
+    changes: tuple[bool, ...] = ()
 
     @property
     def broken(self) -> str:
@@ -118,12 +125,14 @@ class GraphCompiler:
         self, gm: fx.GraphModule, example_inputs: Sequence[Any], **_: Any
     ) -> Callable[..., Any]:
         """What runs a captured graph. Raises `DscError` where that is asked for."""
-        capture = Capture(gm, tuple(_told(n) for n in gm.graph.nodes if n.op == "placeholder"))
+        inputs = [n for n in gm.graph.nodes if n.op == "placeholder"]
+        sizes = size_names(inputs)
+        capture = Capture(gm, told_inputs(inputs, sizes), sizes)
         self.captures.append(capture)
         capture.eager = _reason_for_eager(example_inputs)
         if capture.eager:
             self.warn(f"{self.name} runs eagerly, because {capture.eager}")
-            return gm.forward
+            return _forward(gm)
         moved = [n for n in gm.graph.nodes if n.target is torch.Tensor.set_]
         if moved:  # AOTAutograd cannot take it
             why = "a tensor is given other memory (`x.data = y`)"
@@ -132,17 +141,40 @@ class GraphCompiler:
                 raise refusal(problems)
             capture.eager = f"{why}: {source_line(moved[0])}"
             self.warn(f"{self.name} runs eagerly, because {capture.eager}")
-            return gm.forward
+            return _forward(gm)
         from torch._dynamo.backends.common import aot_autograd
 
         compiler = functools.partial(self._compiled, capture)
         with kept_whole():
-            return aot_autograd(
+            run = aot_autograd(
                 fw_compiler=compiler,
                 inference_compiler=compiler,
                 decompositions=decompositions(),
                 keep_inference_input_mutations=False,
             )(gm, example_inputs)
+        return self._watched(capture, run, example_inputs) if any(capture.changes) else run
+
+    def _watched(
+        self, capture: Capture, run: Callable[..., Any], example_inputs: Sequence[Any]
+    ) -> Callable[..., Any]:
+        """Code that changes inputs, run where they share memory as they did when it was made."""
+        eager, known = _forward(capture.gm), shared(example_inputs)
+        apart = len(capture.changes) == len(example_inputs)
+        repeated = any(i == j and (capture.changes[i] or not apart) for i, j, *_ in known)
+        if repeated or (known and is_refused(eager, example_inputs)):
+            capture.eager = "it changes an input in place that shares memory with itself or others"
+            return eager
+
+        def watched(*args: Any) -> Any:
+            if shared(args) == known:
+                return run(*args)
+            self.warn(
+                f"{self.name} runs eagerly where its inputs share memory in another way than when"
+                " it was compiled, since it changes some of them in place"
+            )
+            return eager(*args)
+
+        return watched
 
     def warn(self, message: str) -> None:
         """Say something once, of the user's line that runs."""
@@ -154,6 +186,8 @@ class GraphCompiler:
         self, capture: Capture, aten: fx.GraphModule, example_inputs: Sequence[Any]
     ) -> Any:
         del example_inputs
+        facts: Any = torch._guards.TracingContext.get().fw_metadata
+        capture.changes = tuple(bool(each.mutates_data) for each in facts.input_info)
         names, weights = _named_inputs(capture.gm, aten)
         if self.options.freeze and weights:
             return Frozen(self, capture, aten, names, weights)
@@ -171,10 +205,24 @@ class GraphCompiler:
 
         with _disable_current_modes(), torch._C._DisablePythonDispatcher(), torch.no_grad():
             done = CompiledGraph(aten, self.options, self.name, names, constants)
+            for region in done.regions.values():
+                self._tell_stand_in(region.executable)
         capture.parts.append(done)
         for line in done.eager_lines():
             self.warn(f"{self.name} runs eagerly in part: {line}")
         return done
+
+    def _tell_stand_in(self, model: Any) -> None:
+        """Say what runs in the place of compiled code. Raises `UsageError` where nothing does."""
+        executable = getattr(model, "executable", None)
+        if not isinstance(executable, StandIn):
+            return
+        if not executable.computes:
+            raise UsageError(
+                f"{self.name} would have no results: {executable.stand_in}",
+                hint="choose another backend: tvm, onnxruntime or reference",
+            )
+        self.warn(f"{self.name}: {executable.stand_in}")
 
 
 class Frozen:
@@ -230,6 +278,14 @@ def decompositions() -> Mapping[Any, Any]:
     }
 
 
+def _forward(gm: fx.GraphModule) -> Callable[..., Any]:
+    """A captured graph run by PyTorch: made now, since in the making it prints what it raises."""
+    from torch.fx._lazy_graph_module import _LazyGraphModule
+
+    _LazyGraphModule.force_recompile(gm)
+    return gm.forward
+
+
 def _users_level() -> int:
     """The `stacklevel` at which the caller's warning points at the user's code."""
     library = sysconfig.get_paths()["stdlib"]  # torch's decorators stand on contextlib and such
@@ -268,7 +324,7 @@ def _named_inputs(
     theirs = [n for n in captured.graph.nodes if n.op == "placeholder"]
     if len(ours) != len(theirs):
         return {}, {}
-    names = {a: _input_name(b) for a, b in zip(ours, theirs, strict=True)}
+    names = {a: input_name(b) for a, b in zip(ours, theirs, strict=True)}
     return names, {a: i for i, (a, b) in enumerate(zip(ours, theirs, strict=True)) if _is_weight(b)}
 
 
@@ -278,21 +334,3 @@ def _is_weight(node: fx.Node) -> bool:
     fake = node.meta.get("example_value")
     static = marks.get("_dynamo_static_input_type") is not None
     return isinstance(fake, Tensor) and (isinstance(fake, nn.Parameter) or static)
-
-
-def _input_name(node: fx.Node) -> str:
-    """What the user calls an input: `x`, or the path of a parameter in its model."""
-    source = getattr(getattr(node.meta.get("grapharg"), "source", None), "name", "")
-    name = str(source() if callable(source) else source)
-    keys = re.findall(r"\[['\"](\w+)['\"]\]|\.(\w+)", name)
-    path = [a or b for a, b in keys if (a or b) not in ("_modules", "_parameters", "_buffers")]
-    return ".".join(path[1:] if path[:1] in (["self"], ["fn"]) and path[1:] else path) or node.name
-
-
-def _told(node: fx.Node) -> str:
-    """An input of a captured graph: its name, element type and shape, or its value."""
-    fake = node.meta.get("example_value")
-    if not isinstance(fake, Tensor):
-        return f"{_input_name(node)} {fake}"
-    shape = ", ".join(map(str, fake.shape))
-    return f"{_input_name(node)} {str(fake.dtype).removeprefix('torch.')}[{shape}]"

@@ -6,7 +6,7 @@ print(dsc.explain(attention_layer, q, k, v))  # after one more call
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from inspect import getclosurevars, isfunction
 from typing import Any
@@ -19,7 +19,7 @@ from dsc.frontends.regions import Options, Region
 
 @dataclass(frozen=True)
 class CompiledRegion:
-    """A compiled part: its operators once optimised, and the bounds of its symbolic sizes.
+    """A compiled part: its operators once optimised, and the bounds of sizes such as `x.shape[0]`.
 
     `model` is the `CompiledModel`, whose program and report say the rest.
     """
@@ -155,23 +155,35 @@ def _options_of(function: Any) -> Options:
 
 def _graph(capture: Capture) -> CapturedGraph:
     return CapturedGraph(
-        capture.inputs,
+        tuple(_with_names(told, capture.same) for told in capture.inputs),
         sum(n.op.startswith("call") for n in capture.gm.graph.nodes),
-        tuple(_region(r) for p in capture.parts for r in p.regions.values()),
+        tuple(_region(r, capture.sizes) for p in capture.parts for r in p.regions.values()),
         tuple(dict.fromkeys(t for p in capture.parts for t in p.eager_lines())),
         capture.eager,
         capture.broken,
     )
 
 
-def _region(region: Region) -> CompiledRegion:
+def _with_names(told: str, same: Sequence[tuple[str, str]]) -> str:
+    """An input under all names that it was given by: `q = k = v float32[2, 3]`."""
+    name, _, rest = told.partition(" ")
+    names = dict.fromkeys(n for pair in same if name in pair for n in pair)
+    return f"{' = '.join(names or [name])} {rest}"
+
+
+def _region(region: Region, sizes: Mapping[str, str]) -> CompiledRegion:
     model = region.executable
     assert model is not None
     (graph,) = model.program.entries.values()
     return CompiledRegion(
         model,
         tuple(n.op for n in graph.nodes),
-        {n: (r.lo, r.hi) for n, r in model.program.symbols.items()},
+        {_size_name(region, n, sizes): (r.lo, r.hi) for n, r in model.program.symbols.items()},
         region.compilations,
         region.seconds,
     )
+
+
+def _size_name(region: Region, symbol: str, sizes: Mapping[str, str]) -> str:
+    """What the user calls a symbol of a region."""
+    return sizes.get(str(region.numbers[symbol]), symbol)

@@ -196,6 +196,11 @@ class FxImporter:
         return stand_in(fakes)
 
 
+def hint(number: Any) -> Any:
+    """A number as it was when the graph was captured, be it symbolic; `None` where nobody knows."""
+    return number.node.hint if isinstance(number, SYMBOLIC_NUMBERS) else number
+
+
 def module_path(node: fx.Node, prefix: str = "") -> str:
     """The path of the module that a node comes from, as `model.layers.3.self_attn`."""
     stack = node.meta.get("nn_module_stack") or {}

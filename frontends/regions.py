@@ -20,11 +20,12 @@ import torch
 from torch import Tensor, fx
 
 from dsc.errors import UnsupportedOperator
-from dsc.frontends.fx_import import FxImporter, module_path, source_place, without_dead_nodes
+from dsc.frontends.fx_import import FxImporter, hint, module_path, source_place, without_dead_nodes
 from dsc.frontends.lowering import Unsupported
 from dsc.frontends.partition import is_number
 from dsc.ir.dims import Dim, Range, Sym, bounds, free_symbols, symbol, symbol_name
 from dsc.ir.graph import Graph, Operand
+from dsc.ir.limits import OPEN
 from dsc.ir.program import Program
 from dsc.ir.stages import Stage
 from dsc.ir.types import DType, TensorType
@@ -35,8 +36,6 @@ ROOM = 8
 
 ARENA = 1 << 30
 """Bytes that the intermediate values of a region may take at the bounds that are planned for."""
-
-ANY_SIZE = 2**31 - 1
 
 
 class Executable(Protocol):
@@ -258,20 +257,16 @@ def _axes(graph: Graph) -> dict[str, tuple[int, int]]:
 
 def _layout(fake: Tensor) -> tuple[int, ...] | None:
     """The order of axes in memory, outermost first; `None` where they lie as they are counted."""
-    hints = [_hint(s) for s in fake.stride()]
+    hints = [hint(s) for s in fake.stride()]
     if any(h is None for h in hints):
         return None
-    sizes = [_hint(n) for n in fake.shape]
+    sizes = [hint(n) for n in fake.shape]
     counted = [a for a in range(fake.dim()) if sizes[a] != 1]
     order = sorted(counted, key=lambda a: -hints[a])
     if order == counted:
         return None
     rest = iter(order)
     return tuple(next(rest) if sizes[a] != 1 else a for a in range(fake.dim()))
-
-
-def _hint(size: Any) -> Any:
-    return size.node.hint if isinstance(size, torch.SymInt) else size
 
 
 def _laid_out(x: Tensor, dims: Sequence[int]) -> Tensor:
@@ -357,7 +352,7 @@ def _facts(graph: fx.Graph, name: str) -> tuple[Range, torch.SymInt]:
     environment = number.node.shape_env
     found = next(s for s in number.node.expr.free_symbols if str(s) == name)
     known = environment.bound_sympy(found)
-    low, high = (max(0, min(x, ANY_SIZE)) for x in (known.lower, known.upper))
+    low, high = (max(0, min(x, OPEN)) for x in (known.lower, known.upper))
     return Range(int(low), int(high)), torch.SymInt(SymNode(found, environment, int, None))
 
 

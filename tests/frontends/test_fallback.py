@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +17,7 @@ import dsc
 from dsc.errors import UnsupportedOperator, UsageError
 from dsc.frontends import capture
 from dsc.ir.program import Program
+from tests.frontends.conftest import Interpreted
 from tests.frontends.tracing import four_rows, ops_of
 
 pytestmark = pytest.mark.usefixtures("compiled")
@@ -216,7 +219,7 @@ def test_the_refusals_told_apart_are_those_of_the_installed_torch() -> None:
     """An upgrade that words one otherwise fails here, not in the messages of users."""
     folder = Path(torch._dynamo.__file__).parent
     text = "".join(p.read_text() for p in folder.rglob("*.py"))
-    kinds = capture._FAILS_EAGERLY_TOO | capture._BRANCHES_ON_DATA
+    kinds = capture._FAILS_EAGERLY_TOO | capture._BRANCHES_ON_DATA | {capture._BUILTIN}
     assert [k for k in kinds if f'"{k}"' not in text] == []
 
 
@@ -258,6 +261,47 @@ def test_explain_tells_graphs_guards_breaks_fallbacks_and_recompiles() -> None:
     assert len(dsc.explain(decorated, torch.ones(2)).graphs) == 1
     with pytest.raises(UsageError, match="takes a function"):
         dsc.explain(3)  # type: ignore[arg-type]
+
+
+def test_explain_says_it_in_the_words_of_the_function() -> None:
+    class Scaled(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = torch.nn.Linear(3, 3)
+
+        def forward(self, q: Tensor, k: Tensor, n: int, many: dict[str, Tensor]) -> Tensor:
+            found: Tensor = self.layer(q) * FACTOR + many["x"] + torch.arange(n).sum() + k.sum()
+            return found
+
+    function: Any = dsc.optimize(Scaled().eval())
+    with torch.no_grad():
+        for rows, n in ((2, 3), (4, 5), (5, 6)):
+            x = torch.randn(rows, 3)
+            function(x, x, n, {"x": torch.randn(rows, 3)})
+    found = dsc.explain(function)
+    assert "q = k float32[2, 3]" in found.graphs[0].inputs
+    assert {"q = k float32[any, 3]", "n any"} <= {*found.graphs[1].inputs}
+    assert "many.x float32[q.shape[0], 3]" in found.graphs[1].inputs
+    assert found.regions[-1].symbols.keys() == {"q.shape[0]", "n"}
+    assert {"FACTOR == 3", "gradients are off", "self.layer is unchanged"} <= {*found.guards}
+    strange = re.compile(r"\bL\[|\bG\[|\bs\d+|\bD\d|size\(\)|_modules|_DICT|GRAD_MODE|\d/\d")
+    assert not strange.search(str(found)), str(found)
+
+
+def test_what_stands_in_for_compiled_code_is_told_once_and_nothing_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    slow = SimpleNamespace(stand_in="this is slow", computes=True)
+    monkeypatch.setattr(Interpreted, "executable", slow, raising=False)
+    function = dsc.optimize(lambda x: x + 1)
+    with pytest.warns(UserWarning, match="<lambda>: this is slow"):
+        function(torch.ones(2))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.equal(function(torch.ones(3)), torch.full((3,), 2.0))
+    monkeypatch.undo()
+    with pytest.raises(UsageError, match="the null backend plans and counts, and computes nothing"):
+        dsc.optimize(backend="null")(lambda x: x + 1)(torch.ones(2))
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from torch.fx.experimental.symbolic_shapes import guard_or_false
 
 import dsc
 from dsc.errors import UnsupportedOperator, UsageError
+from dsc.frontends.overlaps import shared as shared_memory
 from dsc.ir.program import Program
 from tests.frontends.conftest import Interpreted
 from tests.frontends.tracing import ops_of
@@ -302,6 +303,63 @@ def test_changes_in_place_reach_the_caller() -> None:
     wanted = [both.clone()]
     dsc.optimize(lambda a, b: a.add_(b))(both, both[:])
     assert torch.equal(both, wanted[0] * 2)
+
+
+def added(a: Tensor, b: Tensor) -> Tensor:
+    a.add_(1)
+    return b * 2
+
+
+def test_what_pytorch_refuses_to_change_in_place_is_refused() -> None:
+    line, other = torch.arange(5.0), torch.arange(5.0)
+    cases: list[tuple[Callable[..., Tensor], list[Tensor]]] = [
+        (lambda x: x.add_(1), [torch.ones(1, 4).expand(3, 4)]),
+        (lambda a, b: a.add_(b), [line[1:], line[:-1]]),
+        (lambda a, b: torch.mul(a, 2, out=b), [other[1:], other[:-1]]),
+    ]
+    for function, given in cases:
+        before = [x.clone() for x in given]
+        with pytest.raises(RuntimeError, match="single memory location"):
+            dsc.optimize(function)(*given)
+        assert all(map(torch.equal, given, before))
+    windows = [torch.arange(6.0).as_strided((3, 4), (1, 1)) for _ in range(2)]
+    assert torch.equal(dsc.optimize(lambda x: x.mul_(2))(windows[0]), windows[1].mul_(2))
+
+
+def test_inputs_that_share_memory_as_none_did_before_are_changed_as_eagerly() -> None:
+    """Nothing guards what inputs share: code made for none of it, or for other places, is wrong."""
+    apart, shared = (dsc.optimize(added) for _ in range(2))
+    apart(torch.zeros(3), torch.zeros(3))
+    x = torch.zeros(4)
+    shared(x[1:], x[:-1])
+    for function in (apart, shared):
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            for a, b in ((2, 1), (1, 2), (0, 0), (0, 3)):
+                x, y = torch.zeros(6), torch.zeros(6)
+                wanted = added(y[a : a + 3], y[b : b + 3])
+                assert torch.equal(function(x[a : a + 3], x[b : b + 3]), wanted)
+                assert torch.equal(x, y)
+        assert len([w for w in told if "share memory in another way" in str(w.message)]) == 1
+
+
+def test_memory_that_is_shared_is_told_by_the_bytes_that_inputs_span() -> None:
+    x = torch.zeros(12)
+    assert not shared_memory([x[:6], x[6:], 3, torch.zeros(0), torch.zeros(2).expand(1, 2)])
+    assert not shared_memory([x.view(3, 4).t(), torch.zeros(5)])
+    assert shared_memory([x[:7], torch.zeros(2), x[6:]]) == {(0, 2, 24, 0)}
+    assert shared_memory([x[3:4].expand(5)]) == {(0, 0, 0, 3)}
+
+
+def test_the_documented_example_runs_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()  # through the passes and the kernels of tvm
+    function = dsc.optimize(backend="tvm")(attention)
+    for rows in (5, 7, 1):
+        q, k, v = (torch.randn(2, rows, 8) for _ in range(3))
+        torch.testing.assert_close(function(q, k, v), attention(q, k, v))
+    regions = dsc.explain(function).regions
+    assert {r.model.backend for r in regions} == {"tvm"}
+    assert len(regions) == 2
 
 
 def test_numbers_go_in_and_out() -> None:
