@@ -20,13 +20,13 @@ from bench import parity
 from dsc.frontends.config import ModelConfig, parse_config
 from dsc.frontends.huggingface import stock_causal_lm
 from dsc.frontends.load import CONSTANT, load_program
+from dsc.ir.limits import OPEN
 from dsc.ir.parser import parse_program
 from dsc.ir.program import Program
 from dsc.ir.weights import DictSource, sources
 
 LEAST = 50
 """Smaller numbers are no widths: axes, and numbers that belong to the equations."""
-OPEN = 2**31 - 1
 WIDTHS: dict[str, Any] = {
     "vocab_size": 1009, "hidden_size": 901, "intermediate_size": 107, "moe_intermediate_size": 101,
     "num_attention_heads": 53, "q_lora_rank": 59, "kv_lora_rank": 62, "qk_nope_head_dim": 68,

@@ -61,10 +61,6 @@ class Outcome:
         return self.result in ("equal", "eager", "refused")
 
 
-class _Refused(Exception):
-    """A door that said no, in words."""
-
-
 def door_of(kind: str, backend: str | None = None) -> Door:
     """What makes a callable of a function: `kind` is one of `DOORS`."""
     if kind == "inductor":

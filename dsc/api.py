@@ -27,7 +27,7 @@ from dsc.ir.limits import Limits
 from dsc.ir.program import Program
 from dsc.ir.ranks import ranks_of
 from dsc.ir.segments import cut
-from dsc.ir.types import DType
+from dsc.ir.types import PRECISIONS
 from dsc.report import build_report, cache_bytes
 from dsc.rewrite.manager import NOT_PASSES, Watch
 from dsc.runtime import artifact as artifacts
@@ -43,7 +43,6 @@ if TYPE_CHECKING:
     from dsc.frontends.config import ModelConfig
 
 Progress = Callable[[str, int, int], None]
-DTYPES = {"fp32": DType.f32, "bf16": DType.bf16, "fp16": DType.f16}
 PREFERENCE = ("tvm", "onnxruntime", "reference")
 """Backends by preference where the user names none."""
 
@@ -299,7 +298,7 @@ def compile(
         model,
         config=config,
         weights=weights,
-        dtype=DTYPES[dtype] if dtype else None,
+        dtype=PRECISIONS[dtype] if dtype else None,
         max_batch=max_batch,
         max_context=max_context,
         prefill_chunk=prefill_chunk,
@@ -323,9 +322,10 @@ def compile(
         if spare is None:
             raise
         chosen = spare
-        known = chosen.capabilities(Target("cpu")).options
+        targets = _targets(None, chosen)
+        known = chosen.capabilities(targets[0]).options
         extra = {name: value for name, value in extra.items() if name in known}
-        program, records = pipeline.run(loaded.program, chosen, Target("cpu"), options)
+        program, records = pipeline.run(loaded.program, chosen, targets[0], options)
         loaded.notes.append(f"the whole program runs on {fallback}: {refused.what}")
     optimised = time.perf_counter()
     check_memory(program, targets[0], limits.max_batch, limits.max_context)
@@ -486,8 +486,8 @@ def _check_options(
     prefill_chunk: int,
 ) -> None:
     pipeline.check_fusion_level(fusion_level)
-    if dtype is not None and dtype not in DTYPES:
-        raise UsageError(f"dtype {dtype!r}", hint=f"one of {', '.join(DTYPES)}")
+    if dtype is not None and dtype not in PRECISIONS:
+        raise UsageError(f"dtype {dtype!r}", hint=f"one of {', '.join(PRECISIONS)}")
     for name, value in (("max_batch", max_batch), ("prefill_chunk", prefill_chunk)):
         if value < 1:
             raise UsageError(f"{name} is {value}", hint="give at least 1")

@@ -99,11 +99,12 @@ def read_text(file: str | Path) -> str:
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as problem:
-        raise UsageError(
-            f"this is no UTF-8 text: byte {problem.start} is {data[problem.start]:#04x}",
-            where=where,
-            hint="convert it, as with iconv -t UTF-8",
-        ) from None
+        raise UsageError(no_text(problem), where, "convert it, as with iconv -t UTF-8") from None
+
+
+def no_text(problem: UnicodeDecodeError) -> str:
+    """What is wrong with bytes that should be text."""
+    return f"this is no UTF-8 text: byte {problem.start} is {problem.object[problem.start]:#04x}"
 
 
 def why_no_file(path: Path) -> str:

@@ -90,7 +90,7 @@ class TextStream:
         """Return what was held back: no more tokens come."""
         if self.stopped:
             return ""
-        text = self._released(self._decode(self._ids).removeprefix(self._shown))
+        text = self._released(self._decode(self._ids)[len(self._shown) :])
         rest, self._held = self._held, ""
         return text + rest
 

@@ -42,13 +42,14 @@ class Sampling:
     def __str__(self) -> str:
         """Say it as options of the command line.
 
-        >>> print(Sampling(), "|", Sampling(True, 0.6, top_p=0.95))
+        >>> print(Sampling(temperature=0.6), "|", Sampling(True, 0.6, top_p=0.95))
         greedily | draws: --temperature 0.6, --top-p 0.95
         """
+        heeded = [each.name for each in fields(self)[1:]] if self.draws else ["repetition_penalty"]
         said = [
             f"--{each.name.replace('_', '-')} {value:g}"
             for each in fields(self)
-            if (value := getattr(self, each.name)) != each.default and each.name != "sample"
+            if (value := getattr(self, each.name)) != each.default and each.name in heeded
         ]
         how = "draws" if self.draws else "greedily"
         return f"{how}: {', '.join(said)}" if said else how

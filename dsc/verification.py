@@ -26,6 +26,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from dsc.ir.types import PRECISIONS
+
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
@@ -47,7 +49,6 @@ SPREAD = 0.5
 MOST_EXCLUDED = 0.5
 """The share of positions that may be left out as ties."""
 DECODED_TOKENS = 16
-DTYPES = {"f32": "fp32", "bf16": "bf16", "f16": "fp16"}
 FP32_ROUNDINGS = 16.0 * 2.0**-23
 """In fp32: the error of a logit for a root of the number of layers, as a share of its size."""
 
@@ -188,9 +189,10 @@ def _rms(values: Any) -> Any:
 def compute_dtype(program: Program) -> str:
     """Return the element type that a program computes in: that of most of its weights."""
     sizes: Counter[str] = Counter()
+    names = {dtype: name for name, dtype in PRECISIONS.items()}
     for kind in program.weight_types().values():
-        if str(kind.dtype) in DTYPES:
-            sizes[DTYPES[str(kind.dtype)]] += cast(int, kind.nbytes)
+        if kind.dtype in names:
+            sizes[names[kind.dtype]] += cast(int, kind.nbytes)
     return max(sizes, key=sizes.__getitem__, default="fp32")
 
 

@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 from dsc.frontends.aten_math import NARROW, Row, truth, widened
-from dsc.frontends.lowering import Lowering, Scalar, Unsupported
+from dsc.frontends.lowering import Lowering, Unsupported
 from dsc.ir.dims import Dim, Sym
 from dsc.ir.graph import Operand, Value
 from dsc.ir.types import DType
@@ -101,8 +101,8 @@ def variance(
     total = t.call("square", t.call("sub", wide, mean))
     if axes:
         total = t.call("sum", total, axes=axes, keepdims=keepdim)
-    free = _degrees_of_freedom(count, 1 if correction is None else correction)
-    return t.cast(t.call("div", total, t.number(free, wide.type.dtype)), x.type.dtype)
+    free = _degrees_of_freedom(t, count, 1 if correction is None else correction, wide.type.dtype)
+    return t.cast(t.call("div", total, free), x.type.dtype)
 
 
 def primitive_variance(
@@ -112,13 +112,12 @@ def primitive_variance(
     return variance(t, x, dims, correction=correction)
 
 
-def _degrees_of_freedom(count: Dim, correction: float) -> Scalar:
+def _degrees_of_freedom(t: Lowering, count: Dim, correction: float, dtype: DType) -> Operand:
     """count - correction, at least 0 as ATen has it."""
     if isinstance(count, int):
-        return max(0.0, count - correction)
-    if correction != int(correction):
-        raise Unsupported(f"a variance of a symbolic count with the correction {correction}")
-    return count - int(correction)
+        return t.number(max(0.0, count - correction), dtype)
+    free = t.call("sub", t.number(count, dtype), t.number(correction, dtype))
+    return t.call("maximum", free, t.number(0, dtype))
 
 
 def deviation(t: Lowering, x: Operand, dim: Any = None, **options: Any) -> Operand:

@@ -24,6 +24,7 @@ from dsc.errors import ConfigError, UnsupportedArchitecture
 from dsc.files import why_no_file
 from dsc.frontends.quantisation import readable
 from dsc.frontends.strict_json import AGAIN, parse_object
+from dsc.ir.types import DType
 
 CONFIG_FILE = "config.json"
 MAX_CONFIG_BYTES = 4 << 20
@@ -35,6 +36,9 @@ ARCHITECTURES = {
     "kimi_k2": "deepseek_v3",
 }
 """`model_type` as published, and the family member whose equations it follows."""
+
+DTYPES = {"float32": DType.f32, "bfloat16": DType.bf16, "float16": DType.f16}
+"""Element types that are computed in, by the names that `dtype` may have."""
 
 Width = Annotated[int, Field(gt=0, le=1 << 20)]
 Count = Annotated[int, Field(gt=0, le=1 << 14)]

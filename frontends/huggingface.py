@@ -20,7 +20,7 @@ from torch import nn
 
 from dsc.errors import CheckpointError, ConfigError
 from dsc.frontends.causal_lm import CausalLMStep, cast_parameters, parameter_types
-from dsc.frontends.config import CONFIG_FILE, ModelConfig, parse_config, read_bounded
+from dsc.frontends.config import CONFIG_FILE, DTYPES, ModelConfig, parse_config, read_bounded
 from dsc.frontends.names import EMBEDDING, WeightMap, check_layout, map_weights
 from dsc.frontends.safetensors_source import SafetensorsSource, open_safetensors
 from dsc.frontends.strict_json import JsonObject, parse_object
@@ -28,7 +28,6 @@ from dsc.ir.types import DType
 from dsc.ir.weights import WeightExpr, evaluate
 
 MODELOPT_FILE = "hf_quant_config.json"
-_DTYPES = {"float32": DType.f32, "bfloat16": DType.bf16, "float16": DType.f16}
 
 
 @dataclass(frozen=True)
@@ -70,12 +69,6 @@ class CheckpointModel:
         model.config._experts_implementation = "eager"
         stock: nn.Module = model
         return stock
-
-    @property
-    def tokenizer(self) -> Path | None:
-        """The folder's `tokenizer.json`, if it has one."""
-        file = self.folder / "tokenizer.json"
-        return file if file.is_file() else None
 
 
 def load_checkpoint(folder: Path | str, dtype: DType | None = None) -> CheckpointModel:
@@ -190,10 +183,16 @@ def _with_quantization(raw: JsonObject, folder: Path) -> JsonObject:
 def _stored_dtype(config: ModelConfig, source: SafetensorsSource, folder: Path) -> DType:
     """What config.json names, else what the embedding is stored in."""
     if config.dtype is not None:
-        return _DTYPES[config.dtype]
+        return DTYPES[config.dtype]
     if EMBEDDING not in source.keys():
         raise CheckpointError(f"there is no {EMBEDDING}", str(folder))
-    return source.type(EMBEDDING).dtype
+    found = source.type(EMBEDDING).dtype
+    if found not in DTYPES.values():
+        raise CheckpointError(
+            f"config.json names no dtype, and {EMBEDDING} is stored in {found}", str(folder),
+            "say what to compute in: --dtype bf16",
+        )  # fmt: skip
+    return found
 
 
 def _notes(folder: Path, raw: Mapping[str, Any], mapped: WeightMap) -> tuple[str, ...]:

@@ -20,7 +20,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from dsc.errors import ConfigError, DscError, UnsupportedArchitecture, UsageError
-from dsc.frontends.config import ModelConfig
+from dsc.frontends.config import DTYPES, ModelConfig
 from dsc.frontends.generation_config import Settings, load_generation, settings_of
 from dsc.frontends.tokenizer import TOKENIZER, find_tokenizer
 from dsc.ir.limits import OPEN, Limits
@@ -210,7 +210,8 @@ def _from_code(
             f"the weights in {folder} are of another configuration than {config_name}",
             hint="leave --config out to use the folder's own",
         )
-    compute = checkpoint.dtype if checkpoint is not None else dtype or _config_dtype(config)
+    named = DTYPES[config.dtype or "bfloat16"]
+    compute = checkpoint.dtype if checkpoint is not None else dtype or named
     with torch.device("meta"), blaming(path):
         module = build(config)
     if not isinstance(module, torch.nn.Module):
@@ -460,8 +461,3 @@ def _module_at(path: Path) -> ModuleType:
 def _shape_of(config: ModelConfig) -> dict[str, Any]:
     ignored = {"dtype", "quantization_config", "published_model_type"}
     return config.model_dump(exclude=ignored)
-
-
-def _config_dtype(config: ModelConfig) -> DType:
-    named = {"float32": DType.f32, "bfloat16": DType.bf16, "float16": DType.f16}
-    return named[config.dtype or "bfloat16"]

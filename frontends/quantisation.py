@@ -84,6 +84,9 @@ def _compressed_tensors(found: Mapping[str, Any], where: str) -> dict[str, Any]:
     sparse = found.get("sparsity_config")
     if isinstance(sparse, Mapping) and sparse.get("format") not in (None, "dense"):
         raise refused("sparse weights", f"sparsity_config.format {sparse['format']!r}", where)
+    transforms = found.get("transform_config")
+    if isinstance(transforms, Mapping) and any(transforms.values()):
+        raise refused("rotated weights", "transform_config", where)
     block = None
     for each in weights:
         bits, kind, strategy = (each.get(name) for name in ("num_bits", "type", "strategy"))

@@ -160,10 +160,6 @@ class SafetensorsSource:
         for file in {id(f): f for f in self.files.values()}.values():
             file.release()
 
-    def file_of(self, key: str) -> Path:
-        """The file that holds a tensor, for messages."""
-        return self.files[key].path
-
 
 def open_safetensors(path: Path | str) -> SafetensorsSource:
     """Open the weights of a checkpoint folder, or one `.safetensors` file.

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from dsc.errors import DscError
+from dsc.files import no_text
 
 JsonObject = dict[str, object]
 AGAIN = "correct the file, or get it again"
@@ -40,7 +41,7 @@ def parse_object(text: bytes, where: str, error: type[DscError]) -> JsonObject:
     try:
         value = json.loads(text.decode("utf-8"), object_pairs_hook=unique, parse_constant=refuse)
     except UnicodeDecodeError as exc:
-        raise error(f"not UTF-8 text (byte {exc.start})", where, AGAIN) from None
+        raise error(no_text(exc), where, AGAIN) from None
     except RecursionError:
         raise error("JSON nested too deeply", where, AGAIN) from None
     except ValueError as exc:  # JSONDecodeError, and integers beyond Python's digit limit

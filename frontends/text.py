@@ -1,7 +1,7 @@
 """`.dsc` files: programs as text, for tests, for `dsc opt`, and to be read by people.
 
-The text is the whole program but for the values of its weights. What is read back is equal to what
-was written, so a pass can be tried on a hand-written graph of five lines.
+The text (`print_program`) is the whole program but for the values of its weights. What is read back
+is equal to what was written, so a pass can be tried on a hand-written graph of five lines.
 """
 
 from __future__ import annotations
@@ -10,9 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dsc.errors import ParseError
-from dsc.files import STANDARD_INPUT, read_text, write_text
+from dsc.files import STANDARD_INPUT, read_text
 from dsc.ir.parser import parse_verified
-from dsc.ir.printer import print_program
 from dsc.ir.program import Program
 from dsc.ir.stages import Stage
 from dsc.ir.weights import WeightSource
@@ -38,8 +37,3 @@ def read_program(
         place = "standard input" if str(file) == STANDARD_INPUT else str(file)
         where = f"{place}, {problem.where}" if problem.where else place
         raise ParseError(problem.what, where, problem.hint, problem.picture) from None
-
-
-def write_program(program: Program, file: Path | str) -> None:
-    """Write a program as text. Weight values stay where they are."""
-    write_text(file, print_program(program))

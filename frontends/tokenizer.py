@@ -41,12 +41,13 @@ def find_tokenizer(folder: Path) -> tuple[Path | bytes | None, str]:
 
     Raises:
         CheckpointError, ConfigError: the files are damaged or contradict each other.
+        FileError: one is there and cannot be read, as a link that leads nowhere.
     """
     file, ranks = folder / TOKENIZER, folder / RANKS
-    if file.is_file():
+    if os.path.lexists(file):
         parse_tokenizer(file, CheckpointError, "get it again, or take it out of the folder")
         return file, ""
-    if not ranks.is_file():
+    if not os.path.lexists(ranks):
         return None, ""
     settings: JsonObject = {}
     if os.path.lexists(folder / SETTINGS):

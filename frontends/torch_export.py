@@ -34,12 +34,13 @@ from dsc.frontends.fx_import import (
 from dsc.frontends.lowering import Complex, Unsupported
 from dsc.ir.dims import Range
 from dsc.ir.graph import Graph, Operand, Weight
+from dsc.ir.limits import OPEN
 from dsc.ir.program import Program
 from dsc.ir.stages import Stage
 from dsc.ir.types import DType, TensorType
 from dsc.ir.weights import DictSource, LayeredSource, MetaSource, Source, WeightSource
 
-ANY_SIZE = Range(0, 2**31 - 1)
+ANY_SIZE = Range(0, OPEN)
 """The range of a symbol that nobody bounds."""
 
 

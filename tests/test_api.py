@@ -5,14 +5,20 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
 
 import dsc
 from dsc.api import compile_program
+from dsc.backends.base import No
+from dsc.backends.triton.backend import TritonBackend
 from dsc.errors import ArtifactError, MemoryLimitError, UsageError
+from dsc.frontends import config
+from dsc.frontends.config import ModelConfig
+from dsc.ir.types import PRECISIONS, Precision
+from dsc.runtime.probes import PRODUCTS
 from tests.runtime.test_session import small_lm
 
 
@@ -60,6 +66,24 @@ def test_an_option_that_no_backend_reads_is_refused(backend: str, known: str | N
     with pytest.raises(UsageError, match=f"the {backend} backend has no option opsett") as refused:
         dsc.compile("no such model", backend=backend, backend_options={"opsett": 23})
     assert known is None or known in (refused.value.hint or "")
+
+
+def test_what_another_backend_takes_over_is_compiled_for_its_own_target(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(TritonBackend, "supports", lambda *_: No("not today"))
+    compiled = dsc.compile(
+        small_lm(), backend="triton", target="cuda:sm_90", fallback="reference", max_context=32
+    )
+    assert (compiled.backend, compiled.targets) == ("reference", ("cpu",))
+    assert compiled.session().prefill(torch.tensor([[1, 2]])).isfinite().all()
+
+
+def test_element_types_have_one_name_wherever_they_are_chosen() -> None:
+    assert get_args(Precision) == tuple(PRECISIONS) == tuple(PRODUCTS)
+    named = get_args(get_args(ModelConfig.model_fields["dtype"].annotation)[0])
+    assert named == tuple(config.DTYPES)
+    assert {config.DTYPES[name] for name in named} == set(PRECISIONS.values())
 
 
 def test_the_report_says_what_happened(tmp_path: Path) -> None:

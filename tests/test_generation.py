@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 from dsc.errors import ArtifactError, UsageError
-from dsc.generation import Answer, Clock, TextStream, continue_all, generate
+from dsc.generation import BROKEN, Answer, Clock, TextStream, continue_all, generate
 from dsc.sampling import Sampling
 
 LIKELIEST = Sampling().picker()
@@ -161,6 +161,24 @@ def test_characters_come_when_their_last_byte_does(text: str) -> None:
 def test_bytes_that_are_no_text_come_out_as_the_decoder_spells_them(data: bytes) -> None:
     pieces, _ = spelled(list(data))
     assert "".join(pieces) == data.decode("utf-8", "replace")
+
+
+class Together:
+    """Bytes as decoders with byte fallback spell them: all that follow each other are one text."""
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Spell bytes."""
+        try:
+            return bytes(ids).decode()
+        except UnicodeDecodeError:
+            return BROKEN * len(ids)
+
+
+def test_what_was_shown_does_not_come_again_when_its_spelling_changes() -> None:
+    stream, data = TextStream(Together()), "語".encode() + b"\xe4"
+    text = "".join(stream.push(byte) for byte in data)
+    assert text == "語"
+    assert text + stream.finish() == "語" + BROKEN * 3
 
 
 def test_the_space_before_a_word_is_kept_after_a_prompt_and_a_special_token() -> None:

@@ -15,11 +15,10 @@ from dsc.backends.onnxruntime.graph import NARROW, OPSET
 from dsc.errors import UsageError
 from dsc.ir.graph import Graph
 from dsc.ir.program import Program
-from dsc.ir.types import DType
+from dsc.ir.types import PRECISIONS, DType
 
 LEAST_RUNTIME = {23: "1.23", 24: "1.25"}
 """For each opset that is written, the first ONNX Runtime that runs it on CPUs."""
-NAMES = {"fp32": DType.f32, "bf16": DType.bf16, "fp16": DType.f16}
 
 INPUTS = {
     "input_ids": "The S new tokens of each of B sequences. A shorter sequence is padded on the"
@@ -73,9 +72,9 @@ def chosen_form(program: Program, opset: int | None, caches: str | None) -> Form
     own = {g.inputs[at].type.dtype for g in program.entries.values() for _, at in g.aliases}
     if caches is None:
         return Form(opset, wide_caches=DType.bf16 in own)
-    wanted = NAMES.get(caches)
+    wanted = PRECISIONS.get(caches)
     if wanted is not DType.f32 and own != {wanted}:
-        shown = ", ".join(name for name, dtype in NAMES.items() if dtype in {DType.f32, *own})
+        shown = ", ".join(name for name, dtype in PRECISIONS.items() if dtype in {DType.f32, *own})
         raise UsageError(f"caches in {caches} would not hold the model's", hint=f"one of {shown}")
     return Form(opset, wide_caches=wanted is DType.f32, numpy=wanted is not DType.bf16)
 

@@ -112,6 +112,7 @@ def load_passes(
     """Read a model, and make the passes that a compile for the backend would run."""
     from dsc import api, backends, pipeline
     from dsc.frontends.load import load_program
+    from dsc.ir.types import PRECISIONS
     from dsc.targets import Target, parse_target
 
     chosen = backends.get(backend) if backend else api.best_backend()
@@ -121,7 +122,7 @@ def load_passes(
         model,
         config=config,
         weights=weights,
-        dtype=api.DTYPES[dtype] if dtype else None,
+        dtype=PRECISIONS[dtype] if dtype else None,
         progress=progress,  # type: ignore[arg-type]
     )
     asked = pipeline.PipelineOptions(fusion_level=fusion_level)

@@ -9,6 +9,7 @@ from typer import Option
 
 from dsc.cli import options
 from dsc.cli.compile import build_artifact
+from dsc.ir.types import Precision
 
 
 def export(
@@ -28,7 +29,7 @@ def export(
         ),
     ] = None,
     cache_dtype: Annotated[
-        Literal["fp32", "bf16", "fp16"] | None,
+        Precision | None,
         Option(
             "--cache-dtype",
             help="Caches as ONNX inputs and outputs: fp32, or what the model computes in. NumPy has"

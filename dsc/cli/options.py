@@ -7,6 +7,8 @@ from typing import Annotated, Any, Literal
 
 from typer import Argument, Option
 
+from dsc.ir.types import Precision
+
 Model = Annotated[
     str,
     Argument(
@@ -65,7 +67,7 @@ FusionLevel = Annotated[
     ),
 ]
 Dtype = Annotated[
-    Literal["fp32", "bf16", "fp16"] | None,
+    Precision | None,
     Option("--dtype", help="Compute dtype.  [default: the checkpoint's]", show_default=False),
 ]
 MaxBatch = Annotated[

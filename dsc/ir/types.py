@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import cache
-from typing import TYPE_CHECKING
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from dsc.ir.dims import MAX_DIM, Dim, Sym, free_symbols, product, substitute
 
@@ -98,6 +99,13 @@ def _torch_types() -> Mapping[DType, TorchType]:
         DType.u8: torch.uint8,
         DType.boolean: torch.bool,
     }
+
+
+Precision: TypeAlias = Literal["fp32", "bf16", "fp16"]
+PRECISIONS: Mapping[str, DType] = MappingProxyType(
+    {"fp32": DType.f32, "bf16": DType.bf16, "fp16": DType.f16}
+)
+"""Element types that a model may be computed in, as options and reports call them."""
 
 
 @dataclass(frozen=True, slots=True)

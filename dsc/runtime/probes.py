@@ -21,6 +21,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from dsc.ir.types import PRECISIONS
+
 if TYPE_CHECKING:
     import torch
     from numpy.typing import NDArray
@@ -140,9 +142,10 @@ class MatrixProbe:
 
         rows, columns, depth = shape or MATRIX
         self._threads, self._before = threads, torch.get_num_threads()
-        named = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
         self._operands: dict[str, list[torch.Tensor]] = {
-            name: [torch.full((n, depth), 0.5, dtype=named[name]) for n in (rows, columns)]
+            name: [
+                torch.full((n, depth), 0.5, dtype=PRECISIONS[name].torch) for n in (rows, columns)
+            ]
             for name in PRODUCTS[dtype]
         }
         self.dtype = dtype

@@ -70,9 +70,20 @@ def _integers(given: Any, wanted: str) -> NDArray[np.int64]:
             found = np.asarray(given.detach().cpu() if isinstance(given, torch.Tensor) else given)
     except (TypeError, ValueError, RuntimeError, OverflowError):
         raise UsageError(f"{wanted}; {_kind(given)}", hint=_todo(given)) from None
+    if isinstance(given, list | tuple) and _holds_truth(
+        given
+    ):  # NumPy takes it for 0 or 1 where it stands among numbers
+        found = np.asarray(given, dtype=object)
     if found.size and found.dtype not in TYPES:
         raise UsageError(f"{wanted}; {_kind(given, found)}", hint=_todo(given))
     return np.array(found, dtype=np.int64, order="C", subok=False)
+
+
+def _holds_truth(given: Any) -> bool:
+    """Whether a list has a truth value in it."""
+    if isinstance(given, list | tuple):
+        return any(map(_holds_truth, given))
+    return isinstance(given, bool) or str(getattr(given, "dtype", "")) in ("bool", "torch.bool")
 
 
 def _kind(given: Any, found: NDArray[Any] | None = None) -> str:

@@ -26,14 +26,13 @@ from dsc.ir.parser import parse_graph
 from dsc.ir.printer import print_graph
 from dsc.ir.program import Program
 from dsc.ir.stages import Stage
-from dsc.ir.types import DType
+from dsc.ir.types import PRECISIONS
 from dsc.rewrite.base import PassReport
 from dsc.targets import Target
 from tests.backends.canonical_lm import Sizes, canonical_lm
 from tests.family import small, small_v2
 from tests.rewrite.test_regions import tangle
 
-DTYPES = {"fp32": DType.f32, "bf16": DType.bf16, "fp16": DType.f16}
 TOLERANCE = {"fp32": 1e-4, "bf16": 3e-2, "fp16": 4e-3}
 """Of the largest logit; a product of 16-bit values is rounded once more where it is not fused."""
 IDS = torch.randint(0, 50, (2, 9), generator=torch.Generator().manual_seed(0))
@@ -42,7 +41,7 @@ V2_ROUTER = {"score": "softmax", "normalise": False, "group_score": "max"}
 
 def written(model: str, dtype: str) -> Program:
     """Two layers, as passes leave a V3; of a V2 the router is another."""
-    program = canonical_lm(Sizes(dtype=DTYPES[dtype]))
+    program = canonical_lm(Sizes(dtype=PRECISIONS[dtype]))
     if model == "v3":
         return program
     (graph,) = program.entries.values()
@@ -65,7 +64,7 @@ def logits(model: str, backend: str, dtype: str, level: int) -> torch.Tensor:
     """Of a prefill of two lengths and a decode step, no expert forced."""
     options: dict[str, Any] = {"backend": backend, "fusion_level": level}
     if model.startswith("stock"):
-        module = deepcopy(stock(model)).to(DTYPES[dtype].torch)
+        module = deepcopy(stock(model)).to(PRECISIONS[dtype].torch)
         compiled = dsc.compile(module, max_batch=2, max_context=64, **options)
     else:
         compiled = compile_program(written(model, dtype), **options)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import os
+import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -540,3 +542,13 @@ def test_run_py_needs_neither_dsc_nor_torch(folder: Path) -> None:
     }
     assert "onnxruntime" in modules
     assert not modules & {"dsc", "torch", "onnx", "transformers"}
+
+
+def test_a_model_opened_by_import_has_the_files_that_were_written(
+    folder: Path, tmp_path: Path
+) -> None:
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    cut = next(path for path in copy.rglob("*.onnx"))
+    os.truncate(cut, cut.stat().st_size - 1)
+    with pytest.raises(ValueError, match="recorded: compile or copy it again"):
+        _run_script(copy).Model(copy)

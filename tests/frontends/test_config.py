@@ -184,7 +184,7 @@ def test_all_faults_of_type_are_told_at_once() -> None:
 GARBAGE = {
     "empty": (b"", "not valid JSON"),
     "cut off": (b'{"a": ', "not valid JSON"),
-    "not text": (b"\xff\xfe\x00", "not UTF-8"),
+    "not text": (b"\xff\xfe\x00", "no UTF-8 text: byte 0 is 0xff"),
     "an array": (b"[1, 2]", "expected a JSON object"),
     "a number": (b"7", "expected a JSON object"),
     "a key twice": (b'{"a": 1, "a": 2}', "'a' appears twice"),

@@ -75,8 +75,7 @@ def greedy(model: CheckpointModel, text: str, count: int) -> str:
     """Greedy continuation, one token a step, through the step's own caches."""
     from tokenizers import Tokenizer
 
-    assert model.tokenizer is not None
-    tokenizer = Tokenizer.from_file(str(model.tokenizer))
+    tokenizer = Tokenizer.from_file(str(model.folder / "tokenizer.json"))
     step, past = model.load(), empty_caches(model.config)
     ids = tokenizer.encode(text).ids
     written: list[int] = []
@@ -368,7 +367,7 @@ def test_16_scale_and_weight_in_different_shards() -> None:
         scales = [key for key in keys if key.endswith("_scale_inv")]
         for scale in scales:
             weight = scale.removesuffix("_scale_inv")
-            if model.source.file_of(scale) != model.source.file_of(weight):
+            if model.source.files[scale].path != model.source.files[weight].path:
                 split.append(name)
                 expected = dequantised(
                     model.source.load(weight), model.source.load(scale), (128, 128)
@@ -544,3 +543,16 @@ def test_casting_leaves_buffers_alone() -> None:
     model = cast_parameters(v3.build(small()), torch.bfloat16)
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
     assert {buffer.dtype for buffer in model.buffers()} == {torch.float32}
+
+
+def test_what_to_compute_in_is_asked_where_nothing_says_it(tmp_path: Path) -> None:
+    config = small()
+    tensors = official(config)
+    tensors["model.embed_tokens.weight"] = tensors["model.embed_tokens.weight"].double()
+    save(tmp_path, config, tensors)
+    raw = json.loads((tmp_path / "config.json").read_text())
+    raw.pop("dtype", None)
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    with pytest.raises(CheckpointError, match=r"names no dtype.* is stored in f64\n.*\n.*--dtype"):
+        load_checkpoint(tmp_path)
+    assert load_checkpoint(tmp_path, DType.bf16).dtype is DType.bf16

@@ -153,6 +153,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         compressed(strategy="channel") | {"sparsity_config": {"format": "sparse-24-bitmask"}},
         "sparse weights",
     ),
+    "rotated": (
+        compressed(strategy="channel") | {"transform_config": {"config_groups": {"R1": {}}}},
+        "rotated weights",
+    ),
     "modelopt nvfp4": ({"quant_method": "modelopt", "quant_algo": "NVFP4"}, "quant_algo 'NVFP4'"),
     "awq": ({"quant_method": "awq", "bits": 4, "group_size": 128}, "AWQ"),
     "gptq": ({"quant_method": "gptq", "bits": 4}, "GPTQ"),

@@ -87,7 +87,7 @@ HOSTILE: dict[str, tuple[bytes, str]] = {
     "header of nothing": (raw(b""), "claims 0 bytes"),
     "cut in the header": (raw({"a": tensor()})[:40], "cut short"),
     "not JSON": (raw(b"xx"), "not valid JSON"),
-    "not UTF-8": (raw(b"\xff\xff"), "not UTF-8"),
+    "not UTF-8": (raw(b"\xff\xff"), "no UTF-8 text"),
     "an array": (raw([]), "expected a JSON object"),
     "deep": (raw(b"[" * 100_000), "nested too deeply"),
     "a name twice": (raw(b'{"a": {}, "a": {}}'), "'a' appears twice"),
@@ -156,7 +156,7 @@ def test_shards_by_their_index(sharded: Path) -> None:
     source = open_safetensors(sharded)
     assert sorted(source.keys()) == ["a", "b"]
     assert source.load("b").tolist() == [1, 1, 1]
-    assert source.file_of("b").name == "two.safetensors"
+    assert source.files["b"].path.name == "two.safetensors"
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import pytest
 import regex  # type: ignore[import-untyped]
 from tokenizers import Tokenizer
 
-from dsc.errors import CheckpointError, ConfigError
+from dsc.errors import CheckpointError, ConfigError, DscError
 from dsc.frontends.tokenizer import PATTERNS, find_tokenizer, read_ranks
 from dsc.models.configs import TINY_CHECKPOINT
 
@@ -78,6 +78,15 @@ def test_a_folder_with_a_tokenizer_keeps_it() -> None:
 
 def test_no_tokenizer_is_nothing_to_tell(tmp_path: Path) -> None:
     assert find_tokenizer(tmp_path) == (None, "")
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tiktoken.model"])
+def test_a_file_that_is_not_whole_is_told_and_not_passed_over(tmp_path: Path, name: str) -> None:
+    write(tmp_path)
+    (tmp_path / name).unlink(missing_ok=True)
+    (tmp_path / name).symlink_to(tmp_path / "blob")
+    with pytest.raises(DscError, match=r"No such file|leads nowhere"):
+        find_tokenizer(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["QWenTokenizer", None, 3])

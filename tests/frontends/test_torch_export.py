@@ -30,6 +30,16 @@ def test_a_symbolic_batch_holds_for_other_sizes(batch: int) -> None:
     torch.testing.assert_close(interpreted(program, x)[0], x.softmax(-1).sum(1) / batch)
 
 
+@pytest.mark.parametrize("correction", [1, 2.5, 5])
+def test_a_variance_over_a_symbolic_axis_has_no_fewer_degrees_of_freedom_than_none(
+    correction: float,
+) -> None:
+    program = traced(lambda x: x.var(0, correction=correction), torch.randn(7, 3), dynamic={0: "B"})
+    for batch in (2, 3, 5, 9):
+        x = torch.randn(batch, 3)
+        torch.testing.assert_close(interpreted(program, x)[0], x.var(0, correction=correction))
+
+
 def test_sizes_are_named_and_related() -> None:
     def grow(past: Tensor, new: Tensor) -> Tensor:
         return torch.cat([past, new], 1)

@@ -137,6 +137,8 @@ WRONG_IDS = {
     "too large": [2**70],
     "beyond int64": [2**63],
     "true": [True, False],
+    "true among numbers": [True, 2, 3],
+    "a true row": [[1, 2], [3, np.True_]],
     "rows of two lengths": [[1, 2], [3]],
     "halves": torch.tensor([0.5]),
     "objects": np.array([1, 2], dtype=object),
@@ -160,7 +162,9 @@ def test_ids_that_are_no_numbers_are_told_in_words(given: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "lengths", [[1.5, 2], [True, True], "ab", 2, [[1, 2]], [2**70, 1], [1, None], [1]], ids=str
+    "lengths",
+    [[1.5, 2], [True, True], "ab", 2, [[1, 2]], [2**70, 1], [1, None], [1], [True, 2]],
+    ids=str,
 )
 def test_lengths_that_are_no_numbers_are_told_in_words(lengths: object) -> None:
     session = null_session()
