@@ -317,7 +317,7 @@ def compile(
         watch=watch,
     )
     try:
-        program, records = pipeline.run(loaded.program, chosen, targets[0], options)
+        done = pipeline.prepare(loaded.program, chosen, targets[0], options)
     except UnsupportedOperator as refused:
         if spare is None:
             raise
@@ -325,12 +325,12 @@ def compile(
         targets = _targets(None, chosen)
         known = chosen.capabilities(targets[0]).options
         extra = {name: value for name, value in extra.items() if name in known}
-        program, records = pipeline.run(loaded.program, chosen, targets[0], options)
+        done = pipeline.prepare(loaded.program, chosen, targets[0], options)
         loaded.notes.append(f"the whole program runs on {fallback}: {refused.what}")
     optimised = time.perf_counter()
-    check_memory(program, targets[0], limits.max_batch, limits.max_context)
+    check_memory(done.program, targets[0], limits.max_batch, limits.max_context)
     emission = chosen.emit(
-        pipeline.for_emission(program, chosen.capabilities(targets[0])),
+        done.emitted,
         EmitOptions(
             targets=targets,
             threads=threads,
@@ -346,9 +346,9 @@ def compile(
         "emit": round(time.perf_counter() - optimised, 3),
     }
     return CompiledModel(
-        program=program,
+        program=done.program,
         backend=chosen.name,
-        report=build_report(program, records, seconds, [*loaded.notes, *emission.notes]),
+        report=build_report(done.program, done.records, seconds, [*loaded.notes, *emission.notes]),
         targets=tuple(str(t) for t in targets),
         source=loaded.source,
         _emission=emission,

@@ -1,76 +1,42 @@
 """THE list of passes, read top to bottom; and the functions that run it.
 
-A program comes in as it was traced and leaves as the backend wants it. Passes are named lazily, by
-`module:Class`, so that reading this file is knowing the order and importing it costs nothing.
+A program comes in as it was traced and leaves as the backend wants it. Each slot of the list is a
+pass, when it applies, and the options that it gets from what the backend can do and what a user
+asked. Passes are named lazily, so that reading this file is knowing the order and importing it
+costs nothing. `dsc opt -p`, dumps and lines that reproduce a failure name passes with their options
+as text (`dsc/rewrite/options.py`).
 """
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping, Sequence
+import shlex
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from enum import StrEnum
+from typing import Any, NamedTuple
 
 from dsc.backends.base import Backend, Capabilities, No
 from dsc.errors import UnsupportedOperator, UsageError, one_of
 from dsc.ir.paging import page_rows
 from dsc.ir.program import Program
-from dsc.ir.ranks import ranks_of
-from dsc.ir.segments import cut
+from dsc.ir.regions import FUSION_LEVELS, RegionLimits
 from dsc.ir.stages import Stage
-from dsc.rewrite.base import Pass, PassReport
+from dsc.rewrite import options as texts
+from dsc.rewrite.base import Pass
 from dsc.rewrite.explain import explain_pass
-from dsc.rewrite.manager import Manager, PassRecord, Watch
+from dsc.rewrite.manager import NOT_PASSES, Manager, PassRecord, Watch
 from dsc.rewrite.regions import inline_graph
 from dsc.runtime.check_plan import check_plan
-from dsc.targets import Target
+from dsc.targets import Target, parse_target
 
-RAISE = {
-    "fold_empty": "dsc.passes.fold_empty:FoldEmpty",
-    "fold_constants": "dsc.passes.fold_constants:FoldConstants",
-    "canonicalise_views": "dsc.passes.canonicalise_views:CanonicaliseViews",
-    "eliminate_common_subexpressions": (
-        "dsc.passes.eliminate_common_subexpressions:EliminateCommonSubexpressions"
-    ),
-    "raise_rms_norm": "dsc.passes.raise_rms_norm:RaiseRmsNorm",
-    "raise_swiglu": "dsc.passes.raise_swiglu:RaiseSwiglu",
-    "raise_rope": "dsc.passes.raise_rope:RaiseRope",
-    "raise_attention": "dsc.passes.raise_attention:RaiseAttention",
-    "raise_append": "dsc.passes.raise_append:RaiseAppend",
-    "raise_mla": "dsc.passes.raise_mla:RaiseMla",
-    "raise_router": "dsc.passes.raise_router:RaiseRouter",
-    "raise_experts": "dsc.passes.raise_experts:RaiseExperts",
-    "raise_select_rows": "dsc.passes.raise_select_rows:RaiseSelectRows",
-    "spell_out_sdpa": "dsc.passes.spell_out_sdpa:SpellOutSdpa",
-    "eliminate_dead_code": "dsc.passes.eliminate_dead_code:EliminateDeadCode",
-    "raise_canonical": "dsc.passes.raise_canonical:RaiseCanonical",
-    "name_values": "dsc.passes.name_values:NameValues",
-}
-OPTIMISE = {
-    "merge_shared_expert": "dsc.passes.merge_shared_expert:MergeSharedExpert",
-    "specialise_entries": "dsc.passes.specialise_entries:SpecialiseEntries",
-    "absorb_mla": "dsc.passes.absorb_mla:AbsorbMla",
-    "append_cache_in_place": "dsc.passes.append_cache_in_place:AppendCacheInPlace",
-    "page_cache": "dsc.passes.page_cache:PageCache",
-    "shard": "dsc.passes.shard:Shard",
-    "lower_moe_dispatch": "dsc.passes.lower_moe_dispatch:LowerMoeDispatch",
-    "merge_projections": "dsc.passes.merge_projections:MergeProjections",
-}
-LOWER = {
-    "fuse": "dsc.passes.fuse:Fuse",
-}
-PLAN = {
-    "plan_memory": "dsc.passes.plan_memory:PlanMemory",
-}
 CACHES = ("contiguous", "paged")
 """Layouts of KV caches: a capacity of rows for each sequence, or pages that sequences take."""
 PAGED = CACHES[1]
-FUSION_LEVELS = range(4)
 EPILOGUES = 2
 """Backends that fuse from this level on split a merged projection at no cost."""
 HORIZONTAL = 3
 """From this level on operators side by side become one: a shared expert joins the routed ones."""
-PASSES: Mapping[str, str] = {**RAISE, **OPTIMISE, **LOWER, **PLAN}
 
 
 @dataclass(frozen=True)
@@ -89,6 +55,116 @@ class PipelineOptions:
         check_fusion_level(self.fusion_level)
 
 
+class Setting(NamedTuple):
+    """What decides which passes run, and with which options."""
+
+    program: Program
+    can: Capabilities
+    asked: PipelineOptions
+
+
+class Part(StrEnum):
+    """What a pass is there for. A session runs the program as it is before `EMIT`."""
+
+    RAISE = "raise"
+    OPTIMISE = "optimise"
+    LOWER = "lower"
+    PLAN = "plan"
+    EMIT = "emit"
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A place in the list: a pass, when it applies, and which options it then gets."""
+
+    part: Part
+    name: str
+    attribute: str
+    applies: Callable[[Setting], bool] = lambda _: True
+    options: Callable[[Setting], Mapping[str, Any]] = lambda _: {}
+
+    @property
+    def place(self) -> str:
+        """Where the pass is, as `module:Class`."""
+        return f"dsc.passes.{self.name}:{self.attribute}"
+
+
+def _raise(name: str, attribute: str) -> Slot:
+    return Slot(Part.RAISE, name, attribute, lambda s: s.program.stage < Stage.CANONICAL)
+
+
+SLOTS = (
+    _raise("fold_empty", "FoldEmpty"),
+    _raise("fold_constants", "FoldConstants"),
+    _raise("canonicalise_views", "CanonicaliseViews"),
+    _raise("eliminate_common_subexpressions", "EliminateCommonSubexpressions"),
+    _raise("raise_rms_norm", "RaiseRmsNorm"),
+    _raise("raise_swiglu", "RaiseSwiglu"),
+    _raise("raise_rope", "RaiseRope"),
+    _raise("raise_attention", "RaiseAttention"),
+    _raise("raise_append", "RaiseAppend"),
+    _raise("raise_mla", "RaiseMla"),
+    _raise("raise_router", "RaiseRouter"),
+    _raise("raise_experts", "RaiseExperts"),
+    _raise("raise_select_rows", "RaiseSelectRows"),
+    _raise("spell_out_sdpa", "SpellOutSdpa"),
+    _raise("eliminate_dead_code", "EliminateDeadCode"),
+    _raise("raise_canonical", "RaiseCanonical"),
+    _raise("name_values", "NameValues"),
+    Slot(
+        Part.OPTIMISE, "merge_shared_expert", "MergeSharedExpert",
+        lambda s: s.can.shared_experts and s.asked.ranks == 1
+        and s.asked.fusion_level >= HORIZONTAL,
+    ),
+    Slot(
+        Part.OPTIMISE, "specialise_entries", "SpecialiseEntries",
+        options=lambda s: {"entries": s.can.entries},
+    ),
+    Slot(Part.OPTIMISE, "absorb_mla", "AbsorbMla", lambda s: s.can.absorbed),
+    Slot(
+        Part.OPTIMISE, "append_cache_in_place", "AppendCacheInPlace",
+        lambda s: s.can.in_place_cache and s.asked.cache != PAGED,
+        lambda s: {"slack": s.asked.prefill_chunk},
+    ),
+    Slot(Part.OPTIMISE, "page_cache", "PageCache", lambda s: s.asked.cache == PAGED),
+    Slot(
+        Part.OPTIMISE, "shard", "Shard",
+        lambda s: s.asked.ranks != 1,
+        lambda s: {"ranks": s.asked.ranks, "parallel": s.asked.parallel},
+    ),
+    Slot(
+        Part.OPTIMISE, "lower_moe_dispatch", "LowerMoeDispatch",
+        lambda s: s.can.experts is not None,
+        lambda s: {"kernels": s.can.experts},
+    ),
+    Slot(
+        Part.OPTIMISE, "merge_projections", "MergeProjections",
+        lambda s: s.can.fuse >= EPILOGUES,
+    ),
+    Slot(
+        Part.LOWER, "fuse", "Fuse",
+        options=lambda s: {
+            "level": min(s.asked.fusion_level, s.can.fuse),
+            "limits": s.can.regions,
+            "asked": s.asked.fusion_level if s.asked.fusion_level > s.can.fuse else None,
+        },
+    ),
+    Slot(
+        Part.PLAN, "plan_memory", "PlanMemory",
+        options=lambda s: {"reuse": s.asked.memory_reuse},
+    ),
+    Slot(
+        Part.EMIT, "cut_at_collectives", "CutAtCollectives",
+        lambda s: s.asked.ranks != 1 and not s.can.collectives,
+        lambda s: {"reuse": s.asked.memory_reuse},
+    ),
+)  # fmt: skip
+PASSES: Mapping[str, str] = {slot.name: slot.place for slot in SLOTS}
+"""Every pass by name, in order, and where it is."""
+RAISE = tuple(slot.name for slot in SLOTS if slot.part is Part.RAISE)
+_EMIT = tuple(slot.name for slot in SLOTS if slot.part is Part.EMIT)
+
+
 def check_fusion_level(level: int) -> None:
     """Raise `UsageError` for a level that there is not."""
     if level not in FUSION_LEVELS:
@@ -96,12 +172,49 @@ def check_fusion_level(level: int) -> None:
         raise UsageError(f"fusion_level {level}", hint=f"one of {levels}")
 
 
-def make(name: str, **options: Any) -> Pass:
-    """The pass called `name`. Raises `UsageError`."""
+def kind_of(name: str) -> type[Pass]:
+    """The class of the pass called `name`. Raises `UsageError`."""
     check_names([name])
     module, _, attribute = PASSES[name].partition(":")
-    found: Pass = getattr(importlib.import_module(module), attribute)(**options)
+    found: type[Pass] = getattr(importlib.import_module(module), attribute)
     return found
+
+
+def make(name: str, **options: Any) -> Pass:
+    """The pass called `name`. Raises `UsageError`."""
+    return kind_of(name)(**options)
+
+
+def read(text: str, find: Callable[[str], Backend]) -> list[Pass]:
+    """The passes that a text names, with their options; `find` gives a backend by name.
+
+    Raises `UsageError`: the pass, the option, and what is allowed.
+    """
+
+    def ability(name: str, member: str) -> object:
+        backend, _, target = name.partition("@")
+        found = capabilities_of(find(backend), parse_target(target) if target else None)
+        return getattr(found, member)
+
+    calls = list(texts.read_calls(text))
+    check_names([name for name, _ in calls])
+    return [texts.made(kind_of(name), name, words, ability) for name, words in calls]
+
+
+def capabilities_of(backend: Backend, target: Target | None = None) -> Capabilities:
+    """What a backend can do for a target, by default its first.
+
+    What it says of its kernels bears its name, so that options of passes can be told as text: that
+    of the backend, and of the target where what it says depends on that.
+    """
+    usual = backend.capabilities(Target("cpu"))
+    usual = backend.capabilities(parse_target(usual.targets[0]))
+    can = usual if target is None else backend.capabilities(target)
+    name = backend.name if can == usual else f"{backend.name}@{target}"
+    limits, experts = can.regions, can.experts
+    if limits.accepts is not None or limits != RegionLimits():
+        limits = replace(limits, of=name)
+    return replace(can, regions=limits, experts=experts and replace(experts, of=name))
 
 
 def check_names(names: Sequence[str], also: Sequence[str] = ()) -> None:
@@ -121,37 +234,24 @@ def passes_for(
     program: Program, capabilities: Capabilities, options: PipelineOptions
 ) -> list[Pass]:
     """The passes that take `program` to what a backend of these capabilities runs."""
-    chosen: list[Pass] = []
-    if program.stage < Stage.CANONICAL:
-        chosen += [make(name) for name in RAISE]
-    asked = options.fusion_level
-    if capabilities.shared_experts and options.ranks == 1 and asked >= HORIZONTAL:
-        chosen.append(make("merge_shared_expert"))
-    chosen.append(make("specialise_entries", entries=capabilities.entries))
-    if capabilities.absorbed:
-        chosen.append(make("absorb_mla"))
-    if options.cache == PAGED:
-        chosen.append(make("page_cache"))
-    elif capabilities.in_place_cache:
-        chosen.append(make("append_cache_in_place", slack=options.prefill_chunk))
-    if options.ranks != 1:
-        chosen.append(make("shard", ranks=options.ranks, parallel=options.parallel))
-    if capabilities.experts is not None:
-        chosen.append(make("lower_moe_dispatch", kernels=capabilities.experts))
-    level = min(asked, capabilities.fuse)
-    if capabilities.fuse >= EPILOGUES:
-        chosen.append(make("merge_projections"))
-    chosen.append(make("fuse", level=level, limits=capabilities.regions, asked=asked))
-    chosen.append(make("plan_memory", reuse=options.memory_reuse))
-    return chosen
+    setting = Setting(program, capabilities, options)
+    return [make(s.name, **s.options(setting)) for s in SLOTS if s.applies(setting)]
 
 
-def run(
+class Prepared(NamedTuple):
+    """A program after all passes: as a session runs it, and as the backend emits it."""
+
+    program: Program
+    emitted: Program
+    records: list[PassRecord]
+
+
+def prepare(
     program: Program, backend: Backend, target: Target, options: PipelineOptions
-) -> tuple[Program, list[PassRecord]]:
+) -> Prepared:
     """Take a program through the passes for a backend. Raises `UnsupportedOperator`."""
     manager = Manager(options.watch)
-    capabilities = backend.capabilities(target)
+    capabilities = capabilities_of(backend, target)
     if options.cache not in CACHES:
         raise UsageError(f"cache {options.cache!r}", hint=f"one of {', '.join(CACHES)}")
     if options.cache == PAGED and not capabilities.paged_cache:
@@ -160,14 +260,24 @@ def run(
             hint="compile with --cache contiguous, or for a backend that takes pages: reference,"
             " null or tvm",
         )
-    done = manager.run(program, passes_for(program, capabilities, options))
+    done = emitted = program
+    for each, emitted in manager.steps(program, passes_for(program, capabilities, options)):
+        if each.name not in _EMIT:
+            done = emitted
     if options.cache == PAGED:
         _check_paged(done, manager.records)
-    emitted = for_emission(done, capabilities)
     check_supported(emitted, backend)
     for name, found in emitted.memory.items():
         check_plan(emitted.entries[name], found, emitted.symbols)
-    return done.pruned(), manager.records
+    return Prepared(done.pruned(), emitted.pruned(), manager.records)
+
+
+def run(
+    program: Program, backend: Backend, target: Target, options: PipelineOptions
+) -> tuple[Program, list[PassRecord]]:
+    """`prepare`, for who emits nothing."""
+    done = prepare(program, backend, target, options)
+    return done.program, done.records
 
 
 def _check_paged(program: Program, records: Sequence[PassRecord]) -> None:
@@ -181,13 +291,6 @@ def _check_paged(program: Program, records: Sequence[PassRecord]) -> None:
         + "\n".join(dict.fromkeys(lines) or ["it has no caches of latent attention"]),
         hint="compile with --cache contiguous",
     )
-
-
-def for_emission(program: Program, capabilities: Capabilities) -> Program:
-    """What a backend emits: the program, or its segments where it does not speak to other ranks."""
-    if ranks_of(program) == 1 or capabilities.collectives:
-        return program
-    return make("plan_memory").run(cut(program), PassReport())
 
 
 def check_supported(program: Program, backend: Backend) -> None:
@@ -210,28 +313,31 @@ def check_supported(program: Program, backend: Backend) -> None:
         )
 
 
-def apply(program: Program, names: Sequence[str], *, verify_each: bool = False) -> Program:
-    """Run the named passes in order, each with its default options.
+def apply(program: Program, passes: Sequence[Pass | str], *, verify_each: bool = False) -> Program:
+    """Run passes in order; a name is the pass with its default options.
 
     A program that is further than a pass needs is taken back where that loses nothing. Raises
     `UsageError` where it cannot be, or is not far enough.
     """
     manager = Manager(Watch(verify_each=verify_each))
-    for name in names:
-        each = make(name)
+    for each in _made(passes):
         program = manager.run(_ready(program, each), [each])
     return program
 
 
-def explain(program: Program, name: str) -> str:
+def explain(program: Program, each: Pass | str) -> str:
     """Where a pass fires on a program, and which condition failed where it nearly does."""
-    each = make(name)
-    return str(explain_pass(_ready(program, each), each))
+    (made,) = _made([each])
+    return str(explain_pass(_ready(program, made), made))
 
 
-def stages_for(names: Sequence[str]) -> Sequence[Stage]:
+def stages_for(passes: Sequence[Pass]) -> Sequence[Stage]:
     """The stages that a text may be at for the first of some passes, the earliest first."""
-    return sorted(make(names[0]).needs) if names else tuple(Stage)
+    return sorted(passes[0].needs) if passes else tuple(Stage)
+
+
+def _made(passes: Sequence[Pass | str]) -> Iterator[Pass]:
+    return (make(each) if isinstance(each, str) else each for each in passes)
 
 
 def _ready(program: Program, each: Pass) -> Program:
@@ -241,19 +347,20 @@ def _ready(program: Program, each: Pass) -> Program:
     if program.stage >= Stage.LOWERED and Stage.OPTIMIZED in each.needs:
         return replace(program.map_entries(inline_graph), memory={}).at(Stage.OPTIMIZED)
     wanted = " or ".join(s.name for s in sorted(each.needs))
-    before = _before(each.name)
-    hint = (
-        f"run what leads there before it: -p {','.join([*before, each.name])}"
-        if program.stage < min(each.needs)
-        else f"take the text from before it: dsc inspect MODEL --after {before[-1]}"
-    )
+    if program.stage < min(each.needs):
+        passes = shlex.quote(",".join([*_before(each.name, program), each.text]))
+        hint = f"run what leads there before it: -p {passes}"
+    else:
+        *_, last = [NOT_PASSES[0], *_before(each.name, program.at(Stage.TRACED))]
+        hint = f"take the text from before it: dsc inspect MODEL --after {last}"
     raise UsageError(
         f"{each.name} takes a program at stage {wanted}, this one is at {program.stage.name}",
         hint=hint,
     )
 
 
-def _before(name: str) -> list[str]:
-    """What every compile of a traced model runs before the pass of this name."""
-    order = [*RAISE, *(["specialise_entries"] if name == "absorb_mla" else [])]
-    return order[: order.index(name)] if name in order else order
+def _before(name: str, program: Program) -> list[str]:
+    """What every compile of a program runs before the pass of this name, whatever the backend."""
+    least = Setting(program, Capabilities(absorbed=False), PipelineOptions())
+    earlier = SLOTS[: list(PASSES).index(name)]
+    return [slot.name for slot in earlier if slot.applies(least)]

@@ -29,6 +29,7 @@ from dsc.ir.program import Program
 from dsc.ir.stages import Stage
 from dsc.ir.traits import Role
 from dsc.rewrite.base import Pass, PassReport
+from dsc.rewrite.options import option
 from dsc.rewrite.rebuild import Operands, rebuild
 
 PAST, CAPACITY = "P", "C"
@@ -39,7 +40,7 @@ ROW_BY_ROW = named(Role.POINTWISE, Role.VIEW) | {"concat", "linear", "rms_norm"}
 class AppendCacheInPlace(Pass):
     """Turn every append on a declared cache into cache_write; `slack` rows take padding."""
 
-    slack: int = 512
+    slack: int = option(512, least=0)
 
     needs = frozenset({Stage.CANONICAL, Stage.OPTIMIZED})
     ensures = Stage.OPTIMIZED

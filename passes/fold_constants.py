@@ -37,6 +37,7 @@ from dsc.ir.types import TensorType
 from dsc.ir.weights import Apply, MetaSource, WeightExpr, apply, evaluate, sources
 from dsc.rewrite.base import Pass, PassReport
 from dsc.rewrite.driver import live, substitute
+from dsc.rewrite.options import option
 
 _NOTHING = MetaSource({})
 
@@ -46,7 +47,7 @@ class FoldConstants(Pass):
     """Fold constant numbers and tensors; with `weights`, what is computed from weights too."""
 
     weights: bool = False
-    limit: int = 1 << 22
+    limit: int = option(1 << 22, least=0)
 
     tolerance = 1e-6
 

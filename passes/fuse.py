@@ -37,11 +37,12 @@ from dsc.ir.analyses import structural_hash, total_cost
 from dsc.ir.dims import Range, bounds
 from dsc.ir.graph import Graph, Node, Value
 from dsc.ir.program import Program
-from dsc.ir.regions import RegionLimits, is_free, name_of, role
+from dsc.ir.regions import FUSION_LEVELS, RegionLimits, is_free, name_of, role
 from dsc.ir.stages import Stage
 from dsc.ir.traits import Role
 from dsc.passes._regions import refusal
 from dsc.rewrite.base import Pass, PassReport
+from dsc.rewrite.options import option
 from dsc.rewrite.regions import Grouping, inline_graph, outline
 
 _GEMM_FIRST = (Role.PRODUCT, Role.EXPERTS, Role.ATTENTION)
@@ -53,9 +54,9 @@ _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)(?:\.|$)")
 class Fuse(Pass):
     """Fuse at `level`; `asked` is the level that was asked for, where a backend takes fewer."""
 
-    level: int = 3
-    limits: RegionLimits = field(default_factory=RegionLimits)
-    asked: int | None = None
+    level: int = option(3, among=FUSION_LEVELS)
+    limits: RegionLimits = field(default_factory=RegionLimits, metadata={"of": "regions"})
+    asked: int | None = option(None, among=FUSION_LEVELS)
 
     needs = frozenset({Stage.CANONICAL, Stage.OPTIMIZED})
     ensures = Stage.LOWERED

@@ -38,6 +38,7 @@ from dsc.ir.graph import GraphBuilder, Node, Operand, Value
 from dsc.ir.program import Program
 from dsc.ir.stages import Stage
 from dsc.rewrite.base import Pass, PassReport
+from dsc.rewrite.options import option
 from dsc.rewrite.rebuild import Operands, rebuild
 
 
@@ -45,7 +46,7 @@ from dsc.rewrite.rebuild import Operands, rebuild
 class LowerMoeDispatch(Pass):
     """Rewrite experts operators in the grouped form, in the entries where it costs less."""
 
-    kernels: ExpertKernels | None = None
+    kernels: ExpertKernels | None = option(None, of="experts")
 
     needs = frozenset({Stage.CANONICAL, Stage.OPTIMIZED})
     ensures = Stage.OPTIMIZED

@@ -39,6 +39,7 @@ from dsc.ir.program import Program
 from dsc.ir.stages import Stage
 from dsc.ir.types import DType, TensorType
 from dsc.rewrite.base import Pass, PassReport
+from dsc.rewrite.options import option
 from dsc.rewrite.rebuild import Operands, rebuild
 
 PAST, PAGES, BLOCKS = "P", "N", "M"
@@ -50,7 +51,7 @@ PAGED = {"latent_attention": "paged_latent_attention", "mla_attention": "paged_m
 class PageCache(Pass):
     """Put every latent cache into pages of `page` rows."""
 
-    page: int = PAGE
+    page: int = option(PAGE, least=1)
 
     needs = frozenset({Stage.CANONICAL, Stage.OPTIMIZED})
     ensures = Stage.OPTIMIZED

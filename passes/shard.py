@@ -42,6 +42,7 @@ from dsc.ir.program import Program
 from dsc.ir.stages import Stage
 from dsc.passes._placements import Sharding
 from dsc.rewrite.base import Pass, PassReport
+from dsc.rewrite.options import option
 from dsc.rewrite.rebuild import Operands, rebuild
 
 PARALLEL = ("tp+ep", "tp", "ep")
@@ -60,8 +61,8 @@ class Shard(Pass):
     well) or `ep` (only the experts are shared).
     """
 
-    ranks: int = 2
-    parallel: str = "tp+ep"
+    ranks: int = option(2, least=1)
+    parallel: str = option("tp+ep", among=PARALLEL)
 
     needs = frozenset({Stage.CANONICAL, Stage.OPTIMIZED})
     ensures = Stage.OPTIMIZED
@@ -69,7 +70,6 @@ class Shard(Pass):
 
     def run(self, program: Program, report: PassReport) -> Program:
         """Rewrite all entries. Raises `UsageError` for what does not part into the ranks."""
-        check_parallel(self.ranks, self.parallel)
         if self.ranks == 1:
             return program.at(Stage.OPTIMIZED)
         experts = "ep" if "ep" in self.parallel else "tp"

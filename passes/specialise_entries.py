@@ -27,15 +27,17 @@ from dsc.ir.graph import Graph
 from dsc.ir.program import Program
 from dsc.ir.stages import Stage
 from dsc.rewrite.base import Pass, PassReport
+from dsc.rewrite.options import option
 
 STEP = "step"
+ENTRIES = ("decode", "extend", "prefill")
 
 
 @dataclass(frozen=True)
 class SpecialiseEntries(Pass):
     """Split the entry `step` into the named entries."""
 
-    entries: tuple[str, ...] = ("decode", "extend", "prefill")
+    entries: tuple[str, ...] = option(ENTRIES, among=ENTRIES)
 
     needs = frozenset({Stage.CANONICAL})
 

@@ -132,10 +132,11 @@ def test_dumps_are_numbered_and_parse(tmp_path: Path) -> None:
     from dsc.ir.parser import parse_program
 
     dsc.compile(small_lm(), backend="null", dump_dir=tmp_path)
-    names = sorted(p.name for p in tmp_path.iterdir())
-    assert names[0] == "00_input.dsc"
-    assert names[-1].endswith("_plan_memory.dsc")
-    for path in tmp_path.iterdir():
+    *texts, listed = sorted(tmp_path.iterdir())
+    assert texts[0].name == "00_input.dsc"
+    assert texts[-1].name.endswith("_plan_memory.dsc")
+    assert listed.read_text().count("\n") == len(texts) - 1
+    for path in texts:
         parse_program(path.read_text())
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 import dsc
+from dsc import pipeline
 from dsc.ir.op import registry
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -276,9 +277,14 @@ def test_a_pass_tells_what_why_when_and_shows_it(path: Path) -> None:
 
 @pytest.mark.parametrize("path", [p for p in PASSES if is_pass(p)], ids=name)
 def test_a_pass_has_a_slot_in_the_pipeline(path: Path) -> None:
-    pipeline = ROOT / "dsc" / "pipeline.py"
-    has_slot = re.search(rf"\b{path.stem}\b", pipeline.read_text("utf-8")) is not None
-    assert has_slot, f"dsc/pipeline.py does not name {path.stem}"
+    places = [slot.place for slot in pipeline.SLOTS if slot.name == path.stem]
+    assert len(places) == 1, f"{path.stem} stands {len(places)} times in dsc/pipeline.py"
+    kind = pipeline.kind_of(path.stem)
+    assert places == [f"{module_of(path)}:{kind.__name__}"]
+
+
+def test_every_slot_of_the_pipeline_is_a_pass() -> None:
+    assert set(pipeline.PASSES) == {path.stem for path in PASSES if is_pass(path)}
 
 
 # --- operators ------------------------------------------------------------------------------------
@@ -333,12 +339,125 @@ def test_a_forbidden_text_would_be_seen(what: str, parts: tuple[str, str]) -> No
     assert FORBIDDEN[what].search("".join(parts))
 
 
-def test_every_test_file_can_fail() -> None:
-    tests = [path for path in SOURCES if path.name.startswith("test_")]
-    idle = [
-        name(p) for p in tests if not re.search(r"\bassert\b|raises|check", p.read_text("utf-8"))
-    ]
-    assert not idle, idle
+# --- tests that can fail --------------------------------------------------------------------------
+
+
+class Functions:
+    """Which functions of the tests can fail: they assert, expect an error, or call what does.
+
+    `assert`, `raise`, `pytest.raises` and the like, functions called assert_, check or verify, a
+    process run with check=True; or a function of the tests or the bench that can fail itself. What
+    a name stands for is read off the definitions and imports of its file.
+    """
+
+    CHECKS = re.compile(r"(?:assert_?|check|verify|raises|warns|fail)(?:_|$)")
+    OURS = ("tests", "bench")
+
+    def __init__(self, texts: dict[str, str]) -> None:
+        self.trees = {module: ast.parse(text) for module, text in texts.items()}
+        self.functions = {
+            (module, node.name): node
+            for module, tree in self.trees.items()
+            for node in ast.walk(tree)
+            if isinstance(node, ast.FunctionDef)
+        }
+        self.imported = {
+            (module, alias.asname or alias.name): (_absolute(module, node), alias.name)
+            for module, tree in self.trees.items()
+            for node in ast.walk(tree)
+            if isinstance(node, ast.ImportFrom)
+            for alias in node.names
+        }
+        self._known: dict[tuple[str, str], bool] = {}
+
+    def idle(self) -> list[str]:
+        """The test functions that cannot fail, as `module.function`."""
+        tests = [key for key in self.functions if key[1].startswith("test_")]
+        return [f"{module}.{test}" for module, test in tests if not self.can_fail(module, test)]
+
+    def can_fail(self, module: str, function: str) -> bool:
+        """Whether a function of a module can fail."""
+        key = (module, function)
+        if key not in self._known:
+            self._known[key] = False  # what calls itself alone cannot
+            node = self.functions.get(key)
+            self._known[key] = node is not None and any(
+                self._fails(module, each) for each in ast.walk(node)
+            )
+        return self._known[key]
+
+    def _fails(self, module: str, node: ast.AST) -> bool:
+        if isinstance(node, (ast.Assert, ast.Raise)):
+            return True
+        if not isinstance(node, ast.Call):
+            return False
+        called = node.func
+        word = called.attr if isinstance(called, ast.Attribute) else getattr(called, "id", "")
+        if self.CHECKS.match(word):
+            return not _expects_anything(node)
+        if any(k.arg == "check" and ast.unparse(k.value) == "True" for k in node.keywords):
+            return True
+        if isinstance(called, ast.Attribute):
+            return self.can_fail(module, word)
+        origin, name = self.imported.get((module, word), (module, word))
+        return within(origin, self.OURS) and self.can_fail(origin, name)
+
+
+def _absolute(module: str, node: ast.ImportFrom) -> str:
+    """The module that is imported from, a relative one spelt out."""
+    package = module.split(".")[: -node.level] if node.level else []
+    return ".".join([*package, *([node.module] if node.module else [])])
+
+
+def _expects_anything(call: ast.Call) -> bool:
+    """Whether a call such as `raises((KeyError, Exception))` is content with any error at all."""
+    kinds = {each.id for arg in call.args for each in ast.walk(arg) if isinstance(each, ast.Name)}
+    return bool(kinds & {"Exception", "BaseException"}) and not call.keywords
+
+
+def test_every_test_can_fail() -> None:
+    found = Functions({module_of(p): p.read_text("utf-8") for p in SOURCES if in_tests(p)})
+    assert len(found.functions) > 1000
+    assert not found.idle()
+
+
+def in_tests(path: Path) -> bool:
+    """Tell the tests and what they share with the bars."""
+    return within(module_of(path), Functions.OURS)
+
+
+IDLE = {
+    "a process": "def test_it():\n    subprocess.run(['x'], check=False)",
+    "nothing": "def test_it():\n    run()",
+    "a comment": 'def test_it():\n    """It raises, asserts and checks."""\n    run()  # assert',
+    "a helper that only runs": "def helper():\n    run()\ndef test_it():\n    helper()",
+    "any error": "def test_it():\n    with pytest.raises((KeyError, Exception)):\n        run()",
+    "a helper of another file": "from tests.other import runs\ndef test_it():\n    runs()",
+    "the compiler's own checks": "from dsc.api import compile\ndef test_it():\n    compile()",
+}
+ABLE = {
+    "assert": "def test_it():\n    assert run()",
+    "an error": "def test_it():\n    with pytest.raises(KeyError):\n        run()",
+    "any error of one text": "def test_it():\n    with raises(Exception, match='x'):\n        f()",
+    "a helper": "def helper():\n    assert 1\ndef test_it():\n    helper()",
+    "a helper of another file": "from tests.other import holds\ndef test_it():\n    holds()",
+    "a process": "def test_it():\n    subprocess.run(['x'], check=True)",
+    "a check": "from dsc.rewrite.harness import check_rule\ndef test_it():\n    check_rule()",
+}
+OTHER = "def runs():\n    pass\ndef holds():\n    assert 1"
+
+
+@pytest.mark.parametrize("why", IDLE)
+def test_a_test_that_cannot_fail_would_be_seen(why: str) -> None:
+    assert Functions({"tests.x": IDLE[why], "tests.other": OTHER}).idle() == ["tests.x.test_it"]
+
+
+@pytest.mark.parametrize("why", ABLE)
+def test_a_test_that_can_fail_is_let_be(why: str) -> None:
+    assert not Functions({"tests.x": ABLE[why], "tests.other": OTHER}).idle()
+
+
+# --- more texts -----------------------------------------------------------------------------------
 
 
 def test_what_contributing_names_is_there() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Exit, Option
 
@@ -25,19 +25,20 @@ class Finding:
     """The pass that broke a program: what went wrong, the program on both sides of it.
 
     `after` is `None` where the pass failed, `errors` the difference by output where both ran;
-    `options` says which of the pass's options `dsc opt` does not give it.
+    `text` is the pass with its options, as `dsc opt -p` takes it.
     """
 
     name: str
+    text: str
     problem: str
     before: Program
     after: Program | None
-    errors: tuple[tuple[str, float], ...]
-    options: str = ""
+    errors: tuple[tuple[str, float], ...] = ()
 
     def as_dict(self) -> dict[str, object]:
         """The finding as JSON values."""
-        return {"pass": self.name, "problem": self.problem, "errors": dict(self.errors)}
+        found = {"pass": self.name, "text": self.text, "problem": self.problem}
+        return {**found, "errors": dict(self.errors)}
 
 
 def bisect(
@@ -48,6 +49,10 @@ def bisect(
     target: options.Targets = None,
     dtype: options.Dtype = None,
     fusion_level: options.FusionLevel = 3,
+    prefill_chunk: options.PrefillChunk = 512,
+    cache: options.Cache = "contiguous",
+    ranks: options.Ranks = None,
+    parallel: options.Parallel = None,
     seed: Annotated[int, Option("--seed", help="Of the random inputs.")] = 0,
     output: Annotated[
         Path | None,
@@ -77,8 +82,10 @@ def bisect(
     folder = output or Path(f"{Path(model).stem or 'model'}-bisect")
     check_fillable(folder)
     with console.progress_bar() as progress:
+        asked = options.chosen(ranks=ranks, parallel=parallel, fusion_level=fusion_level)
+        asked |= {"prefill_chunk": prefill_chunk, "cache": cache}
         program, passes = load_passes(
-            model, config, weights, backend, target, dtype, fusion_level, progress
+            model, config, weights, backend, target, dtype, asked, progress
         )
         finding, checked = search(program, passes, seed, progress)
     listed = [{"pass": name, "outcome": outcome} for name, outcome in checked]
@@ -106,7 +113,7 @@ def load_passes(
     backend: str | None,
     target: list[str] | None,
     dtype: str | None,
-    fusion_level: int,
+    asked: dict[str, Any],
     progress: object,
 ) -> tuple[Program, list[Pass]]:
     """Read a model, and make the passes that a compile for the backend would run."""
@@ -123,11 +130,13 @@ def load_passes(
         config=config,
         weights=weights,
         dtype=PRECISIONS[dtype] if dtype else None,
+        prefill_chunk=asked["prefill_chunk"],
         progress=progress,  # type: ignore[arg-type]
     )
-    asked = pipeline.PipelineOptions(fusion_level=fusion_level)
-    capabilities = chosen.capabilities(wanted)
-    return loaded.program, pipeline.passes_for(loaded.program, capabilities, asked)
+    capabilities = pipeline.capabilities_of(chosen, wanted)
+    chunk = min(asked["prefill_chunk"], loaded.program.limits.prefill_chunk)
+    given = pipeline.PipelineOptions(**{**asked, "prefill_chunk": chunk})
+    return loaded.program, pipeline.passes_for(loaded.program, capabilities, given)
 
 
 def search(
@@ -154,10 +163,9 @@ def step(before: Program, each: Pass, twin: Twin) -> tuple[Finding | None, Progr
     from dsc.errors import VerificationError
     from dsc.ir.verifier import verify
     from dsc.rewrite.base import PassReport
-    from dsc.rewrite.manager import options_of
 
     def broken(problem: str, after: Program | None) -> tuple[Finding, Program, str]:
-        return Finding(each.name, problem, before, after, (), options_of(each)), before, ""
+        return Finding(each.name, each.text, problem, before, after), before, ""
 
     if before.stage not in each.needs:
         wanted = ", ".join(s.name for s in sorted(each.needs))
@@ -179,8 +187,7 @@ def step(before: Program, each: Pass, twin: Twin) -> tuple[Finding | None, Progr
     if found.ok:
         return None, after, str(found)
     worst = worst_outputs(found)
-    finding = Finding(each.name, str(found), before, after, worst, options_of(each))
-    return finding, before, ""
+    return Finding(each.name, each.text, str(found), before, after, worst), before, ""
 
 
 def worst_outputs(found: Comparison) -> tuple[tuple[str, float], ...]:
@@ -200,7 +207,8 @@ def write_programs(folder: Path, finding: Finding) -> str:
     for name, program in sides.items():
         if program is not None:
             write_text(folder / name, print_program(program))
-    return f"dsc opt {shlex.quote(str(folder / 'before.dsc'))} -p {finding.name} --verify-each"
+    file, passes = shlex.quote(str(folder / "before.dsc")), shlex.quote(finding.text)
+    return f"dsc opt {file} -p {passes} --verify-each"
 
 
 def _told(finding: Finding, line: str) -> list[str]:
@@ -208,4 +216,4 @@ def _told(finding: Finding, line: str) -> list[str]:
     if finding.errors:
         lines.append("worst outputs, difference relative to max(1, |value|max):")
         lines += [f"  {error:10.3g}  {name}" for name, error in finding.errors[:WORST]]
-    return [*lines, f"repeat it with: {line}{finding.options}"]
+    return [*lines, f"repeat it with: {line}"]

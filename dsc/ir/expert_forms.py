@@ -20,7 +20,8 @@ class ExpertKernels:
     `rereads`: the direct kernel reads an expert's weights again for every token that chose it; else
     once. `tile`: rows to which a grouped GEMM pads each expert's. `balance`: flops that the machine
     does in the time of a byte. `launch`: bytes that it moves in the time that a kernel takes to
-    start. `kernels`: launches of the grouped form beyond those of the direct one.
+    start. `kernels`: launches of the grouped form beyond those of the direct one. `of`: the
+    backend whose kernels these are, as pass options name it.
     """
 
     rereads: bool
@@ -28,6 +29,7 @@ class ExpertKernels:
     balance: float
     launch: int
     kernels: int = 4
+    of: str = ""
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,8 @@ class Kind(StrEnum):
     MIXED = "mixed"
 
 
+FUSION_LEVELS = range(4)
+"""0: a kernel an operator; 1: pointwise chains; 2: into GEMMs; 3: all of `passes/fuse.py`."""
 _ANCHORS = {
     Role.PRODUCT: Kind.GEMM,
     Role.EXPERTS: Kind.SPARSE,
@@ -59,7 +61,8 @@ class RegionLimits:
     region, at most. `prologue_rows`: a norm in front of a GEMM is computed again by each of its
     tiles where there are at most so many rows; 0 never. `operands` and `nodes` bound a region.
     `free`: views that cost nothing on their own, so no region takes them in at its border.
-    `accepts` has the last word on a finished region: one that it refuses is put back as it was.
+    `accepts` has the last word on a finished region: one that it refuses is put back as it was;
+    `of` is the backend whose kernels these are, as pass options name it.
     """
 
     anchors: frozenset[str] = field(default_factory=_anchors)
@@ -69,7 +72,8 @@ class RegionLimits:
     operands: int = 24
     nodes: int = 32
     free: frozenset[str] = frozenset({"reshape"})
-    accepts: Callable[[Node], bool] | None = None
+    accepts: Callable[[Node], bool] | None = field(default=None, compare=False)
+    of: str = ""
 
 
 def role(node: Node) -> Role:

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeAlias
 
-from dsc.ir.graph import Graph, Node, Value
+from dsc.ir.graph import Graph, Node, Operand, Value
 from dsc.ir.op import traits_of
 from dsc.ir.program import Program
 from dsc.ir.traits import Role
@@ -39,6 +39,43 @@ def cut(program: Program) -> Program:
         if isinstance(step, Segment)
     }
     return replace(program, entries=found, memory={})
+
+
+def joined(program: Program, pieces: Program) -> Program:
+    """The program with each stretch taken from its segment in `pieces`, to be compared as a whole.
+
+    What a segment does not give out has another name here, so that nobody else can read it.
+    """
+
+    def put_together(graph: Graph) -> Graph:
+        nodes: list[Node] = []
+        for step in steps(graph):
+            if isinstance(step, Node):
+                nodes.append(step)
+            else:
+                nodes += _inlined(pieces.entries[step.graph.name])
+        return graph.with_nodes(nodes)
+
+    return replace(program.map_entries(put_together), weights=pieces.weights, memory={})
+
+
+def _inlined(piece: Graph) -> list[Node]:
+    """The nodes of a segment: its outputs under the names that they go out by."""
+    given = {x.name: x.name for x in piece.inputs}
+    out = {x.name: name for x, name in zip(piece.outputs, piece.output_names, strict=True)}
+    names = {v.name: f"{piece.name}.{v.name}" for v in piece.values()} | given | out
+
+    def known(x: Operand | None) -> Operand | None:
+        return replace(x, name=names[x.name]) if isinstance(x, Value) else x
+
+    return [
+        replace(
+            node,
+            inputs=tuple(map(known, node.inputs)),
+            outputs=tuple(replace(v, name=names[v.name]) for v in node.outputs),
+        )
+        for node in piece.nodes
+    ]
 
 
 def steps(graph: Graph) -> list[Step]:

@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 
 from dsc.ir.program import Program
 from dsc.ir.stages import Stage
+from dsc.rewrite.options import check_values, text_of
 
 EXACT = 0.0
 """The tolerance of a pass that keeps every bit."""
@@ -78,11 +79,24 @@ class Pass:
     ensures: ClassVar[Stage | None] = None
     tolerance: ClassVar[float] = EXACT
 
+    def __post_init__(self) -> None:
+        """Check the options. Raises `UsageError`."""
+        check_values(self)
+
     @property
     def name(self) -> str:
         """The pass's name: the stem of its file."""
         return type(self).__module__.rpartition(".")[2]
 
+    @property
+    def text(self) -> str:
+        """The pass with its options, as `dsc opt -p` takes it."""
+        return text_of(self)
+
     def run(self, program: Program, report: PassReport) -> Program:
         """Rewrite the program. Note in `report` what fired and what nearly did."""
         raise NotImplementedError(f"{type(self).__name__} does not define run")
+
+    def comparable(self, before: Program, after: Program) -> Program:
+        """What of the result is compared with `before`: all, where it has the same entries."""
+        return after

@@ -64,7 +64,7 @@ class Explanation:
 def explain_pass(program: Program, each: Pass) -> Explanation:
     """Run a pass on a program at a stage it takes and tell what it did; the program stays."""
     report = PassReport(explain=True)
-    title = f"{each.name} on {program.name}, stage {program.stage.name}"
+    title = f"{each.text} on {program.name}, stage {program.stage.name}"
     after = each.run(program, report)
     graphs = [*program.entries.values(), *after.entries.values()]
     lines = _definitions(graphs)

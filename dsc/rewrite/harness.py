@@ -165,12 +165,12 @@ def check_docstring(each: Pass, stage: Stage = Stage.TRACED) -> None:
 
 
 def check_golden(each: Pass, before: Program, wanted: str) -> None:
-    """Run a pass on a program and compare its graph with a text, name by name."""
+    """Run a pass on a program and compare the entry that a text shows with it, name by name."""
     verify(before)
     after = each.run(before, PassReport())
     verify(after)
-    found = print_graph(after.entries["main"])
-    normal = print_graph(parse_graph(wanted))
+    shown = parse_graph(wanted)
+    found, normal = print_graph(after.entries[shown.name]), print_graph(shown)
     if found != normal:
         raise EvidenceFailed(f"{each.name} gives\n{found}\nand not\n{normal}")
 

@@ -3,15 +3,17 @@
 Always: the stage a pass needs, and on its result the verifier (types inferred again, SSA, stage,
 aliasing). On request: the interpreter compares the program before and after (`verify_each`), the
 text after each pass goes to a folder of numbered files (`dump_dir`) or to a stream (`print_after`).
+Wherever a pass is told of, it is by the text with which `dsc opt -p` runs it again.
 """
 
 from __future__ import annotations
 
+import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,6 +31,8 @@ if TYPE_CHECKING:
 
 NOT_PASSES = ("input", "all")
 """What `print_after` takes besides: the program before all passes, and every pass."""
+LIST = "passes.txt"
+"""In a dump folder: the passes that ran, one a line, as `dsc opt -p` takes them."""
 
 
 @dataclass(frozen=True)
@@ -46,9 +50,10 @@ class Watch:
 
 @dataclass
 class PassRecord:
-    """One line of report.json's list of passes."""
+    """One line of report.json's list of passes; `text` is the pass with its options."""
 
     name: str
+    text: str
     seconds: float
     nodes: dict[str, int]
     changed: bool
@@ -57,7 +62,8 @@ class PassRecord:
 
     def as_dict(self) -> dict[str, Any]:
         """The record as JSON values."""
-        shown = {"name": self.name, "seconds": round(self.seconds, 4), "changed": self.changed}
+        shown = {"name": self.name, "text": self.text, "seconds": round(self.seconds, 4)}
+        shown |= {"changed": self.changed}
         return {**shown, "nodes": self.nodes, "verified": self.verified, **self.report.as_dict()}
 
 
@@ -77,15 +83,21 @@ class Manager:
 
     def run(self, program: Program, passes: Sequence[Pass]) -> Program:
         """The program after all passes. Raises what the checks raise, naming the pass."""
+        for _, after in self.steps(program, passes):
+            program = after
+        return program
+
+    def steps(self, program: Program, passes: Sequence[Pass]) -> Iterator[tuple[Pass, Program]]:
+        """Each pass with the program after it, run as they are asked for."""
         self._check_names(passes)
         self._dump(program, "input")
         for index, each in enumerate(passes):
             if self.watch.progress is not None:
                 self.watch.progress(each.name, index, len(passes))
             program = self._one(program, each)
+            yield each, program
         if self.watch.progress is not None:
             self.watch.progress("passes", len(passes), len(passes))
-        return program
 
     def _one(self, before: Program, each: Pass) -> Program:
         if before.stage not in each.needs:
@@ -104,20 +116,20 @@ class Manager:
             verify(after)
         seconds = time.perf_counter() - start
         nodes = {name: len(graph.nodes) for name, graph in after.entries.items()}
-        record = PassRecord(each.name, seconds, nodes, after is not before, report)
+        record = PassRecord(each.name, each.text, seconds, nodes, after is not before, report)
         if self.watch.verify_each and after is not before:
             record.verified = self._compare(each, before, after)
         self.records.append(record)
-        self._dump(after, each.name)
+        self._dump(after, each.name, each.text)
         return after
 
     def _compare(self, each: Pass, before: Program, after: Program) -> str:
         found = self.twin.compare(each, before, after)
         if not found.ok:
             raise InternalError(
-                f"pass {each.name} changed what the program computes: {found}{options_of(each)}",
+                f"pass {each.name} changed what the program computes: {found}",
                 print_program(before),
-                f"dsc opt repro.dsc -p {each.name} --verify-each",
+                f"{_line(each)} --verify-each",
             )
         return str(found)
 
@@ -128,30 +140,24 @@ class Manager:
             hint = f"one of {', '.join(p.name for p in passes)}, or all"
             raise UsageError(f"no pass that runs is called {', '.join(unknown)}", hint=hint)
 
-    def _dump(self, program: Program, name: str) -> None:
+    def _dump(self, program: Program, name: str, text: str = "") -> None:
         wanted = {name, "all"} & set(self.watch.print_after)
         if not wanted and self.watch.dump_dir is None:
             return
-        text = print_program(program)
+        shown = f"# after {text or name}\n{print_program(program)}"
         if wanted:
-            sys.stdout.write(f"# after {name}\n{text}\n")
-        if self.watch.dump_dir is not None:
-            number = len(list(self.watch.dump_dir.glob("*.dsc")))
-            write_text(self.watch.dump_dir / f"{number:02d}_{name}.dsc", text)
+            sys.stdout.write(f"{shown}\n")
+        folder = self.watch.dump_dir
+        if folder is not None:
+            number = len(list(folder.glob("*.dsc")))
+            write_text(folder / f"{number:02d}_{name}.dsc", shown)
+            listed = [r.text for r in self.records]
+            write_text(folder / LIST, "".join(f"{line}\n" for line in listed))
 
 
-def options_of(each: Pass) -> str:
-    """A line about options of a pass that are not its defaults, with which `dsc opt` runs it."""
-    usual = type(each)()
-    given = {f.name: getattr(each, f.name) for f in fields(each)}
-    shown = [
-        f"{name}={value!r}" if isinstance(value, (bool, int, str, tuple)) else f"other {name}"
-        for name, value in given.items()
-        if value != getattr(usual, name)
-    ]
-    if not shown:
-        return ""
-    return f"\n  it ran with {', '.join(shown)}; dsc opt takes its defaults, which may not show it"
+def _line(each: Pass) -> str:
+    """The command that runs a pass again on the program it was given, saved as repro.dsc."""
+    return f"dsc opt repro.dsc -p {shlex.quote(each.text)}"
 
 
 @contextmanager
@@ -161,15 +167,15 @@ def _blame(each: Pass, before: Program) -> Iterator[None]:
         yield
     except VerificationError as problem:
         raise InternalError(
-            f"pass {each.name} made a program that does not verify: {problem}{options_of(each)}",
+            f"pass {each.name} made a program that does not verify: {problem}",
             print_program(before),
-            f"dsc opt repro.dsc -p {each.name}",
+            _line(each),
         ) from problem
     except (DscError, OSError, MemoryError):  # not the pass's doing
         raise
     except Exception as problem:
         raise InternalError(
-            f"pass {each.name} failed: {type(problem).__name__}: {problem}{options_of(each)}",
+            f"pass {each.name} failed: {type(problem).__name__}: {problem}",
             print_program(before),
-            f"dsc opt repro.dsc -p {each.name}",
+            _line(each),
         ) from problem

@@ -29,18 +29,20 @@ class Twin:
 
     def compare(self, each: Pass, before: Program, after: Program) -> Comparison:
         """What the pass `each`, which made `after` of `before`, changed."""
+        shown = each.comparable(before, after)
         if weight_elements(before) <= self.widest:
-            return compare_programs(before, after, each.tolerance, self.seed)
+            return compare_programs(before, shown, each.tolerance, self.seed)
         if self._small is None or self._deep is not before:
             self._small = self._made(before)
         small = self._small
         done = each.run(small, PassReport())
-        if not (alike(after, done, self._depth) and self._depth.holds(after)):
+        made = each.comparable(small, done)
+        if not (alike(shown, made, self._depth) and self._depth.holds(shown)):
             self._deep = self._small = None
             return self._whole(each, before, after)
         self._deep, self._small = after, done
         form = f"shrunk ({self._depth})" if self._depth.instead else "shrunk"
-        return compare_programs(small, done, each.tolerance, self.seed, form=form)
+        return compare_programs(small, made, each.tolerance, self.seed, form=form)
 
     def _made(self, program: Program) -> Program:
         """The twin of a program: few layers, small dims."""
@@ -49,7 +51,7 @@ class Twin:
 
     def _whole(self, each: Pass, before: Program, after: Program) -> Comparison:
         def again(small: Program) -> Program:
-            return each.run(small, PassReport())
+            return each.comparable(small, each.run(small, PassReport()))
 
         return compare_programs(
             before, after, each.tolerance, self.seed, reapply=again, widest=self.widest

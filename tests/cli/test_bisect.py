@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from dsc.rewrite.base import Pass, PassReport
 from dsc.rewrite.verify import relative_difference
 from dsc.rewrite.widen import runnable
 
+from .broken import ASKED, BROKEN, break_pass, long_steps, ran
 from .conftest import Invoke
 
 SMALL = Path(__file__).resolve().parent.parent / "data" / "small_lm.dsc"
@@ -118,3 +120,23 @@ def test_mistakes_are_told(invoke: Invoke, tmp_path: Path) -> None:
         invoke("bisect", str(tmp_path / "none.dsc"))
     with pytest.raises(UsageError, match="unknown backend"):
         invoke("bisect", str(SMALL), "--backend", "gcc")
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_the_line_repeats_the_pass_with_the_options_it_ran_with(
+    name: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    invoke: Invoke,
+) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    break_pass(monkeypatch, name)
+    done = invoke("bisect", long_steps(tmp_path), *ASKED, "-o", str(tmp_path / "found"))
+    assert done.exit_code == 1
+    assert done.stdout.startswith(f"{name} breaks the program")
+    repeat = done.stdout.partition("repeat it with: dsc ")[2].replace("\n", " ")
+    assert "{}={}".format(*BROKEN[name]) in repeat
+    code, told = ran(capsys, *shlex.split(repeat))
+    assert code == 1
+    assert f"pass {name} changed what the program computes" in told

@@ -7,10 +7,7 @@ import random
 import re
 import shlex
 from collections import Counter
-from dataclasses import dataclass, replace
 from pathlib import Path
-from types import SimpleNamespace
-from typing import ClassVar
 
 import pytest
 
@@ -18,11 +15,10 @@ from dsc import pipeline
 from dsc.cli import main
 from dsc.errors import ParseError, UsageError
 from dsc.ir.parser import parse_program, parse_verified
-from dsc.ir.program import Program
 from dsc.ir.stages import Stage
-from dsc.rewrite.base import Pass, PassReport
 from dsc.rewrite.harness import doc_block
 
+from .broken import ASKED, BROKEN, break_pass, long_steps, ran
 from .conftest import Invoke
 
 DATA = Path(__file__).resolve().parent.parent / "data"
@@ -235,67 +231,69 @@ def test_a_text_that_is_not_far_enough_names_what_leads_there(invoke: Invoke) ->
 # --- a pass that is wrong -------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class HalveTheScale(Pass):
-    """A pass that is wrong: attention gets `scale` times its scale."""
-
-    scale: float = 0.5
-    entries: tuple[str, ...] = ()
-
-    needs: ClassVar[frozenset[Stage]] = frozenset(Stage)
-
-    def run(self, program: Program, report: PassReport) -> Program:
-        """Change the first mla_attention of each entry."""
-        entries = {}
-        for name, graph in program.entries.items():
-            nodes = [
-                replace(n, attrs=type(n.attrs)({**n.attrs, "scale": n.attrs["scale"] * self.scale}))
-                if n.op == "mla_attention"
-                else n
-                for n in graph.nodes
-            ]
-            entries[name] = replace(graph, nodes=tuple(nodes))
-        return replace(program, entries=entries)
-
-
-@pytest.fixture
-def wrong(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> SimpleNamespace:
-    """`fuse` is replaced by a pass that is wrong; `.options` are those it runs with."""
-    given = SimpleNamespace(options={})
-    right = pipeline.make
-    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
-    monkeypatch.setattr(HalveTheScale, "name", "fuse")
-    monkeypatch.setattr(
-        pipeline,
-        "make",
-        lambda name, **o: HalveTheScale(**given.options) if name == "fuse" else right(name, **o),
-    )
-    return given
-
-
-def ran(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[object, str]:
-    with pytest.raises(SystemExit) as ended:
-        main(list(arguments))
-    return ended.value.code, capsys.readouterr().err
-
-
-def test_a_pass_that_changes_results_is_saved_and_the_line_repeats_it(
-    wrong: SimpleNamespace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("name", BROKEN)
+@pytest.mark.parametrize("fails", [True, False], ids=["fails", "changes results"])
+def test_the_line_of_a_wrong_pass_repeats_it_from_the_text_alone(
+    name: str,
+    fails: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    line = ("compile", str(SMALL_LM), "--backend", "null", "--verify-each")
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    break_pass(monkeypatch, name, fails)
+    words = "failed: ZeroDivisionError" if fails else "changed what the program computes"
+    line = ("compile", long_steps(tmp_path), *ASKED, *(() if fails else ("--verify-each",)))
     code, error = ran(capsys, *line, "-o", str(tmp_path / "out"))
     assert code == 1
-    assert "pass fuse changed what the program computes" in error
-    assert "dsc opt takes its defaults" not in error
+    assert f"pass {name} {words}" in error
     (repeat,) = re.findall(r"reproduce:  dsc (.*)", error)
     again, told = ran(capsys, *shlex.split(repeat))
     assert again == 1
-    assert "pass fuse changed what the program computes" in told
+    assert f"pass {name} {words}" in told
+    option, value = BROKEN[name]
+    usual, _ = ran(capsys, *shlex.split(repeat.replace(f"{option}={value}", "")))
+    assert usual == 0, "it is the option that shows it"
 
 
-def test_options_that_the_line_cannot_give_are_told(
-    wrong: SimpleNamespace, capsys: pytest.CaptureFixture[str]
-) -> None:
-    wrong.options = {"entries": ("decode",), "scale": 0.25}
-    _, error = ran(capsys, "opt", str(SMALL_LM), "-p", "fuse", "--verify-each")
-    assert "it ran with other scale, entries=('decode',); dsc opt takes its defaults" in error
+def test_what_a_dump_lists_replays_to_the_last_of_its_texts(tmp_path: Path, invoke: Invoke) -> None:
+    dump = tmp_path / "dump"
+    line = ("compile", long_steps(tmp_path), *ASKED, "--dump-dir", str(dump))
+    invoke(*line, "-o", str(tmp_path / "out"))
+    listed = (dump / "passes.txt").read_text().splitlines()
+    texts = sorted(dump.glob("*.dsc"))
+    assert [path.read_text().splitlines()[0] for path in texts[1:]] == [
+        f"# after {each}" for each in listed
+    ]
+    assert "append_cache_in_place{slack=64}" in listed
+    assert "shard{ranks=4}" in listed
+    replayed = invoke("opt", str(texts[0]), "-p", ",".join(listed)).stdout
+    assert replayed == texts[-1].read_text().partition("\n")[2]
+
+
+def test_an_explanation_is_of_the_pass_with_its_options(invoke: Invoke) -> None:
+    before = "specialise_entries,absorb_mla,merge_projections"
+    line = ("opt", str(SMALL_LM), "-p", before, "--explain")
+    low = invoke(*line, "fuse{level=2}").stdout
+    high = invoke(*line, "fuse").stdout
+    assert low.startswith("fuse{level=2} on t")
+    assert "fired   level 2 " in low
+    assert "from level 3" in low
+    assert "fired   level 3 " in high
+    with pytest.raises(UsageError, match="--explain"):
+        invoke(*line, "fuse,plan_memory")
+
+
+def test_the_help_shows_how_options_are_written_and_the_list_what_they_are(invoke: Invoke) -> None:
+    told = " ".join(invoke("opt", "--help").stdout.split())
+    assert "pass,pass{option=value}" in told
+    assert "fuse{level=1,limits=tvm}" in told
+    listed = invoke("opt", "--list").stdout
+    names = [line for line in listed.splitlines() if not line.startswith(" ")]
+    assert names == list(pipeline.PASSES)
+    assert "    level=3 (one of 0, 1, 2, 3)\n    limits (a backend's name)\n" in listed
+
+
+def test_a_wrong_option_is_told_before_the_file_is_read(invoke: Invoke) -> None:
+    with pytest.raises(UsageError, match="fuse: level is 4\n  to do:  level of fuse is one of 0"):
+        invoke("opt", "nowhere.dsc", "-p", "fuse{level=4}")

@@ -1,24 +1,30 @@
-"""What each raise pass does to one traced layer, as text: `<pass>/v3.before.dsc`, `v3.after.dsc`.
+"""What passes do to a real trace, as text. `python -m tests.passes.goldens` writes all of it anew.
 
-Each golden holds the part of the layer that its pass is about, cut out of the trace in
-`tests/data/traced/v3.dsc`. After a deliberate change, `python -m tests.passes.goldens` writes them
-anew, and the difference is reviewed as text.
+`<pass>/v3.before.dsc` and `v3.after.dsc`: a raise pass on the part of one traced layer that it is
+about, cut out of `tests/data/traced/v3.dsc`. `layers/canonical.dsc`: a whole model of one dense and
+one MoE layer, raised; `layers/<name>.dsc`: the same after the passes in the file's first line, as
+`dsc opt -p` takes them. After a deliberate change the difference is reviewed as text.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
-from dsc import pipeline
+from dsc import backends, pipeline
 from dsc.ir.graph import Graph, Node, Value
+from dsc.ir.limits import Limits
 from dsc.ir.parser import parse_graph, parse_program
-from dsc.ir.printer import print_graph
+from dsc.ir.printer import print_graph, print_program
 from dsc.ir.program import Program
 from dsc.rewrite.base import PassReport
 from dsc.rewrite.harness import program_of
 
 HERE = Path(__file__).resolve().parent
 TRACE = HERE.parent / "data" / "traced" / "v3.dsc"
+TWO_LAYERS = TRACE.with_name("v3_two_layers_bf16.dsc")
+LAYERS = HERE / "layers"
+CANONICAL = "canonical"
 ATTENTION = "model.layers.0.self_attn"
 MOE = "model.layers.0.mlp"
 PARTS = {
@@ -35,6 +41,24 @@ PARTS = {
     "raise_select_rows": ("",),
 }
 """The modules whose nodes a golden shows; what else they read is an input."""
+
+_ENTRIES = "specialise_entries{entries=[decode,prefill]}"
+_ABSORBED = f"{_ENTRIES},absorb_mla"
+_MERGED = f"{_ABSORBED},append_cache_in_place{{slack=8}},merge_projections"
+AFTER = {
+    "absorb_mla": _ABSORBED,
+    "append_cache_in_place": f"{_ABSORBED},append_cache_in_place{{slack=8}}",
+    "page_cache": f"{_ABSORBED},page_cache",
+    "shard": f"{_ABSORBED},shard",
+    "lower_moe_dispatch": f"{_ABSORBED},lower_moe_dispatch",
+    "merge_projections": f"{_ABSORBED},merge_projections",
+    "merge_shared_expert": f"merge_shared_expert,{_ABSORBED}",
+    "fuse_1": f"{_MERGED},fuse{{level=1}}",
+    "fuse_2": f"{_MERGED},fuse{{level=2}}",
+    "fuse_3": f"{_MERGED},fuse",
+    "cut_at_collectives": f"{_ABSORBED},shard,fuse{{level=1}},plan_memory,cut_at_collectives",
+}
+"""The passes of each golden of whole layers."""
 
 
 def part(graph: Graph, modules: tuple[str, ...]) -> Graph:
@@ -64,6 +88,23 @@ def apply(name: str, program: Program) -> str:
     return print_graph(pipeline.make(name).run(program, PassReport()).entries["main"])
 
 
+def raised() -> str:
+    """The text of the model of two layers after the passes that raise."""
+    program = parse_program(TWO_LAYERS.read_text("utf-8"))
+    (graph,) = program.entries.values()
+    symbols = Limits(max_batch=4, max_context=64, prefill_chunk=16).symbols
+    program = replace(program, entries={"step": graph}, symbols=symbols)
+    return print_program(pipeline.apply(program, pipeline.RAISE))
+
+
+def layers(passes: str) -> str:
+    """The text of a golden of whole layers: the passes, and what they make of the raised model."""
+    program = parse_program((LAYERS / f"{CANONICAL}.dsc").read_text("utf-8"))
+    return f"# {passes}\n" + print_program(
+        pipeline.apply(program, pipeline.read(passes, backends.get))
+    )
+
+
 def write() -> None:
     """Write every golden anew."""
     program = parse_program(TRACE.read_text("utf-8"))
@@ -77,6 +118,10 @@ def write() -> None:
             after = apply(name, program_of(before))
             (folder / "v3.after.dsc").write_text(print_graph(parse_graph(after)), "utf-8")
         program = pipeline.make(name).run(program, PassReport())
+    LAYERS.mkdir(exist_ok=True)
+    (LAYERS / f"{CANONICAL}.dsc").write_text(raised(), "utf-8")
+    for name, passes in AFTER.items():
+        (LAYERS / f"{name}.dsc").write_text(layers(passes), "utf-8")
 
 
 if __name__ == "__main__":

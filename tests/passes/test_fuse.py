@@ -28,7 +28,7 @@ from dsc.passes.append_cache_in_place import AppendCacheInPlace
 from dsc.passes.fuse import Fuse
 from dsc.passes.plan_memory import PlanMemory
 from dsc.rewrite.base import EXACT, Pass, PassReport
-from dsc.rewrite.harness import check_docstring, program_of
+from dsc.rewrite.harness import program_of
 from dsc.rewrite.manager import Manager
 from dsc.rewrite.regions import Grouping, inline, inline_graph
 from dsc.rewrite.verify import compare_programs
@@ -109,10 +109,6 @@ def outputs(graph: Graph, given: dict[str, torch.Tensor] | None = None) -> list[
                 weights[x.name] = random_tensor(x.type, f"w:{x.name}")
     found: list[torch.Tensor] = run_graph(concrete, inputs, weights.__getitem__)
     return found
-
-
-def test_docstring() -> None:
-    check_docstring(Fuse(), Stage.CANONICAL)
 
 
 # --- whole models ---------------------------------------------------------------------------------

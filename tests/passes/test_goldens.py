@@ -1,4 +1,4 @@
-"""Each raise pass on its part of a real traced layer, compared with the text that was reviewed."""
+"""Passes on real traced layers, compared with the text that was reviewed."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from dsc import pipeline
+from dsc import backends, pipeline
 from dsc.rewrite.harness import check_golden, program_of
-from tests.passes.goldens import HERE, PARTS
+from tests.passes.goldens import AFTER, CANONICAL, HERE, LAYERS, PARTS, layers, raised
 
 GOLDENS = sorted(HERE.glob("*/*.before.dsc"))
 
@@ -25,3 +25,22 @@ def test_a_pass_gives_its_golden(before: Path) -> None:
     each = pipeline.make(path.parent.name)
     check_golden(each, program_of(path.read_text("utf-8")), after)
     assert path.read_text("utf-8") != after, "a golden that shows nothing"
+
+
+# --- a dense and a MoE layer ----------------------------------------------------------------------
+
+
+def test_every_pass_after_raising_has_a_golden_of_whole_layers() -> None:
+    later = set(pipeline.PASSES) - set(pipeline.RAISE)
+    assert {path.stem for path in LAYERS.glob("*.dsc")} == {CANONICAL, *AFTER}
+    shown = {each.name for text in AFTER.values() for each in pipeline.read(text, backends.get)}
+    assert shown == later
+
+
+def test_a_dense_and_a_moe_layer_are_raised_to_their_golden() -> None:
+    assert raised() == (LAYERS / f"{CANONICAL}.dsc").read_text("utf-8")
+
+
+@pytest.mark.parametrize("name", AFTER)
+def test_passes_give_the_golden_of_whole_layers(name: str) -> None:
+    assert layers(AFTER[name]) == (LAYERS / f"{name}.dsc").read_text("utf-8")

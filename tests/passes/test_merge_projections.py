@@ -19,7 +19,7 @@ from dsc.passes.absorb_mla import AbsorbMla
 from dsc.passes.merge_projections import MergeProjections
 from dsc.passes.specialise_entries import SpecialiseEntries
 from dsc.rewrite.base import PassReport
-from dsc.rewrite.harness import check_docstring, program_of
+from dsc.rewrite.harness import program_of
 from dsc.rewrite.manager import Manager
 from dsc.rewrite.verify import compare_programs
 from tests.backends.canonical_lm import Sizes, canonical_lm
@@ -35,10 +35,6 @@ def merged(program: Program) -> tuple[Program, PassReport]:
 
 def ops(program: Program, entry: str = "main") -> list[str]:
     return [n.op for n in program.entries[entry].nodes]
-
-
-def test_docstring() -> None:
-    check_docstring(MergeProjections(), Stage.CANONICAL)
 
 
 @pytest.mark.parametrize("name", ["v3_ragged", "v2_bf16", "v3_two_layers_bf16", "own"])

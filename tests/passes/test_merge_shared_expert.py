@@ -10,21 +10,15 @@ from dsc.ir.dims import evaluate
 from dsc.ir.expert_forms import ExpertKernels
 from dsc.ir.graph import Weight
 from dsc.ir.program import Program
-from dsc.ir.stages import Stage
 from dsc.ir.verifier import verify
 from dsc.passes.lower_moe_dispatch import LowerMoeDispatch
 from dsc.passes.merge_shared_expert import MergeSharedExpert
 from dsc.passes.specialise_entries import SpecialiseEntries
 from dsc.rewrite.base import PassReport
-from dsc.rewrite.harness import check_docstring
 from dsc.rewrite.manager import Manager
 from dsc.rewrite.verify import compare_programs
 from tests.backends.canonical_lm import Sizes, canonical_lm
 from tests.passes.test_raise_models import raised, stored
-
-
-def test_docstring() -> None:
-    check_docstring(MergeSharedExpert(), Stage.CANONICAL)
 
 
 def stored_elements(program: Program) -> int:

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from dsc import pipeline
+from dsc.backends.base import Capabilities
 from dsc.backends.reference import ReferenceExecutable
-from dsc.errors import UsageError
+from dsc.errors import UsageError, VerificationError
 from dsc.ir.graph import Graph
 from dsc.ir.interpreter import Interpreter
 from dsc.ir.op import named
@@ -25,9 +26,12 @@ from dsc.ir.traits import Role
 from dsc.ir.types import DType, TensorType
 from dsc.ir.verifier import verify
 from dsc.ir.weights import Apply, Source, apply, evaluate, sources
+from dsc.passes.cut_at_collectives import CutAtCollectives
 from dsc.passes.shard import Shard
 from dsc.rewrite.base import PassReport
-from dsc.rewrite.harness import check_docstring, program_of
+from dsc.rewrite.harness import program_of
+from dsc.rewrite.manager import Manager, Watch
+from dsc.rewrite.twin import Twin
 from dsc.rewrite.verify import compare_programs
 from dsc.runtime.segmented import SegmentedExecutable
 from tests.backends.canonical_lm import Sizes, canonical_lm
@@ -53,10 +57,6 @@ def ops(graph: Graph) -> list[str]:
 
 def of(text: str) -> Program:
     return program_of(text, Stage.CANONICAL)
-
-
-def test_docstring() -> None:
-    check_docstring(Shard(), Stage.CANONICAL)
 
 
 @pytest.mark.parametrize("parallel", ["tp+ep", "tp", "ep"])
@@ -185,8 +185,8 @@ def test_experts_that_do_not_part_are_refused() -> None:
 
 
 def test_options_that_cannot_be_are_refused() -> None:
-    assert "0 ranks" in refused(EXPERTS, 0)
-    assert "no way to share called 'pp'" in refused(EXPERTS, 2, "pp")
+    assert "shard: ranks is 0" in refused(EXPERTS, 0)
+    assert "shard: parallel is pp" in refused(EXPERTS, 2, "pp")
 
 
 def test_one_rank_changes_nothing() -> None:
@@ -272,6 +272,38 @@ def test_segments_hold_no_collective_and_compute_the_same() -> None:
     wanted = RankedInterpreter(after).run("extend", inputs)
     for found in run_ranks(2, one):
         assert all(torch.equal(found[name], tensor) for name, tensor in wanted.items())
+
+
+def test_the_cut_is_compared_as_a_whole() -> None:
+    """`--verify-each` and bisect see what a segment loses or computes otherwise."""
+    passes = ["specialise_entries", "absorb_mla", "append_cache_in_place", "shard", "fuse"]
+    planned = pipeline.apply(canonical_lm(SIZES), [*passes, "plan_memory"])
+    each = CutAtCollectives()
+    made = each.run(planned, PassReport())
+    assert len(made.memory) == len(made.entries) > len(planned.entries)
+    found = Twin().compare(each, planned, made)
+    assert found.ok, found
+    name, piece = next((n, g) for n, g in made.entries.items() if n.startswith("prefill"))
+    changed = [
+        replace(n, attrs=n.attrs.updated(eps=0.5)) if n.op == "rms_norm" else n for n in piece.nodes
+    ]
+    wrong = replace(made, entries={**made.entries, name: piece.with_nodes(changed)})
+    assert not Twin().compare(each, planned, wrong).ok
+    short = replace(piece, outputs=piece.outputs[1:], output_names=piece.output_names[1:])
+    lost = replace(made, entries={**made.entries, name: replace(short, aliases=())})
+    with pytest.raises(VerificationError):
+        verify(each.comparable(planned, lost))
+
+
+def test_the_cut_of_a_program_too_wide_to_interpret_is_verified() -> None:
+    manager = Manager(Watch(verify_each=True))
+    manager.twin = Twin(widest=0)
+    can = Capabilities(in_place_cache=True)
+    asked = pipeline.PipelineOptions(ranks=2, fusion_level=0)
+    manager.run(canonical_lm(SIZES), pipeline.passes_for(canonical_lm(SIZES), can, asked))
+    *_, last = manager.records
+    assert last.name == "cut_at_collectives"
+    assert last.verified.startswith("shrunk form")
 
 
 def test_segments_keep_caches_in_place() -> None:
