@@ -6,6 +6,7 @@ rows stay dense and a step runs over a part of them without a copy. All three fo
     together(rows)        the rows that a step over `rows` takes; what it adds only waits
     inputs(rows, ...)     the cache inputs of a step over these rows
     keep(rows, ...)       take over what the step gave back
+    truncate(lengths)     forget what lies past each row's length
     drop(row)             forget a row; the last one moves there
     clear()               forget all
 """
@@ -67,6 +68,10 @@ class Caches(Protocol):
         """Take over the outputs of that step."""
         ...
 
+    def truncate(self, lengths: Sequence[int]) -> None:
+        """Forget what all rows have past these lengths."""
+        ...
+
     def drop(self, row: int, lengths: Sequence[int]) -> None:
         """Forget `row` of the rows of `lengths` tokens; the last moves into its place."""
         ...
@@ -118,6 +123,9 @@ class SlotCaches:
 
     def keep(self, rows: Sequence[int], outputs: Tensors, after: Sequence[int]) -> None:
         """Nothing: the step wrote into the slots."""
+
+    def truncate(self, lengths: Sequence[int]) -> None:
+        """Nothing: what lies past a row's length is never seen, and is written over."""
 
     def drop(self, row: int, lengths: Sequence[int]) -> None:
         """Copy the last slot's tokens into the slot that becomes free."""
@@ -175,6 +183,11 @@ class GrownCaches:
                 grown = whole
             self._held[spec.input.name] = grown.contiguous()
 
+    def truncate(self, lengths: Sequence[int]) -> None:
+        """Cut to the longest row; what lies past the end of others is never seen."""
+        for name, held in self._held.items():
+            self._held[name] = held[:, : max(lengths)].contiguous()
+
     def drop(self, row: int, lengths: Sequence[int]) -> None:
         """The rows without one, the last in its place, cut to the longest that is left."""
         order = list(range(len(lengths)))
@@ -217,6 +230,10 @@ class PagedCaches:
 
     def keep(self, rows: Sequence[int], outputs: Tensors, after: Sequence[int]) -> None:
         """Nothing: the step wrote into the pages."""
+
+    def truncate(self, lengths: Sequence[int]) -> None:
+        """Give the pages back that no row needs for so many tokens."""
+        self._pool.shrink(lengths)
 
     def drop(self, row: int, lengths: Sequence[int]) -> None:
         """Give the row's pages back."""

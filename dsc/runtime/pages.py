@@ -54,6 +54,13 @@ class PagePool:
             while len(held) < n:
                 held.append(self._free.pop())
 
+    def shrink(self, lengths: Sequence[int]) -> None:
+        """Take back the pages that sequence b does not need for `lengths[b]` tokens."""
+        for held, n in zip(self.blocks, lengths, strict=True):
+            kept = -(-n // self.rows)
+            self._free = sorted([*self._free, *held[kept:]], reverse=True)
+            del held[kept:]
+
     def drop(self, row: int) -> None:
         """Take back the pages of sequence `row`; the last sequence takes its place."""
         self._free = sorted([*self._free, *self.blocks[row]], reverse=True)

@@ -92,7 +92,11 @@ class Session:
     def logits(self, sequence: int) -> Any:
         """Logits [vocab] after the last token of a sequence. Raises `UsageError`."""
         found = self._active[self._row(sequence)]
-        assert found.logits is not None
+        if found.logits is None:
+            raise UsageError(
+                f"sequence {sequence} was cut: what it said is not known any more",
+                hint="give it a token first, such as the last one that it keeps",
+            )
         return _like(found.logits, found.like)
 
     def prepare(self, prompts: Sequence[int]) -> None:
@@ -138,6 +142,25 @@ class Session:
         self._caches.drop(row, self.lengths)
         self._active[row] = self._active[-1]
         self._active.pop()
+
+    def truncate(self, sequence: int, length: int) -> None:
+        """Keep the first `length` tokens of a sequence, as if the others had never been.
+
+        Speculated tokens that were refused go this way, or a turn of a talk that is to be taken
+        back. Raises `UsageError` for an unknown id, or a length that the sequence does not have.
+        """
+        row = self._row(sequence)
+        held = self._active[row].length
+        if isinstance(length, bool) or not isinstance(length, int | np.integer):
+            raise UsageError(f"a length of {length!r}", hint="give a whole number")
+        if not 0 <= length <= held:
+            raise UsageError(
+                f"a length of {length} for a sequence of {held} tokens", hint=f"give 0 to {held}"
+            )
+        if length < held:
+            self._active[row].length = int(length)
+            self._active[row].logits = None
+            self._caches.truncate(self.lengths)
 
     def prefill(
         self, ids: Any, lengths: Sequence[int] | None = None, all_logits: bool = False

@@ -81,11 +81,17 @@ def test_language_model_agrees_with_the_reference(model: Program, tmp_path: Path
     ids = torch.randint(0, 50, (2, 20), generator=torch.Generator().manual_seed(1))
     sessions = [Session(x, model, 2, CONTEXT, CHUNK) for x in (executable, Reference(model))]
     found, expected = (s.prefill(ids, lengths=[20, 13]) for s in sessions)
+    tokens, said = [], []
     for _ in range(3):
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-3)
-        token = expected.argmax(-1)
-        found, expected = (s.decode(token) for s in sessions)
+        tokens.append(expected.argmax(-1))
+        found, expected = (s.decode(tokens[-1]) for s in sessions)
+        said.append(found)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-3)
+    for sequence, length in enumerate((20, 13)):
+        sessions[0].truncate(sequence, length)
+    again = sessions[0].decode(tokens[0])
+    torch.testing.assert_close(again, said[0], rtol=0, atol=1e-5)
     executable.close()  # type: ignore[attr-defined]
 
 

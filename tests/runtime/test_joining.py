@@ -127,6 +127,74 @@ def test_a_slot_that_is_used_again_shows_nothing_of_the_past(backend: str) -> No
         assert torch.equal(first, second)
 
 
+PREFIX, SUFFIX = [1, 2, 3, 4, 5, 6, 7, 8, 1, 2, 3], [4, 5, 6, 7, 8, 1, 2, 3, 4, 5]
+
+
+def truncated(session: Session, suffix: list[int]) -> torch.Tensor:
+    """Logits of three steps after a prefix, of a sequence that had a suffix, or never had."""
+    session.add([8, 7, 6])
+    mine = session.add(PREFIX)
+    if suffix:
+        session.prefill([[0] * len(suffix), suffix], lengths=[1, len(suffix)])
+        session.decode({mine: 2})
+        session.truncate(mine, len(PREFIX))
+    else:
+        session.decode({0: 0})
+    assert session.lengths == [4, len(PREFIX)]
+    return torch.stack([session.decode([token, token]) for token in (5, 6, 7)])
+
+
+@pytest.mark.parametrize("backend", FORMS)
+def test_a_truncated_sequence_never_had_its_suffix(backend: str) -> None:
+    model = compiled(backend)
+    found = truncated(model.session(2), SUFFIX)
+    wanted = truncated(model.session(2), [])
+    assert torch.equal(found, wanted) if backend == "tvm" else (found - wanted).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("backend", ["reference", "tvm"])
+def test_a_truncated_sequence_gives_its_pages_back(backend: str) -> None:
+    if backend == "tvm":
+        pytest.importorskip("tvm")
+    model = four_pages("hand", backend, "paged")
+    sessions = [model.session(2), model.session(2)]
+    prompt = [n % 50 for n in range(70)]
+    for session, more in zip(sessions, (100, 0), strict=True):
+        session.add(prompt)
+        if more:
+            session.prefill([prompt[:50] * 2])
+            session.truncate(0, len(prompt))
+        assert session._pool is not None
+        assert session._pool.used == 2
+    for token in range(3):
+        found, wanted = (session.decode([token]) for session in sessions)
+        assert torch.equal(found, wanted)
+
+
+@pytest.mark.parametrize("backend", FORMS)
+def test_a_sequence_cut_to_nothing_starts_again(backend: str) -> None:
+    model = compiled(backend)
+    session, fresh = model.session(1), model.session(1)
+    session.prefill([4, 5, 6])
+    session.truncate(0, 0)
+    assert session.lengths == [0]
+    found, wanted = session.prefill([1, 2]), fresh.prefill([1, 2])
+    assert (found - wanted).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("backend", FORMS)
+def test_what_a_cut_sequence_said_is_not_told(backend: str) -> None:
+    session = compiled(backend).session(1)
+    session.prefill([4, 5, 6])
+    said = session.logits(0)
+    session.truncate(0, 3)
+    assert torch.equal(session.logits(0), said), "nothing was cut"
+    session.truncate(0, 2)
+    with pytest.raises(UsageError, match="sequence 0 was cut"):
+        session.logits(0)
+    assert (session.decode([6])[0] - said).abs().max() < 1e-5
+
+
 @pytest.mark.parametrize("backend", FORMS)
 def test_sequences_of_a_fixed_batch_leave_too(backend: str) -> None:
     model = compiled(backend)
@@ -188,6 +256,11 @@ def full(session: Session) -> None:
     ("call", "words"),
     [
         (full, "holds 2 sequences already"),
+        (lambda s: s.truncate(0, 0), "no sequence 0 in this session"),
+        (lambda s: (s.add([1]), s.truncate(0, 2)), "a length of 2 for a sequence of 1 tokens"),
+        (lambda s: (s.add([1]), s.truncate(0, -1)), "a length of -1"),
+        (lambda s: (s.add([1]), s.truncate(0, True)), "a length of True"),
+        (lambda s: (s.add([1]), s.truncate(0, 0.5)), "a length of 0.5"),
         (lambda s: s.remove(0), "no sequence 0 in this session"),
         (lambda s: s.logits(7), "no sequence 7"),
         (lambda s: (s.add([1]), s.decode({0: 1, 1: 1})), "no sequence 1"),
