@@ -158,7 +158,7 @@ DumpDir = Annotated[
     Option(
         "--dump-dir",
         metavar="D",
-        help="Write numbered text IR, one file a pass.",
+        help="Write numbered text IR, one file a pass, and passes.txt: what ran, for dsc opt -p.",
         show_default=False,
     ),
 ]

@@ -63,7 +63,8 @@ def passes_table(passes: Sequence[Mapping[str, Any]]) -> Table:
         nodes = "+".join(str(n) for n in each.get("nodes", {}).values())
         what = fired or ("changed" if each.get("changed") else "-")
         missed = str(len(each.get("missed", ())) or "-")
-        _row(table, each.get("name", "?"), f"{1e3 * each.get('seconds', 0):.0f}", nodes, what,
+        told = each.get("text") or each.get("name", "?")
+        _row(table, told, f"{1e3 * each.get('seconds', 0):.0f}", nodes, what,
              missed)  # fmt: skip
     return table
 

@@ -4,7 +4,8 @@
 
 What runs is told in this form (dumps, reports, lines that reproduce a failure), and the form reads
 back as the same passes. A value is a whole number, true or false, a word, or words in brackets:
-`[decode,prefill]`. An option that says what a backend's kernels take is the backend's name.
+`[decode,prefill]`. An option that says what a backend's kernels take is the backend's name. Passes
+are separated by commas or lines.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from dsc.errors import UsageError, one_of
 
 T = TypeVar("T")
 SYNTAX = "pass,pass{option=value,option=[word,word]}"
-_PASS = re.compile(r"[\s,]*(?P<name>\w+)\s*(?:\{(?P<options>[^{}]*)\}\s*)?(?:,|$)")
+_PASS = re.compile(r"[\s,]*(?P<name>\w+)[ \t]*(?:\{(?P<options>[^{}]*)\}[ \t]*)?(?:[,\n]|$)")
 _OPTION = re.compile(r"\s*(?P<name>\w+)\s*=\s*(?P<value>\[[^\[\]]*\]|[^\s,\[\]]+)\s*(?:,|$)")
 _NOTHING = re.compile(r"[\s,]*$")
 _UNNAMED = "unnamed"
