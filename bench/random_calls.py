@@ -436,15 +436,14 @@ def interpreter_door(folder: Path, program: Program) -> Door:
     from dsc.backends.triton.client import InterpretedExecutable
     from dsc.backends.triton.interpret import InterpretedProgram, Kernels
     from dsc.backends.triton.launch import LaunchProgram
-    from dsc.runtime.admission import Admission
+    from dsc.runtime.admission import Admitted
 
     text = (folder / "triton" / "interpret" / "launches.json").read_text()
     weights = load_file(folder / "weights" / "model.safetensors")
     kernels = Kernels(folder / "triton" / "kernels")
     inside = InterpretedProgram(LaunchProgram.from_json(text), kernels, weights)
     executable: Any = InterpretedExecutable.__new__(InterpretedExecutable)
-    executable._program = program
-    executable._admissions = {n: Admission(g, program.symbols) for n, g in program.entries.items()}
+    Admitted.__init__(executable, program)
     executable._interpret = inside.run
     return _tensor_door(executable)
 

@@ -18,7 +18,6 @@ from dsc.backends.base import (
     Emission,
     EmitOptions,
     Executable,
-    Signature,
     Support,
     Yes,
 )
@@ -27,7 +26,7 @@ from dsc.ir.dims import Dim, evaluate
 from dsc.ir.graph import Graph, Node
 from dsc.ir.program import Program
 from dsc.ir.types import DType
-from dsc.runtime.admission import Admission
+from dsc.runtime.admission import Admitted
 from dsc.targets import KNOWN, Target
 
 if TYPE_CHECKING:
@@ -69,26 +68,18 @@ class NullBackend:
         return NullExecutable(program)
 
 
-class NullExecutable:
+class NullExecutable(Admitted):
     """Checks its inputs and returns zeros; a cache that is written in place comes back as it is."""
 
     stand_in = "the null backend plans and counts, and computes nothing"
     computes = False
 
-    def __init__(self, program: Program) -> None:
-        self._program = program
-        self._admissions = {n: Admission(g, program.symbols) for n, g in program.entries.items()}
-
-    def signature(self, entry: str) -> Signature:
-        """Names, types and aliases of an entry."""
-        return Signature.of(self._program.entries[entry])
-
-    def run(self, entry: str, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Zeros of the shapes that the entry declares for these inputs. Raises `UsageError`."""
+    def execute(
+        self, graph: Graph, inputs: Mapping[str, torch.Tensor], env: Mapping[str, int]
+    ) -> dict[str, torch.Tensor]:
+        """Zeros of the shapes that the entry declares for these inputs."""
         import torch
 
-        graph = self._program.entry(entry, inputs)
-        env = self._admissions[entry].check(inputs)
         in_place = {
             output: graph.inputs[source].name
             for output, source in graph.aliases

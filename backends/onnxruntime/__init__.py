@@ -24,7 +24,7 @@ from dsc.backends.base import (
 )
 from dsc.errors import BackendUnavailable, UnsupportedOperator
 from dsc.ir.graph import Node
-from dsc.ir.index_ranges import index_ranges
+from dsc.ir.index_ranges import giving_indices, index_ranges
 from dsc.ir.program import Program
 from dsc.ir.types import DType
 from dsc.targets import Target
@@ -75,6 +75,7 @@ class OnnxRuntimeBackend:
         from dsc.backends.onnxruntime.card import card, facts
         from dsc.backends.onnxruntime.interface import chosen_form
 
+        program = giving_indices(program)
         form = chosen_form(program, options.extra.get("opset"), options.extra.get("caches"))
         self._check(program)
         shared = model.shared_entries(program)

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dsc.backends.base import Signature, check_unchanged
+from dsc.backends.base import check_unchanged
 from dsc.backends.onnxruntime.graph import ONNX_TYPE
 from dsc.backends.onnxruntime.interface import Form, Interface
 from dsc.backends.onnxruntime.model import result_names
@@ -23,8 +23,9 @@ from dsc.backends.onnxruntime.timed import TimedSession
 from dsc.errors import UsageError
 from dsc.ir.dims import evaluate
 from dsc.ir.graph import Graph
+from dsc.ir.index_ranges import giving_indices
 from dsc.ir.program import Program
-from dsc.runtime.admission import Admission
+from dsc.runtime.admission import Admitted
 from dsc.runtime.profiler import Profiler, active
 
 if TYPE_CHECKING:
@@ -57,51 +58,60 @@ def open_session(
     return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 
-class OnnxExecutable:
+class OnnxExecutable(Admitted):
     """A loaded artifact: one session a model, all opened when an entry first runs.
 
     So whoever replaces the folder later changes nothing here. Sessions that open again, for other
-    threads or for a profile, refuse a folder that is no longer the one that was loaded.
+    threads or for a profile, refuse a folder that is no longer the one that was loaded. Caches are
+    taken as the program declares them or as the model has them, and come back as the model has
+    them; all results are new tensors.
     """
 
     def __init__(self, folder: Path, manifest: Mapping[str, Any], program: Program) -> None:
-        self.program = program
+        super().__init__(program)
         self._folder, self._manifest = folder, manifest
         meta = manifest["meta"]
         self._models: dict[str, str] = dict(meta["models"])
         self._threads, self._prepack = meta["threads"], meta["prepack"]
-        self._admissions = {n: Admission(g, program.symbols) for n, g in program.entries.items()}
         form = Form(meta["opset"], meta["wide_caches"])
-        self._borders = {n: Interface.of(g, form) for n, g in program.entries.items()}
+        self._emitted = giving_indices(program).entries
+        self._borders = {n: Interface.of(g, form) for n, g in self._emitted.items()}
         self._pin = ""
         self._sessions: dict[str, Any] = {}
         self._timed: dict[str, TimedSession] = {}
-
-    def signature(self, entry: str) -> Signature:
-        """Names, types and aliases of an entry."""
-        return Signature.of(self.program.entries[entry])
 
     def open(self, entry: str) -> None:
         """Open the session of an entry's model."""
         self._session(entry)
 
-    def run(self, entry: str, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Run an entry on CPU tensors by name; results are new tensors. Raises `UsageError`.
-
-        Caches are taken as the program declares them or as the model has them, and come back as
-        the model has them.
-        """
+    def declared(
+        self, graph: Graph, inputs: Mapping[str, torch.Tensor]
+    ) -> Mapping[str, torch.Tensor]:
+        """The inputs with stand-ins for caches in the model's own type: shapes, no values."""
         import torch
 
-        graph = self.program.entry(entry, inputs)
-        border = self._borders[entry]
-        env = self._admissions[entry].check(_declared(graph, border, inputs))
+        seen, border = dict(inputs), self._borders[graph.name]
+        for value in graph.inputs:
+            wide, tensor = border.inputs[value.name].torch, inputs[value.name]
+            own = value.type.dtype.torch
+            if tensor.dtype == wide != own:
+                seen[value.name] = torch.empty(tensor.shape, dtype=own, device="meta")
+        return seen
+
+    def execute(
+        self, graph: Graph, inputs: Mapping[str, torch.Tensor], env: Mapping[str, int]
+    ) -> dict[str, torch.Tensor]:
+        """Run an entry's model. Raises what ONNX Runtime raises."""
+        import torch
+
+        graph = self._emitted[graph.name]
+        border = self._borders[graph.name]
         given = [inputs[v.name].to(border.inputs[v.name].torch).contiguous() for v in graph.inputs]
-        session = self._session(entry)
+        session = self._session(graph.name)
         profiler, timed = active(), None
         if profiler is not None:
             with profiler.aside():
-                timed = self._timed_session(entry, profiler)
+                timed = self._timed_session(graph.name, profiler)
                 session = timed.session
         binding = session.io_binding()
         for value, tensor in zip(graph.inputs, given, strict=True):
@@ -114,11 +124,7 @@ class OnnxExecutable:
             _bind(binding.bind_output, theirs, ONNX_TYPE[border.outputs[name]], results[name])
         if timed is not None:
             timed.starts(inputs)
-        try:
-            session.run_with_iobinding(binding)
-        except Exception as problem:  # ONNX Runtime's have no class of their own in common
-            self._admissions[entry].blame_computed(problem)
-            raise
+        session.run_with_iobinding(binding)
         declared = zip(graph.output_names, graph.outputs, strict=True)
         own = {name: x.type.dtype.torch for name, x in declared if name not in border.caches}
         return results | {name: results[name].to(dtype) for name, dtype in own.items()}
@@ -146,7 +152,7 @@ class OnnxExecutable:
             session = open_session(
                 self._folder / path, self._threads, self._prepack, prefix, self._pin
             )
-            owner = self.program.entries[Path(path).stem]
+            owner = self._emitted[Path(path).stem]
             timed = self._timed[path] = TimedSession(session, owner)
 
             def close() -> None:
@@ -164,21 +170,6 @@ class OnnxExecutable:
                 for path in sorted(set(self._models.values()))
             }
         return self._sessions[self._models[entry]]
-
-
-def _declared(
-    graph: Graph, border: Interface, inputs: Mapping[str, torch.Tensor]
-) -> Mapping[str, torch.Tensor]:
-    """The inputs with stand-ins for caches in the model's own element type: shapes, no values."""
-    import torch
-
-    seen = dict(inputs)
-    for value in graph.inputs:
-        wide, tensor = border.inputs[value.name].torch, inputs[value.name]
-        if tensor.dtype == wide != value.type.dtype.torch:
-            stand_in = torch.empty(tensor.shape, dtype=value.type.dtype.torch, device="meta")
-            seen[value.name] = stand_in
-    return seen
 
 
 def _bind(bind: Any, name: str, element_type: int, tensor: torch.Tensor) -> None:

@@ -16,7 +16,6 @@ from dsc.backends.base import (
     Emission,
     EmitOptions,
     Executable,
-    Signature,
     Support,
     Yes,
 )
@@ -25,8 +24,7 @@ from dsc.ir.graph import Graph, Node
 from dsc.ir.interpreter import Interpreter
 from dsc.ir.program import Program
 from dsc.ir.types import DType
-from dsc.runtime.admission import Admission
-from dsc.runtime.plan import symbols_of
+from dsc.runtime.admission import Admitted
 from dsc.runtime.profiler import EntryRun, StepTime, active
 from dsc.targets import Target
 
@@ -57,12 +55,12 @@ class ReferenceBackend:
         return ReferenceExecutable(program)
 
 
-class ReferenceExecutable:
+class ReferenceExecutable(Admitted):
     """An interpreter behind the interface of an executable."""
 
     def __init__(self, program: Program) -> None:
+        super().__init__(program)
         self._interpreter = Interpreter(program)
-        self._admissions = {n: Admission(g, program.symbols) for n, g in program.entries.items()}
 
     def set_threads(self, threads: int | None, pin: bool | None) -> None:
         """Set torch's threads, which the whole process shares. Raises `UsageError` for `pin`."""
@@ -73,27 +71,19 @@ class ReferenceExecutable:
         if threads is not None:
             torch.set_num_threads(threads)
 
-    def signature(self, entry: str) -> Signature:
-        """Names, types and aliases of an entry."""
-        return Signature.of(self._interpreter.program.entries[entry])
-
-    def run(self, entry: str, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Run an entry on CPU tensors by name. Raises `UsageError`."""
-        graph = self._interpreter.program.entry(entry, inputs)
-        self._admissions[entry].check(inputs)
+    def execute(
+        self, graph: Graph, inputs: Mapping[str, torch.Tensor], env: Mapping[str, int]
+    ) -> dict[str, torch.Tensor]:
+        """Operator by operator; each index that is computed is looked at before it is read."""
+        guard = self.admissions[graph.name].guard(env)
         profiler = active()
-        if profiler is None:
-            try:
-                return _owned(graph, inputs, self._interpreter.run(entry, inputs))
-            except (IndexError, RuntimeError) as problem:
-                self._admissions[entry].blame_computed(problem)
-                raise
-        sizes = symbols_of(graph, {v.name: tuple(inputs[v.name].shape) for v in graph.inputs})
-        lengths = inputs.get("lengths")
-        watch = _Watch(graph)
-        results = self._interpreter.run(entry, inputs, watch.observe)
-        known = None if lengths is None else lengths.tolist()
-        profiler.ran(EntryRun(graph, sizes, known, lambda: watch.steps))
+        watch = _Watch(graph) if profiler is not None else None
+        observe = None if watch is None else watch.observe
+        results = self._interpreter.run(graph.name, inputs, observe, guard)
+        if profiler is not None and watch is not None:
+            lengths = inputs.get("lengths")
+            known = None if lengths is None else lengths.tolist()
+            profiler.ran(EntryRun(graph, env, known, lambda: watch.steps))
         return _owned(graph, inputs, results)
 
 

@@ -36,8 +36,9 @@ from dsc.backends.triton.script import script_plan
 from dsc.errors import ArtifactError, BackendUnavailable, UnsupportedOperator, UsageError
 from dsc.ir.expert_forms import ExpertKernels
 from dsc.ir.graph import Node
-from dsc.ir.index_ranges import index_ranges
+from dsc.ir.index_ranges import giving_indices, index_ranges
 from dsc.ir.program import Program
+from dsc.ir.regions import RegionLimits
 from dsc.ir.types import DType
 from dsc.targets import KNOWN, Target
 
@@ -67,11 +68,14 @@ class TritonBackend:
             absorbed=True,
             dtypes=frozenset({DType.f32, DType.bf16, DType.f16}),
             fuse=FUSION_LEVEL,
+            regions=RegionLimits(accepts=lambda node: isinstance(self.supports(node), Yes)),
             targets=(str(DEFAULT_TARGET), *(t for t in ALL_TARGETS if t != str(DEFAULT_TARGET))),
         )
 
     def supports(self, node: Node) -> Support:
         """Whether there is a kernel for this node."""
+        if node.body is not None and index_ranges(node.body, {}).computed:
+            return No("a region that computes an index: what it reads by could not be looked at")
         why = reason(node)
         return Yes() if why is None else No(why)
 
@@ -81,6 +85,7 @@ class TritonBackend:
         `options.extra["compile"] = False` leaves binaries out: launches and sources only.
         """
         self._check(program)
+        program = giving_indices(program)
         targets = [t for t in options.targets if t.is_gpu] or [DEFAULT_TARGET]
         lowered, sources = lower_program(program, INTERPRET)
         files = {f"{FOLDER}/{INTERPRET}/launches.json": lowered.to_json().encode()}

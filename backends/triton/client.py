@@ -9,20 +9,20 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
-from dsc.backends.base import Signature
 from dsc.backends.triton.launch import LaunchProgram
 from dsc.backends.triton.process import import_environment
 from dsc.backends.triton.schedule import is_state
 from dsc.backends.triton.worker import read_frame, write_frame
 from dsc.errors import ArtifactError
+from dsc.ir.graph import Graph
 from dsc.ir.program import Program
-from dsc.runtime.admission import Admission
+from dsc.runtime.admission import Admitted
 
 if TYPE_CHECKING:
     import torch
 
 
-class InterpretedExecutable:
+class InterpretedExecutable(Admitted):
     """Runs an artifact's launches through `worker.py`. Exact to the kernels, and slow."""
 
     stand_in = (
@@ -34,8 +34,7 @@ class InterpretedExecutable:
     def __init__(self, folder: Path, weights: Path, program: Program) -> None:
         text = (folder / "interpret" / "launches.json").read_text()
         self._entries = LaunchProgram.from_json(text).entries
-        self._program = program
-        self._admissions = {n: Admission(g, program.symbols) for n, g in program.entries.items()}
+        super().__init__(program)
         self._lock = threading.Lock()
         environment = {"OMP_NUM_THREADS": "1", **import_environment(), "TRITON_INTERPRET": "1"}
         command = [sys.executable, "-m", "dsc.backends.triton.worker", str(folder), str(weights)]
@@ -50,14 +49,11 @@ class InterpretedExecutable:
         assert self._process.stdout is not None, "the process was started with pipes"
         return self._process.stdout
 
-    def run(self, entry: str, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Run an entry on CPU tensors; updated caches are written back into the tensors given.
-
-        Raises `UsageError` for sizes and indices that the entry does not admit.
-        """
-        self._program.entry(entry, inputs)
-        self._admissions[entry].check(inputs)
-        return self._interpret(entry, inputs)
+    def execute(
+        self, graph: Graph, inputs: Mapping[str, torch.Tensor], env: Mapping[str, int]
+    ) -> dict[str, torch.Tensor]:
+        """Run an entry in the child process; updated caches are written back into the inputs."""
+        return self._interpret(graph.name, inputs)
 
     def _interpret(self, entry: str, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Run an entry in the child process."""
@@ -80,10 +76,6 @@ class InterpretedExecutable:
                 given = inputs[names[port.buffer]]
                 outputs[port.name] = given.copy_(outputs[port.name])
         return outputs
-
-    def signature(self, entry: str) -> Signature:
-        """The signature of an entry."""
-        return Signature.of(self._program.entry(entry))
 
     def close(self) -> None:
         """End the child process."""

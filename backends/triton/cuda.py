@@ -21,13 +21,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from dsc.backends.base import Signature
 from dsc.backends.triton.driver import Argument, Driver, Function, Launch
 from dsc.backends.triton.launch import EntryLaunches, Kernel, LaunchProgram
 from dsc.backends.triton.schedule import Address, Call, Schedule, Shapes, is_state, resolve
 from dsc.errors import BackendUnavailable
+from dsc.ir.graph import Graph
 from dsc.ir.program import Program
-from dsc.runtime.admission import Admission
+from dsc.runtime.admission import Admitted
 
 if TYPE_CHECKING:
     import torch
@@ -93,7 +93,7 @@ class Held:
         self.driver.close()
 
 
-class CudaExecutable:
+class CudaExecutable(Admitted):
     """Runs an artifact's launches on the first CUDA device.
 
     Raises `BackendUnavailable` where there is no driver, or a device of another architecture.
@@ -107,9 +107,8 @@ class CudaExecutable:
             hint = f"compile with --target cuda:{self._driver.arch}"
             found = f"the binaries are for {folder.name}, the device is {self._driver.arch}"
             raise BackendUnavailable(found, hint)
-        self._program = LaunchProgram.from_json((folder / "launches.json").read_text())
-        self._source = program
-        self._admissions = {n: Admission(g, program.symbols) for n, g in program.entries.items()}
+        self._launches = LaunchProgram.from_json((folder / "launches.json").read_text())
+        super().__init__(program)
         self._lock = threading.Lock()
         self._functions = _load_functions(self._driver, folder)
         base, places = _upload_weights(self._driver, weights)
@@ -118,21 +117,18 @@ class CudaExecutable:
         self._release = weakref.finalize(self, self._held.release)
         self._release.atexit = False  # the driver may be gone by then
 
-    def run(self, entry: str, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Run an entry on CPU tensors; caches stay on the device (see `read_back`).
-
-        Raises `UsageError` for sizes and indices that the entry does not admit.
-        """
-        self._source.entry(entry, inputs)
-        self._admissions[entry].check(inputs)
+    def execute(
+        self, graph: Graph, inputs: Mapping[str, torch.Tensor], env: Mapping[str, int]
+    ) -> dict[str, torch.Tensor]:
+        """Run an entry on CPU tensors; caches stay on the device (see `read_back`)."""
         with self._lock:
-            return self._run(entry, inputs)
+            return self._run(graph.name, inputs)
 
     def _run(self, entry: str, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         import torch
 
         self._driver.activate()
-        lowered = self._program.entries[entry]
+        lowered = self._launches.entries[entry]
         shapes = {p.name: tuple(inputs[p.name].shape) for p in lowered.inputs}
         replay = self._replay((entry, *shapes.values()), lowered, shapes)
         schedule = replay.schedule
@@ -166,10 +162,6 @@ class CudaExecutable:
     def close(self) -> None:
         """Give all device memory back; nothing runs after this."""
         self._release()
-
-    def signature(self, entry: str) -> Signature:
-        """The signature of an entry."""
-        return Signature.of(self._source.entry(entry))
 
     def _replay(self, key: Key, lowered: EntryLaunches, shapes: Shapes) -> Replay:
         """The schedule for these shapes and what is ready of it; the oldest of many are let go."""
@@ -224,7 +216,7 @@ class CudaExecutable:
         launches = []
         for call in schedule.calls:
             if 0 not in call.grid:
-                arguments = pack_arguments(self._program.kernels[call.kernel], call, places)
+                arguments = pack_arguments(self._launches.kernels[call.kernel], call, places)
                 function = self._functions[call.kernel]
                 launches.append(self._driver.prepare(function, call.grid, arguments))
         return launches

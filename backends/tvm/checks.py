@@ -84,9 +84,10 @@ class Later:
     @property
     def facts(self) -> list[str]:
         """What failed."""
-        node = self.computed.node
-        place = f" at {node.loc}" if node.loc else ""
-        return ["computed", node.op, f"an index that is computed must be inside{place}"]
+        reader = self.computed.reader
+        place = f" at {reader.loc}" if reader.loc else ""
+        what = f"an index that is computed must be inside: that of {reader.op}{place}"
+        return ["computed", reader.op, what]
 
 
 Check = Sizes | Addresses | Values | Pages | Later

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dsc.backends.base import Signature
 from dsc.backends.tvm.lean import (
     KeptFile,
     MappedWeights,
@@ -21,7 +20,7 @@ from dsc.backends.tvm.timed import TimedEntry, timed_entries
 from dsc.errors import ArtifactError, BackendUnavailable, UsageError
 from dsc.ir.dims import evaluate
 from dsc.ir.graph import Graph
-from dsc.runtime.admission import Admission
+from dsc.runtime.admission import Admitted, contiguous
 from dsc.runtime.profiler import active
 
 if TYPE_CHECKING:
@@ -30,14 +29,16 @@ if TYPE_CHECKING:
     from dsc.ir.program import Program
 
 
-class TvmExecutable:
+class TvmExecutable(Admitted):
     """Entries of a library over mapped weights and one arena that grows to the largest entry.
 
     An arena serves one step at a time: threads that run entries wait for each other.
     """
 
+    looks = True
+
     def __init__(self, folder: Path, manifest: Mapping[str, Any], program: Program) -> None:
-        self.program = program
+        super().__init__(program)
         self.meta = manifest["meta"]
         self._plan = KeptFile(folder / "plan.json")
         self._timed: dict[str, TimedEntry] | None = None
@@ -54,7 +55,6 @@ class TvmExecutable:
         self._arena = np.empty(0, dtype=np.uint8)
         self._steps = np.fromfile(folder / "tvm" / "steps.bin", dtype=np.int64)
         self._values: dict[str, np.ndarray[Any, np.dtype[np.int64]]] = {}
-        self._admissions = {n: Admission(g, program.symbols) for n, g in program.entries.items()}
         for name, entry in self.meta["entries"].items():
             own = len(entry["slots"]) + entry["derived"]
             self._values[name] = np.array([0] * own + addresses, dtype=np.int64)
@@ -67,40 +67,30 @@ class TvmExecutable:
             raise ArtifactError("this artifact was compiled without weights", hint=hint)
         return None
 
-    def signature(self, entry: str) -> Signature:
-        """Names and types of an entry's inputs and outputs."""
-        return Signature.of(self.program.entry(entry))
-
     def set_threads(self, threads: int | None, pin: bool | None) -> None:
         """Run on this many threads from now on. Raises `UsageError` where the pool is too small."""
         wanted = Threads(threads or self.meta["threads"], pin, asked=threads is not None)
         wanted.apply()
         self._threads = wanted
 
-    def run(self, entry: str, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    def execute(
+        self, graph: Graph, inputs: Mapping[str, torch.Tensor], env: Mapping[str, int]
+    ) -> dict[str, torch.Tensor]:
         """Run an entry. Outputs that update an input in place are that input's tensor.
 
-        Raises `UsageError` where the library, or a shape, refuses what it is given.
+        Raises `UsageError` where the library refuses what it is given.
         """
-        graph = self.program.entry(entry, inputs)
-        env = self._admissions[entry].sizes(inputs)
-        given = {v.name: _contiguous(inputs[v.name]) for v in graph.inputs}
-        facts = self.meta["entries"][entry]
-        for name in facts["in_place"].values():
-            if given[name] is not inputs[name]:
-                raise UsageError(f"{name} is updated in place and must be contiguous")
+        in_place = self.meta["entries"][graph.name]["in_place"].values()
+        given = contiguous(graph, inputs, in_place)
         with self._lock:  # one arena, one table of values
-            return self._run(entry, graph, given, env)
+            return self._run(graph, given, env)
 
     def _run(
-        self,
-        entry: str,
-        graph: Graph,
-        given: Mapping[str, torch.Tensor],
-        env: Mapping[str, int],
+        self, graph: Graph, given: Mapping[str, torch.Tensor], env: Mapping[str, int]
     ) -> dict[str, torch.Tensor]:
         import torch
 
+        entry = graph.name
         facts = self.meta["entries"][entry]
         outputs: dict[str, torch.Tensor] = {}
         for name, value in zip(graph.output_names, graph.outputs, strict=True):
@@ -140,7 +130,7 @@ class TvmExecutable:
         self._threads.apply()
         failed = self.functions[entry](table.ctypes.data, steps)
         if failed:
-            self._admissions[entry].values(inputs, env)
+            self.admissions[entry].values(inputs, env)
             raise UsageError(refusal(self.meta["entries"][entry]["checks"][failed - 1]))
         if profiler is not None and timed is not None:
             lengths = inputs.get("lengths")
@@ -160,10 +150,6 @@ class TvmExecutable:
         if len(self._arena) < size + 64:
             self._arena = np.empty(size + 64, dtype=np.uint8)
         return -(-self._arena.ctypes.data // 64) * 64
-
-
-def _contiguous(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor if tensor.is_contiguous() else tensor.contiguous()
 
 
 def refusal(check: Sequence[str]) -> str:

@@ -28,7 +28,7 @@ from tvm.ir import Call
 from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script.builder import ir as T
 
-from dsc.backends.base import Emission, EmitOptions, Signature
+from dsc.backends.base import Emission, EmitOptions
 from dsc.backends.tvm import library
 from dsc.backends.tvm.bf16 import instructions_of
 from dsc.backends.tvm.lean import private_copy
@@ -44,7 +44,7 @@ from dsc.ir.memory import MemoryPlan
 from dsc.ir.paging import page_rows
 from dsc.ir.ranks import ranks_of
 from dsc.ir.types import DType, TensorType
-from dsc.runtime.admission import Admission
+from dsc.runtime.admission import Admitted, contiguous
 
 if TYPE_CHECKING:
     import torch
@@ -71,8 +71,8 @@ def emit(program: Program, machine: Machine, options: EmitOptions) -> Emission:
     for graph in program.entries.values():
         for found in index_ranges(graph, program.symbols).computed:
             raise UnsupportedOperator(
-                f"{found.node.op}: an index that is computed, which the Relax form does not check",
-                where=found.node.loc or None,
+                f"{found.reader.op}: an index that is computed, and the Relax form checks none",
+                where=found.reader.loc or None,
                 hint="leave out --format relax",
             )
     weights = sorted(program.weights)
@@ -226,36 +226,31 @@ def _plain(name: str) -> str:
     return name.replace(".", "_")
 
 
-class RelaxExecutable:
+class RelaxExecutable(Admitted):
     """Runs the entries by TVM's virtual machine on torch tensors, without copies."""
 
     def __init__(self, folder: Path, manifest: Mapping[str, Any], program: Program) -> None:
-        self.program = program
+        super().__init__(program)
         with private_copy(folder / LIBRARY) as own:
             self._vm = relax.VirtualMachine(tvm.runtime.load_module(str(own)), tvm.cpu())
-        self._admissions = {n: Admission(g, program.symbols) for n, g in program.entries.items()}
         names = manifest["meta"]["weights"]
         self._weights = [_given(program.source.load(name)) for name in names]
 
-    def signature(self, entry: str) -> Signature:
-        """Names and types of an entry's inputs and outputs."""
-        return Signature.of(self.program.entry(entry))
-
-    def run(self, entry: str, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    def execute(
+        self, graph: Graph, inputs: Mapping[str, torch.Tensor], env: Mapping[str, int]
+    ) -> dict[str, torch.Tensor]:
         """Run an entry. Outputs that update an input in place are that input's tensor."""
         import torch.utils.dlpack
 
-        graph = self.program.entry(entry, inputs)
-        self._admissions[entry].check(inputs)
-        given = [_given(inputs[v.name].contiguous()) for v in graph.inputs]
-        found = self._vm[entry](*given, *self._weights)
         in_place = {
-            o: inputs[graph.inputs[i].name]
+            o: graph.inputs[i].name
             for o, i in graph.aliases
             if graph.inputs[i].type == graph.outputs[o].type
         }
+        given = contiguous(graph, inputs, in_place.values())
+        found = self._vm[graph.name](*map(_given, given.values()), *self._weights)
         return {
-            name: in_place[i]
+            name: inputs[in_place[i]]
             if i in in_place
             else torch.utils.dlpack.from_dlpack(found[i]).view(x.type.dtype.torch)
             for i, (name, x) in enumerate(zip(graph.output_names, graph.outputs, strict=True))

@@ -14,12 +14,15 @@ from typing import TypeAlias
 
 from dsc.ir.dims import Dim, Range, bounds, free_symbols
 from dsc.ir.graph import Graph, Node, Operand, Weight
-from dsc.ir.op import OpDef, lookup
+from dsc.ir.op import OpDef, lookup, operand_index
 from dsc.ir.paging import BLOCK_TABLE, PAGES, reads_pages
+from dsc.ir.program import Program
 from dsc.ir.traits import Within
 from dsc.ir.types import DType
 
-INTEGERS = frozenset({DType.i64, DType.i32, DType.i8, DType.u8})
+INTEGERS = frozenset({DType.i64, DType.i32, DType.i16, DType.i8, DType.u8})
+INDEX = "index:"
+"""How the names of results begin that `giving_indices` adds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,12 +59,15 @@ class PageDemand:
 
 @dataclass(frozen=True, slots=True)
 class Computed:
-    """An index that the operator `op` at `loc` takes from `value`, which an entry computes.
+    """An index that `reader` takes as its operand `place`, and that an entry computes.
 
-    `value` is a value or a weight at the top of the graph, `None` where a region computes it.
+    `value` holds it at the top of the graph, where `node` reads it: the reader itself, or the
+    region that it is in. It is `None` where the region computes it.
     """
 
     node: Node
+    reader: Node
+    place: int
     value: Operand | None
     span: Span
     what: str
@@ -81,19 +87,47 @@ class IndexRanges:
         return [[d.input, str(d.span.low), str(d.span.high), d.what] for d in self.demands]
 
 
-Source: TypeAlias = str | Span | Operand | None
-"""Where values come from: an input by name, an operator that gives a span, or some other operand.
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Where values come from: an input by name, known values, or some other operand.
 
-`None` stands for what a region computes.
-"""
+    `None` stands for what a region computes. `ordered`: in the order that they have there.
+    """
+
+    origin: str | Span | Operand | None
+    ordered: bool = True
+
+
 Sources: TypeAlias = dict[Operand, Source]
 
 
 def index_ranges(graph: Graph, symbols: Mapping[str, Range]) -> IndexRanges:
     """The demands of a graph on the values of its inputs, each once."""
     walk = _Walk(symbols)
-    walk.graph(graph, {v: v.name for v in graph.inputs}, None)
+    walk.graph(graph, {v: Source(v.name) for v in graph.inputs}, None)
     return IndexRanges(tuple(walk.demands), tuple(walk.pages), tuple(walk.computed))
+
+
+def giving_indices(program: Program) -> Program:
+    """The program whose entries also give the indices that they compute.
+
+    So whoever runs code that looks at none of them can (`dsc.runtime.admission`).
+    """
+
+    def giving(graph: Graph) -> Graph:
+        found = index_ranges(graph, program.symbols).computed
+        values = dict.fromkeys(c.value for c in found if c.value is not None)
+        if not values:
+            return graph
+        names = (*graph.output_names, *(index_name(v) for v in values))
+        return replace(graph, outputs=(*graph.outputs, *values), output_names=names)
+
+    return program.map_entries(giving)
+
+
+def index_name(value: Operand) -> str:
+    """What a result is called that is there to be checked."""
+    return f"{INDEX}{value}"
 
 
 class _Walk:
@@ -114,7 +148,7 @@ class _Walk:
                 self.graph(node.body, inner, region or node)
                 for value, result in zip(node.outputs, node.body.outputs, strict=True):
                     found = inner.get(result)
-                    if isinstance(found, (str, Span)):
+                    if found is not None and isinstance(found.origin, (str, Span)):
                         sources[value] = found
                 continue
             definition = lookup(node.op)
@@ -139,28 +173,33 @@ class _Walk:
         low, high = definition.range_of(within, types, node.attrs)
         span = Span(low, high, within.ascending)
         source = _source(index, sources, region)
-        if isinstance(source, str):
-            self.demands[Demand(source, span, within.what)] = None
-        elif isinstance(source, Span):
-            if not self._inside(source, span):
-                self.computed.append(Computed(region or node, None, span, within.what))
-        else:
-            self.computed.append(Computed(region or node, source, span, within.what))
+        origin, as_it_was = source.origin, source.ordered or not within.ascending
+        if isinstance(origin, str) and as_it_was:
+            self.demands[Demand(origin, span, within.what)] = None
+            return
+        if isinstance(origin, Span) and self._inside(origin, source.ordered, span):
+            return
+        value: Operand | None = index  # not what it was made of, whose storage may be another's now
+        if region is not None:
+            value = None if isinstance(origin, (str, Span)) or not as_it_was else origin
+        place = operand_index(node.op, name)
+        self.computed.append(Computed(region or node, node, place, value, span, within.what))
 
     def _pages(self, node: Node, sources: Sources) -> None:
         if not reads_pages(node):
             return
-        rows = node[PAGES].type.shape[1]
-        names = [sources.get(node[x]) for x in (BLOCK_TABLE, "lengths")]
-        if isinstance(names[0], str) and isinstance(names[1], str) and isinstance(rows, int):
+        rows, given = node[PAGES].type.shape[1], [node[x] for x in (BLOCK_TABLE, "lengths")]
+        found = [sources[x].origin for x in given if x in sources]
+        names = [x for x in found if isinstance(x, str)]
+        if len(names) == 2 and isinstance(rows, int):
             self.pages[PageDemand(names[0], names[1], rows)] = None
 
-    def _inside(self, given: Span, wanted: Span) -> bool:
-        """Whether values of one span always lie in another."""
+    def _inside(self, given: Span, ordered: bool, wanted: Span) -> bool:
+        """Whether values of one span, in its order or not, always lie in another."""
         room = (given.low - wanted.low, wanted.high - given.high)
         known = all(free_symbols(d) <= self._symbols.keys() for d in room)
-        ordered = given.ascending or not wanted.ascending
-        return ordered and known and all(bounds(d, self._symbols).lo >= 0 for d in room)
+        in_order = (given.ascending and ordered) or not wanted.ascending
+        return in_order and known and all(bounds(d, self._symbols).lo >= 0 for d in room)
 
 
 def known_span(x: Operand, nodes: Sequence[Node]) -> Span | None:
@@ -181,10 +220,10 @@ def known_span(x: Operand, nodes: Sequence[Node]) -> Span | None:
 
 def _source(x: Operand, sources: Sources, region: Node | None) -> Source:
     """Where an operand comes from."""
-    if isinstance(x, Weight):
-        return x
-    known = sources.get(x)
-    return known if known is not None or region is not None else x
+    known = None if isinstance(x, Weight) else sources.get(x)
+    if known is not None:
+        return known
+    return Source(x if region is None or isinstance(x, Weight) else None)
 
 
 def _results(node: Node, sources: Sources, region: Node | None) -> Sources:
@@ -192,15 +231,17 @@ def _results(node: Node, sources: Sources, region: Node | None) -> Sources:
     holds = _holds(node)
     found: Sources = {}
     for place, value in enumerate(node.outputs):
-        source: Source = _given(node, place)
-        if source is None and holds:
+        span = _given(node, place)
+        if span is not None:
+            found[value] = Source(span)
+        elif holds:
             source = _source(node.operands[0], sources, region)
-            if isinstance(source, Span) and holds != "order":
-                source = replace(source, ascending=False)
-            elif not isinstance(source, Span) and holds == "some":
-                source = None  # what is demanded of a part is not demanded of the whole
-        if source is not None:
-            found[value] = source
+            known = isinstance(source.origin, (str, Span))
+            whole = holds != "some" or isinstance(source.origin, Span)
+            # At the top, what is computed is looked at where it is read: the storage of what it was
+            # made of may be another's by then. What is demanded of a part is not of the whole.
+            if whole and (known or region is not None):
+                found[value] = replace(source, ordered=source.ordered and holds == "order")
     return found
 
 
@@ -220,8 +261,8 @@ def _holds(node: Node) -> str:
 
 
 def _widens(node: Node) -> bool:
-    """Whether a node makes wider integers of integers."""
+    """Whether a node makes integers of integers that hold all of them."""
     if node.op != "cast":
         return False
     given, made = node.operands[0].type.dtype, node.output.type.dtype
-    return {given, made} <= INTEGERS and made.itemsize >= given.itemsize
+    return {given, made} <= INTEGERS and (made is given or made.itemsize > given.itemsize)

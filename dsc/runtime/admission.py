@@ -1,23 +1,27 @@
 """What an entry admits: sizes that it was compiled for, and indices that point into tensors.
 
-One place for every executable: `sizes` reads the symbols off the shapes and checks them against
-their ranges, `values` looks into the inputs that are indices. Both raise `UsageError` in the words
-of the inputs and of the options that a model is compiled with, before anything runs.
+One place for every executable: `Admitted` is what they are made of. `Admission.sizes` reads the
+symbols off the shapes and checks them against their ranges, `values` looks into the inputs that are
+indices. Both raise `UsageError` in the words of the inputs and of the options that a model is
+compiled with, before anything runs. An index that the entry computes is looked at by the code
+itself, or in what the code gives back.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Mapping
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from dsc.errors import UsageError
+from dsc.backends.base import Signature
+from dsc.errors import DscError, UsageError
 from dsc.ir.dims import Range, evaluate, free_symbols
-from dsc.ir.graph import Graph
-from dsc.ir.index_ranges import Demand, PageDemand, index_ranges
-from dsc.ir.interpreter import bind_symbols
+from dsc.ir.graph import Graph, Node
+from dsc.ir.index_ranges import Computed, PageDemand, Span, index_name, index_ranges
+from dsc.ir.interpreter import Intercept, Interpreter, bind_symbols
 from dsc.ir.limits import OPTIONS
-from dsc.ir.program import is_causal_step
+from dsc.ir.program import Program, is_causal_step
 
 if TYPE_CHECKING:
     import torch
@@ -26,8 +30,75 @@ FEW = 64
 """Values that are looked at one by one: for so few that takes less than an array operation."""
 
 
+class Admitted(ABC):
+    """An executable that runs what its entries admit, and nothing else. A backend adds `execute`.
+
+    `looks`: its code looks at values itself, be they given or computed.
+    """
+
+    looks: ClassVar[bool] = False
+
+    def __init__(self, program: Program) -> None:
+        self.program = program
+        self.admissions = {n: Admission(g, program.symbols) for n, g in program.entries.items()}
+
+    @abstractmethod
+    def execute(
+        self, graph: Graph, inputs: Mapping[str, torch.Tensor], env: Mapping[str, int]
+    ) -> dict[str, torch.Tensor]:
+        """Run an entry on inputs that it admits; `env` are the symbols' sizes."""
+
+    def signature(self, entry: str) -> Signature:
+        """Names, types and aliases of an entry."""
+        return Signature.of(self.program.entry(entry))
+
+    def declared(
+        self, graph: Graph, inputs: Mapping[str, torch.Tensor]
+    ) -> Mapping[str, torch.Tensor]:
+        """The inputs as the entry declares them, where an executable takes other types as well."""
+        return inputs
+
+    def run(self, entry: str, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Run an entry on CPU tensors by name. A cache that is updated in place is that tensor.
+
+        Raises `UsageError` for sizes and indices that the entry does not admit.
+        """
+        graph = self.program.entry(entry, inputs)
+        admission = self.admissions[entry]
+        declared = self.declared(graph, inputs)
+        env = admission.sizes(declared)
+        if not self.looks:
+            admission.values(declared, env)
+        try:
+            results = self.execute(graph, inputs, env)
+        except DscError:
+            raise
+        except Exception:  # every runtime has classes of its own
+            self._blame(graph, inputs, env)
+            raise
+        return admission.taken(results, env)
+
+    def _blame(
+        self, graph: Graph, inputs: Mapping[str, torch.Tensor], env: Mapping[str, int]
+    ) -> None:
+        """Raise `UsageError` where a run failed because an index that it computed was outside.
+
+        The interpreter runs the entry again, on copies, and looks at each before it is read.
+        """
+        guard = self.admissions[graph.name].guard(env)
+        if guard is None:
+            return
+        own = {v.name: inputs[v.name].to(v.type.dtype.torch, copy=True) for v in graph.inputs}
+        try:
+            Interpreter(self.program).run(graph.name, own, intercept=guard)
+        except UsageError:
+            raise
+        except Exception:  # it fails as well, and not for an index: what failed first says more
+            return
+
+
 class Admission:
-    """Checks the inputs of one entry."""
+    """Checks the inputs of one entry, and the indices that it computes."""
 
     def __init__(self, graph: Graph, symbols: Mapping[str, Range]) -> None:
         self._graph = graph
@@ -69,20 +140,42 @@ class Admission:
     def values(self, inputs: Mapping[str, torch.Tensor], env: Mapping[str, int]) -> None:
         """Raise `UsageError` where an index points outside of its tensor."""
         for demand in self._found.demands:
-            self._value(demand, inputs[demand.input], env)
+            wrong = _wrong(demand.span, demand.what, inputs[demand.input], env)
+            if wrong is not None:
+                raise UsageError(f"input {demand.input} {wrong[0]}", hint=wrong[1])
         for pages in self._found.pages:
             check_pages(pages, inputs[pages.table], inputs[pages.lengths])
 
-    def blame_computed(self, problem: Exception) -> None:
-        """Raise `UsageError` for what went wrong where the entry computes an index itself.
+    def guard(self, env: Mapping[str, int]) -> Intercept | None:
+        """What the interpreter asks before each node, so that no computed index is outside.
 
-        Only whoever runs it can tell that such an index is outside, in words of its own.
+        `None` where the entry computes none. It raises `UsageError`.
         """
-        if self._found.computed:
-            names = ", ".join(sorted({c.node.op for c in self._found.computed}))
-            raise UsageError(
-                f"an index that is computed must be inside ({names}): {problem}"
-            ) from problem
+        watched: dict[int, list[Computed]] = {}
+        for found in self._found.computed:
+            watched.setdefault(id(found.reader), []).append(found)
+
+        def look(node: Node, operands: list[Any]) -> None:
+            for found in watched.get(id(node), ()):
+                _check_computed(found, operands[found.place], env)
+
+        return look if watched else None
+
+    def taken(
+        self, results: dict[str, torch.Tensor], env: Mapping[str, int]
+    ) -> dict[str, torch.Tensor]:
+        """The results of an entry, without the indices that it gives to be checked.
+
+        Raises `UsageError` where one is outside (`dsc.ir.index_ranges.giving_indices`).
+        """
+        given: dict[str, torch.Tensor] = {}
+        for found in self._found.computed:
+            name = "" if found.value is None else index_name(found.value)
+            if name in results:
+                given[name] = results.pop(name)
+            if name in given:
+                _check_computed(found, given[name], env)
+        return results
 
     def _admit(self, name: str, size: int) -> None:
         bound = self._symbols.get(name)
@@ -100,26 +193,38 @@ class Admission:
             f"input {place}", hint=f"it was compiled for {bound.lo} to {bound.hi}{larger}"
         )
 
-    def _value(self, demand: Demand, tensor: torch.Tensor, env: Mapping[str, int]) -> None:
-        span = demand.span
-        least, most = evaluate(span.low, env), evaluate(span.high, env)
-        values = tensor.reshape(-1)
-        if values.numel() == 0:
-            return
-        if values.numel() <= FEW:
-            listed = values.tolist()
-            low, high = min(listed), max(listed)
-        else:
-            low, high = int(values.min()), int(values.max())
-        if low < least or high > most:
-            found = str(low) if low == high else f"{low} to {high}"
-            possible = f"{least} to {most} are" if least <= most else "at these sizes none is"
-            raise UsageError(
-                f"input {demand.input} holds {found}; each is {demand.what}",
-                hint=f"{possible} possible here",
-            )
-        if span.ascending and bool((values[1:] < values[:-1]).any()):
-            raise UsageError(f"input {demand.input} is not in ascending order")
+
+def _check_computed(found: Computed, values: torch.Tensor, env: Mapping[str, int]) -> None:
+    """Raise `UsageError` where an index that an entry computed is outside."""
+    wrong = _wrong(found.span, found.what, values, env)
+    if wrong is not None:
+        raise UsageError(
+            f"an index that is computed must be inside: that of {found.reader.op} {wrong[0]}",
+            where=found.reader.loc or None,
+            hint=wrong[1],
+        )
+
+
+def _wrong(
+    span: Span, what: str, tensor: torch.Tensor, env: Mapping[str, int]
+) -> tuple[str, str | None] | None:
+    """What is wrong with the values of an index, and which are possible; `None`: nothing is."""
+    least, most = evaluate(span.low, env), evaluate(span.high, env)
+    values = tensor.reshape(-1)
+    if values.numel() == 0:
+        return None
+    if values.numel() <= FEW:
+        listed = values.tolist()
+        low, high = min(listed), max(listed)
+    else:
+        low, high = int(values.min()), int(values.max())
+    if low < least or high > most:
+        found = str(low) if low == high else f"{low} to {high}"
+        possible = f"{least} to {most} are" if least <= most else "at these sizes none is"
+        return f"holds {found}; each is {what}", f"{possible} possible here"
+    if span.ascending and bool((values[1:] < values[:-1]).any()):
+        return "is not in ascending order", None
+    return None
 
 
 def check_pages(demand: PageDemand, table: Any, lengths: Any) -> None:
@@ -131,3 +236,17 @@ def check_pages(demand: PageDemand, table: Any, lengths: Any) -> None:
                 f"{demand.table} names no page for some of the {length} tokens of sequence {row}",
                 hint="-1 may stand only where a sequence has no tokens yet",
             )
+
+
+def contiguous(
+    graph: Graph, inputs: Mapping[str, torch.Tensor], in_place: Collection[str]
+) -> dict[str, torch.Tensor]:
+    """An entry's inputs for code that takes dense ones: copies where they are not.
+
+    Raises `UsageError` for one of those `in_place`, whose copy would be updated in its stead.
+    """
+    given = {v.name: inputs[v.name].contiguous() for v in graph.inputs}
+    for name in in_place:
+        if given[name] is not inputs[name]:
+            raise UsageError(f"{name} is updated in place and must be contiguous")
+    return given

@@ -137,11 +137,11 @@ def cost(
 
 def profile(exe: cuda.CudaExecutable, name: str, inputs: Inputs, seen: int) -> dict[str, Row]:
     """Where a step's time goes, by kernel: the second of two steps, so that graphs are made."""
-    entry = exe._program.entries[name]
+    entry = exe._launches.entries[name]
     shapes = {p.name: tuple(inputs[p.name].shape) for p in entry.inputs}
     calls = [call for call in resolve(entry, shapes).calls if 0 not in call.grid]
     env = bind(entry, shapes)
-    symbols = {kernel.function for kernel in exe._program.kernels.values()}
+    symbols = {kernel.function for kernel in exe._launches.kernels.values()}
     for _ in range(2):
         exe.run(name, inputs)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as recorded:
@@ -150,7 +150,7 @@ def profile(exe: cuda.CudaExecutable, name: str, inputs: Inputs, seen: int) -> d
     events.sort(key=lambda e: e.time_range.start)
     rows: dict[str, Row] = {}
     for call, event in zip(calls, events, strict=True):
-        nbytes, flops = cost(exe._program.kernels[call.kernel], call, entry, env, seen)
+        nbytes, flops = cost(exe._launches.kernels[call.kernel], call, entry, env, seen)
         row = rows.setdefault(call.kernel, Row())
         row.calls += 1
         row.us += event.time_range.end - event.time_range.start

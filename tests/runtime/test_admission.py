@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from dsc.errors import UsageError
-from dsc.ir.index_ranges import Span, index_ranges
+from dsc.ir.index_ranges import IndexRanges, Span, index_ranges
 from dsc.ir.op import registry
 from dsc.ir.parser import parse_program
 from dsc.ir.samples import sample_inputs
-from dsc.runtime.admission import Admission
+from dsc.runtime.admission import Admission, Admitted, contiguous
 from tests.ir.strategies import call_graph
 
 INDEXED = sorted((name, operand) for name, d in registry().items() for operand in d.within)
@@ -125,3 +125,95 @@ def test_a_size_is_told_by_the_input_and_the_option() -> None:
             )
         assert told.value.hint is not None
         assert ("max_batch" in told.value.hint) == (batch == 5)
+
+
+def ranges(*lines: str, inputs: str) -> IndexRanges:
+    body = "\n".join(lines)
+    text = (
+        f'program "p" {{stage=CANONICAL}}\nsymbols {{S=[1,8]}}\ngraph main({inputs}) {{\n{body}\n}}'
+    )
+    program = parse_program(text)
+    return index_ranges(program.entries["main"], program.symbols)
+
+
+def test_a_computed_index_is_what_its_reader_takes_and_not_what_that_was_made_of() -> None:
+    found = ranges(
+        "%j = add %i, %i : i32[S]",
+        "%k = cast %j {dtype=i64} : i64[S]",
+        "%y = take %x, %k {axis=0} : f32[S,3]",
+        'return %y as "y"',
+        inputs="%x: f32[5,3], %i: i32[S]",
+    )
+    assert [str(c.value) for c in found.computed] == ["%k"]
+    known = ranges(
+        "%t, %k = topk %x {k=2} : f32[2], i64[2]",
+        "%y = take %z, %k {axis=0} : f32[2]",
+        'return %y as "y"',
+        inputs="%x: f32[9], %z: f32[4]",
+    )
+    assert [str(c.value) for c in known.computed] == ["%k"], "known to lie in 9 is not in 4"
+
+
+@pytest.mark.parametrize(
+    ("given", "made", "holds"),
+    [("u8", "i8", False), ("i8", "u8", False), ("u8", "i16", True), ("i16", "i32", True)],
+)
+def test_a_cast_is_looked_through_where_it_holds_every_value(
+    given: str, made: str, holds: bool
+) -> None:
+    """200 of u8 is -56 of i8: what is demanded of the one says nothing of the other."""
+    found = ranges(
+        f"%j = cast %i {{dtype={made}}} : {made}[S]",
+        "%k = cast %j {dtype=i64} : i64[S]",
+        "%y = take %x, %k {axis=0} : f32[S,3]",
+        'return %y as "y"',
+        inputs=f"%x: f32[999,3], %i: {given}[S]",
+    )
+    assert [d.input for d in found.demands] == ["i"] * holds
+    assert len(found.computed) == (not holds)
+
+
+def test_an_order_is_demanded_of_elements_in_that_order_alone() -> None:
+    for moved, demands in (("permute %b {dims=[1,0]}", 0), ("reshape %b {shape=[3,2]}", 1)):
+        found = ranges(
+            f"%c = {moved} : i64[3,2]",
+            "%d = reshape %c {shape=[6]} : i64[6]",
+            "%y = grouped_mm %x, %w, %d : f32[6,4]",
+            'return %y as "y"',
+            inputs="%x: f32[6,3], %w: f32[6,3,4], %b: i64[2,3]",
+        )
+        assert (len(found.demands), len(found.computed)) == (demands, 1 - demands)
+
+
+class Failing(Admitted):
+    """Ends as a runtime may, whatever it is given."""
+
+    def execute(self, *given: object) -> dict[str, torch.Tensor]:
+        raise MemoryError("no room")
+
+
+def test_a_run_that_fails_with_indices_inside_says_what_failed() -> None:
+    program = parse_program("""
+    program "p" {stage=CANONICAL}
+    graph main(%x: f32[5,3], %i: i64[2]) {
+      %j = add %i, %i : i64[2]
+      %y = take %x, %j {axis=0} : f32[2,3]
+      return %y as "y"
+    }
+    """)
+    x = torch.zeros(5, 3)
+    with pytest.raises(MemoryError, match="no room"):
+        Failing(program).run("main", {"x": x, "i": torch.tensor([0, 2])})
+    with pytest.raises(UsageError, match="that of take holds -2 to 4") as told:
+        Failing(program).run("main", {"x": x, "i": torch.tensor([-1, 2])})
+    assert told.value.hint == "0 to 4 are possible here"
+
+
+def test_what_is_updated_in_place_is_not_copied() -> None:
+    graph = call_graph("cache_write", registry()["cache_write"].example)
+    inputs = sample_inputs(graph, {})
+    name = graph.inputs[0].name
+    inputs[name] = torch.zeros(7, 2, 3).transpose(0, 1)
+    assert contiguous(graph, inputs, ())[name].is_contiguous()
+    with pytest.raises(UsageError, match=f"{name} is updated in place"):
+        contiguous(graph, inputs, [name])

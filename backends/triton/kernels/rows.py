@@ -163,13 +163,12 @@ def take_rows(
     """y[p] = table[base(p) + index[p]]; grid (row tiles, column tiles).
 
     base(p) = (p // per_batch) * batch_rows: embedding and take have one table (batch_rows = 0),
-    select_rows has one a batch. An index below zero counts from the end, of LIMIT rows; one that
-    was computed and lies outside of them gives zeros: a launch cannot refuse.
+    select_rows has one a batch. A launch refuses no index: one outside of LIMIT rows gives zeros,
+    and whoever runs the entry looks at those that it computed (`dsc.runtime.admission`).
     """
     row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     at = tl.load(index + row, mask=row < rows, other=0).to(tl.int64)
-    at = tl.where(at < 0, at + LIMIT, at)
     inside = (at >= 0) & (at < LIMIT)
     at += (row // per_batch).to(tl.int64) * batch_rows
     keep = (row[:, None] < rows) & (d[None, :] < D)
@@ -337,7 +336,6 @@ def lookup(
     if SHARED:
         entry = j % wanted
     chosen = tl.load(index + entry, mask=keep, other=0)
-    chosen = tl.where(chosen < 0, chosen + extent, chosen)
     inside = keep & (chosen >= 0) & (chosen < extent)
     v = tl.load(x + ((j // wanted) * extent + chosen) * inner + i, mask=inside, other=0)
     tl.store(y + at, v, mask=keep)
