@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, runtime_checkable
 
-from dsc.errors import ArtifactError, UsageError
+from dsc.errors import ArtifactError, UnsupportedOperator, UsageError
 from dsc.ir.expert_forms import ExpertKernels
 from dsc.ir.graph import Graph, Node
 from dsc.ir.program import Program
@@ -223,3 +223,23 @@ class Backend(Protocol):
     def load(self, folder: Path, manifest: Mapping[str, Any], program: Program) -> Executable:
         """Load an artifact's code and weights. `program` is its parsed program.dsc."""
         ...
+
+
+def check_supported(program: Program, backend: Backend) -> None:
+    """Raise one `UnsupportedOperator` that lists every node the backend refuses, and why."""
+    refused: dict[tuple[str, str], list[str]] = {}
+    for graph in program.entries.values():
+        for node in graph.nodes:
+            answer = backend.supports(node)
+            if isinstance(answer, No):
+                refused.setdefault((node.op, answer.reason), []).append(node.loc or graph.name)
+    if refused:
+        lines = [
+            f"{op}: {reason} (at {places[0]}{f' and {len(places) - 1} more' if places[1:] else ''})"
+            for (op, reason), places in refused.items()
+        ]
+        raise UnsupportedOperator(
+            f"the {backend.name} backend does not take:\n" + "\n".join(lines),
+            hint="choose another backend; `dsc doctor` lists those that run here",
+            places=[place for places in refused.values() for place in places],
+        )

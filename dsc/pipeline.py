@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any, NamedTuple
 
-from dsc.backends.base import Backend, Capabilities, No
+from dsc.backends.base import Backend, Capabilities, check_supported
 from dsc.errors import UnsupportedOperator, UsageError, one_of
 from dsc.ir.paging import page_rows
 from dsc.ir.program import Program
@@ -291,26 +291,6 @@ def _check_paged(program: Program, records: Sequence[PassRecord]) -> None:
         + "\n".join(dict.fromkeys(lines) or ["it has no caches of latent attention"]),
         hint="compile with --cache contiguous",
     )
-
-
-def check_supported(program: Program, backend: Backend) -> None:
-    """Raise one `UnsupportedOperator` that lists every node the backend refuses, and why."""
-    refused: dict[tuple[str, str], list[str]] = {}
-    for graph in program.entries.values():
-        for node in graph.nodes:
-            answer = backend.supports(node)
-            if isinstance(answer, No):
-                refused.setdefault((node.op, answer.reason), []).append(node.loc or graph.name)
-    if refused:
-        lines = [
-            f"{op}: {reason} (at {places[0]}{f' and {len(places) - 1} more' if places[1:] else ''})"
-            for (op, reason), places in refused.items()
-        ]
-        raise UnsupportedOperator(
-            f"the {backend.name} backend does not take:\n" + "\n".join(lines),
-            hint="choose another backend; `dsc doctor` lists those that run here",
-            places=[place for places in refused.values() for place in places],
-        )
 
 
 def apply(program: Program, passes: Sequence[Pass | str], *, verify_each: bool = False) -> Program:

@@ -21,8 +21,9 @@ from dsc.backends.base import (
     No,
     Support,
     Yes,
+    check_supported,
 )
-from dsc.errors import BackendUnavailable, UnsupportedOperator
+from dsc.errors import BackendUnavailable
 from dsc.ir.graph import Node
 from dsc.ir.index_ranges import giving_indices, index_ranges
 from dsc.ir.program import Program
@@ -77,7 +78,7 @@ class OnnxRuntimeBackend:
 
         program = giving_indices(program)
         form = chosen_form(program, options.extra.get("opset"), options.extra.get("caches"))
-        self._check(program)
+        check_supported(program, self)
         shared = model.shared_entries(program)
         files = {entry: f"{model.FOLDER}/{owner}.onnx" for entry, owner in shared.items()}
         owners = sorted(set(shared.values()))
@@ -119,20 +120,6 @@ class OnnxRuntimeBackend:
         from dsc.backends.onnxruntime.session import OnnxExecutable
 
         return OnnxExecutable(folder, manifest, program)
-
-    def _check(self, program: Program) -> None:
-        refused: dict[str, str] = {}
-        for graph in program.entries.values():
-            for node in graph.nodes:
-                answer = self.supports(node)
-                if isinstance(answer, No):
-                    refused.setdefault(answer.reason, node.loc)
-        if refused:
-            lines = [f"{reason} ({loc})" if loc else reason for reason, loc in refused.items()]
-            raise UnsupportedOperator(
-                "ONNX cannot express:\n" + "\n".join(f"  {line}" for line in lines),
-                hint="compile with --fallback reference, or for another backend",
-            )
 
 
 def _require(module: str) -> None:

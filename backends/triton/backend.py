@@ -25,6 +25,7 @@ from dsc.backends.base import (
     No,
     Support,
     Yes,
+    check_supported,
 )
 from dsc.backends.triton.blocks import INTERPRET
 from dsc.backends.triton.compile import compile_kernels, require_triton
@@ -33,7 +34,7 @@ from dsc.backends.triton.launch import LaunchProgram
 from dsc.backends.triton.lower import reason
 from dsc.backends.triton.program import lower_program
 from dsc.backends.triton.script import script_plan
-from dsc.errors import ArtifactError, BackendUnavailable, UnsupportedOperator, UsageError
+from dsc.errors import ArtifactError, BackendUnavailable, UsageError
 from dsc.ir.expert_forms import ExpertKernels
 from dsc.ir.graph import Node
 from dsc.ir.index_ranges import giving_indices, index_ranges
@@ -84,7 +85,7 @@ class TritonBackend:
 
         `options.extra["compile"] = False` leaves binaries out: launches and sources only.
         """
-        self._check(program)
+        check_supported(program, self)
         program = giving_indices(program)
         targets = [t for t in options.targets if t.is_gpu] or [DEFAULT_TARGET]
         lowered, sources = lower_program(program, INTERPRET)
@@ -152,18 +153,6 @@ class TritonBackend:
             hint = "load it with the HIP runtime; dsc compiles for it and launches on CUDA only"
             raise BackendUnavailable(f"dsc has no launcher for {device}", hint)
         raise UsageError(f"unknown device {device!r}", hint=f"{INTERPRET} or cuda:<arch>")
-
-    def _check(self, program: Program) -> None:
-        """Refuse a program with every node that has no kernel. Raises `UnsupportedOperator`."""
-        refused: dict[str, str] = {}
-        for graph in program.entries.values():
-            for node in graph.nodes:
-                why = reason(node)
-                if why is not None:
-                    refused.setdefault(why, node.loc or graph.name)
-        if refused:
-            lines = "\n".join(f"{where}: {why}" for why, where in refused.items())
-            raise UnsupportedOperator(f"the triton backend cannot emit\n{lines}")
 
 
 def _arch(target: str) -> str:
