@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from dsc.ir.graph import Graph, Node
+from dsc.ir.paging import page_rows
 from dsc.ir.program import Program
 from dsc.runtime.costs import expert_nodes, moved, real_sizes
 
@@ -72,8 +73,12 @@ def entry_for(program: Program, new: int) -> Graph:
 
 
 def step_sizes(graph: Graph, batch: int, new: int, context: int) -> dict[str, int]:
-    """Sizes of a graph's symbols at a step."""
+    """Sizes of a graph's symbols at a step; of pages there are as many as hold its tokens."""
     wanted = {"B": batch, "S": new, "L": 1, "P": context, "C": context + new}
+    rows = page_rows(graph)
+    if rows is not None:
+        pages = -(-(context + new) // rows)
+        wanted |= {"M": pages, "N": batch * pages}
     return {s: wanted.get(s, 1) for v in graph.values() for s in v.type.symbols}
 
 

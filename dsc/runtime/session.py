@@ -18,7 +18,6 @@ from dsc.backends.base import KeepsCaches, OpensLate
 from dsc.errors import UsageError
 from dsc.ir.dims import Sym
 from dsc.ir.graph import Graph
-from dsc.ir.limits import OPEN
 from dsc.ir.paging import page_rows
 from dsc.ir.program import Program
 from dsc.runtime.caches import Caches, GrownCaches, PagedCaches, SlotCaches, cache_specs
@@ -62,11 +61,13 @@ class Session:
         self._most = program.limits
         max_context = self._most.max_context if max_context is None else max_context
         check_limits(program, max_batch, max_context)
+        if prefill_chunk is not None:
+            _check_limit("prefill_chunk", prefill_chunk, self._most.prefill_chunk)
         self.executable = executable
         self.program = program
         self.max_batch = max_batch
         self.max_context = max_context
-        self.prefill_chunk = min(prefill_chunk or OPEN, self._most.prefill_chunk)
+        self.prefill_chunk = self._most.prefill_chunk if prefill_chunk is None else prefill_chunk
         self._guards: Mapping[str, int] = program.meta.get("guards", {})
         graph = program.entries[self._entry(2)]
         self._vocab = _vocabulary(graph, program)

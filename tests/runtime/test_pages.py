@@ -30,6 +30,7 @@ from dsc.report import cache_bytes
 from dsc.rewrite.base import PassReport
 from dsc.rewrite.harness import program_of
 from dsc.rewrite.verify import compare_programs
+from dsc.runtime.limit import step_work
 from dsc.runtime.pages import NONE, PagePool
 from dsc.runtime.session import Session
 from tests.backends.canonical_lm import Sizes, canonical_lm
@@ -312,3 +313,15 @@ def test_run_py_keeps_pages(tmp_path: Path) -> None:
     for row in json.loads(done.stdout)[0]:
         assert largest_error(torch.tensor([row]), wanted) < 2e-5
         wanted = session.decode(wanted.argmax(-1))
+
+
+def test_the_limit_counts_every_page_that_holds_tokens() -> None:
+    """At whole pages a step reads what it reads of contiguous caches, and grows as that does."""
+    paged, whole = (compiled("hand", "tvm", layout).program for layout in ("paged", "contiguous"))
+
+    def read(program: Program, rows: int) -> float:
+        return sum(w.bytes for w in step_work(program, 2, 1, rows - 1))
+
+    assert read(paged, 3 * PAGE) == pytest.approx(read(whole, 3 * PAGE), rel=0.01)
+    growths = [read(program, 3 * PAGE) - read(program, PAGE) for program in (paged, whole)]
+    assert growths[0] == growths[1] > 0

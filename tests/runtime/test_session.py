@@ -241,6 +241,9 @@ def test_the_limits_are_the_programs_whoever_opens_the_session(
         for batch, context in ((1, 33), (3, 32)):
             with pytest.raises(UsageError, match="compiled for"):
                 dsc.Session(model.executable, model.program, batch, context)
+        for chunk in (0, -4, 9, 2.0):
+            with pytest.raises(UsageError, match="prefill_chunk is"):
+                dsc.Session(model.executable, model.program, 2, 32, chunk)  # type: ignore[arg-type]
     limits = {"max_batch": 2, "max_context": 32, "prefill_chunk": 8}
     assert opened.manifest["limits"] == opened.program.meta["limits"] == limits
 
