@@ -12,11 +12,13 @@ import pytest
 import torch
 
 from dsc import pipeline
+from dsc.api import compile_program
 from dsc.backends import get
 from dsc.backends.base import EmitOptions, Executable
 from dsc.backends.tvm import machine
 from dsc.backends.tvm.tuning import WAYS, Tiling, ways
 from dsc.ir.interpreter import run_graph
+from dsc.ir.parser import parse_program
 from dsc.targets import parse_target
 from tests.backends.tvm_bounds import RULES, excess
 from tests.backends.tvm_cases import POINTS, WIDE, Case, cases, program
@@ -186,3 +188,20 @@ def test_bf16_stores_round_ties_to_even(loaded: Executable) -> None:
     assert torch.equal(got.view(torch.int16), x.bfloat16().view(torch.int16))
     nan = loaded.run("cast_1_f32", {"x": torch.full((1, 9), float("nan"))})["y0"]
     assert bool(nan.isnan().all())
+
+
+def test_no_division_of_integers_ends_the_process() -> None:
+    """Neither by 0 nor of the least integer by -1, whose quotient no register holds."""
+    text = """
+    program "p" {stage=CANONICAL}
+    graph main(%a: i64[8], %b: i64[8]) {
+      %q = div %a, %b : i64[8]
+      %r = remainder %a, %b : i64[8]
+      return %q as "q", %r as "r"
+    }
+    """
+    least = -(1 << 63)
+    a, b = torch.tensor([[least, 7, -7, 9, 9, 0, 5, least], [-1, -1, 2, -2, 2, 3, 0, 0]])
+    found = compile_program(parse_program(text), backend="tvm").run({"a": a, "b": b})
+    assert found["q"][:6].tolist() == [least, -7, -4, -5, 4, 0]
+    assert found["r"][:6].tolist() == [0, 0, 1, -1, 1, 0]

@@ -25,10 +25,6 @@ from dsc.ir.graph import Node
 from dsc.ir.types import DType
 
 
-def _one(x: Expr) -> Expr:
-    return splat(tirx.const(1, _element(x)), tir.lanes_of(x))
-
-
 def _element(x: Expr) -> str:
     return str(x.ty.dtype.with_lanes(1))
 
@@ -38,23 +34,34 @@ def _is_float(x: Expr) -> bool:
 
 
 def _divide(a: Expr, b: Expr) -> Expr:
-    return a / b if _is_float(a) else tirx.floordiv(a, _divisor(b))
+    if _is_float(a):
+        return a / b
+    unsafe, divisor = _divisor(b)
+    return tir.select(unsafe, -a, tirx.floordiv(a, divisor))
 
 
 def _remainder(a: Expr, b: Expr) -> Expr:
     """Exactly, as C's fmod gives it, with the sign of b."""
     if not _is_float(a):
-        return tirx.floormod(a, _divisor(b))
+        unsafe, divisor = _divisor(b)
+        return tir.select(unsafe, _filled(0, a), tirx.floormod(a, divisor))
     rest = tir.bind(tir.libm("fmodf", a, b))
     zero = tir.number(0.0, rest)
     apart = _and(tirx.NE(rest, zero), tirx.NE(_as_byte(rest < zero), _as_byte(b < zero)))
     return tir.select(apart, rest + b, rest)
 
 
-def _divisor(b: Expr) -> Expr:
-    """An integer divisor, -1 in the place of 0: a processor would end the process."""
-    zero, other = (splat(tirx.const(n, _element(b)), tir.lanes_of(b)) for n in (0, -1))
-    return tir.select(tirx.EQ(b, zero), other, b)
+def _divisor(b: Expr) -> tuple[Expr, Expr]:
+    """Whether an integer divisor is -1 or 0, which counts as -1; and b, or 1 in its place.
+
+    A processor ends the process that divides by 0, or the least integer by -1.
+    """
+    unsafe = _or(tirx.EQ(b, _filled(0, b)), tirx.EQ(b, _filled(-1, b)))
+    return unsafe, tir.select(unsafe, _filled(1, b), b)
+
+
+def _filled(n: int, like: Expr) -> Expr:
+    return splat(tirx.const(n, _element(like)), tir.lanes_of(like))
 
 
 def _as_byte(a: Expr) -> Expr:
@@ -124,8 +131,8 @@ FORMULAS: dict[str, Callable[..., Expr]] = {
     "exp": tir.exp_of_any,
     "log": lambda x: libm("logf", x),
     "sqrt": tirx.sqrt,
-    "rsqrt": lambda x: _one(x) / tirx.sqrt(x),
-    "reciprocal": lambda x: _one(x) / x,
+    "rsqrt": lambda x: _filled(1, x) / tirx.sqrt(x),
+    "reciprocal": lambda x: _filled(1, x) / x,
     "sigmoid": lambda x: tir.keep_nan(x, tir.sigmoid(x)),
     "silu": tir.silu,
     "tanh": lambda x: libm("tanhf", x),
