@@ -30,7 +30,6 @@ REGISTERED_FAMILIES = ("nn", "moe", "cache", "quant")
 _SCHEMA_TYPES = {
     "int": "int",
     "dim": "SymInt",
-    "dim?": "SymInt?",
     "float": "float",
     "bool": "bool",
     "str": "str",

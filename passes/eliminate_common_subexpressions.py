@@ -47,8 +47,7 @@ def merged(graph: Graph, report: PassReport) -> Graph:
     nodes: list[Node] = []
     for original in graph.nodes:
         node = substitute(original, env)
-        full = Attrs(lookup(node.op).with_defaults(node.attrs))
-        key = (node.op, node.inputs, full)
+        key = (node.op, node.inputs, node.attrs)
         same = None if lookup(node.op).aliases else first.setdefault(key, node)
         if same is None or same is node:
             nodes.append(node)

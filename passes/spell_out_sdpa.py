@@ -74,7 +74,7 @@ class SpellOut(Rule):
     def check(self, m: Match) -> Facts | Reject:
         """With a mask or a causal one, but not both, which is torch's error."""
         node = m.root
-        if len(node.operands) > 3 and node.attrs.get("causal", False):
+        if len(node.operands) > 3 and node.attrs["causal"]:
             return reject("it has a mask and is causal as well", node.operands[3])
         return {}
 
@@ -84,12 +84,12 @@ class SpellOut(Rule):
         dtype = node.output.type.dtype
         working = DType.f32 if dtype in _NARROW else dtype
         q, k, v = (_cast(b, x, working) for x in node.operands[:3])
-        if node.attrs.get("grouped", False):
+        if node.attrs["grouped"]:
             k, v = (_repeated(b, x, q) for x in (k, v))
         order = (*range(k.type.rank - 2), k.type.rank - 1, k.type.rank - 2)
         scores: Operand = b.matmul(q, b.permute(k, dims=order))
         scores = b.mul(scores, _number(b, node.attrs["scale"], working))
-        if node.attrs.get("causal", False):
+        if node.attrs["causal"]:
             scores = _masked(b, scores, _causal(b, *scores.type.shape[-2:]), working)
         elif len(node.operands) > 3:
             scores = _masked(b, scores, node.operands[3], working)

@@ -60,11 +60,7 @@ def dim_attrs(op: str, attrs: Mapping[str, Any]) -> list[str]:
     """The names of the given attributes that hold extents."""
     definition = lookup(op)
     kinds = {a.name: a.kind for a in definition.attrs}
-    return [
-        name
-        for name in attrs
-        if kinds.get(name) in ("dim", "dim?", "dims") or (op, name) in DIM_ATTRS
-    ]
+    return [name for name in attrs if kinds.get(name) in ("dim", "dims") or (op, name) in DIM_ATTRS]
 
 
 def demand(call: Call) -> None:

@@ -41,41 +41,38 @@ Operand: TypeAlias = Value | Weight
 Attr: TypeAlias = Union[int, float, bool, str, Sym, DType, "Graph", tuple["Attr", ...]]
 
 
-_NO_DEFAULTS: Mapping[str, Any] = {}
-
-
 class Attrs(Mapping[str, Any]):
     """The attributes of a node: an immutable, hashable mapping sorted by name.
 
-    What was given is what is printed, counted and compared. Reading one that was not given answers
-    with the default that the node's operator declares, if it declares one, so that no reader has to
-    know defaults. Equality is exact, as the text form is: 1, 1.0 and true differ, so do 0.0 and
-    -0.0.
+    Those of a node are all that its operator declares, defaults too, so that nobody who reads them
+    has to know defaults; the text form leaves out what is the default. Equality is exact, as the
+    text form is: 1, 1.0 and true differ, so do 0.0 and -0.0.
     """
 
-    __slots__ = ("_defaults", "_hash", "_items", "_key")
+    __slots__ = ("_hash", "_items", "_key")
 
     def __init__(self, items: Mapping[str, Any] | None = None) -> None:
         frozen = {k: _freeze(v) for k, v in sorted((items or {}).items()) if v is not None}
         self._items: dict[str, Any] = frozen
-        self._defaults: Mapping[str, Any] = _NO_DEFAULTS
         self._hash: int | None = None
         self._key: tuple[Any, ...] | None = None
 
     def of(self, op: str) -> Attrs:
-        """The same attributes, read with the defaults that the operator `op` declares."""
+        """The same attributes, and the defaults of those of operator `op` that are not given."""
         from dsc.ir.op import defaults
 
         declared = defaults(op)
-        if declared is self._defaults:
-            return self
-        bound = Attrs()
-        bound._items, bound._defaults = self._items, declared
-        bound._hash, bound._key = self._hash, self._key
-        return bound
+        return self if declared.keys() <= self._items.keys() else Attrs({**declared, **self._items})
+
+    def given(self, op: str) -> dict[str, Any]:
+        """The attributes that are not what operator `op` has by default."""
+        from dsc.ir.op import defaults
+
+        declared = {k: _exact(v) for k, v in defaults(op).items()}
+        return {k: v for k, v in self._items.items() if _exact(v) != declared.get(k)}
 
     def __getitem__(self, key: str) -> Any:
-        return self._items[key] if key in self._items else self._defaults[key]
+        return self._items[key]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._items)

@@ -134,7 +134,7 @@ class Interpreter:
 def _run_node(node: Node, operands: list[Any], env: Mapping[str, int]) -> tuple[Any, ...]:
     definition = lookup(node.op)
     try:
-        attrs = concrete(definition.with_defaults(node.attrs), env)
+        attrs = concrete(node.attrs, env)
     except KeyError as problem:
         raise UsageError(
             f"{node.op} needs the size of {problem}, which no input gives", where=node.loc or None

@@ -206,8 +206,6 @@ class OpDef:
                 raise TypeMismatch(f"attribute {name}={value!r} is not {wanted}")
         for declared in self.attrs:
             if declared.default is None and declared.name not in attrs:
-                if declared.kind.endswith("?"):
-                    continue
                 raise TypeMismatch(f"attribute {declared.name} is missing")
 
 
@@ -230,7 +228,6 @@ def _is_dim(v: Any) -> bool:
 KINDS: dict[str, Callable[[Any], bool]] = {
     "int": _is_int,
     "dim": _is_dim,
-    "dim?": _is_dim,
     "float": lambda v: isinstance(v, float) or _is_int(v),
     "bool": lambda v: isinstance(v, bool),
     "str": lambda v: isinstance(v, str),
@@ -242,7 +239,7 @@ KINDS: dict[str, Callable[[Any], bool]] = {
 
 
 KIND_WORDS = {
-    "int": "an integer", "dim": "a size", "dim?": "a size", "float": "a number",
+    "int": "an integer", "dim": "a size", "float": "a number",
     "bool": "true or false", "str": "a string", "dtype": "an element type",
     "ints": "a list of integers", "dims": "a list of sizes", "graph": "a graph",
 }  # fmt: skip

@@ -12,17 +12,18 @@ For example:
       return %h as "hidden"
     }
 
-Comments run from `#` to the end of the line; result types may be left out and are inferred.
+Comments run from `#` to the end of the line; result types may be left out and are inferred, and an
+attribute that is its operator's default is.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 from dsc.ir.dims import Sym
-from dsc.ir.graph import Graph, Node, Operand, Weight
+from dsc.ir.graph import Attrs, Graph, Node, Operand, Weight
 from dsc.ir.op import registry
 from dsc.ir.program import Program
 from dsc.ir.types import DType
@@ -100,13 +101,14 @@ def _weights_of(graph: Graph) -> list[Weight]:
     return list(found.values())
 
 
-def _attrs(op: str, attrs: Mapping[str, Any], indent: str) -> str:
-    if not attrs:
+def _attrs(op: str, attrs: Attrs, indent: str) -> str:
+    shown = attrs.given(op)
+    if not shown:
         return ""
     definition = registry().get(op)
     if definition is not None:
-        attrs = definition.widened(attrs)
-    return " {" + ", ".join(f"{k}={_attr(v, indent)}" for k, v in attrs.items()) + "}"
+        shown = definition.widened(shown)
+    return " {" + ", ".join(f"{k}={_attr(v, indent)}" for k, v in shown.items()) + "}"
 
 
 def _attr(value: Any, indent: str) -> str:

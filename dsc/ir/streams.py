@@ -65,7 +65,7 @@ def rows(expr: WeightExpr, source: WeightSource, start: int, stop: int) -> torch
     if not _streams(expr):
         return evaluate(expr, source)[start:stop]
     definition = lookup(expr.op)
-    attrs = concrete(definition.with_defaults(expr.attrs), {})
+    attrs = concrete(expr.attrs, {})
     if expr.op == "slice" and _axis(expr) == 0:
         first = int(attrs["start"])
         return rows(expr.args[0], source, first + start, first + stop)

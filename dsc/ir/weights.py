@@ -211,7 +211,7 @@ def evaluate(
         return tensor if convert is None else convert(tensor)
     args = [evaluate(a, source, convert) for a in expr.args]
     definition = lookup(expr.op)
-    result = definition.reference(*args, **concrete(definition.with_defaults(expr.attrs), {}))
+    result = definition.reference(*args, **concrete(expr.attrs, {}))
     check_tensor(expr.op, result, expr.type, exact=convert is None)
     return result  # type: ignore[no-any-return]
 

@@ -44,7 +44,7 @@ class Routing:
         from dsc.ir.ops.moe import with_shared
 
         definition = lookup("route")
-        attrs = definition.with_defaults(node.attrs)
+        attrs = node.attrs
         index, weights = definition.reference(*operands, **attrs)
         decision = decide(operands, attrs, index[..., : attrs["top_k"]])
         self.seen.append(decision)

@@ -54,12 +54,9 @@ class SegmentedExecutable:
 
 
 def _collective(node: Node, values: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    definition = lookup(node.op)
     operands = [values[x.name] for x in node.operands]
     try:
-        found: torch.Tensor = definition.reference(
-            *operands, **definition.with_defaults(node.attrs)
-        )
+        found: torch.Tensor = lookup(node.op).reference(*operands, **node.attrs)
     except RankError as problem:
         problem.where = problem.where or node.loc or None
         raise

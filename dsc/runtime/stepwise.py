@@ -94,7 +94,7 @@ class _Run:
             made = run_graph(node.body, given, self.weight, outer=self.env)
         else:
             definition = lookup(node.op)
-            attrs = concrete(definition.with_defaults(node.attrs), self.env)
+            attrs = concrete(node.attrs, self.env)
             found = definition.reference(*given, **attrs)
             made = list(found) if isinstance(found, (tuple, list)) else [found]
         for value, tensor in zip(node.outputs, made, strict=True):

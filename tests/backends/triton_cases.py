@@ -174,7 +174,7 @@ class Case:
         """What the operator's reference gives, on copies: a cache may be written in place."""
         (node,) = self.graph.nodes
         definition = registry()[self.op]
-        attrs = definition.with_defaults(node.attrs)
+        attrs = node.attrs
         result = definition.reference(*(x.clone() for x in self.inputs.values()), **attrs)
         return result if isinstance(result, tuple) else (result,)
 

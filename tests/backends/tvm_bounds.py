@@ -94,7 +94,7 @@ def _experts(attrs: Mapping[str, Any], given: list[Tensor], r: float) -> Bounded
     """Products, an activation of slope SLOPE and a few u, a rounded hidden value, and the sums."""
     x, idx, w, gate_up, down = given
     rows, (top_k, hidden) = x.reshape(-1, x.shape[-1]), (idx.shape[-1], down.shape[-1])
-    act = getattr(torch.nn.functional, attrs.get("act", "silu"))
+    act = getattr(torch.nn.functional, attrs["act"])
     exact = torch.zeros_like(rows)
     error, size = torch.zeros_like(rows), torch.zeros_like(rows)
     for place, (choice, share) in enumerate(zip(idx.reshape(-1), w.reshape(-1), strict=True)):

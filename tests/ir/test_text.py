@@ -32,7 +32,7 @@ weights {
 }
 graph step(%x: f32[B,S,4], %past: f32[B,P,4], %lengths: i64[B]) {
   %h = rms_norm %x, @w/a-b {eps=1e-06} : f32[B,S,4] loc "model.\\"norm\\""
-  %a, %b = split %h {axis=-1, sizes=[1,3]} : f32[B,S,1], f32[B,S,3]
+  %a, %b = split %h {sizes=[1,3]} : f32[B,S,1], f32[B,S,3]
   %c = append %past, %h, %lengths : f32[B,P+S,4]
   %f = fused %a {body=graph body(%y: f32[B,S,1]) {
     %z = neg %y : f32[B,S,1]

@@ -39,7 +39,6 @@ from dsc.backends.tvm.tir import (
     when,
 )
 from dsc.ir.graph import Node
-from dsc.ir.op import lookup
 from dsc.ir.types import DType
 
 LOWEST = {"float32": float("-inf"), "float64": float("-inf"), "int64": -(2**63), "int32": -(2**31)}
@@ -121,7 +120,7 @@ def _or_nan(better: Expr, value: Expr) -> Expr:
 def lower_scan(node: Node, machine: Machine) -> Launch:
     """The launch of `softmax`, `argmax`, `cumsum` and `topk`."""
     table, x = SizeTable(), operand(node, 0).type
-    attrs = lookup(node.op).with_defaults(node.attrs)
+    attrs = node.attrs
     name = VALUE[x.dtype]
     if name == "bool" or (node.op == "softmax" and not x.dtype.is_float):
         raise Unsupported(f"{node.op} of {x.dtype}")

@@ -32,7 +32,7 @@ from dsc.ir.analyses import structural_hash
 from dsc.ir.dims import Dim, product
 from dsc.ir.graph import Graph, Node, Value
 from dsc.ir.graph import Operand as Input
-from dsc.ir.op import lookup, traits_of
+from dsc.ir.op import traits_of
 from dsc.ir.regions import Kind, anchor_of, classify, role, rows
 from dsc.ir.traits import Role
 from dsc.ir.views import View, dense_strides, expand
@@ -248,7 +248,7 @@ class RowAnalysis(Body):
         x, positions, frequencies = node.operands
         for d in x.type.shape[2:]:
             static_dim(d, "a rotated axis")
-        attrs = lookup("rope").with_defaults(node.attrs)
+        attrs = node.attrs
         operands = [self._operand(x, 2), self._operand(positions, 2), self._operand(frequencies, 0)]
         return operands, x.type.shape[2:], tuple(sorted(attrs.items()))
 

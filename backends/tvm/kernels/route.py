@@ -29,7 +29,6 @@ from dsc.backends.tvm.tir import (
     when,
 )
 from dsc.ir.graph import Node
-from dsc.ir.op import lookup
 from dsc.ir.types import DType
 
 NEVER = float("-inf")
@@ -40,7 +39,7 @@ def lower(node: Node, machine: Machine) -> Launch:
     x, weight = operand(node, 0).type, operand(node, 1).type
     experts, d = (static_dim(n, "a gate axis") for n in weight.shape)
     rows = rows_of(x)
-    attrs = lookup("route").with_defaults(node.attrs)
+    attrs = node.attrs
     has_bias = len(node.operands) > 2
     options = tuple(sorted(attrs.items()))
     static = (x.dtype, weight.dtype, experts, d, has_bias, options, machine)
