@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -47,9 +48,17 @@ def test_the_cards_example_runs_and_continues_as_a_session(
     dtype: DType, options: dict[str, Any], caches: str, tmp_path: Path
 ) -> None:
     program = prepared(dtype)
+    ends = {"bos_token_id": 3, "eos_token_id": [1, 7]}
+    program = replace(program, meta={**program.meta, "generation": ends})
     folder = tmp_path / "a"
     session = Session(executable(program, folder, **options), program, 1, 60)
     text = (folder / "README.md").read_text()
+    words = " ".join(text.split())
+    most = program.limits
+    assert f"B up to {most.max_batch} sequences, S up to {most.prefill_chunk} new" in words
+    assert f"lengths + S up to {most.max_context} tokens in a sequence" in words
+    assert "A text ends at one of the ids 1, 7." in words
+    assert "| `onnx/prefill.onnx` | any S |" in text
     for name in (*(v.name for v in program.entries["prefill"].inputs), "logits", "present.0.rope"):
         assert f"`{re.sub('[.][0-9]+[.]', '.N.', name)}`" in text
     assert f"| {caches} | [B, P, 20] |" in text
@@ -59,7 +68,7 @@ def test_the_cards_example_runs_and_continues_as_a_session(
     done = subprocess.run(line, cwd=folder, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     made = json.loads(done.stdout)
-    logits = session.prefill(torch.tensor([[0]]))
+    logits = session.prefill(torch.tensor([[3]]))
     for token in made:
         assert token == int(logits[0].argmax())
         logits = session.decode([token])

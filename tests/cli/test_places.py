@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import resource
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 import dsc
 from dsc.cli import main
 from dsc.errors import FileError, UsageError
-from dsc.files import check_room, check_writable, made, named, write_text
+from dsc.files import check_room, check_writable, made, named, replacing, write_text
 from dsc.runtime import artifact
+from tests.runtime.test_session import small_lm
 
 from .conftest import FakeApi, Invoke
 
@@ -132,6 +136,49 @@ def test_a_text_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
     assert page.read_text() == "first"
     assert list(page.parent.iterdir()) == [page]
     write_text("/dev/null", "second")
+
+
+def test_what_cannot_take_its_place_leaves_what_was_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, rename = tmp_path / "out", os.rename
+
+    def refuse(source: Path, target: Path) -> None:
+        if source.parent == tmp_path and source != out:  # what is new, in the place of the old
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        rename(source, target)
+
+    out.mkdir()
+    (out / "kept").write_text("kept")
+    monkeypatch.setattr(os, "rename", refuse)
+    with pytest.raises(FileError, match="No space left"), replacing(out):
+        pass
+    assert (out / "kept").read_text() == "kept"
+    assert {p.name for p in tmp_path.iterdir()} == {"out", "file"}
+
+
+def test_room_for_the_weights_is_looked_at_before_they_are_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled = dsc.compile(small_lm(), backend="reference", max_context=32)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=10))
+    with pytest.raises(FileError, match=r"the weights: .* needed, the disk has 0\.0 MB left"):
+        compiled.save(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_file_has_the_rights_of_any_other_and_a_link_stays_one(tmp_path: Path) -> None:
+    link, file = tmp_path / "link", tmp_path / "elsewhere" / "file"
+    file.parent.mkdir()
+    link.symlink_to(file)
+    before = os.umask(0o027)
+    try:
+        for text in ("first", "second"):
+            write_text(link, text)
+            assert (link.is_symlink(), file.read_text()) == (True, text)
+            assert file.stat().st_mode & 0o777 == 0o640
+    finally:
+        os.umask(before)
 
 
 def test_folders_that_were_there_stay(tmp_path: Path) -> None:
