@@ -29,6 +29,7 @@ REGISTERED_FAMILIES = ("nn", "moe", "cache", "quant")
 
 _SCHEMA_TYPES = {
     "int": "int",
+    "extent": "int",
     "dim": "SymInt",
     "float": "float",
     "bool": "bool",

@@ -31,26 +31,24 @@ After          graph main(%x: f32[N,8], @gate.shard_0: f32[3,8], @up.shard_0: f3
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from dsc.errors import UsageError
 from dsc.ir.analyses import producers
 from dsc.ir.dims import Range
-from dsc.ir.graph import Graph, GraphBuilder, Node, Operand, Value, Weight
+from dsc.ir.graph import Graph, GraphBuilder, Node, Operand, Value
+from dsc.ir.op import lookup, traits_of
+from dsc.ir.placement import COLUMNS, EXPERTS, HEADS, IN_EXPERTS, Placement, Placing
 from dsc.ir.program import Program
 from dsc.ir.stages import Stage
+from dsc.ir.traits import Role
 from dsc.passes._placements import Sharding
 from dsc.rewrite.base import Pass, PassReport
 from dsc.rewrite.options import option
 from dsc.rewrite.rebuild import Operands, rebuild
 
 PARALLEL = ("tp+ep", "tp", "ep")
-_LATENT = ("mla_attention", "latent_attention", "paged_mla_attention", "paged_latent_attention")
-_HEADS_OF = {**dict.fromkeys(_LATENT, (0, 1)), "attention": (0, 1, 2)}
-"""Operands of attention that carry heads on axis 2."""
-_THROUGH = frozenset({"reshape", "split", "slice", "rope", "einsum", "permute", "rms_norm", "cast"})
-"""What may lie between a linear and attention."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +70,7 @@ class Shard(Pass):
         """Rewrite all entries. Raises `UsageError` for what does not part into the ranks."""
         if self.ranks == 1:
             return program.at(Stage.OPTIMIZED)
-        experts = "ep" if "ep" in self.parallel else "tp"
+        experts = EXPERTS if "ep" in self.parallel else IN_EXPERTS
         sharding = Sharding(program, self.ranks, experts, report)
         done = program.map_entries(lambda graph: self._graph(sharding, graph))
         meta = {**program.meta, "ranks": self.ranks, "parallel": self.parallel}
@@ -102,30 +100,34 @@ class Shard(Pass):
 
     def _check(self, node: Node) -> None:
         """Refuse heads and experts that cannot be dealt out evenly."""
-        if node.op in _HEADS_OF and "tp" in self.parallel:
-            heads = node.operands[0].type.shape[2]
+        traits = traits_of(node.op)
+        if traits.role is Role.ATTENTION and traits.wants and "tp" in self.parallel:
+            heads = node[traits.wants[0]].type.shape[HEADS]
             _divides(heads, "attention heads", self.ranks, node.loc)
-        if node.op == "experts" and "ep" in self.parallel:
-            _divides(node.operands[3].type.shape[0], "experts", self.ranks, node.loc)
+        if traits.grants == EXPERTS and "ep" in self.parallel:
+            for name in sorted(traits.stacked):
+                _divides(node[name].type.shape[0], "experts", self.ranks, node.loc)
 
     def _columns(self, graph: Graph, sharding: Sharding) -> Iterator[str]:
-        """Results of the linears whose rows are split: what makes heads, inner rows, logits."""
+        """Results that are made in parts: what makes heads, inner rows of an MLP, logits."""
         made = producers(graph)
         outputs = {x.name for x in graph.outputs}
         for node in graph.nodes:
-            if node.op in _HEADS_OF:
-                found = [_source(node.inputs[i], made) for i in _HEADS_OF[node.op]]
-            elif node.op == "swiglu":
-                found = [_direct(x, made) for x in node.operands]
-            elif node.op == "linear" and node.output.name in outputs:
-                found = [node]
+            traits = traits_of(node.op)
+            if traits.wants:
+                ways = {name: _way(sharding, made, node[name]) for name in traits.wants}
+            elif traits.grants == COLUMNS and node.output.name in outputs:
+                ways = {"": _way(sharding, made, node.output)}
             else:
                 continue
-            if any(one is None or not _splits(one, sharding) for one in found):
+            found = {name: way for name, way in ways.items() if way is not None}
+            lies = {name: placement for name, (_, placement) in found.items()}
+            taken = not traits.wants or isinstance(sharding.ask(node, lies), Placing)
+            if len(found) < len(ways) or not taken:
                 why = f"what {node.op} reads comes from no linear that parts into {self.ranks}"
                 sharding.report.miss("columns", node.loc, why)
                 continue
-            yield from (one.output.name for one in found if one is not None)
+            yield from (source for source, _ in found.values())
 
 
 def check_parallel(ranks: int, parallel: str) -> None:
@@ -155,21 +157,23 @@ def _divides(number: object, what: str, ranks: int, where: str = "") -> None:
     )
 
 
-def _source(x: Operand | None, made: dict[str, Node]) -> Node | None:
-    """The linear whose columns become the heads of `x`."""
-    node = made.get(x.name) if isinstance(x, Value) else None
-    while node is not None and node.op in _THROUGH:
-        before = node.operands[0]
-        node = made.get(before.name) if isinstance(before, Value) else None
-    return node if node is not None and node.op == "linear" else None
-
-
-def _direct(x: Operand, made: dict[str, Node]) -> Node | None:
-    node = made.get(x.name) if isinstance(x, Value) else None
-    return node if node is not None and node.op == "linear" else None
-
-
-def _splits(node: Node, sharding: Sharding) -> bool:
-    """Whether a linear's weight can be cut by rows."""
-    weight = node.operands[1]
-    return isinstance(weight, Weight) and sharding.divides(weight.type.shape[0])
+def _way(
+    sharding: Sharding, made: Mapping[str, Node], x: Operand | None
+) -> tuple[str, Placement] | None:
+    """The result made in parts that `x` comes from by first operands, and how `x` lies then."""
+    path: list[tuple[Node, int]] = []
+    while not path or traits_of(path[-1][0].op).grants != COLUMNS:
+        node = made.get(x.name) if isinstance(x, Value) else None
+        if node is None or traits_of(node.op).place is None or not node.inputs:
+            return None
+        path.append((node, node.outputs.index(x)))
+        x = node.inputs[0]
+    source, through = path[-1][0], path[-2::-1]
+    answer = sharding.ask(source, {}, COLUMNS)
+    placement = None if isinstance(answer, str) else answer.results[0]
+    for node, result in through:
+        (first,) = lookup(node.op).operand_names(1)
+        if placement is not None:
+            answer = sharding.ask(node, {first: placement})
+            placement = None if isinstance(answer, str) else answer.results[result]
+    return None if placement is None else (source.output.name, placement)

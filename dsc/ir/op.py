@@ -141,6 +141,14 @@ class OpDef:
                 return index
         raise KeyError(f"{self.name} has no operand {operand}")
 
+    def operand_names(self, count: int) -> tuple[str, ...]:
+        """The names of `count` operands in order; those of a variadic one are numbered: xs[0]."""
+        names = [o.name for o in self.operands]
+        if self.operands and self.operands[-1].variadic:
+            several = names.pop()
+            names += [f"{several}[{i}]" for i in range(count - len(names))]
+        return tuple(names[:count])
+
     def has_operand(self, name: str) -> bool:
         """Whether the signature has an operand of this name."""
         return any(o.name == name for o in self.operands)
@@ -227,6 +235,7 @@ def _is_dim(v: Any) -> bool:
 
 KINDS: dict[str, Callable[[Any], bool]] = {
     "int": _is_int,
+    "extent": _is_int,
     "dim": _is_dim,
     "float": lambda v: isinstance(v, float) or _is_int(v),
     "bool": lambda v: isinstance(v, bool),
@@ -239,7 +248,7 @@ KINDS: dict[str, Callable[[Any], bool]] = {
 
 
 KIND_WORDS = {
-    "int": "an integer", "dim": "a size", "float": "a number",
+    "int": "an integer", "extent": "an integer", "dim": "a size", "float": "a number",
     "bool": "true or false", "str": "a string", "dtype": "an element type",
     "ints": "a list of integers", "dims": "a list of sizes", "graph": "a graph",
 }  # fmt: skip
@@ -463,7 +472,7 @@ def _attr(text: str) -> AttrDef:
 
 def _default(kind: str, text: str) -> Any:
     match kind:
-        case "int" | "dim":
+        case "int" | "dim" | "extent":
             return int(text)
         case "float":
             return float(text)

@@ -16,11 +16,12 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from dsc.errors import VerificationError
-from dsc.ir.demands import Call, Shape, demand, dim_attrs, sizes_of
+from dsc.ir.demands import demand, dim_attrs, sizes_of
 from dsc.ir.extents import Extent, System, Unsolvable
 from dsc.ir.graph import Attrs, Graph, Node, Operand, Value, Weight
-from dsc.ir.op import TypeMismatch, infer
+from dsc.ir.op import TypeMismatch, infer, lookup
 from dsc.ir.program import Program
+from dsc.ir.sized import Shape, Sized
 from dsc.ir.types import TensorType
 from dsc.ir.weights import Source, WeightExpr, apply, random_source, sources
 
@@ -162,7 +163,10 @@ class Survey:
         names = dim_attrs(op, attrs)
         extents = {name: sizes_of(attrs[name], self.system) for name in names}
         extents = self.attrs.setdefault(id(owner), extents)
-        demand(Call(self.system, op, types, results, ins, outs, attrs, extents, in_weights))
+        operands = lookup(op).operand_names(len(types))
+        demand(
+            Sized(self.system, op, operands, types, results, ins, outs, attrs, extents, in_weights)
+        )
 
 
 @dataclass

@@ -12,6 +12,8 @@ from enum import StrEnum
 from typing import Any
 
 from dsc.ir.dims import Dim
+from dsc.ir.placement import Place, pointwise
+from dsc.ir.sized import Demand, broadcasting
 from dsc.ir.types import TensorType
 
 
@@ -141,7 +143,11 @@ class Traits:
     `of_nothing` is what results hold where another operand has no elements, `None` where that has
     no value. `results` names results for readers. `lane` is where the operator runs. `samples`: the
     integers that an operand gets where the operator is tried out, if not any that it may have
-    (`OpDef.within`).
+    (`OpDef.within`). `demand` states what a call demands of the extents around it, where its
+    signature does not (`dsc.ir.sized`). `place` says how ranks share it (`dsc.ir.placement`);
+    without it each computes all. A pointwise operator has both by its role. `wants` names the
+    operands of which it pays that a rank makes its part alone; `grants` is the wish for a part of
+    its result that it grants, though its operands are whole.
     """
 
     role: Role
@@ -156,6 +162,15 @@ class Traits:
     results: tuple[str, ...] = ()
     lane: str = COMPUTE
     samples: Mapping[str, Within] = field(default_factory=dict)
+    demand: Demand | None = None
+    place: Place | None = None
+    wants: tuple[str, ...] = ()
+    grants: str = ""
+
+    def __post_init__(self) -> None:
+        if self.role is Role.POINTWISE:
+            object.__setattr__(self, "demand", self.demand or broadcasting)
+            object.__setattr__(self, "place", self.place or pointwise)
 
     @property
     def stacked(self) -> frozenset[str]:

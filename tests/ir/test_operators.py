@@ -84,7 +84,7 @@ CASES: dict[str, list[str]] = {
                          " i64[{a}]=1 {{scale=0.3}}"],
     "append": ["f32[{a},0,{c}], f32[{a},{d},{c}], i64[{a}]=0",
                "f32[{a},3,{c}], f32[{a},{d},{c}], i64[{a}]=3"],
-    "cache_write": ["f32[{a},9,{c}], f32[{a},{d},{c}], i64[{a}]=2"],
+    "cache_write": ["f32[{a},99,{c}], f32[{a},{d},{c}], i64[{a}]=2"],
     "page_write": ["f32[40,4,8], f32[{a},{b},5], f32[{a},{b},3], i64[{a},{c}], i64[{a}]=9"],
     "paged_latent_attention": ["f32[{a},{b},3,{c}], f32[{a},{b},3,0], f32[40,4,{c}], i64[{a},{d}],"
                                " i64[{a}]=9 {{scale=0.3}}"],
@@ -122,10 +122,10 @@ CASES: dict[str, list[str]] = {
 }  # fmt: skip
 
 
-def filled(template: str, seed: int) -> str:
-    """A case with random sizes 2..6; `{c}+1` is computed."""
+def filled(template: str, seed: int, between: tuple[int, int] = (2, 6)) -> str:
+    """A case with random sizes; `{c}+1` is computed."""
     rng = random.Random(seed)
-    sizes = {letter: rng.randint(2, 6) for letter in "abcd"}
+    sizes = {letter: rng.randint(*between) for letter in "abcd"}
     text = template.replace("{c}+1", str(sizes["c"] + 1))
     return text.format(**sizes)
 

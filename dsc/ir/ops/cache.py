@@ -39,7 +39,14 @@ append = op(
 )
 cache_write = op(
     "cache_write(cache: T[b, c, d], new: T[b, s, d], lengths: i64[b]) -> T[b, c, d]",
-    Traits(Role.WRITE, Form.LOWERED, flops=nothing, reads={"cache": nothing}, writes=("new",)),
+    Traits(
+        Role.WRITE,
+        Form.LOWERED,
+        flops=nothing,
+        reads={"cache": nothing},
+        writes=("new",),
+        demand=lambda c: c.system.at_most(c.dims["s"], c.dims["c"]),
+    ),
     reference=_write,
     doc="Write new rows at lengths[b] .. lengths[b]+s-1 in place; the result is the cache itself.",
     example="f32[2,7,3], f32[2,2,3], i64[2]=4",

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 from dsc.ir.dims import Dim
 from dsc.ir.lazy import LazyModule
 from dsc.ir.op import TypeMismatch, op
-from dsc.ir.ops.shape import axis_of
+from dsc.ir.ops.shape import axis_of, demand_parts
+from dsc.ir.sized import Sized
 from dsc.ir.traits import COLLECTIVE, Form, Role, Traits
 from dsc.ir.types import TensorType
 
@@ -159,6 +160,12 @@ def _infer_peer(types: Types, attrs: Mapping[str, Any]) -> Result:
     return (types[0],)
 
 
+def _demand_all_to_all(call: Sized) -> None:
+    call.same(call["x"], call.outs[0])
+    axis = axis_of(call.attrs["axis"], len(call["x"]))
+    call.system.divisible(call["x"][axis], call.attrs["ranks"])
+
+
 all_reduce = op(
     "all_reduce(x: T[*n]; ranks: int) -> T[*n]",
     Traits(Role.COLLECTIVE, Form.COLLECTIVE, lane=COLLECTIVE),
@@ -169,7 +176,12 @@ all_reduce = op(
 )
 all_gather = op(
     "all_gather(x: T[...]; axis: int, ranks: int) -> T[...]",
-    Traits(Role.COLLECTIVE, Form.COLLECTIVE, lane=COLLECTIVE),
+    Traits(
+        Role.COLLECTIVE,
+        Form.COLLECTIVE,
+        lane=COLLECTIVE,
+        demand=lambda c: demand_parts(c, [c["x"]] * c.attrs["ranks"], c.outs[0]),
+    ),
     reference=_all_gather,
     doc="The x of all ranks, one after another along an axis, in order of rank.",
     example="f32[2,3] {axis=-1, ranks=1}",
@@ -177,7 +189,12 @@ all_gather = op(
 )
 reduce_scatter = op(
     "reduce_scatter(x: T[...]; axis: int, ranks: int) -> T[...]",
-    Traits(Role.COLLECTIVE, Form.COLLECTIVE, lane=COLLECTIVE),
+    Traits(
+        Role.COLLECTIVE,
+        Form.COLLECTIVE,
+        lane=COLLECTIVE,
+        demand=lambda c: demand_parts(c, [*c.outs] * c.attrs["ranks"], c["x"]),
+    ),
     reference=_reduce_scatter,
     doc="The sum of x over all ranks, of which rank r keeps part r of an axis.",
     example="f32[2,4] {axis=1, ranks=1}",
@@ -185,7 +202,7 @@ reduce_scatter = op(
 )
 all_to_all = op(
     "all_to_all(x: T[...]; axis: int, ranks: int) -> T[...]",
-    Traits(Role.COLLECTIVE, Form.COLLECTIVE, lane=COLLECTIVE),
+    Traits(Role.COLLECTIVE, Form.COLLECTIVE, lane=COLLECTIVE, demand=_demand_all_to_all),
     reference=_all_to_all,
     doc="Part r of an axis goes to rank r; what came, in order of rank, takes its place.",
     example="f32[4,3] {axis=0, ranks=1}",

@@ -7,11 +7,14 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from dsc.ir.dims import Dim, product
+from dsc.ir.extents import Extent
 from dsc.ir.graph import Graph
 from dsc.ir.lazy import LazyModule
 from dsc.ir.op import OpDef, TypeMismatch, op
 from dsc.ir.ops.pointwise import broadcast
 from dsc.ir.ops.shape import axis_of
+from dsc.ir.placement import COLUMNS, PARTIAL, Part, PlacedCall, Placing, Split
+from dsc.ir.sized import Sized
 from dsc.ir.traits import Call, Form, Role, Traits, Within
 from dsc.ir.types import DType, TensorType
 
@@ -67,6 +70,58 @@ def _einsum_flops(call: Call) -> Dim:
     return 2 * product(tuple(sizes.values()))
 
 
+def _demand_matmul(call: Sized) -> None:
+    a, b, out = call["a"], call["b"], call.outs[0]
+    call.system.equate(a[-1], b[-2])
+    call.same([a[-2], b[-1]], out[-2:])
+    for t, shape in call.given():
+        leading = t.with_shape(t.shape[:-2])
+        call.broadcast(leading, shape[:-2], out[:-2], call.results[0].shape[:-2])
+
+
+def _demand_einsum(call: Sized) -> None:
+    operands, result = einsum_terms(call.attrs["eq"])
+    letters: dict[str, Extent] = {}
+    shapes = [shape for _, shape in call.given()]
+    for term, shape in zip((*operands, result), (*shapes, call.outs[0]), strict=True):
+        for letter, extent in zip(term, shape, strict=True):
+            call.system.equate(letters.setdefault(letter, extent), extent)
+
+
+def _place_einsum(call: PlacedCall) -> Placing | str:
+    """A contraction over a split letter is partial; a split letter that stays, splits the result.
+
+    The other operand must be a weight that has the letter: it is cut along it.
+    """
+    lies = call.lies.get("xs[0]")
+    if not isinstance(lies, Split) or len(call.types) != 2 or "xs[1]" not in call.weights:
+        return "only a value in parts times a weight is shared"
+    (first, second), result = einsum_terms(call.attrs["eq"])
+    letter = first[lies.axis]
+    if second.count(letter) != 1 or first.count(letter) != 1:
+        return f"{letter} is not once in each of {first} and {second}"
+    placement = Split(result.index(letter)) if letter in result else PARTIAL
+    return Placing((placement,), {"xs[1]": Part(second.index(letter))})
+
+
+def _place_linear(call: PlacedCall) -> Placing | str:
+    """By columns where these are wished for and x is whole; by rows where x is split so."""
+    last = call["x"].rank - 1
+    parts = [name for name in ("weight", "bias") if name in call.types]
+    if not call.weights.issuperset(parts):
+        return "its weight is computed"
+    if not call.lies and call.wish == COLUMNS:
+        rows = call["weight"].shape[0]
+        if not call.divides(rows):
+            return f"{rows} columns do not part into {call.ranks}"
+        return Placing((Split(last),), dict.fromkeys(parts, Part(0)), kind="columns")
+    if call.lies.get("x") != Split(last):
+        return "only the last axis of x may be split"
+    if "bias" in parts:
+        return "its bias would be summed as often as there are ranks"
+    return Placing((PARTIAL,), {"weight": Part(1)}, kind="rows")
+
+
 def reduced_shape(shape: tuple[Dim, ...], axes: tuple[int, ...], keepdims: bool) -> tuple[Dim, ...]:
     """The shape after reducing `axes`, at least one and each once."""
     gone = {axis_of(a, len(shape)) for a in axes}
@@ -75,6 +130,15 @@ def reduced_shape(shape: tuple[Dim, ...], axes: tuple[int, ...], keepdims: bool)
     if keepdims:
         return tuple(1 if i in gone else d for i, d in enumerate(shape))
     return tuple(d for i, d in enumerate(shape) if i not in gone)
+
+
+def _demand_reduction(call: Sized) -> None:
+    rank = call.type("x").rank
+    axes = call.attrs["axes"] if "axes" in call.attrs else (call.attrs["axis"],)
+    gone = {axis_of(a, rank) for a in axes}
+    keep = bool(call.attrs.get("keepdims"))
+    kept = [x for i, x in enumerate(call["x"]) if i not in gone]
+    call.same(kept, [x for i, x in enumerate(call.outs[0]) if not (keep and i in gone)])
 
 
 def _reduction(
@@ -92,7 +156,7 @@ def _reduction(
 
     return op(
         f"{name}(x: T[...]; axes: ints, keepdims: bool = false) -> T[...]",
-        Traits(Role.REDUCTION, of_nothing=of_nothing),
+        Traits(Role.REDUCTION, of_nothing=of_nothing, demand=_demand_reduction),
         reference=reference,
         doc=doc,
         example="f32[2,3,4] {axes=[-1], keepdims=true}",
@@ -125,7 +189,7 @@ amin = _reduction("amin", lambda x, axes, keepdims: x.amin(axes, keepdims), "Sma
 
 argmax = op(
     "argmax(x: T[...]; axis: int) -> i64[...]",
-    Traits(Role.OTHER),
+    Traits(Role.OTHER, demand=_demand_reduction),
     reference=lambda x, axis: x.argmax(axis),
     doc="Index of the largest element of an axis; of equals, any.",
     example="f32[2,3] {axis=-1}",
@@ -177,7 +241,7 @@ softmax = op(
 )
 topk = op(
     "topk(x: T[*n, d]; k: int) -> (T[*n, k], i64[*n, k])",
-    Traits(Role.OTHER),
+    Traits(Role.OTHER, demand=lambda c: c.system.divisible(c.dims["d"], 1, c.attrs["k"])),
     reference=lambda x, k: tuple(torch.topk(x, k, dim=-1)),
     doc="The k largest of the last axis, largest first, with their indices.",
     example="f32[2,5] {k=2}",
@@ -190,6 +254,8 @@ linear = op(
         Role.PRODUCT,
         flops=lambda c: 2 * c["x"].numel * c.dim("m"),
         of_nothing=0.0,
+        place=_place_linear,
+        grants=COLUMNS,
     ),
     reference=lambda x, weight, bias=None: torch.nn.functional.linear(x, weight, bias),
     doc="x @ weight^T + bias; products accumulate in fp32.",
@@ -201,6 +267,7 @@ matmul = op(
         Role.PRODUCT,
         flops=lambda c: 2 * c.results[0].numel * c["a"].shape[-1],
         of_nothing=0.0,
+        demand=_demand_matmul,
     ),
     reference=lambda a, b: torch.matmul(a, b),
     doc="Matrix product of the last two axes; leading axes broadcast.",
@@ -209,7 +276,13 @@ matmul = op(
 )
 einsum = op(
     "einsum(xs: T[...]...; eq: str) -> T[...]",
-    Traits(Role.PRODUCT, flops=_einsum_flops, of_nothing=0.0),
+    Traits(
+        Role.PRODUCT,
+        flops=_einsum_flops,
+        of_nothing=0.0,
+        demand=_demand_einsum,
+        place=_place_einsum,
+    ),
     reference=lambda *xs, eq: torch.einsum(eq, *xs),
     doc="Sum of products over named axes; letters as in ARCHITECTURE.md (b s t h d c r e g).",
     example='f32[2,3,4], f32[4,5] {eq="bsd,dc->bsc"}',

@@ -7,8 +7,11 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from dsc.ir.dims import Dim
+from dsc.ir.extents import Extent
 from dsc.ir.lazy import LazyModule
 from dsc.ir.op import TypeMismatch, op
+from dsc.ir.placement import EXPERTS, PARTIAL, Choice, Part, PlacedCall, Placing
+from dsc.ir.sized import Sized
 from dsc.ir.traits import DISTINCT, FROM_FIRST, Call, Form, Role, Traits, Within, nothing
 from dsc.ir.types import DType, TensorType
 
@@ -155,6 +158,38 @@ def _combine(y: Any, order: Any, w: Any) -> Any:
     return (slots.reshape(*w.shape, y.shape[1]) * w[..., None]).sum(1).to(y.dtype)
 
 
+def _demand_route(call: Sized) -> None:
+    """Groups part the experts, and those that are kept have as many as are taken."""
+    groups, keep = call.attrs["groups"], call.attrs["keep"]
+    needed = -(-call.attrs["top_k"] // keep)
+    if call.attrs["group_score"] == "top2" and keep < groups:
+        needed = max(needed, 2)
+    call.system.divisible(call.dims["e"], groups, needed * groups)
+
+
+def _demand_rows(call: Sized) -> None:
+    """A row for each choice of each token."""
+    call.system.equate(call.dims["r"], call.dims["m"] * call.dims["k"])
+
+
+def _place_experts(call: PlacedCall) -> Placing | str:
+    """Some of the experts on each rank, or a part of the inner rows of every one: summands."""
+    if not call.weights.issuperset(("gate_up", "down")):
+        return "the weights of its experts are computed"
+    tokens = ("x", "idx", "w")
+    number, inner = call["gate_up"].shape[0], call["down"].shape[2]
+    if call.wish == EXPERTS:
+        if not isinstance(number, int) or not call.divides(number):
+            return f"{number} experts do not part into {call.ranks} ranks"
+        parts = {"gate_up": Part(0), "down": Part(0)}
+        choice = Choice("idx", "w", number)
+        return Placing((PARTIAL,), parts, whole=tokens, choice=choice, kind="experts")
+    if not call.divides(inner):
+        return f"experts of {inner} rows on {call.ranks} ranks stay whole"
+    parts = {"gate_up": Part(1, pieces=2), "down": Part(2)}
+    return Placing((PARTIAL,), parts, whole=tokens, kind="experts")
+
+
 def _chosen_gate_up(call: Call) -> Dim:
     """Elements of gate and up of the chosen experts, each choice apart."""
     return call["idx"].numel * call.dim("g") * call.dim("d")
@@ -173,6 +208,7 @@ route = op(
         Role.DISPATCH,
         results=("idx", "w"),
         flops=lambda c: 2 * c["x"].numel * c.dim("e"),
+        demand=_demand_route,
     ),
     reference=_route,
     doc="Choose top_k experts a token among the kept groups by biased scores; weights come from"
@@ -190,6 +226,9 @@ experts = op(
         Role.EXPERTS,
         flops=lambda c: 2 * (_chosen_gate_up(c) + _chosen_down(c)),
         reads={"gate_up": _chosen_gate_up, "down": _chosen_down},
+        demand=lambda c: c.system.equate(c.dims["g"], Extent.number(2) * c.dims["i"]),
+        place=_place_experts,
+        grants=EXPERTS,
     ),
     reference=_experts,
     doc="sum_k w_k * down_k(act(gate_k x) * up_k x) over each token's experts; gate_up holds the"
@@ -199,12 +238,13 @@ experts = op(
     within={"idx": Within("0", "e-1", "the number of an expert")},
 )
 dispatch = op(
-    "dispatch(x: T[m, d], idx: i64[m, k]; experts: int) -> (T[r, d], i64[experts+1], i64[r])",
+    "dispatch(x: T[m, d], idx: i64[m, k]; experts: extent) -> (T[r, d], i64[experts+1], i64[r])",
     Traits(
         Role.DISPATCH,
         Form.LOWERED,
         flops=nothing,
         results=("rows", "offsets", "order"),
+        demand=_demand_rows,
     ),
     reference=_dispatch,
     doc="Sort (token, slot) pairs by expert, stably: rows of x in that order, the prefix sum of"
@@ -232,7 +272,7 @@ grouped_linear = op(
 )
 combine = op(
     "combine(y: T[r, d], order: i64[r], w: f32[m, k]) -> T[m, d]",
-    Traits(Role.EXPERTS, Form.LOWERED, flops=lambda c: 2 * c["y"].numel),
+    Traits(Role.EXPERTS, Form.LOWERED, flops=lambda c: 2 * c["y"].numel, demand=_demand_rows),
     reference=_combine,
     doc="Undo dispatch: each token's weighted sum of its slots, in fp32.",
     example="f32[10,3], i64[10], f32[5,2]",

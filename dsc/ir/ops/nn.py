@@ -6,9 +6,12 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from dsc.ir.dims import Dim
+from dsc.ir.extents import Extent
 from dsc.ir.lazy import LazyModule
 from dsc.ir.op import TypeMismatch, op
 from dsc.ir.ops.cache import ROOM
+from dsc.ir.placement import HEADS, PlacedCall, Placing, Split, along_rows, over_heads
+from dsc.ir.sized import Sized
 from dsc.ir.traits import Call, Role, Traits, Within, each_result, nothing
 from dsc.ir.types import TensorType
 
@@ -150,6 +153,32 @@ def expanded_flops(call: Call, rows: Dim) -> Dim:
     return 2 * call.dim("b") * rows * call["kv_b"].numel + 2 * _pairs(call, rows) * width
 
 
+def _demand_rope(call: Sized) -> None:
+    x = call["x"]
+    call.same(x, call.outs[0])
+    call.same(x[:2], call["positions"])
+    call.system.equate(x[-1], Extent.number(2) * call.dims["r"])
+
+
+def _place_rope(call: PlacedCall) -> Placing | str:
+    """Heads turn alike; a token in parts would need its part of the positions."""
+    if call.lies.get("x") != Split(HEADS):
+        return "only the heads of x may be split"
+    return along_rows(call)
+
+
+def _demand_attention(call: Sized) -> None:
+    heads = (call.type("q").shape[2], call.type("k").shape[2])
+    call.in_proportion(call.dims["h"], call.dims["g"], heads)
+
+
+def demand_kv_b(call: Sized) -> None:
+    """Rows of kv_b: of every head those of the nope dims, and those of the value."""
+    rows = call["kv_b"][0]
+    heads, nope, value = call.dims["h"], call["q_nope"][-1], call.dims["v"]
+    call.system.equate(rows, heads * nope + heads * value)
+
+
 embedding = op(
     "embedding(ids: i64[*n], weight: T[v, d]) -> T[*n, d]",
     Traits(Role.LOOKUP, flops=nothing, reads={"weight": each_result}),
@@ -160,7 +189,7 @@ embedding = op(
 )
 rms_norm = op(
     "rms_norm(x: T[*n, d], weight: T[d]; eps: float) -> T[*n, d]",
-    Traits(Role.REDUCTION),
+    Traits(Role.REDUCTION, place=along_rows),
     reference=_rms_norm,
     doc="Root-mean-square norm over the last axis, statistics in fp32"
     " (Zhang & Sennrich 2019, eq. 4).",
@@ -169,7 +198,12 @@ rms_norm = op(
 rope = op(
     "rope(x: T[...], positions: i64[b, s], inv_freq: f32[r]; layout: str, scale: float = 1.0)"
     " -> T[...]",
-    Traits(Role.ROTATION, samples={"positions": Within("0", "1")}),
+    Traits(
+        Role.ROTATION,
+        samples={"positions": Within("0", "1")},
+        demand=_demand_rope,
+        place=_place_rope,
+    ),
     reference=_rope,
     doc="Rotary position embedding (Su et al. 2021) of x [b,s,2r] or [b,s,h,2r]; layouts: "
     "interleaved (pairs 2i,2i+1), deinterleave (such pairs in, halves out), half (pairs i,i+r).",
@@ -179,7 +213,7 @@ rope = op(
 )
 swiglu = op(
     "swiglu(gate: T[*n], up: T[*n]) -> T[*n]",
-    Traits(Role.POINTWISE),
+    Traits(Role.POINTWISE, wants=("gate", "up")),
     reference=lambda gate, up: (torch.nn.functional.silu(_wide(gate)) * _wide(up)).to(gate.dtype),
     doc="silu(gate) * up (Shazeer 2020).",
     example="f32[2,3], f32[2,3]",
@@ -191,6 +225,9 @@ attention = op(
         Role.ATTENTION,
         masked=("k", "v"),
         flops=lambda c: 2 * _pairs(c, c.dim("t")) * (c.dim("d") + c.dim("e")),
+        demand=_demand_attention,
+        place=over_heads("q", "k", "v"),
+        wants=("q", "k", "v"),
     ),
     reference=_attention,
     doc="softmax(q k^T * scale) v over grouped heads. With lengths, query i sees keys"
@@ -207,6 +244,9 @@ mla_attention = op(
         results=("attention",),
         masked=("latent", "rope"),
         flops=lambda c: expanded_flops(c, c.dim("t")),
+        demand=demand_kv_b,
+        place=over_heads("q_nope", "q_rope", weight="kv_b"),
+        wants=("q_nope", "q_rope"),
     ),
     reference=_mla_attention,
     doc="Multi-head latent attention, expanded: keys and values are rebuilt from the latent by"
@@ -223,6 +263,8 @@ latent_attention = op(
         results=("attention",),
         masked=("latent", "rope"),
         flops=lambda c: absorbed_flops(c, c.dim("t")),
+        place=over_heads("q_latent", "q_rope"),
+        wants=("q_latent", "q_rope"),
     ),
     reference=_latent_attention,
     doc="Multi-head latent attention, absorbed: W_UK is in the query, W_UV in what follows, so"

@@ -15,6 +15,7 @@ from dsc.ir.op import op
 from dsc.ir.ops import nn
 from dsc.ir.ops.cache import ROOM
 from dsc.ir.paging import gathered, scattered
+from dsc.ir.placement import over_heads
 from dsc.ir.traits import DISTINCT, Call, Form, Role, Traits, Within, nothing
 from dsc.ir.types import TensorType
 
@@ -83,6 +84,8 @@ paged_latent_attention = op(
         results=("attention",),
         flops=lambda c: nn.absorbed_flops(c, c.dim("m") * c.dim("p")),
         reads={"pages": _rows},
+        place=over_heads("q_latent", "q_rope"),
+        wants=("q_latent", "q_rope"),
     ),
     reference=_latent,
     doc="latent_attention over the rows that a block table names.",
@@ -98,6 +101,9 @@ paged_mla_attention = op(
         results=("attention",),
         flops=lambda c: nn.expanded_flops(c, c.dim("m") * c.dim("p")),
         reads={"pages": _rows},
+        demand=nn.demand_kv_b,
+        place=over_heads("q_nope", "q_rope", weight="kv_b"),
+        wants=("q_nope", "q_rope"),
     ),
     reference=_mla,
     doc="mla_attention over the rows that a block table names.",

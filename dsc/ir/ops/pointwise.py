@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from dsc.ir.dims import Dim
 from dsc.ir.lazy import LazyModule
 from dsc.ir.op import OpDef, TypeMismatch, op
+from dsc.ir.placement import Place, PlacedCall, Placing, additive, pointwise
 from dsc.ir.traits import Role, Traits
 from dsc.ir.types import DType, TensorType
 
@@ -45,6 +46,7 @@ def _binary(
     doc: str,
     booleans: bool = True,
     commutative: bool = False,
+    place: Place = pointwise,
 ) -> OpDef:
     def infer(types: Sequence[TensorType], attrs: Mapping[str, Any]) -> tuple[TensorType, ...]:
         if types[0].dtype is DType.boolean and not booleans:
@@ -53,7 +55,7 @@ def _binary(
 
     return op(
         f"{name}(a: T[...], b: T[...]) -> T[...]",
-        Traits(Role.POINTWISE, commutative=commutative),
+        Traits(Role.POINTWISE, commutative=commutative, place=place),
         reference=reference,
         doc=doc,
         example="f32[2,1,3], f32[4,1]",
@@ -85,7 +87,13 @@ def _logical(name: str, reference: Callable[..., Any], doc: str) -> OpDef:
     )
 
 
-def _unary(name: str, reference: Callable[..., Any], doc: str, integers: bool = False) -> OpDef:
+def _unary(
+    name: str,
+    reference: Callable[..., Any],
+    doc: str,
+    integers: bool = False,
+    place: Place = pointwise,
+) -> OpDef:
     """Declare an operator on floats, and on integers where they have a result of their type."""
 
     def infer(types: Sequence[TensorType], attrs: Mapping[str, Any]) -> tuple[TensorType, ...]:
@@ -96,7 +104,7 @@ def _unary(name: str, reference: Callable[..., Any], doc: str, integers: bool = 
 
     return op(
         f"{name}(x: T[*n]) -> T[*n]",
-        Traits(Role.POINTWISE),
+        Traits(Role.POINTWISE, place=place),
         reference=reference,
         doc=doc,
         example="f32[2,3]",
@@ -121,8 +129,8 @@ def _divide(a: Any, b: Any) -> Any:
     return torch.div(a, b, rounding_mode="floor")
 
 
-add = _binary("add", lambda a, b: a + b, "Sum.", commutative=True)
-sub = _binary("sub", lambda a, b: a - b, "Difference.", booleans=False)
+add = _binary("add", lambda a, b: a + b, "Sum.", commutative=True, place=additive)
+sub = _binary("sub", lambda a, b: a - b, "Difference.", booleans=False, place=additive)
 mul = _binary("mul", lambda a, b: a * b, "Product.", commutative=True)
 div = _binary("div", _divide, "Quotient; of integers, rounded down.", booleans=False)
 remainder = _binary(
@@ -152,7 +160,7 @@ logical_not = op(
     example="bool[2,3]",
 )
 
-neg = _unary("neg", lambda x: -x, "Negation.", integers=True)
+neg = _unary("neg", lambda x: -x, "Negation.", integers=True, place=additive)
 abs = _unary("abs", lambda x: x.abs(), "Absolute value.", integers=True)
 exp = _unary("exp", _in_f32(lambda x: x.exp()), "e to the power x.")
 log = _unary("log", _in_f32(lambda x: x.log()), "Natural logarithm.")
@@ -171,9 +179,16 @@ gelu = _unary(
     "gelu", _in_f32(lambda x: torch.nn.functional.gelu(x)), "x times the normal distribution's CDF."
 )
 
+
+def _place_cast(call: PlacedCall) -> Placing | str:
+    """To floats of 16 bits or more it is linear but for rounding; of others there are no sums."""
+    dtype: DType = call.attrs["dtype"]
+    return additive(call) if dtype.is_float and dtype.itemsize > 1 else pointwise(call)
+
+
 cast = op(
     "cast(x: T[*n]; dtype: dtype) -> dtype[*n]",
-    Traits(Role.POINTWISE),
+    Traits(Role.POINTWISE, place=_place_cast),
     reference=lambda x, dtype: x.to(dtype.torch),
     doc="Convert elements to another element type, rounding to nearest even.",
     example="f32[2,3] {dtype=bf16}",

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dsc.ir.op import TypeMismatch, op
+from dsc.ir.sized import Sized
 from dsc.ir.traits import Form, Role, Traits
 from dsc.ir.types import TensorType
 
@@ -22,6 +23,11 @@ def _infer_dequantize(
     return (TensorType(attrs["dtype"], w.shape),)
 
 
+def _whole_blocks(call: Sized) -> None:
+    for extent, count, block in zip("nk", "pq", call.attrs["block"], strict=True):
+        call.system.counted(call.dims[count], call.dims[extent], block)
+
+
 def _dequantize(w: Any, scale: Any, block: tuple[int, int], dtype: Any) -> Any:
     rows, columns = w.shape
     wide = scale.float().repeat_interleave(block[0], 0)[:rows]
@@ -31,7 +37,7 @@ def _dequantize(w: Any, scale: Any, block: tuple[int, int], dtype: Any) -> Any:
 
 dequantize_block = op(
     "dequantize_block(w: Q[n, k], scale: f32[p, q]; block: ints, dtype: dtype) -> dtype[n, k]",
-    Traits(Role.OTHER, Form.TRACED),
+    Traits(Role.OTHER, Form.TRACED, demand=_whole_blocks),
     reference=_dequantize,
     doc="w * scale, one scale for each block of rows x columns; edge blocks may be partial. The"
     " checkpoints call that scale weight_scale_inv.",

@@ -6,8 +6,11 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from dsc.ir.dims import Dim, Sym, product
+from dsc.ir.extents import Extent
 from dsc.ir.lazy import LazyModule
 from dsc.ir.op import TypeMismatch, op
+from dsc.ir.placement import PlacedCall, Placing, Split, linear_map, other_axes
+from dsc.ir.sized import Shape, Sized
 from dsc.ir.traits import ASCENDING, Role, Traits, Within, each_result, nothing
 from dsc.ir.types import DType, TensorType
 
@@ -143,9 +146,114 @@ def _full(shape: tuple[int, ...], value: float, dtype: DType) -> Any:
     return torch.full(shape, value, dtype=dtype.torch)
 
 
+def outside(shape: Shape, axis: int) -> Shape:
+    """The extents of all axes but one."""
+    return shape[:axis] + shape[axis + 1 :]
+
+
+def _numel(shape: Shape) -> Extent:
+    total = Extent.number(1)
+    for extent in shape:
+        total = total * extent
+    return total
+
+
+def _demand_reshape(call: Sized) -> None:
+    x, out = call["x"], call.outs[0]
+    call.same(call.extents["shape"], out)
+    before, after = call.type("x").shape, call.results[0].shape
+    for side in (1, -1):  # equal axes at either end are the same axes
+        pairs = zip(before[::side], after[::side], x[::side], out[::side], strict=False)
+        for given, wanted, mine, theirs in pairs:
+            if given != wanted:
+                break
+            call.system.equate(mine, theirs)
+    call.system.equate(_numel(x), _numel(out))
+
+
+def _place_reshape(call: PlacedCall) -> Placing | str:
+    """The split axis must begin an axis of the result that can be split as well."""
+    lies = call.lies.get("x")
+    if not isinstance(lies, Split):
+        return linear_map(call)
+    shape: tuple[Dim, ...] = call.attrs["shape"]
+    before = product(call["x"].shape[: lies.axis])
+    for axis, extent in enumerate(shape):
+        if product(shape[:axis]) == before and extent != 1 and call.divides(extent):
+            local = (*shape[:axis], extent // call.ranks, *shape[axis + 1 :])
+            return Placing((Split(axis),), attrs={"shape": local})
+    return f"the split axis begins no axis of the result that parts into {call.ranks}"
+
+
+def _place_permute(call: PlacedCall) -> Placing | str:
+    lies = call.lies.get("x")
+    if not isinstance(lies, Split):
+        return linear_map(call)
+    return Placing((Split(call.attrs["dims"].index(lies.axis)),))
+
+
+def _demand_expand(call: Sized) -> None:
+    call.same(call.extents["shape"], call.outs[0])
+    call.broadcast(call.type("x"), call["x"], call.outs[0], call.results[0].shape)
+
+
+def _demand_slice(call: Sized) -> None:
+    axis = axis_of(call.attrs["axis"], call.type("x").rank)
+    x, out = call["x"], call.outs[0]
+    call.same(outside(x, axis), outside(out, axis))
+    start, end, step = call.extents["start"], call.extents["end"], call.attrs["step"]
+    call.system.at_most(end, x[axis])
+    first, last, taken = call.attrs["start"], call.attrs["end"], call.results[0].shape[axis]
+    over = taken * step - (last - first)  # 0:63:2 takes 32 elements, one step beyond its end
+    spare = Extent.number(over if isinstance(over, int) else 0)
+    call.system.equate(end + spare, start + Extent.number(step) * out[axis])
+
+
+def demand_parts(call: Sized, parts: Sequence[Shape], whole: Shape) -> None:
+    """`whole` is the parts, one after another along the axis that an attribute names."""
+    axis = axis_of(call.attrs["axis"], len(whole))
+    total = Extent.number(0)
+    for part in parts:
+        call.same(outside(part, axis), outside(whole, axis))
+        total = total + part[axis]
+    call.system.equate(total, whole[axis])
+
+
+def _demand_split(call: Sized) -> None:
+    axis = axis_of(call.attrs["axis"], len(call["x"]))
+    call.same(call.extents["sizes"], [out[axis] for out in call.outs])
+    demand_parts(call, call.outs, call["x"])
+
+
+def _demand_stack(call: Sized) -> None:
+    out = call.outs[0]
+    for _, x in call.given():
+        call.same(x, out[1:])
+    if not call.in_weights:  # in a weight expression, operands are dropped
+        call.system.equate(out[0], Extent.number(len(call.ins)))
+
+
+def demand_index(call: Sized) -> None:
+    """An index has at most the extents of what it looks into, outside of its axis."""
+    axis = axis_of(call.attrs["axis"], len(call["x"]))
+    for wanted, there in zip(outside(call["index"], axis), outside(call["x"], axis), strict=True):
+        call.system.at_most(wanted, there)
+
+
+def _demand_gather(call: Sized) -> None:
+    call.same(call["index"], call.outs[0])
+    demand_index(call)
+
+
+def _demand_take(call: Sized) -> None:
+    x, index = call["x"], call["index"]
+    axis = axis_of(call.attrs["axis"], len(x))
+    call.same([*x[:axis], *index, *x[axis + 1 :]], call.outs[0])
+
+
 reshape = op(
     "reshape(x: T[...]; shape: dims) -> T[...]",
-    Traits(Role.VIEW, flops=nothing),
+    Traits(Role.VIEW, flops=nothing, demand=_demand_reshape, place=_place_reshape),
     reference=lambda x, shape: x.reshape(shape),
     doc="The same elements in row-major order under another shape.",
     example="f32[2,3,4] {shape=[6,4]}",
@@ -154,7 +262,12 @@ reshape = op(
 )
 permute = op(
     "permute(x: T[...]; dims: ints) -> T[...]",
-    Traits(Role.VIEW, flops=nothing),
+    Traits(
+        Role.VIEW,
+        flops=nothing,
+        demand=lambda c: c.same([c["x"][d] for d in c.attrs["dims"]], c.outs[0]),
+        place=_place_permute,
+    ),
     reference=lambda x, dims: x.permute(dims),
     doc="Axis i of the result is axis dims[i] of x.",
     example="f32[2,3,4] {dims=[2,0,1]}",
@@ -163,7 +276,7 @@ permute = op(
 )
 expand = op(
     "expand(x: T[...]; shape: dims) -> T[...]",
-    Traits(Role.VIEW, flops=nothing),
+    Traits(Role.VIEW, flops=nothing, demand=_demand_expand),
     reference=lambda x, shape: x.expand(shape),
     doc="Broadcast x to a shape.",
     example="f32[3,1] {shape=[2,3,4]}",
@@ -172,7 +285,7 @@ expand = op(
 )
 slice_ = op(
     "slice(x: T[...]; axis: int, start: dim, end: dim, step: int = 1) -> T[...]",
-    Traits(Role.VIEW, flops=nothing),
+    Traits(Role.VIEW, flops=nothing, demand=_demand_slice, place=other_axes),
     reference=_slice,
     doc="Elements start, start+step, … below end of one axis.",
     example="f32[2,7] {axis=1, start=1, end=6, step=2}",
@@ -181,7 +294,11 @@ slice_ = op(
 )
 concat = op(
     "concat(xs: T[...]...; axis: int) -> T[...]",
-    Traits(Role.JOIN, flops=nothing),
+    Traits(
+        Role.JOIN,
+        flops=nothing,
+        demand=lambda c: demand_parts(c, [x for _, x in c.given()], c.outs[0]),
+    ),
     reference=lambda *xs, axis: torch.cat(xs, axis),
     doc="Operands one after another along an axis.",
     example="f32[2,3], f32[2,1], f32[2,2] {axis=-1}",
@@ -189,7 +306,7 @@ concat = op(
 )
 stack = op(
     "stack(xs: T[*n]...) -> T[...]",
-    Traits(Role.JOIN, flops=nothing),
+    Traits(Role.JOIN, flops=nothing, demand=_demand_stack),
     reference=lambda *xs: torch.stack(xs),
     doc="Operands of one shape along a new leading axis.",
     example="f32[2,3], f32[2,3]",
@@ -197,7 +314,7 @@ stack = op(
 )
 split = op(
     "split(x: T[...]; sizes: dims, axis: int = -1) -> T[...]",
-    Traits(Role.VIEW, flops=nothing),
+    Traits(Role.VIEW, flops=nothing, demand=_demand_split, place=other_axes),
     reference=lambda x, sizes, axis: x.split(list(sizes), axis),
     doc="Consecutive parts of one axis, one result each.",
     example="f32[2,7] {sizes=[3,4]}",
@@ -206,7 +323,7 @@ split = op(
 )
 gather = op(
     "gather(x: T[...], index: i64[...]; axis: int) -> T[...]",
-    Traits(Role.LOOKUP, flops=nothing, reads={"x": each_result}),
+    Traits(Role.LOOKUP, flops=nothing, reads={"x": each_result}, demand=_demand_gather),
     reference=lambda x, index, axis: x.gather(axis, index),
     doc="Element-wise lookup along an axis (torch.gather).",
     example="f32[2,3], i64[2,2]=1 {axis=1}",
@@ -216,7 +333,7 @@ gather = op(
 )
 take = op(
     "take(x: T[...], index: i64[...]; axis: int) -> T[...]",
-    Traits(Role.LOOKUP, flops=nothing, reads={"x": each_result}),
+    Traits(Role.LOOKUP, flops=nothing, reads={"x": each_result}, demand=_demand_take),
     reference=_take,
     doc="Whole slices of an axis by index; the axis becomes the index's axes.",
     example="f32[4,3], i64[2,2]=3 {axis=0}",
@@ -226,7 +343,7 @@ take = op(
 )
 select_rows = op(
     "select_rows(x: T[b, s, d], index: i64[b, l]) -> T[b, l, d]",
-    Traits(Role.LOOKUP, flops=nothing, reads={"x": each_result}),
+    Traits(Role.LOOKUP, flops=nothing, reads={"x": each_result}, place=linear_map),
     reference=lambda x, index: x.gather(1, index[..., None].expand(-1, -1, x.shape[-1])),
     doc="Rows index[b, :] of each sequence: the tokens whose logits are wanted.",
     example="f32[2,5,3], i64[2,2]=4",
@@ -234,7 +351,7 @@ select_rows = op(
 )
 full = op(
     "full(; shape: dims, value: float, dtype: dtype) -> T[...]",
-    Traits(Role.CONSTANT, flops=nothing),
+    Traits(Role.CONSTANT, flops=nothing, demand=lambda c: c.same(c.extents["shape"], c.outs[0])),
     reference=_full,
     doc="A tensor of one value; a scalar constant has the shape [].",
     example=" {shape=[2,3], value=0.5, dtype=f32}",
@@ -242,7 +359,11 @@ full = op(
 )
 arange = op(
     "arange(; start: dim, end: dim, dtype: dtype) -> T[...]",
-    Traits(Role.CONSTANT, flops=nothing),
+    Traits(
+        Role.CONSTANT,
+        flops=nothing,
+        demand=lambda c: c.system.equate(c.extents["end"], c.extents["start"] + c.outs[0][0]),
+    ),
     reference=lambda start, end, dtype: torch.arange(start, end, dtype=dtype.torch),
     doc="start, start+1, … below end.",
     example=" {start=2, end=7, dtype=i64}",

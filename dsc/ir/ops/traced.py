@@ -9,7 +9,8 @@ from dsc.ir.dims import Dim
 from dsc.ir.lazy import LazyModule
 from dsc.ir.op import TypeMismatch, op
 from dsc.ir.ops.pointwise import broadcast
-from dsc.ir.ops.shape import axis_of, check_index, slice_extent
+from dsc.ir.ops.shape import axis_of, check_index, demand_index, outside, slice_extent
+from dsc.ir.sized import Sized
 from dsc.ir.traits import ASCENDING, Call, Form, Role, Traits, Within, nothing
 from dsc.ir.types import DType, TensorType
 
@@ -84,6 +85,37 @@ def _sdpa_flops(call: Call) -> Dim:
     return 2 * call.dim("t") * (call["q"].numel + call.results[0].numel)
 
 
+def _demand_sdpa(call: Sized) -> None:
+    q, k = call.type("q").shape, call.type("k").shape
+    batch = [*zip(call.dims["*b"], call.dims["*c"], q[:-2], k[:-2], strict=True)]
+    for mine, theirs, many, few in batch:
+        call.in_proportion(mine, theirs, (many, few))
+    if "mask" in call:
+        scores = [*call.dims["*b"], call.dims["s"], call.dims["t"]]
+        call.broadcast(call.type("mask"), call["mask"], scores, (*q[:-1], k[-2]))
+
+
+def _demand_slice_scatter(call: Sized) -> None:
+    x, part = call["x"], call["part"]
+    axis = axis_of(call.attrs["axis"], len(x))
+    call.same(x, call.outs[0])
+    call.same(outside(x, axis), outside(part, axis))
+    call.system.at_most(call.extents["end"], x[axis])
+    call.system.equate(call.extents["end"], call.extents["start"] + part[axis])
+
+
+def _demand_scatter(call: Sized) -> None:
+    demand_index(call)
+    call.broadcast(call.type("values"), call["values"], call["index"], call.type("index").shape)
+
+
+def _demand_index_put(call: Sized) -> None:
+    x, index = call["x"], call["index"]
+    call.same(x, call.outs[0])
+    dims = (*call.type("index").shape, *call.type("x").shape[1:])
+    call.broadcast(call.type("values"), call["values"], [*index, *x[1:]], dims)
+
+
 sdpa = op(
     "sdpa(q: T[*b, s, d], k: T[*c, t, d], v: T[*c, t, e], mask: any[...]?; scale: float,"
     " causal: bool = false, grouped: bool = false) -> T[*b, s, e]",
@@ -92,6 +124,7 @@ sdpa = op(
         Form.TRACED,
         flops=_sdpa_flops,
         of_nothing=0.0,
+        demand=_demand_sdpa,
     ),
     reference=_sdpa,
     doc="torch's scaled_dot_product_attention; a bool mask keeps what is true, a float one adds.",
@@ -99,7 +132,13 @@ sdpa = op(
 )
 slice_scatter = op(
     "slice_scatter(x: T[...], part: T[...]; axis: int, start: dim, end: dim) -> T[...]",
-    Traits(Role.WRITE, Form.TRACED, flops=nothing, updates="part"),
+    Traits(
+        Role.WRITE,
+        Form.TRACED,
+        flops=nothing,
+        updates="part",
+        demand=_demand_slice_scatter,
+    ),
     reference=lambda x, part, axis, start, end: torch.slice_scatter(x, part, axis, start, end),
     doc="A copy of x with start..end-1 of an axis replaced by part.",
     example="f32[2,7], f32[2,3] {axis=1, start=2, end=5}",
@@ -107,7 +146,7 @@ slice_scatter = op(
 )
 scatter = op(
     "scatter(x: T[*n], index: i64[...], values: T[...]; axis: int) -> T[*n]",
-    Traits(Role.WRITE, Form.TRACED, flops=nothing, updates="index"),
+    Traits(Role.WRITE, Form.TRACED, flops=nothing, updates="index", demand=_demand_scatter),
     reference=lambda x, index, values, axis: x.scatter(axis, index, values.expand(index.shape)),
     doc="A copy of x with values placed by index along an axis (torch.scatter).",
     example="f32[2,4], i64[2,1]=3, f32[] {axis=1}",
@@ -116,7 +155,7 @@ scatter = op(
 )
 index_put = op(
     "index_put(x: T[...], index: i64[...], values: T[...]; accumulate: bool = false) -> T[...]",
-    Traits(Role.WRITE, Form.TRACED, flops=nothing, updates="index"),
+    Traits(Role.WRITE, Form.TRACED, flops=nothing, updates="index", demand=_demand_index_put),
     reference=_index_put,
     doc="A copy of x with rows x[index] set to values, or increased by them.",
     example="f32[4,3], i64[2]=3, f32[2,3] {accumulate=true}",
@@ -135,8 +174,14 @@ sort = op(
     gives={1: Within("0", "extent-1")},
 )
 histc = op(
-    "histc(x: T[...]; bins: int) -> T[bins]",
-    Traits(Role.OTHER, Form.TRACED, of_nothing=0.0, samples={"x": Within("0", "bins")}),
+    "histc(x: T[...]; bins: extent) -> T[bins]",
+    Traits(
+        Role.OTHER,
+        Form.TRACED,
+        of_nothing=0.0,
+        samples={"x": Within("0", "bins")},
+        demand=lambda c: None,  # counts do not depend on how the numbers lie
+    ),
     reference=_histc,
     doc="Counts of the integers 0 .. bins-1.",
     example="i64[6]=4 {bins=5}",
