@@ -75,11 +75,17 @@ class Capabilities:
 
 @dataclass(frozen=True)
 class EmitOptions:
-    """What a user asked of code generation."""
+    """What a user asked of code generation.
+
+    Without `reuse` no two buffers of a plan overlap. `admit` is called with the plan once there is
+    one, before the expensive part; it raises what is wrong with it.
+    """
 
     targets: tuple[Target, ...] = (Target("cpu"),)
     threads: int | None = None
     progress: Progress | None = None
+    reuse: bool = True
+    admit: Callable[[Plan], None] = lambda plan: None
     extra: Mapping[str, Any] = field(default_factory=dict)
 
 

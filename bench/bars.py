@@ -7,7 +7,6 @@ commit is the same. `python -m bench.bars NAME …` measures some again.
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
 import platform
@@ -28,7 +27,6 @@ TEXT = ROOT.parent / "shared" / "text" / "valid.txt"
 BACKENDS = ("reference", "onnxruntime", "tvm")
 PORTABLE = ("x86-64", "x86-64-v3")
 """CPUs without AVX-512 that code is also made for."""
-DENSE_REGIONS = {"null": 11, "tvm": 12, "triton": 13}
 """At most so many regions of a dense layer's decode step at level 3."""
 Figures = dict[str, Any]
 
@@ -219,71 +217,20 @@ def attention_block() -> Figures:
 
 
 def arenas() -> Figures:
-    """The planned arena against the peak of live bytes: at most 1.05 for prefill and decode."""
-    from dsc import backends, pipeline
-    from dsc.frontends.load import load_program
-    from dsc.models import v3
-    from dsc.targets import Target
+    """Arenas, scratch included, against the most live bytes over launches: at most 1.05."""
+    from bench.plans import arenas as measure
 
-    ratios = {}
-    for name in ("tiny", "16b", "671b"):
-        program = load_program(v3.__file__, config=name, weights="none").program
-        options = pipeline.PipelineOptions()
-        done, _ = pipeline.run(program, backends.get("null"), Target("cpu"), options)
-        for entry in ("decode", "prefill"):
-            plan = done.memory[entry]
-            ratios[f"{name} {entry}"] = round(plan.size / plan.lower_bound, 4)
-    return {"ok": max(ratios.values()) <= 1.05, **ratios}
+    return measure()
 
 
 def fusion() -> Figures:
-    """Regions a layer of tiny-v3's decode step, by level and backend; what levels compute agrees.
+    """Launches a layer of tiny-v3's decode step, by level and backend; what levels compute agrees.
 
-    Of a dense layer, tvm keeps rope apart from q_b_proj, and triton the norms apart, which are
-    side by side.
+    A dense layer needs fewer than a MoE layer; triton's regions are lowered operator by operator.
     """
-    import torch
+    from bench.plans import launches
 
-    import dsc
-
-    ids = torch.randint(2048, (2, 24), generator=torch.Generator().manual_seed(0))
-    logits = []
-    for level in range(4):
-        run = dsc.compile(
-            TINY, backend="reference", dtype="fp32", fusion_level=level, max_context=64
-        ).session(max_batch=2)
-        parts = [run.prefill(ids), *(run.decode(ids[:, i]) for i in range(4))]
-        logits.append(torch.stack(parts))
-    counts, names = {}, {}
-    for backend in DENSE_REGIONS:
-        levels = [_regions(backend, level) for level in range(4)]
-        counts[backend] = [[len(found[layer]) for found in levels] for layer in ("0", "1")]
-        names[backend] = levels[3]["1"]
-    difference = max(float((x - logits[0]).abs().max()) for x in logits)
-    fewer = all(a > b for _, moe in counts.values() for a, b in itertools.pairwise(moe))
-    fewer = fewer and all(a > b for a, b in itertools.pairwise(counts["null"][0]))
-    few = all(dense[3] <= DENSE_REGIONS[b] and moe[3] <= 14 for b, (dense, moe) in counts.items())
-    return {
-        "ok": fewer and few and difference <= 1e-4,
-        "dense": {backend: dense for backend, (dense, _) in counts.items()},
-        "moe": {backend: moe for backend, (_, moe) in counts.items()},
-        "max_difference": difference,
-        "regions of a MoE layer": names,
-    }
-
-
-def _regions(backend: str, level: int) -> dict[str, list[str]]:
-    """The kernels of tiny-v3's decode step, by layer."""
-    from dsc import backends, pipeline
-    from dsc.frontends.load import load_program
-    from dsc.targets import Target
-
-    target = Target("cuda:sm_90" if backend == "triton" else "cpu")
-    options = pipeline.PipelineOptions(fusion_level=level)
-    _, records = pipeline.run(load_program(TINY).program, backends.get(backend), target, options)
-    facts = next(r for r in records if r.name == "fuse").report.facts
-    found: dict[str, list[str]] = facts["regions"]["decode"]
-    return found
+    return launches()
 
 
 def ranks() -> Figures:

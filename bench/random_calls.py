@@ -437,14 +437,15 @@ def interpreter_door(folder: Path, program: Program) -> Door:
     from dsc.backends.triton.interpret import InterpretedProgram, Kernels
     from dsc.backends.triton.launch import LaunchProgram
     from dsc.runtime.admission import Admitted
+    from dsc.runtime.plan import Plan
 
-    text = (folder / "triton" / "interpret" / "launches.json").read_text()
+    plan = Plan.from_json((folder / "triton" / "interpret" / "plan.json").read_bytes())
     weights = load_file(folder / "weights" / "model.safetensors")
     kernels = Kernels(folder / "triton" / "kernels")
-    inside = InterpretedProgram(LaunchProgram.from_json(text), kernels, weights)
+    inside = InterpretedProgram(LaunchProgram.of(plan), kernels, weights)
     executable: Any = InterpretedExecutable.__new__(InterpretedExecutable)
     Admitted.__init__(executable, program)
-    executable._interpret = inside.run
+    executable._entries, executable._interpret = plan.entries, inside.run
     return _tensor_door(executable)
 
 

@@ -97,7 +97,7 @@ def program_of(found: list[Bench]) -> Program:
         inputs = [b.input(f"x{j}", t) for j, (t, _) in enumerate(plain)]
         entries[f"k{i}"] = b.finish(b.call(bench.op, *inputs, **attrs), ("y",))
     program = Program("bench", entries, stage=Stage.OPTIMIZED)
-    return pipeline.apply(program, ["plan_memory"])
+    return pipeline.apply(program, ["own_outputs"])
 
 
 def load(program: Program, target: str, threads: int) -> Executable:

@@ -6,6 +6,7 @@ import shutil
 import tempfile
 import time
 import weakref
+from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -28,10 +29,12 @@ from dsc.ir.program import Program
 from dsc.ir.ranks import ranks_of
 from dsc.ir.segments import cut
 from dsc.ir.types import PRECISIONS
-from dsc.report import build_report, cache_bytes
+from dsc.report import build_report, cache_bytes, cache_rows
 from dsc.rewrite.manager import NOT_PASSES, Watch
 from dsc.runtime import artifact as artifacts
 from dsc.runtime import sharded
+from dsc.runtime.check_plan import check_plan
+from dsc.runtime.plan import Plan
 from dsc.runtime.segmented import SegmentedExecutable
 from dsc.runtime.session import Session, check_limits
 from dsc.settings import debug_mode, memory_limit
@@ -328,16 +331,14 @@ def compile(
         done = pipeline.prepare(loaded.program, chosen, targets[0], options)
         loaded.notes.append(f"the whole program runs on {fallback}: {refused.what}")
     optimised = time.perf_counter()
-    check_memory(done.program, targets[0], limits.max_batch, limits.max_context)
-    emission = chosen.emit(
-        done.emitted,
-        EmitOptions(
-            targets=targets,
-            threads=threads,
-            progress=progress,
-            extra=extra,
-        ),
-    )
+    program, emitted, records = done
+
+    def admit(plan: Plan) -> None:
+        check_plans(plan, emitted)
+        check_memory(program, plan, targets[0], limits)
+
+    asked = EmitOptions(targets, threads, progress, extra=extra, admit=admit)
+    emission = chosen.emit(emitted, asked)
     if ranks > 1:  # run.py knows one process
         emission = replace(emission, runner="")
     seconds = {
@@ -346,9 +347,11 @@ def compile(
         "emit": round(time.perf_counter() - optimised, 3),
     }
     return CompiledModel(
-        program=done.program,
+        program=program,
         backend=chosen.name,
-        report=build_report(done.program, done.records, seconds, [*loaded.notes, *emission.notes]),
+        report=build_report(
+            program, records, seconds, [*loaded.notes, *emission.notes], emission.plan
+        ),
         targets=tuple(str(t) for t in targets),
         source=loaded.source,
         _emission=emission,
@@ -396,38 +399,55 @@ def compile_program(
     chosen = backends.get(backend) if backend else best_backend()
     if program.is_causal_lm:
         program = program.limited(Limits())
-    options = pipeline.PipelineOptions(fusion_level=fusion_level, memory_reuse=memory_reuse)
+    options = pipeline.PipelineOptions(fusion_level=fusion_level)
     done, records = pipeline.run(program, chosen, Target("cpu"), options)
-    check_memory(done, Target("cpu"), max_batch=1, max_context=1)
-    emission = chosen.emit(done, EmitOptions())
+
+    def admit(plan: Plan) -> None:
+        check_plans(plan, done)
+        check_memory(done, plan, Target("cpu"), Limits(1, 1, 1))
+
+    emission = chosen.emit(done, EmitOptions(reuse=memory_reuse, admit=admit))
     return CompiledModel(
         program=done,
         backend=chosen.name,
-        report=build_report(done, records, {}, []),
+        report=build_report(done, records, {}, [], emission.plan),
         _emission=emission,
     )
 
 
-def check_memory(program: Program, target: Target, max_batch: int, max_context: int) -> None:
-    """Raise `MemoryLimitError` when the plan needs more than the limit set for its device."""
+def check_plans(plan: Plan, program: Program) -> None:
+    """Raise `VerificationError` for a plan that a lowering or the planner got wrong."""
+    for name, entry in plan.entries.items():
+        check_plan(entry, program.symbols, name)
+
+
+def check_memory(program: Program, plan: Plan, target: Target, limits: Limits) -> None:
+    """Raise `MemoryLimitError` when a plan needs more than the limit set for its device."""
     limit = memory_limit(target.kind)
     if limit is None:
         return
     weights = sum(cast(int, t.nbytes) for t in program.weight_types().values())
-    arena = max((plan.size for plan in program.memory.values()), default=0)
-    cache = cache_bytes(program) * max_batch * max_context
-    if weights + arena + cache > limit:
-        parts = f"weights {weights / 1e6:.1f}, arena {arena / 1e6:.1f}, caches {cache / 1e6:.1f} MB"
-        rest = limit - weights - arena
-        per_token = cache_bytes(program) * max_batch
+    arena = plan.needed_bytes
+    per_token = cache_bytes(program) * limits.max_batch
+
+    def caches(max_context: int) -> int:
+        return per_token * cache_rows(program, replace(limits, max_context=max_context))
+
+    need = weights + arena + caches(limits.max_context)
+    if need > limit:
+        parts = (
+            f"weights {weights / 1e6:.1f}, arena {arena / 1e6:.1f},"
+            f" caches {caches(limits.max_context) / 1e6:.1f} MB"
+        )
+        shorter = range(limits.max_context)
+        fitting = bisect_right(shorter, limit - weights - arena, key=caches) - 1
         fits = (
-            f"max_context={rest // per_token} would fit"
-            if per_token and rest >= per_token
+            f"max_context={fitting} would fit"
+            if fitting > 0
             else "a smaller prefill_chunk shrinks the arena; the weights stay"
         )
         raise MemoryLimitError(
-            f"{(weights + arena + cache) / 1e6:.1f} MB on {target.kind}, the limit is"
-            f" {limit / 1e6:.1f} MB ({parts})",
+            f"{need / 1e6:.1f} MB on {target.kind}, the limit is {limit / 1e6:.1f} MB ({parts})",
             hint=f"raise it with dsc.set_memory_limit, or compile for less: {fits}",
         )
 

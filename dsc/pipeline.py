@@ -27,7 +27,6 @@ from dsc.rewrite.base import Pass
 from dsc.rewrite.explain import explain_pass
 from dsc.rewrite.manager import NOT_PASSES, Manager, PassRecord, Watch
 from dsc.rewrite.regions import inline_graph
-from dsc.runtime.check_plan import check_plan
 from dsc.targets import Target, parse_target
 
 CACHES = ("contiguous", "paged")
@@ -44,7 +43,6 @@ class PipelineOptions:
     """What a user asked of the passes."""
 
     fusion_level: int = 3
-    memory_reuse: bool = True
     prefill_chunk: int = 512
     cache: str = "contiguous"
     ranks: int = 1
@@ -69,7 +67,6 @@ class Part(StrEnum):
     RAISE = "raise"
     OPTIMISE = "optimise"
     LOWER = "lower"
-    PLAN = "plan"
     EMIT = "emit"
 
 
@@ -149,14 +146,10 @@ SLOTS = (
             "asked": s.asked.fusion_level if s.asked.fusion_level > s.can.fuse else None,
         },
     ),
-    Slot(
-        Part.PLAN, "plan_memory", "PlanMemory",
-        options=lambda s: {"reuse": s.asked.memory_reuse},
-    ),
+    Slot(Part.LOWER, "own_outputs", "OwnOutputs"),
     Slot(
         Part.EMIT, "cut_at_collectives", "CutAtCollectives",
         lambda s: s.asked.ranks != 1 and not s.can.collectives,
-        lambda s: {"reuse": s.asked.memory_reuse},
     ),
 )  # fmt: skip
 PASSES: Mapping[str, str] = {slot.name: slot.place for slot in SLOTS}
@@ -267,8 +260,6 @@ def prepare(
     if options.cache == PAGED:
         _check_paged(done, manager.records)
     check_supported(emitted, backend)
-    for name, found in emitted.memory.items():
-        check_plan(emitted.entries[name], found, emitted.symbols)
     return Prepared(done.pruned(), emitted.pruned(), manager.records)
 
 
@@ -321,11 +312,11 @@ def _made(passes: Sequence[Pass | str]) -> Iterator[Pass]:
 
 
 def _ready(program: Program, each: Pass) -> Program:
-    """The program at a stage that a pass takes: its plan dropped, its regions opened again."""
+    """The program at a stage that a pass takes: its regions opened again."""
     if program.stage in each.needs:
         return program
     if program.stage >= Stage.LOWERED and Stage.OPTIMIZED in each.needs:
-        return replace(program.map_entries(inline_graph), memory={}).at(Stage.OPTIMIZED)
+        return program.map_entries(inline_graph).at(Stage.OPTIMIZED)
     wanted = " or ".join(s.name for s in sorted(each.needs))
     if program.stage < min(each.needs):
         passes = shlex.quote(",".join([*_before(each.name, program), each.text]))

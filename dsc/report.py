@@ -1,6 +1,7 @@
 """What report.json holds: what every pass did, and what each entry costs, layer by layer.
 
 Costs (`dsc.ir.costs`) are read off the final program at stated points: sizes of its symbols.
+Launches and memory are those of the plan that the backend made of it.
 """
 
 from __future__ import annotations
@@ -13,12 +14,14 @@ from typing import Any, cast
 from dsc.ir import regions
 from dsc.ir.costs import Costs, Sizes, node_costs, total
 from dsc.ir.graph import Graph, Node, Value
-from dsc.ir.layers import by_layer
+from dsc.ir.layers import by_layer, home, layer_of
+from dsc.ir.limits import Limits
 from dsc.ir.paging import page_rows
 from dsc.ir.program import Program, is_causal_step
 from dsc.ir.weights import sources
 from dsc.rewrite.manager import PassRecord
 from dsc.runtime.caches import cache_specs
+from dsc.runtime.plan import EntryPlan, Plan
 
 CONTEXTS = (1024, 4096)
 """Tokens in the cache at the points where costs are stated."""
@@ -32,19 +35,20 @@ def build_report(
     records: Sequence[PassRecord],
     seconds: Mapping[str, float],
     notes: Sequence[str],
+    plan: Plan | None = None,
 ) -> dict[str, Any]:
-    """The report of a compile, as JSON values."""
+    """The report of a compile, as JSON values; without a plan it tells of no launches."""
     return {
         "seconds": dict(seconds),
         "passes": [r.as_dict() for r in records],
-        "entries": {name: entry_report(program, name) for name in program.entries},
+        "entries": {name: entry_report(program, name, plan) for name in program.entries},
         "notes": list(notes),
         "cache_bytes_per_token": cache_bytes(program),
         "parameters": parameter_count(program),
     }
 
 
-def entry_report(program: Program, name: str) -> dict[str, Any]:
+def entry_report(program: Program, name: str, plan: Plan | None = None) -> dict[str, Any]:
     """What one entry holds and costs: at the first point as a whole and by layer, at all in sum."""
     graph = program.entries[name]
     costs = node_costs(graph)
@@ -63,10 +67,26 @@ def entry_report(program: Program, name: str) -> dict[str, Any]:
         "points": [{"at": at, **found} for at, found in zip(points, sums, strict=True)],
         "layers": layer_reports(graph, costs, points[0]),
     }
-    if name in program.memory:
-        plan = program.memory[name]
-        entry |= {"arena_bytes": plan.size, "arena_lower_bound": plan.lower_bound}
+    plans = [] if plan is None else plan.of(name)
+    if plans:
+        entry |= {
+            "launches": sum(len(p.launches) for p in plans),
+            "arena_bytes": max(p.arena_bytes for p in plans),
+            "arena_lower_bound": max(p.lower_bound for p in plans),
+            "allocator": plans[0].allocator,
+        }
+        counts = launches_by_layer(graph, plans)
+        for layer in entry["layers"]:
+            layer["launches"] = counts.pop(layer["layer"], 0)
+        entry["other_launches"] = sum(counts.values())
     return entry
+
+
+def launches_by_layer(graph: Graph, plans: Sequence[EntryPlan]) -> dict[str, int]:
+    """Launches for each part of a model; of what runs a graph as a whole, one `elsewhere`."""
+    homes = {node.outputs[0].name: home(node) for node in graph.nodes}
+    launches = (launch for plan in plans for launch in plan.launches)
+    return dict(Counter(layer_of(homes.get(x.node, x.loc)) for x in launches))
 
 
 def sizes_at(program: Program, graph: Graph, name: str, context: int) -> dict[str, int]:
@@ -127,3 +147,18 @@ def cache_bytes(program: Program) -> int:
     """Bytes of all caches that one token takes."""
     graph = next(iter(program.entries.values()))
     return sum(cache_width(spec.input) for spec in cache_specs(graph))
+
+
+def cache_rows(program: Program, limits: Limits) -> int:
+    """Rows of caches that a session holds for each sequence, at most.
+
+    Rows that a step writes in place may be padding, behind the context; caches that a step returns
+    grown lie beside those that it was given.
+    """
+    graph = next(iter(program.entries.values()))
+    rows = page_rows(graph)
+    if rows is not None:
+        return -(-limits.max_context // rows) * rows
+    grown = limits.max_context + limits.prefill_chunk
+    in_place = all(spec.in_place for spec in cache_specs(graph))
+    return grown if in_place else limits.max_context + grown

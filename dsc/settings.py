@@ -28,7 +28,7 @@ def set_memory_limit(device: str, megabytes: float | None) -> None:
         return
     if megabytes <= 0:
         raise UsageError(f"a memory limit of {megabytes} MB", hint="give a positive number of MB")
-    _memory_limits[device] = int(megabytes * _MEGABYTE)
+    _memory_limits[device] = round(megabytes * _MEGABYTE)
 
 
 def memory_limit(device: str) -> int | None:

@@ -1,7 +1,7 @@
 """Cut entries at their collectives, for backends that speak to no other rank.
 
 What           each stretch of an entry between two collectives becomes an entry of its own,
-               `decode_0` and so on, with a memory plan; collectives are left out.
+               `decode_0` and so on, that owns its outputs; collectives are left out.
 Why it pays    a backend that knows nothing of ranks runs a sharded program: it emits the segments,
                and the run time (`dsc/runtime/segmented.py`) calls them with collectives between.
 Preconditions  stage PLANNED. A session still runs the program as it was before: this is what the
@@ -29,15 +29,13 @@ from dsc.ir.program import Program
 from dsc.ir.segments import cut, joined
 from dsc.ir.stages import Stage
 from dsc.ir.traits import Role
-from dsc.passes.plan_memory import PlanMemory
+from dsc.passes.own_outputs import OwnOutputs
 from dsc.rewrite.base import Pass, PassReport
 
 
 @dataclass(frozen=True)
 class CutAtCollectives(Pass):
-    """Make every segment an entry and plan its memory; `reuse` as `plan_memory` has it."""
-
-    reuse: bool = True
+    """Make every segment an entry."""
 
     needs = frozenset({Stage.PLANNED})
     ensures = Stage.PLANNED
@@ -46,7 +44,7 @@ class CutAtCollectives(Pass):
         """Cut all entries."""
         nodes = [n for graph in program.entries.values() for n in graph.nodes]
         report.fire("cut", sum(traits_of(n.op).role is Role.COLLECTIVE for n in nodes))
-        return PlanMemory(self.reuse).run(cut(program), report)
+        return OwnOutputs().run(cut(program), report)
 
     def comparable(self, before: Program, after: Program) -> Program:
         """The segments put together again with the collectives of `before`."""

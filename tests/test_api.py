@@ -100,11 +100,14 @@ def test_the_report_says_what_happened(tmp_path: Path) -> None:
 def test_a_memory_limit_refuses_and_says_what_would_fit() -> None:
     dsc.set_memory_limit("cpu", 0.016)
     try:
+        options: dict[str, Any] = {"backend": "null", "max_batch": 4, "prefill_chunk": 8}
         with pytest.raises(MemoryLimitError, match="max_context=") as refused:
-            dsc.compile(small_lm(), backend="null", max_batch=4, max_context=32)
+            dsc.compile(small_lm(), max_context=96, **options)
         hint = refused.value.hint or ""
         fits = int(hint.partition("max_context=")[2].partition(" ")[0])
-        dsc.compile(small_lm(), backend="null", max_batch=4, max_context=fits)
+        dsc.compile(small_lm(), max_context=fits, **options)
+        with pytest.raises(MemoryLimitError):
+            dsc.compile(small_lm(), max_context=fits + 1, **options)
     finally:
         dsc.set_memory_limit("cpu", None)
 
@@ -134,7 +137,7 @@ def test_dumps_are_numbered_and_parse(tmp_path: Path) -> None:
     dsc.compile(small_lm(), backend="null", dump_dir=tmp_path)
     *texts, listed = sorted(tmp_path.iterdir())
     assert texts[0].name == "00_input.dsc"
-    assert texts[-1].name.endswith("_plan_memory.dsc")
+    assert texts[-1].name.endswith("_own_outputs.dsc")
     assert listed.read_text().count("\n") == len(texts) - 1
     for path in texts:
         parse_program(path.read_text())

@@ -85,7 +85,6 @@ LAYERS = {
         "dsc.passes",
         "dsc.targets",
         "dsc.backends.base",
-        "dsc.runtime.check_plan",
     ),
     "dsc.models": ("dsc.models", "dsc.ir", "dsc.frontends"),
 }
@@ -93,9 +92,7 @@ BACKEND = (
     "dsc.ir",
     "dsc.targets",
     "dsc.rewrite",
-    "dsc.runtime.admission",
-    "dsc.runtime.plan",
-    "dsc.runtime.profiler",
+    "dsc.runtime",
     "dsc.backends.base",
 )
 # The runtime runs what was compiled, and must not need the compiler.

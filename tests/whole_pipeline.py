@@ -23,6 +23,7 @@ from dsc.ir.verifier import verify
 from dsc.rewrite.manager import Manager, PassRecord, Watch
 from dsc.rewrite.verify import Comparison, compare_programs
 from dsc.runtime.check_plan import check_plan
+from dsc.runtime.nodes import plan_nodes
 from dsc.targets import Target
 
 TOLERANCE = 2e-4
@@ -30,7 +31,7 @@ TOLERANCE = 2e-4
 LOOSE = 0.06
 """Of bf16 against bf16, where every intermediate is rounded to 8 bits and again elsewhere."""
 ROUTED = frozenset({"topk", "route"})
-UNCOUNTED = frozenset({"raise_canonical", "name_values", "plan_memory"})
+UNCOUNTED = frozenset({"raise_canonical", "name_values", "own_outputs"})
 """Passes that rewrite the whole and count nothing."""
 PARTIAL = frozenset({"tvm", "onnxruntime"})
 """Backends that do not take every operator."""
@@ -86,7 +87,6 @@ def transformed(program: Program, setting: Setting) -> tuple[Program, list[PassR
     """The program after all passes; for `every` grouped experts are among them."""
     options = pipeline.PipelineOptions(
         fusion_level=setting.fusion_level,
-        memory_reuse=setting.memory_reuse,
         prefill_chunk=8,
         ranks=setting.ranks,
         watch=Watch(verify_each=setting.verify_each),
@@ -113,8 +113,8 @@ def check(program: Program, setting: Setting, tally: Tally | None = None) -> Non
     verify(done)
     text = print_program(done)
     assert print_program(parse_program(text)) == text, "the text does not read back the same"
-    for name, plan in done.memory.items():
-        check_plan(done.entries[name], plan, done.symbols)
+    for name, plan in plan_nodes(done, {}, setting.memory_reuse).entries.items():
+        check_plan(plan, done.symbols, name)
     found = compared(program, done)
     assert found.ok, str(found)
     if _narrow(program) and not _routes(program):

@@ -27,6 +27,7 @@ from dsc.ir.graph import Graph, Node
 from dsc.ir.program import Program
 from dsc.ir.types import DType
 from dsc.runtime.admission import Admitted
+from dsc.runtime.nodes import plan_nodes
 from dsc.targets import KNOWN, Target
 
 if TYPE_CHECKING:
@@ -61,7 +62,9 @@ class NullBackend:
         """The cost of each entry as expressions over the symbols, and at their upper bounds."""
         costs = {name: entry_cost(graph, program) for name, graph in program.entries.items()}
         text = json.dumps(costs, indent=1, sort_keys=True).encode()
-        return Emission(files={COSTS: text}, meta={"costs": costs})
+        plan = plan_nodes(program, {"backend": self.name}, options.reuse)
+        options.admit(plan)
+        return Emission(files={COSTS: text}, plan=plan, meta={"costs": costs})
 
     def load(self, folder: Path, manifest: Mapping[str, Any], program: Program) -> Executable:
         """An executable that reads no weight."""

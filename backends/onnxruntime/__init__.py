@@ -28,6 +28,8 @@ from dsc.ir.graph import Node
 from dsc.ir.index_ranges import giving_indices, index_ranges
 from dsc.ir.program import Program
 from dsc.ir.types import DType
+from dsc.runtime.nodes import whole_entry
+from dsc.runtime.plan import Plan
 from dsc.targets import Target
 
 COMPUTED = frozenset(
@@ -36,6 +38,8 @@ COMPUTED = frozenset(
 )
 """Element types that emitters handle; the 8-bit floats can only be converted from and to."""
 CONVERSIONS = frozenset({"cast", "dequantize_block"})
+ALLOCATOR = "ONNX Runtime"
+"""A session allocates what it computes on the way for itself."""
 INSTALL = "pip install onnx onnxruntime"
 RUNNER = Path(__file__).with_name("runner.py")
 
@@ -81,6 +85,14 @@ class OnnxRuntimeBackend:
         check_supported(program, self)
         shared = model.shared_entries(program)
         files = {entry: f"{model.FOLDER}/{owner}.onnx" for entry, owner in shared.items()}
+        plan = Plan(
+            {
+                entry: whole_entry(program.entries[entry], program.symbols, path, ALLOCATOR)
+                for entry, path in files.items()
+            },
+            {"backend": self.name},
+        )
+        options.admit(plan)
         owners = sorted(set(shared.values()))
         built = {}
         for done, owner in enumerate(owners):
@@ -105,6 +117,7 @@ class OnnxRuntimeBackend:
         causal = program.is_causal_lm
         return Emission(
             files={"README.md": card(program, files, form).encode()} if causal else {},
+            plan=plan,
             weights_path=f"{model.FOLDER}/{model.WEIGHTS}",
             meta=meta,
             runner=RUNNER.read_text() if causal and form.numpy else "",

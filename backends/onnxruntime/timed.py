@@ -16,7 +16,7 @@ from typing import Any
 
 from dsc.backends.onnxruntime.graph import ORIGIN
 from dsc.ir.graph import Graph
-from dsc.runtime.plan import symbols_of
+from dsc.ir.interpreter import bind_shapes
 from dsc.runtime.profiler import EntryRun, Event, StepTime, step_events
 
 
@@ -37,10 +37,10 @@ class TimedSession:
 
     def starts(self, inputs: Mapping[str, Any]) -> None:
         """Note that a run on these tensors begins now."""
-        shapes = {v.name: tuple(inputs[v.name].shape) for v in self.owner.inputs}
+        shapes = [inputs[v.name].shape for v in self.owner.inputs]
         lengths = inputs.get("lengths")
         known = None if lengths is None else lengths.tolist()
-        self.runs.append(_Run(symbols_of(self.owner, shapes), known, time.perf_counter()))
+        self.runs.append(_Run(bind_shapes(self.owner, shapes), known, time.perf_counter()))
 
     def finish(self, folder: str) -> Callable[[], Iterable[Event]]:
         """Stop profiling; gives what makes the events. `folder` held the profile and goes."""

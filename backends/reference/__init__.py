@@ -25,6 +25,7 @@ from dsc.ir.interpreter import Interpreter
 from dsc.ir.program import Program
 from dsc.ir.types import DType
 from dsc.runtime.admission import Admitted
+from dsc.runtime.nodes import plan_nodes
 from dsc.runtime.profiler import EntryRun, StepTime, active
 from dsc.targets import Target
 
@@ -47,8 +48,10 @@ class ReferenceBackend:
         return Yes()
 
     def emit(self, program: Program, options: EmitOptions) -> Emission:
-        """Nothing: the artifact's program.dsc is what runs."""
-        return Emission(files={})
+        """Nothing but the plan: the artifact's program.dsc is what runs, a node at a time."""
+        plan = plan_nodes(program, {"backend": self.name}, allocator="torch")
+        options.admit(plan)
+        return Emission(files={}, plan=plan)
 
     def load(self, folder: Path, manifest: Mapping[str, Any], program: Program) -> Executable:
         """Interpret `program`, whose weights are those of the artifact."""

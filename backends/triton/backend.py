@@ -3,11 +3,13 @@
 `emit` writes, under `triton/` of the artifact:
 
     kernels/<module>.py          the source of every kernel, templates and generated ones
-    interpret/launches.json      the launches with the interpreter's block sizes
-    <arch>/launches.json         the launches for a GPU, one folder a target
+    interpret/plan.json          the launch plan with the interpreter's block sizes
+    <arch>/plan.json             the launch plan for a GPU, one folder a target
+    <arch>/run.json              the same for run.py, for CUDA and causal models (`script.py`)
     <arch>/kernels.json          for each kernel: file, symbol, shared memory, registers, spills
-    <arch>/run.json              for CUDA and causal models: what run.py launches (`script.py`)
     <arch>/<kernel>.cubin|hsaco  the binaries, one for each distinct specialisation
+
+`plan.json` of the artifact is the plan for the first target.
 """
 
 from __future__ import annotations
@@ -34,6 +36,7 @@ from dsc.backends.triton.launch import LaunchProgram
 from dsc.backends.triton.lower import reason
 from dsc.backends.triton.program import lower_program
 from dsc.backends.triton.script import script_plan
+from dsc.backends.triton.worker import INTERPRETED
 from dsc.errors import ArtifactError, BackendUnavailable, UsageError
 from dsc.ir.expert_forms import ExpertKernels
 from dsc.ir.graph import Node
@@ -41,6 +44,7 @@ from dsc.ir.index_ranges import giving_indices, index_ranges
 from dsc.ir.program import Program
 from dsc.ir.regions import RegionLimits
 from dsc.ir.types import DType
+from dsc.runtime.plan import Plan
 from dsc.targets import KNOWN, Target
 
 FOLDER = "triton"
@@ -88,16 +92,19 @@ class TritonBackend:
         check_supported(program, self)
         program = giving_indices(program)
         targets = [t for t in options.targets if t.is_gpu] or [DEFAULT_TARGET]
-        lowered, sources = lower_program(program, INTERPRET)
-        files = {f"{FOLDER}/{INTERPRET}/launches.json": lowered.to_json().encode()}
+        lowered, sources = lower_program(program, INTERPRET, options.reuse)
+        files = {f"{FOLDER}/{INTERPRETED}": lowered.plan().to_json()}
+        plans: list[Plan] = []
         summary: dict[str, Any] = {}
         guards = dict(program.meta.get("guards", {}))
         causal = program.is_causal_lm
         for target in targets:
-            gpu, generated = lower_program(program, str(target))
+            gpu, generated = lower_program(program, str(target), options.reuse)
+            plans.append(gpu.plan())
+            options.admit(plans[-1])
             sources |= generated
             place = f"{FOLDER}/{target.arch}"
-            files[f"{place}/launches.json"] = gpu.to_json().encode()
+            files[f"{place}/plan.json"] = plans[-1].to_json()
             summary[str(target)] = {"kernels": len(gpu.kernels), "launches": launch_counts(gpu)}
             if options.extra.get("compile", True):
                 texts = with_templates(gpu, generated)
@@ -105,8 +112,8 @@ class TritonBackend:
                 files |= {f"{place}/{name}": data for name, data in binaries.items()}
                 files[f"{place}/kernels.json"] = json.dumps(records, indent=1).encode()
                 if causal and target.kind == "cuda":
-                    plan = script_plan(gpu, records, guards, program.limits)
-                    files[f"{place}/run.json"] = json.dumps(plan, separators=(",", ":")).encode()
+                    told = script_plan(gpu, records, guards, program.limits)
+                    files[f"{place}/run.json"] = json.dumps(told, separators=(",", ":")).encode()
         texts = with_templates(lowered, sources)
         files |= {f"{FOLDER}/kernels/{m}.py": t.encode() for m, t in sorted(texts.items())}
         general = list(program.entries.values())[-1]
@@ -117,7 +124,7 @@ class TritonBackend:
         }
         runs = causal and "cuda" in {t.kind for t in targets}
         runner = RUNNER.read_text() if runs else ""
-        return Emission(files, meta=meta, runner=runner)
+        return Emission(files, plans[0], meta=meta, runner=runner)
 
     def load(self, folder: Path, manifest: Mapping[str, Any], program: Program) -> Executable:
         """Load for the GPU at hand when its binaries are there, else for the interpreter."""

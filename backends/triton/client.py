@@ -9,14 +9,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
-from dsc.backends.triton.launch import LaunchProgram
 from dsc.backends.triton.process import import_environment
-from dsc.backends.triton.schedule import is_state
-from dsc.backends.triton.worker import read_frame, write_frame
+from dsc.backends.triton.worker import INTERPRETED, read_frame, write_frame
 from dsc.errors import ArtifactError
 from dsc.ir.graph import Graph
 from dsc.ir.program import Program
 from dsc.runtime.admission import Admitted
+from dsc.runtime.plan import EntryPlan, Plan, live_bytes
+from dsc.runtime.profiler import EntryRun, StepTime, active
 
 if TYPE_CHECKING:
     import torch
@@ -32,8 +32,7 @@ class InterpretedExecutable(Admitted):
     computes = True
 
     def __init__(self, folder: Path, weights: Path, program: Program) -> None:
-        text = (folder / "interpret" / "launches.json").read_text()
-        self._entries = LaunchProgram.from_json(text).entries
+        self._entries = Plan.from_json((folder / INTERPRETED).read_bytes()).entries
         super().__init__(program)
         self._lock = threading.Lock()
         environment = {"OMP_NUM_THREADS": "1", **import_environment(), "TRITON_INTERPRET": "1"}
@@ -53,29 +52,35 @@ class InterpretedExecutable(Admitted):
         self, graph: Graph, inputs: Mapping[str, torch.Tensor], env: Mapping[str, int]
     ) -> dict[str, torch.Tensor]:
         """Run an entry in the child process; updated caches are written back into the inputs."""
-        return self._interpret(graph.name, inputs)
+        plan = self._entries[graph.name]
+        wanted = {p.name: inputs[p.name] for p in plan.inputs}
+        outputs, times = self._interpret(graph.name, env, wanted)
+        for name, source in plan.in_place.items():
+            outputs[name] = inputs[source].copy_(outputs[name])
+        profiler = active()
+        if profiler is not None:
+            lengths = inputs.get("lengths")
+            known = None if lengths is None else lengths.tolist()
+            steps, live = _steps(plan, times), live_bytes(plan, env)
+            profiler.ran(EntryRun(graph, env, known, lambda: steps, lambda: live))
+        return outputs
 
-    def _interpret(self, entry: str, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Run an entry in the child process."""
-        lowered = self._entries[entry]
-        wanted = {p.name: inputs[p.name] for p in lowered.inputs}
+    def _interpret(
+        self, entry: str, sizes: Mapping[str, int], inputs: Mapping[str, torch.Tensor]
+    ) -> tuple[dict[str, torch.Tensor], list[float]]:
+        """Run an entry in the child process: results, and when it began and each launch ended."""
+        header = {"entry": entry, "sizes": dict(sizes)}
         assert self._process.stdin is not None, "the process was started with pipes"
         try:
             with self._lock:
-                write_frame(self._process.stdin, {"entry": entry}, wanted)
+                write_frame(self._process.stdin, header, inputs)
                 answer = read_frame(self._stdout)
         except BrokenPipeError:
             answer = None
         if answer is None or "error" in answer[0]:
             detail = "the process ended" if answer is None else answer[0]["error"]
             raise RuntimeError(f"interpreting {entry} failed: {detail}")
-        outputs = answer[1]
-        names = {p.buffer: p.name for p in lowered.inputs}
-        for port in lowered.outputs:
-            if is_state(lowered.buffers[port.buffer]):
-                given = inputs[names[port.buffer]]
-                outputs[port.name] = given.copy_(outputs[port.name])
-        return outputs
+        return answer[1], answer[0]["times"]
 
     def close(self) -> None:
         """End the child process."""
@@ -88,3 +93,14 @@ class InterpretedExecutable(Admitted):
     def __del__(self) -> None:
         if getattr(self, "_process", None) is not None and self._process.poll() is None:
             self.close()
+
+
+def _steps(plan: EntryPlan, times: list[float]) -> list[StepTime]:
+    """The launches of a run; several of one node count its costs once."""
+    seen: set[str] = set()
+    steps = []
+    for launch, start, end in zip(plan.launches, times, times[1:], strict=False):
+        again = launch.node in seen
+        seen.add(launch.node)
+        steps.append(StepTime(launch.node, launch.kernel, start, end - start, again=again))
+    return steps

@@ -7,35 +7,26 @@ Operator lowerings (in `lower/`) read operands with `view`, ask for the layout t
 from __future__ import annotations
 
 import ast
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
 from dsc.backends.triton import pointwise
 from dsc.backends.triton.blocks import Blocks
-from dsc.backends.triton.launch import (
-    POINTER_TYPES,
-    Buffer,
-    EntryLaunches,
-    Kernel,
-    Kind,
-    Launch,
-    LaunchProgram,
-    Pointer,
-    is_multiple,
-)
+from dsc.backends.triton.launch import POINTER_TYPES, Kernel, LaunchProgram, is_multiple
 from dsc.ir import views
-from dsc.ir.dims import Dim, Range, Sym, bounds
+from dsc.ir.dims import Dim, Range, Sym, bounds, free_symbols
 from dsc.ir.graph import Node, Operand, Weight
 from dsc.ir.types import TensorType
 from dsc.ir.views import View
+from dsc.runtime.plan import ARENA, READ, UPDATE, WEIGHT, WRITE, Argument, Draft, Launch, Ref
 
 KERNELS = Path(__file__).parent / "kernels"
 ALIGNMENT = 16
 UNBOUNDED = 1 << 20  # taken for a symbol without a range: only block sizes depend on it
 
-Given = View | Pointer | Dim | float | str | bool | None
+Given = View | Dim | float | str | bool | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,12 +47,13 @@ class Context:
     blocks: Blocks
     ranges: Mapping[str, Range]
     sources: dict[str, str]
-    entry: EntryLaunches = field(default_factory=EntryLaunches)
+    entry: Draft = field(default_factory=Draft)
     views: dict[str, View] = field(default_factory=dict)
     weights: dict[str, int] = field(default_factory=dict)
     constants: dict[str, tuple[float, TensorType]] = field(default_factory=dict)
     gathers: dict[str, Gather] = field(default_factory=dict)
     loc: str = ""
+    node: Node | None = None
 
     def view(self, operand: Operand | None) -> View:
         """Where an operand lies; a weight becomes a buffer when it is first read."""
@@ -77,7 +69,7 @@ class Context:
                 )
             return self.views[operand.name]
         if operand.name not in self.weights:
-            view = self.make(operand.type, "weight", operand.name)
+            view = self.make(operand.type, WEIGHT, operand.name)
             self.weights[operand.name] = view.buffer
         return _dense(self.weights[operand.name], operand.type)
 
@@ -91,10 +83,9 @@ class Context:
         """The views of all operands of a node."""
         return [self.view(x) for x in node.operands]
 
-    def make(self, type: TensorType, kind: Kind = "temp", name: str = "") -> View:
+    def make(self, type: TensorType, region: str = ARENA, name: str = "") -> View:
         """A new dense buffer."""
-        self.entry.buffers.append(Buffer(kind, name, type.dtype, type.numel))
-        return _dense(len(self.entry.buffers) - 1, type)
+        return _dense(self.entry.add(region, name, type.nbytes), type)
 
     def set(self, node: Node, *results: View) -> None:
         """Bind the results of a node."""
@@ -111,7 +102,7 @@ class Context:
         """The largest value that a dim can take; a guess for symbols without a range."""
         if isinstance(dim, int):
             return dim
-        known = {s: self.ranges.get(s, Range(0, UNBOUNDED)) for s in _symbols(dim)}
+        known = {s: self.ranges.get(s, Range(0, UNBOUNDED)) for s in free_symbols(dim)}
         return bounds(dim, known).hi
 
     def copy(self, source: View, target: View) -> None:
@@ -162,22 +153,23 @@ class Context:
         launches nothing.
         """
         module, function = name.split(":")
-        order = parameters(self.sources.get(module) or template(module), function)
+        text = self.sources.get(module) or template(module)
+        order, accesses = parameters(text, function), access(text, function)
         if set(order) != set(given):
             raise TypeError(f"{name}: {sorted(set(order) ^ set(given))} missing or unknown")
         signature: dict[str, str] = {}
         constants: dict[str, object] = {}
         aligned: list[str] = []
-        arguments: list[Pointer | Dim | float] = []
+        arguments: list[Argument] = []
         for parameter in order:
             value = given[parameter]
             if isinstance(value, View):
-                value = Pointer(value.buffer, value.offset, value.dtype)
-            if isinstance(value, Pointer):
                 signature[parameter] = POINTER_TYPES[value.dtype]
-                if is_multiple(value.offset * value.dtype.itemsize, ALIGNMENT):
+                start = value.offset * value.dtype.itemsize
+                if is_multiple(start, ALIGNMENT):
                     aligned.append(parameter)
-                arguments.append(value)
+                size = views.extent(value) * value.dtype.itemsize
+                arguments.append(Ref(value.buffer, accesses[parameter], size, start))
             elif isinstance(value, Sym):
                 signature[parameter] = "i64" if self.limit(value) >= 1 << 31 else "i32"
                 if is_multiple(value, ALIGNMENT):
@@ -188,7 +180,13 @@ class Context:
                 constants[parameter] = value
         kernel = Kernel(module, function, signature, constants, tuple(aligned), warps, stages)
         self.program.kernels.setdefault(kernel.key, kernel)
-        self.entry.launches.append(Launch(kernel.key, tuple(arguments), grid, self.loc))
+        self.entry.launches.append(
+            Launch(
+                kernel.key, tuple(arguments), grid, loc=self.loc,
+                op=self.node.op if self.node is not None else "cast",
+                node=self.node.outputs[0].name if self.node is not None else "",
+            )
+        )  # fmt: skip
 
 
 def ceil_div(n: Dim, block: int) -> Dim:
@@ -206,20 +204,64 @@ def _read(path: Path) -> str:
     return path.read_text()
 
 
-@cache
 def parameters(source: str, function: str) -> tuple[str, ...]:
     """The parameter names of a kernel, from its text: lowering needs no triton."""
-    for statement in ast.parse(source).body:
-        if isinstance(statement, ast.FunctionDef) and statement.name == function:
-            return tuple(a.arg for a in statement.args.args)
-    raise KeyError(function)
+    return tuple(access(source, function))
+
+
+@cache
+def access(source: str, function: str) -> Mapping[str, str]:
+    """What a kernel does to what each parameter points to, from its text.
+
+    It writes where `tl.store` gets an address that the parameter is part of, and reads elsewhere.
+    """
+    body = next(
+        statement
+        for statement in ast.parse(source).body
+        if isinstance(statement, ast.FunctionDef) and statement.name == function
+    )
+    stored, loaded = _addressed(body, "store"), _addressed(body, "load")
+    return {
+        a.arg: READ if a.arg not in stored else UPDATE if a.arg in loaded else WRITE
+        for a in body.args.args
+    }
+
+
+def _addressed(body: ast.FunctionDef, call: str) -> set[str]:
+    """The names that addresses given to `tl.store` or `tl.load` are made of, also through others.
+
+    What a load gives is no part of the address that it is added to.
+    """
+    made: dict[str, set[str]] = {}
+    found: set[str] = set()
+    for node in ast.walk(body):
+        if isinstance(node, ast.Assign | ast.AugAssign):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            for target in _names(targets):
+                made.setdefault(target, set()).update(_names([node.value]))
+        elif isinstance(node, ast.Call) and _is_tl(node, call):
+            found |= _names(node.args[:1])
+    grown: set[str] = set()
+    while found - grown:
+        name = (found - grown).pop()
+        grown.add(name)
+        found |= made.get(name, set())
+    return found
+
+
+def _names(parts: Sequence[ast.AST]) -> set[str]:
+    found: set[str] = set()
+    for part in parts:
+        if isinstance(part, ast.Name):
+            found.add(part.id)
+        elif not (isinstance(part, ast.Call) and _is_tl(part, "load")):
+            found |= _names(list(ast.iter_child_nodes(part)))
+    return found
+
+
+def _is_tl(call: ast.Call, name: str) -> bool:
+    return isinstance(call.func, ast.Attribute) and call.func.attr == name
 
 
 def _dense(buffer: int, type: TensorType) -> View:
     return View(buffer, type, views.dense_strides(type.shape))
-
-
-def _symbols(dim: Dim) -> frozenset[str]:
-    from dsc.ir.dims import free_symbols
-
-    return free_symbols(dim)

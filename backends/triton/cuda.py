@@ -1,10 +1,10 @@
 """Running an artifact on an NVIDIA GPU: cubins, device memory and launches, through the driver.
 
-Weights are uploaded once. Temporaries live in one arena, outputs and small inputs in buffers that
-grow as needed. A KV cache that an entry updates in place is uploaded when it is first given and
-stays on the device: later steps that give it unmodified, whole or a view of some of its slots, find
-it there. Its host copy is refreshed by `read_back` alone: copying a cache after every token would
-cost more than the step.
+Weights are uploaded once. The arena is as large as was planned, outputs and small inputs are in
+buffers that grow as needed. A KV cache that an entry updates in place is uploaded when it is first
+given and stays on the device: later steps that give it unmodified, whole or a view of some of its
+slots, find it there. Its host copy is refreshed by `read_back` alone: copying a cache after every
+token would cost more than the step.
 
 What one step after another does again, on the same addresses, is queued as one CUDA graph: a decode
 step has a hundred launches and more, and queueing them one by one takes longer than they run.
@@ -22,22 +22,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from dsc.backends.triton.driver import Argument, Driver, Function, Launch
-from dsc.backends.triton.launch import EntryLaunches, Kernel, LaunchProgram
-from dsc.backends.triton.schedule import Address, Call, Schedule, Shapes, is_state, resolve
+from dsc.backends.triton.launch import Kernel, LaunchProgram
+from dsc.backends.triton.schedule import Address, Call, Schedule, resolve
 from dsc.errors import BackendUnavailable
 from dsc.ir.graph import Graph
 from dsc.ir.program import Program
 from dsc.runtime.admission import Admitted
+from dsc.runtime.plan import ARENA, WEIGHT, EntryPlan, Plan
 
 if TYPE_CHECKING:
     import torch
     from torch.multiprocessing.reductions import StorageWeakRef
 
 ALIGNMENT = 256
-ARENA = -1  # stands for the buffer of all temporaries among addresses by buffer
-REPLAYS = 32  # sets of shapes whose launches are kept
+WHOLE_ARENA = -1  # stands for the arena among addresses by buffer
+REPLAYS = 32  # sets of sizes whose launches are kept
 Key: TypeAlias = tuple[object, ...]
-"""An entry and the shapes of its inputs."""
+"""An entry and the sizes of its symbols."""
 
 
 @dataclass(slots=True)
@@ -70,7 +71,7 @@ class Held:
     """What an executable holds on the device; it outlives the executable until it is given back.
 
     `pools` are buffers by name with their sizes, `caches` residents by the storage's identity,
-    `replays` what is ready to run by entry and shapes, the latest last.
+    `replays` what is ready to run by entry and sizes, the latest last.
     """
 
     driver: Driver
@@ -107,7 +108,7 @@ class CudaExecutable(Admitted):
             hint = f"compile with --target cuda:{self._driver.arch}"
             found = f"the binaries are for {folder.name}, the device is {self._driver.arch}"
             raise BackendUnavailable(found, hint)
-        self._launches = LaunchProgram.from_json((folder / "launches.json").read_text())
+        self._launches = LaunchProgram.of(Plan.from_json((folder / "plan.json").read_bytes()))
         super().__init__(program)
         self._lock = threading.Lock()
         self._functions = _load_functions(self._driver, folder)
@@ -122,29 +123,29 @@ class CudaExecutable(Admitted):
     ) -> dict[str, torch.Tensor]:
         """Run an entry on CPU tensors; caches stay on the device (see `read_back`)."""
         with self._lock:
-            return self._run(graph.name, inputs)
+            return self._run(graph.name, inputs, env)
 
-    def _run(self, entry: str, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    def _run(
+        self, entry: str, inputs: Mapping[str, torch.Tensor], env: Mapping[str, int]
+    ) -> dict[str, torch.Tensor]:
         import torch
 
         self._driver.activate()
         lowered = self._launches.entries[entry]
-        shapes = {p.name: tuple(inputs[p.name].shape) for p in lowered.inputs}
-        replay = self._replay((entry, *shapes.values()), lowered, shapes)
-        schedule = replay.schedule
+        replay = self._replay((entry, *env.items()), lowered, env)
         addresses, _kept = self._inputs(lowered, inputs)
-        addresses[ARENA] = self._pool("arena", schedule.arena_bytes)
+        addresses[WHOLE_ARENA] = self._pool("arena", lowered.arena_bytes)
         results: dict[str, torch.Tensor] = {}
-        names = {p.buffer: p.name for p in lowered.inputs}
-        for port, shape in zip(lowered.outputs, schedule.output_shapes, strict=True):
-            if is_state(lowered.buffers[port.buffer]):
-                results[port.name] = inputs[names[port.buffer]]
+        in_place = lowered.in_place
+        for port, shape in zip(lowered.outputs, replay.schedule.output_shapes, strict=True):
+            if port.name in in_place:
+                results[port.name] = inputs[in_place[port.name]]
                 continue
-            results[port.name] = torch.empty(shape, dtype=port.dtype.torch)
+            results[port.name] = torch.empty(shape, dtype=port.type.dtype.torch)
             addresses[port.buffer] = self._pool(f"output {port.name}", results[port.name].nbytes)
         self._queue(lowered, replay, addresses)
         for port in lowered.outputs:
-            if not is_state(lowered.buffers[port.buffer]):
+            if port.name not in in_place:
                 tensor = results[port.name]
                 self._driver.download(tensor.data_ptr(), addresses[port.buffer], tensor.nbytes)
         self._driver.synchronise()
@@ -163,24 +164,24 @@ class CudaExecutable(Admitted):
         """Give all device memory back; nothing runs after this."""
         self._release()
 
-    def _replay(self, key: Key, lowered: EntryLaunches, shapes: Shapes) -> Replay:
-        """The schedule for these shapes and what is ready of it; the oldest of many are let go."""
+    def _replay(self, key: Key, lowered: EntryPlan, env: Mapping[str, int]) -> Replay:
+        """The schedule for these sizes and what is ready of it; the oldest of many are let go."""
         replays = self._held.replays
-        known = replays.pop(key, None) or Replay(resolve(lowered, shapes))
+        known = replays.pop(key, None) or Replay(resolve(lowered, env))
         replays[key] = known
         if len(replays) > REPLAYS:
             replays.pop(next(iter(replays))).forget(self._driver)
         return known
 
     def _inputs(
-        self, lowered: EntryLaunches, inputs: Mapping[str, torch.Tensor]
+        self, lowered: EntryPlan, inputs: Mapping[str, torch.Tensor]
     ) -> tuple[dict[int, int], list[torch.Tensor]]:
         """Addresses of the inputs by buffer, and tensors to keep until what is new has arrived."""
-        state = {p.buffer for p in lowered.outputs if is_state(lowered.buffers[p.buffer])}
+        state = set(lowered.in_place.values())
         addresses: dict[int, int] = {}
         kept = []
         for port in lowered.inputs:
-            if port.buffer in state:
+            if port.name in state:
                 addresses[port.buffer] = self._resident(inputs[port.name])
                 continue
             tensor = inputs[port.name].contiguous()
@@ -189,7 +190,7 @@ class CudaExecutable(Admitted):
             kept.append(tensor)
         return addresses, kept
 
-    def _queue(self, lowered: EntryLaunches, replay: Replay, addresses: Mapping[int, int]) -> None:
+    def _queue(self, lowered: EntryPlan, replay: Replay, addresses: Mapping[int, int]) -> None:
         """Queue a schedule's launches: one by one at first, as one graph when they come again."""
         driver = self._driver
         if replay.addresses != addresses:
@@ -204,15 +205,14 @@ class CudaExecutable(Admitted):
         driver.replay(replay.graph)
 
     def _prepare(
-        self, lowered: EntryLaunches, schedule: Schedule, addresses: Mapping[int, int]
+        self, lowered: EntryPlan, schedule: Schedule, addresses: Mapping[int, int]
     ) -> list[Launch]:
-        weights = {
-            index: self._weights[buffer.name]
-            for index, buffer in enumerate(lowered.buffers)
-            if buffer.kind == "weight"
-        }
-        temporaries = {k: addresses[ARENA] + v for k, v in schedule.places.items()}
-        places = {**addresses, **weights, **temporaries}
+        places = dict(addresses)
+        for number, buffer in enumerate(lowered.buffers):
+            if buffer.region == WEIGHT:
+                places[number] = self._weights[buffer.name]
+            elif buffer.region == ARENA:
+                places[number] = addresses[WHOLE_ARENA] + buffer.offset
         launches = []
         for call in schedule.calls:
             if 0 not in call.grid:

@@ -15,13 +15,16 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
 from dsc.backends.triton.launch import Kernel, LaunchProgram
-from dsc.backends.triton.schedule import Address, Call, Schedule, is_state, resolve
+from dsc.backends.triton.schedule import Address, Call, resolve
+from dsc.ir.dims import evaluate
+from dsc.runtime.plan import ALIGNMENT, ARENA, WEIGHT
 
 if TYPE_CHECKING:
     import torch
@@ -113,39 +116,40 @@ class InterpretedProgram:
         self._program = program
         self._kernels = kernels
         self._weights = weights
-        self._schedules: dict[tuple[object, ...], Schedule] = {}
         self._rewritten: dict[str, Callable[..., None]] = {}
 
-    def run(self, entry: str, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Run an entry. Caches that are updated in place are returned as the tensors given."""
+    def run(
+        self, entry: str, sizes: Mapping[str, int], inputs: Mapping[str, torch.Tensor]
+    ) -> tuple[dict[str, torch.Tensor], list[float]]:
+        """Run an entry at these sizes of its symbols: its outputs, and when each launch ended.
+
+        The first time is that of the start. Caches that are updated in place are returned as the
+        tensors given.
+        """
         import torch
 
-        lowered = self._program.entries[entry]
-        schedule = self._schedule(entry, {k: tuple(v.shape) for k, v in inputs.items()})
-        memory: dict[int, torch.Tensor] = {}
-        for port in lowered.inputs:
-            memory[port.buffer] = inputs[port.name].contiguous()
-        arena = torch.empty(schedule.arena_bytes + 256, dtype=torch.uint8)
-        base = -(-arena.data_ptr() // 256) * 256
+        plan = self._program.entries[entry]
+        arena = torch.empty(plan.arena_bytes + ALIGNMENT, dtype=torch.uint8)
+        base = -(-arena.data_ptr() // ALIGNMENT) * ALIGNMENT
+        addresses: dict[int, int] = {}
+        for number, buffer in enumerate(plan.buffers):
+            if buffer.region == WEIGHT:
+                addresses[number] = self._weights[buffer.name].data_ptr()
+            elif buffer.region == ARENA:
+                addresses[number] = base + buffer.offset
+        memory = {p.buffer: inputs[p.name].contiguous() for p in plan.inputs}
         outputs: dict[str, torch.Tensor] = {}
-        for port, shape in zip(lowered.outputs, schedule.output_shapes, strict=True):
-            if not is_state(lowered.buffers[port.buffer]):
-                memory[port.buffer] = torch.empty(shape, dtype=port.dtype.torch)
+        for port in plan.outputs:
+            if port.buffer not in memory:
+                shape = [evaluate(d, sizes) for d in port.type.shape]
+                memory[port.buffer] = torch.empty(shape, dtype=port.type.dtype.torch)
             outputs[port.name] = memory[port.buffer]
-        addresses = {k: base + v for k, v in schedule.places.items()}
         addresses |= {k: v.data_ptr() for k, v in memory.items()}
-        for index, buffer in enumerate(lowered.buffers):
-            if buffer.kind == "weight":
-                addresses[index] = self._weights[buffer.name].data_ptr()
-        for call in schedule.calls:
+        times = [time.perf_counter()]
+        for call in resolve(plan, sizes).calls:
             self._call(call, addresses)
-        return outputs
-
-    def _schedule(self, entry: str, shapes: Mapping[str, tuple[int, ...]]) -> Schedule:
-        key = (entry, *sorted(shapes.items()))
-        if key not in self._schedules:
-            self._schedules[key] = resolve(self._program.entries[entry], shapes)
-        return self._schedules[key]
+            times.append(time.perf_counter())
+        return outputs, times
 
     def _call(self, call: Call, addresses: Mapping[int, int]) -> None:
         import numpy as np

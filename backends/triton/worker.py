@@ -17,9 +17,13 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from dsc.ir.types import DType
+from dsc.runtime.plan import Plan
 
 if TYPE_CHECKING:
     import torch
+
+INTERPRETED = "interpret/plan.json"
+"""The plan of what the interpreter runs, in the backend's folder of an artifact."""
 
 
 def write_frame(
@@ -68,19 +72,19 @@ def serve(folder: Path, weights: Path, source: IO[bytes], sink: IO[bytes]) -> No
     # Kernels are imported when they are first launched, and the folder may be another's by then.
     own = tempfile.TemporaryDirectory(prefix="dsc-kernels-")
     shutil.copytree(folder / "kernels", own.name, dirs_exist_ok=True)
-    text = (folder / "interpret" / "launches.json").read_text()
+    plan = Plan.from_json((folder / INTERPRETED).read_bytes())
     tensors = load_file(weights) if weights.is_file() else {}
-    launches, kernels = LaunchProgram.from_json(text), Kernels(Path(own.name))
+    launches, kernels = LaunchProgram.of(plan), Kernels(Path(own.name))
     program = InterpretedProgram(launches, kernels, tensors)
     write_frame(sink, {"ready": True}, {})
     while (frame := read_frame(source)) is not None:
         header, inputs = frame
         try:
-            outputs = program.run(header["entry"], inputs)
+            outputs, times = program.run(header["entry"], header["sizes"], inputs)
         except Exception:
             write_frame(sink, {"error": traceback.format_exc()}, {})
             continue
-        write_frame(sink, {}, outputs)
+        write_frame(sink, {"times": times}, outputs)
 
 
 def main() -> None:

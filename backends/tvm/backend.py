@@ -19,13 +19,13 @@ from dsc.backends.base import (
 )
 from dsc.errors import BackendUnavailable
 from dsc.ir.expert_forms import ExpertKernels
-from dsc.ir.graph import Graph, Node, Operand, Value
+from dsc.ir.graph import Node
 from dsc.ir.index_ranges import index_ranges
-from dsc.ir.memory import MemoryPlan
 from dsc.ir.op import named
 from dsc.ir.regions import RegionLimits
 from dsc.ir.traits import Role
 from dsc.ir.types import DType
+from dsc.runtime.plan import EntryPlan, Plan, Port
 from dsc.targets import Target
 
 if TYPE_CHECKING:
@@ -101,7 +101,6 @@ class TvmBackend:
         from dsc.backends.tvm.machine import machine_for
         from dsc.backends.tvm.schedule import plan_program
         from dsc.backends.tvm.tuning import Tiling, tuned
-        from dsc.runtime.plan import Plan
 
         target = options.targets[0] if options.targets else Target("cpu")
         machine = machine_for(target)
@@ -114,7 +113,9 @@ class TvmBackend:
         if _multiplies_bf16(program):
             asked = options.extra.get("tune", True)
             machine, by = tuned(machine, target, options.threads, asked)
-        plans, table = plan_program(program, machine)
+        plans, table = plan_program(program, machine, options.reuse)
+        plan = Plan(plans, {"backend": self.name, "cpu": machine.cpu})
+        options.admit(plan)
         if options.progress is not None:
             options.progress("kernels", 0, len(table.names))
         with instructions_of(machine):
@@ -130,14 +131,14 @@ class TvmBackend:
             checks = entry_checks(graph, program.symbols, found)
             functions[name] = library.entry_function(name, slots, checks)
             entries[name] = {
-                **_interface(graph, program.memory[name]),
+                **_interface(plans[name]),
                 "checks": facts_of(checks),
                 "slots": slots.given,
                 "derived": len(slots.derived),
                 "arena_bytes": plans[name].arena_bytes,
                 "steps_at": 8 * sum(map(len, lists)),
             }
-            lists.append(library.encode_steps(plans[name], slots, numbers))
+            lists.append(library.encode_steps(slots, numbers))
         code = library.compile_library(functions, machine)
         tiling = Tiling.of(machine)
         if options.progress is not None:
@@ -151,7 +152,6 @@ class TvmBackend:
             "guards": dict(program.meta.get("guards", {})),
         }
         runner = RUNNER.read_text() if program.is_causal_lm else ""
-        plan = Plan(plans, {"backend": self.name, "cpu": machine.cpu})
         files = {LIBRARY: code, STEPS: np.concatenate(lists).tobytes()}
         cut = f"{tiling.narrow} | {tiling.wide} columns a task, by {by}"
         native = machine.bf16 and _multiplies_bf16(program)
@@ -176,18 +176,16 @@ def _multiplies_bf16(program: Program) -> bool:
     return any(w.type.dtype is DType.bf16 for w in program.weights.values())
 
 
-def _interface(graph: Graph, memory: MemoryPlan) -> dict[str, Any]:
+def _interface(plan: EntryPlan) -> dict[str, Any]:
     """Names, element types and dims of inputs and outputs; which outputs are inputs, in place."""
 
-    def facts(name: str, x: Operand) -> list[Any]:
-        return [name, x.type.dtype.value, [str(d) for d in x.type.shape]]
+    def facts(port: Port) -> list[Any]:
+        return [port.name, port.type.dtype.value, [str(d) for d in port.type.shape]]
 
-    outputs = list(zip(graph.output_names, graph.outputs, strict=True))
-    places = {name: memory.places[x.name] for name, x in outputs if isinstance(x, Value)}
     return {
-        "inputs": [facts(v.name, v) for v in graph.inputs],
-        "outputs": [facts(name, x) for name, x in outputs],
-        "in_place": {name: p.key for name, p in places.items() if p.region == "input"},
+        "inputs": [facts(port) for port in plan.inputs],
+        "outputs": [facts(port) for port in plan.outputs],
+        "in_place": plan.in_place,
     }
 
 

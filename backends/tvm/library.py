@@ -49,7 +49,7 @@ from dsc.files import check_room
 from dsc.ir.dims import Dim, free_symbols
 from dsc.ir.graph import Graph
 from dsc.ir.types import DType
-from dsc.runtime.plan import BufferRef, EntryPlan, Step
+from dsc.runtime.plan import ARENA, STATUS, EntryPlan, Launch, Ref
 
 PIPELINE = "dsc"
 EXECUTE = "execute"
@@ -59,7 +59,7 @@ TIMING = (CLOCK, COPY)
 OBJECT_BYTES = 16 * 10**6
 """Room that a library and its object file may take, by far: LLVM ends the process without it."""
 _CLOCK_MONOTONIC = 1  # <time.h> of Linux; the clock of `time.perf_counter`
-ZERO, SELF, STATUS, ARENA = "zero", "self", "status", "arena"
+ZERO, SELF = "zero", "self"
 """Slots that no entry lacks. `self` is where `values` lies, `status` what a step found wrong."""
 _FIXED = (ZERO, SELF, STATUS)
 
@@ -71,17 +71,20 @@ class Slots:
     given: tuple[str, ...]
     derived: tuple[Dim, ...]
     weights: tuple[str, ...]
+    plan: EntryPlan
 
     @staticmethod
     def of(graph: Graph, plan: EntryPlan, weights: Sequence[str]) -> Slots:
         """The slots of an entry: zero, self, status, symbols, `arena`, `input:x`, `output:y`."""
-        dims = dict.fromkeys(d for s in plan.steps for _, d in s.scalars if not isinstance(d, int))
+        dims = dict.fromkeys(
+            a for x in plan.launches for a in x.arguments if not isinstance(a, Ref | int)
+        )
         shapes = (d for v in graph.inputs for d in v.type.shape)
         symbols = sorted(frozenset().union(*map(free_symbols, (*dims, *shapes))))
         inputs = [f"input:{v.name}" for v in graph.inputs]
         outputs = [f"output:{name}" for name in graph.output_names]
         given = (*_FIXED, *symbols, ARENA, *inputs, *outputs)
-        return Slots(given, tuple(dims), tuple(weights))
+        return Slots(given, tuple(dims), tuple(weights), plan)
 
     @cached_property
     def numbers(self) -> dict[str | Dim, int]:
@@ -89,38 +92,36 @@ class Slots:
         names = [*self.given, *self.derived, *(f"weight:{w}" for w in self.weights)]
         return {name: i for i, name in enumerate(names)}
 
-    def buffer(self, ref: BufferRef) -> tuple[int, int]:
+    def buffer(self, ref: Ref) -> tuple[int, int]:
         """A buffer's address as a slot and what is added."""
-        if ref.region == "arena":
-            return self.numbers[ARENA], ref.offset
-        if ref.region == STATUS:
+        buffer = self.plan.buffers[ref.buffer]
+        if buffer.region == ARENA:
+            return self.numbers[ARENA], buffer.offset
+        if buffer.region == STATUS:
             return self.numbers[SELF], 8 * self.numbers[STATUS]
-        return self.numbers[f"{ref.region}:{ref.key}"], 0
+        return self.numbers[f"{buffer.region}:{buffer.name}"], 0
 
     def size(self, dim: Dim) -> tuple[int, int]:
         """A size as a slot and what is added."""
         return (self.numbers[ZERO], dim) if isinstance(dim, int) else (self.numbers[dim], 0)
 
-    def arguments(self, step: Step) -> list[tuple[int, int]]:
-        """A step's arguments in the order of its kernel's parameters."""
-        refs = [r for r in (*step.reads, *step.writes) if r is not None]
-        return [*map(self.buffer, refs), *(self.size(dim) for _, dim in step.scalars)]
+    def arguments(self, launch: Launch) -> list[tuple[int, int]]:
+        """A launch's arguments in the order of its kernel's parameters."""
+        return [self.buffer(a) if isinstance(a, Ref) else self.size(a) for a in launch.arguments]
 
 
-def encode_steps(
-    plan: EntryPlan, slots: Slots, numbers: Mapping[str, int]
-) -> np.ndarray[Any, np.dtype[np.int64]]:
-    """The entry's list of steps; `numbers` gives each kernel's."""
-    words = [len(plan.steps)]
-    for step in plan.steps:
-        words.append(numbers[step.kernel])
-        for slot, added in slots.arguments(step):
+def encode_steps(slots: Slots, numbers: Mapping[str, int]) -> np.ndarray[Any, np.dtype[np.int64]]:
+    """The entry's list of launches; `numbers` gives each kernel's."""
+    words = [len(slots.plan.launches)]
+    for launch in slots.plan.launches:
+        words.append(numbers[launch.kernel])
+        for slot, added in slots.arguments(launch):
             words += (slot, added)
     try:
         return np.array(words, dtype="<i8")
     except OverflowError:
         raise UsageError(
-            f"an arena of {plan.arena_bytes:.1e} bytes is more than addresses reach",
+            f"an arena of {slots.plan.arena_bytes:.1e} bytes is more than addresses reach",
             hint="give every symbol an upper bound: `symbols {B=[1,4], ...}` in the program",
         ) from None
 

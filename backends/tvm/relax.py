@@ -37,10 +37,10 @@ from dsc.backends.tvm.schedule import VIEWS, KernelTable, launch_of
 from dsc.backends.tvm.tir import Expr, PrimFunc
 from dsc.errors import UnsupportedOperator, UsageError
 from dsc.files import check_room
+from dsc.ir.analyses import aliases_of
 from dsc.ir.dims import Dim, free_symbols
 from dsc.ir.graph import Graph, Node, Operand, Value
 from dsc.ir.index_ranges import index_ranges
-from dsc.ir.memory import MemoryPlan
 from dsc.ir.paging import page_rows
 from dsc.ir.ranks import ranks_of
 from dsc.ir.types import DType, TensorType
@@ -78,7 +78,7 @@ def emit(program: Program, machine: Machine, options: EmitOptions) -> Emission:
     weights = sorted(program.weights)
     module = _Module(machine, program, weights)
     for name, graph in program.entries.items():
-        module.add(name, graph, program.memory[name])
+        module.add(name, graph)
     meta = {"form": FORM, "weights": weights, "guards": dict(program.meta.get("guards", {}))}
     return Emission({LIBRARY: module.compile()}, meta=meta)
 
@@ -94,7 +94,7 @@ class _Module:
     kernels: KernelTable = field(default_factory=KernelTable)
     doors: dict[tuple[Any, ...], Any] = field(default_factory=dict)
 
-    def add(self, name: str, graph: Graph, memory: MemoryPlan) -> None:
+    def add(self, name: str, graph: Graph) -> None:
         """The Relax function of an entry."""
         types = {v.name: v.type for v in graph.inputs}
         free = sorted({s for t in types.values() for d in t.shape for s in free_symbols(d)})
@@ -114,21 +114,19 @@ class _Module:
                     shape = [_size(d, sizes) for d in node.output.type.shape]
                     found = [self.builder.emit(relax.op.reshape(arguments[0], shape))]
                 else:
-                    found = self._call(node, arguments, memory, sizes)
+                    found = self._call(node, arguments, sizes)
                 values |= {v.name: x for v, x in zip(node.outputs, found, strict=True)}
             outputs = [find(x) for x in graph.outputs]
             self.builder.emit_func_output(relax.Tuple(outputs))
 
-    def _call(
-        self, node: Node, arguments: list[Any], memory: MemoryPlan, sizes: Mapping[str, Any]
-    ) -> list[Any]:
+    def _call(self, node: Node, arguments: list[Any], sizes: Mapping[str, Any]) -> list[Any]:
         """The results of a node: one call of its kernel."""
         launch = launch_of(node, self.machine)
         operands = [x for x in node.inputs if x is not None]
-        places = [memory.places[x.name] if isinstance(x, Value) else None for x in operands]
+        updated = aliases_of(node)
         shared = [
-            places.index(place) if (place := memory.places[v.name]).region == "input" else -1
-            for v in node.outputs
+            operands.index(x) if i in updated and (x := node.inputs[updated[i]]) else -1
+            for i in range(len(node.outputs))
         ]
         types = [v.type for v in node.outputs]
         if launch.scratch:

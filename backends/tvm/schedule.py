@@ -1,7 +1,6 @@
 """From graphs to plans: which kernel runs each node, on which buffers, with which sizes.
 
-Kernels are shared between nodes, layers and entries: equal launch keys get one name. Scratch memory
-lies behind the planned arena, and since steps run one after another, all steps share it.
+Kernels are shared between nodes, layers and entries: equal launch keys get one name.
 """
 
 from __future__ import annotations
@@ -14,13 +13,14 @@ from dsc.backends.tvm.checks import Later, entry_checks, lower_check
 from dsc.backends.tvm.kernels import lowering
 from dsc.backends.tvm.launch import Launch, Unsupported
 from dsc.backends.tvm.machine import Machine
-from dsc.errors import UnsupportedOperator, UsageError
-from dsc.ir.dims import Range, bounds
+from dsc.errors import UnsupportedOperator
+from dsc.ir.dims import Range
 from dsc.ir.graph import Graph, Node
 from dsc.ir.index_ranges import Computed, index_ranges
-from dsc.ir.memory import ALIGNMENT, MemoryPlan
-from dsc.ir.types import DType, TensorType
-from dsc.runtime.plan import BufferRef, EntryPlan, Step, buffer
+from dsc.runtime.nodes import Values
+from dsc.runtime.placing import place
+from dsc.runtime.plan import READ, STATUS, STATUS_BYTES, WRITE, Draft, EntryPlan, Ref
+from dsc.runtime.plan import Launch as Step
 
 if TYPE_CHECKING:
     from dsc.ir.program import Program
@@ -58,61 +58,46 @@ def launch_of(node: Node, machine: Machine) -> Launch:
     return lower(node, machine)
 
 
-def plan_program(program: Program, machine: Machine) -> tuple[dict[str, EntryPlan], KernelTable]:
-    """The plan of every entry, and the kernels that they call. The program must be planned."""
+def plan_program(
+    program: Program, machine: Machine, reuse: bool = True
+) -> tuple[dict[str, EntryPlan], KernelTable]:
+    """The plan of every entry, and the kernels that they call."""
     table = KernelTable()
-    plans = {}
-    for name, graph in program.entries.items():
-        if name not in program.memory:
-            raise UsageError(f"entry {name} has no memory plan", hint="run plan_memory first")
-        plans[name] = plan_entry(graph, program.memory[name], program.symbols, machine, table)
+    plans = {
+        name: place(draft_entry(graph, program.symbols, machine, table), program.symbols, reuse)
+        for name, graph in program.entries.items()
+    }
     return plans, table
 
 
-def _guard(found: Computed, number: int, memory: MemoryPlan, table: KernelTable) -> Step:
-    """The step that checks an index before the node that reads it."""
-    if found.value is None:
-        raise UnsupportedOperator("a region that computes an index", where=found.node.loc or None)
-    launch = lower_check(found, number)
-    status = BufferRef("status", "", 0, TensorType(DType.i64, (1,)))
-    scalars = tuple((f"n{i}", size) for i, size in enumerate(launch.sizes))
-    reads = (buffer(found.value, memory),)
-    return Step(table.name(launch), reads, (status,), scalars, loc=found.node.loc)
-
-
-def plan_entry(
-    graph: Graph,
-    memory: MemoryPlan,
-    ranges: Mapping[str, Range],
-    machine: Machine,
-    table: KernelTable,
-) -> EntryPlan:
-    """The steps of a graph, in order."""
-    steps, scratch = [], 0
+def draft_entry(
+    graph: Graph, ranges: Mapping[str, Range], machine: Machine, table: KernelTable
+) -> Draft:
+    """The launches of a graph, in order."""
+    values = Values(graph)
+    launches = values.draft.launches
     checks = entry_checks(graph, ranges, index_ranges(graph, ranges))
     later = [(c.computed, n) for n, c in enumerate(checks, 1) if isinstance(c, Later)]
     for node in graph.nodes:
         if node.op in VIEWS or all(0 in v.type.shape for v in node.outputs):
             continue
-        steps += [_guard(found, n, memory, table) for found, n in later if found.node is node]
+        launches += [_guard(found, n, values, table) for found, n in later if found.node is node]
         try:
-            launch = launch_of(node, machine)
+            call = launch_of(node, machine)
         except Unsupported as reason:
             raise UnsupportedOperator(f"{node.op}: {reason}", where=node.loc or None) from None
-        writes = [buffer(v, memory) for v in node.outputs]
-        if launch.scratch:
-            kind = TensorType(DType.u8, (launch.scratch,))
-            writes.append(BufferRef("arena", "scratch", memory.size, kind))
-            scratch = max(scratch, bounds(launch.scratch, ranges).hi)
-        steps.append(
-            Step(
-                table.name(launch),
-                tuple(None if x is None else buffer(x, memory) for x in node.inputs),
-                tuple(writes),
-                tuple((f"n{i}", size) for i, size in enumerate(launch.sizes)),
-                loc=node.loc,
-                op=node.op,
-                node=node.outputs[0].name,
-            )
+        arguments = (*values.arguments(node, call.scratch), *call.sizes)
+        launches.append(
+            Step(table.name(call), arguments, loc=node.loc, op=node.op, node=node.outputs[0].name)
         )
-    return EntryPlan(tuple(steps), memory.size + -(-scratch // ALIGNMENT) * ALIGNMENT)
+    return values.draft
+
+
+def _guard(found: Computed, number: int, values: Values, table: KernelTable) -> Step:
+    """The launch that checks an index before the node that reads it."""
+    if found.value is None:
+        raise UnsupportedOperator("a region that computes an index", where=found.node.loc or None)
+    call = lower_check(found, number)
+    status = Ref(values.draft.add(STATUS, "", STATUS_BYTES), WRITE, STATUS_BYTES)
+    arguments = (values.ref(found.value, READ), status, *call.sizes)
+    return Step(table.name(call), arguments, loc=found.node.loc)

@@ -13,9 +13,9 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from dsc.ir.dims import evaluate
+from dsc.ir.dims import Dim, evaluate
 from dsc.ir.graph import Graph, Node, Value
-from dsc.runtime.plan import EntryPlan, Plan, Step, live_bytes
+from dsc.runtime.plan import EntryPlan, Plan, live_bytes
 from dsc.runtime.profiler import EntryRun, StepTime
 
 Words: TypeAlias = "np.ndarray[Any, np.dtype[np.int64]]"
@@ -56,23 +56,20 @@ class TimedEntry:
     def _build(self, sizes: Mapping[str, int]) -> None:
         self.sizes, self.taps = dict(sizes), []
         nodes = {node.outputs[0].name: node for node in self.graph.nodes}
-        found = [_choice(step, nodes.get(step.node)) for step in self.plan.steps]
-        counts = [
-            0 if at is None else evaluate(_read(step, at[0]).type.numel, sizes)
-            for step, at in zip(self.plan.steps, found, strict=True)
-        ]
-        self.times = np.zeros(2 * (len(self.plan.steps) + 1), dtype=np.int64)
+        found = [_choice(nodes.get(launch.node)) for launch in self.plan.launches]
+        counts = [0 if choice is None else evaluate(choice.numel, sizes) for choice in found]
+        self.times = np.zeros(2 * (len(self.plan.launches) + 1), dtype=np.int64)
         self.copies = np.zeros(sum(counts), dtype=np.int64)
         clock, copies = int(self.times.ctypes.data), int(self.copies.ctypes.data)
         words: list[int] = []
         at, start = 1, 0
-        for index, (step, choice, count) in enumerate(
-            zip(self.plan.steps, found, counts, strict=True)
+        for index, (launch, choice, count) in enumerate(
+            zip(self.plan.launches, found, counts, strict=True)
         ):
-            end = at + 1 + 2 * _arity(step)
+            end = at + 1 + 2 * len(launch.arguments)
             words += (CLOCK, ZERO, clock + 16 * index)
             if choice is not None:
-                source = at + 1 + 2 * choice[1]
+                source = at + 1 + 2 * choice.argument
                 target = (ZERO, copies + 8 * start)
                 words += (
                     COPY,
@@ -81,11 +78,11 @@ class TimedEntry:
                     ZERO,
                     8 * count,
                 )
-                self.taps.append(Tap(index, start, count, choice[2]))
+                self.taps.append(Tap(index, start, count, choice.offsets))
             words += map(int, self.words[at:end])
             at, start = end, start + count
-        words += (CLOCK, ZERO, clock + 16 * len(self.plan.steps))
-        total = 2 * len(self.plan.steps) + 1 + len(self.taps)
+        words += (CLOCK, ZERO, clock + 16 * len(self.plan.launches))
+        total = 2 * len(self.plan.launches) + 1 + len(self.taps)
         self.list = np.array([total, *words], dtype=np.int64)
         self.address = int(self.list.ctypes.data)
 
@@ -111,40 +108,40 @@ def timed_entries(
     plan = Plan.from_json(text)
     found, at = {}, 0
     for name, entry in plan.entries.items():
-        size = 1 + sum(1 + 2 * _arity(step) for step in entry.steps)
+        size = 1 + sum(1 + 2 * len(launch.arguments) for launch in entry.launches)
         found[name] = TimedEntry(graphs[name], entry, steps[at : at + size])
         at += size
     return found
 
 
-def _arity(step: Step) -> int:
-    """How many arguments a step's kernel takes."""
-    return sum(r is not None for r in step.reads) + len(step.writes) + len(step.scalars)
+@dataclass(frozen=True, slots=True)
+class _Choice:
+    """The argument that tells a launch its experts: how many numbers, and whether offsets."""
+
+    argument: int
+    numel: Dim
+    offsets: bool
 
 
-def _read(step: Step, operand: int) -> Any:
-    return step.reads[operand]
-
-
-def _choice(step: Step, node: Node | None) -> tuple[int, int, bool] | None:
-    """Which operand of a step tells its experts: its index, its argument, whether offsets."""
+def _choice(node: Node | None) -> _Choice | None:
+    """What tells a node its experts."""
     if node is None:
         return None
     inner = next((n for n in _inside(node) if n.op in CHOICES), None)
     if inner is None:
         return None
-    wanted = inner.inputs[CHOICES[inner.op]]
-    if node.body is not None and isinstance(wanted, Value):
+    operand = CHOICES[inner.op]
+    wanted = inner.inputs[operand]
+    if node.body is not None:
         names = [v.name for v in node.body.inputs]
-        if wanted.name not in names:
+        if not isinstance(wanted, Value) or wanted.name not in names:
             return None
         operand = names.index(wanted.name)
-    else:
-        operand = CHOICES[inner.op]
-    if operand >= len(step.reads) or step.reads[operand] is None:
+    given = node.inputs[operand] if operand < len(node.inputs) else None
+    if given is None:
         return None
-    argument = sum(r is not None for r in step.reads[:operand])
-    return operand, argument, inner.op == "grouped_linear"
+    argument = sum(x is not None for x in node.inputs[:operand])
+    return _Choice(argument, given.type.numel, inner.op == "grouped_linear")
 
 
 def _inside(node: Node) -> Sequence[Node]:
@@ -158,10 +155,10 @@ def _step_times(
     chosen = {tap.step: _distinct(copies[tap.start : tap.start + tap.count], tap) for tap in taps}
     return [
         StepTime(
-            step.node, step.kernel, float(seconds[i]), float(seconds[i + 1] - seconds[i]),
+            launch.node, launch.kernel, float(seconds[i]), float(seconds[i + 1] - seconds[i]),
             chosen.get(i),
         )
-        for i, step in enumerate(plan.steps)
+        for i, launch in enumerate(plan.launches)
     ]  # fmt: skip
 
 

@@ -89,16 +89,16 @@ def entries_table(entries: Mapping[str, Mapping[str, Any]]) -> Table:
     """One line for each entry and point."""
     table = _table(
         "entries, a step", ("entry", "at"),
-        ("nodes", "fused", "params", "weights", "read", "written", "flop", "arena", "at least"),
+        ("nodes", "launches", "params", "weights", "read", "written", "flop", "arena", "at least"),
     )  # fmt: skip
     for name, entry in entries.items():
-        fused = str(sum(entry.get("regions", {}).values()))
+        launches = str(entry.get("launches", "-"))
         for index, point in enumerate(entry.get("points", ())):
             first = index == 0
             at = " ".join(f"{k}={v}" for k, v in sorted(point["at"].items()))
             _row(
                 table, name if first else "", at, str(entry["nodes"]) if first else "",
-                fused if first else "", human_count(point["parameters"]),
+                launches if first else "", human_count(point["parameters"]),
                 *(human_bytes(point[k]) for k in ("weight_bytes", "read_bytes", "written_bytes")),
                 human_count(point["flops"]),
                 *(_bytes(entry.get(k)) if first else "" for k in ("arena_bytes",
@@ -112,7 +112,7 @@ def layers_table(name: str, entry: Mapping[str, Any]) -> Table:
     at = " ".join(f"{k}={v}" for k, v in sorted(entry.get("at", {}).items()))
     table = _table(
         f"{name} by layer ({at}), each", ("layer",),
-        ("nodes", "fused", "params", "weights", "read", "written", "flop", "cache/token",
+        ("nodes", "launches", "params", "weights", "read", "written", "flop", "cache/token",
          "regions"),
     )  # fmt: skip
     table.columns[-1].justify = "left"
@@ -122,7 +122,7 @@ def layers_table(name: str, entry: Mapping[str, Any]) -> Table:
         regions = first.get("regions", {})
         shown = ", ".join(f"{k} x{n}" if n > 1 else k for k, n in regions.items())
         _row(
-            table, names, str(first["nodes"]), str(sum(regions.values())),
+            table, names, str(first["nodes"]), str(first.get("launches", "-")),
             human_count(first["parameters"]),
             *(human_bytes(first[k]) for k in ("weight_bytes", "read_bytes", "written_bytes")),
             human_count(first["flops"]), _bytes(first["cache_bytes_per_token"]), shown or "-",

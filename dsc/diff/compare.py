@@ -176,7 +176,6 @@ def shrunk_together(first: Program, second: Program) -> tuple[Program, Program]:
         entries=graphs,
         weights={**second.weights, **first.weights},
         symbols={**second.symbols, **first.symbols},
-        memory={},
     ).shrunk()
 
     def part(key: str, whole: Program) -> Program:

@@ -78,7 +78,8 @@ def _entry(diff: Diff, entry: EntryDiff, index: int) -> Iterator[str]:
     at = ", ".join(f"{k} = {v}" for k, v in sorted(entry.at[1].items()))
     yield f'<h2 id="e{index}">{escape(entry.name)}</h2>'
     plans = tuple(
-        timeline(program, name) for program, name in zip(entry.programs, entry.names, strict=True)
+        timeline(program, name, side.plan(name))
+        for side, program, name in zip(diff.sides, entry.programs, entry.names, strict=True)
     )
     yield _cards(entry, plans)
     yield f'<h3>By layer <span class="dim">one step at {escape(at)}; an arrow: changed</span></h3>'
@@ -89,8 +90,8 @@ def _entry(diff: Diff, entry: EntryDiff, index: int) -> Iterator[str]:
     yield _legend()
     for run in entry.runs():
         yield from _run(diff, entry, run)
-    yield '<h3>Memory <span class="dim">offsets in the arena over the steps, at the largest sizes;'
-    yield " line: live bytes, dashed: the least any plan needs</span></h3>"
+    yield '<h3>Memory <span class="dim">offsets in the arena over the launches, at the largest'
+    yield " sizes; line: live bytes, dashed: the least any plan needs</span></h3>"
     for side, found in zip(diff.sides, plans, strict=True):
         yield _memory(side.label, found)
 
@@ -278,8 +279,8 @@ def _memory(label: str, found: Timeline | None) -> str:
         text = "not planned: some symbol has no upper bound"
         return f'<div class="label">{escape(label)}: {text}</div>'
     words = (
-        f"{label}: {human_bytes(found.size)} in {len(found.blocks)} storages over {found.steps}"
-        f" steps; at least {human_bytes(found.lower_bound)}"
+        f"{label}: {human_bytes(found.size)} in {len(found.blocks)} buffers over {found.steps}"
+        f" launches; at least {human_bytes(found.lower_bound)}"
     )
     return (
         f'<div class="label">{escape(words)}</div><div class="scroll">{timeline_svg(found)}</div>'

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from dsc.errors import UsageError
 from dsc.ir.program import Program
+from dsc.runtime.plan import PLAN, EntryPlan, Plan
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,15 @@ class Side:
     def title(self) -> str:
         """The label, and what made the side what it is."""
         return f"{self.label} ({self.backend or self.text.stage.name})"
+
+    @cached_property
+    def _plan(self) -> Plan | None:
+        path = None if self.folder is None else self.folder / PLAN
+        return Plan.from_json(path.read_bytes()) if path is not None and path.is_file() else None
+
+    def plan(self, entry: str) -> EntryPlan | None:
+        """The plan that an artifact runs an entry by; `None` for a text, and for segments."""
+        return None if self._plan is None else self._plan.entries.get(entry)
 
 
 def open_side(name: str) -> Side:

@@ -11,15 +11,17 @@ from dsc.cli.console import human_bytes
 from dsc.diff.layout import HEIGHT, Vertex, draw
 from dsc.errors import DscError
 from dsc.ir import regions
-from dsc.ir.analyses import last_uses
 from dsc.ir.dims import bounds
 from dsc.ir.graph import Graph, Node, Operand, Value, Weight
 from dsc.ir.layers import home, layer_of
-from dsc.ir.memory import ALIGNMENT
 from dsc.ir.op import traits_of
 from dsc.ir.printer import print_node
 from dsc.ir.program import Program
 from dsc.ir.traits import Role
+from dsc.passes.own_outputs import own_outputs
+from dsc.runtime.nodes import draft_nodes
+from dsc.runtime.placing import place
+from dsc.runtime.plan import ALIGNMENT, EntryPlan, lifetimes
 
 FAMILIES = {
     "gemm": (Role.PRODUCT,),
@@ -181,42 +183,37 @@ class Timeline:
     lower_bound: int
 
 
-def timeline(program: Program, entry: str) -> Timeline | None:
-    """The memory plan of an entry over its steps; `None` where it cannot be planned."""
-    from dsc.passes.plan_memory import PlanMemory, storage_roots
-    from dsc.rewrite.base import PassReport
+def timeline(program: Program, entry: str, plan: EntryPlan | None = None) -> Timeline | None:
+    """What lies in an entry's arena over its launches; `None` where it cannot be planned.
 
+    Without the plan of an artifact it is that of the graph's nodes one by one.
+    """
+    graph = program.entries[entry]
     try:
-        planned = PlanMemory().run(program, PassReport())
+        if plan is None:
+            plan = place(draft_nodes(own_outputs(graph)), program.symbols)
+        sizes = [bounds(b.size, program.symbols).hi for b in plan.buffers]
     except (DscError, KeyError, ValueError):
         return None
-    graph, memory = planned.entries[entry], planned.memory[entry]
-    roots = storage_roots(graph)
-    dead = {name: at for at, names in last_uses(graph).items() for name in names}
-    blocks: dict[str, Block] = {}
-    end = len(graph.nodes) - 1
-    for position, node in enumerate(graph.nodes):
-        for value in node.outputs:
-            place = memory.places[value.name]
-            if place.region != "arena":
-                continue
-            root = roots[value.name].name
-            last = dead.get(value.name, end)
-            if root in blocks:
-                known = blocks[root]
-                last = max(last, known.last)
-                blocks[root] = Block(root, known.offset, known.size, known.first, last, known.loc)
-                continue
-            needed = bounds(value.type.nbytes, program.symbols).hi
-            size = -(-needed // ALIGNMENT) * ALIGNMENT
-            blocks[root] = Block(root, place.offset, size, position, last, node.loc)
+    blocks = [
+        Block(
+            plan.buffers[number].name or plan.launches[first].node,
+            plan.buffers[number].offset,
+            -(-sizes[number] // ALIGNMENT) * ALIGNMENT,
+            first,
+            last,
+            plan.launches[first].loc,
+        )
+        for number, (first, last) in lifetimes(plan.buffers, plan.launches).items()
+    ]
+    homes = {node.outputs[0].name: home(node) for node in graph.nodes}
     parts: dict[int, str] = {}
-    for position, node in enumerate(graph.nodes):
-        part = layer_of(home(node))
+    for position, launch in enumerate(plan.launches):
+        part = layer_of(homes.get(launch.node, launch.loc))
         if part not in parts.values():
             parts[position] = part
-    steps = len(graph.nodes)
-    return Timeline(tuple(blocks.values()), parts, steps, memory.size, memory.lower_bound)
+    steps = len(plan.launches)
+    return Timeline(tuple(blocks), parts, steps, plan.arena_bytes, plan.lower_bound)
 
 
 def timeline_svg(found: Timeline) -> str:

@@ -85,6 +85,32 @@ def aliases_of(node: Node) -> dict[int, int]:
     return {result: index for result, index in _shared(node).items() if index in in_place}
 
 
+def written_roots(graph: Graph) -> dict[str, Operand]:
+    """The operand whose bytes each value is: itself, or what a view or in-place operator reads.
+
+    Views are those that no code runs for (`NO_STEP`): other results have storage of their own.
+    """
+    from dsc.ir.lanes import NO_STEP
+
+    roots: dict[str, Operand] = {v.name: v for v in graph.inputs}
+
+    def root(x: Operand | None) -> Operand:
+        if x is None:
+            raise ValueError("an absent operand has no storage")
+        return roots[x.name] if isinstance(x, Value) else x
+
+    for node in graph.nodes:
+        shared = aliases_of(node)
+        for index, value in enumerate(node.outputs):
+            if node.op in NO_STEP:
+                roots[value.name] = root(node.inputs[0])
+            elif index in shared:
+                roots[value.name] = root(node.inputs[shared[index]])
+            else:
+                roots[value.name] = value
+    return roots
+
+
 def _shared(node: Node) -> dict[int, int]:
     """Result index -> index of the operand whose storage it may share."""
     if traits_of(node.op).role is Role.VIEW:

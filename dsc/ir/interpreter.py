@@ -32,14 +32,21 @@ def bind_symbols(graph: Graph, inputs: Sequence[Any]) -> dict[str, int]:
     """
     if len(inputs) != len(graph.inputs):
         raise UsageError(f"{graph.name} takes {len(graph.inputs)} inputs, {len(inputs)} given")
-    env: dict[str, int] = {}
-    composite: list[tuple[Value, int, Dim, int]] = []
+    env = bind_shapes(graph, [tuple(tensor.shape) for tensor in inputs])
     for value, tensor in zip(graph.inputs, inputs, strict=True):
-        composite += _bind_shape(graph, value, tuple(tensor.shape), env)
         if DType.of(tensor.dtype) != value.type.dtype:
             raise UsageError(
                 f"input {value.name} is {tensor.dtype}, {value.type.dtype} is declared"
             )
+    return env
+
+
+def bind_shapes(graph: Graph, shapes: Sequence[Sequence[int]]) -> dict[str, int]:
+    """Sizes of the symbols, from the shapes of the inputs in order. Raises `UsageError`."""
+    env: dict[str, int] = {}
+    composite: list[tuple[Value, int, Dim, int]] = []
+    for value, shape in zip(graph.inputs, shapes, strict=True):
+        composite += _bind_shape(graph, value, tuple(shape), env)
     for value, axis, dim, size in composite:
         unknown = free_symbols(dim) - env.keys()
         if len(unknown) == 1:

@@ -10,7 +10,6 @@ from dsc.errors import UsageError
 from dsc.ir.dims import Range
 from dsc.ir.graph import Graph
 from dsc.ir.limits import LIMITS, Limits
-from dsc.ir.memory import MemoryPlan
 from dsc.ir.stages import Stage
 from dsc.ir.types import TensorType
 from dsc.ir.weights import MetaSource, WeightExpr, WeightSource
@@ -30,8 +29,7 @@ class Program:
 
     `entries` are graphs by name (`decode`, `extend`, `prefill`, or one `main`); `weights` gives
     each `@name` its expression over `source`; `symbols` bounds every symbolic dim; `meta` carries
-    the model configuration and what the frontends found (JSON values only); `memory` is the plan of
-    each entry, once there is one.
+    the model configuration and what the frontends found (JSON values only).
     """
 
     name: str
@@ -41,7 +39,6 @@ class Program:
     source: WeightSource = field(default_factory=lambda: MetaSource({}))
     meta: Mapping[str, Any] = field(default_factory=dict)
     stage: Stage = Stage.TRACED
-    memory: Mapping[str, MemoryPlan] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Give every graph its entry's name, so that the text form reads back the same."""

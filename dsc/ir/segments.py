@@ -28,17 +28,14 @@ Step: TypeAlias = Segment | Node
 
 
 def cut(program: Program) -> Program:
-    """The program whose entries are the segments of all entries, `decode_0` and so on.
-
-    Memory plans are dropped: they are of the whole entries.
-    """
+    """The program whose entries are the segments of all entries, `decode_0` and so on."""
     found = {
         step.graph.name: step.graph
         for graph in program.entries.values()
         for step in steps(graph)
         if isinstance(step, Segment)
     }
-    return replace(program, entries=found, memory={})
+    return replace(program, entries=found)
 
 
 def joined(program: Program, pieces: Program) -> Program:
@@ -56,7 +53,7 @@ def joined(program: Program, pieces: Program) -> Program:
                 nodes += _inlined(pieces.entries[step.graph.name])
         return graph.with_nodes(nodes)
 
-    return replace(program.map_entries(put_together), weights=pieces.weights, memory={})
+    return replace(program.map_entries(put_together), weights=pieces.weights)
 
 
 def _inlined(piece: Graph) -> list[Node]:

@@ -194,7 +194,6 @@ class Rebuild:
             weights=weights,
             source=random_source(found),
             meta=self._meta(program.meta),
-            memory={},
         )
 
     def _type(self, t: TensorType, shape: Shape) -> TensorType:

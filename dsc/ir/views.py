@@ -46,6 +46,14 @@ class View:
         return View(self.buffer, self.type.with_shape(shape), strides, moved)
 
 
+def extent(view: View) -> Dim:
+    """How many elements lie between a view's first and its last, both included."""
+    reach: Dim = 1
+    for dim, stride in zip(view.shape, view.strides, strict=True):
+        reach = reach + (dim - 1) * stride
+    return reach
+
+
 def dense_strides(shape: Sequence[Dim]) -> tuple[Dim, ...]:
     """Row-major strides of a shape."""
     strides: list[Dim] = []

@@ -24,10 +24,10 @@ from dsc.ir.printer import print_program
 from dsc.ir.program import Program
 from dsc.ir.ranks import at_rank
 from dsc.runtime.packing import layout, pack
+from dsc.runtime.plan import FORMAT, PLAN, check_format
 from dsc.targets import parse_target
 from dsc.user_folders import state_folder
 
-FORMAT = 1
 CODE_SUFFIXES = frozenset({".so", ".cubin", ".hsaco", ".ptx", ".py"})
 RUN_SCRIPT = "run.py"
 """Written for people to run; loading an artifact never imports it."""
@@ -118,7 +118,7 @@ def write(
         add("program.dsc", print_program(program).encode())
         add("report.json", _json(report))
         if emission.plan is not None:
-            add("plan.json", emission.plan.to_json())
+            add(PLAN, emission.plan.to_json())
         if emission.runner and (with_weights or not program.weights):
             add(RUN_SCRIPT, run_script(emission.runner).encode())
         manifest = {
@@ -218,12 +218,7 @@ def _inside(folder: Path, name: str) -> Path:
 def _parse_manifest(data: bytes, folder: Path) -> dict[str, Any]:
     try:
         manifest = json.loads(data)
-        if manifest["format"] != FORMAT:
-            raise ArtifactError(
-                f"artifact format {manifest['format']}, this dsc reads {FORMAT}",
-                where=str(folder),
-                hint="compile it again with this version",
-            )
+        check_format(manifest["format"], str(folder))
         if "files" not in manifest and "ranks" in manifest:
             raise ArtifactError(
                 f"{folder} holds {manifest['ranks']} ranks, each an artifact of its own",

@@ -1,12 +1,13 @@
-"""Check a memory plan against its graph, sharing no code with the planner.
+"""Check a launch plan by running through it over bytes, sharing no code with the planner.
 
-The planner reasons with lifetimes and roots; the checker replays the graph over the planned bytes.
-Every byte range remembers which value last wrote it. A value that is read must still own all of its
-bytes, in a place that may hold it. What the replay accepts cannot overwrite a live value, whatever
-the planner believed.
+The planner reasons with lifetimes; the checker replays the launches. Every byte of the arena
+remembers which buffer last took it. What a launch reads must be written and still all its buffer's;
+what it writes takes the buffer's bytes, and a buffer that has lost some of them is not written
+again. All that one launch touches lies apart. What the replay accepts cannot overwrite a live
+buffer, whatever the planner believed.
 
 Lanes run at the same time (`dsc.ir.lanes`), so the replay also keeps a vector clock: for each lane
-the last step that has surely ended. Whoever reads bytes must know that they are written, whoever
+the last launch that has surely ended. Whoever reads bytes must know that they are written, whoever
 writes bytes that all former writers and readers of them have ended.
 """
 
@@ -16,38 +17,62 @@ from bisect import bisect_left, insort
 from collections.abc import Mapping
 
 from dsc.errors import VerificationError
-from dsc.ir.analyses import aliases_of
-from dsc.ir.dims import Range, bounds
-from dsc.ir.graph import Graph, Node, Operand, Value, Weight
-from dsc.ir.lanes import LaneOf, lane_of
-from dsc.ir.memory import ALIGNMENT, MemoryPlan, Place
+from dsc.ir.dims import Dim, Range, bounds, evaluate
+from dsc.ir.lanes import LANES
+from dsc.runtime.plan import (
+    ACCESSES,
+    ALIGNMENT,
+    ARENA,
+    INPUT,
+    OUTPUT,
+    READ,
+    REGIONS,
+    SCRATCH,
+    STATUS,
+    STATUS_BYTES,
+    UPDATE,
+    WEIGHT,
+    WRITE,
+    Buffer,
+    EntryPlan,
+    Launch,
+    Ref,
+)
+
+
+def check_plan(plan: EntryPlan, ranges: Mapping[str, Range], name: str = "") -> None:
+    """Raise `VerificationError` unless the plan keeps every buffer whole until its last read.
+
+    Lanes may run as far apart as the plan's waits allow. `name` is the entry's.
+    """
+    _Replay(plan, ranges, name).run()
 
 
 class _Arena:
-    """Which value owns which bytes: disjoint `(start, end, owner)` intervals in order."""
+    """Which buffer owns which bytes: disjoint `(start, end, owner)` intervals in order."""
 
     def __init__(self) -> None:
-        self.spans: list[tuple[int, int, str]] = []
+        self.spans: list[tuple[int, int, int]] = []
 
-    def write(self, start: int, end: int, owner: str) -> None:
+    def write(self, start: int, end: int, owner: int) -> None:
         """Give bytes start..end-1 to an owner; former owners lose what they had of them."""
-        first = max(0, bisect_left(self.spans, (start, 0, "")) - 1)
+        first = max(0, bisect_left(self.spans, (start, 0, -1)) - 1)
         kept = []
         last = first
         while last < len(self.spans) and self.spans[last][0] < end:
-            lo, hi, name = self.spans[last]
+            lo, hi, former = self.spans[last]
             if lo < start:
-                kept.append((lo, min(hi, start), name))
+                kept.append((lo, min(hi, start), former))
             if hi > end:
-                kept.append((max(lo, end), hi, name))
+                kept.append((max(lo, end), hi, former))
             last += 1
         self.spans[first:last] = [s for s in kept if s[0] < s[1]]
         if start < end:
             insort(self.spans, (start, end, owner))
 
-    def owners(self, start: int, end: int) -> set[str]:
+    def owners(self, start: int, end: int) -> set[int]:
         """All that have some of the bytes start..end-1."""
-        at = max(0, bisect_left(self.spans, (start, 0, "")) - 1)
+        at = max(0, bisect_left(self.spans, (start, 0, -1)) - 1)
         found = set()
         while at < len(self.spans) and self.spans[at][0] < end:
             if self.spans[at][1] > start:
@@ -55,13 +80,13 @@ class _Arena:
             at += 1
         return found
 
-    def owns(self, start: int, end: int, owner: str) -> bool:
+    def owns(self, start: int, end: int, owner: int) -> bool:
         """Whether an owner holds all bytes start..end-1."""
-        at = max(0, bisect_left(self.spans, (start, 0, "")) - 1)
+        at = max(0, bisect_left(self.spans, (start, 0, -1)) - 1)
         while start < end and at < len(self.spans):
-            lo, hi, name = self.spans[at]
+            lo, hi, holder = self.spans[at]
             if lo <= start < hi:
-                if name != owner:
+                if holder != owner:
                     return False
                 start = hi
             elif lo > start:
@@ -71,212 +96,178 @@ class _Arena:
 
 
 class _Clocks:
-    """What each step knows to have ended, by the waits of a plan."""
+    """What each launch knows to have ended, by its waits."""
 
-    def __init__(self, waits: Mapping[int, tuple[int, ...]]) -> None:
-        self.waits = waits
+    def __init__(self) -> None:
         self.ended: dict[int, dict[str, int]] = {}
         self.tips: dict[str, dict[str, int]] = {}
-        self.now: dict[str, int] | None = None
+        self.now: dict[str, int] = {}
         self.here: tuple[str, int] = ("", -1)
-        self.writer: dict[str, tuple[str, int]] = {}
-        self.readers: dict[str, list[tuple[str, int]]] = {}
+        self.writer: dict[int, tuple[str, int]] = {}
+        self.readers: dict[int, list[tuple[str, int]]] = {}
 
-    def start(self, position: int, lane: str) -> str:
-        """Begin a step; what is wrong with its waits, or nothing."""
-        now = dict(self.tips.get(lane, {}))
-        for other in self.waits.get(position, ()):
+    def start(self, position: int, launch: Launch) -> str:
+        """Begin a launch; what is wrong with its waits, or nothing."""
+        now = dict(self.tips.get(launch.lane, {}))
+        for other in launch.waits:
             if other not in self.ended:
-                return f"step {position} waits for step {other}, which does not come before it"
-            for name, last in self.ended[other].items():
-                now[name] = max(last, now.get(name, -1))
-        self.now, self.here = now, (lane, position)
-        self.tips[lane] = self.ended[position] = {**now, lane: position}
+                return f"launch {position} waits for {other}, which does not come before it"
+            for lane, last in self.ended[other].items():
+                now[lane] = max(last, now.get(lane, -1))
+        self.now, self.here = now, (launch.lane, position)
+        self.tips[launch.lane] = self.ended[position] = {**now, launch.lane: position}
         return ""
 
-    def idle(self) -> None:
-        """What follows touches no bytes, or comes when all lanes have ended."""
-        self.now = None
+    def read(self, buffer: int) -> bool:
+        """Note that this launch reads; whether it knows that the writer has ended."""
+        self.readers.setdefault(buffer, []).append(self.here)
+        return self._knows(self.writer.get(buffer))
 
-    def read(self, content: str) -> bool:
-        """Note that this step reads; whether it knows that the writer has ended."""
-        if self.now is None:
-            return True
-        self.readers.setdefault(content, []).append(self.here)
-        return self._knows(self.writer.get(content))
-
-    def write(self, content: str, former: set[str]) -> bool:
-        """Note that this step writes over `former`; whether all that touched those have ended."""
-        if self.now is None:
-            return True
+    def write(self, buffer: int, former: set[int]) -> bool:
+        """Note that this launch writes over `former`; whether all that touched those have ended."""
         touched = [u for f in former for u in (self.writer.get(f), *self.readers.get(f, ()))]
-        self.writer[content] = self.here
+        self.writer[buffer] = self.here
         return all(map(self._knows, touched))
 
-    def _knows(self, step: tuple[str, int] | None) -> bool:
-        if step is None or step == self.here or self.now is None:
+    def _knows(self, launch: tuple[str, int] | None) -> bool:
+        if launch is None or launch == self.here:
             return True
-        lane, position = step
+        lane, position = launch
         return self.now.get(lane, -1) >= position
 
 
 class _Replay:
-    """One run over a graph with the places of a plan."""
+    """One run over the launches."""
 
-    def __init__(
-        self, graph: Graph, plan: MemoryPlan, ranges: Mapping[str, Range], lanes: LaneOf
-    ) -> None:
-        self.lanes = lanes
-        self.clocks = _Clocks(plan.waits)
-        self.graph = graph
-        self.plan = plan
-        self.ranges = ranges
-        self.sizes: dict[str, int] = {}
+    def __init__(self, plan: EntryPlan, ranges: Mapping[str, Range], name: str) -> None:
+        self.plan, self.ranges, self.name = plan, ranges, name
+        self.least = {symbol: found.lo for symbol, found in ranges.items()}
+        self.most = {symbol: found.hi for symbol, found in ranges.items()}
+        self.sizes = [self._most(b.size) for b in plan.buffers]
+        self.clocks = _Clocks()
         self.arena = _Arena()
-        self.outside: dict[tuple[str, str], str] = {}
-        self.content: dict[str, str] = {}
-        self.values = {v.name: v for v in graph.values()}
-        self.updates = {graph.outputs[o].name: graph.inputs[i].name for o, i in graph.aliases}
+        self.written = {
+            number
+            for number, (buffer, size) in enumerate(zip(plan.buffers, self.sizes, strict=True))
+            if buffer.region in (INPUT, WEIGHT) or size == 0
+        }
 
     def run(self) -> None:
-        for value in self.graph.inputs:
-            if self._place(value) != Place("input", value.name):
-                raise self._error(f"input {value} is not in its own storage")
-            self._write(value, value.name)
-        for position, node in enumerate(self.graph.nodes):
-            self._start(position, node)
-            self._step(node)
-        self.clocks.idle()
-        for operand, name in zip(self.graph.outputs, self.graph.output_names, strict=True):
-            self._output(operand, name)
+        for number, buffer in enumerate(self.plan.buffers):
+            self._placed(buffer, self.sizes[number])
+        self._ports()
+        for position, launch in enumerate(self.plan.launches):
+            self._launch(position, launch)
+        for port in self.plan.outputs:
+            if port.buffer not in self.written:
+                raise self._error(f"nobody writes the output {port.name}")
 
-    def _start(self, position: int, node: Node) -> None:
-        """Move the clock to a node; a view that stays where it is takes no time."""
-        if node.op == "reshape" and self._same_storage(node.output, node.operands[0]):
-            self.clocks.idle()
+    def _placed(self, buffer: Buffer, size: int) -> None:
+        if buffer.region not in REGIONS:
+            raise self._error(f"{buffer.name} is in the unknown region {buffer.region!r}")
+        if buffer.region == STATUS and size != STATUS_BYTES:
+            raise self._error(f"{buffer.name} of {size} bytes is no status")
+        if buffer.region != ARENA or self.plan.allocator:
             return
-        wrong = self.clocks.start(position, self.lanes(node))
-        if wrong:
-            raise self._error(wrong, node)
-
-    def _step(self, node: Node) -> None:
-        for operand in node.operands:
-            if isinstance(operand, Value):
-                self._read(operand, node)
-        moved_in_place = aliases_of(node)
-        reads = {x.name for x in node.operands if isinstance(x, Value)}
-        for index, value in enumerate(node.outputs):
-            source = node.inputs[moved_in_place[index]] if index in moved_in_place else None
-            if source is None and node.op == "reshape":
-                source = node.inputs[0]
-            if source is not None and self._same_storage(value, source):
-                renewed = index in moved_in_place
-                self.content[value.name] = value.name if renewed else self._content(source)
-                if renewed:
-                    self._write(value, value.name)
-                continue
-            if index in moved_in_place:
-                raise self._error(f"{value} updates {source} but lies elsewhere", node)
-            self._refuse_overlap(value, node, reads)
-            self.content[value.name] = value.name
-            self._write(value, value.name)
-
-    def _output(self, operand: Operand, name: str) -> None:
-        if isinstance(operand, Weight):
-            raise self._error(f"output {name} is a weight")
-        self._read(operand, None)
-        place = self._place(operand)
-        updated = self.updates.get(operand.name)
-        held = updated is not None and place == Place("input", updated)
-        if not held and place != Place("output", name):
-            raise self._error(f"output {name} lies in {place.region} {place.key}")
-
-    def _refuse_overlap(self, value: Value, node: Node, reads: set[str]) -> None:
-        """A result must not lie over an operand of its own node: kernels read as they write."""
-        place = self._place(value)
-        if place.region in ("input", "weight"):
-            raise self._error(f"{value} is written into {place.region} {place.key}", node)
-        for name in reads:
-            other = self.plan.places[name]
-            if other.region != place.region:
-                continue
-            size = self._size(value), self._size(self.values[name])
-            apart = (
-                place.key != other.key
-                if place.region != "arena"
-                else place.offset + size[0] <= other.offset
-                or other.offset + size[1] <= place.offset
+        end = buffer.offset + size
+        if buffer.offset < 0 or buffer.offset % ALIGNMENT or end > self.plan.arena_bytes:
+            raise self._error(
+                f"{buffer.name} lies at {buffer.offset}..{end} of an arena of"
+                f" {self.plan.arena_bytes} bytes in steps of {ALIGNMENT}"
             )
-            if not apart and min(size) > 0:
-                raise self._error(f"{value} lies over %{name}, which the same node reads", node)
 
-    def _same_storage(self, value: Value, source: Operand) -> bool:
-        if isinstance(source, Weight):
-            return self._place(value) == Place("weight", source.name)
-        return self._place(value) == self._place(source)
+    def _ports(self) -> None:
+        """Inputs and outputs are whole buffers of their own."""
+        taken: set[int] = set()
+        for ports, regions in ((self.plan.inputs, (INPUT,)), (self.plan.outputs, (OUTPUT, INPUT))):
+            for port in ports:
+                known = 0 <= port.buffer < len(self.sizes)
+                if not known or self.plan.buffers[port.buffer].region not in regions:
+                    raise self._error(f"{port.name} is not in a buffer of its own")
+                if self.sizes[port.buffer] != self._most(port.type.nbytes):
+                    raise self._error(f"{port.name} is not all of its buffer")
+            if len({p.buffer for p in ports}) != len(ports):
+                raise self._error("two inputs or outputs are one buffer")
+            taken |= {p.buffer for p in ports}
+        outside = {i for i, b in enumerate(self.plan.buffers) if b.region in (INPUT, OUTPUT)}
+        if outside - taken:
+            lost = self.plan.buffers[min(outside - taken)]
+            raise self._error(f"{lost.region} {lost.name} is none of the entry's")
 
-    def _read(self, value: Value, node: Node | None) -> None:
-        place = self._place(value)
-        content = self.content.get(value.name)
-        if content is None:
-            raise self._error(f"{value} is read before it is written", node)
-        if place.region == "weight":
+    def _launch(self, position: int, launch: Launch) -> None:
+        where = launch.loc or launch.kernel
+        if launch.lane not in LANES:
+            raise self._error(f"the unknown lane {launch.lane!r}", where)
+        wrong = self.clocks.start(position, launch)
+        if wrong:
+            raise self._error(wrong, where)
+        refs = list(launch.refs)
+        reads = {r.buffer for r in refs if r.access == READ}
+        for ref in refs:
+            self._inside(ref, where)
+            if ref.access == READ or ref.access == UPDATE:
+                self._read(ref, where)
+        for ref in refs:
+            if ref.access == WRITE and ref.buffer in reads:
+                raise self._error(f"{self._text(ref)} is written and read by one launch", where)
+            if ref.access != READ:
+                self._write(ref, where)
+        for ref in refs:
+            if not self._whole(ref.buffer):
+                raise self._error(f"{self._text(ref)} lies over what one launch touches", where)
+
+    def _inside(self, ref: Ref, where: str) -> None:
+        if not 0 <= ref.buffer < len(self.sizes) or ref.access not in ACCESSES:
+            raise self._error(f"a launch does {ref.access!r} to buffer {ref.buffer}", where)
+        end = evaluate(ref.offset + ref.size, self.most)
+        if evaluate(ref.offset, self.least) < 0 or end > self.sizes[ref.buffer]:
+            raise self._error(
+                f"bytes {ref.offset}..{ref.offset + ref.size} of {self._text(ref)}, which has"
+                f" {self.plan.buffers[ref.buffer].size}",
+                where,
+            )
+        region = self.plan.buffers[ref.buffer].region
+        if ref.access == SCRATCH and region != ARENA:
+            raise self._error(f"scratch in {region} {self._text(ref)}", where)
+        if ref.access != READ and region == WEIGHT:
+            raise self._error(f"{self._text(ref)} is a weight, and written", where)
+
+    def _read(self, ref: Ref, where: str) -> None:
+        if ref.buffer not in self.written:
+            raise self._error(f"{self._text(ref)} is read before it is written", where)
+        if not self._whole(ref.buffer):
+            raise self._error(f"{self._text(ref)} is overwritten before it is read", where)
+        if not self.clocks.read(ref.buffer):
+            raise self._error(f"nothing says that {self._text(ref)} is written by then", where)
+
+    def _write(self, ref: Ref, where: str) -> None:
+        buffer = self.plan.buffers[ref.buffer]
+        if buffer.region == STATUS:
             return
-        if place.region == "arena":
-            whole = self.arena.owns(place.offset, place.offset + self._size(value), content)
-        else:
-            whole = self.outside.get((place.region, place.key)) == content
-        if not whole:
-            raise self._error(f"{value} is overwritten before it is read", node)
-        if not self.clocks.read(content):
-            raise self._error(f"nothing says that {value} is written before it is read", node)
+        former = {ref.buffer}
+        if ref.buffer in self.written and not self._whole(ref.buffer):
+            raise self._error(f"{self._text(ref)} has lost bytes before its last write", where)
+        if buffer.region == ARENA and not self.plan.allocator:
+            start, end = buffer.offset, buffer.offset + self.sizes[ref.buffer]
+            former |= self.arena.owners(start, end)
+            self.arena.write(start, end, ref.buffer)
+        self.written.add(ref.buffer)
+        if not self.clocks.write(ref.buffer, former):
+            raise self._error(f"{self._text(ref)} is written over bytes that may be in use", where)
 
-    def _write(self, value: Value, content: str) -> None:
-        place = self._place(value)
-        self.content[value.name] = content
-        if place.region == "arena":
-            start, end = place.offset, place.offset + self._size(value)
-            former = self.arena.owners(start, end)
-            self.arena.write(start, end, content)
-        else:
-            former = {self.outside.get((place.region, place.key), content)}
-            self.outside[place.region, place.key] = content
-        if not self.clocks.write(content, former):
-            raise self._error(f"{value} is written over bytes that may still be in use")
+    def _whole(self, number: int) -> bool:
+        buffer = self.plan.buffers[number]
+        if buffer.region != ARENA or self.plan.allocator:
+            return True
+        return self.arena.owns(buffer.offset, buffer.offset + self.sizes[number], number)
 
-    def _content(self, source: Operand) -> str:
-        return source.name if isinstance(source, Weight) else self.content[source.name]
+    def _most(self, dim: Dim) -> int:
+        return bounds(dim, self.ranges).hi
 
-    def _place(self, value: Value) -> Place:
-        place = self.plan.places.get(value.name)
-        if place is None:
-            raise self._error(f"{value} has no place")
-        if place.region not in ("arena", "input", "output", "weight"):
-            raise self._error(f"{value} is in the unknown region {place.region!r}")
-        if place.region == "arena":
-            end = place.offset + self._size(value)
-            if place.offset < 0 or place.offset % ALIGNMENT or end > self.plan.size:
-                raise self._error(
-                    f"{value} lies at {place.offset}..{end} of an arena of {self.plan.size} bytes"
-                    f" in steps of {ALIGNMENT}"
-                )
-        return place
+    def _text(self, ref: Ref) -> str:
+        return self.plan.buffers[ref.buffer].name or f"buffer {ref.buffer}"
 
-    def _size(self, value: Value) -> int:
-        if value.name not in self.sizes:
-            self.sizes[value.name] = bounds(value.type.nbytes, self.ranges).hi
-        return self.sizes[value.name]
-
-    def _error(self, what: str, node: Node | None = None) -> VerificationError:
-        where = f"graph {self.graph.name}" if node is None else node.loc or f"{node.op}"
-        return VerificationError(f"the memory plan is wrong: {what}", where=where)
-
-
-def check_plan(
-    graph: Graph, plan: MemoryPlan, ranges: Mapping[str, Range], lanes: LaneOf = lane_of
-) -> None:
-    """Raise `VerificationError` unless the plan keeps every value whole until its last read.
-
-    Lanes may run as far apart as the plan's waits allow.
-    """
-    _Replay(graph, plan, ranges, lanes).run()
+    def _error(self, what: str, where: str = "") -> VerificationError:
+        return VerificationError(
+            f"the launch plan is wrong: {what}", where=where or f"entry {self.name}"
+        )

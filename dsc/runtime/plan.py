@@ -1,184 +1,273 @@
-"""The plan: how an artifact's kernels run. Every backend ends in one.
+"""The launch plan: what runs when an entry runs, of every backend, as plain data (`plan.json`).
 
-A plan lists, for each entry, the steps in order: which kernel, on which buffers, with which scalar
-values. Buffers are references (region and offset), scalars are expressions over the symbols, so
-that one plan serves every batch, length and device. The stepwise executor walks it in Python; a
-backend may compile the same list into its library as one host function.
+A backend's lowering ends in launches over buffers: which kernel, on which bytes of which buffers,
+with which numbers, in which lane, after which other launches. Sizes, offsets and numbers are
+expressions over the symbols, so that one plan serves every batch and length. Where the buffers of
+the arena lie is decided once (`dsc.runtime.placing`), for the largest sizes; what an executable
+allocates is `arena_bytes`. Reports, memory limits, profiles and pictures read the same plan.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeAlias
 
 from dsc.errors import ArtifactError
-from dsc.ir.dims import Dim, evaluate, parse_dim, symbol_name
-from dsc.ir.graph import Graph, Operand, Value
-from dsc.ir.memory import MemoryPlan
+from dsc.ir.dims import Dim, evaluate, parse_dim
 from dsc.ir.types import DType, TensorType
 
-FORMAT = 1
+PLAN = "plan.json"
+FORMAT = 2
+"""Of dsc.json and plan.json: one schema. An artifact of another has to be compiled again."""
+ALIGNMENT = 64
+"""Every buffer of an arena begins at a multiple of so many bytes."""
+ARENA, INPUT, OUTPUT, WEIGHT, STATUS = REGIONS = ("arena", "input", "output", "weight", "status")
+STATUS_BYTES = 8
+READ, WRITE, UPDATE, SCRATCH = ACCESSES = ("r", "w", "u", "s")
+"""What a launch does to bytes: reads them, writes them, changes in place what it reads, or uses
+them for itself alone."""
 
 
 @dataclass(frozen=True, slots=True)
-class BufferRef:
-    """A tensor in `arena` (at `offset` bytes), or in an `input`, `output` or `weight` by key."""
+class Buffer:
+    """`size` bytes of memory: an input, output or weight by its name, or `offset` in the arena.
+
+    `status` is the number that tells which check of a run has failed. A name in the arena is for
+    people.
+    """
 
     region: str
-    key: str
-    offset: int
-    type: TensorType
+    name: str
+    size: Dim
+    offset: int = 0
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
-    """One kernel call. `scalars` are values by name; `waits` are steps of other lanes.
+class Ref:
+    """`size` bytes of a buffer from `offset` on, and what a launch does to them."""
 
-    `node` names the first result of the graph's node that the step is part of.
+    buffer: int
+    access: str
+    size: Dim
+    offset: Dim = 0
+
+
+Argument: TypeAlias = Ref | Dim
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """One call of a kernel. `arguments` are in the order of its parameters; `grid` is a GPU's.
+
+    `waits` are launches of other lanes. `node` is the first result of the graph's node that the
+    launch is part of.
     """
 
     kernel: str
-    reads: tuple[BufferRef | None, ...]
-    writes: tuple[BufferRef, ...]
-    scalars: tuple[tuple[str, Dim], ...] = ()
+    arguments: tuple[Argument, ...]
+    grid: tuple[Dim, ...] = ()
     lane: str = "compute"
     waits: tuple[int, ...] = ()
     loc: str = ""
     op: str = ""
     node: str = ""
 
+    @property
+    def refs(self) -> Iterator[Ref]:
+        """The bytes that it touches."""
+        return (a for a in self.arguments if isinstance(a, Ref))
+
 
 @dataclass(frozen=True, slots=True)
-class EntryPlan:
-    """The steps of one entry and the bytes of arena they need at the symbols' upper bounds."""
+class Port:
+    """An input or output of an entry, and the buffer that holds it."""
 
-    steps: tuple[Step, ...]
+    name: str
+    type: TensorType
+    buffer: int
+
+
+@dataclass(slots=True)
+class Draft:
+    """An entry whose buffers have no place yet: what a lowering fills."""
+
+    inputs: list[Port] = field(default_factory=list)
+    outputs: list[Port] = field(default_factory=list)
+    buffers: list[Buffer] = field(default_factory=list)
+    launches: list[Launch] = field(default_factory=list)
+
+    def add(self, region: str, name: str, size: Dim) -> int:
+        """The number of a new buffer."""
+        self.buffers.append(Buffer(region, name, size))
+        return len(self.buffers) - 1
+
+
+@dataclass(frozen=True)
+class EntryPlan:
+    """An entry's launches, and the bytes of arena that they need at the symbols' upper bounds.
+
+    No arena can be smaller than `lower_bound`, the most bytes that are alive at once. Where
+    `allocator` is named, it is that which allocates what lies in no buffer, as it sees fit:
+    `arena_bytes` is 0, and `lower_bound` what it needs at least.
+    """
+
+    inputs: tuple[Port, ...]
+    outputs: tuple[Port, ...]
+    buffers: tuple[Buffer, ...]
+    launches: tuple[Launch, ...]
     arena_bytes: int
+    lower_bound: int
+    allocator: str = ""
+
+    @property
+    def needed_bytes(self) -> int:
+        """Memory for what is computed on the way: the arena, or what an allocator needs."""
+        return max(self.arena_bytes, self.lower_bound)
+
+    def without_arena(self, allocator: str) -> EntryPlan:
+        """The same, where it is `allocator` that gives memory to what would lie in the arena."""
+        return replace(self, arena_bytes=0, allocator=allocator)
+
+    @property
+    def in_place(self) -> dict[str, str]:
+        """Outputs that are inputs, updated in place: the input's name by the output's."""
+        held = ((p.name, self.buffers[p.buffer]) for p in self.outputs)
+        return {name: buffer.name for name, buffer in held if buffer.region == INPUT}
 
 
 @dataclass(frozen=True)
 class Plan:
-    """All entries' plans."""
+    """All entries' plans; `meta` says for which device, and what its kernels are."""
 
     entries: Mapping[str, EntryPlan]
     meta: Mapping[str, Any] = field(default_factory=dict)
 
+    def of(self, entry: str) -> list[EntryPlan]:
+        """The plans that a program's entry runs by: its own, or those of its segments in order."""
+        if entry in self.entries:
+            return [self.entries[entry]]
+        return [p for name, p in self.entries.items() if name.rpartition("_")[0] == entry]
+
+    @property
+    def needed_bytes(self) -> int:
+        """Memory for what is computed on the way: entries run one at a time."""
+        return max((entry.needed_bytes for entry in self.entries.values()), default=0)
+
     def to_json(self) -> bytes:
         """The plan as plan.json."""
-        entries = {
-            name: {"arena_bytes": e.arena_bytes, "steps": [_step_json(s) for s in e.steps]}
-            for name, e in self.entries.items()
-        }
-        return json.dumps(
-            {"format": FORMAT, "entries": entries, "meta": dict(self.meta)}, indent=1
-        ).encode()
+        entries = {name: _entry_json(entry) for name, entry in self.entries.items()}
+        found = {"format": FORMAT, "meta": dict(self.meta), "entries": entries}
+        return json.dumps(found, separators=(",", ":")).encode()
 
     @staticmethod
     def from_json(data: bytes) -> Plan:
         """Read a plan.json. Raises `ArtifactError`."""
         try:
             raw = json.loads(data)
-            if raw["format"] != FORMAT:
-                raise ArtifactError(
-                    f"plan.json has format {raw['format']}, this dsc reads {FORMAT}"
-                )
-            entries = {
-                name: EntryPlan(tuple(_step(s) for s in e["steps"]), int(e["arena_bytes"]))
-                for name, e in raw["entries"].items()
-            }
-            return Plan(entries, raw["meta"])
-        except (KeyError, TypeError, ValueError) as problem:
+            check_format(raw["format"], PLAN)
+            return Plan({k: _entry(v) for k, v in raw["entries"].items()}, raw["meta"])
+        except (LookupError, TypeError, ValueError, AttributeError) as problem:
             raise ArtifactError(f"plan.json is damaged: {problem}") from None
 
 
-def buffer(operand: Operand, memory: MemoryPlan) -> BufferRef:
-    """Where an operand lies."""
-    if isinstance(operand, Value):
-        place = memory.places[operand.name]
-        return BufferRef(place.region, place.key, place.offset, operand.type)
-    return BufferRef("weight", operand.name, 0, operand.type)
-
-
-def symbols_of(graph: Graph, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
-    """Sizes of the symbols, from the shapes of an entry's inputs by name."""
-    env: dict[str, int] = {}
-    for value in graph.inputs:
-        for dim, size in zip(value.type.shape, shapes[value.name], strict=True):
-            name = symbol_name(dim)
-            if name is not None:
-                env[name] = size
-    return env
+def check_format(found: object, where: str) -> None:
+    """Raise `ArtifactError` unless this dsc reads the format."""
+    if found != FORMAT:
+        raise ArtifactError(
+            f"format {found}, this dsc reads {FORMAT}",
+            where=where,
+            hint="compile it again with this version",
+        )
 
 
 def live_bytes(plan: EntryPlan, env: Mapping[str, int]) -> list[int]:
-    """Bytes of the arena that hold something needed, during each step, at the symbols' sizes.
-
-    A buffer lives from the step that writes it to the last that reads it before its first byte is
-    written again.
-    """
-    change = [0] * (len(plan.steps) + 1)
-    alive: dict[int, list[int]] = {}  # offset -> [size, first step, last step]
-
-    def end(found: list[int]) -> None:
-        size, first, last = found
+    """Bytes of the arena that hold something needed, during each launch, at the symbols' sizes."""
+    change = [0] * (len(plan.launches) + 1)
+    for buffer, (first, last) in lifetimes(plan.buffers, plan.launches).items():
+        size = evaluate(plan.buffers[buffer].size, env)
         change[first] += size
         change[last + 1] -= size
-
-    for position, step in enumerate(plan.steps):
-        for ref in step.reads:
-            if ref is not None and ref.region == "arena" and ref.offset in alive:
-                alive[ref.offset][2] = position
-        for ref in step.writes:
-            if ref.region != "arena":
-                continue
-            if ref.offset in alive:
-                end(alive[ref.offset])
-            alive[ref.offset] = [evaluate(ref.type.nbytes, env), position, position]
-    for found in alive.values():
-        end(found)
     live, total = [], 0
-    for position in range(len(plan.steps)):
+    for position in range(len(plan.launches)):
         total += change[position]
         live.append(total)
     return live
 
 
-def _step_json(step: Step) -> dict[str, Any]:
+def lifetimes(buffers: Sequence[Buffer], launches: Sequence[Launch]) -> dict[int, tuple[int, int]]:
+    """The first and the last launch that touch each buffer of the arena, by its number."""
+    spans: dict[int, tuple[int, int]] = {}
+    for position, launch in enumerate(launches):
+        for ref in launch.refs:
+            if buffers[ref.buffer].region == ARENA:
+                first, _ = spans.get(ref.buffer, (position, position))
+                spans[ref.buffer] = (first, position)
+    return spans
+
+
+def _entry_json(entry: EntryPlan) -> dict[str, Any]:
     return {
-        "kernel": step.kernel,
-        "op": step.op,
-        "node": step.node,
-        "loc": step.loc,
-        "reads": [None if r is None else _ref_json(r) for r in step.reads],
-        "writes": [_ref_json(r) for r in step.writes],
-        "scalars": {k: str(v) for k, v in step.scalars},
-        "lane": step.lane,
-        "waits": list(step.waits),
+        "arena_bytes": entry.arena_bytes,
+        "lower_bound": entry.lower_bound,
+        "allocator": entry.allocator,
+        "inputs": [_port_json(p) for p in entry.inputs],
+        "outputs": [_port_json(p) for p in entry.outputs],
+        "buffers": [[b.region, b.name, str(b.size), b.offset] for b in entry.buffers],
+        "launches": [
+            {
+                "kernel": x.kernel,
+                "arguments": [_argument_json(a) for a in x.arguments],
+                "grid": [str(d) for d in x.grid],
+                "lane": x.lane,
+                "waits": list(x.waits),
+                "loc": x.loc,
+                "op": x.op,
+                "node": x.node,
+            }
+            for x in entry.launches
+        ],
     }
 
 
-def _step(raw: Mapping[str, Any]) -> Step:
-    return Step(
-        raw["kernel"],
-        tuple(None if r is None else _ref(r) for r in raw["reads"]),
-        tuple(_ref(r) for r in raw["writes"]),
-        tuple((k, parse_dim(v)) for k, v in raw["scalars"].items()),
-        raw["lane"],
-        tuple(raw["waits"]),
-        raw["loc"],
-        raw["op"],
-        raw.get("node", ""),
+def _entry(raw: Mapping[str, Any]) -> EntryPlan:
+    launches = (
+        Launch(
+            x["kernel"], tuple(map(_argument, x["arguments"])), tuple(map(parse_dim, x["grid"])),
+            x["lane"], tuple(x["waits"]), x["loc"], x["op"], x["node"],
+        )
+        for x in raw["launches"]
+    )  # fmt: skip
+    return EntryPlan(
+        tuple(_port(p) for p in raw["inputs"]),
+        tuple(_port(p) for p in raw["outputs"]),
+        tuple(Buffer(r, n, parse_dim(size), int(at)) for r, n, size, at in raw["buffers"]),
+        tuple(launches),
+        int(raw["arena_bytes"]),
+        int(raw["lower_bound"]),
+        str(raw["allocator"]),
     )
 
 
-def _ref_json(ref: BufferRef) -> list[Any]:
-    return [ref.region, ref.key, ref.offset, ref.type.dtype.value, [str(d) for d in ref.type.shape]]
+def _argument_json(argument: Argument) -> Any:
+    """Bytes are a list, a number is a text."""
+    if isinstance(argument, Ref):
+        return [argument.buffer, argument.access, str(argument.size), str(argument.offset)]
+    return str(argument)
 
 
-def _ref(raw: list[Any]) -> BufferRef:
-    region, key, offset, dtype, shape = raw
-    return BufferRef(
-        region, key, int(offset), TensorType(DType(dtype), tuple(parse_dim(d) for d in shape))
-    )
+def _argument(raw: Any) -> Argument:
+    if isinstance(raw, list):
+        buffer, access, size, offset = raw
+        return Ref(int(buffer), access, parse_dim(size), parse_dim(offset))
+    return parse_dim(raw)
+
+
+def _port_json(port: Port) -> list[Any]:
+    return [port.name, port.type.dtype.value, [str(d) for d in port.type.shape], port.buffer]
+
+
+def _port(raw: list[Any]) -> Port:
+    name, dtype, shape, buffer = raw
+    return Port(name, TensorType(DType(dtype), tuple(map(parse_dim, shape))), int(buffer))

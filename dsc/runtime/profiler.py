@@ -322,13 +322,13 @@ def entry_span(graph: Graph, inputs: Mapping[str, Any]) -> Any:
     """
     if active() is None:
         return span(graph.name, "entry")
+    from dsc.ir.interpreter import bind_shapes
     from dsc.runtime.costs import entry_cost, lengths_of
-    from dsc.runtime.plan import symbols_of
 
-    shapes, lengths = {v.name: inputs[v.name].shape for v in graph.inputs}, lengths_of(inputs)
+    shapes, lengths = [inputs[v.name].shape for v in graph.inputs], lengths_of(inputs)
 
     def cost() -> tuple[int, int, int]:
-        return entry_cost(graph, symbols_of(graph, shapes), lengths)
+        return entry_cost(graph, bind_shapes(graph, shapes), lengths)
 
     return span(graph.name, "entry", cost)
 

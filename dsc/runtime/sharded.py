@@ -20,7 +20,8 @@ from dsc.backends.base import MANIFEST
 from dsc.errors import ArtifactError, UsageError
 from dsc.files import replacing
 from dsc.runtime import collectives
-from dsc.runtime.artifact import FORMAT, check_free
+from dsc.runtime.artifact import check_free
+from dsc.runtime.plan import FORMAT, check_format
 
 
 @dataclass(frozen=True)
@@ -76,8 +77,7 @@ def opened(folder: Path) -> Sharded | None:
         ranks, listed = int(manifest["ranks"]), manifest["folders"]
         if ranks < 1 or [each["folder"] for each in listed] != [f"rank_{r}" for r in range(ranks)]:
             raise ValueError(f"{ranks} ranks, {len(listed)} folders")
-        if manifest["format"] != FORMAT:
-            raise ArtifactError(f"artifact format {manifest['format']}, this dsc reads {FORMAT}")
+        check_format(manifest["format"], str(folder))
         for each in listed:
             str(each["manifest"]), str(each["weights"])
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as problem:

@@ -1,6 +1,6 @@
-"""Runs a planned graph step by step over an arena: what a memory plan and its waits come to.
+"""Runs a plan launch by launch over an arena: what its places and its waits come to.
 
-Every value lies where the plan puts it, every lane is a thread, and a step starts when the one
+Every buffer lies where the plan puts it, every lane is a thread, and a launch starts when the one
 before it in its lane and those that it waits for have ended. Kernels are the operators' references:
 slow, for finding out what a plan or a lane does.
 """
@@ -14,11 +14,11 @@ from math import prod
 from typing import TYPE_CHECKING, Any
 
 from dsc.ir.dims import evaluate
-from dsc.ir.graph import Graph, Node, Operand, Value
+from dsc.ir.graph import Graph
 from dsc.ir.interpreter import bind_symbols, run_graph
-from dsc.ir.lanes import NO_STEP, LaneOf, lane_of
-from dsc.ir.memory import MemoryPlan
 from dsc.ir.op import concrete, lookup
+from dsc.ir.types import TensorType
+from dsc.runtime.plan import ARENA, WEIGHT, EntryPlan, Launch
 
 if TYPE_CHECKING:
     import torch
@@ -27,21 +27,17 @@ Weights = Callable[[str], Any]
 
 
 def run_planned(
-    graph: Graph,
-    plan: MemoryPlan,
-    inputs: Mapping[str, torch.Tensor],
-    weight: Weights,
-    lanes: LaneOf = lane_of,
+    graph: Graph, plan: EntryPlan, inputs: Mapping[str, torch.Tensor], weight: Weights
 ) -> dict[str, torch.Tensor]:
-    """The outputs by name; caches that are updated in place are the tensors that were given.
+    """The outputs by name, where each launch of the plan is a node of the graph.
 
-    Raises the first error of any lane.
+    Caches that are updated in place are the tensors that were given. Raises the first error of any
+    lane.
     """
     run = _Run(graph, plan, inputs, weight)
     queues: dict[str, list[int]] = {}
-    for position, node in enumerate(graph.nodes):
-        if node.op not in NO_STEP:
-            queues.setdefault(lanes(node), []).append(position)
+    for position, launch in enumerate(plan.launches):
+        queues.setdefault(launch.lane, []).append(position)
     threads = [
         threading.Thread(target=copy_context().run, args=(run.lane, queue), daemon=True)
         for queue in queues.values()
@@ -52,44 +48,53 @@ def run_planned(
         thread.join()
     if run.failure is not None:
         raise run.failure
-    return dict(zip(graph.output_names, map(run.tensor, graph.outputs), strict=True))
+    return {port.name: run.tensor(port.buffer, port.type) for port in plan.outputs}
 
 
 class _Run:
-    """One run: memory, and which steps have ended."""
+    """One run: memory, and which launches have ended."""
 
     def __init__(
-        self, graph: Graph, plan: MemoryPlan, inputs: Mapping[str, torch.Tensor], weight: Weights
+        self,
+        graph: Graph,
+        plan: EntryPlan,
+        inputs: Mapping[str, torch.Tensor],
+        weight: Weights,
     ) -> None:
         import torch
 
-        self.graph, self.plan, self.weight = graph, plan, weight
-        self.regions: dict[tuple[str, str], torch.Tensor] = {
-            ("input", v.name): inputs[v.name] for v in graph.inputs
-        }
+        self.nodes = {node.outputs[0].name: node for node in graph.nodes}
+        self.plan, self.weight = plan, weight
         self.env = bind_symbols(graph, [inputs[v.name] for v in graph.inputs])
-        self.arena = torch.empty(plan.size, dtype=torch.uint8)
-        for name, operand in zip(graph.output_names, graph.outputs, strict=True):
-            shape = [evaluate(d, self.env) for d in operand.type.shape]
-            self.regions["output", name] = torch.empty(shape, dtype=operand.type.dtype.torch)
-        self.ended = [threading.Event() for _ in graph.nodes]
+        self.arena = torch.empty(plan.arena_bytes, dtype=torch.uint8)
+        self.outside = {port.buffer: inputs[port.name] for port in plan.inputs}
+        for port in plan.outputs:
+            if port.buffer not in self.outside:
+                shape = [evaluate(d, self.env) for d in port.type.shape]
+                self.outside[port.buffer] = torch.empty(shape, dtype=port.type.dtype.torch)
+        self.ended = [threading.Event() for _ in plan.launches]
         self.failure: BaseException | None = None
 
     def lane(self, queue: list[int]) -> None:
-        """Run the steps of one lane in order."""
+        """Run the launches of one lane in order."""
         for position in queue:
-            for other in self.plan.waits.get(position, ()):
+            launch = self.plan.launches[position]
+            for other in launch.waits:
                 self.ended[other].wait()
             try:
                 if self.failure is None:
-                    self.step(self.graph.nodes[position])
+                    self.step(launch)
             except BaseException as problem:
                 self.failure = self.failure or problem
             self.ended[position].set()
 
-    def step(self, node: Node) -> None:
+    def step(self, launch: Launch) -> None:
         """Run a node's reference and put its results where they belong."""
-        given = [None if x is None else self.tensor(x) for x in node.inputs]
+        node = self.nodes[launch.node]
+        places = iter(launch.refs)
+        given = [
+            None if x is None else self.tensor(next(places).buffer, x.type) for x in node.inputs
+        ]
         if node.body is not None:
             made = run_graph(node.body, given, self.weight, outer=self.env)
         else:
@@ -97,20 +102,17 @@ class _Run:
             attrs = concrete(node.attrs, self.env)
             found = definition.reference(*given, **attrs)
             made = list(found) if isinstance(found, (tuple, list)) else [found]
-        for value, tensor in zip(node.outputs, made, strict=True):
-            self.tensor(value).copy_(tensor)
+        for value, place, tensor in zip(node.outputs, places, made, strict=True):
+            self.tensor(place.buffer, value.type).copy_(tensor)
 
-    def tensor(self, operand: Operand) -> torch.Tensor:
-        """The memory of an operand, as a tensor of its type."""
-        if not isinstance(operand, Value):
-            found: torch.Tensor = self.weight(operand.name)
-            return found
-        place, dtype = self.plan.places[operand.name], operand.type.dtype
-        shape = [evaluate(d, self.env) for d in operand.type.shape]
-        if place.region == "weight":
-            found = self.weight(place.key)
+    def tensor(self, number: int, type: TensorType) -> torch.Tensor:
+        """The memory of a buffer, as a tensor of a type."""
+        buffer = self.plan.buffers[number]
+        shape = [evaluate(d, self.env) for d in type.shape]
+        if buffer.region == WEIGHT:
+            found: torch.Tensor = self.weight(buffer.name)
             return found.view(shape)
-        if place.region != "arena":
-            return self.regions[place.region, place.key].view(shape)
-        raw = self.arena[place.offset : place.offset + prod(shape) * dtype.itemsize]
-        return raw.view(dtype.torch).view(shape)
+        if buffer.region != ARENA:
+            return self.outside[number].view(shape)
+        raw = self.arena[buffer.offset : buffer.offset + prod(shape) * type.dtype.itemsize]
+        return raw.view(type.dtype.torch).view(shape)

@@ -124,7 +124,7 @@ def fused(seeds: range) -> tuple[dict[str, Graph], Program]:
     program = Program("tangles", graphs, symbols=RANGES, stage=Stage.OPTIMIZED)
     limits = get("tvm").capabilities(Target("cpu")).regions
     made = pipeline.make("fuse", limits=limits)
-    return graphs, pipeline.apply(made.run(program, PassReport()), ["plan_memory"])
+    return graphs, pipeline.apply(made.run(program, PassReport()), ["own_outputs"])
 
 
 def built(program: Program, folder: Path) -> Executable:

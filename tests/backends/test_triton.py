@@ -19,21 +19,23 @@ from safetensors.torch import save_file
 from dsc import pipeline
 from dsc.backends.base import EmitOptions, No, Yes
 from dsc.backends.triton import TritonBackend
+from dsc.backends.triton.context import access, template
 from dsc.backends.triton.cuda import CudaExecutable
 from dsc.backends.triton.driver import Driver, Function, Launch
 from dsc.backends.triton.launch import LaunchProgram
 from dsc.backends.triton.program import lower_program
-from dsc.backends.triton.schedule import lifetimes, pack, resolve
 from dsc.errors import ArtifactError, BackendUnavailable, UnsupportedOperator, UsageError
 from dsc.ir import views
 from dsc.ir.dims import symbol
 from dsc.ir.graph import GraphBuilder
-from dsc.ir.interpreter import Interpreter
+from dsc.ir.interpreter import Interpreter, bind_shapes
 from dsc.ir.limits import Limits
 from dsc.ir.program import Program
 from dsc.ir.types import DType, TensorType
 from dsc.ir.views import View
 from dsc.ir.weights import evaluate
+from dsc.runtime.check_plan import check_plan
+from dsc.runtime.plan import Plan
 from dsc.runtime.session import Session
 from dsc.targets import Target
 from tests.backends.canonical_lm import Sizes, canonical_lm
@@ -104,9 +106,31 @@ def test_importing_asks_neither_triton_nor_a_driver() -> None:
 
 
 def test_launches_survive_their_text_form(model: Program) -> None:
-    lowered, _ = lower_program(model, "cuda:sm_90")
-    text = lowered.to_json()
-    assert LaunchProgram.from_json(text).to_json() == text
+    plan = lower_program(model, "cuda:sm_90")[0].plan()
+    read = LaunchProgram.of(Plan.from_json(plan.to_json()))
+    assert read.plan().to_json() == plan.to_json()
+
+
+@pytest.mark.parametrize("level", range(4))
+def test_plans_hold_at_every_level_and_their_arena_is_the_least_there_can_be(level: int) -> None:
+    options = pipeline.PipelineOptions(prefill_chunk=CHUNK, fusion_level=level)
+    whole = canonical_lm(Sizes(), max_context=CONTEXT)
+    program = pipeline.run(whole, TritonBackend(), SM_90, options)[0]
+    for target in ("interpret", "cuda:sm_90"):
+        for name, entry in lower_program(program, target)[0].entries.items():
+            check_plan(entry, program.symbols, name)
+            assert entry.lower_bound <= entry.arena_bytes <= 1.05 * entry.lower_bound
+
+
+def test_what_a_kernel_does_to_its_pointers_is_read_off_its_text() -> None:
+    moe, rows = template("moe"), template("rows")
+    kinds = access(moe, "sort_by_expert")
+    assert [kinds[k] for k in ("index", "offsets", "order", "place")] == ["r", "w", "w", "w"]
+    assert access(rows, "cache_write")["cache"] == "w"
+    assert access(rows, "cache_write")["lengths"] == access(rows, "cache_write")["new"] == "r"
+    text = "def f(x, y, z, n):\n at = x + n\n v = tl.load(at) + tl.load(z)\n"
+    text += " at += 4\n tl.store(at, v)\n tl.store(y + tl.load(z + n), v)\n"
+    assert access(text, "f") == {"x": "u", "y": "w", "z": "r", "n": "u"}
 
 
 def test_equal_layers_share_kernels() -> None:
@@ -187,30 +211,10 @@ def test_every_node_of_the_family_is_taken(model: Program) -> None:
 
 
 def test_inputs_of_a_wrong_shape_are_named(model: Program) -> None:
-    entry = lower_program(model, "interpret")[0].entries["decode"]
-    shapes = {p.name: tuple(2 if str(d) == "B" else 7 for d in p.shape) for p in entry.inputs}
-    with pytest.raises(UsageError, match="input input_ids is"):
-        resolve(entry, shapes)
-
-
-@given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9), st.integers(0, 5000)), max_size=30))
-def test_no_two_living_temporaries_overlap(spans: list[tuple[int, int, int]]) -> None:
-    lives = {i: (min(a, b), max(a, b)) for i, (a, b, _) in enumerate(spans)}
-    sizes = {i: size for i, (_, _, size) in enumerate(spans)}
-    places, total = pack(sizes, lives)
-    for i in places:
-        assert places[i] + sizes[i] <= total
-        for j in places:
-            together = lives[i][0] <= lives[j][1] and lives[j][0] <= lives[i][1]
-            apart = places[i] + sizes[i] <= places[j] or places[j] + sizes[j] <= places[i]
-            assert i == j or not together or apart or 0 in (sizes[i], sizes[j])
-
-
-def test_lifetimes_end_at_the_last_reader(model: Program) -> None:
-    entry = lower_program(model, "cuda:sm_90")[0].entries["decode"]
-    for buffer, (first, last) in lifetimes(entry).items():
-        touched = [i for i, x in enumerate(entry.launches) if buffer in x.reads_or_writes()]
-        assert (first, last) == (touched[0], touched[-1])
+    graph = model.entries["decode"]
+    shapes = [[2 if str(d) == "B" else 7 for d in v.type.shape] for v in graph.inputs]
+    with pytest.raises(UsageError, match="input input_ids has 7 at axis 1"):
+        bind_shapes(graph, shapes)
 
 
 @given(st.data())
@@ -310,7 +314,7 @@ def write_records(program: LaunchProgram, folder: Path) -> None:
 def on_fake(model: Program, tmp_path: Path) -> tuple[CudaExecutable, FakeDriver, LaunchProgram]:
     """The model on a device that runs nothing."""
     folder = write_artifact(model, tmp_path) / "triton/sm_90"
-    program = LaunchProgram.from_json((folder / "launches.json").read_text())
+    program = LaunchProgram.of(Plan.from_json((folder / "plan.json").read_bytes()))
     write_records(program, folder)
     driver = FakeDriver()
     weights = tmp_path / "weights/model.safetensors"
@@ -330,6 +334,8 @@ def test_cuda_launches_what_was_emitted(
     session.decode([4])
     assert max(driver.uploads[before:]) < cache, "a resident cache is not uploaded again"
     step = len(program.entries["decode"].launches)
+    arena = max(program.entries[name].arena_bytes for name in ("extend", "decode"))
+    assert executable._held.pools["arena"][1] == arena
     assert len(driver.launched) - launches == step
     session.decode([5])
     session.decode([6])

@@ -8,7 +8,6 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,22 +19,22 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from dsc import pipeline
 from dsc.backends.triton import TritonBackend
 from dsc.backends.triton.backend import RUNNER
-from dsc.backends.triton.launch import EntryLaunches, LaunchProgram, Pointer
+from dsc.backends.triton.launch import LaunchProgram
 from dsc.backends.triton.program import lower_program
-from dsc.backends.triton.schedule import lifetimes, resolve
+from dsc.backends.triton.schedule import resolve
 from dsc.backends.triton.script import script_plan
-from dsc.ir.dims import evaluate
+from dsc.ir.dims import evaluate, parse_dim
 from dsc.ir.index_ranges import index_ranges
 from dsc.ir.limits import Limits
 from dsc.ir.printer import print_program
 from dsc.ir.program import Program
 from dsc.pipeline import PipelineOptions
 from dsc.runtime.artifact import run_script
+from dsc.runtime.plan import Plan, Ref
 from tests.backends.canonical_lm import Sizes, canonical_lm
 from tests.backends.test_triton import CHUNK, CONTEXT, SM_90, write_artifact
 
 SOURCE = Path(__file__).with_name("fake_cuda.c")
-SHAPES = {"input_ids": (1, 1), "positions": (1, 1), "lengths": (1,), "logits_at": (1, 1)}
 RUN = """
 import sys, torch
 from pathlib import Path
@@ -185,7 +184,7 @@ def run_script_on(
 
 
 def test_all_that_a_script_may_ask_for_fits_into_its_buffers() -> None:
-    """Whatever S and L: temporaries are placed once, for the most tokens of an entry."""
+    """Whatever S and L: what run.py allocates is the plan's, and holds what a step touches."""
     limits = Limits(1, CONTEXT - CHUNK, CHUNK)
     whole = canonical_lm(Sizes(layers=1, dense=0), max_context=CONTEXT)
     program = pipeline.run(whole, TritonBackend(), SM_90, PipelineOptions(prefill_chunk=CHUNK))[0]
@@ -195,50 +194,28 @@ def test_all_that_a_script_may_ask_for_fits_into_its_buffers() -> None:
     plan = script_plan(lowered, dict.fromkeys(lowered.kernels, record), guards, limits)
     mosts = [entry["most"] for entry in plan["entries"]]
     assert mosts == [1, min(guards["extend"], CHUNK), CHUNK]
+    held = plan["buffers"]
+    assert held["arena"] == max(entry.arena_bytes for entry in lowered.entries.values())
     for entry, name in zip(plan["entries"], guards, strict=True):
         most, launched = entry["most"], lowered.entries[name]
-        places = {}
-        for launch, (_, _, arguments) in zip(launched.launches, entry["launches"], strict=True):
-            for pointer, (kind, label, text) in zip(launch.arguments, arguments, strict=True):
-                if isinstance(pointer, Pointer):
-                    assert kind == "u64"
-                    if label == "arena":
-                        places[pointer.buffer] = int(text.partition("+")[0])
-        spans = lifetimes(launched)
-        assert spans.keys() == places.keys()
         for new, wanted in itertools.product(range(1, most + 1), (1, most)):
-            ends = ends_at(launched, places, sizes_at(new, wanted))
-            assert max(ends.values()) <= plan["buffers"]["arena"]
-            for x, y in itertools.combinations(places, 2):
-                if spans[x][0] <= spans[y][1] and spans[y][0] <= spans[x][1]:
-                    assert ends[x] <= places[y] or ends[y] <= places[x]
-
-
-def sizes_at(new: int, wanted: int) -> dict[str, int]:
-    return {"B": 1, "S": new, "L": wanted, "C": CONTEXT}
-
-
-def ends_at(
-    entry: EntryLaunches, places: Mapping[int, int], sizes: Mapping[str, int]
-) -> dict[int, int]:
-    """Where each temporary ends in the arena."""
-    held = {i: entry.buffers[i] for i in places}
-    return {
-        i: places[i] + evaluate(buffer.numel, sizes) * buffer.dtype.itemsize
-        for i, buffer in held.items()
-    }
+            sizes = {"B": 1, "S": new, "L": wanted, "C": CONTEXT}
+            for launch, (_, _, arguments) in zip(launched.launches, entry["launches"], strict=True):
+                for ref, (kind, label, text) in zip(launch.arguments, arguments, strict=True):
+                    if isinstance(ref, Ref) and label in held:
+                        assert kind == "u64"
+                        start = evaluate(parse_dim(text), sizes)
+                        assert start + evaluate(ref.size, sizes) <= held[label]
 
 
 def expected_calls(folder: Path, program: Program) -> list[str]:
     """One decode step in the format of the fake driver's log."""
     place = folder / "triton" / "sm_90"
-    lowered = LaunchProgram.from_json((place / "launches.json").read_text())
+    lowered = LaunchProgram.of(Plan.from_json((place / "plan.json").read_bytes()))
     records = json.loads((place / "kernels.json").read_text())
-    shapes = dict(SHAPES)
-    for value in program.entries["decode"].inputs[len(SHAPES) :]:
-        shapes[value.name] = (1, 40, int(value.type.shape[2]))  # type: ignore[arg-type]
+    sizes = {"B": 1, "L": 1, "S": 1, "C": 40}
     lines = []
-    for call in resolve(lowered.entries["decode"], shapes).calls:
+    for call in resolve(lowered.entries["decode"], sizes).calls:
         record = records[call.kernel]
         grid = " ".join(map(str, call.grid))
         threads = record["warps"] * 32

@@ -45,7 +45,7 @@ WIDE_ONLY = [c for c in cases("bf16") if c.op in WIDE and "_0_" not in c.id]
 def compiled(found: list[Case], target: str, folder: Path) -> Executable:
     """The kernels of some cases, built for a target."""
     backend = get("tvm")
-    planned = pipeline.apply(program(found), ["plan_memory"])
+    planned = pipeline.apply(program(found), ["own_outputs"])
     emission = backend.emit(planned, EmitOptions((parse_target(target),)))
     for name, data in emission.files.items():
         (folder / name).parent.mkdir(exist_ok=True)

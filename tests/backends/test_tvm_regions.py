@@ -145,7 +145,7 @@ def compiled(graphs: Iterable[Graph], folder: Path) -> Executable:
     entries = {g.name: g for g in graphs}
     ranges = {s: Range(1, 128) for s in "BSCN"}
     program = Program("regions", entries, symbols=ranges, stage=Stage.LOWERED)
-    planned = pipeline.apply(program, ["plan_memory"])
+    planned = pipeline.apply(program, ["own_outputs"])
     emission = get("tvm").emit(planned, EmitOptions())
     for name, data in emission.files.items():
         (folder / name).parent.mkdir(exist_ok=True)

@@ -22,11 +22,13 @@ import torch
 
 from dsc.backends.triton import cuda
 from dsc.backends.triton.driver import Driver
-from dsc.backends.triton.launch import EntryLaunches, Kernel
-from dsc.backends.triton.schedule import Call, bind, resolve
+from dsc.backends.triton.launch import Kernel
+from dsc.backends.triton.schedule import Call, resolve
 from dsc.ir.dims import evaluate
+from dsc.ir.interpreter import bind_shapes
 from dsc.ir.parser import parse_program
 from dsc.ir.program import Program
+from dsc.runtime.plan import EntryPlan
 from dsc.runtime.session import Session
 
 CONTEXT, PROMPT = 8192, 512
@@ -107,7 +109,7 @@ def load(folder: Path, device: torch.device) -> tuple[Program, cuda.CudaExecutab
 
 
 def cost(
-    kernel: Kernel, call: Call, entry: EntryLaunches, env: Mapping[str, int], seen: int
+    kernel: Kernel, call: Call, entry: EntryPlan, env: Mapping[str, int], seen: int
 ) -> tuple[int, int]:
     """Least bytes and flops of a call of a kernel that weighs, where `seen` tokens are cached."""
     names = [name for name, kind in kernel.signature.items() if kind != "constexpr"]
@@ -120,7 +122,7 @@ def cost(
         return z * m * (k * size_a + n * size_c) + shared * n * k * size_b, 2 * z * m * n * k
     if kernel.function == "grouped_gemm":
         n, k = a["N"], a["K"]
-        rows = evaluate(entry.buffers[a["y"].buffer].numel, env) // n
+        rows = evaluate(entry.buffers[a["y"].buffer].size, env) // BYTES[kernel.signature["y"]] // n
         return 2 * (min(a["EXPERTS"], rows) * n * k + rows * (k + n)), 2 * rows * n * k
     if kernel.function in ("experts_hidden", "experts_output"):
         matrices = 2 if kernel.function == "experts_hidden" else a["TOP_K"]
@@ -138,9 +140,8 @@ def cost(
 def profile(exe: cuda.CudaExecutable, name: str, inputs: Inputs, seen: int) -> dict[str, Row]:
     """Where a step's time goes, by kernel: the second of two steps, so that graphs are made."""
     entry = exe._launches.entries[name]
-    shapes = {p.name: tuple(inputs[p.name].shape) for p in entry.inputs}
-    calls = [call for call in resolve(entry, shapes).calls if 0 not in call.grid]
-    env = bind(entry, shapes)
+    env = bind_shapes(exe.program.entries[name], [inputs[p.name].shape for p in entry.inputs])
+    calls = [call for call in resolve(entry, env).calls if 0 not in call.grid]
     symbols = {kernel.function for kernel in exe._launches.kernels.values()}
     for _ in range(2):
         exe.run(name, inputs)

@@ -298,7 +298,7 @@ def read_page(text: str) -> Reader:
 
 
 def test_the_page_is_whole_and_loads_nothing(dumps: Path) -> None:
-    text = page(compare(open_side(f"{dumps}/absorb_mla"), open_side(f"{dumps}/plan_memory")))
+    text = page(compare(open_side(f"{dumps}/absorb_mla"), open_side(f"{dumps}/own_outputs")))
     reader = read_page(text)
     assert not reader.bad
     assert not reader.open
@@ -321,7 +321,7 @@ def test_the_page_escapes_what_comes_from_files(tmp_path: Path) -> None:
 
 
 def test_the_timeline_shows_a_plan_without_overlap(dumps: Path) -> None:
-    program = open_side(f"{dumps}/plan_memory").text
+    program = open_side(f"{dumps}/own_outputs").text
     found = timeline(program, "decode")
     assert found is not None
     assert 0 < found.lower_bound <= found.size

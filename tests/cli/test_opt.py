@@ -195,7 +195,7 @@ def test_what_one_verb_prints_the_other_reads(printed: Path, invoke: Invoke) -> 
     assert len(texts) > 12
     for path in texts:
         parse_verified(path.read_text())
-        fused = parse_verified(invoke("opt", str(path), "-p", "fuse,plan_memory").stdout)
+        fused = parse_verified(invoke("opt", str(path), "-p", "fuse,own_outputs").stdout)
         assert fused.stage is Stage.PLANNED
         assert any(node.op == "fused" for graph in fused.entries.values() for node in graph.nodes)
 
@@ -282,7 +282,7 @@ def test_an_explanation_is_of_the_pass_with_its_options(invoke: Invoke) -> None:
     assert "from level 3" in low
     assert "fired   level 3 " in high
     with pytest.raises(UsageError, match="--explain"):
-        invoke(*line, "fuse,plan_memory")
+        invoke(*line, "fuse,own_outputs")
 
 
 def test_the_help_shows_how_options_are_written_and_the_list_what_they_are(invoke: Invoke) -> None:

@@ -56,7 +56,7 @@ AFTER = {
     "fuse_1": f"{_MERGED},fuse{{level=1}}",
     "fuse_2": f"{_MERGED},fuse{{level=2}}",
     "fuse_3": f"{_MERGED},fuse",
-    "cut_at_collectives": f"{_ABSORBED},shard,fuse{{level=1}},plan_memory,cut_at_collectives",
+    "cut_at_collectives": f"{_ABSORBED},shard,fuse{{level=1}},own_outputs,cut_at_collectives",
 }
 """The passes of each golden of whole layers."""
 

@@ -26,13 +26,14 @@ from dsc.ir.weights import random_tensor
 from dsc.passes._regions import refusal
 from dsc.passes.append_cache_in_place import AppendCacheInPlace
 from dsc.passes.fuse import Fuse
-from dsc.passes.plan_memory import PlanMemory
+from dsc.passes.own_outputs import OwnOutputs
 from dsc.rewrite.base import EXACT, Pass, PassReport
 from dsc.rewrite.harness import program_of
 from dsc.rewrite.manager import Manager
 from dsc.rewrite.regions import Grouping, inline, inline_graph
 from dsc.rewrite.verify import compare_programs
 from dsc.runtime.check_plan import check_plan
+from dsc.runtime.nodes import plan_nodes
 from tests.backends.canonical_lm import Sizes, canonical_lm
 from tests.ir.strategies import SIZES
 from tests.passes.test_raise_models import raised, stored
@@ -182,15 +183,15 @@ def test_the_number_of_bodies_does_not_grow_with_depth(level: int) -> None:
 
 def test_caches_in_regions_stay_in_place_in_the_memory_plan(model: Program) -> None:
     done, _ = fused(model)
-    planned = PlanMemory().run(done, PassReport())
+    planned = OwnOutputs().run(done, PassReport())
     verify(planned)
     for name, graph in planned.entries.items():
-        check_plan(graph, planned.memory[name], planned.symbols)
+        plan = plan_nodes(planned, {}).entries[name]
+        check_plan(plan, planned.symbols)
         writers = [n for n in graph.nodes if n.body is not None and overwritten(n)]
         assert len(writers) == len(graph.aliases) / 2
         for output, source in graph.aliases:
-            places = planned.memory[name].places
-            assert places[graph.outputs[output].name] == places[graph.inputs[source].name]
+            assert plan.outputs[output].buffer == plan.inputs[source].buffer
 
 
 def test_the_report_tells_a_lower_level_than_was_asked_for() -> None:

@@ -16,11 +16,12 @@ from dsc.ir.expert_forms import ExpertKernels, ExpertLayer, direct_pays, regrets
 from dsc.ir.interpreter import Interpreter
 from dsc.ir.stages import Stage
 from dsc.passes.lower_moe_dispatch import LowerMoeDispatch, ranges_of
-from dsc.passes.plan_memory import PlanMemory
+from dsc.passes.own_outputs import OwnOutputs
 from dsc.passes.specialise_entries import SpecialiseEntries
 from dsc.rewrite.base import PassReport
 from dsc.rewrite.harness import program_of
 from dsc.rewrite.manager import Manager
+from dsc.runtime.nodes import plan_nodes
 from dsc.targets import Target
 from tests.backends.canonical_lm import Sizes, canonical_lm
 
@@ -88,16 +89,16 @@ def test_grouped_buffers_are_bounded_by_the_chunk() -> None:
     for chunk in (16, 32):
         program = canonical_lm(WIDE, max_batch=2)
         program = replace(program, symbols={**program.symbols, "S": Range(1, chunk)})
-        passes = [SpecialiseEntries(), LowerMoeDispatch(), PlanMemory()]
+        passes = [SpecialiseEntries(), LowerMoeDispatch(), OwnOutputs()]
         done = Manager().run(program, passes)
-        memory = done.memory["prefill"]
+        plan = plan_nodes(done, {}).entries["prefill"]
         pairs = 2 * chunk * WIDE.top_k
         made = [v for n in done.entries["prefill"].nodes for v in n.outputs]
         rows = [v for v in made if bounds(v.type.shape[0], done.symbols).hi == pairs]
         assert len(rows) >= 5
         widest = pairs * 4 * (2 * WIDE.expert_inner + WIDE.hidden)
-        assert memory.lower_bound <= 2 * widest
-        arenas[chunk] = memory.size
+        assert plan.lower_bound <= 2 * widest
+        arenas[chunk] = plan.arena_bytes
     assert 1.9 < arenas[32] / arenas[16] < 2.1
 
 

@@ -257,7 +257,7 @@ def test_grouped_experts_can_follow() -> None:
     """Other passes run on a sharded program as on any."""
     before = model()
     after, _ = shard(before)
-    lowered = pipeline.apply(after, ["lower_moe_dispatch", "merge_projections", "plan_memory"])
+    lowered = pipeline.apply(after, ["lower_moe_dispatch", "merge_projections", "own_outputs"])
     inputs = sample_inputs(before.entries["extend"], {"B": 2, "S": 3, "P": 4, "L": 2})
     wanted = Interpreter(before).run("extend", inputs)
     found = RankedInterpreter(lowered).run("extend", inputs)
@@ -288,10 +288,10 @@ def test_segments_hold_no_collective_and_compute_the_same() -> None:
 def test_the_cut_is_compared_as_a_whole() -> None:
     """`--verify-each` and bisect see what a segment loses or computes otherwise."""
     passes = ["specialise_entries", "absorb_mla", "append_cache_in_place", "shard", "fuse"]
-    planned = pipeline.apply(canonical_lm(SIZES), [*passes, "plan_memory"])
+    planned = pipeline.apply(canonical_lm(SIZES), [*passes, "own_outputs"])
     each = CutAtCollectives()
     made = each.run(planned, PassReport())
-    assert len(made.memory) == len(made.entries) > len(planned.entries)
+    assert len(made.entries) > len(planned.entries)
     found = Twin().compare(each, planned, made)
     assert found.ok, found
     name, piece = next((n, g) for n, g in made.entries.items() if n.startswith("prefill"))

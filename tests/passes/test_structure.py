@@ -8,7 +8,6 @@ from dataclasses import replace
 import pytest
 import torch
 
-from dsc.ir.dims import Range
 from dsc.ir.graph import Graph
 from dsc.ir.interpreter import Interpreter
 from dsc.ir.parser import parse_graph
@@ -16,15 +15,17 @@ from dsc.ir.printer import print_graph
 from dsc.ir.program import Program
 from dsc.ir.stages import Stage
 from dsc.ir.verifier import verify
-from dsc.passes import plan_memory, specialise_entries
+from dsc.passes import specialise_entries
 from dsc.passes.absorb_mla import AbsorbMla
 from dsc.passes.append_cache_in_place import AppendCacheInPlace
 from dsc.passes.lower_moe_dispatch import LowerMoeDispatch
 from dsc.passes.name_values import named
-from dsc.passes.plan_memory import PlanMemory, plan, storage_roots
+from dsc.passes.own_outputs import OwnOutputs
 from dsc.passes.specialise_entries import SpecialiseEntries, break_even
 from dsc.rewrite.base import PassReport
 from dsc.rewrite.harness import doc_block, program_of
+from dsc.runtime.nodes import draft_nodes
+from dsc.runtime.placing import place
 
 
 def test_no_value_takes_the_name_of_an_input() -> None:
@@ -114,42 +115,6 @@ def chain(seed: int, length: int = 40) -> Graph:
     return parse_graph(f"graph main(%x: f32[N,4]) {{\n{body}\nreturn {outputs}\n}}")
 
 
-@pytest.mark.parametrize("seed", range(30))
-def test_no_two_live_values_share_bytes(seed: int) -> None:
-    """The property, checked from first principles: write every value, find it whole when read."""
-    graph = plan_memory._own_outputs(chain(seed))
-    found = plan(graph, {"N": Range(1, 8)})
-    assert found.size <= 2 * found.lower_bound
-    memory: dict[tuple[str, str, int], str] = {}
-    roots = storage_roots(graph)
-    spans = {}
-    for value in graph.values():
-        place = found.places[value.name]
-        size = 8 * 4 * 4
-        cells = [(place.region, place.key, place.offset + i) for i in range(0, size, 16)]
-        spans[value.name] = cells
-    for cell in spans["x"]:
-        memory[cell] = roots["x"].name
-    for node in graph.nodes:
-        for operand in node.operands:
-            assert all(memory[c] == roots[operand.name].name for c in spans[operand.name])
-        for value in node.outputs:
-            for cell in spans[value.name]:
-                memory[cell] = roots[value.name].name
-    for operand in graph.outputs:
-        assert all(memory[c] == roots[operand.name].name for c in spans[operand.name])
-
-
-def test_without_reuse_no_two_values_overlap() -> None:
-    graph = plan_memory._own_outputs(chain(3))
-    found = plan(graph, {"N": Range(1, 8)}, reuse=False)
-    owners = storage_roots(graph)
-    roots = {owners[n.output.name].name for n in graph.nodes}
-    held = {r: found.places[r] for r in roots if found.places[r].region == "arena"}
-    assert len({p.offset for p in held.values()}) == len(held) > 5
-    assert found.size == 128 * len(held) > plan(graph, {"N": Range(1, 8)}).size
-
-
 def test_outputs_that_share_storage_get_their_own() -> None:
     graph = parse_graph("""graph main(%x: f32[4]) {
       %a = neg %x
@@ -157,11 +122,12 @@ def test_outputs_that_share_storage_get_their_own() -> None:
       return %a, %b, %x, %a as "again"
     }""")
     program = Program("p", {"main": graph}, stage=Stage.CANONICAL)
-    after = PlanMemory().run(program, PassReport())
+    after = OwnOutputs().run(program, PassReport())
     verify(after)
-    places = [after.memory["main"].places[o.name] for o in after.entries["main"].outputs]
-    assert len({(p.region, p.key) for p in places}) == 4
-    assert all(p.region == "output" for p in places)
+    plan = place(draft_nodes(after.entries["main"]), {})
+    places = [plan.buffers[port.buffer] for port in plan.outputs]
+    assert len({buffer.name for buffer in places}) == 4
+    assert all(buffer.region == "output" for buffer in places)
     x = torch.randn(4)
     found = Interpreter(after).run("main", {"x": x})
     assert torch.equal(found["again"], -x)

@@ -123,8 +123,8 @@ NAMED = {
     "append_cache_in_place{slack=1e3}": ("slack is 1e3", "a whole number, at least 0"),
     "shard{ranks=0}": ("shard: ranks is 0", "a whole number, at least 1"),
     "shard{parallel=pp}": ("shard: parallel is pp", "one of tp+ep, tp, ep"),
-    "plan_memory{reuse=no}": ("plan_memory: reuse is no", "true or false"),
-    "plan_memory{reuse=1}": ("plan_memory: reuse is 1", "true or false"),
+    "fold_constants{weights=no}": ("fold_constants: weights is no", "true or false"),
+    "fold_constants{weights=1}": ("fold_constants: weights is 1", "true or false"),
     "specialise_entries{entries=decode}": ("entries is decode", "in brackets, a list of decode"),
     "specialise_entries{entries=[decode,drafts]}": ("[decode,drafts]", "decode, extend, prefill"),
 }
@@ -181,7 +181,7 @@ def test_the_list_has_each_pass_once_and_they_run_in_its_order() -> None:
 def test_each_condition_of_the_list_decides() -> None:
     program = canonical_lm(Sizes())
     least = names(program, Capabilities(absorbed=False))
-    assert least == ["specialise_entries", "fuse", "plan_memory"]
+    assert least == ["specialise_entries", "fuse", "own_outputs"]
     assert names(program.at(Stage.TRACED), Capabilities(absorbed=False)) == [
         *pipeline.RAISE,
         *least,

@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import dsc
 from dsc.backends.base import Emission
 from dsc.errors import ArtifactError, DscError
 from dsc.ir.parser import parse_program
@@ -19,7 +20,8 @@ from dsc.ir.program import Program
 from dsc.ir.weights import DictSource
 from dsc.runtime import artifact
 from dsc.runtime.packing import layout, pack
-from dsc.runtime.plan import BufferRef, EntryPlan, Plan, Step
+from dsc.runtime.plan import Buffer, EntryPlan, Launch, Plan, Port, Ref
+from tests.runtime.test_session import small_lm
 
 TEXT = """program "p" {stage=CANONICAL}
 symbols {N=[1,8]}
@@ -221,11 +223,26 @@ def test_a_symlink_in_the_artifact_is_refused(tmp_path: Path) -> None:
 
 def test_plan_json_round_trips() -> None:
     t = program().entries["main"].inputs[0].type
-    step = Step(
-        "mul_f32", (BufferRef("input", "x", 0, t), None), (BufferRef("arena", "", 64, t),),
-        (("N", t.shape[0]), ("NN", t.shape[0] * t.shape[0] + 1)), loc="model.norm", op="mul",
+    rows = t.shape[0]
+    refs = (Ref(0, "r", t.nbytes), Ref(1, "s", 4, 4 * rows - 4))
+    launch = Launch(
+        "mul_f32", (*refs, rows, rows * rows + 1), (rows // 2, 1), "copy", (0,), "model.norm",
+        "mul", "y",
     )  # fmt: skip
-    plan = Plan({"main": EntryPlan((step,), 128)}, {"a": 1})
+    buffers = (Buffer("input", "x", t.nbytes), Buffer("arena", "", t.nbytes, 64))
+    entry = EntryPlan((Port("x", t, 0),), (Port("y", t, 0),), buffers, (launch,), 128, 64, "torch")
+    plan = Plan({"main": entry}, {"a": 1})
     assert Plan.from_json(plan.to_json()) == plan
-    with pytest.raises(ArtifactError):
-        Plan.from_json(b'{"format": 1}')
+    with pytest.raises(ArtifactError, match="damaged"):
+        Plan.from_json(b'{"format": 2}')
+
+
+def test_what_an_older_dsc_wrote_is_refused_with_what_to_do(tmp_path: Path) -> None:
+    """One version for the manifest and the plan."""
+    out = dsc.compile(small_lm(), backend="null", max_context=32).save(tmp_path / "out")
+    for name in ("plan.json", "dsc.json"):
+        older = json.loads((out / name).read_text()) | {"format": 1}
+        (out / name).write_text(json.dumps(older))
+        with pytest.raises(ArtifactError, match="format 1, this dsc reads 2") as refused:
+            Plan.from_json((out / name).read_bytes()) if name == "plan.json" else artifact.read(out)
+        assert refused.value.hint == "compile it again with this version"

@@ -19,7 +19,8 @@ from dsc.ir.program import Program
 from dsc.ir.types import DType, TensorType
 from dsc.ir.weights import random_source, sources
 from dsc.runtime.costs import moved, real_sizes
-from dsc.runtime.plan import BufferRef, EntryPlan, Step, live_bytes
+from dsc.runtime.placing import place
+from dsc.runtime.plan import Draft, Launch, Ref, live_bytes
 from dsc.runtime.probes import Machine
 from dsc.runtime.profiler import Event, Profiler, active, span
 from dsc.runtime.stats import OUTSIDE, ROOT, cells, entry_rows, nested
@@ -119,15 +120,15 @@ def test_a_trace_names_its_process_and_threads_and_each_is_a_stack(
 
 def test_live_bytes_follow_the_plan() -> None:
     kind = TensorType(DType.f32, (16,))
-    a, b, c = (BufferRef("arena", "", at, kind) for at in (0, 64, 0))
-    out = BufferRef("output", "y", 0, kind)
-    steps = (
-        Step("k", (), (a,)),
-        Step("k", (a,), (b,)),
-        Step("k", (b,), (c,)),  # c lies where a was
-        Step("k", (c,), (out,)),
-    )
-    assert live_bytes(EntryPlan(steps, 128), {}) == [64, 128, 128, 64]
+    draft = Draft()
+    a, b, c = (draft.add("arena", name, kind.nbytes) for name in "abc")
+    out = draft.add("output", "y", kind.nbytes)
+    for read, written in ((None, a), (a, b), (b, c), (c, out)):
+        refs = () if read is None else (Ref(read, "r", 64),)
+        draft.launches.append(Launch("k", (*refs, Ref(written, "w", 64))))
+    plan = place(draft, {})
+    assert plan.buffers[a].offset == plan.buffers[c].offset != plan.buffers[b].offset
+    assert live_bytes(plan, {}) == [64, 128, 128, 64]
 
 
 def test_tvm_tells_live_bytes(tmp_path: Path) -> None:

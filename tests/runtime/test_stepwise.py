@@ -20,10 +20,13 @@ from dsc.ir.lanes import COLLECTIVE, LANES, lane_of
 from dsc.ir.program import Program
 from dsc.ir.ranks import at_rank, run_ranks
 from dsc.ir.samples import sample_inputs
-from dsc.passes.plan_memory import _own_outputs, plan
+from dsc.passes.own_outputs import own_outputs
 from dsc.rewrite.manager import Manager
 from dsc.runtime import stepwise
 from dsc.runtime.check_plan import check_plan
+from dsc.runtime.nodes import draft_nodes, plan_nodes
+from dsc.runtime.placing import place
+from dsc.runtime.plan import EntryPlan, Launch
 from dsc.runtime.stepwise import run_planned
 from tests.backends.canonical_lm import Sizes, canonical_lm
 from tests.passes.test_structure import chain
@@ -43,18 +46,18 @@ def no_weight(name: str) -> torch.Tensor:
 @pytest.mark.parametrize("seed", range(6))
 def test_lanes_that_run_apart_compute_the_same(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Steps take random times, so that lanes drift as far apart as waits let them."""
-    graph = _own_outputs(chain(seed, 40))
-    found = plan(graph, {"N": Range(1, 8)}, lanes=dealt)
+    graph = own_outputs(chain(seed, 40))
+    found = place(draft_nodes(graph, dealt), {"N": Range(1, 8)})
     x = torch.randn(5, 4)
     wanted = run_graph(graph, [x])
     chooser, step = random.Random(seed), stepwise._Run.step
 
-    def slow(run: stepwise._Run, node: Node) -> None:
+    def slow(run: stepwise._Run, launch: Launch) -> None:
         time.sleep(chooser.choice([0, 0, 0.001]))
-        step(run, node)
+        step(run, launch)
 
     monkeypatch.setattr(stepwise._Run, "step", slow)
-    got = run_planned(graph, found, {"x": x}, no_weight, dealt)
+    got = run_planned(graph, found, {"x": x}, no_weight)
     for tensor, reference in zip(got.values(), wanted, strict=True):
         assert torch.equal(tensor, reference)
 
@@ -72,13 +75,12 @@ def sharded(ranks: int) -> Program:
 
 def test_a_sharded_model_computes_while_collectives_are_in_flight() -> None:
     program = sharded(2)
+    plans = plan_nodes(program, {}).entries
     for entry, graph in program.entries.items():
-        found = program.memory[entry]
-        check_plan(graph, found, program.symbols)
-        lanes = {lane_of(n) for n in graph.nodes}
-        assert COLLECTIVE in lanes
-        assert found.waits
-        _check_waits(graph, found.waits)
+        found = plans[entry]
+        check_plan(found, program.symbols)
+        assert COLLECTIVE in {x.lane for x in found.launches}
+        _check_waits(graph, found)
     graph = program.entries["extend"]
     inputs = sample_inputs(graph, SIZES, 3)
 
@@ -86,35 +88,38 @@ def test_a_sharded_model_computes_while_collectives_are_in_flight() -> None:
         mine = Interpreter(at_rank(program, rank))
         runs = [{k: v.clone() for k, v in inputs.items()} for _ in range(2)]
         wanted = mine.run("extend", runs[0])
-        return [wanted, run_planned(graph, program.memory["extend"], runs[1], mine.weight)]
+        return [wanted, run_planned(graph, plans["extend"], runs[1], mine.weight)]
 
     for wanted, got in run_ranks(2, one):
         assert wanted.keys() == got.keys()
         assert all(torch.equal(wanted[name], got[name]) for name in wanted)
 
 
-def _check_waits(graph: Graph, waits: object) -> None:
+def _check_waits(graph: Graph, plan: EntryPlan) -> None:
     """Whatever reads a collective's result outside its lane waits, unless something before did."""
     made = producers(graph)
-    assert isinstance(waits, dict)
-    position = {node.outputs[0].name: i for i, node in enumerate(graph.nodes)}
+    waits = [x.waits for x in plan.launches]
+    assert any(waits)
+    position = {x.node: i for i, x in enumerate(plan.launches)}
     for node in graph.nodes:
         for operand in node.operands:
             source = made.get(operand.name)
-            if source is None or lane_of(source) == lane_of(node) or node.op == "reshape":
+            if source is None or "reshape" in (source.op, node.op):
+                continue
+            if lane_of(source) == lane_of(node):
                 continue
             first, last = position[source.outputs[0].name], position[node.outputs[0].name]
-            reached = [w for i in range(first, last + 1) for w in waits.get(i, ())]
+            reached = [w for i in range(first, last + 1) for w in waits[i]]
             assert any(w >= first for w in reached), f"{node.op} does not wait for {source.op}"
 
 
 def test_an_error_in_a_lane_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    graph = _own_outputs(chain(1, 20))
-    found = plan(graph, {"N": Range(1, 8)}, lanes=dealt)
+    graph = own_outputs(chain(1, 20))
+    found = place(draft_nodes(graph, dealt), {"N": Range(1, 8)})
 
-    def broken(run: stepwise._Run, node: Node) -> None:
+    def broken(run: stepwise._Run, launch: Launch) -> None:
         raise UsageError("out of luck")
 
     monkeypatch.setattr(stepwise._Run, "step", broken)
     with pytest.raises(UsageError, match="out of luck"):
-        run_planned(graph, found, {"x": torch.randn(5, 4)}, no_weight, dealt)
+        run_planned(graph, found, {"x": torch.randn(5, 4)}, no_weight)
