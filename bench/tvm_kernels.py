@@ -26,13 +26,14 @@ import torch
 
 from dsc import pipeline
 from dsc.backends import get
-from dsc.backends.base import EmitOptions, Executable
+from dsc.backends.base import EmitOptions
 from dsc.ir.dims import evaluate
 from dsc.ir.graph import GraphBuilder
 from dsc.ir.parser import parse_operands
 from dsc.ir.program import Program
 from dsc.ir.stages import Stage
 from dsc.ir.types import DType
+from dsc.runtime.executable import Executable
 from dsc.targets import parse_target
 
 SETTLE = 0.3

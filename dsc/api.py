@@ -14,14 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from dsc import backends, pipeline
-from dsc.backends.base import (
-    Backend,
-    Emission,
-    EmitOptions,
-    Executable,
-    check_unchanged,
-    set_threads,
-)
+from dsc.backends.base import Backend, EmitOptions
 from dsc.errors import ArtifactError, MemoryLimitError, UnsupportedOperator, UsageError
 from dsc.files import check_fillable
 from dsc.ir.limits import Limits
@@ -34,6 +27,8 @@ from dsc.rewrite.manager import NOT_PASSES, Watch
 from dsc.runtime import artifact as artifacts
 from dsc.runtime import sharded
 from dsc.runtime.check_plan import check_plan
+from dsc.runtime.emission import Emission, check_unchanged
+from dsc.runtime.executable import Executable, set_threads
 from dsc.runtime.plan import Plan
 from dsc.runtime.segmented import SegmentedExecutable
 from dsc.runtime.session import Session, check_limits

@@ -26,7 +26,6 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from dsc.backends.base import StandIn
 from dsc.errors import UsageError
 from dsc.frontends.aten_graph import CompiledGraph, refusal
 from dsc.frontends.fx_import import Problem, is_users, source_line, users_line
@@ -34,6 +33,7 @@ from dsc.frontends.overlaps import is_refused, shared
 from dsc.frontends.regions import Options
 from dsc.frontends.whole import kept_whole
 from dsc.frontends.wording import input_name, size_names, told_inputs
+from dsc.runtime.executable import StandIn
 
 _FALLBACKS = ("eager", "error")
 _FROZEN = 8

@@ -105,6 +105,7 @@ RUNTIME_NEVER = (
     "dsc.models",
     "dsc.report",
     "dsc.rewrite",
+    "dsc.backends",
 )
 RUNTIME_MAY = ("dsc.frontends.safetensors_source",)  # the reader of weights serves both ends
 EVERYBODY = (

@@ -13,20 +13,15 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dsc.backends.base import (
-    Capabilities,
-    Emission,
-    EmitOptions,
-    Executable,
-    Support,
-    Yes,
-)
+from dsc.backends.base import Capabilities, EmitOptions, Support, Yes
 from dsc.ir.analyses import total_cost
 from dsc.ir.dims import Dim, evaluate
 from dsc.ir.graph import Graph, Node
 from dsc.ir.program import Program
 from dsc.ir.types import DType
 from dsc.runtime.admission import Admitted
+from dsc.runtime.emission import Emission
+from dsc.runtime.executable import Executable
 from dsc.runtime.nodes import plan_nodes
 from dsc.targets import KNOWN, Target
 

@@ -13,21 +13,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dsc.backends.base import (
-    Capabilities,
-    Emission,
-    EmitOptions,
-    Executable,
-    No,
-    Support,
-    Yes,
-    check_supported,
-)
+from dsc.backends.base import Capabilities, EmitOptions, No, Support, Yes, check_supported
 from dsc.errors import BackendUnavailable
 from dsc.ir.graph import Node
 from dsc.ir.index_ranges import giving_indices, index_ranges
 from dsc.ir.program import Program
 from dsc.ir.types import DType
+from dsc.runtime.emission import Emission
+from dsc.runtime.executable import Executable
 from dsc.runtime.nodes import whole_entry
 from dsc.runtime.plan import Plan
 from dsc.targets import Target
@@ -103,7 +96,7 @@ class OnnxRuntimeBackend:
             )
         meta = {
             "models": files,
-            "guards": dict(program.meta.get("guards", {})),
+            "guards": dict(program.guards),
             "threads": options.threads,
             "prepack": bool(options.extra.get("prepack", False)),
             "opset": form.opset,

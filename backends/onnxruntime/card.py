@@ -133,7 +133,7 @@ def facts(program: Program) -> dict[str, str]:
 
 def _models(program: Program, files: Mapping[str, str]) -> Iterator[str]:
     """A line for each file: the steps for which it was made."""
-    guards: Mapping[str, int] = program.meta.get("guards", {})
+    guards = program.guards
     for path in dict.fromkeys(files.values()):
         most = max((guards.get(e, 0) or _OPEN for e, f in files.items() if f == path))
         takes = "any S" if most == _OPEN else f"S up to {most}: less work for few tokens"

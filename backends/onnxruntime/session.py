@@ -15,7 +15,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dsc.backends.base import check_unchanged
 from dsc.backends.onnxruntime.graph import ONNX_TYPE
 from dsc.backends.onnxruntime.interface import Form, Interface
 from dsc.backends.onnxruntime.model import result_names
@@ -26,6 +25,7 @@ from dsc.ir.graph import Graph
 from dsc.ir.index_ranges import giving_indices
 from dsc.ir.program import Program
 from dsc.runtime.admission import Admitted
+from dsc.runtime.emission import check_unchanged
 from dsc.runtime.profiler import Profiler, active
 
 if TYPE_CHECKING:

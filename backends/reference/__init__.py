@@ -11,20 +11,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dsc.backends.base import (
-    Capabilities,
-    Emission,
-    EmitOptions,
-    Executable,
-    Support,
-    Yes,
-)
+from dsc.backends.base import Capabilities, EmitOptions, Support, Yes
 from dsc.errors import UsageError
 from dsc.ir.graph import Graph, Node
 from dsc.ir.interpreter import Interpreter
 from dsc.ir.program import Program
 from dsc.ir.types import DType
 from dsc.runtime.admission import Admitted
+from dsc.runtime.emission import Emission
+from dsc.runtime.executable import Executable
 from dsc.runtime.nodes import plan_nodes
 from dsc.runtime.profiler import EntryRun, StepTime, active
 from dsc.targets import Target

@@ -19,16 +19,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dsc.backends.base import (
-    Capabilities,
-    Emission,
-    EmitOptions,
-    Executable,
-    No,
-    Support,
-    Yes,
-    check_supported,
-)
+from dsc.backends.base import Capabilities, EmitOptions, No, Support, Yes, check_supported
 from dsc.backends.triton.blocks import INTERPRET
 from dsc.backends.triton.compile import compile_kernels, require_triton
 from dsc.backends.triton.context import template
@@ -44,6 +35,8 @@ from dsc.ir.index_ranges import giving_indices, index_ranges
 from dsc.ir.program import Program
 from dsc.ir.regions import RegionLimits
 from dsc.ir.types import DType
+from dsc.runtime.emission import Emission
+from dsc.runtime.executable import Executable
 from dsc.runtime.plan import Plan
 from dsc.targets import KNOWN, Target
 
@@ -96,7 +89,7 @@ class TritonBackend:
         files = {f"{FOLDER}/{INTERPRETED}": lowered.plan().to_json()}
         plans: list[Plan] = []
         summary: dict[str, Any] = {}
-        guards = dict(program.meta.get("guards", {}))
+        guards = dict(program.guards)
         causal = program.is_causal_lm
         for target in targets:
             gpu, generated = lower_program(program, str(target), options.reuse)

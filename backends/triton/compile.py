@@ -16,10 +16,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dsc.backends.base import Progress
 from dsc.backends.triton.launch import Kernel
 from dsc.backends.triton.process import import_environment
 from dsc.errors import BackendUnavailable
+from dsc.runtime.emission import Progress
 from dsc.targets import Target
 
 KERNELS_A_WORKER = 12

@@ -8,15 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dsc.backends.base import (
-    Capabilities,
-    Emission,
-    EmitOptions,
-    Executable,
-    No,
-    Support,
-    Yes,
-)
+from dsc.backends.base import Capabilities, EmitOptions, No, Support, Yes
 from dsc.errors import BackendUnavailable
 from dsc.ir.expert_forms import ExpertKernels
 from dsc.ir.graph import Node
@@ -25,6 +17,8 @@ from dsc.ir.op import named
 from dsc.ir.regions import RegionLimits
 from dsc.ir.traits import Role
 from dsc.ir.types import DType
+from dsc.runtime.emission import Emission
+from dsc.runtime.executable import Executable
 from dsc.runtime.plan import EntryPlan, Plan, Port
 from dsc.targets import Target
 
@@ -149,7 +143,7 @@ class TvmBackend:
             "tiling": {**asdict(tiling), "by": by},
             "weights": weights,
             "entries": entries,
-            "guards": dict(program.meta.get("guards", {})),
+            "guards": dict(program.guards),
         }
         runner = RUNNER.read_text() if program.is_causal_lm else ""
         files = {LIBRARY: code, STEPS: np.concatenate(lists).tobytes()}

@@ -28,7 +28,7 @@ from tvm.ir import Call
 from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script.builder import ir as T
 
-from dsc.backends.base import Emission, EmitOptions
+from dsc.backends.base import EmitOptions
 from dsc.backends.tvm import library
 from dsc.backends.tvm.bf16 import instructions_of
 from dsc.backends.tvm.lean import private_copy
@@ -45,6 +45,7 @@ from dsc.ir.paging import page_rows
 from dsc.ir.ranks import ranks_of
 from dsc.ir.types import DType, TensorType
 from dsc.runtime.admission import Admitted, contiguous
+from dsc.runtime.emission import Emission
 
 if TYPE_CHECKING:
     import torch
@@ -79,7 +80,7 @@ def emit(program: Program, machine: Machine, options: EmitOptions) -> Emission:
     module = _Module(machine, program, weights)
     for name, graph in program.entries.items():
         module.add(name, graph)
-    meta = {"form": FORM, "weights": weights, "guards": dict(program.meta.get("guards", {}))}
+    meta = {"form": FORM, "weights": weights, "guards": dict(program.guards)}
     return Emission({LIBRARY: module.compile()}, meta=meta)
 
 

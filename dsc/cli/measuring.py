@@ -16,10 +16,10 @@ def tell_stand_in(executable: object, nothing: str) -> None:
 
     Raises `UsageError` where nothing computes: there is `nothing` then.
     """
-    from dsc.backends.base import StandIn
     from dsc.cli import console
     from dsc.cli.ranks import speaks
     from dsc.errors import UsageError
+    from dsc.runtime.executable import StandIn
     from dsc.runtime.segmented import SegmentedExecutable
 
     if isinstance(executable, SegmentedExecutable):

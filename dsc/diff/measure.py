@@ -16,7 +16,7 @@ from dsc.ir.layers import layer_of
 from dsc.ir.program import Program
 
 if TYPE_CHECKING:
-    from dsc.backends.base import Executable
+    from dsc.runtime.executable import Executable
 
 REPEATS = 5
 CHUNK = 16

@@ -77,6 +77,19 @@ class Program:
                 raise UsageError(f"entry {name} needs the inputs {', '.join(missing)}")
         return graph
 
+    @property
+    def guards(self) -> Mapping[str, int]:
+        """The most new tokens of a step that each entry takes, in order; 0: any number."""
+        found: Mapping[str, int] = self.meta.get("guards", {})
+        return found
+
+    def choose_entry(self, new: int) -> str:
+        """The entry for a step of `new` tokens: the first whose guard admits it, else the last."""
+        for name, most in self.guards.items():
+            if name in self.entries and (most == 0 or new <= most):
+                return name
+        return next(reversed(list(self.entries)))
+
     def map_entries(self, function: Callable[[Graph], Graph]) -> Program:
         """The program with each entry rewritten; itself when none changed."""
         entries = {name: function(graph) for name, graph in self.entries.items()}

@@ -14,7 +14,6 @@ from collections.abc import Collection, Mapping
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from dsc.backends.base import Signature
 from dsc.errors import DscError, UsageError
 from dsc.ir.dims import Range, evaluate, free_symbols
 from dsc.ir.graph import Graph, Node
@@ -22,6 +21,7 @@ from dsc.ir.index_ranges import Computed, PageDemand, Span, index_name, index_ra
 from dsc.ir.interpreter import Intercept, Interpreter, bind_symbols
 from dsc.ir.limits import OPTIONS
 from dsc.ir.program import Program, is_causal_step
+from dsc.runtime.executable import Signature
 
 if TYPE_CHECKING:
     import torch

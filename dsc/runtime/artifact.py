@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from dsc._version import __version__
-from dsc.backends.base import MANIFEST, Emission
 from dsc.errors import ArtifactError, UsageError
 from dsc.files import check_makeable, check_room, named, replacing
 from dsc.ir.parser import parse_program
 from dsc.ir.printer import print_program
 from dsc.ir.program import Program
 from dsc.ir.ranks import at_rank
+from dsc.runtime.emission import MANIFEST, Emission
 from dsc.runtime.packing import layout, pack
 from dsc.runtime.plan import FORMAT, PLAN, check_format
 from dsc.targets import parse_target

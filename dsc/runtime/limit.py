@@ -37,7 +37,7 @@ def limit_seconds(work: Iterable[Work], bandwidth: float, matrix: float) -> floa
 
 def step_work(program: Program, batch: int, new: int, context: int) -> list[Work]:
     """What a step over `new` tokens of each of `batch` sequences does, after `context` tokens."""
-    graph = entry_for(program, new)
+    graph = program.entries[program.choose_entry(new)]
     unseen = new // 2  # of the rows that the last token sees, by a token in the middle
     held, seen = (
         real_sizes(graph, step_sizes(graph, batch, new, rows), [rows] * batch)
@@ -61,15 +61,6 @@ def prefill_work(program: Program, batch: int, tokens: int, chunk: int) -> list[
     for at in range(0, tokens, chunk):
         found += step_work(program, batch, min(chunk, tokens - at), at)
     return found
-
-
-def entry_for(program: Program, new: int) -> Graph:
-    """The entry that a session chooses for a step of `new` tokens."""
-    guards: Mapping[str, int] = program.meta.get("guards", {})
-    for name, limit in guards.items():
-        if name in program.entries and (limit == 0 or new <= limit):
-            return program.entries[name]
-    return program.entries[next(reversed(list(program.entries)))]
 
 
 def step_sizes(graph: Graph, batch: int, new: int, context: int) -> dict[str, int]:

@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from dsc.backends.base import Executable, Signature, set_threads
 from dsc.errors import RankError
 from dsc.ir.graph import Node
 from dsc.ir.op import lookup
 from dsc.ir.program import Program
 from dsc.ir.segments import Segment, Step, steps
+from dsc.runtime.executable import Executable, Signature, set_threads
 from dsc.runtime.profiler import span
 
 if TYPE_CHECKING:

@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dsc.backends.base import KeepsCaches, OpensLate
 from dsc.errors import UsageError
 from dsc.ir.dims import Sym
 from dsc.ir.graph import Graph
 from dsc.ir.paging import page_rows
 from dsc.ir.program import Program
 from dsc.runtime.caches import Caches, GrownCaches, PagedCaches, SlotCaches, cache_specs
+from dsc.runtime.executable import KeepsCaches, OpensLate
 from dsc.runtime.pages import PagePool
 from dsc.runtime.profiler import entry_span
 from dsc.runtime.tokens import read_ids, read_lengths
@@ -28,7 +28,7 @@ from dsc.runtime.tokens import read_ids, read_lengths
 if TYPE_CHECKING:
     import torch
 
-    from dsc.backends.base import Executable
+    from dsc.runtime.executable import Executable
 
 
 @dataclass(slots=True)
@@ -68,8 +68,7 @@ class Session:
         self.max_batch = max_batch
         self.max_context = max_context
         self.prefill_chunk = self._most.prefill_chunk if prefill_chunk is None else prefill_chunk
-        self._guards: Mapping[str, int] = program.meta.get("guards", {})
-        graph = program.entries[self._entry(2)]
+        graph = program.entries[program.choose_entry(2)]
         self._vocab = _vocabulary(graph, program)
         rows = page_rows(graph)
         self._pool = None if rows is None else PagePool(max_batch * -(-max_context // rows), rows)
@@ -108,7 +107,7 @@ class Session:
         if isinstance(self.executable, OpensLate):
             sizes = {n % self.prefill_chunk or self.prefill_chunk for n in prompts} | {1}
             sizes |= {self.prefill_chunk for n in prompts if n > self.prefill_chunk}
-            for entry in {self._entry(size) for size in sizes}:
+            for entry in {self.program.choose_entry(size) for size in sizes}:
                 self.executable.open(entry)
 
     def reset(self) -> None:
@@ -267,7 +266,7 @@ class Session:
             "logits_at": offsets.repeat(len(together), 1) if all_logits else wanted,
             **self._caches.inputs(together, before, after),
         }
-        entry = self._entry(size if given["logits_at"].shape[1] == 1 else max(size, 2))
+        entry = self.program.choose_entry(size)
         with entry_span(self.program.entries[entry], given):
             outputs = self.executable.run(entry, given)
         self._caches.keep(together, outputs, after)
@@ -306,13 +305,6 @@ class Session:
                 return row
         known = ", ".join(map(str, self.sequences)) or "none"
         raise UsageError(f"no sequence {sequence!r} in this session", hint=f"there are: {known}")
-
-    def _entry(self, size: int) -> str:
-        """The entry for a step of `size` new tokens: the first whose guard admits it."""
-        for name, limit in self._guards.items():
-            if name in self.program.entries and (limit == 0 or size <= limit):
-                return name
-        return next(reversed(list(self.program.entries)))
 
     def _check_new(
         self, tokens: torch.Tensor, lengths: Sequence[int] | None, held: Sequence[int]

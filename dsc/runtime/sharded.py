@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from dsc._version import __version__
-from dsc.backends.base import MANIFEST
 from dsc.errors import ArtifactError, UsageError
 from dsc.files import replacing
 from dsc.runtime import collectives
 from dsc.runtime.artifact import check_free
+from dsc.runtime.emission import MANIFEST
 from dsc.runtime.plan import FORMAT, check_format
 
 

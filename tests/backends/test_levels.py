@@ -17,7 +17,7 @@ from bench.parity import randomise
 from dsc import pipeline
 from dsc.api import compile_program
 from dsc.backends import get
-from dsc.backends.base import EmitOptions, Executable
+from dsc.backends.base import EmitOptions
 from dsc.frontends.huggingface import stock_causal_lm
 from dsc.ir.dims import Range
 from dsc.ir.graph import Attrs, Graph
@@ -28,6 +28,7 @@ from dsc.ir.program import Program
 from dsc.ir.stages import Stage
 from dsc.ir.types import PRECISIONS
 from dsc.rewrite.base import PassReport
+from dsc.runtime.executable import Executable
 from dsc.targets import Target
 from tests.backends.canonical_lm import Sizes, canonical_lm
 from tests.family import small, small_v2

@@ -18,7 +18,7 @@ import torch
 from onnx.external_data_helper import load_external_data_for_model
 
 from dsc import pipeline
-from dsc.backends.base import EmitOptions, Executable, No, Yes
+from dsc.backends.base import EmitOptions, No, Yes
 from dsc.backends.onnxruntime import OnnxRuntimeBackend
 from dsc.backends.onnxruntime.emit import EMITTERS
 from dsc.backends.onnxruntime.model import build_model, shared_entries
@@ -34,6 +34,7 @@ from dsc.ir.types import DType, TensorType
 from dsc.ir.weights import evaluate as evaluate_weight
 from dsc.ir.weights import random_source, random_tensor
 from dsc.runtime import artifact
+from dsc.runtime.executable import Executable
 from dsc.runtime.session import Session
 from dsc.targets import Target
 from tests.backends.canonical_lm import Sizes, canonical_lm

@@ -11,7 +11,7 @@ import torch
 
 from dsc import pipeline
 from dsc.backends import get
-from dsc.backends.base import Backend, EmitOptions, Executable, Yes
+from dsc.backends.base import Backend, EmitOptions, Yes
 from dsc.errors import UsageError
 from dsc.ir.analyses import total_cost
 from dsc.ir.dims import Range, evaluate
@@ -21,6 +21,7 @@ from dsc.ir.program import Program
 from dsc.ir.types import DType
 from dsc.ir.weights import MetaSource
 from dsc.runtime import artifact
+from dsc.runtime.executable import Executable
 from dsc.runtime.session import Session
 from dsc.targets import Target
 from tests.backends.canonical_lm import Sizes, canonical_lm

@@ -14,11 +14,12 @@ import torch
 from dsc import pipeline
 from dsc.api import compile_program
 from dsc.backends import get
-from dsc.backends.base import EmitOptions, Executable
+from dsc.backends.base import EmitOptions
 from dsc.backends.tvm import machine
 from dsc.backends.tvm.tuning import WAYS, Tiling, ways
 from dsc.ir.interpreter import run_graph
 from dsc.ir.parser import parse_program
+from dsc.runtime.executable import Executable
 from dsc.targets import parse_target
 from tests.backends.tvm_bounds import RULES, excess
 from tests.backends.tvm_cases import POINTS, WIDE, Case, cases, program

@@ -12,7 +12,7 @@ import torch
 
 from dsc import pipeline
 from dsc.backends import get
-from dsc.backends.base import EmitOptions, Executable, No, Yes
+from dsc.backends.base import EmitOptions, No, Yes
 from dsc.ir.dims import Range, evaluate
 from dsc.ir.graph import Graph, GraphBuilder
 from dsc.ir.interpreter import run_graph
@@ -22,6 +22,7 @@ from dsc.ir.stages import Stage
 from dsc.ir.types import TensorType
 from dsc.ir.weights import random_tensor
 from dsc.rewrite.base import PassReport
+from dsc.runtime.executable import Executable
 from dsc.targets import Target
 from tests.backends.canonical_lm import Sizes, canonical_lm
 

@@ -13,12 +13,12 @@ import torch
 from safetensors.torch import load_file
 
 import dsc
-from dsc.backends.base import Emission
 from dsc.errors import ArtifactError, DscError
 from dsc.ir.parser import parse_program
 from dsc.ir.program import Program
 from dsc.ir.weights import DictSource
 from dsc.runtime import artifact
+from dsc.runtime.emission import Emission
 from dsc.runtime.packing import layout, pack
 from dsc.runtime.plan import Buffer, EntryPlan, Launch, Plan, Port, Ref
 from tests.runtime.test_session import small_lm

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from dsc.ir.parser import parse_program
-from dsc.runtime.limit import Work, entry_for, limit_seconds, prefill_work, step_work
+from dsc.runtime.limit import Work, limit_seconds, prefill_work, step_work
 from dsc.runtime.probes import ABSENT, LEAST_BYTES, MatrixProbe, ReadProbe
 from dsc.runtime.protocol import Spread, Turn, drift, ratios, steady, take_turns
 
@@ -54,7 +54,7 @@ def test_the_work_of_a_step_is_weights_and_cache() -> None:
         embedding = 2 * 8 * 4
         assert found == weights + embedding + 2 * row * (context + 1)
     chunks = prefill_work(program, 1, 7, 4)
-    assert len(chunks) == 2 * len(entry_for(program, 4).nodes)
+    assert len(chunks) == 2 * len(program.entries[program.choose_entry(4)].nodes)
 
 
 def test_a_token_of_a_chunk_attends_to_half_of_it_on_average() -> None:

@@ -98,10 +98,9 @@ def test_the_context_can_be_filled_and_not_passed(compiled: dsc.CompiledModel) -
 
 
 def test_the_guard_table_chooses(compiled: dsc.CompiledModel) -> None:
-    session = compiled.session()
     limit = compiled.program.meta["guards"]["extend"]
     assert limit == 4  # 6 * (2 + 3) // (2 * 6 - 2 - 3)
-    names = [session._entry(n) for n in (1, 2, limit, limit + 1)]
+    names = [compiled.program.choose_entry(n) for n in (1, 2, limit, limit + 1)]
     assert names == ["decode", "extend", "extend", "prefill"]
 
 
