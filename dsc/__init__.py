@@ -19,6 +19,7 @@ from dsc._version import __version__
 if TYPE_CHECKING:
     from dsc.api import CompiledModel, compile, load
     from dsc.errors import DscError
+    from dsc.extend import register_op, register_rule
     from dsc.frontends.explain import explain
     from dsc.frontends.ops import (
         attention,
@@ -57,6 +58,8 @@ __all__ = [
     "matmul",
     "mla_attention",
     "optimize",
+    "register_op",
+    "register_rule",
     "rms_norm",
     "rope",
     "route",
@@ -74,6 +77,8 @@ _LAZY = {
     "DscError": "dsc.errors:DscError",
     "explain": "dsc.frontends.explain:explain",
     "optimize": "dsc.frontends.optimize:optimize",
+    "register_op": "dsc.extend:register_op",
+    "register_rule": "dsc.extend:register_rule",
     "Profiler": "dsc.runtime.profiler:Profiler",
     "Session": "dsc.runtime.session:Session",
     "set_debug_mode": "dsc.settings:set_debug_mode",

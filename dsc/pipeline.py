@@ -95,6 +95,7 @@ SLOTS = (
     _raise("fold_constants", "FoldConstants"),
     _raise("canonicalise_views", "CanonicaliseViews"),
     _raise("eliminate_common_subexpressions", "EliminateCommonSubexpressions"),
+    _raise("raise_registered", "RaiseRegistered"),
     _raise("raise_rms_norm", "RaiseRmsNorm"),
     _raise("raise_swiglu", "RaiseSwiglu"),
     _raise("raise_rope", "RaiseRope"),

@@ -21,7 +21,7 @@ from dsc.frontends.aten_math import COMPLEX, Row, declared_row
 from dsc.frontends.lowering import Complex
 from dsc.ir.op import registry
 
-__all__ = ["COMPLEX", "DROPPED", "HARMLESS", "KEPT_WHOLE", "ROWS", "VIEWS"]
+__all__ = ["COMPLEX", "DROPPED", "HARMLESS", "KEPT_WHOLE", "ROWS", "VIEWS", "row_of"]
 
 KEPT_WHOLE = (
     "aten::einsum",
@@ -285,10 +285,18 @@ ROWS: Mapping[str, Row] = MappingProxyType(
         "aten.scatter.value": s.scatter,
         "aten.scatter.src": s.scatter,
         "aten.one_hot.default": s.one_hot,
-        # the operators of the IR, called by name
-        **{f"dsc.{name}.default": declared_row(d) for name, d in registry().items()},
     }
 )
+
+
+def row_of(target: str) -> Row | None:
+    """What makes nodes of a call of ATen, or of an operator of the IR by its name (`dsc.rope`)."""
+    namespace, _, name = target.removesuffix(".default").partition(".")
+    if namespace != "dsc":
+        return ROWS.get(target)
+    definition = registry().get(name)
+    return None if definition is None else declared_row(definition)
+
 
 VIEWS = frozenset(
     {

@@ -19,7 +19,7 @@ from torch import fx
 
 import dsc
 from dsc.errors import UnsupportedOperator
-from dsc.frontends.aten import COMPLEX, DROPPED, ROWS, VIEWS
+from dsc.frontends.aten import COMPLEX, DROPPED, VIEWS, row_of
 from dsc.frontends.lowering import Complex, Lowering, SymbolicNumber, Unsupported
 from dsc.frontends.symbolic import NotADim, SizeReader
 from dsc.ir.dims import Sym
@@ -113,7 +113,7 @@ class FxImporter:
         args = tuple(self._argument(a) for a in node.args)
         dropped = PLACEMENT if target.startswith("aten.") else frozenset()
         kwargs = {k: self._argument(v) for k, v in node.kwargs.items() if k not in dropped}
-        row = ROWS.get(target)
+        row = row_of(target)
         complex_row = COMPLEX.get(target)
         if any(isinstance(a, Complex) for a in _flat((*args, *kwargs.values()))):
             if complex_row is None and (row is None or target not in VIEWS):

@@ -21,10 +21,11 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from dsc.frontends.symbolic import SizeReader
 from dsc.ir.dims import evaluate
-from dsc.ir.op import OpDef, TypeMismatch, registry
+from dsc.ir.op import OpDef, TypeMismatch, added, registry
 from dsc.ir.ops import FAMILIES
 from dsc.ir.types import DType, TensorType
 
+_DEFAULTS: dict[str, dict[str, Any]] = {}
 REGISTERED_FAMILIES = ("nn", "moe", "cache", "quant")
 
 _SCHEMA_TYPES = {
@@ -65,10 +66,14 @@ def registered() -> dict[str, OpDef]:
     found = {d.name: d for f in REGISTERED_FAMILIES for d in vars(FAMILIES[f]).values()
              if isinstance(d, OpDef)}  # fmt: skip
     found["select_rows"] = registry()["select_rows"]
+    found |= added()
     return {k: d for k, d in found.items() if not d.aliases and k != "embedding"}
 
 
-def _register(definition: OpDef) -> None:
+def register(definition: OpDef) -> None:
+    """Make an operator one of torch's, `torch.ops.dsc.<name>`, that runs its reference."""
+    _DEFAULTS[definition.name] = {a.name: a.default for a in definition.attrs}
+
     def compute(*operands: Any, **attrs: Any) -> Any:
         result = definition.reference(*operands, **_reference_attrs(definition, attrs))
         return _fresh(result, operands)
@@ -219,13 +224,10 @@ def _sizes_by_name(operands: Sequence[Any], sizes: SizeReader) -> dict[str, Any]
 
 
 for _definition in registered().values():
-    _register(_definition)
+    register(_definition)
 
 
-_DEFAULTS = {name: {a.name: a.default for a in d.attrs} for name, d in registered().items()}
-
-
-def _call(name: str, *operands: Any, **attrs: Any) -> Any:
+def call(name: str, *operands: Any, **attrs: Any) -> Any:
     """Call a registered operator with the defaults that its declaration states."""
     return getattr(torch.ops.dsc, name)(*operands, **{**_DEFAULTS[name], **attrs})
 
@@ -260,12 +262,12 @@ def silu(x: Tensor) -> Tensor:
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up (Shazeer 2020)."""
-    return _call("swiglu", gate, up)  # type: ignore[no-any-return]
+    return call("swiglu", gate, up)  # type: ignore[no-any-return]
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
     """x / sqrt(mean(x^2) + eps) * weight over the last axis; statistics in fp32."""
-    return _call("rms_norm", x, weight, eps=eps)  # type: ignore[no-any-return]
+    return call("rms_norm", x, weight, eps=eps)  # type: ignore[no-any-return]
 
 
 def rope(
@@ -276,7 +278,7 @@ def rope(
     `layout` is "interleaved" (pairs 2i, 2i+1), "deinterleave" (such pairs in, halves out) or
     "half" (pairs i, i + r/2). cos and sin are multiplied by `scale`.
     """
-    return _call("rope", x, positions, inv_freq, layout=layout, scale=scale)  # type: ignore[no-any-return]
+    return call("rope", x, positions, inv_freq, layout=layout, scale=scale)  # type: ignore[no-any-return]
 
 
 def attention(
@@ -294,7 +296,7 @@ def attention(
     j <= i + t - s. `scale` is d^-0.5 by default; h is a multiple of g.
     """
     scale = float(q.shape[-1]) ** -0.5 if scale is None else scale
-    return _call("attention", q, k, v, lengths, scale=scale, causal=causal)  # type: ignore[no-any-return]
+    return call("attention", q, k, v, lengths, scale=scale, causal=causal)  # type: ignore[no-any-return]
 
 
 def mla_attention(
@@ -313,7 +315,7 @@ def mla_attention(
     [k_nope | v] a head, lengths i64[b] -> [b,s,h,v].
     """
     operands = (q_nope, q_rope, latent, rope, kv_b, lengths)
-    return _call("mla_attention", *operands, scale=scale)  # type: ignore[no-any-return]
+    return call("mla_attention", *operands, scale=scale)  # type: ignore[no-any-return]
 
 
 def latent_attention(
@@ -324,12 +326,12 @@ def latent_attention(
     q_latent [b,s,h,c], q_rope [b,s,h,r], latent [b,t,c], rope [b,t,r] -> [b,s,h,c].
     """
     operands = (q_latent, q_rope, latent, rope, lengths)
-    return _call("latent_attention", *operands, scale=scale)  # type: ignore[no-any-return]
+    return call("latent_attention", *operands, scale=scale)  # type: ignore[no-any-return]
 
 
 def append(past: Tensor, new: Tensor, lengths: Tensor) -> Tensor:
     """past [b,p,d] grown to [b,p+s,d], with new [b,s,d] at rows lengths[b] .. lengths[b]+s-1."""
-    return _call("append", past, new, lengths)  # type: ignore[no-any-return]
+    return call("append", past, new, lengths)  # type: ignore[no-any-return]
 
 
 def route(
@@ -352,7 +354,7 @@ def route(
     x [*,d], weight [e,d]. `bias` f32[e] steers the choice and never enters the weights. `shared`
     experts, from number e on, follow those chosen, with weight 1.
     """
-    return _call(  # type: ignore[no-any-return]
+    return call(  # type: ignore[no-any-return]
         "route", x, weight, bias, top_k=top_k, score=score, groups=groups, keep=keep,
         group_score=group_score, fill=fill, normalise=normalise, scale=scale, shared=shared,
     )  # fmt: skip
@@ -365,4 +367,4 @@ def experts(
 
     x [*,d], idx i64[*,k], w f32[*,k], gate_up [e,2i,d] (gate rows, then up rows), down [e,d,i].
     """
-    return _call("experts", x, idx, w, gate_up, down, act=act)  # type: ignore[no-any-return]
+    return call("experts", x, idx, w, gate_up, down, act=act)  # type: ignore[no-any-return]

@@ -24,7 +24,7 @@ import torch
 from torch import fx, nn
 
 from dsc.errors import UnsupportedOperator, UsageError
-from dsc.frontends.aten import COMPLEX, DROPPED, HARMLESS, KEPT_WHOLE, ROWS
+from dsc.frontends.aten import COMPLEX, DROPPED, HARMLESS, KEPT_WHOLE, row_of
 from dsc.frontends.fx_import import (
     GETITEM,
     SYMBOLIC_NUMBERS,
@@ -54,7 +54,7 @@ def decompositions() -> dict[Any, Any]:
 
     table = default_decompositions()
     for operator, decomposition in decomposition_table.items():
-        known = str(operator) in ROWS or operator in table
+        known = row_of(str(operator)) is not None or operator in table
         if isinstance(operator, torch._ops.OpOverload) and not known:
             table[operator] = decomposition
     for operator in list(table):
@@ -145,7 +145,7 @@ def _is_translatable(exported: torch.export.ExportedProgram) -> bool:
             continue
         if node.op == "call_function" and target in (GETITEM, *DROPPED, *HARMLESS):
             continue
-        known = target in ROWS or target in COMPLEX
+        known = row_of(target) is not None or target in COMPLEX
         if node.op == "call_function" and known and not node.target._schema.is_mutable:
             continue
         if node.op not in ("placeholder", "output"):

@@ -50,12 +50,12 @@ class OnnxRuntimeBackend:
     def supports(self, node: Node) -> Support:
         """Whether there is an emitter and a kernel for the node's element types."""
         _require("onnx")
-        from dsc.backends.onnxruntime.emit import EMITTERS
+        from dsc.backends.onnxruntime.emit import emitter_of
 
         if node.body is not None:
             refused = (self.supports(inner) for inner in node.body.nodes)
             return next((answer for answer in refused if isinstance(answer, No)), Yes())
-        if node.op not in EMITTERS:
+        if emitter_of(node.op) is None:
             return No(f"no ONNX form of {node.op}")
         if node.op in CONVERSIONS:
             return Yes()

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 from dsc.ir import views
 from dsc.ir.dims import Dim, product
+from dsc.ir.op import kernel_of
 from dsc.ir.types import DType
 from dsc.ir.views import View
 
@@ -91,6 +92,12 @@ FLOAT_ONLY = frozenset(
     {"exp", "log", "sqrt", "rsqrt", "reciprocal", "sigmoid", "silu", "swiglu", "tanh", "cos"}
     | {"sin", "erf", "gelu", "pow"}
 )
+
+
+def expressions(op: str) -> tuple[str, str | None]:
+    """What an operator computes of floats, and of integers where that differs."""
+    own = kernel_of(op, "triton")
+    return (own, None) if isinstance(own, str) else EXPRESSIONS[op]
 
 
 @dataclass(frozen=True, slots=True)
@@ -250,7 +257,7 @@ def expression(region: Region, step: Step, tile: str = "(BLOCK,)") -> str:
             return f"{args[0]} != 0"
         narrowed = f"{args[0]}.to({TYPES[step.dtype]})"
         return narrowed + widen(step.dtype)
-    first, integer = EXPRESSIONS[step.op]
+    first, integer = expressions(step.op)
     whole = integer is not None and not region.dtype(step.args[0]).is_float
     return (integer if whole and integer else first).format(*args)
 

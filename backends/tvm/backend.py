@@ -133,7 +133,8 @@ class TvmBackend:
                 "steps_at": 8 * sum(map(len, lists)),
             }
             lists.append(library.encode_steps(slots, numbers))
-        code = library.compile_library(functions, machine)
+        sources = [source for launch in table.launches.values() for source in launch.sources]
+        code = library.compile_library(functions, machine, sources)
         tiling = Tiling.of(machine)
         if options.progress is not None:
             options.progress("kernels", len(table.names), len(table.names))

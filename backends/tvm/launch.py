@@ -8,6 +8,7 @@ from typing import Any
 
 from dsc.ir.dims import Dim, product
 from dsc.ir.graph import Node, Operand
+from dsc.ir.kernels import Cpp
 from dsc.ir.types import DType, TensorType
 
 
@@ -18,7 +19,7 @@ class Launch:
     `maker(*static)` builds the kernel; launches with equal `key` share one, so compile time does
     not grow with the number of layers. The kernel's arguments are the addresses of the node's
     present operands and its results, the address of `scratch` bytes when there are any, then
-    `sizes`. `flops` and `bytes` are what the work costs at least.
+    `sizes`. `flops` are what the work costs at least. `sources` are C++ that the kernel calls.
     """
 
     maker: Callable[..., Any]
@@ -26,6 +27,7 @@ class Launch:
     sizes: tuple[Dim, ...] = ()
     scratch: Dim = 0
     flops: Dim = 0
+    sources: tuple[Cpp, ...] = ()
 
     @property
     def key(self) -> tuple[Hashable, ...]:

@@ -31,6 +31,7 @@ from tvm.ir import Call
 from tvm.tirx.script.builder import ir as T
 
 from dsc.backends.tvm.checks import Addresses, Check, emit_addresses, emit_check
+from dsc.backends.tvm.kernels.cpp import compiled
 from dsc.backends.tvm.machine import Machine, tvm_target
 from dsc.backends.tvm.tir import (
     Expr,
@@ -48,6 +49,7 @@ from dsc.errors import BackendUnavailable, UsageError
 from dsc.files import check_room
 from dsc.ir.dims import Dim, free_symbols
 from dsc.ir.graph import Graph
+from dsc.ir.kernels import Cpp
 from dsc.ir.types import DType
 from dsc.runtime.plan import ARENA, STATUS, EntryPlan, Launch, Ref
 
@@ -240,8 +242,13 @@ def tir_passes() -> tuple[Any, Callable[[], Any], Callable[[], Any]]:
     return tvm.ir.transform.Sequential(steps), finish, finish
 
 
-def compile_library(functions: Mapping[str, PrimFunc], machine: Machine) -> bytes:
-    """The shared library of all functions. Raises `BackendUnavailable` without a C++ linker."""
+def compile_library(
+    functions: Mapping[str, PrimFunc], machine: Machine, sources: Sequence[Cpp] = ()
+) -> bytes:
+    """The shared library of all functions and of the C++ that they call.
+
+    Raises `BackendUnavailable` without a C++ compiler, `UsageError` for C++ that does not compile.
+    """
     if not any(map(shutil.which, ("g++", "c++", "clang++", os.environ.get("CXX", "g++")))):
         raise BackendUnavailable(
             "the tvm backend found no C++ compiler to link its library with",
@@ -253,5 +260,6 @@ def compile_library(functions: Mapping[str, PrimFunc], machine: Machine) -> byte
     with tempfile.TemporaryDirectory(prefix="dsc-tvm-") as folder:
         path = Path(folder) / "kernels.so"
         check_room(path, OBJECT_BYTES, "code to be linked")
-        built.export_library(str(path))
+        objects = [compiled(source, machine, Path(folder)) for source in dict.fromkeys(sources)]
+        built.export_library(str(path), addons=[str(each) for each in objects])
         return path.read_bytes()

@@ -16,6 +16,7 @@ an optional operand, `...` after a type a variadic one. What a signature cannot 
 from __future__ import annotations
 
 import re
+from collections import ChainMap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -72,7 +73,8 @@ class OpDef:
     which values operands that are indices may have, by name, and `gives` which values results have
     that may be indices of others, by position. `elements`: what other results hold of those of the
     first operand: "order" (all, in row-major order), "all" or "some"; empty: they are computed.
-    `traits` say all else that passes, costs and plans may know of it.
+    `traits` say all else that passes, costs and plans may know of it. `kernels` are those that an
+    operator from outside brings along, by backend (`dsc.ir.kernels`).
     """
 
     name: str
@@ -89,6 +91,7 @@ class OpDef:
     within: Mapping[str, Within] = field(default_factory=dict)
     gives: Mapping[int, Within] = field(default_factory=dict)
     elements: str = ""
+    kernels: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def named_sizes(self) -> bool:
@@ -268,6 +271,7 @@ def op(
     within: Mapping[str, Within] | None = None,
     gives: Mapping[int, Within] | None = None,
     elements: str = "",
+    kernels: Mapping[str, Any] | None = None,
 ) -> OpDef:
     """Declare an operator from its signature. Raises `ValueError` on a malformed one."""
     parsed = re.fullmatch(r"(\w+)\((.*?)\)\s*->\s*(.*)", signature, re.DOTALL)
@@ -293,23 +297,52 @@ def op(
         within or {},
         gives or {},
         elements,
+        kernels or {},
     )
+
+
+_added: dict[str, OpDef] = {}
 
 
 @cache
 def registry() -> Mapping[str, OpDef]:
-    """All operators by name."""
+    """All operators by name, those from outside included."""
     from dsc.ir.ops import OPERATORS
 
-    return OPERATORS
+    return ChainMap(_added, dict(OPERATORS))
+
+
+def added() -> Mapping[str, OpDef]:
+    """The operators from outside, by name."""
+    return _added
+
+
+def add(definition: OpDef) -> None:
+    """Add an operator from outside. Raises `ValueError` for a name that is taken."""
+    known = registry().get(definition.name)
+    if known is not None:
+        raise ValueError(f"{definition.name} is declared already: {known.signature}")
+    _added[definition.name] = definition
+    defaults.cache_clear()
 
 
 def lookup(name: str) -> OpDef:
     """The declaration of `name`. Raises `TypeMismatch` when there is none."""
     found = registry().get(name)
     if found is None:
+        from dsc.ir.extensions import load_extensions
+
+        load_extensions()
+        found = registry().get(name)
+    if found is None:
         raise TypeMismatch(f"unknown operator {name}")
     return found
+
+
+def kernel_of(name: str, backend: str) -> Any:
+    """The kernel for a backend that operator `name` brings along, or `None`."""
+    found = registry().get(name)
+    return None if found is None else found.kernels.get(backend)
 
 
 @cache

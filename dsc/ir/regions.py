@@ -14,7 +14,7 @@ from enum import StrEnum
 
 from dsc.ir.dims import Dim, product
 from dsc.ir.graph import Graph, Node, Value, Weight
-from dsc.ir.op import named, traits_of
+from dsc.ir.op import lookup, named, traits_of
 from dsc.ir.ops.shape import axis_of
 from dsc.ir.traits import Form, Role
 
@@ -100,9 +100,10 @@ def is_literal(node: Node) -> bool:
 def _along_rows(node: Node) -> bool:
     """Whether a reduction is over the last axis, so that each row has its own result."""
     rank = node.operands[0].type.rank
-    if node.op == "rms_norm":
+    declared = lookup(node.op)
+    if declared.attr("axes") is None and declared.attr("axis") is None:
         return True
-    axes = node.attrs["axes"] if "axes" in node.attrs else (node.attrs["axis"],)
+    axes = node.attrs["axes"] if declared.attr("axes") else (node.attrs["axis"],)
     return rank > 0 and tuple(axis_of(a, rank) for a in axes) == (rank - 1,)
 
 

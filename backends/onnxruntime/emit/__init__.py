@@ -14,6 +14,8 @@ from types import MappingProxyType
 from dsc.backends.onnxruntime.emit import attention, cache, core, moe, nn, pointwise, shape
 from dsc.backends.onnxruntime.graph import NARROW, GraphWriter
 from dsc.ir.graph import Graph, Node, Operand, Weight
+from dsc.ir.kernels import Lowering
+from dsc.ir.op import kernel_of
 from dsc.ir.types import DType
 
 Emitter = Callable[..., str | tuple[str, ...]]
@@ -35,6 +37,12 @@ MOVES = frozenset(
     | {"slice_scatter", "dequantize_block"}
 )
 """Operators whose emitters take 16-bit floats as they are."""
+
+
+def emitter_of(op: str) -> Emitter | None:
+    """What writes an operator: the table's function, or what it brings along."""
+    own = kernel_of(op, "onnxruntime")
+    return own.function if isinstance(own, Lowering) else EMITTERS.get(op)
 
 
 def emit_graph(
@@ -64,7 +72,8 @@ def emit_graph(
 
 def emit_node(g: GraphWriter, node: Node, inputs: list[str]) -> tuple[str, ...]:
     """Append one operator, in fp32 where it computes on 16-bit floats."""
-    emitter = EMITTERS[node.op]
+    emitter = emitter_of(node.op)
+    assert emitter is not None, f"{node.op} was refused by `supports`"
     if node.op == "append":
         return _as_tuple(emitter(g, node, *inputs))
     if node.op in MOVES:

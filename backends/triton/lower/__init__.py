@@ -12,6 +12,8 @@ from dsc.backends.triton.launch import POINTER_TYPES
 from dsc.backends.triton.lower import attend, contract, moe, rowwise, shapes
 from dsc.backends.triton.lower import fused as regions
 from dsc.ir.graph import Node
+from dsc.ir.kernels import Lowering
+from dsc.ir.op import kernel_of
 from dsc.ir.types import DType
 
 Lower = Callable[[Context, Node], None]
@@ -70,7 +72,17 @@ def lower(ctx: Context, node: Node) -> None:
     if node.op == "fused":
         regions.fused(ctx, node, lower)
     else:
-        TABLE[node.op](ctx, node)
+        found = lowering(node.op)
+        assert found is not None, f"{node.op} was refused by `reason`"
+        found(ctx, node)
+
+
+def lowering(op: str) -> regions.LowerNode | None:
+    """What lowers an operator: the table's function, or what it brings along."""
+    own = kernel_of(op, "triton")
+    if isinstance(own, str):
+        return regions.single
+    return own.function if isinstance(own, Lowering) else TABLE.get(op)
 
 
 def reason(node: Node) -> str | None:
@@ -79,7 +91,7 @@ def reason(node: Node) -> str | None:
         assert node.body is not None, "a fused node has a body"
         found = (reason(inner) for inner in node.body.nodes)
         return next((r for r in found if r is not None), None)
-    if node.op not in TABLE:
+    if lowering(node.op) is None:
         return f"no Triton kernel for {node.op}"
     strange = [v.type.dtype for v in (*node.operands, *node.outputs)]
     strange = [t for t in strange if t not in POINTER_TYPES or t is DType.f64]
@@ -95,7 +107,10 @@ def reason(node: Node) -> str | None:
         fixed = shape if node.op in ("experts", "grouped_linear") else inner
         if not all(isinstance(d, int) for d in fixed):
             return f"{node.op} with symbolic extents in {node.operands[operand].type}"
-    return _SPECIAL[node.op](node) if node.op in _SPECIAL else None
+    special = _SPECIAL.get(node.op)
+    if isinstance(kernel_of(node.op, "triton"), str):
+        special = regions.pointwise_reason
+    return special(node) if special is not None else None
 
 
 def _arange_reason(node: Node) -> str | None:

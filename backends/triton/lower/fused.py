@@ -17,7 +17,7 @@ from dsc.backends.triton.lower.contract import emit_linear
 from dsc.backends.triton.pointwise import FLOAT_ONLY, Region, Step
 from dsc.ir.dims import Dim
 from dsc.ir.graph import Graph, Node, Operand, Value
-from dsc.ir.op import named
+from dsc.ir.op import kernel_of, named, traits_of
 from dsc.ir.traits import Role
 from dsc.ir.types import DType
 
@@ -86,8 +86,11 @@ def with_epilogue(ctx: Context, node: Node, nodes: Sequence[Node], wanted: list[
 
 def pointwise_reason(node: Node) -> str | None:
     """Why a pointwise node cannot be generated, or `None`."""
-    if node.op not in pointwise.EXPRESSIONS and node.op != "cast":
+    own = kernel_of(node.op, "triton")
+    if node.op not in pointwise.EXPRESSIONS and node.op != "cast" and not isinstance(own, str):
         return f"no Triton kernel for {node.op}"
+    if own is not None and node.attrs:
+        return f"the Triton expression of {node.op} takes no attributes"
     types = [x.type.dtype for x in node.operands] + [v.type.dtype for v in node.outputs]
     odd = [t for t in types if t not in pointwise.TYPES]
     if odd:
@@ -137,13 +140,17 @@ def _read_outside(graph: Graph, nodes: Sequence[Node]) -> list[str]:
     return [v.name for n in nodes for v in n.outputs if v.name in read]
 
 
+def _is_pointwise(node: Node) -> bool:
+    return traits_of(node.op).role is Role.POINTWISE
+
+
 def _run_end(nodes: Sequence[Node], start: int) -> int:
     """Where the run of pointwise nodes of one shape that begins at `start` ends."""
     shape: tuple[Dim, ...] | None = None
     end = start
     while end < len(nodes):
         node = nodes[end]
-        joins = node.op in REGISTERED and (shape is None or node.output.type.shape == shape)
+        joins = _is_pointwise(node) and (shape is None or node.output.type.shape == shape)
         if not joins:
             break
         shape = node.output.type.shape

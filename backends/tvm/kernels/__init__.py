@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
+from typing import cast
 
 from dsc.backends.tvm.launch import Launch
 from dsc.backends.tvm.machine import Machine
 from dsc.ir.graph import Node
-from dsc.ir.op import named
+from dsc.ir.kernels import Cpp, Formula, Lowering
+from dsc.ir.op import kernel_of, named
 from dsc.ir.traits import Role
 
 Lower = Callable[[Node, Machine], Launch]
@@ -50,15 +52,26 @@ LOWERINGS = {
     "einsum": "contract:lower_einsum",
     "fused": "region:lower",
 }
-"""Operator to `module:function` in this package. Other operators have no kernel."""
+"""Operator to `module:function` in this package. Others have the kernel that they bring along."""
 
 
-@cache
 def lowering(op: str) -> Lower | None:
     """The function that lowers nodes of operator `op`, or `None`."""
     place = LOWERINGS.get(op)
-    if place is None:
-        return None
+    if place is not None:
+        return _loaded(place)
+    match kernel_of(op, "tvm"):
+        case Formula():
+            return _loaded("pointwise:lower")
+        case Cpp() as source:
+            return partial(_loaded("cpp:lower"), source=source)
+        case Lowering(function):
+            return cast(Lower, function)
+    return None
+
+
+@cache
+def _loaded(place: str) -> Callable[..., Launch]:
     module, _, name = place.partition(":")
-    found: Lower = getattr(importlib.import_module(f"{__name__}.{module}"), name)
+    found: Callable[..., Launch] = getattr(importlib.import_module(f"{__name__}.{module}"), name)
     return found

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 
 from dsc.backends.tvm.kernels.access import Access, Axis, apply_view, make_access
+from dsc.backends.tvm.kernels.pointwise import attributes
 from dsc.backends.tvm.kernels.region_products import PRODUCT, Family
 from dsc.backends.tvm.kernels.values import Operand, Point, check_pointwise
 from dsc.backends.tvm.launch import Unsupported
@@ -211,7 +212,13 @@ class Families:
                 for i, o in enumerate(step.operands)
             )
             steps.append(
-                (number, shift, Point(step.node.op, operands, step.node.output.type.dtype))
+                (
+                    number,
+                    shift,
+                    Point(
+                        step.node.op, operands, step.node.output.type.dtype, attributes(step.node)
+                    ),
+                )
             )
         shifts = tuple(sorted(draft.shifts - {0}))
         stores = [(n, a) for (n, _), a in zip(writes, accesses[len(reads) :], strict=True)]

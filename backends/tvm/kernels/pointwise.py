@@ -6,6 +6,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
+from typing import TypeAlias
 
 from tvm import tirx
 
@@ -22,6 +24,8 @@ from dsc.backends.tvm.shapes import (
 )
 from dsc.backends.tvm.tir import VALUE, Expr, PrimFunc, Tensor, build, lanes_for, libm, loop, splat
 from dsc.ir.graph import Node
+from dsc.ir.kernels import Formula
+from dsc.ir.op import added, kernel_of, lookup
 from dsc.ir.types import DType
 
 
@@ -148,16 +152,45 @@ FLOAT_ONLY = frozenset(
 )
 
 
+Attributes: TypeAlias = tuple[tuple[str, object], ...]
+"""Attributes of an operator that brings its formula along, with their defaults."""
+
+
+def attributes(node: Node) -> Attributes:
+    """What the formula of a node is given beside its operands."""
+    if node.op not in added():
+        return ()
+    return tuple(sorted(lookup(node.op).with_defaults(node.attrs).items()))
+
+
+def formula(op: str, attrs: Attributes = ()) -> Callable[..., Expr]:
+    """What an operator computes on register values. Raises `Unsupported`."""
+    if op in FORMULAS:
+        return FORMULAS[op]
+    own = kernel_of(op, "tvm")
+    if not isinstance(own, Formula):
+        raise Unsupported(f"no kernel for the operator {op}")
+    return partial(own.function, **dict(attrs))
+
+
+def check(node: Node) -> None:
+    """Raise `Unsupported` unless a node's formula takes its element types."""
+    if node.op != "cast":
+        formula(node.op)
+    own, dtype = kernel_of(node.op, "tvm"), node.operands[-1].type.dtype
+    floats = own.floats_only if isinstance(own, Formula) else node.op in FLOAT_ONLY
+    if floats and not dtype.is_float:
+        raise Unsupported(f"{node.op} of {dtype}; floats have it")
+
+
 def lower(node: Node, machine: Machine) -> Launch:
-    """The launch of any operator in `FORMULAS`, or of `cast`."""
-    if node.op not in FORMULAS and node.op != "cast":
-        raise Unsupported(f"no kernel for the operator {node.op}")
+    """The launch of any operator that has a formula, or of `cast`."""
+    check(node)
     table, types = SizeTable(), [x.type for x in node.operands]
-    if node.op in FLOAT_ONLY and not types[-1].dtype.is_float:
-        raise Unsupported(f"{node.op} of {types[-1].dtype}; floats have it")
     out = node.output.type
     static = (
         node.op,
+        attributes(node),
         tuple(t.dtype for t in types),
         tuple(table.shape(t.shape) for t in types),
         out.dtype,
@@ -169,6 +202,7 @@ def lower(node: Node, machine: Machine) -> Launch:
 
 def pointwise(
     op: str,
+    attrs: Attributes,
     dtypes: tuple[DType, ...],
     shapes: tuple[Pattern, ...],
     out_dtype: DType,
@@ -202,7 +236,7 @@ def pointwise(
                 if op == "cast":
                     value = convert(values[0], dtypes[0], out_dtype)
                 else:
-                    value = FORMULAS[op](*map(tir.bind, values))
+                    value = formula(op, attrs)(*map(tir.bind, values))
                 target.store(value, *full)
 
         each_index(extents[:-1], count([last]), row)

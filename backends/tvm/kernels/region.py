@@ -21,6 +21,7 @@ from dsc.backends.tvm.kernels.access import (
 )
 from dsc.backends.tvm.kernels.bf16_rows import panel_bytes
 from dsc.backends.tvm.kernels.families import Families
+from dsc.backends.tvm.kernels.pointwise import attributes
 from dsc.backends.tvm.kernels.region_products import Product, product_region
 from dsc.backends.tvm.kernels.region_rows import RowStep, row_region
 from dsc.backends.tvm.kernels.values import Operand, check_pointwise
@@ -185,6 +186,7 @@ class RowAnalysis(Body):
         match part:
             case Role.POINTWISE:
                 check_pointwise(node)
+                attrs = attributes(node)
                 operands = [self._operand(x, lead, out.shape) for x in node.operands]
                 extents = out.shape[lead:] or (1,)
             case Role.REDUCTION:

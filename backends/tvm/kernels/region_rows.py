@@ -212,7 +212,7 @@ class _Row:
                     else held(self.load(o, at, lanes, [width]))
                     for o in step.operands
                 ]
-                point = Point(step.op, step.operands, step.dtype)
+                point = Point(step.op, step.operands, step.dtype, step.attrs)
                 value = known[step.number] = compute(point, values, self.machine.bf16)
                 self.store(step, at, value, [width])
 

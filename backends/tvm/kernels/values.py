@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from dsc.backends.tvm import bf16
 from dsc.backends.tvm.kernels.access import Access
 from dsc.backends.tvm.kernels.movement import constant
-from dsc.backends.tvm.kernels.pointwise import FLOAT_ONLY, FORMULAS, convert
+from dsc.backends.tvm.kernels.pointwise import Attributes, check, convert, formula
 from dsc.backends.tvm.launch import Unsupported
 from dsc.backends.tvm.tir import (
     STORAGE,
@@ -50,18 +50,15 @@ class Point:
     op: str
     operands: tuple[Operand, ...]
     dtype: DType
+    attrs: Attributes = ()
 
 
 def check_pointwise(node: Node) -> None:
-    """Raise `Unsupported` for what `FORMULAS` does not hold."""
+    """Raise `Unsupported` for what has no formula, or none for its element types."""
     for x in (*node.operands, *node.outputs):
         if x.type.dtype not in STORAGE:
             raise Unsupported(f"element type {x.type.dtype}")
-    if node.op not in FORMULAS and node.op != "cast":
-        raise Unsupported(f"{node.op} is no pointwise operator")
-    dtype = node.operands[-1].type.dtype
-    if node.op in FLOAT_ONLY and not dtype.is_float:
-        raise Unsupported(f"{node.op} of {dtype}; floats have it")
+    check(node)
 
 
 def compute(point: Point, values: Sequence[Expr], native: bool) -> Expr:
@@ -69,7 +66,7 @@ def compute(point: Point, values: Sequence[Expr], native: bool) -> Expr:
     if point.op == "cast":
         value = convert(values[0], point.operands[0].dtype, point.dtype)
     else:
-        value = FORMULAS[point.op](*values)
+        value = formula(point.op, point.attrs)(*values)
     return held(rounded(value, point.dtype, native))
 
 

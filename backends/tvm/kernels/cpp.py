@@ -1,0 +1,74 @@
+"""Kernels in C++ that operators from outside bring along: a call, and an object file to link."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+from tvm import tirx
+from tvm.tirx.script.builder import ir as T
+
+from dsc.backends.tvm.launch import Launch, Unsupported
+from dsc.backends.tvm.machine import Machine
+from dsc.backends.tvm.shapes import size_names
+from dsc.backends.tvm.tir import Expr, PrimFunc, build
+from dsc.errors import UsageError
+from dsc.ir.analyses import call_of
+from dsc.ir.dims import Dim, product
+from dsc.ir.graph import Node
+from dsc.ir.kernels import Cpp
+from dsc.ir.op import lookup
+
+LEVELS = {16: "x86-64-v4", 8: "x86-64-v3"}
+"""What the C++ compiler is told of a machine, by the lanes of its vectors: it may be older than the
+CPU and not know it by name."""
+
+
+def lower(node: Node, machine: Machine, source: Cpp) -> Launch:
+    """The launch of a node whose kernel is C++."""
+    definition, call = lookup(node.op), call_of(node)
+    for declared in definition.operands:
+        given = call.operands.get(declared.name)
+        if (
+            given is not None
+            and declared.pattern.dtype.isupper()
+            and (given.dtype not in source.dtypes)
+        ):
+            takes = ", ".join(sorted(map(str, source.dtypes)))
+            raise Unsupported(f"{node.op} of {given.dtype}; its C++ takes {takes}")
+    sizes = tuple(_extent(call.dims[name]) for name in source.sizes)
+    arity = len(node.operands) + len(node.outputs)
+    static = (source, arity, len(sizes))
+    flops = definition.traits.flops(call)
+    return Launch(call_cpp, static, sizes, flops=flops, sources=(source,))
+
+
+def _extent(dim: Dim | tuple[Dim, ...]) -> Dim:
+    return product(dim) if isinstance(dim, tuple) else dim
+
+
+def call_cpp(source: Cpp, arity: int, sizes: int) -> PrimFunc:
+    """Arguments: addresses of the operands and results; sizes."""
+
+    def body(*arguments: Expr) -> None:
+        T.evaluate(tirx.call_extern("int32", source.function, *arguments))
+
+    return build(body, [*(f"x{i}" for i in range(arity)), *size_names(sizes)])
+
+
+def compiled(source: Cpp, machine: Machine, folder: Path) -> Path:
+    """The object file of a source. Raises `UsageError` with what the compiler says."""
+    text, found = folder / f"{source.function}.cc", folder / f"{source.function}.o"
+    text.write_text(source.source)
+    tool = os.environ.get("CXX") or next(filter(shutil.which, ("g++", "c++", "clang++")), "c++")
+    level = [f"-march={LEVELS[machine.lanes]}"] if machine.lanes in LEVELS else []
+    line = [tool, "-std=c++17", "-O3", *level, "-fPIC", "-c", str(text)]
+    done = subprocess.run([*line, "-o", str(found)], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise UsageError(
+            f"the C++ of {source.function} does not compile:\n{done.stderr.strip()}",
+            hint=f"{' '.join(line[:-1])} must take it",
+        )
+    return found

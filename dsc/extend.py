@@ -1,0 +1,125 @@
+"""Operators and rules from outside of this tree, by the same declarations as dsc's own.
+
+    import dsc
+    from dsc.extend import Formula, Role, Traits
+
+    shrink = dsc.register_op(
+        "softshrink(x: T[*n]; lambd: float) -> T[*n]",
+        Traits(Role.POINTWISE),
+        reference=lambda x, lambd: torch.nn.functional.softshrink(x, lambd),
+        doc="x moved towards zero by lambd, and zero within.",
+        example="f32[2,3] {lambd=0.5}",
+        kernels={"tvm": Formula(...), "triton": "..."},
+    )
+
+The operator is then printed, parsed, verified, fused, planned, costed and run like any other, and
+`shrink(x, lambd=0.5)` is it on tensors. A package that names its module under the entry-point group
+`dsc.extensions` is imported when an operator is asked for that nobody has declared, and before
+rules are applied; another is imported by who uses it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from dsc.errors import UsageError
+from dsc.ir import op as declarations
+from dsc.ir.kernels import Cpp, Formula, Lowering
+from dsc.ir.op import InferFn, OpDef, TypeMismatch
+from dsc.ir.traits import Call, Role, Traits, Within
+from dsc.rewrite.registered import register_rule
+
+__all__ = [
+    "Call",
+    "Cpp",
+    "Formula",
+    "Lowering",
+    "Operator",
+    "Role",
+    "Traits",
+    "Within",
+    "register_op",
+    "register_rule",
+]
+
+_OURS = frozenset({Role.VIEW, Role.CONSTANT, Role.COLLECTIVE, Role.REGION, Role.WRITE})
+"""Roles that kernels and plans know operators of by name."""
+
+
+@dataclass(frozen=True)
+class Operator:
+    """A registered operator, to be called with tensors and attributes, eagerly or while traced."""
+
+    definition: OpDef
+
+    def __call__(self, *operands: Any, **attrs: Any) -> Any:
+        """Its result on tensors: the reference's, or a node of what is being traced."""
+        from dsc.frontends.ops import call
+
+        return call(self.definition.name, *operands, **attrs)
+
+
+def register_op(
+    signature: str,
+    traits: Traits,
+    *,
+    reference: Callable[..., Any],
+    doc: str,
+    example: str,
+    infer: InferFn | None = None,
+    within: Mapping[str, Within] | None = None,
+    gives: Mapping[int, Within] | None = None,
+    kernels: Mapping[str, Any] | None = None,
+) -> Operator:
+    """Declare an operator (`dsc.ir.op`) and how backends run it (`dsc.ir.kernels`), by name.
+
+    `reference` is plain torch on the CPU and the operator's meaning. Raises `UsageError` for a
+    signature, a role, an example or a name that cannot be taken.
+    """
+    try:
+        made = declarations.op(
+            signature, traits, reference=reference, doc=doc, example=example, infer=infer,
+            within=within, gives=gives, kernels=kernels,
+        )  # fmt: skip
+    except ValueError as problem:
+        hint = "write it as in `rms_norm(x: T[*n, d], weight: T[d]; eps: float) -> T[*n, d]`"
+        raise UsageError(f"register_op: {problem}", hint=hint) from None
+    if traits.role in _OURS:
+        others = ", ".join(role.value for role in Role if role not in _OURS)
+        raise UsageError(
+            f"register_op: {made.name} has the role {traits.role.value}, which only dsc's own have",
+            hint=f"one of {others}",
+        )
+    _check_example(made)
+    try:
+        declarations.add(made)
+    except ValueError as problem:
+        raise UsageError(f"register_op: {problem}", hint="choose another name") from None
+    _tell_torch(made)
+    return Operator(made)
+
+
+def _check_example(definition: OpDef) -> None:
+    """Raise `UsageError` unless the example is a call of the operator."""
+    from dsc.errors import ParseError
+    from dsc.ir.parser import parse_operands
+
+    try:
+        operands, attrs = parse_operands(definition.example)
+        definition.infer([t for t, _ in operands], attrs)
+    except (ParseError, TypeMismatch) as problem:
+        raise UsageError(
+            f"register_op: the example of {definition.name} is no call of it: {problem}",
+            hint="operand types, then attributes, as in `f32[2,3], f32[3] {eps=1e-06}`",
+        ) from None
+
+
+def _tell_torch(definition: OpDef) -> None:
+    """Register with torch what is declared after the others were registered."""
+    import sys
+
+    ops = sys.modules.get("dsc.frontends.ops")
+    if ops is not None:
+        ops.register(definition)

@@ -1,0 +1,220 @@
+"""Operators from outside are what those of dsc are: printed, proved, fused, planned, run."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from importlib.metadata import EntryPoint
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+import dsc
+from dsc import extend
+from dsc.api import compile_program
+from dsc.backends import get
+from dsc.backends.base import No
+from dsc.errors import UsageError, VerificationError
+from dsc.ir import extensions
+from dsc.ir import op as declarations
+from dsc.ir.analyses import cost
+from dsc.ir.parser import parse_program
+from dsc.ir.printer import print_program
+from dsc.ir.program import Program
+from dsc.ir.stages import Stage
+from dsc.ir.verifier import verify
+from dsc.passes.raise_registered import RaiseRegistered
+from dsc.passes.shard import Shard
+from dsc.rewrite import registered
+from dsc.rewrite.base import PassReport
+from dsc.rewrite.harness import check_rule, program_of
+from dsc.rewrite.verify import compare_programs
+
+TEXT = """graph main(%x: f32[B,8], %y: f32[B,8]) {
+  %r = relu %x : f32[B,8]
+  %q = square %r : f32[B,8]
+  %s = add %q, %y : f32[B,8]
+  %d = row_spread %s : f32[B]
+  return %s, %d
+}"""
+LINES = 60
+
+
+@pytest.fixture(scope="module")
+def package() -> Iterator[ModuleType]:
+    """The package, imported for these tests alone."""
+    pytest.importorskip("tvm")
+    from tests.extension import operators
+
+    yield operators
+    for name in ("squared_relu", "row_spread"):
+        declarations._added.pop(name)
+    declarations.defaults.cache_clear()
+    declarations.traits_of.cache_clear()
+    registered._rules.clear()
+    sys.modules.pop("tests.extension.operators")
+
+
+@pytest.fixture(scope="module")
+def raised(package: ModuleType) -> Program:
+    """A program in which the rule has put the first operator."""
+    before, report = program_of(TEXT), PassReport()
+    after = RaiseRegistered().run(before, report)
+    assert report.fired == {"SquaredRelu": 1}
+    assert compare_programs(before, after, RaiseRegistered.tolerance).ok
+    return after
+
+
+def test_one_file_of_sixty_lines_holds_it(package: ModuleType) -> None:
+    assert package.__file__ is not None
+    assert len(Path(package.__file__).read_text().splitlines()) <= LINES
+
+
+def test_its_rule_has_evidence(package: ModuleType) -> None:
+    check_rule(package.SquaredRelu())
+
+
+def test_it_is_printed_parsed_and_verified(raised: Program) -> None:
+    text = print_program(raised)
+    assert "squared_relu %x" in text
+    again = parse_program(text)
+    assert print_program(again) == text
+    verify(again)
+    with pytest.raises(VerificationError, match="squared_relu"):
+        verify(
+            parse_program(text.replace("squared_relu %x : f32[B,8]", "squared_relu %x : f32[B]"))
+        )
+
+
+def test_it_is_costed(raised: Program) -> None:
+    first, _, second = raised.entries["main"].nodes
+    batch = first.output.type.shape[0]
+    assert cost(first).flops == 24 * batch
+    assert cost(first).read == cost(first).written == 32 * batch
+    assert (cost(second).flops, cost(second).written) == (16 * batch, 4 * batch)
+
+
+def test_a_pass_that_parts_it_takes_it_whole_and_says_why(raised: Program) -> None:
+    """Operators without a placement are computed by every rank."""
+    text = """graph main(%x: f32[B,4], @w: f32[8,4]) {
+      %h = linear %x, @w : f32[B,8]
+      %r = squared_relu %h : f32[B,8]
+      %l = linear %x, @w : f32[B,8]
+      return %r, %l
+    }"""
+    before, report = program_of(text, Stage.CANONICAL), PassReport()
+    after = Shard(ranks=2).run(before, report)
+    assert compare_programs(before, after, Shard.tolerance).ok
+
+
+@pytest.mark.parametrize("level", [0, 3])
+@pytest.mark.parametrize("backend", ["reference", "tvm"])
+def test_it_runs_fused_with_its_neighbour(raised: Program, backend: str, level: int) -> None:
+    model = compile_program(program_of(TEXT), backend, fusion_level=level)
+    (graph,) = model.program.entries.values()
+    bodies = [[n.op for n in node.body.nodes] for node in graph.nodes if node.body is not None]
+    assert bodies == ([["squared_relu", "add"]] if level else [])
+    x, y = (torch.randn(5, 8, generator=torch.Generator().manual_seed(n)) for n in (0, 1))
+    found = list(model.run({"x": x, "y": y}).values())
+    wanted = x.relu().square() + y
+    torch.testing.assert_close(found[0], wanted, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(found[1], wanted.amax(-1) - wanted.amin(-1), rtol=1e-6, atol=1e-6)
+
+
+def test_an_artifact_of_it_is_loaded_again(raised: Program, tmp_path: Path) -> None:
+    model = compile_program(program_of(TEXT), "tvm")
+    model.save(tmp_path / "out")
+    again = dsc.load(tmp_path / "out")
+    x = torch.randn(3, 8)
+    inputs = {"x": x, "y": x}
+    for one, two in zip(model.run(inputs).values(), again.run(inputs).values(), strict=True):
+        assert torch.equal(one, two)
+
+
+def test_it_is_called_by_name_eagerly_and_in_a_function(package: ModuleType) -> None:
+    x = torch.randn(4, 8)
+    wanted = x.relu().square() * 0.5
+    torch.testing.assert_close(package.squared_relu(x, scale=0.5), wanted)
+
+    @dsc.optimize(backend="tvm")
+    def twice(x: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = package.squared_relu(x, scale=0.5) * 2
+        return found
+
+    torch.testing.assert_close(twice(x), wanted * 2)
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime", "triton"])
+def test_a_backend_without_a_kernel_of_it_says_so(raised: Program, backend: str) -> None:
+    pytest.importorskip("onnx" if backend == "onnxruntime" else "triton")
+    for node in raised.entries["main"].nodes:
+        assert isinstance(get(backend).supports(node), No) == (node.op != "add")
+
+
+SIGNATURE = "other(x: T[*n]) -> T[*n]"
+MISTAKES = [
+    ({"signature": "other(x T)"}, "malformed"),
+    ({"signature": "relu(x: T[*n]) -> T[*n]"}, "relu is declared already"),
+    ({"example": "f32[2,3] {scale=1}"}, "no call of it: unknown attribute scale"),
+    ({"example": "f32[2"}, "no call of it"),
+    ({"role": extend.Role.VIEW}, "the role view"),
+]
+
+
+@pytest.mark.parametrize(("changed", "words"), MISTAKES)
+def test_a_declaration_that_cannot_be_is_refused(changed: dict[str, object], words: str) -> None:
+    given = {"signature": SIGNATURE, "example": "f32[2]", "role": extend.Role.OTHER, **changed}
+    with pytest.raises(UsageError, match=words):
+        dsc.register_op(
+            str(given["signature"]),
+            extend.Traits(extend.Role(str(given["role"]))),
+            reference=lambda x: x,
+            doc="The same.",
+            example=str(given["example"]),
+        )
+    assert "other" not in declarations.registry()
+
+
+def test_cpp_that_does_not_compile_is_told(package: ModuleType) -> None:
+    wrong = extend.Cpp("int wrong(", "wrong", sizes=("*n",))
+    dsc.register_op(
+        SIGNATURE, extend.Traits(extend.Role.OTHER), reference=lambda x: x, doc="The same.",
+        example="f32[2]", kernels={"tvm": wrong},
+    )  # fmt: skip
+    try:
+        text = "graph main(%x: f32[B]) { %y = other %x\n return %y }"
+        with pytest.raises(UsageError, match=r"(?s)the C\+\+ of wrong does not compile.*error"):
+            compile_program(program_of(text), "tvm")
+    finally:
+        declarations._added.pop("other")
+
+
+@pytest.fixture
+def installed(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[EntryPoint]]:
+    """What packages name under the group, as if they were installed."""
+    found: list[EntryPoint] = []
+    monkeypatch.setattr(extensions, "entry_points", lambda group: found)
+    extensions.load_extensions.cache_clear()
+    yield found
+    extensions.load_extensions.cache_clear()
+
+
+def test_an_installed_package_is_imported_when_an_operator_is_unknown(
+    installed: list[EntryPoint], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "an_extension.py").write_text("")
+    monkeypatch.syspath_prepend(tmp_path)
+    installed.append(EntryPoint("mine", "an_extension", extensions.GROUP))
+    declarations.lookup("relu")
+    assert "an_extension" not in sys.modules
+    with pytest.raises(declarations.TypeMismatch, match="unknown operator frobnicate"):
+        declarations.lookup("frobnicate")
+    del sys.modules["an_extension"]
+
+
+def test_a_package_that_cannot_be_imported_is_named(installed: list[EntryPoint]) -> None:
+    installed.append(EntryPoint("mine", "no_such_module", extensions.GROUP))
+    with pytest.raises(UsageError, match=r"mine \(no_such_module\) cannot be imported"):
+        declarations.lookup("frobnicate")
