@@ -175,8 +175,9 @@ def at(text: str, unlike: ModelConfig, config: ModelConfig) -> Program:
     layers = config.num_hidden_layers
     text, scaled = re.subn(r"(?<=scale=)[\d.]+", repr(config.softmax_scale), text)
     assert scaled == layers
-    factor = re.escape(repr(unlike.routed_scaling_factor))
-    text = re.sub(rf"(?<=value=){factor}(?!\d)", repr(config.routed_scaling_factor), text)
+    if Structure.of(config).scaled:
+        factor = re.escape(repr(unlike.routed_scaling_factor))
+        text = re.sub(rf"(?<=value=){factor}(?!\d)", repr(config.routed_scaling_factor), text)
 
     def put(found: re.Match[str]) -> str:
         value, whole = int(found[1]), found[2] or ""

@@ -308,9 +308,9 @@ def _mixes_types(node: fx.Node) -> bool:
 
 
 def _zeros(fake: Any) -> Any:
-    """A value like a traced one: zeros of its shape, or the number seen."""
+    """A value like a traced one: zeros of its shape, none along an unknown size; or the number."""
     if isinstance(fake, Tensor):
-        return torch.zeros([hint(n) for n in fake.shape], dtype=fake.dtype)
+        return torch.zeros([hint(n) or 0 for n in fake.shape], dtype=fake.dtype)
     return hint(fake)
 
 

@@ -53,7 +53,9 @@ def _variants(region: lift.Region, experts: int, top_k: int) -> Iterator[dict[st
         for g, keep, how, fill in product(
             sorted(groups), sorted(kept), ("top2", "max"), (-inf, 0.0)
         )
-        if keep < g and experts // g >= (2 if how == "top2" else 1)
+        if keep < g
+        and experts // g >= (2 if how == "top2" else 1)
+        and top_k <= keep * (experts // g)
     ]
     for score, (g, keep, how, fill), normalise in product(scores, grouped, (True, False)):
         yield {

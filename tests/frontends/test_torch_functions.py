@@ -18,7 +18,7 @@ THROUGH_OPTIMIZE = (
     "integer_trunc_divide bool_not numbers_and_tensors compare_nan rms_norm_by_hand"
     " linear identity index_from_the_end nothing_to_reduce smallest a_view_of_an_argument"
     " an_argument_in_place a_captured_tensor a_branch_on_a_size item numbers_in_and_out"
-    " keyword_arguments no_axes"
+    " keyword_arguments no_axes masks_in_place_of_indices"
 ).split()
 THROUGH_COMPILE = (
     "linear_double attention_bool_mask attention_rows_without_keys conv1d products_of_nothing"
@@ -27,7 +27,7 @@ THROUGH_COMPILE = (
 ).split()
 
 
-REFUSED = {"integer_trunc_divide", "nothing_to_reduce"}
+REFUSED = {"integer_trunc_divide", "nothing_to_reduce", "masks_in_place_of_indices"}
 EAGER = {"conv1d", "a_gradient"}
 
 
