@@ -1,8 +1,8 @@
 """Operators are told by their declarations: what a table of their names may still be, and where.
 
-A table is a literal of which at least half of the strings, and two, are operators' names. Rules say
-which operators a spelling is made of, backends how each is written. Whoever else needs to know which
-operators are of a kind asks `dsc.ir.traits`.
+A table is a literal of which at least half of the strings, and two, are operators' names. Rules
+say which operators a spelling is made of, backends how each is written. Whoever else needs to know
+which operators are of a kind asks `dsc.ir.traits`.
 """
 
 from __future__ import annotations
@@ -96,7 +96,8 @@ def test_no_table_of_operators_stands_outside_of_declarations_rules_and_emission
         f"{path}:{line} ({where}): {' '.join(strings)}"
         for path in sources()
         for where, line, strings in tables(ROOT / path)
-        if not any(fnmatch(str(path), pattern) for pattern in FILES) and f"{path}:{where}" not in PLACES
+        if not any(fnmatch(str(path), pattern) for pattern in FILES)
+        and f"{path}:{where}" not in PLACES
     ]
     assert not strange, "ask the traits of the declarations instead:\n" + "\n".join(strange)
 

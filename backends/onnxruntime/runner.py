@@ -27,7 +27,7 @@ class Model:
         """Read the manifest of `folder`. Each ONNX model is opened when first needed."""
         self.folder = pathlib.Path(folder)
         self._manifest = (self.folder / "dsc.json").read_text()
-        manifest: dict[str, Any] = described(self.folder)  # type: ignore[name-defined]  # noqa: F821
+        manifest: Any = described(self.folder)  # type: ignore[name-defined]  # noqa: F821
         meta, needs = manifest["meta"], manifest["needs"]["onnxruntime"]
         versions = (needs.partition(">=")[2], onnxruntime.__version__)
         least, installed = ([int(part) for part in v.split(".")[:2]] for v in versions)

@@ -225,7 +225,8 @@ def test_a_fused_body_is_written_out(tmp_path: Path) -> None:
       return %z
     }"""
     graph = parse_graph(text)
-    runs = _executable(Program("fused", {"main": graph}), tmp_path / "a")
+    program = Program("fused", {"main": graph}, symbols={"B": Range(1, 64)})
+    runs = _executable(program, tmp_path / "a")
     inputs = [torch.randn(5, 3), torch.randn(3)]
     got = runs.run("main", {"x": inputs[0], "w": inputs[1]})
     _assert_close(got["z"], run_graph(graph, inputs)[0], 1e-5)
@@ -335,6 +336,7 @@ def test_a_decoder_in_text_runs(tmp_path: Path) -> None:
 
 
 _DECODER = """program "grouped" {stage=CANONICAL}
+symbols {B=[1,64], S=[1,64], P=[0,64]}
 weights {
   @embed : f32[11,10] = source "embed" : f32[11,10]
   @norm : f32[10] = source "norm" : f32[10]

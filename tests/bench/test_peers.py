@@ -108,7 +108,7 @@ def speeds(*bandwidths: float) -> Iterator[dict[str, float]]:
 def test_engines_take_turns_between_probes() -> None:
     ours, theirs = FakeRemote("dsc", 0.05), FakeRemote("peer", 0.1)
     cell, effort = Cell("decode", 128, 1), Effort(rounds=2, tokens=20, seconds=0.5)
-    machine = speeds(40, 40, 41, 20, 20)
+    machine = speeds(40, 40, 41, 41, 20)
     runners = [Runner(cast(Remote, r), cell, effort) for r in (ours, theirs)]
     mine, other = measure(runners, lambda: next(machine), MOONLIGHT, settle=0)
     assert ours.asked == ["start", "steps", "steps", "steps"]
