@@ -55,7 +55,7 @@ def _sample(
     t = TensorType(value.type.dtype, shape)
     if not t.dtype.is_int:
         return random_tensor(t, seed)
-    spans = [span for span in _spans(graph, value.name, found, sizes) if span is not None]
+    spans = list(_spans(graph, value.name, found, sizes))
     low = max((span.low for span in spans), default=0)
     high = min((span.high for span in spans), default=1)
     order = next((span.order for span in spans if span.order), "")
@@ -83,7 +83,7 @@ class _Span:
 
 def _spans(
     graph: Graph, name: str, found: Mapping[str, list[Use]], sizes: Mapping[str, int]
-) -> Iterator[_Span | None]:
+) -> Iterator[_Span]:
     """What all uses of an index take, also through what only rearranges or converts it."""
     for node, index in found[name]:
         if node is None:
@@ -95,19 +95,18 @@ def _spans(
             for out in node.outputs:
                 yield from _spans(graph, out.name, found, sizes)
         else:
-            yield _span(node, index, sizes)
+            yield from _span(node, index, sizes)
 
 
-def _span(node: Node, index: int, sizes: Mapping[str, int]) -> _Span | None:
-    """What a node declares of the values of an operand."""
+def _span(node: Node, index: int, sizes: Mapping[str, int]) -> Iterator[_Span]:
+    """What a node declares of the values of an operand, if it does."""
     definition = lookup(node.op)
     name = definition.operands[min(index, len(definition.operands) - 1)].name
     within = definition.traits.samples.get(name) or definition.within.get(name)
-    if within is None:
-        return None
-    types = [None if x is None else x.type for x in node.inputs]
-    low, high = (evaluate(d, sizes) for d in definition.range_of(within, types, node.attrs))
-    return _Span(low, high, within.order)
+    if within is not None:
+        types = [None if x is None else x.type for x in node.inputs]
+        low, high = (evaluate(d, sizes) for d in definition.range_of(within, types, node.attrs))
+        yield _Span(low, high, within.order)
 
 
 def _causal(

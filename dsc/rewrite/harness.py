@@ -12,14 +12,12 @@ import re
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from dsc.ir.analyses import structural_hash
 from dsc.ir.dims import Range
-from dsc.ir.graph import Graph, Value
+from dsc.ir.graph import Value
 from dsc.ir.parser import parse_graph
 from dsc.ir.printer import print_graph
 from dsc.ir.program import Program
 from dsc.ir.stages import Stage
-from dsc.ir.types import TensorType
 from dsc.ir.verifier import verify
 from dsc.ir.weights import DictSource, Source, evaluate, random_tensor
 from dsc.rewrite.base import EXACT, Pass, PassReport
@@ -173,13 +171,3 @@ def check_golden(each: Pass, before: Program, wanted: str) -> None:
     found, normal = print_graph(after.entries[shown.name]), print_graph(shown)
     if found != normal:
         raise EvidenceFailed(f"{each.name} gives\n{found}\nand not\n{normal}")
-
-
-def equal_modulo_names(a: Graph, b: Graph) -> bool:
-    """Whether two graphs are one but for the names of values and weights."""
-    return structural_hash(a) == structural_hash(b)
-
-
-def type_of(value: Value) -> TensorType:
-    """The type of a value: a shorthand for samples."""
-    return value.type
