@@ -97,14 +97,18 @@ def is_literal(node: Node) -> bool:
     return node.op == "full" and node.output.type.numel == 1
 
 
+def axes_of(node: Node) -> list[int]:
+    """The axes that a reduction runs along, in order: those it names, or the last."""
+    declared, rank = lookup(node.op), node.operands[0].type.rank
+    if declared.attr("axes") is not None:
+        return sorted(axis_of(a, rank) for a in node.attrs["axes"])
+    return [axis_of(node.attrs["axis"] if declared.attr("axis") else -1, rank)]
+
+
 def _along_rows(node: Node) -> bool:
     """Whether a reduction is over the last axis, so that each row has its own result."""
     rank = node.operands[0].type.rank
-    declared = lookup(node.op)
-    if declared.attr("axes") is None and declared.attr("axis") is None:
-        return True
-    axes = node.attrs["axes"] if declared.attr("axes") else (node.attrs["axis"],)
-    return rank > 0 and tuple(axis_of(a, rank) for a in axes) == (rank - 1,)
+    return rank > 0 and axes_of(node) == [rank - 1]
 
 
 def rows(node: Node) -> Dim:

@@ -13,15 +13,11 @@ from dataclasses import dataclass
 
 from tvm import tirx
 
-from dsc.backends.tvm.launch import Unsupported
 from dsc.backends.tvm.shapes import SizeTable, resolve
 from dsc.backends.tvm.tir import Expr, bind, integer
-from dsc.ir import views
 from dsc.ir.dims import Dim
-from dsc.ir.graph import Node
-from dsc.ir.ops.shape import axis_of
+from dsc.ir.region_steps import Lines
 from dsc.ir.types import DType
-from dsc.ir.views import View
 
 Number = int | str
 """An integer, or `$i` for run-time size i."""
@@ -53,19 +49,13 @@ class Access:
         return all(s == 0 for s in self.inner)
 
 
-def access(view: View, lead: int, table: SizeTable) -> Access:
-    """The access of a view whose first `lead` axes are the row."""
-    pairs = list(zip(view.shape, view.strides, strict=True))
-    return make_access(view, pairs[:lead], [s for _, s in pairs[lead:]], view.offset, table)
-
-
-def make_access(
-    view: View, lead: Sequence[Axis], inner: Sequence[Dim], offset: Dim, table: SizeTable
-) -> Access:
-    """The access of `view`'s buffer with these row axes (outermost first) and inner strides."""
-    rows = tuple((table.dim(d), table.dim(s)) for d, s in merged(lead))
-    strides = tuple(table.dim(s) for s in inner)
-    return Access(view.buffer, view.dtype, rows, strides, table.dim(offset))
+def access(lines: Lines, table: SizeTable) -> Access:
+    """The access of lines, its numbers in a table."""
+    view, lead = lines.view, lines.lead
+    axes = list(zip(view.shape, view.strides, strict=True))[:lead]
+    rows = tuple((table.dim(d), table.dim(s)) for d, s in merged(axes))
+    strides = tuple(table.dim(s) for s in lines.inner)
+    return Access(view.buffer, view.dtype, rows, strides, table.dim(view.offset))
 
 
 def merged(axes: Sequence[Axis]) -> list[Axis]:
@@ -78,48 +68,6 @@ def merged(axes: Sequence[Axis]) -> list[Axis]:
             extent = found.pop()[0] * extent
         found.append((extent, stride))
     return found
-
-
-def apply_view(node: Node, view: View) -> list[View]:
-    """What a view operator makes of a view. Raises `Unsupported` where elements would move."""
-    attrs = node.attrs
-    match node.op:
-        case "reshape":
-            found = views.reshape(view, attrs["shape"])
-            if found is None:
-                raise Unsupported("a reshape that moves elements")
-            return [found]
-        case "permute":
-            return [views.permute(view, attrs["dims"])]
-        case "expand":
-            return [views.expand(view, attrs["shape"])]
-        case "slice":
-            extent = node.output.type.shape[axis_of(attrs["axis"], len(view.shape))]
-            step = int(attrs["step"])
-            return [views.narrow(view, attrs["axis"], attrs["start"], extent, step)]
-        case "split":
-            axis, start = axis_of(attrs["axis"], len(view.shape)), 0
-            parts, position = [], start
-            for value in node.outputs:
-                extent = value.type.shape[axis]
-                parts.append(views.narrow(view, axis, position, extent))
-                position = position + extent  # type: ignore[assignment]
-            return parts
-    raise Unsupported(f"{node.op} is no view of a region's kernel")
-
-
-def unapply_view(node: Node, result: View) -> View:
-    """Where the operand's elements lie in the buffer of `result`, which the node's result fills."""
-    shape = node.operands[0].type.shape
-    if node.op == "reshape":
-        found = views.reshape(result, shape)
-        if found is None:
-            raise Unsupported("a reshape that moves elements")
-        return found
-    if node.op == "permute":
-        dims = node.attrs["dims"]
-        return views.permute(result, [dims.index(a) for a in range(len(dims))])
-    raise Unsupported(f"a {node.op} of what the region computes")
 
 
 class Rows:

@@ -12,31 +12,25 @@ from dataclasses import replace
 from math import prod
 
 from dsc.backends.tvm.kernels import bf16_linear
-from dsc.backends.tvm.kernels.access import (
-    Access,
-    access,
-    apply_view,
-    make_access,
-    unapply_view,
-)
+from dsc.backends.tvm.kernels.access import access
 from dsc.backends.tvm.kernels.bf16_rows import panel_bytes
-from dsc.backends.tvm.kernels.families import Families
 from dsc.backends.tvm.kernels.pointwise import attributes
-from dsc.backends.tvm.kernels.region_products import Product, product_region
+from dsc.backends.tvm.kernels.region_products import Family, Product, product_region
 from dsc.backends.tvm.kernels.region_rows import RowStep, row_region
-from dsc.backends.tvm.kernels.values import Operand, check_pointwise
+from dsc.backends.tvm.kernels.values import Operand, Point, check_pointwise
 from dsc.backends.tvm.launch import Launch, Unsupported, fp32_only, rows_of, static_dim
 from dsc.backends.tvm.machine import Machine
 from dsc.backends.tvm.shapes import SizeTable
 from dsc.backends.tvm.tir import PARALLEL_WORK, STORAGE, VALUE
 from dsc.ir.analyses import structural_hash
-from dsc.ir.dims import Dim, product
-from dsc.ir.graph import Graph, Node, Value
-from dsc.ir.graph import Operand as Input
-from dsc.ir.op import traits_of
-from dsc.ir.regions import Kind, anchor_of, classify, role, rows
+from dsc.ir.dims import Dim
+from dsc.ir.graph import Graph, Node
+from dsc.ir.region_columns import Columns
+from dsc.ir.region_columns import Family as Found
+from dsc.ir.region_steps import Lines, NoKernel, Read, Rows
+from dsc.ir.region_steps import RowStep as Step
+from dsc.ir.regions import Kind, anchor_of, classify
 from dsc.ir.traits import Role
-from dsc.ir.views import View, dense_strides, expand
 
 SCRATCH = 1 << 18
 """Bytes of stack that a row's intermediate values may take."""
@@ -50,7 +44,7 @@ def lower(node: Node, machine: Machine) -> Launch:
     if key not in _KNOWN:
         try:
             _KNOWN[key] = _lowered(node.body, machine)
-        except Unsupported as reason:
+        except (Unsupported, NoKernel) as reason:
             _KNOWN[key] = str(reason)
     found = _KNOWN[key]
     if isinstance(found, str):
@@ -73,7 +67,7 @@ def _lowered(body: Graph, machine: Machine) -> Launch:
             fp32_only(node)
     kind = classify(body)
     if kind in _ROWWISE:
-        return RowAnalysis(body, machine).launch()
+        return _rows(body, machine)
     anchor = anchor_of(body.nodes)
     if anchor is not None and anchor.op in ("linear", "grouped_linear"):
         return _product(body, anchor, machine)
@@ -82,194 +76,96 @@ def _lowered(body: Graph, machine: Machine) -> Launch:
 
 def _product(body: Graph, anchor: Node, machine: Machine) -> Launch:
     """A linear or grouped_linear with its epilogue."""
-    found = Body(body)
-    for each in anchor.operands:
-        if each.name not in found.given or not found.given[each.name].is_dense:
-            raise Unsupported(f"a {anchor.op} of what the region computes")
-    families = Families(body, anchor, found.given, found.literals, found.table).found()
+    columns, table = Columns(body, anchor), SizeTable()
+    given = [columns.given[x.name] for x in anchor.operands]
+    if not all(view.is_dense for view in given):
+        raise Unsupported(f"a {anchor.op} of what the region computes")
+    families = tuple(_family(f, table) for f in columns.families())
     x, weight = (anchor.operands[i].type for i in range(2))
     *groups, m, k = (static_dim(d, "a weight's axis") for d in weight.shape)
     factors = [o.type for o in anchor.operands if o.type.dtype.is_float]
     native = bf16_linear.fits(machine, k, *factors)
-    rows_at, depth = found.table.dim(rows_of(x)), found.table.size(k) if native else k
-    places = [found.given[o.name].buffer for o in anchor.operands]
+    rows_at, depth = table.dim(rows_of(x)), table.size(k) if native else k
+    places = [view.buffer for view in given]
     last = places[2] if len(places) > 2 else -1
     gemm = Product(
         x.dtype, places[0], places[1], -1 if groups else last, last if groups else -1,
         groups[0] if groups else 0, rows_at, m, depth, m * k >= 4 * PARALLEL_WORK,
     )  # fmt: skip
     machine = machine if native else replace(machine, bf16=False, tiles=False)
-    static = (gemm, families, found.parameters, len(found.table.dims), machine)
+    static = (gemm, families, _parameters(body), len(table.dims), machine)
     tiles = native and machine.tiles
     scratch = panel_bytes(rows_of(x), k, max(gemm.experts, 1)) if tiles else 0
     flops = rows_of(x) * (2 * m * k)
-    return Launch(product_region, static, tuple(found.table.dims), scratch=scratch, flops=flops)
+    return Launch(product_region, static, tuple(table.dims), scratch=scratch, flops=flops)
 
 
-def dense(value: Value, buffer: int) -> View:
-    """A value that lies in a buffer of its own."""
-    return View(buffer, value.type, dense_strides(value.type.shape))
+def _family(found: Found, table: SizeTable) -> Family:
+    """A family with the numbers of its accesses in a table."""
+    steps = tuple((s.number, s.shift, _point(s.node, s.reads, table)) for s in found.steps)
+    writes = tuple((number, access(lines, table)) for number, lines in found.writes)
+    return Family(found.start, found.walk, found.shifts, steps, writes)
 
 
-class Body:
-    """A region's body: where its inputs, and what views make of them, lie; what leaves it."""
-
-    def __init__(self, body: Graph) -> None:
-        self.body = body
-        self.table = SizeTable()
-        self.given = {v.name: dense(v, i) for i, v in enumerate(body.inputs)}
-        self.literals: dict[str, float] = {}
-        self.core: list[Node] = []
-        self.views: dict[str, Node] = {}
-        for node in body.nodes:
-            self._place(node)
-
-    @property
-    def parameters(self) -> int:
-        """The kernel's addresses: operands, then results."""
-        return len(self.body.inputs) + len(self.body.outputs)
-
-    def _place(self, node: Node) -> None:
-        if role(node) is Role.CONSTANT:
-            self.literals[node.output.name] = float(node.attrs["value"])
-        elif traits_of(node.op).role is not Role.VIEW:
-            self.core.append(node)
-        elif (source := self.given.get(node.operands[0].name)) is not None:
-            made = apply_view(node, source)
-            self.given.update((v.name, x) for v, x in zip(node.outputs, made, strict=True))
-        else:
-            self.views.update((v.name, node) for v in node.outputs)
-
-    def results(self) -> dict[str, list[View]]:
-        """For each computed value, where in the region's results its elements lie."""
-        found: dict[str, list[View]] = {}
-        for i, value in enumerate(self.body.outputs, start=len(self.body.inputs)):
-            if not isinstance(value, Value) or value.name in self.given:
-                raise Unsupported("a result that the region does not compute")
-            name, place = value.name, dense(value, i)
-            while name in self.views:
-                place = unapply_view(self.views[name], place)
-                name = self.views[name].operands[0].name
-            found.setdefault(name, []).append(place)
-        return found
+def _point(node: Node, reads: tuple[Read, ...], table: SizeTable) -> Point:
+    check_pointwise(node)
+    operands = tuple(_operand(r, table) for r in reads)
+    return Point(node.op, operands, node.output.type.dtype, attributes(node))
 
 
-class RowAnalysis(Body):
-    """A body without an anchor, as the steps of a row."""
+def _operand(read: Read, table: SizeTable) -> Operand:
+    source = read.source
+    if isinstance(source, Lines):
+        return Operand(access(source, table), read.dtype)
+    return Operand(source, read.dtype, read.shift)
 
-    def __init__(self, body: Graph, machine: Machine) -> None:
-        super().__init__(body)
-        self.machine = machine
-        self.rows: Dim = rows(self.core[0])
-        self.numbers = {v.name: i for i, n in enumerate(self.core) for v in n.outputs}
-        self.read_later = {x.name for n in self.core for x in n.operands} & self.numbers.keys()
 
-    def launch(self) -> Launch:
-        """One kernel over the rows."""
-        results = self.results()
-        steps = tuple(self._step(node, results) for node in self.core)
-        steps = tuple(_with_kept(steps))
-        size = sum(_kept_bytes(s) for s in steps if s.kept)
-        if size > SCRATCH:
-            raise Unsupported(f"{size} bytes of a row are too many to keep on the stack")
-        rows_at = self.table.dim(self.rows)
-        static = (steps, rows_at, self.parameters, len(self.table.dims), self.machine)
-        flops: Dim = 0
-        for node in self.core:
-            flops = flops + node.output.type.numel * 2
-        return Launch(row_region, static, tuple(self.table.dims), flops=flops)
+def _parameters(body: Graph) -> int:
+    """The kernel's addresses: operands, then results."""
+    return len(body.inputs) + len(body.outputs)
 
-    def _step(self, node: Node, results: dict[str, list[View]]) -> RowStep:
-        part, out = role(node), node.output.type
-        attrs: tuple[tuple[str, object], ...] = ()
-        lead = max(out.rank - 1, 0)
-        match part:
-            case Role.POINTWISE:
-                check_pointwise(node)
-                attrs = attributes(node)
-                operands = [self._operand(x, lead, out.shape) for x in node.operands]
-                extents = out.shape[lead:] or (1,)
-            case Role.REDUCTION:
-                operands, extents, attrs = self._reduction(node)
-                lead = node.operands[0].type.rank - 1
-            case Role.ROTATION:
-                operands, extents, attrs = self._rotation(node)
-                lead = 2
-            case Role.WRITE if node.op == "cache_write":
-                return self._write(node)
-            case _:
-                raise Unsupported(f"{node.op} in a row-wise region")
-        writes = []
-        for view in results.get(node.output.name, ()):
-            inner = view.strides[lead:] or (1,)  # of a reduction without keepdims
-            pairs = list(zip(view.shape, view.strides, strict=True))[:lead]
-            writes.append(make_access(view, pairs, inner, view.offset, self.table))
-        if product(out.shape[:lead]) != self.rows:
-            raise Unsupported("operators on different rows")
-        sizes = tuple(self.table.dim(d) for d in extents)
-        number = self.numbers[node.output.name]
-        return RowStep(
-            number, node.op, tuple(operands), out.dtype, sizes, tuple(writes),
-            node.output.name in self.read_later, part is Role.POINTWISE, attrs,
-        )  # fmt: skip
 
-    def _operand(self, x: Input, lead: int, shape: tuple[Dim, ...] | None = None) -> Operand:
-        """What a step reads, broadcast to `shape`; `lead` of its axes are the row."""
-        if x.name in self.literals:
-            return Operand(self.literals[x.name], x.type.dtype)
-        if x.name in self.numbers:
-            return Operand(self.numbers[x.name], x.type.dtype)
-        if x.name not in self.given:
-            raise Unsupported("a view between two operators")
-        view = self.given[x.name]
-        found = access(view if shape is None else expand(view, shape), lead, self.table)
-        if shape is not None and not found.inner:
-            found = replace(found, inner=(0,))
-        return Operand(found, x.type.dtype)
+def _rows(body: Graph, machine: Machine) -> Launch:
+    """A body without an anchor: one kernel over the rows."""
+    found, table = Rows(body), SizeTable()
+    steps = tuple(_row_step(s, table) for s in found.steps)
+    size = sum(_kept_bytes(s) for s in steps if s.kept)
+    if size > SCRATCH:
+        raise Unsupported(f"{size} bytes of a row are too many to keep on the stack")
+    rows_at = table.dim(found.rows)
+    static = (steps, rows_at, _parameters(body), len(table.dims), machine)
+    flops: Dim = 0
+    for node in found.core:
+        flops = flops + node.output.type.numel * 2
+    return Launch(row_region, static, tuple(table.dims), flops=flops)
 
-    def _reduction(
-        self, node: Node
-    ) -> tuple[list[Operand], tuple[Dim, ...], tuple[tuple[str, object], ...]]:
-        x = node.operands[0].type
-        if VALUE[x.dtype] == "bool":
-            raise Unsupported(f"{node.op} of bool")
-        operands = [self._operand(node.operands[0], x.rank - 1)]
+
+def _row_step(step: Step, table: SizeTable) -> RowStep:
+    """A step with its numbers in a table. Raises `Unsupported` for what the kernel cannot do."""
+    node, x = step.node, step.node.operands[0].type
+    attrs: dict[str, object] = {}
+    if step.role is Role.POINTWISE:
+        check_pointwise(node)
+        attrs = dict(attributes(node))
+    elif step.role is Role.REDUCTION:
+        if VALUE[x.dtype] == "bool" or (node.op == "softmax" and VALUE[x.dtype] != "float32"):
+            raise Unsupported(f"{node.op} of {x.dtype}")
         if node.op == "rms_norm":
             static_dim(x.shape[-1], "the normalised axis")
-            operands.append(self._operand(node.operands[1], 0))
-            return operands, x.shape[-1:], (("eps", node.attrs["eps"]),)
-        if node.op == "softmax":
-            if VALUE[x.dtype] != "float32":
-                raise Unsupported(f"softmax of {x.dtype}")
-            return operands, x.shape[-1:], ()
-        return operands, (1,), (("extent", self.table.dim(x.shape[-1])),)
-
-    def _rotation(
-        self, node: Node
-    ) -> tuple[list[Operand], tuple[Dim, ...], tuple[tuple[str, object], ...]]:
-        x, positions, frequencies = node.operands
-        for d in x.type.shape[2:]:
-            static_dim(d, "a rotated axis")
-        attrs = node.attrs
-        operands = [self._operand(x, 2), self._operand(positions, 2), self._operand(frequencies, 0)]
-        return operands, x.type.shape[2:], tuple(sorted(attrs.items()))
-
-    def _write(self, node: Node) -> RowStep:
-        """The cache is the region's operand, and its result has no address of its own."""
-        cache, new, lengths = node.operands
-        operands = (
-            self._operand(new, 2), self._operand(lengths, 1), self._operand(cache, 1)
-        )  # fmt: skip
-        target = operands[2].source
-        if not isinstance(target, Access) or not self.given[cache.name].is_dense:
-            raise Unsupported("a cache that is not the region's operand")
-        if node.output.name in self.views:
-            raise Unsupported("a view of a cache")
-        width = static_dim(new.type.shape[2], "a cache row")
-        sizes = (width, new.type.shape[1], cache.type.shape[1])
-        number = self.numbers[node.output.name]
-        extents = tuple(self.table.dim(d) for d in sizes)
-        return RowStep(number, node.op, operands, new.type.dtype, extents, (), False, False)
+            attrs = dict(node.attrs)
+    else:
+        for d in step.extents:
+            static_dim(d, f"a row of {node.op}")
+        attrs = dict(node.attrs)
+    operands = tuple(_operand(r, table) for r in step.reads)
+    over = tuple(table.dim(d) for d in step.over)
+    writes = tuple(access(lines, table) for lines in step.writes)
+    extents = tuple(table.dim(d) for d in step.extents)
+    return RowStep(
+        step.number, node.op, operands, step.reads[0].dtype if step.role is Role.WRITE else
+        node.output.type.dtype, extents, writes, step.kept, step.role is Role.POINTWISE,
+        tuple(sorted(attrs.items())), over,
+    )  # fmt: skip
 
 
 def _kept_bytes(step: RowStep) -> int:
@@ -278,20 +174,3 @@ def _kept_bytes(step: RowStep) -> int:
     if len(known) < len(step.extents):
         raise Unsupported("a row of symbolic width between two loops")
     return prod(known) * step.dtype.itemsize
-
-
-def _with_kept(steps: tuple[RowStep, ...]) -> list[RowStep]:
-    """Steps whose results are read in the same loop alone need no scratch."""
-    runs: dict[int, int] = {}
-    run = 0
-    for before, step in zip((None, *steps), steps, strict=False):
-        joins = before is not None and before.pointwise and step.pointwise
-        run += not (joins and before is not None and before.extents == step.extents)
-        runs[step.number] = run
-    late = {
-        o.source
-        for s in steps
-        for o in s.operands
-        if isinstance(o.source, int) and runs[o.source] != runs[s.number]
-    }
-    return [replace(s, kept=s.number in late) for s in steps]

@@ -40,21 +40,18 @@ from dsc.backends.tvm.tir import (
     splat,
     when,
 )
+from dsc.ir.region_columns import PRODUCT
 from dsc.ir.types import DType
 
 NARROW = 16
 """Columns of a task where bf16 has no kernels of its own."""
-PRODUCT = -1
-"""The step number of the product itself."""
 
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """Columns that are treated alike: `walk` lists extents and strides, from column `start` on.
+    """A family of columns as `dsc.ir.region_columns` has it, with the accesses of this kernel.
 
-    The last axis of the walk has stride 1; a task is a part of it. `shifts` are the distances of
-    the further columns that the same results need. `steps` are the operators, whose accesses have
-    one inner stride for each axis of the walk; `writes` say which value goes where.
+    A task is a part of the walk's last axis.
     """
 
     start: int

@@ -56,8 +56,7 @@ _PAIRS = {"amax": "maximum", "amin": "minimum"}
 class RowStep:
     """An operator of a region on a row of `extents`; `writes` says where its result leaves.
 
-    `kept` results are read again by a later loop. Of `cache_write`, operands are the new row, the
-    lengths and the cache, and `extents` ends with the new rows of a sequence and the capacity.
+    As `dsc.ir.region_steps` has it; `kept` results are read again by a later loop.
     """
 
     number: int
@@ -69,6 +68,7 @@ class RowStep:
     kept: bool
     pointwise: bool
     attrs: tuple[tuple[str, object], ...] = ()
+    over: tuple[Number, ...] = ()
 
 
 def row_region(
@@ -103,8 +103,7 @@ def _accesses(steps: Sequence[RowStep]) -> list[Access]:
 
 def _width(step: RowStep, places: Rows) -> Expr:
     """What a row of a step's result holds."""
-    extents = step.extents[:1] if step.op == "cache_write" else step.extents
-    return reduce(mul, map(places.at, extents), 1)
+    return reduce(mul, map(places.at, step.extents), 1)
 
 
 class _Row:
@@ -260,9 +259,7 @@ class _Row:
     def _reduce(self, step: RowStep) -> None:
         """sum, mean, amax and amin of a row; `extents` is what the row holds."""
         (x,) = step.operands
-        extent = dict(step.attrs)["extent"]
-        assert isinstance(extent, int | str)
-        d, name = self.places.at(extent), VALUE[x.dtype]
+        (d,), name = [self.places.at(n) for n in step.over], VALUE[x.dtype]
         plain = not isinstance(x.source, Access) or x.source.unit
         wide = isinstance(d, int) and name == "float32" and plain
         lanes = lanes_for(d, self.machine.lanes) if wide else 1
@@ -319,7 +316,7 @@ class _Row:
 
     def _cache_write(self, step: RowStep) -> None:
         new, lengths, cache = step.operands
-        d, s, capacity = map(self.places.at, step.extents)
+        d, s, capacity = map(self.places.at, (*step.extents, *step.over))
         batch, i = bind(tirx.truncdiv(self.row, integer(s))), tirx.truncmod(self.row, integer(s))
         used = self.tensor(_memory(lengths)).at(batch)
         start = bind((batch * capacity + used + i) * d)

@@ -12,19 +12,44 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
-from dsc.backends.tvm.kernels.access import Access, Axis, apply_view, make_access
-from dsc.backends.tvm.kernels.pointwise import attributes
-from dsc.backends.tvm.kernels.region_products import PRODUCT, Family
-from dsc.backends.tvm.kernels.values import Operand, Point, check_pointwise
-from dsc.backends.tvm.launch import Unsupported
-from dsc.backends.tvm.shapes import SizeTable
 from dsc.ir.dims import Dim, product
-from dsc.ir.graph import Graph, Node
-from dsc.ir.graph import Operand as Input
+from dsc.ir.graph import Graph, Node, Operand
 from dsc.ir.op import traits_of
+from dsc.ir.region_steps import Body, Lines, NoKernel, Read, apply_view
 from dsc.ir.regions import role
 from dsc.ir.traits import Role
 from dsc.ir.views import View, dense_strides, expand
+
+PRODUCT = -1
+"""The step number of the product itself."""
+Axis = tuple[Dim, Dim]
+"""Extent and stride."""
+
+
+@dataclass(frozen=True, slots=True)
+class ColumnStep:
+    """A pointwise operator on columns of a family, at a shift from them."""
+
+    number: int
+    shift: int
+    node: Node
+    reads: tuple[Read, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """Columns that are treated alike: `walk` lists extents and strides, from column `start` on.
+
+    The last axis of the walk has stride 1. `shifts` are the distances of the further columns that
+    the same results need. `steps` are the operators: one may be wanted at several shifts. The inner
+    axes of their lines are those of the walk. `writes` say which step's value goes where.
+    """
+
+    start: int
+    walk: tuple[tuple[int, int], ...]
+    shifts: tuple[int, ...]
+    steps: tuple[ColumnStep, ...]
+    writes: tuple[tuple[int, Lines], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,11 +62,11 @@ class _Placed:
 
 @dataclass(frozen=True, slots=True)
 class _Step:
-    """A pointwise operator; `outside` maps operand positions to views of region operands."""
+    """A pointwise operator; views are those of region operands."""
 
     node: Node
     place: View
-    operands: tuple[Operand | View, ...]
+    operands: tuple[Read | View, ...]
 
 
 @dataclass
@@ -56,14 +81,19 @@ class _Draft:
     writes: list[tuple[int, View]] = field(default_factory=list)
 
 
-class Families:
-    """The families of a region around the product that `anchor` computes."""
+class Columns(Body):
+    """A body around the product that `anchor` computes, as families of its columns."""
 
     def __init__(
-        self, body: Graph, anchor: Node, given: dict[str, View], literals: dict[str, float],
-        table: SizeTable,
-    ) -> None:  # fmt: skip
-        self.body, self.given, self.literals, self.table = body, given, literals, table
+        self,
+        body: Graph,
+        anchor: Node,
+        places: Sequence[View | float] | None = None,
+        targets: Sequence[View] | None = None,
+    ) -> None:
+        super().__init__(body, places, targets)
+        if any(x.name not in self.given for x in anchor.operands):
+            raise NoKernel(f"a {anchor.op} of what the region computes")
         y = anchor.output
         self.rows, self.m = product(y.type.shape[:-1]), y.type.shape[-1]
         place = View(0, y.type, dense_strides(y.type.shape))
@@ -71,20 +101,19 @@ class Families:
         self.steps: list[_Step] = []
         for node in body.nodes:
             if node is not anchor:
-                self._place(node)
+                self._follow(node)
 
-    def found(self) -> tuple[Family, ...]:
-        """All families, in the order of their columns. Raises `Unsupported`."""
+    def families(self) -> tuple[Family, ...]:
+        """All families, in the order of their columns. Raises `NoKernel`."""
         drafts: dict[tuple[object, ...], _Draft] = {}
-        for i, value in enumerate(self.body.outputs, start=len(self.body.inputs)):
+        for value, target in zip(self.body.outputs, self.targets, strict=True):
             placed = self.placed.get(value.name)
             if placed is None:
-                raise Unsupported("a result that is not made of the product")
+                raise NoKernel("a result that is not made of the product")
             raw = self._columns(placed.place)
             start = _start(placed.place)
             draft = drafts.setdefault((start, *raw), _Draft(start, raw, placed.place))
-            strides = dense_strides(value.type.shape)
-            draft.writes.append((placed.number, View(i, value.type, strides)))
+            draft.writes.append((placed.number, target))
             self._need(draft, placed.number, 0)
         found = [self._family(d) for _, d in sorted(drafts.items(), key=lambda p: p[1].start)]
         _check_apart(found)
@@ -92,7 +121,7 @@ class Families:
 
     # --- reading the body -------------------------------------------------------------------------
 
-    def _place(self, node: Node) -> None:
+    def _follow(self, node: Node) -> None:
         if role(node) is Role.CONSTANT:
             return
         source = self.placed.get(node.operands[0].name)
@@ -102,27 +131,28 @@ class Families:
                 for value, place in zip(node.outputs, made, strict=True):
                     self.placed[value.name] = _Placed(source.number, place)
             return
-        check_pointwise(node)
+        if traits_of(node.op).role is not Role.POINTWISE:
+            raise NoKernel(f"{node.op} in a region around a product")
         inside = [self.placed[x.name] for x in node.operands if x.name in self.placed]
         if not inside:
-            raise Unsupported(f"{node.op} of values outside of the product")
+            raise NoKernel(f"{node.op} of values outside of the product")
         own = min((p.place for p in inside), key=_start)
-        operands = tuple(self._operand(x, own) for x in node.operands)
+        operands = tuple(self._read(x, own) for x in node.operands)
         self.placed[node.output.name] = _Placed(len(self.steps), own)
         self.steps.append(_Step(node, own, operands))
 
-    def _operand(self, x: Input, own: View) -> Operand | View:
+    def _read(self, x: Operand, own: View) -> Read | View:
         """An operand of an operator that lies at `own`."""
         if x.name in self.literals:
-            return Operand(self.literals[x.name], x.type.dtype)
+            return Read(self.literals[x.name], x.type.dtype)
         if x.name not in self.placed:
             if x.name not in self.given:
-                raise Unsupported("an operand that neither enters the region nor is its product")
+                raise NoKernel("an operand that neither enters the region nor is its product")
             return expand(self.given[x.name], own.shape)
         placed = self.placed[x.name]
         if placed.place.shape != own.shape or _steps(placed.place) != _steps(own):
-            raise Unsupported("operands that lie differently in the product")
-        return Operand(placed.number, x.type.dtype, _start(placed.place) - _start(own))
+            raise NoKernel("operands that lie differently in the product")
+        return Read(placed.number, x.type.dtype, _start(placed.place) - _start(own))
 
     def _need(self, draft: _Draft, number: int, shift: int) -> None:
         """Note that a family needs a step at a shift, and what that needs in turn."""
@@ -132,7 +162,7 @@ class Families:
         if (number, shift) in draft.order:
             return
         for operand in self.steps[number].operands:
-            if isinstance(operand, Operand) and isinstance(operand.source, int):
+            if isinstance(operand, Read) and isinstance(operand.source, int):
                 self._need(draft, operand.source, shift + operand.shift)
         draft.order.append((number, shift))
 
@@ -152,12 +182,12 @@ class Families:
         while rows:
             nearest = next((a for a in rows if place.strides[a] == wanted), None)
             if nearest is None:
-                raise Unsupported("rows that are not the product's")
+                raise NoKernel("rows that are not the product's")
             rows.remove(nearest)
             order.insert(0, nearest)
             wanted = wanted * place.shape[nearest]
         if product(tuple(place.shape[a] for a in order)) != self.rows:
-            raise Unsupported("a part of the product's rows")
+            raise NoKernel("a part of the product's rows")
         return order, columns
 
     def _columns(self, place: View) -> list[tuple[int, int]]:
@@ -167,7 +197,7 @@ class Families:
         for axis in columns:
             extent, stride = place.shape[axis], place.strides[axis]
             if not isinstance(extent, int) or not isinstance(stride, int) or stride < 1:
-                raise Unsupported("columns of a symbolic number")
+                raise NoKernel("columns of a symbolic number")
             found.append((extent, stride))
         found.sort(key=lambda pair: -pair[1])
         if not found or found[-1][1] != 1:
@@ -185,7 +215,7 @@ class Families:
             inner = [step * stride for _, stride in draft.raw]
             return _Walked(view, lead, inner, view.offset + step * away)
         if self._columns(place) != draft.raw or place.offset != draft.start + shift:
-            raise Unsupported("an operand that lies differently from the product's columns")
+            raise NoKernel("an operand that lies differently from the product's columns")
         inner = [other for _, other in pairs]
         return _Walked(view, lead, inner + [0] * (len(draft.raw) - len(inner)), view.offset)
 
@@ -198,30 +228,20 @@ class Families:
                 if isinstance(operand, View):
                     reads[number, shift, i] = self._walked(operand, step.place, draft, shift)
         writes = [(n, self._walked(v, draft.place, draft, 0)) for n, v in draft.writes]
-        walk, joined = _join(draft.raw, [*reads.values(), *(w for _, w in writes)])
-        accesses = [
-            make_access(w.view, w.lead, inner, w.offset, self.table)
-            for w, inner in zip([*reads.values(), *(w for _, w in writes)], joined, strict=True)
-        ]
-        by_key: dict[tuple[int, int, int], Access] = dict(zip(reads, accesses, strict=False))
+        walked = [*reads.values(), *(w for _, w in writes)]
+        walk, joined = _join(draft.raw, walked)
+        lines = [_lines(w, walk, inner) for w, inner in zip(walked, joined, strict=True)]
+        by_key = dict(zip(reads, lines, strict=False))
         steps = []
         for number, shift in draft.order:
-            step = self.steps[number]
-            operands = tuple(
-                Operand(by_key[number, shift, i], o.dtype) if isinstance(o, View) else o
-                for i, o in enumerate(step.operands)
+            node, operands = self.steps[number].node, self.steps[number].operands
+            given = tuple(
+                Read(by_key[number, shift, i], o.dtype) if isinstance(o, View) else o
+                for i, o in enumerate(operands)
             )
-            steps.append(
-                (
-                    number,
-                    shift,
-                    Point(
-                        step.node.op, operands, step.node.output.type.dtype, attributes(step.node)
-                    ),
-                )
-            )
+            steps.append(ColumnStep(number, shift, node, given))
         shifts = tuple(sorted(draft.shifts - {0}))
-        stores = [(n, a) for (n, _), a in zip(writes, accesses[len(reads) :], strict=True)]
+        stores = [(n, a) for (n, _), a in zip(writes, lines[len(reads) :], strict=True)]
         return Family(draft.start, tuple(walk), shifts, tuple(steps), tuple(stores))
 
 
@@ -235,10 +255,18 @@ class _Walked:
     offset: Dim
 
 
+def _lines(walked: _Walked, walk: Sequence[tuple[int, int]], inner: Sequence[Dim]) -> Lines:
+    """A view with the product's row axes, then the axes of a walk."""
+    shape = (*(d for d, _ in walked.lead), *(d for d, _ in walk))
+    strides = (*(s for _, s in walked.lead), *inner)
+    type = walked.view.type.with_shape(shape)
+    return Lines(View(walked.view.buffer, type, strides, walked.offset), len(walked.lead))
+
+
 def _start(place: View) -> int:
-    """The first column of a place. Raises `Unsupported` where it is not known."""
+    """The first column of a place. Raises `NoKernel` where it is not known."""
     if not isinstance(place.offset, int):
-        raise Unsupported("columns at a symbolic place")
+        raise NoKernel("columns at a symbolic place")
     return place.offset
 
 
@@ -274,13 +302,13 @@ def _join(
 
 
 def _check_apart(families: Sequence[Family]) -> None:
-    """Raise `Unsupported` where a column would be computed twice."""
+    """Raise `NoKernel` where a column would be computed twice."""
     spans: list[tuple[int, int]] = []
     for family in families:
         starts = [family.start + s for s in (0, *family.shifts)]
         for extent, stride in family.walk[:-1]:
             starts = [s + i * stride for s in starts for i in range(extent)]
-        spans += [(s, s + family.width) for s in starts]
+        spans += [(s, s + family.walk[-1][0]) for s in starts]
     spans.sort()
     if any(before[1] > after[0] for before, after in pairwise(spans)):
-        raise Unsupported("columns of the product that are wanted in two forms")
+        raise NoKernel("columns of the product that are wanted in two forms")
