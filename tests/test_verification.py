@@ -131,6 +131,12 @@ def test_fp32_is_held_to_its_own_rounding_and_has_no_strays(size: float) -> None
     assert compare(ours, oracle, IDS, explained).failures() != []
 
 
+def test_rounding_in_fp32_grows_as_the_square_root_of_the_layers() -> None:
+    oracle = clear_logits()
+    one, nine = (Noise.in_fp32(oracle, layers).errors for layers in (1, 9))
+    np.testing.assert_allclose(nine, 3 * one)
+
+
 def test_what_is_no_number_fails() -> None:
     oracle = clear_logits()
     ours = oracle.copy()

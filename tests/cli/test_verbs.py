@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from typer.main import get_command
 
 from dsc.backends.null import NullExecutable
 from dsc.backends.triton.client import InterpretedExecutable
-from dsc.cli import build_app, doctor
+from dsc.cli import build_app, console, doctor
 from dsc.cli.bench import summary
 from dsc.cli.compile import default_output
 from dsc.cli.ranks import spelled
@@ -240,6 +241,16 @@ def test_verify_compares_with_the_oracle(api: FakeApi, invoke: Invoke, artifact:
     assert document["greedy_agreement"] == 1
     assert {"excluded", "perplexity"} <= set(document)
     assert api.asked == [{"model": "somewhere", "backend": "reference", "dtype": "fp32"}]
+
+
+def test_verify_of_fp32_measures_no_rounding(
+    api: FakeApi, invoke: Invoke, artifact: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What fp32 rounds is derived: nobody is told to wait for a run that does not happen."""
+    phases: list[str] = []
+    monkeypatch.setattr(console, "progress_bar", lambda: nullcontext(phases.append))
+    invoke("verify", str(artifact))
+    assert phases == ["loading", "running the compiled model", "running the oracle (reference)"]
 
 
 def test_verify_fails_where_every_position_is_a_tie(
