@@ -16,7 +16,7 @@ from typing import Any
 from dsc.backends.base import Capabilities, EmitOptions, No, Support, Yes, check_supported
 from dsc.errors import BackendUnavailable
 from dsc.ir.graph import Node
-from dsc.ir.index_ranges import giving_indices, index_ranges
+from dsc.ir.index_ranges import giving_indices
 from dsc.ir.program import Program
 from dsc.ir.types import DType
 from dsc.runtime.emission import Emission
@@ -96,12 +96,10 @@ class OnnxRuntimeBackend:
             )
         meta = {
             "models": files,
-            "guards": dict(program.guards),
             "threads": options.threads,
             "prepack": bool(options.extra.get("prepack", False)),
             "opset": form.opset,
             "wide_caches": form.wide_caches,
-            "checks": index_ranges(list(program.entries.values())[-1], program.symbols).facts,
         }
 
         def finish(places: Mapping[str, tuple[int, int]]) -> Mapping[str, bytes]:

@@ -5,7 +5,6 @@
     kernels/<module>.py          the source of every kernel, templates and generated ones
     interpret/plan.json          the launch plan with the interpreter's block sizes
     <arch>/plan.json             the launch plan for a GPU, one folder a target
-    <arch>/run.json              the same for run.py, for CUDA and causal models (`script.py`)
     <arch>/kernels.json          for each kernel: file, symbol, shared memory, registers, spills
     <arch>/<kernel>.cubin|hsaco  the binaries, one for each distinct specialisation
 
@@ -26,7 +25,6 @@ from dsc.backends.triton.context import template
 from dsc.backends.triton.launch import LaunchProgram
 from dsc.backends.triton.lower import reason
 from dsc.backends.triton.program import lower_program
-from dsc.backends.triton.script import script_plan
 from dsc.backends.triton.worker import INTERPRETED
 from dsc.errors import ArtifactError, BackendUnavailable, UsageError
 from dsc.ir.expert_forms import ExpertKernels
@@ -47,7 +45,7 @@ ALL_TARGETS = tuple(f"{kind}:{arch}" for kind, archs in KNOWN.items() for arch i
 FUSION_LEVEL = 2
 EXPERTS = ExpertKernels(rereads=True, tile=16, balance=250.0, launch=10_000_000)
 """A GPU of 800 TFLOP/s, 3.3 TB/s and 3 microseconds a launch: the order of magnitude decides."""
-RUNNER = Path(__file__).with_name("runner.py.txt")  # it launches on CUDA devices
+RUNNER = Path(__file__).with_name("runner.py")  # it launches on CUDA devices
 
 
 class TritonBackend:
@@ -89,8 +87,6 @@ class TritonBackend:
         files = {f"{FOLDER}/{INTERPRETED}": lowered.plan().to_json()}
         plans: list[Plan] = []
         summary: dict[str, Any] = {}
-        guards = dict(program.guards)
-        causal = program.is_causal_lm
         for target in targets:
             gpu, generated = lower_program(program, str(target), options.reuse)
             plans.append(gpu.plan())
@@ -104,20 +100,11 @@ class TritonBackend:
                 binaries, records = compile_kernels(gpu.kernels, target, texts, options.progress)
                 files |= {f"{place}/{name}": data for name, data in binaries.items()}
                 files[f"{place}/kernels.json"] = json.dumps(records, indent=1).encode()
-                if causal and target.kind == "cuda":
-                    told = script_plan(gpu, records, guards, program.limits)
-                    files[f"{place}/run.json"] = json.dumps(told, separators=(",", ":")).encode()
         texts = with_templates(lowered, sources)
         files |= {f"{FOLDER}/kernels/{m}.py": t.encode() for m, t in sorted(texts.items())}
-        general = list(program.entries.values())[-1]
-        meta = {
-            "targets": summary,
-            "guards": guards,
-            "checks": index_ranges(general, program.symbols).facts,
-        }
-        runs = causal and "cuda" in {t.kind for t in targets}
+        runs = program.is_causal_lm and "cuda" in {t.kind for t in targets}
         runner = RUNNER.read_text() if runs else ""
-        return Emission(files, plans[0], meta=meta, runner=runner)
+        return Emission(files, plans[0], meta={"targets": summary}, runner=runner)
 
     def load(self, folder: Path, manifest: Mapping[str, Any], program: Program) -> Executable:
         """Load for the GPU at hand when its binaries are there, else for the interpreter."""

@@ -19,7 +19,7 @@ from dsc.ir.traits import Role
 from dsc.ir.types import DType
 from dsc.runtime.emission import Emission
 from dsc.runtime.executable import Executable
-from dsc.runtime.plan import EntryPlan, Plan, Port
+from dsc.runtime.plan import Plan
 from dsc.targets import Target
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 LIBRARY = "tvm/kernels.so"
 STEPS = "tvm/steps.bin"
 NEEDS = "apache-tvm>=0.27,<0.28"
-RUNNER = Path(__file__).with_name("runner.py.txt")
+RUNNER = Path(__file__).with_name("runner.py")
 REGIONS = RegionLimits(
     anchors=frozenset({"linear", "grouped_linear"}),
     epilogue=named(Role.POINTWISE) | {"reshape", "split"},
@@ -125,7 +125,7 @@ class TvmBackend:
             checks = entry_checks(graph, program.symbols, found)
             functions[name] = library.entry_function(name, slots, checks)
             entries[name] = {
-                **_interface(plans[name]),
+                "in_place": plans[name].in_place,
                 "checks": facts_of(checks),
                 "slots": slots.given,
                 "derived": len(slots.derived),
@@ -144,7 +144,6 @@ class TvmBackend:
             "tiling": {**asdict(tiling), "by": by},
             "weights": weights,
             "entries": entries,
-            "guards": dict(program.guards),
         }
         runner = RUNNER.read_text() if program.is_causal_lm else ""
         files = {LIBRARY: code, STEPS: np.concatenate(lists).tobytes()}
@@ -169,19 +168,6 @@ class TvmBackend:
 def _multiplies_bf16(program: Program) -> bool:
     """Whether any weights are bf16."""
     return any(w.type.dtype is DType.bf16 for w in program.weights.values())
-
-
-def _interface(plan: EntryPlan) -> dict[str, Any]:
-    """Names, element types and dims of inputs and outputs; which outputs are inputs, in place."""
-
-    def facts(port: Port) -> list[Any]:
-        return [port.name, port.type.dtype.value, [str(d) for d in port.type.shape]]
-
-    return {
-        "inputs": [facts(port) for port in plan.inputs],
-        "outputs": [facts(port) for port in plan.outputs],
-        "in_place": plan.in_place,
-    }
 
 
 def require_tvm() -> None:

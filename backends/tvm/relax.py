@@ -80,7 +80,7 @@ def emit(program: Program, machine: Machine, options: EmitOptions) -> Emission:
     module = _Module(machine, program, weights)
     for name, graph in program.entries.items():
         module.add(name, graph)
-    meta = {"form": FORM, "weights": weights, "guards": dict(program.guards)}
+    meta = {"form": FORM, "weights": weights}
     return Emission({LIBRARY: module.compile()}, meta=meta)
 
 

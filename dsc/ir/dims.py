@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import reduce
 from operator import mul
-from typing import TypeAlias, Union
+from typing import Any, TypeAlias, Union
 
 MAX_DIM = 2**63 - 1
 MAX_TOKENS = 512
@@ -179,6 +179,36 @@ def evaluate(dim: Dim, env: Mapping[str, int]) -> int:
     return total
 
 
+def to_json(dim: Dim) -> Any:
+    """A dim as data: an int, or a list of `[coefficient, factor, ...]`, which are multiplied.
+
+    A factor is a symbol's name, or `[numerator, denominator]` for their floor division.
+
+    >>> to_json(symbol("B") * 4 + 1)
+    [[4, 'B'], [1]]
+    """
+    if isinstance(dim, int):
+        return dim
+    return [[coefficient, *map(_atom_json, monomial)] for monomial, coefficient in dim.terms]
+
+
+def from_json(data: Any) -> Dim:
+    """The dim that `to_json` gave. Raises `ValueError` or `TypeError` for other data."""
+    if isinstance(data, int):
+        return data
+    total: Dim = 0
+    for coefficient, *factors in data:
+        term: Dim = coefficient + 0
+        for factor in factors:
+            if isinstance(factor, str):
+                term = term * symbol(factor)
+            else:
+                numerator, denominator = map(from_json, factor)
+                term = term * (numerator // denominator)
+        total = total + term
+    return total
+
+
 def bounds(dim: Dim, ranges: Mapping[str, Range]) -> Range:
     """The interval that `dim` lies in when each symbol lies in its range."""
     if isinstance(dim, int):
@@ -319,6 +349,10 @@ def _term_text(monomial: Monomial, coefficient: int) -> str:
     factors = "*".join(f"({a})" if isinstance(a, FloorDiv) else a for a in monomial)
     prefix = {1: "", -1: "-"}.get(coefficient, f"{coefficient}*")
     return prefix + factors
+
+
+def _atom_json(atom: Atom) -> Any:
+    return atom if isinstance(atom, str) else [to_json(atom.numerator), to_json(atom.denominator)]
 
 
 def _interval_mul(a: Range, b: Range) -> Range:

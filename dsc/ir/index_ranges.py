@@ -10,9 +10,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
-from dsc.ir.dims import Dim, Range, bounds, free_symbols
+from dsc.ir.dims import Dim, Range, bounds, free_symbols, to_json
 from dsc.ir.graph import Graph, Node, Operand, Weight
 from dsc.ir.op import OpDef, lookup, operand_index
 from dsc.ir.paging import BLOCK_TABLE, PAGES, reads_pages
@@ -82,9 +82,9 @@ class IndexRanges:
     computed: tuple[Computed, ...]
 
     @property
-    def facts(self) -> list[list[str]]:
+    def facts(self) -> list[list[Any]]:
         """Input, least and largest value, and words, for the manifest: what a run.py checks."""
-        return [[d.input, str(d.span.low), str(d.span.high), d.what] for d in self.demands]
+        return [[d.input, to_json(d.span.low), to_json(d.span.high), d.what] for d in self.demands]
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,6 +18,7 @@ from typing import Any
 from dsc._version import __version__
 from dsc.errors import ArtifactError, UsageError
 from dsc.files import check_makeable, check_room, named, replacing
+from dsc.ir.index_ranges import index_ranges
 from dsc.ir.parser import parse_program
 from dsc.ir.printer import print_program
 from dsc.ir.program import Program
@@ -135,7 +136,7 @@ def write(
             "config": program.meta.get("config", {}),
             "generation": program.meta.get("generation", {"eos_token_id": []}),
             "source": source,
-            "limits": asdict(program.limits) if program.is_causal_lm else {},
+            **_steps(program),
             "rank": rank,
             "files": files,
         }
@@ -203,9 +204,24 @@ def check_hashes(folder: Path) -> int:
 
 
 def run_script(runner: str) -> str:
-    """The text of run.py: the backend's part, then the loop around it."""
-    main = Path(__file__).with_name("run_main.py.txt").read_text()
-    return f"{runner.rstrip()}\n\n\n{main}"
+    """The text of run.py: a backend's module, with what it imports of dsc written out."""
+    shared = Path(__file__).with_name("standalone.py").read_text()
+    before, _, rest = runner.partition("from dsc.runtime.standalone import ")
+    shared = shared.partition("import annotations\n")[2].strip()
+    rest = rest.partition("\n")[2].strip()
+    return f'{before}{shared}\n\n\n{rest}\n\n\nif __name__ == "__main__":\n    main(Model)\n'
+
+
+def _steps(program: Program) -> dict[str, Any]:
+    """What run.py checks before a step: limits, which entry takes it, and what indices may hold."""
+    if not program.is_causal_lm:
+        return {"limits": {}}
+    general = list(program.entries.values())[-1]
+    return {
+        "limits": asdict(program.limits),
+        "guards": dict(program.guards),
+        "checks": index_ranges(general, program.symbols).facts,
+    }
 
 
 def _inside(folder: Path, name: str) -> Path:

@@ -15,11 +15,11 @@ from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
 from dsc.errors import ArtifactError
-from dsc.ir.dims import Dim, evaluate, parse_dim
+from dsc.ir.dims import Dim, evaluate, from_json, to_json
 from dsc.ir.types import DType, TensorType
 
 PLAN = "plan.json"
-FORMAT = 2
+FORMAT = 3
 """Of dsc.json and plan.json: one schema. An artifact of another has to be compiled again."""
 ALIGNMENT = 64
 """Every buffer of an arena begins at a multiple of so many bytes."""
@@ -168,7 +168,7 @@ class Plan:
             raw = json.loads(data)
             check_format(raw["format"], PLAN)
             return Plan({k: _entry(v) for k, v in raw["entries"].items()}, raw["meta"])
-        except (LookupError, TypeError, ValueError, AttributeError) as problem:
+        except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as problem:
             raise ArtifactError(f"plan.json is damaged: {problem}") from None
 
 
@@ -214,12 +214,12 @@ def _entry_json(entry: EntryPlan) -> dict[str, Any]:
         "allocator": entry.allocator,
         "inputs": [_port_json(p) for p in entry.inputs],
         "outputs": [_port_json(p) for p in entry.outputs],
-        "buffers": [[b.region, b.name, str(b.size), b.offset] for b in entry.buffers],
+        "buffers": [[b.region, b.name, to_json(b.size), b.offset] for b in entry.buffers],
         "launches": [
             {
                 "kernel": x.kernel,
                 "arguments": [_argument_json(a) for a in x.arguments],
-                "grid": [str(d) for d in x.grid],
+                "grid": [to_json(d) for d in x.grid],
                 "lane": x.lane,
                 "waits": list(x.waits),
                 "loc": x.loc,
@@ -234,7 +234,7 @@ def _entry_json(entry: EntryPlan) -> dict[str, Any]:
 def _entry(raw: Mapping[str, Any]) -> EntryPlan:
     launches = (
         Launch(
-            x["kernel"], tuple(map(_argument, x["arguments"])), tuple(map(parse_dim, x["grid"])),
+            x["kernel"], tuple(map(_argument, x["arguments"])), tuple(map(from_json, x["grid"])),
             x["lane"], tuple(x["waits"]), x["loc"], x["op"], x["node"],
         )
         for x in raw["launches"]
@@ -242,7 +242,7 @@ def _entry(raw: Mapping[str, Any]) -> EntryPlan:
     return EntryPlan(
         tuple(_port(p) for p in raw["inputs"]),
         tuple(_port(p) for p in raw["outputs"]),
-        tuple(Buffer(r, n, parse_dim(size), int(at)) for r, n, size, at in raw["buffers"]),
+        tuple(Buffer(r, n, from_json(size), int(at)) for r, n, size, at in raw["buffers"]),
         tuple(launches),
         int(raw["arena_bytes"]),
         int(raw["lower_bound"]),
@@ -251,23 +251,23 @@ def _entry(raw: Mapping[str, Any]) -> EntryPlan:
 
 
 def _argument_json(argument: Argument) -> Any:
-    """Bytes are a list, a number is a text."""
-    if isinstance(argument, Ref):
-        return [argument.buffer, argument.access, str(argument.size), str(argument.offset)]
-    return str(argument)
+    """Bytes are a list that begins with a buffer's number; what else there is, is a number."""
+    if not isinstance(argument, Ref):
+        return to_json(argument)
+    return [argument.buffer, argument.access, to_json(argument.size), to_json(argument.offset)]
 
 
 def _argument(raw: Any) -> Argument:
-    if isinstance(raw, list):
+    if isinstance(raw, list) and isinstance(raw[0], int):
         buffer, access, size, offset = raw
-        return Ref(int(buffer), access, parse_dim(size), parse_dim(offset))
-    return parse_dim(raw)
+        return Ref(int(buffer), access, from_json(size), from_json(offset))
+    return from_json(raw)
 
 
 def _port_json(port: Port) -> list[Any]:
-    return [port.name, port.type.dtype.value, [str(d) for d in port.type.shape], port.buffer]
+    return [port.name, port.type.dtype.value, [to_json(d) for d in port.type.shape], port.buffer]
 
 
 def _port(raw: list[Any]) -> Port:
     name, dtype, shape, buffer = raw
-    return Port(name, TensorType(DType(dtype), tuple(map(parse_dim, shape))), int(buffer))
+    return Port(name, TensorType(DType(dtype), tuple(map(from_json, shape))), int(buffer))

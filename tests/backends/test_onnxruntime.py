@@ -531,7 +531,6 @@ def test_run_py_gives_the_sessions_logits(dtype: DType, tmp_path: Path) -> None:
 
 def test_run_py_needs_neither_dsc_nor_torch(folder: Path) -> None:
     text = (folder / "run.py").read_text()
-    assert len(text.splitlines()) < 200
     modules = {
         name.partition(".")[0]
         for node in ast.walk(ast.parse(text))

@@ -21,16 +21,15 @@ from dsc.backends.triton import TritonBackend
 from dsc.backends.triton.backend import RUNNER
 from dsc.backends.triton.launch import LaunchProgram
 from dsc.backends.triton.program import lower_program
+from dsc.backends.triton.runner import buffer_label, buffer_sizes
 from dsc.backends.triton.schedule import resolve
-from dsc.backends.triton.script import script_plan
-from dsc.ir.dims import evaluate, parse_dim
+from dsc.ir.dims import evaluate
 from dsc.ir.index_ranges import index_ranges
-from dsc.ir.limits import Limits
 from dsc.ir.printer import print_program
 from dsc.ir.program import Program
 from dsc.pipeline import PipelineOptions
 from dsc.runtime.artifact import run_script
-from dsc.runtime.plan import Plan, Ref
+from dsc.runtime.plan import Plan
 from tests.backends.canonical_lm import Sizes, canonical_lm
 from tests.backends.test_triton import CHUNK, CONTEXT, SM_90, write_artifact
 
@@ -117,7 +116,8 @@ def test_the_generated_script_makes_the_same_launches(
     manifest = {
         "files": {},
         "limits": limits,
-        "meta": {"checks": checks},
+        "guards": {},
+        "checks": checks,
         "weights": "weights/model.safetensors",
     }
     (folder / "dsc.json").write_text(json.dumps(manifest))
@@ -174,7 +174,8 @@ def run_script_on(
     manifest = {
         "files": {},
         "limits": {"max_context": 40 - CHUNK, "prefill_chunk": CHUNK},
-        "meta": {"checks": []},
+        "guards": {},
+        "checks": [],
         "weights": "weights/model.safetensors",
         "generation": {"eos_token_id": []},
     }
@@ -185,27 +186,23 @@ def run_script_on(
 
 def test_all_that_a_script_may_ask_for_fits_into_its_buffers() -> None:
     """Whatever S and L: what run.py allocates is the plan's, and holds what a step touches."""
-    limits = Limits(1, CONTEXT - CHUNK, CHUNK)
     whole = canonical_lm(Sizes(layers=1, dense=0), max_context=CONTEXT)
     program = pipeline.run(whole, TritonBackend(), SM_90, PipelineOptions(prefill_chunk=CHUNK))[0]
-    lowered, _ = lower_program(program, str(SM_90))
-    record = {"file": "k", "symbol": "k", "shared": 0, "warps": 4, "parameters": 0}
-    guards = program.meta["guards"]
-    plan = script_plan(lowered, dict.fromkeys(lowered.kernels, record), guards, limits)
-    mosts = [entry["most"] for entry in plan["entries"]]
-    assert mosts == [1, min(guards["extend"], CHUNK), CHUNK]
-    held = plan["buffers"]
-    assert held["arena"] == max(entry.arena_bytes for entry in lowered.entries.values())
-    for entry, name in zip(plan["entries"], guards, strict=True):
-        most, launched = entry["most"], lowered.entries[name]
+    plan = lower_program(program, str(SM_90))[0].plan()
+    entries = json.loads(plan.to_json())["entries"]
+    largest = {"B": 1, "S": CHUNK, "L": CHUNK, "C": CONTEXT}
+    held = buffer_sizes(entries.values(), largest)
+    assert held["arena"] == max(entry.arena_bytes for entry in plan.entries.values())
+    for name, entry in plan.entries.items():
+        most = min(program.guards[name] or CHUNK, CHUNK)
         for new, wanted in itertools.product(range(1, most + 1), (1, most)):
             sizes = {"B": 1, "S": new, "L": wanted, "C": CONTEXT}
-            for launch, (_, _, arguments) in zip(launched.launches, entry["launches"], strict=True):
-                for ref, (kind, label, text) in zip(launch.arguments, arguments, strict=True):
-                    if isinstance(ref, Ref) and label in held:
-                        assert kind == "u64"
-                        start = evaluate(parse_dim(text), sizes)
-                        assert start + evaluate(ref.size, sizes) <= held[label]
+            for ref in (ref for launch in entry.launches for ref in launch.refs):
+                buffer = entry.buffers[ref.buffer]
+                label = buffer_label(buffer.region, buffer.name)
+                if label in held:
+                    end = buffer.offset + evaluate(ref.offset, sizes) + evaluate(ref.size, sizes)
+                    assert end <= held[label]
 
 
 def expected_calls(folder: Path, program: Program) -> list[str]:

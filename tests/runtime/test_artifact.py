@@ -20,7 +20,7 @@ from dsc.ir.weights import DictSource
 from dsc.runtime import artifact
 from dsc.runtime.emission import Emission
 from dsc.runtime.packing import layout, pack
-from dsc.runtime.plan import Buffer, EntryPlan, Launch, Plan, Port, Ref
+from dsc.runtime.plan import FORMAT, Buffer, EntryPlan, Launch, Plan, Port, Ref
 from tests.runtime.test_session import small_lm
 
 TEXT = """program "p" {stage=CANONICAL}
@@ -234,7 +234,7 @@ def test_plan_json_round_trips() -> None:
     plan = Plan({"main": entry}, {"a": 1})
     assert Plan.from_json(plan.to_json()) == plan
     with pytest.raises(ArtifactError, match="damaged"):
-        Plan.from_json(b'{"format": 2}')
+        Plan.from_json(b'{"format": %d}' % FORMAT)
 
 
 def test_what_an_older_dsc_wrote_is_refused_with_what_to_do(tmp_path: Path) -> None:
@@ -243,6 +243,6 @@ def test_what_an_older_dsc_wrote_is_refused_with_what_to_do(tmp_path: Path) -> N
     for name in ("plan.json", "dsc.json"):
         older = json.loads((out / name).read_text()) | {"format": 1}
         (out / name).write_text(json.dumps(older))
-        with pytest.raises(ArtifactError, match="format 1, this dsc reads 2") as refused:
+        with pytest.raises(ArtifactError, match=f"format 1, this dsc reads {FORMAT}") as refused:
             Plan.from_json((out / name).read_bytes()) if name == "plan.json" else artifact.read(out)
         assert refused.value.hint == "compile it again with this version"
