@@ -49,7 +49,8 @@ class Capabilities:
     extend in the absorbed form. `entries`: the entry graphs it wants of a causal LM. `fuse`: the
     highest fusion level that its kernels take; `regions`: what they take within it. `collectives`:
     its executables speak to other ranks; without it a sharded program is emitted in segments, with
-    the collectives between them. `options`: what it reads of `backend_options`.
+    the collectives between them. `formats`: codes (`dsc.ir.formats`) of weights that it takes as
+    they are stored. `options`: what it reads of `backend_options`.
     """
 
     in_place_cache: bool = False
@@ -62,6 +63,7 @@ class Capabilities:
     fuse: int = 0
     regions: RegionLimits = field(default_factory=RegionLimits)
     collectives: bool = False
+    formats: tuple[str, ...] = ()
     options: tuple[str, ...] = ()
     targets: tuple[str, ...] = ("cpu",)
 

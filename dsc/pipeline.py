@@ -140,6 +140,10 @@ SLOTS = (
         lambda s: s.can.fuse >= EPILOGUES,
     ),
     Slot(
+        Part.OPTIMISE, "choose_formats", "ChooseFormats",
+        options=lambda s: {"formats": s.can.formats},
+    ),
+    Slot(
         Part.LOWER, "fuse", "Fuse",
         options=lambda s: {
             "level": min(s.asked.fusion_level, s.can.fuse),

@@ -211,7 +211,7 @@ class _Mapper:
     def _dequantised(
         self, key: str, found: TensorType, scale_key: str | None, declared: TensorType
     ) -> WeightExpr | None:
-        """`weight * scale`; of stacked matrices `[E, n, k]`, each with its own scales."""
+        """What a weight in blocks stands for; stacked `[E, n, k]`, each with its own scales."""
         quantization = self.config.quantization_config
         if quantization is None:
             self._misfit(key, f": {found}, but config.json has no quantization_config")
@@ -233,34 +233,16 @@ class _Mapper:
         scales: WeightExpr = Source(scale_key, scale)
         if scale.dtype is not DType.f32:
             scales = apply("cast", scales, dtype=DType.f32)
-
-        def matrix_of(weights: WeightExpr, scales: WeightExpr) -> WeightExpr:
-            scales = scales if scales.type.shape == blocks else _shaped(scales, blocks)
-            return apply("dequantize_block", weights, scales, block=block, dtype=declared.dtype)
-
-        if not stack:
-            return matrix_of(Source(key, found), scales)
-        (count,) = stack
-        assert isinstance(count, int)
-        whole = Source(key, found)
-        return apply("stack", *(
-            matrix_of(_shaped(_row(whole, e), matrix), _shaped(_row(scales, e), blocks))
-            for e in range(count)
-        ))  # fmt: skip
+        if scale.shape != (*stack, *blocks):
+            scales = apply("reshape", scales, shape=(*stack, *blocks))
+        stored = apply("scaled", Source(key, found), scales, block=block)
+        return apply("dequantize", stored, dtype=declared.dtype)
 
     def _misfit(self, key: str, why: str) -> None:
         self.faults.misfit.append((key, why))
 
 
 Shape = tuple[Any, ...]
-
-
-def _row(expr: WeightExpr, index: int) -> WeightExpr:
-    return apply("slice", expr, axis=0, start=index, end=index + 1)
-
-
-def _shaped(expr: WeightExpr, shape: Shape) -> WeightExpr:
-    return apply("reshape", expr, shape=shape)
 
 
 def _blocks(

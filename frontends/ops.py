@@ -26,7 +26,7 @@ from dsc.ir.ops import FAMILIES
 from dsc.ir.types import DType, TensorType
 
 _DEFAULTS: dict[str, dict[str, Any]] = {}
-REGISTERED_FAMILIES = ("nn", "moe", "cache", "quant")
+REGISTERED_FAMILIES = ("nn", "moe", "cache")
 
 _SCHEMA_TYPES = {
     "int": "int",

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from dsc.backends.base import Capabilities, EmitOptions, Support, Yes
 from dsc.ir.analyses import total_cost
 from dsc.ir.dims import Dim, evaluate
+from dsc.ir.formats import CODINGS
 from dsc.ir.graph import Graph, Node
 from dsc.ir.program import Program
 from dsc.ir.types import DType
@@ -47,6 +48,7 @@ class NullBackend:
             paged_cache=True,
             fuse=3,
             collectives=True,
+            formats=tuple(CODINGS),
         )
 
     def supports(self, node: Node) -> Support:

@@ -30,7 +30,6 @@ COMPUTED = frozenset(
     | {DType.boolean}
 )
 """Element types that emitters handle; the 8-bit floats can only be converted from and to."""
-CONVERSIONS = frozenset({"cast", "dequantize_block"})
 ALLOCATOR = "ONNX Runtime"
 """A session allocates what it computes on the way for itself."""
 INSTALL = "pip install onnx onnxruntime"
@@ -57,7 +56,7 @@ class OnnxRuntimeBackend:
             return next((answer for answer in refused if isinstance(answer, No)), Yes())
         if emitter_of(node.op) is None:
             return No(f"no ONNX form of {node.op}")
-        if node.op in CONVERSIONS:
+        if node.op == "cast":
             return Yes()
         types = [x.type.dtype for x in (*node.operands, *node.outputs)]
         strange = sorted({t.value for t in types if t not in COMPUTED})

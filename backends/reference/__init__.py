@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from dsc.backends.base import Capabilities, EmitOptions, Support, Yes
 from dsc.errors import UsageError
+from dsc.ir.formats import CODINGS
 from dsc.ir.graph import Graph, Node
 from dsc.ir.interpreter import Interpreter
 from dsc.ir.program import Program
@@ -35,8 +36,14 @@ class ReferenceBackend:
     rules: Sequence[Any] = ()
 
     def capabilities(self, target: Target) -> Capabilities:
-        """All element types; caches are functional, or in pages."""
-        return Capabilities(dtypes=frozenset(DType), fuse=3, collectives=True, paged_cache=True)
+        """All element types and formats; caches are functional, or in pages."""
+        return Capabilities(
+            dtypes=frozenset(DType),
+            fuse=3,
+            collectives=True,
+            paged_cache=True,
+            formats=tuple(CODINGS),
+        )
 
     def supports(self, node: Node) -> Support:
         """Every operator has a reference."""

@@ -187,7 +187,7 @@ def cost(node: Node) -> Cost:
     for index, operand in enumerate(node.inputs):
         if operand is None:
             continue
-        moved = elements_read(node, index) * operand.type.dtype.itemsize
+        moved = operand.type.bytes_of(elements_read(node, index))
         if isinstance(operand, Weight):
             weights = weights + moved
         else:

@@ -147,7 +147,7 @@ def _run_node(node: Node, operands: list[Any], env: Mapping[str, int]) -> tuple[
             f"{node.op} needs the size of {problem}, which no input gives", where=node.loc or None
         ) from None
     try:
-        results = definition.reference(*operands, **attrs)
+        results = definition.run(operands, attrs)
     except RankError as problem:
         problem.where = problem.where or node.loc or None
         raise

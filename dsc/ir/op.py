@@ -23,6 +23,7 @@ from functools import cache
 from typing import Any
 
 from dsc.ir.dims import Dim, Sym, evaluate, free_symbols, parse_dim, substitute
+from dsc.ir.formats import Packed
 from dsc.ir.graph import Attrs, Graph, Operand
 from dsc.ir.traits import Call, Role, Traits, Within
 from dsc.ir.types import DType, TensorType
@@ -121,6 +122,16 @@ class OpDef:
         except (ArithmeticError, LookupError, TypeError, ValueError) as problem:
             raise TypeMismatch(str(problem)) from problem
 
+    def run(self, operands: Sequence[Any], attrs: Mapping[str, Any]) -> Any:
+        """What the reference makes of operands; it gets those in a format unpacked."""
+        if any(isinstance(x, Packed) for x in operands):
+            wanted = self._pad([None if x is None else _type_of(x) for x in operands])
+            operands = [
+                x.unpack().to(t.dtype.torch) if isinstance(x, Packed) and t is not None else x
+                for x, (_, t) in zip(operands, wanted, strict=False)
+            ]
+        return self.reference(*operands, **attrs)
+
     def call(
         self,
         types: Sequence[TensorType | None],
@@ -189,11 +200,28 @@ class OpDef:
             _check_deferred(name, wanted, found, bound)
         full = self.with_defaults(attrs)
         if self.custom_infer is not None:
-            return self.custom_infer(_trim(types), full)
+            return self.custom_infer(_trim([t for _, t in padded]), full)
         scope = {**bound, **{k: v for k, v in full.items() if isinstance(v, int)}}
         return tuple(_instantiate(pattern, scope, full) for pattern in self.results)
 
     def _pad(
+        self, types: Sequence[TensorType | None]
+    ) -> list[tuple[OperandDef, TensorType | None]]:
+        """Operands and their types, absent ones included; of those in a format as unpacked."""
+        pairs = self._pairs(types)
+        if self.traits.role is Role.REGION or not any(t is not None and t.format for t in types):
+            return pairs
+        plain = {o.pattern.dtype: t.dtype for o, t in pairs if t is not None and t.format is None}
+        unpacked: list[tuple[OperandDef, TensorType | None]] = []
+        for declared, t in pairs:
+            if t is not None and t.format is not None:
+                if declared.name not in self.traits.stored:
+                    raise TypeMismatch(f"{declared.name} is {t}, and may be in no stored format")
+                t = t.with_dtype(plain.get(declared.pattern.dtype, DType.f32))
+            unpacked.append((declared, t))
+        return unpacked
+
+    def _pairs(
         self, types: Sequence[TensorType | None]
     ) -> list[tuple[OperandDef, TensorType | None]]:
         if self.operands and self.operands[-1].variadic:
@@ -218,6 +246,11 @@ class OpDef:
         for declared in self.attrs:
             if declared.default is None and declared.name not in attrs:
                 raise TypeMismatch(f"attribute {declared.name} is missing")
+
+
+def _type_of(x: Any) -> TensorType:
+    """The type of a tensor, or of one in a format."""
+    return TensorType(DType.of(x.dtype), tuple(x.shape), getattr(x, "format", None))
 
 
 def _trim(types: Sequence[TensorType | None]) -> list[TensorType | None]:

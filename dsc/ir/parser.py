@@ -11,13 +11,14 @@ from typing import Any, Protocol, TypeVar
 
 from dsc.errors import ParseError, VerificationError
 from dsc.ir.dims import MAX_TOKENS, Dim, Range, parse_dim
+from dsc.ir.formats import Format
 from dsc.ir.graph import Attrs, Graph, Node, Operand, Value, Weight
 from dsc.ir.op import KIND_WORDS, KINDS, OpDef, TypeMismatch, lookup
 from dsc.ir.program import Program
 from dsc.ir.stages import Stage, is_legal
 from dsc.ir.types import DType, TensorType
 from dsc.ir.verifier import graph_symbols, verify
-from dsc.ir.weights import Apply, MetaSource, Source, WeightExpr, WeightSource, sources
+from dsc.ir.weights import Apply, MetaSource, Source, WeightExpr, WeightSource, leaf, sources
 
 MAX_CHARACTERS = 256 * 2**20
 MAX_DEPTH = 24
@@ -138,7 +139,7 @@ class _Parser:
             entries[graph.name] = graph
         self.end()
         if source is None:
-            source = MetaSource({s.key: s.type for e in weights.values() for s in sources(e)})
+            source = _types_alone(weights)
         return Program(name, entries, weights, symbols, source, meta, stage)
 
     def _bare(self, source: WeightSource | None, stages: Sequence[Stage]) -> Program:
@@ -153,9 +154,9 @@ class _Parser:
         symbols = dict.fromkeys(sorted(graph_symbols(graph)), Range(0, ANY_SIZE))
         operators = {node.op for node in graph.walk()}
         fitting = (s for s in stages if all(is_legal(op, s) for op in operators))
-        weights: dict[str, WeightExpr] = {name: Source(name, t) for name, t in types.items()}
+        weights = {name: leaf(name, t) for name, t in types.items()}
         stage = next(fitting, stages[0])
-        given = source or MetaSource(types)
+        given = source or _types_alone(weights)
         return Program(graph.name, {graph.name: graph}, weights, symbols, given, {}, stage)
 
     def located(self, problem: VerificationError) -> ParseError:
@@ -376,15 +377,32 @@ class _Parser:
 
     def tensor_type(self) -> TensorType:
         token = self.take("word", "a type")
-        if token.text not in _DTYPES:
-            raise self.error(f"unknown element type {token.text}", token)
+        dtype = self._dtype(token)
+        stored = self._format() if self.at_sign("{") else None
         self.sign("[")
         dims: list[Dim] = []
         while not self.skip("]"):
             dims.append(self._dim())
             if not self.at_sign("]"):
                 self.sign(",")
-        return self._guard(token, lambda: TensorType(DType(token.text), tuple(dims)))
+        return self._guard(token, lambda: TensorType(dtype, tuple(dims), stored))
+
+    def _dtype(self, token: Token) -> DType:
+        if token.text not in _DTYPES:
+            raise self.error(f"unknown element type {token.text}", token)
+        return DType(token.text)
+
+    def _format(self) -> Format:
+        """Blocks and the type of their scales: `{128x128,f32}`."""
+        self.sign("{")
+        rows = self.integer("the rows of a block")
+        token = self.take("word", "a block as in 128x128")
+        if not re.fullmatch("x[0-9]{1,18}", token.text):
+            raise self.error("a block as in 128x128 expected", token)
+        self.sign(",")
+        scales = self._dtype(self.take("word", "the element type of scales"))
+        self.sign("}")
+        return self._guard(token, lambda: Format((rows, int(token.text[1:])), scales))
 
     def _dim(self) -> Dim:
         """Take the tokens of one expression, up to a comma or closing sign at its own depth."""
@@ -570,6 +588,10 @@ class _Parser:
         lo = max(0, column - 60)
         picture = f"{shown[lo : lo + 120]}\n{' ' * (column - lo)}^"
         return ParseError(what, where=f"line {line}, column {column + 1}", picture=picture)
+
+
+def _types_alone(weights: Mapping[str, WeightExpr]) -> MetaSource:
+    return MetaSource({s.key: s.type for e in weights.values() for s in sources(e)})
 
 
 _DTYPES = frozenset(d.value for d in DType)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from math import lcm
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dsc.ir.dims import Dim
 from dsc.ir.op import TypeMismatch, concrete, lookup
@@ -55,7 +55,7 @@ def blocks(
         yield rows(expr, source, start, min(start + step, height))
 
 
-def rows(expr: WeightExpr, source: WeightSource, start: int, stop: int) -> torch.Tensor:
+def rows(expr: WeightExpr, source: WeightSource, start: int, stop: int) -> Any:
     """Rows `start <= i < stop` of the leading axis; `start` a multiple of the blocks' height."""
     if isinstance(expr, Source):
         tensor = source.load_slice(expr.key, start, stop)
@@ -73,15 +73,10 @@ def rows(expr: WeightExpr, source: WeightSource, start: int, stop: int) -> torch
         ratio = _ratio(expr)
         inner = rows(expr.args[0], source, start * ratio, stop * ratio)
         return inner.reshape(stop - start, *map(_size, expr.type.shape[1:]))
-    if expr.op == "dequantize_block":
-        height = attrs["block"][0]
-        w, scale = expr.args
-        scales = rows(scale, source, start // height, -(-stop // height))
-        parts = [rows(w, source, start, stop), scales]
-    else:
-        parts = [rows(a, source, start, stop) for a in expr.args]
-    result: torch.Tensor = definition.reference(*parts, **attrs)
-    return result
+    high = _grain(expr) if expr.op == "scaled" else 1
+    spans = [(start, stop)] + [(start // high, -(-stop // high))] * (len(expr.args) - 1)
+    parts = [rows(a, source, *span) for a, span in zip(expr.args, spans, strict=True)]
+    return definition.run(parts, attrs)
 
 
 def _streams(expr: WeightExpr) -> bool:
@@ -100,7 +95,7 @@ def _keeps_rows(expr: Apply) -> bool:
     if expr.op == "reshape":
         before, after = expr.args[0].type.shape, expr.type.shape
         return bool(before and after) and _size(before[0]) % max(1, _size(after[0])) == 0
-    return expr.op in ("cast", "dequantize_block")
+    return expr.op in ("cast", "dequantize", "scaled")
 
 
 def _axis(expr: Apply) -> int:
@@ -113,8 +108,8 @@ def _grain(expr: WeightExpr) -> int:
     """Blocks start at multiples of so many rows, which is where a block of scales starts."""
     if isinstance(expr, Source) or not _streams(expr):
         return 1
-    if expr.op == "dequantize_block":
-        return int(expr.attrs["block"][0])
+    if expr.op == "scaled":
+        return int(expr.attrs["block"][0]) if expr.type.rank == 2 else 1
     inner = lcm(*map(_grain, expr.args))
     if expr.op == "reshape":
         return lcm(inner, _ratio(expr)) // _ratio(expr)

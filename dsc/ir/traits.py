@@ -62,6 +62,8 @@ class Form(StrEnum):
     """What only passes after the canonical stage make, or a function that names it."""
     REGION = "region"
     COLLECTIVE = "collective"
+    WEIGHT = "weight"
+    """What stands in weight expressions alone."""
 
 
 COMPUTE, COPY, COLLECTIVE = LANES = ("compute", "copy", "collective")
@@ -139,6 +141,8 @@ class Traits:
     are read of operands of which not all are: rows of a table, the chosen experts; 0 of what is
     only written. `writes` names the operands that hold new rows of an update in place, `masked`
     those whose rows past each sequence's `lengths`, where these are given, are never seen.
+    `stored` names those that may be weights in a stored format (`dsc.ir.formats`): the reference
+    gets them unpacked, in the element type of the operands that share their letter, else in fp32.
     `updates` names the operand without whose elements the first one is returned as it is;
     `of_nothing` is what results hold where another operand has no elements, `None` where that has
     no value. `results` names results for readers. `lane` is where the operator runs. `samples`: the
@@ -157,6 +161,7 @@ class Traits:
     reads: Mapping[str, Count] = field(default_factory=dict)
     writes: tuple[str, ...] = ()
     masked: tuple[str, ...] = ()
+    stored: tuple[str, ...] = ()
     updates: str = ""
     of_nothing: float | None = None
     results: tuple[str, ...] = ()

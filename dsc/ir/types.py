@@ -10,6 +10,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from dsc.ir.dims import MAX_DIM, Dim, Sym, free_symbols, product, substitute
+from dsc.ir.formats import CODINGS, Format
 
 if TYPE_CHECKING:
     from torch import dtype as TorchType
@@ -110,20 +111,27 @@ PRECISIONS: Mapping[str, DType] = MappingProxyType(
 
 @dataclass(frozen=True, slots=True)
 class TensorType:
-    """The type of a value: `bf16[B,S,7168]`; a scalar is `f32[]`."""
+    """The type of a value: `bf16[B,S,7168]`; a scalar is `f32[]`.
+
+    In a stored format (`dsc.ir.formats`), `f8e4m3{128x128,f32}[N,K]`, the element type is that of
+    the codes. Only operands that an operator declares so take one.
+    """
 
     dtype: DType
     shape: tuple[Dim, ...]
+    format: Format | None = None
 
     def __post_init__(self) -> None:
         if len(self.shape) > MAX_RANK:
             raise ValueError(f"rank {len(self.shape)} is above the limit of {MAX_RANK}")
+        if self.format is not None and (self.dtype not in CODINGS or len(self.shape) < 2):
+            raise ValueError(f"no stored format of {self.dtype} codes along {len(self.shape)} axes")
         for dim in self.shape:
             if isinstance(dim, int) and not 0 <= dim <= MAX_DIM:
                 raise ValueError(f"a dimension of {dim}")
 
     def __str__(self) -> str:
-        return f"{self.dtype}[{','.join(str(d) for d in self.shape)}]"
+        return f"{self.dtype}{self.format or ''}[{','.join(str(d) for d in self.shape)}]"
 
     @property
     def rank(self) -> int:
@@ -136,8 +144,26 @@ class TensorType:
         return product(self.shape)
 
     @property
+    def parts(self) -> tuple[TensorType, ...]:
+        """What is stored of a tensor of this type: itself; of one in a format codes and scales."""
+        if self.format is None:
+            return (self,)
+        scales = TensorType(self.format.scales, self.format.grid(self.shape))
+        return TensorType(self.dtype, self.shape), scales
+
+    def bytes_of(self, elements: Dim) -> Dim:
+        """Bytes of some of the elements, with the share that they have of scales."""
+        if self.format is None:
+            return elements * self.dtype.itemsize
+        matrix = self.with_shape(self.shape[-2:])
+        return elements * matrix.nbytes // matrix.numel
+
+    @property
     def nbytes(self) -> Dim:
         """Bytes of a dense tensor of this type."""
+        if self.format is not None:
+            codes, scales = self.parts
+            return codes.nbytes + scales.nbytes
         bits = self.numel * self.dtype.bits
         return (bits + 7) // 8 if self.dtype.bits < 8 else self.numel * self.dtype.itemsize
 
@@ -152,15 +178,15 @@ class TensorType:
         return frozenset().union(*(free_symbols(d) for d in self.shape))
 
     def with_shape(self, shape: tuple[Dim, ...]) -> TensorType:
-        """The same element type with another shape."""
-        return TensorType(self.dtype, shape)
+        """The same element type, and format, with another shape."""
+        return TensorType(self.dtype, shape, self.format)
 
     def with_dtype(self, dtype: DType) -> TensorType:
-        """The same shape with another element type."""
+        """The same shape with another element type, in no format."""
         return TensorType(dtype, self.shape)
 
     def substitute(self, env: Mapping[str, Dim]) -> TensorType:
         """The type with symbols replaced."""
         if not self.symbols:
             return self
-        return TensorType(self.dtype, tuple(substitute(d, env) for d in self.shape))
+        return self.with_shape(tuple(substitute(d, env) for d in self.shape))

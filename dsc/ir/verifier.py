@@ -32,6 +32,10 @@ def verify(program: Program) -> None:
         node = next((n for n in graph.walk() if not is_legal(n.op, program.stage)), None)
         if node is not None:
             raise _error(graph, node, f"{node.op} is not legal at stage {program.stage.name}")
+        stored = [x for x in (*graph.inputs, *graph.outputs) if x.type.format is not None]
+        if stored:
+            what = f"{stored[0]} is {stored[0].type}: only weights have a stored format"
+            raise _error(graph, None, what)
         unknown = graph_symbols(graph) - program.symbols.keys()
         if unknown:
             raise _error(graph, None, f"symbols without a range: {', '.join(sorted(unknown))}")

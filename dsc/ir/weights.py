@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
+from dsc.ir.formats import SCALE
 from dsc.ir.graph import Attrs
 from dsc.ir.op import TypeMismatch, concrete, lookup
 from dsc.ir.types import DType, TensorType
@@ -50,6 +51,25 @@ def apply(op: str, *args: WeightExpr, **attrs: Any) -> Apply:
     if len(results) != 1:
         raise TypeMismatch(f"{op} has {len(results)} results; a weight is one tensor")
     return Apply(op, args, frozen, results[0])
+
+
+def leaf(key: str, type: TensorType) -> WeightExpr:
+    """The tensor called `key` of a source; one in a format is put together from its parts."""
+    if type.format is None:
+        return Source(key, type)
+    parts = zip(part_names(key, type), type.parts, strict=True)
+    return apply("scaled", *(Source(name, t) for name, t in parts), block=type.format.block)
+
+
+def part_names(name: str, type: TensorType) -> tuple[str, ...]:
+    """What the parts of a weight are called: by its name; the scales of one in a format apart."""
+    return (name,) if type.format is None else (name, name + SCALE)
+
+
+def parts(name: str, expr: WeightExpr) -> Iterator[tuple[str, WeightExpr]]:
+    """What is stored of a weight, by name: itself; of one in a format codes and scales."""
+    exprs = expr.args if isinstance(expr, Apply) and expr.type.format is not None else (expr,)
+    return zip(part_names(name, expr.type), exprs, strict=True)
 
 
 def sources(expr: WeightExpr) -> Iterator[Source]:
@@ -199,8 +219,10 @@ def random_tensor(t: TensorType, seed: str, high: int = 2) -> torch.Tensor:
 
 def evaluate(
     expr: WeightExpr, source: WeightSource, convert: Callable[[Any], Any] | None = None
-) -> torch.Tensor:
-    """The value of an expression. `convert` is applied to every source tensor that is loaded.
+) -> Any:
+    """The value of an expression: a tensor, or `Packed`.
+
+    `convert` is applied to every source tensor that is loaded.
 
     Raises `TypeMismatch` when a tensor is not of the declared shape, or, where nothing converts it,
     of the declared element type.
@@ -211,9 +233,9 @@ def evaluate(
         return tensor if convert is None else convert(tensor)
     args = [evaluate(a, source, convert) for a in expr.args]
     definition = lookup(expr.op)
-    result = definition.reference(*args, **concrete(expr.attrs, {}))
+    result = definition.run(args, concrete(expr.attrs, {}))
     check_tensor(expr.op, result, expr.type, exact=convert is None)
-    return result  # type: ignore[no-any-return]
+    return result
 
 
 def check_tensor(name: str, tensor: Any, declared: TensorType, exact: bool) -> None:

@@ -10,16 +10,16 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from dsc.ir.dims import Range
 from dsc.ir.graph import Value
-from dsc.ir.parser import parse_graph
+from dsc.ir.parser import parse_graph, parse_program
 from dsc.ir.printer import print_graph
 from dsc.ir.program import Program
 from dsc.ir.stages import Stage
 from dsc.ir.verifier import verify
-from dsc.ir.weights import DictSource, Source, evaluate, random_tensor
+from dsc.ir.weights import evaluate, random_source, sources
 from dsc.rewrite.base import EXACT, Pass, PassReport
 from dsc.rewrite.driver import sweep
 from dsc.rewrite.rule import Rule
@@ -38,15 +38,11 @@ class EvidenceFailed(AssertionError):
 
 
 def program_of(text: str, stage: Stage = Stage.TRACED) -> Program:
-    """A one-graph program from the text of a graph; its weights are sources of the same name."""
-    graph = parse_graph(text)
-    types = {
-        x.name: x.type for node in graph.walk() for x in node.operands if not isinstance(x, Value)
-    }
-    symbols = {s: Range(0, 1 << 20) for v in graph.values() for s in v.type.symbols}
-    weights = {name: Source(name, t) for name, t in types.items()}
-    values = DictSource({name: random_tensor(t, name) for name, t in types.items()})
-    return Program("example", {"main": graph}, weights, symbols, values, {}, stage)
+    """A program of one entry from a text, a graph or the whole; its sources have random values."""
+    program = parse_program(text, stages=(stage,))
+    (graph,) = program.entries.values()
+    found = {s.key: s.type for expr in program.weights.values() for s in sources(expr)}
+    return replace(program, entries={"main": graph}, source=random_source(found))
 
 
 def check_rule(rule: Rule) -> None:

@@ -179,10 +179,10 @@ def packed(program: Program, source: Any) -> Program:
     """The program with every weight read from `source` under its own name."""
     from dataclasses import replace
 
-    from dsc.ir.weights import MetaSource, Source
+    from dsc.ir.weights import MetaSource, leaf, sources
 
-    weights = {name: Source(name, expr.type) for name, expr in program.weights.items()}
-    types = {name: expr.type for name, expr in program.weights.items()}
+    weights = {name: leaf(name, expr.type) for name, expr in program.weights.items()}
+    types = {s.key: s.type for expr in weights.values() for s in sources(expr)}
     return replace(program, weights=weights, source=source or MetaSource(types))
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,7 @@ from dsc.errors import CheckpointError
 from dsc.ir.program import Program
 from dsc.ir.streams import blocks
 from dsc.ir.types import DType, TensorType
+from dsc.ir.weights import WeightExpr, parts
 
 if TYPE_CHECKING:
     import torch
@@ -31,8 +32,17 @@ NAMES = {
     DType.i64: "I64", DType.i32: "I32", DType.i16: "I16", DType.i8: "I8",
     DType.u8: "U8", DType.boolean: "BOOL",
 }  # fmt: skip
-Layout = Mapping[str, tuple[int, int]]
-"""Weight name to (offset in the file, bytes)."""
+
+
+def stored(program: Program) -> dict[str, WeightExpr]:
+    """What is stored of the weights, by name. Raises `CheckpointError` for a name given twice."""
+    found: dict[str, WeightExpr] = {}
+    for weight, expr in program.weights.items():
+        for name, part in parts(weight, expr):
+            if name in found:
+                raise CheckpointError("a weight is called as a part of another", where=name)
+            found[name] = part
+    return found
 
 
 def layout(program: Program) -> tuple[bytes, dict[str, tuple[int, int]]]:
@@ -40,7 +50,8 @@ def layout(program: Program) -> tuple[bytes, dict[str, tuple[int, int]]]:
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     places: dict[str, tuple[int, int]] = {}
     at = 0
-    for name, t in program.weight_types().items():
+    for name, expr in stored(program).items():
+        t = expr.type
         if t.dtype not in NAMES:
             raise CheckpointError(f"no safetensors type for {t}", where=name)
         size = _nbytes(t)
@@ -79,7 +90,7 @@ def pack(
             digest.update(block)
             return file.write(block)
 
-        for done, (name, expr) in enumerate(program.weights.items()):
+        for done, (name, expr) in enumerate(stored(program).items()):
             if progress is not None:
                 progress("weights", done, len(places))
             offset, size = places[name]

@@ -11,20 +11,26 @@ import torch
 
 from dsc import pipeline
 from dsc.backends import get
-from dsc.backends.base import Backend, EmitOptions, Yes
+from dsc.backends.base import Backend, Capabilities, EmitOptions, Yes
+from dsc.backends.reference import ReferenceBackend
 from dsc.errors import UsageError
+from dsc.frontends.load import load_program
+from dsc.frontends.safetensors_source import open_safetensors
 from dsc.ir.analyses import total_cost
 from dsc.ir.dims import Range, evaluate
 from dsc.ir.interpreter import Interpreter
 from dsc.ir.parser import parse_graph
 from dsc.ir.program import Program
 from dsc.ir.types import DType
-from dsc.ir.weights import MetaSource
+from dsc.ir.weights import MetaSource, sources
 from dsc.runtime import artifact
 from dsc.runtime.executable import Executable
 from dsc.runtime.session import Session
 from dsc.targets import Target
 from tests.backends.canonical_lm import Sizes, canonical_lm
+
+
+FP8 = Path(__file__).resolve().parent.parent / "data" / "tiny-v3-fp8"
 
 
 def _prepared(backend: Backend) -> Program:
@@ -48,6 +54,47 @@ def _loaded(
     )
     opened = artifact.read(folder)
     return backend.load(folder, opened.manifest, opened.program)
+
+
+class Plain(ReferenceBackend):
+    """The same, of weights that are in no format."""
+
+    def capabilities(self, target: Target) -> Capabilities:
+        """Without formats."""
+        return replace(super().capabilities(target), formats=())
+
+
+def test_official_fp8_bytes_reach_the_artifact_and_mean_what_dequantised_ones_do(
+    tmp_path: Path,
+) -> None:
+    """Codes and scales bit for bit, and the same bits of logits: weights are rounded once."""
+    official = load_program(FP8, max_batch=1, max_context=32, prefill_chunk=16).program
+    options = pipeline.PipelineOptions()
+    programs: list[Program] = []
+    runs: list[Executable] = []
+    for backend in (ReferenceBackend(), Plain()):
+        program, _ = pipeline.run(official, backend, Target("cpu"), options)
+        programs.append(program)
+        runs.append(_loaded(backend, program, tmp_path / f"{len(runs)}"))
+    files = [tmp_path / f"{i}/weights/model.safetensors" for i in range(2)]
+    stored, given = open_safetensors(files[0]), open_safetensors(FP8)
+    kept = [name for name, t in programs[0].weight_types().items() if t.format is not None]
+    assert len(kept) == 30
+    joined = 0
+    for name in kept:
+        keys = [s.key for s in sources(programs[0].weights[name])]
+        half = len(keys) // 2
+        joined += half > 1
+        for part, read in ((name, keys[:half]), (f"{name}.scale", keys[half:])):
+            wanted = torch.cat([given.load(key).view(torch.uint8).reshape(-1) for key in read])
+            assert torch.equal(stored.load(part).view(torch.uint8).reshape(-1), wanted)
+    assert joined == 4 + 4 + 6, "q_a and kv_a; gate and up of MLPs; experts"
+    assert not any(t.format for t in programs[1].weight_types().values())
+    assert files[0].stat().st_size < 0.6 * files[1].stat().st_size
+    ids = _ids(1, 9)
+    sessions = [Session(x, p) for x, p in zip(runs, programs, strict=True)]
+    assert torch.equal(*(s.prefill(ids, all_logits=True) for s in sessions))
+    assert torch.equal(*(s.decode(ids[:, 0]) for s in sessions))
 
 
 def _ids(*shape: int) -> torch.Tensor:

@@ -116,10 +116,11 @@ def in_fp8(program: Program) -> Program:
 
     def blocks(key: str, n: int, k: int) -> WeightExpr:
         scale = TensorType(DType.f32, (-(-n // 128), -(-k // 128)))
-        return apply(
-            "dequantize_block", Source(f"{key}.weight", TensorType(DType.f8e4m3, (n, k))),
-            Source(f"{key}.weight_scale_inv", scale), block=(128, 128), dtype=DType.bf16,
+        stored = apply(
+            "scaled", Source(f"{key}.weight", TensorType(DType.f8e4m3, (n, k))),
+            Source(f"{key}.weight_scale_inv", scale), block=(128, 128),
         )  # fmt: skip
+        return apply("dequantize", stored, dtype=DType.bf16)
 
     def expr(name: str, old: WeightExpr) -> WeightExpr:
         shape = tuple(int(str(d)) for d in old.type.shape)

@@ -52,7 +52,7 @@ def expressions(draw: st.DrawFn) -> tuple[WeightExpr, DictSource]:
     found: list[WeightExpr] = [
         leaf("a"),
         leaf("b"),
-        apply("dequantize_block", leaf("q"), leaf("s"), block=block, dtype=DType.f32),
+        apply("dequantize", apply("scaled", leaf("q"), leaf("s"), block=block), dtype=DType.f32),
     ]
     expr = draw(st.sampled_from(found))
     for _ in range(draw(st.integers(0, 4))):
@@ -103,7 +103,7 @@ def test_rows_are_rows(made: tuple[WeightExpr, DictSource], data: st.DataObject)
 
 def _dequantises(expr: WeightExpr) -> bool:
     return isinstance(expr, Apply) and (
-        expr.op == "dequantize_block" or any(map(_dequantises, expr.args))
+        expr.op == "dequantize" or any(map(_dequantises, expr.args))
     )
 
 
@@ -128,7 +128,7 @@ def test_the_scales_of_a_block_stay_with_it() -> None:
     w, s = torch.randn(10, 4).to(torch.float8_e4m3fn), torch.rand(4, 2)
     source = DictSource({"w": w, "s": s})
     leaves = (Source(k, source.type(k)) for k in "ws")
-    expr = apply("dequantize_block", *leaves, block=(3, 2), dtype=DType.f32)
+    expr = apply("dequantize", apply("scaled", *leaves, block=(3, 2)), dtype=DType.f32)
     cut = list(blocks(expr, source, size=40))
     assert len(cut) == 4
     assert torch.equal(torch.cat(cut), evaluate(expr, source))

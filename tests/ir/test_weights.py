@@ -55,8 +55,8 @@ def test_dequantising_blocks_is_right_at_partial_edges(n: int, k: int, p: int, q
     w = torch.randn(n, k, generator=generator).to(torch.float8_e4m3fn)
     scale = torch.rand(-(-n // p), -(-k // q), generator=generator)
     tensors = DictSource({"w": w, "s": scale})
-    expr = apply("dequantize_block", *(Source(x, tensors.type(x)) for x in "ws"), block=(p, q),
-                 dtype=DType.f32)  # fmt: skip
+    stored = apply("scaled", *(Source(x, tensors.type(x)) for x in "ws"), block=(p, q))
+    expr = apply("dequantize", stored, dtype=DType.f32)
     made = evaluate(expr, tensors)
     for i in range(n):
         for j in range(k):
@@ -68,8 +68,8 @@ def test_09_partial_fp8_blocks() -> None:
     w = torch.ones(576, 256).to(torch.float8_e4m3fn)
     scale = torch.arange(10.0).reshape(5, 2)
     tensors = DictSource({"w": w, "s": scale})
-    expr = apply("dequantize_block", *(Source(x, tensors.type(x)) for x in "ws"), block=(128, 128),
-                 dtype=DType.bf16)  # fmt: skip
+    stored = apply("scaled", *(Source(x, tensors.type(x)) for x in "ws"), block=(128, 128))
+    expr = apply("dequantize", stored, dtype=DType.bf16)
     made = evaluate(expr, tensors)
     assert made.dtype == torch.bfloat16
     assert made[511, 0] == 6

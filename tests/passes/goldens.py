@@ -12,11 +12,15 @@ from dataclasses import replace
 from pathlib import Path
 
 from dsc import backends, pipeline
+from dsc.ir import weights
+from dsc.ir.formats import Format
 from dsc.ir.graph import Graph, Node, Value
 from dsc.ir.limits import Limits
 from dsc.ir.parser import parse_graph, parse_program
 from dsc.ir.printer import print_graph, print_program
 from dsc.ir.program import Program
+from dsc.ir.types import DType, TensorType
+from dsc.ir.weights import WeightExpr
 from dsc.rewrite.base import PassReport
 from dsc.rewrite.harness import program_of
 
@@ -42,6 +46,8 @@ PARTS = {
 }
 """The modules whose nodes a golden shows; what else they read is an input."""
 
+_IN_FP8 = "choose_formats"
+"""The pass whose golden starts from FP8 weights."""
 _ENTRIES = "specialise_entries{entries=[decode,prefill]}"
 _ABSORBED = f"{_ENTRIES},absorb_mla"
 _MERGED = f"{_ABSORBED},append_cache_in_place{{slack=8}},merge_projections"
@@ -52,6 +58,7 @@ AFTER = {
     "shard": f"{_ABSORBED},shard",
     "lower_moe_dispatch": f"{_ABSORBED},lower_moe_dispatch",
     "merge_projections": f"{_ABSORBED},merge_projections",
+    _IN_FP8: f"{_ABSORBED},merge_projections,{_IN_FP8}",
     "merge_shared_expert": f"merge_shared_expert,{_ABSORBED}",
     "fuse_1": f"{_MERGED},fuse{{level=1}}",
     "fuse_2": f"{_MERGED},fuse{{level=2}}",
@@ -97,9 +104,23 @@ def raised() -> str:
     return print_program(pipeline.apply(program, pipeline.RAISE))
 
 
+def in_fp8(program: Program) -> Program:
+    """The program over matrices in FP8, in blocks of 8 x 8; those outside of layers stay."""
+
+    def stored(name: str, expr: WeightExpr) -> WeightExpr:
+        if expr.type.rank < 2 or ".layers." not in name or name.endswith("mlp.gate.weight"):
+            return expr
+        t = TensorType(DType.f8e4m3, expr.type.shape, Format((8, 8), DType.f32))
+        return weights.apply("dequantize", weights.leaf(name, t), dtype=expr.type.dtype)
+
+    found = {name: stored(name, expr) for name, expr in program.weights.items()}
+    return replace(program, weights=found)
+
+
 def layers(passes: str) -> str:
     """The text of a golden of whole layers: the passes, and what they make of the raised model."""
     program = parse_program((LAYERS / f"{CANONICAL}.dsc").read_text("utf-8"))
+    program = in_fp8(program) if passes.endswith(_IN_FP8) else program
     return f"# {passes}\n" + print_program(
         pipeline.apply(program, pipeline.read(passes, backends.get))
     )

@@ -177,7 +177,7 @@ def test_entries_that_group_differently_stay() -> None:
 def test_weights_kept_in_different_element_types_stay() -> None:
     f8 = Source("b", TensorType(DType.f8e4m3, (6, 8)))
     scale = Source("b.scale", TensorType(DType.f32, (1, 1)))
-    quantised = apply("dequantize_block", f8, scale, block=(128, 128), dtype=DType.f32)
+    quantised = apply("dequantize", apply("scaled", f8, scale, block=(128, 128)), dtype=DType.f32)
     program = pair()
     sources = {"a": TensorType(DType.f32, (4, 8)), "b": f8.type, "b.scale": scale.type}
     mixed = replace(

@@ -40,7 +40,8 @@ def others(known: Option) -> list[Any]:
         return [n for n in known.among or (1, 12345) if n != known.default]
     if known.kind is str:
         return [word for word in known.among if word != known.default]
-    return [known.default[:1], ("decode", "prefill")]
+    words = (known.default[:1], known.default[::-1], ())
+    return [found for found in words if found != known.default]
 
 
 @pytest.mark.parametrize("name", pipeline.PASSES)
@@ -181,7 +182,7 @@ def test_the_list_has_each_pass_once_and_they_run_in_its_order() -> None:
 def test_each_condition_of_the_list_decides() -> None:
     program = canonical_lm(Sizes())
     least = names(program, Capabilities(absorbed=False))
-    assert least == ["specialise_entries", "fuse", "own_outputs"]
+    assert least == ["specialise_entries", "choose_formats", "fuse", "own_outputs"]
     assert names(program.at(Stage.TRACED), Capabilities(absorbed=False)) == [
         *pipeline.RAISE,
         *least,

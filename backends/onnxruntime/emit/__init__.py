@@ -34,7 +34,7 @@ EMITTERS: Mapping[str, Emitter] = MappingProxyType(
 MOVES = frozenset(
     {"embedding", "append", "select_rows", "reshape", "permute", "slice", "concat", "stack"}
     | {"split", "gather", "take", "cast", "full", "arange", "experts", "grouped_linear"}
-    | {"slice_scatter", "dequantize_block"}
+    | {"slice_scatter"}
 )
 """Operators whose emitters take 16-bit floats as they are."""
 

@@ -98,17 +98,6 @@ def _slice_scatter(g: GraphWriter, node: Node, x: str, part: str) -> str:
     return g.op("Concat", head, part, tail, axis=axis)
 
 
-def _dequantize_block(g: GraphWriter, node: Node, w: str, scale: str) -> str:
-    """Each scale is repeated over its block by an Expand between two reshapes, then cut to size."""
-    (p, q), (rows, columns) = _shape_of(node, 1), node.attrs["block"]
-    wide = g.reshape(scale, (p, q), (p, 1, q, 1))
-    wide = g.op("Expand", wide, g.shape((p, rows, q, columns)))
-    wide = g.reshape(wide, (p, rows, q, columns), (p * rows, q * columns))
-    wide = g.op("Slice", wide, g.i64(0, 0), g.shape(_shape_of(node)), g.i64(0, 1))
-    product = g.op("Mul", g.op("Cast", w, to=ONNX_TYPE[DType.f32]), wide)
-    return g.cast(product, DType.f32, node.attrs["dtype"])
-
-
 EMITTERS: dict[str, Callable[..., Any]] = {
     "reshape": _reshape,
     "permute": _permute,
@@ -124,5 +113,4 @@ EMITTERS: dict[str, Callable[..., Any]] = {
     "arange": _arange,
     "scatter": _scatter,
     "slice_scatter": _slice_scatter,
-    "dequantize_block": _dequantize_block,
 }

@@ -253,6 +253,7 @@ linear = op(
     Traits(
         Role.PRODUCT,
         flops=lambda c: 2 * c["x"].numel * c.dim("m"),
+        stored=("weight",),
         of_nothing=0.0,
         place=_place_linear,
         grants=COLUMNS,
@@ -279,6 +280,7 @@ einsum = op(
     Traits(
         Role.PRODUCT,
         flops=_einsum_flops,
+        stored=("xs",),
         of_nothing=0.0,
         demand=_demand_einsum,
         place=_place_einsum,

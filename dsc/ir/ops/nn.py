@@ -181,7 +181,7 @@ def demand_kv_b(call: Sized) -> None:
 
 embedding = op(
     "embedding(ids: i64[*n], weight: T[v, d]) -> T[*n, d]",
-    Traits(Role.LOOKUP, flops=nothing, reads={"weight": each_result}),
+    Traits(Role.LOOKUP, flops=nothing, reads={"weight": each_result}, stored=("weight",)),
     reference=lambda ids, weight: torch.nn.functional.embedding(ids, weight),
     doc="Rows of a table.",
     example="i64[2,3]=5, f32[6,4]",
@@ -243,6 +243,7 @@ mla_attention = op(
         Role.ATTENTION,
         results=("attention",),
         masked=("latent", "rope"),
+        stored=("kv_b",),
         flops=lambda c: expanded_flops(c, c.dim("t")),
         demand=demand_kv_b,
         place=over_heads("q_nope", "q_rope", weight="kv_b"),

@@ -101,6 +101,7 @@ paged_mla_attention = op(
         results=("attention",),
         flops=lambda c: nn.expanded_flops(c, c.dim("m") * c.dim("p")),
         reads={"pages": _rows},
+        stored=("kv_b",),
         demand=nn.demand_kv_b,
         place=over_heads("q_nope", "q_rope", weight="kv_b"),
         wants=("q_nope", "q_rope"),

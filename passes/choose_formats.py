@@ -1,0 +1,239 @@
+"""Keep weights in the format they are stored in, where all that reads them takes it.
+
+What           a weight that would be dequantised when it is packed stays codes and scales: what is
+               done to it (slices, stacks, rows one after another) is done to both. One that is in
+               a format and is not taken so is dequantised.
+Why it pays    FP8 weights reach the artifact bit for bit, in half the bytes of bf16.
+Preconditions  stage CANONICAL or OPTIMIZED. Each reader's operator declares the operand as one
+               that may be stored so, and keeps its result's type; `formats` names the codes that
+               the backend takes; no step of the weight's expression cuts a block.
+Before         program "example" {stage=CANONICAL}
+               symbols {N=[1,8]}
+               weights {
+                 @a : f32[6,8] = dequantize(scaled(source "a" : f8e4m3[6,8],
+                   source "a.s" : f32[2,2]) {block=[4,4]}) {dtype=f32}
+                 @b : f32[3,8] = slice(dequantize(scaled(source "b" : f8e4m3[6,8],
+                   source "b.s" : f32[2,2]) {block=[4,4]}) {dtype=f32}) {axis=0, start=3, end=6}
+               }
+               graph main(%x: f32[N,8]) {
+                 %y = linear %x, @a : f32[N,6]
+                 %z = linear %x, @b : f32[N,3]
+                 return %y, %z
+               }
+After          graph main(%x: f32[N,8], @a: f8e4m3{4x4,f32}[6,8], @b: f32[3,8]) {
+                 %y = linear %x, @a : f32[N,6]
+                 %z = linear %x, @b : f32[N,3]
+                 return %y, %z
+               }
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from dsc.ir.analyses import call_of
+from dsc.ir.dims import Dim
+from dsc.ir.formats import CODINGS, is_whole
+from dsc.ir.graph import Graph, Node, Operand, Weight
+from dsc.ir.op import TypeMismatch, lookup
+from dsc.ir.ops.shape import axis_of
+from dsc.ir.program import Program
+from dsc.ir.stages import Stage
+from dsc.ir.types import DType, TensorType
+from dsc.ir.weights import Apply, Source, WeightExpr, apply
+from dsc.rewrite.base import Pass, PassReport
+from dsc.rewrite.options import option
+
+RULE = "keep"
+Reader = tuple[Node, int] | None
+"""A node and as which operand it reads; `None` where a weight is a result."""
+
+
+class Dequantised(Exception):
+    """Why a weight cannot stay in its format."""
+
+
+@dataclass(frozen=True)
+class ChooseFormats(Pass):
+    """Decide for every weight that is stored in a format."""
+
+    formats: tuple[str, ...] = option(tuple(CODINGS), among=CODINGS)
+
+    needs = frozenset({Stage.CANONICAL, Stage.OPTIMIZED})
+
+    def run(self, program: Program, report: PassReport) -> Program:
+        """One walk over the weights; the report has the reason for each that is dequantised."""
+        chosen: dict[str, WeightExpr] = {}
+        for name, readers in _readers(program).items():
+            expr = program.weights[name]
+            stored = _stored_type(expr)
+            if stored is None:
+                continue
+            try:
+                chosen[name] = self._kept(expr, stored, readers)
+                report.fire(RULE, places=[name])
+            except Dequantised as why:
+                report.miss(RULE, name, str(why), [name])
+                if expr.type.format is not None:
+                    chosen[name] = apply("dequantize", expr, dtype=_computed(readers[0]))
+        if all(program.weights[name] == expr for name, expr in chosen.items()):
+            return program
+        types = {name: expr.type for name, expr in chosen.items()}
+        done = program.map_entries(lambda graph: _retyped(graph, types))
+        return done.with_weights(chosen)
+
+    def _kept(self, expr: WeightExpr, stored: TensorType, readers: Sequence[Reader]) -> WeightExpr:
+        """The weight in its format. Raises `Dequantised`."""
+        if stored.dtype not in self.formats:
+            raise Dequantised(f"the backend reads no weights in {stored.dtype}")
+        found = in_format(expr)
+        for reader in readers:
+            if reader is None:
+                raise Dequantised("it is a result")
+            node, index = reader
+            types = [None if x is None else x.type for x in node.inputs]
+            types[index] = found.type
+            try:
+                made = lookup(node.op).infer(types, node.attrs)
+            except TypeMismatch as problem:
+                raise Dequantised(f"{node.op}: {problem}") from None
+            if made != tuple(v.type for v in node.outputs):
+                raise Dequantised(f"{node.op} would give {made[0]}")
+        return found
+
+
+def in_format(expr: WeightExpr) -> Apply:
+    """A weight without the dequantising in its expression. Raises `Dequantised`."""
+    found = _in_blocks(expr)
+    *others, rows, columns = found.block
+    if any(size != 1 for size in others):
+        raise Dequantised("its blocks lie along other axes than the last two")
+    return apply("scaled", found.codes, found.scales, block=(rows, columns))
+
+
+@dataclass(frozen=True)
+class _Blocks:
+    """Codes and scales, and for each axis how many elements share a scale."""
+
+    codes: WeightExpr
+    scales: WeightExpr
+    block: tuple[int, ...]
+
+    @property
+    def kind(self) -> tuple[object, ...]:
+        """What tensors that are joined have in common."""
+        return self.block, self.codes.type.dtype, self.scales.type.dtype
+
+
+def _in_blocks(expr: WeightExpr) -> _Blocks:
+    if isinstance(expr, Source):
+        raise Dequantised(f"a part of it is stored as {expr.type}")
+    if expr.op == "scaled":
+        codes, scales = expr.args
+        return _Blocks(codes, scales, (1,) * (expr.type.rank - 2) + expr.attrs["block"])
+    if expr.op == "dequantize":
+        return _in_blocks(expr.args[0])
+    parts = [_in_blocks(arg) for arg in expr.args]
+    if len({part.kind for part in parts}) != 1:
+        raise Dequantised("its parts are stored in different formats")
+    attrs, block = _along_blocks(expr, parts[0].block)
+    return _Blocks(
+        apply(expr.op, *(part.codes for part in parts), **expr.attrs),
+        apply(expr.op, *(part.scales for part in parts), **{**expr.attrs, **attrs}),
+        block,
+    )
+
+
+def _along_blocks(expr: Apply, block: tuple[int, ...]) -> tuple[dict[str, Any], tuple[int, ...]]:
+    """The attributes that change where a step is done to scales, and the blocks after it."""
+    match expr.op:
+        case "stack":
+            return {}, (1, *block)
+        case "permute":
+            return {}, tuple(block[axis] for axis in expr.attrs["dims"])
+        case "concat":
+            axis = axis_of(expr.attrs["axis"], len(block))
+            _check(expr, block[axis], *(arg.type.shape[axis] for arg in expr.args[:-1]))
+            return {}, block
+        case "slice" if expr.attrs["step"] == 1:
+            axis = axis_of(expr.attrs["axis"], len(block))
+            size, start, end = block[axis], expr.attrs["start"], expr.attrs["end"]
+            last = end == expr.args[0].type.shape[axis]
+            _check(expr, size, start, *(() if last else (end,)))
+            return {"start": start // size, "end": -(-end // size)}, block
+        case "reshape":
+            return _reshaped(expr, block)
+    raise Dequantised(f"{expr.op} computes with its numbers")
+
+
+def _reshaped(expr: Apply, block: tuple[int, ...]) -> tuple[dict[str, Any], tuple[int, ...]]:
+    """Axes between those that stay become others; the blocks along the last of them stay whole."""
+    before, after = expr.args[0].type.shape, expr.type.shape
+    fewer = min(len(before), len(after))
+    head = 0
+    while head < fewer and before[head] == after[head]:
+        head += 1
+    tail = 0
+    while tail < fewer - head and before[-1 - tail] == after[-1 - tail]:
+        tail += 1
+    inner = block[head : len(block) - tail]
+    size = inner[-1] if inner else 1
+    if any(n != 1 for n in inner[:-1]):
+        raise Dequantised("reshape joins axes of its blocks")
+    made = len(after) - head - tail
+    _check(expr, size, *(shape[len(shape) - tail - 1] for shape in (before, after) if size != 1))
+    sizes = (1,) * (made - 1) + (size,) if made else ()
+    whole = block[:head] + sizes + block[len(block) - tail :]
+    grid = tuple(-(-extent // n) for extent, n in zip(after, whole, strict=True))
+    return {"shape": grid}, whole
+
+
+def _check(expr: Apply, size: int, *at: Dim) -> None:
+    cut = [place for place in at if not is_whole(place, size)]
+    if cut:
+        raise Dequantised(f"{expr.op} at {cut[0]} cuts a block of {size}")
+
+
+def _stored_type(expr: WeightExpr) -> TensorType | None:
+    """The type in a format of the first part of a weight that is stored in one."""
+    if expr.type.format is not None:
+        return expr.type
+    args = () if isinstance(expr, Source) else expr.args
+    return next((t for arg in args if (t := _stored_type(arg)) is not None), None)
+
+
+def _readers(program: Program) -> Mapping[str, Sequence[Reader]]:
+    """What reads each weight."""
+    found: dict[str, list[Reader]] = {}
+    for graph in program.entries.values():
+        for result in graph.outputs:
+            if isinstance(result, Weight):
+                found.setdefault(result.name, []).append(None)
+        for node in graph.walk():
+            for index, x in enumerate(node.inputs):
+                if isinstance(x, Weight):
+                    found.setdefault(x.name, []).append((node, index))
+    return found
+
+
+def _computed(reader: Reader) -> DType:
+    """The element type that an operand in a format is unpacked to."""
+    if reader is None:
+        return DType.f32
+    node, index = reader
+    operands = lookup(node.op).operands
+    return call_of(node)[operands[min(index, len(operands) - 1)].name].dtype
+
+
+def _retyped(graph: Graph, types: Mapping[str, TensorType]) -> Graph:
+    """The graph over weights of other types."""
+
+    def operand(x: Operand | None) -> Operand | None:
+        changed = isinstance(x, Weight) and x.name in types
+        return Weight(x.name, types[x.name]) if x is not None and changed else x
+
+    return graph.with_nodes(
+        replace(node, inputs=tuple(map(operand, node.inputs))) for node in graph.nodes
+    )

@@ -1,0 +1,192 @@
+"""Stored formats: spelled in types, exact in bytes, bounded in error, taken where declared."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dsc.errors import ParseError, VerificationError
+from dsc.ir.analyses import cost
+from dsc.ir.formats import CODINGS, Format, Packed, pack
+from dsc.ir.graph import Graph, Weight
+from dsc.ir.interpreter import run_graph
+from dsc.ir.op import TypeMismatch, infer, registry
+from dsc.ir.parser import parse_graph, parse_operands, parse_program, parse_verified
+from dsc.ir.printer import print_graph, print_program
+from dsc.ir.types import DType, TensorType
+from dsc.ir.weights import DictSource, apply, evaluate, leaf, part_names, random_tensor
+from tests.ir.test_operators import CASES, filled, operators
+
+BLOCKS = st.tuples(st.integers(1, 9), st.integers(1, 9))
+SHAPES = st.lists(st.integers(1, 12), min_size=2, max_size=3).map(tuple)
+E4M3 = Format((2, 3), DType.f32)
+
+
+def packed(t: TensorType, seed: str) -> Packed:
+    """A random tensor in a format."""
+    codes, scales = (random_tensor(part, f"{seed}{i}") for i, part in enumerate(t.parts))
+    assert t.format is not None
+    return Packed(codes, scales, t.format)
+
+
+@given(SHAPES, BLOCKS, st.sampled_from([DType.f32, DType.bf16]))
+def test_a_type_in_a_format_is_text_and_counts_its_bytes(
+    shape: tuple[int, ...], block: tuple[int, int], scales: DType
+) -> None:
+    t = TensorType(DType.f8e4m3, shape, Format(block, scales))
+    text = f"graph g(%x: f32[N], @w: {t}) {{\n  return %x, @w\n}}\n"
+    graph = parse_graph(text)
+    assert graph.outputs[1].type == t
+    assert parse_operands(str(t))[0] == [(t, None)]
+    stored = packed(t, "w")
+    assert t.nbytes == stored.codes.nbytes + stored.scales.nbytes == t.bytes_of(t.numel)
+    assert stored.scales.numel() == math.prod(shape[:-2]) * math.prod(
+        math.ceil(n / size) for n, size in zip(shape[-2:], block, strict=True)
+    )
+
+
+@given(SHAPES, BLOCKS, st.integers(0, 99), st.floats(-30, 30))
+def test_packing_stays_within_the_bound_of_its_codes(
+    shape: tuple[int, ...], block: tuple[int, int], seed: int, magnitude: float
+) -> None:
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * 2.0**magnitude
+    for name, coding in CODINGS.items():
+        t = TensorType(DType(name), shape, Format(block, DType.f32))
+        made = pack(x, t)
+        assert (made.codes.shape, made.scales.shape) == tuple(part.shape for part in t.parts)
+        scale = Packed(torch.ones_like(made.codes), made.scales, made.format).unpack()
+        bound = torch.maximum(x.abs() * coding.relative, scale * coding.absolute)
+        assert ((made.unpack() - x).abs() <= bound * (1 + 1e-5)).all()
+        assert made.codes.float().abs().amax() == coding.largest
+    assert not pack(torch.zeros(shape), t).unpack().any()
+
+
+def test_unpacking_is_code_times_the_scale_of_its_block() -> None:
+    stored = packed(TensorType(DType.f8e4m3, (2, 5, 7), E4M3), "a")
+    made = stored.unpack()
+    for e, i, j in ((0, 0, 0), (0, 4, 6), (1, 1, 2), (1, 2, 3), (1, 3, 5)):
+        assert made[e, i, j] == stored.codes[e, i, j].float() * stored.scales[e, i // 2, j // 3]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("f8e4m3{0x4,f32}[5,7]", "rows and columns"),
+        ("f8e4m3{4,f32}[5,7]", "128x128"),
+        ("f8e4m3{4y4,f32}[5,7]", "128x128"),
+        ("f8e4m3{4x4}[5,7]", ","),
+        ("f8e4m3{4x4,i8}[5,7]", "a float type is due"),
+        ("f8e4m3{4x4,f33}[5,7]", "unknown element type"),
+        ("f8e4m3{4x4,f32}[7]", "along 1 axes"),
+        ("bf16{4x4,f32}[5,7]", "no stored format of bf16"),
+    ],
+)
+def test_what_is_no_format_is_refused_with_its_place(text: str, words: str) -> None:
+    with pytest.raises(ParseError, match=words) as caught:
+        parse_graph(f"graph g(@w: {text}) {{ return @w }}")
+    assert "line 1, column" in str(caught.value)
+
+
+# --- who takes operands in a format ---------------------------------------------------------------
+
+
+def calls(name: str) -> list[tuple[list[TensorType], dict[str, Any]]]:
+    texts = [registry()[name].example, *(filled(t, 3) for t in CASES[name])]
+    parsed = [parse_operands(text) for text in texts]
+    return [([t for t, _ in operands], attrs) for operands, attrs in parsed]
+
+
+def test_an_operator_takes_a_format_where_it_says_so_and_nowhere_else() -> None:
+    """Of every operator and operand: what is not declared is refused, in words."""
+    taken = set()
+    for name in operators(with_operands=True):
+        definition = registry()[name]
+        for types, attrs in calls(name):
+            for index, t in enumerate(types):
+                declared = definition.operands[min(index, len(definition.operands) - 1)].name
+                if t.rank < 2 or t.format is not None:
+                    continue
+                stored = TensorType(DType.f8e4m3, t.shape, E4M3)
+                given = [*types[:index], stored, *types[index + 1 :]]
+                operands = [Weight(f"w{i}", each) for i, each in enumerate(given)]
+                if declared in definition.traits.stored:
+                    assert infer(name, operands, attrs) == definition.infer(types, attrs)
+                    taken.add((name, declared))
+                else:
+                    with pytest.raises(TypeMismatch, match=f"{declared} is f8e4m3.*no stored for"):
+                        infer(name, operands, attrs)
+    assert taken == {
+        ("linear", "weight"), ("grouped_linear", "weight"), ("embedding", "weight"),
+        ("experts", "gate_up"), ("experts", "down"), ("einsum", "xs"),
+        ("mla_attention", "kv_b"), ("paged_mla_attention", "kv_b"),
+    }  # fmt: skip
+
+
+READ = """graph main(%x: {t}[2,5], %idx: i64[2,2], %w: f32[2,2], @w: f8e4m3{{2x3,f32}}[4,5],
+  @gu: f8e4m3{{2x3,f32}}[3,8,5], @dn: f8e4m3{{2x3,f32}}[3,5,4], @h: f8e4m3{{2x3,f32}}[2,5,6]) {{
+  %y = linear %x, @w
+  %e = experts %x, %idx, %w, @gu, @dn
+  %z = einsum %x, @h {{eq="bc,bcd->bd"}}
+  return %y, %e, %z
+}}"""
+
+
+@pytest.mark.parametrize("dtype", [DType.f32, DType.bf16])
+def test_the_interpreter_unpacks_to_the_type_that_is_computed_in(dtype: DType) -> None:
+    graph = parse_graph(READ.format(t=dtype))
+    plain = parse_graph(READ.format(t=dtype).replace("f8e4m3{2x3,f32}", str(dtype)))
+    stored = {
+        x.name: packed(x.type, x.name)
+        for node in graph.nodes
+        for x in node.operands
+        if isinstance(x, Weight)
+    }
+    inputs = [
+        random_tensor(TensorType(dtype, (2, 5)), "x"),
+        torch.tensor([[0, 2], [2, 1]]),
+        torch.rand(2, 2, generator=torch.Generator().manual_seed(0)),
+    ]
+    made = run_graph(graph, inputs, stored.__getitem__)
+    wanted = run_graph(plain, inputs, lambda name: stored[name].unpack().to(dtype.torch))
+    assert [x.dtype for x in made] == [dtype.torch] * 3
+    assert all(map(torch.equal, made, wanted))
+
+
+def test_a_node_reads_the_bytes_that_are_stored() -> None:
+    linear, experts, _ = parse_graph(READ.format(t="bf16")).nodes
+    assert cost(linear).weights == 4 * 5 + 4 * (2 * 2)
+    assert cost(experts).weights == 3 * (8 * 5 + 4 * 4 * 2) + 3 * (5 * 4 + 4 * 3 * 2)
+    direct = parse_graph(READ.format(t="bf16").replace("i64[2,2]", "i64[2,1]").replace(
+        "%w: f32[2,2]", "%w: f32[2,1]")).nodes[1]  # fmt: skip
+    assert cost(direct).weights == 2 * (8 * 5 + 4 * 4 * 2) + 2 * (5 * 4 + 4 * 3 * 2)
+
+
+def test_only_weights_have_a_format() -> None:
+    for text in (
+        "graph g(%x: f8e4m3{2x3,f32}[4,5]) { return %x }",
+        "graph g(%x: f32[N], @w: f8e4m3{2x3,f32}[4,5]) { return @w }",
+    ):
+        with pytest.raises(ParseError, match="only weights have a stored format"):
+            parse_verified(text)
+    unpacked = "graph g(@w: f8e4m3{2x3,f32}[4,5]) { %y = dequantize @w {dtype=f32} return %y }"
+    with pytest.raises((ParseError, VerificationError), match="dequantize is not legal"):
+        parse_verified(unpacked)
+
+
+def test_a_weight_in_a_format_is_put_together_from_its_parts() -> None:
+    t = TensorType(DType.f8e4m3, (4, 5), E4M3)
+    stored = packed(t, "w")
+    source = DictSource(dict(zip(part_names("w", t), (stored.codes, stored.scales), strict=True)))
+    expr = apply("dequantize", leaf("w", t), dtype=DType.bf16)
+    assert torch.equal(evaluate(expr, source), stored.unpack().bfloat16())
+    program = parse_program(READ.format(t="bf16"))
+    again = parse_program(print_program(program))
+    assert again == program
+    assert {k for k in program.source.keys() if k.startswith("w")} == {"w", "w.scale"}
+    graph: Graph = program.entries["main"]
+    assert parse_graph(print_graph(graph)) == graph

@@ -1,0 +1,208 @@
+"""Weights stay in their format where each step ends at blocks and all readers take them so."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dsc import pipeline
+from dsc.backends import get
+from dsc.ir.dims import Range
+from dsc.ir.formats import Format, Packed
+from dsc.ir.parser import parse_program
+from dsc.ir.program import Program
+from dsc.ir.ranks import at_rank
+from dsc.ir.stages import Stage
+from dsc.ir.types import DType, TensorType
+from dsc.ir.verifier import verify
+from dsc.ir.weights import WeightExpr, apply, evaluate, leaf, random_source, sources
+from dsc.passes.choose_formats import ChooseFormats, Dequantised, in_format
+from dsc.rewrite.base import PassReport
+from dsc.rewrite.verify import compare_programs
+from dsc.targets import Target
+
+
+def stored(name: str, *shape: int, block: tuple[int, int] = (4, 2)) -> WeightExpr:
+    """What a weight in FP8 stands for."""
+    t = TensorType(DType.f8e4m3, shape, Format(block, DType.f32))
+    return apply("dequantize", leaf(name, t), dtype=DType.bf16)
+
+
+@st.composite
+def expressions(draw: st.DrawFn) -> WeightExpr:
+    """Weights in blocks of 4 x 2 under steps, of which about half end at blocks."""
+    made = stored("a", draw(st.sampled_from([8, 12, 10])), draw(st.sampled_from([4, 6])))
+    for number in range(draw(st.integers(1, 4))):
+        made = _under(draw, made, number)
+    return made
+
+
+def _under(draw: st.DrawFn, expr: WeightExpr, number: int) -> WeightExpr:
+    shape = tuple(int(str(d)) for d in expr.type.shape)
+    axis = draw(st.integers(0, len(shape) - 1))
+    match draw(st.sampled_from(["slice", "concat", "stack", "permute", "reshape"])):
+        case "slice":
+            start = draw(st.integers(0, max(0, shape[axis] - 1)))
+            start -= start % draw(st.sampled_from([1, 4]))
+            end = draw(st.sampled_from([shape[axis], min(shape[axis], start + 4)]))
+            return apply("slice", expr, axis=axis, start=start, end=end)
+        case "concat" if len(shape) == 2:
+            return apply("concat", expr, stored(f"b{number}", *shape), axis=axis)
+        case "stack" if len(shape) < 4:
+            return apply("stack", expr, expr)
+        case "permute":
+            dims = draw(st.permutations(range(len(shape))))
+            return apply("permute", expr, dims=tuple(dims))
+        case "reshape" if shape[axis] % 2 == 0:
+            half = shape[axis] // 2
+            cut = draw(st.sampled_from([(2, half), (half, 2), (1, shape[axis])]))
+            return apply("reshape", expr, shape=(*shape[:axis], *cut, *shape[axis + 1 :]))
+    return apply("reshape", expr, shape=(shape[0] * shape[1], *shape[2:]))
+
+
+@given(expressions())
+def test_a_weight_that_stays_in_its_format_stands_for_the_same_numbers(expr: WeightExpr) -> None:
+    source = random_source({s.key: s.type for s in sources(expr)})
+    try:
+        found = in_format(expr)
+    except Dequantised:
+        return
+    assert found.type.shape == expr.type.shape
+    made = evaluate(found, source)
+    assert isinstance(made, Packed)
+    assert torch.equal(made.unpack().bfloat16(), evaluate(expr, source))
+
+
+HEADS = {"671b": (128, 128, 128, 512), "tiny": (8, 32, 32, 128), "an odd v": (16, 128, 192, 512)}
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_halves_of_kv_b_stay_where_heads_are_whole_blocks(name: str) -> None:
+    heads, nope, v, rank = HEADS[name]
+    whole = stored("kv_b", heads * (nope + v), rank, block=(128, 128))
+    per_head = apply("reshape", whole, shape=(heads, nope + v, rank))
+    half = apply("slice", per_head, axis=1, start=0, end=nope)
+    if name != "671b":
+        with pytest.raises(Dequantised, match=f"reshape at {nope + v} cuts a block of 128"):
+            in_format(half)
+        return
+    kept = in_format(half)
+    assert str(kept.type) == "f8e4m3{128x128,f32}[128,128,512]"
+    assert kept.args[1].type.shape == (128, 1, 4)
+
+
+JOINED = {
+    "rows one after another": ("concat", "a", "b", {"axis": 0}, ""),
+    "rows behind a part of a block": ("concat", "c", "a", {"axis": 0}, "concat at 6 cuts a block"),
+    "the last may be partial": ("concat", "a", "c", {"axis": 0}, ""),
+    "a part that is stored otherwise": ("concat", "a", "p", {"axis": 0}, "stored as bf16[8,4]"),
+    "blocks that differ": ("concat", "a", "d", {"axis": 0}, "in different formats"),
+    "arithmetic": ("add", "a", "b", {}, "add computes with its numbers"),
+    "blocks on other axes": ("permute", "e", "", {"dims": (1, 2, 0)}, "along other axes"),
+    "every second row": ("slice", "a", "", {"axis": 0, "start": 0, "end": 8, "step": 2}, "slice "),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", JOINED)
+def test_a_step_that_cuts_blocks_is_told(name: str) -> None:
+    op, *operands, attrs, why = JOINED[name]
+    given = {
+        "a": stored("a", 8, 4), "b": stored("b", 8, 4), "c": stored("c", 6, 4),
+        "d": stored("d", 8, 4, block=(2, 2)), "e": stored("e", 3, 8, 4),
+        "p": leaf("p", TensorType(DType.bf16, (8, 4))),
+    }  # fmt: skip
+    assert isinstance(attrs, dict)
+    expr = apply(str(op), *(given[str(x)] for x in operands if x), **attrs)
+    if not why:
+        assert in_format(expr).type.shape == expr.type.shape
+        return
+    with pytest.raises(Dequantised) as caught:
+        in_format(expr)
+    assert str(why) in str(caught.value)
+
+
+# --- the pass -------------------------------------------------------------------------------------
+
+
+def program(body: str, dtype: str = "bf16", **weights: WeightExpr) -> Program:
+    """A program over weights in FP8."""
+    declared = ", ".join(f"@{name}: {expr.type}" for name, expr in weights.items())
+    text = f"graph main(%x: {dtype}[N,4], {declared}) {{ {body} }}"
+    made = parse_program(text, stages=(Stage.CANONICAL,))
+    found = {s.key: s.type for expr in weights.values() for s in sources(expr)}
+    made = replace(made, weights=weights, source=random_source(found), symbols={"N": Range(1, 9)})
+    verify(made)
+    return made
+
+
+def chosen(made: Program, formats: tuple[str, ...] = ("f8e4m3",)) -> tuple[Program, list[str]]:
+    """The program after the pass, and the reasons of those that are dequantised."""
+    report = PassReport()
+    after = ChooseFormats(formats).run(made, report)
+    verify(after)
+    assert compare_programs(made, after).ok
+    return after, [reason for _, _, reason in report.missed]
+
+
+LINEAR = "%y = linear %x, @w return %y"
+
+
+def test_a_backend_that_takes_no_codes_gets_the_program_as_it_is() -> None:
+    made = program(LINEAR, w=stored("w", 8, 4))
+    after, why = chosen(made, ())
+    assert after is made
+    assert why == ["the backend reads no weights in f8e4m3"]
+    kept, why = chosen(made)
+    assert str(kept.weights["w"].type) == "f8e4m3{4x2,f32}[8,4]"
+    assert why == []
+
+
+def test_a_weight_given_in_a_format_is_dequantised_for_a_backend_without_it() -> None:
+    text = "graph main(%x: bf16[N,4], @w: f8e4m3{4x2,f32}[8,4]) { %y = linear %x, @w return %y }"
+    made = parse_program(text, stages=(Stage.CANONICAL,))
+    after, _ = chosen(made, ())
+    assert str(after.weights["w"].type) == "bf16[8,4]"
+    assert chosen(made)[0] is made
+    for name, kind in (("tvm", "bf16[8,4]"), ("null", "f8e4m3{4x2,f32}[8,4]")):
+        done = pipeline.prepare(made, get(name), Target("cpu"), pipeline.PipelineOptions())
+        assert str(done.program.weights["w"].type) == kind
+
+
+@pytest.mark.parametrize(
+    ("body", "why"),
+    [
+        ("%y = linear %x, @w %z = add @w, @w return %y, %z", "add: a is f8e4m3"),
+        ("%y = linear %x, @w return %y, @w", "it is a result"),
+        (
+            "%i = full {shape=[2], value=1.0, dtype=i64} %y = embedding %i, @w return %y",
+            "embedding would give f32[2,4]",
+        ),
+    ],
+)
+def test_one_reader_that_takes_no_format_is_enough(body: str, why: str) -> None:
+    after, reasons = chosen(program(body, w=stored("w", 8, 4)))
+    assert str(after.weights["w"].type) == "bf16[8,4]"
+    assert len(reasons) == 1
+    assert why in reasons[0]
+
+
+def test_ranks_share_weights_at_blocks() -> None:
+    """Part r of a weight is codes and scales of its own, or is dequantised with a reason."""
+    body = "%y = linear %x, @w %z = linear %x, @v return %y, %z"
+    made = program(body, w=stored("w", 16, 4), v=stored("v", 12, 4))
+    shared = pipeline.apply(made, pipeline.read("shard{ranks=2}", get))
+    report = PassReport()
+    after = ChooseFormats().run(shared, report)
+    assert compare_programs(shared, after).ok
+    kinds = {name: str(expr.type) for name, expr in after.weights.items()}
+    assert kinds == {"w.shard_0": "f8e4m3{4x2,f32}[8,4]", "v.shard_0": "bf16[6,4]"}
+    assert report.missed == [("keep", "v.shard_0", "slice at 6*rank cuts a block of 4")]
+    for rank in range(2):
+        part = evaluate(at_rank(after, rank).weights["w.shard_0"], after.source)
+        codes = after.source.load("w")[8 * rank : 8 * rank + 8]
+        assert torch.equal(part.codes.view(torch.uint8), codes.view(torch.uint8))
+        assert torch.equal(part.scales, after.source.load("w.scale")[2 * rank : 2 * rank + 2])
