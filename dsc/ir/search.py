@@ -39,7 +39,7 @@ class Search:
     def run(self) -> Values:
         """Values for all representatives. Raises `Unsolvable`."""
         equations = self._merged()
-        self._fix(equations)
+        self._fix()
         self._define_counts()
         left = [eq for eq in equations if not self._define(eq)]
         checks = [*self._equation_checks(left), *self._other_checks(), *self._range_checks()]
@@ -65,15 +65,12 @@ class Search:
     def _unknowns(self) -> list[int]:
         return [u for u, parent in enumerate(self.system.parent) if u == parent]
 
-    def _fix(self, equations: list[Equation]) -> None:
-        """Small numbers stay as they are; so does what equals a number."""
+    def _fix(self) -> None:
+        """Small numbers stay as they are."""
         counts = self.system.block_counts()
         for u in self._unknowns():
             if self.system.original[u] <= SMALL and u not in counts:
                 self.fixed[u] = self.system.original[u]
-        for eq in equations:
-            if len(eq) == 2 and eq[0][0] == () and len(eq[1][0]) == 1:
-                self.fixed[eq[1][0][0]] = self.system.original[eq[1][0][0]]
 
     def _define_counts(self) -> None:
         find = self.system.find
