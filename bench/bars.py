@@ -27,7 +27,6 @@ TEXT = ROOT.parent / "shared" / "text" / "valid.txt"
 BACKENDS = ("reference", "onnxruntime", "tvm")
 PORTABLE = ("x86-64", "x86-64-v3")
 """CPUs without AVX-512 that code is also made for."""
-"""At most so many regions of a dense layer's decode step at level 3."""
 Figures = dict[str, Any]
 
 
@@ -224,10 +223,7 @@ def arenas() -> Figures:
 
 
 def fusion() -> Figures:
-    """Launches a layer of tiny-v3's decode step, by level and backend; what levels compute agrees.
-
-    A dense layer needs fewer than a MoE layer; triton's regions are lowered operator by operator.
-    """
+    """Launches a layer of a decode step, by level and backend; what levels compute agrees."""
     from bench.plans import launches
 
     return launches()

@@ -12,7 +12,7 @@ from dsc.runtime.plan import Plan
 from dsc.targets import Target
 
 TINY = Path(__file__).resolve().parent.parent / "models" / "tiny-v3"
-MOST = {"null": (11, 13), "tvm": (12, 14), "triton": (18, 20)}
+MOST = {"null": (11, 13), "tvm": (12, 14), "triton": (15, 17)}
 """Launches of a dense and of a MoE layer of a decode step at level 3, at most."""
 
 
@@ -34,11 +34,11 @@ def plan_of(model: Any, backend: str, level: int = 3, **options: Any) -> tuple[P
     return done, plan
 
 
-def launches_a_layer(model: Any, backend: str, level: int) -> dict[str, int]:
+def launches_a_layer(model: Any, backend: str, level: int, **options: Any) -> dict[str, int]:
     """Launches of each layer of a decode step."""
     from dsc.report import entry_report
 
-    program, plan = plan_of(model, backend, level)
+    program, plan = plan_of(model, backend, level, **options)
     layers = entry_report(program, "decode", plan)["layers"]
     return {layer["layer"]: layer["launches"] for layer in layers}
 
@@ -83,24 +83,33 @@ def arenas() -> dict[str, Any]:
 
 
 def launches() -> dict[str, Any]:
-    """Launches of a dense and a MoE layer of tiny-v3's decode step; what levels compute agrees."""
+    """Launches of a dense and a MoE layer of a decode step; what levels compute agrees.
+
+    tiny-v3 at each level, the 671B at the highest.
+    """
+    from dsc.models import v3
+
     counts: dict[str, tuple[list[int], list[int]]] = {}
+    wide: dict[str, tuple[int, int]] = {}
     for backend in LOWERED:
-        counts[backend] = [], []
-        for level in range(4):
-            found = launches_a_layer(TINY, backend, level)
-            for layers_of, number in zip(counts[backend], (0, 1), strict=True):
-                layers_of.append(found[f"model.layers.{number}"])
+        levels = [launches_a_layer(TINY, backend, level) for level in range(4)]
+        dense, moe = ([n[f"model.layers.{i}"] for n in levels] for i in (0, 1))
+        counts[backend] = dense, moe
+        large = launches_a_layer(v3.__file__, backend, 3, config="671b", weights="none")
+        wide[backend] = large["model.layers.0"], large["model.layers.5"]
     kinds = [c for both in counts.values() for c in both]
     fewer = all(a >= b for kind in kinds for a, b in itertools.pairwise(kind))
     few = all(
-        kind[3] <= n for b, both in counts.items() for kind, n in zip(both, MOST[b], strict=True)
+        max(kind[3], w) <= n
+        for backend, both in counts.items()
+        for kind, w, n in zip(both, wide[backend], MOST[backend], strict=True)
     )
     difference = _difference()
     return {
         "ok": fewer and few and difference <= 1e-4,
         "dense": {backend: dense for backend, (dense, _) in counts.items()},
         "moe": {backend: moe for backend, (_, moe) in counts.items()},
+        "671b": wide,
         "max_difference": difference,
     }
 

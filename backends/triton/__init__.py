@@ -3,7 +3,9 @@
 Importing this package imports neither triton nor a driver. How a program becomes an artifact:
 
     lower/       each operator to launches of kernels, views without copies
-    kernels/     the templates, and pointwise.py the generator for everything pointwise
+    kernels/     the templates
+    rows.py      the generator for operators along rows, pointwise.py for chains of elements,
+                 epilogue.py for what follows a GEMM on its tiles
     blocks.py    block sizes by target, the interpreter's among them
     compile.py   launches' kernels to cubin and hsaco, in a process of its own
     schedule.py  launches to addresses and grids, once the shapes of a call are known

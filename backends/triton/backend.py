@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +31,10 @@ from dsc.errors import ArtifactError, BackendUnavailable, UsageError
 from dsc.ir.expert_forms import ExpertKernels
 from dsc.ir.graph import Node
 from dsc.ir.index_ranges import giving_indices, index_ranges
+from dsc.ir.op import named
 from dsc.ir.program import Program
 from dsc.ir.regions import RegionLimits
+from dsc.ir.traits import Role
 from dsc.ir.types import DType
 from dsc.runtime.emission import Emission
 from dsc.runtime.executable import Executable
@@ -42,7 +45,8 @@ FOLDER = "triton"
 DEFAULT_WEIGHTS = "weights/model.safetensors"
 DEFAULT_TARGET = Target("cuda", "sm_90")
 ALL_TARGETS = tuple(f"{kind}:{arch}" for kind, archs in KNOWN.items() for arch in archs)
-FUSION_LEVEL = 2
+FUSION_LEVEL = 3
+REGIONS = RegionLimits(anchors=frozenset({"linear"}), epilogue=named(Role.POINTWISE) | {"reshape"})
 EXPERTS = ExpertKernels(rereads=True, tile=16, balance=250.0, launch=10_000_000)
 """A GPU of 800 TFLOP/s, 3.3 TB/s and 3 microseconds a launch: the order of magnitude decides."""
 RUNNER = Path(__file__).with_name("runner.py")  # it launches on CUDA devices
@@ -64,7 +68,7 @@ class TritonBackend:
             absorbed=True,
             dtypes=frozenset({DType.f32, DType.bf16, DType.f16}),
             fuse=FUSION_LEVEL,
-            regions=RegionLimits(accepts=lambda node: isinstance(self.supports(node), Yes)),
+            regions=replace(REGIONS, accepts=lambda node: isinstance(self.supports(node), Yes)),
             targets=(str(DEFAULT_TARGET), *(t for t in ALL_TARGETS if t != str(DEFAULT_TARGET))),
         )
 

@@ -8,11 +8,9 @@ never written and read again.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from dsc.backends.triton.pointwise import Region, expression, widen
-from dsc.ir import views
 from dsc.ir.dims import Dim
 from dsc.ir.views import View
 
@@ -21,28 +19,22 @@ MARK = "    # A fused region's operators go here.\n"
 
 @dataclass(frozen=True, slots=True)
 class Epilogue:
-    """A region over the tile; value `position` of its inputs is the accumulator.
+    """A region over the tile; value 0 is the accumulator.
 
     `operands` are the other inputs in order: a view, its stride over rows and over columns.
     """
 
     region: Region
-    position: int
     operands: tuple[tuple[View, Dim, Dim], ...]
-
-    @property
-    def numbers(self) -> list[int]:
-        """The region's numbers of `operands`."""
-        return [k for k in range(len(self.region.inputs)) if k != self.position]
 
 
 def gemm_source(template: str, epilogue: Epilogue) -> tuple[str, str]:
     """The module name and text of `gemm` with an epilogue."""
     region = epilogue.region
-    names = [f"e{number}" for number in epilogue.numbers]
+    names = [f"e{number}" for number in range(1, len(region.inputs))]
     extra = "".join(f"    {name},\n    {name}_m,\n    {name}_n,\n" for name in names)
-    lines = ["keep = (m[:, None] < M) & (n[None, :] < N)", f"v{epilogue.position} = acc"]
-    for number, name in zip(epilogue.numbers, names, strict=True):
+    lines = ["keep = (m[:, None] < M) & (n[None, :] < N)", "v0 = acc"]
+    for number, name in enumerate(names, start=1):
         at = f"{name} + m[:, None].to(tl.int64) * {name}_m + n[None, :] * {name}_n"
         lines.append(f"v{number} = tl.load({at}, mask=keep, other=0){widen(region.inputs[number])}")
     for number, step in enumerate(region.steps, start=len(region.inputs)):
@@ -68,23 +60,6 @@ def arguments(epilogue: Epilogue | None) -> dict[str, View | Dim]:
     """The parameters that an epilogue adds to the launch."""
     given: dict[str, View | Dim] = {}
     if epilogue is not None:
-        for number, (view, row, column) in zip(epilogue.numbers, epilogue.operands, strict=True):
+        for number, (view, row, column) in enumerate(epilogue.operands, start=1):
             given |= {f"e{number}": view, f"e{number}_m": row, f"e{number}_n": column}
     return given
-
-
-def tile_operands(
-    inputs: Sequence[View], shape: tuple[Dim, ...]
-) -> tuple[tuple[View, Dim, Dim], ...] | None:
-    """Operands as (view, row stride, column stride) over a result of `shape` folded to rows.
-
-    `None` when one does not fold: a broadcast in the middle of the leading axes.
-    """
-    found = []
-    for view in inputs:
-        wide = views.expand(view, shape)
-        folded = views.fold(wide, len(shape) - 1)
-        if folded is None:
-            return None
-        found.append((wide, folded[1], wide.strides[-1]))
-    return tuple(found)

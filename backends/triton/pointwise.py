@@ -246,20 +246,34 @@ def widen(dtype: DType) -> str:
 
 def expression(region: Region, step: Step, tile: str = "(BLOCK,)") -> str:
     """The expression of one operator over registers of earlier values of shape `tile`."""
-    args = [f"v{a}" for a in step.args]
-    wide = "tl.float32" if step.dtype.is_float and step.dtype.bits < 32 else TYPES[step.dtype]
     if step.op == "full":
-        return f"tl.full({tile}, {literal(step.value, step.dtype)}, {wide})"
+        return f"tl.full({tile}, {literal(step.value, step.dtype)}, {wide_type(step.dtype)})"
     if step.op == "iota":
-        return f"(i + {int(step.value)}).to({wide})"
-    if step.op == "cast":
-        if step.dtype is DType.boolean:
-            return f"{args[0]} != 0"
-        narrowed = f"{args[0]}.to({TYPES[step.dtype]})"
-        return narrowed + widen(step.dtype)
-    first, integer = expressions(step.op)
-    whole = integer is not None and not region.dtype(step.args[0]).is_float
-    return (integer if whole and integer else first).format(*args)
+        return f"(i + {int(step.value)}).to({wide_type(step.dtype)})"
+    of = region.dtype(step.args[0])
+    return formula(step.op, step.dtype, [f"v{a}" for a in step.args], of)
+
+
+def formula(op: str, dtype: DType, args: Sequence[str], of: DType) -> str:
+    """What an operator on elements of type `of` computes, as an expression over names."""
+    if op == "cast":
+        return f"{args[0]} != 0" if dtype is DType.boolean else _narrowed(args[0], dtype)
+    first, integer = expressions(op)
+    return (first if integer is None or of.is_float else integer).format(*args)
+
+
+def rounded(value: str, dtype: DType) -> str:
+    """A value as it would come back from memory."""
+    return _narrowed(f"({value})", dtype) if widen(dtype) else value
+
+
+def _narrowed(value: str, dtype: DType) -> str:
+    return f"{value}.to({TYPES[dtype]}){widen(dtype)}"
+
+
+def wide_type(dtype: DType) -> str:
+    """The type that values are computed in."""
+    return "tl.float32" if widen(dtype) else TYPES[dtype]
 
 
 def literal(value: Any, dtype: DType) -> str:

@@ -15,7 +15,7 @@ from itertools import pairwise
 from dsc.ir.dims import Dim, product
 from dsc.ir.graph import Graph, Node, Operand
 from dsc.ir.op import traits_of
-from dsc.ir.region_steps import Body, Lines, NoKernel, Read, apply_view
+from dsc.ir.region_steps import Body, Lines, NoKernel, Place, Read, apply_view
 from dsc.ir.regions import role
 from dsc.ir.traits import Role
 from dsc.ir.views import View, dense_strides, expand
@@ -88,7 +88,7 @@ class Columns(Body):
         self,
         body: Graph,
         anchor: Node,
-        places: Sequence[View | float] | None = None,
+        places: Sequence[Place] | None = None,
         targets: Sequence[View] | None = None,
     ) -> None:
         super().__init__(body, places, targets)

@@ -41,13 +41,20 @@ class Lines:
 
 
 @dataclass(frozen=True, slots=True)
+class Literal:
+    """A number in every place."""
+
+    value: float | int | bool
+
+
+@dataclass(frozen=True, slots=True)
 class Read:
-    """What a step reads: memory, the result of the step of that number, or a literal (a float).
+    """What a step reads: memory, the result of the step of that number, or a literal.
 
     `shift` is for products: how many columns further on it is read.
     """
 
-    source: Lines | int | float
+    source: Lines | int | Literal
     dtype: DType
     shift: int = 0
 
@@ -72,7 +79,11 @@ class RowStep:
     kept: bool = False
 
 
-def dense(value: Value, buffer: int) -> View:
+Place = View | Literal
+"""What an input of a body is."""
+
+
+def dense(value: Operand, buffer: int) -> View:
     """A value that lies in a buffer of its own."""
     return View(buffer, value.type, views.dense_strides(value.type.shape))
 
@@ -98,14 +109,14 @@ def alone(node: Node) -> Graph:
 class Body:
     """A region's body: where its inputs, and what views make of them, lie; what leaves it.
 
-    `places` says where the inputs lie (`None`: each in a buffer of its own, by number), a number in
-    place of a view being a literal; `targets` where the results go (buffers after the inputs').
+    `places` says where the inputs lie, `targets` where the results go; by default each has a buffer
+    of its own, numbered in order.
     """
 
     def __init__(
         self,
         body: Graph,
-        places: Sequence[View | float] | None = None,
+        places: Sequence[Place] | None = None,
         targets: Sequence[View] | None = None,
     ) -> None:
         self.body = body
@@ -113,11 +124,10 @@ class Body:
         if places is None:
             places = [dense(v, i) for i, v in enumerate(body.inputs)]
         if targets is None:
-            targets = [View(count + i, v.type, views.dense_strides(v.type.shape))
-                       for i, v in enumerate(body.outputs)]  # fmt: skip
+            targets = [dense(v, count + i) for i, v in enumerate(body.outputs)]
         self.targets = targets
         self.given: dict[str, View] = {}
-        self.literals: dict[str, float] = {}
+        self.literals: dict[str, Literal] = {}
         for value, place in zip(body.inputs, places, strict=True):
             if isinstance(place, View):
                 self.given[value.name] = place
@@ -130,7 +140,7 @@ class Body:
 
     def _place(self, node: Node) -> None:
         if role(node) is Role.CONSTANT:
-            self.literals[node.output.name] = float(node.attrs["value"])
+            self.literals[node.output.name] = Literal(node.attrs["value"])
         elif traits_of(node.op).role is not Role.VIEW:
             self.core.append(node)
         elif (source := self.given.get(node.operands[0].name)) is not None:
@@ -159,7 +169,7 @@ class Rows(Body):
     def __init__(
         self,
         body: Graph,
-        places: Sequence[View | float] | None = None,
+        places: Sequence[Place] | None = None,
         targets: Sequence[View] | None = None,
     ) -> None:
         super().__init__(body, places, targets)

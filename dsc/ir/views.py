@@ -100,6 +100,18 @@ def merge(shape: Sequence[Dim], strides: Sequence[Dim]) -> tuple[Dim, Dim] | Non
     return extent, stride
 
 
+def joined(axes: Sequence[tuple[Dim, Dim]]) -> list[tuple[Dim, Dim]]:
+    """Axes (extent, stride) without those of one element, neighbours joined where evenly spaced."""
+    found: list[tuple[Dim, Dim]] = []
+    for extent, stride in axes:
+        if extent == 1:
+            continue
+        if found and found[-1][1] == stride * extent:
+            extent = found.pop()[0] * extent
+        found.append((extent, stride))
+    return found
+
+
 def reshape(view: View, shape: tuple[Dim, ...]) -> View | None:
     """The view under another shape, or `None` when that needs a copy.
 

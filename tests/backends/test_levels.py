@@ -89,11 +89,12 @@ SAMPLED = [
     *(("v2", "tvm", "bf16", level) for level in (1, 3)),
     ("v3", "tvm", "fp16", 2),
     ("v2", "onnxruntime", "fp32", 3),
+    ("v3", "triton", "bf16", 3),
 ]
 BACKENDS = ("reference", "tvm", "onnxruntime")
 EVERY = list(product(("stock v3", "stock v2"), BACKENDS, ("fp32", "bf16"), range(4)))
 EVERY += [("stock v3", "tvm", "fp16", level) for level in range(4)]
-EVERY += [("v3", "triton", "fp32", level) for level in range(3)]
+EVERY += [("v3", "triton", dtype, level) for dtype in ("fp32", "bf16") for level in range(4)]
 TOOLCHAIN = {"tvm": "tvm", "onnxruntime": "onnxruntime", "triton": "triton"}
 
 

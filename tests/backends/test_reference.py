@@ -29,7 +29,6 @@ from dsc.runtime.session import Session
 from dsc.targets import Target
 from tests.backends.canonical_lm import Sizes, canonical_lm
 
-
 FP8 = Path(__file__).resolve().parent.parent / "data" / "tiny-v3-fp8"
 
 

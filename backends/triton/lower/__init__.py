@@ -9,11 +9,11 @@ from collections.abc import Callable
 
 from dsc.backends.triton.context import Context
 from dsc.backends.triton.launch import POINTER_TYPES
-from dsc.backends.triton.lower import attend, contract, moe, rowwise, shapes
-from dsc.backends.triton.lower import fused as regions
+from dsc.backends.triton.lower import attend, contract, lookups, moe, regions, shapes
 from dsc.ir.graph import Node
 from dsc.ir.kernels import Lowering
-from dsc.ir.op import kernel_of
+from dsc.ir.op import kernel_of, named
+from dsc.ir.traits import Role
 from dsc.ir.types import DType
 
 Lower = Callable[[Context, Node], None]
@@ -31,35 +31,22 @@ TABLE: dict[str, Lower] = {
     "experts": moe.experts,
     "dispatch": moe.dispatch,
     "combine": moe.combine,
-    "rms_norm": rowwise.rms_norm,
-    "rope": rowwise.rope,
-    "softmax": rowwise.softmax,
-    "cumsum": rowwise.cumsum,
-    "sum": rowwise.reduction,
-    "mean": rowwise.reduction,
-    "amax": rowwise.reduction,
-    "amin": rowwise.reduction,
-    "argmax": rowwise.argmax,
-    "topk": rowwise.topk,
-    "embedding": rowwise.embedding,
-    "select_rows": rowwise.select_rows,
-    "take": rowwise.take,
-    "gather": rowwise.gather,
-    "append": rowwise.append,
-    "cache_write": rowwise.cache_write,
-    "reshape": shapes.reshape,
-    "permute": shapes.permute,
-    "expand": shapes.expand,
-    "slice": shapes.slice_,
-    "split": shapes.split,
+    "cumsum": lookups.cumsum,
+    "argmax": lookups.argmax,
+    "topk": lookups.topk,
+    "embedding": lookups.embedding,
+    "select_rows": lookups.select_rows,
+    "take": lookups.take,
+    "gather": lookups.gather,
+    "append": lookups.append,
     "concat": shapes.concat,
     "stack": shapes.stack,
     "full": shapes.full,
     "arange": shapes.arange,
-    **dict.fromkeys(sorted(regions.REGISTERED), regions.single),
+    **dict.fromkeys(sorted(named(Role.VIEW)), shapes.view),
+    **dict.fromkeys(sorted(regions.POINTWISE | regions.ALONG_ROWS), regions.lower),
 }
 
-FIXED_LAST_AXIS = frozenset({"rms_norm", "rope", "topk"})
 FIXED_OPERANDS = {
     "attention": (0, 2), "latent_attention": (0, 1), "mla_attention": (0, 1),
     "route": (1,), "experts": (3, 4), "grouped_linear": (1,),
@@ -69,19 +56,16 @@ FIXED_OPERANDS = {
 def lower(ctx: Context, node: Node) -> None:
     """Append the launches of one node."""
     ctx.loc = node.loc or ctx.loc
-    if node.op == "fused":
-        regions.fused(ctx, node, lower)
-    else:
-        found = lowering(node.op)
-        assert found is not None, f"{node.op} was refused by `reason`"
-        found(ctx, node)
+    own = lowering(node.op)
+    assert own is not None, f"{node.op} was refused by `reason`"
+    own(ctx, node)
 
 
 def lowering(op: str) -> regions.LowerNode | None:
     """What lowers an operator: the table's function, or what it brings along."""
     own = kernel_of(op, "triton")
-    if isinstance(own, str):
-        return regions.single
+    if isinstance(own, str) or op == "fused":
+        return regions.lower
     return own.function if isinstance(own, Lowering) else TABLE.get(op)
 
 
@@ -89,18 +73,14 @@ def reason(node: Node) -> str | None:
     """Why a node cannot be emitted, or `None` when it can."""
     if node.op == "fused":
         assert node.body is not None, "a fused node has a body"
-        found = (reason(inner) for inner in node.body.nodes)
-        return next((r for r in found if r is not None), None)
+        inside = (reason(inner) for inner in node.body.nodes)
+        return next((r for r in inside if r is not None), None) or regions.reason(node)
     if lowering(node.op) is None:
         return f"no Triton kernel for {node.op}"
     strange = [v.type.dtype for v in (*node.operands, *node.outputs)]
     strange = [t for t in strange if t not in POINTER_TYPES or t is DType.f64]
     if strange:
         return f"{node.op} with elements of type {strange[0]}"
-    if node.op in FIXED_LAST_AXIS:
-        last = node.operands[0].type.shape[-1]
-        if not isinstance(last, int) or last > 1 << 15:
-            return f"{node.op} over a last axis of {last}; it must be fixed and at most 32768"
     for operand in FIXED_OPERANDS.get(node.op, ()):
         shape = node.operands[operand].type.shape
         inner = shape[-2:] if node.op == "latent_attention" else shape[-1:]
@@ -113,13 +93,22 @@ def reason(node: Node) -> str | None:
     return special(node) if special is not None else None
 
 
+def _topk_reason(node: Node) -> str | None:
+    last = node.operands[0].type.shape[-1]
+    if isinstance(last, int) and last <= 1 << 15:
+        return None
+    return f"topk over a last axis of {last}; it must be fixed and at most 32768"
+
+
 def _arange_reason(node: Node) -> str | None:
     return None if isinstance(node.attrs["start"], int) else "arange from a symbolic start"
 
 
 _SPECIAL: dict[str, Reason] = {
     "einsum": contract.einsum_reason,
-    "gather": rowwise.gather_reason,
+    "gather": lookups.gather_reason,
     "arange": _arange_reason,
-    **dict.fromkeys(sorted(regions.REGISTERED), regions.pointwise_reason),
+    "topk": _topk_reason,
+    **dict.fromkeys(sorted(regions.POINTWISE), regions.pointwise_reason),
+    **dict.fromkeys(sorted(regions.ALONG_ROWS), regions.reason),
 }

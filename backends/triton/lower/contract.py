@@ -73,14 +73,9 @@ def linear_product(ctx: Context, x: View, weight: View, out: View) -> Product:
 
 def linear(ctx: Context, node: Node) -> None:
     """x @ weight^T + bias."""
-    emit_linear(ctx, node, ctx.result(node), None)
-
-
-def emit_linear(ctx: Context, node: Node, out: View, epilogue: Epilogue | None) -> None:
-    """Append a linear into `out`, with what a fused region does to its result."""
-    x, weight = ctx.view(node.inputs[0]), ctx.view(node.inputs[1])
-    bias = ctx.dense(ctx.view(node.inputs[2])) if len(node.inputs) > 2 else None
-    emit_gemm(ctx, linear_product(ctx, x, weight, out), bias, epilogue=epilogue)
+    x, weight, *bias = ctx.operands(node)
+    product = linear_product(ctx, x, weight, ctx.result(node))
+    emit_gemm(ctx, product, ctx.dense(bias[0]) if bias else None)
 
 
 def matmul(ctx: Context, node: Node) -> None:

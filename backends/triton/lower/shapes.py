@@ -8,41 +8,17 @@ from dsc.backends.triton.pointwise import Region, Step
 from dsc.ir import views
 from dsc.ir.dims import Dim
 from dsc.ir.graph import Node
+from dsc.ir.region_steps import NoKernel, apply_view
 
 
-def reshape(ctx: Context, node: Node) -> None:
-    """Another shape over the same elements, a copy only for strided operands."""
-    ctx.set(node, ctx.reshaped(ctx.view(node.inputs[0]), node.attrs["shape"]))
-
-
-def permute(ctx: Context, node: Node) -> None:
-    """Axes in another order: no launch."""
-    ctx.set(node, views.permute(ctx.view(node.inputs[0]), node.attrs["dims"]))
-
-
-def expand(ctx: Context, node: Node) -> None:
-    """Broadcast: stride 0, no launch."""
-    ctx.set(node, views.expand(ctx.view(node.inputs[0]), node.attrs["shape"]))
-
-
-def slice_(ctx: Context, node: Node) -> None:
-    """Part of an axis: no launch."""
-    attrs = node.attrs
-    axis = attrs["axis"]
-    extent = node.output.type.shape[axis]
-    view = ctx.view(node.inputs[0])
-    ctx.set(node, views.narrow(view, axis, attrs["start"], extent, attrs["step"]))
-
-
-def split(ctx: Context, node: Node) -> None:
-    """Consecutive parts of an axis: no launch."""
-    axis = node.attrs["axis"]
-    view = ctx.view(node.inputs[0])
-    parts, start = [], 0 * view.shape[axis]
-    for size in node.attrs["sizes"]:
-        parts.append(views.narrow(view, axis, start, size))
-        start = start + size
-    ctx.set(node, *parts)
+def view(ctx: Context, node: Node) -> None:
+    """The same elements under other strides: no launch, but a copy where these cannot say it."""
+    source = ctx.view(node.operands[0])
+    try:
+        made = apply_view(node, source)
+    except NoKernel:
+        made = apply_view(node, ctx.dense(source))
+    ctx.set(node, *made)
 
 
 def concat(ctx: Context, node: Node) -> None:

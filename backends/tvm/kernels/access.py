@@ -15,14 +15,12 @@ from tvm import tirx
 
 from dsc.backends.tvm.shapes import SizeTable, resolve
 from dsc.backends.tvm.tir import Expr, bind, integer
-from dsc.ir.dims import Dim
 from dsc.ir.region_steps import Lines
 from dsc.ir.types import DType
+from dsc.ir.views import joined
 
 Number = int | str
 """An integer, or `$i` for run-time size i."""
-Axis = tuple[Dim, Dim]
-"""Extent and stride."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,21 +51,9 @@ def access(lines: Lines, table: SizeTable) -> Access:
     """The access of lines, its numbers in a table."""
     view, lead = lines.view, lines.lead
     axes = list(zip(view.shape, view.strides, strict=True))[:lead]
-    rows = tuple((table.dim(d), table.dim(s)) for d, s in merged(axes))
+    rows = tuple((table.dim(d), table.dim(s)) for d, s in joined(axes))
     strides = tuple(table.dim(s) for s in lines.inner)
     return Access(view.buffer, view.dtype, rows, strides, table.dim(view.offset))
-
-
-def merged(axes: Sequence[Axis]) -> list[Axis]:
-    """Axes without those of one element, neighbours joined where they are evenly spaced."""
-    found: list[Axis] = []
-    for extent, stride in axes:
-        if extent == 1:
-            continue
-        if found and found[-1][1] == stride * extent:
-            extent = found.pop()[0] * extent
-        found.append((extent, stride))
-    return found
 
 
 class Rows:

@@ -27,7 +27,7 @@ from dsc.ir.dims import Dim
 from dsc.ir.graph import Graph, Node
 from dsc.ir.region_columns import Columns
 from dsc.ir.region_columns import Family as Found
-from dsc.ir.region_steps import Lines, NoKernel, Read, Rows
+from dsc.ir.region_steps import Lines, Literal, NoKernel, Read, Rows
 from dsc.ir.region_steps import RowStep as Step
 from dsc.ir.regions import Kind, anchor_of, classify
 from dsc.ir.traits import Role
@@ -117,6 +117,8 @@ def _operand(read: Read, table: SizeTable) -> Operand:
     source = read.source
     if isinstance(source, Lines):
         return Operand(access(source, table), read.dtype)
+    if isinstance(source, Literal):
+        return Operand(float(source.value), read.dtype)
     return Operand(source, read.dtype, read.shift)
 
 

@@ -1,0 +1,378 @@
+"""The generator for row-wise regions: norms, softmax, reductions, rope, cache writes, pointwise.
+
+A program takes BLOCK_ROWS rows. What operators of a row tell each other stays in registers, on
+blocks [BLOCK_ROWS, BLOCK] padded to powers of two; floats of 16 bits are widened, and rounded after
+each operator as memory would round them. Angles of rope are computed once for all that it turns,
+and the halves of a rotated row go straight to where they are wanted, the cache's rows among it.
+
+Columns that are the same for all operators are shared out among programs, unless one reduces them:
+then a row is held whole, or, by a reduction alone, walked along block by block.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from dsc.backends.triton.blocks import RowTile, next_power
+from dsc.backends.triton.context import Context, Given, ceil_div
+from dsc.backends.triton.pointwise import formula, literal, rounded, wide_type, widen
+from dsc.ir.dims import Dim, product
+from dsc.ir.region_steps import Lines, Literal, NoKernel, Read, Rows, RowStep
+from dsc.ir.traits import Role
+from dsc.ir.views import View, joined
+
+HELD = 1 << 13
+"""Elements of a row that a reduction alone holds; it walks along longer ones."""
+MOST = 1 << 15
+"""Elements of a row's results, padded, that a program may hold."""
+_BELOW = {"amax": 'float("-inf")', "amin": 'float("inf")'}
+_EXTREME = {"amax": -(1 << 63), "amin": (1 << 63) - 1}
+
+
+@dataclass(frozen=True)
+class _Columns:
+    """Columns of one number: their index is [1, BLOCK], their mask [BLOCK_ROWS, BLOCK]."""
+
+    count: Dim
+    index: str
+    mask: str
+    block: str
+
+
+@dataclass(frozen=True)
+class _Value:
+    """A result in registers: a block, or of rope two, with the elements of a row that they are."""
+
+    parts: tuple[str, ...]
+    columns: _Columns
+    places: tuple[tuple[str, ...], ...] = ()
+    """Of each half the indices of its elements in a row, as expressions: (head and) element."""
+
+
+class RowKernel:
+    """The text of a region's kernel, and what a launch of it is told. Raises `NoKernel`."""
+
+    def __init__(self, found: Rows) -> None:
+        self.found = found
+        self.lines: list[str] = []
+        self.indent = 1
+        self.pointers: dict[View, str] = {}
+        self.numbers: dict[Dim, str] = {}
+        self.values: dict[int, _Value] = {}
+        self.known: dict[str, str] = {}
+        """Names of what was computed before, by expression."""
+        pairs = {s.number: _pairs(s) for s in found.steps if s.role is Role.ROTATION}
+        counts = {s.number: _count(s, pairs) for s in found.steps}
+        self.columns = {
+            count: _Columns(count, f"d{i}", f"k{i}", f"BLOCK_{i}")
+            for i, count in enumerate(dict.fromkeys(counts.values()))
+        }
+        self.counts = counts
+        reduces = any(s.role is Role.REDUCTION for s in found.steps)
+        self.tiled = not reduces and len(self.columns) == 1
+        first = counts[found.steps[0].number]
+        long = not isinstance(first, int) or first > HELD
+        self.walks = reduces and len(found.steps) == 1 and long
+        if not self.tiled and not self.walks:
+            _check_held(found.steps, counts)
+        self._write_text()
+
+    def _write_text(self) -> None:
+        self._say("row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS")
+        self._say("row += tl.arange(0, BLOCK_ROWS)[:, None]")
+        self._say("live = row < rows")
+        for columns in self.columns.values():
+            if not self.walks:
+                self._index(columns, f"tl.program_id(1) * {columns.block} + " if self.tiled else "")
+        emit = {
+            Role.POINTWISE: self._pointwise,
+            Role.REDUCTION: self._reduction,
+            Role.ROTATION: self._rotation,
+            Role.WRITE: self._write,
+        }
+        for step in self.found.steps:
+            emit[step.role](step, self.columns[self.counts[step.number]])
+
+    # --- names ------------------------------------------------------------------------------------
+
+    def _say(self, *lines: str) -> None:
+        self.lines += ["    " * self.indent + line for line in lines]
+
+    def _named(self, expression: str) -> str:
+        """The name of a value that is computed where it is first asked for."""
+        if expression not in self.known:
+            self.known[expression] = f"t{len(self.known)}"
+            self._say(f"{self.known[expression]} = {expression}")
+        return self.known[expression]
+
+    def _number(self, dim: Dim) -> str:
+        return self.numbers.setdefault(dim, f"n{len(self.numbers)}")
+
+    def _index(self, columns: _Columns, start: str) -> None:
+        index = columns.index
+        self._say(f"{index} = {start}tl.arange(0, {columns.block})[None, :]")
+        self._say(f"{columns.mask} = live & ({index} < {self._number(columns.count)})")
+
+    @contextmanager
+    def _along(self, columns: _Columns) -> Iterator[None]:
+        """What is said of all columns: of one block, or of each in turn."""
+        if not self.walks:
+            yield
+            return
+        self._say(f"for start in range(0, {self._number(columns.count)}, {columns.block}):")
+        before = dict(self.known)
+        self.indent += 1
+        self._index(columns, "start + ")
+        yield
+        self.indent -= 1
+        self.known = before
+
+    # --- memory -----------------------------------------------------------------------------------
+
+    def _terms(self, index: str, axes: Sequence[tuple[Dim, Dim]]) -> list[str]:
+        """The parts of a position that an index over axes, each (extent, stride), stands for."""
+        terms = []
+        merged = joined(axes)
+        for k in reversed(range(len(merged))):
+            extent, stride = merged[k]
+            own = index
+            if k > 0:
+                own, index = (
+                    f"{index} % {self._number(extent)}",
+                    f"({index} // {self._number(extent)})",
+                )
+            if stride == 1:
+                terms.append(own)
+            elif stride != 0:
+                terms.append(f"({own}).to(tl.int64) * {self._number(stride)}")
+        return terms
+
+    def _place(
+        self, lines: Lines, columns: _Columns, inner: Sequence[tuple[str, int]] = ()
+    ) -> tuple[str, str]:
+        """Where elements lie, and the argument that says which there are.
+
+        `inner` are indices of the axes of a row with their positions, else the columns unravel.
+        """
+        view, lead = lines.view, lines.lead
+        axes = list(zip(view.shape, view.strides, strict=True))
+        outer = self._terms("row", axes[:lead])
+        if inner:
+            within = [t for index, k in inner for t in self._terms(index, [axes[lead + k]])]
+        else:
+            within = self._terms(columns.index, axes[lead:])
+        pointer = self.pointers.setdefault(view, f"p{len(self.pointers)}")
+        mask = ""
+        if outer:
+            mask = f", mask={columns.mask if within else 'live'}"
+        elif within:
+            mask = f", mask={columns.index} < {self._number(columns.count)}"
+        return " + ".join([pointer, *outer, *within]), mask
+
+    def _load(self, lines: Lines, columns: _Columns, inner: Sequence[tuple[str, int]] = ()) -> str:
+        place, mask = self._place(lines, columns, inner)
+        return self._named(
+            f"tl.load({place}{mask and mask + ', other=0'}){widen(lines.view.dtype)}"
+        )
+
+    def _read(self, read: Read, columns: _Columns) -> str:
+        """The name of an operand's block; it broadcasts to that of the columns."""
+        if isinstance(read.source, Lines):
+            return self._load(read.source, columns)
+        if isinstance(read.source, Literal):
+            value = literal(read.source.value, read.dtype)
+            return self._named(f"tl.full((1, 1), {value}, {wide_type(read.dtype)})")
+        (*more, part) = self.values[read.source].parts
+        if more:
+            raise NoKernel("an operator on what rope computes")
+        return part
+
+    def _keep(self, step: RowStep, value: _Value) -> None:
+        """Hold a step's result, and store it where it leaves the region."""
+        self.values[step.number] = value
+        for lines in step.writes:
+            for part, inner in zip(value.parts, value.places or ((),), strict=True):
+                place, mask = self._place(lines, value.columns, _indices(inner))
+                self._say(f"tl.store({place}, {part}{mask})")
+
+    # --- operators --------------------------------------------------------------------------------
+
+    def _pointwise(self, step: RowStep, columns: _Columns) -> None:
+        dtype, of = step.node.output.type.dtype, step.reads[0].dtype
+        made = formula(step.node.op, dtype, [self._read(r, columns) for r in step.reads], of)
+        self._say(f"v{step.number} = {rounded(made, dtype)}")
+        self._keep(step, _Value((f"v{step.number}",), columns))
+
+    def _reduction(self, step: RowStep, columns: _Columns) -> None:
+        """Statistics of a row; then each of its elements by them, or they are all there is."""
+        op, dtype, name = step.node.op, step.node.output.type.dtype, f"s{step.number}"
+        count, mask = self._number(columns.count), columns.mask
+        wide = "tl.float32" if dtype.is_float else "tl.int64"
+        start, neutral = "0", "0"
+        if op in _EXTREME:
+            start = neutral = _BELOW[op] if dtype.is_float else str(_EXTREME[op])
+        elif op == "softmax":
+            start = neutral = _BELOW["amax"]
+            self._say(f"{name}_sum = tl.zeros((BLOCK_ROWS, 1), tl.float32)")
+        self._say(f"{name} = tl.full((BLOCK_ROWS, 1), {start}, {wide})")
+        with self._along(columns):
+            x = self._read(step.reads[0], columns)
+            x = f"{x} * {x}" if op == "rms_norm" else f"{x}.to({wide})"
+            self._say(*_adding(op, name, f"tl.where({mask}, {x}, {neutral})"))
+        if op == "mean":
+            self._say(f"{name} = {name} / {count}")
+        elif op == "rms_norm":
+            self._say(f"{name} = tl.rsqrt({name} / {count} + {float(step.node.attrs['eps'])!r})")
+        if op not in ("rms_norm", "softmax"):
+            self._say(f"{name} = {rounded(name, dtype)}")
+            self._keep(step, _Value((name,), columns))
+            return
+        with self._along(columns):
+            x = self._read(step.reads[0], columns)
+            if op == "softmax":
+                made = f"tl.exp({x} - {name}) / {name}_sum"
+            else:
+                made = f"{rounded(f'{x} * {name}', dtype)} * {self._read(step.reads[1], columns)}"
+            self._say(f"v{step.number} = {rounded(made, dtype)}")
+            self._keep(step, _Value((f"v{step.number}",), columns))
+
+    def _rotation(self, step: RowStep, columns: _Columns) -> None:
+        """Pairs (i, i + half) or (2i, 2i + 1), turned by the row's position times a frequency."""
+        x, *given = [r.source for r in step.reads if isinstance(r.source, Lines)]
+        if len(given) < 2:
+            raise NoKernel("rope of what the region computes")
+        positions, frequencies = given
+        half = self._number(step.extents[-1] // 2)
+        i, heads = columns.index, tuple[str, ...]()
+        if len(step.extents) > 1:
+            i, heads = self._named(f"{i} % {half}"), (self._named(f"{i} // {half}"),)
+        position = self._named(f"{self._load(positions, columns)}.to(tl.float32)")
+        angle = self._named(f"{position} * {self._load(frequencies, columns, ((i, 0),))}")
+        scale = float(step.node.attrs["scale"])
+        cos, sin = (self._named(f"tl.{f}({angle}) * {scale!r}") for f in ("cos", "sin"))
+        halves = ((*heads, i), (*heads, f"{i} + {half}"))
+        pairs = ((*heads, f"2 * {i}"), (*heads, f"2 * {i} + 1"))
+        layout, dtype = step.node.attrs["layout"], step.node.output.type.dtype
+        a, b = (
+            self._load(x, columns, _indices(own)) for own in (halves if layout == "half" else pairs)
+        )
+        parts = f"v{step.number}a", f"v{step.number}b"
+        self._say(f"{parts[0]} = {rounded(f'{a} * {cos} - {b} * {sin}', dtype)}")
+        self._say(f"{parts[1]} = {rounded(f'{b} * {cos} + {a} * {sin}', dtype)}")
+        places = pairs if layout == "interleaved" else halves
+        self._keep(step, _Value(parts, columns, places))
+
+    def _write(self, step: RowStep, columns: _Columns) -> None:
+        """A new row behind those that its sequence has; none passes the capacity."""
+        new, lengths, cache = step.reads
+        assert isinstance(lengths.source, Lines)
+        assert isinstance(cache.source, Lines)
+        new_rows, capacity = map(self._number, step.over)
+        sequence = self._named(f"row // {new_rows}")
+        used = lengths.source.view
+        pointer = self.pointers.setdefault(used, f"p{len(self.pointers)}")
+        length = " + ".join([pointer, *self._terms(sequence, [(used.shape[0], used.strides[0])])])
+        slot = self._named(f"tl.load({length}, mask=live, other=0) + row % {new_rows}")
+        start = self._named(f"({sequence} * {capacity} + {slot}) * {self._number(step.extents[0])}")
+        inside = self._named(f"live & ({slot} < {capacity})")
+        value = self.values.get(new.source) if isinstance(new.source, int) else None
+        if value is None or not value.places:
+            value = _Value((self._read(new, columns),), columns, ((columns.index,),))
+        target = self.pointers.setdefault(cache.source.view, f"p{len(self.pointers)}")
+        for part, (element,) in zip(value.parts, value.places, strict=True):
+            at = f"{target} + {start} + {element}"
+            self._say(f"tl.store({at}, {part}, mask={inside} & {columns.mask})")
+
+    # --- the launch -------------------------------------------------------------------------------
+
+    def text(self) -> tuple[str, str]:
+        """The kernel's name and source."""
+        blocks = ["BLOCK_ROWS", *(c.block for c in self.columns.values())]
+        names = [*self.pointers.values(), "rows", *self.numbers.values()]
+        parameters = [*names, *(f"{b}: tl.constexpr" for b in blocks)]
+        ops = [s.node.op for s in self.found.steps]
+        digest = hashlib.sha256("\n".join([*parameters, *self.lines]).encode()).hexdigest()[:8]
+        name = f"{'_'.join(dict.fromkeys(ops))[:48].rstrip('_')}_{digest}"
+        arguments = "".join(f"    {p},\n" for p in parameters)
+        doc = f'    """{" ".join(ops)}; rows in registers, operands by strides."""\n'
+        body = "".join(f"{line}\n" for line in self.lines)
+        return name, (
+            '"""Generated: a kernel over rows."""\n\n'
+            "import triton\nimport triton.language as tl\n\n\n"
+            f"@triton.jit\ndef {name}(\n{arguments}):\n{doc}{body}"
+        )
+
+    def launch(self, ctx: Context) -> None:
+        """Append the launch."""
+        name, text = self.text()
+        ctx.sources.setdefault(name, text)
+        rows = self.found.rows
+        widths = [next_power(ctx.limit(count)) for count in self.columns]
+        if self.tiled:
+            tile = ctx.blocks.copy(ctx.limit(rows), widths[0])
+        elif self.walks:
+            tile = ctx.blocks.loop(ctx.limit(rows), widths[0])
+        else:
+            whole = ctx.blocks.rows(ctx.limit(rows), sum(widths))
+            tile = RowTile(whole.rows, 0, whole.warps)
+        grid: tuple[Dim, ...] = (ceil_div(rows, tile.rows),)
+        if self.tiled:
+            grid = (*grid, ceil_div(next(iter(self.columns)), tile.columns))
+        given: dict[str, Given] = {name: view for view, name in self.pointers.items()}
+        given |= {name: dim for dim, name in self.numbers.items()}
+        given |= {"rows": rows, "BLOCK_ROWS": tile.rows}
+        for columns, width in zip(self.columns.values(), widths, strict=True):
+            given[columns.block] = tile.columns or width
+        ctx.launch(f"{name}:{name}", grid, given, tile.warps)
+
+
+def _pairs(step: RowStep) -> int:
+    """How many pairs of elements of a row rope turns."""
+    if not all(isinstance(d, int) for d in step.extents):
+        raise NoKernel("rope of rows of symbolic width")
+    return int(product(step.extents)) // 2  # type: ignore[arg-type]
+
+
+def _count(step: RowStep, pairs: Mapping[int, int]) -> Dim:
+    """How many columns a step goes over; rope, and what writes its result, over its pairs."""
+    if step.role is Role.REDUCTION:
+        return product(step.over)
+    source = step.reads[0].source
+    number = source if step.role is Role.WRITE and isinstance(source, int) else step.number
+    return pairs.get(number, product(step.extents))
+
+
+def _check_held(steps: Sequence[RowStep], counts: Mapping[int, Dim]) -> None:
+    """Raise `NoKernel` where a program cannot hold the results of a row."""
+    held = 0
+    for step in steps:
+        count = counts[step.number]
+        if not isinstance(count, int):
+            raise NoKernel("a row of symbolic width between two operators")
+        held += next_power(count) * (2 if step.role is Role.ROTATION else 1)
+    if held > MOST:
+        raise NoKernel(f"{held} elements of a row are too many to hold")
+
+
+def _indices(inner: Sequence[str]) -> list[tuple[str, int]]:
+    return [(index, k) for k, index in enumerate(inner)]
+
+
+def _adding(op: str, name: str, block: str) -> list[str]:
+    """How a reduction takes in a block in which what is no element is neutral."""
+    if op == "softmax":
+        return [
+            f"x = {block}",
+            f"peak = tl.maximum({name}, tl.max(x, axis=1)[:, None])",
+            'safe = tl.where(peak == float("-inf"), 0.0, peak)',
+            f"{name}_sum = {name}_sum * tl.exp({name} - safe)",
+            f"{name}_sum += tl.sum(tl.exp(x - safe), axis=1)[:, None]",
+            f"{name} = peak",
+        ]
+    if op in _EXTREME:
+        largest = op.removeprefix("a")
+        return [f"{name} = tl.{largest}imum({name}, tl.{largest}({block}, axis=1)[:, None])"]
+    return [f"{name} += tl.sum({block}, axis=1)[:, None]"]
