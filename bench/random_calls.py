@@ -212,7 +212,7 @@ def _right(program: Program, rng: random.Random) -> Call:
         assert rows is not None
         sizes["M"] = rng.randint(1, ranges["M"].hi)
         sizes["N"] = max(ranges["N"].lo, min(ranges["N"].hi, sizes["B"] * sizes["M"]))
-        most = sizes["M"] * rows
+        most = sizes["M"] * rows - room
     arrays: dict[str, Array] = {}
     for value in graph.inputs:
         shape = tuple(evaluate(d, sizes) for d in value.type.shape)
@@ -268,7 +268,7 @@ def _most_tokens(program: Program, call: Call) -> int:
         return sizes["C"] - sizes["S"]
     if "P" in sizes:
         return sizes["P"]
-    return sizes["M"] * (page_rows(program.entries[call.entry]) or 1)
+    return sizes["M"] * (page_rows(program.entries[call.entry]) or 1) - sizes["S"]
 
 
 def _hole(program: Program, call: Call, rng: random.Random) -> bool:

@@ -124,7 +124,11 @@ SLOTS = (
         lambda s: s.can.in_place_cache and s.asked.cache != PAGED,
         lambda s: {"slack": s.asked.prefill_chunk},
     ),
-    Slot(Part.OPTIMISE, "page_cache", "PageCache", lambda s: s.asked.cache == PAGED),
+    Slot(
+        Part.OPTIMISE, "page_cache", "PageCache",
+        lambda s: s.asked.cache == PAGED,
+        lambda s: {"slack": s.asked.prefill_chunk},
+    ),
     Slot(
         Part.OPTIMISE, "shard", "Shard",
         lambda s: s.asked.ranks != 1,

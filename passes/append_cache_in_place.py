@@ -49,7 +49,7 @@ class AppendCacheInPlace(Pass):
     def run(self, program: Program, report: PassReport) -> Program:
         """Rewrite the entries that have caches: all, or none."""
         graphs = program.entries.values()
-        if not any(_appends(g) for g in graphs):
+        if not any(appends_of(g) for g in graphs):
             return program.at(Stage.OPTIMIZED)
         for graph in graphs:
             for node, why in _obstacles(graph):
@@ -61,7 +61,7 @@ class AppendCacheInPlace(Pass):
         return replace(program, entries=entries, symbols=symbols, stage=Stage.OPTIMIZED)
 
     def _in_place(self, graph: Graph, report: PassReport) -> Graph:
-        found = _appends(graph)
+        found = appends_of(graph)
         if not found:
             return graph
         capacity: Dim = symbol(CAPACITY)
@@ -85,7 +85,7 @@ class AppendCacheInPlace(Pass):
         return rebuild(moved, write, inputs)
 
 
-def _appends(graph: Graph) -> list[Node]:
+def appends_of(graph: Graph) -> list[Node]:
     """The nodes that grow a declared cache."""
     caches = {graph.inputs[i].name for _, i in graph.aliases}
     return [n for n in graph.nodes if n.op == "append" and _cache(n) in caches]
@@ -97,7 +97,7 @@ def _cache(node: Node) -> str:
 
 def _obstacles(graph: Graph) -> Iterator[tuple[Node, str]]:
     """Nodes that would compute something else over C rows than over P + S, and why."""
-    grown = {n.output.name: n for n in _appends(graph)}
+    grown = {n.output.name: n for n in appends_of(graph)}
     caches = Counter(map(_cache, grown.values()))
     extents = {n.operands[1].type.shape[1] for n in grown.values()}
     readers = Counter(x.name for n in graph.nodes for x in n.operands)

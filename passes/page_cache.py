@@ -1,57 +1,61 @@
-"""Keep latent caches in pages that sequences take as they grow, in the place of growing copies.
+"""Keep caches in pages that sequences take as they grow, in the place of growing copies.
 
-What           the two caches of a layer, [B,P,c] and [B,P,r], become pages [N,page,c+r] of whole
-               rows; appends become one page_write through a block table [B,M], and attention reads
-               the pages that the table names. Row t of sequence b is in page block_table[b,t/page].
+What           a cache [B,P,w] becomes pages [N,page,w], append becomes a cache_write through a
+               block table [B,M], one for all caches, and attention reads the pages that the table
+               names. Row t of sequence b is in page block_table[b,t/page].
 Why it pays    memory goes to tokens that are there, not to max_context rows a sequence; sequences
                may come, go and share pages; nothing is copied as they grow.
 Preconditions  stage CANONICAL or OPTIMIZED; caches that are declared updates, written by append and
-               read by mla_attention or latent_attention alone, in every entry; nothing else of
+               read only by attention that takes a block table, in every entry; nothing else of
                extent P. Otherwise the program stays as it is.
 Before         graph main(%q: f32[B,S,2,4], %qr: f32[B,S,2,2], %c: f32[B,S,4], %r: f32[B,S,2],
-                 %lengths: i64[B], %past.latent: f32[B,P,4], %past.rope: f32[B,P,2]) {
-                 %latent = append %past.latent, %c, %lengths : f32[B,P+S,4]
-                 %rope = append %past.rope, %r, %lengths : f32[B,P+S,2]
-                 %o = latent_attention %q, %qr, %latent, %rope, %lengths {scale=0.5} : f32[B,S,2,4]
+                 %n: i64[B], %past.latent: f32[B,P,4], %past.rope: f32[B,P,2]) {
+                 %latent = append %past.latent, %c, %n : f32[B,P+S,4]
+                 %rope = append %past.rope, %r, %n : f32[B,P+S,2]
+                 %o = latent_attention %q, %qr, %latent, %rope, %n {scale=0.5} : f32[B,S,2,4]
                  return %o, %latent as "present.latent" updates %past.latent,
                    %rope as "present.rope" updates %past.rope
                }
 After          graph main(%q: f32[B,S,2,4], %qr: f32[B,S,2,2], %c: f32[B,S,4], %r: f32[B,S,2],
-                 %lengths: i64[B], %block_table: i64[B,M], %past.pages: f32[N,64,6]) {
-                 %present.pages = page_write %past.pages, %c, %r, %block_table, %lengths
-                   : f32[N,64,6]
-                 %o = paged_latent_attention %q, %qr, %present.pages, %block_table, %lengths
-                   {scale=0.5} : f32[B,S,2,4]
-                 return %o, %present.pages as "present.pages" updates %past.pages
+                 %n: i64[B], %block_table: i64[B,M], %past.latent: f32[N,64,4],
+                 %past.rope: f32[N,64,2]) {
+                 %latent = cache_write %past.latent, %c, %n, %block_table : f32[N,64,4]
+                 %rope = cache_write %past.rope, %r, %n, %block_table : f32[N,64,2]
+                 %o = latent_attention %q, %qr, %latent, %rope, %n, %block_table {scale=0.5}
+                   : f32[B,S,2,4]
+                 return %o, %latent as "present.latent" updates %past.latent,
+                   %rope as "present.rope" updates %past.rope
                }
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from dsc.ir.analyses import uses
 from dsc.ir.dims import Range, symbol
 from dsc.ir.graph import Graph, GraphBuilder, Node, Operand, Value
-from dsc.ir.paging import BLOCK_TABLE, PAGE
+from dsc.ir.op import traits_of
+from dsc.ir.paging import BLOCK_TABLE, PAGE, takes_pages
 from dsc.ir.program import Program
 from dsc.ir.stages import Stage
 from dsc.ir.types import DType, TensorType
+from dsc.passes.append_cache_in_place import PAST, appends_of
 from dsc.rewrite.base import Pass, PassReport
 from dsc.rewrite.options import option
 from dsc.rewrite.rebuild import Operands, rebuild
 
-PAST, PAGES, BLOCKS = "P", "N", "M"
+PAGES, BLOCKS = "N", "M"
 RULE = "page"
-PAGED = {"latent_attention": "paged_latent_attention", "mla_attention": "paged_mla_attention"}
 
 
 @dataclass(frozen=True)
 class PageCache(Pass):
-    """Put every latent cache into pages of `page` rows."""
+    """Put every cache into pages of `page` rows; a table has room for `slack` rows of padding."""
 
     page: int = option(PAGE, least=1)
+    slack: int = option(512, least=0)
 
     needs = frozenset({Stage.CANONICAL, Stage.OPTIMIZED})
     ensures = Stage.OPTIMIZED
@@ -59,12 +63,9 @@ class PageCache(Pass):
 
     def run(self, program: Program, report: PassReport) -> Program:
         """Rewrite all entries, or none: they share their caches."""
-        caches: dict[str, list[_Cache]] = {}
-        misses: list[Miss] = []
-        for name, graph in program.entries.items():
-            caches[name], found = _caches(graph)
-            misses += found
-        if not any(caches.values()) and not misses:
+        graphs = program.entries.values()
+        misses = [miss for graph in graphs for miss in _obstacles(graph)]
+        if not misses and not any(map(appends_of, graphs)):
             return program.at(Stage.OPTIMIZED)
         taken = [s for s in (PAGES, BLOCKS) if s in program.symbols]
         misses += [Miss("", f"the symbol {s} has another meaning here") for s in taken]
@@ -72,69 +73,43 @@ class PageCache(Pass):
             report.miss(RULE, miss.where, miss.reason, miss.culprits)
         if misses:
             return program.at(Stage.OPTIMIZED)
-        entries = {n: self._paged(g, caches[n], report) for n, g in program.entries.items()}
-        blocks = -(-max(1, program.symbols[PAST].hi) // self.page)
+        past = max(1, program.symbols[PAST].hi)
         sequences = program.symbols["B"].hi if "B" in program.symbols else 1
         symbols = {k: r for k, r in program.symbols.items() if k != PAST}
-        symbols |= {PAGES: Range(1, sequences * blocks), BLOCKS: Range(1, blocks)}
-        paged = {c.pages: [v.name for v in c.inputs] for found in caches.values() for c in found}
-        meta = {**program.meta, "paged": paged}
-        return replace(program, entries=entries, symbols=symbols, meta=meta, stage=Stage.OPTIMIZED)
+        symbols[PAGES] = Range(1, sequences * -(-past // self.page))
+        symbols[BLOCKS] = Range(1, -(-(past + self.slack) // self.page))
+        entries = {n: self._paged(g, report) for n, g in program.entries.items()}
+        return replace(program, entries=entries, symbols=symbols, stage=Stage.OPTIMIZED)
 
-    def _paged(self, graph: Graph, caches: Sequence[_Cache], report: PassReport) -> Graph:
-        """The graph over pages; `caches` are all that it has."""
-        if not caches:
+    def _paged(self, graph: Graph, report: PassReport) -> Graph:
+        writes = {node.output.name: node for node in appends_of(graph)}
+        if not writes:
             return graph
-        batch = caches[0].appends[0].operands[2].type.shape[0]
+        batch = next(iter(writes.values()))["lengths"].type.shape[0]
         table = Value(BLOCK_TABLE, TensorType(DType.i64, (batch, symbol(BLOCKS))))
-        pages = {c.pages: Value(c.pages, self._pages_type(c)) for c in caches}
-        by_append = {a.output.name: c for c in caches for a in c.appends}
-        pending: dict[str, Operand | None] = {}
-        written: dict[str, Operand] = {}
+        caches = {node["past"].name for node in writes.values()}
+
+        def pages(x: Value) -> Value:
+            shape = (symbol(PAGES), self.page, *x.type.shape[2:])
+            return Value(x.name, x.type.with_shape(shape))
+
+        inputs = [pages(v) if v.name in caches else v for v in graph.inputs]
+        inputs.insert(next(i for i, v in enumerate(inputs) if v.name in caches), table)
 
         def rewrite(b: GraphBuilder, node: Node, operands: Operands) -> Sequence[Operand] | None:
-            cache = by_append.get(node.output.name) if node.op == "append" else None
-            if cache is not None:
-                pending[node.output.name] = operands[1]
-                latent, rope = (pending.get(a.output.name) for a in cache.appends)
-                if latent is None or rope is None:
-                    return [pages[cache.pages]]
-                (written[cache.pages],) = b.call(
-                    "page_write", pages[cache.pages], latent, rope, table, operands[2],
-                    hint=cache.present,
-                )  # fmt: skip
-                report.fire(RULE, places=[node.loc])
-                return [written[cache.pages]]
-            if node.op not in PAGED:
+            written = node.outputs[0].name in writes
+            if not written and not any(x.name in writes for x in node.operands):
                 return None
-            rows = written[by_append[node.operands[2].name].pages]
             b.taken.discard(node.output.name)
-            return b.call(
-                PAGED[node.op], *operands[:2], rows, table, *operands[4:],
-                scale=node.attrs["scale"], hint=node.output.name,
-            )  # fmt: skip
+            if written:
+                report.fire(RULE, places=[node.loc])
+            op = "cache_write" if written else node.op
+            return b.call(op, *operands, table, hint=node.output.name, **node.attrs)
 
-        old = {v.name for c in caches for v in c.inputs}
-        made = rebuild(graph, rewrite, [*graph.inputs, table, *pages.values()])
-        return _with_pages(made, caches, written, old, [table, *pages.values()])
-
-    def _pages_type(self, cache: _Cache) -> TensorType:
-        latent, rope = (v.type for v in cache.inputs)
-        return latent.with_shape((symbol(PAGES), self.page, latent.shape[2] + rope.shape[2]))
-
-
-@dataclass(frozen=True)
-class _Cache:
-    """One layer's cache: the appends to its latent and rope part, their inputs and outputs.
-
-    `pages` and `present` name the input and the output that take their place.
-    """
-
-    appends: tuple[Node, Node]
-    inputs: tuple[Value, Value]
-    outputs: tuple[int, int]
-    pages: str
-    present: str
+        made = rebuild(graph, rewrite, inputs)
+        places = {v.name: i for i, v in enumerate(inputs)}
+        aliases = tuple((o, places[graph.inputs[i].name]) for o, i in graph.aliases)
+        return replace(made, aliases=aliases)
 
 
 @dataclass(frozen=True)
@@ -146,109 +121,45 @@ class Miss:
     culprits: tuple[str, ...] = ()
 
 
-def _caches(graph: Graph) -> tuple[list[_Cache], list[Miss]]:
-    """The caches of a graph by layer, and what stands in the way of paging them."""
+def _obstacles(graph: Graph) -> Iterator[Miss]:
+    """What stands in the way of pages in a graph."""
     declared = {graph.inputs[i].name: o for o, i in graph.aliases}
-    appends = {
-        n.output.name: n for n in graph.nodes if n.op == "append" and n.operands[0].name in declared
-    }
-    found: dict[str, _Cache] = {}
-    misses: list[Miss] = []
+    writes = {node.output.name: node for node in appends_of(graph)}
     for node in graph.nodes:
-        if node.op not in PAGED:
-            continue
-        latent, rope = (appends.get(x.name) for x in node.operands[2:4])
-        if latent is None or rope is None:
-            culprits = tuple(x.name for x in node.operands[2:4])
-            misses.append(Miss(node.loc, "its cache is no declared update", culprits))
-            continue
-        if len({x.operands[-1].name for x in (latent, rope, node)}) > 1:
-            reason = "rows are written and read at different lengths"
-            misses.append(Miss(node.loc, reason, (node.output.name,)))
-            continue
-        found[latent.output.name] = _cache(graph, (latent, rope), declared)
-    paired = {a.output.name for c in found.values() for a in c.appends}
-    misses += _other_uses(graph, appends, paired, declared)
-    if appends:
-        misses += _of_past_extent(graph, declared, appends)
-        if any(v.name == BLOCK_TABLE for v in graph.values()):
-            misses.append(Miss("", f"there is a {BLOCK_TABLE} already", (BLOCK_TABLE,)))
-    return list(found.values()), misses
-
-
-def _cache(graph: Graph, appends: tuple[Node, Node], declared: dict[str, int]) -> _Cache:
-    latent, rope = (graph.input(a.operands[0].name) for a in appends)
-    outputs = declared[latent.name], declared[rope.name]
-    names = [graph.output_names[o] for o in outputs]
-    present = _joined(*names)
-    return _Cache(appends, (latent, rope), outputs, _joined(latent.name, rope.name), present)
-
-
-def _joined(latent: str, rope: str) -> str:
-    """One name for two parts: `past.0.latent` and `past.0.rope` are `past.0.pages`."""
-    stem = latent.rpartition(".")[0]
-    return f"{stem or latent}.pages" if stem == rope.rpartition(".")[0] else f"{latent}.pages"
-
-
-def _other_uses(
-    graph: Graph, appends: dict[str, Node], paired: set[str], declared: dict[str, int]
-) -> Iterator[Miss]:
-    """Caches that something else reads than attention over a latent, or that are paired twice."""
-    found = uses(graph)
-    for name, append in appends.items():
-        past = append.operands[0].name
-        readers = [(n, i) for n, i in found[name] if n is not None]
-        strange = [n for n, i in readers if n.op not in PAGED or i not in (2, 3)]
-        outputs = [i for n, i in found[name] if n is None]
-        if strange:
-            reason = f"{strange[0].op} reads the cache {past}; only latent caches have pages"
-            yield Miss(strange[0].loc, reason, (name,))
-        elif name not in paired and not readers:
-            yield Miss(append.loc, f"nothing reads the cache {past}", (name,))
-        elif outputs != [declared[past]] or len(found[past]) > 1:
-            yield Miss(append.loc, f"the cache {past} is used besides", (past,))
-        elif len({n.operands[5 - i].name for n, i in readers}) > 1:
-            yield Miss(append.loc, f"the cache {past} has several counterparts", (name,))
-
-
-def _of_past_extent(
-    graph: Graph, declared: dict[str, int], appends: dict[str, Node]
-) -> Iterator[Miss]:
-    """Values other than caches that have an axis of P rows: pages have none."""
+        if takes_pages(node.op) and traits_of(node.op).masked:
+            yield from _unwritten(node, writes)
+    for name, write in writes.items():
+        yield from _other_uses(graph, name, write, declared[write["past"].name])
+    if not writes:
+        return
+    if any(v.name == BLOCK_TABLE for v in graph.values()):
+        yield Miss("", f"there is a {BLOCK_TABLE} already", (BLOCK_TABLE,))
     for value in graph.values():
-        if PAST in value.type.symbols and value.name not in declared | appends:
+        if PAST in value.type.symbols and value.name not in declared | writes:
             yield Miss("", f"%{value.name} has the extent {PAST}", (value.name,))
             return
 
 
-def _with_pages(
-    graph: Graph,
-    caches: Sequence[_Cache],
-    written: dict[str, Operand],
-    old: set[str],
-    added: Sequence[Value],
-) -> Graph:
-    """The rebuilt graph with its new inputs where the old caches were, and its new outputs."""
-    kept = [v for v in graph.inputs if v.name not in old | {v.name for v in added}]
-    first = min(i for i, v in enumerate(graph.inputs) if v.name in old)
-    inputs = [*kept[:first], *added, *kept[first:]]
-    place = {v.name: i for i, v in enumerate(inputs)}
-    at_latent = {c.outputs[0]: c for c in caches}
-    at_rope = {c.outputs[1] for c in caches}
-    carried = dict(graph.aliases)
-    outputs: list[Operand] = []
-    names: list[str] = []
-    aliases: list[tuple[int, int]] = []
-    for index, (operand, name) in enumerate(zip(graph.outputs, graph.output_names, strict=True)):
-        cache = at_latent.get(index)
-        if index in at_rope:
+def _unwritten(node: Node, writes: Mapping[str, Node]) -> Iterator[Miss]:
+    """Rows that attention reads and no append writes, or one at other lengths."""
+    read = [node[name].name for name in traits_of(node.op).masked]
+    if not set(read) <= writes.keys():
+        yield Miss(node.loc, "its cache is no declared update", tuple(read))
+    elif {writes[name]["lengths"] for name in read} != {node["lengths"]}:
+        reason = "rows are written and read at different lengths"
+        yield Miss(node.loc, reason, (node.output.name,))
+
+
+def _other_uses(graph: Graph, name: str, write: Node, output: int) -> Iterator[Miss]:
+    """Why a cache is no attention's alone."""
+    past = write["past"].name
+    readers = uses(graph)
+    for node, place in readers[name]:
+        masked = () if node is None else [node.get(x) for x in traits_of(node.op).masked]
+        if node is None and place == output:
             continue
-        if cache is not None:
-            aliases.append((len(outputs), place[cache.pages]))
-        elif index in carried:
-            aliases.append((len(outputs), place[graph.inputs[carried[index]].name]))
-        outputs.append(operand if cache is None else written[cache.pages])
-        names.append(name if cache is None else cache.present)
-    return Graph(
-        graph.name, tuple(inputs), graph.nodes, tuple(outputs), tuple(names), tuple(aliases)
-    )
+        if node is None or readers[past] != [(write, 0)]:
+            yield Miss(write.loc, f"the cache {past} is used besides", (past,))
+        elif not takes_pages(node.op) or node.inputs[place] not in masked:
+            reason = f"{node.op} reads the cache {past}; attention over a latent takes pages"
+            yield Miss(node.loc, reason, (name,))

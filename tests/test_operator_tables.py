@@ -35,7 +35,6 @@ PLACES = {
     "passes/append_cache_in_place.py:ROW_BY_ROW": "the rule's pattern: what keeps rows apart",
     "passes/name_values.py:_MODULES": "words for readers",
     "passes/name_values.py:_TELLING": "the same",
-    "passes/page_cache.py:PAGED": "what the rule replaces",
     "frontends/capture.py:_SIZE_OBLIVIOUS": "torch's functions, some of which have such names",
     "frontends/config.py:ModelConfig": "score functions, which have the names of operators",
 }

@@ -46,6 +46,12 @@ def _by_signature(call: Sized, definition: OpDef) -> None:
     for dims, shape in pairs:
         if shape is not None and dims != ("...",):
             _name_dims(call, dims, shape, later)
+    for operand, names in definition.without.items():
+        if operand not in call:
+            for name, text in names.items():
+                extent = _expression(parse_dim(text), call.dims)
+                assert extent is not None, f"{call.op}: {text} is not bound"
+                call.system.equate(call.dims.setdefault(name, extent), extent)
     for text, extent in later:
         wanted = _expression(parse_dim(text), call.dims)
         if wanted is not None:

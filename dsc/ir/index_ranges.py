@@ -15,7 +15,7 @@ from typing import Any, TypeAlias
 from dsc.ir.dims import Dim, Range, bounds, free_symbols, to_json
 from dsc.ir.graph import Graph, Node, Operand, Weight
 from dsc.ir.op import OpDef, lookup, operand_index
-from dsc.ir.paging import BLOCK_TABLE, PAGES, reads_pages
+from dsc.ir.paging import BLOCK_TABLE, rows_of_page
 from dsc.ir.program import Program
 from dsc.ir.traits import Within
 from dsc.ir.types import DType
@@ -186,12 +186,13 @@ class _Walk:
         self.computed.append(Computed(region or node, node, place, value, span, within.what))
 
     def _pages(self, node: Node, sources: Sources) -> None:
-        if not reads_pages(node):
+        rows = rows_of_page(node)
+        if rows is None:
             return
-        rows, given = node[PAGES].type.shape[1], [node[x] for x in (BLOCK_TABLE, "lengths")]
-        found = [sources[x].origin for x in given if x in sources]
-        names = [x for x in found if isinstance(x, str)]
-        if len(names) == 2 and isinstance(rows, int):
+        given = [node[x] for x in (BLOCK_TABLE, "lengths")]
+        origins = [sources[x].origin for x in given if x in sources]
+        names = [x for x in origins if isinstance(x, str)]
+        if len(names) == 2:
             self.pages[PageDemand(names[0], names[1], rows)] = None
 
     def _inside(self, given: Span, ordered: bool, wanted: Span) -> bool:

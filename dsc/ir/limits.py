@@ -66,11 +66,11 @@ class Limits:
 
 
 def _of_symbols(program: Program) -> Limits:
-    """What the symbols allow: a cache of capacity C also has rows for a last chunk's padding."""
+    """What the symbols allow: a cache also has rows, or blocks, for a last chunk's padding."""
     most = {name: bounds.hi for name, bounds in program.symbols.items()}
     chunk = most.get("S", OPEN)
     rows = next((r for r in map(page_rows, program.entries.values()) if r is not None), 1)
     room = [most["P"]] if "P" in most else []
     room += [most["C"] - chunk] if "C" in most else []
-    room += [most["M"] * rows] if "M" in most else []
+    room += [most["M"] * rows - chunk] if "M" in most else []
     return Limits(most.get("B", OPEN), max(0, min(room, default=OPEN)), chunk)

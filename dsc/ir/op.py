@@ -74,6 +74,7 @@ class OpDef:
     which values operands that are indices may have, by name, and `gives` which values results have
     that may be indices of others, by position. `elements`: what other results hold of those of the
     first operand: "order" (all, in row-major order), "all" or "some"; empty: they are computed.
+    `without` says, by optional operand, what names of the signature are where it is not given.
     `traits` say all else that passes, costs and plans may know of it. `kernels` are those that an
     operator from outside brings along, by backend (`dsc.ir.kernels`).
     """
@@ -92,6 +93,7 @@ class OpDef:
     within: Mapping[str, Within] = field(default_factory=dict)
     gives: Mapping[int, Within] = field(default_factory=dict)
     elements: str = ""
+    without: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     kernels: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -139,12 +141,7 @@ class OpDef:
         results: Sequence[TensorType],
     ) -> Call:
         """One use of the operator under the names of its signature."""
-        bound: dict[str, Any] = {}
-        operands: dict[str, TensorType] = {}
-        for declared, given in self._pad(types):
-            if given is not None:
-                _match(declared, given, bound, [])
-                operands[declared.name] = given
+        bound, operands = self._bound(self._pad(types), [])
         given_types = tuple(t for t in types if t is not None)
         return Call(operands, bound, self.with_defaults(attrs), tuple(results), given_types)
 
@@ -171,10 +168,7 @@ class OpDef:
         self, within: Within, types: Sequence[TensorType | None], attrs: Mapping[str, Any]
     ) -> tuple[Dim, Dim]:
         """The least and the largest value of an index, for operand types and attributes."""
-        bound: dict[str, Any] = {}
-        for declared, given in self._pad(types):
-            if given is not None:
-                _match(declared, given, bound, [])
+        bound, _ = self._bound(self._pad(types), [])
         full = self.with_defaults(attrs)
         scope = {k: v for k, v in {**bound, **full}.items() if _is_dim(v)}
         first = types[0] if types else None
@@ -188,14 +182,8 @@ class OpDef:
     ) -> tuple[TensorType, ...]:
         self._check_attrs(attrs)
         padded = self._pad(types)
-        bound: dict[str, Any] = {}
         deferred: list[tuple[str, Dim, Dim]] = []
-        for declared, given in padded:
-            if given is None:
-                if not declared.optional:
-                    raise TypeMismatch(f"operand {declared.name} is missing")
-                continue
-            _match(declared, given, bound, deferred)
+        bound, _ = self._bound(padded, deferred)
         for name, wanted, found in deferred:
             _check_deferred(name, wanted, found, bound)
         full = self.with_defaults(attrs)
@@ -203,6 +191,28 @@ class OpDef:
             return self.custom_infer(_trim([t for _, t in padded]), full)
         scope = {**bound, **{k: v for k, v in full.items() if isinstance(v, int)}}
         return tuple(_instantiate(pattern, scope, full) for pattern in self.results)
+
+    def _bound(
+        self,
+        types: Sequence[tuple[OperandDef, TensorType | None]],
+        deferred: list[tuple[str, Dim, Dim]],
+    ) -> tuple[dict[str, Any], dict[str, TensorType]]:
+        """What the names of the signature are, and the types of the operands that are given.
+
+        What is not a name alone goes to `deferred`.
+        """
+        bound: dict[str, Any] = {}
+        operands: dict[str, TensorType] = {}
+        for declared, given in types:
+            if given is not None:
+                _match(declared, given, bound, deferred)
+                operands[declared.name] = given
+            elif not declared.optional:
+                raise TypeMismatch(f"operand {declared.name} is missing")
+        for name in self.without.keys() - operands.keys():
+            for letter, text in self.without[name].items():
+                _bind(f"without {name}", letter, substitute(_dim_expression(text), bound), bound)
+        return bound, operands
 
     def _pad(
         self, types: Sequence[TensorType | None]
@@ -304,6 +314,7 @@ def op(
     within: Mapping[str, Within] | None = None,
     gives: Mapping[int, Within] | None = None,
     elements: str = "",
+    without: Mapping[str, Mapping[str, str]] | None = None,
     kernels: Mapping[str, Any] | None = None,
 ) -> OpDef:
     """Declare an operator from its signature. Raises `ValueError` on a malformed one."""
@@ -330,6 +341,7 @@ def op(
         within or {},
         gives or {},
         elements,
+        without or {},
         kernels or {},
     )
 

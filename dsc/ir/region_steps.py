@@ -17,6 +17,7 @@ from dsc.ir.dims import Dim, product
 from dsc.ir.graph import Graph, GraphBuilder, Node, Operand, Value
 from dsc.ir.op import traits_of
 from dsc.ir.ops.shape import axis_of
+from dsc.ir.paging import cached_rows
 from dsc.ir.regions import axes_of, role
 from dsc.ir.traits import Role
 from dsc.ir.types import DType
@@ -64,8 +65,9 @@ class RowStep:
     """An operator on a row: `extents` are what the row of its result holds.
 
     `over` are the axes that a reduction runs along; of a write, the new rows of a sequence and the
-    rows of the tensor. A write reads the new row, the lengths and the tensor. `writes` says where
-    the result leaves the region. `kept` results are read by others than the run of neighbouring
+    rows that it has in the tensor, or the blocks and the rows of a page. A write reads the new row,
+    the lengths, the tensor, and the block table where there is one. `writes` says where the result
+    leaves the region. `kept` results are read by others than the run of neighbouring
     pointwise steps of the same extents that they stand in.
     """
 
@@ -230,14 +232,17 @@ class Rows(Body):
 
     def _write(self, node: Node, number: int) -> tuple[RowStep, Dim]:
         """The cache is the region's operand, and its result has no address of its own."""
-        cache, new, lengths = node.operands
-        reads = self._read(new, 2), self._read(lengths, 1), self._read(cache, 1)
-        if cache.name not in self.given or not self.given[cache.name].is_dense:
-            raise NoKernel("a cache that is not the region's operand")
+        cache, new, *where = node.operands
+        for x in (cache, *where):
+            if x.name not in self.given or not self.given[x.name].is_dense:
+                raise NoKernel("a cache, or what says where its rows go, that is no operand")
+        lengths, *table = (self._read(x, 1) for x in where)
+        reads = (self._read(new, 2), lengths, self._read(cache, 1), *table)
         if node.output.name in self.views:
             raise NoKernel("a view of a cache")
         b, s, width = new.type.shape
-        over = (s, cache.type.shape[1])
+        page = cache.type.shape[1:2] if table else ()
+        over = (s, cached_rows(node, "cache"), *page)
         return RowStep(number, node, Role.WRITE, reads, (width,), over), b * s
 
 

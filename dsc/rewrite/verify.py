@@ -16,7 +16,7 @@ from dsc.ir.dims import Sym, free_symbols
 from dsc.ir.graph import Graph, Node, Value
 from dsc.ir.interpreter import Interpreter
 from dsc.ir.op import TypeMismatch, lookup
-from dsc.ir.paging import BLOCK_TABLE, filled_pages, gathered, page_rows
+from dsc.ir.paging import BLOCK_TABLE, gathered, page_rows, scattered
 from dsc.ir.program import Program
 from dsc.ir.ranks import RankedInterpreter, interpreter
 from dsc.ir.samples import sample_inputs
@@ -245,7 +245,10 @@ class _Run:
         except (DscError, TypeMismatch, LookupError, RuntimeError, ValueError) as problem:
             self._fail(f"it does not run: {problem}")
             return
-        made |= self._unpaged(before, after, made, inputs)
+        if self._pages_came(before, after):
+            states = {after.output_names[o] for o, _ in after.aliases}
+            table = inputs[BLOCK_TABLE]
+            made |= {name: gathered(made[name], table) for name in states & made.keys()}
         self.found.runs += 1
         self.found.decisions += routing.decisions
         self.found.excluded += routing.forced
@@ -262,15 +265,18 @@ class _Run:
         self, before: Graph, after: Graph, given: Mapping[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
         """The same inputs for the second graph; a cache of more rows starts with the same rows."""
+        import torch
+
         made = sample_inputs(after, self.case.after, self.seed + 1, self.case.lengths)
         states = {before.inputs[i].name for _, i in before.aliases}
-        paged = self._paged(before, after)
+        paged = self._pages_came(before, after)
         for name, own in made.items():
             tensor = given.get(name)
-            if name in paged:
-                filled_pages(own, made[BLOCK_TABLE], [given[part] for part in paged[name]])
-            elif paged and name == BLOCK_TABLE:
+            if paged and name == BLOCK_TABLE:
                 continue
+            if paged and name in states:
+                start = torch.zeros(len(given[name]), dtype=torch.int64)
+                scattered(own, made[BLOCK_TABLE], given[name], start)
             elif tensor is None:
                 raise VerificationError(f"input {name} was not there before")
             elif tensor.shape == own.shape:
@@ -283,29 +289,9 @@ class _Run:
                 )
         return made
 
-    def _paged(self, before: Graph, after: Graph) -> Mapping[str, Sequence[str]]:
-        """The caches that lie in pages in the second graph alone, and those that they were."""
-        held = {v.name for v in before.inputs}
-        found = self.second.program.meta.get("paged", {})
-        return {v.name: found[v.name] for v in after.inputs if v.name in found.keys() - held}
-
-    def _unpaged(
-        self,
-        before: Graph,
-        after: Graph,
-        made: Mapping[str, torch.Tensor],
-        inputs: Mapping[str, torch.Tensor],
-    ) -> dict[str, torch.Tensor]:
-        """The outputs that lie in pages in the second graph alone, as the first graph has them."""
-        outputs = {before.inputs[i].name: before.output_names[o] for o, i in before.aliases}
-        states = {after.inputs[i].name: after.output_names[o] for o, i in after.aliases}
-        found = {}
-        for name, parts in self._paged(before, after).items():
-            rows = gathered(made[states[name]], inputs[BLOCK_TABLE])
-            widths = [before.input(part).type.shape[2] for part in parts]
-            for part, columns in zip(parts, rows.split(widths, -1), strict=True):
-                found[outputs[part]] = columns
-        return found
+    def _pages_came(self, before: Graph, after: Graph) -> bool:
+        """Whether the caches lie in pages in the second graph alone."""
+        return page_rows(before) is None and page_rows(after) is not None
 
     def _output(
         self,

@@ -59,9 +59,12 @@ class Caches(Protocol):
         ...
 
     def inputs(
-        self, rows: Sequence[int], before: Sequence[int], after: Sequence[int]
+        self, rows: Sequence[int], before: Sequence[int], after: Sequence[int], size: int
     ) -> dict[str, torch.Tensor]:
-        """The cache inputs of a step that takes the rows from `before` to `after` tokens."""
+        """The cache inputs of a step that takes the rows from `before` to `after` tokens.
+
+        `size` are the new tokens that the step has for each row, padding included.
+        """
         ...
 
     def keep(self, rows: Sequence[int], outputs: Tensors, after: Sequence[int]) -> None:
@@ -107,7 +110,7 @@ class SlotCaches:
         return list(range(min(rows), max(rows) + 1))
 
     def inputs(
-        self, rows: Sequence[int], before: Sequence[int], after: Sequence[int]
+        self, rows: Sequence[int], before: Sequence[int], after: Sequence[int], size: int
     ) -> dict[str, torch.Tensor]:
         """Views of the slots; the same tensors as long as the rows stay the same."""
         if not self._slots:
@@ -157,7 +160,7 @@ class GrownCaches:
         return list(range(min(rows), max(rows) + 1))
 
     def inputs(
-        self, rows: Sequence[int], before: Sequence[int], after: Sequence[int]
+        self, rows: Sequence[int], before: Sequence[int], after: Sequence[int], size: int
     ) -> dict[str, torch.Tensor]:
         """The rows, cut to the longest of them."""
         longest = max(before[r] for r in rows)
@@ -214,7 +217,7 @@ class PagedCaches:
         return list(rows)
 
     def inputs(
-        self, rows: Sequence[int], before: Sequence[int], after: Sequence[int]
+        self, rows: Sequence[int], before: Sequence[int], after: Sequence[int], size: int
     ) -> dict[str, torch.Tensor]:
         """All pages, with pages taken for the new tokens, and the rows' table.
 
@@ -226,7 +229,8 @@ class PagedCaches:
                 s.input.name: zeros((*shape, *s.width), s.input.type.dtype) for s in self._specs
             }
         self._pool.grow(after)
-        return {**self._pages, BLOCK_TABLE: self._pool.table(rows)}
+        widest = max(before[r] for r in rows)
+        return {**self._pages, BLOCK_TABLE: self._pool.table(rows, widest + size)}
 
     def keep(self, rows: Sequence[int], outputs: Tensors, after: Sequence[int]) -> None:
         """Nothing: the step wrote into the pages."""

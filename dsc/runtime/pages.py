@@ -72,13 +72,13 @@ class PagePool:
         self.blocks = []
         self._free = list(range(self.count - 1, -1, -1))
 
-    def table(self, rows: Sequence[int] | None = None) -> torch.Tensor:
-        """The block table of all sequences or of `rows`, int64 [rows, blocks of the longest]."""
+    def table(self, rows: Sequence[int], tokens: int) -> torch.Tensor:
+        """The block table of `rows` with room for so many tokens: int64 [rows, blocks]."""
         import torch
 
-        blocks = self.blocks if rows is None else [self.blocks[row] for row in rows]
-        width = max(1, *map(len, blocks)) if blocks else 1
-        padded = [held + [NONE] * (width - len(held)) for held in blocks]
+        width = -(-tokens // self.rows)
+        held = (self.blocks[row] for row in rows)
+        padded = [blocks + [NONE] * (width - len(blocks)) for blocks in held]
         return torch.tensor(padded, dtype=torch.int64)
 
 

@@ -264,7 +264,7 @@ class Session:
             "positions": held[:, None] + offsets,
             "lengths": held,
             "logits_at": offsets.repeat(len(together), 1) if all_logits else wanted,
-            **self._caches.inputs(together, before, after),
+            **self._caches.inputs(together, before, after, size),
         }
         entry = self.program.choose_entry(size)
         with entry_span(self.program.entries[entry], given):

@@ -32,7 +32,7 @@ EXACT = frozenset(
     {"embedding", "append", "cache_write", "select_rows", "cast", "full", "arange", "permute"}
     | {"expand", "slice", "concat", "stack", "split", "gather", "take", "amax", "amin", "argmax"}
     | {"maximum", "minimum", "where", "dispatch", "neg", "abs", "relu", "topk", "lt", "eq", "ne"}
-    | {"logical_and", "logical_or", "logical_not", "page_write"}
+    | {"logical_and", "logical_or", "logical_not"}
 )
 """Operators that place, choose or round once: every bit must be the reference's."""
 IN_FP32 = frozenset({"route"})

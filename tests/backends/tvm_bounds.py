@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from dsc.backends.tvm.machine import machine_for
+from dsc.ir.paging import gathered
 from dsc.targets import parse_target
 
 U = 2.0**-24
@@ -119,7 +120,8 @@ def _experts(attrs: Mapping[str, Any], given: list[Tensor], r: float) -> Bounded
 
 def _mla_attention(attrs: Mapping[str, Any], given: list[Tensor], r: float) -> Bounded:
     """As `_latent_attention`, over keys and values that are made from the latents and rounded."""
-    q, q_rope, latent, rope, kv_b, lengths = given
+    q, q_rope, latent, rope, kv_b, lengths, *table = given
+    latent, rope = (_in_order(x, table) for x in (latent, rope))
     heads, nope = q.shape[2:]
     up = kv_b.reshape(heads, -1, kv_b.shape[-1])
     made = torch.einsum("btc,hmc->bthm", latent, up)
@@ -139,11 +141,17 @@ def _latent_attention(attrs: Mapping[str, Any], given: list[Tensor], r: float) -
 
     An error of at most d in all scores changes a weight by e^2d; the sum of weights is rounded too.
     """
-    q, q_rope, latent, rope, lengths = given
+    q, q_rope, latent, rope, lengths, *table = given
+    latent, rope = (_in_order(x, table) for x in (latent, rope))
     keys, queries = torch.cat([latent, rope], -1), torch.cat([q, q_rope], -1)
     none, heads = torch.zeros(()).double(), q.shape[2]
     keys, values = (x[:, :, None].expand(-1, -1, heads, -1) for x in (keys, latent))
     return _attend(attrs["scale"], queries, keys, values, none, none, lengths, r)
+
+
+def _in_order(cache: Tensor, table: list[Tensor]) -> Tensor:
+    """The rows of each sequence, those of pages one after another."""
+    return gathered(cache, table[0].long()) if table else cache
 
 
 def _attend(

@@ -52,18 +52,11 @@ CASES: dict[str, list[str]] = {
         for heads in ("", ",3")
     ],
     "append": ["F[B,C,6], F[B,S,6], i64[B]=4"],
-    "cache_write": ["F[B,C,6], F[B,S,6], i64[B]=4", "F[B,C,64], F[B,S,64], i64[B]=4"],
-    "page_write": [
-        "F[9,64,8], F[B,S,6], F[B,S,2], i64[B,2]=pages, i64[B]=150",
-        "F[9,64,96], F[B,S,64], F[B,S,32], i64[B,3]=pages, i64[B]=192",
-    ],
-    "paged_latent_attention": [
-        "F[B,S,16,64], F[B,S,16,16], F[9,32,80], i64[B,3]=pages, i64[B]=92 {scale=0.1}",
-        "F[B,S,5,20], F[B,S,5,6], F[9,64,26], i64[B,2]=pages, i64[B]=120 {scale=0.3}",
-    ],
-    "paged_mla_attention": [
-        "F[B,S,4,16], F[B,S,4,8], F[9,32,40], i64[B,3]=pages, F[112,32], i64[B]=92 {scale=0.2}",
-        "F[B,S,3,5], F[B,S,3,6], F[9,64,16], i64[B,2]=pages, F[36,10], i64[B]=120 {scale=0.3}",
+    "cache_write": [
+        "F[B,C,6], F[B,S,6], i64[B]=4",
+        "F[B,C,64], F[B,S,64], i64[B]=4",
+        "F[9,64,6], F[B,S,6], i64[B]=120, i64[B,2]=pages",
+        "F[9,64,64], F[B,S,64], i64[B]=184, i64[B,3]=pages",
     ],
     "select_rows": ["F[B,S,20], i64[B,L]=S"],
     "attention": [
@@ -74,10 +67,16 @@ CASES: dict[str, list[str]] = {
     "mla_attention": [
         "F[B,S,4,16], F[B,S,4,8], F[B,C,32], F[B,C,8], F[112,32], i64[B]=4 {scale=0.2}",
         "F[B,S,3,5], F[B,S,3,6], F[B,C,10], F[B,C,6], F[36,10], i64[B]=4 {scale=0.3}",
+        "F[B,S,4,16], F[B,S,4,8], F[9,32,32], F[9,32,8], F[112,32], i64[B]=88, i64[B,3]=pages"
+        " {scale=0.2}",
+        "F[B,S,3,5], F[B,S,3,6], F[9,64,10], F[9,64,6], F[36,10], i64[B]=120, i64[B,2]=pages"
+        " {scale=0.3}",
     ],
     "latent_attention": [
         "F[B,S,16,64], F[B,S,16,16], F[B,C,64], F[B,C,16], i64[B]=4 {scale=0.1}",
         "F[B,S,5,20], F[B,S,5,6], F[B,C,20], F[B,C,6], i64[B]=4 {scale=0.3}",
+        "F[B,S,16,64], F[B,S,16,16], F[9,32,64], F[9,32,16], i64[B]=88, i64[B,3]=pages {scale=0.1}",
+        "F[B,S,5,20], F[B,S,5,6], F[9,64,20], F[9,64,6], i64[B]=120, i64[B,2]=pages {scale=0.3}",
     ],
     "swiglu": ["F[B,S,48], F[B,S,48]"],
     "route": [
@@ -150,7 +149,6 @@ ALSO_BF16 = frozenset(
     | {
         "mla_attention",
         "latent_attention",
-        "page_write",
         "swiglu",
         "route",
         "experts",
@@ -180,28 +178,29 @@ WIDE: dict[str, list[str]] = {
     + [
         f"F[B,{s},{h},64], F[B,{s},{h},32], F[B,{t},64], F[B,{t},32], i64[B]={t - 10} {{scale=0.1}}"
         for s, h, t in (("S", 32, 700), (1, 16, 2600))  # several blocks of keys in a task
+    ]
+    + [
+        f"F[B,{s},{h},64], F[B,{s},{h},32], F[9,{page},64], F[9,{page},32], i64[B]={n},"
+        " i64[B,3]=pages {scale=0.1}"
+        for s, h, page, n in (
+            ("S", 6, 64, 184),
+            (1, 16, 64, 187),
+            (1, 3, 64, 187),
+            ("S", 8, 256, 760),
+        )
     ],
     "mla_attention": [
         "F[B,S,3,64], F[B,S,3,32], F[B,700,96], F[B,700,32], F[288,96], i64[B]=690 {scale=0.2}",
         "F[B,S,3,64], F[B,S,3,32], F[B,C,96], F[B,C,32], F[288,96], i64[B]=4 {scale=0.2}",
         "F[B,C,2,32], F[B,C,2,32], F[B,C,64], F[B,C,32], F[128,64], i64[B]=1 {scale=0.2}",
+        "F[B,S,3,64], F[B,S,3,32], F[9,256,96], F[9,256,32], F[288,96], i64[B]=750,"
+        " i64[B,3]=pages {scale=0.2}",
+        "F[B,S,3,64], F[B,S,3,32], F[9,64,96], F[9,64,32], F[288,96], i64[B]=184,"
+        " i64[B,3]=pages {scale=0.2}",
+        "F[B,C,2,32], F[B,C,2,32], F[9,128,64], F[9,128,32], F[128,64], i64[B]=150,"
+        " i64[B,2]=pages {scale=0.2}",
     ],
-    "page_write": ["F[9,64,96], F[B,S,64], F[B,S,32], i64[B,3]=pages, i64[B]=192"],
-    "paged_latent_attention": [
-        f"F[B,{s},{h},64], F[B,{s},{h},32], F[9,{page},96], i64[B,3]=pages, i64[B]={n}"
-        " {scale=0.1}"
-        for s, h, page, n in (
-            ("S", 6, 64, 187),
-            (1, 16, 64, 187),
-            (1, 3, 64, 187),
-            ("S", 8, 256, 763),
-        )
-    ],
-    "paged_mla_attention": [
-        "F[B,S,3,64], F[B,S,3,32], F[9,256,128], i64[B,3]=pages, F[288,96], i64[B]=750 {scale=0.2}",
-        "F[B,S,3,64], F[B,S,3,32], F[9,64,128], i64[B,3]=pages, F[288,96], i64[B]=187 {scale=0.2}",
-        "F[B,C,2,32], F[B,C,2,32], F[9,128,96], i64[B,2]=pages, F[128,64], i64[B]=150 {scale=0.2}",
-    ],
+    "cache_write": ["F[9,64,64], F[B,S,64], i64[B]=184, i64[B,3]=pages"],
     "grouped_linear": [
         "F[8,64], F[3,70,64], i64[4]=offsets",
         "F[8,32], F[3,600,32], i64[4]=offsets",

@@ -123,7 +123,7 @@ def test_an_operator_takes_a_format_where_it_says_so_and_nowhere_else() -> None:
     assert taken == {
         ("linear", "weight"), ("grouped_linear", "weight"), ("embedding", "weight"),
         ("experts", "gate_up"), ("experts", "down"), ("einsum", "xs"),
-        ("mla_attention", "kv_b"), ("paged_mla_attention", "kv_b"),
+        ("mla_attention", "kv_b"),
     }  # fmt: skip
 
 

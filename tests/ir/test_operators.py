@@ -79,17 +79,17 @@ CASES: dict[str, list[str]] = {
                   "f32[{a},{b},2,{c}], f32[{a},{d},1,{c}], f32[{a},{d},1,{c}]"
                   " {{scale=0.3, causal=false}}"],
     "mla_attention": ["f32[{a},{b},2,5], f32[{a},{b},2,4], f32[{a},9,{c}], f32[{a},9,4],"
-                      " f32[22,{c}], i64[{a}]=1 {{scale=0.3}}"],
+                      " f32[22,{c}], i64[{a}]=1 {{scale=0.3}}",
+                      "f32[{a},{b},2,5], f32[{a},{b},2,4], f32[40,4,{c}], f32[40,4,4],"
+                      " f32[22,{c}], i64[{a}]=1, i64[{a},{d}] {{scale=0.3}}"],
     "latent_attention": ["f32[{a},{b},3,{c}], f32[{a},{b},3,4], f32[{a},9,{c}], f32[{a},9,4],"
-                         " i64[{a}]=1 {{scale=0.3}}"],
+                         " i64[{a}]=1 {{scale=0.3}}",
+                         "f32[{a},{b},3,{c}], f32[{a},{b},3,4], f32[40,4,{c}], f32[40,4,4],"
+                         " i64[{a}]=1, i64[{a},{d}] {{scale=0.3}}"],
     "append": ["f32[{a},0,{c}], f32[{a},{d},{c}], i64[{a}]=0",
                "f32[{a},3,{c}], f32[{a},{d},{c}], i64[{a}]=3"],
-    "cache_write": ["f32[{a},99,{c}], f32[{a},{d},{c}], i64[{a}]=2"],
-    "page_write": ["f32[40,4,8], f32[{a},{b},5], f32[{a},{b},3], i64[{a},{c}], i64[{a}]=9"],
-    "paged_latent_attention": ["f32[{a},{b},3,{c}], f32[{a},{b},3,0], f32[40,4,{c}], i64[{a},{d}],"
-                               " i64[{a}]=9 {{scale=0.3}}"],
-    "paged_mla_attention": ["f32[{a},{b},2,5], f32[{a},{b},2,4], f32[40,4,8], i64[{a},{d}],"
-                            " f32[22,4], i64[{a}]=9 {{scale=0.3}}"],
+    "cache_write": ["f32[{a},99,{c}], f32[{a},{d},{c}], i64[{a}]=2",
+                    "f32[40,4,{c}], f32[{a},{d},{c}], i64[{a}]=1, i64[{a},{d}]"],
     "route": [_ROUTE % ("sigmoid", "top2", "-inf", "true"),
               _ROUTE % ("softmax", "max", "0.0", "false"),
               'f32[{d}], f32[{c},{d}] {{score="softmax", top_k=2, normalise=false}}',
@@ -130,6 +130,17 @@ def filled(template: str, seed: int, between: tuple[int, int] = (2, 6)) -> str:
     sizes = {letter: rng.randint(*between) for letter in "abcd"}
     text = template.replace("{c}+1", str(sizes["c"] + 1))
     return text.format(**sizes)
+
+
+def test_without_a_block_table_there_are_as_many_pages_as_sequences() -> None:
+    definition = registry()["cache_write"]
+    cache, new, lengths, table = (
+        TensorType(DType.f32, (3, 4, 8)), TensorType(DType.f32, (2, 1, 8)),
+        TensorType(DType.i64, (2,)), TensorType(DType.i64, (2, 5)),
+    )  # fmt: skip
+    assert definition.infer([cache, new, lengths, table], {}) == (cache,)
+    with pytest.raises(TypeMismatch, match="without block_table: n is 2 here and 3 before"):
+        definition.infer([cache, new, lengths], {})
 
 
 def operators(*, with_operands: bool = False) -> list[str]:

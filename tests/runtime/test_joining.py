@@ -307,7 +307,7 @@ def test_a_pool_takes_the_pages_of_a_sequence_back() -> None:
     assert (pool.blocks, pool.used) == ([[3, 4], [1, 2]], 4)
     pool.grow([128, 192])
     assert pool.blocks == [[3, 4], [1, 2, 0]]
-    assert pool.table([0]).tolist() == [[3, 4]]
+    assert pool.table([0], 128).tolist() == [[3, 4]]
     pool.drop(1)
     pool.drop(0)
     assert (pool.blocks, pool.used) == ([], 0)

@@ -20,7 +20,7 @@ from dsc.errors import UnsupportedOperator, UsageError
 from dsc.ir.analyses import cost
 from dsc.ir.dims import evaluate
 from dsc.ir.graph import Graph
-from dsc.ir.paging import PAGE
+from dsc.ir.paging import BLOCK_TABLE, PAGE, takes_pages
 from dsc.ir.program import Program
 from dsc.ir.stages import Stage
 from dsc.ir.types import DType
@@ -153,7 +153,7 @@ def test_a_pool_grows_page_by_page_and_says_when_it_is_empty() -> None:
     assert (pool.blocks, pool.used) == ([[0], [1]], 2)
     pool.grow([65, 64])
     assert (pool.blocks, pool.used) == ([[0, 2], [1]], 3)
-    assert pool.table().tolist() == [[0, 2], [1, NONE]]
+    assert pool.table([0, 1], 100).tolist() == [[0, 2], [1, NONE]]
     with pytest.raises(UsageError, match="2 more pages of 64 tokens are needed, 1 are free of 4"):
         pool.grow([129, 65])
     assert pool.used == 3
@@ -198,10 +198,11 @@ def test_the_pass_keeps_what_is_computed(page: int) -> None:
     verify(after)
     found = compare_programs(before, after, PageCache.tolerance)
     assert found.ok, found
-    assert found.runs == 12
-    ops = {n.op for g in after.entries.values() for n in g.nodes}
-    assert {"page_write", "paged_latent_attention", "paged_mla_attention"} <= ops
-    assert not ops & {"append", "latent_attention", "mla_attention"}
+    assert found.runs == 13
+    nodes = [n for g in after.entries.values() for n in g.nodes if takes_pages(n.op)]
+    assert {n.op for n in nodes} == {"cache_write", "latent_attention", "mla_attention"}
+    assert all(n.get(BLOCK_TABLE) is not None for n in nodes)
+    assert not any(n.op == "append" for g in after.entries.values() for n in g.nodes)
 
 
 def test_a_program_in_pages_is_sharded_by_heads() -> None:
@@ -222,8 +223,8 @@ def test_a_wrong_page_would_be_seen() -> None:
     def off(graph: Graph) -> Graph:
         nodes = []
         for node in graph.nodes:
-            if node.op == "paged_latent_attention":
-                inputs = (*node.inputs[:4], graph.input("logits_at"))
+            if node.op == "latent_attention":
+                inputs = (*node.inputs[:4], graph.input("logits_at"), node[BLOCK_TABLE])
                 nodes.append(type(node)(node.op, inputs, node.attrs, node.outputs, node.loc))
             else:
                 nodes.append(node)
@@ -270,7 +271,7 @@ def test_a_cache_of_plain_attention_is_refused() -> None:
       return %o, %c as "present" updates %past
     }"""
     program = program_of(text, Stage.CANONICAL)
-    with pytest.raises(UnsupportedOperator, match="reshape reads the cache past; only latent"):
+    with pytest.raises(UnsupportedOperator, match="reshape reads the cache past; attention"):
         dsc.compile(program, backend="reference", cache="paged")
 
 
@@ -297,8 +298,9 @@ def test_the_figures_of_v3_in_pages(v3: Program) -> None:
         rows = sizes | {"S": 1}
         first, second = [(evaluate(c.read, rows), evaluate(c.flops, rows)) for c in found]
         assert second == (first[0] + 4 * DType.i64.itemsize, first[1])
-    node = next(n for n in paged.entries["decode"].nodes if n.op == "page_write")
-    assert evaluate(cost(node).written, {"B": 1}) == 576 * DType.bf16.itemsize
+    nodes = [n for n in paged.entries["decode"].nodes if n.op == "cache_write"][:2]
+    written = [evaluate(cost(n).written, {"B": 1}) for n in nodes]
+    assert written == [512 * DType.bf16.itemsize, 64 * DType.bf16.itemsize]
 
 
 def test_run_py_keeps_pages(tmp_path: Path) -> None:

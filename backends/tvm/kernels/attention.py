@@ -16,7 +16,7 @@ from dsc.backends.tvm.bf16 import LANES
 from dsc.backends.tvm.kernels import bf16_attention, bf16_softmax, tile_attention
 from dsc.backends.tvm.kernels.attend import BLOCK, Queries, Rows, attend
 from dsc.backends.tvm.kernels.bf16_linear import fits
-from dsc.backends.tvm.kernels.latent_cache import LatentCache, page_of
+from dsc.backends.tvm.kernels.latent_cache import LatentCache, arguments, page_of
 from dsc.backends.tvm.kernels.products import product_rows
 from dsc.backends.tvm.launch import Launch, Unsupported, operand, static_dim
 from dsc.backends.tvm.machine import Machine
@@ -33,8 +33,8 @@ from dsc.backends.tvm.tir import (
     loop,
     tiles,
 )
-from dsc.ir.dims import Dim
 from dsc.ir.graph import Node
+from dsc.ir.paging import cached_rows
 from dsc.ir.types import DType
 
 HEADS, TOKENS = 8, 4
@@ -45,7 +45,7 @@ def lower_latent(node: Node, machine: Machine) -> Launch:
     """The launch of `latent_attention`, over a cache in order or in pages."""
     q, q_rope, latent = (operand(node, i).type for i in range(3))
     heads, c, r = (static_dim(d, "a head axis") for d in (*q.shape[2:], q_rope.shape[3]))
-    b, s, t, page = *q.shape[:2], *_extent(node)
+    b, s, t, page = *q.shape[:2], cached_rows(node, "latent"), page_of(node, BLOCK)
     scale, flops = float(node.attrs["scale"]), b * s * t * (heads * (4 * c + 2 * r) * (page or 1))
     if fits(machine, c, q, latent) and r % LANES == 0 and page % bf16_softmax.BLOCK == 0:
         split = s == 1
@@ -57,28 +57,21 @@ def lower_latent(node: Node, machine: Machine) -> Launch:
     return Launch(latent_attention, static, (b, s, t), flops=flops)
 
 
-def _extent(node: Node) -> tuple[Dim, int]:
-    """How many rows, or pages, an attention's cache has for a sequence; rows of a page, or 0."""
-    page = page_of(node, BLOCK)
-    return operand(node, 3).type.shape[1], page
-
-
 def latent_attention(
     dtype: DType, heads: int, c: int, r: int, scale: float, lanes: int, page: int
 ) -> PrimFunc:
-    """Arguments: q_latent, q_rope, latent, rope, lengths, out; b, s, t.
-
-    With `page`, pages and block table are in the place of latent and rope, and t counts pages.
-    """
+    """The kernel; with `page` it takes a block table, and t counts pages."""
     group = lanes_for(heads, HEADS)
+    names = arguments("q_latent q_rope latent rope lengths", page, "out")
 
-    def body(
-        q_latent: Expr, q_rope: Expr, latent: Expr, rope: Expr, lengths: Expr, out: Expr,
-        b: Expr, s: Expr, t: Expr,
-    ) -> None:  # fmt: skip
-        q = Tensor(q_latent, dtype, (b, s, heads, c)), Tensor(q_rope, dtype, (b, s, heads, r))
-        cache = LatentCache.at(latent, rope, dtype, (b, t), c, r, page)
-        used, y = Tensor(lengths, DType.i64, (b,)), Tensor(out, dtype, (b, s, heads, c))
+    def body(*parameters: Expr) -> None:
+        given = dict(zip(names, parameters, strict=True))
+        b, s = given["b"], given["s"]
+        q_latent = Tensor(given["q_latent"], dtype, (b, s, heads, c))
+        q = q_latent, Tensor(given["q_rope"], dtype, (b, s, heads, r))
+        cache = LatentCache.of(given, dtype, c, r, page)
+        used = Tensor(given["lengths"], DType.i64, (b,))
+        y = Tensor(given["out"], dtype, (b, s, heads, c))
 
         def task(n: Expr) -> None:
             head = bind(tirx.truncmod(n, heads // group) * group)
@@ -98,7 +91,7 @@ def latent_attention(
 
         for_each(b * s * (heads // group), PARALLEL_WORK, task)
 
-    return build(body)
+    return build(body, names)
 
 
 def lower_mla(node: Node, machine: Machine) -> Launch:
@@ -106,7 +99,7 @@ def lower_mla(node: Node, machine: Machine) -> Launch:
     q, q_rope, latent, _, kv_b = (operand(node, i).type for i in range(5))
     axes = (*q.shape[2:], q_rope.shape[3], *kv_b.shape)
     heads, n, r, m, c = (static_dim(d, "a head axis") for d in axes)
-    b, s, t, page = *q.shape[:2], *_extent(node)
+    b, s, t, page = *q.shape[:2], cached_rows(node, "latent"), page_of(node, BLOCK)
     width = m // heads
     flops = (b * t * (2 * m * c) + b * s * t * (2 * heads * (width + r))) * (page or 1)
     scale = float(node.attrs["scale"])
@@ -130,20 +123,19 @@ def mla_attention(
     machine: Machine,
     page: int,
 ) -> PrimFunc:
-    """Arguments: q_nope, q_rope, latent, rope, kv_b [heads*(n+v), c], lengths, out; b, s, t.
-
-    With `page`, pages and block table are in the place of latent and rope, and t counts pages.
-    """
+    """The kernel; kv_b is [heads*(n+v), c]. With `page` it takes a block table; t counts pages."""
     width = n + v
+    names = arguments("q_nope q_rope latent rope kv_b lengths", page, "out")
 
-    def body(
-        q_nope: Expr, q_rope: Expr, latent: Expr, rope: Expr, kv_b: Expr, lengths: Expr, out: Expr,
-        b: Expr, s: Expr, t: Expr,
-    ) -> None:  # fmt: skip
-        q = Tensor(q_nope, dtype, (b, s, heads, n)), Tensor(q_rope, dtype, (b, s, heads, r))
-        cache = LatentCache.at(latent, rope, dtype, (b, t), c, r, page)
-        up, used = Tensor(kv_b, dtype, (heads * width, c)), Tensor(lengths, DType.i64, (b,))
-        y = Tensor(out, dtype, (b, s, heads, v))
+    def body(*parameters: Expr) -> None:
+        given = dict(zip(names, parameters, strict=True))
+        b, s = given["b"], given["s"]
+        q_nope = Tensor(given["q_nope"], dtype, (b, s, heads, n))
+        q = q_nope, Tensor(given["q_rope"], dtype, (b, s, heads, r))
+        cache = LatentCache.of(given, dtype, c, r, page)
+        up = Tensor(given["kv_b"], dtype, (heads * width, c))
+        used = Tensor(given["lengths"], DType.i64, (b,))
+        y = Tensor(given["out"], dtype, (b, s, heads, v))
 
         def task(i: Expr) -> None:
             batch, head = bind(tirx.truncdiv(i, heads)), bind(tirx.truncmod(i, heads))
@@ -151,7 +143,7 @@ def mla_attention(
             shown = bind(tirx.min(past + s, cache.extent))
             kv = Scratch(DType.f32, shown * width)
             product_rows(
-                cache.latent, lambda row: cache.latent_at(cache.slot(batch, row)), shown,
+                cache.latent, lambda row: cache.slot(batch, row) * c, shown,
                 up, lambda j: (head * width + j) * c, width, c, machine,
                 lambda row, j, value: kv.put(row * width + j, value),
             )  # fmt: skip
@@ -172,7 +164,7 @@ def mla_attention(
 
         for_each(b * heads, PARALLEL_WORK, task)
 
-    return build(body)
+    return build(body, names)
 
 
 def lower(node: Node, machine: Machine) -> Launch:
@@ -258,10 +250,8 @@ def _task(
 
 
 def _latents(cache: LatentCache, batch: Expr) -> Rows:
-    at = cache.latent_at
-    return Rows(cache.latent, lambda row: at(cache.slot(batch, row)), cache.c, cache.latent_stride)
+    return Rows(cache.latent, lambda row: cache.slot(batch, row) * cache.c, cache.c, cache.c)
 
 
 def _ropes(cache: LatentCache, batch: Expr) -> Rows:
-    at = cache.rope_at
-    return Rows(cache.rope, lambda row: at(cache.slot(batch, row)), cache.r, cache.rope_stride)
+    return Rows(cache.rope, lambda row: cache.slot(batch, row) * cache.r, cache.r, cache.r)

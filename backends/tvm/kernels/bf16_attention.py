@@ -36,7 +36,7 @@ from dsc.backends.tvm.kernels.bf16_softmax import (
     store_output,
     weigh,
 )
-from dsc.backends.tvm.kernels.latent_cache import LatentCache
+from dsc.backends.tvm.kernels.latent_cache import LatentCache, arguments
 from dsc.backends.tvm.tir import (
     PARALLEL_WORK,
     Expr,
@@ -116,23 +116,25 @@ class SharedParts:
 
 
 def bf16_latent(heads: int, c: int, r: int, scale: float, split: bool, page: int) -> PrimFunc:
-    """Arguments: q_latent, q_rope, latent, rope, lengths, out, scratch when `split`; b, s, t.
+    """The kernel, with scratch memory when `split`.
 
-    With `page`, pages and block table are in the place of latent and rope, and t counts pages.
+    With `page` it takes a block table, and t counts pages.
     """
     unit = BLOCK if page else LANES
     group, parts = lanes_for(heads, QUERIES), PARTS if split else 1
     floats = part_floats(heads, c)
+    rest = "out scratch" if split else "out"
+    names = arguments("q_latent q_rope latent rope lengths", page, rest)
 
-    def emit(
-        q_latent: Expr, q_rope: Expr, latent: Expr, rope: Expr, lengths: Expr, out: Expr,
-        scratch: Expr | None, b: Expr, s: Expr, t: Expr,
-    ) -> None:  # fmt: skip
-        q = Tensor(q_latent, DType.bf16, (b, s, heads, c))
-        q_r = Tensor(q_rope, DType.bf16, (b, s, heads, r))
-        cache = LatentCache.at(latent, rope, DType.bf16, (b, t), c, r, page)
-        used, y = Tensor(lengths, DType.i64, (b,)), Tensor(out, DType.bf16, (b, s, heads, c))
-        shared = None if scratch is None else SharedParts(scratch, heads, c, b * s)
+    def body(*parameters: Expr) -> None:
+        given = dict(zip(names, parameters, strict=True))
+        b, s = given["b"], given["s"]
+        q = Tensor(given["q_latent"], DType.bf16, (b, s, heads, c))
+        q_r = Tensor(given["q_rope"], DType.bf16, (b, s, heads, r))
+        cache = LatentCache.of(given, DType.bf16, c, r, page)
+        used = Tensor(given["lengths"], DType.i64, (b,))
+        y = Tensor(given["out"], DType.bf16, (b, s, heads, c))
+        shared = SharedParts(given["scratch"], heads, c, b * s) if split else None
 
         def task(n: Expr) -> None:
             token, part = bind(tirx.truncdiv(n, parts)), bind(tirx.truncmod(n, parts))
@@ -147,10 +149,7 @@ def bf16_latent(heads: int, c: int, r: int, scale: float, split: bool, page: int
                 head = bind(g * group)
                 _latent_scores(q, q_r, cache, bind(token * heads + head), first, here, tile)
                 weigh(tile, running, head, [here] * group, scale)
-                values = cache.latent
-                add_values(
-                    tile, running, head, values, lambda row: cache.latent_at(first + row), here
-                )
+                add_values(tile, running, head, cache.latent, lambda row: (first + row) * c, here)
             if shared is None:
                 with loop(heads) as head:
                     store_output(y, bind((token * heads + head) * c), running, head)
@@ -165,19 +164,7 @@ def bf16_latent(heads: int, c: int, r: int, scale: float, split: bool, page: int
             if shared is not None:
                 for_each(b * s * heads, parts * c, lambda n: shared.join(y, n, True))
 
-    def split_context(
-        q_latent: Expr, q_rope: Expr, latent: Expr, rope: Expr, lengths: Expr, out: Expr,
-        scratch: Expr, b: Expr, s: Expr, t: Expr,
-    ) -> None:  # fmt: skip
-        emit(q_latent, q_rope, latent, rope, lengths, out, scratch, b, s, t)
-
-    def whole(
-        q_latent: Expr, q_rope: Expr, latent: Expr, rope: Expr, lengths: Expr, out: Expr,
-        b: Expr, s: Expr, t: Expr,
-    ) -> None:  # fmt: skip
-        emit(q_latent, q_rope, latent, rope, lengths, out, None, b, s, t)
-
-    return build(split_context if split else whole)
+    return build(body, names)
 
 
 def _latent_scores(
@@ -187,10 +174,8 @@ def _latent_scores(
     c, r = cache.c, cache.r
     if not by_pairs():
         heads = [bind(query + i) for i in range(tile.queries)]
-        latent_at, rope_at = bind(cache.latent_at(first)), bind(cache.rope_at(first))
-        strides = integer(cache.latent_stride), integer(cache.rope_stride)
-        latents = Weights(cache.latent, latent_at, strides[0], here, c)
-        keys = Weights(cache.rope, rope_at, strides[1], here, r)
+        latents = Weights(cache.latent, bind(first * c), integer(c), here, c)
+        keys = Weights(cache.rope, bind(first * r), integer(r), here, r)
         q_rows, q_r_rows = [bind(h * c) for h in heads], [bind(h * r) for h in heads]
         product.clear_block(tile.scores, integer(0), tile.queries)
         if c + r <= product.WIDENED_DEPTH:
@@ -208,29 +193,28 @@ def _latent_scores(
         heads = [bind(query + part * height + i) for i in range(height)]
         sums = dot_sums([
             Factor(q, [bind(h * c) for h in heads],
-                   cache.latent, [bind(cache.latent_at(n)) for n in rows], integer(c)),
+                   cache.latent, [bind(n * c) for n in rows], integer(c)),
             Factor(q_r, [bind(h * r) for h in heads],
-                   cache.rope, [bind(cache.rope_at(n)) for n in rows], integer(r)),
+                   cache.rope, [bind(n * r) for n in rows], integer(r)),
         ])  # fmt: skip
         for i, scores in enumerate(sums):
             tile.scores.store((part * height + i) * BLOCK + t, scores)
 
 
 def bf16_mla(heads: int, n: int, r: int, v: int, c: int, scale: float, page: int) -> PrimFunc:
-    """Arguments: q_nope, q_rope, latent, rope, kv_b [heads*(n+v), c], lengths, out; b, s, t.
-
-    With `page`, pages and block table are in the place of latent and rope, and t counts pages.
-    """
+    """The kernel; kv_b is [heads*(n+v), c]. With `page` it takes a block table; t counts pages."""
     depth = n + r
+    names = arguments("q_nope q_rope latent rope kv_b lengths", page, "out")
 
-    def body(
-        q_nope: Expr, q_rope: Expr, latent: Expr, rope: Expr, kv_b: Expr, lengths: Expr, out: Expr,
-        b: Expr, s: Expr, t: Expr,
-    ) -> None:  # fmt: skip
-        q = Pairs.at(q_nope, b * s * heads * n), Pairs.at(q_rope, b * s * heads * r)
-        cache = LatentCache.at(latent, rope, DType.bf16, (b, t), c, r, page)
-        up, used = Tensor(kv_b, DType.bf16, (heads * (n + v), c)), Tensor(lengths, DType.i64, (b,))
-        y = Tensor(out, DType.bf16, (b, s, heads, v))
+    def body(*parameters: Expr) -> None:
+        given = dict(zip(names, parameters, strict=True))
+        b, s = given["b"], given["s"]
+        q_nope = Pairs.at(given["q_nope"], b * s * heads * n)
+        q = q_nope, Pairs.at(given["q_rope"], b * s * heads * r)
+        cache = LatentCache.of(given, DType.bf16, c, r, page)
+        up = Tensor(given["kv_b"], DType.bf16, (heads * (n + v), c))
+        used = Tensor(given["lengths"], DType.i64, (b,))
+        y = Tensor(given["out"], DType.bf16, (b, s, heads, v))
 
         def task(i: Expr) -> None:
             batch, head = bind(tirx.truncdiv(i, heads)), bind(tirx.truncmod(i, heads))
@@ -240,7 +224,7 @@ def bf16_mla(heads: int, n: int, r: int, v: int, c: int, scale: float, page: int
             keys, values = Scratch(DType.bf16, wide * depth), Scratch(DType.bf16, wide * v)
             _expand(cache, batch, shown, up, head * (n + v) * c, (n, v), keys, values)
             with loop(shown) as row:
-                rope_row = bind(cache.rope_at(cache.slot(batch, row)))
+                rope_row = bind(cache.slot(batch, row) * r)
                 with loop(r) as j:
                     put_bits(keys, (n + j) * wide + row, cache.rope.buffer[rope_row + j])
             running, tile = Running(QUERIES, v), Tile.of(QUERIES)
@@ -282,7 +266,7 @@ def bf16_mla(heads: int, n: int, r: int, v: int, c: int, scale: float, page: int
         with instructions():
             for_each(b * heads, PARALLEL_WORK, task)
 
-    return build(body)
+    return build(body, names)
 
 
 def _expand(
@@ -295,8 +279,8 @@ def _expand(
     with loop(ceil_div(shown, BLOCK)) as block:
         first = bind(block * BLOCK)
         count = bind(tirx.min(integer(BLOCK), shown - first))
-        start = bind(cache.latent_at(cache.slot(batch, first)))
-        latent = Weights(cache.latent, start, integer(cache.latent_stride), count, c)
+        start = bind(cache.slot(batch, first) * c)
+        latent = Weights(cache.latent, start, integer(c), count, c)
 
         def key_rows(j: Expr, height: int) -> None:
             rows = [bind(up_at + (j + i) * c) for i in range(height)]
@@ -313,8 +297,8 @@ def _expand(
         block = Weights(up, bind(up_at + (n + column) * c), integer(c), width, c)
 
         def value_rows(row: Expr, height: int) -> None:
-            slots = [cache.slot(batch, row + i) for i in range(height)]
-            made = product.dot_block(cache.latent, [bind(cache.latent_at(x)) for x in slots], block)
+            starts = [bind(cache.slot(batch, row + i) * c) for i in range(height)]
+            made = product.dot_block(cache.latent, starts, block)
             for i in range(height):
                 for j in range(0, width, SUMS):
                     value = narrow(made.load(integer(i * BLOCK + j), SUMS))

@@ -1,85 +1,105 @@
-"""Where the rows of a latent cache lie: in order for each sequence, or in pages.
+"""Where the rows of a cache lie: in order for each sequence, or in pages.
 
-Memory is a number of slots, a slot the latent and the rope key of one token. In order, row t of
-sequence b is slot b * capacity + t, and the two parts are tensors of their own. In pages, it is a
-slot of page block_table[b, t // page], and the parts are columns of one tensor. Slots of a page
-follow each other, so that a kernel asks for the slot of the first row of a tile that divides it.
+Memory is a number of slots, each of one token. In order, row t of sequence b is slot b * capacity +
+t; in pages, it is a slot of page block_table[b, t // page]. Slots of a page follow each other, so
+that a kernel asks for the slot of the first row of a tile that divides it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from tvm import tirx
 
-from dsc.backends.tvm.launch import Unsupported, operand, static_dim
-from dsc.backends.tvm.tir import Expr, Tensor, bind, integer
+from dsc.backends.tvm.launch import Unsupported
+from dsc.backends.tvm.tir import Expr, Tensor, bind, integer, when
 from dsc.ir.graph import Node
+from dsc.ir.paging import BLOCK_TABLE, rows_of_page
 from dsc.ir.types import DType
 
 
 @dataclass(frozen=True)
-class LatentCache:
-    """Latents of `c` and rope keys of `r` elements; `extent` rows a sequence, at most."""
+class CacheRows:
+    """`count` rows a sequence, or as many blocks of `page` rows that `table` [b, count] names."""
 
-    latent: Tensor
-    rope: Tensor
-    table: Tensor | None
-    c: int
-    r: int
-    page: int
-    extent: Expr
+    count: Expr
+    page: int = 0
+    table: Tensor | None = None
 
-    @staticmethod
-    def at(
-        first: Expr, second: Expr, dtype: DType, sizes: tuple[Expr, Expr], c: int, r: int, page: int
-    ) -> LatentCache:
-        """The cache at two addresses: latent and rope key, or with `page` pages and block table.
-
-        `sizes` is the batch and a sequence's capacity, in rows or in pages.
-        """
-        b, t = sizes
-        if not page:
-            latent, rope = Tensor(first, dtype, (b, t, c)), Tensor(second, dtype, (b, t, r))
-            return LatentCache(latent, rope, None, c, r, page, t)
-        pages = Tensor(first, dtype, (1, page, c + r))
-        return LatentCache(pages, pages, Tensor(second, DType.i64, (b, t)), c, r, page, t * page)
+    @property
+    def extent(self) -> Expr:
+        """Rows that a sequence has room for."""
+        return self.count * self.page if self.page else self.count
 
     def slot(self, batch: Expr, row: Expr) -> Expr:
         """The slot of a row. Where there is no page it is page 0's: only padding looks there."""
         if self.table is None:
-            return bind(batch * self.extent + row)
+            return bind(batch * self.count + row)
         block = bind(tirx.truncdiv(row, integer(self.page)))
-        number = tirx.max(self.table.load(batch, block), integer(0))
+        number = tirx.max(self.table.at(batch * self.count + block), integer(0))
         return bind(number * self.page + (row - block * self.page))
 
-    @property
-    def latent_stride(self) -> int:
-        """Elements from a latent to that of the next slot."""
-        return self.c + self.r if self.page else self.c
+    @contextmanager
+    def place(self, batch: Expr, row: Expr) -> Iterator[Expr]:
+        """The slot that a row is written to; what is in the context runs where there is one."""
+        if self.table is None:
+            yield self.slot(batch, row)
+            return
+        block = bind(tirx.truncdiv(row, integer(self.page)))
+        number = bind(self.table.at(batch * self.count + block))
+        with when(number >= integer(0)):
+            yield bind(number * self.page + (row - block * self.page))
+
+
+@dataclass(frozen=True)
+class LatentCache:
+    """Latents of `c` and rope keys of `r` elements a slot, and where each sequence's rows lie."""
+
+    latent: Tensor
+    rope: Tensor
+    rows: CacheRows
+    c: int
+    r: int
+
+    @staticmethod
+    def of(given: Mapping[str, Expr], dtype: DType, c: int, r: int, page: int) -> LatentCache:
+        """The cache at the addresses among a kernel's arguments, which `arguments` named."""
+        b, t = given["b"], given["t"]
+        table = Tensor(given[BLOCK_TABLE], DType.i64, (b, t)) if page else None
+        slots = (1, page) if page else (b, t)
+        latent = Tensor(given["latent"], dtype, (*slots, c))
+        return LatentCache(
+            latent, Tensor(given["rope"], dtype, (*slots, r)), CacheRows(t, page, table), c, r
+        )
 
     @property
-    def rope_stride(self) -> int:
-        """Elements from a rope key to that of the next slot."""
-        return self.c + self.r if self.page else self.r
+    def extent(self) -> Expr:
+        """Rows that a sequence has room for."""
+        return self.rows.extent
 
-    def latent_at(self, slot: Expr) -> Expr:
-        """The flat position of a slot's latent."""
-        return slot * self.latent_stride
+    def slot(self, batch: Expr, row: Expr) -> Expr:
+        """The slot of a row: its latent starts at c times that, its rope key at r times."""
+        return self.rows.slot(batch, row)
 
-    def rope_at(self, slot: Expr) -> Expr:
-        """The flat position of a slot's rope key."""
-        return slot * self.rope_stride + (self.c if self.page else 0)
+
+def arguments(operands: str, page: int, rest: str) -> list[str]:
+    """The names of a kernel's arguments: operands, a block table where there are pages, the rest.
+
+    The sizes are b, s, t: batch, new tokens, and a sequence's rows, or blocks, in the cache.
+    """
+    return [*operands.split(), *[BLOCK_TABLE] * (page > 0), *rest.split(), "b", "s", "t"]
 
 
 def page_of(node: Node, multiple: int) -> int:
-    """Rows of a page that an attention reads; 0 where its cache lies in order.
+    """Rows of a page that an operator reads; 0 where its cache lies in order.
 
     Raises `Unsupported` when they are no multiple of the kernel's tile.
     """
-    if not node.op.startswith("paged_"):
+    if node.get(BLOCK_TABLE) is None:
         return 0
-    page = static_dim(operand(node, 2).type.shape[1], "a page")
-    if page % multiple:
+    page = rows_of_page(node)
+    if page is None or page % multiple:
         raise Unsupported(f"pages of {page} rows; a multiple of {multiple} is needed")
     return page

@@ -18,6 +18,7 @@ from tvm import tirx
 
 from dsc.backends.tvm import bf16
 from dsc.backends.tvm.kernels.access import Access, Number, Rows
+from dsc.backends.tvm.kernels.latent_cache import CacheRows
 from dsc.backends.tvm.kernels.pointwise import FORMULAS
 from dsc.backends.tvm.kernels.sums import nest, summed
 from dsc.backends.tvm.kernels.values import Operand, Point, compute, held, literal, put, rounded
@@ -315,17 +316,20 @@ class _Row:
         return self.angles[key]
 
     def _cache_write(self, step: RowStep) -> None:
-        new, lengths, cache = step.operands
-        d, s, capacity = map(self.places.at, (*step.extents, *step.over))
+        new, lengths, cache, *table = step.operands
+        d, s, count, *page = map(self.places.at, (*step.extents, *step.over))
         batch, i = bind(tirx.truncdiv(self.row, integer(s))), tirx.truncmod(self.row, integer(s))
         used = self.tensor(_memory(lengths)).at(batch)
-        start = bind((batch * capacity + used + i) * d)
+        blocks = self.tensor(_memory(table[0])) if table else None
+        rows = CacheRows(integer(count), int(page[0]) if page else 0, blocks)
         plain = not isinstance(new.source, Access) or new.source.unit
         lanes = lanes_for(d, self.machine.lanes) if plain else 1
         target = self.tensor(_memory(cache))
-        with loop(d // lanes) as at:
-            value = held(self.load(new, [at * lanes], lanes, [d]))
-            put(target, start + at * lanes, value, self.machine.bf16)
+        with rows.place(batch, bind(used + i)) as slot:
+            start = bind(slot * d)
+            with loop(d // lanes) as at:
+                value = held(self.load(new, [at * lanes], lanes, [d]))
+                put(target, start + at * lanes, value, self.machine.bf16)
 
 
 def _memory(operand: Operand) -> Access:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from tvm import tirx
-
+from dsc.backends.tvm.kernels.latent_cache import CacheRows, arguments, page_of
 from dsc.backends.tvm.launch import Launch, operand, rows_of, static_dim
 from dsc.backends.tvm.machine import Machine
 from dsc.backends.tvm.tir import (
@@ -14,13 +13,12 @@ from dsc.backends.tvm.tir import (
     build,
     f32,
     for_each,
-    integer,
     lanes_for,
     loop,
     splat,
-    when,
 )
 from dsc.ir.graph import Node
+from dsc.ir.paging import BLOCK_TABLE, cached_rows
 from dsc.ir.types import DType
 
 
@@ -79,60 +77,33 @@ def lower_cache_write(node: Node, machine: Machine) -> Launch:
     """The launch of `cache_write`: the result is the cache, so it has no address of its own."""
     cache, new = operand(node, 0).type, operand(node, 1).type
     width = static_dim(cache.shape[2], "a cache row")
-    sizes = (*new.shape[:2], cache.shape[1])
-    return Launch(cache_write, (cache.dtype, width, machine.lanes), sizes)
+    sizes = (*new.shape[:2], cached_rows(node, "cache"))
+    return Launch(cache_write, (cache.dtype, width, machine.lanes, page_of(node, 1)), sizes)
 
 
-def cache_write(dtype: DType, width: int, lanes: int) -> PrimFunc:
-    """Arguments: cache [b, c, width], new [b, s, width], lengths [b], out = cache; b, s, c."""
+def cache_write(dtype: DType, width: int, lanes: int, page: int) -> PrimFunc:
+    """The kernel; `out` is the cache. With `page` it takes a block table, and t counts pages."""
+    names = arguments("cache new lengths", page, "out")
 
-    def body(cache: Expr, new: Expr, lengths: Expr, out: Expr, b: Expr, s: Expr, c: Expr) -> None:
-        source, target = Tensor(new, dtype, (b, s, width)), Tensor(out, dtype, (b, c, width))
-        used = Tensor(lengths, DType.i64, (b,))
+    def body(*parameters: Expr) -> None:
+        given = dict(zip(names, parameters, strict=True))
+        b, s, t = (given[name] for name in "bst")
+        source, target = (
+            Tensor(given["new"], dtype, (b, s, width)),
+            Tensor(given["out"], dtype, (1,)),
+        )
+        used = Tensor(given["lengths"], DType.i64, (b,))
+        table = Tensor(given[BLOCK_TABLE], DType.i64, (b, t)) if page else None
+        rows = CacheRows(t, page, table)
 
         def row(r: Expr) -> None:
             batch, i = bind(r // s), r % s
-            place = bind(target.offset(batch, used.load(batch) + i))
-            _copy(source, r * width, target, place, width, lanes)
+            with rows.place(batch, bind(used.load(batch) + i)) as slot:
+                _copy(source, r * width, target, bind(slot * width), width, lanes)
 
         for_each(b * s, width, row)
 
-    return build(body)
-
-
-def lower_page_write(node: Node, machine: Machine) -> Launch:
-    """The launch of `page_write`: the result is the pages, so it has no address of its own."""
-    pages, latent, rope, table = (operand(node, i).type for i in range(4))
-    axes = (pages.shape[1], latent.shape[2], rope.shape[2])
-    page, c, r = (static_dim(d, "a page") for d in axes)
-    static = (pages.dtype, page, c, r, machine.lanes)
-    return Launch(page_write, static, (*latent.shape[:2], table.shape[1]))
-
-
-def page_write(dtype: DType, page: int, c: int, r: int, lanes: int) -> PrimFunc:
-    """Arguments: pages, latent [b, s, c], rope [b, s, r], table [b, m], lengths, out; b, s, m."""
-
-    def body(
-        pages: Expr, latent: Expr, rope: Expr, table: Expr, lengths: Expr, out: Expr,
-        b: Expr, s: Expr, m: Expr,
-    ) -> None:  # fmt: skip
-        parts = Tensor(latent, dtype, (b, s, c)), Tensor(rope, dtype, (b, s, r))
-        target = Tensor(out, dtype, (1, page, c + r))
-        used, blocks = Tensor(lengths, DType.i64, (b,)), Tensor(table, DType.i64, (b, m))
-
-        def row(n: Expr) -> None:
-            batch = bind(tirx.truncdiv(n, s))
-            at = bind(used.load(batch) + (n - batch * s))
-            block = bind(tirx.truncdiv(at, integer(page)))
-            number = bind(blocks.load(batch, tirx.min(block, m - 1)))
-            with when(tirx.all(block < m, number >= integer(0))):
-                slot = bind((number * page + (at - block * page)) * (c + r))
-                _copy(parts[0], bind(n * c), target, slot, c, lanes)
-                _copy(parts[1], bind(n * r), target, slot + c, r, lanes)
-
-        for_each(b * s, c + r, row)
-
-    return build(body)
+    return build(body, names)
 
 
 def lower_append(node: Node, machine: Machine) -> Launch:

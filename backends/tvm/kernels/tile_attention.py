@@ -19,7 +19,7 @@ from dsc.backends.tvm import amx
 from dsc.backends.tvm.bf16 import LANES, SUMS, bits, instructions, narrow, put_bits
 from dsc.backends.tvm.kernels.bf16_attention import PARTS, SharedParts, part_floats, part_of
 from dsc.backends.tvm.kernels.bf16_product import ceil_div
-from dsc.backends.tvm.kernels.latent_cache import LatentCache
+from dsc.backends.tvm.kernels.latent_cache import LatentCache, arguments
 from dsc.backends.tvm.kernels.tile_softmax import (
     DEPTH,
     KEYS,
@@ -62,56 +62,45 @@ class _Rows:
     """Tiles of 32 rows of a cache. One that is not whole is copied, and its last row repeated."""
 
     def __init__(self, cache: LatentCache, bases: tuple[Expr, Expr], rope: bool = True) -> None:
-        self.cache, self.bases = cache, bases
-        self.tails = [Scratch(DType.bf16, DEPTH * cache.c)]
-        if rope:
-            self.tails.append(Scratch(DType.bf16, DEPTH * cache.r))
+        self.cache = cache
+        self.parts = [(bases[0], cache.latent, cache.c), (bases[1], cache.rope, cache.r)]
+        self.tails = [Scratch(DType.bf16, DEPTH * w) for _, _, w in self.parts[: 1 + rope]]
 
     def fill_tail(self, slot: Expr, last: Expr) -> None:
         """Copy a tile of which `last` + 1 rows exist."""
-        cache = self.cache
-        sides = [(cache.latent, cache.latent_at, cache.c), (cache.rope, cache.rope_at, cache.r)]
-        for tail, (source, at, width) in zip(self.tails, sides, strict=False):
+        for tail, (_, source, width) in zip(self.tails, self.parts, strict=False):
             with loop(DEPTH) as t:
-                row = bind(at(slot + tirx.min(t, last)))
+                row = bind((slot + tirx.min(t, last)) * width)
                 with loop(width // LANES) as j:
                     put_bits(tail, t * width + j * LANES, bits(source, row + j * LANES))
 
     def part(self, number: int, slot: Callable[[Expr], Expr], here: Expr) -> Keys:
         """The latents (0) or rope keys (1) of a block of `here` rows; `slot(t)` is row t's."""
-        cache, tail = self.cache, self.tails[number]
-        at, stride, width = [
-            (cache.latent_at, cache.latent_stride, cache.c),
-            (cache.rope_at, cache.rope_stride, cache.r),
-        ][number]
-        # A tail is as wide as its part: its rows lie `stride` apart only where the cache's do.
+        base, _, width = self.parts[number]
+        tail = self.tails[number]
         whole = bind(tirx.truncdiv(here, integer(DEPTH)) * DEPTH)
 
         def address(t: Expr) -> Expr:
-            there = self.bases[number] + at(slot(t)) * 2
-            return select(t < whole, there, amx.address(tail, 0))
+            return select(t < whole, base + slot(t) * (2 * width), amx.address(tail, 0))
 
-        def row_stride(t: Expr) -> Expr:
-            return select(t < whole, integer(2 * stride), integer(2 * width))
-
-        return Keys(address, row_stride, width)
+        return Keys(address, width)
 
 
 def tile_latent(heads: int, c: int, r: int, scale: float, split: bool, page: int) -> PrimFunc:
-    """Arguments: q_latent, q_rope, latent, rope, lengths, out, scratch when `split`; b, s, t.
+    """The kernel, with scratch memory when `split`.
 
-    With `page`, pages and block table are in the place of latent and rope, and t counts pages.
+    With `page` it takes a block table, and t counts pages.
     """
     unit = 2 * DEPTH if page else DEPTH
     lanes, parts = lanes_of_heads(heads), PARTS if split else 1
     groups, panel, floats = heads // lanes, panel_bytes(lanes, c + r), part_floats(heads, c)
-    names = ["q_latent", "q_rope", "latent", "rope", "lengths", "out"]
-    names += [*["scratch"] * split, "b", "s", "t"]
+    rest = "out scratch" if split else "out"
+    names = arguments("q_latent q_rope latent rope lengths", page, rest)
 
-    def body(*arguments: Expr) -> None:
-        given = dict(zip(names, arguments, strict=True))
-        b, s, t = (given[n] for n in "bst")
-        cache = LatentCache.at(given["latent"], given["rope"], DType.bf16, (b, t), c, r, page)
+    def body(*parameters: Expr) -> None:
+        given = dict(zip(names, parameters, strict=True))
+        b, s = given["b"], given["s"]
+        cache = LatentCache.of(given, DType.bf16, c, r, page)
         used = Tensor(given["lengths"], DType.i64, (b,))
         y = Tensor(given["out"], DType.bf16, (b, s, heads, c))
         shared = SharedParts(given["scratch"], heads, c, b * s) if split else None
@@ -124,7 +113,7 @@ def tile_latent(heads: int, c: int, r: int, scale: float, split: bool, page: int
             state = Attention(groups, lanes, c, scale)
             panels = Scratch(DType.u8, groups * panel)
             values = Scratch(DType.i32, KEYS // DEPTH * (c // SUMS) * TILE)
-            rows = _Rows(cache, (given["latent"], given["latent" if page else "rope"]))
+            rows = _Rows(cache, (given["latent"], given["rope"]))
             state.clear()
             with loop(groups) as g:
                 head = bind(token * heads + g * lanes)
@@ -142,7 +131,7 @@ def tile_latent(heads: int, c: int, r: int, scale: float, split: bool, page: int
 
                 def later(tile: Expr) -> Expr:
                     row = tirx.min(first + KEYS + tile * DEPTH, limit - 1)
-                    return cache.latent_at(cache.slot(batch, row))
+                    return cache.slot(batch, row) * c
 
                 _pair_latents(cache, slot, here, values)
                 rest = bind(tirx.truncmod(here, integer(DEPTH)))
@@ -155,7 +144,7 @@ def tile_latent(heads: int, c: int, r: int, scale: float, split: bool, page: int
                     queries = [
                         bind(amx.address(panels, (group + g) * panel)) for g in range(state.pair)
                     ]
-                    ahead = Ahead(cache.latent, later, cache.latent_stride, tirx.EQ(i, integer(0)))
+                    ahead = Ahead(cache.latent, later, c, tirx.EQ(i, integer(0)))
                     at = amx.address(values, 0)
                     state.attend(group, queries, keys, at, here, lambda g: seen, ahead)
             with loop(groups) as g, loop(lanes) as lane:
@@ -184,7 +173,7 @@ def _pair_latents(
         start = bind(slot(tile * DEPTH))
         last = bind(here - 1 - tile * DEPTH)
         with loop(DEPTH // 2) as p:
-            at = [bind(cache.latent_at(start + tirx.min(2 * p + i, last))) for i in range(2)]
+            at = [bind((start + tirx.min(2 * p + i, last)) * cache.c) for i in range(2)]
             with loop(columns // 2) as v:
                 low, high = (bind(bits(cache.latent, row + v * LANES)) for row in at)
                 for i, words in enumerate(amx.pairs(low, high)):
@@ -192,19 +181,17 @@ def _pair_latents(
 
 
 def tile_mla(heads: int, n: int, r: int, v: int, c: int, scale: float, page: int) -> PrimFunc:
-    """Arguments: q_nope, q_rope, latent, rope, kv_b [heads*(n+v), c], lengths, out; b, s, t.
-
-    With `page`, pages and block table are in the place of latent and rope, and t counts pages.
-    """
+    """The kernel; kv_b is [heads*(n+v), c]. With `page` it takes a block table; t counts pages."""
     depth, together = n + r, 2 * amx.TOKENS
     panel = panel_bytes(amx.TOKENS, depth)
+    names = arguments("q_nope q_rope latent rope kv_b lengths", page, "out")
 
-    def body(
-        q_nope: Expr, q_rope: Expr, latent: Expr, rope: Expr, kv_b: Expr, lengths: Expr, out: Expr,
-        b: Expr, s: Expr, t: Expr,
-    ) -> None:  # fmt: skip
-        cache = LatentCache.at(latent, rope, DType.bf16, (b, t), c, r, page)
-        used, y = Tensor(lengths, DType.i64, (b,)), Tensor(out, DType.bf16, (b, s, heads, v))
+    def body(*parameters: Expr) -> None:
+        given = dict(zip(names, parameters, strict=True))
+        q_nope, q_rope, b, s = (given[name] for name in ("q_nope", "q_rope", "b", "s"))
+        cache = LatentCache.of(given, DType.bf16, c, r, page)
+        used = Tensor(given["lengths"], DType.i64, (b,))
+        y = Tensor(given["out"], DType.bf16, (b, s, heads, v))
 
         def task(i: Expr) -> None:
             batch, head = bind(tirx.truncdiv(i, heads)), bind(tirx.truncmod(i, heads))
@@ -213,8 +200,8 @@ def tile_mla(heads: int, n: int, r: int, v: int, c: int, scale: float, page: int
             tiles = bind(ceil_div(shown, DEPTH))
             keys = Scratch(DType.bf16, tiles * (DEPTH * depth))
             values = Scratch(DType.i32, tiles * (v // SUMS * TILE))
-            up = bind(kv_b + head * ((n + v) * c * 2))
-            rows = _Rows(cache, (latent, rope), rope=False)
+            up = bind(given["kv_b"] + head * ((n + v) * c * 2))
+            rows = _Rows(cache, (given["latent"], given["rope"]), rope=False)
             _expand(rows, batch, shown, up, (n, v), keys, values)
             state = Attention(2, amx.TOKENS, v, scale)
             panels = Scratch(DType.u8, 2 * panel)
@@ -241,11 +228,7 @@ def tile_mla(heads: int, n: int, r: int, v: int, c: int, scale: float, page: int
                         return lane + splat(cast(base, "float32"), SUMS)
 
                     at = amx.address(values, first // DEPTH * (v // SUMS * TILE))
-                    part = Keys(
-                        lambda k: amx.address(keys, (first + k) * depth),
-                        lambda k: integer(2 * depth),
-                        depth,
-                    )
+                    part = Keys(lambda k: amx.address(keys, (first + k) * depth), depth)
                     state.attend(integer(0), queries, [part], bind(at), here, visible)
                 with loop(together) as q, when(start + q < s):
                     place = bind(((batch * s + start + q) * heads + head) * v)
@@ -254,7 +237,7 @@ def tile_mla(heads: int, n: int, r: int, v: int, c: int, scale: float, page: int
         with instructions():
             for_each(b * heads, PARALLEL_WORK, task)
 
-    return build(body)
+    return build(body, names)
 
 
 def _expand(
@@ -279,7 +262,7 @@ def _expand(
         with when(last < DEPTH - 1):
             rows.fill_tail(slot, last)
         latents = rows.part(0, lambda _: slot, select(last < DEPTH - 1, integer(0), integer(DEPTH)))
-        base, stride = bind(latents.address(integer(0))), bind(latents.stride(integer(0)))
+        base, stride = bind(latents.address(integer(0))), latents.stride
 
         def products(j: Expr) -> None:
             """32 columns from 32 j on of the tile's 32 rows, as squares (row half, column half)."""
@@ -314,7 +297,7 @@ def _expand(
                     at = (tile * (v // SUMS) + 2 * j + b) * TILE + p * SUMS
                     values.put(at, paired(made(2 * p, b), made(2 * p + 1, b)))
         with loop(DEPTH) as t:
-            row = bind(cache.rope_at(slot + tirx.min(t, last)))
+            row = bind((slot + tirx.min(t, last)) * r)
             with loop(r // LANES) as j:
                 put_bits(
                     keys, (first + t) * depth + n + j * LANES, bits(cache.rope, row + j * LANES)

@@ -53,11 +53,15 @@ ROW = 64
 
 @dataclass(frozen=True)
 class Keys:
-    """One part of the keys' depth: the address of 32 rows from key t on, bytes between rows."""
+    """One part of the keys' depth: the address of 32 rows from key t on, which lie side by side."""
 
     address: Callable[[Expr], Expr]
-    stride: Callable[[Expr], Expr]
     depth: int
+
+    @property
+    def stride(self) -> int:
+        """Bytes from a row to the next."""
+        return 2 * self.depth
 
 
 @dataclass(frozen=True)
@@ -136,14 +140,13 @@ class Attention:
             later = [bind(ahead.start(tile)) for tile in chosen] if ahead is not None else []
             for part in keys:
                 starts = [bind(part.address(bind(tile * DEPTH))) for tile in chosen]
-                apart = [bind(part.stride(bind(tile * DEPTH))) for tile in chosen]
                 with loop(part.depth // DEPTH) as k:
                     at = bind((k + step) * (SUMS * stride))
                     for g in range(self.pair):
                         amx.load(amx.PAIRS[g], queries[g] + at, stride)
                     for n, (tile, half) in enumerate(rows):
-                        row = starts[tile] + k * (2 * DEPTH) + apart[tile] * (half * SUMS)
-                        amx.load(amx.WEIGHTS[n % 2], row, apart[tile])
+                        row = starts[tile] + k * (2 * DEPTH) + part.stride * (half * SUMS)
+                        amx.load(amx.WEIGHTS[n % 2], row, part.stride)
                         for g in range(self.pair):
                             amx.multiply(len(rows) * g + n, amx.WEIGHTS[n % 2], amx.PAIRS[g])
                     if ahead is not None and step == 0:

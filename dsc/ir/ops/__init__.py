@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from types import MappingProxyType, ModuleType
 
 from dsc.ir.op import OpDef
-from dsc.ir.ops import cache, comm, core, moe, nn, paged, pointwise, quant, shape, traced
+from dsc.ir.ops import cache, comm, core, moe, nn, pointwise, quant, shape, traced
 
 
 def _collect(*families: ModuleType) -> Mapping[str, OpDef]:
@@ -25,7 +25,6 @@ FAMILIES: Mapping[str, ModuleType] = MappingProxyType(
         "core": core,
         "nn": nn,
         "cache": cache,
-        "paged": paged,
         "moe": moe,
         "quant": quant,
         "comm": comm,

@@ -9,7 +9,8 @@ from dsc.ir.dims import Dim
 from dsc.ir.extents import Extent
 from dsc.ir.lazy import LazyModule
 from dsc.ir.op import TypeMismatch, op
-from dsc.ir.ops.cache import ROOM
+from dsc.ir.ops.cache import IN_PAGES, ONE_PAGE
+from dsc.ir.paging import gathered
 from dsc.ir.placement import HEADS, PlacedCall, Placing, Split, along_rows, over_heads
 from dsc.ir.sized import Sized
 from dsc.ir.traits import Call, Role, Traits, Within, each_result, nothing
@@ -98,8 +99,8 @@ def _infer_attention(types: Types, attrs: Mapping[str, Any]) -> Result:
     return (q.with_shape((*q.shape[:3], v.shape[3])),)
 
 
-def mla_result(q_nope: TensorType, kv_b: TensorType) -> Result:
-    """The type of an expanded attention's result, [b, s, h, v], from a query and kv_b."""
+def _infer_mla(types: Types, attrs: Mapping[str, Any]) -> Result:
+    q_nope, kv_b = types[0], types[4]
     heads, nope = q_nope.shape[2], q_nope.shape[3]
     width = kv_b.shape[0] // heads - nope
     empty = isinstance(width, int) and width <= 0
@@ -114,9 +115,18 @@ def split_kv_b(kv_b: Any, heads: int, nope: int) -> tuple[Any, Any]:
     return per_head[:, :nope], per_head[:, nope:]
 
 
+def _in_order(latent: Any, rope: Any, block_table: Any) -> tuple[Any, Any]:
+    """The two parts of a latent cache with each sequence's rows in order."""
+    if block_table is None:
+        return latent, rope
+    return gathered(latent, block_table), gathered(rope, block_table)
+
+
 def _mla_attention(
-    q_nope: Any, q_rope: Any, latent: Any, rope: Any, kv_b: Any, lengths: Any, scale: float
-) -> Any:
+    q_nope: Any, q_rope: Any, latent: Any, rope: Any, kv_b: Any, lengths: Any,
+    block_table: Any = None, *, scale: float,
+) -> Any:  # fmt: skip
+    latent, rope = _in_order(latent, rope, block_table)
     w_uk, w_uv = split_kv_b(kv_b.float(), q_nope.shape[2], q_nope.shape[3])
     k_nope = torch.einsum("btc,hnc->bthn", latent.float(), w_uk)
     value = torch.einsum("btc,hvc->bthv", latent.float(), w_uv)
@@ -128,8 +138,10 @@ def _mla_attention(
 
 
 def _latent_attention(
-    q_latent: Any, q_rope: Any, latent: Any, rope: Any, lengths: Any, scale: float
-) -> Any:
+    q_latent: Any, q_rope: Any, latent: Any, rope: Any, lengths: Any,
+    block_table: Any = None, *, scale: float,
+) -> Any:  # fmt: skip
+    latent, rope = _in_order(latent, rope, block_table)
     scores = torch.einsum("bshc,btc->bhst", q_latent.float(), latent.float())
     scores = scores + torch.einsum("bshr,btr->bhst", q_rope.float(), rope.float())
     mask = visible(lengths, q_latent.shape[1], latent.shape[1])
@@ -142,15 +154,28 @@ def _pairs(call: Call, rows: Dim) -> Dim:
     return call.dim("b") * call.dim("s") * call.dim("h") * rows
 
 
-def absorbed_flops(call: Call, rows: Dim) -> Dim:
-    """Operations of absorbed latent attention over so many rows a sequence."""
-    return 2 * _pairs(call, rows) * (2 * call.dim("c") + call.dim("r"))
+def _cached(call: Call) -> Dim:
+    """Rows that a sequence has in a cache, at most."""
+    return call.dim("m") * call.dim("p")
 
 
-def expanded_flops(call: Call, rows: Dim) -> Dim:
-    """Operations of expanded latent attention, keys and values of all rows rebuilt."""
-    width = call["q_nope"].shape[-1] + call.dim("r") + call.results[0].shape[-1]
+def _absorbed_flops(call: Call) -> Dim:
+    return 2 * _pairs(call, _cached(call)) * (2 * call.dim("c") + call.dim("r"))
+
+
+def _expanded_flops(call: Call) -> Dim:
+    """Keys and values of all rows are rebuilt."""
+    width, rows = (
+        call["q_nope"].shape[-1] + call.dim("r") + call.results[0].shape[-1],
+        _cached(call),
+    )
     return 2 * call.dim("b") * rows * call["kv_b"].numel + 2 * _pairs(call, rows) * width
+
+
+_CACHE_READS = {
+    "latent": lambda call: call.dim("b") * _cached(call) * call.dim("c"),
+    "rope": lambda call: call.dim("b") * _cached(call) * call.dim("r"),
+}
 
 
 def _demand_rope(call: Sized) -> None:
@@ -172,7 +197,7 @@ def _demand_attention(call: Sized) -> None:
     call.in_proportion(call.dims["h"], call.dims["g"], heads)
 
 
-def demand_kv_b(call: Sized) -> None:
+def _demand_kv_b(call: Sized) -> None:
     """Rows of kv_b: of every head those of the nope dims, and those of the value."""
     rows = call["kv_b"][0]
     heads, nope, value = call.dims["h"], call["q_nope"][-1], call.dims["v"]
@@ -237,39 +262,45 @@ attention = op(
     within={"lengths": Within("0", "t", "a number of keys that the first query sees")},
 )
 mla_attention = op(
-    "mla_attention(q_nope: T[b, s, h, n], q_rope: T[b, s, h, r], latent: T[b, t, c],"
-    " rope: T[b, t, r], kv_b: T[m, c], lengths: i64[b]; scale: float) -> T[b, s, h, v]",
+    "mla_attention(q_nope: T[b, s, h, d], q_rope: T[b, s, h, r], latent: T[n, p, c],"
+    " rope: T[n, p, r], kv_b: T[w, c], lengths: i64[b], block_table: i64[b, m]?; scale: float)"
+    " -> T[b, s, h, v]",
     Traits(
         Role.ATTENTION,
         results=("attention",),
         masked=("latent", "rope"),
         stored=("kv_b",),
-        flops=lambda c: expanded_flops(c, c.dim("t")),
-        demand=demand_kv_b,
+        flops=_expanded_flops,
+        reads=_CACHE_READS,
+        demand=_demand_kv_b,
         place=over_heads("q_nope", "q_rope", weight="kv_b"),
         wants=("q_nope", "q_rope"),
     ),
     reference=_mla_attention,
     doc="Multi-head latent attention, expanded: keys and values are rebuilt from the latent by"
-    " kv_b, per head [nope | v] (DeepSeek-V2, eq. 9-19).",
+    " kv_b, per head [nope | v] (DeepSeek-V2, eq. 9-19). The cache is as `cache_write` has it.",
     example="f32[2,3,4,5], f32[2,3,4,2], f32[2,7,6], f32[2,7,2], f32[32,6], i64[2]=4 {scale=0.5}",
-    infer=lambda types, attrs: mla_result(types[0], types[4]),
-    within={"lengths": Within("0", "t-s", ROOM)},
+    infer=_infer_mla,
+    within=IN_PAGES,
+    without=ONE_PAGE,
 )
 latent_attention = op(
-    "latent_attention(q_latent: T[b, s, h, c], q_rope: T[b, s, h, r], latent: T[b, t, c],"
-    " rope: T[b, t, r], lengths: i64[b]; scale: float) -> T[b, s, h, c]",
+    "latent_attention(q_latent: T[b, s, h, c], q_rope: T[b, s, h, r], latent: T[n, p, c],"
+    " rope: T[n, p, r], lengths: i64[b], block_table: i64[b, m]?; scale: float) -> T[b, s, h, c]",
     Traits(
         Role.ATTENTION,
         results=("attention",),
         masked=("latent", "rope"),
-        flops=lambda c: absorbed_flops(c, c.dim("t")),
+        flops=_absorbed_flops,
+        reads=_CACHE_READS,
         place=over_heads("q_latent", "q_rope"),
         wants=("q_latent", "q_rope"),
     ),
     reference=_latent_attention,
     doc="Multi-head latent attention, absorbed: W_UK is in the query, W_UV in what follows, so"
-    " every head attends over the same latent rows (DeepSeek-V2, section 2.1.2).",
+    " every head attends over the same latent rows (DeepSeek-V2, section 2.1.2). The cache is as"
+    " `cache_write` has it.",
     example="f32[2,3,4,6], f32[2,3,4,2], f32[2,7,6], f32[2,7,2], i64[2]=4 {scale=0.5}",
-    within={"lengths": Within("0", "t-s", ROOM)},
+    within=IN_PAGES,
+    without=ONE_PAGE,
 )
