@@ -21,15 +21,15 @@ layer and expert alone are one line.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from math import prod
 from pathlib import Path
-from typing import Any
 
 from dsc.errors import CheckpointError
 from dsc.frontends.config import CONFIG_FILE, ModelConfig
 from dsc.frontends.quantisation import HINT, packed
+from dsc.ir.dims import Dim
+from dsc.ir.formats import Format
 from dsc.ir.types import DType, TensorType
 from dsc.ir.weights import Source, WeightExpr, WeightSource, apply, sources
 
@@ -224,50 +224,42 @@ class _Mapper:
             self._misfit(key, f": {found}, FP8 weights are read of matrices and stacked ones")
             return None
         scale = self.source.type(scale_key)
-        matrix, stack = found.shape[-2:], found.shape[:-2]
-        blocked = _blocks(matrix, scale.shape, len(stack), quantization.block)
-        if blocked is None or not scale.dtype.is_float or scale.shape[: len(stack)] != stack:
+        told = _without_ones(scale.shape)
+        known = _formats(found, quantization.block)
+        format = next((f for f in known if _without_ones(f.grid(found.shape)) == told), None)
+        if format is None or not scale.dtype.is_float:
             self._misfit(scale_key, _expected_scales(found, scale, quantization.block))
             return None
-        block, blocks = blocked
         scales: WeightExpr = Source(scale_key, scale)
         if scale.dtype is not DType.f32:
             scales = apply("cast", scales, dtype=DType.f32)
-        if scale.shape != (*stack, *blocks):
-            scales = apply("reshape", scales, shape=(*stack, *blocks))
-        stored = apply("scaled", Source(key, found), scales, block=block)
+        if scale.shape != format.grid(found.shape):
+            scales = apply("reshape", scales, shape=format.grid(found.shape))
+        stored = apply("scaled", Source(key, found), scales, block=format.block)
         return apply("dequantize", stored, dtype=declared.dtype)
 
     def _misfit(self, key: str, why: str) -> None:
         self.faults.misfit.append((key, why))
 
 
-Shape = tuple[Any, ...]
+Block = tuple[int, int]
 
 
-def _blocks(
-    matrix: Shape, scale: Shape, stacked: int, block: tuple[int, int] | None
-) -> tuple[tuple[int, int], Shape] | None:
-    """What shares a scale, rows and columns, and the table of scales; `None` if neither fits.
-
-    Whatever the configuration says of blocks, one scale a row or one a tensor tells itself.
-    """
-    rows, columns = matrix
-    scale = scale[stacked:]
-    if block is not None:
-        table = (-(-rows // block[0]), -(-columns // block[1]))
-        if scale == table:
-            return block, table
-    if prod(scale) == 1:
-        return (rows, columns), (1, 1)
-    return ((1, columns), (rows, 1)) if scale in ((rows,), (rows, 1)) else None
+def _formats(found: TensorType, block: Block | None) -> list[Format]:
+    """How a weight may be scaled: in the blocks of the configuration, by row, or as a whole."""
+    rows, columns = (int(str(n)) for n in found.shape[-2:])
+    blocks = [*([block] if block else ()), (1, columns), (rows, columns)]
+    return [Format(each, DType.f32) for each in blocks]
 
 
-def _expected_scales(found: TensorType, scale: TensorType, block: tuple[int, int] | None) -> str:
-    *stack, rows, columns = found.shape
-    table = (rows, 1) if block is None else (-(-rows // block[0]), -(-columns // block[1]))
+def _without_ones(shape: Sequence[Dim]) -> Sequence[Dim]:
+    """A shape without axes of one element behind the others, which scales may leave out."""
+    return _without_ones(shape[:-1]) if shape and shape[-1] == 1 else shape
+
+
+def _expected_scales(found: TensorType, scale: TensorType, block: Block | None) -> str:
     how = "one a row or one in all" if block is None else f"blocks of {list(block)}"
-    wanted = TensorType(DType.f32, (*stack, *table))
+    wanted = TensorType(DType.f32, _formats(found, block)[0].grid(found.shape))
     return f": expected {wanted} for {found} in {how}, found {scale}"
 
 

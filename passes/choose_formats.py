@@ -33,7 +33,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from dsc.ir.analyses import call_of
+from dsc.ir.analyses import Use, call_of, weight_uses
 from dsc.ir.dims import Dim
 from dsc.ir.formats import CODINGS, is_whole
 from dsc.ir.graph import Graph, Node, Operand, Weight
@@ -47,8 +47,6 @@ from dsc.rewrite.base import Pass, PassReport
 from dsc.rewrite.options import option
 
 RULE = "keep"
-Reader = tuple[Node, int] | None
-"""A node and as which operand it reads; `None` where a weight is a result."""
 
 
 class Dequantised(Exception):
@@ -66,7 +64,7 @@ class ChooseFormats(Pass):
     def run(self, program: Program, report: PassReport) -> Program:
         """One walk over the weights; the report has the reason for each that is dequantised."""
         chosen: dict[str, WeightExpr] = {}
-        for name, readers in _readers(program).items():
+        for name, readers in weight_uses(program.entries.values()).items():
             expr = program.weights[name]
             stored = _stored_type(expr)
             if stored is None:
@@ -77,22 +75,21 @@ class ChooseFormats(Pass):
             except Dequantised as why:
                 report.miss(RULE, name, str(why), [name])
                 if expr.type.format is not None:
-                    chosen[name] = apply("dequantize", expr, dtype=_computed(readers[0]))
+                    chosen[name] = apply("dequantize", expr, dtype=_computed(*readers[0]))
         if all(program.weights[name] == expr for name, expr in chosen.items()):
             return program
         types = {name: expr.type for name, expr in chosen.items()}
         done = program.map_entries(lambda graph: _retyped(graph, types))
         return done.with_weights(chosen)
 
-    def _kept(self, expr: WeightExpr, stored: TensorType, readers: Sequence[Reader]) -> WeightExpr:
+    def _kept(self, expr: WeightExpr, stored: TensorType, readers: Sequence[Use]) -> WeightExpr:
         """The weight in its format. Raises `Dequantised`."""
         if stored.dtype not in self.formats:
             raise Dequantised(f"the backend reads no weights in {stored.dtype}")
         found = in_format(expr)
-        for reader in readers:
-            if reader is None:
+        for node, index in readers:
+            if node is None:
                 raise Dequantised("it is a result")
-            node, index = reader
             types = [None if x is None else x.type for x in node.inputs]
             types[index] = found.type
             try:
@@ -204,25 +201,10 @@ def _stored_type(expr: WeightExpr) -> TensorType | None:
     return next((t for arg in args if (t := _stored_type(arg)) is not None), None)
 
 
-def _readers(program: Program) -> Mapping[str, Sequence[Reader]]:
-    """What reads each weight."""
-    found: dict[str, list[Reader]] = {}
-    for graph in program.entries.values():
-        for result in graph.outputs:
-            if isinstance(result, Weight):
-                found.setdefault(result.name, []).append(None)
-        for node in graph.walk():
-            for index, x in enumerate(node.inputs):
-                if isinstance(x, Weight):
-                    found.setdefault(x.name, []).append((node, index))
-    return found
-
-
-def _computed(reader: Reader) -> DType:
+def _computed(node: Node | None, index: int) -> DType:
     """The element type that an operand in a format is unpacked to."""
-    if reader is None:
+    if node is None:
         return DType.f32
-    node, index = reader
     operands = lookup(node.op).operands
     return call_of(node)[operands[min(index, len(operands) - 1)].name].dtype
 

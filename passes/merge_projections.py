@@ -27,7 +27,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from dsc.ir.analyses import uses
+from dsc.ir.analyses import Use, uses, weight_uses
 from dsc.ir.dims import Dim
 from dsc.ir.graph import Attrs, Graph, GraphBuilder, Node, Value, Weight
 from dsc.ir.ops.shape import axis_of
@@ -52,7 +52,7 @@ class MergeProjections(Pass):
         """Find the groups of each entry, keep those that are whole in all of them, and merge."""
         found = {name: list(_siblings(g)) for name, g in program.entries.items()}
         times = Counter(key for groups in found.values() for _, key in groups)
-        reads = _reads(program)
+        reads = weight_uses(program.entries.values())
         refused = {key: _refusal(program, key, times[key], reads) for key in times}
         places = {key: nodes[0].loc for groups in found.values() for nodes, key in groups}
         for key, why in refused.items():
@@ -89,21 +89,12 @@ def _siblings(graph: Graph) -> Iterator[tuple[list[Node], Names]]:
             yield nodes, tuple(x.name for n in nodes for x in n.operands[1:])
 
 
-def _reads(program: Program) -> Counter[str]:
-    """How often each weight is read, over all entries."""
-    found: Counter[str] = Counter()
-    for graph in program.entries.values():
-        operands = [x for node in graph.walk() for x in node.operands]
-        found.update(x.name for x in (*operands, *graph.outputs) if isinstance(x, Weight))
-    return found
-
-
-def _refusal(program: Program, key: Names, times: int, reads: Mapping[str, int]) -> str:
+def _refusal(program: Program, key: Names, times: int, reads: Mapping[str, Sequence[Use]]) -> str:
     """Why these weights cannot become one; empty when they can."""
     if len(set(key)) != len(key):
         return f"one weight is read twice among {', '.join(key)}"
     for name in key:
-        if reads[name] != times:
+        if len(reads[name]) != times:
             return f"@{name} is also read elsewhere"
     matrices = {name: e for name in key if (e := program.weights[name]).type.rank == 2}
     stored = {name: _stored(expr) for name, expr in matrices.items()}

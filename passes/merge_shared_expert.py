@@ -36,12 +36,11 @@ shared ones weigh 1. The sum over all is in fp32, rounded once; apart it was rou
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-from dsc.ir.graph import Weight
+from dsc.ir.analyses import weight_uses
 from dsc.ir.program import Program
 from dsc.ir.stages import Stage
 from dsc.ir.weights import apply
@@ -109,9 +108,9 @@ class SharedExpert(Rule):
             return reject("the shared expert's weights are no gated MLP", m.up, m.out)
         if len({m.get(name).type.dtype for name in _PARTS}) > 1:
             return reject("the weights differ in element type", m.down, m.out)
-        reads = _reads(m.scope.program)
+        reads = weight_uses(m.scope.program.entries.values())
         for name in _PARTS:
-            if reads[m.get(name).name] != 1:
+            if len(reads[m.get(name).name]) != 1:
                 return reject("a weight is also read elsewhere", m.get(name))
         return {"count": rows // inner, "inner": inner}
 
@@ -129,15 +128,6 @@ class SharedExpert(Rule):
         attrs = {**m.route.attrs, "shared": n + m.route.attrs["shared"]}
         idx, w = b.call("route", *m.route.inputs, loc=m.route.loc, **attrs)
         return b.call("experts", m.x, idx, w, *stacks, act="silu")
-
-
-def _reads(program: Program) -> Counter[str]:
-    """How often each weight is read, over all entries."""
-    found: Counter[str] = Counter()
-    for graph in program.entries.values():
-        operands = [x for node in graph.walk() for x in node.operands]
-        found.update(x.name for x in (*operands, *graph.outputs) if isinstance(x, Weight))
-    return found
 
 
 @dataclass(frozen=True)

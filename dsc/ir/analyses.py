@@ -27,6 +27,17 @@ def uses(graph: Graph) -> dict[str, list[Use]]:
     return found
 
 
+def weight_uses(graphs: Iterable[Graph]) -> dict[str, list[Use]]:
+    """Where each weight is read, in bodies as well; `(None, i)` where it is graph output i."""
+    found: dict[str, list[Use]] = {}
+    for graph in graphs:
+        read = [(node, i, x) for node in graph.walk() for i, x in enumerate(node.inputs)]
+        for node, index, x in (*read, *((None, i, x) for i, x in enumerate(graph.outputs))):
+            if isinstance(x, Weight):
+                found.setdefault(x.name, []).append((node, index))
+    return found
+
+
 def producers(graph: Graph) -> dict[str, Node]:
     """The node that defines each value; inputs are absent."""
     return {v.name: node for node in graph.nodes for v in node.outputs}

@@ -57,19 +57,16 @@ def leaf(key: str, type: TensorType) -> WeightExpr:
     """The tensor called `key` of a source; one in a format is put together from its parts."""
     if type.format is None:
         return Source(key, type)
-    parts = zip(part_names(key, type), type.parts, strict=True)
-    return apply("scaled", *(Source(name, t) for name, t in parts), block=type.format.block)
-
-
-def part_names(name: str, type: TensorType) -> tuple[str, ...]:
-    """What the parts of a weight are called: by its name; the scales of one in a format apart."""
-    return (name,) if type.format is None else (name, name + SCALE)
+    codes, scales = type.parts
+    parts = Source(key, codes), Source(key + SCALE, scales)
+    return apply("scaled", *parts, block=type.format.block)
 
 
 def parts(name: str, expr: WeightExpr) -> Iterator[tuple[str, WeightExpr]]:
     """What is stored of a weight, by name: itself; of one in a format codes and scales."""
-    exprs = expr.args if isinstance(expr, Apply) and expr.type.format is not None else (expr,)
-    return zip(part_names(name, expr.type), exprs, strict=True)
+    if isinstance(expr, Source) or expr.type.format is None:
+        return iter([(name, expr)])
+    return zip((name, name + SCALE), expr.args, strict=True)
 
 
 def sources(expr: WeightExpr) -> Iterator[Source]:

@@ -34,15 +34,9 @@ NAMES = {
 }  # fmt: skip
 
 
-def stored(program: Program) -> dict[str, WeightExpr]:
-    """What is stored of the weights, by name. Raises `CheckpointError` for a name given twice."""
-    found: dict[str, WeightExpr] = {}
-    for weight, expr in program.weights.items():
-        for name, part in parts(weight, expr):
-            if name in found:
-                raise CheckpointError("a weight is called as a part of another", where=name)
-            found[name] = part
-    return found
+def _stored(program: Program) -> list[tuple[str, WeightExpr]]:
+    """What is stored of the weights, by name and in order."""
+    return [part for name, expr in program.weights.items() for part in parts(name, expr)]
 
 
 def layout(program: Program) -> tuple[bytes, dict[str, tuple[int, int]]]:
@@ -50,8 +44,10 @@ def layout(program: Program) -> tuple[bytes, dict[str, tuple[int, int]]]:
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     places: dict[str, tuple[int, int]] = {}
     at = 0
-    for name, expr in stored(program).items():
+    for name, expr in _stored(program):
         t = expr.type
+        if name in places:
+            raise CheckpointError("a weight is called as a part of another", where=name)
         if t.dtype not in NAMES:
             raise CheckpointError(f"no safetensors type for {t}", where=name)
         size = _nbytes(t)
@@ -90,7 +86,7 @@ def pack(
             digest.update(block)
             return file.write(block)
 
-        for done, (name, expr) in enumerate(stored(program).items()):
+        for done, (name, expr) in enumerate(_stored(program)):
             if progress is not None:
                 progress("weights", done, len(places))
             offset, size = places[name]

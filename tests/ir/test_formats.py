@@ -12,14 +12,14 @@ from hypothesis import strategies as st
 
 from dsc.errors import ParseError, VerificationError
 from dsc.ir.analyses import cost
-from dsc.ir.formats import CODINGS, Format, Packed, pack
+from dsc.ir.formats import CODINGS, SCALE, Format, Packed, pack
 from dsc.ir.graph import Graph, Weight
 from dsc.ir.interpreter import run_graph
 from dsc.ir.op import TypeMismatch, infer, registry
 from dsc.ir.parser import parse_graph, parse_operands, parse_program, parse_verified
 from dsc.ir.printer import print_graph, print_program
 from dsc.ir.types import DType, TensorType
-from dsc.ir.weights import DictSource, apply, evaluate, leaf, part_names, random_tensor
+from dsc.ir.weights import DictSource, apply, evaluate, leaf, random_tensor
 from tests.ir.test_operators import CASES, filled, operators
 
 BLOCKS = st.tuples(st.integers(1, 9), st.integers(1, 9))
@@ -181,7 +181,7 @@ def test_only_weights_have_a_format() -> None:
 def test_a_weight_in_a_format_is_put_together_from_its_parts() -> None:
     t = TensorType(DType.f8e4m3, (4, 5), E4M3)
     stored = packed(t, "w")
-    source = DictSource(dict(zip(part_names("w", t), (stored.codes, stored.scales), strict=True)))
+    source = DictSource({"w": stored.codes, "w" + SCALE: stored.scales})
     expr = apply("dequantize", leaf("w", t), dtype=DType.bf16)
     assert torch.equal(evaluate(expr, source), stored.unpack().bfloat16())
     program = parse_program(READ.format(t="bf16"))
