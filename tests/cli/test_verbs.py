@@ -230,7 +230,9 @@ def test_profile_prints_rows_and_writes_a_trace(
     assert document["machine"]["read_bytes_per_s"] > 1e8
     assert {e["ph"] for e in json.loads(trace.read_text())["traceEvents"]} == {"M"}
     assert (document["steps"], document["warmup"]) == ([], 2)
-    assert invoke("profile", str(artifact), "--phase", "prefill", "--threads=1").exit_code == 0
+    prefill = ("profile", str(artifact), "--phase", "prefill", "--threads=1", "--batch=2")
+    memory = json.loads(invoke(*prefill, "--json").stdout)["memory"]
+    assert memory["caches_a_token"] == 2 * (6 + 4) * 4  # latent and rope in fp32 of one layer
 
 
 def test_verify_compares_with_the_oracle(api: FakeApi, invoke: Invoke, artifact: Path) -> None:
