@@ -129,7 +129,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "too many chosen": ({"num_experts_per_tok": 300}, r"num_experts_per_tok \(300\)"),
     "groups do not divide": ({"n_group": 7}, r"n_group \(7\) does not divide"),
     "too many groups kept": ({"topk_group": 9}, r"topk_group \(9\) exceeds n_group \(8\)"),
-    "groups too small": ({"n_group": 256, "topk_group": 200}, "two experts"),
+    "groups too small": (
+        {"n_group": 256, "topk_group": 200},
+        r"two experts.*n_group \(256\) leaves 1",
+    ),
     "kept too few": ({"n_group": 128, "topk_group": 1}, "the 2 experts"),
     "odd rope": ({"qk_rope_head_dim": 63}, "must be even"),
     "grouped heads": ({"num_key_value_heads": 8}, "must equal num_attention_heads"),
