@@ -104,10 +104,10 @@ class ChooseFormats(Pass):
 def in_format(expr: WeightExpr) -> Apply:
     """A weight without the dequantising in its expression. Raises `Dequantised`."""
     found = _in_blocks(expr)
-    *others, rows, columns = found.block
-    if any(size != 1 for size in others):
+    others, block = found.block[:-2], found.block[-2:]
+    if len(block) < 2 or any(size != 1 for size in others):
         raise Dequantised("its blocks lie along other axes than the last two")
-    return apply("scaled", found.codes, found.scales, block=(rows, columns))
+    return apply("scaled", found.codes, found.scales, block=block)
 
 
 @dataclass(frozen=True)
@@ -179,9 +179,10 @@ def _reshaped(expr: Apply, block: tuple[int, ...]) -> tuple[dict[str, Any], tupl
     size = inner[-1] if inner else 1
     if any(n != 1 for n in inner[:-1]):
         raise Dequantised("reshape joins axes of its blocks")
-    made = len(after) - head - tail
-    _check(expr, size, *(shape[len(shape) - tail - 1] for shape in (before, after) if size != 1))
-    sizes = (1,) * (made - 1) + (size,) if made else ()
+    old, new = (shape[head : len(shape) - tail] for shape in (before, after))
+    if size != 1:
+        _check(expr, size, *(axes[-1] if axes else 1 for axes in (old, new)))
+    sizes = (1,) * (len(new) - 1) + (size,) if new else ()
     whole = block[:head] + sizes + block[len(block) - tail :]
     grid = tuple(-(-extent // n) for extent, n in zip(after, whole, strict=True))
     return {"shape": grid}, whole

@@ -9,7 +9,7 @@ differ in data alone: what a kind of codes can say is a row of `CODINGS`.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -72,11 +72,15 @@ def is_whole(extent: Dim, size: int) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Packed:
-    """A tensor in a format: its codes, and the scales of its blocks."""
+    """A tensor in a format: its codes, and the scales of its blocks.
+
+    What was unpacked once is kept, since a weight is read in every step.
+    """
 
     codes: torch.Tensor
     scales: torch.Tensor
     format: Format
+    _unpacked: dict[torch.dtype, torch.Tensor] = field(default_factory=dict)
 
     @property
     def shape(self) -> torch.Size:
@@ -88,9 +92,12 @@ class Packed:
         """Of the codes."""
         return self.codes.dtype
 
-    def unpack(self) -> torch.Tensor:
-        """The numbers, in fp32."""
-        return self.codes.float() * _spread(self.scales, self.shape, self.format)
+    def unpack(self, dtype: torch.dtype) -> torch.Tensor:
+        """The numbers: products in fp32, rounded once."""
+        if dtype not in self._unpacked:
+            wide = self.codes.float() * _spread(self.scales, self.shape, self.format)
+            self._unpacked[dtype] = wide.to(dtype)
+        return self._unpacked[dtype]
 
 
 def pack(x: torch.Tensor, type: TensorType) -> Packed:

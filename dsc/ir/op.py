@@ -129,7 +129,7 @@ class OpDef:
         if any(isinstance(x, Packed) for x in operands):
             wanted = self._pad([None if x is None else _type_of(x) for x in operands])
             operands = [
-                x.unpack().to(t.dtype.torch) if isinstance(x, Packed) and t is not None else x
+                x.unpack(t.dtype.torch) if isinstance(x, Packed) and t is not None else x
                 for x, (_, t) in zip(operands, wanted, strict=False)
             ]
         return self.reference(*operands, **attrs)

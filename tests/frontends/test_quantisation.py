@@ -80,11 +80,11 @@ def test_fp8_of_every_maker_is_weight_times_scale(
     assert sorted(mapped.ignored) == ["self_attn.k_scale", "w.input_scale"]
 
 
-@pytest.mark.parametrize("shape", [(3,), (7, 2), (2, 4), (4, 2)])
+@pytest.mark.parametrize("shape", [(3,), (7, 2), (2, 4), (4, 2), (1, 7), (7, 1, 2), (7, 1)])
 def test_scales_of_no_known_form_are_refused(shape: tuple[int, ...]) -> None:
-    source = DictSource(
-        {"w.weight": torch.zeros(7, 10).to(E4M3), "w.weight_scale": torch.ones(shape)}
-    )
+    kind = torch.int32 if shape == (7, 1) else torch.float32
+    scale = torch.ones(shape, dtype=kind)
+    source = DictSource({"w.weight": torch.zeros(7, 10).to(E4M3), "w.weight_scale": scale})
     declared = {"w.weight": TensorType(DType.f32, (7, 10))}
     config = small(quantization_config=compressed(strategy="channel"))
     with pytest.raises(CheckpointError, match=r"w.weight_scale: expected f32\[7,1\]"):

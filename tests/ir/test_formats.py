@@ -59,18 +59,19 @@ def test_packing_stays_within_the_bound_of_its_codes(
         t = TensorType(DType(name), shape, Format(block, DType.f32))
         made = pack(x, t)
         assert (made.codes.shape, made.scales.shape) == tuple(part.shape for part in t.parts)
-        scale = Packed(torch.ones_like(made.codes), made.scales, made.format).unpack()
+        scale = Packed(torch.ones_like(made.codes), made.scales, made.format).unpack(torch.float32)
         bound = torch.maximum(x.abs() * coding.relative, scale * coding.absolute)
-        assert ((made.unpack() - x).abs() <= bound * (1 + 1e-5)).all()
+        assert ((made.unpack(torch.float32) - x).abs() <= bound * (1 + 1e-5)).all()
         assert made.codes.float().abs().amax() == coding.largest
-    assert not pack(torch.zeros(shape), t).unpack().any()
+    assert not pack(torch.zeros(shape), t).unpack(torch.float32).any()
 
 
 def test_unpacking_is_code_times_the_scale_of_its_block() -> None:
     stored = packed(TensorType(DType.f8e4m3, (2, 5, 7), E4M3), "a")
-    made = stored.unpack()
+    made = stored.unpack(torch.float32)
     for e, i, j in ((0, 0, 0), (0, 4, 6), (1, 1, 2), (1, 2, 3), (1, 3, 5)):
         assert made[e, i, j] == stored.codes[e, i, j].float() * stored.scales[e, i // 2, j // 3]
+    assert torch.equal(stored.unpack(torch.bfloat16), made.bfloat16())
 
 
 @pytest.mark.parametrize(
@@ -152,7 +153,7 @@ def test_the_interpreter_unpacks_to_the_type_that_is_computed_in(dtype: DType) -
         torch.rand(2, 2, generator=torch.Generator().manual_seed(0)),
     ]
     made = run_graph(graph, inputs, stored.__getitem__)
-    wanted = run_graph(plain, inputs, lambda name: stored[name].unpack().to(dtype.torch))
+    wanted = run_graph(plain, inputs, lambda name: stored[name].unpack(dtype.torch))
     assert [x.dtype for x in made] == [dtype.torch] * 3
     assert all(map(torch.equal, made, wanted))
 
@@ -183,7 +184,7 @@ def test_a_weight_in_a_format_is_put_together_from_its_parts() -> None:
     stored = packed(t, "w")
     source = DictSource({"w": stored.codes, "w" + SCALE: stored.scales})
     expr = apply("dequantize", leaf("w", t), dtype=DType.bf16)
-    assert torch.equal(evaluate(expr, source), stored.unpack().bfloat16())
+    assert torch.equal(evaluate(expr, source), stored.unpack(torch.bfloat16))
     program = parse_program(READ.format(t="bf16"))
     again = parse_program(print_program(program))
     assert again == program

@@ -44,15 +44,22 @@ def expressions(draw: st.DrawFn) -> tuple[WeightExpr, DictSource]:
         "q": torch.randn(n, k, generator=generator).to(torch.float8_e4m3fn),
         "s": torch.rand(-(-n // block[0]), -(-k // block[1]), generator=generator),
     }
+    tensors["experts"] = torch.randn(3, n, k, generator=generator).to(torch.float8_e4m3fn)
+    tensors["scales"] = torch.stack([tensors["s"], tensors["s"] + 1, tensors["s"] * 3])
     source = DictSource(tensors)
 
     def leaf(key: str) -> WeightExpr:
         return Source(key, source.type(key))
 
+    def weight(codes: str, scales: str) -> WeightExpr:
+        stored = apply("scaled", leaf(codes), leaf(scales), block=block)
+        return apply("dequantize", stored, dtype=DType.f32)
+
     found: list[WeightExpr] = [
         leaf("a"),
         leaf("b"),
-        apply("dequantize", apply("scaled", leaf("q"), leaf("s"), block=block), dtype=DType.f32),
+        weight("q", "s"),
+        weight("experts", "scales"),
     ]
     expr = draw(st.sampled_from(found))
     for _ in range(draw(st.integers(0, 4))):

@@ -26,9 +26,11 @@ from dsc.rewrite.verify import compare_programs
 from dsc.targets import Target
 
 
-def stored(name: str, *shape: int, block: tuple[int, int] = (4, 2)) -> WeightExpr:
+def stored(
+    name: str, *shape: int, block: tuple[int, int] = (4, 2), scales: DType = DType.f32
+) -> WeightExpr:
     """What a weight in FP8 stands for."""
-    t = TensorType(DType.f8e4m3, shape, Format(block, DType.f32))
+    t = TensorType(DType.f8e4m3, shape, Format(block, scales))
     return apply("dequantize", leaf(name, t), dtype=DType.bf16)
 
 
@@ -74,7 +76,7 @@ def test_a_weight_that_stays_in_its_format_stands_for_the_same_numbers(expr: Wei
     assert found.type.shape == expr.type.shape
     made = evaluate(found, source)
     assert isinstance(made, Packed)
-    assert torch.equal(made.unpack().bfloat16(), evaluate(expr, source))
+    assert torch.equal(made.unpack(torch.bfloat16), evaluate(expr, source))
 
 
 HEADS = {"671b": (128, 128, 128, 512), "tiny": (8, 32, 32, 128), "an odd v": (16, 128, 192, 512)}
@@ -103,6 +105,10 @@ JOINED = {
     "blocks that differ": ("concat", "a", "d", {"axis": 0}, "in different formats"),
     "arithmetic": ("add", "a", "b", {}, "add computes with its numbers"),
     "blocks on other axes": ("permute", "e", "", {"dims": (1, 2, 0)}, "along other axes"),
+    "blocks that become one axis": ("reshape", "f", "", {"shape": (32,)}, "than the last two"),
+    "a block of one element": ("reshape", "g", "", {"shape": ()}, "reshape joins axes"),
+    "scales that differ": ("concat", "a", "h", {"axis": 0}, "in different formats"),
+    "the rest of the rows": ("slice", "c", "", {"axis": 0, "start": 4, "end": 6}, ""),
     "every second row": ("slice", "a", "", {"axis": 0, "start": 0, "end": 8, "step": 2}, "slice "),
 }  # fmt: skip
 
@@ -113,6 +119,8 @@ def test_a_step_that_cuts_blocks_is_told(name: str) -> None:
     given = {
         "a": stored("a", 8, 4), "b": stored("b", 8, 4), "c": stored("c", 6, 4),
         "d": stored("d", 8, 4, block=(2, 2)), "e": stored("e", 3, 8, 4),
+        "f": stored("f", 8, 4, block=(1, 4)), "g": stored("g", 1, 1),
+        "h": stored("h", 8, 4, scales=DType.bf16),
         "p": leaf("p", TensorType(DType.bf16, (8, 4))),
     }  # fmt: skip
     assert isinstance(attrs, dict)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,12 @@ import torch
 from safetensors.torch import load_file
 
 import dsc
-from dsc.errors import ArtifactError, DscError
+from dsc.errors import ArtifactError, CheckpointError, DscError
+from dsc.ir.formats import Format
 from dsc.ir.parser import parse_program
 from dsc.ir.program import Program
-from dsc.ir.weights import DictSource
+from dsc.ir.types import DType, TensorType
+from dsc.ir.weights import DictSource, leaf
 from dsc.runtime import artifact
 from dsc.runtime.emission import Emission
 from dsc.runtime.packing import layout, pack
@@ -80,6 +83,19 @@ def test_offsets_are_where_the_bytes_are(tmp_path: Path) -> None:
     offset, size = layout(program())[1]["odd"]
     raw = path.read_bytes()[offset : offset + size]
     assert raw == TENSORS["odd"].numpy().tobytes()
+
+
+def test_a_weight_that_has_the_name_of_anothers_scales_is_refused() -> None:
+    stored = TensorType(DType.f8e4m3, (4, 5), Format((2, 3), DType.f32))
+
+    def named(name: str) -> Program:
+        return replace(
+            program(), weights={"w": leaf("w", stored), name: leaf(name, stored.parts[1])}
+        )
+
+    assert list(layout(named("w.scales"))[1]) == ["w", "w.scale", "w.scales"]
+    with pytest.raises(CheckpointError, match="called as a part of another"):
+        layout(named("w.scale"))
 
 
 def test_an_artifact_reads_back(tmp_path: Path) -> None:
