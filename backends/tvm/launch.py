@@ -20,6 +20,7 @@ class Launch:
     not grow with the number of layers. The kernel's arguments are the addresses of the node's
     present operands and its results, the address of `scratch` bytes when there are any, then
     `sizes`. `flops` are what the work costs at least. `sources` are C++ that the kernel calls.
+    `title` is what listings call the kernel, if not by its maker.
     """
 
     maker: Callable[..., Any]
@@ -28,6 +29,7 @@ class Launch:
     scratch: Dim = 0
     flops: Dim = 0
     sources: tuple[Cpp, ...] = ()
+    title: str = ""
 
     @property
     def key(self) -> tuple[Hashable, ...]:
@@ -37,7 +39,7 @@ class Launch:
     @property
     def name(self) -> str:
         """The kernel's name in listings."""
-        return self.maker.__name__
+        return self.title or self.maker.__name__
 
 
 def rows_of(type: TensorType, trailing: int = 1) -> Dim:

@@ -209,8 +209,8 @@ class Rows(Body):
                 raise NoKernel(f"{node.op} in a row-wise region")
         writes = []
         for view in self.leaving.get(node.output.name, ()):
-            if len(view.shape) == lead:  # of a reduction without keepdims
-                view = view.strided((*view.shape, 1), (*view.strides, 1))
+            if extents == (1,):  # kept axes or not, one number a row
+                view = view.strided((*view.shape[:lead], 1), (*view.strides[:lead], 1))
             writes.append(Lines(view, lead))
         step = RowStep(number, node, part, reads, extents, over, tuple(writes))
         return step, product(shape[:lead])

@@ -17,14 +17,12 @@ from dsc.ir.traits import Role
 Lower = Callable[[Node, Machine], Launch]
 
 LOWERINGS = {
-    **dict.fromkeys(sorted(named(Role.POINTWISE)), "pointwise:lower"),
+    **dict.fromkeys(sorted(named(Role.POINTWISE, Role.REDUCTION, Role.ROTATION)), "region:lower"),
     "linear": "linear:lower",
-    "rms_norm": "norm:lower",
-    "rope": "rope:lower",
     "embedding": "rows:lower_embedding",
     "select_rows": "rows:lower_select_rows",
     "append": "rows:lower_append",
-    "cache_write": "rows:lower_cache_write",
+    "cache_write": "region:lower",
     "attention": "attention:lower",
     "mla_attention": "attention:lower_mla",
     "latent_attention": "attention:lower_latent",
@@ -43,8 +41,7 @@ LOWERINGS = {
     "arange": "movement:lower_arange",
     "gather": "movement:lower_gather",
     "take": "movement:lower_take",
-    **dict.fromkeys(("sum", "mean", "amax", "amin"), "reduce:lower_reduce"),
-    **dict.fromkeys(("softmax", "argmax", "cumsum", "topk"), "reduce:lower_scan"),
+    **dict.fromkeys(("argmax", "cumsum", "topk"), "scans:lower"),
     "matmul": "contract:lower_matmul",
     "einsum": "contract:lower_einsum",
     "fused": "region:lower",
@@ -59,7 +56,7 @@ def lowering(op: str) -> Lower | None:
         return _loaded(place)
     match kernel_of(op, "tvm"):
         case Formula():
-            return _loaded("pointwise:lower")
+            return _loaded("region:lower")
         case Cpp() as source:
             return partial(_loaded("cpp:lower"), source=source)
         case Lowering(function):

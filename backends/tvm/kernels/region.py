@@ -14,7 +14,7 @@ from math import prod
 from dsc.backends.tvm.kernels import bf16_linear
 from dsc.backends.tvm.kernels.access import access
 from dsc.backends.tvm.kernels.bf16_rows import panel_bytes
-from dsc.backends.tvm.kernels.pointwise import attributes
+from dsc.backends.tvm.kernels.formulas import attributes
 from dsc.backends.tvm.kernels.region_products import Family, Product, product_region
 from dsc.backends.tvm.kernels.region_rows import RowStep, row_region
 from dsc.backends.tvm.kernels.values import Operand, Point, check_pointwise
@@ -27,23 +27,25 @@ from dsc.ir.dims import Dim
 from dsc.ir.graph import Graph, Node
 from dsc.ir.region_columns import Columns
 from dsc.ir.region_columns import Family as Found
-from dsc.ir.region_steps import Lines, Literal, NoKernel, Read, Rows
+from dsc.ir.region_steps import Lines, Literal, NoKernel, Read, Rows, alone
 from dsc.ir.region_steps import RowStep as Step
-from dsc.ir.regions import Kind, anchor_of, classify
+from dsc.ir.regions import anchor_of, classify
 from dsc.ir.traits import Role
 
 SCRATCH = 1 << 18
 """Bytes of stack that a row's intermediate values may take."""
-_ROWWISE = (Kind.POINTWISE, Kind.ROWWISE)
 
 
 def lower(node: Node, machine: Machine) -> Launch:
-    """The launch of a `fused` node. Raises `Unsupported` with the reason when there is none."""
-    assert node.body is not None, "a fused node has a body"
-    key = (structural_hash(node.body), machine)
+    """The launch of a region, or of an operator that is one alone.
+
+    Raises `Unsupported` with the reason when there is none.
+    """
+    body = node.body or alone(node)
+    key = (structural_hash(body), machine)
     if key not in _KNOWN:
         try:
-            _KNOWN[key] = _lowered(node.body, machine)
+            _KNOWN[key] = _lowered(body, machine)
         except (Unsupported, NoKernel) as reason:
             _KNOWN[key] = str(reason)
     found = _KNOWN[key]
@@ -52,7 +54,7 @@ def lower(node: Node, machine: Machine) -> Launch:
     return found
 
 
-_IN_FP32 = frozenset({"linear", "grouped_linear", "rms_norm", "softmax", "rope"})
+_IN_FP32 = frozenset({"linear", "grouped_linear", "rms_norm", "rope"})
 """Operators whose regions compute in fp32 whatever the element type."""
 _KNOWN: dict[tuple[str, Machine], Launch | str] = {}
 """Launches, or why there is none, by what a body computes: layers repeat."""
@@ -65,13 +67,12 @@ def _lowered(body: Graph, machine: Machine) -> Launch:
     for node in body.nodes:
         if node.op in _IN_FP32:
             fp32_only(node)
-    kind = classify(body)
-    if kind in _ROWWISE:
-        return _rows(body, machine)
     anchor = anchor_of(body.nodes)
-    if anchor is not None and anchor.op in ("linear", "grouped_linear"):
+    if anchor is None:
+        return _rows(body, machine)
+    if anchor.op in ("linear", "grouped_linear"):
         return _product(body, anchor, machine)
-    raise Unsupported(f"a region of kind {kind}" + (f" around {anchor.op}" if anchor else ""))
+    raise Unsupported(f"a region of kind {classify(body)} around {anchor.op}")
 
 
 def _product(body: Graph, anchor: Node, machine: Machine) -> Launch:
@@ -139,7 +140,8 @@ def _rows(body: Graph, machine: Machine) -> Launch:
     flops: Dim = 0
     for node in found.core:
         flops = flops + node.output.type.numel * 2
-    return Launch(row_region, static, tuple(table.dims), flops=flops)
+    title = "_".join(dict.fromkeys(step.op for step in steps))[:48].rstrip("_")
+    return Launch(row_region, static, tuple(table.dims), flops=flops, title=title)
 
 
 def _row_step(step: Step, table: SizeTable) -> RowStep:
@@ -150,14 +152,14 @@ def _row_step(step: Step, table: SizeTable) -> RowStep:
         check_pointwise(node)
         attrs = dict(attributes(node))
     elif step.role is Role.REDUCTION:
-        if VALUE[x.dtype] == "bool" or (node.op == "softmax" and VALUE[x.dtype] != "float32"):
+        if VALUE[x.dtype] == "bool" or (node.op == "softmax" and not x.dtype.is_float):
             raise Unsupported(f"{node.op} of {x.dtype}")
         if node.op == "rms_norm":
             static_dim(x.shape[-1], "the normalised axis")
             attrs = dict(node.attrs)
     else:
-        for d in step.extents:
-            static_dim(d, f"a row of {node.op}")
+        for d in (*step.extents, *step.over[2:]):
+            static_dim(d, f"a row or page of {node.op}")
         attrs = dict(node.attrs)
     operands = tuple(_operand(r, table) for r in step.reads)
     over = tuple(table.dim(d) for d in step.over)

@@ -18,12 +18,12 @@ from tvm import tirx
 
 from dsc.backends.tvm import bf16
 from dsc.backends.tvm.kernels.access import Access, Number, Rows
+from dsc.backends.tvm.kernels.formulas import FORMULAS
 from dsc.backends.tvm.kernels.latent_cache import CacheRows
-from dsc.backends.tvm.kernels.pointwise import FORMULAS
 from dsc.backends.tvm.kernels.sums import nest, summed
 from dsc.backends.tvm.kernels.values import Operand, Point, compute, held, literal, put, rounded
 from dsc.backends.tvm.machine import Machine
-from dsc.backends.tvm.shapes import size_names
+from dsc.backends.tvm.shapes import count, size_names
 from dsc.backends.tvm.tir import (
     STORAGE,
     VALUE,
@@ -51,6 +51,8 @@ from dsc.ir.types import DType
 
 LOWEST = float("-inf")
 _PAIRS = {"amax": "maximum", "amin": "minimum"}
+_REDUCED = frozenset({"sum", "mean", "amax", "amin"})
+"""Reductions that give one number of a row."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +82,7 @@ def row_region(
     def body(*arguments: Expr) -> None:
         given = arguments[parameters:]
         places = Rows(given)
-        weight = sum((_width(s, places) * (1 if s.pointwise else 3) for s in steps), start=0)
+        weight = sum((_work(s, places) for s in steps), start=0)
 
         tensors = {
             (a.buffer, a.dtype): Tensor(arguments[a.buffer], a.dtype, (1,))
@@ -105,6 +107,14 @@ def _accesses(steps: Sequence[RowStep]) -> list[Access]:
 def _width(step: RowStep, places: Rows) -> Expr:
     """What a row of a step's result holds."""
     return reduce(mul, map(places.at, step.extents), 1)
+
+
+def _work(step: RowStep, places: Rows) -> Expr:
+    """Elements of a row that a step goes over, each as often as it takes pointwise ones."""
+    if step.pointwise:
+        return _width(step, places)
+    read = step.over if step.op in _REDUCED else step.extents
+    return reduce(mul, map(places.at, read), 3)
 
 
 class _Row:
@@ -234,10 +244,11 @@ class _Row:
 
     def _softmax(self, step: RowStep) -> None:
         (x,) = step.operands
-        d, lanes = self.places.at(step.extents[-1]), self.lanes([step])
+        d, name = self.places.at(step.extents[-1]), VALUE[x.dtype]
+        lanes = self.lanes([step]) if name == "float32" else 1
         steps = d // lanes if isinstance(d, int) else d
-        peaks, sums = Local(1, width=lanes), Local(1, width=lanes)
-        peaks[0] = splat(f32(LOWEST), lanes)
+        peaks, sums = Local(1, name, lanes), Local(1, name, lanes)
+        peaks[0] = splat(tirx.FloatImm(name, LOWEST), lanes)
 
         def visit(body: Callable[[Expr, Expr], None]) -> None:
             with loop(steps) as i:
@@ -259,29 +270,29 @@ class _Row:
 
     def _reduce(self, step: RowStep) -> None:
         """sum, mean, amax and amin of a row; `extents` is what the row holds."""
-        (x,) = step.operands
-        (d,), name = [self.places.at(n) for n in step.over], VALUE[x.dtype]
+        (x,), sums = step.operands, step.op in ("sum", "mean")
+        extents, name = list(map(self.places.at, step.over)), VALUE[x.dtype]
+        *outer, d = extents
         plain = not isinstance(x.source, Access) or x.source.unit
         wide = isinstance(d, int) and name == "float32" and plain
         lanes = lanes_for(d, self.machine.lanes) if wide else 1
         acc = Local(1, name, lanes)
-        steps = d // lanes if isinstance(d, int) else d
-        sums = step.op in ("sum", "mean")
+        steps = [*outer, d // lanes if isinstance(d, int) else d]
 
         def add(at: Sequence[Expr]) -> None:
-            v = bind(self.load(x, [at[0] * lanes], lanes, [d]))
+            v = bind(self.load(x, [*at[:-1], at[-1] * lanes], lanes, extents))
             acc[0] = acc[0] + v if sums else FORMULAS[_PAIRS[step.op]](v, acc[0])
 
         if sums:
-            (result,) = summed([steps], [acc], add)
+            (result,) = summed(steps, [acc], add)
         else:
-            acc[0] = self.load(x, [integer(0)], lanes, [d])
-            nest([steps], add)
+            acc[0] = self.load(x, [integer(0)] * len(extents), lanes, extents)
+            nest(steps, add)
             result = acc[0]
         if lanes > 1:
             result = total(result) if sums else _joined(step.op, acc, lanes)
         if step.op == "mean":
-            result = result / cast(integer(d), name)
+            result = result / cast(integer(count(extents)), name)
         self.store(step, [integer(0)], held(result), [1])
 
     def _rope(self, step: RowStep) -> None:

@@ -1,8 +1,7 @@
-"""Kernels that move whole rows: embedding, select_rows, append and the cache write in place."""
+"""Kernels that move whole rows: embedding, select_rows and append."""
 
 from __future__ import annotations
 
-from dsc.backends.tvm.kernels.latent_cache import CacheRows, arguments, page_of
 from dsc.backends.tvm.launch import Launch, operand, rows_of, static_dim
 from dsc.backends.tvm.machine import Machine
 from dsc.backends.tvm.tir import (
@@ -18,7 +17,6 @@ from dsc.backends.tvm.tir import (
     splat,
 )
 from dsc.ir.graph import Node
-from dsc.ir.paging import BLOCK_TABLE, cached_rows
 from dsc.ir.types import DType
 
 
@@ -71,39 +69,6 @@ def select_rows(dtype: DType, width: int, lanes: int) -> PrimFunc:
             _copy(source, row, target, target.offset(batch, i), width, lanes)
 
     return build(body)
-
-
-def lower_cache_write(node: Node, machine: Machine) -> Launch:
-    """The launch of `cache_write`: the result is the cache, so it has no address of its own."""
-    cache, new = operand(node, 0).type, operand(node, 1).type
-    width = static_dim(cache.shape[2], "a cache row")
-    sizes = (*new.shape[:2], cached_rows(node, "cache"))
-    return Launch(cache_write, (cache.dtype, width, machine.lanes, page_of(node, 1)), sizes)
-
-
-def cache_write(dtype: DType, width: int, lanes: int, page: int) -> PrimFunc:
-    """The kernel; `out` is the cache. With `page` it takes a block table, and t counts pages."""
-    names = arguments("cache new lengths", page, "out")
-
-    def body(*parameters: Expr) -> None:
-        given = dict(zip(names, parameters, strict=True))
-        b, s, t = (given[name] for name in "bst")
-        source, target = (
-            Tensor(given["new"], dtype, (b, s, width)),
-            Tensor(given["out"], dtype, (1,)),
-        )
-        used = Tensor(given["lengths"], DType.i64, (b,))
-        table = Tensor(given[BLOCK_TABLE], DType.i64, (b, t)) if page else None
-        rows = CacheRows(t, page, table)
-
-        def row(r: Expr) -> None:
-            batch, i = bind(r // s), r % s
-            with rows.place(batch, bind(used.load(batch) + i)) as slot:
-                _copy(source, r * width, target, bind(slot * width), width, lanes)
-
-        for_each(b * s, width, row)
-
-    return build(body, names)
 
 
 def lower_append(node: Node, machine: Machine) -> Launch:

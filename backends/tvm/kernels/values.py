@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 from dsc.backends.tvm import bf16
 from dsc.backends.tvm.kernels.access import Access
+from dsc.backends.tvm.kernels.formulas import Attributes, check, convert, formula
 from dsc.backends.tvm.kernels.movement import constant
-from dsc.backends.tvm.kernels.pointwise import Attributes, check, convert, formula
 from dsc.backends.tvm.launch import Unsupported
 from dsc.backends.tvm.tir import (
     STORAGE,

@@ -1,7 +1,4 @@
-"""Pointwise operators with broadcasting, one kernel a node: vectors along the last axis.
-
-`FORMULAS` gives each operator on values in registers; storage and rounding belong to `Tensor`.
-"""
+"""What each pointwise operator computes, on values in registers; storage is for kernels."""
 
 from __future__ import annotations
 
@@ -12,17 +9,8 @@ from typing import TypeAlias
 from tvm import tirx
 
 from dsc.backends.tvm import tir
-from dsc.backends.tvm.launch import Launch, Unsupported
-from dsc.backends.tvm.machine import Machine
-from dsc.backends.tvm.shapes import (
-    Pattern,
-    SizeTable,
-    count,
-    each_index,
-    resolve,
-    size_names,
-)
-from dsc.backends.tvm.tir import VALUE, Expr, PrimFunc, Tensor, build, lanes_for, libm, loop, splat
+from dsc.backends.tvm.launch import Unsupported
+from dsc.backends.tvm.tir import VALUE, Expr, libm, splat
 from dsc.ir.graph import Node
 from dsc.ir.kernels import Formula
 from dsc.ir.op import added, kernel_of, lookup
@@ -181,76 +169,6 @@ def check(node: Node) -> None:
     floats = own.floats_only if isinstance(own, Formula) else node.op in FLOAT_ONLY
     if floats and not dtype.is_float:
         raise Unsupported(f"{node.op} of {dtype}; floats have it")
-
-
-def lower(node: Node, machine: Machine) -> Launch:
-    """The launch of any operator that has a formula, or of `cast`."""
-    check(node)
-    table, types = SizeTable(), [x.type for x in node.operands]
-    out = node.output.type
-    static = (
-        node.op,
-        attributes(node),
-        tuple(t.dtype for t in types),
-        tuple(table.shape(t.shape) for t in types),
-        out.dtype,
-        table.shape(out.shape),
-        machine.lanes,
-    )
-    return Launch(pointwise, (*static, len(table.dims)), tuple(table.dims), flops=out.numel)
-
-
-def pointwise(
-    op: str,
-    attrs: Attributes,
-    dtypes: tuple[DType, ...],
-    shapes: tuple[Pattern, ...],
-    out_dtype: DType,
-    out_shape: Pattern,
-    lanes: int,
-    sizes: int,
-) -> PrimFunc:
-    """Arguments: the operands, the result; sizes."""
-    operands = [f"x{i}" for i in range(len(dtypes))]
-
-    def body(*arguments: Expr) -> None:
-        addresses, given = arguments[: len(dtypes) + 1], arguments[len(dtypes) + 1 :]
-        extents = resolve(out_shape, given) or [1]
-        target = Tensor(addresses[-1], out_dtype, extents)
-        sources = [
-            Tensor(at, dtype, resolve(shape, given))
-            for at, dtype, shape in zip(addresses, dtypes, shapes, strict=False)
-        ]
-        last = extents[-1]
-        # TVM's simplifier fails on vectors of bool: masks are walked one by one.
-        masks = DType.boolean in (*dtypes, out_dtype)
-        width = lanes_for(last, lanes) if isinstance(last, int) and not masks else 1
-
-        def row(index: list[Expr]) -> None:
-            with loop(last // width if isinstance(last, int) else last) as i:
-                full = [*index, i * width]
-                values = [
-                    _broadcast_load(x, shape, full, width)
-                    for x, shape in zip(sources, shapes, strict=True)
-                ]
-                if op == "cast":
-                    value = convert(values[0], dtypes[0], out_dtype)
-                else:
-                    value = formula(op, attrs)(*map(tir.bind, values))
-                target.store(value, *full)
-
-        each_index(extents[:-1], count([last]), row)
-
-    return build(body, [*operands, "out", *size_names(sizes)])
-
-
-def _broadcast_load(x: Tensor, shape: Pattern, index: list[Expr], width: int) -> Expr:
-    """The operand's elements at a result index: axes of extent 1 stay at 0."""
-    own = index[len(index) - len(shape) :]
-    place = [0 if extent == 1 else i for extent, i in zip(shape, own, strict=True)]
-    if not shape or shape[-1] == 1:
-        return splat(tir.bind(x.load(*place)), width)
-    return x.load(*place, lanes=width)
 
 
 def convert(value: Expr, source: DType, target: DType) -> Expr:

@@ -1,8 +1,4 @@
-"""Reductions over axes, and what scans one axis: softmax, argmax, cumsum, topk.
-
-A sum over the last axis runs in vectors; everything else walks elements. Statistics are fp32,
-long sums exact to a few of its last places: `sums.py`.
-"""
+"""What scans an axis element by element: argmax, cumsum, topk."""
 
 from __future__ import annotations
 
@@ -10,13 +6,11 @@ from collections.abc import Sequence
 
 from tvm import tirx
 
-from dsc.backends.tvm.kernels.sums import nest, summed
 from dsc.backends.tvm.launch import Launch, Unsupported, operand, static_dim
 from dsc.backends.tvm.machine import Machine
 from dsc.backends.tvm.shapes import (
     Pattern,
     SizeTable,
-    count,
     each_index,
     resolve,
     size_names,
@@ -30,12 +24,9 @@ from dsc.backends.tvm.tir import (
     bind,
     build,
     cast,
-    exp_of_any,
     integer,
     is_nan,
-    lanes_for,
     loop,
-    total,
     when,
 )
 from dsc.ir.graph import Node
@@ -44,85 +35,11 @@ from dsc.ir.types import DType
 LOWEST = {"float32": float("-inf"), "float64": float("-inf"), "int64": -(2**63), "int32": -(2**31)}
 
 
-def lower_reduce(node: Node, machine: Machine) -> Launch:
-    """The launch of `sum`, `mean`, `amax` and `amin`."""
-    table, x = SizeTable(), operand(node, 0).type
-    axes = tuple(sorted({a % x.rank for a in node.attrs["axes"]}))
-    if VALUE[x.dtype] == "bool":
-        raise Unsupported(f"{node.op} of bool")
-    static = (node.op, x.dtype, table.shape(x.shape), axes, machine.lanes)
-    return Launch(reduce_axes, (*static, len(table.dims)), tuple(table.dims), flops=x.numel)
-
-
-def reduce_axes(
-    op: str, dtype: DType, shape: Pattern, axes: tuple[int, ...], lanes: int, sizes: int
-) -> PrimFunc:
-    """Arguments: x, y (kept axes in order); sizes."""
-    kept = [a for a in range(len(shape)) if a not in axes]
-    last = shape[-1] if shape else 1
-    vector = op in ("sum", "mean") and len(shape) - 1 in axes and VALUE[dtype] == "float32"
-    width = lanes_for(last, lanes) if vector and isinstance(last, int) else 1
-
-    def body(x: Expr, y: Expr, *given: Expr) -> None:
-        extents = resolve(shape, given)
-        source = Tensor(x, dtype, extents)
-        target = Tensor(y, dtype, [extents[a] for a in kept])
-        name = VALUE[dtype]
-        counts = [extents[a] for a in axes]
-
-        def one(outer: list[Expr]) -> None:
-            acc = Local(1, name, width)
-            steps = [*counts[:-1], counts[-1] // width] if counts and width > 1 else counts
-
-            def visit(inner: Sequence[Expr]) -> None:
-                place = [*inner[:-1], inner[-1] * width] if inner else []
-                value = source.load(*_merge(outer, kept, axes, place), lanes=width)
-                acc[0] = _combine(op, acc[0], bind(value))
-
-            if op in ("sum", "mean"):
-                (result,) = summed(steps, [acc], visit)
-            else:
-                acc[0] = source.load(*_merge(outer, kept, axes))
-                nest(steps, visit)
-                result = acc[0]
-            if width > 1:
-                result = total(result)
-            if op == "mean":
-                result = result / cast(integer(count(counts)), name)
-            target.store(result, *outer)
-
-        each_index([extents[a] for a in kept], count(counts), one)
-
-    return build(body, ["x", "y", *size_names(sizes)])
-
-
-def _merge(
-    outer: Sequence[Expr], kept: Sequence[int], axes: Sequence[int], inner: Sequence[Expr] = ()
-) -> list[Expr]:
-    """The full index from the kept and the reduced parts; a missing reduced part is all 0."""
-    reduced = list(inner) or [integer(0)] * len(axes)
-    found = dict(zip(kept, outer, strict=True)) | dict(zip(axes, reduced, strict=True))
-    return [found[a] for a in sorted(found)]
-
-
-def _combine(op: str, acc: Expr, value: Expr) -> Expr:
-    if op in ("sum", "mean"):
-        return acc + value
-    better = value > acc if op == "amax" else value < acc
-    return tirx.Select(_or_nan(better, value), value, acc)
-
-
-def _or_nan(better: Expr, value: Expr) -> Expr:
-    """`better`, or that the value is no number: of several values a NaN is the extreme."""
-    return tirx.Or(better, is_nan(value)) if value.ty.dtype.is_float else better
-
-
-def lower_scan(node: Node, machine: Machine) -> Launch:
-    """The launch of `softmax`, `argmax`, `cumsum` and `topk`."""
+def lower(node: Node, machine: Machine) -> Launch:
+    """The launch of `argmax`, `cumsum` and `topk`."""
     table, x = SizeTable(), operand(node, 0).type
     attrs = node.attrs
-    name = VALUE[x.dtype]
-    if name == "bool" or (node.op == "softmax" and not x.dtype.is_float):
+    if VALUE[x.dtype] == "bool":
         raise Unsupported(f"{node.op} of {x.dtype}")
     if node.op == "topk":
         static_dim(x.shape[-1], "the axis of topk")
@@ -147,8 +64,6 @@ def scan_axis(op: str, dtype: DType, shape: Pattern, axis: int, k: int, sizes: i
         kept = [extents[a] for a in outer_axes]
         full = Tensor(addresses[0], dtype, extents)
         match op:
-            case "softmax":
-                each_index(kept, n, lambda outer: _softmax(line(outer), full, VALUE[dtype]))
             case "cumsum":
                 each_index(kept, n, lambda outer: _cumsum(line(outer), full, VALUE[dtype]))
             case "argmax":
@@ -175,21 +90,6 @@ class Line:
     def load(self, i: Expr) -> Expr:
         """Element i."""
         return self.source.load(*self.index(i))
-
-
-def _softmax(line: Line, target: Tensor, name: str) -> None:
-    peak, mass = Local(1, name), Local(1, name)
-    peak[0] = tirx.FloatImm(name, float("-inf"))
-    with loop(line.extent) as i:
-        peak[0] = tirx.max(peak[0], line.load(i))
-
-    def add(at: Sequence[Expr]) -> None:
-        mass[0] = mass[0] + exp_of_any(line.load(at[0]) - peak[0])
-
-    (found,) = summed([line.extent], [mass], add)
-    whole = bind(found)
-    with loop(line.extent) as i:
-        target.store(exp_of_any(line.load(i) - peak[0]) / whole, *line.index(i))
 
 
 def _cumsum(line: Line, target: Tensor, name: str) -> None:
