@@ -326,37 +326,18 @@ def _with_weights(
     traced: Program, given: tuple[Mapping[str, WeightExpr], WeightSource] | None, name: str
 ) -> Program:
     """The program over a checkpoint's weights; constants that the trace found stay its own."""
-    if given is None:
-        weights, source = traced.weights, traced.source
-        types = {s.key: s.type for e in weights.values() for s in sources(e)}
-        meta = {**traced.meta, "weightless": True}
-        layered = LayeredSource((_constants(traced, {}), MetaSource(types)))
-        return replace(traced, name=name, meta=meta, weights=_renamed(traced, {}), source=layered)
-    expressions, source = given
-    layered = LayeredSource((_constants(traced, expressions), source))
-    return replace(traced, name=name, weights=_renamed(traced, expressions), source=layered)
-
-
-def _constants(traced: Program, expressions: Mapping[str, WeightExpr]) -> DictSource:
-    found = {}
-    for name in traced.weights:
-        value = _value(traced, name)
-        if name not in expressions and value is not None:
-            found[CONSTANT + name] = value
-    return DictSource(found)
-
-
-def _renamed(traced: Program, expressions: Mapping[str, WeightExpr]) -> dict[str, WeightExpr]:
-    """Every weight's expression: the checkpoint's, else the constant's, else what was traced."""
-    weights: dict[str, WeightExpr] = {}
-    for name, expr in traced.weights.items():
-        if name in expressions:
-            weights[name] = expressions[name]
-        elif _value(traced, name) is not None:
-            weights[name] = Source(CONSTANT + name, expr.type)
-        else:
-            weights[name] = expr
-    return weights
+    types = {s.key: s.type for e in traced.weights.values() for s in sources(e)}
+    expressions, source = given or ({}, MetaSource(types))
+    found = {n: _value(traced, n) for n in traced.weights if n not in expressions}
+    own = {n: value for n, value in found.items() if value is not None}
+    weights = {
+        n: Source(CONSTANT + n, expr.type) if n in own else expressions.get(n, expr)
+        for n, expr in traced.weights.items()
+    }
+    constants = DictSource({CONSTANT + n: value for n, value in own.items()})
+    meta = {**traced.meta, "weightless": True} if given is None else traced.meta
+    layered = LayeredSource((constants, source))
+    return replace(traced, name=name, meta=meta, weights=weights, source=layered)
 
 
 def _value(traced: Program, name: str) -> Any:

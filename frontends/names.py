@@ -36,7 +36,6 @@ from dsc.ir.weights import Source, WeightExpr, WeightSource, apply, sources
 SCALE_SUFFIXES = ("_scale_inv", "_scale")
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
-_FP8 = {DType.f8e4m3}
 _RECOMPUTED = re.compile(r".*\.rotary_emb\.inv_freq")
 _ACTIVATIONS = re.compile(r".*(\.|_)(input|output|activation|[qkv]|kv)_scale(_inv)?")
 """Scales of what flows through a layer or lies in a cache: both stay as they are computed."""
@@ -102,7 +101,7 @@ def map_weights(
     mapper.faults.unexpected += [
         (key, f" : {source.type(key)}")
         for key in sorted(set(left) - set(ignored), key=_natural)
-        if not mapper.is_claimed(key)
+        if key not in mapper.claimed
     ]
     mapper.faults.raise_any()
     complete = {name: expr for name, expr in weights.items() if expr is not None}
@@ -152,23 +151,16 @@ class _Mapper:
         self.config = config
         self.faults = faults
         self.stored = set(source.keys())
-        self.claimed: set[str] = set()
-
-    def is_claimed(self, key: str) -> bool:
-        """Whether some parameter asked for `key`, so that a fault about it is already noted."""
-        return key in self.claimed
+        self.claimed: set[str] = set()  # what parameters asked for: faults of it are noted
 
     def parameter(self, name: str, declared: TensorType) -> WeightExpr | None:
         """The expression of one declared parameter."""
         if name == HEAD and self.config.tie_word_embeddings:
             name = EMBEDDING
-        if name in self.stored or not self._holds_experts(name):
+        together = name.endswith((".mlp.experts.gate_up_proj", ".mlp.experts.down_proj"))
+        if name in self.stored or not together:
             return self._tensor(name, declared)
         return self._experts(name, declared)
-
-    @staticmethod
-    def _holds_experts(name: str) -> bool:
-        return name.endswith((".mlp.experts.gate_up_proj", ".mlp.experts.down_proj"))
 
     def _experts(self, name: str, declared: TensorType) -> WeightExpr | None:
         """Stack per-expert tensors: `[E, 2i, h]` from gate and up, `[E, h, i]` from down."""
@@ -196,7 +188,7 @@ class _Mapper:
             self._misfit(key, f": expected {declared}, found {found}")
             return None
         scale = next((key + s for s in SCALE_SUFFIXES if key + s in self.stored), None)
-        if found.dtype in _FP8:
+        if found.dtype is DType.f8e4m3:
             return self._dequantised(key, found, scale, declared)
         if scale is not None:
             self._misfit(key, f": {found} is not FP8 (e4m3), yet has {scale}")

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 from dsc.errors import CheckpointError, UsageError
 from dsc.files import why_no_file
 from dsc.frontends.strict_json import JsonObject, parse_object
-from dsc.ir.types import MAX_RANK, DType, TensorType
+from dsc.ir.types import MAX_RANK, SAFETENSORS, DType, TensorType
 
 if TYPE_CHECKING:
     import torch
@@ -35,24 +35,6 @@ MAX_INDEX_BYTES = 256 << 20
 MAX_EXTENT = 1 << 40
 MAX_NAME = 255
 CUT = "the file is cut short, or is no safetensors file: get it again"
-
-DTYPES = {
-    "BOOL": DType.boolean,
-    "U8": DType.u8,
-    "I16": DType.i16,
-    "I8": DType.i8,
-    "I32": DType.i32,
-    "I64": DType.i64,
-    "F8_E4M3": DType.f8e4m3,
-    "F8_E4M3FNUZ": DType.f8e4m3fnuz,
-    "F8_E5M2": DType.f8e5m2,
-    "F8_E8M0": DType.f8e8m0,
-    "F16": DType.f16,
-    "BF16": DType.bf16,
-    "F32": DType.f32,
-    "F64": DType.f64,
-}
-"""Element types by their name in a header."""
 
 _UNSAFE = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.pickle", "*.ckpt")
 
@@ -252,9 +234,9 @@ def _entry(fields: object, start: int, size: int, where: str) -> Entry:
     if not isinstance(fields, dict):
         raise CheckpointError("a tensor's header must be an object", where)
     name = fields.get("dtype")
-    dtype = DTYPES.get(name) if isinstance(name, str) else None
+    dtype = SAFETENSORS.get(name) if isinstance(name, str) else None
     if dtype is None:
-        raise CheckpointError(f"unknown dtype {name!r}", where, f"known: {', '.join(DTYPES)}")
+        raise CheckpointError(f"unknown dtype {name!r}", where, f"known: {', '.join(SAFETENSORS)}")
     shape = _integers(fields, "shape", where)
     if len(shape) > MAX_RANK:
         raise CheckpointError(f"{len(shape)} axes, at most {MAX_RANK} are read", where)

@@ -161,31 +161,21 @@ def _along_blocks(expr: Apply, block: tuple[int, ...]) -> tuple[dict[str, Any], 
             _check(expr, size, start, *(() if last else (end,)))
             return {"start": start // size, "end": -(-end // size)}, block
         case "reshape":
-            return _reshaped(expr, block)
+            return _parted(expr, block)
     raise Dequantised(f"{expr.op} computes with its numbers")
 
 
-def _reshaped(expr: Apply, block: tuple[int, ...]) -> tuple[dict[str, Any], tuple[int, ...]]:
-    """Axes between those that stay become others; the blocks along the last of them stay whole."""
+def _parted(expr: Apply, block: tuple[int, ...]) -> tuple[dict[str, Any], tuple[int, ...]]:
+    """One axis parts into several; blocks along it lie along the last of them."""
     before, after = expr.args[0].type.shape, expr.type.shape
-    fewer = min(len(before), len(after))
-    head = 0
-    while head < fewer and before[head] == after[head]:
-        head += 1
-    tail = 0
-    while tail < fewer - head and before[-1 - tail] == after[-1 - tail]:
-        tail += 1
-    inner = block[head : len(block) - tail]
-    size = inner[-1] if inner else 1
-    if any(n != 1 for n in inner[:-1]):
-        raise Dequantised("reshape joins axes of its blocks")
-    old, new = (shape[head : len(shape) - tail] for shape in (before, after))
-    if size != 1:
-        _check(expr, size, *(axes[-1] if axes else 1 for axes in (old, new)))
-    sizes = (1,) * (len(new) - 1) + (size,) if new else ()
-    whole = block[:head] + sizes + block[len(block) - tail :]
-    grid = tuple(-(-extent // n) for extent, n in zip(after, whole, strict=True))
-    return {"shape": grid}, whole
+    more, axis = len(after) - len(before), 0
+    while axis < min(len(before), len(after)) - 1 and before[axis] == after[axis]:
+        axis += 1
+    if more < 0 or after[axis + more + 1 :] != before[axis + 1 :]:
+        raise Dequantised("reshape joins axes")
+    _check(expr, block[axis], after[axis + more])
+    whole = (*block[:axis], *(1,) * more, *block[axis:])
+    return {"shape": tuple(-(-n // size) for n, size in zip(after, whole, strict=True))}, whole
 
 
 def _check(expr: Apply, size: int, *at: Dim) -> None:

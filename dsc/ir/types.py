@@ -80,6 +80,15 @@ _BITS = {
 }  # fmt: skip
 
 
+SAFETENSORS: Mapping[str, DType] = MappingProxyType({
+    "BOOL": DType.boolean, "U8": DType.u8, "I16": DType.i16, "I8": DType.i8, "I32": DType.i32,
+    "I64": DType.i64, "F8_E4M3": DType.f8e4m3, "F8_E4M3FNUZ": DType.f8e4m3fnuz,
+    "F8_E5M2": DType.f8e5m2, "F8_E8M0": DType.f8e8m0, "F16": DType.f16, "BF16": DType.bf16,
+    "F32": DType.f32, "F64": DType.f64,
+})  # fmt: skip
+"""Element types by their name in a safetensors header."""
+
+
 @cache
 def _torch_types() -> Mapping[DType, TorchType]:
     import torch

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from dsc.errors import CheckpointError
 from dsc.ir.program import Program
 from dsc.ir.streams import blocks
-from dsc.ir.types import DType, TensorType
+from dsc.ir.types import SAFETENSORS, TensorType
 from dsc.ir.weights import WeightExpr, parts
 
 if TYPE_CHECKING:
@@ -26,12 +26,7 @@ ALIGNMENT = 64
 PAD = "__pad."
 RELEASE_BYTES = 128 << 20
 """Bytes that are packed before the pages of the checkpoint that they came from are given back."""
-NAMES = {
-    DType.f32: "F32", DType.f64: "F64", DType.bf16: "BF16", DType.f16: "F16",
-    DType.f8e4m3: "F8_E4M3", DType.f8e5m2: "F8_E5M2", DType.f8e8m0: "F8_E8M0",
-    DType.i64: "I64", DType.i32: "I32", DType.i16: "I16", DType.i8: "I8",
-    DType.u8: "U8", DType.boolean: "BOOL",
-}  # fmt: skip
+NAMES = {dtype: name for name, dtype in SAFETENSORS.items()}
 
 
 def _stored(program: Program) -> list[tuple[str, WeightExpr]]:
