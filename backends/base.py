@@ -14,6 +14,7 @@ from typing import Any, Protocol, TypeAlias
 from dsc.errors import UnsupportedOperator
 from dsc.ir.expert_forms import ExpertKernels
 from dsc.ir.graph import Node
+from dsc.ir.interface import Storage
 from dsc.ir.program import Program
 from dsc.ir.regions import RegionLimits
 from dsc.ir.types import DType
@@ -42,19 +43,19 @@ Support: TypeAlias = Yes | No
 class Capabilities:
     """What passes need to know of a backend, as data.
 
-    `in_place_cache`: KV caches are preallocated and written in place. `paged_cache`: it also takes
-    them in pages, through a block table. `experts`: it has grouped GEMMs, and this is what its
-    kernels for experts cost. `shared_experts`: a shared expert is cheaper as one more of the routed
-    ones, in one stack of weights, than as linears of its own. `absorbed`: wants decode and
-    extend in the absorbed form. `entries`: the entry graphs it wants of a causal LM. `fuse`: the
-    highest fusion level that its kernels take; `regions`: what they take within it. `collectives`:
-    its executables speak to other ranks; without it a sharded program is emitted in segments, with
-    the collectives between them. `formats`: codes (`dsc.ir.formats`) of weights that it takes as
-    they are stored. `options`: what it reads of `backend_options`.
+    `in_place_cache`: KV caches are preallocated and written in place. `states`: how the states that
+    its executables hold may be stored (`dsc.ir.interface`). `experts`: it has grouped GEMMs, and
+    this is what its kernels for experts cost. `shared_experts`: a shared expert is cheaper as one
+    more of the routed ones, in one stack of weights, than as linears of its own. `absorbed`: wants
+    decode and extend in the absorbed form. `entries`: the entry graphs it wants of a causal LM.
+    `fuse`: the highest fusion level that its kernels take; `regions`: what they take within it.
+    `collectives`: its executables speak to other ranks; without it a sharded program is emitted in
+    segments, with the collectives between them. `formats`: codes (`dsc.ir.formats`) of weights that
+    it takes as they are stored. `options`: what it reads of `backend_options`.
     """
 
     in_place_cache: bool = False
-    paged_cache: bool = False
+    states: frozenset[Storage] = frozenset({Storage.GROWN, Storage.CONTIGUOUS})
     experts: ExpertKernels | None = None
     shared_experts: bool = False
     absorbed: bool = True

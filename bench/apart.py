@@ -135,8 +135,7 @@ def valued(program: Program, stock: nn.Module) -> Program:
     tensors = dict(stock.named_parameters(remove_duplicate=False)) | dict(stock.named_buffers())
     keys = {s.key for expr in program.weights.values() for s in sources(expr)}
     source = DictSource({k: tensors[k.removeprefix(CONSTANT)].detach() for k in keys})
-    meta = {k: v for k, v in program.meta.items() if k != "weightless"}
-    return replace(program, source=source, meta=meta)
+    return replace(program, source=source)
 
 
 def traced(config: ModelConfig, **limits: Any) -> Program:

@@ -19,10 +19,9 @@ from dsc.errors import ArtifactError, MemoryLimitError, UnsupportedOperator, Usa
 from dsc.files import check_fillable
 from dsc.ir.limits import Limits
 from dsc.ir.program import Program
-from dsc.ir.ranks import ranks_of
 from dsc.ir.segments import cut
 from dsc.ir.types import PRECISIONS
-from dsc.report import build_report, cache_bytes, cache_rows
+from dsc.report import build_report, state_bytes
 from dsc.rewrite.manager import NOT_PASSES, Watch
 from dsc.runtime import artifact as artifacts
 from dsc.runtime import sharded
@@ -64,14 +63,14 @@ class CompiledModel:
         artifacts.check_free(out, force)
         if self._emission is None:
             raise UsageError("this model was loaded from an artifact; copy its folder instead")
-        ranks = ranks_of(self.program)
+        ranks = self.program.mesh.ranks
         if ranks == 1:
             return self._write(out, None, force, progress)
         facts = {
             "backend": self.backend,
             "name": self.program.name,
             "config": self.program.meta.get("config", {}),
-            "parallel": self.program.meta["parallel"],
+            "parallel": self.program.mesh.parallel,
         }
         return sharded.write(
             out, ranks, lambda each, rank: self._write(each, rank, False, progress), facts, force
@@ -113,7 +112,7 @@ class CompiledModel:
     @property
     def has_weights(self) -> bool:
         """Whether weight values are at hand (not compiled with `weights="none"`)."""
-        return not self.program.meta.get("weightless", False)
+        return self.program.has_weights
 
     @cached_property
     def manifest(self) -> Mapping[str, Any]:
@@ -160,7 +159,7 @@ class CompiledModel:
         check_unchanged(opened.folder, opened.manifest)
         chosen = backends.get(self.backend)
         collectives = chosen.capabilities(parse_target(self.targets[0])).collectives
-        whole = ranks_of(opened.program) == 1 or collectives
+        whole = opened.program.mesh.ranks == 1 or collectives
         program = opened.program if whole else cut(opened.program)
         found = chosen.load(opened.folder, opened.manifest, program)
         check_unchanged(opened.folder, opened.manifest)  # nor while it was read
@@ -423,10 +422,9 @@ def check_memory(program: Program, plan: Plan, target: Target, limits: Limits) -
         return
     weights = sum(cast(int, t.nbytes) for t in program.weight_types().values())
     arena = plan.needed_bytes
-    per_token = cache_bytes(program) * limits.max_batch
 
     def caches(max_context: int) -> int:
-        return per_token * cache_rows(program, replace(limits, max_context=max_context))
+        return state_bytes(program, replace(limits, max_context=max_context))
 
     need = weights + arena + caches(limits.max_context)
     if need > limit:

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 from dsc.backends.base import Backend, Capabilities, check_supported
 from dsc.errors import UnsupportedOperator, UsageError, one_of
-from dsc.ir.paging import page_rows
+from dsc.ir.interface import Storage
 from dsc.ir.program import Program
 from dsc.ir.regions import FUSION_LEVELS, RegionLimits
 from dsc.ir.stages import Stage
@@ -256,7 +256,8 @@ def prepare(
     capabilities = capabilities_of(backend, target)
     if options.cache not in CACHES:
         raise UsageError(f"cache {options.cache!r}", hint=f"one of {', '.join(CACHES)}")
-    if options.cache == PAGED and not capabilities.paged_cache:
+    _check_states(program, backend.name, capabilities)
+    if options.cache == PAGED and Storage.PAGED not in capabilities.states:
         raise UsageError(
             f"the {backend.name} backend takes no caches in pages",
             hint="compile with --cache contiguous, or for a backend that takes pages: reference,"
@@ -280,9 +281,20 @@ def run(
     return done.program, done.records
 
 
+def _check_states(program: Program, name: str, capabilities: Capabilities) -> None:
+    """Raise `UnsupportedOperator` for states that a backend's executables cannot hold."""
+    refused = [s for s in program.states if s.storage not in capabilities.states]
+    if refused:
+        told = ", ".join(f"{s.input} ({s.storage})" for s in refused)
+        raise UnsupportedOperator(
+            f"the {name} backend holds no such states as {told}",
+            hint="choose another backend: reference holds every kind",
+        )
+
+
 def _check_paged(program: Program, records: Sequence[PassRecord]) -> None:
     """Raise `UnsupportedOperator` with what `page_cache` met, unless the program has pages."""
-    if any(page_rows(graph) for graph in program.entries.values()):
+    if program.page is not None:
         return
     met = next(r.report.near for r in records if r.name == "page_cache")
     lines = [f"{m.reason} (at {m.where})" if m.where else m.reason for m in met]

@@ -13,14 +13,13 @@ from typing import Any, cast
 
 from dsc.ir import regions
 from dsc.ir.costs import Costs, Sizes, node_costs, total
-from dsc.ir.graph import Graph, Node, Value
+from dsc.ir.graph import Graph, Node
+from dsc.ir.interface import Storage
 from dsc.ir.layers import by_layer, home, layer_of
 from dsc.ir.limits import Limits
-from dsc.ir.paging import page_rows
 from dsc.ir.program import Program, is_causal_step
 from dsc.ir.weights import sources
 from dsc.rewrite.manager import PassRecord
-from dsc.runtime.caches import cache_specs
 from dsc.runtime.plan import EntryPlan, Plan
 
 CONTEXTS = (1024, 4096)
@@ -65,7 +64,7 @@ def entry_report(program: Program, name: str, plan: Plan | None = None) -> dict[
         "flops": first["flops"],
         "parameters": first["parameters"],
         "points": [{"at": at, **found} for at, found in zip(points, sums, strict=True)],
-        "layers": layer_reports(graph, costs, points[0]),
+        "layers": layer_reports(program, graph, costs, points[0]),
     }
     plans = [] if plan is None else plan.of(name)
     if plans:
@@ -93,7 +92,7 @@ def sizes_at(program: Program, graph: Graph, name: str, context: int) -> dict[st
     """Sizes of a graph's symbols at a point: one sequence, `context` tokens in its cache."""
     new = NEW_TOKENS.get(name, CHUNK)
     wanted = {"B": 1, "S": new, "L": 1, "P": context, "C": context + new}
-    blocks = -(-(context + new) // (page_rows(graph) or 1))
+    blocks = -(-(context + new) // (program.page or 1))
     wanted |= {"M": blocks, "N": blocks}
     sizes = {"S": new} if is_causal_step(graph) else {}
     for symbol in sorted({s for v in graph.values() for s in v.type.symbols}):
@@ -104,11 +103,11 @@ def sizes_at(program: Program, graph: Graph, name: str, context: int) -> dict[st
     return sizes
 
 
-def layer_reports(graph: Graph, costs: Costs, at: Sizes) -> list[dict[str, Any]]:
+def layer_reports(program: Program, graph: Graph, costs: Costs, at: Sizes) -> list[dict[str, Any]]:
     """Nodes and costs of each part of a model, in the order of the graph."""
     caches: Counter[str] = Counter()
-    for spec in cache_specs(graph):
-        caches[cache_layer(spec.input.name)] += cache_width(spec.input)
+    for state in program.states:
+        caches[cache_layer(state.input)] += state.nbytes if state.storage.of_tokens else 0
     layers = []
     for name, nodes in by_layer(graph).items():
         number = name.rpartition("layers.")[2]
@@ -135,30 +134,23 @@ def cache_layer(name: str) -> str:
     return found[1] if found else ""
 
 
-def cache_width(value: Value) -> int:
-    """Bytes that one token takes in a cache [B, rows, width]."""
-    elements = 1
-    for dim in value.type.shape[2:]:
-        elements *= cast(int, dim)
-    return elements * value.type.dtype.itemsize
-
-
 def cache_bytes(program: Program) -> int:
-    """Bytes of all caches that one token takes."""
-    graph = next(iter(program.entries.values()))
-    return sum(cache_width(spec.input) for spec in cache_specs(graph))
+    """Bytes that one token takes in all states."""
+    return sum(s.nbytes for s in program.states if s.storage.of_tokens)
 
 
-def cache_rows(program: Program, limits: Limits) -> int:
-    """Rows of caches that a session holds for each sequence, at most.
+def state_bytes(program: Program, limits: Limits) -> int:
+    """Bytes of all that a session holds, at most.
 
     Rows that a step writes in place may be padding, behind the context; caches that a step returns
     grown lie beside those that it was given.
     """
-    graph = next(iter(program.entries.values()))
-    rows = page_rows(graph)
-    if rows is not None:
-        return -(-limits.max_context // rows) * rows
-    grown = limits.max_context + limits.prefill_chunk
-    in_place = all(spec.in_place for spec in cache_specs(graph))
-    return grown if in_place else limits.max_context + grown
+    context, page = limits.max_context, program.page or 1
+    rows = {
+        Storage.GROWN: 2 * context + limits.prefill_chunk,
+        Storage.CONTIGUOUS: context + limits.prefill_chunk,
+        Storage.PAGED: -(-context // page) * page,
+        Storage.FIXED: 1,
+    }
+    held = sum(s.nbytes * rows.get(s.storage, s.rows) for s in program.states)
+    return held * limits.max_batch

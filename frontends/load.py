@@ -236,7 +236,6 @@ def _from_text(path: Path, asked: Asked) -> Loaded:
     from dsc.frontends.text import read_program
 
     program = read_program(path)
-    program = replace(program, meta={**program.meta, "weightless": bool(program.weights)})
     if not program.is_causal_lm:
         return Loaded(program, str(path))
     limits = asked.whatever()
@@ -335,9 +334,8 @@ def _with_weights(
         for n, expr in traced.weights.items()
     }
     constants = DictSource({CONSTANT + n: value for n, value in own.items()})
-    meta = {**traced.meta, "weightless": True} if given is None else traced.meta
     layered = LayeredSource((constants, source))
-    return replace(traced, name=name, meta=meta, weights=weights, source=layered)
+    return replace(traced, name=name, weights=weights, source=layered)
 
 
 def _value(traced: Program, name: str) -> Any:

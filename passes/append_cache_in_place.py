@@ -24,6 +24,7 @@ from dataclasses import dataclass, replace
 
 from dsc.ir.dims import Dim, Range, Sym, free_symbols, symbol
 from dsc.ir.graph import Graph, GraphBuilder, Node, Operand, Value
+from dsc.ir.interface import Storage
 from dsc.ir.op import named, traits_of
 from dsc.ir.program import Program
 from dsc.ir.stages import Stage
@@ -58,7 +59,14 @@ class AppendCacheInPlace(Pass):
         entries = {n: self._in_place(g, report) for n, g in program.entries.items()}
         symbols = {k: r for k, r in program.symbols.items() if k != PAST}
         symbols[CAPACITY] = Range(1, program.symbols[PAST].hi + self.slack)
-        return replace(program, entries=entries, symbols=symbols, stage=Stage.OPTIMIZED)
+        interface = program.interface.fitted(entries.values(), Storage.CONTIGUOUS)
+        return replace(
+            program,
+            entries=entries,
+            symbols=symbols,
+            stage=Stage.OPTIMIZED,
+            interface=interface,
+        )
 
     def _in_place(self, graph: Graph, report: PassReport) -> Graph:
         found = appends_of(graph)

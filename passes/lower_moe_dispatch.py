@@ -80,11 +80,11 @@ class LowerMoeDispatch(Pass):
 
 def ranges_of(program: Program, entry: str) -> dict[str, Range]:
     """The ranges of the symbols in an entry: new tokens as the guards give them to it."""
-    ranges, guards = dict(program.symbols), program.meta.get("guards", {})
-    if entry not in guards or "S" not in ranges:
+    ranges, steps = dict(program.symbols), {g.entry: g.step for g in program.guards}
+    if entry not in steps or "S" not in ranges:
         return ranges
-    known, limit = ranges["S"], guards[entry]
-    low = max([known.lo, *(n + 1 for n in guards.values() if n and (not limit or n < limit))])
+    known, limit = ranges["S"], steps[entry]
+    low = max([known.lo, *(n + 1 for n in steps.values() if n and (not limit or n < limit))])
     high = min(limit or known.hi, known.hi)
     return {**ranges, "S": Range(min(low, high), high)}
 

@@ -36,6 +36,7 @@ from dataclasses import dataclass, replace
 from dsc.ir.analyses import uses
 from dsc.ir.dims import Range, symbol
 from dsc.ir.graph import Graph, GraphBuilder, Node, Operand, Value
+from dsc.ir.interface import Storage
 from dsc.ir.op import traits_of
 from dsc.ir.paging import BLOCK_TABLE, PAGE, takes_pages
 from dsc.ir.program import Program
@@ -79,7 +80,14 @@ class PageCache(Pass):
         symbols[PAGES] = Range(1, sequences * -(-past // self.page))
         symbols[BLOCKS] = Range(1, -(-(past + self.slack) // self.page))
         entries = {n: self._paged(g, report) for n, g in program.entries.items()}
-        return replace(program, entries=entries, symbols=symbols, stage=Stage.OPTIMIZED)
+        interface = program.interface.fitted(entries.values(), Storage.PAGED)
+        return replace(
+            program,
+            entries=entries,
+            symbols=symbols,
+            stage=Stage.OPTIMIZED,
+            interface=interface,
+        )
 
     def _paged(self, graph: Graph, report: PassReport) -> Graph:
         writes = {node.output.name: node for node in appends_of(graph)}

@@ -38,6 +38,7 @@ from dsc.errors import UsageError
 from dsc.ir.analyses import producers
 from dsc.ir.dims import Range
 from dsc.ir.graph import Graph, GraphBuilder, Node, Operand, Value
+from dsc.ir.interface import Mesh
 from dsc.ir.op import lookup, traits_of
 from dsc.ir.placement import COLUMNS, EXPERTS, HEADS, IN_EXPERTS, Placement, Placing
 from dsc.ir.program import Program
@@ -73,9 +74,10 @@ class Shard(Pass):
         experts = EXPERTS if "ep" in self.parallel else IN_EXPERTS
         sharding = Sharding(program, self.ranks, experts, report)
         done = program.map_entries(lambda graph: self._graph(sharding, graph))
-        meta = {**program.meta, "ranks": self.ranks, "parallel": self.parallel}
+        mesh = Mesh(self.ranks, self.parallel)
         symbols = {**program.symbols, "rank": Range(0, self.ranks - 1)}
-        shared = replace(done, meta=meta, symbols=symbols).with_weights(sharding.weights).pruned()
+        done = replace(done.declaring(mesh=mesh), symbols=symbols)
+        shared = done.with_weights(sharding.weights).pruned()
         report.facts |= {"ranks": self.ranks, "parallel": self.parallel}
         return shared.at(Stage.OPTIMIZED)
 

@@ -1,7 +1,7 @@
 """Make the entry graphs that a backend wants out of the one graph that was traced.
 
 What           the traced graph, symbolic in new tokens S, becomes `decode` (S = 1, one row of
-               logits), `extend` and `prefill`; the guard table for choosing goes into the meta.
+               logits), `extend` and `prefill`; the guards for choosing are declared.
 Why it pays    one trace serves all; each entry is then optimised for its own cost.
 Preconditions  stage CANONICAL; one entry `step` with the inputs of a causal LM.
 Before         graph step(%input_ids: i64[B,S], %logits_at: i64[B,L], @embed: f32[9,8]) {
@@ -24,6 +24,7 @@ from dataclasses import dataclass, replace
 
 from dsc.ir.dims import Dim
 from dsc.ir.graph import Graph
+from dsc.ir.interface import Guard
 from dsc.ir.program import Program
 from dsc.ir.stages import Stage
 from dsc.rewrite.base import Pass, PassReport
@@ -48,18 +49,18 @@ class SpecialiseEntries(Pass):
             return program
         made = {name: replace(_specialised(step, name), name=name) for name in self.entries}
         report.fire("specialise", len(made))
-        meta = {**program.meta, "guards": guards(step, self.entries)}
-        return replace(program, entries=made, meta=meta)
+        declared = program.declaring(guards=guards(step, self.entries))
+        return replace(declared, entries=made)
 
 
-def guards(step: Graph, entries: tuple[str, ...]) -> dict[str, int]:
-    """The largest number of new tokens that each entry serves; 0 means no limit.
+def guards(step: Graph, entries: tuple[str, ...]) -> tuple[Guard, ...]:
+    """The steps that each entry serves, by new tokens.
 
     `extend` serves up to the absorption break-even: c (n + v) / (2 c - n - v) new tokens for a
     latent of width c, nope width n and value width v.
     """
-    limits = {"decode": 1, "extend": break_even(step), "prefill": 0}
-    return {name: limits[name] for name in entries}
+    most = {"decode": 1, "extend": break_even(step) or None, "prefill": None}
+    return tuple(Guard(name, most[name]) for name in entries)
 
 
 def break_even(step: Graph) -> int:

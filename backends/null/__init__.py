@@ -18,6 +18,7 @@ from dsc.ir.analyses import total_cost
 from dsc.ir.dims import Dim, evaluate
 from dsc.ir.formats import CODINGS
 from dsc.ir.graph import Graph, Node
+from dsc.ir.interface import Storage
 from dsc.ir.program import Program
 from dsc.ir.types import DType
 from dsc.runtime.admission import Admitted
@@ -45,7 +46,7 @@ class NullBackend:
             dtypes=frozenset(DType),
             targets=targets,
             in_place_cache=True,
-            paged_cache=True,
+            states=frozenset(Storage),
             fuse=3,
             collectives=True,
             formats=tuple(CODINGS),

@@ -133,9 +133,9 @@ def facts(program: Program) -> dict[str, str]:
 
 def _models(program: Program, files: Mapping[str, str]) -> Iterator[str]:
     """A line for each file: the steps for which it was made."""
-    guards = program.guards
+    steps = {g.entry: g.step for g in program.guards}
     for path in dict.fromkeys(files.values()):
-        most = max((guards.get(e, 0) or _OPEN for e, f in files.items() if f == path))
+        most = max(steps.get(e) or _OPEN for e, f in files.items() if f == path)
         takes = "any S" if most == _OPEN else f"S up to {most}: less work for few tokens"
         yield f"| `{path}` | {takes} |"
 

@@ -15,6 +15,7 @@ from dsc.backends.base import Capabilities, EmitOptions, Support, Yes
 from dsc.errors import UsageError
 from dsc.ir.formats import CODINGS
 from dsc.ir.graph import Graph, Node
+from dsc.ir.interface import Storage
 from dsc.ir.interpreter import Interpreter
 from dsc.ir.program import Program
 from dsc.ir.types import DType
@@ -41,7 +42,7 @@ class ReferenceBackend:
             dtypes=frozenset(DType),
             fuse=3,
             collectives=True,
-            paged_cache=True,
+            states=frozenset(Storage),
             formats=tuple(CODINGS),
         )
 

@@ -13,6 +13,7 @@ from dsc.errors import BackendUnavailable
 from dsc.ir.expert_forms import ExpertKernels
 from dsc.ir.graph import Node
 from dsc.ir.index_ranges import index_ranges
+from dsc.ir.interface import Storage
 from dsc.ir.op import named
 from dsc.ir.regions import RegionLimits
 from dsc.ir.traits import Role
@@ -50,7 +51,7 @@ class TvmBackend:
         return Capabilities(
             options=("form", "tune"),
             in_place_cache=True,
-            paged_cache=True,
+            states=frozenset({Storage.GROWN, Storage.CONTIGUOUS, Storage.PAGED}),
             experts=EXPERTS,
             shared_experts=True,
             dtypes=DTYPES,

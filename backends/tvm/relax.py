@@ -41,8 +41,6 @@ from dsc.ir.analyses import aliases_of
 from dsc.ir.dims import Dim, free_symbols
 from dsc.ir.graph import Graph, Node, Operand, Value
 from dsc.ir.index_ranges import index_ranges
-from dsc.ir.paging import page_rows
-from dsc.ir.ranks import ranks_of
 from dsc.ir.types import DType, TensorType
 from dsc.runtime.admission import Admitted, contiguous
 from dsc.runtime.emission import Emission
@@ -65,9 +63,9 @@ def emit(program: Program, machine: Machine, options: EmitOptions) -> Emission:
 
     Raises `UnsupportedOperator` where an entry computes an index: no step here checks one.
     """
-    if any(page_rows(graph) is not None for graph in program.entries.values()):
+    if program.page is not None:
         raise UsageError("the Relax form takes no caches in pages", hint="use contiguous caches")
-    if ranks_of(program) > 1:
+    if program.mesh.ranks > 1:
         raise UsageError("the Relax form is for one rank", hint="leave out --ranks")
     for graph in program.entries.values():
         for found in index_ranges(graph, program.symbols).computed:

@@ -1,24 +1,16 @@
 """What a causal language model is compiled for, declared once where its symbols get their ranges.
 
-The limits lie in a program's meta and go with it through passes, texts and artifacts: a session,
-an executable, the manifest and run.py read them from there.
+The limits lie in a program's interface and go with it through passes, texts and artifacts: a
+session, an executable, the manifest and run.py read them from there.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any
 
-from dsc.errors import UsageError
 from dsc.ir.dims import Range
-from dsc.ir.paging import page_rows
 
-if TYPE_CHECKING:
-    from dsc.ir.program import Program
-
-LIMITS = "limits"
-"""The key of the meta that holds them."""
 OPEN = 2**31 - 1
 """An upper bound that says nothing: torch.export's for a size that it does not know."""
 OPTIONS = {
@@ -48,29 +40,11 @@ class Limits:
         return Limits(**{n: min(getattr(self, n), getattr(most, n)) for n in names})
 
     @staticmethod
-    def of(program: Program) -> Limits:
-        """What a program declares, else what its symbols allow. Raises `UsageError`."""
-        declared = program.meta.get(LIMITS)
-        return _of_symbols(program) if declared is None else Limits.read(declared)
-
-    @staticmethod
-    def read(declared: Any) -> Limits:
-        """Limits as a meta or a manifest has them. Raises `UsageError` where they are damaged."""
-        names = {f.name for f in fields(Limits)}
-        whole = isinstance(declared, Mapping) and set(declared) == names
-        if not whole or not all(type(n) is int and n >= 0 for n in declared.values()):
-            raise UsageError(
-                f"the limits are {declared!r}", hint=f"three numbers: {', '.join(sorted(names))}"
-            )
-        return Limits(**declared)
-
-
-def _of_symbols(program: Program) -> Limits:
-    """What the symbols allow: a cache also has rows, or blocks, for a last chunk's padding."""
-    most = {name: bounds.hi for name, bounds in program.symbols.items()}
-    chunk = most.get("S", OPEN)
-    rows = next((r for r in map(page_rows, program.entries.values()) if r is not None), 1)
-    room = [most["P"]] if "P" in most else []
-    room += [most["C"] - chunk] if "C" in most else []
-    room += [most["M"] * rows - chunk] if "M" in most else []
-    return Limits(most.get("B", OPEN), max(0, min(room, default=OPEN)), chunk)
+    def of(symbols: Mapping[str, Range], page: int) -> Limits:
+        """What symbols allow: a cache also has rows, or blocks, for a last chunk's padding."""
+        most = {name: bounds.hi for name, bounds in symbols.items()}
+        chunk = most.get("S", OPEN)
+        room = [most["P"]] if "P" in most else []
+        room += [most["C"] - chunk] if "C" in most else []
+        room += [most["M"] * page - chunk] if "M" in most else []
+        return Limits(most.get("B", OPEN), max(0, min(room, default=OPEN)), chunk)

@@ -13,6 +13,8 @@ from dsc.errors import ParseError, VerificationError
 from dsc.ir.dims import MAX_TOKENS, Dim, Range, parse_dim
 from dsc.ir.formats import Format
 from dsc.ir.graph import Attrs, Graph, Node, Operand, Value, Weight
+from dsc.ir.interface import Interface
+from dsc.ir.interface_text import parse_interface
 from dsc.ir.op import KIND_WORDS, KINDS, OpDef, TypeMismatch, lookup
 from dsc.ir.program import Program
 from dsc.ir.stages import Stage, is_legal
@@ -127,6 +129,7 @@ class _Parser:
         stage = self._stage()
         self.sign("}")
         meta = self._meta() if self.at_word("meta") else {}
+        interface = parse_interface(self) if self.at_word("interface") else Interface()
         symbols = self._symbols() if self.at_word("symbols") else {}
         weights = self._weights() if self.at_word("weights") else {}
         types = {k: e.type for k, e in weights.items()}
@@ -140,7 +143,7 @@ class _Parser:
         self.end()
         if source is None:
             source = _types_alone(weights)
-        return Program(name, entries, weights, symbols, source, meta, stage)
+        return Program(name, entries, weights, symbols, source, meta, stage, interface)
 
     def _bare(self, source: WeightSource | None, stages: Sequence[Stage]) -> Program:
         """A graph alone: its header declares its weights, and its sizes may be anything."""
@@ -190,7 +193,7 @@ class _Parser:
             bound = self.integer("a bound") if self.skip("=") else None
             operands.append((t, bound))
             self.skip(",")
-        attrs = self._attrs(None, {}, 0) if self.at_sign("{") else {}
+        attrs = self.attributes() if self.at_sign("{") else {}
         self.end()
         return operands, attrs
 
@@ -318,6 +321,9 @@ class _Parser:
         except TypeMismatch as problem:
             raise self.error(f"{definition.name}: {problem}", at) from None
 
+    def attributes(self) -> dict[str, Any]:
+        return self._attrs(None, {}, 0)
+
     def _attrs(
         self, definition: OpDef | None, weights: Mapping[str, TensorType], depth: int
     ) -> dict[str, Any]:
@@ -424,9 +430,9 @@ class _Parser:
         return self._guard(first, lambda: parse_dim("".join(parts)))
 
     def _meta(self) -> dict[str, Any]:
-        start = self.next().at + len("meta")
+        self.word("meta")
         try:
-            value, end = json.JSONDecoder().raw_decode(self.text, self._skip_blank(start))
+            value, end = json.JSONDecoder().raw_decode(self.text, self.peek().at)
             if not isinstance(value, dict):
                 raise ValueError("an object in braces is due")
         except (ValueError, RecursionError) as problem:
@@ -434,11 +440,6 @@ class _Parser:
         while self.peek().kind != "end" and self.peek().at < end:
             self.i += 1
         return value
-
-    def _skip_blank(self, at: int) -> int:
-        while at < len(self.text) and self.text[at].isspace():
-            at += 1
-        return at
 
     def _symbols(self) -> dict[str, Range]:
         self.word("symbols")

@@ -24,6 +24,7 @@ from typing import Any
 
 from dsc.ir.dims import Sym
 from dsc.ir.graph import Attrs, Graph, Node, Operand, Weight
+from dsc.ir.interface_text import print_interface
 from dsc.ir.op import registry
 from dsc.ir.program import Program
 from dsc.ir.types import DType
@@ -35,6 +36,7 @@ def print_program(program: Program) -> str:
     lines = [f"program {json.dumps(program.name)} {{stage={program.stage.name}}}"]
     if program.meta:
         lines.append(f"meta {json.dumps(program.meta, sort_keys=True)}")
+    lines += print_interface(program.interface)
     if program.symbols:
         inside = ", ".join(f"{k}={r}" for k, r in sorted(program.symbols.items()))
         lines.append(f"symbols {{{inside}}}")

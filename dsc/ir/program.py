@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from dsc.errors import UsageError
 from dsc.ir.dims import Range
 from dsc.ir.graph import Graph
-from dsc.ir.limits import LIMITS, Limits
+from dsc.ir.interface import Guard, Interface, Mesh, State, Storage, updates
+from dsc.ir.limits import Limits
 from dsc.ir.stages import Stage
 from dsc.ir.types import TensorType
-from dsc.ir.weights import MetaSource, WeightExpr, WeightSource
+from dsc.ir.weights import MetaSource, WeightExpr, WeightSource, has_values
 
 TOKEN_INPUTS = ("input_ids", "positions", "lengths", "logits_at")
 """What every step of a causal language model takes beside its caches."""
@@ -28,8 +29,9 @@ class Program:
     """What every pass takes and returns.
 
     `entries` are graphs by name (`decode`, `extend`, `prefill`, or one `main`); `weights` gives
-    each `@name` its expression over `source`; `symbols` bounds every symbolic dim; `meta` carries
-    the model configuration and what the frontends found (JSON values only).
+    each `@name` its expression over `source`; `symbols` bounds every symbolic dim; `interface`
+    declares what a session must know; `meta` holds facts of the model: its configuration, how it
+    generates (JSON values only).
     """
 
     name: str
@@ -39,9 +41,17 @@ class Program:
     source: WeightSource = field(default_factory=lambda: MetaSource({}))
     meta: Mapping[str, Any] = field(default_factory=dict)
     stage: Stage = Stage.TRACED
+    interface: Interface = field(default_factory=Interface)
 
     def __post_init__(self) -> None:
-        """Give every graph its entry's name, so that the text form reads back the same."""
+        """Give every graph its entry's name, so that the text form reads back the same.
+
+        Where no state is declared, the updates of a causal language model are its states.
+        """
+        if not self.interface.states and self.entries and self.is_causal_lm:
+            states = {s.input: s for graph in self.entries.values() for s in updates(graph)}
+            declared = replace(self.interface, states=tuple(states.values()))
+            object.__setattr__(self, "interface", declared)
         if any(graph.name != name for name, graph in self.entries.items()):
             named = {
                 name: graph if graph.name == name else replace(graph, name=name)
@@ -55,13 +65,42 @@ class Program:
         return all(map(is_causal_step, self.entries.values()))
 
     @property
+    def states(self) -> tuple[State, ...]:
+        """What outlives a step."""
+        return self.interface.states
+
+    @property
+    def mesh(self) -> Mesh:
+        """The ranks that it runs on."""
+        return self.interface.mesh
+
+    @property
+    def guards(self) -> tuple[Guard, ...]:
+        """Which entry takes a step: the first that admits it."""
+        return self.interface.guards
+
+    @property
+    def page(self) -> int | None:
+        """Rows of a page of its states; `None` where none lies in pages."""
+        return next((s.rows for s in self.states if s.storage is Storage.PAGED), None)
+
+    @property
     def limits(self) -> Limits:
-        """What a causal language model takes. Raises `UsageError` where its meta is damaged."""
-        return Limits.of(self)
+        """What a causal language model takes: as declared, else what its symbols allow."""
+        return self.interface.limits or Limits.of(self.symbols, self.page or 1)
+
+    @property
+    def has_weights(self) -> bool:
+        """Whether its weights have values, not types alone."""
+        return not self.weights or has_values(self.source)
+
+    def declaring(self, **changes: Any) -> Program:
+        """The program with other limits, mesh, guards or states."""
+        return replace(self, interface=replace(self.interface, **changes))
 
     def limited(self, asked: Limits) -> Program:
         """The program with its limits declared: the asked ones, as far as its own go."""
-        return replace(self, meta={**self.meta, LIMITS: asdict(asked.within(self.limits))})
+        return self.declaring(limits=asked.within(self.limits))
 
     def entry(self, name: str, inputs: Collection[str] | None = None) -> Graph:
         """The entry called `name`; with `inputs` given, all that it takes must be among them.
@@ -77,17 +116,14 @@ class Program:
                 raise UsageError(f"entry {name} needs the inputs {', '.join(missing)}")
         return graph
 
-    @property
-    def guards(self) -> Mapping[str, int]:
-        """The most new tokens of a step that each entry takes, in order; 0: any number."""
-        found: Mapping[str, int] = self.meta.get("guards", {})
-        return found
+    def choose_entry(self, step: int, batch: int = 1, context: int = 0) -> str:
+        """The entry for so many new tokens a sequence, sequences, and tokens of the longest.
 
-    def choose_entry(self, new: int) -> str:
-        """The entry for a step of `new` tokens: the first whose guard admits it, else the last."""
-        for name, most in self.guards.items():
-            if name in self.entries and (most == 0 or new <= most):
-                return name
+        The first whose guard admits it, else the last.
+        """
+        for guard in self.guards:
+            if guard.entry in self.entries and guard.admits(step, batch, context):
+                return guard.entry
         return next(reversed(list(self.entries)))
 
     def map_entries(self, function: Callable[[Graph], Graph]) -> Program:

@@ -98,11 +98,6 @@ def entered(group: Group) -> Iterator[None]:
         _entered.reset(token)
 
 
-def ranks_of(program: Program) -> int:
-    """How many ranks a program was sharded for; 1 when it was not."""
-    return int(program.meta.get("ranks", 1))
-
-
 def at_rank(program: Program, rank: int) -> Program:
     """The program with the weights of one rank: `rank` replaced by its number.
 
@@ -218,7 +213,7 @@ class RankedInterpreter:
 
     def __init__(self, program: Program) -> None:
         self.program = program
-        self._each = [Interpreter(at_rank(program, rank)) for rank in range(ranks_of(program))]
+        self._each = [Interpreter(at_rank(program, rank)) for rank in range(program.mesh.ranks)]
 
     def run(
         self,
@@ -250,7 +245,7 @@ class RankedInterpreter:
 
 def interpreter(program: Program) -> Interpreter | RankedInterpreter:
     """What runs a program here: with all of its ranks, where it has several."""
-    return RankedInterpreter(program) if ranks_of(program) > 1 else Interpreter(program)
+    return RankedInterpreter(program) if program.mesh.ranks > 1 else Interpreter(program)
 
 
 def _once(intercept: Intercept) -> Intercept:

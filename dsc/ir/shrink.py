@@ -31,9 +31,8 @@ Scope = dict[str, Shape]
 def shrink(program: Program) -> Program:
     """The program at small sizes, over random weights.
 
-    `meta["shrunk"]` holds the sizes by the numbers they stand for, and the integers of
-    `meta["config"]` follow where that is unambiguous. Raises `VerificationError` when no small
-    sizes satisfy what the operators demand.
+    The integers of `meta["config"]` follow where that is unambiguous. Raises `VerificationError`
+    when no small sizes satisfy what the operators demand.
     """
     survey = Survey(program)
     roles: tuple[tuple[str, Callable[[int], object] | None], ...] = (
@@ -190,6 +189,7 @@ class Rebuild:
         found = {s.key: s.type for expr in weights.values() for s in sources(expr)}
         return replace(
             program,
+            interface=program.interface.fitted(entries.values()),
             entries=entries,
             weights=weights,
             source=random_source(found),
@@ -251,18 +251,17 @@ class Rebuild:
         return replace(graph, inputs=tuple(inputs), nodes=tuple(nodes), outputs=results)
 
     def _meta(self, meta: Mapping[str, Any]) -> dict[str, Any]:
+        config = meta.get("config")
+        if not isinstance(config, dict):
+            return dict(meta)
         sizes: dict[int, set[int]] = {}
         for original, value in zip(self.survey.system.original, self.values, strict=True):
             sizes.setdefault(original, set()).add(value)
-        shown = {str(n): sorted(found) for n, found in sorted(sizes.items()) if found != {n}}
-        config = meta.get("config")
-        if isinstance(config, dict):
-            config = {
-                key: min(sizes[n]) if _is_width(key, n) and len(sizes.get(n, ())) == 1 else n
-                for key, n in config.items()
-            }
-            return {**meta, "config": config, "shrunk": shown}
-        return {**meta, "shrunk": shown}
+        config = {
+            key: min(sizes[n]) if _is_width(key, n) and len(sizes.get(n, ())) == 1 else n
+            for key, n in config.items()
+        }
+        return {**meta, "config": config}
 
 
 def _same_form(a: WeightExpr, b: WeightExpr) -> bool:

@@ -8,9 +8,10 @@ from dsc.errors import VerificationError
 from dsc.ir.analyses import overwritten, storage_roots
 from dsc.ir.dims import Sym, free_symbols
 from dsc.ir.graph import Graph, Node, Value, Weight
+from dsc.ir.interface import State
 from dsc.ir.op import TypeMismatch, infer
 from dsc.ir.printer import print_node
-from dsc.ir.program import Program
+from dsc.ir.program import Program, is_causal_step
 from dsc.ir.stages import is_legal
 from dsc.ir.types import TensorType
 
@@ -36,6 +37,7 @@ def verify(program: Program) -> None:
         if stored:
             what = f"{stored[0]} is {stored[0].type}: only weights have a stored format"
             raise _error(graph, None, what)
+        _check_states(graph, program)
         unknown = graph_symbols(graph) - program.symbols.keys()
         if unknown:
             raise _error(graph, None, f"symbols without a range: {', '.join(sorted(unknown))}")
@@ -43,6 +45,23 @@ def verify(program: Program) -> None:
         pattern = WORD if name in program.symbols else WEIGHT_NAME
         if not pattern.fullmatch(name) or name in RESERVED:
             raise VerificationError(f"the text form cannot hold the name {name!r}")
+
+
+def _check_states(graph: Graph, program: Program) -> None:
+    """What a step updates must be the states that are declared, as they are stored."""
+    if not is_causal_step(graph):
+        return
+    states = {s.input: s for s in program.states}
+    for output, source in graph.aliases:
+        value, name = graph.inputs[source], graph.output_names[output]
+        state = states.get(value.name)
+        try:
+            held = State.of(value, name, state.storage) if state is not None else None
+        except ValueError:
+            held = None
+        if held is None or held != state:
+            what = f"{value}: {value.type}, which {name} updates, is not declared as this state"
+            raise _error(graph, None, what, "return")
 
 
 def verify_graph(graph: Graph, weights: dict[str, TensorType] | None = None) -> None:

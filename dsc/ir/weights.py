@@ -159,6 +159,13 @@ class MetaSource:
         """There is nothing."""
 
 
+def has_values(source: WeightSource) -> bool:
+    """Whether a source gives values, not types alone."""
+    if isinstance(source, LayeredSource):
+        return all(map(has_values, source.layers))
+    return not isinstance(source, MetaSource) or not source.types
+
+
 @dataclass(frozen=True)
 class LayeredSource:
     """Several sources, the first that has a key wins: a checkpoint with constants over it."""

@@ -213,13 +213,13 @@ def run_script(runner: str) -> str:
 
 
 def _steps(program: Program) -> dict[str, Any]:
-    """What run.py checks before a step: limits, which entry takes it, and what indices may hold."""
+    """The interface, by which run.py checks a step, and what indices may hold."""
     if not program.is_causal_lm:
         return {"limits": {}}
     general = list(program.entries.values())[-1]
     return {
         "limits": asdict(program.limits),
-        "guards": dict(program.guards),
+        **program.interface.to_json(),
         "checks": index_ranges(general, program.symbols).facts,
     }
 

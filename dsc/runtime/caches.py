@@ -1,23 +1,24 @@
-"""The KV caches of a session's sequences, in the three forms that entries take them.
+"""What a session keeps of its sequences between steps: their states, in the ways they are stored.
 
 A session's active sequences are rows 0 .. n-1. When one leaves, the last takes its row, so that the
-rows stay dense and a step runs over a part of them without a copy. All three forms answer alike:
+rows stay dense and a step runs over a part of them without a copy. Each way to store answers alike:
 
     together(rows)        the rows that a step over `rows` takes; what it adds only waits
-    inputs(rows, ...)     the cache inputs of a step over these rows
+    inputs(rows, ...)     the inputs of a step over these rows
     keep(rows, ...)       take over what the step gave back
+    begin(row)            a new sequence has this row
     truncate(lengths)     forget what lies past each row's length
     drop(row)             forget a row; the last one moves there
+    saved(row)            what cannot be cut of a row, to be set back by `restore`
     clear()               forget all
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
-from dsc.ir.graph import Graph, Value
+from dsc.ir.interface import State, Storage
 from dsc.ir.paging import BLOCK_TABLE
 from dsc.runtime.pages import PagePool, zeros
 
@@ -27,65 +28,52 @@ if TYPE_CHECKING:
     Tensors = Mapping[str, torch.Tensor]
 
 
-@dataclass(frozen=True, slots=True)
-class CacheSpec:
-    """One cache of an entry: the input that takes it, the output that gives it back."""
+class Kept:
+    """What the ways to store have in common; `before`, `after` are tokens of every active row."""
 
-    input: Value
-    output: str
-    in_place: bool
-
-    @property
-    def width(self) -> tuple[int, ...]:
-        """The extents of a cached token."""
-        return tuple(d for d in self.input.type.shape[2:] if isinstance(d, int))
-
-
-def cache_specs(graph: Graph) -> list[CacheSpec]:
-    """The caches of an entry. In place: the output has the input's type."""
-    specs = []
-    for output, source in graph.aliases:
-        value = graph.inputs[source]
-        in_place = graph.outputs[output].type == value.type
-        specs.append(CacheSpec(value, graph.output_names[output], in_place))
-    return specs
-
-
-class Caches(Protocol):
-    """What the three forms have in common; `before`, `after` are tokens of every active row."""
+    def __init__(self, states: Sequence[State]) -> None:
+        self._states = states
 
     def together(self, rows: Sequence[int]) -> list[int]:
-        """The rows that must run in one step with `rows`, in order."""
-        ...
+        """The rows that must run in one step with `rows`, in order: from the first to the last."""
+        return list(range(min(rows), max(rows) + 1))
 
     def inputs(
         self, rows: Sequence[int], before: Sequence[int], after: Sequence[int], size: int
     ) -> dict[str, torch.Tensor]:
-        """The cache inputs of a step that takes the rows from `before` to `after` tokens.
+        """The inputs of a step that takes the rows from `before` to `after` tokens.
 
         `size` are the new tokens that the step has for each row, padding included.
         """
-        ...
+        raise NotImplementedError
 
     def keep(self, rows: Sequence[int], outputs: Tensors, after: Sequence[int]) -> None:
-        """Take over the outputs of that step."""
-        ...
+        """Take over the outputs of that step: nothing, where it wrote into its inputs."""
+
+    def begin(self, row: int) -> None:
+        """A new sequence has this row: of tokens, what a former one left is never seen."""
 
     def truncate(self, lengths: Sequence[int]) -> None:
-        """Forget what all rows have past these lengths."""
-        ...
+        """Forget what all rows have past these lengths: it is never seen, and is written over."""
 
     def drop(self, row: int, lengths: Sequence[int]) -> None:
         """Forget `row` of the rows of `lengths` tokens; the last moves into its place."""
-        ...
+        raise NotImplementedError
+
+    def saved(self, row: int) -> dict[str, torch.Tensor]:
+        """Copies of what a row has in states that cannot be cut."""
+        return {}
+
+    def restore(self, row: int, saved: Tensors) -> None:
+        """Give a row what was saved of it."""
 
     def clear(self) -> None:
         """Forget all rows."""
-        ...
+        raise NotImplementedError
 
 
-class SlotCaches:
-    """Caches written in place: a slot of `capacity` rows for each of `count` sequences.
+class Slots(Kept):
+    """A slot for each of `count` sequences: room for `capacity` tokens, a ring, or a fixed state.
 
     A step over neighbouring slots is given a view of them. Memory is the system's until a row is
     written. Where slots live on a device, `read_back` brings a view of them to the host.
@@ -93,31 +81,25 @@ class SlotCaches:
 
     def __init__(
         self,
-        specs: Sequence[CacheSpec],
+        states: Sequence[State],
         count: int,
         capacity: int,
         read_back: Callable[[torch.Tensor], None] | None = None,
     ) -> None:
-        self._specs = specs
-        self._shape = (count, capacity)
+        super().__init__(states)
+        self._count, self._capacity = count, capacity
         self._read_back = read_back
+        self._whole = {s.input for s in states if not s.storage.of_tokens}
         self._slots: dict[str, torch.Tensor] = {}
         self._views: dict[str, torch.Tensor] = {}
         self._window = (0, 0)
-
-    def together(self, rows: Sequence[int]) -> list[int]:
-        """All rows from the first to the last."""
-        return list(range(min(rows), max(rows) + 1))
 
     def inputs(
         self, rows: Sequence[int], before: Sequence[int], after: Sequence[int], size: int
     ) -> dict[str, torch.Tensor]:
         """Views of the slots; the same tensors as long as the rows stay the same."""
         if not self._slots:
-            self._slots = {
-                s.input.name: zeros((*self._shape, *s.width), s.input.type.dtype)
-                for s in self._specs
-            }
+            self._slots = {s.input: self._slot(s) for s in self._states}
         window = (rows[0], rows[-1] + 1)
         if window != self._window:
             self._window = window
@@ -125,66 +107,79 @@ class SlotCaches:
         return dict(self._views)
 
     def keep(self, rows: Sequence[int], outputs: Tensors, after: Sequence[int]) -> None:
-        """Nothing: the step wrote into the slots."""
+        """Copy what it gave back of rings and fixed states; tokens it wrote into the slots."""
+        for state in self._states:
+            if state.input in self._whole:
+                self._views[state.input].copy_(outputs[state.output])
 
-    def truncate(self, lengths: Sequence[int]) -> None:
-        """Nothing: what lies past a row's length is never seen, and is written over."""
+    def begin(self, row: int) -> None:
+        """A ring and a fixed state begin with zeros."""
+        for name in self._whole & self._slots.keys():
+            self._slots[name][row] = 0
 
     def drop(self, row: int, lengths: Sequence[int]) -> None:
-        """Copy the last slot's tokens into the slot that becomes free."""
+        """Copy what the last slot holds into the slot that becomes free."""
         last = len(lengths) - 1
-        if row < last:
-            for slot in self._slots.values():
-                if self._read_back is not None:  # all rows: the host's copy is what counts then
-                    self._read_back(slot[: last + 1])
-                slot[row, : lengths[last]] = slot[last, : lengths[last]]
+        if row == last:
+            return
+        for name, slot in self._slots.items():
+            if self._read_back is not None:  # all rows: the host's copy is what counts then
+                self._read_back(slot[: last + 1])
+            held = slice(None) if name in self._whole else slice(lengths[last])
+            slot[row, held] = slot[last, held]
+
+    def saved(self, row: int) -> dict[str, torch.Tensor]:
+        """Copies of the row's rings and fixed states."""
+        return {name: self._slots[name][row].clone() for name in self._whole & self._slots.keys()}
+
+    def restore(self, row: int, saved: Tensors) -> None:
+        """Copy them back."""
+        for name in self._whole & self._slots.keys():
+            self._slots[name][row] = saved[name]
 
     def clear(self) -> None:
         """Give the memory back, unless it is a device's: what a row held is never seen again."""
         if self._read_back is None:
             self._slots, self._views, self._window = {}, {}, (0, 0)
 
+    def _slot(self, state: State) -> torch.Tensor:
+        rows = {Storage.CONTIGUOUS: (self._capacity,), Storage.RING: (state.rows,)}
+        return zeros((self._count, *rows.get(state.storage, ()), *_row(state)), state.type.dtype)
 
-class GrownCaches:
+
+class Grown(Kept):
     """Caches that a step returns grown, [rows, longest, width]: a copy a step, as the entries do.
 
     A step over some of the rows costs one more, to put them among the others again.
     """
 
-    def __init__(self, specs: Sequence[CacheSpec]) -> None:
-        self._specs = specs
+    def __init__(self, states: Sequence[State]) -> None:
+        super().__init__(states)
         self._held: dict[str, torch.Tensor] = {}
-
-    def together(self, rows: Sequence[int]) -> list[int]:
-        """All rows from the first to the last."""
-        return list(range(min(rows), max(rows) + 1))
 
     def inputs(
         self, rows: Sequence[int], before: Sequence[int], after: Sequence[int], size: int
     ) -> dict[str, torch.Tensor]:
         """The rows, cut to the longest of them."""
         longest = max(before[r] for r in rows)
-        found = {}
-        for spec in self._specs:
-            if longest == 0:
-                found[spec.input.name] = zeros((len(rows), 0, *spec.width), spec.input.type.dtype)
-                continue
-            held = self._held[spec.input.name]
-            found[spec.input.name] = held[rows[0] : rows[-1] + 1, :longest].contiguous()
-        return found
+        if longest == 0:
+            shapes = {s: (len(rows), 0, *_row(s)) for s in self._states}
+            return {s.input: zeros(shape, s.type.dtype) for s, shape in shapes.items()}
+        window = slice(rows[0], rows[-1] + 1)
+        return {s.input: self._held[s.input][window, :longest].contiguous() for s in self._states}
 
     def keep(self, rows: Sequence[int], outputs: Tensors, after: Sequence[int]) -> None:
         """The grown rows, among those that were not part of the step."""
         longest = max(after)
-        for spec in self._specs:
-            grown = outputs[spec.output][:, :longest]
+        for state in self._states:
+            grown = outputs[state.output][:, :longest]
             if len(rows) < len(after):
-                held = self._held[spec.input.name]
-                whole = zeros((len(after), longest, *spec.width), spec.input.type.dtype)
+                held = self._held[state.input]
+                whole = zeros((len(after), longest, *_row(state)), state.type.dtype)
                 whole[: len(held), : held.shape[1]] = held[: len(after)]
                 whole[rows[0] : rows[-1] + 1, : grown.shape[1]] = grown
                 grown = whole
-            self._held[spec.input.name] = grown.contiguous()
+            self._held[state.input] = grown.contiguous()
 
     def truncate(self, lengths: Sequence[int]) -> None:
         """Cut to the longest row; what lies past the end of others is never seen."""
@@ -204,11 +199,11 @@ class GrownCaches:
         self._held = {}
 
 
-class PagedCaches:
+class Paged(Kept):
     """Caches in the pages of a pool: a step is given a table of its own rows' pages."""
 
-    def __init__(self, specs: Sequence[CacheSpec], pool: PagePool) -> None:
-        self._specs = specs
+    def __init__(self, states: Sequence[State], pool: PagePool) -> None:
+        super().__init__(states)
         self._pool = pool
         self._pages: dict[str, torch.Tensor] = {}
 
@@ -225,15 +220,10 @@ class PagedCaches:
         """
         if not self._pages:
             shape = (self._pool.count, self._pool.rows)
-            self._pages = {
-                s.input.name: zeros((*shape, *s.width), s.input.type.dtype) for s in self._specs
-            }
+            self._pages = {s.input: zeros((*shape, *_row(s)), s.type.dtype) for s in self._states}
         self._pool.grow(after)
-        widest = max(before[r] for r in rows)
-        return {**self._pages, BLOCK_TABLE: self._pool.table(rows, widest + size)}
-
-    def keep(self, rows: Sequence[int], outputs: Tensors, after: Sequence[int]) -> None:
-        """Nothing: the step wrote into the pages."""
+        tokens = max(before[r] for r in rows) + size
+        return {**self._pages, BLOCK_TABLE: self._pool.table(rows, tokens)}
 
     def truncate(self, lengths: Sequence[int]) -> None:
         """Give the pages back that no row needs for so many tokens."""
@@ -246,3 +236,27 @@ class PagedCaches:
     def clear(self) -> None:
         """Give all pages back; the memory stays."""
         self._pool.release()
+
+
+def kept_by(
+    states: Sequence[State],
+    count: int,
+    capacity: int,
+    pool: PagePool | None,
+    read_back: Callable[[torch.Tensor], None] | None,
+) -> list[Kept]:
+    """What keeps the states of `count` sequences, of `capacity` tokens each, as is declared."""
+    grown = [s for s in states if s.storage is Storage.GROWN]
+    paged = [s for s in states if s.storage is Storage.PAGED]
+    slots = [s for s in states if s not in (*grown, *paged)]
+    kept: list[Kept] = [Slots(slots, count, capacity, read_back)] if slots else []
+    if grown:
+        kept.append(Grown(grown))
+    if paged and pool is not None:
+        kept.append(Paged(paged, pool))
+    return kept
+
+
+def _row(state: State) -> tuple[int, ...]:
+    """The extents of a row, or of what a sequence has."""
+    return tuple(d for d in state.type.shape if isinstance(d, int))

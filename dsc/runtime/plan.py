@@ -19,7 +19,7 @@ from dsc.ir.dims import Dim, evaluate, from_json, to_json
 from dsc.ir.types import DType, TensorType
 
 PLAN = "plan.json"
-FORMAT = 3
+FORMAT = 4
 """Of dsc.json and plan.json: one schema. An artifact of another has to be compiled again."""
 ALIGNMENT = 64
 """Every buffer of an arena begins at a multiple of so many bytes."""

@@ -1,8 +1,8 @@
 """A session: the sequences that are being generated, with their KV cache.
 
-The same over every backend: it reads from the entry's signature whether caches are written in
-place, lie in pages or are returned grown (`dsc.runtime.caches`), cuts prompts into chunks, and
-chooses the entry for each step. Sequences start together (`prefill`), or join and leave between
+The same over every backend: it keeps the states that the program declares, in the ways they are
+stored (`dsc.ir.interface`, `dsc.runtime.caches`), cuts prompts into chunks, and chooses the entry
+for each step. Sequences start together (`prefill`), or join and leave between
 steps (`add`, `remove`); a decode step is one step for all of them.
 """
 
@@ -17,9 +17,9 @@ import numpy as np
 from dsc.errors import UsageError
 from dsc.ir.dims import Sym
 from dsc.ir.graph import Graph
-from dsc.ir.paging import page_rows
+from dsc.ir.interface import NEW
 from dsc.ir.program import Program
-from dsc.runtime.caches import Caches, GrownCaches, PagedCaches, SlotCaches, cache_specs
+from dsc.runtime.caches import kept_by
 from dsc.runtime.executable import KeepsCaches, OpensLate
 from dsc.runtime.pages import PagePool
 from dsc.runtime.profiler import entry_span
@@ -39,6 +39,15 @@ class _Active:
     length: int = 0
     like: str = "torch"
     logits: torch.Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """What a sequence was: its id, its tokens, and what cannot be cut back to them."""
+
+    sequence: int
+    length: int
+    saved: Mapping[str, torch.Tensor]
 
 
 class Session:
@@ -70,9 +79,12 @@ class Session:
         self.prefill_chunk = self._most.prefill_chunk if prefill_chunk is None else prefill_chunk
         graph = program.entries[program.choose_entry(2)]
         self._vocab = _vocabulary(graph, program)
-        rows = page_rows(graph)
-        self._pool = None if rows is None else PagePool(max_batch * -(-max_context // rows), rows)
-        self._caches = self._make_caches(graph)
+        self._counts = any(v.name == NEW for v in graph.inputs)
+        page = program.page
+        self._pool = None if page is None else PagePool(max_batch * -(-max_context // page), page)
+        read_back = executable.read_back if isinstance(executable, KeepsCaches) else None
+        capacity = max_context + self.prefill_chunk
+        self._kept = kept_by(program.states, max_batch, capacity, self._pool, read_back)
         self._active: list[_Active] = []
         self._next_id = 0
 
@@ -112,7 +124,8 @@ class Session:
 
     def reset(self) -> None:
         """Forget all sequences; pages go back to the pool."""
-        self._caches.clear()
+        for kept in self._kept:
+            kept.clear()
         self._active = []
 
     def add(self, ids: Any) -> int:
@@ -139,7 +152,8 @@ class Session:
     def remove(self, sequence: int) -> None:
         """End a sequence: its slot or pages are free. Raises `UsageError` for an unknown id."""
         row = self._row(sequence)
-        self._caches.drop(row, self.lengths)
+        for kept in self._kept:
+            kept.drop(row, self.lengths)
         self._active[row] = self._active[-1]
         self._active.pop()
 
@@ -147,7 +161,8 @@ class Session:
         """Keep the first `length` tokens of a sequence, as if the others had never been.
 
         Speculated tokens that were refused go this way, or a turn of a talk that is to be taken
-        back. Raises `UsageError` for an unknown id, or a length that the sequence does not have.
+        back. Raises `UsageError` for an unknown id, a length that the sequence does not have, and a
+        model with a state that cannot be cut: take a `snapshot`.
         """
         row = self._row(sequence)
         held = self._active[row].length
@@ -157,10 +172,43 @@ class Session:
             raise UsageError(
                 f"a length of {length} for a sequence of {held} tokens", hint=f"give 0 to {held}"
             )
-        if length < held:
-            self._active[row].length = int(length)
+        whole = [s.input for s in self.program.states if not s.storage.of_tokens]
+        if length < held and whole:
+            raise UsageError(
+                f"{', '.join(whole)} cannot be cut to fewer tokens",
+                hint="take session.snapshot(sequence) before, and session.restore it",
+            )
+        self._cut(row, int(length))
+
+    def snapshot(self, sequence: int) -> Snapshot:
+        """What a sequence is now, to be set back to by `restore`. Raises `UsageError`."""
+        row = self._row(sequence)
+        saved = {name: x for kept in self._kept for name, x in kept.saved(row).items()}
+        return Snapshot(sequence, self._active[row].length, saved)
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Set a sequence back to what it was, as if later tokens had never been.
+
+        Raises `UsageError` where it was removed, or was cut to fewer tokens since.
+        """
+        row = self._row(snapshot.sequence)
+        held = self._active[row].length
+        if held < snapshot.length:
+            raise UsageError(
+                f"a snapshot of {snapshot.length} tokens for a sequence that was cut to {held}",
+                hint="restore the earliest snapshot first",
+            )
+        self._cut(row, snapshot.length)
+        for kept in self._kept:
+            kept.restore(row, snapshot.saved)
+
+    def _cut(self, row: int, length: int) -> None:
+        """Keep the first tokens of a row."""
+        if length < self._active[row].length:
+            self._active[row].length = length
             self._active[row].logits = None
-            self._caches.truncate(self.lengths)
+            for kept in self._kept:
+                kept.truncate(self.lengths)
 
     def prefill(
         self, ids: Any, lengths: Sequence[int] | None = None, all_logits: bool = False
@@ -248,7 +296,7 @@ class Session:
         import torch
 
         size = chunk.shape[1]
-        together = self._caches.together(rows)
+        together = max((kept.together(rows) for kept in self._kept), key=len, default=rows)
         mine = [together.index(row) for row in rows]
         before, after = self.lengths, self.lengths
         for row, count in zip(rows, here.tolist(), strict=True):
@@ -264,31 +312,26 @@ class Session:
             "positions": held[:, None] + offsets,
             "lengths": held,
             "logits_at": offsets.repeat(len(together), 1) if all_logits else wanted,
-            **self._caches.inputs(together, before, after, size),
         }
-        entry = self.program.choose_entry(size)
+        if self._counts:
+            given[NEW] = torch.tensor([after[row] - before[row] for row in together])
+        for kept in self._kept:
+            given |= kept.inputs(together, before, after, size)
+        entry = self.program.choose_entry(size, len(together), int(held.max()) + size)
         with entry_span(self.program.entries[entry], given):
             outputs = self.executable.run(entry, given)
-        self._caches.keep(together, outputs, after)
+        for kept in self._kept:
+            kept.keep(together, outputs, after)
         for each, length in zip(self._active, after, strict=True):
             each.length = length
         found = outputs["logits"]
         return found if len(mine) == len(together) else found[mine]
 
-    def _make_caches(self, graph: Graph) -> Caches:
-        specs = cache_specs(graph)
-        if self._pool is not None:
-            return PagedCaches(specs, self._pool)
-        if all(spec.in_place for spec in specs):
-            held = self.executable
-            read_back = held.read_back if isinstance(held, KeepsCaches) else None
-            capacity = self.max_context + self.prefill_chunk
-            return SlotCaches(specs, self.max_batch, capacity, read_back)
-        return GrownCaches(specs)
-
     def _begin(self, like: str) -> int:
         """A new sequence without tokens, in the last row."""
         self._active.append(_Active(self._next_id, like=like))
+        for kept in self._kept:
+            kept.begin(len(self._active) - 1)
         self._next_id += 1
         return self._active[-1].id
 

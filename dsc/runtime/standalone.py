@@ -60,8 +60,14 @@ class Compiled:
             raise ValueError("input_ids must be i64 [B, S], logits_at i64 [B, L]")
         (batch, new), count = ids.shape, wanted.shape[1]
         sizes, size = {"B": batch, "S": new, "L": count, **self.sizes}, max(new, count)
+        longest = int(max(lengths.max(), lengths.min() + new)) if lengths.size else 0
+        step = {"step": size, "batch": batch, "context": longest}
         entries, guards = self.plan["entries"], self.manifest["guards"].items()
-        fitting = (n for n, most in guards if n in entries and (not most or size <= most))
+        fitting = (
+            name
+            for name, most in guards
+            if name in entries and all(step[k] <= bound for k, bound in most.items())
+        )
         entry = next(fitting, list(entries)[-1])
         for name, dtype, dims, _ in entries[entry]["inputs"]:
             shape = tuple(number(d, sizes) for d in dims)
@@ -69,7 +75,6 @@ class Compiled:
             wrong = array.shape != shape or array.dtype != NUMPY[dtype] or not array.size
             if name in tokens and wrong:
                 raise ValueError(f"{name} must be {dtype} of shape {list(shape)}, and not empty")
-        longest = max(lengths.max(), lengths.min() + new)  # the rest may be padding
         if longest > self.context or size > self.chunk:
             raise ValueError(f"more than {self.context} tokens, or {self.chunk} at once")
         for name, low, high, what in self.manifest["checks"]:

@@ -194,7 +194,8 @@ def test_all_that_a_script_may_ask_for_fits_into_its_buffers() -> None:
     held = buffer_sizes(entries.values(), largest)
     assert held["arena"] == max(entry.arena_bytes for entry in plan.entries.values())
     for name, entry in plan.entries.items():
-        most = min(program.guards[name] or CHUNK, CHUNK)
+        guard = next(g for g in program.guards if g.entry == name)
+        most = min(guard.step or CHUNK, CHUNK)
         for new, wanted in itertools.product(range(1, most + 1), (1, most)):
             sizes = {"B": 1, "S": new, "L": wanted, "C": CONTEXT}
             for ref in (ref for launch in entry.launches for ref in launch.refs):

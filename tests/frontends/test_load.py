@@ -6,7 +6,6 @@ import importlib
 import json
 import threading
 from collections.abc import Callable
-from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -138,15 +137,15 @@ def test_what_cannot_be_told_is_not_kept() -> None:
 def test_a_program_loads_as_it_is() -> None:
     program = small_lm()
     loaded = load_program(program).program
-    assert loaded.meta == {"limits": asdict(program.limits.within(Limits()))}
-    assert replace(loaded, meta={}) == program
+    assert loaded.limits == program.limits.within(Limits())
+    assert loaded.declaring(limits=None) == program
 
 
 def test_a_text_loads_without_weights(tmp_path: Path) -> None:
     path = tmp_path / "lm.dsc"
     path.write_text(print_program(small_lm()))
     program: Program = load_program(path).program
-    assert program.meta["weightless"]
+    assert not program.has_weights
     assert not isinstance(program.source, DictSource)
 
 

@@ -13,6 +13,7 @@ from dsc.backends.triton.backend import EXPERTS as TRITON
 from dsc.backends.tvm.backend import EXPERTS as TVM
 from dsc.ir.dims import Range, bounds
 from dsc.ir.expert_forms import ExpertKernels, ExpertLayer, direct_pays, regrets
+from dsc.ir.interface import Guard
 from dsc.ir.interpreter import Interpreter
 from dsc.ir.stages import Stage
 from dsc.passes.lower_moe_dispatch import LowerMoeDispatch, ranges_of
@@ -61,8 +62,8 @@ def test_costs_are_what_the_sizes_say() -> None:
 
 def test_the_guard_cuts_the_range_of_new_tokens() -> None:
     program = Manager().run(canonical_lm(Sizes()), [SpecialiseEntries()])
-    guards = {"decode": 1, "extend": 9, "prefill": 0}
-    guarded = replace(program, meta={**program.meta, "guards": guards})
+    guards = (Guard("decode", 1), Guard("extend", 9), Guard("prefill"))
+    guarded = program.declaring(guards=guards)
     assert ranges_of(guarded, "extend")["S"] == Range(2, 9)
     assert ranges_of(guarded, "prefill")["S"] == Range(10, 32)
     assert ranges_of(program_of(LAYER.format(n="N", act="silu")), "main")["N"].lo == 0

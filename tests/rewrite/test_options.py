@@ -12,6 +12,7 @@ from dsc import backends, pipeline
 from dsc.backends.base import Capabilities
 from dsc.errors import UsageError
 from dsc.ir.expert_forms import ExpertKernels
+from dsc.ir.interface import Storage
 from dsc.ir.program import Program
 from dsc.ir.stages import Stage
 from dsc.rewrite.base import Pass
@@ -170,7 +171,7 @@ def test_the_list_has_each_pass_once_and_they_run_in_its_order() -> None:
         experts=ExpertKernels(True, 1, 1.0, 1),
         shared_experts=True,
         fuse=3,
-        paged_cache=True,
+        states=frozenset(Storage),
     )
     traced = canonical_lm(Sizes()).at(Stage.TRACED)
     runs = [names(traced, everything, **asked) for asked in ({}, {"ranks": 2}, {"cache": "paged"})]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import replace
+from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 
@@ -13,6 +13,7 @@ import torch
 
 import dsc
 from dsc.errors import UsageError
+from dsc.ir.limits import Limits
 from dsc.ir.parser import parse_program
 from dsc.ir.program import Program
 from dsc.ir.weights import random_source, sources
@@ -98,7 +99,7 @@ def test_the_context_can_be_filled_and_not_passed(compiled: dsc.CompiledModel) -
 
 
 def test_the_guard_table_chooses(compiled: dsc.CompiledModel) -> None:
-    limit = compiled.program.meta["guards"]["extend"]
+    limit = {g.entry: g.step for g in compiled.program.guards}["extend"]
     assert limit == 4  # 6 * (2 + 3) // (2 * 6 - 2 - 3)
     names = [compiled.program.choose_entry(n) for n in (1, 2, limit, limit + 1)]
     assert names == ["decode", "extend", "extend", "prefill"]
@@ -243,12 +244,5 @@ def test_the_limits_are_the_programs_whoever_opens_the_session(
         for chunk in (0, -4, 9, 2.0):
             with pytest.raises(UsageError, match="prefill_chunk is"):
                 dsc.Session(model.executable, model.program, 2, 32, chunk)  # type: ignore[arg-type]
-    limits = {"max_batch": 2, "max_context": 32, "prefill_chunk": 8}
-    assert opened.manifest["limits"] == opened.program.meta["limits"] == limits
-
-
-@pytest.mark.parametrize("damaged", [3, {}, {"max_batch": 1}, {"max_batch": "1"}])
-def test_limits_that_are_none_are_told(damaged: object) -> None:
-    program = replace(small_lm(), meta={"limits": damaged})
-    with pytest.raises(UsageError, match="the limits are"):
-        dsc.compile(program, backend="reference")
+    assert opened.program.limits == Limits(2, 32, 8)
+    assert opened.manifest["limits"] == asdict(opened.program.limits)
