@@ -1,12 +1,12 @@
-"""What a backend is: six members, and the plain data that passes between them.
+"""What a backend is: five members, and the plain data that passes between them.
 
-A backend says what it can do (`capabilities`, `supports`), how it wants programs (`rules`), turns
-one into files (`emit`, which needs no device), and files into something that runs (`load`).
+A backend says what it can do and how it wants programs (`capabilities`, `supports`), turns one into
+files (`emit`, which needs no device), and files into something that runs (`load`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias
@@ -17,7 +17,6 @@ from dsc.ir.graph import Node
 from dsc.ir.interface import Storage
 from dsc.ir.program import Program
 from dsc.ir.regions import RegionLimits
-from dsc.ir.types import DType
 from dsc.runtime.emission import Emission, Progress
 from dsc.runtime.executable import Executable
 from dsc.runtime.plan import Plan
@@ -59,7 +58,6 @@ class Capabilities:
     experts: ExpertKernels | None = None
     shared_experts: bool = False
     absorbed: bool = True
-    dtypes: frozenset[DType] = frozenset({DType.f32, DType.bf16, DType.f16})
     entries: tuple[str, ...] = ("decode", "extend", "prefill")
     fuse: int = 0
     regions: RegionLimits = field(default_factory=RegionLimits)
@@ -89,7 +87,6 @@ class Backend(Protocol):
     """Turns programs into artifacts and artifacts into executables."""
 
     name: str
-    rules: Sequence[Any]
 
     def capabilities(self, target: Target) -> Capabilities:
         """What passes may assume when they prepare a program for this backend."""

@@ -20,6 +20,7 @@ from dsc.ir.limits import Limits
 from dsc.ir.program import Program, is_causal_step
 from dsc.ir.weights import sources
 from dsc.rewrite.manager import PassRecord
+from dsc.runtime.limit import step_sizes
 from dsc.runtime.plan import EntryPlan, Plan
 
 CONTEXTS = (1024, 4096)
@@ -91,13 +92,9 @@ def launches_by_layer(graph: Graph, plans: Sequence[EntryPlan]) -> dict[str, int
 def sizes_at(program: Program, graph: Graph, name: str, context: int) -> dict[str, int]:
     """Sizes of a graph's symbols at a point: one sequence, `context` tokens in its cache."""
     new = NEW_TOKENS.get(name, CHUNK)
-    wanted = {"B": 1, "S": new, "L": 1, "P": context, "C": context + new}
-    blocks = -(-(context + new) // (program.page or 1))
-    wanted |= {"M": blocks, "N": blocks}
     sizes = {"S": new} if is_causal_step(graph) else {}
-    for symbol in sorted({s for v in graph.values() for s in v.type.symbols}):
+    for symbol, size in sorted(step_sizes(graph, 1, new, context).items()):
         known = program.symbols.get(symbol)
-        size = wanted.get(symbol, 1)
         # A capacity has a lower bound of its own, a past an upper one; the point moves with them.
         sizes[symbol] = size if known is None else min(max(size, known.lo), known.hi)
     return sizes

@@ -8,7 +8,7 @@ that sessions, command line and scheduling can be tried at any size.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +20,6 @@ from dsc.ir.formats import CODINGS
 from dsc.ir.graph import Graph, Node
 from dsc.ir.interface import Storage
 from dsc.ir.program import Program
-from dsc.ir.types import DType
 from dsc.runtime.admission import Admitted
 from dsc.runtime.emission import Emission
 from dsc.runtime.executable import Executable
@@ -37,13 +36,11 @@ class NullBackend:
     """Costs in the place of code."""
 
     name = "null"
-    rules: Sequence[Any] = ()
 
     def capabilities(self, target: Target) -> Capabilities:
         """Everything, for every target."""
         targets = ("cpu", *(f"{kind}:{arch}" for kind, archs in KNOWN.items() for arch in archs))
         return Capabilities(
-            dtypes=frozenset(DType),
             targets=targets,
             in_place_cache=True,
             states=frozenset(Storage),

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,6 @@ class OnnxRuntimeBackend:
     """Programs to ONNX models, and those to `InferenceSession`s."""
 
     name = "onnxruntime"
-    rules: Sequence[Any] = ()
 
     def capabilities(self, target: Target) -> Capabilities:
         """Caches go in and come out grown; experts stay one operator."""

@@ -7,7 +7,7 @@ Slow and simple: what the other backends are compared with, and what runs where 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +18,6 @@ from dsc.ir.graph import Graph, Node
 from dsc.ir.interface import Storage
 from dsc.ir.interpreter import Interpreter
 from dsc.ir.program import Program
-from dsc.ir.types import DType
 from dsc.runtime.admission import Admitted
 from dsc.runtime.emission import Emission
 from dsc.runtime.executable import Executable
@@ -34,12 +33,10 @@ class ReferenceBackend:
     """Every operator by its reference."""
 
     name = "reference"
-    rules: Sequence[Any] = ()
 
     def capabilities(self, target: Target) -> Capabilities:
         """All element types and formats; caches are functional, or in pages."""
         return Capabilities(
-            dtypes=frozenset(DType),
             fuse=3,
             collectives=True,
             states=frozenset(Storage),

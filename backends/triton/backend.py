@@ -14,7 +14,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,6 @@ from dsc.ir.paging import reads_pages
 from dsc.ir.program import Program
 from dsc.ir.regions import RegionLimits
 from dsc.ir.traits import Role
-from dsc.ir.types import DType
 from dsc.runtime.emission import Emission
 from dsc.runtime.executable import Executable
 from dsc.runtime.plan import Plan
@@ -57,7 +56,6 @@ class TritonBackend:
     """Triton kernels, compiled ahead of time for GPUs; run on one, or in the interpreter."""
 
     name = "triton"
-    rules: Sequence[Any] = ()
 
     def capabilities(self, target: Target) -> Capabilities:
         """Caches in place, experts one by one or as grouped GEMMs, absorbed decode."""
@@ -67,7 +65,6 @@ class TritonBackend:
             experts=EXPERTS,
             shared_experts=True,
             absorbed=True,
-            dtypes=frozenset({DType.f32, DType.bf16, DType.f16}),
             fuse=FUSION_LEVEL,
             regions=replace(REGIONS, accepts=lambda node: isinstance(self.supports(node), Yes)),
             targets=(str(DEFAULT_TARGET), *(t for t in ALL_TARGETS if t != str(DEFAULT_TARGET))),

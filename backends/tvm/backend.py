@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -37,14 +37,12 @@ REGIONS = RegionLimits(
 """Rope is no epilogue: its angles would be computed again by every block of columns."""
 EXPERTS = ExpertKernels(rereads=False, tile=1, balance=24.0, launch=80_000)
 """Two cores of 1 TFLOP/s in bf16 at 41 GB/s, and 2 microseconds a launch."""
-DTYPES = frozenset({DType.f32, DType.bf16, DType.f16})
 
 
 class TvmBackend:
     """Compiles for the host's CPU, or for the one that a target such as `cpu:znver4` names."""
 
     name = "tvm"
-    rules: Sequence[Any] = ()
 
     def capabilities(self, target: Target) -> Capabilities:
         """Caches in place; experts as one kernel, or grouped; rows and epilogues as regions."""
@@ -54,7 +52,6 @@ class TvmBackend:
             states=frozenset({Storage.GROWN, Storage.CONTIGUOUS, Storage.PAGED}),
             experts=EXPERTS,
             shared_experts=True,
-            dtypes=DTYPES,
             fuse=3,
             regions=replace(REGIONS, accepts=lambda node: isinstance(self.supports(node), Yes)),
             targets=("cpu",),

@@ -21,7 +21,6 @@ from dsc.ir.index_ranges import Computed, PageDemand, Span, index_name, index_ra
 from dsc.ir.interpreter import Intercept, Interpreter, bind_symbols
 from dsc.ir.limits import OPTIONS
 from dsc.ir.program import Program, is_causal_step
-from dsc.runtime.executable import Signature
 
 if TYPE_CHECKING:
     import torch
@@ -47,10 +46,6 @@ class Admitted(ABC):
         self, graph: Graph, inputs: Mapping[str, torch.Tensor], env: Mapping[str, int]
     ) -> dict[str, torch.Tensor]:
         """Run an entry on inputs that it admits; `env` are the symbols' sizes."""
-
-    def signature(self, entry: str) -> Signature:
-        """Names, types and aliases of an entry."""
-        return Signature.of(self.program.entry(entry))
 
     def declared(
         self, graph: Graph, inputs: Mapping[str, torch.Tensor]

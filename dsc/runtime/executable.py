@@ -3,33 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from dsc.errors import UsageError
-from dsc.ir.graph import Graph
-from dsc.ir.types import TensorType
 
 if TYPE_CHECKING:
     import torch
-
-
-@dataclass(frozen=True, slots=True)
-class Signature:
-    """Names and types of an entry's inputs and outputs, and which outputs update which inputs."""
-
-    inputs: tuple[tuple[str, TensorType], ...]
-    outputs: tuple[tuple[str, TensorType], ...]
-    aliases: tuple[tuple[int, int], ...]
-
-    @staticmethod
-    def of(graph: Graph) -> Signature:
-        """The signature of a graph."""
-        return Signature(
-            tuple((v.name, v.type) for v in graph.inputs),
-            tuple(zip(graph.output_names, (x.type for x in graph.outputs), strict=True)),
-            graph.aliases,
-        )
 
 
 class Executable(Protocol):

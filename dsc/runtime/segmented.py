@@ -14,7 +14,7 @@ from dsc.ir.graph import Node
 from dsc.ir.op import lookup
 from dsc.ir.program import Program
 from dsc.ir.segments import Segment, Step, steps
-from dsc.runtime.executable import Executable, Signature, set_threads
+from dsc.runtime.executable import Executable, set_threads
 from dsc.runtime.profiler import span
 
 if TYPE_CHECKING:
@@ -28,10 +28,6 @@ class SegmentedExecutable:
         self.program = program
         self.segments = segments
         self._steps: dict[str, list[Step]] = {}
-
-    def signature(self, entry: str) -> Signature:
-        """Names, types and aliases of an entry."""
-        return Signature.of(self.program.entries[entry])
 
     def set_threads(self, threads: int | None, pin: bool | None) -> None:
         """Set the threads of the segments. Raises `UsageError` where that is impossible."""
