@@ -23,7 +23,7 @@ from dsc.ir.program import Program
 from dsc.ir.regions import FUSION_LEVELS, RegionLimits
 from dsc.ir.stages import Stage
 from dsc.rewrite import options as texts
-from dsc.rewrite.base import Pass
+from dsc.rewrite.base import Pass, PassReport
 from dsc.rewrite.explain import explain_pass
 from dsc.rewrite.manager import NOT_PASSES, Manager, PassRecord, Watch
 from dsc.rewrite.regions import inline_graph
@@ -263,7 +263,7 @@ def prepare(
             hint="compile with --cache contiguous, or for a backend that takes pages: reference,"
             " null or tvm",
         )
-    done = emitted = program
+    done = emitted = program = _in_numbers(program)
     for each, emitted in manager.steps(program, passes_for(program, capabilities, options)):
         if each.name not in _EMIT:
             done = emitted
@@ -332,8 +332,18 @@ def _made(passes: Sequence[Pass | str]) -> Iterator[Pass]:
     return (make(each) if isinstance(each, str) else each for each in passes)
 
 
+def _in_numbers(program: Program) -> Program:
+    """The program over weights in no format: what passes take until formats are chosen."""
+    stored = any(t.format is not None for t in program.weight_types().values())
+    if not stored or program.stage >= Stage.LOWERED:
+        return program
+    return make("choose_formats", formats=()).run(program, PassReport())
+
+
 def _ready(program: Program, each: Pass) -> Program:
-    """The program at a stage that a pass takes: its regions opened again."""
+    """The program as a pass takes it: its regions opened again, its weights in no format."""
+    if list(PASSES).index(each.name) < list(PASSES).index("choose_formats"):
+        program = _in_numbers(program)
     if program.stage in each.needs:
         return program
     if program.stage >= Stage.LOWERED and Stage.OPTIMIZED in each.needs:

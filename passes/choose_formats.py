@@ -4,9 +4,9 @@ What           a weight that would be dequantised when it is packed stays codes 
                done to it (slices, stacks, rows one after another) is done to both. One that is in
                a format and is not taken so is dequantised.
 Why it pays    FP8 weights reach the artifact bit for bit, in half the bytes of bf16.
-Preconditions  stage CANONICAL or OPTIMIZED. Each reader's operator declares the operand as one
-               that may be stored so, and keeps its result's type; `formats` names the codes that
-               the backend takes; no step of the weight's expression cuts a block.
+Preconditions  there are no regions yet. Each reader's operator declares the operand as one that
+               may be stored so, and keeps its result's type; `formats` names the codes that the
+               backend takes; no step of the weight's expression cuts a block.
 Before         program "example" {stage=CANONICAL}
                symbols {N=[1,8]}
                weights {
@@ -59,7 +59,7 @@ class ChooseFormats(Pass):
 
     formats: tuple[str, ...] = option(tuple(CODINGS), among=CODINGS)
 
-    needs = frozenset({Stage.CANONICAL, Stage.OPTIMIZED})
+    needs = frozenset({Stage.TRACED, Stage.CANONICAL, Stage.OPTIMIZED})
 
     def run(self, program: Program, report: PassReport) -> Program:
         """One walk over the weights; the report has the reason for each that is dequantised."""
@@ -85,7 +85,7 @@ class ChooseFormats(Pass):
     def _kept(self, expr: WeightExpr, stored: TensorType, readers: Sequence[Use]) -> WeightExpr:
         """The weight in its format. Raises `Dequantised`."""
         if stored.dtype not in self.formats:
-            raise Dequantised(f"the backend reads no weights in {stored.dtype}")
+            raise Dequantised(f"the backend takes no weights in {stored.dtype}")
         found = in_format(expr)
         for node, index in readers:
             if node is None:

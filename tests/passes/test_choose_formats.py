@@ -166,7 +166,7 @@ def test_a_backend_that_takes_no_codes_gets_the_program_as_it_is() -> None:
     made = program(LINEAR, w=stored("w", 8, 4))
     after, why = chosen(made, ())
     assert after is made
-    assert why == ["the backend reads no weights in f8e4m3"]
+    assert why == ["the backend takes no weights in f8e4m3"]
     kept, why = chosen(made)
     assert str(kept.weights["w"].type) == "f8e4m3{4x2,f32}[8,4]"
     assert why == []
@@ -181,6 +181,21 @@ def test_a_weight_given_in_a_format_is_dequantised_for_a_backend_without_it() ->
     for name, kind in (("tvm", "bf16[8,4]"), ("null", "f8e4m3{4x2,f32}[8,4]")):
         done = pipeline.prepare(made, get(name), Target("cpu"), pipeline.PipelineOptions())
         assert str(done.program.weights["w"].type) == kind
+
+
+def test_weights_given_in_a_format_go_through_the_passes_before() -> None:
+    """They are numbers until formats are chosen: here rows of two are joined, and kept joined."""
+    text = """graph main(%x: bf16[N,4], @a: f8e4m3{4x2,f32}[8,4], @b: f8e4m3{4x2,f32}[4,4]) {
+      %y = linear %x, @a
+      %z = linear %x, @b
+      return %y, %z
+    }"""
+    for stage in (Stage.TRACED, Stage.CANONICAL):
+        made = parse_program(text, stages=(stage,))
+        done = pipeline.prepare(made, get("null"), Target("cpu"), pipeline.PipelineOptions())
+        assert list(map(str, done.program.weight_types().values())) == ["f8e4m3{4x2,f32}[12,4]"]
+    merged = pipeline.apply(made, pipeline.read("merge_projections,choose_formats", get))
+    assert merged.weights == done.program.weights
 
 
 @pytest.mark.parametrize(
