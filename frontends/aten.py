@@ -11,15 +11,18 @@ To support another operator, write its row. A row that cannot translate a certai
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from types import MappingProxyType
+from typing import Any
 
 from dsc.frontends import aten_math as m
 from dsc.frontends import aten_reduce as r
 from dsc.frontends import aten_shape as s
 from dsc.frontends.aten_math import COMPLEX, Row, declared_row
-from dsc.frontends.lowering import Complex
+from dsc.frontends.lowering import Complex, Lowering
+from dsc.ir.graph import Operand
 from dsc.ir.op import registry
+from dsc.ir.types import DType
 
 __all__ = ["COMPLEX", "DROPPED", "HARMLESS", "KEPT_WHOLE", "ROWS", "VIEWS", "row_of"]
 
@@ -53,238 +56,168 @@ DROPPED = frozenset(
 HARMLESS = frozenset({"aten.detach_.default"})
 """In-place operators that change no value."""
 
+UNARY = "neg abs exp log sqrt rsqrt reciprocal square sigmoid silu tanh cos sin erf relu"
+"""Functions of one tensor that the IR calls as ATen does."""
+
+
+def overloads(names: str) -> Iterator[str]:
+    """ATen's overloads: `add.Tensor|Scalar exp` are two of add, and `aten.exp.default`."""
+    for name in names.split():
+        operator, _, listed = name.partition(".")
+        yield from (f"aten.{operator}.{each}" for each in (listed or "default").split("|"))
+
+
+def _rows(table: Mapping[str, Row]) -> dict[str, Row]:
+    return {name: row for names, row in table.items() for name in overloads(names)}
+
+
+def to_shape(t: Lowering, x: Operand, *_: Any) -> Operand:
+    """The same elements under the traced shape."""
+    return t.reshape(x, t.out.shape)
+
+
+def same(t: Lowering, x: Operand, *_: Any, **__: Any) -> Operand:
+    """Nothing to do without mutation."""
+    return x
+
+
 ROWS: Mapping[str, Row] = MappingProxyType(
-    {
-        # arithmetic
-        "aten.add.Tensor": m.sum_of_two,
-        "aten.add.Scalar": m.sum_of_two,
-        "aten.sub.Tensor": m.difference,
-        "aten.sub.Scalar": m.difference,
-        "aten.rsub.Tensor": m.reversed_difference,
-        "aten.rsub.Scalar": m.reversed_difference,
-        "aten.mul.Tensor": m.product_of_two,
-        "aten.mul.Scalar": m.product_of_two,
-        "aten.div.Tensor": m.quotient,
-        "aten.div.Scalar": m.quotient,
-        "aten.div.Tensor_mode": m.quotient,
-        "aten.div.Scalar_mode": m.quotient,
-        "aten.floor_divide.default": m.floor_quotient,
-        "aten.remainder.Tensor": m.remainder,
-        "aten.remainder.Scalar": m.remainder,
-        "aten.fmod.Tensor": m.fmod,
-        "aten.fmod.Scalar": m.fmod,
-        "aten.pow.Tensor_Scalar": m.power,
-        "aten.pow.Tensor_Tensor": m.power,
-        "aten.pow.Scalar": m.power,
-        "aten.maximum.default": m.arithmetic("maximum"),
-        "aten.minimum.default": m.arithmetic("minimum"),
-        "aten.clamp.default": m.clamp,
-        "aten.clamp.Tensor": m.clamp,
-        "aten.clamp_min.default": m.clamp,
-        "aten.clamp_max.default": lambda t, x, high: m.clamp(t, x, None, high),
-        # comparisons and logic
-        "aten.lt.Tensor": m.comparison("lt"),
-        "aten.lt.Scalar": m.comparison("lt"),
-        "aten.le.Tensor": m.comparison("le"),
-        "aten.le.Scalar": m.comparison("le"),
-        "aten.gt.Tensor": m.comparison("gt"),
-        "aten.gt.Scalar": m.comparison("gt"),
-        "aten.ge.Tensor": m.comparison("ge"),
-        "aten.ge.Scalar": m.comparison("ge"),
-        "aten.eq.Tensor": m.comparison("eq"),
-        "aten.eq.Scalar": m.comparison("eq"),
-        "aten.ne.Tensor": m.comparison("ne"),
-        "aten.ne.Scalar": m.comparison("ne"),
-        "aten.logical_and.default": m.logical("logical_and"),
-        "aten.logical_or.default": m.logical("logical_or"),
-        "aten.logical_not.default": m.logical("logical_not"),
-        "aten.logical_xor.default": m.logical("ne"),
-        "aten.bitwise_and.Tensor": m.bitwise("logical_and"),
-        "aten.bitwise_or.Tensor": m.bitwise("logical_or"),
-        "aten.bitwise_not.default": m.bitwise("logical_not"),
-        "aten.bitwise_xor.Tensor": m.bitwise("ne"),
-        "aten.__and__.Tensor": m.bitwise("logical_and"),
-        "aten.__or__.Tensor": m.bitwise("logical_or"),
-        "aten.__xor__.Tensor": m.bitwise("ne"),
-        "aten.isnan.default": lambda t, x: t.call("ne", x, x),
-        "aten.isinf.default": m.is_infinite,
-        "aten.where.self": m.where,
-        "aten.where.ScalarSelf": m.where,
-        "aten.where.ScalarOther": m.where,
-        "aten.where.Scalar": m.where,
-        "aten.masked_fill.Scalar": m.masked_fill,
-        "aten.masked_fill.Tensor": m.masked_fill,
-        # functions of one tensor
-        "aten.neg.default": m.unary("neg"),
-        "aten.abs.default": m.unary("abs"),
-        "aten.exp.default": m.unary("exp"),
-        "aten.log.default": m.unary("log"),
-        "aten.sqrt.default": m.unary("sqrt"),
-        "aten.rsqrt.default": m.unary("rsqrt"),
-        "aten.reciprocal.default": m.unary("reciprocal"),
-        "aten.square.default": m.unary("square"),
-        "aten.sigmoid.default": m.unary("sigmoid"),
-        "aten.silu.default": m.unary("silu"),
-        "aten.tanh.default": m.unary("tanh"),
-        "aten.cos.default": m.unary("cos"),
-        "aten.sin.default": m.unary("sin"),
-        "aten.erf.default": m.unary("erf"),
-        "aten.relu.default": m.unary("relu"),
-        "aten.gelu.default": m.gelu,
-        "aten.exp2.default": m.with_factor("exp", before=m.LN_2),
-        "aten.log2.default": m.with_factor("log", after=1 / m.LN_2),
-        "aten.log10.default": m.with_factor("log", after=1 / m.LN_10),
-        "aten.log1p.default": m.log1p,
-        "aten.expm1.default": m.expm1,
-        "aten.sign.default": m.sign,
-        "aten.trunc.default": m.trunc,
-        "aten.floor.default": m.floor,
-        "aten.ceil.default": m.ceil,
-        "aten.round.default": m.round_half_to_even,
-        "aten.round.decimals": m.round_half_to_even,
-        "aten.copy.default": m.copy,
-        "aten._to_copy.default": m.to,
-        "aten.to.dtype": m.to,
+    _rows(
+        {
+            # arithmetic
+            "add.Tensor|Scalar": m.sum_of_two,
+            "sub.Tensor|Scalar": m.difference,
+            "rsub.Tensor|Scalar": lambda t, a, b, alpha=1: m.difference(t, b, a, alpha),
+            "mul.Tensor|Scalar": m.product_of_two,
+            "div.Tensor|Scalar|Tensor_mode|Scalar_mode": m.quotient,
+            "floor_divide": lambda t, a, b: m.quotient(t, a, b, "floor"),
+            "remainder.Tensor|Scalar": m.remainder,
+            "fmod.Tensor|Scalar": m.fmod,
+            "pow.Tensor_Scalar|Tensor_Tensor|Scalar": m.power,
+            "maximum": m.arithmetic("maximum"),
+            "minimum": m.arithmetic("minimum"),
+            "clamp.default|Tensor clamp_min": m.clamp,
+            "clamp_max": lambda t, x, high: m.clamp(t, x, None, high),
+            # comparisons and logic
+            "logical_and": m.logical("logical_and"),
+            "logical_or": m.logical("logical_or"),
+            "logical_not": m.logical("logical_not"),
+            "logical_xor": m.logical("ne"),
+            "bitwise_and.Tensor __and__.Tensor": m.bitwise("logical_and"),
+            "bitwise_or.Tensor __or__.Tensor": m.bitwise("logical_or"),
+            "bitwise_not": m.bitwise("logical_not"),
+            "bitwise_xor.Tensor __xor__.Tensor": m.bitwise("ne"),
+            "isnan": lambda t, x: t.call("ne", x, x),
+            "isinf": m.is_infinite,
+            "where.self|ScalarSelf|ScalarOther|Scalar": m.where,
+            "masked_fill.Scalar|Tensor": lambda t, x, mask, value: m.where(t, mask, value, x),
+            **{f"{op}.Tensor|Scalar": m.comparison(op) for op in "lt le gt ge eq ne".split()},
+            # functions of one tensor
+            "gelu": m.gelu,
+            "exp2": m.with_factor("exp", before=m.LN_2),
+            "log2": m.with_factor("log", after=1 / m.LN_2),
+            "log10": m.with_factor("log", after=1 / m.LN_10),
+            "log1p": m.log1p,
+            "expm1": m.expm1,
+            "sign": m.sign,
+            "trunc": m.trunc,
+            "floor": m.floor,
+            "ceil": m.ceil,
+            "round.default|decimals": m.round_half_to_even,
+            "copy": m.copy,
+            "_to_copy to.dtype|dtype_layout|device type_as": m.to,
+            **{op: m.unary(op) for op in UNARY.split()},
+            # reductions and selections
+            "sum.default|dim_IntList": r.reduction("sum"),
+            "mean.default|dim": r.reduction("mean"),
+            "amax max": r.reduction("amax"),
+            "amin min": r.reduction("amin"),
+            "max.dim": r.extreme("amax", 1),
+            "min.dim": r.extreme("amin", -1),
+            "any.default|dim|dims": r.truth_reduction("amax"),
+            "all.default|dim|dims": r.truth_reduction("amin"),
+            "argmax": r.arg(1),
+            "argmin": r.arg(-1),
+            "var.correction": r.variance,
+            "std.correction": lambda t, *xs, **how: t.call("sqrt", r.variance(t, *xs, **how)),
+            "cumsum": lambda t, x, dim, **_: t.call("cumsum", t.cast(x, t.out.dtype), axis=dim),
+            "softmax.int _softmax": r.softmax,
+            "_log_softmax log_softmax.int": r.log_softmax,
+            "topk": r.topk,
+            "sort": r.sort,
+            "sort.stable": lambda t, x, *, stable=True, **how: r.sort(t, x, **how),
+            "argsort": lambda t, x, dim=-1, descending=False, **_: r.sort(t, x, dim, descending)[1],
+            "histc": r.histogram,
+            # contractions and layers
+            "mm bmm mv dot matmul": m.matmul,
+            "addmm addmv baddbmm": m.matmul_plus,
+            "einsum": m.einsum,
+            "_grouped_mm": m.grouped_mm,
+            "linear": m.linear,
+            "scaled_dot_product_attention": m.sdpa,
+            "rms_norm": m.rms_norm,
+            "native_layer_norm": m.native_layer_norm,
+            "layer_norm": m.layer_norm,
+            "embedding": m.embedding,
+            # complex numbers
+            "polar": m.polar,
+            "complex": lambda t, re, im: Complex(re, im),
+            "view_as_complex": m.view_as_complex,
+            # views
+            "view _unsafe_view reshape reshape_as view_as": to_shape,
+            "flatten.using_ints unflatten.int unsqueeze squeeze.default|dim|dims": to_shape,
+            "expand expand_as": lambda t, x, *_, **__: t.expand(x, t.out.shape),
+            "clone contiguous alias detach detach_ lift lift_fresh lift_fresh_copy": same,
+            "dropout": m.dropout,
+            "permute": lambda t, x, dims: t.permute(x, dims),
+            "transpose.int t numpy_T": s.transpose,
+            "mT": lambda t, x: s.transpose(t, x, -2, -1),
+            "movedim.int|intlist": s.move_axis,
+            "slice.Tensor": s.slice_axis,
+            "narrow": lambda t, x, dim, start, length: s.slice_axis(t, x, dim, start),
+            "select.int": s.select,
+            "slice_scatter": s.slice_scatter,
+            "select_scatter": s.select_scatter,
+            "split.Tensor split_with_sizes chunk": s.split,
+            "unbind.int": s.unbind,
+            "cat": s.concat,
+            "stack": s.stack,
+            "repeat": s.repeat,
+            "repeat_interleave.self_int": s.repeat_interleave,
+            "flip": s.flip,
+            "roll": s.roll,
+            "constant_pad_nd": s.pad,
+            "tril": s.triangle("le"),
+            "triu": s.triangle("ge"),
+            # fills
+            "empty.memory_format empty_permuted empty_like new_empty": s.filled(0),
+            "zeros zeros_like new_zeros": s.filled(0),
+            "ones ones_like new_ones": s.filled(1),
+            "full full_like fill.Scalar|Tensor": s.fill,
+            "new_full": lambda t, _, size, value, **__: s.fill(t, size, value),
+            "scalar_tensor": lambda t, value, **_: t.number(value, t.out.dtype),
+            "arange.default|start|start_step": s.arange,
+            # indexing
+            "index.Tensor": s.index,
+            "index_select": s.take,
+            "gather": lambda t, x, dim, index, **_: t.call(
+                "gather", x, t.cast(index, DType.i64), axis=dim % x.type.rank
+            ),
+            "index_put": s.index_put,
+            "index_add": s.index_add,
+            "index_copy": s.index_copy,
+            "scatter.value|src": s.scatter,
+            "one_hot": s.one_hot,
+        }
+    )
+    | {
+        # what torch's own decompositions leave of norms, and transformers of experts
         "prims.convert_element_type.default": m.to,
-        "aten.to.dtype_layout": m.to,
-        "aten.to.device": m.to,
-        "aten.type_as.default": m.to,
-        # reductions and selections
-        "aten.sum.default": r.reduction("sum"),
-        "aten.sum.dim_IntList": r.reduction("sum"),
-        "aten.mean.default": r.reduction("mean"),
-        "aten.mean.dim": r.reduction("mean"),
-        "aten.amax.default": r.reduction("amax"),
-        "aten.amin.default": r.reduction("amin"),
-        "aten.max.default": r.reduction("amax"),
-        "aten.min.default": r.reduction("amin"),
-        "aten.max.dim": r.extreme("amax", 1),
-        "aten.min.dim": r.extreme("amin", -1),
-        "aten.any.default": r.truth_reduction("amax"),
-        "aten.any.dim": r.truth_reduction("amax"),
-        "aten.any.dims": r.truth_reduction("amax"),
-        "aten.all.default": r.truth_reduction("amin"),
-        "aten.all.dim": r.truth_reduction("amin"),
-        "aten.all.dims": r.truth_reduction("amin"),
-        "aten.argmax.default": r.arg(1),
-        "aten.argmin.default": r.arg(-1),
-        "aten.var.correction": r.variance,
-        "aten.std.correction": r.deviation,
-        # what torch's own decompositions leave of norms
         "prims.var.default": r.primitive_variance,
         "prims.sum.default": r.reduction("sum"),
         "prims.div.default": m.quotient,
         "prims.broadcast_in_dim.default": s.broadcast_in_dim,
-        "aten.cumsum.default": r.cumulative_sum,
-        "aten.softmax.int": r.softmax,
-        "aten._softmax.default": r.softmax,
-        "aten._log_softmax.default": r.log_softmax,
-        "aten.log_softmax.int": r.log_softmax,
-        "aten.topk.default": r.topk,
-        "aten.sort.default": r.sort,
-        "aten.sort.stable": r.stable_sort,
-        "aten.argsort.default": r.argsort,
-        "aten.histc.default": r.histogram,
-        # contractions and layers
-        "aten.mm.default": m.matmul,
-        "aten.bmm.default": m.matmul,
-        "aten.mv.default": m.matmul,
-        "aten.dot.default": m.matmul,
-        "aten.matmul.default": m.matmul,
-        "aten.addmm.default": m.matmul_plus,
-        "aten.addmv.default": m.matmul_plus,
-        "aten.baddbmm.default": m.matmul_plus,
-        "aten.einsum.default": m.einsum,
-        "aten._grouped_mm.default": m.grouped_mm,
         "transformers.grouped_mm_fallback.default": m.grouped_mm,
-        "aten.linear.default": m.linear,
-        "aten.scaled_dot_product_attention.default": m.sdpa,
-        "aten.rms_norm.default": m.rms_norm,
-        "aten.native_layer_norm.default": m.native_layer_norm,
-        "aten.layer_norm.default": m.layer_norm,
-        "aten.embedding.default": m.embedding,
-        # complex numbers
-        "aten.polar.default": m.polar,
-        "aten.complex.default": lambda t, re, im: Complex(re, im),
-        "aten.view_as_complex.default": m.view_as_complex,
-        # views
-        "aten.view.default": s.to_shape,
-        "aten._unsafe_view.default": s.to_shape,
-        "aten.reshape.default": s.to_shape,
-        "aten.flatten.using_ints": s.to_shape,
-        "aten.unflatten.int": s.to_shape,
-        "aten.squeeze.default": s.to_shape,
-        "aten.squeeze.dim": s.to_shape,
-        "aten.squeeze.dims": s.to_shape,
-        "aten.unsqueeze.default": s.to_shape,
-        "aten.expand.default": s.to_expanded,
-        "aten.expand_as.default": s.to_expanded,
-        "aten.reshape_as.default": s.to_shape,
-        "aten.view_as.default": s.to_shape,
-        "aten.clone.default": s.same,
-        "aten.contiguous.default": s.same,
-        "aten.alias.default": s.same,
-        "aten.detach.default": s.same,
-        "aten.detach_.default": s.same,
-        "aten.lift.default": s.same,
-        "aten.lift_fresh.default": s.same,
-        "aten.lift_fresh_copy.default": s.same,
-        "aten.dropout.default": m.dropout,
-        "aten.permute.default": s.permute,
-        "aten.transpose.int": s.transpose,
-        "aten.t.default": s.transpose,
-        "aten.mT.default": lambda t, x: s.transpose(t, x, -2, -1),
-        "aten.numpy_T.default": s.transpose,
-        "aten.movedim.int": s.move_axis,
-        "aten.movedim.intlist": s.move_axis,
-        "aten.slice.Tensor": s.slice_axis,
-        "aten.narrow.default": s.narrow,
-        "aten.select.int": s.select,
-        "aten.slice_scatter.default": s.slice_scatter,
-        "aten.select_scatter.default": s.select_scatter,
-        "aten.split.Tensor": s.split,
-        "aten.split_with_sizes.default": s.split,
-        "aten.chunk.default": s.split,
-        "aten.unbind.int": s.unbind,
-        "aten.cat.default": s.concat,
-        "aten.stack.default": s.stack,
-        "aten.repeat.default": s.repeat,
-        "aten.repeat_interleave.self_int": s.repeat_interleave,
-        "aten.flip.default": s.flip,
-        "aten.roll.default": s.roll,
-        "aten.constant_pad_nd.default": s.pad,
-        "aten.tril.default": s.triangle("le"),
-        "aten.triu.default": s.triangle("ge"),
-        # fills
-        "aten.empty.memory_format": s.filled(0),
-        "aten.empty_permuted.default": s.filled(0),
-        "aten.empty_like.default": s.filled(0),
-        "aten.new_empty.default": s.filled(0),
-        "aten.zeros.default": s.filled(0),
-        "aten.zeros_like.default": s.filled(0),
-        "aten.new_zeros.default": s.filled(0),
-        "aten.ones.default": s.filled(1),
-        "aten.ones_like.default": s.filled(1),
-        "aten.new_ones.default": s.filled(1),
-        "aten.full.default": s.fill,
-        "aten.full_like.default": s.fill,
-        "aten.new_full.default": lambda t, _, size, value, **__: s.fill(t, size, value),
-        "aten.fill.Scalar": s.fill,
-        "aten.fill.Tensor": s.fill,
-        "aten.scalar_tensor.default": s.scalar,
-        "aten.arange.default": s.arange,
-        "aten.arange.start": s.arange,
-        "aten.arange.start_step": s.arange,
-        # indexing
-        "aten.index.Tensor": s.index,
-        "aten.index_select.default": s.take,
-        "aten.gather.default": s.gather,
-        "aten.index_put.default": s.index_put,
-        "aten.index_add.default": s.index_add,
-        "aten.index_copy.default": s.index_copy,
-        "aten.scatter.value": s.scatter,
-        "aten.scatter.src": s.scatter,
-        "aten.one_hot.default": s.one_hot,
     }
 )
 
@@ -299,27 +232,10 @@ def row_of(target: str) -> Row | None:
 
 
 VIEWS = frozenset(
-    {
-        "aten._to_copy.default",
-        "aten.alias.default",
-        "aten.cat.default",
-        "aten.clone.default",
-        "aten.detach.default",
-        "aten.expand.default",
-        "aten.index.Tensor",
-        "aten.index_select.default",
-        "aten.lift_fresh_copy.default",
-        "aten.permute.default",
-        "aten.repeat.default",
-        "aten.select.int",
-        "aten.slice.Tensor",
-        "aten.split.Tensor",
-        "aten.split_with_sizes.default",
-        "aten.squeeze.dims",
-        "aten.stack.default",
-        "aten.transpose.int",
-        "aten.unsqueeze.default",
-        "aten.view.default",
-    }
+    overloads(
+        "_to_copy alias cat clone detach expand index.Tensor index_select lift_fresh_copy permute "
+        "repeat select.int slice.Tensor split.Tensor split_with_sizes squeeze.dims stack "
+        "transpose.int unsqueeze view"
+    )
 )
 """Rows that only move elements: a complex operand passes through as two real ones."""

@@ -78,11 +78,6 @@ def product_of_two(t: Lowering, a: Number, b: Number) -> Operand:
     return _multiply(t, a, b)
 
 
-def reversed_difference(t: Lowering, a: Number, b: Number, alpha: float = 1) -> Operand:
-    """b - alpha * a."""
-    return difference(t, b, a, alpha)
-
-
 def quotient(t: Lowering, a: Number, b: Number, rounding_mode: str | None = None) -> Operand:
     """a / b, or rounded down or towards zero."""
     if rounding_mode is None:
@@ -129,11 +124,6 @@ def _floor_of_quotient(t: Lowering, a: Operand, b: Operand) -> Operand:
     whole = t.call("where", above, t.call("add", down, t.number(1, dtype)), down)
     whole = t.call("where", t.call("eq", ratio, zero), trunc(t, t.call("div", a, b)), whole)
     return t.call("where", t.call("eq", b, zero), t.call("div", a, b), whole)
-
-
-def floor_quotient(t: Lowering, a: Number, b: Number) -> Operand:
-    """`a // b`."""
-    return quotient(t, a, b, "floor")
 
 
 def fmod(t: Lowering, a: Number, b: Number) -> Operand:
@@ -359,11 +349,6 @@ def where(t: Lowering, condition: Operand, a: Number, b: Number) -> Operand:
     """a where the condition holds, else b."""
     dtype = t.out.dtype
     return t.call("where", condition, t.operand(a, dtype), t.operand(b, dtype))
-
-
-def masked_fill(t: Lowering, x: Operand, mask: Operand, value: Number) -> Operand:
-    """value where the mask holds, else x."""
-    return where(t, mask, value, x)
 
 
 def dropout(t: Lowering, x: Operand, p: float = 0.5, train: bool = False) -> Operand:

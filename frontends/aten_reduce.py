@@ -120,16 +120,6 @@ def _degrees_of_freedom(t: Lowering, count: Dim, correction: float, dtype: DType
     return t.call("maximum", free, t.number(0, dtype))
 
 
-def deviation(t: Lowering, x: Operand, dim: Any = None, **options: Any) -> Operand:
-    """Square root of the variance."""
-    return t.call("sqrt", variance(t, x, dim, **options))
-
-
-def cumulative_sum(t: Lowering, x: Operand, dim: int, **_: Any) -> Operand:
-    """Running sum."""
-    return t.call("cumsum", t.cast(x, t.out.dtype), axis=dim)
-
-
 def softmax(t: Lowering, x: Operand, dim: int, *_: Any) -> Operand:
     """Softmax along an axis."""
     x = t.cast(x, t.out.dtype)
@@ -171,18 +161,6 @@ def topk(
 def sort(t: Lowering, x: Operand, dim: int = -1, descending: bool = False) -> tuple[Value, ...]:
     """Stable, ascending or descending; values and indices."""
     return t.calls("sort", x, axis=dim % x.type.rank, descending=descending)
-
-
-def stable_sort(
-    t: Lowering, x: Operand, *, stable: bool = False, dim: int = -1, descending: bool = False
-) -> tuple[Value, ...]:
-    """As `sort`, which is stable already."""
-    return sort(t, x, dim, descending)
-
-
-def argsort(t: Lowering, x: Operand, dim: int = -1, descending: bool = False, **_: Any) -> Value:
-    """The indices of `sort`."""
-    return sort(t, x, dim, descending)[1]
 
 
 def histogram(t: Lowering, x: Operand, bins: int = 100, min: float = 0, max: float = 0) -> Operand:

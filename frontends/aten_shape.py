@@ -16,32 +16,12 @@ from dsc.ir.types import DType
 Row: TypeAlias = Callable[..., Any]
 
 
-def to_shape(t: Lowering, x: Operand, *_: Any) -> Operand:
-    """view, reshape, squeeze, unsqueeze, flatten: the same elements under the traced shape."""
-    return t.reshape(x, t.out.shape)
-
-
-def to_expanded(t: Lowering, x: Operand, *_: Any, **__: Any) -> Operand:
-    """Broadcast to the traced shape."""
-    return t.expand(x, t.out.shape)
-
-
 def broadcast_in_dim(t: Lowering, x: Operand, shape: Any, dims: Sequence[int]) -> Operand:
     """Axis i of x becomes axis dims[i] of the traced shape."""
     ones: list[Dim] = [1] * t.out.rank
     for extent, axis in zip(x.type.shape, dims, strict=True):
         ones[axis] = extent
     return t.expand(t.reshape(x, ones), t.out.shape)
-
-
-def same(t: Lowering, x: Operand, *_: Any, **__: Any) -> Operand:
-    """clone, contiguous, alias, detach, dropout in eval: nothing to do without mutation."""
-    return x
-
-
-def permute(t: Lowering, x: Operand, dims: Sequence[int]) -> Operand:
-    """Axes in another order."""
-    return t.permute(x, dims)
 
 
 def transpose(t: Lowering, x: Operand, a: int = 0, b: int = 1) -> Operand:
@@ -86,11 +66,6 @@ def slice_axis(
         return t.slice(x, dim, first, first + (wanted - 1) * step + 1, step)
     unbounded = end is None or (isinstance(end, int) and end >= 2**62)
     return t.slice(x, dim, first, extent if unbounded else _bounded(end, extent), step)
-
-
-def narrow(t: Lowering, x: Operand, dim: int, start: Any, length: Dim) -> Operand:
-    """`length` positions of an axis from `start`."""
-    return slice_axis(t, x, dim, start)
 
 
 def select(t: Lowering, x: Operand, dim: int, index: Any) -> Operand:
@@ -251,11 +226,6 @@ def fill(t: Lowering, _: Any, value: Scalar | Operand, **__: Any) -> Operand:
     return t.full(t.out.shape, value, t.out.dtype)
 
 
-def scalar(t: Lowering, value: Scalar, **_: Any) -> Operand:
-    """A tensor of shape [] from a number."""
-    return t.number(value, t.out.dtype)
-
-
 def arange(
     t: Lowering, start: Number, end: Number | None = None, step: Number = 1, **_: Any
 ) -> Operand:
@@ -276,11 +246,6 @@ def arange(
 def take(t: Lowering, x: Operand, dim: int, index: Operand) -> Operand:
     """index_select."""
     return t.call("take", x, t.cast(index, DType.i64), axis=dim % x.type.rank)
-
-
-def gather(t: Lowering, x: Operand, dim: int, index: Operand, **_: Any) -> Operand:
-    """torch.gather."""
-    return t.call("gather", x, t.cast(index, DType.i64), axis=dim % x.type.rank)
 
 
 def _from_front(t: Lowering, index: Operand, extent: Dim) -> Operand:

@@ -30,14 +30,12 @@ from typing import Any, ClassVar
 
 from dsc.ir.dims import Dim, product
 from dsc.ir.graph import Graph, GraphBuilder, Node, Operand, Value
-from dsc.ir.program import Program
-from dsc.ir.stages import Stage
 from dsc.ir.types import DType, TensorType
 from dsc.ir.weights import random_tensor
 from dsc.passes._views import VIEW_RULES
 from dsc.rewrite import lift
-from dsc.rewrite.base import Pass, PassReport
-from dsc.rewrite.driver import apply_rules
+from dsc.rewrite.base import EXACT
+from dsc.rewrite.driver import RaisePass
 from dsc.rewrite.rule import Facts, Match, Reject, Result, RewriteBuilder, Rule, reject
 from dsc.rewrite.scope import Scope
 
@@ -197,12 +195,9 @@ def _prove(m: Match, rows: tuple[Dim, ...]) -> str:
 
 
 @dataclass(frozen=True)
-class RaiseAppend(Pass):
+class RaiseAppend(RaisePass):
     """Raise every append to a cache, then merge the views around it."""
 
-    needs = frozenset({Stage.TRACED})
-
-    def run(self, program: Program, report: PassReport) -> Program:
-        """One sweep, then the views."""
-        raised = apply_rules(program, (Append(),), report)
-        return raised if raised is program else apply_rules(raised, VIEW_RULES, report)
+    rules = (Append(),)
+    then = VIEW_RULES
+    tolerance = EXACT

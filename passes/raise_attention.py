@@ -30,8 +30,6 @@ from typing import Any, ClassVar
 
 from dsc.ir.dims import Dim, product
 from dsc.ir.graph import GraphBuilder, Node, Operand, Value
-from dsc.ir.program import Program
-from dsc.ir.stages import Stage
 from dsc.ir.types import DType
 from dsc.ir.weights import random_tensor
 from dsc.passes._masks import classify
@@ -39,8 +37,7 @@ from dsc.passes._spelled_attention import Spelling, leaves, spelled_out, whole
 from dsc.passes._views import VIEW_RULES
 from dsc.passes.raise_append import LENGTHS, lengths_of
 from dsc.rewrite import lift
-from dsc.rewrite.base import Pass, PassReport
-from dsc.rewrite.driver import apply_rules
+from dsc.rewrite.driver import RaisePass
 from dsc.rewrite.rule import Facts, Match, Reject, Result, RewriteBuilder, Rule, reject
 from dsc.rewrite.scope import Scope
 
@@ -256,13 +253,8 @@ def _prove(found: Spelling, region: lift.Region) -> str:
 
 
 @dataclass(frozen=True)
-class RaiseAttention(Pass):
+class RaiseAttention(RaisePass):
     """Raise every attention, then merge the views around it."""
 
-    needs = frozenset({Stage.TRACED})
-    tolerance = 1e-5
-
-    def run(self, program: Program, report: PassReport) -> Program:
-        """One sweep, then the views."""
-        raised = apply_rules(program, (Attention(),), report)
-        return raised if raised is program else apply_rules(raised, VIEW_RULES, report)
+    rules = (Attention(),)
+    then = VIEW_RULES

@@ -39,16 +39,13 @@ from typing import Any, ClassVar
 
 from dsc.ir.graph import Node, Operand, Value, Weight
 from dsc.ir.op import named
-from dsc.ir.program import Program
-from dsc.ir.stages import Stage
 from dsc.ir.traits import Role
 from dsc.ir.types import DType
 from dsc.ir.weights import apply
 from dsc.passes._gated_experts import BATCHED, DENSE, GROUPED, distinct, emit, prove
 from dsc.passes._views import VIEW_RULES
 from dsc.rewrite import lift
-from dsc.rewrite.base import Pass, PassReport
-from dsc.rewrite.driver import apply_rules
+from dsc.rewrite.driver import RaisePass
 from dsc.rewrite.rule import Facts, Match, Reject, Result, RewriteBuilder, Rule, reject
 from dsc.rewrite.scope import VIEWS, Scope
 
@@ -234,13 +231,8 @@ def _weights(
 
 
 @dataclass(frozen=True)
-class RaiseExperts(Pass):
+class RaiseExperts(RaisePass):
     """Raise every layer of routed experts, then merge the views around it."""
 
-    needs = frozenset({Stage.TRACED})
-    tolerance = 1e-5
-
-    def run(self, program: Program, report: PassReport) -> Program:
-        """One sweep, then the views."""
-        raised = apply_rules(program, (Experts(),), report)
-        return raised if raised is program else apply_rules(raised, VIEW_RULES, report)
+    rules = (Experts(),)
+    then = VIEW_RULES

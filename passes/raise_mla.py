@@ -38,12 +38,9 @@ from typing import Any, ClassVar
 from dsc.ir.dims import Dim, symbol
 from dsc.ir.graph import GraphBuilder, Node, Operand, Value, Weight
 from dsc.ir.ops.shape import axis_of
-from dsc.ir.program import Program
-from dsc.ir.stages import Stage
 from dsc.passes._views import VIEW_RULES
 from dsc.rewrite import lift
-from dsc.rewrite.base import Pass, PassReport
-from dsc.rewrite.driver import apply_rules
+from dsc.rewrite.driver import RaisePass
 from dsc.rewrite.rule import Facts, Match, Reject, Result, RewriteBuilder, Rule, reject
 from dsc.rewrite.scope import VIEWS, Scope
 
@@ -234,13 +231,8 @@ def _prove(m: Match) -> str:
 
 
 @dataclass(frozen=True)
-class RaiseMla(Pass):
+class RaiseMla(RaisePass):
     """Raise every multi-head latent attention, then merge the views around it."""
 
-    needs = frozenset({Stage.TRACED})
-    tolerance = 1e-5
-
-    def run(self, program: Program, report: PassReport) -> Program:
-        """One sweep, then the views."""
-        raised = apply_rules(program, (MlaAttention(),), report)
-        return raised if raised is program else apply_rules(raised, VIEW_RULES, report)
+    rules = (MlaAttention(),)
+    then = VIEW_RULES

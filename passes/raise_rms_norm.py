@@ -29,11 +29,8 @@ from typing import ClassVar
 
 from dsc.ir.graph import Operand
 from dsc.ir.ops.shape import axis_of
-from dsc.ir.program import Program
-from dsc.ir.stages import Stage
 from dsc.rewrite import pattern as patterns
-from dsc.rewrite.base import Pass, PassReport
-from dsc.rewrite.driver import apply_rules
+from dsc.rewrite.driver import RaisePass
 from dsc.rewrite.rule import Facts, Match, Reject, Result, RewriteBuilder, Rule, reject
 
 _NORM = """graph g(%x: f32[B,S,8], @w: f32[8]) {{
@@ -133,12 +130,7 @@ class RmsNorm(Rule):
 
 
 @dataclass(frozen=True)
-class RaiseRmsNorm(Pass):
+class RaiseRmsNorm(RaisePass):
     """Raise every root-mean-square norm."""
 
-    needs = frozenset({Stage.TRACED})
-    tolerance = 1e-5
-
-    def run(self, program: Program, report: PassReport) -> Program:
-        """One sweep."""
-        return apply_rules(program, (RmsNorm(),), report)
+    rules = (RmsNorm(),)

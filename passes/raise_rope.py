@@ -38,14 +38,11 @@ from typing import ClassVar
 
 from dsc.ir.graph import Node, Operand, Value, Weight
 from dsc.ir.ops.shape import normalised_dims
-from dsc.ir.program import Program
-from dsc.ir.stages import Stage
 from dsc.ir.types import DType
 from dsc.passes._rotations import emit, prove
 from dsc.passes._views import VIEW_RULES
 from dsc.rewrite import lift
-from dsc.rewrite.base import Pass, PassReport
-from dsc.rewrite.driver import apply_rules
+from dsc.rewrite.driver import RaisePass
 from dsc.rewrite.rule import Facts, Match, Reject, Result, RewriteBuilder, Rule, reject
 from dsc.rewrite.scope import VIEWS, Scope
 
@@ -236,13 +233,8 @@ def _match(scope: Scope, root: Node, x: Value) -> Match | None:
 
 
 @dataclass(frozen=True)
-class RaiseRope(Pass):
-    """Raise every rotation, then merge the views around it."""
+class RaiseRope(RaisePass):
+    """Raise every rotation, then merge the views around it: before, they are the table's."""
 
-    needs = frozenset({Stage.TRACED})
-    tolerance = 1e-5
-
-    def run(self, program: Program, report: PassReport) -> Program:
-        """Rotations first: the view rules would otherwise see the table's views."""
-        raised = apply_rules(program, (Rope(),), report)
-        return raised if raised is program else apply_rules(raised, VIEW_RULES, report)
+    rules = (Rope(),)
+    then = VIEW_RULES

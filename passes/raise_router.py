@@ -32,13 +32,10 @@ from functools import partial
 from typing import ClassVar
 
 from dsc.ir.graph import Node, Operand, Value
-from dsc.ir.program import Program
-from dsc.ir.stages import Stage
 from dsc.ir.types import DType
 from dsc.passes._routing import emit, prove
 from dsc.rewrite import lift
-from dsc.rewrite.base import Pass, PassReport
-from dsc.rewrite.driver import apply_rules
+from dsc.rewrite.driver import RaisePass
 from dsc.rewrite.rule import Facts, Match, Reject, Result, RewriteBuilder, Rule, reject
 from dsc.rewrite.scope import Scope
 
@@ -216,12 +213,7 @@ def _weights(scope: Scope, node: Node, leaves: set[str]) -> Iterator[Value]:
 
 
 @dataclass(frozen=True)
-class RaiseRouter(Pass):
+class RaiseRouter(RaisePass):
     """Raise every router."""
 
-    needs = frozenset({Stage.TRACED})
-    tolerance = 1e-5
-
-    def run(self, program: Program, report: PassReport) -> Program:
-        """One sweep; experts are raised next."""
-        return apply_rules(program, (Route(),), report)
+    rules = (Route(),)

@@ -24,11 +24,9 @@ from typing import ClassVar
 
 from dsc.ir.graph import Operand
 from dsc.ir.ops.shape import axis_of
-from dsc.ir.program import Program
-from dsc.ir.stages import Stage
 from dsc.rewrite import pattern as patterns
-from dsc.rewrite.base import Pass, PassReport
-from dsc.rewrite.driver import apply_rules
+from dsc.rewrite.base import EXACT
+from dsc.rewrite.driver import RaisePass
 from dsc.rewrite.rule import Facts, Match, Reject, Result, RewriteBuilder, Rule, reject
 
 
@@ -71,11 +69,8 @@ class SelectRows(Rule):
 
 
 @dataclass(frozen=True)
-class RaiseSelectRows(Pass):
+class RaiseSelectRows(RaisePass):
     """Raise every choice of rows."""
 
-    needs = frozenset({Stage.TRACED})
-
-    def run(self, program: Program, report: PassReport) -> Program:
-        """One sweep."""
-        return apply_rules(program, (SelectRows(),), report)
+    rules = (SelectRows(),)
+    tolerance = EXACT

@@ -21,11 +21,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-from dsc.ir.program import Program
-from dsc.ir.stages import Stage
 from dsc.rewrite import pattern as patterns
-from dsc.rewrite.base import Pass, PassReport
-from dsc.rewrite.driver import apply_rules
+from dsc.rewrite.driver import RaisePass
 from dsc.rewrite.rule import Facts, Match, Reject, Result, RewriteBuilder, Rule, reject
 
 
@@ -62,12 +59,7 @@ class Swiglu(Rule):
 
 
 @dataclass(frozen=True)
-class RaiseSwiglu(Pass):
+class RaiseSwiglu(RaisePass):
     """Raise every gated activation."""
 
-    needs = frozenset({Stage.TRACED})
-    tolerance = 1e-5
-
-    def run(self, program: Program, report: PassReport) -> Program:
-        """One sweep."""
-        return apply_rules(program, (Swiglu(),), report)
+    rules = (Swiglu(),)

@@ -35,11 +35,8 @@ from typing import ClassVar
 
 from dsc.ir.dims import Dim
 from dsc.ir.graph import GraphBuilder, Node, Operand, Value
-from dsc.ir.program import Program
-from dsc.ir.stages import Stage
 from dsc.ir.types import DType
-from dsc.rewrite.base import Pass, PassReport
-from dsc.rewrite.driver import apply_rules
+from dsc.rewrite.driver import RaisePass
 from dsc.rewrite.rule import Facts, Match, Reject, Result, RewriteBuilder, Rule, reject
 from dsc.rewrite.scope import Scope
 
@@ -136,12 +133,7 @@ def _number(b: GraphBuilder, value: float, dtype: DType) -> Value:
 
 
 @dataclass(frozen=True)
-class SpellOutSdpa(Pass):
+class SpellOutSdpa(RaisePass):
     """Spell out every attention that has a mask."""
 
-    needs = frozenset({Stage.TRACED})
-    tolerance = 1e-5
-
-    def run(self, program: Program, report: PassReport) -> Program:
-        """One sweep."""
-        return apply_rules(program, (SpellOut(),), report)
+    rules = (SpellOut(),)

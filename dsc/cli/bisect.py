@@ -56,12 +56,11 @@ def bisect(
     seed: Annotated[int, Option("--seed", help="Of the random inputs.")] = 0,
     output: Annotated[
         Path | None,
-        Option(
+        options.unset(
             "-o",
             "--output",
             metavar="D",
             help="Where before.dsc and after.dsc go.  [default: ./MODEL-bisect]",
-            show_default=False,
         ),
     ] = None,
     json: options.Json = False,

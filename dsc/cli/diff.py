@@ -23,12 +23,11 @@ def diff(
     b: Annotated[str, Argument(metavar="B", help=_SIDE, show_default=False)],
     output: Annotated[
         Path | None,
-        Option(
+        options.unset(
             "-o",
             "--output",
             metavar="PAGE.html",
             help="Write one self-contained page: texts, graphs, costs, memory.",
-            show_default=False,
         ),
     ] = None,
     measure: Annotated[
@@ -36,11 +35,8 @@ def diff(
     ] = False,
     profiles: Annotated[
         tuple[Path, Path] | None,
-        Option(
-            "--profiles",
-            metavar="A.json B.json",
-            help="Times from traces that dsc exported.",
-            show_default=False,
+        options.unset(
+            "--profiles", metavar="A.json B.json", help="Times from traces that dsc exported."
         ),
     ] = None,
     context: Annotated[

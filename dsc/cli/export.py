@@ -22,19 +22,17 @@ def export(
     ] = "onnx",
     opset: Annotated[
         int | None,
-        Option(
+        options.unset(
             "--opset",
             help="Of ONNX: 23 or 24; the older one runs on older runtimes.  [default: 23]",
-            show_default=False,
         ),
     ] = None,
     cache_dtype: Annotated[
         Precision | None,
-        Option(
+        options.unset(
             "--cache-dtype",
             help="Caches as ONNX inputs and outputs: fp32, or what the model computes in. NumPy has"
             " no bf16.  [default: fp32 for bf16 models, else the model's]",
-            show_default=False,
         ),
     ] = None,
     check: Annotated[bool, Option("--check", help="Run onnx.checker on what was written.")] = False,

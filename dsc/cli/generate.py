@@ -30,21 +30,19 @@ def generate(
     artifact: options.Artifact,
     prompt: Annotated[
         list[str] | None,
-        Option(
+        options.unset(
             "--prompt",
             metavar="TEXT",
             help="The text to continue; repeat for several, '-' reads standard input.",
-            show_default=False,
         ),
     ] = None,
     file: Annotated[
         list[Path] | None,
-        Option(
+        options.unset(
             "--file",
             metavar="F",
             help="A file whose text is continued; repeat for several. One newline at the end of a"
             " file, or of standard input, is left out.",
-            show_default=False,
         ),
     ] = None,
     max_new_tokens: Annotated[
@@ -52,11 +50,10 @@ def generate(
     ] = 64,
     stop: Annotated[
         list[str] | None,
-        Option(
+        options.unset(
             "--stop",
             metavar="TEXT",
             help="End an answer before this text, besides the model's stop ids; repeatable.",
-            show_default=False,
         ),
     ] = None,
     greedy: Annotated[
@@ -64,50 +61,41 @@ def generate(
     ] = False,
     temperature: Annotated[
         float | None,
-        Option(
+        options.unset(
             "--temperature",
             min=0.0,
             help="Draw, from softmax(logits / temperature); 0: as --greedy.  [default: the"
             " model's own, else greedy; so for the next four]",
-            show_default=False,
         ),
     ] = None,
     top_k: Annotated[
         int | None,
-        Option(
-            "--top-k",
-            min=0,
-            help="Draw from so many likeliest tokens; 0: all.",
-            show_default=False,
-        ),
+        options.unset("--top-k", min=0, help="Draw from so many likeliest tokens; 0: all."),
     ] = None,
     top_p: Annotated[
         float | None,
-        Option(
+        options.unset(
             "--top-p",
             min=0.0,
             max=1.0,
             help="Draw from the likeliest tokens that have this probability together.",
-            show_default=False,
         ),
     ] = None,
     min_p: Annotated[
         float | None,
-        Option(
+        options.unset(
             "--min-p",
             min=0.0,
             max=1.0,
             help="Draw from tokens with at least this share of the likeliest one's probability.",
-            show_default=False,
         ),
     ] = None,
     repetition_penalty: Annotated[
         float | None,
-        Option(
+        options.unset(
             "--repetition-penalty",
             min=0.01,
             help="Above 1: tokens of the text so far become less likely, also with --greedy.",
-            show_default=False,
         ),
     ] = None,
     seed: Annotated[int, Option("--seed", min=0, help="Of the draws.")] = 0,

@@ -39,21 +39,19 @@ def opt(
     ],
     passes: Annotated[
         str,
-        Option(
+        options.unset(
             "-p",
             "--passes",
             metavar="pass,pass{option=value}",
             help="Applied in this order. An option has its default where it is not given.",
-            show_default=False,
         ),
     ] = "",
     explain: Annotated[
         str | None,
-        Option(
+        options.unset(
             "--explain",
             metavar="PASS",
             help="Apply this pass last and say where it fired and why elsewhere it did not.",
-            show_default=False,
         ),
     ] = None,
     verify_each: options.VerifyEach = False,

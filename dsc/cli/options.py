@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from typer import Argument, Option
 
 from dsc.ir.types import Precision
+
+unset = partial(Option, show_default=False)
+"""An option whose help says itself what leaving it out means."""
 
 Model = Annotated[
     str,
@@ -22,38 +26,34 @@ Artifact = Annotated[
 ]
 Config = Annotated[
     str | None,
-    Option(
+    unset(
         "--config",
         metavar="NAME|FILE",
         help="A built-in configuration or a config.json.  [default: tiny, with its weights]",
-        show_default=False,
     ),
 ]
 Weights = Annotated[
     str | None,
-    Option(
+    unset(
         "--weights",
         metavar="DIR|none",
         help="Where the safetensors files are; 'none' compiles without any.",
-        show_default=False,
     ),
 ]
 Backend = Annotated[
     str | None,
-    Option(
+    unset(
         "--backend",
         metavar="NAME",
         help="triton, tvm, onnxruntime, reference or null.  [default: the best that runs here]",
-        show_default=False,
     ),
 ]
 Targets = Annotated[
     list[str] | None,
-    Option(
+    unset(
         "--target",
         metavar="T",
         help="cpu, cpu:znver4, cuda:sm_90, hip:gfx942, …; repeat for several.  [default: auto]",
-        show_default=False,
     ),
 ]
 FusionLevel = Annotated[
@@ -67,21 +67,14 @@ FusionLevel = Annotated[
     ),
 ]
 Dtype = Annotated[
-    Precision | None,
-    Option("--dtype", help="Compute dtype.  [default: the checkpoint's]", show_default=False),
+    Precision | None, unset("--dtype", help="Compute dtype.  [default: the checkpoint's]")
 ]
 MaxBatch = Annotated[
-    int | None,
-    Option("--max-batch", min=1, help="Sequences in one step.  [default: 4]", show_default=False),
+    int | None, unset("--max-batch", min=1, help="Sequences in one step.  [default: 4]")
 ]
 MaxContext = Annotated[
     int | None,
-    Option(
-        "--max-context",
-        min=1,
-        help="Tokens a sequence may hold.  [default: the model's limit]",
-        show_default=False,
-    ),
+    unset("--max-context", min=1, help="Tokens a sequence may hold.  [default: the model's limit]"),
 ]
 PrefillChunk = Annotated[
     int, Option("--prefill-chunk", min=1, help="Tokens of a prompt processed at once.")
@@ -95,19 +88,13 @@ Cache = Annotated[
 ]
 Threads = Annotated[
     int | None,
-    Option(
-        "--threads",
-        min=1,
-        help="CPU threads.  [default: the cores this process may use]",
-        show_default=False,
-    ),
+    unset("--threads", min=1, help="CPU threads.  [default: the cores this process may use]"),
 ]
 Pin = Annotated[
     bool | None,
-    Option(
+    unset(
         "--pin/--no-pin",
         help="Worker threads on a core each, or free to move.  [default: the runtime's]",
-        show_default=False,
     ),
 ]
 Tune = Annotated[
@@ -119,47 +106,42 @@ Tune = Annotated[
 ]
 Fallback = Annotated[
     str | None,
-    Option(
+    unset(
         "--fallback",
         metavar="BACKEND",
         help="Where the backend refuses an operator, compile the whole program for this one.",
-        show_default=False,
     ),
 ]
 Ranks = Annotated[
     int | None,
-    Option(
+    unset(
         "--ranks",
         min=1,
         help="Processes that run the model together, each with its part of the weights.",
-        show_default=False,
     ),
 ]
 Parallel = Annotated[
     Literal["tp+ep", "tp", "ep"] | None,
-    Option(
+    unset(
         "--parallel",
         help="How ranks share it. tp: heads, rows, vocabulary and experts split; ep: experts dealt"
         " out; tp+ep: experts dealt out, the rest split.  [default: tp+ep]",
-        show_default=False,
     ),
 ]
 PrintIrAfter = Annotated[
     list[str] | None,
-    Option(
+    unset(
         "--print-ir-after",
         metavar="PASS|all",
         help="Print the text IR after this pass; repeatable.",
-        show_default=False,
     ),
 ]
 DumpDir = Annotated[
     Path | None,
-    Option(
+    unset(
         "--dump-dir",
         metavar="D",
         help="Write numbered text IR, one file a pass, and passes.txt: what ran, for dsc opt -p.",
-        show_default=False,
     ),
 ]
 VerifyEach = Annotated[
@@ -174,12 +156,8 @@ Trust = Annotated[
 ]
 Output = Annotated[
     Path | None,
-    Option(
-        "-o",
-        "--output",
-        metavar="OUT",
-        help="Where the artifact goes.  [default: ./MODEL-BACKEND]",
-        show_default=False,
+    unset(
+        "-o", "--output", metavar="OUT", help="Where the artifact goes.  [default: ./MODEL-BACKEND]"
     ),
 ]
 

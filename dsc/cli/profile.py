@@ -38,11 +38,8 @@ def profile(
     row_limit: Annotated[int, Option("--row-limit", min=0, help="Rows at most; 0: all.")] = 0,
     trace: Annotated[
         Path | None,
-        Option(
-            "--trace",
-            metavar="FILE",
-            help="Write a trace for Perfetto or chrome://tracing.",
-            show_default=False,
+        options.unset(
+            "--trace", metavar="FILE", help="Write a trace for Perfetto or chrome://tracing."
         ),
     ] = None,
     threads: options.Threads = None,

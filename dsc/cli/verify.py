@@ -31,24 +31,14 @@ def verify(
     ] = "reference",
     text: Annotated[
         Path | None,
-        Option(
-            "--text",
-            metavar="FILE",
-            exists=True,
-            dir_okay=False,
-            help="Compare on this text.",
-            show_default=False,
+        options.unset(
+            "--text", metavar="FILE", exists=True, dir_okay=False, help="Compare on this text."
         ),
     ] = None,
     tokens: Annotated[int, Option("--tokens", min=2, help="Of the text, at most.")] = 256,
     checkpoint: Annotated[
         Path | None,
-        Option(
-            "--checkpoint",
-            metavar="DIR",
-            help="The source of OUT, where it has moved.",
-            show_default=False,
-        ),
+        options.unset("--checkpoint", metavar="DIR", help="The source of OUT, where it has moved."),
     ] = None,
     require: Annotated[
         float,

@@ -7,13 +7,14 @@ graph once. Its cost is linear in the graph, however many matches fire.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
 from dsc.ir.graph import Graph, GraphBuilder, Node, Operand, Value, Weight
 from dsc.ir.program import Program
+from dsc.ir.stages import Stage
 from dsc.ir.weights import WeightExpr
-from dsc.rewrite.base import PassReport
+from dsc.rewrite.base import Pass, PassReport
 from dsc.rewrite.near import near_misses
 from dsc.rewrite.rule import Facts, Match, Reject, RewriteBuilder, Rule, one
 from dsc.rewrite.scope import Scope
@@ -48,6 +49,22 @@ def apply_rules(
     return program
 
 
+@dataclass(frozen=True)
+class RaisePass(Pass):
+    """A pass that sweeps `rules` over what was traced, and `then` others where one fired."""
+
+    rules: ClassVar[Sequence[Rule]] = ()
+    then: ClassVar[Sequence[Rule]] = ()
+
+    needs = frozenset({Stage.TRACED})
+    tolerance = 1e-5
+
+    def run(self, program: Program, report: PassReport) -> Program:
+        """One sweep, then the others."""
+        raised = apply_rules(program, self.rules, report)
+        return raised if raised is program else apply_rules(raised, self.then, report)
+
+
 def sweep(
     program: Program, rule: Rule, report: PassReport, memo: dict[Any, Any] | None = None
 ) -> Program:
@@ -78,13 +95,13 @@ def _choose(rule: Rule, scope: Scope, report: PassReport) -> list[tuple[Match, F
             continue
         facts = rule.check(match)
         if isinstance(facts, Reject):
-            where = match.at.loc or str(match.at.outputs[0])
-            missed[where, str(facts)] = (match.at.outputs[0].name, *_names(facts))
+            where = match.root.loc or str(match.root.outputs[0])
+            missed[where, str(facts)] = (match.root.outputs[0].name, *_names(facts))
             continue
         claimed |= {id(n) for n in match.nodes if id(n) not in match.shared}
         chosen.append((match, facts))
     if chosen:
-        report.fire(rule.name, len(chosen), [match.at.loc for match, _ in chosen])
+        report.fire(rule.name, len(chosen), [match.root.loc for match, _ in chosen])
     for (where, reason), culprits in missed.items():
         report.miss(rule.name, where, reason, culprits)
     if report.explain:
@@ -113,7 +130,7 @@ def _rebuild(
     graph = scope.graph
     here: dict[int, list[tuple[Match, Facts]]] = {}
     for match, facts in chosen:
-        here.setdefault(id(match.at), []).append((match, facts))
+        here.setdefault(id(match.root), []).append((match, facts))
     replaced = {v.name for match, _ in chosen for v in match.replaced}
     taken = {v.name for v in graph.values()}
     env: dict[str, Operand] = {}

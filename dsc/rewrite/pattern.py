@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from itertools import permutations
 from typing import Any
 
-from dsc.ir.graph import Node, Operand, Value, Weight
+from dsc.ir.graph import Node, Operand, Weight
 from dsc.ir.op import traits_of
 from dsc.rewrite.scope import Scope
 
@@ -70,13 +70,6 @@ class Either(Pattern):
     options: tuple[Pattern, ...]
 
 
-@dataclass(frozen=True)
-class Siblings(Pattern):
-    """Several root nodes that share operands, in any graph order."""
-
-    roots: tuple[Call, ...]
-
-
 class Name(Bind):
     """`p.name`: a binding as it stands, an operator's pattern when called."""
 
@@ -110,10 +103,6 @@ class Names:
         """`operand`, perhaps under one unary `op`."""
         return Either((operand, Call(frozenset({op}), (operand,))))
 
-    def siblings(self, *roots: Call) -> Siblings:
-        """Several roots that share operands."""
-        return Siblings(roots)
-
 
 @dataclass(frozen=True)
 class Bound:
@@ -132,8 +121,6 @@ class Bound:
 
 def roots(pattern: Pattern) -> tuple[Call, ...]:
     """The root nodes of a pattern."""
-    if isinstance(pattern, Siblings):
-        return pattern.roots
     if isinstance(pattern, Either):
         return tuple(r for option in pattern.options for r in roots(option))
     if isinstance(pattern, Call):
@@ -142,39 +129,13 @@ def roots(pattern: Pattern) -> tuple[Call, ...]:
 
 
 def match_node(pattern: Pattern, node: Node, scope: Scope) -> Iterator[Bound]:
-    """All ways in which `pattern` matches with its (last) root at `node`."""
+    """All ways in which `pattern` matches with its root at `node`."""
     if isinstance(pattern, Either):
         for option in pattern.options:
             yield from match_node(option, node, scope)
         return
-    if isinstance(pattern, Siblings):
-        yield from _siblings(pattern.roots, node, scope)
-        return
     assert isinstance(pattern, Call)
     yield from _call(pattern, node, Bound(), scope)
-
-
-def _siblings(wanted: tuple[Call, ...], node: Node, scope: Scope) -> Iterator[Bound]:
-    """Roots that all read some operand which the last root reads."""
-    for bound in _call(wanted[-1], node, Bound(), scope):
-        partial = [bound]
-        for root in wanted[:-1]:
-            partial = [
-                b
-                for found in partial
-                for other in _neighbours(root, node, scope)
-                if all(other is not n for n in found.nodes)
-                for b in _call(root, other, found, scope)
-            ]
-        yield from partial
-
-
-def _neighbours(root: Call, node: Node, scope: Scope) -> Iterator[Node]:
-    last = scope.position[node.outputs[0].name]
-    for operand in dict.fromkeys(x for x in node.operands if isinstance(x, Value)):
-        for other in scope.consumers(operand):
-            if other.op in root.ops and scope.position[other.outputs[0].name] < last:
-                yield other
 
 
 def _operand(

@@ -46,13 +46,13 @@ class Match:
     """A place where a rule may fire.
 
     `values` holds what the pattern bound (`m.x` reads it), `nodes` all matched nodes, `replaced`
-    the values that `rewrite` gives substitutes for, in order. The new nodes stand where `at` stood.
+    the values that `rewrite` gives substitutes for, in order. New nodes stand where `root` stood.
     """
 
     values: Mapping[str, Any]
     nodes: tuple[Node, ...]
     replaced: tuple[Value, ...]
-    at: Node
+    root: Node
     scope: Scope
     shared: frozenset[int] = field(default_factory=frozenset)
 
@@ -65,11 +65,6 @@ class Match:
     def get(self, name: str) -> Any:
         """What is bound to `name`, or `None`."""
         return self.values.get(name)
-
-    @property
-    def root(self) -> Node:
-        """The node whose place the replacement takes."""
-        return self.at
 
 
 class RewriteBuilder(GraphBuilder):
@@ -138,72 +133,29 @@ class Rule:
                     yield found
             return
         pattern = self.pattern(patterns.Names())
-        wanted = frozenset().union(*(r.ops for r in _last_roots(pattern)))
+        wanted = frozenset().union(*(r.ops for r in patterns.roots(pattern)))
         for node in scope.graph.nodes:
             if node.op not in wanted:
                 continue
             for bound in patterns.match_node(pattern, node, scope):
-                yield self._match(pattern, bound, node, scope)
-
-    def _match(
-        self, pattern: patterns.Pattern, bound: patterns.Bound, node: Node, scope: Scope
-    ) -> Match | Reject:
-        count = len(pattern.roots) if isinstance(pattern, patterns.Siblings) else 1
-        found = _root_nodes(bound, pattern, node, count)
-        leaked = _leak(bound, found, scope)
-        if leaked is not None:
-            return Reject("an interior value is read outside of the match", (leaked,))
-        at = node if count == 1 else _earliest(found, bound, scope)
-        if at is None:
-            return Reject("the siblings' operands are not all computed before the first of them")
-        replaced = tuple(v for n in found for v in n.outputs)
-        return Match(bound.values, bound.nodes, replaced, at, scope, bound.shared)
+                leaked = _leak(bound, node, scope)
+                if leaked is not None:
+                    yield Reject("an interior value is read outside of the match", (leaked,))
+                else:
+                    values, nodes = bound.values, bound.nodes
+                    yield Match(values, nodes, node.outputs, node, scope, bound.shared)
 
 
-def _last_roots(pattern: patterns.Pattern) -> tuple[patterns.Call, ...]:
-    found = patterns.roots(pattern)
-    return found[-1:] if isinstance(pattern, patterns.Siblings) else found
-
-
-def _root_nodes(
-    bound: patterns.Bound, pattern: patterns.Pattern, node: Node, count: int
-) -> tuple[Node, ...]:
-    """The root nodes in the pattern's order. The last root is matched first."""
-    if count == 1:
-        return (node,)
-    interior = {id(n) for n in bound.nodes if _is_operand_of(n, bound.nodes)}
-    found = [n for n in bound.nodes if id(n) not in interior]
-    return (*found[1:], found[0])
-
-
-def _is_operand_of(node: Node, nodes: tuple[Node, ...]) -> bool:
-    names = {v.name for v in node.outputs}
-    return any(x.name in names for n in nodes for x in n.operands if isinstance(x, Value))
-
-
-def _leak(bound: patterns.Bound, found: tuple[Node, ...], scope: Scope) -> Value | None:
+def _leak(bound: patterns.Bound, root: Node, scope: Scope) -> Value | None:
     """An interior value with a reader outside of the match."""
     inside = {id(n) for n in bound.nodes}
     for node in bound.nodes:
-        if any(node is r for r in found) or id(node) in bound.shared:
+        if node is root or id(node) in bound.shared:
             continue
         for value in node.outputs:
             if any(n is None or id(n) not in inside for n, _ in scope.uses[value.name]):
                 return value
     return None
-
-
-def _earliest(found: tuple[Node, ...], bound: patterns.Bound, scope: Scope) -> Node | None:
-    """The first sibling, when everything that the match reads is there by then."""
-    first = min(found, key=lambda n: scope.position[n.outputs[0].name])
-    limit = scope.position[first.outputs[0].name]
-    inside = {v.name for n in bound.nodes for v in n.outputs}
-    for node in bound.nodes:
-        for operand in node.operands:
-            if isinstance(operand, Value) and operand.name not in inside:
-                if scope.position[operand.name] >= limit:
-                    return None
-    return first
 
 
 def at(scope: Scope, node: Node, *interior: Node, **values: Any) -> Match:
