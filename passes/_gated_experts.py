@@ -13,6 +13,7 @@ from dsc.ir.ops.moe import ACTIVATIONS
 from dsc.ir.types import DType
 from dsc.rewrite import lift
 from dsc.rewrite.rule import Match
+from dsc.rewrite.widen import widened
 
 DENSE = """graph g(%x: f32[B,S,4], %idx: i64[N,2], %w: f32[N,2],
   @gu: f32[5,6,4], @dn: f32[5,4,3]) {{
@@ -119,7 +120,7 @@ def prove(m: Match, place: Sequence[int]) -> dict[str, Any] | str:
         small = lift.shrunk_sizes({"e": e, "i": inner, "d": hidden}, [2 * i], least)
     if small is None:
         return "no small widths are consistent with its own"
-    graph = lift.resized(lift.widened(region.graph), small)
+    graph = lift.resized(widened(region.graph), small)
     inputs = [Value(v.name, v.type) for v in graph.inputs]
     y = graph.outputs[0]
     assert isinstance(y, Value)

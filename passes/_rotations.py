@@ -11,6 +11,7 @@ from dsc.ir.ops.shape import normalised_dims
 from dsc.ir.types import DType
 from dsc.rewrite import lift
 from dsc.rewrite.rule import Match
+from dsc.rewrite.widen import widened
 
 MAX_POSITION = 5000
 _ROLES = ("x", "positions", "inv_freq")
@@ -50,7 +51,7 @@ def prove(m: Match) -> dict[str, Any] | str:
     import torch
 
     region: lift.Region = m.region
-    graph = lift.widened(region.graph)
+    graph = widened(region.graph)
     place = {role: region.leaves.index(m.get(role)) for role in _ROLES}
     leaves = [Value(v.name, v.type) for v in graph.inputs]
 

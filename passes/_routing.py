@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from dsc.ir.graph import GraphBuilder, Operand, Value
 from dsc.ir.types import DType
 from dsc.rewrite import lift
+from dsc.rewrite.widen import widened
 
 if TYPE_CHECKING:
     import torch
@@ -72,7 +73,7 @@ def prove(
     `place` tells which leaves are x, the gate and the bias (-1: none); the region's outputs are the
     chosen indices and their weights.
     """
-    graph = lift.widened(region.graph)
+    graph = widened(region.graph)
     inputs = [Value(v.name, v.type) for v in graph.inputs]
     idx, w = graph.outputs
     assert isinstance(idx, Value)

@@ -24,7 +24,7 @@ After          graph main(%x: f32[B,4], @model.layers.3.mlp.up_proj.weight: f32[
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from dsc.ir.graph import Graph, GraphBuilder, Node, Operand, Value
 from dsc.ir.op import lookup, traits_of
@@ -74,19 +74,10 @@ def named(graph: Graph) -> Graph:
     if all(old == new for old, new in chosen.items()):
         return graph
 
-    def new(x: Operand | None) -> Operand | None:
-        return Value(chosen[x.name], x.type) if isinstance(x, Value) and x.name in chosen else x
+    def new(x: Operand) -> Operand:
+        return Value(chosen.get(x.name, x.name), x.type) if isinstance(x, Value) else x
 
-    nodes = [
-        replace(
-            n,
-            inputs=tuple(new(x) for x in n.inputs),
-            outputs=tuple(Value(chosen[v.name], v.type) for v in n.outputs),
-        )
-        for n in graph.nodes
-    ]
-    outputs = tuple(x for x in map(new, graph.outputs) if x is not None)
-    return graph.with_nodes(nodes, outputs)
+    return graph.mapped(new)
 
 
 def _plain(name: str) -> bool:

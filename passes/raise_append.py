@@ -38,6 +38,7 @@ from dsc.rewrite.base import EXACT
 from dsc.rewrite.driver import RaisePass
 from dsc.rewrite.rule import Facts, Match, Reject, Result, RewriteBuilder, Rule, reject
 from dsc.rewrite.scope import Scope
+from dsc.rewrite.widen import widened
 
 LENGTHS = "lengths"
 _RESHAPE = frozenset({"reshape"})
@@ -169,7 +170,7 @@ def _prove(m: Match, rows: tuple[Dim, ...]) -> str:
     import torch
 
     region: lift.Region = m.region
-    graph = lift.widened(region.graph)
+    graph = widened(region.graph)
     ragged = m.lengths in region.leaves
     leaves = [*region.leaves] + ([] if ragged else [m.lengths])
     inputs = [Value(v.name, v.type) for v in graph.inputs]

@@ -40,6 +40,7 @@ from dsc.rewrite import lift
 from dsc.rewrite.driver import RaisePass
 from dsc.rewrite.rule import Facts, Match, Reject, Result, RewriteBuilder, Rule, reject
 from dsc.rewrite.scope import Scope
+from dsc.rewrite.widen import widened
 
 _MASKED = """graph g(%q: f32[B,2,S,4], %k: f32[B,2,T,4], %v: f32[B,2,T,6]{more}) {{
   %i = arange {{start={start}, end={end}, dtype=i64}}
@@ -232,7 +233,7 @@ def _prove(found: Spelling, region: lift.Region) -> str:
     """Why the spelled-out form is no attention with this scale; the mask is a leaf shown whole."""
     import torch
 
-    graph = lift.widened(region.graph)
+    graph = widened(region.graph)
     inputs = [Value(v.name, v.type) for v in graph.inputs]
     place = [region.leaves.index(x) for x in (found.q, found.k, found.v)]
 

@@ -43,6 +43,7 @@ from dsc.rewrite import lift
 from dsc.rewrite.driver import RaisePass
 from dsc.rewrite.rule import Facts, Match, Reject, Result, RewriteBuilder, Rule, reject
 from dsc.rewrite.scope import VIEWS, Scope
+from dsc.rewrite.widen import widened
 
 _SAME_ELEMENTS = frozenset({"reshape", "permute", "expand", "cast"})
 _FORM = """graph g(%qn: f32[B,S,2,3], %qr: f32[B,S,2,4], %c: f32[B,T,6], %r: f32[B,T,4],
@@ -209,7 +210,7 @@ def _prove(m: Match) -> str:
     small = lift.shrunk_sizes(real, derived)
     if small is None:
         return "no small widths are consistent with its own"
-    graph = lift.resized(lift.widened(region.graph), small)
+    graph = lift.resized(widened(region.graph), small)
     inputs = [Value(x.name, x.type) for x in graph.inputs]
     place = [region.leaves.index(m.get(role)) for role in _ROLES]
     scale = m.root.attrs["scale"]

@@ -182,7 +182,7 @@ def _fits(found: Match) -> bool:
 
 def _beyond_cast(scope: Scope, found: Match, origins: list[Value]) -> Match:
     """The rotation up to a cast back to the element type of x, where one follows."""
-    node = found.at
+    node = found.root
     while len(readers := scope.consumers(node.output)) == 1:
         node = readers[0]
         if node.op not in ("cast", "reshape", "permute"):

@@ -152,7 +152,7 @@ class Route(Rule):
                 if not isinstance(facts, Reject):
                     w = facts["w"]
                     values = {**found.values, "weights": (w,)}
-                    yield Match(values, found.nodes, (found.idx, w), found.at, scope)
+                    yield Match(values, found.nodes, (found.idx, w), found.root, scope)
                     continue
             yield found
 

@@ -7,7 +7,7 @@ a node, and named uniquely in its graph. A rewrite builds a new graph: "changed"
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias, Union
 
@@ -191,26 +191,40 @@ class Graph:
         out = self.outputs if outputs is None else tuple(outputs)
         return replace(self, nodes=tuple(nodes), outputs=out)
 
-    def substitute(self, env: Mapping[str, Dim]) -> Graph:
-        """The graph with symbols replaced everywhere: types, attributes, bodies."""
-        values = {v.name: Value(v.name, v.type.substitute(env)) for v in self.values()}
+    def mapped(
+        self, operand: Callable[[Any], Any], attr: Callable[[Any], Any] | None = None
+    ) -> Graph:
+        """The graph with `operand(x)` for every value and weight x, `attr(v)` for attributes v.
 
-        def operand(x: Operand | None) -> Operand | None:
-            return values[x.name] if isinstance(x, Value) else x
+        A value must become a value; the body of a region is an attribute.
+        """
+        values = {v.name: operand(v) for v in self.values()}
+
+        def new(x: Any) -> Any:
+            return values[x.name] if isinstance(x, Value) else None if x is None else operand(x)
 
         nodes = [
             Node(
                 n.op,
-                tuple(operand(x) for x in n.inputs),
-                Attrs({k: _substitute_attr(v, env) for k, v in n.attrs.items()}),
-                tuple(values[v.name] for v in n.outputs),
+                tuple(map(new, n.inputs)),
+                n.attrs if attr is None else Attrs({k: attr(v) for k, v in n.attrs.items()}),
+                tuple(map(new, n.outputs)),
                 n.loc,
             )
             for n in self.nodes
         ]
-        outputs = tuple(values[x.name] if isinstance(x, Value) else x for x in self.outputs)
-        inputs = tuple(values[v.name] for v in self.inputs)
+        inputs, outputs = (tuple(map(new, xs)) for xs in (self.inputs, self.outputs))
         return replace(self, inputs=inputs, nodes=tuple(nodes), outputs=outputs)
+
+    def retyped(
+        self, retype: Callable[[TensorType], TensorType], attr: Callable[[Any], Any]
+    ) -> Graph:
+        """The graph with `retype(t)` for every type t, `attr(v)` for attributes v."""
+        return self.mapped(lambda x: replace(x, type=retype(x.type)), attr)
+
+    def substitute(self, env: Mapping[str, Dim]) -> Graph:
+        """The graph with symbols replaced everywhere: types, attributes, bodies."""
+        return self.retyped(lambda t: t.substitute(env), lambda v: _substitute_attr(v, env))
 
     def values(self) -> Iterator[Value]:
         """All values of this graph: the inputs, then the results in order."""
@@ -268,6 +282,18 @@ class GraphBuilder:
         outputs = tuple(Value(self.fresh(hint or _short(op)), t) for t in types)
         node = Node(op, _trim(operands), frozen, outputs, self.loc if loc is None else loc)
         self.nodes.append(node)
+        return outputs
+
+    def again(
+        self, node: Node, operands: tuple[Operand | None, ...], attrs: Attrs | None = None
+    ) -> tuple[Value, ...]:
+        """Append a node on other operands; its results keep their names, their types follow."""
+        from dsc.ir.op import infer
+
+        attrs = node.attrs if attrs is None else attrs
+        types = infer(node.op, operands, attrs)
+        outputs = tuple(Value(v.name, t) for v, t in zip(node.outputs, types, strict=True))
+        self.nodes.append(replace(node, inputs=operands, attrs=attrs, outputs=outputs))
         return outputs
 
     def __getattr__(self, op: str) -> Any:

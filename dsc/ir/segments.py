@@ -56,23 +56,16 @@ def joined(program: Program, pieces: Program) -> Program:
     return replace(program.map_entries(put_together), weights=pieces.weights)
 
 
-def _inlined(piece: Graph) -> list[Node]:
+def _inlined(piece: Graph) -> Sequence[Node]:
     """The nodes of a segment: its outputs under the names that they go out by."""
     given = {x.name: x.name for x in piece.inputs}
     out = {x.name: name for x, name in zip(piece.outputs, piece.output_names, strict=True)}
     names = {v.name: f"{piece.name}.{v.name}" for v in piece.values()} | given | out
 
-    def known(x: Operand | None) -> Operand | None:
+    def known(x: Operand) -> Operand:
         return replace(x, name=names[x.name]) if isinstance(x, Value) else x
 
-    return [
-        replace(
-            node,
-            inputs=tuple(map(known, node.inputs)),
-            outputs=tuple(replace(v, name=names[v.name]) for v in node.outputs),
-        )
-        for node in piece.nodes
-    ]
+    return piece.mapped(known).nodes
 
 
 def steps(graph: Graph) -> list[Step]:

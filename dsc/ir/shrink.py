@@ -18,8 +18,8 @@ from typing import Any
 from dsc.errors import VerificationError
 from dsc.ir.demands import demand, dim_attrs, sizes_of
 from dsc.ir.extents import Extent, System, Unsolvable
-from dsc.ir.graph import Attrs, Graph, Node, Operand, Value, Weight
-from dsc.ir.op import TypeMismatch, infer, lookup
+from dsc.ir.graph import Attrs, Graph, GraphBuilder, Operand, Value, Weight
+from dsc.ir.op import TypeMismatch, lookup
 from dsc.ir.program import Program
 from dsc.ir.sized import Shape, Sized
 from dsc.ir.types import TensorType
@@ -233,7 +233,7 @@ class Rebuild:
                 return Weight(x.name, weights[x.name])
             return None if x is None else scope[x.name]
 
-        nodes = []
+        b = GraphBuilder()
         for node in graph.nodes:
             operands = tuple(operand(x) for x in node.inputs)
             attrs = Attrs(self._attrs(node, node.attrs))
@@ -243,12 +243,9 @@ class Rebuild:
                     Value(v.name, x.type) for v, x in zip(node.body.inputs, given, strict=True)
                 ]
                 attrs = attrs.updated(body=self._graph(node.body, inner, weights))
-            types = infer(node.op, operands, attrs)
-            outputs = tuple(Value(v.name, t) for v, t in zip(node.outputs, types, strict=True))
-            scope.update((v.name, v) for v in outputs)
-            nodes.append(Node(node.op, operands, attrs, outputs, node.loc))
+            scope.update((v.name, v) for v in b.again(node, operands, attrs))
         results = tuple(x for x in map(operand, graph.outputs) if x is not None)
-        return replace(graph, inputs=tuple(inputs), nodes=tuple(nodes), outputs=results)
+        return replace(graph, inputs=tuple(inputs), nodes=tuple(b.nodes), outputs=results)
 
     def _meta(self, meta: Mapping[str, Any]) -> dict[str, Any]:
         config = meta.get("config")

@@ -17,15 +17,13 @@ from typing import TYPE_CHECKING, Any
 from dsc.errors import DscError
 from dsc.ir.analyses import structural_hash
 from dsc.ir.dims import Dim, evaluate, symbol
-from dsc.ir.graph import Attrs, Graph, Node, Operand, Value
-from dsc.ir.op import TypeMismatch, infer
-from dsc.ir.types import DType, TensorType
+from dsc.ir.graph import Graph, GraphBuilder, Node, Operand, Value
+from dsc.ir.op import TypeMismatch
+from dsc.rewrite.rebuild import Operands, rebuild
 from dsc.rewrite.scope import Scope
 
 if TYPE_CHECKING:
     import torch
-
-NARROW = frozenset({DType.bf16, DType.f16})
 MAX_NODES = 400
 TOLERANCE = 1e-4
 """Largest |difference| in a proof, relative to the largest value: fp32 noise, never a meaning."""
@@ -102,15 +100,6 @@ def as_graph(leaves: Sequence[Operand], nodes: Iterable[Node], outputs: Sequence
     return Graph("region", tuple(inputs.values()), tuple(body), results, names)
 
 
-def widened(graph: Graph) -> Graph:
-    """The same computation with 16-bit floats as fp32: casts to them become no-ops."""
-    return _retyped(graph, lambda t: t.with_dtype(DType.f32) if t.dtype in NARROW else t, _wide)
-
-
-def _wide(value: Any) -> Any:
-    return DType.f32 if value in NARROW else value
-
-
 def resized(graph: Graph, sizes: Mapping[int, int]) -> Graph:
     """The same computation with integer dims mapped by `sizes`, in types and attributes alike.
 
@@ -122,40 +111,22 @@ def resized(graph: Graph, sizes: Mapping[int, int]) -> Graph:
     def dim(d: Any) -> Any:
         return sizes.get(d, d) if isinstance(d, int) and not isinstance(d, bool) else d
 
-    def attr(value: Any) -> Any:
-        return tuple(dim(v) for v in value) if isinstance(value, tuple) else dim(value)
+    def size(value: Any) -> Any:
+        return tuple(map(dim, value)) if isinstance(value, tuple) else dim(value)
 
-    return _retyped(graph, lambda t: t.with_shape(tuple(dim(d) for d in t.shape)), attr)
+    def again(b: GraphBuilder, node: Node, operands: Operands) -> tuple[Value, ...]:
+        found = {k: v for k, v in node.attrs.items() if k in _EXTENTS}
+        extents = {
+            k: tuple(map(dim, v)) if isinstance(v, tuple) else dim(v) for k, v in found.items()
+        }
+        return b.again(node, operands, node.attrs.updated(**extents))
 
-
-def _retyped(
-    graph: Graph, retype: Callable[[TensorType], TensorType], attr: Callable[[Any], Any]
-) -> Graph:
-    """`graph` with other input types and attributes; all result types are inferred again."""
-    values = {v.name: Value(v.name, retype(v.type)) for v in graph.inputs}
-    nodes: list[Node] = []
-    for node in graph.nodes:
-        attrs = Attrs({k: _attr(node.op, k, v, attr) for k, v in node.attrs.items()})
-        inputs = tuple(values[x.name] if isinstance(x, Value) else x for x in node.inputs)
-        types = infer(node.op, inputs, attrs)
-        outputs = tuple(Value(v.name, t) for v, t in zip(node.outputs, types, strict=True))
-        values.update((v.name, v) for v in outputs)
-        nodes.append(Node(node.op, inputs, attrs, outputs, node.loc))
-    outputs = tuple(values[x.name] for x in graph.outputs)
-    return replace(
-        graph,
-        inputs=tuple(values[v.name] for v in graph.inputs),
-        nodes=tuple(nodes),
-        outputs=outputs,
-    )
+    inputs = [Value(v.name, v.type.with_shape(tuple(map(dim, v.type.shape)))) for v in graph.inputs]
+    return rebuild(graph, again, inputs)
 
 
 _EXTENTS = frozenset({"shape", "sizes", "start", "end", "bins"})
-
-
-def _attr(op: str, name: str, value: Any, attr: Callable[[Any], Any]) -> Any:
-    """Only attributes that hold extents are sizes; axes, k and steps are not."""
-    return attr(value) if name in _EXTENTS or isinstance(value, DType) else value
+"""Attributes that hold extents; axes, k and steps are no sizes."""
 
 
 def shrunk_sizes(
@@ -257,8 +228,6 @@ def differ(a: torch.Tensor, b: torch.Tensor, tolerance: float = TOLERANCE) -> st
 
 def build(leaves: Sequence[Operand], body: Callable[..., Operand | tuple[Operand, ...]]) -> Graph:
     """A candidate: `body(b, *leaves)` as a graph over the same inputs as a region's."""
-    from dsc.ir.graph import GraphBuilder
-
     b = GraphBuilder("candidate")
     inputs = [b.input(f"in.{i}", x.type) for i, x in enumerate(leaves)]
     results = body(b, *inputs)

@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from dsc.ir.graph import Graph, GraphBuilder, Node, Operand, Value
-from dsc.ir.op import infer
 
 Operands = tuple[Operand | None, ...]
 Rewrite = Callable[[GraphBuilder, Node, Operands], Sequence[Operand] | None]
@@ -29,9 +28,11 @@ def rebuild(graph: Graph, rewrite: Rewrite, inputs: Sequence[Value] | None = Non
         builder.loc = node.loc
         results = rewrite(builder, node, operands)
         if results is None:
-            kept = _kept(node, operands)
-            builder.nodes.append(kept)
-            results = kept.outputs
+            results = node.outputs
+            if operands == node.inputs:
+                builder.nodes.append(node)
+            else:
+                results = builder.again(node, operands)
         else:
             changed = True
         mapped.update(zip((v.name for v in node.outputs), results, strict=True))
@@ -39,13 +40,3 @@ def rebuild(graph: Graph, rewrite: Rewrite, inputs: Sequence[Value] | None = Non
         return graph
     outputs = tuple(mapped[x.name] if isinstance(x, Value) else x for x in graph.outputs)
     return replace(graph, inputs=given, nodes=tuple(builder.nodes), outputs=outputs)
-
-
-def _kept(node: Node, operands: Operands) -> Node:
-    if operands == node.inputs:
-        return node
-    types = infer(node.op, operands, node.attrs)
-    if types == tuple(v.type for v in node.outputs):
-        return replace(node, inputs=operands)
-    outputs = tuple(Value(v.name, t) for v, t in zip(node.outputs, types, strict=True))
-    return replace(node, inputs=operands, outputs=outputs)

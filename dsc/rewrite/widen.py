@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from dsc.errors import UsageError
-from dsc.ir.graph import Attrs, Graph, Node, Operand, Value, Weight
+from dsc.ir.graph import Attrs, Graph
 from dsc.ir.program import Program
 from dsc.ir.types import DType, TensorType
 from dsc.ir.weights import Apply, Source, WeightExpr, WeightSource, random_tensor
@@ -66,10 +66,15 @@ def runnable(program: Program, widen: bool) -> Program:
         return replace(program, source=filled)
     return replace(
         program,
-        entries={name: _graph(graph) for name, graph in program.entries.items()},
+        entries={name: widened(graph) for name, graph in program.entries.items()},
         weights={name: _expr(expr) for name, expr in program.weights.items()},
         source=filled,
     )
+
+
+def widened(graph: Graph) -> Graph:
+    """The same computation with 16-bit floats as fp32: casts to them become no-ops."""
+    return graph.retyped(_wide, _attr)
 
 
 def _wide(t: TensorType) -> TensorType:
@@ -79,40 +84,11 @@ def _wide(t: TensorType) -> TensorType:
 def _attr(value: Any) -> Any:
     if isinstance(value, DType):
         return DType.f32 if value in NARROW else value
-    return _graph(value) if isinstance(value, Graph) else value
-
-
-def _attrs(attrs: Attrs) -> Attrs:
-    return Attrs({k: _attr(v) for k, v in attrs.items()})
+    return widened(value) if isinstance(value, Graph) else value
 
 
 def _expr(expr: WeightExpr) -> WeightExpr:
     if isinstance(expr, Source):
         return Source(expr.key, _wide(expr.type))
-    return Apply(expr.op, tuple(map(_expr, expr.args)), _attrs(expr.attrs), _wide(expr.type))
-
-
-def _operand(x: Operand | None) -> Operand | None:
-    if x is None:
-        return None
-    kind = Value if isinstance(x, Value) else Weight
-    return kind(x.name, _wide(x.type))
-
-
-def _graph(graph: Graph) -> Graph:
-    nodes = [
-        Node(
-            node.op,
-            tuple(map(_operand, node.inputs)),
-            _attrs(node.attrs),
-            tuple(Value(v.name, _wide(v.type)) for v in node.outputs),
-            node.loc,
-        )
-        for node in graph.nodes
-    ]
-    return replace(
-        graph,
-        inputs=tuple(Value(v.name, _wide(v.type)) for v in graph.inputs),
-        nodes=tuple(nodes),
-        outputs=tuple(x for x in map(_operand, graph.outputs) if x is not None),
-    )
+    attrs = Attrs({k: _attr(v) for k, v in expr.attrs.items()})
+    return Apply(expr.op, tuple(map(_expr, expr.args)), attrs, _wide(expr.type))

@@ -11,6 +11,7 @@ from dsc.ir.op import TypeMismatch
 from dsc.rewrite import lift
 from dsc.rewrite.harness import program_of
 from dsc.rewrite.scope import Scope
+from dsc.rewrite.widen import widened
 
 TEXT = """graph g(%x: bf16[B,32], %z: bf16[B,32], @w: bf16[48,32]) {
   %a = cast %x {dtype=f32}
@@ -47,7 +48,7 @@ def test_the_key_forgets_names() -> None:
 
 
 def test_widening_and_resizing_infer_all_types_again() -> None:
-    graph = lift.resized(lift.widened(region().graph), {32: 4, 48: 6, 16: 2})
+    graph = lift.resized(widened(region().graph), {32: 4, 48: 6, 16: 2})
     assert str(graph.outputs[0].type) == "f32[B,3,2]"
     with pytest.raises(TypeMismatch):
         lift.resized(region().graph, {32: 4, 48: 7})
@@ -63,7 +64,7 @@ def test_small_sizes_keep_equal_what_is_equal() -> None:
 
 def prove(build: str) -> str:
     found = region()
-    graph = lift.widened(found.graph)
+    graph = widened(found.graph)
     inputs = [Value(v.name, v.type) for v in graph.inputs]
 
     def body(b: GraphBuilder, x: Value, w: Value) -> Operand:
