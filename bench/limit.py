@@ -10,7 +10,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from dsc.runtime.limit import Work, expected_experts
+from dsc.ir.expert_forms import expected_experts
+from dsc.runtime.limit import Work
 
 BYTES = 2.0
 """Of a weight and of a cached value: bf16."""

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 from dsc.ir import regions
-from dsc.ir.costs import Costs, Sizes, node_costs, total
+from dsc.ir.costs import Costs, Sizes, node_costs, step_sizes, total
 from dsc.ir.graph import Graph, Node
 from dsc.ir.interface import Storage
 from dsc.ir.layers import by_layer, home, layer_of
@@ -93,11 +93,7 @@ def sizes_at(program: Program, graph: Graph, name: str, context: int) -> dict[st
     """Sizes of a graph's symbols at a point: one sequence, `context` tokens in its cache."""
     new = NEW_TOKENS.get(name, CHUNK)
     sizes = {"S": new} if is_causal_step(graph) else {}
-    for symbol, size in sorted(step_sizes(graph, 1, new, context).items()):
-        known = program.symbols.get(symbol)
-        # A capacity has a lower bound of its own, a past an upper one; the point moves with them.
-        sizes[symbol] = size if known is None else min(max(size, known.lo), known.hi)
-    return sizes
+    return sizes | step_sizes(graph, 1, new, context, program.symbols)
 
 
 def layer_reports(program: Program, graph: Graph, costs: Costs, at: Sizes) -> list[dict[str, Any]]:

@@ -27,6 +27,7 @@ import re
 from dataclasses import dataclass
 
 from dsc.ir.graph import Graph, GraphBuilder, Node, Operand, Value
+from dsc.ir.layers import layer_number
 from dsc.ir.op import lookup, traits_of
 from dsc.ir.program import Program
 from dsc.rewrite.base import Pass, PassReport
@@ -34,7 +35,6 @@ from dsc.rewrite.base import Pass, PassReport
 _MODULES = frozenset({"linear", "rms_norm", "embedding"})
 _TELLING = {"mla_attention": "", "rope": "", "rms_norm": "kv"}
 """Readers that say what a part of a split is: its role in the attention, or this word."""
-_LAYER = re.compile(r"(?:^|\.)layers\.(\d+)(?:\.|$)")
 _CACHE = re.compile(r"\.(\w+)$")
 
 
@@ -86,8 +86,8 @@ def _plain(name: str) -> bool:
 
 def _hint(node: Node, word: str) -> str:
     """The layer's number and a word for the result."""
-    layer = _LAYER.search(node.loc)
-    return f"l{layer[1]}.{word}" if layer else word
+    layer = layer_number(node.loc)
+    return word if layer is None else f"l{layer}.{word}"
 
 
 def _word(node: Node, index: int) -> str:

@@ -78,15 +78,11 @@ class NullExecutable(Admitted):
         """Zeros of the shapes that the entry declares for these inputs."""
         import torch
 
-        in_place = {
-            output: graph.inputs[source].name
-            for output, source in graph.aliases
-            if graph.outputs[output].type == graph.inputs[source].type
-        }
+        in_place = graph.updated_inputs()
         results: dict[str, torch.Tensor] = {}
-        for index, (name, value) in enumerate(zip(graph.output_names, graph.outputs, strict=True)):
-            if index in in_place:
-                results[name] = inputs[in_place[index]]
+        for name, value in zip(graph.output_names, graph.outputs, strict=True):
+            if name in in_place:
+                results[name] = inputs[in_place[name]]
                 continue
             shape = [evaluate(d, env) for d in value.type.shape]
             results[name] = torch.zeros(shape, dtype=value.type.dtype.torch)

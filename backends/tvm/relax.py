@@ -239,16 +239,12 @@ class RelaxExecutable(Admitted):
         """Run an entry. Outputs that update an input in place are that input's tensor."""
         import torch.utils.dlpack
 
-        in_place = {
-            o: graph.inputs[i].name
-            for o, i in graph.aliases
-            if graph.inputs[i].type == graph.outputs[o].type
-        }
+        in_place = graph.updated_inputs()
         given = contiguous(graph, inputs, in_place.values())
         found = self._vm[graph.name](*map(_given, given.values()), *self._weights)
         return {
-            name: inputs[in_place[i]]
-            if i in in_place
+            name: inputs[in_place[name]]
+            if name in in_place
             else torch.utils.dlpack.from_dlpack(found[i]).view(x.type.dtype.torch)
             for i, (name, x) in enumerate(zip(graph.output_names, graph.outputs, strict=True))
         }

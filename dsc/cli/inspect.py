@@ -232,6 +232,7 @@ def _lowered(model: str, backend: str, after: str | None, given: dict[str, Any])
     from dsc import api
     from dsc.cli import console
     from dsc.errors import UsageError
+    from dsc.rewrite.manager import pass_name
 
     with tempfile.TemporaryDirectory() as dump, console.progress_bar() as progress:
         api.compile(model, backend=backend, dump_dir=Path(dump), progress=progress, **given)
@@ -241,15 +242,6 @@ def _lowered(model: str, backend: str, after: str | None, given: dict[str, Any])
     if after is not None and after not in texts:
         raise UsageError(f"no pass {after!r} ran", where=model, hint="one of " + ", ".join(texts))
     return texts[after] if after is not None else list(texts.values())[-1]
-
-
-def pass_name(path: Path) -> str:
-    """Return the pass of a numbered dump.
-
-    >>> pass_name(Path("03-absorb_mla.dsc")), pass_name(Path("12_fuse.dsc"))
-    ('absorb_mla', 'fuse')
-    """
-    return path.stem.lstrip("0123456789").lstrip("-_.")
 
 
 def _select(text: str, entry: str | None) -> str:

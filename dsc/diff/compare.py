@@ -13,11 +13,11 @@ from dsc.diff.measure import Timing
 from dsc.diff.sides import Side
 from dsc.errors import DscError, VerificationError
 from dsc.ir.costs import Costs, node_costs, total
-from dsc.ir.dims import Dim
 from dsc.ir.graph import Graph, Node
 from dsc.ir.layers import by_layer
 from dsc.ir.program import Program
 from dsc.report import region_names, sizes_at
+from dsc.rewrite.verify import WIDEST, compare_programs, pinned, weight_elements
 
 MEASURES = ("nodes", "regions", "read_bytes", "written_bytes", "weight_bytes", "flops")
 CONTEXT = 1024
@@ -144,8 +144,6 @@ def _pairs(before: Sequence[str], after: Sequence[str]) -> list[tuple[str, str]]
 
 def _errors(before: Side, after: Side, seed: int) -> tuple[dict[tuple[str, str], float], str]:
     """The largest difference by (entry, output), and how that came out in words."""
-    from dsc.rewrite.verify import WIDEST, compare_programs, weight_elements
-
     valued = before.has_values and after.has_values
     first, second = (s.program if valued else s.text for s in (before, after))
     if len(second.entries) == 1 and len(first.entries) > 1:
@@ -221,20 +219,9 @@ def _pinned(before: Program, after: Program, old: str, new: str) -> tuple[Progra
     """Both programs with the symbols fixed that are numbers in the other's inputs."""
     first, second = before.entries[old], after.entries[new]
     return (
-        replace(before, entries={**before.entries, old: _fixed(first, second)}),
-        replace(after, entries={**after.entries, new: _fixed(second, first)}),
+        replace(before, entries={**before.entries, old: first.substitute(pinned(first, second))}),
+        replace(after, entries={**after.entries, new: second.substitute(pinned(second, first))}),
     )
-
-
-def _fixed(graph: Graph, other: Graph) -> Graph:
-    known = {v.name: v.type.shape for v in other.inputs}
-    numbers: dict[str, Dim] = {}
-    for value in graph.inputs:
-        shape = known.get(value.name, ())
-        if len(shape) == value.type.rank:
-            pairs = zip(value.type.shape, shape, strict=True)
-            numbers |= {str(a): b for a, b in pairs if isinstance(b, int) and str(a).isidentifier()}
-    return graph.substitute(numbers) if numbers else graph
 
 
 def _stats(nodes: list[Node], costs: Costs, at: Mapping[str, int]) -> dict[str, float]:

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 from dsc.diff.sides import Side
 from dsc.errors import UsageError
 from dsc.files import read_text
+from dsc.ir.costs import step_sizes
 from dsc.ir.layers import layer_of
-from dsc.ir.program import Program
 
 if TYPE_CHECKING:
     from dsc.runtime.executable import Executable
@@ -54,7 +54,7 @@ def measure(side: Side, context: int, trust: bool, repeats: int = REPEATS) -> di
     executable = _executable(side, trust)
     timings = {}
     for name, graph in side.program.entries.items():
-        sizes = step_sizes(side.program, name, context)
+        sizes = step_sizes(graph, 1, CHUNK, context, side.program.symbols)
         runs = []
         for attempt in range(repeats + 1):
             inputs = sample_inputs(graph, sizes)
@@ -66,18 +66,6 @@ def measure(side: Side, context: int, trust: bool, repeats: int = REPEATS) -> di
                 runs.append((1e3 * seconds, _by_layer(steps)))
         timings[name] = _median(runs)
     return timings
-
-
-def step_sizes(program: Program, entry: str, context: int) -> dict[str, int]:
-    """Sizes of the symbols for one measured step: one sequence with `context` tokens cached."""
-    graph = program.entries[entry]
-    wanted = {"B": 1, "S": CHUNK, "L": 1, "P": context, "C": context + CHUNK}
-    sizes = {}
-    for symbol in sorted({s for v in graph.inputs for s in v.type.symbols}):
-        size = wanted.get(symbol, 1)
-        known = program.symbols.get(symbol)
-        sizes[symbol] = size if known is None else min(max(size, known.lo), known.hi)
-    return sizes
 
 
 def read_profile(path: Path, entries: Iterable[str]) -> dict[str, Timing]:

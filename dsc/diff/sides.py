@@ -8,6 +8,7 @@ from pathlib import Path
 
 from dsc.errors import UsageError
 from dsc.ir.program import Program
+from dsc.rewrite.manager import pass_name
 from dsc.runtime.plan import PLAN, EntryPlan, Plan
 
 
@@ -75,16 +76,12 @@ def _artifact(folder: Path) -> Side:
 
 def _stage(path: Path) -> Path:
     """The numbered file of a pass in a folder of dumps; the last one, where a pass ran twice."""
-    found = sorted(p for p in path.parent.glob("*.dsc") if _pass_name(p) == path.name)
+    found = sorted(p for p in path.parent.glob("*.dsc") if pass_name(p) == path.name)
     if found:
         return found[-1]
-    stages = [_pass_name(p) for p in sorted(path.parent.glob("*.dsc"))]
+    stages = [pass_name(p) for p in sorted(path.parent.glob("*.dsc"))]
     hint = f"{path.parent} holds the stages {', '.join(stages)}" if stages else None
     raise UsageError(
         f"nothing at {str(path)!r} to compare",
         hint=hint or "name a folder that dsc compile wrote, or a .dsc file",
     )
-
-
-def _pass_name(path: Path) -> str:
-    return path.stem.lstrip("0123456789").lstrip("-_")

@@ -10,11 +10,28 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from dsc.ir.analyses import Cost, cost, elements_taken
-from dsc.ir.dims import evaluate
+from dsc.ir.dims import Range, evaluate
 from dsc.ir.graph import Graph, Node, Value, Weight
+from dsc.ir.paging import page_rows
 
 Sizes = Mapping[str, int]
 Costs = Mapping[str, Cost]
+
+
+def step_sizes(
+    graph: Graph, batch: int, new: int, context: int, ranges: Mapping[str, Range] | None = None
+) -> dict[str, int]:
+    """Sizes of a graph's symbols: `new` tokens of `batch` sequences with `context` in the cache.
+
+    Of pages there are as many as hold them. A size outside of its range is the nearest inside: a
+    capacity has a lower bound of its own, a past an upper one.
+    """
+    pages = -(-(context + new) // (page_rows(graph) or 1))
+    wanted = {"B": batch, "S": new, "L": 1, "P": context, "C": context + new}
+    wanted |= {"M": pages, "N": batch * pages}
+    symbols = sorted({s for v in graph.values() for s in v.type.symbols})
+    sizes = {s: wanted.get(s, 1) for s in symbols}
+    return {s: ranges[s].nearest(n) if ranges and s in ranges else n for s, n in sizes.items()}
 
 
 def node_costs(graph: Graph) -> Costs:

@@ -100,6 +100,10 @@ class Range:
     def __str__(self) -> str:
         return f"[{self.lo},{self.hi}]"
 
+    def nearest(self, size: int) -> int:
+        """The size in the range that is nearest to another."""
+        return min(max(size, self.lo), self.hi)
+
 
 def symbol(name: str) -> Sym:
     """The dim that is one symbol."""

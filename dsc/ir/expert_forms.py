@@ -32,6 +32,15 @@ class ExpertKernels:
     of: str = ""
 
 
+def expected_experts(experts: int, chosen: int, tokens: int) -> float:
+    """How many distinct experts `tokens` choose, `chosen` each, evenly and independently.
+
+    >>> expected_experts(64, 6, 1), round(expected_experts(64, 6, 8), 1)
+    (6.0, 34.9)
+    """
+    return experts * (1 - (1 - chosen / experts) ** tokens)
+
+
 @dataclass(frozen=True)
 class ExpertLayer:
     """Sizes: experts, of them chosen by a token, hidden width d, inner width i, bytes a number."""
@@ -48,8 +57,8 @@ class ExpertLayer:
         return 3 * self.inner * self.width * self.itemsize
 
     def used(self, tokens: int) -> float:
-        """Experts that some token chose, on average, if tokens choose evenly and independently."""
-        return self.experts * (1 - (1 - self.top_k / self.experts) ** tokens)
+        """Experts that some token chose, on average."""
+        return expected_experts(self.experts, self.top_k, tokens)
 
     def direct(self, tokens: int, kernels: ExpertKernels) -> float:
         """The cost of the direct form."""

@@ -179,6 +179,11 @@ class Graph:
                 return value
         raise KeyError(name)
 
+    def updated_inputs(self) -> dict[str, str]:
+        """Outputs that carry an input on in its own type, so may be that input: names by name."""
+        pairs = ((self.output_names[o], self.outputs[o], self.inputs[i]) for o, i in self.aliases)
+        return {name: state.name for name, output, state in pairs if output.type == state.type}
+
     def walk(self) -> Iterator[Node]:
         """All nodes in order, those of nested bodies after their owner."""
         for node in self.nodes:

@@ -28,6 +28,16 @@ def home(node: Node) -> str:
     return next((n.loc for n in node.body.nodes if _NUMBERED.match(n.loc)), node.loc)
 
 
+def layer_number(loc: str) -> int | None:
+    """The number of the layer that a module path lies in.
+
+    >>> layer_number("model.layers.3.self_attn"), layer_number("model.norm")
+    (3, None)
+    """
+    found = _NUMBERED.match(loc)
+    return int(found[0].rpartition(".")[2]) if found else None
+
+
 def layer_of(loc: str) -> str:
     """The part of a model that a module path lies in: its numbered layer, or the path itself.
 

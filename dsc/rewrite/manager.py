@@ -179,3 +179,12 @@ def _blame(each: Pass, before: Program) -> Iterator[None]:
             print_program(before),
             _line(each),
         ) from problem
+
+
+def pass_name(path: Path) -> str:
+    """Return the pass of a numbered dump.
+
+    >>> pass_name(Path("03-absorb_mla.dsc")), pass_name(Path("12_fuse.dsc"))
+    ('absorb_mla', 'fuse')
+    """
+    return path.stem.lstrip("0123456789").lstrip("-_.")

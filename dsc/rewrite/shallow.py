@@ -15,19 +15,13 @@ from itertools import groupby
 
 from dsc.ir.analyses import structural_hash
 from dsc.ir.graph import Graph, Node, Operand, Value, Weight
+from dsc.ir.layers import layer_number
 from dsc.ir.program import Program
 from dsc.ir.weights import Source, WeightExpr
 from dsc.rewrite.driver import live
 
-_LAYER = re.compile(r"(?:^|\.)layers\.(\d+)(?:\.|$)")
 _NUMBER = re.compile(r"\d+")
 _FEWEST = 3
-
-
-def layer_of(node: Node) -> int | None:
-    """The number of the layer that a node is in."""
-    found = _LAYER.search(node.loc)
-    return int(found[1]) if found else None
 
 
 @dataclass
@@ -79,7 +73,7 @@ def _lines(graph: Graph, program: Program, depth: Depth) -> Iterator[tuple[int, 
     inside: dict[str, tuple[int, int]] = {}
     counts: dict[int, int] = {}
     for node in graph.nodes:
-        layer = layer_of(node)
+        layer = layer_number(node.loc)
 
         def read(x: Operand | None, layer: int | None = layer) -> Hashable:
             if x is None:
@@ -128,7 +122,7 @@ def _without(graph: Graph, instead: Mapping[int, int]) -> Graph:
     nodes: list[Node] = []
 
     for node in graph.nodes:
-        layer = layer_of(node)
+        layer = layer_number(node.loc)
         if layer is None:
             nodes.append(_reading(node, moved))
             continue
@@ -166,7 +160,7 @@ def _states_of(graph: Graph, layers: set[int]) -> set[str]:
     origins = {graph.inputs[i].name: {graph.inputs[i].name} for _, i in graph.aliases}
     readers: dict[str, set[int]] = {name: set() for name in origins}
     for node in graph.nodes:
-        layer = layer_of(node)
+        layer = layer_number(node.loc)
         states = {s for x in node.operands for s in origins.get(x.name, ())}
         if layer is None:
             origins |= {v.name: states for v in node.outputs if states}
@@ -186,7 +180,7 @@ def alike(deep: Program, small: Program, depth: Depth) -> bool:
 def _skeleton(graph: Graph, depth: Depth) -> dict[int, list[tuple[Hashable, ...]]]:
     found: dict[int, list[tuple[Hashable, ...]]] = {}
     for node in graph.nodes:
-        layer = layer_of(node)
+        layer = layer_number(node.loc)
         if layer is not None and layer not in depth.instead:
             body = () if node.body is None else tuple(n.op for n in node.body.walk())
             line = (node.op, body, node.loc, tuple(node.attrs), len(node.inputs),

@@ -150,11 +150,11 @@ def _cases(
 ) -> list[Case]:
     """The sizes to try, clamped to the symbols' ranges, each once, and ragged where both can."""
     first, second = before.entries[old], after.entries[new]
-    pinned = _pinned(first, second)
+    fixed = pinned(first, second)
     cases: dict[tuple[Any, ...], Case] = {}
     for wanted in sizes:
-        env = {s: _clamped(before, s, wanted.get(s, _OTHER)) for s in _symbols(first)} | pinned
-        if "L" in env and "L" not in pinned:
+        env = {s: _clamped(before, s, wanted.get(s, _OTHER)) for s in _symbols(first)} | fixed
+        if "L" in env and "L" not in fixed:
             env["L"] = max(1, env["L"])
         rows = env.get("P", wanted.get("P", 0)) + env.get("S", wanted.get("S", 1))
         room = _room(second, rows, env.get("B", wanted.get("B", 1)))
@@ -199,13 +199,13 @@ def _symbols(graph: Graph) -> list[str]:
 
 def _clamped(program: Program, name: str, size: int) -> int:
     known = program.symbols.get(name)
-    return size if known is None else min(max(size, known.lo), known.hi)
+    return size if known is None else known.nearest(size)
 
 
-def _pinned(first: Graph, second: Graph) -> dict[str, int]:
+def pinned(first: Graph, second: Graph) -> dict[str, int]:
     """Symbols of the first graph that are numbers in the second, as S is 1 in a decode."""
     later = {v.name: v.type for v in second.inputs}
-    pinned: dict[str, int] = {}
+    found: dict[str, int] = {}
     for value in first.inputs:
         other = later.get(value.name)
         if other is None or other.rank != value.type.rank:
@@ -213,8 +213,8 @@ def _pinned(first: Graph, second: Graph) -> dict[str, int]:
         for mine, theirs in zip(value.type.shape, other.shape, strict=True):
             names = free_symbols(mine)
             if isinstance(theirs, int) and isinstance(mine, Sym) and [str(mine)] == sorted(names):
-                pinned[str(mine)] = theirs
-    return pinned
+                found[str(mine)] = theirs
+    return found
 
 
 @dataclass

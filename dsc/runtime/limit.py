@@ -12,8 +12,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from dsc.ir.graph import Graph, Node
-from dsc.ir.paging import page_rows
+from dsc.ir.costs import step_sizes
+from dsc.ir.dims import evaluate
+from dsc.ir.expert_forms import expected_experts
+from dsc.ir.graph import Node
 from dsc.ir.program import Program
 from dsc.runtime.costs import expert_nodes, moved, real_sizes
 
@@ -63,28 +65,7 @@ def prefill_work(program: Program, batch: int, tokens: int, chunk: int) -> list[
     return found
 
 
-def step_sizes(graph: Graph, batch: int, new: int, context: int) -> dict[str, int]:
-    """Sizes of a graph's symbols at a step; of pages there are as many as hold its tokens."""
-    wanted = {"B": batch, "S": new, "L": 1, "P": context, "C": context + new}
-    rows = page_rows(graph)
-    if rows is not None:
-        pages = -(-(context + new) // rows)
-        wanted |= {"M": pages, "N": batch * pages}
-    return {s: wanted.get(s, 1) for v in graph.values() for s in v.type.symbols}
-
-
-def expected_experts(experts: int, chosen: int, tokens: int) -> float:
-    """How many distinct experts `tokens` choose, `chosen` each, when all are equally likely.
-
-    >>> expected_experts(64, 6, 1), round(expected_experts(64, 6, 8), 1)
-    (6.0, 34.9)
-    """
-    return experts * (1 - (1 - chosen / experts) ** tokens)
-
-
 def _distinct(node: Node, sizes: Mapping[str, int], tokens: int) -> int | None:
-    from dsc.ir.dims import evaluate
-
     inner = next(iter(expert_nodes(node)), None)
     if inner is None:
         return None
