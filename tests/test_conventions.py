@@ -440,7 +440,7 @@ ABLE = {
     "a helper": "def helper():\n    assert 1\ndef test_it():\n    helper()",
     "a helper of another file": "from tests.other import holds\ndef test_it():\n    holds()",
     "a process": "def test_it():\n    subprocess.run(['x'], check=True)",
-    "a check": "from dsc.rewrite.harness import check_rule\ndef test_it():\n    check_rule()",
+    "a check": "from tests.rewrite.harness import check_rule\ndef test_it():\n    check_rule()",
 }
 OTHER = "def runs():\n    pass\ndef holds():\n    assert 1"
 

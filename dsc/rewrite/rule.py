@@ -2,9 +2,9 @@
 
 A rule is three pure functions: `pattern` proposes, `check` decides and says why not, `rewrite`
 builds the replacement. It carries its own `examples`, `near_misses` and `tolerance`; one harness
-(`dsc.rewrite.harness`) runs those of every rule. A rule that no tree pattern can express overrides
-`find`, which proposes matches of any shape; `check` then proves them, by running both sides if
-need be (`dsc.rewrite.lift`).
+(`tests/rewrite/harness.py`) runs those of every rule. A rule that no tree pattern can express
+overrides `find`, which proposes matches of any shape; `check` then proves them, by running both
+sides if need be (`dsc.rewrite.lift`).
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from dsc.cli import main
 from dsc.errors import ParseError, UsageError
 from dsc.ir.parser import parse_program, parse_verified
 from dsc.ir.stages import Stage
-from dsc.rewrite.harness import doc_block
+from tests.rewrite.harness import doc_block
 
 from .broken import ASKED, BROKEN, break_pass, long_steps, ran
 from .conftest import Invoke

@@ -29,8 +29,8 @@ from dsc.passes.raise_registered import RaiseRegistered
 from dsc.passes.shard import Shard
 from dsc.rewrite import registered
 from dsc.rewrite.base import PassReport
-from dsc.rewrite.harness import check_rule, program_of
 from dsc.rewrite.verify import compare_programs
+from tests.rewrite.harness import check_rule, program_of
 
 TEXT = """graph main(%x: f32[B,8], %y: f32[B,8]) {
   %r = relu %x : f32[B,8]

@@ -22,7 +22,7 @@ from dsc.ir.program import Program
 from dsc.ir.types import DType, TensorType
 from dsc.ir.weights import WeightExpr
 from dsc.rewrite.base import PassReport
-from dsc.rewrite.harness import program_of
+from tests.rewrite.harness import program_of
 
 HERE = Path(__file__).resolve().parent
 TRACE = HERE.parent / "data" / "traced" / "v3.dsc"

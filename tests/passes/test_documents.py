@@ -10,7 +10,7 @@ from dsc import pipeline
 from dsc.ir.stages import Stage
 from dsc.passes import raise_swiglu
 from dsc.passes.raise_swiglu import RaiseSwiglu
-from dsc.rewrite.harness import EvidenceFailed, check_docstring
+from tests.rewrite.harness import EvidenceFailed, check_docstring
 
 OPTIONS: dict[str, dict[str, Any]] = {"absorb_mla": {"entries": ("main",)}}
 APART = frozenset({"specialise_entries", "raise_registered"})

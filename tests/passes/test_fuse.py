@@ -28,7 +28,6 @@ from dsc.passes.append_cache_in_place import AppendCacheInPlace
 from dsc.passes.fuse import Fuse
 from dsc.passes.own_outputs import OwnOutputs
 from dsc.rewrite.base import EXACT, Pass, PassReport
-from dsc.rewrite.harness import program_of
 from dsc.rewrite.manager import Manager
 from dsc.rewrite.regions import Grouping, inline, inline_graph
 from dsc.rewrite.verify import compare_programs
@@ -37,6 +36,7 @@ from dsc.runtime.nodes import plan_nodes
 from tests.backends.canonical_lm import Sizes, canonical_lm
 from tests.ir.strategies import SIZES
 from tests.passes.test_raise_models import raised, stored
+from tests.rewrite.harness import program_of
 
 LEVELS = (0, 1, 2, 3)
 BEFORE = ("specialise_entries", "absorb_mla")

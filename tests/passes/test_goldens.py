@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from dsc import backends, pipeline
-from dsc.rewrite.harness import check_golden, program_of
 from tests.passes.goldens import AFTER, CANONICAL, HERE, LAYERS, PARTS, layers, raised
+from tests.rewrite.harness import check_golden, program_of
 
 GOLDENS = sorted(HERE.glob("*/*.before.dsc"))
 

@@ -20,11 +20,11 @@ from dsc.passes.lower_moe_dispatch import LowerMoeDispatch, ranges_of
 from dsc.passes.own_outputs import OwnOutputs
 from dsc.passes.specialise_entries import SpecialiseEntries
 from dsc.rewrite.base import PassReport
-from dsc.rewrite.harness import program_of
 from dsc.rewrite.manager import Manager
 from dsc.runtime.nodes import plan_nodes
 from dsc.targets import Target
 from tests.backends.canonical_lm import Sizes, canonical_lm
+from tests.rewrite.harness import program_of
 
 V3 = ExpertLayer(experts=256, top_k=8, width=7168, inner=2048, itemsize=2)
 LITE = ExpertLayer(experts=64, top_k=6, width=2048, inner=1408, itemsize=2)

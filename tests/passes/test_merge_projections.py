@@ -19,11 +19,11 @@ from dsc.passes.absorb_mla import AbsorbMla
 from dsc.passes.merge_projections import MergeProjections
 from dsc.passes.specialise_entries import SpecialiseEntries
 from dsc.rewrite.base import PassReport
-from dsc.rewrite.harness import program_of
 from dsc.rewrite.manager import Manager
 from dsc.rewrite.verify import compare_programs
 from tests.backends.canonical_lm import Sizes, canonical_lm
 from tests.passes.test_raise_models import raised, stored
+from tests.rewrite.harness import program_of
 
 
 def merged(program: Program) -> tuple[Program, PassReport]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from dsc.passes.raise_router import _V3, Route
-from dsc.rewrite.harness import fire
+from tests.rewrite.harness import fire
 
 
 @pytest.mark.parametrize(("keep", "top_k"), [(3, 9), (3, 7), (2, 6), (1, 3), (3, 1)])

@@ -29,12 +29,12 @@ from dsc.ir.weights import Apply, Source, apply, evaluate, sources
 from dsc.passes.cut_at_collectives import CutAtCollectives
 from dsc.passes.shard import Shard
 from dsc.rewrite.base import PassReport
-from dsc.rewrite.harness import program_of
 from dsc.rewrite.manager import Manager, Watch
 from dsc.rewrite.twin import Twin
 from dsc.rewrite.verify import compare_programs
 from dsc.runtime.segmented import SegmentedExecutable
 from tests.backends.canonical_lm import Sizes, canonical_lm
+from tests.rewrite.harness import program_of
 
 SIZES = Sizes(heads=4, vocab=52, experts=8, groups=4, expert_inner=16)
 

@@ -23,9 +23,9 @@ from dsc.passes.name_values import named
 from dsc.passes.own_outputs import OwnOutputs
 from dsc.passes.specialise_entries import SpecialiseEntries, break_even
 from dsc.rewrite.base import PassReport
-from dsc.rewrite.harness import doc_block, program_of
 from dsc.runtime.nodes import draft_nodes
 from dsc.runtime.placing import place
+from tests.rewrite.harness import doc_block, program_of
 
 
 def test_no_value_takes_the_name_of_an_input() -> None:

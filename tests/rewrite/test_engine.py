@@ -14,9 +14,9 @@ from dsc.ir.types import DType, TensorType
 from dsc.ir.verifier import verify_graph
 from dsc.rewrite.base import PassReport
 from dsc.rewrite.driver import DidNotSettle, apply_rules, sweep
-from dsc.rewrite.harness import EvidenceFailed, check_rule, program_of
 from dsc.rewrite.pattern import Names, Pattern
 from dsc.rewrite.rule import Facts, Match, Reject, Result, RewriteBuilder, Rule, reject
+from tests.rewrite.harness import EvidenceFailed, check_rule, program_of
 
 
 class Double(Rule):

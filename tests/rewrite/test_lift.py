@@ -9,9 +9,9 @@ from dsc.ir.dims import symbol
 from dsc.ir.graph import GraphBuilder, Operand, Value
 from dsc.ir.op import TypeMismatch
 from dsc.rewrite import lift
-from dsc.rewrite.harness import program_of
 from dsc.rewrite.scope import Scope
 from dsc.rewrite.widen import widened
+from tests.rewrite.harness import program_of
 
 TEXT = """graph g(%x: bf16[B,32], %z: bf16[B,32], @w: bf16[48,32]) {
   %a = cast %x {dtype=f32}

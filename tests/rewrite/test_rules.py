@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 import dsc.passes
-from dsc.rewrite.harness import check_rule
 from dsc.rewrite.rule import Rule
+from tests.rewrite.harness import check_rule
 
 
 def rules() -> list[Rule]:

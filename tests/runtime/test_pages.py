@@ -28,7 +28,6 @@ from dsc.ir.verifier import verify
 from dsc.passes.page_cache import PageCache
 from dsc.report import cache_bytes
 from dsc.rewrite.base import PassReport
-from dsc.rewrite.harness import program_of
 from dsc.rewrite.verify import compare_programs
 from dsc.runtime.limit import step_work
 from dsc.runtime.pages import NONE, PagePool
@@ -36,6 +35,7 @@ from dsc.runtime.session import Session
 from tests.backends.canonical_lm import Sizes, canonical_lm
 from tests.backends.test_tvm import RUN, largest_error
 from tests.passes.test_raise_models import stored
+from tests.rewrite.harness import program_of
 from tests.runtime.test_session import small_lm
 from tests.test_report import v3 as v3  # the fixture
 

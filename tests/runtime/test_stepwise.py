@@ -22,14 +22,14 @@ from dsc.ir.ranks import at_rank, run_ranks
 from dsc.ir.samples import sample_inputs
 from dsc.passes.own_outputs import own_outputs
 from dsc.rewrite.manager import Manager
-from dsc.runtime import stepwise
 from dsc.runtime.check_plan import check_plan
 from dsc.runtime.nodes import draft_nodes, plan_nodes
 from dsc.runtime.placing import place
 from dsc.runtime.plan import EntryPlan, Launch
-from dsc.runtime.stepwise import run_planned
 from tests.backends.canonical_lm import Sizes, canonical_lm
 from tests.passes.test_structure import chain
+from tests.runtime import stepwise
+from tests.runtime.stepwise import run_planned
 
 SIZES = {"B": 2, "S": 3, "L": 2, "C": 9, "P": 4}
 
