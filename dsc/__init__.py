@@ -70,44 +70,30 @@ __all__ = [
     "swiglu",
 ]
 
-_LAZY = {
-    "CompiledModel": "dsc.api:CompiledModel",
-    "compile": "dsc.api:compile",
-    "load": "dsc.api:load",
-    "DscError": "dsc.errors:DscError",
-    "explain": "dsc.frontends.explain:explain",
-    "optimize": "dsc.frontends.optimize:optimize",
-    "register_op": "dsc.extend:register_op",
-    "register_rule": "dsc.extend:register_rule",
-    "Profiler": "dsc.runtime.profiler:Profiler",
-    "Session": "dsc.runtime.session:Session",
-    "set_debug_mode": "dsc.settings:set_debug_mode",
-    "set_memory_limit": "dsc.settings:set_memory_limit",
-    "attention": "dsc.frontends.ops:attention",
-    "embedding": "dsc.frontends.ops:embedding",
-    "experts": "dsc.frontends.ops:experts",
-    "latent_attention": "dsc.frontends.ops:latent_attention",
-    "linear": "dsc.frontends.ops:linear",
-    "matmul": "dsc.frontends.ops:matmul",
-    "mla_attention": "dsc.frontends.ops:mla_attention",
-    "rms_norm": "dsc.frontends.ops:rms_norm",
-    "rope": "dsc.frontends.ops:rope",
-    "route": "dsc.frontends.ops:route",
-    "silu": "dsc.frontends.ops:silu",
-    "softmax": "dsc.frontends.ops:softmax",
-    "swiglu": "dsc.frontends.ops:swiglu",
+_PLACES = {
+    "dsc.api": "CompiledModel compile load",
+    "dsc.errors": "DscError",
+    "dsc.extend": "register_op register_rule",
+    "dsc.frontends.explain": "explain",
+    "dsc.frontends.ops": "attention embedding experts latent_attention linear matmul mla_attention"
+    " rms_norm rope route silu softmax swiglu",
+    "dsc.frontends.optimize": "optimize",
+    "dsc.runtime.profiler": "Profiler",
+    "dsc.runtime.session": "Session",
+    "dsc.settings": "set_debug_mode set_memory_limit",
 }
+_LAZY = {name: module for module, names in _PLACES.items() for name in names.split()}
+"""Where each public name is."""
 
 
 if not TYPE_CHECKING:  # a checker reads the imports above instead, and so sees a misspelt name
 
     def __getattr__(name: str) -> object:
         """Load a public name when it is first used (PEP 562)."""
-        place = _LAZY.get(name)
-        if place is None:
+        module = _LAZY.get(name)
+        if module is None:
             raise AttributeError(f"module 'dsc' has no attribute {name!r}")
-        module, _, attribute = place.partition(":")
-        value: object = getattr(import_module(module), attribute)
+        value: object = getattr(import_module(module), name)
         globals()[name] = value
         return value
 

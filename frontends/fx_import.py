@@ -23,8 +23,8 @@ from dsc.frontends.aten import COMPLEX, DROPPED, VIEWS, row_of
 from dsc.frontends.lowering import Complex, Lowering, SymbolicNumber, Unsupported
 from dsc.frontends.symbolic import NotADim, SizeReader
 from dsc.ir.dims import Sym
-from dsc.ir.graph import Graph, Operand, Value, Weight
-from dsc.ir.op import TypeMismatch, lookup
+from dsc.ir.graph import Operand, Value, Weight
+from dsc.ir.op import TypeMismatch
 from dsc.ir.types import DType
 
 PLACEMENT = frozenset({"device", "layout", "memory_format", "pin_memory", "non_blocking"})
@@ -207,17 +207,6 @@ def module_path(node: fx.Node, prefix: str = "") -> str:
     paths = [path for path, _ in stack.values() if not path.startswith("_empty_nn")]
     path = re.sub(r"@\d+|^L\['\w+'\]\.?", "", paths[-1]) if paths else ""
     return (path + ".").removeprefix(prefix).removesuffix(".")
-
-
-def without_dead_nodes(graph: Graph) -> Graph:
-    """The graph without nodes whose results nobody reads, as shape arithmetic leaves behind."""
-    live = {x.name for x in graph.outputs if isinstance(x, Value)}
-    kept = []
-    for node in reversed(graph.nodes):
-        if lookup(node.op).aliases or any(v.name in live for v in node.outputs):
-            kept.append(node)
-            live |= {x.name for x in node.operands if isinstance(x, Value)}
-    return graph.with_nodes(reversed(kept))
 
 
 def source_line(node: fx.Node) -> str:

@@ -20,9 +20,10 @@ import torch
 from torch import Tensor, fx
 
 from dsc.errors import UnsupportedOperator
-from dsc.frontends.fx_import import FxImporter, hint, module_path, source_place, without_dead_nodes
+from dsc.frontends.fx_import import FxImporter, hint, module_path, source_place
 from dsc.frontends.lowering import Unsupported
 from dsc.frontends.partition import is_number
+from dsc.ir.analyses import live
 from dsc.ir.dims import Dim, Range, Sym, bounds, free_symbols, symbol, symbol_name
 from dsc.ir.graph import Graph, Operand
 from dsc.ir.limits import OPEN
@@ -286,7 +287,7 @@ def region_of(
     builder = importer.lowering.builder
     names = tuple(f"out.{i}" for i in range(len(outputs))) if len(outputs) > 1 else ("out",)
     results = [cast(Operand, importer.values[n]) for n in outputs]
-    graph = without_dead_nodes(builder.finish(results, names))
+    graph = live(builder.finish(results, names))
     torch_names = {ours: theirs for theirs, ours in importer.sizes.names.items()}
     sizes: dict[str, fx.Node] = {}
     for name in sorted(_symbols(graph) - _axes(graph).keys()):
@@ -295,7 +296,7 @@ def region_of(
             return None
         sizes[name] = found
         builder.input(f"size.{name}", TensorType(DType.i8, (symbol(name), 0)))
-    graph = without_dead_nodes(builder.finish(results, names))
+    graph = live(builder.finish(results, names))
     known = {n: _facts(outputs[0].graph, torch_names[n]) for n in sorted(_symbols(graph))}
     weights = importer.lowering.constants
     program = Program(

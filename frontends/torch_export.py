@@ -29,9 +29,9 @@ from dsc.frontends.fx_import import (
     GETITEM,
     SYMBOLIC_NUMBERS,
     FxImporter,
-    without_dead_nodes,
 )
 from dsc.frontends.lowering import Complex, Unsupported
+from dsc.ir.analyses import live
 from dsc.ir.dims import Range
 from dsc.ir.graph import Graph, Operand, Weight
 from dsc.ir.limits import OPEN
@@ -226,7 +226,7 @@ class _Importer(FxImporter):
         builder = self.lowering.builder
         inputs = [v.name for v in builder.inputs]
         pairs = tuple((names.index(out), inputs.index(into)) for out, into in aliases)
-        return without_dead_nodes(builder.finish(outputs, names, pairs))
+        return live(builder.finish(outputs, names, pairs))
 
     def _refuse_mutation(self) -> None:
         signature = self.exported.graph_signature

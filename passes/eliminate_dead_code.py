@@ -19,9 +19,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from dsc.ir.analyses import live
 from dsc.ir.program import Program
 from dsc.rewrite.base import Pass, PassReport
-from dsc.rewrite.driver import live
 
 
 @dataclass(frozen=True)

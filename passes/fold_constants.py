@@ -28,6 +28,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+from dsc.ir.analyses import live
 from dsc.ir.dims import Sym
 from dsc.ir.graph import Graph, GraphBuilder, Node, Operand, Value, Weight
 from dsc.ir.op import lookup, traits_of
@@ -36,7 +37,7 @@ from dsc.ir.traits import Role
 from dsc.ir.types import TensorType
 from dsc.ir.weights import Apply, MetaSource, WeightExpr, apply, evaluate, sources
 from dsc.rewrite.base import Pass, PassReport
-from dsc.rewrite.driver import live, substitute
+from dsc.rewrite.driver import substitute
 from dsc.rewrite.options import option
 
 _NOTHING = MetaSource({})

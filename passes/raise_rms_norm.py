@@ -33,7 +33,7 @@ from dsc.rewrite import pattern as patterns
 from dsc.rewrite.driver import RaisePass
 from dsc.rewrite.rule import Facts, Match, Reject, Result, RewriteBuilder, Rule, reject
 
-_NORM = """graph g(%x: f32[B,S,8], @w: f32[8]) {{
+_NORM = """graph g(%x: f32[B,S,8], %z: f32[B,S,8], @w: f32[8]) {{
   %s = {square} : f32[B,S,8]
   %m = mean %s {{axes=[{axis}], keepdims=true}}
   %e = full {{dtype=f32, shape=[], value=1e-05}}
@@ -80,26 +80,8 @@ class RmsNorm(Rule):
 }""",
     )
     near_misses: ClassVar[Mapping[str, str]] = {
-        "the mean is over another axis": """graph g(%x: f32[8,8], @w: f32[8]) {
-  %s = square %x
-  %m = mean %s {axes=[0], keepdims=true}
-  %e = full {dtype=f32, shape=[], value=1e-06}
-  %a = add %m, %e
-  %r = rsqrt %a
-  %n = mul %x, %r
-  %y = mul @w, %n
-  return %y
-}""",
-        "what is squared is not what is scaled": """graph g(%x: f32[8], %z: f32[8], @w: f32[8]) {
-  %s = square %z
-  %m = mean %s {axes=[0], keepdims=true}
-  %e = full {dtype=f32, shape=[], value=1e-06}
-  %a = add %m, %e
-  %r = rsqrt %a
-  %n = mul %x, %r
-  %y = mul @w, %n
-  return %y
-}""",
+        "the mean is over another axis": _norm(axis="1"),
+        "what is squared is not what is scaled": _norm(square="square %z"),
         "the unweighted value is needed as well": _norm(also=", %n"),
     }
 

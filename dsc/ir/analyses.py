@@ -43,6 +43,19 @@ def producers(graph: Graph) -> dict[str, Node]:
     return {v.name: node for node in graph.nodes for v in node.outputs}
 
 
+def live(graph: Graph) -> Graph:
+    """The graph without nodes whose results nobody reads; itself when there are none."""
+    needed = {x.name for x in graph.outputs if not isinstance(x, Weight)}
+    kept: list[Node] = []
+    for node in reversed(graph.nodes):
+        if any(v.name in needed for v in node.outputs):
+            kept.append(node)
+            needed |= {x.name for x in node.operands if isinstance(x, Value)}
+    if len(kept) == len(graph.nodes):
+        return graph
+    return graph.with_nodes(reversed(kept))
+
+
 def last_uses(graph: Graph) -> dict[int, list[str]]:
     """Names of the values that are dead after each node, by the node's position.
 

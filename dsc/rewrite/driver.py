@@ -10,7 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
-from dsc.ir.graph import Graph, GraphBuilder, Node, Operand, Value, Weight
+from dsc.ir.analyses import live
+from dsc.ir.graph import Graph, GraphBuilder, Node, Operand, Value
 from dsc.ir.program import Program
 from dsc.ir.stages import Stage
 from dsc.ir.weights import WeightExpr
@@ -218,16 +219,3 @@ def _final(operand: Operand, env: Mapping[str, Operand]) -> Operand:
     while isinstance(operand, Value) and operand.name in env:
         operand = env[operand.name]
     return operand
-
-
-def live(graph: Graph) -> Graph:
-    """The graph without nodes whose results nobody reads; itself when there are none."""
-    needed = {x.name for x in graph.outputs if not isinstance(x, Weight)}
-    kept: list[Node] = []
-    for node in reversed(graph.nodes):
-        if any(v.name in needed for v in node.outputs):
-            kept.append(node)
-            needed |= {x.name for x in node.operands if isinstance(x, Value)}
-    if len(kept) == len(graph.nodes):
-        return graph
-    return graph.with_nodes(reversed(kept))

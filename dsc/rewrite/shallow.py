@@ -13,12 +13,11 @@ from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import groupby
 
-from dsc.ir.analyses import structural_hash
+from dsc.ir.analyses import live, structural_hash
 from dsc.ir.graph import Graph, Node, Operand, Value, Weight
 from dsc.ir.layers import layer_number
 from dsc.ir.program import Program
 from dsc.ir.weights import Source, WeightExpr
-from dsc.rewrite.driver import live
 
 _NUMBER = re.compile(r"\d+")
 _FEWEST = 3

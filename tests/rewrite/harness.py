@@ -23,6 +23,7 @@ from dsc.ir.weights import evaluate, random_source, sources
 from dsc.rewrite.base import EXACT, Pass, PassReport
 from dsc.rewrite.driver import sweep
 from dsc.rewrite.rule import Rule
+from dsc.rewrite.verify import relative_difference, same_bits
 
 if TYPE_CHECKING:
     import torch
@@ -106,20 +107,15 @@ def compare(
     wanted: Mapping[str, torch.Tensor], found: Mapping[str, torch.Tensor], tolerance: float
 ) -> str:
     """How results differ beyond a tolerance; empty when they do not. 0 compares bit for bit."""
-    import torch
-
     for name, a in wanted.items():
         b = found[name]
         if a.dtype != b.dtype or a.shape != b.shape:
             return f"{name} is {b.dtype} {tuple(b.shape)}, {a.dtype} {tuple(a.shape)} before"
         if tolerance == EXACT or not a.is_floating_point():
-            if not torch.equal(a, b):
+            if not same_bits(a, b):
                 return f"{name} is not equal bit for bit"
-            continue
-        error = (a.double() - b.double()).abs().max().item() if a.numel() else 0.0
-        limit = tolerance * max(1.0, a.double().abs().max().item() if a.numel() else 0.0)
-        if not error <= limit:
-            return f"{name} is off by {error:.3g}, {limit:.3g} allowed"
+        elif not (error := relative_difference(a, b)) <= tolerance:
+            return f"{name} is off by {error:.3g}, {tolerance:.3g} allowed"
     return ""
 
 

@@ -8,6 +8,7 @@ error. On one rank each collective is the identity. The references speak to the 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from dsc.ir.dims import Dim
@@ -166,9 +167,11 @@ def _demand_all_to_all(call: Sized) -> None:
     call.system.divisible(call["x"][axis], call.attrs["ranks"])
 
 
+_traits = partial(Traits, Role.COLLECTIVE, Form.COLLECTIVE, lane=COLLECTIVE)
+
 all_reduce = op(
     "all_reduce(x: T[*n]; ranks: int) -> T[*n]",
-    Traits(Role.COLLECTIVE, Form.COLLECTIVE, lane=COLLECTIVE),
+    _traits(),
     reference=_all_reduce,
     doc="The sum of x over all ranks, in order of rank: every rank gets the same bits.",
     example="f32[2,3] {ranks=1}",
@@ -176,12 +179,7 @@ all_reduce = op(
 )
 all_gather = op(
     "all_gather(x: T[...]; axis: int, ranks: int) -> T[...]",
-    Traits(
-        Role.COLLECTIVE,
-        Form.COLLECTIVE,
-        lane=COLLECTIVE,
-        demand=lambda c: demand_parts(c, [c["x"]] * c.attrs["ranks"], c.outs[0]),
-    ),
+    _traits(demand=lambda c: demand_parts(c, [c["x"]] * c.attrs["ranks"], c.outs[0])),
     reference=_all_gather,
     doc="The x of all ranks, one after another along an axis, in order of rank.",
     example="f32[2,3] {axis=-1, ranks=1}",
@@ -189,12 +187,7 @@ all_gather = op(
 )
 reduce_scatter = op(
     "reduce_scatter(x: T[...]; axis: int, ranks: int) -> T[...]",
-    Traits(
-        Role.COLLECTIVE,
-        Form.COLLECTIVE,
-        lane=COLLECTIVE,
-        demand=lambda c: demand_parts(c, [*c.outs] * c.attrs["ranks"], c["x"]),
-    ),
+    _traits(demand=lambda c: demand_parts(c, [*c.outs] * c.attrs["ranks"], c["x"])),
     reference=_reduce_scatter,
     doc="The sum of x over all ranks, of which rank r keeps part r of an axis.",
     example="f32[2,4] {axis=1, ranks=1}",
@@ -202,7 +195,7 @@ reduce_scatter = op(
 )
 all_to_all = op(
     "all_to_all(x: T[...]; axis: int, ranks: int) -> T[...]",
-    Traits(Role.COLLECTIVE, Form.COLLECTIVE, lane=COLLECTIVE, demand=_demand_all_to_all),
+    _traits(demand=_demand_all_to_all),
     reference=_all_to_all,
     doc="Part r of an axis goes to rank r; what came, in order of rank, takes its place.",
     example="f32[4,3] {axis=0, ranks=1}",
@@ -210,7 +203,7 @@ all_to_all = op(
 )
 send = op(
     "send(x: T[*n]; to: int) -> T[*n]",
-    Traits(Role.COLLECTIVE, Form.COLLECTIVE, lane=COLLECTIVE),
+    _traits(),
     reference=_send,
     doc="Give x to another rank, and pass it on. To the rank itself: nothing else happens.",
     example="f32[2,3] {to=0}",
@@ -218,7 +211,7 @@ send = op(
 )
 recv = op(
     "recv(x: T[*n]; source: int) -> T[*n]",
-    Traits(Role.COLLECTIVE, Form.COLLECTIVE, lane=COLLECTIVE),
+    _traits(),
     reference=_recv,
     doc="What rank `source` sends, of the type of x. From the rank itself: x.",
     example="f32[2,3] {source=0}",
