@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from dsc.backends.triton.driver import Argument, Driver, Function, Launch
+from dsc.backends.triton.driver import Argument, Driver, Function, NoDevice, ReadyLaunch
 from dsc.backends.triton.launch import Kernel, LaunchProgram
 from dsc.backends.triton.schedule import Address, Call, Schedule, resolve
 from dsc.errors import BackendUnavailable
@@ -56,7 +56,7 @@ class Replay:
 
     schedule: Schedule
     addresses: Mapping[int, int] | None = None
-    launches: Sequence[Launch] = ()
+    launches: Sequence[ReadyLaunch] = ()
     graph: ctypes.c_void_p | None = None
 
     def forget(self, driver: Driver) -> None:
@@ -103,7 +103,11 @@ class CudaExecutable(Admitted):
     def __init__(
         self, folder: Path, weights: Path, program: Program, driver: Driver | None = None
     ) -> None:
-        self._driver = driver or Driver()
+        try:
+            self._driver = driver or Driver()
+        except NoDevice as missing:
+            hint = "run it on a machine with an NVIDIA GPU and its driver, or in the interpreter"
+            raise BackendUnavailable(str(missing), hint) from None
         if self._driver.arch != folder.name:
             hint = f"compile with --target cuda:{self._driver.arch}"
             found = f"the binaries are for {folder.name}, the device is {self._driver.arch}"
@@ -206,7 +210,7 @@ class CudaExecutable(Admitted):
 
     def _prepare(
         self, lowered: EntryPlan, schedule: Schedule, addresses: Mapping[int, int]
-    ) -> list[Launch]:
+    ) -> list[ReadyLaunch]:
         places = dict(addresses)
         for number, buffer in enumerate(lowered.buffers):
             if buffer.region == WEIGHT:

@@ -1,7 +1,8 @@
 """The part of the CUDA driver that running a compiled artifact takes, through ctypes.
 
-Nothing here needs the CUDA toolkit, torch or triton: `libcuda` comes with the GPU's driver. Names
-and meanings of the calls are those of the CUDA Driver API reference.
+Nothing here needs the CUDA toolkit, torch, triton or the rest of dsc, for run.py holds it too:
+`libcuda` comes with the GPU's driver. Names and meanings of the calls are those of the CUDA Driver
+API reference.
 """
 
 from __future__ import annotations
@@ -11,15 +12,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from dsc.errors import BackendUnavailable
-
 Argument: TypeAlias = "ctypes._SimpleCData[int]"
 
 _MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 _COMPUTE_MAJOR, _COMPUTE_MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_*
 _CAPTURE_THREAD_LOCAL = 1  # CU_STREAM_CAPTURE_MODE_THREAD_LOCAL: other threads may allocate
 _STATIC_SHARED = 48 * 1024  # above this a kernel must ask for its shared memory
-_HINT = "run it on a machine with an NVIDIA GPU and its driver, or in the interpreter"
+
+
+class NoDevice(RuntimeError):
+    """There is no GPU here that a driver answers for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +35,7 @@ class Function:
 
 
 @dataclass(frozen=True, slots=True)
-class Launch:
+class ReadyLaunch:
     """A kernel call in the form that the driver takes; `arguments` keeps what `pointers` name."""
 
     function: Function
@@ -49,14 +51,14 @@ class Driver:
         try:
             self._cuda = ctypes.CDLL("libcuda.so.1")
         except OSError:
-            raise BackendUnavailable("no CUDA driver on this machine", _HINT) from None
+            raise NoDevice("there is no driver of an NVIDIA GPU on this machine") from None
         _declare(self._cuda)
         if self._cuda.cuInit(0) != 0:
-            raise BackendUnavailable("the CUDA driver does not start", _HINT)
+            raise NoDevice("the CUDA driver does not start")
         count = ctypes.c_int()
         self._check("cuDeviceGetCount", ctypes.byref(count))
         if count.value <= device:
-            raise BackendUnavailable(f"no CUDA device {device}", _HINT)
+            raise NoDevice(f"there is no CUDA device {device}")
         self._device = ctypes.c_int()
         self._check("cuDeviceGet", ctypes.byref(self._device), device)
         self._context = ctypes.c_void_p()
@@ -119,14 +121,14 @@ class Driver:
 
     def prepare(
         self, function: Function, grid: tuple[int, int, int], arguments: Sequence[Argument]
-    ) -> Launch:
+    ) -> ReadyLaunch:
         """A launch to queue many times. Parameters past `arguments` are Triton's, all null."""
         hidden = [ctypes.c_uint64(0) for _ in range(function.parameters - len(arguments))]
         values = [*arguments, *hidden]
         pointers = (ctypes.c_void_p * len(values))(*(ctypes.addressof(v) for v in values))
-        return Launch(function, grid, values, pointers)
+        return ReadyLaunch(function, grid, values, pointers)
 
-    def launch(self, launch: Launch) -> None:
+    def launch(self, launch: ReadyLaunch) -> None:
         """Queue a kernel."""
         function = launch.function
         self._check(
@@ -134,7 +136,7 @@ class Driver:
             function.shared, self._stream, launch.pointers, None,
         )  # fmt: skip
 
-    def capture(self, launches: Sequence[Launch]) -> ctypes.c_void_p:
+    def capture(self, launches: Sequence[ReadyLaunch]) -> ctypes.c_void_p:
         """Launches as one graph, which `replay` queues at once. Runs nothing."""
         graph, ready = ctypes.c_void_p(), ctypes.c_void_p()
         self._check("cuStreamBeginCapture_v2", self._stream, _CAPTURE_THREAD_LOCAL)

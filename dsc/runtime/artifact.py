@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import dsc
 from dsc._version import __version__
 from dsc.errors import ArtifactError, UsageError
 from dsc.files import check_makeable, check_room, named, replacing
@@ -204,12 +206,14 @@ def check_hashes(folder: Path) -> int:
 
 
 def run_script(runner: str) -> str:
-    """The text of run.py: a backend's module, with what it imports of dsc written out."""
-    shared = Path(__file__).with_name("standalone.py").read_text()
-    before, _, rest = runner.partition("from dsc.runtime.standalone import ")
-    shared = shared.partition("import annotations\n")[2].strip()
-    rest = rest.partition("\n")[2].strip()
-    return f'{before}{shared}\n\n\n{rest}\n\n\nif __name__ == "__main__":\n    main(Model)\n'
+    """The text of run.py: a backend's module, with the modules of dsc that it reads written out."""
+
+    def written_out(line: re.Match[str]) -> str:
+        module = Path(dsc.__file__).parent.joinpath(*line[1].split(".")).with_suffix(".py")
+        return module.read_text().partition("import annotations\n")[2].strip() + "\n\n\n"
+
+    whole = re.sub(r"^from dsc\.([\w.]+) import .*\n+", written_out, runner, flags=re.MULTILINE)
+    return f'{whole.rstrip()}\n\n\nif __name__ == "__main__":\n    main(Model)\n'
 
 
 def _steps(program: Program) -> dict[str, Any]:

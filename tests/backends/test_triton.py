@@ -21,7 +21,7 @@ from dsc.backends.base import EmitOptions, No, Yes
 from dsc.backends.triton import TritonBackend
 from dsc.backends.triton.context import access, template
 from dsc.backends.triton.cuda import CudaExecutable
-from dsc.backends.triton.driver import Driver, Function, Launch
+from dsc.backends.triton.driver import Driver, Function, ReadyLaunch
 from dsc.backends.triton.launch import LaunchProgram
 from dsc.backends.triton.program import lower_program
 from dsc.errors import ArtifactError, BackendUnavailable, UnsupportedOperator, UsageError
@@ -274,12 +274,12 @@ class FakeDriver(Driver):
     def download(self, target: int, source: int, size: int) -> None:
         ctypes.memmove(target, source, size)
 
-    def launch(self, launch: Launch) -> None:
+    def launch(self, launch: ReadyLaunch) -> None:
         assert len(launch.arguments) == launch.function.parameters
         values = [a.value for a in launch.arguments]
         self.launched.append((launch.function, launch.grid, values))
 
-    def capture(self, launches: Sequence[Launch]) -> Any:
+    def capture(self, launches: Sequence[ReadyLaunch]) -> Any:
         return list(launches)
 
     def replay(self, graph: Any) -> None:
@@ -379,8 +379,8 @@ def test_no_driver_is_said_so() -> None:
 
     if gpus():
         pytest.skip("this machine has a GPU")
-    with pytest.raises(BackendUnavailable, match="CUDA"):
-        Driver()
+    with pytest.raises(BackendUnavailable, match="no driver of an NVIDIA GPU"):
+        CudaExecutable(Path("sm_90"), Path("absent"), Program("none", {}))
 
 
 def test_hip_binaries_are_not_launched(model: Program, tmp_path: Path) -> None:
