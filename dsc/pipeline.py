@@ -76,94 +76,77 @@ class Slot:
 
     part: Part
     name: str
-    attribute: str
     applies: Callable[[Setting], bool] = lambda _: True
     options: Callable[[Setting], Mapping[str, Any]] = lambda _: {}
 
     @property
     def place(self) -> str:
         """Where the pass is, as `module:Class`."""
-        return f"dsc.passes.{self.name}:{self.attribute}"
+        return f"dsc.passes.{self.name}:{''.join(map(str.capitalize, self.name.split('_')))}"
 
 
-def _raise(name: str, attribute: str) -> Slot:
-    return Slot(Part.RAISE, name, attribute, lambda s: s.program.stage < Stage.CANONICAL)
-
-
+RAISE = (
+    "fold_empty",
+    "fold_constants",
+    "canonicalise_views",
+    "eliminate_common_subexpressions",
+    "raise_registered",
+    "raise_rms_norm",
+    "raise_swiglu",
+    "raise_rope",
+    "raise_attention",
+    "raise_append",
+    "raise_mla",
+    "raise_router",
+    "raise_experts",
+    "raise_select_rows",
+    "spell_out_sdpa",
+    "eliminate_dead_code",
+    "raise_canonical",
+    "name_values",
+)
+"""What makes canonical operators of what was traced, in this order."""
 SLOTS = (
-    _raise("fold_empty", "FoldEmpty"),
-    _raise("fold_constants", "FoldConstants"),
-    _raise("canonicalise_views", "CanonicaliseViews"),
-    _raise("eliminate_common_subexpressions", "EliminateCommonSubexpressions"),
-    _raise("raise_registered", "RaiseRegistered"),
-    _raise("raise_rms_norm", "RaiseRmsNorm"),
-    _raise("raise_swiglu", "RaiseSwiglu"),
-    _raise("raise_rope", "RaiseRope"),
-    _raise("raise_attention", "RaiseAttention"),
-    _raise("raise_append", "RaiseAppend"),
-    _raise("raise_mla", "RaiseMla"),
-    _raise("raise_router", "RaiseRouter"),
-    _raise("raise_experts", "RaiseExperts"),
-    _raise("raise_select_rows", "RaiseSelectRows"),
-    _raise("spell_out_sdpa", "SpellOutSdpa"),
-    _raise("eliminate_dead_code", "EliminateDeadCode"),
-    _raise("raise_canonical", "RaiseCanonical"),
-    _raise("name_values", "NameValues"),
+    *(Slot(Part.RAISE, name, lambda s: s.program.stage < Stage.CANONICAL) for name in RAISE),
     Slot(
-        Part.OPTIMISE, "merge_shared_expert", "MergeSharedExpert",
+        Part.OPTIMISE, "merge_shared_expert",
         lambda s: s.can.shared_experts and s.asked.ranks == 1
         and s.asked.fusion_level >= HORIZONTAL,
     ),
+    Slot(Part.OPTIMISE, "specialise_entries", options=lambda s: {"entries": s.can.entries}),
+    Slot(Part.OPTIMISE, "absorb_mla", lambda s: s.can.absorbed),
     Slot(
-        Part.OPTIMISE, "specialise_entries", "SpecialiseEntries",
-        options=lambda s: {"entries": s.can.entries},
-    ),
-    Slot(Part.OPTIMISE, "absorb_mla", "AbsorbMla", lambda s: s.can.absorbed),
-    Slot(
-        Part.OPTIMISE, "append_cache_in_place", "AppendCacheInPlace",
+        Part.OPTIMISE, "append_cache_in_place",
         lambda s: s.can.in_place_cache and s.asked.cache != PAGED,
         lambda s: {"slack": s.asked.prefill_chunk},
     ),
     Slot(
-        Part.OPTIMISE, "page_cache", "PageCache",
-        lambda s: s.asked.cache == PAGED,
+        Part.OPTIMISE, "page_cache", lambda s: s.asked.cache == PAGED,
         lambda s: {"slack": s.asked.prefill_chunk},
     ),
     Slot(
-        Part.OPTIMISE, "shard", "Shard",
-        lambda s: s.asked.ranks != 1,
+        Part.OPTIMISE, "shard", lambda s: s.asked.ranks != 1,
         lambda s: {"ranks": s.asked.ranks, "parallel": s.asked.parallel},
     ),
     Slot(
-        Part.OPTIMISE, "lower_moe_dispatch", "LowerMoeDispatch",
-        lambda s: s.can.experts is not None,
+        Part.OPTIMISE, "lower_moe_dispatch", lambda s: s.can.experts is not None,
         lambda s: {"kernels": s.can.experts},
     ),
+    Slot(Part.OPTIMISE, "merge_projections", lambda s: s.can.fuse >= EPILOGUES),
+    Slot(Part.OPTIMISE, "choose_formats", options=lambda s: {"formats": s.can.formats}),
     Slot(
-        Part.OPTIMISE, "merge_projections", "MergeProjections",
-        lambda s: s.can.fuse >= EPILOGUES,
-    ),
-    Slot(
-        Part.OPTIMISE, "choose_formats", "ChooseFormats",
-        options=lambda s: {"formats": s.can.formats},
-    ),
-    Slot(
-        Part.LOWER, "fuse", "Fuse",
+        Part.LOWER, "fuse",
         options=lambda s: {
             "level": min(s.asked.fusion_level, s.can.fuse),
             "limits": s.can.regions,
             "asked": s.asked.fusion_level if s.asked.fusion_level > s.can.fuse else None,
         },
     ),
-    Slot(Part.LOWER, "own_outputs", "OwnOutputs"),
-    Slot(
-        Part.EMIT, "cut_at_collectives", "CutAtCollectives",
-        lambda s: s.asked.ranks != 1 and not s.can.collectives,
-    ),
+    Slot(Part.LOWER, "own_outputs"),
+    Slot(Part.EMIT, "cut_at_collectives", lambda s: s.asked.ranks != 1 and not s.can.collectives),
 )  # fmt: skip
 PASSES: Mapping[str, str] = {slot.name: slot.place for slot in SLOTS}
 """Every pass by name, in order, and where it is."""
-RAISE = tuple(slot.name for slot in SLOTS if slot.part is Part.RAISE)
 _EMIT = tuple(slot.name for slot in SLOTS if slot.part is Part.EMIT)
 
 
