@@ -121,7 +121,7 @@ def prove(m: Match, place: Sequence[int]) -> dict[str, Any] | str:
     if small is None:
         return "no small widths are consistent with its own"
     graph = lift.resized(widened(region.graph), small)
-    inputs = [Value(v.name, v.type) for v in graph.inputs]
+    inputs = [*graph.inputs]
     y = graph.outputs[0]
     assert isinstance(y, Value)
     experts = small.get(e, e)

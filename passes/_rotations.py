@@ -53,7 +53,7 @@ def prove(m: Match) -> dict[str, Any] | str:
     region: lift.Region = m.region
     graph = widened(region.graph)
     place = {role: region.leaves.index(m.get(role)) for role in _ROLES}
-    leaves = [Value(v.name, v.type) for v in graph.inputs]
+    leaves = [*graph.inputs]
 
     def tensors(sizes: dict[str, int], seed: int) -> list[torch.Tensor]:
         made = [torch.empty(0)] * 3

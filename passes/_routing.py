@@ -74,7 +74,7 @@ def prove(
     chosen indices and their weights.
     """
     graph = widened(region.graph)
-    inputs = [Value(v.name, v.type) for v in graph.inputs]
+    inputs = [*graph.inputs]
     idx, w = graph.outputs
     assert isinstance(idx, Value)
     assert isinstance(w, Value)

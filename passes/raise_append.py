@@ -112,9 +112,7 @@ class Append(Rule):
         region = lift.cut(scope, [node.output], lambda v: v.name in (new.name, past.name))
         if region is None or {x.name for x in region.leaves} - {past.name, new.name, LENGTHS}:
             return reject("what is appended depends on more than cache, new rows and lengths", past)
-        values = {"past": past, "new": new, "lengths": lengths, "region": region}
-        shared = frozenset(id(n) for n in region.nodes if n is not node)
-        return Match(values, region.nodes, node.outputs, node, scope, shared)
+        return lift.matched(scope, node, region, past=past, new=new, lengths=lengths)
 
     def check(self, m: Match) -> Facts | Reject:
         """Prove it: for ragged lengths where the region reads them, else for a full past."""
@@ -173,7 +171,7 @@ def _prove(m: Match, rows: tuple[Dim, ...]) -> str:
     graph = widened(region.graph)
     ragged = m.lengths in region.leaves
     leaves = [*region.leaves] + ([] if ragged else [m.lengths])
-    inputs = [Value(v.name, v.type) for v in graph.inputs]
+    inputs = [*graph.inputs]
     if not ragged:  # the region does not read lengths; the candidate does
         inputs.append(Value(f"in.{len(inputs)}", m.lengths.type))
         graph = Graph(graph.name, tuple(inputs), graph.nodes, graph.outputs, graph.output_names)

@@ -234,7 +234,7 @@ def _prove(found: Spelling, region: lift.Region) -> str:
     import torch
 
     graph = widened(region.graph)
-    inputs = [Value(v.name, v.type) for v in graph.inputs]
+    inputs = [*graph.inputs]
     place = [region.leaves.index(x) for x in (found.q, found.k, found.v)]
 
     def body(b: GraphBuilder, *xs: Value) -> Operand:

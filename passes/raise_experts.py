@@ -138,10 +138,8 @@ class Experts(Rule):
             if idx.type.shape[:-1] != x.type.shape[:-1] or share.type.shape != idx.type.shape:
                 why = reject("tokens, choices and weights differ in shape", x, idx, share)
                 continue
-            values = dict(x=x, idx=idx, w=share, down=down, gate_up=gate_up, region=region)
-            own = tuple(n for n in region.nodes if n is not later)
-            shared = frozenset(id(n) for n in own)
-            yield Match(values, (*own, later), later.outputs, later, scope, shared)
+            values = dict(x=x, idx=idx, w=share, down=down, gate_up=gate_up)
+            yield lift.matched(scope, later, region, **values)
         yield why
 
     def check(self, m: Match) -> Facts | Reject:
@@ -203,14 +201,8 @@ def _tokens(scope: Scope, first: Node, last: Node) -> Iterator[Value]:
     width = last.output.type.shape
     found: list[Value] = []
     for operand in first.operands:
-        seen: Operand = operand
-        while isinstance(seen, Value):
-            if seen.type.dtype.is_float and seen.type.shape[-1] in width:
-                found.append(seen)
-            made = scope.producer(seen)
-            if made is None or made.op not in _MOVES:
-                break
-            seen = made.operands[0]
+        seen = (x for x in scope.viewed(operand, _MOVES) if isinstance(x, Value))
+        found += (x for x in seen if x.type.dtype.is_float and x.type.shape[-1] in width)
     yield from reversed(found)
 
 

@@ -31,7 +31,7 @@ After          graph main(%qn: f32[B,S,2,3], %qr: f32[B,S,2,4], %c: f32[B,T,6],
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -92,7 +92,7 @@ class MlaAttention(Rule):
 
     def propose(self, scope: Scope, node: Node) -> Match | Reject | None:
         """Queries and keys in two parts; k_nope and values from one projection."""
-        q, k, v, *lengths = node.inputs
+        q, k, v, *lengths = node.operands
         queries, keys = _halves(scope, q), _halves(scope, k)
         if queries is None or keys is None:
             return None
@@ -104,7 +104,7 @@ class MlaAttention(Rule):
         of_keys, of_values = _projection(scope, keys[0]), _projection(scope, v)
         if of_keys is None or of_values is not of_keys:
             return reject("keys and values are not parts of one projection", keys[0])
-        if not lengths or lengths[0] is None:
+        if not lengths:
             return reject("the mask is not by lengths", node.output)
         return self._region(scope, node, queries, keys[1], of_keys, lengths[0])
 
@@ -136,9 +136,7 @@ class MlaAttention(Rule):
         region = lift.cut(scope, [node.output], lambda x: x.name in names)
         if region is None or {x.name for x in region.leaves} != names:
             return reject("the attention reads more than queries, latent and rope key", node.output)
-        own = tuple(n for n in region.nodes if n is not node)
-        shared = frozenset(id(n) for n in own)
-        return Match({**values, "region": region}, (*own, node), node.outputs, node, scope, shared)
+        return lift.matched(scope, node, region, **values)
 
     def check(self, m: Match) -> Facts | Reject:
         """Prove it at reduced widths."""
@@ -161,19 +159,9 @@ def _emit(b: GraphBuilder, *operands: Operand, scale: float) -> Operand:
     return b.call("mla_attention", *operands, scale=scale)[0]
 
 
-def _chain(scope: Scope, operand: Operand | None, ops: frozenset[str]) -> Iterator[Operand]:
-    """`operand` and what it views, nearest first."""
-    while operand is not None:
-        yield operand
-        node = scope.producer(operand)
-        if node is None or node.op not in ops:
-            return
-        operand = node.inputs[0]
-
-
-def _halves(scope: Scope, operand: Operand | None) -> tuple[Operand, Operand] | None:
+def _halves(scope: Scope, operand: Operand) -> tuple[Operand, Operand] | None:
     """The two parts of a concat along the last axis, seen through moves of the other axes."""
-    for seen in _chain(scope, operand, frozenset({"permute", "cast", "reshape"})):
+    for seen in scope.viewed(operand, frozenset({"permute", "cast", "reshape"})):
         node = scope.producer(seen)
         if node is not None and node.op == "concat" and len(node.operands) == 2:
             last = axis_of(node.attrs["axis"], node.output.type.rank) == node.output.type.rank - 1
@@ -181,9 +169,9 @@ def _halves(scope: Scope, operand: Operand | None) -> tuple[Operand, Operand] | 
     return None
 
 
-def _projection(scope: Scope, operand: Operand | None) -> Node | None:
+def _projection(scope: Scope, operand: Operand) -> Node | None:
     """The linear that `operand` is a view of, without a bias and by a weight."""
-    for seen in _chain(scope, operand, VIEWS | {"cast"}):
+    for seen in scope.viewed(operand, VIEWS | {"cast"}):
         node = scope.producer(seen)
         if node is not None and node.op == "linear" and len(node.inputs) == 2:
             return node if isinstance(node.inputs[1], Weight) else None
@@ -193,7 +181,7 @@ def _projection(scope: Scope, operand: Operand | None) -> Node | None:
 def _as_shape(scope: Scope, operand: Operand, shape: tuple[Dim, ...]) -> Operand | None:
     """The farthest value of this shape that `operand` shows; it may be `operand` itself."""
     wanted = operand.type.with_shape(shape)
-    found = [x for x in _chain(scope, operand, _SAME_ELEMENTS) if x.type == wanted]
+    found = [x for x in scope.viewed(operand, _SAME_ELEMENTS) if x.type == wanted]
     return found[-1] if found else None
 
 
@@ -211,7 +199,7 @@ def _prove(m: Match) -> str:
     if small is None:
         return "no small widths are consistent with its own"
     graph = lift.resized(widened(region.graph), small)
-    inputs = [Value(x.name, x.type) for x in graph.inputs]
+    inputs = [*graph.inputs]
     place = [region.leaves.index(m.get(role)) for role in _ROLES]
     scale = m.root.attrs["scale"]
     candidate = lift.build(inputs, lambda b, *xs: _emit(b, *(xs[i] for i in place), scale=scale))

@@ -36,7 +36,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-from dsc.ir.graph import Node, Operand, Value, Weight
+from dsc.ir.graph import Node, Value, Weight
 from dsc.ir.ops.shape import normalised_dims
 from dsc.ir.types import DType
 from dsc.passes._rotations import emit, prove
@@ -150,7 +150,7 @@ def _rotated_operand(node: Node, tables: set[str]) -> Value | None:
 
 def _join(scope: Scope, node: Node, start: Value, tables: set[str]) -> Match | Reject:
     """The first value after `node` that turns one whole x, as a match."""
-    origins = list(_origins(scope, start))
+    origins = [x for x in scope.viewed(start, _SOURCE) if isinstance(x, Value)]
     nearly: Match | None = None
     for later in scope.forward(node.output, limit=16):
         found = _turned(scope, later, origins)
@@ -201,17 +201,6 @@ def _alike(x: Value, y: Value) -> bool:
         map(str, normalised_dims(tuple(b)))
     )
     return same and last == final and x.type.dtype == y.type.dtype
-
-
-def _origins(scope: Scope, start: Value) -> Iterator[Value]:
-    """`start` and the values it is a view of, nearest first."""
-    operand: Operand | None = start
-    while isinstance(operand, Value):
-        yield operand
-        node = scope.producer(operand)
-        if node is None or node.op not in _SOURCE:
-            return
-        operand = node.inputs[0]
 
 
 def _match(scope: Scope, root: Node, x: Value) -> Match | None:

@@ -102,9 +102,9 @@ class Route(Rule):
         if linear is None or any(n.op == "topk" for n in scope.forward(idx, limit=12)):
             return None
         experts, width = linear.operands[1].type.shape
-        seen = _views(scope, linear.operands[0], _OF_TOKENS)
-        x = [v for v in seen if v.type.shape[-1:] == (width,)][-1]
-        gate = _views(scope, linear.operands[1], frozenset({"cast"}))[-1]
+        seen = scope.viewed(linear.operands[0], _OF_TOKENS)
+        *_, x = (v for v in seen if v.type.shape[-1:] == (width,))
+        gate = scope.through(linear.operands[1], frozenset({"cast"}))
         known = {x.name, gate.name}
         region = lift.cut(scope, [idx], lambda v: v.name in known)
         if region is None:
@@ -159,16 +159,6 @@ class Route(Rule):
 
 def _index(region: lift.Region, value: Operand | None) -> int:
     return region.leaves.index(value) if value is not None and value in region.leaves else -1
-
-
-def _views(scope: Scope, operand: Operand, ops: frozenset[str]) -> list[Operand]:
-    """`operand` and what it views, nearest first."""
-    found = [operand]
-    node = scope.producer(operand)
-    while node is not None and node.op in ops:
-        found.append(node.operands[0])
-        node = scope.producer(found[-1])
-    return found
 
 
 def _scores(scope: Scope, node: Node) -> Node | None:

@@ -20,6 +20,7 @@ from dsc.ir.dims import Dim, evaluate, symbol
 from dsc.ir.graph import Graph, GraphBuilder, Node, Operand, Value
 from dsc.ir.op import TypeMismatch
 from dsc.rewrite.rebuild import Operands, rebuild
+from dsc.rewrite.rule import Match
 from dsc.rewrite.scope import Scope
 
 if TYPE_CHECKING:
@@ -86,6 +87,13 @@ def cut(
     read = {str(x) for n in nodes for x in n.operands} | {str(v) for v in outputs}
     used = tuple(x for key, x in leaves.items() if key in read)
     return Region(as_graph(used, nodes, outputs), used, tuple(nodes))
+
+
+def matched(scope: Scope, root: Node, region: Region, **values: Any) -> Match:
+    """A match of a region that ends in `root`; its other nodes may be read outside of it."""
+    own = tuple(n for n in region.nodes if n is not root)
+    shared = frozenset(map(id, own))
+    return Match({**values, "region": region}, (*own, root), root.outputs, root, scope, shared)
 
 
 def as_graph(leaves: Sequence[Operand], nodes: Iterable[Node], outputs: Sequence[Value]) -> Graph:

@@ -73,11 +73,17 @@ class Scope:
 
     def through(self, operand: Operand, ops: frozenset[str]) -> Operand:
         """`operand` seen through the first operand of nodes in `ops`: the value they view."""
+        *_, last = self.viewed(operand, ops)
+        return last
+
+    def viewed(self, operand: Operand, ops: frozenset[str]) -> Iterator[Operand]:
+        """`operand` and what it is through the first operands of nodes in `ops`, nearest first."""
+        yield operand
         node = self.producer(operand)
         while node is not None and node.op in ops and node.inputs[0] is not None:
             operand = node.inputs[0]
+            yield operand
             node = self.producer(operand)
-        return operand
 
     def forward(self, start: Value, limit: int = 80) -> Iterator[Node]:
         """Nodes that depend on `start`, in graph order, at most `limit` of them."""
