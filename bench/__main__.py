@@ -25,7 +25,6 @@ from bench.remote import ROOT, EngineFailed, Remote, missing
 from bench.run import Cell, Effort, Result, run_cell
 from bench.shapes import shape_config, write_checkpoint
 from dsc.hardware import cpu
-from dsc.runtime.probes import available
 
 CONTEXTS = (128, 1024, 4096, 16384)
 QUICK = Effort(rounds=3, tokens=8, seconds=0.5)
@@ -49,7 +48,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--slow-context", type=int, default=4096, help=f"most for {', '.join(SLOW)}"
     )
-    parser.add_argument("--threads", type=int, default=available())
+    parser.add_argument("--threads", type=int, default=cpu().cores)
     parser.add_argument("--llama-python", default=sys.executable, help="a python with llama_cpp")
     parser.add_argument("--cache", type=Path, default=ROOT / "bench" / "out" / "cache")
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "out" / "peers")

@@ -29,6 +29,7 @@ from dsc.ir.graph import Graph
 from dsc.ir.program import Program
 from dsc.runtime.admission import Admitted
 from dsc.runtime.plan import ARENA, WEIGHT, EntryPlan, Plan
+from dsc.runtime.standalone import mapped_weights
 
 if TYPE_CHECKING:
     import torch
@@ -290,21 +291,11 @@ def _load_functions(driver: Driver, folder: Path) -> dict[str, Function]:
 
 
 def _upload_weights(driver: Driver, path: Path) -> tuple[int, dict[str, int]]:
-    """All weights in one allocation, each aligned: its address, and offsets by name."""
-    from safetensors import safe_open
-
-    places: dict[str, int] = {}
+    """All weights in one allocation, as they lie in the file: its address, and offsets by name."""
     if not path.is_file():
-        return driver.allocate(0), places
-    with safe_open(path, framework="pt") as file:
-        total = 0
-        for name in file.keys():
-            places[name] = total
-            size = file.get_tensor(name).nbytes
-            total += -(-size // ALIGNMENT) * ALIGNMENT
-        base = driver.allocate(total)
-        for name, offset in places.items():
-            tensor = file.get_tensor(name).contiguous()
-            driver.upload(base + offset, tensor.data_ptr(), tensor.nbytes)
-            driver.synchronise()
+        return driver.allocate(0), {}
+    content, places = mapped_weights(path)
+    base = driver.allocate(len(content))
+    driver.upload(base, content.ctypes.data, len(content))
+    driver.synchronise()
     return base, places

@@ -15,7 +15,7 @@ except ImportError as missing:
     sys.exit(f"run.py: {missing}; pip install numpy tokenizers")
 
 from dsc.backends.triton.driver import Driver, ReadyLaunch
-from dsc.runtime.standalone import NUMPY, Array, Compiled, number
+from dsc.runtime.standalone import NUMPY, Array, Compiled, mapped_weights, number
 
 NUMBERS = {"i32": c_int32, "i64": c_int64}
 
@@ -41,7 +41,7 @@ class Model(Compiled):
         largest = {**self.sizes, "S": self.chunk, "L": self.chunk}
         needed = buffer_sizes(self.plan["entries"].values(), largest)
         self.at = {label: self.device.allocate(size) for label, size in needed.items()}
-        content, places = self.weights()
+        content, places = mapped_weights(self.folder / self.manifest["weights"])
         uploaded = self.device.allocate(len(content))
         self.device.upload(uploaded, content.ctypes.data, content.nbytes)
         self.at |= {buffer_label("weight", n): uploaded + at for n, at in places.items()}

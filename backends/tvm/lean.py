@@ -7,14 +7,12 @@
 from __future__ import annotations
 
 import ctypes
-import json
-import mmap
 import os
 import shutil
 import tempfile
 import threading
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
@@ -22,9 +20,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from dsc.errors import ArtifactError, BackendUnavailable, UsageError
+from dsc.runtime.standalone import mapped_weights
 
 
 @cache
@@ -156,33 +153,17 @@ class KeptFile:
 
 
 class MappedWeights:
-    """A safetensors file mapped into memory: addresses of its tensors by name.
-
-    Large pages are asked for: where the file system has them, a product that walks many rows misses
-    no translation, and a new process faults in the weights 2 MB at a time. Files stay shared.
-    """
+    """The file of packed weights in memory: addresses of its tensors by name."""
 
     def __init__(self, path: Path) -> None:
-        with path.open("rb") as file:
-            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        with suppress(AttributeError, OSError):  # of other systems, and of kernels without
-            mapped.madvise(mmap.MADV_HUGEPAGE)
-        self.bytes = np.frombuffer(mapped, dtype=np.uint8)
-        length = int(self.bytes[:8].view("<u8")[0])
-        if length > len(self.bytes) - 8:
-            raise ArtifactError("the weights file is damaged: its header is cut", str(path))
-        header: Mapping[str, Any] = json.loads(self.bytes[8 : 8 + length].tobytes())
-        self.start = 8 + length
-        self.offsets = {
-            name: entry["data_offsets"][0]
-            for name, entry in header.items()
-            if name != "__metadata__"
-        }
+        try:
+            self.bytes, self.offsets = mapped_weights(path)
+        except ValueError as problem:
+            raise ArtifactError(str(problem), str(path)) from None
 
     def addresses(self, names: Sequence[str]) -> list[int]:
         """The addresses of the named tensors. Raises `ArtifactError` for one that is missing."""
         missing = [name for name in names if name not in self.offsets]
         if missing:
             raise ArtifactError(f"the weights file lacks {', '.join(missing[:5])}")
-        base = self.bytes.ctypes.data + self.start
-        return [base + self.offsets[name] for name in names]
+        return [self.bytes.ctypes.data + self.offsets[name] for name in names]

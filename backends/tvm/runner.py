@@ -20,7 +20,7 @@ try:
 except ImportError as missing:
     sys.exit(f"run.py: {missing}; pip install numpy tokenizers apache-tvm")
 
-from dsc.runtime.standalone import NUMPY, TOKENS, Array, Compiled, number
+from dsc.runtime.standalone import NUMPY, TOKENS, Array, Compiled, mapped_weights, number
 
 
 class Model(Compiled):
@@ -36,9 +36,9 @@ class Model(Compiled):
             if ctypes.CDLL(None).syscall(158, 0x1023, 18):  # arch_prctl(ARCH_REQ_XCOMP_PERM)
                 sys.exit("this model was compiled for a CPU with AMX; compile it on this machine")
         self.functions = self._library()
-        content, places = self.weights()
-        self.addresses = [content.ctypes.data + places[name] for name in self.meta["weights"]]
-        self.content = content  # or the map would close
+        self.content, places = mapped_weights(self.folder / self.manifest["weights"])
+        base = self.content.ctypes.data
+        self.addresses = [base + places[name] for name in self.meta["weights"]]
         self.steps = np.fromfile(self.folder / "tvm" / "steps.bin", dtype=np.int64)
         entries = self.plan["entries"].values()
         self.arena = np.empty(max(e["arena_bytes"] for e in entries) + 64, np.uint8)

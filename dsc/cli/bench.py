@@ -169,13 +169,14 @@ def measure_prefill(
 ) -> list[Turn[float]]:
     """Return turns of one prefill each of [batch, length] tokens into an empty cache."""
     from dsc.cli.measuring import random_ids
+    from dsc.runtime.probes import seconds_of
     from dsc.runtime.protocol import take_turns
 
     ids = random_ids(vocab, batch, length)
 
     def once() -> list[float]:
         session = compiled.session(max_batch=batch, max_context=length)
-        return [_seconds(partial(session.prefill, ids))]
+        return [seconds_of(partial(session.prefill, ids))]
 
     once()
     return take_turns(probe, once, repeats)
@@ -192,13 +193,14 @@ def measure_decode(
 ) -> list[Turn[float]]:
     """Return turns of `tokens` decode steps each, after `context` tokens and a warm-up."""
     from dsc.cli.measuring import random_ids
+    from dsc.runtime.probes import seconds_of
     from dsc.runtime.protocol import take_turns
 
     session.prefill(random_ids(vocab, batch, context))
     ids = random_ids(vocab, batch, tokens)
 
     def steps() -> list[float]:
-        return [_seconds(partial(session.decode, ids[:, i])) for i in range(tokens)]
+        return [seconds_of(partial(session.decode, ids[:, i])) for i in range(tokens)]
 
     steps()
     return take_turns(probe, steps, rounds)
@@ -269,9 +271,3 @@ def peak_rss() -> int:
     """Return the most bytes of memory that this process held so far."""
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def _seconds(step: Callable[[], Any]) -> float:
-    start = time.perf_counter()
-    step()
-    return time.perf_counter() - start

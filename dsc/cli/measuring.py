@@ -76,12 +76,12 @@ def random_ids(vocab: int, batch: int, length: int) -> Any:
 
 def machine_threads(threads: int | None) -> tuple[int, int]:
     """How many threads the machine's speed is read with, and how many ranks share that machine."""
+    from dsc.hardware import cpu
     from dsc.ir.ranks import current
-    from dsc.runtime.probes import available
 
     size = current().size
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", size)) if size > 1 else 1
-    return min(available(), threads * ranks) if threads else available(), ranks
+    return min(cpu().cores, threads * ranks) if threads else cpu().cores, ranks
 
 
 def unread(compiled: Any) -> str:

@@ -6,8 +6,9 @@ import json
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from dsc.diff.sides import Side
 from dsc.errors import UsageError
@@ -49,6 +50,7 @@ class Span:
 def measure(side: Side, context: int, trust: bool, repeats: int = REPEATS) -> dict[str, Timing]:
     """Run every entry of a side on seeded inputs under the profiler; a warm-up is not counted."""
     from dsc.ir.samples import sample_inputs
+    from dsc.runtime.probes import seconds_of
     from dsc.runtime.profiler import Profiler
 
     executable = _executable(side, trust)
@@ -59,7 +61,7 @@ def measure(side: Side, context: int, trust: bool, repeats: int = REPEATS) -> di
         for attempt in range(repeats + 1):
             inputs = sample_inputs(graph, sizes)
             with Profiler() as profiler:
-                seconds = _seconds(executable, name, inputs)
+                seconds = seconds_of(partial(executable.run, name, inputs))
             if attempt:
                 events = profiler.events
                 steps = [Span(e.name, e.category, e.start, 1e3 * e.seconds, e.loc) for e in events]
@@ -131,14 +133,6 @@ def _executable(side: Side, trust: bool) -> Executable:
     if weight_elements(side.program) > WIDEST:
         raise UsageError("this text is too wide to interpret", where=side.label)
     return ReferenceExecutable(runnable(side.program, False))
-
-
-def _seconds(executable: Executable, entry: str, inputs: Mapping[str, Any]) -> float:
-    import time
-
-    start = time.perf_counter()
-    executable.run(entry, inputs)
-    return time.perf_counter() - start
 
 
 def _by_layer(steps: Sequence[Span]) -> dict[str, float]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol, TypeVar
@@ -200,7 +200,7 @@ class _Parser:
     def _parameters(self, scope: dict[str, Value], weights: dict[str, TensorType]) -> list[Value]:
         self.sign("(")
         inputs: list[Value] = []
-        while not self.skip(")"):
+        for _ in self.items(")"):
             token = self.next()
             self.sign(":")
             if token.kind == "weight":
@@ -211,8 +211,6 @@ class _Parser:
                 inputs.append(self._define(scope, token, self.tensor_type()))
             else:
                 raise self.error("an input %name or a weight @name expected", token)
-            if not self.at_sign(")"):
-                self.sign(",")
         return inputs
 
     def _return(
@@ -329,7 +327,7 @@ class _Parser:
     ) -> dict[str, Any]:
         self.sign("{")
         attrs: dict[str, Any] = {}
-        while not self.skip("}"):
+        for _ in self.items("}"):
             token = self.take("word", "an attribute name")
             self.sign("=")
             declared = definition.attr(token.text) if definition else None
@@ -343,8 +341,6 @@ class _Parser:
                 wanted = KIND_WORDS[declared.kind]
                 raise self.error(f"attribute {token.text} is not {wanted}", at)
             attrs[token.text] = value
-            if not self.at_sign("}"):
-                self.sign(",")
         return attrs
 
     def _attr(self, kind: str, weights: Mapping[str, TensorType], depth: int) -> Any:
@@ -369,10 +365,8 @@ class _Parser:
             raise self.error(f"lists nest deeper than {MAX_DEPTH}")
         self.sign("[")
         items = []
-        while not self.skip("]"):
+        for _ in self.items("]"):
             items.append(self._attr(kind, weights, depth + 1))
-            if not self.at_sign("]"):
-                self.sign(",")
         return tuple(items)
 
     def _types(self) -> tuple[TensorType, ...]:
@@ -387,10 +381,8 @@ class _Parser:
         stored = self._format() if self.at_sign("{") else None
         self.sign("[")
         dims: list[Dim] = []
-        while not self.skip("]"):
+        for _ in self.items("]"):
             dims.append(self._dim())
-            if not self.at_sign("]"):
-                self.sign(",")
         return self._guard(token, lambda: TensorType(dtype, tuple(dims), stored))
 
     def _dtype(self, token: Token) -> DType:
@@ -445,7 +437,7 @@ class _Parser:
         self.word("symbols")
         self.sign("{")
         symbols: dict[str, Range] = {}
-        while not self.skip("}"):
+        for _ in self.items("}"):
             token = self.take("word", "a symbol")
             self.sign("=")
             self.sign("[")
@@ -456,8 +448,6 @@ class _Parser:
             if token.text in symbols:
                 raise self.error(f"a second range for {token.text}", token)
             symbols[token.text] = self._guard(token, partial(Range, lo, hi))
-            if not self.at_sign("}"):
-                self.sign(",")
         return symbols
 
     def _weights(self) -> dict[str, WeightExpr]:
@@ -488,10 +478,8 @@ class _Parser:
         definition = self._lookup(token)
         self.sign("(")
         args: list[WeightExpr] = []
-        while not self.skip(")"):
+        for _ in self.items(")"):
             args.append(self._expr(depth + 1))
-            if not self.at_sign(")"):
-                self.sign(",")
         attrs = Attrs(self._attrs(definition, {}, depth) if self.at_sign("{") else {})
         results = self._infer(definition, args, attrs, token)
         if len(results) != 1:
@@ -562,6 +550,13 @@ class _Parser:
         found = self.at_word(text)
         self.i += found
         return found
+
+    def items(self, end: str) -> Iterator[None]:
+        """Once for each item of a list, up to the sign `end`; commas part them."""
+        while not self.skip(end):
+            yield
+            if not self.at_sign(end):
+                self.sign(",")
 
     def end(self) -> None:
         if self.peek().kind != "end":

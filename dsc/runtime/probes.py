@@ -10,7 +10,6 @@ program's own may be computed in.
 from __future__ import annotations
 
 import ctypes
-import os
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from dsc.hardware import cpu
 from dsc.ir.types import PRECISIONS
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ class Machine:
 @cache
 def machine(threads: int | None = None, size: int = READ_BYTES, dtype: str = "bf16") -> Machine:
     """Measure both, once a process, number of threads, size of the read and type of the product."""
-    count = threads or available()
+    count = threads or cpu().cores
     with ReadProbe(count, size) as read, MatrixProbe(count, dtype=dtype) as product:
         return Machine(steadily(read), steadily(product), count, read.size, product.dtype)
 
@@ -86,13 +86,6 @@ def machine(threads: int | None = None, size: int = READ_BYTES, dtype: str = "bf
 def steadily(probe: Callable[[], float]) -> float:
     """The median of a few readings."""
     return median(probe() for _ in range(ROUNDS))
-
-
-def available() -> int:
-    """Cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 class ReadProbe:
@@ -121,7 +114,7 @@ class ReadProbe:
 
     def __call__(self) -> float:
         """Bytes a second of some passes."""
-        seconds = _seconds(lambda: list(self.pool.map(self._read, self.parts)))
+        seconds = seconds_of(lambda: list(self.pool.map(self._read, self.parts)))
         return self.size * self._passes / seconds
 
     def _read(self, part: Bytes) -> None:
@@ -172,12 +165,13 @@ class MatrixProbe:
         torch.set_num_threads(self._threads)
         try:
             product = partial(torch.nn.functional.linear, *self._operands[dtype])
-            return self.flops / _seconds(product)
+            return self.flops / seconds_of(product)
         finally:
             torch.set_num_threads(self._before)
 
 
-def _seconds(run: Callable[[], Any]) -> float:
+def seconds_of(run: Callable[[], Any]) -> float:
+    """How long a call takes."""
     start = time.perf_counter()
     run()
     return time.perf_counter() - start
