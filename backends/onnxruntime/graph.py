@@ -18,7 +18,7 @@ import numpy as np
 from onnx import GraphProto, NodeProto, TensorProto, helper, numpy_helper
 
 from dsc.errors import UnsupportedOperator
-from dsc.ir.dims import Dim, FloorDiv, Sym
+from dsc.ir.dims import Dim, FloorDiv, Sym, symbol_name
 from dsc.ir.graph import Graph, Weight
 from dsc.ir.types import DType
 
@@ -87,7 +87,7 @@ class GraphWriter:
         self._known: dict[Any, tuple[str, ...]] = {}
         for value in graph.inputs if graph is not None else ():
             for axis, dim in enumerate(value.type.shape):
-                name = plain_symbol(dim)
+                name = symbol_name(dim)
                 if name is not None:
                     self.pool.symbols.setdefault(name, (value.name, axis))
 
@@ -287,15 +287,6 @@ class GraphWriter:
     def _floordiv(self, atom: FloorDiv) -> str:
         """Both are sizes and so not negative: ONNX's truncating division is the floor."""
         return self.op("Div", self.dim(atom.numerator), self.dim(atom.denominator))
-
-
-def plain_symbol(dim: Dim) -> str | None:
-    """The symbol's name when a dim is one symbol and nothing more."""
-    if isinstance(dim, Sym) and len(dim.terms) == 1:
-        ((monomial, coefficient),) = dim.terms
-        if coefficient == 1 and len(monomial) == 1 and isinstance(monomial[0], str):
-            return monomial[0]
-    return None
 
 
 def numpy_type(dtype: DType) -> np.dtype[Any]:

@@ -14,10 +14,10 @@ from onnx import GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto,
 
 from dsc._version import __version__
 from dsc.backends.onnxruntime.emit import emit_graph
-from dsc.backends.onnxruntime.graph import External, GraphWriter, plain_symbol, static, value_info
+from dsc.backends.onnxruntime.graph import External, GraphWriter, static, value_info
 from dsc.backends.onnxruntime.interface import Form, Interface, meaning
 from dsc.ir.analyses import structural_hash
-from dsc.ir.dims import Dim
+from dsc.ir.dims import Dim, symbol_name
 from dsc.ir.graph import Graph, Weight
 from dsc.ir.program import Program
 from dsc.ir.types import DType, TensorType
@@ -168,7 +168,7 @@ def _specialises(special: Graph, general: Graph) -> dict[str, Dim] | None:
         if ours.type.rank != theirs.type.rank:
             return None
         for have, dim in zip(ours.type.shape, theirs.type.shape, strict=True):
-            name = plain_symbol(dim)
+            name = symbol_name(dim)
             if name is not None and have != dim and env.setdefault(name, have) != have:
                 return None
     return env

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -15,6 +16,7 @@ from dsc.errors import UsageError
 from dsc.files import read_text
 from dsc.ir.costs import step_sizes
 from dsc.ir.layers import layer_of
+from dsc.runtime.profiler import Event, Profiler
 
 if TYPE_CHECKING:
     from dsc.runtime.executable import Executable
@@ -36,22 +38,10 @@ class Timing:
     layers: Mapping[str, float] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class Span:
-    """One event of a profile, in milliseconds."""
-
-    name: str
-    category: str
-    start: float
-    length: float
-    loc: str = ""
-
-
 def measure(side: Side, context: int, trust: bool, repeats: int = REPEATS) -> dict[str, Timing]:
     """Run every entry of a side on seeded inputs under the profiler; a warm-up is not counted."""
     from dsc.ir.samples import sample_inputs
     from dsc.runtime.probes import seconds_of
-    from dsc.runtime.profiler import Profiler
 
     executable = _executable(side, trust)
     timings = {}
@@ -63,9 +53,7 @@ def measure(side: Side, context: int, trust: bool, repeats: int = REPEATS) -> di
             with Profiler() as profiler:
                 seconds = seconds_of(partial(executable.run, name, inputs))
             if attempt:
-                events = profiler.events
-                steps = [Span(e.name, e.category, e.start, 1e3 * e.seconds, e.loc) for e in events]
-                runs.append((1e3 * seconds, _by_layer(steps)))
+                runs.append((seconds, _by_layer(profiler.events)))
         timings[name] = _median(runs)
     return timings
 
@@ -76,16 +64,15 @@ def read_profile(path: Path, entries: Iterable[str]) -> dict[str, Timing]:
     Steps belong to the run of the entry within which they lie. A trace without entries is one run
     of the only entry. Raises `UsageError`.
     """
-    spans = _spans(path)
+    events = _events(path)
     names = list(entries)
     runs: dict[str, list[tuple[float, dict[str, float]]]] = {}
-    for outer in (s for s in spans if s.category == ENTRY):
-        end = outer.start + outer.length
-        inside = [s for s in spans if s.category == STEP and outer.start <= s.start < end]
-        runs.setdefault(outer.name, []).append((outer.length, _by_layer(inside)))
+    for run in (e for e in events if e.category == ENTRY):
+        inside = [e for e in events if run.start <= e.start < run.start + run.seconds]
+        runs.setdefault(run.name, []).append((run.seconds, _by_layer(inside)))
     if not runs and len(names) == 1:
-        steps = [s for s in spans if s.category == STEP]
-        runs[names[0]] = [(sum(s.length for s in steps), _by_layer(steps))]
+        layers = _by_layer(events)
+        runs[names[0]] = [(sum(layers.values()), layers)]
     found = {name: _median(runs[name]) for name in names if name in runs}
     if not found:
         raise UsageError(
@@ -96,17 +83,19 @@ def read_profile(path: Path, entries: Iterable[str]) -> dict[str, Timing]:
     return found
 
 
-def _spans(path: Path) -> list[Span]:
+def _events(path: Path) -> list[Event]:
     try:
-        events = json.loads(read_text(path))["traceEvents"]
         return [
-            Span(
-                str(e["name"]), str(e["cat"]), float(e["ts"]) / 1e3, float(e["dur"]) / 1e3,
-                str(e.get("args", {}).get("loc", "")),
+            Event(
+                str(e["name"]),
+                str(e["cat"]),
+                float(e["ts"]) / 1e6,
+                float(e["dur"]) / 1e6,
+                loc=str(e.get("args", {}).get("loc", "")),
             )
-            for e in events
-            if e.get("ph") == "X"  # names and counters lie beside the spans
-        ]  # fmt: skip
+            for e in json.loads(read_text(path))["traceEvents"]
+            if e.get("ph") == "X"  # names and counters lie beside them
+        ]
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as problem:
         raise UsageError(
             f"no trace of ours: {type(problem).__name__}: {problem}",
@@ -135,16 +124,15 @@ def _executable(side: Side, trust: bool) -> Executable:
     return ReferenceExecutable(runnable(side.program, False))
 
 
-def _by_layer(steps: Sequence[Span]) -> dict[str, float]:
-    found: dict[str, float] = {}
-    for step in steps:
-        if step.category == STEP:
-            layer = layer_of(step.loc)
-            found[layer] = found.get(layer, 0.0) + step.length
-    return found
+def _by_layer(events: Iterable[Event]) -> dict[str, float]:
+    seconds: dict[str, float] = defaultdict(float)
+    for event in events:
+        if event.category == STEP:
+            seconds[layer_of(event.loc)] += event.seconds
+    return dict(seconds)
 
 
 def _median(runs: Sequence[tuple[float, Mapping[str, float]]]) -> Timing:
-    layers = dict.fromkeys(name for _, found in runs for name in found)
-    medians = {n: statistics.median(found.get(n, 0.0) for _, found in runs) for n in layers}
-    return Timing(statistics.median(total for total, _ in runs), medians)
+    layers = dict.fromkeys(name for _, layers in runs for name in layers)
+    medians = {n: 1e3 * statistics.median(x.get(n, 0.0) for _, x in runs) for n in layers}
+    return Timing(1e3 * statistics.median(total for total, _ in runs), medians)

@@ -21,7 +21,7 @@ from dsc.ir.traits import Role
 from dsc.passes.own_outputs import own_outputs
 from dsc.runtime.nodes import draft_nodes
 from dsc.runtime.placing import place
-from dsc.runtime.plan import ALIGNMENT, EntryPlan, lifetimes
+from dsc.runtime.plan import ALIGNMENT, EntryPlan, lifetimes, live_at
 
 FAMILIES = {
     "gemm": (Role.PRODUCT,),
@@ -262,22 +262,12 @@ def _part_marks(found: Timeline, scale_x: float) -> Iterator[str]:
 def _live_line(found: Timeline, scale_x: float, scale_y: float) -> str:
     """The live bytes at each step, as a line of steps."""
     height = TIMELINE[1]
+    held = ((block.first, block.last, block.size) for block in found.blocks)
     points = [
         f"M0 {height:.2f}",
         *(
             f"V{height - live * scale_y:.2f}H{(step + 1) * scale_x:.2f}"
-            for step, live in enumerate(_live(found))
+            for step, live in enumerate(live_at(found.steps, held))
         ),
     ]
     return f'<path class="live" d="{"".join(points)}"/>'
-
-
-def _live(found: Timeline) -> Iterator[int]:
-    change = [0] * (found.steps + 1)
-    for block in found.blocks:
-        change[block.first] += block.size
-        change[block.last + 1] -= block.size
-    live = 0
-    for step in range(found.steps):
-        live += change[step]
-        yield live

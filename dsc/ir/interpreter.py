@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from dsc.errors import RankError, UsageError, VerificationError
-from dsc.ir.dims import Dim, Sym, evaluate, free_symbols
+from dsc.ir.dims import Dim, Sym, evaluate, free_symbols, symbol_name
 from dsc.ir.graph import Graph, Node, Operand, Value
 from dsc.ir.op import concrete, lookup
 from dsc.ir.program import Program
@@ -95,7 +95,7 @@ def run_graph(
         elif node.body is not None:
             results = tuple(run_graph(node.body, given, weight, observe, env, intercept))
         else:
-            results = _run_node(node, given, env)
+            results = run_node(node, given, env)
         if len(results) != len(node.outputs):
             raise VerificationError(
                 f"{node.op} gave {len(results)} results, {len(node.outputs)} are declared",
@@ -138,7 +138,8 @@ class Interpreter:
         return dict(zip(graph.output_names, outputs, strict=True))
 
 
-def _run_node(node: Node, operands: list[Any], env: Mapping[str, int]) -> tuple[Any, ...]:
+def run_node(node: Node, operands: Sequence[Any], env: Mapping[str, int]) -> tuple[Any, ...]:
+    """What a node's reference makes of operands. Raises `UsageError`, `RankError`."""
     definition = lookup(node.op)
     try:
         attrs = concrete(node.attrs, env)
@@ -188,7 +189,7 @@ def _bind_shape(
         raise UsageError(f"input {value.name} has shape {shape}, {declared.rank} axes are declared")
     composite: list[tuple[Value, int, Dim, int]] = []
     for axis, (dim, size) in enumerate(zip(declared.shape, shape, strict=True)):
-        name = _plain_symbol(dim)
+        name = symbol_name(dim)
         if name is None and isinstance(dim, Sym):
             composite.append((value, axis, dim, size))
         elif (wanted := dim if name is None else env.setdefault(name, size)) != size:
@@ -203,14 +204,5 @@ def _first_place(graph: Graph, name: str) -> str:
         f"axis {axis} of {value.name}"
         for value in graph.inputs
         for axis, dim in enumerate(value.type.shape)
-        if _plain_symbol(dim) == name
+        if symbol_name(dim) == name
     )
-
-
-def _plain_symbol(dim: Dim) -> str | None:
-    """The symbol's name when a dim is one symbol and nothing more."""
-    if isinstance(dim, Sym) and len(dim.terms) == 1:
-        ((monomial, coefficient),) = dim.terms
-        if coefficient == 1 and len(monomial) == 1 and isinstance(monomial[0], str):
-            return monomial[0]
-    return None

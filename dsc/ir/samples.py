@@ -55,10 +55,10 @@ def _sample(
     t = TensorType(value.type.dtype, shape)
     if not t.dtype.is_int:
         return random_tensor(t, seed)
-    spans = list(_spans(graph, value.name, found, sizes))
-    low = max((span.low for span in spans), default=0)
-    high = min((span.high for span in spans), default=1)
-    order = next((span.order for span in spans if span.order), "")
+    draws = list(_draws(graph, value.name, found, sizes))
+    low = max((draw.low for draw in draws), default=0)
+    high = min((draw.high for draw in draws), default=1)
+    order = next((draw.order for draw in draws if draw.order), "")
     generator = torch.Generator().manual_seed(zlib.crc32(seed.encode()))
     if order == DISTINCT:
         count, low = prod(shape), max(low, 0)
@@ -73,7 +73,7 @@ def _sample(
 
 
 @dataclass(frozen=True, slots=True)
-class _Span:
+class _Draw:
     """The values low .. high that a use takes, in an order."""
 
     low: int
@@ -81,24 +81,24 @@ class _Span:
     order: str
 
 
-def _spans(
+def _draws(
     graph: Graph, name: str, found: Mapping[str, list[Use]], sizes: Mapping[str, int]
-) -> Iterator[_Span]:
+) -> Iterator[_Draw]:
     """What all uses of an index take, also through what only rearranges or converts it."""
     for node, index in found[name]:
         if node is None:
             continue
         if node.body is not None:
             inner = uses(node.body)
-            yield from _spans(node.body, node.body.inputs[index].name, inner, sizes)
+            yield from _draws(node.body, node.body.inputs[index].name, inner, sizes)
         elif node.op == "cast" or traits_of(node.op).role in (Role.VIEW, Role.JOIN):
             for out in node.outputs:
-                yield from _spans(graph, out.name, found, sizes)
+                yield from _draws(graph, out.name, found, sizes)
         else:
-            yield from _span(node, index, sizes)
+            yield from _draw(node, index, sizes)
 
 
-def _span(node: Node, index: int, sizes: Mapping[str, int]) -> Iterator[_Span]:
+def _draw(node: Node, index: int, sizes: Mapping[str, int]) -> Iterator[_Draw]:
     """What a node declares of the values of an operand, if it does."""
     definition = lookup(node.op)
     name = definition.operands[min(index, len(definition.operands) - 1)].name
@@ -106,7 +106,7 @@ def _span(node: Node, index: int, sizes: Mapping[str, int]) -> Iterator[_Span]:
     if within is not None:
         types = [None if x is None else x.type for x in node.inputs]
         low, high = (evaluate(d, sizes) for d in definition.range_of(within, types, node.attrs))
-        yield _Span(low, high, within.order)
+        yield _Draw(low, high, within.order)
 
 
 def _causal(

@@ -14,7 +14,6 @@ from __future__ import annotations
 from bisect import insort
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate
 
 from dsc.ir.dims import Range, bounds
 from dsc.runtime.plan import (
@@ -29,6 +28,7 @@ from dsc.runtime.plan import (
     EntryPlan,
     Launch,
     lifetimes,
+    live_at,
 )
 
 ROUNDS = 12
@@ -194,11 +194,8 @@ def _apart(first: _Block, second: _Block, before: Sequence[int]) -> bool:
 
 def _live(blocks: Sequence[_Block]) -> list[int]:
     """Bytes that are alive at each launch: no arena is smaller than the most."""
-    change: dict[int, int] = {}
-    for block in blocks:
-        change[block.first] = change.get(block.first, 0) + block.size
-        change[block.last + 1] = change.get(block.last + 1, 0) - block.size
-    return list(accumulate(change.get(at, 0) for at in range(max(change, default=0))))
+    launches = max((b.last + 1 for b in blocks), default=0)
+    return live_at(launches, ((b.first, b.last, b.size) for b in blocks))
 
 
 def _aligned(size: int) -> int:

@@ -10,8 +10,10 @@ allocates is `arena_bytes`. Reports, memory limits, profiles and pictures read t
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import accumulate
 from typing import Any, TypeAlias
 
 from dsc.errors import ArtifactError
@@ -184,16 +186,18 @@ def check_format(found: object, where: str) -> None:
 
 def live_bytes(plan: EntryPlan, env: Mapping[str, int]) -> list[int]:
     """Bytes of the arena that hold something needed, during each launch, at the symbols' sizes."""
-    change = [0] * (len(plan.launches) + 1)
-    for buffer, (first, last) in lifetimes(plan.buffers, plan.launches).items():
-        size = evaluate(plan.buffers[buffer].size, env)
+    held = lifetimes(plan.buffers, plan.launches).items()
+    blocks = ((first, last, evaluate(plan.buffers[n].size, env)) for n, (first, last) in held)
+    return live_at(len(plan.launches), blocks)
+
+
+def live_at(launches: int, blocks: Iterable[tuple[int, int, int]]) -> list[int]:
+    """What blocks `(first launch, last launch, size)` add up to at each launch."""
+    change: Counter[int] = Counter()
+    for first, last, size in blocks:
         change[first] += size
         change[last + 1] -= size
-    live, total = [], 0
-    for position in range(len(plan.launches)):
-        total += change[position]
-        live.append(total)
-    return live
+    return list(accumulate(change[at] for at in range(launches)))
 
 
 def lifetimes(buffers: Sequence[Buffer], launches: Sequence[Launch]) -> dict[int, tuple[int, int]]:

@@ -9,9 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from dsc.errors import RankError
-from dsc.ir.graph import Node
-from dsc.ir.op import lookup
+from dsc.ir.interpreter import run_node
 from dsc.ir.program import Program
 from dsc.ir.segments import Segment, Step, steps
 from dsc.runtime.executable import Executable, set_threads
@@ -44,16 +42,7 @@ class SegmentedExecutable:
                     values |= self.segments.run(step.graph.name, given)
             else:
                 with span(step.op, "collective"):
-                    values[step.output.name] = _collective(step, values)
+                    operands = [values[x.name] for x in step.operands]
+                    (values[step.output.name],) = run_node(step, operands, {})
         named = zip(graph.output_names, graph.outputs, strict=True)
         return {name: values[x.name] for name, x in named}
-
-
-def _collective(node: Node, values: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    operands = [values[x.name] for x in node.operands]
-    try:
-        found: torch.Tensor = lookup(node.op).reference(*operands, **node.attrs)
-    except RankError as problem:
-        problem.where = problem.where or node.loc or None
-        raise
-    return found
