@@ -141,31 +141,24 @@ def _print(found: Diff, output: Path | None) -> None:
 
 def _print_entry(out: object, entry: EntryDiff) -> None:
     from rich.console import Console
-    from rich.table import Table
     from rich.text import Text
 
-    from dsc.cli.report_tables import clean
+    from dsc.cli.report_tables import add_row, clean, table_of
     from dsc.diff.page import COLUMNS, run_name, run_value
 
     assert isinstance(out, Console)
     at = " ".join(f"{k}={v}" for k, v in sorted(entry.at[1].items()))
-    table = Table(
-        title=clean(f"{entry.name} ({at})"), title_justify="left", box=None, pad_edge=False
-    )
-    table.title_style = "bold"
-    table.add_column("layer", overflow="fold")
     shown = [(k, w) for k, w in COLUMNS if any(k in t for t in entry.totals) and k != "parameters"]
-    for _, words in shown:
-        table.add_column(words, justify="right", overflow="fold")
-    table.add_column("lines", justify="right")
+    words = [words for _, words in shown]
+    table = table_of(clean(f"{entry.name} ({at})"), ("layer",), (*words, "lines"))
     for run in entry.runs():
         rows = entry.rows[run[0].name]
         name = run_name(run) + (f" ({len(run)}, each)" if len(run) > 1 else "")
         changed = f"{sum(r.differs for r in rows)}/{len(rows)}"
         cells = [_cell(k, run_value(run, 0, k), run_value(run, 1, k)) for k, _ in shown]
-        table.add_row(*(Text(clean(c)) for c in (name, *cells, changed)))
+        add_row(table, name, *cells, changed)
     sums = [_cell(k, entry.totals[0].get(k), entry.totals[1].get(k)) for k, _ in shown]
-    table.add_row(*(Text(clean(c), "bold") for c in ("all", *sums, "")))
+    add_row(table, "all", *sums, "", style="bold")
     out.print(table)
     if entry.error:
         worst = max(entry.errors, key=entry.errors.__getitem__)

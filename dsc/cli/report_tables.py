@@ -6,6 +6,7 @@ Reports come from files, perhaps a stranger's: what they hold is shown as text, 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from operator import itemgetter
 from typing import Any
 
 from rich.console import Console
@@ -13,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from dsc.cli.console import human_bytes
+from dsc.ir.layers import runs
 from dsc.rewrite.explain import summary
 
 LAYER_COSTS = ("parameters", "weight_bytes", "read_bytes", "written_bytes", "flops")
@@ -57,14 +59,14 @@ def _head(report: Mapping[str, Any]) -> Iterator[str]:
 
 def passes_table(passes: Sequence[Mapping[str, Any]]) -> Table:
     """One line a pass: time, nodes left, what fired and where."""
-    table = _table("passes", ("pass", "ms", "nodes"), ("fired", "missed"))
+    table = table_of("passes", ("pass", "ms", "nodes"), ("fired", "missed"))
     for each in passes:
         fired = "; ".join(_fired(each, rule, n) for rule, n in each.get("fired", {}).items())
         nodes = "+".join(str(n) for n in each.get("nodes", {}).values())
         what = fired or ("changed" if each.get("changed") else "-")
         missed = str(len(each.get("missed", ())) or "-")
         told = each.get("text") or each.get("name", "?")
-        _row(table, told, f"{1e3 * each.get('seconds', 0):.0f}", nodes, what,
+        add_row(table, told, f"{1e3 * each.get('seconds', 0):.0f}", nodes, what,
              missed)  # fmt: skip
     return table
 
@@ -87,7 +89,7 @@ def not_fired(passes: Sequence[Mapping[str, Any]]) -> Iterator[str]:
 
 def entries_table(entries: Mapping[str, Mapping[str, Any]]) -> Table:
     """One line for each entry and point."""
-    table = _table(
+    table = table_of(
         "entries, a step", ("entry", "at"),
         ("nodes", "launches", "params", "weights", "read", "written", "flop", "arena", "at least"),
     )  # fmt: skip
@@ -96,7 +98,7 @@ def entries_table(entries: Mapping[str, Mapping[str, Any]]) -> Table:
         for index, point in enumerate(entry.get("points", ())):
             first = index == 0
             at = " ".join(f"{k}={v}" for k, v in sorted(point["at"].items()))
-            _row(
+            add_row(
                 table, name if first else "", at, str(entry["nodes"]) if first else "",
                 launches if first else "", human_count(point["parameters"]),
                 *(human_bytes(point[k]) for k in ("weight_bytes", "read_bytes", "written_bytes")),
@@ -110,36 +112,24 @@ def entries_table(entries: Mapping[str, Mapping[str, Any]]) -> Table:
 def layers_table(name: str, entry: Mapping[str, Any]) -> Table:
     """One line for each run of equal layers of an entry, at its first point."""
     at = " ".join(f"{k}={v}" for k, v in sorted(entry.get("at", {}).items()))
-    table = _table(
+    table = table_of(
         f"{name} by layer ({at}), each", ("layer",),
         ("nodes", "launches", "params", "weights", "read", "written", "flop", "cache/token",
          "regions"),
     )  # fmt: skip
     table.columns[-1].justify = "left"
-    for layers in runs(entry["layers"]):
+    for layers in runs(entry["layers"], itemgetter("layer"), lambda x: [x.get(k) for k in SAME]):
         first = layers[0]
         names = summary([layer["layer"] for layer in layers])
         regions = first.get("regions", {})
         shown = ", ".join(f"{k} x{n}" if n > 1 else k for k, n in regions.items())
-        _row(
+        add_row(
             table, names, str(first["nodes"]), str(first.get("launches", "-")),
             human_count(first["parameters"]),
             *(human_bytes(first[k]) for k in ("weight_bytes", "read_bytes", "written_bytes")),
             human_count(first["flops"]), _bytes(first["cache_bytes_per_token"]), shown or "-",
         )  # fmt: skip
     return table
-
-
-def runs(layers: Sequence[Mapping[str, Any]]) -> list[list[Mapping[str, Any]]]:
-    """Layers in order, neighbours that cost the same together."""
-    found: list[list[Mapping[str, Any]]] = []
-    for layer in layers:
-        same = found and all(found[-1][0].get(k) == layer.get(k) for k in SAME)
-        if same and ".layers." in f".{layer['layer']}":
-            found[-1].append(layer)
-        else:
-            found.append([layer])
-    return found
 
 
 def human_count(count: float) -> str:
@@ -167,7 +157,7 @@ def _bytes(count: int | None) -> str:
     return "-" if not count else human_bytes(count)
 
 
-def _table(title: str, left: Sequence[str], right: Sequence[str]) -> Table:
+def table_of(title: str, left: Sequence[str], right: Sequence[str]) -> Table:
     """A table whose first columns are words and whose others are numbers."""
     table = Table(title=title, title_justify="left", box=None, pad_edge=False)
     table.title_style = "bold"
@@ -179,5 +169,6 @@ def _table(title: str, left: Sequence[str], right: Sequence[str]) -> Table:
     return table
 
 
-def _row(table: Table, *cells: str) -> None:
-    table.add_row(*(Text(clean(cell)) for cell in cells))
+def add_row(table: Table, *cells: str, style: str = "") -> None:
+    """Add a line of texts."""
+    table.add_row(*(Text(clean(cell), style) for cell in cells))

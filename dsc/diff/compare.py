@@ -14,7 +14,7 @@ from dsc.diff.sides import Side
 from dsc.errors import DscError, VerificationError
 from dsc.ir.costs import Costs, node_costs, total
 from dsc.ir.graph import Graph, Node
-from dsc.ir.layers import by_layer
+from dsc.ir.layers import by_layer, runs
 from dsc.ir.program import Program
 from dsc.report import region_names, sizes_at
 from dsc.rewrite.verify import WIDEST, compare_programs, pinned, weight_elements
@@ -82,14 +82,7 @@ class EntryDiff:
 
     def runs(self) -> list[list[Layer]]:
         """Layers in order, neighbours of the same shape together."""
-        found: list[list[Layer]] = []
-        for layer in self.layers:
-            numbered = "layers." in layer.name
-            if found and numbered and found[-1][0].shape == layer.shape:
-                found[-1].append(layer)
-            else:
-                found.append([layer])
-        return found
+        return runs(self.layers, lambda x: x.name, lambda x: x.shape)
 
 
 @dataclass(frozen=True)

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Iterable
+from itertools import groupby
+from typing import Any, TypeVar
 
 from dsc.ir.graph import Graph, Node
 
+T = TypeVar("T")
 _NUMBERED = re.compile(r"(?:.*?\.)?layers\.\d+(?=\.|$)")
 
 
@@ -46,3 +50,12 @@ def layer_of(loc: str) -> str:
     """
     found = _NUMBERED.match(loc)
     return found[0] if found else loc or "elsewhere"
+
+
+def runs(parts: Iterable[T], name: Callable[[T], str], key: Callable[[T], Any]) -> list[list[T]]:
+    """Parts of a model in order, neighbours together that are layers with equal keys."""
+
+    def same(part: T) -> tuple[Any, str]:
+        return key(part), "" if layer_number(name(part)) is not None else name(part)
+
+    return [list(run) for _, run in groupby(parts, same)]

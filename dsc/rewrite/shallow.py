@@ -18,6 +18,7 @@ from dsc.ir.graph import Graph, Node, Operand, Value, Weight
 from dsc.ir.layers import layer_number
 from dsc.ir.program import Program
 from dsc.ir.weights import Source, WeightExpr
+from dsc.rewrite.driver import substitute
 
 _NUMBER = re.compile(r"\d+")
 _FEWEST = 3
@@ -123,7 +124,7 @@ def _without(graph: Graph, instead: Mapping[int, int]) -> Graph:
     for node in graph.nodes:
         layer = layer_number(node.loc)
         if layer is None:
-            nodes.append(_reading(node, moved))
+            nodes.append(substitute(node, moved))
             continue
         for v in node.outputs:
             counts[layer] = counts.get(layer, -1) + 1
@@ -131,7 +132,7 @@ def _without(graph: Graph, instead: Mapping[int, int]) -> Graph:
                 moved[v.name] = by_place[instead[layer], counts[layer]]
             by_place[layer, counts[layer]] = v
         if layer not in instead:
-            nodes.append(_reading(node, moved))
+            nodes.append(substitute(node, moved))
     gone = _states_of(graph, set(instead))
     lost = {o for o, i in graph.aliases if graph.inputs[i].name in gone}
     inputs = tuple(v for v in graph.inputs if v.name not in gone)
@@ -144,14 +145,6 @@ def _without(graph: Graph, instead: Mapping[int, int]) -> Graph:
     names = tuple(graph.output_names[i] for i in kept)
     made = Graph(graph.name, graph.inputs, tuple(nodes), tuple(outputs), names, tuple(aliases))
     return replace(live(replace(made, aliases=())), inputs=inputs, aliases=tuple(aliases))
-
-
-def _reading(node: Node, moved: Mapping[str, Value]) -> Node:
-    """The node with values in the place of others, by name."""
-    if all(x is None or x.name not in moved for x in node.inputs):
-        return node
-    inputs = (moved.get(x.name, x) if isinstance(x, Value) else x for x in node.inputs)
-    return replace(node, inputs=tuple(inputs))
 
 
 def _states_of(graph: Graph, layers: set[int]) -> set[str]:
