@@ -104,6 +104,7 @@ def attention_block(
     from dsc.frontends.config import parse_config
     from dsc.frontends.huggingface import stock_causal_lm
     from dsc.ir.types import DType
+    from dsc.runtime.protocol import ratios
 
     torch.manual_seed(0)
     element = DType(dtype)
@@ -145,9 +146,8 @@ def attention_block(
     for _ in range(pairs):
         times["ours"].append(turn(ours, STEPS))
         times["stock"].append(turn(theirs, 1))
-    ratios = [b / a for a, b in zip(times["ours"], times["stock"], strict=True)]
     return {
-        "ratio": round(statistics.median(ratios), 1),
+        "ratio": round(statistics.median(ratios(times["ours"], times["stock"])), 1),
         "ours_ms": round(statistics.median(times["ours"]) * 1e3, 1),
         "stock_ms": round(statistics.median(times["stock"]) * 1e3, 1),
         "max_difference": error,

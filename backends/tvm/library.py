@@ -56,8 +56,7 @@ from dsc.runtime.plan import ARENA, STATUS, EntryPlan, Launch, Ref
 PIPELINE = "dsc"
 EXECUTE = "execute"
 CLOCK, COPY = "dsc_clock", "dsc_copy"
-TIMING = (CLOCK, COPY)
-"""What every library holds for profiles; their numbers in a list are their positions here."""
+"""What every library holds for profiles, in this order (`dsc.backends.tvm.timed`)."""
 OBJECT_BYTES = 16 * 10**6
 """Room that a library and its object file may take, by far: LLVM ends the process without it."""
 _CLOCK_MONOTONIC = 1  # <time.h> of Linux; the clock of `time.perf_counter`

@@ -73,8 +73,7 @@ class Alone:
         return {}
 
 
-_ALONE: Group = Alone()
-_process: list[Group] = [_ALONE]
+_process: list[Group] = [Alone()]
 _entered: ContextVar[Group | None] = ContextVar("group", default=None)
 
 
@@ -83,9 +82,9 @@ def current() -> Group:
     return _entered.get() or _process[-1]
 
 
-def set_process_group(group: Group | None) -> None:
-    """Make `group` the one of the whole process; `None` leaves it again."""
-    _process[:] = [group or _ALONE]
+def set_process_group(group: Group) -> None:
+    """Make `group` the one of the whole process."""
+    _process[:] = [group]
 
 
 @contextmanager

@@ -174,11 +174,6 @@ class ProcessGroup:
             return [peer for peer in found if peer != self.rank] or lost
         return lost
 
-    def leave(self) -> None:
-        """Give the connections back."""
-        set_process_group(None)
-        self._transport = self._store = None
-
 
 class _noting:
     """Notes in `lost` that a peer failed: True when its connection closed, False when it waited."""
