@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dsc.errors import UsageError
 from dsc.files import STANDARD_INPUT, read_text
 
 if TYPE_CHECKING:
@@ -23,8 +24,6 @@ def read_prompts(texts: Sequence[str], files: Sequence[Path]) -> list[Prompt]:
 
     Raises `UsageError` and `FileError`.
     """
-    from dsc.errors import UsageError
-
     if not texts and not files:
         raise UsageError("there is no prompt", hint='give --prompt "a text", or --file F')
     if [*texts, *map(str, files)].count(STANDARD_INPUT) > 1:
@@ -40,7 +39,6 @@ def read_prompts(texts: Sequence[str], files: Sequence[Path]) -> list[Prompt]:
 
 def encoded(tokenizer: Any, prompt: Prompt, max_context: int) -> list[int]:
     """The ids of a prompt. Raises `UsageError` where there is none, or no room for an answer."""
-    from dsc.errors import UsageError
     from dsc.generation import room
 
     name, text = prompt
@@ -57,16 +55,12 @@ def encoded(tokenizer: Any, prompt: Prompt, max_context: int) -> list[int]:
 
 def check_stops(texts: Sequence[str]) -> None:
     """Raise `UsageError` for an end that every text has."""
-    from dsc.errors import UsageError
-
     if "" in texts:
         raise UsageError("--stop is empty", hint="give a text that ends an answer")
 
 
 def check_sampling(asked: Mapping[str, float], greedy: bool) -> None:
     """Raise `UsageError` where drawing and not drawing are asked for at once."""
-    from dsc.errors import UsageError
-
     draws = sorted(asked.keys() - {"repetition_penalty"})
     if greedy and draws:
         raise UsageError(

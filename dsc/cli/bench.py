@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Context, Option
 
-from dsc.cli import options
+from dsc.cli import console, options
 
 if TYPE_CHECKING:
     from dsc.runtime.protocol import Spread, Turn
@@ -46,7 +46,6 @@ def bench(
     Example: dsc bench v3-tvm --prompt-len 512 --context 1024 --json
     """
     from dsc import api
-    from dsc.cli import console
     from dsc.cli.measuring import (
         check_fits,
         machine_threads,
@@ -135,8 +134,6 @@ def bench(
 
 
 def _show(result: Mapping[str, Any]) -> None:
-    from dsc.cli import console
-
     for phase in ("prefill", "decode"):
         found: Any = result[phase]
         low, high = found["quartiles_ms"]

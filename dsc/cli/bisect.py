@@ -8,7 +8,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Exit, Option
 
-from dsc.cli import options
+from dsc.cli import console, options
+from dsc.errors import VerificationError
+from dsc.files import check_fillable, write_text
+from dsc.ir.types import PRECISIONS
+from dsc.targets import Target, parse_target
 
 if TYPE_CHECKING:
     from dsc.ir.program import Program
@@ -75,9 +79,6 @@ def bisect(
 
         dsc bisect layer.dsc --backend reference -o found
     """
-    from dsc.cli import console
-    from dsc.files import check_fillable
-
     folder = output or Path(f"{Path(model).stem or 'model'}-bisect")
     check_fillable(folder)
     with console.progress_bar() as progress:
@@ -118,8 +119,6 @@ def load_passes(
     """Read a model, and make the passes that a compile for the backend would run."""
     from dsc import api, backends, pipeline
     from dsc.frontends.load import load_program
-    from dsc.ir.types import PRECISIONS
-    from dsc.targets import Target, parse_target
 
     chosen = backends.get(backend) if backend else api.best_backend()
     default = chosen.capabilities(Target("cpu")).targets[0]
@@ -159,7 +158,6 @@ def search(
 
 def step(before: Program, each: Pass, twin: Twin) -> tuple[Finding | None, Program, str]:
     """Run one pass and compare; what was found, the program after, and the outcome in words."""
-    from dsc.errors import VerificationError
     from dsc.ir.verifier import verify
     from dsc.rewrite.base import PassReport
 
@@ -199,7 +197,6 @@ def write_programs(folder: Path, finding: Finding) -> str:
     """Write before.dsc and after.dsc; the command that repeats the pass alone."""
     import shlex
 
-    from dsc.files import write_text
     from dsc.ir.printer import print_program
 
     sides = {"before.dsc": finding.before, "after.dsc": finding.after}

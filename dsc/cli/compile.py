@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dsc.cli import options
+from dsc.cli import console, options
+from dsc.errors import UsageError
 
 if TYPE_CHECKING:
     from dsc.api import CompiledModel
@@ -46,8 +47,6 @@ def compile(
         dsc compile path/to/checkpoint --weights none --backend null --target cuda:sm_90
     """
     if json and print_ir_after:
-        from dsc.errors import UsageError
-
         raise UsageError(
             "--json and --print-ir-after both write to standard output",
             hint="write the IR to a folder with --dump-dir",
@@ -83,8 +82,6 @@ def build_artifact(
 ) -> Path:
     """Compile, save, and say what was made; `asked` are options of `dsc.compile`, None: unset."""
     from dsc import api
-    from dsc.cli import console
-    from dsc.errors import UsageError
     from dsc.runtime.artifact import check_free
 
     if model.endswith(".dsc") and asked.get("dtype") is not None:
@@ -113,8 +110,6 @@ def default_output(model: str, backend: str) -> Path:
 
 def _describe(compiled: CompiledModel, folder: Path, json: bool, aside: bool) -> None:
     """Say what was made; `aside`, on standard error, where the IR went to standard output."""
-    from dsc.cli import console
-
     _warn_of_trust(folder)
     files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
     total = sum(path.stat().st_size for path in files)
@@ -131,7 +126,6 @@ def _describe(compiled: CompiledModel, folder: Path, json: bool, aside: bool) ->
 
 def _warn_of_trust(folder: Path) -> None:
     """Say so where nothing keeps that this user built the code."""
-    from dsc.cli import console
     from dsc.runtime import artifact, sharded
 
     ranks = sharded.opened(folder)

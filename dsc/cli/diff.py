@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Annotated
 
 from typer import Argument, Option
 
-from dsc.cli import options
+from dsc.cli import console, options
+from dsc.errors import UsageError
+from dsc.files import check_writable, write_text
 
 if TYPE_CHECKING:
     from dsc.diff.compare import Diff, EntryDiff
@@ -61,11 +63,9 @@ def diff(
 
         dsc diff v3-reference v3-tvm --measure
     """
-    from dsc.cli import console
     from dsc.diff.compare import compare
     from dsc.diff.page import page
     from dsc.diff.sides import open_side
-    from dsc.files import write_text
 
     _check(output, force, measure, profiles)
     with console.progress_bar() as progress:
@@ -86,9 +86,6 @@ def diff(
 def _check(
     output: Path | None, force: bool, measure: bool, profiles: tuple[Path, Path] | None
 ) -> None:
-    from dsc.errors import UsageError
-    from dsc.files import check_writable
-
     if measure and profiles:
         raise UsageError("--measure and --profiles both give times", hint="choose one")
     if output is not None and output.exists() and not force:
@@ -125,7 +122,6 @@ def _print(found: Diff, output: Path | None) -> None:
     """Print one table for each pair of entries, and how the results compare."""
     from rich.text import Text
 
-    from dsc.cli import console
     from dsc.cli.report_tables import clean
 
     out = console.tables()

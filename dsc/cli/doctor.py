@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
-from dsc.cli import options
+from dsc.cli import console, options
 from dsc.targets import KNOWN
 
 if TYPE_CHECKING:
@@ -77,7 +77,6 @@ def doctor(json: options.Json = False) -> None:
 
     Example: dsc doctor --json
     """
-    from dsc.cli import console
     from dsc.hardware import cpu, gpus
 
     with console.progress_bar() as progress:
@@ -135,8 +134,6 @@ def _remedy(toolchain: Toolchain, problem: str) -> str:
 
 def _show(cpu: Cpu, gpus: tuple[Gpu, ...], findings: list[Finding]) -> None:
     from rich.table import Table
-
-    from dsc.cli import console
 
     out = console.stdout()
     extensions = " ".join(cpu.extensions) or "no vector extension that dsc uses"

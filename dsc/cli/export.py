@@ -7,8 +7,9 @@ from typing import Annotated, Literal
 
 from typer import Option
 
-from dsc.cli import options
+from dsc.cli import console, options
 from dsc.cli.compile import build_artifact
+from dsc.errors import UsageError
 from dsc.ir.types import Precision
 
 
@@ -55,8 +56,6 @@ def export(
 
         dsc export path/to/checkpoint --format relax -o relax-model
     """
-    from dsc.errors import UsageError
-
     if check and format != "onnx":
         raise UsageError("--check is for ONNX", hint="leave out --check")
     onnx = format == "onnx"
@@ -89,8 +88,6 @@ def export(
 def _check(folder: Path) -> None:
     """Run `onnx.checker` over every model; a model it refuses is our mistake, not the user's."""
     import onnx
-
-    from dsc.cli import console
 
     for path in sorted(folder.rglob("*.onnx")):
         onnx.checker.check_model(str(path), full_check=True)

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 from typer import Context, Option
 
-from dsc.cli import options
+from dsc.cli import console, options
 from dsc.cli.answers import (
     Printer,
     Prompt,
@@ -23,6 +23,7 @@ from dsc.cli.answers import (
     facts,
     read_prompts,
 )
+from dsc.errors import ArtifactError
 
 
 def generate(
@@ -128,10 +129,8 @@ def generate(
         dsc generate v3-tvm --file a.txt --file b.txt --top-p 0.9 --seed 7 --stop "The end" --json
     """
     from dsc import api, generation
-    from dsc.cli import console
     from dsc.cli.measuring import tell_stand_in
     from dsc.cli.ranks import agree_on, launch_ranks, must_launch, speaks
-    from dsc.errors import ArtifactError
     from dsc.frontends.generation_config import parse_settings
 
     asked = options.chosen(
@@ -195,8 +194,6 @@ def generate(
 
 def required_tokenizer(tokenizer: Any, artifact: Path) -> Any:
     """Return the tokenizer, or refuse an artifact that was compiled without one."""
-    from dsc.errors import ArtifactError
-
     if tokenizer is None:
         raise ArtifactError(
             "the artifact holds no tokenizer",

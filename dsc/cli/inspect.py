@@ -11,7 +11,10 @@ from typing import Annotated, Any
 
 from typer import Option
 
-from dsc.cli import options
+from dsc.cli import console, options
+from dsc.errors import ArtifactError, UsageError, one_of
+from dsc.files import read_text
+from dsc.targets import Target
 
 
 def inspect(
@@ -45,8 +48,6 @@ def inspect(
 
         dsc inspect v3-tvm --kernels
     """
-    from dsc.errors import UsageError
-
     if json and not report:
         raise UsageError("--json goes with --report", hint="the text IR is printed as it is")
     folder = Path(model)
@@ -84,8 +85,6 @@ def _check_names(model: str, backend: str, after: str | None, entry: str | None)
     A text has entries of its own, whatever its stage.
     """
     from dsc import backends, pipeline
-    from dsc.errors import UsageError
-    from dsc.targets import Target
 
     pipeline.check_names([] if after is None else [after], ["input"])
     chosen = backends.get(backend)
@@ -104,8 +103,6 @@ def _check_names(model: str, backend: str, after: str | None, entry: str | None)
 
 
 def _check_entry(entry: str, known: Collection[str]) -> None:
-    from dsc.errors import UsageError, one_of
-
     if entry not in known:
         raise UsageError(f"no entry {entry!r}", hint=one_of(entry, known))
 
@@ -113,8 +110,6 @@ def _check_entry(entry: str, known: Collection[str]) -> None:
 def _inspect_artifact(
     folder: Path, entry: str | None, after: str | None, report: bool, kernels: bool, as_json: bool
 ) -> None:
-    from dsc.errors import UsageError
-    from dsc.files import read_text
     from dsc.runtime import sharded
 
     ranks = sharded.opened(folder)
@@ -147,7 +142,6 @@ def card(manifest: Mapping[str, Any], folder: Path) -> dict[str, str]:
     """
     from dsc.cli.answers import chosen_sampling
     from dsc.cli.report_tables import clean
-    from dsc.errors import ArtifactError
     from dsc.frontends.generation_config import parse_settings
 
     own = parse_settings(manifest.get("generation") or {}, str(folder), ArtifactError)
@@ -171,9 +165,6 @@ def read_report(folder: Path) -> dict[str, Any]:
 
 def read_object(folder: Path, name: str) -> dict[str, Any]:
     """Return a JSON object of an artifact. Raises `ArtifactError` and `FileError`."""
-    from dsc.errors import ArtifactError, UsageError
-    from dsc.files import read_text
-
     try:
         found = json_text.loads(read_text(folder / name))
     except (UsageError, ValueError, RecursionError) as problem:
@@ -186,16 +177,12 @@ def read_object(folder: Path, name: str) -> dict[str, Any]:
 def _compiled_report(model: str, backend: str, given: dict[str, Any]) -> Mapping[str, Any]:
     """Return the report of a model that is compiled for this, and not saved."""
     from dsc import api
-    from dsc.cli import console
 
     with console.progress_bar() as progress:
         return api.compile(model, backend=backend, progress=progress, **given).report
 
 
 def _show_report(report: Mapping[str, Any], entry: str | None, as_json: bool) -> None:
-    from dsc.cli import console
-    from dsc.errors import ArtifactError
-
     entries = report.get("entries", {})
     if entry is not None:
         _check_entry(entry, entries)
@@ -215,8 +202,6 @@ def _show_report(report: Mapping[str, Any], entry: str | None, as_json: bool) ->
 
 def _list_kernels(folder: Path) -> None:
     """List the files in the backend's own folders, with their sizes."""
-    from dsc.cli import console
-
     common = {"weights"}
     for child in sorted(folder.iterdir()):
         if not child.is_dir() or child.name in common:
@@ -230,8 +215,6 @@ def _list_kernels(folder: Path) -> None:
 def _lowered(model: str, backend: str, after: str | None, given: dict[str, Any]) -> str:
     """Return the text IR of a model after pass `after`, or after the last one."""
     from dsc import api
-    from dsc.cli import console
-    from dsc.errors import UsageError
     from dsc.rewrite.manager import pass_name
 
     with tempfile.TemporaryDirectory() as dump, console.progress_bar() as progress:

@@ -5,6 +5,10 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Any
 
+from dsc.cli import console
+from dsc.errors import UsageError
+from dsc.targets import parse_target
+
 if TYPE_CHECKING:
     from dsc.ir.program import Program
 
@@ -16,9 +20,7 @@ def tell_stand_in(executable: object, nothing: str) -> None:
 
     Raises `UsageError` where nothing computes: there is `nothing` then.
     """
-    from dsc.cli import console
     from dsc.cli.ranks import speaks
-    from dsc.errors import UsageError
     from dsc.runtime.executable import StandIn
     from dsc.runtime.segmented import SegmentedExecutable
 
@@ -40,8 +42,6 @@ def check_fits(compiled: Any, batch: int, *needed: tuple[int, str]) -> None:
 
     `needed` are pairs of tokens, and the options that ask for them.
     """
-    from dsc.errors import UsageError
-
     if batch > compiled.max_batch:
         raise UsageError(
             f"--batch {batch}: the artifact takes {compiled.max_batch} sequences",
@@ -57,8 +57,6 @@ def check_fits(compiled: Any, batch: int, *needed: tuple[int, str]) -> None:
 
 def vocabulary(program: Program) -> int:
     """Return the number of tokens a model knows: how many logits it gives. Raises `UsageError`."""
-    from dsc.errors import UsageError
-
     for graph in program.entries.values():
         for name, value in zip(graph.output_names, graph.outputs, strict=True):
             size = value.type.shape[-1] if name == "logits" and value.type.rank else None
@@ -86,8 +84,6 @@ def machine_threads(threads: int | None) -> tuple[int, int]:
 
 def unread(compiled: Any) -> str:
     """Why a model is held against no limit; nothing where the probes read what it runs on."""
-    from dsc.targets import parse_target
-
     if parse_target(compiled.targets[0]).kind == "cpu":
         return ""
     return (

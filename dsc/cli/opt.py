@@ -8,6 +8,7 @@ from typing import Annotated
 from typer import Argument, Exit, Option
 
 from dsc.cli import options
+from dsc.errors import UsageError
 
 
 def list_passes(asked: bool) -> None:
@@ -83,7 +84,6 @@ def opt(
         dsc opt layer.dsc --explain "absorb_mla{entries=[decode]}"
     """
     from dsc import backends, pipeline
-    from dsc.errors import UsageError
     from dsc.frontends.text import read_program
     from dsc.ir.printer import print_program
 

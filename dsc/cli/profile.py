@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from typer import Context, Option
 
-from dsc.cli import options
+from dsc.cli import console, options
+from dsc.files import check_writable
 
 if TYPE_CHECKING:
     from dsc.runtime.profiler import Event, Profiler, Row
@@ -62,10 +63,8 @@ def profile(
         dsc profile v3-tvm --phase prefill --trace trace.json
     """
     from dsc import api
-    from dsc.cli import console
     from dsc.cli.measuring import check_fits, machine_threads, tell_stand_in, unread, vocabulary
     from dsc.cli.ranks import launch_ranks, must_launch, speaks
-    from dsc.files import check_writable
     from dsc.runtime.probes import READ_BYTES, machine
     from dsc.runtime.profiler import Profiler
     from dsc.runtime.stats import entry_rows, working_set

@@ -10,13 +10,14 @@ from typing import Any
 
 from typer import Context
 
+from dsc.errors import UsageError
+
 
 def must_launch(artifact: Path, ranks: int | None = None) -> bool:
     """Whether the ranks are still to be started; False where the artifact is of one.
 
     Raises `UsageError` where it was not compiled for `ranks`.
     """
-    from dsc.errors import UsageError
     from dsc.runtime import collectives, sharded
 
     found = sharded.opened(artifact)

@@ -8,7 +8,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from typer import Context, Exit, Option
 
-from dsc.cli import options
+from dsc.cli import console, options
+from dsc.errors import UsageError
+from dsc.files import read_text
+from dsc.ir.types import DType
 
 if TYPE_CHECKING:
     from dsc.api import CompiledModel
@@ -73,7 +76,6 @@ def verify(
         dsc verify path/to/checkpoint --against hf --json
     """
     from dsc import api, verification
-    from dsc.cli import console
     from dsc.cli.measuring import tell_stand_in
     from dsc.cli.ranks import launch_ranks, must_launch, speaks
 
@@ -141,8 +143,6 @@ def _lines(result: Comparison, dtype: str) -> Iterator[str]:
 def token_ids(compiled: CompiledModel, text: Path | None, limit: int) -> tuple[list[int], bool]:
     """Return up to `limit` ids and whether they are text; without a tokenizer they are random."""
     from dsc.cli.measuring import random_ids, vocabulary
-    from dsc.errors import UsageError
-    from dsc.files import read_text
 
     limit = min(limit, compiled.max_context)
     if compiled.tokenizer is not None:
@@ -163,8 +163,6 @@ def token_ids(compiled: CompiledModel, text: Path | None, limit: int) -> tuple[l
 
 def source_of(compiled: CompiledModel, checkpoint: Path | None) -> str:
     """Return what a model was compiled from, or where that has moved."""
-    from dsc.errors import UsageError
-
     if checkpoint is not None:
         return str(checkpoint)
     if not compiled.source:
@@ -182,8 +180,6 @@ def check_oracle(against: str, source: str) -> None:
         UsageError, ConfigError, CheckpointError: the source is no checkpoint folder, or one whose
             headers do not fit its configuration.
     """
-    from dsc.errors import UsageError
-
     if against == "reference":
         return
     if not (Path(source) / "config.json").is_file():
@@ -193,7 +189,6 @@ def check_oracle(against: str, source: str) -> None:
             hint="name one with --checkpoint, or compare with --against reference",
         )
     from dsc.frontends.huggingface import load_checkpoint
-    from dsc.ir.types import DType
 
     load_checkpoint(source, DType.f32)
 
@@ -228,8 +223,6 @@ def noise_of(
 
 
 def _other_model(compiled: CompiledModel, source: str, ours: Any, oracle: Any) -> Exception:
-    from dsc.errors import UsageError
-
     return UsageError(
         f"logits {list(ours)} of the artifact, {list(oracle)} of its source: another model",
         where=source,
@@ -238,8 +231,6 @@ def _other_model(compiled: CompiledModel, source: str, ours: Any, oracle: Any) -
 
 
 def _check_hashes(folder: Path, is_artifact: bool) -> None:
-    from dsc.errors import UsageError
-
     if not is_artifact:
         raise UsageError("--hashes reads an artifact", where=str(folder))
     from dsc.runtime.artifact import check_hashes
