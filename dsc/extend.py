@@ -24,10 +24,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from dsc.errors import UsageError
+from dsc.errors import ParseError, UsageError
 from dsc.ir import op as declarations
 from dsc.ir.kernels import Cpp, Formula, Lowering
 from dsc.ir.op import InferFn, OpDef, TypeMismatch
+from dsc.ir.parser import parse_operands
 from dsc.ir.traits import Call, Role, Traits, Within
 from dsc.rewrite.registered import register_rule
 
@@ -103,9 +104,6 @@ def register_op(
 
 def _check_example(definition: OpDef) -> None:
     """Raise `UsageError` unless the example is a call of the operator."""
-    from dsc.errors import ParseError
-    from dsc.ir.parser import parse_operands
-
     try:
         operands, attrs = parse_operands(definition.example)
         definition.infer([t for t, _ in operands], attrs)

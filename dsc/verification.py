@@ -26,7 +26,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from dsc.ir.types import PRECISIONS
+from dsc.ir.types import PRECISIONS, DType
 
 if TYPE_CHECKING:
     import numpy as np
@@ -245,7 +245,6 @@ def transformers_logits(checkpoint: Path, ids: Sequence[int]) -> Logits:
     import torch
 
     from dsc.frontends.huggingface import load_checkpoint
-    from dsc.ir.types import DType
 
     model = load_checkpoint(checkpoint, DType.f32).stock()
     with torch.inference_mode():

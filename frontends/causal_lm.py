@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from dsc.frontends.config import ModelConfig
+from dsc.frontends.instantiate import trace_by_kind
+from dsc.frontends.torch_export import trace
 from dsc.ir.dims import Range
 from dsc.ir.program import TOKEN_INPUTS, Program
 from dsc.ir.types import DType, TensorType
@@ -114,9 +116,6 @@ def trace_step(
     One layer of each kind is traced and the others are written down, where that is sound (see
     `instantiate.py`); with `whole`, every layer is traced, some two seconds each.
     """
-    from dsc.frontends.instantiate import trace_by_kind
-    from dsc.frontends.torch_export import trace
-
     device = next(module.parameters()).device
 
     def traced(part: nn.Module, depth: int) -> Program:

@@ -20,8 +20,9 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from dsc.errors import ConfigError, DscError, UnsupportedArchitecture, UsageError
-from dsc.frontends.config import DTYPES, ModelConfig
+from dsc.frontends.config import DTYPES, ModelConfig, parse_config
 from dsc.frontends.generation_config import Settings, load_generation, settings_of
+from dsc.frontends.text import read_program
 from dsc.frontends.tokenizer import TOKENIZER, find_tokenizer
 from dsc.ir.limits import OPEN, Limits
 from dsc.ir.program import Program
@@ -33,8 +34,10 @@ from dsc.ir.weights import (
     Source,
     WeightExpr,
     WeightSource,
+    evaluate,
     sources,
 )
+from dsc.models import configs
 
 if TYPE_CHECKING:
     from torch import nn
@@ -186,7 +189,6 @@ def _from_code(
 
     from dsc.frontends.causal_lm import cast_parameters
     from dsc.frontends.huggingface import load_checkpoint, retarget
-    from dsc.models import configs
 
     if config_name is None and weights is not None and str(weights) != "none":
         config = configs.config(str(weights))
@@ -233,8 +235,6 @@ def _from_code(
 
 def _from_text(path: Path, asked: Asked) -> Loaded:
     """A text says its own ranges; a causal LM whose ranges are open gets the limits asked for."""
-    from dsc.frontends.text import read_program
-
     program = read_program(path)
     if not program.is_causal_lm:
         return Loaded(program, str(path))
@@ -254,7 +254,6 @@ def _from_module(
     import torch
 
     from dsc.frontends.causal_lm import CausalLMStep
-    from dsc.frontends.config import parse_config
 
     stock = getattr(module, "config", None)
     if not isinstance(module, torch.nn.Module) or not hasattr(stock, "to_dict"):
@@ -340,8 +339,6 @@ def _with_weights(
 
 def _value(traced: Program, name: str) -> Any:
     """A traced constant's value, or `None` for a parameter on meta."""
-    from dsc.ir.weights import evaluate
-
     try:
         value = evaluate(traced.weights[name], traced.source)
     except (UsageError, KeyError):

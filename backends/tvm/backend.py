@@ -9,6 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dsc.backends.base import Capabilities, EmitOptions, No, Support, Yes
+from dsc.backends.tvm.launch import Unsupported
+from dsc.backends.tvm.machine import GENERIC, machine_for
+from dsc.backends.tvm.tuning import Tiling, tuned
 from dsc.errors import BackendUnavailable
 from dsc.ir.expert_forms import ExpertKernels
 from dsc.ir.graph import Node
@@ -60,8 +63,6 @@ class TvmBackend:
     def supports(self, node: Node) -> Support:
         """Whether there is a kernel for the node's operator, element types and shapes."""
         require_tvm()
-        from dsc.backends.tvm.launch import Unsupported
-        from dsc.backends.tvm.machine import GENERIC
         from dsc.backends.tvm.schedule import VIEWS, launch_of
         from dsc.backends.tvm.tir import STORAGE
 
@@ -90,9 +91,7 @@ class TvmBackend:
         from dsc.backends.tvm import library
         from dsc.backends.tvm.bf16 import instructions_of
         from dsc.backends.tvm.checks import entry_checks, facts_of
-        from dsc.backends.tvm.machine import machine_for
         from dsc.backends.tvm.schedule import plan_program
-        from dsc.backends.tvm.tuning import Tiling, tuned
 
         target = options.targets[0] if options.targets else Target("cpu")
         machine = machine_for(target)

@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dsc._version import __version__
-from dsc.backends.tvm.machine import Machine
+from dsc.backends.tvm.machine import Machine, tvm_target
 from dsc.errors import FileError
 from dsc.files import write_text
 from dsc.user_folders import cache_entry
@@ -176,8 +176,6 @@ def build(machine: Machine, folder: Path, threads: int) -> dict[str, Callable[..
 def key_of(machine: Machine, threads: int) -> dict[str, Any]:
     """Everything that the fastest choice depends on, in full."""
     from tvm.target import codegen
-
-    from dsc.backends.tvm.machine import tvm_target
 
     sources = sorted(Path(__file__).parent.rglob("*.py"))
     return {

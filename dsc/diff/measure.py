@@ -11,11 +11,15 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dsc.backends.reference import ReferenceExecutable
 from dsc.diff.sides import Side
 from dsc.errors import UsageError
 from dsc.files import read_text
 from dsc.ir.costs import step_sizes
 from dsc.ir.layers import layer_of
+from dsc.ir.samples import sample_inputs
+from dsc.rewrite.verify import WIDEST, weight_elements
+from dsc.rewrite.widen import runnable
 from dsc.runtime.profiler import Event, Profiler
 
 if TYPE_CHECKING:
@@ -40,7 +44,6 @@ class Timing:
 
 def measure(side: Side, context: int, trust: bool, repeats: int = REPEATS) -> dict[str, Timing]:
     """Run every entry of a side on seeded inputs under the profiler; a warm-up is not counted."""
-    from dsc.ir.samples import sample_inputs
     from dsc.runtime.probes import seconds_of
 
     executable = _executable(side, trust)
@@ -107,9 +110,6 @@ def _events(path: Path) -> list[Event]:
 def _executable(side: Side, trust: bool) -> Executable:
     """The code of an artifact, or the interpreter for a text."""
     from dsc import api
-    from dsc.backends.reference import ReferenceExecutable
-    from dsc.rewrite.verify import WIDEST, weight_elements
-    from dsc.rewrite.widen import runnable
 
     if side.folder is not None:
         if not side.has_values:

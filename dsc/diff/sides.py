@@ -7,8 +7,10 @@ from functools import cached_property
 from pathlib import Path
 
 from dsc.errors import UsageError
+from dsc.frontends.text import read_program
 from dsc.ir.program import Program
 from dsc.rewrite.manager import pass_name
+from dsc.runtime import artifact
 from dsc.runtime.plan import PLAN, EntryPlan, Plan
 
 
@@ -46,8 +48,6 @@ def open_side(name: str) -> Side:
 
     The code in an artifact is not loaded. Raises `UsageError`, `ArtifactError`, `ParseError`.
     """
-    from dsc.frontends.text import read_program
-
     path = Path(name)
     if (path / "dsc.json").is_file():
         return _artifact(path)
@@ -63,9 +63,6 @@ def open_side(name: str) -> Side:
 
 
 def _artifact(folder: Path) -> Side:
-    from dsc.frontends.text import read_program
-    from dsc.runtime import artifact
-
     # Trust is asked for when code is loaded, to measure it; the text and the weights are data.
     opened = artifact.read(folder, trust=True)
     text = read_program(folder / "program.dsc")

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from dsc.ir.dims import Dim
 from dsc.ir.graph import Graph, Node, Operand, Value, Weight
+from dsc.ir.lanes import NO_STEP
 from dsc.ir.op import lookup, traits_of
 from dsc.ir.traits import Call, Role
 
@@ -114,8 +115,6 @@ def written_roots(graph: Graph) -> dict[str, Operand]:
 
     Views are those that no code runs for (`NO_STEP`): other results have storage of their own.
     """
-    from dsc.ir.lanes import NO_STEP
-
     roots: dict[str, Operand] = {v.name: v for v in graph.inputs}
 
     def root(x: Operand | None) -> Operand:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from dsc.errors import RankError, UsageError, VerificationError
+from dsc.ir.analyses import last_uses
 from dsc.ir.dims import Dim, Sym, evaluate, free_symbols, symbol_name
 from dsc.ir.graph import Graph, Node, Operand, Value
 from dsc.ir.op import concrete, lookup
@@ -72,8 +73,6 @@ def run_graph(
     `weight` gives the value of a weight by name; `observe` sees every node with its results, those
     of a nested body before their owner; `outer` holds the symbols of the graph around a body.
     """
-    from dsc.ir.analyses import last_uses
-
     env = {**(outer or {}), **bind_symbols(graph, inputs)}
     values: dict[str, Any] = {v.name: t for v, t in zip(graph.inputs, inputs, strict=True)}
     expired = last_uses(graph)

@@ -18,6 +18,7 @@ from dsc.errors import DscError
 from dsc.ir.analyses import structural_hash
 from dsc.ir.dims import Dim, evaluate, symbol
 from dsc.ir.graph import Graph, GraphBuilder, Node, Operand, Value
+from dsc.ir.interpreter import run_graph
 from dsc.ir.op import TypeMismatch
 from dsc.rewrite.rebuild import Operands, rebuild
 from dsc.rewrite.rule import Match
@@ -181,8 +182,6 @@ class Case:
 
 def run(graph: Graph, case: Case) -> list[torch.Tensor]:
     """The results of a region in one experiment."""
-    from dsc.ir.interpreter import run_graph
-
     concrete = graph.substitute(case.sizes)
     return run_graph(concrete, list(case.tensors))
 

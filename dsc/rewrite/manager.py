@@ -24,6 +24,7 @@ from dsc.ir.printer import print_program
 from dsc.ir.program import Program
 from dsc.ir.verifier import verify
 from dsc.rewrite.base import Pass, PassReport
+from dsc.rewrite.twin import Twin
 
 if TYPE_CHECKING:
     from dsc.rewrite.twin import Twin
@@ -77,8 +78,6 @@ class Manager:
     @cached_property
     def twin(self) -> Twin:
         """What compares programs; its import takes the interpreter along."""
-        from dsc.rewrite.twin import Twin
-
         return Twin()
 
     def run(self, program: Program, passes: Sequence[Pass]) -> Program:

@@ -13,6 +13,7 @@ from typing import Any
 
 from dsc.ir.graph import Node
 from dsc.ir.op import lookup
+from dsc.ir.ops.moe import routing_scores, with_shared
 
 SAFETY = 10.0
 NEAR = 1e-5
@@ -41,8 +42,6 @@ class Routing:
         """Run a router here; every other node is left to the interpreter."""
         if node.op != "route":
             return None
-        from dsc.ir.ops.moe import with_shared
-
         definition = lookup("route")
         attrs = node.attrs
         index, weights = definition.reference(*operands, **attrs)
@@ -70,8 +69,6 @@ class Routing:
 
 def weigh(operands: list[Any], attrs: Mapping[str, Any], chosen: Any) -> Any:
     """The weights of chosen experts: unbiased scores, normalised, scaled."""
-    from dsc.ir.ops.moe import routing_scores
-
     w = routing_scores(operands[0], operands[1], attrs["score"]).gather(-1, chosen)
     if attrs["normalise"]:
         w = w / (w.sum(-1, keepdim=True) + 1e-20)
@@ -81,8 +78,6 @@ def weigh(operands: list[Any], attrs: Mapping[str, Any], chosen: Any) -> Any:
 def decide(operands: list[Any], attrs: Mapping[str, Any], index: Any) -> Decision:
     """The decision that gave `index`, with its smallest margin over groups and experts."""
     import torch
-
-    from dsc.ir.ops.moe import routing_scores
 
     bias = operands[2] if len(operands) > 2 else None
     scores = routing_scores(operands[0], operands[1], attrs["score"])

@@ -14,7 +14,7 @@ from dsc.errors import UsageError
 from dsc.ir.graph import Attrs, Graph
 from dsc.ir.program import Program
 from dsc.ir.types import DType, TensorType
-from dsc.ir.weights import Apply, Source, WeightExpr, WeightSource, random_tensor
+from dsc.ir.weights import Apply, Source, WeightExpr, WeightSource, random_tensor, sources
 
 if TYPE_CHECKING:
     import torch
@@ -58,8 +58,6 @@ class Filled:
 
 def runnable(program: Program, widen: bool) -> Program:
     """The program over a source that has all values, in fp32 when `widen`."""
-    from dsc.ir.weights import sources
-
     found = {s.key: s.type for expr in program.weights.values() for s in sources(expr)}
     filled = Filled(program.source, found, widen)
     if not widen:

@@ -20,11 +20,13 @@ import dsc
 from dsc._version import __version__
 from dsc.errors import ArtifactError, UsageError
 from dsc.files import check_makeable, check_room, named, replacing
+from dsc.frontends.safetensors_source import open_safetensors
 from dsc.ir.index_ranges import index_ranges
 from dsc.ir.parser import parse_program
 from dsc.ir.printer import print_program
 from dsc.ir.program import Program
 from dsc.ir.ranks import at_rank
+from dsc.ir.weights import MetaSource, leaf, sources
 from dsc.runtime.emission import MANIFEST, Emission
 from dsc.runtime.packing import layout, pack
 from dsc.runtime.plan import FORMAT, PLAN, check_format
@@ -171,8 +173,6 @@ def read(folder: Path, trust: bool = False) -> Artifact:
     text = _inside(folder, "program.dsc").read_text()
     source = None
     if manifest["weights"] is not None:
-        from dsc.frontends.safetensors_source import open_safetensors
-
         source = open_safetensors(_inside(folder, manifest["weights"]))
     return Artifact(folder, manifest, packed(parse_program(text), source))
 
@@ -180,8 +180,6 @@ def read(folder: Path, trust: bool = False) -> Artifact:
 def packed(program: Program, source: Any) -> Program:
     """The program with every weight read from `source` under its own name."""
     from dataclasses import replace
-
-    from dsc.ir.weights import MetaSource, leaf, sources
 
     weights = {name: leaf(name, expr.type) for name, expr in program.weights.items()}
     types = {s.key: s.type for expr in weights.values() for s in sources(expr)}

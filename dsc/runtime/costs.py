@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from dsc.ir.analyses import Cost
+from dsc.ir.analyses import Cost, storage_roots
 from dsc.ir.costs import Sizes, node_costs, weights_read
 from dsc.ir.dims import evaluate
 from dsc.ir.graph import Graph, Node, Value, Weight
@@ -180,8 +180,6 @@ def _cache_bytes(graph: Graph, node: Node, sizes: Sizes) -> int:
 
 def _cache_values(graph: Graph) -> frozenset[str]:
     """Values whose storage is a cache, or that hold a grown one."""
-    from dsc.ir.analyses import storage_roots
-
     roots = storage_roots(graph)
     caches = {graph.inputs[source].name for _, source in graph.aliases}
     grown = {x.name for o, _ in graph.aliases if isinstance(x := graph.outputs[o], Value)}

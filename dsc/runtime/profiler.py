@@ -25,6 +25,8 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from dsc.errors import UsageError
 from dsc.files import write_text
+from dsc.ir.interpreter import bind_shapes
+from dsc.ir.ranks import current
 
 if TYPE_CHECKING:
     from dsc.ir.graph import Graph
@@ -232,8 +234,6 @@ class Profiler:
         Live bytes of intermediates become a counter beside the steps. Times begin with the first
         event; the process is this rank's, its threads are steps, operators and collectives.
         """
-        from dsc.ir.ranks import current
-
         events = _trace(self.events, current().rank)
         write_text(path, json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}))
 
@@ -274,8 +274,6 @@ def _thread(event: Event) -> str:
 
 
 def _process(rank: int) -> str:
-    from dsc.ir.ranks import current
-
     return f"dsc, rank {rank}" if current().size > 1 else "dsc"
 
 
@@ -322,7 +320,6 @@ def entry_span(graph: Graph, inputs: Mapping[str, Any]) -> Any:
     """
     if active() is None:
         return span(graph.name, "entry")
-    from dsc.ir.interpreter import bind_shapes
     from dsc.runtime.costs import entry_cost, lengths_of
 
     shapes, lengths = [inputs[v.name].shape for v in graph.inputs], lengths_of(inputs)

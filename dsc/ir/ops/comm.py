@@ -11,10 +11,12 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from dsc.errors import UsageError
 from dsc.ir.dims import Dim
 from dsc.ir.lazy import LazyModule
 from dsc.ir.op import TypeMismatch, op
 from dsc.ir.ops.shape import axis_of, demand_parts
+from dsc.ir.ranks import current
 from dsc.ir.sized import Sized
 from dsc.ir.traits import COLLECTIVE, Form, Role, Traits
 from dsc.ir.types import TensorType
@@ -32,9 +34,6 @@ Result = tuple[TensorType, ...]
 
 def _group(what: str, ranks: int) -> Group:
     """The current group, which must have as many ranks as the program was made for."""
-    from dsc.errors import UsageError
-    from dsc.ir.ranks import current
-
     group = current()
     if group.size != ranks:
         raise UsageError(
@@ -87,16 +86,12 @@ def _all_to_all(x: Any, axis: int, ranks: int) -> Any:
 
 def _parts(what: str, x: Any, axis: int, ranks: int) -> Any:
     """`x` in equal parts of an axis, whose extent may be known only now."""
-    from dsc.errors import UsageError
-
     if x.shape[axis] % ranks:
         raise UsageError(f"{what}: an axis of {x.shape[axis]} does not part into {ranks} ranks")
     return x.split(x.shape[axis] // ranks, axis)
 
 
 def _send(x: Any, to: int) -> Any:
-    from dsc.ir.ranks import current
-
     group = current()
     if to != group.rank:
         group.exchange(f"send of {list(x.shape)} to rank {to}", {to: x.contiguous()}, {})
@@ -104,8 +99,6 @@ def _send(x: Any, to: int) -> Any:
 
 
 def _recv(x: Any, source: int) -> Any:
-    from dsc.ir.ranks import current
-
     group = current()
     if source == group.rank:
         return x

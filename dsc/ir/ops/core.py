@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from dsc.ir.dims import Dim, product
 from dsc.ir.extents import Extent
 from dsc.ir.graph import Graph
+from dsc.ir.interpreter import run_graph
 from dsc.ir.lazy import LazyModule
 from dsc.ir.op import OpDef, TypeMismatch, op
 from dsc.ir.ops.pointwise import broadcast
@@ -293,8 +294,6 @@ einsum = op(
 
 
 def _run_body(*operands: Any, body: Graph) -> Any:
-    from dsc.ir.interpreter import run_graph
-
     outputs = run_graph(body, operands)
     return outputs[0] if len(outputs) == 1 else tuple(outputs)
 
