@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
+import numpy as np
+
 from dsc.errors import ArtifactError, UsageError
 from dsc.sampling import Sampling
 
@@ -148,8 +150,6 @@ class Answer:
 
         Raises `ArtifactError` for logits that are no numbers.
         """
-        import numpy as np
-
         scores = np.asarray(logits, dtype=np.float32)
         if not np.isfinite(scores).all():
             raise ArtifactError(
@@ -228,8 +228,6 @@ def continue_all(
     for each token, and one for an end without a token. The last token of an answer takes no step:
     nobody would read its logits.
     """
-    import numpy as np
-
     clock = clock or Clock()
     waiting = deque(range(len(answers)))
     running: dict[int, int] = {}  # sequence to the index of its answer

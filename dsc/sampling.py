@@ -11,10 +11,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from dsc.errors import UsageError
 
 if TYPE_CHECKING:
-    import numpy as np
     from numpy.typing import NDArray
 
     Scores = NDArray[np.float32]
@@ -84,8 +85,6 @@ class Sampling:
 
         It raises `UsageError` where the largest logit is no number.
         """
-        import numpy as np
-
         draws = np.random.default_rng(seed)
 
         def draw(logits: Scores, ids: Sequence[int]) -> int:
@@ -108,8 +107,6 @@ def penalised(scores: Scores, ids: Sequence[int], penalty: float) -> Scores:
     >>> penalised(np.float32([2.0, -2.0, 2.0]), [0, 1, 0], 2.0).tolist()
     [1.0, -4.0, 2.0]
     """
-    import numpy as np
-
     seen = np.unique(np.asarray(ids, dtype=np.int64))
     scores, wide = scores.copy(), scores[seen].astype(np.float64)
     with np.errstate(over="ignore"):
@@ -128,8 +125,6 @@ def tempered(scores: Scores, temperature: float) -> Scores:
     >>> [tempered(np.float32([1.0, 3.0]), t).tolist() for t in (0.5, 1e-39)]
     [[2.0, 6.0], [-inf, 0.0]]
     """
-    import numpy as np
-
     wide = scores.astype(np.float64)
     if np.abs(wide).max() > temperature * float(np.finfo(scores.dtype).max):
         wide -= wide.max()
@@ -144,8 +139,6 @@ def top_k(scores: Scores, count: int) -> Scores:
     >>> top_k(np.float32([3.0, 1.0, 2.0, 2.0]), 2).tolist()
     [3.0, -inf, 2.0, 2.0]
     """
-    import numpy as np
-
     least = np.partition(scores, -min(count, len(scores)))[-min(count, len(scores))]
     return _without(scores, scores < least)
 
@@ -157,8 +150,6 @@ def top_p(scores: Scores, mass: float) -> Scores:
     >>> top_p(np.float32([2.0, 0.0, 1.0]), 0.7).tolist()  # 0.67, 0.09 and 0.24
     [2.0, -inf, 1.0]
     """
-    import numpy as np
-
     order = scores.argsort(kind="stable")
     reached = _softmax(scores[order]).cumsum(dtype=np.float64).astype(scores.dtype)
     out = reached <= 1 - mass
@@ -182,8 +173,6 @@ def min_p(scores: Scores, share: float) -> Scores:
 
 
 def _softmax(scores: Scores) -> Scores:
-    import numpy as np
-
     with np.errstate(over="ignore"):  # what lies that far below the largest has no share
         weights = np.exp(scores - scores.max())
     shares: Scores = weights / weights.sum()
@@ -191,6 +180,4 @@ def _softmax(scores: Scores) -> Scores:
 
 
 def _without(scores: Scores, left_out: NDArray[np.bool_]) -> Scores:
-    import numpy as np
-
     return np.where(left_out, -np.inf, scores).astype(scores.dtype)

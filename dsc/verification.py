@@ -26,10 +26,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+import numpy as np
+
 from dsc.ir.types import PRECISIONS, DType
 
 if TYPE_CHECKING:
-    import numpy as np
     from numpy.typing import NDArray
 
     from dsc.ir.program import Program
@@ -118,15 +119,11 @@ class Noise:
     @staticmethod
     def of(rounded: Logits, exact: Logits) -> Noise:
         """What a type does to a model: its logits [S, vocab] in it, and in fp32."""
-        import numpy as np
-
         return Noise(_rms(rounded.astype(np.float64) - exact.astype(np.float64)), True)
 
     @staticmethod
     def in_fp32(oracle: Logits, layers: int) -> Noise:
         """What sums in another order may do in fp32 to the logits [S, vocab] of so many layers."""
-        import numpy as np
-
         return Noise(FP32_ROUNDINGS * layers**0.5 * _rms(oracle.astype(np.float64)), False)
 
 
@@ -134,8 +131,6 @@ def compare(
     ours: Logits, oracle: Logits, ids: Sequence[int], noise: Noise, is_text: bool = True
 ) -> Comparison:
     """Compare logits [S, vocab] that two models give after each of the `ids` [S]."""
-    import numpy as np
-
     if ours.shape != oracle.shape or not len(ids) == len(ours) == len(noise.errors):
         raise ValueError(f"logits {ours.shape} and {oracle.shape} for {len(ids)} tokens")
     exact = oracle.astype(np.float64)
@@ -157,8 +152,6 @@ def compare(
 
 def _checks(errors: Any, noise: Noise, spread: Any) -> Iterator[Check]:
     """The errors [S] of positions beside what they may be; `spread` [S] is that of the logits."""
-    import numpy as np
-
     prompt = prompt_length(len(errors))
     for name, at in (("prefill", slice(0, prompt)), ("decode", slice(prompt, None))):
         if len(errors[at]):
@@ -181,8 +174,6 @@ def _checks(errors: Any, noise: Noise, spread: Any) -> Iterator[Check]:
 
 
 def _rms(values: Any) -> Any:
-    import numpy as np
-
     return np.sqrt(np.mean(np.square(values), axis=-1))
 
 
@@ -205,8 +196,6 @@ def perplexity(logits: Logits, ids: Sequence[int]) -> float:
     >>> round(perplexity(np.zeros((3, 7), np.float32), [1, 2, 3]), 6)
     7.0
     """
-    import numpy as np
-
     scores = logits[:-1].astype(np.float64)
     top = scores.max(-1, keepdims=True)
     normaliser = top[:, 0] + np.log(np.exp(scores - top).sum(-1))
@@ -225,8 +214,6 @@ def session_logits(compiled: Any, ids: Sequence[int]) -> Logits:
     So both entries are compared: the prompt goes through prefill, the last `DECODED_TOKENS` tokens
     (fewer in a short text) through decode.
     """
-    import numpy as np
-
     array = np.asarray(ids, dtype=np.int64)
     prompt = prompt_length(len(ids))
     session = compiled.session(max_batch=1, max_context=len(ids))
