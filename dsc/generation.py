@@ -10,15 +10,12 @@ from collections import deque
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
 from dsc.errors import ArtifactError, UsageError
-from dsc.sampling import Sampling
-
-if TYPE_CHECKING:
-    from dsc.sampling import Pick
+from dsc.sampling import Pick, Sampling
 
 BROKEN = "\N{REPLACEMENT CHARACTER}"
 PENDING = 3

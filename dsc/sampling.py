@@ -9,17 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import NDArray
 
 from dsc.errors import UsageError
 
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
-    Scores = NDArray[np.float32]
-    Pick = Callable[[Scores, Sequence[int]], int]
+Scores = NDArray[np.float32]
+Pick = Callable[[Scores, Sequence[int]], int]
 
 
 @dataclass(frozen=True)

@@ -24,18 +24,15 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import numpy as np
+from numpy.typing import NDArray
 
+from dsc.ir.program import Program
 from dsc.ir.types import PRECISIONS, DType
 
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
-    from dsc.ir.program import Program
-
-    Logits = NDArray[np.float32]
+Logits = NDArray[np.float32]
 
 MARGIN = 10.0
 """Errors of a logit by which the oracle's best token must lead."""

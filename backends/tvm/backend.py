@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from dsc.backends.base import Capabilities, EmitOptions, No, Support, Yes
 from dsc.backends.tvm.launch import Unsupported
@@ -18,6 +18,7 @@ from dsc.ir.graph import Node
 from dsc.ir.index_ranges import index_ranges
 from dsc.ir.interface import Storage
 from dsc.ir.op import named
+from dsc.ir.program import Program
 from dsc.ir.regions import RegionLimits
 from dsc.ir.traits import Role
 from dsc.ir.types import DType
@@ -25,9 +26,6 @@ from dsc.runtime.emission import Emission
 from dsc.runtime.executable import Executable
 from dsc.runtime.plan import Plan
 from dsc.targets import Target
-
-if TYPE_CHECKING:
-    from dsc.ir.program import Program
 
 LIBRARY = "tvm/kernels.so"
 STEPS = "tvm/steps.bin"

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from dsc.backends.tvm.checks import Later, entry_checks, lower_check
 from dsc.backends.tvm.kernels import lowering
@@ -17,13 +17,11 @@ from dsc.errors import UnsupportedOperator
 from dsc.ir.dims import Range
 from dsc.ir.graph import Graph, Node
 from dsc.ir.index_ranges import Computed, index_ranges
+from dsc.ir.program import Program
 from dsc.runtime.nodes import Values
 from dsc.runtime.placing import place
 from dsc.runtime.plan import READ, STATUS, STATUS_BYTES, WRITE, Draft, EntryPlan, Ref
 from dsc.runtime.plan import Launch as Step
-
-if TYPE_CHECKING:
-    from dsc.ir.program import Program
 
 VIEWS = frozenset({"reshape"})
 """Operators whose result is its operand's bytes: no kernel runs."""

@@ -26,16 +26,14 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from dsc._version import __version__
 from dsc.backends.tvm.machine import Machine, tvm_target
 from dsc.errors import FileError
 from dsc.files import write_text
+from dsc.targets import Target
 from dsc.user_folders import cache_entry
-
-if TYPE_CHECKING:
-    from dsc.targets import Target
 
 COLUMNS = (16, 32, 64)
 """Columns that a task may take."""

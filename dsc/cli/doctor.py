@@ -7,13 +7,10 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING
 
 from dsc.cli import console, options
+from dsc.hardware import Cpu, Gpu
 from dsc.targets import KNOWN
-
-if TYPE_CHECKING:
-    from dsc.hardware import Cpu, Gpu
 
 _IMPORT_TIMEOUT_S = 120
 

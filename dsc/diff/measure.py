@@ -9,7 +9,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from dsc.backends.reference import ReferenceExecutable
 from dsc.diff.sides import Side
@@ -20,10 +19,8 @@ from dsc.ir.layers import layer_of
 from dsc.ir.samples import sample_inputs
 from dsc.rewrite.verify import WIDEST, weight_elements
 from dsc.rewrite.widen import runnable
+from dsc.runtime.executable import Executable
 from dsc.runtime.profiler import Event, Profiler
-
-if TYPE_CHECKING:
-    from dsc.runtime.executable import Executable
 
 REPEATS = 5
 CHUNK = 16

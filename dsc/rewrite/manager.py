@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from dsc.errors import DscError, InternalError, UsageError, VerificationError
 from dsc.files import write_text
@@ -25,10 +25,6 @@ from dsc.ir.program import Program
 from dsc.ir.verifier import verify
 from dsc.rewrite.base import Pass, PassReport
 from dsc.rewrite.twin import Twin
-
-if TYPE_CHECKING:
-    from dsc.rewrite.twin import Twin
-
 
 NOT_PASSES = ("input", "all")
 """What `print_after` takes besides: the program before all passes, and every pass."""
