@@ -23,7 +23,6 @@ from functools import cache
 from typing import Any
 
 from dsc.ir.dims import Dim, Sym, evaluate, free_symbols, parse_dim, substitute
-from dsc.ir.extensions import load_extensions
 from dsc.ir.formats import Packed
 from dsc.ir.graph import Attrs, Graph, Operand
 from dsc.ir.traits import Call, Role, Traits, Within
@@ -376,6 +375,8 @@ def lookup(name: str) -> OpDef:
     """The declaration of `name`. Raises `TypeMismatch` when there is none."""
     found = registry().get(name)
     if found is None:
+        from dsc.ir.extensions import load_extensions
+
         load_extensions()
         found = registry().get(name)
     if found is None:
