@@ -19,7 +19,6 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor, fx
 
-from dsc.api import compile_program
 from dsc.errors import UnsupportedOperator
 from dsc.frontends.fx_import import FxImporter, hint, module_path, source_place
 from dsc.frontends.lowering import Unsupported
@@ -66,6 +65,8 @@ class Options:
 
     def compile(self, program: Program) -> Executable:
         """Compile a traced program."""
+        from dsc.api import compile_program
+
         return cast(
             Executable,
             compile_program(
