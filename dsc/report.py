@@ -20,7 +20,6 @@ from dsc.ir.limits import Limits
 from dsc.ir.program import Program, is_causal_step
 from dsc.ir.weights import sources
 from dsc.rewrite.manager import PassRecord
-from dsc.runtime.limit import step_sizes
 from dsc.runtime.plan import EntryPlan, Plan
 
 CONTEXTS = (1024, 4096)
