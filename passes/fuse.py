@@ -235,11 +235,11 @@ class _Sweep:
 
     def _trimmed(self, i: int) -> bool:
         node, group = self.graph.nodes[i], self.groups.owner[i]
-        if node.op not in self.limits.free or len(self.groups.members[group]) == 1:
+        if not self.limits.free(node) or len(self.groups.members[group]) == 1:
             return False
         (source,) = node.operands
         inside = {v.name for n in self.groups.nodes(group) for v in n.outputs}
-        readers = self.groups.readers(node.output.name)
+        readers = {g for v in node.outputs for g in self.groups.readers(v.name)}
         if not isinstance(source, Value) or source.name not in inside:
             self.groups.release(i, ahead=True)
         elif group not in readers:

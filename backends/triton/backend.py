@@ -46,7 +46,12 @@ DEFAULT_WEIGHTS = "weights/model.safetensors"
 DEFAULT_TARGET = Target("cuda", "sm_90")
 ALL_TARGETS = tuple(f"{kind}:{arch}" for kind, archs in KNOWN.items() for arch in archs)
 FUSION_LEVEL = 3
-REGIONS = RegionLimits(anchors=frozenset({"linear"}), epilogue=named(Role.POINTWISE) | {"reshape"})
+REGIONS = RegionLimits(
+    anchors=frozenset({"linear"}),
+    epilogue=named(Role.POINTWISE) | {"reshape"},
+    free=lambda view: True,
+)
+"""Views are strides to every kernel."""
 EXPERTS = ExpertKernels(rereads=True, tile=16, balance=250.0, launch=10_000_000)
 """A GPU of 800 TFLOP/s, 3.3 TB/s and 3 microseconds a launch: the order of magnitude decides."""
 RUNNER = Path(__file__).with_name("runner.py")  # it launches on CUDA devices

@@ -17,6 +17,7 @@ from dsc.ir.expert_forms import ExpertKernels
 from dsc.ir.graph import Node
 from dsc.ir.index_ranges import index_ranges
 from dsc.ir.interface import Storage
+from dsc.ir.lanes import moves_nothing
 from dsc.ir.op import named
 from dsc.ir.program import Program
 from dsc.ir.regions import RegionLimits
@@ -61,13 +62,13 @@ class TvmBackend:
     def supports(self, node: Node) -> Support:
         """Whether there is a kernel for the node's operator, element types and shapes."""
         require_tvm()
-        from dsc.backends.tvm.schedule import VIEWS, launch_of
+        from dsc.backends.tvm.schedule import launch_of
         from dsc.backends.tvm.tir import STORAGE
 
         for x in (*node.operands, *node.outputs):
             if x.type.dtype not in STORAGE:
                 return No(f"element type {x.type.dtype}")
-        if node.op in VIEWS:
+        if moves_nothing(node):
             return Yes()
         if node.body is not None and index_ranges(node.body, {}).computed:
             return No("a region that computes an index: only a step between can check it")

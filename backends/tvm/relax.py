@@ -33,7 +33,7 @@ from dsc.backends.tvm import library
 from dsc.backends.tvm.bf16 import instructions_of
 from dsc.backends.tvm.lean import private_copy
 from dsc.backends.tvm.machine import Machine, tvm_target
-from dsc.backends.tvm.schedule import VIEWS, KernelTable, launch_of
+from dsc.backends.tvm.schedule import KernelTable, launch_of
 from dsc.backends.tvm.tir import Expr, PrimFunc
 from dsc.errors import UnsupportedOperator, UsageError
 from dsc.files import check_room
@@ -41,6 +41,7 @@ from dsc.ir.analyses import aliases_of
 from dsc.ir.dims import Dim, free_symbols
 from dsc.ir.graph import Graph, Node, Operand, Value
 from dsc.ir.index_ranges import index_ranges
+from dsc.ir.lanes import moves_nothing
 from dsc.ir.types import DType, TensorType
 from dsc.runtime.admission import Admitted, contiguous
 from dsc.runtime.emission import Emission
@@ -109,7 +110,7 @@ class _Module:
         with self.builder.function(name, [*values.values(), *held.values()], attrs):
             for node in graph.nodes:
                 arguments = [find(x) for x in node.inputs if x is not None]
-                if node.op in VIEWS:
+                if moves_nothing(node):
                     shape = [_size(d, sizes) for d in node.output.type.shape]
                     found = [self.builder.emit(relax.op.reshape(arguments[0], shape))]
                 else:

@@ -17,14 +17,12 @@ from dsc.errors import UnsupportedOperator
 from dsc.ir.dims import Range
 from dsc.ir.graph import Graph, Node
 from dsc.ir.index_ranges import Computed, index_ranges
+from dsc.ir.lanes import moves_nothing
 from dsc.ir.program import Program
 from dsc.runtime.nodes import Values
 from dsc.runtime.placing import place
 from dsc.runtime.plan import READ, STATUS, STATUS_BYTES, WRITE, Draft, EntryPlan, Ref
 from dsc.runtime.plan import Launch as Step
-
-VIEWS = frozenset({"reshape"})
-"""Operators whose result is its operand's bytes: no kernel runs."""
 
 
 @dataclass
@@ -77,7 +75,7 @@ def draft_entry(
     checks = entry_checks(graph, ranges, index_ranges(graph, ranges))
     later = [(c.computed, n) for n, c in enumerate(checks, 1) if isinstance(c, Later)]
     for node in graph.nodes:
-        if node.op in VIEWS or all(0 in v.type.shape for v in node.outputs):
+        if moves_nothing(node) or all(0 in v.type.shape for v in node.outputs):
             continue
         launches += [_guard(found, n, values, table) for found, n in later if found.node is node]
         try:

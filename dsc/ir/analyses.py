@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from dsc.ir.dims import Dim
 from dsc.ir.graph import Graph, Node, Operand, Value, Weight
-from dsc.ir.lanes import NO_STEP
+from dsc.ir.lanes import moves_nothing
 from dsc.ir.op import lookup, traits_of
 from dsc.ir.traits import Call, Role
 
@@ -113,7 +113,7 @@ def aliases_of(node: Node) -> dict[int, int]:
 def written_roots(graph: Graph) -> dict[str, Operand]:
     """The operand whose bytes each value is: itself, or what a view or in-place operator reads.
 
-    Views are those that no code runs for (`NO_STEP`): other results have storage of their own.
+    Views are those that no code runs for: other results have storage of their own.
     """
     roots: dict[str, Operand] = {v.name: v for v in graph.inputs}
 
@@ -125,7 +125,7 @@ def written_roots(graph: Graph) -> dict[str, Operand]:
     for node in graph.nodes:
         shared = aliases_of(node)
         for index, value in enumerate(node.outputs):
-            if node.op in NO_STEP:
+            if moves_nothing(node):
                 roots[value.name] = root(node.inputs[0])
             elif index in shared:
                 roots[value.name] = root(node.inputs[shared[index]])

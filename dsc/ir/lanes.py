@@ -11,12 +11,19 @@ from collections.abc import Callable
 
 from dsc.ir.graph import Node
 from dsc.ir.op import traits_of
-from dsc.ir.traits import COLLECTIVE, COMPUTE, COPY, LANES
+from dsc.ir.traits import COLLECTIVE, COMPUTE, COPY, LANES, Role
 
-__all__ = ["COLLECTIVE", "COMPUTE", "COPY", "LANES", "NO_STEP", "LaneOf", "lane_of"]
+__all__ = ["COLLECTIVE", "COMPUTE", "COPY", "LANES", "LaneOf", "lane_of", "moves_nothing"]
 LaneOf = Callable[[Node], str]
-NO_STEP = frozenset({"reshape"})
-"""Operators whose result is their operand's bytes, unmoved: nothing runs, so nothing waits."""
+
+
+def moves_nothing(node: Node) -> bool:
+    """Whether a node is a view that gives all elements in order: nothing runs, so nothing waits."""
+    if traits_of(node.op).role is not Role.VIEW or len(node.outputs) > 1:
+        return False
+    x = node.operands[0].type
+    order = [a for a in node.attrs.get("dims", ()) if x.shape[a] != 1]
+    return order == sorted(order) and x.numel == node.output.type.numel
 
 
 def lane_of(node: Node) -> str:

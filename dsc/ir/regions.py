@@ -14,6 +14,7 @@ from enum import StrEnum
 
 from dsc.ir.dims import Dim, product
 from dsc.ir.graph import Graph, Node, Value, Weight
+from dsc.ir.lanes import moves_nothing
 from dsc.ir.op import lookup, named, traits_of
 from dsc.ir.ops.shape import axis_of
 from dsc.ir.traits import Form, Role
@@ -60,7 +61,7 @@ class RegionLimits:
     experts) in its kernel, on the tile that it computed. `reductions`: norms and the like in one
     region, at most. `prologue_rows`: a norm in front of a GEMM is computed again by each of its
     tiles where there are at most so many rows; 0 never. `operands` and `nodes` bound a region.
-    `free`: views that cost nothing on their own, so no region takes them in at its border.
+    `free`: which views cost nothing on their own, so that no region takes them in at its border.
     `accepts` has the last word on a finished region: one that it refuses is put back as it was;
     `of` is the backend whose kernels these are, as pass options name it.
     """
@@ -71,7 +72,7 @@ class RegionLimits:
     prologue_rows: int = 0
     operands: int = 24
     nodes: int = 32
-    free: frozenset[str] = frozenset({"reshape"})
+    free: Callable[[Node], bool] = field(default=moves_nothing)
     accepts: Callable[[Node], bool] | None = field(default=None, compare=False)
     of: str = ""
 
@@ -154,7 +155,7 @@ def anchor_of(nodes: Iterable[Node]) -> Node | None:
 
 def is_free(node: Node, limits: RegionLimits) -> bool:
     """Whether a node costs no kernel: a free view or a literal."""
-    return node.op in limits.free or is_literal(node)
+    return is_literal(node) or (role(node) is Role.VIEW and limits.free(node))
 
 
 def name_of(node: Node) -> str:

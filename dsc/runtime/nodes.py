@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from dsc.ir.analyses import aliases_of, written_roots
 from dsc.ir.dims import Dim, Range
 from dsc.ir.graph import Graph, Node, Operand, Value, Weight
-from dsc.ir.lanes import NO_STEP, LaneOf, lane_of
+from dsc.ir.lanes import LaneOf, lane_of, moves_nothing
 from dsc.ir.program import Program
 from dsc.runtime.placing import place
 from dsc.runtime.plan import (
@@ -96,7 +96,7 @@ def draft_nodes(graph: Graph, lanes: LaneOf = lane_of) -> Draft:
     """One launch a node, whose kernel is the operator; a view that moves nothing has none."""
     values = Values(graph)
     for node in graph.nodes:
-        if node.op not in NO_STEP:
+        if not moves_nothing(node):
             values.draft.launches.append(
                 Launch(
                     node.op,

@@ -184,6 +184,26 @@ def test_a_region_agrees_with_its_body_and_its_parts(name: str, loaded: Executab
             torch.testing.assert_close(got, part, rtol=1e-6, atol=1e-6)
 
 
+def test_a_view_that_moves_nothing_is_no_launch(tmp_path: Path) -> None:
+    """Yet an output of its own, though it is the input's bytes."""
+    from dsc.backends.tvm.machine import GENERIC
+    from dsc.backends.tvm.schedule import plan_program
+
+    text = """graph still(%x: f32[N,1,4]) {
+      %p = permute %x {dims=[1,0,2]}
+      %y = silu %p
+      return %y, %p
+    }"""
+    graph = parse_graph(text)
+    x = torch.randn(5, 1, 4)
+    model: Any = compiled([graph], tmp_path)
+    (plan,) = plan_program(model.program, GENERIC)[0].values()
+    assert [launch.op for launch in plan.launches] == ["silu", "cast"]
+    found = model.run("still", {"x": x.clone()})
+    for got, wanted in zip(found.values(), run_graph(graph, [x]), strict=True):
+        torch.testing.assert_close(got, wanted)
+
+
 def test_one_and_two_threads_give_the_same_bits(tmp_path: Path) -> None:
     """Threads share out rows and blocks of columns; no sum is split between them."""
     graphs = [region(name, text)[0] for name, text in WIDE.items()]
