@@ -2,10 +2,11 @@
 
 Importing this package imports neither triton nor a driver. How a program becomes an artifact:
 
-    lower/       each operator to launches of kernels, views without copies
-    kernels/     the templates
+    lower/       each operator to launches of kernels, views without copies; regions.py says which
+                 kernel is generated for a region, or for an operator that is one alone
     rows.py      the generator for operators along rows, pointwise.py for chains of elements,
                  epilogue.py for what follows a GEMM on its tiles
+    kernels/     the templates of all else: products, attention, experts, lookups and scans
     blocks.py    block sizes by target, the interpreter's among them
     compile.py   launches' kernels to cubin and hsaco, in a process of its own
     schedule.py  launches to addresses and grids, once the shapes of a call are known

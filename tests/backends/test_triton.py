@@ -123,10 +123,10 @@ def test_plans_hold_at_every_level_and_their_arena_is_the_least_there_can_be(lev
 
 
 def test_what_a_kernel_does_to_its_pointers_is_read_off_its_text() -> None:
-    moe, rows = template("moe"), template("rows")
+    moe, lookups = template("moe"), template("lookups")
     kinds = access(moe, "sort_by_expert")
     assert [kinds[k] for k in ("index", "offsets", "order", "place")] == ["r", "w", "w", "w"]
-    kinds = access(rows, "append")
+    kinds = access(lookups, "append")
     assert [kinds[k] for k in ("past", "new", "lengths", "y")] == ["r", "r", "r", "w"]
     text = "def f(x, y, z, n):\n at = x + n\n v = tl.load(at) + tl.load(z)\n"
     text += " at += 4\n tl.store(at, v)\n tl.store(y + tl.load(z + n), v)\n"

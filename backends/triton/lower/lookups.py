@@ -37,7 +37,7 @@ def _along_rows(ctx: Context, function: str, x: View, y: View) -> None:
         "x": x, "y": y, "rows": rows, "D": width, "x_row": stride,
         "BLOCK_D": tile.columns, "BLOCK_ROWS": tile.rows,
     }  # fmt: skip
-    ctx.launch(f"rows:{function}", (ceil_div(rows, tile.rows),), given, tile.warps)
+    ctx.launch(f"lookups:{function}", (ceil_div(rows, tile.rows),), given, tile.warps)
 
 
 def _innermost(rank: int, axis: int) -> list[int]:
@@ -55,7 +55,7 @@ def topk(ctx: Context, node: Node) -> None:
         "x_row": stride, "D": width, "K": k, "BLOCK_K": next_power(k), "BLOCK_D": tile.columns,
         "BLOCK_ROWS": tile.rows,
     }  # fmt: skip
-    ctx.launch("rows:topk_rows", (ceil_div(rows, tile.rows),), given, tile.warps)
+    ctx.launch("lookups:topk_rows", (ceil_div(rows, tile.rows),), given, tile.warps)
 
 
 def embedding(ctx: Context, node: Node) -> None:
@@ -113,7 +113,7 @@ def _lookup(
         "x": ctx.dense(x), "index": ctx.dense(index), "y": ctx.result(node), "n": n,
         "extent": extent, "wanted": wanted, "inner": inner, "SHARED": shared, "BLOCK": block,
     }  # fmt: skip
-    ctx.launch("rows:lookup", (ceil_div(n, block),), given)
+    ctx.launch("lookups:lookup", (ceil_div(n, block),), given)
 
 
 def append(ctx: Context, node: Node) -> None:
@@ -129,4 +129,4 @@ def append(ctx: Context, node: Node) -> None:
         "y": ctx.result(node), "rows": rows, "P": past.shape[1], "S": new.shape[1], "D": width,
         "new_row": stride, "BLOCK_D": tile.columns, "BLOCK_ROWS": tile.rows,
     }  # fmt: skip
-    ctx.launch("rows:append", grid, given, tile.warps)
+    ctx.launch("lookups:append", grid, given, tile.warps)

@@ -135,4 +135,4 @@ def take_rows(
     given |= {"per_batch": per_batch, "batch_rows": batch_rows}
     given |= {"BLOCK_D": tile.columns, "BLOCK_ROWS": tile.rows}
     grid = (ceil_div(rows, tile.rows), ceil_div(width, tile.columns))
-    ctx.launch("rows:take_rows", grid, given, tile.warps)
+    ctx.launch("lookups:take_rows", grid, given, tile.warps)

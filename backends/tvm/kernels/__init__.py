@@ -1,4 +1,4 @@
-"""The kernels, one family a file, and the table from operator to the function that lowers it."""
+"""The kernels (README.md says which file does what), and the table from operator to lowering."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ Lower = Callable[[Node, Machine], Launch]
 LOWERINGS = {
     **dict.fromkeys(sorted(named(Role.POINTWISE, Role.REDUCTION, Role.ROTATION)), "region:lower"),
     "linear": "linear:lower",
-    "embedding": "rows:lower_embedding",
-    "select_rows": "rows:lower_select_rows",
-    "append": "rows:lower_append",
+    "embedding": "lookups:lower_embedding",
+    "select_rows": "lookups:lower_select_rows",
+    "append": "lookups:lower_append",
     "cache_write": "region:lower",
     "attention": "attention:lower",
     "mla_attention": "attention:lower_mla",

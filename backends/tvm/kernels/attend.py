@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from tvm import tirx
 
-from dsc.backends.tvm.kernels.products import Position
+from dsc.backends.tvm.kernels.dots import Position
 from dsc.backends.tvm.tir import (
     Expr,
     Local,

@@ -17,8 +17,7 @@ from tvm import tirx
 from dsc.backends.tvm.amx import TOKENS
 from dsc.backends.tvm.bf16 import SUMS, instructions, narrow, put_bits
 from dsc.backends.tvm.kernels.bf16_linear import grain
-from dsc.backends.tvm.kernels.bf16_product import BLOCK, Weights, store_row
-from dsc.backends.tvm.kernels.bf16_rows import (
+from dsc.backends.tvm.kernels.bf16_panels import (
     Rows,
     Stacked,
     first_panel,
@@ -27,6 +26,7 @@ from dsc.backends.tvm.kernels.bf16_rows import (
     panel_bytes,
     tile_rows,
 )
+from dsc.backends.tvm.kernels.bf16_product import BLOCK, Weights, store_row
 from dsc.backends.tvm.kernels.sorting import sort_pairs
 from dsc.backends.tvm.launch import Launch
 from dsc.backends.tvm.machine import Machine

@@ -13,8 +13,8 @@ from collections.abc import Mapping
 from tvm import tirx
 
 from dsc.backends.tvm.bf16 import LANES, columns_of_tasks, instructions
+from dsc.backends.tvm.kernels.bf16_panels import Rows, multiply, pack, panel_bytes
 from dsc.backends.tvm.kernels.bf16_product import BLOCK, Weights, store_row
-from dsc.backends.tvm.kernels.bf16_rows import Rows, multiply, pack, panel_bytes
 from dsc.backends.tvm.launch import Launch
 from dsc.backends.tvm.machine import Machine
 from dsc.backends.tvm.tir import (

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from dsc.backends.tvm.kernels import bf16_experts, bf16_linear
-from dsc.backends.tvm.kernels.products import dots
+from dsc.backends.tvm.kernels.dots import dots
 from dsc.backends.tvm.kernels.sorting import sort_pairs
 from dsc.backends.tvm.launch import Launch, operand, rows_of, static_dim
 from dsc.backends.tvm.machine import Machine

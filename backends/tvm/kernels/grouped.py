@@ -6,7 +6,7 @@ A program in this form lets fusion work on each step; `experts` is the same in o
 from __future__ import annotations
 
 from dsc.backends.tvm.kernels import bf16_experts, bf16_linear
-from dsc.backends.tvm.kernels.products import product_rows
+from dsc.backends.tvm.kernels.dots import product_rows
 from dsc.backends.tvm.kernels.sorting import sort_pairs
 from dsc.backends.tvm.launch import Launch, operand, static_dim
 from dsc.backends.tvm.machine import Machine

@@ -7,7 +7,7 @@ row tiles of x pass by. One row (decode) reads w once and is bound by memory ban
 from __future__ import annotations
 
 from dsc.backends.tvm.kernels import bf16_linear
-from dsc.backends.tvm.kernels.products import product_rows
+from dsc.backends.tvm.kernels.dots import product_rows
 from dsc.backends.tvm.launch import Launch, fp32_only, operand, rows_of, static_dim
 from dsc.backends.tvm.machine import Machine
 from dsc.backends.tvm.tir import PARALLEL_WORK, Expr, PrimFunc, Tensor, build, for_each, integer

@@ -13,7 +13,7 @@ from math import prod
 
 from dsc.backends.tvm.kernels import bf16_linear
 from dsc.backends.tvm.kernels.access import access
-from dsc.backends.tvm.kernels.bf16_rows import panel_bytes
+from dsc.backends.tvm.kernels.bf16_panels import panel_bytes
 from dsc.backends.tvm.kernels.formulas import attributes
 from dsc.backends.tvm.kernels.region_products import Family, Product, product_region
 from dsc.backends.tvm.kernels.region_rows import RowStep, row_region

@@ -18,11 +18,11 @@ from tvm import tirx
 
 from dsc.backends.tvm import bf16
 from dsc.backends.tvm.amx import TOKENS
-from dsc.backends.tvm.kernels import bf16_rows
+from dsc.backends.tvm.kernels import bf16_panels
 from dsc.backends.tvm.kernels.access import Access, Number, Rows
 from dsc.backends.tvm.kernels.bf16_linear import grain
 from dsc.backends.tvm.kernels.bf16_product import BLOCK, Weights, ceil_div
-from dsc.backends.tvm.kernels.products import dots
+from dsc.backends.tvm.kernels.dots import dots
 from dsc.backends.tvm.kernels.values import Operand, Point, compute, held, literal, put, rounded
 from dsc.backends.tvm.machine import Machine
 from dsc.backends.tvm.shapes import size_names
@@ -141,7 +141,7 @@ class _Tasks:
         }
         self.x_at = addresses[product.x]
         self.panels = addresses[-1] if machine.tiles else integer(0)
-        self.height = bf16_rows.tile_rows() if self.native else machine.rows
+        self.height = bf16_panels.tile_rows() if self.native else machine.rows
         self.copies = max(1 + len(f.shifts) for f in families)
 
     def run(self) -> None:
@@ -159,7 +159,7 @@ class _Tasks:
         if self.offsets is None:
             for_each(count, work, lambda i: self._task(integer(0), i, ends, None))
             return
-        stacked = bf16_rows.Stacked(self.product.experts, count)
+        stacked = bf16_panels.Stacked(self.product.experts, count)
 
         def task(i: Expr) -> None:
             expert, g = stacked.place(i)
@@ -198,7 +198,7 @@ class _Tasks:
                 ahead = None if step is None else at + step
                 return Weights(self.w, at, depth, width, depth, ahead=ahead)
 
-            bf16_rows.multiply(rows, task.copies, block, finish, self.copies)
+            bf16_panels.multiply(rows, task.copies, block, finish, self.copies)
             return
         tile = Local(self.copies * self.height * BLOCK)
         with loop(ceil_div(rows.count, self.height)) as t:
@@ -208,24 +208,24 @@ class _Tasks:
             with loop(here) as r:
                 finish(tile, r, bind(row + r))
 
-    def _rows(self, expert: Expr) -> bf16_rows.Rows:
+    def _rows(self, expert: Expr) -> bf16_panels.Rows:
         """The rows of x that an expert's weights meet; all of them where there is one weight."""
         depth, panels = integer(self.depth), self.panels
         first, count = integer(0), integer(self.rows)
         if self.offsets is not None:
             first = bind(self.offsets.load(expert))
             count = bind(self.offsets.load(expert + 1) - first)
-            panels = panels + bf16_rows.first_panel(first, expert) * (depth * (2 * TOKENS))
+            panels = panels + bf16_panels.first_panel(first, expert) * (depth * (2 * TOKENS))
         at = self.x_at
-        return bf16_rows.Rows(self.x, at, lambda i: i * depth, first, count, depth, panels)
+        return bf16_panels.Rows(self.x, at, lambda i: i * depth, first, count, depth, panels)
 
     def _pack(self) -> None:
         """Panels of x, where products go by tiles."""
         if self.offsets is None:
-            bf16_rows.pack(self._rows(integer(0)))
+            bf16_panels.pack(self._rows(integer(0)))
         else:
             experts = integer(self.product.experts)
-            bf16_rows.pack_stacked(experts, self.rows * self.depth, self._rows)
+            bf16_panels.pack_stacked(experts, self.rows * self.depth, self._rows)
 
     def _locate(self, family: Family, number: int, g: Expr, cells: Local) -> None:
         """Where a family's task g lies: family, block of the walk, place in it, columns."""

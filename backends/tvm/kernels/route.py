@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from tvm import tirx
 
-from dsc.backends.tvm.kernels.products import product_rows
+from dsc.backends.tvm.kernels.dots import product_rows
 from dsc.backends.tvm.launch import Launch, operand, rows_of, static_dim
 from dsc.backends.tvm.machine import Machine
 from dsc.backends.tvm.tir import (
