@@ -317,6 +317,19 @@ def test_run_py_keeps_pages(tmp_path: Path) -> None:
         wanted = session.decode(wanted.argmax(-1))
 
 
+def test_pages_cost_no_launch() -> None:
+    """Their writes join the norms and rotations in front of them, as those in order do."""
+    pytest.importorskip("tvm")
+    counts = [
+        {
+            name: entry["launches"]
+            for name, entry in compiled("hand", "tvm", way).report["entries"].items()
+        }
+        for way in ("paged", "contiguous")
+    ]
+    assert counts[0] == counts[1]
+
+
 def test_the_limit_counts_every_page_that_holds_tokens() -> None:
     """At whole pages a step reads what it reads of contiguous caches, and grows as that does."""
     paged, whole = (compiled("hand", "tvm", layout).program for layout in ("paged", "contiguous"))
