@@ -128,12 +128,12 @@ SLOTS = (
         Part.OPTIMISE, "shard", lambda s: s.asked.ranks != 1,
         lambda s: {"ranks": s.asked.ranks, "parallel": s.asked.parallel},
     ),
+    Slot(Part.OPTIMISE, "merge_projections", lambda s: s.can.fuse >= EPILOGUES),
+    Slot(Part.OPTIMISE, "choose_formats", options=lambda s: {"formats": s.can.formats}),
     Slot(
         Part.OPTIMISE, "lower_moe_dispatch", lambda s: s.can.experts is not None,
         lambda s: {"kernels": s.can.experts},
     ),
-    Slot(Part.OPTIMISE, "merge_projections", lambda s: s.can.fuse >= EPILOGUES),
-    Slot(Part.OPTIMISE, "choose_formats", options=lambda s: {"formats": s.can.formats}),
     Slot(
         Part.LOWER, "fuse",
         options=lambda s: {

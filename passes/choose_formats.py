@@ -29,14 +29,14 @@ After          graph main(%x: f32[N,8], @a: f8e4m3{4x4,f32}[6,8], @b: f32[3,8]) 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from dsc.ir.analyses import Use, call_of, weight_uses
 from dsc.ir.dims import Dim
 from dsc.ir.formats import CODINGS, is_whole
-from dsc.ir.graph import Graph, Node, Operand, Weight
+from dsc.ir.graph import Node, Operand, Weight
 from dsc.ir.op import TypeMismatch, lookup
 from dsc.ir.ops.shape import axis_of
 from dsc.ir.program import Program
@@ -78,9 +78,12 @@ class ChooseFormats(Pass):
                     chosen[name] = apply("dequantize", expr, dtype=_computed(*readers[0]))
         if all(program.weights[name] == expr for name, expr in chosen.items()):
             return program
-        types = {name: expr.type for name, expr in chosen.items()}
-        done = program.map_entries(lambda graph: _retyped(graph, types))
-        return done.with_weights(chosen)
+
+        def operand(x: Operand) -> Operand:
+            changed = isinstance(x, Weight) and x.name in chosen
+            return Weight(x.name, chosen[x.name].type) if changed else x
+
+        return program.map_entries(lambda g: g.mapped(operand)).with_weights(chosen)
 
     def _kept(self, expr: WeightExpr, stored: TensorType, readers: Sequence[Use]) -> WeightExpr:
         """The weight in its format. Raises `Dequantised`."""
@@ -198,15 +201,3 @@ def _computed(node: Node | None, index: int) -> DType:
         return DType.f32
     operands = lookup(node.op).operands
     return call_of(node)[operands[min(index, len(operands) - 1)].name].dtype
-
-
-def _retyped(graph: Graph, types: Mapping[str, TensorType]) -> Graph:
-    """The graph over weights of other types."""
-
-    def operand(x: Operand | None) -> Operand | None:
-        changed = isinstance(x, Weight) and x.name in types
-        return Weight(x.name, types[x.name]) if x is not None and changed else x
-
-    return graph.with_nodes(
-        replace(node, inputs=tuple(map(operand, node.inputs))) for node in graph.nodes
-    )

@@ -97,10 +97,10 @@ def _direct(
     report: PassReport,
 ) -> bool:
     """Whether the direct form costs less, over the range of tokens."""
-    x, idx, _, _, down = (o.type for o in node.operands)
-    fixed = (down.shape[0], idx.shape[-1], *down.shape[1:])
-    number, top_k, width, inner = (bounds(d, ranges).hi for d in fixed)
-    layer = ExpertLayer(number, top_k, width, inner, down.dtype.itemsize)
+    x, idx, _, gate_up, down = (o.type for o in node.operands)
+    fixed = (down.shape[0], idx.shape[-1], *down.shape[1:], gate_up.nbytes + down.nbytes)
+    number, top_k, width, inner, stored = (bounds(d, ranges).hi for d in fixed)
+    layer = ExpertLayer(number, top_k, width, inner, x.dtype.itemsize, stored // number)
     tokens = bounds(product(x.shape[:-1]), ranges)
     pays, (direct, grouped) = direct_pays(layer, kernels, tokens.lo, tokens.hi)
     report.facts[entry] = {

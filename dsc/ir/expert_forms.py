@@ -43,18 +43,17 @@ def expected_experts(experts: int, chosen: int, tokens: int) -> float:
 
 @dataclass(frozen=True)
 class ExpertLayer:
-    """Sizes: experts, of them chosen by a token, hidden width d, inner width i, bytes a number."""
+    """Sizes: experts, of them chosen by a token, hidden width d, inner width i, bytes a number.
+
+    `weights` are the bytes of one expert, as they are stored.
+    """
 
     experts: int
     top_k: int
     width: int
     inner: int
     itemsize: int
-
-    @property
-    def weights(self) -> int:
-        """Bytes of one expert."""
-        return 3 * self.inner * self.width * self.itemsize
+    weights: int
 
     def used(self, tokens: int) -> float:
         """Experts that some token chose, on average."""

@@ -26,8 +26,8 @@ from dsc.targets import Target
 from tests.backends.canonical_lm import Sizes, canonical_lm
 from tests.rewrite.harness import program_of
 
-V3 = ExpertLayer(experts=256, top_k=8, width=7168, inner=2048, itemsize=2)
-LITE = ExpertLayer(experts=64, top_k=6, width=2048, inner=1408, itemsize=2)
+V3 = ExpertLayer(256, 8, width=7168, inner=2048, itemsize=2, weights=6 * 7168 * 2048)
+LITE = ExpertLayer(64, 6, width=2048, inner=1408, itemsize=2, weights=6 * 2048 * 1408)
 WIDE = Sizes(hidden=512, experts=8, expert_inner=256, groups=2, top_k=2)
 LAYER = """graph main(%x: f32[{n},24], %idx: i64[{n},2], %w: f32[{n},2], @gate_up: f32[5,32,24],
   @down: f32[5,24,16]) {{
@@ -110,6 +110,22 @@ CHOICES = {
 }
 
 
+def test_experts_in_a_format_cost_what_is_stored_of_them() -> None:
+    text = LAYER.format(n="N", act="silu")
+    for name in ("@gate_up: ", "@down: "):
+        text = text.replace(f"{name}f32", f"{name}f8e4m3{{8x8,f32}}")
+    program = replace(program_of(text, Stage.CANONICAL), symbols={"N": Range(1, 64)})
+    report = PassReport()
+    LowerMoeDispatch(TVM).run(program, report)
+    stored = 32 * 24 + 4 * (4 * 3) + 24 * 16 + 4 * (3 * 2)
+    layer = ExpertLayer(5, 2, width=24, inner=16, itemsize=4, weights=stored)
+    _, (direct, grouped) = direct_pays(layer, TVM, 1, 64)
+    found = report.facts["main"]["worst_cost_over_best"]
+    assert found == {"direct": round(direct, 3), "grouped": round(grouped, 3)}
+    wide = replace(layer, weights=12 * 24 * 16)
+    assert direct_pays(wide, TVM, 1, 64)[1] != (direct, grouped)
+
+
 ALWAYS = {
     "direct": ExpertKernels(rereads=False, tile=64, balance=1.0, launch=1 << 30),
     "grouped": ExpertKernels(rereads=True, tile=1, balance=1.0, launch=0, kernels=-9),
@@ -146,6 +162,6 @@ def test_uneven_choices(backend: str, act: str, form: str, monkeypatch: pytest.M
 
 def _forcing(form: str) -> ExpertKernels:
     found = ALWAYS[form]
-    layer = ExpertLayer(experts=5, top_k=2, width=24, inner=16, itemsize=4)
+    layer = ExpertLayer(5, 2, width=24, inner=16, itemsize=4, weights=12 * 24 * 16)
     assert direct_pays(layer, found, 1, 8)[0] is (form == "direct")
     return found
