@@ -14,11 +14,12 @@ from typing import Any
 from hypothesis import strategies as st
 
 from dsc.ir.dims import Dim, Range, Sym, symbol
+from dsc.ir.formats import Format
 from dsc.ir.graph import GraphBuilder, Operand, Value, Weight
 from dsc.ir.program import Program
 from dsc.ir.stages import Stage
 from dsc.ir.types import DType, TensorType
-from dsc.ir.weights import Source, WeightExpr, apply, random_source, sources
+from dsc.ir.weights import Source, WeightExpr, apply, leaf, random_source, sources
 from tests.ir import spellings as spell
 
 RANGES = {"B": Range(1, 4), "S": Range(1, 8), "P": Range(0, 32), "L": Range(1, 8)}
@@ -147,7 +148,7 @@ class _Writer:
     def expression(self, key: str, t: TensorType) -> WeightExpr:
         rows, *rest = t.shape
         assert isinstance(rows, int)
-        match self.one_of("source", "source", "slice", "concat", "cast", "permute"):
+        match self.one_of("source", "source", "slice", "concat", "cast", "permute", "fp8"):
             case "slice":
                 longer = TensorType(t.dtype, (rows + 2, *rest))
                 return apply("slice", Source(key, longer), axis=0, start=1, end=rows + 1)
@@ -160,6 +161,9 @@ class _Writer:
             case "permute" if len(rest) == 1:
                 turned = TensorType(t.dtype, (rest[0], rows))
                 return apply("permute", Source(key, turned), dims=(1, 0))
+            case "fp8" if rest:
+                stored = TensorType(DType.f8e4m3, t.shape, Format((4, 4), DType.f32))
+                return apply("dequantize", leaf(key, stored), dtype=t.dtype)
         return Source(key, t)
 
     # Mechanisms over the residual stream [B,S,width]
