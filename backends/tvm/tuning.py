@@ -32,6 +32,9 @@ from dsc._version import __version__
 from dsc.backends.tvm.machine import Machine, tvm_target
 from dsc.errors import FileError
 from dsc.files import write_text
+from dsc.ir.dims import symbol
+from dsc.ir.graph import GraphBuilder
+from dsc.ir.types import DType, TensorType
 from dsc.targets import Target
 from dsc.user_folders import cache_entry
 
@@ -141,34 +144,50 @@ def time_candidates(machine: Machine, threads: int) -> list[Times]:
     addresses = [array.ctypes.data for array in (x, w, y, panels)]
     with tempfile.TemporaryDirectory(prefix="dsc-tuning-") as folder:
         runs = build(machine, Path(folder), threads)
-        found = list(itertools.product(runs, COLUMNS))
-        both = [{c: dict.fromkeys((FEW, MANY), float("inf")) for c in found} for _ in range(2)]
+        both = [{c: dict.fromkeys((FEW, MANY), float("inf")) for c in runs} for _ in range(2)]
         for number, rows in itertools.product(range(2 * ROUNDS), (FEW, MANY)):
             times = both[number // 2 % 2]
-            turns = found if number % 2 else found[::-1]
-            for way, columns in (turns[-1], *turns):  # what comes first pays for what was before
+            turns = list(runs)[:: 1 if number % 2 else -1]
+            for each in (turns[-1], *turns):  # what comes first pays for what was before
                 start = time.perf_counter()
-                runs[way](*addresses, rows, M, K, columns)
+                runs[each](*addresses, rows)
                 seconds = time.perf_counter() - start
-                times[way, columns][rows] = min(times[way, columns][rows], seconds)
+                times[each][rows] = min(times[each][rows], seconds)
     return list(both)
 
 
-def build(machine: Machine, folder: Path, threads: int) -> dict[str, Callable[..., Any]]:
-    """`linear` by the way to multiply, the machine's own first; they take addresses and sizes."""
+def build(
+    machine: Machine, folder: Path, threads: int, m: int = M, k: int = K
+) -> dict[tuple[str, int], Callable[..., Any]]:
+    """`linear` with a weight [m, k] by each candidate, the machine's own way first.
+
+    They take the addresses of x, weight, y and panels, and the number of rows.
+    """
     from dsc.backends.tvm import lean, library
     from dsc.backends.tvm.bf16 import instructions_of
-    from dsc.backends.tvm.kernels.bf16_linear import bf16_linear_cut
+    from dsc.backends.tvm.kernels.region import lower
 
-    runs: dict[str, Callable[..., Any]] = {}
-    for way in ways(machine):
-        with instructions_of(replace(Tiling.of(machine), way=way).on(machine)):
-            functions = {"linear": bf16_linear_cut().with_attr("global_symbol", "linear")}
-        path = folder / f"linear_{way}.so"
-        path.write_bytes(library.compile_library(functions, machine))
-        runs[way] = lean.load_library(path, threads)["linear"]
+    builder = GraphBuilder("linear")
+    x = builder.input("x", TensorType(DType.bf16, (symbol("N"), k)))
+    weight = builder.input("weight", TensorType(DType.bf16, (m, k)))
+    (node,) = builder.finish(builder.call("linear", x, weight)).nodes
+    candidates = list(itertools.product(ways(machine), COLUMNS))
+    functions = {}
+    for way, columns in candidates:
+        cut = Tiling(way, columns, columns).on(machine)
+        launch, name = lower(node, cut), f"{way}_{columns}"
+        with instructions_of(cut):
+            functions[name] = launch.maker(*launch.static).with_attr("global_symbol", name)
+    path = folder / "linear.so"
+    path.write_bytes(library.compile_library(functions, machine))
+    loaded = lean.load_library(path, threads)
     lean.Threads(threads).apply()
-    return runs
+
+    def candidate(way: str, columns: int) -> Callable[..., Any]:
+        run, tiles = loaded[f"{way}_{columns}"], way == "tiles"
+        return lambda x, w, y, panels, rows: run(x, w, y, *[panels] * tiles, rows, k)
+
+    return {each: candidate(*each) for each in candidates}
 
 
 def key_of(machine: Machine, threads: int) -> dict[str, Any]:
@@ -177,7 +196,7 @@ def key_of(machine: Machine, threads: int) -> dict[str, Any]:
 
     sources = sorted(Path(__file__).parent.rglob("*.py"))
     return {
-        "kernel": "bf16_linear",
+        "kernel": "linear",
         "rows": [FEW, MANY],
         "weight": [M, K],
         "machine": asdict(machine),

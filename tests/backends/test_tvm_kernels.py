@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 import torch
@@ -13,7 +14,8 @@ from dsc import pipeline
 from dsc.api import compile_program
 from dsc.backends import get
 from dsc.backends.base import EmitOptions
-from dsc.backends.tvm import machine
+from dsc.backends.tvm import backend
+from dsc.backends.tvm.machine import machine_for
 from dsc.backends.tvm.tuning import WAYS, Tiling, ways
 from dsc.ir.interpreter import run_graph
 from dsc.ir.parser import parse_program
@@ -44,13 +46,12 @@ WIDE_ONLY = [c for c in cases("bf16") if c.op in WIDE and "_0_" not in c.id]
 
 def compiled(found: list[Case], target: str, folder: Path) -> Executable:
     """The kernels of some cases, built for a target."""
-    backend = get("tvm")
     planned = pipeline.apply(program(found), ["own_outputs"])
-    emission = backend.emit(planned, EmitOptions((parse_target(target),)))
+    emission = get("tvm").emit(planned, EmitOptions((parse_target(target),)))
     for name, data in emission.files.items():
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_bytes(data)
-    return backend.load(folder, {"meta": emission.meta, "weights": None}, planned)
+    return get("tvm").load(folder, {"meta": emission.meta, "weights": None}, planned)
 
 
 @pytest.fixture(scope="module")
@@ -66,15 +67,17 @@ def portable(tmp_path_factory: pytest.TempPathFactory) -> Executable:
 @pytest.fixture(scope="module", params=WAYS)
 def by_way(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Executable:
     """The products of bf16 by one of the ways that this machine has."""
-    host = machine.machine_for(parse_target("cpu"))
+    host = machine_for(parse_target("cpu"))
     if not host.bf16 or request.param not in ways(host):
         pytest.skip(f"this CPU does not multiply bf16 by {request.param}")
     if request.param == Tiling.of(host).way:  # the cases are compiled so already
         return request.getfixturevalue("loaded")  # type: ignore[no-any-return]
     chosen = replace(Tiling.of(host), way=request.param).on(host)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(machine, "machine_for", lambda target: chosen)
-        return compiled(WIDE_ONLY, "cpu", tmp_path_factory.mktemp(request.param))
+        patch.setattr(backend, "machine_for", lambda target: chosen)
+        model: Any = compiled(WIDE_ONLY, "cpu", tmp_path_factory.mktemp(request.param))
+    assert model.meta["tiling"]["way"] == request.param
+    return cast("Executable", model)
 
 
 def relative_error(got: torch.Tensor, wanted: torch.Tensor) -> float:

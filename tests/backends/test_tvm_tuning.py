@@ -157,35 +157,29 @@ def test_every_candidate_is_right_on_odd_shapes(tmp_path: Path) -> None:
     exact = x.double() @ w.double().T
     bound = x.double().abs() @ w.double().abs().T * (k / 2**24) + exact.abs() * 2**-8
     panels = torch.zeros(panel_bytes(rows, k), dtype=torch.uint8)
-    for run in tuning.build(machine, tmp_path, threads=1).values():
-        found = []
-        for columns in tuning.COLUMNS:
-            y = torch.zeros(rows, m, dtype=torch.bfloat16)
-            at = [t.data_ptr() for t in (x, w, y, panels)]
-            run(*at, rows, m, k, columns)
-            assert bool(((y.double() - exact).abs() <= bound).all())
-            alone = torch.zeros(1, m, dtype=torch.bfloat16)
-            at = [t.data_ptr() for t in (x[5:], w, alone, panels)]
-            run(*at, 1, m, k, columns)
-            assert torch.equal(alone[0], y[5])
-            found.append(y)
-        assert all(torch.equal(y, found[0]) for y in found)
+    runs = tuning.build(machine, tmp_path, 1, m, k)
+    first: dict[str, torch.Tensor] = {}
+    for (way, _), run in runs.items():
+        y, alone = (torch.zeros(n, m, dtype=torch.bfloat16) for n in (rows, 1))
+        run(*(t.data_ptr() for t in (x, w, y, panels)), rows)
+        assert bool(((y.double() - exact).abs() <= bound).all())
+        run(*(t.data_ptr() for t in (x[5:], w, alone, panels)), 1)
+        assert torch.equal(alone[0], y[5])
+        assert torch.equal(y, first.setdefault(way, y))
 
 
 def test_timing_covers_every_candidate(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
 
     def build(machine: Machine, folder: Path, threads: int) -> Any:
-        def run(*arguments: int) -> None:
-            calls.append(arguments[4:])
+        def candidate(way: str, columns: int) -> Any:
+            return lambda *arguments: calls.append((way, columns, arguments[4]))
 
-        return {"widened": run, "pairs": run}
+        return {(way, n): candidate(way, n) for way in ways(BOTH) for n in tuning.COLUMNS}
 
     monkeypatch.setattr(tuning, "build", build)
     for found in tuning.time_candidates(BOTH, 1):
         assert list(found) == [(way, n) for way in ways(BOTH) for n in tuning.COLUMNS]
         assert all(np.isfinite(list(t.values())).all() for t in found.values())
-    assert {(rows, columns) for rows, _, _, columns in calls} == {
-        (rows, n) for rows in (FEW, MANY) for n in tuning.COLUMNS
-    }
+    assert set(calls) == {(*each, rows) for each in found for rows in (FEW, MANY)}
     assert asdict(RULE) == {"way": "widened", "narrow": 16, "wide": 64}

@@ -18,7 +18,7 @@ Lower = Callable[[Node, Machine], Launch]
 
 LOWERINGS = {
     **dict.fromkeys(sorted(named(Role.POINTWISE, Role.REDUCTION, Role.ROTATION)), "region:lower"),
-    "linear": "linear:lower",
+    "linear": "region:lower",
     "embedding": "lookups:lower_embedding",
     "select_rows": "lookups:lower_select_rows",
     "append": "lookups:lower_append",
@@ -29,7 +29,7 @@ LOWERINGS = {
     "route": "route:lower",
     "experts": "experts:lower",
     "dispatch": "grouped:lower_dispatch",
-    "grouped_linear": "grouped:lower_grouped_linear",
+    "grouped_linear": "region:lower",
     "combine": "grouped:lower_combine",
     "permute": "movement:lower_permute",
     "expand": "movement:lower_expand",

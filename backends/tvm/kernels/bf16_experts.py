@@ -1,4 +1,4 @@
-"""experts and grouped_linear in bf16: pairs sorted by expert, each weight read once.
+"""experts in bf16: pairs sorted by expert, each weight read once.
 
 Bound: with few tokens the bytes of the chosen experts, 6 d i each, over bandwidth; with many
 6 d i flops a pair over the peak of pair products. A task is a block of rows of one expert's weights
@@ -16,17 +16,16 @@ from tvm import tirx
 
 from dsc.backends.tvm.amx import TOKENS
 from dsc.backends.tvm.bf16 import SUMS, instructions, narrow, put_bits
-from dsc.backends.tvm.kernels.bf16_linear import grain
 from dsc.backends.tvm.kernels.bf16_panels import (
     Rows,
-    Stacked,
     first_panel,
+    grain,
     multiply,
     pack_stacked,
     panel_bytes,
     tile_rows,
 )
-from dsc.backends.tvm.kernels.bf16_product import BLOCK, Weights, store_row
+from dsc.backends.tvm.kernels.bf16_product import BLOCK, Weights
 from dsc.backends.tvm.kernels.sorting import sort_pairs
 from dsc.backends.tvm.launch import Launch
 from dsc.backends.tvm.machine import Machine
@@ -211,58 +210,3 @@ def _list_active(offsets: Tensor, active: Tensor, experts: int) -> None:
         count = bind(active.load(0) + 1)
         active.store(e, count)
         active.store(count, 0)
-
-
-def launch_grouped(rows: Dim, experts: int, n: int, k: int, machine: Machine) -> Launch:
-    """The launch of `grouped_linear`."""
-    scratch = panel_bytes(rows, k, experts) if machine.tiles else 0
-    static, flops = (experts, n, k, machine.tiles), rows * (2 * n * k)
-    return Launch(bf16_grouped, static, (rows,), scratch=scratch, flops=flops)
-
-
-def bf16_grouped(experts: int, n: int, k: int, tiles: bool) -> PrimFunc:
-    """Arguments: x [rows, k], weight [e, n, k], offsets [e+1], y [rows, n]; rows.
-
-    With `tiles` scratch memory for panels stands before the size.
-    """
-
-    def emit(x: Expr, weight: Expr, offsets: Expr, y: Expr, rows: Expr, panels: Expr) -> None:
-        source, target = Tensor(x, DType.bf16, (rows, k)), Tensor(y, DType.bf16, (rows, n))
-        w = Tensor(weight, DType.bf16, (experts, n, k))
-        starts = Tensor(offsets, DType.i64, (experts + 1,))
-
-        stacked = Stacked(experts, -(-n // BLOCK))
-
-        def rows_of(e: Expr) -> Rows:
-            return _rows_of(e, starts, source, x, lambda p: p * k, k, panels)
-
-        def task(i: Expr) -> None:
-            e, number = stacked.place(i)
-            column = bind(number * BLOCK)
-            width = bind(tirx.min(integer(BLOCK), n - column))
-            start = bind((e * n + column) * k)
-            ahead = start + stacked.step(i, e, n * k, BLOCK * k)
-            block = Weights(w, start, integer(k), width, k, ahead=ahead)
-
-            def finish(tile: Local, r: Expr, row: Expr) -> None:
-                def value(j: Expr, lanes: int) -> Expr:
-                    return tile.load(j + r * BLOCK, lanes)
-
-                store_row(target, bind(row * n + column), width, value)
-
-            with when(column < n):
-                multiply(rows_of(e), integer(1), lambda _: block, finish)
-
-        with instructions():
-            pack_stacked(integer(experts), rows * k, rows_of)
-            for_each(stacked.count, rows * k, task)
-
-    def with_panels(
-        x: Expr, weight: Expr, offsets: Expr, y: Expr, scratch: Expr, rows: Expr
-    ) -> None:
-        emit(x, weight, offsets, y, rows, scratch)
-
-    def plain(x: Expr, weight: Expr, offsets: Expr, y: Expr, rows: Expr) -> None:
-        emit(x, weight, offsets, y, rows, integer(0))
-
-    return build(with_panels if tiles else plain)

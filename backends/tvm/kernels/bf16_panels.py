@@ -20,7 +20,7 @@ from tvm import tirx
 from tvm.tirx.script.builder import ir as T
 
 from dsc.backends.tvm import amx
-from dsc.backends.tvm.bf16 import by_tiles, prefetch_far
+from dsc.backends.tvm.bf16 import LANES, by_tiles, columns_of_tasks, prefetch_far
 from dsc.backends.tvm.kernels.bf16_product import (
     BLOCK,
     Weights,
@@ -28,8 +28,10 @@ from dsc.backends.tvm.kernels.bf16_product import (
     fill_block,
     tile_height,
 )
+from dsc.backends.tvm.machine import Machine
 from dsc.backends.tvm.tir import Expr, Local, Tensor, bind, for_each, integer, loop, select, when
 from dsc.ir.dims import Dim
+from dsc.ir.types import DType, TensorType
 
 PANELS = 2
 """Panels that a tile of rows takes: with two blocks of 16 columns, four independent sums."""
@@ -41,6 +43,23 @@ RUN = 8
 """Blocks of columns of an expert that follow each other."""
 CHUNK = 32
 """Steps of k that a task packs."""
+FEW = 16
+"""Rows up to which a task takes few columns."""
+
+
+def fits(machine: Machine, depth: int, *types: TensorType) -> bool:
+    """Whether all operands are bf16, the machine multiplies it, and rows are whole vectors."""
+    return machine.bf16 and depth % LANES == 0 and all(t.dtype is DType.bf16 for t in types)
+
+
+def grain(rows: Expr, limit: int = BLOCK) -> Expr:
+    """Columns that a task takes, `limit` at most.
+
+    Few where there are few rows, so that small matrices occupy all threads; many where there are
+    many, so that x is read seldom.
+    """
+    narrow, wide = (integer(min(n, limit)) for n in columns_of_tasks())
+    return bind(select(rows <= integer(FEW), narrow, wide))
 
 
 @dataclass(frozen=True)

@@ -32,11 +32,9 @@ from dsc.backends.tvm.bf16 import (
     by_pairs,
     even,
     fma,
-    narrow,
     odd,
     pair_dot,
     prefetch,
-    put_bits,
     sum4,
     zipped,
 )
@@ -256,15 +254,6 @@ def row_tiles(rows: Expr, height: int, body: Callable[[Expr, int], None]) -> Non
     for low in range(1, height):
         with when(tirx.EQ(rest, integer(low))):
             body(rows - low, low)
-
-
-def store_row(y: Tensor, position: Expr, width: Expr, value: Callable[[Expr, int], Expr]) -> None:
-    """Write `value(j, lanes)` of columns j to bf16 memory, 16 at a time, then one by one."""
-    whole = bind(tirx.truncdiv(integer(width), integer(SUMS)) * SUMS)
-    with loop(tirx.truncdiv(whole, integer(SUMS))) as i:
-        put_bits(y, position + i * SUMS, narrow(value(i * SUMS, SUMS)))
-    with loop(integer(width) - whole) as i:
-        y.put(position + whole + i, value(whole + i, 1))
 
 
 def mix_sums(

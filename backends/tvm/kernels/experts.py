@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from dsc.backends.tvm.kernels import bf16_experts, bf16_linear
+from dsc.backends.tvm.kernels import bf16_experts
+from dsc.backends.tvm.kernels.bf16_panels import fits
 from dsc.backends.tvm.kernels.dots import dots
 from dsc.backends.tvm.kernels.sorting import sort_pairs
 from dsc.backends.tvm.launch import Launch, operand, rows_of, static_dim
@@ -44,7 +45,7 @@ def lower(node: Node, machine: Machine) -> Launch:
     experts, d, i = (static_dim(n, "an expert's axis") for n in down.shape)
     top_k, rows = static_dim(idx.shape[-1], "top_k"), rows_of(x)
     act = node.attrs["act"]
-    if bf16_linear.fits(machine, d, x, gate_up, down) and bf16_linear.fits(machine, i, x):
+    if fits(machine, d, x, gate_up, down) and fits(machine, i, x):
         return bf16_experts.launch(rows, experts, d, i, top_k, act, machine)
     static = (x.dtype, gate_up.dtype, experts, d, i, top_k, act, machine)
     pairs = rows * top_k

@@ -1,17 +1,15 @@
 """The experts in three steps: dispatch sorts rows, grouped_linear multiplies, combine adds.
 
 A program in this form lets fusion work on each step; `experts` is the same in one kernel.
+`grouped_linear` is a region of its own (`region_products`).
 """
 
 from __future__ import annotations
 
-from dsc.backends.tvm.kernels import bf16_experts, bf16_linear
-from dsc.backends.tvm.kernels.dots import product_rows
 from dsc.backends.tvm.kernels.sorting import sort_pairs
 from dsc.backends.tvm.launch import Launch, operand, static_dim
 from dsc.backends.tvm.machine import Machine
 from dsc.backends.tvm.tir import (
-    PARALLEL_WORK,
     Expr,
     Local,
     PrimFunc,
@@ -52,40 +50,6 @@ def dispatch(dtype: DType, d: int, top_k: int, experts: int, lanes: int) -> Prim
                 target.store(source.load(token, i * step, lanes=step), p, i * step)
 
         for_each(pairs, d, row)
-
-    return build(body)
-
-
-def lower_grouped_linear(node: Node, machine: Machine) -> Launch:
-    """The launch of `grouped_linear`."""
-    x, weight = operand(node, 0).type, operand(node, 1).type
-    experts, n, k = (static_dim(a, "an expert's axis") for a in weight.shape)
-    rows = x.shape[0]
-    if bf16_linear.fits(machine, k, x, weight):
-        return bf16_experts.launch_grouped(rows, experts, n, k, machine)
-    static = (x.dtype, experts, n, k, machine)
-    return Launch(grouped_linear, static, (rows,), flops=rows * (2 * n * k))
-
-
-def grouped_linear(dtype: DType, experts: int, n: int, k: int, machine: Machine) -> PrimFunc:
-    """Arguments: x [rows, k], weight [e, n, k], offsets [e+1], y [rows, n]; rows."""
-    group = lanes_for(n, 16)
-
-    def body(x: Expr, weight: Expr, offsets: Expr, y: Expr, rows: Expr) -> None:
-        source, target = Tensor(x, dtype, (rows, k)), Tensor(y, dtype, (rows, n))
-        w = Tensor(weight, dtype, (experts, n, k))
-        starts = Tensor(offsets, DType.i64, (experts + 1,))
-
-        def columns(g: Expr) -> None:
-            with loop(experts) as e:
-                first = bind(starts.load(e))
-                product_rows(
-                    source, lambda i: (first + i) * k, bind(starts.load(e + 1) - first),
-                    w, lambda j: w.offset(e, g * group + j), group, k, machine,
-                    lambda i, j, value: target.store(value, first + i, g * group + j),
-                )  # fmt: skip
-
-        for_each(n // group, PARALLEL_WORK, columns)
 
     return build(body)
 

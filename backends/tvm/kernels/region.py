@@ -11,9 +11,8 @@ from __future__ import annotations
 from dataclasses import replace
 from math import prod
 
-from dsc.backends.tvm.kernels import bf16_linear
 from dsc.backends.tvm.kernels.access import access
-from dsc.backends.tvm.kernels.bf16_panels import panel_bytes
+from dsc.backends.tvm.kernels.bf16_panels import fits, panel_bytes
 from dsc.backends.tvm.kernels.formulas import attributes
 from dsc.backends.tvm.kernels.region_products import Family, Product, product_region
 from dsc.backends.tvm.kernels.region_rows import RowStep, row_region
@@ -85,8 +84,9 @@ def _product(body: Graph, anchor: Node, machine: Machine) -> Launch:
     x, weight = (anchor.operands[i].type for i in range(2))
     *groups, m, k = (static_dim(d, "a weight's axis") for d in weight.shape)
     factors = [o.type for o in anchor.operands if o.type.dtype.is_float]
-    native = bf16_linear.fits(machine, k, *factors)
-    rows_at, depth = table.dim(rows_of(x)), table.size(k) if native else k
+    native = fits(machine, k, *factors)
+    rows_at = table.dim(rows_of(x))
+    depth = table.size(k) if native and not groups else k  # stacked weights are of few shapes
     places = [view.buffer for view in given]
     last = places[2] if len(places) > 2 else -1
     gemm = Product(

@@ -20,7 +20,6 @@ from dsc.backends.tvm import bf16
 from dsc.backends.tvm.amx import TOKENS
 from dsc.backends.tvm.kernels import bf16_panels
 from dsc.backends.tvm.kernels.access import Access, Number, Rows
-from dsc.backends.tvm.kernels.bf16_linear import grain
 from dsc.backends.tvm.kernels.bf16_product import BLOCK, Weights, ceil_div
 from dsc.backends.tvm.kernels.dots import dots
 from dsc.backends.tvm.kernels.values import Operand, Point, compute, held, literal, put, rounded
@@ -147,8 +146,10 @@ class _Tasks:
     def run(self) -> None:
         """All tasks, over threads where they are worth it."""
         wide = BLOCK // (2 if self.copies > 1 else 1)
-        self.grain = grain(self.rows, wide) if self.native else integer(NARROW)
+        self.grain = integer(NARROW)
         if self.native:
+            alone = self.offsets is None  # stacked weights have blocks for all threads
+            self.grain = bf16_panels.grain(self.rows, wide) if alone else integer(wide)
             self._pack()
         ends: list[Expr] = []
         count: Expr = integer(0)
@@ -156,14 +157,16 @@ class _Tasks:
             count = bind(count + ceil_up(family.width, self.grain) * family.blocks)
             ends.append(count)
         work = PARALLEL_WORK if self.product.heavy else self.rows * self.depth * 16
-        if self.offsets is None:
+        offsets = self.offsets
+        if offsets is None:
             for_each(count, work, lambda i: self._task(integer(0), i, ends, None))
             return
         stacked = bf16_panels.Stacked(self.product.experts, count)
 
         def task(i: Expr) -> None:
             expert, g = stacked.place(i)
-            with when(g < count):
+            first, end = (offsets.load(expert + n) for n in range(2))
+            with when(tirx.all(g < count, first < end)):
                 size = self.product.m * integer(self.depth)
                 block = self.grain * integer(self.depth)
                 self._task(expert, g, ends, bind(stacked.step(i, expert, size, block)))
