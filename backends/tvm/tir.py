@@ -147,6 +147,11 @@ class Tensor:
         where = span(position, lanes_of(value))
         T.buffer_store(self.buffer, encode(value, self.dtype), [where])
 
+    def copy(self, position: Expr, source: Tensor, start: Expr, lanes: int) -> None:
+        """Take `lanes` consecutive elements of a tensor of this element type as they are."""
+        stored = source.buffer[span(start, lanes)]
+        T.buffer_store(self.buffer, stored, [span(position, lanes)])
+
 
 _ON_STACK = {"disable_lower_builtin": 1}
 """Without it TVM takes local arrays from a pool on the heap, and sums never reach registers."""

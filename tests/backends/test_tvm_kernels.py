@@ -183,6 +183,17 @@ def test_bf16_stores_round_ties_to_even(loaded: Executable) -> None:
     assert bool(nan.isnan().all())
 
 
+@pytest.mark.parametrize("op", ["permute", "concat", "split"])
+def test_what_moves_elements_keeps_the_bits_of_a_nan(op: str, loaded: Executable) -> None:
+    case = next(c for c in FOUND if c.id == f"{op}_0_bf16")
+    inputs = case.inputs(POINTS[1])
+    for x in inputs.values():
+        x.view(torch.int16)[..., ::2] = 0x7FA5  # arithmetic would make it the quiet one
+    wanted = run_graph(case.graph, [x.clone() for x in inputs.values()])
+    for got, reference in zip(loaded.run(case.id, inputs).values(), wanted, strict=True):
+        assert torch.equal(got.view(torch.int16), reference.view(torch.int16))
+
+
 def test_no_division_of_integers_ends_the_process() -> None:
     """Neither by 0 nor of the least integer by -1, whose quotient no register holds."""
     text = """

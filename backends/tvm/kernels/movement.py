@@ -1,25 +1,21 @@
-"""Operators that place elements: permute, expand, slice, split, concat, stack, full, gather, take.
+"""Operators that place elements, with all of their bits.
 
-Each is the map from a result index to the operand's index; the copy itself is shared, and runs in
-vectors when neighbours in the result are neighbours in the operand.
+permute, expand, slice, split, concat and stack are copies between strided views, in vectors where
+neighbours in one are neighbours in the other. take, embedding and select_rows look up whole rows,
+gather each element; append puts new rows where each sequence ends.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 from tvm import tirx
 
-from dsc.backends.tvm.launch import Launch, Unsupported, operand
+from dsc.backends.tvm.kernels.access import Access, Number, Rows, access
+from dsc.backends.tvm.launch import Launch, Unsupported, operand, static_dim
 from dsc.backends.tvm.machine import Machine
-from dsc.backends.tvm.shapes import (
-    Pattern,
-    SizeTable,
-    count,
-    each_index,
-    resolve,
-    size_names,
-)
+from dsc.backends.tvm.shapes import Pattern, SizeTable, each_index, resolve, size_names
 from dsc.backends.tvm.tir import (
     VALUE,
     Expr,
@@ -28,185 +24,97 @@ from dsc.backends.tvm.tir import (
     bind,
     build,
     cast,
+    f32,
+    for_each,
     integer,
     lanes_for,
     loop,
+    splat,
 )
+from dsc.ir.dims import Dim, product
 from dsc.ir.graph import Node
+from dsc.ir.region_steps import Lines, apply_view, dense
 from dsc.ir.types import DType
-
-IndexMap = Callable[[Sequence[Expr]], list[Expr]]
-
-
-def copy_region(
-    source: Tensor, index: IndexMap, target: Tensor, to: IndexMap, extents: list[Expr], lanes: int
-) -> None:
-    """target[to(i)] = source[index(i)] for every index i of a region.
-
-    `lanes` says how many neighbours along the region's last axis are neighbours in both tensors.
-    """
-    last = extents[-1] if extents else 1
-    width = lanes_for(last, lanes) if isinstance(last, int) else 1
-
-    def row(outer: list[Expr]) -> None:
-        with loop(last // width if isinstance(last, int) else last) as i:
-            full = [*outer, i * width] if extents else []
-            target.store(source.load(*index(full), lanes=width), *to(full))
-
-    each_index(extents[:-1], count([last]), row)
+from dsc.ir.views import View, narrow
 
 
-def _same(index: Sequence[Expr]) -> list[Expr]:
-    return list(index)
+@dataclass(frozen=True, slots=True)
+class Copy:
+    """`rows` rows of `width` elements from one access to another."""
+
+    source: Access
+    target: Access
+    rows: Number
+    width: Number
 
 
-def lower_permute(node: Node, machine: Machine) -> Launch:
-    """The launch of `permute`."""
-    table, x = SizeTable(), operand(node, 0).type
-    dims = node.attrs["dims"]
-    lanes = machine.lanes if dims and dims[-1] == len(dims) - 1 else 1
-    static = (x.dtype, table.shape(x.shape), dims, lanes)
-    return Launch(permute, (*static, len(table.dims)), tuple(table.dims))
+def lower(node: Node, machine: Machine) -> Launch:
+    """The launch of what moves elements to places that are known: a copy for each part."""
+    given = [dense(x, i) for i, x in enumerate(node.operands)]
+    made = [dense(v, len(given) + i) for i, v in enumerate(node.outputs)]
+    parameters = len(given) + len(made)
+    if node.op in ("concat", "stack"):
+        axis = node.attrs.get("axis", 0) % len(made[0].shape)
+        if node.op == "stack":
+            given = [v.strided((1, *v.shape), (0, *v.strides)) for v in given]
+        made = _parts(made[0], axis, [v.shape[axis] for v in given])
+    else:
+        given = apply_view(node, given[0])
+    table = SizeTable()
+    copies = tuple(_copy(*views, table) for views in zip(given, made, strict=True))
+    static = (copies, parameters, len(table.dims), _lanes(node, machine))
+    return Launch(strided_copies, static, tuple(table.dims), title=node.op)
 
 
-def permute(
-    dtype: DType, shape: Pattern, dims: tuple[int, ...], lanes: int, sizes: int
-) -> PrimFunc:
-    """Arguments: x, y; sizes."""
-
-    def body(x: Expr, y: Expr, *given: Expr) -> None:
-        extents = resolve(shape, given)
-        moved = [extents[d] for d in dims]
-
-        def index(out: Sequence[Expr]) -> list[Expr]:
-            return [out[dims.index(axis)] for axis in range(len(dims))]
-
-        target = Tensor(y, dtype, moved)
-        copy_region(Tensor(x, dtype, extents), index, target, _same, moved, lanes)
-
-    return build(body, ["x", "y", *size_names(sizes)])
+def _lanes(node: Node, machine: Machine) -> int:
+    """Elements that a vector register holds."""
+    return machine.lanes * 4 // node.outputs[0].type.dtype.itemsize
 
 
-def lower_expand(node: Node, machine: Machine) -> Launch:
-    """The launch of `expand`."""
-    table, x, out = SizeTable(), operand(node, 0).type, node.output.type
-    same = x.rank > 0 and x.shape[-1] == out.shape[-1]
-    static = (x.dtype, table.shape(x.shape), table.shape(out.shape), machine.lanes if same else 1)
-    return Launch(expand, (*static, len(table.dims)), tuple(table.dims))
+def _parts(whole: View, axis: int, extents: Sequence[Dim]) -> list[View]:
+    """A view cut along an axis."""
+    starts: list[Dim] = [0]
+    for extent in extents[:-1]:
+        starts.append(starts[-1] + extent)
+    return [narrow(whole, axis, *part) for part in zip(starts, extents, strict=True)]
 
 
-def expand(dtype: DType, shape: Pattern, wide: Pattern, lanes: int, sizes: int) -> PrimFunc:
-    """Arguments: x, y; sizes."""
-
-    def body(x: Expr, y: Expr, *given: Expr) -> None:
-        def index(out: Sequence[Expr]) -> list[Expr]:
-            own = out[len(out) - len(shape) :]
-            return [integer(0) if d == 1 else i for d, i in zip(shape, own, strict=True)]
-
-        source, extents = Tensor(x, dtype, resolve(shape, given)), resolve(wide, given)
-        copy_region(source, index, Tensor(y, dtype, extents), _same, extents, lanes)
-
-    return build(body, ["x", "y", *size_names(sizes)])
+def _copy(source: View, target: View, table: SizeTable) -> Copy:
+    """The copy between two views of one shape; their last axis is the row."""
+    if not source.shape:
+        source, target = source.strided((1,), (1,)), target.strided((1,), (1,))
+    *rows, width = source.shape
+    origin, place = (access(Lines(view, len(rows)), table) for view in (source, target))
+    return Copy(origin, place, table.dim(product(tuple(rows))), table.dim(width))
 
 
-def lower_slice(node: Node, machine: Machine) -> Launch:
-    """The launch of `slice`."""
-    table, x = SizeTable(), operand(node, 0).type
-    axis, step = node.attrs["axis"] % x.rank, node.attrs["step"]
-    part = (table.dim(node.attrs["start"]), axis, step)
-    static = (x.dtype, table.shape(x.shape), table.shape(node.output.type.shape), part)
-    lanes = machine.lanes if step == 1 or axis != x.rank - 1 else 1
-    return Launch(slice_axis, (*static, lanes, len(table.dims)), tuple(table.dims))
-
-
-def slice_axis(
-    dtype: DType,
-    shape: Pattern,
-    out: Pattern,
-    part: tuple[int | str, int, int],
-    lanes: int,
-    sizes: int,
-) -> PrimFunc:
-    """Arguments: x, y; sizes. `part` is (start, axis, step)."""
-
-    def body(x: Expr, y: Expr, *given: Expr) -> None:
-        (start,), axis, step = resolve((part[0],), given), part[1], part[2]
-
-        def index(at: Sequence[Expr]) -> list[Expr]:
-            return [start + i * step if d == axis else i for d, i in enumerate(at)]
-
-        source, extents = Tensor(x, dtype, resolve(shape, given)), resolve(out, given)
-        copy_region(source, index, Tensor(y, dtype, extents), _same, extents, lanes)
-
-    return build(body, ["x", "y", *size_names(sizes)])
-
-
-def lower_split(node: Node, machine: Machine) -> Launch:
-    """The launch of `split`: all parts in one kernel."""
-    table, x = SizeTable(), operand(node, 0).type
-    axis = node.attrs["axis"] % x.rank
-    parts = tuple(table.shape(v.type.shape) for v in node.outputs)
-    static = (x.dtype, table.shape(x.shape), parts, axis, machine.lanes)
-    return Launch(split, (*static, len(table.dims)), tuple(table.dims))
-
-
-def split(
-    dtype: DType, shape: Pattern, parts: tuple[Pattern, ...], axis: int, lanes: int, sizes: int
-) -> PrimFunc:
-    """Arguments: x, one result for each part; sizes."""
-
-    def body(x: Expr, *rest: Expr) -> None:
-        results, given = rest[: len(parts)], rest[len(parts) :]
-        source, start = Tensor(x, dtype, resolve(shape, given)), integer(0)
-        for address, part in zip(results, parts, strict=True):
-            extents = resolve(part, given)
-            target, index = Tensor(address, dtype, extents), _shifted(axis, start)
-            copy_region(source, index, target, _same, extents, lanes)
-            start = start + extents[axis]
-
-    results = [f"y{i}" for i in range(len(parts))]
-    return build(body, ["x", *results, *size_names(sizes)])
-
-
-def _shifted(axis: int, start: Expr) -> IndexMap:
-    return lambda index: [i + start if d == axis else i for d, i in enumerate(index)]
-
-
-def lower_concat(node: Node, machine: Machine) -> Launch:
-    """The launch of `concat`."""
-    table, first = SizeTable(), operand(node, 0).type
-    parts = tuple(table.shape(x.type.shape) for x in node.operands)
-    out = table.shape(node.output.type.shape)
-    static = (first.dtype, parts, out, node.attrs["axis"] % first.rank, machine.lanes)
-    return Launch(concat, (*static, len(table.dims)), tuple(table.dims))
-
-
-def lower_stack(node: Node, machine: Machine) -> Launch:
-    """The launch of `stack`: a concat of operands with a leading axis of 1."""
-    table, first = SizeTable(), operand(node, 0).type
-    parts = tuple((1, *table.shape(x.type.shape)) for x in node.operands)
-    out = table.shape(node.output.type.shape)
-    static = (first.dtype, parts, out, 0, machine.lanes if first.rank else 1)
-    return Launch(concat, (*static, len(table.dims)), tuple(table.dims))
-
-
-def concat(
-    dtype: DType, parts: tuple[Pattern, ...], out: Pattern, axis: int, lanes: int, sizes: int
-) -> PrimFunc:
-    """Arguments: the parts, the result; sizes."""
+def strided_copies(copies: tuple[Copy, ...], parameters: int, sizes: int, lanes: int) -> PrimFunc:
+    """Arguments: operands, then results; sizes."""
 
     def body(*arguments: Expr) -> None:
-        xs, y = arguments[: len(parts)], arguments[len(parts)]
-        given = arguments[len(parts) + 1 :]
-        target, start = Tensor(y, dtype, resolve(out, given)), integer(0)
-        for address, part in zip(xs, parts, strict=True):
-            extents = resolve(part, given)
-            source, to = Tensor(address, dtype, extents), _shifted(axis, start)
-            copy_region(source, _same, target, to, extents, lanes)
-            start = start + extents[axis]
+        places = Rows(arguments[parameters:])
+        for copy in copies:
+            _emit(copy, arguments, places, lanes)
 
-    xs = [f"x{i}" for i in range(len(parts))]
-    return build(body, [*xs, "y", *size_names(sizes)])
+    return build(body, [*(f"x{i}" for i in range(parameters)), *size_names(sizes)])
+
+
+def _emit(copy: Copy, addresses: Sequence[Expr], places: Rows, lanes: int) -> None:
+    """One copy, its rows over threads where that is worth it."""
+    both, width = (copy.source, copy.target), places.at(copy.width)
+    source, target = (Tensor(addresses[a.buffer], a.dtype, (1,)) for a in both)
+    stride, step = (integer(places.at(a.inner[0])) for a in both)
+    whole = isinstance(width, int) and all(a.unit for a in both)
+    vector = lanes_for(width, lanes) if whole else 1
+
+    def row(r: Expr) -> None:
+        places.forget()
+        start, to = (places.start(a, r) for a in both)
+        with loop(width // vector if whole else width) as i:
+            at = i * vector
+            target.copy(to + at * step, source, start + at * stride, vector)
+
+    for_each(places.at(copy.rows), width, row)
 
 
 def lower_full(node: Node, machine: Machine) -> Launch:
@@ -256,8 +164,7 @@ def arange(dtype: DType) -> PrimFunc:
 def lower_gather(node: Node, machine: Machine) -> Launch:
     """The launch of `gather` (torch.gather)."""
     table, x, index = SizeTable(), operand(node, 0).type, operand(node, 1).type
-    axis = node.attrs["axis"] % x.rank
-    static = (x.dtype, table.shape(x.shape), table.shape(index.shape), axis)
+    static = (x.dtype, table.shape(x.shape), table.shape(index.shape), node.attrs["axis"] % x.rank)
     return Launch(gather, (*static, len(table.dims)), tuple(table.dims))
 
 
@@ -266,40 +173,84 @@ def gather(dtype: DType, shape: Pattern, index: Pattern, axis: int, sizes: int) 
 
     def body(x: Expr, index_at: Expr, y: Expr, *given: Expr) -> None:
         extents = resolve(index, given)
-        source = Tensor(x, dtype, resolve(shape, given))
+        source, target = Tensor(x, dtype, resolve(shape, given)), Tensor(y, dtype, extents)
         chosen = Tensor(index_at, DType.i64, extents)
 
-        def place(at: Sequence[Expr]) -> list[Expr]:
-            return [chosen.load(*at) if d == axis else i for d, i in enumerate(at)]
+        def element(at: list[Expr]) -> None:
+            place = source.offset(*at[:axis], chosen.load(*at), *at[axis + 1 :])
+            target.copy(target.offset(*at), source, place, 1)
 
-        copy_region(source, place, Tensor(y, dtype, extents), _same, extents, 1)
+        each_index(extents, 1, element)
 
     return build(body, ["x", "index", "y", *size_names(sizes)])
 
 
 def lower_take(node: Node, machine: Machine) -> Launch:
-    """The launch of `take`."""
+    """The launch of take, embedding and select_rows, as lookups in x [outer, extent, width]."""
     table, x, index = SizeTable(), operand(node, 0).type, operand(node, 1).type
-    axis = node.attrs["axis"] % x.rank
-    lanes = machine.lanes if axis != x.rank - 1 else 1
-    static = (x.dtype, table.shape(x.shape), table.shape(index.shape), axis, lanes)
-    return Launch(take, (*static, len(table.dims)), tuple(table.dims))
+    if node.op == "embedding":
+        x, index = index, x
+    own = node.op == "select_rows"
+    axis = 1 if own else node.attrs.get("axis", 0) % x.rank
+    for dim in (product(x.shape[:axis]), x.shape[axis], index.shape[1] if own else index.numel):
+        table.size(dim)
+    width = table.dim(product(x.shape[axis + 1 :]))
+    static = (x.dtype, width, node.op == "embedding", own, _lanes(node, machine), len(table.dims))
+    return Launch(take, static, tuple(table.dims), title=node.op)
 
 
-def take(
-    dtype: DType, shape: Pattern, index: Pattern, axis: int, lanes: int, sizes: int
-) -> PrimFunc:
-    """Arguments: x, index, y; sizes."""
+def take(dtype: DType, width: Number, swapped: bool, own: bool, lanes: int, sizes: int) -> PrimFunc:
+    """Arguments: x, index, y; outer, extent, count of places, width where it is no number.
 
-    def body(x: Expr, index_at: Expr, y: Expr, *given: Expr) -> None:
-        own, wanted = resolve(shape, given), resolve(index, given)
-        source, chosen = Tensor(x, dtype, own), Tensor(index_at, DType.i64, wanted)
-        extents = [*own[:axis], *wanted, *own[axis + 1 :]]
+    The index is [outer, count] where each outer one has its `own`, else [count]. It comes before x
+    where they are `swapped`.
+    """
 
-        def place(at: Sequence[Expr]) -> list[Expr]:
-            end = axis + len(wanted)
-            return [*at[:axis], bind(chosen.load(*at[axis:end])), *at[end:]]
+    def body(x: Expr, index: Expr, y: Expr, *given: Expr) -> None:
+        x, index = (index, x) if swapped else (x, index)
+        outer, extent, count = given[:3]
+        (wide,) = resolve((width,), given)
+        vector = lanes_for(wide, lanes) if isinstance(wide, int) else 1
+        source, target = Tensor(x, dtype, (1,)), Tensor(y, dtype, (1,))
+        chosen = Tensor(index, DType.i64, (1,))
 
-        copy_region(source, place, Tensor(y, dtype, extents), _same, extents, lanes)
+        def row(r: Expr) -> None:
+            place = chosen.at(r if own else tirx.truncmod(r, count))
+            start = bind((tirx.truncdiv(r, count) * extent + place) * wide)
+            with loop(wide // vector if isinstance(wide, int) else wide) as i:
+                target.copy(r * wide + i * vector, source, start + i * vector, vector)
 
-    return build(body, ["x", "index", "y", *size_names(sizes)])
+        for_each(outer * count, wide, row)
+
+    return build(body, ["x0", "x1", "y", *size_names(sizes)])
+
+
+def lower_append(node: Node, machine: Machine) -> Launch:
+    """The launch of `append`: copies the past, so it is for programs without in-place caches."""
+    past, new = operand(node, 0).type, operand(node, 1).type
+    width = static_dim(past.shape[2], "a cache row")
+    sizes = (*new.shape[:2], past.shape[1])
+    return Launch(append, (past.dtype, width, machine.lanes), sizes)
+
+
+def append(dtype: DType, width: int, lanes: int) -> PrimFunc:
+    """Arguments: past [b, p, width], new [b, s, width], lengths [b], y [b, p+s, width]; b, s, p."""
+    step = lanes_for(width, lanes)
+
+    def body(past: Expr, new: Expr, lengths: Expr, y: Expr, b: Expr, s: Expr, p: Expr) -> None:
+        old, fresh = Tensor(past, dtype, (b, p, width)), Tensor(new, dtype, (b, s, width))
+        target, used = Tensor(y, dtype, (b, p + s, width)), Tensor(lengths, DType.i64, (b,))
+
+        def rows(to: Expr, source: Tensor, start: Expr, count: Expr) -> None:
+            with loop(count * (width // step)) as i:
+                target.copy(to + i * step, source, start + i * step, step)
+
+        with loop(b) as batch:
+            rows(target.offset(batch), old, old.offset(batch), p)
+            with loop(s * (width // step)) as i:
+                target.put(target.offset(batch, p) + i * step, splat(f32(0.0), step))
+            with loop(s) as t:
+                place = target.offset(batch, used.load(batch) + t)
+                rows(place, fresh, fresh.offset(batch, t), integer(1))
+
+    return build(body)
