@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -46,12 +45,6 @@ DEFAULT_WEIGHTS = "weights/model.safetensors"
 DEFAULT_TARGET = Target("cuda", "sm_90")
 ALL_TARGETS = tuple(f"{kind}:{arch}" for kind, archs in KNOWN.items() for arch in archs)
 FUSION_LEVEL = 3
-REGIONS = RegionLimits(
-    anchors=frozenset({"linear"}),
-    epilogue=named(Role.POINTWISE) | {"reshape"},
-    free=lambda view: True,
-)
-"""Views are strides to every kernel."""
 EXPERTS = ExpertKernels(rereads=True, tile=16, balance=250.0, launch=10_000_000)
 """A GPU of 800 TFLOP/s, 3.3 TB/s and 3 microseconds a launch: the order of magnitude decides."""
 RUNNER = Path(__file__).with_name("runner.py")  # it launches on CUDA devices
@@ -71,7 +64,12 @@ class TritonBackend:
             shared_experts=True,
             absorbed=True,
             fuse=FUSION_LEVEL,
-            regions=replace(REGIONS, accepts=lambda node: isinstance(self.supports(node), Yes)),
+            regions=RegionLimits(
+                anchors=frozenset({"linear"}),
+                epilogue=named(Role.POINTWISE) | {"reshape"},
+                free=lambda view: True,  # views are strides to every kernel
+                accepts=lambda node: isinstance(self.supports(node), Yes),
+            ),
             targets=(str(DEFAULT_TARGET), *(t for t in ALL_TARGETS if t != str(DEFAULT_TARGET))),
         )
 

@@ -25,7 +25,8 @@ from typing import TYPE_CHECKING, Any
 
 from dsc.ir import views
 from dsc.ir.dims import Dim, product
-from dsc.ir.op import kernel_of
+from dsc.ir.op import kernel_of, traits_of
+from dsc.ir.traits import Role
 from dsc.ir.types import DType
 from dsc.ir.views import View
 
@@ -92,6 +93,13 @@ FLOAT_ONLY = frozenset(
     {"exp", "log", "sqrt", "rsqrt", "reciprocal", "sigmoid", "silu", "swiglu", "tanh", "cos"}
     | {"sin", "erf", "gelu", "pow"}
 )
+
+
+def has_formula(op: str) -> bool:
+    """Whether a pointwise operator has an expression: one of these, or one that it brings along."""
+    if op in EXPRESSIONS or op == "cast":
+        return True
+    return isinstance(kernel_of(op, "triton"), str) and traits_of(op).role is Role.POINTWISE
 
 
 def expressions(op: str) -> tuple[str, str | None]:

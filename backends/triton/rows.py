@@ -28,6 +28,10 @@ HELD = 1 << 13
 """Elements of a row that a reduction alone holds; it walks along longer ones."""
 MOST = 1 << 15
 """Elements of a row's results, padded, that a program may hold."""
+ALONG_ROWS = frozenset(
+    {"amax", "amin", "mean", "sum", "rms_norm", "softmax", "rope", "cache_write"}
+)
+"""Operators that the generator has a formula for, beside pointwise ones."""
 _BELOW = {"amax": 'float("-inf")', "amin": 'float("inf")'}
 _EXTREME = {"amax": -(1 << 63), "amin": (1 << 63) - 1}
 

@@ -32,11 +32,6 @@ LIBRARY = "tvm/kernels.so"
 STEPS = "tvm/steps.bin"
 NEEDS = "apache-tvm>=0.27,<0.28"
 RUNNER = Path(__file__).with_name("runner.py")
-REGIONS = RegionLimits(
-    anchors=frozenset({"linear", "grouped_linear"}),
-    epilogue=named(Role.POINTWISE) | {"reshape", "split"},
-)
-"""Rope is no epilogue: its angles would be computed again by every block of columns."""
 EXPERTS = ExpertKernels(rereads=False, tile=1, balance=24.0, launch=80_000)
 """Two cores of 1 TFLOP/s in bf16 at 41 GB/s, and 2 microseconds a launch."""
 
@@ -47,7 +42,10 @@ class TvmBackend:
     name = "tvm"
 
     def capabilities(self, target: Target) -> Capabilities:
-        """Caches in place; experts as one kernel, or grouped; rows and epilogues as regions."""
+        """Caches in place; experts as one kernel, or grouped; rows and epilogues as regions.
+
+        Rope is no epilogue: its angles would be computed again by every block of columns.
+        """
         return Capabilities(
             options=("form", "tune"),
             in_place_cache=True,
@@ -55,7 +53,11 @@ class TvmBackend:
             experts=EXPERTS,
             shared_experts=True,
             fuse=3,
-            regions=replace(REGIONS, accepts=lambda node: isinstance(self.supports(node), Yes)),
+            regions=RegionLimits(
+                anchors=frozenset({"linear", "grouped_linear"}),
+                epilogue=named(Role.POINTWISE) | {"reshape", "split"},
+                accepts=lambda node: isinstance(self.supports(node), Yes),
+            ),
             targets=("cpu",),
         )
 

@@ -80,7 +80,8 @@ class RegionLimits:
 def role(node: Node) -> Role:
     """The part that a node can play in a region: its operator's, or `OTHER` where it stands alone.
 
-    Constants of one element are literals. A reduction takes part along rows, a write in place.
+    Constants of one element are literals. A reduction takes part along rows, a write in
+    place, a rotation by the positions of tokens.
     """
     traits = traits_of(node.op)
     match traits.role:
@@ -89,6 +90,8 @@ def role(node: Node) -> Role:
         case Role.REDUCTION if not _along_rows(node):
             return Role.OTHER
         case Role.WRITE if not traits.writes:
+            return Role.OTHER
+        case Role.ROTATION if not lookup(node.op).has_operand("positions"):
             return Role.OTHER
     return traits.role if traits.role in _JOINING or traits.role in _ANCHORS else Role.OTHER
 
@@ -118,7 +121,7 @@ def rows(node: Node) -> Dim:
     A row of rope is a token with all of its heads: they share its angles.
     """
     if role(node) is Role.ROTATION:
-        return node.operands[1].type.numel
+        return node["positions"].type.numel
     if role(node) is Role.WRITE:
         shape = node[traits_of(node.op).writes[0]].type.shape
     elif role(node) is Role.REDUCTION:

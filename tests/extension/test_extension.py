@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import subprocess
 import sys
 from collections.abc import Iterator
 from importlib.metadata import EntryPoint
@@ -151,6 +153,91 @@ def test_a_backend_without_a_kernel_of_it_says_so(raised: Program, backend: str)
     pytest.importorskip("onnx" if backend == "onnxruntime" else "triton")
     for node in raised.entries["main"].nodes:
         assert isinstance(get(backend).supports(node), No) == (node.op != "add")
+
+
+@pytest.fixture
+def by_role() -> Iterator[None]:
+    """Operators of roles that kernels have formulas for, without a kernel of theirs."""
+    dsc.register_op(
+        "spread(x: T[*n, d]) -> T[*n]", extend.Traits(extend.Role.REDUCTION),
+        reference=lambda x: x.amax(-1) - x.amin(-1), doc="Of each row.", example="f32[2,3]",
+    )  # fmt: skip
+    dsc.register_op(
+        "rolled(x: T[*n, d]) -> T[*n, d]", extend.Traits(extend.Role.ROTATION),
+        reference=lambda x: x.roll(1, -1), doc="The last first.", example="f32[2,3]",
+    )  # fmt: skip
+    yield
+    for name in ("spread", "rolled"):
+        declarations._added.pop(name)
+    declarations.defaults.cache_clear()
+    declarations.traits_of.cache_clear()
+
+
+@pytest.mark.parametrize("backend", ["tvm", "triton"])
+@pytest.mark.parametrize(("op", "result"), [("spread", "f32[4]"), ("rolled", "f32[4,8]")])
+def test_a_role_is_no_kernel(by_role: None, backend: str, op: str, result: str) -> None:
+    pytest.importorskip(backend)
+    text = f"""graph main(%x: f32[4,8]) {{
+      %a = fused %x {{body=graph body(%p: f32[4,8]) {{
+          %r = relu %p
+          %s = {op} %r
+          return %s
+      }}}} : {result}
+      %b = {op} %x : {result}
+      return %a, %b
+    }}"""
+    region, alone = program_of(text).entries["main"].nodes
+    for node in (region, alone):
+        said = get(backend).supports(node)
+        assert isinstance(said, No)
+        assert re.search(rf"no (Triton )?kernel for (the operator )?{op}", said.reason)
+
+
+def test_operators_of_any_role_pass_the_fusion_of_neighbours(by_role: None) -> None:
+    text = """graph main(%x: f32[4,8]) {
+      %r = relu %x : f32[4,8]
+      %t = rolled %r : f32[4,8]
+      %s = spread %t : f32[4]
+      return %s
+    }"""
+    x = torch.randn(4, 8)
+    (found,) = compile_program(program_of(text), "reference", fusion_level=3).run({"x": x}).values()
+    y = x.relu()
+    assert torch.equal(found, y.amax(-1) - y.amin(-1))
+
+
+BY_KERNEL = """
+import dsc
+from dsc import extend
+from dsc.backends import get
+from dsc.ir.parser import parse_program
+
+dsc.register_op(
+    "twice(x: T[*n]) -> T[*n]", extend.Traits(extend.Role.POINTWISE),
+    reference=lambda x: x + x, doc="2 x.", example="f32[2]",
+    kernels={"tvm": extend.Cpp("", "twice", sizes=("*n",))},
+)
+made = parse_program("graph main(%x: f32[4]) { %y = twice %x\\n return %y }")
+(node,) = made.entries["main"].nodes
+for backend in ("tvm", "triton"):
+    print(backend, type(get(backend).supports(node)).__name__)
+    print(backend, "twice" in get(backend).capabilities(None).regions.epilogue)
+"""
+
+
+def test_kernels_do_not_depend_on_when_an_operator_was_declared(
+    package: ModuleType, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("triton")
+    first = subprocess.run(
+        [sys.executable, "-c", BY_KERNEL], capture_output=True, text=True, check=True
+    )
+    try:
+        exec(BY_KERNEL, {})
+    finally:
+        declarations._added.pop("twice")
+    assert capsys.readouterr().out == first.stdout
+    assert first.stdout.splitlines()[::2] == ["tvm Yes", "triton No"]
 
 
 SIGNATURE = "other(x: T[*n]) -> T[*n]"

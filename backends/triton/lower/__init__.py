@@ -1,6 +1,6 @@
 """How each operator becomes launches: one function an operator, `lower(ctx, node)`.
 
-`TABLE` is the literal list of what the backend can emit; `reasons` says why a node cannot be.
+`TABLE` is the literal list of what the backend can emit; `reason` says why a node cannot be.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ from collections.abc import Callable
 from dsc.backends.triton.context import Context
 from dsc.backends.triton.launch import POINTER_TYPES
 from dsc.backends.triton.lower import attend, contract, lookups, moe, regions, shapes
+from dsc.backends.triton.pointwise import EXPRESSIONS, has_formula
+from dsc.backends.triton.rows import ALONG_ROWS
 from dsc.ir.graph import Node
 from dsc.ir.kernels import Lowering
 from dsc.ir.op import kernel_of, named
@@ -44,7 +46,7 @@ TABLE: dict[str, Lower] = {
     "full": shapes.full,
     "arange": shapes.arange,
     **dict.fromkeys(sorted(named(Role.VIEW)), shapes.view),
-    **dict.fromkeys(sorted(regions.POINTWISE | regions.ALONG_ROWS), regions.lower),
+    **dict.fromkeys(sorted(EXPRESSIONS.keys() - {"copy"} | {"cast"} | ALONG_ROWS), regions.lower),
 }
 
 FIXED_OPERANDS = {
@@ -62,11 +64,11 @@ def lower(ctx: Context, node: Node) -> None:
 
 
 def lowering(op: str) -> regions.LowerNode | None:
-    """What lowers an operator: the table's function, or what it brings along."""
+    """What lowers an operator: what it brings along, its expression, or the table's function."""
     own = kernel_of(op, "triton")
-    if isinstance(own, str) or op == "fused":
-        return regions.lower
-    return own.function if isinstance(own, Lowering) else TABLE.get(op)
+    if isinstance(own, Lowering):
+        return own.function
+    return regions.lower if has_formula(op) or op == "fused" else TABLE.get(op)
 
 
 def reason(node: Node) -> str | None:
@@ -87,9 +89,7 @@ def reason(node: Node) -> str | None:
         fixed = shape if node.op in ("experts", "grouped_linear") else inner
         if not all(isinstance(d, int) for d in fixed):
             return f"{node.op} with symbolic extents in {node.operands[operand].type}"
-    special = _SPECIAL.get(node.op)
-    if isinstance(kernel_of(node.op, "triton"), str):
-        special = regions.pointwise_reason
+    special = regions.pointwise_reason if has_formula(node.op) else _SPECIAL.get(node.op)
     return special(node) if special is not None else None
 
 
@@ -109,6 +109,5 @@ _SPECIAL: dict[str, Reason] = {
     "gather": lookups.gather_reason,
     "arange": _arange_reason,
     "topk": _topk_reason,
-    **dict.fromkeys(sorted(regions.POINTWISE), regions.pointwise_reason),
-    **dict.fromkeys(sorted(regions.ALONG_ROWS), regions.reason),
+    **dict.fromkeys(sorted(ALONG_ROWS), regions.reason),
 }

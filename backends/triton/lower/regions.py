@@ -14,13 +14,13 @@ from dsc.backends.triton import pointwise
 from dsc.backends.triton.context import Context
 from dsc.backends.triton.epilogue import Epilogue
 from dsc.backends.triton.lower.contract import emit_gemm, linear_product
-from dsc.backends.triton.pointwise import FLOAT_ONLY, Region
+from dsc.backends.triton.pointwise import FLOAT_ONLY, Region, has_formula
 from dsc.backends.triton.pointwise import Step as Point
-from dsc.backends.triton.rows import RowKernel
+from dsc.backends.triton.rows import ALONG_ROWS, RowKernel
 from dsc.ir.analyses import aliases_of
 from dsc.ir.dims import Dim
 from dsc.ir.graph import Graph, Node, Operand, Value
-from dsc.ir.op import kernel_of, named
+from dsc.ir.op import kernel_of, traits_of
 from dsc.ir.region_columns import PRODUCT, Columns, ColumnStep
 from dsc.ir.region_steps import Lines, Literal, NoKernel, Place, Rows, RowStep, alone
 from dsc.ir.regions import anchor_of
@@ -29,8 +29,7 @@ from dsc.ir.types import DType
 from dsc.ir.views import View, joined
 
 LowerNode = Callable[[Context, Node], None]
-POINTWISE = named(Role.POINTWISE)
-ALONG_ROWS = named(Role.REDUCTION, Role.ROTATION) | {"cache_write"}
+_BY_FORMULA = (Role.POINTWISE, Role.REDUCTION, Role.ROTATION)
 
 
 def lower(ctx: Context, node: Node) -> None:
@@ -61,6 +60,10 @@ def kernel_for(
     body: Graph, places: Sequence[Place] | None = None, targets: Sequence[View] | None = None
 ) -> Chain | Gemm | RowKernel:
     """The kernel of a body. Raises `NoKernel` with the reason when there is none."""
+    for node in body.nodes:
+        known = node.op in ALONG_ROWS or has_formula(node.op)
+        if traits_of(node.op).role in _BY_FORMULA and not known:
+            raise NoKernel(f"no Triton kernel for {node.op}")
     anchor = anchor_of(body.nodes)
     if anchor is not None:
         return _gemm(Columns(body, anchor, places, targets), anchor)
@@ -167,10 +170,7 @@ def _pointwise(
 
 def pointwise_reason(node: Node) -> str | None:
     """Why a pointwise node cannot be generated, or `None`."""
-    own = kernel_of(node.op, "triton")
-    if node.op not in pointwise.EXPRESSIONS and node.op != "cast" and not isinstance(own, str):
-        return f"no Triton kernel for {node.op}"
-    if own is not None and node.attrs:
+    if kernel_of(node.op, "triton") is not None and node.attrs:
         return f"the Triton expression of {node.op} takes no attributes"
     types = [x.type.dtype for x in node.operands] + [v.type.dtype for v in node.outputs]
     odd = [t for t in types if t not in pointwise.TYPES]

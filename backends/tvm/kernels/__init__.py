@@ -11,15 +11,16 @@ from dsc.backends.tvm.launch import Launch
 from dsc.backends.tvm.machine import Machine
 from dsc.ir.graph import Node
 from dsc.ir.kernels import Cpp, Formula, Lowering
-from dsc.ir.op import kernel_of, named
+from dsc.ir.op import added, kernel_of, traits_of
 from dsc.ir.traits import Role
 
 Lower = Callable[[Node, Machine], Launch]
 
+ALONG_ROWS = ("amax", "amin", "mean", "sum", "rms_norm", "softmax", "rope", "cache_write")
+"""Operators that a region over rows has a formula for, beside pointwise ones."""
 LOWERINGS = {
-    **dict.fromkeys(sorted(named(Role.POINTWISE, Role.REDUCTION, Role.ROTATION)), "region:lower"),
+    **dict.fromkeys(ALONG_ROWS, "region:lower"),
     "linear": "region:lower",
-    "cache_write": "region:lower",
     "attention": "attention:lower",
     "mla_attention": "attention:lower_mla",
     "latent_attention": "attention:lower_latent",
@@ -39,22 +40,22 @@ LOWERINGS = {
     "einsum": "contract:lower_einsum",
     "fused": "region:lower",
 }
-"""Operator to `module:function` in this package. Others have the kernel that they bring along."""
+"""Operator to `module:function` in this package, but for the pointwise ones of dsc."""
 
 
 def lowering(op: str) -> Lower | None:
     """The function that lowers nodes of operator `op`, or `None`."""
-    place = LOWERINGS.get(op)
-    if place is not None:
-        return _loaded(place)
+    pointwise = traits_of(op).role is Role.POINTWISE
     match kernel_of(op, "tvm"):
-        case Formula():
+        case Formula() if pointwise:
             return _loaded("region:lower")
         case Cpp() as source:
             return partial(_loaded("cpp:lower"), source=source)
         case Lowering(function):
             return cast(Lower, function)
-    return None
+    own = pointwise and op not in added()
+    place = "region:lower" if own else LOWERINGS.get(op)
+    return None if place is None else _loaded(place)
 
 
 @cache

@@ -1,9 +1,8 @@
 """Fused regions to launches: what kind of kernel a body is, and what that kernel is told.
 
 A row-wise body becomes one loop over rows (`region_rows`), a GEMM with what follows it a product
-whose tiles are finished before they are stored (`region_products`), another anchor the anchor's
-kernel with a result that passes through the epilogue (`region_flat`). Anything else is refused with
-a reason, and the pass that fuses puts it back.
+whose tiles are finished before they are stored (`region_products`). Anything else is refused with a
+reason, and the pass that fuses puts it back.
 """
 
 from __future__ import annotations
@@ -11,6 +10,7 @@ from __future__ import annotations
 from dataclasses import replace
 from math import prod
 
+from dsc.backends.tvm.kernels import ALONG_ROWS
 from dsc.backends.tvm.kernels.access import access
 from dsc.backends.tvm.kernels.bf16_panels import fits, panel_bytes
 from dsc.backends.tvm.kernels.formulas import attributes
@@ -24,6 +24,7 @@ from dsc.backends.tvm.tir import PARALLEL_WORK, STORAGE, VALUE
 from dsc.ir.analyses import structural_hash
 from dsc.ir.dims import Dim
 from dsc.ir.graph import Graph, Node
+from dsc.ir.op import traits_of
 from dsc.ir.region_columns import Columns
 from dsc.ir.region_columns import Family as Found
 from dsc.ir.region_steps import Lines, Literal, NoKernel, Read, Rows, alone
@@ -64,6 +65,9 @@ def _lowered(body: Graph, machine: Machine) -> Launch:
         if value.type.dtype not in STORAGE:
             raise Unsupported(f"element type {value.type.dtype}")
     for node in body.nodes:
+        along = traits_of(node.op).role in (Role.REDUCTION, Role.ROTATION)
+        if along and node.op not in ALONG_ROWS:
+            raise Unsupported(f"no kernel for the operator {node.op}")
         if node.op in _IN_FP32:
             fp32_only(node)
     anchor = anchor_of(body.nodes)
