@@ -271,7 +271,9 @@ class RowKernel:
 
     def _write(self, step: RowStep, columns: _Columns) -> None:
         """A new row behind those that its sequence has; none passes the capacity."""
-        new, lengths, cache = step.reads
+        new, lengths, cache, *table = step.reads
+        if table:
+            raise NoKernel("a cache in pages")
         assert isinstance(lengths.source, Lines)
         assert isinstance(cache.source, Lines)
         new_rows, capacity = map(self._number, step.over)

@@ -23,8 +23,10 @@ BLOCK_TABLE = "block_table"
 
 
 def reads_pages(node: Node) -> bool:
-    """Whether an operator works on a cache in pages: it is given a block table."""
-    return node.body is None and takes_pages(node.op) and node.get(BLOCK_TABLE) is not None
+    """Whether an operator, or one in a region, works on a cache in pages: by a block table."""
+    if node.body is not None:
+        return any(map(reads_pages, node.body.nodes))
+    return takes_pages(node.op) and node.get(BLOCK_TABLE) is not None
 
 
 def takes_pages(op: str) -> bool:
@@ -34,7 +36,7 @@ def takes_pages(op: str) -> bool:
 
 def rows_of_page(node: Node) -> int | None:
     """Rows of a page that a node reads or writes; `None` where it works on no cache in pages."""
-    if not reads_pages(node):
+    if node.body is not None or not reads_pages(node):
         return None
     types = [None if x is None else x.type for x in node.inputs]
     rows = lookup(node.op).call(types, node.attrs, ()).dim("p")
