@@ -92,7 +92,7 @@ class Guard:
     batch: int | None = None
     context: int | None = None
 
-    def admits(self, step: int, batch: int = 1, context: int = 0) -> bool:
+    def admits(self, step: int, batch: int, context: int) -> bool:
         """Whether a step is one of these; `context` are the tokens of the longest after it."""
         bounds = ((self.step, step), (self.batch, batch), (self.context, context))
         return all(most is None or size <= most for most, size in bounds)
@@ -143,10 +143,19 @@ def _given(guard: Guard) -> dict[str, int]:
 
 
 def updates(graph: Graph) -> Iterator[State]:
-    """The states that the updates of an entry are, where nobody declared them: those of tokens."""
+    """The updates of an entry that can only be states of tokens, where nobody declared them.
+
+    Their axis 1 is the past or the capacity, whatever its size, or the rows of a page.
+    """
     pages = page_rows(graph)
     for output, source in graph.aliases:
         value = graph.inputs[source]
-        same = graph.outputs[output].type == value.type
-        storage = Storage.GROWN if not same else Storage.PAGED if pages else Storage.CONTIGUOUS
+        rows = value.type.shape[1] if value.type.rank > 1 else 0
+        if pages is not None and rows == pages:
+            storage = Storage.PAGED
+        elif isinstance(rows, int):
+            continue
+        else:
+            same = graph.outputs[output].type == value.type
+            storage = Storage.CONTIGUOUS if same else Storage.GROWN
         yield State.of(value, graph.output_names[output], storage)

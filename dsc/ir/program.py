@@ -46,7 +46,7 @@ class Program:
     def __post_init__(self) -> None:
         """Give every graph its entry's name, so that the text form reads back the same.
 
-        Where no state is declared, the updates of a causal language model are its states.
+        Where no state is declared, a causal language model has those that its updates can only be.
         """
         if not self.interface.states and self.entries and self.is_causal_lm:
             states = {s.input: s for graph in self.entries.values() for s in updates(graph)}
@@ -116,7 +116,7 @@ class Program:
                 raise UsageError(f"entry {name} needs the inputs {', '.join(missing)}")
         return graph
 
-    def choose_entry(self, step: int, batch: int = 1, context: int = 0) -> str:
+    def choose_entry(self, step: int, batch: int, context: int) -> str:
         """The entry for so many new tokens a sequence, sequences, and tokens of the longest.
 
         The first whose guard admits it, else the last.

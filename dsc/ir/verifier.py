@@ -61,6 +61,7 @@ def _check_states(graph: Graph, program: Program) -> None:
             held = None
         if held is None or held != state:
             what = f"{value}: {value.type}, which {name} updates, is not declared as this state"
+            what += ": declare the state, and how it is stored, in the interface"
             raise _error(graph, None, what, "return")
 
 

@@ -16,6 +16,7 @@ from dsc.ir.costs import step_sizes
 from dsc.ir.dims import evaluate
 from dsc.ir.expert_forms import expected_experts
 from dsc.ir.graph import Node
+from dsc.ir.op import lookup, traits_of
 from dsc.ir.program import Program
 from dsc.runtime.costs import expert_nodes, moved, real_sizes
 
@@ -39,7 +40,7 @@ def limit_seconds(work: Iterable[Work], bandwidth: float, matrix: float) -> floa
 
 def step_work(program: Program, batch: int, new: int, context: int) -> list[Work]:
     """What a step over `new` tokens of each of `batch` sequences does, after `context` tokens."""
-    graph = program.entries[program.choose_entry(new)]
+    graph = program.entries[program.choose_entry(new, batch, context + new)]
     unseen = new // 2  # of the rows that the last token sees, by a token in the middle
     held, seen = (
         real_sizes(graph, step_sizes(graph, batch, new, rows), [rows] * batch)
@@ -69,8 +70,8 @@ def _distinct(node: Node, sizes: Mapping[str, int], tokens: int) -> int | None:
     inner = next(iter(expert_nodes(node)), None)
     if inner is None:
         return None
-    choices, stacked = (0, 1) if inner.op == "grouped_linear" else (1, 3)
-    pairs = inner.operands[choices].type
-    count = evaluate(pairs.shape[0] if inner.op == "grouped_linear" else pairs.numel, sizes)
-    experts = evaluate(inner.operands[stacked].type.shape[0], sizes)
+    chosen = lookup(inner.op).has_operand("idx")
+    pairs = inner["idx"].type.numel if chosen else inner["x"].type.shape[0]
+    count = evaluate(pairs, sizes)
+    experts = evaluate(inner[min(traits_of(inner.op).stacked)].type.shape[0], sizes)
     return round(expected_experts(experts, min(experts, max(1, count // max(1, tokens))), tokens))

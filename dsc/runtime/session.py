@@ -16,7 +16,6 @@ import numpy as np
 
 from dsc.errors import UsageError
 from dsc.ir.dims import Sym
-from dsc.ir.graph import Graph
 from dsc.ir.interface import NEW
 from dsc.ir.program import Program
 from dsc.runtime.caches import kept_by
@@ -77,9 +76,7 @@ class Session:
         self.max_batch = max_batch
         self.max_context = max_context
         self.prefill_chunk = self._most.prefill_chunk if prefill_chunk is None else prefill_chunk
-        graph = program.entries[program.choose_entry(2)]
-        self._vocab = _vocabulary(graph, program)
-        self._counts = any(v.name == NEW for v in graph.inputs)
+        self._vocab = _vocabulary(program)
         page = program.page
         self._pool = None if page is None else PagePool(max_batch * -(-max_context // page), page)
         read_back = executable.read_back if isinstance(executable, KeepsCaches) else None
@@ -117,9 +114,12 @@ class Session:
         Without it the first step of each entry opens it, and takes so much longer.
         """
         if isinstance(self.executable, OpensLate):
-            sizes = {n % self.prefill_chunk or self.prefill_chunk for n in prompts} | {1}
-            sizes |= {self.prefill_chunk for n in prompts if n > self.prefill_chunk}
-            for entry in {self.program.choose_entry(size) for size in sizes}:
+            chunk, most = self.prefill_chunk, self.max_context
+            steps = {(1, most), *((1, min(n + 1, most)) for n in prompts)}
+            for n in prompts:
+                steps |= {(min(chunk, n - at), min(n, at + chunk)) for at in range(0, n, chunk)}
+            batches = {1, len(prompts)}
+            for entry in {self.program.choose_entry(n, b, c) for n, c in steps for b in batches}:
                 self.executable.open(entry)
 
     def reset(self) -> None:
@@ -313,11 +313,11 @@ class Session:
             "lengths": held,
             "logits_at": offsets.repeat(len(together), 1) if all_logits else wanted,
         }
-        if self._counts:
+        entry = self.program.choose_entry(size, len(together), int(held.max()) + size)
+        if any(v.name == NEW for v in self.program.entries[entry].inputs):
             given[NEW] = torch.tensor([after[row] - before[row] for row in together])
         for kept in self._kept:
             given |= kept.inputs(together, before, after, size)
-        entry = self.program.choose_entry(size, len(together), int(held.max()) + size)
         with entry_span(self.program.entries[entry], given):
             outputs = self.executable.run(entry, given)
         for kept in self._kept:
@@ -397,10 +397,10 @@ def check_limits(program: Program, max_batch: int, max_context: int) -> None:
     _check_limit("max_context", max_context, program.limits.max_context)
 
 
-def _vocabulary(graph: Graph, program: Program) -> int | None:
-    for node in graph.nodes:
-        if node.op == "embedding" and any(x.name == "input_ids" for x in node.operands):
-            size = node.operands[1].type.shape[0]
+def _vocabulary(program: Program) -> int | None:
+    for node in (n for graph in program.entries.values() for n in graph.nodes):
+        if node.op == "embedding" and node["ids"].name == "input_ids":
+            size = node["weight"].type.shape[0]
             return None if isinstance(size, Sym) else size
     return None
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from dsc.ir.interface import Guard
 from dsc.ir.parser import parse_program
 from dsc.runtime.limit import Work, limit_seconds, prefill_work, step_work
 from dsc.runtime.probes import ABSENT, LEAST_BYTES, MatrixProbe, ReadProbe
@@ -54,7 +56,18 @@ def test_the_work_of_a_step_is_weights_and_cache() -> None:
         embedding = 2 * 8 * 4
         assert found == weights + embedding + 2 * row * (context + 1)
     chunks = prefill_work(program, 1, 7, 4)
-    assert len(chunks) == 2 * len(program.entries[program.choose_entry(4)].nodes)
+    assert len(chunks) == 2 * len(program.entries[program.choose_entry(4, 1, 4)].nodes)
+
+
+def test_the_work_of_a_step_is_that_of_the_entry_that_takes_it() -> None:
+    program = parse_program(TEXT)
+    (name,) = program.entries
+    empty = program.entries[name].with_nodes([])
+    both = replace(program, entries={**program.entries, "wide": replace(empty, name="wide")})
+    for guard in (Guard("wide", batch=1), Guard("wide", context=5)):
+        chosen = both.declaring(guards=(guard, Guard(name)))
+        assert not step_work(chosen, 1, 1, 4)
+        assert step_work(chosen, 2, 1, 5) == step_work(program, 2, 1, 5)
 
 
 def test_a_token_of_a_chunk_attends_to_half_of_it_on_average() -> None:

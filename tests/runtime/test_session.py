@@ -6,6 +6,7 @@ import warnings
 from dataclasses import asdict
 from functools import cache
 from pathlib import Path
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ import torch
 
 import dsc
 from dsc.errors import UsageError
+from dsc.ir.interface import Guard
 from dsc.ir.limits import Limits
 from dsc.ir.parser import parse_program
 from dsc.ir.program import Program
@@ -98,10 +100,30 @@ def test_the_context_can_be_filled_and_not_passed(compiled: dsc.CompiledModel) -
     assert session.lengths == [10]
 
 
+def test_entries_are_opened_that_the_steps_to_come_run(compiled: dsc.CompiledModel) -> None:
+    """Guards may tell steps apart by their sequences and by what these have behind them."""
+
+    class Opens:
+        opened: ClassVar[set[str]] = set()
+
+        def open(self, entry: str) -> None:
+            self.opened.add(entry)
+
+    guards = (Guard("extend", batch=1, context=6), Guard("prefill", context=9), Guard("decode"))
+    program = compiled.program.declaring(guards=guards)
+    executable: Any = Opens()
+    session = Session(executable, program, max_context=8)
+    session.prepare([3])
+    assert executable.opened == {"extend", "prefill"}
+    session = Session(executable, program, max_context=16)
+    session.prepare([3])
+    assert executable.opened == {"extend", "prefill", "decode"}
+
+
 def test_the_guard_table_chooses(compiled: dsc.CompiledModel) -> None:
     limit = {g.entry: g.step for g in compiled.program.guards}["extend"]
     assert limit == 4  # 6 * (2 + 3) // (2 * 6 - 2 - 3)
-    names = [compiled.program.choose_entry(n) for n in (1, 2, limit, limit + 1)]
+    names = [compiled.program.choose_entry(n, 1, n) for n in (1, 2, limit, limit + 1)]
     assert names == ["decode", "extend", "extend", "prefill"]
 
 

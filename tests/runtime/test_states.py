@@ -9,8 +9,8 @@ import torch
 
 import dsc
 from dsc.errors import ParseError, UnsupportedOperator, UsageError, VerificationError
-from dsc.ir.interface import Guard, Interface, State, Storage
-from dsc.ir.parser import parse_program
+from dsc.ir.interface import Guard, Interface, State, Storage, updates
+from dsc.ir.parser import parse_graph, parse_program
 from dsc.ir.printer import print_program
 from dsc.ir.program import Program
 from dsc.ir.verifier import verify
@@ -205,12 +205,27 @@ def test_a_guard_admits_by_step_batch_and_context() -> None:
     assert guard.admits(1, 2, 100)
     assert not any(guard.admits(*step) for step in ((2, 1, 5), (1, 3, 5), (1, 1, 101)))
     chosen = program().declaring(guards=(Guard("few", 1), Guard("step")))
-    assert [chosen.choose_entry(n) for n in (1, 2)] == ["step", "step"], "few is no entry"
+    assert [chosen.choose_entry(n, 1, 0) for n in (1, 2)] == ["step", "step"], "few is no entry"
 
 
-def test_undeclared_updates_of_a_causal_model_are_states_of_tokens() -> None:
+def test_updates_that_nobody_declared_are_states_where_they_can_only_be_of_tokens() -> None:
+    text = """graph g(%c: f32[B,C,8], %p: f32[B,P,8], %x: f32[B,S,8], %r: f32[B,10,8],
+      %s: f32[B,8]) {
+      %a = neg %c
+      %b = concat %p, %x {axis=1}
+      %d = neg %r
+      %e = neg %s
+      return %a updates %c, %b updates %p, %d updates %r, %e updates %s
+    }"""
+    found = {s.input: s.storage for s in updates(parse_graph(text))}
+    assert found == {"c": Storage.CONTIGUOUS, "p": Storage.GROWN}
+
+
+def test_an_update_of_a_step_that_is_no_state_is_to_be_declared() -> None:
     declared = program().states
     assert [s.storage for s in declared] == [Storage.FIXED, Storage.RING]
     assert declared[1] == State("past.window", "present.window", declared[0].type, Storage.RING, 10)
-    derived = replace(program(), interface=Interface())
-    assert {s.storage for s in derived.states} == {Storage.CONTIGUOUS}
+    undeclared = replace(program(), interface=Interface())
+    assert not undeclared.states
+    with pytest.raises(VerificationError, match=r"past\.sum.*declare the state"):
+        verify(undeclared)
