@@ -66,7 +66,7 @@ def entry_report(program: Program, name: str, plan: Plan | None = None) -> dict[
         "points": [{"at": at, **found} for at, found in zip(points, sums, strict=True)],
         "layers": layer_reports(program, graph, costs, points[0]),
     }
-    plans = [] if plan is None else plan.of(name)
+    plans = [] if plan is None else plan.of(graph)
     if plans:
         entry |= {
             "launches": sum(len(p.launches) for p in plans),

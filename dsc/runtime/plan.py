@@ -18,6 +18,8 @@ from typing import Any, TypeAlias
 
 from dsc.errors import ArtifactError
 from dsc.ir.dims import Dim, evaluate, from_json, to_json
+from dsc.ir.graph import Graph
+from dsc.ir.segments import Segment, steps
 from dsc.ir.types import DType, TensorType
 
 PLAN = "plan.json"
@@ -146,11 +148,11 @@ class Plan:
     entries: Mapping[str, EntryPlan]
     meta: Mapping[str, Any] = field(default_factory=dict)
 
-    def of(self, entry: str) -> list[EntryPlan]:
+    def of(self, entry: Graph) -> list[EntryPlan]:
         """The plans that a program's entry runs by: its own, or those of its segments in order."""
-        if entry in self.entries:
-            return [self.entries[entry]]
-        return [p for name, p in self.entries.items() if name.rpartition("_")[0] == entry]
+        if entry.name in self.entries:
+            return [self.entries[entry.name]]
+        return [self.entries[s.graph.name] for s in steps(entry) if isinstance(s, Segment)]
 
     @property
     def needed_bytes(self) -> int:

@@ -16,8 +16,9 @@ from safetensors.torch import load_file
 import dsc
 from dsc.errors import ArtifactError, CheckpointError, DscError
 from dsc.ir.formats import Format
-from dsc.ir.parser import parse_program
+from dsc.ir.parser import parse_graph, parse_program
 from dsc.ir.program import Program
+from dsc.ir.segments import Segment, steps
 from dsc.ir.types import DType, TensorType
 from dsc.ir.weights import DictSource, leaf
 from dsc.runtime import artifact
@@ -249,8 +250,24 @@ def test_plan_json_round_trips() -> None:
     entry = EntryPlan((Port("x", t, 0),), (Port("y", t, 0),), buffers, (launch,), 128, 64, "torch")
     plan = Plan({"main": entry}, {"a": 1})
     assert Plan.from_json(plan.to_json()) == plan
+    assert plan.of(program().entries["main"]) == [entry]
     with pytest.raises(ArtifactError, match="damaged"):
         Plan.from_json(b'{"format": %d}' % FORMAT)
+
+
+def test_an_entry_has_the_plans_of_its_own_segments() -> None:
+    """And not those of an entry whose name begins alike."""
+    graphs = [
+        parse_graph(
+            f"graph {name}(%x: f32[4]) {{ %a = neg %x\n %b = all_reduce %a {{ranks=2}}\n"
+            " %c = neg %b\n return %c }"
+        )
+        for name in ("draft", "draft_decode")
+    ]
+    names = [s.graph.name for graph in graphs for s in steps(graph) if isinstance(s, Segment)]
+    plans = {n: EntryPlan((), (), (), (), i, 0) for i, n in enumerate(names)}
+    for number, graph in enumerate(graphs):
+        assert [p.arena_bytes for p in Plan(plans).of(graph)] == [2 * number, 2 * number + 1]
 
 
 def test_what_an_older_dsc_wrote_is_refused_with_what_to_do(tmp_path: Path) -> None:
