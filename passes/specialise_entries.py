@@ -68,7 +68,7 @@ def break_even(step: Graph) -> int:
     for node in step.nodes:
         if node.op != "mla_attention":
             continue
-        nope, latent = node.operands[0].type.shape[3], node.operands[2].type.shape[2]
+        nope, latent = node["q_nope"].type.shape[3], node["latent"].type.shape[2]
         value = node.output.type.shape[3]
         if not (isinstance(nope, int) and isinstance(latent, int) and isinstance(value, int)):
             continue

@@ -50,8 +50,9 @@ TABLE: dict[str, Lower] = {
 }
 
 FIXED_OPERANDS = {
-    "attention": (0, 2), "latent_attention": (0, 1), "mla_attention": (0, 1),
-    "route": (1,), "experts": (3, 4), "grouped_linear": (1,),
+    "attention": ("q", "v"), "latent_attention": ("q_latent", "q_rope"),
+    "mla_attention": ("q_nope", "q_rope"), "route": ("weight",), "experts": ("gate_up", "down"),
+    "grouped_linear": ("weight",),
 }  # fmt: skip
 
 
@@ -84,11 +85,11 @@ def reason(node: Node) -> str | None:
     if strange:
         return f"{node.op} with elements of type {strange[0]}"
     for operand in FIXED_OPERANDS.get(node.op, ()):
-        shape = node.operands[operand].type.shape
+        shape = node[operand].type.shape
         inner = shape[-2:] if node.op == "latent_attention" else shape[-1:]
         fixed = shape if node.op in ("experts", "grouped_linear") else inner
         if not all(isinstance(d, int) for d in fixed):
-            return f"{node.op} with symbolic extents in {node.operands[operand].type}"
+            return f"{node.op} with symbolic extents in {node[operand].type}"
     special = regions.pointwise_reason if has_formula(node.op) else _SPECIAL.get(node.op)
     return special(node) if special is not None else None
 
