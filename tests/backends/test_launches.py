@@ -86,8 +86,8 @@ def test_a_model_runs_at_the_need_that_one_byte_under_it_was_refused(
     assert torch.isfinite(logits).all()
     if backend == "tvm":
         executable: Any = session.executable
-        planned = {e["arena_bytes"] for e in model.report["entries"].values()}
-        assert len(executable._arena) - ALIGNMENT in planned
+        planned = max(e["arena_bytes"] for e in model.report["entries"].values())
+        assert len(executable._arena) - ALIGNMENT == planned
 
 
 @pytest.mark.parametrize("backend", ["null", *EXTRA])

@@ -99,16 +99,22 @@ def test_it_is_costed(raised: Program) -> None:
 
 
 def test_a_pass_that_parts_it_takes_it_whole_and_says_why(raised: Program) -> None:
-    """Operators without a placement are computed by every rank."""
-    text = """graph main(%x: f32[B,4], @w: f32[8,4]) {
-      %h = linear %x, @w : f32[B,8]
+    """Operators without a placement are computed by every rank; pointwise ones have one."""
+    text = """graph main(%x: f32[B,4], @gate: f32[8,4], @up: f32[8,4]) {
+      %g = linear %x, @gate : f32[B,8]
+      %u = linear %x, @up : f32[B,8]
+      %h = swiglu %g, %u : f32[B,8]
       %r = squared_relu %h : f32[B,8]
-      %l = linear %x, @w : f32[B,8]
-      return %r, %l
+      %s = row_spread %r : f32[B]
+      return %s
     }"""
     before, report = program_of(text, Stage.CANONICAL), PassReport()
     after = Shard(ranks=2).run(before, report)
     assert compare_programs(before, after, Shard.tolerance).ok
+    (told,) = [reason for _, _, reason in report.missed if "row_spread" in reason]
+    assert told.startswith("row_spread takes %r whole: ")
+    types = {n.op: n.operands[0].type.shape[-1] for n in after.entries["main"].nodes}
+    assert (types["squared_relu"], types["row_spread"]) == (4, 8)
 
 
 @pytest.mark.parametrize("level", [0, 3])
