@@ -53,9 +53,7 @@ class CheckpointModel:
     def load(self) -> CausalLMStep:
         """The same module with its weights, copied to memory: the oracle for small checkpoints."""
         step = self.build()
-        state = {
-            name: evaluate(expr, self.source, torch.clone) for name, expr in self.weights.items()
-        }
+        state = {name: evaluate(expr, self.source).clone() for name, expr in self.weights.items()}
         step.load_state_dict(state, strict=True, assign=True)
         return step
 

@@ -29,7 +29,7 @@ from dsc.errors import CheckpointError
 from dsc.frontends.config import CONFIG_FILE, ModelConfig
 from dsc.frontends.quantisation import HINT, packed
 from dsc.ir.dims import Dim
-from dsc.ir.formats import Format
+from dsc.ir.formats import WHOLE, Format, grid
 from dsc.ir.types import DType, TensorType
 from dsc.ir.weights import Source, WeightExpr, WeightSource, apply, sources
 
@@ -217,16 +217,16 @@ class _Mapper:
             return None
         scale = self.source.type(scale_key)
         told = _without_ones(scale.shape)
-        known = _formats(found, quantization.block)
-        format = next((f for f in known if _without_ones(f.grid(found.shape)) == told), None)
+        known = _formats(quantization.block)
+        format = next((f for f in known if _without_ones(grid(found.shape, f.block)) == told), None)
         if format is None or not scale.dtype.is_float:
             self._misfit(scale_key, _expected_scales(found, scale, quantization.block))
             return None
         scales: WeightExpr = Source(scale_key, scale)
         if scale.dtype is not DType.f32:
             scales = apply("cast", scales, dtype=DType.f32)
-        if scale.shape != format.grid(found.shape):
-            scales = apply("reshape", scales, shape=format.grid(found.shape))
+        if scale.shape != grid(found.shape, format.block):
+            scales = apply("reshape", scales, shape=grid(found.shape, format.block))
         stored = apply("scaled", Source(key, found), scales, block=format.block)
         return apply("dequantize", stored, dtype=declared.dtype)
 
@@ -237,10 +237,9 @@ class _Mapper:
 Block = tuple[int, int]
 
 
-def _formats(found: TensorType, block: Block | None) -> list[Format]:
+def _formats(block: Block | None) -> list[Format]:
     """How a weight may be scaled: in the blocks of the configuration, by row, or as a whole."""
-    rows, columns = (int(str(n)) for n in found.shape[-2:])
-    blocks = [*([block] if block else ()), (1, columns), (rows, columns)]
+    blocks = [*([block] if block else ()), (1, WHOLE), (WHOLE, WHOLE)]
     return [Format(each, DType.f32) for each in blocks]
 
 
@@ -251,7 +250,7 @@ def _without_ones(shape: Sequence[Dim]) -> Sequence[Dim]:
 
 def _expected_scales(found: TensorType, scale: TensorType, block: Block | None) -> str:
     how = "one a row or one in all" if block is None else f"blocks of {list(block)}"
-    wanted = TensorType(DType.f32, _formats(found, block)[0].grid(found.shape))
+    wanted = TensorType(DType.f32, grid(found.shape, _formats(block)[0].block))
     return f": expected {wanted} for {found} in {how}, found {scale}"
 
 

@@ -35,7 +35,7 @@ from typing import Any
 
 from dsc.ir.analyses import Use, call_of, weight_uses
 from dsc.ir.dims import Dim
-from dsc.ir.formats import CODINGS, is_whole
+from dsc.ir.formats import CODINGS, WHOLE, along, grid, is_whole
 from dsc.ir.graph import Node, Operand, Weight
 from dsc.ir.op import TypeMismatch, lookup
 from dsc.ir.ops.shape import axis_of
@@ -106,48 +106,66 @@ class ChooseFormats(Pass):
 
 def in_format(expr: WeightExpr) -> Apply:
     """A weight without the dequantising in its expression. Raises `Dequantised`."""
-    found = _in_blocks(expr)
-    others, block = found.block[:-2], found.block[-2:]
-    if len(block) < 2 or any(size != 1 for size in others):
+    stored = _in_parts(expr)
+    for axis in range(expr.type.rank - 2):
+        stored = [part.with_blocks_of_one(expr, axis) for part in stored]
+    block = stored[1].block[-2:]
+    if len(block) < 2 or any(size != 1 for part in stored for size in part.block[:-2]):
         raise Dequantised("its blocks lie along other axes than the last two")
-    return apply("scaled", found.codes, found.scales, block=block)
+    return apply("scaled", *(part.expr for part in stored), block=block)
 
 
 @dataclass(frozen=True)
-class _Blocks:
-    """Codes and scales, and for each axis how many elements share a scale."""
+class _Part:
+    """A part of what is stored of a tensor, and how many elements it has one for by axis."""
 
-    codes: WeightExpr
-    scales: WeightExpr
+    expr: WeightExpr
     block: tuple[int, ...]
 
-    @property
-    def kind(self) -> tuple[object, ...]:
-        """What tensors that are joined have in common."""
-        return self.block, self.codes.type.dtype, self.scales.type.dtype
+    def with_blocks_of_one(self, whole: WeightExpr, axis: int) -> _Part:
+        """The same with an element for each of `whole` along an axis that shares them."""
+        if self.block[axis] != WHOLE:
+            return self
+        block = (*self.block[:axis], 1, *self.block[axis + 1 :])
+        if set(block) == {1}:
+            raise Dequantised("each element would have a scale of its own")
+        expanded = apply("expand", self.expr, shape=grid(whole.type.shape, block))
+        return _Part(expanded, block)
 
 
-def _in_blocks(expr: WeightExpr) -> _Blocks:
+def _in_parts(expr: WeightExpr) -> list[_Part]:
+    """What is stored of a weight, in order."""
     if isinstance(expr, Source):
         raise Dequantised(f"a part of it is stored as {expr.type}")
     if expr.op == "scaled":
-        codes, scales = expr.args
-        return _Blocks(codes, scales, (1,) * (expr.type.rank - 2) + expr.attrs["block"])
+        assert expr.type.format is not None
+        parts = expr.type.format.parts(expr.type.dtype)
+        blocks = (along(part.block, expr.type.rank) for part in parts)
+        return list(map(_Part, expr.args, blocks))
     if expr.op == "dequantize":
-        return _in_blocks(expr.args[0])
-    parts = [_in_blocks(arg) for arg in expr.args]
-    if len({part.kind for part in parts}) != 1:
+        return _in_parts(expr.args[0])
+    stored = [_in_parts(arg) for arg in expr.args]
+    if expr.op == "concat":
+        axis = axis_of(expr.attrs["axis"], expr.type.rank)
+        stored = [
+            [part.with_blocks_of_one(arg, axis) for part in parts]
+            for arg, parts in zip(expr.args, stored, strict=True)
+        ]
+    kinds = {tuple((part.block, part.expr.type.dtype) for part in parts) for parts in stored}
+    if len(kinds) != 1:
         raise Dequantised("its parts are stored in different formats")
+    return [_step(expr, parts) for parts in zip(*stored, strict=True)]
+
+
+def _step(expr: Apply, parts: Sequence[_Part]) -> _Part:
+    """What a step makes of one part of each of its arguments."""
     attrs, block = _along_blocks(expr, parts[0].block)
-    return _Blocks(
-        apply(expr.op, *(part.codes for part in parts), **expr.attrs),
-        apply(expr.op, *(part.scales for part in parts), **{**expr.attrs, **attrs}),
-        block,
-    )
+    made = apply(expr.op, *(part.expr for part in parts), **{**expr.attrs, **attrs})
+    return _Part(made, block)
 
 
 def _along_blocks(expr: Apply, block: tuple[int, ...]) -> tuple[dict[str, Any], tuple[int, ...]]:
-    """The attributes that change where a step is done to scales, and the blocks after it."""
+    """The attributes that change where a step is done to a part, and the blocks after it."""
     match expr.op:
         case "stack":
             return {}, (1, *block)
@@ -160,6 +178,8 @@ def _along_blocks(expr: Apply, block: tuple[int, ...]) -> tuple[dict[str, Any], 
         case "slice" if expr.attrs["step"] == 1:
             axis = axis_of(expr.attrs["axis"], len(block))
             size, start, end = block[axis], expr.attrs["start"], expr.attrs["end"]
+            if size == WHOLE:
+                return {"start": 0, "end": 1}, block
             last = end == expr.args[0].type.shape[axis]
             _check(expr, size, start, *(() if last else (end,)))
             return {"start": start // size, "end": -(-end // size)}, block
@@ -169,16 +189,19 @@ def _along_blocks(expr: Apply, block: tuple[int, ...]) -> tuple[dict[str, Any], 
 
 
 def _parted(expr: Apply, block: tuple[int, ...]) -> tuple[dict[str, Any], tuple[int, ...]]:
-    """One axis parts into several; blocks along it lie along the last of them."""
+    """One axis parts into several; blocks along it lie along the last of them, or along all."""
     before, after = expr.args[0].type.shape, expr.type.shape
     more, axis = len(after) - len(before), 0
     while axis < min(len(before), len(after)) - 1 and before[axis] == after[axis]:
         axis += 1
     if more < 0 or after[axis + more + 1 :] != before[axis + 1 :]:
         raise Dequantised("reshape joins axes")
-    _check(expr, block[axis], after[axis + more])
-    whole = (*block[:axis], *(1,) * more, *block[axis:])
-    return {"shape": tuple(-(-n // size) for n, size in zip(after, whole, strict=True))}, whole
+    one = WHOLE
+    if block[axis] != WHOLE:
+        one = 1
+        _check(expr, block[axis], after[axis + more])
+    parted = (*block[:axis], *(one,) * more, *block[axis:])
+    return {"shape": grid(after, parted)}, parted
 
 
 def _check(expr: Apply, size: int, *at: Dim) -> None:

@@ -95,5 +95,5 @@ def _guard(found: Computed, number: int, values: Values, table: KernelTable) -> 
         raise UnsupportedOperator("a region that computes an index", where=found.node.loc or None)
     call = lower_check(found, number)
     status = Ref(values.draft.add(STATUS, "", STATUS_BYTES), WRITE, STATUS_BYTES)
-    arguments = (values.ref(found.value, READ), status, *call.sizes)
+    arguments = (*values.refs(found.value, READ), status, *call.sizes)
     return Step(table.name(call), arguments, loc=found.node.loc)

@@ -2,16 +2,18 @@
 
 A type spells its format behind the element type of the codes: `f8e4m3{128x128,f32}[N,K]` is N x K
 codes in f8e4m3 and an f32 scale for each 128 rows x 128 columns; blocks at the ends may be partial,
-leading axes are matrices of their own. A tensor of such a type stands for codes * scales. Formats
-differ in data alone: what a kind of codes can say is a row of `CODINGS`.
+leading axes are matrices of their own. `*` is the whole axis: `{1x*,f32}` has a scale a row,
+`{*x*,f32}` one in all. A tensor of such a type stands for codes * scales, which `Packed.unpack` and
+`pack` say. All else takes what is stored as `Format.parts` lists it; what a kind of codes can say
+is a row of `CODINGS`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from dsc.ir.dims import Dim, terms
 from dsc.ir.lazy import LazyModule
@@ -39,8 +41,17 @@ class Coding:
 
 CODINGS: Mapping[str, Coding] = MappingProxyType({"f8e4m3": Coding(448.0, 2.0**-4, 2.0**-10)})
 """By the element type of the codes."""
-SCALE = ".scale"
-"""What the scales of a weight are called behind its name."""
+WHOLE = 0
+"""The extent of a block that is the whole axis, however long."""
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A tensor that is stored: its name behind the weight's, and an element a block."""
+
+    suffix: str
+    dtype: DType
+    block: tuple[int, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,18 +62,29 @@ class Format:
     scales: DType
 
     def __post_init__(self) -> None:
-        if min(self.block) < 1:
+        if min(self.block) < 0:
             raise ValueError(f"blocks of {list(self.block)}; rows and columns are due")
         if not self.scales.is_float:
             raise ValueError(f"scales in {self.scales}; a float type is due")
 
     def __str__(self) -> str:
-        return f"{{{self.block[0]}x{self.block[1]},{self.scales}}}"
+        rows, columns = ("*" if size == WHOLE else size for size in self.block)
+        return f"{{{rows}x{columns},{self.scales}}}"
 
-    def grid(self, shape: tuple[Dim, ...]) -> tuple[Dim, ...]:
-        """The shape of the scales of a tensor."""
-        cut = zip(shape[-2:], self.block, strict=True)
-        return (*shape[:-2], *(-(-extent // size) for extent, size in cut))
+    def parts(self, codes: DType) -> tuple[Part, ...]:
+        """What is stored of a tensor, in order."""
+        return Part("", codes, (1, 1)), Part(".scale", self.scales, self.block)
+
+
+def along(block: tuple[int, ...], rank: int) -> tuple[int, ...]:
+    """The extents of a block along all axes of a tensor: 1 before the last two."""
+    return (1,) * (rank - len(block)) + block[-rank:]
+
+
+def grid(shape: tuple[Dim, ...], block: tuple[int, ...]) -> tuple[Dim, ...]:
+    """How many blocks there are along each axis."""
+    cut = zip(shape, along(block, len(shape)), strict=True)
+    return tuple(1 if size == WHOLE else -(-extent // size) for extent, size in cut)
 
 
 def is_whole(extent: Dim, size: int) -> bool:
@@ -72,52 +94,48 @@ def is_whole(extent: Dim, size: int) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Packed:
-    """A tensor in a format: its codes, and the scales of its blocks.
+    """A tensor in a format: what is stored of it, in the order of its type's parts."""
 
-    What was unpacked once is kept, since a weight is read in every step.
-    """
-
-    codes: torch.Tensor
-    scales: torch.Tensor
-    format: Format
-    _unpacked: dict[torch.dtype, torch.Tensor] = field(default_factory=dict)
+    type: TensorType
+    parts: tuple[torch.Tensor, ...]
 
     @property
-    def shape(self) -> torch.Size:
-        """Of the codes, which is that of the tensor."""
-        return self.codes.shape
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of the codes."""
-        return self.codes.dtype
+    def shape(self) -> tuple[Dim, ...]:
+        """Of the tensor, whatever its parts have."""
+        return self.type.shape
 
     def unpack(self, dtype: torch.dtype) -> torch.Tensor:
         """The numbers: products in fp32, rounded once."""
-        if dtype not in self._unpacked:
-            wide = self.codes.float() * _spread(self.scales, self.shape, self.format)
-            self._unpacked[dtype] = wide.to(dtype)
-        return self._unpacked[dtype]
+        codes, scales = self.parts
+        return (codes.float() * _spread(scales, self.type)).to(dtype)
 
 
 def pack(x: torch.Tensor, type: TensorType) -> Packed:
     """The tensor in the format of `type`: the nearest codes, the largest of each block full."""
     assert type.format is not None
-    coding, (rows, columns) = CODINGS[type.dtype], type.format.block
-    wide = x.float()
-    padding = (0, -x.shape[-1] % columns, 0, -x.shape[-2] % rows)
-    blocks = torch.nn.functional.pad(wide.abs(), padding)
-    blocks = blocks.unflatten(-1, (-1, columns)).unflatten(-3, (-1, rows))
-    largest = blocks.amax((-3, -1))
+    coding = CODINGS[type.dtype]
+    largest = x.float().abs()
+    for axis, size in _axes(type):
+        blocks = torch.nn.functional.pad(largest.movedim(axis, -1), (0, -x.shape[axis] % size))
+        largest = blocks.unflatten(-1, (-1, size)).amax(-1).movedim(-1, axis)
     scales = torch.where(largest > 0, largest / coding.largest, 1.0).to(type.format.scales.torch)
-    codes = (wide / _spread(scales, x.shape, type.format)).to(type.dtype.torch)
-    return Packed(codes, scales, type.format)
+    wide = x.float() / _spread(scales, type)
+    codes = wide if type.dtype.is_float else wide.round()
+    return Packed(type, (codes.to(type.dtype.torch), scales))
 
 
-def _spread(scales: torch.Tensor, shape: Any, format: Format) -> torch.Tensor:
+def _axes(type: TensorType) -> list[tuple[int, int]]:
+    """The axes that blocks lie along, from the end, and the extents of blocks."""
+    assert type.format is not None
+    sizes = {axis: type.format.block[axis] for axis in range(-min(2, type.rank), 0)}
+    extents = {axis: max(1, int(str(type.shape[axis]))) for axis in sizes}
+    return [(axis, min(size or extents[axis], extents[axis])) for axis, size in sizes.items()]
+
+
+def _spread(scales: torch.Tensor, type: TensorType) -> torch.Tensor:
     """Each element's scale, in fp32."""
     wide = scales.float()
-    for axis in (-2, -1):
-        size = min(format.block[axis], max(1, shape[axis]))
-        wide = wide.repeat_interleave(size, axis).narrow(axis, 0, shape[axis])
+    for axis, size in _axes(type):
+        extent = int(str(type.shape[axis]))
+        wide = wide.repeat_interleave(size, axis).narrow(axis, 0, extent)
     return wide

@@ -12,7 +12,7 @@ from dsc.errors import RankError, UsageError, VerificationError
 from dsc.ir.analyses import last_uses
 from dsc.ir.dims import Dim, Sym, evaluate, free_symbols, symbol_name
 from dsc.ir.graph import Graph, Node, Operand, Value
-from dsc.ir.op import concrete, lookup
+from dsc.ir.op import concrete, lookup, type_of
 from dsc.ir.program import Program
 from dsc.ir.types import DType, TensorType
 from dsc.ir.weights import evaluate as evaluate_weight
@@ -35,7 +35,7 @@ def bind_symbols(graph: Graph, inputs: Sequence[Any]) -> dict[str, int]:
         raise UsageError(f"{graph.name} takes {len(graph.inputs)} inputs, {len(inputs)} given")
     env = bind_shapes(graph, [tuple(tensor.shape) for tensor in inputs])
     for value, tensor in zip(graph.inputs, inputs, strict=True):
-        if DType.of(tensor.dtype) != value.type.dtype:
+        if type_of(tensor).dtype != value.type.dtype:
             raise UsageError(
                 f"input {value.name} is {tensor.dtype}, {value.type.dtype} is declared"
             )

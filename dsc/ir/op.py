@@ -127,7 +127,7 @@ class OpDef:
     def run(self, operands: Sequence[Any], attrs: Mapping[str, Any]) -> Any:
         """What the reference makes of operands; it gets those in a format unpacked."""
         if any(isinstance(x, Packed) for x in operands):
-            wanted = self._pad([None if x is None else _type_of(x) for x in operands])
+            wanted = self._pad([None if x is None else type_of(x) for x in operands])
             operands = [
                 x.unpack(t.dtype.torch) if isinstance(x, Packed) and t is not None else x
                 for x, (_, t) in zip(operands, wanted, strict=False)
@@ -258,9 +258,9 @@ class OpDef:
                 raise TypeMismatch(f"attribute {declared.name} is missing")
 
 
-def _type_of(x: Any) -> TensorType:
+def type_of(x: Any) -> TensorType:
     """The type of a tensor, or of one in a format."""
-    return TensorType(DType.of(x.dtype), tuple(x.shape), getattr(x, "format", None))
+    return x.type if isinstance(x, Packed) else TensorType(DType.of(x.dtype), tuple(x.shape))
 
 
 def _trim(types: Sequence[TensorType | None]) -> list[TensorType | None]:

@@ -11,7 +11,7 @@ from typing import Any, Protocol, TypeVar
 
 from dsc.errors import ParseError, VerificationError
 from dsc.ir.dims import MAX_TOKENS, Dim, Range, parse_dim
-from dsc.ir.formats import Format
+from dsc.ir.formats import WHOLE, Format
 from dsc.ir.graph import Attrs, Graph, Node, Operand, Value, Weight
 from dsc.ir.interface import Interface
 from dsc.ir.interface_text import parse_interface
@@ -393,14 +393,17 @@ class _Parser:
     def _format(self) -> Format:
         """Blocks and the type of their scales: `{128x128,f32}`."""
         self.sign("{")
-        rows = self.integer("the rows of a block")
-        token = self.take("word", "a block as in 128x128")
-        if not re.fullmatch("x[0-9]{1,18}", token.text):
-            raise self.error("a block as in 128x128 expected", token)
+        token, block = self.peek(), ""
+        while not self.at_sign(",") and self.peek().kind != "end":
+            block += self.next().text
+        sizes = re.fullmatch(r"(\*|[1-9][0-9]{0,17})x(\*|[1-9][0-9]{0,17})", block)
+        if sizes is None:
+            raise self.error("a block as in 128x128 or 1x* expected", token)
+        rows, columns = (WHOLE if size == "*" else int(size) for size in sizes.groups())
         self.sign(",")
         scales = self._dtype(self.take("word", "the element type of scales"))
         self.sign("}")
-        return self._guard(token, lambda: Format((rows, int(token.text[1:])), scales))
+        return self._guard(token, lambda: Format((rows, columns), scales))
 
     def _dim(self) -> Dim:
         """Take the tokens of one expression, up to a comma or closing sign at its own depth."""

@@ -10,7 +10,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from dsc.ir.dims import MAX_DIM, Dim, Sym, free_symbols, product, substitute
-from dsc.ir.formats import CODINGS, Format
+from dsc.ir.formats import CODINGS, Format, grid
 
 if TYPE_CHECKING:
     from torch import dtype as TorchType
@@ -123,7 +123,8 @@ class TensorType:
     """The type of a value: `bf16[B,S,7168]`; a scalar is `f32[]`.
 
     In a stored format (`dsc.ir.formats`), `f8e4m3{128x128,f32}[N,K]`, the element type is that of
-    the codes. Only operands that an operator declares so take one.
+    the codes; a row alone has blocks of one row. Only operands that an operator declares so take
+    one.
     """
 
     dtype: DType
@@ -133,8 +134,10 @@ class TensorType:
     def __post_init__(self) -> None:
         if len(self.shape) > MAX_RANK:
             raise ValueError(f"rank {len(self.shape)} is above the limit of {MAX_RANK}")
-        if self.format is not None and (self.dtype not in CODINGS or len(self.shape) < 2):
-            raise ValueError(f"no stored format of {self.dtype} codes along {len(self.shape)} axes")
+        if self.format is not None:
+            least = 1 if self.format.block[0] == 1 else 2
+            if self.dtype not in CODINGS or self.rank < least:
+                raise ValueError(f"no stored format of {self.dtype} codes along {self.rank} axes")
         for dim in self.shape:
             if isinstance(dim, int) and not 0 <= dim <= MAX_DIM:
                 raise ValueError(f"a dimension of {dim}")
@@ -153,12 +156,15 @@ class TensorType:
         return product(self.shape)
 
     @property
-    def parts(self) -> tuple[TensorType, ...]:
-        """What is stored of a tensor of this type: itself; of one in a format codes and scales."""
+    def parts(self) -> tuple[tuple[str, TensorType], ...]:
+        """What is stored of a tensor of this type, by what its name ends in: without a format it.
+
+        Of one in a format they are in the order of `Format.parts`.
+        """
         if self.format is None:
-            return (self,)
-        scales = TensorType(self.format.scales, self.format.grid(self.shape))
-        return TensorType(self.dtype, self.shape), scales
+            return (("", self),)
+        parts = self.format.parts(self.dtype)
+        return tuple((p.suffix, TensorType(p.dtype, grid(self.shape, p.block))) for p in parts)
 
     def bytes_of(self, elements: Dim) -> Dim:
         """Bytes of some of the elements, with the share that they have of scales."""
@@ -171,8 +177,7 @@ class TensorType:
     def nbytes(self) -> Dim:
         """Bytes of a dense tensor of this type."""
         if self.format is not None:
-            codes, scales = self.parts
-            return codes.nbytes + scales.nbytes
+            return sum((part.nbytes for _, part in self.parts), start=0)
         bits = self.numel * self.dtype.bits
         return (bits + 7) // 8 if self.dtype.bits < 8 else self.numel * self.dtype.itemsize
 

@@ -7,13 +7,12 @@ no weight in memory.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
-from dsc.ir.formats import SCALE
 from dsc.ir.graph import Attrs
-from dsc.ir.op import TypeMismatch, concrete, lookup
+from dsc.ir.op import TypeMismatch, concrete, lookup, type_of
 from dsc.ir.types import DType, TensorType
 
 if TYPE_CHECKING:
@@ -57,16 +56,14 @@ def leaf(key: str, type: TensorType) -> WeightExpr:
     """The tensor called `key` of a source; one in a format is put together from its parts."""
     if type.format is None:
         return Source(key, type)
-    codes, scales = type.parts
-    parts = Source(key, codes), Source(key + SCALE, scales)
+    parts = (Source(key + suffix, part) for suffix, part in type.parts)
     return apply("scaled", *parts, block=type.format.block)
 
 
 def parts(name: str, expr: WeightExpr) -> Iterator[tuple[str, WeightExpr]]:
-    """What is stored of a weight, by name: itself; of one in a format codes and scales."""
-    if isinstance(expr, Source) or expr.type.format is None:
-        return iter([(name, expr)])
-    return zip((name, name + SCALE), expr.args, strict=True)
+    """What is stored of a weight, by name: itself; of one in a format its parts."""
+    stored = (expr,) if isinstance(expr, Source) or expr.type.format is None else expr.args
+    return zip((name + suffix for suffix, _ in expr.type.parts), stored, strict=True)
 
 
 def sources(expr: WeightExpr) -> Iterator[Source]:
@@ -221,30 +218,23 @@ def random_tensor(t: TensorType, seed: str, high: int = 2) -> torch.Tensor:
     return torch.randint(0, high, shape, generator=generator).to(t.dtype.torch)
 
 
-def evaluate(
-    expr: WeightExpr, source: WeightSource, convert: Callable[[Any], Any] | None = None
-) -> Any:
+def evaluate(expr: WeightExpr, source: WeightSource) -> Any:
     """The value of an expression: a tensor, or `Packed`.
 
-    `convert` is applied to every source tensor that is loaded.
-
-    Raises `TypeMismatch` when a tensor is not of the declared shape, or, where nothing converts it,
-    of the declared element type.
+    Raises `TypeMismatch` when a tensor is not of the declared type.
     """
     if isinstance(expr, Source):
         tensor = source.load(expr.key)
-        check_tensor(f"source {expr.key}", tensor, expr.type, exact=convert is None)
-        return tensor if convert is None else convert(tensor)
-    args = [evaluate(a, source, convert) for a in expr.args]
+        check_tensor(f"source {expr.key}", tensor, expr.type)
+        return tensor
+    args = [evaluate(a, source) for a in expr.args]
     definition = lookup(expr.op)
     result = definition.run(args, concrete(expr.attrs, {}))
-    check_tensor(expr.op, result, expr.type, exact=convert is None)
+    check_tensor(expr.op, result, expr.type)
     return result
 
 
-def check_tensor(name: str, tensor: Any, declared: TensorType, exact: bool) -> None:
-    """Raise `TypeMismatch` when the shape is not what is declared, or, if `exact`, the dtype."""
-    fits = tuple(tensor.shape) == declared.shape
-    if not fits or (exact and DType.of(tensor.dtype) != declared.dtype):
-        found = f"{tensor.dtype} {tuple(tensor.shape)}"
-        raise TypeMismatch(f"{name} is {found}, {declared} is declared")
+def check_tensor(name: str, tensor: Any, declared: TensorType) -> None:
+    """Raise `TypeMismatch` when the type of a tensor is not what is declared."""
+    if type_of(tensor) != declared:
+        raise TypeMismatch(f"{name} is {type_of(tensor)}, {declared} is declared")

@@ -76,16 +76,19 @@ class Values:
             self.numbers[key] = self.draft.add(WEIGHT, operand.name, operand.type.nbytes)
         return self.numbers[key]
 
-    def ref(self, operand: Operand, access: str) -> Ref:
-        """All bytes of an operand."""
-        return Ref(self.number(operand), access, operand.type.nbytes)
+    def refs(self, operand: Operand, access: str) -> list[Ref]:
+        """All bytes of an operand; of a weight in a format those of each part."""
+        stored = [operand]
+        if isinstance(operand, Weight):
+            stored = [Weight(operand.name + suffix, part) for suffix, part in operand.type.parts]
+        return [Ref(self.number(part), access, part.type.nbytes) for part in stored]
 
     def arguments(self, node: Node, scratch: Dim = 0) -> list[Argument]:
         """A node's present operands, its results, and bytes that it needs for itself."""
         updated = aliases_of(node)
-        found: list[Argument] = [self.ref(x, READ) for x in node.operands]
+        found: list[Argument] = [ref for x in node.operands for ref in self.refs(x, READ)]
         for index, value in enumerate(node.outputs):
-            found.append(self.ref(value, UPDATE if index in updated else WRITE))
+            found += self.refs(value, UPDATE if index in updated else WRITE)
         if scratch != 0:
             number = self.draft.add(ARENA, f"scratch of {node.outputs[0].name}", scratch)
             found.append(Ref(number, SCRATCH, scratch))
@@ -134,9 +137,9 @@ def whole_entry(
     values = Values(graph)
     draft = values.draft
     weights = {x.name: x for n in graph.nodes for x in n.operands if isinstance(x, Weight)}
-    arguments = [values.ref(v, READ) for v in graph.inputs]
-    arguments += [values.ref(x, READ) for x in weights.values()]
-    arguments += [values.ref(x, WRITE) for x in graph.outputs]
+    read: list[Operand] = [*graph.inputs, *weights.values()]
+    arguments = [ref for x in read for ref in values.refs(x, READ)]
+    arguments += [ref for x in graph.outputs for ref in values.refs(x, WRITE)]
     draft.launches.append(Launch(kernel, tuple(arguments)))
     bound = place(draft_nodes(graph), ranges).lower_bound
     return replace(place(draft, ranges).without_arena(allocator), lower_bound=bound)

@@ -18,6 +18,7 @@ from typing import Any, TypeAlias
 
 from dsc.errors import ArtifactError
 from dsc.ir.dims import Dim, evaluate, from_json, to_json
+from dsc.ir.formats import Format
 from dsc.ir.graph import Graph
 from dsc.ir.segments import Segment, steps
 from dsc.ir.types import DType, TensorType
@@ -271,9 +272,16 @@ def _argument(raw: Any) -> Argument:
 
 
 def _port_json(port: Port) -> list[Any]:
-    return [port.name, port.type.dtype.value, [to_json(d) for d in port.type.shape], port.buffer]
+    """Behind the buffer there are rows, columns and scales of a stored format."""
+    t = port.type
+    stored = [] if t.format is None else [*t.format.block, t.format.scales.value]
+    return [port.name, t.dtype.value, [to_json(d) for d in t.shape], port.buffer, *stored]
 
 
 def _port(raw: list[Any]) -> Port:
-    name, dtype, shape, buffer = raw
-    return Port(name, TensorType(DType(dtype), tuple(map(from_json, shape))), int(buffer))
+    name, dtype, shape, buffer, *stored = raw
+    format = None
+    if stored:
+        rows, columns, scales = stored
+        format = Format((int(rows), int(columns)), DType(scales))
+    return Port(name, TensorType(DType(dtype), tuple(map(from_json, shape)), format), int(buffer))

@@ -69,7 +69,7 @@ class Compiled:
             if name in entries and all(step[k] <= bound for k, bound in most.items())
         )
         entry = next(fitting, list(entries)[-1])
-        for name, dtype, dims, _ in entries[entry]["inputs"]:
+        for name, dtype, dims, *_ in entries[entry]["inputs"]:
             shape = tuple(number(d, sizes) for d in dims)
             array = tokens.get(name, np.empty(0))
             wrong = array.shape != shape or array.dtype != NUMPY[dtype] or not array.size

@@ -21,6 +21,7 @@ from dsc.frontends.names import map_weights
 from dsc.ir.types import DType, TensorType
 from dsc.ir.weights import DictSource, evaluate
 from dsc.models import v3
+from dsc.passes.choose_formats import in_format
 from dsc.verification import transformers_logits
 from tests.family import small, stock
 from tests.frontends.test_huggingface import FP8_CONFIG, dequantised, official, quantised, save
@@ -77,6 +78,10 @@ def test_fp8_of_every_maker_is_weight_times_scale(
     else:
         expected = weight.float() * (wide[:, None] if shape == (7,) else wide)
     assert torch.equal(evaluate(mapped.weights["w.weight"], source), expected)
+    kind = {(2, 4): "4x3", (7,): "1x*", (7, 1): "1x*"}.get(shape, "*x*")
+    if config.get("weight_block_size") == [128, 128]:  # all of a small matrix
+        kind = "128x128"
+    assert f"{{{kind},f32}}" in str(in_format(mapped.weights["w.weight"]).type)
     assert sorted(mapped.ignored) == ["self_attn.k_scale", "w.input_scale"]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 from typing import Any
 
 import pytest
@@ -12,26 +13,36 @@ from hypothesis import strategies as st
 
 from dsc.errors import ParseError, VerificationError
 from dsc.ir.analyses import cost
-from dsc.ir.formats import CODINGS, SCALE, Format, Packed, pack
+from dsc.ir.formats import CODINGS, Coding, Format, Packed, Part, pack
 from dsc.ir.graph import Graph, Weight
 from dsc.ir.interpreter import run_graph
 from dsc.ir.op import TypeMismatch, infer, registry
 from dsc.ir.parser import parse_graph, parse_operands, parse_program, parse_verified
 from dsc.ir.printer import print_graph, print_program
+from dsc.ir.streams import blocks
 from dsc.ir.types import DType, TensorType
-from dsc.ir.weights import DictSource, apply, evaluate, leaf, random_tensor
+from dsc.ir.weights import (
+    DictSource,
+    apply,
+    evaluate,
+    leaf,
+    random_source,
+    random_tensor,
+    sources,
+)
+from dsc.ir.weights import parts as parts_of
+from dsc.passes.choose_formats import in_format
 from tests.ir.test_operators import CASES, filled, operators
 
-BLOCKS = st.tuples(st.integers(1, 9), st.integers(1, 9))
+BLOCKS = st.tuples(st.integers(0, 9), st.integers(0, 9))
 SHAPES = st.lists(st.integers(1, 12), min_size=2, max_size=3).map(tuple)
 E4M3 = Format((2, 3), DType.f32)
 
 
 def packed(t: TensorType, seed: str) -> Packed:
     """A random tensor in a format."""
-    codes, scales = (random_tensor(part, f"{seed}{i}") for i, part in enumerate(t.parts))
-    assert t.format is not None
-    return Packed(codes, scales, t.format)
+    parts = (random_tensor(part, f"{seed}{i}") for i, (_, part) in enumerate(t.parts))
+    return Packed(t, tuple(parts))
 
 
 @given(SHAPES, BLOCKS, st.sampled_from([DType.f32, DType.bf16]))
@@ -44,9 +55,9 @@ def test_a_type_in_a_format_is_text_and_counts_its_bytes(
     assert graph.outputs[1].type == t
     assert parse_operands(str(t))[0] == [(t, None)]
     stored = packed(t, "w")
-    assert t.nbytes == stored.codes.nbytes + stored.scales.nbytes == t.bytes_of(t.numel)
-    assert stored.scales.numel() == math.prod(shape[:-2]) * math.prod(
-        math.ceil(n / size) for n, size in zip(shape[-2:], block, strict=True)
+    assert t.nbytes == sum(part.nbytes for part in stored.parts) == t.bytes_of(t.numel)
+    assert stored.parts[1].numel() == math.prod(shape[:-2]) * math.prod(
+        math.ceil(n / (size or n)) for n, size in zip(shape[-2:], block, strict=True)
     )
 
 
@@ -58,29 +69,85 @@ def test_packing_stays_within_the_bound_of_its_codes(
     for name, coding in CODINGS.items():
         t = TensorType(DType(name), shape, Format(block, DType.f32))
         made = pack(x, t)
-        assert (made.codes.shape, made.scales.shape) == tuple(part.shape for part in t.parts)
-        scale = Packed(torch.ones_like(made.codes), made.scales, made.format).unpack(torch.float32)
+        codes, scales = made.parts
+        assert (codes.shape, scales.shape) == tuple(part.shape for _, part in t.parts)
+        scale = Packed(t, (torch.ones_like(codes), scales)).unpack(torch.float32)
         bound = torch.maximum(x.abs() * coding.relative, scale * coding.absolute)
         assert ((made.unpack(torch.float32) - x).abs() <= bound * (1 + 1e-5)).all()
-        assert made.codes.float().abs().amax() == coding.largest
+        assert codes.float().abs().amax() == coding.largest
     assert not pack(torch.zeros(shape), t).unpack(torch.float32).any()
 
 
 def test_unpacking_is_code_times_the_scale_of_its_block() -> None:
     stored = packed(TensorType(DType.f8e4m3, (2, 5, 7), E4M3), "a")
     made = stored.unpack(torch.float32)
+    codes, scales = stored.parts
     for e, i, j in ((0, 0, 0), (0, 4, 6), (1, 1, 2), (1, 2, 3), (1, 3, 5)):
-        assert made[e, i, j] == stored.codes[e, i, j].float() * stored.scales[e, i // 2, j // 3]
+        assert made[e, i, j] == codes[e, i, j].float() * scales[e, i // 2, j // 3]
     assert torch.equal(stored.unpack(torch.bfloat16), made.bfloat16())
+
+
+def test_what_was_unpacked_for_a_node_goes_with_it() -> None:
+    stored = packed(TensorType(DType.f8e4m3, (4, 6), E4M3), "a")
+    made = weakref.ref(stored.unpack(torch.float32))
+    assert made() is None
+
+
+def test_a_kind_of_codes_is_a_row_of_codings(monkeypatch: pytest.MonkeyPatch) -> None:
+    more = {**CODINGS, "i8": Coding(127.0, 0.0, 0.5)}
+    monkeypatch.setattr("dsc.ir.formats.CODINGS", more)
+    monkeypatch.setattr("dsc.ir.types.CODINGS", more)
+    t = TensorType(DType.i8, (5, 7), E4M3)
+    x = torch.randn(5, 7, generator=torch.Generator().manual_seed(0))
+    made = pack(x, t)
+    source = DictSource(dict(zip(("w", "w.scale"), made.parts, strict=True)))
+    expr = apply("dequantize", leaf("w", t), dtype=DType.f32)
+    assert torch.equal(evaluate(expr, source), made.unpack(torch.float32))
+    scale = Packed(t, (torch.ones_like(made.parts[0]), made.parts[1])).unpack(torch.float32)
+    assert ((made.unpack(torch.float32) - x).abs() <= scale * 0.5 * (1 + 1e-5)).all()
+
+
+def test_a_part_is_a_row_of_what_a_format_stores(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here zero points, which are stored, joined, sliced and streamed as codes and scales are."""
+    pair = Format.parts
+
+    def parts(self: Format, codes: DType) -> tuple[Part, ...]:
+        return *pair(self, codes), Part(".zero", DType.i8, self.block)
+
+    def unpack(self: Packed, dtype: torch.dtype) -> torch.Tensor:
+        codes, *rest = self.parts
+        rows, columns = codes.shape
+        wide = (x.repeat_interleave(2, 0).repeat_interleave(3, 1) for x in rest)
+        scale, zero = (x[:rows, :columns] for x in wide)
+        return ((codes.float() - zero) * scale).to(dtype)
+
+    monkeypatch.setattr(Format, "parts", parts)
+    monkeypatch.setattr(Packed, "unpack", unpack)
+    made = {
+        name: apply("dequantize", leaf(name, TensorType(DType.f8e4m3, (rows, 7), E4M3)),
+                    dtype=DType.f32)
+        for name, rows in (("a", 4), ("b", 5))
+    }  # fmt: skip
+    source = random_source({s.key: s.type for expr in made.values() for s in sources(expr)})
+    assert set(source.keys()) == {"a", "a.scale", "a.zero", "b", "b.scale", "b.zero"}
+    joined = apply("concat", *made.values(), axis=0)
+    expr = apply("slice", joined, axis=1, start=3, end=7)
+    wanted = evaluate(expr, source)
+    found = in_format(expr)
+    assert torch.equal(evaluate(found, source).unpack(torch.float32), wanted)
+    assert [name for name, _ in parts_of("w", found)] == ["w", "w.scale", "w.zero"]
+    assert torch.equal(torch.cat(list(blocks(expr, source, 40))), wanted)
 
 
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("f8e4m3{0x4,f32}[5,7]", "rows and columns"),
+        ("f8e4m3{0x4,f32}[5,7]", "128x128"),
+        ("f8e4m3{4x00,f32}[5,7]", "128x128"),
         ("f8e4m3{4,f32}[5,7]", "128x128"),
+        ("f8e4m3{4x", "128x128"),
         ("f8e4m3{4y4,f32}[5,7]", "128x128"),
-        ("f8e4m3{4x4}[5,7]", ","),
+        ("f8e4m3{4x4}[5,7]", "128x128"),
         ("f8e4m3{4x4,i8}[5,7]", "a float type is due"),
         ("f8e4m3{4x4,f33}[5,7]", "unknown element type"),
         ("f8e4m3{4x4,f32}[7]", "along 1 axes"),
@@ -182,7 +249,7 @@ def test_only_weights_have_a_format() -> None:
 def test_a_weight_in_a_format_is_put_together_from_its_parts() -> None:
     t = TensorType(DType.f8e4m3, (4, 5), E4M3)
     stored = packed(t, "w")
-    source = DictSource({"w": stored.codes, "w" + SCALE: stored.scales})
+    source = DictSource(dict(zip(("w", "w.scale"), stored.parts, strict=True)))
     expr = apply("dequantize", leaf("w", t), dtype=DType.bf16)
     assert torch.equal(evaluate(expr, source), stored.unpack(torch.bfloat16))
     program = parse_program(READ.format(t="bf16"))

@@ -36,13 +36,13 @@ class Counting(DictSource):
 def expressions(draw: st.DrawFn) -> tuple[WeightExpr, DictSource]:
     """A matrix or two from a checkpoint under a few operators."""
     n, k = draw(st.integers(1, 4)) * 4, draw(st.integers(1, 4)) * 2
-    block = (draw(st.integers(1, 5)), draw(st.integers(1, 5)))
+    block = (draw(st.integers(0, 5)), draw(st.integers(0, 5)))  # 0: a scale for all
     generator = torch.Generator().manual_seed(n * 100 + k)
     tensors = {
         "a": torch.randn(n, k, generator=generator),
         "b": torch.randn(n, k, generator=generator),
         "q": torch.randn(n, k, generator=generator).to(torch.float8_e4m3fn),
-        "s": torch.rand(-(-n // block[0]), -(-k // block[1]), generator=generator),
+        "s": torch.rand(-(-n // (block[0] or n)), -(-k // (block[1] or k)), generator=generator),
     }
     tensors["experts"] = torch.randn(3, n, k, generator=generator).to(torch.float8_e4m3fn)
     tensors["scales"] = torch.stack([tensors["s"], tensors["s"] + 1, tensors["s"] * 3])
@@ -131,13 +131,15 @@ def test_a_stack_of_experts_is_read_one_piece_at_a_time() -> None:
     assert sum(source.seen) == 4 * 2 * 8 * 16  # type: ignore[attr-defined]
 
 
-def test_the_scales_of_a_block_stay_with_it() -> None:
-    w, s = torch.randn(10, 4).to(torch.float8_e4m3fn), torch.rand(4, 2)
+@pytest.mark.parametrize("block", [(3, 2), (0, 2)], ids=["blocks", "all rows"])
+def test_the_scales_of_a_block_stay_with_it(block: tuple[int, int]) -> None:
+    w = torch.randn(10, 4).to(torch.float8_e4m3fn)
+    s = torch.rand(4 if block[0] else 1, 2)
     source = DictSource({"w": w, "s": s})
     leaves = (Source(k, source.type(k)) for k in "ws")
-    expr = apply("dequantize", apply("scaled", *leaves, block=(3, 2)), dtype=DType.f32)
+    expr = apply("dequantize", apply("scaled", *leaves, block=block), dtype=DType.f32)
     cut = list(blocks(expr, source, size=40))
-    assert len(cut) == 4
+    assert len(cut) == (4 if block[0] else 5)
     assert torch.equal(torch.cat(cut), evaluate(expr, source))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from dsc import pipeline
 from dsc.backends import get
 from dsc.ir.dims import Range
-from dsc.ir.formats import Format, Packed
+from dsc.ir.formats import WHOLE, Format, Packed
 from dsc.ir.parser import parse_program
 from dsc.ir.program import Program
 from dsc.ir.ranks import at_rank
@@ -36,14 +37,16 @@ def stored(
 
 @st.composite
 def expressions(draw: st.DrawFn) -> WeightExpr:
-    """Weights in blocks of 4 x 2 under steps, of which about half end at blocks."""
-    made = stored("a", draw(st.sampled_from([8, 12, 10])), draw(st.sampled_from([4, 6])))
+    """Weights in blocks of some kind under steps, of which about half end at blocks."""
+    block = draw(st.sampled_from([(4, 2), (1, WHOLE), (WHOLE, WHOLE), (WHOLE, 2)]))
+    shape = draw(st.sampled_from([8, 12, 10])), draw(st.sampled_from([4, 6]))
+    made = stored("a", *shape, block=block)
     for number in range(draw(st.integers(1, 4))):
-        made = _under(draw, made, number)
+        made = _under(draw, made, number, block)
     return made
 
 
-def _under(draw: st.DrawFn, expr: WeightExpr, number: int) -> WeightExpr:
+def _under(draw: st.DrawFn, expr: WeightExpr, number: int, block: tuple[int, int]) -> WeightExpr:
     shape = tuple(int(str(d)) for d in expr.type.shape)
     axis = draw(st.integers(0, len(shape) - 1))
     match draw(st.sampled_from(["slice", "concat", "stack", "permute", "reshape"])):
@@ -53,7 +56,7 @@ def _under(draw: st.DrawFn, expr: WeightExpr, number: int) -> WeightExpr:
             end = draw(st.sampled_from([shape[axis], min(shape[axis], start + 4)]))
             return apply("slice", expr, axis=axis, start=start, end=end)
         case "concat" if len(shape) == 2:
-            return apply("concat", expr, stored(f"b{number}", *shape), axis=axis)
+            return apply("concat", expr, stored(f"b{number}", *shape, block=block), axis=axis)
         case "stack" if len(shape) < 4:
             return apply("stack", expr, expr)
         case "permute":
@@ -141,6 +144,40 @@ def test_a_step_that_cuts_blocks_is_told(name: str) -> None:
     assert str(why) in str(caught.value)
 
 
+ROW, ALL = (1, WHOLE), (WHOLE, WHOLE)
+WHOLE_AXES: dict[str, tuple[str, list[tuple[int, int]], dict[str, Any], str]] = {
+    "half the columns of rows": ("slice", [ROW], {"axis": 1, "start": 0, "end": 3}, "1x*[8,3]"),
+    "half the rows of one": ("slice", [ALL], {"axis": 0, "start": 3, "end": 8}, "*x*[5,4]"),
+    "a row of one": ("reshape", [ALL], {"shape": (2, 4, 4)}, "*x*[2,4,4]"),
+    "columns by head": ("reshape", [ROW], {"shape": (8, 2, 2)}, "*x*[8,2,2]"),
+    "rows one after another": ("concat", [ROW, ROW], {"axis": 0}, "1x*[14,4]"),
+    "one after another": ("concat", [ALL, ALL], {"axis": 0}, "1x*[14,4]"),
+    "one after rows": ("concat", [ROW, ALL], {"axis": 0}, "1x*[14,4]"),
+    "a stack": ("stack", [ALL, ALL], {}, "*x*[2,8,4]"),
+    "columns after columns": ("concat", [ROW, ROW], {"axis": 1}, "a scale of its own"),
+    "rows beside one": ("concat", [ROW, ALL], {"axis": 1}, "a scale of its own"),
+}
+
+
+@pytest.mark.parametrize("name", WHOLE_AXES)
+def test_a_scale_of_a_whole_axis_goes_with_each_part_of_it(name: str) -> None:
+    op, blocks, attrs, wanted = WHOLE_AXES[name]
+    heights = (8, 6 if op == "concat" and attrs["axis"] == 0 else 8)
+    expr = apply(
+        op,
+        *(stored(f"w{i}", heights[i], 4, block=block) for i, block in enumerate(blocks)),
+        **attrs,
+    )
+    if "[" not in wanted:
+        with pytest.raises(Dequantised, match=wanted):
+            in_format(expr)
+        return
+    found = in_format(expr)
+    assert str(found.type) == "f8e4m3{" + wanted.replace("[", ",f32}[")
+    source = random_source({s.key: s.type for s in sources(expr)})
+    assert torch.equal(evaluate(found, source).unpack(torch.bfloat16), evaluate(expr, source))
+
+
 # --- the pass -------------------------------------------------------------------------------------
 
 
@@ -201,6 +238,10 @@ def test_weights_given_in_a_format_go_through_the_passes_before() -> None:
         assert list(map(str, done.program.weight_types().values())) == ["f8e4m3{4x2,f32}[12,4]"]
     merged = pipeline.apply(made, pipeline.read("merge_projections,choose_formats", get))
     assert merged.weights == done.program.weights
+    whole = parse_program(text.replace("{4x2,", "{*x*,"), stages=(stage,))
+    merged = pipeline.apply(whole, pipeline.read("merge_projections,choose_formats", get))
+    assert list(map(str, merged.weight_types().values())) == ["f8e4m3{1x*,f32}[12,4]"]
+    assert compare_programs(whole, merged).ok
 
 
 @pytest.mark.parametrize(
@@ -235,5 +276,5 @@ def test_ranks_share_weights_at_blocks() -> None:
     for rank in range(2):
         part = evaluate(at_rank(after, rank).weights["w.shard_0"], after.source)
         codes = after.source.load("w")[8 * rank : 8 * rank + 8]
-        assert torch.equal(part.codes.view(torch.uint8), codes.view(torch.uint8))
-        assert torch.equal(part.scales, after.source.load("w.scale")[2 * rank : 2 * rank + 2])
+        assert torch.equal(part.parts[0].view(torch.uint8), codes.view(torch.uint8))
+        assert torch.equal(part.parts[1], after.source.load("w.scale")[2 * rank : 2 * rank + 2])

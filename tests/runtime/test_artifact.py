@@ -16,15 +16,16 @@ from safetensors.torch import load_file
 import dsc
 from dsc.errors import ArtifactError, CheckpointError, DscError
 from dsc.ir.formats import Format
-from dsc.ir.parser import parse_graph, parse_program
+from dsc.ir.parser import parse_graph, parse_operands, parse_program
 from dsc.ir.program import Program
 from dsc.ir.segments import Segment, steps
 from dsc.ir.types import DType, TensorType
 from dsc.ir.weights import DictSource, leaf
 from dsc.runtime import artifact
 from dsc.runtime.emission import Emission
+from dsc.runtime.nodes import draft_nodes, whole_entry
 from dsc.runtime.packing import layout, pack
-from dsc.runtime.plan import FORMAT, Buffer, EntryPlan, Launch, Plan, Port, Ref
+from dsc.runtime.plan import FORMAT, WEIGHT, Buffer, EntryPlan, Launch, Plan, Port, Ref
 from tests.runtime.test_session import small_lm
 
 TEXT = """program "p" {stage=CANONICAL}
@@ -91,12 +92,34 @@ def test_a_weight_that_has_the_name_of_anothers_scales_is_refused() -> None:
 
     def named(name: str) -> Program:
         return replace(
-            program(), weights={"w": leaf("w", stored), name: leaf(name, stored.parts[1])}
+            program(), weights={"w": leaf("w", stored), name: leaf(name, stored.parts[1][1])}
         )
 
     assert list(layout(named("w.scales"))[1]) == ["w", "w.scale", "w.scales"]
     with pytest.raises(CheckpointError, match="called as a part of another"):
         layout(named("w.scale"))
+
+
+def test_a_plan_has_a_buffer_for_each_tensor_that_is_packed() -> None:
+    text = """graph main(%x: f32[2,5], @w: f8e4m3{2x*,f32}[4,5], @v: f32[3,5]) {
+      %y = linear %x, @w
+      %z = linear %x, @v
+      return %y, %z
+    }"""
+    stored = parse_program(text)
+    (graph,) = stored.entries.values()
+    for draft in (draft_nodes(graph).buffers, whole_entry(graph, {}, "all", "it").buffers):
+        sizes = {b.name: b.size for b in draft if b.region == WEIGHT}
+        assert sizes == {name: size for name, (_, size) in layout(stored)[1].items()}
+        assert sizes == {"w": 20, "w.scale": 8, "v": 60}
+
+
+@pytest.mark.parametrize("text", ["f8e4m3{1x3,f32}[B,9,5]", "f8e4m3{*x*,bf16}[2,5]"])
+def test_a_port_keeps_the_format_of_its_type(text: str) -> None:
+    ((t, _),), _ = parse_operands(text)
+    port = Port("cache", t, 0)
+    plan = Plan({"main": EntryPlan((port,), (port,), (), (), 0, 0)})
+    assert Plan.from_json(plan.to_json()) == plan
 
 
 def test_an_artifact_reads_back(tmp_path: Path) -> None:

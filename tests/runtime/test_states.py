@@ -9,8 +9,9 @@ import torch
 
 import dsc
 from dsc.errors import ParseError, UnsupportedOperator, UsageError, VerificationError
+from dsc.ir.graph import Value
 from dsc.ir.interface import Guard, Interface, State, Storage, updates
-from dsc.ir.parser import parse_graph, parse_program
+from dsc.ir.parser import parse_graph, parse_operands, parse_program
 from dsc.ir.printer import print_program
 from dsc.ir.program import Program
 from dsc.ir.verifier import verify
@@ -114,6 +115,16 @@ def test_padding_touches_neither_a_ring_nor_a_fixed_state() -> None:
         if step < 11:
             following = torch.stack([ids[r, n + step] for r, n in enumerate(lengths)])
             logits = held.decode(following)
+
+
+def test_a_row_of_a_state_may_be_in_blocks_along_it() -> None:
+    ((t, _),), _ = parse_operands("f8e4m3{1x128,f32}[B,C,512]")
+    state = State.of(Value("past", t), "present", Storage.CONTIGUOUS)
+    assert str(state.type) == "f8e4m3{1x128,f32}[512]"
+    assert state.nbytes == 512 + 4 * 4
+    ((t, _),), _ = parse_operands("f8e4m3{2x128,f32}[B,C,512]")
+    with pytest.raises(ValueError, match="no stored format of f8e4m3 codes along 1 axes"):
+        State.of(Value("past", t), "present", Storage.CONTIGUOUS)
 
 
 def test_sequences_come_and_go_with_their_states() -> None:
