@@ -132,7 +132,9 @@ def instantiate(program: Program, stack: LayerStack, module: nn.Module) -> Progr
     if len(parts.streams) != len(stack.firsts):
         raise Irregular(f"{len(parts.streams)} layers traced, {len(stack.firsts)} expected")
     full = _Instantiation(graph, parts, stack).graph()
-    result = _with_weights(replace(program, entries={name: full}), stack.path, module)
+    interface = replace(program.interface, states=())  # those of all layers follow from the entry
+    whole = replace(program, entries={name: full}, interface=interface)
+    result = _with_weights(whole, stack.path, module)
     verify(result)
     return result
 

@@ -24,7 +24,6 @@ from dsc.backends.base import EmitOptions
 from dsc.backends.triton import TritonBackend
 from dsc.backends.triton.cuda import CudaExecutable
 from dsc.backends.triton.driver import Driver
-from dsc.backends.triton.lower import TABLE
 from dsc.hardware import gpus
 from dsc.ir.graph import GraphBuilder
 from dsc.ir.program import Program
@@ -34,12 +33,12 @@ from dsc.runtime.session import Session
 from dsc.targets import Target, parse_target
 from tests.backends.test_triton import Reference
 from tests.backends.test_triton_fused import REGIONS, agree, region
-from tests.backends.triton_cases import Case, cases, large_cases, program_of
+from tests.backends.triton_cases import EMITTED, Case, cases, large_cases, program_of
 
 pytestmark = pytest.mark.gpu
 pytest.importorskip("triton")
 
-CASES = cases(frozenset(TABLE)) | large_cases()
+CASES = cases(EMITTED) | large_cases()
 WITH_LENGTHS = {"attention": 3, "mla_attention": 5, "latent_attention": 4}
 CONTEXT, CHUNK = 256, 64
 FP32_TOLERANCE = 1e-3  # of logits up to 14

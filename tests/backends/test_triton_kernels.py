@@ -12,14 +12,13 @@ from dsc.backends.triton import TritonBackend
 from dsc.backends.triton.backend import with_templates
 from dsc.backends.triton.compile import compile_kernels
 from dsc.backends.triton.context import KERNELS, parameters, template
-from dsc.backends.triton.lower import TABLE
 from dsc.backends.triton.program import lower_program
 from dsc.targets import Target, parse_target
-from tests.backends.triton_cases import cases, program_of
+from tests.backends.triton_cases import EMITTED, cases, program_of
 
 pytest.importorskip("triton")
 
-CASES = cases(frozenset(TABLE))
+CASES = cases(EMITTED)
 
 # One case for each template and for the shapes of generated kernels that differ in kind.
 COMPILED = (

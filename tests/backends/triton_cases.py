@@ -13,6 +13,9 @@ from dataclasses import dataclass
 
 import torch
 
+from dsc.backends.triton.lower import TABLE
+from dsc.backends.triton.pointwise import EXPRESSIONS
+from dsc.backends.triton.rows import ALONG_ROWS
 from dsc.ir.graph import Graph, GraphBuilder
 from dsc.ir.op import registry
 from dsc.ir.parser import parse_operands
@@ -226,6 +229,10 @@ def _operand(op: str, at: int, type: TensorType, high: int | None) -> torch.Tens
     if op in ("div", "remainder"):
         return tensor - 20 if at == 0 else tensor + 1
     return tensor
+
+
+EMITTED = frozenset(TABLE) | EXPRESSIONS.keys() - {"copy"} | {"cast"} | ALONG_ROWS
+"""Operators of the tree that triton has a kernel for."""
 
 
 def cases(operators: frozenset[str]) -> dict[str, Case]:

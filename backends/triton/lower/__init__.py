@@ -1,6 +1,7 @@
 """How each operator becomes launches: one function an operator, `lower(ctx, node)`.
 
-`TABLE` is the literal list of what the backend can emit; `reason` says why a node cannot be.
+`TABLE` is the literal list of what stands in no region, `lowering` knows the rest, `reason` says
+why a node cannot be emitted.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from collections.abc import Callable
 from dsc.backends.triton.context import Context
 from dsc.backends.triton.launch import POINTER_TYPES
 from dsc.backends.triton.lower import attend, contract, lookups, moe, regions, shapes
-from dsc.backends.triton.pointwise import EXPRESSIONS, has_formula
+from dsc.backends.triton.pointwise import has_formula
 from dsc.backends.triton.rows import ALONG_ROWS
 from dsc.ir.graph import Node
 from dsc.ir.kernels import Lowering
@@ -46,7 +47,6 @@ TABLE: dict[str, Lower] = {
     "full": shapes.full,
     "arange": shapes.arange,
     **dict.fromkeys(sorted(named(Role.VIEW)), shapes.view),
-    **dict.fromkeys(sorted(EXPRESSIONS.keys() - {"copy"} | {"cast"} | ALONG_ROWS), regions.lower),
 }
 
 FIXED_OPERANDS = {
@@ -69,7 +69,8 @@ def lowering(op: str) -> regions.LowerNode | None:
     own = kernel_of(op, "triton")
     if isinstance(own, Lowering):
         return own.function
-    return regions.lower if has_formula(op) or op == "fused" else TABLE.get(op)
+    in_regions = has_formula(op) or op in ALONG_ROWS or op == "fused"
+    return regions.lower if in_regions else TABLE.get(op)
 
 
 def reason(node: Node) -> str | None:
