@@ -21,7 +21,6 @@ from dsc.ir.limits import Limits
 from dsc.ir.program import Program
 from dsc.ir.segments import cut
 from dsc.ir.types import PRECISIONS
-from dsc.passes.shard import check_parallel, check_parts
 from dsc.report import build_report, state_bytes
 from dsc.rewrite.manager import NOT_PASSES, Watch
 from dsc.runtime import artifact as artifacts
@@ -268,6 +267,7 @@ def compile(
         DscError: one of its classes, with what is wrong, where, and what to do.
     """
     from dsc.frontends.load import load_program
+    from dsc.passes.shard import check_parallel, check_parts
 
     sizes = {"max_batch": max_batch, "prefill_chunk": prefill_chunk, "ranks": ranks}
     _check_kinds(int, False, fusion_level=fusion_level, **sizes)

@@ -28,7 +28,6 @@ After          graph main(%x: f32[N,8], %r: f32[N,8], @w: f32[8,8], @g: f32[8]) 
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -36,6 +35,7 @@ from typing import Any
 from dsc.ir.analyses import structural_hash, total_cost
 from dsc.ir.dims import Range, bounds
 from dsc.ir.graph import Graph, Node, Value
+from dsc.ir.layers import home, layer_number
 from dsc.ir.program import Program
 from dsc.ir.regions import FUSION_LEVELS, RegionLimits, is_free, name_of, role
 from dsc.ir.stages import Stage
@@ -47,7 +47,6 @@ from dsc.rewrite.regions import Grouping, inline_graph, outline
 
 _GEMM_FIRST = (Role.PRODUCT, Role.EXPERTS, Role.ATTENTION)
 _ROWWISE = frozenset({Role.POINTWISE, Role.REDUCTION, Role.ROTATION, Role.WRITE})
-_LAYER = re.compile(r"(?:^|\.)layers\.(\d+)(?:\.|$)")
 
 
 @dataclass(frozen=True)
@@ -95,10 +94,8 @@ def by_layer(graph: Graph, limits: RegionLimits) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
     for node in graph.nodes:
         if not is_free(node, limits):
-            inside = () if node.body is None else node.body.nodes
-            layers = (_LAYER.search(n.loc) for n in (node, *inside))
-            layer = next(filter(None, layers), None)
-            found.setdefault(layer[1] if layer else "", []).append(name_of(node))
+            layer = layer_number(home(node))
+            found.setdefault("" if layer is None else str(layer), []).append(name_of(node))
     return found
 
 

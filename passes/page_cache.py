@@ -33,7 +33,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from dsc.ir.analyses import uses
+from dsc.ir.analyses import Use, uses
 from dsc.ir.dims import Range, symbol
 from dsc.ir.graph import Graph, GraphBuilder, Node, Operand, Value
 from dsc.ir.interface import Storage
@@ -136,8 +136,9 @@ def _obstacles(graph: Graph) -> Iterator[Miss]:
     for node in graph.nodes:
         if takes_pages(node.op) and traits_of(node.op).masked:
             yield from _unwritten(node, writes)
+    readers = uses(graph)
     for name, write in writes.items():
-        yield from _other_uses(graph, name, write, declared[write["past"].name])
+        yield from _other_uses(readers, name, write, declared[write["past"].name])
     if not writes:
         return
     if any(v.name == BLOCK_TABLE for v in graph.values()):
@@ -158,10 +159,11 @@ def _unwritten(node: Node, writes: Mapping[str, Node]) -> Iterator[Miss]:
         yield Miss(node.loc, reason, (node.output.name,))
 
 
-def _other_uses(graph: Graph, name: str, write: Node, output: int) -> Iterator[Miss]:
+def _other_uses(
+    readers: Mapping[str, Sequence[Use]], name: str, write: Node, output: int
+) -> Iterator[Miss]:
     """Why a cache is no attention's alone."""
     past = write["past"].name
-    readers = uses(graph)
     for node, place in readers[name]:
         masked = () if node is None else [node.get(x) for x in traits_of(node.op).masked]
         if node is None and place == output:

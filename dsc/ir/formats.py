@@ -128,7 +128,7 @@ def _axes(type: TensorType) -> list[tuple[int, int]]:
     """The axes that blocks lie along, from the end, and the extents of blocks."""
     assert type.format is not None
     sizes = {axis: type.format.block[axis] for axis in range(-min(2, type.rank), 0)}
-    extents = {axis: max(1, int(str(type.shape[axis]))) for axis in sizes}
+    extents = {axis: max(1, _number(type.shape[axis])) for axis in sizes}
     return [(axis, min(size or extents[axis], extents[axis])) for axis, size in sizes.items()]
 
 
@@ -136,6 +136,12 @@ def _spread(scales: torch.Tensor, type: TensorType) -> torch.Tensor:
     """Each element's scale, in fp32."""
     wide = scales.float()
     for axis, size in _axes(type):
-        extent = int(str(type.shape[axis]))
+        extent = _number(type.shape[axis])
         wide = wide.repeat_interleave(size, axis).narrow(axis, 0, extent)
     return wide
+
+
+def _number(extent: Dim) -> int:
+    """An extent of a tensor that is there."""
+    assert isinstance(extent, int), f"the extent {extent} of a tensor"
+    return extent

@@ -9,7 +9,7 @@ steps (`add`, `remove`); a decode step is one step for all of them.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -32,20 +32,28 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True)
 class _Active:
-    """A sequence: its id, its tokens in the cache, its last logits and what kind they are."""
+    """A sequence: its id, its tokens in the cache, its last logits and what kind they are.
+
+    `cuts` are the lengths that it was cut to, in order.
+    """
 
     id: int
     length: int = 0
     like: str = "torch"
     logits: torch.Tensor | None = None
+    cuts: list[int] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """What a sequence was: its id, its tokens, and what cannot be cut back to them."""
+    """What a sequence was: its id, its tokens, and what cannot be cut back to them.
+
+    `cuts` is how often it had been cut.
+    """
 
     sequence: int
     length: int
+    cuts: int
     saved: Mapping[str, torch.Tensor]
 
 
@@ -184,7 +192,8 @@ class Session:
         """What a sequence is now, to be set back to by `restore`. Raises `UsageError`."""
         row = self._row(sequence)
         saved = {name: x for kept in self._kept for name, x in kept.saved(row).items()}
-        return Snapshot(sequence, self._active[row].length, saved)
+        now = self._active[row]
+        return Snapshot(sequence, now.length, len(now.cuts), saved)
 
     def restore(self, snapshot: Snapshot) -> None:
         """Set a sequence back to what it was, as if later tokens had never been.
@@ -192,11 +201,11 @@ class Session:
         Raises `UsageError` where it was removed, or was cut to fewer tokens since.
         """
         row = self._row(snapshot.sequence)
-        held = self._active[row].length
-        if held < snapshot.length:
+        least = min(self._active[row].cuts[snapshot.cuts :], default=snapshot.length)
+        if least < snapshot.length:
             raise UsageError(
-                f"a snapshot of {snapshot.length} tokens for a sequence that was cut to {held}",
-                hint="restore the earliest snapshot first",
+                f"a snapshot of {snapshot.length} tokens for a sequence that was cut to {least}",
+                hint="its later tokens are others now: take a snapshot anew",
             )
         self._cut(row, snapshot.length)
         for kept in self._kept:
@@ -207,6 +216,7 @@ class Session:
         if length < self._active[row].length:
             self._active[row].length = length
             self._active[row].logits = None
+            self._active[row].cuts.append(length)
             for kept in self._kept:
                 kept.truncate(self.lengths)
 

@@ -13,6 +13,7 @@ import mmap
 import os
 import pathlib
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -23,7 +24,7 @@ TOKENS = ("input_ids", "positions", "lengths", "logits_at")
 NUMPY = {"f32": "float32", "f16": "float16", "bf16": "uint16", "i64": "int64", "i32": "int32"}
 
 
-class Compiled:
+class Compiled(ABC):
     """A compiled model in a folder. `sizes` are those that no step chooses, by symbol."""
 
     def __init__(self, folder: str | pathlib.Path, plan: str = "plan.json") -> None:
@@ -49,9 +50,9 @@ class Compiled:
             return (logits.astype(np.uint32) << 16).view(np.float32)
         return logits.astype(np.float32, copy=False)
 
+    @abstractmethod
     def run(self, entry: str, sizes: Mapping[str, int], tokens: dict[str, Array]) -> Array:
         """The logits of a step that was admitted."""
-        raise NotImplementedError
 
     def admitted(self, tokens: Mapping[str, Array]) -> tuple[str, dict[str, int]]:
         """The entry that a step runs, and its sizes by symbol. Raises ValueError."""

@@ -155,6 +155,24 @@ def test_a_snapshot_restored_is_as_if_the_suffix_had_never_been() -> None:
     assert torch.equal(held.decode([3, 4]), alone.decode([3, 4]))
 
 
+def test_a_snapshot_of_tokens_that_were_replaced_is_refused() -> None:
+    """As many tokens as then are there again, but they are others."""
+    held = session()
+    name = held.add(tokens(1, 5)[0])
+    early = held.snapshot(name)
+    held.decode({name: 3})
+    late = held.snapshot(name)
+    held.decode({name: 4})
+    held.restore(late)
+    held.restore(early)
+    for token in (7, 8, 9):
+        held.decode({name: token})
+    with pytest.raises(UsageError, match=r"6 tokens for a sequence that was cut to 5"):
+        held.restore(late)
+    held.restore(early)
+    assert held.lengths == [5]
+
+
 def test_what_cannot_be_cut_says_so() -> None:
     held = session()
     name = held.add(tokens(1, 5)[0])
