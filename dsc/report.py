@@ -18,7 +18,7 @@ from dsc.ir.interface import Storage
 from dsc.ir.layers import by_layer, home, layer_of
 from dsc.ir.limits import Limits
 from dsc.ir.program import Program, is_causal_step
-from dsc.ir.weights import sources
+from dsc.ir.weights import source_types
 from dsc.rewrite.manager import PassRecord
 from dsc.runtime.plan import EntryPlan, Plan
 
@@ -116,7 +116,7 @@ def region_names(nodes: Sequence[Node]) -> dict[str, int]:
 
 def parameter_count(program: Program) -> int:
     """Elements of all tensors that the weights of a program are made of, each counted once."""
-    found = {s.key: s.type for e in program.weights.values() for s in sources(e)}
+    found = source_types(program.weights.values())
     return sum(cast(int, t.numel) for t in found.values())
 
 

@@ -23,8 +23,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from dsc.errors import ConfigError, UnsupportedArchitecture
 from dsc.files import why_no_file
 from dsc.frontends.quantisation import readable
-from dsc.frontends.strict_json import AGAIN, parse_object
 from dsc.ir.types import DType
+from dsc.strict_json import AGAIN, parse_object
 
 CONFIG_FILE = "config.json"
 MAX_CONFIG_BYTES = 4 << 20

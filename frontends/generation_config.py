@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from dsc.errors import ArtifactError, ConfigError, DscError
 from dsc.frontends.config import ModelConfig, read_bounded, sentence
-from dsc.frontends.strict_json import AGAIN, parse_object
+from dsc.strict_json import AGAIN, parse_object
 
 GENERATION_FILE = "generation_config.json"
 Settings = tuple[dict[str, Any], list[str]]

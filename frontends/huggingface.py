@@ -22,10 +22,10 @@ from dsc.errors import CheckpointError, ConfigError
 from dsc.frontends.causal_lm import CausalLMStep, cast_parameters, parameter_types
 from dsc.frontends.config import CONFIG_FILE, DTYPES, ModelConfig, parse_config, read_bounded
 from dsc.frontends.names import EMBEDDING, WeightMap, check_layout, map_weights
-from dsc.frontends.safetensors_source import SafetensorsSource, open_safetensors
-from dsc.frontends.strict_json import JsonObject, parse_object
+from dsc.ir.safetensors import SafetensorsSource, open_safetensors
 from dsc.ir.types import DType
 from dsc.ir.weights import WeightExpr, evaluate
+from dsc.strict_json import JsonObject, parse_object
 
 MODELOPT_FILE = "hf_quant_config.json"
 
@@ -182,9 +182,9 @@ def _stored_dtype(config: ModelConfig, source: SafetensorsSource, folder: Path) 
     """What config.json names, else what the embedding is stored in."""
     if config.dtype is not None:
         return DTYPES[config.dtype]
-    if EMBEDDING not in source.keys():
+    if EMBEDDING not in source.types:
         raise CheckpointError(f"there is no {EMBEDDING}", str(folder))
-    found = source.type(EMBEDDING).dtype
+    found = source.types[EMBEDDING].dtype
     if found not in DTYPES.values():
         raise CheckpointError(
             f"config.json names no dtype, and {EMBEDDING} is stored in {found}", str(folder),

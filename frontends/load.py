@@ -35,7 +35,7 @@ from dsc.ir.weights import (
     WeightExpr,
     WeightSource,
     evaluate,
-    sources,
+    source_types,
 )
 from dsc.models import configs
 
@@ -280,7 +280,7 @@ def _from_module(
     if any(v.is_meta for v in state.values()):
         return _loaded(_with_weights(traced, None, config.model_type), settings)
     source = DictSource(state)
-    given = {k: Source(k, source.type(k)) for k in state}
+    given = {k: Source(k, source.types[k]) for k in state}
     program = _with_weights(traced, (given, source), config.model_type)
     return _loaded(program, settings)
 
@@ -324,7 +324,7 @@ def _with_weights(
     traced: Program, given: tuple[Mapping[str, WeightExpr], WeightSource] | None, name: str
 ) -> Program:
     """The program over a checkpoint's weights; constants that the trace found stay its own."""
-    types = {s.key: s.type for e in traced.weights.values() for s in sources(e)}
+    types = source_types(traced.weights.values())
     expressions, source = given or ({}, MetaSource(types))
     found = {n: _value(traced, n) for n in traced.weights if n not in expressions}
     own = {n: value for n, value in found.items() if value is not None}

@@ -95,11 +95,11 @@ def map_weights(
     mapper = _Mapper(source, config, _Faults(where))
     weights = {name: mapper.parameter(name, type_) for name, type_ in parameters.items()}
     used = {leaf.key for expr in weights.values() if expr for leaf in sources(expr)}
-    left = [key for key in source.keys() if key not in used]
+    left = [key for key in source.types if key not in used]
     mtp, left = _split_mtp(left, config)
     ignored = [key for key in left if _ignorable(key, config)]
     mapper.faults.unexpected += [
-        (key, f" : {source.type(key)}")
+        (key, f" : {source.types[key]}")
         for key in sorted(set(left) - set(ignored), key=_natural)
         if key not in mapper.claimed
     ]
@@ -116,7 +116,7 @@ def check_layout(source: WeightSource, config: ModelConfig, where: str) -> None:
             prefix, or the configuration counts an MTP layer, or layers that are not there, as
             decoder layers.
     """
-    keys = list(source.keys())
+    keys = list(source.types)
     form = packed(keys)
     if form:
         raise CheckpointError(f"{form} holds a weight in a quantised form not read", where, HINT)
@@ -150,7 +150,7 @@ class _Mapper:
         self.source = source
         self.config = config
         self.faults = faults
-        self.stored = set(source.keys())
+        self.stored = set(source.types)
         self.claimed: set[str] = set()  # what parameters asked for: faults of it are noted
 
     def parameter(self, name: str, declared: TensorType) -> WeightExpr | None:
@@ -183,7 +183,7 @@ class _Mapper:
         if key not in self.stored:
             self.faults.missing.append((key, f" : {declared}"))
             return None
-        found = self.source.type(key)
+        found = self.source.types[key]
         if found.shape != declared.shape:
             self._misfit(key, f": expected {declared}, found {found}")
             return None
@@ -215,7 +215,7 @@ class _Mapper:
         if found.rank not in (2, 3):
             self._misfit(key, f": {found}, FP8 weights are read of matrices and stacked ones")
             return None
-        scale = self.source.type(scale_key)
+        scale = self.source.types[scale_key]
         told = _without_ones(scale.shape)
         known = _formats(quantization.block)
         format = next((f for f in known if _without_ones(grid(found.shape, f.block)) == told), None)

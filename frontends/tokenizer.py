@@ -18,7 +18,7 @@ from typing import Any
 from dsc.errors import CheckpointError, ConfigError, DscError, FileError
 from dsc.files import read_text
 from dsc.frontends.config import read_bounded
-from dsc.frontends.strict_json import JsonObject, parse_object
+from dsc.strict_json import JsonObject, parse_object
 
 TOKENIZER, RANKS, SETTINGS = "tokenizer.json", "tiktoken.model", "tokenizer_config.json"
 MAX_RANKS_BYTES = 64 << 20

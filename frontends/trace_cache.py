@@ -26,12 +26,12 @@ from dsc._version import __version__
 from dsc.errors import DscError, FileError
 from dsc.files import write_bytes, write_text
 from dsc.frontends.fingerprint import Unknown, digest_of, fingerprint
-from dsc.frontends.safetensors_source import open_safetensors
 from dsc.ir import ops
 from dsc.ir.parser import parse_program
 from dsc.ir.printer import print_program
 from dsc.ir.program import Program
-from dsc.ir.weights import LayeredSource, MetaSource, sources
+from dsc.ir.safetensors import open_safetensors
+from dsc.ir.weights import LayeredSource, MetaSource, source_types
 from dsc.user_folders import cache_entry
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ def load(key: Mapping[str, Any]) -> Program | None:
         constants = open_safetensors(path.with_suffix(".safetensors"))
     except (OSError, ValueError, KeyError, TypeError, RecursionError, DscError):
         return None
-    types = {s.key: s.type for e in program.weights.values() for s in sources(e)}
+    types = source_types(program.weights.values())
     return replace(program, source=LayeredSource((constants, MetaSource(types))))
 
 

@@ -20,7 +20,7 @@ from dsc.ir.program import Program
 from dsc.ir.stages import Stage, is_legal
 from dsc.ir.types import DType, TensorType
 from dsc.ir.verifier import graph_symbols, verify
-from dsc.ir.weights import Apply, MetaSource, Source, WeightExpr, WeightSource, leaf, sources
+from dsc.ir.weights import Apply, MetaSource, Source, WeightExpr, WeightSource, leaf, source_types
 
 MAX_CHARACTERS = 256 * 2**20
 MAX_DEPTH = 24
@@ -142,7 +142,7 @@ class _Parser:
             entries[graph.name] = graph
         self.end()
         if source is None:
-            source = _types_alone(weights)
+            source = MetaSource(source_types(weights.values()))
         return Program(name, entries, weights, symbols, source, meta, stage, interface)
 
     def _bare(self, source: WeightSource | None, stages: Sequence[Stage]) -> Program:
@@ -159,7 +159,7 @@ class _Parser:
         fitting = (s for s in stages if all(is_legal(op, s) for op in operators))
         weights = {name: leaf(name, t) for name, t in types.items()}
         stage = next(fitting, stages[0])
-        given = source or _types_alone(weights)
+        given = source or MetaSource(source_types(weights.values()))
         return Program(graph.name, {graph.name: graph}, weights, symbols, given, {}, stage)
 
     def located(self, problem: VerificationError) -> ParseError:
@@ -587,10 +587,6 @@ class _Parser:
         lo = max(0, column - 60)
         picture = f"{shown[lo : lo + 120]}\n{' ' * (column - lo)}^"
         return ParseError(what, where=f"line {line}, column {column + 1}", picture=picture)
-
-
-def _types_alone(weights: Mapping[str, WeightExpr]) -> MetaSource:
-    return MetaSource({s.key: s.type for e in weights.values() for s in sources(e)})
 
 
 _DTYPES = frozenset(d.value for d in DType)

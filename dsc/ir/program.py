@@ -13,7 +13,7 @@ from dsc.ir.interface import Guard, Interface, Mesh, State, Storage, updates
 from dsc.ir.limits import Limits
 from dsc.ir.stages import Stage
 from dsc.ir.types import TensorType
-from dsc.ir.weights import MetaSource, WeightExpr, WeightSource, has_values
+from dsc.ir.weights import MetaSource, WeightExpr, WeightSource
 
 TOKEN_INPUTS = ("input_ids", "positions", "lengths", "logits_at")
 """What every step of a causal language model takes beside its caches."""
@@ -92,7 +92,7 @@ class Program:
     @property
     def has_weights(self) -> bool:
         """Whether its weights have values, not types alone."""
-        return not self.weights or has_values(self.source)
+        return not self.weights or self.source.has_values
 
     def declaring(self, **changes: Any) -> Program:
         """The program with other limits, mesh, guards or states."""

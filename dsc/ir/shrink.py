@@ -23,7 +23,7 @@ from dsc.ir.op import TypeMismatch, lookup
 from dsc.ir.program import Program
 from dsc.ir.sized import Shape, Sized
 from dsc.ir.types import TensorType
-from dsc.ir.weights import Source, WeightExpr, apply, random_source, sources
+from dsc.ir.weights import Source, WeightExpr, apply, random_source, source_types
 
 Scope = dict[str, Shape]
 
@@ -186,7 +186,7 @@ class Rebuild:
             shapes = self.survey.inputs[name]
             inputs = [Value(v.name, self._type(v.type, shapes[v.name])) for v in graph.inputs]
             entries[name] = self._graph(graph, inputs, types)
-        found = {s.key: s.type for expr in weights.values() for s in sources(expr)}
+        found = source_types(weights.values())
         return replace(
             program,
             interface=program.interface.fitted(entries.values()),

@@ -7,10 +7,12 @@ no weight in memory.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeAlias
 
+from dsc.errors import UsageError
 from dsc.ir.graph import Attrs
 from dsc.ir.op import TypeMismatch, concrete, lookup, type_of
 from dsc.ir.types import DType, TensorType
@@ -75,113 +77,76 @@ def sources(expr: WeightExpr) -> Iterator[Source]:
         yield from sources(arg)
 
 
-class WeightSource(Protocol):
-    """Where the tensors of a program lie."""
+class WeightSource(ABC):
+    """Where the tensors of a program lie; `types` are those of all of them, by name."""
 
-    def keys(self) -> Iterable[str]:
-        """All tensor names."""
-        ...
+    types: Mapping[str, TensorType]
 
-    def type(self, key: str) -> TensorType:
-        """Element type and shape of a tensor. `KeyError` when there is none."""
-        ...
+    @property
+    def has_values(self) -> bool:
+        """Whether it gives values, not types alone."""
+        return True
 
+    @abstractmethod
     def load(self, key: str) -> torch.Tensor:
         """The tensor itself, without a copy where the source allows. `KeyError`."""
-        ...
 
     def load_slice(self, key: str, start: int, stop: int) -> torch.Tensor:
         """Rows `start <= i < stop` of its leading axis."""
-        ...
+        return self.load(key)[start:stop]
 
     def release(self) -> None:
         """Let go of memory that holds nothing but copies of what is on disk."""
-        ...
+        return
 
 
-@dataclass(frozen=True)
-class DictSource:
+class DictSource(WeightSource):
     """Tensors in memory."""
 
-    tensors: Mapping[str, torch.Tensor] = field(default_factory=dict)
-
-    def keys(self) -> Iterable[str]:
-        """All tensor names."""
-        return self.tensors.keys()
-
-    def type(self, key: str) -> TensorType:
-        """Element type and shape of a tensor."""
-        tensor = self.tensors[key]
-        return TensorType(DType.of(tensor.dtype), tuple(tensor.shape))
+    def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        self.tensors = tensors
+        self.types = {key: type_of(tensor) for key, tensor in tensors.items()}
 
     def load(self, key: str) -> torch.Tensor:
         """The tensor."""
         return self.tensors[key]
 
-    def load_slice(self, key: str, start: int, stop: int) -> torch.Tensor:
-        """Rows of the tensor, a view."""
-        return self.tensors[key][start:stop]
-
-    def release(self) -> None:
-        """Nothing of it is on disk."""
-
 
 @dataclass(frozen=True)
-class MetaSource:
+class MetaSource(WeightSource):
     """Types without values: a program that is compiled with no weights."""
 
     types: Mapping[str, TensorType]
 
-    def keys(self) -> Iterable[str]:
-        """All tensor names."""
-        return self.types.keys()
-
-    def type(self, key: str) -> TensorType:
-        """Element type and shape of a tensor."""
-        return self.types[key]
+    @property
+    def has_values(self) -> bool:
+        """Where nothing is asked for, nothing is missing."""
+        return not self.types
 
     def load(self, key: str) -> torch.Tensor:
         """Nothing to load: an error."""
-        from dsc.errors import UsageError
-
         raise UsageError(
             "this program has no weight values", where=key, hint="compile it with --weights FOLDER"
         )
 
-    def load_slice(self, key: str, start: int, stop: int) -> torch.Tensor:
-        """Nothing to load: an error."""
-        return self.load(key)
 
-    def release(self) -> None:
-        """There is nothing."""
-
-
-def has_values(source: WeightSource) -> bool:
-    """Whether a source gives values, not types alone."""
-    if isinstance(source, LayeredSource):
-        return all(map(has_values, source.layers))
-    return not isinstance(source, MetaSource) or not source.types
-
-
-@dataclass(frozen=True)
-class LayeredSource:
+class LayeredSource(WeightSource):
     """Several sources, the first that has a key wins: a checkpoint with constants over it."""
 
-    layers: tuple[WeightSource, ...]
+    def __init__(self, layers: Sequence[WeightSource]) -> None:
+        self.layers = layers
+        self.types = {k: t for layer in reversed(layers) for k, t in layer.types.items()}
 
-    def keys(self) -> Iterable[str]:
-        """All tensor names, once each."""
-        return dict.fromkeys(k for layer in self.layers for k in layer.keys())
+    @property
+    def has_values(self) -> bool:
+        """Whether all layers give values."""
+        return all(layer.has_values for layer in self.layers)
 
     def _layer(self, key: str) -> WeightSource:
         for layer in self.layers:
-            if key in layer.keys():
+            if key in layer.types:
                 return layer
         raise KeyError(key)
-
-    def type(self, key: str) -> TensorType:
-        """Element type and shape of a tensor."""
-        return self._layer(key).type(key)
 
     def load(self, key: str) -> torch.Tensor:
         """The tensor from the first layer that has it."""
@@ -195,6 +160,11 @@ class LayeredSource:
         """Release all layers."""
         for layer in self.layers:
             layer.release()
+
+
+def source_types(exprs: Iterable[WeightExpr]) -> dict[str, TensorType]:
+    """The types of all tensors that some expressions read, by key."""
+    return {s.key: s.type for expr in exprs for s in sources(expr)}
 
 
 def random_source(types: Mapping[str, TensorType], seed: int = 0) -> DictSource:

@@ -6,7 +6,7 @@ drown it. So for such a pass both programs are compared with 16-bit floats widen
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,7 @@ from dsc.errors import UsageError
 from dsc.ir.graph import Attrs, Graph
 from dsc.ir.program import Program
 from dsc.ir.types import DType, TensorType
-from dsc.ir.weights import Apply, Source, WeightExpr, WeightSource, random_tensor, sources
+from dsc.ir.weights import Apply, Source, WeightExpr, WeightSource, random_tensor, source_types
 
 if TYPE_CHECKING:
     import torch
@@ -23,20 +23,12 @@ NARROW = frozenset({DType.bf16, DType.f16})
 
 
 @dataclass(frozen=True)
-class Filled:
+class Filled(WeightSource):
     """A source whose missing values are random, seeded by key; 16-bit floats widened on demand."""
 
     source: WeightSource
-    types: dict[str, TensorType]
+    types: Mapping[str, TensorType]
     widen: bool
-
-    def keys(self) -> Iterable[str]:
-        """All tensor names."""
-        return self.types.keys()
-
-    def type(self, key: str) -> TensorType:
-        """Element type and shape of a tensor, as it is given."""
-        return _wide(self.types[key]) if self.widen else self.types[key]
 
     def load(self, key: str) -> torch.Tensor:
         """The tensor, or a random one where the source has types alone."""
@@ -47,10 +39,6 @@ class Filled:
         narrow = self.widen and DType.of(tensor.dtype) in NARROW
         return tensor.float() if narrow else tensor
 
-    def load_slice(self, key: str, start: int, stop: int) -> torch.Tensor:
-        """Rows of the tensor."""
-        return self.load(key)[start:stop]
-
     def release(self) -> None:
         """Release the source below."""
         self.source.release()
@@ -58,16 +46,13 @@ class Filled:
 
 def runnable(program: Program, widen: bool) -> Program:
     """The program over a source that has all values, in fp32 when `widen`."""
-    found = {s.key: s.type for expr in program.weights.values() for s in sources(expr)}
-    filled = Filled(program.source, found, widen)
+    types = source_types(program.weights.values())
+    filled = replace(program, source=Filled(program.source, types, widen))
     if not widen:
-        return replace(program, source=filled)
-    return replace(
-        program,
-        entries={name: widened(graph) for name, graph in program.entries.items()},
-        weights={name: _expr(expr) for name, expr in program.weights.items()},
-        source=filled,
-    )
+        return filled
+    entries = {name: widened(graph) for name, graph in program.entries.items()}
+    weights = {name: _expr(expr) for name, expr in program.weights.items()}
+    return replace(filled, entries=entries, weights=weights)
 
 
 def widened(graph: Graph) -> Graph:

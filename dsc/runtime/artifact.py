@@ -11,7 +11,7 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -20,13 +20,13 @@ import dsc
 from dsc._version import __version__
 from dsc.errors import ArtifactError, UsageError
 from dsc.files import check_makeable, check_room, named, replacing
-from dsc.frontends.safetensors_source import open_safetensors
 from dsc.ir.index_ranges import index_ranges
 from dsc.ir.parser import parse_program
 from dsc.ir.printer import print_program
 from dsc.ir.program import Program
 from dsc.ir.ranks import at_rank
-from dsc.ir.weights import MetaSource, leaf, sources
+from dsc.ir.safetensors import open_safetensors
+from dsc.ir.weights import MetaSource, leaf, source_types
 from dsc.runtime.emission import MANIFEST, Emission
 from dsc.runtime.packing import layout, pack
 from dsc.runtime.plan import FORMAT, PLAN, check_format
@@ -179,11 +179,9 @@ def read(folder: Path, trust: bool = False) -> Artifact:
 
 def packed(program: Program, source: Any) -> Program:
     """The program with every weight read from `source` under its own name."""
-    from dataclasses import replace
-
     weights = {name: leaf(name, expr.type) for name, expr in program.weights.items()}
-    types = {s.key: s.type for expr in weights.values() for s in sources(expr)}
-    return replace(program, weights=weights, source=source or MetaSource(types))
+    known = source or MetaSource(source_types(weights.values()))
+    return replace(program, weights=weights, source=known)
 
 
 def loads_untrusted(folder: Path) -> bool:

@@ -15,12 +15,12 @@ from dsc.backends.base import Backend, Capabilities, EmitOptions, Yes
 from dsc.backends.reference import ReferenceBackend
 from dsc.errors import UsageError
 from dsc.frontends.load import load_program
-from dsc.frontends.safetensors_source import open_safetensors
 from dsc.ir.analyses import total_cost
 from dsc.ir.dims import Range, evaluate
 from dsc.ir.interpreter import Interpreter
 from dsc.ir.parser import parse_graph
 from dsc.ir.program import Program
+from dsc.ir.safetensors import open_safetensors
 from dsc.ir.types import DType
 from dsc.ir.weights import MetaSource, sources
 from dsc.runtime import artifact

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from dsc.errors import ConfigError, UnsupportedArchitecture
 from dsc.frontends.config import ARCHITECTURES, MAX_CONFIG_BYTES, load_config, parse_config
-from dsc.frontends.strict_json import parse_object
 from dsc.models.configs import CONFIGS
+from dsc.strict_json import parse_object
 
 V3: dict[str, Any] = json.loads(CONFIGS["671b"].read_text())
 

@@ -33,7 +33,7 @@ from dsc.frontends.huggingface import (
     stock_causal_lm,
 )
 from dsc.frontends.names import map_weights
-from dsc.frontends.safetensors_source import SafetensorsFile
+from dsc.ir.safetensors import SafetensorsFile
 from dsc.ir.types import DType, TensorType
 from dsc.ir.weights import DictSource, evaluate, sources
 from dsc.models import v3
@@ -124,7 +124,7 @@ def test_reads_what_transformers_saves(tmp_path: Path, stacked: bool) -> None:
     save_pretrained: Any = reference.save_pretrained
     save_pretrained(tmp_path, save_original_format=not stacked)
     model = load_checkpoint(tmp_path, DType.f32)
-    stored = "model.layers.1.mlp.experts.gate_up_proj" in model.source.keys()
+    stored = "model.layers.1.mlp.experts.gate_up_proj" in model.source.types
     assert stored is stacked
     assert model.config.rope_parameters == config.rope_parameters
     found = model.load().state_dict()
@@ -395,7 +395,7 @@ def test_15_mtp_layer_is_ignored_and_told() -> None:
     model = load_checkpoint(TINY_CHECKPOINT)
     mine = {leaf.key for expr in model.weights.values() for leaf in sources(expr)}
     assert not any(key.startswith("model.layers.4.") for key in mine)
-    assert mine | set(model.unused_mtp) == set(model.source.keys())
+    assert mine | set(model.unused_mtp) == set(model.source.types)
     assert len(model.unused_mtp) == 68
     assert "layer 4 predicts further tokens (MTP); its 68 tensors" in model.notes[0]
 

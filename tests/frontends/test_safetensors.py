@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from dsc.errors import CheckpointError, UsageError
-from dsc.frontends.safetensors_source import INDEX_FILE, SafetensorsFile, open_safetensors
+from dsc.ir.safetensors import INDEX_FILE, SafetensorsFile, open_safetensors
 from dsc.ir.types import DType, TensorType
 from dsc.models.configs import TINY_CHECKPOINT
 
@@ -43,10 +43,10 @@ def test_equal_to_the_reference_reader(folder: Path) -> None:
                 seen.add(key)
                 expected = reference.get_tensor(key)
                 found = source.load(key)
-                assert source.type(key) == TensorType(DType.of(expected.dtype), expected.shape)
+                assert source.types[key] == TensorType(DType.of(expected.dtype), expected.shape)
                 assert found.dtype == expected.dtype
                 assert torch.equal(found.view(torch.uint8), expected.view(torch.uint8)), key
-    assert set(source.keys()) == seen
+    assert set(source.types) == seen
 
 
 def test_loads_are_views_of_one_mapping() -> None:
@@ -154,7 +154,7 @@ def write_index(folder: Path, weight_map: object) -> None:
 
 def test_shards_by_their_index(sharded: Path) -> None:
     source = open_safetensors(sharded)
-    assert sorted(source.keys()) == ["a", "b"]
+    assert sorted(source.types) == ["a", "b"]
     assert source.load("b").tolist() == [1, 1, 1]
     assert source.files["b"].path.name == "two.safetensors"
 
@@ -223,7 +223,7 @@ def test_follows_the_links_of_a_hub_snapshot(tmp_path: Path) -> None:
 
 def test_files_without_an_index_must_not_share_a_tensor(sharded: Path) -> None:
     (sharded / INDEX_FILE).unlink()
-    assert sorted(open_safetensors(sharded).keys()) == ["a", "b"]
+    assert sorted(open_safetensors(sharded).types) == ["a", "b"]
     save_file({"a": torch.zeros(1)}, sharded / "three.safetensors")
     with pytest.raises(CheckpointError, match=r"in one.safetensors and in three.safetensors|"
                        r"in three.safetensors and in one.safetensors"):  # fmt: skip

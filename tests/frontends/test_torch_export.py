@@ -99,7 +99,7 @@ def test_parameters_on_meta_are_types() -> None:
     checked(program)
     with pytest.raises(UsageError, match="no weight values"):
         program.source.load("0.weight")
-    assert program.source.type("1.weight").shape == (4, 4)
+    assert program.source.types["1.weight"].shape == (4, 4)
 
 
 def test_module_arguments_may_nest_and_be_named() -> None:

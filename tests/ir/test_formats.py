@@ -129,7 +129,7 @@ def test_a_part_is_a_row_of_what_a_format_stores(monkeypatch: pytest.MonkeyPatch
         for name, rows in (("a", 4), ("b", 5))
     }  # fmt: skip
     source = random_source({s.key: s.type for expr in made.values() for s in sources(expr)})
-    assert set(source.keys()) == {"a", "a.scale", "a.zero", "b", "b.scale", "b.zero"}
+    assert set(source.types) == {"a", "a.scale", "a.zero", "b", "b.scale", "b.zero"}
     joined = apply("concat", *made.values(), axis=0)
     expr = apply("slice", joined, axis=1, start=3, end=7)
     wanted = evaluate(expr, source)
@@ -255,6 +255,6 @@ def test_a_weight_in_a_format_is_put_together_from_its_parts() -> None:
     program = parse_program(READ.format(t="bf16"))
     again = parse_program(print_program(program))
     assert again == program
-    assert {k for k in program.source.keys() if k.startswith("w")} == {"w", "w.scale"}
+    assert {k for k in program.source.types if k.startswith("w")} == {"w", "w.scale"}
     graph: Graph = program.entries["main"]
     assert parse_graph(print_graph(graph)) == graph

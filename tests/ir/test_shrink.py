@@ -202,11 +202,11 @@ def test_block_scaled_weights_keep_whole_blocks(name: str) -> None:
     rows, columns = (int(str(d)) for d in kv_a)
     assert rows % 128 != 0, "576 rows are 4.5 blocks"
     assert columns % 128 == 0
-    scales = after.source.type("kv_a.weight_scale_inv").shape
+    scales = after.source.types["kv_a.weight_scale_inv"].shape
     assert scales == (-(-rows // 128), columns // 128)
     experts = after.weights["gate_up"].type.shape[0]
     assert isinstance(experts, int)
-    kept = [k for k in after.source.keys() if k.endswith("down.weight") and "experts" in k]
+    kept = [k for k in after.source.types if k.endswith("down.weight") and "experts" in k]
     assert len(kept) == experts < FAMILY[name]["e"], "experts beyond the first are dropped"
     for name_, expr in after.weights.items():
         assert Interpreter(after).weight(name_).shape == expr.type.shape
@@ -355,5 +355,5 @@ def test_a_shrunk_program_reads_random_weights_of_its_sources() -> None:
     assert isinstance(before.source, MetaSource)
     after = before.shrunk()
     keys = {s.key for e in after.weights.values() for s in sources(e)}
-    assert set(after.source.keys()) == keys
+    assert set(after.source.types) == keys
     assert after.source.load("model.layers.3.bias").isfinite().all()

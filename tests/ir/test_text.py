@@ -67,7 +67,7 @@ def test_the_text_of_the_manual_is_a_fixed_point() -> None:
     assert print_program(program) == TEXT
     assert program.stage is Stage.LOWERED
     assert program.meta["config"] == {"hidden_size": 4, "scale": 1.5}
-    assert program.source.type("w") == TensorType(DType.f32, (4,))
+    assert program.source.types["w"] == TensorType(DType.f32, (4,))
     graph = program.entries["step"]
     assert graph.aliases == ((1, 1),)
     assert graph.output_names == ("out", "present", "w/a-b")

@@ -24,7 +24,7 @@ from dsc.ir.weights import (
 
 A, C = torch.arange(12.0).reshape(3, 4), torch.arange(8.0).reshape(2, 4) + 100
 TENSORS = DictSource({"a": A, "c": C})
-SOURCE_A, SOURCE_C = (Source(k, TENSORS.type(k)) for k in "ac")
+SOURCE_A, SOURCE_C = (Source(k, TENSORS.types[k]) for k in "ac")
 
 
 def test_slices_concat_and_stack() -> None:
@@ -55,7 +55,7 @@ def test_dequantising_blocks_is_right_at_partial_edges(n: int, k: int, p: int, q
     w = torch.randn(n, k, generator=generator).to(torch.float8_e4m3fn)
     scale = torch.rand(-(-n // p), -(-k // q), generator=generator)
     tensors = DictSource({"w": w, "s": scale})
-    stored = apply("scaled", *(Source(x, tensors.type(x)) for x in "ws"), block=(p, q))
+    stored = apply("scaled", *(Source(x, tensors.types[x]) for x in "ws"), block=(p, q))
     expr = apply("dequantize", stored, dtype=DType.f32)
     made = evaluate(expr, tensors)
     for i in range(n):
@@ -68,7 +68,7 @@ def test_09_partial_fp8_blocks() -> None:
     w = torch.ones(576, 256).to(torch.float8_e4m3fn)
     scale = torch.arange(10.0).reshape(5, 2)
     tensors = DictSource({"w": w, "s": scale})
-    stored = apply("scaled", *(Source(x, tensors.type(x)) for x in "ws"), block=(128, 128))
+    stored = apply("scaled", *(Source(x, tensors.types[x]) for x in "ws"), block=(128, 128))
     expr = apply("dequantize", stored, dtype=DType.bf16)
     made = evaluate(expr, tensors)
     assert made.dtype == torch.bfloat16
@@ -95,14 +95,14 @@ def test_expressions_are_typed_when_made() -> None:
 def test_sources_know_types_and_layer() -> None:
     meta = MetaSource({"a": TensorType(DType.bf16, (9,)), "z": TensorType(DType.i8, (1,))})
     both = LayeredSource((TENSORS, meta))
-    assert list(both.keys()) == ["a", "c", "z"]
-    assert both.type("a") == TensorType(DType.f32, (3, 4))
-    assert both.type("z") == TensorType(DType.i8, (1,))
+    assert sorted(both.types) == ["a", "c", "z"]
+    assert both.types["a"] == TensorType(DType.f32, (3, 4))
+    assert both.types["z"] == TensorType(DType.i8, (1,))
     assert torch.equal(both.load("c"), C)
     with pytest.raises(UsageError, match="no weight values"):
         both.load("z")
     with pytest.raises(KeyError):
-        both.type("q")
+        both.types["q"]
 
 
 @pytest.mark.parametrize("dtype", [d for d in DType if d is not DType.i4])

@@ -21,8 +21,9 @@ from typing import TYPE_CHECKING
 
 from dsc.errors import CheckpointError, UsageError
 from dsc.files import why_no_file
-from dsc.frontends.strict_json import JsonObject, parse_object
 from dsc.ir.types import MAX_RANK, SAFETENSORS, DType, TensorType
+from dsc.ir.weights import WeightSource
+from dsc.strict_json import JsonObject, parse_object
 
 if TYPE_CHECKING:
     import torch
@@ -111,20 +112,13 @@ class SafetensorsFile:
         return flat.view(dtype).view(shape)
 
 
-@dataclass(frozen=True)
-class SafetensorsSource:
-    """All tensors of a checkpoint, each in the file that holds it. A `WeightSource`."""
+class SafetensorsSource(WeightSource):
+    """All tensors of a checkpoint, each in the file that holds it."""
 
-    files: Mapping[str, SafetensorsFile]
-
-    def keys(self) -> Iterable[str]:
-        """All tensor names."""
-        return self.files.keys()
-
-    def type(self, key: str) -> TensorType:
-        """Element type and shape of a tensor. `KeyError` when there is none."""
-        entry = self.files[key].entries[key]
-        return TensorType(entry.dtype, entry.shape)
+    def __init__(self, files: Mapping[str, SafetensorsFile]) -> None:
+        self.files = files
+        entries = ((key, file.entries[key]) for key, file in files.items())
+        self.types = {key: TensorType(each.dtype, each.shape) for key, each in entries}
 
     def load(self, key: str) -> torch.Tensor:
         """The tensor, a view of its mapped file: writing to it faults. `KeyError`."""
