@@ -42,8 +42,8 @@ Support: TypeAlias = Yes | No
 class Capabilities:
     """What passes need to know of a backend, as data.
 
-    `in_place_cache`: KV caches are preallocated and written in place. `states`: how the states that
-    its executables hold may be stored (`dsc.ir.interface`). `experts`: it has grouped GEMMs, and
+    `states`: how the states that its executables hold may be stored (`dsc.ir.interface`), first how
+    KV caches are where nobody asks for pages. `experts`: it has grouped GEMMs, and
     this is what its kernels for experts cost. `shared_experts`: a shared expert is cheaper as one
     more of the routed ones, in one stack of weights, than as linears of its own. `absorbed`: wants
     decode and extend in the absorbed form. `entries`: the entry graphs it wants of a causal LM.
@@ -53,8 +53,7 @@ class Capabilities:
     it takes as they are stored. `options`: what it reads of `backend_options`.
     """
 
-    in_place_cache: bool = False
-    states: frozenset[Storage] = frozenset({Storage.GROWN, Storage.CONTIGUOUS})
+    states: tuple[Storage, ...] = (Storage.GROWN, Storage.CONTIGUOUS)
     experts: ExpertKernels | None = None
     shared_experts: bool = False
     absorbed: bool = True

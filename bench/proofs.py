@@ -27,7 +27,7 @@ from tests.whole_pipeline import Setting, Tally, check, settings
 
 PROGRAMS, SHARES = 2000, 10
 LEVELS = range(4)
-UNASKED = frozenset({"page_cache", "merge_shared_expert", "cut_at_collectives", "raise_registered"})
+UNASKED = frozenset({"merge_shared_expert", "cut_at_collectives", "raise_registered"})
 """Passes that no setting of the random programs asks for, or too few do."""
 
 

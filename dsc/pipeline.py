@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 from dsc.backends.base import Backend, Capabilities, check_supported
 from dsc.errors import UnsupportedOperator, UsageError, one_of
 from dsc.ir.interface import Storage
+from dsc.ir.paging import PAGE
 from dsc.ir.program import Program
 from dsc.ir.regions import FUSION_LEVELS, RegionLimits
 from dsc.ir.stages import Stage
@@ -117,12 +118,8 @@ SLOTS = (
     Slot(Part.OPTIMISE, "absorb_mla", lambda s: s.can.absorbed),
     Slot(
         Part.OPTIMISE, "append_cache_in_place",
-        lambda s: s.can.in_place_cache and s.asked.cache != PAGED,
-        lambda s: {"slack": s.asked.prefill_chunk},
-    ),
-    Slot(
-        Part.OPTIMISE, "page_cache", lambda s: s.asked.cache == PAGED,
-        lambda s: {"slack": s.asked.prefill_chunk},
+        lambda s: s.can.states[0] is Storage.CONTIGUOUS or s.asked.cache == PAGED,
+        lambda s: {"slack": s.asked.prefill_chunk, "page": PAGE * (s.asked.cache == PAGED)},
     ),
     Slot(
         Part.OPTIMISE, "shard", lambda s: s.asked.ranks != 1,
@@ -276,10 +273,10 @@ def _check_states(program: Program, name: str, capabilities: Capabilities) -> No
 
 
 def _check_paged(program: Program, records: Sequence[PassRecord]) -> None:
-    """Raise `UnsupportedOperator` with what `page_cache` met, unless the program has pages."""
+    """Raise `UnsupportedOperator` with what kept the caches out of pages, unless they are there."""
     if program.page is not None:
         return
-    met = next(r.report.near for r in records if r.name == "page_cache")
+    met = next(r.report.near for r in records if r.name == "append_cache_in_place")
     lines = [f"{m.reason} (at {m.where})" if m.where else m.reason for m in met]
     raise UnsupportedOperator(
         f"the caches of {program.name} cannot be put into pages:\n"

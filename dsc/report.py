@@ -16,7 +16,7 @@ from dsc.ir.costs import Costs, Sizes, node_costs, step_sizes, total
 from dsc.ir.graph import Graph, Node
 from dsc.ir.interface import Storage
 from dsc.ir.layers import by_layer, home, layer_of
-from dsc.ir.limits import Limits
+from dsc.ir.limits import STEP, Limits
 from dsc.ir.program import Program, is_causal_step
 from dsc.ir.weights import source_types
 from dsc.rewrite.manager import PassRecord
@@ -91,7 +91,7 @@ def launches_by_layer(graph: Graph, plans: Sequence[EntryPlan]) -> dict[str, int
 def sizes_at(program: Program, graph: Graph, name: str, context: int) -> dict[str, int]:
     """Sizes of a graph's symbols at a point: one sequence, `context` tokens in its cache."""
     new = NEW_TOKENS.get(name, CHUNK)
-    sizes = {"S": new} if is_causal_step(graph) else {}
+    sizes = {STEP: new} if is_causal_step(graph) else {}
     return sizes | step_sizes(graph, 1, new, context, program.symbols)
 
 

@@ -35,6 +35,7 @@ from functools import partial
 from dsc.ir.dims import Range, bounds, product
 from dsc.ir.expert_forms import ExpertKernels, ExpertLayer, direct_pays
 from dsc.ir.graph import GraphBuilder, Node, Operand, Value
+from dsc.ir.limits import STEP
 from dsc.ir.program import Program
 from dsc.ir.stages import Stage
 from dsc.rewrite.base import Pass, PassReport
@@ -81,12 +82,12 @@ class LowerMoeDispatch(Pass):
 def ranges_of(program: Program, entry: str) -> dict[str, Range]:
     """The ranges of the symbols in an entry: new tokens as the guards give them to it."""
     ranges, steps = dict(program.symbols), {g.entry: g.step for g in program.guards}
-    if entry not in steps or "S" not in ranges:
+    if entry not in steps or STEP not in ranges:
         return ranges
-    known, limit = ranges["S"], steps[entry]
+    known, limit = ranges[STEP], steps[entry]
     low = max([known.lo, *(n + 1 for n in steps.values() if n and (not limit or n < limit))])
     high = min(limit or known.hi, known.hi)
-    return {**ranges, "S": Range(min(low, high), high)}
+    return {**ranges, STEP: Range(min(low, high), high)}
 
 
 def _direct(

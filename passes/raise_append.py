@@ -30,6 +30,7 @@ from typing import Any, ClassVar
 
 from dsc.ir.dims import Dim, product
 from dsc.ir.graph import Graph, GraphBuilder, Node, Operand, Value
+from dsc.ir.limits import BATCH, PAST
 from dsc.ir.types import DType, TensorType
 from dsc.ir.weights import random_tensor
 from dsc.passes._views import VIEW_RULES
@@ -95,7 +96,7 @@ class Append(Rule):
         import torch
 
         if value.name == LENGTHS:
-            return torch.full((env["B"],), env["P"])
+            return torch.full((env[BATCH],), env[PAST])
         return random_tensor(value.type, f"{seed}:{value.name}")
 
     def propose(self, scope: Scope, node: Node) -> Match | Reject | None:

@@ -31,11 +31,10 @@ from typing import Any, ClassVar
 from dsc.ir.dims import Dim, product
 from dsc.ir.graph import GraphBuilder, Node, Operand, Value
 from dsc.ir.types import DType
-from dsc.ir.weights import random_tensor
 from dsc.passes._masks import classify
 from dsc.passes._spelled_attention import Spelling, leaves, spelled_out, whole
 from dsc.passes._views import VIEW_RULES
-from dsc.passes.raise_append import LENGTHS, lengths_of
+from dsc.passes.raise_append import Append, lengths_of
 from dsc.rewrite import lift
 from dsc.rewrite.driver import RaisePass
 from dsc.rewrite.rule import Facts, Match, Reject, Result, RewriteBuilder, Rule, reject
@@ -116,11 +115,7 @@ class Attention(Rule):
 
     def sample(self, value: Value, env: Mapping[str, int], seed: int) -> Any:
         """A full past."""
-        import torch
-
-        if value.name == LENGTHS:
-            return torch.full((env["B"],), env["P"])
-        return random_tensor(value.type, f"{seed}:{value.name}")
+        return Append().sample(value, env, seed)
 
     def propose(self, scope: Scope, node: Node) -> Match | Reject | None:
         """Queries, keys, values, mask and scale, and how their axes lie."""

@@ -38,7 +38,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from dsc.ir.graph import Node, Operand, Value, Weight
-from dsc.ir.op import named
+from dsc.ir.op import traits_of
 from dsc.ir.traits import Role
 from dsc.ir.types import DType
 from dsc.ir.weights import apply
@@ -56,8 +56,8 @@ _GLUE = _MOVES | {
     "ne", "lt", "le", "gt", "ge", "logical_and", "logical_or", "logical_not",
 }  # fmt: skip
 """What only moves tokens, indices and weights about."""
-_BETWEEN = named(Role.POINTWISE) | VIEWS | _PRODUCTS | {"concat"}
-"""What may lie between the two products."""
+_BETWEEN = VIEWS | _PRODUCTS | {"concat"}
+"""What may lie between the two products, beside pointwise operators."""
 
 
 class Experts(Rule):
@@ -186,7 +186,7 @@ def _earlier(scope: Scope, node: Node, down: Weight) -> Iterator[Node]:
             made = scope.producer(operand)
             if made is None or id(made) in visited or not operand.type.dtype.is_float:
                 continue
-            if made.op not in _BETWEEN:
+            if made.op not in _BETWEEN and traits_of(made.op).role is not Role.POINTWISE:
                 continue
             visited.add(id(made))
             other = _stacked(scope, made)

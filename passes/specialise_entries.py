@@ -25,12 +25,12 @@ from dataclasses import dataclass, replace
 from dsc.ir.dims import Dim
 from dsc.ir.graph import Graph
 from dsc.ir.interface import Guard
+from dsc.ir.limits import STEP, WANTED
 from dsc.ir.program import Program
 from dsc.ir.stages import Stage
 from dsc.rewrite.base import Pass, PassReport
 from dsc.rewrite.options import option
 
-STEP = "step"
 ENTRIES = ("decode", "extend", "prefill")
 
 
@@ -44,7 +44,7 @@ class SpecialiseEntries(Pass):
 
     def run(self, program: Program, report: PassReport) -> Program:
         """Substitute and rename; other programs pass unchanged."""
-        step = program.entries.get(STEP)
+        step = program.entries.get("step")
         if step is None:
             return program
         made = {name: replace(_specialised(step, name), name=name) for name in self.entries}
@@ -78,5 +78,5 @@ def break_even(step: Graph) -> int:
 
 
 def _specialised(step: Graph, name: str) -> Graph:
-    env: dict[str, Dim] = {"S": 1, "L": 1}
+    env: dict[str, Dim] = {STEP: 1, WANTED: 1}
     return step.substitute(env) if name == "decode" else step

@@ -15,6 +15,7 @@ from dsc import backends, pipeline
 from dsc.backends.base import Capabilities
 from dsc.backends.reference import ReferenceBackend
 from dsc.errors import UnsupportedOperator
+from dsc.ir.interface import Storage
 from dsc.ir.parser import parse_program
 from dsc.ir.printer import print_program
 from dsc.ir.program import Program
@@ -44,7 +45,7 @@ class InPlace(ReferenceBackend):
 
     def capabilities(self, target: Target) -> Capabilities:
         """Every fusion level, caches in place."""
-        return replace(super().capabilities(target), in_place_cache=True)
+        return replace(super().capabilities(target), states=(Storage.CONTIGUOUS,))
 
 
 @dataclass(frozen=True)

@@ -42,8 +42,7 @@ class NullBackend:
         targets = ("cpu", *(f"{kind}:{arch}" for kind, archs in KNOWN.items() for arch in archs))
         return Capabilities(
             targets=targets,
-            in_place_cache=True,
-            states=frozenset(Storage),
+            states=(Storage.CONTIGUOUS, *Storage),
             fuse=3,
             collectives=True,
             formats=tuple(CODINGS),

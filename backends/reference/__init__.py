@@ -39,7 +39,7 @@ class ReferenceBackend:
         return Capabilities(
             fuse=3,
             collectives=True,
-            states=frozenset(Storage),
+            states=tuple(Storage),
             formats=tuple(CODINGS),
         )
 

@@ -30,6 +30,7 @@ from dsc.errors import ArtifactError, BackendUnavailable, UsageError
 from dsc.ir.expert_forms import ExpertKernels
 from dsc.ir.graph import Node
 from dsc.ir.index_ranges import giving_indices, index_ranges
+from dsc.ir.interface import Storage
 from dsc.ir.op import named
 from dsc.ir.paging import reads_pages
 from dsc.ir.program import Program
@@ -64,7 +65,7 @@ class TritonBackend:
         """Caches in place, experts one by one or as grouped GEMMs, absorbed decode."""
         return Capabilities(
             options=("compile",),
-            in_place_cache=True,
+            states=(Storage.CONTIGUOUS, Storage.GROWN),
             experts=EXPERTS,
             shared_experts=True,
             absorbed=True,

@@ -48,8 +48,7 @@ class TvmBackend:
         """
         return Capabilities(
             options=("form", "tune"),
-            in_place_cache=True,
-            states=frozenset({Storage.GROWN, Storage.CONTIGUOUS, Storage.PAGED}),
+            states=(Storage.CONTIGUOUS, Storage.GROWN, Storage.PAGED),
             experts=EXPERTS,
             shared_experts=True,
             fuse=3,

@@ -12,6 +12,7 @@ from typing import Any
 from dsc.ir.analyses import Cost, cost, elements_taken
 from dsc.ir.dims import Range, evaluate
 from dsc.ir.graph import Graph, Node, Value, Weight
+from dsc.ir.limits import BATCH, PAST, STEP, WANTED, cache_sizes
 from dsc.ir.paging import page_rows
 
 Sizes = Mapping[str, int]
@@ -26,9 +27,8 @@ def step_sizes(
     Of pages there are as many as hold them. A size outside of its range is the nearest inside: a
     capacity has a lower bound of its own, a past an upper one.
     """
-    pages = -(-(context + new) // (page_rows(graph) or 1))
-    wanted = {"B": batch, "S": new, "L": 1, "P": context, "C": context + new}
-    wanted |= {"M": pages, "N": batch * pages}
+    wanted = {BATCH: batch, STEP: new, WANTED: 1, PAST: context}
+    wanted |= cache_sizes(batch, context + new, page_rows(graph) or 1)
     symbols = sorted({s for v in graph.values() for s in v.type.symbols})
     sizes = {s: wanted.get(s, 1) for s in symbols}
     return {s: ranges[s].nearest(n) if ranges and s in ranges else n for s, n in sizes.items()}

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from dsc.ir.analyses import Use, uses
 from dsc.ir.dims import evaluate
 from dsc.ir.graph import Graph, Node, Value
+from dsc.ir.limits import CAPACITY, PAST
 from dsc.ir.op import lookup, traits_of
 from dsc.ir.paging import BLOCK_TABLE, page_rows
 from dsc.ir.traits import DISTINCT, FROM_FIRST, Role
@@ -120,12 +121,12 @@ def _causal(
 
     ints = {v.name for v in graph.inputs if v.type.dtype is DType.i64}
     if "lengths" in ints:
-        past = torch.full_like(inputs["lengths"], sizes.get("P", _capacity(graph, inputs, sizes)))
+        past = torch.full_like(inputs["lengths"], sizes.get(PAST, _capacity(graph, inputs, sizes)))
         given = past if lengths is None else torch.tensor(list(lengths))
         inputs["lengths"] = given.to(past.dtype)
     if "positions" in ints and inputs["positions"].dim() == 2:
         new = torch.arange(inputs["positions"].shape[1])
-        first = inputs["lengths"] if "lengths" in ints else torch.tensor([sizes.get("P", 0)])
+        first = inputs["lengths"] if "lengths" in ints else torch.tensor([sizes.get(PAST, 0)])
         inputs["positions"] = (first[:, None] + new).expand_as(inputs["positions"]).clone()
     if "logits_at" in ints and "input_ids" in inputs:
         rows = inputs["input_ids"].shape[1]
@@ -141,4 +142,4 @@ def _capacity(graph: Graph, inputs: Mapping[str, torch.Tensor], sizes: Mapping[s
     rows = page_rows(graph)
     if rows is not None and BLOCK_TABLE in inputs:
         return max(0, inputs[BLOCK_TABLE].shape[1] * rows - new)
-    return max(0, sizes.get("C", new) - new)
+    return max(0, sizes.get(CAPACITY, new) - new)

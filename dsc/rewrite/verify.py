@@ -15,6 +15,7 @@ from dsc.errors import DscError, VerificationError
 from dsc.ir.dims import Sym, free_symbols
 from dsc.ir.graph import Graph, Node, Value
 from dsc.ir.interpreter import Interpreter
+from dsc.ir.limits import BATCH, PAST, STEP, WANTED, cache_sizes
 from dsc.ir.op import TypeMismatch, lookup
 from dsc.ir.paging import BLOCK_TABLE, gathered, page_rows, scattered
 from dsc.ir.program import Program
@@ -33,9 +34,9 @@ WIDEST = 200_000_000
 MOST_EXCLUDED = 0.01
 """The largest fraction of decisions (and always one) that near-ties may excuse."""
 SIZES: tuple[Sizes, ...] = (
-    {"B": 2, "S": 3, "P": 5, "L": 2},
-    {"B": 1, "S": 1, "P": 4, "L": 1},
-    {"B": 2, "S": 4, "P": 0, "L": 3},
+    {BATCH: 2, STEP: 3, PAST: 5, WANTED: 2},
+    {BATCH: 1, STEP: 1, PAST: 4, WANTED: 1},
+    {BATCH: 2, STEP: 4, PAST: 0, WANTED: 3},
 )
 _OTHER, _SPARE = 3, 2
 
@@ -154,10 +155,11 @@ def _cases(
     cases: dict[tuple[Any, ...], Case] = {}
     for wanted in sizes:
         env = {s: _clamped(before, s, wanted.get(s, _OTHER)) for s in _symbols(first)} | fixed
-        if "L" in env and "L" not in fixed:
-            env["L"] = max(1, env["L"])
-        rows = env.get("P", wanted.get("P", 0)) + env.get("S", wanted.get("S", 1))
-        room = _room(second, rows, env.get("B", wanted.get("B", 1)))
+        if WANTED in env and WANTED not in fixed:
+            env[WANTED] = max(1, env[WANTED])
+        rows = env.get(PAST, wanted.get(PAST, 0)) + env.get(STEP, wanted.get(STEP, 1))
+        batch = env.get(BATCH, wanted.get(BATCH, 1))
+        room = cache_sizes(batch, rows, page_rows(second) or rows + _SPARE, _SPARE)
         env |= {s: _clamped(before, s, n) for s, n in room.items() if s in _symbols(first)}
         other = {**wanted, **room, **env}
         later = {s: _clamped(after, s, other.get(s, _OTHER)) for s in _symbols(second)}
@@ -168,15 +170,9 @@ def _cases(
     return list(cases.values())
 
 
-def _room(graph: Graph, rows: int, batch: int) -> dict[str, int]:
-    """Capacity, blocks a sequence and pages in all, with some to spare, where `rows` are needed."""
-    blocks = -(-rows // (page_rows(graph) or rows or 1))
-    return {"C": rows + _SPARE, "M": blocks, "N": batch * blocks + _SPARE}
-
-
 def _fillings(first: Graph, second: Graph, env: Sizes) -> Iterator[tuple[int, ...] | None]:
     yield None
-    batch, past = env.get("B", 1), env.get("P", 0)
+    batch, past = env.get(BATCH, 1), env.get(PAST, 0)
     if batch > 1 and past > 0 and _is_ragged(first) and _is_ragged(second):
         yield tuple(past if b == 0 else max(0, past - 2 * b) for b in range(batch))
 
@@ -311,7 +307,7 @@ class _Run:
                 f" and is {made.dtype} {tuple(made.shape)}"
             )
             return
-        if near and wanted.dim() and len(wanted) == self.case.before.get("B"):
+        if near and wanted.dim() and len(wanted) == self.case.before.get(BATCH):
             keep = [b for b in range(len(wanted)) if b not in near]
             wanted, made = wanted[keep], made[keep]
         relative = relative_difference(wanted, made)
@@ -331,9 +327,9 @@ class _Run:
         """The rows of a cache that hold tokens, of all sequences one after another."""
         import torch
 
-        if "P" not in self.case.before:  # written in place before already: all rows are given
+        if PAST not in self.case.before:  # written in place before already: all rows are given
             return wanted, made
-        past = self.case.before["P"]
+        past = self.case.before[PAST]
         new = wanted.shape[1] - past
         lengths = self.case.lengths or (past,) * wanted.shape[0]
         if new < 0 or any(n + new > made.shape[1] for n in lengths):
@@ -347,7 +343,7 @@ class _Run:
     def _near(self, oracle: Routing, routing: Routing) -> set[int]:
         """Sequences with a near-tie in either program, where only one of them has routers."""
         decisions = [*oracle.seen, *routing.seen]
-        batch = self.case.before.get("B", 1)
+        batch = self.case.before.get(BATCH, 1)
         near: set[int] = set()
         for decision in decisions:
             tokens = (decision.margins < NEAR).nonzero().flatten().tolist()

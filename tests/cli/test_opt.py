@@ -123,7 +123,7 @@ def mutated(text: str, rng: random.Random) -> str:
 def test_a_text_that_somebody_damaged_is_a_program_or_one_located_error() -> None:
     rng = random.Random(0)
     traced = (DATA / "traced" / "v3.dsc").read_text()
-    raised = document("fuse", "After"), document("page_cache", "Before")
+    raised = document("fuse", "After"), document("append_cache_in_place", "Before")
     texts = [SMALL_LM.read_text(), *raised, traced]
     outcomes = Counter[str]()
     for round_ in range(600):

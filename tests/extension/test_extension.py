@@ -27,6 +27,7 @@ from dsc.ir.printer import print_program
 from dsc.ir.program import Program
 from dsc.ir.stages import Stage
 from dsc.ir.verifier import verify
+from dsc.passes.append_cache_in_place import AppendCacheInPlace
 from dsc.passes.raise_registered import RaiseRegistered
 from dsc.passes.shard import Shard
 from dsc.rewrite import registered
@@ -96,6 +97,19 @@ def test_it_is_costed(raised: Program) -> None:
     assert cost(first).flops == 24 * batch
     assert cost(first).read == cost(first).written == 32 * batch
     assert (cost(second).flops, cost(second).written) == (16 * batch, 4 * batch)
+
+
+def test_rows_of_a_cache_that_it_maps_are_written_in_place(package: ModuleType) -> None:
+    """Which operators keep rows apart is asked when a pass runs, not when it is imported."""
+    text = """graph main(%q: f32[B,S,2,4], %past: f32[B,P,8], %new: f32[B,S,8], %n: i64[B]) {
+      %c = append %past, %new, %n : f32[B,P+S,8]
+      %r = squared_relu %c : f32[B,P+S,8]
+      %k = reshape %r {shape=[B,P+S,2,4]} : f32[B,P+S,2,4]
+      %y = attention %q, %k, %k, %n {causal=true, scale=0.5} : f32[B,S,2,4]
+      return %y, %c as "present" updates %past
+    }"""
+    after = AppendCacheInPlace().run(program_of(text, Stage.CANONICAL), PassReport())
+    assert after.entries["main"].nodes[0].op == "cache_write"
 
 
 def test_a_pass_that_parts_it_takes_it_whole_and_says_why(raised: Program) -> None:

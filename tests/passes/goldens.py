@@ -54,7 +54,7 @@ _MERGED = f"{_ABSORBED},append_cache_in_place{{slack=8}},merge_projections"
 AFTER = {
     "absorb_mla": _ABSORBED,
     "append_cache_in_place": f"{_ABSORBED},append_cache_in_place{{slack=8}}",
-    "page_cache": f"{_ABSORBED},page_cache",
+    "in_pages": f"{_ABSORBED},append_cache_in_place{{page=64}}",
     "shard": f"{_ABSORBED},shard",
     "lower_moe_dispatch": f"{_ABSORBED},lower_moe_dispatch",
     "merge_projections": f"{_ABSORBED},merge_projections",

@@ -13,6 +13,7 @@ from dsc.backends.base import Capabilities
 from dsc.backends.reference import ReferenceExecutable
 from dsc.errors import UsageError, VerificationError
 from dsc.ir.graph import Graph
+from dsc.ir.interface import Storage
 from dsc.ir.interpreter import Interpreter
 from dsc.ir.op import named
 from dsc.ir.parser import parse_program
@@ -309,7 +310,7 @@ def test_the_cut_is_compared_as_a_whole() -> None:
 def test_the_cut_of_a_program_too_wide_to_interpret_is_verified() -> None:
     manager = Manager(Watch(verify_each=True))
     manager.twin = Twin(widest=0)
-    can = Capabilities(in_place_cache=True)
+    can = Capabilities(states=(Storage.CONTIGUOUS,))
     asked = pipeline.PipelineOptions(ranks=2, fusion_level=0)
     manager.run(canonical_lm(SIZES), pipeline.passes_for(canonical_lm(SIZES), can, asked))
     *_, last = manager.records

@@ -155,6 +155,7 @@ CACHED = """graph main(%q: f32[B,S,2,4], %past: f32[B,P,8], %new: f32[B,S,8], %n
         ("%m = arange {start=P, end=P+S, dtype=i64} : i64[S]", ", %m"),
         ("%m = attention %q, %k, %k {causal=true, scale=0.5} : f32[B,S,2,4]", ", %m"),
         ("", ', %past as "old"'),
+        ("%o = neg %n\n%m = attention %q, %k, %k, %o {causal=true, scale=0.5}", ", %m"),
     ],
 )
 def test_a_cache_read_past_its_end_is_not_written_in_place(line: str, out: str) -> None:

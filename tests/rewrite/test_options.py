@@ -69,7 +69,7 @@ def test_the_passes_of_every_backend_are_text_that_gives_them_again(
     assert read(text(passes)) == passes
     assert text(read(text(passes))) == text(passes)
     assert ("ranks=4,parallel=ep" in text(passes)) == (ranks == 4)
-    assert ("slack=64" in text(passes)) == can.in_place_cache
+    assert ("slack=64" in text(passes)) == (can.states[0] is Storage.CONTIGUOUS)
     assert ("kernels=" + backend in text(passes)) == (can.experts is not None)
     levels = {0: "level=0,asked=1"}
     assert levels.get(can.fuse, "level=1") in text(passes)
@@ -167,11 +167,10 @@ def test_the_list_has_each_pass_once_and_they_run_in_its_order() -> None:
     order = list(pipeline.PASSES)
     assert len(order) == len(pipeline.SLOTS) == len(set(order))
     everything = Capabilities(
-        in_place_cache=True,
         experts=ExpertKernels(True, 1, 1.0, 1),
         shared_experts=True,
         fuse=3,
-        states=frozenset(Storage),
+        states=(Storage.CONTIGUOUS, *Storage),
     )
     traced = canonical_lm(Sizes()).at(Stage.TRACED)
     runs = [names(traced, everything, **asked) for asked in ({}, {"ranks": 2}, {"cache": "paged"})]
@@ -197,8 +196,9 @@ def test_each_condition_of_the_list_decides() -> None:
     assert added(shared) == {"merge_shared_expert"}
     assert added(shared, fusion_level=2) == set()
     assert added({"absorbed": True}) == {"absorb_mla"}
-    assert added({"in_place_cache": True}) == {"append_cache_in_place"}
-    assert added({"in_place_cache": True}, cache="paged") == {"page_cache"}
+    in_place = {"append_cache_in_place"}
+    assert added({"states": (Storage.CONTIGUOUS, Storage.GROWN)}) == in_place
+    assert added({"states": tuple(Storage)}, cache="paged") == in_place
     assert added(shared, ranks=2) == {"shard", "cut_at_collectives"}
     assert added({"collectives": True}, ranks=2) == {"shard"}
     assert added({"experts": ExpertKernels(True, 1, 1.0, 1)}) == {"lower_moe_dispatch"}

@@ -25,7 +25,7 @@ from dsc.ir.program import Program
 from dsc.ir.stages import Stage
 from dsc.ir.types import DType
 from dsc.ir.verifier import verify
-from dsc.passes.page_cache import PageCache
+from dsc.passes.append_cache_in_place import AppendCacheInPlace
 from dsc.report import cache_bytes
 from dsc.rewrite.base import PassReport
 from dsc.rewrite.verify import compare_programs
@@ -41,6 +41,7 @@ from tests.test_report import v3 as v3  # the fixture
 
 CONTEXT, CHUNK = 200, 24
 BACKENDS = ["reference", "tvm"]
+IN_PAGES = AppendCacheInPlace(page=PAGE)
 V3_BYTES = 61 * (512 + 64) * 2
 
 
@@ -194,9 +195,9 @@ def entries(program: Program) -> Program:
 @pytest.mark.parametrize("page", [PAGE, 4, 2])
 def test_the_pass_keeps_what_is_computed(page: int) -> None:
     before = entries(small_lm())
-    after = PageCache(page).run(before, PassReport())
+    after = AppendCacheInPlace(page=page).run(before, PassReport())
     verify(after)
-    found = compare_programs(before, after, PageCache.tolerance)
+    found = compare_programs(before, after, AppendCacheInPlace.tolerance)
     assert found.ok, found
     assert found.runs == 13
     nodes = [n for g in after.entries.values() for n in g.nodes if takes_pages(n.op)]
@@ -207,7 +208,7 @@ def test_the_pass_keeps_what_is_computed(page: int) -> None:
 
 def test_a_program_in_pages_is_sharded_by_heads() -> None:
     model = canonical_lm(Sizes(heads=4, value=12), 4, CONTEXT)
-    before = pipeline.apply(model, ["specialise_entries", "absorb_mla", "page_cache"])
+    before = pipeline.apply(model, ["specialise_entries", "absorb_mla", IN_PAGES])
     each, report = pipeline.make("shard", ranks=2), PassReport()
     after = each.run(before, report)
     assert report.fired["heads"] == 2 * len(after.entries)
@@ -218,7 +219,7 @@ def test_a_program_in_pages_is_sharded_by_heads() -> None:
 def test_a_wrong_page_would_be_seen() -> None:
     """The check behind the pass can fail: reads through a table that is one page off."""
     before = entries(small_lm())
-    after = PageCache(2).run(before, PassReport())
+    after = AppendCacheInPlace(page=2).run(before, PassReport())
 
     def off(graph: Graph) -> Graph:
         nodes = []
@@ -230,7 +231,7 @@ def test_a_wrong_page_would_be_seen() -> None:
                 nodes.append(node)
         return graph.with_nodes(nodes)
 
-    assert not compare_programs(before, after.map_entries(off), PageCache.tolerance).ok
+    assert not compare_programs(before, after.map_entries(off), AppendCacheInPlace.tolerance).ok
 
 
 PLAIN = """graph main(%q: f32[B,S,2,4], %qr: f32[B,S,2,2], %c: f32[B,S,4], %r: f32[B,S,2],
@@ -247,9 +248,9 @@ PLAIN = """graph main(%q: f32[B,S,2,4], %qr: f32[B,S,2,2], %c: f32[B,S,4], %r: f
     ("old", "new", "reason"),
     [
         ("return %o,", "%z = neg %latent\nreturn %o, %z,", "neg reads the cache past.latent"),
-        ("return %o,", "%z = neg %past.rope\nreturn %o, %z,", "past.rope is used besides"),
+        ("return %o,", "%z = neg %past.rope\nreturn %o, %z,", "past.rope is read elsewhere"),
         ("%rope, %n {scale", "%rope, %m {scale", "written and read at different lengths"),
-        (' updates %past.latent', "", "no declared update"),
+        (' updates %past.latent', "", "updates no declared cache"),
         ("return %o,", "%block_table = neg %c\nreturn %o,", "there is a block_table already"),
         ("%m: i64[B],", "%m: i64[B], %p: f32[P],", "%p has the extent P"),
     ],
@@ -257,7 +258,7 @@ PLAIN = """graph main(%q: f32[B,S,2,4], %qr: f32[B,S,2,2], %c: f32[B,S,4], %r: f
 def test_what_has_no_pages_stays(old: str, new: str, reason: str) -> None:
     assert old in PLAIN
     program, report = program_of(PLAIN.replace(old, new, 1), Stage.CANONICAL), PassReport()
-    after = PageCache().run(program, report)
+    after = AppendCacheInPlace(page=PAGE).run(program, report)
     assert after.entries == program.entries
     assert any(reason in why for _, _, why in report.missed), report.missed
 
@@ -286,7 +287,7 @@ def test_a_backend_without_pages_says_so(backend: str) -> None:
 
 
 def test_the_figures_of_v3_in_pages(v3: Program) -> None:
-    paged = PageCache().run(v3, PassReport())
+    paged = AppendCacheInPlace(page=PAGE).run(v3, PassReport())
     assert cache_bytes(paged) == cache_bytes(v3) == V3_BYTES == 70_272
     sizes = {"B": 1, "M": 4, "N": 99, "P": 255}
     for op in ("latent_attention", "mla_attention"):

@@ -15,6 +15,7 @@ from dsc.errors import UsageError
 from dsc.ir.analyses import producers
 from dsc.ir.dims import Range
 from dsc.ir.graph import Graph, Node
+from dsc.ir.interface import Storage
 from dsc.ir.interpreter import Interpreter, run_graph
 from dsc.ir.lanes import COLLECTIVE, LANES, lane_of
 from dsc.ir.program import Program
@@ -67,7 +68,7 @@ def sharded(ranks: int) -> Program:
     options = pipeline.PipelineOptions(ranks=ranks, fusion_level=0)
     passes = pipeline.passes_for(
         canonical_lm(Sizes(heads=4, inner=52, vocab=50)),
-        Capabilities(in_place_cache=True, collectives=True),
+        Capabilities(states=(Storage.CONTIGUOUS,), collectives=True),
         options,
     )
     return Manager().run(canonical_lm(Sizes(heads=4, inner=52, vocab=50)), passes)
