@@ -1,8 +1,9 @@
 """The artifact: a folder that holds everything needed to run a compiled program.
 
 It is written to a temporary sibling and renamed when complete, so that what is there is whole. The
-manifest lists every file with its size and SHA-256. Hashes give integrity, not authenticity: an
-artifact that holds code loads only if this user built it, or with `trust=True`.
+manifest lists every file with its size and SHA-256, and has a hash of itself. Hashes give
+integrity, not authenticity: an artifact that holds code loads only if this user built it, or with
+`trust=True`.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ from dsc.user_folders import state_folder
 CODE_SUFFIXES = frozenset({".so", ".cubin", ".hsaco", ".ptx", ".py"})
 RUN_SCRIPT = "run.py"
 """Written for people to run; loading an artifact never imports it."""
+SEAL = "sha256"
 MAX_MANIFEST = 64 * 2**20
 TOOLS = ("torch", "transformers", "apache-tvm", "triton", "onnx", "onnxruntime")
 
@@ -144,7 +146,7 @@ def write(
             "rank": rank,
             "files": files,
         }
-        data = _json(manifest)
+        data = sealed(manifest)
         (folder / MANIFEST).write_bytes(data)
         _remember(data)
     return out
@@ -224,6 +226,12 @@ def _steps(program: Program) -> dict[str, Any]:
     }
 
 
+def sealed(manifest: Mapping[str, Any]) -> bytes:
+    """dsc.json, with a hash of all that it says, by which damage to it is seen."""
+    said = {key: value for key, value in manifest.items() if key != SEAL}
+    return _json({**said, SEAL: hashlib.sha256(_json(said)).hexdigest()})
+
+
 def _inside(folder: Path, name: str) -> Path:
     path = folder / name
     if name.startswith("/") or ".." in Path(name).parts or path.is_symlink():
@@ -239,6 +247,12 @@ def _parse_manifest(data: bytes, folder: Path) -> dict[str, Any]:
             raise ArtifactError(
                 f"{folder} holds {manifest['ranks']} ranks, each an artifact of its own",
                 hint=f"open one of them, as {folder / 'rank_0'}",
+            )
+        if data != sealed(manifest):
+            raise ArtifactError(
+                f"{MANIFEST} is not what was compiled: its hash is another",
+                where=str(folder),
+                hint="compile it again",
             )
         for name, facts in manifest["files"].items():
             if not isinstance(name, str) or not isinstance(facts["bytes"], int):

@@ -45,7 +45,11 @@ def check_plan(plan: EntryPlan, ranges: Mapping[str, Range], name: str = "") -> 
 
     Lanes may run as far apart as the plan's waits allow. `name` is the entry's.
     """
-    _Replay(plan, ranges, name).run()
+    try:
+        _Replay(plan, ranges, name).run()
+    except KeyError as unknown:
+        what = f"the launch plan is wrong: nothing says how large {unknown} may be"
+        raise VerificationError(what, where=f"entry {name}") from None
 
 
 class _Arena:

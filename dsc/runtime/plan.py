@@ -173,7 +173,9 @@ class Plan:
             raw = json.loads(data)
             check_format(raw["format"], PLAN)
             return Plan({k: _entry(v) for k, v in raw["entries"].items()}, raw["meta"])
-        except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as problem:
+        except (
+            LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError
+        ) as problem:  # fmt: skip
             raise ArtifactError(f"plan.json is damaged: {problem}") from None
 
 
@@ -242,7 +244,7 @@ def _entry(raw: Mapping[str, Any]) -> EntryPlan:
     launches = (
         Launch(
             x["kernel"], tuple(map(_argument, x["arguments"])), tuple(map(from_json, x["grid"])),
-            x["lane"], tuple(x["waits"]), x["loc"], x["op"], x["node"],
+            x["lane"], tuple(map(int, x["waits"])), x["loc"], x["op"], x["node"],
         )
         for x in raw["launches"]
     )  # fmt: skip

@@ -213,9 +213,19 @@ def test_a_bad_manifest_is_one_clear_error(tmp_path: Path, change: Any) -> None:
     out = write(tmp_path / "out")
     manifest = json.loads((out / "dsc.json").read_text())
     change(manifest)
-    (out / "dsc.json").write_text(json.dumps(manifest))
+    (out / "dsc.json").write_bytes(artifact.sealed(manifest))
     with pytest.raises(ArtifactError):
         artifact.read(out)
+
+
+def test_a_manifest_that_was_changed_is_told(tmp_path: Path) -> None:
+    out = write(tmp_path / "out")
+    manifest = json.loads((out / "dsc.json").read_text())
+    for key in manifest:
+        changed = {**manifest, key: 7} if manifest[key] != 7 else {}
+        (out / "dsc.json").write_text(json.dumps(changed, indent=1, sort_keys=True))
+        with pytest.raises(ArtifactError, match=r"is not what was compiled|format 7"):
+            artifact.read(out)
 
 
 def test_garbage_manifests_are_errors_of_ours(tmp_path: Path) -> None:
@@ -302,3 +312,9 @@ def test_what_an_older_dsc_wrote_is_refused_with_what_to_do(tmp_path: Path) -> N
         with pytest.raises(ArtifactError, match=f"format 1, this dsc reads {FORMAT}") as refused:
             Plan.from_json((out / name).read_bytes()) if name == "plan.json" else artifact.read(out)
         assert refused.value.hint == "compile it again with this version"
+
+
+@pytest.mark.parametrize("damage", [f'{{"format": {FORMAT}, "meta": {"[" * 90000}', "[" * 90000])
+def test_a_plan_that_nests_without_end_is_damaged(damage: str) -> None:
+    with pytest.raises(ArtifactError, match=r"plan\.json is damaged"):
+        Plan.from_json(damage.encode())

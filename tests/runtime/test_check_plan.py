@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from dsc.errors import VerificationError
-from dsc.ir.dims import Range, bounds
+from dsc.ir.dims import Range, bounds, symbol
 from dsc.ir.graph import Graph, Node
 from dsc.ir.lanes import COLLECTIVE, COMPUTE, LANES, LaneOf, lane_of
 from dsc.ir.parser import parse_graph
@@ -275,10 +275,19 @@ def wait_for_the_future(plan: EntryPlan, chooser: random.Random) -> EntryPlan:
     return with_launch(plan, at, waits=(chooser.randrange(at, len(plan.launches) + 1),))
 
 
+def of_unknown_size(plan: EntryPlan, chooser: random.Random) -> EntryPlan:
+    """A buffer as large as a symbol that the program does not have."""
+    at = chooser.randrange(len(plan.buffers))
+    buffers = list(plan.buffers)
+    buffers[at] = replace(buffers[at], size=symbol("nobody"))
+    return replace(plan, buffers=tuple(buffers))
+
+
 CORRUPTIONS: list[Corruption] = [
     misalign, shrink_arena, outside, elsewhere, smaller, over_a_live_buffer, over_an_operand,
     read_past_the_end, read_nothing_known, unknown_access, scratch_elsewhere, drop_a_writer,
     before_its_operands, no_output, drop_a_wait, wait_for_the_future,
+    of_unknown_size,
 ]  # fmt: skip
 
 
