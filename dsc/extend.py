@@ -85,7 +85,7 @@ def register_op(
             within=within, gives=gives, kernels=kernels,
         )  # fmt: skip
     except ValueError as problem:
-        hint = "write it as in `rms_norm(x: T[*n, d], weight: T[d]; eps: float) -> T[*n, d]`"
+        hint = "write it as in `rms_norm(x: F[*n, d], weight: F[d]; eps: float) -> F[*n, d]`"
         raise UsageError(f"register_op: {problem}", hint=hint) from None
     if traits.role in _OURS:
         others = ", ".join(role.value for role in Role if role not in _OURS)

@@ -192,7 +192,7 @@ class Lowering:
 
 
 def _plain(value: float, dtype: DType) -> float:
-    """A Python number as the attribute of a `full` of element type `dtype`."""
+    """A Python number as the attribute of a `full` of type `dtype`, wrapped as torch does."""
     if not dtype.is_float and int(float(value)) != value:
         raise Unsupported(f"the constant {value}, which fp64 does not hold exactly")
-    return float(value)
+    return float(value if dtype.is_float else torch.tensor(int(value)).to(dtype.torch))

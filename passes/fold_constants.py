@@ -169,10 +169,11 @@ def _worth(expr: WeightExpr) -> bool:
 
 
 def _number(expr: WeightExpr) -> float | None:
-    """The value of a constant of one element that reads no weight."""
+    """The value of a constant of one element that reads no weight, where fp64 holds it."""
     if expr.type.numel != 1 or any(True for _ in sources(expr)):
         return None
-    return float(evaluate(expr, _NOTHING).item())
+    number = evaluate(expr, _NOTHING).item()
+    return None if isinstance(number, int) and float(number) != number else float(number)
 
 
 def _full(node: Node, number: float) -> Node:

@@ -31,6 +31,8 @@ COMPUTED = frozenset(
     | {DType.boolean}
 )
 """Element types that emitters handle; the 8-bit floats can only be converted from and to."""
+FLOATS_ONLY = frozenset({"linear", "pow"})
+"""ONNX Runtime computes powers of integers in fp64, and has no Gemm of them."""
 ALLOCATOR = "ONNX Runtime"
 """A session allocates what it computes on the way for itself."""
 INSTALL = "pip install onnx onnxruntime"
@@ -62,6 +64,8 @@ class OnnxRuntimeBackend:
             return Yes()
         types = [x.type.dtype for x in (*node.operands, *node.outputs)]
         strange = sorted({t.value for t in types if t not in COMPUTED})
+        if node.op in FLOATS_ONLY and not types[0].is_float:
+            return No(f"{node.op} of {types[0]}; floats have it")
         return No(f"{node.op} on {', '.join(strange)}") if strange else Yes()
 
     def emit(self, program: Program, options: EmitOptions) -> Emission:

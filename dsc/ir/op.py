@@ -5,12 +5,12 @@ result types in one line, and by its traits what passes and plans may know of it
 parser take attribute kinds from it, the verifier its types, the interpreter its reference. A
 signature reads
 
-    rms_norm(x: T[*n, d], weight: T[d]; eps: float) -> T[*n, d]
+    rms_norm(x: F[*n, d], weight: F[d]; eps: float) -> F[*n, d]
 
-Element types are concrete (`f32`), variables (`T`) or `any`; dims are names, integers, `*names` for
-any number of axes, or, in results, expressions over names and integer attributes (`p+s`). `?` marks
-an optional operand, `...` after a type a variadic one. What a signature cannot say is said by
-`infer`.
+Element types are concrete (`f32`), variables (`T`, or `F` for floats alone) or `any`; dims are
+names, integers, `*names` for any number of axes, or, in results, expressions over names and integer
+attributes (`p+s`). `?` marks an optional operand, `...` after a type a variadic one. What a
+signature cannot say is said by `infer`.
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ class OpDef:
     def widened(self, attrs: Mapping[str, Any]) -> dict[str, Any]:
         """`attrs` with whole numbers given for float attributes made floats."""
         floats = {a.name for a in self.attrs if a.kind == "float"}
-        whole = {k: float(v) for k, v in attrs.items() if k in floats and _is_int(v)}
+        whole = {k: float(v) for k, v in attrs.items() if k in floats and _is_exact(v)}
         return {**attrs, **whole}
 
     def infer(
@@ -275,6 +275,11 @@ def _is_int(v: Any) -> bool:
     return isinstance(v, int) and not isinstance(v, bool)
 
 
+def _is_exact(v: Any) -> bool:
+    """Whether a whole number is one in fp64 too."""
+    return _is_int(v) and -(1 << 63) <= v < 1 << 63 and int(float(v)) == v
+
+
 def _is_dim(v: Any) -> bool:
     return _is_int(v) or isinstance(v, Sym)
 
@@ -283,7 +288,7 @@ KINDS: dict[str, Callable[[Any], bool]] = {
     "int": _is_int,
     "extent": _is_int,
     "dim": _is_dim,
-    "float": lambda v: isinstance(v, float) or _is_int(v),
+    "float": lambda v: isinstance(v, float) or _is_exact(v),
     "bool": lambda v: isinstance(v, bool),
     "str": lambda v: isinstance(v, str),
     "dtype": lambda v: isinstance(v, DType),
@@ -294,9 +299,10 @@ KINDS: dict[str, Callable[[Any], bool]] = {
 
 
 KIND_WORDS = {
-    "int": "an integer", "extent": "an integer", "dim": "a size", "float": "a number",
-    "bool": "true or false", "str": "a string", "dtype": "an element type",
-    "ints": "a list of integers", "dims": "a list of sizes", "graph": "a graph",
+    "int": "an integer", "extent": "an integer", "dim": "a size",
+    "float": "a number that fp64 holds", "bool": "true or false", "str": "a string",
+    "dtype": "an element type", "ints": "a list of integers", "dims": "a list of sizes",
+    "graph": "a graph",
 }  # fmt: skip
 
 _DTYPE_NAMES = frozenset(d.value for d in DType)
@@ -464,6 +470,8 @@ def _match_dtype(name: str, wanted: str, given: TensorType, bound: dict[str, Any
         if given.dtype.value != wanted:
             raise TypeMismatch(f"{name} has element type {given.dtype}, {wanted} expected")
         return
+    if wanted == "F" and not given.dtype.is_float:
+        raise TypeMismatch(f"{name} has element type {given.dtype}; cast to a float type first")
     previous = bound.setdefault(f"dtype {wanted}", given.dtype)
     if previous != given.dtype:
         raise TypeMismatch(f"{name} has element type {given.dtype}, {previous} expected")

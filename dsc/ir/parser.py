@@ -341,7 +341,7 @@ class _Parser:
                 wanted = KIND_WORDS[declared.kind]
                 raise self.error(f"attribute {token.text} is not {wanted}", at)
             attrs[token.text] = value
-        return attrs
+        return definition.widened(attrs) if definition else attrs
 
     def _attr(self, kind: str, weights: Mapping[str, TensorType], depth: int) -> Any:
         token = self.peek()
@@ -357,8 +357,7 @@ class _Parser:
             return float(self.next().text)
         if token.kind == "word" and kind in ("dtype", "any") and token.text in _DTYPES:
             return DType(self.next().text)
-        value = self._dim()
-        return float(value) if kind == "float" and isinstance(value, int) else value
+        return self._dim()
 
     def _list(self, kind: str, weights: Mapping[str, TensorType], depth: int) -> tuple[Any, ...]:
         if depth > MAX_DEPTH:

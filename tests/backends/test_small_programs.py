@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dsc import pipeline
 from dsc.api import CompiledModel, compile_program
+from dsc.errors import ParseError
 from dsc.ir.interpreter import Interpreter
 from dsc.ir.parser import parse_program
 from dsc.ir.program import Program
@@ -163,3 +164,101 @@ def test_what_is_no_number_is_true_on_tvm(dtype: str) -> None:
     kind = traced.entries["main"].inputs[0].type.dtype.torch
     found = compile_program(traced, backend="tvm").run({"x": given.to(kind)})
     assert found["y"].tolist() == [True, False, False, True]
+
+
+SHORT = """(%x: {t}[6], %y: {t}[6], %m: {t}[2,3]) {{
+  %less = lt %x, %y
+  %more = gt %x, %y
+  %most = maximum %x, %y
+  %least = minimum %x, %y
+  %sum = add %x, %y
+  %product = mul %x, %y
+  %kept = where %less, %sum, %product
+  return %less as "less", %more as "more", %most as "most", %least as "least", %kept as "kept"{more}
+}}"""
+SUMS = """
+  %along = cumsum %m {axis=1}
+  %total = sum %m {axes=[0]}
+  %turned = sub %m, %along
+  %top = amax %turned {axes=[1]}"""
+WHOLE = """(%x: i64[4], %y: i64[4], %z: i64[4]) {
+  %d = div %x, %y
+  %r = remainder %x, %y
+  %never = div %x, %z
+  return %d as "d", %r as "r", %never as "never"
+}"""
+PARTS = "(%x: f32[5], %y: f32[5]) { %r = remainder %x, %y\n return %r }"
+
+
+@pytest.mark.parametrize("backend", BACKENDS[1:])
+@pytest.mark.parametrize("dtype", ["bool", "u8", "i8", "i16", "i32"])
+def test_short_integers_wrap_and_truth_values_are_ordered(dtype: str, backend: str) -> None:
+    sums = "" if dtype == "bool" else SUMS
+    names = "".join(f', %{n} as "{n}"' for n in ("along", "total", "turned", "top") if sums)
+    text = SHORT.format(t=dtype, more=names).replace("\n  return", f"{sums}\n  return")
+    traced = program({"main": text})
+    kind = traced.entries["main"].inputs[0].type.dtype.torch
+    x = torch.tensor([0, 1, 1, 100, 127, -128]).to(kind)
+    y = torch.tensor([1, 0, 1, 100, 3, -128]).to(kind)
+    given = {"x": x, "y": y, "m": x.reshape(2, 3)}
+    right = Interpreter(traced).run("main", given)
+    for level in (0, 3):
+        found = compile_program(traced, backend, level).run(given)
+        assert {k: v.tolist() for k, v in found.items()} == {
+            k: v.tolist() for k, v in right.items()
+        }
+
+
+@pytest.mark.parametrize("backend", BACKENDS[1:])
+def test_no_divisor_ends_the_process(backend: str) -> None:
+    lowest = -(2**63)
+    given = {"x": torch.tensor([lowest, 5, -5, 7]), "y": torch.tensor([-1, 1, 2, 3])}
+    found = compile_program(program({"main": WHOLE}), backend).run(
+        given | {"z": torch.zeros(4, dtype=torch.int64)}
+    )
+    assert found["d"].tolist() == [lowest, 5, -3, 2]
+    assert found["r"].tolist() == [0, 0, 1, 1]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_remainders_are_exact_whatever_the_quotient(backend: str) -> None:
+    x = torch.tensor([1e8, -3e9, 7, -7, 6])
+    y = torch.tensor([3.0, 11, float("inf"), float("inf"), -4])
+    found = compile_program(program({"main": PARTS}), backend).run({"x": x, "y": y})
+    assert found["r"].tolist() == [1, 3, 7, float("inf"), -2]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "value"),
+    [
+        ("i64", "9007199254740993"), ("i64", "9223372036854775807"), ("i64", "1.5"),
+        ("i64", "inf"), ("i32", "2147483648"), ("i8", "128"), ("u8", "-1"), ("bool", "2"),
+    ],
+)  # fmt: skip
+def test_a_constant_that_its_type_does_not_hold_is_refused(dtype: str, value: str) -> None:
+    with pytest.raises(ParseError, match=r"not a number that fp64 holds|is no (i|u|b)"):
+        program(
+            {"main": f"() {{ %c = full {{shape=[2], value={value}, dtype={dtype}}}\n return %c }}"}
+        )
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_what_fp64_does_not_hold_is_computed_exactly(backend: str) -> None:
+    text = """(%x: i64[2]) {
+      %c = full {shape=[], value=9007199254740992, dtype=i64}
+      %one = full {shape=[], value=1, dtype=i64}
+      %d = add %c, %one
+      %y = add %x, %d
+      %z = maximum %y, %x
+      return %z
+    }"""
+    for level in (0, 3):
+        found = compile_program(program({"main": text}), backend, level)
+        z = found.run({"x": torch.tensor([0, -4])})["z"]
+        assert z.tolist() == [2**53 + 1, 2**53 - 3]
+
+
+@pytest.mark.parametrize("op", ["softmax %x", "swiglu %x, %x", "mean %x {axes=[0]}", "exp %x"])
+def test_what_is_of_floats_alone_refuses_integers(op: str) -> None:
+    with pytest.raises(ParseError, match="i32; cast to a float type first"):
+        program({"main": f"(%x: i32[3]) {{ %y = {op}\n return %y }}"})

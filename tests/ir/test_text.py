@@ -105,7 +105,7 @@ def test_floats_and_integers_keep_every_bit() -> None:
             f"graph g() {{ %c = full {{shape=[], value={value!r}, dtype=f32}} return %c }}"
         )
         assert repr(graph.nodes[0].attrs["value"]) == repr(value)
-    graph = parse_graph("graph g() { %c = full {shape=[9223372036854775807], value=nan, dtype=i8}"
+    graph = parse_graph("graph g() { %c = full {shape=[9223372036854775807], value=nan, dtype=f32}"
                         " return %c }")  # fmt: skip
     assert graph.outputs[0].type.shape == (2**63 - 1,)
     assert parse_graph(print_graph(graph)) == graph

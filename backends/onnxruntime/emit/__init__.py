@@ -3,7 +3,8 @@
 An emitter takes the graph writer, the node and the names of its operands, and gives the names of
 its results. Unless an operator only moves elements (`MOVES`), its emitter sees fp32 where the
 node has bf16 or f16, and its results are rounded back: ONNX Runtime's CPU kernels know bf16 as
-something to move, cast and index, and nothing more.
+something to move, cast and index, and nothing more. Short integers and truth values are int32 to it
+in the same way, which wraps as they do.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from dsc.backends.onnxruntime.emit import attention, cache, core, moe, nn, point
 from dsc.backends.onnxruntime.graph import NARROW, GraphWriter
 from dsc.ir.graph import Graph, Node, Operand, Weight
 from dsc.ir.kernels import Lowering
-from dsc.ir.op import kernel_of
+from dsc.ir.op import kernel_of, lookup
 from dsc.ir.types import DType
 
 Emitter = Callable[..., str | tuple[str, ...]]
@@ -31,6 +32,7 @@ EMITTERS: Mapping[str, Emitter] = MappingProxyType(
         **moe.EMITTERS,
     }
 )
+SHORT = frozenset({DType.i16, DType.i8, DType.u8, DType.boolean})
 MOVES = frozenset(
     {"embedding", "append", "select_rows", "reshape", "permute", "slice", "concat", "stack"}
     | {"split", "gather", "take", "cast", "full", "arange", "experts", "grouped_linear"}
@@ -71,7 +73,7 @@ def emit_graph(
 
 
 def emit_node(g: GraphWriter, node: Node, inputs: list[str]) -> tuple[str, ...]:
-    """Append one operator, in fp32 where it computes on 16-bit floats."""
+    """Append one operator, in fp32 on 16-bit floats, in int32 on shorter integers and truths."""
     emitter = emitter_of(node.op)
     assert emitter is not None, f"{node.op} was refused by `supports`"
     if node.op == "append":
@@ -82,15 +84,25 @@ def emit_node(g: GraphWriter, node: Node, inputs: list[str]) -> tuple[str, ...]:
             for name, x in zip(inputs, node.inputs, strict=True)
         ]
         return _as_tuple(emitter(g, node, *own))
+    declared = lookup(node.op)
+    patterns = [o.pattern.dtype for o in declared.operands]
+    patterns += patterns[-1:] * (len(inputs) - len(patterns))
     wide = [
-        g.cast(name, x.type.dtype, DType.f32) if x is not None and x.type.dtype in NARROW else name
-        for name, x in zip(inputs, node.inputs, strict=True)
+        name if x is None else g.cast(name, x.type.dtype, _computed(x.type.dtype, pattern))
+        for name, x, pattern in zip(inputs, node.inputs, patterns, strict=False)
     ]
     results = _as_tuple(emitter(g, node, *wide))
     return tuple(
-        g.cast(name, DType.f32, v.type.dtype) if v.type.dtype in NARROW else name
-        for name, v in zip(results, node.outputs, strict=True)
+        g.cast(name, _computed(v.type.dtype, result.dtype), v.type.dtype)
+        for name, v, result in zip(results, node.outputs, declared.results, strict=True)
     )
+
+
+def _computed(dtype: DType, pattern: str) -> DType:
+    """The type that an operator computes in on elements that its declaration calls `pattern`."""
+    if dtype in NARROW:
+        return DType.f32
+    return DType.i32 if pattern == "T" and dtype in SHORT else dtype
 
 
 def _as_tuple(results: str | tuple[str, ...]) -> tuple[str, ...]:

@@ -19,41 +19,53 @@ def _is(op_type: str) -> Callable[..., str]:
     return emit
 
 
-def _operand_type(node: Node, index: int = 0) -> DType:
-    x = node.inputs[index]
-    assert x is not None
-    return x.type.dtype
+def _operand_type(node: Node) -> DType:
+    return node.operands[0].type.dtype
 
 
 def _div(g: GraphWriter, node: Node, a: str, b: str) -> str:
     """ONNX divides integers towards zero, the IR downwards: take the remainder off first."""
     if _operand_type(node).is_float:
         return g.op("Div", a, b)
-    return g.op("Div", g.op("Sub", a, g.op("Mod", a, b)), b)
+    unsafe, divisor = _divisor(g, node, b)
+    down = g.op("Div", g.op("Sub", a, g.op("Mod", a, divisor)), divisor)
+    return g.op("Where", unsafe, g.op("Neg", a), down)
+
+
+def _divisor(g: GraphWriter, node: Node, b: str) -> tuple[str, str]:
+    """Whether an integer divisor is -1 or 0, which counts as -1; and b, or 1 in its place.
+
+    A processor ends the process that divides by 0, or the least integer by -1.
+    """
+    kind = _integer(node)
+    unsafe = g.op("Or", *(g.op("Equal", b, g.scalar(n, kind)) for n in (0, -1)))
+    return unsafe, g.op("Where", unsafe, g.scalar(1, kind), b)
+
+
+def _integer(node: Node) -> DType:
+    """The type that an operator on integers computes in."""
+    return DType.i64 if _operand_type(node) is DType.i64 else DType.i32
 
 
 def _remainder(g: GraphWriter, node: Node, a: str, b: str) -> str:
+    """Of floats exactly, as C's fmod gives it, with the sign of b."""
     if not _operand_type(node).is_float:
-        return g.op("Mod", a, b)
-    return g.op("Sub", a, g.op("Mul", b, g.op("Floor", g.op("Div", a, b))))
+        unsafe, divisor = _divisor(g, node, b)
+        return g.op("Where", unsafe, g.scalar(0, _integer(node)), g.op("Mod", a, divisor))
+    rest, zero = g.op("Mod", a, b, fmod=1), g.scalar(0.0)
+    signs = g.op("Xor", g.op("Less", rest, zero), g.op("Less", b, zero))
+    apart = g.op("And", signs, g.op("Not", g.op("Equal", rest, zero)))
+    return g.op("Where", apart, g.op("Add", rest, b), rest)
 
 
 def _ne(g: GraphWriter, node: Node, a: str, b: str) -> str:
     return g.op("Not", g.op("Equal", a, b))
 
 
-def _where(g: GraphWriter, node: Node, condition: str, a: str, b: str) -> str:
-    """ONNX Runtime has no Where over bools."""
-    if _operand_type(node, 1) is not DType.boolean:
-        return g.op("Where", condition, a, b)
-    chosen = g.op("And", condition, a)
-    return g.op("Or", chosen, g.op("And", g.op("Not", condition), b))
-
-
 def _relu(g: GraphWriter, node: Node, x: str) -> str:
     if _operand_type(node).is_float:
         return g.op("Relu", x)
-    return g.op("Max", x, g.scalar(0, _operand_type(node)))
+    return g.op("Max", x, g.scalar(0, _integer(node)))
 
 
 def _rsqrt(g: GraphWriter, node: Node, x: str) -> str:
@@ -104,7 +116,7 @@ EMITTERS: dict[str, Callable[..., Any]] = {
     "logical_and": _is("And"),
     "logical_or": _is("Or"),
     "logical_not": _is("Not"),
-    "where": _where,
+    "where": _is("Where"),
     "neg": _is("Neg"),
     "abs": _is("Abs"),
     "exp": _is("Exp"),

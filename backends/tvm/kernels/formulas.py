@@ -97,18 +97,23 @@ def _not(a: Expr) -> Expr:
     return tirx.EQ(tir.cast(a, "uint8"), splat(tirx.const(0, "uint8"), tir.lanes_of(a)))
 
 
+def _of_truths(truths: Callable[..., Expr], numbers: Callable[..., Expr]) -> Callable[..., Expr]:
+    """What an operator is of truth values, which LLVM neither adds nor orders, and of numbers."""
+    return lambda a, b: (truths if _element(a) == "bool" else numbers)(a, b)
+
+
 FORMULAS: dict[str, Callable[..., Expr]] = {
-    "add": lambda a, b: a + b,
+    "add": _of_truths(_or, lambda a, b: a + b),
     "sub": lambda a, b: a - b,
-    "mul": lambda a, b: a * b,
+    "mul": _of_truths(_and, lambda a, b: a * b),
     "div": _divide,
     "remainder": _remainder,
-    "maximum": _larger,
-    "minimum": _smaller,
+    "maximum": _of_truths(_or, _larger),
+    "minimum": _of_truths(_and, _smaller),
     "pow": lambda a, b: libm("powf", a, b),
-    "lt": lambda a, b: a < b,
+    "lt": _of_truths(lambda a, b: _and(_not(a), b), lambda a, b: a < b),
     "le": _ordered(lambda a, b: a <= b),
-    "gt": lambda a, b: a > b,
+    "gt": _of_truths(lambda a, b: _and(a, _not(b)), lambda a, b: a > b),
     "ge": _ordered(lambda a, b: a >= b),
     "eq": _equal,
     "ne": lambda a, b: _not(_equal(a, b)),

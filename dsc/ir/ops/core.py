@@ -146,17 +146,15 @@ def _reduction(
     name: str,
     reference: Callable[..., Any],
     doc: str,
-    floats_only: bool = False,
+    elements: str = "T",
     of_nothing: float | None = None,
 ) -> OpDef:
     def infer(types: Types, attrs: Mapping[str, Any]) -> Result:
         (x,) = types
-        if floats_only and not x.dtype.is_float:
-            raise TypeMismatch(f"a {name} of {x.dtype}; cast to a float type first")
         return (x.with_shape(reduced_shape(x.shape, attrs["axes"], attrs["keepdims"])),)
 
     return op(
-        f"{name}(x: T[...]; axes: ints, keepdims: bool = false) -> T[...]",
+        f"{name}(x: {elements}[...]; axes: ints, keepdims: bool = false) -> {elements}[...]",
         Traits(Role.REDUCTION, of_nothing=of_nothing, demand=_demand_reduction),
         reference=reference,
         doc=doc,
@@ -182,7 +180,7 @@ mean = _reduction(
     "mean",
     _accumulate(lambda x, a, k: x.mean(a, keepdim=k)),
     "Mean over axes.",
-    floats_only=True,
+    elements="F",
     of_nothing=math.nan,
 )
 amax = _reduction("amax", lambda x, axes, keepdims: x.amax(axes, keepdims), "Largest over axes.")
@@ -233,7 +231,7 @@ cumsum = op(
     infer=_infer_along,
 )
 softmax = op(
-    "softmax(x: T[*n]; axis: int = -1) -> T[*n]",
+    "softmax(x: F[*n]; axis: int = -1) -> F[*n]",
     Traits(Role.REDUCTION),
     reference=_softmax,
     doc="exp(x - max) / sum along an axis, in fp32.",

@@ -200,7 +200,7 @@ def _chosen_down(call: Call) -> Dim:
 
 
 route = op(
-    "route(x: T[*n, d], weight: W[e, d], bias: f32[e]?; score: str, groups: int = 1,"
+    "route(x: F[*n, d], weight: W[e, d], bias: f32[e]?; score: str, groups: int = 1,"
     ' keep: int = 1, group_score: str = "top2", fill: float = -inf, top_k: int,'
     " normalise: bool, scale: float = 1.0, shared: int = 0)"
     " -> (i64[*n, top_k+shared], f32[*n, top_k+shared])",
@@ -220,8 +220,8 @@ route = op(
     gives={0: Within("0", "e+shared-1")},
 )
 experts = op(
-    "experts(x: T[*n, d], idx: i64[*n, k], w: f32[*n, k], gate_up: T[e, g, d], down: T[e, d, i];"
-    ' act: str = "silu") -> T[*n, d]',
+    "experts(x: F[*n, d], idx: i64[*n, k], w: f32[*n, k], gate_up: F[e, g, d], down: F[e, d, i];"
+    ' act: str = "silu") -> F[*n, d]',
     Traits(
         Role.EXPERTS,
         flops=lambda c: 2 * (_chosen_gate_up(c) + _chosen_down(c)),
@@ -273,7 +273,7 @@ grouped_linear = op(
     within={"offsets": Within("0", "m", "the first row of a group", FROM_FIRST)},
 )
 combine = op(
-    "combine(y: T[r, d], order: i64[r], w: f32[m, k]) -> T[m, d]",
+    "combine(y: F[r, d], order: i64[r], w: f32[m, k]) -> F[m, d]",
     Traits(Role.EXPERTS, Form.LOWERED, flops=lambda c: 2 * c["y"].numel, demand=_demand_rows),
     reference=_combine,
     doc="Undo dispatch: each token's weighted sum of its slots, in fp32.",

@@ -213,7 +213,7 @@ embedding = op(
     within={"ids": Within("0", "v-1", "an id of the vocabulary")},
 )
 rms_norm = op(
-    "rms_norm(x: T[*n, d], weight: T[d]; eps: float) -> T[*n, d]",
+    "rms_norm(x: F[*n, d], weight: F[d]; eps: float) -> F[*n, d]",
     Traits(Role.REDUCTION, place=along_rows),
     reference=_rms_norm,
     doc="Root-mean-square norm over the last axis, statistics in fp32"
@@ -221,8 +221,8 @@ rms_norm = op(
     example="f32[2,3,8], f32[8] {eps=1e-06}",
 )
 rope = op(
-    "rope(x: T[...], positions: i64[b, s], inv_freq: f32[r]; layout: str, scale: float = 1.0)"
-    " -> T[...]",
+    "rope(x: F[...], positions: i64[b, s], inv_freq: f32[r]; layout: str, scale: float = 1.0)"
+    " -> F[...]",
     Traits(
         Role.ROTATION,
         samples={"positions": Within("0", "1")},
@@ -237,15 +237,15 @@ rope = op(
     within={"positions": Within("0", "16777216", "a position, which fp32 must hold exactly")},
 )
 swiglu = op(
-    "swiglu(gate: T[*n], up: T[*n]) -> T[*n]",
+    "swiglu(gate: F[*n], up: F[*n]) -> F[*n]",
     Traits(Role.POINTWISE, wants=("gate", "up")),
     reference=lambda gate, up: (torch.nn.functional.silu(_wide(gate)) * _wide(up)).to(gate.dtype),
     doc="silu(gate) * up (Shazeer 2020).",
     example="f32[2,3], f32[2,3]",
 )
 attention = op(
-    "attention(q: T[b, s, h, d], k: T[b, t, g, d], v: T[b, t, g, e], lengths: i64[b]?;"
-    " scale: float, causal: bool) -> T[b, s, h, e]",
+    "attention(q: F[b, s, h, d], k: F[b, t, g, d], v: F[b, t, g, e], lengths: i64[b]?;"
+    " scale: float, causal: bool) -> F[b, s, h, e]",
     Traits(
         Role.ATTENTION,
         masked=("k", "v"),
@@ -262,9 +262,9 @@ attention = op(
     within={"lengths": Within("0", "t", "a number of keys that the first query sees")},
 )
 mla_attention = op(
-    "mla_attention(q_nope: T[b, s, h, d], q_rope: T[b, s, h, r], latent: T[n, p, c],"
-    " rope: T[n, p, r], kv_b: T[w, c], lengths: i64[b], block_table: i64[b, m]?; scale: float)"
-    " -> T[b, s, h, v]",
+    "mla_attention(q_nope: F[b, s, h, d], q_rope: F[b, s, h, r], latent: F[n, p, c],"
+    " rope: F[n, p, r], kv_b: F[w, c], lengths: i64[b], block_table: i64[b, m]?; scale: float)"
+    " -> F[b, s, h, v]",
     Traits(
         Role.ATTENTION,
         results=("attention",),
@@ -285,8 +285,8 @@ mla_attention = op(
     without=ONE_PAGE,
 )
 latent_attention = op(
-    "latent_attention(q_latent: T[b, s, h, c], q_rope: T[b, s, h, r], latent: T[n, p, c],"
-    " rope: T[n, p, r], lengths: i64[b], block_table: i64[b, m]?; scale: float) -> T[b, s, h, c]",
+    "latent_attention(q_latent: F[b, s, h, c], q_rope: F[b, s, h, r], latent: F[n, p, c],"
+    " rope: F[n, p, r], lengths: i64[b], block_table: i64[b, m]?; scale: float) -> F[b, s, h, c]",
     Traits(
         Role.ATTENTION,
         results=("attention",),

@@ -97,13 +97,12 @@ def _unary(
     """Declare an operator on floats, and on integers where they have a result of their type."""
 
     def infer(types: Sequence[TensorType], attrs: Mapping[str, Any]) -> tuple[TensorType, ...]:
-        (x,) = types
-        if not (x.dtype.is_float or (integers and x.dtype.is_int)):
-            raise TypeMismatch(f"{name} of {x.dtype}; cast to a float type first")
-        return (x,)
+        if types[0].dtype is DType.boolean:
+            raise TypeMismatch(f"{name} of truth values")
+        return tuple(types)
 
     return op(
-        f"{name}(x: T[*n]) -> T[*n]",
+        f"{name}(x: T[*n]) -> T[*n]" if integers else f"{name}(x: F[*n]) -> F[*n]",
         Traits(Role.POINTWISE, place=place),
         reference=reference,
         doc=doc,

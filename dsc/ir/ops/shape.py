@@ -142,6 +142,16 @@ def _infer_arange(types: Types, attrs: Mapping[str, Any]) -> Result:
     return (TensorType(attrs["dtype"], (extent,)),)
 
 
+def _infer_full(types: Types, attrs: Mapping[str, Any]) -> Result:
+    dtype, value = attrs["dtype"], attrs["value"]
+    if not dtype.is_float:
+        low = 0 if dtype in (DType.boolean, DType.u8) else -(1 << (dtype.bits - 1))
+        high = 1 if dtype is DType.boolean else low + (1 << dtype.bits) - 1
+        if value // 1 != value or not low <= value <= high:
+            raise TypeMismatch(f"{value} is no {dtype}")
+    return (TensorType(dtype, attrs["shape"]),)
+
+
 def _full(shape: tuple[int, ...], value: float, dtype: DType) -> Any:
     return torch.full(shape, value, dtype=dtype.torch)
 
@@ -355,7 +365,7 @@ full = op(
     reference=_full,
     doc="A tensor of one value; a scalar constant has the shape [].",
     example=" {shape=[2,3], value=0.5, dtype=f32}",
-    infer=lambda types, attrs: (TensorType(attrs["dtype"], attrs["shape"]),),
+    infer=_infer_full,
 )
 arange = op(
     "arange(; start: dim, end: dim, dtype: dtype) -> T[...]",

@@ -117,8 +117,8 @@ def _demand_index_put(call: Sized) -> None:
 
 
 sdpa = op(
-    "sdpa(q: T[*b, s, d], k: T[*c, t, d], v: T[*c, t, e], mask: any[...]?; scale: float,"
-    " causal: bool = false, grouped: bool = false) -> T[*b, s, e]",
+    "sdpa(q: F[*b, s, d], k: F[*c, t, d], v: F[*c, t, e], mask: any[...]?; scale: float,"
+    " causal: bool = false, grouped: bool = false) -> F[*b, s, e]",
     Traits(
         Role.ATTENTION,
         Form.TRACED,
