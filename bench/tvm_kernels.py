@@ -134,6 +134,7 @@ def operands(bench: Bench, program: Program, entry: str) -> list[dict[str, torch
 def read_probe(size: int, threads: int) -> Callable[[], Any]:
     """A function that reads `size` bytes of memory on all threads, one stream a thread."""
     from dsc.backends.tvm import library, tir
+    from dsc.backends.tvm.build import build_object
     from dsc.backends.tvm.lean import load_library
     from dsc.backends.tvm.machine import machine_for
 
@@ -158,9 +159,11 @@ def read_probe(size: int, threads: int) -> Callable[[], Any]:
 
         tir.for_each(blocks, tir.PARALLEL_WORK, read)
 
-    functions = {"probe": tir.build(body).with_attr("global_symbol", "probe")}
+    machine = machine_for(parse_target("cpu"))
+    objects = {"probe": build_object({"probe": tir.build(body)}, machine)}
+    source = [library.PRELUDE, library.declared("probe", 2), library.packed("probe", "probe", 2)]
     path = Path(tempfile.mkdtemp(prefix="dsc-bench-")) / "probe.so"
-    path.write_bytes(library.compile_library(functions, machine_for(parse_target("cpu"))))
+    path.write_bytes(library.compile_library("\n".join(source), objects, machine))
     probe = load_library(path, threads)["probe"]
     memory, out = torch.ones(size // 4, dtype=torch.int32), torch.zeros(blocks, dtype=torch.int32)
     return lambda: (probe(memory.data_ptr(), out.data_ptr()), memory, out)

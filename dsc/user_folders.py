@@ -25,9 +25,13 @@ def cache_entry(kind: str, key: Mapping[str, Any]) -> Path:
     The name is a hash: an entry must hold its whole key, to be compared when it is read. `OSError`
     where there is no home.
     """
-    base = Path(os.environ.get("XDG_CACHE_HOME") or _home() / ".cache")
     name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
-    return base / "dsc" / kind / f"{name}.json"
+    return cache_folder() / kind / f"{name}.json"
+
+
+def cache_folder() -> Path:
+    """`$XDG_CACHE_HOME/dsc`, `~/.cache/dsc` by default. `OSError` where there is no home."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or _home() / ".cache") / "dsc"
 
 
 def _home() -> Path:

@@ -113,6 +113,8 @@ EVERYBODY = (
     "dsc.settings",
     "dsc.strict_json",
     "dsc.hardware",
+    "dsc.kept",
+    "dsc.processes",
     "dsc._version",
     "dsc.user_folders",
 )

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
-from dsc.backends.triton.process import import_environment
+from dsc.backends.triton.compile import kernel_environment
 from dsc.backends.triton.worker import INTERPRETED, read_frame, write_frame
 from dsc.errors import ArtifactError
 from dsc.ir.graph import Graph
@@ -35,7 +35,7 @@ class InterpretedExecutable(Admitted):
         self._entries = Plan.from_json((folder / INTERPRETED).read_bytes()).entries
         super().__init__(program)
         self._lock = threading.Lock()
-        environment = {"OMP_NUM_THREADS": "1", **import_environment(), "TRITON_INTERPRET": "1"}
+        environment = {"OMP_NUM_THREADS": "1", **kernel_environment(), "TRITON_INTERPRET": "1"}
         command = [sys.executable, "-m", "dsc.backends.triton.worker", str(folder), str(weights)]
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment

@@ -17,12 +17,17 @@ from pathlib import Path
 from typing import Any
 
 from dsc.backends.triton.launch import Kernel
-from dsc.backends.triton.process import import_environment
 from dsc.errors import BackendUnavailable
+from dsc.processes import child_environment
 from dsc.runtime.emission import Progress
 from dsc.targets import Target
 
 KERNELS_A_WORKER = 12
+
+
+def kernel_environment() -> dict[str, str]:
+    """The environment of processes that compile kernels or interpret them."""
+    return {"TRITON_DEFAULT_FP_FUSION": "1", **child_environment()}
 
 
 def require_triton() -> None:
@@ -96,7 +101,7 @@ def _start(
         "sources": str(root),
         "folder": str(out),
     }
-    environment = import_environment()
+    environment = kernel_environment()
     environment.pop("TRITON_INTERPRET", None)
     command = [sys.executable, "-m", "dsc.backends.triton.compile_worker"]
     process = subprocess.Popen(

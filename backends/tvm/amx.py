@@ -20,10 +20,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import cache
 
-from tvm import tirx
-from tvm.tirx.script.builder import ir as T
-
-from dsc.backends.tvm.tir import Expr, Local, Tensor, integer
+from dsc.backends.tvm.tir import (
+    Expr,
+    Local,
+    T,
+    Tensor,
+    integer,
+    tirx,
+)
 
 TOKENS = 16
 """Columns of B at most."""

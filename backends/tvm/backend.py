@@ -89,8 +89,8 @@ class TvmBackend:
         import numpy as np
 
         from dsc.backends.tvm import library
-        from dsc.backends.tvm.bf16 import instructions_of
         from dsc.backends.tvm.checks import entry_checks, facts_of
+        from dsc.backends.tvm.objects import Kernel, objects_of
         from dsc.backends.tvm.schedule import plan_program
 
         target = options.targets[0] if options.targets else Target("cpu")
@@ -107,20 +107,17 @@ class TvmBackend:
         plans, table = plan_program(program, machine, options.reuse)
         plan = Plan(plans, {"backend": self.name, "cpu": machine.cpu})
         options.admit(plan)
-        if options.progress is not None:
-            options.progress("kernels", 0, len(table.names))
-        with instructions_of(machine):
-            kernels = {**library.timing_functions(), **table.build()}
-        numbers = {name: i for i, name in enumerate(kernels)}
-        functions = {**kernels, library.EXECUTE: library.execute_function(kernels, numbers)}
+        kernels = {name: Kernel.of(name, each, machine) for name, each in table.launches.items()}
+        numbers = {name: i for i, name in enumerate(kernels, library.FIRST)}
         weights = sorted(program.weights)
         entries: dict[str, Any] = {}
         lists: list[Any] = []
+        functions = {}
         for name, graph in program.entries.items():
             slots = library.Slots.of(graph, plans[name], weights)
             found = index_ranges(graph, program.symbols)
             checks = entry_checks(graph, program.symbols, found)
-            functions[name] = library.entry_function(name, slots, checks)
+            functions[name] = (slots, checks)
             entries[name] = {
                 "in_place": plans[name].in_place,
                 "checks": facts_of(checks),
@@ -130,11 +127,13 @@ class TvmBackend:
                 "steps_at": 8 * sum(map(len, lists)),
             }
             lists.append(library.encode_steps(slots, numbers))
+        arity = {x.kernel: len(x.arguments) for plan in plans.values() for x in plan.launches}
+        called = [(kernel.symbol, arity[name]) for name, kernel in kernels.items()]
         sources = [source for launch in table.launches.values() for source in launch.sources]
-        code = library.compile_library(functions, machine, sources)
+        objects = objects_of(list(kernels.values()), machine, options.progress)
+        source = library.source_of(called, functions)
+        code = library.compile_library(source, objects, machine, sources)
         tiling = Tiling.of(machine)
-        if options.progress is not None:
-            options.progress("kernels", len(table.names), len(table.names))
         meta = {
             "cpu": machine.cpu,
             "threads": options.threads,

@@ -27,12 +27,18 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
-from tvm import tirx
-from tvm.tirx.script.builder import ir as T
-
 from dsc.backends.tvm import amx
 from dsc.backends.tvm.machine import Machine
-from dsc.backends.tvm.tir import Expr, Local, Tensor, bind, span, splat
+from dsc.backends.tvm.tir import (
+    Expr,
+    Local,
+    T,
+    Tensor,
+    bind,
+    span,
+    splat,
+    tirx,
+)
 from dsc.ir.types import DType
 
 LANES = 32

@@ -13,18 +13,32 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from tvm import tirx
-from tvm.tirx.script.builder import ir as T
-
 from dsc.backends.tvm.launch import Launch
-from dsc.backends.tvm.tir import Expr, Local, PrimFunc, Tensor, bind, build, integer, loop, when
+from dsc.backends.tvm.tir import (
+    Expr,
+    Local,
+    PrimFunc,
+    Tensor,
+    bind,
+    build,
+    loop,
+    tirx,
+    when,
+)
 from dsc.ir.dims import Dim, Range, free_symbols
 from dsc.ir.graph import Graph
 from dsc.ir.index_ranges import Computed, Demand, IndexRanges, PageDemand
 from dsc.ir.types import DType
 
-Value = Callable[[Dim], Expr]
-"""A dim's value inside the function."""
+C_TYPES = {
+    DType.i64: "long long",
+    DType.i32: "int",
+    DType.i16: "short",
+    DType.i8: "signed char",
+    DType.u8: "unsigned char",
+    DType.boolean: "unsigned char",
+}
+"""What an index may be, in C++."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,39 +122,25 @@ def entry_checks(graph: Graph, symbols: Mapping[str, Range], found: IndexRanges)
     return [*checks, *map(Later, found.computed)]
 
 
-def emit_check(check: Check, number: int, slot: Callable[[str], Expr], value: Value) -> None:
-    """Return `number` from the function being built where `check` fails.
+def failing(check: Check, slot: Callable[[str], str], value: Callable[[Dim], str]) -> str:
+    """The C++ condition under which a check fails, or "".
 
-    `slot` gives what the caller put into a slot of this name.
+    `slot` gives what the caller put into a slot of this name, `value` that of a dim. Addresses are
+    looked at together (`library`), and computed indices by their steps.
     """
     match check:
         case Sizes(symbol, range, _):
-            size = slot(symbol)
-            _refuse(number, tirx.any(size < integer(range.lo), size > integer(range.hi)))
+            return f"{slot(symbol)} < {range.lo}LL || {slot(symbol)} > {range.hi}LL"
         case Values(demand, dtype, numel):
             span = demand.span
-            address = slot(f"input:{demand.input}")
-            ends = (bind(value(span.low)), bind(value(span.high)))
-            _refuse(number, _outside(address, dtype, value(numel), ends, span.ascending))
+            ends = f"{value(span.low)}, {value(span.high)}, {str(span.ascending).lower()}"
+            values = f"{slot(f'input:{demand.input}')}, {value(numel)}"
+            return f"outside<{C_TYPES[dtype]}>({values}, {ends})"
         case Pages(demand, shape):
-            addresses = (slot(f"input:{demand.table}"), slot(f"input:{demand.lengths}"))
-            _refuse(number, _uncovered(addresses, [value(d) for d in shape], demand.rows))
+            addresses = f"{slot(f'input:{demand.table}')}, {slot(f'input:{demand.lengths}')}"
+            return f"uncovered({addresses}, {', '.join(map(value, shape))}, {demand.rows})"
         case _:
-            pass  # addresses are checked by the caller, computed indices by their steps
-
-
-def emit_addresses(number: int, table: Tensor, first: int, last: int) -> None:
-    """Return `number` where one of the slots `first` .. `last`-1 is null."""
-    null = Local(1, "bool")
-    null[0] = tirx.const(False, "bool")
-    with loop(last - first) as i:
-        null[0] = tirx.Or(null[0], tirx.EQ(table.load(integer(first) + i), integer(0)))
-    _refuse(number, null[0])
-
-
-def _refuse(number: int, condition: Expr) -> None:
-    with when(condition):
-        T.Return(tirx.const(number, "int32"))
+            return ""
 
 
 def _outside(
@@ -156,20 +156,6 @@ def _outside(
         found[0] = tirx.any(found[0], x < last[0], x > ends[1])
         if ascending:
             last[0] = x
-    return found[0]
-
-
-def _uncovered(addresses: tuple[Expr, Expr], shape: list[Expr], rows: int) -> Expr:
-    """Whether a sequence has tokens in a block that has no page; lengths were checked before."""
-    batch, blocks = shape
-    pages = Tensor(addresses[0], DType.i64, (batch, blocks))
-    lengths = Tensor(addresses[1], DType.i64, (batch,))
-    found = Local(1, "bool")
-    found[0] = tirx.const(False, "bool")
-    with loop(batch) as b:
-        used = bind(tirx.truncdiv(lengths.load(b) + integer(rows - 1), integer(rows)))
-        with loop(used) as block:
-            found[0] = tirx.Or(found[0], pages.load(b, block) < integer(0))
     return found[0]
 
 

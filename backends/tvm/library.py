@@ -8,58 +8,40 @@ number of steps, then for each a kernel's number, and for each of its arguments 
 added to its value. `execute` reads a step and calls its kernel directly, so that a decode step runs
 without Python, and the code to compile does not grow with the number of layers.
 
+Kernels are object files (`objects`). What calls them is a page of C++, which the compiler that
+links the library takes with them.
+
 Lists are data, so a profile costs nothing when there is none: `dsc.backends.tvm.timed` gives the
 same function a list with calls of `clock` and `copy` between the steps.
 """
 
 from __future__ import annotations
 
-import os
-import shutil
+import hashlib
+import subprocess
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache, cached_property, reduce
-from operator import mul
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import tvm
-from tvm import ir, tirx
-from tvm.ir import Call
-from tvm.tirx.script.builder import ir as T
 
-from dsc.backends.tvm.checks import Addresses, Check, emit_addresses, emit_check
-from dsc.backends.tvm.kernels.cpp import compiled
-from dsc.backends.tvm.machine import Machine, tvm_target
-from dsc.backends.tvm.tir import (
-    Expr,
-    Local,
-    PrimFunc,
-    Tensor,
-    bind,
-    build,
-    cast,
-    integer,
-    loop,
-    when,
-)
-from dsc.errors import BackendUnavailable, UsageError
+from dsc import kept
+from dsc.backends.tvm.checks import Addresses, Check, failing
+from dsc.backends.tvm.kernels.cpp import compiled, compiler, compiler_version
+from dsc.backends.tvm.machine import Machine
+from dsc.errors import InternalError, UsageError
 from dsc.files import check_room
 from dsc.ir.dims import Dim, free_symbols
 from dsc.ir.graph import Graph
 from dsc.ir.kernels import Cpp
-from dsc.ir.types import DType
 from dsc.runtime.plan import ARENA, STATUS, EntryPlan, Launch, Ref
 
-PIPELINE = "dsc"
-EXECUTE = "execute"
-CLOCK, COPY = "dsc_clock", "dsc_copy"
-"""What every library holds for profiles, in this order (`dsc.backends.tvm.timed`)."""
-OBJECT_BYTES = 16 * 10**6
-"""Room that a library and its object file may take, by far: LLVM ends the process without it."""
-_CLOCK_MONOTONIC = 1  # <time.h> of Linux; the clock of `time.perf_counter`
+FLAGS = ("-std=c++17", "-O2", "-fPIC", "-shared", "-Wl,-Bsymbolic")
+LINKED_BYTES = 10**6
+"""Room that a library takes beside its object files, by far."""
 ZERO, SELF = "zero", "self"
 """Slots that no entry lacks. `self` is where `values` lies, `status` what a step found wrong."""
 _FIXED = (ZERO, SELF, STATUS)
@@ -127,138 +109,150 @@ def encode_steps(slots: Slots, numbers: Mapping[str, int]) -> np.ndarray[Any, np
         ) from None
 
 
-def entry_function(entry: str, slots: Slots, checks: Sequence[Check]) -> PrimFunc:
+def source_of(
+    symbols: Sequence[tuple[str, int]], entries: Mapping[str, tuple[Slots, Sequence[Check]]]
+) -> str:
+    """The C++ of `execute` and of every entry; `symbols` are the kernels and their arities.
+
+    Entries have TVM's packed interface, for `tvm_ffi` to call.
+    """
+    cases = [
+        f"      case {number}: {symbol}({', '.join(f'A({i})' for i in range(arity))});"
+        f" at += {2 * arity}; break;"
+        for number, (symbol, arity) in enumerate(symbols, FIRST)
+    ]
+    parts = [
+        PRELUDE,
+        *(declared(symbol, arity) for symbol, arity in symbols),
+        _EXECUTE.format(status=_FIXED.index(STATUS), cases="\n".join(cases)),
+    ]
+    for number, (name, (slots, checks)) in enumerate(entries.items()):
+        parts.append(_entry(f"entry_{number}", slots, checks))
+        parts.append(packed(name, f"entry_{number}", 2))
+    return "\n".join(parts)
+
+
+def declared(symbol: str, arity: int) -> str:
+    """The C++ declaration of a kernel."""
+    return f'extern "C" int {symbol}({", ".join(["i64"] * arity)});'
+
+
+def packed(name: str, function: str, arity: int) -> str:
+    """C++ that gives a C function of integers TVM's packed interface, under a name."""
+    given = ", ".join(f"given[{i}].value" for i in range(arity))
+    return _PACKED.format(function=function, name=name, given=given)
+
+
+FIRST = 2
+"""The number of the first kernel: before it come `CLOCK` and `COPY` (`dsc.backends.tvm.timed`)."""
+PRELUDE = """\
+#include <string.h>
+#include <time.h>
+typedef long long i64;
+struct Any { int kind; unsigned unused; i64 value; };  // TVMFFIAny of tvm/ffi/c_api.h
+static i64 floor_div(i64 a, i64 b) { return a / b - (a % b < 0); }
+template <typename T>
+static bool outside(i64 address, i64 count, i64 low, i64 high, bool ascending) {
+  for (i64 i = 0; i < count; ++i) {
+    i64 x = (i64)((const T *)address)[i];
+    if (x < low || x > high) return true;
+    if (ascending) low = x;
+  }
+  return false;
+}
+static bool uncovered(i64 pages, i64 lengths, i64 batch, i64 blocks, i64 rows) {
+  for (i64 b = 0; b < batch; ++b)
+    for (i64 i = 0; i < (((const i64 *)lengths)[b] + rows - 1) / rows; ++i)
+      if (((const i64 *)pages)[b * blocks + i] < 0) return true;
+  return false;
+}"""
+_EXECUTE = """\
+#define A(i) (values[at[2 * (i)]] + at[2 * (i) + 1])
+static void execute(const i64 *values, const i64 *at) {{
+  for (i64 left = *at++; left > 0 && values[{status}] == 0; --left) {{
+    switch (*at++) {{
+      case 0: clock_gettime(CLOCK_MONOTONIC, (timespec *)A(0)); at += 2; break;
+      case 1: memcpy((void *)A(1), (const void *)A(0), A(2)); at += 6; break;
+{cases}
+    }}
+  }}
+}}"""
+_PACKED = """\
+extern "C" int packed_{function}(void *, const Any *given, int, Any *result)
+    __asm__("__tvm_ffi_{name}");
+extern "C" int packed_{function}(void *, const Any *given, int, Any *result) {{
+  *result = Any{{1, 0, {function}({given})}};
+  return 0;
+}}"""
+
+
+def _entry(function: str, slots: Slots, checks: Sequence[Check]) -> str:
     """`entry(values, steps)`: check what is given, derive the other sizes, execute the steps."""
+    numbers = slots.numbers
 
-    def body(values: Expr, steps: Expr) -> None:
-        table = Tensor(values, DType.i64, (len(slots.numbers),))
+    def slot(name: str) -> str:
+        return f"v[{numbers[name]}]"
 
-        def slot(name: str) -> Expr:
-            return bind(table.load(slots.numbers[name]))
-
-        for number, check in enumerate(checks, 1):
-            if isinstance(check, Addresses):
-                emit_addresses(number, table, slots.numbers[ARENA], len(slots.given))
-            emit_check(check, number, slot, lambda dim: dim_value(dim, slot))
-        table.store(values, slots.numbers[SELF])
-        table.store(integer(0), slots.numbers[STATUS])
-        for dim in slots.derived:
-            table.store(dim_value(dim, slot), slots.numbers[dim])
-        T.evaluate(call_function(EXECUTE, [values, steps]))
-        T.Return(cast(table.load(slots.numbers[STATUS]), "int32"))
-
-    return build(body).with_attr("global_symbol", entry)
+    lines = [f"static i64 {function}(i64 values, i64 steps) {{", "  i64 *v = (i64 *)values;"]
+    for number, check in enumerate(checks, 1):
+        if isinstance(check, Addresses):
+            first, last = numbers[ARENA], len(slots.given)
+            lines.append(f"  for (int i = {first}; i < {last}; ++i) if (!v[i]) return {number};")
+        else:
+            failed = failing(check, slot, lambda dim: dim_value(dim, slot))
+            lines += [f"  if ({failed}) return {number};"] if failed else []
+    lines += [f"  {slot(SELF)} = values;", f"  {slot(STATUS)} = 0;"]
+    lines += [f"  v[{numbers[dim]}] = {dim_value(dim, slot)};" for dim in slots.derived]
+    lines += ["  execute(v, (const i64 *)steps);", f"  return {slot(STATUS)};", "}"]
+    return "\n".join(lines)
 
 
-def dim_value(dim: Dim, symbol: Callable[[str], Expr]) -> Expr:
-    """The value of a dim as int64, where `symbol` gives those of its symbols."""
+def dim_value(dim: Dim, symbol: Callable[[str], str]) -> str:
+    """The value of a dim in C++, where `symbol` gives those of its symbols."""
     if isinstance(dim, int):
-        return integer(dim)
+        return f"{dim}LL"
     terms = []
     for monomial, coefficient in dim.terms:
-        factors = [integer(coefficient)]
+        factors = [f"{coefficient}LL"]
         for atom in monomial:
             if isinstance(atom, str):
                 factors.append(symbol(atom))
                 continue
-            over = dim_value(atom.numerator, symbol)
-            factors.append(tirx.floordiv(over, dim_value(atom.denominator, symbol)))
-        terms.append(reduce(mul, factors))
-    return reduce(lambda a, b: a + b, terms)
-
-
-def execute_function(kernels: Mapping[str, PrimFunc], numbers: Mapping[str, int]) -> PrimFunc:
-    """`execute(values, steps)`: call one kernel after another, until a check fails."""
-
-    def body(values: Expr, steps: Expr) -> None:
-        table, words = Tensor(values, DType.i64, (1,)), Tensor(steps, DType.i64, (1,))
-        at = Local(1, "int64")
-        at[0] = integer(1)
-
-        def run(name: str) -> None:
-            first, arity = bind(at[0] + 1), len(kernels[name].params)
-            pairs = [(words.at(first + 2 * i), words.at(first + 2 * i + 1)) for i in range(arity)]
-            T.evaluate(call_function(name, [table.at(slot) + added for slot, added in pairs]))
-            at[0] = first + 2 * arity
-
-        cases = [(n, name) for name, n in numbers.items()]
-        with loop(bind(words.at(0))), when(tirx.EQ(table.at(_FIXED.index(STATUS)), integer(0))):
-            _switch(bind(words.at(at[0])), cases, run)
-
-    return build(body)
-
-
-def timing_functions() -> dict[str, PrimFunc]:
-    """`clock(target)` writes seconds and nanoseconds; `copy(source, target, size)` moves bytes."""
-
-    def clock(target: Expr) -> None:
-        arguments = [tirx.IntImm("int32", _CLOCK_MONOTONIC), target]
-        T.evaluate(tirx.call_extern("int32", "clock_gettime", *arguments))
-
-    def copy(source: Expr, target: Expr, size: Expr) -> None:
-        T.evaluate(tirx.call_extern("int64", "memcpy", target, source, size))
-
-    return {CLOCK: build(clock), COPY: build(copy)}
-
-
-def _switch(number: Expr, cases: Sequence[tuple[int, str]], run: Callable[[str], None]) -> None:
-    """Run the case of a number by halving: a few comparisons for any number of kernels."""
-    if len(cases) == 1:
-        run(cases[0][1])
-        return
-    middle = len(cases) // 2
-    with T.If(number < integer(cases[middle][0])):
-        with T.Then():
-            _switch(number, cases[:middle], run)
-        with T.Else():
-            _switch(number, cases[middle:], run)
-
-
-def call_function(name: str, arguments: Sequence[Expr]) -> Expr:
-    """A call of another function of the library."""
-    return Call(global_var(name), list(arguments), ret_ty=ir.PrimType("int32"))
-
-
-@cache
-def global_var(name: str) -> Any:
-    """One GlobalVar a name: TVM compares them by identity."""
-    return ir.GlobalVar(name)
-
-
-def tir_passes() -> tuple[Any, Callable[[], Any], Callable[[], Any]]:
-    """The passes that our kernels need.
-
-    TVM's own pipeline takes ten times as long, and its storage rewrite would hoist local arrays
-    out of the device attributes that they need. Buffers are flat as they are built, and LLVM
-    simplifies anyway: TVM's simplifier took half of the time of a build, for the same speed.
-    """
-    passes = tirx.transform
-
-    def finish() -> Any:
-        return tvm.ir.transform.Sequential([passes.LowerTVMBuiltin(), passes.LowerIntrin()])
-
-    steps = [passes.AnnotateEntryFunc(), passes.SplitHostDevice(), passes.MakePackedAPI()]
-    return tvm.ir.transform.Sequential(steps), finish, finish
+            over, under = (dim_value(d, symbol) for d in (atom.numerator, atom.denominator))
+            factors.append(f"floor_div({over}, {under})")
+        terms.append(" * ".join(factors))
+    return f"({' + '.join(terms)})"
 
 
 def compile_library(
-    functions: Mapping[str, PrimFunc], machine: Machine, sources: Sequence[Cpp] = ()
+    source: str, objects: Mapping[str, bytes], machine: Machine, extras: Sequence[Cpp] = ()
 ) -> bytes:
-    """The shared library of all functions and of the C++ that they call.
+    """The shared library of C++ and of the object files, by symbol, that it calls.
 
-    Raises `BackendUnavailable` without a C++ compiler, `UsageError` for C++ that does not compile.
+    `extras` are kernels in C++. Raises `BackendUnavailable` without a C++ compiler, `UsageError`
+    for C++ of a kernel that does not compile.
     """
-    if not any(map(shutil.which, ("g++", "c++", "clang++", os.environ.get("CXX", "g++")))):
-        raise BackendUnavailable(
-            "the tvm backend found no C++ compiler to link its library with",
-            hint="install g++ (apt install g++)",
-        )
-    module = tvm.IRModule({global_var(name): f for name, f in functions.items()})
-    tirx.register_tir_pipeline(PIPELINE, tir_passes)
-    built = tvm.compile(module, target=tvm_target(machine.cpu), tir_pipeline=PIPELINE)
-    with tempfile.TemporaryDirectory(prefix="dsc-tvm-") as folder:
-        path = Path(folder) / "kernels.so"
-        check_room(path, OBJECT_BYTES, "code to be linked")
-        objects = [compiled(source, machine, Path(folder)) for source in dict.fromkeys(sources)]
-        built.export_library(str(path), addons=[str(each) for each in objects])
-        return path.read_bytes()
+    made = {symbol: hashlib.sha256(data).hexdigest() for symbol, data in objects.items()}
+    texts = [(each.source, each.function) for each in dict.fromkeys(extras)]
+    key = {"source": source, "objects": made, "extras": texts, "lanes": machine.lanes}
+    key["compiler"] = compiler_version()
+    found = kept.get("libraries", key)
+    if found is not None:
+        return found
+    with tempfile.TemporaryDirectory(prefix="dsc-tvm-") as temporary:
+        folder = Path(temporary)
+        path, glue = folder / "kernels.so", folder / "entries.cc"
+        check_room(path, sum(map(len, objects.values())) + LINKED_BYTES, "code to be linked")
+        glue.write_text(source)
+        files = [compiled(each, machine, folder) for each in dict.fromkeys(extras)]
+        for symbol, data in objects.items():
+            files.append(folder / f"{symbol}.o")
+            files[-1].write_bytes(data)
+        line = [compiler(), *FLAGS, "-o", str(path), *map(str, (glue, *files))]
+        done = subprocess.run(line, capture_output=True, text=True, check=False)
+        if done.returncode:
+            problem = f"the library does not link:\n{done.stderr.strip()}"
+            raise InternalError(problem, program=source)
+        data = path.read_bytes()
+    kept.put("libraries", key, data)
+    return data

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+import json
+from dataclasses import asdict, dataclass
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import cast
 
-from dsc.errors import UsageError
+from dsc import kept
+from dsc.backends.tvm import workers
+from dsc.backends.tvm.lean import tiles_allowed
 from dsc.targets import Target
 
 FULL_RATE = "znver"
@@ -36,43 +42,57 @@ class Machine:
     wide: int = 64
 
 
+@dataclass(frozen=True, slots=True)
+class Cpu:
+    """What LLVM knows of a CPU: its name there, the host's, its features, and LLVM's version."""
+
+    name: str
+    host: str
+    features: tuple[str, ...]
+    llvm: int
+
+    def has(self, *features: str) -> bool:
+        """Whether it has all of these."""
+        return set(features) <= set(self.features)
+
+
+@cache
+def cpu_of(arch: str) -> Cpu:
+    """The CPU of an LLVM name, the host for "". Raises `UsageError` for a name LLVM lacks."""
+    lines = Path("/proc/cpuinfo").read_text().partition("\n\n")[0].splitlines()
+    host = [line for line in lines if line.startswith(("model", "cpu family", "flags", "vendor"))]
+    key = {"arch": arch, "host": host, "tvm": version("apache-tvm")}
+    data = kept.get("cpus", key)
+    if data is not None:
+        found = json.loads(data)
+        return Cpu(**found | {"features": tuple(found["features"])})
+    (cpu,) = workers.run([("dsc.backends.tvm.build:describe_cpu", (arch,))])
+    for asked in {arch, cpu.name}:  # the host has a name too
+        kept.put("cpus", key | {"arch": asked}, json.dumps(asdict(cpu)).encode())
+    return cast(Cpu, cpu)
+
+
 def machine_for(target: Target) -> Machine:
     """The machine of `cpu` (the host) or `cpu:<llvm name>`. Raises `UsageError` on a bad name."""
-    from tvm.target import codegen
-
-    from dsc.backends.tvm.lean import tiles_allowed
-
-    cpu = target.arch or codegen.llvm_get_system_cpu()
-    if not codegen.llvm_is_valid_cpu(cpu, codegen.llvm_get_system_triple()):
-        raise UsageError(
-            f"LLVM knows no CPU called {cpu!r}", hint="a name such as cpu:znver4 or cpu:x86-64-v3"
-        )
-    features = tvm_target(cpu)
-    if codegen.target_has_features("avx512f", features):
-        tiles = codegen.target_has_features(["amx-tile", "amx-bf16", "avx512bf16"], features)
+    cpu = cpu_of(target.arch)
+    if cpu.has("avx512f"):
+        tiles = cpu.has("amx-tile", "amx-bf16", "avx512bf16")
         # A virtual machine may hide what the CPU of its name has.
-        tiles = tiles and (cpu != codegen.llvm_get_system_cpu() or tiles_allowed())
+        tiles = tiles and (cpu.name != cpu.host or tiles_allowed())
         return Machine(
-            cpu,
+            cpu.name,
             lanes=16,
             rows=4,
             columns=4,
-            bf16=codegen.target_has_features(["avx512bw", "avx512vl"], features),
-            narrows=codegen.target_has_features("avx512bf16", features),
-            pairs=cpu.startswith(FULL_RATE) and codegen.target_has_features("avx512bf16", features),
+            bf16=cpu.has("avx512bw", "avx512vl"),
+            narrows=cpu.has("avx512bf16"),
+            pairs=cpu.name.startswith(FULL_RATE) and cpu.has("avx512bf16"),
             tiles=tiles,
             narrow=32 if tiles else 16,
         )
-    if codegen.target_has_features("avx2", features):
-        return Machine(cpu, lanes=8, rows=3, columns=4)
-    return Machine(cpu, lanes=4, rows=4, columns=4)
-
-
-def tvm_target(cpu: str) -> Any:
-    """TVM's target for an LLVM CPU name."""
-    import tvm
-
-    return tvm.target.Target({"kind": "llvm", "mcpu": cpu})
+    if cpu.has("avx2"):
+        return Machine(cpu.name, lanes=8, rows=3, columns=4)
+    return Machine(cpu.name, lanes=4, rows=4, columns=4)
 
 
 GENERIC = Machine("x86-64", lanes=16, rows=4, columns=4)

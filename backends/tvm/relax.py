@@ -18,6 +18,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,16 +30,16 @@ from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script.builder import ir as T
 
 from dsc.backends.base import EmitOptions
-from dsc.backends.tvm import library
 from dsc.backends.tvm.bf16 import instructions_of
+from dsc.backends.tvm.build import OBJECT_BYTES, PIPELINE, tir_passes, tvm_target
 from dsc.backends.tvm.lean import private_copy
-from dsc.backends.tvm.machine import Machine, tvm_target
+from dsc.backends.tvm.machine import Machine
 from dsc.backends.tvm.schedule import KernelTable, launch_of
 from dsc.backends.tvm.tir import Expr, PrimFunc
 from dsc.errors import UnsupportedOperator, UsageError
 from dsc.files import check_room
 from dsc.ir.analyses import aliases_of
-from dsc.ir.dims import Dim, free_symbols
+from dsc.ir.dims import Dim, evaluate, free_symbols
 from dsc.ir.graph import Graph, Node, Operand, Value
 from dsc.ir.index_ranges import index_ranges
 from dsc.ir.lanes import moves_nothing
@@ -168,17 +169,17 @@ class _Module:
             ]  # fmt: skip
             done = ir.transform.Sequential(steps)(module)
             for name, kernel in kernels.items():  # private: called by address, not by the VM
-                done[library.global_var(name)] = kernel
+                done[_global_var(name)] = kernel
             return done
 
-        tirx.register_tir_pipeline(library.PIPELINE, library.tir_passes)
+        tirx.register_tir_pipeline(PIPELINE, tir_passes)
         built = relax.build(
             self.builder.get(), tvm_target(self.machine.cpu), relax_pipeline=lower,
-            tir_pipeline=library.PIPELINE,
+            tir_pipeline=PIPELINE,
         )  # fmt: skip
         with tempfile.TemporaryDirectory(prefix="dsc-relax-") as folder:
             path = Path(folder) / "model.so"
-            check_room(path, library.OBJECT_BYTES, "code to be linked")
+            check_room(path, OBJECT_BYTES, "code to be linked")
             built.export_library(str(path))
             return path.read_bytes()
 
@@ -201,8 +202,15 @@ def _door(
         ]
         outputs = {i: _address(h, results[i], f"y{i}") for i, h in made.items()}
         ends = [inputs[s] if s >= 0 else outputs[i] for i, s in enumerate(shared)]
-        T.evaluate(library.call_function(kernel, [*inputs, *ends, *numbers]))
+        arguments = [*inputs, *ends, *numbers]
+        T.evaluate(Call(_global_var(kernel), arguments, ret_ty=ir.PrimType("int32")))
     return builder.get()
+
+
+@cache
+def _global_var(name: str) -> Any:
+    """One GlobalVar a name: TVM compares them by identity."""
+    return ir.GlobalVar(name)
 
 
 def _address(handle: Expr, type: TensorType, name: str) -> Expr:
@@ -217,7 +225,7 @@ def _type(type: TensorType, sizes: Mapping[str, Any]) -> Any:
 
 def _size(dim: Dim, sizes: Mapping[str, Any]) -> Expr:
     """A dim over the function's symbols."""
-    return library.dim_value(dim, sizes.__getitem__)
+    return evaluate(dim, sizes)
 
 
 def _plain(name: str) -> str:

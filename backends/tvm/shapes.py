@@ -6,9 +6,13 @@ from collections.abc import Callable, Sequence
 from functools import reduce
 from typing import TypeAlias
 
-from tvm import tirx
-
-from dsc.backends.tvm.tir import Expr, bind, for_each, integer
+from dsc.backends.tvm.tir import (
+    Expr,
+    bind,
+    for_each,
+    integer,
+    tirx,
+)
 from dsc.ir.dims import Dim
 
 Pattern: TypeAlias = tuple[int | str, ...]

@@ -15,12 +15,14 @@ from contextlib import contextmanager
 from functools import reduce
 from typing import Any, TypeAlias
 
-from tvm import ir, tirx
-from tvm.ir import Call
-from tvm.script.ir_builder import IRBuilder
-from tvm.tirx.script.builder import ir as T
-
+from dsc.ir.lazy import LazyModule
 from dsc.ir.types import DType
+
+ir: Any = LazyModule("tvm.ir")
+ir_builder: Any = LazyModule("tvm.script.ir_builder")
+tirx: Any = LazyModule("tvm.tirx")
+T: Any = LazyModule("tvm.tirx.script.builder.ir")
+"""TVM's compiler takes more than a second to import, and kernels that are kept need none of it."""
 
 Expr: TypeAlias = Any
 """A TVM expression; TVM has no static types."""
@@ -52,7 +54,10 @@ def build(body: Callable[..., None], names: Sequence[str] | None = None) -> Prim
     The function returns 0, and carries the device attributes that TVM otherwise adds to functions
     with a packed interface; without both, thread launches and local arrays do not lower.
     """
-    with IRBuilder() as builder, T.prim_func(private=True, s_tir=True):
+    with (
+        LazyModule("tvm.script.ir_builder").IRBuilder() as builder,
+        T.prim_func(private=True, s_tir=True),
+    ):
         given = names or tuple(inspect.signature(body).parameters)
         arguments = [T.arg(name, tirx.Var(name, "int64")) for name in given]
         T.func_ret(ir.PrimType("int32"))
@@ -117,7 +122,9 @@ class Tensor:
         self.dtype = dtype
         self.shape = [integer(d) for d in shape]
         storage = STORAGE[dtype]
-        pointer = Call("tirx.reinterpret", [address], ret_ty=ir.PointerType(ir.PrimType(storage)))
+        pointer = ir.Call(
+            "tirx.reinterpret", [address], ret_ty=ir.PointerType(ir.PrimType(storage))
+        )
         numel = reduce(lambda a, b: a * b, self.shape, integer(1))
         self.buffer = T.decl_buffer((numel,), storage, data=pointer)
 

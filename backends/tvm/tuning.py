@@ -8,35 +8,28 @@ on their own, so that noise does not turn a choice over. The way to multiply is 
 a token's sums must not depend on how many rows share its batch.
 
 Timing takes seconds, and is done only where the target is the host and the program multiplies bf16.
-What was found is kept in `$XDG_CACHE_HOME/dsc/tuning` (`~/.cache` by default) by everything that it
-depends on; a damaged or foreign file is a miss. `DSC_TUNE=0`, `--no-tune` or another target take
-the defaults: results are the same but for rounding.
+What was found is kept (`dsc.kept`) by everything that it depends on. `DSC_TUNE=0`, `--no-tune` or
+another target take the defaults: results are the same but for rounding.
 """
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import json
 import os
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from dsc._version import __version__
-from dsc.backends.tvm.machine import Machine, tvm_target
-from dsc.errors import FileError
-from dsc.files import write_text
+from dsc import kept
+from dsc.backends.tvm.machine import Machine, cpu_of
 from dsc.ir.dims import symbol
 from dsc.ir.graph import GraphBuilder
 from dsc.ir.types import DType, TensorType
 from dsc.targets import Target
-from dsc.user_folders import cache_entry
 
 COLUMNS = (16, 32, 64)
 """Columns that a task may take."""
@@ -87,10 +80,8 @@ def tuned(
     machine: Machine, target: Target, threads: int | None, asked: bool
 ) -> tuple[Machine, str]:
     """The machine with what is fastest on it, and whether that is by `rule` or by `timing`."""
-    from tvm.target import codegen
-
     off = not asked or os.environ.get("DSC_TUNE") == "0"
-    if off or not machine.bf16 or target.arch not in ("", codegen.llvm_get_system_cpu()):
+    if off or not machine.bf16 or target.arch not in ("", cpu_of("").host):
         return machine, "rule"
     threads = threads or len(os.sched_getaffinity(0))
     key = key_of(machine, threads)
@@ -164,22 +155,25 @@ def build(
     They take the addresses of x, weight, y and panels, and the number of rows.
     """
     from dsc.backends.tvm import lean, library
-    from dsc.backends.tvm.bf16 import instructions_of
     from dsc.backends.tvm.kernels.region import lower
+    from dsc.backends.tvm.objects import Kernel, objects_of
 
     builder = GraphBuilder("linear")
     x = builder.input("x", TensorType(DType.bf16, (symbol("N"), k)))
     weight = builder.input("weight", TensorType(DType.bf16, (m, k)))
     (node,) = builder.finish(builder.call("linear", x, weight)).nodes
     candidates = list(itertools.product(ways(machine), COLUMNS))
-    functions = {}
+    kernels, parts = [], [library.PRELUDE]
     for way, columns in candidates:
         cut = Tiling(way, columns, columns).on(machine)
-        launch, name = lower(node, cut), f"{way}_{columns}"
-        with instructions_of(cut):
-            functions[name] = launch.maker(*launch.static).with_attr("global_symbol", name)
+        kernel = Kernel.of(f"{way}_{columns}", lower(node, cut), cut)
+        arity = 5 + (way == "tiles")
+        parts.append(library.declared(kernel.symbol, arity))
+        parts.append(library.packed(f"{way}_{columns}", kernel.symbol, arity))
+        kernels.append((kernel, cut))
+    objects = {k: data for kernel, cut in kernels for k, data in objects_of([kernel], cut).items()}
     path = folder / "linear.so"
-    path.write_bytes(library.compile_library(functions, machine))
+    path.write_bytes(library.compile_library("\n".join(parts), objects, machine))
     loaded = lean.load_library(path, threads)
     lean.Threads(threads).apply()
 
@@ -192,38 +186,28 @@ def build(
 
 def key_of(machine: Machine, threads: int) -> dict[str, Any]:
     """Everything that the fastest choice depends on, in full."""
-    from tvm.target import codegen
+    from dsc.backends.tvm.objects import surroundings
 
-    sources = sorted(Path(__file__).parent.rglob("*.py"))
     return {
         "kernel": "linear",
         "rows": [FEW, MANY],
         "weight": [M, K],
         "machine": asdict(machine),
-        "features": sorted(codegen.llvm_get_cpu_features(tvm_target(machine.cpu))),
         "threads": threads,
-        "versions": {"tvm": version("apache-tvm"), "llvm": int(codegen.llvm_version_major())},
-        "ours": hashlib.sha256(b"".join(p.read_bytes() for p in sources)).hexdigest(),
-        "dsc": __version__,
+        **surroundings(machine),
     }
 
 
 def load(key: Mapping[str, Any]) -> Tiling | None:
     """What was chosen under a key, or `None`."""
-    try:
-        entry = json.loads(_path(key).read_text())
-        found = Tiling(**entry["tiling"])
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+    data = kept.get("tuning", key)
+    if data is None:
         return None
+    found = Tiling(**json.loads(data))
     cut = found.narrow in COLUMNS and found.wide in COLUMNS and found.way in WAYS
-    return found if cut and entry["key"] == dict(key) else None
+    return found if cut else None
 
 
 def store(key: Mapping[str, Any], found: Tiling) -> None:
     """Keep a choice."""
-    with suppress(FileError, OSError):  # a cache that takes nothing is a slower compile, no error
-        write_text(_path(key), json.dumps({"key": key, "tiling": asdict(found)}))
-
-
-def _path(key: Mapping[str, Any]) -> Path:
-    return cache_entry("tuning", key)
+    kept.put("tuning", key, json.dumps(asdict(found)).encode())

@@ -35,6 +35,7 @@ VERBS = (
     "bisect",
     "bench",
     "profile",
+    "cache",
     "doctor",
 )
 

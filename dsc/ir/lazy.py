@@ -1,4 +1,4 @@
-"""Modules that are imported when first used, so that `import dsc` stays light."""
+"""Modules that are imported when first used, so that what does not need them stays light."""
 
 from __future__ import annotations
 
@@ -13,4 +13,6 @@ class LazyModule:
         self._name = name
 
     def __getattr__(self, attribute: str) -> Any:
-        return getattr(importlib.import_module(self._name), attribute)
+        value = getattr(importlib.import_module(self._name), attribute)
+        setattr(self, attribute, value)
+        return value

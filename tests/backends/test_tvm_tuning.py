@@ -111,19 +111,6 @@ def test_a_choice_is_kept_by_its_whole_key(timed: list[int]) -> None:
     assert timed == [1, 2, 1]
 
 
-@pytest.mark.parametrize(
-    "damage",
-    ["", "[]", "{}", '{"key": {}, "tiling": {"way": "widened", "narrow": 32, "wide": 64}}'],
-)
-def test_a_damaged_or_foreign_file_is_a_miss(timed: list[int], tmp_path: Path, damage: str) -> None:
-    tuning.tuned(host(), parse_target("cpu"), 1, asked=True)
-    (kept,) = (tmp_path / "dsc" / "tuning").iterdir()
-    kept.write_text(damage)
-    tuning.tuned(host(), parse_target("cpu"), 1, asked=True)
-    assert timed == [1, 1]
-    assert '"narrow": 32' in kept.read_text()
-
-
 def test_a_choice_that_was_never_offered_is_a_miss(timed: list[int]) -> None:
     key = tuning.key_of(host(), 1)
     tuning.store(key, Tiling("widened", 32, 64))

@@ -11,10 +11,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from tvm import tirx
-
 from dsc.backends.tvm.shapes import SizeTable, resolve
-from dsc.backends.tvm.tir import Expr, bind, integer
+from dsc.backends.tvm.tir import (
+    Expr,
+    bind,
+    integer,
+    tirx,
+)
 from dsc.ir.region_steps import Lines
 from dsc.ir.types import DType
 from dsc.ir.views import joined

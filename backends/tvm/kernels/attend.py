@@ -10,8 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from tvm import tirx
-
 from dsc.backends.tvm.kernels.dots import Position
 from dsc.backends.tvm.tir import (
     Expr,
@@ -26,6 +24,7 @@ from dsc.backends.tvm.tir import (
     loop,
     select,
     splat,
+    tirx,
     total,
 )
 

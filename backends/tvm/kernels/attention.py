@@ -10,8 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from tvm import tirx
-
 from dsc.backends.tvm.bf16 import LANES
 from dsc.backends.tvm.kernels import bf16_attention, bf16_softmax, tile_attention
 from dsc.backends.tvm.kernels.attend import BLOCK, Queries, Rows, attend
@@ -32,6 +30,7 @@ from dsc.backends.tvm.tir import (
     lanes_for,
     loop,
     tiles,
+    tirx,
 )
 from dsc.ir.graph import Node
 from dsc.ir.paging import cached_rows

@@ -13,8 +13,6 @@ mla_attention      bound: 2 (n + v) c flops a row and head to expand the cache, 
 
 from __future__ import annotations
 
-from tvm import tirx
-
 from dsc.backends.tvm.bf16 import (
     LANES,
     SUMS,
@@ -53,6 +51,7 @@ from dsc.backends.tvm.tir import (
     lanes_for,
     loop,
     splat,
+    tirx,
     when,
 )
 from dsc.ir.types import DType

@@ -7,8 +7,6 @@ peak of pair products. A task is a head and a block of columns.
 
 from __future__ import annotations
 
-from tvm import tirx
-
 from dsc.backends.tvm.bf16 import LANES, SUMS, Pairs, instructions, narrow, put_bits, unzipped
 from dsc.backends.tvm.kernels.bf16_product import (
     BLOCK,
@@ -30,6 +28,7 @@ from dsc.backends.tvm.tir import (
     integer,
     lanes_for,
     loop,
+    tirx,
 )
 from dsc.ir.dims import product
 from dsc.ir.types import DType, TensorType

@@ -12,8 +12,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from tvm import tirx
-
 from dsc.backends.tvm.amx import TOKENS
 from dsc.backends.tvm.bf16 import SUMS, instructions, narrow, put_bits
 from dsc.backends.tvm.kernels.bf16_panels import (
@@ -43,6 +41,7 @@ from dsc.backends.tvm.tir import (
     loop,
     select,
     splat,
+    tirx,
     when,
 )
 from dsc.ir.dims import Dim

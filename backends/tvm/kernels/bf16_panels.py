@@ -16,9 +16,6 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
-from tvm import tirx
-from tvm.tirx.script.builder import ir as T
-
 from dsc.backends.tvm import amx
 from dsc.backends.tvm.bf16 import LANES, by_tiles, columns_of_tasks, prefetch_far
 from dsc.backends.tvm.kernels.bf16_product import (
@@ -29,7 +26,19 @@ from dsc.backends.tvm.kernels.bf16_product import (
     tile_height,
 )
 from dsc.backends.tvm.machine import Machine
-from dsc.backends.tvm.tir import Expr, Local, Tensor, bind, for_each, integer, loop, select, when
+from dsc.backends.tvm.tir import (
+    Expr,
+    Local,
+    T,
+    Tensor,
+    bind,
+    for_each,
+    integer,
+    loop,
+    select,
+    tirx,
+    when,
+)
 from dsc.ir.dims import Dim
 from dsc.ir.types import DType, TensorType
 

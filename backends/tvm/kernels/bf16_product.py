@@ -21,8 +21,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from tvm import tirx
-
 from dsc.backends.tvm.bf16 import (
     LANES,
     SUMS,
@@ -38,7 +36,19 @@ from dsc.backends.tvm.bf16 import (
     sum4,
     zipped,
 )
-from dsc.backends.tvm.tir import Expr, Local, Tensor, bind, f32, integer, loop, select, splat, when
+from dsc.backends.tvm.tir import (
+    Expr,
+    Local,
+    Tensor,
+    bind,
+    f32,
+    integer,
+    loop,
+    select,
+    splat,
+    tirx,
+    when,
+)
 
 HEIGHT, WIDTH = 6, 4
 """Rows and columns of a dot tile: 24 accumulators, 4 vectors of w and one of x in 32 registers."""

@@ -11,8 +11,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from tvm import tirx
-
 from dsc.backends.tvm.bf16 import (
     LANES,
     SUMS,
@@ -39,6 +37,7 @@ from dsc.backends.tvm.tir import (
     loop,
     select,
     splat,
+    tirx,
     total,
 )
 from dsc.ir.types import DType

@@ -5,16 +5,20 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+from functools import cache
 from pathlib import Path
-
-from tvm import tirx
-from tvm.tirx.script.builder import ir as T
 
 from dsc.backends.tvm.launch import Launch, Unsupported
 from dsc.backends.tvm.machine import Machine
 from dsc.backends.tvm.shapes import size_names
-from dsc.backends.tvm.tir import Expr, PrimFunc, build
-from dsc.errors import UsageError
+from dsc.backends.tvm.tir import (
+    Expr,
+    PrimFunc,
+    T,
+    build,
+    tirx,
+)
+from dsc.errors import BackendUnavailable, UsageError
 from dsc.ir.analyses import call_of
 from dsc.ir.dims import Dim, product
 from dsc.ir.graph import Node
@@ -62,9 +66,8 @@ def compiled(source: Cpp, machine: Machine, folder: Path) -> Path:
     """The object file of a source. Raises `UsageError` with what the compiler says."""
     text, found = folder / f"{source.function}.cc", folder / f"{source.function}.o"
     text.write_text(source.source)
-    tool = os.environ.get("CXX") or next(filter(shutil.which, ("g++", "c++", "clang++")), "c++")
     level = [f"-march={LEVELS[machine.lanes]}"] if machine.lanes in LEVELS else []
-    line = [tool, "-std=c++17", "-O3", *level, "-fPIC", "-c", str(text)]
+    line = [compiler(), "-std=c++17", "-O3", *level, "-fPIC", "-c", str(text)]
     done = subprocess.run([*line, "-o", str(found)], capture_output=True, text=True, check=False)
     if done.returncode:
         raise UsageError(
@@ -72,3 +75,21 @@ def compiled(source: Cpp, machine: Machine, folder: Path) -> Path:
             hint=f"{' '.join(line[:-1])} must take it",
         )
     return found
+
+
+def compiler() -> str:
+    """The C++ compiler, `CXX` or the system's. Raises `BackendUnavailable` where there is none."""
+    tool = os.environ.get("CXX") or next(filter(shutil.which, ("g++", "c++", "clang++")), "")
+    if not shutil.which(tool):
+        raise BackendUnavailable(
+            "the tvm backend found no C++ compiler to link its library with",
+            hint="install g++ (apt install g++)",
+        )
+    return tool
+
+
+@cache
+def compiler_version() -> str:
+    """What the C++ compiler says that it is."""
+    line = [compiler(), "--version"]
+    return subprocess.run(line, capture_output=True, text=True, check=False).stdout

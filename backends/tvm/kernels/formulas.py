@@ -6,11 +6,15 @@ from collections.abc import Callable
 from functools import partial
 from typing import TypeAlias
 
-from tvm import tirx
-
 from dsc.backends.tvm import tir
 from dsc.backends.tvm.launch import Unsupported
-from dsc.backends.tvm.tir import VALUE, Expr, libm, splat
+from dsc.backends.tvm.tir import (
+    VALUE,
+    Expr,
+    libm,
+    splat,
+    tirx,
+)
 from dsc.ir.graph import Node
 from dsc.ir.kernels import Formula
 from dsc.ir.op import added, kernel_of, lookup
@@ -82,7 +86,7 @@ def _ordered(holds: Callable[[Expr, Expr], Expr]) -> Callable[[Expr, Expr], Expr
     return compare
 
 
-_equal = _ordered(tirx.EQ)
+_equal = _ordered(lambda a, b: tirx.EQ(a, b))
 
 
 def _or(a: Expr, b: Expr) -> Expr:
@@ -123,11 +127,11 @@ FORMULAS: dict[str, Callable[..., Expr]] = {
     "where": tir.select,
     "swiglu": lambda a, b: tir.silu(a) * b,
     "neg": lambda x: -x,
-    "abs": tirx.abs,
+    "abs": lambda x: tirx.abs(x),
     "square": lambda x: x * x,
     "exp": tir.exp_of_any,
     "log": lambda x: libm("logf", x),
-    "sqrt": tirx.sqrt,
+    "sqrt": lambda x: tirx.sqrt(x),
     "rsqrt": lambda x: _filled(1, x) / tirx.sqrt(x),
     "reciprocal": lambda x: _filled(1, x) / x,
     "sigmoid": lambda x: tir.keep_nan(x, tir.sigmoid(x)),

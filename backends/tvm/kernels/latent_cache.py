@@ -11,10 +11,15 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from tvm import tirx
-
 from dsc.backends.tvm.launch import Unsupported
-from dsc.backends.tvm.tir import Expr, Tensor, bind, integer, when
+from dsc.backends.tvm.tir import (
+    Expr,
+    Tensor,
+    bind,
+    integer,
+    tirx,
+    when,
+)
 from dsc.ir.graph import Node
 from dsc.ir.paging import BLOCK_TABLE, rows_of_page
 from dsc.ir.types import DType

@@ -10,8 +10,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from tvm import tirx
-
 from dsc.backends.tvm.kernels.access import Access, Number, Rows, access
 from dsc.backends.tvm.launch import Launch, Unsupported, operand, static_dim
 from dsc.backends.tvm.machine import Machine
@@ -30,6 +28,7 @@ from dsc.backends.tvm.tir import (
     lanes_for,
     loop,
     splat,
+    tirx,
 )
 from dsc.ir.dims import Dim, product
 from dsc.ir.graph import Node

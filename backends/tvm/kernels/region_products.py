@@ -14,8 +14,6 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from math import prod
 
-from tvm import tirx
-
 from dsc.backends.tvm import bf16
 from dsc.backends.tvm.amx import TOKENS
 from dsc.backends.tvm.kernels import bf16_panels
@@ -37,6 +35,7 @@ from dsc.backends.tvm.tir import (
     integer,
     loop,
     splat,
+    tirx,
     when,
 )
 from dsc.ir.region_columns import PRODUCT

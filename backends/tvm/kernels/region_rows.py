@@ -14,8 +14,6 @@ from functools import reduce
 from itertools import groupby
 from operator import mul
 
-from tvm import tirx
-
 from dsc.backends.tvm import bf16
 from dsc.backends.tvm.kernels.access import Access, Number, Rows
 from dsc.backends.tvm.kernels.formulas import FORMULAS
@@ -45,6 +43,7 @@ from dsc.backends.tvm.tir import (
     largest,
     loop,
     splat,
+    tirx,
     total,
 )
 from dsc.ir.types import DType

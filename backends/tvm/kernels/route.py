@@ -6,8 +6,6 @@ chooses on one thread: a few hundred experts are cheaper to scan k times than to
 
 from __future__ import annotations
 
-from tvm import tirx
-
 from dsc.backends.tvm.kernels.dots import product_rows
 from dsc.backends.tvm.launch import Launch, operand, rows_of, static_dim
 from dsc.backends.tvm.machine import Machine
@@ -26,6 +24,7 @@ from dsc.backends.tvm.tir import (
     loop,
     select,
     sigmoid,
+    tirx,
     when,
 )
 from dsc.ir.graph import Node

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from tvm import tirx
-
 from dsc.backends.tvm.launch import Launch, Unsupported, operand, static_dim
 from dsc.backends.tvm.machine import Machine
 from dsc.backends.tvm.shapes import (
@@ -27,6 +25,7 @@ from dsc.backends.tvm.tir import (
     integer,
     is_nan,
     loop,
+    tirx,
     when,
 )
 from dsc.ir.graph import Node

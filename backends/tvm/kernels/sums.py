@@ -9,9 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from math import prod
 
-from tvm import tirx
-
-from dsc.backends.tvm.tir import Expr, Local, cast, integer, loop
+from dsc.backends.tvm.tir import (
+    Expr,
+    Local,
+    cast,
+    integer,
+    loop,
+    tirx,
+)
 
 BLOCK = 128
 """Terms (vectors of them) that are summed in fp32: few enough for errors, many against the cost."""

@@ -13,8 +13,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from itertools import product
 
-from tvm import tirx
-
 from dsc.backends.tvm import amx
 from dsc.backends.tvm.bf16 import LANES, SUMS, bits, instructions, narrow, put_bits
 from dsc.backends.tvm.kernels.bf16_attention import PARTS, SharedParts, part_floats, part_of
@@ -48,6 +46,7 @@ from dsc.backends.tvm.tir import (
     loop,
     select,
     splat,
+    tirx,
     when,
 )
 from dsc.ir.types import DType

@@ -18,8 +18,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import product
 
-from tvm import tirx
-
 from dsc.backends.tvm import amx
 from dsc.backends.tvm.bf16 import SUMS, narrow, prefetch_far, put_bits
 from dsc.backends.tvm.kernels.bf16_product import ceil_div
@@ -37,6 +35,7 @@ from dsc.backends.tvm.tir import (
     loop,
     select,
     splat,
+    tirx,
     when,
 )
 from dsc.ir.types import DType

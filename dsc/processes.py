@@ -1,4 +1,4 @@
-"""The environment of the child processes that compile and interpret."""
+"""Processes of our own that compile, or interpret kernels, beside the one that asks."""
 
 from __future__ import annotations
 
@@ -6,14 +6,10 @@ import os
 from pathlib import Path
 
 
-def import_environment() -> dict[str, str]:
+def child_environment() -> dict[str, str]:
     """This process's environment, with a path on which a child imports the very same `dsc`."""
     import dsc
 
     roots = [str(Path(p).resolve().parent) for p in dsc.__path__]
     search = [*roots, *filter(None, [os.environ.get("PYTHONPATH")])]
-    return {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join(search),
-        "TRITON_DEFAULT_FP_FUSION": os.environ.get("TRITON_DEFAULT_FP_FUSION", "1"),
-    }
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(search)}

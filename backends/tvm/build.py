@@ -1,0 +1,94 @@
+"""What TVM's compiler does for us: object files of kernels, and what it knows of a CPU.
+
+Only what must have the compiler stands here; it runs in processes of its own (`worker`).
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Hashable, Mapping
+from pathlib import Path
+from typing import Any
+
+import tvm
+from tvm import ir, tirx
+from tvm.target import codegen
+
+from dsc.backends.tvm.bf16 import instructions_of
+from dsc.backends.tvm.machine import Cpu, Machine
+from dsc.backends.tvm.tir import PrimFunc
+from dsc.errors import UsageError
+from dsc.files import check_room
+
+PIPELINE = "dsc"
+OBJECT_BYTES = 16 * 10**6
+"""Room that an object file may take, by far: LLVM ends the process without it."""
+
+
+def build_kernel(
+    maker: Callable[..., PrimFunc], static: tuple[Hashable, ...], machine: Machine, symbol: str
+) -> bytes:
+    """The object file of `maker(*static)`, a C function `int symbol(int64_t, ...)`."""
+    with instructions_of(machine):
+        function = maker(*static)
+    return build_object({symbol: function}, machine)
+
+
+def build_object(functions: Mapping[str, PrimFunc], machine: Machine) -> bytes:
+    """The object file of functions, each under its name.
+
+    Those that have a `global_symbol` get TVM's packed interface, the others C's.
+    """
+    module = tvm.IRModule({ir.GlobalVar(name): f for name, f in functions.items()})
+    tirx.register_tir_pipeline(PIPELINE, tir_passes)
+    built = tvm.compile(module, target=tvm_target(machine.cpu), tir_pipeline=PIPELINE)
+    with tempfile.TemporaryDirectory(prefix="dsc-tvm-") as folder:
+        path = Path(folder) / "kernel.o"
+        check_room(path, OBJECT_BYTES, "code to be linked")
+        built.mod.write_to_file(str(path), "o")
+        return path.read_bytes()
+
+
+def tir_passes() -> tuple[Any, Callable[[], Any], Callable[[], Any]]:
+    """The passes that our kernels need.
+
+    TVM's own pipeline takes ten times as long, and its storage rewrite would hoist local arrays
+    out of the device attributes that they need. Buffers are flat as they are built, and LLVM
+    simplifies anyway: TVM's simplifier took half of the time of a build, for the same speed.
+    """
+    passes = tirx.transform
+
+    def finish() -> Any:
+        return tvm.ir.transform.Sequential([passes.LowerTVMBuiltin(), passes.LowerIntrin()])
+
+    steps = [passes.SplitHostDevice(), passes.MakePackedAPI(), _named()]
+    return tvm.ir.transform.Sequential(steps), finish, finish
+
+
+def _named() -> Any:
+    """Make private functions visible to the linker, by the names that they have."""
+
+    def visible(module: Any, _: Any) -> Any:
+        for name, function in module.functions.items():
+            if "global_symbol" not in function.attrs:
+                module.update_func(name, function.with_attr("global_symbol", name.name_hint))
+        return module
+
+    return tvm.ir.transform.module_pass(visible, opt_level=0)
+
+
+def tvm_target(cpu: str) -> Any:
+    """TVM's target for an LLVM CPU name."""
+    return tvm.target.Target({"kind": "llvm", "mcpu": cpu})
+
+
+def describe_cpu(name: str) -> Cpu:
+    """What LLVM knows of a CPU, the host for "". Raises `UsageError` for a name that it lacks."""
+    host = codegen.llvm_get_system_cpu()
+    cpu = name or host
+    if not codegen.llvm_is_valid_cpu(cpu, codegen.llvm_get_system_triple()):
+        raise UsageError(
+            f"LLVM knows no CPU called {cpu!r}", hint="a name such as cpu:znver4 or cpu:x86-64-v3"
+        )
+    features = codegen.llvm_get_cpu_features(tvm_target(cpu))
+    return Cpu(cpu, host, tuple(sorted(map(str, features))), int(codegen.llvm_version_major()))
