@@ -111,7 +111,7 @@ def test_code_of_others_is_not_kept() -> None:
 
     for value in (maker, lambda: 0, os.path.join, object(), [maker]):
         with pytest.raises(Foreign):
-            canonical(value)  # type: ignore[arg-type]
+            canonical(value)
     assert Kernel.of("theirs_3", Launch(maker, ()), GENERIC) == Kernel(
         "theirs_3", Launch(maker, ()), None
     )
