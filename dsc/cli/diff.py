@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import compress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -140,30 +141,20 @@ def _print_entry(out: object, entry: EntryDiff) -> None:
     from rich.text import Text
 
     from dsc.cli.report_tables import add_row, clean, table_of
-    from dsc.diff.page import COLUMNS, run_name, run_value
+    from dsc.diff.page import columns, cost_rows, cost_sums
 
     assert isinstance(out, Console)
     at = " ".join(f"{k}={v}" for k, v in sorted(entry.at[1].items()))
-    shown = [(k, w) for k, w in COLUMNS if any(k in t for t in entry.totals) and k != "parameters"]
-    words = [words for _, words in shown]
+    shown = [key != "parameters" for key, _ in columns(entry)]
+    words = compress((words for _, words in columns(entry)), shown)
     table = table_of(clean(f"{entry.name} ({at})"), ("layer",), (*words, "lines"))
-    for run in entry.runs():
+    for name, run, costs in cost_rows(entry):
         rows = entry.rows[run[0].name]
-        name = run_name(run) + (f" ({len(run)}, each)" if len(run) > 1 else "")
         changed = f"{sum(r.differs for r in rows)}/{len(rows)}"
-        cells = [_cell(k, run_value(run, 0, k), run_value(run, 1, k)) for k, _ in shown]
-        add_row(table, name, *cells, changed)
-    sums = [_cell(k, entry.totals[0].get(k), entry.totals[1].get(k)) for k, _ in shown]
-    add_row(table, "all", *sums, "", style="bold")
+        add_row(table, name, *map(str, compress(costs, shown)), changed)
+    add_row(table, "all", *map(str, compress(cost_sums(entry), shown)), "", style="bold")
     out.print(table)
     if entry.error:
         worst = max(entry.errors, key=entry.errors.__getitem__)
         out.print(Text(clean(f"max error {entry.error:.2g} (of {worst})")))
     out.print()
-
-
-def _cell(key: str, before: float | None, after: float | None) -> str:
-    from dsc.diff.page import spell
-
-    first, second = ("-" if v is None else spell(key, v) for v in (before, after))
-    return first if first == second else f"{first} → {second}"

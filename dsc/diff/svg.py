@@ -1,14 +1,13 @@
-"""Pictures as inline SVG: the graph of an entry, and what lies in its arena at each step."""
+"""What is drawn, in places and words: a layer's graph, and what lies in an arena at each step."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from html import escape
 from itertools import pairwise
 
 from dsc.cli.console import human_bytes
-from dsc.diff.layout import HEIGHT, Vertex, draw
+from dsc.diff.layout import Vertex, draw
 from dsc.errors import DscError
 from dsc.ir import regions
 from dsc.ir.dims import bounds
@@ -43,7 +42,29 @@ STEP_WIDTH = 4.0
 """The least width of a step: long entries are scrolled."""
 
 
-def graph_svg(graph: Graph, name: str, changed: frozenset[str]) -> str:
+@dataclass(frozen=True, slots=True)
+class Box:
+    """A node, or a value at the border (`family` "pill"): where it stands and what it says."""
+
+    family: str
+    x: float
+    y: float
+    width: float
+    lines: tuple[str, ...]
+    title: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """The graph of one layer; `paths` are those of its edges, and whether they cross the border."""
+
+    width: float
+    height: float
+    boxes: tuple[Box, ...]
+    paths: tuple[tuple[str, bool], ...]
+
+
+def picture(graph: Graph, name: str, changed: frozenset[str]) -> Picture:
     """The nodes that belong to the layer `name`, as a picture; `changed` are marked.
 
     What comes in from other layers, and what others read, are pills at the border.
@@ -52,20 +73,19 @@ def graph_svg(graph: Graph, name: str, changed: frozenset[str]) -> str:
     inside = {v.name: i for i, n in enumerate(nodes) for v in n.outputs}
     vertices, edges = _vertices(graph, nodes, inside)
     drawing = draw(vertices, edges)
-    parts = []
-    for start, end, points in drawing.paths:
-        dashed = ' class="outer"' if isinstance(start, str) or isinstance(end, str) else ""
-        parts.append(f'<path{dashed} d="{_curve(points)}"/>')
+    boxes = []
     for vertex in vertices:
-        x, y = drawing.boxes[vertex.key]
-        if isinstance(vertex.key, str):
-            parts.append(_pill(vertex.key[1:], x, y, vertex.width))
-        elif isinstance(vertex.key, int):
-            parts.append(_box(nodes[vertex.key], x, y, vertex.width, changed))
-    width, height = round(drawing.width), round(drawing.height)
-    # Shrunk to the column as far as it stays readable.
-    size = f'width="{width}" viewBox="0 0 {width} {height}" style="min-width:{0.6 * width:.0f}px"'
-    return f'<svg class="graph" {size} role="img">{"".join(parts)}</svg>'
+        place = (*drawing.boxes[vertex.key], vertex.width)
+        if isinstance(vertex.key, int):
+            node = nodes[vertex.key]
+            boxes.append(Box(_family(node, changed), *place, _labels(node), print_node(node)))
+        else:
+            boxes.append(Box("pill", *place, (_short(str(vertex.key)[1:]),)))
+    paths = tuple(
+        (_curve(points), isinstance(start, str) or isinstance(end, str))
+        for start, end, points in drawing.paths
+    )
+    return Picture(drawing.width, drawing.height, tuple(boxes), paths)
 
 
 def _vertices(
@@ -122,27 +142,9 @@ def _width(*texts: str) -> float:
     return 16 + CHARACTER * max(len(_short(t)) for t in texts)
 
 
-def _box(node: Node, x: float, y: float, width: float, changed: frozenset[str]) -> str:
+def _family(node: Node, changed: frozenset[str]) -> str:
     family = "fused" if node.body is not None else _FAMILY.get(traits_of(node.op).role, "pointwise")
-    mark = " changed" if node.outputs[0].name in changed else ""
-    first, second = _labels(node)
-    middle = x + width / 2
-    title = escape(print_node(node))
-    return (
-        f'<g class="{family}{mark}"><title>{title}</title>'
-        f'<rect x="{x:.1f}" y="{y:.1f}" width="{width:.1f}" height="{HEIGHT:.0f}" rx="4"/>'
-        f'<text x="{middle:.1f}" y="{y + 14:.1f}" class="op">{escape(first)}</text>'
-        f'<text x="{middle:.1f}" y="{y + 27:.1f}">{escape(second)}</text></g>'
-    )
-
-
-def _pill(name: str, x: float, y: float, width: float) -> str:
-    top, height = y + 7, HEIGHT - 14
-    return (
-        f'<g class="pill"><rect x="{x:.1f}" y="{top:.1f}" width="{width:.1f}"'
-        f' height="{height:.0f}" rx="10"/>'
-        f'<text x="{x + width / 2:.1f}" y="{top + 14:.1f}">{escape(_short(name))}</text></g>'
-    )
+    return f"{family} changed" if node.outputs[0].name in changed else family
 
 
 def _curve(points: Sequence[tuple[float, float]]) -> str:
@@ -182,6 +184,16 @@ class Timeline:
     size: int
     lower_bound: int
 
+    @property
+    def width(self) -> float:
+        """Of the picture."""
+        return max(TIMELINE[0], STEP_WIDTH * self.steps)
+
+    @property
+    def scales(self) -> tuple[float, float]:
+        """The picture's width of a step and height of a byte."""
+        return self.width / max(1, self.steps), TIMELINE[1] / self.size
+
 
 def timeline(program: Program, entry: str, plan: EntryPlan | None = None) -> Timeline | None:
     """What lies in an entry's arena over its launches; `None` where it cannot be planned.
@@ -216,58 +228,40 @@ def timeline(program: Program, entry: str, plan: EntryPlan | None = None) -> Tim
     return Timeline(tuple(blocks), parts, steps, plan.arena_bytes, plan.lower_bound)
 
 
-def timeline_svg(found: Timeline) -> str:
-    """Offsets over steps: one rectangle a storage, and the least that any plan could need."""
-    width, height = max(TIMELINE[0], STEP_WIDTH * found.steps), TIMELINE[1]
-    if not found.blocks or not found.size:
-        return '<p class="none">nothing lies in the arena</p>'
-    scale_x, scale_y = width / max(1, found.steps), height / found.size
-    parts = [f'<rect class="arena" x="0" y="0" width="{width:.0f}" height="{height:.0f}"/>']
+def rectangles(found: Timeline) -> Iterator[tuple[float, float, float, float, str]]:
+    """Offsets over steps: x, y, width, height and title of one rectangle a storage."""
+    scale_x, scale_y = found.scales
     titled = len(found.blocks) <= MAX_TITLES
-    for index, block in enumerate(found.blocks):
-        x, w = block.first * scale_x, (block.last - block.first + 1) * scale_x
-        h = max(block.size * scale_y, 0.6)
-        y = height - block.offset * scale_y - h
-        title = ""
-        if titled:
-            text = (
-                f"%{block.name} {human_bytes(block.size)} at {block.offset},"
-                f" steps {block.first} to {block.last} {block.loc}"
-            )
-            title = f"<title>{escape(text)}</title>"
-        parts.append(
-            f'<rect class="hue{index % 8}" x="{x:.2f}" y="{y:.2f}" width="{w:.2f}"'
-            f' height="{h:.2f}">{title}</rect>'
+    for block in found.blocks:
+        height = max(block.size * scale_y, 0.6)
+        text = (
+            f"%{block.name} {human_bytes(block.size)} at {block.offset},"
+            f" steps {block.first} to {block.last} {block.loc}"
         )
-    parts.append(_live_line(found, scale_x, scale_y))
-    bound = height - found.lower_bound * scale_y
-    parts.append(f'<path class="bound" d="M0 {bound:.2f}H{width:.0f}"/>')
-    parts += _part_marks(found, scale_x)
-    view = f'viewBox="-2 -16 {width + 4:.0f} {height + 18:.0f}"'
-    if width > TIMELINE[0]:
-        view += f' style="width:{width:.0f}px"'
-    return f'<svg class="memory" {view} role="img">{"".join(parts)}</svg>'
+        yield (
+            block.first * scale_x,
+            TIMELINE[1] - block.offset * scale_y - height,
+            (block.last - block.first + 1) * scale_x,
+            height,
+            text if titled else "",
+        )
 
 
-def _part_marks(found: Timeline, scale_x: float) -> Iterator[str]:
-    """A line where each part of the model begins, and its name where there is room."""
+def part_marks(found: Timeline) -> Iterator[tuple[float, str]]:
+    """Where each part of the model begins, and its name where there is room."""
+    scale_x, _ = found.scales
     starts = [*found.parts, found.steps]
     for (step, name), end in zip(found.parts.items(), starts[1:], strict=True):
-        x = step * scale_x
-        yield f'<path class="part" d="M{x:.2f} -14V{TIMELINE[1]:.0f}"/>'
-        if (end - step) * scale_x >= 8 + CHARACTER * len(_short(name)):
-            yield f'<text x="{x + 3:.2f}" y="-4">{escape(_short(name))}</text>'
+        has_room = (end - step) * scale_x >= 8 + CHARACTER * len(_short(name))
+        yield step * scale_x, _short(name) if has_room else ""
 
 
-def _live_line(found: Timeline, scale_x: float, scale_y: float) -> str:
+def live_line(found: Timeline) -> str:
     """The live bytes at each step, as a line of steps."""
-    height = TIMELINE[1]
+    scale_x, scale_y = found.scales
     held = ((block.first, block.last, block.size) for block in found.blocks)
-    points = [
-        f"M0 {height:.2f}",
-        *(
-            f"V{height - live * scale_y:.2f}H{(step + 1) * scale_x:.2f}"
-            for step, live in enumerate(live_at(found.steps, held))
-        ),
-    ]
-    return f'<path class="live" d="{"".join(points)}"/>'
+    points = (
+        f"V{TIMELINE[1] - live * scale_y:.2f}H{(step + 1) * scale_x:.2f}"
+        for step, live in enumerate(live_at(found.steps, held))
+    )
+    return f"M0 {TIMELINE[1]:.2f}{''.join(points)}"

@@ -15,7 +15,7 @@ from dsc.diff import layout
 from dsc.diff.compare import compare, shrunk_together
 from dsc.diff.lines import Line, align, lines_of, with_moves
 from dsc.diff.measure import read_profile
-from dsc.diff.page import _change, page
+from dsc.diff.page import change, page
 from dsc.diff.sides import Side, open_side
 from dsc.diff.svg import timeline
 from dsc.errors import ArtifactError, FileError, ParseError, UsageError
@@ -107,7 +107,7 @@ def test_a_region_reads_its_weights_under_their_own_names() -> None:
     assert [r.kind for r in rows] == ["added", "same", "same", "added", "added"]
 
 
-def test_a_line_that_stands_elsewhere_is_no_change() -> None:
+def test_a_line_that_stands_elsewhere_is_nochange() -> None:
     """Moved past another, within a layer and into the next one; a changed one is a change."""
     before = lines("%a = exp %x : f32[4]", "%b = neg %x : f32[4]", "%c = sub %a, %b : f32[4]")
     known: dict[str, str] = {}
@@ -345,9 +345,9 @@ def test_what_a_fusion_gathers_is_not_marked_but_the_region_is(dumps: Path) -> N
 
 
 def test_more_regions_are_neither_good_nor_bad() -> None:
-    assert "less" in _change("nodes", 25, 13)
-    assert "more" in _change("flops", 10, 20)
-    shown = _change("regions", 0, 16)
+    assert "less" in change("nodes", 25, 13)
+    assert "more" in change("flops", 10, 20)
+    shown = change("regions", 0, 16)
     assert "16" in shown
     assert "more" not in shown
 
