@@ -351,13 +351,6 @@ def where(t: Lowering, condition: Operand, a: Number, b: Number) -> Operand:
     return t.call("where", condition, t.operand(a, dtype), t.operand(b, dtype))
 
 
-def dropout(t: Lowering, x: Operand, p: float = 0.5, train: bool = False) -> Operand:
-    """Nothing, in inference."""
-    if train and p:
-        raise Unsupported("dropout in training; call .eval() first")
-    return x
-
-
 def to(t: Lowering, x: Operand, *_: Any, **__: Any) -> Operand:
     """Another element type; where a tensor lies is of no concern."""
     return t.cast(x, t.out.dtype)
@@ -467,14 +460,6 @@ def native_layer_norm(
     y = y if weight is None else t.call("mul", y, t.cast(weight, dtype))
     y = y if bias is None else t.call("add", y, t.cast(bias, dtype))
     return tuple(t.cast(v, x.type.dtype) for v in (y, mean, inverse))
-
-
-def layer_norm(
-    t: Lowering, x: Operand, extents: Sequence[Dim], weight: Operand | None = None,
-    bias: Operand | None = None, eps: float = 1e-5, *_: Any,
-) -> Operand:  # fmt: skip
-    """The normalised tensor alone."""
-    return native_layer_norm(t, x, extents, weight, bias, eps)[0]
 
 
 def embedding(t: Lowering, weight: Operand, ids: Operand, *_: Any) -> Operand:

@@ -37,19 +37,15 @@ def reduction(op: str) -> Row:
     return row
 
 
-def truth_reduction(op: str) -> Row:
-    """any and all, as the largest and the smallest of 0 and 1."""
-
-    def row(t: Lowering, x: Operand, dim: Any = None, keepdim: bool = False) -> Operand:
-        if not x.type.rank:
-            return t.cast(truth(t, x), t.out.dtype)
-        if 0 in (x.type.shape[a] for a in _axes(x, dim)):  # any of nothing: no; all of it: yes
-            return t.full(t.out.shape, op == "amin", t.out.dtype)
-        numbers = t.cast(truth(t, x), DType.i64)
-        found = t.call(op, numbers, axes=_axes(x, dim), keepdims=keepdim)
-        return t.cast(found, t.out.dtype)
-
-    return row
+def any_of(t: Lowering, x: Operand, dim: Any = None, keepdim: bool = False) -> Operand:
+    """any, as the largest of 0 and 1."""
+    if not x.type.rank:
+        return t.cast(truth(t, x), t.out.dtype)
+    if 0 in (x.type.shape[a] for a in _axes(x, dim)):  # any of nothing: no
+        return t.full(t.out.shape, False, t.out.dtype)
+    numbers = t.cast(truth(t, x), DType.i64)
+    largest = t.call("amax", numbers, axes=_axes(x, dim), keepdims=keepdim)
+    return t.cast(largest, t.out.dtype)
 
 
 def _descending(t: Lowering, x: Operand) -> Operand:

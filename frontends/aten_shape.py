@@ -25,22 +25,12 @@ def broadcast_in_dim(t: Lowering, x: Operand, shape: Any, dims: Sequence[int]) -
 
 
 def transpose(t: Lowering, x: Operand, a: int = 0, b: int = 1) -> Operand:
-    """Two axes exchanged; `t()` and `mT` too."""
+    """Two axes exchanged; `t()` too."""
     if x.type.rank < 2:
         return x
     dims = list(range(x.type.rank))
     dims[a], dims[b] = dims[b], dims[a]
     return t.permute(x, dims)
-
-
-def move_axis(t: Lowering, x: Operand, source: Any, target: Any) -> Operand:
-    """torch.movedim."""
-    rank = x.type.rank
-    sources = [s % rank for s in ([source] if isinstance(source, int) else source)]
-    targets = [d % rank for d in ([target] if isinstance(target, int) else target)]
-    rest = iter(i for i in range(rank) if i not in sources)
-    order = [sources[targets.index(i)] if i in targets else next(rest) for i in range(rank)]
-    return t.permute(x, order)
 
 
 def _bounded(position: Any, extent: Dim) -> Dim:
@@ -90,25 +80,10 @@ def slice_scatter(
     return t.call("slice_scatter", x, part, axis=axis, start=first, end=first + extent)
 
 
-def select_scatter(t: Lowering, x: Operand, part: Operand, dim: int, index: Any) -> Operand:
-    """A copy of x with one position of an axis replaced."""
-    axis = dim % x.type.rank
-    row = t.reshape(part, (*x.type.shape[:axis], 1, *x.type.shape[axis + 1 :]))
-    return slice_scatter(t, x, row, axis, index)
-
-
 def split(t: Lowering, x: Operand, sizes: Any, dim: int = 0) -> tuple[Value, ...]:
-    """split, chunk, tensor_split, split_with_sizes: the traced extents say where."""
+    """split_with_sizes and chunk: the traced extents say where."""
     axis = dim % x.type.rank
     return t.calls("split", x, sizes=tuple(o.shape[axis] for o in t.outs), axis=axis)
-
-
-def unbind(t: Lowering, x: Operand, dim: int = 0) -> tuple[Operand, ...]:
-    """One tensor for each position of an axis."""
-    if len(t.outs) == 1:
-        return (t.reshape(x, t.out.shape),)
-    parts = t.calls("split", x, sizes=(1,) * len(t.outs), axis=dim % x.type.rank)
-    return tuple(t.reshape(part, o.shape) for part, o in zip(parts, t.outs, strict=True))
 
 
 def concat(t: Lowering, tensors: Sequence[Operand], dim: int = 0) -> Operand:
@@ -121,13 +96,6 @@ def concat(t: Lowering, tensors: Sequence[Operand], dim: int = 0) -> Operand:
     return parts[0] if len(parts) == 1 else t.call("concat", *parts, axis=dim % rank)
 
 
-def stack(t: Lowering, tensors: Sequence[Operand], dim: int = 0) -> Operand:
-    """torch.stack along any axis."""
-    axis = dim % t.out.rank
-    shape = (*t.out.shape[:axis], 1, *t.out.shape[axis + 1 :])
-    return concat(t, [t.reshape(x, shape) for x in tensors], axis)
-
-
 def repeat(t: Lowering, x: Operand, repeats: Sequence[Dim]) -> Operand:
     """torch.Tensor.repeat: tile."""
     shape = (*(1,) * (len(repeats) - x.type.rank), *x.type.shape)
@@ -136,19 +104,6 @@ def repeat(t: Lowering, x: Operand, repeats: Sequence[Dim]) -> Operand:
     paired = [d for n in shape for d in (1, n)]
     tiled = [d for n, m in zip(repeats, shape, strict=True) for d in (n, m)]
     return t.reshape(t.expand(t.reshape(x, paired), tiled), t.out.shape)
-
-
-def repeat_interleave(
-    t: Lowering, x: Operand, repeats: Any, dim: int | None = None, **_: Any
-) -> Operand:
-    """Each element of an axis several times in a row."""
-    if not isinstance(repeats, (int, Sym)):
-        raise Unsupported("repeat_interleave by counts in a tensor")
-    x = t.reshape(x, (x.type.numel,)) if dim is None else x
-    axis = 0 if dim is None else dim % x.type.rank
-    head, tail = x.type.shape[: axis + 1], x.type.shape[axis + 1 :]
-    wide = t.expand(t.reshape(x, (*head, 1, *tail)), (*head, repeats, *tail))
-    return t.reshape(wide, t.out.shape)
 
 
 def flip(t: Lowering, x: Operand, dims: Sequence[int]) -> Operand:
@@ -198,31 +153,16 @@ def pad(t: Lowering, x: Operand, widths: Sequence[Dim], value: Scalar = 0.0) -> 
     return x
 
 
-def triangle(keep: str) -> Row:
-    """tril (`le`) and triu (`ge`): column index against row index plus the diagonal."""
-
-    def row(t: Lowering, x: Operand, diagonal: int = 0) -> Operand:
-        rows, columns = x.type.shape[-2:]
-        of_row = t.reshape(t.arange(0, rows), (rows, 1))
-        limit = t.call("add", of_row, t.number(diagonal, DType.i64)) if diagonal else of_row
-        mask = t.call(keep, t.arange(0, columns), limit)
-        return t.call("where", mask, x, t.number(0, x.type.dtype))
-
-    return row
-
-
 # Fills.
 
 
-def filled(value: float) -> Row:
-    """zeros, ones, empty and their `_like` and `new_` forms. What `empty` holds is zeros here."""
-    return lambda t, *_, **__: t.full(t.out.shape, value, t.out.dtype)
+def zeros(t: Lowering, *_: Any, **__: Any) -> Operand:
+    """zeros in its forms, and what `empty` holds here."""
+    return t.full(t.out.shape, 0, t.out.dtype)
 
 
-def fill(t: Lowering, _: Any, value: Scalar | Operand, **__: Any) -> Operand:
-    """full, full_like, new_full, fill."""
-    if isinstance(value, (Value, Weight)):
-        return t.expand(t.cast(value, t.out.dtype), t.out.shape)
+def fill(t: Lowering, _: Any, value: Scalar, **__: Any) -> Operand:
+    """full and full_like."""
     return t.full(t.out.shape, value, t.out.dtype)
 
 
@@ -348,31 +288,6 @@ def _masked_put(
     ones = x.type.rank - axes[0] - mask.type.rank
     wide = t.reshape(mask, (*mask.type.shape, *(1,) * ones))
     return t.call("where", wide, t.reshape(t.cast(value, x.type.dtype), ()), x)
-
-
-def index_add(
-    t: Lowering, x: Operand, dim: int, index: Operand, source: Operand, *, alpha: float = 1
-) -> Operand:
-    """Slices of an axis increased at an index."""
-    if alpha != 1:
-        raise Unsupported("index_add with alpha")
-    return _put_along(t, x, dim, index, source, accumulate=True)
-
-
-def index_copy(t: Lowering, x: Operand, dim: int, index: Operand, source: Operand) -> Operand:
-    """Slices of an axis replaced at an index."""
-    return _put_along(t, x, dim, index, source, accumulate=False)
-
-
-def _put_along(
-    t: Lowering, x: Operand, dim: int, index: Operand, source: Operand, accumulate: bool
-) -> Operand:
-    axis = dim % x.type.rank
-    order = [axis, *(i for i in range(x.type.rank) if i != axis)]
-    back = _inverse(order)
-    moved, values = t.permute(x, order), t.permute(t.cast(source, x.type.dtype), order)
-    at = t.cast(index, DType.i64)
-    return t.permute(t.call("index_put", moved, at, values, accumulate=accumulate), back)
 
 
 def scatter(t: Lowering, x: Operand, dim: int, index: Operand, values: Any, **_: Any) -> Operand:
