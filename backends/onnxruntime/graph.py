@@ -187,7 +187,9 @@ class GraphWriter:
         """A constant of shape []; a 16-bit float is rounded from fp32 when the model loads."""
         if dtype in (DType.bf16, DType.f16):
             return self.cast(self.scalar(value), DType.f32, dtype)
-        return self.constant(np.array(value, dtype=numpy_type(dtype)))
+        return self.constant(
+            np.array(value, dtype=helper.tensor_dtype_to_np_dtype(ONNX_TYPE[dtype]))
+        )
 
     def cast(self, x: str, given: DType, wanted: DType) -> str:
         """`x` with another element type; itself where it has it already."""
@@ -251,7 +253,8 @@ class GraphWriter:
         same = [i < len(given) and given[i] == d for i, d in enumerate(wanted)]
         open_dims = [i for i, d in enumerate(wanted) if isinstance(d, Sym) and not same[i]]
         if len(open_dims) > 1 or 0 in wanted:
-            return self.op("Reshape", x, self.shape(wanted), **_zeros_are_zero(wanted))
+            zeros = {"allowzero": 1} if 0 in wanted else {}
+            return self.op("Reshape", x, self.shape(wanted), **zeros)
         target = [
             -1 if i in open_dims else 0 if same[i] else static(d) for i, d in enumerate(wanted)
         ]
@@ -289,19 +292,6 @@ class GraphWriter:
         return self.op("Div", self.dim(atom.numerator), self.dim(atom.denominator))
 
 
-def numpy_type(dtype: DType) -> np.dtype[Any]:
-    """The numpy type of an element type that numpy knows."""
-    names = {DType.f32: "float32", DType.f64: "float64", DType.f16: "float16", DType.i64: "int64"}
-    names |= {
-        DType.i32: "int32",
-        DType.i16: "int16",
-        DType.i8: "int8",
-        DType.u8: "uint8",
-        DType.boolean: "bool",
-    }
-    return np.dtype(names[dtype])
-
-
 def value_info(name: str, dtype: DType, shape: Shape, doc: str = "") -> Any:
     """The declaration of a graph input or output; axes are named by their dims (`P+S`)."""
     dims = [d if isinstance(d, int) else str(d) for d in shape]
@@ -322,7 +312,3 @@ def static(dim: Dim) -> int:
     if isinstance(dim, Sym):
         raise ValueError(f"{dim} is not known at compile time")
     return dim
-
-
-def _zeros_are_zero(shape: Shape) -> dict[str, int]:
-    return {"allowzero": 1} if 0 in shape else {}

@@ -46,39 +46,18 @@ def compile(
 
         dsc compile path/to/checkpoint --weights none --backend null --target cuda:sm_90
     """
+    asked = locals().copy()  # every option, by the name that `dsc.compile` has for it
+    del asked["tune"]
     if json and print_ir_after:
         raise UsageError(
             "--json and --print-ir-after both write to standard output",
             hint="write the IR to a folder with --dump-dir",
         )
-    build_artifact(
-        model,
-        output=output,
-        force=force,
-        json=json,
-        backend=backend,
-        config=config,
-        weights=weights,
-        target=target,
-        fusion_level=fusion_level,
-        dtype=dtype,
-        max_batch=max_batch,
-        max_context=max_context,
-        prefill_chunk=prefill_chunk,
-        cache=cache,
-        threads=threads,
-        backend_options=None if tune else {"tune": False},
-        fallback=fallback,
-        ranks=ranks,
-        parallel=parallel,
-        print_ir_after=tuple(print_ir_after or ()),
-        dump_dir=dump_dir,
-        verify_each=verify_each,
-    )
+    build_artifact(**asked, backend_options=None if tune else {"tune": False})
 
 
 def build_artifact(
-    model: str, *, output: Path | None, force: bool, json: bool, backend: str | None, **asked: Any
+    model: str, output: Path | None, force: bool, json: bool, backend: str | None, **asked: Any
 ) -> Path:
     """Compile, save, and say what was made; `asked` are options of `dsc.compile`, None: unset."""
     from dsc import api
@@ -88,7 +67,7 @@ def build_artifact(
         raise UsageError("a text has element types of its own", hint="leave out --dtype")
     folder = output or default_output(model, backend or api.best_backend().name)
     check_free(folder, force)  # before minutes go into compiling
-    given = {name: value for name, value in asked.items() if value is not None}
+    given = options.chosen(**asked)
     with console.progress_bar() as progress:
         compiled = api.compile(model, backend=backend, progress=progress, **given)
         progress(f"writing {folder}")

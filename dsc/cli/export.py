@@ -56,6 +56,9 @@ def export(
 
         dsc export path/to/checkpoint --format relax -o relax-model
     """
+    given = locals().copy()  # every option, by the name that `dsc.compile` has for it
+    for own in ("format", "opset", "cache_dtype", "check"):
+        del given[own]
     if check and format != "onnx":
         raise UsageError("--check is for ONNX", hint="leave out --check")
     onnx = format == "onnx"
@@ -67,18 +70,8 @@ def export(
     if check and (weights == "none" or model.endswith(".dsc")):
         raise UsageError("--check reads the weights too", hint="give --weights, or no --check")
     folder = build_artifact(
-        model,
-        output=output,
-        force=force,
-        json=json,
+        **given,
         backend="onnxruntime" if onnx else "tvm",
-        config=config,
-        weights=weights,
-        fusion_level=fusion_level,
-        dtype=dtype,
-        max_batch=max_batch,
-        max_context=max_context,
-        prefill_chunk=prefill_chunk,
         backend_options=options.chosen(**asked) if onnx else {"form": "relax"},
     )
     if check:

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
-from dsc.backends.onnxruntime.emit import attention, cache, core, moe, nn, pointwise, shape
+from dsc.backends.onnxruntime.emit import attention, core, moe, nn, pointwise, shape
 from dsc.backends.onnxruntime.graph import NARROW, GraphWriter
 from dsc.ir.graph import Graph, Node, Operand, Weight
 from dsc.ir.kernels import Lowering
@@ -28,7 +28,6 @@ EMITTERS: Mapping[str, Emitter] = MappingProxyType(
         **core.EMITTERS,
         **nn.EMITTERS,
         **attention.EMITTERS,
-        **cache.EMITTERS,
         **moe.EMITTERS,
     }
 )

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from dsc.backends.onnxruntime.emit.pointwise import one
 from dsc.backends.onnxruntime.graph import GraphWriter, Shape
 from dsc.ir.dims import Dim, product
 from dsc.ir.graph import Node, Weight
@@ -35,10 +36,6 @@ def _types(node: Node) -> list[Any]:
 def _linear(g: GraphWriter, node: Node, x: str, weight: str, bias: str = "") -> str:
     given, matrix, *_ = _types(node)
     return linear(g, x, given.shape, weight, matrix.shape[0], bias)
-
-
-def _matmul(g: GraphWriter, node: Node, a: str, b: str) -> str:
-    return g.op("MatMul", a, b)
 
 
 def _einsum(g: GraphWriter, node: Node, *xs: str) -> str:
@@ -103,16 +100,8 @@ def _reduce(op_type: str) -> Callable[..., str]:
     return emit
 
 
-def _argmax(g: GraphWriter, node: Node, x: str) -> str:
-    return g.op("ArgMax", x, axis=node.attrs["axis"], keepdims=0)
-
-
 def _cumsum(g: GraphWriter, node: Node, x: str) -> str:
     return g.op("CumSum", x, g.constant(np.array(node.attrs["axis"], dtype=np.int64)))
-
-
-def _softmax(g: GraphWriter, node: Node, x: str) -> str:
-    return g.op("Softmax", x, axis=node.attrs["axis"])
 
 
 def _topk(g: GraphWriter, node: Node, x: str) -> tuple[str, ...]:
@@ -152,15 +141,15 @@ def count(g: GraphWriter, x: str, bins: Dim) -> str:
 
 EMITTERS: dict[str, Callable[..., Any]] = {
     "linear": _linear,
-    "matmul": _matmul,
+    "matmul": one("MatMul"),
     "einsum": _einsum,
     "sum": _reduce("ReduceSum"),
     "mean": _reduce("ReduceMean"),
     "amax": _reduce("ReduceMax"),
     "amin": _reduce("ReduceMin"),
-    "argmax": _argmax,
+    "argmax": one("ArgMax", "axis", keepdims=0),
     "cumsum": _cumsum,
-    "softmax": _softmax,
+    "softmax": one("Softmax", "axis"),
     "topk": _topk,
     "sort": _sort,
     "index_put": _index_put,

@@ -11,10 +11,6 @@ from dsc.ir.graph import Node
 from dsc.ir.types import DType
 
 
-def _embedding(g: GraphWriter, node: Node, ids: str, table: str) -> str:
-    return g.op("Gather", table, ids, axis=0)
-
-
 def _rms_norm(g: GraphWriter, node: Node, x: str, weight: str) -> str:
     return g.op("RMSNormalization", x, weight, axis=-1, epsilon=float(node.attrs["eps"]))
 
@@ -52,7 +48,7 @@ def _angles(g: GraphWriter, node: Node, positions: str, inv_freq: str) -> tuple[
 
 
 EMITTERS: dict[str, Callable[..., Any]] = {
-    "embedding": _embedding,
+    "embedding": lambda g, node, ids, table: g.op("Gather", table, ids, axis=0),
     "rms_norm": _rms_norm,
     "rope": _rope,
 }

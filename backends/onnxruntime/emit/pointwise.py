@@ -10,11 +10,11 @@ from dsc.ir.graph import Node
 from dsc.ir.types import DType
 
 
-def _is(op_type: str) -> Callable[..., str]:
-    """An operator that ONNX has under another name."""
+def one(op_type: str, *copied: str, **attrs: Any) -> Callable[..., str]:
+    """One ONNX operator on the same operands; `copied` attributes are the node's own."""
 
     def emit(g: GraphWriter, node: Node, *xs: str) -> str:
-        return g.op(op_type, *xs)
+        return g.op(op_type, *xs, **{name: node.attrs[name] for name in copied}, **attrs)
 
     return emit
 
@@ -58,22 +58,10 @@ def _remainder(g: GraphWriter, node: Node, a: str, b: str) -> str:
     return g.op("Where", apart, g.op("Add", rest, b), rest)
 
 
-def _ne(g: GraphWriter, node: Node, a: str, b: str) -> str:
-    return g.op("Not", g.op("Equal", a, b))
-
-
 def _relu(g: GraphWriter, node: Node, x: str) -> str:
     if _operand_type(node).is_float:
         return g.op("Relu", x)
     return g.op("Max", x, g.scalar(0, _integer(node)))
-
-
-def _rsqrt(g: GraphWriter, node: Node, x: str) -> str:
-    return g.op("Reciprocal", g.op("Sqrt", x))
-
-
-def _square(g: GraphWriter, node: Node, x: str) -> str:
-    return g.op("Mul", x, x)
 
 
 def silu(g: GraphWriter, x: str) -> str:
@@ -86,53 +74,45 @@ def activate(g: GraphWriter, x: str, act: str) -> str:
     return silu(g, x) if act == "silu" else g.op({"gelu": "Gelu", "relu": "Relu"}[act], x)
 
 
-def _silu(g: GraphWriter, node: Node, x: str) -> str:
-    return silu(g, x)
-
-
-def _swiglu(g: GraphWriter, node: Node, gate: str, up: str) -> str:
-    return g.op("Mul", silu(g, gate), up)
-
-
 def _cast(g: GraphWriter, node: Node, x: str) -> str:
     return g.cast(x, _operand_type(node), node.attrs["dtype"])
 
 
 EMITTERS: dict[str, Callable[..., Any]] = {
-    "add": _is("Add"),
-    "sub": _is("Sub"),
-    "mul": _is("Mul"),
+    "add": one("Add"),
+    "sub": one("Sub"),
+    "mul": one("Mul"),
     "div": _div,
     "remainder": _remainder,
-    "maximum": _is("Max"),
-    "minimum": _is("Min"),
-    "pow": _is("Pow"),
-    "lt": _is("Less"),
-    "le": _is("LessOrEqual"),
-    "gt": _is("Greater"),
-    "ge": _is("GreaterOrEqual"),
-    "eq": _is("Equal"),
-    "ne": _ne,
-    "logical_and": _is("And"),
-    "logical_or": _is("Or"),
-    "logical_not": _is("Not"),
-    "where": _is("Where"),
-    "neg": _is("Neg"),
-    "abs": _is("Abs"),
-    "exp": _is("Exp"),
-    "log": _is("Log"),
-    "sqrt": _is("Sqrt"),
-    "rsqrt": _rsqrt,
-    "reciprocal": _is("Reciprocal"),
-    "square": _square,
-    "sigmoid": _is("Sigmoid"),
-    "silu": _silu,
-    "tanh": _is("Tanh"),
-    "cos": _is("Cos"),
-    "sin": _is("Sin"),
-    "erf": _is("Erf"),
+    "maximum": one("Max"),
+    "minimum": one("Min"),
+    "pow": one("Pow"),
+    "lt": one("Less"),
+    "le": one("LessOrEqual"),
+    "gt": one("Greater"),
+    "ge": one("GreaterOrEqual"),
+    "eq": one("Equal"),
+    "ne": lambda g, node, a, b: g.op("Not", g.op("Equal", a, b)),
+    "logical_and": one("And"),
+    "logical_or": one("Or"),
+    "logical_not": one("Not"),
+    "where": one("Where"),
+    "neg": one("Neg"),
+    "abs": one("Abs"),
+    "exp": one("Exp"),
+    "log": one("Log"),
+    "sqrt": one("Sqrt"),
+    "rsqrt": lambda g, node, x: g.op("Reciprocal", g.op("Sqrt", x)),
+    "reciprocal": one("Reciprocal"),
+    "square": lambda g, node, x: g.op("Mul", x, x),
+    "sigmoid": one("Sigmoid"),
+    "silu": lambda g, node, x: silu(g, x),
+    "tanh": one("Tanh"),
+    "cos": one("Cos"),
+    "sin": one("Sin"),
+    "erf": one("Erf"),
     "relu": _relu,
-    "gelu": _is("Gelu"),
-    "swiglu": _swiglu,
+    "gelu": one("Gelu"),
+    "swiglu": lambda g, node, gate, up: g.op("Mul", silu(g, gate), up),
     "cast": _cast,
 }

@@ -7,23 +7,18 @@ from typing import Any
 
 from onnx import helper
 
-from dsc.backends.onnxruntime.graph import ONNX_TYPE, GraphWriter, Shape
+from dsc.backends.onnxruntime.emit.pointwise import one
+from dsc.backends.onnxruntime.graph import ONNX_TYPE, GraphWriter
 from dsc.ir.graph import Node
 from dsc.ir.types import DType
 
 
-def _shape_of(node: Node, index: int = 0) -> Shape:
-    x = node.inputs[index]
-    assert x is not None
-    return x.type.shape
-
-
 def _reshape(g: GraphWriter, node: Node, x: str) -> str:
-    return g.reshape(x, _shape_of(node), node.attrs["shape"])
+    return g.reshape(x, node.operands[0].type.shape, node.attrs["shape"])
 
 
 def _permute(g: GraphWriter, node: Node, x: str) -> str:
-    rank = len(_shape_of(node))
+    rank = len(node.operands[0].type.shape)
     return g.transpose(x, *(d % rank for d in node.attrs["dims"]))
 
 
@@ -35,10 +30,6 @@ def _slice(g: GraphWriter, node: Node, x: str) -> str:
     start, end = g.dim(node.attrs["start"]), g.dim(node.attrs["end"])
     step = node.attrs["step"]
     return g.op("Slice", x, start, end, g.i64(node.attrs["axis"]), g.i64(step))
-
-
-def _concat(g: GraphWriter, node: Node, *xs: str) -> str:
-    return g.op("Concat", *xs, axis=node.attrs["axis"])
 
 
 def _stack(g: GraphWriter, node: Node, *xs: str) -> str:
@@ -53,15 +44,13 @@ def _split(g: GraphWriter, node: Node, x: str) -> tuple[str, ...]:
 
 def _gather(g: GraphWriter, node: Node, x: str, index: str) -> str:
     """GatherElements wants x no larger than the index on the other axes; torch.gather does not."""
-    axis = node.attrs["axis"] % len(_shape_of(node))
-    for other, (have, want) in enumerate(zip(_shape_of(node), _shape_of(node, 1), strict=True)):
+    axis = node.attrs["axis"] % len(node.operands[0].type.shape)
+    for other, (have, want) in enumerate(
+        zip(node.operands[0].type.shape, node.operands[1].type.shape, strict=True)
+    ):
         if other != axis and have != want:
             x = g.op("Slice", x, g.i64(0), g.dim(want), g.i64(other))
     return g.op("GatherElements", x, index, axis=axis)
-
-
-def _take(g: GraphWriter, node: Node, x: str, index: str) -> str:
-    return g.op("Gather", x, index, axis=node.attrs["axis"])
 
 
 def _select_rows(g: GraphWriter, node: Node, x: str, index: str) -> str:
@@ -85,15 +74,15 @@ def _arange(g: GraphWriter, node: Node) -> str:
 
 
 def _scatter(g: GraphWriter, node: Node, x: str, index: str, values: str) -> str:
-    if _shape_of(node, 2) != _shape_of(node, 1):
-        values = g.op("Expand", values, g.shape(_shape_of(node, 1)))
+    if node.operands[2].type.shape != node.operands[1].type.shape:
+        values = g.op("Expand", values, g.shape(node.operands[1].type.shape))
     return g.op("ScatterElements", x, index, values, axis=node.attrs["axis"])
 
 
 def _slice_scatter(g: GraphWriter, node: Node, x: str, part: str) -> str:
     axis = node.attrs["axis"]
     head = g.op("Slice", x, g.i64(0), g.dim(node.attrs["start"]), g.i64(axis))
-    end = g.dim(_shape_of(node)[axis])
+    end = g.dim(node.operands[0].type.shape[axis])
     tail = g.op("Slice", x, g.dim(node.attrs["end"]), end, g.i64(axis))
     return g.op("Concat", head, part, tail, axis=axis)
 
@@ -103,11 +92,11 @@ EMITTERS: dict[str, Callable[..., Any]] = {
     "permute": _permute,
     "expand": _expand,
     "slice": _slice,
-    "concat": _concat,
+    "concat": one("Concat", "axis"),
     "stack": _stack,
     "split": _split,
     "gather": _gather,
-    "take": _take,
+    "take": one("Gather", "axis"),
     "select_rows": _select_rows,
     "full": _full,
     "arange": _arange,
