@@ -122,8 +122,10 @@ def change(key: str, before: float | None, after: float | None) -> Change:
     first, second = ("-" if v is None else spell(key, v) for v in (before, after))
     if first == second:
         return Change(first)
-    known = before is not None and after is not None and key not in NEUTRAL
-    return Change(first, second, ("less" if after < before else "more") if known else "")
+    kind = ""
+    if before is not None and after is not None and key not in NEUTRAL:
+        kind = "less" if after < before else "more"
+    return Change(first, second, kind)
 
 
 def spell(key: str, value: float) -> str:
