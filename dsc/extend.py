@@ -26,23 +26,60 @@ from typing import Any
 
 from dsc.errors import ParseError, UsageError
 from dsc.ir import op as declarations
-from dsc.ir.kernels import Cpp, Formula, Lowering
+from dsc.ir.graph import Graph, GraphBuilder, Node
+from dsc.ir.kernels import Cpp, Formula, Lowering, Triton
 from dsc.ir.op import InferFn, OpDef, TypeMismatch
-from dsc.ir.parser import parse_operands
+from dsc.ir.parser import parse_operands, parse_program, parse_type
+from dsc.ir.printer import print_program
+from dsc.ir.program import Program, program_of
+from dsc.ir.stages import Stage
 from dsc.ir.traits import Call, Role, Traits, Within
+from dsc.ir.types import DType, TensorType
+from dsc.ir.weights import DictSource
+from dsc.pipeline import apply
+from dsc.rewrite.base import Pass, PassReport
+from dsc.rewrite.pattern import Names, Pattern
+from dsc.rewrite.rebuild import rebuild
 from dsc.rewrite.registered import register_rule
+from dsc.rewrite.rule import Facts, Match, Reject, Result, RewriteBuilder, Rule, reject
 
 __all__ = [
     "Call",
     "Cpp",
+    "DType",
+    "DictSource",
+    "Facts",
     "Formula",
+    "Graph",
+    "GraphBuilder",
     "Lowering",
+    "Match",
+    "Names",
+    "Node",
     "Operator",
+    "Pass",
+    "PassReport",
+    "Pattern",
+    "Program",
+    "Reject",
+    "Result",
+    "RewriteBuilder",
     "Role",
+    "Rule",
+    "Stage",
+    "TensorType",
     "Traits",
+    "Triton",
     "Within",
+    "apply",
+    "parse_program",
+    "parse_type",
+    "print_program",
+    "program_of",
+    "rebuild",
     "register_op",
     "register_rule",
+    "reject",
 ]
 
 _OURS = frozenset({Role.VIEW, Role.CONSTANT, Role.COLLECTIVE, Role.REGION, Role.WRITE})

@@ -322,14 +322,17 @@ def _in_numbers(program: Program) -> Program:
 
 def _ready(program: Program, each: Pass) -> Program:
     """The program as a pass takes it: its regions opened again, its weights in no format."""
-    if list(PASSES).index(each.name) < list(PASSES).index("choose_formats"):
+    order = list(PASSES)
+    if each.name in order[: order.index("choose_formats")]:
         program = _in_numbers(program)
     if program.stage in each.needs:
         return program
     if program.stage >= Stage.LOWERED and Stage.OPTIMIZED in each.needs:
         return program.map_entries(inline_graph).at(Stage.OPTIMIZED)
     wanted = " or ".join(s.name for s in sorted(each.needs))
-    if program.stage < min(each.needs):
+    if each.name not in PASSES:
+        hint = "a pass from outside takes a program as it stands"
+    elif program.stage < min(each.needs):
         passes = shlex.quote(",".join([*_before(each.name, program), each.text]))
         hint = f"run what leads there before it: -p {passes}"
     else:

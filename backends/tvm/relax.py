@@ -4,7 +4,7 @@ Each entry is a Relax function of its inputs, then all weights in sorted order (
 where they begin); it returns its outputs in order, caches that it updates in place among them. A
 node is one `call_tir` of the kernel that the tvm backend calls by address, so the arithmetic is
 the same; memory is planned by Relax, reshapes are views, and the VM costs about 1 us a step
-(ARCHITECTURE.md, experiment a).
+(docs/decisions/host-function.md).
 
     vm = tvm.relax.VirtualMachine(tvm.runtime.load_module("relax/model.so"), tvm.cpu())
     logits, *caches = vm["decode"](*inputs, *weights)

@@ -7,8 +7,8 @@ nothing under its name refuses the operator, as it does any that it has no kerne
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from dsc.ir.types import DType
@@ -53,3 +53,21 @@ class Cpp:
     function: str
     sizes: tuple[str, ...] = ()
     dtypes: frozenset[DType] = frozenset({DType.f32})
+
+
+@dataclass(frozen=True)
+class Triton:
+    """Source of a Triton kernel: a module's text, in which `function` is `@triton.jit`.
+
+        def function(operand, ..., result, ..., size, ..., BLOCK: tl.constexpr, ...)
+
+    Operands, results and `sizes` are as for `Cpp`. One program runs for each element of `grid`,
+    extents of up to three letters. `blocks` gives compile-time parameters by name, each the next
+    power of two of a letter's extent, which must then be fixed.
+    """
+
+    source: str
+    function: str
+    sizes: tuple[str, ...] = ()
+    grid: tuple[str, ...] = ()
+    blocks: Mapping[str, str] = field(default_factory=dict)

@@ -16,16 +16,14 @@ from dsc.ir.graph import Attrs, Graph, Node, Operand, Value, Weight
 from dsc.ir.interface import Interface
 from dsc.ir.interface_text import parse_interface
 from dsc.ir.op import KIND_WORDS, KINDS, OpDef, TypeMismatch, lookup
-from dsc.ir.program import Program
-from dsc.ir.stages import Stage, is_legal
+from dsc.ir.program import Program, program_of
+from dsc.ir.stages import Stage
 from dsc.ir.types import DType, TensorType
-from dsc.ir.verifier import graph_symbols, verify
-from dsc.ir.weights import Apply, MetaSource, Source, WeightExpr, WeightSource, leaf, source_types
+from dsc.ir.verifier import verify
+from dsc.ir.weights import Apply, MetaSource, Source, WeightExpr, WeightSource, source_types
 
 MAX_CHARACTERS = 256 * 2**20
 MAX_DEPTH = 24
-ANY_SIZE = 1 << 20
-"""The largest size of a symbol that a bare graph does not bound."""
 
 _TOKEN = re.compile(
     r"""(?P<space>[ \t\r\n]+|\#[^\n]*)
@@ -89,6 +87,14 @@ def parse_graph(text: str) -> Graph:
     return graph
 
 
+def parse_type(text: str) -> TensorType:
+    """Read the type of a tensor: `f32[B,8]`. Raises `ParseError`."""
+    parser = _Parser(text)
+    found = parser.tensor_type()
+    parser.end()
+    return found
+
+
 def parse_operands(text: str) -> tuple[list[tuple[TensorType, int | None]], dict[str, Any]]:
     """Read an operator's example: `f32[2,3], i64[2]=4 {eps=1e-06}` as types with bounds and attrs.
 
@@ -146,21 +152,9 @@ class _Parser:
         return Program(name, entries, weights, symbols, source, meta, stage, interface)
 
     def _bare(self, source: WeightSource | None, stages: Sequence[Stage]) -> Program:
-        """A graph alone: its header declares its weights, and its sizes may be anything."""
         graph = self.graph({}, 0)
         self.end()
-        types = {
-            x.name: x.type
-            for x in (*(y for n in graph.walk() for y in n.operands), *graph.outputs)
-            if isinstance(x, Weight)
-        }
-        symbols = dict.fromkeys(sorted(graph_symbols(graph)), Range(0, ANY_SIZE))
-        operators = {node.op for node in graph.walk()}
-        fitting = (s for s in stages if all(is_legal(op, s) for op in operators))
-        weights = {name: leaf(name, t) for name, t in types.items()}
-        stage = next(fitting, stages[0])
-        given = source or MetaSource(source_types(weights.values()))
-        return Program(graph.name, {graph.name: graph}, weights, symbols, given, {}, stage)
+        return program_of(graph, source, stages)
 
     def located(self, problem: VerificationError) -> ParseError:
         """What the verifier found, where it stands in the text."""

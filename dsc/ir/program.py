@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from dsc.errors import UsageError
-from dsc.ir.dims import Range
-from dsc.ir.graph import Graph
+from dsc.ir.dims import Range, Sym, free_symbols
+from dsc.ir.graph import Graph, Weight
 from dsc.ir.interface import Guard, Interface, Mesh, State, Storage, updates
 from dsc.ir.limits import Limits
-from dsc.ir.stages import Stage
+from dsc.ir.stages import Stage, is_legal
 from dsc.ir.types import TensorType
-from dsc.ir.weights import MetaSource, WeightExpr, WeightSource
+from dsc.ir.weights import MetaSource, WeightExpr, WeightSource, leaf, source_types
 
+ANY_SIZE = 1 << 20
+"""The largest size of a symbol that a bare graph does not bound."""
 TOKEN_INPUTS = ("input_ids", "positions", "lengths", "logits_at")
 """What every step of a causal language model takes beside its caches."""
 
@@ -168,3 +170,38 @@ class Program:
         from dsc.ir.shrink import shrink
 
         return shrink(self)
+
+
+def program_of(
+    graph: Graph, source: WeightSource | None = None, stages: Sequence[Stage] = tuple(Stage)
+) -> Program:
+    """A program of one graph, at the first of `stages` where its operators are legal.
+
+    Its weights are those of `source`, or types alone; its sizes may be anything.
+    """
+    types = {
+        x.name: x.type
+        for x in (*(y for n in graph.walk() for y in n.operands), *graph.outputs)
+        if isinstance(x, Weight)
+    }
+    symbols = dict.fromkeys(sorted(graph_symbols(graph)), Range(0, ANY_SIZE))
+    operators = {node.op for node in graph.walk()}
+    fitting = (s for s in stages if all(is_legal(op, s) for op in operators))
+    weights = {name: leaf(name, t) for name, t in types.items()}
+    stage = next(fitting, stages[0])
+    given = source or MetaSource(source_types(weights.values()))
+    return Program(graph.name, {graph.name: graph}, weights, symbols, given, {}, stage)
+
+
+def graph_symbols(graph: Graph) -> frozenset[str]:
+    """All symbols of types and attributes, those of nested bodies too."""
+    found: set[str] = set()
+    for value in graph.values():
+        found |= value.type.symbols
+    for node in graph.nodes:
+        for value in node.attrs.values():
+            for dim in value if isinstance(value, tuple) else (value,):
+                found |= free_symbols(dim) if isinstance(dim, Sym) else frozenset()
+        if node.body is not None:
+            found |= graph_symbols(node.body)
+    return frozenset(found)

@@ -6,12 +6,11 @@ import re
 
 from dsc.errors import VerificationError
 from dsc.ir.analyses import overwritten, storage_roots
-from dsc.ir.dims import Sym, free_symbols
 from dsc.ir.graph import Graph, Node, Value, Weight
 from dsc.ir.interface import State
 from dsc.ir.op import TypeMismatch, infer
 from dsc.ir.printer import print_node
-from dsc.ir.program import Program, is_causal_step
+from dsc.ir.program import Program, graph_symbols, is_causal_step
 from dsc.ir.stages import is_legal
 from dsc.ir.types import TensorType
 
@@ -88,20 +87,6 @@ def verify_graph(graph: Graph, weights: dict[str, TensorType] | None = None) -> 
         _check_operand(graph, None, operand, defined, weights)
     _check_aliases(graph)
     _check_in_place(graph)
-
-
-def graph_symbols(graph: Graph) -> frozenset[str]:
-    """All symbols of types and attributes, those of nested bodies too."""
-    found: set[str] = set()
-    for value in graph.values():
-        found |= value.type.symbols
-    for node in graph.nodes:
-        for value in node.attrs.values():
-            for dim in value if isinstance(value, tuple) else (value,):
-                found |= free_symbols(dim) if isinstance(dim, Sym) else frozenset()
-        if node.body is not None:
-            found |= graph_symbols(node.body)
-    return frozenset(found)
 
 
 def _define(graph: Graph, node: Node | None, value: Value, defined: dict[str, Value]) -> None:

@@ -30,9 +30,9 @@ from dsc.ir.verifier import verify
 from dsc.passes.append_cache_in_place import AppendCacheInPlace
 from dsc.passes.raise_registered import RaiseRegistered
 from dsc.passes.shard import Shard
-from dsc.rewrite import registered
 from dsc.rewrite.base import PassReport
 from dsc.rewrite.verify import compare_programs
+from tests.documents import registrations_undone
 from tests.rewrite.harness import check_rule, program_of
 
 TEXT = """graph main(%x: f32[B,8], %y: f32[B,8]) {
@@ -49,14 +49,10 @@ LINES = 60
 def package() -> Iterator[ModuleType]:
     """The package, imported for these tests alone."""
     pytest.importorskip("tvm")
-    from tests.extension import operators
+    with registrations_undone():
+        from tests.extension import operators
 
-    yield operators
-    for name in ("squared_relu", "row_spread"):
-        declarations._added.pop(name)
-    declarations.defaults.cache_clear()
-    declarations.traits_of.cache_clear()
-    registered._rules.clear()
+        yield operators
     sys.modules.pop("tests.extension.operators")
 
 
@@ -178,19 +174,16 @@ def test_a_backend_without_a_kernel_of_it_says_so(raised: Program, backend: str)
 @pytest.fixture
 def by_role() -> Iterator[None]:
     """Operators of roles that kernels have formulas for, without a kernel of theirs."""
-    dsc.register_op(
-        "spread(x: T[*n, d]) -> T[*n]", extend.Traits(extend.Role.REDUCTION),
-        reference=lambda x: x.amax(-1) - x.amin(-1), doc="Of each row.", example="f32[2,3]",
-    )  # fmt: skip
-    dsc.register_op(
-        "rolled(x: T[*n, d]) -> T[*n, d]", extend.Traits(extend.Role.ROTATION),
-        reference=lambda x: x.roll(1, -1), doc="The last first.", example="f32[2,3]",
-    )  # fmt: skip
-    yield
-    for name in ("spread", "rolled"):
-        declarations._added.pop(name)
-    declarations.defaults.cache_clear()
-    declarations.traits_of.cache_clear()
+    with registrations_undone():
+        dsc.register_op(
+            "spread(x: T[*n, d]) -> T[*n]", extend.Traits(extend.Role.REDUCTION),
+            reference=lambda x: x.amax(-1) - x.amin(-1), doc="Of each row.", example="f32[2,3]",
+        )  # fmt: skip
+        dsc.register_op(
+            "rolled(x: T[*n, d]) -> T[*n, d]", extend.Traits(extend.Role.ROTATION),
+            reference=lambda x: x.roll(1, -1), doc="The last first.", example="f32[2,3]",
+        )  # fmt: skip
+        yield
 
 
 @pytest.mark.parametrize("backend", ["tvm", "triton"])
@@ -286,16 +279,51 @@ def test_a_declaration_that_cannot_be_is_refused(changed: dict[str, object], wor
 
 def test_cpp_that_does_not_compile_is_told(package: ModuleType) -> None:
     wrong = extend.Cpp("int wrong(", "wrong", sizes=("*n",))
-    dsc.register_op(
-        SIGNATURE, extend.Traits(extend.Role.OTHER), reference=lambda x: x, doc="The same.",
-        example="f32[2]", kernels={"tvm": wrong},
-    )  # fmt: skip
-    try:
-        text = "graph main(%x: f32[B]) { %y = other %x\n return %y }"
+    text = "graph main(%x: f32[B]) { %y = other %x\n return %y }"
+    with registrations_undone():
+        dsc.register_op(
+            SIGNATURE, extend.Traits(extend.Role.OTHER), reference=lambda x: x, doc="The same.",
+            example="f32[2]", kernels={"tvm": wrong},
+        )  # fmt: skip
         with pytest.raises(UsageError, match=r"(?s)the C\+\+ of wrong does not compile.*error"):
             compile_program(program_of(text), "tvm")
-    finally:
-        declarations._added.pop("other")
+
+
+KERNEL = "def doubled(x, y, width, BLOCK: tl.constexpr):\n    tl.store(y, tl.load(x))"
+REFUSED = {
+    "a block of a size that varies": ("f32[4,B]", ("d",), "wants a fixed d"),
+    "a size that the kernel does not take": ("f32[B,4]", ("d", "*n"), "4 parameters, and 5"),
+    "what it takes": ("f32[B,4]", ("d",), ""),
+}
+
+
+@pytest.mark.parametrize(("type", "sizes", "words"), REFUSED.values(), ids=REFUSED)
+def test_a_triton_kernel_is_refused_where_it_cannot_run(
+    type: str, sizes: tuple[str, ...], words: str
+) -> None:
+    kernel = extend.Triton(KERNEL, "doubled", sizes, grid=("*n",), blocks={"BLOCK": "d"})
+    with registrations_undone():
+        dsc.register_op(
+            "doubled(x: T[*n, d]) -> T[*n, d]", extend.Traits(extend.Role.OTHER),
+            reference=lambda x: x + x, doc="2 x.", example="f32[2,3]", kernels={"triton": kernel},
+        )  # fmt: skip
+        text = f"graph main(%x: {type}) {{ %y = doubled %x\n return %y }}"
+        (node,) = parse_program(text).entries["main"].nodes
+        said = get("triton").supports(node)
+    assert words in said.reason if isinstance(said, No) else not words
+
+
+def test_a_pass_from_outside_runs_and_says_what_it_needs() -> None:
+    class Doubled(extend.Pass):
+        needs = frozenset({extend.Stage.OPTIMIZED})
+
+        def run(self, program: Program, report: PassReport) -> Program:
+            return program
+
+    canonical = program_of(TEXT, Stage.CANONICAL)
+    with pytest.raises(UsageError, match="takes a program at stage OPTIMIZED"):
+        extend.apply(canonical, [Doubled()])
+    assert extend.apply(canonical.at(Stage.OPTIMIZED), [Doubled()]).stage is Stage.OPTIMIZED
 
 
 @pytest.fixture

@@ -7,14 +7,15 @@ why a node cannot be emitted.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 from dsc.backends.triton.context import Context
 from dsc.backends.triton.launch import POINTER_TYPES
-from dsc.backends.triton.lower import attend, contract, lookups, moe, regions, shapes
+from dsc.backends.triton.lower import attend, contract, lookups, moe, outside, regions, shapes
 from dsc.backends.triton.pointwise import has_formula
 from dsc.backends.triton.rows import ALONG_ROWS
 from dsc.ir.graph import Node
-from dsc.ir.kernels import Lowering
+from dsc.ir.kernels import Lowering, Triton
 from dsc.ir.op import kernel_of, named
 from dsc.ir.traits import Role
 from dsc.ir.types import DType
@@ -69,6 +70,8 @@ def lowering(op: str) -> regions.LowerNode | None:
     own = kernel_of(op, "triton")
     if isinstance(own, Lowering):
         return own.function
+    if isinstance(own, Triton):
+        return partial(outside.lower, kernel=own)
     in_regions = has_formula(op) or op in ALONG_ROWS or op == "fused"
     return regions.lower if in_regions else TABLE.get(op)
 
@@ -91,6 +94,9 @@ def reason(node: Node) -> str | None:
         fixed = shape if node.op in ("experts", "grouped_linear") else inner
         if not all(isinstance(d, int) for d in fixed):
             return f"{node.op} with symbolic extents in {node[operand].type}"
+    own = kernel_of(node.op, "triton")
+    if isinstance(own, Triton):
+        return outside.reason(node, own)
     special = regions.pointwise_reason if has_formula(node.op) else _SPECIAL.get(node.op)
     return special(node) if special is not None else None
 
