@@ -79,7 +79,7 @@ def _compile_all(
                 records[answer["key"]] = answer["record"]
             if progress is not None:
                 done = len(records) + len(errors)
-                progress(f"compiling kernels for {target}", done, len(keys))
+                progress(f"kernels: {target}", done, len(keys))
         process.stdout.close()
         process.wait()
     missing = kernels.keys() - records.keys()

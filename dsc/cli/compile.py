@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -70,9 +71,10 @@ def build_artifact(
     given = options.chosen(**asked)
     with console.progress_bar() as progress:
         compiled = api.compile(model, backend=backend, progress=progress, **given)
-        progress(f"writing {folder}")
+        progress(f"writing: {folder}")
         compiled.save(folder, force=force, progress=progress)
-    _describe(compiled, folder, json, aside=bool(given.get("print_ir_after")))
+        phases = progress.seconds()
+    _describe(compiled, folder, phases if json else None, bool(given.get("print_ir_after")))
     return folder
 
 
@@ -87,14 +89,19 @@ def default_output(model: str, backend: str) -> Path:
     return Path(f"{stem}-{backend}")
 
 
-def _describe(compiled: CompiledModel, folder: Path, json: bool, aside: bool) -> None:
-    """Say what was made; `aside`, on standard error, where the IR went to standard output."""
+def _describe(
+    compiled: CompiledModel, folder: Path, phases: Mapping[str, float] | None, aside: bool
+) -> None:
+    """Say what was made, in JSON where there are `phases` and their seconds.
+
+    `aside`, on standard error, where the IR went to standard output.
+    """
     _warn_of_trust(folder)
     files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
     total = sum(path.stat().st_size for path in files)
-    if json:
-        report = {"output": str(folder), "backend": compiled.backend, "bytes": total}
-        console.print_json(report | {"report": compiled.report})
+    if phases is not None:
+        made = {"output": str(folder), "backend": compiled.backend, "bytes": total}
+        console.print_json({**made, "phases": phases, "report": compiled.report})
         return
     for note in compiled.report.get("notes", []):
         console.stderr().print(f"note: {note}")

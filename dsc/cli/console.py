@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -53,24 +54,67 @@ def human_bytes(count: float) -> str:
 
 
 class StepReporter:
-    """The `progress` argument of the API, drawn as one bar: called with what, done and total."""
+    """The `progress` argument of the API, drawn as one bar: called with what, done and total.
+
+    `what` is a phase, or "phase: detail"; each phase has a bar and a clock of its own.
+    """
 
     def __init__(self, bars: Progress) -> None:
         self._bars = bars
         self._task: TaskID | None = None
+        self._phase, self._began = "", 0.0
+        self._seconds: dict[str, float] = {}
 
     def __call__(self, what: str, done: int = 0, total: int = 0) -> None:
         """Show that step `what` has finished `done` of `total` parts (0: not known)."""
-        if self._task is None:
-            self._task = self._bars.add_task(what)
-        self._bars.update(self._task, description=what, completed=done, total=total or None)
+        phase = what.partition(": ")[0]
+        if self._task is None or phase != self._phase:
+            self._end()
+            self._phase, self._began = phase, time.perf_counter()
+            self._task = self._bars.add_task(what, count="")
+        count = "" if total == 0 else _count(done, total)
+        self._bars.update(
+            self._task, description=what, completed=done, total=total or None, count=count
+        )
+
+    def seconds(self) -> dict[str, float]:
+        """The phases until now in their order, and how long each took."""
+        self._end()
+        return {phase: round(taken, 3) for phase, taken in self._seconds.items()}
+
+    def _end(self) -> None:
+        if self._task is not None:
+            taken = time.perf_counter() - self._began
+            self._seconds[self._phase] = self._seconds.get(self._phase, 0.0) + taken
+            self._bars.remove_task(self._task)
+            self._task = None
+
+
+_MANY = 10**5
+"""Parts that are more than these are bytes."""
+
+
+def _count(done: int, total: int) -> str:
+    """How much is done.
+
+    >>> _count(3, 27), _count(1_200_000, 6_300_000_000)
+    ('3/27', '1.2 MB/6.3 GB')
+    """
+    return f"{human_bytes(done)}/{human_bytes(total)}" if total > _MANY else f"{done}/{total}"
 
 
 @contextmanager
 def progress_bar() -> Iterator[StepReporter]:
     """Draw progress on standard error while the block runs, and wipe it afterwards."""
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+    from rich.progress import (
+        BarColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
 
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    texts = TextColumn("{task.description}"), TextColumn("{task.fields[count]}")
+    columns = (texts[0], BarColumn(), texts[1], TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=stderr(), transient=True) as bars:
         yield StepReporter(bars)

@@ -88,7 +88,7 @@ class Manager:
         self._dump(program, "input")
         for index, each in enumerate(passes):
             if self.watch.progress is not None:
-                self.watch.progress(each.name, index, len(passes))
+                self.watch.progress(f"passes: {each.name}", index, len(passes))
             program = self._one(program, each)
             yield each, program
         if self.watch.progress is not None:

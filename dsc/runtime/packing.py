@@ -72,6 +72,7 @@ def pack(
     """Evaluate every weight and write the file. Returns its SHA-256."""
     header, places = layout(program)
     path.parent.mkdir(parents=True, exist_ok=True)
+    whole = max((offset + size for offset, size in places.values()), default=0)
     digest = hashlib.sha256(header)
     with path.open("wb") as file:
         file.write(header)
@@ -81,9 +82,9 @@ def pack(
             digest.update(block)
             return file.write(block)
 
-        for done, (name, expr) in enumerate(_stored(program)):
+        for name, expr in _stored(program):
             if progress is not None:
-                progress("weights", done, len(places))
+                progress(f"weights: {name}", at, whole)
             offset, size = places[name]
             write(b"\0" * (offset - at))
             at = offset
@@ -98,7 +99,7 @@ def pack(
         tail = b"\0" * (-at % ALIGNMENT)
         write(tail)
     if progress is not None:
-        progress("weights", len(places), len(places))
+        progress("weights", whole, whole)
     return digest.hexdigest()
 
 

@@ -245,6 +245,20 @@ def test_verify_compares_with_the_oracle(api: FakeApi, invoke: Invoke, artifact:
     assert api.asked == [{"model": "somewhere", "backend": "reference", "dtype": "fp32"}]
 
 
+def test_phases_have_bars_counts_and_seconds_of_their_own() -> None:
+    with console.progress_bar() as progress:
+        progress("passes: fuse", 3, 27)
+        (bar,) = progress._bars.tasks
+        assert (bar.description, bar.fields["count"], bar.completed) == ("passes: fuse", "3/27", 3)
+        progress("passes: own_outputs", 26, 27)
+        progress("weights: head", 1_200_000, 6_300_000_000)
+        (bar,) = progress._bars.tasks
+        assert bar.fields["count"] == "1.2 MB/6.3 GB"
+        progress("passes: again", 0, 0)
+        assert list(progress.seconds()) == ["passes", "weights"]
+        assert progress._bars.tasks == []
+
+
 def test_verify_of_fp32_measures_no_rounding(
     api: FakeApi, invoke: Invoke, artifact: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
