@@ -332,6 +332,8 @@ def compile(
         check_memory(program, plan, targets[0], limits)
 
     asked = EmitOptions(targets, threads, progress, extra=extra, admit=admit)
+    if progress is not None:
+        progress("planning", 0, 0)
     emission = chosen.emit(emitted, asked)
     if ranks > 1:  # run.py knows one process
         emission = replace(emission, runner="")

@@ -48,7 +48,6 @@ def test_compile_passes_only_what_was_asked(api: FakeApi, invoke: Invoke, tmp_pa
         "fusion_level": 3,
         "prefill_chunk": 512,
         "cache": "contiguous",
-        "print_ir_after": (),
         "verify_each": False,
     }
     assert (tmp_path / "o" / "dsc.json").is_file()
@@ -76,6 +75,8 @@ def test_compile_json_is_one_document(api: FakeApi, invoke: Invoke, tmp_path: Pa
     document = json.loads(result.stdout)
     assert document["backend"] == "reference"
     assert document["bytes"] > 0
+    assert all(seconds >= 0 for seconds in document["phases"].values())
+    assert "writing" in document["phases"]
 
 
 def test_compile_json_shares_standard_output_with_nothing(api: FakeApi, invoke: Invoke) -> None:
