@@ -71,3 +71,11 @@ def test_operators_have_gradients(
 def test_operands_that_do_not_fit_are_refused_when_traced() -> None:
     with pytest.raises(Exception, match=r"dsc\.rms_norm"):
         traced(lambda x, w: dsc.rms_norm(x, w), torch.randn(3, 4), torch.randn(5))
+
+
+def test_chosen_experts_share_one_token_unless_asked_otherwise() -> None:
+    x, weight = torch.randn(5, 8), torch.randn(6, 8)
+    _, shares = dsc.route(x, weight, top_k=3)
+    torch.testing.assert_close(shares.sum(-1), torch.ones(5))
+    _, scores = dsc.route(x, weight, top_k=3, normalise=False)
+    assert not torch.allclose(scores.sum(-1), torch.ones(5))

@@ -225,6 +225,13 @@ def test_a_weight_given_in_a_format_is_dequantised_for_a_backend_without_it() ->
         assert str(done.program.weights["w"].type) == kind
 
 
+def test_weights_given_in_a_format_keep_it_where_formats_are_all_that_is_chosen() -> None:
+    text = "graph main(%x: bf16[N,4], @w: f8e4m3{4x2,f32}[8,4]) { %y = linear %x, @w return %y }"
+    made = parse_program(text, stages=(Stage.CANONICAL,))
+    done = pipeline.apply(made, pipeline.read("choose_formats", get))
+    assert done.weight_types() == made.weight_types()
+
+
 def test_weights_given_in_a_format_go_through_the_passes_before() -> None:
     """They are numbers until formats are chosen: here rows of two are joined, and kept joined."""
     text = """graph main(%x: bf16[N,4], @a: f8e4m3{4x2,f32}[8,4], @b: f8e4m3{4x2,f32}[4,4]) {
