@@ -6,6 +6,7 @@ compiler of dsc never imports it, and hands kernels to `compile_worker.py` inste
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import json
 import os
@@ -13,9 +14,11 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from dsc import kept
 from dsc.backends.triton.launch import Kernel
 from dsc.errors import BackendUnavailable
 from dsc.processes import child_environment
@@ -45,22 +48,68 @@ def compile_kernels(
 ) -> tuple[dict[str, bytes], dict[str, Any]]:
     """Binaries by file name, and the record of each kernel by key, for one target.
 
-    Raises `RuntimeError` with every kernel that did not compile.
+    What was compiled before is kept (`dsc.kept`). Raises `RuntimeError` with every kernel that did
+    not compile.
     """
     require_triton()
-    with tempfile.TemporaryDirectory(prefix="dsc-triton-") as scratch:
-        root, out = Path(scratch, "kernels"), Path(scratch, "out")
-        root.mkdir()
-        out.mkdir()
-        for module, text in sources.items():
-            (root / f"{module}.py").write_text(text)
-        records = _compile_all(kernels, target, root, out, progress)
-        return {p.name: p.read_bytes() for p in sorted(out.iterdir())}, records
+    binaries: dict[str, bytes] = {}
+    records: dict[str, Any] = {}
+    keys = {name: _kept_key(kernel, target, sources) for name, kernel in kernels.items()}
+    for name, key in keys.items():
+        data = kept.get(KIND, key)
+        if data is not None:
+            record, _, binary = data.partition(b"\n")
+            records[name] = json.loads(record)
+            binaries[records[name]["file"]] = binary
+    missing = {name: kernel for name, kernel in kernels.items() if name not in records}
+    if missing:
+        with tempfile.TemporaryDirectory(prefix="dsc-triton-") as scratch:
+            root, out = Path(scratch, "kernels"), Path(scratch, "out")
+            root.mkdir()
+            out.mkdir()
+            for module, text in sources.items():
+                (root / f"{module}.py").write_text(text)
+            for name, record in _compile_all(missing, target, root, out, progress).items():
+                binary = (out / record["file"]).read_bytes()
+                kept.put(KIND, keys[name], json.dumps(record).encode() + b"\n" + binary)
+                records[name], binaries[record["file"]] = record, binary
+    return dict(sorted(binaries.items())), {name: records[name] for name in sorted(records)}
+
+
+KIND = "cubins"
+
+
+def _kept_key(kernel: Kernel, target: Target, sources: Mapping[str, str]) -> dict[str, Any]:
+    """Everything that a kernel's binary depends on."""
+    return {
+        "kernel": kernel.as_json(),
+        "sources": {module: sources[module] for module in _reached(kernel.module, sources)},
+        "target": str(target),
+        "triton": version("triton"),
+        "settings": {k: v for k, v in kernel_environment().items() if k.startswith("TRITON_")},
+        "compiler": Path(__file__).with_name("compile_worker.py").read_text(),
+    }
+
+
+def _reached(module: str, sources: Mapping[str, str]) -> list[str]:
+    """A module of kernels and those that it imports, by name."""
+    found, waiting = set[str](), [module]
+    while waiting:
+        each = waiting.pop()
+        if each in sources and each not in found:
+            found.add(each)
+            for node in ast.walk(ast.parse(sources[each])):
+                if isinstance(node, ast.ImportFrom) and node.module is not None:
+                    waiting.append(node.module.rpartition(".")[2])
+                elif isinstance(node, ast.Import):
+                    waiting += [name.name.rpartition(".")[2] for name in node.names]
+    return sorted(found)
 
 
 def _compile_all(
     kernels: Mapping[str, Kernel], target: Target, root: Path, out: Path, progress: Progress | None
 ) -> dict[str, Any]:
+    """The record of each kernel, whose binary is in the folder `out`."""
     keys = sorted(kernels)
     workers = max(1, min(os.cpu_count() or 1, 8, len(keys) // KERNELS_A_WORKER))
     processes = [

@@ -15,6 +15,7 @@ from dsc.user_folders import cache_folder
 KINDS = {
     "traces": "models as they were traced",
     "kernels": "object files of kernels",
+    "cubins": "kernels for GPUs",
     "libraries": "linked libraries of kernels",
     "tuning": "what was fastest on this machine",
     "cpus": "what the compiler knows of CPUs",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -59,7 +60,10 @@ def test_cache_is_written_into_the_tensor_that_was_given(interpreted: object) ->
 
 
 @pytest.mark.parametrize("target", ["cuda:sm_90", "hip:gfx942"])
-def test_kernels_compile_without_a_gpu(target: str) -> None:
+def test_kernels_compile_without_a_gpu(
+    target: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     chosen = {name: CASES[name] for name in COMPILED}
     program, generated = lower_program(program_of(chosen), target)
     place = parse_target(target)
@@ -79,6 +83,13 @@ def test_kernels_compile_without_a_gpu(target: str) -> None:
         assert record["parameters"] >= len(visible)
         assert record["registers"] > 0
         assert binaries[record["file"]][:4] == b"\x7fELF"
+    again = compile_kernels(program.kernels, place, texts, progress)
+    assert again == (binaries, records)
+    assert len(seen) == len(binaries)  # nothing was compiled
+    changed = {module: text + "# other\n" for module, text in texts.items()}
+    name, kernel = next(iter(program.kernels.items()))
+    compile_kernels({name: kernel}, place, changed, lambda what, done, total: seen.append(done))
+    assert len(seen) == len(binaries) + 1
 
 
 def test_kernel_errors_are_all_reported() -> None:
