@@ -46,11 +46,12 @@ class _Active:
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """What a sequence was: its id, its tokens, and what cannot be cut back to them.
+    """What a sequence of `session` was: its id, its tokens, and what cannot be cut back to them.
 
     `cuts` is how often it had been cut.
     """
 
+    session: Session
     sequence: int
     length: int
     cuts: int
@@ -193,13 +194,16 @@ class Session:
         row = self._row(sequence)
         saved = {name: x for kept in self._kept for name, x in kept.saved(row).items()}
         now = self._active[row]
-        return Snapshot(sequence, now.length, len(now.cuts), saved)
+        return Snapshot(self, sequence, now.length, len(now.cuts), saved)
 
     def restore(self, snapshot: Snapshot) -> None:
         """Set a sequence back to what it was, as if later tokens had never been.
 
-        Raises `UsageError` where it was removed, or was cut to fewer tokens since.
+        Raises `UsageError` where it was removed, or was cut to fewer tokens since, or is another
+        session's.
         """
+        if snapshot.session is not self:
+            raise UsageError("a snapshot of another session", hint="restore it in the one it is of")
         row = self._row(snapshot.sequence)
         least = min(self._active[row].cuts[snapshot.cuts :], default=snapshot.length)
         if least < snapshot.length:
@@ -241,7 +245,13 @@ class Session:
         if not held:
             for _ in range(batch):
                 self._begin(like)
-        return _like(self._append(tokens, new, list(range(batch)), all_logits), like)
+        try:
+            logits = self._append(tokens, new, list(range(batch)), all_logits)
+        except BaseException:
+            if not held:
+                self.reset()
+            raise
+        return _like(logits, like)
 
     def decode(self, next_ids: Any) -> Any:
         """Append one token to each sequence, in one step.

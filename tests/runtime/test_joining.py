@@ -288,14 +288,19 @@ def test_mistakes_are_told_and_change_nothing(
 
 
 def test_a_prompt_that_fails_half_way_leaves_no_sequence() -> None:
-    session = compiled("reference").session()
-    session.add([1, 2])
+    session = compiled("reference").session(2)
     run = session.executable.run
+    session.executable = _Spy(lambda entry, given: 1 / 0)  # type: ignore[arg-type, return-value]
+    with pytest.raises(ZeroDivisionError):
+        session.prefill([[1, 2], [3, 4]])
+    assert session.sequences == []
+    session.executable = _Spy(run)
+    first = session.add([1, 2])
     session.executable = _Spy(lambda entry, given: 1 / 0)  # type: ignore[arg-type, return-value]
     with pytest.raises(ZeroDivisionError):
         session.add([3])
     session.executable = _Spy(run)
-    assert session.sequences == [0]
+    assert session.sequences == [first]
     assert session.decode([1]).shape == (1, VOCABULARY)
 
 

@@ -173,6 +173,16 @@ def test_a_snapshot_of_tokens_that_were_replaced_is_refused() -> None:
     assert held.lengths == [5]
 
 
+def test_a_snapshot_of_another_session_is_refused() -> None:
+    """Both have a sequence 0, and this one more tokens than the other had."""
+    held, other = session(), session()
+    name = held.add(tokens(1, 5)[0])
+    assert other.add(tokens(1, 9)[0]) == name
+    with pytest.raises(UsageError, match="a snapshot of another session"):
+        other.restore(held.snapshot(name))
+    assert other.lengths == [9]
+
+
 def test_what_cannot_be_cut_says_so() -> None:
     held = session()
     name = held.add(tokens(1, 5)[0])
