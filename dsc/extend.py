@@ -29,6 +29,7 @@ from dsc.ir import op as declarations
 from dsc.ir.graph import Graph, GraphBuilder, Node
 from dsc.ir.kernels import Cpp, Formula, Lowering, Triton
 from dsc.ir.op import InferFn, OpDef, TypeMismatch
+from dsc.ir.ops.pointwise import broadcast
 from dsc.ir.parser import parse_operands, parse_program, parse_type
 from dsc.ir.printer import print_program
 from dsc.ir.program import Program, program_of
@@ -131,6 +132,7 @@ def register_op(
             hint=f"one of {others}",
         )
     _check_example(made)
+    _check_cpp(made)
     try:
         declarations.add(made)
     except ValueError as problem:
@@ -143,12 +145,35 @@ def _check_example(definition: OpDef) -> None:
     """Raise `UsageError` unless the example is a call of the operator."""
     try:
         operands, attrs = parse_operands(definition.example)
-        definition.infer([t for t, _ in operands], attrs)
+        types = [t for t, _ in operands]
+        results = definition.infer(types, attrs)
+        pointwise = definition.traits.role is Role.POINTWISE
+        wanted = broadcast(*(t.shape for t in types)) if pointwise else None
+        if not results or (pointwise and any(r.shape != wanted for r in results)):
+            shown = ", ".join(map(str, results)) or "nothing"
+            raise TypeMismatch(f"{definition.traits.role.value}, and it gives {shown}")
     except (ParseError, TypeMismatch) as problem:
         raise UsageError(
             f"register_op: the example of {definition.name} is no call of it: {problem}",
             hint="operand types, then attributes, as in `f32[2,3], f32[3] {eps=1e-06}`",
         ) from None
+
+
+def _check_cpp(definition: OpDef) -> None:
+    """Raise `UsageError` unless C++ is told every attribute, and nothing that has no number."""
+    letters = {letter for operand in definition.operands for letter in operand.pattern.dims}
+    numbers = letters | {a.name for a in definition.attrs if a.kind in ("int", "extent", "dim")}
+    for kernel in definition.kernels.values():
+        if not isinstance(kernel, Cpp):
+            continue
+        wrong = sorted({a.name for a in definition.attrs}.difference(kernel.sizes))
+        wrong += sorted(set(kernel.sizes) - numbers)
+        if wrong:
+            raise UsageError(
+                f"register_op: the C++ of {definition.name} is not told {', '.join(wrong)}",
+                hint="its sizes are letters of operands and all attributes, which are integers;"
+                " another kernel takes other attributes",
+            )
 
 
 def _tell_torch(definition: OpDef) -> None:

@@ -230,7 +230,7 @@ def compile_library(
     """The shared library of C++ and of the object files, by symbol, that it calls.
 
     `extras` are kernels in C++. Raises `BackendUnavailable` without a C++ compiler, `UsageError`
-    for C++ of a kernel that does not compile.
+    for C++ of a kernel that does not compile or link: two of one name, or none of that name.
     """
     made = {symbol: hashlib.sha256(data).hexdigest() for symbol, data in objects.items()}
     texts = [(each.source, each.function) for each in dict.fromkeys(extras)]
@@ -244,14 +244,19 @@ def compile_library(
         path, glue = folder / "kernels.so", folder / "entries.cc"
         check_room(path, sum(map(len, objects.values())) + LINKED_BYTES, "code to be linked")
         glue.write_text(source)
-        files = [compiled(each, machine, folder) for each in dict.fromkeys(extras)]
+        files = compiled(extras, machine, folder)
+        wanted = sorted({f"-Wl,--require-defined={each.function}" for each in extras})
         for symbol, data in objects.items():
-            files.append(folder / f"{symbol}.o")
-            files[-1].write_bytes(data)
-        line = [compiler(), *FLAGS, "-o", str(path), *map(str, (glue, *files))]
+            place = folder / f"{symbol}.o"
+            place.write_bytes(data)
+            files.append(str(place))
+        line = [compiler(), *FLAGS, *wanted, "-o", str(path), str(glue), *files]
         done = subprocess.run(line, capture_output=True, text=True, check=False)
         if done.returncode:
             problem = f"the library does not link:\n{done.stderr.strip()}"
+            if extras:
+                hint = 'a kernel in C++ is one function of its name, declared extern "C"'
+                raise UsageError(problem, hint=hint)
             raise InternalError(problem, program=source)
         data = path.read_bytes()
     kept.put("libraries", key, data)

@@ -45,8 +45,9 @@ class Cpp:
         extern "C" void function(const T *operand, ..., T *result, ..., int64_t size, ...)
 
     Operands and results are dense and in the order of the signature, absent operands left out;
-    `sizes` are letters of the signature whose extents follow, of a starred one the product. Element
-    types are those of the signature, and those that `T` stands for are in `dtypes`.
+    `sizes` are letters of the signature whose extents follow, of a starred one the product, and its
+    attributes, which must be integers. Element types are those of the signature, and those that `T`
+    stands for are in `dtypes`.
     """
 
     source: str

@@ -332,10 +332,13 @@ def op(
     results = results.strip()
     if results.startswith("("):
         results = results[1:-1]
+    operands = tuple(_operand(t) for t in _split(operand_text))
+    attributes = tuple(_attr(t) for t in _split(attr_text))
+    _check_names(name, [*(o.name for o in operands), *(a.name for a in attributes)])
     return OpDef(
         name,
-        tuple(_operand(t) for t in _split(operand_text)),
-        tuple(_attr(t) for t in _split(attr_text)),
+        operands,
+        attributes,
         tuple(_pattern(t) for t in _split(results)),
         traits,
         reference,
@@ -350,6 +353,14 @@ def op(
         without or {},
         kernels or {},
     )
+
+
+def _check_names(name: str, of_parts: Sequence[str]) -> None:
+    for each in (name, *of_parts):
+        if not each.isascii() or not each.isidentifier():
+            raise ValueError(f"{each!r} is no name")
+        if of_parts.count(each) > 1:
+            raise ValueError(f"two operands or attributes are called {each}")
 
 
 _added: dict[str, OpDef] = {}

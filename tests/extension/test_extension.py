@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from importlib.metadata import EntryPoint
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -260,33 +261,77 @@ MISTAKES = [
     ({"example": "f32[2,3] {scale=1}"}, "no call of it: unknown attribute scale"),
     ({"example": "f32[2"}, "no call of it"),
     ({"role": extend.Role.VIEW}, "the role view"),
-]
+    ({"signature": "other(x y: T[*n]) -> T[*n]"}, "'x y' is no name"),
+    ({"signature": "1other(x: T[*n]) -> T[*n]"}, "'1other' is no name"),
+    ({"signature": "other(x: T[*n]; x: int = 1) -> T[*n]"}, "are called x"),
+    ({"signature": "other(x: T[*n]) -> "}, "it gives nothing"),
+    ({"signature": "other(x: T[*n, d]) -> T[*n]", "role": extend.Role.POINTWISE}, "gives f32"),
+    ({"kernels": {"tvm": extend.Cpp("", "f", sizes=("*m",))}}, r"is not told \*m"),
+    ({"signature": "other(x: T[*n]; s: float = 1.0) -> T[*n]",
+      "kernels": {"tvm": extend.Cpp("", "f", sizes=("*n",))}}, "is not told s"),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("changed", "words"), MISTAKES)
-def test_a_declaration_that_cannot_be_is_refused(changed: dict[str, object], words: str) -> None:
-    given = {"signature": SIGNATURE, "example": "f32[2]", "role": extend.Role.OTHER, **changed}
+def test_a_declaration_that_cannot_be_is_refused(changed: dict[str, Any], words: str) -> None:
+    given = {"signature": SIGNATURE, "example": "f32[2,3]", "role": extend.Role.OTHER, **changed}
     with pytest.raises(UsageError, match=words):
         dsc.register_op(
-            str(given["signature"]),
-            extend.Traits(extend.Role(str(given["role"]))),
+            given["signature"],
+            extend.Traits(given["role"]),
             reference=lambda x: x,
             doc="The same.",
-            example=str(given["example"]),
+            example=given["example"],
+            kernels=given.get("kernels"),
         )
     assert "other" not in declarations.registry()
 
 
-def test_cpp_that_does_not_compile_is_told(package: ModuleType) -> None:
-    wrong = extend.Cpp("int wrong(", "wrong", sizes=("*n",))
-    text = "graph main(%x: f32[B]) { %y = other %x\n return %y }"
+TIMES = """extern "C" void %s(const float *x, float *y, long n, long by) {
+    for (; n-- > 0;) *y++ = by * *x++;
+}"""
+WRONG_CPP = {
+    "int wrong(": r"(?s)the C\+\+ of wrong does not compile.*error",
+    TIMES % "right": r"(?s)does not link.*wrong",
+    (TIMES % "wrong").removeprefix('extern "C"'): r"(?s)does not link.*wrong",
+}
+
+
+def run_cpp(*operators: tuple[str, extend.Cpp]) -> list[float]:
+    """What operators in C++, which multiply by an attribute, make of 1 and 2 in turn, by 3."""
     with registrations_undone():
-        dsc.register_op(
-            SIGNATURE, extend.Traits(extend.Role.OTHER), reference=lambda x: x, doc="The same.",
-            example="f32[2]", kernels={"tvm": wrong},
-        )  # fmt: skip
-        with pytest.raises(UsageError, match=r"(?s)the C\+\+ of wrong does not compile.*error"):
-            compile_program(program_of(text), "tvm")
+        for name, kernel in operators:
+            dsc.register_op(
+                f"{name}(x: T[*n]; by: int = 2) -> T[*n]", extend.Traits(extend.Role.OTHER),
+                reference=lambda x, by: x * by, doc="by x.", example="f32[2]",
+                kernels={"tvm": kernel},
+            )  # fmt: skip
+        nodes = [f"%{i} = {name} %{i - 1} {{by=3}}" for i, (name, _) in enumerate(operators, 1)]
+        lines = "\n".join(nodes)
+        text = f"graph main(%0: f32[B]) {{ {lines}\n return %{len(nodes)} }}"
+        found = compile_program(program_of(text), "tvm").run({"0": torch.tensor([1.0, 2.0])})
+        return next(iter(found.values())).tolist()
+
+
+@pytest.mark.parametrize("source", WRONG_CPP)
+def test_cpp_that_does_not_compile_or_link_is_told(source: str) -> None:
+    with pytest.raises(UsageError, match=WRONG_CPP[source]):
+        run_cpp(("other", extend.Cpp(source, "wrong", sizes=("*n", "by"))))
+
+
+def test_cpp_takes_no_name_that_others_have() -> None:
+    twice = [("one", extend.Cpp(TIMES % "by", "by", sizes=("*n", "by")))]
+    twice += [("two", extend.Cpp(" " + TIMES % "by", "by", sizes=("*n", "by")))]
+    with pytest.raises(UsageError, match=r"(?s)does not link.*multiple definition of .by"):
+        run_cpp(*twice)
+    with pytest.raises(UsageError, match=r"expf in C.. is a function of the C library"):
+        run_cpp(("one", extend.Cpp(TIMES % "expf", "expf", sizes=("*n", "by"))))
+
+
+def test_one_text_of_cpp_may_hold_several_kernels() -> None:
+    both = TIMES % "one" + TIMES % "two"
+    kernels = [(n, extend.Cpp(both, n, sizes=("*n", "by"))) for n in ("one", "two")]
+    assert run_cpp(*kernels) == [9.0, 18.0]
 
 
 KERNEL = "def doubled(x, y, width, BLOCK: tl.constexpr):\n    tl.store(y, tl.load(x))"

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import shutil
 import subprocess
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 
@@ -42,7 +44,7 @@ def lower(node: Node, machine: Machine, source: Cpp) -> Launch:
         ):
             takes = ", ".join(sorted(map(str, source.dtypes)))
             raise Unsupported(f"{node.op} of {given.dtype}; its C++ takes {takes}")
-    sizes = tuple(_extent(call.dims[name]) for name in source.sizes)
+    sizes = tuple(_extent({**call.attrs, **call.dims}[name]) for name in source.sizes)
     arity = len(node.operands) + len(node.outputs)
     static = (source, arity, len(sizes))
     flops = definition.traits.flops(call)
@@ -62,19 +64,36 @@ def call_cpp(source: Cpp, arity: int, sizes: int) -> PrimFunc:
     return build(body, [*(f"x{i}" for i in range(arity)), *size_names(sizes)])
 
 
-def compiled(source: Cpp, machine: Machine, folder: Path) -> Path:
-    """The object file of a source. Raises `UsageError` with what the compiler says."""
-    text, found = folder / f"{source.function}.cc", folder / f"{source.function}.o"
-    text.write_text(source.source)
+def compiled(sources: Iterable[Cpp], machine: Machine, folder: Path) -> list[str]:
+    """The object files of all texts; one may hold several kernels.
+
+    Raises `UsageError` with what the compiler says, and for a kernel with the name of a function of
+    the C library, whose place it would take.
+    """
+    texts: dict[str, str] = {}
+    for source in sources:
+        if hasattr(ctypes.CDLL(None), source.function):
+            what = f"{source.function} in C++ is a function of the C library"
+            raise UsageError(what, hint="give it another name")
+        texts[source.source] = source.function
+    return [
+        _object(name, text, machine, folder / str(number))
+        for number, (text, name) in enumerate(texts.items())
+    ]
+
+
+def _object(name: str, source: str, machine: Machine, place: Path) -> str:
+    text, found = place.with_suffix(".cc"), place.with_suffix(".o")
+    text.write_text(source)
     level = [f"-march={LEVELS[machine.lanes]}"] if machine.lanes in LEVELS else []
     line = [compiler(), "-std=c++17", "-O3", *level, "-fPIC", "-c", str(text)]
     done = subprocess.run([*line, "-o", str(found)], capture_output=True, text=True, check=False)
     if done.returncode:
         raise UsageError(
-            f"the C++ of {source.function} does not compile:\n{done.stderr.strip()}",
+            f"the C++ of {name} does not compile:\n{done.stderr.strip()}",
             hint=f"{' '.join(line[:-1])} must take it",
         )
-    return found
+    return str(found)
 
 
 def compiler() -> str:
