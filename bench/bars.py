@@ -407,6 +407,13 @@ def damaged_texts() -> Figures:
     return {"ok": both and found.keys() == {"read", "refused"}, **found}
 
 
+def shared_cache() -> Figures:
+    """50 compiles at once over one cache, 20 of them killed: what is kept is whole and right."""
+    from bench import compiles
+
+    return compiles.shared_cache()
+
+
 BARS: dict[str, Callable[[], Figures]] = {
     "import_time": import_time,
     "torch_functions": torch_functions,
@@ -426,6 +433,7 @@ BARS: dict[str, Callable[[], Figures]] = {
     "random_configs": random_configs,
     "random_calls": random_calls,
     "damaged_texts": damaged_texts,
+    "shared_cache": shared_cache,
     "verify_each": verify_each,
     "profile_overhead": profile_overhead,
     "footprint": footprint,

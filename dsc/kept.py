@@ -147,12 +147,17 @@ def _text(key: Mapping[str, Any]) -> bytes:
     return json.dumps(key, sort_keys=True).encode()
 
 
+def is_whole(content: bytes) -> bool:
+    """Whether a file is an entry as it was written."""
+    start = len(_MAGIC) + _DIGEST
+    return content[:start] == _MAGIC + hashlib.sha256(content[start:]).digest()
+
+
 def _opened(content: bytes, key: bytes) -> bytes | None:
     """The data of an entry, where it is whole and of this key."""
-    start = len(_MAGIC) + _DIGEST
-    body = content[start:]
-    if content[:start] != _MAGIC + hashlib.sha256(body).digest():
+    if not is_whole(content):
         return None
+    body = content[len(_MAGIC) + _DIGEST :]
     size = int.from_bytes(body[:8], "little")
     return body[8 + size :] if body[8 : 8 + size] == key else None
 

@@ -411,7 +411,7 @@ def check_limits(program: Program, max_batch: int, max_context: int) -> None:
     if not program.is_causal_lm:
         raise UsageError(
             f"{program.name} is no causal language model",
-            hint="run its entries with CompiledModel.run(entry, inputs)",
+            hint="run its entries with CompiledModel.run(inputs, entry)",
         )
     _check_limit("max_batch", max_batch, program.limits.max_batch)
     _check_limit("max_context", max_context, program.limits.max_context)
