@@ -27,6 +27,7 @@ from dsc.frontends.tokenizer import TOKENIZER, find_tokenizer
 from dsc.ir.limits import OPEN, Limits
 from dsc.ir.program import Program
 from dsc.ir.types import DType
+from dsc.ir.verifier import verify
 from dsc.ir.weights import (
     DictSource,
     LayeredSource,
@@ -114,6 +115,7 @@ def load_program(
     if progress is not None:
         progress("reading the model", 0, 0)
     if isinstance(model, Program):
+        verify(model)
         return Loaded(model.limited(asked.whatever()) if model.is_causal_lm else model)
     if not isinstance(model, (str, Path)):
         return _from_module(model, dtype, asked, progress)

@@ -14,9 +14,10 @@ import dsc
 from dsc.api import compile_program
 from dsc.backends.base import No
 from dsc.backends.triton.backend import TritonBackend
-from dsc.errors import ArtifactError, MemoryLimitError, UsageError
+from dsc.errors import ArtifactError, MemoryLimitError, UsageError, VerificationError
 from dsc.frontends import config
 from dsc.frontends.config import ModelConfig
+from dsc.ir.parser import parse_program
 from dsc.ir.types import PRECISIONS, Precision
 from dsc.runtime.probes import PRODUCTS
 from tests.runtime.test_session import small_lm
@@ -169,3 +170,9 @@ def test_verify_each_compares_before_and_after() -> None:
     verified = {p["name"]: p["verified"] for p in compiled.report["passes"]}
     assert verified["absorb_mla"]
     assert verified["append_cache_in_place"]
+
+
+def test_a_program_that_breaks_a_rule_is_refused_before_it_is_compiled() -> None:
+    text = 'program "open" {stage=CANONICAL} graph main(%x: f32[B,4]) { %y = silu %x return %y }'
+    with pytest.raises(VerificationError, match="symbols without a range: B"):
+        dsc.compile(parse_program(text), backend="reference")
