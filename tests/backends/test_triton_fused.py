@@ -147,6 +147,13 @@ REFUSED = {
       return %z
     }""",
 }
+OF_A_CONSTANT = """graph constant(%x: f32[2,7]) {
+  %c = full {shape=[5,2,7], value=3.0, dtype=f32}
+  %m = mean %c {axes=[0]}
+  %y = add %x, %m
+  return %y
+}"""
+"""What goes over another axis than the last reads a view of a number that is in no memory."""
 HIGH = {"n": 6, "p": 50}
 """What integers of an input stay below, if not 90."""
 
@@ -220,6 +227,7 @@ def agree(executable: Executable, name: str, graph: Graph) -> None:
 
 def test_regions_agree_with_their_bodies(graphs: dict[str, Graph], tmp_path: Path) -> None:
     pytest.importorskip("triton")
+    graphs = {**graphs, "constant": parse_graph(OF_A_CONSTANT)}
     backend, program = TritonBackend(), Program("regions", graphs)
     for name, data in backend.emit(program, EmitOptions(extra={"compile": False})).files.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)

@@ -43,8 +43,8 @@ def lower(ctx: Context, node: Node) -> None:
     ]
     try:
         kernel = kernel_for(body, places, targets)
-    except NoKernel:  # a view of a strided operand that would move elements
-        places = [ctx.dense(x) if isinstance(x, View) else x for x in places]
+    except NoKernel:  # a view of a constant, or of a strided operand that would move elements
+        places = [ctx.dense(ctx.view(x)) for x in node.operands]
         kernel = kernel_for(body, places, targets)
     ctx.set(node, *targets)
     kernel.launch(ctx)
