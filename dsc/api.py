@@ -244,8 +244,8 @@ def compile(
         weights: a folder of safetensors files, or "none" to compile without values.
         backend: triton, tvm, onnxruntime, reference or null; the best that runs here by default.
         target: one or more of cpu, cuda:sm_90, …; the backend's default otherwise.
-        fusion_level: 0 to 3. onnxruntime fuses for itself, whatever the level; triton's kernels
-            go up to 2. Where a level is not taken, report.json has `level` and `level_asked`.
+        fusion_level: 0 to 3. onnxruntime fuses for itself, whatever the level. Where a
+            level is not taken, report.json has `level` and `level_asked`.
         dtype: fp32, bf16 or fp16; the checkpoint's own by default.
         max_batch: sequences in one step, at most.
         max_context: tokens a sequence may hold, at most; the model's own limit by default.
@@ -489,7 +489,7 @@ def _check_extra(given: Mapping[str, Any], backend: Backend, target: Target) -> 
     if strange:
         raise UsageError(
             f"the {backend.name} backend has no option {', '.join(strange)}",
-            hint=f"its backend_options are {', '.join(known)}" if known else "it has none",
+            hint=f"leave it out; there are {', '.join(known) or 'none'}",
         )
 
 

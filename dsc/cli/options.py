@@ -62,8 +62,8 @@ FusionLevel = Annotated[
         "--fusion-level",
         min=0,
         max=3,
-        help="0: a kernel an operator; 1: pointwise chains; 2: into GEMMs; 3: everything. triton"
-        " goes up to 2 and merges experts at 3; onnxruntime fuses by itself, whatever the level.",
+        help="0: a kernel an operator; 1: pointwise chains; 2: into GEMMs; 3: everything."
+        " onnxruntime fuses by itself, whatever the level.",
     ),
 ]
 Dtype = Annotated[
