@@ -17,6 +17,7 @@ from dsc import backends, pipeline
 from dsc.backends.base import Backend, EmitOptions
 from dsc.errors import ArtifactError, MemoryLimitError, UnsupportedOperator, UsageError
 from dsc.files import check_fillable
+from dsc.ir.lazy import torch
 from dsc.ir.limits import Limits
 from dsc.ir.program import Program
 from dsc.ir.segments import cut
@@ -35,8 +36,6 @@ from dsc.settings import debug_mode, memory_limit
 from dsc.targets import Target, parse_target
 
 if TYPE_CHECKING:
-    import torch
-
     from dsc.frontends.config import ModelConfig
 
 Progress = Callable[[str, int, int], None]
@@ -169,8 +168,6 @@ class CompiledModel:
         self, inputs: Mapping[str, torch.Tensor], entry: str | None = None
     ) -> dict[str, torch.Tensor]:
         """Run one entry (the first by default) on tensors by name."""
-        import torch
-
         name = entry or next(iter(self.program.entries))
         self.program.entry(name, inputs)
         given: Mapping[str, object] = inputs  # whatever a caller's types say

@@ -26,6 +26,7 @@ from typing import Any
 
 from dsc.errors import ParseError, UsageError
 from dsc.ir import op as declarations
+from dsc.ir.calls import Call
 from dsc.ir.graph import Graph, GraphBuilder, Node
 from dsc.ir.kernels import Cpp, Formula, Lowering, Triton
 from dsc.ir.op import InferFn, OpDef, TypeMismatch
@@ -34,7 +35,7 @@ from dsc.ir.parser import parse_operands, parse_program, parse_type
 from dsc.ir.printer import print_program
 from dsc.ir.program import Program, program_of
 from dsc.ir.stages import Stage
-from dsc.ir.traits import Call, Role, Traits, Within
+from dsc.ir.traits import Role, Traits, Within
 from dsc.ir.types import DType, TensorType
 from dsc.ir.weights import DictSource
 from dsc.pipeline import apply

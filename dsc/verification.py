@@ -29,6 +29,7 @@ from typing import Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
+from dsc.ir.lazy import torch
 from dsc.ir.program import Program
 from dsc.ir.types import PRECISIONS, DType
 
@@ -226,8 +227,6 @@ def transformers_logits(checkpoint: Path, ids: Sequence[int]) -> Logits:
     whatever `auto_map` says, and FP8 weights are dequantised by us (transformers takes a block to
     be rows // rows of scales, which is another one where the last is partial).
     """
-    import torch
-
     from dsc.frontends.huggingface import load_checkpoint
 
     model = load_checkpoint(checkpoint, DType.f32).stock()

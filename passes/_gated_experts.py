@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import product
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from dsc.ir.dims import symbol
 from dsc.ir.graph import GraphBuilder, Operand, Value
+from dsc.ir.lazy import torch
 from dsc.ir.op import TypeMismatch
 from dsc.ir.ops.moe import ACTIVATIONS
 from dsc.ir.types import DType
@@ -84,8 +85,6 @@ GROUPED = """graph g(%x: f32[N,4], %idx: i64[N,2], %w: f32[N,2],
 }"""
 """Three spellings: every expert under a mask, weights gathered, rows sorted by expert."""
 
-if TYPE_CHECKING:
-    import torch
 
 BIG = 1 << 18
 """Expert weights of more elements are proved at reduced widths."""
@@ -168,8 +167,6 @@ def _tensors(
 
 def distinct(shape: tuple[int, ...], experts: int, seed: int) -> torch.Tensor:
     """Random choices of experts, no expert twice for one token."""
-    import torch
-
     generator = torch.Generator().manual_seed(seed)
     order = torch.rand((*shape[:-1], experts), generator=generator).argsort(-1)
     return order[..., : shape[-1]].contiguous()

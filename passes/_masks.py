@@ -11,20 +11,17 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
 
 from dsc.errors import DscError
 from dsc.ir.dims import Dim, bounds, evaluate
 from dsc.ir.graph import Operand, Value, Weight
+from dsc.ir.lazy import torch
 from dsc.ir.types import DType
 from dsc.ir.weights import MetaSource, sources
 from dsc.ir.weights import evaluate as evaluate_weight
 from dsc.rewrite import lift
 from dsc.rewrite.rule import Reject, reject
 from dsc.rewrite.scope import Scope
-
-if TYPE_CHECKING:
-    import torch
 
 MAX_ELEMENTS = 1 << 24
 """The largest mask that is evaluated to see past a constant, such as a window's width."""
@@ -128,8 +125,6 @@ def _cases(
 
 def _check(asked: _Asked, sizes: Mapping[str, int], rows: int, total: int, seed: int) -> str:
     """Compare one evaluation with `j <= lengths[b] + i`."""
-    import torch
-
     region = asked.region
     past = 0 if asked.from_start else total - rows
     if past < 0:
@@ -145,8 +140,6 @@ def _check(asked: _Asked, sizes: Mapping[str, int], rows: int, total: int, seed:
 
 def _compare(value: torch.Tensor, inverse: bool, past: int, start: torch.Tensor | None) -> str:
     """How a mask differs from `j <= start + i`, with `past` rows before the first; or empty."""
-    import torch
-
     rows, total = value.shape[-2:]
     start = torch.full((1, 1, 1), past) if start is None else start
     seen = torch.arange(total)[None, None] <= start + torch.arange(rows)[None, :, None]
@@ -171,8 +164,6 @@ def _different(found: torch.Tensor, wanted: torch.Tensor) -> Iterator[tuple[int,
 
 def _visible(mask: torch.Tensor) -> torch.Tensor | str:
     """A mask as bool: true is seen. An additive one must be 0 where it is seen."""
-    import torch
-
     if mask.dtype == torch.bool:
         return mask
     hidden = mask <= HIDDEN

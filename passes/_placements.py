@@ -84,8 +84,12 @@ class Sharding:
         given = _named(node.op, node.inputs if operands is None else operands)
         types = {name: x.type for name, x in given.items() if x is not None}
         weights = frozenset(name for name, x in given.items() if isinstance(x, Weight))
-        results = len(node.outputs)
-        return place(PlacedCall(types, node.attrs, results, lies, weights, self.ranks, wish))
+        results = tuple(v.type for v in node.outputs)
+        return place(
+            PlacedCall(
+                types, node.attrs, results, lies=lies, weights=weights, ranks=self.ranks, wish=wish
+            )
+        )
 
     def _wish(self, node: Node) -> str:
         """What is asked of a node even where all its operands are whole."""

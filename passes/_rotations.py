@@ -6,6 +6,7 @@ from typing import Any
 
 from dsc.ir.dims import Dim, product
 from dsc.ir.graph import Graph, GraphBuilder, Operand, Value
+from dsc.ir.lazy import torch
 from dsc.ir.ops.nn import ROPE_LAYOUTS
 from dsc.ir.ops.shape import normalised_dims
 from dsc.ir.types import DType
@@ -48,8 +49,6 @@ def emit(
 
 def prove(m: Match) -> dict[str, Any] | str:
     """The layout and scale under which the region is rope, or why it is none."""
-    import torch
-
     region: lift.Region = m.region
     graph = widened(region.graph)
     place = {role: region.leaves.index(m.get(role)) for role in _ROLES}
@@ -85,8 +84,6 @@ def prove(m: Match) -> dict[str, Any] | str:
 
 def _scale_of(graph: Graph, case: lift.Case, place: dict[str, int]) -> float | None:
     """What x is multiplied by where nothing turns: ones in, at position 0."""
-    import torch
-
     still = list(case.tensors)
     still[place["x"]] = torch.ones_like(still[place["x"]])
     still[place["positions"]] = torch.zeros_like(still[place["positions"]])

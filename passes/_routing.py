@@ -5,15 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import product
 from math import inf, log2
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from dsc.ir.graph import GraphBuilder, Operand, Value
+from dsc.ir.lazy import torch
 from dsc.ir.types import DType
 from dsc.rewrite import lift
 from dsc.rewrite.widen import widened
-
-if TYPE_CHECKING:
-    import torch
 
 SHIFTS = (0.0, -0.3, -0.6, -1.2)
 """Mean biases to try: what masked groups are filled with shows where biased scores are below it."""
@@ -110,8 +108,6 @@ def _tensor(
     value: Value, index: int, place: Sequence[int], sizes: Mapping[str, int], seed: int
 ) -> torch.Tensor:
     """Inputs whose logits are exact sums, so that no rounding decides between two experts."""
-    import torch
-
     generator = torch.Generator().manual_seed(100 * seed + index)
     shape = lift.at_sizes(value, sizes)
     if index == place[2]:

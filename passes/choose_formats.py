@@ -222,5 +222,5 @@ def _computed(node: Node | None, index: int) -> DType:
     """The element type that an operand in a format is unpacked to."""
     if node is None:
         return DType.f32
-    operands = lookup(node.op).operands
-    return call_of(node)[operands[min(index, len(operands) - 1)].name].dtype
+    name = lookup(node.op).operand_names(len(node.inputs))[index]
+    return call_of(node)[name].dtype

@@ -20,15 +20,16 @@ After          graph main(%x: f32[B]) {
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from dsc.ir.graph import Attrs, Graph, Node, Operand, Value
+from dsc.ir.graph import Attrs, Graph, GraphBuilder, Node, Operand
 from dsc.ir.op import lookup
 from dsc.ir.program import Program
 from dsc.rewrite.base import Pass, PassReport
-from dsc.rewrite.driver import substitute
+from dsc.rewrite.rebuild import Operands, rebuild
 
-Key = tuple[str, tuple[Operand | None, ...], Attrs]
+Key = tuple[str, Operands, Attrs]
 
 
 @dataclass(frozen=True)
@@ -43,18 +44,14 @@ class EliminateCommonSubexpressions(Pass):
 def merged(graph: Graph, report: PassReport) -> Graph:
     """The graph with equal nodes merged; itself when there are none."""
     first: dict[Key, Node] = {}
-    env: dict[str, Operand] = {}
-    nodes: list[Node] = []
-    for original in graph.nodes:
-        node = substitute(original, env)
-        key = (node.op, node.inputs, node.attrs)
-        same = None if lookup(node.op).aliases else first.setdefault(key, node)
-        if same is None or same is node:
-            nodes.append(node)
-            continue
-        env.update((a.name, b) for a, b in zip(node.outputs, same.outputs, strict=True))
-    if not env:
-        return graph
-    report.fire("merged node", len(graph.nodes) - len(nodes))
-    outputs = (env.get(x.name, x) if isinstance(x, Value) else x for x in graph.outputs)
-    return graph.with_nodes(nodes, outputs)
+
+    def once(b: GraphBuilder, node: Node, operands: Operands) -> Sequence[Operand] | None:
+        if lookup(node.op).aliases:
+            return None
+        same = first.setdefault((node.op, operands, node.attrs), node)
+        if same is node:
+            return None
+        report.fire("merged node")
+        return same.outputs
+
+    return rebuild(graph, once)

@@ -25,7 +25,7 @@ After          graph main(%x: f32[B,2], @constant.e: f32[2]) {
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from dsc.ir.analyses import live
@@ -34,11 +34,10 @@ from dsc.ir.graph import Graph, GraphBuilder, Node, Operand, Value, Weight
 from dsc.ir.op import lookup, traits_of
 from dsc.ir.program import Program
 from dsc.ir.traits import Role
-from dsc.ir.types import TensorType
 from dsc.ir.weights import Apply, MetaSource, WeightExpr, apply, evaluate, sources
 from dsc.rewrite.base import Pass, PassReport
-from dsc.rewrite.driver import substitute
 from dsc.rewrite.options import option
+from dsc.rewrite.rebuild import Operands, rebuild
 
 _NOTHING = MetaSource({})
 
@@ -81,24 +80,22 @@ class _Fold:
             if expr is not None:
                 known[node.output.name] = expr
         wanted = _read_by_others(graph, known)
-        env: dict[str, Operand] = {}
-        nodes: list[Node] = []
-        for original in graph.nodes:
-            node = substitute(original, env)
-            expr = known.get(node.outputs[0].name)
-            if expr is None or node.outputs[0].name not in wanted or not _worth(expr):
-                nodes.append(node)
-                continue
+
+        def fold(b: GraphBuilder, node: Node, operands: Operands) -> Sequence[Operand] | None:
+            name = node.outputs[0].name
+            expr = known.get(name)
+            if expr is None or name not in wanted or not _worth(expr):
+                return None
+            self.report.fire("folded")
             number = _number(expr)
             if number is None:
-                env[node.output.name] = self._weight(node.output, expr)
-            else:
-                nodes.append(_full(node, number))
-            self.report.fire("folded")
-        if nodes == list(graph.nodes):
-            return graph
-        outputs = (env.get(x.name, x) if isinstance(x, Value) else x for x in graph.outputs)
-        return live(graph.with_nodes(nodes, outputs))
+                return (self._weight(node.output, expr),)
+            b.taken.discard(name)
+            t = node.output.type
+            return b.call("full", shape=t.shape, value=number, dtype=t.dtype, hint=name)
+
+        folded = rebuild(graph, fold)
+        return graph if folded is graph else live(folded)
 
     def _expr(self, node: Node, known: Mapping[str, WeightExpr]) -> WeightExpr | None:
         """The expression of a node that depends on constants alone."""
@@ -174,10 +171,3 @@ def _number(expr: WeightExpr) -> float | None:
         return None
     number = evaluate(expr, _NOTHING).item()
     return None if isinstance(number, int) and float(number) != number else float(number)
-
-
-def _full(node: Node, number: float) -> Node:
-    t: TensorType = node.output.type
-    b = GraphBuilder()
-    b.call("full", shape=t.shape, value=number, dtype=t.dtype, loc=node.loc)
-    return replace(b.nodes[0], outputs=node.outputs)

@@ -21,7 +21,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from dsc.ir.analyses import written_roots
-from dsc.ir.graph import Attrs, Graph, Node, Operand, Value
+from dsc.ir.graph import Graph, GraphBuilder, Operand, Value
 from dsc.ir.program import Program
 from dsc.ir.stages import Stage
 from dsc.rewrite.base import Pass, PassReport
@@ -49,8 +49,7 @@ def own_outputs(graph: Graph) -> Graph:
     declared = dict(graph.aliases)
     taken: set[str] = set()
     outputs: list[Operand] = []
-    copies: list[Node] = []
-    names = {v.name for v in graph.values()}
+    copies = GraphBuilder(taken={v.name for v in graph.values()})
     inputs = {v.name for v in graph.inputs}
     for index, operand in enumerate(graph.outputs):
         root = roots[operand.name] if isinstance(operand, Value) else operand
@@ -59,12 +58,5 @@ def own_outputs(graph: Graph) -> Graph:
             taken.add(root.name)
             outputs.append(operand)
             continue
-        name = "copy"
-        while name in names:
-            name += "_"
-        names.add(name)
-        copy = Value(name, operand.type)
-        attrs = Attrs({"dtype": operand.type.dtype})
-        copies.append(Node("cast", (operand,), attrs, (copy,)))
-        outputs.append(copy)
-    return graph.with_nodes((*graph.nodes, *copies), outputs) if copies else graph
+        outputs += copies.call("cast", operand, dtype=operand.type.dtype, hint="copy")
+    return graph.with_nodes((*graph.nodes, *copies.nodes), outputs) if copies.nodes else graph

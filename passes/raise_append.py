@@ -30,6 +30,7 @@ from typing import Any, ClassVar
 
 from dsc.ir.dims import Dim, product
 from dsc.ir.graph import Graph, GraphBuilder, Node, Operand, Value
+from dsc.ir.lazy import torch
 from dsc.ir.limits import BATCH, PAST
 from dsc.ir.types import DType, TensorType
 from dsc.ir.weights import random_tensor
@@ -93,8 +94,6 @@ class Append(Rule):
 
     def sample(self, value: Value, env: Mapping[str, int], seed: int) -> Any:
         """A full past: what a concat stands for."""
-        import torch
-
         if value.name == LENGTHS:
             return torch.full((env[BATCH],), env[PAST])
         return random_tensor(value.type, f"{seed}:{value.name}")
@@ -166,8 +165,6 @@ def _emit(
 
 def _prove(m: Match, rows: tuple[Dim, ...]) -> str:
     """Why the region is no append; empty when it is."""
-    import torch
-
     region: lift.Region = m.region
     graph = widened(region.graph)
     ragged = m.lengths in region.leaves

@@ -30,6 +30,7 @@ from typing import Any, ClassVar
 
 from dsc.ir.dims import Dim, product
 from dsc.ir.graph import GraphBuilder, Node, Operand, Value
+from dsc.ir.lazy import torch
 from dsc.ir.types import DType
 from dsc.passes._masks import classify
 from dsc.passes._spelled_attention import Spelling, leaves, spelled_out, whole
@@ -226,8 +227,6 @@ def _permuted(b: GraphBuilder, x: Operand, dims: Sequence[int]) -> Operand:
 
 def _prove(found: Spelling, region: lift.Region) -> str:
     """Why the spelled-out form is no attention with this scale; the mask is a leaf shown whole."""
-    import torch
-
     graph = widened(region.graph)
     inputs = [*graph.inputs]
     place = [region.leaves.index(x) for x in (found.q, found.k, found.v)]

@@ -11,7 +11,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from dsc.backends.base import Capabilities, EmitOptions, Support, Yes
 from dsc.ir.analyses import total_cost
@@ -19,15 +19,13 @@ from dsc.ir.dims import Dim, evaluate
 from dsc.ir.formats import CODINGS
 from dsc.ir.graph import Graph, Node
 from dsc.ir.interface import Storage
+from dsc.ir.lazy import torch
 from dsc.ir.program import Program
 from dsc.runtime.admission import Admitted
 from dsc.runtime.emission import Emission
 from dsc.runtime.executable import Executable
 from dsc.runtime.nodes import plan_nodes
 from dsc.targets import KNOWN, Target
-
-if TYPE_CHECKING:
-    import torch
 
 COSTS = "null/costs.json"
 
@@ -75,8 +73,6 @@ class NullExecutable(Admitted):
         self, graph: Graph, inputs: Mapping[str, torch.Tensor], env: Mapping[str, int]
     ) -> dict[str, torch.Tensor]:
         """Zeros of the shapes that the entry declares for these inputs."""
-        import torch
-
         in_place = graph.updated_inputs()
         results: dict[str, torch.Tensor] = {}
         for name, value in zip(graph.output_names, graph.outputs, strict=True):

@@ -17,7 +17,8 @@ from typing import Any
 from dsc.backends.onnxruntime.graph import ORIGIN
 from dsc.ir.graph import Graph
 from dsc.ir.interpreter import bind_shapes
-from dsc.runtime.profiler import EntryRun, Event, StepTime, step_events
+from dsc.runtime.costs import step_events
+from dsc.runtime.profiler import EntryRun, Event, StepTime, lengths_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,9 +39,8 @@ class TimedSession:
     def starts(self, inputs: Mapping[str, Any]) -> None:
         """Note that a run on these tensors begins now."""
         shapes = [inputs[v.name].shape for v in self.owner.inputs]
-        lengths = inputs.get("lengths")
-        known = None if lengths is None else lengths.tolist()
-        self.runs.append(_Run(bind_shapes(self.owner, shapes), known, time.perf_counter()))
+        sizes = bind_shapes(self.owner, shapes)
+        self.runs.append(_Run(sizes, lengths_of(inputs), time.perf_counter()))
 
     def finish(self, folder: str) -> Callable[[], Iterable[Event]]:
         """Stop profiling; gives what makes the events. `folder` held the profile and goes."""

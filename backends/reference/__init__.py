@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from dsc.backends.base import Capabilities, EmitOptions, Support, Yes
 from dsc.errors import UsageError
@@ -17,16 +17,14 @@ from dsc.ir.formats import CODINGS
 from dsc.ir.graph import Graph, Node
 from dsc.ir.interface import Storage
 from dsc.ir.interpreter import Interpreter
+from dsc.ir.lazy import torch
 from dsc.ir.program import Program
 from dsc.runtime.admission import Admitted
 from dsc.runtime.emission import Emission
 from dsc.runtime.executable import Executable
 from dsc.runtime.nodes import plan_nodes
-from dsc.runtime.profiler import EntryRun, StepTime, active
+from dsc.runtime.profiler import EntryRun, StepTime, active, lengths_of
 from dsc.targets import Target
-
-if TYPE_CHECKING:
-    import torch
 
 
 class ReferenceBackend:
@@ -67,8 +65,6 @@ class ReferenceExecutable(Admitted):
 
     def set_threads(self, threads: int | None, pin: bool | None) -> None:
         """Set torch's threads, which the whole process shares. Raises `UsageError` for `pin`."""
-        import torch
-
         if pin:
             raise UsageError("torch's threads cannot be pinned", hint="leave out pin")
         if threads is not None:
@@ -84,9 +80,7 @@ class ReferenceExecutable(Admitted):
         observe = None if watch is None else watch.observe
         results = self._interpreter.run(graph.name, inputs, observe, guard)
         if profiler is not None and watch is not None:
-            lengths = inputs.get("lengths")
-            known = None if lengths is None else lengths.tolist()
-            profiler.ran(EntryRun(graph, env, known, lambda: watch.steps))
+            profiler.ran(EntryRun(graph, env, lengths_of(inputs), lambda: watch.steps))
         return _owned(graph, inputs, results)
 
 

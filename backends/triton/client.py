@@ -7,19 +7,17 @@ import sys
 import threading
 from collections.abc import Mapping
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
+from typing import IO
 
 from dsc.backends.triton.compile import kernel_environment
 from dsc.backends.triton.worker import INTERPRETED, read_frame, write_frame
 from dsc.errors import ArtifactError
 from dsc.ir.graph import Graph
+from dsc.ir.lazy import torch
 from dsc.ir.program import Program
 from dsc.runtime.admission import Admitted
 from dsc.runtime.plan import EntryPlan, Plan, live_bytes
-from dsc.runtime.profiler import EntryRun, StepTime, active
-
-if TYPE_CHECKING:
-    import torch
+from dsc.runtime.profiler import EntryRun, StepTime, active, lengths_of
 
 
 class InterpretedExecutable(Admitted):
@@ -59,10 +57,8 @@ class InterpretedExecutable(Admitted):
             outputs[name] = inputs[source].copy_(outputs[name])
         profiler = active()
         if profiler is not None:
-            lengths = inputs.get("lengths")
-            known = None if lengths is None else lengths.tolist()
             steps, live = _steps(plan, times), live_bytes(plan, env)
-            profiler.ran(EntryRun(graph, env, known, lambda: steps, lambda: live))
+            profiler.ran(EntryRun(graph, env, lengths_of(inputs), lambda: steps, lambda: live))
         return outputs
 
     def _interpret(

@@ -26,13 +26,13 @@ from dsc.backends.triton.launch import Kernel, LaunchProgram
 from dsc.backends.triton.schedule import Address, Call, Schedule, resolve
 from dsc.errors import BackendUnavailable
 from dsc.ir.graph import Graph
+from dsc.ir.lazy import torch
 from dsc.ir.program import Program
 from dsc.runtime.admission import Admitted
 from dsc.runtime.plan import ARENA, WEIGHT, EntryPlan, Plan
 from dsc.runtime.standalone import mapped_weights
 
 if TYPE_CHECKING:
-    import torch
     from torch.multiprocessing.reductions import StorageWeakRef
 
 ALIGNMENT = 256
@@ -133,8 +133,6 @@ class CudaExecutable(Admitted):
     def _run(
         self, entry: str, inputs: Mapping[str, torch.Tensor], env: Mapping[str, int]
     ) -> dict[str, torch.Tensor]:
-        import torch
-
         self._driver.activate()
         lowered = self._launches.entries[entry]
         replay = self._replay((entry, *env.items()), lowered, env)

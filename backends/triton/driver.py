@@ -47,7 +47,7 @@ class ReadyLaunch:
 class Driver:
     """The driver's first device, its primary context, and one stream."""
 
-    def __init__(self, device: int = 0) -> None:
+    def __init__(self) -> None:
         try:
             self._cuda = ctypes.CDLL("libcuda.so.1")
         except OSError:
@@ -57,10 +57,10 @@ class Driver:
             raise NoDevice("the CUDA driver does not start")
         count = ctypes.c_int()
         self._check("cuDeviceGetCount", ctypes.byref(count))
-        if count.value <= device:
-            raise NoDevice(f"there is no CUDA device {device}")
+        if count.value < 1:
+            raise NoDevice("there is no CUDA device")
         self._device = ctypes.c_int()
-        self._check("cuDeviceGet", ctypes.byref(self._device), device)
+        self._check("cuDeviceGet", ctypes.byref(self._device), 0)
         self._context = ctypes.c_void_p()
         self._check("cuDevicePrimaryCtxRetain", ctypes.byref(self._context), self._device)
         self._check("cuCtxSetCurrent", self._context)

@@ -19,15 +19,13 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import FunctionType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from dsc.backends.triton.launch import Kernel, LaunchProgram
 from dsc.backends.triton.schedule import Address, Call, resolve
 from dsc.ir.dims import evaluate
+from dsc.ir.lazy import torch
 from dsc.runtime.plan import ALIGNMENT, ARENA, WEIGHT
-
-if TYPE_CHECKING:
-    import torch
 
 
 def adapt_interpreter() -> None:
@@ -126,8 +124,6 @@ class InterpretedProgram:
         The first time is that of the start. Caches that are updated in place are returned as the
         tensors given.
         """
-        import torch
-
         plan = self._program.entries[entry]
         arena = torch.empty(plan.arena_bytes + ALIGNMENT, dtype=torch.uint8)
         base = -(-arena.data_ptr() // ALIGNMENT) * ALIGNMENT

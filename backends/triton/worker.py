@@ -14,13 +14,11 @@ import tempfile
 import traceback
 from collections.abc import Mapping
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, Any
 
+from dsc.ir.lazy import torch
 from dsc.ir.types import DType
 from dsc.runtime.plan import Plan
-
-if TYPE_CHECKING:
-    import torch
 
 INTERPRETED = "interpret/plan.json"
 """The plan of what the interpreter runs, in the backend's folder of an artifact."""
@@ -30,8 +28,6 @@ def write_frame(
     stream: IO[bytes], header: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]
 ) -> None:
     """Send a header and tensors by name."""
-    import torch
-
     dense = {k: v.detach().contiguous() for k, v in tensors.items()}
     table = [[k, DType.of(v.dtype).value, list(v.shape)] for k, v in dense.items()]
     stream.write(json.dumps({**header, "tensors": table}).encode() + b"\n")
@@ -42,8 +38,6 @@ def write_frame(
 
 def read_frame(stream: IO[bytes]) -> tuple[dict[str, Any], dict[str, torch.Tensor]] | None:
     """Receive a header and tensors, or `None` when the other side has closed."""
-    import torch
-
     line = stream.readline()
     if not line:
         return None
@@ -62,7 +56,6 @@ def read_frame(stream: IO[bytes]) -> tuple[dict[str, Any], dict[str, torch.Tenso
 
 def serve(folder: Path, weights: Path, source: IO[bytes], sink: IO[bytes]) -> None:
     """Answer run requests until the parent closes the pipe."""
-    import torch
     from safetensors.torch import load_file
 
     from dsc.backends.triton.interpret import InterpretedProgram, Kernels

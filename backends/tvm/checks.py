@@ -25,9 +25,10 @@ from dsc.backends.tvm.tir import (
     tirx,
     when,
 )
-from dsc.ir.dims import Dim, Range, free_symbols
+from dsc.ir.dims import Dim, Range
 from dsc.ir.graph import Graph
 from dsc.ir.index_ranges import Computed, Demand, IndexRanges, PageDemand
+from dsc.ir.interpreter import symbol_places
 from dsc.ir.types import DType
 
 C_TYPES = {
@@ -110,12 +111,11 @@ Check = Sizes | Addresses | Values | Pages | Later
 def entry_checks(graph: Graph, symbols: Mapping[str, Range], found: IndexRanges) -> list[Check]:
     """The checks of an entry, in the order of their numbers."""
     types = {v.name: v.type for v in graph.inputs}
-    places: dict[str, str] = {}
-    for name, t in types.items():
-        for axis, dim in enumerate(t.shape):
-            for used in free_symbols(dim):
-                places.setdefault(used, f"axis {axis} of {name}")
-    checks: list[Check] = [Sizes(s, symbols[s], p) for s, p in places.items() if s in symbols]
+    checks: list[Check] = [
+        Sizes(symbol, symbols[symbol], f"axis {axis} of {name}")
+        for symbol, (name, axis) in symbol_places(graph).items()
+        if symbol in symbols
+    ]
     checks.append(Addresses())
     checks += [Values(d, types[d.input].dtype, types[d.input].numel) for d in found.demands]
     checks += [Pages(d, types[d.table].shape) for d in found.pages]

@@ -20,12 +20,11 @@ from dsc.backends.tvm.timed import TimedEntry, timed_entries
 from dsc.errors import ArtifactError, BackendUnavailable, UsageError
 from dsc.ir.dims import evaluate
 from dsc.ir.graph import Graph
+from dsc.ir.lazy import torch
 from dsc.runtime.admission import Admitted, contiguous
-from dsc.runtime.profiler import active
+from dsc.runtime.profiler import active, lengths_of
 
 if TYPE_CHECKING:
-    import torch
-
     from dsc.ir.program import Program
 
 
@@ -88,8 +87,6 @@ class TvmExecutable(Admitted):
     def _run(
         self, graph: Graph, given: Mapping[str, torch.Tensor], env: Mapping[str, int]
     ) -> dict[str, torch.Tensor]:
-        import torch
-
         entry = graph.name
         facts = self.meta["entries"][entry]
         outputs: dict[str, torch.Tensor] = {}
@@ -133,8 +130,7 @@ class TvmExecutable(Admitted):
             self.admissions[entry].values(inputs, env)
             raise UsageError(refusal(self.meta["entries"][entry]["checks"][failed - 1]))
         if profiler is not None and timed is not None:
-            lengths = inputs.get("lengths")
-            profiler.ran(timed.finished(None if lengths is None else lengths.tolist()))
+            profiler.ran(timed.finished(lengths_of(inputs)))
 
     def _timed_entry(self, entry: str, env: Mapping[str, int]) -> TimedEntry | None:
         """The timed form of an entry for these sizes, where the artifact has one."""

@@ -43,13 +43,12 @@ from dsc.ir.dims import Dim, evaluate, free_symbols
 from dsc.ir.graph import Graph, Node, Operand, Value
 from dsc.ir.index_ranges import index_ranges
 from dsc.ir.lanes import moves_nothing
+from dsc.ir.lazy import torch
 from dsc.ir.types import DType, TensorType
 from dsc.runtime.admission import Admitted, contiguous
 from dsc.runtime.emission import Emission
 
 if TYPE_CHECKING:
-    import torch
-
     from dsc.ir.program import Program
 
 FORM, LIBRARY = "relax", "relax/model.so"
@@ -261,8 +260,6 @@ class RelaxExecutable(Admitted):
 
 def _given(tensor: torch.Tensor) -> Any:
     """A torch tensor as the VM takes it, without a copy."""
-    import torch
-
     return tvm_ffi.from_dlpack(
         tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor
     )

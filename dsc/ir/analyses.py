@@ -6,11 +6,12 @@ import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from dsc.ir.calls import Call
 from dsc.ir.dims import Dim
 from dsc.ir.graph import Graph, Node, Operand, Value, Weight
 from dsc.ir.lanes import moves_nothing
 from dsc.ir.op import lookup, traits_of
-from dsc.ir.traits import Call, Role
+from dsc.ir.traits import Role
 
 Use = tuple[Node | None, int]
 

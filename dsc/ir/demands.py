@@ -37,14 +37,11 @@ def _by_signature(call: Sized, definition: OpDef) -> None:
         if isinstance(value, int) and not isinstance(value, bool):
             call.dims[name] = call.extents.get(name, Extent.number(value))
     later: list[tuple[str, Extent]] = []
-    patterns = [o.pattern.dims for o in definition.operands]
-    if definition.operands and definition.operands[-1].variadic:
-        patterns += [patterns[-1]] * (len(call.ins) - len(patterns))
-    shapes: list[Shape | None] = [*call.ins, *[None] * (len(patterns) - len(call.ins))]
-    pairs = [*zip(patterns, shapes, strict=True)]
+    patterns = {o.name: o.pattern.dims for o in definition.operands}
+    pairs = [(patterns[name.partition("[")[0]], shape) for name, shape in call.ins.items()]
     pairs += zip((r.dims for r in definition.results), call.outs, strict=False)
     for dims, shape in pairs:
-        if shape is not None and dims != ("...",):
+        if dims != ("...",):
             _name_dims(call, dims, shape, later)
     for operand, names in definition.without.items():
         if operand not in call:

@@ -16,14 +16,10 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from dsc.ir.dims import Dim, terms
-from dsc.ir.lazy import LazyModule
+from dsc.ir.lazy import torch
 
 if TYPE_CHECKING:
-    import torch
-
     from dsc.ir.types import DType, TensorType
-else:
-    torch = LazyModule("torch")
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,9 +12,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
+from dsc.ir.analyses import call_of
 from dsc.ir.dims import Dim, Range, bounds, free_symbols, to_json
 from dsc.ir.graph import Graph, Node, Operand, Weight
-from dsc.ir.op import OpDef, lookup, operand_index
+from dsc.ir.op import lookup, operand_index, range_of
 from dsc.ir.paging import BLOCK_TABLE, rows_of_page
 from dsc.ir.program import Program
 from dsc.ir.traits import Within
@@ -151,27 +152,18 @@ class _Walk:
                     if found is not None and isinstance(found.origin, (str, Span)):
                         sources[value] = found
                 continue
-            definition = lookup(node.op)
-            for name, within in definition.within.items():
-                self._demand(node, definition, name, within, sources, region)
+            for name, within in lookup(node.op).within.items():
+                self._demand(node, name, within, sources, region)
             self._pages(node, sources)
             sources |= _results(node, sources, region)
 
     def _demand(
-        self,
-        node: Node,
-        definition: OpDef,
-        name: str,
-        within: Within,
-        sources: Sources,
-        region: Node | None,
+        self, node: Node, name: str, within: Within, sources: Sources, region: Node | None
     ) -> None:
         index = node.get(name)
         if index is None:
             return
-        types = [None if x is None else x.type for x in node.inputs]
-        low, high = definition.range_of(within, types, node.attrs)
-        span = Span(low, high, within.ascending)
+        span = Span(*range_of(within, call_of(node)), within.ascending)
         source = _source(index, sources, region)
         origin, as_it_was = source.origin, source.ordered or not within.ascending
         if isinstance(origin, str) and as_it_was:
@@ -248,12 +240,10 @@ def _results(node: Node, sources: Sources, region: Node | None) -> Sources:
 
 def _given(node: Node, place: int) -> Span | None:
     """The values that a node's result is declared to have."""
-    definition = lookup(node.op)
-    within = definition.gives.get(place)
+    within = lookup(node.op).gives.get(place)
     if within is None:
         return None
-    types = [None if x is None else x.type for x in node.inputs]
-    return Span(*definition.range_of(within, types, node.attrs), within.ascending)
+    return Span(*range_of(within, call_of(node)), within.ascending)
 
 
 def _holds(node: Node) -> str:

@@ -6,19 +6,17 @@ It is the oracle that every pass and every backend is compared with, so it takes
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from dsc.errors import RankError, UsageError, VerificationError
 from dsc.ir.analyses import last_uses
 from dsc.ir.dims import Dim, Sym, evaluate, free_symbols, symbol_name
 from dsc.ir.graph import Graph, Node, Operand, Value
+from dsc.ir.lazy import torch
 from dsc.ir.op import concrete, lookup, type_of
 from dsc.ir.program import Program
 from dsc.ir.types import DType, TensorType
 from dsc.ir.weights import evaluate as evaluate_weight
-
-if TYPE_CHECKING:
-    import torch
 
 Observer = Callable[[Node, tuple[Any, ...]], None]
 Intercept = Callable[[Node, list[Any]], tuple[Any, ...] | None]
@@ -192,16 +190,18 @@ def _bind_shape(
         if name is None and isinstance(dim, Sym):
             composite.append((value, axis, dim, size))
         elif (wanted := dim if name is None else env.setdefault(name, size)) != size:
-            wants = "the model has" if name is None else f"{_first_place(graph, name)} has"
+            first, at = ("", 0) if name is None else symbol_places(graph)[name]
+            wants = f"axis {at} of {first} has" if first else "the model has"
             raise UsageError(f"input {value.name} has {size} at axis {axis}, {wants} {wanted}")
     return composite
 
 
-def _first_place(graph: Graph, name: str) -> str:
-    """Where a symbol's size was read, in words of the inputs."""
-    return next(
-        f"axis {axis} of {value.name}"
-        for value in graph.inputs
-        for axis, dim in enumerate(value.type.shape)
-        if symbol_name(dim) == name
-    )
+def symbol_places(graph: Graph) -> dict[str, tuple[str, int]]:
+    """The input and the axis at which the size of each symbol is read: alone, if it stands so."""
+    axes = [(v.name, axis, dim) for v in graph.inputs for axis, dim in enumerate(v.type.shape)]
+    axes.sort(key=lambda each: symbol_name(each[2]) is None)
+    places: dict[str, tuple[str, int]] = {}
+    for value, axis, dim in axes:
+        for name in free_symbols(dim):
+            places.setdefault(name, (value, axis))
+    return places

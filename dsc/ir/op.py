@@ -22,10 +22,11 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
+from dsc.ir.calls import Call
 from dsc.ir.dims import Dim, Sym, evaluate, free_symbols, parse_dim, substitute
 from dsc.ir.formats import Packed
 from dsc.ir.graph import Attrs, Graph, Operand
-from dsc.ir.traits import Call, Role, Traits, Within
+from dsc.ir.traits import Role, Traits, Within
 from dsc.ir.types import DType, TensorType
 
 InferFn = Callable[[Sequence[Any], Mapping[str, Any]], tuple[TensorType, ...]]
@@ -141,9 +142,9 @@ class OpDef:
         results: Sequence[TensorType],
     ) -> Call:
         """One use of the operator under the names of its signature."""
-        bound, operands = self._bound(self._pad(types), [])
-        given_types = tuple(t for t in types if t is not None)
-        return Call(operands, bound, self.with_defaults(attrs), tuple(results), given_types)
+        pairs, names = self._pad(types), self.operand_names(len(types))
+        given = {n: t for n, (_, t) in zip(names, pairs, strict=False) if t is not None}
+        return Call(given, self.with_defaults(attrs), tuple(results), self._bound(pairs, []))
 
     def index_of(self, operand: str) -> int:
         """The position of an operand. Raises `KeyError`."""
@@ -164,26 +165,13 @@ class OpDef:
         """Whether the signature has an operand of this name."""
         return any(o.name == name for o in self.operands)
 
-    def range_of(
-        self, within: Within, types: Sequence[TensorType | None], attrs: Mapping[str, Any]
-    ) -> tuple[Dim, Dim]:
-        """The least and the largest value of an index, for operand types and attributes."""
-        bound, _ = self._bound(self._pad(types), [])
-        full = self.with_defaults(attrs)
-        scope = {k: v for k, v in {**bound, **full}.items() if _is_dim(v)}
-        first = types[0] if types else None
-        if first is not None and first.rank:
-            scope["extent"] = first.shape[full.get("axis", 0)]
-        low, high = (substitute(_dim_expression(t), scope) for t in (within.low, within.high))
-        return low, high
-
     def _infer(
         self, types: Sequence[TensorType | None], attrs: Mapping[str, Any]
     ) -> tuple[TensorType, ...]:
         self._check_attrs(attrs)
         padded = self._pad(types)
         deferred: list[tuple[str, Dim, Dim]] = []
-        bound, _ = self._bound(padded, deferred)
+        bound = self._bound(padded, deferred)
         for name, wanted, found in deferred:
             _check_deferred(name, wanted, found, bound)
         full = self.with_defaults(attrs)
@@ -196,23 +184,18 @@ class OpDef:
         self,
         types: Sequence[tuple[OperandDef, TensorType | None]],
         deferred: list[tuple[str, Dim, Dim]],
-    ) -> tuple[dict[str, Any], dict[str, TensorType]]:
-        """What the names of the signature are, and the types of the operands that are given.
-
-        What is not a name alone goes to `deferred`.
-        """
+    ) -> dict[str, Any]:
+        """What the names of the signature are; what is not a name alone goes to `deferred`."""
         bound: dict[str, Any] = {}
-        operands: dict[str, TensorType] = {}
         for declared, given in types:
             if given is not None:
                 _match(declared, given, bound, deferred)
-                operands[declared.name] = given
             elif not declared.optional:
                 raise TypeMismatch(f"operand {declared.name} is missing")
-        for name in self.without.keys() - operands.keys():
+        for name in self.without.keys() - {d.name for d, given in types if given is not None}:
             for letter, text in self.without[name].items():
                 _bind(f"without {name}", letter, substitute(_dim_expression(text), bound), bound)
-        return bound, operands
+        return bound
 
     def _pad(
         self, types: Sequence[TensorType | None]
@@ -442,6 +425,16 @@ def infer(
         types = ", ".join("_" if x is None else str(x.type) for x in operands)
         message = f"{name}({types}): {error}; declared {definition.signature}"
         raise TypeMismatch(message) from None
+
+
+def range_of(within: Within, call: Call) -> tuple[Dim, Dim]:
+    """The least and the largest value of an index of a call."""
+    scope = {k: v for k, v in {**call.dims, **call.attrs}.items() if _is_dim(v)}
+    first = next(iter(call.operands.values()), None)
+    if first is not None and first.rank:
+        scope["extent"] = first.shape[call.attrs.get("axis", 0)]
+    low, high = (substitute(_dim_expression(t), scope) for t in (within.low, within.high))
+    return low, high
 
 
 def _match(

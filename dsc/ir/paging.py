@@ -8,14 +8,11 @@ and all its rows are in it.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
+from dsc.ir.analyses import call_of
 from dsc.ir.dims import Dim
 from dsc.ir.graph import Graph, Node
+from dsc.ir.lazy import torch
 from dsc.ir.op import lookup
-
-if TYPE_CHECKING:
-    import torch
 
 PAGE = 64
 """Rows of a page: whole tiles of the attention kernels, 64 KiB at a row of 512 16-bit values."""
@@ -38,8 +35,7 @@ def rows_of_page(node: Node) -> int | None:
     """Rows of a page that a node reads or writes; `None` where it works on no cache in pages."""
     if node.body is not None or not reads_pages(node):
         return None
-    types = [None if x is None else x.type for x in node.inputs]
-    rows = lookup(node.op).call(types, node.attrs, ()).dim("p")
+    rows = call_of(node).dim("p")
     return rows if isinstance(rows, int) else None
 
 
@@ -58,8 +54,6 @@ def scattered(
     pages: torch.Tensor, table: torch.Tensor, rows: torch.Tensor, start: torch.Tensor
 ) -> torch.Tensor:
     """Write rows [b, s, w] at start[b] .. start[b]+s-1 of each sequence, in place."""
-    import torch
-
     at = start[:, None] + torch.arange(rows.shape[1])
     number = table.gather(1, at // pages.shape[1])
     kept = number >= 0

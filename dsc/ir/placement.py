@@ -13,8 +13,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
+from dsc.ir.calls import Call
 from dsc.ir.dims import Dim
-from dsc.ir.types import TensorType
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,26 +75,19 @@ class Placing:
     kind: str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class PlacedCall:
-    """One use of an operator on a rank, under the names of its signature.
+@dataclass(frozen=True, kw_only=True)
+class PlacedCall(Call):
+    """A use of an operator on a rank; `operands` are of the types that the rank has.
 
-    `types` of operands are those that the rank has; of several under one name the keys are `xs[0]`,
-    `xs[1]`. `lies` has the operands that are not whole, `weights` those of which a rank can have a
-    part. `wish` is one of the above, of an operator that `grants` it, or empty: some operand is not
-    whole then.
+    `lies` has the operands that are not whole, `weights` those of which a rank can have a part.
+    `wish` is one of the above, of an operator that `grants` it, or empty: some operand is not whole
+    then.
     """
 
-    types: Mapping[str, TensorType]
-    attrs: Mapping[str, Any]
-    results: int
     lies: Mapping[str, Placement]
     weights: frozenset[str]
     ranks: int
     wish: str = ""
-
-    def __getitem__(self, operand: str) -> TensorType:
-        return self.types[operand]
 
     def divides(self, extent: Dim) -> bool:
         """Whether an extent is known and parts into as many equal pieces as there are ranks."""
@@ -106,7 +99,7 @@ Place = Callable[[PlacedCall], Placing | str]
 
 def pointwise(call: PlacedCall) -> Placing | str:
     """Operands of one shape, all split along one axis; a whole number may be beside them."""
-    tensors = {name: call.lies.get(name) for name, t in call.types.items() if t.rank}
+    tensors = {name: call.lies.get(name) for name, t in call.operands.items() if t.rank}
     if len({call[name].shape for name in tensors}) != 1:
         return "its operands are not of one shape"
     first, *others = set(tensors.values())
@@ -114,30 +107,30 @@ def pointwise(call: PlacedCall) -> Placing | str:
         return "its operands do not lie alike"
     if not isinstance(first, Split):
         return "it is not a sum of what it makes of summands"
-    return Placing((first,) * call.results)
+    return Placing((first,) * len(call.results))
 
 
 def additive(call: PlacedCall) -> Placing | str:
     """Pointwise, and of sums the sum: summands stay summands where all operands are."""
-    alike = len({t.shape for t in call.types.values()}) == 1
-    if alike and all(call.lies.get(name) == PARTIAL for name in call.types):
-        return Placing((PARTIAL,) * call.results)
+    alike = len({t.shape for t in call.operands.values()}) == 1
+    if alike and all(call.lies.get(name) == PARTIAL for name in call.operands):
+        return Placing((PARTIAL,) * len(call.results))
     return pointwise(call)
 
 
 def linear_map(call: PlacedCall) -> Placing | str:
     """A linear map of the first operand: of a summand it makes a summand."""
-    x, *rest = call.types
+    x, *rest = call.operands
     if call.lies.get(x) != PARTIAL:
         return f"it needs all of {x}"
     if any(name in call.lies for name in rest):
         return "only the first operand may be a sum over ranks"
-    return Placing((PARTIAL,) * call.results)
+    return Placing((PARTIAL,) * len(call.results))
 
 
 def other_axes(call: PlacedCall) -> Placing | str:
     """A linear map along the axis that an attribute names, on a part of another one."""
-    x, *rest = call.types
+    x, *rest = call.operands
     lies = call.lies.get(x)
     if not isinstance(lies, Split):
         return linear_map(call)
@@ -145,18 +138,18 @@ def other_axes(call: PlacedCall) -> Placing | str:
         return f"only {x} may be in parts"
     if lies.axis == call.attrs["axis"] % call[x].rank:
         return "it works along the axis that is split"
-    return Placing((lies,) * call.results)
+    return Placing((lies,) * len(call.results))
 
 
 def along_rows(call: PlacedCall) -> Placing | str:
     """Works along the last axis of the first operand, here on a part of another one."""
-    x, *rest = call.types
+    x, *rest = call.operands
     lies = call.lies.get(x)
     if not isinstance(lies, Split) or any(name in call.lies for name in rest):
         return f"only {x} may be in parts, and not in summands"
     if lies.axis == call[x].rank - 1:
         return "it works along the axis that is split"
-    return Placing((lies,) * call.results)
+    return Placing((lies,) * len(call.results))
 
 
 def over_heads(*heads: str, weight: str = "") -> Place:

@@ -15,17 +15,15 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from dsc.errors import RankError, VerificationError
 from dsc.ir.dims import Sym, substitute, symbol
 from dsc.ir.graph import Attrs
 from dsc.ir.interpreter import Intercept, Interpreter, Observer
+from dsc.ir.lazy import torch
 from dsc.ir.program import Program
 from dsc.ir.weights import Apply, Source, WeightExpr, apply
-
-if TYPE_CHECKING:
-    import torch
 
 T = TypeVar("T")
 RANK = symbol("rank")
@@ -222,8 +220,6 @@ class RankedInterpreter:
         intercept: Intercept | None = None,
     ) -> dict[str, torch.Tensor]:
         """Run `entry` on every rank; `observe` sees rank 0, `intercept` decides once for all."""
-        import torch
-
         shared = None if intercept is None else _once(intercept)
 
         def one(rank: int) -> dict[str, torch.Tensor]:

@@ -17,16 +17,13 @@ from dataclasses import dataclass
 from itertools import pairwise
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from dsc.errors import CheckpointError, UsageError
 from dsc.files import why_no_file
+from dsc.ir.lazy import torch
 from dsc.ir.types import MAX_RANK, SAFETENSORS, DType, TensorType
 from dsc.ir.weights import WeightSource
 from dsc.strict_json import JsonObject, parse_object
-
-if TYPE_CHECKING:
-    import torch
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -92,8 +89,6 @@ class SafetensorsFile:
 
     def load(self, key: str, rows: slice = slice(None)) -> torch.Tensor:
         """Give the tensor `key`, or `rows` of its leading axis: a read-only view of the file."""
-        import torch
-
         entry = self.entries[key]
         shape, dtype, itemsize = list(entry.shape), entry.dtype.torch, entry.dtype.itemsize
         begin = entry.begin

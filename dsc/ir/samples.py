@@ -11,20 +11,17 @@ import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import TYPE_CHECKING
 
-from dsc.ir.analyses import Use, uses
+from dsc.ir.analyses import Use, call_of, uses
 from dsc.ir.dims import evaluate
 from dsc.ir.graph import Graph, Node, Value
+from dsc.ir.lazy import torch
 from dsc.ir.limits import CAPACITY, PAST
-from dsc.ir.op import lookup, traits_of
+from dsc.ir.op import lookup, range_of, traits_of
 from dsc.ir.paging import BLOCK_TABLE, page_rows
 from dsc.ir.traits import DISTINCT, FROM_FIRST, Role
 from dsc.ir.types import DType, TensorType
 from dsc.ir.weights import random_tensor
-
-if TYPE_CHECKING:
-    import torch
 
 
 def sample_inputs(
@@ -51,8 +48,6 @@ def _sample(
     found: Mapping[str, list[Use]],
     seed: str,
 ) -> torch.Tensor:
-    import torch
-
     t = TensorType(value.type.dtype, shape)
     if not t.dtype.is_int:
         return random_tensor(t, seed)
@@ -105,8 +100,7 @@ def _draw(node: Node, index: int, sizes: Mapping[str, int]) -> Iterator[_Draw]:
     name = definition.operands[min(index, len(definition.operands) - 1)].name
     within = definition.traits.samples.get(name) or definition.within.get(name)
     if within is not None:
-        types = [None if x is None else x.type for x in node.inputs]
-        low, high = (evaluate(d, sizes) for d in definition.range_of(within, types, node.attrs))
+        low, high = (evaluate(d, sizes) for d in range_of(within, call_of(node)))
         yield _Draw(low, high, within.order)
 
 
@@ -117,8 +111,6 @@ def _causal(
     lengths: Sequence[int] | None,
 ) -> None:
     """Fill in the inputs of a causal language model, where the graph has them."""
-    import torch
-
     ints = {v.name for v in graph.inputs if v.type.dtype is DType.i64}
     if "lengths" in ints:
         past = torch.full_like(inputs["lengths"], sizes.get(PAST, _capacity(graph, inputs, sizes)))

@@ -7,9 +7,9 @@ checked as soon as all that it rests on is known.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from math import prod
 
 from dsc.ir.extents import MAX_STEPS, SMALL, Equation, System, Unsolvable, is_merge, normalised
@@ -118,52 +118,34 @@ class Search:
     def _equation_checks(self, equations: list[Equation]) -> Iterator[_Check]:
         for eq in equations:
             unknowns = {u for key, _ in eq for u in key}
+            yield unknowns, f"{self._text(eq)} = 0", partial(self._is_zero, eq)
 
-            def holds(values: Values, eq: Equation = eq) -> bool:
-                return not sum(c * prod(self._value(u, values) for u in k) for k, c in eq)
-
-            yield unknowns, f"{self._text(eq)} = 0", holds
+    def _is_zero(self, equation: Equation, values: Values) -> bool:
+        return not sum(c * prod(self._value(u, values) for u in k) for k, c in equation)
 
     def _other_checks(self) -> Iterator[_Check]:
         find = self.system.find
         once = {(tuple(map(find, c.unknowns)), c.what): c for c in self.system.checks}
         for (names, _), check in once.items():
-
-            def holds(
-                values: Values,
-                names: tuple[int, ...] = names,
-                test: Callable[[list[int]], bool] = check.holds,
-            ) -> bool:
-                return test([self._value(u, values) for u in names])
-
             shown = ", ".join(str(self.system.original[u]) for u in names)
-            yield set(names), f"{check.what} ({shown})", holds
+            yield set(names), f"{check.what} ({shown})", partial(self._holds, names, check.holds)
         for c in self.system.counts:
-            count, extent = find(c.count), find(c.extent)
-            whole = self.system.original[extent] % c.block == 0
-
-            def counted(
-                values: Values,
-                count: int = count,
-                extent: int = extent,
-                block: int = c.block,
-                whole: bool = whole,
-            ) -> bool:
-                length = self._value(extent, values)
-                blocks = self._value(count, values)
-                return -(-length // block) == blocks and (length % block == 0) == whole
-
-            yield {count, extent}, f"blocks of {c.block}", counted
+            pair = (find(c.extent), find(c.count))
+            covers = partial(_covers, c.block, self.system.original[pair[0]] % c.block == 0)
+            yield set(pair), f"blocks of {c.block}", partial(self._holds, pair, covers)
 
     def _range_checks(self) -> Iterator[_Check]:
         counts = self.system.block_counts()
         for unknown in self.defined:
             low, high = 1 if unknown in counts else 2, self.system.original[unknown]
+            inside = partial(_is_within, low, high)
+            words = f"{high} shrinks into {low}..{high}"
+            yield {unknown}, words, partial(self._holds, (unknown,), inside)
 
-            def holds(values: Values, u: int = unknown, low: int = low, high: int = high) -> bool:
-                return low <= self._value(u, values) <= high
-
-            yield {unknown}, f"{high} shrinks into {low}..{high}", holds
+    def _holds(
+        self, unknowns: tuple[int, ...], test: Callable[[Sequence[int]], bool], values: Values
+    ) -> bool:
+        return test([self._value(u, values) for u in unknowns])
 
     def _text(self, equation: Equation) -> str:
         numbers = self.system.original
@@ -227,6 +209,16 @@ class Search:
 
 _Check = tuple[set[int], str, Callable[[Values], bool]]
 _Due = dict[int, list[tuple[str, Callable[[Values], bool]]]]
+
+
+def _covers(block: int, whole: bool, sizes: Sequence[int]) -> bool:
+    """Whether an extent takes so many blocks, its last one whole or cut as it was."""
+    extent, count = sizes
+    return -(-extent // block) == count and (extent % block == 0) == whole
+
+
+def _is_within(low: int, high: int, sizes: Sequence[int]) -> bool:
+    return low <= sizes[0] <= high
 
 
 def ceil_of(extent: int, block: int) -> Callable[[Callable[[int], int]], int]:

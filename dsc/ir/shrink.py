@@ -159,13 +159,16 @@ class Survey:
         attrs: Mapping[str, Any],
         in_weights: bool = False,
     ) -> None:
-        names = dim_attrs(op, attrs)
-        extents = {name: sizes_of(attrs[name], self.system) for name in names}
+        extents = {name: sizes_of(attrs[name], self.system) for name in dim_attrs(op, attrs)}
         extents = self.attrs.setdefault(id(owner), extents)
-        operands = lookup(op).operand_names(len(types))
-        demand(
-            Sized(self.system, op, operands, types, results, ins, outs, attrs, extents, in_weights)
-        )
+        names = lookup(op).operand_names(len(types))
+        operands = {n: t for n, t in zip(names, types, strict=True) if t is not None}
+        shapes = {n: x for n, x in zip(names, ins, strict=True) if x is not None}
+        call = Sized(
+            operands, attrs, tuple(results), system=self.system, op=op, ins=shapes, outs=outs,
+            extents=extents, in_weights=in_weights,
+        )  # fmt: skip
+        demand(call)
 
 
 @dataclass

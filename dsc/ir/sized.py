@@ -8,9 +8,10 @@ rotary embedding) the declaration states by a function of a `Sized`.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
+from dsc.ir.calls import Use
 from dsc.ir.dims import Dim
 from dsc.ir.extents import Extent, System
 from dsc.ir.types import TensorType
@@ -18,46 +19,32 @@ from dsc.ir.types import TensorType
 Shape = list[Extent]
 
 
-@dataclass
-class Sized:
-    """One use of an operator: types as they are, and the extents that stand for their dims.
+@dataclass(frozen=True, kw_only=True)
+class Sized(Use):
+    """A use of an operator, and the extents that stand for its dims.
 
-    `call["x"]` is the shape of operand x in extents, `call.type("x")` its type, `call.dims["d"]`
-    what the letter d of the signature stands for (of a starred one a list), `call.extents["shape"]`
-    those of an attribute. In a weight expression (`in_weights`) a stack may lose operands.
+    `call["x"]` is the shape of operand x in extents, `call.dims["d"]` what the letter d of the
+    signature stands for (of a starred one a list), `call.extents["shape"]` those of an attribute.
+    In a weight expression (`in_weights`) a stack may lose operands.
     """
 
     system: System
     op: str
-    names: Sequence[str]
-    types: Sequence[TensorType | None]
-    results: Sequence[TensorType]
-    ins: Sequence[Shape | None]
+    ins: Mapping[str, Shape]
     outs: Sequence[Shape]
-    attrs: Mapping[str, Any]
     extents: Mapping[str, Any]
     in_weights: bool = False
-    dims: dict[str, Any] = field(default_factory=dict)
 
     def __contains__(self, operand: str) -> bool:
         """Whether an operand is given."""
-        return operand in self.names and self.ins[self.names.index(operand)] is not None
+        return operand in self.ins
 
     def __getitem__(self, operand: str) -> Shape:
-        shape = self.ins[self.names.index(operand)]
-        assert shape is not None
-        return shape
-
-    def type(self, operand: str) -> TensorType:
-        """The type of an operand that is given."""
-        found = self.types[self.names.index(operand)]
-        assert found is not None
-        return found
+        return self.ins[operand]
 
     def given(self) -> list[tuple[TensorType, Shape]]:
         """Types and shapes of all operands that are given, in order."""
-        both = zip(self.types, self.ins, strict=True)
-        return [(t, shape) for t, shape in both if t is not None and shape is not None]
+        return list(zip(self.operands.values(), self.ins.values(), strict=True))
 
     def same(self, a: Sequence[Extent], b: Sequence[Extent]) -> None:
         """Equate extents pairwise."""

@@ -10,15 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from math import lcm
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from dsc.ir.dims import Dim
 from dsc.ir.formats import WHOLE
+from dsc.ir.lazy import torch
 from dsc.ir.op import TypeMismatch, concrete, lookup
 from dsc.ir.weights import Apply, Source, WeightExpr, WeightSource, check_tensor, evaluate
-
-if TYPE_CHECKING:
-    import torch
 
 BLOCK_BYTES = 32 << 20
 """Bytes of a block at most, where rows allow."""

@@ -9,12 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any
 
+from dsc.ir.calls import Call
 from dsc.ir.dims import Dim
 from dsc.ir.placement import Place, pointwise
 from dsc.ir.sized import Demand, broadcasting
-from dsc.ir.types import TensorType
 
 
 class Role(StrEnum):
@@ -68,30 +67,6 @@ class Form(StrEnum):
 
 COMPUTE, COPY, COLLECTIVE = LANES = ("compute", "copy", "collective")
 """Queues of steps that run at the same time, each in order (`dsc.ir.lanes`)."""
-
-
-@dataclass(frozen=True, slots=True)
-class Call:
-    """One use of an operator under the names of its signature.
-
-    `call["x"]` is the type of operand x, `call.dim("d")` what the letter d stands for (of a starred
-    one a tuple), `call.types` all operand types in order, `call.attrs` all attributes with their
-    defaults, `call.results` the result types.
-    """
-
-    operands: Mapping[str, TensorType]
-    dims: Mapping[str, Any]
-    attrs: Mapping[str, Any]
-    results: tuple[TensorType, ...]
-    types: tuple[TensorType, ...]
-
-    def __getitem__(self, operand: str) -> TensorType:
-        return self.operands[operand]
-
-    def dim(self, name: str) -> Dim:
-        """The extent that a name of the signature stands for."""
-        found: Dim = self.dims[name]
-        return found
 
 
 Count = Callable[[Call], Dim]

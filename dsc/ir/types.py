@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from dsc.ir.dims import MAX_DIM, Dim, Sym, free_symbols, product, substitute
 from dsc.ir.formats import CODINGS, Format, grid
+from dsc.ir.lazy import torch
 
 if TYPE_CHECKING:
     from torch import dtype as TorchType
@@ -91,8 +92,6 @@ SAFETENSORS: Mapping[str, DType] = MappingProxyType({
 
 @cache
 def _torch_types() -> Mapping[DType, TorchType]:
-    import torch
-
     return {
         DType.f32: torch.float32,
         DType.f64: torch.float64,

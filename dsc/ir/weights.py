@@ -10,15 +10,13 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias
 
 from dsc.errors import UsageError
 from dsc.ir.graph import Attrs
+from dsc.ir.lazy import torch
 from dsc.ir.op import TypeMismatch, concrete, lookup, type_of
 from dsc.ir.types import DType, TensorType
-
-if TYPE_CHECKING:
-    import torch
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,8 +173,6 @@ def random_source(types: Mapping[str, TensorType], seed: int = 0) -> DictSource:
 def random_tensor(t: TensorType, seed: str, high: int = 2) -> torch.Tensor:
     """A seeded random tensor: floats are normal times 0.5, integers lie in 0..high-1."""
     import zlib
-
-    import torch
 
     generator = torch.Generator().manual_seed(zlib.crc32(seed.encode()))
     shape = tuple(int(d) for d in t.shape)  # type: ignore[arg-type]

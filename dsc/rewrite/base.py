@@ -39,13 +39,12 @@ class NearMiss:
 class PassReport:
     """What a pass did, for report.json: counts of what fired and facts worth keeping.
 
-    `fired` counts rewrites by rule, `places` says where they were; `missed` holds near-misses as
-    `(rule, where, reason)`, `near` the same with their evidence. With `explain`, patterns of which
-    only a part matched are noted as well: slower, and for `dsc opt --explain` alone.
+    `fired` counts rewrites by rule, `places` says where they were; `near` holds near-misses. With
+    `explain`, patterns of which only a part matched are among them: slower, and for
+    `dsc opt --explain` alone.
     """
 
     fired: dict[str, int] = field(default_factory=dict)
-    missed: list[tuple[str, str, str]] = field(default_factory=list)
     facts: dict[str, Any] = field(default_factory=dict)
     places: dict[str, list[str]] = field(default_factory=dict)
     near: list[NearMiss] = field(default_factory=list)
@@ -58,8 +57,12 @@ class PassReport:
 
     def miss(self, rule: str, where: str, reason: str, culprits: Sequence[str] = ()) -> None:
         """Note why a rule that nearly matched did not fire; `culprits` are names of values."""
-        self.missed.append((rule, where, reason))
         self.near.append(NearMiss(rule, where, reason, tuple(culprits)))
+
+    @property
+    def missed(self) -> list[tuple[str, str, str]]:
+        """Rule, place and reason of each near-miss."""
+        return [(each.rule, each.where, each.reason) for each in self.near]
 
     def as_dict(self) -> Mapping[str, Any]:
         """The report as JSON values."""

@@ -41,7 +41,6 @@ def apply_rules(
         for rule in rules:
             program = sweep(program, rule, round_report, memo)
         if program is before:
-            report.missed.extend(round_report.missed)
             report.near.extend(round_report.near)
             return program
         if round_number == rounds - 1 and rounds > 1:

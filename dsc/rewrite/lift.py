@@ -12,21 +12,20 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from dsc.errors import DscError
 from dsc.ir.analyses import structural_hash
 from dsc.ir.dims import Dim, evaluate, symbol
 from dsc.ir.graph import Graph, GraphBuilder, Node, Operand, Value
 from dsc.ir.interpreter import run_graph
+from dsc.ir.lazy import torch
 from dsc.ir.op import TypeMismatch
 from dsc.rewrite.rebuild import Operands, rebuild
 from dsc.rewrite.rule import Match
 from dsc.rewrite.scope import Scope
 from dsc.rewrite.verify import relative_difference
 
-if TYPE_CHECKING:
-    import torch
 MAX_NODES = 400
 TOLERANCE = 1e-4
 """Largest |difference| in a proof, relative to the largest value: fp32 noise, never a meaning."""
@@ -216,14 +215,13 @@ def _differ(left: list[Any], right: list[Any]) -> str:
     return ""
 
 
-def differ(a: torch.Tensor, b: torch.Tensor, tolerance: float = TOLERANCE) -> str:
-    """How two tensors differ beyond `tolerance`, in words; empty when they do not."""
+def differ(a: torch.Tensor, b: torch.Tensor) -> str:
+    """How two tensors differ beyond what is tolerated, in words; empty when they do not."""
     if a.shape != b.shape:
         return f"shape {tuple(a.shape)} against {tuple(b.shape)}"
     if not a.is_floating_point():
         return "" if bool((a == b).all()) else "other elements"
-    if a.element_size() == 8:
-        tolerance = min(tolerance, DOUBLE)
+    tolerance = DOUBLE if a.element_size() == 8 else TOLERANCE
     error = relative_difference(a, b)
     return f"a difference of {error:.2g}" if error > tolerance else ""
 
@@ -265,8 +263,6 @@ def at_sizes(value: Operand, sizes: Mapping[str, int]) -> tuple[int, ...]:
 
 def normal(value: Operand, sizes: Mapping[str, int], seed: int, scale: float = 1.0) -> torch.Tensor:
     """A seeded normal tensor of an operand's shape, in its (widened) type."""
-    import torch
-
     generator = torch.Generator().manual_seed(seed)
     tensor = torch.randn(at_sizes(value, sizes), generator=generator) * scale
     return tensor.to(value.type.dtype.torch)
@@ -274,8 +270,6 @@ def normal(value: Operand, sizes: Mapping[str, int], seed: int, scale: float = 1
 
 def integers(value: Operand, sizes: Mapping[str, int], seed: int, below: int) -> torch.Tensor:
     """Seeded integers in 0 .. below-1 of an operand's shape."""
-    import torch
-
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(0, below, at_sizes(value, sizes), generator=generator)
 

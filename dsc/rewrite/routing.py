@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dsc.ir.graph import Node
+from dsc.ir.lazy import torch
 from dsc.ir.op import lookup
 from dsc.ir.ops.moe import routing_scores, with_shared
 
@@ -77,8 +78,6 @@ def weigh(operands: list[Any], attrs: Mapping[str, Any], chosen: Any) -> Any:
 
 def decide(operands: list[Any], attrs: Mapping[str, Any], index: Any) -> Decision:
     """The decision that gave `index`, with its smallest margin over groups and experts."""
-    import torch
-
     bias = operands[2] if len(operands) > 2 else None
     scores = routing_scores(operands[0], operands[1], attrs["score"])
     scores = scores.reshape(-1, scores.shape[-1])

@@ -7,14 +7,15 @@ in fp32. Programs too wide to interpret are shrunk first, and the pass is applie
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from dsc.errors import DscError, VerificationError
 from dsc.ir.dims import Sym, free_symbols
 from dsc.ir.graph import Graph, Node, Value
 from dsc.ir.interpreter import Interpreter
+from dsc.ir.lazy import torch
 from dsc.ir.limits import BATCH, PAST, STEP, WANTED, cache_sizes
 from dsc.ir.op import TypeMismatch, lookup
 from dsc.ir.paging import BLOCK_TABLE, gathered, page_rows, scattered
@@ -25,9 +26,6 @@ from dsc.ir.traits import Role
 from dsc.rewrite.base import EXACT
 from dsc.rewrite.routing import NEAR, Routing
 from dsc.rewrite.widen import runnable
-
-if TYPE_CHECKING:
-    import torch
 
 Sizes = Mapping[str, int]
 WIDEST = 200_000_000
@@ -78,7 +76,6 @@ def compare_programs(
     after: Program,
     tolerance: float = EXACT,
     seed: int = 0,
-    sizes: Sequence[Sizes] = SIZES,
     reapply: Callable[[Program], Program] | None = None,
     widest: int = WIDEST,
     widen: bool | None = None,
@@ -105,7 +102,7 @@ def compare_programs(
     first, second = (interpreter(runnable(p, widen)) for p in (before, after))
     for old, new in _pairs(before, after, found):
         found.entries.append(new)
-        for case in _cases(first.program, second.program, old, new, sizes):
+        for case in _cases(first.program, second.program, old, new):
             if not found.failure:
                 _Run(first, second, old, new, case, tolerance, seed, found).compare()
     if not found.failure and found.excluded > max(1, MOST_EXCLUDED * found.decisions):
@@ -146,14 +143,12 @@ class Case:
         return f"{shown}, lengths {list(self.lengths)}" if self.lengths else shown
 
 
-def _cases(
-    before: Program, after: Program, old: str, new: str, sizes: Sequence[Sizes]
-) -> list[Case]:
+def _cases(before: Program, after: Program, old: str, new: str) -> list[Case]:
     """The sizes to try, clamped to the symbols' ranges, each once, and ragged where both can."""
     first, second = before.entries[old], after.entries[new]
     fixed = pinned(first, second)
     cases: dict[tuple[Any, ...], Case] = {}
-    for wanted in sizes:
+    for wanted in SIZES:
         env = {s: _clamped(before, s, wanted.get(s, _OTHER)) for s in _symbols(first)} | fixed
         if WANTED in env and WANTED not in fixed:
             env[WANTED] = max(1, env[WANTED])
@@ -261,8 +256,6 @@ class _Run:
         self, before: Graph, after: Graph, given: Mapping[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
         """The same inputs for the second graph; a cache of more rows starts with the same rows."""
-        import torch
-
         made = sample_inputs(after, self.case.after, self.seed + 1, self.case.lengths)
         states = {before.inputs[i].name for _, i in before.aliases}
         paged = self._pages_came(before, after)
@@ -325,8 +318,6 @@ class _Run:
         self, state: Value, wanted: torch.Tensor, made: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The rows of a cache that hold tokens, of all sequences one after another."""
-        import torch
-
         if PAST not in self.case.before:  # written in place before already: all rows are given
             return wanted, made
         past = self.case.before[PAST]
@@ -363,8 +354,6 @@ def _cloned(inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Whether two tensors hold the same bits; any NaN equals any NaN."""
-    import torch
-
     if not a.is_floating_point():
         return bool(torch.equal(a, b))
     ints = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[a.dtype.itemsize]
@@ -375,8 +364,6 @@ def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 def relative_difference(wanted: torch.Tensor, made: torch.Tensor) -> float:
     """max |difference| / max(1, max |wanted|); infinite where one is not finite and they differ."""
-    import torch
-
     if wanted.numel() == 0:
         return 0.0
     a, b = wanted.double(), made.double()

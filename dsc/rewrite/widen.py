@@ -8,16 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from dsc.errors import UsageError
 from dsc.ir.graph import Attrs, Graph
+from dsc.ir.lazy import torch
 from dsc.ir.program import Program
 from dsc.ir.types import DType, TensorType
 from dsc.ir.weights import Apply, Source, WeightExpr, WeightSource, random_tensor, source_types
-
-if TYPE_CHECKING:
-    import torch
 
 NARROW = frozenset({DType.bf16, DType.f16})
 

@@ -11,19 +11,16 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping
-from functools import cached_property
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 from dsc.errors import DscError, UsageError
-from dsc.ir.dims import Range, evaluate, free_symbols
+from dsc.ir.dims import Range, evaluate
 from dsc.ir.graph import Graph, Node
 from dsc.ir.index_ranges import Computed, PageDemand, Span, index_name, index_ranges
-from dsc.ir.interpreter import Intercept, Interpreter, bind_symbols
+from dsc.ir.interpreter import Intercept, Interpreter, bind_symbols, symbol_places
+from dsc.ir.lazy import torch
 from dsc.ir.limits import OPTIONS
 from dsc.ir.program import Program, is_causal_step
-
-if TYPE_CHECKING:
-    import torch
 
 FEW = 64
 """Values that are looked at one by one: for so few that takes less than an array operation."""
@@ -100,7 +97,7 @@ class Admission:
         self._symbols = symbols
         self._found = index_ranges(graph, symbols)
         self._causal = is_causal_step(graph)
-        self._seen: tuple[list[torch.Size], Mapping[str, int]] = [], {}
+        self._seen: tuple[list[tuple[torch.Size, torch.dtype]], Mapping[str, int]] = [], {}
 
     def check(self, inputs: Mapping[str, torch.Tensor]) -> Mapping[str, int]:
         """The symbols' sizes, when shapes, element types and indices are admitted."""
@@ -113,24 +110,16 @@ class Admission:
 
         Step after step of decoding has the same shapes: the last ones are known.
         """
-        given = [inputs[name] for name, _ in self._wanted]
-        for (name, dtype), tensor in zip(self._wanted, given, strict=True):
-            if tensor.dtype != dtype:
-                raise UsageError(f"input {name} is {tensor.dtype}, {dtype} is declared")
-        shapes = [tensor.shape for tensor in given]
+        given = [inputs[v.name] for v in self._graph.inputs]
+        types = [(tensor.shape, tensor.dtype) for tensor in given]
         known, env = self._seen
-        if known == shapes and shapes:
+        if known == types and types:
             return env
         env = bind_symbols(self._graph, given)
         for name, size in env.items():
             self._admit(name, size)
-        self._seen = shapes, env
+        self._seen = types, env
         return env
-
-    @cached_property
-    def _wanted(self) -> list[tuple[str, torch.dtype]]:
-        """Names and element types of the inputs."""
-        return [(v.name, v.type.dtype.torch) for v in self._graph.inputs]
 
     def values(self, inputs: Mapping[str, torch.Tensor], env: Mapping[str, int]) -> None:
         """Raise `UsageError` where an index points outside of its tensor."""
@@ -176,16 +165,12 @@ class Admission:
         bound = self._symbols.get(name)
         if bound is None or bound.lo <= size <= bound.hi:
             return
-        place = next(
-            f"{v.name} has {size} at axis {axis}"
-            for v in self._graph.inputs
-            for axis, dim in enumerate(v.type.shape)
-            if name in free_symbols(dim)
-        )
         option = OPTIONS.get(name) if self._causal and size > bound.hi else None
         larger = "" if option is None else f"; compile it with a larger {option}"
+        value, axis = symbol_places(self._graph)[name]
         raise UsageError(
-            f"input {place}", hint=f"it was compiled for {bound.lo} to {bound.hi}{larger}"
+            f"input {value} has {size} at axis {axis}",
+            hint=f"it was compiled for {bound.lo} to {bound.hi}{larger}",
         )
 
 

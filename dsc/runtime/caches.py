@@ -19,12 +19,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from dsc.ir.interface import State, Storage
+from dsc.ir.lazy import torch
 from dsc.ir.paging import BLOCK_TABLE
 from dsc.runtime.pages import PagePool, zeros
 
 if TYPE_CHECKING:
-    import torch
-
     Tensors = Mapping[str, torch.Tensor]
 
 

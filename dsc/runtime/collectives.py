@@ -20,14 +20,12 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from dsc._version import __version__
 from dsc.errors import RankError, UsageError
+from dsc.ir.lazy import torch
 from dsc.ir.ranks import Group, current, set_process_group
-
-if TYPE_CHECKING:
-    import torch
 
 __all__ = [
     "Place", "ProcessGroup", "agree", "connect", "current", "digest", "join", "launched", "place",
@@ -175,20 +173,13 @@ class ProcessGroup:
         return lost
 
 
-class _noting:
+@contextmanager
+def _noting(lost: dict[int, bool], peer: int) -> Iterator[None]:
     """Notes in `lost` that a peer failed: True when its connection closed, False when it waited."""
-
-    def __init__(self, lost: dict[int, bool], peer: int) -> None:
-        self._lost, self._peer = lost, peer
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: Any, problem: BaseException | None, trace: Any) -> bool:
-        if isinstance(problem, RuntimeError):
-            self._lost[self._peer] = "timed out" not in str(problem).lower()
-            return True
-        return False
+    try:
+        yield
+    except RuntimeError as problem:
+        lost[peer] = "timed out" not in str(problem).lower()
 
 
 def join(
@@ -330,8 +321,6 @@ def _wait_for(store: Any, key: str, size: int, timeout: float, waiting: str = ""
 
 def _bytes(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor's memory as bytes: gloo knows not every element type."""
-    import torch
-
     return tensor.reshape(-1).view(torch.uint8)
 
 

@@ -10,15 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from dsc.ir.analyses import Cost, storage_roots
 from dsc.ir.costs import Sizes, node_costs, weights_read
 from dsc.ir.dims import evaluate
 from dsc.ir.graph import Graph, Node, Value, Weight
 from dsc.ir.layers import home
+from dsc.ir.limits import CAPACITY, STEP, cache_sizes
 from dsc.ir.op import traits_of
-from dsc.ir.paging import BLOCK_TABLE, page_rows
+from dsc.ir.paging import page_rows
 from dsc.ir.traits import Role
 from dsc.runtime.profiler import EntryRun, Event
 
@@ -81,32 +81,10 @@ def real_sizes(graph: Graph, sizes: Sizes, lengths: Sequence[int] | None) -> dic
     """The symbols' sizes, with the capacity of caches replaced by the rows that hold tokens."""
     if lengths is None or not len(lengths):
         return dict(sizes)
-    rows = -(-sum(lengths) // len(lengths)) + _new_tokens(graph, sizes)
+    rows = -(-sum(lengths) // len(lengths)) + sizes.get(STEP, 1)
     page = page_rows(graph)
-    held: dict[str, int] = {}
-    for output, source in graph.aliases:
-        shape = graph.inputs[source].type.shape
-        if graph.outputs[output].type != graph.inputs[source].type:
-            continue
-        if page is None:
-            held[str(shape[1])] = rows
-        else:
-            held[str(shape[0])] = -(-rows // page) * len(lengths)
-    if page is not None:
-        tables = [v.type.shape for v in graph.inputs if v.name == BLOCK_TABLE]
-        held |= {str(shape[1]): -(-rows // page) for shape in tables}
+    held = {CAPACITY: rows} if page is None else cache_sizes(len(lengths), rows, page)
     return {name: min(n, held.get(name, n)) for name, n in sizes.items()}
-
-
-def _new_tokens(graph: Graph, sizes: Sizes) -> int:
-    shapes = [v.type.shape for v in graph.inputs if v.name == "input_ids"]
-    return evaluate(shapes[0][1], sizes) if shapes else 0
-
-
-def lengths_of(inputs: Mapping[str, Any]) -> list[int] | None:
-    """Tokens of each sequence in the cache, where an entry takes them."""
-    lengths = inputs.get("lengths")
-    return None if lengths is None else [int(n) for n in lengths]
 
 
 def moved(graph: Graph, node: Node, sizes: Sizes, chosen: int | None = None) -> Moved:

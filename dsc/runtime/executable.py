@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 from dsc.errors import UsageError
-
-if TYPE_CHECKING:
-    import torch
+from dsc.ir.lazy import torch
 
 
 class Executable(Protocol):

@@ -11,16 +11,14 @@ import json
 import struct
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from dsc.errors import CheckpointError
+from dsc.ir.lazy import torch
 from dsc.ir.program import Program
 from dsc.ir.streams import blocks
 from dsc.ir.types import SAFETENSORS, TensorType
 from dsc.ir.weights import WeightExpr, parts
-
-if TYPE_CHECKING:
-    import torch
 
 ALIGNMENT = 64
 PAD = "__pad."
@@ -104,8 +102,6 @@ def pack(
 
 
 def _bytes(tensor: torch.Tensor, declared: TensorType) -> Any:
-    import torch
-
     if tensor.dtype != declared.dtype.torch:
         raise CheckpointError(f"a weight of {tensor.dtype} for {declared}")
     flat = tensor.detach().contiguous().reshape(-1)

@@ -12,10 +12,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from dsc.errors import UsageError
+from dsc.ir.lazy import torch
 
 if TYPE_CHECKING:
-    import torch
-
     from dsc.ir.types import DType
 
 NONE = -1
@@ -74,8 +73,6 @@ class PagePool:
 
     def table(self, rows: Sequence[int], tokens: int) -> torch.Tensor:
         """The block table of `rows` with room for so many tokens: int64 [rows, blocks]."""
-        import torch
-
         width = -(-tokens // self.rows)
         held = (self.blocks[row] for row in rows)
         padded = [blocks + [NONE] * (width - len(blocks)) for blocks in held]
@@ -87,8 +84,6 @@ def zeros(shape: Sequence[int], dtype: DType) -> torch.Tensor:
 
     `torch.zeros` would write it all at once.
     """
-    import torch
-
     size = math.prod(shape) * dtype.itemsize
     raw = np.zeros(size + 64, dtype=np.uint8)
     start = -raw.ctypes.data % 64

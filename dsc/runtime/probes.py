@@ -21,10 +21,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dsc.hardware import cpu
+from dsc.ir.lazy import torch
 from dsc.ir.types import PRECISIONS
 
 if TYPE_CHECKING:
-    import torch
     from numpy.typing import NDArray
 
     Bytes = NDArray[np.uint8]
@@ -131,8 +131,6 @@ class MatrixProbe:
     def __init__(
         self, threads: int, shape: tuple[int, int, int] | None = None, dtype: str = "bf16"
     ) -> None:
-        import torch
-
         rows, columns, depth = shape or MATRIX
         self._threads, self._before = threads, torch.get_num_threads()
         self._operands: dict[str, list[torch.Tensor]] = {
@@ -160,8 +158,6 @@ class MatrixProbe:
         return self._run(self.dtype)
 
     def _run(self, dtype: str) -> float:
-        import torch
-
         torch.set_num_threads(self._threads)
         try:
             product = partial(torch.nn.functional.linear, *self._operands[dtype])

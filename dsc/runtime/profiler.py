@@ -174,6 +174,8 @@ class Profiler:
 
     def ran(self, run: EntryRun) -> None:
         """Report the steps of a run; their costs are worked out when somebody looks."""
+        from dsc.runtime.costs import step_events
+
         self._late.append(lambda: step_events(run))
 
     def later(self, make: Callable[[], Iterable[Event]]) -> None:
@@ -320,7 +322,7 @@ def entry_span(graph: Graph, inputs: Mapping[str, Any]) -> Any:
     """
     if active() is None:
         return span(graph.name, "entry")
-    from dsc.runtime.costs import entry_cost, lengths_of
+    from dsc.runtime.costs import entry_cost
 
     shapes, lengths = [inputs[v.name].shape for v in graph.inputs], lengths_of(inputs)
 
@@ -330,11 +332,10 @@ def entry_span(graph: Graph, inputs: Mapping[str, Any]) -> Any:
     return span(graph.name, "entry", cost)
 
 
-def step_events(run: EntryRun) -> Iterable[Event]:
-    """The events of a run's steps, with what each moved and computed."""
-    from dsc.runtime import costs
-
-    return costs.step_events(run)
+def lengths_of(inputs: Mapping[str, Any]) -> list[int] | None:
+    """Tokens of each sequence in the cache, where an entry takes them."""
+    lengths = inputs.get("lengths")
+    return None if lengths is None else [int(n) for n in lengths]
 
 
 def check_choice(what: str, given: str, known: Iterable[str]) -> None:

@@ -7,16 +7,13 @@ after another, and collectives run in the current group, by their references.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
 from dsc.ir.interpreter import run_node
+from dsc.ir.lazy import torch
 from dsc.ir.program import Program
 from dsc.ir.segments import Segment, Step, steps
 from dsc.runtime.executable import Executable, set_threads
 from dsc.runtime.profiler import span
-
-if TYPE_CHECKING:
-    import torch
 
 
 class SegmentedExecutable:

@@ -17,6 +17,7 @@ import numpy as np
 from dsc.errors import UsageError
 from dsc.ir.dims import Sym
 from dsc.ir.interface import NEW
+from dsc.ir.lazy import torch
 from dsc.ir.program import Program
 from dsc.runtime.caches import kept_by
 from dsc.runtime.executable import KeepsCaches, OpensLate
@@ -25,8 +26,6 @@ from dsc.runtime.profiler import entry_span
 from dsc.runtime.tokens import read_ids, read_lengths
 
 if TYPE_CHECKING:
-    import torch
-
     from dsc.runtime.executable import Executable
 
 
@@ -290,8 +289,6 @@ class Session:
         self, tokens: torch.Tensor, new: torch.Tensor, rows: list[int], all_logits: bool
     ) -> torch.Tensor:
         """Append `new` tokens each to sequences, in chunks; their logits as `prefill` has them."""
-        import torch
-
         parts = []
         for start in range(0, tokens.shape[1], self.prefill_chunk):
             chunk = tokens[:, start : start + self.prefill_chunk]
@@ -313,8 +310,6 @@ class Session:
         Sequences between them may have to come along: what is written for them lies past their
         end, as padding does.
         """
-        import torch
-
         size = chunk.shape[1]
         together = max((kept.together(rows) for kept in self._kept), key=len, default=rows)
         mine = [together.index(row) for row in rows]
@@ -373,8 +368,6 @@ class Session:
         self, tokens: torch.Tensor, lengths: Sequence[int] | None, held: Sequence[int]
     ) -> torch.Tensor:
         """How many tokens each sequence gets that holds `held` of them. Raises `UsageError`."""
-        import torch
-
         batch, size = tokens.shape
         if not 1 <= batch <= self.max_batch:
             raise UsageError(

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from dsc.errors import UsageError
+from dsc.ir.lazy import torch
 
 if TYPE_CHECKING:
-    import torch
     from numpy.typing import NDArray
 
 TYPES = (np.dtype(np.int64), np.dtype(np.int32))
@@ -28,8 +28,6 @@ def read_ids(
     One axis is a sequence, [1, S], and all that a "prompt" may have; in a "column" it is one token
     of each, [B, 1]. The tensor is a copy: views of any order will do. Raises `UsageError`.
     """
-    import torch
-
     shape = {"batch": "[B, S]", "prompt": "[S]", "column": "[B]"}[form]
     found = _integers(ids, f"ids must be int64 {shape}")
     if not 1 <= found.ndim <= (1 if form == "prompt" else 2):
@@ -47,8 +45,6 @@ def read_lengths(lengths: Any, batch: int, size: int) -> torch.Tensor:
 
     Raises `UsageError`.
     """
-    import torch
-
     if lengths is None:
         return torch.full((batch,), size)
     found = _integers(lengths, "lengths must be int64 [B]")
@@ -62,8 +58,6 @@ def read_lengths(lengths: Any, batch: int, size: int) -> torch.Tensor:
 
 def _integers(given: Any, wanted: str) -> NDArray[np.int64]:
     """A new int64 array of whole numbers. Raises `UsageError`, which begins with `wanted`."""
-    import torch
-
     try:
         with warnings.catch_warnings():  # of how NumPy would have to be asked by a tensor in a list
             warnings.simplefilter("ignore")
@@ -88,8 +82,6 @@ def _holds_truth(given: Any) -> bool:
 
 def _kind(given: Any, found: NDArray[Any] | None = None) -> str:
     """What was given, as the second half of a sentence."""
-    import torch
-
     if isinstance(given, torch.Tensor):
         return f"this is a tensor of {given.dtype} and shape {list(given.shape)} on {given.device}"
     if isinstance(given, np.ndarray):

@@ -50,7 +50,12 @@ def fits(definition: OpDef, text: str) -> bool:
     held = demands.dim_attrs(node.op, node.attrs)
     extents = {name: demands.sizes_of(node.attrs[name], system) for name in held}
     names = definition.operand_names(len(types))
-    demands.demand(Sized(system, node.op, names, types, results, ins, outs, node.attrs, extents))
+    operands, shapes = dict(zip(names, types, strict=True)), dict(zip(names, ins, strict=True))
+    sized = Sized(
+        operands, node.attrs, tuple(results), system=system, op=node.op, ins=shapes, outs=outs,
+        extents=extents,
+    )  # fmt: skip
+    demands.demand(sized)
     solved = system.solve()
     values = [solved[system.find(u)] for u in range(len(system.parent))]
 

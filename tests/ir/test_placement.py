@@ -75,7 +75,10 @@ class Case:
         results = len(self.definition.results)
         if self.definition.name == "split":
             results = len(self.attrs["sizes"])
-        call = PlacedCall(types, self.attrs, results, lies, weights, RANKS, wish)
+        made = (next(iter(types.values())),) * results
+        call = PlacedCall(
+            types, self.attrs, made, lies=lies, weights=weights, ranks=RANKS, wish=wish
+        )
         return self.definition.traits.place(call)
 
     def whole(self) -> list[torch.Tensor]:
@@ -213,7 +216,8 @@ def call(lies: Mapping[str, Placement], attrs: dict[str, Any] | None = None) -> 
     """x [4, 6, 2] and y like it, with a number beside them."""
     types = {"x": TensorType(DType.f32, (4, 6, 2)), "y": TensorType(DType.f32, (4, 6, 2))}
     types["n"] = TensorType(DType.f32, ())
-    return PlacedCall(types, attrs or {}, 1, lies, frozenset({"y"}), RANKS)
+    weights = frozenset({"y"})
+    return PlacedCall(types, attrs or {}, (types["x"],), lies=lies, weights=weights, ranks=RANKS)
 
 
 BOTH = {"x": Split(1), "y": Split(1)}

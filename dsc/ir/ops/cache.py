@@ -6,18 +6,13 @@ it names; without one every sequence has one page, which is then simply its rows
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from dsc.ir.lazy import LazyModule
+from dsc.ir.lazy import torch
 from dsc.ir.op import op
 from dsc.ir.paging import BLOCK_TABLE, scattered
 from dsc.ir.sized import Sized
 from dsc.ir.traits import DISTINCT, Form, Role, Traits, Within, nothing
-
-if TYPE_CHECKING:
-    import torch
-else:
-    torch = LazyModule("torch")
 
 ROOM = "the number of tokens that a sequence has in the cache, with room left for the new ones"
 IN_PAGES = {

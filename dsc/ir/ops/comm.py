@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from dsc.errors import UsageError
 from dsc.ir.dims import Dim
-from dsc.ir.lazy import LazyModule
+from dsc.ir.lazy import torch
 from dsc.ir.op import TypeMismatch, op
 from dsc.ir.ops.shape import axis_of, demand_parts
 from dsc.ir.ranks import current
@@ -22,11 +22,7 @@ from dsc.ir.traits import COLLECTIVE, Form, Role, Traits
 from dsc.ir.types import TensorType
 
 if TYPE_CHECKING:
-    import torch
-
     from dsc.ir.ranks import Group
-else:
-    torch = LazyModule("torch")
 
 Types = Sequence[TensorType]
 Result = tuple[TensorType, ...]

@@ -4,25 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from dsc.ir.calls import Call
 from dsc.ir.dims import Dim, product
 from dsc.ir.extents import Extent
 from dsc.ir.graph import Graph
 from dsc.ir.interpreter import run_graph
-from dsc.ir.lazy import LazyModule
+from dsc.ir.lazy import torch
 from dsc.ir.op import OpDef, TypeMismatch, op
 from dsc.ir.ops.pointwise import broadcast
 from dsc.ir.ops.shape import axis_of
 from dsc.ir.placement import COLUMNS, PARTIAL, Part, PlacedCall, Placing, Split
 from dsc.ir.sized import Sized
-from dsc.ir.traits import Call, Form, Role, Traits, Within
+from dsc.ir.traits import Form, Role, Traits, Within
 from dsc.ir.types import DType, TensorType
-
-if TYPE_CHECKING:
-    import torch
-else:
-    torch = LazyModule("torch")
 
 Types = Sequence[TensorType]
 Result = tuple[TensorType, ...]
@@ -66,7 +62,7 @@ def _infer_einsum(types: Types, attrs: Mapping[str, Any]) -> Result:
 
 def _einsum_flops(call: Call) -> Dim:
     sizes: dict[str, Dim] = {}
-    for term, t in zip(einsum_terms(call.attrs["eq"])[0], call.types, strict=True):
+    for term, t in zip(einsum_terms(call.attrs["eq"])[0], call.operands.values(), strict=True):
         sizes.update(zip(term, t.shape, strict=True))
     return 2 * product(tuple(sizes.values()))
 
@@ -95,7 +91,7 @@ def _place_einsum(call: PlacedCall) -> Placing | str:
     The other operand must be a weight that has the letter: it is cut along it.
     """
     lies = call.lies.get("xs[0]")
-    if not isinstance(lies, Split) or len(call.types) != 2 or "xs[1]" not in call.weights:
+    if not isinstance(lies, Split) or len(call.operands) != 2 or "xs[1]" not in call.weights:
         return "only a value in parts times a weight is shared"
     (first, second), result = einsum_terms(call.attrs["eq"])
     letter = first[lies.axis]
@@ -108,7 +104,7 @@ def _place_einsum(call: PlacedCall) -> Placing | str:
 def _place_linear(call: PlacedCall) -> Placing | str:
     """By columns where these are wished for and x is whole; by rows where x is split so."""
     last = call["x"].rank - 1
-    parts = [name for name in ("weight", "bias") if name in call.types]
+    parts = [name for name in ("weight", "bias") if name in call.operands]
     if not call.weights.issuperset(parts):
         return "its weight is computed"
     if not call.lies and call.wish == COLUMNS:
@@ -134,7 +130,7 @@ def reduced_shape(shape: tuple[Dim, ...], axes: tuple[int, ...], keepdims: bool)
 
 
 def _demand_reduction(call: Sized) -> None:
-    rank = call.type("x").rank
+    rank = call.operands["x"].rank
     axes = call.attrs["axes"] if "axes" in call.attrs else (call.attrs["axis"],)
     gone = {axis_of(a, rank) for a in axes}
     keep = bool(call.attrs.get("keepdims"))

@@ -4,21 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from dsc.ir.calls import Call
 from dsc.ir.dims import Dim
 from dsc.ir.extents import Extent
-from dsc.ir.lazy import LazyModule
+from dsc.ir.lazy import torch
 from dsc.ir.op import TypeMismatch, op
 from dsc.ir.placement import EXPERTS, PARTIAL, Choice, Part, PlacedCall, Placing
 from dsc.ir.sized import Sized
-from dsc.ir.traits import DISTINCT, FROM_FIRST, Call, Form, Role, Traits, Within, nothing
+from dsc.ir.traits import DISTINCT, FROM_FIRST, Form, Role, Traits, Within, nothing
 from dsc.ir.types import DType, TensorType
-
-if TYPE_CHECKING:
-    import torch
-else:
-    torch = LazyModule("torch")
 
 Types = Sequence[TensorType]
 Result = tuple[TensorType, ...]

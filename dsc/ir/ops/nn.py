@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from dsc.ir.calls import Call
 from dsc.ir.dims import Dim
 from dsc.ir.extents import Extent
-from dsc.ir.lazy import LazyModule
+from dsc.ir.lazy import torch
 from dsc.ir.op import TypeMismatch, op
 from dsc.ir.ops.cache import IN_PAGES, ONE_PAGE
 from dsc.ir.paging import gathered
 from dsc.ir.placement import HEADS, PlacedCall, Placing, Split, along_rows, over_heads
 from dsc.ir.sized import Sized
-from dsc.ir.traits import Call, Role, Traits, Within, each_result, nothing
+from dsc.ir.traits import Role, Traits, Within, each_result, nothing
 from dsc.ir.types import TensorType
-
-if TYPE_CHECKING:
-    import torch
-else:
-    torch = LazyModule("torch")
 
 Types = Sequence[TensorType]
 Result = tuple[TensorType, ...]
@@ -193,7 +189,7 @@ def _place_rope(call: PlacedCall) -> Placing | str:
 
 
 def _demand_attention(call: Sized) -> None:
-    heads = (call.type("q").shape[2], call.type("k").shape[2])
+    heads = (call.operands["q"].shape[2], call.operands["k"].shape[2])
     call.in_proportion(call.dims["h"], call.dims["g"], heads)
 
 

@@ -4,19 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from dsc.ir.dims import Dim
-from dsc.ir.lazy import LazyModule
+from dsc.ir.lazy import torch
 from dsc.ir.op import OpDef, TypeMismatch, op
 from dsc.ir.placement import Place, PlacedCall, Placing, additive, pointwise
 from dsc.ir.traits import Role, Traits
 from dsc.ir.types import DType, TensorType
-
-if TYPE_CHECKING:
-    import torch
-else:
-    torch = LazyModule("torch")
 
 
 def broadcast(*shapes: tuple[Dim, ...]) -> tuple[Dim, ...]:

@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from dsc.ir.dims import Dim, Sym, product
 from dsc.ir.extents import Extent
-from dsc.ir.lazy import LazyModule
+from dsc.ir.lazy import torch
 from dsc.ir.op import TypeMismatch, op
 from dsc.ir.placement import PlacedCall, Placing, Split, linear_map, other_axes
 from dsc.ir.sized import Shape, Sized
 from dsc.ir.traits import ASCENDING, Role, Traits, Within, each_result, nothing
 from dsc.ir.types import DType, TensorType
-
-if TYPE_CHECKING:
-    import torch
-else:
-    torch = LazyModule("torch")
 
 Types = Sequence[TensorType]
 Result = tuple[TensorType, ...]
@@ -171,7 +166,7 @@ def _numel(shape: Shape) -> Extent:
 def _demand_reshape(call: Sized) -> None:
     x, out = call["x"], call.outs[0]
     call.same(call.extents["shape"], out)
-    before, after = call.type("x").shape, call.results[0].shape
+    before, after = call.operands["x"].shape, call.results[0].shape
     for side in (1, -1):  # equal axes at either end are the same axes
         pairs = zip(before[::side], after[::side], x[::side], out[::side], strict=False)
         for given, wanted, mine, theirs in pairs:
@@ -204,11 +199,11 @@ def _place_permute(call: PlacedCall) -> Placing | str:
 
 def _demand_expand(call: Sized) -> None:
     call.same(call.extents["shape"], call.outs[0])
-    call.broadcast(call.type("x"), call["x"], call.outs[0], call.results[0].shape)
+    call.broadcast(call.operands["x"], call["x"], call.outs[0], call.results[0].shape)
 
 
 def _demand_slice(call: Sized) -> None:
-    axis = axis_of(call.attrs["axis"], call.type("x").rank)
+    axis = axis_of(call.attrs["axis"], call.operands["x"].rank)
     x, out = call["x"], call.outs[0]
     call.same(outside(x, axis), outside(out, axis))
     start, end, step = call.extents["start"], call.extents["end"], call.attrs["step"]

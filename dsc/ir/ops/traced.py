@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from dsc.ir.calls import Call
 from dsc.ir.dims import Dim
-from dsc.ir.lazy import LazyModule
+from dsc.ir.lazy import torch
 from dsc.ir.op import TypeMismatch, op
 from dsc.ir.ops.pointwise import broadcast
 from dsc.ir.ops.shape import axis_of, check_index, demand_index, outside, slice_extent
 from dsc.ir.sized import Sized
-from dsc.ir.traits import ASCENDING, Call, Form, Role, Traits, Within, nothing
+from dsc.ir.traits import ASCENDING, Form, Role, Traits, Within, nothing
 from dsc.ir.types import DType, TensorType
-
-if TYPE_CHECKING:
-    import torch
-else:
-    torch = LazyModule("torch")
 
 Types = Sequence[TensorType]
 Result = tuple[TensorType, ...]
@@ -86,13 +82,13 @@ def _sdpa_flops(call: Call) -> Dim:
 
 
 def _demand_sdpa(call: Sized) -> None:
-    q, k = call.type("q").shape, call.type("k").shape
+    q, k = call.operands["q"].shape, call.operands["k"].shape
     batch = [*zip(call.dims["*b"], call.dims["*c"], q[:-2], k[:-2], strict=True)]
     for mine, theirs, many, few in batch:
         call.in_proportion(mine, theirs, (many, few))
     if "mask" in call:
         scores = [*call.dims["*b"], call.dims["s"], call.dims["t"]]
-        call.broadcast(call.type("mask"), call["mask"], scores, (*q[:-1], k[-2]))
+        call.broadcast(call.operands["mask"], call["mask"], scores, (*q[:-1], k[-2]))
 
 
 def _demand_slice_scatter(call: Sized) -> None:
@@ -106,14 +102,16 @@ def _demand_slice_scatter(call: Sized) -> None:
 
 def _demand_scatter(call: Sized) -> None:
     demand_index(call)
-    call.broadcast(call.type("values"), call["values"], call["index"], call.type("index").shape)
+    call.broadcast(
+        call.operands["values"], call["values"], call["index"], call.operands["index"].shape
+    )
 
 
 def _demand_index_put(call: Sized) -> None:
     x, index = call["x"], call["index"]
     call.same(x, call.outs[0])
-    dims = (*call.type("index").shape, *call.type("x").shape[1:])
-    call.broadcast(call.type("values"), call["values"], [*index, *x[1:]], dims)
+    dims = (*call.operands["index"].shape, *call.operands["x"].shape[1:])
+    call.broadcast(call.operands["values"], call["values"], [*index, *x[1:]], dims)
 
 
 sdpa = op(
