@@ -24,6 +24,7 @@ from dsc.frontends.config import DTYPES, ModelConfig, parse_config
 from dsc.frontends.generation_config import Settings, load_generation, settings_of
 from dsc.frontends.text import read_program
 from dsc.frontends.tokenizer import TOKENIZER, find_tokenizer
+from dsc.ir.lazy import torch
 from dsc.ir.limits import OPEN, Limits
 from dsc.ir.program import Program
 from dsc.ir.types import DType
@@ -187,8 +188,6 @@ def _from_code(
     progress: Progress | None,
 ) -> Loaded:
     """A `.py` file is the user's own code: it is run, and its `build(config)` called."""
-    import torch
-
     from dsc.frontends.causal_lm import cast_parameters
     from dsc.frontends.huggingface import load_checkpoint, retarget
 
@@ -253,8 +252,6 @@ def _from_module(
     module: Any, dtype: DType | None, asked: Asked, progress: Progress | None
 ) -> Loaded:
     """A stock transformers causal LM in memory: traced with its own weights."""
-    import torch
-
     from dsc.frontends.causal_lm import CausalLMStep
 
     stock = getattr(module, "config", None)

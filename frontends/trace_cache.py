@@ -27,6 +27,7 @@ from dsc.errors import DscError, FileError
 from dsc.files import write_bytes, write_text
 from dsc.frontends.fingerprint import Unknown, digest_of, fingerprint
 from dsc.ir import ops
+from dsc.ir.lazy import torch
 from dsc.ir.parser import parse_program
 from dsc.ir.printer import print_program
 from dsc.ir.program import Program
@@ -35,7 +36,6 @@ from dsc.ir.weights import LayeredSource, MetaSource, source_types
 from dsc.user_folders import cache_entry
 
 if TYPE_CHECKING:
-    import torch
     from torch import nn
 
 MAX_ENTRY_BYTES = 512 * 2**20

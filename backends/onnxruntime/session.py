@@ -13,7 +13,7 @@ import os
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from dsc.backends.onnxruntime.graph import ONNX_TYPE
 from dsc.backends.onnxruntime.interface import Form, Interface
@@ -23,13 +23,11 @@ from dsc.errors import UsageError
 from dsc.ir.dims import evaluate
 from dsc.ir.graph import Graph
 from dsc.ir.index_ranges import giving_indices
+from dsc.ir.lazy import torch
 from dsc.ir.program import Program
 from dsc.runtime.admission import Admitted
 from dsc.runtime.emission import check_unchanged
 from dsc.runtime.profiler import Profiler, active
-
-if TYPE_CHECKING:
-    import torch
 
 FATAL = 4
 """What ONNX Runtime logs; errors come as exceptions."""
@@ -88,8 +86,6 @@ class OnnxExecutable(Admitted):
         self, graph: Graph, inputs: Mapping[str, torch.Tensor]
     ) -> Mapping[str, torch.Tensor]:
         """The inputs with stand-ins for caches in the model's own type: shapes, no values."""
-        import torch
-
         seen, border = dict(inputs), self._borders[graph.name]
         for value in graph.inputs:
             wide, tensor = border.inputs[value.name].torch, inputs[value.name]
@@ -102,8 +98,6 @@ class OnnxExecutable(Admitted):
         self, graph: Graph, inputs: Mapping[str, torch.Tensor], env: Mapping[str, int]
     ) -> dict[str, torch.Tensor]:
         """Run an entry's model. Raises what ONNX Runtime raises."""
-        import torch
-
         graph = self._emitted[graph.name]
         border = self._borders[graph.name]
         given = [inputs[v.name].to(border.inputs[v.name].torch).contiguous() for v in graph.inputs]
