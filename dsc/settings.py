@@ -5,6 +5,9 @@ Every layer may read this module; it imports nothing of dsc but the errors.
 
 from __future__ import annotations
 
+import re
+from math import inf
+
 from dsc.errors import UsageError
 
 _MEGABYTE = 1_000_000
@@ -23,10 +26,14 @@ def set_memory_limit(device: str, megabytes: float | None) -> None:
     8000000000
     >>> set_memory_limit("cpu", None)
     """
+    if not re.fullmatch(r"(cpu|cuda|hip)(:\d+)?", str(device)):
+        raise UsageError(f"a memory limit of the device {device!r}", hint='such as "cpu", "cuda:1"')
     if megabytes is None:
         _memory_limits.pop(device, None)
         return
-    if megabytes <= 0:
+    given: object = megabytes
+    number = isinstance(given, int | float) and not isinstance(given, bool)
+    if not number or not 0 < megabytes < inf:
         raise UsageError(f"a memory limit of {megabytes} MB", hint="give a positive number of MB")
     _memory_limits[device] = round(megabytes * _MEGABYTE)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -27,9 +28,17 @@ def test_a_device_has_its_own_limit_or_its_familys() -> None:
     assert settings.memory_limit("cpu") is None
 
 
-def test_a_limit_must_be_positive() -> None:
-    with pytest.raises(UsageError, match="memory limit of 0 MB"):
-        settings.set_memory_limit("cpu", 0)
+@pytest.mark.parametrize("megabytes", [0, -1, float("nan"), float("inf"), "8", True])
+def test_a_limit_is_a_positive_number(megabytes: Any) -> None:
+    with pytest.raises(UsageError, match=f"memory limit of {megabytes} MB"):
+        settings.set_memory_limit("cpu", megabytes)
+
+
+@pytest.mark.parametrize("device", ["gpu", "", "cuda:x", None])
+def test_a_limit_of_a_device_that_nobody_has_is_refused(device: Any) -> None:
+    """It would never be asked for."""
+    with pytest.raises(UsageError, match="the device"):
+        settings.set_memory_limit(device, 8)
 
 
 def test_the_debug_mode_switches() -> None:
