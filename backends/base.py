@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 from dsc.errors import UnsupportedOperator
 from dsc.ir.expert_forms import ExpertKernels
@@ -101,6 +101,15 @@ class Backend(Protocol):
 
     def load(self, folder: Path, manifest: Mapping[str, Any], program: Program) -> Executable:
         """Load an artifact's code and weights. `program` is its parsed program.dsc."""
+        ...
+
+
+@runtime_checkable
+class Warms(Protocol):
+    """A backend that can start what a compile needs before there is a program."""
+
+    def warm(self) -> None:
+        """Start it, in a process beside this one; it is no error if nobody comes to need it."""
         ...
 
 

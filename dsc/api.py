@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from dsc import backends, pipeline
-from dsc.backends.base import Backend, EmitOptions
+from dsc.backends.base import Backend, EmitOptions, Warms
 from dsc.errors import ArtifactError, MemoryLimitError, UnsupportedOperator, UsageError
 from dsc.files import check_fillable
 from dsc.ir.lazy import torch
@@ -406,6 +406,13 @@ def compile_program(
         report=build_report(done, records, {}, [], emission.plan),
         _emission=emission,
     )
+
+
+def warm(backend: str | None) -> None:
+    """Have a backend start what a compile is about to need, while a function is traced."""
+    chosen = backends.get(backend) if backend else best_backend()
+    if isinstance(chosen, Warms):
+        chosen.warm()
 
 
 def check_plans(plan: Plan, program: Program) -> None:

@@ -142,6 +142,9 @@ class GraphCompiler:
             capture.eager = f"{why}: {source_line(moved[0])}"
             self.warn(f"{self.name} runs eagerly, because {capture.eager}")
             return _forward(gm)
+        from dsc.api import warm
+
+        warm(self.options.backend)
         from torch._dynamo.backends.common import aot_autograd
 
         compiler = functools.partial(self._compiled, capture)
@@ -273,7 +276,7 @@ def decompositions() -> Mapping[Any, Any]:
     random = torch.Tag.nondeterministic_seeded
     return {
         k: v
-        for k, v in decompositions().items()
+        for k, v in decompositions(composite=False).items()
         if k not in whole and random not in getattr(k, "tags", ())
     }
 

@@ -31,6 +31,7 @@ from dsc.frontends.fx_import import (
     FxImporter,
 )
 from dsc.frontends.lowering import Complex, Unsupported
+from dsc.frontends.whole import is_composite
 from dsc.ir.analyses import live
 from dsc.ir.dims import Range
 from dsc.ir.graph import Graph, Operand, Weight
@@ -44,18 +45,21 @@ ANY_SIZE = Range(0, OPEN)
 """The range of a symbol that nobody bounds."""
 
 
-def decompositions() -> dict[Any, Any]:
+def decompositions(*, composite: bool = True) -> dict[Any, Any]:
     """What is taken apart, and how: torch's tables, without the operators that we want whole.
 
     To those of `torch.export` come decompositions of core operators for which there is no row.
+    Without `composite`, operators that the dispatcher takes apart by itself are left out: of all
+    traces `torch.export` alone keeps those that it is not told of, and listing them is slow.
     """
-    from torch._decomp import decomposition_table
+    from torch._decomp import _core_aten_decompositions_post_autograd, decomposition_table
     from torch.export import default_decompositions
 
-    table = default_decompositions()
+    table = default_decompositions() if composite else _core_aten_decompositions_post_autograd()
     for operator, decomposition in decomposition_table.items():
-        known = row_of(str(operator)) is not None or operator in table
-        if isinstance(operator, torch._ops.OpOverload) and not known:
+        if not isinstance(operator, torch._ops.OpOverload) or row_of(str(operator)) is not None:
+            continue
+        if operator not in table and (composite or not is_composite(operator)):
             table[operator] = decomposition
     for operator in list(table):
         schema = getattr(operator, "_schema", None)

@@ -38,12 +38,17 @@ def _composites() -> dict[Any, Callable[..., Any]]:
     found = {}
     for name in KEPT_WHOLE:
         operator = getattr(torch.ops.aten, name.removeprefix("aten::")).default
-        if torch._C._dispatch_has_kernel_for_dispatch_key(
-            operator.name(), "CompositeImplicitAutograd"
-        ):
+        if is_composite(operator):
             found[operator] = _keep
     found[torch.ops.aten.einsum.default] = _keep_einsum
     return found
+
+
+def is_composite(operator: Any) -> bool:
+    """Whether the dispatcher takes an operator apart before a tracer sees it."""
+    key = torch._C.DispatchKey.CompositeImplicitAutograd
+    name = operator.name()
+    return key in operator.py_kernels or torch._C._dispatch_has_kernel_for_dispatch_key(name, key)
 
 
 def _keep(*_: Any, **__: Any) -> Any:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dsc.backends.base import Capabilities, EmitOptions, No, Support, Yes
+from dsc.backends.tvm import workers
 from dsc.backends.tvm.launch import Unsupported
 from dsc.backends.tvm.machine import GENERIC, machine_for
 from dsc.backends.tvm.tuning import Tiling, tuned
@@ -59,6 +60,10 @@ class TvmBackend:
             ),
             targets=("cpu",),
         )
+
+    def warm(self) -> None:
+        """Start a compiling process."""
+        workers.warm()
 
     def supports(self, node: Node) -> Support:
         """Whether there is a kernel for the node's operator, element types and shapes."""

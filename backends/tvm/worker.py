@@ -13,6 +13,7 @@ import select
 import struct
 import sys
 import traceback
+from contextlib import suppress
 from typing import IO, Any
 
 from dsc.errors import DscError
@@ -49,6 +50,8 @@ def main() -> None:
     requests, answers = sys.stdin.buffer, sys.stdout.buffer
     sys.stdout = sys.stderr
     sys.modules.setdefault("torch", None)  # type: ignore[arg-type]  # TVM would load it
+    with suppress(Exception):  # what is wrong is told to the first request
+        importlib.import_module("dsc.backends.tvm.build")
     while select.select([requests], [], [], IDLE)[0]:
         try:
             place, arguments = receive(requests)

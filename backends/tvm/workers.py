@@ -29,8 +29,8 @@ def run(requests: Sequence[Request], done: Callable[[int], None] | None = None) 
     """
     if not requests:
         return []
-    cores = len(os.sched_getaffinity(0))
-    with ThreadPoolExecutor(min(cores, len(requests))) as pool:
+    wanted = max(len(_idle), -(-len(requests) // _WORTH_A_START))
+    with ThreadPoolExecutor(min(_cores(), len(requests), wanted)) as pool:
         answers = [pool.submit(_ask, request) for request in requests]
         try:
             for number, answer in enumerate(as_completed(answers), 1):
@@ -44,12 +44,18 @@ def run(requests: Sequence[Request], done: Callable[[int], None] | None = None) 
 
 
 def warm() -> None:
-    """Start a process that a compile is about to need."""
-    if not _idle:
+    """Start a process that a compile is about to need, where it has a core of its own."""
+    if not _idle and _cores() > 1:
         _idle.append(_start())
 
 
 _idle: list[subprocess.Popen[bytes]] = []
+_WORTH_A_START = 6
+"""Kernels that are built in the time in which a process starts."""
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0))
 
 
 def _ask(request: Request) -> Any:
