@@ -192,7 +192,7 @@ ROWS: Mapping[str, Row] = MappingProxyType(
     | {
         # what torch's own decompositions leave of norms, and transformers of experts
         "prims.convert_element_type.default": m.to,
-        "prims.var.default": r.primitive_variance,
+        "prims.var.default": r.variance,
         "prims.sum.default": r.reduction("sum"),
         "prims.div.default": m.quotient,
         "prims.broadcast_in_dim.default": s.broadcast_in_dim,

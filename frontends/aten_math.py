@@ -364,12 +364,6 @@ def copy(t: Lowering, target: Operand, source: Operand, non_blocking: bool = Fal
 # Contractions and the operators of a network.
 
 
-def matmul_of(t: Lowering, a: Operand, b: Operand) -> Operand:
-    """a [*n, k] times b [k, m]; a may be a vector."""
-    rows = a if a.type.rank > 1 else t.reshape(a, (1, *a.type.shape))
-    return t.reshape(t.call("matmul", rows, b), t.out.shape)
-
-
 def matmul(t: Lowering, a: Operand, b: Operand, *_: Any) -> Operand:
     """torch.matmul in all its ranks, bmm and mm."""
     if a.type.rank == 1:
@@ -471,8 +465,8 @@ def linear(t: Lowering, x: Operand, weight: Operand, bias: Operand | None = None
     """x @ weight^T + bias."""
     if weight.type.rank != 2:
         raise Unsupported(f"linear with a weight of rank {weight.type.rank}")
-    if x.type.dtype not in (DType.f32, *NARROW) or x.type.rank == 0:
-        product: Operand = matmul_of(t, x, t.permute(weight, (1, 0)))
+    if x.type.dtype not in (DType.f32, *NARROW):
+        product: Operand = matmul(t, x, t.permute(weight, (1, 0)))
         return product if bias is None else t.call("add", product, bias)
     return t.call("linear", x, weight, bias)
 

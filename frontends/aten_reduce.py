@@ -85,8 +85,9 @@ def extreme(op: str, sign: int) -> Row:
 
 
 def variance(
-    t: Lowering, x: Operand, dim: Any = None, *, correction: float | None = 1, keepdim: bool = False
-) -> Operand:
+    t: Lowering, x: Operand, dim: Any = None, correction: float | None = 1, *,
+    keepdim: bool = False, **_: Any,
+) -> Operand:  # fmt: skip
     """Mean square distance from the mean, over count - correction."""
     axes = _axes(x, dim)
     count: Dim = 1
@@ -99,13 +100,6 @@ def variance(
         total = t.call("sum", total, axes=axes, keepdims=keepdim)
     free = _degrees_of_freedom(t, count, 1 if correction is None else correction, wide.type.dtype)
     return t.cast(t.call("div", total, free), x.type.dtype)
-
-
-def primitive_variance(
-    t: Lowering, x: Operand, dims: Any, correction: float | None = 1, **_: Any
-) -> Operand:
-    """As `variance`, in the order of torch's primitives."""
-    return variance(t, x, dims, correction=correction)
 
 
 def _degrees_of_freedom(t: Lowering, count: Dim, correction: float, dtype: DType) -> Operand:

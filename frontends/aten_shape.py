@@ -211,28 +211,33 @@ def _from_front(t: Lowering, index: Operand, extent: Dim) -> Operand:
 
 
 def _linear_index(
-    t: Lowering, x: Operand, axes: Sequence[int], indices: Sequence[Operand]
+    t: Lowering, x: Operand, axes: Sequence[int], indices: Sequence[Operand | None]
 ) -> Operand:
     """One index over the product of `axes` from one index an axis."""
-    total = indices[0]
-    for axis, index in zip(axes[1:], indices[1:], strict=True):
+    given = (_from_front(t, indices[a], x.type.shape[a]) for a in axes)  # type: ignore[arg-type]
+    total: Operand = next(given)
+    for axis, index in zip(axes[1:], given, strict=True):
         scaled = t.call("mul", total, t.number(x.type.shape[axis], DType.i64))
         total = t.call("add", scaled, index)
     return total
 
 
+def _indexed_first(t: Lowering, x: Operand, axes: Sequence[int]) -> tuple[list[int], Operand]:
+    """x with `axes` as one axis in front, and the order of axes before they were joined."""
+    rest = [i for i in range(x.type.rank) if i not in axes]
+    rows = product(tuple(x.type.shape[a] for a in axes))
+    moved = t.permute(x, [*axes, *rest])
+    return [*axes, *rest], t.reshape(moved, (rows, *(x.type.shape[i] for i in rest)))
+
+
 def index(t: Lowering, x: Operand, indices: Sequence[Operand | None]) -> Operand:
     """Advanced indexing by integers: one index an axis, broadcast against each other."""
     axes = [i for i, one in enumerate(indices) if one is not None]
-    given = [_from_front(t, indices[a], x.type.shape[a]) for a in axes]  # type: ignore[arg-type]
+    at = _linear_index(t, x, axes, indices)
     if len(axes) == 1:
-        return t.call("take", x, given[0], axis=axes[0])
+        return t.call("take", x, at, axis=axes[0])
     adjacent = axes == list(range(axes[0], axes[-1] + 1))
-    rest = [i for i in range(x.type.rank) if i not in axes]
-    moved = t.permute(x, [*axes, *rest])
-    rows = product(tuple(x.type.shape[a] for a in axes))
-    flat = t.reshape(moved, (rows, *(x.type.shape[i] for i in rest)))
-    at = _linear_index(t, x, axes, given)
+    _, flat = _indexed_first(t, x, axes)
     taken = t.call("take", flat, at, axis=0)
     if not adjacent or axes[0] == 0:
         return taken
@@ -252,15 +257,12 @@ def index_put(
         return _masked_put(t, x, axes, first, values, accumulate)
     if axes != list(range(axes[0], axes[-1] + 1)):
         raise Unsupported("index_put that skips an axis between two indices")
-    given = [_from_front(t, indices[a], x.type.shape[a]) for a in axes]  # type: ignore[arg-type]
-    at = _linear_index(t, x, axes, given)
-    rest = [i for i in range(x.type.rank) if i not in axes]
-    moved = t.permute(x, [*axes, *rest])
-    rows = product(tuple(x.type.shape[a] for a in axes))
-    flat = t.reshape(moved, (rows, *(x.type.shape[i] for i in rest)))
+    at = _linear_index(t, x, axes, indices)
+    order, flat = _indexed_first(t, x, axes)
     values = _indices_first(t, t.cast(values, x.type.dtype), x, axes, at)
     put = t.call("index_put", flat, at, values, accumulate=accumulate)
-    return t.permute(t.reshape(put, moved.type.shape), _inverse([*axes, *rest]))
+    apart = t.reshape(put, [x.type.shape[i] for i in order])
+    return t.permute(apart, [order.index(i) for i in range(len(order))])
 
 
 def _indices_first(
@@ -273,10 +275,6 @@ def _indices_first(
     shape = (*x.type.shape[:before], *at.type.shape, *x.type.shape[axes[-1] + 1 :])
     order = [*range(before, before + n), *range(before), *range(before + n, len(shape))]
     return t.permute(t.expand(values, shape), order)
-
-
-def _inverse(order: Sequence[int]) -> list[int]:
-    return [order.index(i) for i in range(len(order))]
 
 
 def _masked_put(

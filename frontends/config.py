@@ -45,13 +45,13 @@ Count = Annotated[int, Field(gt=0, le=1 << 14)]
 Positive = Annotated[float, Field(gt=0, le=1e9)]
 
 
-class _Schema(BaseModel):
+class Schema(BaseModel):
     """Strict types (no "8" for 8, no true for 1), immutable, unknown keys ignored."""
 
     model_config = ConfigDict(strict=True, frozen=True, extra="ignore", allow_inf_nan=False)
 
 
-class RopeParameters(_Schema):
+class RopeParameters(Schema):
     """Rotary position embedding, plain or YaRN (Peng et al. 2023, arXiv:2309.00071).
 
     The older spelling (`rope_theta` beside `rope_scaling` with a `type`) and the newer one
@@ -98,7 +98,7 @@ class RopeParameters(_Schema):
         return _yarn_mscale(self.factor, self.mscale_all_dim) ** 2
 
 
-class QuantizationConfig(_Schema):
+class QuantizationConfig(Schema):
     """FP8 weights, the only quantised ones that are read (see `quantisation.py` for the methods).
 
     A weight `W` of `[N, K]` is stored as e4m3 beside its scales: one for each block, in a tensor
@@ -123,7 +123,7 @@ class QuantizationConfig(_Schema):
         return rows, columns
 
 
-class ModelConfig(_Schema):
+class ModelConfig(Schema):
     """One member of the family: multi-head latent attention and a mixture of experts."""
 
     model_type: Literal["deepseek_v2", "deepseek_v3"]

@@ -175,15 +175,11 @@ def _region(region: Region, sizes: Mapping[str, str]) -> CompiledRegion:
     model = region.executable
     assert model is not None
     (graph,) = model.program.entries.values()
+    names = {n: sizes.get(str(region.numbers[n]), n) for n in model.program.symbols}
     return CompiledRegion(
         model,
         tuple(n.op for n in graph.nodes),
-        {_size_name(region, n, sizes): (r.lo, r.hi) for n, r in model.program.symbols.items()},
+        {names[n]: (r.lo, r.hi) for n, r in model.program.symbols.items()},
         region.compilations,
         region.seconds,
     )
-
-
-def _size_name(region: Region, symbol: str, sizes: Mapping[str, str]) -> str:
-    """What the user calls a symbol of a region."""
-    return sizes.get(str(region.numbers[symbol]), symbol)

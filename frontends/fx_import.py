@@ -51,19 +51,18 @@ class Problem:
         return f"  {self.operator}{why}{': ' if place else ''}{place}"
 
 
-def told(problems: Mapping[fx.Node, Problem], prefix: str = "") -> list[str]:
+def told(problems: Mapping[fx.Node, Problem]) -> list[str]:
     """One line a kind of problem: the operator, why, in which module and line."""
     places: dict[Problem, list[str]] = {}
     for node, problem in problems.items():
-        places.setdefault(problem, []).append(module_path(node, prefix))
+        places.setdefault(problem, []).append(module_path(node))
     return [p.told(found) for p, found in places.items()]
 
 
 class FxImporter:
-    """Translates the nodes of one FX graph; `prefix` is what to cut off module paths."""
+    """Translates the nodes of one FX graph."""
 
-    def __init__(self, name: str, prefix: str = "") -> None:
-        self.prefix = prefix
+    def __init__(self, name: str) -> None:
         self.sizes = SizeReader()
         self.lowering = Lowering(name, self.sizes)
         self.values: dict[fx.Node, Any] = {}
@@ -73,7 +72,7 @@ class FxImporter:
         """Raise `UnsupportedOperator` naming all nodes without a translation, if there are any."""
         if self.problems:
             raise UnsupportedOperator(
-                "operators without a translation:\n" + "\n".join(told(self.problems, self.prefix)),
+                "operators without a translation:\n" + "\n".join(told(self.problems)),
                 hint="write them with supported operators, or add rows to frontends/aten.py",
             )
 
@@ -160,7 +159,7 @@ class FxImporter:
 
     def place(self, node: fx.Node) -> str:
         """Where a node comes from, as the IR keeps it: the path of its module."""
-        return module_path(node, self.prefix)
+        return module_path(node)
 
     def output(self, value: Any) -> Operand | None:
         """A translated value as an output: sizes become tensors; `None` for what is neither."""
@@ -201,12 +200,11 @@ def hint(number: Any) -> Any:
     return number.node.hint if isinstance(number, SYMBOLIC_NUMBERS) else number
 
 
-def module_path(node: fx.Node, prefix: str = "") -> str:
+def module_path(node: fx.Node) -> str:
     """The path of the module that a node comes from, as `model.layers.3.self_attn`."""
     stack = node.meta.get("nn_module_stack") or {}
     paths = [path for path, _ in stack.values() if not path.startswith("_empty_nn")]
-    path = re.sub(r"@\d+|^L\['\w+'\]\.?", "", paths[-1]) if paths else ""
-    return (path + ".").removeprefix(prefix).removesuffix(".")
+    return re.sub(r"@\d+|^L\['\w+'\]\.?", "", paths[-1]).removesuffix(".") if paths else ""
 
 
 def source_line(node: fx.Node) -> str:

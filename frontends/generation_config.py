@@ -15,10 +15,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 
 from dsc.errors import ArtifactError, ConfigError, DscError
-from dsc.frontends.config import ModelConfig, read_bounded, sentence
+from dsc.frontends.config import ModelConfig, Schema, read_bounded, sentence
 from dsc.strict_json import AGAIN, parse_object
 
 GENERATION_FILE = "generation_config.json"
@@ -34,10 +34,8 @@ SILENT = frozenset(
 """Keys that change no token: lengths are the caller's to choose, the rest is transformers' own."""
 
 
-class GenerationSettings(BaseModel):
+class GenerationSettings(Schema):
     """What an artifact keeps of it. `None` is what nobody said; token ids are in the vocabulary."""
-
-    model_config = ConfigDict(strict=True, frozen=True, extra="ignore", allow_inf_nan=False)
 
     eos_token_id: Annotated[tuple[Id, ...], Field(strict=False, max_length=4096)] = ()
     bos_token_id: Id | None = None
@@ -83,11 +81,11 @@ def settings_of(
     found = parse_settings(said, where, ConfigError)
     kept, unknown = found.kept(), set()
     for name in ("eos_token_id", "bos_token_id", "pad_token_id"):
-        ids = kept.get(name)
-        listed = ids if isinstance(ids, list) else [] if ids is None else [ids]
+        ids = kept.get(name, [])
+        listed = ids if isinstance(ids, list) else [ids]
         outside = {i for i in listed if not 0 <= i < config.vocab_size}
         unknown |= {f"{name} {i}" for i in outside}
-        if outside and isinstance(ids, list):
+        if isinstance(ids, list) and ids:
             kept[name] = [i for i in ids if i not in outside]
         elif outside:
             del kept[name]

@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, fx
@@ -32,21 +32,14 @@ from dsc.ir.stages import Stage
 from dsc.ir.types import DType, TensorType
 from dsc.ir.weights import DictSource, Source
 
+if TYPE_CHECKING:
+    from dsc.api import CompiledModel
+
 ROOM = 8
 """The least bound of a symbolic size: batches of up to 8 share one plan."""
 
 ARENA = 1 << 30
 """Bytes that the intermediate values of a region may take at the bounds that are planned for."""
-
-
-class Executable(Protocol):
-    """What `dsc.api.compile_program` returns, as far as it is used here."""
-
-    program: Program
-
-    def run(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Run the only entry on tensors by name."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -63,19 +56,11 @@ class Options:
     fallback: str = "eager"
     freeze: bool = False
 
-    def compile(self, program: Program) -> Executable:
+    def compile(self, program: Program) -> CompiledModel:
         """Compile a traced program."""
         from dsc.api import compile_program
 
-        return cast(
-            Executable,
-            compile_program(
-                program,
-                backend=self.backend,
-                fusion_level=self.fusion_level,
-                memory_reuse=self.memory_reuse,
-            ),
-        )
+        return compile_program(program, self.backend, self.fusion_level, self.memory_reuse)
 
 
 class RegionImporter(FxImporter):
@@ -153,7 +138,7 @@ class Region:
     outputs: tuple[fx.Node, ...]
     hints: Mapping[str, int]
     numbers: Mapping[str, torch.SymInt]
-    executable: Executable | None = None
+    executable: CompiledModel | None = None
     compilations: int = 0
     seconds: float = 0.0
     _lock: threading.Lock = field(default_factory=threading.Lock)

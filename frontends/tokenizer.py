@@ -101,9 +101,7 @@ def read_ranks(file: Path) -> dict[bytes, int]:
         except (binascii.Error, ValueError, IndexError):
             raise CheckpointError("a line must be base64 and a rank", where) from None
         if rank != len(found) or token in found:
-            raise CheckpointError(
-                f"rank {rank} where {len(found)} follows", f"{file}, line {number}"
-            )
+            raise CheckpointError(f"rank {rank} where {len(found)} follows", where)
         found[token] = rank
     absent = [byte for byte in range(256) if bytes([byte]) not in found]
     if absent:

@@ -7,8 +7,8 @@ Python twice (non-strict mode), decomposes to the operators that `aten.py` has r
 translates node by node. Everything that has no translation is reported at once, with the module
 and the source line it comes from.
 
-Shapes stay symbolic: `symbol_names` says what the sizes of the inputs are called (`B`, `S`, `P`);
-every other size is an expression over them. Parameters and buffers become weights under their own
+Shapes stay symbolic: named dims say what the sizes of the inputs are called (`B`, `S`, `P`); every
+other size is an expression over them. Parameters and buffers become weights under their own
 names and are read only when an artifact is packed. A module on the `meta` device gives types alone.
 """
 
@@ -73,39 +73,39 @@ def trace(
     args: tuple[Any, ...],
     dynamic_shapes: Any = None,
     *,
-    kwargs: Mapping[str, Any] | None = None,
     name: str = "main",
     input_names: Sequence[str] | None = None,
     output_names: Sequence[str] | None = None,
     symbols: Mapping[str, Range] | None = None,
     aliases: Sequence[tuple[str, str]] = (),
-    prefix: str = "",
 ) -> Program:
-    """Export `module` on example arguments and import the result; see `import_exported`.
+    """Export `module` on example arguments, as a `Program` at stage TRACED with one entry.
 
-    `dynamic_shapes` is that of `torch.export`; a named `Dim("B")` keeps its name in the program.
-    Raises `UsageError` when the module cannot be exported so, `UnsupportedOperator` when it uses
-    operators without a translation.
+    Args:
+        module: what to trace; it must run under `torch.export`.
+        args: its arguments; tensors may nest in lists, tuples and mappings.
+        dynamic_shapes: as of `torch.export`; a named `Dim("B")` keeps its name in the program.
+        name: of the program and of its entry.
+        input_names: one a tensor input, in order; those of the export by default.
+        output_names: one a tensor output, in order; `out`, or `out.0`, `out.1`, ... by default.
+        symbols: ranges of the symbols; what the tracer knows where one is missing.
+        aliases: pairs (output name, input name): the output is that input's next state.
+
+    Raises:
+        UsageError: the module cannot be exported so.
+        UnsupportedOperator: naming every operator without a translation, its module and its line.
     """
-    exported = export(module, args, dynamic_shapes, kwargs=kwargs)
-    return import_exported(
-        exported,
-        name=name,
-        input_names=input_names,
-        output_names=output_names,
-        symbols=symbols,
-        symbol_names=_dim_names(module, args, kwargs or {}, dynamic_shapes),
-        aliases=aliases,
-        prefix=prefix,
-    )
+    exported = export(module, args, dynamic_shapes)
+    importer = _Importer(exported, name, _dim_names(module, args, dynamic_shapes))
+    graph = importer.graph(input_names, output_names, aliases)
+    ranges = {n: _known_range(exported, s, n, symbols) for s, n in importer.sizes.names.items()}
+    weights, source = importer.weights()
+    program = Program(name, {name: graph}, weights, ranges, source, {}, Stage.TRACED)
+    return program.pruned()
 
 
 def export(
-    module: nn.Module,
-    args: tuple[Any, ...],
-    dynamic_shapes: Any = None,
-    *,
-    kwargs: Mapping[str, Any] | None = None,
+    module: nn.Module, args: tuple[Any, ...], dynamic_shapes: Any
 ) -> torch.export.ExportedProgram:
     """`torch.export` for inference, decomposed as far as needed.
 
@@ -116,7 +116,7 @@ def export(
         with torch.no_grad(), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*treespec, LeafSpec.*")
             exported = torch.export.export(
-                module, args, dict(kwargs or {}), dynamic_shapes=dynamic_shapes, strict=False
+                module, args, dynamic_shapes=dynamic_shapes, strict=False
             )
             if not _is_translatable(exported):
                 exported = exported.run_decompositions(decompositions())
@@ -157,40 +157,6 @@ def _is_translatable(exported: torch.export.ExportedProgram) -> bool:
     return True
 
 
-def import_exported(
-    exported: torch.export.ExportedProgram,
-    *,
-    name: str = "main",
-    input_names: Sequence[str] | None = None,
-    output_names: Sequence[str] | None = None,
-    symbols: Mapping[str, Range] | None = None,
-    symbol_names: Mapping[tuple[int, int], str] | None = None,
-    aliases: Sequence[tuple[str, str]] = (),
-    prefix: str = "",
-) -> Program:
-    """An exported and decomposed program as a `Program` at stage TRACED with one entry.
-
-    Args:
-        exported: what `export` returns.
-        name: of the program and of its entry.
-        input_names: one a tensor input, in order; those of the export by default.
-        output_names: one a tensor output, in order; `out`, or `out.0`, `out.1`, ... by default.
-        symbols: ranges of the symbols; what the tracer knows where one is missing.
-        symbol_names: `(input, axis) -> name` of the size of that axis; others get D0, D1, ...
-        aliases: pairs (output name, input name): the output is that input's next state.
-        prefix: what to cut off module paths and weight names, as `wrapped.`.
-
-    Raises:
-        UnsupportedOperator: naming every operator without a translation, its module and its line.
-    """
-    importer = _Importer(exported, name, prefix, symbol_names or {})
-    graph = importer.graph(input_names, output_names, aliases)
-    ranges = {n: _known_range(exported, s, n, symbols) for s, n in importer.sizes.names.items()}
-    weights, source = importer.weights()
-    program = Program(name, {name: graph}, weights, ranges, source, {}, Stage.TRACED)
-    return program.pruned()
-
-
 class _Importer(FxImporter):
     """Translates one exported program."""
 
@@ -198,10 +164,10 @@ class _Importer(FxImporter):
         self,
         exported: torch.export.ExportedProgram,
         name: str,
-        prefix: str,
         symbol_names: Mapping[tuple[int, int], str],
     ) -> None:
-        super().__init__(name, prefix)
+        """`symbol_names` say what the size of an input's axis is called; others get D0, D1, ..."""
+        super().__init__(name)
         self.exported = exported
         self.symbol_names = symbol_names
         self.states: dict[str, tuple[TensorType, torch.Tensor]] = {}
@@ -285,16 +251,15 @@ class _Importer(FxImporter):
         if not isinstance(tensor, torch.Tensor):
             raise Unsupported(f"the constant {target} is a {type(tensor).__name__}")
         tensor = tensor.detach()
-        name = target.removeprefix(self.prefix)
         if kind == "CONSTANT_TENSOR" and tensor.device.type != "meta":
             if not tensor.is_complex() and tensor.dim() == 0:
                 return self.lowering.number(tensor.item(), DType.of(tensor.dtype))
             if not tensor.is_complex():
-                return self.lowering.constant(name, tensor)
+                return self.lowering.constant(target, tensor)
         if tensor.is_complex():
             parts = ((".re", tensor.real), (".im", tensor.imag))
-            return Complex(*(self._state(name + suffix, part) for suffix, part in parts))
-        return self._state(name, tensor)
+            return Complex(*(self._state(target + suffix, part) for suffix, part in parts))
+        return self._state(target, tensor)
 
     def _state(self, name: str, tensor: torch.Tensor) -> Weight:
         weight_type = self.lowering.type_of(tensor)
@@ -344,12 +309,12 @@ def _known_range(
 
 
 def _dim_names(
-    module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], dynamic_shapes: Any
+    module: nn.Module, args: tuple[Any, ...], dynamic_shapes: Any
 ) -> dict[tuple[int, int], str]:
     """(tensor input, axis) -> name, for the named `Dim`s in `dynamic_shapes`."""
     if not dynamic_shapes:
         return {}
-    bound = inspect.signature(module.forward).bind(*args, **kwargs).arguments
+    bound = inspect.signature(module.forward).bind(*args).arguments
     if not isinstance(dynamic_shapes, Mapping):
         dynamic_shapes = dict(zip(bound, dynamic_shapes, strict=False))
     found: list[Any] = []
