@@ -100,10 +100,8 @@ def emit(
     act: str,
     y: Value,
 ) -> Operand:
-    if w.type.dtype is not DType.f32:
-        (w,) = b.call("cast", w, dtype=DType.f32)
-    (out,) = b.call("experts", x, idx, w, gate_up, down, act=act)
-    return out if out.type.shape == y.type.shape else b.call("reshape", out, shape=y.type.shape)[0]
+    (out,) = b.call("experts", x, idx, b.as_type(w, DType.f32), gate_up, down, act=act)
+    return b.as_shape(out, y.type.shape)
 
 
 def prove(m: Match, place: Sequence[int]) -> dict[str, Any] | str:

@@ -31,20 +31,18 @@ def emit(
     batch, new = positions.type.shape
     rows = (batch, new, x.type.shape[-1])
     attrs: dict[str, Any] = {"layout": layout, "scale": scale}
-    if inv_freq.type.dtype is not DType.f32:
-        (inv_freq,) = b.call("cast", inv_freq, dtype=DType.f32)
     turned = x
     swap = (0, 2, 1, 3)
     headed = x.type.numel != product(rows)
     front = headed and x.type.shape[:2] != (batch, new)
     if front:
-        (turned,) = b.call("permute", turned, dims=swap)
-    elif not headed and x.type.shape != rows:
-        (turned,) = b.call("reshape", turned, shape=rows)
-    (turned,) = b.call("rope", turned, positions, inv_freq, **attrs)
+        turned = b.as_order(turned, swap)
+    elif not headed:
+        turned = b.as_shape(turned, rows)
+    (turned,) = b.call("rope", turned, positions, b.as_type(inv_freq, DType.f32), **attrs)
     if headed and normalised_dims(turned.type.shape) != normalised_dims(shape):
-        (turned,) = b.call("permute", turned, dims=swap)
-    return turned if turned.type.shape == shape else b.call("reshape", turned, shape=shape)[0]
+        turned = b.as_order(turned, swap)
+    return b.as_shape(turned, shape)
 
 
 def prove(m: Match) -> dict[str, Any] | str:

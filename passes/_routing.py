@@ -28,13 +28,9 @@ def emit(
     idx: Value,
     w: Value,
 ) -> tuple[Operand, Operand]:
-    if bias is not None and bias.type.dtype is not DType.f32:
-        (bias,) = b.call("cast", bias, dtype=DType.f32)
-    found = b.call("route", x, gate, bias, **attrs)
-    if found[0].type == idx.type:
-        return found[0], found[1]
-    shaped = [b.call("reshape", v, shape=idx.type.shape)[0] for v in found]
-    return shaped[0], shaped[1]
+    bias = bias and b.as_type(bias, DType.f32)
+    index, weight = b.call("route", x, gate, bias, **attrs)
+    return b.as_shape(index, idx.type.shape), b.as_shape(weight, idx.type.shape)
 
 
 def _variants(region: lift.Region, experts: int, top_k: int) -> Iterator[dict[str, Any]]:

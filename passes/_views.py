@@ -44,7 +44,16 @@ def _is_identity(node: Node) -> bool:
     return True
 
 
-class DropIdentity(Rule):
+class _ToOperand(Rule):
+    """What becomes of a node is its operand `x`."""
+
+    def rewrite(self, b: RewriteBuilder, m: Match, facts: Facts) -> Result:
+        """The operand."""
+        x: Operand = m.x
+        return x
+
+
+class DropIdentity(_ToOperand):
     """view(x)  ==>  x, when the view changes nothing."""
 
     anchors = frozenset({"cast", "reshape", "permute", "expand", "slice", "split", "concat"})
@@ -66,13 +75,8 @@ class DropIdentity(Rule):
         """Any view whose result is its operand."""
         return at(scope, node, x=node.inputs[0]) if _is_identity(node) else None
 
-    def rewrite(self, b: RewriteBuilder, m: Match, facts: Facts) -> Result:
-        """The operand."""
-        x: Operand = m.x
-        return x
 
-
-class DropNeutral(Rule):
+class DropNeutral(_ToOperand):
     """x * 1, x / 1, x + 0, x - 0  ==>  x."""
 
     anchors = frozenset(_NEUTRAL)
@@ -98,11 +102,6 @@ class DropNeutral(Rule):
             if neutral and x is not None and x.type == node.output.type:
                 return at(scope, node, x=x)
         return None
-
-    def rewrite(self, b: RewriteBuilder, m: Match, facts: Facts) -> Result:
-        """The other operand."""
-        x: Operand = m.x
-        return x
 
 
 class MergeReshapes(Rule):
@@ -170,7 +169,7 @@ class PermuteToReshape(Rule):
         return b.call("reshape", m.x, shape=m.root.output.type.shape)
 
 
-class CastBackAndForth(Rule):
+class CastBackAndForth(_ToOperand):
     """cast(cast(x))  ==>  x, when the type between holds every value of x."""
 
     examples = (
@@ -193,11 +192,6 @@ class CastBackAndForth(Rule):
             return reject("the casts do not lead back", m.x)
         wide = x.value == "bool" or (x.is_float and between.is_float and between.bits > x.bits)
         return {} if wide else reject(f"{between} does not hold every {x}", m.x)
-
-    def rewrite(self, b: RewriteBuilder, m: Match, facts: Facts) -> Result:
-        """What was cast."""
-        x: Operand = m.x
-        return x
 
 
 VIEW_RULES: tuple[Rule, ...] = (

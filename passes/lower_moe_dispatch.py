@@ -34,7 +34,7 @@ from functools import partial
 
 from dsc.ir.dims import Range, bounds, product
 from dsc.ir.expert_forms import ExpertKernels, ExpertLayer, direct_pays
-from dsc.ir.graph import GraphBuilder, Node, Operand, Value
+from dsc.ir.graph import GraphBuilder, Node, Operand
 from dsc.ir.limits import STEP
 from dsc.ir.program import Program
 from dsc.ir.stages import Stage
@@ -114,7 +114,8 @@ def _direct(
 
 def _grouped(b: GraphBuilder, node: Node, operands: Operands) -> Sequence[Operand]:
     x, idx, w, gate_up, down = (o for o in operands if o is not None)
-    x, idx, w = (_rows(b, o) for o in (x, idx, w))
+    tokens = product(x.type.shape[:-1])
+    x, idx, w = (b.as_shape(o, (tokens, o.type.shape[-1])) for o in (x, idx, w))
     number, inner = gate_up.type.shape[0], down.type.shape[2]
     rows, offsets, order = b.call("dispatch", x, idx, experts=number, hint="rows")
     (both,) = b.call("grouped_linear", rows, gate_up, offsets, hint="gate_up")
@@ -131,12 +132,3 @@ def _grouped(b: GraphBuilder, node: Node, operands: Operands) -> Sequence[Operan
     (flat,) = b.call("combine", y, order, w)
     b.taken.discard(node.output.name)
     return b.call("reshape", flat, shape=node.output.type.shape, hint=node.output.name)
-
-
-def _rows(b: GraphBuilder, x: Operand) -> Operand:
-    """Leading axes as one."""
-    if x.type.rank == 2:
-        return x
-    shape = (product(x.type.shape[:-1]), x.type.shape[-1])
-    flat: Value = b.reshape(x, shape=shape)
-    return flat

@@ -157,10 +157,8 @@ def _emit(
     rows: tuple[Dim, ...],
     shape: tuple[Dim, ...],
 ) -> Operand:
-    if new.type.shape != rows:
-        (new,) = b.call("reshape", new, shape=rows)
-    (grown,) = b.call("append", past, new, lengths)
-    return grown if grown.type.shape == shape else b.call("reshape", grown, shape=shape)[0]
+    (grown,) = b.call("append", past, b.as_shape(new, rows), lengths)
+    return b.as_shape(grown, shape)
 
 
 def _prove(m: Match, rows: tuple[Dim, ...]) -> str:

@@ -200,29 +200,19 @@ def _emit(
     batch, heads, groups = _lead(found)
     ready: list[Operand] = []
     for part, order, h in zip(parts, found.axes, (heads, groups, groups), strict=True):
-        x = _permuted(b, part, order)
+        x = b.as_order(part, order)
         rows, columns = x.type.shape[-2:]
         if h == 1 and x.type.shape[:-2] != (batch, 1):
-            ready.append(b.call("reshape", x, shape=(batch, rows, 1, columns))[0])
-            continue
-        if x.type.shape[:-2] != (batch, h):
-            (x,) = b.call("reshape", x, shape=(batch, h, rows, columns))
-        ready.append(_permuted(b, x, (0, 2, 1, 3)))
+            ready.append(b.as_shape(x, (batch, rows, 1, columns)))
+        else:
+            ready.append(b.as_order(b.as_shape(x, (batch, h, rows, columns)), (0, 2, 1, 3)))
     out: Operand
     (out,) = b.call("attention", *ready, lengths, scale=found.scale, causal=causal)
     lead = tuple(found.q.type.shape[a] for a in found.axes[0][:-1])
     shape = (*lead, out.type.shape[-1])
     if heads != 1 or len(shape) == 4:
-        out = _permuted(b, out, (0, 2, 1, 3))
-    if out.type.shape != shape:
-        (out,) = b.call("reshape", out, shape=shape)
-    return _permuted(b, out, found.result)
-
-
-def _permuted(b: GraphBuilder, x: Operand, dims: Sequence[int]) -> Operand:
-    if tuple(dims) == tuple(range(len(dims))):
-        return x
-    return b.call("permute", x, dims=tuple(dims))[0]
+        out = b.as_order(out, (0, 2, 1, 3))
+    return b.as_order(b.as_shape(out, shape), found.result)
 
 
 def _prove(found: Spelling, region: lift.Region) -> str:

@@ -80,7 +80,7 @@ class SpellOut(Rule):
         node = m.root
         dtype = node.output.type.dtype
         working = DType.f32 if dtype in _NARROW else dtype
-        q, k, v = (_cast(b, x, working) for x in node.operands[:3])
+        q, k, v = (b.as_type(x, working) for x in node.operands[:3])
         if node.attrs["grouped"]:
             k, v = (_repeated(b, x, q) for x in (k, v))
         order = (*range(k.type.rank - 2), k.type.rank - 1, k.type.rank - 2)
@@ -94,7 +94,7 @@ class SpellOut(Rule):
         best = b.amax(scores, axes=(-1,), keepdims=True)
         nothing_seen = b.eq(best, _number(b, -math.inf, working))
         weights = b.where(nothing_seen, _number(b, 0.0, working), weights)
-        return (_cast(b, b.matmul(weights, v), dtype),)
+        return (b.as_type(b.matmul(weights, v), dtype),)
 
 
 def _causal(b: GraphBuilder, new: Dim, total: Dim) -> Operand:
@@ -107,7 +107,7 @@ def _masked(b: GraphBuilder, scores: Operand, mask: Operand, dtype: DType) -> Op
     if mask.type.dtype is DType.boolean:
         hidden: Operand = b.where(mask, scores, _number(b, -math.inf, dtype))
         return hidden
-    return b.add(scores, _cast(b, mask, dtype))  # type: ignore[no-any-return]
+    return b.add(scores, b.as_type(mask, dtype))  # type: ignore[no-any-return]
 
 
 def _repeated(b: GraphBuilder, x: Operand, q: Operand) -> Operand:
@@ -119,13 +119,6 @@ def _repeated(b: GraphBuilder, x: Operand, q: Operand) -> Operand:
     column = b.reshape(x, shape=(*lead, groups, 1, rows, width))
     wide = b.expand(column, shape=(*lead, groups, heads // groups, rows, width))
     return b.reshape(wide, shape=(*lead, heads, rows, width))  # type: ignore[no-any-return]
-
-
-def _cast(b: GraphBuilder, x: Operand, dtype: DType) -> Operand:
-    if x.type.dtype == dtype:
-        return x
-    found: Value = b.cast(x, dtype=dtype)
-    return found
 
 
 def _number(b: GraphBuilder, value: float, dtype: DType) -> Value:

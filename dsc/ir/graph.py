@@ -7,7 +7,7 @@ a node, and named uniquely in its graph. A rewrite builds a new graph: "changed"
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias, Union
 
@@ -300,6 +300,18 @@ class GraphBuilder:
         outputs = tuple(Value(v.name, t) for v, t in zip(node.outputs, types, strict=True))
         self.nodes.append(replace(node, inputs=operands, attrs=attrs, outputs=outputs))
         return outputs
+
+    def as_type(self, x: Operand, dtype: DType) -> Operand:
+        """`x` with this element type."""
+        return x if x.type.dtype == dtype else self.call("cast", x, dtype=dtype)[0]
+
+    def as_shape(self, x: Operand, shape: Sequence[Dim]) -> Operand:
+        """`x` under this shape."""
+        return x if x.type.shape == shape else self.call("reshape", x, shape=shape)[0]
+
+    def as_order(self, x: Operand, dims: Sequence[int]) -> Operand:
+        """`x` with its axes in this order."""
+        return x if [*dims] == sorted(dims) else self.call("permute", x, dims=tuple(dims))[0]
 
     def __getattr__(self, op: str) -> Any:
         if op.startswith("_"):
