@@ -507,8 +507,7 @@ def _check_options(
     pipeline.check_fusion_level(fusion_level)
     if dtype is not None and dtype not in PRECISIONS:
         raise UsageError(f"dtype {dtype!r}", hint=f"one of {', '.join(PRECISIONS)}")
-    for name, value in (("max_batch", max_batch), ("prefill_chunk", prefill_chunk)):
-        if value < 1:
+    counts = {"max_batch": max_batch, "prefill_chunk": prefill_chunk, "max_context": max_context}
+    for name, value in counts.items():
+        if value is not None and value < 1:
             raise UsageError(f"{name} is {value}", hint="give at least 1")
-    if max_context is not None and max_context < 1:
-        raise UsageError(f"max_context is {max_context}", hint="give at least 1")

@@ -154,15 +154,8 @@ def _rows(ports: Iterable[tuple[str, DType, Any]]) -> Iterator[str]:
     for name, dtype, shape in ports:
         found = LAYER.match(name)
         shown = name if found is None else f"{found[1]}.N.{found[3]}"
-        about = (
-            meaning(name)
-            if found is None
-            else meaning(name).replace(f"layer {found[2]}", "layer N")
-        )
-        if found is not None:
-            about = about.replace(f".{found[2]}.", ".N.")
         dims = ", ".join(map(str, shape))
-        line = f"| `{shown}`{{}} | {SPELLED[dtype]} | [{dims}] | {about} |"
+        line = f"| `{shown}`{{}} | {SPELLED[dtype]} | [{dims}] | {meaning(shown)} |"
         lines.setdefault(line, []).append(-1 if found is None else int(found[2]))
     for line, layers in lines.items():
         spread = "" if layers == [-1] else f", N = {layers[0]} to {layers[-1]}"

@@ -14,6 +14,8 @@ from dsc.errors import UsageError
 from dsc.files import check_writable, write_text
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from dsc.diff.compare import Diff, EntryDiff
     from dsc.diff.measure import Timing
     from dsc.diff.sides import Side
@@ -101,7 +103,7 @@ def _times(
     profiles: tuple[Path, Path] | None,
     context: int,
     trust: bool,
-    progress: object,
+    progress: console.StepReporter,
 ) -> tuple[Mapping[str, Timing], Mapping[str, Timing]]:
     from dsc.diff import measure as measuring
 
@@ -113,8 +115,7 @@ def _times(
         return first, second
     if not measure:
         return {}, {}
-    if callable(progress):
-        progress("measuring")
+    progress("measuring")
     first, second = (measuring.measure(side, context, trust) for side in sides)
     return first, second
 
@@ -136,14 +137,12 @@ def _print(found: Diff, output: Path | None) -> None:
         out.print(Text(clean(f"page: {output}")))
 
 
-def _print_entry(out: object, entry: EntryDiff) -> None:
-    from rich.console import Console
+def _print_entry(out: Console, entry: EntryDiff) -> None:
     from rich.text import Text
 
     from dsc.cli.report_tables import add_row, clean, table_of
     from dsc.diff.page import columns, cost_rows, cost_sums
 
-    assert isinstance(out, Console)
     at = " ".join(f"{k}={v}" for k, v in sorted(entry.at[1].items()))
     shown = [key != "parameters" for key, _ in columns(entry)]
     words = compress((words for _, words in columns(entry)), shown)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
 from dsc.cli import console, options
@@ -22,8 +21,15 @@ class Toolchain:
     backend: str
     package: str
     distribution: str
-    runs_on: Callable[[tuple[Gpu, ...]], str]
     compiles_for: str
+    needs_gpu: bool = False
+
+    def runs_on(self, gpus: tuple[Gpu, ...]) -> str:
+        """Targets that there are kernels for and a launcher: AMD's are only compiled for."""
+        if not self.needs_gpu:
+            return "cpu"
+        known = {f"cuda:{arch}" for arch in KNOWN["cuda"]}
+        return ", ".join(sorted({gpu.target for gpu in gpus} & known))
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,33 +43,11 @@ class Finding:
     to_do: str
 
 
-def _cpu_only(gpus: tuple[Gpu, ...]) -> str:
-    return "cpu"
-
-
-def _nvidia_only(gpus: tuple[Gpu, ...]) -> str:
-    """Targets that there are kernels for and a launcher: AMD's are only compiled for."""
-    known = {f"cuda:{arch}" for arch in KNOWN["cuda"]}
-    return ", ".join(sorted({gpu.target for gpu in gpus} & known))
-
-
 TOOLCHAINS = (
-    Toolchain("reference", "torch", "torch", _cpu_only, "cpu"),
-    Toolchain("tvm", "tvm", "apache-tvm", _cpu_only, "cpu, cpu:NAME of an LLVM cpu"),
-    Toolchain(
-        "onnxruntime",
-        "onnxruntime",
-        "onnxruntime",
-        _cpu_only,
-        "ONNX",
-    ),
-    Toolchain(
-        "triton",
-        "triton",
-        "triton",
-        _nvidia_only,
-        "cuda:sm_80 sm_90 sm_100, hip:gfx942 gfx950",
-    ),
+    Toolchain("reference", "torch", "torch", "cpu"),
+    Toolchain("tvm", "tvm", "apache-tvm", "cpu, cpu:NAME of an LLVM cpu"),
+    Toolchain("onnxruntime", "onnxruntime", "onnxruntime", "ONNX"),
+    Toolchain("triton", "triton", "triton", "cuda:sm_80 sm_90 sm_100, hip:gfx942 gfx950", True),
 )
 
 
@@ -93,14 +77,9 @@ def examine(toolchain: Toolchain, gpus: tuple[Gpu, ...]) -> Finding:
     version, problem = imported_version(toolchain.package)
     if problem:
         return Finding(toolchain.backend, "", "", "", _remedy(toolchain, problem))
-    to_do = (
-        ""
-        if toolchain.runs_on(gpus)
-        else "running needs an NVIDIA GPU that is compiled for; compiling needs none"
-    )
-    return Finding(
-        toolchain.backend, version, toolchain.runs_on(gpus), toolchain.compiles_for, to_do
-    )
+    here, needed = toolchain.runs_on(gpus), "running needs an NVIDIA GPU that is compiled for"
+    to_do = "" if here else f"{needed}; compiling needs none"
+    return Finding(toolchain.backend, version, here, toolchain.compiles_for, to_do)
 
 
 def imported_version(package: str) -> tuple[str, str]:

@@ -51,8 +51,7 @@ def inspect(
     if json and not report:
         raise UsageError("--json goes with --report", hint="the text IR is printed as it is")
     folder = Path(model)
-    asked = {"config": config, "weights": weights}
-    given = {name: value for name, value in asked.items() if value is not None}
+    given = options.chosen(config=config, weights=weights)
     if kernels and entry is not None:
         raise UsageError("kernels are of all entries", hint="give --kernels or --entry, not both")
     if (folder / "dsc.json").is_file():
@@ -124,10 +123,10 @@ def _inspect_artifact(
     facts = card(manifest, folder)
     if report and as_json:
         known = {name: manifest.get(name) or {} for name in ("limits", "generation", "needs")}
-        _show_report({**read_report(folder), **known}, entry, as_json)
+        _show_report({**read_object(folder, "report.json"), **known}, entry, as_json)
     elif report:
         print("\n".join(f"{name:<20}  {value}" for name, value in facts.items()))
-        _show_report(read_report(folder), entry, as_json)
+        _show_report(read_object(folder, "report.json"), entry, as_json)
     if kernels:
         _list_kernels(folder)
     if not (report or kernels):
@@ -156,11 +155,6 @@ def card(manifest: Mapping[str, Any], folder: Path) -> dict[str, str]:
         "chooses": str(sampling),
     }
     return {name: clean(line) for name, line in lines.items()}
-
-
-def read_report(folder: Path) -> dict[str, Any]:
-    """Return an artifact's report. Raises `ArtifactError` and `FileError`."""
-    return read_object(folder, "report.json")
 
 
 def read_object(folder: Path, name: str) -> dict[str, Any]:

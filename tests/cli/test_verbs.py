@@ -354,8 +354,8 @@ def test_an_artifact_that_is_no_json_is_refused(invoke: Invoke, artifact: Path) 
 
 
 def test_doctor_says_what_is_missing(monkeypatch: pytest.MonkeyPatch, invoke: Invoke) -> None:
-    here = doctor.Toolchain("plain", "json", "json", doctor._cpu_only, "cpu")
-    missing = doctor.Toolchain("absent", "no_such_package", "nsp", doctor._cpu_only, "cpu")
+    here = doctor.Toolchain("plain", "json", "json", "cpu")
+    missing = doctor.Toolchain("absent", "no_such_package", "nsp", "cpu")
     monkeypatch.setattr(doctor, "TOOLCHAINS", (here, missing))
     found = json.loads(invoke("doctor", "--json").stdout)
     assert found["cpu"]["cores"] >= 1
@@ -366,7 +366,7 @@ def test_doctor_says_what_is_missing(monkeypatch: pytest.MonkeyPatch, invoke: In
 def test_doctor_tells_damaged_from_missing() -> None:
     version, problem = doctor.imported_version("antigravity_is_not_here")
     assert version == ""
-    damaged = doctor.Toolchain("x", "x", "dist", doctor._cpu_only, "cpu")
+    damaged = doctor.Toolchain("x", "x", "dist", "cpu")
     assert doctor._remedy(damaged, problem).startswith("pip install --force-reinstall dist")
 
 
