@@ -455,10 +455,8 @@ def best_backend() -> Backend:
     """The first backend of `PREFERENCE` whose packages are installed."""
     from importlib.util import find_spec
 
-    for name in PREFERENCE:
-        if name == "reference" or find_spec(name) is not None:
-            return backends.get(name)
-    return backends.get("reference")
+    here = (name for name in PREFERENCE if name == "reference" or find_spec(name) is not None)
+    return backends.get(next(here))
 
 
 def _targets(target: str | Sequence[str] | None, backend: Backend) -> tuple[Target, ...]:

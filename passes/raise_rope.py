@@ -37,7 +37,9 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from dsc.ir.graph import Node, Value, Weight
+from dsc.ir.op import named
 from dsc.ir.ops.shape import normalised_dims
+from dsc.ir.traits import Role
 from dsc.ir.types import DType
 from dsc.passes._rotations import emit, prove
 from dsc.passes._views import VIEW_RULES
@@ -46,19 +48,7 @@ from dsc.rewrite.driver import RaisePass
 from dsc.rewrite.rule import Facts, Match, Reject, Result, RewriteBuilder, Rule, reject
 from dsc.rewrite.scope import VIEWS, Scope
 
-_TABLE = VIEWS | {
-    "cast",
-    "concat",
-    "mul",
-    "add",
-    "sub",
-    "div",
-    "neg",
-    "cos",
-    "sin",
-    "matmul",
-    "full",
-}
+_TABLE = named(Role.POINTWISE) | VIEWS | {"concat", "matmul"}
 """What a table of sines and cosines is computed with."""
 _JOIN = VIEWS | {"cast", "concat", "add", "sub", "slice_scatter", "neg"}
 """What brings the rotated parts together."""
@@ -197,10 +187,8 @@ def _alike(x: Value, y: Value) -> bool:
     """Whether two values have one type but for axes of extent 1 and the order of the others."""
     *a, last = x.type.shape
     *b, final = y.type.shape
-    same = sorted(map(str, normalised_dims(tuple(a)))) == sorted(
-        map(str, normalised_dims(tuple(b)))
-    )
-    return same and last == final and x.type.dtype == y.type.dtype
+    rows, others = (sorted(map(str, normalised_dims(tuple(s)))) for s in (a, b))
+    return rows == others and last == final and x.type.dtype == y.type.dtype
 
 
 def _match(scope: Scope, root: Node, x: Value) -> Match | None:
