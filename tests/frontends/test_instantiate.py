@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from bench.parity import randomise
 from dsc.errors import UsageError
+from dsc.frontends import torch_export
 from dsc.frontends.causal_lm import example_inputs, input_names, output_names, trace_step
 from dsc.frontends.config import ModelConfig
 from dsc.frontends.instantiate import trace_by_kind
@@ -113,6 +114,13 @@ def test_equals_the_whole_trace(case: tuple[Build, ModelConfig, tuple[int, ...]]
 @pytest.mark.parametrize("case", MORE.values(), ids=MORE.keys())
 def test_equals_the_whole_trace_more(case: tuple[Build, ModelConfig, tuple[int, ...]]) -> None:
     assert_equals_whole_trace(*case)
+
+
+def test_the_model_of_models_is_translated_as_it_is_traced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Decomposing traces a graph twice more: there is a row for all that it is written with."""
+    cfg = small(num_hidden_layers=2)
+    monkeypatch.setattr(torch_export, "decompositions", lambda: pytest.fail("it was decomposed"))
+    assert traced(ours(cfg), cfg).entries
 
 
 def test_kinds_of_671b() -> None:
