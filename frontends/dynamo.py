@@ -209,14 +209,15 @@ class GraphCompiler:
         with _disable_current_modes(), torch._C._DisablePythonDispatcher(), torch.no_grad():
             done = CompiledGraph(aten, self.options, self.name, names, constants)
             for region in done.regions.values():
-                self._tell_stand_in(region.executable and region.executable.executable)
+                self._tell_stand_in(region.executable)
         capture.parts.append(done)
         for line in done.eager_lines():
             self.warn(f"{self.name} runs eagerly in part: {line}")
         return done
 
-    def _tell_stand_in(self, executable: Any) -> None:
+    def _tell_stand_in(self, model: Any) -> None:
         """Say what runs in the place of compiled code. Raises `UsageError` where nothing does."""
+        executable = getattr(model, "executable", None)
         if not isinstance(executable, StandIn):
             return
         if not executable.computes:

@@ -60,7 +60,12 @@ class Options:
         """Compile a traced program."""
         from dsc.api import compile_program
 
-        return compile_program(program, self.backend, self.fusion_level, self.memory_reuse)
+        return compile_program(
+            program,
+            backend=self.backend,
+            fusion_level=self.fusion_level,
+            memory_reuse=self.memory_reuse,
+        )
 
 
 class RegionImporter(FxImporter):

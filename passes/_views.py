@@ -44,7 +44,7 @@ def _is_identity(node: Node) -> bool:
     return True
 
 
-class _ToOperand(Rule):
+class _ToOperand:
     """What becomes of a node is its operand `x`."""
 
     def rewrite(self, b: RewriteBuilder, m: Match, facts: Facts) -> Result:
@@ -53,7 +53,7 @@ class _ToOperand(Rule):
         return x
 
 
-class DropIdentity(_ToOperand):
+class DropIdentity(_ToOperand, Rule):
     """view(x)  ==>  x, when the view changes nothing."""
 
     anchors = frozenset({"cast", "reshape", "permute", "expand", "slice", "split", "concat"})
@@ -76,7 +76,7 @@ class DropIdentity(_ToOperand):
         return at(scope, node, x=node.inputs[0]) if _is_identity(node) else None
 
 
-class DropNeutral(_ToOperand):
+class DropNeutral(_ToOperand, Rule):
     """x * 1, x / 1, x + 0, x - 0  ==>  x."""
 
     anchors = frozenset(_NEUTRAL)
@@ -169,7 +169,7 @@ class PermuteToReshape(Rule):
         return b.call("reshape", m.x, shape=m.root.output.type.shape)
 
 
-class CastBackAndForth(_ToOperand):
+class CastBackAndForth(_ToOperand, Rule):
     """cast(cast(x))  ==>  x, when the type between holds every value of x."""
 
     examples = (
