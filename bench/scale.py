@@ -55,7 +55,7 @@ def measure_compile(source: str, layers: int | None = None) -> dict[str, Any]:
     says of decode.
     """
     line = [sys.executable, "-m", "bench.scale", source, *([str(layers)] if layers else [])]
-    environment = {**os.environ, "DSC_TRACE_CACHE": "off", "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "DSC_CACHE": "off", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(line, capture_output=True, text=True, env=environment, check=True)
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found

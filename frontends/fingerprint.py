@@ -24,6 +24,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from dsc.frontends.trace_cache import digest
+
 MAX_DEPTH = 8
 _STATE = frozenset({"_modules", "_parameters", "_buffers"})
 _INSTALLED = tuple(
@@ -139,7 +141,5 @@ def _reached(python: ModuleType) -> Iterator[ModuleType | None]:
             yield found
 
 
-@cache
-def digest_of(file: str) -> str:
-    """SHA-256 of a file, read once a process."""
-    return hashlib.sha256(Path(file).read_bytes()).hexdigest()
+digest_of = cache(digest)
+"""SHA-256 of a file as this process first saw it: what it has imported stays what it was."""

@@ -10,22 +10,22 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
-
-import torch
-from huggingface_hub.errors import StrictDataclassError
-from torch import nn
+from typing import TYPE_CHECKING, Any
 
 from dsc.errors import CheckpointError, ConfigError
-from dsc.frontends.causal_lm import CausalLMStep, cast_parameters, parameter_types
 from dsc.frontends.config import CONFIG_FILE, DTYPES, ModelConfig, parse_config, read_bounded
 from dsc.frontends.names import EMBEDDING, WeightMap, check_layout, map_weights
 from dsc.ir.safetensors import SafetensorsSource, open_safetensors
-from dsc.ir.types import DType
+from dsc.ir.types import DType, TensorType
 from dsc.ir.weights import WeightExpr, evaluate
 from dsc.strict_json import JsonObject, parse_object
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from dsc.frontends.causal_lm import CausalLMStep
 
 MODELOPT_FILE = "hf_quant_config.json"
 
@@ -34,20 +34,33 @@ MODELOPT_FILE = "hf_quant_config.json"
 class CheckpointModel:
     """A checkpoint, opened and checked; no weight has been read.
 
-    `weights` gives every parameter of `build()` its expression over `source`. `notes` tells, one
-    sentence each, what the folder holds that is not used.
+    `raw` is `config.json` as it stands. Once parameters are `mapped`, `weights` gives each its
+    expression over `source`, and `notes` tells, one sentence each, what the folder holds that is
+    not used.
     """
 
     folder: Path
+    raw: JsonObject
     config: ModelConfig
     dtype: DType
     source: SafetensorsSource
-    weights: Mapping[str, WeightExpr]
+    weights: Mapping[str, WeightExpr] = field(default_factory=dict)
     unused_mtp: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
+    def mapped(self, parameters: Mapping[str, TensorType]) -> CheckpointModel:
+        """The same checkpoint with its weights for these parameters, names and types.
+
+        Raises `CheckpointError`: the weights are not those of the parameters.
+        """
+        found = map_weights(parameters, self.source, self.config, str(self.folder))
+        notes = _notes(self.folder, self.raw, found)
+        return replace(self, weights=found.weights, unused_mtp=found.mtp, notes=notes)
+
     def build(self) -> CausalLMStep:
         """The module to trace: parameters on `meta`, computed buffers real."""
+        from dsc.frontends.causal_lm import CausalLMStep
+
         return CausalLMStep(stock_causal_lm(self.config, self.dtype))
 
     def load(self) -> CausalLMStep:
@@ -70,7 +83,15 @@ class CheckpointModel:
 
 
 def load_checkpoint(folder: Path | str, dtype: DType | None = None) -> CheckpointModel:
-    """Open a checkpoint folder.
+    """Open a checkpoint folder for the stock class: `open_checkpoint` and `mapped` in one."""
+    from dsc.frontends.causal_lm import parameter_types
+
+    opened = open_checkpoint(folder, dtype)
+    return opened.mapped(parameter_types(opened.build()))
+
+
+def open_checkpoint(folder: Path | str, dtype: DType | None = None) -> CheckpointModel:
+    """Open a checkpoint folder, before it is known which parameters its weights are for.
 
     Args:
         folder: holds `config.json` and safetensors files in the official layout or in the one
@@ -80,18 +101,14 @@ def load_checkpoint(folder: Path | str, dtype: DType | None = None) -> Checkpoin
     Raises:
         ConfigError, UnsupportedArchitecture: `config.json` is damaged or describes no member of
             the family.
-        CheckpointError: the weights are damaged, or are not those of that configuration.
+        CheckpointError: the weights are damaged, or their layout is not that configuration's.
     """
     folder = Path(folder)
     raw, config = read_config(folder)
     source = open_safetensors(folder)
     check_layout(source, config, str(folder))
     dtype = dtype or _stored_dtype(config, source, folder)
-    step = CausalLMStep(stock_causal_lm(config, dtype))
-    mapped = map_weights(parameter_types(step), source, config, str(folder))
-    return CheckpointModel(
-        folder, config, dtype, source, mapped.weights, mapped.mtp, _notes(folder, raw, mapped)
-    )
+    return CheckpointModel(folder, raw, config, dtype, source)
 
 
 def read_config(folder: Path) -> tuple[JsonObject, ModelConfig]:
@@ -99,15 +116,6 @@ def read_config(folder: Path) -> tuple[JsonObject, ModelConfig]:
     file = folder / CONFIG_FILE
     raw = parse_object(read_bounded(file), str(file), ConfigError)
     return raw, parse_config(_with_quantization(raw, folder), str(file))
-
-
-def retarget(model: CheckpointModel, module: nn.Module) -> CheckpointModel:
-    """The same checkpoint with its weights mapped to another module's parameters.
-
-    This is how a checkpoint's weights reach `models/v3.py`, built for `model.config`.
-    """
-    mapped = map_weights(parameter_types(module), model.source, model.config, str(model.folder))
-    return replace(model, weights=mapped.weights, unused_mtp=mapped.mtp)
 
 
 def stock_causal_lm(
@@ -118,7 +126,11 @@ def stock_causal_lm(
     Parameters lie on `device`, untrained. Buffers that the class computes and no checkpoint
     stores (rope frequencies) are real even on `meta`: the trace records them as constants.
     """
+    import torch
     import transformers
+    from huggingface_hub.errors import StrictDataclassError
+
+    from dsc.frontends.causal_lm import cast_parameters
 
     classes = {
         "deepseek_v2": (transformers.DeepseekV2Config, transformers.DeepseekV2ForCausalLM),

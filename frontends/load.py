@@ -15,11 +15,13 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from dsc.errors import ConfigError, DscError, UnsupportedArchitecture, UsageError
+from dsc.frontends import trace_cache
 from dsc.frontends.config import DTYPES, ModelConfig, parse_config
 from dsc.frontends.generation_config import Settings, load_generation, settings_of
 from dsc.frontends.text import read_program
@@ -27,7 +29,7 @@ from dsc.frontends.tokenizer import TOKENIZER, find_tokenizer
 from dsc.ir.lazy import torch
 from dsc.ir.limits import OPEN, Limits
 from dsc.ir.program import Program
-from dsc.ir.types import DType
+from dsc.ir.types import DType, TensorType
 from dsc.ir.verifier import verify
 from dsc.ir.weights import (
     DictSource,
@@ -159,7 +161,7 @@ def _from_checkpoint(
     asked: Asked,
     progress: Progress | None,
 ) -> Loaded:
-    from dsc.frontends.huggingface import load_checkpoint, read_config
+    from dsc.frontends.huggingface import open_checkpoint, read_config
 
     if weights is not None and str(weights) != "none":
         raise UsageError(
@@ -171,12 +173,13 @@ def _from_checkpoint(
     asked.check(config)
     settings = load_generation(folder, config)
     tokenizer = find_tokenizer(folder)
-    checkpoint = load_checkpoint(folder, dtype)
-    traced = _trace(checkpoint.build(), checkpoint.config, checkpoint.dtype, asked, progress)
+    opened = open_checkpoint(folder, dtype)
+    step = _Step(opened.build, config, opened.dtype, "transformers")
+    checkpoint = opened.mapped(step.parameters)
+    traced = step.traced(asked, progress)
     given = None if weights is not None else (checkpoint.weights, checkpoint.source)
     program = _with_weights(traced, given, folder.resolve().name)
-    notes = checkpoint.notes
-    return _loaded(program, settings, folder, notes, tokenizer)
+    return _loaded(program, settings, folder, checkpoint.notes, tokenizer)
 
 
 def _from_code(
@@ -187,9 +190,11 @@ def _from_code(
     asked: Asked,
     progress: Progress | None,
 ) -> Loaded:
-    """A `.py` file is the user's own code: it is run, and its `build(config)` called."""
-    from dsc.frontends.causal_lm import cast_parameters
-    from dsc.frontends.huggingface import load_checkpoint, retarget
+    """A `.py` file is the user's own code: it is run, and its `build(config)` called.
+
+    One of dsc's own models is installed code, which is not run where its trace is kept.
+    """
+    from dsc.frontends.huggingface import open_checkpoint
 
     if config_name is None and weights is not None and str(weights) != "none":
         config = configs.config(str(weights))
@@ -206,8 +211,7 @@ def _from_code(
     folder = None if str(weights) == "none" else Path(weights)
     settings = settings_of({}, config) if folder is None else load_generation(folder, config)
     tokenizer = (None, "") if folder is None else find_tokenizer(folder)
-    build = _build_function(path)
-    checkpoint = load_checkpoint(folder, dtype) if folder is not None else None
+    checkpoint = open_checkpoint(folder, dtype) if folder is not None else None
     if checkpoint is not None and _shape_of(checkpoint.config) != _shape_of(config):
         raise ConfigError(
             f"the weights in {folder} are of another configuration than {config_name}",
@@ -215,6 +219,22 @@ def _from_code(
         )
     named = DTYPES[config.dtype or "bfloat16"]
     compute = checkpoint.dtype if checkpoint is not None else dtype or named
+    step = _Step(lambda: _built(path, config, compute), config, compute, _module_of_ours(path))
+    if checkpoint is not None:
+        checkpoint = checkpoint.mapped(step.parameters)
+    with blaming(path, only_its_lines=True):
+        traced = step.traced(asked, progress)
+    if checkpoint is None:
+        return _loaded(_with_weights(traced, None, path.stem), settings)
+    program = _with_weights(traced, (checkpoint.weights, checkpoint.source), path.stem)
+    return _loaded(program, settings, folder, checkpoint.notes, tokenizer)
+
+
+def _built(path: Path, config: ModelConfig, dtype: DType) -> nn.Module:
+    """What `build(config)` of a file gives, on meta. Raises `UsageError` for any fault of it."""
+    from dsc.frontends.causal_lm import cast_parameters
+
+    build = _build_function(path)
     with torch.device("meta"), blaming(path):
         module = build(config)
     if not isinstance(module, torch.nn.Module):
@@ -223,15 +243,9 @@ def _from_code(
             where=str(path),
             hint="return the torch.nn.Module to compile, as models/v3.py does",
         )
-    module = cast_parameters(module, compute.torch)
+    module = cast_parameters(module, dtype.torch)
     _check_signature(module, config, path)
-    with blaming(path, only_its_lines=True):
-        traced = _trace(module, config, compute, asked, progress)
-    if checkpoint is None:
-        return _loaded(_with_weights(traced, None, path.stem), settings)
-    mapped = retarget(checkpoint, module)
-    program = _with_weights(traced, (mapped.weights, mapped.source), path.stem)
-    return _loaded(program, settings, folder, checkpoint.notes, tokenizer)
+    return module
 
 
 def _from_text(path: Path, asked: Asked) -> Loaded:
@@ -274,7 +288,7 @@ def _from_module(
     generation = getattr(module, "generation_config", None)
     settings = settings_of({} if generation is None else generation.to_dict(), config)
     step = CausalLMStep(module.eval())
-    traced = _trace(step, config, stored, asked, progress)
+    traced = _Step(lambda: step, config, stored).traced(asked, progress)
     state = {k: v.detach() for k, v in step.state_dict().items()}
     if any(v.is_meta for v in state.values()):
         return _loaded(_with_weights(traced, None, config.model_type), settings)
@@ -284,39 +298,69 @@ def _from_module(
     return _loaded(program, settings)
 
 
-def _trace(
-    module: nn.Module,
-    config: ModelConfig,
-    dtype: DType,
-    asked: Asked,
-    progress: Progress | None,
-) -> Program:
-    from dsc.frontends import causal_lm, trace_cache
+class _Step:
+    """The step of a causal LM: the module that `build` gives, or what is kept of its trace.
 
-    limits = asked.limits(config)
-    config_values = config.model_dump(mode="json", exclude_none=True)
-    key = trace_cache.key_of(module, config=config_values, dtype=str(dtype))
-    program = None if key is None else trace_cache.load(key)
-    if program is None:
-        if progress is not None:
-            progress("tracing", 0, 0)
-        program = causal_lm.trace_step(module, config, dtype, limits.symbols)
-        if key is not None:
-            trace_cache.store(key, program, _constant_sources(program, module))
-    meta = {**program.meta, "config": config_values}
-    symbols = {**program.symbols, **limits.symbols}
-    return replace(program, meta=meta, symbols=symbols).limited(limits)
+    `installed` is the module or package that `build` is known to come from: then it is asked for a
+    module only where nothing is kept.
+    """
 
+    def __init__(
+        self,
+        build: Callable[[], nn.Module],
+        config: ModelConfig,
+        dtype: DType,
+        installed: str = "",
+    ) -> None:
+        self.build, self.config, self.dtype = build, config, dtype
+        values = config.model_dump(mode="json", exclude_none=True)
+        self.facts = {"config": values, "dtype": str(dtype)}
+        self.key = trace_cache.key_of_installed(installed, **self.facts) if installed else None
+        self.kept = trace_cache.load(self.key) if self.key is not None else None
 
-def _constant_sources(program: Program, module: nn.Module) -> dict[str, Any]:
-    """The values that a trace found and no checkpoint supplies, by source key."""
-    supplied = set(module.state_dict())
-    found = {}
-    for name, expr in program.weights.items():
-        value = None if name in supplied else _value(program, name)
-        if isinstance(expr, Source) and value is not None:
-            found[expr.key] = value
-    return found
+    @cached_property
+    def module(self) -> nn.Module:
+        """The module itself. What `build` raises."""
+        return self.build()
+
+    @cached_property
+    def parameters(self) -> Mapping[str, TensorType]:
+        """Names and types of all that a checkpoint must supply."""
+        if self.kept is not None:
+            return self.kept.parameters
+        from dsc.frontends.causal_lm import parameter_types
+
+        return parameter_types(self.module)
+
+    def traced(self, asked: Asked, progress: Progress | None) -> Program:
+        """The program, with the limits asked for. Its source holds the trace's constants alone."""
+        limits = asked.limits(self.config)
+        if self.kept is None and self.key is None:
+            self.key = trace_cache.key_of(self.module, **self.facts)
+            self.kept = trace_cache.load(self.key) if self.key is not None else None
+        if self.kept is None:
+            if progress is not None:
+                progress("tracing", 0, 0)
+            self.kept = self._trace(limits)
+            if self.key is not None:
+                trace_cache.store(self.key, self.kept)
+        program = self.kept.program
+        meta = {**program.meta, "config": self.facts["config"]}
+        symbols = {**program.symbols, **limits.symbols}
+        return replace(program, meta=meta, symbols=symbols).limited(limits)
+
+    def _trace(self, limits: Limits) -> trace_cache.Trace:
+        from dsc.frontends.causal_lm import trace_step
+
+        program = trace_step(self.module, self.config, self.dtype, limits.symbols)
+        values = {n: _value(program, n) for n in program.weights if n not in self.parameters}
+        own = {CONSTANT + n: value for n, value in values.items() if value is not None}
+        weights = {
+            n: Source(CONSTANT + n, expr.type) if CONSTANT + n in own else expr
+            for n, expr in program.weights.items()
+        }
+        program = replace(program, weights=weights, source=DictSource(own))
+        return trace_cache.Trace(program, self.parameters)
 
 
 def _with_weights(
@@ -325,14 +369,8 @@ def _with_weights(
     """The program over a checkpoint's weights; constants that the trace found stay its own."""
     types = source_types(traced.weights.values())
     expressions, source = given or ({}, MetaSource(types))
-    found = {n: _value(traced, n) for n in traced.weights if n not in expressions}
-    own = {n: value for n, value in found.items() if value is not None}
-    weights = {
-        n: Source(CONSTANT + n, expr.type) if n in own else expressions.get(n, expr)
-        for n, expr in traced.weights.items()
-    }
-    constants = DictSource({CONSTANT + n: value for n, value in own.items()})
-    layered = LayeredSource((constants, source))
+    weights = {n: expressions.get(n, expr) for n, expr in traced.weights.items()}
+    layered = LayeredSource((traced.source, source))
     return replace(traced, name=name, weights=weights, source=layered)
 
 
@@ -416,12 +454,17 @@ def _frames(problem: BaseException | None) -> Iterator[tuple[str, int | None]]:
         problem = problem.__cause__
 
 
+def _module_of_ours(path: Path) -> str:
+    """The module that a file of dsc's models is; of others ""."""
+    ours = path.resolve().parent == Path(configs.__file__).resolve().parent
+    return f"dsc.models.{path.stem}" if ours else ""
+
+
 def _module_at(path: Path) -> ModuleType:
     """Import a file under a name of its own; a file of dsc's models is the module it already is."""
-    models = Path(__file__).resolve().parent.parent / "models"
+    if ours := _module_of_ours(path):
+        return importlib.import_module(ours)
     path = path.resolve()
-    if path.parent == models:
-        return importlib.import_module(f"dsc.models.{path.stem}")
     name = f"dsc_user_model_{hashlib.sha256(str(path).encode()).hexdigest()[:12]}"
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:

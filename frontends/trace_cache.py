@@ -1,99 +1,178 @@
-"""Traced programs, kept between runs: tracing is the slowest part of a compile.
+"""Traced programs, kept between runs (`dsc/kept.py`): tracing is the slowest part of a compile.
 
-The key is everything that a trace depends on, in full: the configuration, the element type, the
-module's fingerprint (`fingerprint.py`), the sources of our own frontends, and the versions of torch
-and transformers. The file name is only its hash; the key itself is stored and compared. What is
-kept is the program's text and the few constants that tracing found; no weight is ever stored.
+A key is everything that a trace depends on, in full. Of a module in memory that is its fingerprint
+(`fingerprint.py`). Of code that is installed, as the stock classes are, it is where that lies and
+the packages beside it: then nothing is imported to find a trace. Which files the code consists of
+is known once it was traced, so an entry lists them with their digests, and holds while those are as
+they were. Code that this process imported before is a module in memory: somebody may have changed
+it there.
 
-The folder is `$XDG_CACHE_HOME/dsc/traces` (`~/.cache` by default); `DSC_TRACE_CACHE=off` turns the
-cache off. A damaged or foreign file is a miss.
+What is kept is the program's text, the types of what its module takes from a checkpoint, and the
+few constants that tracing found; no weight is ever stored.
 """
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import json
 import os
 import sys
+import time
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import replace
-from importlib.metadata import version
+from dataclasses import dataclass, replace
+from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dsc import frontends
+import dsc
+from dsc import kept
 from dsc._version import __version__
-from dsc.errors import DscError, FileError
-from dsc.files import write_bytes, write_text
-from dsc.frontends.fingerprint import Unknown, digest_of, fingerprint
-from dsc.ir import ops
+from dsc.errors import DscError
 from dsc.ir.lazy import torch
 from dsc.ir.parser import parse_program
 from dsc.ir.printer import print_program
 from dsc.ir.program import Program
-from dsc.ir.safetensors import open_safetensors
-from dsc.ir.weights import LayeredSource, MetaSource, source_types
-from dsc.user_folders import cache_entry
+from dsc.ir.types import DType, TensorType
+from dsc.ir.weights import WeightSource, source_types
 
 if TYPE_CHECKING:
     from torch import nn
 
-MAX_ENTRY_BYTES = 512 * 2**20
+KIND = "traces"
+OURS = ("frontends", "ir", "models")
+"""Folders of dsc whose code shapes a trace."""
+_STARTED = time.time()
+"""When no installed code that a key stands for had been read."""
+
+
+@dataclass(frozen=True)
+class Trace:
+    """A traced program, whose source holds the constants that tracing found and nothing else.
+
+    `parameters` are the names and types of what the module takes from a checkpoint.
+    """
+
+    program: Program
+    parameters: Mapping[str, TensorType]
+
+
+class _Constants(WeightSource):
+    """Constants out of an entry, in base64: torch is imported when one is read."""
+
+    def __init__(self, types: Mapping[str, TensorType], values: Mapping[str, str]) -> None:
+        self.types = {key: types[key] for key in values}
+        self.values = values
+
+    def load(self, key: str) -> torch.Tensor:
+        """The tensor."""
+        found = self.types[key]
+        shape: Any = found.shape
+        data = bytearray(base64.b64decode(self.values[key]))
+        if not data:
+            return torch.empty(shape, dtype=found.dtype.torch)
+        return torch.frombuffer(data, dtype=found.dtype.torch).view(shape)
 
 
 def key_of(module: nn.Module, **facts: Any) -> dict[str, Any] | None:
-    """Everything that the trace of `module` depends on; `facts` are the caller's part.
+    """Everything that the trace of a module in memory depends on; `facts` are the caller's part.
 
     `None` for a module that has an attribute which cannot be told by value: it is not kept.
     """
-    try:
-        found = fingerprint(module)
-    except Unknown:
+    from dsc.frontends.fingerprint import Unknown, fingerprint
+
+    with suppress(Unknown):
+        return {**facts, "module": fingerprint(module), **_surroundings()}
+    return None
+
+
+def key_of_installed(code: str, **facts: Any) -> dict[str, Any] | None:
+    """Everything that the trace of installed code depends on, but for what its files say.
+
+    `code` is a module or a package. `None` where this process has imported it.
+    """
+    if code in sys.modules:
         return None
-    ours = [p for folder in (frontends, ops) for p in Path(folder.__path__[0]).glob("*.py")]
+    return {**facts, "code": code, **_surroundings(code)}
+
+
+def _surroundings(*code: str) -> dict[str, Any]:
+    found = {name: find_spec(name) for name in ("torch", *code)}
     return {
-        **facts,
-        "module": found,
-        "ours": {str(p): digest_of(str(p)) for p in sorted(ours)},
-        "versions": {name: version(name) for name in ("torch", "transformers")},
+        "places": {name: spec.origin if spec else "" for name, spec in found.items()},
+        "packages": _packages(),
+        "ours": _ours(),
         "dsc": __version__,
-        "python": list(sys.version_info[:2]),
+        "python": sys.version,
     }
 
 
-def load(key: Mapping[str, Any]) -> Program | None:
-    """The traced program of a key, or `None`."""
-    try:
-        path = _path(key)
-        if path is None or not path.is_file() or path.stat().st_size > MAX_ENTRY_BYTES:
-            return None
-        entry = json.loads(path.read_text())
-        if entry["key"] != json.loads(json.dumps(key)):
+def _packages() -> list[str]:
+    """All installed packages with their versions, as their metadata's folders are called."""
+    names = set()
+    for folder in sys.path:
+        with suppress(OSError):
+            names |= {name for name in os.listdir(folder or ".") if name.endswith("-info")}
+    return sorted(names)
+
+
+@cache
+def _ours() -> dict[str, str]:
+    root = Path(dsc.__file__).parent
+    files = (file for folder in OURS for file in (root / folder).rglob("*.py"))
+    return {str(file.relative_to(root)): digest(file) for file in sorted(files)}
+
+
+def digest(file: str | Path) -> str:
+    """SHA-256 of a file as it is now."""
+    return hashlib.sha256(Path(file).read_bytes()).hexdigest()
+
+
+def load(key: Mapping[str, Any]) -> Trace | None:
+    """What is kept of a key, while its sources are what they were; else `None`."""
+    data = kept.get(KIND, key)
+    if data is None:
+        return None
+    with suppress(OSError, ValueError, KeyError, TypeError, RecursionError, DscError):
+        entry = json.loads(data)
+        if any(digest(file) != then for file, then in entry["sources"].items()):
             return None
         program = parse_program(entry["program"])
-        constants = open_safetensors(path.with_suffix(".safetensors"))
-    except (OSError, ValueError, KeyError, TypeError, RecursionError, DscError):
-        return None
-    types = source_types(program.weights.values())
-    return replace(program, source=LayeredSource((constants, MetaSource(types))))
+        types = source_types(program.weights.values())
+        constants = _Constants(types, entry["constants"])
+        parameters = {
+            name: TensorType(DType(dtype), tuple(shape))
+            for name, (dtype, shape) in entry["parameters"].items()
+        }
+        return Trace(replace(program, source=constants), parameters)
+    return None
 
 
-def store(key: Mapping[str, Any], program: Program, constants: Mapping[str, torch.Tensor]) -> None:
-    """Keep a traced program. `constants` are the values among its weights' sources, by key."""
-    from safetensors import SafetensorError
-    from safetensors.torch import save
+def store(key: Mapping[str, Any], trace: Trace) -> None:
+    """Keep a trace; none of installed code that changed since, which may be another than ran."""
+    sources = _sources(key["code"]) if "code" in key else []
+    if not all(os.stat(file).st_mtime < _STARTED for file in sources):
+        return
+    program = trace.program
+    constants = {name: program.source.load(name) for name in program.source.types}
+    entry = {
+        "sources": {file: digest(file) for file in sources},
+        "program": print_program(program),
+        "parameters": {k: (t.dtype, t.shape) for k, t in trace.parameters.items()},
+        "constants": {k: base64.b64encode(_bytes(v)).decode() for k, v in constants.items()},
+    }
+    kept.put(KIND, key, json.dumps(entry).encode())
 
-    # A cache that takes nothing is a slower compile, no error.
-    with suppress(FileError, OSError, SafetensorError):
-        path = _path(key)
-        if path is None:
-            return
-        values = save({k: v.contiguous() for k, v in constants.items()})
-        write_bytes(path.with_suffix(".safetensors"), values)
-        write_text(path, json.dumps({"key": key, "program": print_program(program)}))
+
+def _sources(code: str) -> list[str]:
+    """The files of all that was imported of a package."""
+    modules = [m for name, m in sys.modules.items() if f"{name}.".startswith(f"{code}.")]
+    files = {file for m in modules if (file := getattr(m, "__file__", None))}
+    return sorted(file for file in files if os.path.isfile(file))
 
 
-def _path(key: Mapping[str, Any]) -> Path | None:
-    if os.environ.get("DSC_TRACE_CACHE") == "off":
-        return None
-    return cache_entry("traces", key)
+def _bytes(tensor: torch.Tensor) -> bytes:
+    data: bytes = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+    return data

@@ -419,7 +419,19 @@ def test_a_users_own_file_is_blamed_with_its_line(
     text, words, line = FILES[what]
     path = tmp_path / "own.py"
     path.write_text(text)
-    refused(capsys, path, words, f"own.py:{line}\n" if line else "own.py\n")
+    code, error = run(capsys, "compile", str(path), "--backend", "reference", "--weights", "none")
+    assert code == 2, error
+    assert words in error
+    assert (f"own.py:{line}\n" if line else "own.py\n") in error
+    assert "Traceback" not in error
+
+
+def test_parameters_that_the_weights_are_not_for_are_told_before_tracing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "own.py"
+    path.write_text(FILES["raises in forward"][0])
+    refused(capsys, path, "missing tensors (2):", "w.weight", "unexpected tensors (201):")
 
 
 @pytest.mark.parametrize(

@@ -24,12 +24,12 @@ from dsc.frontends.causal_lm import (
     example_inputs,
     input_names,
     output_names,
+    parameter_types,
 )
 from dsc.frontends.config import ModelConfig
 from dsc.frontends.huggingface import (
     CheckpointModel,
     load_checkpoint,
-    retarget,
     stock_causal_lm,
 )
 from dsc.frontends.names import map_weights
@@ -136,7 +136,7 @@ def test_the_same_weights_serve_models_v3(tmp_path: Path) -> None:
     config = small()
     checkpoint = load_checkpoint(save(tmp_path, config, official(config)), DType.f32)
     ours = v3.build(config)
-    own = retarget(checkpoint, ours)
+    own = checkpoint.mapped(parameter_types(ours))
     assert own.weights == checkpoint.weights
     state = {name: evaluate(expr, own.source) for name, expr in own.weights.items()}
     ours.load_state_dict(state, strict=True)

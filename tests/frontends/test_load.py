@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import importlib
-import json
+import os
+import shutil
+import subprocess
+import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,72 +17,167 @@ import pytest
 import torch
 from torch import nn
 
-from dsc.errors import ConfigError, DscError, UsageError
-from dsc.frontends import trace_cache
+from dsc import kept
+from dsc.errors import ConfigError, UsageError
+from dsc.frontends import load, trace_cache
 from dsc.frontends.causal_lm import CausalLMStep
 from dsc.frontends.config import load_config
 from dsc.frontends.huggingface import stock_causal_lm
 from dsc.frontends.load import Asked, load_program
 from dsc.ir.limits import Limits
+from dsc.ir.op import type_of
 from dsc.ir.printer import print_program
 from dsc.ir.program import Program
-from dsc.ir.weights import DictSource, evaluate
+from dsc.ir.types import DType, TensorType
+from dsc.ir.weights import DictSource, Source, evaluate
 from dsc.models.configs import TINY_CHECKPOINT
 from tests.family import small
 from tests.runtime.test_session import small_lm
 
 KEY = {"config": {"a": 1}, "versions": {"torch": "2"}}
+PARAMETERS = {"head": TensorType(DType.bf16, (3, 2))}
+
+
+def trace() -> trace_cache.Trace:
+    """A program with one constant."""
+    source = DictSource({"inv": torch.tensor([1.0, 0.5])})
+    return trace_cache.Trace(replace(small_lm(), source=source), PARAMETERS)
 
 
 @pytest.fixture
 def cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An entry in a cache of one's own."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.delenv("DSC_TRACE_CACHE", raising=False)
-    trace_cache.store(KEY, small_lm(), {"inv": torch.tensor([1.0, 0.5])})
-    (entry,) = (tmp_path / "dsc" / "traces").glob("*.json")
+    trace_cache.store(KEY, trace())
+    (entry,) = (tmp_path / "dsc" / trace_cache.KIND).iterdir()
     return entry
 
 
 def test_a_kept_trace_comes_back(cached: Path) -> None:
     found = trace_cache.load(KEY)
     assert found is not None
-    assert print_program(found) == print_program(small_lm())
-    assert evaluate(found.weights["inv"], found.source).tolist() == [1.0, 0.5]
-    with pytest.raises(DscError):
-        evaluate(found.weights["head"], found.source)
+    program = found.program
+    assert print_program(program) == print_program(small_lm())
+    assert found.parameters == PARAMETERS
+    assert evaluate(program.weights["inv"], program.source).tolist() == [1.0, 0.5]
+    with pytest.raises(KeyError):
+        evaluate(program.weights["head"], program.source)
 
 
-def test_another_key_misses(cached: Path) -> None:
-    assert trace_cache.load({**KEY, "config": {"a": 2}}) is None
+@pytest.mark.parametrize("value", [torch.tensor(2.5), torch.zeros(0, 3), torch.ones(2).bfloat16()])
+def test_a_constant_comes_back_bit_for_bit(cached: Path, value: torch.Tensor) -> None:
+    program = small_lm()
+    weights = {**program.weights, "c": Source("c", type_of(value))}
+    program = replace(program, weights=weights, source=DictSource({"c": value}))
+    trace_cache.store({"another": 1}, trace_cache.Trace(program, {}))
+    found = trace_cache.load({"another": 1})
+    assert found is not None
+    assert torch.equal(found.program.source.load("c"), value)
 
 
-def test_a_file_with_another_key_misses(cached: Path) -> None:
-    entry = json.loads(cached.read_text())
-    entry["key"]["config"] = {"a": 3}
-    cached.write_text(json.dumps(entry))
+@pytest.mark.parametrize("entry", ["", "{}", "[" * 4000, '{"sources": {}, "program": "x"}'])
+def test_a_damaged_entry_misses(cached: Path, entry: str) -> None:
+    kept.put(trace_cache.KIND, KEY, entry.encode())
+    assert trace_cache.load(KEY) is None
+    cached.write_bytes(cached.read_bytes()[:-1])
     assert trace_cache.load(KEY) is None
 
 
-@pytest.mark.parametrize("garbage", [b"", b"{}", b"[" * 4000, b'{"key": 1, "program": "x"}'])
-def test_a_damaged_entry_misses(cached: Path, garbage: bytes) -> None:
-    cached.write_bytes(garbage)
-    assert trace_cache.load(KEY) is None
+@pytest.fixture
+def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A package `alien` that a trace of it was kept of, and that nobody has imported."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.syspath_prepend(tmp_path / "site")
+    package = tmp_path / "site" / "alien"
+    package.mkdir(parents=True)
+    for name, text in (("__init__", "from alien import part"), ("part", "x = 1"), ("other", "")):
+        (package / f"{name}.py").write_text(text)
+        os.utime(package / f"{name}.py", (1, 1))
+    key = trace_cache.key_of_installed("alien")
+    assert key is not None
+    importlib.import_module("alien")
+    assert trace_cache.key_of_installed("alien") is None  # it may have been changed in memory
+    trace_cache.store(key, trace())
+    forget_alien()
+    assert trace_cache.load(key) is not None
+    yield package
+    forget_alien()
 
 
-def test_damaged_constants_miss(cached: Path) -> None:
-    cached.with_suffix(".safetensors").write_bytes(b"1234")
-    assert trace_cache.load(KEY) is None
+def forget_alien() -> None:
+    for name in ("alien", "alien.part"):
+        sys.modules.pop(name, None)
 
 
-def test_the_cache_can_be_off(cached: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("DSC_TRACE_CACHE", "off")
-    assert trace_cache.load(KEY) is None
+def test_installed_code_that_was_edited_is_traced_anew(installed: Path) -> None:
+    key = trace_cache.key_of_installed("alien", config="c")
+    assert key is not None
+    (installed / "other.py").write_text("y = 1")  # was never imported
+    key = trace_cache.key_of_installed("alien")
+    assert key is not None
+    assert trace_cache.load(key) is not None
+    (installed / "part.py").write_text("x = 2")
+    assert trace_cache.load(key) is None
+    importlib.import_module("alien")
+    trace_cache.store(key, trace())  # when was it edited: before it was read, or since?
+    assert trace_cache.load(key) is None
+    (installed / "part.py").write_text("x = 1")
+    assert trace_cache.load(key) is not None
+    (installed / "part.py").unlink()
+    assert trace_cache.load(key) is None
+
+
+def test_the_key_of_installed_code_has_every_ingredient(
+    installed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    key = trace_cache.key_of_installed("alien", config="c")
+    assert key == trace_cache.key_of_installed("alien", config="c")
+    assert key != trace_cache.key_of_installed("alien", config="d")
+    (installed.parent / "torch-99.dist-info").mkdir()
+    with_package = trace_cache.key_of_installed("alien", config="c")
+    assert with_package != key
+    monkeypatch.setattr(trace_cache, "_ours", lambda: {"frontends/aten.py": "edited"})
+    with_edit = trace_cache.key_of_installed("alien", config="c")
+    assert with_edit != with_package
+    shutil.copytree(installed, installed.parent / "first" / "alien")
+    monkeypatch.syspath_prepend(installed.parent / "first")
+    assert trace_cache.key_of_installed("alien", config="c") != with_edit
+    monkeypatch.setattr(sys, "version", "4.0")
+    found = trace_cache.key_of_installed("alien", config="c")
+    assert found is not None
+    assert found["python"] == "4.0"
+
+
+@pytest.mark.parametrize(
+    ("model", "code"), [(TINY_CHECKPOINT, "transformers"), ("v3", "dsc.models.v3")]
+)
+def test_a_kept_trace_needs_neither_torch_nor_the_modelling_code(
+    model: str | Path, code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Kept with a program that stands in for it, and read by another process."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    config = load_config(TINY_CHECKPOINT)
+    module = CausalLMStep(stock_causal_lm(config, DType.bf16))
+    with monkeypatch.context() as patched:
+        patched.delitem(sys.modules, code)
+        step = load._Step(lambda: module, config, DType.bf16, code)
+    assert step.key is not None
+    assert step.kept is None
+    stand_in = replace(small_lm(), source=DictSource({}))
+    trace_cache.store(step.key, trace_cache.Trace(stand_in, step.parameters))
+    reader = (
+        "import sys; from dsc.frontends.load import load_program;"
+        f" program = load_program({str(model)!r}, max_context=64).program;"
+        " names = {'torch', 'transformers', 'dsc.models.v3', 'dsc.frontends.causal_lm'};"
+        " print(len(program.weights), program.limits.max_context, names & {*sys.modules})"
+    )
+    told = subprocess.run([sys.executable, "-c", reader], stdout=subprocess.PIPE, check=True)
+    assert told.stdout.decode() == f"{len(small_lm().weights)} 64 set()\n"
 
 
 def test_a_cache_that_cannot_be_written_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", "/dev/null/nowhere")
-    trace_cache.store(KEY, small_lm(), {})
+    trace_cache.store(KEY, trace())
     assert trace_cache.load(KEY) is None
 
 
@@ -86,8 +185,8 @@ def test_the_key_names_every_source() -> None:
     key = trace_cache.key_of(nn.Sequential(nn.Linear(2, 2)), dtype="f32")
     assert key is not None
     assert any(f.endswith("linear.py") for f in key["module"]["sources"])
-    assert any(f.endswith("torch_export.py") for f in key["ours"])
-    assert any(f.endswith("traced.py") for f in key["ours"])
+    assert {"frontends/torch_export.py", "ir/ops/traced.py", "ir/parser.py"} <= set(key["ours"])
+    assert any(name.startswith("torch-") for name in key["packages"])
 
 
 CHANGES: dict[str, Callable[[Any], None]] = {
