@@ -4,8 +4,8 @@ Importing this package imports neither triton nor a driver. How a program become
 
     lower/       each operator to launches of kernels, views without copies; regions.py says which
                  kernel is generated for a region, or for an operator that is one alone
-    rows.py      the generator for operators along rows, pointwise.py for chains of elements,
-                 epilogue.py for what follows a GEMM on its tiles
+    rows.py      the generator for operators along rows and chains of elements, epilogue.py for
+                 what follows a GEMM on its tiles; pointwise.py has the formulas of both
     kernels/     the templates of all else: products, attention, experts, lookups and scans
     blocks.py    block sizes by target, the interpreter's among them
     compile.py   launches' kernels to cubin and hsaco, in a process of its own

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from dsc.ir.dims import Dim
+
 INTERPRET = "interpret"
 INTERPRET_ELEMENTS = 1 << 18
 DOT_MINIMUM = 16  # the smallest tile edge that tl.dot takes on every target
@@ -17,6 +19,11 @@ DOT_MINIMUM = 16  # the smallest tile edge that tl.dot takes on every target
 def next_power(n: int) -> int:
     """The smallest power of two that is at least `n` (1 for 0)."""
     return 1 << max(n - 1, 0).bit_length()
+
+
+def ceil_div(n: Dim, block: int) -> Dim:
+    """N / block rounded up: the number of tiles."""
+    return (n + (block - 1)) // block if block > 1 else n
 
 
 def clamp_power(n: int, low: int, high: int) -> int:

@@ -12,12 +12,13 @@ from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
-from dsc.backends.triton import pointwise
 from dsc.backends.triton.blocks import Blocks
 from dsc.backends.triton.launch import POINTER_TYPES, Kernel, LaunchProgram, is_multiple
+from dsc.backends.triton.rows import elementwise
 from dsc.ir import views
 from dsc.ir.dims import Dim, Range, Sym, bounds, free_symbols
 from dsc.ir.graph import Node, Operand, Weight
+from dsc.ir.region_steps import Literal
 from dsc.ir.types import TensorType
 from dsc.ir.views import View
 from dsc.runtime.plan import ARENA, READ, UPDATE, WEIGHT, WRITE, Argument, Draft, Launch, Ref
@@ -76,7 +77,7 @@ class Context:
     def _constant(self, value: float, type: TensorType) -> View:
         """One element of memory, broadcast by stride 0."""
         one = self.make(type.with_shape(()))
-        pointwise.emit(self, pointwise.constant_region(value, type.dtype), [], [one])
+        elementwise("copy", [Literal(value)], one).launch(self)
         return views.expand(one, type.shape)
 
     def operands(self, node: Node) -> list[View]:
@@ -107,7 +108,8 @@ class Context:
 
     def copy(self, source: View, target: View) -> None:
         """Copy elements between two layouts of one shape."""
-        pointwise.emit(self, pointwise.copy_region(source, target.dtype), [source], [target])
+        op = "copy" if source.dtype is target.dtype else "cast"
+        elementwise(op, [source], target).launch(self)
 
     def dense(self, view: View) -> View:
         """The view, or a dense copy of it."""
@@ -187,11 +189,6 @@ class Context:
                 node=self.node.outputs[0].name if self.node is not None else "",
             )
         )  # fmt: skip
-
-
-def ceil_div(n: Dim, block: int) -> Dim:
-    """N / block rounded up: the number of tiles."""
-    return (n + (block - 1)) // block if block > 1 else n
 
 
 def template(module: str) -> str:

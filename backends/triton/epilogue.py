@@ -8,58 +8,69 @@ never written and read again.
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from collections.abc import Sequence
 
-from dsc.backends.triton.pointwise import Region, expression, widen
+from dsc.backends.triton.pointwise import applied, literal, rounded, wide_type, widen
 from dsc.ir.dims import Dim
+from dsc.ir.region_columns import PRODUCT, ColumnStep
+from dsc.ir.region_steps import Lines, Literal, NoKernel, Read
+from dsc.ir.types import DType
 from dsc.ir.views import View
 
 MARK = "    # A fused region's operators go here.\n"
 
 
-@dataclass(frozen=True, slots=True)
 class Epilogue:
-    """A region over the tile; value 0 is the accumulator.
+    """Steps over the tile of a product of element type `dtype`; the `result`-th is stored.
 
-    `operands` are the other inputs in order: a view, its stride over rows and over columns.
+    Raises `NoKernel` for an operand whose rows no stride tells apart.
     """
 
-    region: Region
-    operands: tuple[tuple[View, Dim, Dim], ...]
+    def __init__(self, steps: Sequence[ColumnStep], result: int, dtype: DType) -> None:
+        self.names: dict[Lines, str] = {}
+        self.lines = ["keep = (m[:, None] < M) & (n[None, :] < N)"]
+        self.lines.append(f"v{PRODUCT + 1} = {rounded('acc', dtype)}")
+        for step in steps:
+            made = applied(step, [self._read(x) for x in step.reads])
+            self.lines.append(f"v{step.number + 1} = {made}")
+        self.lines.append(f"acc = v{result + 1}")
+        named = [s.op for s in steps if s.op != "cast"]
+        self.title = "_".join(dict.fromkeys(named))[:40].rstrip("_") or "cast"
+        self.arguments: dict[str, View | Dim] = {}
+        """The parameters that it adds to a launch."""
+        for lines, name in self.names.items():
+            row, column = tile_strides(lines)
+            self.arguments |= {name: lines.view, f"{name}_m": row, f"{name}_n": column}
+
+    def _read(self, read: Read) -> str:
+        """The name or number of what a step reads."""
+        source = read.source
+        if isinstance(source, Literal):
+            return f"tl.full((1, 1), {literal(source.value, read.dtype)}, {wide_type(read.dtype)})"
+        if not isinstance(source, Lines):
+            return f"v{source + 1}"
+        if source not in self.names:
+            name = self.names[source] = f"e{len(self.names)}"
+            at = f"{name} + m[:, None].to(tl.int64) * {name}_m + n[None, :] * {name}_n"
+            self.lines.append(f"x_{name} = tl.load({at}, mask=keep, other=0){widen(read.dtype)}")
+        return f"x_{self.names[source]}"
+
+
+def tile_strides(lines: Lines) -> tuple[Dim, Dim]:
+    """Strides over the rows and over the columns of a tile."""
+    if lines.lead > 1:
+        raise NoKernel("rows that are not evenly spaced")
+    return lines.rows[0][1] if lines.rows else 0, lines.inner[0]
 
 
 def gemm_source(template: str, epilogue: Epilogue) -> tuple[str, str]:
     """The module name and text of `gemm` with an epilogue."""
-    region = epilogue.region
-    names = [f"e{number}" for number in range(1, len(region.inputs))]
-    extra = "".join(f"    {name},\n    {name}_m,\n    {name}_n,\n" for name in names)
-    lines = ["keep = (m[:, None] < M) & (n[None, :] < N)", "v0 = acc"]
-    for number, name in enumerate(names, start=1):
-        at = f"{name} + m[:, None].to(tl.int64) * {name}_m + n[None, :] * {name}_n"
-        lines.append(f"v{number} = tl.load({at}, mask=keep, other=0){widen(region.inputs[number])}")
-    for number, step in enumerate(region.steps, start=len(region.inputs)):
-        lines.append(f"v{number} = {expression(region, step, '(BLOCK_M, BLOCK_N)')}")
-    lines.append(f"acc = v{region.results[0]}")
-    body = "".join(f"    {line}\n" for line in lines)
-    ops = _ops(region)
+    extra = "".join(f"    {name},\n" for name in epilogue.arguments)
+    body = "".join(f"    {line}\n" for line in epilogue.lines)
     digest = hashlib.sha256((extra + body).encode()).hexdigest()[:8]
-    function = f"gemm_{ops}_{digest}"
+    function = f"gemm_{epilogue.title}_{digest}"
     head, _, rest = template.partition("@triton.jit\ndef gemm(\n")
     kernel = "@triton.jit\ndef gemm(\n" + rest.partition("\n\n\n@triton.jit")[0] + "\n"
     kernel = kernel.replace("    c,\n", f"    c,\n{extra}", 1).replace(MARK, body, 1)
     kernel = kernel.replace("def gemm(", f"def {function}(", 1)
     return function, head + kernel
-
-
-def _ops(region: Region) -> str:
-    named = [s.op for s in region.steps if s.op not in ("full", "cast")]
-    return "_".join(dict.fromkeys(named))[:40].rstrip("_") or "cast"
-
-
-def arguments(epilogue: Epilogue | None) -> dict[str, View | Dim]:
-    """The parameters that an epilogue adds to the launch."""
-    given: dict[str, View | Dim] = {}
-    if epilogue is not None:
-        for number, (view, row, column) in enumerate(epilogue.operands, start=1):
-            given |= {f"e{number}": view, f"e{number}_m": row, f"e{number}_n": column}
-    return given

@@ -1,37 +1,18 @@
-"""The generator for pointwise regions: a list of operators becomes one kernel's source text.
+"""What each pointwise operator computes, as text over names of values in registers.
 
-A region has one iteration shape. Operands are addressed by broadcast strides; axes that all walk
-alike are merged first; values live in registers, 16-bit floats widened to fp32. The text depends
-only on the structure of the region, so regions that differ in sizes share a source file.
-
-    swiglu on bf16[M,1024], the two halves of bf16[M,2048], becomes
-
-    def pointwise_swiglu_5d2e(in0, in1, out0, n, d1, in0_s0, in1_s0, BLOCK: tl.constexpr):
-        i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-        keep = i < n
-        i1 = i % d1
-        i0 = i // d1
-        v0 = tl.load(in0 + i0 * in0_s0 + i1, mask=keep, other=0).to(tl.float32)
-        …
+16-bit floats are widened to fp32, and rounded after each operator as memory would round them.
 """
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from dsc.ir import views
-from dsc.ir.dims import Dim, product
 from dsc.ir.op import kernel_of, traits_of
+from dsc.ir.region_steps import Step
 from dsc.ir.traits import Role
 from dsc.ir.types import DType
-from dsc.ir.views import View
-
-if TYPE_CHECKING:
-    from dsc.backends.triton.context import Context, Given
 
 TYPES = {
     DType.f32: "tl.float32", DType.f64: "tl.float64", DType.bf16: "tl.bfloat16",
@@ -44,7 +25,6 @@ _NAN = "propagate_nan=tl.PropagateNan.ALL"
 
 # Operator to expression over {0}, {1}, {2}; the second entry is for integers where that differs.
 EXPRESSIONS: dict[str, tuple[str, str | None]] = {
-    "copy": ("{0}", None),
     "add": ("{0} + {1}", None),
     "sub": ("{0} - {1}", None),
     "mul": ("{0} * {1}", None),
@@ -108,166 +88,21 @@ def expressions(op: str) -> tuple[str, str | None]:
     return (own, None) if isinstance(own, str) else EXPRESSIONS[op]
 
 
-@dataclass(frozen=True, slots=True)
-class Step:
-    """One operator of a region: its operands are numbers of earlier values, inputs first."""
-
-    op: str
-    args: tuple[int, ...]
-    dtype: DType
-    value: float | int | bool = 0  # of `full` and `iota` (its start)
-
-
-@dataclass(frozen=True, slots=True)
-class Region:
-    """Inputs, operators in order, and the numbers of the values that are results."""
-
-    inputs: tuple[DType, ...]
-    steps: tuple[Step, ...]
-    results: tuple[int, ...]
-
-    def dtype(self, number: int) -> DType:
-        """The element type of a value."""
-        known = len(self.inputs)
-        return self.inputs[number] if number < known else self.steps[number - known].dtype
-
-
-def copy_region(source: View, dtype: DType) -> Region:
-    """The region that copies (and casts) one operand."""
-    op = "copy" if source.dtype is dtype else "cast"
-    return Region((source.dtype,), (Step(op, (0,), dtype),), (1,))
-
-
-def constant_region(value: float, dtype: DType) -> Region:
-    """The region that writes one value."""
-    return Region((), (Step("full", (), dtype, value),), (0,))
-
-
-def emit(ctx: Context, region: Region, inputs: Sequence[View], outputs: Sequence[View]) -> None:
-    """Append the launch of a region; operands broadcast to the shape of the outputs."""
-    shape = outputs[0].shape
-    operands = [views.expand(v, shape) for v in inputs] + list(outputs)
-    dims, strides = collapse(shape, [v.strides for v in operands])
-    n = product(shape)
-    wide = max(ctx.limit(ctx_reach(v)) for v in operands) >= 1 << 31
-    module, text = source(region, strides, wide)
-    ctx.sources.setdefault(module, text)
-    names = [f"in{k}" for k in range(len(inputs))] + [f"out{k}" for k in range(len(outputs))]
-    given: dict[str, Given] = dict(zip(names, operands, strict=True))
-    given |= {f"d{axis}": dims[axis] for axis in range(1, len(dims))}
-    for name, steps in zip(names, strides, strict=True):
-        given |= {f"{name}_s{a}": s for a, s in enumerate(steps) if _is_parameter(s)}
-    block = ctx.blocks.flat(ctx.limit(n))
-    grid = ((n + (block - 1)) // block if block > 1 else n,)
-    ctx.launch(f"{module}:{module}", grid, {"n": n, "BLOCK": block, **given})
-
-
-def ctx_reach(view: View) -> Dim:
-    """An upper bound of the element offsets that a view touches, counted from its start."""
-    reach: Dim = 1
-    for dim, stride in zip(view.shape, view.strides, strict=True):
-        reach = reach + dim * stride
-    return reach
-
-
-def collapse(
-    shape: Sequence[Dim], strides: Sequence[Sequence[Dim]]
-) -> tuple[list[Dim], list[list[Dim]]]:
-    """Drop axes of one element and merge neighbours that every operand walks as one."""
-    axes = [(d, [s[a] for s in strides]) for a, d in enumerate(shape) if d != 1]
-    merged: list[tuple[Dim, list[Dim]]] = []
-    for dim, steps in axes:
-        if merged:
-            outer, before = merged[-1]
-            if all(b == s * dim for b, s in zip(before, steps, strict=True)):
-                merged[-1] = (outer * dim, steps)
-                continue
-        merged.append((dim, steps))
-    per_operand = [[steps[k] for _, steps in merged] for k in range(len(strides))]
-    return [d for d, _ in merged], per_operand
-
-
-def _is_parameter(stride: Dim) -> bool:
-    return not (isinstance(stride, int) and stride in (0, 1))
-
-
-def source(region: Region, strides: Sequence[Sequence[Dim]], wide: bool) -> tuple[str, str]:
-    """The module name and text of a region over operands with these (collapsed) strides."""
-    names = [f"in{k}" for k in range(len(region.inputs))]
-    names += [f"out{k}" for k in range(len(region.results))]
-    rank = len(strides[0]) if strides else 0
-    parameters = [*names, "n", *(f"d{a}" for a in range(1, rank))]
-    for name, steps in zip(names, strides, strict=True):
-        parameters += [f"{name}_s{a}" for a, s in enumerate(steps) if _is_parameter(s)]
-    start = "tl.program_id(0).to(tl.int64)" if wide else "tl.program_id(0)"
-    body = [f"i = {start} * BLOCK + tl.arange(0, BLOCK)", "keep = i < n", *_indices(rank)]
-    for number, dtype in enumerate(region.inputs):
-        at = _address(names[number], strides[number])
-        body.append(f"v{number} = tl.load({at}, mask=keep, other=0){widen(dtype)}")
-    for number, step in enumerate(region.steps, start=len(region.inputs)):
-        body.append(f"v{number} = {expression(region, step)}")
-    for number, name, steps in zip(
-        region.results, names[len(region.inputs) :], strides[len(region.inputs) :], strict=True
-    ):
-        body.append(f"tl.store({_address(name, steps)}, v{number}, mask=keep)")
-    ops = "_".join(dict.fromkeys(s.op for s in region.steps if s.op not in ("full", "cast")))
-    ops = ops or "_".join(dict.fromkeys(s.op for s in region.steps)) or "copy"
-    digest = hashlib.sha256("\n".join([*parameters, *body]).encode()).hexdigest()[:8]
-    function = f"pointwise_{ops[:40].rstrip('_')}_{digest}"
-    arguments = "".join(f"    {p},\n" for p in parameters)
-    lines = "\n".join(f"    {line}" for line in body)
-    summary = " ".join(s.op for s in region.steps)
-    doc = f'    """{summary}; one element a lane, operands by strides."""\n'
-    return function, (
-        f'"""Generated: a pointwise kernel."""\n\nimport triton\nimport triton.language as tl\n\n\n'
-        f"@triton.jit\ndef {function}(\n{arguments}    BLOCK: tl.constexpr,\n):\n{doc}{lines}\n"
-    )
-
-
-def _indices(rank: int) -> list[str]:
-    """The index of each axis from the flat index, innermost first."""
-    if rank <= 1:
-        return ["i0 = i"] if rank else []
-    lines, rest = [], "i"
-    for axis in range(rank - 1, 0, -1):
-        lines.append(f"i{axis} = {rest} % d{axis}")
-        target = "i0" if axis == 1 else f"r{axis}"
-        lines.append(f"{target} = {rest} // d{axis}")
-        rest = target
-    return lines
-
-
-def _address(name: str, strides: Sequence[Dim]) -> str:
-    terms = [name]
-    for axis, stride in enumerate(strides):
-        if stride == 1:
-            terms.append(f"i{axis}")
-        elif _is_parameter(stride):
-            terms.append(f"i{axis} * {name}_s{axis}")
-    return " + ".join(terms) if len(terms) > 1 else f"{name} + i * 0"
-
-
 def widen(dtype: DType) -> str:
     """The conversion of a loaded value to the type it is computed in."""
     return ".to(tl.float32)" if dtype.is_float and dtype.bits < 32 else ""
 
 
-def expression(region: Region, step: Step, tile: str = "(BLOCK,)") -> str:
-    """The expression of one operator over registers of earlier values of shape `tile`."""
-    if step.op == "full":
-        return f"tl.full({tile}, {literal(step.value, step.dtype)}, {wide_type(step.dtype)})"
-    if step.op == "iota":
-        return f"(i + {int(step.value)}).to({wide_type(step.dtype)})"
-    of = region.dtype(step.args[0])
-    return formula(step.op, step.dtype, [f"v{a}" for a in step.args], of)
-
-
-def formula(op: str, dtype: DType, args: Sequence[str], of: DType) -> str:
-    """What an operator on elements of type `of` computes, as an expression over names."""
-    if op == "cast":
-        return f"{args[0]} != 0" if dtype is DType.boolean else _narrowed(args[0], dtype)
-    first, integer = expressions(op)
-    return (first if integer is None or of.is_float else integer).format(*args)
+def applied(step: Step, values: Sequence[str]) -> str:
+    """What a step computes, as an expression over the names of what it reads."""
+    if step.op == "copy":
+        return values[0]
+    if step.op == "cast":
+        boolean = step.dtype is DType.boolean
+        return f"{values[0]} != 0" if boolean else _narrowed(values[0], step.dtype)
+    floats, integers = expressions(step.op)
+    chosen = floats if integers is None or step.reads[0].dtype.is_float else integers
+    return rounded(chosen.format(*values), step.dtype)
 
 
 def rounded(value: str, dtype: DType) -> str:

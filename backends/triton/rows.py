@@ -1,12 +1,13 @@
-"""The generator for row-wise regions: norms, softmax, reductions, rope, cache writes, pointwise.
+"""The generator for regions without a product: norms, softmax, rope, cache writes, pointwise.
 
 A program takes BLOCK_ROWS rows. What operators of a row tell each other stays in registers, on
 blocks [BLOCK_ROWS, BLOCK] padded to powers of two; floats of 16 bits are widened, and rounded after
 each operator as memory would round them. Angles of rope are computed once for all that it turns,
 and the halves of a rotated row go straight to where they are wanted, the cache's rows among it.
 
-Columns that are the same for all operators are shared out among programs, unless one reduces them:
-then a row is held whole, or, by a reduction alone, walked along block by block.
+Where all operators are pointwise and of one shape, a row is an element and blocks are flat. Columns
+that are the same for all operators are shared out among programs, unless one reduces them: then a
+row is held whole, or, by a reduction alone, walked along block by block.
 """
 
 from __future__ import annotations
@@ -15,14 +16,19 @@ import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from dsc.backends.triton.blocks import RowTile, next_power
-from dsc.backends.triton.context import Context, Given, ceil_div
-from dsc.backends.triton.pointwise import formula, literal, rounded, wide_type, widen
+from dsc.backends.triton.blocks import RowTile, ceil_div, next_power
+from dsc.backends.triton.pointwise import applied, literal, rounded, wide_type, widen
+from dsc.ir import views
 from dsc.ir.dims import Dim, product
-from dsc.ir.region_steps import Lines, Literal, NoKernel, Read, Rows, RowStep
+from dsc.ir.graph import Attrs
+from dsc.ir.region_steps import Lines, Literal, NoKernel, Read, RowStep
 from dsc.ir.traits import Role
 from dsc.ir.views import View, joined
+
+if TYPE_CHECKING:
+    from dsc.backends.triton.context import Context, Given
 
 HELD = 1 << 13
 """Elements of a row that a reduction alone holds; it walks along longer ones."""
@@ -59,8 +65,8 @@ class _Value:
 class RowKernel:
     """The text of a region's kernel, and what a launch of it is told. Raises `NoKernel`."""
 
-    def __init__(self, found: Rows) -> None:
-        self.found = found
+    def __init__(self, steps: Sequence[RowStep], rows: Dim) -> None:
+        self.steps, self.rows = steps, rows
         self.lines: list[str] = []
         self.indent = 1
         self.pointers: dict[View, str] = {}
@@ -68,28 +74,35 @@ class RowKernel:
         self.values: dict[int, _Value] = {}
         self.known: dict[str, str] = {}
         """Names of what was computed before, by expression."""
-        pairs = {s.number: _pairs(s) for s in found.steps if s.role is Role.ROTATION}
-        counts = {s.number: _count(s, pairs) for s in found.steps}
+        pairs = {s.number: _pairs(s) for s in steps if s.role is Role.ROTATION}
+        counts = {s.number: _count(s, pairs) for s in steps}
         self.columns = {
             count: _Columns(count, f"d{i}", f"k{i}", f"BLOCK_{i}")
             for i, count in enumerate(dict.fromkeys(counts.values()))
         }
         self.counts = counts
-        reduces = any(s.role is Role.REDUCTION for s in found.steps)
+        self.flat = all(s.role is Role.POINTWISE and s.extents == (1,) for s in steps)
+        if self.flat:
+            self.columns = {1: _Columns(1, "", "live", "")}
+        reduces = any(s.role is Role.REDUCTION for s in steps)
         self.tiled = not reduces and len(self.columns) == 1
-        first = counts[found.steps[0].number]
+        first = counts[steps[0].number]
         long = not isinstance(first, int) or first > HELD
-        self.walks = reduces and len(found.steps) == 1 and long
+        self.walks = reduces and len(steps) == 1 and long
         if not self.tiled and not self.walks:
-            _check_held(found.steps, counts)
+            _check_held(steps, counts)
         self._write_text()
 
     def _write_text(self) -> None:
-        self._say("row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS")
-        self._say("row += tl.arange(0, BLOCK_ROWS)[:, None]")
+        if self.flat:
+            self._say("row = tl.program_id(0)", "if WIDE:", "    row = row.to(tl.int64)")
+            self._say("row = row * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)")
+        else:
+            self._say("row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS")
+            self._say("row += tl.arange(0, BLOCK_ROWS)[:, None]")
         self._say("live = row < rows")
         for columns in self.columns.values():
-            if not self.walks:
+            if not self.walks and not self.flat:
                 self._index(columns, f"tl.program_id(1) * {columns.block} + " if self.tiled else "")
         emit = {
             Role.POINTWISE: self._pointwise,
@@ -97,7 +110,7 @@ class RowKernel:
             Role.ROTATION: self._rotation,
             Role.WRITE: self._write,
         }
-        for step in self.found.steps:
+        for step in self.steps:
             emit[step.role](step, self.columns[self.counts[step.number]])
 
     # --- names ------------------------------------------------------------------------------------
@@ -140,6 +153,7 @@ class RowKernel:
         """The parts of a position that an index over axes, each (extent, stride), stands for."""
         terms = []
         merged = joined(axes)
+        wide = "" if self.flat else ".to(tl.int64)"
         for k in reversed(range(len(merged))):
             extent, stride = merged[k]
             own = index
@@ -151,15 +165,20 @@ class RowKernel:
             if stride == 1:
                 terms.append(own)
             elif stride != 0:
-                terms.append(f"({own}).to(tl.int64) * {self._number(stride)}")
+                terms.append(f"({own}){wide} * {self._number(stride)}")
         return terms
 
     def _place(
-        self, lines: Lines, columns: _Columns, inner: Sequence[tuple[str, int]] = ()
+        self,
+        lines: Lines,
+        columns: _Columns,
+        inner: Sequence[tuple[str, int]] = (),
+        each: bool = False,
     ) -> tuple[str, str]:
         """Where elements lie, and the argument that says which there are.
 
-        `inner` are indices of the axes of a row with their positions, else the columns unravel.
+        `inner` are indices of the axes of a row with their positions, else the columns unravel. One
+        element for all is a scalar, unless `each` is to have an address.
         """
         view, lead = lines.view, lines.lead
         axes = list(zip(view.shape, view.strides, strict=True))
@@ -169,6 +188,8 @@ class RowKernel:
         else:
             within = self._terms(columns.index, axes[lead:])
         pointer = self.pointers.setdefault(view, f"p{len(self.pointers)}")
+        if each and not outer and not within:
+            outer = ["row * 0"]
         mask = ""
         if outer:
             mask = f", mask={columns.mask if within else 'live'}"
@@ -188,7 +209,8 @@ class RowKernel:
             return self._load(read.source, columns)
         if isinstance(read.source, Literal):
             value = literal(read.source.value, read.dtype)
-            return self._named(f"tl.full((1, 1), {value}, {wide_type(read.dtype)})")
+            shape = "(1,)" if self.flat else "(1, 1)"
+            return self._named(f"tl.full({shape}, {value}, {wide_type(read.dtype)})")
         (*more, part) = self.values[read.source].parts
         if more:
             raise NoKernel("an operator on what rope computes")
@@ -199,20 +221,19 @@ class RowKernel:
         self.values[step.number] = value
         for lines in step.writes:
             for part, inner in zip(value.parts, value.places or ((),), strict=True):
-                place, mask = self._place(lines, value.columns, _indices(inner))
+                place, mask = self._place(lines, value.columns, _indices(inner), each=True)
                 self._say(f"tl.store({place}, {part}{mask})")
 
     # --- operators --------------------------------------------------------------------------------
 
     def _pointwise(self, step: RowStep, columns: _Columns) -> None:
-        dtype, of = step.node.output.type.dtype, step.reads[0].dtype
-        made = formula(step.node.op, dtype, [self._read(r, columns) for r in step.reads], of)
-        self._say(f"v{step.number} = {rounded(made, dtype)}")
+        made = applied(step, [self._read(x, columns) for x in step.reads])
+        self._say(f"v{step.number} = {made}")
         self._keep(step, _Value((f"v{step.number}",), columns))
 
     def _reduction(self, step: RowStep, columns: _Columns) -> None:
         """Statistics of a row; then each of its elements by them, or they are all there is."""
-        op, dtype, name = step.node.op, step.node.output.type.dtype, f"s{step.number}"
+        op, dtype, name = step.op, step.dtype, f"s{step.number}"
         count, mask = self._number(columns.count), columns.mask
         wide = "tl.float32" if dtype.is_float else "tl.int64"
         start, neutral = "0", "0"
@@ -229,7 +250,7 @@ class RowKernel:
         if op == "mean":
             self._say(f"{name} = {name} / {count}")
         elif op == "rms_norm":
-            self._say(f"{name} = tl.rsqrt({name} / {count} + {float(step.node.attrs['eps'])!r})")
+            self._say(f"{name} = tl.rsqrt({name} / {count} + {float(step.attrs['eps'])!r})")
         if op not in ("rms_norm", "softmax"):
             self._say(f"{name} = {rounded(name, dtype)}")
             self._keep(step, _Value((name,), columns))
@@ -255,11 +276,11 @@ class RowKernel:
             i, heads = self._named(f"{i} % {half}"), (self._named(f"{i} // {half}"),)
         position = self._named(f"{self._load(positions, columns)}.to(tl.float32)")
         angle = self._named(f"{position} * {self._load(frequencies, columns, ((i, 0),))}")
-        scale = float(step.node.attrs["scale"])
+        scale = float(step.attrs["scale"])
         cos, sin = (self._named(f"tl.{f}({angle}) * {scale!r}") for f in ("cos", "sin"))
         halves = ((*heads, i), (*heads, f"{i} + {half}"))
         pairs = ((*heads, f"2 * {i}"), (*heads, f"2 * {i} + 1"))
-        layout, dtype = step.node.attrs["layout"], step.node.output.type.dtype
+        layout, dtype = step.attrs["layout"], step.dtype
         a, b = (
             self._load(x, columns, _indices(own)) for own in (halves if layout == "half" else pairs)
         )
@@ -297,9 +318,11 @@ class RowKernel:
     def text(self) -> tuple[str, str]:
         """The kernel's name and source."""
         blocks = ["BLOCK_ROWS", *(c.block for c in self.columns.values())]
+        if self.flat:
+            blocks = ["WIDE", "BLOCK_ROWS"]
         names = [*self.pointers.values(), "rows", *self.numbers.values()]
         parameters = [*names, *(f"{b}: tl.constexpr" for b in blocks)]
-        ops = [s.node.op for s in self.found.steps]
+        ops = [s.op for s in self.steps]
         digest = hashlib.sha256("\n".join([*parameters, *self.lines]).encode()).hexdigest()[:8]
         name = f"{'_'.join(dict.fromkeys(ops))[:48].rstrip('_')}_{digest}"
         arguments = "".join(f"    {p},\n" for p in parameters)
@@ -315,9 +338,11 @@ class RowKernel:
         """Append the launch."""
         name, text = self.text()
         ctx.sources.setdefault(name, text)
-        rows = self.found.rows
+        rows = self.rows
         widths = [next_power(ctx.limit(count)) for count in self.columns]
-        if self.tiled:
+        if self.flat:
+            tile = RowTile(ctx.blocks.flat(ctx.limit(rows)), 0)
+        elif self.tiled:
             tile = ctx.blocks.copy(ctx.limit(rows), widths[0])
         elif self.walks:
             tile = ctx.blocks.loop(ctx.limit(rows), widths[0])
@@ -325,14 +350,32 @@ class RowKernel:
             whole = ctx.blocks.rows(ctx.limit(rows), sum(widths))
             tile = RowTile(whole.rows, 0, whole.warps)
         grid: tuple[Dim, ...] = (ceil_div(rows, tile.rows),)
-        if self.tiled:
+        if self.tiled and not self.flat:
             grid = (*grid, ceil_div(next(iter(self.columns)), tile.columns))
         given: dict[str, Given] = {name: view for view, name in self.pointers.items()}
         given |= {name: dim for dim, name in self.numbers.items()}
         given |= {"rows": rows, "BLOCK_ROWS": tile.rows}
-        for columns, width in zip(self.columns.values(), widths, strict=True):
-            given[columns.block] = tile.columns or width
+        if self.flat:
+            reach = max(ctx.limit(d) for d in (rows, *map(views.extent, self.pointers)))
+            given["WIDE"] = reach >= 1 << 31
+        else:
+            for columns, width in zip(self.columns.values(), widths, strict=True):
+                given[columns.block] = tile.columns or width
         ctx.launch(f"{name}:{name}", grid, given, tile.warps)
+
+
+def elementwise(op: str, operands: Sequence[View | Literal], target: View) -> RowKernel:
+    """The kernel of one pointwise operator, or `copy`, on operands that broadcast to `target`."""
+    rank, dtype = len(target.shape), target.dtype
+    reads = tuple(
+        Read(x, dtype)
+        if isinstance(x, Literal)
+        else Read(Lines.of(views.expand(x, target.shape), rank), x.dtype)
+        for x in operands
+    )
+    writes = (Lines.of(target, rank),)
+    step = RowStep(0, op, dtype, Attrs(), reads, Role.POINTWISE, (1,), writes=writes)
+    return RowKernel((step,), product(target.shape))
 
 
 def _pairs(step: RowStep) -> int:

@@ -21,6 +21,7 @@ from dsc import ir, kept
 from dsc.backends.tvm import workers
 from dsc.backends.tvm.launch import Launch
 from dsc.backends.tvm.machine import Machine, cpu_of
+from dsc.ir.graph import Attrs
 from dsc.ir.op import added
 from dsc.runtime.emission import Progress
 
@@ -100,6 +101,8 @@ def canonical(value: Hashable) -> str:
             return f"{type(value).__qualname__}.{value.name}"
         case tuple():
             return f"({', '.join(map(canonical, value))})"
+        case Attrs():
+            return f"{{{', '.join(f'{k}: {canonical(v)}' for k, v in value.items())}}}"
         case frozenset():
             return f"{{{', '.join(sorted(map(canonical, value)))}}}"
         case type() | _ if hasattr(value, "__code__"):

@@ -3,49 +3,56 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import fields, is_dataclass, replace
 from functools import reduce
-from typing import TypeAlias
+from typing import Any, TypeVar
 
-from dsc.backends.tvm.tir import (
-    Expr,
-    bind,
-    for_each,
-    integer,
-    tirx,
-)
-from dsc.ir.dims import Dim
+from dsc.backends.tvm.tir import Expr, bind, for_each, integer, tirx
+from dsc.ir.dims import Dim, Sym, symbol
 
-Pattern: TypeAlias = tuple[int | str, ...]
-"""A shape in a kernel's key: an integer, or `$i` for run-time size i."""
+Key = TypeVar("Key")
 
 
 class SizeTable:
-    """Numbers the symbolic dims of a node, so that equal nodes of other layers share a kernel."""
+    """Numbers symbolic dims, so that equal nodes of other layers and entries share a kernel.
+
+    In a kernel's key stand integers, and the symbol `$i` for run-time size i.
+    """
 
     def __init__(self) -> None:
         self.dims: list[Dim] = []
 
-    def dim(self, dim: Dim) -> int | str:
-        """A dim as it stands in a key."""
-        if isinstance(dim, int):
-            return dim
-        if dim not in self.dims:
-            self.dims.append(dim)
-        return f"${self.dims.index(dim)}"
+    def numbered(self, key: Key) -> Key:
+        """A dim as it stands in a key, or a tuple or dataclass with all of its dims so."""
+        return self._numbered(key)  # type: ignore[no-any-return]
 
-    def size(self, dim: Dim) -> str:
+    def _numbered(self, key: Any) -> Any:
+        if isinstance(key, Sym):
+            if key not in self.dims:
+                self.dims.append(key)
+            return symbol(f"${self.dims.index(key)}")
+        if isinstance(key, tuple):
+            return tuple(map(self._numbered, key))
+        if is_dataclass(key) and not isinstance(key, type):
+            return replace(
+                key, **{f.name: self._numbered(getattr(key, f.name)) for f in fields(key)}
+            )
+        return key
+
+    def size(self, dim: Dim) -> Sym:
         """A dim as a run-time size even where it is an integer, to share a kernel among sizes."""
         self.dims.append(dim)
-        return f"${len(self.dims) - 1}"
-
-    def shape(self, shape: Sequence[Dim]) -> Pattern:
-        """A shape as it stands in a key."""
-        return tuple(self.dim(d) for d in shape)
+        return symbol(f"${len(self.dims) - 1}")
 
 
-def resolve(pattern: Pattern, sizes: Sequence[Expr]) -> list[Expr]:
-    """The extents of a shape inside a kernel: Python ints, or run-time expressions."""
-    return [d if isinstance(d, int) else sizes[int(d[1:])] for d in pattern]
+def sized(dim: Dim, sizes: Sequence[Expr]) -> Expr:
+    """A dim of a key inside a kernel: a Python int, or a run-time size."""
+    return dim if isinstance(dim, int) else sizes[int(str(dim)[1:])]
+
+
+def resolve(shape: Sequence[Dim], sizes: Sequence[Expr]) -> list[Expr]:
+    """The dims of a shape of a key inside a kernel."""
+    return [sized(dim, sizes) for dim in shape]
 
 
 def size_names(count: int) -> list[str]:

@@ -11,11 +11,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
+from math import prod
 
 from dsc.ir.dims import Dim, product
 from dsc.ir.graph import Graph, Node, Operand
 from dsc.ir.op import traits_of
-from dsc.ir.region_steps import Body, Lines, NoKernel, Place, Read, apply_view
+from dsc.ir.region_steps import Body, Lines, NoKernel, Place, Read, Step, apply_view
 from dsc.ir.regions import role
 from dsc.ir.traits import Role
 from dsc.ir.views import View, dense_strides, expand
@@ -27,13 +28,10 @@ Axis = tuple[Dim, Dim]
 
 
 @dataclass(frozen=True, slots=True)
-class ColumnStep:
+class ColumnStep(Step):
     """A pointwise operator on columns of a family, at a shift from them."""
 
-    number: int
     shift: int
-    node: Node
-    reads: tuple[Read, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +48,16 @@ class Family:
     shifts: tuple[int, ...]
     steps: tuple[ColumnStep, ...]
     writes: tuple[tuple[int, Lines], ...]
+
+    @property
+    def blocks(self) -> int:
+        """How many times the last axis of the walk occurs."""
+        return prod(extent for extent, _ in self.walk[:-1])
+
+    @property
+    def width(self) -> int:
+        """The extent of the last axis of the walk."""
+        return self.walk[-1][0]
 
 
 @dataclass(frozen=True, slots=True)
@@ -239,7 +247,8 @@ class Columns(Body):
                 Read(by_key[number, shift, i], o.dtype) if isinstance(o, View) else o
                 for i, o in enumerate(operands)
             )
-            steps.append(ColumnStep(number, shift, node, given))
+            of = (node.op, node.output.type.dtype, node.attrs)
+            steps.append(ColumnStep(number, *of, given, shift))
         shifts = tuple(sorted(draft.shifts - {0}))
         stores = [(n, a) for (n, _), a in zip(writes, lines[len(reads) :], strict=True)]
         return Family(draft.start, tuple(walk), shifts, tuple(steps), tuple(stores))
@@ -260,7 +269,7 @@ def _lines(walked: _Walked, walk: Sequence[tuple[int, int]], inner: Sequence[Dim
     shape = (*(d for d, _ in walked.lead), *(d for d, _ in walk))
     strides = (*(s for _, s in walked.lead), *inner)
     type = walked.view.type.with_shape(shape)
-    return Lines(View(walked.view.buffer, type, strides, walked.offset), len(walked.lead))
+    return Lines.of(View(walked.view.buffer, type, strides, walked.offset), len(walked.lead))
 
 
 def _start(place: View) -> int:

@@ -14,7 +14,7 @@ from itertools import pairwise
 
 from dsc.ir import views
 from dsc.ir.dims import Dim, product
-from dsc.ir.graph import Graph, GraphBuilder, Node, Operand, Value
+from dsc.ir.graph import Attrs, Graph, GraphBuilder, Node, Operand, Value
 from dsc.ir.op import traits_of
 from dsc.ir.ops.shape import axis_of
 from dsc.ir.paging import cached_rows
@@ -35,10 +35,33 @@ class Lines:
     view: View
     lead: int
 
+    @staticmethod
+    def of(view: View, lead: int) -> Lines:
+        """A view by rows, axes of the row number joined where they are evenly spaced."""
+        axes = list(zip(view.shape, view.strides, strict=True))
+        rows = views.joined(axes[:lead])
+        kept = [*rows, *axes[lead:]]
+        return Lines(view.strided(tuple(d for d, _ in kept), tuple(s for _, s in kept)), len(rows))
+
+    @property
+    def rows(self) -> tuple[tuple[Dim, Dim], ...]:
+        """Extents and strides that a row number unravels into, outermost first."""
+        return tuple(zip(self.view.shape, self.view.strides, strict=True))[: self.lead]
+
     @property
     def inner(self) -> tuple[Dim, ...]:
         """Strides inside a row."""
         return self.view.strides[self.lead :]
+
+    @property
+    def unit(self) -> bool:
+        """Whether neighbours in a row are neighbours in memory."""
+        return self.inner[-1:] == (1,)
+
+    @property
+    def constant(self) -> bool:
+        """Whether a row holds one value only."""
+        return all(s == 0 for s in self.inner)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +84,18 @@ class Read:
 
 
 @dataclass(frozen=True, slots=True)
-class RowStep:
+class Step:
+    """An operator of a region, whose result is of element type `dtype`; steps have numbers."""
+
+    number: int
+    op: str
+    dtype: DType
+    attrs: Attrs
+    reads: tuple[Read, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class RowStep(Step):
     """An operator on a row: `extents` are what the row of its result holds.
 
     `over` are the axes that a reduction runs along; of a write, the new rows of a sequence and the
@@ -71,10 +105,7 @@ class RowStep:
     pointwise steps of the same extents that they stand in.
     """
 
-    number: int
-    node: Node
     role: Role
-    reads: tuple[Read, ...]
     extents: tuple[Dim, ...]
     over: tuple[Dim, ...] = ()
     writes: tuple[Lines, ...] = ()
@@ -166,15 +197,20 @@ class Body:
 
 
 class Rows(Body):
-    """A body without an anchor, as the steps of a row, of which there are `rows`."""
+    """A body without an anchor, as the steps of a row, of which there are `rows`.
+
+    Where all operators are pointwise, rows may be `single` elements.
+    """
 
     def __init__(
         self,
         body: Graph,
         places: Sequence[Place] | None = None,
         targets: Sequence[View] | None = None,
+        single: bool = False,
     ) -> None:
         super().__init__(body, places, targets)
+        self.single = single
         self.numbers = {v.name: i for i, n in enumerate(self.core) for v in n.outputs}
         self.leaving = self.results()
         made = [self._step(node) for node in self.core]
@@ -191,7 +227,7 @@ class Rows(Body):
         match part:
             case Role.POINTWISE:
                 shape = node.output.type.shape
-                lead = max(len(shape) - 1, 0)
+                lead = len(shape) if self.single else max(len(shape) - 1, 0)
                 reads = tuple(self._read(x, lead, shape) for x in node.operands)
                 extents = shape[lead:] or (1,)
             case Role.REDUCTION:
@@ -211,8 +247,9 @@ class Rows(Body):
         for view in self.leaving.get(node.output.name, ()):
             if extents == (1,):  # kept axes or not, one number a row
                 view = view.strided((*view.shape[:lead], 1), (*view.strides[:lead], 1))
-            writes.append(Lines(view, lead))
-        step = RowStep(number, node, part, reads, extents, over, tuple(writes))
+            writes.append(Lines.of(view, lead))
+        of = (node.op, node.output.type.dtype, node.attrs)
+        step = RowStep(number, *of, reads, part, extents, over, tuple(writes))
         return step, product(shape[:lead])
 
     def _read(self, x: Operand, lead: int, shape: tuple[Dim, ...] | None = None) -> Read:
@@ -228,7 +265,7 @@ class Rows(Body):
             view = views.expand(view, shape)
             if len(view.shape) == lead:
                 view = view.strided((*view.shape, 1), (*view.strides, 0))
-        return Read(Lines(view, lead), x.type.dtype)
+        return Read(Lines.of(view, lead), x.type.dtype)
 
     def _write(self, node: Node, number: int) -> tuple[RowStep, Dim]:
         """The cache is the region's operand, and its result has no address of its own."""
@@ -243,7 +280,8 @@ class Rows(Body):
         b, s, width = new.type.shape
         page = cache.type.shape[1:2] if table else ()
         over = (s, cached_rows(node, "cache"), *page)
-        return RowStep(number, node, Role.WRITE, reads, (width,), over), b * s
+        of = (node.op, node.output.type.dtype, node.attrs)
+        return RowStep(number, *of, reads, Role.WRITE, (width,), over), b * s
 
 
 def _with_kept(steps: Sequence[RowStep]) -> tuple[RowStep, ...]:

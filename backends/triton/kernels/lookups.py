@@ -180,3 +180,10 @@ def lookup(
     inside = keep & (chosen >= 0) & (chosen < extent)
     v = tl.load(x + ((j // wanted) * extent + chosen) * inner + i, mask=inside, other=0)
     tl.store(y + at, v, mask=keep)
+
+
+@triton.jit
+def arange(y, n, START: tl.constexpr, BLOCK: tl.constexpr):
+    """y[i] = START + i."""
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(y + i, START + i, mask=i < n)

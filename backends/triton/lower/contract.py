@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from dsc.backends.triton.blocks import next_power
-from dsc.backends.triton.context import Context, Given, ceil_div, template
-from dsc.backends.triton.epilogue import Epilogue, arguments, gemm_source
+from dsc.backends.triton.blocks import ceil_div, next_power
+from dsc.backends.triton.context import Context, Given, template
+from dsc.backends.triton.epilogue import Epilogue, gemm_source
 from dsc.ir import views
 from dsc.ir.dims import Dim, product
 from dsc.ir.graph import Node
@@ -57,7 +57,7 @@ def emit_gemm(
         module, text = gemm_source(template("gemm"), epilogue)
         ctx.sources.setdefault(module, text)
         kernel = f"{module}:{module}"
-    given |= arguments(epilogue)
+        given |= epilogue.arguments
     ctx.launch(kernel, grid, given, tile.warps, tile.stages)
 
 

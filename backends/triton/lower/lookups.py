@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dsc.backends.triton.blocks import next_power
-from dsc.backends.triton.context import Context, Given, ceil_div
+from dsc.backends.triton.blocks import ceil_div, next_power
+from dsc.backends.triton.context import Context, Given
 from dsc.backends.triton.lower.moe import take_rows
 from dsc.ir import views
 from dsc.ir.dims import Dim, product

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dsc.backends.triton import pointwise
-from dsc.backends.triton.blocks import next_power
-from dsc.backends.triton.context import Context, Gather, Given, ceil_div
+from dsc.backends.triton.blocks import ceil_div, next_power
+from dsc.backends.triton.context import Context, Gather, Given
 from dsc.backends.triton.lower.contract import router_logits
-from dsc.backends.triton.pointwise import Region, Step
+from dsc.backends.triton.rows import elementwise
 from dsc.ir.dims import Dim, product
 from dsc.ir.graph import Node
+from dsc.ir.region_steps import Literal
 from dsc.ir.types import DType, TensorType
 from dsc.ir.views import View
 
@@ -86,8 +86,7 @@ def dispatch(ctx: Context, node: Node) -> None:
 
     def copied(ctx: Context) -> View:
         token = ctx.make(order.type)
-        steps = (Step("full", (), DType.i64, slots), Step("div", (0, 1), DType.i64))
-        pointwise.emit(ctx, Region((DType.i64,), steps, (2,)), [order], [token])
+        elementwise("div", [order, Literal(slots)], token).launch(ctx)
         out = ctx.make(rows.type)
         take_rows(ctx, x, token, out)
         return out

@@ -1,8 +1,8 @@
 """Regions, and operators that are one alone: which kernel is generated for a body.
 
-Pointwise operators of one shape become a kernel over elements, a linear with pointwise operators
-after it a GEMM that finishes its tiles, all else a kernel over rows. Each is one launch; what none
-of them can do is refused with a reason, and the pass that fuses puts it back.
+A linear with pointwise operators after it becomes a GEMM that finishes its tiles, all else a kernel
+over rows, which are elements where all operators are pointwise. Each is one launch; what neither
+can do is refused with a reason, and the pass that fuses puts it back.
 """
 
 from __future__ import annotations
@@ -10,23 +10,21 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from dsc.backends.triton import pointwise
 from dsc.backends.triton.context import Context
-from dsc.backends.triton.epilogue import Epilogue
+from dsc.backends.triton.epilogue import Epilogue, tile_strides
 from dsc.backends.triton.lower.contract import emit_gemm, linear_product
-from dsc.backends.triton.pointwise import FLOAT_ONLY, Region, has_formula
-from dsc.backends.triton.pointwise import Step as Point
+from dsc.backends.triton.pointwise import FLOAT_ONLY, TYPES, has_formula
 from dsc.backends.triton.rows import ALONG_ROWS, RowKernel
 from dsc.ir.analyses import aliases_of
 from dsc.ir.dims import Dim
 from dsc.ir.graph import Graph, Node, Operand, Value
 from dsc.ir.op import kernel_of, traits_of
-from dsc.ir.region_columns import PRODUCT, Columns, ColumnStep
-from dsc.ir.region_steps import Lines, Literal, NoKernel, Place, Rows, RowStep, alone
+from dsc.ir.region_columns import Columns
+from dsc.ir.region_steps import Literal, NoKernel, Place, Rows, alone
 from dsc.ir.regions import anchor_of
 from dsc.ir.traits import Role
 from dsc.ir.types import DType
-from dsc.ir.views import View, joined
+from dsc.ir.views import View
 
 LowerNode = Callable[[Context, Node], None]
 _BY_FORMULA = (Role.POINTWISE, Role.REDUCTION, Role.ROTATION)
@@ -58,7 +56,7 @@ def _place(ctx: Context, operand: Operand) -> Place:
 
 def kernel_for(
     body: Graph, places: Sequence[Place] | None = None, targets: Sequence[View] | None = None
-) -> Chain | Gemm | RowKernel:
+) -> Gemm | RowKernel:
     """The kernel of a body. Raises `NoKernel` with the reason when there is none."""
     for node in body.nodes:
         known = node.op in ALONG_ROWS or has_formula(node.op)
@@ -67,14 +65,10 @@ def kernel_for(
     anchor = anchor_of(body.nodes)
     if anchor is not None:
         return _gemm(Columns(body, anchor, places, targets), anchor)
-    found = Rows(body, places, targets)
-    if any(step.role is not Role.POINTWISE for step in found.steps):
-        return RowKernel(found)
-    if len({step.node.output.type.shape for step in found.steps}) > 1:
-        raise NoKernel("pointwise operators of different shapes")
-    writes = [(step.number, lines.view) for step in found.steps for lines in step.writes]
-    region, lines = _pointwise(found.steps, [number for number, _ in writes])
-    return Chain(region, [x.view for x in lines], [view for _, view in writes])
+    beside = {Role.POINTWISE, Role.VIEW, Role.CONSTANT}
+    single = all(traits_of(node.op).role in beside for node in body.nodes)
+    found = Rows(body, places, targets, single)
+    return RowKernel(found.steps, found.rows)
 
 
 def reason(node: Node) -> str | None:
@@ -84,19 +78,6 @@ def reason(node: Node) -> str | None:
     except NoKernel as why:
         return str(why)
     return None
-
-
-@dataclass(frozen=True)
-class Chain:
-    """Pointwise operators of one shape."""
-
-    region: Region
-    sources: list[View]
-    targets: list[View]
-
-    def launch(self, ctx: Context) -> None:
-        """Append the launch."""
-        pointwise.emit(ctx, self.region, self.sources, self.targets)
 
 
 @dataclass(frozen=True)
@@ -125,47 +106,9 @@ def _gemm(found: Columns, anchor: Node) -> Gemm:
     if len(family.writes) > 1:
         raise NoKernel("several results of a product")
     ((number, target),) = family.writes
-    region, lines = _pointwise(family.steps, [number], anchor.output.type.dtype)
-    out, *strides = _tile(target)
     operands = [found.given[x.name] for x in anchor.operands]
-    epilogue = Epilogue(region, tuple(map(_tile, lines)))
-    return Gemm(operands, out, (strides[0], strides[1]), epilogue)
-
-
-def _tile(lines: Lines) -> tuple[View, Dim, Dim]:
-    """A view with its strides over rows and over columns."""
-    view = lines.view
-    rows = joined(list(zip(view.shape, view.strides, strict=True))[: lines.lead])
-    if len(rows) > 1:
-        raise NoKernel("rows that are not evenly spaced")
-    return view, rows[0][1] if rows else 0, lines.inner[0]
-
-
-def _pointwise(
-    steps: Sequence[RowStep] | Sequence[ColumnStep],
-    results: Sequence[int],
-    product: DType | None = None,
-) -> tuple[Region, list[Lines]]:
-    """Steps as the generator has them, and what they read of memory; `product` is value 0."""
-    sources = [read for step in steps for read in step.reads]
-    lines = list(dict.fromkeys(r.source for r in sources if isinstance(r.source, Lines)))
-    inputs = [x.view.dtype for x in lines]
-    numbers: dict[object, int] = {}
-    if product is not None:
-        inputs.insert(0, product)
-        numbers[PRODUCT] = 0
-    numbers |= {x: k for k, x in enumerate(lines, start=len(numbers))}
-    made: list[Point] = []
-    for read in sources:
-        if isinstance(read.source, Literal) and read not in numbers:
-            numbers[read] = len(inputs) + len(made)
-            made.append(Point("full", (), read.dtype, read.source.value))
-    for step in steps:
-        keys = [r if isinstance(r.source, Literal) else r.source for r in step.reads]
-        numbers[step.number] = len(inputs) + len(made)
-        args = tuple(numbers[key] for key in keys)
-        made.append(Point(step.node.op, args, step.node.output.type.dtype))
-    return Region(tuple(inputs), tuple(made), tuple(numbers[r] for r in results)), lines
+    epilogue = Epilogue(family.steps, number, anchor.output.type.dtype)
+    return Gemm(operands, target.view, tile_strides(target), epilogue)
 
 
 def pointwise_reason(node: Node) -> str | None:
@@ -173,7 +116,7 @@ def pointwise_reason(node: Node) -> str | None:
     if kernel_of(node.op, "triton") is not None and node.attrs:
         return f"the Triton expression of {node.op} takes no attributes"
     types = [x.type.dtype for x in node.operands] + [v.type.dtype for v in node.outputs]
-    odd = [t for t in types if t not in pointwise.TYPES]
+    odd = [t for t in types if t not in TYPES]
     if odd:
         return f"element type {odd[0]}"
     if node.op in FLOAT_ONLY and not types[0].is_float:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from dsc.backends.triton import pointwise
-from dsc.backends.triton.context import Context
-from dsc.backends.triton.pointwise import Region, Step
+from dsc.backends.triton.blocks import ceil_div
+from dsc.backends.triton.context import Context, Given
 from dsc.ir import views
 from dsc.ir.dims import Dim
 from dsc.ir.graph import Node
@@ -46,5 +45,7 @@ def full(ctx: Context, node: Node) -> None:
 
 def arange(ctx: Context, node: Node) -> None:
     """Consecutive integers."""
-    step = Step("iota", (), node.output.type.dtype, node.attrs["start"])
-    pointwise.emit(ctx, Region((), (step,), (0,)), [], [ctx.result(node)])
+    n = node.output.type.numel
+    block = ctx.blocks.flat(ctx.limit(n))
+    given: dict[str, Given] = {"y": ctx.result(node), "n": n, "START": node.attrs["start"]}
+    ctx.launch("lookups:arange", (ceil_div(n, block),), given | {"BLOCK": block})

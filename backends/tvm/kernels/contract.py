@@ -80,7 +80,7 @@ def _lower(node: Node, terms: Terms, result: str, machine: Machine) -> Launch:
         extents |= {c: d for c, d in zip(term, t.shape, strict=True) if c != "_"}
     letters = "".join(sorted(extents))
     static = (
-        types[0].dtype, terms, result, letters, table.shape([extents[c] for c in letters]),
+        types[0].dtype, terms, result, letters, table.numbered(tuple(extents[c] for c in letters)),
         machine.lanes, len(table.dims),
     )  # fmt: skip
     flops = reduce(mul, extents.values(), 2)
@@ -92,7 +92,7 @@ def contract(
     terms: Terms,
     result: str,
     letters: str,
-    shape: tuple[int | str, ...],
+    shape: tuple[Dim, ...],
     lanes: int,
     sizes: int,
 ) -> PrimFunc:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
-from typing import TypeAlias
+from typing import Any
 
 from dsc.backends.tvm import tir
 from dsc.backends.tvm.launch import Unsupported
@@ -17,7 +17,7 @@ from dsc.backends.tvm.tir import (
 )
 from dsc.ir.graph import Node
 from dsc.ir.kernels import Formula
-from dsc.ir.op import added, kernel_of, lookup
+from dsc.ir.op import kernel_of
 from dsc.ir.types import DType
 
 
@@ -149,31 +149,20 @@ FLOAT_ONLY = frozenset(
 )
 
 
-Attributes: TypeAlias = tuple[tuple[str, object], ...]
-"""Attributes of an operator that brings its formula along, with their defaults."""
-
-
-def attributes(node: Node) -> Attributes:
-    """What the formula of a node is given beside its operands."""
-    if node.op not in added():
-        return ()
-    return tuple(sorted(lookup(node.op).with_defaults(node.attrs).items()))
-
-
-def formula(op: str, attrs: Attributes = ()) -> Callable[..., Expr]:
+def formula(op: str, attrs: Mapping[str, Any]) -> Callable[..., Expr]:
     """What an operator computes on register values. Raises `Unsupported`."""
     if op in FORMULAS:
         return FORMULAS[op]
     own = kernel_of(op, "tvm")
     if not isinstance(own, Formula):
         raise Unsupported(f"no kernel for the operator {op}")
-    return partial(own.function, **dict(attrs))
+    return partial(own.function, **attrs)
 
 
 def check(node: Node) -> None:
     """Raise `Unsupported` unless a node's formula takes its element types."""
     if node.op != "cast":
-        formula(node.op)
+        formula(node.op, node.attrs)
     own, dtype = kernel_of(node.op, "tvm"), node.operands[-1].type.dtype
     floats = own.floats_only if isinstance(own, Formula) else node.op in FLOAT_ONLY
     if floats and not dtype.is_float:

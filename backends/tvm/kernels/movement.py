@@ -10,10 +10,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from dsc.backends.tvm.kernels.access import Access, Number, Rows, access
+from dsc.backends.tvm.kernels.access import Rows
 from dsc.backends.tvm.launch import Launch, Unsupported, operand, static_dim
 from dsc.backends.tvm.machine import Machine
-from dsc.backends.tvm.shapes import Pattern, SizeTable, each_index, resolve, size_names
+from dsc.backends.tvm.shapes import SizeTable, each_index, resolve, size_names, sized
 from dsc.backends.tvm.tir import (
     VALUE,
     Expr,
@@ -39,12 +39,12 @@ from dsc.ir.views import View, narrow
 
 @dataclass(frozen=True, slots=True)
 class Copy:
-    """`rows` rows of `width` elements from one access to another."""
+    """`rows` rows of `width` elements between two views."""
 
-    source: Access
-    target: Access
-    rows: Number
-    width: Number
+    source: Lines
+    target: Lines
+    rows: Dim
+    width: Dim
 
 
 def lower(node: Node, machine: Machine) -> Launch:
@@ -60,7 +60,7 @@ def lower(node: Node, machine: Machine) -> Launch:
     else:
         given = apply_view(node, given[0])
     table = SizeTable()
-    copies = tuple(_copy(*views, table) for views in zip(given, made, strict=True))
+    copies = table.numbered(tuple(map(_copy, given, made)))
     static = (copies, parameters, len(table.dims), _lanes(node, machine))
     return Launch(strided_copies, static, tuple(table.dims), title=node.op)
 
@@ -78,13 +78,13 @@ def _parts(whole: View, axis: int, extents: Sequence[Dim]) -> list[View]:
     return [narrow(whole, axis, *part) for part in zip(starts, extents, strict=True)]
 
 
-def _copy(source: View, target: View, table: SizeTable) -> Copy:
+def _copy(source: View, target: View) -> Copy:
     """The copy between two views of one shape; their last axis is the row."""
     if not source.shape:
         source, target = source.strided((1,), (1,)), target.strided((1,), (1,))
     *rows, width = source.shape
-    origin, place = (access(Lines(view, len(rows)), table) for view in (source, target))
-    return Copy(origin, place, table.dim(product(tuple(rows))), table.dim(width))
+    origin, place = (Lines.of(view, len(rows)) for view in (source, target))
+    return Copy(origin, place, product(tuple(rows)), width)
 
 
 def strided_copies(copies: tuple[Copy, ...], parameters: int, sizes: int, lanes: int) -> PrimFunc:
@@ -101,7 +101,7 @@ def strided_copies(copies: tuple[Copy, ...], parameters: int, sizes: int, lanes:
 def _emit(copy: Copy, addresses: Sequence[Expr], places: Rows, lanes: int) -> None:
     """One copy, its rows over threads where that is worth it."""
     both, width = (copy.source, copy.target), places.at(copy.width)
-    source, target = (Tensor(addresses[a.buffer], a.dtype, (1,)) for a in both)
+    source, target = (Tensor(addresses[a.view.buffer], a.view.dtype, (1,)) for a in both)
     stride, step = (integer(places.at(a.inner[0])) for a in both)
     whole = isinstance(width, int) and all(a.unit for a in both)
     vector = lanes_for(width, lanes) if whole else 1
@@ -137,7 +137,7 @@ def constant(value: float, dtype: DType) -> Expr:
     """A register constant of an element type."""
     name = VALUE[dtype]
     if name.startswith("float"):
-        return tirx.FloatImm(name, value)
+        return tirx.FloatImm(name, float(value))
     return tirx.const(bool(value) if name == "bool" else int(value), name)
 
 
@@ -163,11 +163,18 @@ def arange(dtype: DType) -> PrimFunc:
 def lower_gather(node: Node, machine: Machine) -> Launch:
     """The launch of `gather` (torch.gather)."""
     table, x, index = SizeTable(), operand(node, 0).type, operand(node, 1).type
-    static = (x.dtype, table.shape(x.shape), table.shape(index.shape), node.attrs["axis"] % x.rank)
+    static = (
+        x.dtype,
+        table.numbered(x.shape),
+        table.numbered(index.shape),
+        node.attrs["axis"] % x.rank,
+    )
     return Launch(gather, (*static, len(table.dims)), tuple(table.dims))
 
 
-def gather(dtype: DType, shape: Pattern, index: Pattern, axis: int, sizes: int) -> PrimFunc:
+def gather(
+    dtype: DType, shape: tuple[Dim, ...], index: tuple[Dim, ...], axis: int, sizes: int
+) -> PrimFunc:
     """Arguments: x, index, y; sizes."""
 
     def body(x: Expr, index_at: Expr, y: Expr, *given: Expr) -> None:
@@ -193,12 +200,12 @@ def lower_take(node: Node, machine: Machine) -> Launch:
     axis = 1 if own else node.attrs.get("axis", 0) % x.rank
     for dim in (product(x.shape[:axis]), x.shape[axis], index.shape[1] if own else index.numel):
         table.size(dim)
-    width = table.dim(product(x.shape[axis + 1 :]))
+    width = table.numbered(product(x.shape[axis + 1 :]))
     static = (x.dtype, width, node.op == "embedding", own, _lanes(node, machine), len(table.dims))
     return Launch(take, static, tuple(table.dims), title=node.op)
 
 
-def take(dtype: DType, width: Number, swapped: bool, own: bool, lanes: int, sizes: int) -> PrimFunc:
+def take(dtype: DType, width: Dim, swapped: bool, own: bool, lanes: int, sizes: int) -> PrimFunc:
     """Arguments: x, index, y; outer, extent, count of places, width where it is no number.
 
     The index is [outer, count] where each outer one has its `own`, else [count]. It comes before x
@@ -208,7 +215,7 @@ def take(dtype: DType, width: Number, swapped: bool, own: bool, lanes: int, size
     def body(x: Expr, index: Expr, y: Expr, *given: Expr) -> None:
         x, index = (index, x) if swapped else (x, index)
         outer, extent, count = given[:3]
-        (wide,) = resolve((width,), given)
+        wide = sized(width, given)
         vector = lanes_for(wide, lanes) if isinstance(wide, int) else 1
         source, target = Tensor(x, dtype, (1,)), Tensor(y, dtype, (1,))
         chosen = Tensor(index, DType.i64, (1,))

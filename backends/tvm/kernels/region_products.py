@@ -12,15 +12,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from math import prod
 
 from dsc.backends.tvm import bf16
 from dsc.backends.tvm.amx import TOKENS
 from dsc.backends.tvm.kernels import bf16_panels
-from dsc.backends.tvm.kernels.access import Access, Number, Rows
+from dsc.backends.tvm.kernels.access import Rows
 from dsc.backends.tvm.kernels.bf16_product import BLOCK, Weights, ceil_div
 from dsc.backends.tvm.kernels.dots import dots
-from dsc.backends.tvm.kernels.values import Operand, Point, compute, held, literal, put, rounded
+from dsc.backends.tvm.kernels.values import compute, held, literal, put, rounded
 from dsc.backends.tvm.machine import Machine
 from dsc.backends.tvm.shapes import size_names
 from dsc.backends.tvm.tir import (
@@ -38,36 +37,13 @@ from dsc.backends.tvm.tir import (
     tirx,
     when,
 )
-from dsc.ir.region_columns import PRODUCT
+from dsc.ir.dims import Dim
+from dsc.ir.region_columns import PRODUCT, Family
+from dsc.ir.region_steps import Lines, Literal, Read
 from dsc.ir.types import DType
 
 NARROW = 16
 """Columns of a task where bf16 has no kernels of its own."""
-
-
-@dataclass(frozen=True, slots=True)
-class Family:
-    """A family of columns as `dsc.ir.region_columns` has it, with the accesses of this kernel.
-
-    A task is a part of the walk's last axis.
-    """
-
-    start: int
-    walk: tuple[tuple[int, int], ...]
-    shifts: tuple[int, ...]
-    steps: tuple[tuple[int, int, Point], ...]
-    """(number, shift, operator): a step may be wanted at several shifts."""
-    writes: tuple[tuple[int, Access], ...]
-
-    @property
-    def blocks(self) -> int:
-        """How many times the last axis of the walk occurs."""
-        return prod(extent for extent, _ in self.walk[:-1])
-
-    @property
-    def width(self) -> int:
-        """The extent of the last axis of the walk."""
-        return self.walk[-1][0]
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,9 +60,9 @@ class Product:
     bias: int
     offsets: int
     experts: int
-    rows: Number
+    rows: Dim
     m: int
-    depth: Number
+    depth: Dim
     heavy: bool
 
 
@@ -97,7 +73,10 @@ def product_region(
     sizes: int,
     machine: Machine,
 ) -> PrimFunc:
-    """Arguments: the region's operands and results; scratch memory for panels by tiles; sizes."""
+    """Arguments: the region's operands and results; scratch memory for panels by tiles; sizes.
+
+    A task is a part of the last axis of a family's walk.
+    """
     names = [f"x{i}" for i in range(parameters)] + ["scratch"] * machine.tiles
 
     def body(*arguments: Expr) -> None:
@@ -133,9 +112,9 @@ class _Tasks:
             else None
         )
         self.tensors = {
-            (a.buffer, a.dtype): Tensor(addresses[a.buffer], a.dtype, (1,))
+            (a.view.buffer, a.view.dtype): Tensor(addresses[a.view.buffer], a.view.dtype, (1,))
             for family in families
-            for a in _accesses(family)
+            for a in _lines(family)
         }
         self.x_at = addresses[product.x]
         self.panels = addresses[-1] if machine.tiles else integer(0)
@@ -296,9 +275,9 @@ class _Finish:
     ) -> None:
         self.tasks, self.family, self.tile, self.r, self.row = tasks, family, tile, r, row
         self.task = task
-        self.starts: dict[Access, Expr] = {}
+        self.starts: dict[Lines, Expr] = {}
         places = tasks.places
-        for a in _accesses(family):
+        for a in _lines(family):
             if a not in self.starts:
                 axes = [(e, s) for (e, _), s in zip(family.walk[:-1], a.inner, strict=False)]
                 inner = integer(places.at(a.inner[-1]))
@@ -308,10 +287,10 @@ class _Finish:
     def run(self) -> None:
         """Vectors over the task's columns, then what is left one by one."""
         family, width = self.family, self.task.width
-        plain = all(a.unit or a.inner[-1] == 0 for a in _accesses(family))
+        plain = all(a.unit or a.inner[-1] == 0 for a in _lines(family))
         plain = plain and all(a.unit for _, a in family.writes)
-        dtypes = {o.dtype for _, _, p in family.steps for o in p.operands}
-        dtypes |= {p.dtype for _, _, p in family.steps}
+        dtypes = {x.dtype for step in family.steps for x in step.reads}
+        dtypes |= {step.dtype for step in family.steps}
         lanes = 16 if plain and DType.boolean not in dtypes else 1
         if not self.tasks.native and lanes > 1:
             lanes = min(lanes, self.tasks.machine.lanes)
@@ -326,12 +305,12 @@ class _Finish:
         known: dict[tuple[int, int], Expr] = {}
         for copy, shift in enumerate((0, *self.family.shifts)):
             known[PRODUCT, shift] = held(self._product(copy, j, lanes))
-        for number, shift, point in self.family.steps:
-            values = [self._value(o, shift, known, j, lanes) for o in point.operands]
-            known[number, shift] = compute(point, values, self.tasks.native)
-        for number, found in self.family.writes:
-            where = self.starts[found] + j * integer(self.tasks.places.at(found.inner[-1]))
-            put(self.tensor(found), where, known[number, 0], self.tasks.native)
+        for step in self.family.steps:
+            values = [self._value(x, step.shift, known, j, lanes) for x in step.reads]
+            known[step.number, step.shift] = compute(step, values, self.tasks.native)
+        for number, lines in self.family.writes:
+            where = self.starts[lines] + j * integer(self.tasks.places.at(lines.inner[-1]))
+            put(self.tensor(lines), where, known[number, 0], self.tasks.native)
 
     def _product(self, copy: int, j: Expr, lanes: int) -> Expr:
         """Columns of the product at a copy, with the bias, rounded."""
@@ -342,29 +321,29 @@ class _Finish:
         return rounded(value, self.tasks.product.dtype, self.tasks.native)
 
     def _value(
-        self, operand: Operand, shift: int, known: dict[tuple[int, int], Expr], j: Expr, lanes: int
+        self, read: Read, shift: int, known: dict[tuple[int, int], Expr], j: Expr, lanes: int
     ) -> Expr:
-        source = operand.source
-        if isinstance(source, float):
-            return literal(source, operand.dtype, lanes)
+        source = read.source
+        if isinstance(source, Literal):
+            return literal(source, read.dtype, lanes)
         if isinstance(source, int):
-            return known[source, shift + operand.shift]
+            return known[source, shift + read.shift]
         stride = self.tasks.places.at(source.inner[-1])
         if isinstance(stride, int) and stride == 0:
             return held(splat(bind(self.tensor(source).at(self.starts[source])), lanes))
         where = self.starts[source] + j * integer(stride)
         return held(self.tensor(source).at(where, lanes))
 
-    def tensor(self, found: Access) -> Tensor:
-        """The buffer of an access."""
-        return self.tasks.tensors[found.buffer, found.dtype]
+    def tensor(self, lines: Lines) -> Tensor:
+        """The buffer that lines lie in."""
+        return self.tasks.tensors[lines.view.buffer, lines.view.dtype]
 
 
-def _accesses(family: Family) -> list[Access]:
+def _lines(family: Family) -> list[Lines]:
     """What a family's operators read and write, in a fixed order."""
-    operands = [o.source for _, _, p in family.steps for o in p.operands]
-    found = [s for s in operands if isinstance(s, Access)]
-    return list(dict.fromkeys([*found, *(a for _, a in family.writes)]))
+    sources = [x.source for step in family.steps for x in step.reads]
+    read = [s for s in sources if isinstance(s, Lines)]
+    return list(dict.fromkeys([*read, *(a for _, a in family.writes)]))
 
 
 def ceil_up(a: int, b: Expr) -> Expr:

@@ -9,17 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 from functools import reduce
 from itertools import groupby
 from operator import mul
 
 from dsc.backends.tvm import bf16
-from dsc.backends.tvm.kernels.access import Access, Number, Rows
+from dsc.backends.tvm.kernels.access import Rows
 from dsc.backends.tvm.kernels.formulas import FORMULAS
 from dsc.backends.tvm.kernels.latent_cache import CacheRows
 from dsc.backends.tvm.kernels.sums import nest, summed
-from dsc.backends.tvm.kernels.values import Operand, Point, compute, held, literal, put, rounded
+from dsc.backends.tvm.kernels.values import compute, held, literal, put, rounded
 from dsc.backends.tvm.machine import Machine
 from dsc.backends.tvm.shapes import count, size_names
 from dsc.backends.tvm.tir import (
@@ -46,6 +45,9 @@ from dsc.backends.tvm.tir import (
     tirx,
     total,
 )
+from dsc.ir.dims import Dim
+from dsc.ir.region_steps import Lines, Literal, Read, RowStep
+from dsc.ir.traits import Role
 from dsc.ir.types import DType
 
 LOWEST = float("-inf")
@@ -54,29 +56,10 @@ _REDUCED = frozenset({"sum", "mean", "amax", "amin"})
 """Reductions that give one number of a row."""
 
 
-@dataclass(frozen=True, slots=True)
-class RowStep:
-    """An operator of a region on a row of `extents`; `writes` says where its result leaves.
-
-    As `dsc.ir.region_steps` has it; `kept` results are read again by a later loop.
-    """
-
-    number: int
-    op: str
-    operands: tuple[Operand, ...]
-    dtype: DType
-    extents: tuple[Number, ...]
-    writes: tuple[Access, ...]
-    kept: bool
-    pointwise: bool
-    attrs: tuple[tuple[str, object], ...] = ()
-    over: tuple[Number, ...] = ()
-
-
 def row_region(
-    steps: tuple[RowStep, ...], rows: Number, parameters: int, sizes: int, machine: Machine
+    steps: tuple[RowStep, ...], rows: Dim, parameters: int, sizes: int, machine: Machine
 ) -> PrimFunc:
-    """Arguments: the region's operands and results; sizes."""
+    """Arguments: the region's operands and results; sizes. Symbols in `steps` are `$i`."""
 
     def body(*arguments: Expr) -> None:
         given = arguments[parameters:]
@@ -84,8 +67,8 @@ def row_region(
         weight = sum((_work(s, places) for s in steps), start=0)
 
         tensors = {
-            (a.buffer, a.dtype): Tensor(arguments[a.buffer], a.dtype, (1,))
-            for a in sorted(_accesses(steps), key=lambda a: a.buffer)
+            (a.view.buffer, a.view.dtype): Tensor(arguments[a.view.buffer], a.view.dtype, (1,))
+            for a in sorted(_lines(steps), key=lambda a: a.view.buffer)
         }
 
         def row(r: Expr) -> None:
@@ -97,10 +80,10 @@ def row_region(
     return build(body, [*(f"x{i}" for i in range(parameters)), *size_names(sizes)])
 
 
-def _accesses(steps: Sequence[RowStep]) -> list[Access]:
+def _lines(steps: Sequence[RowStep]) -> list[Lines]:
     """What the steps read and write."""
-    found = [o.source for s in steps for o in s.operands if isinstance(o.source, Access)]
-    return [*found, *(w for s in steps for w in s.writes)]
+    read = [x.source for s in steps for x in s.reads if isinstance(x.source, Lines)]
+    return [*read, *(w for s in steps for w in s.writes)]
 
 
 def _width(step: RowStep, places: Rows) -> Expr:
@@ -110,7 +93,7 @@ def _width(step: RowStep, places: Rows) -> Expr:
 
 def _work(step: RowStep, places: Rows) -> Expr:
     """Elements of a row that a step goes over, each as often as it takes pointwise ones."""
-    if step.pointwise:
+    if step.role is Role.POINTWISE:
         return _width(step, places)
     read = step.over if step.op in _REDUCED else step.extents
     return reduce(mul, map(places.at, read), 3)
@@ -129,14 +112,14 @@ class _Row:
 
     def run(self, steps: Sequence[RowStep]) -> None:
         """Emit all steps; neighbouring pointwise ones of one width share a loop."""
-        for found in _accesses(steps):
-            self.places.start(found, self.row)
+        for lines in _lines(steps):
+            self.places.start(lines, self.row)
         for step in steps:
             if step.kept:
                 width = _width(step, self.places)
                 self.scratch[step.number] = (Local(width, STORAGE[step.dtype]), width)
-        for (pointwise, _), run in groupby(steps, lambda s: (s.pointwise, s.extents)):
-            if pointwise:
+        for (role, _), run in groupby(steps, lambda s: (s.role, s.extents)):
+            if role is Role.POINTWISE:
                 self._points(list(run))
             else:
                 for step in run:
@@ -157,49 +140,47 @@ class _Row:
 
     # --- memory -----------------------------------------------------------------------------------
 
-    def tensor(self, found: Access) -> Tensor:
-        """The buffer of an access."""
-        return self.tensors[found.buffer, found.dtype]
+    def tensor(self, lines: Lines) -> Tensor:
+        """The buffer that lines lie in."""
+        return self.tensors[lines.view.buffer, lines.view.dtype]
 
-    def load(
-        self, operand: Operand, index: Sequence[Expr], lanes: int, extents: Sequence[Expr]
-    ) -> Expr:
+    def load(self, read: Read, index: Sequence[Expr], lanes: int, extents: Sequence[Expr]) -> Expr:
         """Elements of an operand at an inner index over `extents`."""
-        source = operand.source
-        if isinstance(source, Access):
+        source = read.source
+        if isinstance(source, Lines):
             position = self.position(source, index)
             if source.constant:
                 return splat(bind(self.tensor(source).at(position)), lanes)
             return self.tensor(source).at(position, lanes)
-        if isinstance(source, float):
-            return literal(source, operand.dtype, lanes)
+        if isinstance(source, Literal):
+            return literal(source, read.dtype, lanes)
         local, width = self.scratch[source]
         if width == 1:
-            return splat(bind(decode(local[0], operand.dtype)), lanes)
-        return decode(local.load(_flat(index, extents), lanes), operand.dtype)
+            return splat(bind(decode(local[0], read.dtype)), lanes)
+        return decode(local.load(_flat(index, extents), lanes), read.dtype)
 
     def store(
         self, step: RowStep, index: Sequence[Expr], value: Expr, extents: Sequence[Expr]
     ) -> None:
         """A step's result to where it leaves the region, and to where it is read again."""
-        for found in step.writes:
-            put(self.tensor(found), self.position(found, index), value, self.machine.bf16)
+        for lines in step.writes:
+            put(self.tensor(lines), self.position(lines, index), value, self.machine.bf16)
         if step.kept:
             local, _ = self.scratch[step.number]
             local.store(_flat(index, extents), encode(value, step.dtype))
 
-    def position(self, found: Access, index: Sequence[Expr]) -> Expr:
+    def position(self, lines: Lines, index: Sequence[Expr]) -> Expr:
         """The position of an inner index of this row."""
-        position = self.places.start(found, self.row)
-        for i, stride in zip(index, found.inner, strict=True):
+        position = self.places.start(lines, self.row)
+        for i, stride in zip(index, lines.inner, strict=True):
             position = position + i * integer(self.places.at(stride))
         return position
 
     def lanes(self, steps: Sequence[RowStep]) -> int:
         """The widest vector that all accesses of some steps of one width can take."""
         width = self.places.at(steps[0].extents[-1])
-        dtypes = {s.dtype for s in steps} | {o.dtype for s in steps for o in s.operands}
-        plain = all(a.unit or a.constant for a in _accesses(steps))
+        dtypes = {s.dtype for s in steps} | {x.dtype for s in steps for x in s.reads}
+        plain = all(a.unit or a.constant for a in _lines(steps))
         plain = plain and all(w.unit for s in steps for w in s.writes)
         # TVM's simplifier fails on vectors of bool: masks are walked one by one.
         if not isinstance(width, int) or not plain or DType.boolean in dtypes:
@@ -216,25 +197,24 @@ class _Row:
             at = [i * lanes]
             for step in steps:
                 values = [
-                    known[o.source]
-                    if isinstance(o.source, int) and o.source in known
-                    else held(self.load(o, at, lanes, [width]))
-                    for o in step.operands
+                    known[x.source]
+                    if isinstance(x.source, int) and x.source in known
+                    else held(self.load(x, at, lanes, [width]))
+                    for x in step.reads
                 ]
-                point = Point(step.op, step.operands, step.dtype, step.attrs)
-                value = known[step.number] = compute(point, values, self.machine.bf16)
+                value = known[step.number] = compute(step, values, self.machine.bf16)
                 self.store(step, at, value, [width])
 
     def _rms_norm(self, step: RowStep) -> None:
-        x, gain = step.operands
+        x, gain = step.reads
         (d,), lanes = map(self.places.at, step.extents), self.lanes([step])
         squares = Local(1, width=lanes)
         squares[0] = squares.zero
         with loop(d // lanes) as i:
             v = bind(self.load(x, [i * lanes], lanes, [d]))
             squares[0] = squares[0] + v * v
-        eps = float(str(dict(step.attrs)["eps"]))
-        scale = bind(f32(1.0) / tirx.sqrt(total(squares[0]) / f32(d) + f32(eps)))
+        eps = f32(step.attrs["eps"])
+        scale = bind(f32(1.0) / tirx.sqrt(total(squares[0]) / f32(d) + eps))
         with loop(d // lanes) as i:
             v = held(self.load(x, [i * lanes], lanes, [d])) * splat(scale, lanes)
             value = rounded(v, step.dtype, self.machine.bf16)
@@ -242,7 +222,7 @@ class _Row:
             self.store(step, [i * lanes], held(value), [d])
 
     def _softmax(self, step: RowStep) -> None:
-        (x,) = step.operands
+        (x,) = step.reads
         d, name = self.places.at(step.extents[-1]), VALUE[x.dtype]
         lanes = self.lanes([step]) if name == "float32" else 1
         steps = d // lanes if isinstance(d, int) else d
@@ -269,10 +249,10 @@ class _Row:
 
     def _reduce(self, step: RowStep) -> None:
         """sum, mean, amax and amin of a row; `extents` is what the row holds."""
-        (x,), sums = step.operands, step.op in ("sum", "mean")
+        (x,), sums = step.reads, step.op in ("sum", "mean")
         extents, name = list(map(self.places.at, step.over)), VALUE[x.dtype]
         *outer, d = extents
-        plain = not isinstance(x.source, Access) or x.source.unit
+        plain = not isinstance(x.source, Lines) or x.source.unit
         wide = isinstance(d, int) and name == "float32" and plain
         lanes = lanes_for(d, self.machine.lanes) if wide else 1
         acc = Local(1, name, lanes)
@@ -295,11 +275,10 @@ class _Row:
         self.store(step, [integer(0)], held(result), [1])
 
     def _rope(self, step: RowStep) -> None:
-        x, positions, frequencies = step.operands
-        attrs = dict(step.attrs)
+        x, positions, frequencies = step.reads
         *heads, width = map(self.places.at, step.extents)
-        half, layout = width // 2, attrs["layout"]
-        cos, sin = self._angles(positions, frequencies, half, float(str(attrs["scale"])))
+        half, layout = width // 2, step.attrs["layout"]
+        cos, sin = self._angles(positions, frequencies, half, step.attrs["scale"])
         shape = [*heads, width]
         with loop(heads[0] if heads else 1) as h, loop(half) as i:
             pair = (i, i + half) if layout == "half" else (2 * i, 2 * i + 1)
@@ -311,7 +290,7 @@ class _Row:
             self.store(step, [*own, out[1]], held(b * cos[i] + a * sin[i]), shape)
 
     def _angles(
-        self, positions: Operand, frequencies: Operand, half: int, scale: float
+        self, positions: Read, frequencies: Read, half: int, scale: float
     ) -> tuple[Local, Local]:
         """cos and sin of the row's position times each frequency, times `scale`."""
         key = (positions, frequencies, half, scale)
@@ -326,13 +305,13 @@ class _Row:
         return self.angles[key]
 
     def _cache_write(self, step: RowStep) -> None:
-        new, lengths, cache, *table = step.operands
+        new, lengths, cache, *table = step.reads
         d, s, count, *page = map(self.places.at, (*step.extents, *step.over))
         batch, i = bind(tirx.truncdiv(self.row, integer(s))), tirx.truncmod(self.row, integer(s))
         used = self.tensor(_memory(lengths)).at(batch)
         blocks = self.tensor(_memory(table[0])) if table else None
         rows = CacheRows(integer(count), int(page[0]) if page else 0, blocks)
-        plain = not isinstance(new.source, Access) or new.source.unit
+        plain = not isinstance(new.source, Lines) or new.source.unit
         lanes = lanes_for(d, self.machine.lanes) if plain else 1
         target = self.tensor(_memory(cache))
         with rows.place(batch, bind(used + i)) as slot:
@@ -342,9 +321,9 @@ class _Row:
                 put(target, start + at * lanes, value, self.machine.bf16)
 
 
-def _memory(operand: Operand) -> Access:
-    assert isinstance(operand.source, Access)
-    return operand.source
+def _memory(read: Read) -> Lines:
+    assert isinstance(read.source, Lines)
+    return read.source
 
 
 def _flat(index: Sequence[Expr], extents: Sequence[Expr]) -> Expr:

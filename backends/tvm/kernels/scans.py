@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dsc.backends.tvm.launch import Launch, Unsupported, operand, static_dim
 from dsc.backends.tvm.machine import Machine
 from dsc.backends.tvm.shapes import (
-    Pattern,
     SizeTable,
     each_index,
     resolve,
@@ -28,6 +27,7 @@ from dsc.backends.tvm.tir import (
     tirx,
     when,
 )
+from dsc.ir.dims import Dim
 from dsc.ir.graph import Node
 from dsc.ir.types import DType
 
@@ -43,11 +43,13 @@ def lower(node: Node, machine: Machine) -> Launch:
     if node.op == "topk":
         static_dim(x.shape[-1], "the axis of topk")
     axis = int(attrs.get("axis", -1)) % x.rank
-    static = (node.op, x.dtype, table.shape(x.shape), axis, attrs.get("k", 0))
+    static = (node.op, x.dtype, table.numbered(x.shape), axis, attrs.get("k", 0))
     return Launch(scan_axis, (*static, len(table.dims)), tuple(table.dims), flops=x.numel)
 
 
-def scan_axis(op: str, dtype: DType, shape: Pattern, axis: int, k: int, sizes: int) -> PrimFunc:
+def scan_axis(
+    op: str, dtype: DType, shape: tuple[Dim, ...], axis: int, k: int, sizes: int
+) -> PrimFunc:
     """Arguments: x, the results; sizes."""
     outer_axes = [a for a in range(len(shape)) if a != axis]
     results = ["y", "indices"] if op == "topk" else ["y"]

@@ -7,13 +7,10 @@ or not it is stored. So fusion levels agree, and a level is a choice of speed al
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from dsc.backends.tvm import bf16
-from dsc.backends.tvm.kernels.access import Access
-from dsc.backends.tvm.kernels.formulas import Attributes, check, convert, formula
+from dsc.backends.tvm.kernels.formulas import convert, formula
 from dsc.backends.tvm.kernels.movement import constant
-from dsc.backends.tvm.launch import Unsupported
 from dsc.backends.tvm.tir import (
     STORAGE,
     VALUE,
@@ -26,53 +23,22 @@ from dsc.backends.tvm.tir import (
     lanes_of,
     splat,
 )
-from dsc.ir.graph import Node
+from dsc.ir.region_steps import Literal, Step
 from dsc.ir.types import DType
 
 
-@dataclass(frozen=True, slots=True)
-class Operand:
-    """What a step reads: memory, the result of an earlier step, or a number.
-
-    `source` is an access, the number of a step, or a literal's value; `shift` says how many columns
-    further on it is read (a merged gate|up has its halves side by side).
-    """
-
-    source: Access | int | float
-    dtype: DType
-    shift: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class Point:
-    """A pointwise operator of a region."""
-
-    op: str
-    operands: tuple[Operand, ...]
-    dtype: DType
-    attrs: Attributes = ()
-
-
-def check_pointwise(node: Node) -> None:
-    """Raise `Unsupported` for what has no formula, or none for its element types."""
-    for x in (*node.operands, *node.outputs):
-        if x.type.dtype not in STORAGE:
-            raise Unsupported(f"element type {x.type.dtype}")
-    check(node)
-
-
-def compute(point: Point, values: Sequence[Expr], native: bool) -> Expr:
+def compute(step: Step, values: Sequence[Expr], native: bool) -> Expr:
     """A pointwise operator on register values of equal lanes."""
-    if point.op == "cast":
-        value = convert(values[0], point.operands[0].dtype, point.dtype)
+    if step.op == "cast":
+        value = convert(values[0], step.reads[0].dtype, step.dtype)
     else:
-        value = formula(point.op, point.attrs)(*values)
-    return held(rounded(value, point.dtype, native))
+        value = formula(step.op, step.attrs)(*values)
+    return held(rounded(value, step.dtype, native))
 
 
-def literal(value: float, dtype: DType, lanes: int) -> Expr:
+def literal(number: Literal, dtype: DType, lanes: int) -> Expr:
     """A number in every lane, as its element type holds it."""
-    return splat(rounded(constant(value, dtype), dtype, native=False), lanes)
+    return splat(rounded(constant(number.value, dtype), dtype, native=False), lanes)
 
 
 def rounded(value: Expr, dtype: DType, native: bool) -> Expr:
