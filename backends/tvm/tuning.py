@@ -125,7 +125,7 @@ def time_candidates(machine: Machine, threads: int) -> list[Times]:
     """
     import numpy as np
 
-    from dsc.backends.tvm.kernels.bf16_panels import panel_bytes
+    from dsc.backends.tvm.kernels.panels import panel_bytes
 
     draw = np.random.default_rng(0).integers
     # bf16 from 2^-15 to 2: no product is subnormal.

@@ -13,7 +13,7 @@ import torch
 pytest.importorskip("tvm")
 
 from dsc.backends.tvm import executable, tuning
-from dsc.backends.tvm.kernels.bf16_panels import panel_bytes
+from dsc.backends.tvm.kernels.panels import panel_bytes
 from dsc.backends.tvm.machine import Machine, machine_for
 from dsc.backends.tvm.tuning import FEW, MANY, Tiling, agreed, choose, ways
 from dsc.errors import BackendUnavailable

@@ -13,9 +13,9 @@ from collections.abc import Callable
 from dsc.backends.tvm.bf16 import LANES
 from dsc.backends.tvm.kernels import bf16_attention, bf16_softmax, tile_attention
 from dsc.backends.tvm.kernels.attend import BLOCK, Queries, Rows, attend
-from dsc.backends.tvm.kernels.bf16_panels import fits
 from dsc.backends.tvm.kernels.dots import product_rows
 from dsc.backends.tvm.kernels.latent_cache import LatentCache, arguments, page_of
+from dsc.backends.tvm.kernels.panels import fits
 from dsc.backends.tvm.launch import Launch, Unsupported, operand, static_dim
 from dsc.backends.tvm.machine import Machine
 from dsc.backends.tvm.tir import (

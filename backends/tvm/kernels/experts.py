@@ -1,24 +1,41 @@
 """experts: sum_k w_k * down_k(act(gate_k x) * up_k x) over the chosen experts of each token.
 
-The (token, slot) pairs are sorted by expert first, so that a block of an expert's rows is read once
-for all of its tokens; a decode step touches the chosen experts only. Threads share out blocks of
-rows of gate and up, then blocks of rows of down: no two write the same element.
+The (token, slot) pairs are sorted by expert, so that each weight is read once and a decode step
+touches the chosen experts only. Bound in bf16: with few tokens the bytes of the chosen experts,
+6 d i each, over bandwidth; with many 6 d i flops a pair over the peak of pair products. A task is a
+block of rows of one expert's weights with all of its tokens. Tasks go block by block, then expert
+by expert, so that threads stay level however uneven the experts' loads are. The sum over a token's
+experts is fp32, in the order of experts, whatever shares the batch.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from typing import Any
 
-from dsc.backends.tvm.kernels import bf16_experts
-from dsc.backends.tvm.kernels.bf16_panels import fits
-from dsc.backends.tvm.kernels.dots import dots
+from dsc.backends.tvm.amx import TOKENS
+from dsc.backends.tvm.bf16 import SUMS, instructions
+from dsc.backends.tvm.kernels.bf16_product import BLOCK, Weights
+from dsc.backends.tvm.kernels.panels import (
+    Rows,
+    first_panel,
+    fits,
+    grain,
+    multiply,
+    pack_stacked,
+    panel_bytes,
+    tile_rows,
+)
 from dsc.backends.tvm.kernels.sorting import sort_pairs
+from dsc.backends.tvm.kernels.values import put
 from dsc.backends.tvm.launch import Launch, operand, rows_of, static_dim
 from dsc.backends.tvm.machine import Machine
 from dsc.backends.tvm.tir import (
     ACTIVATIONS,
-    PARALLEL_WORK,
     Expr,
+    Local,
     PrimFunc,
     Tensor,
     bind,
@@ -28,117 +45,205 @@ from dsc.backends.tvm.tir import (
     integer,
     lanes_for,
     loop,
+    select,
     splat,
-    tiles,
+    tirx,
+    when,
 )
+from dsc.ir.dims import Dim
 from dsc.ir.graph import Node
 from dsc.ir.types import DType
 
+UNITS, PLAIN_UNITS = 32, 16
+"""Hidden units of a task at most: as many rows of gate and of up, 256 KiB at d = 2048."""
+
+
+@dataclass(frozen=True, slots=True)
+class Experts:
+    """What the kernel is specialised to.
+
+    Element types of x and of the weights, extents; where bf16's instructions multiply, `plain` is
+    `None`, and `tiles` says whether by tile registers.
+    """
+
+    dtype: DType
+    stored: DType
+    experts: int
+    d: int
+    hidden: int
+    top_k: int
+    act: str
+    tiles: bool
+    plain: Machine | None
+
+    @property
+    def between(self) -> DType:
+        """The element type of hidden activations."""
+        return DType.f32 if self.plain else DType.bf16
+
 
 def lower(node: Node, machine: Machine) -> Launch:
-    """The launch of `experts`.
-
-    Scratch: the sorted pairs (i64 [experts + 1] and [pairs]), the hidden activations f32 [pairs, i]
-    and the fp32 sums [rows, d].
-    """
+    """The launch of `experts`."""
     x, idx, gate_up, down = (operand(node, i).type for i in (0, 1, 3, 4))
-    experts, d, i = (static_dim(n, "an expert's axis") for n in down.shape)
+    experts, d, hidden = (static_dim(n, "an expert's axis") for n in down.shape)
     top_k, rows = static_dim(idx.shape[-1], "top_k"), rows_of(x)
-    act = node.attrs["act"]
-    if fits(machine, d, x, gate_up, down) and fits(machine, i, x):
-        return bf16_experts.launch(rows, experts, d, i, top_k, act, machine)
-    static = (x.dtype, gate_up.dtype, experts, d, i, top_k, act, machine)
-    pairs = rows * top_k
-    return Launch(
-        experts_direct,
-        static,
-        (rows,),
-        scratch=pairs * (8 + 4 * i) + 8 * (experts + 1) + rows * (4 * d),
-        flops=pairs * (6 * d * i),
-    )
+    native = fits(machine, d, x, gate_up, down) and fits(machine, hidden, x)
+    plain = None if native else replace(machine, bf16=False, tiles=False)
+    of = Experts(
+        x.dtype, gate_up.dtype, experts, d, hidden, top_k, node.attrs["act"],
+        native and machine.tiles, plain,
+    )  # fmt: skip
+    flops = rows * (6 * top_k * d * hidden)
+    return Launch(experts_direct, (of,), (rows,), scratch=_places(rows, of)["end"], flops=flops)
 
 
-def experts_direct(
-    dtype: DType,
-    stored: DType,
-    experts: int,
-    d: int,
-    hidden: int,
-    top_k: int,
-    act: str,
-    machine: Machine,
-) -> PrimFunc:
+def _places(rows: Dim | Expr, of: Experts) -> dict[str, Any]:
+    """Where things lie in scratch memory, on whole cache lines; `end` is its size.
+
+    The sorted pairs (i64 [experts + 1] and [pairs]), the chosen experts (their number, then i64
+    [experts]), the fp32 sums [rows, d], the hidden activations [pairs, hidden], and the panels of
+    both products.
+    """
+    pairs, experts = rows * of.top_k, of.experts
+    sizes: dict[str, Any] = {
+        "offsets": 8 * (experts + 1),
+        "active": 8 * (experts + 1),
+        "order": pairs * 8,
+        "sums": rows * (4 * of.d),
+        "hidden": pairs * (of.between.itemsize * of.hidden),
+        "x_panels": panel_bytes(pairs, of.d, experts) if of.tiles else 0,
+        "hidden_panels": panel_bytes(pairs, of.hidden, experts) if of.tiles else 0,
+    }
+    found: dict[str, Any] = {}
+    at: Any = 0
+    for name, size in sizes.items():
+        found[name] = at
+        at = at + (size + 63) // 64 * 64
+    return {**found, "end": at}
+
+
+def experts_direct(of: Experts) -> PrimFunc:
     """Arguments: x, idx, w, gate_up [e, 2i, d], down [e, d, i], y, scratch; rows."""
-    activation = ACTIVATIONS[act]
-    block = lanes_for(hidden, max(1, machine.columns // 2))
-    wide = lanes_for(d, machine.columns)
+    experts, d, hidden, top_k = of.experts, of.d, of.hidden, of.top_k
+    activation, plain, native = ACTIVATIONS[of.act], of.plain, of.plain is None
+    units = lanes_for(hidden, UNITS if native else PLAIN_UNITS)
+    wide, lanes = lanes_for(units, SUMS), lanes_for(d, SUMS)
 
     def body(
         x: Expr, idx: Expr, w: Expr, gate_up: Expr, down: Expr, y: Expr, scratch: Expr, rows: Expr
     ) -> None:
         pairs = rows * top_k
-        source, target = Tensor(x, dtype, (rows, d)), Tensor(y, dtype, (rows, d))
+        places = _places(rows, of)
+        at = {name: bind(scratch + place) for name, place in places.items()}
+        source, target = (Tensor(address, of.dtype, (rows, d)) for address in (x, y))
         chosen, weight = Tensor(idx, DType.i64, (pairs,)), Tensor(w, DType.f32, (pairs,))
-        up = Tensor(gate_up, stored, (experts, 2 * hidden, d))
-        out = Tensor(down, stored, (experts, d, hidden))
-        offsets = Tensor(scratch, DType.i64, (experts + 1,))
-        order = Tensor(scratch + 8 * (experts + 1), DType.i64, (pairs,))
-        h_at = scratch + 8 * (experts + 1) + 8 * pairs
-        h = Tensor(h_at, DType.f32, (pairs, hidden))
-        sums = Tensor(h_at + 4 * hidden * pairs, DType.f32, (rows, d))
+        up = Tensor(gate_up, of.stored, (experts, 2 * hidden, d))
+        out = Tensor(down, of.stored, (experts, d, hidden))
+        offsets = Tensor(at["offsets"], DType.i64, (experts + 1,))
+        active = Tensor(at["active"], DType.i64, (experts + 1,))
+        order = Tensor(at["order"], DType.i64, (pairs,))
+        sums = Tensor(at["sums"], DType.f32, (rows, d))
+        h = Tensor(at["hidden"], of.between, (pairs, hidden))
         sort_pairs(chosen, pairs, experts, offsets, order)
+        _list_active(offsets, active, experts)
 
-        def expert_tiles(e: Expr, tile: Callable[[Expr, int], None]) -> None:
-            first = bind(offsets.load(e))
-            count = bind(offsets.load(e + 1) - first)
-            tiles(count, machine.rows, lambda p, n: tile(first + p, n))
+        def tokens_of(e: Expr) -> Rows:
+            """The rows of x that chose an expert."""
+            return _rows_of(
+                e, offsets, source, x, lambda p: order.load(p) // top_k * d, d, at["x_panels"]
+            )
 
-        def hidden_block(i: Expr) -> None:
-            """act(gate) * up of `block` hidden units, for every pair."""
-            with loop(experts) as e:
+        def activations_of(e: Expr) -> Rows:
+            """The hidden activations of an expert's pairs."""
+            return _rows_of(
+                e, offsets, h, at["hidden"], lambda p: p * hidden, hidden, at["hidden_panels"]
+            )
 
-                def pair_tile(p: Expr, count: int) -> None:
-                    places = [bind(order.load(p + a)) for a in range(count)]
-                    x_rows = [bind(place // top_k * d) for place in places]
-                    units = [i * block + c for c in range(block)]
-                    w_rows = [up.offset(e, u) for u in units]
-                    w_rows += [up.offset(e, u + hidden) for u in units]
-                    values = dots(source, x_rows, up, [bind(r) for r in w_rows], d, machine.lanes)
-                    for a, line in enumerate(values):
-                        for c, unit in enumerate(units):
-                            value = activation(bind(line[c])) * line[c + block]
-                            h.store(value, p + a, unit)
+        def hidden_block(task: Expr) -> None:
+            """act(gate) * up of some hidden units, for all tokens of an expert."""
+            e = bind(active.load(1 + tirx.truncdiv(task, integer(hidden // units))))
+            unit = bind(tirx.truncmod(task, integer(hidden // units)) * units)
+            gate_at = bind((e * (2 * hidden) + unit) * d)
+            lift_at = bind(gate_at + hidden * d)
 
-                expert_tiles(e, pair_tile)
+            place = 1 + tirx.truncdiv(task + 1, integer(hidden // units))
+            after = bind(active.load(tirx.min(place, active.load(0))))
+            next_unit = tirx.truncmod(task + 1, integer(hidden // units)) * units
+            away = bind((after * (2 * hidden) + next_unit) * d - gate_at)
 
-        def output_block(j: Expr) -> None:
-            """`wide` columns of the output, summed over experts in a fixed order."""
-            columns = [j * wide + c for c in range(wide)]
-            with loop(rows) as r:
-                sums.store(splat(f32(0.0), wide), r, j * wide)
-            with loop(experts) as e:
+            def block(n: Expr) -> Weights:
+                gate = tirx.EQ(integer(n), integer(0))
+                start = bind(select(gate, gate_at, lift_at))
+                then = bind(select(gate, lift_at, gate_at + away))
+                return Weights(up, start, integer(d), units, d, then, start + away)
 
-                def pair_tile(p: Expr, count: int) -> None:
-                    places = [bind(order.load(p + a)) for a in range(count)]
-                    h_rows = [bind((p + a) * hidden) for a in range(count)]
-                    w_rows = [bind(out.offset(e, c)) for c in columns]
-                    values = dots(h, h_rows, out, w_rows, hidden, machine.lanes)
-                    for place, line in zip(places, values, strict=True):
-                        token, share = bind(place // top_k), bind(weight.load(place))
-                        for column, value in zip(columns, line, strict=True):
-                            old = sums.load(token, column)
-                            sums.store(old + share * value, token, column)
+            def finish(tile: Local, r: Expr, p: Expr) -> None:
+                for j in range(0, units, wide):
+                    gate = tile.load(r * BLOCK + j, wide)
+                    lift = tile.load((r + tile_rows(plain)) * BLOCK + j, wide)
+                    put(h, p * hidden + unit + j, activation(bind(gate)) * lift, native)
 
-                expert_tiles(e, pair_tile)
-            with loop(rows) as r:
-                target.store(sums.load(r, j * wide, lanes=wide), r, j * wide)
+            multiply(tokens_of(e), integer(2), block, finish, 2, plain)
 
-        for_each(hidden // block, _work(rows, experts, block * d), hidden_block)
-        for_each(d // wide, _work(rows, experts, wide * hidden), output_block)
+        columns = grain(rows) if native else integer(SUMS)
+
+        def output_block(task: Expr) -> None:
+            """A block of the output's columns, summed over experts in their order."""
+            first = bind(task * columns)
+            width = bind(tirx.min(columns, d - first))
+            vectors = bind(tirx.truncdiv(width, integer(lanes)))
+            with loop(rows) as r, loop(vectors) as j:
+                sums.store(splat(f32(0.0), lanes), r, first + j * lanes)
+            with loop(active.load(0)) as a:
+                e = bind(active.load(1 + a))
+                more = a + 1 < active.load(0)
+                after = bind(active.load(1 + select(more, a + 1, integer(0))))
+                column = select(more, first, first + columns)
+                following = bind((after * d + column) * hidden)
+                start = bind((e * d + first) * hidden)
+                block = Weights(out, start, integer(hidden), width, hidden, following, following)
+
+                def finish(tile: Local, r: Expr, p: Expr) -> None:
+                    place = bind(order.load(p))
+                    at = bind(sums.offset(place // top_k, first))
+                    share = bind(splat(weight.load(place), lanes))
+                    with loop(vectors) as j:
+                        value = share * tile.load(j * lanes + r * BLOCK, lanes)
+                        sums.put(at + j * lanes, sums.at(at + j * lanes, lanes) + value)
+
+                multiply(activations_of(e), integer(1), lambda _: block, finish, plain=plain)
+            with loop(rows) as r, loop(vectors) as j:
+                at = bind(target.offset(r, first + j * lanes))
+                put(target, at, sums.at(at, lanes), native)
+
+        with instructions() if native else nullcontext():
+            count = bind(active.load(0))
+            if native:
+                pack_stacked(count, d, lambda a: tokens_of(bind(active.load(1 + a))))
+            for_each(bind(count * (hidden // units)), units * d // 2, hidden_block)
+            if native:
+                pack_stacked(count, hidden, lambda a: activations_of(bind(active.load(1 + a))))
+            blocks = bind(tirx.truncdiv(d + columns - 1, columns))
+            for_each(blocks, rows * (top_k * SUMS * hidden // 4), output_block)
 
     return build(body)
 
 
-def _work(rows: Expr, experts: int, block: int) -> Expr:
-    """Work of a block: at least one product for a token, and the scan over all experts."""
-    return PARALLEL_WORK if block >= PARALLEL_WORK // 64 else rows * integer(block + experts)
+def _rows_of(
+    e: Expr, offsets: Tensor, x: Tensor, base: Expr, at: Callable[[Expr], Expr], depth: Expr,
+    panels: Expr,
+) -> Rows:  # fmt: skip
+    """An expert's rows of those that are sorted by expert."""
+    first = bind(offsets.load(e))
+    count = bind(offsets.load(e + 1) - first)
+    mine = panels + first_panel(first, e) * (integer(depth) * (2 * TOKENS))
+    return Rows(x, base, at, first, count, depth, bind(mine))
+
+
+def _list_active(offsets: Tensor, active: Tensor, experts: int) -> None:
+    """active[1 ..]: the experts that have tokens; active[0]: their number."""
+    active.store(integer(0), 0)
+    with loop(experts) as e, when(offsets.load(e + 1) > offsets.load(e)):
+        count = bind(active.load(0) + 1)
+        active.store(e, count)
+        active.store(count, 0)

@@ -11,8 +11,8 @@ from dataclasses import replace
 from math import prod
 
 from dsc.backends.tvm.kernels import ALONG_ROWS
-from dsc.backends.tvm.kernels.bf16_panels import fits, panel_bytes
 from dsc.backends.tvm.kernels.formulas import check
+from dsc.backends.tvm.kernels.panels import fits, panel_bytes
 from dsc.backends.tvm.kernels.region_products import Product, product_region
 from dsc.backends.tvm.kernels.region_rows import row_region
 from dsc.backends.tvm.launch import Launch, Unsupported, fp32_only, rows_of, static_dim

@@ -15,10 +15,9 @@ from dataclasses import dataclass
 
 from dsc.backends.tvm import bf16
 from dsc.backends.tvm.amx import TOKENS
-from dsc.backends.tvm.kernels import bf16_panels
+from dsc.backends.tvm.kernels import panels
 from dsc.backends.tvm.kernels.access import Rows
-from dsc.backends.tvm.kernels.bf16_product import BLOCK, Weights, ceil_div
-from dsc.backends.tvm.kernels.dots import dots
+from dsc.backends.tvm.kernels.bf16_product import BLOCK, Weights
 from dsc.backends.tvm.kernels.values import compute, held, literal, put, rounded
 from dsc.backends.tvm.machine import Machine
 from dsc.backends.tvm.shapes import size_names
@@ -118,7 +117,8 @@ class _Tasks:
         }
         self.x_at = addresses[product.x]
         self.panels = addresses[-1] if machine.tiles else integer(0)
-        self.height = bf16_panels.tile_rows() if self.native else machine.rows
+        self.plain = None if self.native else machine
+        self.height = panels.tile_rows(self.plain)
         self.copies = max(1 + len(f.shifts) for f in families)
 
     def run(self) -> None:
@@ -127,7 +127,7 @@ class _Tasks:
         self.grain = integer(NARROW)
         if self.native:
             alone = self.offsets is None  # stacked weights have blocks for all threads
-            self.grain = bf16_panels.grain(self.rows, wide) if alone else integer(wide)
+            self.grain = panels.grain(self.rows, wide) if alone else integer(wide)
             self._pack()
         ends: list[Expr] = []
         count: Expr = integer(0)
@@ -139,7 +139,7 @@ class _Tasks:
         if offsets is None:
             for_each(count, work, lambda i: self._task(integer(0), i, ends, None))
             return
-        stacked = bf16_panels.Stacked(self.product.experts, count)
+        stacked = panels.Stacked(self.product.experts, count)
 
         def task(i: Expr) -> None:
             expert, g = stacked.place(i)
@@ -171,42 +171,31 @@ class _Tasks:
         def finish(tile: Local, r: Expr, row: Expr) -> None:
             self._finish(tile, r, row, task)
 
-        if self.native:
+        def block(n: Expr) -> Weights:
+            at = bind(weight + task.column(n) * self.depth)
+            ahead = None if step is None else at + step
+            return Weights(self.w, at, integer(self.depth), task.width, self.depth, ahead=ahead)
 
-            def block(n: Expr) -> Weights:
-                depth, width = integer(self.depth), task.width
-                at = bind(weight + task.column(n) * depth)
-                ahead = None if step is None else at + step
-                return Weights(self.w, at, depth, width, depth, ahead=ahead)
+        panels.multiply(rows, task.copies, block, finish, self.copies, self.plain)
 
-            bf16_panels.multiply(rows, task.copies, block, finish, self.copies)
-            return
-        tile = Local(self.copies * self.height * BLOCK)
-        with loop(ceil_div(rows.count, self.height)) as t:
-            row = bind(rows.first + t * self.height)
-            here = bind(tirx.min(integer(self.height), rows.first + rows.count - row))
-            self._fill(tile, row, here, weight, task)
-            with loop(here) as r:
-                finish(tile, r, bind(row + r))
-
-    def _rows(self, expert: Expr) -> bf16_panels.Rows:
+    def _rows(self, expert: Expr) -> panels.Rows:
         """The rows of x that an expert's weights meet; all of them where there is one weight."""
-        depth, panels = integer(self.depth), self.panels
+        depth, packed = integer(self.depth), self.panels
         first, count = integer(0), integer(self.rows)
         if self.offsets is not None:
             first = bind(self.offsets.load(expert))
             count = bind(self.offsets.load(expert + 1) - first)
-            panels = panels + bf16_panels.first_panel(first, expert) * (depth * (2 * TOKENS))
+            packed = packed + panels.first_panel(first, expert) * (depth * (2 * TOKENS))
         at = self.x_at
-        return bf16_panels.Rows(self.x, at, lambda i: i * depth, first, count, depth, panels)
+        return panels.Rows(self.x, at, lambda i: i * depth, first, count, depth, packed)
 
     def _pack(self) -> None:
         """Panels of x, where products go by tiles."""
         if self.offsets is None:
-            bf16_panels.pack(self._rows(integer(0)))
+            panels.pack(self._rows(integer(0)))
         else:
             experts = integer(self.product.experts)
-            bf16_panels.pack_stacked(experts, self.rows * self.depth, self._rows)
+            panels.pack_stacked(experts, self.rows * self.depth, self._rows)
 
     def _locate(self, family: Family, number: int, g: Expr, cells: Local) -> None:
         """Where a family's task g lies: family, block of the walk, place in it, columns."""
@@ -219,25 +208,6 @@ class _Tasks:
         cells[4] = integer(1 + len(family.shifts))
         for n, shift in enumerate((0, *family.shifts)):
             cells[5 + n] = column + shift
-
-    def _fill(self, tile: Local, row: Expr, rows: Expr, weight: Expr, task: _Task) -> None:
-        """The products of up to `height` rows with the task's columns, at each of its shifts.
-
-        For element types and CPUs without kernels of their own.
-        """
-        columns, depth = self.machine.columns, self.depth
-        assert isinstance(depth, int)
-        for height in range(1, self.height + 1):
-            with when(tirx.EQ(rows, integer(height))):
-                x_rows = [bind((row + r) * depth) for r in range(height)]
-                with loop(task.copies) as n, loop(ceil_div(task.width, columns)) as group:
-                    start, j = bind(n * (self.height * BLOCK)), bind(group * columns)
-                    at, last = bind(weight + task.column(n) * depth), integer(task.width) - 1
-                    picked = [bind(at + tirx.min(j + c, last) * depth) for c in range(columns)]
-                    made = dots(self.x, x_rows, self.w, picked, depth, self.machine.lanes)
-                    for r, line in enumerate(made):
-                        for c, value in enumerate(line):
-                            tile[start + j + (r * BLOCK + c)] = value
 
     def _finish(self, tile: Local, r: Expr, row: Expr, task: _Task) -> None:
         """What follows the product, on row r of the tile, and the stores."""

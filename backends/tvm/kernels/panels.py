@@ -1,5 +1,7 @@
 """All rows of x against blocks of columns, tile by tile, by whatever way the machine multiplies.
 
+What bf16's instructions do not take, for its element type or on a `plain` machine, goes by `dots`.
+
 A kernel says where its rows lie (`Rows`), packs them once for all of its tasks where products go by
 tiles (`pack`), and in a task multiplies them (`multiply`): each tile of rows with the task's blocks
 of columns into fp32 sums, which `finish` turns into results row by row.
@@ -25,6 +27,7 @@ from dsc.backends.tvm.kernels.bf16_product import (
     fill_block,
     tile_height,
 )
+from dsc.backends.tvm.kernels.dots import dots
 from dsc.backends.tvm.machine import Machine
 from dsc.backends.tvm.tir import (
     Expr,
@@ -106,8 +109,10 @@ class Rows:
         return select(integer(self.count) > 1, packed, self.address(self.first))
 
 
-def tile_rows() -> int:
+def tile_rows(plain: Machine | None = None) -> int:
     """Rows of x that a tile takes."""
+    if plain is not None:
+        return plain.rows
     return PANELS * amx.TOKENS if by_tiles() else tile_height()
 
 
@@ -206,15 +211,16 @@ def multiply(
     block: Callable[[Expr], Weights],
     finish: Callable[[Local, Expr, Expr], None],
     copies: int = 1,
+    plain: Machine | None = None,
 ) -> None:
     """The rows times `blocks` <= `copies` blocks of columns, of equal width: `block(n)`.
 
     `finish(tile, r, i)` gets row i of x: its sums with column j of block n are at
-    (n * tile_rows() + r) * BLOCK + j.
+    (n * tile_rows(plain) + r) * BLOCK + j.
     """
-    height, count = tile_rows(), integer(rows.count)
+    height, count = tile_rows(plain), integer(rows.count)
     tile = Local(copies * height * BLOCK)
-    tiles = _Tiles(rows, tile) if by_tiles() else None
+    tiles = _Tiles(rows, tile) if by_tiles() and plain is None else None
     if tiles is not None:
         tiles.begin(block(integer(0)).columns)
     with loop(ceil_div(count, height)) as t:
@@ -225,17 +231,43 @@ def multiply(
             if tiles is not None:
                 tiles.fill(start, t, here, block(n))
             else:
-                _fill(rows, tile, start, first, here, block(n))
+                _fill(rows, tile, start, first, here, block(n), plain)
         with loop(here) as r:
             finish(tile, r, bind(first + r))
 
 
-def _fill(rows: Rows, tile: Local, start: Expr, first: Expr, here: Expr, w: Weights) -> None:
-    """The sums of up to `tile_height()` rows on vectors: a body for each number of rows."""
-    for height in range(tile_height(), 0, -1):
+def _fill(
+    rows: Rows,
+    tile: Local,
+    start: Expr,
+    first: Expr,
+    here: Expr,
+    w: Weights,
+    plain: Machine | None,
+) -> None:
+    """The sums of a tile's rows on vectors: a body for each number of rows."""
+    most = plain.rows if plain is not None else tile_height()
+    for height in range(most, 0, -1):
         with when(tirx.EQ(here, integer(height))):
             x_rows = [bind(integer(rows.at(first + r))) for r in range(height)]
-            fill_block(tile, start, rows.x, x_rows, w)
+            if plain is None:
+                fill_block(tile, start, rows.x, x_rows, w)
+            else:
+                _fill_plainly(tile, start, rows.x, x_rows, w, plain)
+
+
+def _fill_plainly(
+    tile: Local, start: Expr, x: Tensor, x_rows: Sequence[Expr], w: Weights, machine: Machine
+) -> None:
+    """As `fill_block`, on a machine's vectors of fp32."""
+    columns, last = machine.columns, integer(w.columns) - 1
+    assert isinstance(w.depth, int)
+    with loop(ceil_div(w.columns, columns)) as group:
+        j = bind(group * columns)
+        picked = [bind(w.start + tirx.min(j + c, last) * w.stride) for c in range(columns)]
+        for r, line in enumerate(dots(x, x_rows, w.tensor, picked, w.depth, machine.lanes)):
+            for c, value in enumerate(line):
+                tile[start + j + (r * BLOCK + c)] = value
 
 
 class _Tiles:
