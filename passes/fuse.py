@@ -70,7 +70,7 @@ class Fuse(Pass):
         for name, graph in program.entries.items():
             entries[name] = graph
             if self.level > 0:
-                sweep = _Sweep(graph, self.level, self.limits, program.symbols, report)
+                sweep = _Sweep(graph, self.level, self.limits, report)
                 entries[name] = _accepted(sweep.run(), self.limits, report)
             regions[name] = by_layer(entries[name], self.limits)
             report.facts[name] = _measured(graph, entries[name], self.limits, program.symbols)
@@ -127,17 +127,9 @@ class _Sweep:
     decided. GEMMs choose first, since an epilogue saves the largest values.
     """
 
-    def __init__(
-        self,
-        graph: Graph,
-        level: int,
-        limits: RegionLimits,
-        ranges: Mapping[str, Range],
-        report: PassReport,
-    ) -> None:
+    def __init__(self, graph: Graph, level: int, limits: RegionLimits, report: PassReport) -> None:
         self.level = level
         self.limits = limits
-        self.ranges = ranges
         self.report = report
         self.groups = Grouping(graph)
         self.graph = graph
@@ -147,7 +139,6 @@ class _Sweep:
         """The graph with its regions."""
         if self.level >= 2:
             self._epilogues()
-            self._prologues()
         self._chains()
         if self.level >= 3:
             self._siblings()
@@ -180,13 +171,6 @@ class _Sweep:
             if any(role(n) is Role.WRITE for g in readers for n in self.groups.nodes(g)):
                 return False
         return all(n.op in self.limits.epilogue for n in nodes)
-
-    def _prologues(self) -> None:
-        """Give a GEMM the norm in front of it, where computing it in every tile is cheap."""
-        if self.limits.prologue_rows > 0:
-            for i in self._positions(Role.PRODUCT):
-                for p in self.groups.producers(self.groups.owner[i]):
-                    self._try(p, self.groups.owner[i], quiet=True)
 
     def _chains(self) -> None:
         """Join row-wise operators with what they read."""
@@ -248,9 +232,8 @@ class _Sweep:
     def _try(self, a: int, b: int, quiet: bool = False) -> bool:
         """Join two groups if that makes a legal region; note why not where it nearly did."""
         groups = self.groups
-        why = refusal(
-            groups.nodes(a, b), groups.kept(a, b), self.level, self.limits, self.ranges
-        ) or groups.obstacle(a, b)
+        nodes, kept = groups.nodes(a, b), groups.kept(a, b)
+        why = refusal(nodes, kept, self.level, self.limits) or groups.obstacle(a, b)
         if not why:
             groups.join(a, b)
             self.report.fire(f"level {self.level}")

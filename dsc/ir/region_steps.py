@@ -212,6 +212,8 @@ class Rows(Body):
         super().__init__(body, places, targets)
         self.single = single
         self.numbers = {v.name: i for i, n in enumerate(self.core) for v in n.outputs}
+        if not self.core:
+            raise NoKernel("there are views only")
         self.leaving = self.results()
         made = [self._step(node) for node in self.core]
         self.rows = made[0][1]

@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from dsc.ir.dims import Dim, product
 from dsc.ir.graph import Graph, Node, Value, Weight
 from dsc.ir.lanes import moves_nothing
 from dsc.ir.op import lookup, named, traits_of
@@ -59,8 +58,7 @@ class RegionLimits:
 
     `anchors`: operators that others may join. `epilogue`: operators that may follow a GEMM (and the
     experts) in its kernel, on the tile that it computed. `reductions`: norms and the like in one
-    region, at most. `prologue_rows`: a norm in front of a GEMM is computed again by each of its
-    tiles where there are at most so many rows; 0 never. `operands` and `nodes` bound a region.
+    region, at most. `operands` and `nodes` bound a region.
     `free`: which views cost nothing on their own, so that no region takes them in at its border.
     `accepts` has the last word on a finished region: one that it refuses is put back as it was;
     `of` is the backend whose kernels these are, as pass options name it.
@@ -69,7 +67,6 @@ class RegionLimits:
     anchors: frozenset[str] = field(default_factory=_anchors)
     epilogue: frozenset[str] = field(default_factory=_epilogue)
     reductions: int = 4
-    prologue_rows: int = 0
     operands: int = 24
     nodes: int = 32
     free: Callable[[Node], bool] = field(default=moves_nothing)
@@ -113,22 +110,6 @@ def _along_rows(node: Node) -> bool:
     """Whether a reduction is over the last axis, so that each row has its own result."""
     rank = node.operands[0].type.rank
     return rank > 0 and axes_of(node) == [rank - 1]
-
-
-def rows(node: Node) -> Dim:
-    """The rows that a row-wise operator works on: all axes but the last of what it reads.
-
-    A row of rope is a token with all of its heads: they share its angles.
-    """
-    if role(node) is Role.ROTATION:
-        return node["positions"].type.numel
-    if role(node) is Role.WRITE:
-        shape = node[traits_of(node.op).writes[0]].type.shape
-    elif role(node) is Role.REDUCTION:
-        shape = node.operands[0].type.shape
-    else:
-        shape = node.output.type.shape
-    return product(shape[:-1])
 
 
 def classify(body: Graph) -> Kind:

@@ -170,12 +170,12 @@ def outline(grouping: Grouping) -> Graph:
     for group in grouping.order:
         members = grouping.nodes(group)
         nodes.append(
-            members[0] if len(members) == 1 else _region(members, grouping.kept(group), literals)
+            members[0] if len(members) == 1 else region_of(members, grouping.kept(group), literals)
         )
     return _without_dead_literals(graph.with_nodes(nodes), set(literals))
 
 
-def _region(members: Sequence[Node], kept: set[str], literals: dict[str, Node]) -> Node:
+def region_of(members: Sequence[Node], kept: set[str], literals: dict[str, Node]) -> Node:
     """One `fused` node of several nodes; literals that they read are copied into the body."""
     made = {v.name for n in members for v in n.outputs}
     read = dict.fromkeys(x for n in members for x in n.operands)

@@ -60,7 +60,7 @@ def test_random_graphs_compute_the_same(graph: Graph) -> None:
     wanted = outputs(program.entries["main"])
     for level in (1, 2, 3):
         free = dear if level == 3 else moves_nothing
-        sweep = Fuse(level, RegionLimits(free=free, prologue_rows=99))
+        sweep = Fuse(level, RegionLimits(free=free))
         after = sweep.run(program, PassReport()).entries["main"]
         verify_graph(after)
         check_partition(graph, after)
@@ -122,7 +122,7 @@ def test_tangles_compute_the_same(seed: int) -> None:
     given = {"n": torch.zeros(2, dtype=torch.int64)}
     wanted = outputs(graph, given)
     for level in (1, 2, 3):
-        limits = RegionLimits(reductions=1 + seed % 4, prologue_rows=99 * (seed % 2))
+        limits = RegionLimits(reductions=1 + seed % 4)
         after = Fuse(level, limits).run(program, PassReport()).entries["main"]
         verify_graph(after)
         check_partition(graph, after)
