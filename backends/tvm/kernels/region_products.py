@@ -171,12 +171,12 @@ class _Tasks:
         def finish(tile: Local, r: Expr, row: Expr) -> None:
             self._finish(tile, r, row, task)
 
-        def block(n: Expr) -> Weights:
+        def columns(n: Expr) -> Weights:
             at = bind(weight + task.column(n) * self.depth)
             ahead = None if step is None else at + step
             return Weights(self.w, at, integer(self.depth), task.width, self.depth, ahead=ahead)
 
-        panels.multiply(rows, task.copies, block, finish, self.copies, self.plain)
+        panels.multiply(rows, task.copies, columns, finish, self.copies, self.plain)
 
     def _rows(self, expert: Expr) -> panels.Rows:
         """The rows of x that an expert's weights meet; all of them where there is one weight."""
