@@ -1,5 +1,5 @@
 # Every target makes .venv in the checkout when it is missing or older than the pins.
-#   make demo test bars lint types setup          WORKERS=4 make test          PYTHON=python3.12 make setup
+#   make demo test bars lint types docs setup          WORKERS=4 make test          PYTHON=python3.12 make setup
 SHELL   := /bin/bash
 PYTHON  ?= python3
 WORKERS ?= 2
@@ -13,7 +13,7 @@ export TOKENIZERS_PARALLELISM ?= false
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test bars peers lint types
+.PHONY: help setup demo test bars peers lint types docs
 
 help: ## show these targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-7s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -21,7 +21,7 @@ help: ## show these targets
 $(STAMP): pyproject.toml constraints.txt
 	@if [ ! -x $(BIN)/python ]; then echo "making .venv with $$($(PYTHON) --version)"; $(PYTHON) -m venv .venv; fi
 	@echo "installing dsc and its pinned dependencies into .venv"
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,docs]'
 	@touch $@
 
 setup: $(STAMP) ## make .venv with everything that development needs
@@ -45,3 +45,7 @@ lint: $(STAMP) ## ruff: rules and format
 
 types: $(STAMP) ## mypy --strict over dsc, tests and bench
 	@$(BIN)/mypy
+
+docs: $(STAMP) ## docs/ as a site in out/site; every code block of it runs in make test
+	@$(BIN)/mkdocs build --strict --quiet --site-dir out/site
+	@echo "read it: out/site/index.html"

@@ -124,7 +124,7 @@ def _sources(module: nn.Module) -> dict[str, str]:
         if file is None or not Path(file).is_file():
             continue
         files[file] = digest_of(file)
-        if not str(Path(file).resolve()).startswith(_INSTALLED):
+        if not _is_installed(python):
             pending.extend(_reached(python))
     return dict(sorted(files.items()))
 
@@ -136,9 +136,17 @@ def _reached(python: ModuleType) -> Iterator[ModuleType | None]:
         if found is None:
             name = getattr(value, "__module__", None)
             found = sys.modules.get(name) if isinstance(name, str) else None
-        file = getattr(found, "__file__", None)
-        if file is not None and not str(Path(file).resolve()).startswith(_INSTALLED):
+        if getattr(found, "__file__", None) is not None and not _is_installed(found):
             yield found
+
+
+def _is_installed(python: Any) -> bool:
+    """Whether a module is an installed package's, or dsc's own but for models.
+
+    Who keeps a trace has the sources of dsc in the key; which are loaded is no matter.
+    """
+    ours = python.__name__.startswith("dsc.") and not python.__name__.startswith("dsc.models.")
+    return ours or str(Path(python.__file__).resolve()).startswith(_INSTALLED)
 
 
 digest_of = cache(digest)

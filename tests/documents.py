@@ -182,18 +182,32 @@ def _run_console(text: str) -> str:
 
 
 def _command(line: str) -> str:
-    """What a command prints: those of `dsc` alone run in this process."""
-    if line.startswith("dsc ") and not set("|>;&$") & set(line):
-        return _dsc(shlex.split(line)[1:])
-    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    """What a command prints; `dsc` runs in this process, what its output goes to in a shell."""
+    found = re.fullmatch(r"(dsc .*?)(?: ([|>]) (.*))?", line)
+    if found is None:
+        return _shell(line)
+    own, sign, rest = found.groups()
+    arguments = _shell(f"printf '%s\\0' {own}").split("\0")[1:-1]
+    printed, told = _dsc(arguments)
+    if sign is None:
+        return printed + told
+    return told + _shell(rest if sign == "|" else f"cat > {rest}", printed)
+
+
+def _shell(line: str, given: str = "") -> str:
     done = subprocess.run(
-        ["bash", "-c", line], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        env=environment, check=False,
-    )  # fmt: skip
+        ["bash", "-c", line],
+        input=given,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+    )
     return done.stdout
 
 
-def _dsc(arguments: Sequence[str]) -> str:
+def _dsc(arguments: Sequence[str]) -> tuple[str, str]:
+    """What a verb prints, and what it says beside that."""
     from typer.testing import CliRunner
 
     from dsc.cli import as_typed, build_app
@@ -201,10 +215,10 @@ def _dsc(arguments: Sequence[str]) -> str:
 
     result = CliRunner(env={"COLUMNS": "100"}).invoke(build_app(), arguments)
     if isinstance(result.exception, DscError):
-        return f"{result.output}dsc: {as_typed(str(result.exception))}\n"
+        return result.stdout, f"{result.stderr}dsc: {as_typed(str(result.exception))}\n"
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise result.exception
-    return result.output
+    return result.stdout, result.stderr
 
 
 def _check_ir(text: str) -> str:
@@ -277,17 +291,21 @@ def in_own_folder() -> Iterator[Path]:
 
 @contextmanager
 def registrations_undone() -> Iterator[None]:
-    """Operators and rules that are registered within are forgotten after."""
+    """Operators, rules and backends that are registered within are forgotten after."""
+    from dsc.backends import BACKENDS
     from dsc.ir import op as declarations
     from dsc.rewrite import registered
 
     added, rules = dict(declarations._added), list(registered._rules)
+    backends = dict(BACKENDS)
     try:
         yield
     finally:
         declarations._added.clear()
         declarations._added.update(added)
         registered._rules[:] = rules
+        BACKENDS.clear()
+        BACKENDS.update(backends)
         declarations.defaults.cache_clear()
         declarations.traits_of.cache_clear()
 

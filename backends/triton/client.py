@@ -34,7 +34,8 @@ class InterpretedExecutable(Admitted):
         super().__init__(program)
         self._lock = threading.Lock()
         environment = {"OMP_NUM_THREADS": "1", **kernel_environment(), "TRITON_INTERPRET": "1"}
-        command = [sys.executable, "-m", "dsc.backends.triton.worker", str(folder), str(weights)]
+        start = "from dsc.backends.triton import worker; worker.main()"
+        command = [sys.executable, "-c", start, str(folder), str(weights)]
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment
         )

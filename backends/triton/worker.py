@@ -1,4 +1,4 @@
-"""The interpreting process: `python -m dsc.backends.triton.worker FOLDER WEIGHTS`.
+"""The interpreting process, whose `main` reads the artifact's folder and its weights' file.
 
 It speaks frames over its standard streams: one line of JSON, then the raw bytes of the tensors that
 the line lists. Its parent is `client.py`; nothing else connects to it and nothing is unpickled.
@@ -86,7 +86,3 @@ def main() -> None:
     os.dup2(2, 1)
     sys.stdout = sys.stderr
     serve(Path(sys.argv[1]), Path(sys.argv[2]), sys.stdin.buffer, sink)
-
-
-if __name__ == "__main__":
-    main()

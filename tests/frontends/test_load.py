@@ -227,6 +227,18 @@ def test_sources_that_a_model_imports_are_in_its_key(
     }  # fmt: skip
 
 
+def test_what_else_was_imported_is_no_part_of_a_key() -> None:
+    """In a checkout dsc is no installed package, and each of its modules leads to others."""
+    module = CausalLMStep(stock_causal_lm(small()))
+    importlib.import_module("dsc.passes.fuse")
+    importlib.import_module("dsc.frontends.dynamo")
+    key = trace_cache.key_of(module)
+    assert key is not None
+    reached = {Path(f).name for f in key["module"]["sources"]}
+    assert "causal_lm.py" in reached
+    assert not reached & {"fuse.py", "dynamo.py", "pipeline.py", "api.py"}
+
+
 def test_what_cannot_be_told_is_not_kept() -> None:
     module = nn.Identity()
     module.lock = threading.Lock()  # type: ignore[assignment]
