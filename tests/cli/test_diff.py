@@ -17,7 +17,7 @@ from dsc.diff.lines import Line, align, lines_of, with_moves
 from dsc.diff.measure import read_profile
 from dsc.diff.page import change, page
 from dsc.diff.sides import Side, open_side
-from dsc.diff.svg import timeline
+from dsc.diff.svg import _curve, timeline
 from dsc.errors import ArtifactError, FileError, ParseError, UsageError
 from dsc.ir.layers import by_layer, home
 from dsc.ir.parser import parse_graph, parse_program
@@ -305,6 +305,11 @@ def test_the_page_is_whole_and_loads_nothing(dumps: Path) -> None:
     assert reader.count["svg"] >= 3 * 4  # three entries: two graphs, two timelines each
     assert "default-src 'none'" in text
     assert not re.search(r"url\(|@import|https?:", text)
+
+
+def test_a_path_starts_where_it_was_drawn_from() -> None:
+    assert _curve([(1, 2), (1, 5), (3, 9)]) == "M1.0 2.0V5.0C1.0 7.0 3.0 7.0 3.0 9.0"
+    assert _curve([(4, 2), (6, 4)]).startswith("M4.0 2.0C")
 
 
 def test_the_page_escapes_what_comes_from_files(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import torch
 from dsc.ir.interpreter import run_graph
 from dsc.ir.lanes import moves_nothing
 from dsc.ir.parser import parse_graph
+from dsc.ir.region_columns import Columns
 from dsc.ir.region_steps import NoKernel, Rows, alone
 from dsc.ir.regions import name_of
 
@@ -93,3 +94,24 @@ def test_rows_that_differ_are_no_region() -> None:
     }"""
     with pytest.raises(NoKernel, match="different rows"):
         Rows(parse_graph(text))
+
+
+@pytest.mark.parametrize(
+    ("weight", "rest", "walk"),
+    [
+        ("f32[6,8]", "%s = silu %y return %s", ((6, 1),)),
+        ("f32[1,8]", "%z = reshape %y {shape=[N]} %s = silu %z return %s", ((1, 1),)),
+        (
+            "f32[6,8]",
+            "%z = reshape %y {shape=[N,3,2]} %a, %b = split %z {sizes=[1,1]}"
+            " %s = silu %a return %s",
+            ((3, 2), (1, 1)),
+        ),
+    ],
+)
+def test_columns_of_a_product_are_walked_to_the_last_one_of_stride_one(
+    weight: str, rest: str, walk: tuple[tuple[int, int], ...]
+) -> None:
+    graph = parse_graph(f"graph main(%x: f32[N,8], %w: {weight}) {{ %y = linear %x, %w {rest} }}")
+    (family,) = Columns(graph, graph.nodes[0]).families()
+    assert family.walk == walk

@@ -152,6 +152,13 @@ def test_outputs_and_entries_must_remain() -> None:
     caught(before, replace(before, entries={"step": renamed}), "output logits is gone")
 
 
+def test_an_input_that_is_no_cache_must_keep_its_shape() -> None:
+    text = """program "p" {stage=CANONICAL}
+    graph main(%x: f32[2,WIDTH]) { %y = sum %x {axes=[1]} return %y }"""
+    four, six = (parse_program(text.replace("WIDTH", n)) for n in ("4", "6"))
+    caught(four, six, "input x was (2, 4) and is (2, 6)")
+
+
 def test_one_entry_may_become_several() -> None:
     before = step()
     graph = before.entries["step"]
