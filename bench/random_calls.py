@@ -437,6 +437,7 @@ def interpreter_door(folder: Path, program: Program) -> Door:
     from dsc.backends.triton.interpret import InterpretedProgram, Kernels
     from dsc.backends.triton.launch import LaunchProgram
     from dsc.runtime.admission import Admitted
+    from dsc.runtime.arrays import array_of, tensor_of
     from dsc.runtime.plan import Plan
 
     plan = Plan.from_json((folder / "triton" / "interpret" / "plan.json").read_bytes())
@@ -445,7 +446,13 @@ def interpreter_door(folder: Path, program: Program) -> Door:
     inside = InterpretedProgram(LaunchProgram.of(plan), kernels, weights)
     executable: Any = InterpretedExecutable.__new__(InterpretedExecutable)
     Admitted.__init__(executable, program)
-    executable._entries, executable._interpret = plan.entries, inside.run
+    executable._entries = plan.entries
+
+    def interpret(entry: str, sizes: Any, inputs: Mapping[str, Array]) -> Any:
+        outputs, times = inside.run(entry, sizes, {n: tensor_of(x) for n, x in inputs.items()})
+        return {n: array_of(x) for n, x in outputs.items()}, times
+
+    executable._interpret = interpret
     return _tensor_door(executable)
 
 
@@ -453,8 +460,9 @@ def _tensor_door(executable: Any) -> Door:
     import torch
 
     from dsc.errors import DscError
+    from dsc.runtime import arrays
 
-    plain = torch.empty
+    plain, placed = torch.empty, arrays._placed
 
     def make(call: Call, given: Mapping[str, Guarded], taken: list[Guarded]) -> Array | str:
         def empty(*size: Any, dtype: Any = None) -> Any:
@@ -464,18 +472,19 @@ def _tensor_door(executable: Any) -> Door:
             taken.append(Guarded(int(np.prod(shape)) * dtype.itemsize))
             return torch.from_numpy(taken[-1].bytes).view(dtype).view(shape)
 
-        tensors = {
-            name: torch.from_numpy(given[name].array(array.shape, array.dtype))
-            for name, array in call.arrays.items()
-        }
+        def place(make: Any, shape: Any, dtype: Any) -> Array:
+            taken.append(Guarded(int(np.prod(shape)) * dtype.itemsize))
+            return taken[-1].array(tuple(shape), dtype.numpy)
+
+        inputs = {n: given[n].array(array.shape, array.dtype) for n, array in call.arrays.items()}
         torch.empty = empty  # type: ignore[assignment]
+        arrays._placed = place
         try:
-            logits = executable.run(call.entry, tensors)["logits"]
-            return logits.float().numpy().copy()  # type: ignore[no-any-return]
+            return executable.run(call.entry, inputs)["logits"].astype(np.float32)  # type: ignore[no-any-return]
         except DscError as refusal:
             return str(refusal)
         finally:
-            torch.empty = plain
+            torch.empty, arrays._placed = plain, placed
 
     return make
 

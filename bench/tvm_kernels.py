@@ -164,7 +164,7 @@ def read_probe(size: int, threads: int) -> Callable[[], Any]:
     source = [library.PRELUDE, library.declared("probe", 2), library.packed("probe", "probe", 2)]
     path = Path(tempfile.mkdtemp(prefix="dsc-bench-")) / "probe.so"
     path.write_bytes(library.compile_library("\n".join(source), objects, machine))
-    probe = load_library(path, threads)["probe"]
+    probe = load_library(path, objects, threads)["probe"]
     memory, out = torch.ones(size // 4, dtype=torch.int32), torch.zeros(blocks, dtype=torch.int32)
     return lambda: (probe(memory.data_ptr(), out.data_ptr()), memory, out)
 

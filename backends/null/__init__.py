@@ -19,9 +19,9 @@ from dsc.ir.dims import Dim, evaluate
 from dsc.ir.formats import CODINGS
 from dsc.ir.graph import Graph, Node
 from dsc.ir.interface import Storage
-from dsc.ir.lazy import torch
 from dsc.ir.program import Program
 from dsc.runtime.admission import Admitted
+from dsc.runtime.arrays import Array, zeros
 from dsc.runtime.emission import Emission
 from dsc.runtime.executable import Executable
 from dsc.runtime.nodes import plan_nodes
@@ -70,17 +70,17 @@ class NullExecutable(Admitted):
     computes = False
 
     def execute(
-        self, graph: Graph, inputs: Mapping[str, torch.Tensor], env: Mapping[str, int]
-    ) -> dict[str, torch.Tensor]:
+        self, graph: Graph, inputs: Mapping[str, Array], env: Mapping[str, int]
+    ) -> dict[str, Array]:
         """Zeros of the shapes that the entry declares for these inputs."""
         in_place = graph.updated_inputs()
-        results: dict[str, torch.Tensor] = {}
+        results: dict[str, Array] = {}
         for name, value in zip(graph.output_names, graph.outputs, strict=True):
             if name in in_place:
                 results[name] = inputs[in_place[name]]
                 continue
             shape = [evaluate(d, env) for d in value.type.shape]
-            results[name] = torch.zeros(shape, dtype=value.type.dtype.torch)
+            results[name] = zeros(shape, value.type.dtype)
         return results
 
 

@@ -1,4 +1,4 @@
-"""Runs an artifact's ONNX models through `InferenceSession`, on torch tensors, without copies.
+"""Runs an artifact's ONNX models through `InferenceSession`, on arrays where they are.
 
 Weights are mapped from the packed file, and all sessions share the pages. Prepacking, which gives
 each session a repacked copy of every matrix, is off unless it was asked for when compiling
@@ -15,6 +15,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from dsc.backends.onnxruntime.graph import ONNX_TYPE
 from dsc.backends.onnxruntime.interface import Form, Interface
 from dsc.backends.onnxruntime.model import result_names
@@ -23,9 +25,9 @@ from dsc.errors import UsageError
 from dsc.ir.dims import evaluate
 from dsc.ir.graph import Graph
 from dsc.ir.index_ranges import giving_indices
-from dsc.ir.lazy import torch
 from dsc.ir.program import Program
 from dsc.runtime.admission import Admitted
+from dsc.runtime.arrays import ALIGNMENT, Array, empty
 from dsc.runtime.emission import check_unchanged
 from dsc.runtime.profiler import Profiler, active
 
@@ -82,25 +84,26 @@ class OnnxExecutable(Admitted):
         """Open the session of an entry's model."""
         self._session(entry)
 
-    def declared(
-        self, graph: Graph, inputs: Mapping[str, torch.Tensor]
-    ) -> Mapping[str, torch.Tensor]:
+    def declared(self, graph: Graph, inputs: Mapping[str, Array]) -> Mapping[str, Array]:
         """The inputs with stand-ins for caches in the model's own type: shapes, no values."""
         seen, border = dict(inputs), self._borders[graph.name]
         for value in graph.inputs:
-            wide, tensor = border.inputs[value.name].torch, inputs[value.name]
-            own = value.type.dtype.torch
-            if tensor.dtype == wide != own:
-                seen[value.name] = torch.empty(tensor.shape, dtype=own, device="meta")
+            wide, array = border.inputs[value.name].numpy, inputs[value.name]
+            own = value.type.dtype.numpy
+            if array.dtype == wide != own:
+                seen[value.name] = np.broadcast_to(np.zeros((), own), array.shape)
         return seen
 
     def execute(
-        self, graph: Graph, inputs: Mapping[str, torch.Tensor], env: Mapping[str, int]
-    ) -> dict[str, torch.Tensor]:
+        self, graph: Graph, inputs: Mapping[str, Array], env: Mapping[str, int]
+    ) -> dict[str, Array]:
         """Run an entry's model. Raises what ONNX Runtime raises."""
         graph = self._emitted[graph.name]
         border = self._borders[graph.name]
-        given = [inputs[v.name].to(border.inputs[v.name].torch).contiguous() for v in graph.inputs]
+        types = (border.inputs[v.name].numpy for v in graph.inputs)
+        given = [
+            inputs[v.name].astype(t, copy=False) for v, t in zip(graph.inputs, types, strict=True)
+        ]
         session = self._session(graph.name)
         profiler, timed = active(), None
         if profiler is not None:
@@ -108,20 +111,20 @@ class OnnxExecutable(Admitted):
                 timed = self._timed_session(graph.name, profiler)
                 session = timed.session
         binding = session.io_binding()
-        for value, tensor in zip(graph.inputs, given, strict=True):
-            _bind(binding.bind_input, value.name, ONNX_TYPE[border.inputs[value.name]], tensor)
+        for value, array in zip(graph.inputs, given, strict=True):
+            _bind(binding.bind_input, value.name, ONNX_TYPE[border.inputs[value.name]], array)
         results = {}
         named = zip(graph.output_names, result_names(graph), graph.outputs, strict=True)
         for name, theirs, output in named:
             shape = [evaluate(d, env) for d in output.type.shape]
-            results[name] = torch.empty(shape, dtype=border.outputs[name].torch)
+            results[name] = empty(shape, border.outputs[name])
             _bind(binding.bind_output, theirs, ONNX_TYPE[border.outputs[name]], results[name])
         if timed is not None:
             timed.starts(inputs)
         session.run_with_iobinding(binding)
         declared = zip(graph.output_names, graph.outputs, strict=True)
-        own = {name: x.type.dtype.torch for name, x in declared if name not in border.caches}
-        return results | {name: results[name].to(dtype) for name, dtype in own.items()}
+        own = {name: x.type.dtype.numpy for name, x in declared if name not in border.caches}
+        return results | {n: results[n].astype(dtype, copy=False) for n, dtype in own.items()}
 
     def set_threads(self, threads: int | None, pin: bool | None) -> None:
         """Use this many threads from the next run on; sessions open again."""
@@ -166,7 +169,7 @@ class OnnxExecutable(Admitted):
         return self._sessions[self._models[entry]]
 
 
-def _bind(bind: Any, name: str, element_type: int, tensor: torch.Tensor) -> None:
+def _bind(bind: Any, name: str, element_type: int, array: Array) -> None:
     # ONNX Runtime takes no null pointer, which is what an empty tensor has.
-    memory = tensor if tensor.numel() else tensor.new_empty(1)
-    bind(name, "cpu", 0, element_type, list(tensor.shape), memory.data_ptr())
+    address = array.ctypes.data or ALIGNMENT
+    bind(name, "cpu", 0, element_type, list(array.shape), address)

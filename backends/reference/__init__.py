@@ -20,6 +20,7 @@ from dsc.ir.interpreter import Interpreter
 from dsc.ir.lazy import torch
 from dsc.ir.program import Program
 from dsc.runtime.admission import Admitted
+from dsc.runtime.arrays import Array, array_of, tensor_of
 from dsc.runtime.emission import Emission
 from dsc.runtime.executable import Executable
 from dsc.runtime.nodes import plan_nodes
@@ -71,17 +72,20 @@ class ReferenceExecutable(Admitted):
             torch.set_num_threads(threads)
 
     def execute(
-        self, graph: Graph, inputs: Mapping[str, torch.Tensor], env: Mapping[str, int]
-    ) -> dict[str, torch.Tensor]:
+        self, graph: Graph, inputs: Mapping[str, Array], env: Mapping[str, int]
+    ) -> dict[str, Array]:
         """Operator by operator; each index that is computed is looked at before it is read."""
         guard = self.admissions[graph.name].guard(env)
         profiler = active()
         watch = _Watch(graph) if profiler is not None else None
         observe = None if watch is None else watch.observe
-        results = self._interpreter.run(graph.name, inputs, observe, guard)
+        tensors = {v.name: tensor_of(inputs[v.name]) for v in graph.inputs}
+        results = self._interpreter.run(graph.name, tensors, observe, guard)
         if profiler is not None and watch is not None:
             profiler.ran(EntryRun(graph, env, lengths_of(inputs), lambda: watch.steps))
-        return _owned(graph, inputs, results)
+        arrays = {id(x): inputs[name] for name, x in tensors.items()}  # updated in place
+        owned = _owned(graph, tensors, results)
+        return {n: arrays.get(id(x), array_of(x.contiguous())) for n, x in owned.items()}
 
 
 def _owned(

@@ -13,9 +13,9 @@ from dsc.backends.triton.compile import kernel_environment
 from dsc.backends.triton.worker import INTERPRETED, read_frame, write_frame
 from dsc.errors import ArtifactError
 from dsc.ir.graph import Graph
-from dsc.ir.lazy import torch
 from dsc.ir.program import Program
 from dsc.runtime.admission import Admitted
+from dsc.runtime.arrays import Array
 from dsc.runtime.plan import EntryPlan, Plan, live_bytes
 from dsc.runtime.profiler import EntryRun, StepTime, active, lengths_of
 
@@ -48,14 +48,15 @@ class InterpretedExecutable(Admitted):
         return self._process.stdout
 
     def execute(
-        self, graph: Graph, inputs: Mapping[str, torch.Tensor], env: Mapping[str, int]
-    ) -> dict[str, torch.Tensor]:
+        self, graph: Graph, inputs: Mapping[str, Array], env: Mapping[str, int]
+    ) -> dict[str, Array]:
         """Run an entry in the child process; updated caches are written back into the inputs."""
         plan = self._entries[graph.name]
         wanted = {p.name: inputs[p.name] for p in plan.inputs}
         outputs, times = self._interpret(graph.name, env, wanted)
         for name, source in plan.in_place.items():
-            outputs[name] = inputs[source].copy_(outputs[name])
+            inputs[source][...] = outputs[name]
+            outputs[name] = inputs[source]
         profiler = active()
         if profiler is not None:
             steps, live = _steps(plan, times), live_bytes(plan, env)
@@ -63,8 +64,8 @@ class InterpretedExecutable(Admitted):
         return outputs
 
     def _interpret(
-        self, entry: str, sizes: Mapping[str, int], inputs: Mapping[str, torch.Tensor]
-    ) -> tuple[dict[str, torch.Tensor], list[float]]:
+        self, entry: str, sizes: Mapping[str, int], inputs: Mapping[str, Array]
+    ) -> tuple[dict[str, Array], list[float]]:
         """Run an entry in the child process: results, and when it began and each launch ended."""
         header = {"entry": entry, "sizes": dict(sizes)}
         assert self._process.stdin is not None, "the process was started with pipes"

@@ -19,21 +19,20 @@ import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias
+
+import numpy as np
 
 from dsc.backends.triton.driver import Argument, Driver, Function, NoDevice, ReadyLaunch
 from dsc.backends.triton.launch import Kernel, LaunchProgram
 from dsc.backends.triton.schedule import Address, Call, Schedule, resolve
 from dsc.errors import BackendUnavailable
 from dsc.ir.graph import Graph
-from dsc.ir.lazy import torch
 from dsc.ir.program import Program
 from dsc.runtime.admission import Admitted
+from dsc.runtime.arrays import Array, empty
 from dsc.runtime.plan import ARENA, WEIGHT, EntryPlan, Plan
 from dsc.runtime.standalone import mapped_weights
-
-if TYPE_CHECKING:
-    from torch.multiprocessing.reductions import StorageWeakRef
 
 ALIGNMENT = 256
 WHOLE_ARENA = -1  # stands for the arena among addresses by buffer
@@ -44,11 +43,11 @@ Key: TypeAlias = tuple[object, ...]
 
 @dataclass(slots=True)
 class Resident:
-    """A cache's whole storage on the device, and the version of the host's that was uploaded."""
+    """The device's copy of all memory of an array that holds caches; `stale` until uploaded."""
 
-    storage: StorageWeakRef
-    version: int
+    owner: weakref.ref[Array]
     pointer: int
+    stale: bool = True
 
 
 @dataclass(slots=True)
@@ -71,7 +70,7 @@ class Replay:
 class Held:
     """What an executable holds on the device; it outlives the executable until it is given back.
 
-    `pools` are buffers by name with their sizes, `caches` residents by the storage's identity,
+    `pools` are buffers by name with their sizes, `caches` residents by the owner's address,
     `replays` what is ready to run by entry and sizes, the latest last.
     """
 
@@ -124,44 +123,52 @@ class CudaExecutable(Admitted):
         self._release.atexit = False  # the driver may be gone by then
 
     def execute(
-        self, graph: Graph, inputs: Mapping[str, torch.Tensor], env: Mapping[str, int]
-    ) -> dict[str, torch.Tensor]:
-        """Run an entry on CPU tensors; caches stay on the device (see `read_back`)."""
+        self, graph: Graph, inputs: Mapping[str, Array], env: Mapping[str, int]
+    ) -> dict[str, Array]:
+        """Run an entry on the host's arrays; caches stay on the device (see `read_back`)."""
         with self._lock:
             return self._run(graph.name, inputs, env)
 
     def _run(
-        self, entry: str, inputs: Mapping[str, torch.Tensor], env: Mapping[str, int]
-    ) -> dict[str, torch.Tensor]:
+        self, entry: str, inputs: Mapping[str, Array], env: Mapping[str, int]
+    ) -> dict[str, Array]:
         self._driver.activate()
         lowered = self._launches.entries[entry]
         replay = self._replay((entry, *env.items()), lowered, env)
-        addresses, _kept = self._inputs(lowered, inputs)
+        addresses = self._inputs(lowered, inputs)
         addresses[WHOLE_ARENA] = self._pool("arena", lowered.arena_bytes)
-        results: dict[str, torch.Tensor] = {}
+        results: dict[str, Array] = {}
         in_place = lowered.in_place
         for port, shape in zip(lowered.outputs, replay.schedule.output_shapes, strict=True):
             if port.name in in_place:
                 results[port.name] = inputs[in_place[port.name]]
                 continue
-            results[port.name] = torch.empty(shape, dtype=port.type.dtype.torch)
+            results[port.name] = empty(shape, port.type.dtype)
             addresses[port.buffer] = self._pool(f"output {port.name}", results[port.name].nbytes)
         self._queue(lowered, replay, addresses)
         for port in lowered.outputs:
             if port.name not in in_place:
-                tensor = results[port.name]
-                self._driver.download(tensor.data_ptr(), addresses[port.buffer], tensor.nbytes)
+                made = results[port.name]
+                self._driver.download(made.ctypes.data, addresses[port.buffer], made.nbytes)
         self._driver.synchronise()
         return results
 
-    def read_back(self, cache: torch.Tensor) -> None:
-        """Copy what the device holds of a cache, or of a view of one, into the host's tensor."""
+    def read_back(self, cache: Array) -> None:
+        """Copy what the device holds of a cache, or of a view of one, into the host's array."""
+        owner = _owner(cache)
+        resident = self._held.caches.get(owner.ctypes.data)
+        if resident is None or resident.stale:
+            return
         self._driver.activate()
-        storage = cache.untyped_storage()
-        resident = self._held.caches[storage._cdata]
-        offset = cache.data_ptr() - storage.data_ptr()
-        self._driver.download(cache.data_ptr(), resident.pointer + offset, cache.nbytes)
+        offset = cache.ctypes.data - owner.ctypes.data
+        self._driver.download(cache.ctypes.data, resident.pointer + offset, cache.nbytes)
         self._driver.synchronise()
+
+    def changed(self, cache: Array) -> None:
+        """Upload the memory that a cache lies in anew, when it is next given."""
+        resident = self._held.caches.get(_owner(cache).ctypes.data)
+        if resident is not None:
+            resident.stale = True
 
     def close(self) -> None:
         """Give all device memory back; nothing runs after this."""
@@ -176,22 +183,18 @@ class CudaExecutable(Admitted):
             replays.pop(next(iter(replays))).forget(self._driver)
         return known
 
-    def _inputs(
-        self, lowered: EntryPlan, inputs: Mapping[str, torch.Tensor]
-    ) -> tuple[dict[int, int], list[torch.Tensor]]:
-        """Addresses of the inputs by buffer, and tensors to keep until what is new has arrived."""
+    def _inputs(self, lowered: EntryPlan, inputs: Mapping[str, Array]) -> dict[int, int]:
+        """Addresses of the inputs by buffer, once they are uploaded."""
         state = set(lowered.in_place.values())
         addresses: dict[int, int] = {}
-        kept = []
         for port in lowered.inputs:
+            array = inputs[port.name]
             if port.name in state:
-                addresses[port.buffer] = self._resident(inputs[port.name])
+                addresses[port.buffer] = self._resident(array)
                 continue
-            tensor = inputs[port.name].contiguous()
-            addresses[port.buffer] = pointer = self._pool(f"input {port.name}", tensor.nbytes)
-            self._driver.upload(pointer, tensor.data_ptr(), tensor.nbytes)
-            kept.append(tensor)
-        return addresses, kept
+            addresses[port.buffer] = pointer = self._pool(f"input {port.name}", array.nbytes)
+            self._driver.upload(pointer, array.ctypes.data, array.nbytes)
+        return addresses
 
     def _queue(self, lowered: EntryPlan, replay: Replay, addresses: Mapping[int, int]) -> None:
         """Queue a schedule's launches: one by one at first, as one graph when they come again."""
@@ -224,30 +227,28 @@ class CudaExecutable(Admitted):
                 launches.append(self._driver.prepare(function, call.grid, arguments))
         return launches
 
-    def _resident(self, tensor: torch.Tensor) -> int:
+    def _resident(self, cache: Array) -> int:
         """Where a cache lies on the device, uploaded when it is new or was changed by the host.
 
-        Storages are what stays: a session gives views of one, of the sequences that are in a step.
+        What stays is the memory: a session gives views of it, of the sequences that are in a step.
         """
-        if not tensor.is_contiguous():
-            raise ValueError("a cache that is written in place must be contiguous")
-        storage = tensor.untyped_storage()
-        known = self._held.caches.get(storage._cdata) or self._settle(storage)
-        if known.version != tensor._version:
-            self._driver.upload(known.pointer, storage.data_ptr(), storage.nbytes())
+        owner = _owner(cache)
+        known = self._held.caches.get(owner.ctypes.data)
+        if known is None or known.owner() is not owner:
+            known = self._settle(owner)
+        if known.stale:
+            self._driver.upload(known.pointer, owner.ctypes.data, owner.nbytes)
             self._driver.synchronise()
-            known.version = tensor._version
-        return known.pointer + tensor.data_ptr() - storage.data_ptr()
+            known.stale = False
+        return known.pointer + cache.ctypes.data - owner.ctypes.data
 
-    def _settle(self, storage: torch.UntypedStorage) -> Resident:
+    def _settle(self, owner: Array) -> Resident:
         """Room for a new cache, once that of caches which are gone is free."""
-        from torch.multiprocessing.reductions import StorageWeakRef
-
-        caches = self._held.caches
-        for key in [k for k, r in caches.items() if r.storage.expired()]:
+        caches, place = self._held.caches, owner.ctypes.data
+        for key in [k for k, r in caches.items() if r.owner() is None or k == place]:
             self._driver.free(caches.pop(key).pointer)
-        made = Resident(StorageWeakRef(storage), -1, self._driver.allocate(storage.nbytes()))
-        caches[storage._cdata] = made
+        made = Resident(weakref.ref(owner), self._driver.allocate(owner.nbytes))
+        caches[place] = made
         return made
 
     def _pool(self, name: str, size: int) -> int:
@@ -261,6 +262,11 @@ class CudaExecutable(Admitted):
             pointer = self._driver.allocate(size)
             pools[name] = (pointer, size)
         return pointer
+
+
+def _owner(array: Array) -> Array:
+    """The array whose memory an array is a part of."""
+    return array.base if isinstance(array.base, np.ndarray) else array
 
 
 def pack_arguments(kernel: Kernel, call: Call, addresses: Mapping[int, int]) -> list[Argument]:

@@ -1,12 +1,13 @@
 """The interpreting process, whose `main` reads the artifact's folder and its weights' file.
 
-It speaks frames over its standard streams: one line of JSON, then the raw bytes of the tensors that
+It speaks frames over its standard streams: one line of JSON, then the raw bytes of the arrays that
 the line lists. Its parent is `client.py`; nothing else connects to it and nothing is unpickled.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import sys
@@ -16,42 +17,38 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
 
+import numpy as np
+
 from dsc.ir.lazy import torch
 from dsc.ir.types import DType
+from dsc.runtime.arrays import Array, array_of, tensor_of
 from dsc.runtime.plan import Plan
 
 INTERPRETED = "interpret/plan.json"
 """The plan of what the interpreter runs, in the backend's folder of an artifact."""
 
 
-def write_frame(
-    stream: IO[bytes], header: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]
-) -> None:
-    """Send a header and tensors by name."""
-    dense = {k: v.detach().contiguous() for k, v in tensors.items()}
-    table = [[k, DType.of(v.dtype).value, list(v.shape)] for k, v in dense.items()]
-    stream.write(json.dumps({**header, "tensors": table}).encode() + b"\n")
-    for tensor in dense.values():
-        stream.write(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+def write_frame(stream: IO[bytes], header: Mapping[str, Any], arrays: Mapping[str, Array]) -> None:
+    """Send a header and arrays by name."""
+    table = [[k, DType.of(x.dtype).value, list(x.shape)] for k, x in arrays.items()]
+    stream.write(json.dumps({**header, "arrays": table}).encode() + b"\n")
+    for array in arrays.values():
+        stream.write(array.tobytes())
     stream.flush()
 
 
-def read_frame(stream: IO[bytes]) -> tuple[dict[str, Any], dict[str, torch.Tensor]] | None:
-    """Receive a header and tensors, or `None` when the other side has closed."""
+def read_frame(stream: IO[bytes]) -> tuple[dict[str, Any], dict[str, Array]] | None:
+    """Receive a header and arrays, or `None` when the other side has closed."""
     line = stream.readline()
     if not line:
         return None
     header = json.loads(line)
-    tensors: dict[str, torch.Tensor] = {}
-    for name, dtype, shape in header["tensors"]:
-        kind = DType(dtype).torch
-        empty = torch.empty(shape, dtype=kind)
-        size = empty.numel() * empty.element_size()
-        if size:
-            data = bytearray(stream.read(size))
-            empty = torch.frombuffer(data, dtype=kind).reshape(shape)
-        tensors[name] = empty
-    return header, tensors
+    arrays: dict[str, Array] = {}
+    for name, dtype, shape in header["arrays"]:
+        kind = DType(dtype)
+        data = bytearray(stream.read(math.prod(shape) * kind.itemsize))
+        arrays[name] = np.frombuffer(data, np.uint8).view(kind.numpy).reshape(shape)
+    return header, arrays
 
 
 def serve(folder: Path, weights: Path, source: IO[bytes], sink: IO[bytes]) -> None:
@@ -71,13 +68,14 @@ def serve(folder: Path, weights: Path, source: IO[bytes], sink: IO[bytes]) -> No
     program = InterpretedProgram(launches, kernels, tensors)
     write_frame(sink, {"ready": True}, {})
     while (frame := read_frame(source)) is not None:
-        header, inputs = frame
+        header, arrays = frame
+        inputs = {name: tensor_of(x) for name, x in arrays.items()}
         try:
             outputs, times = program.run(header["entry"], header["sizes"], inputs)
         except Exception:
             write_frame(sink, {"error": traceback.format_exc()}, {})
             continue
-        write_frame(sink, {"times": times}, outputs)
+        write_frame(sink, {"times": times}, {name: array_of(x) for name, x in outputs.items()})
 
 
 def main() -> None:

@@ -11,6 +11,7 @@ from typing import Any
 from dsc.backends.base import Capabilities, EmitOptions, No, Support, Yes
 from dsc.backends.tvm import workers
 from dsc.backends.tvm.launch import Unsupported
+from dsc.backends.tvm.lean import INSTALL, NEEDS
 from dsc.backends.tvm.machine import GENERIC, machine_for
 from dsc.backends.tvm.tuning import Tiling, tuned
 from dsc.errors import BackendUnavailable
@@ -31,7 +32,6 @@ from dsc.targets import Target
 
 LIBRARY = "tvm/kernels.so"
 STEPS = "tvm/steps.bin"
-NEEDS = "apache-tvm>=0.27,<0.28"
 RUNNER = Path(__file__).with_name("runner.py")
 EXPERTS = ExpertKernels(rereads=False, tile=1, balance=24.0, launch=80_000)
 """Two cores of 1 TFLOP/s in bf16 at 41 GB/s, and 2 microseconds a launch."""
@@ -176,5 +176,5 @@ def require_tvm() -> None:
     if find_spec("tvm") is None or find_spec("tvm_ffi") is None:
         raise BackendUnavailable(
             "the tvm backend needs the packages apache-tvm and apache-tvm-ffi",
-            hint=f"pip install '{NEEDS}'",
+            INSTALL,
         )

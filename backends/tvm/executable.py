@@ -1,4 +1,4 @@
-"""A loaded artifact of the tvm backend: runs entries on torch tensors, without copies."""
+"""A loaded artifact of the tvm backend: runs entries on arrays where they are."""
 
 from __future__ import annotations
 
@@ -20,12 +20,16 @@ from dsc.backends.tvm.timed import TimedEntry, timed_entries
 from dsc.errors import ArtifactError, BackendUnavailable, UsageError
 from dsc.ir.dims import evaluate
 from dsc.ir.graph import Graph
-from dsc.ir.lazy import torch
-from dsc.runtime.admission import Admitted, contiguous
+from dsc.ir.types import DType
+from dsc.runtime.admission import Admitted
+from dsc.runtime.arrays import Array, empty
+from dsc.runtime.executable import Call
 from dsc.runtime.profiler import active, lengths_of
 
 if TYPE_CHECKING:
     from dsc.ir.program import Program
+
+    Words = np.ndarray[Any, np.dtype[np.int64]]
 
 
 class TvmExecutable(Admitted):
@@ -47,16 +51,14 @@ class TvmExecutable(Admitted):
                 "this artifact multiplies by AMX, which this CPU or operating system does not give",
                 hint="compile it on this machine, or for a target such as cpu:x86-64-v4",
             )
-        self.functions = load_library(folder / "tvm" / "kernels.so", self.meta["threads"])
+        library, names = folder / "tvm" / "kernels.so", self.meta["entries"]
+        self.functions = load_library(library, names, self.meta["threads"])
         self._threads = Threads(self.meta["threads"])
         self.weights = self._map_weights(folder, manifest["weights"])
         addresses = self.weights.addresses(self.meta["weights"]) if self.weights else []
         self._arena = np.empty(0, dtype=np.uint8)
         self._steps = np.fromfile(folder / "tvm" / "steps.bin", dtype=np.int64)
-        self._values: dict[str, np.ndarray[Any, np.dtype[np.int64]]] = {}
-        for name, entry in self.meta["entries"].items():
-            own = len(entry["slots"]) + entry["derived"]
-            self._values[name] = np.array([0] * own + addresses, dtype=np.int64)
+        self._weights = np.array(addresses, dtype=np.int64)
 
     def _map_weights(self, folder: Path, path: str | None) -> MappedWeights | None:
         if path is not None:
@@ -72,46 +74,44 @@ class TvmExecutable(Admitted):
         wanted.apply()
         self._threads = wanted
 
-    def execute(
-        self, graph: Graph, inputs: Mapping[str, torch.Tensor], env: Mapping[str, int]
-    ) -> dict[str, torch.Tensor]:
-        """Run an entry. Outputs that update an input in place are that input's tensor.
+    def prepare(self, graph: Graph, inputs: Mapping[str, Array], env: Mapping[str, int]) -> Call:
+        """A call over a table of values of its own, in which all but new memory stands already.
 
-        Raises `UsageError` where the library refuses what it is given.
+        The call raises `UsageError` where the library refuses what it is given.
         """
-        in_place = self.meta["entries"][graph.name]["in_place"].values()
-        given = contiguous(graph, inputs, in_place)
-        with self._lock:  # one arena, one table of values
-            return self._run(graph, given, env)
-
-    def _run(
-        self, graph: Graph, given: Mapping[str, torch.Tensor], env: Mapping[str, int]
-    ) -> dict[str, torch.Tensor]:
-        entry = graph.name
-        facts = self.meta["entries"][entry]
-        outputs: dict[str, torch.Tensor] = {}
+        facts = self.meta["entries"][graph.name]
+        slots = {name: at for at, name in enumerate(facts["slots"])}
+        table = np.zeros(len(slots) + facts["derived"] + len(self._weights), np.int64)
+        table[len(slots) + facts["derived"] :] = self._weights
+        for name, size in env.items():
+            if name in slots:
+                table[slots[name]] = size
+        for port in graph.inputs:
+            table[slots[f"input:{port.name}"]] = _address(inputs[port.name])
+        updated = {name: inputs[source] for name, source in facts["in_place"].items()}
+        made: list[tuple[str, int, list[int], DType]] = []
         for name, value in zip(graph.output_names, graph.outputs, strict=True):
-            source = facts["in_place"].get(name)
-            if source is not None:
-                outputs[name] = given[source]
-                continue
-            shape = [evaluate(d, env) for d in value.type.shape]
-            outputs[name] = torch.empty(shape, dtype=value.type.dtype.torch)
-        arena = self._arena_address(facts["arena_bytes"])
-        values = {**env, "zero": 0, "self": 0, "status": 0, "arena": arena}
-        values |= {f"input:{name}": t.data_ptr() or arena for name, t in given.items()}
-        values |= {f"output:{name}": t.data_ptr() or arena for name, t in outputs.items()}
-        table = self._values[entry]
-        table[: len(facts["slots"])] = [values[slot] for slot in facts["slots"]]
-        self._call(entry, table, env, given)
-        return outputs
+            at = slots[f"output:{name}"]
+            if name in updated:
+                table[at] = _address(updated[name])
+            else:
+                shape = [evaluate(d, env) for d in value.type.shape]
+                made.append((name, at, shape, value.type.dtype))
+
+        def call() -> dict[str, Array]:
+            results = dict(updated)
+            with self._lock:  # one arena
+                for name, at, shape, dtype in made:
+                    results[name] = empty(shape, dtype)
+                    table[at] = _address(results[name])
+                table[slots["arena"]] = self._arena_address(facts["arena_bytes"])
+                self._call(graph.name, table, env, inputs)
+            return {name: results[name] for name in graph.output_names}
+
+        return call
 
     def _call(
-        self,
-        entry: str,
-        table: np.ndarray[Any, np.dtype[np.int64]],
-        env: Mapping[str, int],
-        inputs: Mapping[str, torch.Tensor],
+        self, entry: str, table: Words, env: Mapping[str, int], inputs: Mapping[str, Array]
     ) -> None:
         """Execute the entry's list of steps, or its timed form when somebody profiles."""
         profiler, timed = active(), None
@@ -146,6 +146,11 @@ class TvmExecutable(Admitted):
         if len(self._arena) < size + 64:
             self._arena = np.empty(size + 64, dtype=np.uint8)
         return -(-self._arena.ctypes.data // 64) * 64
+
+
+def _address(x: Array) -> int:
+    """Where an array lies; one without elements may be anywhere, but not at 0."""
+    return x.ctypes.data or 64
 
 
 def refusal(check: Sequence[str]) -> str:

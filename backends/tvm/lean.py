@@ -1,7 +1,8 @@
 """The lean run time: a library's functions and mapped weights, with no compiler and no torch.
 
-`import tvm` would load the compiler and hundreds of megabytes; TVM's run-time library and
-`tvm_ffi` are enough to run what was compiled.
+`import tvm` would load the compiler and hundreds of megabytes, and `import tvm_ffi` takes torch
+along where that is installed. TVM's run-time libraries are enough to run what was compiled, called
+through their C interface (tvm/ffi/c_api.h).
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import shutil
 import tempfile
 import threading
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
@@ -23,21 +24,97 @@ from typing import Any
 from dsc.errors import ArtifactError, BackendUnavailable, UsageError
 from dsc.runtime.standalone import mapped_weights
 
+NEEDS = "apache-tvm>=0.27,<0.28"
+INSTALL = f"pip install '{NEEDS}'"
+
+
+class _Any(ctypes.Structure):
+    """TVMFFIAny: what goes into a function and comes back."""
+
+    _fields_ = (("kind", ctypes.c_int32), ("padding", ctypes.c_uint32), ("value", ctypes.c_int64))
+
+
+class _Text(ctypes.Structure):
+    """TVMFFIByteArray."""
+
+    _fields_ = (("data", ctypes.c_void_p), ("size", ctypes.c_size_t))
+
+    def __str__(self) -> str:
+        return ctypes.string_at(self.data, self.size).decode("utf-8", "replace")
+
+
+_NONE, _INT, _TEXT, _OBJECT = 0, 1, 8, 64  # TVMFFITypeIndex; an object's is this or larger
+_OBJECT_HEADER = 24  # sizeof(TVMFFIObject)
+
+
+class Object:
+    """An object of the run time, which is let go with this one; one that is a function is called.
+
+    Arguments are whole numbers, texts and objects; results whole numbers, objects or `None`. A call
+    raises `RuntimeError` for what the function raises.
+    """
+
+    def __init__(self, kind: int, handle: int) -> None:
+        self._kind, self._handle = kind, handle
+        self._release = weakref.finalize(self, runtime().TVMFFIObjectDecRef, _pointer(handle))
+        self._release.atexit = False
+
+    def __call__(self, *given: Any) -> Any:
+        """Call the function that this object is."""
+        kept = [x.encode() if isinstance(x, str) else x for x in given]
+        arguments = (_Any * len(given))(*map(_argument, kept))
+        result = _Any()
+        call = runtime().TVMFFIFunctionCall
+        if call(_pointer(self._handle), arguments, len(given), ctypes.byref(result)):
+            raise RuntimeError(_raised())
+        if result.kind >= _OBJECT:
+            return Object(result.kind, result.value)
+        return None if result.kind == _NONE else result.value
+
+
+def _argument(x: Any) -> _Any:
+    if isinstance(x, Object):
+        return _Any(x._kind, 0, x._handle)
+    if isinstance(x, bytes):
+        return _Any(_TEXT, 0, ctypes.cast(ctypes.c_char_p(x), ctypes.c_void_p).value or 0)
+    return _Any(_INT, 0, x)
+
+
+def _pointer(handle: int) -> ctypes.c_void_p:
+    return ctypes.c_void_p(handle)
+
+
+def _raised() -> str:
+    """What the last call raised: its kind and its message."""
+    error = ctypes.c_void_p()
+    runtime().TVMFFIErrorMoveFromRaised(ctypes.byref(error))
+    told = Object(_OBJECT, error.value or 0)
+    kind, message = (_Text * 2).from_address(told._handle + _OBJECT_HEADER)
+    return f"{kind}: {message}"
+
 
 @cache
-def runtime_library() -> ctypes.CDLL:
-    """TVM's run-time library, made visible to the libraries that are loaded after it."""
-    spec = find_spec("tvm")
-    origin = Path(spec.origin) if spec is not None and spec.origin else Path()
-    path = origin.parent / "lib" / "libtvm_runtime.so"
-    if not path.is_file():
-        raise BackendUnavailable(
-            "libtvm_runtime.so is not in the installed tvm package",
-            hint="pip install 'apache-tvm>=0.27,<0.28'",
-        )
-    import tvm_ffi  # noqa: F401  (its library must be loaded first)
+def runtime() -> ctypes.CDLL:
+    """TVM's C interface. Its libraries are visible to those that are loaded later."""
+    loaded = []
+    for package, name in (("tvm_ffi", "libtvm_ffi.so"), ("tvm", "libtvm_runtime.so")):
+        spec = find_spec(package)
+        origin = Path(spec.origin) if spec is not None and spec.origin else Path()
+        path = origin.parent / "lib" / name
+        if not path.is_file():
+            raise BackendUnavailable(f"{name} is not in the installed {package} package", INSTALL)
+        loaded.append(ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL))
+    return loaded[0]
 
-    return ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
+
+def function(name: str) -> Object:
+    """A function that the run time registers. Raises `BackendUnavailable` where there is none."""
+    text, found = name.encode(), ctypes.c_void_p()
+    wanted = _Text(ctypes.cast(ctypes.c_char_p(text), ctypes.c_void_p), len(text))
+    runtime().TVMFFIFunctionGetGlobal(ctypes.byref(wanted), ctypes.byref(found))
+    if not found.value:
+        raise BackendUnavailable(f"the installed tvm has no {name}", INSTALL)
+    return Object(_OBJECT, found.value)
 
 
 @cache
@@ -55,15 +132,14 @@ def tiles_allowed() -> bool:
 _SYS_ARCH_PRCTL, _REQUEST_PERMISSION, _TILE_DATA = 158, 0x1023, 18  # asm/prctl.h of Linux, x86-64
 
 
-def load_library(path: Path, threads: int | None) -> Any:
-    """The functions of a library by name. The thread pool will have room for `threads`."""
+def load_library(path: Path, names: Iterable[str], threads: int | None) -> dict[str, Object]:
+    """The named functions of a library. The thread pool will have room for `threads`."""
     cores = len(os.sched_getaffinity(0))
     os.environ.setdefault(POOL_SIZE, str(max(threads or 0, cores)))
-    runtime_library()
-    import tvm_ffi
-
     with private_copy(path) as own:
-        return tvm_ffi.load_module(str(own))
+        library = function("ffi.ModuleLoadFromFile")(str(own))
+    get = function("ffi.ModuleGetFunction")
+    return {name: get(library, name, False) for name in names}
 
 
 @contextmanager
@@ -103,9 +179,7 @@ class Threads:
         """
         if getattr(_applied, "threads", None) == self:
             return
-        import tvm_ffi
-
-        configure = tvm_ffi.get_global_func("runtime.config_threadpool")
+        configure = function("runtime.config_threadpool")
         cores = [str(core) for core in sorted(os.sched_getaffinity(0))]
         room = int(os.environ.get(POOL_SIZE, len(cores)))
         wanted = self.count or len(cores)
@@ -119,9 +193,10 @@ class Threads:
         if self.pin is None:
             configure(_DEFAULT, wanted)
         else:
-            configure(_OWN_CORE if self.pin else _ANY_CORE, wanted, cores)
+            listed = function("ffi.Array")(*cores)
+            configure(_OWN_CORE if self.pin else _ANY_CORE, wanted, listed)
         _applied.threads = self
-        found = int(tvm_ffi.get_global_func("runtime.NumThreads")())
+        found = function("runtime.NumThreads")()
         if found != wanted:
             _applied.threads = None
             raise UsageError(

@@ -22,6 +22,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import tvm
 import tvm_ffi
 from tvm import ir, relax, tirx
@@ -43,9 +44,9 @@ from dsc.ir.dims import Dim, evaluate, free_symbols
 from dsc.ir.graph import Graph, Node, Operand, Value
 from dsc.ir.index_ranges import index_ranges
 from dsc.ir.lanes import moves_nothing
-from dsc.ir.lazy import torch
 from dsc.ir.types import DType, TensorType
-from dsc.runtime.admission import Admitted, contiguous
+from dsc.runtime.admission import Admitted
+from dsc.runtime.arrays import Array, array_of
 from dsc.runtime.emission import Emission
 
 if TYPE_CHECKING:
@@ -232,34 +233,30 @@ def _plain(name: str) -> str:
 
 
 class RelaxExecutable(Admitted):
-    """Runs the entries by TVM's virtual machine on torch tensors, without copies."""
+    """Runs the entries by TVM's virtual machine on arrays where they are."""
 
     def __init__(self, folder: Path, manifest: Mapping[str, Any], program: Program) -> None:
         super().__init__(program)
         with private_copy(folder / LIBRARY) as own:
             self._vm = relax.VirtualMachine(tvm.runtime.load_module(str(own)), tvm.cpu())
         names = manifest["meta"]["weights"]
-        self._weights = [_given(program.source.load(name)) for name in names]
+        self._weights = [_given(array_of(program.source.load(name))) for name in names]
 
     def execute(
-        self, graph: Graph, inputs: Mapping[str, torch.Tensor], env: Mapping[str, int]
-    ) -> dict[str, torch.Tensor]:
-        """Run an entry. Outputs that update an input in place are that input's tensor."""
-        import torch.utils.dlpack
-
+        self, graph: Graph, inputs: Mapping[str, Array], env: Mapping[str, int]
+    ) -> dict[str, Array]:
+        """Run an entry. Outputs that update an input in place are that input."""
         in_place = graph.updated_inputs()
-        given = contiguous(graph, inputs, in_place.values())
-        found = self._vm[graph.name](*map(_given, given.values()), *self._weights)
+        given = (_given(inputs[v.name]) for v in graph.inputs)
+        found = self._vm[graph.name](*given, *self._weights)
         return {
             name: inputs[in_place[name]]
             if name in in_place
-            else torch.utils.dlpack.from_dlpack(found[i]).view(x.type.dtype.torch)
+            else np.from_dlpack(found[i]).view(x.type.dtype.numpy)
             for i, (name, x) in enumerate(zip(graph.output_names, graph.outputs, strict=True))
         }
 
 
-def _given(tensor: torch.Tensor) -> Any:
-    """A torch tensor as the VM takes it, without a copy."""
-    return tvm_ffi.from_dlpack(
-        tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor
-    )
+def _given(array: Array) -> Any:
+    """An array as the VM takes it, without a copy."""
+    return tvm_ffi.from_dlpack(array.view(np.uint16) if array.dtype.isbuiltin != 1 else array)

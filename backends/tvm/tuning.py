@@ -174,7 +174,7 @@ def build(
     objects = {k: data for kernel, cut in kernels for k, data in objects_of([kernel], cut).items()}
     path = folder / "linear.so"
     path.write_bytes(library.compile_library("\n".join(parts), objects, machine))
-    loaded = lean.load_library(path, threads)
+    loaded = lean.load_library(path, [f"{way}_{columns}" for way, columns in candidates], threads)
     lean.Threads(threads).apply()
 
     def candidate(way: str, columns: int) -> Callable[..., Any]:

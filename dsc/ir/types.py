@@ -7,13 +7,14 @@ from dataclasses import dataclass
 from enum import StrEnum
 from functools import cache
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from dsc.ir.dims import MAX_DIM, Dim, Sym, free_symbols, product, substitute
 from dsc.ir.formats import CODINGS, Format, grid
 from dsc.ir.lazy import torch
 
 if TYPE_CHECKING:
+    import numpy as np
     from torch import dtype as TorchType
 
 MAX_RANK = 8
@@ -63,13 +64,19 @@ class DType(StrEnum):
     @property
     def torch(self) -> TorchType:
         """The torch dtype of the same name. `KeyError` for i4, which has none."""
-        return _torch_types()[self]
+        return getattr(torch, _NAMES[self])  # type: ignore[no-any-return]
+
+    @property
+    def numpy(self) -> np.dtype[Any]:
+        """NumPy's dtype, or that of ml_dtypes where NumPy has none. `KeyError` for i4."""
+        return _numpy_type(_NAMES[self])
 
     @staticmethod
-    def of(dtype: TorchType) -> DType:
-        """The element type of a torch dtype. `KeyError` when the IR has none."""
-        for member, found in _torch_types().items():
-            if found == dtype:
+    def of(dtype: TorchType | np.dtype[Any]) -> DType:
+        """The element type of a torch or NumPy dtype. `KeyError` when the IR has none."""
+        name = str(dtype).removeprefix("torch.")
+        for member, known in _NAMES.items():
+            if known == name:
                 return member
         raise KeyError(f"the IR has no element type for {dtype}")
 
@@ -90,24 +97,26 @@ SAFETENSORS: Mapping[str, DType] = MappingProxyType({
 """Element types by their name in a safetensors header."""
 
 
+_NAMES = {
+    DType.f32: "float32", DType.f64: "float64", DType.bf16: "bfloat16", DType.f16: "float16",
+    DType.f8e4m3: "float8_e4m3fn", DType.f8e4m3fnuz: "float8_e4m3fnuz",
+    DType.f8e5m2: "float8_e5m2", DType.f8e8m0: "float8_e8m0fnu", DType.i64: "int64",
+    DType.i32: "int32", DType.i16: "int16", DType.i8: "int8", DType.u8: "uint8",
+    DType.boolean: "bool",
+}  # fmt: skip
+"""What torch, NumPy and ml_dtypes call them."""
+
+
 @cache
-def _torch_types() -> Mapping[DType, TorchType]:
-    return {
-        DType.f32: torch.float32,
-        DType.f64: torch.float64,
-        DType.bf16: torch.bfloat16,
-        DType.f16: torch.float16,
-        DType.f8e4m3: torch.float8_e4m3fn,
-        DType.f8e4m3fnuz: torch.float8_e4m3fnuz,
-        DType.f8e5m2: torch.float8_e5m2,
-        DType.f8e8m0: torch.float8_e8m0fnu,
-        DType.i64: torch.int64,
-        DType.i32: torch.int32,
-        DType.i16: torch.int16,
-        DType.i8: torch.int8,
-        DType.u8: torch.uint8,
-        DType.boolean: torch.bool,
-    }
+def _numpy_type(name: str) -> np.dtype[Any]:
+    import numpy as np
+
+    if hasattr(np, name):
+        return np.dtype(name)
+    import ml_dtypes
+
+    found: np.dtype[Any] = np.dtype(getattr(ml_dtypes, name))
+    return found
 
 
 Precision: TypeAlias = Literal["fp32", "bf16", "fp16"]

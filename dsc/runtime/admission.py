@@ -9,27 +9,29 @@ itself, or in what the code gives back.
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping
-from typing import Any, ClassVar
+from collections.abc import Mapping
+from functools import partial
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from dsc.errors import DscError, UsageError
 from dsc.ir.dims import Range, evaluate
 from dsc.ir.graph import Graph, Node
 from dsc.ir.index_ranges import Computed, PageDemand, Span, index_name, index_ranges
 from dsc.ir.interpreter import Intercept, Interpreter, bind_symbols, symbol_places
-from dsc.ir.lazy import torch
 from dsc.ir.limits import OPTIONS
 from dsc.ir.program import Program, is_causal_step
+from dsc.runtime.arrays import Array, array_of, extremes, tensor_of
+from dsc.runtime.executable import Call, Executable
 
-FEW = 64
-"""Values that are looked at one by one: for so few that takes less than an array operation."""
+if TYPE_CHECKING:
+    import numpy as np
 
 
-class Admitted(ABC):
-    """An executable that runs what its entries admit, and nothing else. A backend adds `execute`.
+class Admitted(Executable):
+    """An executable that runs what its entries admit, and nothing else.
 
-    `looks`: its code looks at values itself, be they given or computed.
+    A backend adds `execute`, or `prepare` where there is work to do once for many calls. `looks`:
+    its code looks at values itself, be they given or computed.
     """
 
     looks: ClassVar[bool] = False
@@ -38,41 +40,50 @@ class Admitted(ABC):
         self.program = program
         self.admissions = {n: Admission(g, program.symbols) for n, g in program.entries.items()}
 
-    @abstractmethod
     def execute(
-        self, graph: Graph, inputs: Mapping[str, torch.Tensor], env: Mapping[str, int]
-    ) -> dict[str, torch.Tensor]:
-        """Run an entry on inputs that it admits; `env` are the symbols' sizes."""
+        self, graph: Graph, inputs: Mapping[str, Array], env: Mapping[str, int]
+    ) -> dict[str, Array]:
+        """Run an entry on dense arrays that it admits; `env` are the symbols' sizes."""
+        raise NotImplementedError
 
-    def declared(
-        self, graph: Graph, inputs: Mapping[str, torch.Tensor]
-    ) -> Mapping[str, torch.Tensor]:
+    def prepare(self, graph: Graph, inputs: Mapping[str, Array], env: Mapping[str, int]) -> Call:
+        """What runs an entry on these arrays, again and again."""
+        return partial(self.execute, graph, inputs, env)
+
+    def declared(self, graph: Graph, inputs: Mapping[str, Array]) -> Mapping[str, Array]:
         """The inputs as the entry declares them, where an executable takes other types as well."""
         return inputs
 
-    def run(self, entry: str, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Run an entry on CPU tensors by name. A cache that is updated in place is that tensor.
+    def bind(self, entry: str, inputs: Mapping[str, Array]) -> Call:
+        """A call of an entry on dense arrays by name.
 
-        Raises `UsageError` for sizes and indices that the entry does not admit.
+        Raises `UsageError` for sizes and types that the entry does not admit; the call does for
+        indices.
         """
         graph = self.program.entry(entry, inputs)
         admission = self.admissions[entry]
         declared = self.declared(graph, inputs)
         env = admission.sizes(declared)
-        if not self.looks:
-            admission.values(declared, env)
-        try:
-            results = self.execute(graph, inputs, env)
-        except DscError:
-            raise
-        except Exception:  # every runtime has classes of its own
-            self._blame(graph, inputs, env)
-            raise
-        return admission.taken(results, env)
+        for value in graph.inputs:
+            if not inputs[value.name].flags.c_contiguous:
+                raise UsageError(f"{value.name} is updated in place and must be contiguous")
+        execute = self.prepare(graph, inputs, env)
 
-    def _blame(
-        self, graph: Graph, inputs: Mapping[str, torch.Tensor], env: Mapping[str, int]
-    ) -> None:
+        def call() -> dict[str, Array]:
+            if not self.looks:
+                admission.values(declared, env)
+            try:
+                results = execute()
+            except DscError:
+                raise
+            except Exception:  # every runtime has classes of its own
+                self._blame(graph, inputs, env)
+                raise
+            return admission.taken(results, env)
+
+        return call
+
+    def _blame(self, graph: Graph, inputs: Mapping[str, Array], env: Mapping[str, int]) -> None:
         """Raise `UsageError` where a run failed because an index that it computed was outside.
 
         The interpreter runs the entry again, on copies, and looks at each before it is read.
@@ -80,9 +91,10 @@ class Admitted(ABC):
         guard = self.admissions[graph.name].guard(env)
         if guard is None:
             return
-        own = {v.name: inputs[v.name].to(v.type.dtype.torch, copy=True) for v in graph.inputs}
+        own = {v.name: inputs[v.name].astype(v.type.dtype.numpy) for v in graph.inputs}
         try:
-            Interpreter(self.program).run(graph.name, own, intercept=guard)
+            tensors = {name: tensor_of(x) for name, x in own.items()}
+            Interpreter(self.program).run(graph.name, tensors, intercept=guard)
         except UsageError:
             raise
         except Exception:  # it fails as well, and not for an index: what failed first says more
@@ -97,21 +109,21 @@ class Admission:
         self._symbols = symbols
         self._found = index_ranges(graph, symbols)
         self._causal = is_causal_step(graph)
-        self._seen: tuple[list[tuple[torch.Size, torch.dtype]], Mapping[str, int]] = [], {}
+        self._seen: tuple[list[tuple[tuple[int, ...], np.dtype[Any]]], Mapping[str, int]] = [], {}
 
-    def check(self, inputs: Mapping[str, torch.Tensor]) -> Mapping[str, int]:
+    def check(self, inputs: Mapping[str, Array]) -> Mapping[str, int]:
         """The symbols' sizes, when shapes, element types and indices are admitted."""
         env = self.sizes(inputs)
         self.values(inputs, env)
         return env
 
-    def sizes(self, inputs: Mapping[str, torch.Tensor]) -> Mapping[str, int]:
+    def sizes(self, inputs: Mapping[str, Array]) -> Mapping[str, int]:
         """The symbols' sizes, when shapes and element types are admitted. Raises `UsageError`.
 
-        Step after step of decoding has the same shapes: the last ones are known.
+        Step after step has the same shapes: the last ones are known.
         """
         given = [inputs[v.name] for v in self._graph.inputs]
-        types = [(tensor.shape, tensor.dtype) for tensor in given]
+        types = [(array.shape, array.dtype) for array in given]
         known, env = self._seen
         if known == types and types:
             return env
@@ -121,7 +133,7 @@ class Admission:
         self._seen = types, env
         return env
 
-    def values(self, inputs: Mapping[str, torch.Tensor], env: Mapping[str, int]) -> None:
+    def values(self, inputs: Mapping[str, Array], env: Mapping[str, int]) -> None:
         """Raise `UsageError` where an index points outside of its tensor."""
         for demand in self._found.demands:
             wrong = _wrong(demand.span, demand.what, inputs[demand.input], env)
@@ -141,18 +153,16 @@ class Admission:
 
         def look(node: Node, operands: list[Any]) -> None:
             for found in watched.get(id(node), ()):
-                _check_computed(found, operands[found.place], env)
+                _check_computed(found, array_of(operands[found.place]), env)
 
         return look if watched else None
 
-    def taken(
-        self, results: dict[str, torch.Tensor], env: Mapping[str, int]
-    ) -> dict[str, torch.Tensor]:
+    def taken(self, results: dict[str, Array], env: Mapping[str, int]) -> dict[str, Array]:
         """The results of an entry, without the indices that it gives to be checked.
 
         Raises `UsageError` where one is outside (`dsc.ir.index_ranges.giving_indices`).
         """
-        given: dict[str, torch.Tensor] = {}
+        given: dict[str, Array] = {}
         for found in self._found.computed:
             name = "" if found.value is None else index_name(found.value)
             if name in results:
@@ -174,7 +184,7 @@ class Admission:
         )
 
 
-def _check_computed(found: Computed, values: torch.Tensor, env: Mapping[str, int]) -> None:
+def _check_computed(found: Computed, values: Array, env: Mapping[str, int]) -> None:
     """Raise `UsageError` where an index that an entry computed is outside."""
     wrong = _wrong(found.span, found.what, values, env)
     if wrong is not None:
@@ -186,18 +196,14 @@ def _check_computed(found: Computed, values: torch.Tensor, env: Mapping[str, int
 
 
 def _wrong(
-    span: Span, what: str, tensor: torch.Tensor, env: Mapping[str, int]
+    span: Span, what: str, array: Array, env: Mapping[str, int]
 ) -> tuple[str, str | None] | None:
     """What is wrong with the values of an index, and which are possible; `None`: nothing is."""
     least, most = evaluate(span.low, env), evaluate(span.high, env)
-    values = tensor.reshape(-1)
-    if values.numel() == 0:
+    values = array.reshape(-1)
+    if not values.size:
         return None
-    if values.numel() <= FEW:
-        listed = values.tolist()
-        low, high = min(listed), max(listed)
-    else:
-        low, high = int(values.min()), int(values.max())
+    low, high = extremes(values)
     if low < least or high > most:
         found = str(low) if low == high else f"{low} to {high}"
         possible = f"{least} to {most} are" if least <= most else "at these sizes none is"
@@ -216,17 +222,3 @@ def check_pages(demand: PageDemand, table: Any, lengths: Any) -> None:
                 f"{demand.table} names no page for some of the {length} tokens of sequence {row}",
                 hint="-1 may stand only where a sequence has no tokens yet",
             )
-
-
-def contiguous(
-    graph: Graph, inputs: Mapping[str, torch.Tensor], in_place: Collection[str]
-) -> dict[str, torch.Tensor]:
-    """An entry's inputs for code that takes dense ones: copies where they are not.
-
-    Raises `UsageError` for one of those `in_place`, whose copy would be updated in its stead.
-    """
-    given = {v.name: inputs[v.name].contiguous() for v in graph.inputs}
-    for name in in_place:
-        if given[name] is not inputs[name]:
-            raise UsageError(f"{name} is updated in place and must be contiguous")
-    return given

@@ -15,16 +15,18 @@ rows stay dense and a step runs over a part of them without a copy. Each way to 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TypeAlias
+
+import numpy as np
 
 from dsc.ir.interface import State, Storage
-from dsc.ir.lazy import torch
 from dsc.ir.paging import BLOCK_TABLE
-from dsc.runtime.pages import PagePool, zeros
+from dsc.runtime.arrays import Array, zeros
+from dsc.runtime.executable import KeepsCaches
+from dsc.runtime.pages import PagePool
 
-if TYPE_CHECKING:
-    Tensors = Mapping[str, torch.Tensor]
+Arrays: TypeAlias = Mapping[str, Array]
 
 
 class Kept:
@@ -39,14 +41,14 @@ class Kept:
 
     def inputs(
         self, rows: Sequence[int], before: Sequence[int], after: Sequence[int], size: int
-    ) -> dict[str, torch.Tensor]:
+    ) -> dict[str, Array]:
         """The inputs of a step that takes the rows from `before` to `after` tokens.
 
         `size` are the new tokens that the step has for each row, padding included.
         """
         raise NotImplementedError
 
-    def keep(self, rows: Sequence[int], outputs: Tensors, after: Sequence[int]) -> None:
+    def keep(self, rows: Sequence[int], outputs: Arrays, after: Sequence[int]) -> None:
         """Take over the outputs of that step: nothing, where it wrote into its inputs."""
 
     def begin(self, row: int) -> None:
@@ -59,11 +61,11 @@ class Kept:
         """Forget `row` of the rows of `lengths` tokens; the last moves into its place."""
         raise NotImplementedError
 
-    def saved(self, row: int) -> dict[str, torch.Tensor]:
+    def saved(self, row: int) -> dict[str, Array]:
         """Copies of what a row has in states that cannot be cut."""
         return {}
 
-    def restore(self, row: int, saved: Tensors) -> None:
+    def restore(self, row: int, saved: Arrays) -> None:
         """Give a row what was saved of it."""
 
     def clear(self) -> None:
@@ -75,7 +77,7 @@ class Slots(Kept):
     """A slot for each of `count` sequences: room for `capacity` tokens, a ring, or a fixed state.
 
     A step over neighbouring slots is given a view of them. Memory is the system's until a row is
-    written. Where slots live on a device, `read_back` brings a view of them to the host.
+    written. Where slots live on a `device`, the host's stand for them.
     """
 
     def __init__(
@@ -83,20 +85,20 @@ class Slots(Kept):
         states: Sequence[State],
         count: int,
         capacity: int,
-        read_back: Callable[[torch.Tensor], None] | None = None,
+        device: KeepsCaches | None = None,
     ) -> None:
         super().__init__(states)
         self._count, self._capacity = count, capacity
-        self._read_back = read_back
+        self._device = device
         self._whole = {s.input for s in states if not s.storage.of_tokens}
-        self._slots: dict[str, torch.Tensor] = {}
-        self._views: dict[str, torch.Tensor] = {}
+        self._slots: dict[str, Array] = {}
+        self._views: dict[str, Array] = {}
         self._window = (0, 0)
 
     def inputs(
         self, rows: Sequence[int], before: Sequence[int], after: Sequence[int], size: int
-    ) -> dict[str, torch.Tensor]:
-        """Views of the slots; the same tensors as long as the rows stay the same."""
+    ) -> dict[str, Array]:
+        """Views of the slots; the same arrays as long as the rows stay the same."""
         if not self._slots:
             self._slots = {s.input: self._slot(s) for s in self._states}
         window = (rows[0], rows[-1] + 1)
@@ -105,11 +107,11 @@ class Slots(Kept):
             self._views = {name: slot[slice(*window)] for name, slot in self._slots.items()}
         return dict(self._views)
 
-    def keep(self, rows: Sequence[int], outputs: Tensors, after: Sequence[int]) -> None:
+    def keep(self, rows: Sequence[int], outputs: Arrays, after: Sequence[int]) -> None:
         """Copy what it gave back of rings and fixed states; tokens it wrote into the slots."""
         for state in self._states:
             if state.input in self._whole:
-                self._views[state.input].copy_(outputs[state.output])
+                self._views[state.input][...] = outputs[state.output]
 
     def begin(self, row: int) -> None:
         """A ring and a fixed state begin with zeros."""
@@ -122,26 +124,28 @@ class Slots(Kept):
         if row == last:
             return
         for name, slot in self._slots.items():
-            if self._read_back is not None:  # all rows: the host's copy is what counts then
-                self._read_back(slot[: last + 1])
+            if self._device is not None:  # all rows: the host's copy is what counts then
+                self._device.read_back(slot[: last + 1])
             held = slice(None) if name in self._whole else slice(lengths[last])
             slot[row, held] = slot[last, held]
+            if self._device is not None:
+                self._device.changed(slot)
 
-    def saved(self, row: int) -> dict[str, torch.Tensor]:
+    def saved(self, row: int) -> dict[str, Array]:
         """Copies of the row's rings and fixed states."""
-        return {name: self._slots[name][row].clone() for name in self._whole & self._slots.keys()}
+        return {name: self._slots[name][row].copy() for name in self._whole & self._slots.keys()}
 
-    def restore(self, row: int, saved: Tensors) -> None:
+    def restore(self, row: int, saved: Arrays) -> None:
         """Copy them back."""
         for name in self._whole & self._slots.keys():
             self._slots[name][row] = saved[name]
 
     def clear(self) -> None:
         """Give the memory back, unless it is a device's: what a row held is never seen again."""
-        if self._read_back is None:
+        if self._device is None:
             self._slots, self._views, self._window = {}, {}, (0, 0)
 
-    def _slot(self, state: State) -> torch.Tensor:
+    def _slot(self, state: State) -> Array:
         rows = {Storage.CONTIGUOUS: (self._capacity,), Storage.RING: (state.rows,)}
         return zeros((self._count, *rows.get(state.storage, ()), *_row(state)), state.type.dtype)
 
@@ -154,20 +158,21 @@ class Grown(Kept):
 
     def __init__(self, states: Sequence[State]) -> None:
         super().__init__(states)
-        self._held: dict[str, torch.Tensor] = {}
+        self._held: dict[str, Array] = {}
 
     def inputs(
         self, rows: Sequence[int], before: Sequence[int], after: Sequence[int], size: int
-    ) -> dict[str, torch.Tensor]:
+    ) -> dict[str, Array]:
         """The rows, cut to the longest of them."""
         longest = max(before[r] for r in rows)
         if longest == 0:
             shapes = {s: (len(rows), 0, *_row(s)) for s in self._states}
             return {s.input: zeros(shape, s.type.dtype) for s, shape in shapes.items()}
         window = slice(rows[0], rows[-1] + 1)
-        return {s.input: self._held[s.input][window, :longest].contiguous() for s in self._states}
+        held = {s.input: self._held[s.input][window, :longest] for s in self._states}
+        return {name: np.ascontiguousarray(x) for name, x in held.items()}
 
-    def keep(self, rows: Sequence[int], outputs: Tensors, after: Sequence[int]) -> None:
+    def keep(self, rows: Sequence[int], outputs: Arrays, after: Sequence[int]) -> None:
         """The grown rows, among those that were not part of the step."""
         longest = max(after)
         for state in self._states:
@@ -178,12 +183,12 @@ class Grown(Kept):
                 whole[: len(held), : held.shape[1]] = held[: len(after)]
                 whole[rows[0] : rows[-1] + 1, : grown.shape[1]] = grown
                 grown = whole
-            self._held[state.input] = grown.contiguous()
+            self._held[state.input] = np.ascontiguousarray(grown)
 
     def truncate(self, lengths: Sequence[int]) -> None:
         """Cut to the longest row; what lies past the end of others is never seen."""
         for name, held in self._held.items():
-            self._held[name] = held[:, : max(lengths)].contiguous()
+            self._held[name] = np.ascontiguousarray(held[:, : max(lengths)])
 
     def drop(self, row: int, lengths: Sequence[int]) -> None:
         """The rows without one, the last in its place, cut to the longest that is left."""
@@ -191,10 +196,10 @@ class Grown(Kept):
         order[row] = order[-1]
         longest = max((lengths[r] for r in order[:-1]), default=0)
         for name, held in self._held.items():
-            self._held[name] = held[order[:-1], :longest].contiguous()
+            self._held[name] = np.ascontiguousarray(held[order[:-1], :longest])
 
     def clear(self) -> None:
-        """Forget the tensors."""
+        """Forget the arrays."""
         self._held = {}
 
 
@@ -204,7 +209,8 @@ class Paged(Kept):
     def __init__(self, states: Sequence[State], pool: PagePool) -> None:
         super().__init__(states)
         self._pool = pool
-        self._pages: dict[str, torch.Tensor] = {}
+        self._pages: dict[str, Array] = {}
+        self._table = np.empty((0, 0), np.int64)
 
     def together(self, rows: Sequence[int]) -> list[int]:
         """Just these: pages need no order."""
@@ -212,8 +218,8 @@ class Paged(Kept):
 
     def inputs(
         self, rows: Sequence[int], before: Sequence[int], after: Sequence[int], size: int
-    ) -> dict[str, torch.Tensor]:
-        """All pages, with pages taken for the new tokens, and the rows' table.
+    ) -> dict[str, Array]:
+        """All pages, with pages taken for the new tokens, and the rows' table: as long as it lasts.
 
         What former sequences left in a page is never seen.
         """
@@ -221,8 +227,10 @@ class Paged(Kept):
             shape = (self._pool.count, self._pool.rows)
             self._pages = {s.input: zeros((*shape, *_row(s)), s.type.dtype) for s in self._states}
         self._pool.grow(after)
-        tokens = max(before[r] for r in rows) + size
-        return {**self._pages, BLOCK_TABLE: self._pool.table(rows, tokens)}
+        table = self._pool.table(rows, max(before[r] for r in rows) + size)
+        if not np.array_equal(table, self._table):
+            self._table = table
+        return {**self._pages, BLOCK_TABLE: self._table}
 
     def truncate(self, lengths: Sequence[int]) -> None:
         """Give the pages back that no row needs for so many tokens."""
@@ -242,13 +250,13 @@ def kept_by(
     count: int,
     capacity: int,
     pool: PagePool | None,
-    read_back: Callable[[torch.Tensor], None] | None,
+    device: KeepsCaches | None,
 ) -> list[Kept]:
     """What keeps the states of `count` sequences, of `capacity` tokens each, as is declared."""
     grown = [s for s in states if s.storage is Storage.GROWN]
     paged = [s for s in states if s.storage is Storage.PAGED]
     slots = [s for s in states if s not in (*grown, *paged)]
-    kept: list[Kept] = [Slots(slots, count, capacity, read_back)] if slots else []
+    kept: list[Kept] = [Slots(slots, count, capacity, device)] if slots else []
     if grown:
         kept.append(Grown(grown))
     if paged and pool is not None:

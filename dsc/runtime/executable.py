@@ -2,22 +2,68 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Protocol, runtime_checkable
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, runtime_checkable
 
 from dsc.errors import UsageError
-from dsc.ir.lazy import torch
+from dsc.ir.graph import Value
+from dsc.runtime.arrays import Array, Kind, array_of, is_tensor, of_kind
+
+if TYPE_CHECKING:
+    from dsc.ir.program import Program
+
+Call: TypeAlias = Callable[[], dict[str, Array]]
+"""A step over arrays that stay where they are, with what they hold when it is called."""
 
 
 class Executable(Protocol):
     """A loaded artifact."""
 
-    def run(self, entry: str, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Run an entry on CPU tensors by name.
+    program: Program
 
-        A cache that is written in place is mutated and returned as the tensor that was given.
+    def bind(self, entry: str, inputs: Mapping[str, Array]) -> Call:
+        """A call of an entry on dense arrays by name, admitted by their sizes and types.
+
+        It gives the outputs by name: a cache that is written in place is the array that was given,
+        all else is new. Raises `UsageError`, and so does the call for indices that lead outside.
         """
         ...
+
+    def run(self, entry: str, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """Run an entry on arrays of any kind by name; of torch tensors alone it gives tensors.
+
+        A cache that is written in place is what was given.
+        """
+        graph = self.program.entry(entry, inputs)
+        in_place = graph.updated_inputs().values()
+        given = {v.name: _read(v, inputs[v.name], v.name in in_place) for v in graph.inputs}
+        if isinstance(self, KeepsCaches):
+            for name in in_place:
+                self.changed(given[name])
+        results = self.bind(entry, given)()
+        if isinstance(self, KeepsCaches):
+            for name in in_place:
+                self.read_back(given[name])
+        kind: Kind = "torch" if all(map(is_tensor, inputs.values())) else "numpy"
+        names = {id(array): name for name, array in given.items()}
+        return {
+            name: inputs[names[id(x)]] if id(x) in names else of_kind(x, kind)
+            for name, x in results.items()
+        }
+
+
+def _read(value: Value, given: Any, in_place: bool) -> Array:
+    """An input as a dense array: a copy where it is none, and may be one. Raises `UsageError`."""
+    try:
+        found = array_of(given)
+        if isinstance(given, list | tuple):
+            found = found.astype(value.type.dtype.numpy, casting="same_kind")
+    except (TypeError, ValueError, RuntimeError, BufferError, LookupError) as problem:
+        raise UsageError(
+            f"input {value.name} is no array on this machine's memory: {problem}",
+            hint="give a NumPy array, a torch tensor on the CPU, or what speaks DLPack",
+        ) from None
+    return found if in_place or found.flags.c_contiguous else found.copy()
 
 
 @runtime_checkable
@@ -43,10 +89,14 @@ def set_threads(executable: Executable, threads: int | None, pin: bool | None) -
 
 @runtime_checkable
 class KeepsCaches(Protocol):
-    """An executable whose caches live on its device: the host's tensors only stand for them."""
+    """An executable whose caches live on its device: the host's arrays only stand for them."""
 
-    def read_back(self, cache: torch.Tensor) -> None:
-        """Copy a cache's contents into the host tensor that stands for it."""
+    def read_back(self, cache: Array) -> None:
+        """Copy what the device holds of an array, or of a view, into it."""
+        ...
+
+    def changed(self, cache: Array) -> None:
+        """Take what the host's array holds from now on, of which this is the whole or a view."""
         ...
 
 

@@ -5,17 +5,12 @@ One block table serves all layers: page n of every layer belongs to the same tok
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import NDArray
 
 from dsc.errors import UsageError
-from dsc.ir.lazy import torch
-
-if TYPE_CHECKING:
-    from dsc.ir.types import DType
 
 NONE = -1
 """What stands in a block table where a sequence has no page."""
@@ -71,21 +66,8 @@ class PagePool:
         self.blocks = []
         self._free = list(range(self.count - 1, -1, -1))
 
-    def table(self, rows: Sequence[int], tokens: int) -> torch.Tensor:
+    def table(self, rows: Sequence[int], tokens: int) -> NDArray[np.int64]:
         """The block table of `rows` with room for so many tokens: int64 [rows, blocks]."""
         width = -(-tokens // self.rows)
         held = (self.blocks[row] for row in rows)
-        padded = [blocks + [NONE] * (width - len(blocks)) for blocks in held]
-        return torch.tensor(padded, dtype=torch.int64)
-
-
-def zeros(shape: Sequence[int], dtype: DType) -> torch.Tensor:
-    """A tensor of zeros on a 64-byte boundary, in memory that the system gives when it is written.
-
-    `torch.zeros` would write it all at once.
-    """
-    size = math.prod(shape) * dtype.itemsize
-    raw = np.zeros(size + 64, dtype=np.uint8)
-    start = -raw.ctypes.data % 64
-    found = torch.from_numpy(raw[start : start + size]).view(dtype.torch)
-    return found.view(*shape)
+        return np.array([blocks + [NONE] * (width - len(blocks)) for blocks in held], np.int64)

@@ -8,25 +8,24 @@ steps (`add`, `remove`); a decode step is one step for all of them.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from operator import is_
+from typing import Any
 
 import numpy as np
 
 from dsc.errors import UsageError
 from dsc.ir.dims import Sym
 from dsc.ir.interface import NEW
-from dsc.ir.lazy import torch
 from dsc.ir.program import Program
+from dsc.runtime.arrays import Array, Kind, extremes, of_kind
 from dsc.runtime.caches import kept_by
-from dsc.runtime.executable import KeepsCaches, OpensLate
+from dsc.runtime.executable import Call, Executable, KeepsCaches, OpensLate
 from dsc.runtime.pages import PagePool
 from dsc.runtime.profiler import entry_span
-from dsc.runtime.tokens import read_ids, read_lengths
-
-if TYPE_CHECKING:
-    from dsc.runtime.executable import Executable
+from dsc.runtime.tokens import Form, read_ids, read_lengths
 
 
 @dataclass(slots=True)
@@ -38,8 +37,8 @@ class _Active:
 
     id: int
     length: int = 0
-    like: str = "torch"
-    logits: torch.Tensor | None = None
+    like: Kind = "numpy"
+    logits: Array | None = None
     cuts: list[int] = field(default_factory=list)
 
 
@@ -54,7 +53,7 @@ class Snapshot:
     sequence: int
     length: int
     cuts: int
-    saved: Mapping[str, torch.Tensor]
+    saved: Mapping[str, Array]
 
 
 class Session:
@@ -62,8 +61,9 @@ class Session:
 
     `max_batch` sequences of up to `max_context` tokens each; prompts run in chunks of
     `prefill_chunk`. What is not given is what the model was compiled for. Ids are int64 torch
-    tensors or numpy arrays (lists are taken too); logits come back as the kind that went in, torch
-    for lists.
+    tensors, NumPy arrays, lists, or what speaks DLPack; logits come back as torch tensors for torch
+    tensors, and as fp32 NumPy arrays for all else. For lists they are as they were before, at first
+    torch tensors where torch is imported.
     """
 
     def __init__(
@@ -87,9 +87,12 @@ class Session:
         self._vocab = _vocabulary(program)
         page = program.page
         self._pool = None if page is None else PagePool(max_batch * -(-max_context // page), page)
-        read_back = executable.read_back if isinstance(executable, KeepsCaches) else None
+        device = executable if isinstance(executable, KeepsCaches) else None
         capacity = max_context + self.prefill_chunk
-        self._kept = kept_by(program.states, max_batch, capacity, self._pool, read_back)
+        self._kept = kept_by(program.states, max_batch, capacity, self._pool, device)
+        self._kind: Kind = "torch" if "torch" in sys.modules else "numpy"
+        self._tokens: dict[str, Array] = {}
+        self._bound: tuple[str, dict[str, Array], Call] | None = None
         self._active: list[_Active] = []
         self._next_id = 0
 
@@ -134,7 +137,7 @@ class Session:
         """Forget all sequences; pages go back to the pool."""
         for kept in self._kept:
             kept.clear()
-        self._active = []
+        self._active, self._bound = [], None
 
     def add(self, ids: Any) -> int:
         """Start one more sequence with the prompt `ids` [S]; the others wait.
@@ -142,7 +145,7 @@ class Session:
         Returns its id, by which `logits`, `decode` and `remove` know it. Raises `UsageError` where
         `max_batch` sequences are there already, or the prompt is longer than `max_context`.
         """
-        tokens, like = read_ids(ids, "prompt")
+        tokens, like = self._read(ids, "prompt")
         if len(self._active) == self.max_batch:
             raise UsageError(
                 f"the session holds {self.max_batch} sequences already",
@@ -232,7 +235,7 @@ class Session:
         that sequences are shorter. Returns logits [B, vocab] of each sequence's last token, or
         [B, S, vocab] of all positions with `all_logits`. Raises `UsageError`.
         """
-        tokens, like = read_ids(ids)
+        tokens, like = self._read(ids, "batch")
         batch = tokens.shape[0]
         held = self.lengths
         new = self._check_new(tokens, lengths, held if len(held) == batch else [0] * batch)
@@ -263,7 +266,7 @@ class Session:
             raise UsageError("decode before prefill", hint="call session.prefill(ids) first")
         if isinstance(next_ids, Mapping):
             return self._decode_named(next_ids)
-        tokens, like = read_ids(next_ids, "column")
+        tokens, like = self._read(next_ids, "column")
         if tokens.shape != (len(self._active), 1):
             shape = tuple(tokens.shape)
             raise UsageError(f"next_ids of shape {shape} for {len(self._active)} sequences")
@@ -285,26 +288,25 @@ class Session:
         self._append(tokens, new, rows, all_logits=False)
         return {name: self.logits(name) for name in next_ids}
 
-    def _append(
-        self, tokens: torch.Tensor, new: torch.Tensor, rows: list[int], all_logits: bool
-    ) -> torch.Tensor:
+    def _append(self, tokens: Array, new: list[int], rows: list[int], all_logits: bool) -> Array:
         """Append `new` tokens each to sequences, in chunks; their logits as `prefill` has them."""
+        size = self.prefill_chunk
         parts = []
-        for start in range(0, tokens.shape[1], self.prefill_chunk):
-            chunk = tokens[:, start : start + self.prefill_chunk]
-            parts.append(
-                self._chunk(chunk, (new - start).clamp(0, chunk.shape[1]), rows, all_logits)
-            )
-        last = ((new - 1) // self.prefill_chunk).tolist()
-        at = ((new - 1) % self.prefill_chunk).tolist() if all_logits else [0] * len(rows)
-        ends = [parts[part][i, at[i]] for i, part in enumerate(last)]
-        for row, end in zip(rows, ends, strict=True):
-            self._active[row].logits = end.clone() if all_logits else end
-        return torch.cat(parts, 1) if all_logits else torch.stack(ends)
+        for start in range(0, tokens.shape[1], size):
+            chunk = tokens[:, start : start + size]
+            here = [min(max(n - start, 0), chunk.shape[1]) for n in new]
+            parts.append(self._step(chunk, here, rows, all_logits))
+        ends = []
+        for place, (row, count) in enumerate(zip(rows, new, strict=True)):
+            part, at = divmod(count - 1, size)
+            end = parts[part][place, at if all_logits else 0]
+            self._active[row].logits = end.copy() if all_logits else end
+            ends.append(end)
+        if not all_logits:
+            return np.stack(ends)
+        return np.concatenate(parts, 1) if len(parts) > 1 else parts[0]
 
-    def _chunk(
-        self, chunk: torch.Tensor, here: torch.Tensor, rows: list[int], all_logits: bool
-    ) -> torch.Tensor:
+    def _step(self, chunk: Array, here: list[int], rows: list[int], all_logits: bool) -> Array:
         """Run one step that appends `here` of the tokens of `chunk` to the sequences in `rows`.
 
         Sequences between them may have to come along: what is written for them lies past their
@@ -314,27 +316,22 @@ class Session:
         together = max((kept.together(rows) for kept in self._kept), key=len, default=rows)
         mine = [together.index(row) for row in rows]
         before, after = self.lengths, self.lengths
-        for row, count in zip(rows, here.tolist(), strict=True):
+        for row, count in zip(rows, here, strict=True):
             after[row] += count
-        tokens = chunk.new_zeros(len(together), size)
-        tokens[mine] = chunk
-        offsets = torch.arange(size)[None]
-        wanted = torch.zeros(len(together), 1, dtype=torch.int64)
-        wanted[mine] = (here - 1).clamp(0)[:, None]
-        held = torch.tensor([before[row] for row in together])
-        given = {
-            "input_ids": tokens,
-            "positions": held[:, None] + offsets,
-            "lengths": held,
-            "logits_at": offsets.repeat(len(together), 1) if all_logits else wanted,
-        }
-        entry = self.program.choose_entry(size, len(together), int(held.max()) + size)
-        if any(v.name == NEW for v in self.program.entries[entry].inputs):
-            given[NEW] = torch.tensor([after[row] - before[row] for row in together])
+        held = [before[row] for row in together]
+        given = self._arrays(len(together), size, size if all_logits else 1)
+        given["input_ids"][mine] = chunk
+        given["lengths"][:] = held
+        given["positions"][:] = given["lengths"][:, None] + np.arange(size)
+        given[NEW][:] = [after[row] - before[row] for row in together]
+        if not all_logits:
+            given["logits_at"][mine, 0] = [max(count - 1, 0) for count in here]
         for kept in self._kept:
             given |= kept.inputs(together, before, after, size)
+        entry = self.program.choose_entry(size, len(together), max(held) + size)
+        call = self._call(entry, given)
         with entry_span(self.program.entries[entry], given):
-            outputs = self.executable.run(entry, given)
+            outputs = call()
         for kept in self._kept:
             kept.keep(together, outputs, after)
         for each, length in zip(self._active, after, strict=True):
@@ -342,7 +339,40 @@ class Session:
         found = outputs["logits"]
         return found if len(mine) == len(together) else found[mine]
 
-    def _begin(self, like: str) -> int:
+    def _arrays(self, count: int, size: int, wanted: int) -> dict[str, Array]:
+        """Arrays for the tokens of a step over `count` rows: those of the last one of such sizes.
+
+        Rows that nobody fills hold tokens of a former step, which only must be tokens.
+        """
+        shapes = {
+            "input_ids": (count, size),
+            "positions": (count, size),
+            "lengths": (count,),
+            "logits_at": (count, wanted),
+            NEW: (count,),
+        }
+        if {name: x.shape for name, x in self._tokens.items()} != shapes:
+            self._tokens = {name: np.zeros(shape, np.int64) for name, shape in shapes.items()}
+            self._tokens["logits_at"][:] = np.arange(wanted)
+        return dict(self._tokens)
+
+    def _call(self, entry: str, given: dict[str, Array]) -> Call:
+        """The entry over these arrays: what ran the last step, where that was over the same."""
+        if self._bound is not None:
+            known, arrays, call = self._bound
+            if known == entry and all(map(is_, arrays.values(), given.values())):
+                return call
+        call = self.executable.bind(entry, given)
+        self._bound = entry, given, call
+        return call
+
+    def _read(self, ids: Any, form: Form) -> tuple[Array, Kind]:
+        """Token ids as an array, and the kind in which to answer. Raises `UsageError`."""
+        tokens, kind = read_ids(ids, form)
+        self._kind = kind or self._kind
+        return tokens, self._kind
+
+    def _begin(self, like: Kind) -> int:
         """A new sequence without tokens, in the last row."""
         self._active.append(_Active(self._next_id, like=like))
         for kept in self._kept:
@@ -365,8 +395,8 @@ class Session:
         raise UsageError(f"no sequence {sequence!r} in this session", hint=f"there are: {known}")
 
     def _check_new(
-        self, tokens: torch.Tensor, lengths: Sequence[int] | None, held: Sequence[int]
-    ) -> torch.Tensor:
+        self, tokens: Array, lengths: Sequence[int] | None, held: Sequence[int]
+    ) -> list[int]:
         """How many tokens each sequence gets that holds `held` of them. Raises `UsageError`."""
         batch, size = tokens.shape
         if not 1 <= batch <= self.max_batch:
@@ -375,11 +405,11 @@ class Session:
             )
         if size == 0:
             raise UsageError("an empty prompt", hint="give at least one token")
-        low, high = int(tokens.min()), int(tokens.max())
+        low, high = extremes(tokens)
         if low < 0 or (self._vocab is not None and high >= self._vocab):
             raise UsageError(f"token ids {low}..{high} outside of the vocabulary of {self._vocab}")
         new = read_lengths(lengths, batch, size)
-        longest = int((new + torch.tensor(held)).max())
+        longest = max(map(sum, zip(new, held, strict=True)))
         if longest > self.max_context:
             raise UsageError(
                 f"a sequence of {longest} tokens, max_context is {self.max_context}",
@@ -418,5 +448,5 @@ def _vocabulary(program: Program) -> int | None:
     return None
 
 
-def _like(logits: torch.Tensor, like: str) -> Any:
-    return logits.float().numpy() if like == "numpy" else logits
+def _like(logits: Array, kind: Kind) -> Any:
+    return of_kind(logits if kind == "torch" else logits.astype(np.float32, copy=False), kind)

@@ -7,26 +7,26 @@ device become its arrays. What either refuses is the user's mistake, told as suc
 from __future__ import annotations
 
 import warnings
-from typing import TYPE_CHECKING, Any, Literal
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
 
 from dsc.errors import UsageError
-from dsc.ir.lazy import torch
+from dsc.runtime.arrays import Kind, array_of, extremes, is_tensor
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+Form: TypeAlias = Literal["batch", "prompt", "column"]
 TYPES = (np.dtype(np.int64), np.dtype(np.int32))
 
 
-def read_ids(
-    ids: Any, form: Literal["batch", "prompt", "column"] = "batch"
-) -> tuple[torch.Tensor, str]:
-    """Token ids as an int64 tensor [B, S], and the kind that came: "numpy", else "torch".
+def read_ids(ids: Any, form: Form) -> tuple[NDArray[np.int64], Kind | None]:
+    """Token ids as an int64 array [B, S], and the kind that came; `None`: lists, of neither.
 
     One axis is a sequence, [1, S], and all that a "prompt" may have; in a "column" it is one token
-    of each, [B, 1]. The tensor is a copy: views of any order will do. Raises `UsageError`.
+    of each, [B, 1]. The array is a copy: views of any order will do. Raises `UsageError`.
     """
     shape = {"batch": "[B, S]", "prompt": "[S]", "column": "[B]"}[form]
     found = _integers(ids, f"ids must be int64 {shape}")
@@ -37,36 +37,39 @@ def read_ids(
         )
     if found.ndim == 1:
         found = found[:, None] if form == "column" else found[None]
-    return torch.from_numpy(found), "numpy" if isinstance(ids, np.ndarray) else "torch"
+    if isinstance(ids, list | tuple):
+        return found, None
+    return found, "torch" if is_tensor(ids) else "numpy"
 
 
-def read_lengths(lengths: Any, batch: int, size: int) -> torch.Tensor:
+def read_lengths(lengths: Any, batch: int, size: int) -> list[int]:
     """How many of `size` tokens each of `batch` sequences has, [B]; `None`: all of them.
 
     Raises `UsageError`.
     """
     if lengths is None:
-        return torch.full((batch,), size)
+        return [size] * batch
     found = _integers(lengths, "lengths must be int64 [B]")
-    if found.shape != (batch,) or found.min() < 1 or found.max() > size:
+    low, high = extremes(found) if found.shape == (batch,) else (0, 0)
+    if low < 1 or high > size:
         raise UsageError(
             f"lengths {found.tolist()} for ids of shape [{batch}, {size}]",
             hint="one length a sequence, each from 1 to the width of ids",
         )
-    return torch.from_numpy(found)
+    return [int(n) for n in found]
 
 
 def _integers(given: Any, wanted: str) -> NDArray[np.int64]:
     """A new int64 array of whole numbers. Raises `UsageError`, which begins with `wanted`."""
+    listed = isinstance(given, list | tuple)
     try:
-        with warnings.catch_warnings():  # of how NumPy would have to be asked by a tensor in a list
-            warnings.simplefilter("ignore")
-            found = np.asarray(given.detach().cpu() if isinstance(given, torch.Tensor) else given)
-    except (TypeError, ValueError, RuntimeError, OverflowError):
+        with warnings.catch_warnings() if listed else nullcontext():
+            if listed:  # how NumPy would have to be asked by a tensor in a list
+                warnings.simplefilter("ignore")
+            found = array_of(given.detach().cpu() if is_tensor(given) else given)
+    except (TypeError, ValueError, RuntimeError, OverflowError, BufferError, LookupError):
         raise UsageError(f"{wanted}; {_kind(given)}", hint=_todo(given)) from None
-    if isinstance(given, list | tuple) and _holds_truth(
-        given
-    ):  # NumPy takes it for 0 or 1 where it stands among numbers
+    if listed and _holds_truth(given):  # NumPy takes it for 0 or 1 where it stands among numbers
         found = np.asarray(given, dtype=object)
     if found.size and found.dtype not in TYPES:
         raise UsageError(f"{wanted}; {_kind(given, found)}", hint=_todo(given))
@@ -82,7 +85,7 @@ def _holds_truth(given: Any) -> bool:
 
 def _kind(given: Any, found: NDArray[Any] | None = None) -> str:
     """What was given, as the second half of a sentence."""
-    if isinstance(given, torch.Tensor):
+    if is_tensor(given):
         return f"this is a tensor of {given.dtype} and shape {list(given.shape)} on {given.device}"
     if isinstance(given, np.ndarray):
         return f"this is an array of {given.dtype} ({given.dtype.str}) and shape {given.shape}"

@@ -22,6 +22,7 @@ from dsc.backends.base import EmitOptions, No, Yes
 from dsc.backends.onnxruntime import OnnxRuntimeBackend
 from dsc.backends.onnxruntime.emit import EMITTERS
 from dsc.backends.onnxruntime.model import build_model, shared_entries
+from dsc.backends.reference import ReferenceExecutable
 from dsc.errors import BackendUnavailable, UnsupportedOperator, UsageError
 from dsc.ir.dims import Range, evaluate
 from dsc.ir.graph import Graph, GraphBuilder, Node, Value
@@ -297,19 +298,11 @@ def _conversation(executable: Executable, program: Program) -> list[torch.Tensor
     return [step.float() for step in steps]
 
 
-class _Interpreted:
-    def __init__(self, program: Program) -> None:
-        self._interpreter = Interpreter(program)
-
-    def run(self, entry: str, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        return self._interpreter.run(entry, inputs)
-
-
 @pytest.mark.parametrize("dtype", [DType.f32, DType.bf16, DType.f16], ids=str)
 def test_prefill_and_decode_are_the_interpreters(dtype: DType, tmp_path: Path) -> None:
     program = _prepared(dtype)
     got = _conversation(_executable(program, tmp_path / "a"), program)
-    wanted = _conversation(_Interpreted(program), program)
+    wanted = _conversation(ReferenceExecutable(program), program)
     tolerance = {DType.f32: 1e-5, DType.bf16: 1e-1, DType.f16: 1e-2}[dtype]
     for ours, theirs in zip(got, wanted, strict=True):
         _assert_close(ours, theirs, tolerance)

@@ -6,7 +6,7 @@ import ctypes
 import json
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 
 from dsc import pipeline
 from dsc.backends.base import EmitOptions, No, Yes
+from dsc.backends.reference import ReferenceExecutable
 from dsc.backends.triton import TritonBackend
 from dsc.backends.triton.context import access, template
 from dsc.backends.triton.cuda import CudaExecutable
@@ -28,12 +29,13 @@ from dsc.errors import ArtifactError, BackendUnavailable, UnsupportedOperator, U
 from dsc.ir import views
 from dsc.ir.dims import symbol
 from dsc.ir.graph import GraphBuilder
-from dsc.ir.interpreter import Interpreter, bind_shapes
+from dsc.ir.interpreter import bind_shapes
 from dsc.ir.limits import Limits
 from dsc.ir.program import Program
 from dsc.ir.types import DType, TensorType
 from dsc.ir.views import View
 from dsc.ir.weights import evaluate
+from dsc.runtime.caches import Slots
 from dsc.runtime.check_plan import check_plan
 from dsc.runtime.plan import Plan
 from dsc.runtime.session import Session
@@ -64,24 +66,12 @@ def write_artifact(program: Program, folder: Path, *, compile: bool = False) -> 
     return folder
 
 
-class Reference:
-    """The interpreter of the IR as an executable."""
-
-    def __init__(self, program: Program) -> None:
-        self.interpreter = Interpreter(program)
-
-    def run(self, entry: str, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        return self.interpreter.run(entry, dict(inputs))
-
-    def signature(self, entry: str) -> Any:
-        raise NotImplementedError
-
-
 def test_language_model_agrees_with_the_reference(model: Program, tmp_path: Path) -> None:
     pytest.importorskip("triton")
     executable = TritonBackend().load(write_artifact(model, tmp_path), {}, model)
     ids = torch.randint(0, 50, (2, 20), generator=torch.Generator().manual_seed(1))
-    sessions = [Session(x, model, 2, CONTEXT, CHUNK) for x in (executable, Reference(model))]
+    reference = ReferenceExecutable(model)
+    sessions = [Session(x, model, 2, CONTEXT, CHUNK) for x in (executable, reference)]
     found, expected = (s.prefill(ids, lengths=[20, 13]) for s in sessions)
     tokens, said = [], []
     for _ in range(3):
@@ -348,19 +338,21 @@ def test_cuda_launches_what_was_emitted(
 def test_a_moved_sequence_takes_its_rows_on_the_device_along(
     model: Program, on_fake: tuple[CudaExecutable, FakeDriver, LaunchProgram]
 ) -> None:
-    executable, driver, _ = on_fake
+    executable, _, _ = on_fake
     session = Session(executable, model, 2, CONTEXT, CHUNK)
     first, second = session.add([1, 2, 3]), session.add([4, 5])
+    (kept,) = session._kept
+    assert isinstance(kept, Slots)
+    slots = [(executable._resident(x), x.nbytes // 2) for x in kept._slots.values()]
     residents = [r.pointer for r in executable._held.caches.values()]
-    for pointer in residents:  # what a kernel would write for the second sequence's two tokens
-        slot = len(driver.memory[pointer]) // 2
-        ctypes.memset(pointer + slot, 7, 2 * slot // (CONTEXT + CHUNK))
+    for pointer, size in slots:  # what a kernel would write for the second sequence's two tokens
+        ctypes.memset(pointer + size, 7, 2 * size // (CONTEXT + CHUNK))
     session.decode({second: 6})
     session.remove(first)
     session.decode({second: 8})
     assert [r.pointer for r in executable._held.caches.values()] == residents
-    for pointer in residents:
-        width = len(driver.memory[pointer]) // 2 // (CONTEXT + CHUNK)
+    for pointer, size in slots:
+        width = size // (CONTEXT + CHUNK)
         assert ctypes.string_at(pointer, 2 * width) == b"\x07" * 2 * width
 
 

@@ -20,12 +20,12 @@ from dsc import pipeline
 from dsc.api import CompiledModel, compile_program
 from dsc.backends import get
 from dsc.backends.base import EmitOptions, No, Yes
+from dsc.backends.reference import ReferenceExecutable
 from dsc.backends.tvm.lean import private_copy
 from dsc.errors import BackendUnavailable, UnsupportedOperator, UsageError
 from dsc.generation import generate
 from dsc.ir.dims import symbol
 from dsc.ir.graph import GraphBuilder
-from dsc.ir.interpreter import Interpreter
 from dsc.ir.limits import Limits
 from dsc.ir.parser import parse_program
 from dsc.ir.program import Program
@@ -52,7 +52,7 @@ def compiled(program: Program) -> CompiledModel:
 
 
 def interpreted(program: Program) -> Session:
-    return Session(Interpreter(program), program, ROWS, CONTEXT, CHUNK)
+    return Session(ReferenceExecutable(program), program, ROWS, CONTEXT, CHUNK)
 
 
 def largest_error(got: torch.Tensor, wanted: torch.Tensor) -> float:
@@ -245,7 +245,8 @@ def test_an_index_that_is_computed_is_refused_where_it_is_outside(backend: str) 
         index = torch.tensor(indices, dtype=torch.int64)
         results = compiled.run({"x": x, "i": index, "by": torch.tensor(by)})
         assert list(results) == ["y"]
-        return results["y"]
+        y: torch.Tensor = results["y"]
+        return y
 
     assert torch.equal(taken([0, 2, 1], 2), x[[2, 4, 3]])
     assert taken([], 9).shape == (0, 3)

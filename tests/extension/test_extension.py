@@ -310,7 +310,7 @@ def run_cpp(*operators: tuple[str, extend.Cpp]) -> list[float]:
         lines = "\n".join(nodes)
         text = f"graph main(%0: f32[B]) {{ {lines}\n return %{len(nodes)} }}"
         found = compile_program(program_of(text), "tvm").run({"0": torch.tensor([1.0, 2.0])})
-        return next(iter(found.values())).tolist()
+        return [float(x) for x in next(iter(found.values()))]
 
 
 @pytest.mark.parametrize("source", WRONG_CPP)

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import numpy as np
 import pytest
 import torch
 
+from dsc.backends.reference import ReferenceExecutable
 from dsc.errors import UsageError
 from dsc.ir.index_ranges import IndexRanges, Span, index_ranges
 from dsc.ir.op import registry
 from dsc.ir.parser import parse_program
+from dsc.ir.program import Program
 from dsc.ir.samples import sample_inputs
-from dsc.runtime.admission import Admission, Admitted, contiguous
+from dsc.runtime.admission import Admission, Admitted
+from dsc.runtime.arrays import Array, array_of, tensor_of
 from tests.ir.strategies import call_graph
 from tests.ir.test_operators import CASES, filled
 
@@ -33,19 +39,19 @@ def test_operators_with_integer_operands_say_what_they_may_hold() -> None:
 def test_an_index_outside_is_refused_and_one_inside_is_not(name: str, operand: str) -> None:
     paged = operand == "block_table"
     graph = call_graph(name, filled(CASES[name][-1], 0) if paged else registry()[name].example)
-    inputs = sample_inputs(graph, {})
+    inputs = {name: array_of(x) for name, x in sample_inputs(graph, {}).items()}
     admission = Admission(graph, {})
     admission.check(inputs)
     (node,) = graph.nodes
     if paged:  # an empty sequence needs no page
-        inputs[node["lengths"].name].zero_()
+        inputs[node["lengths"].name][:] = 0
     index = node[operand].name
     span = next(d.span for d in index_ranges(graph, {}).demands if d.input == index)
     assert isinstance(span.low, int)
     assert isinstance(span.high, int)
     for value in (span.low - 1, span.low, span.high, span.high + 1):
-        given = inputs[index].clone()
-        given.view(-1)[-1 if value >= span.high else 0] = value
+        given = inputs[index].copy()
+        given.reshape(-1)[-1 if value >= span.high else 0] = value
         if span.low <= value <= span.high:
             admission.check({**inputs, index: given})
             continue
@@ -121,7 +127,7 @@ def test_a_size_is_told_by_the_input_and_the_option() -> None:
         with pytest.raises(UsageError, match=f"input_ids has {batch} at axis 0") as told:
             admission.check(
                 {
-                    v.name: torch.zeros((batch, 2)[: v.type.rank], dtype=torch.int64)
+                    v.name: np.zeros((batch, 2)[: v.type.rank], np.int64)
                     for v in program.entries["main"].inputs
                 }
             )
@@ -190,7 +196,7 @@ def test_an_order_is_demanded_of_elements_in_that_order_alone() -> None:
 class Failing(Admitted):
     """Ends as a runtime may, whatever it is given."""
 
-    def execute(self, *given: object) -> dict[str, torch.Tensor]:
+    def execute(self, *given: object) -> dict[str, Array]:
         raise MemoryError("no room")
 
 
@@ -211,11 +217,38 @@ def test_a_run_that_fails_with_indices_inside_says_what_failed() -> None:
     assert told.value.hint == "0 to 4 are possible here"
 
 
-def test_what_is_updated_in_place_is_not_copied() -> None:
-    graph = call_graph("cache_write", registry()["cache_write"].example)
-    inputs = sample_inputs(graph, {})
-    name = graph.inputs[0].name
-    inputs[name] = torch.zeros(7, 2, 3).transpose(0, 1)
-    assert contiguous(graph, inputs, ())[name].is_contiguous()
-    with pytest.raises(UsageError, match=f"{name} is updated in place"):
-        contiguous(graph, inputs, [name])
+def test_what_is_updated_in_place_is_not_copied_and_all_else_may_be() -> None:
+    graph = replace(call_graph("cache_write", registry()["cache_write"].example), aliases=((0, 0),))
+    executable = ReferenceExecutable(Program("p", {graph.name: graph}))
+    inputs = {name: array_of(x) for name, x in sample_inputs(graph, {}).items()}
+    cache, rows = (v.name for v in graph.inputs[:2])
+    turned = {name: np.asfortranarray(inputs[name]) for name in (cache, rows)}
+    wanted = executable.run(graph.name, {**inputs, cache: inputs[cache].copy()})
+    found = executable.run(graph.name, {**inputs, rows: turned[rows]})
+    assert next(iter(found.values())) is inputs[cache]
+    np.testing.assert_array_equal(inputs[cache], next(iter(wanted.values())))
+    with pytest.raises(UsageError, match=f"{cache} is updated in place"):
+        executable.run(graph.name, {**inputs, cache: turned[cache]})
+
+
+def test_inputs_are_of_any_kind_and_results_of_the_kind_that_came() -> None:
+    program = parse_program("""
+    program "p" {stage=CANONICAL}
+    graph main(%x: bf16[2,3], %i: i64[2]) {
+      %y = take %x, %i {axis=0} : bf16[2,3]
+      return %y as "y"
+    }
+    """)
+    executable = ReferenceExecutable(program)
+    x, i = torch.rand(2, 3).bfloat16(), torch.tensor([1, 0])
+    wanted = x[i]
+    found = executable.run("main", {"x": x, "i": i})["y"]
+    assert torch.equal(found, wanted)
+    other = executable.run("main", {"x": array_of(x), "i": np.array([1, 0], ">i8").astype("=i8")})
+    assert isinstance(other["y"], np.ndarray)
+    assert torch.equal(tensor_of(other["y"]), wanted)
+    listed = executable.run("main", {"x": array_of(x), "i": [1, 0]})["y"]
+    np.testing.assert_array_equal(listed, other["y"])
+    for wrong in ([0.5, 1.5], "ab", None, torch.zeros(2, device="meta", dtype=torch.int64)):
+        with pytest.raises(UsageError, match="input i "):
+            executable.run("main", {"x": x, "i": wrong})

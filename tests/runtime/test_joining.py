@@ -12,6 +12,8 @@ import torch
 
 import dsc
 from dsc.errors import UsageError
+from dsc.runtime.arrays import Array
+from dsc.runtime.executable import Call
 from dsc.runtime.pages import PagePool
 from dsc.runtime.session import Session
 from tests.runtime.test_pages import compiled as four_pages
@@ -210,37 +212,39 @@ def test_sequences_of_a_fixed_batch_leave_too(backend: str) -> None:
     torch.testing.assert_close(session.logits(1), wanted[0], rtol=0, atol=2e-5)
 
 
-def test_one_step_serves_all_and_only_those_that_are_there() -> None:
+def test_one_step_serves_all_and_only_those_that_are_there(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """A step of three sequences is one run of the entry over three rows of the caches, uncopied."""
     session = compiled("tvm").session()
     for prompt in ([1, 2], [3], [4, 5, 6]):
         session.add(prompt)
-    runs: list[tuple[str, dict[str, torch.Tensor]]] = []
-    run = session.executable.run
+    runs: list[tuple[str, dict[str, Array]]] = []
+    bind = session.executable.bind
 
-    def spy(entry: str, given: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        runs.append((entry, given))
-        return run(entry, given)
+    def spy(entry: str, given: dict[str, Array]) -> Call:
+        call = bind(entry, given)
 
-    session.executable = _Spy(spy)
+        def counted() -> dict[str, Array]:
+            runs.append((entry, given))
+            return call()
+
+        return counted
+
+    monkeypatch.setattr(session.executable, "bind", spy)
     session.decode({0: 1, 1: 1, 2: 1})
     session.decode({1: 1})
     session.decode({0: 1, 2: 1})
     shapes = [given["past.0.latent"].shape[0] for _, given in runs]
     assert [entry for entry, _ in runs] == ["decode"] * 3
     assert shapes == [3, 1, 3]
-    assert len({given["past.0.latent"].untyped_storage().data_ptr() for _, given in runs}) == 1
+    assert len({id(given["past.0.latent"].base) for _, given in runs}) == 1
     assert session.lengths == [4, 3, 5]
-
-
-class _Spy:
-    def __init__(self, run: Callable[..., dict[str, torch.Tensor]]) -> None:
-        self.run = run
 
 
 def test_logits_are_of_the_kind_that_went_in() -> None:
     session = compiled("reference").session()
-    first, second = session.add(np.array([1, 2])), session.add([3])
+    first, second = session.add(np.array([1, 2])), session.add(torch.tensor([3]))
     assert isinstance(session.logits(first), np.ndarray)
     found = session.decode({first: np.int64(1), second: torch.tensor(2)})
     assert isinstance(found[first], np.ndarray)
@@ -287,19 +291,18 @@ def test_mistakes_are_told_and_change_nothing(
     assert sum(session.lengths) <= 33
 
 
-def test_a_prompt_that_fails_half_way_leaves_no_sequence() -> None:
+def test_a_prompt_that_fails_half_way_leaves_no_sequence(monkeypatch: pytest.MonkeyPatch) -> None:
     session = compiled("reference").session(2)
-    run = session.executable.run
-    session.executable = _Spy(lambda entry, given: 1 / 0)  # type: ignore[arg-type, return-value]
-    with pytest.raises(ZeroDivisionError):
-        session.prefill([[1, 2], [3, 4]])
+    with monkeypatch.context() as patched:
+        patched.setattr(session.executable, "bind", lambda entry, given: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            session.prefill([[1, 2], [3, 4]])
     assert session.sequences == []
-    session.executable = _Spy(run)
     first = session.add([1, 2])
-    session.executable = _Spy(lambda entry, given: 1 / 0)  # type: ignore[arg-type, return-value]
-    with pytest.raises(ZeroDivisionError):
-        session.add([3])
-    session.executable = _Spy(run)
+    with monkeypatch.context() as patched:
+        patched.setattr(session.executable, "bind", lambda entry, given: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            session.add([3])
     assert session.sequences == [first]
     assert session.decode([1]).shape == (1, VOCABULARY)
 

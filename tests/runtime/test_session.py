@@ -79,7 +79,23 @@ def test_what_goes_in_says_what_comes_out(compiled: dsc.CompiledModel) -> None:
     session = compiled.session()
     assert isinstance(session.prefill(np.zeros((1, 3), dtype=np.int64)), np.ndarray)
     assert isinstance(session.decode(torch.tensor([1])), torch.Tensor)
+    assert isinstance(session.decode([1]), torch.Tensor), "a list is answered as before"
+    assert isinstance(session.decode(Spoken(torch.tensor([1]))), np.ndarray)
     assert session.decode(np.array([[2]])).shape == (1, 9)
+    assert isinstance(session.decode([1]), np.ndarray)
+
+
+class Spoken:
+    """An array of another library, which speaks DLPack."""
+
+    def __init__(self, held: torch.Tensor) -> None:
+        self.held = held
+
+    def __dlpack__(self, **asked: Any) -> object:
+        return self.held.__dlpack__(**asked)
+
+    def __dlpack_device__(self) -> Any:
+        return self.held.__dlpack_device__()
 
 
 def test_reset_forgets(compiled: dsc.CompiledModel) -> None:
