@@ -16,14 +16,7 @@ from torch import Tensor, fx
 from dsc.errors import DscError, InternalError, UnsupportedOperator
 from dsc.frontends.fx_import import Problem, hint, source_line, told
 from dsc.frontends.partition import Part, is_free, is_number, is_view, needed_by, parts
-from dsc.frontends.regions import (
-    Options,
-    Region,
-    RegionImporter,
-    attribute,
-    place_of,
-    region_of,
-)
+from dsc.frontends.regions import Options, Region, RegionImporter, attribute, place_of, region_of
 from dsc.ir.graph import Value, Weight
 
 Step: TypeAlias = Callable[[list[Any]], None]

@@ -25,11 +25,7 @@ from torch import fx, nn
 
 from dsc.errors import UnsupportedOperator, UsageError
 from dsc.frontends.aten import COMPLEX, DROPPED, HARMLESS, KEPT_WHOLE, row_of
-from dsc.frontends.fx_import import (
-    GETITEM,
-    SYMBOLIC_NUMBERS,
-    FxImporter,
-)
+from dsc.frontends.fx_import import GETITEM, SYMBOLIC_NUMBERS, FxImporter
 from dsc.frontends.lowering import Complex, Unsupported
 from dsc.frontends.whole import is_composite
 from dsc.ir.analyses import live

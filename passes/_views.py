@@ -6,23 +6,9 @@ from collections.abc import Mapping
 from typing import ClassVar
 
 from dsc.ir.graph import Node, Operand
-from dsc.passes._splits import (
-    ScatterToConcat,
-    SlicesToSplit,
-    SplitBeforePermute,
-    SplitOfLastAxis,
-)
+from dsc.passes._splits import ScatterToConcat, SlicesToSplit, SplitBeforePermute, SplitOfLastAxis
 from dsc.rewrite import pattern as patterns
-from dsc.rewrite.rule import (
-    Facts,
-    Match,
-    Reject,
-    Result,
-    RewriteBuilder,
-    Rule,
-    at,
-    reject,
-)
+from dsc.rewrite.rule import Facts, Match, Reject, Result, RewriteBuilder, Rule, at, reject
 from dsc.rewrite.scope import Scope
 
 _NEUTRAL = {"mul": 1.0, "div": 1.0, "add": 0.0, "sub": 0.0}

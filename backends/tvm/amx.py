@@ -20,14 +20,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import cache
 
-from dsc.backends.tvm.tir import (
-    Expr,
-    Local,
-    T,
-    Tensor,
-    integer,
-    tirx,
-)
+from dsc.backends.tvm.tir import Expr, Local, T, Tensor, integer, tirx
 
 TOKENS = 16
 """Columns of B at most."""

@@ -29,16 +29,7 @@ from contextvars import ContextVar
 
 from dsc.backends.tvm import amx
 from dsc.backends.tvm.machine import Machine
-from dsc.backends.tvm.tir import (
-    Expr,
-    Local,
-    T,
-    Tensor,
-    bind,
-    span,
-    splat,
-    tirx,
-)
+from dsc.backends.tvm.tir import Expr, Local, T, Tensor, bind, span, splat, tirx
 from dsc.ir.types import DType
 
 LANES = 32

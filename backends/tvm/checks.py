@@ -14,17 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dsc.backends.tvm.launch import Launch
-from dsc.backends.tvm.tir import (
-    Expr,
-    Local,
-    PrimFunc,
-    Tensor,
-    bind,
-    build,
-    loop,
-    tirx,
-    when,
-)
+from dsc.backends.tvm.tir import Expr, Local, PrimFunc, Tensor, bind, build, loop, tirx, when
 from dsc.ir.dims import Dim, Range
 from dsc.ir.graph import Graph
 from dsc.ir.index_ranges import Computed, Demand, IndexRanges, PageDemand

@@ -9,13 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dsc.backends.tvm.lean import (
-    KeptFile,
-    MappedWeights,
-    Threads,
-    load_library,
-    tiles_allowed,
-)
+from dsc.backends.tvm.lean import KeptFile, MappedWeights, Threads, load_library, tiles_allowed
 from dsc.backends.tvm.timed import TimedEntry, timed_entries
 from dsc.errors import ArtifactError, BackendUnavailable, UsageError
 from dsc.ir.dims import evaluate

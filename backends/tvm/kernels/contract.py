@@ -16,13 +16,7 @@ from dsc.backends.tvm.kernels import bf16_contract
 from dsc.backends.tvm.kernels.sums import summed
 from dsc.backends.tvm.launch import Launch, Unsupported, operand
 from dsc.backends.tvm.machine import Machine
-from dsc.backends.tvm.shapes import (
-    SizeTable,
-    count,
-    each_index,
-    resolve,
-    size_names,
-)
+from dsc.backends.tvm.shapes import SizeTable, count, each_index, resolve, size_names
 from dsc.backends.tvm.tir import (
     VALUE,
     Expr,

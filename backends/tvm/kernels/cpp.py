@@ -13,13 +13,7 @@ from pathlib import Path
 from dsc.backends.tvm.launch import Launch, Unsupported
 from dsc.backends.tvm.machine import Machine
 from dsc.backends.tvm.shapes import size_names
-from dsc.backends.tvm.tir import (
-    Expr,
-    PrimFunc,
-    T,
-    build,
-    tirx,
-)
+from dsc.backends.tvm.tir import Expr, PrimFunc, T, build, tirx
 from dsc.errors import BackendUnavailable, UsageError
 from dsc.ir.analyses import call_of
 from dsc.ir.dims import Dim, product

@@ -8,13 +8,7 @@ from typing import Any
 
 from dsc.backends.tvm import tir
 from dsc.backends.tvm.launch import Unsupported
-from dsc.backends.tvm.tir import (
-    VALUE,
-    Expr,
-    libm,
-    splat,
-    tirx,
-)
+from dsc.backends.tvm.tir import VALUE, Expr, libm, splat, tirx
 from dsc.ir.graph import Node
 from dsc.ir.kernels import Formula
 from dsc.ir.op import kernel_of

@@ -12,14 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from dsc.backends.tvm.launch import Unsupported
-from dsc.backends.tvm.tir import (
-    Expr,
-    Tensor,
-    bind,
-    integer,
-    tirx,
-    when,
-)
+from dsc.backends.tvm.tir import Expr, Tensor, bind, integer, tirx, when
 from dsc.ir.graph import Node
 from dsc.ir.paging import BLOCK_TABLE, rows_of_page
 from dsc.ir.types import DType

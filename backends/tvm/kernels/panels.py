@@ -20,13 +20,7 @@ from typing import Any
 
 from dsc.backends.tvm import amx
 from dsc.backends.tvm.bf16 import LANES, by_tiles, columns_of_tasks, prefetch_far
-from dsc.backends.tvm.kernels.bf16_product import (
-    BLOCK,
-    Weights,
-    ceil_div,
-    fill_block,
-    tile_height,
-)
+from dsc.backends.tvm.kernels.bf16_product import BLOCK, Weights, ceil_div, fill_block, tile_height
 from dsc.backends.tvm.kernels.dots import dots
 from dsc.backends.tvm.machine import Machine
 from dsc.backends.tvm.tir import (

@@ -6,12 +6,7 @@ from collections.abc import Sequence
 
 from dsc.backends.tvm.launch import Launch, Unsupported, operand, static_dim
 from dsc.backends.tvm.machine import Machine
-from dsc.backends.tvm.shapes import (
-    SizeTable,
-    each_index,
-    resolve,
-    size_names,
-)
+from dsc.backends.tvm.shapes import SizeTable, each_index, resolve, size_names
 from dsc.backends.tvm.tir import (
     VALUE,
     Expr,

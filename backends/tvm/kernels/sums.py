@@ -9,14 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from math import prod
 
-from dsc.backends.tvm.tir import (
-    Expr,
-    Local,
-    cast,
-    integer,
-    loop,
-    tirx,
-)
+from dsc.backends.tvm.tir import Expr, Local, cast, integer, loop, tirx
 
 BLOCK = 128
 """Terms (vectors of them) that are summed in fp32: few enough for errors, many against the cost."""
