@@ -1,5 +1,5 @@
 # Every target makes .venv in the checkout when it is missing or older than the pins.
-#   make demo test bars lint types docs setup          WORKERS=4 make test          PYTHON=python3.12 make setup
+#   make demo test bars lint types docs wheel setup          WORKERS=4 make test          PYTHON=python3.12 make setup
 SHELL   := /bin/bash
 PYTHON  ?= python3
 WORKERS ?= 2
@@ -13,7 +13,7 @@ export TOKENIZERS_PARALLELISM ?= false
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test bars peers lint types docs
+.PHONY: help setup demo test bars peers lint types docs wheel
 
 help: ## show these targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-7s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -49,3 +49,6 @@ types: $(STAMP) ## mypy --strict over dsc, tests and bench
 docs: $(STAMP) ## docs/ as a site in out/site; every code block of it runs in make test
 	@$(BIN)/mkdocs build --strict --quiet --site-dir out/site
 	@echo "read it: out/site/index.html"
+
+wheel: $(STAMP) ## build the wheel into out/dist and use it from a new environment
+	@$(BIN)/python -m tests.wheel

@@ -133,7 +133,7 @@ def register_op(
             hint=f"one of {others}",
         )
     _check_example(made)
-    _check_cpp(made)
+    _check_kernels(made)
     try:
         declarations.add(made)
     except ValueError as problem:
@@ -160,20 +160,24 @@ def _check_example(definition: OpDef) -> None:
         ) from None
 
 
-def _check_cpp(definition: OpDef) -> None:
-    """Raise `UsageError` unless C++ is told every attribute, and nothing that has no number."""
+def _check_kernels(definition: OpDef) -> None:
+    """Raise `UsageError` unless C++ and Triton are told every attribute, and nothing unknown."""
     letters = {letter for operand in definition.operands for letter in operand.pattern.dims}
-    numbers = letters | {a.name for a in definition.attrs if a.kind in ("int", "extent", "dim")}
-    for kernel in definition.kernels.values():
-        if not isinstance(kernel, Cpp):
+    attrs = {a.name for a in definition.attrs}
+    integers = {a.name for a in definition.attrs if a.kind in ("int", "extent", "dim")}
+    for backend, kernel in definition.kernels.items():
+        if not isinstance(kernel, Cpp | Triton):
             continue
-        wrong = sorted({a.name for a in definition.attrs}.difference(kernel.sizes))
-        wrong += sorted(set(kernel.sizes) - numbers)
+        wrong = attrs.difference(kernel.sizes)
+        wrong |= set(kernel.sizes) - letters - (integers if isinstance(kernel, Cpp) else attrs)
+        if isinstance(kernel, Triton):
+            wrong |= {*kernel.grid, *kernel.blocks.values()} - letters
         if wrong:
             raise UsageError(
-                f"register_op: the C++ of {definition.name} is not told {', '.join(wrong)}",
-                hint="its sizes are letters of operands and all attributes, which are integers;"
-                " another kernel takes other attributes",
+                f"register_op: the kernel of {definition.name} for {backend} is not told"
+                f" {', '.join(sorted(wrong))}",
+                hint="its sizes are letters of operands and all attributes; C++ takes those that"
+                " are integers",
             )
 
 

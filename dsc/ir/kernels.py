@@ -62,7 +62,8 @@ class Triton:
 
         def function(operand, ..., result, ..., size, ..., BLOCK: tl.constexpr, ...)
 
-    Operands, results and `sizes` are as for `Cpp`. One program runs for each element of `grid`,
+    Operands, results and `sizes` are as for `Cpp`; attributes of any kind are compile-time
+    constants. One program runs for each element of `grid`,
     extents of up to three letters. `blocks` gives compile-time parameters by name, each the next
     power of two of a letter's extent, which must then be fixed.
     """

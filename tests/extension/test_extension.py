@@ -269,6 +269,7 @@ MISTAKES = [
     ({"kernels": {"tvm": extend.Cpp("", "f", sizes=("*m",))}}, r"is not told \*m"),
     ({"signature": "other(x: T[*n]; s: float = 1.0) -> T[*n]",
       "kernels": {"tvm": extend.Cpp("", "f", sizes=("*n",))}}, "is not told s"),
+    ({"kernels": {"triton": extend.Triton("", "f", blocks={"BLOCK": "m"})}}, "is not told m"),
 ]  # fmt: skip
 
 
@@ -334,28 +335,35 @@ def test_one_text_of_cpp_may_hold_several_kernels() -> None:
     assert run_cpp(*kernels) == [9.0, 18.0]
 
 
-KERNEL = "def doubled(x, y, width, BLOCK: tl.constexpr):\n    tl.store(y, tl.load(x))"
+KERNEL = "def times(x, y, width, by, BLOCK: tl.constexpr):\n    tl.store(y, tl.load(x))"
 REFUSED = {
-    "a block of a size that varies": ("f32[4,B]", ("d",), "wants a fixed d"),
-    "a size that the kernel does not take": ("f32[B,4]", ("d", "*n"), "4 parameters, and 5"),
-    "what it takes": ("f32[B,4]", ("d",), ""),
+    "a block of a size that varies": ("f32[4,B]", ("d", "by"), "wants a fixed d"),
+    "a size that the kernel does not take": ("f32[B,4]", ("d", "by", "*n"), "5 parameters, and 6"),
+    "what it takes": ("f32[B,4]", ("d", "by"), ""),
 }
 
 
 @pytest.mark.parametrize(("type", "sizes", "words"), REFUSED.values(), ids=REFUSED)
-def test_a_triton_kernel_is_refused_where_it_cannot_run(
+def test_a_triton_kernel_gets_sizes_and_attributes_or_is_refused(
     type: str, sizes: tuple[str, ...], words: str
 ) -> None:
-    kernel = extend.Triton(KERNEL, "doubled", sizes, grid=("*n",), blocks={"BLOCK": "d"})
+    from dsc.backends.triton.program import lower_program
+
+    kernel = extend.Triton(KERNEL, "times", sizes, grid=("*n",), blocks={"BLOCK": "d"})
     with registrations_undone():
         dsc.register_op(
-            "doubled(x: T[*n, d]) -> T[*n, d]", extend.Traits(extend.Role.OTHER),
-            reference=lambda x: x + x, doc="2 x.", example="f32[2,3]", kernels={"triton": kernel},
+            "times(x: T[*n, d]; by: float) -> T[*n, d]", extend.Traits(extend.Role.OTHER),
+            reference=lambda x, by: by * x, doc="by x.", example="f32[2,3] {by=0.5}",
+            kernels={"triton": kernel},
         )  # fmt: skip
-        text = f"graph main(%x: {type}) {{ %y = doubled %x\n return %y }}"
-        (node,) = parse_program(text).entries["main"].nodes
-        said = get("triton").supports(node)
-    assert words in said.reason if isinstance(said, No) else not words
+        made = parse_program(f"graph main(%x: {type}) {{ %y = times %x {{by=0.5}}\n return %y }}")
+        said = get("triton").supports(made.entries["main"].nodes[0])
+        if words:
+            assert isinstance(said, No)
+            assert words in said.reason
+            return
+        (found,) = lower_program(made, "interpret", True)[0].kernels.values()
+    assert found.constants == {"width": 4, "by": 0.5, "BLOCK": 4}
 
 
 def test_a_pass_from_outside_runs_and_says_what_it_needs() -> None:

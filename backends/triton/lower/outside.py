@@ -16,7 +16,11 @@ def lower(ctx: Context, node: Node, kernel: Triton) -> None:
     """Append the launch, over dense operands and results."""
     values = [ctx.dense(view) for view in ctx.operands(node)]
     values += [ctx.result(node, i) for i in range(len(node.outputs))]
-    arguments: list[Given] = [*values, *(_extent(node, name) for name in kernel.sizes)]
+    call = call_of(node)
+    arguments: list[Given] = [
+        *values,
+        *(call.attrs[n] if n in call.attrs else _extent(node, n) for n in kernel.sizes),
+    ]
     order = [p for p in parameters(kernel.source, kernel.function) if p not in kernel.blocks]
     given = dict(zip(order, arguments, strict=True))
     given |= {p: next_power(ctx.limit(_extent(node, name))) for p, name in kernel.blocks.items()}
