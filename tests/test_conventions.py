@@ -455,8 +455,9 @@ def test_a_test_that_can_fail_is_let_be(why: str) -> None:
 # --- more texts -----------------------------------------------------------------------------------
 
 
-def test_what_contributing_names_is_there() -> None:
-    text = (ROOT / "CONTRIBUTING.md").read_text("utf-8")
+def test_what_pages_for_contributors_name_is_there() -> None:
+    pages = (ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md"))
+    text = "\n".join(page.read_text("utf-8") for page in pages)
     names = {n for n in re.findall(r"`([\w/.]+)`", text) if "/" in n and not n.startswith(".")}
     assert len(names) > 15
     places = {n: ROOT / n for n in names}
@@ -471,7 +472,7 @@ def test_what_contributing_names_is_there() -> None:
 def test_make_has_its_targets() -> None:
     text = (ROOT / "Makefile").read_text("utf-8")
     targets = set(re.findall(r"^([a-z]+):", text, re.MULTILINE))
-    assert {"demo", "test", "bars", "lint", "types", "setup"} <= targets
+    assert {"demo", "test", "bars", "lint", "types", "docs", "wheel", "setup"} <= targets
 
 
 def test_the_siblings_are_symlinks_into_the_package() -> None:
