@@ -114,7 +114,7 @@ def trace_step(
     """Trace one step of `module` to a program with the entry `step`.
 
     One layer of each kind is traced and the others are written down, where that is sound (see
-    `instantiate.py`); with `whole`, every layer is traced, some two seconds each.
+    `instantiate.py`); with `whole`, every layer is traced, about half a second each.
     """
     device = next(module.parameters()).device
 

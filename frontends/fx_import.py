@@ -155,7 +155,7 @@ class FxImporter:
             raise Unsupported("a complex number")
         if isinstance(argument, torch.dtype):
             return _dtype(argument)
-        return argument
+        return self._size(argument) if isinstance(argument, SYMBOLIC_NUMBERS) else argument
 
     def place(self, node: fx.Node) -> str:
         """Where a node comes from, as the IR keeps it: the path of its module."""

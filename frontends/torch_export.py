@@ -1,11 +1,11 @@
-"""PyTorch programs to the IR, through `torch.export`.
+"""PyTorch modules to the IR.
 
     program = trace(module, (x,), {"x": {0: Dim("B")}}, name="mlp", input_names=("x",))
 
-One tracer serves models, decorated functions and `torch.compile`. It exports without executing
-Python twice (non-strict mode), decomposes to the operators that `aten.py` has rows for, and
-translates node by node. Everything that has no translation is reported at once, with the module
-and the source line it comes from.
+A module is traced in one run where it is plain (`one_trace.py`), else by `torch.export` in
+non-strict mode, decomposed to the operators that `aten.py` has rows for, and translated node by
+node. Everything that has no translation is reported at once, with the module and the source line it
+comes from: in one run no lines are noted, so `torch.export` is asked for them too.
 
 Shapes stay symbolic: named dims say what the sizes of the inputs are called (`B`, `S`, `P`); every
 other size is an expression over them. Parameters and buffers become weights under their own
@@ -15,10 +15,11 @@ names and are read only when an artifact is packed. A module on the `meta` devic
 from __future__ import annotations
 
 import inspect
+import logging
 import warnings
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import fx, nn
@@ -27,6 +28,7 @@ from dsc.errors import UnsupportedOperator, UsageError
 from dsc.frontends.aten import COMPLEX, DROPPED, HARMLESS, KEPT_WHOLE, row_of
 from dsc.frontends.fx_import import GETITEM, SYMBOLIC_NUMBERS, FxImporter
 from dsc.frontends.lowering import Complex, Unsupported
+from dsc.frontends.one_trace import Captured, capture
 from dsc.frontends.whole import is_composite
 from dsc.ir.analyses import live
 from dsc.ir.dims import Range
@@ -36,6 +38,10 @@ from dsc.ir.program import Program
 from dsc.ir.stages import Stage
 from dsc.ir.types import DType, TensorType
 from dsc.ir.weights import DictSource, LayeredSource, MetaSource, Source, WeightSource
+
+Exported: TypeAlias = torch.export.ExportedProgram | Captured
+
+log = logging.getLogger(__name__)
 
 ANY_SIZE = Range(0, OPEN)
 """The range of a symbol that nobody bounds."""
@@ -75,14 +81,14 @@ def trace(
     symbols: Mapping[str, Range] | None = None,
     aliases: Sequence[tuple[str, str]] = (),
 ) -> Program:
-    """Export `module` on example arguments, as a `Program` at stage TRACED with one entry.
+    """Trace `module` on example arguments, to a `Program` at stage TRACED with one entry.
 
     Args:
-        module: what to trace; it must run under `torch.export`.
+        module: what to trace: in one run (`one_trace.py`), or else by `torch.export`.
         args: its arguments; tensors may nest in lists, tuples and mappings.
         dynamic_shapes: as of `torch.export`; a named `Dim("B")` keeps its name in the program.
         name: of the program and of its entry.
-        input_names: one a tensor input, in order; those of the export by default.
+        input_names: one a tensor input, in order; `input_0`, `input_1`, ... by default.
         output_names: one a tensor output, in order; `out`, or `out.0`, `out.1`, ... by default.
         symbols: ranges of the symbols; what the tracer knows where one is missing.
         aliases: pairs (output name, input name): the output is that input's next state.
@@ -91,8 +97,28 @@ def trace(
         UsageError: the module cannot be exported so.
         UnsupportedOperator: naming every operator without a translation, its module and its line.
     """
-    exported = export(module, args, dynamic_shapes)
-    importer = _Importer(exported, name, _dim_names(module, args, dynamic_shapes))
+    dims = _dims(module, args, dynamic_shapes)
+
+    def imported(exported: Exported) -> Program:
+        return _imported(exported, name, dims, input_names, output_names, symbols, aliases)
+
+    try:
+        return imported(capture(module, args, dims, decompositions(composite=False)))
+    except Exception as reason:  # torch.export judges, and tells it with the user's lines
+        log.info("left to torch.export: %s", reason)
+    return imported(export(module, args, dynamic_shapes))
+
+
+def _imported(
+    exported: Exported,
+    name: str,
+    dims: Sequence[Mapping[int, Any]],
+    input_names: Sequence[str] | None,
+    output_names: Sequence[str] | None,
+    symbols: Mapping[str, Range] | None,
+    aliases: Sequence[tuple[str, str]],
+) -> Program:
+    importer = _Importer(exported, name, dims)
     graph = importer.graph(input_names, output_names, aliases)
     ranges = {n: _known_range(exported, s, n, symbols) for s, n in importer.sizes.names.items()}
     weights, source = importer.weights()
@@ -158,14 +184,14 @@ class _Importer(FxImporter):
 
     def __init__(
         self,
-        exported: torch.export.ExportedProgram,
+        exported: Exported,
         name: str,
-        symbol_names: Mapping[tuple[int, int], str],
+        dims: Sequence[Mapping[int, Any]],
     ) -> None:
-        """`symbol_names` say what the size of an input's axis is called; others get D0, D1, ..."""
+        """`dims` name sizes of axes, an item a tensor input; others are called D0, D1, ..."""
         super().__init__(name)
         self.exported = exported
-        self.symbol_names = symbol_names
+        self.dims = dims
         self.states: dict[str, tuple[TensorType, torch.Tensor]] = {}
 
     # Inputs and weights.
@@ -211,7 +237,7 @@ class _Importer(FxImporter):
             if spec.kind.name == "USER_INPUT" and hasattr(spec.arg, "name")
             and isinstance(placeholders[spec.arg.name].meta.get("val"), torch.Tensor)
         ]  # fmt: skip
-        names = list(input_names or [n.name for n in user])
+        names = list(input_names or [f"input_{i}" for i in range(len(user))])
         if len(names) != len(user):
             raise UsageError(f"{len(names)} input names for {len(user)} tensor inputs")
         self._name_sizes(user)
@@ -227,12 +253,13 @@ class _Importer(FxImporter):
             self.guarded(node, partial(self._weight, node, spec.target, spec.kind.name))
 
     def _name_sizes(self, user: Sequence[fx.Node]) -> None:
-        for (position, axis), name in self.symbol_names.items():
-            size = user[position].meta["val"].shape[axis]
-            if isinstance(size, int):
-                continue
-            if size.node.expr.is_Symbol:
-                self.sizes.names.setdefault(str(size.node.expr), name)
+        for node, axes in zip(user, self.dims, strict=False):
+            for axis, dim in axes.items():
+                size = node.meta["val"].shape[axis]
+                if isinstance(size, int) or not isinstance(dim, torch.export.Dim):
+                    continue
+                if size.node.expr.is_Symbol:
+                    self.sizes.names.setdefault(str(size.node.expr), dim.__name__)
 
     def _input(self, node: fx.Node, name: str) -> Any:
         fake = node.meta["val"]
@@ -290,7 +317,7 @@ def _first_lines(problem: Exception) -> str:
 
 
 def _known_range(
-    exported: torch.export.ExportedProgram,
+    exported: Exported,
     symbol: str,
     name: str,
     given: Mapping[str, Range] | None,
@@ -304,24 +331,17 @@ def _known_range(
     return ANY_SIZE
 
 
-def _dim_names(
-    module: nn.Module, args: tuple[Any, ...], dynamic_shapes: Any
-) -> dict[tuple[int, int], str]:
-    """(tensor input, axis) -> name, for the named `Dim`s in `dynamic_shapes`."""
-    if not dynamic_shapes:
-        return {}
+def _dims(module: nn.Module, args: tuple[Any, ...], dynamic_shapes: Any) -> list[dict[int, Any]]:
+    """For each tensor among the arguments, what `dynamic_shapes` has of its axes."""
     bound = inspect.signature(module.forward).bind(*args).arguments
-    if not isinstance(dynamic_shapes, Mapping):
-        dynamic_shapes = dict(zip(bound, dynamic_shapes, strict=False))
+    given = dynamic_shapes or {}
+    if not isinstance(given, Mapping):
+        given = dict(zip(bound, given, strict=False))
     found: list[Any] = []
     for parameter, argument in bound.items():
-        _collect_shapes(argument, dynamic_shapes.get(parameter), found)
-    names: dict[tuple[int, int], str] = {}
-    for position, shape in enumerate(found):
-        for axis, dim in shape.items() if isinstance(shape, Mapping) else enumerate(shape or ()):
-            if isinstance(dim, torch.export.Dim):
-                names[position, axis] = dim.__name__
-    return names
+        _collect_shapes(argument, given.get(parameter), found)
+    axes = (s.items() if isinstance(s, Mapping) else enumerate(s or ()) for s in found)
+    return [{axis: dim for axis, dim in each if dim is not None} for each in axes]
 
 
 def _collect_shapes(argument: Any, shapes: Any, found: list[Any]) -> None:

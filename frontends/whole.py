@@ -27,7 +27,7 @@ def kept_whole() -> Iterator[None]:
 
     matmul = torch.ops.aten.matmul.default
     if not fake_impls._is_op_registered_to_fake_rule(matmul):
-        fake_impls.register_op_impl(matmul)(_matmul)
+        fake_impls.register_op_impl(matmul)(fake_matmul)
     with _override_composite_implicit_decomp(_composites()):
         yield
 
@@ -63,7 +63,7 @@ def _keep_einsum(equation: str, operands: list[Tensor], **options: Any) -> Any:
     return torch.ops.aten.einsum.default._op_dk(composite, equation, operands, **options)
 
 
-def _matmul(mode: Any, _: Any, a: Tensor, b: Tensor) -> Tensor:
+def fake_matmul(mode: Any, _: Any, a: Tensor, b: Tensor) -> Tensor:
     """The fake result of `a @ b`."""
     left, right = a.shape[:-2], b.shape[:-2]
     torch._check(a.shape[-1] == b.shape[max(b.dim() - 2, 0)])
@@ -74,3 +74,8 @@ def _matmul(mode: Any, _: Any, a: Tensor, b: Tensor) -> Tensor:
     ]
     with mode:
         return torch.empty(shape, dtype=a.dtype, device=a.device)
+
+
+def fake_linear(mode: Any, _: Any, x: Tensor, weight: Tensor, *bias: Any) -> Tensor:
+    """The fake result of `x @ weight^T + bias`."""
+    return fake_matmul(mode, _, x, weight.mT)
