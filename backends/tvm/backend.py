@@ -9,11 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from dsc.backends.base import Capabilities, EmitOptions, No, Support, Yes
-from dsc.backends.tvm import workers
 from dsc.backends.tvm.launch import Unsupported
 from dsc.backends.tvm.lean import INSTALL, NEEDS
-from dsc.backends.tvm.machine import GENERIC, machine_for
-from dsc.backends.tvm.tuning import Tiling, tuned
 from dsc.errors import BackendUnavailable
 from dsc.ir.expert_forms import ExpertKernels
 from dsc.ir.graph import Node
@@ -63,11 +60,14 @@ class TvmBackend:
 
     def warm(self) -> None:
         """Start a compiling process."""
+        from dsc.backends.tvm import workers
+
         workers.warm()
 
     def supports(self, node: Node) -> Support:
         """Whether there is a kernel for the node's operator, element types and shapes."""
         require_tvm()
+        from dsc.backends.tvm.machine import GENERIC
         from dsc.backends.tvm.schedule import launch_of
         from dsc.backends.tvm.tir import STORAGE
 
@@ -95,8 +95,10 @@ class TvmBackend:
 
         from dsc.backends.tvm import library
         from dsc.backends.tvm.checks import entry_checks, facts_of
+        from dsc.backends.tvm.machine import machine_for
         from dsc.backends.tvm.objects import Kernel, objects_of
         from dsc.backends.tvm.schedule import plan_program
+        from dsc.backends.tvm.tuning import Tiling, tuned
 
         target = options.targets[0] if options.targets else Target("cpu")
         machine = machine_for(target)

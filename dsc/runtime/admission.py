@@ -38,7 +38,7 @@ class Admitted(Executable):
 
     def __init__(self, program: Program) -> None:
         self.program = program
-        self.admissions = {n: Admission(g, program.symbols) for n, g in program.entries.items()}
+        self.admissions = _Admissions(program)
 
     def execute(
         self, graph: Graph, inputs: Mapping[str, Array], env: Mapping[str, int]
@@ -182,6 +182,18 @@ class Admission:
             f"input {value} has {size} at axis {axis}",
             hint=f"it was compiled for {bound.lo} to {bound.hi}{larger}",
         )
+
+
+class _Admissions(dict[str, Admission]):
+    """Those of a program's entries, each made when it is first asked for."""
+
+    def __init__(self, program: Program) -> None:
+        super().__init__()
+        self._program = program
+
+    def __missing__(self, name: str) -> Admission:
+        found = self[name] = Admission(self._program.entries[name], self._program.symbols)
+        return found
 
 
 def _check_computed(found: Computed, values: Array, env: Mapping[str, int]) -> None:

@@ -14,7 +14,7 @@ from dsc import pipeline
 from dsc.api import compile_program
 from dsc.backends import get
 from dsc.backends.base import EmitOptions
-from dsc.backends.tvm import backend
+from dsc.backends.tvm import machine as machines
 from dsc.backends.tvm.machine import machine_for
 from dsc.backends.tvm.tuning import WAYS, Tiling, ways
 from dsc.ir.interpreter import run_graph
@@ -74,7 +74,7 @@ def by_way(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         return request.getfixturevalue("loaded")  # type: ignore[no-any-return]
     chosen = replace(Tiling.of(host), way=request.param).on(host)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(backend, "machine_for", lambda target: chosen)
+        patch.setattr(machines, "machine_for", lambda target: chosen)
         model: Any = compiled(WIDE_ONLY, "cpu", tmp_path_factory.mktemp(request.param))
     assert model.meta["tiling"]["way"] == request.param
     return cast("Executable", model)
