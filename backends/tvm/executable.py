@@ -16,7 +16,7 @@ from dsc.ir.dims import evaluate
 from dsc.ir.graph import Graph
 from dsc.ir.types import DType
 from dsc.runtime.admission import Admitted
-from dsc.runtime.arrays import Array, empty
+from dsc.runtime.arrays import ALIGNMENT, Array, address, empty
 from dsc.runtime.executable import Call
 from dsc.runtime.profiler import active, lengths_of
 
@@ -115,11 +115,11 @@ class TvmExecutable(Admitted):
                 with profiler.aside():
                     timed = self._timed_entry(entry, env)
         if timed is None:
-            steps = self._steps.ctypes.data + self.meta["entries"][entry]["steps_at"]
+            steps = address(self._steps) + self.meta["entries"][entry]["steps_at"]
         else:
             steps = timed.address
         self._threads.apply()
-        failed = self.functions[entry](table.ctypes.data, steps)
+        failed = self.functions[entry](address(table), steps)
         if failed:
             self.admissions[entry].values(inputs, env)
             raise UsageError(refusal(self.meta["entries"][entry]["checks"][failed - 1]))
@@ -137,14 +137,14 @@ class TvmExecutable(Admitted):
 
     def _arena_address(self, size: int) -> int:
         """The arena's address, on a 64-byte boundary."""
-        if len(self._arena) < size + 64:
-            self._arena = np.empty(size + 64, dtype=np.uint8)
-        return -(-self._arena.ctypes.data // 64) * 64
+        if len(self._arena) < size + ALIGNMENT:
+            self._arena = np.empty(size + ALIGNMENT, dtype=np.uint8)
+        return -(-address(self._arena) // ALIGNMENT) * ALIGNMENT
 
 
 def _address(x: Array) -> int:
     """Where an array lies; one without elements may be anywhere, but not at 0."""
-    return x.ctypes.data or 64
+    return address(x) or ALIGNMENT
 
 
 def refusal(check: Sequence[str]) -> str:

@@ -177,7 +177,8 @@ class Threads:
 
         A pool has the size that it was started with, and takes fewer workers, not more.
         """
-        if getattr(_applied, "threads", None) == self:
+        known = getattr(_applied, "threads", None)
+        if known is self or known == self:
             return
         configure = function("runtime.config_threadpool")
         cores = [str(core) for core in sorted(os.sched_getaffinity(0))]

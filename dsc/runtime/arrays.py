@@ -81,8 +81,13 @@ def zeros(shape: Sequence[int], dtype: DType) -> Array:
 def _placed(make: Any, shape: Sequence[int], dtype: DType) -> Array:
     size = math.prod(shape) * dtype.itemsize
     raw: Array = make(size + ALIGNMENT, np.uint8)
-    start = -raw.ctypes.data % ALIGNMENT
+    start = -address(raw) % ALIGNMENT
     return raw[start : start + size].view(dtype.numpy).reshape(shape)
+
+
+def address(x: Array) -> int:
+    """Where an array lies; `x.ctypes.data` makes three objects to say so."""
+    return int(x.__array_interface__["data"][0])
 
 
 def extremes(values: Array) -> tuple[int, int]:

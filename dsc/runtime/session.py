@@ -302,9 +302,9 @@ class Session:
             end = parts[part][place, at if all_logits else 0]
             self._active[row].logits = end.copy() if all_logits else end
             ends.append(end)
-        if not all_logits:
-            return np.stack(ends)
-        return np.concatenate(parts, 1) if len(parts) > 1 else parts[0]
+        if len(parts) == 1:
+            return parts[0] if all_logits else parts[0][:, 0].copy()
+        return np.concatenate(parts, 1) if all_logits else np.stack(ends)
 
     def _step(self, chunk: Array, here: list[int], rows: list[int], all_logits: bool) -> Array:
         """Run one step that appends `here` of the tokens of `chunk` to the sequences in `rows`.
