@@ -20,6 +20,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,13 @@ def put(kind: str, key: Mapping[str, Any], data: bytes) -> None:
             os.unlink(fresh)
             raise
         _bound(len(body))
+
+
+@cache
+def sources(*folders: Path) -> str:
+    """A hash of the Python files in folders, as part of a key; read once a process."""
+    texts = [path.read_bytes() for root in folders for path in sorted(root.rglob("*.py"))]
+    return hashlib.sha256(b"\0".join(texts)).hexdigest()
 
 
 def limit() -> int:

@@ -15,8 +15,9 @@ from torch import Tensor, fx
 
 from dsc.errors import DscError, InternalError, UnsupportedOperator
 from dsc.frontends.fx_import import Problem, hint, source_line, told
+from dsc.frontends.options import Options
 from dsc.frontends.partition import Part, is_free, is_number, is_view, needed_by, parts
-from dsc.frontends.regions import Options, Region, RegionImporter, attribute, place_of, region_of
+from dsc.frontends.regions import Region, RegionImporter, attribute, place_of, region_of
 from dsc.ir.graph import Value, Weight
 
 Step: TypeAlias = Callable[[list[Any]], None]
@@ -147,6 +148,11 @@ class CompiledGraph:
             for n, p in self.problems.items()
             if not _needs_no_kernel(n) and not _mixes_types(n)
         }
+
+    @property
+    def steps(self) -> int:
+        """How many regions and operators run, one after the other."""
+        return len(self._steps)
 
     def eager_lines(self) -> list[str]:
         """What is not compiled: one line a kind of operator, with why and the user's line."""

@@ -29,7 +29,7 @@ from torch import fx
 from dsc.errors import DscError, InternalError, UsageError
 from dsc.frontends.dynamo import GraphCompiler
 from dsc.frontends.fx_import import users_line
-from dsc.frontends.regions import Options
+from dsc.frontends.options import Options
 from dsc.frontends.whole import kept_whole
 from dsc.frontends.wording import condition, same_object, unchanged
 from dsc.ir.op import lookup
@@ -141,7 +141,8 @@ class FrameCompiler:
     def compile(self, *arguments: Any) -> Any:
         """Compile a frame, as Dynamo's own callback does; `arguments` are that one's."""
         frame, cache_entry, frame_state = arguments
-        varied = cache_entry is not None or bool(self.dynamic) or len(frame_state) > 1
+        earlier = cache_entry is not None or self.graphs.earlier
+        varied = earlier or bool(self.dynamic) or len(frame_state) > 1
         self._failed.clear()
         with _one_report_a_mistake():
             found = self._converted(frame.f_code, varied, arguments)

@@ -20,7 +20,7 @@ import sysconfig
 import traceback
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -29,40 +29,15 @@ from torch import Tensor, fx, nn
 from dsc.errors import UsageError
 from dsc.frontends.aten_graph import CompiledGraph, refusal
 from dsc.frontends.fx_import import Problem, is_users, source_line, users_line
+from dsc.frontends.options import Options, options_by_name
 from dsc.frontends.overlaps import is_refused, shared
-from dsc.frontends.regions import Options
+from dsc.frontends.regions import Witness
 from dsc.frontends.whole import kept_whole
 from dsc.frontends.wording import input_name, size_names, told_inputs
 from dsc.runtime.executable import StandIn
 
-_FALLBACKS = ("eager", "error")
 _FROZEN = 8
 """Sets of frozen parameters that code is kept for."""
-
-
-def checked(options: Options) -> Options:
-    """The options. Raises `UsageError` for an impossible value, before anything is captured."""
-    from dsc import backends
-    from dsc.pipeline import check_fusion_level
-
-    check_fusion_level(options.fusion_level)
-    if options.fallback not in _FALLBACKS:
-        raise UsageError(f"fallback {options.fallback!r}", hint=f"one of {', '.join(_FALLBACKS)}")
-    if options.backend is not None:
-        backends.get(options.backend)
-    return options
-
-
-def options_by_name(given: Mapping[str, Any]) -> Options:
-    """Options as a user of `torch.compile` gives them. Raises `UsageError`."""
-    known = [f.name for f in fields(Options)]
-    unknown = sorted(given.keys() - set(known))
-    if unknown:
-        raise UsageError(
-            f"unknown option {', '.join(unknown)} of the dsc backend",
-            hint=f"it takes {', '.join(known)}",
-        )
-    return checked(Options(**given))
 
 
 def dsc_backend(
@@ -112,14 +87,20 @@ class Capture:
 
 
 class GraphCompiler:
-    """Compiles graphs for one decorated function, or for one call of `torch.compile`'s backend."""
+    """Compiles graphs for one decorated function, or for one call of `torch.compile`'s backend.
+
+    `witness` is given to the regions that are made; `earlier` says that other code for the function
+    is there.
+    """
 
     def __init__(self, name: str, options: Options) -> None:
         self.__name__ = "dsc"
         self.name = name
         self.options = options
         self.captures: list[Capture] = []
-        self._warned: set[str] = set()
+        self.warned: set[str] = set()
+        self.witness: Witness | None = None
+        self.earlier = False
 
     def __call__(
         self, gm: fx.GraphModule, example_inputs: Sequence[Any], **_: Any
@@ -181,8 +162,8 @@ class GraphCompiler:
 
     def warn(self, message: str) -> None:
         """Say something once, of the user's line that runs."""
-        if message not in self._warned:
-            self._warned.add(message)
+        if message not in self.warned:
+            self.warned.add(message)
             warnings.warn(f"dsc: {message}", stacklevel=_users_level())
 
     def _compiled(
@@ -209,6 +190,7 @@ class GraphCompiler:
         with _disable_current_modes(), torch._C._DisablePythonDispatcher(), torch.no_grad():
             done = CompiledGraph(aten, self.options, self.name, names, constants)
             for region in done.regions.values():
+                region.witness = self.witness
                 self._tell_stand_in(region.executable)
         capture.parts.append(done)
         for line in done.eager_lines():

@@ -12,9 +12,11 @@ from inspect import getclosurevars, isfunction
 from typing import Any
 
 from dsc.errors import UsageError
+from dsc.frontends.calls import Known
 from dsc.frontends.capture import FRAME_COMPILERS, FrameCompiler, decorated
-from dsc.frontends.dynamo import Capture, options_by_name
-from dsc.frontends.regions import Options, Region
+from dsc.frontends.dynamo import Capture
+from dsc.frontends.options import Options, options_by_name
+from dsc.frontends.regions import Region
 
 
 @dataclass(frozen=True)
@@ -115,7 +117,8 @@ def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Function
     """
     if not callable(function):
         raise UsageError(f"explain takes a function, not {type(function).__name__}")
-    compiler = _compiler(function)
+    calls = getattr(getattr(function, "__func__", function), "dsc_calls", None)
+    compiler = _compiler(function) if calls is None else calls.compiler
     if compiler is None:
         plain = getattr(function, "_torchdynamo_orig_callable", function)
         options = _options_of(function)
@@ -124,10 +127,11 @@ def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Function
         function(*args, **kwargs)
     elif args or kwargs:
         function(*args, **kwargs)
+    known = list(calls.known.values()) if calls is not None else []
     return FunctionReport(
         compiler.name,
-        tuple(_graph(c) for c in compiler.graphs.captures),
-        tuple(dict.fromkeys(compiler.guards)),
+        (*map(_kept, known), *map(graph_of, compiler.graphs.captures)),
+        tuple(dict.fromkeys([*(text for k in known for text in k.guards), *compiler.guards])),
         tuple(compiler.reasons),
     )
 
@@ -153,7 +157,8 @@ def _options_of(function: Any) -> Options:
     return options_by_name(getattr(backend, "kwargs", {}).get("options") or {})
 
 
-def _graph(capture: Capture) -> CapturedGraph:
+def graph_of(capture: Capture) -> CapturedGraph:
+    """What was captured at once."""
     return CapturedGraph(
         tuple(_with_names(told, capture.same) for told in capture.inputs),
         sum(n.op.startswith("call") for n in capture.gm.graph.nodes),
@@ -162,6 +167,14 @@ def _graph(capture: Capture) -> CapturedGraph:
         capture.eager,
         capture.broken,
     )
+
+
+def _kept(known: Known) -> CapturedGraph:
+    """The capture that kept code is from."""
+    (graph,) = known.model.program.entries.values()
+    operators = tuple(n.op for n in graph.nodes)
+    region = CompiledRegion(known.model, operators, {}, 1, known.seconds)
+    return CapturedGraph(known.inputs, known.operations, (region,), (), "", "")
 
 
 def _with_names(told: str, same: Sequence[tuple[str, str]]) -> str:

@@ -21,12 +21,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from inspect import signature
+from types import FunctionType
 from typing import Any, ParamSpec, TypeVar, overload
 
 from dsc.errors import UsageError
-from dsc.frontends.capture import decorated
-from dsc.frontends.dynamo import checked
-from dsc.frontends.regions import Options
+from dsc.frontends.calls import decorated_function
+from dsc.frontends.options import Options, checked
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -110,6 +110,10 @@ def optimize(
     whole = fallback == "error" if fullgraph is None else fullgraph
 
     def decorate(target: Callable[..., Any]) -> Any:
+        if isinstance(target, FunctionType):
+            return decorated_function(target, options, whole=whole, dynamic=dynamic)
+        from dsc.frontends.capture import decorated
+
         return decorated(target, options, whole=whole, dynamic=dynamic)
 
     return decorate if function is None else decorate(function)

@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import torch
 from torch import Tensor, fx
@@ -22,7 +22,9 @@ from torch import Tensor, fx
 from dsc.errors import UnsupportedOperator
 from dsc.frontends.fx_import import FxImporter, hint, module_path, source_place
 from dsc.frontends.lowering import Unsupported
+from dsc.frontends.options import Options
 from dsc.frontends.partition import is_number
+from dsc.frontends.placed import results
 from dsc.ir.analyses import live
 from dsc.ir.dims import Dim, Range, Sym, bounds, free_symbols, symbol, symbol_name
 from dsc.ir.graph import Graph, Operand
@@ -35,37 +37,14 @@ from dsc.ir.weights import DictSource, Source
 if TYPE_CHECKING:
     from dsc.api import CompiledModel
 
+Witness: TypeAlias = list[tuple[Sequence[Tensor], list[Tensor]]]
+"""Inputs and results of runs."""
+
 ROOM = 8
 """The least bound of a symbolic size: batches of up to 8 share one plan."""
 
 ARENA = 1 << 30
 """Bytes that the intermediate values of a region may take at the bounds that are planned for."""
-
-
-@dataclass(frozen=True)
-class Options:
-    """How to compile: a backend by name (the best here by default), and what its passes may do.
-
-    `fallback` says what becomes of operators that cannot be compiled: "eager" or "error". With
-    `freeze`, parameters and buffers are constants, which passes may fold and pack.
-    """
-
-    memory_reuse: bool = True
-    fusion_level: int = 3
-    backend: str | None = None
-    fallback: str = "eager"
-    freeze: bool = False
-
-    def compile(self, program: Program) -> CompiledModel:
-        """Compile a traced program."""
-        from dsc.api import compile_program
-
-        return compile_program(
-            program,
-            backend=self.backend,
-            fusion_level=self.fusion_level,
-            memory_reuse=self.memory_reuse,
-        )
 
 
 class RegionImporter(FxImporter):
@@ -134,7 +113,10 @@ def attribute(node: fx.Node) -> Any:
 
 @dataclass
 class Region:
-    """A part of a graph that is compiled, for sizes within `executable.program.symbols`."""
+    """A part of a graph that is compiled, for sizes within `executable.program.symbols`.
+
+    Who wants to know what goes in and out gives a list as `witness`, for as long as it is wanted.
+    """
 
     program: Program
     options: Options
@@ -146,15 +128,18 @@ class Region:
     executable: CompiledModel | None = None
     compilations: int = 0
     seconds: float = 0.0
+    witness: Witness | None = None
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def __post_init__(self) -> None:
         (self.graph,) = self.program.entries.values()
         self._names = [v.name for v in self.graph.inputs]
-        self._outputs = self.graph.output_names
         self._bounds: list[tuple[int, int, int]] = []
         self._axes = _axes(self.graph)
-        self._layouts = [_layout(n.meta["val"]) for n in self.outputs]
+        self.layouts = {
+            name: _layout(n.meta["val"])
+            for name, n in zip(self.graph.output_names, self.outputs, strict=True)
+        }
 
     def prepare(self) -> None:
         """Compile for the sizes at hand. Raises `DscError`, `InternalError`."""
@@ -184,12 +169,10 @@ class Region:
         executable = self.executable
         assert executable is not None
         with self._lock:  # an arena serves one call at a time
-            plain = (x.resolve_neg() if x.is_neg() else x for x in tensors)
-            found = executable.run(dict(zip(self._names, plain, strict=True)))
-        return [
-            found[name].contiguous() if dims is None else _laid_out(found[name], dims)
-            for name, dims in zip(self._outputs, self._layouts, strict=True)
-        ]
+            made = results(executable, self._names, tensors, self.layouts)
+        if self.witness is not None:
+            self.witness.append((tensors, made))
+        return made
 
     def _grow(self, tensors: Sequence[Tensor]) -> None:
         self._compile({s: tensors[i].shape[axis] for s, (i, axis) in self._axes.items()})
@@ -258,13 +241,6 @@ def _layout(fake: Tensor) -> tuple[int, ...] | None:
         return None
     rest = iter(order)
     return tuple(next(rest) if sizes[a] != 1 else a for a in range(fake.dim()))
-
-
-def _laid_out(x: Tensor, dims: Sequence[int]) -> Tensor:
-    back = [0] * len(dims)
-    for position, axis in enumerate(dims):
-        back[axis] = position
-    return x.permute(*dims).contiguous().permute(*back)
 
 
 def region_of(

@@ -12,7 +12,6 @@ import re
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from enum import Enum
-from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast
@@ -128,13 +127,5 @@ def surroundings(machine: Machine) -> dict[str, Any]:
         "features": cpu.features,
         "llvm": cpu.llvm,
         "tvm": version("apache-tvm"),
-        "ours": ours(),
+        "ours": kept.sources(Path(__file__).parent, *map(Path, ir.__path__)),
     }
-
-
-@cache
-def ours() -> str:
-    """A hash of the sources that make kernels."""
-    roots = [Path(__file__).parent, *map(Path, ir.__path__)]
-    texts = [path.read_bytes() for root in roots for path in sorted(root.rglob("*.py"))]
-    return hashlib.sha256(b"\0".join(texts)).hexdigest()

@@ -17,3 +17,8 @@ def registered_rules() -> tuple[Rule, ...]:
     """The rules from outside, those of installed packages included."""
     load_extensions()
     return tuple(_rules)
+
+
+def any_rules() -> bool:
+    """Whether a rule was registered so far."""
+    return bool(_rules)

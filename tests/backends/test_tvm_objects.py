@@ -93,7 +93,7 @@ def test_a_key_holds_all_that_a_kernel_depends_on(monkeypatch: pytest.MonkeyPatc
     differs(replace(launch, maker=objects.canonical))
     differs(launch, replace(GENERIC, narrow=32))
     differs(launch, replace(GENERIC, cpu="x86-64-v3"))
-    monkeypatch.setattr(objects, "ours", lambda: "other sources")
+    monkeypatch.setattr(kept, "sources", lambda *_: "other sources")
     differs(launch)
     monkeypatch.setattr(objects, "version", lambda package: "0")
     differs(launch)

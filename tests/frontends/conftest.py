@@ -37,6 +37,7 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Program]]:
         return Interpreted(program)
 
     monkeypatch.setattr("dsc.api.compile_program", compile_program)
+    monkeypatch.setenv("DSC_CACHE", "off")  # what was compiled by a backend stays out
     torch._dynamo.reset()
     yield programs
     torch._dynamo.reset()
