@@ -172,7 +172,7 @@ def test_what_cannot_be_told_by_value_is_not_kept() -> None:
         return x + weight
 
     def hidden(x: Tensor) -> Tensor:
-        width: int = arguments.__globals__["WIDTH"]
+        width: int = calls_of.__globals__["WIDTH"]
         return x * width
 
     def in_place(x: Tensor) -> Tensor:
@@ -210,6 +210,7 @@ def test_a_report_of_kept_code_says_what_was_captured() -> None:
     x, y = arguments()
     reports = []
     for _ in range(2):
+        torch._dynamo.reset()
         function = dsc.optimize(backend="reference")(module().made(0.25))
         function(x, y)
         reports.append(dsc.explain(function))
