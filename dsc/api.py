@@ -293,6 +293,7 @@ def compile(
         max_context=max_context,
         prefill_chunk=prefill_chunk,
         check=shares,
+        untraced=lambda: warm(chosen.name),
         progress=progress,
     )
     traced = time.perf_counter()

@@ -64,12 +64,16 @@ class Loaded:
 
 @dataclass(frozen=True)
 class Asked:
-    """The limits that a user asked for; without `max_context` they are the model's own."""
+    """The limits that a user asked for; without `max_context` they are the model's own.
+
+    `untraced` is told where nothing is kept of a trace, before modelling code is imported.
+    """
 
     max_batch: int
     max_context: int | None
     prefill_chunk: int
     shares: Callable[[ModelConfig], None] | None = None
+    untraced: Callable[[], None] | None = None
 
     def check(self, config: ModelConfig) -> None:
         """Raise what the configuration alone rules out, before anything large is read."""
@@ -108,13 +112,15 @@ def load_program(
     max_context: int | None = None,
     prefill_chunk: int = 512,
     check: Callable[[ModelConfig], None] | None = None,
+    untraced: Callable[[], None] | None = None,
     progress: Progress | None = None,
 ) -> Loaded:
     """Read a model in any of its forms. Arguments as in `dsc.compile`.
 
-    `check` raises what is wrong with the configuration of a causal LM, before it is traced.
+    `check` raises what is wrong with the configuration of a causal LM, before it is traced;
+    `untraced` is told where a trace is to be made that is not kept.
     """
-    asked = Asked(max_batch, max_context, prefill_chunk, check)
+    asked = Asked(max_batch, max_context, prefill_chunk, check, untraced)
     if progress is not None:
         progress("reading the model", 0, 0)
     if isinstance(model, Program):
@@ -174,9 +180,9 @@ def _from_checkpoint(
     settings = load_generation(folder, config)
     tokenizer = find_tokenizer(folder)
     opened = open_checkpoint(folder, dtype)
-    step = _Step(opened.build, config, opened.dtype, "transformers")
+    step = _Step(opened.build, config, opened.dtype, asked, "transformers")
     checkpoint = opened.mapped(step.parameters)
-    traced = step.traced(asked, progress)
+    traced = step.traced(progress)
     given = None if weights is not None else (checkpoint.weights, checkpoint.source)
     program = _with_weights(traced, given, folder.resolve().name)
     return _loaded(program, settings, folder, checkpoint.notes, tokenizer)
@@ -219,11 +225,12 @@ def _from_code(
         )
     named = DTYPES[config.dtype or "bfloat16"]
     compute = checkpoint.dtype if checkpoint is not None else dtype or named
-    step = _Step(lambda: _built(path, config, compute), config, compute, _module_of_ours(path))
+    ours = _module_of_ours(path)
+    step = _Step(lambda: _built(path, config, compute), config, compute, asked, ours)
     if checkpoint is not None:
         checkpoint = checkpoint.mapped(step.parameters)
     with blaming(path, only_its_lines=True):
-        traced = step.traced(asked, progress)
+        traced = step.traced(progress)
     if checkpoint is None:
         return _loaded(_with_weights(traced, None, path.stem), settings)
     program = _with_weights(traced, (checkpoint.weights, checkpoint.source), path.stem)
@@ -288,7 +295,7 @@ def _from_module(
     generation = getattr(module, "generation_config", None)
     settings = settings_of({} if generation is None else generation.to_dict(), config)
     step = CausalLMStep(module.eval())
-    traced = _Step(lambda: step, config, stored).traced(asked, progress)
+    traced = _Step(lambda: step, config, stored, asked).traced(progress)
     state = {k: v.detach() for k, v in step.state_dict().items()}
     if any(v.is_meta for v in state.values()):
         return _loaded(_with_weights(traced, None, config.model_type), settings)
@@ -310,9 +317,10 @@ class _Step:
         build: Callable[[], nn.Module],
         config: ModelConfig,
         dtype: DType,
+        asked: Asked,
         installed: str = "",
     ) -> None:
-        self.build, self.config, self.dtype = build, config, dtype
+        self.build, self.config, self.dtype, self.asked = build, config, dtype, asked
         values = config.model_dump(mode="json", exclude_none=True)
         self.facts = {"config": values, "dtype": str(dtype)}
         self.key = trace_cache.key_of_installed(installed, **self.facts) if installed else None
@@ -321,6 +329,8 @@ class _Step:
     @cached_property
     def module(self) -> nn.Module:
         """The module itself. What `build` raises."""
+        if self.asked.untraced is not None:
+            self.asked.untraced()
         return self.build()
 
     @cached_property
@@ -332,9 +342,9 @@ class _Step:
 
         return parameter_types(self.module)
 
-    def traced(self, asked: Asked, progress: Progress | None) -> Program:
+    def traced(self, progress: Progress | None) -> Program:
         """The program, with the limits asked for. Its source holds the trace's constants alone."""
-        limits = asked.limits(self.config)
+        limits = self.asked.limits(self.config)
         if self.kept is None and self.key is None:
             self.key = trace_cache.key_of(self.module, **self.facts)
             self.kept = trace_cache.load(self.key) if self.key is not None else None

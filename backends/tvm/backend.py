@@ -137,7 +137,7 @@ class TvmBackend:
         arity = {x.kernel: len(x.arguments) for plan in plans.values() for x in plan.launches}
         called = [(kernel.symbol, arity[name]) for name, kernel in kernels.items()]
         sources = [source for launch in table.launches.values() for source in launch.sources]
-        objects = objects_of(list(kernels.values()), machine, options.progress)
+        objects = objects_of(list(kernels.values()), options.progress)
         source = library.source_of(called, functions)
         code = library.compile_library(source, objects, machine, sources)
         tiling = Tiling.of(machine)

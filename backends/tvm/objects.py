@@ -33,6 +33,7 @@ class Kernel:
 
     symbol: str
     launch: Launch
+    machine: Machine
     key: Mapping[str, Any] | None
 
     @staticmethod
@@ -41,17 +42,15 @@ class Kernel:
         try:
             spelled = canonical((launch.maker, launch.static, machine))
         except Foreign:
-            return Kernel(name, launch, None)
+            return Kernel(name, launch, machine, None)
         key = {"kernel": spelled, **surroundings(machine)}
         digest = hashlib.sha256(repr(key).encode()).hexdigest()
         title = re.sub(r"\W", "_", launch.name, flags=re.ASCII)
-        return Kernel(f"{title}_{digest[:20]}", launch, key)
+        return Kernel(f"{title}_{digest[:20]}", launch, machine, key)
 
 
-def objects_of(
-    kernels: Sequence[Kernel], machine: Machine, progress: Progress | None = None
-) -> dict[str, bytes]:
-    """The object files of kernels by symbol."""
+def objects_of(kernels: Sequence[Kernel], progress: Progress | None = None) -> dict[str, bytes]:
+    """The object files of kernels by symbol; those that have most to say are made first."""
     found = {k.symbol: kept.get(KIND, k.key) for k in kernels if k.key is not None}
     objects = {symbol: data for symbol, data in found.items() if data is not None}
     missing = [k for k in kernels if k.symbol not in objects]
@@ -62,9 +61,8 @@ def objects_of(
 
     done(0)
     own = [k for k in missing if k.key is not None]
-    made = workers.run(
-        [("dsc.backends.tvm.build:build_kernel", _told(k, machine)) for k in own], done
-    )
+    own.sort(key=lambda k: len(str(k.key)), reverse=True)
+    made = workers.run([("dsc.backends.tvm.build:build_kernel", _told(k)) for k in own], done)
     for kernel, data in zip(own, made, strict=True):
         kept.put(KIND, cast(Mapping[str, Any], kernel.key), data)
         objects[kernel.symbol] = data
@@ -72,12 +70,12 @@ def objects_of(
         if kernel.key is None:
             from dsc.backends.tvm.build import build_kernel
 
-            objects[kernel.symbol] = build_kernel(*_told(kernel, machine))
+            objects[kernel.symbol] = build_kernel(*_told(kernel))
     return objects
 
 
-def _told(kernel: Kernel, machine: Machine) -> tuple[Any, ...]:
-    return kernel.launch.maker, kernel.launch.static, machine, kernel.symbol
+def _told(kernel: Kernel) -> tuple[Any, ...]:
+    return kernel.launch.maker, kernel.launch.static, kernel.machine, kernel.symbol
 
 
 class Foreign(Exception):

@@ -170,8 +170,8 @@ def build(
         arity = 5 + (way == "tiles")
         parts.append(library.declared(kernel.symbol, arity))
         parts.append(library.packed(f"{way}_{columns}", kernel.symbol, arity))
-        kernels.append((kernel, cut))
-    objects = {k: data for kernel, cut in kernels for k, data in objects_of([kernel], cut).items()}
+        kernels.append(kernel)
+    objects = objects_of(kernels)
     path = folder / "linear.so"
     path.write_bytes(library.compile_library("\n".join(parts), objects, machine))
     loaded = lean.load_library(path, [f"{way}_{columns}" for way, columns in candidates], threads)

@@ -113,7 +113,7 @@ def test_code_of_others_is_not_kept() -> None:
         with pytest.raises(Foreign):
             canonical(value)
     assert Kernel.of("theirs_3", Launch(maker, ()), GENERIC) == Kernel(
-        "theirs_3", Launch(maker, ()), None
+        "theirs_3", Launch(maker, ()), GENERIC, None
     )
 
 
@@ -153,8 +153,8 @@ def test_what_is_missing_is_made_and_put_beside_the_rest(
     def progress(what: str, number: int, total: int) -> None:
         counts.append((number, total))
 
-    half = objects.objects_of(kernels[::2], GENERIC)
-    found: Mapping[str, bytes] = objects.objects_of(kernels, GENERIC, progress)
+    half = objects.objects_of(kernels[::2])
+    found: Mapping[str, bytes] = objects.objects_of(kernels, progress)
     assert found == {k.symbol: k.symbol.encode() for k in kernels}
     assert sorted(map(str, asked)) == sorted(found)
     assert counts == [(len(half), len(kernels))]

@@ -160,7 +160,7 @@ def test_a_kept_trace_needs_neither_torch_nor_the_modelling_code(
     module = CausalLMStep(stock_causal_lm(config, DType.bf16))
     with monkeypatch.context() as patched:
         patched.delitem(sys.modules, code)
-        step = load._Step(lambda: module, config, DType.bf16, code)
+        step = load._Step(lambda: module, config, DType.bf16, Asked(1, 64, 8), code)
     assert step.key is not None
     assert step.kept is None
     stand_in = replace(small_lm(), source=DictSource({}))
@@ -294,3 +294,17 @@ def test_a_context_beyond_the_models_positions_is_refused() -> None:
         load_program(TINY_CHECKPOINT, max_context=positions + 1)
     for asked in (None, positions):
         assert Asked(1, asked, 8).limits(config).max_context == positions
+
+
+def test_what_a_compile_needs_is_started_before_modelling_code_is_imported() -> None:
+    told: list[bool] = []
+    made: list[bool] = []
+
+    def build() -> Any:
+        made.append(bool(told))
+        return CausalLMStep(stock_causal_lm(load_config(TINY_CHECKPOINT), DType.bf16))
+
+    asked = Asked(1, 64, 8, untraced=lambda: told.append(True))
+    step = load._Step(build, load_config(TINY_CHECKPOINT), DType.bf16, asked)
+    assert step.module is step.module
+    assert (told, made) == ([True], [True])
