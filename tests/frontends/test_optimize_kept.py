@@ -235,7 +235,8 @@ print(json.dumps([attention_layer(q, q, q).tolist(), "torch._dynamo" in sys.modu
 
 
 def test_a_new_process_runs_kept_code_without_dynamo(tmp_path: Path) -> None:
-    file = tmp_path / "attention.py"
+    file = tmp_path / "programs" / "attention.py"  # beside the cache, whose folder is called dsc
+    file.parent.mkdir()
     file.write_text(PROGRAM)
     told = []
     for _ in range(2):
