@@ -94,7 +94,8 @@ def _timed(root: Path, words: Sequence[str], cache: Path) -> tuple[float, float]
 
 
 def _environment(root: Path, cache: Path) -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": str(root), "XDG_CACHE_HOME": str(cache)}
+    inherited = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
+    return {**inherited, "PYTHONPATH": str(root), "XDG_CACHE_HOME": str(cache)}
 
 
 def _medians(turns: Sequence[Mapping[str, tuple[float, float]]]) -> dict[str, dict[str, float]]:
