@@ -45,15 +45,20 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]:
     return (0 if code is None else int(code)), capsys.readouterr().err
 
 
+def _files() -> set[Path]:
+    """What lies in the test's folder, but for Python's bytecode and the user's state."""
+    return {p for p in Path.cwd().rglob("*") if not {"state", "__pycache__"} & set(p.parts)}
+
+
 def refused(capsys: pytest.CaptureFixture[str], folder: Path, *words: str) -> None:
     """Compiling `folder` fails as it should, and says `words`."""
-    before = {p for p in Path.cwd().rglob("*") if "state" not in p.parts}
+    before = _files()
     code, error = run(capsys, "compile", str(folder), "--backend", "reference", "-o", "out")
     assert code == 2, error
     assert "Traceback" not in error
     for word in words:
         assert word in error
-    assert {p for p in Path.cwd().rglob("*") if "state" not in p.parts} == before
+    assert _files() == before
 
 
 def edit_config(**changes: Any) -> Break:
