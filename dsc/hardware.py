@@ -58,7 +58,7 @@ class Gpu:
 @cache
 def cpu() -> Cpu:
     """Describe the host processor."""
-    fields = _cpuinfo()
+    fields = processor()
     flags = set((fields.get("flags") or fields.get("Features") or "").split())
     return Cpu(
         name=fields.get("model name") or platform.processor() or "unknown",
@@ -75,13 +75,17 @@ def gpus() -> tuple[Gpu, ...]:
     return (*_nvidia(), *_amd())
 
 
-def _cpuinfo() -> dict[str, str]:
-    """Return the fields of the first processor."""
+_FLEETING = frozenset({"cpu MHz", "bogomips", "BogoMIPS"})
+
+
+def processor() -> dict[str, str]:
+    """What Linux tells of the first processor, by field, but for its speed at the moment."""
     if not _CPUINFO.is_file():
         return {}
     first, _, _ = _CPUINFO.read_text(errors="replace").partition("\n\n")
     pairs = (line.partition(":") for line in first.splitlines())
-    return {key.strip(): value.strip() for key, _, value in pairs}
+    fields = {key.strip(): value.strip() for key, _, value in pairs}
+    return {key: value for key, value in fields.items() if key not in _FLEETING}
 
 
 def _usable_cores() -> int:

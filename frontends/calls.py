@@ -41,6 +41,7 @@ from dsc.frontends.fingerprint import Unknown
 from dsc.frontends.options import Options
 from dsc.frontends.placed import results
 from dsc.frontends.reach import PLAIN, Reach, Watch, holds
+from dsc.hardware import processor
 
 if TYPE_CHECKING:
     from dsc.api import CompiledModel
@@ -374,9 +375,6 @@ def _surroundings() -> dict[str, Any]:
     A folder of packages has another time where a package came, went, or is another version.
     """
     folders = [Path(p) for p in (*site.getsitepackages(), site.getusersitepackages())]
-    processor = Path("/proc/cpuinfo")
-    block = processor.read_text().partition("\n\n")[0] if processor.is_file() else ""
-    fixed = [line for line in block.splitlines() if not line.startswith(("cpu MHz", "bogomips"))]
     roots = [root / name for root in map(Path, dsc.__path__)
              for name in ("", "frontends", "passes", "backends")]  # fmt: skip
     return {
@@ -384,7 +382,7 @@ def _surroundings() -> dict[str, Any]:
         "packages": [(str(p), p.stat().st_mtime_ns) for p in folders if p.is_dir()],
         "torch": [torch.__version__, str(torch.version.git_version)],
         "python": sys.version,
-        "machine": [*fixed, len(os.sched_getaffinity(0))],
+        "machine": [processor(), len(os.sched_getaffinity(0))],
     }
 
 

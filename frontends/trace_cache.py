@@ -22,7 +22,6 @@ import time
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -103,7 +102,7 @@ def _surroundings(*code: str) -> dict[str, Any]:
     return {
         "places": {name: spec.origin if spec else "" for name, spec in found.items()},
         "packages": _packages(),
-        "ours": _ours(),
+        "ours": kept.sources(*(Path(dsc.__file__).parent / folder for folder in OURS)),
         "dsc": __version__,
         "python": sys.version,
     }
@@ -116,13 +115,6 @@ def _packages() -> list[str]:
         with suppress(OSError):
             names |= {name for name in os.listdir(folder or ".") if name.endswith("-info")}
     return sorted(names)
-
-
-@cache
-def _ours() -> dict[str, str]:
-    root = Path(dsc.__file__).parent
-    files = (file for folder in OURS for file in (root / folder).rglob("*.py"))
-    return {str(file.relative_to(root)): digest(file) for file in sorted(files)}
 
 
 def digest(file: str | Path) -> str:

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from dsc.errors import ArtifactError, BackendUnavailable, UsageError
+from dsc.hardware import processor
 from dsc.runtime.standalone import mapped_weights
 
 NEEDS = "apache-tvm>=0.27,<0.28"
@@ -120,11 +121,7 @@ def function(name: str) -> Object:
 @cache
 def tiles_allowed() -> bool:
     """Whether this process may use the CPU's tile registers; asks the operating system for it."""
-    try:
-        flags = Path("/proc/cpuinfo").read_text().partition("\nflags")[2].partition("\n")[0]
-    except OSError:
-        return False
-    if not {"amx_tile", "amx_bf16"} <= set(flags.split()):
+    if not {"amx_tile", "amx_bf16"} <= set(processor().get("flags", "").split()):
         return False
     return int(ctypes.CDLL(None).syscall(_SYS_ARCH_PRCTL, _REQUEST_PERMISSION, _TILE_DATA)) == 0
 

@@ -6,12 +6,12 @@ import json
 from dataclasses import asdict, dataclass
 from functools import cache
 from importlib.metadata import version
-from pathlib import Path
 from typing import cast
 
 from dsc import kept
 from dsc.backends.tvm import workers
 from dsc.backends.tvm.lean import tiles_allowed
+from dsc.hardware import processor
 from dsc.targets import Target
 
 FULL_RATE = "znver"
@@ -59,9 +59,7 @@ class Cpu:
 @cache
 def cpu_of(arch: str) -> Cpu:
     """The CPU of an LLVM name, the host for "". Raises `UsageError` for a name LLVM lacks."""
-    lines = Path("/proc/cpuinfo").read_text().partition("\n\n")[0].splitlines()
-    host = [line for line in lines if line.startswith(("model", "cpu family", "flags", "vendor"))]
-    key = {"arch": arch, "host": host, "tvm": version("apache-tvm")}
+    key = {"arch": arch, "host": processor(), "tvm": version("apache-tvm")}
     data = kept.get("cpus", key)
     if data is not None:
         found = json.loads(data)

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from enum import Enum
 from importlib.metadata import version
 from pathlib import Path
+from types import FunctionType
 from typing import Any, cast
 
 from dsc import ir, kept
@@ -82,7 +83,7 @@ class Foreign(Exception):
     """A value whose meaning is code of somebody else's."""
 
 
-def canonical(value: Hashable) -> str:
+def canonical(value: Any) -> str:
     """A text that equal values share in every process, and others do not.
 
     Raises `Foreign` for functions from outside of this tree, and what names an operator from there.
@@ -102,9 +103,9 @@ def canonical(value: Hashable) -> str:
             return f"{{{', '.join(f'{k}: {canonical(v)}' for k, v in value.items())}}}"
         case frozenset():
             return f"{{{', '.join(sorted(map(canonical, value)))}}}"
-        case type() | _ if hasattr(value, "__code__"):
+        case FunctionType():
             return _place(value)
-        case _ if is_dataclass(value):
+        case _ if is_dataclass(value) and not isinstance(value, type):
             parts = (canonical(getattr(value, f.name)) for f in fields(value))
             return f"{type(value).__qualname__}({', '.join(parts)})"
         case _:

@@ -21,7 +21,7 @@ from dsc.runtime.profiler import EntryRun, StepTime
 Words: TypeAlias = "np.ndarray[Any, np.dtype[np.int64]]"
 
 CLOCK, COPY = 0, 1
-"""The numbers of the two in every library (`dsc.backends.tvm.library.timing_functions`)."""
+"""The numbers of the two in every library (`dsc.backends.tvm.library`)."""
 ZERO = 0
 """The slot that holds 0: an address is what is added to it."""
 CHOICES = {"experts": 1, "grouped_linear": 2}

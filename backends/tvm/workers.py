@@ -61,9 +61,12 @@ def _cores() -> int:
 def _ask(request: Request) -> Any:
     """The answer of a process. One that had ended while it waited is replaced."""
     while True:
-        waited = bool(_idle)
         try:
-            with _process() as process:
+            process, waited = _idle.pop(), True
+        except IndexError:
+            process, waited = _start(), False
+        try:
+            with _busy(process):
                 assert process.stdin is not None, "processes are started with pipes"
                 assert process.stdout is not None, "processes are started with pipes"
                 send(process.stdin, request)
@@ -80,14 +83,10 @@ def _ask(request: Request) -> Any:
 
 
 @contextmanager
-def _process() -> Iterator[subprocess.Popen[bytes]]:
-    """A process that waits, or a new one; it waits again when the block ends well."""
+def _busy(process: subprocess.Popen[bytes]) -> Iterator[None]:
+    """A process at work: it waits again when the block ends well, and else is ended."""
     try:
-        process = _idle.pop()
-    except IndexError:
-        process = _start()
-    try:
-        yield process
+        yield
     except BaseException:
         _end(process)
         raise
