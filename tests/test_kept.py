@@ -106,6 +106,21 @@ def test_a_cache_that_takes_nothing_is_no_error(
         kept.limit()
 
 
+def test_sources_are_told_apart_by_any_file_in_any_folder(tmp_path: Path) -> None:
+    folders = [tmp_path / "a", tmp_path / "b"]
+    files = [folder / "inner" / "code.py" for folder in folders]
+    for file in files:
+        file.parent.mkdir(parents=True)
+        file.write_text("x = 1")
+    seen = {kept.sources(*folders)}
+    for file in files:
+        file.write_text("x = 2")
+        assert kept.sources(*folders) in seen, "read once a process"
+        kept.sources.cache_clear()
+        assert kept.sources(*folders) not in seen
+        seen.add(kept.sources(*folders))
+
+
 WRITER = """
 import itertools, random
 from dsc import kept

@@ -17,6 +17,7 @@ import pytest
 import torch
 from torch import nn
 
+import dsc
 from dsc import kept
 from dsc.errors import ConfigError, UsageError
 from dsc.frontends import load, trace_cache
@@ -136,7 +137,7 @@ def test_the_key_of_installed_code_has_every_ingredient(
     (installed.parent / "torch-99.dist-info").mkdir()
     with_package = trace_cache.key_of_installed("alien", config="c")
     assert with_package != key
-    monkeypatch.setattr(trace_cache, "_ours", lambda: {"frontends/aten.py": "edited"})
+    monkeypatch.setattr(kept, "sources", lambda *folders: "edited")
     with_edit = trace_cache.key_of_installed("alien", config="c")
     assert with_edit != with_package
     shutil.copytree(installed, installed.parent / "first" / "alien")
@@ -181,11 +182,20 @@ def test_a_cache_that_cannot_be_written_is_no_error(monkeypatch: pytest.MonkeyPa
     assert trace_cache.load(KEY) is None
 
 
-def test_the_key_names_every_source() -> None:
+def test_the_key_tells_of_every_source(monkeypatch: pytest.MonkeyPatch) -> None:
+    hashed: list[Path] = []
+
+    def sources(*folders: Path) -> str:
+        hashed.extend(folders)
+        return "a hash"
+
+    monkeypatch.setattr(kept, "sources", sources)
     key = trace_cache.key_of(nn.Sequential(nn.Linear(2, 2)), dtype="f32")
     assert key is not None
     assert any(f.endswith("linear.py") for f in key["module"]["sources"])
-    assert {"frontends/torch_export.py", "ir/ops/traced.py", "ir/parser.py"} <= set(key["ours"])
+    root = Path(dsc.__file__).parent
+    files = {str(f.relative_to(root)) for folder in hashed for f in folder.rglob("*.py")}
+    assert {"frontends/torch_export.py", "ir/ops/traced.py", "ir/parser.py"} <= files
     assert any(name.startswith("torch-") for name in key["packages"])
 
 
