@@ -436,8 +436,8 @@ def interpreter_door(folder: Path, program: Program) -> Door:
     from dsc.backends.triton.client import InterpretedExecutable
     from dsc.backends.triton.interpret import InterpretedProgram, Kernels
     from dsc.backends.triton.launch import LaunchProgram
+    from dsc.ir.arrays import array_of, tensor_of
     from dsc.runtime.admission import Admitted
-    from dsc.runtime.arrays import array_of, tensor_of
     from dsc.runtime.plan import Plan
 
     plan = Plan.from_json((folder / "triton" / "interpret" / "plan.json").read_bytes())
@@ -460,7 +460,7 @@ def _tensor_door(executable: Any) -> Door:
     import torch
 
     from dsc.errors import DscError
-    from dsc.runtime import arrays
+    from dsc.ir import arrays
 
     plain, placed = torch.empty, arrays._placed
 

@@ -15,6 +15,7 @@ import hashlib
 import json
 import os
 import stat
+import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
@@ -24,12 +25,15 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from dsc._version import __version__
 from dsc.errors import UsageError
 from dsc.user_folders import cache_folder
 
 DEFAULT_LIMIT = 2 << 30
 MOST = 512 << 20
 """Bytes of the largest entry that is kept."""
+HOME = Path(__file__).parent
+"""The package; in a checkout some of its folders are links, which have to be named."""
 _MAGIC = b"dsc kept 1\n"
 _DIGEST = hashlib.sha256().digest_size
 _UNFINISHED = "."
@@ -79,10 +83,25 @@ def put(kind: str, key: Mapping[str, Any], data: bytes) -> None:
 
 
 @cache
-def sources(*folders: Path) -> str:
-    """A hash of the Python files in folders, as part of a key; read once a process."""
-    texts = [path.read_bytes() for root in folders for path in sorted(root.rglob("*.py"))]
+def sources(*folders: str) -> str:
+    """A hash of the Python files in folders of dsc, as part of a key; read once a process."""
+    roots = [HOME / folder for folder in folders]
+    texts = [path.read_bytes() for root in roots for path in sorted(root.rglob("*.py"))]
     return hashlib.sha256(b"\0".join(texts)).hexdigest()
+
+
+def surroundings() -> dict[str, Any]:
+    """What any computation may depend on, as part of a key: Python and the packages installed."""
+    return {"packages": _packages(), "python": sys.version, "dsc": __version__}
+
+
+def _packages() -> list[str]:
+    """All installed packages with their versions, as their metadata's folders are called."""
+    names = set()
+    for folder in sys.path:
+        with suppress(OSError):
+            names |= {name for name in os.listdir(folder or ".") if name.endswith("-info")}
+    return sorted(names)
 
 
 def limit() -> int:

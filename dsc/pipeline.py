@@ -27,6 +27,7 @@ from dsc.rewrite import options as texts
 from dsc.rewrite.base import Pass, PassReport
 from dsc.rewrite.explain import explain_pass
 from dsc.rewrite.manager import NOT_PASSES, Manager, PassRecord, Watch
+from dsc.rewrite.pass_cache import PassCache, Prepared
 from dsc.rewrite.regions import inline_graph
 from dsc.targets import Target, parse_target
 
@@ -220,14 +221,6 @@ def passes_for(
     return [make(s.name, **s.options(setting)) for s in SLOTS if s.applies(setting)]
 
 
-class Prepared(NamedTuple):
-    """A program after all passes: as a session runs it, and as the backend emits it."""
-
-    program: Program
-    emitted: Program
-    records: list[PassRecord]
-
-
 def prepare(
     program: Program, backend: Backend, target: Target, options: PipelineOptions
 ) -> Prepared:
@@ -244,13 +237,22 @@ def prepare(
             " null or tvm",
         )
     done = emitted = program = _in_numbers(program)
-    for each, emitted in manager.steps(program, passes_for(program, capabilities, options)):
+    passes = passes_for(program, capabilities, options)
+    cache = PassCache(program, passes, backend, str(target)) if options.watch.is_quiet else None
+    kept = None if cache is None else cache.load()
+    if kept is not None:
+        return kept
+    for each, emitted in manager.steps(program, passes):
         if each.name not in _EMIT:
             done = emitted
     if options.cache == PAGED:
         _check_paged(done, manager.records)
     check_supported(emitted, backend)
-    return Prepared(done.pruned(), emitted.pruned(), manager.records)
+    done, emitted = done.pruned(), done.pruned() if emitted is done else emitted.pruned()
+    prepared = Prepared(done, emitted, manager.records)
+    if cache is not None:
+        cache.store(prepared)
+    return prepared
 
 
 def run(

@@ -34,7 +34,6 @@ from torch import Tensor
 from torch._C._dynamo import eval_frame
 from torch._C._dynamo.guards import GlobalStateGuard
 
-import dsc
 from dsc import kept
 from dsc.errors import DscError
 from dsc.frontends.fingerprint import Unknown
@@ -375,10 +374,8 @@ def _surroundings() -> dict[str, Any]:
     A folder of packages has another time where a package came, went, or is another version.
     """
     folders = [Path(p) for p in (*site.getsitepackages(), site.getusersitepackages())]
-    roots = [root / name for root in map(Path, dsc.__path__)
-             for name in ("", "frontends", "passes", "backends")]  # fmt: skip
     return {
-        "ours": kept.sources(*roots),
+        "ours": kept.sources("", "frontends", "passes", "backends"),
         "packages": [(str(p), p.stat().st_mtime_ns) for p in folders if p.is_dir()],
         "torch": [torch.__version__, str(torch.version.git_version)],
         "python": sys.version,

@@ -26,10 +26,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import dsc
+import numpy as np
+
 from dsc import kept
-from dsc._version import __version__
 from dsc.errors import DscError
+from dsc.ir.arrays import Array, array_of, tensor_of
 from dsc.ir.lazy import torch
 from dsc.ir.parser import parse_program
 from dsc.ir.printer import print_program
@@ -59,7 +60,7 @@ class Trace:
 
 
 class _Constants(WeightSource):
-    """Constants out of an entry, in base64: torch is imported when one is read."""
+    """Constants out of an entry, in base64."""
 
     def __init__(self, types: Mapping[str, TensorType], values: Mapping[str, str]) -> None:
         self.types = {key: types[key] for key in values}
@@ -67,12 +68,15 @@ class _Constants(WeightSource):
 
     def load(self, key: str) -> torch.Tensor:
         """The tensor."""
+        return tensor_of(self.array(key))
+
+    def array(self, key: str, rows: slice = slice(None)) -> Array:
+        """The array, or rows of it."""
         found = self.types[key]
         shape: Any = found.shape
         data = bytearray(base64.b64decode(self.values[key]))
-        if not data:
-            return torch.empty(shape, dtype=found.dtype.torch)
-        return torch.frombuffer(data, dtype=found.dtype.torch).view(shape)
+        whole: Array = np.frombuffer(data, np.uint8).view(found.dtype.numpy).reshape(shape)
+        return whole if rows == slice(None) else whole[rows]
 
 
 def key_of(module: nn.Module, **facts: Any) -> dict[str, Any] | None:
@@ -99,22 +103,8 @@ def key_of_installed(code: str, **facts: Any) -> dict[str, Any] | None:
 
 def _surroundings(*code: str) -> dict[str, Any]:
     found = {name: find_spec(name) for name in ("torch", *code)}
-    return {
-        "places": {name: spec.origin if spec else "" for name, spec in found.items()},
-        "packages": _packages(),
-        "ours": kept.sources(*(Path(dsc.__file__).parent / folder for folder in OURS)),
-        "dsc": __version__,
-        "python": sys.version,
-    }
-
-
-def _packages() -> list[str]:
-    """All installed packages with their versions, as their metadata's folders are called."""
-    names = set()
-    for folder in sys.path:
-        with suppress(OSError):
-            names |= {name for name in os.listdir(folder or ".") if name.endswith("-info")}
-    return sorted(names)
+    places = {name: spec.origin if spec else "" for name, spec in found.items()}
+    return {"places": places, "ours": kept.sources(*OURS), **kept.surroundings()}
 
 
 def digest(file: str | Path) -> str:
@@ -166,5 +156,5 @@ def _sources(code: str) -> list[str]:
 
 
 def _bytes(tensor: torch.Tensor) -> bytes:
-    data: bytes = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+    data: bytes = array_of(tensor).tobytes()
     return data

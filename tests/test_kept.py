@@ -106,9 +106,12 @@ def test_a_cache_that_takes_nothing_is_no_error(
         kept.limit()
 
 
-def test_sources_are_told_apart_by_any_file_in_any_folder(tmp_path: Path) -> None:
-    folders = [tmp_path / "a", tmp_path / "b"]
-    files = [folder / "inner" / "code.py" for folder in folders]
+def test_sources_are_told_apart_by_any_file_in_any_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kept, "HOME", tmp_path)
+    folders = ["a", "b"]
+    files = [tmp_path / folder / "inner" / "code.py" for folder in folders]
     for file in files:
         file.parent.mkdir(parents=True)
         file.write_text("x = 1")

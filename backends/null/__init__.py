@@ -15,13 +15,13 @@ from typing import Any
 
 from dsc.backends.base import Capabilities, EmitOptions, Support, Yes
 from dsc.ir.analyses import total_cost
+from dsc.ir.arrays import Array, zeros
 from dsc.ir.dims import Dim, evaluate
 from dsc.ir.formats import CODINGS
 from dsc.ir.graph import Graph, Node
 from dsc.ir.interface import Storage
 from dsc.ir.program import Program
 from dsc.runtime.admission import Admitted
-from dsc.runtime.arrays import Array, zeros
 from dsc.runtime.emission import Emission
 from dsc.runtime.executable import Executable
 from dsc.runtime.nodes import plan_nodes

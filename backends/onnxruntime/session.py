@@ -22,12 +22,12 @@ from dsc.backends.onnxruntime.interface import Form, Interface
 from dsc.backends.onnxruntime.model import result_names
 from dsc.backends.onnxruntime.timed import TimedSession
 from dsc.errors import UsageError
+from dsc.ir.arrays import ALIGNMENT, Array, empty
 from dsc.ir.dims import evaluate
 from dsc.ir.graph import Graph
 from dsc.ir.index_ranges import giving_indices
 from dsc.ir.program import Program
 from dsc.runtime.admission import Admitted
-from dsc.runtime.arrays import ALIGNMENT, Array, empty
 from dsc.runtime.emission import check_unchanged
 from dsc.runtime.profiler import Profiler, active
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from dsc.backends.base import Capabilities, EmitOptions, Support, Yes
 from dsc.errors import UsageError
+from dsc.ir.arrays import Array, array_of, tensor_of
 from dsc.ir.formats import CODINGS
 from dsc.ir.graph import Graph, Node
 from dsc.ir.interface import Storage
@@ -20,7 +21,6 @@ from dsc.ir.interpreter import Interpreter
 from dsc.ir.lazy import torch
 from dsc.ir.program import Program
 from dsc.runtime.admission import Admitted
-from dsc.runtime.arrays import Array, array_of, tensor_of
 from dsc.runtime.emission import Emission
 from dsc.runtime.executable import Executable
 from dsc.runtime.nodes import plan_nodes

@@ -12,10 +12,10 @@ from typing import IO
 from dsc.backends.triton.compile import kernel_environment
 from dsc.backends.triton.worker import INTERPRETED, read_frame, write_frame
 from dsc.errors import ArtifactError
+from dsc.ir.arrays import Array
 from dsc.ir.graph import Graph
 from dsc.ir.program import Program
 from dsc.runtime.admission import Admitted
-from dsc.runtime.arrays import Array
 from dsc.runtime.plan import EntryPlan, Plan, live_bytes
 from dsc.runtime.profiler import EntryRun, StepTime, active, lengths_of
 

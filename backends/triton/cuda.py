@@ -27,10 +27,10 @@ from dsc.backends.triton.driver import Argument, Driver, Function, NoDevice, Rea
 from dsc.backends.triton.launch import Kernel, LaunchProgram
 from dsc.backends.triton.schedule import Address, Call, Schedule, resolve
 from dsc.errors import BackendUnavailable
+from dsc.ir.arrays import Array, empty
 from dsc.ir.graph import Graph
 from dsc.ir.program import Program
 from dsc.runtime.admission import Admitted
-from dsc.runtime.arrays import Array, empty
 from dsc.runtime.plan import ARENA, WEIGHT, EntryPlan, Plan
 from dsc.runtime.standalone import mapped_weights
 

@@ -19,9 +19,9 @@ from typing import IO, Any
 
 import numpy as np
 
+from dsc.ir.arrays import Array, array_of, tensor_of
 from dsc.ir.lazy import torch
 from dsc.ir.types import DType
-from dsc.runtime.arrays import Array, array_of, tensor_of
 from dsc.runtime.plan import Plan
 
 INTERPRETED = "interpret/plan.json"

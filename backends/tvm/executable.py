@@ -12,11 +12,11 @@ import numpy as np
 from dsc.backends.tvm.lean import KeptFile, MappedWeights, Threads, load_library, tiles_allowed
 from dsc.backends.tvm.timed import TimedEntry, timed_entries
 from dsc.errors import ArtifactError, BackendUnavailable, UsageError
+from dsc.ir.arrays import ALIGNMENT, Array, address, empty
 from dsc.ir.dims import evaluate
 from dsc.ir.graph import Graph
 from dsc.ir.types import DType
 from dsc.runtime.admission import Admitted
-from dsc.runtime.arrays import ALIGNMENT, Array, address, empty
 from dsc.runtime.executable import Call
 from dsc.runtime.profiler import active, lengths_of
 

@@ -13,11 +13,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from enum import Enum
 from importlib.metadata import version
-from pathlib import Path
 from types import FunctionType
 from typing import Any, cast
 
-from dsc import ir, kept
+from dsc import kept
 from dsc.backends.tvm import workers
 from dsc.backends.tvm.launch import Launch
 from dsc.backends.tvm.machine import Machine, cpu_of
@@ -126,5 +125,5 @@ def surroundings(machine: Machine) -> dict[str, Any]:
         "features": cpu.features,
         "llvm": cpu.llvm,
         "tvm": version("apache-tvm"),
-        "ours": kept.sources(Path(__file__).parent, *map(Path, ir.__path__)),
+        "ours": kept.sources("backends/tvm", "ir"),
     }

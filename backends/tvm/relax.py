@@ -40,13 +40,13 @@ from dsc.backends.tvm.tir import Expr, PrimFunc
 from dsc.errors import UnsupportedOperator, UsageError
 from dsc.files import check_room
 from dsc.ir.analyses import aliases_of
+from dsc.ir.arrays import Array, array_of
 from dsc.ir.dims import Dim, evaluate, free_symbols
 from dsc.ir.graph import Graph, Node, Operand, Value
 from dsc.ir.index_ranges import index_ranges
 from dsc.ir.lanes import moves_nothing
 from dsc.ir.types import DType, TensorType
 from dsc.runtime.admission import Admitted
-from dsc.runtime.arrays import Array, array_of
 from dsc.runtime.emission import Emission
 
 if TYPE_CHECKING:

@@ -14,6 +14,7 @@ from dsc.user_folders import cache_folder
 
 KINDS = {
     "traces": "models as they were traced",
+    "passes": "models as the passes left them",
     "functions": "decorated functions and their code",
     "kernels": "object files of kernels",
     "cubins": "kernels for GPUs",

@@ -18,8 +18,11 @@ from itertools import pairwise
 from math import prod
 from pathlib import Path
 
+import numpy as np
+
 from dsc.errors import CheckpointError, UsageError
 from dsc.files import why_no_file
+from dsc.ir.arrays import Array, tensor_of
 from dsc.ir.lazy import torch
 from dsc.ir.types import MAX_RANK, SAFETENSORS, DType, TensorType
 from dsc.ir.weights import WeightSource
@@ -87,24 +90,13 @@ class SafetensorsFile:
         """Give the pages that were read back: they can be read again."""
         self._bytes.madvise(mmap.MADV_DONTNEED)
 
-    def load(self, key: str, rows: slice = slice(None)) -> torch.Tensor:
-        """Give the tensor `key`, or `rows` of its leading axis: a read-only view of the file."""
+    def array(self, key: str) -> Array:
+        """The tensor `key`, a read-only view of the file."""
         entry = self.entries[key]
-        shape, dtype, itemsize = list(entry.shape), entry.dtype.torch, entry.dtype.itemsize
-        begin = entry.begin
-        if rows != slice(None):
-            first, last, _ = rows.indices(shape[0])
-            shape[0] = last - first
-            begin += first * prod(shape[1:]) * itemsize
-        nbytes = prod(shape) * itemsize
-        if nbytes == 0:
-            return torch.empty(shape, dtype=dtype)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "The given buffer is not writable")
-            flat = torch.frombuffer(self._bytes, dtype=torch.uint8, count=nbytes, offset=begin)
-        if begin % itemsize:
-            flat = flat.clone()  # a wider type must not start at an odd address
-        return flat.view(dtype).view(shape)
+        flat = np.frombuffer(self._bytes, np.uint8, entry.end - entry.begin, entry.begin)
+        if entry.begin % entry.dtype.itemsize:
+            flat = flat.copy()  # a wider type must not start at an odd address
+        return flat.view(entry.dtype.numpy).reshape(entry.shape)
 
 
 class SafetensorsSource(WeightSource):
@@ -117,14 +109,19 @@ class SafetensorsSource(WeightSource):
 
     def load(self, key: str) -> torch.Tensor:
         """The tensor, a view of its mapped file: writing to it faults. `KeyError`."""
-        return self.files[key].load(key)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "The given NumPy array is not writable")
+            return tensor_of(self.array(key))
 
-    def load_slice(self, key: str, start: int, stop: int) -> torch.Tensor:
-        """Rows `start <= i < stop` of the leading axis, touching no other bytes."""
-        shape = self.files[key].entries[key].shape
-        if not shape or not 0 <= start <= stop <= shape[0]:
-            raise UsageError(f"rows {start}:{stop} of a tensor of shape {list(shape)}", key)
-        return self.files[key].load(key, slice(start, stop))
+    def array(self, key: str, rows: slice = slice(None)) -> Array:
+        """The array, or rows of its leading axis: no other bytes are touched. `KeyError`."""
+        found = self.files[key].array(key)
+        if rows == slice(None):
+            return found
+        if not found.shape or not 0 <= rows.start <= rows.stop <= found.shape[0]:
+            told = f"rows {rows.start}:{rows.stop} of a tensor of shape {list(found.shape)}"
+            raise UsageError(told, key)
+        return found[rows]
 
     def release(self) -> None:
         """Give pages of all files back."""

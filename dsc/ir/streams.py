@@ -3,29 +3,32 @@
 A weight is written to a file as its elements in row-major order, so a block is any run of them: a
 stack is its arguments one after another, a reshape is what it reshapes, and what is left is
 computed for some rows of the leading axis at a time, as far down the expression as rows reach.
-Tensors of a checkpoint pass through as views of its mapped files.
+Tensors of a checkpoint pass through as views of its mapped files; where nothing is computed, no
+torch is needed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from math import lcm
 from typing import Any
 
+import numpy as np
+
+from dsc.ir.arrays import tensor_of
 from dsc.ir.dims import Dim
 from dsc.ir.formats import WHOLE
-from dsc.ir.lazy import torch
 from dsc.ir.op import TypeMismatch, concrete, lookup
-from dsc.ir.weights import Apply, Source, WeightExpr, WeightSource, check_tensor, evaluate
+from dsc.ir.weights import Apply, Source, WeightExpr, WeightSource, check_tensor
 
 BLOCK_BYTES = 32 << 20
 """Bytes of a block at most, where rows allow."""
 
 
-def blocks(
-    expr: WeightExpr, source: WeightSource, size: int = BLOCK_BYTES
-) -> Iterator[torch.Tensor]:
-    """Tensors of about `size` bytes whose elements, in order, are those of the expression.
+def blocks(expr: WeightExpr, source: WeightSource, size: int = BLOCK_BYTES) -> Iterator[Any]:
+    """Values of about `size` bytes whose elements, in order, are those of the expression.
+
+    What is moved only is an array, what is computed a tensor, or `Packed`.
 
     Raises `TypeMismatch` when a tensor is not of the declared type.
     """
@@ -41,10 +44,10 @@ def blocks(
             (arg,) = expr.args
             share = max(1, size * arg.type.dtype.itemsize // expr.type.dtype.itemsize)
             for block in blocks(arg, source, share):
-                yield block.to(expr.type.dtype.torch)
+                yield _run(expr, [block])
             return
     if not expr.type.shape or not _streams(expr):
-        yield evaluate(expr, source)
+        yield _whole(expr, source)
         return
     height, total = _size(expr.type.shape[0]), _size(expr.type.nbytes)
     step = max(1, height * size // max(1, total))
@@ -57,16 +60,14 @@ def blocks(
 def rows(expr: WeightExpr, source: WeightSource, start: int, stop: int) -> Any:
     """Rows `start <= i < stop` of the leading axis; `start` a multiple of the blocks' height."""
     if isinstance(expr, Source):
-        tensor = source.load_slice(expr.key, start, stop)
+        array = source.array(expr.key, slice(start, stop))
         declared = expr.type.with_shape((stop - start, *expr.type.shape[1:]))
-        check_tensor(f"source {expr.key}", tensor, declared)
-        return tensor
+        check_tensor(f"source {expr.key}", array, declared)
+        return array
     if not _streams(expr):
-        return evaluate(expr, source)[start:stop]
-    definition = lookup(expr.op)
-    attrs = concrete(expr.attrs, {})
+        return _whole(expr, source)[start:stop]
     if expr.op == "slice" and _axis(expr) == 0:
-        first = int(attrs["start"])
+        first = int(concrete(expr.attrs, {})["start"])
         return rows(expr.args[0], source, first + start, first + stop)
     if expr.op == "reshape":
         ratio = _ratio(expr)
@@ -77,7 +78,28 @@ def rows(expr: WeightExpr, source: WeightSource, start: int, stop: int) -> Any:
         else rows(part, source, start // high, -(-stop // high))
         for part, high in zip(expr.args, _heights(expr), strict=True)
     ]  # fmt: skip
-    return definition.run(parts, attrs)
+    return _run(expr, parts)
+
+
+def _whole(expr: WeightExpr, source: WeightSource) -> Any:
+    """The value of an expression that does not stream."""
+    if isinstance(expr, Source):
+        array = source.array(expr.key)
+        check_tensor(f"source {expr.key}", array, expr.type)
+        return array
+    found = _run(expr, [_whole(arg, source) for arg in expr.args])
+    check_tensor(expr.op, found, expr.type)
+    return found
+
+
+def _run(expr: Apply, parts: Sequence[Any]) -> Any:
+    """The operator of an expression on values of its arguments, or on rows of them."""
+    definition, attrs = lookup(expr.op), concrete(expr.attrs, {})
+    move = definition.traits.arrays
+    if move is not None and all(isinstance(part, np.ndarray) for part in parts):
+        return move(*parts, **attrs)
+    tensors = [tensor_of(part) if isinstance(part, np.ndarray) else part for part in parts]
+    return definition.run(tensors, attrs)
 
 
 def _streams(expr: WeightExpr) -> bool:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+from dsc.ir.arrays import Array
 from dsc.ir.calls import Call
 from dsc.ir.dims import Dim
 from dsc.ir.placement import Place, pointwise
@@ -112,10 +113,11 @@ class Traits:
     """What a declaration says beside types and meaning.
 
     `role` and `form` as above. `commutative`: the first two operands may change places. `flops`
-    counts floating-point operations, a multiply and an add as two. `reads` counts the elements that
-    are read of operands of which not all are: rows of a table, the chosen experts; 0 of what is
-    only written. `writes` names the operands that hold new rows of an update in place, `masked`
-    those whose rows past each sequence's `lengths`, where these are given, are never seen.
+    counts floating-point operations, a multiply and an add as two. `arrays` is the reference on
+    NumPy arrays, of what only moves elements: weights are packed without torch. `reads` counts the
+    elements that are read of operands of which not all are: rows of a table, the chosen experts; 0
+    of what is only written. `writes` names the operands that hold new rows of an update in place,
+    `masked` those whose rows past each sequence's `lengths`, where these are given, are never seen.
     `stored` names those that may be weights in a stored format (`dsc.ir.formats`): the reference
     gets them unpacked, in the element type of the operands that share their letter, else in fp32.
     `updates` names the operand without whose elements the first one is returned as it is;
@@ -133,6 +135,7 @@ class Traits:
     form: Form = Form.MODEL
     commutative: bool = False
     flops: Count = each_result
+    arrays: Callable[..., Array] | None = None
     reads: Mapping[str, Count] = field(default_factory=dict)
     writes: tuple[str, ...] = ()
     masked: tuple[str, ...] = ()

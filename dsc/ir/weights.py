@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from dsc.errors import UsageError
+from dsc.ir.arrays import Array, array_of
 from dsc.ir.graph import Attrs
 from dsc.ir.lazy import torch
 from dsc.ir.op import TypeMismatch, concrete, lookup, type_of
@@ -89,9 +90,10 @@ class WeightSource(ABC):
     def load(self, key: str) -> torch.Tensor:
         """The tensor itself, without a copy where the source allows. `KeyError`."""
 
-    def load_slice(self, key: str, start: int, stop: int) -> torch.Tensor:
-        """Rows `start <= i < stop` of its leading axis."""
-        return self.load(key)[start:stop]
+    def array(self, key: str, rows: slice = slice(None)) -> Array:
+        """The array over its memory, or over rows of its leading axis. `KeyError`."""
+        found = array_of(self.load(key))
+        return found if rows == slice(None) else found[rows]
 
     def release(self) -> None:
         """Let go of memory that holds nothing but copies of what is on disk."""
@@ -150,9 +152,9 @@ class LayeredSource(WeightSource):
         """The tensor from the first layer that has it."""
         return self._layer(key).load(key)
 
-    def load_slice(self, key: str, start: int, stop: int) -> torch.Tensor:
-        """Rows of the tensor from the first layer that has it."""
-        return self._layer(key).load_slice(key, start, stop)
+    def array(self, key: str, rows: slice = slice(None)) -> Array:
+        """The array from the first layer that has it."""
+        return self._layer(key).array(key, rows)
 
     def release(self) -> None:
         """Release all layers."""

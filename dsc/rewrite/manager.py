@@ -44,6 +44,11 @@ class Watch:
     verify_each: bool = False
     progress: Callable[[str, int, int], None] | None = None
 
+    @property
+    def is_quiet(self) -> bool:
+        """Whether nobody looks at single passes."""
+        return not (self.print_after or self.dump_dir or self.verify_each)
+
 
 @dataclass
 class PassRecord:

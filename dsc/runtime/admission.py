@@ -14,13 +14,13 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from dsc.errors import DscError, UsageError
+from dsc.ir.arrays import Array, array_of, extremes, tensor_of
 from dsc.ir.dims import Range, evaluate
 from dsc.ir.graph import Graph, Node
 from dsc.ir.index_ranges import Computed, PageDemand, Span, index_name, index_ranges
 from dsc.ir.interpreter import Intercept, Interpreter, bind_symbols, symbol_places
 from dsc.ir.limits import OPTIONS
 from dsc.ir.program import Program, is_causal_step
-from dsc.runtime.arrays import Array, array_of, extremes, tensor_of
 from dsc.runtime.executable import Call, Executable
 
 if TYPE_CHECKING:

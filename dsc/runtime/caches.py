@@ -20,9 +20,9 @@ from typing import TypeAlias
 
 import numpy as np
 
+from dsc.ir.arrays import Array, zeros
 from dsc.ir.interface import State, Storage
 from dsc.ir.paging import BLOCK_TABLE
-from dsc.runtime.arrays import Array, zeros
 from dsc.runtime.executable import KeepsCaches
 from dsc.runtime.pages import PagePool
 

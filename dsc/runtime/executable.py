@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, runtime_checkable
 
 from dsc.errors import UsageError
+from dsc.ir.arrays import Array, Kind, array_of, is_tensor, of_kind
 from dsc.ir.graph import Value
-from dsc.runtime.arrays import Array, Kind, array_of, is_tensor, of_kind
 
 if TYPE_CHECKING:
     from dsc.ir.program import Program

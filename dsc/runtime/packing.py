@@ -13,8 +13,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from dsc.errors import CheckpointError
-from dsc.ir.lazy import torch
+from dsc.ir.arrays import array_of
 from dsc.ir.program import Program
 from dsc.ir.streams import blocks
 from dsc.ir.types import SAFETENSORS, TensorType
@@ -101,11 +103,11 @@ def pack(
     return digest.hexdigest()
 
 
-def _bytes(tensor: torch.Tensor, declared: TensorType) -> Any:
-    if tensor.dtype != declared.dtype.torch:
-        raise CheckpointError(f"a weight of {tensor.dtype} for {declared}")
-    flat = tensor.detach().contiguous().reshape(-1)
-    return flat.view(torch.uint8).numpy() if flat.numel() else b""
+def _bytes(block: Any, declared: TensorType) -> Any:
+    array = np.ascontiguousarray(array_of(block))
+    if array.dtype != declared.dtype.numpy:
+        raise CheckpointError(f"a weight of {array.dtype} for {declared}")
+    return array.reshape(-1).view(np.uint8) if array.size else b""
 
 
 def _nbytes(t: TensorType) -> int:

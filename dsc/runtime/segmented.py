@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import partial
 
+from dsc.ir.arrays import Array, array_of, tensor_of
 from dsc.ir.graph import Graph
 from dsc.ir.interpreter import run_node
 from dsc.ir.program import Program
 from dsc.ir.segments import Segment, Step, steps
-from dsc.runtime.arrays import Array, array_of, tensor_of
 from dsc.runtime.executable import Call, Executable, set_threads
 from dsc.runtime.profiler import span
 

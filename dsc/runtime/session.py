@@ -17,10 +17,10 @@ from typing import Any
 import numpy as np
 
 from dsc.errors import UsageError
+from dsc.ir.arrays import Array, Kind, extremes, of_kind
 from dsc.ir.dims import Sym
 from dsc.ir.interface import NEW
 from dsc.ir.program import Program
-from dsc.runtime.arrays import Array, Kind, extremes, of_kind
 from dsc.runtime.caches import kept_by
 from dsc.runtime.executable import Call, Executable, KeepsCaches, OpensLate
 from dsc.runtime.pages import PagePool

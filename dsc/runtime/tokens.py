@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 import numpy as np
 
 from dsc.errors import UsageError
-from dsc.runtime.arrays import Kind, array_of, extremes, is_tensor
+from dsc.ir.arrays import Kind, array_of, extremes, is_tensor
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

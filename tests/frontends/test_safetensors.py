@@ -15,6 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from dsc.errors import CheckpointError, UsageError
+from dsc.ir.arrays import tensor_of
 from dsc.ir.safetensors import INDEX_FILE, SafetensorsFile, open_safetensors
 from dsc.ir.types import DType, TensorType
 from dsc.models.configs import TINY_CHECKPOINT
@@ -54,7 +55,7 @@ def test_loads_are_views_of_one_mapping() -> None:
     source = open_safetensors(TINY_CHECKPOINT)
     whole = source.load("lm_head.weight")
     assert source.load("lm_head.weight").data_ptr() == whole.data_ptr()
-    part = source.load_slice("lm_head.weight", 5, 9)
+    part = tensor_of(source.array("lm_head.weight", slice(5, 9)))
     assert torch.equal(part, whole[5:9])
     assert part.data_ptr() == whole[5:9].data_ptr()
 
@@ -62,7 +63,7 @@ def test_loads_are_views_of_one_mapping() -> None:
 @pytest.mark.parametrize(("start", "stop"), [(-1, 2), (3, 2), (0, 2049)])
 def test_a_slice_must_lie_in_the_tensor(start: int, stop: int) -> None:
     with pytest.raises(UsageError, match="lm_head"):
-        open_safetensors(TINY_CHECKPOINT).load_slice("lm_head.weight", start, stop)
+        open_safetensors(TINY_CHECKPOINT).array("lm_head.weight", slice(start, stop))
 
 
 def test_empty_scalar_and_unaligned_tensors(tmp_path: Path) -> None:
@@ -136,7 +137,7 @@ def test_one_wrong_byte_is_harmless(tmp_path: Path, position: int, value: int) -
         return
     for key, entry in opened.entries.items():
         assert entry.end <= len(good)
-        assert opened.load(key).shape == entry.shape
+        assert opened.array(key).shape == entry.shape
 
 
 @pytest.fixture

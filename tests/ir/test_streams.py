@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from typing import Any
+
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dsc.ir.op import TypeMismatch
+from dsc.ir.arrays import Array, array_of, tensor_of
+from dsc.ir.op import TypeMismatch, concrete, registry
+from dsc.ir.safetensors import open_safetensors
+from dsc.ir.samples import sample_inputs
 from dsc.ir.streams import blocks, rows
 from dsc.ir.types import DType, TensorType
 from dsc.ir.weights import Apply, DictSource, Source, WeightExpr, apply, evaluate
+from dsc.models.configs import TINY_CHECKPOINT
+from tests.ir.strategies import call_graph
+from tests.ir.test_operators import CASES, filled
 
 
 class Counting(DictSource):
@@ -25,10 +36,10 @@ class Counting(DictSource):
         self.seen.append(self.tensors[key].numel())
         return super().load(key)
 
-    def load_slice(self, key: str, start: int, stop: int) -> torch.Tensor:
+    def array(self, key: str, rows: slice = slice(None)) -> Array:
         """Rows, noted."""
-        found = self.tensors[key][start:stop]
-        self.seen.append(found.numel())
+        found = array_of(self.tensors[key])[rows]
+        self.seen.append(found.size)
         return found
 
 
@@ -93,7 +104,7 @@ def _under(draw: st.DrawFn, expr: WeightExpr, leaves: list[WeightExpr]) -> Weigh
 def test_blocks_are_the_elements_in_order(made: tuple[WeightExpr, DictSource], size: int) -> None:
     expr, source = made
     whole = evaluate(expr, source)
-    parts = [b.reshape(-1) for b in blocks(expr, source, size)]
+    parts = [_tensor(b).reshape(-1) for b in blocks(expr, source, size)]
     assert torch.equal(torch.cat(parts), whole.reshape(-1))
 
 
@@ -105,7 +116,11 @@ def test_rows_are_rows(made: tuple[WeightExpr, DictSource], data: st.DataObject)
     height = int(expr.type.shape[0])  # type: ignore[arg-type]
     start = data.draw(st.integers(0, height))
     stop = data.draw(st.integers(start, height))
-    assert torch.equal(rows(expr, source, start, stop), evaluate(expr, source)[start:stop])
+    assert torch.equal(_tensor(rows(expr, source, start, stop)), evaluate(expr, source)[start:stop])
+
+
+def _tensor(x: Any) -> torch.Tensor:
+    return tensor_of(x) if isinstance(x, np.ndarray) else x
 
 
 def _dequantises(expr: WeightExpr) -> bool:
@@ -124,7 +139,7 @@ def test_a_stack_of_experts_is_read_one_piece_at_a_time() -> None:
         for e in range(4)
     ]
     stacked = apply("cast", apply("stack", *experts), dtype=DType.bf16)
-    found = torch.cat([b.reshape(-1) for b in blocks(stacked, source, size=64)])
+    found = torch.cat([_tensor(b).reshape(-1) for b in blocks(stacked, source, size=64)])
     expected = torch.stack([torch.cat([tensors[f"gate{e}"], tensors[f"up{e}"]]) for e in range(4)])
     assert torch.equal(found, expected.bfloat16().reshape(-1))
     assert max(source.seen) <= 8 * 16
@@ -147,3 +162,40 @@ def test_a_source_of_another_type_is_an_error() -> None:
     source = DictSource({"a": torch.zeros(4, 2)})
     with pytest.raises(TypeMismatch, match="bf16"):
         list(blocks(Source("a", TensorType(DType.bf16, (4, 2))), source))
+
+
+@pytest.mark.parametrize("name", [n for n, o in registry().items() if o.traits.arrays is not None])
+@pytest.mark.parametrize("dtype", [t for t in DType if t.bits >= 8], ids=str)
+def test_what_moves_elements_moves_those_of_arrays_alike(name: str, dtype: DType) -> None:
+    definition = registry()[name]
+    for text in (definition.example, *(filled(t, seed) for t in CASES[name] for seed in range(3))):
+        graph = call_graph(name, text)
+        given = sample_inputs(graph, {}, seed=len(text)).values()
+        tensors = [(8 * x).to(torch.int8).to(dtype.torch) for x in given]
+        attrs = concrete(graph.nodes[0].attrs, {})
+        expected = definition.run(tensors, attrs)
+        assert definition.traits.arrays is not None
+        found = definition.traits.arrays(*map(array_of, tensors), **attrs)
+        assert DType.of(found.dtype) is dtype
+        assert found.tobytes() == array_of(expected.contiguous()).tobytes()
+
+
+def test_weights_that_are_moved_are_packed_without_torch() -> None:
+    """One under every operator that the stacks of a mixture of experts are made with."""
+    reader = f"""
+import sys
+from dsc.ir.safetensors import open_safetensors
+from dsc.ir.streams import blocks
+from dsc.ir.weights import Source, apply
+source = open_safetensors({str(TINY_CHECKPOINT)!r})
+head = Source("lm_head.weight", source.types["lm_head.weight"])
+rows, columns = head.type.shape
+turned = apply("permute", head, dims=(1, 0))
+part = apply("slice", head, axis=0, start=4, end=rows)
+expr = apply("stack", *[apply("concat", turned, apply("permute", part, dims=(1, 0)), axis=1)] * 2)
+flat = apply("reshape", expr, shape=(2 * columns * (2 * rows - 4),))
+print(sum(block.nbytes for block in blocks(flat, source, 4096)), "torch" in sys.modules)
+"""
+    told = subprocess.run([sys.executable, "-c", reader], stdout=subprocess.PIPE, check=True)
+    rows, columns = open_safetensors(TINY_CHECKPOINT).types["lm_head.weight"].shape
+    assert told.stdout.decode() == f"{2 * 2 * columns * (2 * rows - 4)} False\n"

@@ -10,13 +10,13 @@ import torch
 
 from dsc.backends.reference import ReferenceExecutable
 from dsc.errors import UsageError
+from dsc.ir.arrays import Array, array_of, tensor_of
 from dsc.ir.index_ranges import IndexRanges, Span, index_ranges
 from dsc.ir.op import registry
 from dsc.ir.parser import parse_program
 from dsc.ir.program import Program
 from dsc.ir.samples import sample_inputs
 from dsc.runtime.admission import Admission, Admitted
-from dsc.runtime.arrays import Array, array_of, tensor_of
 from tests.ir.strategies import call_graph
 from tests.ir.test_operators import CASES, filled
 

@@ -12,7 +12,7 @@ import torch
 
 import dsc
 from dsc.errors import UsageError
-from dsc.runtime.arrays import Array
+from dsc.ir.arrays import Array
 from dsc.runtime.executable import Call
 from dsc.runtime.pages import PagePool
 from dsc.runtime.session import Session

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from dsc.ir.dims import Dim, Sym, product
 from dsc.ir.extents import Extent
 from dsc.ir.lazy import torch
@@ -69,7 +71,7 @@ def _infer_slice(types: Types, attrs: Mapping[str, Any]) -> Result:
 
 
 def _slice(x: Any, axis: int, start: int, end: int, step: int) -> Any:
-    index = [slice(None)] * x.dim()
+    index = [slice(None)] * x.ndim
     index[axis] = slice(start, end, step)
     return x[tuple(index)]
 
@@ -258,7 +260,13 @@ def _demand_take(call: Sized) -> None:
 
 reshape = op(
     "reshape(x: T[...]; shape: dims) -> T[...]",
-    Traits(Role.VIEW, flops=nothing, demand=_demand_reshape, place=_place_reshape),
+    Traits(
+        Role.VIEW,
+        flops=nothing,
+        arrays=lambda x, shape: x.reshape(shape),
+        demand=_demand_reshape,
+        place=_place_reshape,
+    ),
     reference=lambda x, shape: x.reshape(shape),
     doc="The same elements in row-major order under another shape.",
     example="f32[2,3,4] {shape=[6,4]}",
@@ -270,6 +278,7 @@ permute = op(
     Traits(
         Role.VIEW,
         flops=nothing,
+        arrays=lambda x, dims: x.transpose(dims),
         demand=lambda c: c.same([c["x"][d] for d in c.attrs["dims"]], c.outs[0]),
         place=_place_permute,
     ),
@@ -290,7 +299,7 @@ expand = op(
 )
 slice_ = op(
     "slice(x: T[...]; axis: int, start: dim, end: dim, step: int = 1) -> T[...]",
-    Traits(Role.VIEW, flops=nothing, demand=_demand_slice, place=other_axes),
+    Traits(Role.VIEW, flops=nothing, arrays=_slice, demand=_demand_slice, place=other_axes),
     reference=_slice,
     doc="Elements start, start+step, … below end of one axis.",
     example="f32[2,7] {axis=1, start=1, end=6, step=2}",
@@ -302,6 +311,7 @@ concat = op(
     Traits(
         Role.JOIN,
         flops=nothing,
+        arrays=lambda *xs, axis: np.concatenate(xs, axis),
         demand=lambda c: demand_parts(c, [x for _, x in c.given()], c.outs[0]),
     ),
     reference=lambda *xs, axis: torch.cat(xs, axis),
@@ -311,7 +321,7 @@ concat = op(
 )
 stack = op(
     "stack(xs: T[*n]...) -> T[...]",
-    Traits(Role.JOIN, flops=nothing, demand=_demand_stack),
+    Traits(Role.JOIN, flops=nothing, arrays=lambda *xs: np.stack(xs), demand=_demand_stack),
     reference=lambda *xs: torch.stack(xs),
     doc="Operands of one shape along a new leading axis.",
     example="f32[2,3], f32[2,3]",
