@@ -109,6 +109,11 @@ def in_format(expr: WeightExpr) -> Apply:
     stored = _in_parts(expr)
     for axis in range(expr.type.rank - 2):
         stored = [part.with_blocks_of_one(expr, axis) for part in stored]
+    kind = _stored_type(expr)
+    assert kind is not None
+    assert kind.format is not None
+    if stored[0].block[-2:] != kind.format.parts(kind.dtype)[0].block:
+        raise Dequantised("its codes are packed along another axis")
     block = stored[1].block[-2:]
     if len(block) < 2 or any(size != 1 for part in stored for size in part.block[:-2]):
         raise Dequantised("its blocks lie along other axes than the last two")

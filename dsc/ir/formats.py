@@ -3,9 +3,10 @@
 A type spells its format behind the element type of the codes: `f8e4m3{128x128,f32}[N,K]` is N x K
 codes in f8e4m3 and an f32 scale for each 128 rows x 128 columns; blocks at the ends may be partial,
 leading axes are matrices of their own. `*` is the whole axis: `{1x*,f32}` has a scale a row,
-`{*x*,f32}` one in all. A tensor of such a type stands for codes * scales, which `Packed.unpack` and
-`pack` say. All else takes what is stored as `Format.parts` lists it; what a kind of codes can say
-is a row of `CODINGS`.
+`{*x*,f32}` one in all. A third word is the element type of zero points: `i4{1x32,f16,i8}` has a
+scale and a zero point for each 32 columns of a row. A tensor of such a type stands for
+(codes - zero points) * scales, which `Packed.unpack` and `pack` say. All else takes what is stored
+as `Format.parts` lists it; what a kind of codes can say is a row of `CODINGS`.
 """
 
 from __future__ import annotations
@@ -26,16 +27,26 @@ if TYPE_CHECKING:
 class Coding:
     """What codes of an element type can say.
 
-    `largest` is the code of a block's largest magnitude. A number and what its code stands for
-    differ by at most `relative` times the number or `absolute` times the scale, whichever is more.
+    `largest` is the code of a block's largest magnitude where there are no zero points, `least`
+    and `most` are all that a code may be. A number and what its code stands for differ by at most
+    `relative` times the number or `absolute` times the scale, whichever is more; beside zero
+    points, which are rounded as well, by twice that. `together` codes along a row share a byte,
+    the first in its lowest bits, each as how far it lies above `least`.
     """
 
     largest: float
+    least: float
+    most: float
     relative: float
     absolute: float
+    together: int = 1
 
 
-CODINGS: Mapping[str, Coding] = MappingProxyType({"f8e4m3": Coding(448.0, 2.0**-4, 2.0**-10)})
+CODINGS: Mapping[str, Coding] = MappingProxyType({
+    "f8e4m3": Coding(448.0, -448.0, 448.0, 2.0**-4, 2.0**-10),
+    "i8": Coding(127.0, -128.0, 127.0, 0.0, 0.5),
+    "i4": Coding(7.0, -8.0, 7.0, 0.0, 0.5, together=2),
+})  # fmt: skip
 """By the element type of the codes."""
 WHOLE = 0
 """The extent of a block that is the whole axis, however long."""
@@ -52,24 +63,30 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class Format:
-    """Blocks of rows x columns that share a scale, and the element type of scales."""
+    """Blocks of rows x columns that share a scale; element types of scales and of zero points."""
 
     block: tuple[int, int]
     scales: DType
+    zeros: DType | None = None
 
     def __post_init__(self) -> None:
         if min(self.block) < 0:
             raise ValueError(f"blocks of {list(self.block)}; rows and columns are due")
         if not self.scales.is_float:
             raise ValueError(f"scales in {self.scales}; a float type is due")
+        if self.zeros is not None and not self.zeros.is_int:
+            raise ValueError(f"zero points in {self.zeros}; an integer type is due")
 
     def __str__(self) -> str:
         rows, columns = ("*" if size == WHOLE else size for size in self.block)
-        return f"{{{rows}x{columns},{self.scales}}}"
+        return f"{{{rows}x{columns},{self.scales}{f',{self.zeros}' if self.zeros else ''}}}"
 
     def parts(self, codes: DType) -> tuple[Part, ...]:
         """What is stored of a tensor, in order."""
-        return Part("", codes, (1, 1)), Part(".scale", self.scales, self.block)
+        together = CODINGS[codes].together
+        kind = codes if together == 1 else type(codes).u8  # a byte, whose class is above here
+        found = Part("", kind, (1, together)), Part(".scale", self.scales, self.block)
+        return found if self.zeros is None else (*found, Part(".zero", self.zeros, self.block))
 
 
 def along(block: tuple[int, ...], rank: int) -> tuple[int, ...]:
@@ -102,22 +119,85 @@ class Packed:
 
     def unpack(self, dtype: torch.dtype) -> torch.Tensor:
         """The numbers: products in fp32, rounded once."""
-        codes, scales = self.parts
-        return (codes.float() * _spread(scales, self.type)).to(dtype)
+        codes, scales, *zeros = self.parts
+        found = _apart(codes, self.type)
+        for each in zeros:
+            found = found - _spread(each, self.type)
+        return (found * _spread(scales, self.type)).to(dtype)
 
 
 def pack(x: torch.Tensor, type: TensorType) -> Packed:
-    """The tensor in the format of `type`: the nearest codes, the largest of each block full."""
+    """The tensor in the format of `type`: the nearest codes."""
+    assert type.format is not None
+    if type.format.zeros is None:
+        scales = scales_of(x, type)
+        return Packed(type, (codes_of(x, scales, type), scales))
+    coding, wide = CODINGS[type.dtype], x.float()
+    most, least = _largest(wide, type), -_largest(-wide, type)
+    scales = _rounded_up((most - least) / (coding.most - coding.least), type.format.scales)
+    zeros = (coding.least - least / scales.float()).round().clamp(coding.least, coding.most)
+    kept = zeros.to(type.format.zeros.torch)
+    return Packed(type, (codes_of(x, scales, type, kept), scales, kept))
+
+
+def scales_of(x: torch.Tensor, type: TensorType) -> torch.Tensor:
+    """Scales with which the largest magnitude of each block is the largest code."""
     assert type.format is not None
     coding = CODINGS[type.dtype]
-    largest = x.float().abs()
-    for axis, size in _axes(type):
-        blocks = torch.nn.functional.pad(largest.movedim(axis, -1), (0, -x.shape[axis] % size))
-        largest = blocks.unflatten(-1, (-1, size)).amax(-1).movedim(-1, axis)
-    scales = torch.where(largest > 0, largest / coding.largest, 1.0).to(type.format.scales.torch)
+    return _rounded_up(_largest(x.float().abs(), type) / coding.largest, type.format.scales)
+
+
+def codes_of(
+    x: torch.Tensor, scales: torch.Tensor, type: TensorType, zeros: torch.Tensor | None = None
+) -> torch.Tensor:
+    """The codes nearest to a tensor's numbers, as they are stored."""
+    coding = CODINGS[type.dtype]
     wide = x.float() / _spread(scales, type)
-    codes = wide if type.dtype.is_float else wide.round()
-    return Packed(type, (codes.to(type.dtype.torch), scales))
+    if zeros is not None:
+        wide = wide + _spread(zeros, type)
+    codes = (wide if type.dtype.is_float else wide.round()).clamp(coding.least, coding.most)
+    if coding.together == 1:
+        return codes.to(type.dtype.torch)
+    bits = 8 // coding.together
+    pairs = (codes - coding.least).to(torch.uint8).unflatten(-1, (-1, coding.together))
+    places = torch.arange(0, 8, bits, dtype=torch.uint8)
+    packed: torch.Tensor = (pairs << places).sum(-1, dtype=torch.uint8)
+    return packed
+
+
+def _apart(codes: torch.Tensor, type: TensorType) -> torch.Tensor:
+    """What codes say, in fp32, one an element."""
+    coding = CODINGS[type.dtype]
+    if coding.together == 1:
+        return codes.float()
+    bits = 8 // coding.together
+    places = torch.arange(0, 8, bits, dtype=torch.uint8)
+    apart = (codes.unsqueeze(-1) >> places) & ((1 << bits) - 1)
+    return apart.flatten(-2).float() + coding.least
+
+
+def _rounded_up(scales: torch.Tensor, dtype: DType) -> torch.Tensor:
+    """Scales in their element type, none smaller than given, so that no code is beyond the last.
+
+    Raises `ValueError` where one is too large for it. A block of zeros has the scale 1.
+    """
+    scales = torch.where(scales > 0, scales, 1.0)
+    made = scales.to(dtype.torch)
+    if dtype.bits < 32:
+        integers = torch.int16 if dtype.bits == 16 else torch.uint8
+        next_one = (made.view(integers) + 1).view(dtype.torch)
+        made = torch.where(made.float() < scales, next_one, made)
+    if not made.float().isfinite().all():
+        raise ValueError(f"a scale of {scales.amax():g}, too large for {dtype}")
+    return made
+
+
+def _largest(x: torch.Tensor, type: TensorType) -> torch.Tensor:
+    """The largest element of each block, at least 0."""
+    for axis, size in _axes(type):
+        padded = torch.nn.functional.pad(x.movedim(axis, -1), (0, -x.shape[axis] % size))
+        x = padded.unflatten(-1, (-1, size)).amax(-1).movedim(-1, axis)
+    return x.clamp(min=0)
 
 
 def _axes(type: TensorType) -> list[tuple[int, int]]:

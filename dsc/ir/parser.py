@@ -384,7 +384,7 @@ class _Parser:
         return DType(token.text)
 
     def _format(self) -> Format:
-        """Blocks and the type of their scales: `{128x128,f32}`."""
+        """Blocks, the type of their scales, and that of zero points: `{128x128,f32}`."""
         self.sign("{")
         token, block = self.peek(), ""
         while not self.at_sign(",") and self.peek().kind != "end":
@@ -395,8 +395,12 @@ class _Parser:
         rows, columns = (WHOLE if size == "*" else int(size) for size in sizes.groups())
         self.sign(",")
         scales = self._dtype(self.take("word", "the element type of scales"))
+        zeros = None
+        if self.at_sign(","):
+            self.sign(",")
+            zeros = self._dtype(self.take("word", "the element type of zero points"))
         self.sign("}")
-        return self._guard(token, lambda: Format((rows, columns), scales))
+        return self._guard(token, lambda: Format((rows, columns), scales, zeros))
 
     def _dim(self) -> Dim:
         """Take the tokens of one expression, up to a comma or closing sign at its own depth."""

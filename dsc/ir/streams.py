@@ -118,6 +118,8 @@ def _keeps_rows(expr: Apply) -> bool:
     if expr.op == "reshape":
         before, after = expr.args[0].type.shape, expr.type.shape
         return bool(before and after) and _size(before[0]) % max(1, _size(after[0])) == 0
+    if expr.op in ("block_scales", "block_codes"):
+        return bool(expr.attrs["block"][0] == 1)
     return expr.op in ("cast", "dequantize", "scaled")
 
 

@@ -10,7 +10,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from dsc.ir.dims import MAX_DIM, Dim, Sym, free_symbols, product, substitute
-from dsc.ir.formats import CODINGS, Format, grid
+from dsc.ir.formats import CODINGS, Format, grid, is_whole
 from dsc.ir.lazy import torch
 
 if TYPE_CHECKING:
@@ -146,6 +146,10 @@ class TensorType:
             least = 1 if self.format.block[0] == 1 else 2
             if self.dtype not in CODINGS or self.rank < least:
                 raise ValueError(f"no stored format of {self.dtype} codes along {self.rank} axes")
+            together = CODINGS[self.dtype].together
+            if not is_whole(self.shape[-1], together):
+                told = f"rows of {self.shape[-1]}; {together} codes of {self.dtype} share a byte"
+                raise ValueError(told)
         for dim in self.shape:
             if isinstance(dim, int) and not 0 <= dim <= MAX_DIM:
                 raise ValueError(f"a dimension of {dim}")

@@ -274,9 +274,11 @@ def _argument(raw: Any) -> Argument:
 
 
 def _port_json(port: Port) -> list[Any]:
-    """Behind the buffer there are rows, columns and scales of a stored format."""
-    t = port.type
-    stored = [] if t.format is None else [*t.format.block, t.format.scales.value]
+    """Behind the buffer there are rows, columns, scales and zero points of a stored format."""
+    t, stored = port.type, []
+    if t.format is not None:
+        kinds = (t.format.scales, t.format.zeros)
+        stored = [*t.format.block, *(kind.value for kind in kinds if kind is not None)]
     return [port.name, t.dtype.value, [to_json(d) for d in t.shape], port.buffer, *stored]
 
 
@@ -284,6 +286,6 @@ def _port(raw: list[Any]) -> Port:
     name, dtype, shape, buffer, *stored = raw
     format = None
     if stored:
-        rows, columns, scales = stored
-        format = Format((int(rows), int(columns)), DType(scales))
+        rows, columns, *kinds = stored
+        format = Format((int(rows), int(columns)), *map(DType, kinds))
     return Port(name, TensorType(DType(dtype), tuple(map(from_json, shape)), format), int(buffer))
