@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import sys
+import warnings
 from collections.abc import Sequence
 from typing import Any, Literal, TypeAlias
 
@@ -52,7 +53,15 @@ def _of_tensor(x: torch.Tensor) -> Array:
 
 
 def tensor_of(x: Array) -> torch.Tensor:
-    """The torch tensor over an array's memory."""
+    """The torch tensor over an array's memory, which may be a file's: writing to that faults."""
+    if not x.flags.writeable:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "The given NumPy array is not writable")
+            return _over(x)
+    return _over(x)
+
+
+def _over(x: Array) -> torch.Tensor:
     if x.dtype.isbuiltin == 1:
         return torch.from_numpy(x)
     return torch.from_numpy(x.view(_bits(x.dtype).numpy)).view(DType.of(x.dtype).torch)

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import mmap
 import os
-import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
@@ -109,9 +108,7 @@ class SafetensorsSource(WeightSource):
 
     def load(self, key: str) -> torch.Tensor:
         """The tensor, a view of its mapped file: writing to it faults. `KeyError`."""
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "The given NumPy array is not writable")
-            return tensor_of(self.array(key))
+        return tensor_of(self.array(key))
 
     def array(self, key: str, rows: slice = slice(None)) -> Array:
         """The array, or rows of its leading axis: no other bytes are touched. `KeyError`."""
