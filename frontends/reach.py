@@ -16,16 +16,15 @@ import builtins
 import dis
 import hashlib
 import json
-import marshal
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from types import BuiltinFunctionType, CodeType, FunctionType, ModuleType
 from typing import Any, TypeAlias
 
 import torch
 
-from dsc.frontends.fingerprint import Unknown
+from dsc.frontends.fingerprint import Unknown, code_digest, names_of
 from dsc.ir.op import added
 
 Watch: TypeAlias = tuple[Callable[[], Any], Any]
@@ -86,7 +85,7 @@ class Reach:
         if self._known(function):
             return
         code = function.__code__
-        self._facts.append((function.__module__, function.__qualname__, _digest(code)))
+        self._facts.append((function.__module__, function.__qualname__, code_digest(code)))
         self.watches.append((lambda: function.__code__, code))
         self.watches.append((lambda: function.__defaults__, function.__defaults__))
         self._value(function.__defaults__)
@@ -184,7 +183,7 @@ class Reach:
         elif function.__module__ in _TORCHS and file.startswith(_TORCH_FOLDER):
             self._torchs(function)
         elif function.__module__ == _OURS and file == _ours_file():
-            self._facts.append((_OURS, function.__qualname__, _digest(function.__code__)))
+            self._facts.append((_OURS, function.__qualname__, code_digest(function.__code__)))
         else:
             self._function(function)
 
@@ -192,9 +191,9 @@ class Reach:
         """A function of torch, and those of torch that it calls by name."""
         if self._known(function):
             return
-        self._facts.append((function.__qualname__, _digest(function.__code__)))
+        self._facts.append((function.__qualname__, code_digest(function.__code__)))
         cells = [cell.cell_contents for cell in function.__closure__ or ()]
-        names = sorted(set(_names(function.__code__)) & function.__globals__.keys())
+        names = sorted(set(names_of(function.__code__)) & function.__globals__.keys())
         for value in (*cells, *(function.__globals__[name] for name in names)):
             if type(value) is FunctionType and value.__module__ in _TORCHS:
                 self._torchs(value)
@@ -259,19 +258,12 @@ def _named(value: Any) -> tuple[str, ...]:
     code = getattr(function, "__code__", None)
     name = getattr(function, "__qualname__", "")
     place = getattr(function, "__module__", "")
-    return type(value).__name__, str(place), str(name), _digest(code) if code is not None else ""
-
-
-def _names(code: CodeType) -> Iterator[str]:
-    yield from code.co_names
-    for constant in code.co_consts:
-        if isinstance(constant, CodeType):
-            yield from _names(constant)
-
-
-def _digest(code: CodeType) -> str:
-    # Version 2 tells equal code alike in every process; later ones tell what is shared as well.
-    return hashlib.sha256(marshal.dumps(code, 2)).hexdigest()
+    return (
+        type(value).__name__,
+        str(place),
+        str(name),
+        code_digest(code) if code is not None else "",
+    )
 
 
 def _ours_file() -> str:

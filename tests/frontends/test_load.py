@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import os
 import shutil
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -128,6 +130,15 @@ def test_installed_code_that_was_edited_is_traced_anew(installed: Path) -> None:
     assert trace_cache.load(key) is None
 
 
+@contextmanager
+def in_double() -> Iterator[None]:
+    torch.set_default_dtype(torch.float64)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 def test_the_key_of_installed_code_has_every_ingredient(
     installed: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -142,7 +153,12 @@ def test_the_key_of_installed_code_has_every_ingredient(
     assert with_edit != with_package
     shutil.copytree(installed, installed.parent / "first" / "alien")
     monkeypatch.syspath_prepend(installed.parent / "first")
-    assert trace_cache.key_of_installed("alien", config="c") != with_edit
+    moved = trace_cache.key_of_installed("alien", config="c")
+    assert moved != with_edit
+    for state in (torch.autocast("cpu", torch.bfloat16), torch.device("meta"), in_double()):
+        with state:
+            assert trace_cache.key_of_installed("alien", config="c") != moved
+    assert trace_cache.key_of_installed("alien", config="c") == moved
     monkeypatch.setattr(sys, "version", "4.0")
     found = trace_cache.key_of_installed("alien", config="c")
     assert found is not None
@@ -220,6 +236,76 @@ def test_a_module_that_was_changed_has_another_key(change: Callable[[Any], None]
     assert trace_cache.key_of(changed, config="c") != key
 
 
+NET = """
+import functools, torch
+SCALE = 1.0
+NOBODYS = None
+def twice(x):
+    return 2 * x
+class Base(torch.nn.Module):
+    gain = 1.0
+    def part(self, x):
+        return x + 1
+class Net(Base):
+    def forward(self, x):
+        return twice(self.part(x)) * SCALE * self.gain
+class Power:
+    __slots__ = ("value",)
+    def __init__(self, value):
+        self.value = value
+    def of(self, x):
+        return x ** self.value
+def times(scale):
+    return lambda x, scale=scale: x * scale
+"""
+IN_MEMORY: dict[str, Callable[[Any, Any], None]] = {
+    "a global": lambda python, net: setattr(python, "SCALE", 2.0),
+    "a function": lambda python, net: exec("def twice(x): return 3 * x", vars(python)),
+    "a method of a base": lambda python, net: exec("Base.part = lambda self, x: x", vars(python)),
+    "an attribute of a class": lambda python, net: setattr(python.Net, "gain", 2.0),
+    "a partial function": lambda python, net: setattr(net, "act", functools.partial(round, 3)),
+    "a default": lambda python, net: setattr(net, "act", python.times(3)),
+    "a slot": lambda python, net: setattr(net, "act", python.Power(3)),
+    "a bound method": lambda python, net: setattr(net, "act", python.Power(3).of),
+}
+BEFORE: dict[str, Callable[[Any, Any], None]] = {
+    "a partial function": lambda python, net: setattr(net, "act", functools.partial(round, 2)),
+    "a default": lambda python, net: setattr(net, "act", python.times(2)),
+    "a slot": lambda python, net: setattr(net, "act", python.Power(2)),
+    "a bound method": lambda python, net: setattr(net, "act", python.Power(2).of),
+}
+
+
+@pytest.mark.parametrize("changed", IN_MEMORY)
+def test_code_that_was_changed_in_memory_has_another_key(
+    changed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "changed_net.py").write_text(NET)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "changed_net", raising=False)
+    python = importlib.import_module("changed_net")
+    net, same = python.Net(), python.Net()
+    for each in (net, same):
+        BEFORE.get(changed, lambda *_: None)(python, each)
+    key = trace_cache.key_of(net)
+    vars(python)["NOBODYS"] = threading.Lock()  # no code names it
+    assert key is not None
+    assert trace_cache.key_of(same) == key
+    IN_MEMORY[changed](python, net)
+    assert trace_cache.key_of(net) not in (key, None)
+
+
+def test_a_function_of_installed_code_that_was_replaced_makes_another_key(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from transformers.models.deepseek_v3 import modeling_deepseek_v3 as modelling
+
+    module = CausalLMStep(stock_causal_lm(small()))
+    key = trace_cache.key_of(module)
+    monkeypatch.setattr(modelling, "apply_rotary_pos_emb_interleave", lambda q, k, *_: (q, k))
+    assert trace_cache.key_of(module) != key
+
+
 def test_sources_that_a_model_imports_are_in_its_key(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -251,8 +337,9 @@ def test_what_else_was_imported_is_no_part_of_a_key() -> None:
 
 def test_what_cannot_be_told_is_not_kept() -> None:
     module = nn.Identity()
-    module.lock = threading.Lock()  # type: ignore[assignment]
-    assert trace_cache.key_of(module) is None
+    for value in (threading.Lock(), [nn.Identity()], (n for n in [1])):
+        module.secret = value  # type: ignore[assignment]
+        assert trace_cache.key_of(module) is None
 
 
 def test_a_program_loads_as_it_is() -> None:
