@@ -39,6 +39,7 @@ from dsc.ir.graph import Graph
 from dsc.ir.kernels import Cpp
 from dsc.runtime.plan import ARENA, STATUS, EntryPlan, Launch, Ref
 
+KIND = "libraries"
 FLAGS = ("-std=c++17", "-O2", "-fPIC", "-shared", "-Wl,-Bsymbolic")
 LINKED_BYTES = 10**6
 """Room that a library takes beside its object files, by far."""
@@ -229,28 +230,33 @@ def compile_library(
 ) -> bytes:
     """The shared library of C++ and of the object files, by symbol, that it calls.
 
-    `extras` are kernels in C++. Raises `BackendUnavailable` without a C++ compiler, `UsageError`
-    for C++ of a kernel that does not compile or link: two of one name, or none of that name.
+    `extras` are kernels in C++, compiled each time: no text of theirs tells what it includes.
+    Raises `BackendUnavailable` without a C++ compiler, `UsageError` for C++ of a kernel that does
+    not compile or link: two of one name, or none of that name.
     """
-    made = {symbol: hashlib.sha256(data).hexdigest() for symbol, data in objects.items()}
-    texts = [(each.source, each.function) for each in dict.fromkeys(extras)]
-    key = {"source": source, "objects": made, "extras": texts, "lanes": machine.lanes}
-    key["compiler"] = compiler_version()
-    found = kept.get("libraries", key)
-    if found is not None:
-        return found
     with tempfile.TemporaryDirectory(prefix="dsc-tvm-") as temporary:
         folder = Path(temporary)
+        linked = {
+            Path(each).name: Path(each).read_bytes() for each in compiled(extras, machine, folder)
+        }
+        linked |= {f"{symbol}.o": data for symbol, data in objects.items()}
+        flags = [*FLAGS, *sorted({f"-Wl,--require-defined={each.function}" for each in extras})]
+        key = {
+            "source": source,
+            "objects": {name: hashlib.sha256(data).hexdigest() for name, data in linked.items()},
+            "flags": flags,
+            "compiler": compiler_version(compiler()),
+        }
+        found = kept.get(KIND, key)
+        if found is not None:
+            return found
         path, glue = folder / "kernels.so", folder / "entries.cc"
-        check_room(path, sum(map(len, objects.values())) + LINKED_BYTES, "code to be linked")
+        check_room(path, sum(map(len, linked.values())) + LINKED_BYTES, "code to be linked")
         glue.write_text(source)
-        files = compiled(extras, machine, folder)
-        wanted = sorted({f"-Wl,--require-defined={each.function}" for each in extras})
-        for symbol, data in objects.items():
-            place = folder / f"{symbol}.o"
-            place.write_bytes(data)
-            files.append(str(place))
-        line = [compiler(), *FLAGS, *wanted, "-o", str(path), str(glue), *files]
+        for name, data in linked.items():
+            (folder / name).write_bytes(data)
+        files = [str(folder / name) for name in linked]
+        line = [compiler(), *flags, "-o", str(path), str(glue), *files]
         done = subprocess.run(line, capture_output=True, text=True, check=False)
         if done.returncode:
             problem = f"the library does not link:\n{done.stderr.strip()}"
@@ -259,5 +265,5 @@ def compile_library(
                 raise UsageError(problem, hint=hint)
             raise InternalError(problem, program=source)
         data = path.read_bytes()
-    kept.put("libraries", key, data)
+    kept.put(KIND, key, data)
     return data

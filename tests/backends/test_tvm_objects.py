@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from dsc import kept
-from dsc.backends.tvm import objects, workers
+from dsc.backends.tvm import library, objects, workers
 from dsc.backends.tvm.launch import Launch
 from dsc.backends.tvm.machine import GENERIC
 from dsc.backends.tvm.objects import Foreign, Kernel, canonical
@@ -159,3 +159,33 @@ def test_what_is_missing_is_made_and_put_beside_the_rest(
     assert sorted(map(str, asked)) == sorted(found)
     assert counts == [(len(half), len(kernels))]
     assert kept.get("kernels", kernels[0].key or {}) == kernels[0].symbol.encode()
+
+
+def test_a_library_is_kept_by_all_that_it_is_linked_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    keys: list[str] = []
+
+    def found(kind: str, key: Mapping[str, object]) -> bytes:
+        keys.append(repr(key))
+        return b"kept"
+
+    monkeypatch.setattr(kept, "get", found)
+
+    def differs(source: str, **parts: bytes) -> None:
+        assert library.compile_library(source, parts, GENERIC) == b"kept"
+        assert keys[-1] not in keys[:-1]
+
+    differs("one", a=b"1")
+    differs("two", a=b"1")
+    differs("one", a=b"2")
+    differs("one", b=b"1")
+    tool = tmp_path / "compiler"
+    tool.write_text("#!/bin/sh\necho another one\n")
+    tool.chmod(0o755)
+    with monkeypatch.context() as other:
+        other.setenv("CXX", str(tool))
+        differs("one", a=b"1")
+    monkeypatch.setattr(library, "FLAGS", (*library.FLAGS, "-g"))
+    differs("one", a=b"1")

@@ -335,6 +335,16 @@ def test_one_text_of_cpp_may_hold_several_kernels() -> None:
     assert run_cpp(*kernels) == [9.0, 18.0]
 
 
+def test_cpp_is_what_it_includes_now(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    header = tmp_path / "times.h"
+    kernel = extend.Cpp(f'#include "{header}"', "included", sizes=("*n", "by"))
+    header.write_text(TIMES % "included")
+    assert run_cpp(("one", kernel)) == [3.0, 6.0]
+    header.write_text((TIMES % "included").replace("by *", "2 * by *"))
+    assert run_cpp(("one", kernel)) == [6.0, 12.0]
+
+
 KERNEL = "def times(x, y, width, by, BLOCK: tl.constexpr):\n    tl.store(y, tl.load(x))"
 REFUSED = {
     "a block of a size that varies": ("f32[4,B]", ("d", "by"), "wants a fixed d"),

@@ -102,7 +102,6 @@ def compiler() -> str:
 
 
 @cache
-def compiler_version() -> str:
-    """What the C++ compiler says that it is."""
-    line = [compiler(), "--version"]
-    return subprocess.run(line, capture_output=True, text=True, check=False).stdout
+def compiler_version(tool: str) -> str:
+    """What a C++ compiler says that it is."""
+    return subprocess.run([tool, "--version"], capture_output=True, text=True, check=False).stdout
