@@ -15,7 +15,6 @@ import functools
 import json
 import os
 import shutil
-import site
 import sys
 import tempfile
 import threading
@@ -369,17 +368,12 @@ def _environment() -> dict[str, str]:
 
 @cache
 def _surroundings() -> dict[str, Any]:
-    """What code depends on beside the function and the call: versions, our sources, the machine.
-
-    A folder of packages has another time where a package came, went, or is another version.
-    """
-    folders = [Path(p) for p in (*site.getsitepackages(), site.getusersitepackages())]
+    """What code depends on beside the function and the call: versions, our sources, the machine."""
     return {
         "ours": kept.sources("", "frontends", "passes", "backends"),
-        "packages": [(str(p), p.stat().st_mtime_ns) for p in folders if p.is_dir()],
         "torch": [torch.__version__, str(torch.version.git_version)],
-        "python": sys.version,
         "machine": [processor(), len(os.sched_getaffinity(0))],
+        **kept.surroundings(),
     }
 
 

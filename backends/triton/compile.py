@@ -26,6 +26,8 @@ from dsc.runtime.emission import Progress
 from dsc.targets import Target
 
 KERNELS_A_WORKER = 12
+SETTINGS = ("TRITON_", "AMDGCN_", "NVPTX_", "PTXAS_", "LLVM_", "MLIR_", "DISABLE_")
+"""How variables begin by which Triton, and the compilers under it, are told what code to make."""
 
 
 def kernel_environment() -> dict[str, str]:
@@ -86,7 +88,7 @@ def _kept_key(kernel: Kernel, target: Target, sources: Mapping[str, str]) -> dic
         "sources": {module: sources[module] for module in _reached(kernel.module, sources)},
         "target": str(target),
         "triton": version("triton"),
-        "settings": {k: v for k, v in kernel_environment().items() if k.startswith("TRITON_")},
+        "settings": {k: v for k, v in kernel_environment().items() if k.startswith(SETTINGS)},
         "compiler": Path(__file__).with_name("compile_worker.py").read_text(),
     }
 

@@ -95,9 +95,10 @@ def canonical(value: Any) -> str:
         case float():
             return value.hex()
         case Enum():
-            return f"{type(value).__qualname__}.{value.name}"
+            return f"{_name(type(value))}.{value.name}"
         case tuple():
-            return f"({', '.join(map(canonical, value))})"
+            kind = "" if type(value) is tuple else _name(type(value))
+            return f"{kind}({', '.join(map(canonical, value))})"
         case Attrs():
             return f"{{{', '.join(f'{k}: {canonical(v)}' for k, v in value.items())}}}"
         case frozenset():
@@ -106,9 +107,13 @@ def canonical(value: Any) -> str:
             return _place(value)
         case _ if is_dataclass(value) and not isinstance(value, type):
             parts = (canonical(getattr(value, f.name)) for f in fields(value))
-            return f"{type(value).__qualname__}({', '.join(parts)})"
+            return f"{_name(type(value))}({', '.join(parts)})"
         case _:
             raise Foreign(repr(value))
+
+
+def _name(kind: type) -> str:
+    return f"{kind.__module__}.{kind.__qualname__}"
 
 
 def _place(function: Any) -> str:

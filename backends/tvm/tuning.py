@@ -26,6 +26,7 @@ from typing import Any
 
 from dsc import kept
 from dsc.backends.tvm.machine import Machine, cpu_of
+from dsc.hardware import processor
 from dsc.ir.dims import symbol
 from dsc.ir.graph import GraphBuilder
 from dsc.ir.types import DType, TensorType
@@ -193,6 +194,7 @@ def key_of(machine: Machine, threads: int) -> dict[str, Any]:
         "rows": [FEW, MANY],
         "weight": [M, K],
         "machine": asdict(machine),
+        "processor": processor(),
         "threads": threads,
         **surroundings(machine),
     }

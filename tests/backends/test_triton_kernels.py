@@ -91,6 +91,9 @@ def test_kernels_compile_without_a_gpu(
     name, kernel = next(iter(program.kernels.items()))
     compile_kernels({name: kernel}, place, changed, lambda what, done, total: seen.append(done))
     assert len(seen) == len(binaries) + 1
+    monkeypatch.setenv("DISABLE_PTXAS_OPT", "1")
+    compile_kernels({name: kernel}, place, texts, lambda what, done, total: seen.append(done))
+    assert len(seen) == len(binaries) + 2
 
 
 def test_kernel_errors_are_all_reported() -> None:

@@ -6,8 +6,9 @@ import os
 import subprocess
 import sys
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import make_dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
@@ -99,8 +100,22 @@ def test_a_key_holds_all_that_a_kernel_depends_on(monkeypatch: pytest.MonkeyPatc
     differs(launch)
 
 
+class One(NamedTuple):
+    """A pair of classes whose values are equal."""
+
+    x: int
+
+
+class Two(NamedTuple):
+    """The other one."""
+
+    x: int
+
+
 def test_values_are_spelled_apart() -> None:
+    alike = [make_dataclass("Same", ["x"], namespace={"__module__": m})(0) for m in ("one", "two")]
     apart = [0, 0.0, -0.0, False, "0", b"0", None, (0,), ((0,),), (0, 0), frozenset({0}), Role.VIEW]
+    apart += [One(0), Two(0), *alike]
     assert len({canonical(x) for x in apart}) == len(apart)
     assert canonical(frozenset({"a", "b", "c"})) == canonical(frozenset({"c", "b", "a"}))
 

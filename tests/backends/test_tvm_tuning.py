@@ -100,7 +100,9 @@ def host() -> Machine:
     return replace(BOTH, cpu=machine_for(parse_target("cpu")).cpu)
 
 
-def test_a_choice_is_kept_by_its_whole_key(timed: list[int]) -> None:
+def test_a_choice_is_kept_by_its_whole_key(
+    timed: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
     target = parse_target("cpu")
     first = tuning.tuned(host(), target, 1, asked=True)
     assert first == (replace(host(), narrow=32), "timing")
@@ -109,6 +111,9 @@ def test_a_choice_is_kept_by_its_whole_key(timed: list[int]) -> None:
     tuning.tuned(host(), target, 2, asked=True)
     tuning.tuned(replace(host(), rows=3), target, 1, asked=True)
     assert timed == [1, 2, 1]
+    monkeypatch.setattr(tuning, "processor", lambda: {"model name": "of LLVM's same name"})
+    tuning.tuned(host(), target, 1, asked=True)
+    assert timed == [1, 2, 1, 1]
 
 
 def test_a_choice_that_was_never_offered_is_a_miss(timed: list[int]) -> None:
