@@ -18,7 +18,7 @@ import stat
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
@@ -85,9 +85,22 @@ def put(kind: str, key: Mapping[str, Any], data: bytes) -> None:
 @cache
 def sources(*folders: str) -> str:
     """A hash of the Python files in folders of dsc, as part of a key; read once a process."""
-    roots = [HOME / folder for folder in folders]
-    texts = [path.read_bytes() for root in roots for path in sorted(root.rglob("*.py"))]
-    return hashlib.sha256(b"\0".join(texts)).hexdigest()
+    return _sources(folders)
+
+
+def edited(*folders: str) -> bool:
+    """Whether sources are others by now, which a process that starts now would run."""
+    return _sources(folders) != sources(*folders)
+
+
+def _sources(folders: Sequence[str]) -> str:
+    digest = hashlib.sha256()
+    for folder in folders:
+        files = sorted((HOME / folder).rglob("*.py"))
+        assert files, f"{folder} holds no sources"
+        for file in files:
+            digest.update(f"{file.relative_to(HOME)}\0".encode() + file.read_bytes() + b"\0")
+    return digest.hexdigest()
 
 
 def surroundings() -> dict[str, Any]:

@@ -119,9 +119,15 @@ def test_sources_are_told_apart_by_any_file_in_any_folder(
     for file in files:
         file.write_text("x = 2")
         assert kept.sources(*folders) in seen, "read once a process"
+        assert kept.edited(*folders)
         kept.sources.cache_clear()
+        assert not kept.edited(*folders)
         assert kept.sources(*folders) not in seen
         seen.add(kept.sources(*folders))
+    file.rename(file.with_name("moved.py"))
+    assert kept.edited(*folders)
+    with pytest.raises(AssertionError, match="no sources"):
+        kept.sources("misspelled")
 
 
 WRITER = """

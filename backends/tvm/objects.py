@@ -25,6 +25,8 @@ from dsc.ir.op import added
 from dsc.runtime.emission import Progress
 
 KIND = "kernels"
+OURS = ("backends/tvm", "ir")
+"""Folders of dsc whose code says what a kernel is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,8 +65,10 @@ def objects_of(kernels: Sequence[Kernel], progress: Progress | None = None) -> d
     own = [k for k in missing if k.key is not None]
     own.sort(key=lambda k: len(str(k.key)), reverse=True)
     made = workers.run([("dsc.backends.tvm.build:build_kernel", _told(k)) for k in own], done)
+    ours = not own or not kept.edited(*OURS)  # a process may have started after an edit
     for kernel, data in zip(own, made, strict=True):
-        kept.put(KIND, cast(Mapping[str, Any], kernel.key), data)
+        if ours:
+            kept.put(KIND, cast(Mapping[str, Any], kernel.key), data)
         objects[kernel.symbol] = data
     for kernel in missing:
         if kernel.key is None:
@@ -130,5 +134,5 @@ def surroundings(machine: Machine) -> dict[str, Any]:
         "features": cpu.features,
         "llvm": cpu.llvm,
         "tvm": version("apache-tvm"),
-        "ours": kept.sources("backends/tvm", "ir"),
+        "ours": kept.sources(*OURS),
     }

@@ -168,6 +168,11 @@ def test_what_is_missing_is_made_and_put_beside_the_rest(
     def progress(what: str, number: int, total: int) -> None:
         counts.append((number, total))
 
+    with monkeypatch.context() as editing:
+        editing.setattr(kept, "edited", lambda *folders: folders == objects.OURS)
+        objects.objects_of(kernels)
+    assert not kept.entries(), "which code made them?"
+    asked.clear()
     half = objects.objects_of(kernels[::2])
     found: Mapping[str, bytes] = objects.objects_of(kernels, progress)
     assert found == {k.symbol: k.symbol.encode() for k in kernels}
