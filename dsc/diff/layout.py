@@ -118,23 +118,24 @@ def _order(layers: _Layers) -> None:
     for sweep in range(SWEEPS):
         down = sweep % 2 == 0
         neighbours = layers.above if down else layers.below
-        for rank in layers.ranks if down else reversed(layers.ranks):
-            _sort(rank, neighbours, layers.ranks)
+        for near, rank in pairwise(layers.ranks if down else layers.ranks[::-1]):
+            _sort(rank, near, neighbours)
 
 
-def _sort(rank: list[Key], neighbours: Mapping[Key, list[Key]], ranks: list[list[Key]]) -> None:
-    at = ranks.index(rank)
-    place: dict[Key, float] = {}
-    for other in (at - 1, at + 1):
-        if 0 <= other < len(ranks):
-            place |= {k: i / max(1, len(ranks[other]) - 1) for i, k in enumerate(ranks[other])}
-    own = {k: i / max(1, len(rank) - 1) for i, k in enumerate(rank)}
+def _sort(rank: list[Key], near: Sequence[Key], neighbours: Mapping[Key, Sequence[Key]]) -> None:
+    """Sort a rank by the mean place of each vertex' neighbours, all of which are in `near`."""
+    place, own = _shares(near), _shares(rank)
 
     def mean(key: Key) -> float:
-        near = [place[n] for n in neighbours.get(key, ()) if n in place]
-        return sum(near) / len(near) if near else own[key]
+        places = [place[n] for n in neighbours.get(key, ())]
+        return sum(places) / len(places) if places else own[key]
 
     rank.sort(key=mean)
+
+
+def _shares(rank: Sequence[Key]) -> dict[Key, float]:
+    """Where each vertex stands in its rank: 0 for the first, 1 for the last."""
+    return {key: index / max(1, len(rank) - 1) for index, key in enumerate(rank)}
 
 
 def _places(layers: _Layers) -> dict[Key, float]:
