@@ -10,7 +10,7 @@ import tempfile
 import time
 import weakref
 from bisect import bisect_right
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -26,7 +26,7 @@ from dsc.ir.segments import cut
 from dsc.ir.types import PRECISIONS
 from dsc.runtime import artifact as artifacts
 from dsc.runtime import sharded
-from dsc.runtime.emission import Emission, check_unchanged
+from dsc.runtime.emission import Emission, Progress, check_unchanged
 from dsc.runtime.executable import Executable, set_threads
 from dsc.runtime.plan import Plan
 from dsc.runtime.segmented import SegmentedExecutable
@@ -37,7 +37,6 @@ from dsc.targets import Target, parse_target
 if TYPE_CHECKING:
     from dsc.frontends.config import ModelConfig
 
-Progress = Callable[[str, int, int], None]
 PREFERENCE = ("tvm", "onnxruntime", "reference")
 """Backends by preference where the user names none."""
 

@@ -42,11 +42,11 @@ from dsc.ir.weights import (
     source_types,
 )
 from dsc.models import configs
+from dsc.runtime.emission import Progress
 
 if TYPE_CHECKING:
     from torch import nn
 
-Progress = Callable[[str, int, int], None]
 BUILT_IN = {"v3": "v3.py", "tiny": "v3.py", "tiny-v3": "v3.py"}
 CONSTANT = "constant."
 """Prefix of the keys of values that the tracer found in the module and no checkpoint holds."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from dsc.ir.program import Program
 from dsc.ir.ranks import at_rank
 from dsc.ir.safetensors import open_safetensors
 from dsc.ir.weights import MetaSource, leaf, source_types
-from dsc.runtime.emission import MANIFEST, Emission
+from dsc.runtime.emission import MANIFEST, Emission, Progress
 from dsc.runtime.packing import layout, pack
 from dsc.runtime.plan import FORMAT, PLAN, check_format
 from dsc.targets import parse_target
@@ -89,7 +89,7 @@ def write(
     force: bool = False,
     with_weights: bool = True,
     rank: int | None = None,
-    progress: Callable[[str, int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> Path:
     """Write an artifact folder and return its path. Nothing is left behind on failure.
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import struct
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from dsc.ir.program import Program
 from dsc.ir.streams import blocks
 from dsc.ir.types import SAFETENSORS, TensorType
 from dsc.ir.weights import WeightExpr, parts
+from dsc.runtime.emission import Progress
 
 ALIGNMENT = 64
 PAD = "__pad."
@@ -67,7 +67,7 @@ def layout(program: Program) -> tuple[bytes, dict[str, tuple[int, int]]]:
 def pack(
     program: Program,
     path: Path,
-    progress: Callable[[str, int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> str:
     """Evaluate every weight and write the file. Returns its SHA-256."""
     header, places = layout(program)
