@@ -104,8 +104,23 @@ def _sources(folders: Sequence[str]) -> str:
 
 
 def surroundings() -> dict[str, Any]:
-    """What any computation may depend on, as part of a key: Python and the packages installed."""
-    return {"packages": _packages(), "python": sys.version, "dsc": __version__}
+    """What any computation may depend on, as part of a key: Python, packages, and how torch is set.
+
+    It is what holds now, for the thread that asks.
+    """
+    known = {"packages": _packages(), "python": sys.version, "dsc": __version__}
+    return {**known, "set": _settings()}
+
+
+def _settings() -> list[str]:
+    """What is set of torch in this process and steps into what it computes; none as it starts."""
+    torch: Any = sys.modules.get("torch")
+    if torch is None:
+        return []
+    kinds = [kind for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind)]
+    casts = [f"{kind}: {torch.get_autocast_dtype(kind)}" for kind in kinds]
+    found = [str(torch.get_default_dtype()), str(torch.get_default_device()), *casts]
+    return [] if found == ["torch.float32", "cpu"] else found
 
 
 def _packages() -> list[str]:

@@ -142,6 +142,7 @@ class Calls:
             "memory": memory_limit("cpu"),
             "environment": _environment(),
             **_surroundings(),
+            **kept.surroundings(),
         }
         return Sought(key, reach.watches, state)
 
@@ -368,12 +369,11 @@ def _environment() -> dict[str, str]:
 
 @cache
 def _surroundings() -> dict[str, Any]:
-    """What code depends on beside the function and the call: versions, our sources, the machine."""
+    """What code depends on beside the function and the call: torch, our sources, the machine."""
     return {
         "ours": kept.sources("", "frontends", "passes", "backends"),
         "torch": [torch.__version__, str(torch.version.git_version)],
         "machine": [processor(), len(os.sched_getaffinity(0))],
-        **kept.surroundings(),
     }
 
 

@@ -104,19 +104,7 @@ def key_of_installed(code: str, **facts: Any) -> dict[str, Any] | None:
 def _surroundings(*code: str) -> dict[str, Any]:
     found = {name: find_spec(name) for name in ("torch", *code)}
     places = {name: spec.origin if spec else "" for name, spec in found.items()}
-    ours = kept.sources(*OURS)
-    return {"places": places, "ours": ours, "torch": _state(), **kept.surroundings()}
-
-
-def _state() -> list[str]:
-    """What is set of torch in this process and steps into a trace; nothing as torch starts."""
-    loaded: Any = sys.modules.get("torch")
-    if loaded is None:
-        return []
-    kinds = [kind for kind in ("cpu", "cuda") if loaded.is_autocast_enabled(kind)]
-    casts = [f"{kind}: {loaded.get_autocast_dtype(kind)}" for kind in kinds]
-    state = [str(loaded.get_default_dtype()), str(loaded.get_default_device()), *casts]
-    return [] if state == ["torch.float32", "cpu"] else state
+    return {"places": places, "ours": kept.sources(*OURS), **kept.surroundings()}
 
 
 def digest(file: str | Path) -> str:

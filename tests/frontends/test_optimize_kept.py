@@ -18,7 +18,7 @@ from torch import Tensor
 import dsc
 from dsc import kept
 from dsc.errors import UsageError
-from dsc.frontends.calls import KIND, Calls, _surroundings
+from dsc.frontends.calls import KIND, Calls
 
 WIDTH = 3
 SOURCE = """\
@@ -126,9 +126,7 @@ def test_another_function_or_call_is_never_answered_by_kept_code(
             patched.setattr(place, name, other)
             assert not is_kept(module().made(0.25), x, y), f"another {name}"
     monkeypatch.setattr(kept, "_packages", lambda: ["torch-0.dist-info"])
-    _surroundings.cache_clear()
     assert not is_kept(module().made(0.25), x, y), "a package"
-    _surroundings.cache_clear()
 
 
 def is_kept(plain: Callable[..., Any], *args: Any) -> bool:

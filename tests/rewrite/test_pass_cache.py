@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import dsc
 from dsc import backends, kept, pipeline
@@ -87,6 +89,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "the target": {"target": Target("cpu", "znver4")},
     "our sources": {"sources": "edited"},
     "the packages": {"packages": ["torch-99.dist-info"]},
+    "how torch is set": {"within": torch.autocast("cpu", torch.bfloat16)},
 }  # fmt: skip
 
 
@@ -103,7 +106,8 @@ def test_another_ingredient_is_another_entry(
     if "packages" in changed:
         packages = changed.pop("packages")
         monkeypatch.setattr(kept, "_packages", lambda: packages)
-    prepared(changed.pop("program", small_lm()), **changed)
+    with changed.pop("within", nullcontext()):
+        prepared(changed.pop("program", small_lm()), **changed)
     assert runs
 
 
