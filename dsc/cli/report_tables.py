@@ -59,7 +59,7 @@ def _head(report: Mapping[str, Any]) -> Iterator[str]:
 
 def passes_table(passes: Sequence[Mapping[str, Any]]) -> Table:
     """One line a pass: time, nodes left, what fired and where."""
-    table = table_of("passes", ("pass", "ms", "nodes"), ("fired", "missed"))
+    table = table_of("passes", ("pass",), ("ms", "nodes", "fired", "missed"))
     for each in passes:
         fired = "; ".join(_fired(each, rule, n) for rule, n in each.get("fired", {}).items())
         nodes = "+".join(str(n) for n in each.get("nodes", {}).values())
@@ -117,7 +117,6 @@ def layers_table(name: str, entry: Mapping[str, Any]) -> Table:
         ("nodes", "launches", "params", "weights", "read", "written", "flop", "cache/token",
          "regions"),
     )  # fmt: skip
-    table.columns[-1].justify = "left"
     for layers in runs(entry["layers"], itemgetter("layer"), lambda x: [x.get(k) for k in SAME]):
         first = layers[0]
         names = summary([layer["layer"] for layer in layers])
