@@ -66,20 +66,21 @@ def put(kind: str, key: Mapping[str, Any], data: bytes) -> None:
     """Keep data under a key. A cache that takes nothing is a slower next time, no error."""
     text = _text(key)
     body = len(text).to_bytes(8, "little") + text + data
+    whole = _MAGIC + hashlib.sha256(body).digest() + body
     with suppress(OSError):
         path = _path(kind, key)
-        if path is None or len(body) > MOST:
+        if path is None or len(whole) > MOST:
             return
         _make(path.parent)
         handle, fresh = tempfile.mkstemp(prefix=_UNFINISHED, dir=path.parent)
         try:
             with os.fdopen(handle, "wb") as file:
-                file.write(_MAGIC + hashlib.sha256(body).digest() + body)
+                file.write(whole)
             os.replace(fresh, path)
         except BaseException:
             os.unlink(fresh)
             raise
-        _bound(len(body))
+        _bound(len(whole))
 
 
 @cache

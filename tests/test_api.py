@@ -11,15 +11,18 @@ import pytest
 import torch
 
 import dsc
-from dsc.api import compile_program
+from dsc.api import check_memory, compile_program
 from dsc.backends.base import No
 from dsc.backends.triton.backend import TritonBackend
 from dsc.errors import ArtifactError, MemoryLimitError, UsageError, VerificationError
 from dsc.frontends import config
 from dsc.frontends.config import ModelConfig
+from dsc.ir.limits import Limits
 from dsc.ir.parser import parse_program
 from dsc.ir.types import PRECISIONS, Precision
+from dsc.runtime.plan import EntryPlan, Plan
 from dsc.runtime.probes import PRODUCTS
+from dsc.targets import Target
 from tests.runtime.test_session import small_lm
 
 
@@ -113,6 +116,39 @@ def test_a_memory_limit_refuses_and_says_what_would_fit() -> None:
         dsc.set_memory_limit("cpu", None)
 
 
+@pytest.mark.parametrize(
+    ("room", "told"),
+    [
+        (15_999_280, "max_context=99991 would fit"),
+        (15_999_279, "max_context=99990 would fit"),
+        (880, "max_context=1 would fit"),
+        (879, "a smaller prefill_chunk shrinks the arena; the weights stay"),
+        (-1, "a smaller prefill_chunk shrinks the arena; the weights stay"),
+    ],
+)
+def test_the_message_of_a_memory_limit_adds_up(room: int, told: str) -> None:
+    """Caches that a step returns grown: of 2 sequences twice the context and a chunk, 40 B each."""
+    program, limits = small_lm(), Limits(2, 100_000, 9)
+    weights, caches = 4 * 642, 2 * 40 * (2 * 100_000 + 9)
+    plan = Plan({"step": EntryPlan((), (), (), (), arena_bytes=5_250_000, lower_bound=9)})
+    need = weights + 5_250_000 + caches
+    try:
+        dsc.set_memory_limit("cpu", need / 1e6)
+        check_memory(program, plan, Target("cpu"), limits)
+        limit = weights + 5_250_000 + room
+        dsc.set_memory_limit("cpu", limit / 1e6)
+        with pytest.raises(MemoryLimitError) as refused:
+            check_memory(program, plan, Target("cpu"), limits)
+    finally:
+        dsc.set_memory_limit("cpu", None)
+    check_memory(program, plan, Target("cpu"), limits)
+    assert refused.value.what == (
+        f"21.3 MB on cpu, the limit is {limit / 1e6:.1f} MB"
+        " (weights 0.0, arena 5.2, caches 16.0 MB)"
+    )
+    assert (refused.value.hint or "").endswith(f": {told}")
+
+
 def test_an_absorbed_step_makes_nothing_that_grows_with_the_context() -> None:
     """Only the caches themselves have rows for every cached token; prefill still expands inside."""
     program = dsc.compile(small_lm(), backend="null", fusion_level=0, max_context=32).program
@@ -133,8 +169,6 @@ def test_memory_reuse_can_be_off() -> None:
 
 
 def test_dumps_are_numbered_and_parse(tmp_path: Path) -> None:
-    from dsc.ir.parser import parse_program
-
     dsc.compile(small_lm(), backend="null", dump_dir=tmp_path)
     *texts, listed = sorted(tmp_path.iterdir())
     assert texts[0].name == "00_input.dsc"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import signal
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
@@ -68,6 +70,101 @@ def test_what_was_used_longest_ago_goes_first(
     held = [n for n in range(4) if kept.get("kernels", {"n": n}) is not None]
     assert held == [0, 2, 3]
     assert kept.get("traces", {"n": 4}) is not None
+
+
+def fresh(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The module as a process that has just begun has it."""
+    spec = importlib.util.spec_from_file_location("fresh", kept.__file__)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "fresh", module)
+    spec.loader.exec_module(module)
+    return module
+
+
+OVERHEAD = len(b"dsc kept 1\n") + 32 + 8 + len('{"n": 1}')
+"""Bytes of an entry besides its data: a mark, a hash, the length of the key, the key."""
+
+
+def test_an_entry_may_be_as_large_as_the_largest_and_no_larger(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept.put("kernels", {"n": 1}, bytes(50))
+    assert [entry.size for entry in kept.entries()] == [OVERHEAD + 50]
+    monkeypatch.setattr(kept, "MOST", OVERHEAD + 50)
+    assert kept.get("kernels", {"n": 1}) == bytes(50)
+    kept.put("kernels", {"n": 2}, bytes(50))
+    kept.put("kernels", {"n": 3}, bytes(51))
+    assert kept.get("kernels", {"n": 2}) == bytes(50)
+    assert kept.get("kernels", {"n": 3}) is None
+    assert len(kept.entries()) == 2
+    monkeypatch.setattr(kept, "MOST", OVERHEAD + 49)
+    assert kept.get("kernels", {"n": 1}) is None
+
+
+def test_a_process_looks_at_the_folder_first_and_with_each_64th_of_the_limit(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A limit that is reached removes nothing; one that is passed, what was used longest ago."""
+    monkeypatch.setenv("DSC_CACHE_BYTES", str(64 * 200))
+    begun = fresh(monkeypatch)
+    begun.put("kernels", {"n": 1}, bytes(100 - OVERHEAD))  # looks, and begins to count anew
+    rest = 64 * 200 - 300
+    (folder / "kernels" / "old").write_bytes(bytes(rest))
+    os.utime(folder / "kernels" / "old", (1, 1))
+    begun.put("kernels", {"n": 2}, bytes(100 - OVERHEAD))
+    begun.put("kernels", {"n": 3}, bytes(100 - OVERHEAD))  # 200 since then: looks, and is full
+    assert [entry.size for entry in begun.entries()] == [rest, 100, 100, 100]
+    begun.put("kernels", {"n": 4}, bytes(199 - OVERHEAD))
+    assert len(begun.entries()) == 5
+    fresh(monkeypatch).put("kernels", {"n": 5}, bytes(60 - OVERHEAD))
+    assert sorted(entry.size for entry in begun.entries()) == [60, 100, 100, 100, 199]
+
+
+def test_entries_come_by_their_last_use_and_removing_counts_bytes(folder: Path) -> None:
+    for n, kind in ((3, "traces"), (1, "kernels"), (2, "traces")):
+        kept.put(kind, {"n": n}, bytes(n))
+        (file,) = (each for each in kept.entries() if each.used > 1e6)
+        os.utime(file.path, (n, n))
+    (folder / "link").symlink_to(folder / "traces")
+    (folder / "file").write_bytes(b"x")
+    found = [(entry.kind, entry.size - OVERHEAD, entry.used) for entry in kept.entries()]
+    assert found == [("kernels", 1, 1), ("traces", 2, 2), ("traces", 3, 3)]
+    assert kept.clear("traces") == 2 * OVERHEAD + 5
+    assert kept.clear() == OVERHEAD + 1
+    assert kept.clear() == 0
+    assert (folder / "file").exists()
+
+
+@pytest.mark.parametrize("mode", [0o720, 0o702, 0o700])
+def test_who_else_may_write_is_told(mode: int, folder: Path) -> None:
+    folder.mkdir()
+    folder.chmod(mode)
+    assert kept.refused() == ("" if mode == 0o700 else f"others may write to {folder}")
+
+
+def test_the_folder_is_its_users_alone(folder: Path) -> None:
+    before = os.umask(0)
+    try:
+        kept.put("kernels", {"n": 1}, b"x")
+    finally:
+        os.umask(before)
+    assert [each.stat().st_mode & 0o777 for each in (folder, folder / "kernels")] == [0o700] * 2
+
+
+@pytest.mark.parametrize("given", ["0", "17", None])
+def test_the_limit_is_what_was_given(given: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    if given is not None:
+        monkeypatch.setenv("DSC_CACHE_BYTES", given)
+    assert kept.limit() == (2 << 30 if given is None else int(given))
+
+
+@pytest.mark.parametrize("given", ["-1", "1.5", "", "٣"])
+def test_a_limit_that_is_no_number_is_refused(given: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DSC_CACHE_BYTES", given)
+    with pytest.raises(UsageError, match="DSC_CACHE_BYTES is"):
+        kept.limit()
 
 
 def test_what_a_killed_writer_left_goes_in_time(folder: Path) -> None:

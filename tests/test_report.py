@@ -6,6 +6,8 @@ import io
 import json
 from operator import itemgetter
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -16,7 +18,9 @@ from dsc.errors import ArtifactError, UsageError
 from dsc.ir.costs import node_costs, total
 from dsc.ir.dims import Range, symbol
 from dsc.ir.graph import GraphBuilder, Weight
+from dsc.ir.interface import State, Storage
 from dsc.ir.layers import layer_of, runs
+from dsc.ir.limits import Limits
 from dsc.ir.program import Program
 from dsc.ir.stages import Stage
 from dsc.ir.types import DType, TensorType
@@ -24,8 +28,9 @@ from dsc.ir.weights import MetaSource, Source
 from dsc.passes.absorb_mla import AbsorbMla
 from dsc.passes.lower_moe_dispatch import LowerMoeDispatch
 from dsc.passes.specialise_entries import SpecialiseEntries
-from dsc.report import build_report, entry_report
+from dsc.report import build_report, cache_bytes, cache_layer, entry_report, state_bytes
 from dsc.rewrite.base import PassReport
+from dsc.runtime.plan import EntryPlan, Launch, Plan
 from tests.backends import canonical_lm as family
 from tests.cli.conftest import Invoke
 from tests.cli.conftest import invoke as invoke  # the fixture
@@ -97,6 +102,67 @@ def test_a_weight_that_is_read_twice_counts_once() -> None:
     weights = {"w": Source("w", weight.type)}
     program = Program("p", {"main": graph}, weights, {"B": Range(1, 4)}, stage=Stage.CANONICAL)
     assert entry_report(program, "main")["at"] == {"B": 1}
+
+
+@pytest.mark.parametrize(
+    ("storage", "context", "page", "rows"),
+    [
+        ("grown", 100, None, 2 * 100 + 8),
+        ("contiguous", 100, None, 100 + 8),
+        ("paged", 128, 64, 128),
+        ("paged", 129, 64, 192),
+        ("ring", 100, None, 5),
+        ("fixed", 100, None, 1),
+    ],
+)
+def test_what_a_session_holds_at_most(
+    storage: str, context: int, page: int | None, rows: int
+) -> None:
+    """Rows of 3 elements in fp32, of each of 2 sequences; only those of tokens grow with them."""
+    state = State("past", "present", TensorType(DType.f32, (3,)), Storage(storage), 5)
+    program: Any = SimpleNamespace(states=[state, state], page=page)
+    assert state_bytes(program, Limits(2, context, 8)) == 2 * 2 * rows * 12
+    assert cache_bytes(program) == (24 if storage in ("grown", "contiguous", "paged") else 0)
+
+
+def test_a_plan_gives_launches_to_layers_and_the_rest_to_none() -> None:
+    """Of an entry in segments memory is that of the largest, and launches are summed."""
+    program = small_lm()
+    (entry,) = program.entries
+    nodes = program.entries[entry].nodes
+    launches = [
+        Launch("k", (), node=nodes[0].outputs[0].name, loc="elsewhere"),
+        Launch("k", (), node="", loc="model.layers.3.mlp"),
+        Launch("k", (), node="", loc="model.layers.3.attn"),
+    ]
+    plans = [
+        EntryPlan((), (), (), tuple(launches), arena_bytes=64, lower_bound=60, allocator="one"),
+        EntryPlan((), (), (), (launches[0],), arena_bytes=128, lower_bound=8, allocator="two"),
+    ]
+    of: Any = SimpleNamespace(of=lambda _: plans)
+    found = entry_report(program, entry, of)
+    assert (found["launches"], found["arena_bytes"], found["arena_lower_bound"]) == (4, 128, 60)
+    assert found["allocator"] == "one"
+    assert [layer["launches"] for layer in found["layers"]] == [2]
+    assert found["other_launches"] == 2
+    alone = entry_report(program, entry, Plan({entry: plans[1]}))
+    assert (alone["launches"], alone["other_launches"]) == (1, 0)
+    assert found["activation_bytes"] == (
+        found["points"][0]["read_bytes"] + found["points"][0]["written_bytes"]
+    )
+
+
+def test_points_are_those_of_the_step_and_of_two_contexts() -> None:
+    step = small_lm()
+    (entry,) = step.entries
+    report = entry_report(step, entry)
+    assert report["at"] == {"B": 1, "S": 8, "P": 32, "L": 1}  # within its own bounds
+    assert len(report["points"]) == 1  # both contexts are the same then
+
+
+@pytest.mark.parametrize(("name", "layer"), [("past.12.latent", "12"), ("past.latent", "")])
+def test_the_layer_of_a_cache(name: str, layer: str) -> None:
+    assert cache_layer(name) == layer
 
 
 def test_what_fired_where_and_what_did_not(v3: Program) -> None:
