@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from dsc import kept
+from dsc.backends.tvm import workers
 from dsc.backends.tvm.machine import Machine, cpu_of
 from dsc.hardware import processor
 from dsc.ir.dims import symbol
@@ -88,6 +89,7 @@ def tuned(
     key = key_of(machine, threads)
     found = load(key)
     if found is None:
+        workers.warm(2 * len(COLUMNS))  # they build candidates, and then the kernels of a model
         found = agreed(time_candidates(machine, threads), Tiling.of(machine))
         store(key, found)
     return found.on(machine), "timing"

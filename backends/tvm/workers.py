@@ -43,10 +43,10 @@ def run(requests: Sequence[Request], done: Callable[[int], None] | None = None) 
     return [answer.result() for answer in answers]
 
 
-def warm() -> None:
-    """Start a process that a compile is about to need, where it has a core of its own."""
-    if not _idle and _cores() > 1:
-        _idle.append(_start())
+def warm(processes: int = 1) -> None:
+    """Start processes that a compile is about to need, where they have cores of their own."""
+    if _cores() > 1:
+        _idle.extend(_start() for _ in range(min(processes, _cores()) - len(_idle)))
 
 
 _idle: list[subprocess.Popen[bytes]] = []
