@@ -108,8 +108,11 @@ class Backend(Protocol):
 class Warms(Protocol):
     """A backend that can start what a compile needs before there is a program."""
 
-    def warm(self) -> None:
-        """Start it, in a process beside this one; it is no error if nobody comes to need it."""
+    def warm(self, model: bool) -> None:
+        """Start it, in a process beside this one; it is no error if nobody comes to need it.
+
+        A whole model is worth more than a function: what is timed for it may be built by then.
+        """
         ...
 
 

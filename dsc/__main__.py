@@ -1,6 +1,6 @@
 """`python -m dsc` is the `dsc` command."""
 
-from dsc.cli import main
+from dsc.cli import command
 
 if __name__ == "__main__":
-    main()
+    command()

@@ -292,7 +292,7 @@ def compile(
         max_context=max_context,
         prefill_chunk=prefill_chunk,
         check=shares,
-        untraced=lambda: warm(chosen.name),
+        untraced=lambda: warm(chosen.name, model=extra.get("tune", True)),
         progress=progress,
     )
     traced = time.perf_counter()
@@ -407,11 +407,11 @@ def compile_program(
     )
 
 
-def warm(backend: str | None) -> None:
-    """Have a backend start what a compile is about to need, while a function is traced."""
+def warm(backend: str | None, model: bool = False) -> None:
+    """Have a backend start what a compile is about to need, while a function or model is traced."""
     chosen = backends.get(backend) if backend else best_backend()
     if isinstance(chosen, Warms):
-        chosen.warm()
+        chosen.warm(model)
 
 
 def check_plans(plan: Plan, program: Program) -> None:

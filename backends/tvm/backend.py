@@ -58,11 +58,13 @@ class TvmBackend:
             targets=("cpu",),
         )
 
-    def warm(self) -> None:
-        """Start a compiling process."""
-        from dsc.backends.tvm import workers
+    def warm(self, model: bool) -> None:
+        """Start a compiling process; for a model it builds what is timed where that is unknown."""
+        from dsc.backends.tvm import tuning, workers
 
         workers.warm()
+        if model:
+            tuning.begin()
 
     def supports(self, node: Node) -> Support:
         """Whether there is a kernel for the node's operator, element types and shapes."""

@@ -18,20 +18,26 @@ import itertools
 import json
 import os
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dsc import kept
 from dsc.backends.tvm import workers
-from dsc.backends.tvm.machine import Machine, cpu_of
+from dsc.backends.tvm.machine import Machine, cpu_of, machine_for
+from dsc.errors import DscError, InternalError
 from dsc.hardware import processor
 from dsc.ir.dims import symbol
 from dsc.ir.graph import GraphBuilder
 from dsc.ir.types import DType, TensorType
 from dsc.targets import Target
+
+if TYPE_CHECKING:
+    from dsc.backends.tvm.objects import Kernel
 
 COLUMNS = (16, 32, 64)
 """Columns that a task may take."""
@@ -82,8 +88,7 @@ def tuned(
     machine: Machine, target: Target, threads: int | None, asked: bool
 ) -> tuple[Machine, str]:
     """The machine with what is fastest on it, and whether that is by `rule` or by `timing`."""
-    off = not asked or os.environ.get("DSC_TUNE") == "0"
-    if off or not machine.bf16 or target.arch not in ("", cpu_of("").host):
+    if not asked or _is_off() or not machine.bf16 or target.arch not in ("", cpu_of("").host):
         return machine, "rule"
     threads = threads or len(os.sched_getaffinity(0))
     key = key_of(machine, threads)
@@ -93,6 +98,33 @@ def tuned(
         found = agreed(time_candidates(machine, threads), Tiling.of(machine))
         store(key, found)
     return found.on(machine), "timing"
+
+
+def begin() -> None:
+    """Build the candidates beside what the caller does, if nothing is kept that they would tell.
+
+    It is no error if that fails: they are built when they are timed.
+    """
+    global _ahead
+    if _ahead is None and not _is_off() and len(os.sched_getaffinity(0)) > 1:
+        _ahead = threading.Thread(target=_build_ahead, daemon=True)
+        _ahead.start()
+
+
+_ahead: threading.Thread | None = None
+
+
+def _build_ahead() -> None:
+    from dsc.backends.tvm.objects import objects_of
+
+    with suppress(DscError, InternalError, OSError):
+        machine = machine_for(Target("cpu"))
+        if machine.bf16 and load(key_of(machine, len(os.sched_getaffinity(0)))) is None:
+            objects_of(list(_kernels(machine).values()))
+
+
+def _is_off() -> bool:
+    return os.environ.get("DSC_TUNE") == "0"
 
 
 def agreed(measurements: Sequence[Times], default: Tiling) -> Tiling:
@@ -153,38 +185,47 @@ def time_candidates(machine: Machine, threads: int) -> list[Times]:
 def build(
     machine: Machine, folder: Path, threads: int, m: int = M, k: int = K
 ) -> dict[tuple[str, int], Callable[..., Any]]:
-    """`linear` with a weight [m, k] by each candidate, the machine's own way first.
+    """`linear` with a weight [m, k] by each candidate, ready to run.
 
     They take the addresses of x, weight, y and panels, and the number of rows.
     """
     from dsc.backends.tvm import lean, library
-    from dsc.backends.tvm.kernels.region import lower
-    from dsc.backends.tvm.objects import Kernel, objects_of
+    from dsc.backends.tvm.objects import objects_of
 
-    builder = GraphBuilder("linear")
-    x = builder.input("x", TensorType(DType.bf16, (symbol("N"), k)))
-    weight = builder.input("weight", TensorType(DType.bf16, (m, k)))
-    (node,) = builder.finish(builder.call("linear", x, weight)).nodes
-    candidates = list(itertools.product(ways(machine), COLUMNS))
-    kernels, parts = [], [library.PRELUDE]
-    for way, columns in candidates:
-        cut = Tiling(way, columns, columns).on(machine)
-        kernel = Kernel.of(f"{way}_{columns}", lower(node, cut), cut)
+    if _ahead is not None:
+        _ahead.join()
+    kernels, parts = _kernels(machine, m, k), [library.PRELUDE]
+    for (way, columns), kernel in kernels.items():
         arity = 5 + (way == "tiles")
         parts.append(library.declared(kernel.symbol, arity))
         parts.append(library.packed(f"{way}_{columns}", kernel.symbol, arity))
-        kernels.append(kernel)
-    objects = objects_of(kernels)
+    objects = objects_of(list(kernels.values()))
     path = folder / "linear.so"
     path.write_bytes(library.compile_library("\n".join(parts), objects, machine))
-    loaded = lean.load_library(path, [f"{way}_{columns}" for way, columns in candidates], threads)
+    loaded = lean.load_library(path, [f"{way}_{columns}" for way, columns in kernels], threads)
     lean.Threads(threads).apply()
 
     def candidate(way: str, columns: int) -> Callable[..., Any]:
         run, tiles = loaded[f"{way}_{columns}"], way == "tiles"
         return lambda x, w, y, panels, rows: run(x, w, y, *[panels] * tiles, rows, k)
 
-    return {each: candidate(*each) for each in candidates}
+    return {each: candidate(*each) for each in kernels}
+
+
+def _kernels(machine: Machine, m: int = M, k: int = K) -> dict[tuple[str, int], Kernel]:
+    """`linear` with a weight [m, k] by each candidate, the machine's own way first."""
+    from dsc.backends.tvm.kernels.region import lower
+    from dsc.backends.tvm.objects import Kernel
+
+    builder = GraphBuilder("linear")
+    x = builder.input("x", TensorType(DType.bf16, (symbol("N"), k)))
+    weight = builder.input("weight", TensorType(DType.bf16, (m, k)))
+    (node,) = builder.finish(builder.call("linear", x, weight)).nodes
+    kernels = {}
+    for way, columns in itertools.product(ways(machine), COLUMNS):
+        cut = Tiling(way, columns, columns).on(machine)
+        kernels[way, columns] = Kernel.of(f"{way}_{columns}", lower(node, cut), cut)
+    return kernels
 
 
 def key_of(machine: Machine, threads: int) -> dict[str, Any]:

@@ -7,6 +7,7 @@ where `verify` and `bisect` find a difference.
 
 from __future__ import annotations
 
+import atexit
 import os
 import re
 import sys
@@ -94,6 +95,27 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     except OSError as error:
         status = _refused(error, arguments) or status
     sys.exit(status)
+
+
+def command() -> NoReturn:
+    """`main` as a process of its own, which ends without taking its modules apart.
+
+    That takes a second where torch is among them. What was registered for the exit is done.
+    """
+    status = 1
+
+    def end() -> None:
+        with suppress(OSError, ValueError):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(status)
+
+    atexit.register(end)  # the first to be registered is the last to be called
+    try:
+        main()
+    except SystemExit as ended:
+        status = ended.code if isinstance(ended.code, int) else 1
+        raise
 
 
 _OUT_OF_MEMORY = "DefaultCPUAllocator: can't allocate memory"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,12 @@ import torch
 
 pytest.importorskip("tvm")
 
-from dsc.backends.tvm import executable, tuning
+from dsc.backends.tvm import TvmBackend, executable, objects, tuning
 from dsc.backends.tvm.kernels.panels import panel_bytes
 from dsc.backends.tvm.machine import Machine, machine_for
+from dsc.backends.tvm.objects import Kernel
 from dsc.backends.tvm.tuning import FEW, MANY, Tiling, agreed, choose, ways
-from dsc.errors import BackendUnavailable
+from dsc.errors import BackendUnavailable, InternalError
 from dsc.ir.program import Program
 from dsc.targets import parse_target
 
@@ -136,6 +138,34 @@ def test_rules_where_nothing_is_to_be_timed(
     monkeypatch.setenv("DSC_TUNE", "0")
     assert tuning.tuned(host(), parse_target("cpu"), 1, asked=True) == (host(), "rule")
     assert timed == []
+
+
+@pytest.mark.parametrize("known", [False, True], ids=["unknown", "known"])
+def test_candidates_are_built_ahead_where_nothing_is_known(
+    known: bool, timed: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine = machine_for(parse_target("cpu"))
+    built: list[str] = []
+
+    def objects_of(kernels: list[Kernel]) -> None:
+        built.extend(kernel.symbol for kernel in kernels)
+        raise InternalError("which is no matter here")
+
+    monkeypatch.setattr(objects, "objects_of", objects_of)
+    monkeypatch.setattr(tuning, "_ahead", None)
+    if known:
+        tuning.store(tuning.key_of(machine, len(os.sched_getaffinity(0))), Tiling.of(machine))
+    TvmBackend().warm(model=True)
+    if tuning._ahead is not None:  # a machine of one core builds nothing ahead
+        tuning._ahead.join()
+        wanted = machine.bf16 and not known
+        assert built == [k.symbol for k in tuning._kernels(machine).values() if wanted]
+    built.clear()
+    monkeypatch.setattr(tuning, "_ahead", None)
+    TvmBackend().warm(model=False)
+    monkeypatch.setenv("DSC_TUNE", "0")
+    TvmBackend().warm(model=True)
+    assert tuning._ahead is None
 
 
 def test_every_candidate_is_right_on_odd_shapes(tmp_path: Path) -> None:

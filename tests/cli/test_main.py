@@ -20,7 +20,7 @@ def run(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     """Run the command as a user does."""
     checkout = Path(dsc.__path__[0]).parent
     environment = {**os.environ, "XDG_STATE_HOME": str(cwd), "PYTHONPATH": str(checkout)}
-    line = [sys.executable, "-c", "from dsc.cli import main; main()", *arguments]
+    line = [sys.executable, "-c", "from dsc.cli import command; command()", *arguments]
     return subprocess.run(
         line, cwd=cwd, env=environment, capture_output=True, text=True, timeout=120, check=False
     )
@@ -29,6 +29,20 @@ def run(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
 def test_version(tmp_path: Path) -> None:
     done = run("--version", cwd=tmp_path)
     assert (done.returncode, done.stdout.strip()) == (0, dsc.__version__)
+
+
+def test_the_process_does_what_was_registered_and_ends_with_the_status() -> None:
+    program = (
+        "import atexit, sys, dsc.cli\n"
+        "def main():\n"
+        "    atexit.register(print, 'registered')\n"
+        "    print('printed', end=' ')\n"
+        "    sys.exit(3)\n"
+        "dsc.cli.main = main\n"
+        "dsc.cli.command()"
+    )
+    done = subprocess.run([sys.executable, "-c", program], stdout=subprocess.PIPE, check=False)
+    assert (done.returncode, done.stdout) == (3, b"printed registered\n")
 
 
 @pytest.mark.parametrize(
