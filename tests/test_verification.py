@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import math
+import statistics
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
 import dsc
-from dsc.ir.types import DType
+from dsc.ir.types import DType, TensorType
 from dsc.ir.weights import DictSource, LayeredSource
-from dsc.verification import Comparison, Noise, compare, session_logits
+from dsc.verification import Comparison, Noise, compare, compute_dtype, session_logits
 from tests.backends.canonical_lm import Sizes, canonical_lm
 
 IDS = list(range(100))
@@ -184,3 +187,116 @@ def test_random_tokens_have_no_perplexity() -> None:
 def test_shapes_must_agree() -> None:
     with pytest.raises(ValueError, match="for 99 tokens"):
         compare(clear_logits(), clear_logits(), IDS[:-1], noise(clear_logits()))
+
+
+def root_mean_square(values: Any) -> float:
+    return math.sqrt(statistics.fmean([v * v for v in values]))
+
+
+@pytest.mark.parametrize("measured", [True, False])
+def test_every_figure_is_that_of_its_definition(measured: bool) -> None:
+    """Written out with Python's numbers: 20 positions, of which 16 are decoded, over 5 tokens."""
+    chance = np.random.default_rng(3)
+    oracle = chance.normal(0, 1, (20, 5)).astype(np.float32)
+    ours = oracle + chance.normal(0, 0.05, (20, 5)).astype(np.float32)
+    ours[7] += np.float32(2)
+    rounding = np.abs(chance.normal(0, 0.03, 20))
+    rounding[11] = 1.0
+    ids = chance.integers(0, 5, 20).tolist()
+    found = compare(ours, oracle, ids, Noise(rounding, measured))
+    off = [
+        [float(a) - float(b) for a, b in zip(x, y, strict=True)]
+        for x, y in zip(ours, oracle, strict=True)
+    ]
+    errors = [root_mean_square(row) for row in off]
+    spread = [statistics.pstdev(map(float, row)) for row in oracle]
+    best = [sorted(map(float, row))[-2:] for row in oracle]
+    clear = [b - a > 10 * statistics.pstdev(row) for (a, b), row in zip(best, off, strict=True)]
+    equal = [a.argmax() == b.argmax() for a, b in zip(ours, oracle, strict=True)]
+    assert 2 < sum(clear) < 18
+    assert found.positions == 20
+    assert found.max_logit_diff == pytest.approx(max(abs(v) for row in off for v in row))
+    assert found.rms_logit_diff == pytest.approx(root_mean_square(v for row in off for v in row))
+    assert found.excluded == pytest.approx(1 - sum(clear) / 20)
+    agreed = [e for e, c in zip(equal, clear, strict=True) if c]
+    assert found.greedy_agreement == pytest.approx(sum(agreed) / len(agreed))
+    for logits, value in ((ours, found.perplexity), (oracle, found.oracle_perplexity)):
+        each = [
+            math.log(sum(math.exp(v) for v in map(float, row))) - float(row[token])
+            for row, token in zip(logits, ids[1:], strict=False)
+        ]
+        assert value == pytest.approx(math.exp(statistics.fmean(each)), rel=1e-5)
+    far = 4 * statistics.median(rounding)
+    worst = max(range(20), key=lambda i: errors[i] / spread[i])
+    wanted = [
+        ("a logit's error at a typical position of prefill",
+         statistics.median(errors[:4]), 2 * statistics.median(rounding[:4])),
+        ("a logit's error at a typical position of decode",
+         statistics.median(errors[4:]), 2 * statistics.median(rounding[4:])),
+        (f"positions where a logit is off by more than {far:.3g}",
+         sum(e > far for e in errors), 2 * sum(r > far for r in rounding) + 1 if measured else 0),
+        (f"a logit's error at the worst position ({worst})",
+         errors[worst], max(spread[worst] / 2, far)),
+    ]  # fmt: skip
+    checks = [(c.what, c.found, c.bound) for c in found.checks]
+    assert [c[0] for c in checks] == [w[0] for w in wanted[: 4 if measured else 3]]
+    for check, want in zip(checks, wanted, strict=False):
+        assert check[1:] == pytest.approx(want[1:], rel=1e-5)
+
+
+def test_what_fp32_rounds_is_sixteen_last_bits_for_a_layer() -> None:
+    oracle = np.full((3, 4), -2.0, np.float32)
+    explained = Noise.in_fp32(oracle, 4)
+    np.testing.assert_allclose(explained.errors, 2 * 16 * 2.0**-23 * 2, rtol=1e-12)
+    assert not explained.measured
+    assert noise(oracle).measured
+
+
+def test_failures_are_told_in_percent() -> None:
+    found = replace(judged(clear_logits(), clear_logits()), excluded=0.625, greedy_agreement=0.75)
+    assert found.failures(0.9, 0.25) == [
+        "62.50% of the positions are near-ties that say nothing, at most 25.00% may be; take"
+        " another text (--text), or more of it (--tokens)",
+        "greedy tokens agree at 75.00% of the clear positions, 90.00% required",
+    ]
+    assert len(found.failures()) == 2
+    assert replace(found, greedy_agreement=1.0, excluded=0.5).failures() == []
+    assert found.as_dict()["checks"][0]["ok"] is True
+
+
+@pytest.mark.parametrize(("tokens", "prompt"), [(1, 1), (16, 1), (17, 1), (18, 2), (100, 84)])
+def test_the_last_sixteen_tokens_are_decoded(tokens: int, prompt: int) -> None:
+    calls: list[list[int]] = []
+
+    class Session:
+        def prefill(self, ids: Any, all_logits: bool) -> Any:
+            assert all_logits
+            calls.append(ids[0].tolist())
+            return ids[..., None].astype(np.float64)
+
+        def decode(self, ids: Any) -> Any:
+            calls.append(ids.tolist())
+            return ids[:, None].astype(np.float64)
+
+    def session(max_batch: int, max_context: int) -> Session:
+        assert (max_batch, max_context) == (1, tokens)
+        return Session()
+
+    ids = list(range(10, 10 + tokens))
+    rows = session_logits(SimpleNamespace(session=session), ids)
+    assert rows.dtype == np.float32
+    assert rows[:, 0].tolist() == ids
+    assert calls == [ids[:prompt], *([i] for i in ids[prompt:])]
+
+
+def test_a_program_computes_in_the_type_of_most_of_its_bytes() -> None:
+    types = {
+        "a": TensorType(DType.f32, (10,)), "b": TensorType(DType.bf16, (30,)),
+        "c": TensorType(DType.f32, (6,)), "d": TensorType(DType.i64, (1000,)),
+    }  # fmt: skip
+    program: Any = SimpleNamespace(weight_types=lambda: types)
+    assert compute_dtype(program) == "fp32"  # 64 bytes, and 60
+    types["e"] = TensorType(DType.bf16, (3,))
+    assert compute_dtype(program) == "bf16"
+    types.clear()
+    assert compute_dtype(program) == "fp32"

@@ -71,7 +71,7 @@ class StepReporter:
         if self._task is None or phase != self._phase:
             self._end()
             self._phase, self._began = phase, time.perf_counter()
-            self._task = self._bars.add_task(what, count="")
+            self._task = self._bars.add_task(what, total=None, count="")
         count = "" if total == 0 else _count(done, total)
         self._bars.update(
             self._task, description=what, completed=done, total=total or None, count=count

@@ -18,7 +18,17 @@ import pytest
 import dsc
 from dsc.cli import main
 from dsc.errors import FileError, UsageError
-from dsc.files import check_room, check_writable, made, named, replacing, write_text
+from dsc.files import (
+    check_room,
+    check_writable,
+    made,
+    named,
+    nearest,
+    replacing,
+    translated,
+    why_no_file,
+    write_text,
+)
 from dsc.runtime import artifact
 from tests.runtime.test_session import small_lm
 
@@ -198,6 +208,83 @@ def test_an_error_names_the_file_it_is_about(tmp_path: Path) -> None:
     with pytest.raises(FileError) as told, named(tmp_path / "out"):
         (tmp_path / "elsewhere").read_text()
     assert told.value.where == str(tmp_path / "elsewhere")
+
+
+@pytest.mark.parametrize(
+    ("error", "where", "reading", "told"),
+    [
+        (OSError(errno.ENOSPC, "full", "x"), None, False, ("write: full", "x", "free some space")),
+        (OSError(errno.EIO, "odd", b"x"), "y", False, ("read or write: odd", "x", "")),
+        (OSError(errno.ENOENT, "no", "file/x"), None, False, ("read or write: no", "file/x", "m")),
+        (OSError(errno.ENOENT, "no", "x"), None, False, ("read or write: no", "x", "give the")),
+        (OSError(errno.ENOENT, "no", "none/x"), None, True, ("read: no", "none/x", "give the")),
+        (OSError(errno.EROFS, "no", "a/.out.1/x"), "a/out", True, ("read: no", "a/out", "give a")),
+        (OSError("odd"), "y", False, ("read or write: odd", "y", "")),
+        (OSError(), None, False, ("read or write: OSError", None, "")),
+    ],
+)  # fmt: skip
+def test_what_the_machine_refuses_is_told_in_words(
+    error: OSError, where: str | None, reading: bool, told: tuple[str, str | None, str]
+) -> None:
+    found = translated(error, where, reading)
+    assert (found.what, found.where) == (f"cannot {told[0]}", told[1])
+    assert (found.hint or "").startswith(told[2])
+    assert (found.hint is None) == (not told[2])
+
+
+def test_a_folder_for_temporary_files_that_is_none_is_told() -> None:
+    found = translated(OSError(errno.ENOENT, "No usable temporary directory found in [...]"))
+    assert (found.where, found.hint) == (None, "set TMPDIR to a folder that you may write to")
+    other = translated(OSError(errno.ENOENT, "No usable temporary directory found", "x"))
+    assert other.where == "x"
+
+
+@pytest.mark.parametrize(("free", "largest"), [(10**6, -1), (10**7, 10**6), (10**6, 10**6)])
+def test_room_that_is_just_enough_is_enough(
+    free: int, largest: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert resource.RLIM_INFINITY == -1
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (largest, -1))
+    check_room(tmp_path / "x", 10**6, "weights")
+    with pytest.raises(FileError) as refused:
+        check_room(tmp_path / "x", 10**6 + 1, "weights")
+    less = "the disk has 1.0 MB left" if free == 10**6 else "a file may have 1.0 MB"
+    assert refused.value.what == f"weights: 1.0 MB needed, {less}"
+
+
+def test_what_keeps_a_path_from_being_a_file_is_told(tmp_path: Path) -> None:
+    Path("nowhere").symlink_to("none")
+    Path("link").symlink_to("file")
+    os.mkfifo("pipe")
+    assert {name: why_no_file(tmp_path / name) for name in (
+        "file", "link", "none", "nowhere", ".", "pipe", "file/x", "a\0b",
+    )} == {
+        "file": "", "link": "", "none": "is missing", "nowhere": "is a link that leads nowhere",
+        ".": "is a folder, not a file", "pipe": "is a pipe or a device, not a file",
+        "file/x": "cannot be read: Not a directory", "a\0b": "is missing",
+    }  # fmt: skip
+
+
+def test_the_nearest_folder_that_there_is(tmp_path: Path) -> None:
+    assert nearest(tmp_path / "a" / "b") == nearest(tmp_path) == tmp_path
+    assert nearest(Path("/none/x")) == Path("/")
+    assert nearest(Path("none/x")) == Path()
+
+
+def test_a_folder_takes_a_place_with_the_rights_of_any_other(tmp_path: Path) -> None:
+    out = tmp_path / "new" / "out"
+    for text in ("first", "second"):
+        with replacing(out) as folder:
+            assert folder.parent == out.parent
+            (folder / text).write_text(text)
+        assert [each.name for each in out.iterdir()] == [text]
+        assert out.stat().st_mode & 0o777 == 0o755
+        assert list(out.parent.iterdir()) == [out]
+    with pytest.raises(KeyError), replacing(out):
+        raise KeyError
+    assert [each.name for each in out.iterdir()] == ["second"]
+    assert list(out.parent.iterdir()) == [out]
 
 
 def test_limits_are_told_in_the_words_of_options(
