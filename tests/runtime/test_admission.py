@@ -11,7 +11,7 @@ import torch
 from dsc.backends.reference import ReferenceExecutable
 from dsc.errors import UsageError
 from dsc.ir.arrays import Array, array_of, tensor_of
-from dsc.ir.index_ranges import IndexRanges, Span, index_ranges
+from dsc.ir.index_ranges import index_ranges
 from dsc.ir.op import registry
 from dsc.ir.parser import parse_program
 from dsc.ir.program import Program
@@ -59,64 +59,6 @@ def test_an_index_outside_is_refused_and_one_inside_is_not(name: str, operand: s
             admission.check({**inputs, index: given})
 
 
-def test_indices_are_followed_through_views_and_what_is_computed_is_known() -> None:
-    program = parse_program("""
-    program "p" {stage=CANONICAL}
-    symbols {S=[1,8]}
-    graph main(%x: f32[5,3], %i: i64[S]) {
-      %a = reshape %i {shape=[1,S]} : i64[1,S]
-      %y = take %x, %a {axis=0} : f32[1,S,3]
-      %w = slice %i {axis=0, start=0, end=1} : i64[1]
-      %z = take %x, %w {axis=0} : f32[1,3]
-      %m, %k = topk %x {k=2} : f32[5,2], i64[5,2]
-      %g = gather %x, %k {axis=1} : f32[5,2]
-      return %y as "y", %z as "z", %g as "g"
-    }
-    """)
-    found = index_ranges(program.entries["main"], program.symbols)
-    assert [(d.input, d.span) for d in found.demands] == [("i", Span(0, 4))]
-    computed = [(c.node.outputs[0].name, c.value.name if c.value else None) for c in found.computed]
-    assert computed == [("z", "w")], "part of an input is no demand on all of it"
-
-
-def test_a_weight_that_is_an_index_is_no_input_of_its_name() -> None:
-    program = parse_program("""
-    program "p" {stage=CANONICAL}
-    weights {
-      @i : i64[2] = source "i" : i64[2]
-    }
-    graph main(%x: f32[5,3], %i: f32[2]) {
-      %y = take %x, @i {axis=0} : f32[2,3]
-      return %y as "y", %i as "i"
-    }
-    """)
-    found = index_ranges(program.entries["main"], program.symbols)
-    assert found.demands == ()
-    assert [str(c.value) for c in found.computed] == ["@i"]
-
-
-def test_elements_in_another_order_no_longer_ascend() -> None:
-    """Rows of groups end in ascending order: a range does, a range whose axes changed does not."""
-    text = """
-    program "p" {stage=CANONICAL}
-    graph main(%x: f32[6,3], %w: f32[6,3,4]) {
-      %a = arange {start=1, end=7, dtype=i64} : i64[6]
-      %b = reshape %a {shape=[2,3]} : i64[2,3]
-      MOVED
-      %d = reshape %c {shape=[6]} : i64[6]
-      %y = grouped_mm %x, %w, %d : f32[6,4]
-      return %y as "y"
-    }
-    """
-    for moved, checked in (
-        ("%c = permute %b {dims=[1,0]} : i64[3,2]", 1),
-        ("%c = reshape %b {shape=[3,2]} : i64[3,2]", 0),
-    ):
-        program = parse_program(text.replace("MOVED", moved))
-        found = index_ranges(program.entries["main"], program.symbols)
-        assert len(found.computed) == checked
-
-
 def test_a_size_is_told_by_the_input_and_the_option() -> None:
     text = 'program "p" {stage=CANONICAL}\nsymbols {B=[1,4]}\n'
     text += "graph main(%input_ids: i64[B,2], %positions: i64[B,2], %lengths: i64[B],"
@@ -133,64 +75,6 @@ def test_a_size_is_told_by_the_input_and_the_option() -> None:
             )
         assert told.value.hint is not None
         assert ("max_batch" in told.value.hint) == (batch == 5)
-
-
-def ranges(*lines: str, inputs: str) -> IndexRanges:
-    body = "\n".join(lines)
-    text = (
-        f'program "p" {{stage=CANONICAL}}\nsymbols {{S=[1,8]}}\ngraph main({inputs}) {{\n{body}\n}}'
-    )
-    program = parse_program(text)
-    return index_ranges(program.entries["main"], program.symbols)
-
-
-def test_a_computed_index_is_what_its_reader_takes_and_not_what_that_was_made_of() -> None:
-    found = ranges(
-        "%j = add %i, %i : i32[S]",
-        "%k = cast %j {dtype=i64} : i64[S]",
-        "%y = take %x, %k {axis=0} : f32[S,3]",
-        'return %y as "y"',
-        inputs="%x: f32[5,3], %i: i32[S]",
-    )
-    assert [str(c.value) for c in found.computed] == ["%k"]
-    known = ranges(
-        "%t, %k = topk %x {k=2} : f32[2], i64[2]",
-        "%y = take %z, %k {axis=0} : f32[2]",
-        'return %y as "y"',
-        inputs="%x: f32[9], %z: f32[4]",
-    )
-    assert [str(c.value) for c in known.computed] == ["%k"], "known to lie in 9 is not in 4"
-
-
-@pytest.mark.parametrize(
-    ("given", "made", "holds"),
-    [("u8", "i8", False), ("i8", "u8", False), ("u8", "i16", True), ("i16", "i32", True)],
-)
-def test_a_cast_is_looked_through_where_it_holds_every_value(
-    given: str, made: str, holds: bool
-) -> None:
-    """200 of u8 is -56 of i8: what is demanded of the one says nothing of the other."""
-    found = ranges(
-        f"%j = cast %i {{dtype={made}}} : {made}[S]",
-        "%k = cast %j {dtype=i64} : i64[S]",
-        "%y = take %x, %k {axis=0} : f32[S,3]",
-        'return %y as "y"',
-        inputs=f"%x: f32[999,3], %i: {given}[S]",
-    )
-    assert [d.input for d in found.demands] == ["i"] * holds
-    assert len(found.computed) == (not holds)
-
-
-def test_an_order_is_demanded_of_elements_in_that_order_alone() -> None:
-    for moved, demands in (("permute %b {dims=[1,0]}", 0), ("reshape %b {shape=[3,2]}", 1)):
-        found = ranges(
-            f"%c = {moved} : i64[3,2]",
-            "%d = reshape %c {shape=[6]} : i64[6]",
-            "%y = grouped_mm %x, %w, %d : f32[6,4]",
-            'return %y as "y"',
-            inputs="%x: f32[6,3], %w: f32[6,3,4], %b: i64[2,3]",
-        )
-        assert (len(found.demands), len(found.computed)) == (demands, 1 - demands)
 
 
 class Failing(Admitted):
