@@ -121,22 +121,21 @@ def align(
     `known` holds what earlier texts renamed, and is added to: old names to new ones.
     """
     keys = (lambda x: x.skeleton, lambda x: x.names, lambda x: x.place)
-    pairs = [*_paired(before, after, keys)]
     known = {} if known is None else known
     rows = []
     removed: Line | None = None
     added: Line | None = None
-    for x, y in [*pairs, (None, None)]:
+    for x, y in _paired(before, after, keys):
         if x is None or y is None:
             rows.append(Row("removed" if x else "added", x, y))
             removed, added = x or removed, y or added
             continue
-        if removed and added and removed.type == added.type:  # one thing in place of another
-            _rename(removed, added, known)
+        _replace(removed, added, known)
         removed = added = None
         _rename(x, y, known)
         rows.append(Row(_kind(x, y, known), x, y))
-    return [*_packed(rows[:-1])]
+    _replace(removed, added, known)
+    return [*_packed(rows)]
 
 
 def with_moves(
@@ -162,6 +161,12 @@ def with_moves(
         ]
         for name, each in texts.items()
     }
+
+
+def _replace(removed: Line | None, added: Line | None, known: dict[str, str]) -> None:
+    """Where one thing stands in the place of another, its results do so too."""
+    if removed and added and removed.type == added.type:
+        _rename(removed, added, known)
 
 
 def _rename(before: Line, after: Line, known: dict[str, str]) -> None:

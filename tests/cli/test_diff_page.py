@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import random
-from itertools import accumulate
+from itertools import accumulate, pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,10 +15,11 @@ from hypothesis import strategies as st
 from dsc.diff import layout, svg
 from dsc.diff.compare import EntryDiff, Layer, _merged, _pairs
 from dsc.diff.layout import Vertex, draw
-from dsc.diff.lines import Line, Row
-from dsc.diff.measure import Timing, _median
+from dsc.diff.lines import Line, Row, align, lines_of, with_moves
+from dsc.diff.measure import Timing, _median, read_profile
 from dsc.diff.page import Cell, cells, change, columns, cost_rows, cost_sums, marked, spell
 from dsc.diff.svg import Block, Timeline, live_line, part_marks, picture, rectangles, timeline
+from dsc.errors import UsageError
 from dsc.ir.dims import symbol
 from dsc.ir.parser import parse_graph, parse_program
 from dsc.runtime.plan import ARENA, INPUT, Buffer, EntryPlan, Launch, Ref
@@ -350,3 +353,121 @@ def test_a_run_of_equal_layers_is_one_line_with_the_mean_of_its_times() -> None:
 def test_times_are_medians_in_milliseconds_and_absent_layers_took_none() -> None:
     runs = [(0.004, {"a": 0.001}), (0.002, {"a": 0.003, "b": 0.002}), (0.009, {"a": 0.002})]
     assert _median(runs) == Timing(4.0, {"a": 2.0, "b": 0.0})
+
+
+def test_a_trace_is_cut_by_the_runs_of_entries(tmp_path: Path) -> None:
+    """Microseconds; a step at a run's beginning is in it, one at its end is not."""
+
+    def event(name: str, cat: str, start: float, taken: float, **args: str) -> dict[str, Any]:
+        return {"ph": "X", "name": name, "cat": cat, "ts": start, "dur": taken, "args": args}
+
+    steps = [
+        event("a", "step", 1000, 500, loc="model.layers.0.mlp"),
+        event("a", "step", 1500, 250, loc="model.layers.0.attn"),
+        event("b", "step", 1999, 125, loc="model.norm"),
+        event("c", "kernel", 1200, 900, loc="model.layers.0"),
+        event("a", "step", 2000, 500, loc="model.layers.0.mlp"),
+        {"ph": "M", "name": "process_name"},
+    ]
+    path = tmp_path / "trace.json"
+    path.write_text(json.dumps({"traceEvents": [event("decode", "entry", 1000, 1000), *steps]}))
+    (entry,) = read_profile(path, ["decode", "prefill"]).items()
+    assert entry[0] == "decode"
+    assert entry[1].milliseconds == pytest.approx(1)
+    assert entry[1].layers == pytest.approx({"model.layers.0": 0.75, "model.norm": 0.125})
+    path.write_text(json.dumps({"traceEvents": steps}))
+    (alone,) = read_profile(path, ["decode"]).values()
+    assert alone.milliseconds == pytest.approx(1.375)
+    assert alone.layers == pytest.approx({"model.layers.0": 1.25, "model.norm": 0.125})
+    with pytest.raises(UsageError, match="no run of any entry"):
+        read_profile(path, ["decode", "prefill"])
+
+
+# --- lines ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("type_", "kinds"), [("f32[4]", ["both", "renamed"]), ("f32[5]", ["both", "changed"])]
+)
+def test_one_value_in_the_place_of_another_is_known_by_its_type(
+    type_: str, kinds: list[str]
+) -> None:
+    before = [Line("%a = exp %x : f32[4]"), Line("%c = neg %a : f32[4]")]
+    after = [Line(f"%z = tanh %y : {type_}"), Line("%d = neg %z : f32[4]")]
+    assert [row.kind for row in align(before, after)] == kinds
+    known = {"%a": "%old"}
+    align(before[:1], after[:1], known)
+    assert known["%a"] == ("%z" if type_ == "f32[4]" else "%old")
+
+
+def test_a_body_is_indented_and_its_place_told_apart() -> None:
+    graph = parse_graph("""graph g(%x: f32[B,4]) {
+      %z = fused %x {body=graph body(%x: f32[B,4]) {
+        %y = exp %x : f32[B,4] loc "model.layers.0.mlp"
+        return %y
+      }} : f32[B,4] loc "model.layers.0"
+      return %z
+    }""")
+    found = [(line.depth, line.loc) for line in lines_of(graph.nodes)]
+    assert found == [(0, ""), (1, "model.layers.0.mlp"), (1, ""), (0, "model.layers.0")]
+    line = Line("%a, %b = split %x {sizes=[1,2]} : f32[1], f32[2]", loc="m")
+    assert (line.results, line.names, line.place) == (("%a", "%b"), "%a,%b", "split m")
+    assert (line.skeleton, line.type) == (
+        "%, % = split % {sizes=[1,2]} : f32[1], f32[2] m", "f32[1], f32[2]",
+    )  # fmt: skip
+    last = Line("return %y")
+    assert (last.results, last.names) == ((), "return %y")
+
+
+@pytest.mark.parametrize(
+    ("row", "sides", "differs"),
+    [
+        (Row("same", Line("a"), Line("a")), ("same", "same"), False),
+        (Row("renamed", Line("a"), Line("b")), ("renamed", "renamed"), False),
+        (Row("changed", Line("a"), Line("b")), ("changed", "changed"), True),
+        (Row("both", Line("a"), Line("b")), ("removed", "added"), True),
+        (Row("both", Line("a"), Line("b"), (True, False)), ("moved", "added"), True),
+        (Row("both", Line("a"), Line("b"), (False, True)), ("removed", "moved"), True),
+        (Row("both", Line("a"), Line("b"), (True, True)), ("moved", "moved"), False),
+        (Row("removed", Line("a"), None), ("removed", "gap"), True),
+        (Row("removed", Line("a"), None, (True, False)), ("moved", "gap"), False),
+        (Row("added", None, Line("a")), ("gap", "added"), True),
+    ],
+)
+def test_a_row_says_what_happened_to_each_line(
+    row: Row, sides: tuple[str, str], differs: bool
+) -> None:
+    assert (row.sides, row.differs) == (sides, differs)
+
+
+@given(st.lists(st.sampled_from("abcde")), st.lists(st.sampled_from("abcde")))
+def test_every_line_of_both_texts_is_shown_once_in_order(left: str, right: str) -> None:
+    """Lines face each other where a kind says so, and none stands alone beside a gap."""
+    before, after = ([Line(f"%{c} = {c} : f32[4]") for c in side] for side in (left, right))
+    rows = align(before, after)
+    assert [row.before for row in rows if row.before] == before
+    assert [row.after for row in rows if row.after] == after
+    for row in rows:
+        assert (row.kind == "removed") == (row.after is None)
+        assert (row.kind == "added") == (row.before is None)
+        assert (row.kind in ("same", "renamed")) == (
+            row.before is not None and row.after is not None and row.before == row.after
+        )
+    for first, second in pairwise(rows):
+        assert {first.kind, second.kind} != {"removed", "added"}
+
+
+def test_a_line_moves_once_and_only_to_what_says_the_same() -> None:
+    texts = {
+        "0": [Row("removed", Line("%a = f"), None), Row("removed", Line("%a = f"), None)],
+        "1": [Row("added", None, Line("%b = f")), Row("removed", Line("return"), None)],
+        "2": [Row("added", None, Line("%c = f")), Row("added", None, Line("return"))],
+        "3": [Row("added", None, Line("%b = f")), Row("added", None, Line("%b = f"))],
+    }
+    found = with_moves(texts, {"%a": "%b"})
+    assert {name: [row.moved for row in rows] for name, rows in found.items()} == {
+        "0": [(True, False), (True, False)],
+        "1": [(False, True), (False, False)],
+        "2": [(False, False), (False, False)],
+        "3": [(False, True), (False, False)],
+    }
