@@ -277,7 +277,7 @@ class Rows(Body):
                 raise NoKernel("a cache, or what says where its rows go, that is no operand")
         lengths, *table = (self._read(x, 1) for x in where)
         reads = (self._read(new, 2), lengths, self._read(cache, 1), *table)
-        if node.output.name in self.views:
+        if not all(place.is_dense for place in self.leaving.get(node.output.name, ())):
             raise NoKernel("a view of a cache")
         b, s, width = new.type.shape
         page = cache.type.shape[1:2] if table else ()

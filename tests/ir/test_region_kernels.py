@@ -16,7 +16,7 @@ import numpy.typing as npt
 import pytest
 import torch
 
-from dsc.ir.dims import Dim, evaluate
+from dsc.ir.dims import Dim, evaluate, symbol
 from dsc.ir.graph import Graph
 from dsc.ir.interpreter import run_graph
 from dsc.ir.op import lookup
@@ -24,9 +24,12 @@ from dsc.ir.parser import parse_graph
 from dsc.ir.region_columns import PRODUCT, Columns, Family
 from dsc.ir.region_steps import Lines, Literal, NoKernel, Read, Rows, RowStep
 from dsc.ir.traits import Role
+from dsc.ir.types import DType, TensorType
+from dsc.ir.views import View
 
 Array = npt.NDArray[Any]
 SIZES = {"B": 2, "S": 3}
+B = symbol("B")
 OPS: dict[str, Callable[..., Any]] = {
     "add": operator.add, "sub": operator.sub, "mul": operator.mul, "neg": operator.neg,
     "cast": lambda x: x,
@@ -201,7 +204,37 @@ def test_columns_of_a_product_give_what_the_region_computes(name: str) -> None:
         assert np.array_equal(found, tensor.numpy().ravel())
 
 
+WALKS: dict[str, list[tuple[int, tuple[tuple[int, int], ...], tuple[int, ...]]]] = {
+    "alone": [(0, ((6, 1),), ())],
+    "one column": [(0, ((1, 1),), ())],
+    "gate and up": [(0, ((3, 1),), (3,))],
+    "up before gate": [(0, ((3, 1),), (3,))],
+    "three parts": [(0, ((1, 1),), ()), (1, ((3, 1),), ()), (4, ((5, 1),), ())],
+    "heads": [(0, ((4, 3), (1, 1)), ()), (1, ((4, 3), (2, 1)), ())],
+    "heads before tokens": [(0, ((4, 3), (3, 1)), ())],
+    "an operand a head": [(0, ((4, 3), (3, 1)), ())],
+    "every second column": [(0, ((3, 2), (1, 1)), (1,))],
+    "parts of heads as one": [(0, ((12, 1),), ())],
+}
+
+
+@pytest.mark.parametrize("name", WALKS)
+def test_columns_are_walked_in_as_few_axes_as_all_that_is_read_allows(name: str) -> None:
+    graph = parse_graph(f"graph main(%x: f32[B,S,4], {PRODUCTS[name]}")
+    families = Columns(graph, graph.nodes[0]).families()
+    assert [(f.start, f.walk, f.shifts) for f in families] == WALKS[name]
+
+
 REFUSED = {
+    "columns of the product that are wanted in two forms ":
+        "%y = linear %x, %w %a, %b2 = split %y {sizes=[3,3]} %z = mul %a, %b2"
+        " %c = slice %y {axis=2, start=4, end=5} return %z, %c",
+    "columns of the product that are wanted in two forms  ":
+        "%y = linear %x, %w %h = reshape %y {shape=[B,S,2,3]}"
+        " %a = slice %h {axis=3, start=0, end=2} %c = slice %y {axis=2, start=3, end=6}"
+        " return %a, %c",
+    "operands that lie differently in the product ":
+        "%y = linear %x, %w %e = slice %y {axis=2, start=0, end=1} %z = add %y, %e return %z",
     "a result that is not made of the product": "%y = linear %x, %w %z = neg %y return %z, %b",
     "a linear of what the region computes": "%a = neg %x %y = linear %a, %w return %y",
     "neg of values outside of the product": "%y = linear %x, %w %z = neg %b return %y, %z",
@@ -227,7 +260,7 @@ def test_a_product_that_one_kernel_cannot_follow_is_refused(reason: str) -> None
     text = f"graph main(%x: f32[B,S,4], %w: f32[6,4], %b: f32[6]) {{ {REFUSED[reason]} }}"
     graph = parse_graph(text)
     anchor = next(n for n in graph.nodes if n.op == "linear")
-    with pytest.raises(NoKernel, match=f"^{reason}$"):
+    with pytest.raises(NoKernel, match=f"^{reason.strip()}$"):
         Columns(graph, anchor).families()
 
 
@@ -274,3 +307,90 @@ def test_rows_give_what_the_region_computes(name: str, single: bool) -> None:
     wanted = run_graph(graph, inputs)
     for found, tensor in zip(run_rows(graph, inputs, single), wanted, strict=True):
         np.testing.assert_allclose(found, tensor.numpy().ravel(), rtol=1e-5, atol=1e-6)
+
+
+NO_ROWS = {
+    "there are views only": "%x: f32[B,S,4]) { %y = reshape %x {shape=[B*S,4]} return %y }",
+    "a result that the region does not compute": "%x: f32[B,S,4]) { %y = neg %x return %y, %x }",
+    "a result that the region does not compute ":
+        "%x: f32[B,S,4], @w: f32[3]) { %y = neg %x return %y, @w }",
+    "a view between two operators":
+        "%x: f32[B,S,4]) { %y = neg %x %t = permute %y {dims=[1,0,2]} %z = neg %t return %z }",
+    "linear in a row-wise region":
+        "%x: f32[B,S,4], %w: f32[4,4]) { %y = linear %x, %w return %y }",
+    "a slice of what the region computes":
+        "%x: f32[B,S,4]) { %y = neg %x %z = slice %y {axis=2, start=0, end=2} return %z }",
+    "a reshape that moves elements":
+        "%x: f32[B,S,4]) { %t = permute %x {dims=[2,0,1]} %r = reshape %t {shape=[4*B*S]}"
+        " %y = neg %r return %y }",
+    "a view of a cache":
+        "%c: f32[B,9,4], %n: f32[B,S,4], %l: i64[B]) { %d = cache_write %c, %n, %l"
+        " %e = permute %d {dims=[1,0,2]} return %e }",
+    "a cache, or what says where its rows go, that is no operand":
+        "%c: f32[9,B,4], %n: f32[B,S,4], %l: i64[B]) { %t = permute %c {dims=[1,0,2]}"
+        " %d = cache_write %t, %n, %l return %d }",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("reason", NO_ROWS)
+def test_what_no_kernel_of_rows_can_do_is_refused(reason: str) -> None:
+    with pytest.raises(NoKernel, match=f"^{reason.strip()}$"):
+        Rows(parse_graph(f"graph main({NO_ROWS[reason]}"))
+
+
+def test_a_cache_that_leaves_under_another_shape_is_the_cache() -> None:
+    graph = parse_graph("""graph main(%c: f32[B,9,4], %n: f32[B,S,4], %l: i64[B]) {
+      %d = cache_write %c, %n, %l %e = reshape %d {shape=[B,36]} return %e }""")
+    assert [step.op for step in Rows(graph).steps] == ["cache_write"]
+
+
+@pytest.mark.parametrize("paged", [False, True])
+def test_a_step_that_writes_rows_of_a_cache_says_where_they_go(paged: bool) -> None:
+    cache, table = ("N,5,4", ", %t: i64[B,M]") if paged else ("B,9,4", "")
+    graph = parse_graph(f"""graph main(%c: f32[{cache}], %n: f32[B,S,8], %l: i64[B]{table}) {{
+      %p, %q = split %n {{axis=2, sizes=[4,4]}} %y = neg %q
+      %d = cache_write %c, %y, %l{", %t" if paged else ""} return %d
+    }}""")
+    neg, write = Rows(graph).steps
+    assert str(Rows(graph).rows) == "B*S"
+    assert (write.role, write.extents, neg.kept) == (Role.WRITE, (4,), True)
+    assert [str(d) for d in write.over] == (["S", "M", "5"] if paged else ["S", "9"])
+    new, lengths, rows, *rest = (read.source for read in write.reads)
+    assert new == neg.number
+    assert isinstance(lengths, Lines)
+    assert isinstance(rows, Lines)
+    assert (lengths.view.buffer, lengths.rows, lengths.inner) == (2, ((B, 1),), ())
+    count, page = ("N", 5) if paged else ("B", 9)
+    assert [(str(d), s) for d, s in rows.rows] == [(count, page * 4)]
+    assert (rows.view.buffer, rows.inner) == (0, (4, 1))
+    if paged:
+        (table_read,) = rest
+        assert isinstance(table_read, Lines)
+        assert [str(x) for x in (*table_read.rows[0], *table_read.inner)] == ["B", "M", "1"]
+
+
+@pytest.mark.parametrize(
+    ("shape", "strides", "lead", "rows", "inner", "unit", "constant"),
+    [
+        ((2, 3, 4), (12, 4, 1), 2, ((6, 4),), (1,), True, False),
+        ((2, 3, 4), (13, 4, 1), 2, ((2, 13), (3, 4)), (1,), True, False),
+        ((2, 3, 4), (12, 4, 1), 1, ((2, 12),), (4, 1), True, False),
+        ((2, 1, 4), (12, 7, 2), 2, ((2, 12),), (2,), False, False),
+        ((2, 4), (1, 0), 1, ((2, 1),), (0,), False, True),
+        ((2, 3, 4), (1, 1, 0), 1, ((2, 1),), (1, 0), False, False),
+        ((2,), (1,), 1, ((2, 1),), (), False, True),
+        ((2,), (1,), 0, (), (1,), True, False),
+    ],
+)
+def test_lines_are_rows_by_number_and_what_each_holds(
+    shape: tuple[int, ...],
+    strides: tuple[int, ...],
+    lead: int,
+    rows: tuple[tuple[int, int], ...],
+    inner: tuple[int, ...],
+    unit: bool,
+    constant: bool,
+) -> None:
+    lines = Lines.of(View(0, TensorType(DType.f32, shape), strides, 5), lead)
+    assert (lines.rows, lines.inner, lines.view.offset) == (rows, inner, 5)
+    assert (lines.unit, lines.constant) == (unit, constant)

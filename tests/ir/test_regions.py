@@ -12,7 +12,17 @@ from dsc.ir.lanes import moves_nothing
 from dsc.ir.parser import parse_graph
 from dsc.ir.region_columns import Columns
 from dsc.ir.region_steps import NoKernel, Rows, alone
-from dsc.ir.regions import name_of
+from dsc.ir.regions import (
+    Kind,
+    RegionLimits,
+    anchor_of,
+    classify,
+    is_anchor,
+    is_free,
+    name_of,
+    role,
+)
+from dsc.ir.traits import Role
 
 
 @pytest.mark.parametrize(
@@ -60,6 +70,7 @@ def test_a_split_moves_what_it_gives() -> None:
     [
         "softmax %x {axis=1}",
         "softmax %x {axis=-1}",
+        "sum %x {axes=[1,2]}",
         "sum %x {axes=[0,2]}",
         "mean %x {axes=[0], keepdims=true}",
         "amax %x {axes=[2,1], keepdims=true}",
@@ -71,7 +82,78 @@ def test_an_operator_alone_is_a_region_along_its_last_axes(call: str) -> None:
     x = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(run_graph(body, [x]), run_graph(graph, [x]))
     (step,) = Rows(body).steps
+    assert (len(body.nodes) == 1) == (not any(x in call for x in ("axis=1", "[0")))
     assert Rows(body).rows * math.prod(step.over) == 24
+
+
+def test_a_pointwise_operator_alone_is_itself() -> None:
+    graph = parse_graph("graph main(%x: f32[2,3], %z: f32[3]) { %y = sub %x, %z return %y }")
+    body = alone(graph.nodes[0])
+    assert [n.op for n in body.nodes] == ["sub"]
+    assert [v.type for v in body.inputs] == [v.type for v in graph.inputs]
+
+
+CALLS = {
+    Kind.POINTWISE: "%a = neg %x %b = reshape %a {shape=[8]} return %b",
+    Kind.MOVEMENT: "%b = reshape %x {shape=[8]} return %b",
+    Kind.GEMM: "%a = neg %x %b = linear %a, %w return %b",
+    Kind.ROWWISE: "%a = neg %x %b = softmax %a {axis=1} return %b",
+    Kind.SINGLE: "%b = softmax %x {axis=0} return %b",
+    Kind.MIXED: "%a = neg %x %b = softmax %a {axis=0} return %b",
+}
+
+
+@pytest.mark.parametrize("kind", CALLS)
+def test_a_body_is_of_the_kind_of_its_operators(kind: Kind) -> None:
+    graph = parse_graph(f"graph main(%x: f32[2,4], %w: f32[4,4]) {{ {CALLS[kind]} }}")
+    assert classify(graph) is kind
+    anchor = anchor_of(graph.nodes)
+    assert (anchor is not None) == (kind is Kind.GEMM)
+    assert [is_anchor(n) for n in graph.nodes] == [n is anchor for n in graph.nodes]
+
+
+@pytest.mark.parametrize(
+    ("line", "part", "free"),
+    [
+        ("%y = full {shape=[1,1], value=2.0, dtype=f32}", Role.CONSTANT, True),
+        ("%y = full {shape=[2], value=2.0, dtype=f32}", Role.OTHER, False),
+        ("%y = reshape %x {shape=[8]}", Role.VIEW, True),
+        ("%y = permute %x {dims=[1,0]}", Role.VIEW, False),
+        ("%y = sum %x {axes=[1]}", Role.REDUCTION, False),
+        ("%y = sum %x {axes=[-1]}", Role.REDUCTION, False),
+        ("%y = sum %x {axes=[0]}", Role.OTHER, False),
+        ("%y = sum %x {axes=[0,1]}", Role.OTHER, False),
+        ("%y = softmax %s {axis=0}", Role.OTHER, False),
+        ("%y = rms_norm %x, %g {eps=1e-05}", Role.REDUCTION, False),
+        ('%y = rope %q, %p, %f {layout="half"}', Role.ROTATION, False),
+        ("%y = cache_write %c, %q, %l", Role.WRITE, False),
+        ("%y = append %c, %q, %l", Role.OTHER, False),
+        ("%y = linear %x, %x", Role.PRODUCT, False),
+        ("%y, %z = topk %x {k=2}", Role.OTHER, False),
+    ],
+)
+def test_the_part_of_an_operator_in_a_region_and_whether_it_is_free(
+    line: str, part: Role, free: bool
+) -> None:
+    inputs = """%x: f32[2,4], %g: f32[4], %s: f32[], %q: f32[2,1,4], %p: i64[2,1], %f: f32[2],
+        %c: f32[2,3,4], %l: i64[2]"""
+    if "%s" in line:
+        line = line.replace("%s", "%g")
+        inputs = inputs.replace("%g: f32[4]", "%g: f32[4,2]")
+    (node,) = parse_graph(f"graph main({inputs}) {{ {line} return %y }}").nodes
+    assert role(node) is part
+    assert is_free(node, RegionLimits()) == free
+
+
+def test_a_region_is_called_by_what_it_does_and_how_often() -> None:
+    text = """graph main(%x: f32[2,4], @q_proj.weight: f32[4,4], @v.weight: f32[4,4]) {
+      %y = fused %x, @q_proj.weight {body=graph f(%x: f32[2,4], %w: f32[4,4]) {
+        %a = neg %x %b = reshape %a {shape=[2,4]} %c = neg %b %d = linear %c, %w
+        %e = linear %d, @v.weight return %e
+      }}
+      return %y
+    }"""
+    assert name_of(parse_graph(text).nodes[0]) == "2 neg + q_proj + v"
 
 
 def test_steps_are_kept_for_what_does_not_run_beside_them() -> None:
@@ -84,6 +166,15 @@ def test_steps_are_kept_for_what_does_not_run_beside_them() -> None:
     }"""
     kept = {s.op for s in Rows(parse_graph(text)).steps if s.kept}
     assert kept == {"mul", "silu", "rms_norm"}
+    text = """graph body(%x: f32[N,8]) {
+      %s = sum %x {axes=[1], keepdims=true}
+      %t = neg %s
+      %h = silu %t
+      %c = mul %x, %h
+      %d = tanh %c
+      return %d
+    }"""
+    assert {s.op for s in Rows(parse_graph(text)).steps if s.kept} == {"sum", "silu"}
 
 
 def test_rows_that_differ_are_no_region() -> None:
