@@ -186,6 +186,9 @@ CASES: dict[str, tuple[str, str, list[Any], list[str]]] = {
         "%x: f32[9,3]", "%k = arange {start=-1, end=8, dtype=i64} " + TAKE,
         [], ["y.y take 1 %k 0..8"],
     ),
+    "what starts above": (
+        "%x: f32[8,3]", "%k = arange {start=3, end=8, dtype=i64} " + TAKE, [], [],
+    ),
     "what is known of a part": (
         "%x: f32[8,3]", "%a = arange {start=0, end=8, dtype=i64}"
         " %k = slice %a {axis=0, start=2, end=5} " + TAKE, [], [],
