@@ -218,6 +218,8 @@ def compile(
     fallback: str | None = None,
     ranks: int = 1,
     parallel: str = "tp+ep",
+    quant: str = "none",
+    keep: Sequence[str] = (),
     print_ir_after: Sequence[str] = (),
     dump_dir: str | Path | None = None,
     verify_each: bool = False,
@@ -246,6 +248,11 @@ def compile(
         ranks: processes that run the model together, each with its part of the weights.
         parallel: how ranks share it: "tp+ep" (heads, rows and vocabulary split, experts dealt
             out), "tp" (experts split as well) or "ep" (only the experts shared).
+        quant: "int8" or "int4" stores the weights of linears and experts in codes of so many bits,
+            with a scale in fp16 for each 32 columns of a row; the head's in 8 bits. A backend
+            that does not read such weights gets their rounded values, and a note says so.
+        keep: weights that stay as they are: names or beginnings of names of their tensors in the
+            checkpoint, such as "lm_head" or "model.layers.0", or patterns: "*.self_attn.*".
         print_ir_after: passes after which the text IR is printed, or "all".
         dump_dir: a folder for numbered text after each pass.
         verify_each: interpret before and after each pass and compare.
@@ -264,11 +271,12 @@ def compile(
     sizes = {"max_batch": max_batch, "prefill_chunk": prefill_chunk, "ranks": ranks}
     _check_kinds(int, False, fusion_level=fusion_level, **sizes)
     _check_kinds(int, True, max_context=max_context, threads=threads)
-    _check_kinds(str, False, cache=cache, parallel=parallel)
+    _check_kinds(str, False, cache=cache, parallel=parallel, quant=quant)
     _check_kinds(str, True, backend=backend, dtype=dtype, fallback=fallback)
     _check_options(fusion_level, dtype, max_batch, max_context, prefill_chunk)
     check_parallel(ranks, parallel)
     pipeline.check_names(print_ir_after, NOT_PASSES)
+    pipeline.PipelineOptions(quant=quant, keep=tuple(keep))  # wrong ones are told at once
 
     def shares(config: ModelConfig) -> None:
         experts = config.n_routed_experts if config.is_moe(config.num_hidden_layers - 1) else 0
@@ -304,6 +312,8 @@ def compile(
         cache=cache,
         ranks=ranks,
         parallel=parallel,
+        quant=quant,
+        keep=tuple(keep),
         watch=watch,
     )
     try:
@@ -319,6 +329,7 @@ def compile(
         loaded.notes.append(f"the whole program runs on {fallback}: {refused.what}")
     optimised = time.perf_counter()
     program, emitted, records = done
+    loaded.notes.extend(pipeline.quantised(records, chosen.name))
 
     def admit(plan: Plan) -> None:
         check_plans(plan, emitted)

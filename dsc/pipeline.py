@@ -33,6 +33,8 @@ from dsc.targets import Target, parse_target
 
 CACHES = ("contiguous", "paged")
 """Layouts of KV caches: a capacity of rows for each sequence, or pages that sequences take."""
+QUANT = {"none": "", "int8": "i8", "int4": "i4"}
+"""What weights may be quantised to, and the element type of the codes."""
 PAGED = CACHES[1]
 EPILOGUES = 2
 """Backends that fuse from this level on split a merged projection at no cost."""
@@ -49,10 +51,18 @@ class PipelineOptions:
     cache: str = "contiguous"
     ranks: int = 1
     parallel: str = "tp+ep"
+    quant: str = "none"
+    keep: tuple[str, ...] = ()
     watch: Watch = field(default_factory=Watch)
 
     def __post_init__(self) -> None:
         check_fusion_level(self.fusion_level)
+        if self.quant not in QUANT:
+            raise UsageError(f"quant {self.quant!r}", hint=one_of(self.quant, list(QUANT)))
+        if self.keep and self.quant == "none":
+            raise UsageError(
+                f"{self.keep[0]!r} is kept, and nothing is quantised", hint="give quant as well"
+            )
 
 
 class Setting(NamedTuple):
@@ -127,6 +137,10 @@ SLOTS = (
         lambda s: {"ranks": s.asked.ranks, "parallel": s.asked.parallel},
     ),
     Slot(Part.OPTIMISE, "merge_projections", lambda s: s.can.fuse >= EPILOGUES),
+    Slot(
+        Part.OPTIMISE, "quantize_weights", lambda s: s.asked.quant != "none",
+        lambda s: {"codes": QUANT[s.asked.quant], "keep": s.asked.keep},
+    ),
     Slot(Part.OPTIMISE, "choose_formats", options=lambda s: {"formats": s.can.formats}),
     Slot(
         Part.OPTIMISE, "lower_moe_dispatch", lambda s: s.can.experts is not None,
@@ -253,6 +267,23 @@ def prepare(
     if cache is not None:
         cache.store(prepared)
     return prepared
+
+
+def quantised(records: Sequence[PassRecord], backend: str) -> Iterator[str]:
+    """What to tell a user of weights that were to be quantised."""
+    by_name = {record.name: record.report for record in records}
+    asked = by_name.get("quantize_weights")
+    if asked is None:
+        return
+    kinds = {word: code for word, code in QUANT.items() if code}
+    found = [f"{n} in {w}" for w, c in kinds.items() if (n := asked.facts.get(c, 0))]
+    kept = f"; {len(asked.near)} that products read are kept" if asked.near else ""
+    yield f"weights: {' and '.join(found) or 'none quantised'}{kept}"
+    chosen = set(asked.places.get("quantise", ()))
+    plain = [miss for miss in by_name["choose_formats"].near if miss.where in chosen]
+    if plain:
+        reasons = ", ".join(dict.fromkeys(miss.reason for miss in plain))
+        yield f"{len(plain)} of them are packed dequantised for {backend}: {reasons}"
 
 
 def run(

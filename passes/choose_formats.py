@@ -42,7 +42,7 @@ from dsc.ir.ops.shape import axis_of
 from dsc.ir.program import Program
 from dsc.ir.stages import Stage
 from dsc.ir.types import DType, TensorType
-from dsc.ir.weights import Apply, Source, WeightExpr, apply
+from dsc.ir.weights import Apply, Source, WeightExpr, apply, stored_type
 from dsc.rewrite.base import Pass, PassReport
 from dsc.rewrite.options import option
 
@@ -66,7 +66,7 @@ class ChooseFormats(Pass):
         chosen: dict[str, WeightExpr] = {}
         for name, readers in weight_uses(program.entries.values()).items():
             expr = program.weights[name]
-            stored = _stored_type(expr)
+            stored = stored_type(expr)
             if stored is None:
                 continue
             try:
@@ -109,7 +109,7 @@ def in_format(expr: WeightExpr) -> Apply:
     stored = _in_parts(expr)
     for axis in range(expr.type.rank - 2):
         stored = [part.with_blocks_of_one(expr, axis) for part in stored]
-    kind = _stored_type(expr)
+    kind = stored_type(expr)
     assert kind is not None
     assert kind.format is not None
     if stored[0].block[-2:] != kind.format.parts(kind.dtype)[0].block:
@@ -213,14 +213,6 @@ def _check(expr: Apply, size: int, *at: Dim) -> None:
     cut = [place for place in at if not is_whole(place, size)]
     if cut:
         raise Dequantised(f"{expr.op} at {cut[0]} cuts a block of {size}")
-
-
-def _stored_type(expr: WeightExpr) -> TensorType | None:
-    """The type in a format of the first part of a weight that is stored in one."""
-    if expr.type.format is not None:
-        return expr.type
-    args = () if isinstance(expr, Source) else expr.args
-    return next((t for arg in args if (t := _stored_type(arg)) is not None), None)
 
 
 def _computed(node: Node | None, index: int) -> DType:

@@ -23,7 +23,9 @@ from tests.passes.test_raise_models import stored
 from tests.whole_pipeline import Setting, Tally, check, settings
 
 SAMPLED, ALL = 60, 2000
-OPTIONAL = frozenset({"merge_shared_expert", "cut_at_collectives", "raise_registered"})
+OPTIONAL = frozenset(
+    {"merge_shared_expert", "cut_at_collectives", "raise_registered", "quantize_weights"}
+)
 """Passes that no setting here asks for, or too few do."""
 RARE = frozenset({"eliminate_dead_code", "fold_empty"})
 """Passes that one program in thirty gives something to do: a sample may hold none."""

@@ -30,6 +30,8 @@ def compile(
     fallback: options.Fallback = None,
     ranks: options.Ranks = None,
     parallel: options.Parallel = None,
+    quant: options.Quant = "none",
+    keep: options.Keep = None,
     print_ir_after: options.PrintIrAfter = None,
     dump_dir: options.DumpDir = None,
     verify_each: options.VerifyEach = False,

@@ -128,6 +128,22 @@ Parallel = Annotated[
         " out; tp+ep: experts dealt out, the rest split.  [default: tp+ep]",
     ),
 ]
+Quant = Annotated[
+    Literal["none", "int8", "int4"],
+    Option(
+        "--quant",
+        help="Store weights of linears and experts as integers, a scale for 32 columns of a row;"
+        " the head's in 8 bits.",
+    ),
+]
+Keep = Annotated[
+    list[str] | None,
+    unset(
+        "--keep",
+        metavar="GLOB",
+        help="Weights that --quant leaves: lm_head, model.layers.0, '*.self_attn.*'; repeatable.",
+    ),
+]
 PrintIrAfter = Annotated[
     list[str] | None,
     unset(

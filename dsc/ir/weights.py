@@ -76,6 +76,14 @@ def sources(expr: WeightExpr) -> Iterator[Source]:
         yield from sources(arg)
 
 
+def stored_type(expr: WeightExpr) -> TensorType | None:
+    """The type in a format of the first part of a weight that is stored in one."""
+    if expr.type.format is not None:
+        return expr.type
+    args = () if isinstance(expr, Source) else expr.args
+    return next((t for arg in args if (t := stored_type(arg)) is not None), None)
+
+
 class WeightSource(ABC):
     """Where the tensors of a program lie; `types` are those of all of them, by name."""
 

@@ -15,7 +15,7 @@ from dsc.ir.graph import Attrs, Graph
 from dsc.ir.lazy import torch
 from dsc.ir.program import Program
 from dsc.ir.types import DType, TensorType
-from dsc.ir.weights import Apply, Source, WeightExpr, WeightSource, random_tensor, source_types
+from dsc.ir.weights import Source, WeightExpr, WeightSource, apply, random_tensor, source_types
 
 NARROW = frozenset({DType.bf16, DType.f16})
 
@@ -72,4 +72,4 @@ def _expr(expr: WeightExpr) -> WeightExpr:
     if isinstance(expr, Source):
         return Source(expr.key, _wide(expr.type))
     attrs = Attrs({k: _attr(v) for k, v in expr.attrs.items()})
-    return Apply(expr.op, tuple(map(_expr, expr.args)), attrs, _wide(expr.type))
+    return apply(expr.op, *map(_expr, expr.args), **attrs)

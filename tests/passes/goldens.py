@@ -58,6 +58,7 @@ AFTER = {
     "shard": f"{_ABSORBED},shard",
     "lower_moe_dispatch": f"{_ABSORBED},lower_moe_dispatch",
     "merge_projections": f"{_ABSORBED},merge_projections",
+    "quantize_weights": f"{_ABSORBED},quantize_weights{{codes=i4}}",
     _IN_FP8: f"{_ABSORBED},merge_projections,{_IN_FP8}",
     "merge_shared_expert": f"merge_shared_expert,{_ABSORBED}",
     "fuse_1": f"{_MERGED},fuse{{level=1}}",

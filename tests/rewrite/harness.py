@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from dsc.ir.graph import Value
 from dsc.ir.parser import parse_graph, parse_program
-from dsc.ir.printer import print_graph
+from dsc.ir.printer import print_graph, print_program
 from dsc.ir.program import Program
 from dsc.ir.stages import Stage
 from dsc.ir.verifier import verify
@@ -155,11 +155,14 @@ def check_docstring(each: Pass, stage: Stage = Stage.TRACED) -> None:
 
 
 def check_golden(each: Pass, before: Program, wanted: str) -> None:
-    """Run a pass on a program and compare the entry that a text shows with it, name by name."""
+    """Run a pass on a program and compare what a text shows with it, an entry or all of it."""
     verify(before)
     after = each.run(before, PassReport())
     verify(after)
-    shown = parse_graph(wanted)
-    found, normal = print_graph(after.entries[shown.name]), print_graph(shown)
+    if wanted.startswith("program"):
+        found, normal = print_program(after), print_program(parse_program(wanted))
+    else:
+        shown = parse_graph(wanted)
+        found, normal = print_graph(after.entries[shown.name]), print_graph(shown)
     if found != normal:
         raise EvidenceFailed(f"{each.name} gives\n{found}\nand not\n{normal}")

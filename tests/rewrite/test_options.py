@@ -38,10 +38,10 @@ def others(known: Option) -> list[Any]:
     if known.kind is bool:
         return [not known.default]
     if known.kind is int:
-        return [n for n in known.among or (1, 12345) if n != known.default]
+        return [n for n in known.among or (known.least or 1, 12345) if n != known.default]
     if known.kind is str:
         return [word for word in known.among if word != known.default]
-    words = (known.default[:1], known.default[::-1], ())
+    words = (known.default[:1], known.default[::-1], () if known.among else ("a.b", "c.*"))
     return [found for found in words if found != known.default]
 
 
@@ -173,7 +173,8 @@ def test_the_list_has_each_pass_once_and_they_run_in_its_order() -> None:
         states=(Storage.CONTIGUOUS, *Storage),
     )
     traced = canonical_lm(Sizes()).at(Stage.TRACED)
-    runs = [names(traced, everything, **asked) for asked in ({}, {"ranks": 2}, {"cache": "paged"})]
+    wishes: list[dict[str, Any]] = [{}, {"ranks": 2}, {"cache": "paged"}, {"quant": "int4"}]
+    runs = [names(traced, everything, **asked) for asked in wishes]
     for run in runs:
         assert run == sorted(run, key=order.index)
     assert {name for run in runs for name in run} == set(order)

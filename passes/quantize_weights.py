@@ -1,0 +1,185 @@
+"""Store the weights of products as 8-bit or 4-bit integers, with a scale for each group of columns.
+
+What           a weight that linears or experts multiply by becomes the nearest codes and a scale in
+               fp16 for each `group` columns of a row; that of a product which is a result, as
+               logits are, has codes of its own, `head`.
+Why it pays    a decoded token costs the time to read the weights it uses: half, or a quarter.
+Preconditions  linears and experts alone read the tensors that it is made of: an embedding's table,
+               a router's weights and what absorbed attention reads stay, in prefill too. It is
+               stored in no format yet, and no pattern of `keep` names it or such a tensor. What a
+               backend does not read as it is stored, `choose_formats` dequantises.
+Before         program "example" {stage=CANONICAL}
+               symbols {N=[1,8]}
+               weights {
+                 @a : f32[6,8] = source "a" : f32[6,8]
+               }
+               graph main(%x: f32[N,8]) {
+                 %y = linear %x, @a : f32[N,6]
+                 %z = silu %y : f32[N,6]
+                 return %z
+               }
+After          program "example" {stage=CANONICAL}
+               symbols {N=[1,8]}
+               weights {
+                 @a : f32[6,8] = dequantize(scaled(block_codes(source "a" : f32[6,8],
+                   block_scales(source "a" : f32[6,8]) {block=[1,32], codes=i8, dtype=f16})
+                   {block=[1,32], codes=i8}, block_scales(source "a" : f32[6,8])
+                   {block=[1,32], codes=i8, dtype=f16}) {block=[1,32]}) {dtype=f32}
+               }
+               graph main(%x: f32[N,8]) {
+                 %y = linear %x, @a : f32[N,6]
+                 %z = silu %y : f32[N,6]
+                 return %z
+               }
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
+
+from dsc.errors import UsageError
+from dsc.ir.analyses import Use, uses, weight_uses
+from dsc.ir.formats import CODINGS, is_whole
+from dsc.ir.graph import Graph, Node, Value, Weight
+from dsc.ir.op import lookup, traits_of
+from dsc.ir.program import Program
+from dsc.ir.stages import Stage
+from dsc.ir.traits import Role
+from dsc.ir.types import DType
+from dsc.ir.weights import Apply, Source, WeightExpr, apply, sources, stored_type
+from dsc.rewrite.base import Pass, PassReport
+from dsc.rewrite.options import option
+
+RULE = "quantise"
+INTEGERS = ("i8", "i4")
+SCALES = DType.f16
+
+
+class Kept(Exception):
+    """Why a weight stays as it is."""
+
+
+@dataclass(frozen=True)
+class QuantizeWeights(Pass):
+    """Decide for every weight that products read."""
+
+    codes: str = option("i8", among=INTEGERS)
+    head: str = option("i8", among=INTEGERS)
+    group: int = option(32, least=2)
+    keep: tuple[str, ...] = ()
+
+    needs = frozenset({Stage.CANONICAL, Stage.OPTIMIZED})
+    tolerance = 0.3  # of rounding to 16 steps; what codes are is held to their bound by tests
+
+    def run(self, program: Program, report: PassReport) -> Program:
+        """One walk over the weights; the report has the reason for each that products keep."""
+        chosen: dict[str, WeightExpr] = {}
+        heads = {name for graph in program.entries.values() for name in _heads(graph)}
+        read = weight_uses(program.entries.values())
+        others: dict[str, str] = {}
+        for name, readers in read.items():
+            told = {"a result" if n is None else n.op for n, i in readers if not _is_product(n, i)}
+            others |= dict.fromkeys(_keys(program.weights[name]), min(told)) if told else {}
+        self._check_patterns(program)
+        for name, readers in read.items():
+            if not any(_is_product(*reader) for reader in readers):
+                continue
+            expr = program.weights[name]
+            codes = DType(self.head if name in heads else self.codes)
+            try:
+                self._check(name, expr, codes, others)
+            except Kept as why:
+                report.miss(RULE, name, str(why), [name])
+                continue
+            chosen[name] = quantised(expr, codes, (1, self.group))
+            report.fire(RULE, places=[name])
+            report.facts[str(codes)] = report.facts.get(str(codes), 0) + 1
+        return replace(program, weights={**program.weights, **chosen}) if chosen else program
+
+    def _check_patterns(self, program: Program) -> None:
+        """Raise `UsageError` for a pattern that names no weight."""
+        every = {key for expr in program.weights.values() for key in _keys(expr)}
+        every |= program.weights.keys()
+        for pattern in self.keep:
+            if not _named(pattern, every):
+                near = get_close_matches(pattern, every, 1) or sorted(every)[:1]
+                hint = f"names are the checkpoint's, such as {near[0]}" if near else "leave it out"
+                raise UsageError(f"no weight is called {pattern!r}", hint=hint)
+
+    def _check(self, name: str, expr: WeightExpr, codes: DType, others: Mapping[str, str]) -> None:
+        """Raise `Kept` unless a weight may be quantised; `others`: who else reads a tensor."""
+        key = next((key for key in _keys(expr) if key in others), None)
+        if key is not None:
+            raise Kept(f"{others[key]} reads {key} too")
+        found = stored_type(expr)
+        if found is not None:
+            raise Kept(f"it is stored as {found.dtype} already")
+        if not expr.type.dtype.is_float:
+            raise Kept(f"it holds {expr.type.dtype}")
+        together = CODINGS[codes].together
+        if not is_whole(expr.type.shape[-1], together):
+            raise Kept(f"{expr.type.shape[-1]} columns, and {together} codes share a byte")
+        pattern = next((p for p in self.keep if _named(p, [name, *_keys(expr)])), None)
+        if pattern is not None:
+            raise Kept(f"{pattern} is kept")
+
+
+def quantised(expr: WeightExpr, codes: DType, block: tuple[int, int]) -> WeightExpr:
+    """The numbers that a weight's codes stand for, in its own element type."""
+    stored = apply("scaled", *_packed(expr, codes, block), block=block)
+    return apply("dequantize", stored, dtype=expr.type.dtype)
+
+
+def _packed(expr: WeightExpr, codes: DType, block: tuple[int, int]) -> Sequence[WeightExpr]:
+    """Codes and scales; those of a stack are stacks, so that they can be made piece by piece."""
+    if isinstance(expr, Apply) and (expr.op == "stack" or _joins_rows(expr)):
+        pieces = [_packed(arg, codes, block) for arg in expr.args]
+        return [apply(expr.op, *each, **expr.attrs) for each in zip(*pieces, strict=True)]
+    scales = apply("block_scales", expr, codes=codes, block=block, dtype=SCALES)
+    return apply("block_codes", expr, scales, codes=codes, block=block), scales
+
+
+def _joins_rows(expr: Apply) -> bool:
+    return expr.op == "concat" and expr.attrs["axis"] % expr.type.rank < expr.type.rank - 1
+
+
+def _is_product(node: Node | None, index: int) -> bool:
+    """Whether a reader multiplies rows by the weight: a linear's, or the experts'."""
+    if node is None:
+        return False
+    traits, name = traits_of(node.op), lookup(node.op).operand_names(len(node.inputs))[index]
+    return traits.role in (Role.PRODUCT, Role.EXPERTS) and name in traits.stored
+
+
+def _heads(graph: Graph) -> Iterable[str]:
+    """Names of the weights of products that are results, or of which only a view or a cast is."""
+    readers = uses(graph)
+    for node in graph.nodes:
+        for index, x in enumerate(node.inputs):
+            if isinstance(x, Weight) and _is_product(node, index) and _ends(node.output, readers):
+                yield x.name
+
+
+def _ends(value: Value, readers: Mapping[str, Sequence[Use]]) -> bool:
+    """Whether nothing is computed with a value on its way out."""
+    return all(
+        node is None
+        or ((node.op == "cast" or traits_of(node.op).role is Role.VIEW)
+            and all(_ends(v, readers) for v in node.outputs))
+        for node, _ in readers[value.name]
+    )  # fmt: skip
+
+
+def _keys(expr: WeightExpr) -> list[str]:
+    return [expr.key] if isinstance(expr, Source) else [s.key for s in sources(expr)]
+
+
+def _named(pattern: str, names: Iterable[str]) -> bool:
+    """Whether a pattern is one of these names, the beginning of one up to a dot, or fits one."""
+    return any(
+        name == pattern or name.startswith(f"{pattern}.") or fnmatchcase(name, pattern)
+        for name in names
+    )

@@ -1,0 +1,218 @@
+"""Weights of products become codes, within the bound of their format; all others stay."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+import torch
+
+import dsc
+from dsc import pipeline
+from dsc.errors import UsageError
+from dsc.ir.formats import CODINGS
+from dsc.ir.parser import parse_program
+from dsc.ir.program import Program
+from dsc.ir.streams import blocks
+from dsc.ir.types import DType
+from dsc.ir.weights import Apply, Source, WeightExpr, apply, evaluate, random_source, source_types
+from dsc.models.configs import TINY_CHECKPOINT
+from dsc.passes.quantize_weights import QuantizeWeights
+from dsc.rewrite.base import PassReport
+from dsc.rewrite.verify import compare_programs
+
+TEXT = """program "m" {stage=CANONICAL}
+symbols {N=[1,8]}
+weights {
+  @embed.weight : f32[16,64] = source "embed.weight" : f32[16,64]
+  @a.weight : f32[6,64] = source "a.weight" : f32[6,64]
+  @up : f32[3,8,64] = stack(source "e.0" : f32[8,64], concat(source "e.1" : f32[4,64],
+    source "e.2" : f32[4,64]) {axis=0}, source "e.3" : f32[8,64])
+  @down : f32[3,64,4] = source "d" : f32[3,64,4]
+  @kv : f32[8,64] = source "kv" : f32[8,64]
+  @part : f32[4,64] = slice(source "kv" : f32[8,64]) {axis=0, start=0, end=4}
+  @odd : f32[6,7] = source "odd" : f32[6,7]
+  @head.weight : f32[9,64] = source "head.weight" : f32[9,64]
+}
+graph main(%ids: i64[N], %idx: i64[N,2], %w: f32[N,2], %z: f32[N,7]) {
+  %x = embedding %ids, @embed.weight
+  %a = linear %x, @a.weight
+  %e = experts %x, %idx, %w, @up, @down
+  %k = linear %e, @kv
+  %s = silu %k
+  %p = einsum %e, @part {eq="nd,ed->ne"}
+  %o = linear %z, @odd
+  %l = linear %e, @head.weight
+  %logits = cast %l {dtype=bf16}
+  %r = silu %a
+  %t = silu %o
+  return %logits, %r, %s, %p, %t
+}
+"""
+
+
+def model() -> Program:
+    program = parse_program(TEXT)
+    types = source_types(program.weights.values())
+    return parse_program(TEXT, random_source(types))
+
+
+def quantised(**options: Any) -> tuple[Program, PassReport]:
+    report = PassReport()
+    return QuantizeWeights(**options).run(model(), report), report
+
+
+def codes_of(expr: WeightExpr) -> DType | None:
+    return expr.args[0].type.dtype if isinstance(expr, Apply) and expr.op == "dequantize" else None
+
+
+@pytest.mark.parametrize("codes", ["i8", "i4"])
+@pytest.mark.parametrize("group", [32, 48, 128])
+def test_weights_of_products_have_codes_within_their_bound(codes: str, group: int) -> None:
+    program, report = quantised(codes=codes, group=group)
+    found = {name: codes_of(expr) for name, expr in program.weights.items()}
+    kind = DType(codes)
+    assert found == {
+        "embed.weight": None, "a.weight": kind, "up": kind, "down": kind, "kv": None, "part": None,
+        "odd": DType.i8 if codes == "i8" else None, "head.weight": DType.i8,
+    }  # fmt: skip
+    for name, each in found.items():
+        if each is None:
+            assert program.weights[name] == model().weights[name]
+            continue
+        expr = program.weights[name]
+        assert isinstance(expr, Apply)
+        exact = evaluate(model().weights[name], program.source)
+        step = evaluate(expr.args[0], program.source).parts[1].float()
+        step = step.repeat_interleave(group, -1)[..., : exact.shape[-1]]
+        error = (evaluate(expr, program.source) - exact).abs()
+        assert (error <= step * CODINGS[each].absolute * (1 + 1e-5)).all()
+        assert error.any()
+    missed = {where: why for _, where, why in report.missed}
+    assert missed["kv"] == "einsum reads kv too"
+    assert missed.get("odd", "") == ("" if codes == "i8" else "7 columns, and 2 codes share a byte")
+
+
+def test_only_what_is_a_result_has_the_codes_of_the_head() -> None:
+    program, report = quantised(codes="i8", head="i4")
+    assert codes_of(program.weights["head.weight"]) is DType.i4
+    assert [n for n, e in program.weights.items() if codes_of(e) is DType.i4] == ["head.weight"]
+    assert report.facts == {"i8": 4, "i4": 1}
+
+
+@pytest.mark.parametrize(
+    ("keep", "kept"),
+    [
+        ("a.weight", "a.weight"),
+        ("head", "head.weight"),
+        ("e.2", "up"),
+        ("e", "up"),
+        ("hea*", "head.weight"),
+        ("*[23]", "up"),
+    ],
+)
+def test_a_pattern_keeps_what_it_names(keep: str, kept: str) -> None:
+    program, report = quantised(keep=(keep,))
+    assert codes_of(program.weights[kept]) is None
+    assert ("quantise", kept, f"{keep} is kept") in report.missed
+    assert sum(codes_of(e) is not None for e in program.weights.values()) == 4
+
+
+@pytest.mark.parametrize("keep", ["hea", "a.weight.", "x*"])
+def test_a_pattern_that_names_nothing_is_refused(keep: str) -> None:
+    with pytest.raises(UsageError, match="no weight is called") as told:
+        quantised(keep=(keep,))
+    assert "such as" in str(told.value)
+
+
+def test_a_weight_that_is_in_a_format_stays_in_it() -> None:
+    once, _ = quantised()
+    report = PassReport()
+    assert QuantizeWeights(codes="i4").run(once, report) is once
+    assert ("quantise", "up", "it is stored as i8 already") in report.missed
+
+
+def test_a_stack_is_packed_piece_by_piece() -> None:
+    program, _ = quantised(codes="i4")
+    expr = program.weights["up"]
+    assert isinstance(expr, Apply)
+    (scaled,) = expr.args
+    assert isinstance(scaled, Apply)
+    for part in scaled.args:
+        assert isinstance(part, Apply)
+        assert part.op == "stack"
+        joined = part.args[1]
+        assert isinstance(joined, Apply)
+        assert joined.op == "concat"
+        assert isinstance(joined.args[0], Apply)
+        assert isinstance(joined.args[0].args[0], Source)
+        whole = evaluate(part, program.source)
+        pieces = [torch.as_tensor(b).reshape(-1) for b in blocks(part, program.source, 64)]
+        assert len(pieces) > 3
+        assert torch.equal(torch.cat(pieces), whole.reshape(-1))
+
+
+@pytest.mark.parametrize("codes", ["i8", "i4"])
+def test_what_is_computed_stays_near(codes: str) -> None:
+    each = QuantizeWeights(codes=codes)
+    assert compare_programs(model(), quantised(codes=codes)[0], each.tolerance).ok
+    program, _ = quantised(codes=codes)
+    for name, expr in program.weights.items():
+        if codes_of(expr) is not None:
+            wrong = program.with_weights({name: apply("neg", expr)})
+            assert not compare_programs(model(), wrong, each.tolerance).ok
+
+
+# --- as a user asks for it ------------------------------------------------------------------------
+
+
+def test_codes_are_counted_and_the_head_can_be_kept() -> None:
+    every: list[dict[str, Any]] = [
+        {}, {"quant": "int8"}, {"quant": "int4"}, {"quant": "int4", "keep": ["lm_head"]},
+    ]  # fmt: skip
+    sizes = []
+    for asked in every:
+        compiled = dsc.compile(TINY_CHECKPOINT, backend="null", weights="none", **asked)
+        types = compiled.program.weight_types().values()
+        sizes.append(sum(int(str(t.nbytes)) for t in types))
+        notes = [note for note in compiled.report["notes"] if note.startswith("weights:")]
+        assert bool(notes) == bool(asked)
+    plain, int8, int4, kept = sizes
+    assert 0.5 < int8 / plain < 0.62, "the embedding and the router stay"
+    assert 0.36 < int4 / plain < 0.43
+    vocabulary, width = 2048, 256
+    assert kept - int4 == vocabulary * width * 2 - vocabulary * (width + width // 32 * 2)
+
+
+def test_where_a_backend_reads_no_codes_a_note_says_so() -> None:
+    compiled = dsc.compile(TINY_CHECKPOINT, backend="onnxruntime", weights="none", quant="int8")
+    told, plain = compiled.report["notes"][-2:]
+    count = re.fullmatch(r"weights: (\d+) in int8", told)
+    assert count is not None
+    assert plain == (
+        f"{count[1]} of them are packed dequantised for onnxruntime: the backend takes no weights"
+        " in i8"
+    )
+    assert all(t.format is None for t in compiled.program.weight_types().values())
+
+
+@pytest.mark.parametrize(
+    ("asked", "words"),
+    [
+        ({"quant": "int3"}, "quant 'int3'"),
+        ({"quant": None}, "quant is None"),
+        ({"keep": ["lm_head"]}, "'lm_head' is kept, and nothing is quantised"),
+        ({"quant": "int8", "keep": ["lm_heat"]}, "no weight is called 'lm_heat'"),
+    ],
+)
+def test_what_cannot_be_asked_is_told(asked: dict[str, Any], words: str) -> None:
+    with pytest.raises(UsageError, match=words):
+        dsc.compile(TINY_CHECKPOINT, backend="null", weights="none", **asked)
+
+
+def test_the_options_of_the_pass_are_text() -> None:
+    each = QuantizeWeights(codes="i4", keep=("lm_head", "*.self_attn.*"))
+    assert each.text == "quantize_weights{codes=i4,keep=[lm_head,*.self_attn.*]}"
+    (read,) = pipeline.read(each.text, lambda name: pytest.fail(name))
+    assert read == each
