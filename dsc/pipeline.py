@@ -262,8 +262,8 @@ def prepare(
     if options.cache == PAGED:
         _check_paged(done, manager.records)
     check_supported(emitted, backend)
-    done, emitted = done.pruned(), done.pruned() if emitted is done else emitted.pruned()
-    prepared = Prepared(done, emitted, manager.records)
+    pruned = done.pruned()
+    prepared = Prepared(pruned, pruned if emitted is done else emitted.pruned(), manager.records)
     if cache is not None:
         cache.store(prepared)
     return prepared

@@ -4,17 +4,28 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
+from importlib import import_module, util
+from inspect import signature
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, get_args
 
 import pytest
 import torch
 
 import dsc
+from dsc import api
 from dsc.api import check_memory, compile_program
 from dsc.backends.base import No
 from dsc.backends.triton.backend import TritonBackend
-from dsc.errors import ArtifactError, MemoryLimitError, UsageError, VerificationError
+from dsc.errors import (
+    ArtifactError,
+    MemoryLimitError,
+    UnsupportedOperator,
+    UsageError,
+    VerificationError,
+)
 from dsc.frontends import config
 from dsc.frontends.config import ModelConfig
 from dsc.ir.limits import Limits
@@ -210,3 +221,87 @@ def test_a_program_that_breaks_a_rule_is_refused_before_it_is_compiled() -> None
     text = 'program "open" {stage=CANONICAL} graph main(%x: f32[B,4]) { %y = silu %x return %y }'
     with pytest.raises(VerificationError, match="symbols without a range: B"):
         dsc.compile(parse_program(text), backend="reference")
+
+
+@pytest.mark.parametrize("verb", ["compile", "export", "bisect"])
+def test_the_command_has_the_defaults_of_the_api(verb: str) -> None:
+    ours = signature(dsc.compile).parameters
+    theirs = signature(getattr(import_module(f"dsc.cli.{verb}"), verb)).parameters
+    shared = {n for n in ours.keys() & theirs.keys() if theirs[n].default is not None}
+    assert {"fusion_level", "prefill_chunk"} <= shared - {"model"}
+    assert all(theirs[name].default == ours[name].default for name in shared)
+    assert (ours["max_batch"].default, ours["ranks"].default) == (4, 1)
+    assert ours["parallel"].default == "tp+ep"
+
+
+@pytest.mark.parametrize(
+    ("asked", "found"),
+    [
+        (None, ["cuda:sm_90"]), ("auto", ["cuda:sm_90"]), ([], ["cuda:sm_90"]),
+        ("cpu:znver4", ["cpu:znver4"]), (["cpu", "cuda:sm_80"], ["cpu", "cuda:sm_80"]),
+    ],
+)  # fmt: skip
+def test_targets_are_the_backends_first_or_those_asked(asked: Any, found: list[str]) -> None:
+    can = SimpleNamespace(targets=("cuda:sm_90", "cpu"))
+    backend: Any = SimpleNamespace(name="mine", capabilities=lambda _: can)
+    assert [*map(str, api._targets(asked, backend))] == found
+    with pytest.raises(UsageError, match="the mine backend makes no code for hip:gfx942") as told:
+        api._targets(["cpu", "hip:gfx942"], backend)
+    assert told.value.hint == "it takes cpu, cuda"
+
+
+@pytest.mark.parametrize(
+    ("installed", "name"),
+    [({"tvm", "onnxruntime"}, "tvm"), ({"onnxruntime"}, "onnxruntime"), (set(), "reference")],
+)
+def test_the_best_backend_is_the_first_that_is_installed(
+    installed: set[str], name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    find = util.find_spec
+    others = set(api.PREFERENCE) - installed
+    monkeypatch.setattr(util, "find_spec", lambda n, *_: None if n in others else find(n))
+    assert api.best_backend().name == name
+
+
+def test_options_are_counted_from_one_and_named() -> None:
+    api._check_options(0, "bf16", 1, 1, 1)
+    api._check_options(3, None, 1, None, 1)
+    api._check_kinds(int, True, a=None, b=0)
+    for optional, value in ((False, None), (True, True), (True, "1")):
+        with pytest.raises(UsageError, match=f"a is {value!r}"):
+            api._check_kinds(int, optional, b=1, a=value)
+
+
+def test_a_model_says_what_it_is_before_it_is_saved(tmp_path: Path) -> None:
+    program = replace(small_lm(), meta={"config": {"vocab_size": 9}, "other": 1})
+    steps: list[tuple[str, int, int]] = []
+    compiled = dsc.compile(
+        program, backend="null", max_context=32, progress=lambda *step: steps.append(step)
+    )
+    assert compiled.manifest == {"config": {"vocab_size": 9}, "generation": {}, "source": ""}
+    assert ("planning", 0, 0) in steps
+    seconds = compiled.report["seconds"]
+    assert [*seconds] == ["trace", "passes", "emit"]
+    assert all(0 <= spent < 60 and round(spent, 3) == spent for spent in seconds.values())
+    assert (compiled.max_batch, compiled.has_weights, compiled.tokenizer) == (4, True, None)
+    with pytest.raises(UsageError, match="0 threads asked"):
+        compiled.set_threads(0)
+    beyond: list[dict[str, Any]] = [{"max_batch": 5}, {"max_context": 33}, {"max_batch": 0}]
+    for wrong in [*beyond, {"threads": 0}]:
+        with pytest.raises(UsageError):
+            compiled.session(**wrong)
+    session = compiled.session(max_batch=2)
+    assert (session.max_batch, session.max_context) == (2, 32)
+    session = compiled.session(max_context=7)
+    assert (session.max_batch, session.max_context) == (4, 7)
+
+
+def test_what_a_fallback_does_not_read_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(TritonBackend, "supports", lambda *_: No("not today"))
+    asked: dict[str, Any] = {"backend": "triton", "backend_options": {"compile": "late"}}
+    compiled = dsc.compile(small_lm(), max_context=32, fallback="null", **asked)
+    assert compiled.backend == "null"
+    (note,) = [note for note in compiled.report["notes"] if "whole program" in note]
+    assert note.startswith("the whole program runs on null: the triton backend does not take")
+    with pytest.raises(UnsupportedOperator, match="not today"):
+        dsc.compile(small_lm(), max_context=32, **asked)

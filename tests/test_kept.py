@@ -144,6 +144,21 @@ def test_who_else_may_write_is_told(mode: int, folder: Path) -> None:
     assert kept.refused() == ("" if mode == 0o700 else f"others may write to {folder}")
 
 
+@pytest.mark.parametrize(
+    ("problem", "told"),
+    [(OSError(2, "no home", "~"), "no home"), (OSError("odd"), "odd")],
+)
+def test_a_folder_that_cannot_be_seen_is_told(
+    problem: OSError, told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails() -> Path:
+        raise problem
+
+    monkeypatch.setattr(kept, "cache_folder", fails)
+    assert kept.refused() == told
+    assert (kept.get("kernels", {}), kept.entries(), kept.clear()) == (None, [], 0)
+
+
 def test_the_folder_is_its_users_alone(folder: Path) -> None:
     before = os.umask(0)
     try:

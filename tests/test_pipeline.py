@@ -15,6 +15,7 @@ from dsc.ir.parser import parse_program
 from dsc.ir.program import Program
 from dsc.ir.stages import Stage
 from dsc.ir.types import DType, TensorType
+from dsc.ir.weights import random_source
 from dsc.targets import Target, parse_target
 
 PLAIN = {"specialise_entries", "absorb_mla", "choose_formats", "fuse", "own_outputs"}
@@ -117,6 +118,19 @@ def test_layouts_and_states_that_a_backend_does_not_hold_are_refused() -> None:
     with pytest.raises(UnsupportedOperator, match="has no caches of latent attention"):
         prepared("reference", a_program(), cache="paged")
     prepared("reference", a_program())
+
+
+def test_what_is_emitted_is_the_program_where_nothing_is_cut() -> None:
+    """One object, so that it is kept and read once; weights that nobody reads are left out."""
+    text = """program "p" {stage=CANONICAL}
+weights { @w : f32[4] = source "w" : f32[4]
+@idle : f32[4] = source "idle" : f32[4] }
+graph main(%x: f32[4]) { %y = add %x, @w return %y }"""
+    options = pipeline.PipelineOptions()
+    program = parse_program(text, random_source({"w": TensorType(DType.f32, (4,))}))
+    found = pipeline.prepare(program, backends.get("reference"), Target("cpu"), options)
+    assert found.program.weights.keys() == {"w"}
+    assert found.emitted is found.program
 
 
 def test_states_that_cannot_be_held_are_all_named() -> None:
