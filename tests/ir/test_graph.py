@@ -173,3 +173,18 @@ def test_a_node_has_every_attribute_and_prints_those_that_are_no_default() -> No
         declared = {a.name: a.default for a in op.attrs if a.default is not None}
         assert dict(Attrs().of(name)) == declared
         assert Attrs().of(name).given(name) == {}
+
+
+def test_a_builder_adds_nothing_where_a_value_is_as_it_is_wanted() -> None:
+    builder = GraphBuilder("g")
+    x = builder.input("x", TensorType(DType.f32, (2, 3)))
+    assert builder.as_type(x, DType.f32) is x
+    assert builder.as_shape(x, (2, 3)) is x
+    assert builder.as_order(x, (0, 1)) is x
+    assert builder.nodes == []
+    assert builder.as_type(x, DType.bf16).type == TensorType(DType.bf16, (2, 3))
+    assert builder.as_shape(x, (6,)).type.shape == (6,)
+    assert builder.as_order(x, (1, 0)).type.shape == (3, 2)
+    assert [n.op for n in builder.nodes] == ["cast", "reshape", "permute"]
+    with pytest.raises(AttributeError):
+        builder._private  # noqa: B018

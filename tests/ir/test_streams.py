@@ -146,6 +146,43 @@ def test_a_stack_of_experts_is_read_one_piece_at_a_time() -> None:
     assert sum(source.seen) == 4 * 2 * 8 * 16
 
 
+def _moved(op: str, *args: WeightExpr, **attrs: Any) -> WeightExpr:
+    return apply(op, *args, **attrs)
+
+
+MOVES: dict[str, tuple[Any, int]] = {
+    "itself": (lambda a, b: a, 8),
+    "rows of it": (lambda a, b: _moved("slice", a, axis=0, start=3, end=11), 8),
+    "rows of it, counted from behind": (
+        lambda a, b: _moved("slice", a, axis=-2, start=3, end=11), 8),
+    "every second row": (lambda a, b: _moved("slice", a, axis=0, start=1, end=12, step=2), 48),
+    "columns": (lambda a, b: _moved("slice", a, axis=1, start=1, end=4, step=2), 16),
+    "columns side by side": (lambda a, b: _moved("concat", a, b, axis=1), 4),
+    "one on the other": (lambda a, b: _moved("concat", a, b, axis=-2), 8),
+    "turned": (lambda a, b: _moved("permute", a, dims=(1, 0)), 48),
+    "not turned": (lambda a, b: _moved("cast", _moved("permute", a, dims=(0, 1)),
+                                       dtype=DType.bf16), 16),
+    "rows in pairs, columns of them": (
+        lambda a, b: _moved("slice", _moved("reshape", a, shape=(6, 8)), axis=1, start=1, end=8),
+        8),
+    "rows that part": (
+        lambda a, b: _moved("slice", _moved("reshape", a, shape=(24, 2)), axis=1, start=1, end=2),
+        48),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MOVES)
+def test_no_more_rows_are_read_at_once_than_a_block_needs(name: str) -> None:
+    """Blocks of 32 bytes over a matrix of 12 rows of 4 floats."""
+    make, most = MOVES[name]
+    tensors = {k: torch.arange(48.0).reshape(12, 4) + i for i, k in enumerate("ab")}
+    source = Counting(tensors)
+    expr = make(*(Source(k, source.types[k]) for k in "ab"))
+    found = [_tensor(x).reshape(-1) for x in blocks(expr, source, 32)]
+    assert max(source.seen) == most
+    assert torch.equal(torch.cat(found), evaluate(expr, DictSource(tensors)).reshape(-1))
+
+
 @pytest.mark.parametrize("block", [(3, 2), (0, 2)], ids=["blocks", "all rows"])
 def test_the_scales_of_a_block_stay_with_it(block: tuple[int, int]) -> None:
     w = torch.randn(10, 4).to(torch.float8_e4m3fn)

@@ -290,3 +290,38 @@ def test_a_source_with_two_types_takes_the_last() -> None:
     assert parse_program(print_program(program)).source == MetaSource(
         {"w": TensorType(DType.f32, (2,))}
     )
+
+
+INTERFACE = """\
+program "p" {stage=CANONICAL}
+interface {
+  limits {max_batch=4, max_context=96, prefill_chunk=16}
+  mesh {ranks=2, parallel="tp+ep"}
+  guard decode {step=1}
+  guard main {}
+  state %x as "present \\"0\\"" : f32[3] {storage="paged", rows=4}
+  state %y as "now" : f32[] {storage="fixed"}
+}
+graph main(%x: f32[2,4,3], %y: f32[2]) {
+  return %x, %y
+}
+"""
+
+
+def test_an_interface_round_trips_and_what_it_cannot_hold_is_an_error() -> None:
+    program = parse_program(INTERFACE)
+    assert print_program(program) == INTERFACE
+    for wrong, told in (
+        ("batch=4, ", "limits: "),
+        ("ranks=2", "mesh: ranks is no number"),
+        ("step=1", "guard: step is no number"),
+        ("rows=4", "state: rows is no number"),
+    ):
+        key = wrong.split("=")[0]
+        text = INTERFACE.replace(wrong, f"{key}=1.5" if key != "batch" else "other=4, ")
+        with pytest.raises(ParseError, match=told):
+            parse_program(text)
+    with pytest.raises(ParseError, match="storage is one of grown, contiguous, paged, ring, fixed"):
+        parse_program(INTERFACE.replace('"fixed"', '"lost"'))
+    with pytest.raises(ParseError, match="limits, mesh, guard or state expected, guards found"):
+        parse_program(INTERFACE.replace("guard main", "guards main"))

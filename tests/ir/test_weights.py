@@ -121,3 +121,19 @@ def test_a_random_tensor_depends_on_its_key_alone() -> None:
     t = TensorType(DType.f32, (3,))
     one, two = random_source({"a": t}), random_source({"b": t, "a": t})
     assert torch.equal(one.load("a"), two.load("a"))
+
+
+def test_random_tensors_are_of_half_a_unit_or_small_numbers_or_powers_of_two() -> None:
+    floats = random_tensor(TensorType(DType.f32, (4000,)), "a")
+    assert abs(float(floats.std()) - 0.5) < 0.02
+    assert abs(float(floats.mean())) < 0.03
+    assert len(floats.unique()) > 3000
+    whole = TensorType(DType.i64, (400,))
+    assert set(random_tensor(whole, "a").tolist()) == {0, 1}
+    assert set(random_tensor(whole, "a", 3).tolist()) == {0, 1, 2}
+    powers = random_tensor(TensorType(DType.f8e8m0, (400,)), "a").float()
+    assert set(powers.tolist()) == {0.25, 0.5, 1.0, 2.0, 4.0}
+    again = random_source({"k": whole, "l": whole}, seed=3)
+    assert torch.equal(again.load("k"), random_source({"k": whole}, seed=3).load("k"))
+    assert not torch.equal(again.load("k"), again.load("l"))
+    assert not torch.equal(again.load("k"), random_source({"k": whole}, seed=4).load("k"))
