@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dsc.errors import ConfigError, UnsupportedArchitecture
-from dsc.frontends.config import ARCHITECTURES, MAX_CONFIG_BYTES, load_config, parse_config
+from dsc.frontends.config import (
+    ARCHITECTURES,
+    MAX_CONFIG_BYTES,
+    load_config,
+    parse_config,
+    read_bounded,
+)
 from dsc.models.configs import CONFIGS
 from dsc.strict_json import parse_object
 
@@ -339,3 +346,114 @@ def test_any_bytes_are_an_object_or_refused(text: bytes) -> None:
         assert isinstance(parse_object(text, "x", ConfigError), dict)
     except ConfigError as error:
         assert error.where == "x"  # noqa: PT017
+
+
+LIMITS: dict[str, tuple[int, int]] = {
+    "vocab_size": (1, 1 << 24), "hidden_size": (1, 1 << 20), "num_hidden_layers": (1, 1024),
+    "first_k_dense_replace": (0, 1024), "num_nextn_predict_layers": (0, 16),
+    "n_shared_experts": (1, 64), "q_lora_rank": (1, 1 << 20), "max_position_embeddings":
+    (1, 1 << 26), "num_experts_per_tok": (1, 128), "topk_group": (1, 8),
+}  # fmt: skip
+"""The least and the most of a field; the last two are what V3's 8 groups of 32 experts leave."""
+
+
+@pytest.mark.parametrize(("name", "limits"), LIMITS.items())
+def test_limits_are_met_and_not_passed(name: str, limits: tuple[int, int]) -> None:
+    least, most = limits
+    for value in limits:
+        assert getattr(parse_config(changed(**{name: value})), name) == value
+    for value in (least - 1, most + 1):
+        with pytest.raises(ConfigError, match=name):
+            parse_config(changed(**{name: value}))
+
+
+V2 = V3 | {"model_type": "deepseek_v2", "scoring_func": "softmax", "topk_method": "greedy"}
+V2 |= {"norm_topk_prob": False}
+
+
+@pytest.mark.parametrize(
+    ("base", "fields", "told"),
+    [
+        (V3, {"n_group": 128, "topk_group": 4}, ""),  # two experts a group, 8 in all
+        (V3, {"n_group": 128, "topk_group": 3},
+         "num_experts_per_tok (8) exceeds the 6 experts of topk_group (3) groups"),
+        (V3, {"n_group": 1, "topk_group": 1, "num_experts_per_tok": 256}, ""),
+        (V3, {"n_group": 256, "topk_group": 8},
+         "a group needs two experts to be scored, n_group (256) leaves 1"),
+        (V3, {"num_key_value_heads": None}, ""),
+        (V3, {"rope_interleave": False, "hidden_size": 7169}, ""),
+        (V3, {"partial_rotary_factor": 1}, ""),
+        (V2, {"n_group": 128, "topk_group": 1}, ""),  # greedy looks at no groups
+        (V2, {"n_group": 128, "topk_group": 1, "topk_method": "group_limited_greedy"},
+         "num_experts_per_tok (8) exceeds the 2 experts of topk_group (1) groups"),
+        (V2, {"n_group": 256, "topk_group": 8, "topk_method": "group_limited_greedy"}, ""),
+        (V2, {"rope_interleave": False}, "deepseek_v2 has no rope_interleave: false"),
+        (V2, {"hidden_size": 7169}, "a deepseek_v2 needs a hidden_size (7169) that "
+         "num_attention_heads (128) divides"),
+        (V2, {"norm_topk_prob": True}, "norm_topk_prob is not defined for deepseek_v2 routers"),
+    ],
+)  # fmt: skip
+def test_fields_that_contradict_are_told_and_those_that_just_fit_are_not(
+    base: dict[str, Any], fields: dict[str, Any], told: str
+) -> None:
+    if not told:
+        parse_config(base | fields)
+        return
+    with pytest.raises(ConfigError) as caught:
+        parse_config(base | fields)
+    assert caught.value.what == told
+
+
+@pytest.mark.parametrize(
+    ("fields", "cos_sin", "softmax"),
+    [
+        ({"factor": 1}, 1.0, 1.0),
+        ({}, 0.1 * math.log(2) + 1, 1.0),
+        ({"attention_factor": 1.5, "mscale": 2, "mscale_all_dim": 1}, 1.5,
+         (0.1 * math.log(2) + 1) ** 2),
+        ({"mscale": 2, "mscale_all_dim": 3}, (0.2 * math.log(2) + 1) / (0.3 * math.log(2) + 1),
+         (0.3 * math.log(2) + 1) ** 2),
+        ({"mscale": 2}, 0.1 * math.log(2) + 1, 1.0),
+        ({"mscale": 0, "mscale_all_dim": 3}, 0.1 * math.log(2) + 1,
+         (0.3 * math.log(2) + 1) ** 2),
+        ({"rope_type": "default", "attention_factor": 1.5, "mscale_all_dim": 3}, 1.0, 1.0),
+    ],
+)  # fmt: skip
+def test_yarn_scales_what_its_keys_say(
+    fields: dict[str, Any], cos_sin: float, softmax: float
+) -> None:
+    section = {"rope_type": "yarn", "factor": 2} | fields
+    rope = parse_config(changed(rope_scaling=section)).rope_parameters
+    assert rope.cos_sin_scale == pytest.approx(cos_sin, rel=1e-12)
+    assert rope.softmax_scale_factor == pytest.approx(softmax, rel=1e-12)
+    assert (rope.beta_fast, rope.beta_slow, rope.truncate) == (32, 1, True)
+
+
+def test_the_base_of_the_frequencies_is_the_sections_own_then_the_models_then_10000() -> None:
+    plain = {key: value for key, value in V3.items() if not key.startswith("rope_")}
+    for fields, base in (
+        ({}, 10000),
+        ({"rope_theta": 700}, 700),
+        ({"rope_theta": 700, "rope_parameters": {"rope_theta": 50000}}, 50000),
+        ({"rope_theta": 700, "rope_scaling": {"type": "default"}}, 700),
+    ):
+        assert parse_config(plain | fields).rope_parameters.rope_theta == base
+    section = V3["rope_scaling"]
+    both = {"rope_scaling": section, "rope_parameters": section | {"rope_theta": 800}}
+    assert parse_config(changed(**both)).rope_parameters.rope_theta == 800
+    with pytest.raises(ConfigError, match="rope_theta must exceed 1, found 1"):
+        parse_config(changed(rope_theta=1))
+
+
+def test_layers_have_experts_from_the_first_that_is_not_dense() -> None:
+    cfg = parse_config(V3)
+    assert [cfg.is_moe(n) for n in range(5)] == [False, False, False, True, True]
+    assert cfg.qk_head_dim == 192
+
+
+def test_a_file_as_large_as_the_limit_is_read(tmp_path: Path) -> None:
+    file = tmp_path / "config.json"
+    file.write_bytes(b"12345678")
+    assert read_bounded(file, 8) == b"12345678"
+    with pytest.raises(ConfigError, match="larger than the limit of 7 bytes"):
+        read_bounded(file, 7)

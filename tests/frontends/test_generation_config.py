@@ -78,3 +78,37 @@ def test_what_is_not_used_is_noted(config: ModelConfig) -> None:
     assert kept["eos_token_id"] == [1]
     assert "pad_token_id" not in kept
     assert note.endswith("left out: eos_token_id 2048, pad_token_id -1")
+
+
+def test_ids_end_where_the_vocabulary_does(config: ModelConfig) -> None:
+    kept, notes = settings_of({"eos_token_id": [0, 2047], "pad_token_id": 2047}, config)
+    assert (kept["eos_token_id"], kept["pad_token_id"], notes) == ([0, 2047], 2047, [])
+    kept, notes = settings_of({"eos_token_id": 2048, "bos_token_id": -1, "top_h": 2}, config, "f")
+    assert kept == {"eos_token_id": []}
+    assert notes == [
+        "f: outside of the vocabulary, left out: bos_token_id -1, eos_token_id 2048",
+        "f: not used: top_h",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "inside", "outside"),
+    [
+        ("temperature", [0, 1e4], [10001]),
+        ("top_k", [0, (1 << 31) - 1], [1 << 31]),
+        ("top_p", [0, 1], [-0.01, 1.01]),
+        ("min_p", [0, 1], [1.01]),
+        ("repetition_penalty", [0.01, 1e4], [10001]),
+        ("eos_token_id", [-(1 << 31), (1 << 31) - 1], [-(1 << 31) - 1, 1 << 31]),
+        ("eos_token_id", [[0] * 4096], [[0] * 4097]),
+        ("stop_strings", [["a"] * 4096], [["a"] * 4097]),
+    ],
+)
+def test_limits_are_met_and_not_passed(
+    name: str, inside: list[Any], outside: list[Any], config: ModelConfig
+) -> None:
+    for value in inside:
+        settings_of({name: value}, config)
+    for value in outside:
+        with pytest.raises(ConfigError, match=name):
+            settings_of({name: value}, config)

@@ -131,3 +131,34 @@ def test_damaged_ranks_are_refused_with_their_line(tmp_path: Path, text: str, wo
 def test_special_tokens_that_contradict_are_refused(tmp_path: Path, decoder: object) -> None:
     with pytest.raises(ConfigError, match="added_tokens_decoder"):
         find_tokenizer(write(tmp_path, added_tokens_decoder=decoder))
+
+
+def test_lines_of_ranks_are_counted_from_one_and_empty_ones_are_passed_over(tmp_path: Path) -> None:
+    write(tmp_path)
+    file = tmp_path / "tiktoken.model"
+    file.write_text("\n" + file.read_text().replace("\n", "\n\n", 3))
+    assert read_ranks(file) == ranks()
+    file.write_text("AA== 0\n\nAQ== 7\n")
+    with pytest.raises(CheckpointError) as caught:
+        read_ranks(file)
+    assert (caught.value.what, caught.value.where) == ("rank 7 where 1 follows", f"{file}, line 3")
+
+
+@pytest.mark.parametrize("beyond", [-1, (1 << 16) + 1])
+def test_special_tokens_follow_the_byte_pairs(tmp_path: Path, beyond: int) -> None:
+    decoder = {str(len(ranks()) + beyond): {"content": "[BOS]"}}
+    with pytest.raises(ConfigError, match="has ids outside 267, … which follow"):
+        find_tokenizer(write(tmp_path, added_tokens_decoder=decoder))
+    decoder = {str(len(ranks())): {"content": "[BOS]"}}
+    made, _ = find_tokenizer(write(tmp_path, added_tokens_decoder=decoder))
+    assert isinstance(made, bytes)
+    assert Tokenizer.from_str(made.decode()).token_to_id("[BOS]") == 267
+
+
+@pytest.mark.parametrize(
+    "listed", [{"268": {"content": ""}}, {"-1": {"content": "a"}}, {"268": {}}]
+)
+def test_a_special_token_has_a_text_and_an_id(tmp_path: Path, listed: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        find_tokenizer(write(tmp_path, added_tokens_decoder=listed))
+    assert caught.value.what == f"added_tokens_decoder.{next(iter(listed))} is no token with its id"
