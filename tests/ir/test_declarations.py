@@ -86,6 +86,39 @@ def test_floats_of_16_bits_are_computed_in_fp32_and_rounded_once(dtype: torch.dt
     assert int(ints) == 2**31 + 1
 
 
+def test_a_router_takes_numbers_up_to_its_bounds() -> None:
+    x, w = TensorType(DType.f32, (5, 3)), TensorType(DType.f32, (8, 3))
+    fits = {"score": "sigmoid", "top_k": 2, "normalise": True}
+
+    def taken(**attrs: Any) -> bool:
+        try:
+            results = lookup("route").infer([x, w], {**fits, **attrs})
+        except TypeMismatch:
+            return False
+        shape = (5, attrs.get("top_k", 2) + attrs.get("shared", 0))
+        assert results == (TensorType(DType.i64, shape), TensorType(DType.f32, shape))
+        return True
+
+    assert taken(top_k=8)
+    assert taken(top_k=1)
+    assert taken(groups=8, keep=8)
+    assert taken(groups=8, keep=7, group_score="max")
+    assert taken(groups=4, keep=1)
+    assert taken(groups=4, keep=2, top_k=4)
+    assert taken(shared=1)
+    assert not taken(top_k=9)
+    assert not taken(top_k=0)
+    assert not taken(groups=8, keep=7)
+    assert not taken(groups=4, keep=1, top_k=3)
+    assert not taken(groups=4, keep=5)
+    assert not taken(groups=4, keep=0)
+    assert not taken(groups=3)
+    assert not taken(groups=0)
+    assert not taken(shared=-1)
+    assert not taken(score="tanh")
+    assert not taken(group_score="mean")
+
+
 # --- work -----------------------------------------------------------------------------------------
 
 WORK: dict[str, tuple[str, str, Dim, Dim, Dim, Dim]] = {

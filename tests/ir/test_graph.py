@@ -10,6 +10,7 @@ from hypothesis import given
 from dsc.ir.dims import Range, symbol
 from dsc.ir.graph import Attrs, Graph, GraphBuilder, Value
 from dsc.ir.op import TypeMismatch, registry
+from dsc.ir.parser import parse_graph
 from dsc.ir.printer import print_node
 from dsc.ir.program import Program
 from dsc.ir.stages import Stage, is_legal
@@ -188,3 +189,14 @@ def test_a_builder_adds_nothing_where_a_value_is_as_it_is_wanted() -> None:
     assert [n.op for n in builder.nodes] == ["cast", "reshape", "permute"]
     with pytest.raises(AttributeError):
         builder._private  # noqa: B018
+
+
+def test_an_output_of_its_inputs_type_is_the_input_updated() -> None:
+    graph = parse_graph("""graph g(%p: f32[B,P,3], %c: f32[B,9,3], %n: f32[B,S,3], %l: i64[B]) {
+      %a = append %p, %n, %l %b = cache_write %c, %n, %l
+      return %n, %a as "grown" updates %p, %b as "written" updates %c
+    }""")
+    assert graph.updated_inputs() == {"written": "c"}
+    assert graph.input("l").type == TensorType(DType.i64, (symbol("B"),))
+    with pytest.raises(KeyError):
+        graph.input("a")

@@ -357,3 +357,24 @@ def test_a_shrunk_program_reads_random_weights_of_its_sources() -> None:
     keys = {s.key for e in after.weights.values() for s in sources(e)}
     assert set(after.source.types) == keys
     assert after.source.load("model.layers.3.bias").isfinite().all()
+
+
+def test_parts_of_a_stack_that_differ_in_more_than_their_sources_keep_their_own_sizes() -> None:
+    before = parse_program("""program "p" {stage=CANONICAL}
+    meta {"config": {"hidden_size": 30, "num_hidden_layers": 30, "head_dim": 90, "tie_size": true,
+      "other_size": 77, "name_size": "x"}, "more": 30}
+    weights {
+      @w : f32[2,30] = stack(slice(source "x" : f32[90]) {axis=0, start=0, end=30},
+        slice(source "y" : f32[90]) {axis=0, start=12, end=42})
+    }
+    graph main(%x: f32[30]) { %y = mul @w, %x return %y }""")
+    after = before.shrunk()
+    check_small(before, after, 40)
+    Interpreter(after).run("main", sample_inputs(after.entries["main"], {}))
+    small, whole = (after.weights["w"].type.shape[1], after.source.types["y"].shape[0])
+    assert isinstance(small, int)
+    assert small < 30
+    assert after.meta == {
+        "config": {"hidden_size": small, "num_hidden_layers": 30, "head_dim": whole,
+                   "tie_size": True, "other_size": 77, "name_size": "x"}, "more": 30,
+    }  # fmt: skip
