@@ -405,3 +405,37 @@ def test_what_a_compile_needs_is_started_before_modelling_code_is_imported() -> 
     step = load._Step(build, load_config(TINY_CHECKPOINT), DType.bf16, asked)
     assert step.module is step.module
     assert (told, made) == ([True], [True])
+
+
+def test_an_error_is_blamed_on_the_last_line_of_the_file_that_it_passed(tmp_path: Path) -> None:
+    """Also through a cause; with `only_its_lines` what the file has no part in stays as it is."""
+    file = tmp_path / "own.py"
+    text = "def own(f):\n    try:\n        f()\n    except KeyError as e:\n        raise e\n"
+    scope: dict[str, Any] = {}
+    exec(compile(text, str(file.resolve()), "exec"), scope)
+
+    def fail() -> None:
+        raise ValueError("no")
+
+    def caused() -> None:
+        try:
+            scope["own"](fail)
+        except ValueError as problem:
+            raise RuntimeError("so") from problem
+
+    for only in (False, True):
+        for run, told in (
+            (lambda: scope["own"](fail), "ValueError: no"),
+            (caused, "RuntimeError: so"),
+        ):
+            with pytest.raises(UsageError) as caught, load.blaming(file, only_its_lines=only):
+                run()
+            assert caught.value.what == f"the file fails when it is run: {told}"
+            assert caught.value.where == f"{file}:3"
+    with pytest.raises(ValueError, match="no"), load.blaming(file, only_its_lines=True):
+        fail()
+    with pytest.raises(UsageError) as caught, load.blaming(file):
+        fail()
+    assert caught.value.where == str(file)
+    with pytest.raises(MemoryError), load.blaming(file):
+        raise MemoryError
