@@ -22,6 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from string import Formatter
 from typing import Any
 
 from dsc.errors import ParseError, UsageError
@@ -160,25 +161,72 @@ def _check_example(definition: OpDef) -> None:
         ) from None
 
 
+_TAKES: Mapping[str, tuple[type, ...]] = {
+    "tvm": (Formula, Cpp, Lowering),
+    "triton": (str, Triton, Lowering),
+    "onnxruntime": (Lowering,),
+}
+_NUMBERS = ("int", "extent", "dim", "float", "bool")
+
+
 def _check_kernels(definition: OpDef) -> None:
-    """Raise `UsageError` unless C++ and Triton are told every attribute, and nothing unknown."""
-    letters = {letter for operand in definition.operands for letter in operand.pattern.dims}
-    attrs = {a.name for a in definition.attrs}
-    integers = {a.name for a in definition.attrs if a.kind in ("int", "extent", "dim")}
+    """Raise `UsageError` for a kernel that is not told every attribute, or cannot be used.
+
+    Its backend may not take such kernels, or not for an operator of the role.
+    """
     for backend, kernel in definition.kernels.items():
-        if not isinstance(kernel, Cpp | Triton):
-            continue
-        wrong = attrs.difference(kernel.sizes)
-        wrong |= set(kernel.sizes) - letters - (integers if isinstance(kernel, Cpp) else attrs)
-        if isinstance(kernel, Triton):
-            wrong |= {*kernel.grid, *kernel.blocks.values()} - letters
-        if wrong:
-            raise UsageError(
-                f"register_op: the kernel of {definition.name} for {backend} is not told"
-                f" {', '.join(sorted(wrong))}",
-                hint="its sizes are letters of operands and all attributes; C++ takes those that"
-                " are integers",
-            )
+        wrong = _misfit(definition, backend, kernel) or _untold(definition, kernel)
+        if wrong is not None:
+            what, hint = wrong
+            whose = f"the kernel of {definition.name} for {backend}"
+            raise UsageError(f"register_op: {whose} {what}", hint=hint)
+
+
+def _misfit(definition: OpDef, backend: str, kernel: Any) -> tuple[str, str] | None:
+    """What is wrong with the kind of a kernel, and what to do."""
+    kinds, role = _TAKES.get(backend, (object,)), definition.traits.role
+    words = " or ".join("a text" if kind is str else kind.__name__ for kind in kinds)
+    if not isinstance(kernel, kinds):
+        return f"is a {type(kernel).__name__}", f"{backend} takes {words}"
+    if isinstance(kernel, Formula | str) and role is not Role.POINTWISE:
+        others = " or ".join(kind.__name__ for kind in kinds if kind not in (str, Formula))
+        hint = f"give Role.POINTWISE if that is what the operator is, or {others}"
+        return f"is of one element, and the role is {role.value}", hint
+    return None
+
+
+def _untold(definition: OpDef, kernel: Any) -> tuple[str, str] | None:
+    """What a kernel's text is not told of the operator, and what to do."""
+    attrs = {a.name: a.kind for a in definition.attrs}
+    letters = {letter for operand in definition.operands for letter in operand.pattern.dims}
+    odd = sorted(name for name, kind in attrs.items() if kind not in _NUMBERS)
+    if odd and isinstance(kernel, Cpp | str):
+        what = f"cannot be told {odd[0]}, which is {attrs[odd[0]]}"
+        return what, "attributes here are numbers; a Lowering is given the node with all of them"
+    match kernel:
+        case str():
+            known = {str(i) for i in range(len(definition.operands))} | attrs.keys()
+            unknown, untold = _fields(kernel) - known, attrs.keys() - _fields(kernel)
+            hint = "operands are {0}, {1}, attributes, all of them, their names in braces"
+        case Cpp() | Triton():
+            unknown, untold = {*kernel.sizes} - letters - attrs.keys(), {*attrs} - {*kernel.sizes}
+            if isinstance(kernel, Triton):
+                unknown |= {*kernel.grid, *kernel.blocks.values()} - letters
+            hint = "`sizes` names letters of operands, and all attributes"
+            hint += f": {', '.join(sorted(attrs))}" if attrs else "; grid and blocks letters alone"
+        case _:
+            return None
+    said = [f"is not told {', '.join(sorted(untold))}"] if untold else []
+    said += [f"asks for {', '.join(sorted(unknown))}, which it cannot be told"] if unknown else []
+    return (" and ".join(said), hint) if said else None
+
+
+def _fields(text: str) -> set[str]:
+    """The names in braces of an expression."""
+    try:
+        return {name for _, name, _, _ in Formatter().parse(text) if name is not None}
+    except ValueError:
+        return {text}
 
 
 def _tell_torch(definition: OpDef) -> None:

@@ -102,7 +102,15 @@ def applied(step: Step, values: Sequence[str]) -> str:
         return f"{values[0]} != 0" if boolean else _narrowed(values[0], step.dtype)
     floats, integers = expressions(step.op)
     chosen = floats if integers is None or step.reads[0].dtype.is_float else integers
-    return rounded(chosen.format(*values), step.dtype)
+    return rounded(chosen.format(*values, **_numbers(step)), step.dtype)
+
+
+def _numbers(step: Step) -> dict[str, str]:
+    """The attributes of an operator that brings its expression along, as source text."""
+    if not isinstance(kernel_of(step.op, "triton"), str):
+        return {}
+    kinds = {n: DType.f32 if isinstance(v, float) else DType.i64 for n, v in step.attrs.items()}
+    return {name: f"({literal(value, kinds[name])})" for name, value in step.attrs.items()}
 
 
 def rounded(value: str, dtype: DType) -> str:

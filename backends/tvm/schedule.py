@@ -18,6 +18,7 @@ from dsc.ir.dims import Range
 from dsc.ir.graph import Graph, Node
 from dsc.ir.index_ranges import Computed, index_ranges
 from dsc.ir.lanes import moves_nothing
+from dsc.ir.op import brings_none
 from dsc.ir.program import Program
 from dsc.runtime.nodes import Values
 from dsc.runtime.placing import place
@@ -50,7 +51,8 @@ def launch_of(node: Node, machine: Machine) -> Launch:
     """The launch of a node. Raises `Unsupported` with the reason when there is none."""
     lower = lowering(node.op)
     if lower is None:
-        raise Unsupported(f"no kernel for the operator {node.op}")
+        why = f"no kernel for the operator {node.op}{brings_none(node.op, 'tvm')}"
+        raise Unsupported(why)
     return lower(node, machine)
 
 

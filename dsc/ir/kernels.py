@@ -42,12 +42,12 @@ class Lowering:
 class Cpp:
     """C++ source of a kernel, compiled by the system's compiler when a program is.
 
-        extern "C" void function(const T *operand, ..., T *result, ..., int64_t size, ...)
+        extern "C" void function(const T *operand, ..., T *result, ..., int64_t or double size, ...)
 
     Operands and results are dense and in the order of the signature, absent operands left out;
-    `sizes` are letters of the signature whose extents follow, of a starred one the product, and its
-    attributes, which must be integers. Element types are those of the signature, and those that `T`
-    stands for are in `dtypes`.
+    `sizes` are letters of the signature whose extents follow, of a starred one the product, and all
+    its attributes, which must be numbers: an `int64_t` each, a `double` each `float`. Element types
+    are those of the signature, and those that `T` stands for are in `dtypes`.
     """
 
     source: str

@@ -390,6 +390,11 @@ def kernel_of(name: str, backend: str) -> Any:
     return None if found is None else found.kernels.get(backend)
 
 
+def brings_none(name: str, backend: str) -> str:
+    """What to add to a refusal for want of a kernel: that an operator from outside may bring it."""
+    return f"; its declaration brings none for {backend}" if name in _added else ""
+
+
 @cache
 def traits_of(name: str) -> Traits:
     """The traits of operator `name`. Raises `TypeMismatch` when there is none."""
@@ -425,6 +430,13 @@ def infer(
         types = ", ".join("_" if x is None else str(x.type) for x in operands)
         message = f"{name}({types}): {error}; declared {definition.signature}"
         raise TypeMismatch(message) from None
+    except AttributeError:
+        given: list[Any] = [*operands]
+        numbers = [x for x in given if isinstance(x, int | float)]
+        if not numbers:
+            raise
+        made = f"full(shape=(), value={numbers[0]}, dtype=...)"
+        raise TypeMismatch(f"{name} of {numbers[0]}: operands are values, as {made} is") from None
 
 
 def range_of(within: Within, call: Call) -> tuple[Dim, Dim]:

@@ -290,7 +290,8 @@ class _Parser:
             if name not in weights:
                 raise self.error(f"{token.text} is not declared", token)
             return Weight(name, weights[name])
-        raise self.error("an operand expected", token)
+        number = token.kind in ("int", "float")
+        raise self.error("an operand expected", token, _NUMBER if number else None)
 
     def _define(self, scope: dict[str, Value], token: Token, t: TensorType) -> Value:
         name = token.text[1:]
@@ -303,7 +304,7 @@ class _Parser:
         try:
             return lookup(token.text)
         except TypeMismatch as problem:
-            raise self.error(str(problem), token) from None
+            raise self.error(str(problem), token, _IMPORT) from None
 
     def _infer(
         self, definition: OpDef, operands: Sequence[_Typed | None], attrs: Attrs, at: Token
@@ -574,17 +575,19 @@ class _Parser:
         except ValueError as problem:
             raise self.error(str(problem), token) from None
 
-    def error(self, what: str, token: Token | None = None) -> ParseError:
-        at = (token or self.peek()).at
-        line = self.text.count("\n", 0, at) + 1
-        start = self.text.rfind("\n", 0, at) + 1
-        end = self.text.find("\n", at)
+    def error(self, what: str, at: Token | None = None, hint: str | None = None) -> ParseError:
+        place = (at or self.peek()).at
+        line = self.text.count("\n", 0, place) + 1
+        start = self.text.rfind("\n", 0, place) + 1
+        end = self.text.find("\n", place)
         shown = self.text[start : end if end >= 0 else len(self.text)]
-        column = at - start
+        column = place - start
         lo = max(0, column - 60)
         picture = f"{shown[lo : lo + 120]}\n{' ' * (column - lo)}^"
-        return ParseError(what, where=f"line {line}, column {column + 1}", picture=picture)
+        return ParseError(what, f"line {line}, column {column + 1}", hint, picture)
 
 
+_NUMBER = "a number is a value as well: %c = full {shape=[], value=0.5, dtype=f32}"
+_IMPORT = "import the module that declares it; a package names it under `dsc.extensions`"
 _DTYPES = frozenset(d.value for d in DType)
 _DIM_SIGNS = frozenset({"+", "-", "*", "//", "(", ")"})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import subprocess
 import sys
@@ -169,7 +170,10 @@ def test_it_is_called_by_name_eagerly_and_in_a_function(package: ModuleType) -> 
 def test_a_backend_without_a_kernel_of_it_says_so(raised: Program, backend: str) -> None:
     pytest.importorskip("onnx" if backend == "onnxruntime" else "triton")
     for node in raised.entries["main"].nodes:
-        assert isinstance(get(backend).supports(node), No) == (node.op != "add")
+        said = get(backend).supports(node)
+        assert isinstance(said, No) == (node.op != "add")
+        if backend == "triton" and isinstance(said, No):
+            assert said.reason.endswith(f"{node.op}; its declaration brings none for triton")
 
 
 @pytest.fixture
@@ -266,10 +270,20 @@ MISTAKES = [
     ({"signature": "other(x: T[*n]; x: int = 1) -> T[*n]"}, "are called x"),
     ({"signature": "other(x: T[*n]) -> "}, "it gives nothing"),
     ({"signature": "other(x: T[*n, d]) -> T[*n]", "role": extend.Role.POINTWISE}, "gives f32"),
-    ({"kernels": {"tvm": extend.Cpp("", "f", sizes=("*m",))}}, r"is not told \*m"),
+    ({"kernels": {"tvm": extend.Cpp("", "f", sizes=("*m",))}}, r"asks for \*m, which it cannot"),
     ({"signature": "other(x: T[*n]; s: float = 1.0) -> T[*n]",
       "kernels": {"tvm": extend.Cpp("", "f", sizes=("*n",))}}, "is not told s"),
-    ({"kernels": {"triton": extend.Triton("", "f", blocks={"BLOCK": "m"})}}, "is not told m"),
+    ({"kernels": {"triton": extend.Triton("", "f", blocks={"BLOCK": "m"})}}, "asks for m"),
+    ({"signature": "other(x: T[*n]; s: str = 'a') -> T[*n]",
+      "kernels": {"tvm": extend.Cpp("", "f", sizes=("*n", "s"))}}, "cannot be told s, which is"),
+    ({"signature": "other(x: T[*n]; s: float = 1.0) -> T[*n]", "role": extend.Role.POINTWISE,
+      "kernels": {"triton": "{0} * {t}"}}, "is not told s and asks for t, which"),
+    ({"role": extend.Role.POINTWISE, "kernels": {"triton": "{0} + {1}"}}, "asks for 1"),
+    ({"role": extend.Role.POINTWISE, "kernels": {"triton": "{0"}}, "asks for {0, which"),
+    ({"kernels": {"triton": "{0}"}}, "(?s)is of one element, and the role is other.*or Triton"),
+    ({"kernels": {"tvm": extend.Formula(abs)}}, "(?s)is of one element.*Role.POINTWISE"),
+    ({"kernels": {"triton": extend.Cpp("", "f")}}, "(?s)is a Cpp.*takes a text or Triton"),
+    ({"kernels": {"tvm": "{0}"}}, "is a str"),
 ]  # fmt: skip
 
 
@@ -318,6 +332,40 @@ def run_cpp(*operators: tuple[str, extend.Cpp]) -> list[float]:
 def test_cpp_that_does_not_compile_or_link_is_told(source: str) -> None:
     with pytest.raises(UsageError, match=WRONG_CPP[source]):
         run_cpp(("other", extend.Cpp(source, "wrong", sizes=("*n", "by"))))
+
+
+AFFINE = """extern "C" void affine(
+    const float *x, float *y, double by, long n, long minus, double to) {
+    for (; n-- > 0;) *y++ = (minus ? -by : by) * *x++ + to;
+}"""
+
+
+@pytest.mark.parametrize("backend", ["tvm", "triton"])
+def test_kernels_are_told_floats_and_booleans(backend: str) -> None:
+    """Calls that differ in a number alone, or in the sign of nought, are no one kernel."""
+    pytest.importorskip(backend)
+    kernel = extend.Cpp(AFFINE, "affine", sizes=("by", "*n", "minus", "to"))
+    text = "tl.where({minus} == 1, -{by}, {by}) * {0} + {to}"
+    with registrations_undone():
+        dsc.register_op(
+            "affine(x: T[*n]; by: float, to: float = 0.5, minus: bool = false) -> T[*n]",
+            extend.Traits(extend.Role.POINTWISE), example="f32[2] {by=0.5}", doc="by x + to.",
+            reference=lambda x, by, to, minus: (-by if minus else by) * x + to,
+            kernels={"tvm": kernel, "triton": text},
+        )  # fmt: skip
+        made = program_of("""graph main(%x: f32[B]) {
+          %a = affine %x {by=3}
+          %b = affine %x {by=-0.25, to=-1e-3, minus=true}
+          %c = affine %x {by=0.0, to=-0.0}
+          %d = affine %x {by=-0.0, to=-0.0}
+          %e = affine %x {by=1.0, to=inf}
+          return %a, %b, %c, %d, %e
+        }""")
+        found = compile_program(made, backend).run({"x": torch.tensor([1.0, 2.0])})
+    wanted = [[3.5, 6.5], [0.249, 0.499], [0.0, 0.0], [-0.0, -0.0], [math.inf, math.inf]]
+    for one, two in zip(found.values(), wanted, strict=True):
+        torch.testing.assert_close(one, torch.tensor(two))
+        assert torch.equal(one.signbit(), torch.tensor(two).signbit())
 
 
 def test_cpp_takes_no_name_that_others_have() -> None:

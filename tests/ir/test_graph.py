@@ -59,6 +59,8 @@ def test_a_builder_refuses_what_does_not_fit() -> None:
     x = b.input("x", X)
     with pytest.raises(TypeMismatch, match="linear"):
         b.linear(x, x)
+    with pytest.raises(TypeMismatch, match=r"div of 2: operands are values, as full\(.*value=2, "):
+        b.div(x, 2)
     with pytest.raises(TypeMismatch, match="unknown operator"):
         b.no_such_operator(x)
     with pytest.raises(AttributeError):

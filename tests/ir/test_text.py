@@ -151,6 +151,8 @@ GRAPH = "graph g(%x: f32[B,4], @w: f32[4]) {{ {} return %y }}"
     ("text", "words"),
     [
         (GRAPH.format("%y = neg %z"), "%z is not defined"),
+        (GRAPH.format("%y = div %x, 0.5"), "%c = full {shape=[], value=0.5"),
+        (GRAPH.format("%y = frobnicate %x"), "import the module that declares it"),
         (GRAPH.format("%y = rms_norm %x, @v {eps=1.0}"), "@v is not declared"),
         (GRAPH.format("%x = neg %x"), "%x is defined twice"),
         (GRAPH.format("%y, %y = split %x {sizes=[1,3]}"), "%y is defined twice"),

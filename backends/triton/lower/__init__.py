@@ -16,7 +16,7 @@ from dsc.backends.triton.pointwise import has_formula
 from dsc.backends.triton.rows import ALONG_ROWS
 from dsc.ir.graph import Node
 from dsc.ir.kernels import Lowering, Triton
-from dsc.ir.op import kernel_of, named
+from dsc.ir.op import brings_none, kernel_of, named
 from dsc.ir.traits import Role
 from dsc.ir.types import DType
 
@@ -83,7 +83,7 @@ def reason(node: Node) -> str | None:
         inside = (reason(inner) for inner in node.body.nodes)
         return next((r for r in inside if r is not None), None) or regions.reason(node)
     if lowering(node.op) is None:
-        return f"no Triton kernel for {node.op}"
+        return f"no Triton kernel for {node.op}{brings_none(node.op, 'triton')}"
     strange = [v.type.dtype for v in (*node.operands, *node.outputs)]
     strange = [t for t in strange if t not in POINTER_TYPES or t is DType.f64]
     if strange:

@@ -113,8 +113,9 @@ def _gemm(found: Columns, anchor: Node) -> Gemm:
 
 def pointwise_reason(node: Node) -> str | None:
     """Why a pointwise node cannot be generated, or `None`."""
-    if kernel_of(node.op, "triton") is not None and node.attrs:
-        return f"the Triton expression of {node.op} takes no attributes"
+    odd_attrs = [n for n, value in node.attrs.items() if not isinstance(value, int | float)]
+    if isinstance(kernel_of(node.op, "triton"), str) and odd_attrs:
+        return f"the Triton expression of {node.op} takes numbers, and {odd_attrs[0]} is none"
     types = [x.type.dtype for x in node.operands] + [v.type.dtype for v in node.outputs]
     odd = [t for t in types if t not in TYPES]
     if odd:

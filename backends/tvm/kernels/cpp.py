@@ -38,9 +38,12 @@ def lower(node: Node, machine: Machine, source: Cpp) -> Launch:
         ):
             takes = ", ".join(sorted(map(str, source.dtypes)))
             raise Unsupported(f"{node.op} of {given.dtype}; its C++ takes {takes}")
-    sizes = tuple(_extent({**call.attrs, **call.dims}[name]) for name in source.sizes)
+    told = [{**call.attrs, **call.dims}[name] for name in source.sizes]
+    told = [int(x) if isinstance(x, bool) else x for x in told]
+    sizes = tuple(_extent(x) for x in told if not isinstance(x, float))
     arity = len(node.operands) + len(node.outputs)
-    static = (source, arity, len(sizes))
+    numbers = tuple(x.hex() if isinstance(x, float) else None for x in told)
+    static = (source, arity, numbers)
     flops = definition.traits.flops(call)
     return Launch(call_cpp, static, sizes, flops=flops, sources=(source,))
 
@@ -49,13 +52,21 @@ def _extent(dim: Dim | tuple[Dim, ...]) -> Dim:
     return product(dim) if isinstance(dim, tuple) else dim
 
 
-def call_cpp(source: Cpp, arity: int, sizes: int) -> PrimFunc:
-    """Arguments: addresses of the operands and results; sizes."""
+def call_cpp(source: Cpp, arity: int, numbers: tuple[str | None, ...]) -> PrimFunc:
+    """Arguments: addresses of the operands and results; sizes.
+
+    `numbers` says of each size whether it is a float attribute: its digits, which tell 0 from -0.
+    """
 
     def body(*arguments: Expr) -> None:
-        T.evaluate(tirx.call_extern("int32", source.function, *arguments))
+        addresses, sizes = arguments[:arity], iter(arguments[arity:])
+        told = (
+            next(sizes) if n is None else tirx.FloatImm("float64", float.fromhex(n))
+            for n in numbers
+        )
+        T.evaluate(tirx.call_extern("int32", source.function, *addresses, *told))
 
-    return build(body, [*(f"x{i}" for i in range(arity)), *size_names(sizes)])
+    return build(body, [*(f"x{i}" for i in range(arity)), *size_names(numbers.count(None))])
 
 
 def compiled(sources: Iterable[Cpp], machine: Machine, folder: Path) -> list[str]:
