@@ -368,6 +368,34 @@ def test_kernels_are_told_floats_and_booleans(backend: str) -> None:
         assert torch.equal(one.signbit(), torch.tensor(two).signbit())
 
 
+@pytest.mark.parametrize(
+    ("written", "words"),
+    [
+        ("long minus, ", "has 5 parameters, and 6 are given"),
+        ("double to", r"the parameter `float to`, and a double is given"),
+        ("long n", r"the parameter `double n`, and no floating number is given"),
+        ("", ""),
+    ],
+)
+def test_cpp_whose_parameters_are_others_is_refused(written: str, words: str) -> None:
+    pytest.importorskip("tvm")
+    new = {"double to": "float to", "long n": "double n"}.get(written, "")
+    kernel = extend.Cpp(
+        AFFINE.replace(written, new) if written else AFFINE,
+        "affine", sizes=("by", "*n", "minus", "to"),
+    )  # fmt: skip
+    with registrations_undone():
+        dsc.register_op(
+            "affine(x: T[*n]; by: float, to: float = 0.5, minus: bool = false) -> T[*n]",
+            extend.Traits(extend.Role.OTHER), example="f32[2] {by=0.5}", doc="by x + to.",
+            reference=lambda x, by, to, minus: x, kernels={"tvm": kernel},
+        )  # fmt: skip
+        text = "graph main(%x: f32[B]) { %y = affine %x {by=3.0}\n return %y }"
+        said = get("tvm").supports(parse_program(text).entries["main"].nodes[0])
+    assert isinstance(said, No) == bool(words)
+    assert not isinstance(said, No) or re.search(words, said.reason)
+
+
 def test_cpp_takes_no_name_that_others_have() -> None:
     twice = [("one", extend.Cpp(TIMES % "by", "by", sizes=("*n", "by")))]
     twice += [("two", extend.Cpp(" " + TIMES % "by", "by", sizes=("*n", "by")))]

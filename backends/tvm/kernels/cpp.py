@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 import shutil
 import subprocess
 from collections.abc import Iterable
@@ -44,8 +45,32 @@ def lower(node: Node, machine: Machine, source: Cpp) -> Launch:
     arity = len(node.operands) + len(node.outputs)
     numbers = tuple(x.hex() if isinstance(x, float) else None for x in told)
     static = (source, arity, numbers)
+    problem = _mismatch(source, ["*"] * arity + [" " if n is None else "double" for n in numbers])
+    if problem is not None:
+        raise Unsupported(f"the C++ of {node.op} {problem}")
     flops = definition.traits.flops(call)
     return Launch(call_cpp, static, sizes, flops=flops, sources=(source,))
+
+
+def _mismatch(source: Cpp, given: list[str]) -> str | None:
+    """Why a function cannot be called so, where its parameters are plainly written, or `None`.
+
+    Neither a compiler nor a linker would tell: names are all that "C" functions are linked by.
+    """
+    form = rf'extern\s+"C"[^(;]*\b{re.escape(source.function)}\s*\(([\w\s*,]*)\)'
+    found = re.search(form, source.source)
+    if found is None:
+        return None
+    taken = [p for p in found[1].split(",") if p.strip()]
+    if len(taken) != len(given):
+        return f"has {len(taken)} parameters, and {len(given)} are given"
+    for written, wanted in zip(taken, given, strict=True):
+        floating = "*" not in written and re.search(r"\b(float|double)\b", written)
+        number = floating[0] if floating else ""
+        if ("double" if wanted == "double" else "") != number:
+            want = "a double" if wanted == "double" else "no floating number"
+            return f"has the parameter `{written.strip()}`, and {want} is given"
+    return None
 
 
 def _extent(dim: Dim | tuple[Dim, ...]) -> Dim:
