@@ -30,7 +30,7 @@ from dsc.ir.interpreter import Interpreter, run_graph
 from dsc.ir.op import named, registry
 from dsc.ir.parser import parse_graph, parse_operands, parse_program
 from dsc.ir.program import Program
-from dsc.ir.traits import Role
+from dsc.ir.traits import Form, Role
 from dsc.ir.types import DType, TensorType
 from dsc.ir.weights import evaluate as evaluate_weight
 from dsc.ir.weights import random_source, random_tensor
@@ -43,7 +43,8 @@ from tests.backends.canonical_lm import Sizes, canonical_lm
 BACKEND = OnnxRuntimeBackend()
 POINTS = ({"B": 1, "S": 1, "T": 6, "N": 1}, {"B": 3, "S": 4, "T": 9, "N": 11})
 COLLECTIVES = named(Role.COLLECTIVE)
-REFUSED = {"cache_write", "sdpa", "grouped_mm", "scaled", "dequantize"} | COLLECTIVES
+OF_WEIGHTS = {n for n, o in registry().items() if o.traits.form is Form.WEIGHT}
+REFUSED = {"cache_write", "sdpa", "grouped_mm"} | OF_WEIGHTS | COLLECTIVES
 """What writes in place, and collectives, cannot be said in ONNX; weights are packed dequantised;
 the others go when a trace is raised."""
 POSITIVE = {"log", "sqrt", "rsqrt", "pow"}
