@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
+from dsc.errors import CheckpointError
 from dsc.ir.dims import Dim, terms
 from dsc.ir.lazy import torch
 
@@ -179,16 +180,22 @@ def _apart(codes: torch.Tensor, type: TensorType) -> torch.Tensor:
 def _rounded_up(scales: torch.Tensor, dtype: DType) -> torch.Tensor:
     """Scales in their element type, none smaller than given, so that no code is beyond the last.
 
-    Raises `ValueError` where one is too large for it. A block of zeros has the scale 1.
+    Raises `CheckpointError` where one is too large for it, or a block holds NaN or infinity, which
+    no code says. A block of zeros has the scale 1.
     """
-    scales = torch.where(scales > 0, scales, 1.0)
+    scales = torch.where(scales == 0, 1.0, scales)
     made = scales.to(dtype.torch)
     if dtype.bits < 32:
         integers = torch.int16 if dtype.bits == 16 else torch.uint8
         next_one = (made.view(integers) + 1).view(dtype.torch)
         made = torch.where(made.float() < scales, next_one, made)
     if not made.float().isfinite().all():
-        raise ValueError(f"a scale of {scales.amax():g}, too large for {dtype}")
+        most = scales.amax()
+        what = f"a scale of {most:g}, too large for {dtype}"
+        raise CheckpointError(
+            what if most.isfinite() else "a weight to quantise holds NaN or infinity",
+            hint="mend the checkpoint, or keep the weight as it is: --keep, in Python keep=",
+        )
     return made
 
 

@@ -88,12 +88,16 @@ def pack(
             offset, size = places[name]
             write(b"\0" * (offset - at))
             at = offset
-            for block in blocks(expr, program.source):
-                written = write(_bytes(block, expr.type))
-                at, held = at + written, held + written
-                if held > RELEASE_BYTES:
-                    program.source.release()
-                    held = 0
+            try:
+                for block in blocks(expr, program.source):
+                    written = write(_bytes(block, expr.type))
+                    at, held = at + written, held + written
+                    if held > RELEASE_BYTES:
+                        program.source.release()
+                        held = 0
+            except CheckpointError as error:
+                error.where = error.where or name
+                raise
             if at != offset + size:
                 raise CheckpointError(f"{at - offset} bytes for {expr.type}", where=name)
         tail = b"\0" * (-at % ALIGNMENT)

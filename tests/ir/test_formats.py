@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dsc.errors import ParseError, VerificationError
+from dsc.errors import CheckpointError, ParseError, VerificationError
 from dsc.ir.analyses import cost
 from dsc.ir.formats import CODINGS, Coding, Format, Packed, pack
 from dsc.ir.graph import Graph, Weight
@@ -110,8 +110,17 @@ def test_a_scale_is_rounded_up_so_that_no_code_is_cut_off(scales: DType) -> None
 
 
 def test_a_scale_that_its_type_cannot_hold_is_an_error() -> None:
-    with pytest.raises(ValueError, match=r"1\.\d+e\+34, too large for f16"):
+    with pytest.raises(CheckpointError, match=r"1\.\d+e\+34, too large for f16"):
         pack(torch.full((2, 4), 2e36), TensorType(DType.i8, (2, 4), Format((1, 4), DType.f16)))
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("zeros", [None, DType.i8])
+@pytest.mark.parametrize("codes", [DType.i8, DType.i4, DType.f8e4m3])
+def test_what_no_code_says_is_an_error(codes: DType, zeros: DType | None, value: float) -> None:
+    x = torch.tensor([[1.0, 2.0, 3.0, 4.0], [1.0, value, 3.0, 4.0]])
+    with pytest.raises(CheckpointError, match="holds NaN or infinity"):
+        pack(x, TensorType(codes, (2, 4), Format((1, 4), DType.f16, zeros)))
 
 
 def test_two_small_codes_share_a_byte_the_first_in_its_low_half() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 
 import dsc
 from dsc import pipeline
-from dsc.errors import UsageError
+from dsc.errors import CheckpointError, UsageError
 from dsc.ir.formats import CODINGS
 from dsc.ir.parser import parse_program
 from dsc.ir.program import Program
@@ -21,6 +22,7 @@ from dsc.models.configs import TINY_CHECKPOINT
 from dsc.passes.quantize_weights import QuantizeWeights
 from dsc.rewrite.base import PassReport
 from dsc.rewrite.verify import compare_programs
+from dsc.runtime import packing
 
 TEXT = """program "m" {stage=CANONICAL}
 symbols {N=[1,8]}
@@ -131,6 +133,15 @@ def test_a_weight_that_is_in_a_format_stays_in_it() -> None:
     report = PassReport()
     assert QuantizeWeights(codes="i4").run(once, report) is once
     assert ("quantise", "up", "it is stored as i8 already") in report.missed
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_weight_that_codes_cannot_say_is_named(value: float, tmp_path: Path) -> None:
+    made = QuantizeWeights().run(model(), PassReport())
+    made.source.load("e.2")[1, 3] = value
+    with pytest.raises(CheckpointError, match="holds NaN or infinity") as told:
+        packing.pack(made, tmp_path / "weights")
+    assert told.value.where == "up"
 
 
 def test_a_stack_is_packed_piece_by_piece() -> None:
