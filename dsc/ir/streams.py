@@ -17,7 +17,7 @@ import numpy as np
 
 from dsc.ir.arrays import tensor_of
 from dsc.ir.dims import Dim
-from dsc.ir.formats import WHOLE
+from dsc.ir.formats import WHOLE, along
 from dsc.ir.op import TypeMismatch, concrete, lookup
 from dsc.ir.weights import Apply, Source, WeightExpr, WeightSource, check_tensor
 
@@ -119,7 +119,7 @@ def _keeps_rows(expr: Apply) -> bool:
         before, after = expr.args[0].type.shape, expr.type.shape
         return bool(before and after) and _size(before[0]) % max(1, _size(after[0])) == 0
     if expr.op in ("block_scales", "block_codes"):
-        return bool(expr.attrs["block"][0] == 1)
+        return along(expr.attrs["block"], expr.args[0].type.rank)[0] == 1
     return expr.op in ("cast", "dequantize", "scaled")
 
 

@@ -195,6 +195,22 @@ def test_the_scales_of_a_block_stay_with_it(block: tuple[int, int]) -> None:
     assert torch.equal(torch.cat(cut), evaluate(expr, source))
 
 
+@pytest.mark.parametrize("shape", [(64,), (5, 64), (3, 5, 70)], ids=str)
+@pytest.mark.parametrize("codes", [DType.i8, DType.i4])
+@pytest.mark.parametrize("size", [8, 100, 1 << 20])
+def test_codes_made_piece_by_piece_are_those_made_at_once(
+    shape: tuple[int, ...], codes: DType, size: int
+) -> None:
+    source = DictSource({"x": torch.randn(shape, generator=torch.Generator().manual_seed(1))})
+    x = Source("x", source.types["x"])
+    scales = apply("block_scales", x, codes=codes, block=(1, 32), dtype=DType.f16)
+    packed = apply("block_codes", x, scales, codes=codes, block=(1, 32))
+    numbers = apply("dequantize", apply("scaled", packed, scales, block=(1, 32)), dtype=DType.f32)
+    for expr in (scales, packed, numbers):
+        found = torch.cat([_tensor(part).reshape(-1) for part in blocks(expr, source, size)])
+        assert torch.equal(found, evaluate(expr, source).reshape(-1))
+
+
 def test_a_source_of_another_type_is_an_error() -> None:
     source = DictSource({"a": torch.zeros(4, 2)})
     with pytest.raises(TypeMismatch, match="bf16"):
