@@ -313,6 +313,34 @@ def test_a_rank_reads_its_part_of_a_stack_alone() -> None:
     assert isinstance(interpreter(plain), Interpreter)
 
 
+@pytest.mark.parametrize(
+    ("attrs", "read"),
+    [
+        ("axis=0, start=rank, end=rank+2, step=1", 2),
+        ("axis=0, start=rank, end=rank+3, step=2", 4),
+        ("axis=1, start=rank, end=rank+2, step=1", 4),
+    ],
+)
+def test_the_part_of_a_rank_is_the_slice_however_it_runs(attrs: str, read: int) -> None:
+    source = DictSource({k: torch.arange(4.0) + 10 * i for i, k in enumerate("xyzu")})
+    each = ", ".join(f'source "{k}" : f32[4]' for k in "xyzu")
+    shape = "2,4" if "axis=0" in attrs else "4,2"
+    text = (
+        f'program "p" {{stage=OPTIMIZED}} interface {{ mesh {{ranks=2, parallel="tp"}} }} weights'
+        f" {{ @a : f32[{shape}] = slice(stack({each})) {{{attrs}}} }}"
+        f" graph main(%x: f32[{shape}]) {{ %y = mul %x, @a return %y }}"
+    )
+    whole = torch.arange(4.0) + 10 * torch.arange(4.0)[:, None]
+    for rank in range(2):
+        expr = at_rank(parse_program(text, source), rank).weights["a"]
+        step = 2 if "step=2" in attrs else 1
+        part = slice(rank, rank + 1 + step, step)
+        assert torch.equal(
+            evaluate(expr, source), whole[part] if "axis=0" in attrs else whole[:, part]
+        )
+        assert str(expr).count("Source(") == read, "of a stack, what a rank needs alone"
+
+
 def test_one_alone_has_nobody_to_speak_to() -> None:
     alone = current()
     assert (alone.rank, alone.size) == (0, 1)
