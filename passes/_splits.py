@@ -114,11 +114,26 @@ class ScatterToConcat(Rule):
         "graph g(%a: f32[B,4], %b: f32[B,2]) { %e = full {shape=[B,6], value=0.0, dtype=f32}\n"
         " %c = slice_scatter %e, %a {axis=1, start=0, end=4}\n"
         " %d = slice_scatter %c, %b {axis=1, start=4, end=6}\n return %d }",
+        "graph g(%e: f32[B,6], %a: f32[B,4], %b: f32[B,2]) {"
+        " %c = slice_scatter %e, %b {axis=1, start=4, end=6}\n"
+        " %d = slice_scatter %c, %a {axis=1, start=0, end=4}\n return %d }",
     )
     near_misses: ClassVar[Mapping[str, str]] = {
         "a gap keeps what was there": "graph g(%e: f32[B,6], %a: f32[B,3], %b: f32[B,2]) {"
         " %c = slice_scatter %e, %a {axis=1, start=0, end=3}\n"
         " %d = slice_scatter %c, %b {axis=1, start=4, end=6}\n return %d }",
+        "the front keeps what was there": "graph g(%e: f32[B,6], %a: f32[B,3], %b: f32[B,2]) {"
+        " %c = slice_scatter %e, %a {axis=1, start=1, end=4}\n"
+        " %d = slice_scatter %c, %b {axis=1, start=4, end=6}\n return %d }",
+        "the end keeps what was there": "graph g(%e: f32[B,6], %a: f32[B,3], %b: f32[B,2]) {"
+        " %c = slice_scatter %e, %a {axis=1, start=0, end=3}\n"
+        " %d = slice_scatter %c, %b {axis=1, start=3, end=5}\n return %d }",
+        "the same range is written twice": "graph g(%e: f32[B,6], %a: f32[B,4], %b: f32[B,4]) {"
+        " %c = slice_scatter %e, %a {axis=1, start=0, end=4}\n"
+        " %d = slice_scatter %c, %b {axis=1, start=0, end=4}\n return %d }",
+        "the axes differ": "graph g(%e: f32[6,6], %a: f32[3,6], %b: f32[6,3]) {"
+        " %c = slice_scatter %e, %a {axis=0, start=0, end=3}\n"
+        " %d = slice_scatter %c, %b {axis=1, start=3, end=6}\n return %d }",
     }
 
     def pattern(self, p: patterns.Names) -> patterns.Pattern:
@@ -132,15 +147,15 @@ class ScatterToConcat(Rule):
         axis = axis_of(first["axis"], rank)
         if axis != axis_of(second["axis"], rank):
             return reject("the writes are along different axes", m.a, m.b)
-        spans = {(first["start"], first["end"]): "a", (second["start"], second["end"]): "b"}
+        spans = [(first["start"], first["end"], m.a), (second["start"], second["end"], m.b)]
         low, high = sorted(spans, key=lambda s: s[0] != 0)
         if low[0] != 0 or low[1] != high[0] or high[1] != m.target.type.shape[axis]:
             return reject("the writes do not cover the axis", m.target)
-        return {"axis": axis, "order": (spans[low], spans[high])}
+        return {"axis": axis, "later": spans[0] is high}
 
     def rewrite(self, b: RewriteBuilder, m: Match, facts: Facts) -> Result:
         """The parts one after another; what was there before is gone."""
-        first, second = (m.values[name] for name in facts["order"])
+        first, second = (m.b, m.a) if facts["later"] else (m.a, m.b)
         return b.call("concat", first, second, axis=facts["axis"])
 
 

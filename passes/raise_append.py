@@ -85,6 +85,17 @@ class Append(Rule):
   %y = concat %a, %new {axis=1}
   return %y
 }""",
+        "what comes next is another value": """graph g(%lengths: i64[B], %past: f32[B,P,4],
+    %new: f32[B,S,4]) {
+  %y = concat %past, %new {axis=1}
+  %z = neg %y
+  return %z as "present" updates %past, %y
+}""",
+        "it comes next in another cache": """graph g(%lengths: i64[B], %past: f32[B,P,4],
+    %other: f32[B,P,4], %new: f32[B,S,4]) {
+  %y = concat %other, %new {axis=1}
+  return %y as "present" updates %past
+}""",
         "new rows come first": """graph g(%lengths: i64[B], %past: f32[B,P,4], %new: f32[B,S,4]) {
   %y = concat %new, %past {axis=1}
   return %y as "present" updates %past

@@ -59,6 +59,15 @@ def test_break_even_of_v3_is_170_new_tokens() -> None:
     assert break_even(parse_graph(MLA)) == 170  # 512 * 256 / 768 = 170.67, rounded down
 
 
+@pytest.mark.parametrize(("latent", "most"), [(64, 0), (65, 4160), (128, 128), (63, 0)])
+def test_absorption_never_breaks_even_where_expanding_costs_less(latent: int, most: int) -> None:
+    """Over a latent of width c, with 64 + 64 columns of a head: c * 128 // (2 * c - 128)."""
+    text = (
+        MLA.replace("128,128]", "128,64]").replace("32768", "16384").replace("512]", f"{latent}]")
+    )
+    assert break_even(parse_graph(text)) == most
+
+
 def test_absorption_needs_a_weight() -> None:
     text = MLA.replace("@kv_b: bf16[32768,512]", "%kv_b: bf16[32768,512]").replace("@", "%")
     program = program_of(text, Stage.CANONICAL)

@@ -94,3 +94,20 @@ def test_a_difference_that_rounding_cannot_explain_is_told() -> None:
 def test_a_measured_number_is_taken_as_it_is_written() -> None:
     assert lift.as_written(2.4999998, [1.0, 2.5]) == 2.5
     assert lift.as_written(0.33333334, [1.0]) == 0.333333
+
+
+@pytest.mark.parametrize(
+    ("value", "written", "wanted"),
+    [
+        (0.5000001, [0.5, 0.25], 0.5),
+        (100.0006, [100.0, 100.001], 100.001),
+        (-0.5000001, [0.5, -0.5], -0.5),
+        (0.50001, [0.5], 0.50001),
+        (0.12345678, [], 0.123457),
+        (0.0, [0.0], 0.0),
+    ],
+)
+def test_a_measured_number_is_spelled_as_the_nearest_that_is_written(
+    value: float, written: list[float], wanted: float
+) -> None:
+    assert lift.as_written(value, written) == wanted

@@ -205,3 +205,13 @@ def test_each_condition_of_the_list_decides() -> None:
     assert added({"experts": ExpertKernels(True, 1, 1.0, 1)}) == {"lower_moe_dispatch"}
     assert added({"fuse": 2}) == {"merge_projections"}
     assert added({"fuse": 1}) == set()
+
+
+def test_a_word_is_read_as_what_an_option_is() -> None:
+    known = {kind: Option("o", kind, None) for kind in (bool, int, str, tuple)}
+    for kind, word, value in (
+        (bool, "true", True), (bool, "false", False), (bool, "no", "no"), (int, "-12", -12),
+        (int, "1.5", "1.5"), (str, "true", "true"), (tuple, "[a, b,]", ("a", "b")),
+        (tuple, "[]", ()), (tuple, "a", "a"),
+    ):  # fmt: skip
+        assert known[kind].read(word, lambda backend, member: None) == value, word

@@ -12,7 +12,7 @@ import torch
 from dsc.errors import VerificationError
 from dsc.ir.dims import Range
 from dsc.ir.graph import Graph, Node
-from dsc.ir.parser import parse_program
+from dsc.ir.parser import parse_graph, parse_program
 from dsc.ir.program import Program
 from dsc.ir.stages import Stage
 from dsc.ir.types import DType, TensorType
@@ -22,6 +22,8 @@ from dsc.rewrite.base import EXACT
 from dsc.rewrite.verify import (
     Comparison,
     compare_programs,
+    difference,
+    pinned,
     relative_difference,
     same_bits,
     weight_elements,
@@ -157,6 +159,30 @@ def test_an_input_that_is_no_cache_must_keep_its_shape() -> None:
     graph main(%x: f32[2,WIDTH]) { %y = sum %x {axes=[1]} return %y }"""
     four, six = (parse_program(text.replace("WIDTH", n)) for n in ("4", "6"))
     caught(four, six, "input x was (2, 4) and is (2, 6)")
+
+
+def test_a_cache_may_grow_and_not_shrink() -> None:
+    text = """program "p" {stage=CANONICAL}
+    graph main(%past: f32[2,ROWS,3]) { %y = neg %past return %y as "present" updates %past }"""
+    four, three = (parse_program(text.replace("ROWS", n)) for n in "43")
+    caught(four, three, "input past was (2, 4, 3) and is (2, 3, 3); entry main, full form")
+
+
+def test_a_cache_that_lost_its_last_row_is_told_with_its_shapes() -> None:
+    text = """program "p" {stage=CANONICAL} symbols {B=[1,4], P=[0,9], S=[1,9]}
+    graph main(%past: f32[B,P,2], %new: f32[B,S,2], %lengths: i64[B]) {
+      %c = append %past, %new, %lengths %d = slice %c {axis=1, start=FIRST, end=P+S}
+      return %d as "present" updates %past }"""
+    one, two = (parse_program(text.replace("FIRST", n)) for n in "01")
+    caught(one, two, "present was torch.float32 (2, 8, 2) and is torch.float32 (2, 7, 2)")
+
+
+def test_a_tolerance_may_be_met_exactly() -> None:
+    text = """program "p" {stage=CANONICAL}
+    graph main(%x: f32[2]) { %y = full {shape=[2], value=VALUE, dtype=f32} return %y }"""
+    one, two = (parse_program(text.replace("VALUE", v)) for v in ("1.0", "1.5"))
+    assert compare_programs(one, two, 0.5).ok
+    caught(one, two, "output y differs by 0.5, tolerance 0.499", tolerance=0.499)
 
 
 def test_one_entry_may_become_several() -> None:
@@ -311,6 +337,26 @@ def test_bits_and_differences() -> None:
     assert relative_difference(a, torch.tensor([0.0, 1.0, inf, 1.0])) == inf
     assert relative_difference(torch.tensor([100.0]), torch.tensor([101.0])) == 0.01
     assert relative_difference(torch.zeros(0), torch.zeros(0)) == 0
+
+
+def test_differences_in_words() -> None:
+    ints = torch.tensor([1, 2, 3, 4])
+    assert difference(ints, torch.tensor([1, 0, 3, 0])) == "2 of 4 elements differ"
+    assert difference(ints / 1, ints + 0.5) == "the largest difference is 0.125"
+    found = Comparison("shrunk", 4, 1.2e-3, 10, 2, entries=["a", "b"])
+    told = "shrunk form: 4 runs of a, b agree, difference 1.2e-03"
+    assert str(found) == f"{told}, 2 of 10 near-ties excluded"
+    assert str(replace(found, decisions=0)) == told
+
+
+def test_symbols_are_pinned_that_are_numbers_afterwards() -> None:
+    text = "graph g(%x: f32[B,S], %past: f32[B,P+S], %l: i64[L]) { return %x, %past, %l }"
+    graph = parse_graph(text)
+    assert pinned(graph, graph) == {}
+    assert pinned(graph, graph.substitute({"S": 1, "L": 2})) == {"S": 1, "L": 2}
+    assert pinned(graph, graph.substitute({"S": 1, "P": 3})) == {"S": 1}, "P + S is no symbol"
+    fewer = parse_graph("graph g(%x: f32[4], %y: f32[B,7]) { return %x, %y }")
+    assert pinned(graph, fewer) == {}, "of another rank, and of another name"
 
 
 def test_widening_makes_sixteen_bits_thirty_two() -> None:

@@ -215,6 +215,10 @@ def test_rows_sum_and_sort(capsys: pytest.CaptureFixture[str]) -> None:
     prof.print_stats(machine=MACHINE)
     shown = capsys.readouterr().out
     assert "60.0%" in shown
+    assert rest in shown
+    assert "norm" in shown, "without a limit every row is shown"
+    prof.print_stats(row_limit=2, machine=MACHINE)
+    assert "norm" not in capsys.readouterr().out
     assert "decode: 1 runs, median 10000.000 ms" in shown
 
 

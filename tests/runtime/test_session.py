@@ -136,6 +136,41 @@ def test_entries_are_opened_that_the_steps_to_come_run(compiled: dsc.CompiledMod
     assert executable.opened == {"extend", "prefill", "decode"}
 
 
+@pytest.mark.parametrize(
+    ("guards", "prompts", "opened"),
+    [
+        # A chunk is 8: 8 tokens are one, 11 are 8 and 3. Decode steps have one token.
+        ([Guard("decode", step=1), Guard("extend", step=3)], [3], "decode extend"),
+        ([Guard("decode", step=1), Guard("extend", step=3)], [8], "decode prefill"),
+        ([Guard("decode", step=1), Guard("extend", step=3)], [11], "decode extend prefill"),
+        # The first decode step after a prompt of 3 sees 4 tokens, the last one all 16.
+        ([Guard("decode", step=1, context=4), Guard("extend", step=1)], [3],
+         "decode extend prefill"),
+        ([Guard("decode", step=1, context=3), Guard("extend", step=1)], [3], "extend prefill"),
+        # A chunk sees the tokens before it as well, and not those that come after.
+        ([Guard("decode", step=1), Guard("extend", context=8)], [16], "decode extend prefill"),
+        ([Guard("decode", step=1), Guard("extend", context=7)], [16], "decode prefill"),
+        # Sequences run one by one or all together.
+        ([Guard("decode", batch=1), Guard("extend", batch=2)], [3, 3], "decode extend"),
+        ([Guard("decode", batch=1), Guard("extend", batch=2)], [3, 3, 3], "decode prefill"),
+    ],
+)  # fmt: skip
+def test_steps_to_come_are_those_of_the_chunks_and_of_decoding(
+    guards: list[Guard], prompts: list[int], opened: str
+) -> None:
+    found = []
+
+    class Opens:
+        def open(self, entry: str) -> None:
+            found.append(entry)
+
+    limits = Limits(4, 16, 8)
+    program = null_model().program.declaring(guards=(*guards, Guard("prefill")), limits=limits)
+    executable: Any = Opens()
+    Session(executable, program, max_context=16).prepare(prompts)
+    assert sorted(found) == opened.split()
+
+
 def test_the_guard_table_chooses(compiled: dsc.CompiledModel) -> None:
     limit = {g.entry: g.step for g in compiled.program.guards}["extend"]
     assert limit == 4  # 6 * (2 + 3) // (2 * 6 - 2 - 3)
