@@ -35,7 +35,7 @@ After          program "example" {stage=CANONICAL}
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
@@ -49,13 +49,26 @@ from dsc.ir.program import Program
 from dsc.ir.stages import Stage
 from dsc.ir.traits import Role
 from dsc.ir.types import DType
-from dsc.ir.weights import Apply, Source, WeightExpr, apply, sources, stored_type
+from dsc.ir.weights import (
+    Apply,
+    Source,
+    WeightExpr,
+    WeightSource,
+    apply,
+    evaluate,
+    sources,
+    stored_type,
+)
 from dsc.rewrite.base import Pass, PassReport
 from dsc.rewrite.options import option
+from dsc.rewrite.verify import WIDEST, weight_elements
+from dsc.rewrite.widen import runnable
 
 RULE = "quantise"
 INTEGERS = ("i8", "i4")
 SCALES = DType.f16
+ROUNDING = 2.0**-14
+"""What fp32 may add to a bound, as a share of it: codes to 128 are of quotients, and multiplied."""
 
 
 class Kept(Exception):
@@ -72,7 +85,6 @@ class QuantizeWeights(Pass):
     keep: tuple[str, ...] = ()
 
     needs = frozenset({Stage.CANONICAL, Stage.OPTIMIZED})
-    tolerance = 0.3  # of rounding to 16 steps; what codes are is held to their bound by tests
 
     def run(self, program: Program, report: PassReport) -> Program:
         """One walk over the weights; the report has the reason for each that products keep."""
@@ -98,6 +110,20 @@ class QuantizeWeights(Pass):
             report.fire(RULE, places=[name])
             report.facts[str(codes)] = report.facts.get(str(codes), 0) + 1
         return replace(program, weights={**program.weights, **chosen}) if chosen else program
+
+    def comparable(self, before: Program, after: Program) -> Program:
+        """With the numbers of before where codes say them within their bound: all else is exact.
+
+        Of a program too wide to interpret its small twin is looked at.
+        """
+        if weight_elements(before) > WIDEST:
+            return replace(after, weights=before.weights)
+        source = runnable(before, widen=False).source
+        near = {
+            name: expr for name, expr in before.weights.items()
+            if after.weights[name] is expr or _is_near(after.weights[name], expr, source)
+        }  # fmt: skip
+        return after.with_weights(near)
 
     def _check_patterns(self, program: Program) -> None:
         """Raise `UsageError` for a pattern that names no weight."""
@@ -133,6 +159,15 @@ def quantised(expr: WeightExpr, codes: DType, block: tuple[int, int]) -> WeightE
     return apply("dequantize", stored, dtype=expr.type.dtype)
 
 
+def _is_near(made: WeightExpr, expr: WeightExpr, source: WeightSource) -> bool:
+    """Whether codes stand for numbers within the bound of their format."""
+    if isinstance(made, Source) or made.op != "dequantize" or made.type != expr.type:
+        return False
+    stored, exact = evaluate(made.args[0], source), evaluate(expr, source).float()
+    off = (stored.unpack(exact.dtype) - exact).abs()
+    return bool((off <= stored.bound(exact) * (1 + ROUNDING)).all())
+
+
 def _packed(expr: WeightExpr, codes: DType, block: tuple[int, int]) -> Sequence[WeightExpr]:
     """Codes and scales; those of a stack are stacks, so that they can be made piece by piece."""
     if isinstance(expr, Apply) and (expr.op == "stack" or _joins_rows(expr)):
@@ -159,22 +194,23 @@ def _heads(graph: Graph) -> Iterable[str]:
     readers = uses(graph)
     for node in graph.nodes:
         for index, x in enumerate(node.inputs):
-            if isinstance(x, Weight) and _is_product(node, index) and _ends(node.output, readers):
-                yield x.name
+            if isinstance(x, Weight) and _is_product(node, index):
+                if {*_ends(node.output, readers)} == {True}:
+                    yield x.name
 
 
-def _ends(value: Value, readers: Mapping[str, Sequence[Use]]) -> bool:
-    """Whether nothing is computed with a value on its way out."""
-    return all(
-        node is None
-        or ((node.op == "cast" or traits_of(node.op).role is Role.VIEW)
-            and all(_ends(v, readers) for v in node.outputs))
-        for node, _ in readers[value.name]
-    )  # fmt: skip
+def _ends(value: Value, readers: Mapping[str, Sequence[Use]]) -> Iterator[bool]:
+    """For each way that a value goes, whether nothing is computed with it on its way out."""
+    for node, _ in readers[value.name]:
+        if node is not None and (node.op == "cast" or traits_of(node.op).role is Role.VIEW):
+            for each in node.outputs:
+                yield from _ends(each, readers)
+        else:
+            yield node is None
 
 
 def _keys(expr: WeightExpr) -> list[str]:
-    return [expr.key] if isinstance(expr, Source) else [s.key for s in sources(expr)]
+    return [source.key for source in sources(expr)]
 
 
 def _named(pattern: str, names: Iterable[str]) -> bool:

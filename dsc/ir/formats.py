@@ -126,18 +126,30 @@ class Packed:
             found = found - _spread(each, self.type)
         return (found * _spread(scales, self.type)).to(dtype)
 
+    def bound(self, x: torch.Tensor) -> torch.Tensor:
+        """How far the numbers may lie from those of `x`, of which the nearest codes are these."""
+        coding = CODINGS[self.type.dtype]
+        steps = _spread(self.parts[1], self.type) * coding.absolute
+        return torch.maximum(x.float().abs() * coding.relative, steps) * (len(self.parts) - 1)
+
 
 def pack(x: torch.Tensor, type: TensorType) -> Packed:
-    """The tensor in the format of `type`: the nearest codes."""
+    """The tensor in the format of `type`: the nearest codes.
+
+    Raises `ValueError` for zero points of a type that does not hold every code.
+    """
     assert type.format is not None
-    if type.format.zeros is None:
+    zero = type.format.zeros
+    if zero is None:
         scales = scales_of(x, type)
         return Packed(type, (codes_of(x, scales, type), scales))
+    if type.dtype.is_float or zero.bits < type.dtype.bits or zero.value.startswith("u"):
+        raise ValueError(f"zero points in {zero} do not hold codes in {type.dtype}")
     coding, wide = CODINGS[type.dtype], x.float()
     most, least = _largest(wide, type), -_largest(-wide, type)
     scales = _rounded_up((most - least) / (coding.most - coding.least), type.format.scales)
     zeros = (coding.least - least / scales.float()).round().clamp(coding.least, coding.most)
-    kept = zeros.to(type.format.zeros.torch)
+    kept = zeros.to(zero.torch)
     return Packed(type, (codes_of(x, scales, type, kept), scales, kept))
 
 

@@ -115,12 +115,22 @@ def test_a_scale_that_its_type_cannot_hold_is_an_error() -> None:
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize("zeros", [None, DType.i8])
-@pytest.mark.parametrize("codes", [DType.i8, DType.i4, DType.f8e4m3])
+@pytest.mark.parametrize(
+    ("codes", "zeros"),
+    [(t, None) for t in (DType.i8, DType.i4, DType.f8e4m3)]
+    + [(DType.i8, DType.i8), (DType.i4, DType.i8)],
+)
 def test_what_no_code_says_is_an_error(codes: DType, zeros: DType | None, value: float) -> None:
     x = torch.tensor([[1.0, 2.0, 3.0, 4.0], [1.0, value, 3.0, 4.0]])
     with pytest.raises(CheckpointError, match="holds NaN or infinity"):
         pack(x, TensorType(codes, (2, 4), Format((1, 4), DType.f16, zeros)))
+
+
+@pytest.mark.parametrize(("codes", "zeros"), [("f8e4m3", "i8"), ("i8", "i4"), ("i4", "u8")])
+def test_zero_points_must_hold_every_code(codes: str, zeros: str) -> None:
+    kind = Format((1, 4), DType.f32, DType(zeros))
+    with pytest.raises(ValueError, match=f"zero points in {zeros} do not hold codes in {codes}"):
+        pack(torch.ones(2, 4), TensorType(DType(codes), (2, 4), kind))
 
 
 def test_two_small_codes_share_a_byte_the_first_in_its_low_half() -> None:

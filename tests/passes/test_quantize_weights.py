@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 import dsc
-from dsc import pipeline
+from dsc import backends, pipeline
 from dsc.errors import CheckpointError, UsageError
 from dsc.ir.formats import CODINGS
 from dsc.ir.parser import parse_program
@@ -19,10 +20,15 @@ from dsc.ir.streams import blocks
 from dsc.ir.types import DType
 from dsc.ir.weights import Apply, Source, WeightExpr, apply, evaluate, random_source, source_types
 from dsc.models.configs import TINY_CHECKPOINT
+from dsc.passes import quantize_weights
 from dsc.passes.quantize_weights import QuantizeWeights
+from dsc.pipeline import PipelineOptions
 from dsc.rewrite.base import PassReport
+from dsc.rewrite.manager import Watch
 from dsc.rewrite.verify import compare_programs
 from dsc.runtime import packing
+from dsc.targets import Target
+from tests.runtime.test_session import small_lm
 
 TEXT = """program "m" {stage=CANONICAL}
 symbols {N=[1,8]}
@@ -165,14 +171,41 @@ def test_a_stack_is_packed_piece_by_piece() -> None:
 
 
 @pytest.mark.parametrize("codes", ["i8", "i4"])
-def test_what_is_computed_stays_near(codes: str) -> None:
+def test_verification_holds_codes_to_their_bound_and_all_else_to_every_bit(codes: str) -> None:
     each = QuantizeWeights(codes=codes)
-    assert compare_programs(model(), quantised(codes=codes)[0], each.tolerance).ok
-    program, _ = quantised(codes=codes)
-    for name, expr in program.weights.items():
-        if codes_of(expr) is not None:
-            wrong = program.with_weights({name: apply("neg", expr)})
-            assert not compare_programs(model(), wrong, each.tolerance).ok
+    made, before = quantised(codes=codes)[0], model()
+    assert compare_programs(before, each.comparable(before, made)).worst == 0.0
+    for name, expr in made.weights.items():
+        if codes_of(expr) is None:
+            continue
+        assert isinstance(expr, Apply)
+        stored = expr.args[0]
+        assert isinstance(stored, Apply)
+        steps, scales = stored.args
+        doubled = apply("scaled", steps, apply("add", scales, scales), block=(1, 32))
+        exact = before.weights[name]
+        for wrong in (
+            apply("dequantize", doubled, dtype=DType.f32),
+            quantize_weights.quantised(apply("add", exact, exact), stored.type.dtype, (1, 32)),
+            apply("neg", expr),
+        ):
+            shown = each.comparable(before, made.with_weights({name: wrong}))
+            assert not compare_programs(before, shown).ok, name
+    other = parse_program(TEXT.replace("silu %a", "tanh %a")).entries
+    assert not compare_programs(before, each.comparable(before, replace(made, entries=other))).ok
+
+
+@pytest.mark.parametrize("quant", ["int8", "int4"])
+@pytest.mark.parametrize("widest", [10**9, 0], ids=["full", "shrunk"])
+def test_a_compile_can_verify_it(quant: str, widest: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in ("twin", "verify"):
+        monkeypatch.setattr(f"dsc.rewrite.{module}.WIDEST", widest)
+    monkeypatch.setattr(quantize_weights, "WIDEST", widest)
+    options = PipelineOptions(quant=quant, watch=Watch(verify_each=True))
+    done = pipeline.prepare(small_lm(), backends.get("null"), Target("cpu"), options)
+    (record,) = [r for r in done.records if r.name == "quantize_weights"]
+    assert record.report.fired
+    assert "difference 0.0" in record.verified
 
 
 # --- as a user asks for it ------------------------------------------------------------------------
@@ -214,6 +247,8 @@ def test_where_a_backend_reads_no_codes_a_note_says_so() -> None:
         ({"quant": "int3"}, "quant 'int3'"),
         ({"quant": None}, "quant is None"),
         ({"keep": ["lm_head"]}, "'lm_head' is kept, and nothing is quantised"),
+        ({"quant": "int8", "keep": "lm_head"}, "keep is 'lm_head'"),
+        ({"quant": "int8", "keep": [7]}, "keep is"),
         ({"quant": "int8", "keep": ["lm_heat"]}, "no weight is called 'lm_heat'"),
     ],
 )
