@@ -276,7 +276,7 @@ def compile(
     _check_options(fusion_level, dtype, max_batch, max_context, prefill_chunk)
     check_parallel(ranks, parallel)
     pipeline.check_names(print_ir_after, NOT_PASSES)
-    pipeline.PipelineOptions(quant=quant, keep=tuple(keep))  # wrong ones are told at once
+    pipeline.check_quant(quant, keep)
 
     def shares(config: ModelConfig) -> None:
         experts = config.n_routed_experts if config.is_moe(config.num_hidden_layers - 1) else 0

@@ -35,6 +35,7 @@ CACHES = ("contiguous", "paged")
 """Layouts of KV caches: a capacity of rows for each sequence, or pages that sequences take."""
 QUANT = {"none": "", "int8": "i8", "int4": "i4"}
 """What weights may be quantised to, and the element type of the codes."""
+QUANTISED = " or ".join(word for word, codes in QUANT.items() if codes)
 PAGED = CACHES[1]
 EPILOGUES = 2
 """Backends that fuse from this level on split a merged projection at no cost."""
@@ -57,12 +58,7 @@ class PipelineOptions:
 
     def __post_init__(self) -> None:
         check_fusion_level(self.fusion_level)
-        if self.quant not in QUANT:
-            raise UsageError(f"quant {self.quant!r}", hint=one_of(self.quant, list(QUANT)))
-        if self.keep and self.quant == "none":
-            raise UsageError(
-                f"{self.keep[0]!r} is kept, and nothing is quantised", hint="give quant as well"
-            )
+        check_quant(self.quant, self.keep)
 
 
 class Setting(NamedTuple):
@@ -167,6 +163,18 @@ def check_fusion_level(level: int) -> None:
     if level not in FUSION_LEVELS:
         levels = ", ".join(map(str, FUSION_LEVELS))
         raise UsageError(f"fusion_level {level}", hint=f"one of {levels}")
+
+
+def check_quant(quant: str, keep: Sequence[str]) -> None:
+    """Raise `UsageError` for what weights cannot be quantised to, or for keeping no pattern."""
+    if quant not in QUANT:
+        raise UsageError(f"quant {quant!r}", hint=one_of(quant, list(QUANT)))
+    if isinstance(keep, str) or not all(isinstance(each, str) for each in keep):
+        raise UsageError(f"keep is {keep!r}", hint='give a list of texts, as in ["lm_head"]')
+    if keep and quant == "none":
+        raise UsageError(
+            f"{keep[0]!r} is kept, and nothing is quantised", hint=f"give quant: {QUANTISED}"
+        )
 
 
 def kind_of(name: str) -> type[Pass]:

@@ -41,7 +41,9 @@ VERBS = (
 )
 
 
-PARAMETERS = re.compile(r"(?<![\w.-])(max_batch|max_context|prefill_chunk|fusion_level)\b(=?)")
+PARAMETERS = re.compile(
+    r"(?<![\w.-])(max_batch|max_context|prefill_chunk|fusion_level|quant)\b(=?)"
+)
 """Parameters of the API that are options of verbs."""
 
 
