@@ -131,6 +131,9 @@ class ScatterToConcat(Rule):
         "the same range is written twice": "graph g(%e: f32[B,6], %a: f32[B,4], %b: f32[B,4]) {"
         " %c = slice_scatter %e, %a {axis=1, start=0, end=4}\n"
         " %d = slice_scatter %c, %b {axis=1, start=0, end=4}\n return %d }",
+        "the writes overlap": "graph g(%e: f32[B,6], %a: f32[B,4], %b: f32[B,3]) {"
+        " %c = slice_scatter %e, %a {axis=1, start=0, end=4}\n"
+        " %d = slice_scatter %c, %b {axis=1, start=3, end=6}\n return %d }",
         "the axes differ": "graph g(%e: f32[6,6], %a: f32[3,6], %b: f32[6,3]) {"
         " %c = slice_scatter %e, %a {axis=0, start=0, end=3}\n"
         " %d = slice_scatter %c, %b {axis=1, start=3, end=6}\n return %d }",

@@ -1,6 +1,7 @@
 """Fixtures that every test may ask for."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -30,6 +31,25 @@ def shared() -> Path:
     if not (folder / "text").is_dir():
         pytest.skip(f"no reference text: {folder.name}/text is not beside the checkout")
     return folder
+
+
+@pytest.fixture
+def hashed_sources(monkeypatch: pytest.MonkeyPatch) -> Callable[[], set[str]]:
+    """Asks which of our files were hashed for keys of what is kept, from now on."""
+    from dsc import kept
+
+    hashed: list[str] = []
+
+    def sources(*folders: str) -> str:
+        hashed.extend(folders)
+        return "a hash"
+
+    def files() -> set[str]:
+        every = (file for name in hashed for file in (kept.HOME / name).rglob("*.py"))
+        return {str(file.relative_to(kept.HOME)) for file in every}
+
+    monkeypatch.setattr(kept, "sources", sources)
+    return files
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -81,7 +81,7 @@ def _key(
     program: Program, passes: Sequence[Pass], backend: object, target: str
 ) -> Mapping[str, Any] | None:
     ours = (type(each).__module__.startswith(_HOME) for each in (backend, *passes))
-    if kept.refused() or added() or registered_rules() or not all(ours):
+    if kept.refused() or registered_rules() or added() or not all(ours):
         return None
     return {
         "program": hashlib.sha256(print_program(program).encode()).hexdigest(),

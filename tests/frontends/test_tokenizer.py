@@ -162,3 +162,9 @@ def test_a_special_token_has_a_text_and_an_id(tmp_path: Path, listed: dict[str, 
     with pytest.raises(ConfigError) as caught:
         find_tokenizer(write(tmp_path, added_tokens_decoder=listed))
     assert caught.value.what == f"added_tokens_decoder.{next(iter(listed))} is no token with its id"
+
+
+def test_without_special_tokens_none_is_added(tmp_path: Path) -> None:
+    made, _ = find_tokenizer(write(tmp_path, added_tokens_decoder={}))
+    assert isinstance(made, bytes)
+    assert Tokenizer.from_str(made.decode()).get_vocab_size() == len(ranks())

@@ -60,8 +60,11 @@ def test_break_even_of_v3_is_170_new_tokens() -> None:
 
 
 @pytest.mark.parametrize(("latent", "most"), [(64, 0), (65, 4160), (128, 128), (63, 0)])
-def test_absorption_never_breaks_even_where_expanding_costs_less(latent: int, most: int) -> None:
-    """Over a latent of width c, with 64 + 64 columns of a head: c * 128 // (2 * c - 128)."""
+def test_absorption_breaks_even_only_where_expanding_may_cost_less(latent: int, most: int) -> None:
+    """Over a latent of width c, with 64 + 64 columns of a head: c * 128 // (2 * c - 128).
+
+    0: absorbing costs less for any number of tokens.
+    """
     text = (
         MLA.replace("128,128]", "128,64]").replace("32768", "16384").replace("512]", f"{latent}]")
     )

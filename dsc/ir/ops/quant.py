@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from dsc.ir.dims import Dim
 from dsc.ir.extents import Extent
 from dsc.ir.formats import CODINGS, WHOLE, Format, Packed, along, codes_of, scales_of
 from dsc.ir.op import TypeMismatch, op, type_of
@@ -16,8 +17,6 @@ from dsc.ir.types import DType, TensorType
 def _infer_scaled(types: Sequence[TensorType], attrs: Mapping[str, Any]) -> tuple[TensorType, ...]:
     if len(types) < 2:
         raise TypeMismatch(f"{types[0]} alone; codes and scales are due")
-    if len(attrs["block"]) != 2:
-        raise TypeMismatch(f"blocks of {list(attrs['block'])}; rows and columns are due")
     made = _stored(types, attrs["block"])
     wanted = [part for _, part in made.parts]
     if list(types) != wanted:
@@ -33,8 +32,17 @@ def _stored(parts: Sequence[TensorType], block: tuple[int, int]) -> TensorType:
     for name, coding in CODINGS.items():
         if coding.together > 1 and kind is DType.u8:
             kind, shape = DType(name), (*shape[:-1], shape[-1] * coding.together)
+    return _in_blocks(kind, shape, block, scales.dtype, *(z.dtype for z in zeros[:1]))
+
+
+def _in_blocks(
+    codes: DType, shape: Sequence[Dim], block: tuple[int, ...], *kinds: DType
+) -> TensorType:
+    """A type in a format of these blocks, scales and zero points. Raises `TypeMismatch`."""
+    if len(block) != 2:
+        raise TypeMismatch(f"blocks of {list(block)}; rows and columns are due")
     try:
-        return TensorType(kind, shape, Format(block, scales.dtype, *(z.dtype for z in zeros[:1])))
+        return TensorType(codes, tuple(shape), Format(block, *kinds))
     except ValueError as problem:
         raise TypeMismatch(str(problem)) from None
 
@@ -82,12 +90,7 @@ def _packed_type(x: TensorType, attrs: Mapping[str, Any], scales: DType) -> Tens
     codes, block = attrs["codes"], attrs["block"]
     if codes not in CODINGS or not x.dtype.is_float:
         raise TypeMismatch(f"codes in {codes} for numbers in {x.dtype}")
-    if len(block) != 2:
-        raise TypeMismatch(f"blocks of {list(block)}; rows and columns are due")
-    try:
-        return TensorType(codes, x.shape, Format(block, scales))
-    except ValueError as problem:
-        raise TypeMismatch(str(problem)) from None
+    return _in_blocks(codes, x.shape, block, scales)
 
 
 def _infer_scales(types: Sequence[TensorType], attrs: Mapping[str, Any]) -> tuple[TensorType, ...]:
