@@ -93,6 +93,7 @@ def test_packing_stays_within_the_bound_of_its_codes(
         scale = Packed(ones, (torch.ones_like(x), made.parts[1])).unpack(torch.float32)
         bound = torch.maximum(x.abs() * coding.relative, scale * coding.absolute)
         bound = bound * 2 if zeros else bound
+        assert torch.allclose(made.bound(x), bound, rtol=1e-6, atol=0)
         assert ((made.unpack(torch.float32) - x).abs() <= bound * (1 + 1e-5)).all()
         if scales is DType.f32 and zeros is None:  # the largest is the largest code
             biggest = (made.unpack(torch.float32).abs() / scale).amax()
