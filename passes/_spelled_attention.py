@@ -20,7 +20,10 @@ SCORES = frozenset({"cast", "mul", "div", "add", "where"})
 """What may lie between the product of queries and keys and the softmax."""
 HIDDEN = -1e4
 """A score at or below this is hidden."""
-_LETTERS = "abcdefgh"
+_LETTERS = "abcdef"
+"""For the leading axes of a tensor of the highest rank that there is."""
+_Equation = tuple[tuple[str, str], str]
+"""The letters of a product's two operands and of its result."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,7 @@ class _Scores:
     """The way from the softmax's operand back to a product, and what it met."""
 
     product: Node
+    equation: _Equation
     nodes: tuple[Node, ...] = ()
     scale: float = 1.0
     mask: Operand | None = None
@@ -79,7 +83,8 @@ def spelled_out(scope: Scope, softmax: Node) -> Spelling | Reject | None:
         casts.append(readers[0])
         out = readers[0].output
         readers = scope.consumers(out)
-    if len(readers) != 1 or _equation(readers[0]) is None:
+    result = _equation(readers[0]) if len(readers) == 1 else None
+    if result is None:
         return None
     root = readers[0]
     scores = _scores(scope, softmax.operands[0])
@@ -90,16 +95,14 @@ def spelled_out(scope: Scope, softmax: Node) -> Spelling | Reject | None:
         return reject("a mask or a factor widens the scores", softmax.output)
     axis = axis_of(softmax.attrs["axis"], len(shape))
     nodes = (scores.product, *scores.nodes, softmax, *casts, root)
-    return _in_letters(scope, scores, axis, out, root, nodes)
+    return _in_letters(scope, scores, axis, out, result, nodes)
 
 
 def _in_letters(
-    scope: Scope, scores: _Scores, axis: int, p: Value, root: Node, nodes: tuple[Node, ...]
-) -> Spelling | Reject | None:
-    """Read both products as one attention; say why they are none."""
-    first, second = _equation(scores.product), _equation(root)
-    if first is None or second is None:
-        return None
+    scope: Scope, scores: _Scores, axis: int, p: Value, second: _Equation, nodes: tuple[Node, ...]
+) -> Spelling | Reject:
+    """Read both products, `second` being the last of the nodes, as one attention; or why not."""
+    first, root = scores.equation, nodes[-1]
     t = first[1][axis]
     sides = list(zip(first[0], scores.product.operands, strict=True))
     (k_term, k), *others = [x for x in sides if t in x[0]]
@@ -141,7 +144,7 @@ def _in_letters(
     return _without_casts(scope, _without_factors(scope, _without_permutes(scope, found)))
 
 
-def _equation(node: Node) -> tuple[tuple[str, str], str] | None:
+def _equation(node: Node) -> _Equation | None:
     """A product of two operands as terms and result; `None` for another node."""
     if node.op == "einsum":
         terms, result = einsum_terms(str(node.attrs["eq"]))
@@ -150,9 +153,9 @@ def _equation(node: Node) -> tuple[tuple[str, str], str] | None:
     if node.op != "matmul":
         return None
     a, b = (x.type.shape for x in node.operands)
-    if a[:-2] != b[:-2] or len(a) < 2 or len(a) - 2 > len(_LETTERS):
+    if a[:-2] != b[:-2]:
         return None
-    lead = _LETTERS[: len(a) - 2]
+    lead = _LETTERS[: len(a[:-2])]
     return (lead + "mk", lead + "kn"), lead + "mn"
 
 
@@ -161,8 +164,9 @@ def _scores(scope: Scope, operand: Operand) -> _Scores | Reject | None:
     node = scope.producer(operand)
     if node is None:
         return None
-    if _equation(node) is not None:
-        return _Scores(node)
+    equation = _equation(node)
+    if equation is not None:
+        return _Scores(node, equation)
     if node.op not in SCORES:
         return None
     for x, factor, mask, inverse in _steps(scope, node):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from dsc.ir.types import MAX_RANK, DType
 from dsc.passes.raise_attention import Attention
 from tests.rewrite.harness import compare, fire, run_example
 
@@ -202,3 +203,34 @@ def test_what_is_no_attention_stays_and_says_why(name: str) -> None:
     assert after is before
     reasons = [why for _, _, why in report.missed]
     assert any(reason in why for why in reasons) if reason else not reasons, reasons
+
+
+@pytest.mark.parametrize(
+    "result",
+    [
+        "%y = cast %z {dtype=bf16}\n %e = neg %z\n return %y, %e",
+        "%y = cast %z {dtype=bf16}\n return %y, %z",
+        "%y = cast %z {dtype=f16}\n return %y",
+        "%y = neg %z\n return %y",
+        "return %z",
+    ],
+)
+def test_operands_stay_wide_where_the_result_is_read_so(result: str) -> None:
+    """The operator itself rounds its result to the type of its operands."""
+    product = f"%w = cast %v {{dtype=f32}}\n %z = matmul %p, %w\n {result}"
+    text = attention(head=SIXTEEN, product=WIDENED, result=product)
+    before, after, report = fire(Attention(), text)
+    assert report.fired == {"Attention": 1}
+    (found,) = (n for n in after.entries["main"].nodes if n.op == "attention")
+    assert found.output.type.dtype is DType.f32
+    wanted, got = (run_example(p, Attention().sample, 0) for p in (before, after))
+    assert not compare(wanted, got, 1e-2)
+
+
+def test_attention_of_the_highest_rank_is_raised() -> None:
+    ones = "1," * (MAX_RANK - 2)
+    text = (
+        f"graph g(%q: f32[{ones}S,4], %k: f32[{ones}4,T], %v: f32[{ones}T,4]) {{"
+        " %s = matmul %q, %k\n %p = softmax %s {axis=-1}\n %y = matmul %p, %v\n return %y }"
+    )
+    assert fire(Attention(), text)[2].fired == {"Attention": 1}
