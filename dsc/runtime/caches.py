@@ -93,7 +93,7 @@ class Slots(Kept):
         self._whole = {s.input for s in states if not s.storage.of_tokens}
         self._slots: dict[str, Array] = {}
         self._views: dict[str, Array] = {}
-        self._window = (0, 0)
+        self._window: tuple[int, int] | None = None
 
     def inputs(
         self, rows: Sequence[int], before: Sequence[int], after: Sequence[int], size: int
@@ -143,7 +143,7 @@ class Slots(Kept):
     def clear(self) -> None:
         """Give the memory back, unless it is a device's: what a row held is never seen again."""
         if self._device is None:
-            self._slots, self._views, self._window = {}, {}, (0, 0)
+            self._slots, self._views, self._window = {}, {}, None
 
     def _slot(self, state: State) -> Array:
         rows = {Storage.CONTIGUOUS: (self._capacity,), Storage.RING: (state.rows,)}
