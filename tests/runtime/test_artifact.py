@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -16,13 +17,14 @@ from safetensors.torch import load_file
 import dsc
 from dsc.errors import ArtifactError, CheckpointError, DscError
 from dsc.ir.formats import Format
+from dsc.ir.limits import Limits
 from dsc.ir.parser import parse_graph, parse_operands, parse_program
 from dsc.ir.program import Program
 from dsc.ir.segments import Segment, steps
 from dsc.ir.types import DType, TensorType
-from dsc.ir.weights import DictSource, leaf
-from dsc.runtime import artifact
-from dsc.runtime.emission import Emission
+from dsc.ir.weights import DictSource, WeightSource, leaf
+from dsc.runtime import artifact, packing
+from dsc.runtime.emission import Emission, check_unchanged
 from dsc.runtime.nodes import draft_nodes, whole_entry
 from dsc.runtime.packing import layout, pack
 from dsc.runtime.plan import FORMAT, WEIGHT, Buffer, EntryPlan, Launch, Plan, Port, Ref
@@ -131,6 +133,61 @@ def test_an_artifact_reads_back(tmp_path: Path) -> None:
     assert artifact.check_hashes(tmp_path / "out") == len(opened.manifest["files"])
 
 
+class Lent(WeightSource):
+    """Tensors whose memory can be given back; notes after how many were loaded it was."""
+
+    def __init__(self) -> None:
+        self.types = DictSource(TENSORS).types
+        self.loaded = 0
+        self.released: list[int] = []
+
+    def load(self, key: str) -> torch.Tensor:
+        self.loaded += 1
+        return TENSORS[key]
+
+    def release(self) -> None:
+        self.released.append(self.loaded)
+
+
+@pytest.mark.parametrize(
+    ("most", "released"),
+    [(11, [1, 3]), (12, [2, 4]), (19, [2]), (20, [3]), (27, [3]), (28, [4]), (36, [])],
+)
+def test_memory_of_the_checkpoint_is_given_back_beyond_so_many_bytes(
+    most: int, released: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tensors of 12, 8, 8 and 8 bytes."""
+    monkeypatch.setattr(packing, "RELEASE_BYTES", most)
+    lent = Lent()
+    pack(parse_program(TEXT, lent), tmp_path / "w")
+    assert lent.released == released
+
+
+def test_packing_tells_which_weight_it_is_at_and_of_how_many_bytes(tmp_path: Path) -> None:
+    told: list[tuple[str, int, int]] = []
+    pack(program(), tmp_path / "w", lambda *step: told.append(step))
+    places = layout(program())[1]
+    start = min(at for at, _ in places.values())
+    at, size = places["scalar"]
+    assert told == [
+        ("weights: odd", start, at + size), ("weights: both", start + 12, at + size),
+        ("weights: scalar", start + 64 + 16, at + size), ("weights", at + size, at + size),
+    ]  # fmt: skip
+    assert (tmp_path / "w").stat().st_size == at + 64
+
+
+def test_weights_that_give_other_bytes_than_declared_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(packing, "blocks", lambda expr, _: iter([np.zeros(2, np.float32)]))
+    with pytest.raises(CheckpointError, match=r"8 bytes for f32\[3\]") as refused:
+        pack(program(), tmp_path / "w")
+    assert refused.value.where == "odd"
+    monkeypatch.setattr(packing, "blocks", lambda expr, _: iter([np.zeros(3)]))
+    with pytest.raises(CheckpointError, match=r"a weight of float64 for f32\[3\]"):
+        pack(program(), tmp_path / "w")
+
+
 def test_finish_is_told_where_weights_lie(tmp_path: Path) -> None:
     told: dict[str, Any] = {}
 
@@ -141,6 +198,98 @@ def test_finish_is_told_where_weights_lie(tmp_path: Path) -> None:
     write(tmp_path / "out", Emission({}, finish=finish))
     assert told == layout(program())[1]
     assert (tmp_path / "out" / "late.txt").read_bytes() == b"late"
+
+
+def test_without_weights_finish_is_told_of_none(tmp_path: Path) -> None:
+    emission = Emission({}, finish=lambda places: {"late.txt": repr(places).encode()})
+    out = write(tmp_path / "out", emission, with_weights=False)
+    assert (out / "late.txt").read_text() == "{}"
+    manifest = json.loads((out / "dsc.json").read_text())
+    assert manifest["weights"] is None
+    assert not (out / "weights").exists()
+    assert not artifact.read(out).program.has_weights
+
+
+def test_a_program_that_has_no_weights_is_whole_without_them(tmp_path: Path) -> None:
+    """And has all that people run."""
+    bare = parse_program('program "p" {stage=CANONICAL} graph main(%x: f32[4]) { return %x }')
+    artifact.write(
+        tmp_path / "out", bare, Emission({}, runner="class Model: ..."), backend="reference",
+        targets=("cpu",), report={}, with_weights=False,
+    )  # fmt: skip
+    opened = artifact.read(tmp_path / "out")
+    assert opened.manifest["weights"] is None
+    assert "run.py" in opened.manifest["files"]
+    assert opened.program.has_weights
+
+
+def test_the_manifest_tells_steps_of_a_causal_model_by_its_last_entry(tmp_path: Path) -> None:
+    def steps(program: Program, name: str) -> dict[str, Any]:
+        out = artifact.write(
+            tmp_path / name, program, Emission({}), backend="reference", targets=("cpu",), report={}
+        )
+        manifest = json.loads((out / "dsc.json").read_text())
+        return {key: manifest.get(key) for key in ("limits", "guards", "states", "checks")}
+
+    whole = small_lm().limited(Limits(2, 30, 8))
+    (graph,) = whole.entries.values()
+    entries = {"short": graph.with_nodes(graph.nodes[:0]), "step": graph}
+    found = steps(whole, "one")
+    assert found["limits"] == {"max_batch": 2, "max_context": 30, "prefill_chunk": 8}
+    assert [check[0] for check in found["checks"]] == [
+        "input_ids", "positions", "lengths", "logits_at",
+    ]  # fmt: skip
+    assert steps(replace(whole, entries=entries), "two")["checks"] == found["checks"]
+    none: dict[str, Any] = {"limits": {}, "guards": None, "states": None, "checks": None}
+    assert steps(program(), "plain") == none
+
+
+def test_a_folder_of_another_artifact_is_noticed(tmp_path: Path) -> None:
+    out = write(tmp_path / "out")
+    manifest = artifact.read(out).manifest
+    check_unchanged(out, manifest)
+    check_unchanged(out, {**manifest, "name": "told otherwise"})
+    write(out, Emission({"x/code.txt": b"other"}), force=True)
+    for damage in (None, b"no json"):
+        if damage is not None:
+            (out / "dsc.json").write_bytes(damage)
+        with pytest.raises(ArtifactError, match="was replaced after it was opened"):
+            check_unchanged(out, manifest)
+    (out / "dsc.json").unlink()
+    with pytest.raises(ArtifactError, match="was replaced"):
+        check_unchanged(out, manifest)
+
+
+def test_a_manifest_is_read_up_to_a_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = write(tmp_path / "out")
+    size = (out / "dsc.json").stat().st_size
+    monkeypatch.setattr(artifact, "MAX_MANIFEST", size)
+    artifact.read(out)
+    monkeypatch.setattr(artifact, "MAX_MANIFEST", size - 1)
+    with pytest.raises(ArtifactError, match=f"the manifest is larger than {size - 1} bytes"):
+        artifact.read(out)
+
+
+def test_code_needs_trust_where_nothing_can_be_remembered(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Hashes are checked without it: nothing runs."""
+
+    def broken() -> Path:
+        raise PermissionError("no home")
+
+    plain, code = (
+        write(tmp_path / name, Emission({name: b"..."})) for name in ("plain.txt", "code.so")
+    )
+    assert artifact.loads_untrusted(plain)
+    assert artifact.loads_untrusted(code)
+    monkeypatch.setattr(artifact, "state_folder", broken)
+    later = write(tmp_path / "later", Emission({"code.so": b"..."}))
+    assert [*map(artifact.loads_untrusted, (plain, code, later))] == [True, False, False]
+    for folder in (code, later):
+        assert artifact.check_hashes(folder) == 4
+        with pytest.raises(ArtifactError, match="not built by this user"):
+            artifact.read(folder)
 
 
 def test_nothing_is_written_over_without_force(tmp_path: Path) -> None:
