@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import stat
 import sys
 import tempfile
@@ -27,6 +28,8 @@ from typing import Any
 
 from dsc._version import __version__
 from dsc.errors import UsageError
+from dsc.files import nearest
+from dsc.settings import switched
 from dsc.user_folders import cache_folder
 
 DEFAULT_LIMIT = 2 << 30
@@ -57,7 +60,8 @@ def get(kind: str, key: Mapping[str, Any]) -> bytes | None:
             return None
         data = _opened(path.read_bytes(), _text(key))
         if data is not None:
-            os.utime(path)  # the time of its last use
+            with suppress(OSError):  # of a cache that can only be read
+                os.utime(path)  # the time of its last use
         return data
     return None
 
@@ -141,7 +145,7 @@ def limit() -> int:
     given = os.environ.get("DSC_CACHE_BYTES")
     if given is None:
         return DEFAULT_LIMIT
-    if not given.isascii() or not given.isdecimal():
+    if not re.fullmatch("[0-9]{1,18}", given):
         raise UsageError(f"DSC_CACHE_BYTES is {given!r}", hint="give a whole number of bytes")
     return int(given)
 
@@ -176,21 +180,36 @@ def clear(kind: str | None = None) -> int:
 
 
 def refused() -> str:
-    """Why nothing is kept: a reason in words, or ""."""
-    if os.environ.get("DSC_CACHE") == "off":
+    """Why nothing is kept: a reason in words, or "".
+
+    Raises `UsageError` where a setting is none: whoever looks here first, before any work.
+    """
+    limit()
+    if not switched("DSC_CACHE", on="on", off="off"):
         return "DSC_CACHE is off"
     try:
         folder = cache_folder()
-        if not folder.exists():
-            return ""
-        found = folder.stat()
+        found = _found(folder)
     except OSError as problem:
         return problem.strerror or str(problem)
+    if found is None:
+        place = nearest(folder)
+        return "" if os.access(place, os.W_OK | os.X_OK) else f"{place} cannot be written to"
+    if not stat.S_ISDIR(found.st_mode):
+        return f"{folder} is no folder"
     if found.st_uid != os.getuid():
         return f"{folder} is somebody else's"
     if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
         return f"others may write to {folder}"
     return ""
+
+
+def _found(folder: Path) -> os.stat_result | None:
+    """The status of a folder, `None` where it is still to be made. `OSError` where it cannot be."""
+    try:
+        return folder.stat()
+    except FileNotFoundError:
+        return None
 
 
 def _path(kind: str, key: Mapping[str, Any]) -> Path | None:

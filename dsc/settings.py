@@ -5,6 +5,7 @@ Every layer may read this module; it imports nothing of dsc but the errors.
 
 from __future__ import annotations
 
+import os
 import re
 from math import inf
 
@@ -52,3 +53,14 @@ def set_debug_mode(enabled: bool = True) -> None:
 def debug_mode() -> bool:
     """Return whether the debug mode is on."""
     return _debug_mode
+
+
+def switched(variable: str, *, on: str, off: str) -> bool:
+    """Whether a variable of the environment is not set to `off`; unset or empty, it is on.
+
+    Raises `UsageError` for another value: what was meant to turn something off must not be lost.
+    """
+    given = os.environ.get(variable) or on
+    if given not in (on, off):
+        raise UsageError(f"{variable} is {given!r}", hint=f"give {on} or {off}")
+    return given == on

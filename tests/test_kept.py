@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.util
 import json
 import os
@@ -175,11 +176,17 @@ def test_the_limit_is_what_was_given(given: str | None, monkeypatch: pytest.Monk
     assert kept.limit() == (2 << 30 if given is None else int(given))
 
 
-@pytest.mark.parametrize("given", ["-1", "1.5", "", "٣"])
-def test_a_limit_that_is_no_number_is_refused(given: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("DSC_CACHE_BYTES", given)
-    with pytest.raises(UsageError, match="DSC_CACHE_BYTES is"):
-        kept.limit()
+@pytest.mark.parametrize(
+    ("variable", "given"),
+    [("DSC_CACHE_BYTES", each) for each in ("-1", "1.5", "", "٣", "9" * 5000)]
+    + [("DSC_CACHE", each) for each in ("OFF", "0", "no")],
+)
+def test_a_setting_that_is_none_is_refused_before_anything_is_made(
+    variable: str, given: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(variable, given)
+    with pytest.raises(UsageError, match=f"{variable} is '{given}'"):
+        kept.get("kernels", {"n": 1})
 
 
 def test_what_a_killed_writer_left_goes_in_time(folder: Path) -> None:
@@ -211,11 +218,24 @@ def test_a_cache_that_takes_nothing_is_no_error(
     kept.put("kernels", {"a": 1}, b"x")
     assert kept.get("kernels", {"a": 1}) is None
     assert kept.entries() == []
+    assert kept.refused() == f"{folder} is no folder"
+    folder.unlink()
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    assert kept.refused() == f"{folder.parent} cannot be written to"
+    folder.symlink_to(folder)
+    assert kept.refused() == os.strerror(errno.ELOOP)
     monkeypatch.setenv("DSC_CACHE", "off")
     assert kept.refused() == "DSC_CACHE is off"
-    monkeypatch.setenv("DSC_CACHE_BYTES", "much")
-    with pytest.raises(UsageError, match="DSC_CACHE_BYTES"):
-        kept.limit()
+
+
+def test_a_cache_that_can_only_be_read_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept.put("kernels", {"a": 1}, b"x")
+
+    def fails(path: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(os, "utime", fails)
+    assert kept.get("kernels", {"a": 1}) == b"x"
 
 
 def test_sources_are_told_apart_by_any_file_in_any_folder(

@@ -45,3 +45,16 @@ def test_the_debug_mode_switches() -> None:
     assert not settings.debug_mode()
     settings.set_debug_mode()
     assert settings.debug_mode()
+
+
+@pytest.mark.parametrize(("given", "meant"), [(None, True), ("", True), ("1", True), ("0", False)])
+def test_a_variable_switches_by_its_two_words(
+    given: str | None, meant: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("DSC_TUNE", raising=False)
+    if given is not None:
+        monkeypatch.setenv("DSC_TUNE", given)
+    assert settings.switched("DSC_TUNE", on="1", off="0") is meant
+    monkeypatch.setenv("DSC_TUNE", "off")
+    with pytest.raises(UsageError, match="DSC_TUNE is 'off'"):
+        settings.switched("DSC_TUNE", on="1", off="0")

@@ -34,6 +34,7 @@ from dsc.hardware import processor
 from dsc.ir.dims import symbol
 from dsc.ir.graph import GraphBuilder
 from dsc.ir.types import DType, TensorType
+from dsc.settings import switched
 from dsc.targets import Target
 
 if TYPE_CHECKING:
@@ -124,7 +125,7 @@ def _build_ahead() -> None:
 
 
 def _is_off() -> bool:
-    return os.environ.get("DSC_TUNE") == "0"
+    return not switched("DSC_TUNE", on="1", off="0")
 
 
 def agreed(measurements: Sequence[Times], default: Tiling) -> Tiling:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import atexit
 import os
 import re
+import signal
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
@@ -41,6 +42,8 @@ VERBS = (
 )
 
 
+ENDING = (signal.SIGTERM, signal.SIGHUP)
+"""Signals that end a command from outside: `kill`, a scheduler, a terminal that was closed."""
 PARAMETERS = re.compile(
     r"(?<![\w.-])(max_batch|max_context|prefill_chunk|fusion_level|quant)\b(=?)"
 )
@@ -104,15 +107,29 @@ def command() -> NoReturn:
 
     That takes a second where torch is among them. What was registered for the exit is done.
     """
-    status = 1
+    status, killed = 1, 0
 
     def end() -> None:
         with suppress(OSError, ValueError):
             sys.stdout.flush()
             sys.stderr.flush()
+        if killed:
+            os.kill(os.getpid(), killed)
         os._exit(status)
 
+    def take_back(number: int, _: object) -> None:
+        """End as Ctrl-C does, which leaves nothing half-written; a second signal ends at once."""
+        nonlocal killed
+        killed = number
+        for each in ENDING:
+            signal.signal(each, signal.SIG_DFL)
+        sys.exit(128 + number)
+
     atexit.register(end)  # the first to be registered is the last to be called
+    for number in ENDING:
+        # A rank may be in a collective, where no handler runs: its launcher cleans up.
+        if signal.getsignal(number) is signal.SIG_DFL and "RANK" not in os.environ:
+            signal.signal(number, take_back)
     try:
         main()
     except SystemExit as ended:

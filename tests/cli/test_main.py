@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -43,6 +44,28 @@ def test_the_process_does_what_was_registered_and_ends_with_the_status() -> None
     )
     done = subprocess.run([sys.executable, "-c", program], stdout=subprocess.PIPE, check=False)
     assert (done.returncode, done.stdout) == (3, b"printed registered\n")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_command_that_is_ended_leaves_nothing_half_written(
+    number: signal.Signals, tmp_path: Path
+) -> None:
+    program = (
+        "import os, time, dsc.cli\n"
+        "from pathlib import Path\n"
+        "from dsc.files import replacing\n"
+        "def work(args, prog_name):\n"
+        "    with replacing(Path(args[0])) as folder:\n"
+        "        (folder / 'half').touch()\n"
+        "        os.kill(os.getpid(), int(args[1]))\n"
+        "        time.sleep(60)\n"
+        "dsc.cli.build_app = lambda: work\n"
+        "dsc.cli.command()"
+    )
+    line = [sys.executable, "-c", program, str(tmp_path / "new" / "out"), str(int(number))]
+    done = subprocess.run(line, capture_output=True, text=True, check=False, timeout=50)
+    assert (done.returncode, done.stdout, done.stderr) == (-number, "", "")
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
