@@ -52,7 +52,10 @@ class Kernel:
 
 
 def objects_of(kernels: Sequence[Kernel], progress: Progress | None = None) -> dict[str, bytes]:
-    """The object files of kernels by symbol; those that have most to say are made first."""
+    """The object files of kernels by symbol; those that have most to say are made first.
+
+    They come as the kernels do, whatever of them was kept: they are linked in this order.
+    """
     found = {k.symbol: kept.get(KIND, k.key) for k in kernels if k.key is not None}
     objects = {symbol: data for symbol, data in found.items() if data is not None}
     missing = [k for k in kernels if k.symbol not in objects]
@@ -75,7 +78,7 @@ def objects_of(kernels: Sequence[Kernel], progress: Progress | None = None) -> d
             from dsc.backends.tvm.build import build_kernel
 
             objects[kernel.symbol] = build_kernel(*_told(kernel))
-    return objects
+    return {kernel.symbol: objects[kernel.symbol] for kernel in kernels}
 
 
 def _told(kernel: Kernel) -> tuple[Any, ...]:
