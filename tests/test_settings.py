@@ -1,13 +1,16 @@
-"""Limits hold for a device or its family; the mode is off until it is switched on."""
+"""Limits of a device or its family, the debug mode, and the folders that are the user's own."""
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from dsc import settings
+from dsc import processes, settings, user_folders
 from dsc.errors import UsageError
 
 
@@ -58,3 +61,44 @@ def test_a_variable_switches_by_its_two_words(
     monkeypatch.setenv("DSC_TUNE", "off")
     with pytest.raises(UsageError, match="DSC_TUNE is 'off'"):
         settings.switched("DSC_TUNE", on="1", off="0")
+
+
+@pytest.mark.parametrize(
+    ("folder", "variable", "default"),
+    [
+        (user_folders.state_folder, "XDG_STATE_HOME", ".local/state/dsc"),
+        (user_folders.cache_folder, "XDG_CACHE_HOME", ".cache/dsc"),
+    ],
+)
+def test_folders_of_the_user_are_where_xdg_says(
+    folder: Any, variable: str, default: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", "/home/somebody")
+    monkeypatch.setenv(variable, "")
+    assert folder() == Path("/home/somebody") / default
+    monkeypatch.delenv(variable)
+    assert folder() == Path("/home/somebody") / default
+    monkeypatch.setenv(variable, "/else/where")
+    assert folder() == Path("/else/where/dsc")
+
+    def homeless() -> Path:
+        raise RuntimeError("no home")
+
+    monkeypatch.setattr(Path, "home", homeless)
+    assert folder() == Path("/else/where/dsc")
+    monkeypatch.delenv(variable)
+    with pytest.raises(FileNotFoundError) as told:
+        folder()
+    assert (told.value.errno, told.value.filename) == (errno.ENOENT, "~")
+
+
+def test_a_child_imports_the_same_dsc_before_what_the_user_has(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    root = str(Path(settings.__file__).resolve().parent.parent)
+    monkeypatch.setenv("PYTHONPATH", "/mine")
+    monkeypatch.setenv("OTHER", "kept")
+    found = processes.child_environment()
+    assert (found["PYTHONPATH"], found["OTHER"]) == (os.pathsep.join([root, "/mine"]), "kept")
+    monkeypatch.delenv("PYTHONPATH")
+    assert processes.child_environment()["PYTHONPATH"] == root

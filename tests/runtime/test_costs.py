@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 
 from dsc.ir.parser import parse_program
 from dsc.runtime.costs import Moved, entry_cost, label, moved, real_sizes, step_events
-from dsc.runtime.limit import Work, step_work, working_set
+from dsc.runtime.limit import Work, prefill_work, step_work, working_set
 from dsc.runtime.profiler import EntryRun, StepTime
 
+SMALL = Path(__file__).resolve().parent.parent / "data" / "small_lm.dsc"
 STEP = """program "p" {stage=LOWERED}
 symbols {B=[1,4], S=[1,8], C=[8,60]}
 weights {
@@ -32,13 +34,15 @@ symbols {N=[1,16]}
 weights {
   @up : f32[8,12,4] = source "up" : f32[8,12,4]
   @down : f32[8,4,6] = source "down" : f32[8,4,6]
+  @own : f32[4,4] = source "own" : f32[4,4]
 }
 graph main(%x: f32[N,4], %idx: i64[N,2], %w: f32[N,2]) {
   %y = experts %x, %idx, %w, @up, @down
-  %z = fused %x, %idx, %w, @up, @down {body=graph b(%x: f32[N,4], %idx: i64[N,2], %w: f32[N,2],
-    %up: f32[8,12,4], %down: f32[8,4,6]) {
+  %z = fused %x, %idx, %w, @up, @down, @own {body=graph b(%x: f32[N,4], %idx: i64[N,2],
+    %w: f32[N,2], %up: f32[8,12,4], %down: f32[8,4,6], %own: f32[4,4]) {
     %v = reshape %x {shape=[N,4]}
-    %s = silu %v
+    %l = linear %v, %own
+    %s = silu %l
     %t = silu %s
     %m = experts %t, %idx, %w, %up, %down
     return %m
@@ -113,6 +117,18 @@ def test_of_pages_those_that_hold_tokens_count() -> None:
     assert real_sizes(graph, sizes, [10, 10]) == sizes | {"N": 8, "M": 4}
 
 
+def test_who_reads_a_cache_as_a_whole_reads_its_rows() -> None:
+    text = """graph step(%c0: f32[B,S,6], %lengths: i64[B], %past: f32[B,C,6]) {
+      %c = cache_write %past, %c0, %lengths
+      %all = sum %c {axes=[1]}
+      return %all, %c updates %past
+    }"""
+    (graph,) = parse_program(text).entries.values()
+    write, whole = (moved(graph, node, SIZES) for node in graph.nodes)
+    assert (write.caches, whole.caches) == (0, B * C * 6 * 4)
+    assert whole.activations == B * 6 * 4
+
+
 EXPERT = 4 * (12 * 4 + 4 * 6)
 
 
@@ -120,13 +136,13 @@ EXPERT = 4 * (12 * 4 + 4 * 6)
 def test_of_stacked_experts_those_that_were_chosen_are_read(chosen: int | None, read: int) -> None:
     """At most as many as the tokens can choose, where nobody tells; inside a region as outside."""
     graph = parse_program(MOE).entries["main"]
-    for node in graph.nodes:
-        assert moved(graph, node, {"N": 3}, chosen).weights == read * EXPERT
+    for node, other in zip(graph.nodes, (0, 4 * 4 * 4), strict=True):
+        assert moved(graph, node, {"N": 3}, chosen).weights == read * EXPERT + other
 
 
 def test_a_region_is_called_by_what_it_computes() -> None:
     graph = parse_program(MOE).entries["main"]
-    assert [label(node) for node in graph.nodes] == ["experts", "silu+experts"]
+    assert [label(node) for node in graph.nodes] == ["experts", "linear+silu+experts"]
     text = """graph g(%x: f32[4]) {
       %y = fused %x {body=graph b(%x: f32[4]) { %z = cast %x {dtype=bf16} return %z }}
       return %y
@@ -189,6 +205,14 @@ def test_a_step_reads_as_many_experts_as_even_routing_chooses() -> None:
     for tokens, experts in ((1, 2), (2, round(3.5)), (100, 8)):
         work = step_work(program, 1, tokens, 0)[at]
         assert work == Work(experts * EXPERT, 2 * tokens * 2 * (12 * 4 + 4 * 6))
+
+
+def test_a_prompt_is_work_by_chunks() -> None:
+    program = parse_program(SMALL.read_text())
+    whole, rest = step_work(program, 2, 4, 0), step_work(program, 2, 3, 8)
+    assert prefill_work(program, 2, 11, 4) == [*whole, *step_work(program, 2, 4, 4), *rest]
+    assert prefill_work(program, 2, 4, 4) == whole
+    assert prefill_work(program, 2, 0, 4) == []
 
 
 def test_the_working_set_is_what_a_step_reads() -> None:

@@ -191,6 +191,8 @@ def test_the_table_tells_runs_columns_and_what_shares_are_of() -> None:
     total = 3.5 + 2.0 + 3.5 + 8.0 + 1.0  # of all rows, not of those that are shown
     assert f" {3.5 / total:.1%} " in next(line for line in shown(found) if line.startswith("│ a "))
     assert table(RUNS, "name", 0, "operator", MACHINE).row_count == 5
+    whole = str(table(RUNS[6:], "name", 0, "operator", None, False).caption).splitlines()
+    assert [line.partition(":")[0] for line in whole] == ["prefill", "a row tells of one run"]
 
 
 def test_a_table_says_what_came_faster_than_was_measured() -> None:
