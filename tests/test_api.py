@@ -305,3 +305,20 @@ def test_what_a_fallback_does_not_read_is_left_out(monkeypatch: pytest.MonkeyPat
     assert note.startswith("the whole program runs on null: the triton backend does not take")
     with pytest.raises(UnsupportedOperator, match="not today"):
         dsc.compile(small_lm(), max_context=32, **asked)
+
+
+def test_the_tokenizer_is_that_of_the_model_or_of_the_folder_that_was_loaded(
+    root: Path, tmp_path: Path
+) -> None:
+    file = root / "models" / "tiny-v3" / "tokenizer.json"
+    compiled = dsc.compile(small_lm(), backend="null", max_context=32)
+    told = replace(compiled, _files={"tokenizer.json": file})
+    assert told.tokenizer.get_vocab_size() > 9
+    loaded = dsc.load(told.save(tmp_path / "with"))
+    assert loaded.tokenizer.get_vocab() == told.tokenizer.get_vocab()
+    bare = dsc.load(compiled.save(tmp_path / "without"))
+    assert bare.tokenizer is None
+    assert replace(bare, _files={"tokenizer.json": file}).tokenizer is None, "the folder counts"
+    compiled.save(tmp_path / "with", force=True)
+    with pytest.raises(ArtifactError, match="was replaced after it was opened"):
+        assert dsc.CompiledModel(loaded.program, "null", {}, _artifact=loaded._artifact).tokenizer

@@ -133,6 +133,24 @@ graph main(%x: f32[4]) { %y = add %x, @w return %y }"""
     assert found.emitted is found.program
 
 
+def test_weights_are_numbers_until_a_program_is_lowered() -> None:
+    """A program that stores none in a format is the same one; a lowered one keeps its formats."""
+
+    def stored(kind: str, stage: str) -> Program:
+        return parse_program(f"""program "p" {{stage={stage}}}
+        weights {{ @w : {kind}[4,5] = source "w" : {kind}[4,5] }}
+        graph main(%x: f32[2,5]) {{ %y = linear %x, @w return %y }}""")
+
+    for stage in ("CANONICAL", "LOWERED"):
+        plain = stored("f32", stage)
+        assert pipeline._in_numbers(plain) is plain
+    lowered, coded = stored("f8e4m3{2x*,f32}", "LOWERED"), stored("f8e4m3{2x*,f32}", "CANONICAL")
+    assert pipeline._in_numbers(lowered) is lowered
+    numbers = pipeline._in_numbers(coded)
+    assert any(t.format is not None for t in coded.weight_types().values())
+    assert all(t.format is None for t in numbers.weight_types().values())
+
+
 def test_states_that_cannot_be_held_are_all_named() -> None:
     kind = TensorType(DType.f32, (2,))
     states = [State(f"s{i}", "t", kind, each) for i, each in enumerate(Storage)]

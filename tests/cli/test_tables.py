@@ -119,7 +119,7 @@ def test_a_report_is_shown_to_the_letter() -> None:
     ("count", "said"),
     [
         (999, "999"), (1000, "1.00 k"), (999_999, "1000.00 k"), (1_000_000, "1.00 M"),
-        (1_000_000_000, "1.00 B"), (2_500_000_000_000, "2.50 T"), (0, "0"),
+        (1_000_000_000, "1.00 B"), (10**12, "1.00 T"), (2_500_000_000_000, "2.50 T"), (0, "0"),
     ],
 )  # fmt: skip
 def test_a_number_of_things_is_spelled(count: float, said: str) -> None:
