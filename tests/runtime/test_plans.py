@@ -394,6 +394,8 @@ def test_bytes_are_shared_between_lanes_only_where_their_users_have_ended() -> N
     blocks = [(64, 0, 1), (64, 2, 3)]
     assert place(draft(*blocks, lanes="cccc"), {}).arena_bytes == 64
     assert place(draft(*blocks, lanes="ccoo"), {}).arena_bytes == 128
+    beside = draft((64, 0, 0), (64, 1, 2), (64, 3, 4), lanes="occcc")
+    assert place(beside, {}).arena_bytes == 128, "a launch that may still run uses its own alone"
     waiting = draft(*blocks, (64, 1, 2), lanes="ccoo")  # whose bytes make it wait for launch 1
     assert place(waiting, {}).arena_bytes == 128
     assert place(waiting, {}).lower_bound == 128

@@ -32,6 +32,7 @@ def test_turns_between_probes_that_differ_by_more_than_a_tenth_are_dropped(
 ) -> None:
     assert len(steady([Turn(before, (1.0,), after)], float)) == kept
     assert drift(before, after) == drift(after, before)
+    assert drift(0.0, 0.0) == 0.0
 
 
 def test_medians_and_quartiles() -> None:
