@@ -153,6 +153,8 @@ def test_a_failure_in_a_process_says_what_it_was() -> None:
 def test_what_is_missing_is_made_and_put_beside_the_rest(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    _, table = plan_program(canonical_lm(Sizes()), GENERIC)
+    kernels = [Kernel.of(name, launch, GENERIC) for name, launch in table.launches.items()]
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     asked: list[object] = []
 
@@ -161,8 +163,6 @@ def test_what_is_missing_is_made_and_put_beside_the_rest(
         return [str(arguments[-1]).encode() for _, arguments in requests]
 
     monkeypatch.setattr(workers, "run", run)
-    _, table = plan_program(canonical_lm(Sizes()), GENERIC)
-    kernels = [Kernel.of(name, launch, GENERIC) for name, launch in table.launches.items()]
     counts: list[tuple[int, int]] = []
 
     def progress(what: str, number: int, total: int) -> None:
