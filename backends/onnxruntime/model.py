@@ -97,7 +97,7 @@ def build_model(
     model.producer_name, model.producer_version = "dsc", __version__
     if causal:
         model.doc_string = DOC.format(name=name, runtime=form.runtime)
-    helper.set_model_props(model, dict(facts or {}))
+    helper.set_model_props(model, dict(sorted((facts or {}).items())))
     externals = [e for e in g.pool.externals.values() if e.tensor.name in used]
     return BuiltModel(model, externals)
 

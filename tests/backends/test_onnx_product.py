@@ -81,7 +81,9 @@ def test_every_input_and_output_says_what_it_is(folder: Path) -> None:
     assert all(said.values())
     assert "exactly the largest of lengths" in said["past.1.latent"]
     assert "ONNX Runtime 1.23" in model.doc_string
-    assert json.loads({p.key: p.value for p in model.metadata_props}["max_context"]) == 64
+    facts = {p.key: p.value for p in model.metadata_props}
+    assert json.loads(facts["max_context"]) == 64
+    assert list(facts) == sorted(facts), "a program read from its text gives another file"
 
 
 @pytest.mark.parametrize("opset", [23, 24])
