@@ -50,7 +50,8 @@ class Capabilities:
     `fuse`: the highest fusion level that its kernels take; `regions`: what they take within it.
     `collectives`: its executables speak to other ranks; without it a sharded program is emitted in
     segments, with the collectives between them. `formats`: codes (`dsc.ir.formats`) of weights that
-    it takes as they are stored. `options`: what it reads of `backend_options`.
+    it takes as they are stored, with `tile` rows side by side. `options`: what it reads of
+    `backend_options`.
     """
 
     states: tuple[Storage, ...] = (Storage.GROWN, Storage.CONTIGUOUS)
@@ -62,6 +63,7 @@ class Capabilities:
     regions: RegionLimits = field(default_factory=RegionLimits)
     collectives: bool = False
     formats: tuple[str, ...] = ()
+    tile: int = 1
     options: tuple[str, ...] = ()
     targets: tuple[str, ...] = ("cpu",)
 

@@ -137,7 +137,12 @@ SLOTS = (
         Part.OPTIMISE, "quantize_weights", lambda s: s.asked.quant != "none",
         lambda s: {"codes": QUANT[s.asked.quant], "keep": s.asked.keep},
     ),
-    Slot(Part.OPTIMISE, "choose_formats", options=lambda s: {"formats": s.can.formats}),
+    Slot(
+        Part.OPTIMISE, "choose_formats",
+        options=lambda s: {
+            "formats": s.can.formats, "tile": s.can.tile, "limits": s.can.regions,
+        },
+    ),
     Slot(
         Part.OPTIMISE, "lower_moe_dispatch", lambda s: s.can.experts is not None,
         lambda s: {"kernels": s.can.experts},

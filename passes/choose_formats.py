@@ -6,7 +6,9 @@ What           a weight that would be dequantised when it is packed stays codes 
 Why it pays    FP8 weights reach the artifact bit for bit, in half the bytes of bf16.
 Preconditions  there are no regions yet. Each reader's operator declares the operand as one that
                may be stored so, and keeps its result's type; `formats` names the codes that the
-               backend takes; no step of the weight's expression cuts a block.
+               backend takes and, where its kernels want `tile` rows side by side, their blocks
+               end at whole tiles; `limits` says what kernels there are. No step of the weight's
+               expression cuts a block.
 Before         program "example" {stage=CANONICAL}
                symbols {N=[1,8]}
                weights {
@@ -29,20 +31,21 @@ After          graph main(%x: f32[N,8], @a: f8e4m3{4x4,f32}[6,8], @b: f32[3,8]) 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from dsc.ir.analyses import Use, call_of, weight_uses
 from dsc.ir.dims import Dim
-from dsc.ir.formats import CODINGS, WHOLE, along, grid, is_whole
+from dsc.ir.formats import CODINGS, WHOLE, Part, along, grid, is_whole
 from dsc.ir.graph import Node, Operand, Weight
 from dsc.ir.op import TypeMismatch, lookup
 from dsc.ir.ops.shape import axis_of
 from dsc.ir.program import Program
+from dsc.ir.regions import RegionLimits
 from dsc.ir.stages import Stage
 from dsc.ir.types import DType, TensorType
-from dsc.ir.weights import Apply, Source, WeightExpr, apply, stored_type
+from dsc.ir.weights import Apply, Source, WeightExpr, apply, scaled, stored_type
 from dsc.rewrite.base import Pass, PassReport
 from dsc.rewrite.options import option
 
@@ -58,24 +61,34 @@ class ChooseFormats(Pass):
     """Decide for every weight that is stored in a format."""
 
     formats: tuple[str, ...] = option(tuple(CODINGS), among=CODINGS)
+    tile: int = option(1, least=1)
+    limits: RegionLimits = field(default_factory=RegionLimits, metadata={"of": "regions"})
 
     needs = frozenset({Stage.TRACED, Stage.CANONICAL, Stage.OPTIMIZED})
 
     def run(self, program: Program, report: PassReport) -> Program:
         """One walk over the weights; the report has the reason for each that is dequantised."""
-        chosen: dict[str, WeightExpr] = {}
-        for name, readers in weight_uses(program.entries.values()).items():
+        read = weight_uses(program.entries.values())
+        kept: dict[str, WeightExpr] = {}
+        why: dict[str, str] = {}
+        for name, readers in read.items():
             expr = program.weights[name]
             stored = stored_type(expr)
             if stored is None:
                 continue
             try:
-                chosen[name] = self._kept(expr, stored, readers)
-                report.fire(RULE, places=[name])
-            except Dequantised as why:
-                report.miss(RULE, name, str(why), [name])
-                if expr.type.format is not None:
-                    chosen[name] = apply("dequantize", expr, dtype=_computed(*readers[0]))
+                kept[name] = self._kept(expr, stored, readers)
+            except Dequantised as problem:
+                why[name] = str(problem)
+        why |= self._without_kernel(read, kept)
+        chosen = {name: expr for name, expr in kept.items() if name not in why}
+        for name in chosen:
+            report.fire(RULE, places=[name])
+        for name, reason in why.items():
+            report.miss(RULE, name, reason, [name])
+            expr = program.weights[name]
+            if expr.type.format is not None:
+                chosen[name] = apply("dequantize", expr, dtype=_computed(*read[name][0]))
         if all(program.weights[name] == expr for name, expr in chosen.items()):
             return program
 
@@ -89,7 +102,7 @@ class ChooseFormats(Pass):
         """The weight in its format. Raises `Dequantised`."""
         if stored.dtype not in self.formats:
             raise Dequantised(f"the backend takes no weights in {stored.dtype}")
-        found = in_format(expr)
+        found = self._in_tiles(in_format(expr))
         for node, index in readers:
             if node is None:
                 raise Dequantised("it is a result")
@@ -103,9 +116,64 @@ class ChooseFormats(Pass):
                 raise Dequantised(f"{node.op} would give {made[0]}")
         return found
 
+    def _in_tiles(self, expr: Apply) -> Apply:
+        """The weight with its rows side by side, if kernels want that. Raises `Dequantised`."""
+        before = expr.type.format
+        assert before is not None
+        if self.tile == before.tile:
+            return expr
+        if before.tile > 1:
+            raise Dequantised(f"{before.tile} of its rows lie side by side")
+        try:
+            format = replace(before, tile=self.tile)
+            made = replace(expr.type, format=format)
+        except ValueError as problem:
+            raise Dequantised(str(problem)) from None
+        parts = zip(expr.args, format.parts(made.dtype), strict=True)
+        return scaled((_tiled(arg, part) for arg, part in parts), made)
+
+    def _without_kernel(
+        self, read: Mapping[str, Sequence[Use]], kept: Mapping[str, WeightExpr]
+    ) -> dict[str, str]:
+        """Why no kernel takes some of the weights that are to be kept, by name.
+
+        A kernel may take several, and all of them or none: what one of them loses, all lose.
+        """
+        accepts, lost = self.limits.accepts, dict[str, str]()
+        if accepts is None:
+            return lost
+        readers = {id(node): node for name in kept for node, _ in read[name] if node is not None}
+        changed = True
+        while changed:
+            changed = False
+            for node in readers.values():
+                stored = {
+                    x.name: kept[x.name].type for x in node.operands
+                    if isinstance(x, Weight) and x.name in kept and x.name not in lost
+                }  # fmt: skip
+                if not stored:
+                    continue
+                inputs = tuple(
+                    Weight(x.name, stored[x.name]) if isinstance(x, Weight) and x.name in stored
+                    else x for x in node.inputs
+                )  # fmt: skip
+                if not accepts(replace(node, inputs=inputs)):
+                    told = {name: f"no kernel of {node.op} takes {t}" for name, t in stored.items()}
+                    lost, changed = lost | told, True
+        return lost
+
+
+def _tiled(expr: WeightExpr, part: Part) -> WeightExpr:
+    if part.tile == 1:
+        return expr
+    return apply("tiled", expr, tile=part.tile, width=part.width, step=part.step)
+
 
 def in_format(expr: WeightExpr) -> Apply:
     """A weight without the dequantising in its expression. Raises `Dequantised`."""
+    whole = expr.args[0] if isinstance(expr, Apply) and expr.op == "dequantize" else expr
+    if isinstance(whole, Apply) and whole.op == "scaled":
+        return whole
     stored = _in_parts(expr)
     for axis in range(expr.type.rank - 2):
         stored = [part.with_blocks_of_one(expr, axis) for part in stored]
@@ -144,6 +212,8 @@ def _in_parts(expr: WeightExpr) -> list[_Part]:
         raise Dequantised(f"a part of it is stored as {expr.type}")
     if expr.op == "scaled":
         assert expr.type.format is not None
+        if expr.type.format.tile > 1:
+            raise Dequantised(f"{expr.type.format.tile} of its rows lie side by side")
         parts = expr.type.format.parts(expr.type.dtype)
         blocks = (along(part.block, expr.type.rank) for part in parts)
         return list(map(_Part, expr.args, blocks))

@@ -7,6 +7,11 @@ leading axes are matrices of their own. `*` is the whole axis: `{1x*,f32}` has a
 scale and a zero point for each 32 columns of a row. A tensor of such a type stands for
 (codes - zero points) * scales, which `Packed.unpack` and `pack` say. All else takes what is stored
 as `Format.parts` lists it; what a kind of codes can say is a row of `CODINGS`.
+
+Row after row is how checkpoints store a matrix. Where products go 16 columns of a result at a time,
+`i8{1x32,f16,tile=16}[N,K]` has 16 rows side by side (`side_by_side`): of each four bytes of codes,
+then the next four; a scale of each, then the next (where a row has scales of its own). Rows and
+columns of codes are padded with zeros to whole tiles, and to a multiple of `STEP`.
 """
 
 from __future__ import annotations
@@ -51,24 +56,44 @@ CODINGS: Mapping[str, Coding] = MappingProxyType({
 """By the element type of the codes."""
 WHOLE = 0
 """The extent of a block that is the whole axis, however long."""
+STEP = 32
+"""Rows side by side are padded to a multiple of so many columns."""
+WORD = 4
+"""Bytes of codes of a row that lie side by side with those of the others."""
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A tensor that is stored: its name behind the weight's, and an element a block."""
+    """A tensor that is stored: its name behind the weight's, and an element a block.
+
+    Of `tile` rows side by side `width` elements of each lie together, and their number is a
+    multiple of `step`.
+    """
 
     suffix: str
     dtype: DType
     block: tuple[int, int]
+    tile: int = 1
+    width: int = 1
+    step: int = 1
+
+    def shape(self, whole: tuple[Dim, ...]) -> tuple[Dim, ...]:
+        """The extents of what is stored of a tensor."""
+        cut = grid(whole, self.block)
+        return cut if self.tile == 1 else tiled(cut, self.tile, self.step)
 
 
 @dataclass(frozen=True, slots=True)
 class Format:
-    """Blocks of rows x columns that share a scale; element types of scales and of zero points."""
+    """Blocks of rows x columns that share a scale; element types of scales and of zero points.
+
+    With a `tile` so many rows lie side by side.
+    """
 
     block: tuple[int, int]
     scales: DType
     zeros: DType | None = None
+    tile: int = 1
 
     def __post_init__(self) -> None:
         if min(self.block) < 0:
@@ -77,17 +102,28 @@ class Format:
             raise ValueError(f"scales in {self.scales}; a float type is due")
         if self.zeros is not None and not self.zeros.is_int:
             raise ValueError(f"zero points in {self.zeros}; an integer type is due")
+        if self.tile < 1:
+            raise ValueError(f"{self.tile} rows side by side")
+        rows, columns = self.block
+        if self.tile > 1 and (columns % STEP or (rows > 1 and rows % self.tile)):
+            raise ValueError(f"{self.tile} rows side by side in blocks of {list(self.block)}")
 
     def __str__(self) -> str:
         rows, columns = ("*" if size == WHOLE else size for size in self.block)
-        return f"{{{rows}x{columns},{self.scales}{f',{self.zeros}' if self.zeros else ''}}}"
+        more = f",{self.zeros}" if self.zeros else ""
+        more += f",tile={self.tile}" if self.tile > 1 else ""
+        return f"{{{rows}x{columns},{self.scales}{more}}}"
 
     def parts(self, codes: DType) -> tuple[Part, ...]:
         """What is stored of a tensor, in order."""
         together = CODINGS[codes].together
         kind = codes if together == 1 else type(codes).u8  # a byte, whose class is above here
-        found = Part("", kind, (1, together)), Part(".scale", self.scales, self.block)
-        return found if self.zeros is None else (*found, Part(".zero", self.zeros, self.block))
+        shared = [(".scale", self.scales), (".zero", self.zeros)]
+        tile = self.tile if self.block[0] == 1 else 1
+        return (
+            Part("", kind, (1, together), self.tile, WORD, STEP // together),
+            *(Part(end, each, self.block, tile) for end, each in shared if each is not None),
+        )
 
 
 def along(block: tuple[int, ...], rank: int) -> tuple[int, ...]:
@@ -99,6 +135,22 @@ def grid(shape: tuple[Dim, ...], block: tuple[int, ...]) -> tuple[Dim, ...]:
     """How many blocks there are along each axis."""
     cut = zip(shape, along(block, len(shape)), strict=True)
     return tuple(1 if size == WHOLE else -(-extent // size) for extent, size in cut)
+
+
+def tiled(shape: tuple[Dim, ...], tile: int, step: int) -> tuple[Dim, ...]:
+    """The extents of a matrix, or several, of which `tile` rows lie side by side."""
+    *leading, rows, columns = shape
+    return (*leading, -(-rows // tile), -(-columns // step) * step * tile)
+
+
+def one_by_one(x: torch.Tensor, part: Part, whole: tuple[int, ...]) -> torch.Tensor:
+    """A part of a tensor of these extents, of which rows may lie side by side, row after row."""
+    if part.tile == 1:
+        return x
+    apart = x.unflatten(-1, (-1, part.tile, part.width)).transpose(-3, -2)
+    rows, columns = (_number(extent) for extent in grid(whole, part.block)[-2:])
+    found: torch.Tensor = apart.flatten(-2).flatten(-3, -2)[..., :rows, :columns]
+    return found
 
 
 def is_whole(extent: Dim, size: int) -> bool:
@@ -120,16 +172,26 @@ class Packed:
 
     def unpack(self, dtype: torch.dtype) -> torch.Tensor:
         """The numbers: products in fp32, rounded once."""
-        codes, scales, *zeros = self.parts
+        codes, scales, *zeros = self.in_rows
         found = _apart(codes, self.type)
         for each in zeros:
             found = found - _spread(each, self.type)
         return (found * _spread(scales, self.type)).to(dtype)
 
+    @property
+    def in_rows(self) -> tuple[torch.Tensor, ...]:
+        """What is stored, row after row."""
+        assert self.type.format is not None
+        extents = tuple(map(_number, self.type.shape))
+        kinds = self.type.format.parts(self.type.dtype)
+        return tuple(
+            one_by_one(x, part, extents) for x, part in zip(self.parts, kinds, strict=True)
+        )
+
     def bound(self, x: torch.Tensor) -> torch.Tensor:
         """How far the numbers may lie from those of `x`, of which the nearest codes are these."""
         coding = CODINGS[self.type.dtype]
-        steps = _spread(self.parts[1], self.type) * coding.absolute
+        steps = _spread(self.in_rows[1], self.type) * coding.absolute
         return torch.maximum(x.float().abs() * coding.relative, steps) * (len(self.parts) - 1)
 
 

@@ -396,12 +396,18 @@ class _Parser:
         rows, columns = (WHOLE if size == "*" else int(size) for size in sizes.groups())
         self.sign(",")
         scales = self._dtype(self.take("word", "the element type of scales"))
-        zeros = None
-        if self.at_sign(","):
-            self.sign(",")
-            zeros = self._dtype(self.take("word", "the element type of zero points"))
+        zeros, tile = None, 1
+        while self.skip(","):
+            word = self.take("word", "the element type of zero points, or a tile")
+            if word.text == "tile":
+                self.sign("=")
+                tile = self.integer("rows side by side")
+                break
+            if zeros is not None:
+                raise self.error("a tile expected", word)
+            zeros = self._dtype(word)
         self.sign("}")
-        return self._guard(token, lambda: Format((rows, columns), scales, zeros))
+        return self._guard(token, lambda: Format((rows, columns), scales, zeros, tile))
 
     def _dim(self) -> Dim:
         """Take the tokens of one expression, up to a comma or closing sign at its own depth."""

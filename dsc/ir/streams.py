@@ -73,6 +73,10 @@ def rows(expr: WeightExpr, source: WeightSource, start: int, stop: int) -> Any:
         ratio = _ratio(expr)
         inner = rows(expr.args[0], source, start * ratio, stop * ratio)
         return inner.reshape(stop - start, *map(_size, expr.type.shape[1:]))
+    if expr.op == "tiled" and expr.type.rank == 2:
+        (arg,), tile = expr.args, expr.attrs["tile"]
+        last = min(stop * tile, _size(arg.type.shape[0]))
+        return _run(expr, [rows(arg, source, start * tile, last)])
     parts = [
         rows(part, source, 0, 1) if high == WHOLE
         else rows(part, source, start // high, -(-stop // high))
@@ -120,7 +124,7 @@ def _keeps_rows(expr: Apply) -> bool:
         return bool(before and after) and _size(before[0]) % max(1, _size(after[0])) == 0
     if expr.op in ("block_scales", "block_codes"):
         return along(expr.attrs["block"], expr.args[0].type.rank)[0] == 1
-    return expr.op in ("cast", "dequantize", "scaled")
+    return expr.op in ("cast", "dequantize", "scaled", "tiled")
 
 
 def _axis(expr: Apply) -> int:
@@ -136,6 +140,9 @@ def _grain(expr: WeightExpr) -> int:
     inner = lcm(*map(_grain, expr.args), *(max(1, high) for high in _heights(expr)))
     if expr.op == "reshape":
         return lcm(inner, _ratio(expr)) // _ratio(expr)
+    if expr.op == "tiled" and expr.type.rank == 2:
+        tile = int(expr.attrs["tile"])
+        return lcm(inner, tile) // tile
     return inner
 
 

@@ -10,7 +10,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from dsc.ir.dims import MAX_DIM, Dim, Sym, free_symbols, product, substitute
-from dsc.ir.formats import CODINGS, Format, grid, is_whole
+from dsc.ir.formats import CODINGS, Format, is_whole
 from dsc.ir.lazy import torch
 
 if TYPE_CHECKING:
@@ -143,7 +143,7 @@ class TensorType:
         if len(self.shape) > MAX_RANK:
             raise ValueError(f"rank {len(self.shape)} is above the limit of {MAX_RANK}")
         if self.format is not None:
-            least = 1 if self.format.block[0] == 1 else 2
+            least = 1 if self.format.block[0] == 1 and self.format.tile == 1 else 2
             if self.dtype not in CODINGS or self.rank < least:
                 raise ValueError(f"no stored format of {self.dtype} codes along {self.rank} axes")
             together = CODINGS[self.dtype].together
@@ -176,7 +176,7 @@ class TensorType:
         if self.format is None:
             return (("", self),)
         parts = self.format.parts(self.dtype)
-        return tuple((p.suffix, TensorType(p.dtype, grid(self.shape, p.block))) for p in parts)
+        return tuple((p.suffix, TensorType(p.dtype, p.shape(self.shape))) for p in parts)
 
     def bytes_of(self, elements: Dim) -> Dim:
         """Bytes of some of the elements, with the share that they have of scales."""

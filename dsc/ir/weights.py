@@ -58,7 +58,17 @@ def leaf(key: str, type: TensorType) -> WeightExpr:
     if type.format is None:
         return Source(key, type)
     parts = (Source(key + suffix, part) for suffix, part in type.parts)
-    return apply("scaled", *parts, block=type.format.block)
+    return scaled(parts, type)
+
+
+def scaled(parts: Iterable[WeightExpr], type: TensorType) -> Apply:
+    """A tensor of a type in a format from its parts."""
+    assert type.format is not None
+    block, tile = type.format.block, type.format.tile
+    if tile == 1:
+        return apply("scaled", *parts, block=block)
+    rows, columns = type.shape[-2:]
+    return apply("scaled", *parts, block=block, tile=tile, rows=rows, columns=columns)
 
 
 def parts(name: str, expr: WeightExpr) -> Iterator[tuple[str, WeightExpr]]:

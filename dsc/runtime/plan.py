@@ -286,6 +286,7 @@ def _port(raw: list[Any]) -> Port:
     name, dtype, shape, buffer, *stored = raw
     format = None
     if stored:
-        rows, columns, *kinds = stored
-        format = Format((int(rows), int(columns)), *map(DType, kinds))
+        rows, columns, scales, *zeros = stored
+        zero = DType(zeros[0]) if zeros else None
+        format = Format((int(rows), int(columns)), DType(scales), zero)
     return Port(name, TensorType(DType(dtype), tuple(map(from_json, shape)), format), int(buffer))

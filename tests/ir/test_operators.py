@@ -112,6 +112,7 @@ CASES: dict[str, list[str]] = {
     "block_scales": ["f32[{a},{b}] {{block=[1,2], codes=i8, dtype=bf16}}",
                      "bf16[{a},{b},9] {{block=[0,4], codes=f8e4m3, dtype=f8e8m0}}",
                      "f32[{a},6] {{block=[1,32], codes=i4, dtype=f16}}"],
+    "tiled": ["f32[{a},5] {{tile=2, step=4}}", "i8[{a},3,4] {{tile=2, width=2, step=4}}"],
     "block_codes": ["f32[{a},9], f16[{a},5] {{block=[1,2], codes=i8}}",
                     "f32[{a},{b},6], f32[{a},1,2] {{block=[0,4], codes=i4}}"],
     "dequantize": ["f8e4m3{{128x128,f32}}[{a},{b}] {{dtype=bf16}}",

@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
+from dsc.ir.arrays import Array, array_of, tensor_of
 from dsc.ir.dims import Dim
 from dsc.ir.extents import Extent
-from dsc.ir.formats import CODINGS, WHOLE, Format, Packed, along, codes_of, scales_of
+from dsc.ir.formats import CODINGS, WHOLE, Format, Packed, along, codes_of, scales_of, tiled
 from dsc.ir.op import TypeMismatch, op, type_of
 from dsc.ir.sized import Shape, Sized
 from dsc.ir.traits import Form, Role, Traits
@@ -17,7 +20,7 @@ from dsc.ir.types import DType, TensorType
 def _infer_scaled(types: Sequence[TensorType], attrs: Mapping[str, Any]) -> tuple[TensorType, ...]:
     if len(types) < 2:
         raise TypeMismatch(f"{types[0]} alone; codes and scales are due")
-    made = _stored(types, attrs["block"])
+    made = _stored(types, attrs)
     wanted = [part for _, part in made.parts]
     if list(types) != wanted:
         found, expected = (", ".join(map(str, each)) for each in (types, wanted))
@@ -25,24 +28,32 @@ def _infer_scaled(types: Sequence[TensorType], attrs: Mapping[str, Any]) -> tupl
     return (made,)
 
 
-def _stored(parts: Sequence[TensorType], block: tuple[int, int]) -> TensorType:
-    """The type that is stored so: bytes hold codes that are smaller."""
+def _stored(parts: Sequence[TensorType], attrs: Mapping[str, Any]) -> TensorType:
+    """The type that is stored so: bytes hold codes that are smaller; tiles hide the extents."""
     codes, scales, *zeros = parts
     kind, shape = codes.dtype, codes.shape
     for name, coding in CODINGS.items():
         if coding.together > 1 and kind is DType.u8:
             kind, shape = DType(name), (*shape[:-1], shape[-1] * coding.together)
-    return _in_blocks(kind, shape, block, scales.dtype, *(z.dtype for z in zeros[:1]))
+    if attrs["tile"] > 1:
+        shape = (*shape[:-2], attrs["rows"], attrs["columns"])
+    zero = zeros[0].dtype if zeros else None
+    return _in_blocks(kind, shape, attrs["block"], scales.dtype, zero, attrs["tile"])
 
 
 def _in_blocks(
-    codes: DType, shape: Sequence[Dim], block: tuple[int, ...], *kinds: DType
+    codes: DType,
+    shape: Sequence[Dim],
+    block: tuple[int, ...],
+    scales: DType,
+    zeros: DType | None = None,
+    tile: int = 1,
 ) -> TensorType:
     """A type in a format of these blocks, scales and zero points. Raises `TypeMismatch`."""
     if len(block) != 2:
         raise TypeMismatch(f"blocks of {list(block)}; rows and columns are due")
     try:
-        return TensorType(codes, tuple(shape), Format(block, *kinds))
+        return TensorType(codes, tuple(shape), Format(block, scales, zeros, tile))
     except ValueError as problem:
         raise TypeMismatch(str(problem)) from None
 
@@ -50,6 +61,8 @@ def _in_blocks(
 def _whole_blocks(call: Sized) -> None:
     (stored,), (extents,) = call.results, call.outs
     assert stored.format is not None
+    if stored.format.tile > 1:
+        return  # its extents are attributes
     codes, *shared = zip(stored.format.parts(stored.dtype), call.given(), strict=True)
     _count_codes(call, codes[1][1], extents, stored.dtype)
     for part, (_, counts) in shared:
@@ -80,9 +93,35 @@ def _demand_codes(call: Sized) -> None:
     _count_codes(call, call.outs[0], call["x"], call.attrs["codes"])
 
 
-def _scaled(*parts: Any, block: tuple[int, int]) -> Packed:
-    (type,) = _infer_scaled([type_of(part) for part in parts], {"block": block})
+def _scaled(*parts: Any, **attrs: Any) -> Packed:
+    (type,) = _infer_scaled([type_of(part) for part in parts], attrs)
     return Packed(type, parts)
+
+
+def _infer_tiled(types: Sequence[TensorType], attrs: Mapping[str, Any]) -> tuple[TensorType, ...]:
+    (x,), (tile, width, step) = types, (attrs[name] for name in ("tile", "width", "step"))
+    if x.rank < 2 or tile < 1 or width < 1 or step < 1 or step % width:
+        raise TypeMismatch(f"{width} elements of {tile} rows, {step} columns at a time, of {x}")
+    return (x.with_shape(tiled(x.shape, tile, step)),)
+
+
+def _tiled(x: Array, tile: int, width: int, step: int) -> Array:
+    *leading, rows, columns = x.shape
+    pads = [(0, 0)] * len(leading) + [(0, -rows % tile), (0, -columns % step)]
+    padded = np.pad(x, pads) if any(end for _, end in pads) else x
+    tiles = padded.reshape(*leading, -1, tile, padded.shape[-1] // width, width)
+    return tiles.swapaxes(-3, -2).reshape(*leading, padded.shape[-2] // tile, -1)
+
+
+def _demand_tiled(call: Sized) -> None:
+    """Rows make whole tiles, and columns whole steps."""
+    tile, step = call.attrs["tile"], call.attrs["step"]
+    (rows, columns), (tiles, wide) = call["x"][-2:], call.outs[0][-2:]
+    call.same(call["x"][:-2], call.outs[0][:-2])
+    call.system.counted(tiles, rows, tile)
+    steps = call.system.extent(-(-call.operands["x"].shape[-1] // step))
+    call.system.counted(steps, columns, step)
+    call.system.equate(Extent.number(tile * step) * steps, wide)
 
 
 def _packed_type(x: TensorType, attrs: Mapping[str, Any], scales: DType) -> TensorType:
@@ -116,14 +155,25 @@ def _block_codes(x: Any, scales: Any, codes: DType, block: tuple[int, int]) -> A
 
 
 scaled = op(
-    "scaled(parts: any[...]...; block: ints) -> any[...]",
+    "scaled(parts: any[...]...; block: ints, tile: extent = 1, rows: extent = 0,"
+    " columns: extent = 0) -> any[...]",
     Traits(Role.OTHER, Form.WEIGHT, demand=_whole_blocks),
     reference=_scaled,
     doc="A matrix, or several, in a stored format: its parts, which are codes and for each block of"
     " rows x columns a scale, and a zero point where a third part is given; blocks at the ends may"
-    " be partial, 0 is the whole axis. Bytes hold two 4-bit codes, the first in the low half.",
+    " be partial, 0 is the whole axis. Bytes hold two 4-bit codes, the first in the low half. With"
+    " a tile so many rows lie side by side, as `tiled` makes them, of these rows and columns.",
     example="f8e4m3[5,7], f32[3,2] {block=[2,4]}",
     infer=_infer_scaled,
+)
+tiled_rows = op(
+    "tiled(x: T[...]; tile: extent, width: extent = 1, step: extent = 1) -> T[...]",
+    Traits(Role.OTHER, Form.WEIGHT, arrays=_tiled, demand=_demand_tiled),
+    reference=lambda x, **attrs: tensor_of(_tiled(array_of(x), **attrs)),
+    doc="`width` elements of each of `tile` rows, then the next of each; rows are padded with zeros"
+    " to whole tiles, and columns to a multiple of `step`.",
+    example="f32[5,6] {tile=4, width=2, step=4}",
+    infer=_infer_tiled,
 )
 dequantize = op(
     "dequantize(x: any[*n]; dtype: dtype) -> dtype[*n]",
