@@ -23,6 +23,7 @@ from dsc.ir.paging import PAGE
 from dsc.ir.program import Program
 from dsc.ir.regions import FUSION_LEVELS, RegionLimits
 from dsc.ir.stages import Stage
+from dsc.ir.weights import stored_type
 from dsc.rewrite import options as texts
 from dsc.rewrite.base import Pass, PassReport
 from dsc.rewrite.explain import explain_pass
@@ -93,6 +94,12 @@ class Slot:
         return f"dsc.passes.{self.name}:{''.join(map(str.capitalize, self.name.split('_')))}"
 
 
+def _has_codes(s: Setting) -> bool:
+    """Whether weights are stored in a format, or will be."""
+    kept = map(stored_type, s.program.weights.values())
+    return s.asked.quant != "none" or any(t is not None for t in kept)
+
+
 RAISE = (
     "fold_empty",
     "fold_constants",
@@ -146,6 +153,11 @@ SLOTS = (
     Slot(
         Part.OPTIMISE, "lower_moe_dispatch", lambda s: s.can.experts is not None,
         lambda s: {"kernels": s.can.experts},
+    ),
+    Slot(
+        Part.OPTIMISE, "quantize_activations",
+        lambda s: s.can.activations is not None and _has_codes(s),
+        lambda s: dict(zip(("codes", "group"), s.can.activations or (), strict=False)),
     ),
     Slot(
         Part.LOWER, "fuse",

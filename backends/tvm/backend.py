@@ -17,7 +17,7 @@ from dsc.ir.graph import Node
 from dsc.ir.index_ranges import index_ranges
 from dsc.ir.interface import Storage
 from dsc.ir.lanes import moves_nothing
-from dsc.ir.op import named
+from dsc.ir.op import lookup, named
 from dsc.ir.program import Program
 from dsc.ir.regions import RegionLimits
 from dsc.ir.traits import Role
@@ -49,6 +49,9 @@ class TvmBackend:
             states=(Storage.CONTIGUOUS, Storage.GROWN, Storage.PAGED),
             experts=EXPERTS,
             shared_experts=True,
+            formats=("i8", "i4"),
+            tile=16,
+            activations=("i8", 32),
             fuse=3,
             regions=RegionLimits(
                 anchors=frozenset({"linear", "grouped_linear"}),
@@ -73,8 +76,13 @@ class TvmBackend:
         from dsc.backends.tvm.schedule import launch_of
         from dsc.backends.tvm.tir import STORAGE
 
+        definition = lookup(node.op)
+        region = definition.traits.role is Role.REGION
+        reads_codes = region or definition.attr("activations") is not None
         for x in (*node.operands, *node.outputs):
-            if x.type.dtype not in STORAGE:
+            if x.type.format is not None and not reads_codes:
+                return No(f"{node.op} of a weight in {x.type.dtype}{x.type.format}")
+            if x.type.format is None and x.type.dtype not in STORAGE:
                 return No(f"element type {x.type.dtype}")
         if moves_nothing(node):
             return Yes()
@@ -118,7 +126,10 @@ class TvmBackend:
         options.admit(plan)
         kernels = {name: Kernel.of(name, each, machine) for name, each in table.launches.items()}
         numbers = {name: i for i, name in enumerate(kernels, library.FIRST)}
-        weights = sorted(program.weights)
+        weights = sorted(
+            name + suffix
+            for name, t in program.weight_types().items() for suffix, _ in t.parts
+        )  # fmt: skip
         entries: dict[str, Any] = {}
         lists: list[Any] = []
         functions = {}

@@ -26,8 +26,9 @@ class Machine:
     `lanes` is the number of fp32 elements in a vector; `bf16` says that bf16 has kernels of its own
     (AVX-512), `narrows` that an instruction rounds to it (AVX512_BF16), and `pairs` that products
     are fastest by vdpbf16ps (see `bf16`); with `tiles` products of rows with weights go by AMX (see
-    `amx`). With few rows a task of a bf16 product takes `narrow` columns, so that small matrices
-    occupy all threads, with many `wide`: 16 to 64 (see `tuning`).
+    `amx`). `vnni` says that integer codes are multiplied by vpdpbusd (AVX512_VNNI), `fma` that fp32
+    has fused products. With few rows a task of a bf16 product takes `narrow` columns, so that small
+    matrices occupy all threads, with many `wide`: 16 to 64 (see `tuning`).
     """
 
     cpu: str
@@ -38,6 +39,8 @@ class Machine:
     narrows: bool = False
     pairs: bool = False
     tiles: bool = False
+    vnni: bool = False
+    fma: bool = False
     narrow: int = 16
     wide: int = 64
 
@@ -86,11 +89,13 @@ def machine_for(target: Target) -> Machine:
             narrows=cpu.has("avx512bf16"),
             pairs=cpu.name.startswith(FULL_RATE) and cpu.has("avx512bf16"),
             tiles=tiles,
+            vnni=cpu.has("avx512vnni"),
+            fma=True,
             narrow=32 if tiles else 16,
         )
     if cpu.has("avx2"):
-        return Machine(cpu.name, lanes=8, rows=3, columns=4)
-    return Machine(cpu.name, lanes=4, rows=4, columns=4)
+        return Machine(cpu.name, lanes=8, rows=3, columns=4, fma=cpu.has("fma"))
+    return Machine(cpu.name, lanes=4, rows=4, columns=4, fma=cpu.has("neon"))
 
 
 GENERIC = Machine("x86-64", lanes=16, rows=4, columns=4)

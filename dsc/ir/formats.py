@@ -218,8 +218,18 @@ def pack(x: torch.Tensor, type: TensorType) -> Packed:
 def scales_of(x: torch.Tensor, type: TensorType) -> torch.Tensor:
     """Scales with which the largest magnitude of each block is the largest code."""
     assert type.format is not None
-    coding = CODINGS[type.dtype]
-    return _rounded_up(_largest(x.float().abs(), type) / coding.largest, type.format.scales)
+    return _rounded_up(_least_scales(x, type), type.format.scales)
+
+
+def pack_rows(x: torch.Tensor, type: TensorType) -> Packed:
+    """As `pack`, of activations: scales in fp32; a block with NaN or infinity becomes NaN."""
+    scales = _least_scales(x, type)
+    scales = torch.where(scales == 0, 1.0, scales)
+    return Packed(type, (codes_of(x, scales, type), scales))
+
+
+def _least_scales(x: torch.Tensor, type: TensorType) -> torch.Tensor:
+    return _largest(x.float().abs(), type) / CODINGS[type.dtype].largest
 
 
 def codes_of(

@@ -11,13 +11,26 @@ experts is fp32, in the order of experts, whatever shares the batch.
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
+from dsc.backends.tvm import codes
 from dsc.backends.tvm.amx import TOKENS
 from dsc.backends.tvm.bf16 import SUMS, instructions
 from dsc.backends.tvm.kernels.bf16_product import BLOCK, Weights
+from dsc.backends.tvm.kernels.coded import (
+    HEIGHTS,
+    Block,
+    Coded,
+    Codes,
+    Taken,
+    coded,
+    scratch_bytes,
+)
+from dsc.backends.tvm.kernels.coded import Rows as CodedRows
+from dsc.backends.tvm.kernels.coded import grain as coded_grain
+from dsc.backends.tvm.kernels.coded import multiply as multiply_codes
 from dsc.backends.tvm.kernels.panels import (
     Rows,
     first_panel,
@@ -30,7 +43,7 @@ from dsc.backends.tvm.kernels.panels import (
 )
 from dsc.backends.tvm.kernels.sorting import sort_pairs
 from dsc.backends.tvm.kernels.values import put
-from dsc.backends.tvm.launch import Launch, operand, rows_of, static_dim
+from dsc.backends.tvm.launch import Launch, Unsupported, operand, rows_of, static_dim
 from dsc.backends.tvm.machine import Machine
 from dsc.backends.tvm.tir import (
     ACTIVATIONS,
@@ -63,7 +76,7 @@ class Experts:
     """What the kernel is specialised to.
 
     Element types of x and of the weights, extents; where bf16's instructions multiply, `plain` is
-    `None`, and `tiles` says whether by tile registers.
+    `None`, and `tiles` says whether by tile registers. `codes` are those of both weights, if any.
     """
 
     dtype: DType
@@ -75,6 +88,12 @@ class Experts:
     act: str
     tiles: bool
     plain: Machine | None
+    codes: tuple[Coded, Coded] | None
+
+    @property
+    def height(self) -> int:
+        """Rows of a tile."""
+        return HEIGHTS[0] if self.codes else tile_rows(self.plain)
 
     @property
     def between(self) -> DType:
@@ -85,13 +104,17 @@ class Experts:
 def lower(node: Node, machine: Machine) -> Launch:
     """The launch of `experts`."""
     x, idx, gate_up, down = (operand(node, i).type for i in (0, 1, 3, 4))
+    up_codes, down_codes = (coded(node, t) for t in (gate_up, down))
+    both = (up_codes, down_codes) if up_codes and down_codes else None
+    if both is None and (up_codes or down_codes):
+        raise Unsupported(f"experts of {gate_up} and {down}")
     experts, d, hidden = (static_dim(n, "an expert's axis") for n in down.shape)
     top_k, rows = static_dim(idx.shape[-1], "top_k"), rows_of(x)
-    native = fits(machine, d, x, gate_up, down) and fits(machine, hidden, x)
+    native = both is None and fits(machine, d, x, gate_up, down) and fits(machine, hidden, x)
     plain = None if native else replace(machine, bf16=False, tiles=False)
     of = Experts(
         x.dtype, gate_up.dtype, experts, d, hidden, top_k, node.attrs["act"],
-        native and machine.tiles, plain,
+        native and machine.tiles, plain, both,
     )  # fmt: skip
     flops = rows * (6 * top_k * d * hidden)
     return Launch(experts_direct, (of,), (rows,), scratch=_places(rows, of)["end"], flops=flops)
@@ -113,6 +136,8 @@ def _places(rows: Dim | Expr, of: Experts) -> dict[str, Any]:
         "hidden": pairs * (of.between.itemsize * of.hidden),
         "x_panels": panel_bytes(pairs, of.d, experts) if of.tiles else 0,
         "hidden_panels": panel_bytes(pairs, of.hidden, experts) if of.tiles else 0,
+        "x_codes": scratch_bytes(of.codes[0], rows) if of.codes else 0,
+        "hidden_codes": scratch_bytes(of.codes[1], pairs) if of.codes else 0,
     }
     found: dict[str, Any] = {}
     at: Any = 0
@@ -123,22 +148,33 @@ def _places(rows: Dim | Expr, of: Experts) -> dict[str, Any]:
 
 
 def experts_direct(of: Experts) -> PrimFunc:
-    """Arguments: x, idx, w, gate_up [e, 2i, d], down [e, d, i], y, scratch; rows."""
+    """Arguments: x, idx, w, gate_up [e, 2i, d], down [e, d, i], y, scratch; rows.
+
+    Weights in codes are as many arguments as they have parts.
+    """
     experts, d, hidden, top_k = of.experts, of.d, of.hidden, of.top_k
     activation, plain, native = ACTIVATIONS[of.act], of.plain, of.plain is None
     units = lanes_for(hidden, UNITS if native else PLAIN_UNITS)
     wide, lanes = lanes_for(units, SUMS), lanes_for(d, SUMS)
+    parts = [c.addresses for c in of.codes] if of.codes else [1, 1]
+    names = ["x", "idx", "w", *(f"gate_up{i}" for i in range(parts[0]))]
+    names += [*(f"down{i}" for i in range(parts[1])), "y", "scratch", "rows"]
 
-    def body(
-        x: Expr, idx: Expr, w: Expr, gate_up: Expr, down: Expr, y: Expr, scratch: Expr, rows: Expr
-    ) -> None:
+    def body(x: Expr, idx: Expr, w: Expr, *more: Expr) -> None:
+        gate_up, down = more[: parts[0]], more[parts[0] : -3]
+        y, scratch, rows = more[-3:]
         pairs = rows * top_k
         places = _places(rows, of)
         at = {name: bind(scratch + place) for name, place in places.items()}
         source, target = (Tensor(address, of.dtype, (rows, d)) for address in (x, y))
         chosen, weight = Tensor(idx, DType.i64, (pairs,)), Tensor(w, DType.f32, (pairs,))
-        up = Tensor(gate_up, of.stored, (experts, 2 * hidden, d))
-        out = Tensor(down, of.stored, (experts, d, hidden))
+        if of.codes is None:
+            up = Tensor(gate_up[0], of.stored, (experts, 2 * hidden, d))
+            out = Tensor(down[0], of.stored, (experts, d, hidden))
+        else:
+            up_codes, down_codes = map(Codes, of.codes, (gate_up, down))
+            taken_x = Taken(of.codes[0], at["x_codes"], rows)
+            taken_h = Taken(of.codes[1], at["hidden_codes"], pairs)
         offsets = Tensor(at["offsets"], DType.i64, (experts + 1,))
         active = Tensor(at["active"], DType.i64, (experts + 1,))
         order = Tensor(at["order"], DType.i64, (pairs,))
@@ -146,6 +182,11 @@ def experts_direct(of: Experts) -> PrimFunc:
         h = Tensor(at["hidden"], of.between, (pairs, hidden))
         sort_pairs(chosen, pairs, experts, offsets, order)
         _list_active(offsets, active, experts)
+
+        def coded_rows(e: Expr, taken: Taken, place: Callable[[Expr], Expr]) -> CodedRows:
+            """An expert's rows among those that are taken."""
+            first = bind(offsets.load(e))
+            return CodedRows(taken, first, bind(offsets.load(e + 1) - first), place)
 
         def tokens_of(e: Expr) -> Rows:
             """The rows of x that chose an expert."""
@@ -180,12 +221,22 @@ def experts_direct(of: Experts) -> PrimFunc:
             def finish(tile: Local, r: Expr, p: Expr) -> None:
                 for j in range(0, units, wide):
                     gate = tile.load(r * BLOCK + j, wide)
-                    lift = tile.load((r + tile_rows(plain)) * BLOCK + j, wide)
+                    lift = tile.load((r + of.height) * BLOCK + j, wide)
                     put(h, p * hidden + unit + j, activation(bind(gate)) * lift, native)
 
-            multiply(tokens_of(e), integer(2), block, finish, 2, plain)
+            if of.codes is None:
+                multiply(tokens_of(e), integer(2), block, finish, 2, plain)
+                return
+            mine = coded_rows(e, taken_x, lambda p: order.load(p) // top_k)
+
+            def both(n: Expr) -> Block:
+                return Block(e, bind(unit + n * hidden), integer(units))
+
+            multiply_codes(mine, up_codes, integer(2), both, finish, 2)
 
         columns = grain(rows) if native else integer(SUMS)
+        if of.codes is not None:
+            columns = coded_grain(rows, BLOCK)
 
         def output_block(task: Expr) -> None:
             """A block of the output's columns, summed over experts in their order."""
@@ -201,7 +252,10 @@ def experts_direct(of: Experts) -> PrimFunc:
                 column = select(more, first, first + columns)
                 following = bind((after * d + column) * hidden)
                 start = bind((e * d + first) * hidden)
-                block = Weights(out, start, integer(hidden), width, hidden, following, following)
+                if of.codes is None:
+                    block = Weights(
+                        out, start, integer(hidden), width, hidden, following, following
+                    )
 
                 def finish(tile: Local, r: Expr, p: Expr) -> None:
                     place = bind(order.load(p))
@@ -211,22 +265,38 @@ def experts_direct(of: Experts) -> PrimFunc:
                         value = share * tile.load(j * lanes + r * BLOCK, lanes)
                         sums.put(at + j * lanes, sums.at(at + j * lanes, lanes) + value)
 
-                multiply(activations_of(e), integer(1), lambda _: block, finish, plain=plain)
+                if of.codes is None:
+                    multiply(activations_of(e), integer(1), lambda _: block, finish, plain=plain)
+                else:
+                    mine = coded_rows(e, taken_h, lambda p: p)
+                    here = Block(e, first, width)
+                    multiply_codes(mine, down_codes, integer(1), lambda _: here, finish)
             with loop(rows) as r, loop(vectors) as j:
                 at = bind(target.offset(r, first + j * lanes))
                 put(target, at, sums.at(at, lanes), native)
 
-        with instructions() if native else nullcontext():
+        with _instructions(of):
             count = bind(active.load(0))
+            if of.codes is not None:
+                taken_x.take(source, lambda i: i * d, rows)
             if native:
                 pack_stacked(count, d, lambda a: tokens_of(bind(active.load(1 + a))))
             for_each(bind(count * (hidden // units)), units * d // 2, hidden_block)
+            if of.codes is not None:
+                taken_h.take(h, lambda i: i * hidden, pairs)
             if native:
                 pack_stacked(count, hidden, lambda a: activations_of(bind(active.load(1 + a))))
             blocks = bind(tirx.truncdiv(d + columns - 1, columns))
             for_each(blocks, rows * (top_k * SUMS * hidden // 4), output_block)
 
-    return build(body)
+    return build(body, names)
+
+
+def _instructions(of: Experts) -> AbstractContextManager[None]:
+    if of.codes is not None:
+        assert of.plain is not None
+        return codes.instructions(of.plain)
+    return instructions() if of.plain is None else nullcontext()
 
 
 def _rows_of(

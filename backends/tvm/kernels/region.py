@@ -11,6 +11,7 @@ from dataclasses import replace
 from math import prod
 
 from dsc.backends.tvm.kernels import ALONG_ROWS
+from dsc.backends.tvm.kernels.coded import addresses_of, coded, scratch_bytes
 from dsc.backends.tvm.kernels.formulas import check
 from dsc.backends.tvm.kernels.panels import fits, panel_bytes
 from dsc.backends.tvm.kernels.region_products import Product, product_region
@@ -27,6 +28,7 @@ from dsc.ir.region_columns import Columns
 from dsc.ir.region_steps import NoKernel, Rows, RowStep, alone
 from dsc.ir.regions import anchor_of, classify
 from dsc.ir.traits import Role
+from dsc.ir.types import DType
 
 SCRATCH = 1 << 18
 """Bytes of stack that a row's intermediate values may take."""
@@ -58,7 +60,7 @@ _KNOWN: dict[tuple[str, Machine], Launch | str] = {}
 
 def _lowered(body: Graph, machine: Machine) -> Launch:
     for value in body.values():
-        if value.type.dtype not in STORAGE:
+        if value.type.format is None and value.type.dtype not in STORAGE:
             raise Unsupported(f"element type {value.type.dtype}")
     for node in body.nodes:
         along = traits_of(node.op).role in (Role.REDUCTION, Role.ROTATION)
@@ -86,30 +88,37 @@ def _product(body: Graph, anchor: Node, machine: Machine) -> Launch:
     x, weight = (anchor.operands[i].type for i in range(2))
     *groups, m, k = (static_dim(d, "a weight's axis") for d in weight.shape)
     factors = [o.type for o in anchor.operands if o.type.dtype.is_float]
-    native = fits(machine, k, *factors)
+    codes = coded(anchor, weight)
+    native = codes is None and fits(machine, k, *factors)
     rows_at = table.numbered(rows_of(x))
     depth = table.size(k) if native and not groups else k  # stacked weights are of few shapes
     places = [view.buffer for view in given]
     last = places[2] if len(places) > 2 else -1
     gemm = Product(
         x.dtype, places[0], places[1], -1 if groups else last, last if groups else -1,
-        groups[0] if groups else 0, rows_at, m, depth, m * k >= 4 * PARALLEL_WORK,
+        groups[0] if groups else 0, rows_at, m, depth, m * k >= 4 * PARALLEL_WORK, codes,
     )  # fmt: skip
-    machine = machine if native else replace(machine, bf16=False, tiles=False)
+    if not native:
+        bf16 = machine.bf16 and codes is not None and x.dtype is DType.bf16
+        machine = replace(machine, bf16=bf16, tiles=False)
     static = (gemm, families, _parameters(body), len(table.dims), machine)
     tiles = native and machine.tiles
     scratch = panel_bytes(rows_of(x), k, max(gemm.experts, 1)) if tiles else 0
+    if codes is not None:
+        scratch = scratch_bytes(codes, rows_of(x))
     flops = rows_of(x) * (2 * m * k)
     return Launch(product_region, static, tuple(table.dims), scratch=scratch, flops=flops)
 
 
-def _parameters(body: Graph) -> int:
-    """The kernel's addresses: operands, then results."""
-    return len(body.inputs) + len(body.outputs)
+def _parameters(body: Graph) -> tuple[int, ...]:
+    """The kernel's addresses for each operand, then for each result."""
+    return tuple(map(addresses_of, (x.type for x in (*body.inputs, *body.outputs))))
 
 
 def _rows(body: Graph, machine: Machine) -> Launch:
     """A body without an anchor: one kernel over the rows."""
+    if any(v.type.format is not None for v in body.inputs):
+        raise Unsupported("a weight in a stored format that no product reads")
     found, table = Rows(body), SizeTable()
     for step in found.steps:
         _check_row(step)
@@ -117,7 +126,7 @@ def _rows(body: Graph, machine: Machine) -> Launch:
     if size > SCRATCH:
         raise Unsupported(f"{size} bytes of a row are too many to keep on the stack")
     steps, rows_at = table.numbered((found.steps, found.rows))
-    static = (steps, rows_at, _parameters(body), len(table.dims), machine)
+    static = (steps, rows_at, len(_parameters(body)), len(table.dims), machine)
     flops: Dim = 0
     for node in found.core:
         flops = flops + node.output.type.numel * 2

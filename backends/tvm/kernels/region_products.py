@@ -9,15 +9,17 @@ Sums are taken in the order of the kernels alone: a region has the bits of its p
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 
-from dsc.backends.tvm import bf16
+from dsc.backends.tvm import bf16, codes
 from dsc.backends.tvm.amx import TOKENS
-from dsc.backends.tvm.kernels import panels
+from dsc.backends.tvm.kernels import coded, panels
 from dsc.backends.tvm.kernels.access import Rows
 from dsc.backends.tvm.kernels.bf16_product import BLOCK, Weights
+from dsc.backends.tvm.kernels.coded import Coded, Codes, Taken
 from dsc.backends.tvm.kernels.values import compute, held, literal, put, rounded
 from dsc.backends.tvm.machine import Machine
 from dsc.backends.tvm.shapes import size_names
@@ -63,25 +65,35 @@ class Product:
     m: int
     depth: Dim
     heavy: bool
+    codes: Coded | None = None
 
 
 def product_region(
     product: Product,
     families: tuple[Family, ...],
-    parameters: int,
+    parameters: tuple[int, ...],
     sizes: int,
     machine: Machine,
 ) -> PrimFunc:
-    """Arguments: the region's operands and results; scratch memory for panels by tiles; sizes.
+    """Arguments: the region's operands and results; scratch memory for rows of x; sizes.
 
-    A task is a part of the last axis of a family's walk.
+    `parameters` are the addresses of each operand and result: several where it has parts. Scratch
+    memory is for panels by tiles, or for rows that meet codes. A task is a part of the last axis of
+    a family's walk.
     """
-    names = [f"x{i}" for i in range(parameters)] + ["scratch"] * machine.tiles
+    wants = machine.tiles or product.codes is not None
+    names = [f"x{i}" for i in range(sum(parameters))] + ["scratch"] * wants
 
     def body(*arguments: Expr) -> None:
         addresses, given = arguments[: len(names)], arguments[len(names) :]
-        with bf16.instructions() if machine.bf16 else nullcontext():
-            _Tasks(product, families, addresses, given, machine).run()
+        with ExitStack() as stack:
+            if machine.bf16:
+                stack.enter_context(bf16.instructions())
+            if product.codes is not None:
+                stack.enter_context(codes.instructions(machine))
+            firsts = list(accumulate(parameters, initial=0))
+            parts = [addresses[a:b] for a, b in pairwise(firsts)]
+            _Tasks(product, families, parts, addresses[-1], given, machine).run()
 
     return build(body, [*names, *size_names(sizes)])
 
@@ -93,17 +105,24 @@ class _Tasks:
         self,
         product: Product,
         families: Sequence[Family],
-        addresses: Sequence[Expr],
+        parts: Sequence[Sequence[Expr]],
+        scratch: Expr,
         sizes: Sequence[Expr],
         machine: Machine,
     ) -> None:
         self.product, self.families, self.machine = product, families, machine
+        addresses = [each[0] for each in parts]
         self.places = Rows(sizes)
         self.native = machine.bf16 and product.dtype is DType.bf16
         self.rows, self.depth = map(self.places.at, (product.rows, product.depth))
         dtype, (rows, m, k) = product.dtype, (self.rows, product.m, self.depth)
         self.x = Tensor(addresses[product.x], dtype, (rows, k))
-        self.w = Tensor(addresses[product.weight], dtype, (max(product.experts, 1), m, k))
+        self.codes: Codes | None = None
+        if product.codes is None:
+            self.w = Tensor(addresses[product.weight], dtype, (max(product.experts, 1), m, k))
+        else:
+            self.codes = Codes(product.codes, parts[product.weight])
+            self.taken = Taken(product.codes, scratch, self.rows)
         self.bias = Tensor(addresses[product.bias], dtype, (m,)) if product.bias >= 0 else None
         self.offsets = (
             Tensor(addresses[product.offsets], DType.i64, (product.experts + 1,))
@@ -116,16 +135,19 @@ class _Tasks:
             for a in _lines(family)
         }
         self.x_at = addresses[product.x]
-        self.panels = addresses[-1] if machine.tiles else integer(0)
+        self.panels = scratch if machine.tiles else integer(0)
         self.plain = None if self.native else machine
-        self.height = panels.tile_rows(self.plain)
+        self.height = panels.tile_rows(self.plain) if self.codes is None else coded.HEIGHTS[0]
         self.copies = max(1 + len(f.shifts) for f in families)
 
     def run(self) -> None:
         """All tasks, over threads where they are worth it."""
         wide = BLOCK // (2 if self.copies > 1 else 1)
         self.grain = integer(NARROW)
-        if self.native:
+        if self.codes is not None:
+            self.grain = coded.grain(self.rows, min(wide, coded.columns_at_once(self._starts())))
+            self.taken.take(self.x, lambda i: i * self.depth, self.rows)
+        elif self.native:
             alone = self.offsets is None  # stacked weights have blocks for all threads
             self.grain = panels.grain(self.rows, wide) if alone else integer(wide)
             self._pack()
@@ -151,6 +173,13 @@ class _Tasks:
 
         for_each(stacked.count, work, task)
 
+    def _starts(self) -> list[int]:
+        """Columns at which blocks of all families may begin, but for whole grains further on."""
+        return [
+            start for f in self.families for shift in (0, *f.shifts)
+            for start in (f.start + shift, *(stride for _, stride in f.walk[:-1]))
+        ]  # fmt: skip
+
     def _task(self, expert: Expr, g: Expr, ends: Sequence[Expr], step: Expr | None) -> None:
         """One block of columns: find its family, then its rows.
 
@@ -165,11 +194,15 @@ class _Tasks:
             first = end
         family, block, at, width, copies = (bind(cells[n]) for n in range(5))
         task = _Task(family, block, at, width, copies, cells)
-        weight = bind(expert * (self.product.m * integer(self.depth)))
-        rows = self._rows(expert)
 
         def finish(tile: Local, r: Expr, row: Expr) -> None:
             self._finish(tile, r, row, task)
+
+        if self.codes is not None:
+            self._multiply_codes(self.codes, expert, task, finish)
+            return
+        weight = bind(expert * (self.product.m * integer(self.depth)))
+        rows = self._rows(expert)
 
         def columns(n: Expr) -> Weights:
             at = bind(weight + task.column(n) * self.depth)
@@ -178,13 +211,30 @@ class _Tasks:
 
         panels.multiply(rows, task.copies, columns, finish, self.copies, self.plain)
 
+    def _multiply_codes(
+        self, weights: Codes, expert: Expr, task: _Task, finish: Callable[[Local, Expr, Expr], None]
+    ) -> None:
+        """A task's product where weights are codes."""
+        first, count = self._range(expert)
+        rows = coded.Rows(self.taken, first, count, lambda i: i)
+
+        def block(n: Expr) -> coded.Block:
+            return coded.Block(expert, bind(task.column(n)), task.width)
+
+        coded.multiply(rows, weights, task.copies, block, finish, self.copies)
+
+    def _range(self, expert: Expr) -> tuple[Expr, Expr]:
+        """The first row of x that an expert's weights meet, and how many; all of one weight."""
+        if self.offsets is None:
+            return integer(0), integer(self.rows)
+        first = bind(self.offsets.load(expert))
+        return first, bind(self.offsets.load(expert + 1) - first)
+
     def _rows(self, expert: Expr) -> panels.Rows:
-        """The rows of x that an expert's weights meet; all of them where there is one weight."""
+        """The rows of x that an expert's weights meet."""
         depth, packed = integer(self.depth), self.panels
-        first, count = integer(0), integer(self.rows)
+        first, count = self._range(expert)
         if self.offsets is not None:
-            first = bind(self.offsets.load(expert))
-            count = bind(self.offsets.load(expert + 1) - first)
             packed = packed + panels.first_panel(first, expert) * (depth * (2 * TOKENS))
         at = self.x_at
         return panels.Rows(self.x, at, lambda i: i * depth, first, count, depth, packed)

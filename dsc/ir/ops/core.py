@@ -14,6 +14,7 @@ from dsc.ir.interpreter import run_graph
 from dsc.ir.lazy import torch
 from dsc.ir.op import OpDef, TypeMismatch, op
 from dsc.ir.ops.pointwise import broadcast
+from dsc.ir.ops.quant import activation_type, product_of
 from dsc.ir.ops.shape import axis_of
 from dsc.ir.placement import COLUMNS, PARTIAL, Part, PlacedCall, Placing, Split
 from dsc.ir.sized import Sized
@@ -32,6 +33,13 @@ def _infer_matmul(types: Types, attrs: Mapping[str, Any]) -> Result:
         raise TypeMismatch(f"contracts an axis of {a.shape[-1]} with one of {b.shape[-2]}")
     batch = broadcast(a.shape[:-2], b.shape[:-2])
     return (a.with_shape((*batch, a.shape[-2], b.shape[-1])),)
+
+
+def _infer_linear(types: Types, attrs: Mapping[str, Any]) -> Result:
+    x, weight = types[:2]
+    if attrs["activations"]:
+        activation_type(x, attrs["activations"])
+    return (x.with_shape((*x.shape[:-1], weight.shape[0])),)
 
 
 def einsum_terms(eq: str) -> tuple[tuple[str, ...], str]:
@@ -244,7 +252,7 @@ topk = op(
     gives={1: Within("0", "d-1")},
 )
 linear = op(
-    "linear(x: T[*n, k], weight: T[m, k], bias: T[m]?) -> T[*n, m]",
+    'linear(x: T[*n, k], weight: T[m, k], bias: T[m]?; activations: str = "") -> T[*n, m]',
     Traits(
         Role.PRODUCT,
         flops=lambda c: 2 * c["x"].numel * c.dim("m"),
@@ -253,9 +261,11 @@ linear = op(
         place=_place_linear,
         grants=COLUMNS,
     ),
-    reference=lambda x, weight, bias=None: torch.nn.functional.linear(x, weight, bias),
-    doc="x @ weight^T + bias; products accumulate in fp32.",
+    reference=product_of,
+    doc="x @ weight^T + bias; products accumulate in fp32. With activations, as `i8:32`, rows of x"
+    " are taken as the nearest codes of so many columns each, with a scale in fp32.",
     example="f32[2,5,3], f32[4,3], f32[4]",
+    infer=_infer_linear,
 )
 matmul = op(
     "matmul(a: T[...], b: T[...]) -> T[...]",

@@ -11,6 +11,7 @@ from dsc.ir.dims import Dim
 from dsc.ir.extents import Extent
 from dsc.ir.lazy import torch
 from dsc.ir.op import TypeMismatch, op
+from dsc.ir.ops.quant import activation_type, product_of
 from dsc.ir.placement import EXPERTS, PARTIAL, Choice, Part, PlacedCall, Placing
 from dsc.ir.sized import Sized
 from dsc.ir.traits import DISTINCT, FROM_FIRST, Form, Role, Traits, Within, nothing
@@ -98,17 +99,22 @@ def _infer_experts(types: Types, attrs: Mapping[str, Any]) -> Result:
         raise TypeMismatch(f"act {attrs['act']!r}; one of {', '.join(ACTIVATIONS)}")
     if gate_up.shape[1] != down.shape[2] * 2:
         raise TypeMismatch(f"gate_up {gate_up} holds gate and up rows for down {down}")
+    if attrs["activations"]:
+        activation_type(x, attrs["activations"])
     return (x,)
 
 
-def _experts(x: Any, idx: Any, w: Any, gate_up: Any, down: Any, act: str) -> Any:
+def _experts(
+    x: Any, idx: Any, w: Any, gate_up: Any, down: Any, act: str, activations: str = ""
+) -> Any:
     tokens = x.reshape(-1, x.shape[-1])
     idx, w = idx.reshape(-1, idx.shape[-1]), w.reshape(-1, w.shape[-1])
     out = torch.zeros(tokens.shape, dtype=torch.float32)
     for expert in idx.unique().tolist():
         token, slot = torch.where(idx == expert)
-        gate, up = torch.nn.functional.linear(tokens[token], gate_up[expert]).chunk(2, -1)
-        y = torch.nn.functional.linear(activate(gate, act) * up, down[expert])
+        both = product_of(tokens[token], gate_up[expert], activations=activations)
+        gate, up = both.chunk(2, -1)
+        y = product_of(activate(gate, act) * up, down[expert], activations=activations)
         out.index_add_(0, token, y.float() * w[token, slot, None])
     return out.to(x.dtype).reshape(x.shape)
 
@@ -133,11 +139,18 @@ def _dispatch(x: Any, idx: Any, experts: int) -> Any:
     return x[order // idx.shape[1]], offsets, order
 
 
-def _grouped_linear(x: Any, weight: Any, offsets: Any) -> Any:
+def _infer_grouped(types: Types, attrs: Mapping[str, Any]) -> Result:
+    x, weight = types[:2]
+    if attrs["activations"]:
+        activation_type(x, attrs["activations"])
+    return (x.with_shape((x.shape[0], weight.shape[1])),)
+
+
+def _grouped_linear(x: Any, weight: Any, offsets: Any, activations: str = "") -> Any:
     out = x.new_zeros(x.shape[0], weight.shape[1])
     bounds = offsets.tolist()
     for group, (start, end) in enumerate(pairwise(bounds)):
-        out[start:end] = torch.nn.functional.linear(x[start:end], weight[group])
+        out[start:end] = product_of(x[start:end], weight[group], activations=activations)
     return out
 
 
@@ -217,7 +230,7 @@ route = op(
 )
 experts = op(
     "experts(x: F[*n, d], idx: i64[*n, k], w: f32[*n, k], gate_up: F[e, g, d], down: F[e, d, i];"
-    ' act: str = "silu") -> F[*n, d]',
+    ' act: str = "silu", activations: str = "") -> F[*n, d]',
     Traits(
         Role.EXPERTS,
         flops=lambda c: 2 * (_chosen_gate_up(c) + _chosen_down(c)),
@@ -229,7 +242,8 @@ experts = op(
     ),
     reference=_experts,
     doc="sum_k w_k * down_k(act(gate_k x) * up_k x) over each token's experts; gate_up holds the"
-    " i gate rows, then the i up rows of each expert. Accumulates in fp32.",
+    " i gate rows, then the i up rows of each expert. Accumulates in fp32. Activations, which are"
+    " those of linear, are the rows of both products.",
     example="f32[5,8], i64[5,2]=3, f32[5,2], f32[4,6,8], f32[4,8,3]",
     infer=_infer_experts,
     within={"idx": Within("0", "e-1", "the number of an expert")},
@@ -255,7 +269,8 @@ dispatch = op(
     },
 )
 grouped_linear = op(
-    "grouped_linear(x: T[m, k], weight: T[e, n, k], offsets: i64[e+1]) -> T[m, n]",
+    "grouped_linear(x: T[m, k], weight: T[e, n, k], offsets: i64[e+1];"
+    ' activations: str = "") -> T[m, n]',
     Traits(
         Role.PRODUCT,
         Form.LOWERED,
@@ -264,8 +279,9 @@ grouped_linear = op(
         stored=("weight",),
     ),
     reference=_grouped_linear,
-    doc="Rows offsets[g] .. offsets[g+1]-1 times weight[g]^T.",
+    doc="Rows offsets[g] .. offsets[g+1]-1 times weight[g]^T. Activations are those of linear.",
     example="f32[0,3], f32[4,2,3], i64[5]=0",
+    infer=_infer_grouped,
     within={"offsets": Within("0", "m", "the first row of a group", FROM_FIRST)},
 )
 combine = op(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,7 +11,18 @@ import numpy as np
 from dsc.ir.arrays import Array, array_of, tensor_of
 from dsc.ir.dims import Dim
 from dsc.ir.extents import Extent
-from dsc.ir.formats import CODINGS, WHOLE, Format, Packed, along, codes_of, scales_of, tiled
+from dsc.ir.formats import (
+    CODINGS,
+    WHOLE,
+    Format,
+    Packed,
+    along,
+    codes_of,
+    pack_rows,
+    scales_of,
+    tiled,
+)
+from dsc.ir.lazy import torch
 from dsc.ir.op import TypeMismatch, op, type_of
 from dsc.ir.sized import Shape, Sized
 from dsc.ir.traits import Form, Role, Traits
@@ -122,6 +134,24 @@ def _demand_tiled(call: Sized) -> None:
     steps = call.system.extent(-(-call.operands["x"].shape[-1] // step))
     call.system.counted(steps, columns, step)
     call.system.equate(Extent.number(tile * step) * steps, wide)
+
+
+def activation_type(x: TensorType, activations: str) -> TensorType:
+    """The type of rows that a product takes in codes, as `i8:32`. Raises `TypeMismatch`."""
+    codes, colon, columns = activations.partition(":")
+    sized = re.fullmatch("[1-9][0-9]{0,8}", columns)
+    if codes not in CODINGS or CODINGS[codes].together > 1 or not colon or sized is None:
+        raise TypeMismatch(f"activations {activations!r}; codes and columns are due, as in i8:32")
+    return _in_blocks(DType(codes), x.shape, (1, int(columns)), DType.f32)
+
+
+def product_of(x: Any, weight: Any, bias: Any = None, activations: str = "") -> Any:
+    """x @ weight^T + bias; of rows in codes in fp32, rounded once."""
+    if not activations:
+        return torch.nn.functional.linear(x, weight, bias)
+    rows = pack_rows(x, activation_type(type_of(x), activations)).unpack(torch.float32)
+    bias = None if bias is None else bias.float()
+    return torch.nn.functional.linear(rows, weight.float(), bias).to(x.dtype)
 
 
 def _packed_type(x: TensorType, attrs: Mapping[str, Any], scales: DType) -> TensorType:

@@ -1,0 +1,191 @@
+"""Products of integer codes: 16 columns of a result a vector, four of their codes a lane.
+
+Weights lie 16 rows side by side (`dsc.ir.formats`), so a vector of 64 bytes holds four codes of
+each of 16 columns, and four codes of a row of x in all lanes are what they are multiplied by. No
+sum is ever taken across lanes. Codes of weights are unsigned here: 8-bit ones with their highest
+bit turned over, 4-bit ones as they are stored, so that each is too large by 128 or by 8; what that
+adds to a sum is as much times the sum of the codes of x, which is what sums begin with.
+
+    dot4      acc + a0 b0 + a1 b1 + a2 b2 + a3 b3 in each lane; a unsigned, b signed bytes
+    join      two vectors of 16 numbers as 32 bytes; `even_first`: of eight the even ones first,
+              the order in which bytes of two 4-bit codes give them
+    nearest   floats to the nearest integers, to even; NaN to 0
+    largest   the largest magnitude of two vectors; NaN where there is one
+    total     the sum of all lanes of two vectors
+
+`dot4` is vpdpbusd where the machine has AVX512_VNNI (64 products an instruction), elsewhere pairs
+of 16-bit products, of which LLVM makes what the machine has. The numbers are the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from dsc.backends.tvm.machine import Machine
+from dsc.backends.tvm.tir import Expr, T, tirx
+
+LANES = 16
+"""Columns of a vector, as many as rows lie side by side."""
+_VNNI = '"target-features"="+avx512f,+avx512bw,+avx512vl,+avx512vnni"'
+
+_DOT4_VNNI = f"""
+declare <16 x i32> @llvm.x86.avx512.vpdpbusd.512(<16 x i32>, <64 x i8>, <64 x i8>)
+
+define linkonce_odr <16 x i32> @dsc_dot4(
+    <16 x i32> %acc, <16 x i32> %a, <16 x i32> %b) #4 {{
+  %x = bitcast <16 x i32> %a to <64 x i8>
+  %y = bitcast <16 x i32> %b to <64 x i8>
+  %r = call <16 x i32> @llvm.x86.avx512.vpdpbusd.512(
+    <16 x i32> %acc, <64 x i8> %x, <64 x i8> %y)
+  ret <16 x i32> %r
+}}
+
+attributes #4 = {{ alwaysinline nounwind {_VNNI} }}
+"""
+
+
+def _lanes(first: int) -> str:
+    return "<16 x i32> <" + ", ".join(f"i32 {2 * i + first}" for i in range(16)) + ">"
+
+
+_DOT4 = f"""
+define linkonce_odr <16 x i32> @dsc_pairs16(<32 x i16> %a, <32 x i16> %b) #3 {{
+  %x = sext <32 x i16> %a to <32 x i32>
+  %y = sext <32 x i16> %b to <32 x i32>
+  %p = mul nsw <32 x i32> %x, %y
+  %e = shufflevector <32 x i32> %p, <32 x i32> poison, {_lanes(0)}
+  %o = shufflevector <32 x i32> %p, <32 x i32> poison, {_lanes(1)}
+  %r = add nsw <16 x i32> %e, %o
+  ret <16 x i32> %r
+}}
+
+define linkonce_odr <16 x i32> @dsc_dot4(
+    <16 x i32> %acc, <16 x i32> %a, <16 x i32> %b) #3 {{
+  %a0 = and <16 x i32> %a, splat (i32 16711935)
+  %s = lshr <16 x i32> %a, splat (i32 8)
+  %a1 = and <16 x i32> %s, splat (i32 16711935)
+  %b16 = bitcast <16 x i32> %b to <32 x i16>
+  %u = shl <32 x i16> %b16, splat (i16 8)
+  %b0 = ashr <32 x i16> %u, splat (i16 8)
+  %b1 = ashr <32 x i16> %b16, splat (i16 8)
+  %x0 = bitcast <16 x i32> %a0 to <32 x i16>
+  %x1 = bitcast <16 x i32> %a1 to <32 x i16>
+  %p0 = call <16 x i32> @dsc_pairs16(<32 x i16> %x0, <32 x i16> %b0)
+  %p1 = call <16 x i32> @dsc_pairs16(<32 x i16> %x1, <32 x i16> %b1)
+  %t = add <16 x i32> %p0, %p1
+  %r = add <16 x i32> %acc, %t
+  ret <16 x i32> %r
+}}
+"""
+_EVEN_FIRST = [8 * block + lane for block in range(4) for lane in (0, 2, 4, 6, 1, 3, 5, 7)]
+
+
+def _join(name: str, order: list[int]) -> str:
+    mask = "<32 x i32> <" + ", ".join(f"i32 {i}" for i in order) + ">"
+    return f"""
+define linkonce_odr <32 x i8> @dsc_{name}(<16 x i32> %a, <16 x i32> %b) #3 {{
+  %x = trunc <16 x i32> %a to <16 x i8>
+  %y = trunc <16 x i32> %b to <16 x i8>
+  %r = shufflevector <16 x i8> %x, <16 x i8> %y, {mask}
+  ret <32 x i8> %r
+}}
+"""
+
+
+_COMMON = f"""
+declare <16 x float> @llvm.rint.v16f32(<16 x float>)
+declare <16 x i32> @llvm.fptosi.sat.v16i32.v16f32(<16 x float>)
+declare <16 x i32> @llvm.smax.v16i32(<16 x i32>, <16 x i32>)
+declare i32 @llvm.vector.reduce.smax.v16i32(<16 x i32>)
+declare i32 @llvm.vector.reduce.add.v16i32(<16 x i32>)
+{_join("join", list(range(32)))}
+{_join("join_even_first", _EVEN_FIRST)}
+define linkonce_odr <16 x i32> @dsc_nearest(<16 x float> %a) #3 {{
+  %n = call <16 x float> @llvm.rint.v16f32(<16 x float> %a)
+  %r = call <16 x i32> @llvm.fptosi.sat.v16i32.v16f32(<16 x float> %n)
+  ret <16 x i32> %r
+}}
+
+define linkonce_odr float @dsc_largest(<16 x float> %a, <16 x float> %b) #3 {{
+  %x = bitcast <16 x float> %a to <16 x i32>
+  %y = bitcast <16 x float> %b to <16 x i32>
+  %u = and <16 x i32> %x, splat (i32 2147483647)
+  %v = and <16 x i32> %y, splat (i32 2147483647)
+  %m = call <16 x i32> @llvm.smax.v16i32(<16 x i32> %u, <16 x i32> %v)
+  %n = call i32 @llvm.vector.reduce.smax.v16i32(<16 x i32> %m)
+  %r = bitcast i32 %n to float
+  ret float %r
+}}
+
+define linkonce_odr i32 @dsc_total(<16 x i32> %a, <16 x i32> %b) #3 {{
+  %s = add <16 x i32> %a, %b
+  %r = call i32 @llvm.vector.reduce.add.v16i32(<16 x i32> %s)
+  ret i32 %r
+}}
+"""
+_FMA = """
+declare <16 x float> @llvm.fma.v16f32(<16 x float>, <16 x float>, <16 x float>)
+
+define linkonce_odr <16 x float> @dsc_fma_codes(
+    <16 x float> %acc, <16 x float> %a, <16 x float> %b) #3 {
+  %r = call <16 x float> @llvm.fma.v16f32(<16 x float> %a, <16 x float> %b, <16 x float> %acc)
+  ret <16 x float> %r
+}
+"""
+_ADD = """
+define linkonce_odr <16 x float> @dsc_fma_codes(
+    <16 x float> %acc, <16 x float> %a, <16 x float> %b) #3 {
+  %p = fmul <16 x float> %a, %b
+  %r = fadd <16 x float> %acc, %p
+  ret <16 x float> %r
+}
+"""
+
+
+@contextmanager
+def instructions(machine: Machine) -> Iterator[None]:
+    """The rest of the kernel's body may use this module's operations."""
+    text = _COMMON + (_DOT4_VNNI if machine.vnni else _DOT4) + (_FMA if machine.fma else _ADD)
+    # Where vectors are wide, LLVM must be told for a function that is to be inlined.
+    wide = '"target-features"="+avx512f,+avx512bw,+avx512vl" ' if machine.lanes == LANES else ""
+    with T.attr(
+        "codes",
+        "pragma_import_llvm",
+        f"{text}\nattributes #3 = {{ alwaysinline nounwind {wide}}}\n",
+    ):
+        yield
+
+
+def _call(name: str, kind: str, *operands: Expr) -> Expr:
+    return tirx.call_pure_extern(kind, f"dsc_{name}", *operands)
+
+
+def dot4(acc: Expr, a: Expr, b: Expr) -> Expr:
+    """acc plus, in each lane, the products of four unsigned bytes of a with signed ones of b."""
+    return _call("dot4", "int32x16", acc, a, b)
+
+
+def fma(acc: Expr, a: Expr, b: Expr) -> Expr:
+    """acc + a b in fp32, rounded once where the machine does that."""
+    return _call("fma_codes", "float32x16", acc, a, b)
+
+
+def nearest(values: Expr) -> Expr:
+    """16 floats to the nearest integers, ties to even."""
+    return _call("nearest", "int32x16", values)
+
+
+def largest(a: Expr, b: Expr) -> Expr:
+    """The largest magnitude of 32 floats."""
+    return _call("largest", "float32", a, b)
+
+
+def total(a: Expr, b: Expr) -> Expr:
+    """The sum of 32 integers."""
+    return _call("total", "int32", a, b)
+
+
+def join(a: Expr, b: Expr, even_first: bool) -> Expr:
+    """32 integers as bytes; with `even_first` of each eight the even ones first."""
+    return _call("join_even_first" if even_first else "join", "int8x32", a, b)
