@@ -237,17 +237,17 @@ def codes_of(
 ) -> torch.Tensor:
     """The codes nearest to a tensor's numbers, as they are stored."""
     coding = CODINGS[type.dtype]
-    wide = x.float() / _spread(scales, type)
+    codes = x.float() / _spread(scales, type)
     if zeros is not None:
-        wide = wide + _spread(zeros, type)
-    codes = (wide if type.dtype.is_float else wide.round()).clamp(coding.least, coding.most)
+        codes += _spread(zeros, type)
+    codes = (codes if type.dtype.is_float else codes.round_()).clamp_(coding.least, coding.most)
     if coding.together == 1:
         return codes.to(type.dtype.torch)
-    bits = 8 // coding.together
-    pairs = (codes - coding.least).to(torch.uint8).unflatten(-1, (-1, coding.together))
-    places = torch.arange(0, 8, bits, dtype=torch.uint8)
-    packed: torch.Tensor = (pairs << places).sum(-1, dtype=torch.uint8)
-    return packed
+    unsigned = codes.sub_(coding.least).to(torch.uint8)
+    first, *rest = (unsigned[..., i :: coding.together] for i in range(coding.together))
+    for place, each in enumerate(rest, 1):
+        first = first | (each << (place * 8 // coding.together))
+    return first
 
 
 def _apart(codes: torch.Tensor, type: TensorType) -> torch.Tensor:
@@ -286,17 +286,20 @@ def _rounded_up(scales: torch.Tensor, dtype: DType) -> torch.Tensor:
 def _largest(x: torch.Tensor, type: TensorType) -> torch.Tensor:
     """The largest element of each block, at least 0."""
     for axis, size in _axes(type):
-        padded = torch.nn.functional.pad(x.movedim(axis, -1), (0, -x.shape[axis] % size))
-        x = padded.unflatten(-1, (-1, size)).amax(-1).movedim(-1, axis)
+        more = -x.shape[axis] % size
+        if more:
+            x = torch.nn.functional.pad(x, (0, more) if axis == -1 else (0, 0, 0, more))
+        x = x.unflatten(axis, (-1, size)).amax(axis)
     return x.clamp(min=0)
 
 
 def _axes(type: TensorType) -> list[tuple[int, int]]:
-    """The axes that blocks lie along, from the end, and the extents of blocks."""
+    """The axes along which several share a scale, from the end, and the extents of blocks."""
     assert type.format is not None
     sizes = {axis: type.format.block[axis] for axis in range(-min(2, type.rank), 0)}
     extents = {axis: max(1, _number(type.shape[axis])) for axis in sizes}
-    return [(axis, min(size or extents[axis], extents[axis])) for axis, size in sizes.items()]
+    found = [(axis, min(size or extents[axis], extents[axis])) for axis, size in sizes.items()]
+    return [(axis, size) for axis, size in found if size > 1]
 
 
 def _spread(scales: torch.Tensor, type: TensorType) -> torch.Tensor:
@@ -304,7 +307,9 @@ def _spread(scales: torch.Tensor, type: TensorType) -> torch.Tensor:
     wide = scales.float()
     for axis, size in _axes(type):
         extent = _number(type.shape[axis])
-        wide = wide.repeat_interleave(size, axis).narrow(axis, 0, extent)
+        after = wide.dim() + axis + 1
+        spread = wide.unsqueeze(after).expand(*wide.shape[:after], size, *wide.shape[after:])
+        wide = spread.flatten(after - 1, after).narrow(axis, 0, extent)
     return wide
 
 

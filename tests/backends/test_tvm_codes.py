@@ -1,0 +1,290 @@
+"""Products of the tvm backend whose weights are integer codes, against their numbers in fp64.
+
+Rows that are taken as codes are compared with the nearest codes of the same rows, so that one code
+that is off by one, or one lost term, is more than the bound allows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dsc import pipeline
+from dsc.backends import get
+from dsc.backends.base import EmitOptions, No
+from dsc.ir.formats import Format, pack, pack_rows
+from dsc.ir.op import lookup
+from dsc.ir.ops.quant import activation_type
+from dsc.ir.parser import parse_program
+from dsc.ir.printer import print_expr
+from dsc.ir.program import Program
+from dsc.ir.types import DType, TensorType
+from dsc.ir.weights import DictSource, evaluate, leaf, random_tensor
+from dsc.rewrite.base import PassReport
+from dsc.runtime import artifact as artifacts
+from dsc.targets import parse_target
+
+pytest.importorskip("tvm")
+ROUNDING = {"f32": 2.0**-24, "bf16": 2.0**-8}
+ROWS = (0, 1, 2, 5, 6, 17)
+"""Each height of a tile, one more than the highest, and none."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A linear, or over stacked weights a grouped_linear: columns, depth, and how they are kept."""
+
+    codes: str
+    columns: int
+    depth: int
+    group: int
+    activations: str = "i8:32"
+    scales: str = "f16"
+    zeros: str | None = None
+    dtype: str = "f32"
+    experts: int = 0
+
+    @property
+    def name(self) -> str:
+        """What tests call it."""
+        words = [f"{v}" for v in vars(self).values() if v not in (None, "", 0)]
+        return "_".join(words).replace(":", "x")
+
+    @property
+    def weight(self) -> TensorType:
+        """The type of the weight, row after row."""
+        zeros = DType(self.zeros) if self.zeros else None
+        format = Format((1, self.group), DType(self.scales), zeros)
+        leading = (self.experts,) if self.experts else ()
+        return TensorType(DType(self.codes), (*leading, self.columns, self.depth), format)
+
+
+CASES = [
+    Case("i8", 64, 64, 32),
+    Case("i8", 41, 100, 64, zeros="i8", dtype="bf16"),
+    Case("i8", 576, 256, 0, scales="f32"),
+    Case("i8", 7, 20, 32, activations="", dtype="bf16"),
+    Case("i8", 33, 96, 32, activations="", zeros="i8", scales="bf16"),
+    Case("i4", 64, 64, 32, dtype="bf16"),
+    Case("i4", 130, 70, 32, zeros="i8"),
+    Case("i4", 576, 128, 64, scales="bf16"),
+    Case("i4", 20, 200, 128, activations="", zeros="i8"),
+    Case("i8", 24, 64, 32, experts=3),
+    Case("i4", 40, 96, 32, experts=3, zeros="i8", dtype="bf16"),
+]
+PORTABLE = [CASES[i] for i in (0, 1, 6, 8)]
+
+
+def program(cases: list[Case]) -> Program:
+    """An entry a case, over seeded weights that lie as kernels read them."""
+    entries, tensors, weights = "", {}, {}
+    for case in cases:
+        t = case.weight
+        x = random_tensor(t.with_dtype(DType.f32), case.name) + (0.3 if case.zeros else 0)
+        for (suffix, _), part in zip(t.parts, pack(x, t).parts, strict=True):
+            tensors[f"{case.name}{suffix}"] = part
+        weights[case.name] = leaf(case.name, t)
+        said = f' {{activations="{case.activations}"}}' if case.activations else ""
+        grouped = f", %o: i64[{case.experts + 1}]" if case.experts else ""
+        op, more = ("grouped_linear", ", %o") if case.experts else ("linear", "")
+        entries += f"""graph g_{case.name}(%x: {case.dtype}[N,{case.depth}]{grouped}) {{
+          %y = {op} %x, @{case.name}{more}{said} : {case.dtype}[N,{case.columns}]
+          return %y
+        }}\n"""
+    typed = "".join(f"  @{n} : {e.type} = {print_expr(e)}\n" for n, e in weights.items())
+    text = (
+        f'program "t" {{stage=OPTIMIZED}}\nsymbols {{N=[0,20]}}\nweights {{\n{typed}}}\n{entries}'
+    )
+    made = parse_program(text, DictSource(tensors))
+    chosen = pipeline.make("choose_formats", formats=("i8", "i4"), tile=16)
+    return pipeline.apply(chosen.run(made, PassReport()), ["own_outputs"])
+
+
+def compiled(made: Program, target: str, folder: Path) -> Any:
+    """The program's kernels, with weights as an artifact holds them."""
+    backend = get("tvm")
+    emission = backend.emit(made, EmitOptions((parse_target(target),)))
+    out = artifacts.write(
+        folder / "out", made, emission, backend="tvm", targets=(target,), report={}
+    )
+    read = artifacts.read(out, trust=True)
+    return backend.load(out, read.manifest, read.program)
+
+
+@pytest.fixture(scope="module")
+def made() -> Program:
+    return program(CASES)
+
+
+@pytest.fixture(scope="module")
+def loaded(made: Program, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return compiled(made, "cpu", tmp_path_factory.mktemp("codes"))
+
+
+@pytest.fixture(scope="module")
+def portable(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return compiled(program(PORTABLE), "cpu:x86-64", tmp_path_factory.mktemp("portable"))
+
+
+def inputs(case: Case, rows: int) -> dict[str, torch.Tensor]:
+    """Rows of x, some large, one of zeros; and where each expert's begin, one without any."""
+    generator = torch.Generator().manual_seed(rows)
+    x = torch.randn(rows, case.depth, generator=generator)
+    x[rows // 2 :] *= 40
+    if rows > 2:
+        x[1] = 0
+    given = {"x": x.to(DType(case.dtype).torch)}
+    if case.experts:
+        given["o"] = torch.tensor([0, rows // 3, rows // 3, rows])
+    return given
+
+
+def exact(case: Case, made: Program, given: dict[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    """The product in fp64 of what codes say, and the sums of its terms' magnitudes."""
+    x = given["x"]
+    rows = x.double()
+    if case.activations:
+        kind = activation_type(TensorType(DType(case.dtype), tuple(x.shape)), case.activations)
+        rows = pack_rows(x, kind).unpack(torch.float32).double()
+    weight = evaluate(made.weights[case.name], made.source).unpack(torch.float32).double()
+    if not case.experts:
+        return rows @ weight.T, rows.abs() @ weight.abs().T
+    ends = given["o"].tolist()
+    parts = [(rows[a:b], w) for a, b, w in zip(ends, ends[1:], weight, strict=False)]
+    return (
+        torch.cat([part @ w.T for part, w in parts]),
+        torch.cat([part.abs() @ w.abs().T for part, w in parts]),
+    )
+
+
+def bound(case: Case, wanted: torch.Tensor, terms: torch.Tensor) -> torch.Tensor:
+    """What fp32 may round: of integers each step of 32 columns, else each term; and the result."""
+    sums = case.depth // 32 + 6 if case.activations else case.depth + 6
+    return sums * 2.0**-24 * terms + ROUNDING[case.dtype] * wanted.abs() + 1e-30
+
+
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_a_product_of_codes_is_that_of_their_numbers(
+    case: Case, rows: int, made: Program, loaded: Any
+) -> None:
+    given = inputs(case, rows)
+    wanted, terms = exact(case, made, given)
+    got = loaded.run(f"g_{case.name}", given)["y"]
+    assert got.dtype == given["x"].dtype
+    assert bool(((got.double() - wanted).abs() <= bound(case, wanted, terms)).all())
+
+
+@pytest.mark.parametrize("case", PORTABLE, ids=lambda case: case.name)
+def test_any_cpu_multiplies_codes(case: Case, made: Program, portable: Any) -> None:
+    for rows in ROWS:
+        given = inputs(case, rows)
+        wanted, terms = exact(case, made, given)
+        got = portable.run(f"g_{case.name}", given)["y"]
+        assert bool(((got.double() - wanted).abs() <= bound(case, wanted, terms)).all())
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if c.dtype == "f32"], ids=lambda c: c.name)
+def test_a_lost_term_is_more_than_the_bound(case: Case, made: Program) -> None:
+    given = inputs(case, 5)
+    wanted, terms = exact(case, made, given)
+    less = {**given, "x": given["x"].clone()}
+    less["x"][:, case.depth - 1] = 0
+    lost, _ = exact(case, made, less)
+    moved = (lost - wanted).abs()[[0, 2, 3, 4]] > bound(case, wanted, terms)[[0, 2, 3, 4]]
+    assert float(moved.double().mean()) > 0.8  # the others' codes are 0
+
+
+EXPERTS = """graph experts(%x: f32[N,72], %i: i64[N,2], %r: f32[N,2], @up: UP, @down: DOWN) {
+  %y = experts %x, %i, %r, @up, @down {activations="ROWS"} : f32[N,72]
+  return %y
+}"""
+
+
+@pytest.mark.parametrize("rows", ["i8:32", ""])
+@pytest.mark.parametrize("codes", ["i8", "i4"])
+def test_experts_of_codes_are_those_of_their_numbers(codes: str, rows: str, tmp_path: Path) -> None:
+    """Inner rows end inside of a tile of 16.
+
+    A hidden number may have its neighbour's code, off by a 127th of its group's largest.
+    """
+    up, down = (
+        TensorType(DType(codes), shape, Format((1, 32), DType.f16))
+        for shape in ((5, 48, 72), (5, 72, 24))
+    )
+    text = EXPERTS.replace("UP", str(up)).replace("DOWN", str(down)).replace("ROWS", rows)
+    made = parse_program(f'program "t" {{stage=OPTIMIZED}}\nsymbols {{N=[1,20]}}\n{text}')
+    tensors = {
+        name + suffix: part
+        for name, t in (("up", up), ("down", down))
+        for (suffix, _), part in zip(
+            t.parts, pack(random_tensor(t.with_dtype(DType.f32), name), t).parts, strict=True
+        )
+    }
+    made = replace(made, source=DictSource(tensors))
+    chosen = pipeline.make("choose_formats", formats=("i8", "i4"), tile=16)
+    done = pipeline.apply(chosen.run(made, PassReport()), ["own_outputs"])
+    run = compiled(done, "cpu", tmp_path)
+    for count in (1, 3, 20):
+        generator = torch.Generator().manual_seed(count)
+        chosen_ones = torch.randint(0, 4, (count, 2), generator=generator)
+        given = {
+            "x": torch.randn(count, 72, generator=generator), "i": chosen_ones,
+            "r": torch.rand(count, 2, generator=generator),
+        }  # fmt: skip
+        weights = [evaluate(done.weights[name], done.source) for name in ("up", "down")]
+        (node,) = done.entries["experts"].nodes[:1]
+        wanted = lookup("experts").run([*given.values(), *weights], node.attrs)
+        off = (run.run("experts", given)["y"] - wanted).abs() / wanted.abs().max()
+        assert float(off.max()) < (2e-3 if rows else 1e-6)
+        assert float(off.mean()) < (1e-4 if rows else 1e-7)
+
+
+def test_threads_and_company_change_no_bit(made: Program, loaded: Any) -> None:
+    for case in CASES:
+        given = inputs(case, 17)
+        loaded.set_threads(1, None)
+        one = loaded.run(f"g_{case.name}", given)["y"]
+        loaded.set_threads(2, None)
+        assert torch.equal(one, loaded.run(f"g_{case.name}", given)["y"])
+        if not case.experts:
+            alone = [loaded.run(f"g_{case.name}", {"x": row[None]})["y"] for row in given["x"]]
+            assert torch.equal(one, torch.cat(alone))
+
+
+def test_a_row_with_nan_or_infinity_is_no_number(made: Program, loaded: Any) -> None:
+    case = CASES[0]
+    for value in (float("nan"), float("inf")):
+        given = inputs(case, 5)
+        given["x"][3, 40] = value
+        got = loaded.run(f"g_{case.name}", given)["y"]
+        assert not got[3].isfinite().any()
+        assert got[[0, 1, 2, 4]].isfinite().all()
+
+
+def test_kernels_are_refused_by_what_they_lack() -> None:
+    """A format, an operator or rows that no kernel takes, in words."""
+
+    def answer(line: str, weight: str) -> str:
+        text = f"""program "t" {{stage=OPTIMIZED}}
+          graph g(%x: f32[2,64], %i: i64[2], @w: {weight}) {{
+            %y = {line}
+            return %y
+          }}"""
+        (graph,) = parse_program(text).entries.values()
+        told = get("tvm").supports(graph.nodes[0])
+        return told.reason if isinstance(told, No) else ""
+
+    linear, tiled = "linear %x, @w", "i8{1x32,f16,tile=16}[64,64]"
+    assert answer(linear, tiled) == ""
+    assert "weights in i8{1x32,f16}" in answer(linear, "i8{1x32,f16}[64,64]")
+    assert "scales in f64" in answer(linear, "i8{1x32,f64,tile=16}[64,64]")
+    assert "zero points in i16" in answer(linear, "i8{1x32,f16,i16,tile=16}[64,64]")
+    assert "activations i8:64" in answer(f'{linear} {{activations="i8:64"}}', tiled)
+    assert "for weights in f32" in answer(f'{linear} {{activations="i8:32"}}', "f32[64,64]")
+    assert "embedding of a weight" in answer("embedding %i, @w", tiled)
+    assert "einsum of a weight" in answer('einsum %x, @w {eq="nk,mk->nm"}', tiled)
