@@ -199,7 +199,7 @@ def test_a_lost_term_is_more_than_the_bound(case: Case, made: Program) -> None:
     assert float(moved.double().mean()) > 0.8  # the others' codes are 0
 
 
-EXPERTS = """graph experts(%x: f32[N,72], %i: i64[N,2], %r: f32[N,2], @up: UP, @down: DOWN) {
+EXPERTS = """graph experts(%x: f32[N,72], %i: i64[N,2], %r: f32[N,2]) {
   %y = experts %x, %i, %r, @up, @down {activations="ROWS"} : f32[N,72]
   return %y
 }"""
@@ -216,11 +216,15 @@ def test_experts_of_codes_are_those_of_their_numbers(codes: str, rows: str, tmp_
         TensorType(DType(codes), shape, Format((1, 32), DType.f16))
         for shape in ((5, 48, 72), (5, 72, 24))
     )
-    text = EXPERTS.replace("UP", str(up)).replace("DOWN", str(down)).replace("ROWS", rows)
-    made = parse_program(f'program "t" {{stage=OPTIMIZED}}\nsymbols {{N=[1,20]}}\n{text}')
+    stated = "".join(
+        f"  @{name} : {t} = {print_expr(leaf(name, t))}\n"
+        for name, t in (("up", up), ("down", down))
+    )
+    head = 'program "t" {stage=OPTIMIZED}\nsymbols {N=[1,20]}\n'
+    made = parse_program(f"{head}weights {{\n{stated}}}\n{EXPERTS.replace('ROWS', rows)}")
     tensors = {
         name + suffix: part
-        for name, t in (("up", up), ("down", down))
+        for name, t in both
         for (suffix, _), part in zip(
             t.parts, pack(random_tensor(t.with_dtype(DType.f32), name), t).parts, strict=True
         )
