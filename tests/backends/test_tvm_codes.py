@@ -216,10 +216,8 @@ def test_experts_of_codes_are_those_of_their_numbers(codes: str, rows: str, tmp_
         TensorType(DType(codes), shape, Format((1, 32), DType.f16))
         for shape in ((5, 48, 72), (5, 72, 24))
     )
-    stated = "".join(
-        f"  @{name} : {t} = {print_expr(leaf(name, t))}\n"
-        for name, t in (("up", up), ("down", down))
-    )
+    both = (("up", up), ("down", down))
+    stated = "".join(f"  @{name} : {t} = {print_expr(leaf(name, t))}\n" for name, t in both)
     head = 'program "t" {stage=OPTIMIZED}\nsymbols {N=[1,20]}\n'
     made = parse_program(f"{head}weights {{\n{stated}}}\n{EXPERTS.replace('ROWS', rows)}")
     tensors = {
