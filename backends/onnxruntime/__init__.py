@@ -17,6 +17,7 @@ from dsc.backends.base import Capabilities, EmitOptions, No, Support, Yes, check
 from dsc.errors import BackendUnavailable
 from dsc.ir.graph import Node
 from dsc.ir.index_ranges import giving_indices
+from dsc.ir.ops.quant import takes_codes
 from dsc.ir.paging import reads_pages
 from dsc.ir.program import Program
 from dsc.ir.types import DType
@@ -60,6 +61,8 @@ class OnnxRuntimeBackend:
             return No(f"no ONNX form of {node.op}")
         if reads_pages(node):
             return No("it takes no caches in pages")
+        if takes_codes(node):
+            return No("it takes no rows as codes")
         if node.op == "cast":
             return Yes()
         types = [x.type.dtype for x in (*node.operands, *node.outputs)]

@@ -32,6 +32,7 @@ from dsc.ir.graph import Node
 from dsc.ir.index_ranges import giving_indices, index_ranges
 from dsc.ir.interface import Storage
 from dsc.ir.op import named
+from dsc.ir.ops.quant import takes_codes
 from dsc.ir.paging import reads_pages
 from dsc.ir.program import Program
 from dsc.ir.regions import RegionLimits
@@ -85,6 +86,8 @@ class TritonBackend:
             return No("a region that computes an index: what it reads by could not be looked at")
         if reads_pages(node):
             return No("it takes no caches in pages")
+        if takes_codes(node):
+            return No("it takes no rows as codes")
         why = reason(node)
         return Yes() if why is None else No(why)
 

@@ -22,6 +22,7 @@ from dsc.ir.formats import (
     scales_of,
     tiled,
 )
+from dsc.ir.graph import Node
 from dsc.ir.lazy import torch
 from dsc.ir.op import TypeMismatch, op, type_of
 from dsc.ir.sized import Shape, Sized
@@ -143,6 +144,13 @@ def activation_type(x: TensorType, activations: str) -> TensorType:
     if codes not in CODINGS or CODINGS[codes].together > 1 or not colon or sized is None:
         raise TypeMismatch(f"activations {activations!r}; codes and columns are due, as in i8:32")
     return _in_blocks(DType(codes), x.shape, (1, int(columns)), DType.f32)
+
+
+def takes_codes(node: Node) -> bool:
+    """Whether a product, or one in a region, is told to take its rows as codes."""
+    if node.body is not None:
+        return any(map(takes_codes, node.body.nodes))
+    return bool(node.attrs.get("activations"))
 
 
 def product_of(x: Any, weight: Any, bias: Any = None, activations: str = "") -> Any:
