@@ -293,6 +293,122 @@ ROWS: dict[str, Function] = {
     ),
     "one hot": lambda x, i, b, h: F.one_hot(i, 5),
     "complex": lambda x, i, b, h: rotated(x),
+    "sizes and alpha": lambda x, i, b, h: (
+        torch.add(torch.arange(4), x.shape[0], alpha=2),
+        torch.sub(torch.arange(4), x.shape[0]),
+        torch.add(i, x.shape[0], alpha=1),
+        i * 1.0,
+        i * 1,
+        h * 1,
+    ),
+    "quotients of every sign": lambda x, i, b, h: (
+        *(torch.div(j, d, rounding_mode="trunc") for j in (i - 2, -i - 1) for d in (2, -2)),
+        *(torch.div(j, d, rounding_mode="floor") for j in (i - 2, -i - 1) for d in (2, -2)),
+        x // -0.3,
+        h // 0.3,
+        x // 0.0,
+        torch.div(h, 0.3, rounding_mode="trunc"),
+    ),
+    "remainders of every sign": lambda x, i, b, h: (
+        *(torch.fmod(v, d) for v in (x, -x) for d in (0.7, -0.7)),
+        *(torch.fmod(j, d) for j in (i - 2, -i - 1) for d in (2, -2)),
+        *(j % d for j in (i - 2, -i - 1) for d in (2, -2)),
+        x % -0.7,
+    ),
+    "powers by factors": lambda x, i, b, h: (
+        *((i - 2) ** n for n in (0, 1, 2, 3, 4, 15)),
+        *(x**n for n in (0, 1, 4, 2.5, 0.0)),
+        x.half().abs() ** 0.5,
+        x.half().abs() ** -0.5,
+        i.float() ** 2,
+        2**i,
+    ),
+    "rounding of halves": lambda x, i, b, h: (
+        (i - 2.5).round(),
+        (i * 0.25).round(),
+        (0.5 - i).round(),
+        (i + 2.0**52).double().trunc(),
+        (i - 2.5).bfloat16().round(),
+        i.round(),
+        i.trunc(),
+        (x.double() * 1e-3).round(),
+    ),
+    "one operand of a rank or two": lambda x, i, b, h: (
+        x[0, 0].t(),
+        x[0].t(),
+        torch.addmm(x[0, :, :4], x[0], x[1].T, beta=0),
+        torch.addmm(x[0, :, :4], x[0], x[1].T, alpha=0.5),
+        torch.einsum("ba", x[0]),
+        torch.einsum("ab, bc", x[0], x[1].T),
+        F.linear(x.double(), x[0].double()),
+        F.linear(x.double(), x[0].double(), x[0, :, 0].double()),
+        F.linear(h, h[0]),
+    ),
+    "slices at the ends": lambda x, i, b, h: (
+        x[:, -100:2],
+        x[:, 100:],
+        x[:, 4:],
+        x[:, 3:],
+        x[-2:],
+        x[-1],
+        x[:, 1:4:2],
+        x[:, 0:4:3],
+        x[:, -3:-1],
+    ),
+    "joins of nothing": lambda x, i, b, h: (
+        torch.cat([x[:, :0], x[:, :0]], 1),
+        torch.cat([x[:, :0], x], 1),
+        torch.cat([x, h[:, :1]], -2),
+        x.repeat(1, 1, 1),
+        x.repeat(1, 1, 1, 1),
+        x.repeat(1, 1, 3),
+    ),
+    "turns of every length": lambda x, i, b, h: (
+        x.flip(0),
+        x.flip((0, 2)),
+        x.roll(-1, 0),
+        x.roll(1),
+        x[0].roll(7),
+        x.roll(4, 1),
+        x.roll(5, 1),
+        x.roll(-7, 2),
+        x.roll((1, 2), (1, 2)),
+    ),
+    "pads of every axis": lambda x, i, b, h: (
+        F.pad(x, (0, 0, -1, 2), value=3.0),
+        F.pad(x, (0, 1, 0, 0, 2, 0)),
+        F.pad(x, (-2, -1)),
+        F.pad(x, (1, -1)),
+        F.pad(i, (1, 0), value=9),
+    ),
+    "ranges of every kind": lambda x, i, b, h: (
+        torch.arange(0.5, 3),
+        torch.arange(0.0, 4.0),
+        torch.arange(-2, 2),
+        torch.arange(2, 8, 2),
+        torch.arange(7, 1, -2),
+        torch.arange(0, 6, 2),
+        torch.arange(1, x.shape[0] + 1),
+        torch.arange(3, dtype=torch.bfloat16),
+    ),
+    "indices in several axes": lambda x, i, b, h: (
+        x[[-1, 0]],
+        x[:, [1, -2]],
+        x[i[:2] % 2, i[:2], i[:2]],
+        x[i % 2, :, i],
+        x[:, i % 2, i],
+        x[:, i[:, None] % 2, i],
+        x[i[:2] % 2, i[:2]],
+        x[[0, -1], 1],
+    ),
+    "puts in several axes": lambda x, i, b, h: (
+        x.index_put((torch.tensor([0, 1]), torch.tensor([2, 3])), x[:2, 0]),
+        torch.zeros(3, 4, 6).index_put((torch.tensor([0, 2]),), torch.ones(6)),
+        x[0].index_put((i,), torch.tensor(2.0)),
+        x.scatter(2, x.argsort(-1)[..., :2], x),
+        x.scatter(2, x.argsort(-1)[:, :1, :2], 5.0),
+    ),
+    "assignment of parts": lambda x, i, b, h: parts_assigned(x, b, h, i),
     "dropout in eval": lambda x, i, b, h: F.dropout(x, 0.5, training=False),
 }
 
@@ -306,6 +422,21 @@ def assigned(x: Tensor, b: Tensor) -> tuple[Tensor, ...]:
     z[..., :2] = x[..., :2]
     z[..., 2:] = 1.0
     return y, z, y.mul_(2).add_(1)
+
+
+def parts_assigned(x: Tensor, b: Tensor, h: Tensor, i: Tensor) -> tuple[Tensor, ...]:
+    """Under masks of some axes, of another element type, whole axes, from the end."""
+    y, z, u = x.clone(), x.clone(), x.clone()
+    y[b[..., 0]] = 3.0
+    y[:, b[0]] = 2.0
+    z[:, 1:3] = h[:, 1:3]
+    z[:, -1:] = 5.0
+    u[:, :] = h
+    v = x.clone()
+    v[:, i] = x[:, :3]
+    w = x.clone()
+    w.copy_(x[:1])
+    return y, z, u, v, w
 
 
 def rotated(x: Tensor) -> tuple[Tensor, ...]:
@@ -330,7 +461,9 @@ DIRECT = frozenset(
     bool arithmetic, true division of integers, least of integers and of none, trunc division,
     powers, number to a power, maximum and clamp, comparisons promote, special values, other bases,
     rounding, means, extremes, cumulative sum, topk, counts, einsum, linear and embedding,
-    flip and roll, sizes as numbers, indexing, one hot
+    flip and roll, sizes as numbers, indexing, one hot, sizes and alpha, quotients of every sign,
+    remainders of every sign, powers by factors, rounding of halves, one operand of a rank or two,
+    turns of every length, indices in several axes
     """.replace("\n   ", "")
     .strip()
     .split(", ")
