@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dsc.errors import CheckpointError, ConfigError
+from dsc.frontends.checked import CheckedSource
 from dsc.frontends.config import CONFIG_FILE, DTYPES, ModelConfig, parse_config, read_bounded
 from dsc.frontends.names import EMBEDDING, WeightMap, check_layout, map_weights
 from dsc.ir.safetensors import SafetensorsSource, open_safetensors
 from dsc.ir.types import DType, TensorType
-from dsc.ir.weights import WeightExpr, evaluate
+from dsc.ir.weights import WeightExpr, WeightSource, evaluate
 from dsc.strict_json import JsonObject, parse_object
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ class CheckpointModel:
     raw: JsonObject
     config: ModelConfig
     dtype: DType
-    source: SafetensorsSource
+    source: WeightSource
     weights: Mapping[str, WeightExpr] = field(default_factory=dict)
     unused_mtp: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
@@ -54,8 +55,12 @@ class CheckpointModel:
         Raises `CheckpointError`: the weights are not those of the parameters.
         """
         found = map_weights(parameters, self.source, self.config, str(self.folder))
-        notes = _notes(self.folder, self.raw, found)
-        return replace(self, weights=found.weights, unused_mtp=found.mtp, notes=notes)
+        told = self.config.quantization_config
+        notes = _notes(self.folder, self.raw, found, told.activations if told else "")
+        source = CheckedSource(self.source, found.checks) if found.checks else self.source
+        return replace(
+            self, source=source, weights=found.weights, unused_mtp=found.mtp, notes=notes
+        )
 
     def build(self) -> CausalLMStep:
         """The module to trace: parameters on `meta`, computed buffers real."""
@@ -205,9 +210,16 @@ def _stored_dtype(config: ModelConfig, source: SafetensorsSource, folder: Path) 
     return found
 
 
-def _notes(folder: Path, raw: Mapping[str, Any], mapped: WeightMap) -> tuple[str, ...]:
+def _notes(
+    folder: Path, raw: Mapping[str, Any], mapped: WeightMap, activations: str
+) -> tuple[str, ...]:
     """What a user may wonder about: what was there and was left alone."""
     notes = []
+    if activations:
+        notes.append(
+            f"the checkpoint was quantised for activations in {activations}; here they stay in the "
+            "element type that is computed in, which is at least as precise"
+        )
     if mapped.mtp:
         layers = sorted({int(key.split(".")[2]) for key in mapped.mtp})
         announced = "" if raw.get("num_nextn_predict_layers") else (

@@ -6,9 +6,7 @@ that nothing is read before an artifact is packed:
 * Published checkpoints store each expert on its own (`mlp.experts.7.gate_proj.weight`); models
   declare all experts of a layer as one tensor (`mlp.experts.gate_up_proj` of `[E, 2i, h]`, gate
   rows before up rows; `mlp.experts.down_proj` of `[E, h, i]`).
-* FP8 checkpoints store `weight` as e4m3 beside `weight_scale_inv` or `weight_scale`, in the same
-  shard or another. Despite its name the first multiplies too: `W = weight * weight_scale_inv`, with
-  one scale a block, a row or a tensor. Experts may be stacked, and their scales with them.
+* Quantised weights are codes beside scales, in the same shard or another (`codes.py`).
 * With tied embeddings `lm_head.weight` is the embedding.
 * An element type may differ from the one to compute in.
 
@@ -21,19 +19,18 @@ layer and expert alone are one line.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from dsc.errors import CheckpointError
+from dsc.frontends.checked import Holds
+from dsc.frontends.codes import SCALE_SUFFIXES, CodesReader, Unfit
 from dsc.frontends.config import CONFIG_FILE, ModelConfig
 from dsc.frontends.quantisation import HINT, packed
-from dsc.ir.dims import Dim
-from dsc.ir.formats import WHOLE, Format, grid
-from dsc.ir.types import DType, TensorType
+from dsc.ir.types import TensorType
 from dsc.ir.weights import Source, WeightExpr, WeightSource, apply, sources
 
-SCALE_SUFFIXES = ("_scale_inv", "_scale")
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
 _RECOMPUTED = re.compile(r".*\.rotary_emb\.inv_freq")
@@ -43,11 +40,15 @@ _ACTIVATIONS = re.compile(r".*(\.|_)(input|output|activation|[qkv]|kv)_scale(_in
 
 @dataclass(frozen=True)
 class WeightMap:
-    """Every parameter's expression, and the stored tensors that none of them reads."""
+    """Every parameter's expression, and the stored tensors that none of them reads.
+
+    `checks`: what must hold of values when they are read (`checked.py`).
+    """
 
     weights: Mapping[str, WeightExpr]
     mtp: tuple[str, ...] = ()
     ignored: tuple[str, ...] = ()
+    checks: Mapping[str, Holds | None] = field(default_factory=dict)
 
 
 @dataclass
@@ -85,7 +86,7 @@ def map_weights(
     Args:
         parameters: name and type of every parameter and persistent buffer of the model.
         source: the stored tensors.
-        config: says which layers are MTP, whether embeddings are tied, how FP8 blocks are cut.
+        config: says which layers are MTP, whether embeddings are tied, how codes are stored.
         where: the checkpoint, for messages.
 
     Raises:
@@ -105,7 +106,7 @@ def map_weights(
     ]
     mapper.faults.raise_any()
     complete = {name: expr for name, expr in weights.items() if expr is not None}
-    return WeightMap(complete, tuple(mtp), tuple(ignored))
+    return WeightMap(complete, tuple(mtp), tuple(ignored), mapper.codes.checks)
 
 
 def check_layout(source: WeightSource, config: ModelConfig, where: str) -> None:
@@ -117,7 +118,8 @@ def check_layout(source: WeightSource, config: ModelConfig, where: str) -> None:
             decoder layers.
     """
     keys = list(source.types)
-    form = packed(keys)
+    told = config.quantization_config
+    form = packed(keys, told.quant_method if told else None)
     if form:
         raise CheckpointError(f"{form} holds a weight in a quantised form not read", where, HINT)
     under = next((k for k in keys if k.endswith("." + EMBEDDING)), None)
@@ -150,6 +152,7 @@ class _Mapper:
         self.source = source
         self.config = config
         self.faults = faults
+        self.codes = CodesReader(source, config.quantization_config)
         self.stored = set(source.types)
         self.claimed: set[str] = set()  # what parameters asked for: faults of it are noted
 
@@ -179,7 +182,14 @@ class _Mapper:
 
     def _tensor(self, key: str, declared: TensorType) -> WeightExpr | None:
         """A stored tensor, dequantised and cast to what is declared."""
-        self.claimed |= {key, *(key + suffix for suffix in SCALE_SUFFIXES)}
+        self.claimed |= self.codes.names(key)
+        if self.codes.is_stored(key):
+            try:
+                return self.codes.weight(key, declared)
+            except Unfit as fault:
+                kind = self.faults.missing if fault.missing else self.faults.misfit
+                kind.append((fault.key, fault.why))
+                return None
         if key not in self.stored:
             self.faults.missing.append((key, f" : {declared}"))
             return None
@@ -188,8 +198,6 @@ class _Mapper:
             self._misfit(key, f": expected {declared}, found {found}")
             return None
         scale = next((key + s for s in SCALE_SUFFIXES if key + s in self.stored), None)
-        if found.dtype is DType.f8e4m3:
-            return self._dequantised(key, found, scale, declared)
         if scale is not None:
             self._misfit(key, f": {found} is not FP8 (e4m3), yet has {scale}")
             return None
@@ -200,58 +208,8 @@ class _Mapper:
             return None
         return apply("cast", Source(key, found), dtype=declared.dtype)
 
-    def _dequantised(
-        self, key: str, found: TensorType, scale_key: str | None, declared: TensorType
-    ) -> WeightExpr | None:
-        """What a weight in blocks stands for; stacked `[E, n, k]`, each with its own scales."""
-        quantization = self.config.quantization_config
-        if quantization is None:
-            self._misfit(key, f": {found}, but config.json has no quantization_config")
-            return None
-        if scale_key is None:
-            suffix = SCALE_SUFFIXES[quantization.quant_method != "fp8"]
-            self.faults.missing.append((key + suffix, f" (the scales of {key})"))
-            return None
-        if found.rank not in (2, 3):
-            self._misfit(key, f": {found}, FP8 weights are read of matrices and stacked ones")
-            return None
-        scale = self.source.types[scale_key]
-        told = _without_ones(scale.shape)
-        known = _formats(quantization.block)
-        format = next((f for f in known if _without_ones(grid(found.shape, f.block)) == told), None)
-        if format is None or not scale.dtype.is_float:
-            self._misfit(scale_key, _expected_scales(found, scale, quantization.block))
-            return None
-        scales: WeightExpr = Source(scale_key, scale)
-        if scale.dtype is not DType.f32:
-            scales = apply("cast", scales, dtype=DType.f32)
-        if scale.shape != grid(found.shape, format.block):
-            scales = apply("reshape", scales, shape=grid(found.shape, format.block))
-        stored = apply("scaled", Source(key, found), scales, block=format.block)
-        return apply("dequantize", stored, dtype=declared.dtype)
-
     def _misfit(self, key: str, why: str) -> None:
         self.faults.misfit.append((key, why))
-
-
-Block = tuple[int, int]
-
-
-def _formats(block: Block | None) -> list[Format]:
-    """How a weight may be scaled: in the blocks of the configuration, by row, or as a whole."""
-    blocks = [*([block] if block else ()), (1, WHOLE), (WHOLE, WHOLE)]
-    return [Format(each, DType.f32) for each in blocks]
-
-
-def _without_ones(shape: Sequence[Dim]) -> Sequence[Dim]:
-    """A shape without axes of one element behind the others, which scales may leave out."""
-    return _without_ones(shape[:-1]) if shape and shape[-1] == 1 else shape
-
-
-def _expected_scales(found: TensorType, scale: TensorType, block: Block | None) -> str:
-    how = "one a row or one in all" if block is None else f"blocks of {list(block)}"
-    wanted = TensorType(DType.f32, grid(found.shape, _formats(block)[0].block))
-    return f": expected {wanted} for {found} in {how}, found {scale}"
 
 
 def _ignorable(key: str, config: ModelConfig) -> bool:

@@ -1,10 +1,14 @@
 """Which quantised weights are read, and what to say of the others.
 
-Each tool writes a `quantization_config` of its own. Weights in FP8 (e4m3) are read whoever wrote
-them, since all of them store `weight` beside scales that multiply: one a block (DeepSeek,
-compressed-tensors, modelopt), one a row (compressed-tensors, fbgemm, modelopt) or one a tensor.
-`readable` gives those one spelling; anything else is refused by what it is. Scales of activations
-and caches are not used: products run in the element type that is compiled for.
+Each tool writes a `quantization_config` of its own; `readable` gives those that are read one
+spelling, and refuses any other by what it is. FP8 (e4m3) is read whoever wrote it, since all store
+`weight` beside scales that multiply: one a block (DeepSeek, compressed-tensors, modelopt), one a
+row (compressed-tensors, fbgemm, modelopt) or one a tensor. Integers of 4 and 8 bits are read as
+compressed-tensors, GPTQ (both forms), AWQ (gemm) and blockwise int8 store them: see `codes.py`.
+
+Which modules are quantised is told by the tensors that they store, so lists of those that are not
+(`ignore`, `modules_to_not_convert`, `dynamic`), names or patterns, are not asked. Scales of
+activations and caches are not used: products run in the element type that is compiled for.
 """
 
 from __future__ import annotations
@@ -15,8 +19,6 @@ from typing import Any
 from dsc.errors import ConfigError
 
 OTHERS = {
-    "awq": "4-bit integer weights in groups (AWQ)",
-    "gptq": "integer weights in groups (GPTQ)",
     "mxfp4": "4-bit float weights in groups of 32 (MXFP4)",
     "bitsandbytes": "bitsandbytes weights",
     "torchao": "torchao weights",
@@ -25,16 +27,25 @@ OTHERS = {
     "bitnet": "ternary weights (BitNet)",
 }
 """What else checkpoints announce, in words."""
-PACKED = (
-    "qweight", "weight_packed", ".absmax", "_blocks", "weight_scale_2", "_weight_qdata",
-)  # fmt: skip
-"""How names of tensors end that hold weights in such forms."""
+PACKED = {
+    ".qweight": ("gptq", "awq"), ".weight_packed": ("compressed-tensors",), ".absmax": (),
+    "_blocks": (), "weight_scale_2": (), "_weight_qdata": (),
+}  # fmt: skip
+"""How names of tensors end that hold weights in packed forms, and whose of them are read."""
 HINT = (
-    "only FP8 (e4m3) weights are read as they are: give the checkpoint that this one was made "
-    "from, or dequantise it and save it in bf16"
+    "give the checkpoint that this one was made from, or dequantise it and save it in bf16; read "
+    "are FP8 (e4m3), and integers of compressed-tensors, GPTQ and AWQ"
 )
 MODELOPT = {"FP8": None, "FP8_PER_CHANNEL_PER_TOKEN": None, "FP8_PB_WO": [128, 128]}
 """modelopt's algorithms in FP8, and their blocks."""
+FORMATS = (
+    "dense", "pack-quantized", "int-quantized", "naive-quantized", "float-quantized",
+    "mixed-precision",
+)  # fmt: skip
+"""Forms of compressed-tensors that hold such weights, where one is named."""
+STRATEGIES = ("tensor", "channel", "group", "block")
+BITS = (4, 8)
+"""Of integers."""
 
 
 def readable(found: Any, where: str) -> Any:
@@ -46,24 +57,34 @@ def readable(found: Any, where: str) -> Any:
     if not isinstance(found, Mapping):
         return found
     method = found.get("quant_method", "modelopt" if "quant_algo" in found else None)
-    if method == "compressed-tensors":
-        return _compressed_tensors(found, where)
-    if method == "modelopt":
-        algorithm = found.get("quant_algo")
-        if not isinstance(algorithm, str) or algorithm not in MODELOPT:
-            raise refused("modelopt weights", f"quant_algo {algorithm!r}", where)
-        return {"quant_method": method, "weight_block_size": MODELOPT[algorithm]}
-    if method == "fbgemm_fp8":
-        return {"quant_method": method, "weight_block_size": None}
-    if method != "fp8":
-        kind = OTHERS.get(method) if isinstance(method, str) else None
-        raise refused(kind or "these quantised weights", f"quant_method {method!r}", where)
-    return {k: v for k, v in found.items() if v is not None or k == "weight_block_size"}
+    match method:
+        case "fp8":
+            return {k: v for k, v in found.items() if v is not None or k == "weight_block_size"}
+        case "compressed-tensors":
+            return _compressed_tensors(found, where)
+        case "gptq":
+            return _gptq(found, where)
+        case "awq":
+            return _awq(found, where)
+        case "blockwise_int8":
+            block = found.get("weight_block_size")
+            told = {"bits": 8, "strategy": "block", "block_structure": block}
+            return _weights_alone(method, [told])
+        case "fbgemm_fp8":
+            return _weights_alone(method)
+        case "modelopt":
+            algorithm = found.get("quant_algo")
+            if not isinstance(algorithm, str) or algorithm not in MODELOPT:
+                raise refused("modelopt weights", f"quant_algo {algorithm!r}", where)
+            return {"quant_method": method, "weight_block_size": MODELOPT[algorithm]}
+    kind = OTHERS.get(method) if isinstance(method, str) else None
+    raise refused(kind or "these quantised weights", f"quant_method {method!r}", where)
 
 
-def packed(keys: Iterable[str]) -> str:
+def packed(keys: Iterable[str], method: str | None) -> str:
     """The first of `keys` that holds a weight in a form that is not read; empty if none does."""
-    return next((key for key in keys if key.endswith(PACKED)), "")
+    unread = tuple(end for end, methods in PACKED.items() if method not in methods)
+    return next((key for key in keys if key.endswith(unread)), "")
 
 
 def refused(kind: str, found: str, where: str) -> ConfigError:
@@ -71,12 +92,16 @@ def refused(kind: str, found: str, where: str) -> ConfigError:
     return ConfigError(f"quantization_config: {kind} are not read (found {found})", where, HINT)
 
 
+def _weights_alone(method: str, integers: list[dict[str, Any]] | None = None) -> dict[str, Any]:
+    return {"quant_method": method, "weight_block_size": None, "integers": integers or []}
+
+
 def _compressed_tensors(found: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """All groups must store 8-bit floats; the blocks of one are those of all."""
+    """Each group stores FP8, of which the blocks of one are those of all, or integers."""
     groups = found.get("config_groups")
     given = list(groups.values()) if isinstance(groups, Mapping) else []
-    told = [each.get("weights") for each in given if isinstance(each, Mapping)]
-    weights = [each for each in told if isinstance(each, Mapping)]
+    told = [each for each in given if isinstance(each, Mapping)]
+    weights = [w for each in told if isinstance(w := each.get("weights"), Mapping)]
     if not weights or len(weights) < len(given):
         raise ConfigError(
             "quantization_config.config_groups does not say how weights are stored", where
@@ -87,12 +112,76 @@ def _compressed_tensors(found: Mapping[str, Any], where: str) -> dict[str, Any]:
     transforms = found.get("transform_config")
     if isinstance(transforms, Mapping) and any(transforms.values()):
         raise refused("rotated weights", "transform_config", where)
-    block = None
+    made = _weights_alone("compressed-tensors")
     for each in weights:
-        bits, kind, strategy = (each.get(name) for name in ("num_bits", "type", "strategy"))
+        bits, kind, strategy = each.get("num_bits"), each.get("type", "int"), _strategy(each)
+        if kind == "int" and bits in BITS and strategy in STRATEGIES:
+            made["integers"].append(_integers(each, bits, strategy))
+            continue
         if (bits, kind) != (8, "float"):
             raise refused(f"{bits}-bit {kind} weights", f"format {found.get('format')!r}", where)
         if strategy not in ("tensor", "channel", "block"):
             raise refused("FP8 weights so scaled", f"strategy {strategy!r}", where)
-        block = each.get("block_structure") if strategy == "block" else block
-    return {"quant_method": "compressed-tensors", "weight_block_size": block}
+        if strategy == "block":
+            made["weight_block_size"] = each.get("block_structure")
+    for each in (found, *told):
+        if each.get("format") is not None and each["format"] not in FORMATS:
+            raise refused("weights of that form", f"format {each['format']!r}", where)
+    if any(_in_integers(each.get("input_activations")) for each in told):
+        made["activations"] = "integers"
+    return made
+
+
+def _strategy(weights: Mapping[str, Any]) -> Any:
+    """How weights share scales; where it is not said, as the size of groups says."""
+    size, strategy = weights.get("group_size"), weights.get("strategy")
+    if strategy is None:
+        strategy = "tensor" if size is None else "group"
+    return "channel" if strategy == "group" and size == -1 else strategy
+
+
+def _integers(weights: Mapping[str, Any], bits: int, strategy: str) -> dict[str, Any]:
+    told = {"bits": bits, "strategy": strategy, "symmetric": weights.get("symmetric", True)}
+    if strategy == "group":
+        told["group_size"] = weights.get("group_size")
+        told["ordered"] = weights.get("actorder") in ("group", True)
+    if strategy == "block":
+        told["block_structure"] = weights.get("block_structure")
+    return told
+
+
+def _in_groups(bits: int, size: Any) -> dict[str, Any]:
+    told = {"strategy": "group", "group_size": size}
+    return _integers(told, bits, _strategy(told))
+
+
+def _in_integers(activations: Any) -> bool:
+    return isinstance(activations, Mapping) and activations.get("type", "int") == "int"
+
+
+def _gptq(found: Mapping[str, Any], where: str) -> dict[str, Any]:
+    bits = found.get("bits")
+    if bits not in BITS:
+        raise refused("GPTQ weights of such codes", f"quant_method 'gptq', bits {bits!r}", where)
+    form = found.get("checkpoint_format") or found.get("format") or "gptq"
+    if form not in ("gptq", "gptq_v2"):
+        raise refused("GPTQ weights so packed", f"checkpoint_format {form!r}", where)
+    rules = found.get("dynamic")
+    for rule, told in rules.items() if isinstance(rules, Mapping) else ():
+        if told and not str(rule).startswith("-:"):
+            raise refused("GPTQ weights that differ by module", f"dynamic {rule!r}", where)
+    told = _in_groups(bits, found.get("group_size"))
+    told["symmetric"] = found.get("sym") is True
+    told["ordered"] = found.get("desc_act") is True
+    return _weights_alone("gptq", [told]) | {"stored_zero": 1 if form == "gptq" else 0}
+
+
+def _awq(found: Mapping[str, Any], where: str) -> dict[str, Any]:
+    bits = found.get("bits", found.get("w_bit"))
+    if bits != 4:
+        raise refused("AWQ weights of such codes", f"quant_method 'awq', bits {bits!r}", where)
+    version = found.get("version", "gemm")
+    if str(version).lower() != "gemm":
+        raise refused("AWQ weights so packed", f"version {version!r}", where)
+    told = _in_groups(4, found.get("group_size", found.get("q_group_size")))
+    return _weights_alone("awq", [told | {"symmetric": False}])

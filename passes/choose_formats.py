@@ -50,6 +50,7 @@ from dsc.rewrite.base import Pass, PassReport
 from dsc.rewrite.options import option
 
 RULE = "keep"
+EACH = "each element would have a scale of its own"
 
 
 class Dequantised(Exception):
@@ -173,6 +174,8 @@ def in_format(expr: WeightExpr) -> Apply:
     """A weight without the dequantising in its expression. Raises `Dequantised`."""
     whole = expr.args[0] if isinstance(expr, Apply) and expr.op == "dequantize" else expr
     if isinstance(whole, Apply) and whole.op == "scaled":
+        if whole is not expr and set(whole.attrs["block"]) == {1}:
+            raise Dequantised(EACH)
         return whole
     stored = _in_parts(expr)
     for axis in range(expr.type.rank - 2):
@@ -185,6 +188,8 @@ def in_format(expr: WeightExpr) -> Apply:
     block = stored[1].block[-2:]
     if len(block) < 2 or any(size != 1 for part in stored for size in part.block[:-2]):
         raise Dequantised("its blocks lie along other axes than the last two")
+    if set(block) == {1}:
+        raise Dequantised(EACH)
     return apply("scaled", *(part.expr for part in stored), block=block)
 
 
@@ -201,7 +206,7 @@ class _Part:
             return self
         block = (*self.block[:axis], 1, *self.block[axis + 1 :])
         if set(block) == {1}:
-            raise Dequantised("each element would have a scale of its own")
+            raise Dequantised(EACH)
         expanded = apply("expand", self.expr, shape=grid(whole.type.shape, block))
         return _Part(expanded, block)
 

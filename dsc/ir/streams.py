@@ -2,14 +2,16 @@
 
 A weight is written to a file as its elements in row-major order, so a block is any run of them: a
 stack is its arguments one after another, a reshape is what it reshapes, and what is left is
-computed for some rows of the leading axis at a time, as far down the expression as rows reach.
+computed for some rows of the leading axis at a time, as far down the expression as rows reach;
+what lies deeper, as a matrix that is turned, is computed once.
 Tensors of a checkpoint pass through as views of its mapped files; where nothing is computed, no
 torch is needed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from math import lcm
 from typing import Any
 
@@ -18,6 +20,7 @@ import numpy as np
 from dsc.ir.arrays import tensor_of
 from dsc.ir.dims import Dim
 from dsc.ir.formats import WHOLE, along
+from dsc.ir.lazy import torch
 from dsc.ir.op import TypeMismatch, concrete, lookup
 from dsc.ir.weights import Apply, Source, WeightExpr, WeightSource, check_tensor
 
@@ -46,9 +49,10 @@ def blocks(expr: WeightExpr, source: WeightSource, size: int = BLOCK_BYTES) -> I
             for block in blocks(arg, source, share):
                 yield _run(expr, [block])
             return
-    if not expr.type.shape or not _streams(expr):
+    if not expr.type.shape:
         yield _whole(expr, source)
         return
+    expr, source = _settled(expr, source)
     height, total = _size(expr.type.shape[0]), _size(expr.type.nbytes)
     step = max(1, height * size // max(1, total))
     grain = _grain(expr)
@@ -83,6 +87,39 @@ def rows(expr: WeightExpr, source: WeightSource, start: int, stop: int) -> Any:
         for part, high in zip(expr.args, _heights(expr), strict=True)
     ]  # fmt: skip
     return _run(expr, parts)
+
+
+class _Held(WeightSource):
+    """Values by key, each an array or a tensor, over another source."""
+
+    def __init__(self, values: Mapping[str, Any], below: WeightSource) -> None:
+        self.values, self.below, self.types = values, below, below.types
+
+    def load(self, key: str) -> torch.Tensor:
+        """The tensor below."""
+        return self.below.load(key)
+
+    def array(self, key: str, rows: slice = slice(None)) -> Any:
+        """The value, or what the source below has. `KeyError`."""
+        found = self.values.get(key)
+        return self.below.array(key, rows) if found is None else found[rows]
+
+
+def _settled(expr: WeightExpr, source: WeightSource) -> tuple[WeightExpr, WeightSource]:
+    """The expression over the values of what in it does not stream, which are computed here."""
+    values: dict[str, Any] = {}
+
+    def settled(each: WeightExpr) -> WeightExpr:
+        if _streams(each):
+            return each
+        if isinstance(each, Apply) and _keeps_rows(each):
+            return replace(each, args=tuple(map(settled, each.args)))
+        key = f"held {len(values)}"
+        values[key] = _whole(each, source)
+        return Source(key, each.type)
+
+    made = settled(expr)
+    return made, _Held(values, source) if values else source
 
 
 def _whole(expr: WeightExpr, source: WeightSource) -> Any:
@@ -124,7 +161,9 @@ def _keeps_rows(expr: Apply) -> bool:
         return bool(before and after) and _size(before[0]) % max(1, _size(after[0])) == 0
     if expr.op in ("block_scales", "block_codes"):
         return along(expr.attrs["block"], expr.args[0].type.rank)[0] == 1
-    return expr.op in ("cast", "dequantize", "scaled", "tiled")
+    if expr.op in ("word_bytes", "bit_fields", "join_nibbles"):
+        return expr.type.rank > 1
+    return expr.op in ("cast", "centre", "dequantize", "scaled", "tiled")
 
 
 def _axis(expr: Apply) -> int:

@@ -150,8 +150,7 @@ def test_a_checkpoint_of_stacked_fp8_experts_is_that_of_apart_ones(tmp_path: Pat
 
 INT4 = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32}
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "int4": (compressed(**INT4) | {"format": "pack-quantized"}, "4-bit int weights"),
-    "int8": (compressed(type="int", strategy="channel"), "8-bit int weights"),
+    "int3": (compressed(**INT4 | {"num_bits": 3}), "3-bit int weights"),
     "nvfp4": (compressed(num_bits=4, strategy="tensor_group"), "4-bit float weights"),
     "fp8 in groups": (compressed(strategy="group"), "strategy 'group'"),
     "sparse": (
@@ -163,8 +162,9 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         "rotated weights",
     ),
     "modelopt nvfp4": ({"quant_method": "modelopt", "quant_algo": "NVFP4"}, "quant_algo 'NVFP4'"),
-    "awq": ({"quant_method": "awq", "bits": 4, "group_size": 128}, "AWQ"),
-    "gptq": ({"quant_method": "gptq", "bits": 4}, "GPTQ"),
+    "awq": ({"quant_method": "awq", "bits": 3, "group_size": 128}, "AWQ"),
+    "gptq": ({"quant_method": "gptq", "bits": 3}, "GPTQ"),
+    "autoround": ({"quant_method": "auto-round", "bits": 4}, "AutoRound"),
     "mxfp4": ({"quant_method": "mxfp4"}, "MXFP4"),
     "bitsandbytes": ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "bitsandbytes"),
     "torchao": ({"quant_method": "torchao"}, "torchao"),

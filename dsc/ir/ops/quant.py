@@ -1,4 +1,7 @@
-"""Weights in a stored format (`dsc.ir.formats`): put together from their parts, and unpacked."""
+"""Weights in a stored format (`dsc.ir.formats`): put together from their parts, and unpacked.
+
+Four operators rearrange integers that a checkpoint packs another way, bit for bit.
+"""
 
 from __future__ import annotations
 
@@ -18,6 +21,7 @@ from dsc.ir.formats import (
     Packed,
     along,
     codes_of,
+    is_whole,
     pack_rows,
     scales_of,
     tiled,
@@ -192,6 +196,64 @@ def _block_codes(x: Any, scales: Any, codes: DType, block: tuple[int, int]) -> A
     return codes_of(x, scales, _packed_type(type_of(x), {"codes": codes, "block": block}, kind))
 
 
+WORD = 32
+"""Bits of a word that checkpoints pack codes into."""
+
+
+def _bytes_of(x: Any) -> Any:
+    """Without a copy where words of a row lie side by side; one word alone may say otherwise."""
+    if x.stride(-1) != 1:
+        x = x.clone(memory_format=torch.contiguous_format)
+    return x.view(torch.uint8)
+
+
+def _infer_fields(types: Sequence[TensorType], attrs: Mapping[str, Any]) -> tuple[TensorType, ...]:
+    (x,), order = types, attrs["order"]
+    if len(order) not in (4, 8, 16, 32) or sorted(order) != list(range(len(order))):
+        raise TypeMismatch(f"{list(order)} is no order of 4, 8, 16 or 32 fields")
+    if not x.rank:
+        raise TypeMismatch("words along an axis are due")
+    return (TensorType(DType.u8, (*x.shape[:-1], x.shape[-1] * len(order))),)
+
+
+def _demand_fields(call: Sized) -> None:
+    (x,), (out,) = call.ins.values(), call.outs
+    call.same(x[:-1], out[:-1])
+    call.system.equate(Extent.number(len(call.attrs["order"])) * x[-1], out[-1])
+
+
+def _fields(x: Any, order: Sequence[int]) -> Any:
+    bits = WORD // len(order)
+    places = torch.arange(0, WORD, bits, dtype=torch.int32)
+    fields = ((x.unsqueeze(-1) >> places) & ((1 << bits) - 1)).to(torch.uint8)
+    places_of = sorted(range(len(order)), key=order.__getitem__)
+    return fields[..., places_of].flatten(-2)
+
+
+def _infer_joined(types: Sequence[TensorType], attrs: Mapping[str, Any]) -> tuple[TensorType, ...]:
+    (x,) = types
+    if not x.rank or not is_whole(x.shape[-1], 2):
+        raise TypeMismatch(f"{x}: an even number of columns is due")
+    return (x.with_shape((*x.shape[:-1], x.shape[-1] // 2)),)
+
+
+def _demand_joined(call: Sized) -> None:
+    (x,), (out,) = call.ins.values(), call.outs
+    call.same(x[:-1], out[:-1])
+    call.system.equate(x[-1], Extent.number(2) * out[-1])
+
+
+def _infer_centred(types: Sequence[TensorType], attrs: Mapping[str, Any]) -> tuple[TensorType, ...]:
+    if not 1 <= attrs["bits"] <= 8:
+        raise TypeMismatch(f"numbers of {attrs['bits']} bits, 1 to 8 are due")
+    return (TensorType(DType.i8, types[0].shape),)
+
+
+def _centred(x: Any, bits: int, add: int) -> Any:
+    wrapped = (x.to(torch.int16) + add) % (1 << bits)
+    return (wrapped - (1 << bits - 1)).to(torch.int8)
+
+
 scaled = op(
     "scaled(parts: any[...]...; block: ints, tile: extent = 1, rows: extent = 0,"
     " columns: extent = 0) -> any[...]",
@@ -237,4 +299,38 @@ block_codes = op(
     doc="The codes nearest to numbers over the scales of their blocks, as they are stored.",
     example="f32[4,6], f16[2,2] {block=[2,4], codes=i8}",
     infer=_infer_codes,
+)
+word_bytes = op(
+    "word_bytes(x: i32[*n, w]) -> u8[*n, 4*w]",
+    Traits(Role.OTHER, Form.WEIGHT),
+    reference=_bytes_of,
+    doc="The bytes of 32-bit words, the lowest first: 4-bit codes that are packed from the lowest"
+    " bits of a word are so stored two a byte.",
+    example="i32[5,3]",
+)
+bit_fields = op(
+    "bit_fields(x: i32[...]; order: ints) -> u8[...]",
+    Traits(Role.OTHER, Form.WEIGHT, demand=_demand_fields),
+    reference=_fields,
+    doc="The unsigned numbers that 32-bit words along the last axis are packed of, as many a word"
+    " as order has: number i of a word, from its lowest bits, is its element order[i].",
+    example="i32[5,3] {order=[0,2,4,6,1,3,5,7]}",
+    infer=_infer_fields,
+)
+join_nibbles = op(
+    "join_nibbles(x: u8[...]) -> u8[...]",
+    Traits(Role.OTHER, Form.WEIGHT, demand=_demand_joined),
+    reference=lambda x: x[..., ::2] | x[..., 1::2] << 4,
+    doc="Two 4-bit numbers a byte, neighbours in a row, the first in the low half.",
+    example="u8[5,6]",
+    infer=_infer_joined,
+)
+centre = op(
+    "centre(x: u8[*n]; bits: int, add: int = 0) -> i8[*n]",
+    Traits(Role.OTHER, Form.WEIGHT),
+    reference=_centred,
+    doc="Unsigned numbers of so many bits, plus add modulo their range, as how far they lie above"
+    " the middle of it.",
+    example="u8[5,3] {bits=4, add=1}",
+    infer=_infer_centred,
 )
