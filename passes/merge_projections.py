@@ -6,7 +6,7 @@ Why it pays    the input is read once and one larger GEMM fills the machine bett
                ones: for V3 a decode step has 2 kernels fewer in each layer.
 Preconditions  stage CANONICAL or OPTIMIZED. The weights are weights of the program, read by these
                linears alone in every entry (else they would be stored twice), and kept in one
-               element type. Where some have a bias, the others get one of zeros.
+               element type or format. Where some have a bias, the others get one of zeros.
 Before         graph main(%x: f32[N,8], @m.gate.weight: f32[4,8], @m.up.weight: f32[6,8]) {
                  %gate = linear %x, @m.gate.weight : f32[N,4] loc "m.gate"
                  %up = linear %x, @m.up.weight : f32[N,6] loc "m.up"
@@ -33,8 +33,7 @@ from dsc.ir.graph import Attrs, Graph, GraphBuilder, Node, Value, Weight
 from dsc.ir.ops.shape import axis_of
 from dsc.ir.program import Program
 from dsc.ir.stages import Stage
-from dsc.ir.types import DType
-from dsc.ir.weights import WeightExpr, apply, sources
+from dsc.ir.weights import WeightExpr, apply, kept_in
 from dsc.rewrite.base import Pass, PassReport
 
 Names = tuple[str, ...]
@@ -97,18 +96,11 @@ def _refusal(program: Program, key: Names, times: int, reads: Mapping[str, Seque
         if len(reads[name]) != times:
             return f"@{name} is also read elsewhere"
     matrices = {name: e for name in key if (e := program.weights[name]).type.rank == 2}
-    stored = {name: _stored(expr) for name, expr in matrices.items()}
-    kinds = {kind for kind in stored.values() if kind is not None}
-    if len(kinds) > 1:
-        shown = ", ".join(f"@{n} in {k}" for n, k in stored.items() if k is not None)
-        return f"the weights are kept in different element types: {shown}"
+    stored = {name: kind for name, expr in matrices.items() if (kind := kept_in(expr))}
+    if len(set(stored.values())) > 1:
+        shown = ", ".join(f"@{name} in {kind}" for name, kind in stored.items())
+        return f"the weights are kept in different forms: {shown}"
     return ""
-
-
-def _stored(expr: WeightExpr) -> DType | None:
-    """The element type that a weight is kept in: its largest source's."""
-    found = [s.type for s in sources(expr) if isinstance(s.type.numel, int)]
-    return max(found, key=lambda t: (t.rank, t.numel)).dtype if found else None
 
 
 @dataclass

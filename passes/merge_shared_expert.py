@@ -6,7 +6,8 @@ What           the gated MLP that is added to the routed experts' sum becomes n_
 Why it pays    one kernel for gate and up and one for down and the weighted sum serve both: a decode
                step has a GEMM less each way, no activation, no sum of its own.
 Preconditions  stage CANONICAL; both read the same value; the activation is silu; the shared
-               expert's rows are a multiple of the routed experts'; the choices come from a router
+               expert's rows are a multiple of the routed experts'; all are kept in one element
+               type or format, which a stack of both would lose; the choices come from a router
                and go nowhere else; no weight of either is read elsewhere (it would be stored
                twice). Runs before entries part: all read one stack.
 Before         graph main(%x: f32[N,8], @r: f32[4,8], @e.gate_up: f32[4,6,8], @e.down: f32[4,8,3],
@@ -43,7 +44,7 @@ from typing import ClassVar
 from dsc.ir.analyses import weight_uses
 from dsc.ir.program import Program
 from dsc.ir.stages import Stage
-from dsc.ir.weights import apply
+from dsc.ir.weights import apply, kept_in
 from dsc.rewrite import pattern as patterns
 from dsc.rewrite.base import Pass, PassReport
 from dsc.rewrite.driver import apply_rules
@@ -108,6 +109,9 @@ class SharedExpert(Rule):
             return reject("the shared expert's weights are no gated MLP", m.up, m.out)
         if len({m.get(name).type.dtype for name in _PARTS}) > 1:
             return reject("the weights differ in element type", m.down, m.out)
+        kinds = {kept_in(m.scope.program.weights[m.get(name).name]) for name in _PARTS}
+        if len(kinds) > 1:
+            return reject(f"the weights are kept as {', '.join(sorted(kinds))}", m.down, m.out)
         reads = weight_uses(m.scope.program.entries.values())
         for name in _PARTS:
             if len(reads[m.get(name).name]) != 1:

@@ -94,6 +94,15 @@ def stored_type(expr: WeightExpr) -> TensorType | None:
     return next((t for arg in args if (t := stored_type(arg)) is not None), None)
 
 
+def kept_in(expr: WeightExpr) -> str:
+    """What a weight is kept in: its format, else the element type of its largest source."""
+    found = stored_type(expr)
+    if found is not None:
+        return f"{found.dtype}{found.format}"
+    known = [s.type for s in sources(expr) if isinstance(s.type.numel, int)]
+    return max(known, key=lambda t: (t.rank, t.numel)).dtype if known else ""
+
+
 class WeightSource(ABC):
     """Where the tensors of a program lie; `types` are those of all of them, by name."""
 

@@ -174,7 +174,7 @@ def test_entries_that_group_differently_stay() -> None:
     assert stays(mixed) == "@a is also read elsewhere"
 
 
-def test_weights_kept_in_different_element_types_stay() -> None:
+def test_weights_kept_in_different_forms_stay() -> None:
     f8 = Source("b", TensorType(DType.f8e4m3, (6, 8)))
     scale = Source("b.scale", TensorType(DType.f32, (1, 1)))
     quantised = apply("dequantize", apply("scaled", f8, scale, block=(128, 128)), dtype=DType.f32)
@@ -183,9 +183,8 @@ def test_weights_kept_in_different_element_types_stay() -> None:
     mixed = replace(
         program, weights={**program.weights, "b": quantised}, source=random_source(sources)
     )
-    assert stays(mixed) == (
-        "the weights are kept in different element types: @a in f32, @b in f8e4m3"
-    )
+    told = "the weights are kept in different forms: @a in f32, @b in f8e4m3{128x128,f32}"
+    assert stays(mixed) == told
 
 
 @pytest.mark.parametrize(

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 
 from dsc.ir.dims import evaluate
 from dsc.ir.expert_forms import ExpertKernels
+from dsc.ir.formats import WHOLE, Format
 from dsc.ir.graph import Weight
 from dsc.ir.program import Program
+from dsc.ir.types import DType, TensorType
 from dsc.ir.verifier import verify
+from dsc.ir.weights import apply, leaf
 from dsc.passes.lower_moe_dispatch import LowerMoeDispatch
 from dsc.passes.merge_shared_expert import MergeSharedExpert
 from dsc.passes.specialise_entries import SpecialiseEntries
@@ -51,3 +55,21 @@ def test_all_entries_read_one_stack() -> None:
     stacks = {f"{name}.gate_up_proj.with_shared", f"{name}.down_proj.with_shared"}
     assert read == dict.fromkeys(forms, stacks)
     assert not any("shared_experts" in w for w in program.pruned().weights)
+
+
+def test_experts_in_a_format_and_a_shared_one_in_none_stay_apart() -> None:
+    """One stack of both would lose the codes of the routed experts."""
+    before, report = raised(stored("v3_ragged")), PassReport()
+    in_codes = {
+        name: apply(
+            "dequantize",
+            leaf(name, TensorType(DType.i8, expr.type.shape, Format((1, WHOLE), DType.f32))),
+            dtype=expr.type.dtype,
+        )
+        for name, expr in before.weights.items()
+        if ".mlp.experts." in name
+    }
+    program = replace(before, weights={**before.weights, **in_codes})
+    assert MergeSharedExpert().run(program, report) is program
+    ((_, _, why),) = report.missed
+    assert why.startswith("the weights are kept as f32, i8{1x*,f32} (@")
