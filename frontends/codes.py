@@ -196,8 +196,8 @@ class CodesReader:
     def _packed_zeros(self, key: str, shape: Shape, bits: int) -> WeightExpr:
         """Zero points, packed along N, or as they are."""
         found = self._present(key)
-        if found == TensorType(DType.i8, shape):
-            return Source(key, found)
+        if found.dtype is DType.i8 and _without_ones(found.shape) == _without_ones(shape):
+            return apply("reshape", Source(key, found), shape=shape)
         rows, *others = shape
         assert isinstance(rows, int)
         words = self._leaf(key, DType.i32, (-(-rows * bits // WORD), *others))

@@ -33,6 +33,7 @@ from dsc.ir.weights import Source, WeightExpr, WeightSource, apply, sources
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
+_JOINING = re.compile(r"model\.layers\.(\d+)\.eh_proj\.")
 _RECOMPUTED = re.compile(r".*\.rotary_emb\.inv_freq")
 _ACTIVATIONS = re.compile(r".*(\.|_)(input|output|activation|[qkv]|kv)_scale(_inv)?")
 """Scales of what flows through a layer or lies in a cache: both stay as they are computed."""
@@ -129,8 +130,8 @@ def check_layout(source: WeightSource, config: ModelConfig, where: str) -> None:
             "model", where, "save the language model on its own",
         )  # fmt: skip
     file = str(Path(where) / CONFIG_FILE)
-    for layer in range(config.num_hidden_layers):
-        if f"model.layers.{layer}.eh_proj.weight" in keys:
+    for layer in sorted(_joining(keys)):
+        if layer < config.num_hidden_layers:
             raise CheckpointError(
                 f"layer {layer} predicts further tokens (MTP: it has model.layers.{layer}.eh_proj."
                 f"weight), yet num_hidden_layers is {config.num_hidden_layers}", file,
@@ -235,10 +236,15 @@ def _split_mtp(keys: Iterable[str], config: ModelConfig) -> tuple[list[str], lis
         behind = layer >= config.num_hidden_layers
         (layers.setdefault(layer, []) if behind else rest).append(key)
     mtp: list[str] = []
+    joining = _joining(key for members in layers.values() for key in members)
     for layer, members in layers.items():
-        joined = f"model.layers.{layer}.eh_proj.weight" in members
-        (mtp if joined else rest).extend(members)
+        (mtp if layer in joining else rest).extend(members)
     return mtp, rest
+
+
+def _joining(keys: Iterable[str]) -> set[int]:
+    """Layers that join hidden state and embedding, by a weight stored in whatever form."""
+    return {int(found[1]) for found in map(_JOINING.match, keys) if found}
 
 
 def _listed(lines: list[tuple[str, str]], limit: int = 8) -> str:

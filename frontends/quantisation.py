@@ -4,10 +4,11 @@ Each tool writes a `quantization_config` of its own; `readable` gives those that
 spelling, and refuses any other by what it is. FP8 (e4m3) is read whoever wrote it, since all store
 `weight` beside scales that multiply: one a block (DeepSeek, compressed-tensors, modelopt), one a
 row (compressed-tensors, fbgemm, modelopt) or one a tensor. Integers of 4 and 8 bits are read as
-compressed-tensors, GPTQ (both forms), AWQ (gemm) and blockwise int8 store them: see `codes.py`.
+compressed-tensors, GPTQ (both forms), AWQ (gemm), AutoRound and blockwise int8 store them: see
+`codes.py`.
 
 Which modules are quantised is told by the tensors that they store, so lists of those that are not
-(`ignore`, `modules_to_not_convert`, `dynamic`), names or patterns, are not asked. Scales of
+(`ignore`, `modules_to_not_convert`), names or patterns, are not asked. Scales of
 activations and caches are not used: products run in the element type that is compiled for.
 """
 
@@ -23,7 +24,6 @@ OTHERS = {
     "bitsandbytes": "bitsandbytes weights",
     "torchao": "torchao weights",
     "quark": "Quark weights",
-    "auto-round": "integer weights in groups (AutoRound)",
     "bitnet": "ternary weights (BitNet)",
 }
 """What else checkpoints announce, in words."""
@@ -34,10 +34,15 @@ PACKED = {
 """How names of tensors end that hold weights in packed forms, and whose of them are read."""
 HINT = (
     "give the checkpoint that this one was made from, or dequantise it and save it in bf16; read "
-    "are FP8 (e4m3), and integers of compressed-tensors, GPTQ and AWQ"
+    "are FP8 (e4m3), and integers of compressed-tensors, GPTQ, AWQ and AutoRound"
 )
 MODELOPT = {"FP8": None, "FP8_PER_CHANNEL_PER_TOKEN": None, "FP8_PB_WO": [128, 128]}
 """modelopt's algorithms in FP8, and their blocks."""
+AUTO_ROUND = {
+    "auto_round:auto_gptq": "gptq", "auto_round:gptqmodel": "gptq_v2", "auto_round": "gptq_v2",
+    "auto_round:auto_awq": "awq",
+}  # fmt: skip
+"""AutoRound's packing formats, and whose layouts they are."""
 FORMATS = (
     "dense", "pack-quantized", "int-quantized", "naive-quantized", "float-quantized",
     "mixed-precision",
@@ -66,6 +71,8 @@ def readable(found: Any, where: str) -> Any:
             return _gptq(found, where)
         case "awq":
             return _awq(found, where)
+        case "auto-round":
+            return _auto_round(found, where)
         case "blockwise_int8":
             block = found.get("weight_block_size")
             told = {"bits": 8, "strategy": "block", "block_structure": block}
@@ -78,7 +85,7 @@ def readable(found: Any, where: str) -> Any:
                 raise refused("modelopt weights", f"quant_algo {algorithm!r}", where)
             return {"quant_method": method, "weight_block_size": MODELOPT[algorithm]}
     kind = OTHERS.get(method) if isinstance(method, str) else None
-    raise refused(kind or "these quantised weights", f"quant_method {method!r}", where)
+    raise refused(kind or "these quantised weights", _named(found), where)
 
 
 def packed(keys: Iterable[str], method: str | None) -> str:
@@ -90,6 +97,10 @@ def packed(keys: Iterable[str], method: str | None) -> str:
 def refused(kind: str, found: str, where: str) -> ConfigError:
     """The error for weights in another form."""
     return ConfigError(f"quantization_config: {kind} are not read (found {found})", where, HINT)
+
+
+def _named(found: Mapping[str, Any]) -> str:
+    return f"quant_method {found.get('quant_method')!r}"
 
 
 def _weights_alone(method: str, integers: list[dict[str, Any]] | None = None) -> dict[str, Any]:
@@ -150,6 +161,23 @@ def _integers(weights: Mapping[str, Any], bits: int, strategy: str) -> dict[str,
     return told
 
 
+def _auto_round(found: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """The layout of GPTQ, of which only one form stores zero points one lower, or of AWQ."""
+    form = found.get("packing_format")
+    if form not in AUTO_ROUND or found.get("data_type", "int") != "int":
+        told = f"packing_format {form!r}, data_type {found.get('data_type')!r}"
+        raise refused("AutoRound weights so packed", told, where)
+    modules = found.get("extra_config")
+    for name, told in modules.items() if isinstance(modules, Mapping) else ():
+        bits = told.get("bits", 16) if isinstance(told, Mapping) else None
+        if bits not in (16, 32):
+            told = f"extra_config {name!r}, bits {bits!r}"
+            raise refused("AutoRound weights that differ by module", told, where)
+    if AUTO_ROUND[form] == "awq":
+        return _awq(found, where)
+    return _gptq({**found, "checkpoint_format": AUTO_ROUND[form]}, where)
+
+
 def _in_groups(bits: int, size: Any) -> dict[str, Any]:
     told = {"strategy": "group", "group_size": size}
     return _integers(told, bits, _strategy(told))
@@ -162,7 +190,7 @@ def _in_integers(activations: Any) -> bool:
 def _gptq(found: Mapping[str, Any], where: str) -> dict[str, Any]:
     bits = found.get("bits")
     if bits not in BITS:
-        raise refused("GPTQ weights of such codes", f"quant_method 'gptq', bits {bits!r}", where)
+        raise refused("GPTQ weights of such codes", f"bits {bits!r}, {_named(found)}", where)
     form = found.get("checkpoint_format") or found.get("format") or "gptq"
     if form not in ("gptq", "gptq_v2"):
         raise refused("GPTQ weights so packed", f"checkpoint_format {form!r}", where)
@@ -179,7 +207,7 @@ def _gptq(found: Mapping[str, Any], where: str) -> dict[str, Any]:
 def _awq(found: Mapping[str, Any], where: str) -> dict[str, Any]:
     bits = found.get("bits", found.get("w_bit"))
     if bits != 4:
-        raise refused("AWQ weights of such codes", f"quant_method 'awq', bits {bits!r}", where)
+        raise refused("AWQ weights of such codes", f"bits {bits!r}, {_named(found)}", where)
     version = found.get("version", "gemm")
     if str(version).lower() != "gemm":
         raise refused("AWQ weights so packed", f"version {version!r}", where)

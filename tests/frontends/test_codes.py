@@ -15,6 +15,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 import dsc
@@ -225,6 +226,57 @@ def test_an_index_in_order_or_of_minus_ones_keeps_the_codes() -> None:
         assert np.array_equal(evaluate(expr, source).numpy(), codes.numbers)
 
 
+PEERS = Path(__file__).parents[1] / "data" / "peer-layouts.safetensors"
+
+
+def test_packages_of_the_layouts_read_the_same_numbers() -> None:
+    """In fp16, which is what those compute in: to the bit."""
+    with safe_open(PEERS, "pt") as file:
+        layouts = {name: json.loads(config) for name, config in file.metadata().items()}
+        tensors = {key: file.get_tensor(key) for key in file.keys()}
+    assert len(layouts) == 8
+    for layout, config in layouts.items():
+        parts = {
+            key.removeprefix(f"{layout}."): array_of(part) for key, part in tensors.items()
+            if key.startswith(f"{layout}.")
+        }  # fmt: skip
+        wanted = parts.pop("numbers")
+        expr, source = numbers_of(parts, config, wanted.shape)
+        kept = in_format(expr).type
+        assert str(kept).startswith(
+            {"int": "i8{1x*", "flo": "f8e4m3{1x*"}.get(layout[:3], "i4{1x32")
+        )
+        assert np.array_equal(evaluate(expr, source).half().numpy(), wanted), layout
+
+
+@pytest.mark.parametrize(
+    ("form", "layout"),
+    [
+        ("auto_round:auto_gptq", "gptq-zeros"),
+        ("auto_round:gptqmodel", "gptq-v2"),
+        ("auto_round", "gptq-v2"),
+        ("auto_round:auto_awq", "awq"),
+    ],
+)
+def test_autoround_says_whose_layout_it_writes(form: str, layout: str) -> None:
+    weight = np.random.default_rng(3).normal(size=(8, 64)).astype(np.float32)
+    made, numbers = LAYOUTS[layout].store(weight, 32)
+    config: dict[str, Any] = {
+        "quant_method": "auto-round", "packing_format": form, "bits": 4, "group_size": 32,
+        "sym": False, "data_type": "int", "extra_config": {"lm_head": {"bits": 16}},
+    }  # fmt: skip
+    expr, source = numbers_of(made, config, (8, 64))
+    assert np.array_equal(evaluate(expr, source).numpy(), numbers)
+    for changes, words in (
+        ({"packing_format": "auto_round:fp8_static"}, "packing_format 'auto_round:fp8_static'"),
+        ({"data_type": "mx_fp"}, "data_type 'mx_fp'"),
+        ({"extra_config": {"a.b": {"bits": 8}}}, "extra_config 'a.b', bits 8"),
+        ({"bits": 3}, "bits 3, quant_method 'auto-round'"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            small(quantization_config=config | changes)
+
+
 # --- whole checkpoints ---------------------------------------------------------------------------
 
 
@@ -244,7 +296,9 @@ def both(path: Path, layout: str, group: int = 16) -> tuple[Path, Path]:
     """A small model in a layout, and the numbers that it stands for."""
     config = small(**WIDE)
     raw = config.model_dump(exclude={"published_model_type"}, exclude_none=True)
-    made, numbers = stored(tensors_of(config), LAYOUTS[layout], group)
+    tensors = tensors_of(config)
+    tensors["model.layers.3.eh_proj.weight"] = np.zeros((64, 64), np.float32)  # further tokens
+    made, numbers = stored(tensors, LAYOUTS[layout], group)
     told_raw = config_of(raw, LAYOUTS[layout], group)
     return folder(path / "stored", told_raw, made), folder(path / "plain", raw, numbers)
 
@@ -256,6 +310,8 @@ def test_a_checkpoint_is_the_model_of_its_numbers(tmp_path: Path, layout: str) -
     states = [each.load().state_dict() for each in (found, plain)]
     assert states[0].keys() == states[1].keys()
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+    assert all("eh_proj" in key for key in found.unused_mtp)
+    assert plain.unused_mtp == ("model.layers.3.eh_proj.weight",)
     notes = [note for note in found.notes if "activations in integers" in note]
     assert len(notes) == (layout == "w8a8")
 
