@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from dsc.api import CompiledModel, compile, load
     from dsc.errors import DscError
     from dsc.extend import register_op, register_rule
+    from dsc.frontends.convert import convert
     from dsc.frontends.explain import explain
     from dsc.frontends.ops import (
         attention,
@@ -49,6 +50,7 @@ __all__ = [
     "__version__",
     "attention",
     "compile",
+    "convert",
     "embedding",
     "experts",
     "explain",
@@ -74,6 +76,7 @@ _PLACES = {
     "dsc.api": "CompiledModel compile load",
     "dsc.errors": "DscError",
     "dsc.extend": "register_op register_rule",
+    "dsc.frontends.convert": "convert",
     "dsc.frontends.explain": "explain",
     "dsc.frontends.ops": "attention embedding experts latent_attention linear matmul mla_attention"
     " rms_norm rope route silu softmax swiglu",

@@ -154,19 +154,23 @@ def _try_in(place: Path, asked: Path) -> None:
         os.rmdir(tempfile.mkdtemp(prefix=_beside(asked), dir=nearest(place)))
 
 
-def check_room(place: Path, needed: int, what: str) -> None:
-    """Raise `FileError` unless a file of `needed` bytes fits at `place`, before it is written."""
+def check_room(place: Path, needed: int, what: str, a_file: int | None = None) -> None:
+    """Raise `FileError` unless `needed` bytes fit at `place`, before they are written.
+
+    `a_file`: those of the largest file, where there are several.
+    """
     free = shutil.disk_usage(nearest(place.parent)).free
     largest, _ = resource.getrlimit(resource.RLIMIT_FSIZE)
+    a_file = needed if a_file is None else a_file
     if needed > free:
         raise FileError(
             f"{what}: {needed / 1e6:.1f} MB needed, the disk has {free / 1e6:.1f} MB left",
             where=str(place),
             hint=_ROOM,
         )
-    if largest != resource.RLIM_INFINITY and needed > largest:
+    if largest != resource.RLIM_INFINITY and a_file > largest:
         raise FileError(
-            f"{what}: {needed / 1e6:.1f} MB needed, a file may have {largest / 1e6:.1f} MB",
+            f"{what}: {a_file / 1e6:.1f} MB needed, a file may have {largest / 1e6:.1f} MB",
             where=str(place),
             hint=HINTS[errno.EFBIG],
         )

@@ -28,7 +28,6 @@ FILES = {
     "frontends/aten*.py": "ATen's names, and the operators that they become",
 }
 PLACES = {
-    "dsc/__init__.py:__all__": "public functions, which have the names of operators",
     "dsc/ir/regions.py:_epilogue": "what kernels take after a product, unless a backend says",
     "dsc/ir/streams.py:_keeps_rows": "how weights are evaluated block by block",
     "dsc/rewrite/scope.py:TRANSPARENT": "what patterns look through for a number",

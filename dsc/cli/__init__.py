@@ -29,6 +29,7 @@ from dsc.files import translated
 VERBS = (
     "compile",
     "export",
+    "convert",
     "generate",
     "verify",
     "inspect",

@@ -72,7 +72,7 @@ class StepReporter:
             self._end()
             self._phase, self._began = phase, time.perf_counter()
             self._task = self._bars.add_task(what, total=None, count="")
-        count = "" if total == 0 else _count(done, total)
+        count = "" if total == 0 else _count(done, total, time.perf_counter() - self._began)
         self._bars.update(
             self._task, description=what, completed=done, total=total or None, count=count
         )
@@ -94,13 +94,16 @@ _MANY = 10**5
 """Parts that are more than these are bytes."""
 
 
-def _count(done: int, total: int) -> str:
-    """How much is done.
+def _count(done: int, total: int, seconds: float) -> str:
+    """How much is done; of bytes how many a second, too.
 
-    >>> _count(3, 27), _count(1_200_000, 6_300_000_000)
-    ('3/27', '1.2 MB/6.3 GB')
+    >>> _count(3, 27, 2), _count(1_200_000, 6_300_000_000, 2)
+    ('3/27', '1.2 MB/6.3 GB, 600.0 kB/s')
     """
-    return f"{human_bytes(done)}/{human_bytes(total)}" if total > _MANY else f"{done}/{total}"
+    if total <= _MANY:
+        return f"{done}/{total}"
+    rate = human_bytes(done / max(seconds, 1e-3))
+    return f"{human_bytes(done)}/{human_bytes(total)}, {rate}/s"
 
 
 @contextmanager

@@ -18,8 +18,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from types import MappingProxyType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from dsc.errors import CheckpointError
 from dsc.ir.dims import Dim, terms
@@ -253,12 +256,21 @@ def codes_of(
 def _apart(codes: torch.Tensor, type: TensorType) -> torch.Tensor:
     """What codes say, in fp32, one an element."""
     coding = CODINGS[type.dtype]
+    if type.dtype.is_float and codes.is_cpu:  # four times as fast as `codes.float()`
+        numbers = _numbers(codes.dtype)
+        return torch.from_numpy(np.take(numbers, codes.view(torch.uint8).numpy()))
     if coding.together == 1:
         return codes.float()
     bits = 8 // coding.together
     places = torch.arange(0, 8, bits, dtype=torch.uint8)
     apart = (codes.unsqueeze(-1) >> places) & ((1 << bits) - 1)
     return apart.flatten(-2).float() + coding.least
+
+
+@cache
+def _numbers(dtype: torch.dtype) -> Any:
+    """The number of each code of a type of 8 bits."""
+    return torch.arange(256, dtype=torch.uint8).view(dtype).float().numpy()
 
 
 def _rounded_up(scales: torch.Tensor, dtype: DType) -> torch.Tensor:
@@ -278,7 +290,7 @@ def _rounded_up(scales: torch.Tensor, dtype: DType) -> torch.Tensor:
         what = f"a scale of {most:g}, too large for {dtype}"
         raise CheckpointError(
             what if most.isfinite() else "a weight to quantise holds NaN or infinity",
-            hint="mend the checkpoint, or keep the weight as it is: --keep, in Python keep=",
+            hint="mend the checkpoint; a compile can leave the weight as it is: --keep, keep=",
         )
     return made
 

@@ -89,10 +89,15 @@ class SafetensorsFile:
         """Give the pages that were read back: they can be read again."""
         self._bytes.madvise(mmap.MADV_DONTNEED)
 
+    def raw(self, key: str) -> memoryview:
+        """The bytes of the tensor `key`, a read-only view of the file."""
+        entry = self.entries[key]
+        return memoryview(self._bytes)[entry.begin : entry.end]
+
     def array(self, key: str) -> Array:
         """The tensor `key`, a read-only view of the file."""
         entry = self.entries[key]
-        flat = np.frombuffer(self._bytes, np.uint8, entry.end - entry.begin, entry.begin)
+        flat = np.frombuffer(self.raw(key), np.uint8)
         if entry.begin % entry.dtype.itemsize:
             flat = flat.copy()  # a wider type must not start at an odd address
         return flat.view(entry.dtype.numpy).reshape(entry.shape)
@@ -143,10 +148,10 @@ def open_safetensors(path: Path | str) -> SafetensorsSource:
     if os.path.lexists(path / INDEX_FILE):
         return _indexed(path)
     if os.path.lexists(path / SINGLE_FILE):
-        return _union([_inside(path, SINGLE_FILE, str(path))])
+        return _union([inside(path, SINGLE_FILE, str(path))])
     found = sorted(file.name for file in path.glob("*.safetensors"))
     if found:
-        return _union([_inside(path, name, str(path)) for name in found])
+        return _union([inside(path, name, str(path)) for name in found])
     pickled = sorted(file.name for pattern in _UNSAFE for file in path.glob(pattern))
     what = f"only pickled weights ({pickled[0]}), which run code when opened" if pickled else (
         "no *.safetensors files"
@@ -170,7 +175,7 @@ def _union(paths: Iterable[Path]) -> SafetensorsSource:
 def _indexed(folder: Path) -> SafetensorsSource:
     """A sharded checkpoint: every entry of the index must hold, all failures told at once."""
     where = str(folder / INDEX_FILE)
-    path = _inside(folder, INDEX_FILE, where)
+    path = inside(folder, INDEX_FILE, where)
     if path.stat().st_size > MAX_INDEX_BYTES:
         raise CheckpointError(f"larger than the limit of {MAX_INDEX_BYTES} bytes", where)
     weight_map = parse_object(path.read_bytes(), where, CheckpointError).get("weight_map")
@@ -179,7 +184,7 @@ def _indexed(folder: Path) -> SafetensorsSource:
     if not all(isinstance(name, str) for name in weight_map.values()):
         raise CheckpointError("weight_map must give file names", where)
     names = sorted(set(weight_map.values()))
-    shards = {name: SafetensorsFile.open(_inside(folder, name, where)) for name in names}
+    shards = {name: SafetensorsFile.open(inside(folder, name, where)) for name in names}
     absent = [key for key, name in weight_map.items() if key not in shards[name].entries]
     if absent:
         raise CheckpointError(
@@ -190,7 +195,7 @@ def _indexed(folder: Path) -> SafetensorsSource:
     return SafetensorsSource({key: shards[name] for key, name in weight_map.items()})
 
 
-def _inside(folder: Path, name: str, where: str) -> Path:
+def inside(folder: Path, name: str, where: str) -> Path:
     """`folder / name`, if that is a file and lies in the folder when all links are followed.
 
     A snapshot of the Hugging Face cache (`<repo>/snapshots/<revision>/`) is a folder of links into

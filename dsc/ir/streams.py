@@ -53,7 +53,8 @@ def blocks(expr: WeightExpr, source: WeightSource, size: int = BLOCK_BYTES) -> I
         yield _whole(expr, source)
         return
     expr, source = _settled(expr, source)
-    height, total = _size(expr.type.shape[0]), _size(expr.type.nbytes)
+    read = expr.args[0] if isinstance(expr, Apply) and _taken(expr) > 1 else expr
+    height, total = _size(expr.type.shape[0]), _size(read.type.nbytes)
     step = max(1, height * size // max(1, total))
     grain = _grain(expr)
     step = max(grain, step // grain * grain)
@@ -77,10 +78,11 @@ def rows(expr: WeightExpr, source: WeightSource, start: int, stop: int) -> Any:
         ratio = _ratio(expr)
         inner = rows(expr.args[0], source, start * ratio, stop * ratio)
         return inner.reshape(stop - start, *map(_size, expr.type.shape[1:]))
-    if expr.op == "tiled" and expr.type.rank == 2:
-        (arg,), tile = expr.args, expr.attrs["tile"]
-        last = min(stop * tile, _size(arg.type.shape[0]))
-        return _run(expr, [rows(arg, source, start * tile, last)])
+    taken = _taken(expr)
+    if taken > 1:
+        (arg,) = expr.args
+        last = min(stop * taken, _size(arg.type.shape[0]))
+        return _run(expr, [rows(arg, source, start * taken, last)])
     parts = [
         rows(part, source, 0, 1) if high == WHOLE
         else rows(part, source, start // high, -(-stop // high))
@@ -159,10 +161,10 @@ def _keeps_rows(expr: Apply) -> bool:
     if expr.op == "reshape":
         before, after = expr.args[0].type.shape, expr.type.shape
         return bool(before and after) and _size(before[0]) % max(1, _size(after[0])) == 0
-    if expr.op in ("block_scales", "block_codes"):
-        return along(expr.attrs["block"], expr.args[0].type.rank)[0] == 1
-    if expr.op in ("word_bytes", "bit_fields", "join_nibbles"):
+    if expr.op in ("word_bytes", "bit_fields", "join_nibbles", "block_codes"):
         return expr.type.rank > 1
+    if expr.op == "block_scales":
+        return expr.type.rank > 1 and _high(expr) != WHOLE
     return expr.op in ("cast", "centre", "dequantize", "scaled", "tiled")
 
 
@@ -179,18 +181,30 @@ def _grain(expr: WeightExpr) -> int:
     inner = lcm(*map(_grain, expr.args), *(max(1, high) for high in _heights(expr)))
     if expr.op == "reshape":
         return lcm(inner, _ratio(expr)) // _ratio(expr)
-    if expr.op == "tiled" and expr.type.rank == 2:
-        tile = int(expr.attrs["tile"])
-        return lcm(inner, tile) // tile
-    return inner
+    taken = _taken(expr)
+    return lcm(inner, taken) // taken
 
 
 def _heights(expr: Apply) -> list[int]:
     """For each argument, how many rows of the result one of its rows is for."""
+    if expr.op == "block_codes":
+        return [1, _high(expr)]
     format, rank = expr.type.format, expr.type.rank
     if format is None or rank > 2:
         return [1] * len(expr.args)
     return [part.block[-rank] for part in format.parts(expr.type.dtype)]
+
+
+def _taken(expr: WeightExpr) -> int:
+    """How many rows of its one argument a row of the result takes, where some may be left over."""
+    if isinstance(expr, Apply) and expr.op == "tiled" and expr.type.rank == 2:
+        return int(expr.attrs["tile"])
+    return max(1, _high(expr)) if isinstance(expr, Apply) and expr.op == "block_scales" else 1
+
+
+def _high(expr: Apply) -> int:
+    """Rows of the first argument that share a scale."""
+    return along(expr.attrs["block"], expr.args[0].type.rank)[0]
 
 
 def _ratio(reshape: Apply) -> int:

@@ -9,8 +9,9 @@ from __future__ import annotations
 import hashlib
 import json
 import struct
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -19,7 +20,7 @@ from dsc.ir.arrays import array_of
 from dsc.ir.program import Program
 from dsc.ir.streams import blocks
 from dsc.ir.types import SAFETENSORS, TensorType
-from dsc.ir.weights import WeightExpr, parts
+from dsc.ir.weights import WeightExpr, WeightSource, parts
 from dsc.runtime.emission import Progress
 
 ALIGNMENT = 64
@@ -27,25 +28,33 @@ PAD = "__pad."
 RELEASE_BYTES = 128 << 20
 """Bytes that are packed before the pages of the checkpoint that they came from are given back."""
 NAMES = {dtype: name for name, dtype in SAFETENSORS.items()}
+Stored: TypeAlias = tuple[str, WeightExpr]
+"""A tensor of a file, by name."""
+Places: TypeAlias = dict[str, tuple[int, int]]
 
 
-def _stored(program: Program) -> list[tuple[str, WeightExpr]]:
+def _stored(program: Program) -> list[Stored]:
     """What is stored of the weights, by name and in order."""
     return [part for name, expr in program.weights.items() for part in parts(name, expr)]
 
 
-def layout(program: Program) -> tuple[bytes, dict[str, tuple[int, int]]]:
+def layout(program: Program) -> tuple[bytes, Places]:
     """The file's header, and where each weight will lie."""
+    return table(_stored(program), ALIGNMENT)
+
+
+def table(stored: Iterable[Stored], alignment: int = 1) -> tuple[bytes, Places]:
+    """The header of a file of these tensors, and where each will lie: byte and size."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    places: dict[str, tuple[int, int]] = {}
+    places: Places = {}
     at = 0
-    for name, expr in _stored(program):
+    for name, expr in stored:
         t = expr.type
         if name in places:
             raise CheckpointError("a weight is called as a part of another", where=name)
         if t.dtype not in NAMES:
             raise CheckpointError(f"no safetensors type for {t}", where=name)
-        size = _nbytes(t)
+        size = nbytes(t)
         header[name] = {
             "dtype": NAMES[t.dtype],
             "shape": list(t.shape),
@@ -53,7 +62,7 @@ def layout(program: Program) -> tuple[bytes, dict[str, tuple[int, int]]]:
         }
         places[name] = (at, size)
         at += size
-        gap = -at % ALIGNMENT
+        gap = -at % alignment
         if gap:
             pad = f"{PAD}{len(header)}"
             header[pad] = {"dtype": "U8", "shape": [gap], "data_offsets": [at, at + gap]}
@@ -74,9 +83,10 @@ def pack(
     path.parent.mkdir(parents=True, exist_ok=True)
     whole = max((offset + size for offset, size in places.values()), default=0)
     digest = hashlib.sha256(header)
+    reader = Reader(program.source)
     with path.open("wb") as file:
         file.write(header)
-        at, held = len(header), 0
+        at = len(header)
 
         def write(block: Any) -> int:
             digest.update(block)
@@ -85,21 +95,9 @@ def pack(
         for name, expr in _stored(program):
             if progress is not None:
                 progress(f"weights: {name}", at, whole)
-            offset, size = places[name]
+            offset, _ = places[name]
             write(b"\0" * (offset - at))
-            at = offset
-            try:
-                for block in blocks(expr, program.source):
-                    written = write(_bytes(block, expr.type))
-                    at, held = at + written, held + written
-                    if held > RELEASE_BYTES:
-                        program.source.release()
-                        held = 0
-            except CheckpointError as error:
-                error.where = error.where or name
-                raise
-            if at != offset + size:
-                raise CheckpointError(f"{at - offset} bytes for {expr.type}", where=name)
+            at = offset + sum(map(write, reader.contents(name, expr)))
         tail = b"\0" * (-at % ALIGNMENT)
         write(tail)
     if progress is not None:
@@ -107,14 +105,44 @@ def pack(
     return digest.hexdigest()
 
 
-def _bytes(block: Any, declared: TensorType) -> Any:
+class Reader:
+    """Reads weights one after another, and gives pages of a checkpoint back now and then."""
+
+    def __init__(self, source: WeightSource) -> None:
+        self.source, self._held = source, 0
+
+    def contents(self, name: str, expr: WeightExpr) -> Iterator[Any]:
+        """The bytes that are stored of a weight, block by block.
+
+        Raises `CheckpointError`, with the name, where they are not what its type says.
+        """
+        read = 0
+        try:
+            for block in blocks(expr, self.source):
+                data = bytes_of(block, expr.type)
+                yield data
+                read += len(data)
+                self._held += len(data)
+                if self._held > RELEASE_BYTES:
+                    self.source.release()
+                    self._held = 0
+        except CheckpointError as error:
+            error.where = error.where or name
+            raise
+        if read != nbytes(expr.type):
+            raise CheckpointError(f"{read} bytes for {expr.type}", where=name)
+
+
+def bytes_of(block: Any, declared: TensorType) -> Any:
+    """The bytes of an array or a tensor, which must be of this element type."""
     array = np.ascontiguousarray(array_of(block))
     if array.dtype != declared.dtype.numpy:
         raise CheckpointError(f"a weight of {array.dtype} for {declared}")
     return array.reshape(-1).view(np.uint8) if array.size else b""
 
 
-def _nbytes(t: TensorType) -> int:
+def nbytes(t: TensorType) -> int:
+    """The bytes of a tensor that is there."""
     if not isinstance(t.nbytes, int):
         raise CheckpointError(f"a weight of symbolic shape {t}")
     return t.nbytes

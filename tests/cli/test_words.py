@@ -24,7 +24,7 @@ from .conftest import SMALL_LM, CountingModel, FakeApi, Invoke, LetterTokenizer
 
 
 def test_each_phase_has_the_seconds_that_it_took(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = iter((1.0, 3.5, 3.5, 4.0, 10.0, 12.0))  # the beginning and the end of each
+    clock = iter((1.0, 1.0, 2.0, 3.5, 3.5, 4.0, 10.0, 11.0, 12.0))  # beginning, steps, end
     with console.progress_bar() as progress:
         monkeypatch.setattr(console, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
         progress("reading: a", 1, 9)
@@ -36,7 +36,7 @@ def test_each_phase_has_the_seconds_that_it_took(monkeypatch: pytest.MonkeyPatch
         (bar,) = progress._bars.tasks
         assert (bar.completed, bar.total, bar.fields["count"]) == (1, 100_000, "1/100000")
         assert progress.seconds() == {"reading": 4.5, "passes": 0.5}
-    assert console._count(1, 100_001) == "1 B/100.0 kB"
+    assert console._count(1, 100_001, 0.5) == "1 B/100.0 kB, 2 B/s"
     assert not [*clock]
 
 

@@ -195,20 +195,41 @@ def test_the_scales_of_a_block_stay_with_it(block: tuple[int, int]) -> None:
     assert torch.equal(torch.cat(cut), evaluate(expr, source))
 
 
-@pytest.mark.parametrize("shape", [(64,), (5, 64), (3, 5, 70)], ids=str)
-@pytest.mark.parametrize("codes", [DType.i8, DType.i4])
+MADE = [
+    ((64,), DType.i8, (1, 32)), ((64,), DType.i4, (1, 32)),
+    *(((5, 64), codes, block) for codes in (DType.i8, DType.i4, DType.f8e4m3)
+      for block in ((1, 32), (3, 16), (0, 32))),
+    *(((3, 5, 70), codes, (1, 32)) for codes in (DType.i8, DType.i4)),
+    ((3, 5, 70), DType.f8e4m3, (2, 32)),
+]  # fmt: skip
+"""A shape, codes and the blocks that share a scale."""
+
+
+@pytest.mark.parametrize(("shape", "codes", "block"), MADE, ids=str)
 @pytest.mark.parametrize("size", [8, 100, 1 << 20])
 def test_codes_made_piece_by_piece_are_those_made_at_once(
-    shape: tuple[int, ...], codes: DType, size: int
+    shape: tuple[int, ...], codes: DType, block: tuple[int, int], size: int
 ) -> None:
     source = DictSource({"x": torch.randn(shape, generator=torch.Generator().manual_seed(1))})
     x = Source("x", source.types["x"])
-    scales = apply("block_scales", x, codes=codes, block=(1, 32), dtype=DType.f16)
-    packed = apply("block_codes", x, scales, codes=codes, block=(1, 32))
-    numbers = apply("dequantize", apply("scaled", packed, scales, block=(1, 32)), dtype=DType.f32)
+    scales = apply("block_scales", x, codes=codes, block=block, dtype=DType.f16)
+    packed = apply("block_codes", x, scales, codes=codes, block=block)
+    numbers = apply("dequantize", apply("scaled", packed, scales, block=block), dtype=DType.f32)
     for expr in (scales, packed, numbers):
         found = torch.cat([_tensor(part).reshape(-1) for part in blocks(expr, source, size)])
         assert torch.equal(found, evaluate(expr, source).reshape(-1))
+
+
+@pytest.mark.parametrize("what", ["scales", "codes"])
+def test_no_more_is_read_to_make_codes_than_a_row_of_blocks(what: str) -> None:
+    source = Counting({"x": torch.randn(1000, 40)})
+    x = Source("x", source.types["x"])
+    how = {"codes": DType.f8e4m3, "block": (128, 16)}
+    made = apply("block_scales", x, **how, dtype=DType.f32)
+    if what == "codes":
+        made = apply("block_codes", x, made, **how)
+    assert sum(len(part) for part in blocks(made, source, 4096)) == made.type.shape[0]
+    assert max(source.seen) == 128 * 40
 
 
 def test_a_source_of_another_type_is_an_error() -> None:

@@ -1,0 +1,237 @@
+"""A checkpoint in FP8 becomes one in bf16, and one in bf16 a checkpoint in FP8.
+
+To bf16, each weight in FP8 is its codes times the scales of their blocks, in fp32, rounded once
+(`inference/fp8_cast_bf16.py` of deepseek-ai/DeepSeek-V3); everything else stays bit for bit what it
+is. FP8 of other makers, scaled by row or tensor, is read too.
+
+To FP8, what the published checkpoints have in FP8 becomes codes with a scale for 128 x 128: the
+linears of attention, of dense MLPs and of all experts, in MTP layers as in others. Embeddings,
+heads, norms, the router's gate and bias, and what joins an MTP layer to the model stay. A scale is
+the largest magnitude of its block over 448, so a checkpoint in FP8 that was so made comes back from
+bf16 bit for bit; with `scale_fmt` "ue8m0" it is the next power of two, as since DeepSeek-V3.1.
+
+Weights stream from mapped files into new ones; the folder takes its place once it is whole.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, TypeAlias
+
+from dsc.errors import CheckpointError, ConfigError, FileError, UsageError
+from dsc.files import check_makeable, check_room, replacing
+from dsc.frontends.codes import SCALE_SUFFIXES
+from dsc.frontends.config import CONFIG_FILE
+from dsc.frontends.generation_config import GENERATION_FILE
+from dsc.frontends.huggingface import CheckpointModel, open_checkpoint
+from dsc.frontends.tokenizer import RANKS, SETTINGS, TOKENIZER
+from dsc.ir.safetensors import INDEX_FILE, inside
+from dsc.ir.types import DType, TensorType
+from dsc.ir.weights import WeightExpr, apply
+from dsc.runtime.emission import Progress
+from dsc.runtime.packing import Stored, nbytes
+from dsc.runtime.shards import SHARD, cut, write_shards
+from dsc.strict_json import JsonObject
+
+Form: TypeAlias = Literal["bf16", "fp8"]
+ScaleFormat: TypeAlias = Literal["f32", "ue8m0"]
+BLOCK = (128, 128)
+COPIED = (
+    TOKENIZER, SETTINGS, GENERATION_FILE, RANKS, "tokenizer.model", "special_tokens_map.json",
+    "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json",
+)  # fmt: skip
+"""What else of a folder belongs to a checkpoint, as it is."""
+_LINEAR = re.compile(
+    r"model\.layers\.\d+\.("
+    r"self_attn\.(q_proj|q_a_proj|q_b_proj|kv_a_proj_with_mqa|kv_b_proj|o_proj)\.weight"
+    r"|mlp\.(shared_experts\.|experts\.\d+\.)?(gate|up|down)_proj\.weight"
+    r"|mlp\.experts\.(gate_up|down)_proj)"
+)
+"""The weights that published checkpoints have in FP8; experts may be stacked."""
+_SIZE = re.compile(r"(\d+(?:\.\d+)?) ?([kMGT]?)(i?)B?", re.IGNORECASE)
+_POWERS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What was written: bytes by file, how many tensors, and how many of them were converted."""
+
+    folder: Path
+    files: Mapping[str, int]
+    tensors: int
+    converted: int
+    notes: tuple[str, ...]
+
+
+def convert(
+    source: str | Path,
+    out: str | Path,
+    to: Form,
+    *,
+    scale_fmt: ScaleFormat = "f32",
+    max_shard_size: int | str = "5GB",
+    force: bool = False,
+    progress: Progress | None = None,
+) -> Conversion:
+    """Write the checkpoint folder `source` to the folder `out` with its weights in another form.
+
+    Args:
+        source: a checkpoint folder of the family.
+        out: where the new one goes, whole or not at all.
+        to: "bf16" for weights in FP8; "fp8" for plain weights.
+        scale_fmt: scales of FP8: "f32", or "ue8m0" for powers of two.
+        max_shard_size: bytes of tensors in a file at most: a number, or as "5GB", "500MB", "2GiB".
+        force: replace a checkpoint at `out`.
+        progress: called with (what, done, total), in bytes.
+
+    Raises:
+        DscError: one of its classes, with what is wrong, where, and what to do.
+    """
+    folder, target = Path(source), Path(out)
+    if to not in ("bf16", "fp8") or scale_fmt not in ("f32", "ue8m0"):
+        raise UsageError(f"no form {to!r} with scales in {scale_fmt!r}", hint="bf16 or fp8")
+    limit = size_of(max_shard_size)
+    _check_free(folder, target, force)
+    opened = open_checkpoint(folder, DType.bf16)
+    _check_form(opened, to)
+    converted, opened = _plain(opened)
+    stored = list(opened.weights.items())
+    if to == "fp8":
+        converted = [name for name, _ in stored if _LINEAR.fullmatch(name)]
+        _check_linears([(name, opened.weights[name].type) for name in converted])
+        stored = [part for weight in stored for part in _in_blocks(*weight, scale_fmt)]
+    if not converted:
+        raise CheckpointError(f"no weight to convert to {to}", str(folder), "use it as it is")
+    shards = cut(stored, limit)
+    copied = [inside(folder, n, str(folder)) for n in COPIED if os.path.lexists(folder / n)]
+    sizes = [sum(nbytes(expr.type) for _, expr in shard) for shard in shards]
+    beside = sum(path.stat().st_size for path in copied)
+    check_room(target, sum(sizes) + beside, "the weights", max(sizes))
+    with replacing(target) as made:
+        for path in copied:
+            shutil.copyfile(path, made / path.name)
+        (made / CONFIG_FILE).write_text(_config(opened.raw, to, scale_fmt), "utf-8")
+        write_shards(made, shards, opened.source, f"to {to}", progress)
+        files = {path.name: path.stat().st_size for path in sorted(made.iterdir())}
+    notes = (*opened.notes, *_left_out(folder, files))
+    return Conversion(target, files, len(stored), len(converted), notes)
+
+
+def size_of(told: int | str) -> int:
+    """A number of bytes. Raises `UsageError`.
+
+    >>> size_of("5GB"), size_of("1.5 kB"), size_of("2GiB"), size_of(7)
+    (5000000000, 1500, 2147483648, 7)
+    """
+    found = _SIZE.fullmatch(str(told).strip())
+    number = 0
+    if found is not None:
+        base = 1024 if found[3] else 1000
+        number = int(float(found[1]) * base ** _POWERS[found[2].lower()])
+    if number < 1:
+        raise UsageError(f"{told!r} is no size of a file", hint="give one, as 5GB or 500MB")
+    return number
+
+
+def _check_free(source: Path, out: Path, force: bool) -> None:
+    """Raise unless `out` may be written: nothing is there, or a checkpoint that may be replaced."""
+    if source.resolve().is_relative_to(out.resolve()):
+        raise UsageError("the checkpoint would be replaced by what is made of it", str(out),
+                         "give another place")  # fmt: skip
+    check_makeable(out)
+    if not os.path.lexists(out):
+        return
+    if not force:
+        raise FileError(
+            f"{out} exists already", hint="give another place, or --force to replace it"
+        )
+    there = sorted(out.iterdir()) if out.is_dir() else [out]
+    foreign = [path.name for path in there if not _is_ours(path.name)]
+    if foreign:
+        raise FileError(
+            f"{out} is not replaced, not even with --force: it holds {foreign[0]}, which no"
+            " converted checkpoint has", hint="give another place",
+        )  # fmt: skip
+
+
+def _is_ours(name: str) -> bool:
+    """Whether a converted checkpoint may have a file of this name."""
+    return name in (CONFIG_FILE, INDEX_FILE, *COPIED) or bool(SHARD.fullmatch(name))
+
+
+def _check_form(opened: CheckpointModel, to: Form) -> None:
+    """Raise `ConfigError` for weights that are not in a form that is converted to this one."""
+    told = opened.config.quantization_config
+    where = str(opened.folder / CONFIG_FILE)
+    if told is not None and told.integers:
+        raise ConfigError(
+            f"weights in FP8 are converted, and these are integers (quant_method "
+            f"{told.quant_method!r})", where,
+            "give the checkpoint in FP8 or bf16 that this one was made from",
+        )  # fmt: skip
+    if told is not None and to == "fp8":
+        raise ConfigError(
+            f"the weights are in FP8 already (quant_method {told.quant_method!r})", where,
+            "for other blocks or scales convert to bf16 first",
+        )  # fmt: skip
+
+
+def _plain(opened: CheckpointModel) -> tuple[list[str], CheckpointModel]:
+    """Which weights are in 8-bit floats, and the checkpoint with all of its weights as numbers.
+
+    Raises `CheckpointError` for scales that are missing, left over or of another shape.
+    """
+    kept = {
+        key: kind for key, kind in opened.source.types.items()
+        if not key.endswith(SCALE_SUFFIXES)
+    }  # fmt: skip
+    narrow = [key for key, t in kept.items() if t.dtype.is_float and t.dtype.itemsize == 1]
+    wide = {key: TensorType(DType.bf16, kept[key].shape) for key in narrow}
+    return narrow, opened.mapped(kept | wide)
+
+
+def _check_linears(linears: Sequence[tuple[str, TensorType]]) -> None:
+    """Raise `CheckpointError` unless all are matrices of numbers, or several."""
+    odd = [f"{n} : {t}" for n, t in linears if not t.dtype.is_float or t.rank not in (2, 3)]
+    if odd:
+        more = f" and {len(odd) - 1} more" if odd[1:] else ""
+        raise CheckpointError("a weight to quantise is no matrix of floats", odd[0] + more)
+
+
+def _in_blocks(name: str, expr: WeightExpr, scale_fmt: ScaleFormat) -> Iterator[Stored]:
+    """What is stored of a weight: itself, or codes and scales."""
+    if not _LINEAR.fullmatch(name):
+        yield name, expr
+        return
+    kind = DType.f8e8m0 if scale_fmt == "ue8m0" else DType.f32
+    scales = apply("block_scales", expr, codes=DType.f8e4m3, block=BLOCK, dtype=kind)
+    if kind is not DType.f32:
+        scales = apply("cast", scales, dtype=DType.f32)
+    yield name, apply("block_codes", expr, scales, codes=DType.f8e4m3, block=BLOCK)
+    yield name + SCALE_SUFFIXES[0], scales
+
+
+def _config(raw: JsonObject, to: Form, scale_fmt: ScaleFormat) -> str:
+    """`config.json` of the new form; all else stays as it is."""
+    made = {key: value for key, value in raw.items() if key != "quantization_config"}
+    if to == "bf16":
+        made["dtype" if "dtype" in made else "torch_dtype"] = "bfloat16"
+    else:
+        told = {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8"}
+        exponents = {"scale_fmt": scale_fmt} if scale_fmt == "ue8m0" else {}
+        made["quantization_config"] = told | exponents | {"weight_block_size": list(BLOCK)}
+    return json.dumps(made, indent=2, ensure_ascii=False) + "\n"
+
+
+def _left_out(folder: Path, files: Mapping[str, int]) -> Sequence[str]:
+    """A note on the files that were not copied; weights and their index have new names."""
+    names = [path.name for path in folder.iterdir() if not path.name.endswith(".safetensors")]
+    left = sorted(set(names) - {INDEX_FILE} - files.keys())
+    more = f" and {len(left) - 8} more" if len(left) > 8 else ""
+    return (f"not copied: {', '.join(left[:8])}{more}",) if left else ()
