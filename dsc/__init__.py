@@ -38,6 +38,7 @@ if TYPE_CHECKING:
         swiglu,
     )
     from dsc.frontends.optimize import optimize
+    from dsc.quantized import QuantizedModel
     from dsc.runtime.profiler import Profiler
     from dsc.runtime.session import Session
     from dsc.settings import set_debug_mode, set_memory_limit
@@ -46,6 +47,7 @@ __all__ = [
     "CompiledModel",
     "DscError",
     "Profiler",
+    "QuantizedModel",
     "Session",
     "__version__",
     "attention",
@@ -81,6 +83,7 @@ _PLACES = {
     "dsc.frontends.ops": "attention embedding experts latent_attention linear matmul mla_attention"
     " rms_norm rope route silu softmax swiglu",
     "dsc.frontends.optimize": "optimize",
+    "dsc.quantized": "QuantizedModel",
     "dsc.runtime.profiler": "Profiler",
     "dsc.runtime.session": "Session",
     "dsc.settings": "set_debug_mode set_memory_limit",

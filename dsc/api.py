@@ -220,6 +220,12 @@ def compile(
     parallel: str = "tp+ep",
     quant: str = "none",
     keep: Sequence[str] = (),
+    group_size: int = 32,
+    activation_bits: int = 8,
+    calibrate: Any = None,
+    nsamples: int = 4,
+    seqlen: int | None = None,
+    avg_bits: float | None = None,
     print_ir_after: Sequence[str] = (),
     dump_dir: str | Path | None = None,
     verify_each: bool = False,
@@ -249,10 +255,20 @@ def compile(
         parallel: how ranks share it: "tp+ep" (heads, rows and vocabulary split, experts dealt
             out), "tp" (experts split as well) or "ep" (only the experts shared).
         quant: "int8" or "int4" stores the weights of linears and experts in codes of so many bits,
-            with a scale in fp16 for each 32 columns of a row; the head's in 8 bits. A backend
-            that does not read such weights gets their rounded values, and a note says so.
+            with a scale in fp16 for each `group_size` columns of a row; the head's in 8 bits. A
+            backend that does not read such weights gets their rounded values, and a note says so.
         keep: weights that stay as they are: names or beginnings of names of their tensors in the
             checkpoint, such as "lm_head" or "model.layers.0", or patterns: "*.self_attn.*".
+        group_size: columns of a row that share a scale.
+        activation_bits: 8, rows that codes multiply are codes too, on backends with kernels for
+            it; 16, they stay in the compute type.
+        calibrate: a text's path, a text, or token ids, on which the model runs with each product
+            quantised alone; what harms most is kept, `report["quantisation"]` has it all. For a
+            program that is no language model: its inputs by name, or a list of such.
+        nsamples: windows of the text that are taken, spread evenly.
+        seqlen: tokens of each; 256 by default, or what a step takes.
+        avg_bits: bits a weight of linears and experts, scales counted, up to which the worst are
+            kept (the term of auto-round); half a bit more than `quant` takes by default.
         print_ir_after: passes after which the text IR is printed, or "all".
         dump_dir: a folder for numbered text after each pass.
         verify_each: interpret before and after each pass and compare.
@@ -263,20 +279,24 @@ def compile(
         DscError: one of its classes, with what is wrong, where, and what to do.
     """
     from dsc import pipeline
+    from dsc.calibration.asked import trial_of
     from dsc.frontends.load import load_program
     from dsc.passes.shard import check_parallel, check_parts
     from dsc.report import build_report
     from dsc.rewrite.manager import NOT_PASSES, Watch
 
     sizes = {"max_batch": max_batch, "prefill_chunk": prefill_chunk, "ranks": ranks}
+    sizes |= {"group_size": group_size, "activation_bits": activation_bits, "nsamples": nsamples}
     _check_kinds(int, False, fusion_level=fusion_level, **sizes)
-    _check_kinds(int, True, max_context=max_context, threads=threads)
+    _check_kinds(int, True, max_context=max_context, threads=threads, seqlen=seqlen)
     _check_kinds(str, False, cache=cache, parallel=parallel, quant=quant)
     _check_kinds(str, True, backend=backend, dtype=dtype, fallback=fallback)
     _check_options(fusion_level, dtype, max_batch, max_context, prefill_chunk)
     check_parallel(ranks, parallel)
     pipeline.check_names(print_ir_after, NOT_PASSES)
     pipeline.check_quant(quant, keep)
+    pipeline.check_widths(group_size, activation_bits)
+    trial = trial_of(calibrate, quant, nsamples, seqlen, avg_bits)
 
     def shares(config: ModelConfig) -> None:
         experts = config.n_routed_experts if config.is_moe(config.num_hidden_layers - 1) else 0
@@ -314,8 +334,16 @@ def compile(
         parallel=parallel,
         quant=quant,
         keep=tuple(keep),
+        group_size=group_size,
+        activation_bits=activation_bits,
         watch=watch,
     )
+    found = None
+    if trial is not None:
+        from dsc.calibration.calibrate import measured
+
+        found, options = measured(loaded, chosen, targets[0], options, trial, progress)
+    calibrated = time.perf_counter()
     try:
         done = pipeline.prepare(loaded.program, chosen, targets[0], options)
     except UnsupportedOperator as refused:
@@ -343,15 +371,18 @@ def compile(
         emission = replace(emission, runner="")
     seconds = {
         "trace": round(traced - start, 3),
-        "passes": round(optimised - traced, 3),
+        "passes": round(optimised - calibrated, 3),
         "emit": round(time.perf_counter() - optimised, 3),
     }
+    notes = [*loaded.notes, *emission.notes]
+    report = build_report(program, records, seconds, notes, emission.plan)
+    if found is not None:
+        seconds["calibrate"] = round(calibrated - traced, 3)
+        report |= {"seconds": seconds, "quantisation": found}
     return CompiledModel(
         program=program,
         backend=chosen.name,
-        report=build_report(
-            program, records, seconds, [*loaded.notes, *emission.notes], emission.plan
-        ),
+        report=report,
         targets=tuple(str(t) for t in targets),
         source=loaded.source,
         _emission=emission,

@@ -37,6 +37,9 @@ CACHES = ("contiguous", "paged")
 QUANT = {"none": "", "int8": "i8", "int4": "i4"}
 """What weights may be quantised to, and the element type of the codes."""
 QUANTISED = " or ".join(word for word, codes in QUANT.items() if codes)
+ACTIVATION_BITS = (8, 16)
+"""Rows that codes multiply: codes as well, where kernels take them so, or in the compute type."""
+CODED_ROWS = ACTIVATION_BITS[0]
 PAGED = CACHES[1]
 EPILOGUES = 2
 """Backends that fuse from this level on split a merged projection at no cost."""
@@ -55,11 +58,14 @@ class PipelineOptions:
     parallel: str = "tp+ep"
     quant: str = "none"
     keep: tuple[str, ...] = ()
+    group_size: int = 32
+    activation_bits: int = 8
     watch: Watch = field(default_factory=Watch)
 
     def __post_init__(self) -> None:
         check_fusion_level(self.fusion_level)
         check_quant(self.quant, self.keep)
+        check_widths(self.group_size, self.activation_bits)
 
 
 class Setting(NamedTuple):
@@ -142,7 +148,9 @@ SLOTS = (
     Slot(Part.OPTIMISE, "merge_projections", lambda s: s.can.fuse >= EPILOGUES),
     Slot(
         Part.OPTIMISE, "quantize_weights", lambda s: s.asked.quant != "none",
-        lambda s: {"codes": QUANT[s.asked.quant], "keep": s.asked.keep},
+        lambda s: {
+            "codes": QUANT[s.asked.quant], "keep": s.asked.keep, "group": s.asked.group_size,
+        },
     ),
     Slot(
         Part.OPTIMISE, "choose_formats",
@@ -156,7 +164,8 @@ SLOTS = (
     ),
     Slot(
         Part.OPTIMISE, "quantize_activations",
-        lambda s: s.can.activations is not None and _has_codes(s),
+        lambda s: s.can.activations is not None and _has_codes(s)
+        and s.asked.activation_bits == CODED_ROWS,
         lambda s: dict(zip(("codes", "group"), s.can.activations or (), strict=False)),
     ),
     Slot(
@@ -192,6 +201,15 @@ def check_quant(quant: str, keep: Sequence[str]) -> None:
         raise UsageError(
             f"{keep[0]!r} is kept, and nothing is quantised", hint=f"give quant: {QUANTISED}"
         )
+
+
+def check_widths(group_size: int, activation_bits: int) -> None:
+    """Raise `UsageError` for groups of columns, or bits of activations, that there are not."""
+    if group_size < 2:
+        raise UsageError(f"group_size is {group_size}", hint="give at least 2, such as 32 or 128")
+    if activation_bits not in ACTIVATION_BITS:
+        told = " or ".join(map(str, ACTIVATION_BITS))
+        raise UsageError(f"activation_bits is {activation_bits}", hint=f"give {told}")
 
 
 def kind_of(name: str) -> type[Pass]:
@@ -292,6 +310,17 @@ def prepare(
     if cache is not None:
         cache.store(prepared)
     return prepared
+
+
+def until(
+    program: Program, backend: Backend, target: Target, options: PipelineOptions, name: str
+) -> tuple[Program, list[Pass]]:
+    """The program as the pass called `name` gets it, and the passes from that one on."""
+    program = _in_numbers(program)
+    passes = passes_for(program, capabilities_of(backend, target), options)
+    at = [each.name for each in passes].index(name)
+    watch = Watch(progress=options.watch.progress)
+    return Manager(watch).run(program, passes[:at]), passes[at:]
 
 
 def quantised(records: Sequence[PassRecord], backend: str) -> Iterator[str]:

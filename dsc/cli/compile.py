@@ -32,6 +32,12 @@ def compile(
     parallel: options.Parallel = None,
     quant: options.Quant = "none",
     keep: options.Keep = None,
+    group_size: options.GroupSize = 32,
+    activation_bits: options.ActivationBits = "8",
+    calibrate: options.Calibrate = None,
+    nsamples: options.NSamples = 4,
+    seqlen: options.SeqLen = None,
+    avg_bits: options.AvgBits = None,
     print_ir_after: options.PrintIrAfter = None,
     dump_dir: options.DumpDir = None,
     verify_each: options.VerifyEach = False,
@@ -48,9 +54,12 @@ def compile(
         dsc compile path/to/checkpoint --backend tvm --dtype fp32 -o out
 
         dsc compile path/to/checkpoint --weights none --backend null --target cuda:sm_90
+
+        dsc compile path/to/checkpoint --quant int4 --calibrate book.txt --avg-bits 5
     """
     asked = locals().copy()  # every option, by the name that `dsc.compile` has for it
     del asked["tune"]
+    asked["activation_bits"] = int(activation_bits)
     if json and print_ir_after:
         raise UsageError(
             "--json and --print-ir-after both write to standard output",
@@ -105,6 +114,11 @@ def _describe(
         made = {"output": str(folder), "backend": compiled.backend, "bytes": total}
         console.print_json({**made, "phases": phases, "report": compiled.report})
         return
+    found = compiled.report.get("quantisation")
+    if found:
+        from dsc.cli.report_tables import quantisation_table
+
+        (console.stderr() if aside else console.tables()).print(quantisation_table(found))
     for note in compiled.report.get("notes", []):
         console.stderr().print(f"note: {note}")
     (console.stderr() if aside else console.stdout()).print(

@@ -144,6 +144,43 @@ Keep = Annotated[
         help="Weights that --quant leaves: lm_head, model.layers.0, '*.self_attn.*'; repeatable.",
     ),
 ]
+GroupSize = Annotated[
+    int, Option("--group-size", min=2, help="Columns of a row that share a scale under --quant.")
+]
+ActivationBits = Annotated[
+    Literal["8", "16"],
+    Option(
+        "--activation-bits",
+        help="8: rows that codes multiply are codes too, where kernels take them (tvm); 16: they"
+        " stay in the compute type.",
+    ),
+]
+Calibrate = Annotated[
+    Path | None,
+    unset(
+        "--calibrate",
+        metavar="TEXT",
+        exists=True,
+        dir_okay=False,
+        help="Run the model on this text with each product of --quant quantised alone, show what"
+        " that costs, and keep the worst as far as --avg-bits allows.",
+    ),
+]
+NSamples = Annotated[
+    int, Option("--nsamples", min=1, help="Windows of the text that --calibrate takes.")
+]
+SeqLen = Annotated[
+    int | None,
+    unset("--seqlen", min=2, help="Tokens of each window.  [default: 256, or what a step takes]"),
+]
+AvgBits = Annotated[
+    float | None,
+    unset(
+        "--avg-bits",
+        help="Bits a weight of linears and experts, scales counted, up to which --calibrate keeps"
+        " the worst in the compute type.  [default: .5 more than --quant takes]",
+    ),
+]
 PrintIrAfter = Annotated[
     list[str] | None,
     unset(

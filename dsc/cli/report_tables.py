@@ -18,6 +18,9 @@ from dsc.ir.layers import runs
 from dsc.rewrite.explain import summary
 
 LAYER_COSTS = ("parameters", "weight_bytes", "read_bytes", "written_bytes", "flops")
+HEIGHTS = " ▁▂▃▄▅▆▇█"
+WORST = 24
+"""Operators that a table of what quantising costs shows, at most."""
 SAME = ("nodes", "regions", "cache_bytes_per_token", *LAYER_COSTS)
 """What two layers share when they are shown as one line."""
 
@@ -43,6 +46,9 @@ def print_report(console: Console, report: Mapping[str, Any], entry: str | None 
         if found.get("layers"):
             console.print()
             console.print(layers_table(name, found))
+    if report.get("quantisation"):
+        console.print()
+        console.print(quantisation_table(report["quantisation"]))
     for note in report.get("notes", []):
         console.print(Text(clean(f"note: {note}")))
 
@@ -129,6 +135,40 @@ def layers_table(name: str, entry: Mapping[str, Any]) -> Table:
             human_count(first["flops"]), _bytes(first["cache_bytes_per_token"]), shown or "-",
         )  # fmt: skip
     return table
+
+
+def quantisation_table(found: Mapping[str, Any]) -> Table:
+    """One line for each operator that was quantised alone, the worst first, `WORST` at most."""
+    operators = found["operators"]
+    hidden = len(operators) - WORST
+    more = f"; {hidden} more in report.json" if hidden > 0 else ""
+    harm = "KL" if found["measure"] == "kl" else "squared error"
+    table = table_of(
+        f"each operator alone in codes{more}", ("operator", "codes"),
+        ("weights", "plain", "largest x", "error", "calc_diff", harm, "share"),
+    )  # fmt: skip
+    table.add_column("log2 |x|", overflow="fold")
+    table.add_column("", overflow="fold")
+    for each in operators[:WORST]:
+        x = each["activations"]
+        figures = (f"{each[key]:.2g}" for key in ("error", "calc_diff", "harm"))
+        add_row(
+            table, each["operator"], " ".join(each["codes"]), human_bytes(each["bytes"]),
+            human_bytes(each["plain_bytes"]), f"{x['max']:.3g}",
+            *(figures if each["measured"] else ("-", "-", "-")), f"{each['share']:.1%}",
+            f"{x['log2']:3} {bars(x['counts'])}", "kept" if each["kept"] else "",
+        )  # fmt: skip
+    return table
+
+
+def bars(counts: Sequence[int]) -> str:
+    """A histogram in a line of text.
+
+    >>> bars([0, 1, 4, 8, 3])
+    ' ▁▄█▃'
+    """
+    most = max(counts, default=0)
+    return "".join(HEIGHTS[-(-8 * n // most)] for n in counts)
 
 
 def human_count(count: float) -> str:

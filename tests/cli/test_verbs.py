@@ -49,6 +49,9 @@ def test_compile_passes_only_what_was_asked(api: FakeApi, invoke: Invoke, tmp_pa
         "prefill_chunk": 512,
         "cache": "contiguous",
         "quant": "none",
+        "group_size": 32,
+        "activation_bits": 8,
+        "nsamples": 4,
         "verify_each": False,
     }
     assert (tmp_path / "o" / "dsc.json").is_file()

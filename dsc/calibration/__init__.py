@@ -1,0 +1,1 @@
+"""What quantising costs: measured on a text, operator by operator, and what to keep for it."""
