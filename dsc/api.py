@@ -258,17 +258,19 @@ def compile(
             with a scale in fp16 for each `group_size` columns of a row; the head's in 8 bits. A
             backend that does not read such weights gets their rounded values, and a note says so.
         keep: weights that stay as they are: names or beginnings of names of their tensors in the
-            checkpoint, such as "lm_head" or "model.layers.0", or patterns: "*.self_attn.*".
+            checkpoint, such as "lm_head" or "model.layers.0", or patterns: "*.self_attn.*". With
+            ":int8" behind it, "*.down_proj:int8", such weights stay in 8 bits under int4.
         group_size: columns of a row that share a scale.
         activation_bits: 8, rows that codes multiply are codes too, on backends with kernels for
             it; 16, they stay in the compute type.
         calibrate: a text's path, a text, or token ids, on which the model runs with each product
-            quantised alone; what harms most is kept, `report["quantisation"]` has it all. For a
-            program that is no language model: its inputs by name, or a list of such.
+            quantised alone; what harms most is kept, of int4 in 8 bits first, and then in the
+            compute type. `report["quantisation"]` has it all. For a program that is no language
+            model: its inputs by name, or a list of such.
         nsamples: windows of the text that are taken, spread evenly.
         seqlen: tokens of each; 256 by default, or what a step takes.
         avg_bits: bits a weight of linears and experts, scales counted, up to which the worst are
-            kept (the term of auto-round); half a bit more than `quant` takes by default.
+            kept (auto-round's term); half a bit more than `quant` takes by default.
         print_ir_after: passes after which the text IR is printed, or "all".
         dump_dir: a folder for numbered text after each pass.
         verify_each: interpret before and after each pass and compare.

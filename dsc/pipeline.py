@@ -36,6 +36,8 @@ CACHES = ("contiguous", "paged")
 """Layouts of KV caches: a capacity of rows for each sequence, or pages that sequences take."""
 QUANT = {"none": "", "int8": "i8", "int4": "i4"}
 """What weights may be quantised to, and the element type of the codes."""
+WIDE = ":int8"
+"""How a pattern of `keep` ends whose weights stay in 8 bits, and not in the compute type."""
 QUANTISED = " or ".join(word for word, codes in QUANT.items() if codes)
 ACTIVATION_BITS = (8, 16)
 """Rows that codes multiply: codes as well, where kernels take them so, or in the compute type."""
@@ -149,7 +151,9 @@ SLOTS = (
     Slot(
         Part.OPTIMISE, "quantize_weights", lambda s: s.asked.quant != "none",
         lambda s: {
-            "codes": QUANT[s.asked.quant], "keep": s.asked.keep, "group": s.asked.group_size,
+            "codes": QUANT[s.asked.quant], "group": s.asked.group_size,
+            "keep": tuple(x for x in s.asked.keep if not x.endswith(WIDE)),
+            "wide": tuple(x.removesuffix(WIDE) for x in s.asked.keep if x.endswith(WIDE)),
         },
     ),
     Slot(

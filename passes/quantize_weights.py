@@ -2,7 +2,7 @@
 
 What           a weight that linears or experts multiply by becomes the nearest codes and a scale in
                fp16 for each `group` columns of a row; that of a product which is a result, as
-               logits are, has codes of its own, `head`.
+               logits are, has codes of its own, `head`, and what `wide` names has 8-bit codes.
 Why it pays    a decoded token costs the time to read the weights it uses: half, or a quarter.
 Preconditions  linears and experts alone read the tensors that it is made of: an embedding's table,
                a router's weights and what absorbed attention reads stay, in prefill too. It is
@@ -83,6 +83,7 @@ class QuantizeWeights(Pass):
     head: str = option("i8", among=INTEGERS)
     group: int = option(32, least=2)
     keep: tuple[str, ...] = ()
+    wide: tuple[str, ...] = ()
 
     needs = frozenset({Stage.CANONICAL, Stage.OPTIMIZED})
 
@@ -100,7 +101,7 @@ class QuantizeWeights(Pass):
             if not any(_is_product(*reader) for reader in readers):
                 continue
             expr = program.weights[name]
-            codes = DType(self.head if name in heads else self.codes)
+            codes = self._codes(name, expr, name in heads)
             try:
                 self._check(name, expr, codes, others)
             except Kept as why:
@@ -125,11 +126,17 @@ class QuantizeWeights(Pass):
         }  # fmt: skip
         return after.with_weights(near)
 
+    def _codes(self, name: str, expr: WeightExpr, is_head: bool) -> DType:
+        names = [name, *_keys(expr)]
+        if any(_named(pattern, names) for pattern in self.wide):
+            return DType.i8
+        return DType(self.head if is_head else self.codes)
+
     def _check_patterns(self, program: Program) -> None:
         """Raise `UsageError` for a pattern that names no weight."""
         every = {key for expr in program.weights.values() for key in _keys(expr)}
         every |= program.weights.keys()
-        for pattern in self.keep:
+        for pattern in (*self.keep, *self.wide):
             if not _named(pattern, every):
                 near = get_close_matches(pattern, every, 1) or sorted(every)[:1]
                 hint = f"names are the checkpoint's, such as {near[0]}" if near else "leave it out"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -168,7 +169,7 @@ def test_harm_is_the_divergence_of_the_next_token_and_what_is_kept_takes_it_away
     plenty = compiled(backend="reference", avg_bits=32, seqlen=8, nsamples=3)
     found = plenty.report["quantisation"]
     assert found["tokens"] == 24
-    assert {each["kept"] for each in found["operators"]} == {True}
+    assert {each["kept"] for each in found["operators"]} == {"f32"}
     assert found["left"]["harm"] == 0.0
     assert found["bits_kept"] == 32
     harms = [each["harm"] for each in found["operators"]]
@@ -210,11 +211,29 @@ def test_half_a_bit_is_spent_where_nobody_says_how_many() -> None:
     assert f"{found['bits_kept']:.2f} bits a weight" in notes
 
 
-def made_up(*figures: tuple[float, int]) -> list[Cost]:
-    """Costs of products by harm and number of weights, 4 bits each, 16 as they were."""
+def test_what_is_kept_in_8_bits_is_so_in_the_artifact_and_harms_less() -> None:
+    model = compiled(backend="reference", avg_bits=16)
+    found = model.report["quantisation"]
+    kept = {each["operator"]: each["kept"] for each in found["operators"]}
+    assert "i8" in kept.values()
+    types = model.program.weight_types()
+    for each in found["operators"]:
+        for name in each["weights"]:
+            kind = types[name]
+            assert str(kind.dtype) == (each["kept"] or each["codes"][0])
+    assert 0 < found["left"]["harm"] < 0.1 * found["together"]["harm"]
+    again = compiled(backend="reference", calibrate=None, keep=found["keep"])
+    assert again.program.weight_types() == types
+
+
+def made_up(*figures: tuple[float, int], finer: bool = False) -> list[Cost]:
+    """Costs of products by harm and number of weights, 4 bits each (or 8), 16 as they were."""
     costs = []
     for number, (harm, size) in enumerate(figures):
         product = Product(f"p{number}", (f"p{number}",), ("i4",), {}, size, size // 2, size * 2)
+        if finer:
+            more = replace(product, codes=("i8",), nbytes=size)
+            product = replace(product, finer=more)
         cost = Cost(product, ran=True)
         cost.harm.errors.xx, cost.harm.errors.off = 1.0, harm
         costs.append(cost)
@@ -227,10 +246,24 @@ def test_most_harm_a_byte_is_kept_first_within_the_bits() -> None:
     assert choose(costs, 4) == []
     for most, kept in ((5.1, [3]), (5.2, [1]), (13.0, [1, 3]), (16, [0, 1, 3])):
         found = choose(costs, most)
-        assert found == [costs[i] for i in kept]
+        assert [each.cost for each in found] == [costs[i] for i in kept]
         assert bits(costs, found) <= most
     with pytest.raises(UsageError, match=r"avg_bits is 3\.9, and the codes .* take 4\.00"):
         choose(costs, 3.9)
+
+
+def test_8_bits_are_spent_before_more() -> None:
+    costs = made_up((0.5, 800), (0.4, 100), (0.0, 10), (0.2, 90), finer=True)
+    for most, kept in (
+        (4.4, {"p1": ["p1:int8"]}),
+        (4.8, {"p1": ["p1:int8"], "p3": ["p3:int8"]}),
+        (8.0, {"p0": ["p0:int8"], "p1": ["p1:int8"], "p3": ["p3:int8"]}),
+        (8.8, {"p0": ["p0:int8"], "p1": ["p1"], "p3": ["p3:int8"]}),
+        (16, {"p0": ["p0"], "p1": ["p1"], "p3": ["p3"]}),
+    ):
+        found = choose(costs, most)
+        assert {each.cost.product.name: each.patterns for each in found} == kept
+        assert bits(costs, found) <= most
 
 
 # --- texts ----------------------------------------------------------------------------------------
@@ -299,7 +332,9 @@ def test_a_program_that_is_no_language_model_is_calibrated_on_its_inputs() -> No
 
 def test_tables_and_drawings_show_every_operator_and_no_markup_of_a_name() -> None:
     found = dict(compiled().report["quantisation"])
-    found["operators"] = [{**each, "kept": i == 0} for i, each in enumerate(found["operators"])]
+    found["operators"] = [
+        {**each, "kept": "i8" * (i == 0)} for i, each in enumerate(found["operators"])
+    ]
     found["operators"][0]["operator"] = "a<b>&[red]x"
     console = Console(width=200, record=True)
     print_report(console, {"quantisation": found})

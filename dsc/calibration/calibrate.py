@@ -13,13 +13,14 @@ from dsc.calibration.asked import Asked
 from dsc.calibration.costs import Found, choose
 from dsc.calibration.drawing import DRAWING, draw
 from dsc.calibration.measure import Trial
-from dsc.calibration.products import find_products
+from dsc.calibration.products import find_products, with_finer
 from dsc.calibration.texts import ASKS, named_batches, text_ids, token_batches
 from dsc.errors import UsageError
 from dsc.frontends.load import Loaded
 from dsc.frontends.tokenizer import TOKENIZER
 from dsc.ir.program import Program
 from dsc.passes.quantize_activations import QuantizeActivations
+from dsc.passes.quantize_weights import QuantizeWeights
 from dsc.rewrite.base import PassReport
 from dsc.runtime.emission import Progress
 from dsc.targets import Target
@@ -67,7 +68,11 @@ def calibrate(
         ids = text_ids(asked.given, tokenizer)
     whole = replace(options, ranks=1)
     ready, rest = pipeline.until(program, backend, target, whole, "quantize_weights")
-    products = find_products(ready, rest[0].run(ready, PassReport()))
+    each = rest[0]
+    assert isinstance(each, QuantizeWeights)
+    products = find_products(ready, each.run(ready, PassReport()))
+    finer = replace(each, codes="i8").run(ready, PassReport())
+    products = with_finer(products, find_products(ready, finer))
     if not products:
         raise UsageError("no product has a weight that could be quantised", where=program.name)
     batches = (
@@ -83,13 +88,14 @@ def calibrate(
 
     costs = trial.measure(batches, tell)
     kept = choose(costs, asked.avg_bits)
-    left = [cost.product for cost in costs if cost not in kept]
+    chosen = {id(each.cost): each.finer for each in kept}
+    left = [chosen.get(id(cost), cost.product) for cost in costs]
     together = trial.harm(batches, products)
     return Found(
         quant=options.quant,
         costs=sorted(costs, key=lambda cost: cost.harm.value, reverse=True),
         kept=kept,
         together=together,
-        left=trial.harm(batches, left) if kept else together,
+        left=trial.harm(batches, [each for each in left if each is not None]) if kept else together,
         tokens=together.count,
     )

@@ -3,29 +3,58 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import Any
 
 from dsc.calibration.measure import Cost, Harm
+from dsc.calibration.products import Product
 from dsc.errors import UsageError
+from dsc.pipeline import WIDE
 
 MORE_BITS = 0.5
 """Bits a weight that may be spent on keeping products where nobody says how many."""
+FINER = 2.0**-8
+"""Of the harm of 4-bit codes, what 8 bits leave: steps are a sixteenth, and it goes by squares."""
 NAMED = 4
 """Products that a note names."""
 
 
 @dataclass(frozen=True)
-class Found:
-    """The costs of all products, the worst first, and of those `kept` in the compute type.
+class Kept:
+    """A product that is kept: in more bits where `finer` is given, else as it was."""
 
-    `together` is the harm of all in codes, `left` with those that are kept as they were.
+    cost: Cost
+    finer: Product | None = None
+
+    @property
+    def more(self) -> int:
+        """The bytes that it takes beyond those of its codes."""
+        product = self.cost.product
+        return (self.finer.nbytes if self.finer else product.plain_bytes) - product.nbytes
+
+    @property
+    def words(self) -> str:
+        """The element type that it is kept in."""
+        return " ".join(self.finer.codes) if self.finer else self.cost.product.plain
+
+    @property
+    def patterns(self) -> list[str]:
+        """Of `keep`, what keeps it so."""
+        return [f"{each}{WIDE if self.finer else ''}" for each in self.cost.product.keep]
+
+
+@dataclass(frozen=True)
+class Found:
+    """The costs of all products, the worst first, and which of them are kept.
+
+    `together` is the harm of all in codes, `left` with those that are kept.
     """
 
     quant: str
     costs: Sequence[Cost]
-    kept: Sequence[Cost]
+    kept: Sequence[Kept]
     together: Harm
     left: Harm
     tokens: int
@@ -33,7 +62,7 @@ class Found:
     @property
     def keep(self) -> list[str]:
         """Patterns that keep what is kept."""
-        return [pattern for cost in self.kept for pattern in cost.product.keep]
+        return [pattern for each in self.kept for pattern in each.patterns]
 
     @property
     def notes(self) -> list[str]:
@@ -44,7 +73,7 @@ class Found:
         before, after = bits(self.costs), bits(self.costs, self.kept)
         yield f"all {len(self.costs)} products in {self.quant}: {_harm(self.together)}"
         if self.kept:
-            names = [cost.product.name for cost in self.kept]
+            names = [f"{each.cost.product.name} in {each.words}" for each in self.kept]
             more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
             yield f"kept for it: {', '.join(names[:NAMED])}{more}: {_harm(self.left)}"
         yield f"{after:.2f} bits a weight of products, scales counted; {before:.2f} with none kept"
@@ -55,7 +84,7 @@ class Found:
     def as_dict(self) -> dict[str, Any]:
         """JSON values: the operators in order, and what they cost together."""
         total = sum(cost.harm.value for cost in self.costs)
-        kept = set(map(id, self.kept))
+        kept = {id(each.cost): each.words for each in self.kept}
         return {
             "quant": self.quant,
             "measure": "kl" if self.together.count else "squared_error",
@@ -65,19 +94,19 @@ class Found:
             "keep": self.keep,
             "together": _harm_dict(self.together),
             "left": _harm_dict(self.left),
-            "operators": [_cost_dict(cost, total, id(cost) in kept) for cost in self.costs],
+            "operators": [_cost_dict(cost, total, kept.get(id(cost), "")) for cost in self.costs],
         }
 
 
-def bits(costs: Sequence[Cost], kept: Sequence[Cost] = ()) -> float:
+def bits(costs: Sequence[Cost], kept: Iterable[Kept] = ()) -> float:
     """Bits a weight over all products, some of them kept; scales counted."""
     elements = sum(cost.product.elements for cost in costs)
-    more = sum(cost.product.plain_bytes - cost.product.nbytes for cost in kept)
+    more = sum(each.more for each in kept)
     return 8 * (sum(cost.product.nbytes for cost in costs) + more) / max(1, elements)
 
 
-def choose(costs: Sequence[Cost], avg_bits: float | None) -> list[Cost]:
-    """What to keep: most harm a byte first, as long as all stay within `avg_bits` a weight.
+def choose(costs: Sequence[Cost], avg_bits: float | None) -> list[Kept]:
+    """What to keep, and in what: most harm a byte first, while all stay within `avg_bits` a weight.
 
     Raises `UsageError` where the codes alone take more.
     """
@@ -88,17 +117,26 @@ def choose(costs: Sequence[Cost], avg_bits: float | None) -> list[Cost]:
             f"avg_bits is {avg_bits:g}, and the codes with their scales take {least:.2f}",
             hint=f"give {math.ceil(100 * least) / 100:.2f} or more",
         )
-    kept: list[Cost] = []
-    for cost in sorted(costs, key=_worth, reverse=True):
-        if _worth(cost) > 0 and bits(costs, [*kept, cost]) <= allowed:
-            kept.append(cost)
-    return sorted(kept, key=lambda cost: cost.harm.value, reverse=True)
+    kept: dict[int, Kept] = {}
+    steps = [step for cost in costs for step in _steps(cost)]
+    for step in sorted(steps, key=itemgetter(0), reverse=True):
+        _, before, after = step
+        tried = {**kept, id(after.cost): after}
+        if kept.get(id(after.cost)) == before and bits(costs, tried.values()) <= allowed:
+            kept = tried
+    return sorted(kept.values(), key=lambda each: each.cost.harm.value, reverse=True)
 
 
-def _worth(cost: Cost) -> float:
-    """The harm of a product for each byte that keeping it takes."""
-    more = cost.product.plain_bytes - cost.product.nbytes
-    return cost.harm.value / more if more > 0 else 0.0
+def _steps(cost: Cost) -> Iterator[tuple[float, Kept | None, Kept]]:
+    """Ways to keep a product, each after the one before: the harm it takes away for each byte."""
+    before, harm = None, cost.harm.value
+    ways = [(cost.product.finer, harm * (1 - FINER)), (None, harm * FINER)]
+    for finer, gain in ways if cost.product.finer else [(None, harm)]:
+        after = Kept(cost, finer)
+        more = after.more - (before.more if before else 0)
+        if gain > 0 and more > 0:
+            yield gain / more, before, after
+        before = after
 
 
 def _harm(harm: Harm) -> str:
@@ -117,7 +155,7 @@ def _harm_dict(harm: Harm) -> dict[str, Any]:
     return found
 
 
-def _cost_dict(cost: Cost, total: float, kept: bool) -> Mapping[str, Any]:
+def _cost_dict(cost: Cost, total: float, kept: str) -> Mapping[str, Any]:
     product = cost.product
     return {
         "operator": product.name,

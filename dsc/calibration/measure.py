@@ -21,12 +21,12 @@ from typing import Any
 
 from dsc.calibration.products import Product, weights_of
 from dsc.ir.analyses import overwritten
-from dsc.ir.graph import Attrs, Graph, Node, Value
+from dsc.ir.graph import Attrs, Graph, Node, Value, Weight
 from dsc.ir.interpreter import Intercept, Interpreter, bind_symbols, run_graph, run_node
 from dsc.ir.lazy import torch
 from dsc.ir.op import lookup, traits_of
 from dsc.ir.program import Program
-from dsc.ir.weights import evaluate
+from dsc.ir.weights import WeightExpr, evaluate
 
 ACTIVATIONS = "activations"
 LOGITS, IDS = "logits", "input_ids"
@@ -35,6 +35,8 @@ LEAST, MOST = -24, 24
 ROWS = 256
 """Rows of logits that are compared at once."""
 Results = dict[str, Any]
+Stored = Mapping[str, WeightExpr]
+"""Weights in codes, by name."""
 Progress = Callable[[int, int], None]
 
 
@@ -199,15 +201,15 @@ class Trial:
     def harm(self, batches: Sequence[Batch], quantised: Collection[Product]) -> Harm:
         """What several products in codes cost together."""
         found = Harm()
-        names = {name for product in quantised for name in product.stored}
+        stored = {name: expr for product in quantised for name, expr in product.stored.items()}
         for batch in batches:
-            results = [self._run(batch, each) for each in ((), names)]
+            results = [self._run(batch, each) for each in ({}, stored)]
             found.add(batch.inputs, *results)
         return found
 
-    def _run(self, batch: Batch, names: Collection[str]) -> Results:
+    def _run(self, batch: Batch, stored: Stored) -> Results:
         graph, inputs, env = self._bound(batch)
-        return _told(graph, self._ran(graph, inputs, env, self._in_codes(names, env)))
+        return _told(graph, self._ran(graph, inputs, env, self._in_codes(stored, env)))
 
     def _ran(
         self,
@@ -230,9 +232,10 @@ class Trial:
             if not names:
                 return None
             cost = costs[id(self._of[names[0]])]
+            stored = cost.product.stored
             exact = run_node(node, operands, env)
             cost.rows.add(operands[_rows_index(node)])
-            for x, y in zip(exact, self._coded(node, operands, names, env), strict=True):
+            for x, y in zip(exact, self._coded(node, operands, stored, env), strict=True):
                 cost.errors.add(x, y)
             return exact
 
@@ -260,22 +263,20 @@ class Trial:
         inputs = [batch.inputs[v.name] for v in graph.inputs]
         return graph, inputs, bind_symbols(graph, inputs)
 
-    def _in_codes(self, names: Collection[str], env: Mapping[str, int]) -> Intercept:
-        among = {name: self._of[name] for name in names}
-
+    def _in_codes(self, stored: Stored, env: Mapping[str, int]) -> Intercept:
         def run(node: Node, operands: list[Any]) -> tuple[Any, ...] | None:
-            read = weights_of(node, among)
-            return self._coded(node, operands, read, env) if read else None
+            read = weights_of(node, stored)
+            return self._coded(node, operands, stored, env) if read else None
 
         return run
 
     def _coded(
-        self, node: Node, operands: Sequence[Any], names: Collection[str], env: Mapping[str, int]
+        self, node: Node, operands: Sequence[Any], stored: Stored, env: Mapping[str, int]
     ) -> tuple[Any, ...]:
-        """A product's results with some of its weights in codes."""
+        """A product's results with the weights that are `stored` in codes."""
         given = [
-            evaluate(self._of[x.name].stored[x.name], self.program.source)
-            if x is not None and not isinstance(x, Value) and x.name in names else value
+            evaluate(stored[x.name], self.program.source)
+            if isinstance(x, Weight) and x.name in stored else value
             for x, value in zip(node.inputs, operands, strict=True)
         ]  # fmt: skip
         if self.activations and lookup(node.op).attr(ACTIVATIONS) is not None:

@@ -8,7 +8,7 @@ together, and what belongs to them all is one `Product`.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import takewhile
 from typing import cast
 
@@ -25,7 +25,7 @@ class Product:
     """Weights that quantising turns into `codes`, and the patterns of `keep` that keep them.
 
     `stored` are their expressions in the format. `nbytes` is what they take so, `plain_bytes` as
-    they were.
+    they were, in `plain`. `finer` is the same in more bits, where there is such.
     """
 
     name: str
@@ -35,6 +35,20 @@ class Product:
     elements: int
     nbytes: int
     plain_bytes: int
+    plain: str = ""
+    finer: Product | None = None
+
+
+def with_finer(products: Iterable[Product], finer: Iterable[Product]) -> list[Product]:
+    """The products, each with the one over the same weights in more bits."""
+    known = {frozenset(each.stored): each for each in finer}
+
+    def paired(product: Product) -> Product:
+        other = known.get(frozenset(product.stored))
+        more = other is not None and other.nbytes > product.nbytes
+        return replace(product, finer=other) if more else product
+
+    return list(map(paired, products))
 
 
 def find_products(before: Program, after: Program) -> list[Product]:
@@ -75,6 +89,7 @@ def _product(
         elements=sum(cast(int, t.numel) for t in plain),
         nbytes=sum(cast(int, t.nbytes) for t in kinds),
         plain_bytes=sum(cast(int, t.nbytes) for t in plain),
+        plain=" ".join(dict.fromkeys(str(t.dtype) for t in plain)),
     )
 
 

@@ -141,7 +141,8 @@ Keep = Annotated[
     unset(
         "--keep",
         metavar="GLOB",
-        help="Weights that --quant leaves: lm_head, model.layers.0, '*.self_attn.*'; repeatable.",
+        help="Weights that --quant leaves: lm_head, model.layers.0, '*.self_attn.*'; with :int8"
+        " behind it, in 8 bits under int4; repeatable.",
     ),
 ]
 GroupSize = Annotated[
@@ -178,7 +179,8 @@ AvgBits = Annotated[
     unset(
         "--avg-bits",
         help="Bits a weight of linears and experts, scales counted, up to which --calibrate keeps"
-        " the worst in the compute type.  [default: .5 more than --quant takes]",
+        " the worst: of int4 in 8 bits first, then in the compute type.  [default: 0.5 more than"
+        " --quant takes]",
     ),
 ]
 PrintIrAfter = Annotated[

@@ -148,7 +148,7 @@ def quantisation_table(found: Mapping[str, Any]) -> Table:
         ("weights", "plain", "largest x", "error", "calc_diff", harm, "share"),
     )  # fmt: skip
     table.add_column("log2 |x|", overflow="fold")
-    table.add_column("", overflow="fold")
+    table.add_column("kept in", overflow="fold")
     for each in operators[:WORST]:
         x = each["activations"]
         figures = (f"{each[key]:.2g}" for key in ("error", "calc_diff", "harm"))
@@ -156,7 +156,7 @@ def quantisation_table(found: Mapping[str, Any]) -> Table:
             table, each["operator"], " ".join(each["codes"]), human_bytes(each["bytes"]),
             human_bytes(each["plain_bytes"]), f"{x['max']:.3g}",
             *(figures if each["measured"] else ("-", "-", "-")), f"{each['share']:.1%}",
-            f"{x['log2']:3} {bars(x['counts'])}", "kept" if each["kept"] else "",
+            f"{x['log2']:3} {bars(x['counts'])}", each["kept"],
         )  # fmt: skip
     return table
 

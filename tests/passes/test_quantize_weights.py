@@ -127,10 +127,18 @@ def test_a_pattern_keeps_what_it_names(keep: str, kept: str) -> None:
     assert sum(codes_of(e) is not None for e in program.weights.values()) == 4
 
 
+def test_what_is_named_wide_has_8_bits() -> None:
+    program, report = quantised(codes="i4", wide=("e.2", "a"), keep=("a",))
+    found = {name: codes_of(expr) for name, expr in program.weights.items()}
+    assert (found["up"], found["down"], found["a.weight"]) == (DType.i8, DType.i4, None)
+    assert report.facts == {"i8": 2, "i4": 1}
+
+
+@pytest.mark.parametrize("option", ["keep", "wide"])
 @pytest.mark.parametrize("keep", ["hea", "a.weight.", "x*"])
-def test_a_pattern_that_names_nothing_is_refused(keep: str) -> None:
+def test_a_pattern_that_names_nothing_is_refused(keep: str, option: str) -> None:
     with pytest.raises(UsageError, match="no weight is called") as told:
-        quantised(keep=(keep,))
+        quantised(**{option: (keep,)})
     assert "such as" in str(told.value)
 
 
