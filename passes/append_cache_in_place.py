@@ -138,12 +138,13 @@ def appends_of(graph: Graph) -> list[Node]:
 def _obstacles(graph: Graph, paged: bool) -> Iterator[Obstacle]:
     """What would compute something else over rows in place than over P + S."""
     grown = {n.output.name: n for n in appends_of(graph)}
-    caches = Counter(n["past"].name for n in grown.values())
+    caches = {n["past"].name for n in grown.values()}
     alike = {(n["new"].type.shape[1], n["lengths"]) for n in grown.values()}
     readers = Counter(x.name for n in graph.nodes for x in n.operands)
     rows: set[str] = set()
-    updates = {graph.outputs[o].name for o, _ in graph.aliases}
+    updates = {o for o, _ in graph.aliases}
     outputs = {x.name for x in graph.outputs}
+    own = {x.name for i, x in enumerate(graph.outputs) if i not in updates or x.name not in grown}
     for value in graph.inputs:
         if PAST in value.type.symbols and value.name not in caches:
             yield "", f"{value} has the extent {PAST} and is no cache", (value.name,)
@@ -153,11 +154,11 @@ def _obstacles(graph: Graph, paged: bool) -> Iterator[Obstacle]:
         names = {v.name for v in node.outputs}
         where, culprits = node.loc or graph.name, tuple(v.name for v in node.outputs)
         if names & grown.keys():
-            past, new = node["past"], node["new"]
-            if str(past.type.shape[1]) != PAST or len(alike) > 1 or new.name in rows:
+            past = node["past"]
+            if str(past.type.shape[1]) != PAST or len(alike) > 1:
                 why = f"{past} has not {PAST} rows, or its new rows are not like the others"
                 yield where, why, culprits
-            if readers[past.name] > 1 or caches[past.name] > 1 or past.name in outputs:
+            if readers[past.name] > 1 or past.name in outputs:
                 yield where, f"{past} is read elsewhere as well", (past.name,)
         else:
             why = _obstacle(node, rows, caches) or (paged and _unpaged(node, rows, grown)) or ""
@@ -170,21 +171,21 @@ def _obstacles(graph: Graph, paged: bool) -> Iterator[Obstacle]:
             if not _holds(node.outputs):
                 continue
         rows |= names
-        if names & outputs - (updates & grown.keys()):
+        if names & own:
             yield where, "rows of a cache are an output of their own", culprits
 
 
 def _obstacle(node: Node, rows: Collection[str], caches: Collection[str]) -> str:
     """Why a node that appends nothing is in the way; empty when it is not."""
-    grown = [i for i, x in enumerate(node.inputs) if x is not None and x.name in rows]
+    grown = {x.name for x in node.operands if x.name in rows}
     if not grown:
         reads = any(x.name in caches for x in node.operands)
         has = reads or _holds(node.outputs) or PAST in _symbols(node.attrs.values())
         return f"{node.op} has to do with {PAST} rows and updates no declared cache" if has else ""
     masked = {node[name].name for name in traits_of(node.op).masked}
     if masked:
-        hidden = all(node.inputs[i] is not None and node.operands[i].name in masked for i in grown)
-        done = node.get("lengths") is not None and hidden and not _holds(node.outputs)
+        hidden = grown <= masked and not _holds(node.outputs)
+        done = node.get("lengths") is not None and hidden
         return "" if done else f"{node.op} does not mask rows past the end"
     along = "axis" in node.attrs and any(
         _holds_at(x, node.attrs["axis"]) for x in (*node.operands, *node.outputs)

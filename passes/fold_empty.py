@@ -24,6 +24,7 @@ After          graph main(%x: f32[0,4], %y: f32[2,4]) {
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from itertools import chain
 
 from dsc.ir.graph import Attrs, Graph, Node, Operand, Value
 from dsc.ir.op import lookup
@@ -45,16 +46,11 @@ class FoldEmpty(Pass):
 
 
 def _folded(graph: Graph, report: PassReport) -> Graph:
-    types = [x.type for node in graph.nodes for x in (*node.operands, *node.outputs)]
-    if not any(map(_is_empty, types)):
-        return graph
-    nodes: list[Node] = []
-    for node in graph.nodes:
-        made = _without_nothing(node)
-        if made != [node]:
-            report.fire(node.op)
-        nodes += made
-    return graph.with_nodes(nodes)
+    made = [_without_nothing(node) for node in graph.nodes]
+    changed = [node.op for node, new in zip(graph.nodes, made, strict=True) if new != [node]]
+    for op in changed:
+        report.fire(op)
+    return graph.with_nodes(chain(*made)) if changed else graph
 
 
 def _is_empty(t: TensorType) -> bool:
