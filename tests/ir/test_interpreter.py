@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import gc
 import weakref
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 
-from dsc.errors import UsageError, VerificationError
+from dsc.errors import RankError, UsageError, VerificationError
+from dsc.ir import interpreter
 from dsc.ir.graph import Graph, Node
-from dsc.ir.interpreter import Interpreter, bind_symbols, run_graph
+from dsc.ir.interpreter import Interpreter, bind_symbols, run_graph, symbol_places
+from dsc.ir.op import lookup
 from dsc.ir.parser import parse_graph, parse_program
 from dsc.ir.samples import sample_inputs
 from dsc.ir.types import DType
@@ -40,6 +43,22 @@ def test_symbols_are_read_off_the_inputs() -> None:
     assert bound("%x: f32[P+S], %y: f32[S]", (7,), (3,)) == {"S": 3, "P": 4}
     assert bound("%x: f32[2*S+1]", (7,)) == {"S": 3}
     assert bound("%x: f32[B*S], %y: f32[B], %z: f32[S]", (6,), (2,), (3,)) == {"B": 2, "S": 3}
+    assert bound("%x: f32[B*S], %y: f32[B]", (6,), (2,)) == {"B": 2, "S": 3}
+    assert bound("%x: f32[P+S], %y: f32[S]", (3,), (3,)) == {"S": 3, "P": 0}
+    assert bound("%x: f32[9-S]", (7,)) == {"S": 2}
+
+
+def test_a_size_that_has_no_whole_solution_is_left_open() -> None:
+    assert bound("%x: f32[P+S], %y: f32[S]", (2,), (3,)) == {"S": 3}
+    assert bound("%x: f32[2*S]", (7,)) == {}
+    assert bound("%x: f32[S*S]", (9,)) == {}
+    assert bound("%x: f32[B*S], %y: f32[B]", (0,), (0,)) == {"B": 0}
+    assert bound("%x: f32[P+S]", (5,)) == {}
+
+
+def test_a_size_is_read_where_its_symbol_stands_alone_if_it_does() -> None:
+    graph = parse_graph("graph g(%x: f32[4,P+S,Q*Q], %y: f32[4,S], %z: f32[S,P+Q]) { return }")
+    assert symbol_places(graph) == {"S": ("y", 1), "P": ("x", 1), "Q": ("x", 2)}
 
 
 @pytest.mark.parametrize(
@@ -74,8 +93,14 @@ def test_inputs_that_do_not_fit_are_refused(
 def test_a_size_that_no_input_gives_is_an_error() -> None:
     graph = parse_graph("graph g(%x: f32[B*S]) { %f = full {shape=[S], value=0.0, dtype=f32}"
                         " return %f }")  # fmt: skip
-    with pytest.raises(UsageError, match="full needs the size of 'S'"):
+    words = "^full needs the size of 'S', which no input gives$"
+    with pytest.raises(UsageError, match=words) as caught:
         run_graph(graph, [torch.zeros(6)])
+    assert caught.value.where is None
+    declared = parse_graph('graph g(%x: f32[B*S]) { %y = neg %x loc "here" return %y }')
+    words = r"^%y is f32\[B\*S\], and no input gives the size of 'B'\n  where:  here$"
+    with pytest.raises(UsageError, match=words):
+        run_graph(declared, [torch.zeros(6)])
 
 
 def test_a_cache_is_written_in_place_and_returned() -> None:
@@ -181,3 +206,33 @@ def test_a_result_of_another_type_than_declared_is_an_error() -> None:
     with pytest.raises(VerificationError, match=r"neg gave torch.float32 \(4,\)") as caught:
         run_graph(graph, [torch.ones(4)])
     assert caught.value.where == "model"
+
+
+def test_as_many_results_are_given_as_are_declared() -> None:
+    text = "graph g(%x: f32[4]) { %y, %z = split %x {axis=0, sizes=[1,3]} LOC return %z }"
+    for loc, where in (('loc "model"', "model"), ("", None)):
+        graph = parse_graph(text.replace("LOC", loc))
+        with pytest.raises(VerificationError, match="split gave 1 results, 2 are decl") as caught:
+            run_graph(graph, [torch.ones(4)], intercept=lambda node, given: (torch.ones(1),))
+        assert caught.value.where == where
+    wrong = run_graph(graph, [torch.ones(4)], intercept=lambda node, given: None)
+    assert torch.equal(wrong[0], torch.ones(3))
+
+
+@pytest.mark.parametrize(
+    ("loc", "known", "where"),
+    [("model.norm", None, "model.norm"), ("", None, None), ("model.norm", "rank 3", "rank 3")],
+)
+def test_a_rank_that_is_missed_is_told_with_the_place_of_its_collective(
+    loc: str, known: str | None, where: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def alone(x: Any) -> Any:
+        raise RankError("nothing came", known)
+
+    definition = replace(lookup("neg"), reference=alone)
+    monkeypatch.setattr(interpreter, "lookup", lambda op: definition)
+    graph = parse_graph("graph g(%x: f32[4]) { %y = neg %x return %y }")
+    placed = replace(graph, nodes=(replace(graph.nodes[0], loc=loc),))
+    with pytest.raises(RankError, match=r"^nothing came") as caught:
+        run_graph(placed, [torch.ones(4)])
+    assert caught.value.where == where

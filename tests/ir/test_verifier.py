@@ -9,6 +9,7 @@ import pytest
 from dsc.errors import VerificationError
 from dsc.ir.dims import Range
 from dsc.ir.graph import Attrs, Graph, Node, Value, Weight
+from dsc.ir.interface import Storage
 from dsc.ir.parser import parse_graph, parse_program
 from dsc.ir.program import Program
 from dsc.ir.stages import Stage
@@ -89,7 +90,9 @@ def test_names_of_graphs_weights_and_symbols_must_too() -> None:
     verify(program)
     with pytest.raises(VerificationError, match="cannot hold the name"):
         verify(replace(program, weights={"a weight": program.weights["w"]}))
-    for name in ("inf", "true", "B 1"):
+    with pytest.raises(VerificationError, match="cannot hold the name 'nan'"):
+        verify(replace(program, weights={"nan": program.weights["w"]}))
+    for name in ("inf", "true", "B 1", "a.b"):
         with pytest.raises(VerificationError, match="cannot hold the name"):
             verify(replace(program, symbols={name: Range(1, 2)}))
 
@@ -97,10 +100,15 @@ def test_names_of_graphs_weights_and_symbols_must_too() -> None:
 def test_aliases_name_one_output_and_one_input_each() -> None:
     past = Value("past", TensorType(DType.f32, (1, 2, 4)))
     graph = Graph("g", (X, past), (neg("y", X),), (Value("y", F4), past))
-    verify_graph(replace(graph, aliases=((1, 1),)))
+    for aliases in (((1, 1),), ((0, 0),), ((0, 0), (1, 1))):
+        verify_graph(replace(graph, aliases=aliases))
     for aliases in (((2, 1),), ((1, 2),), ((-1, 1),), ((0, 0), (1, 0)), ((0, 0), (0, 0))):
         broken(replace(graph, aliases=aliases), "cannot update")
-    broken(replace(graph, aliases=((0, 1),)), "cannot update")
+    broken(replace(graph, aliases=((1, -1),)), "output 1 cannot update input -1")
+    broken(replace(graph, aliases=((0, 1),)), "output 0, f32[4], cannot update f32[1,2,4]")
+    half = Value("h", F4.with_dtype(DType.bf16))
+    other = Graph("g", (X, half), (), (half,), aliases=((0, 0),))
+    broken(other, "output 0, bf16[4], cannot update f32[4]")
 
 
 CACHE = """graph g(%c: f32[2,7,4], %new: f32[2,1,4], %n: i64[2], @w: f32[2,7,4]) {{
@@ -136,10 +144,12 @@ def test_what_was_overwritten_is_not_read(lines: str) -> None:
         "%d = cache_write %c, %new, %n\n %e = cache_write %d, %new, %n\n return %e",
         "%v = neg %c\n %d = cache_write %c, %new, %n\n %y = add %v, %d\n return %y",
         "%d = cache_write %c, %new, %n\n %v = reshape %d {shape=[14,4]}\n return %v",
+        "%d = cache_write %c, @w, %n\n return %d, @w",
     ],
 )
 def test_what_was_written_or_copied_is_read(lines: str) -> None:
-    verify_graph(parse_graph(CACHE.replace("{{", "{").replace("}}", "}").replace("{}", lines)))
+    text = CACHE.replace("{{", "{").replace("}}", "}").replace("{}", lines)
+    verify_graph(parse_graph(text.replace("@w: f32[2,7,4]", "@w: f32[2,1,4]")))
 
 
 PROGRAM = """program "p" {{stage={stage}}}
@@ -183,3 +193,65 @@ def test_outputs_have_names_of_their_own() -> None:
     doubled = replace(doubled, outputs=(graph.outputs[0], graph.outputs[0]))
     with pytest.raises(VerificationError, match="two outputs share a name"):
         verify(replace(p, entries={"main": doubled}))
+
+
+def test_an_error_shows_three_nodes_before_and_three_behind() -> None:
+    def shown(wrong: int) -> str | None:
+        values = [Value(f"v{i}", F4) for i in range(9)]
+        values[wrong] = Value(f"v{wrong}", F4.with_shape((5,)))
+        nodes = [Node("neg", (X,), Attrs(), (v,)) for v in values]
+        with pytest.raises(VerificationError) as caught:
+            verify_graph(graph_of(*nodes))
+        assert caught.value.culprit is nodes[wrong]
+        assert (caught.value.where, caught.value.part) == ("graph g", "type")
+        return caught.value.picture
+
+    def picture(first: int, last: int, wrong: int) -> str:
+        return "\n".join(
+            f"> %v{i} = neg %x : f32[5]" if i == wrong else f"  %v{i} = neg %x : f32[4]"
+            for i in range(first, last + 1)
+        )
+
+    assert shown(4) == picture(1, 7, 4)
+    assert shown(0) == picture(0, 3, 0)
+    assert shown(1) == picture(0, 4, 1)
+    assert shown(8) == picture(5, 8, 8)
+
+
+def test_an_error_of_a_graph_has_no_picture() -> None:
+    with pytest.raises(VerificationError) as caught:
+        verify_graph(Graph("g", (X,), (), (Value("y", F4),)))
+    found = caught.value
+    assert (found.where, found.picture, found.part) == ("graph g", None, "")
+
+
+STEP = """program "p" {stage=TRACED}
+symbols {B=[1,2], S=[1,2], L=[1,2], P=[0,9]}
+graph step(%input_ids: i64[B,S], %positions: i64[B,S], %lengths: i64[B], %logits_at: i64[B,L],
+           %past: f32[B,P,3], %new: f32[B,S,3]) {
+  %now = append %past, %new, %lengths
+  return %now as "present" updates %past
+}"""
+
+
+def test_what_a_step_updates_is_declared_as_it_is_stored() -> None:
+    good = parse_program(STEP)
+    verify(good)
+    (state,) = good.states
+    row = state.type.with_shape((5,))
+    wrong = [
+        (replace(state, input="other"),), (replace(state, output="other"),),
+        (replace(state, type=row),), (replace(state, storage=Storage.FIXED),),
+        (replace(state, storage=Storage.PAGED, rows=4),), (replace(state, rows=1),),
+    ]  # fmt: skip
+    for states in wrong:
+        with pytest.raises(VerificationError) as caught:
+            verify(good.declaring(states=states))
+        assert caught.value.what == (
+            "%past: f32[B,P,3], which present updates, is not declared as this state:"
+            " declare the state, and how it is stored, in the interface"
+        )
+        assert caught.value.part == "return"
+    verify(good.declaring(states=(state, replace(state, input="more", rows=7))))
+    main = replace(good.entries["step"], aliases=())
+    verify(replace(good, entries={"step": main}).declaring(states=(replace(state, rows=1),)))
