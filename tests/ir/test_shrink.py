@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import re
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import pytest
 from hypothesis import given
 
+from bench.parity import BASE
+from bench.quantised_folders import LAYOUTS, config_of
 from dsc.errors import VerificationError
+from dsc.frontends.codes import CodesReader
+from dsc.frontends.config import parse_config
 from dsc.ir.dims import Dim
 from dsc.ir.extents import Check, Extent, System, Unsolvable
 from dsc.ir.interpreter import Interpreter
@@ -111,16 +116,44 @@ def layer(name: str) -> Program:
     return program
 
 
-def in_fp8(program: Program) -> Program:
-    """Projections as FP8 with block scales, one source an expert, as checkpoints have them."""
+def in_fp8(key: str, n: int, k: int) -> WeightExpr:
+    """A matrix in FP8 with block scales."""
+    scale = TensorType(DType.f32, (-(-n // 128), -(-k // 128)))
+    stored = apply(
+        "scaled", Source(f"{key}.weight", TensorType(DType.f8e4m3, (n, k))),
+        Source(f"{key}.weight_scale_inv", scale), block=(128, 128),
+    )  # fmt: skip
+    return apply("dequantize", stored, dtype=DType.bf16)
 
-    def blocks(key: str, n: int, k: int) -> WeightExpr:
-        scale = TensorType(DType.f32, (-(-n // 128), -(-k // 128)))
-        stored = apply(
-            "scaled", Source(f"{key}.weight", TensorType(DType.f8e4m3, (n, k))),
-            Source(f"{key}.weight_scale_inv", scale), block=(128, 128),
-        )  # fmt: skip
-        return apply("dequantize", stored, dtype=DType.bf16)
+
+def in_words(layout: str, g: int = 64) -> Callable[[str, int, int], WeightExpr]:
+    """Matrices in 4-bit codes with zero points, as a layout packs them."""
+    quantization = parse_config(BASE | config_of({}, LAYOUTS[layout], g)).quantization_config
+
+    def matrix(key: str, n: int, k: int) -> WeightExpr:
+        parts: dict[str, tuple[DType, tuple[int, ...]]]
+        if layout.startswith("ct"):
+            parts = {
+                "weight_packed": (DType.i32, (n, k // 8)),
+                "weight_scale": (DType.bf16, (n, k // g)),
+                "weight_zero_point": (DType.i32, (-(-n // 8), k // g)),
+            }
+        else:
+            words = (k, n // 8) if layout == "awq" else (k // 8, n)
+            parts = {
+                "qweight": (DType.i32, words),
+                "qzeros": (DType.i32, (k // g, n // 8)),
+                "scales": (DType.f16, (k // g, n)),
+            }
+        types = {f"{key}.{end}": TensorType(*part) for end, part in parts.items()}
+        reader = CodesReader(MetaSource(types), quantization)
+        return reader.weight(f"{key}.weight", TensorType(DType.bf16, (n, k)))
+
+    return matrix
+
+
+def in_codes(program: Program, blocks: Callable[[str, int, int], WeightExpr]) -> Program:
+    """Projections as codes, one source an expert, as checkpoints have them."""
 
     def expr(name: str, old: WeightExpr) -> WeightExpr:
         shape = tuple(int(str(d)) for d in old.type.shape)
@@ -195,7 +228,7 @@ def test_a_layer_of_every_model_of_the_family(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["671b", "glm"])
 def test_block_scaled_weights_keep_whole_blocks(name: str) -> None:
-    before = in_fp8(layer(name))
+    before = in_codes(layer(name), in_fp8)
     after = before.shrunk()
     check_small(before, after, 6000)
     kv_a = after.weights["kv_a"].type.shape
@@ -210,6 +243,17 @@ def test_block_scaled_weights_keep_whole_blocks(name: str) -> None:
     assert len(kept) == experts < FAMILY[name]["e"], "experts beyond the first are dropped"
     for name_, expr in after.weights.items():
         assert Interpreter(after).weight(name_).shape == expr.type.shape
+
+
+@pytest.mark.parametrize("layout", ["ct-int4-zeros", "gptq-v2", "awq"])
+def test_packed_weights_keep_whole_words_and_groups(layout: str) -> None:
+    before = in_codes(layer("16b"), in_words(layout))
+    after = before.shrunk()
+    check_small(before, after, 2000)
+    for name, expr in after.weights.items():
+        if name in ("q_b", "kv_a", "o", "gate_up", "down"):
+            assert int(str(expr.type.shape[-1])) % 64 == 0, name
+        assert Interpreter(after).weight(name).shape == expr.type.shape
 
 
 def test_entries_share_weights_and_shrink_alike() -> None:

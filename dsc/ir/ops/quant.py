@@ -224,10 +224,10 @@ def _demand_fields(call: Sized) -> None:
 
 def _fields(x: Any, order: Sequence[int]) -> Any:
     bits = WORD // len(order)
-    places = torch.arange(0, WORD, bits, dtype=torch.int32)
-    fields = ((x.unsqueeze(-1) >> places) & ((1 << bits) - 1)).to(torch.uint8)
-    places_of = sorted(range(len(order)), key=order.__getitem__)
-    return fields[..., places_of].flatten(-2)
+    found = torch.empty((*x.shape, len(order)), dtype=torch.uint8)
+    for place, element in enumerate(order):
+        found[..., element] = (x >> place * bits) & ((1 << bits) - 1)
+    return found.flatten(-2)
 
 
 def _infer_joined(types: Sequence[TensorType], attrs: Mapping[str, Any]) -> tuple[TensorType, ...]:
