@@ -217,8 +217,8 @@ def _notes(
     notes = []
     if activations:
         notes.append(
-            f"the checkpoint was quantised for activations in {activations}; here they stay in the "
-            "element type that is computed in, which is at least as precise"
+            f"the checkpoint was quantised for activations in {activations}; they stay as they are "
+            "computed, or are 8-bit codes by groups of columns where the backend multiplies codes"
         )
     if mapped.mtp:
         layers = sorted({int(key.split(".")[2]) for key in mapped.mtp})

@@ -497,5 +497,3 @@ def test_modules_left_out_by_a_rule_are_no_fault() -> None:
     for layout in ("gptq", "awq", "ct-int4", "w8a8"):
         expr, source = numbers_of(plain, told(layout), (8, 64))
         assert np.array_equal(evaluate(expr, source).numpy(), plain["weight"]), layout
-
-
