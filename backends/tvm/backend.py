@@ -49,7 +49,7 @@ class TvmBackend:
             states=(Storage.CONTIGUOUS, Storage.GROWN, Storage.PAGED),
             experts=EXPERTS,
             shared_experts=True,
-            formats=("i8", "i4"),
+            formats=("i8", "i4", "f8e4m3"),
             tile=16,
             activations=("i8", 32),
             fuse=3,

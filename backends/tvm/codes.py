@@ -1,4 +1,4 @@
-"""Products of integer codes: 16 columns of a result a vector, four of their codes a lane.
+"""Products of codes: 16 columns of a result a vector, four of their codes a lane.
 
 Weights lie 16 rows side by side (`dsc.ir.formats`), so a vector of 64 bytes holds four codes of
 each of 16 columns, and four codes of a row of x in all lanes are what they are multiplied by. No
@@ -15,6 +15,13 @@ adds to a sum is as much times the sum of the codes of x, which is what sums beg
 
 `dot4` is vpdpbusd where the machine has AVX512_VNNI (64 products an instruction), elsewhere pairs
 of 16-bit products, of which LLVM makes what the machine has. The numbers are the same.
+
+FP8 codes (e4m3) are numbers of bf16, and of fp32:
+
+    low, high     the 64 codes of a vector as two of bf16: of columns 0 and 1, and 2 and 3, of each
+                  four, four codes a column. Tables in registers (AVX512_VBMI) give both bytes.
+    gathered      sums over such pairs of lanes, in the order of columns
+    from_f8       a byte a lane as fp32
 """
 
 from __future__ import annotations
@@ -28,6 +35,8 @@ from dsc.backends.tvm.tir import Expr, T, tirx
 LANES = 16
 """Columns of a vector, as many as rows lie side by side."""
 _VNNI = '"target-features"="+avx512f,+avx512bw,+avx512vl,+avx512vnni"'
+
+_VBMI = '"target-features"="+avx512f,+avx512bw,+avx512vl,+avx512vbmi"'
 
 _DOT4_VNNI = f"""
 declare <16 x i32> @llvm.x86.avx512.vpdpbusd.512(<16 x i32>, <64 x i8>, <64 x i8>)
@@ -94,7 +103,6 @@ define linkonce_odr <32 x i8> @dsc_{name}(<16 x i32> %a, <16 x i32> %b) #3 {{
 
 
 _COMMON = f"""
-declare <16 x float> @llvm.rint.v16f32(<16 x float>)
 declare <16 x i32> @llvm.fptosi.sat.v16i32.v16f32(<16 x float>)
 declare <16 x i32> @llvm.smax.v16i32(<16 x i32>, <16 x i32>)
 declare i32 @llvm.vector.reduce.smax.v16i32(<16 x i32>)
@@ -124,6 +132,121 @@ define linkonce_odr i32 @dsc_total(<16 x i32> %a, <16 x i32> %b) #3 {{
   ret i32 %r
 }}
 """
+_F8 = """
+declare <16 x float> @llvm.rint.v16f32(<16 x float>)
+
+define linkonce_odr <16 x float> @dsc_nearest_f8(<16 x float> %a) #3 {
+  %x = bitcast <16 x float> %a to <16 x i32>
+  %s = and <16 x i32> %x, splat (i32 -2147483648)
+  %m = and <16 x i32> %x, splat (i32 2147483647)
+  %h = lshr <16 x i32> %m, splat (i32 20)
+  %o = and <16 x i32> %h, splat (i32 1)
+  %t = add <16 x i32> %m, splat (i32 524287)
+  %u = add <16 x i32> %t, %o
+  %n = and <16 x i32> %u, splat (i32 -1048576)
+  %f = bitcast <16 x i32> %m to <16 x float>
+  %p = fmul <16 x float> %f, splat (float 512.0)
+  %q = call <16 x float> @llvm.rint.v16f32(<16 x float> %p)
+  %d = fmul <16 x float> %q, splat (float 0x3F60000000000000)
+  %e = bitcast <16 x float> %d to <16 x i32>
+  %c = icmp ult <16 x i32> %m, splat (i32 1015021568)
+  %v = select <16 x i1> %c, <16 x i32> %e, <16 x i32> %n
+  %w = or <16 x i32> %v, %s
+  %r = bitcast <16 x i32> %w to <16 x float>
+  ret <16 x float> %r
+}
+
+define linkonce_odr float @dsc_larger(float %a, float %b) #3 {
+  %x = bitcast float %a to i32
+  %y = bitcast float %b to i32
+  %c = icmp sgt i32 %x, %y
+  %m = select i1 %c, i32 %x, i32 %y
+  %r = bitcast i32 %m to float
+  ret float %r
+}
+
+define linkonce_odr <16 x float> @dsc_from_f8(<16 x i32> %a) #3 {
+  %g = and <16 x i32> %a, splat (i32 128)
+  %s = shl <16 x i32> %g, splat (i32 24)
+  %m = and <16 x i32> %a, splat (i32 127)
+  %e = shl <16 x i32> %m, splat (i32 20)
+  %n = add <16 x i32> %e, splat (i32 1006632960)
+  %f = uitofp <16 x i32> %m to <16 x float>
+  %p = fmul <16 x float> %f, splat (float 0x3F60000000000000)
+  %q = bitcast <16 x float> %p to <16 x i32>
+  %c = icmp ult <16 x i32> %m, splat (i32 8)
+  %v = select <16 x i1> %c, <16 x i32> %q, <16 x i32> %n
+  %k = icmp eq <16 x i32> %m, splat (i32 127)
+  %w = select <16 x i1> %k, <16 x i32> splat (i32 2143289344), <16 x i32> %v
+  %o = or <16 x i32> %w, %s
+  %r = bitcast <16 x i32> %o to <16 x float>
+  ret <16 x float> %r
+}
+"""
+
+
+def _table(values: list[int]) -> str:
+    return "<64 x i8> <" + ", ".join(f"i8 {v}" for v in values) + ">"
+
+
+def _bf16_of(code: int) -> int:
+    """The bits of bf16 of an e4m3 code without its sign."""
+    exponent, mantissa = code >> 3, code & 7
+    if code == 127:
+        return 0x7FC0
+    if exponent:
+        return (exponent + 120) << 7 | mantissa << 4
+    if not mantissa:
+        return 0
+    top = mantissa.bit_length() - 1  # a subnormal: 2^(top - 9) times 1.xx
+    return (top + 118) << 7 | (mantissa << (7 - top)) & 0x7F
+
+
+def _unpacked(half: int) -> str:
+    """Lanes of the low bytes and of the high ones, side by side, of half of each 16."""
+    lanes = [lane for q in range(0, 64, 16) for i in range(8) for lane in (q + 8 * half + i,) * 2]
+    mask = ", ".join(f"i32 {lane + 64 * (i % 2)}" for i, lane in enumerate(lanes))
+    return f"<64 x i32> <{mask}>"
+
+
+def _tables() -> str:
+    bits = [_bf16_of(code) for code in range(128)]
+    vector = "<64 x i8>"
+    lookup = f"{vector} @llvm.x86.avx512.vpermi2var.qi.512"
+    text = f"\ndeclare {lookup}({vector}, {vector}, {vector})\n"
+    for half, name in enumerate(("low", "high")):
+        lookups = ""
+        for part, shift in (("l", 0), ("h", 8)):
+            tables = [[(b >> shift) & 255 for b in bits[i : i + 64]] for i in (0, 64)]
+            first, second = map(_table, tables)
+            lookups += f"  %{part} = call {lookup}(\n    {first}, {vector} %c, {second})\n"
+        text += f"""
+define linkonce_odr <32 x i16> @dsc_{name}_f8(<16 x i32> %a) #5 {{
+  %c = bitcast <16 x i32> %a to <64 x i8>
+{lookups}  %g = and <64 x i8> %c, splat (i8 -128)
+  %s = or <64 x i8> %h, %g
+  %u = shufflevector <64 x i8> %l, <64 x i8> %s, {_unpacked(half)}
+  %r = bitcast <64 x i8> %u to <32 x i16>
+  ret <32 x i16> %r
+}}
+"""
+    lanes = [
+        [16 * side + 4 * q + i for q in range(4) for side in (0, 1) for i in (first, first + 2)]
+        for first in (0, 1)
+    ]
+    even, odd = ("<16 x i32> <" + ", ".join(f"i32 {i}" for i in each) + ">" for each in lanes)
+    return f"""{text}
+define linkonce_odr <16 x float> @dsc_gathered(<16 x float> %a, <16 x float> %b) #5 {{
+  %e = shufflevector <16 x float> %a, <16 x float> %b, {even}
+  %o = shufflevector <16 x float> %a, <16 x float> %b, {odd}
+  %r = fadd <16 x float> %e, %o
+  ret <16 x float> %r
+}}
+
+attributes #5 = {{ alwaysinline nounwind {_VBMI} }}
+"""
+
+
 _FMA = """
 declare <16 x float> @llvm.fma.v16f32(<16 x float>, <16 x float>, <16 x float>)
 
@@ -146,7 +269,8 @@ define linkonce_odr <16 x float> @dsc_fma_codes(
 @contextmanager
 def instructions(machine: Machine) -> Iterator[None]:
     """The rest of the kernel's body may use this module's operations."""
-    text = _COMMON + (_DOT4_VNNI if machine.vnni else _DOT4) + (_FMA if machine.fma else _ADD)
+    text = _COMMON + _F8 + (_tables() if machine.vbmi else "")
+    text += (_DOT4_VNNI if machine.vnni else _DOT4) + (_FMA if machine.fma else _ADD)
     # Where vectors are wide, LLVM must be told for a function that is to be inlined.
     wide = '"target-features"="+avx512f,+avx512bw,+avx512vl" ' if machine.lanes == LANES else ""
     with T.attr(
@@ -181,9 +305,34 @@ def largest(a: Expr, b: Expr) -> Expr:
     return _call("largest", "float32", a, b)
 
 
+def larger(a: Expr, b: Expr) -> Expr:
+    """The larger of two numbers that are not negative; NaN where one is."""
+    return _call("larger", "float32", a, b)
+
+
+def nearest_f8(values: Expr) -> Expr:
+    """16 floats of at most 448 to the nearest numbers of e4m3, ties to even; NaN stays one."""
+    return _call("nearest_f8", "float32x16", values)
+
+
 def total(a: Expr, b: Expr) -> Expr:
     """The sum of 32 integers."""
     return _call("total", "int32", a, b)
+
+
+def from_f8(bytes: Expr) -> Expr:
+    """The lowest byte of each lane, an e4m3 code, as fp32."""
+    return _call("from_f8", "float32x16", bytes)
+
+
+def bf16_of_f8(codes: Expr) -> tuple[Expr, Expr]:
+    """64 e4m3 codes as bf16: of the first and of the last two columns of each four."""
+    return _call("low_f8", "uint16x32", codes), _call("high_f8", "uint16x32", codes)
+
+
+def gathered(low: Expr, high: Expr) -> Expr:
+    """Sums of pairs over what `bf16_of_f8` gives, in the order of columns."""
+    return _call("gathered", "float32x16", low, high)
 
 
 def join(a: Expr, b: Expr, even_first: bool) -> Expr:

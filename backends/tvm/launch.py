@@ -64,7 +64,8 @@ def operand(node: Node, index: int) -> Operand:
 
 def fp32_only(node: Node) -> None:
     """Raise `Unsupported` unless all floats of a node are computed with in fp32."""
-    floats = {x.type.dtype for x in (*node.operands, *node.outputs) if not x.type.dtype.is_int}
+    plain = [x.type.dtype for x in (*node.operands, *node.outputs) if x.type.format is None]
+    floats = {dtype for dtype in plain if not dtype.is_int}
     if node.operands[0].type.dtype.is_int or not floats <= {DType.f32, DType.bf16, DType.f16}:
         raise Unsupported(f"{node.op} of {node.operands[0].type.dtype}; f32, bf16 and f16 have it")
 

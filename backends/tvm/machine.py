@@ -26,9 +26,10 @@ class Machine:
     `lanes` is the number of fp32 elements in a vector; `bf16` says that bf16 has kernels of its own
     (AVX-512), `narrows` that an instruction rounds to it (AVX512_BF16), and `pairs` that products
     are fastest by vdpbf16ps (see `bf16`); with `tiles` products of rows with weights go by AMX (see
-    `amx`). `vnni` says that integer codes are multiplied by vpdpbusd (AVX512_VNNI), `fma` that fp32
-    has fused products. With few rows a task of a bf16 product takes `narrow` columns, so that small
-    matrices occupy all threads, with many `wide`: 16 to 64 (see `tuning`).
+    `amx`). `vnni` says that integer codes are multiplied by vpdpbusd (AVX512_VNNI), `vbmi` that FP8
+    codes are looked up in tables, `fma` that fp32 has fused products. With few rows a task of a
+    bf16 product takes `narrow` columns, so that small matrices occupy all threads, with many
+    `wide`: 16 to 64 (see `tuning`).
     """
 
     cpu: str
@@ -40,6 +41,7 @@ class Machine:
     pairs: bool = False
     tiles: bool = False
     vnni: bool = False
+    vbmi: bool = False
     fma: bool = False
     narrow: int = 16
     wide: int = 64
@@ -90,6 +92,7 @@ def machine_for(target: Target) -> Machine:
             pairs=cpu.name.startswith(FULL_RATE) and cpu.has("avx512bf16"),
             tiles=tiles,
             vnni=cpu.has("avx512vnni"),
+            vbmi=cpu.has("avx512vbmi", "avx512bw", "avx512vl"),
             fma=True,
             narrow=32 if tiles else 16,
         )

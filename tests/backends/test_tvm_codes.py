@@ -47,23 +47,30 @@ class Case:
     zeros: str | None = None
     dtype: str = "f32"
     experts: int = 0
+    high: int = 1
 
     @property
     def name(self) -> str:
         """What tests call it."""
-        words = [f"{v}" for v in vars(self).values() if v not in (None, "", 0)]
+        words = [f"{v}" for v in vars(self).values() if v not in (None, "")]
         return "_".join(words).replace(":", "x")
 
     @property
     def weight(self) -> TensorType:
         """The type of the weight, row after row."""
         zeros = DType(self.zeros) if self.zeros else None
-        format = Format((1, self.group), DType(self.scales), zeros)
+        format = Format((self.high, self.group), DType(self.scales), zeros)
         leading = (self.experts,) if self.experts else ()
         return TensorType(DType(self.codes), (*leading, self.columns, self.depth), format)
 
 
 CASES = [
+    Case("f8e4m3", 300, 256, 128, high=128, activations="", scales="f32", dtype="bf16"),
+    Case("f8e4m3", 140, 200, 128, high=128, activations="f8e4m3:128", scales="f8e8m0"),
+    Case("f8e4m3", 40, 96, 0, activations="f8e4m3:128", scales="f32", dtype="bf16"),
+    Case("f8e4m3", 20, 50, 32, activations="", scales="f16"),
+    Case("f8e4m3", 72, 160, 128, high=16, activations="", scales="f32", dtype="bf16", experts=3),
+    Case("f8e4m3", 70, 64, 0, high=0, activations="f8e4m3:128", scales="f32"),
     Case("i8", 64, 64, 32),
     Case("i8", 41, 100, 64, zeros="i8", dtype="bf16"),
     Case("i8", 576, 256, 0, scales="f32"),
@@ -76,7 +83,7 @@ CASES = [
     Case("i8", 24, 64, 32, experts=3),
     Case("i4", 40, 96, 32, experts=3, zeros="i8", dtype="bf16"),
 ]
-PORTABLE = [CASES[i] for i in (0, 1, 6, 8)]
+PORTABLE = [CASES[i] for i in (0, 1, 6, 7, 12, 14)]
 
 
 def program(cases: list[Case]) -> Program:
@@ -100,7 +107,7 @@ def program(cases: list[Case]) -> Program:
         f'program "t" {{stage=OPTIMIZED}}\nsymbols {{N=[0,20]}}\nweights {{\n{typed}}}\n{entries}'
     )
     made = parse_program(text, DictSource(tensors))
-    chosen = pipeline.make("choose_formats", formats=("i8", "i4"), tile=16)
+    chosen = pipeline.make("choose_formats", formats=("i8", "i4", "f8e4m3"), tile=16)
     return pipeline.apply(chosen.run(made, PassReport()), ["own_outputs"])
 
 
@@ -228,7 +235,7 @@ def test_experts_of_codes_are_those_of_their_numbers(codes: str, rows: str, tmp_
         )
     }
     made = replace(made, source=DictSource(tensors))
-    chosen = pipeline.make("choose_formats", formats=("i8", "i4"), tile=16)
+    chosen = pipeline.make("choose_formats", formats=("i8", "i4", "f8e4m3"), tile=16)
     done = pipeline.apply(chosen.run(made, PassReport()), ["own_outputs"])
     run = compiled(done, "cpu", tmp_path)
     for count in (1, 3, 20):

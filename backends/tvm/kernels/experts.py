@@ -10,8 +10,8 @@ experts is fp32, in the order of experts, whatever shares the batch.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,16 +21,17 @@ from dsc.backends.tvm.bf16 import SUMS, instructions
 from dsc.backends.tvm.kernels.bf16_product import BLOCK, Weights
 from dsc.backends.tvm.kernels.coded import (
     HEIGHTS,
+    PAIRS,
     Block,
     Coded,
     Codes,
     Taken,
     coded,
-    scratch_bytes,
 )
 from dsc.backends.tvm.kernels.coded import Rows as CodedRows
 from dsc.backends.tvm.kernels.coded import grain as coded_grain
 from dsc.backends.tvm.kernels.coded import multiply as multiply_codes
+from dsc.backends.tvm.kernels.coded_rows import scratch_bytes, taken
 from dsc.backends.tvm.kernels.panels import (
     Rows,
     first_panel,
@@ -104,7 +105,7 @@ class Experts:
 def lower(node: Node, machine: Machine) -> Launch:
     """The launch of `experts`."""
     x, idx, gate_up, down = (operand(node, i).type for i in (0, 1, 3, 4))
-    up_codes, down_codes = (coded(node, t) for t in (gate_up, down))
+    up_codes, down_codes = (coded(node, x.dtype, t, machine) for t in (gate_up, down))
     both = (up_codes, down_codes) if up_codes and down_codes else None
     if both is None and (up_codes or down_codes):
         raise Unsupported(f"experts of {gate_up} and {down}")
@@ -173,8 +174,8 @@ def experts_direct(of: Experts) -> PrimFunc:
             out = Tensor(down[0], of.stored, (experts, d, hidden))
         else:
             up_codes, down_codes = map(Codes, of.codes, (gate_up, down))
-            taken_x = Taken(of.codes[0], at["x_codes"], rows)
-            taken_h = Taken(of.codes[1], at["hidden_codes"], pairs)
+            taken_x = taken(of.codes[0], at["x_codes"], rows)
+            taken_h = taken(of.codes[1], at["hidden_codes"], pairs)
         offsets = Tensor(at["offsets"], DType.i64, (experts + 1,))
         active = Tensor(at["active"], DType.i64, (experts + 1,))
         order = Tensor(at["order"], DType.i64, (pairs,))
@@ -292,11 +293,15 @@ def experts_direct(of: Experts) -> PrimFunc:
     return build(body, names)
 
 
-def _instructions(of: Experts) -> AbstractContextManager[None]:
-    if of.codes is not None:
-        assert of.plain is not None
-        return codes.instructions(of.plain)
-    return instructions() if of.plain is None else nullcontext()
+@contextmanager
+def _instructions(of: Experts) -> Iterator[None]:
+    with ExitStack() as stack:
+        if of.codes is not None:
+            assert of.plain is not None
+            stack.enter_context(codes.instructions(of.plain))
+        if of.plain is None or (of.codes and PAIRS in {each.way for each in of.codes}):
+            stack.enter_context(instructions())
+        yield
 
 
 def _rows_of(

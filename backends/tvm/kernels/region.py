@@ -11,7 +11,8 @@ from dataclasses import replace
 from math import prod
 
 from dsc.backends.tvm.kernels import ALONG_ROWS
-from dsc.backends.tvm.kernels.coded import addresses_of, coded, scratch_bytes
+from dsc.backends.tvm.kernels.coded import PAIRS, addresses_of, coded
+from dsc.backends.tvm.kernels.coded_rows import scratch_bytes
 from dsc.backends.tvm.kernels.formulas import check
 from dsc.backends.tvm.kernels.panels import fits, panel_bytes
 from dsc.backends.tvm.kernels.region_products import Product, product_region
@@ -88,7 +89,7 @@ def _product(body: Graph, anchor: Node, machine: Machine) -> Launch:
     x, weight = (anchor.operands[i].type for i in range(2))
     *groups, m, k = (static_dim(d, "a weight's axis") for d in weight.shape)
     factors = [o.type for o in anchor.operands if o.type.dtype.is_float]
-    codes = coded(anchor, weight)
+    codes = coded(anchor, x.dtype, weight, machine)
     native = codes is None and fits(machine, k, *factors)
     rows_at = table.numbered(rows_of(x))
     depth = table.size(k) if native and not groups else k  # stacked weights are of few shapes
@@ -99,7 +100,8 @@ def _product(body: Graph, anchor: Node, machine: Machine) -> Launch:
         groups[0] if groups else 0, rows_at, m, depth, m * k >= 4 * PARALLEL_WORK, codes,
     )  # fmt: skip
     if not native:
-        bf16 = machine.bf16 and codes is not None and x.dtype is DType.bf16
+        bf16 = codes is not None and (x.dtype is DType.bf16 or codes.way == PAIRS)
+        bf16 = bf16 and machine.bf16
         machine = replace(machine, bf16=bf16, tiles=False)
     static = (gemm, families, _parameters(body), len(table.dims), machine)
     tiles = native and machine.tiles

@@ -19,7 +19,8 @@ from dsc.backends.tvm.amx import TOKENS
 from dsc.backends.tvm.kernels import coded, panels
 from dsc.backends.tvm.kernels.access import Rows
 from dsc.backends.tvm.kernels.bf16_product import BLOCK, Weights
-from dsc.backends.tvm.kernels.coded import Coded, Codes, Taken
+from dsc.backends.tvm.kernels.coded import Coded, Codes
+from dsc.backends.tvm.kernels.coded_rows import taken
 from dsc.backends.tvm.kernels.values import compute, held, literal, put, rounded
 from dsc.backends.tvm.machine import Machine
 from dsc.backends.tvm.shapes import size_names
@@ -122,7 +123,7 @@ class _Tasks:
             self.w = Tensor(addresses[product.weight], dtype, (max(product.experts, 1), m, k))
         else:
             self.codes = Codes(product.codes, parts[product.weight])
-            self.taken = Taken(product.codes, scratch, self.rows)
+            self.taken = taken(product.codes, scratch, self.rows)
         self.bias = Tensor(addresses[product.bias], dtype, (m,)) if product.bias >= 0 else None
         self.offsets = (
             Tensor(addresses[product.offsets], DType.i64, (product.experts + 1,))
