@@ -50,9 +50,9 @@ class Capabilities:
     `fuse`: the highest fusion level that its kernels take; `regions`: what they take within it.
     `collectives`: its executables speak to other ranks; without it a sharded program is emitted in
     segments, with the collectives between them. `formats`: codes (`dsc.ir.formats`) of weights that
-    it takes as they are stored, with `tile` rows side by side; `activations`: codes and
-    columns in which its kernels want the rows that such weights multiply. `options`: what it reads
-    of `backend_options`.
+    it takes as they are stored, with `tile` rows side by side; `activations`: the codes of
+    weights whose products take their rows as codes too. `options`: what it reads of
+    `backend_options`.
     """
 
     states: tuple[Storage, ...] = (Storage.GROWN, Storage.CONTIGUOUS)
@@ -65,7 +65,7 @@ class Capabilities:
     collectives: bool = False
     formats: tuple[str, ...] = ()
     tile: int = 1
-    activations: tuple[str, int] | None = None
+    activations: tuple[str, ...] = ()
     options: tuple[str, ...] = ()
     targets: tuple[str, ...] = ("cpu",)
 

@@ -34,7 +34,9 @@ from dsc.targets import Target, parse_target
 
 CACHES = ("contiguous", "paged")
 """Layouts of KV caches: a capacity of rows for each sequence, or pages that sequences take."""
-QUANT = {"none": "", "int8": "i8", "int4": "i4"}
+FP8 = "f8e4m3"
+"""Codes whose rows become FP8 too, where that is asked for alone."""
+QUANT = {"none": "", "fp8": FP8, "int8": "i8", "int4": "i4"}
 """What weights may be quantised to, and the element type of the codes."""
 WIDE = ":int8"
 """How a pattern of `keep` ends whose weights stay in 8 bits, and not in the compute type."""
@@ -149,7 +151,11 @@ SLOTS = (
     ),
     Slot(Part.OPTIMISE, "merge_projections", lambda s: s.can.fuse >= EPILOGUES),
     Slot(
-        Part.OPTIMISE, "quantize_weights", lambda s: s.asked.quant != "none",
+        Part.OPTIMISE, "insert_fp8", lambda s: s.asked.quant == "fp8",
+        lambda s: {"keep": s.asked.keep},
+    ),
+    Slot(
+        Part.OPTIMISE, "quantize_weights", lambda s: s.asked.quant in ("int8", "int4"),
         lambda s: {
             "codes": QUANT[s.asked.quant], "group": s.asked.group_size,
             "keep": tuple(x for x in s.asked.keep if not x.endswith(WIDE)),
@@ -168,9 +174,11 @@ SLOTS = (
     ),
     Slot(
         Part.OPTIMISE, "quantize_activations",
-        lambda s: s.can.activations is not None and _has_codes(s)
+        lambda s: bool(s.can.activations) and _has_codes(s)
         and s.asked.activation_bits == CODED_ROWS,
-        lambda s: dict(zip(("codes", "group"), s.can.activations or (), strict=False)),
+        lambda s: {
+            "weights": tuple(c for c in s.can.activations if s.asked.quant == "fp8" or c != FP8),
+        },
     ),
     Slot(
         Part.LOWER, "fuse",
@@ -330,7 +338,7 @@ def until(
 def quantised(records: Sequence[PassRecord], backend: str) -> Iterator[str]:
     """What to tell a user of weights that were to be quantised."""
     by_name = {record.name: record.report for record in records}
-    asked = by_name.get("quantize_weights")
+    asked = by_name.get("quantize_weights", by_name.get("insert_fp8"))
     if asked is None:
         return
     kinds = {word: code for word, code in QUANT.items() if code}

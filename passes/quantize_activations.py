@@ -1,11 +1,13 @@
 """Let products whose weights are codes take their rows as codes too.
 
-What           a linear, grouped_linear or experts over weights in integer codes takes each row of x
-               as the nearest codes, with a scale in fp32 for each `group` columns.
-Why it pays    integers multiply integers: 64 products an instruction where fp32 has 16, and no
-               weight is widened first.
-Preconditions  stage OPTIMIZED or CANONICAL, and the backend asks for it. All that the product reads
-               in a format is in `weights`, and no activations are said yet.
+What           a linear, grouped_linear or experts over weights in codes takes each row of x as the
+               nearest codes, with a scale in fp32 for some columns: beside integers as 8-bit ones,
+               32 columns each, beside FP8 as FP8, 128 columns each (DeepSeek-V3, section 3.3.2).
+Why it pays    integers multiply integers, 64 products an instruction of AVX-512 where fp32 has 16,
+               and FP8 multiplies FP8 where the machine has it; no weight is widened first.
+Preconditions  stage OPTIMIZED or CANONICAL, and the backend asks for it. The codes of all that the
+               product reads in a format are in `weights`, and ask for the same rows; none are said
+               yet.
 Before         graph main(%x: f32[N,64], @w: i8{1x32,f16}[8,64], @r: f32[4,8]) {
                  %y = linear %x, @w : f32[N,8]
                  %z = linear %y, @r : f32[N,4]
@@ -23,7 +25,6 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from functools import partial
 
-from dsc.ir.formats import CODINGS
 from dsc.ir.graph import Attrs, Graph, Node
 from dsc.ir.op import lookup
 from dsc.ir.program import Program
@@ -33,6 +34,8 @@ from dsc.rewrite.options import option
 
 ACTIVATIONS = "activations"
 """The attribute of products that says what their rows are taken as."""
+ROWS = {"i8": "i8:32", "i4": "i8:32", "f8e4m3": "f8e4m3:128"}
+"""What rows are taken as, by the codes of the weights."""
 RULE = "quantise"
 
 
@@ -40,9 +43,7 @@ RULE = "quantise"
 class QuantizeActivations(Pass):
     """Say of every such product what its rows are taken as."""
 
-    codes: str = option("i8", among=[c for c, coding in CODINGS.items() if coding.together == 1])
-    group: int = option(32, least=1)
-    weights: tuple[str, ...] = option(("i8", "i4"), among=CODINGS)
+    weights: tuple[str, ...] = option(tuple(ROWS), among=ROWS)
 
     needs = frozenset({Stage.CANONICAL, Stage.OPTIMIZED})
 
@@ -56,18 +57,21 @@ class QuantizeActivations(Pass):
 
     def _said(self, report: PassReport, graph: Graph) -> Graph:
         def said(node: Node) -> Node:
-            if not self._takes(node):
+            rows = self._rows(node)
+            if not rows:
                 return node
             report.fire(RULE, places=[node.loc])
-            return _with(node, f"{self.codes}:{self.group}")
+            return _with(node, rows)
 
         return replace(graph, nodes=tuple(map(said, graph.nodes)))
 
-    def _takes(self, node: Node) -> bool:
+    def _rows(self, node: Node) -> str:
+        """What a product takes its rows as, or nothing."""
         if lookup(node.op).attr(ACTIVATIONS) is None or node.attrs.get(ACTIVATIONS):
-            return False
-        stored = [x.type.dtype for x in node.operands if x.type.format is not None]
-        return bool(stored) and set(stored) <= set(self.weights)
+            return ""
+        stored = {x.type.dtype.value for x in node.operands if x.type.format is not None}
+        found = {ROWS[codes] if codes in self.weights else "" for codes in stored}
+        return found.pop() if len(found) == 1 else ""
 
 
 def _unsaid(graph: Graph) -> Graph:

@@ -76,16 +76,30 @@ class Kept(Exception):
 
 
 @dataclass(frozen=True)
-class QuantizeWeights(Pass):
-    """Decide for every weight that products read."""
+class Kind:
+    """What a weight becomes: codes, blocks, and the element type of scales."""
 
-    codes: str = option("i8", among=INTEGERS)
-    head: str = option("i8", among=INTEGERS)
-    group: int = option(32, least=2)
+    codes: DType
+    block: tuple[int, int]
+    scales: DType
+
+
+@dataclass(frozen=True)
+class Quantising(Pass):
+    """Decide for every weight that products read, but for those that `keep` names."""
+
     keep: tuple[str, ...] = ()
-    wide: tuple[str, ...] = ()
 
     needs = frozenset({Stage.CANONICAL, Stage.OPTIMIZED})
+
+    @property
+    def patterns(self) -> tuple[str, ...]:
+        """What names weights in the options."""
+        return self.keep
+
+    def kind(self, names: Sequence[str], is_head: bool) -> Kind:
+        """What a weight that is called so becomes. Raises `Kept` for one that stays."""
+        raise NotImplementedError
 
     def run(self, program: Program, report: PassReport) -> Program:
         """One walk over the weights; the report has the reason for each that products keep."""
@@ -101,15 +115,16 @@ class QuantizeWeights(Pass):
             if not any(_is_product(*reader) for reader in readers):
                 continue
             expr = program.weights[name]
-            codes = self._codes(name, expr, name in heads)
             try:
-                self._check(name, expr, codes, others)
+                kind = self.kind([name, *_keys(expr)], name in heads)
+                self._check(name, expr, kind.codes, others)
             except Kept as why:
                 report.miss(RULE, name, str(why), [name])
                 continue
-            chosen[name] = quantised(expr, codes, (1, self.group))
+            chosen[name] = quantised(expr, kind)
             report.fire(RULE, places=[name])
-            report.facts[str(codes)] = report.facts.get(str(codes), 0) + 1
+            codes = str(kind.codes)
+            report.facts[codes] = report.facts.get(codes, 0) + 1
         return replace(program, weights={**program.weights, **chosen}) if chosen else program
 
     def comparable(self, before: Program, after: Program) -> Program:
@@ -126,17 +141,11 @@ class QuantizeWeights(Pass):
         }  # fmt: skip
         return after.with_weights(near)
 
-    def _codes(self, name: str, expr: WeightExpr, is_head: bool) -> DType:
-        names = [name, *_keys(expr)]
-        if any(_named(pattern, names) for pattern in self.wide):
-            return DType.i8
-        return DType(self.head if is_head else self.codes)
-
     def _check_patterns(self, program: Program) -> None:
         """Raise `UsageError` for a pattern that names no weight."""
         every = {key for expr in program.weights.values() for key in _keys(expr)}
         every |= program.weights.keys()
-        for pattern in (*self.keep, *self.wide):
+        for pattern in self.patterns:
             if not _named(pattern, every):
                 near = get_close_matches(pattern, every, 1) or sorted(every)[:1]
                 hint = f"names are the checkpoint's, such as {near[0]}" if near else "leave it out"
@@ -160,9 +169,31 @@ class QuantizeWeights(Pass):
             raise Kept(f"{pattern} is kept")
 
 
-def quantised(expr: WeightExpr, codes: DType, block: tuple[int, int]) -> WeightExpr:
+@dataclass(frozen=True)
+class QuantizeWeights(Quantising):
+    """Integers in groups of columns, those of the head by an option of its own."""
+
+    codes: str = option("i8", among=INTEGERS)
+    head: str = option("i8", among=INTEGERS)
+    group: int = option(32, least=2)
+    wide: tuple[str, ...] = ()
+
+    @property
+    def patterns(self) -> tuple[str, ...]:
+        """Those that 8-bit codes are asked for too."""
+        return (*self.keep, *self.wide)
+
+    def kind(self, names: Sequence[str], is_head: bool) -> Kind:
+        """Codes with a scale for each group of a row's columns."""
+        codes = self.head if is_head else self.codes
+        if any(_named(pattern, names) for pattern in self.wide):
+            codes = "i8"
+        return Kind(DType(codes), (1, self.group), SCALES)
+
+
+def quantised(expr: WeightExpr, kind: Kind) -> WeightExpr:
     """The numbers that a weight's codes stand for, in its own element type."""
-    stored = apply("scaled", *_packed(expr, codes, block), block=block)
+    stored = apply("scaled", *_packed(expr, kind), block=kind.block)
     return apply("dequantize", stored, dtype=expr.type.dtype)
 
 
@@ -175,17 +206,22 @@ def _is_near(made: WeightExpr, expr: WeightExpr, source: WeightSource) -> bool:
     return bool((off <= stored.bound(exact) * (1 + ROUNDING)).all())
 
 
-def _packed(expr: WeightExpr, codes: DType, block: tuple[int, int]) -> Sequence[WeightExpr]:
+def _packed(expr: WeightExpr, kind: Kind) -> Sequence[WeightExpr]:
     """Codes and scales; those of a stack are stacks, so that they can be made piece by piece."""
-    if isinstance(expr, Apply) and (expr.op == "stack" or _joins_rows(expr)):
-        pieces = [_packed(arg, codes, block) for arg in expr.args]
+    codes, block = kind.codes, kind.block
+    if isinstance(expr, Apply) and (expr.op == "stack" or _joins_blocks(expr, block[0])):
+        pieces = [_packed(arg, kind) for arg in expr.args]
         return [apply(expr.op, *each, **expr.attrs) for each in zip(*pieces, strict=True)]
-    scales = apply("block_scales", expr, codes=codes, block=block, dtype=SCALES)
+    scales = apply("block_scales", expr, codes=codes, block=block, dtype=kind.scales)
     return apply("block_codes", expr, scales, codes=codes, block=block), scales
 
 
-def _joins_rows(expr: Apply) -> bool:
-    return expr.op == "concat" and expr.attrs["axis"] % expr.type.rank < expr.type.rank - 1
+def _joins_blocks(expr: Apply, high: int) -> bool:
+    """Whether rows follow rows, whole blocks of them."""
+    axis, rank = expr.attrs.get("axis", 0) % expr.type.rank, expr.type.rank
+    if expr.op != "concat" or axis == rank - 1:
+        return False
+    return axis < rank - 2 or all(is_whole(arg.type.shape[axis], high) for arg in expr.args[:-1])
 
 
 def _is_product(node: Node | None, index: int) -> bool:

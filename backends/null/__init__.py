@@ -44,6 +44,7 @@ class NullBackend:
             fuse=3,
             collectives=True,
             formats=tuple(CODINGS),
+            activations=tuple(CODINGS),
         )
 
     def supports(self, node: Node) -> Support:

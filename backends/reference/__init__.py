@@ -40,6 +40,7 @@ class ReferenceBackend:
             collectives=True,
             states=tuple(Storage),
             formats=tuple(CODINGS),
+            activations=tuple(CODINGS),
         )
 
     def supports(self, node: Node) -> Support:

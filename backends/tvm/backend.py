@@ -51,7 +51,7 @@ class TvmBackend:
             shared_experts=True,
             formats=("i8", "i4", "f8e4m3"),
             tile=16,
-            activations=("i8", 32),
+            activations=("i8", "i4", "f8e4m3"),
             fuse=3,
             regions=RegionLimits(
                 anchors=frozenset({"linear", "grouped_linear"}),

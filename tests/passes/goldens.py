@@ -60,6 +60,7 @@ AFTER = {
     "merge_projections": f"{_ABSORBED},merge_projections",
     "quantize_weights": f"{_ABSORBED},quantize_weights{{codes=i4}}",
     _IN_FP8: f"{_ABSORBED},merge_projections,{_IN_FP8}",
+    "insert_fp8": f"{_ABSORBED},insert_fp8",
     "quantize_activations": f"{_ABSORBED},quantize_weights{{codes=i4}},{_IN_FP8}"
     "{formats=[i8,i4],tile=16},quantize_activations",
     "merge_shared_expert": f"merge_shared_expert,{_ABSORBED}",

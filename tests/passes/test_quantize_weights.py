@@ -21,7 +21,7 @@ from dsc.ir.types import DType
 from dsc.ir.weights import Apply, Source, WeightExpr, apply, evaluate, random_source, source_types
 from dsc.models.configs import TINY_CHECKPOINT
 from dsc.passes import quantize_weights
-from dsc.passes.quantize_weights import QuantizeWeights
+from dsc.passes.quantize_weights import Kind, QuantizeWeights
 from dsc.pipeline import PipelineOptions
 from dsc.rewrite.base import PassReport
 from dsc.rewrite.manager import Watch
@@ -194,7 +194,9 @@ def test_verification_holds_codes_to_their_bound_and_all_else_to_every_bit(codes
         exact = before.weights[name]
         for wrong in (
             apply("dequantize", doubled, dtype=DType.f32),
-            quantize_weights.quantised(apply("add", exact, exact), stored.type.dtype, (1, 32)),
+            quantize_weights.quantised(
+                apply("add", exact, exact), Kind(stored.type.dtype, (1, 32), DType.f16)
+            ),
             apply("neg", expr),
         ):
             shown = each.comparable(before, made.with_weights({name: wrong}))
@@ -203,7 +205,7 @@ def test_verification_holds_codes_to_their_bound_and_all_else_to_every_bit(codes
     assert not compare_programs(before, each.comparable(before, replace(made, entries=other))).ok
 
 
-@pytest.mark.parametrize("quant", ["int8", "int4"])
+@pytest.mark.parametrize("quant", ["fp8", "int8", "int4"])
 @pytest.mark.parametrize("widest", [10**9, 0], ids=["full", "shrunk"])
 def test_a_compile_can_verify_it(quant: str, widest: int, monkeypatch: pytest.MonkeyPatch) -> None:
     for module in ("twin", "verify"):
@@ -211,7 +213,8 @@ def test_a_compile_can_verify_it(quant: str, widest: int, monkeypatch: pytest.Mo
     monkeypatch.setattr(quantize_weights, "WIDEST", widest)
     options = PipelineOptions(quant=quant, watch=Watch(verify_each=True))
     done = pipeline.prepare(small_lm(), backends.get("null"), Target("cpu"), options)
-    (record,) = [r for r in done.records if r.name == "quantize_weights"]
+    name = "insert_fp8" if quant == "fp8" else "quantize_weights"
+    (record,) = [r for r in done.records if r.name == name]
     assert record.report.fired
     assert "difference 0.0" in record.verified
 
@@ -267,6 +270,6 @@ def test_what_cannot_be_asked_is_told(asked: dict[str, Any], words: str) -> None
 
 def test_the_options_of_the_pass_are_text() -> None:
     each = QuantizeWeights(codes="i4", keep=("lm_head", "*.self_attn.*"))
-    assert each.text == "quantize_weights{codes=i4,keep=[lm_head,*.self_attn.*]}"
+    assert each.text == "quantize_weights{keep=[lm_head,*.self_attn.*],codes=i4}"
     (read,) = pipeline.read(each.text, lambda name: pytest.fail(name))
     assert read == each
