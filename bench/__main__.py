@@ -2,6 +2,7 @@
 
     python -m bench --shape moonlight-6l [--quick] [--peers transformers,llama.cpp] [--out DIR]
     python -m bench --folder CHECKPOINT
+    python -m bench --quant int4 --peers llama.cpp     weights in integers, beside Q4_0
     python -m bench --against ../another-checkout      two commits in turns, without other peers
 
 Writes report.md, report.json and decode-b1.svg. A peer that is not installed is reported as skipped
@@ -21,6 +22,7 @@ from typing import Any
 
 from bench import plot, table
 from bench.engines import PEERS, SLOW
+from bench.limit import WIDTHS
 from bench.remote import ROOT, EngineFailed, Remote, missing
 from bench.run import Cell, Effort, Result, run_cell
 from bench.shapes import shape_config, write_checkpoint
@@ -29,6 +31,8 @@ from dsc.hardware import cpu
 CONTEXTS = (128, 1024, 4096, 16384)
 QUICK = Effort(rounds=3, tokens=8, seconds=0.5)
 PROMPT = 512
+QUANTISED = {"llama.cpp": ("none", "int8", "int4")}
+"""What other than bf16 a peer's weights may be in."""
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -43,6 +47,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--peers", type=_names, help=f"of {', '.join(PEERS)}; or none")
     parser.add_argument("--against", type=Path, help="a checkout of another commit, as the peer")
     parser.add_argument("--contexts", type=_numbers)
+    parser.add_argument("--quant", choices=list(WIDTHS), default="none", help="what weights are in")
     parser.add_argument("--batches", type=_numbers)
     parser.add_argument("--rounds", type=int)
     parser.add_argument(
@@ -77,10 +82,10 @@ def _numbers(text: str) -> list[int]:
     return found
 
 
-def cells(contexts: Sequence[int], batches: Sequence[int]) -> list[Cell]:
+def cells(contexts: Sequence[int], batches: Sequence[int], quant: str = "none") -> list[Cell]:
     """The cells of the table, in order."""
-    decode = [Cell("decode", context, batch) for batch in batches for context in contexts]
-    return [Cell("prefill", PROMPT, 1), *decode]
+    decode = [Cell("decode", context, batch, quant) for batch in batches for context in contexts]
+    return [Cell("prefill", PROMPT, 1, quant), *decode]
 
 
 class Bench:
@@ -118,7 +123,7 @@ class Bench:
 
     def _beside(self, ours: Remote, peer: str, machine: Remote) -> None:
         """All cells, in turns with one peer; without a peer by ourselves."""
-        todo = cells(self.asked.contexts, self.asked.batches)
+        todo = cells(self.asked.contexts, self.asked.batches, self.asked.quant)
         if not peer:
             for cell in todo:
                 self._measure([ours], cell, machine)
@@ -152,6 +157,8 @@ class Bench:
 
     def _installed(self, peer: str) -> bool:
         why = missing(peer, self._python(peer))
+        if not why and self.asked.quant not in QUANTISED.get(peer, ("none",)):
+            why = f"it has no weights in {self.asked.quant} here"
         if why:
             self.skipped[peer] = why
         return not why
@@ -187,6 +194,7 @@ class Bench:
             "max_context": max(max(self.asked.contexts) + room, PROMPT),
             "vocabulary": self.config["vocab_size"],
             "commit": self.commit,
+            "quant": self.asked.quant,
         }
 
     def write(self) -> Path:
@@ -195,6 +203,7 @@ class Bench:
         out.mkdir(parents=True, exist_ok=True)
         facts = {
             "shape": self.folder.name,
+            "quant": self.asked.quant,
             "threads": self.asked.threads,
             "machine": cpu().name,
             "commit": self.commit,

@@ -38,53 +38,59 @@ MATRICES = {
         for p in ("gate", "up", "down")
     },
 }
-BF16_FILE = 32
-"""llama.cpp's number of a file whose matrices are bf16."""
+FILES = {"none": 32, "int8": 7, "int4": 2}
+"""llama.cpp's number of a file whose matrices are in bf16, Q8_0, Q4_0, by what we call it."""
+KINDS = {"none": "BF16", "int8": "Q8_0", "int4": "Q4_0"}
+"""The types of its matrices."""
+HEAD = "output.weight"
 
 
-def convert(folder: Path, path: Path) -> None:
-    """Write `path`, whole or not at all."""
+def convert(folder: Path, path: Path, quant: str = "none") -> None:
+    """Write `path`, whole or not at all; the head of a file in Q4_0 is in Q8_0."""
     gguf: Any = import_module("gguf")
+    quants: Any = import_module("gguf.quants")
     config = json.loads((folder / "config.json").read_text())
     if config.get("rope_scaling"):
         raise ValueError("scaled rotary embeddings are not converted")
     found = checkpoint(folder)
     unfinished = path.with_suffix(".partial")
     writer = gguf.GGUFWriter(str(unfinished), "deepseek2")
-    for name, value in metadata(config).items():
+    for name, value in (metadata(config) | {"file_type": FILES[quant]}).items():
         getattr(writer, f"add_{name}")(value)
     scoring = {"softmax": "SOFTMAX", "sigmoid": "SIGMOID"}[config.get("scoring_func", "sigmoid")]
     writer.add_expert_gating_func(gguf.ExpertGatingFuncType[scoring])
     parts = list(converted(config, found))
+    kinds = {}
     for part in parts:
-        if part.matrix:
-            shape = (*part.shape[:-1], 2 * part.shape[-1])
-            kind = gguf.GGMLQuantizationType.BF16
-            writer.add_tensor_info(part.name, shape, np.dtype(np.uint8), part.bytes, kind)
-        else:
-            writer.add_tensor_info(part.name, part.shape, np.dtype(np.float32), part.bytes)
+        if not part.matrix:
+            size = 4 * int(np.prod(part.shape))
+            writer.add_tensor_info(part.name, part.shape, np.dtype(np.float32), size)
+            continue
+        name = "Q8_0" if quant == "int4" and part.name == HEAD else KINDS[quant]
+        kind = kinds[part.name] = gguf.GGMLQuantizationType[name]
+        per, size = gguf.GGML_QUANT_SIZES[kind]
+        shape = (*part.shape[:-1], part.shape[-1] // per * size)
+        writer.add_tensor_info(part.name, shape, np.dtype(np.uint8), int(np.prod(shape)), kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
     for part in parts:
-        writer.write_tensor_data(np.ascontiguousarray(part.make()))
+        values = part.make()
+        if quant != "none" and part.matrix:
+            values = quants.quantize(widened(values), kinds[part.name])
+        writer.write_tensor_data(np.ascontiguousarray(values))
     writer.close()
     unfinished.rename(path)
 
 
 @dataclass(frozen=True)
 class Part:
-    """A tensor of the file: a matrix in bf16, or fp32; `make` gives its values."""
+    """A tensor of the file: a matrix, or fp32; `make` gives its values in bf16 or fp32."""
 
     name: str
     shape: tuple[int, ...]
     matrix: bool
     make: Callable[[], Array]
-
-    @property
-    def bytes(self) -> int:
-        """Its size in the file."""
-        return int(np.prod(self.shape)) * (2 if self.matrix else 4)
 
 
 def metadata(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -118,7 +124,6 @@ def metadata(config: Mapping[str, Any]) -> dict[str, Any]:
         "value_length_mla": config["v_head_dim"],
         "rope_dimension_count": rope,
         "tokenizer_model": "no_vocab",
-        "file_type": BF16_FILE,
     }
 
 

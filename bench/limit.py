@@ -15,16 +15,21 @@ from dsc.runtime.limit import Work
 
 BYTES = 2.0
 """Of a weight and of a cached value: bf16."""
+WIDTHS = {"none": (BYTES, BYTES), "fp8": (1 + 4 / 128**2, BYTES), "int8": (1.0625, 1.0625),
+          "int4": (0.5625, 1.0625)}  # fmt: skip
+"""Bytes of a weight with its share of scales, and of the head's, by what weights are in."""
 
 
 def step_work(
-    config: Mapping[str, Any], batch: int, new: int, context: int, width: float = BYTES
+    config: Mapping[str, Any], batch: int, new: int, context: int, quant: str = "none"
 ) -> list[Work]:
     """The operators of a step over `new` tokens of each of `batch` sequences after `context`.
 
-    Weights take `width` bytes an element, scales included; logits are made for one token each.
+    Logits are made for one token each. The router and the latent's expansion, which attention
+    absorbs, stay in bf16 whatever weights are in.
     """
-    found = [_product(batch, config["vocab_size"], config["hidden_size"], width)]
+    width, head = WIDTHS[quant]
+    found = [_product(batch, config["vocab_size"], config["hidden_size"], head)]
     for index in range(config["num_hidden_layers"]):
         found += _attention(config, batch, new, context, width)
         if index < config["first_k_dense_replace"]:
@@ -35,12 +40,12 @@ def step_work(
 
 
 def prefill_work(
-    config: Mapping[str, Any], batch: int, tokens: int, chunk: int, width: float = BYTES
+    config: Mapping[str, Any], batch: int, tokens: int, chunk: int, quant: str = "none"
 ) -> list[Work]:
     """The operators of a prompt, by chunks."""
     found: list[Work] = []
     for at in range(0, tokens, chunk):
-        found += step_work(config, batch, min(chunk, tokens - at), at, width)
+        found += step_work(config, batch, min(chunk, tokens - at), at, quant)
     return found
 
 
@@ -66,7 +71,7 @@ def _attention(
     absorbed = 2 * rows * heads * rank * (nope + value) + 2 * pairs * heads * (2 * rank + rope)
     expanded = 2 * batch * seen * heads * rank * (nope + value)
     expanded += 2 * pairs * heads * (nope + rope + value)
-    stored = heads * rank * (nope + value) * width + batch * seen * (rank + rope) * BYTES
+    stored = heads * rank * (nope + value) * BYTES + batch * seen * (rank + rope) * BYTES
     yield Work(stored, min(absorbed, expanded))
     yield _product(rows, hidden, heads * value, width)
 
@@ -80,7 +85,7 @@ def _experts(config: Mapping[str, Any], rows: int, width: float) -> Iterator[Wor
     hidden, inner = config["hidden_size"], config["moe_intermediate_size"]
     count, chosen = config["n_routed_experts"], config["num_experts_per_tok"]
     read = expected_experts(count, chosen, rows)
-    yield _product(rows, count, hidden, width)
+    yield _product(rows, count, hidden, BYTES)
     for columns, depth in ((2 * inner, hidden), (hidden, inner)):
         yield Work(columns * depth * width * read, 2 * rows * chosen * columns * depth)
     shared = config.get("n_shared_experts") or 0

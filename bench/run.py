@@ -27,11 +27,15 @@ Speed = Mapping[str, float]
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """One figure of the table: a prompt of `context` tokens, or decode after `context`."""
+    """One figure of the table: a prompt of `context` tokens, or decode after `context`.
+
+    `quant` is what weights are in.
+    """
 
     phase: str
     context: int
     batch: int
+    quant: str = "none"
 
     @property
     def name(self) -> str:
@@ -41,8 +45,8 @@ class Cell:
     def work(self, config: Mapping[str, Any], grown: int) -> list[Work]:
         """What a step does at least, when the context has grown by so many tokens."""
         if self.phase == "prefill":
-            return limit.prefill_work(config, self.batch, self.context, CHUNK)
-        return limit.step_work(config, self.batch, 1, self.context + grown)
+            return limit.prefill_work(config, self.batch, self.context, CHUNK, self.quant)
+        return limit.step_work(config, self.batch, 1, self.context + grown, self.quant)
 
     @property
     def tokens(self) -> int:

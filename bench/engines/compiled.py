@@ -21,12 +21,16 @@ class Engine:
 
         backend = BACKENDS[options["engine"]]
         limits = {"max_batch": options["max_batch"], "max_context": options["max_context"]}
-        name = f"{Path(options['folder']).name}-{backend}-{limits['max_batch']}"
+        quant = options["quant"]
+        ending = "" if quant == "none" else f"-{quant}"
+        name = f"{Path(options['folder']).name}-{backend}{ending}-{limits['max_batch']}"
+        given = {} if quant == "none" else {"quant": quant}  # what another commit may not know
         place = Path(options["cache"]) / f"{name}-{limits['max_context']}-{options['commit']}"
         self.compile_seconds = 0.0
         if not place.is_dir():
             start = time.perf_counter()
-            dsc.compile(options["folder"], backend=backend, prefill_chunk=512, **limits).save(place)
+            asked = {"backend": backend, "prefill_chunk": 512, **limits, **given}
+            dsc.compile(options["folder"], **asked).save(place)
             self.compile_seconds = time.perf_counter() - start
         start = time.perf_counter()
         self.model = dsc.load(place, trust=True, threads=options["threads"])

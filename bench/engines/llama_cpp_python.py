@@ -1,4 +1,4 @@
-"""llama.cpp through llama-cpp-python's low-level functions, bf16 weights, latent cache."""
+"""llama.cpp through llama-cpp-python's low-level functions, latent cache; bf16, Q8_0 or Q4_0."""
 
 from __future__ import annotations
 
@@ -22,11 +22,13 @@ class Engine:
         from bench.gguf_file import convert
 
         folder = Path(options["folder"])
-        path = Path(options["cache"]) / f"{folder.name}.gguf"
+        quant = options["quant"]
+        ending = "" if quant == "none" else f"-{quant}"
+        path = Path(options["cache"]) / f"{folder.name}{ending}.gguf"
         self.compile_seconds = 0.0
         if not path.is_file():
             start = time.perf_counter()
-            convert(folder, path)
+            convert(folder, path, quant)
             self.compile_seconds = time.perf_counter() - start
         self.lib = llama_cpp
         self.quiet = llama_cpp.llama_log_callback(lambda level, text, data: None)
