@@ -215,6 +215,11 @@ def check_quant(quant: str, keep: Sequence[str]) -> None:
         )
 
 
+def quantising(quant: str) -> str:
+    """The pass that quantises weights to what is asked for."""
+    return "insert_fp8" if quant == "fp8" else "quantize_weights"
+
+
 def check_widths(group_size: int, activation_bits: int) -> None:
     """Raise `UsageError` for groups of columns, or bits of activations, that there are not."""
     if group_size < 2:

@@ -19,7 +19,7 @@ from dsc.errors import UsageError
 from dsc.frontends.load import Loaded
 from dsc.frontends.tokenizer import TOKENIZER
 from dsc.ir.program import Program
-from dsc.passes.quantize_activations import QuantizeActivations
+from dsc.passes.quantize_activations import ROWS, QuantizeActivations
 from dsc.passes.quantize_weights import QuantizeWeights
 from dsc.rewrite.base import PassReport
 from dsc.runtime.emission import Progress
@@ -67,20 +67,22 @@ def calibrate(
             raise UsageError("a language model is calibrated on a text", hint=ASKS)
         ids = text_ids(asked.given, tokenizer)
     whole = replace(options, ranks=1)
-    ready, rest = pipeline.until(program, backend, target, whole, "quantize_weights")
+    first = pipeline.quantising(options.quant)
+    ready, rest = pipeline.until(program, backend, target, whole, first)
     each = rest[0]
-    assert isinstance(each, QuantizeWeights)
     products = find_products(ready, each.run(ready, PassReport()))
-    finer = replace(each, codes="i8").run(ready, PassReport())
-    products = with_finer(products, find_products(ready, finer))
+    if isinstance(each, QuantizeWeights):
+        finer = replace(each, codes="i8").run(ready, PassReport())
+        products = with_finer(products, find_products(ready, finer))
     if not products:
         raise UsageError("no product has a weight that could be quantised", where=program.name)
     batches = (
         named_batches(ready, asked.given) if ids is None
         else token_batches(ready, ids, asked.nsamples, asked.seqlen)
     )  # fmt: skip
-    rows = (each for each in rest if isinstance(each, QuantizeActivations))
-    trial = Trial(ready, products, next((f"{x.codes}:{x.group}" for x in rows), ""))
+    codes = pipeline.QUANT[options.quant]
+    taken = any(isinstance(x, QuantizeActivations) and codes in x.weights for x in rest)
+    trial = Trial(ready, products, ROWS[codes] if taken else "")
 
     def tell(done: int, total: int) -> None:
         if progress is not None:
