@@ -129,11 +129,11 @@ Parallel = Annotated[
     ),
 ]
 Quant = Annotated[
-    Literal["none", "int8", "int4"],
+    Literal["none", "fp8", "int8", "int4"],
     Option(
         "--quant",
-        help="Store weights of linears and experts as integers, a scale for 32 columns of a row;"
-        " the head's in 8 bits.",
+        help="Store weights of linears and experts in FP8, in blocks of 128 x 128 as V3, or as"
+        " integers, a scale for 32 columns of a row (the head's in 8 bits).",
     ),
 ]
 Keep = Annotated[
