@@ -165,9 +165,19 @@ class ChooseFormats(Pass):
 
 
 def _tiled(expr: WeightExpr, part: Part) -> WeightExpr:
+    """Rows side by side; of stacked matrices one by one, so that they can be streamed."""
     if part.tile == 1:
         return expr
+    if isinstance(expr, Apply) and _joins_matrices(expr):
+        return apply(expr.op, *(_tiled(arg, part) for arg in expr.args), **expr.attrs)
     return apply("tiled", expr, tile=part.tile, width=part.width, step=part.step)
+
+
+def _joins_matrices(expr: Apply) -> bool:
+    rank = expr.type.rank
+    if expr.op == "concat":
+        return axis_of(expr.attrs["axis"], rank) < rank - 2
+    return expr.op == "stack" and rank > 2
 
 
 def in_format(expr: WeightExpr) -> Apply:

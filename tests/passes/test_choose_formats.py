@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -12,15 +13,18 @@ from hypothesis import strategies as st
 
 from dsc import pipeline
 from dsc.backends import get
+from dsc.ir.arrays import array_of, tensor_of
 from dsc.ir.dims import Range
 from dsc.ir.formats import WHOLE, Format, Packed
 from dsc.ir.parser import parse_program
+from dsc.ir.printer import print_program
 from dsc.ir.program import Program
 from dsc.ir.ranks import at_rank
 from dsc.ir.stages import Stage
+from dsc.ir.streams import blocks
 from dsc.ir.types import DType, TensorType
 from dsc.ir.verifier import verify
-from dsc.ir.weights import WeightExpr, apply, evaluate, leaf, random_source, sources
+from dsc.ir.weights import WeightExpr, apply, evaluate, leaf, parts, random_source, sources
 from dsc.passes.choose_formats import ChooseFormats, Dequantised, in_format
 from dsc.rewrite.base import PassReport
 from dsc.rewrite.verify import compare_programs
@@ -285,3 +289,66 @@ def test_ranks_share_weights_at_blocks() -> None:
         codes = after.source.load("w")[8 * rank : 8 * rank + 8]
         assert torch.equal(part.parts[0].view(torch.uint8), codes.view(torch.uint8))
         assert torch.equal(part.parts[1], after.source.load("w.scale")[2 * rank : 2 * rank + 2])
+
+
+# --- rows side by side ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("block", [(1, 32), (1, WHOLE), (32, 64), (WHOLE, WHOLE)])
+@pytest.mark.parametrize("codes", ["f8e4m3", "i8", "i4"])
+def test_rows_side_by_side_are_the_same_numbers_in_the_order_of_kernels(
+    codes: str, block: tuple[int, int]
+) -> None:
+    """Stacks of matrices whose rows and columns end inside of tiles, written block by block."""
+    t = TensorType(DType(codes), (41, 70), Format(block, DType.f16))
+    stored = [[part for _, part in parts(name, leaf(name, t))] for name in "abc"]
+    stack, scales = (apply("stack", *each) for each in zip(*stored, strict=True))
+    plain = apply("dequantize", apply("scaled", stack, scales, block=block), dtype=DType.f32)
+    text = "graph main(%x: f32[N,70], %o: i64[4]) {\n return %x }"
+    made = parse_program(text, stages=(Stage.CANONICAL,))
+    chosen = ChooseFormats(tile=16)._in_tiles(in_format(plain))
+    source = random_source({s.key: s.type for s in sources(plain)})
+    assert chosen.type.format is not None
+    assert chosen.type.format.tile == 16
+    assert torch.equal(evaluate(chosen, source).unpack(torch.float32), evaluate(plain, source))
+    parsed = parse_program(print_program(made.with_weights({"w": chosen})))
+    assert parsed.weights["w"] == chosen
+    for part in chosen.args:
+        whole = evaluate(part, source)
+        streamed = [torch.as_tensor(tensor_of(np.ascontiguousarray(array_of(each))).reshape(-1))
+                    for each in blocks(part, source, 200)]  # fmt: skip
+        assert len(streamed) >= 3
+        assert torch.equal(
+            torch.cat(streamed).view(torch.uint8), whole.reshape(-1).view(torch.uint8)
+        )
+    codes_of = evaluate(chosen.args[0], source)[1]
+    rows = evaluate(stack, source)[1].view(torch.uint8)
+    assert codes_of.shape[0] == 3  # 41 rows
+    first = codes_of[0].view(torch.uint8).reshape(-1, 16, 4)
+    assert torch.equal(first[1, 5], rows[5, 4:8])
+    assert not codes_of[2].view(torch.uint8).reshape(-1, 16, 4)[:, 9:].any()
+
+
+def test_blocks_that_end_inside_of_a_tile_are_dequantised_with_the_reason() -> None:
+    text = """graph main(%x: bf16[N,64], @a: f8e4m3{8x32,f32}[32,64], @b: i8{1x16,f32}[32,64]) {
+      %y = linear %x, @a
+      %z = linear %x, @b
+      return %y, %z
+    }"""
+    made = parse_program(text, stages=(Stage.CANONICAL,))
+    report = PassReport()
+    done = ChooseFormats(tile=16).run(pipeline._in_numbers(made), report)
+    assert all(t.format is None for t in done.weight_types().values())
+    assert {miss.reason for miss in report.near} == {
+        "16 rows side by side in blocks of [8, 32]", "16 rows side by side in blocks of [1, 16]",
+    }  # fmt: skip
+    again = ChooseFormats(tile=16).run(made, PassReport())
+    kind = TensorType(DType.i8, (32, 64), Format((1, 32), DType.f16, tile=16))
+    stored = {name: apply("dequantize", leaf(name, kind), dtype=DType.bf16) for name in "ab"}
+    tiled = made.with_weights(stored)
+    kept = ChooseFormats(tile=16).run(tiled, PassReport())
+    assert all("tile=16" in str(t) for t in kept.weight_types().values())
+    other = ChooseFormats(tile=8).run(tiled, report)
+    assert all(t.format is None for t in other.weight_types().values())
+    assert "16 of its rows lie side by side" in {miss.reason for miss in report.near}
+    assert again.weight_types() == done.weight_types()
