@@ -33,10 +33,11 @@ class QuantizedModel:
         logits = q(ids)                     # [B, S, vocab]
         tokens = q.generate(ids, 20)        # [B, S + 20]
 
-    `quant_config` may hold `weight_bits` (8 or 4), `activation_bits` (8, or 16: rows stay in the
-    compute type), `quant_scheme` ("symmetric"; scales without zero points are what there is), and
-    `group_size`, `keep`, `calibrate`, `nsamples`, `seqlen`, `avg_bits` as `dsc.compile` takes
-    them, which also takes all other `options`.
+    `quant_config` may hold `weight_bits` (8 or 4), `activation_bits` (8, where the backend's
+    kernels take rows so, or 16: rows stay in the compute type), `quant_scheme` ("symmetric";
+    scales without zero points are what there is), and `group_size`, `keep`, `calibrate`,
+    `nsamples`, `seqlen`, `avg_bits` as `dsc.compile` takes them, which also takes all other
+    `options`.
     """
 
     def __init__(

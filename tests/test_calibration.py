@@ -313,6 +313,22 @@ def test_what_cannot_be_asked_is_told(asked: dict[str, Any], words: str) -> None
         compiled(**asked)
 
 
+def test_a_model_whose_logits_are_no_numbers_is_not_ranked() -> None:
+    program, asked = small_lm(), Asked(IDS)
+    program.source.load("norm")[0] = float("nan")
+    with pytest.raises(UsageError, match="no numbers"):
+        calibrate(
+            program, backends.get("null"), Target("cpu"), PipelineOptions(quant="int8"), asked
+        )
+
+
+def test_several_ranks_keep_what_the_whole_model_found() -> None:
+    alone, ranks = compiled(avg_bits=16), compiled(avg_bits=16, ranks=2)
+    assert ranks.report["quantisation"] == alone.report["quantisation"]
+    kinds = [{str(t.dtype) for t in x.program.weight_types().values()} for x in (alone, ranks)]
+    assert kinds[0] == kinds[1]
+
+
 @pytest.mark.parametrize("given", ["a text", [1, 2], [{"ids": np.zeros(5)}]])
 def test_a_program_that_reads_no_text_wants_its_inputs(given: object) -> None:
     with pytest.raises(UsageError, match=r"by name|needs the inputs"):

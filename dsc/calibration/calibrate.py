@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -89,6 +90,12 @@ def calibrate(
             progress("calibrating", done, total)
 
     costs = trial.measure(batches, tell)
+    if not all(math.isfinite(cost.harm.value) for cost in costs):
+        raise UsageError(
+            "the results on this text are no numbers, with or without codes",
+            where=program.name,
+            hint="calibrate on another text, or see dsc verify",
+        )
     kept = choose(costs, asked.avg_bits)
     chosen = {id(each.cost): each.finer for each in kept}
     left = [chosen.get(id(cost), cost.product) for cost in costs]
