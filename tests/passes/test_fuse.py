@@ -490,3 +490,77 @@ def test_limits_of_a_backend_hold(limits: dict[str, Any]) -> None:
     }"""
     assert shown(fused_graph(text)[0]) == ["[linear add]"]
     assert shown(fused_graph(text, **limits)[0]) == ["linear", "add"]
+
+
+# --- exactly so many, and in which words ----------------------------------------------------------
+
+LINEAR = "%a = linear %x, %x\n%b = add %a, %r"
+BOUNDS: list[tuple[str, int, dict[str, Any], str]] = [
+    (LINEAR, 2, {"nodes": 2, "operands": 2}, ""),
+    (LINEAR, 2, {"nodes": 1}, "2 operators of 2 operands are too many for a kernel"),
+    (LINEAR, 2, {"operands": 1}, "2 operators of 2 operands are too many for a kernel"),
+    (LINEAR, 2, {"anchors": frozenset()}, "the backend's kernel for linear takes nothing else"),
+    (LINEAR, 2, {"epilogue": frozenset({"add"})}, ""),
+    (LINEAR, 2, {"epilogue": frozenset({"sub"})}, "add is no epilogue of linear"),
+    (LINEAR, 1, {}, "linear is fused from level 2"),
+    ("%a = linear %x, %x\n%b = linear %a, %x", 3, {}, "linear and linear are two anchors"),
+    ("%a = rms_norm %x, %g {eps=0.1}\n%b = neg %a", 2, {"reductions": 1}, ""),
+    ("%a = rms_norm %x, %g {eps=0.1}\n%b = neg %a", 1, {}, "rms_norm is fused from level 2"),
+    ("%a = rms_norm %x, %g {eps=0.1}\n%b = softmax %a", 2, {"reductions": 2}, ""),
+    (
+        "%a = rms_norm %x, %g {eps=0.1}\n%b = softmax %a", 2, {"reductions": 1},
+        "2 reductions, the backend takes 1 in a region",
+    ),
+    ("%a = neg %x\n%b = exp %a", 1, {"nodes": 2, "operands": 1, "reductions": 0}, ""),
+    ("%a = neg %g\n%b = add %a, %x", 3, {}, "the pointwise operators have different shapes"),
+    ("%a = experts %x, %i, %w, %gu, %dn\n%b = add %a, %r", 2, {}, ""),
+    ("%a = experts %x, %i, %w, %gu, %dn\n%b = reshape %a {shape=[4,16]}", 2, {}, ""),
+    (
+        "%a = experts %x, %i, %w, %gu, %dn\n%b, %c = split %a {sizes=[4,4]}", 2, {},
+        "a split of what experts computes",
+    ),
+    (
+        "%a = attention %q, %q, %q {scale=0.5, causal=true}", 2, {},
+        "attention is fused from level 3",
+    ),
+]  # fmt: skip
+OPERANDS = """%x: f32[8,8], %r: f32[8,8], %g: f32[8], %i: i64[8,2], %w: f32[8,2], %gu: f32[4,6,8],
+  %dn: f32[4,8,3], %q: f32[2,8,2,4]"""
+
+
+@pytest.mark.parametrize(("text", "level", "limits", "why"), BOUNDS)
+def test_a_region_is_within_the_limits_of_kernels(
+    text: str, level: int, limits: dict[str, Any], why: str
+) -> None:
+    kept = "b" if "%b" in text else "a"
+    body = parse_graph(f"graph g({OPERANDS}) {{\n{text}\nreturn %{kept}\n}}")
+    results = {v.name for v in body.nodes[-1].outputs}
+    assert refusal(body.nodes, results, level, RegionLimits(**limits)) == why
+
+
+def test_a_region_without_a_kernel_is_put_back_and_told() -> None:
+    graph, report = fused_graph(CHAIN, 2, accepts=lambda node: "norm" not in str(node.body))
+    assert shown(graph) == ["[linear split swiglu]", "[linear add]", "rms_norm", "silu"]
+    told = [(where, why) for rule, where, why in report.missed if rule == "accepts"]
+    assert told == [("", "the backend has no kernel for rms_norm + silu")]
+
+
+def test_the_report_counts_kernels_and_what_they_move() -> None:
+    """At 64 rows of 8 fp32 numbers, 2048 bytes: in one kernel `a`, `b` and `q` stay on the chip."""
+    text = """graph main(%x: f32[N,8], %r: f32[N,8]) {
+      %a = neg %x
+      %b = exp %a
+      %s = cumsum %b {axis=0}
+      %c = add %s, %r
+      %q = neg %c
+      return %q
+    }"""
+    _, report = fused_graph(text, 1)
+    assert report.facts == {
+        "level": 1,
+        "main": {
+            "kernels": [5, 3], "bytes": [11 * 2048, 7 * 2048], "regions": 2, "distinct_bodies": 2,
+        },
+        "regions": {"main": {"": ["neg + exp", "cumsum", "add + neg"]}},
+    }  # fmt: skip
+    assert report.fired == {"level 1": 2}

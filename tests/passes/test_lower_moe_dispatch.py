@@ -69,6 +69,46 @@ def test_the_guard_cuts_the_range_of_new_tokens() -> None:
     assert ranges_of(program_of(LAYER.format(n="N", act="silu")), "main")["N"].lo == 0
 
 
+@pytest.mark.parametrize(
+    ("steps", "entry", "new", "found"),
+    [
+        ((1, 9, None), "a", (1, 32), (1, 1)),
+        ((1, 9, None), "b", (1, 32), (2, 9)),
+        ((1, 9, None), "c", (1, 32), (10, 32)),
+        ((1, 9, None), "c", (12, 32), (12, 32)),
+        ((1, 9, None), "b", (1, 8), (2, 8)),
+        ((1, 64, None), "c", (1, 32), (32, 32)),
+        ((8, 8, None), "b", (1, 32), (1, 8)),
+        ((8, 9, None), "b", (1, 32), (9, 9)),
+        ((None, None, None), "b", (2, 32), (2, 32)),
+        ((1, 9, None), "d", (1, 32), (1, 32)),
+    ],
+)
+def test_an_entry_has_the_steps_that_no_narrower_one_takes(
+    steps: tuple[int | None, ...], entry: str, new: tuple[int, int], found: tuple[int, int]
+) -> None:
+    guards = tuple(Guard(name, step) for name, step in zip("abc", steps, strict=True))
+    program = program_of(LAYER.format(n="S", act="silu"), Stage.CANONICAL).declaring(guards=guards)
+    ranged = replace(program, symbols={"S": Range(*new), "B": Range(1, 4)})
+    assert ranges_of(ranged, entry) == {"S": Range(*found), "B": Range(1, 4)}
+    fixed = replace(program, symbols={"B": Range(1, 4)})
+    assert ranges_of(fixed, entry) == fixed.symbols
+
+
+@pytest.mark.parametrize(("rows", "last"), [("N", "combine"), ("B,N", "reshape")])
+def test_the_grouped_form_without_costs_is_always_taken(rows: str, last: str) -> None:
+    report = PassReport()
+    program = program_of(LAYER.format(n=rows, act="relu"), Stage.CANONICAL)
+    done = LowerMoeDispatch().run(program, report)
+    made = done.entries["main"].nodes
+    assert [n.op for n in made if n.op != "reshape"] == [
+        "dispatch", "grouped_linear", "split", "relu", "mul", "grouped_linear", "combine"
+    ]  # fmt: skip
+    assert (made[-1].op, made[-1].output.name) == (last, "y")
+    assert report.fired == {"lower": 1}
+    assert not report.facts
+
+
 def test_the_report_gives_each_entrys_form_and_why() -> None:
     program = Manager().run(canonical_lm(WIDE), [SpecialiseEntries()])
     report = PassReport()

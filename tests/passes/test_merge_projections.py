@@ -16,7 +16,7 @@ from dsc.ir.types import DType, TensorType
 from dsc.ir.verifier import verify
 from dsc.ir.weights import Source, apply, evaluate, random_source
 from dsc.passes.absorb_mla import AbsorbMla
-from dsc.passes.merge_projections import MergeProjections
+from dsc.passes.merge_projections import MergeProjections, _joined
 from dsc.passes.specialise_entries import SpecialiseEntries
 from dsc.rewrite.base import PassReport
 from dsc.rewrite.manager import Manager
@@ -210,3 +210,44 @@ def test_a_taken_name_is_left_alone() -> None:
     )
     after, _ = merged(program)
     assert "a-b_" in after.weights
+
+
+@pytest.mark.parametrize(
+    ("names", "joined"),
+    [
+        (["m.gate.weight", "m.up.weight"], "m.gate-up.weight"),
+        (["m.l.gate.weight", "m.l.up.weight", "m.l.z.weight"], "m.l.gate-up-z.weight"),
+        (["a", "b"], "a-b"),
+        (["m.a", "m.b"], "m.a-b"),
+        (["a.weight", "b.weight"], "a-b.weight"),
+        (["m.w", "m.n.w"], "m.w-n.w"),
+        (["a.n.w", "b.n.w"], "a-b.n.w"),
+        (["m.a.b.w", "m.c.w"], "m.a.b-c.w"),
+    ],
+)
+def test_a_merged_weight_is_called_after_all_of_its_parts(names: list[str], joined: str) -> None:
+    assert _joined(names) == joined
+
+
+def test_two_groups_of_one_name_are_two_weights() -> None:
+    text = """graph main(%x: f32[N,8], %r: f32[N,8], @a: f32[4,8], @b-c: f32[6,8], @a-b: f32[4,8],
+      @c: f32[6,8]) {
+      %p = linear %x, @a
+      %q = linear %x, @b-c
+      %s = linear %r, @a-b
+      %t = linear %r, @c
+      return %p, %q, %s, %t
+    }"""
+    before = program_of(text, Stage.CANONICAL)
+    after, report = merged(before)
+    assert list(after.weights) == ["a-b-c", "a-b-c_"]
+    assert report.facts == {"main": {"linears": [4, 2]}}
+    assert compare_programs(before, after, 1e-6).ok
+
+
+def test_biases_may_be_kept_otherwise_than_matrices() -> None:
+    """A format is of matrices: biases are of one type, as the operator wants."""
+    program = pair(", @c: f32[4], @d: f32[6]", ", @c", ", @d")
+    after, report = merged(program)
+    assert report.fired == {"merge": 1}
+    assert list(after.weights) == ["a-b", "c-d"]

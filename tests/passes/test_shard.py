@@ -12,8 +12,9 @@ from dsc import pipeline
 from dsc.backends.base import Capabilities
 from dsc.backends.reference import ReferenceExecutable
 from dsc.errors import UsageError, VerificationError
+from dsc.ir.dims import Range
 from dsc.ir.graph import Graph
-from dsc.ir.interface import Storage
+from dsc.ir.interface import Mesh, Storage
 from dsc.ir.interpreter import Interpreter
 from dsc.ir.op import named
 from dsc.ir.parser import parse_program
@@ -28,7 +29,8 @@ from dsc.ir.types import DType, TensorType
 from dsc.ir.verifier import verify
 from dsc.ir.weights import Apply, Source, apply, evaluate, sources
 from dsc.passes.cut_at_collectives import CutAtCollectives
-from dsc.passes.shard import Shard
+from dsc.passes.eliminate_dead_code import EliminateDeadCode
+from dsc.passes.shard import PARALLEL, Shard, check_parallel, check_parts
 from dsc.rewrite.base import PassReport
 from dsc.rewrite.manager import Manager, Watch
 from dsc.rewrite.twin import Twin
@@ -329,3 +331,109 @@ def test_segments_keep_caches_in_place() -> None:
     for graph in aliased:
         for output, source in graph.aliases:
             assert graph.outputs[output].type == graph.inputs[source].type
+
+
+# --- what is told, and small programs -------------------------------------------------------------
+
+
+def test_each_ranks_part_of_the_experts_is_what_it_says() -> None:
+    """With `tp` a part of the gate and of the up rows, each; with `ep` whole experts."""
+    before = of(EXPERTS)
+    g, d = (evaluate(before.weights[name], before.source) for name in "gd")
+    inner, _ = shard(before, 3, "tp")
+    dealt, _ = shard(before, 2, "ep")
+    for rank in range(3):
+        own = at_rank(inner, rank)
+        parts = {name: evaluate(e, own.source) for name, e in own.weights.items()}
+        assert torch.equal(parts["g.shard_1"], g[:, [rank, 3 + rank]])
+        assert torch.equal(parts["d.shard_2"], d[:, :, [rank]])
+    places, present = [[0, 1, 0, 0], [0, 0, 0, 1]], [[1.0, 1, 0, 0], [0.0, 0, 1, 1]]
+    for rank in range(2):
+        own = at_rank(dealt, rank)
+        parts = {name: evaluate(e, own.source) for name, e in own.weights.items()}
+        assert torch.equal(parts["g.shard_0"], g[2 * rank : 2 * rank + 2])
+        assert parts["rank.place_of_4"].tolist() == places[rank]
+        assert parts["rank.has_of_4"].tolist() == present[rank]
+
+
+def test_a_program_says_what_it_runs_on() -> None:
+    after, report = shard(of(EXPERTS), 2, "ep")
+    assert after.symbols["rank"] == Range(0, 1)
+    assert after.mesh == Mesh(2, "ep")
+    assert report.facts == {"ranks": 2, "parallel": "ep"}
+    assert report.fired == {"experts": 1, "all_reduce": 1}
+    assert after.stage is Stage.OPTIMIZED
+    whole, _ = shard(of(EXPERTS), 1)
+    assert whole.stage is Stage.OPTIMIZED
+    assert "rank" not in whole.symbols
+
+
+MLP = """graph main(%x: f32[N,8], @gate: f32[6,8], @up: f32[6,8], @down: f32[8,6]) {
+  %g = linear %x, @gate
+  %u = linear %x, @up
+  %h = swiglu %g, %u
+  %d = linear %h, @down loc "m.down"
+  %y = neg %d
+  %z = exp %y
+  %o = mul %z, %y
+  return RESULTS
+}"""
+
+
+@pytest.mark.parametrize(
+    ("results", "nodes"),
+    [
+        ("%o", ["linear", "linear", "swiglu", "linear", "neg", "all_reduce", "exp", "mul"]),
+        ("%o, %y", ["linear", "linear", "swiglu", "linear", "neg", "all_reduce", "exp", "mul"]),
+        ("%d", ["linear", "linear", "swiglu", "linear", "all_reduce"]),
+        ("%h", ["linear", "linear", "swiglu", "all_gather"]),
+    ],
+)
+def test_what_is_summed_or_gathered_is_so_once(results: str, nodes: list[str]) -> None:
+    before = of(MLP.replace("RESULTS", results))
+    after, _ = shard(EliminateDeadCode().run(before, PassReport()))
+    assert ops(after.entries["main"]) == nodes
+    (told,) = (n for n in after.entries["main"].nodes if n.op.startswith("all_"))
+    assert told.attrs["ranks"] == 2
+    assert compare_programs(before, after, Shard.tolerance).ok
+
+
+@pytest.mark.parametrize(("columns", "found"), [(6, ["linear", "all_gather"]), (7, ["linear"])])
+def test_columns_that_an_entry_returns_are_made_in_parts(columns: int, found: list[str]) -> None:
+    text = f"graph main(%x: f32[N,8], @w: f32[{columns},8]) {{ %y = linear %x, @w\n return %y }}"
+    after, report = shard(of(text))
+    assert ops(after.entries["main"]) == found
+    why = [("columns", "", "what linear reads comes from no linear that parts into 2")]
+    assert report.missed == ([] if columns == 6 else why)
+    assert ops(shard(of(text), 2, "ep")[0].entries["main"]) == ["linear"]
+
+
+def test_parts_are_checked_before_anything_is_compiled() -> None:
+    check_parallel(1, "tp")
+    for parallel in PARALLEL:
+        check_parallel(3, parallel)
+    with pytest.raises(UsageError, match=r"^0 ranks"):
+        check_parallel(0, "tp")
+    with pytest.raises(UsageError, match="no way to share called 'pp'"):
+        check_parallel(2, "pp")
+    check_parts(4, 6, 2, "tp+ep")
+    check_parts(4, 5, 2, "tp")
+    check_parts(5, 4, 2, "ep")
+    for heads, experts, parallel, what in (
+        (5, 4, "tp+ep", "5 attention heads"), (4, 5, "tp+ep", "5 experts"),
+        (5, 4, "tp", "5 attention heads"), (4, 5, "ep", "5 experts"),
+    ):  # fmt: skip
+        with pytest.raises(UsageError, match=f"{what} do not part into 2 ranks"):
+            check_parts(heads, experts, 2, parallel)
+    with pytest.raises(UsageError) as caught:
+        check_parts(128, 65, 3, "tp")
+    assert "divides 128: 1, 2, 4, 8, 16, 32, 64\n" in f"{caught.value}\n"
+
+
+def test_cuts_are_counted() -> None:
+    report = PassReport()
+    fused, _ = shard(of(EXPERTS), 2)
+    planned = pipeline.apply(fused, ["fuse", "own_outputs"])
+    done = CutAtCollectives().run(planned, report)
+    assert report.fired["cut"] == 1
+    assert list(done.entries) == ["main_0"]

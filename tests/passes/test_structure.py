@@ -15,6 +15,7 @@ from dsc.ir.printer import print_graph
 from dsc.ir.program import Program
 from dsc.ir.stages import Stage
 from dsc.ir.verifier import verify
+from dsc.ir.weights import evaluate
 from dsc.passes import specialise_entries
 from dsc.passes.absorb_mla import AbsorbMla
 from dsc.passes.append_cache_in_place import AppendCacheInPlace
@@ -23,6 +24,7 @@ from dsc.passes.name_values import named
 from dsc.passes.own_outputs import OwnOutputs
 from dsc.passes.specialise_entries import SpecialiseEntries, break_even
 from dsc.rewrite.base import PassReport
+from dsc.rewrite.verify import compare_programs
 from dsc.runtime.nodes import draft_nodes
 from dsc.runtime.placing import place
 from tests.rewrite.harness import doc_block, program_of
@@ -82,6 +84,44 @@ def test_absorption_needs_a_weight() -> None:
 def test_absorption_leaves_other_entries_alone() -> None:
     program = program_of(MLA, Stage.CANONICAL)
     assert AbsorbMla().run(program, PassReport()) is program
+
+
+TWICE = """graph step(%qn: f32[B,S,2,4], %qr: f32[B,S,2,2], %c: f32[B,T,6], %r: f32[B,T,2],
+  %n: i64[B], @kv_b: f32[14,6]) {
+  %o = mla_attention %qn, %qr, %c, %r, @kv_b, %n {scale=0.5} loc "first"
+  %p = mla_attention %qn, %qr, %c, %r, @kv_b, %n {scale=0.25} loc "second"
+  return %o, %p
+}"""
+
+
+def test_absorbed_halves_are_each_heads_rows() -> None:
+    """Of the 7 rows of a head 4 go to the query and 3 to the values; both attentions share them."""
+    program, report = program_of(TWICE, Stage.CANONICAL), PassReport()
+    after = AbsorbMla(entries=("main",)).run(program, report)
+    verify(after)
+    whole = evaluate(program.weights["kv_b"], program.source)
+    assert list(after.weights) == ["kv_b.k", "kv_b.v"]
+    k, v = (evaluate(e, after.source) for e in after.weights.values())
+    assert torch.equal(k, torch.stack([whole[0:4], whole[7:11]]))
+    assert torch.equal(v, torch.stack([whole[4:7], whole[11:14]]))
+    assert (report.fired, report.places) == ({"absorb": 2}, {"absorb": ["first", "second"]})
+    assert compare_programs(program, after, AbsorbMla.tolerance).ok
+
+
+def test_an_entry_that_keeps_the_expanded_form_is_told_once() -> None:
+    program = program_of(TWICE, Stage.CANONICAL)
+    graph = program.entries["main"]
+    both = replace(program, entries={"decode": graph, "prefill": graph})
+    report = PassReport()
+    after = AbsorbMla().run(both, report)
+    assert after.entries["prefill"] is both.entries["prefill"]
+    assert "mla_attention" not in {n.op for n in after.entries["decode"].nodes}
+    why = "entry prefill keeps the expanded form: only decode, extend are absorbed"
+    assert report.missed == [("absorb", "first", why)]
+    assert report.near[0].culprits == ("o",)
+    plain = program_of("graph main(%x: f32[N]) { %y = neg %x\n return %y }", Stage.CANONICAL)
+    AbsorbMla().run(plain, quiet := PassReport())
+    assert not quiet.missed
 
 
 @pytest.mark.parametrize("act", ["silu", "gelu", "relu"])
