@@ -24,8 +24,8 @@ from dsc.ir.lazy import torch
 from dsc.ir.op import TypeMismatch, concrete, lookup
 from dsc.ir.weights import Apply, Source, WeightExpr, WeightSource, check_tensor
 
-BLOCK_BYTES = 32 << 20
-"""Bytes of a block at most, where rows allow."""
+BLOCK_BYTES = 1 << 20
+"""Bytes of a block at most, where rows allow: what is computed of it stays in a core's caches."""
 
 
 def blocks(expr: WeightExpr, source: WeightSource, size: int = BLOCK_BYTES) -> Iterator[Any]:

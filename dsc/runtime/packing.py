@@ -20,7 +20,7 @@ from dsc.ir.arrays import array_of
 from dsc.ir.program import Program
 from dsc.ir.streams import blocks
 from dsc.ir.types import SAFETENSORS, TensorType
-from dsc.ir.weights import WeightExpr, WeightSource, parts
+from dsc.ir.weights import WeightExpr, WeightSource, parts, sources
 from dsc.runtime.emission import Progress
 
 ALIGNMENT = 64
@@ -109,27 +109,28 @@ class Reader:
     """Reads weights one after another, and gives pages of a checkpoint back now and then."""
 
     def __init__(self, source: WeightSource) -> None:
-        self.source, self._held = source, 0
+        self.source, self._held = source, 0.0
 
     def contents(self, name: str, expr: WeightExpr) -> Iterator[Any]:
         """The bytes that are stored of a weight, block by block.
 
         Raises `CheckpointError`, with the name, where they are not what its type says.
         """
-        read = 0
+        size, read = nbytes(expr.type), 0
+        each = max(1.0, sum(nbytes(leaf.type) for leaf in sources(expr)) / max(1, size))
         try:
             for block in blocks(expr, self.source):
                 data = bytes_of(block, expr.type)
                 yield data
                 read += len(data)
-                self._held += len(data)
+                self._held += len(data) * each
                 if self._held > RELEASE_BYTES:
                     self.source.release()
-                    self._held = 0
+                    self._held = 0.0
         except CheckpointError as error:
             error.where = error.where or name
             raise
-        if read != nbytes(expr.type):
+        if read != size:
             raise CheckpointError(f"{read} bytes for {expr.type}", where=name)
 
 

@@ -11,7 +11,9 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 from dsc.errors import FileError
 from dsc.ir.safetensors import INDEX_FILE, SafetensorsFile
@@ -69,20 +71,28 @@ def write_shards(
 
 
 def _write(path: Path, shard: Sequence[Stored], reader: Reader, told: Told) -> None:
-    """Write one file, and read it back. Raises `FileError`."""
+    """Write one file, each block while the next is made, and read it back. Raises `FileError`."""
     placed = sorted(shard, key=lambda each: -each[1].type.dtype.itemsize)
     header, _ = table(placed)
-    digests = {}
-    with path.open("wb") as file:
+    digests = {name: hashlib.sha256() for name, _ in placed}
+
+    with path.open("wb") as file, ThreadPoolExecutor(1) as beside:
+
+        def put(name: str, block: Any) -> None:
+            digests[name].update(block)
+            file.write(block)
+
         file.write(header)
+        last: Future[None] | None = None
         for name, expr in placed:
-            digest = hashlib.sha256()
             for block in reader.contents(name, expr):
-                digest.update(block)
-                file.write(block)
+                if last is not None:
+                    last.result()
+                last = beside.submit(put, name, block)
                 told(name, len(block))
-            digests[name] = digest.digest()
-    _check(path, header, digests)
+        if last is not None:
+            last.result()
+    _check(path, header, {name: digest.digest() for name, digest in digests.items()})
 
 
 def _check(path: Path, header: bytes, digests: Mapping[str, bytes]) -> None:
