@@ -139,6 +139,7 @@ def test_layers_of_the_first_of_each_kind_are_written_out_with_all_that_is_their
     assert "m.layersx.0" in {n.loc for n in graph.nodes}
     produced = [v.name for n in graph.nodes for v in n.outputs]
     assert len(set(produced)) == len(produced) == 23
+    assert produced[:5] == ["p0_1", "p1_1", "p1_2", "p1_3", "e_1"]
     given = {v.name: torch.randn(4) for v in graph.inputs}
     found = Interpreter(whole).run("step", given)
     stream: Tensor = given["x"] + short.source.load("embed.w")

@@ -10,7 +10,7 @@ import torch
 from dsc.errors import UsageError
 from dsc.ir.dims import Range
 from dsc.ir.graph import Graph
-from dsc.ir.interface import Storage
+from dsc.ir.interface import Storage, updates
 from dsc.ir.limits import OPEN, Limits
 from dsc.ir.parser import parse_graph
 from dsc.ir.program import ANY_SIZE, Program, graph_symbols, is_causal_step, program_of
@@ -45,6 +45,12 @@ def test_states_that_nobody_declares_are_those_of_the_updates_of_a_language_mode
     plain = replace(PLAIN, aliases=((0, 0),))
     assert Program("p", {"a": plain}).states == ()
     assert Program("p", {}).states == ()
+
+
+def test_an_update_of_one_axis_is_no_state_of_tokens_and_one_of_two_is() -> None:
+    text = "graph g(%p: f32[SHAPE]) { %q = neg %p return %q updates %p }"
+    found = [list(updates(parse_graph(text.replace("SHAPE", s)))) for s in ("B", "B,P", "B,4")]
+    assert [[state.storage for state in each] for each in found] == [[], [Storage.CONTIGUOUS], []]
 
 
 def test_entries_bear_the_names_that_the_program_gives_them() -> None:

@@ -8,6 +8,7 @@ import pytest
 
 from dsc.errors import VerificationError
 from dsc.ir.dims import Range
+from dsc.ir.formats import Format
 from dsc.ir.graph import Attrs, Graph, Node, Value, Weight
 from dsc.ir.interface import Storage
 from dsc.ir.parser import parse_graph, parse_program
@@ -255,3 +256,10 @@ def test_what_a_step_updates_is_declared_as_it_is_stored() -> None:
     verify(good.declaring(states=(state, replace(state, input="more", rows=7))))
     main = replace(good.entries["step"], aliases=())
     verify(replace(good, entries={"step": main}).declaring(states=(replace(state, rows=1),)))
+
+
+def test_a_stored_format_is_one_of_weights_alone() -> None:
+    stored = Value("x", TensorType(DType.f8e4m3, (4, 128), Format((1, 128), DType.f32)))
+    with pytest.raises(VerificationError) as caught:
+        verify(Program("p", {"g": Graph("g", (stored,), (), ())}))
+    assert caught.value.what == f"%x is {stored.type}: only weights have a stored format"
