@@ -209,6 +209,11 @@ def check_quant(quant: str, keep: Sequence[str]) -> None:
         raise UsageError(f"quant {quant!r}", hint=one_of(quant, list(QUANT)))
     if isinstance(keep, str) or not all(isinstance(each, str) for each in keep):
         raise UsageError(f"keep is {keep!r}", hint='give a list of texts, as in ["lm_head"]')
+    wide = [each for each in keep if each.endswith(WIDE)]
+    if wide and quant != "int4":
+        raise UsageError(
+            f"{wide[0]!r} says 8 bits, and quant is {quant}", hint=f"leave {WIDE} out, or give int4"
+        )
     if keep and quant == "none":
         raise UsageError(
             f"{keep[0]!r} is kept, and nothing is quantised", hint=f"give quant: {QUANTISED}"

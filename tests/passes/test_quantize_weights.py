@@ -260,6 +260,7 @@ def test_where_a_backend_reads_no_codes_a_note_says_so() -> None:
         ({"keep": ["lm_head"]}, "'lm_head' is kept, and nothing is quantised"),
         ({"quant": "int8", "keep": "lm_head"}, "keep is 'lm_head'"),
         ({"quant": "int8", "keep": [7]}, "keep is"),
+        ({"quant": "int8", "keep": ["lm_head:int8"]}, "says 8 bits, and quant is int8"),
         ({"quant": "int8", "keep": ["lm_heat"]}, "no weight is called 'lm_heat'"),
     ],
 )
