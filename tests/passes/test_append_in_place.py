@@ -183,6 +183,13 @@ def test_what_works_row_by_row_may_lie_between_cache_and_attention(name: str) ->
     assert {s.storage for s in after.interface.states} == {Storage.CONTIGUOUS}
 
 
+def test_attention_over_other_keys_has_lengths_of_its_own() -> None:
+    more = ", %keys: f32[B,8,2,4], %at: i64[B]"
+    after = "%m = attention %q, %keys, %keys, %at {causal=true, scale=0.5}"
+    program = given(EXPANDED, {"more": more, "after": after, "out": ", %m"})
+    assert done(program)[1].fired == {"append": 1}
+
+
 def test_a_symbol_of_another_meaning_is_in_the_way() -> None:
     both = {**RANGES, "C": Range(1, 2), "M": Range(1, 2)}
     assert obstacles(given(EXPANDED, symbols=both)) == [

@@ -11,6 +11,7 @@ from dsc.passes.raise_experts import Experts
 from dsc.passes.raise_rms_norm import RmsNorm, _norm
 from dsc.passes.raise_rope import _ROTATED, Rope
 from tests.passes.test_forms import raised, stays
+from tests.rewrite.harness import fire
 
 # --- norms ----------------------------------------------------------------------------------------
 
@@ -132,6 +133,8 @@ STILL = {
 def test_what_is_no_rotation_stays(name: str) -> None:
     text, reason = STILL[name]
     stays(Rope(), text, reason)
+    if reason not in ("", NONE):
+        assert len(fire(Rope(), text)[2].missed) == 1, "both products lead to one proof"
 
 
 # --- experts --------------------------------------------------------------------------------------
