@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import dsc
 from dsc.frontends import calls, reach
 from dsc.frontends.dynamo import _reason_for_eager
 from dsc.frontends.fingerprint import Unknown
@@ -148,7 +149,7 @@ def test_a_result_that_is_no_tree_of_what_is_known_is_not_kept() -> None:
 
 def function(body: str, **space: Any) -> Any:
     """The function `f` of a text, among globals."""
-    names: dict[str, Any] = {"torch": torch, "math": math, **space}
+    names: dict[str, Any] = {"torch": torch, "math": math, "dsc": dsc, **space}
     exec(compile(body, "user.py", "exec"), names)
     return names["f"]
 
@@ -190,6 +191,9 @@ FOLLOWED = [
     "def f(x): return x\nf.note = 1",
     "def f(x): return x\nf.note = 2",
     "def f(x): return x.exp()",
+    "def o(m):\n    def f(x): return x + m.pi\n    return f\nf = o(math)",
+    "def f(x): return dsc.softmax(x, dim=-1)",
+    "def f(x): return dsc.silu(x)",
 ]
 
 
@@ -223,6 +227,10 @@ UNTOLD = {
     "def f(x): return object()": "a value of type type",
     "class E(ValueError): pass\ndef f(x): raise E": "a value of type type",
     "class int: pass\ndef f(x): return int()": "a value of type type",
+    "def f(x): return torch.ops.quantized.add(x)": "quantized::add",
+    "def f(x): return torch.ops.quantized.add.default(x)": "quantized::add",
+    "G = []\ndef g(x): return G\ng.__module__ = 'dsc.frontends.ops'\ndef f(x): return g(x)":
+        "a value of type list",
     "def f(x, y=[]): return x": "a value of type list",
     "def f(x, *, y=[]): return x": "a value of type list",
     "def f(x): return x\nf.note = []": "a value of type list",
@@ -245,6 +253,13 @@ def test_so_many_functions_are_walked_and_no_more(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(reach, "MOST", 3)
     with pytest.raises(Unknown, match=r"^it reaches too many functions$"):
         Reach(function(body))
+
+
+def test_operators_that_somebody_added_may_be_meant_by_any(monkeypatch: pytest.MonkeyPatch) -> None:
+    f = function("def f(x): return torch.ops.aten.exp.default(x)")
+    monkeypatch.setattr(reach, "added", lambda: True)
+    with pytest.raises(Unknown, match=r"^aten::exp$"):
+        Reach(f)
 
 
 BODY = """
