@@ -22,7 +22,7 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, TypeAlias
+from typing import Literal, TypeAlias, get_args
 
 from dsc.errors import CheckpointError, ConfigError, FileError, UsageError
 from dsc.files import check_makeable, check_room, replacing
@@ -94,8 +94,9 @@ def convert(
         DscError: one of its classes, with what is wrong, where, and what to do.
     """
     folder, target = Path(source), Path(out)
-    if to not in ("bf16", "fp8") or scale_fmt not in ("f32", "ue8m0"):
-        raise UsageError(f"no form {to!r} with scales in {scale_fmt!r}", hint="bf16 or fp8")
+    for told, known in ((to, get_args(Form)), (scale_fmt, get_args(ScaleFormat))):
+        if told not in known:
+            raise UsageError(f"{told!r} is not known here", hint=f"give {' or '.join(known)}")
     limit = size_of(max_shard_size)
     _check_free(folder, target, force)
     opened = open_checkpoint(folder, DType.bf16)
@@ -151,13 +152,13 @@ def _check_free(source: Path, out: Path, force: bool) -> None:
         raise FileError(
             f"{out} exists already", hint="give another place, or --force to replace it"
         )
-    there = sorted(out.iterdir()) if out.is_dir() else [out]
-    foreign = [path.name for path in there if not _is_ours(path.name)]
-    if foreign:
-        raise FileError(
-            f"{out} is not replaced, not even with --force: it holds {foreign[0]}, which no"
-            " converted checkpoint has", hint="give another place",
-        )  # fmt: skip
+    why = "it is no folder"
+    if out.is_dir():
+        foreign = sorted(path.name for path in out.iterdir() if not _is_ours(path.name))
+        why = f"it holds {foreign[0]}, which no converted checkpoint has" if foreign else ""
+    if why:
+        told = f"{out} is not replaced, not even with --force: {why}"
+        raise FileError(told, hint="give another place")
 
 
 def _is_ours(name: str) -> bool:

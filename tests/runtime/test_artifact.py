@@ -22,7 +22,7 @@ from dsc.ir.parser import parse_graph, parse_operands, parse_program
 from dsc.ir.program import Program
 from dsc.ir.segments import Segment, steps
 from dsc.ir.types import DType, TensorType
-from dsc.ir.weights import DictSource, WeightSource, leaf
+from dsc.ir.weights import DictSource, Source, WeightSource, apply, leaf
 from dsc.runtime import artifact, packing
 from dsc.runtime.emission import Emission, check_unchanged
 from dsc.runtime.nodes import draft_nodes, whole_entry
@@ -161,6 +161,19 @@ def test_memory_of_the_checkpoint_is_given_back_beyond_so_many_bytes(
     lent = Lent()
     pack(parse_program(TEXT, lent), tmp_path / "w")
     assert lent.released == released
+
+
+def test_what_is_read_counts_and_not_what_is_made_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A scale of 4 bytes for 60 bytes."""
+    lent, released = DictSource({"x": torch.ones(3, 5)}), []
+    monkeypatch.setattr(lent, "release", lambda: released.append(True))
+    reader = packing.Reader(lent)
+    x = Source("x", lent.types["x"])
+    made = apply("block_scales", x, codes=DType.f8e4m3, block=(3, 5), dtype=DType.f32)
+    for most, expected in ((60, 0), (119, 1), (59, 2)):
+        monkeypatch.setattr(packing, "RELEASE_BYTES", most)
+        assert sum(map(len, reader.contents("x", made))) == 4
+        assert len(released) == expected
 
 
 def test_packing_tells_which_weight_it_is_at_and_of_how_many_bytes(tmp_path: Path) -> None:
