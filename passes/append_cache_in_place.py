@@ -130,9 +130,10 @@ class AppendCacheInPlace(Pass):
 
 
 def appends_of(graph: Graph) -> list[Node]:
-    """The nodes that grow a declared cache."""
-    caches = {graph.inputs[i].name for _, i in graph.aliases}
-    return [n for n in graph.nodes if n.op == "append" and n["past"].name in caches]
+    """The nodes that grow a declared cache, and give it back."""
+    grown = {(graph.inputs[i].name, graph.outputs[o].name) for o, i in graph.aliases}
+    appends = [n for n in graph.nodes if n.op == "append"]
+    return [n for n in appends if (n["past"].name, n.output.name) in grown]
 
 
 def _obstacles(graph: Graph, paged: bool) -> Iterator[Obstacle]:

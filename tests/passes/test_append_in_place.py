@@ -190,6 +190,16 @@ def test_attention_over_other_keys_has_lengths_of_its_own() -> None:
     assert done(program)[1].fired == {"append": 1}
 
 
+def test_caches_that_change_places_keep_growing() -> None:
+    text = LATENT.replace("P,4]", "P,6]").replace("S,4]", "S,6]").replace("S,2,4]", "S,2,6]")
+    swapped = text.replace("updates %past", "updates %X").replace("updates %old", "updates %past")
+    program = given(swapped.replace("%X", "%old"))
+    after, report = done(program)
+    assert after == program.at(Stage.OPTIMIZED)
+    assert not report.fired
+    assert done(given(text))[1].fired == {"append": 2}
+
+
 def test_a_symbol_of_another_meaning_is_in_the_way() -> None:
     both = {**RANGES, "C": Range(1, 2), "M": Range(1, 2)}
     assert obstacles(given(EXPANDED, symbols=both)) == [

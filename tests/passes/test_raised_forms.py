@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
+from dsc.ir.dims import symbol
 from dsc.ir.types import DType
+from dsc.passes import _gated_experts
 from dsc.passes._gated_experts import BATCHED, DENSE, GROUPED
 from dsc.passes.merge_shared_expert import SharedExpert, _layer
 from dsc.passes.raise_experts import Experts
 from dsc.passes.raise_rms_norm import RmsNorm, _norm
 from dsc.passes.raise_rope import _ROTATED, Rope
+from dsc.rewrite import lift
 from tests.passes.test_forms import raised, stays
 from tests.rewrite.harness import fire
 
@@ -168,6 +173,24 @@ def test_experts_are_one_operator(name: str) -> None:
     found = raised(Experts(), SPELT[name], "experts", {"act": "silu"})
     shapes = [str(x.type.shape) for x in found.operands[3:]]
     assert shapes == ["(5, 6, 4)", "(5, 4, 3)"]
+
+
+@pytest.mark.parametrize(("big", "shrunk"), [(60, False), (59, True)])
+def test_only_experts_of_many_elements_are_proved_at_reduced_widths(
+    big: int, shrunk: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The down weights are 5 x 4 x 3; a token's two experts must stay apart when experts go."""
+    asked: list[tuple[Any, ...]] = []
+
+    def small(*given: Any) -> dict[int, int]:
+        asked.append(given)
+        return {}
+
+    monkeypatch.setattr(_gated_experts, "BIG", big)
+    monkeypatch.setattr(lift, "shrunk_sizes", small)
+    raised(Experts(), DENSELY, "experts", {"act": "silu"})
+    sizes = ({"e": 5, "i": 3, "d": 4}, [2 * symbol("i")], {"e": 2})
+    assert asked == ([sizes] if shrunk else [])
 
 
 MORE = "the experts read more than tokens, choices and weights"
