@@ -26,7 +26,9 @@ from dsc.calibration.texts import text_ids, windows
 from dsc.cli.report_tables import print_report
 from dsc.errors import UsageError
 from dsc.ir.interpreter import Interpreter
+from dsc.ir.parser import parse_program
 from dsc.ir.program import Program
+from dsc.ir.weights import random_source, source_types
 from dsc.models.configs import TINY_CHECKPOINT
 from dsc.passes.quantize_weights import QuantizeWeights
 from dsc.pipeline import PipelineOptions
@@ -78,6 +80,37 @@ def test_weights_that_a_product_reads_together_are_kept_together() -> None:
             tuple(x.stored) for x in found if x is not product
         ]
     assert experts.keep == ("e.0", "d"), "no module holds them all, and a tensor of each does"
+
+
+SHARED = """program "s" {stage=CANONICAL}
+symbols {N=[1,8]}
+weights {
+  @up : f32[3,8,64] = source "up" : f32[3,8,64]
+  @one : f32[3,64,4] = source "one" : f32[3,64,4]
+  @two : f32[3,64,4] = source "two" : f32[3,64,4]
+}
+graph main(%x: f32[N,64], %idx: i64[N,2], %w: f32[N,2]) {
+  %y = experts %x, %idx, %w, @up, @one
+  %z = experts %y, %idx, %w, @up, @two
+  return %z
+}
+"""
+
+
+def test_products_that_share_a_weight_are_one() -> None:
+    program = parse_program(SHARED)
+    program = parse_program(SHARED, random_source(source_types(program.weights.values())))
+    (product,) = products_of(program)
+    assert set(product.stored) == {"up", "one", "two"}
+    given = {"x": torch.randn(5, 64, generator=torch.Generator().manual_seed(0)), **inputs()}
+    batch = Batch("main", {name: given[name] for name in ("x", "idx", "w")})
+    trial = Trial(program, [product])
+    (cost,) = trial.measure([batch], lambda *_: None)
+    quantised = QuantizeWeights().run(program, PassReport())
+    runs = [Interpreter(x).run("main", batch.inputs) for x in (program, quantised)]
+    errors = Errors()
+    errors.add(*(next(iter(each.values())) for each in runs))
+    assert cost.harm.value == pytest.approx(errors.share, rel=1e-6)
 
 
 @pytest.mark.parametrize(

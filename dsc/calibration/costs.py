@@ -118,25 +118,26 @@ def choose(costs: Sequence[Cost], avg_bits: float | None) -> list[Kept]:
             hint=f"give {math.ceil(100 * least) / 100:.2f} or more",
         )
     kept: dict[int, Kept] = {}
-    steps = [step for cost in costs for step in _steps(cost)]
-    for step in sorted(steps, key=itemgetter(0), reverse=True):
-        _, before, after = step
-        tried = {**kept, id(after.cost): after}
-        if kept.get(id(after.cost)) == before and bits(costs, tried.values()) <= allowed:
+    steps = (step for cost in costs for step in _steps(cost))
+    for _, step in sorted(steps, key=itemgetter(0), reverse=True):
+        tried = {**kept, id(step.cost): step}
+        if bits(costs, tried.values()) <= allowed:
             kept = tried
     return sorted(kept.values(), key=lambda each: each.cost.harm.value, reverse=True)
 
 
-def _steps(cost: Cost) -> Iterator[tuple[float, Kept | None, Kept]]:
-    """Ways to keep a product, each after the one before: the harm it takes away for each byte."""
-    before, harm = None, cost.harm.value
-    ways = [(cost.product.finer, harm * (1 - FINER)), (None, harm * FINER)]
-    for finer, gain in ways if cost.product.finer else [(None, harm)]:
-        after = Kept(cost, finer)
-        more = after.more - (before.more if before else 0)
+def _steps(cost: Cost) -> Iterator[tuple[float, Kept]]:
+    """Ways to keep a product, and the harm that each takes away for each byte beyond the former.
+
+    The former fits wherever the next does, and is worth more.
+    """
+    harm, taken = cost.harm.value, 0
+    ways = [(Kept(cost, cost.product.finer), harm * (1 - FINER)), (Kept(cost), harm * FINER)]
+    for kept, gain in ways if cost.product.finer else [(Kept(cost), harm)]:
+        more = kept.more - taken
         if gain > 0 and more > 0:
-            yield gain / more, before, after
-        before = after
+            yield gain / more, kept
+        taken = kept.more
 
 
 def _harm(harm: Harm) -> str:

@@ -45,8 +45,8 @@ def with_finer(products: Iterable[Product], finer: Iterable[Product]) -> list[Pr
 
     def paired(product: Product) -> Product:
         other = known.get(frozenset(product.stored))
-        more = other is not None and other.nbytes > product.nbytes
-        return replace(product, finer=other) if more else product
+        between = other is not None and product.nbytes < other.nbytes < product.plain_bytes
+        return replace(product, finer=other) if between else product
 
     return list(map(paired, products))
 
