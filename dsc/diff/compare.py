@@ -20,6 +20,8 @@ from dsc.report import region_names, sizes_at
 from dsc.rewrite.verify import WIDEST, compare_programs, pinned, weight_elements
 
 MEASURES = ("nodes", "regions", "read_bytes", "written_bytes", "weight_bytes", "flops")
+ROUNDING = 1e-4
+"""What orders of fp32 sums may make of a difference."""
 CONTEXT = 1024
 """Tokens in the cache where costs are stated."""
 
@@ -151,8 +153,16 @@ def _errors(before: Side, after: Side, seed: int) -> tuple[dict[tuple[str, str],
     if wide:
         found.form, valued = "shrunk", False
     weights = "the artifacts' weights" if valued else "random weights"
-    words = f"{found} ({weights}, fp32)"
+    told = str(found) if found.failure else found.told(_verdict(found.worst))
+    words = f"{told} ({weights}, both texts interpreted in fp32)"
     return dict(found.errors), words
+
+
+def _verdict(worst: float) -> str:
+    """A word for the largest difference of two programs, relative to max(1, |value|max)."""
+    if worst == 0.0:
+        return "agree in every bit"
+    return "agree but for rounding" if worst <= ROUNDING else "differ"
 
 
 def shrunk_together(first: Program, second: Program) -> tuple[Program, Program]:

@@ -66,9 +66,13 @@ class Comparison:
     def __str__(self) -> str:
         if self.failure:
             return self.failure
+        return self.told("agree")
+
+    def told(self, verdict: str) -> str:
+        """What was run and how far apart it lies at most, with a word for that."""
         near = f", {self.excluded} of {self.decisions} near-ties excluded" if self.decisions else ""
         ran = f"{self.runs} runs of {', '.join(self.entries)}"
-        return f"{self.form} form: {ran} agree, difference {self.worst:.1e}{near}"
+        return f"{self.form} form: {ran} {verdict}, difference {self.worst:.1e}{near}"
 
 
 def compare_programs(

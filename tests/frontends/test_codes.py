@@ -42,7 +42,7 @@ from dsc.ir.streams import blocks
 from dsc.ir.types import DType, TensorType
 from dsc.ir.weights import DictSource, WeightExpr, evaluate
 from dsc.ir.weights import parts as parts_of
-from dsc.passes.choose_formats import Dequantised, in_format
+from dsc.passes._in_format import Dequantised, in_format
 from dsc.verification import transformers_logits
 from tests.family import small
 from tests.frontends.test_huggingface import official

@@ -21,7 +21,7 @@ from dsc.frontends.names import map_weights
 from dsc.ir.types import DType, TensorType
 from dsc.ir.weights import DictSource, evaluate
 from dsc.models import v3
-from dsc.passes.choose_formats import in_format
+from dsc.passes._in_format import in_format
 from dsc.verification import transformers_logits
 from tests.family import small, stock
 from tests.frontends.test_huggingface import FP8_CONFIG, dequantised, official, quantised, save

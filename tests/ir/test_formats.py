@@ -31,7 +31,7 @@ from dsc.ir.weights import (
     sources,
 )
 from dsc.ir.weights import parts as parts_of
-from dsc.passes.choose_formats import Dequantised, in_format
+from dsc.passes._in_format import Dequantised, in_format
 from tests.ir.test_operators import CASES, filled, operators
 
 BLOCKS = st.tuples(st.integers(0, 9), st.integers(0, 9))

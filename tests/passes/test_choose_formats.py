@@ -25,7 +25,8 @@ from dsc.ir.streams import blocks
 from dsc.ir.types import DType, TensorType
 from dsc.ir.verifier import verify
 from dsc.ir.weights import WeightExpr, apply, evaluate, leaf, parts, random_source, sources
-from dsc.passes.choose_formats import ChooseFormats, Dequantised, in_format
+from dsc.passes._in_format import Dequantised, in_format
+from dsc.passes.choose_formats import ChooseFormats
 from dsc.rewrite.base import PassReport
 from dsc.rewrite.verify import compare_programs
 from dsc.targets import Target
