@@ -170,6 +170,8 @@ class WriteToConcat(Rule):
         " %d = slice_scatter %x, %a {axis=1, start=3, end=5}\n return %d }",
         "graph g(%x: f32[B,P], %a: f32[2,P]) {"
         " %d = slice_scatter %x, %a {axis=0, start=0, end=2}\n return %d }",
+        "graph g(%x: f32[B,6], %a: f32[B,5]) {"
+        " %d = slice_scatter %x, %a {axis=1, start=1, end=6}\n return %d }",
     )
     near_misses: ClassVar[Mapping[str, str]] = {
         "the whole axis is written": "graph g(%x: f32[B,2], %a: f32[B,2]) {"

@@ -64,10 +64,16 @@ class DropNeutral(_ToOperand, Rule):
         " %y = mul %one, %x\n return %y }",
         "graph g(%x: f32[B,3]) { %zero = full {shape=[3], value=0.0, dtype=f32}\n"
         " %y = sub %x, %zero\n return %y }",
+        "graph g(%x: f32[B,3]) { %one = full {shape=[], value=1.0, dtype=f32}\n"
+        " %y = div %x, %one\n return %y }",
+        "graph g(%x: f32[B,3]) { %zero = full {shape=[], value=0.0, dtype=f32}\n"
+        " %y = add %zero, %x\n return %y }",
     )
     near_misses: ClassVar[Mapping[str, str]] = {
         "0 - x is no x": "graph g(%x: f32[3]) { %zero = full {shape=[], value=0.0, dtype=f32}\n"
         " %y = sub %zero, %x\n return %y }",
+        "1 / x is no x": "graph g(%x: f32[3]) { %one = full {shape=[], value=1.0, dtype=f32}\n"
+        " %y = div %one, %x\n return %y }",
         "the constant widens the shape": "graph g(%x: f32[1]) {"
         " %one = full {shape=[3], value=1.0, dtype=f32}\n %y = mul %x, %one\n return %y }",
     }

@@ -53,6 +53,13 @@ def test_known_architectures(published: str) -> None:
     assert cfg.norm_topk_prob is (cfg.model_type == "deepseek_v3")
 
 
+@pytest.mark.parametrize("published", ARCHITECTURES)
+def test_experts_are_one_group_where_nothing_is_said(published: str) -> None:
+    unsaid = ("scoring_func", "topk_method", "norm_topk_prob", "n_group", "topk_group")
+    cfg = parse_config(changed(model_type=published, **dict.fromkeys(unsaid)))
+    assert (cfg.n_group, cfg.topk_group) == (1, 1)
+
+
 @pytest.mark.parametrize("published", ["llama", None, 3, "DeepseekV3ForCausalLM"])
 def test_unknown_architecture_names_the_known_ones(published: object) -> None:
     with pytest.raises(UnsupportedArchitecture) as caught:

@@ -17,6 +17,7 @@ from dsc.ir.formats import CODINGS, Coding, Format, Packed, pack
 from dsc.ir.graph import Graph, Weight
 from dsc.ir.interpreter import run_graph
 from dsc.ir.op import TypeMismatch, infer, registry, type_of
+from dsc.ir.ops.quant import activation_type
 from dsc.ir.parser import parse_graph, parse_operands, parse_program, parse_verified
 from dsc.ir.printer import print_graph, print_program
 from dsc.ir.streams import blocks
@@ -351,3 +352,27 @@ def test_a_weight_in_a_format_is_put_together_from_its_parts() -> None:
     assert {k for k in program.source.types if k.startswith("w")} == {"w", "w.scale"}
     graph: Graph = program.entries["main"]
     assert parse_graph(print_graph(graph)) == graph
+
+
+ROWS = TensorType(DType.f32, (2, 64))
+
+
+@pytest.mark.parametrize(
+    ("told", "found"),
+    [
+        ("i8:32", "i8{1x32,f32}[2,64]"),
+        ("f8e4m3:128", "f8e4m3{1x128,f32}[2,64]"),
+        ("i8:999999999", "i8{1x999999999,f32}[2,64]"),
+    ],
+)
+def test_activations_are_codes_and_columns(told: str, found: str) -> None:
+    assert str(activation_type(ROWS, told)) == found
+
+
+@pytest.mark.parametrize(
+    "told",
+    ["", "i8", "i8:", ":32", "x8:32", "i4:32", "i8:0", "i8:032", "i8:-1", "i8:x", "i8:1000000000"],
+)
+def test_other_activations_are_refused(told: str) -> None:
+    with pytest.raises(TypeMismatch, match=f"activations '{told}'; codes and columns are due"):
+        activation_type(ROWS, told)

@@ -305,6 +305,10 @@ def test_a_wrong_element_type_is_refused(name: str) -> None:
         ("attention", "f32[1,2,5,4], f32[1,2,2,4], f32[1,2,2,4] {scale=1.0, causal=true}", "heads"),
         ("mla_attention", "f32[1,2,3,4], f32[1,2,3,2], f32[1,5,6], f32[1,5,2], f32[13,6], i64[1]"
          " {scale=1.0}", "kv_b"),
+        ("mla_attention", "f32[1,2,3,4], f32[1,2,3,2], f32[1,5,6], f32[1,5,2], f32[16,6], i64[1]"
+         " {scale=1.0}", "kv_b is f32[16,6] for 3 heads of 4 nope dims"),
+        ("mla_attention", "f32[1,2,3,4], f32[1,2,3,2], f32[1,5,6], f32[1,5,2], f32[12,6], i64[1]"
+         " {scale=1.0}", "kv_b is f32[12,6] for 3 heads of 4 nope dims"),
         ("route", 'f32[2,4], f32[6,4] {score="sigmoid", top_k=2, normalise=true, shared=-1}',
          "-1 shared"),
         ("route", 'f32[2,4], f32[6,4] {score="tanh", top_k=2, normalise=true}', "score"),

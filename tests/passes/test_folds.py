@@ -165,6 +165,10 @@ EMPTY: dict[str, tuple[str, list[str], dict[str, int]]] = {
         "%a, %y, %b = split %x {axis=0, sizes=[0,2,0]}",
         ["split %y %x", "full %a 0.0", "full %b 0.0"], {"split": 1},
     ),
+    "a part split off between others": (
+        "%y, %a, %b = split %x {axis=1, sizes=[1,0,3]}", ["split %y %x", "full %a 0.0"],
+        {"split": 1},
+    ),
     "a split of nothing": (
         "%y, %a = split %e {axis=1, sizes=[1,3]}", ["full %y 0.0", "full %a 0.0"], {"split": 1}
     ),
