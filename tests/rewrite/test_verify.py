@@ -185,6 +185,17 @@ def test_a_tolerance_may_be_met_exactly() -> None:
     caught(one, two, "output y differs by 0.5, tolerance 0.499", tolerance=0.499)
 
 
+def test_sixteen_bits_round_where_every_bit_counts_or_where_that_is_asked_for() -> None:
+    text = """program "p" {stage=CANONICAL}
+    graph main(%x: f32[7]) {
+      %a = cast %x {dtype=bf16}\n %y = cast %a {dtype=f32}\n return %READ as "y" }"""
+    rounded, plain = (parse_program(text.replace("READ", name)) for name in "yx")
+    assert compare_programs(rounded, plain, 1e-6).ok
+    assert compare_programs(rounded, plain, EXACT, widen=True).ok
+    assert not compare_programs(rounded, plain, EXACT).ok
+    assert not compare_programs(rounded, plain, 1e-6, widen=False).ok
+
+
 def test_one_entry_may_become_several() -> None:
     before = step()
     graph = before.entries["step"]
