@@ -201,7 +201,7 @@ class CodesReader:
         rows, *others = shape
         assert isinstance(rows, int)
         words = self._leaf(key, DType.i32, (-(-rows * bits // WORD), *others))
-        apart = _turned(apply("bit_fields", _turned(words), order=_in_order(bits)))
+        apart = apply("bit_fields", words, order=_in_order(bits))
         if apart.type.shape[0] != rows:
             apart = apply("slice", apart, axis=0, start=0, end=rows)
         return apply("centre", apart, bits=bits)
@@ -223,7 +223,7 @@ class CodesReader:
         if told.quant_method == "awq":
             order: tuple[int, ...] = AWQ_ORDER
             words = self._leaf(stem + "qweight", DType.i32, (columns, rows // a_word))
-            codes = apply("join_nibbles", _turned(apply("bit_fields", words, order=order)))
+            codes = apply("join_nibbles", apply("bit_fields", _turned(words), order=order))
         else:
             order = _in_order(bits)
             words = self._leaf(stem + "qweight", DType.i32, (columns // a_word, rows))
@@ -242,8 +242,8 @@ class CodesReader:
             signed = word - (1 << WORD) if word >> WORD - 1 else word
             self.checks[stem + "scales"] = Holds(stem + "qzeros", (signed,), meaning)
         else:
-            apart = apply("bit_fields", zeros, order=order)
-            shared.append(_turned(apply("centre", apart, bits=bits, add=told.stored_zero)))
+            apart = apply("bit_fields", _turned(zeros), order=order)
+            shared.append(apply("centre", apart, bits=bits, add=told.stored_zero))
         index = stem + "g_idx" if scheme.ordered or stem + "g_idx" in self.source.types else None
         return self._grouped(codes, bits, shared, block, index)
 

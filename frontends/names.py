@@ -35,7 +35,7 @@ EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
 _JOINING = re.compile(r"model\.layers\.(\d+)\.eh_proj\.")
 _RECOMPUTED = re.compile(r".*\.rotary_emb\.inv_freq")
-_ACTIVATIONS = re.compile(r".*(\.|_)(input|output|activation|[qkv]|kv)_scale(_inv)?")
+_ACTIVATIONS = re.compile(r".*(\.|_)(input|output|activation|[qkv]|kv)_(scale(_inv)?|zero_point)")
 """Scales of what flows through a layer or lies in a cache: both stay as they are computed."""
 
 

@@ -164,7 +164,11 @@ def _integers(weights: Mapping[str, Any], bits: int, strategy: str) -> dict[str,
 def _auto_round(found: Mapping[str, Any], where: str) -> dict[str, Any]:
     """The layout of GPTQ, of which only one form stores zero points one lower, or of AWQ."""
     form = found.get("packing_format")
-    if form not in AUTO_ROUND or found.get("data_type", "int") != "int":
+    if (
+        not isinstance(form, str)
+        or form not in AUTO_ROUND
+        or found.get("data_type", "int") != "int"
+    ):
         told = f"packing_format {form!r}, data_type {found.get('data_type')!r}"
         raise refused("AutoRound weights so packed", told, where)
     modules = found.get("extra_config")

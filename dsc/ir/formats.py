@@ -262,9 +262,11 @@ def _apart(codes: torch.Tensor, type: TensorType) -> torch.Tensor:
     if coding.together == 1:
         return codes.float()
     bits = 8 // coding.together
-    places = torch.arange(0, 8, bits, dtype=torch.uint8)
-    apart = (codes.unsqueeze(-1) >> places) & ((1 << bits) - 1)
-    return apart.flatten(-2).float() + coding.least
+    shape = (*codes.shape[:-1], codes.shape[-1] * coding.together)
+    apart = torch.empty(shape, dtype=torch.float32, device=codes.device)
+    for place in range(coding.together):
+        apart[..., place :: coding.together] = (codes >> place * bits) & ((1 << bits) - 1)
+    return apart.add_(coding.least)
 
 
 @cache

@@ -161,7 +161,7 @@ def _keeps_rows(expr: Apply) -> bool:
     if expr.op == "reshape":
         before, after = expr.args[0].type.shape, expr.type.shape
         return bool(before and after) and _size(before[0]) % max(1, _size(after[0])) == 0
-    if expr.op in ("word_bytes", "bit_fields", "join_nibbles", "block_codes"):
+    if expr.op in ("word_bytes", "join_nibbles", "block_codes"):
         return expr.type.rank > 1
     if expr.op == "block_scales":
         return expr.type.rank > 1 and _high(expr) != WHOLE

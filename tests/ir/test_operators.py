@@ -341,7 +341,7 @@ def test_a_wrong_element_type_is_refused(name: str) -> None:
         ("block_codes", "f32[4,6], f16[4,2] {block=[1,2], codes=i8}", "f16[4,3] expected"),
         ("bit_fields", "i32[2,3] {order=[0,1,2,2]}", "no order of"),
         ("bit_fields", "i32[2,3] {order=[1,0]}", "no order of"),
-        ("bit_fields", "i32[] {order=[0,1,2,3]}", "words along an axis"),
+        ("bit_fields", "i32[] {order=[0,1,2,3]}", "rows of words are due"),
         ("join_nibbles", "u8[2,3]", "an even number of columns"),
         ("centre", "u8[2] {bits=9}", "9 bits"),
         ("slice_scatter", "f32[7], f32[2] {axis=0, start=2, end=5}", "part"),
