@@ -16,10 +16,12 @@ from dsc.backends import get
 from dsc.ir.arrays import array_of, tensor_of
 from dsc.ir.dims import Range
 from dsc.ir.formats import WHOLE, Format, Packed
+from dsc.ir.graph import Node
 from dsc.ir.parser import parse_program
 from dsc.ir.printer import print_program
 from dsc.ir.program import Program
 from dsc.ir.ranks import at_rank
+from dsc.ir.regions import RegionLimits
 from dsc.ir.stages import Stage
 from dsc.ir.streams import blocks
 from dsc.ir.types import DType, TensorType
@@ -353,3 +355,34 @@ def test_blocks_that_end_inside_of_a_tile_are_dequantised_with_the_reason() -> N
     assert all(t.format is None for t in other.weight_types().values())
     assert "16 of its rows lie side by side" in {miss.reason for miss in report.near}
     assert again.weight_types() == done.weight_types()
+
+
+def test_what_a_kernel_refuses_of_one_weight_all_of_its_weights_lose() -> None:
+    """Experts whose kernel takes both weights in a format or none, beside a linear that may."""
+    text = """graph main(%x: f32[N,32], %i: i64[N,2], %r: f32[N,2], @up: i8{1x32,f16}[4,64,32],
+        @down: i8{1x32,f16}[4,32,32], @w: i8{1x32,f16}[16,32], @plain: f32[8,32]) {
+      %y = experts %x, %i, %r, @up, @down
+      %a = linear %y, @w
+      %b = linear %y, @plain
+      return %a, %b
+    }"""
+    made = pipeline._in_numbers(parse_program(text, stages=(Stage.CANONICAL,)))
+    asked: list[tuple[str, int]] = []
+
+    def accepts(node: Node) -> bool:
+        stored = sum(x.type.format is not None for x in node.operands)
+        asked.append((node.op, stored))
+        return node.op == "linear"
+
+    report = PassReport()
+    done = ChooseFormats(limits=RegionLimits(accepts=accepts)).run(made, report)
+    kept = {name for name, t in done.weight_types().items() if t.format is not None}
+    assert kept == {"w"}
+    assert {(miss.where, miss.reason) for miss in report.near} == {
+        ("up", "no kernel of experts takes i8{1x32,f16}[4,64,32]"),
+        ("down", "no kernel of experts takes i8{1x32,f16}[4,32,32]"),
+    }
+    assert ("experts", 2) in asked
+    assert ("linear", 0) not in asked
+    every = ChooseFormats(limits=RegionLimits(accepts=lambda node: True)).run(made, PassReport())
+    assert sum(t.format is not None for t in every.weight_types().values()) == 3

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 
 import pytest
 
@@ -14,8 +15,9 @@ from dsc.ir.types import DType, TensorType
 from dsc.ir.verifier import verify_graph
 from dsc.rewrite.base import PassReport
 from dsc.rewrite.driver import DidNotSettle, apply_rules, sweep
-from dsc.rewrite.pattern import Names, Pattern
+from dsc.rewrite.pattern import Names, Pattern, match_node
 from dsc.rewrite.rule import Facts, Match, Reject, Result, RewriteBuilder, Rule, reject
+from dsc.rewrite.scope import Scope
 from tests.rewrite.harness import EvidenceFailed, check_rule, program_of
 
 
@@ -140,3 +142,24 @@ def test_a_sweep_is_linear_in_the_graph() -> None:
     after = sweep(Program("long", {"main": graph}), Double(), PassReport()).entries["main"]
     assert len(after.nodes) == 8_000
     assert time.process_time() - start < 3
+
+
+@pytest.mark.parametrize(
+    ("pattern", "line", "fits"),
+    [
+        (lambda p: p.neg(p.number("k")), "%y = neg %x", False),
+        (lambda p: p.neg(p.number("k")), "%h = full {shape=[], value=0.5, dtype=f32} %y = neg %h",
+         True),
+        (lambda p: p.neg(p.weight("w")), "%y = neg %x", False),
+        (lambda p: p.neg(p.weight("w")), "%y = neg @v", True),
+        (lambda p: p.neg(p.x), "%y = neg @v", True),
+    ],
+    ids=["no number", "a number", "no weight", "a weight", "anything"],
+)  # fmt: skip
+def test_a_name_binds_what_is_of_its_kind(
+    pattern: Callable[[Names], Pattern], line: str, fits: bool
+) -> None:
+    program = program_of(f"graph g(%x: f32[3], @v: f32[3]) {{\n {line}\n return %y }}")
+    (graph,) = program.entries.values()
+    found = list(match_node(pattern(Names()), graph.nodes[-1], Scope(program, graph)))
+    assert bool(found) is fits
