@@ -111,8 +111,14 @@ def verify(
         noise = noise_of(dtype, against, source, ids, oracle, compiled.manifest["config"])
     result = verification.compare(ours, oracle, ids, noise, is_text=is_text)
     failures = result.failures(require, most_excluded)
+    formats = stored_as(compiled)
+    if failures and formats:
+        failures.append(
+            f"weights are stored as {', '.join(formats)}: where the source has them finer, what"
+            " codes cost is part of this (dsc compile --calibrate measures that)"
+        )
     if json:
-        facts = {"against": against, "dtype": dtype, **result.as_dict()}
+        facts = {"against": against, "dtype": dtype, "formats": formats, **result.as_dict()}
         console.print_json({**facts, "ok": not failures, "failures": failures})
     else:
         console.stdout().print("\n".join(_lines(result, dtype)))
@@ -138,6 +144,12 @@ def _lines(result: Comparison, dtype: str) -> Iterator[str]:
             f" {verification.MARGIN:g} times the error that {dtype} leaves in a logit, so that"
             " rounding alone may swap them"
         )
+
+
+def stored_as(compiled: CompiledModel) -> list[str]:
+    """The codes that weights of a model are stored as."""
+    types = compiled.program.weight_types().values()
+    return sorted({t.dtype.value for t in types if t.format is not None})
 
 
 def token_ids(compiled: CompiledModel, text: Path | None, limit: int) -> tuple[list[int], bool]:

@@ -18,6 +18,9 @@ from rich.console import Console
 from dsc import verification
 from dsc.cli import bench, console, measuring, profile, verify
 from dsc.cli.report_tables import human_count, print_report
+from dsc.ir.formats import Format
+from dsc.ir.program import Program
+from dsc.ir.types import DType, TensorType
 from dsc.report import cache_bytes
 from dsc.runtime import limit, probes
 from dsc.runtime.profiler import Event
@@ -405,6 +408,26 @@ def test_bounds_of_agreement_are_met_when_they_are_reached(
     found = replace(EXACT, checks=(), excluded=excluded, greedy_agreement=agreement)
     assert len(found.failures(0.9, 0.5)) == count
     assert replace(EXACT, checks=(Check("an error", 0.5, 0.5),)).failures() == []
+
+
+def test_codes_are_named_where_they_are_part_of_an_error(
+    api: FakeApi, invoke: Invoke, artifact: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stored = {
+        "a": TensorType(DType.i4, (2, 32), Format((1, 32), DType.f16)),
+        "b": TensorType(DType.f8e4m3, (2, 32), Format((1, 32), DType.f32)),
+        "c": TensorType(DType.f32, (2, 32)),
+    }
+    monkeypatch.setattr(Program, "weight_types", lambda _: stored)
+    found = json.loads(invoke("verify", str(artifact), "--json").stdout)
+    assert (found["formats"], found["failures"]) == (["f8e4m3", "i4"], [])
+    monkeypatch.setattr(Comparison, "failures", lambda *_: ["an error"])
+    failed = json.loads(invoke("verify", str(artifact), "--json").stdout)
+    assert failed["failures"] == [
+        "an error",
+        "weights are stored as f8e4m3, i4: where the source has them finer, what codes cost is"
+        " part of this (dsc compile --calibrate measures that)",
+    ]
 
 
 @pytest.mark.parametrize("against", ["reference", "hf"])
