@@ -51,8 +51,8 @@ class Capabilities:
     `collectives`: its executables speak to other ranks; without it a sharded program is emitted in
     segments, with the collectives between them. `formats`: codes (`dsc.ir.formats`) of weights that
     it takes as they are stored, with `tile` rows side by side; `activations`: the codes of
-    weights whose products take their rows as codes too. `options`: what it reads of
-    `backend_options`.
+    weights whose products take their rows as codes too; `plain_forms`: forms of its code, as its
+    option `form` names them, that take no codes. `options`: what it reads of `backend_options`.
     """
 
     states: tuple[Storage, ...] = (Storage.GROWN, Storage.CONTIGUOUS)
@@ -66,6 +66,7 @@ class Capabilities:
     formats: tuple[str, ...] = ()
     tile: int = 1
     activations: tuple[str, ...] = ()
+    plain_forms: tuple[str, ...] = ()
     options: tuple[str, ...] = ()
     targets: tuple[str, ...] = ("cpu",)
 

@@ -255,7 +255,8 @@ def compile(
         parallel: how ranks share it: "tp+ep" (heads, rows and vocabulary split, experts dealt
             out), "tp" (experts split as well) or "ep" (only the experts shared).
         quant: "int8" or "int4" stores the weights of linears and experts in codes of so many bits,
-            with a scale in fp16 for each `group_size` columns of a row; the head's in 8 bits. A
+            with a scale in fp16 for each `group_size` columns of a row; the head's in 8 bits. "fp8"
+            stores blocks of 128 x 128, and takes rows so too; the head stays. A
             backend that does not read such weights gets their rounded values, and a note says so.
         keep: weights that stay as they are: names or beginnings of names of their tensors in the
             checkpoint, such as "lm_head" or "model.layers.0", or patterns: "*.self_attn.*". With
@@ -338,6 +339,7 @@ def compile(
         keep=tuple(keep),
         group_size=group_size,
         activation_bits=activation_bits,
+        codes=extra.get("form") not in chosen.capabilities(targets[0]).plain_forms,
         watch=watch,
     )
     found = None

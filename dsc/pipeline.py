@@ -53,7 +53,7 @@ HORIZONTAL = 3
 
 @dataclass(frozen=True)
 class PipelineOptions:
-    """What a user asked of the passes."""
+    """What a user asked of the passes; `codes`: whether weights may stay in stored formats."""
 
     fusion_level: int = 3
     prefill_chunk: int = 512
@@ -64,6 +64,7 @@ class PipelineOptions:
     keep: tuple[str, ...] = ()
     group_size: int = 32
     activation_bits: int = 8
+    codes: bool = True
     watch: Watch = field(default_factory=Watch)
 
     def __post_init__(self) -> None:
@@ -165,7 +166,8 @@ SLOTS = (
     Slot(
         Part.OPTIMISE, "choose_formats",
         options=lambda s: {
-            "formats": s.can.formats, "tile": s.can.tile, "limits": s.can.regions,
+            "formats": s.can.formats if s.asked.codes else (), "tile": s.can.tile,
+            "limits": s.can.regions,
         },
     ),
     Slot(
@@ -174,7 +176,7 @@ SLOTS = (
     ),
     Slot(
         Part.OPTIMISE, "quantize_activations",
-        lambda s: bool(s.can.activations) and _has_codes(s)
+        lambda s: bool(s.can.activations) and s.asked.codes and _has_codes(s)
         and s.asked.activation_bits == CODED_ROWS,
         lambda s: {
             "weights": tuple(c for c in s.can.activations if s.asked.quant == "fp8" or c != FP8),
@@ -346,8 +348,11 @@ def until(
 
 
 def quantised(records: Sequence[PassRecord], backend: str) -> Iterator[str]:
-    """What to tell a user of weights that were to be quantised."""
+    """What to tell a user of weights that were to be quantised, and of rows that were."""
     by_name = {record.name: record.report for record in records}
+    rows = by_name.get("quantize_activations", PassReport())
+    if rows.fired:
+        yield "rows that codes multiply are codes too; --activation-bits 16 leaves them as they are"
     asked = by_name.get("quantize_weights", by_name.get("insert_fp8"))
     if asked is None:
         return

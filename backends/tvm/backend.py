@@ -52,6 +52,7 @@ class TvmBackend:
             formats=("i8", "i4", "f8e4m3"),
             tile=16,
             activations=("i8", "i4", "f8e4m3"),
+            plain_forms=("relax",),
             fuse=3,
             regions=RegionLimits(
                 anchors=frozenset({"linear", "grouped_linear"}),

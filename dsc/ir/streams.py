@@ -165,7 +165,11 @@ def _keeps_rows(expr: Apply) -> bool:
         return expr.type.rank > 1
     if expr.op == "block_scales":
         return expr.type.rank > 1 and _high(expr) != WHOLE
-    return expr.op in ("cast", "centre", "dequantize", "scaled", "tiled")
+    if expr.op == "scaled":  # of a matrix in tiles a part has fewer rows than it is for
+        return expr.attrs["tile"] == 1 or expr.type.rank > 2
+    if expr.op == "dequantize" and isinstance(expr.args[0], Apply):
+        return _keeps_rows(expr.args[0])
+    return expr.op in ("cast", "centre", "dequantize", "tiled")
 
 
 def _axis(expr: Apply) -> int:

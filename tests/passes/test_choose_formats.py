@@ -354,6 +354,11 @@ def test_blocks_that_end_inside_of_a_tile_are_dequantised_with_the_reason() -> N
     other = ChooseFormats(tile=8).run(tiled, report)
     assert all(t.format is None for t in other.weight_types().values())
     assert "16 of its rows lie side by side" in {miss.reason for miss in report.near}
+    source = random_source({s.key: s.type for e in tiled.weights.values() for s in sources(e)})
+    for expr in other.weights.values():
+        streamed = [tensor_of(x) if isinstance(x, np.ndarray) else x for x in blocks(expr, source)]
+        assert torch.equal(torch.cat([x.flatten() for x in streamed]),
+                           evaluate(expr, source).flatten())  # fmt: skip
     assert again.weight_types() == done.weight_types()
 
 

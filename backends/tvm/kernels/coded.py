@@ -86,7 +86,7 @@ class Coded:
     @property
     def excess(self) -> int:
         """By how much an unsigned code is too large."""
-        return 8 if self.together > 1 else 128
+        return -int(CODINGS[self.dtype].least)
 
     @property
     def vectors(self) -> int:
@@ -123,8 +123,10 @@ def coded(node: Node, x: DType, weight: TensorType, machine: Machine) -> Coded |
         raise Unsupported(f"weights in {weight.dtype}{format}")
     if format.scales not in (DType.f16, DType.f32, DType.bf16, DType.f8e8m0):
         raise Unsupported(f"scales in {format.scales}")
-    if format.zeros not in (None, DType.i8, DType.u8):
+    if format.zeros not in (None, DType.i8):
         raise Unsupported(f"zero points in {format.zeros}")
+    if format.zeros is not None and not integers:
+        raise Unsupported(f"zero points beside {weight.dtype}")
     if said not in ("", AS_INTEGERS if integers else AS_F8):
         raise Unsupported(f"activations {said} for weights in {weight.dtype}")
     *matrices, columns, depth = (static_dim(d, "a weight's axis") for d in weight.shape)
@@ -176,23 +178,25 @@ class Codes:
         """The scales, or zero points, of a tile in a range of x, as fp32 in all lanes."""
         of = self.of
         if of.high == 1:
-            return self._in_fp32(x.at((tile * of.groups + group) * LANES, LANES))
+            return _in_fp32(x, x.at((tile * of.groups + group) * LANES, LANES))
         matrix, number = (op(tile, integer(of.tiles)) for op in (tirx.truncdiv, tirx.truncmod))
         band = tirx.truncdiv(number * LANES, integer(of.high)) if of.high else integer(0)
-        return splat(self._in_fp32(x.at((matrix * of.bands + band) * of.groups + group)), LANES)
+        return splat(_in_fp32(x, x.at((matrix * of.bands + band) * of.groups + group)), LANES)
 
     def group(self, step: Expr) -> Expr:
         """The range of x that a step lies in."""
         per = self.of.group // STEP
         return tirx.truncdiv(step, integer(per)) if per > 1 else step if per else integer(0)
 
-    def _in_fp32(self, stored: Expr) -> Expr:
-        if self.of.scales is not DType.f8e8m0:
-            return bind(cast(stored, "float32"))
-        lanes = lanes_of(stored)  # an exponent; that of 0 is a subnormal number's
-        bits = cast(stored, "int32") << splat(tirx.const(23, "int32"), lanes)
-        least = splat(tirx.const(1 << 22, "int32"), lanes)
-        return bind(reinterpret(tirx.max(bits, least), "float32"))
+
+def _in_fp32(x: Tensor, stored: Expr) -> Expr:
+    """What was read of scales or zero points as fp32; a scale in a byte is an exponent."""
+    if x.dtype is not STORED[DType.f8e8m0]:
+        return bind(cast(stored, "float32"))
+    lanes = lanes_of(stored)
+    bits = cast(stored, "int32") << splat(tirx.const(23, "int32"), lanes)
+    least = splat(tirx.const(1 << 22, "int32"), lanes)  # the exponent 0 is of a subnormal number
+    return bind(reinterpret(tirx.max(bits, least), "float32"))
 
 
 class Taken(Protocol):
