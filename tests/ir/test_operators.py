@@ -15,7 +15,7 @@ import torch
 from dsc.ir.dims import symbol
 from dsc.ir.graph import Graph, GraphBuilder, Value
 from dsc.ir.interpreter import run_graph
-from dsc.ir.op import OpDef, TypeMismatch, infer, op, registry
+from dsc.ir.op import OpDef, TypeMismatch, infer, lookup, op, registry
 from dsc.ir.ops import FAMILIES
 from dsc.ir.parser import parse_graph, parse_operands
 from dsc.ir.printer import print_graph
@@ -410,3 +410,18 @@ def test_whole_numbers_given_for_floats_are_floats() -> None:
     assert torch.equal(
         run_graph(b.finish(b.nodes[-1].outputs), [torch.ones(2)])[0], torch.full((2,), 0.5**0.5)
     )
+
+
+@pytest.mark.parametrize(
+    ("dtype", "least", "most"),
+    [("bool", 0, 1), ("u8", 0, 255), ("i8", -128, 127), ("i16", -(2**15), 2**15 - 1),
+     ("i32", -(2**31), 2**31 - 1)],
+)  # fmt: skip
+def test_a_tensor_is_full_of_what_its_element_type_holds(dtype: str, least: int, most: int) -> None:
+    attrs = {"shape": (), "dtype": DType(dtype)}
+    for value in (least, most):
+        (found,) = lookup("full").infer([], {**attrs, "value": value})
+        assert found.dtype is DType(dtype)
+    for value in (least - 1, most + 1):
+        with pytest.raises(TypeMismatch, match=f"is no {dtype}"):
+            lookup("full").infer([], {**attrs, "value": value})
