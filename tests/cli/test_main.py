@@ -46,10 +46,12 @@ def test_the_process_does_what_was_registered_and_ends_with_the_status() -> None
     assert (done.returncode, done.stdout) == (3, b"printed registered\n")
 
 
+@pytest.mark.parametrize("rank", [None, "0"])
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_a_command_that_is_ended_leaves_nothing_half_written(
-    number: signal.Signals, tmp_path: Path
+    number: signal.Signals, rank: str | None, tmp_path: Path
 ) -> None:
+    """But for one of several ranks, which ends at once: who launched it cleans up."""
     program = (
         "import os, time, dsc.cli\n"
         "from pathlib import Path\n"
@@ -63,9 +65,16 @@ def test_a_command_that_is_ended_leaves_nothing_half_written(
         "dsc.cli.command()"
     )
     line = [sys.executable, "-c", program, str(tmp_path / "new" / "out"), str(int(number))]
-    done = subprocess.run(line, capture_output=True, text=True, check=False, timeout=50)
+    done = subprocess.run(
+        line,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=50,
+        env={k: v for k, v in os.environ.items() if k != "RANK"} | ({"RANK": rank} if rank else {}),
+    )
     assert (done.returncode, done.stdout, done.stderr) == (-number, "", "")
-    assert list(tmp_path.iterdir()) == []
+    assert bool(list(tmp_path.iterdir())) is (rank is not None)
 
 
 @pytest.mark.parametrize(
