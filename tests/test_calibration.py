@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -377,6 +378,16 @@ def test_a_program_that_is_no_language_model_is_calibrated_on_its_inputs() -> No
 
 
 # --- how it is shown, and the options beside ------------------------------------------------------
+
+
+def test_calibrating_is_a_phase_with_seconds_of_its_own() -> None:
+    start = time.perf_counter()
+    seconds = compiled().report["seconds"]
+    wall = time.perf_counter() - start
+    assert set(seconds) == {"trace", "passes", "emit", "calibrate"}
+    assert min(seconds.values()) >= 0
+    assert sum(seconds.values()) <= wall + 0.01
+    assert set(compiled(calibrate=None).report["seconds"]) == {"trace", "passes", "emit"}
 
 
 def test_tables_and_drawings_show_every_operator_and_no_markup_of_a_name() -> None:
