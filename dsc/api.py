@@ -298,7 +298,7 @@ def compile(
     check_parallel(ranks, parallel)
     pipeline.check_names(print_ir_after, NOT_PASSES)
     pipeline.check_quant(quant, keep)
-    pipeline.check_widths(group_size, activation_bits)
+    pipeline.check_widths(group_size, activation_bits, quant)
     trial = trial_of(calibrate, quant, nsamples, seqlen, avg_bits)
 
     def shares(config: ModelConfig) -> None:

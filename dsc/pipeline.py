@@ -44,6 +44,8 @@ QUANTISED = " or ".join(word for word, codes in QUANT.items() if codes)
 ACTIVATION_BITS = (8, 16)
 """Rows that codes multiply: codes as well, where kernels take them so, or in the compute type."""
 CODED_ROWS = ACTIVATION_BITS[0]
+GROUP, GROUPED = 32, ("int8", "int4")
+"""Columns of a group where nobody says how many, and what has groups."""
 PAGED = CACHES[1]
 EPILOGUES = 2
 """Backends that fuse from this level on split a merged projection at no cost."""
@@ -62,7 +64,7 @@ class PipelineOptions:
     parallel: str = "tp+ep"
     quant: str = "none"
     keep: tuple[str, ...] = ()
-    group_size: int = 32
+    group_size: int = GROUP
     activation_bits: int = 8
     codes: bool = True
     watch: Watch = field(default_factory=Watch)
@@ -70,7 +72,7 @@ class PipelineOptions:
     def __post_init__(self) -> None:
         check_fusion_level(self.fusion_level)
         check_quant(self.quant, self.keep)
-        check_widths(self.group_size, self.activation_bits)
+        check_widths(self.group_size, self.activation_bits, self.quant)
 
 
 class Setting(NamedTuple):
@@ -156,7 +158,7 @@ SLOTS = (
         lambda s: {"keep": s.asked.keep},
     ),
     Slot(
-        Part.OPTIMISE, "quantize_weights", lambda s: s.asked.quant in ("int8", "int4"),
+        Part.OPTIMISE, "quantize_weights", lambda s: s.asked.quant in GROUPED,
         lambda s: {
             "codes": QUANT[s.asked.quant], "group": s.asked.group_size,
             "keep": tuple(x for x in s.asked.keep if not x.endswith(WIDE)),
@@ -227,10 +229,13 @@ def quantising(quant: str) -> str:
     return "insert_fp8" if quant == "fp8" else "quantize_weights"
 
 
-def check_widths(group_size: int, activation_bits: int) -> None:
+def check_widths(group_size: int, activation_bits: int, quant: str) -> None:
     """Raise `UsageError` for groups of columns, or bits of activations, that there are not."""
     if group_size < 2:
         raise UsageError(f"group_size is {group_size}", hint="give at least 2, such as 32 or 128")
+    if group_size != GROUP and quant not in GROUPED:
+        told = f"group_size is {group_size}, and quant is {quant}"
+        raise UsageError(told, hint=f"only {' and '.join(GROUPED)} have groups of columns")
     if activation_bits not in ACTIVATION_BITS:
         told = " or ".join(map(str, ACTIVATION_BITS))
         raise UsageError(f"activation_bits is {activation_bits}", hint=f"give {told}")

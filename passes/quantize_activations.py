@@ -25,6 +25,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from functools import partial
 
+from dsc.ir.formats import ROWS
 from dsc.ir.graph import Attrs, Graph, Node
 from dsc.ir.op import lookup
 from dsc.ir.program import Program
@@ -34,8 +35,6 @@ from dsc.rewrite.options import option
 
 ACTIVATIONS = "activations"
 """The attribute of products that says what their rows are taken as."""
-ROWS = {"i8": "i8:32", "i4": "i8:32", "f8e4m3": "f8e4m3:128"}
-"""What rows are taken as, by the codes of the weights."""
 RULE = "quantise"
 
 
@@ -53,7 +52,11 @@ class QuantizeActivations(Pass):
 
     def comparable(self, before: Program, after: Program) -> Program:
         """With rows as they were: what codes say of them is their operators' to prove."""
-        return after.map_entries(_unsaid)
+        entries = {name: before.entries[name].with_nodes(
+            [_with(new, old.attrs.get(ACTIVATIONS, "")) if ACTIVATIONS in new.attrs else new
+             for old, new in zip(before.entries[name].nodes, graph.nodes, strict=True)]
+        ) for name, graph in after.entries.items()}  # fmt: skip
+        return replace(after, entries=entries)
 
     def _said(self, report: PassReport, graph: Graph) -> Graph:
         def said(node: Node) -> Node:
@@ -72,11 +75,6 @@ class QuantizeActivations(Pass):
         stored = {x.type.dtype.value for x in node.operands if x.type.format is not None}
         found = {ROWS[codes] if codes in self.weights else "" for codes in stored}
         return found.pop() if len(found) == 1 else ""
-
-
-def _unsaid(graph: Graph) -> Graph:
-    nodes = (_with(n, "") if n.attrs.get(ACTIVATIONS) else n for n in graph.nodes)
-    return replace(graph, nodes=tuple(nodes))
 
 
 def _with(node: Node, activations: str) -> Node:

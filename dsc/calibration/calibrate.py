@@ -19,8 +19,9 @@ from dsc.calibration.texts import ASKS, named_batches, text_ids, token_batches
 from dsc.errors import UsageError
 from dsc.frontends.load import Loaded
 from dsc.frontends.tokenizer import TOKENIZER
+from dsc.ir.formats import ROWS
 from dsc.ir.program import Program
-from dsc.passes.quantize_activations import ROWS, QuantizeActivations
+from dsc.passes.quantize_activations import QuantizeActivations
 from dsc.passes.quantize_weights import QuantizeWeights
 from dsc.rewrite.base import PassReport
 from dsc.runtime.emission import Progress

@@ -57,6 +57,10 @@ CODINGS: Mapping[str, Coding] = MappingProxyType({
     "i4": Coding(7.0, -8.0, 7.0, 0.0, 0.5, together=2),
 })  # fmt: skip
 """By the element type of the codes."""
+ROWS: Mapping[str, str] = MappingProxyType(
+    {"i8": "i8:32", "i4": "i8:32", "f8e4m3": "f8e4m3:128"}
+)  # fmt: skip
+"""What products take their rows as beside weights of such codes: codes, and columns of a scale."""
 WHOLE = 0
 """The extent of a block that is the whole axis, however long."""
 STEP = 32

@@ -31,7 +31,7 @@ from dsc.backends.tvm.tir import (
     tirx,
     when,
 )
-from dsc.ir.formats import CODINGS, STEP, WHOLE
+from dsc.ir.formats import CODINGS, ROWS, STEP, WHOLE
 from dsc.ir.graph import Node
 from dsc.ir.types import DType, TensorType
 
@@ -43,8 +43,6 @@ NARROW, WIDE = 32, BLOCK
 """Columns of a task with few rows and with many."""
 FEW = 6
 """Rows up to which a task takes few columns."""
-AS_INTEGERS, AS_F8 = f"i8:{STEP}", "f8e4m3:128"
-"""What rows may be taken as, beside as they are: those of integer codes, and those of FP8."""
 INTEGERS, FLOATS, PAIRS = "integers", "floats", "pairs"
 """Ways to multiply: bytes by bytes, in fp32, and bf16 by pairs."""
 
@@ -127,7 +125,7 @@ def coded(node: Node, x: DType, weight: TensorType, machine: Machine) -> Coded |
         raise Unsupported(f"zero points in {format.zeros}")
     if format.zeros is not None and not integers:
         raise Unsupported(f"zero points beside {weight.dtype}")
-    if said not in ("", AS_INTEGERS if integers else AS_F8):
+    if said not in ("", ROWS[weight.dtype.value]):
         raise Unsupported(f"activations {said} for weights in {weight.dtype}")
     *matrices, columns, depth = (static_dim(d, "a weight's axis") for d in weight.shape)
     high, group = (
@@ -144,11 +142,6 @@ def coded(node: Node, x: DType, weight: TensorType, machine: Machine) -> Coded |
     return Coded(
         *kinds, 1 if format.block[0] == 1 else high, group, columns, depth, many, said, way
     )
-
-
-def addresses_of(t: TensorType) -> int:
-    """How many addresses an operand has: one for each of its parts."""
-    return len(t.parts)
 
 
 STORED = {DType.f8e8m0: DType.u8}

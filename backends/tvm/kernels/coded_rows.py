@@ -17,7 +17,7 @@ from typing import Any
 
 from dsc.backends.tvm import bf16, codes
 from dsc.backends.tvm.codes import LANES
-from dsc.backends.tvm.kernels.coded import AS_F8, FLOATS, INTEGERS, PAIRS, Coded, Codes
+from dsc.backends.tvm.kernels.coded import FLOATS, INTEGERS, PAIRS, Coded, Codes
 from dsc.backends.tvm.tir import (
     Expr,
     Local,
@@ -34,12 +34,12 @@ from dsc.backends.tvm.tir import (
     tirx,
 )
 from dsc.ir.dims import Dim
-from dsc.ir.formats import CODINGS, STEP
+from dsc.ir.formats import CODINGS, ROWS, STEP
 from dsc.ir.types import DType
 
-WIDE = 128
-"""Columns of a row in FP8 that share a scale."""
-LARGEST = {codes: coding.largest for codes, coding in CODINGS.items()}
+F8 = DType.f8e4m3.value
+F8_GROUP = int(ROWS[F8].rpartition(":")[2])
+"""Columns of a row in FP8 that share a scale; of 8-bit codes a step's do."""
 
 
 class _Rows:
@@ -170,14 +170,14 @@ class Floats(_Rows):
 
     def __init__(self, of: Coded, address: Expr, rows: Expr) -> None:
         super().__init__(of, address, rows)
-        self.width = WIDE if of.rows else STEP
+        self.width = F8_GROUP if of.rows else STEP
         self.stride = _padded(of, self.width)
         self.values = Tensor(address, DType.f32, (rows, self.stride))
 
     @staticmethod
     def bytes_of(of: Coded) -> int:
         """Of a row."""
-        return 4 * _padded(of, WIDE if of.rows else STEP)
+        return 4 * _padded(of, F8_GROUP if of.rows else STEP)
 
     def _take(self, i: Expr, part: Expr, vectors: Sequence[Expr]) -> None:
         values = [bind(each) for each in vectors]
@@ -220,18 +220,18 @@ class Pairs(_Rows):
 
     def __init__(self, of: Coded, address: Expr, rows: Expr) -> None:
         super().__init__(of, address, rows)
-        self.width = WIDE if of.rows else STEP
+        self.width = F8_GROUP if of.rows else STEP
         self.stride = _padded(of, self.width)
         self.values = Tensor(address, DType.bf16, (rows, self.stride))
         self.fours = Tensor(address, DType.i64, (rows, self.stride // 4))
         after = bind(address + self.rows * (2 * self.stride))
-        self.scales = Tensor(after, DType.f32, (rows, -(-of.depth // WIDE)))
+        self.scales = Tensor(after, DType.f32, (rows, -(-of.depth // F8_GROUP)))
 
     @staticmethod
     def bytes_of(of: Coded) -> int:
         """Of a row."""
-        scales = 4 * -(-of.depth // WIDE) if of.rows else 0
-        return 2 * _padded(of, WIDE if of.rows else STEP) + scales
+        scales = 4 * -(-of.depth // F8_GROUP) if of.rows else 0
+        return 2 * _padded(of, F8_GROUP if of.rows else STEP) + scales
 
     def _take(self, i: Expr, part: Expr, vectors: Sequence[Expr]) -> None:
         values = [bind(each) for each in vectors]
@@ -249,7 +249,7 @@ class Pairs(_Rows):
         sums = _zeros_for(places, tiles)
         per = of.group // STEP if of.group else of.steps
         if of.rows:
-            per = gcd(per, WIDE // STEP) if of.group else WIDE // STEP
+            per = gcd(per, F8_GROUP // STEP) if of.group else F8_GROUP // STEP
         ranges = -(-of.steps // per)
         with loop(ranges) as part:
             first = bind(part * per)
@@ -264,8 +264,8 @@ class Pairs(_Rows):
                 for (low, high), total, scale in zip(line, totals, scales, strict=True):
                     value = codes.gathered(low[0], high[0])
                     if of.rows:
-                        mine = self.scales.load(place, tirx.truncdiv(first * STEP, integer(WIDE)))
-                        value = value * splat(bind(mine), LANES)
+                        scaled = tirx.truncdiv(first * STEP, integer(F8_GROUP))
+                        value = value * splat(bind(self.scales.load(place, scaled)), LANES)
                     total[0] = codes.fma(total[0], bind(value), scale)
         return [[total[0] for total in line] for line in sums]
 
@@ -317,7 +317,7 @@ def _padded(of: Coded, width: int) -> int:
 
 def _scale(largest: Expr, kind: str) -> Expr:
     """The scale with which a magnitude is the largest code; 1 of zeros."""
-    scale = bind(largest / f32(LARGEST[kind]))
+    scale = bind(largest / f32(CODINGS[kind].largest))
     return bind(select(tirx.EQ(scale, f32(0.0)), f32(1.0), scale))
 
 
@@ -327,7 +327,7 @@ def _in_f8(values: Sequence[Expr]) -> tuple[Expr, list[Expr]]:
     most = [bind(codes.largest(a, b)) for a, b in pairs]
     for _ in range(2):
         most = [bind(codes.larger(a, b)) for a, b in zip(most[::2], most[1::2], strict=True)]
-    scale = _scale(most[0], AS_F8.partition(":")[0])
+    scale = _scale(most[0], F8)
     return scale, [bind(codes.nearest_f8(each / splat(scale, LANES))) for each in values]
 
 

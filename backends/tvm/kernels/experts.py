@@ -155,7 +155,7 @@ def experts_direct(of: Experts) -> PrimFunc:
     """
     experts, d, hidden, top_k = of.experts, of.d, of.hidden, of.top_k
     activation, plain, native = ACTIVATIONS[of.act], of.plain, of.plain is None
-    units = lanes_for(hidden, UNITS if native else PLAIN_UNITS)
+    units = lanes_for(hidden, UNITS if native or of.codes else PLAIN_UNITS)
     wide, lanes = lanes_for(units, SUMS), lanes_for(d, SUMS)
     parts = [c.addresses for c in of.codes] if of.codes else [1, 1]
     names = ["x", "idx", "w", *(f"gate_up{i}" for i in range(parts[0]))]

@@ -11,7 +11,7 @@ from dataclasses import replace
 from math import prod
 
 from dsc.backends.tvm.kernels import ALONG_ROWS
-from dsc.backends.tvm.kernels.coded import PAIRS, addresses_of, coded
+from dsc.backends.tvm.kernels.coded import PAIRS, coded
 from dsc.backends.tvm.kernels.coded_rows import scratch_bytes
 from dsc.backends.tvm.kernels.formulas import check
 from dsc.backends.tvm.kernels.panels import fits, panel_bytes
@@ -114,7 +114,7 @@ def _product(body: Graph, anchor: Node, machine: Machine) -> Launch:
 
 def _parameters(body: Graph) -> tuple[int, ...]:
     """The kernel's addresses for each operand, then for each result."""
-    return tuple(map(addresses_of, (x.type for x in (*body.inputs, *body.outputs))))
+    return tuple(len(x.type.parts) for x in (*body.inputs, *body.outputs))
 
 
 def _rows(body: Graph, machine: Machine) -> Launch:
