@@ -106,7 +106,7 @@ class TvmBackend:
 
         from dsc.backends.tvm import library
         from dsc.backends.tvm.checks import entry_checks, facts_of
-        from dsc.backends.tvm.machine import machine_for
+        from dsc.backends.tvm.machine import cpu_of, machine_for
         from dsc.backends.tvm.objects import Kernel, objects_of
         from dsc.backends.tvm.schedule import plan_program
         from dsc.backends.tvm.tuning import Tiling, tuned
@@ -157,6 +157,7 @@ class TvmBackend:
         tiling = Tiling.of(machine)
         meta = {
             "cpu": machine.cpu,
+            "cpu_needs": cpu_of(target.arch).needs,
             "threads": options.threads,
             "tiling": {**asdict(tiling), "by": by},
             "weights": weights,

@@ -9,12 +9,12 @@ adds to a sum is as much times the sum of the codes of x, which is what sums beg
     dot4      acc + a0 b0 + a1 b1 + a2 b2 + a3 b3 in each lane; a unsigned, b signed bytes
     join      two vectors of 16 numbers as 32 bytes; `even_first`: of eight the even ones first,
               the order in which bytes of two 4-bit codes give them
-    nearest   floats to the nearest integers, to even; NaN to 0
+    nearest   floats to the nearest integers, to even, of at most 127; NaN to 0
     largest   the largest magnitude of two vectors; NaN where there is one
     total     the sum of all lanes of two vectors
 
-`dot4` is vpdpbusd where the machine has AVX512_VNNI (64 products an instruction), elsewhere pairs
-of 16-bit products, of which LLVM makes what the machine has. The numbers are the same.
+How `dot4` is done is the machine's affair (`byte_products`); the numbers are the same. Where it
+takes signed bytes as they are, codes of 8 bits stay so.
 
 FP8 codes (e4m3) are numbers of bf16, and of fp32:
 
@@ -22,6 +22,14 @@ FP8 codes (e4m3) are numbers of bf16, and of fp32:
                   four, four codes a column. Tables in registers (AVX512_VBMI) give both bytes.
     gathered      sums over such pairs of lanes, in the order of columns
     from_f8       a byte a lane as fp32
+
+Where there are no such tables but a conversion of fp16, a code moved by its sign is 2^-8 times its
+number in fp16, subnormal ones too:
+
+    of_f8         the 64 codes of a vector as four of fp32: of the first and of the last 8 columns,
+                  codes 0 and 2, and 1 and 3, of each
+    crossed       16 numbers of x in that order: of each four 0, 2, 1, 3
+    gathered_f16  sums over such lanes, in the order of columns, and as large as they should be
 """
 
 from __future__ import annotations
@@ -29,64 +37,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from dsc.backends.tvm.byte_products import DOTS, listed
 from dsc.backends.tvm.machine import Machine
-from dsc.backends.tvm.tir import Expr, T, tirx
+from dsc.backends.tvm.tir import Expr, T, bind, tirx
 
 LANES = 16
 """Columns of a vector, as many as rows lie side by side."""
-_VNNI = '"target-features"="+avx512f,+avx512bw,+avx512vl,+avx512vnni"'
-
 _VBMI = '"target-features"="+avx512f,+avx512bw,+avx512vl,+avx512vbmi"'
 
-_DOT4_VNNI = f"""
-declare <16 x i32> @llvm.x86.avx512.vpdpbusd.512(<16 x i32>, <64 x i8>, <64 x i8>)
-
-define linkonce_odr <16 x i32> @dsc_dot4(
-    <16 x i32> %acc, <16 x i32> %a, <16 x i32> %b) #4 {{
-  %x = bitcast <16 x i32> %a to <64 x i8>
-  %y = bitcast <16 x i32> %b to <64 x i8>
-  %r = call <16 x i32> @llvm.x86.avx512.vpdpbusd.512(
-    <16 x i32> %acc, <64 x i8> %x, <64 x i8> %y)
-  ret <16 x i32> %r
-}}
-
-attributes #4 = {{ alwaysinline nounwind {_VNNI} }}
-"""
-
-
-def _lanes(first: int) -> str:
-    return "<16 x i32> <" + ", ".join(f"i32 {2 * i + first}" for i in range(16)) + ">"
-
-
-_DOT4 = f"""
-define linkonce_odr <16 x i32> @dsc_pairs16(<32 x i16> %a, <32 x i16> %b) #3 {{
-  %x = sext <32 x i16> %a to <32 x i32>
-  %y = sext <32 x i16> %b to <32 x i32>
-  %p = mul nsw <32 x i32> %x, %y
-  %e = shufflevector <32 x i32> %p, <32 x i32> poison, {_lanes(0)}
-  %o = shufflevector <32 x i32> %p, <32 x i32> poison, {_lanes(1)}
-  %r = add nsw <16 x i32> %e, %o
-  ret <16 x i32> %r
-}}
-
-define linkonce_odr <16 x i32> @dsc_dot4(
-    <16 x i32> %acc, <16 x i32> %a, <16 x i32> %b) #3 {{
-  %a0 = and <16 x i32> %a, splat (i32 16711935)
-  %s = lshr <16 x i32> %a, splat (i32 8)
-  %a1 = and <16 x i32> %s, splat (i32 16711935)
-  %b16 = bitcast <16 x i32> %b to <32 x i16>
-  %u = shl <32 x i16> %b16, splat (i16 8)
-  %b0 = ashr <32 x i16> %u, splat (i16 8)
-  %b1 = ashr <32 x i16> %b16, splat (i16 8)
-  %x0 = bitcast <16 x i32> %a0 to <32 x i16>
-  %x1 = bitcast <16 x i32> %a1 to <32 x i16>
-  %p0 = call <16 x i32> @dsc_pairs16(<32 x i16> %x0, <32 x i16> %b0)
-  %p1 = call <16 x i32> @dsc_pairs16(<32 x i16> %x1, <32 x i16> %b1)
-  %t = add <16 x i32> %p0, %p1
-  %r = add <16 x i32> %acc, %t
-  ret <16 x i32> %r
-}}
-"""
 _EVEN_FIRST = [8 * block + lane for block in range(4) for lane in (0, 2, 4, 6, 1, 3, 5, 7)]
 
 
@@ -105,13 +63,16 @@ define linkonce_odr <32 x i8> @dsc_{name}(<16 x i32> %a, <16 x i32> %b) #3 {{
 _COMMON = f"""
 declare <16 x i32> @llvm.fptosi.sat.v16i32.v16f32(<16 x float>)
 declare <16 x i32> @llvm.smax.v16i32(<16 x i32>, <16 x i32>)
+declare <16 x i32> @llvm.smin.v16i32(<16 x i32>, <16 x i32>)
 declare i32 @llvm.vector.reduce.smax.v16i32(<16 x i32>)
 declare i32 @llvm.vector.reduce.add.v16i32(<16 x i32>)
 {_join("join", list(range(32)))}
 {_join("join_even_first", _EVEN_FIRST)}
 define linkonce_odr <16 x i32> @dsc_nearest(<16 x float> %a) #3 {{
   %n = call <16 x float> @llvm.rint.v16f32(<16 x float> %a)
-  %r = call <16 x i32> @llvm.fptosi.sat.v16i32.v16f32(<16 x float> %n)
+  %i = call <16 x i32> @llvm.fptosi.sat.v16i32.v16f32(<16 x float> %n)
+  %l = call <16 x i32> @llvm.smax.v16i32(<16 x i32> %i, <16 x i32> splat (i32 -127))
+  %r = call <16 x i32> @llvm.smin.v16i32(<16 x i32> %l, <16 x i32> splat (i32 127))
   ret <16 x i32> %r
 }}
 
@@ -247,6 +208,66 @@ attributes #5 = {{ alwaysinline nounwind {_VBMI} }}
 """
 
 
+def _half_widened(name: str, first: int) -> str:
+    """16 of 32 numbers in fp16 as fp32."""
+    return f"""
+define linkonce_odr <16 x float> @dsc_{name}_f16(<32 x i16> %a) #3 {{
+  %h = bitcast <32 x i16> %a to <32 x half>
+  %x = shufflevector <32 x half> %h, <32 x half> poison, {listed(list(range(first, first + 16)))}
+  %r = fpext <16 x half> %x to <16 x float>
+  ret <16 x float> %r
+}}
+"""
+
+
+_CROSSED = listed([4 * q + i for q in range(4) for i in (0, 2, 1, 3)])
+_F16 = f"""
+define linkonce_odr <64 x i8> @dsc_nan_f8(<16 x i32> %a) #3 {{
+  %c = bitcast <16 x i32> %a to <64 x i8>
+  %m = and <64 x i8> %c, splat (i8 127)
+  %r = add <64 x i8> %m, splat (i8 1)
+  ret <64 x i8> %r
+}}
+
+define linkonce_odr <32 x i16> @dsc_f16(<32 x i16> %a, <32 x i16> %n) #3 {{
+  %s = ashr <32 x i16> %a, splat (i16 1)
+  %h = and <32 x i16> %s, splat (i16 -16512)
+  %f = ashr <32 x i16> %n, splat (i16 15)
+  %r = or <32 x i16> %h, %f
+  ret <32 x i16> %r
+}}
+
+define linkonce_odr <32 x i16> @dsc_even_f16(<16 x i32> %a) #3 {{
+  %x = bitcast <16 x i32> %a to <32 x i16>
+  %f = call <64 x i8> @dsc_nan_f8(<16 x i32> %a)
+  %n = bitcast <64 x i8> %f to <32 x i16>
+  %y = shl <32 x i16> %x, splat (i16 8)
+  %m = shl <32 x i16> %n, splat (i16 8)
+  %r = call <32 x i16> @dsc_f16(<32 x i16> %y, <32 x i16> %m)
+  ret <32 x i16> %r
+}}
+
+define linkonce_odr <32 x i16> @dsc_odd_f16(<16 x i32> %a) #3 {{
+  %x = bitcast <16 x i32> %a to <32 x i16>
+  %f = call <64 x i8> @dsc_nan_f8(<16 x i32> %a)
+  %n = bitcast <64 x i8> %f to <32 x i16>
+  %r = call <32 x i16> @dsc_f16(<32 x i16> %x, <32 x i16> %n)
+  ret <32 x i16> %r
+}}
+{_half_widened("first", 0)}{_half_widened("last", 16)}
+define linkonce_odr <16 x float> @dsc_crossed(<16 x float> %a) #3 {{
+  %r = shufflevector <16 x float> %a, <16 x float> poison, {_CROSSED}
+  ret <16 x float> %r
+}}
+
+define linkonce_odr <16 x float> @dsc_gathered_f16(<16 x float> %a, <16 x float> %b) #3 {{
+  %e = shufflevector <16 x float> %a, <16 x float> %b, {listed(list(range(0, 32, 2)))}
+  %o = shufflevector <16 x float> %a, <16 x float> %b, {listed(list(range(1, 32, 2)))}
+  %s = fadd <16 x float> %e, %o
+  %r = fmul <16 x float> %s, splat (float 256.0)
+  ret <16 x float> %r
+}}
+"""
 _FMA = """
 declare <16 x float> @llvm.fma.v16f32(<16 x float>, <16 x float>, <16 x float>)
 
@@ -269,8 +290,8 @@ define linkonce_odr <16 x float> @dsc_fma_codes(
 @contextmanager
 def instructions(machine: Machine) -> Iterator[None]:
     """The rest of the kernel's body may use this module's operations."""
-    text = _COMMON + _F8 + (_tables() if machine.vbmi else "")
-    text += (_DOT4_VNNI if machine.vnni else _DOT4) + (_FMA if machine.fma else _ADD)
+    text = _COMMON + _F8 + (_tables() if machine.vbmi else "") + (_F16 if machine.f16 else "")
+    text += DOTS[machine.dots] + (_FMA if machine.fma else _ADD)
     # Where vectors are wide, LLVM must be told for a function that is to be inlined.
     wide = '"target-features"="+avx512f,+avx512bw,+avx512vl" ' if machine.lanes == LANES else ""
     with T.attr(
@@ -285,9 +306,12 @@ def _call(name: str, kind: str, *operands: Expr) -> Expr:
     return tirx.call_pure_extern(kind, f"dsc_{name}", *operands)
 
 
-def dot4(acc: Expr, a: Expr, b: Expr) -> Expr:
-    """acc plus, in each lane, the products of four unsigned bytes of a with signed ones of b."""
-    return _call("dot4", "int32x16", acc, a, b)
+def dot4(acc: Expr, a: Expr, b: Expr, signed: bool) -> Expr:
+    """acc plus, in each lane, the products of four bytes of a with signed ones of b.
+
+    Those of a are codes of 4 bits, or of 8: unsigned, or `signed` where the machine takes these.
+    """
+    return _call("dot4_signed" if signed else "dot4", "int32x16", acc, a, b)
 
 
 def fma(acc: Expr, a: Expr, b: Expr) -> Expr:
@@ -296,7 +320,10 @@ def fma(acc: Expr, a: Expr, b: Expr) -> Expr:
 
 
 def nearest(values: Expr) -> Expr:
-    """16 floats to the nearest integers, ties to even."""
+    """16 floats to the nearest integers within +-127, ties to even.
+
+    Only a scale that is a subnormal number makes codes beyond.
+    """
     return _call("nearest", "int32x16", values)
 
 
@@ -333,6 +360,25 @@ def bf16_of_f8(codes: Expr) -> tuple[Expr, Expr]:
 def gathered(low: Expr, high: Expr) -> Expr:
     """Sums of pairs over what `bf16_of_f8` gives, in the order of columns."""
     return _call("gathered", "float32x16", low, high)
+
+
+def of_f8(codes: Expr) -> list[tuple[Expr, Expr]]:
+    """64 e4m3 codes as fp32 over 256: of the first and of the last columns, even and odd ones."""
+    even, odd = (bind(_call(f"{name}_f16", "uint16x32", codes)) for name in ("even", "odd"))
+    return [
+        (_call(f"{part}_f16", "float32x16", even), _call(f"{part}_f16", "float32x16", odd))
+        for part in ("first", "last")
+    ]
+
+
+def crossed(values: Expr) -> Expr:
+    """16 floats in the order in which `of_f8` has codes: of each four 0, 2, 1, 3."""
+    return _call("crossed", "float32x16", values)
+
+
+def gathered_f16(low: Expr, high: Expr) -> Expr:
+    """Sums over what `of_f8` gives, times 256, in the order of columns."""
+    return _call("gathered_f16", "float32x16", low, high)
 
 
 def join(a: Expr, b: Expr, even_first: bool) -> Expr:

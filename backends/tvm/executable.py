@@ -19,6 +19,7 @@ from dsc.ir.types import DType
 from dsc.runtime.admission import Admitted
 from dsc.runtime.executable import Call
 from dsc.runtime.profiler import active, lengths_of
+from dsc.runtime.standalone import lacking
 
 if TYPE_CHECKING:
     from dsc.ir.program import Program
@@ -40,6 +41,13 @@ class TvmExecutable(Admitted):
         self._plan = KeptFile(folder / "plan.json")
         self._timed: dict[str, TimedEntry] | None = None
         self._lock = threading.Lock()
+        lacks = lacking(self.meta.get("cpu_needs", ()))
+        if lacks:
+            raise BackendUnavailable(
+                f"this artifact was compiled for {self.meta['cpu']} and needs {', '.join(lacks)},"
+                " which this CPU or operating system does not give",
+                hint="compile it on this machine, or for a target such as cpu:x86-64-v3",
+            )
         if self.meta.get("tiling", {}).get("way") == "tiles" and not tiles_allowed():
             raise BackendUnavailable(
                 "this artifact multiplies by AMX, which this CPU or operating system does not give",

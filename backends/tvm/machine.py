@@ -10,12 +10,22 @@ from typing import cast
 
 from dsc import kept
 from dsc.backends.tvm import workers
+from dsc.backends.tvm.byte_products import HALF, SDOT, SIGNS, WIDE, WIDE_SIGNS, WORDS
 from dsc.backends.tvm.lean import tiles_allowed
 from dsc.hardware import processor
 from dsc.targets import Target
 
 FULL_RATE = "znver"
 """CPUs by LLVM name that start vdpbf16ps as often as FMAs: AMD's. Intel's take twice as long."""
+
+FLAGS = {
+    "avx2": "avx2", "fma": "fma", "f16c": "f16c", "bmi2": "bmi2", "gfni": "gfni",
+    "avxvnni": "avx_vnni", "avx512f": "avx512f", "avx512bw": "avx512bw", "avx512dq": "avx512dq",
+    "avx512vl": "avx512vl", "avx512vnni": "avx512_vnni", "avx512vbmi": "avx512vbmi",
+    "avx512vbmi2": "avx512_vbmi2", "avx512bf16": "avx512_bf16", "avx512fp16": "avx512_fp16",
+    "neon": "asimd", "dotprod": "asimddp", "fullfp16": "asimdhp", "sve": "sve", "sve2": "sve2",
+}  # fmt: skip
+"""What kernels use, or LLVM makes of them, and what Linux calls it; tiles are asked for apart."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,8 +36,9 @@ class Machine:
     `lanes` is the number of fp32 elements in a vector; `bf16` says that bf16 has kernels of its own
     (AVX-512), `narrows` that an instruction rounds to it (AVX512_BF16), and `pairs` that products
     are fastest by vdpbf16ps (see `bf16`); with `tiles` products of rows with weights go by AMX (see
-    `amx`). `vnni` says that integer codes are multiplied by vpdpbusd (AVX512_VNNI), `vbmi` that FP8
-    codes are looked up in tables, `fma` that fp32 has fused products. With few rows a task of a
+    `amx`). `dots` is how bytes are multiplied (`byte_products`); `vbmi` says that FP8 codes are
+    looked up in tables, `f16` that an instruction makes fp32 of fp16, `fma` that fp32 has fused
+    products. `vectors` of 16 floats are what its registers hold. With few rows a task of a
     bf16 product takes `narrow` columns, so that small matrices occupy all threads, with many
     `wide`: 16 to 64 (see `tuning`).
     """
@@ -40,25 +51,38 @@ class Machine:
     narrows: bool = False
     pairs: bool = False
     tiles: bool = False
-    vnni: bool = False
+    dots: str = WORDS
     vbmi: bool = False
+    f16: bool = False
     fma: bool = False
+    vectors: int = 8
+    triple: str = ""
     narrow: int = 16
     wide: int = 64
 
 
 @dataclass(frozen=True, slots=True)
 class Cpu:
-    """What LLVM knows of a CPU: its name there, the host's, its features, and LLVM's version."""
+    """What LLVM knows of a CPU: its name there, the host's, its features, and LLVM's version.
+
+    `triple` is of an architecture that is not the host's.
+    """
 
     name: str
     host: str
     features: tuple[str, ...]
     llvm: int
+    triple: str = ""
 
     def has(self, *features: str) -> bool:
         """Whether it has all of these."""
         return set(features) <= set(self.features)
+
+    @property
+    def needs(self) -> list[str]:
+        """What code for it wants of a CPU: its architecture, and features by their Linux names."""
+        machine = "aarch64" if self.has("neon") else "x86_64"
+        return [machine, *(FLAGS[name] for name in self.features if name in FLAGS)]
 
 
 @cache
@@ -91,14 +115,36 @@ def machine_for(target: Target) -> Machine:
             narrows=cpu.has("avx512bf16"),
             pairs=cpu.name.startswith(FULL_RATE) and cpu.has("avx512bf16"),
             tiles=tiles,
-            vnni=cpu.has("avx512vnni"),
+            dots=_dots(cpu),
             vbmi=cpu.has("avx512vbmi", "avx512bw", "avx512vl"),
+            f16=True,
             fma=True,
+            vectors=32,
             narrow=32 if tiles else 16,
         )
-    if cpu.has("avx2"):
-        return Machine(cpu.name, lanes=8, rows=3, columns=4, fma=cpu.has("fma"))
-    return Machine(cpu.name, lanes=4, rows=4, columns=4, fma=cpu.has("neon"))
+    wide = cpu.has("avx2")
+    return Machine(
+        cpu.name,
+        lanes=8 if wide else 4,
+        rows=3 if wide else 4,
+        columns=4,
+        dots=_dots(cpu),
+        f16=cpu.has("f16c") or cpu.has("neon"),
+        fma=cpu.has("fma") or cpu.has("neon"),
+        triple=cpu.triple,
+    )
+
+
+def _dots(cpu: Cpu) -> str:
+    """How a CPU multiplies bytes best."""
+    forms = {
+        WIDE: ("avx512vnni", "avx512bw", "avx512vl"),
+        WIDE_SIGNS: ("avx512bw", "avx512vl"),
+        HALF: ("avxvnni",),
+        SIGNS: ("avx2",),
+        SDOT: ("dotprod",),
+    }
+    return next((form for form, needs in forms.items() if cpu.has(*needs)), WORDS)
 
 
 GENERIC = Machine("x86-64", lanes=16, rows=4, columns=4)

@@ -20,7 +20,7 @@ try:
 except ImportError as missing:
     sys.exit(f"run.py: {missing}; pip install numpy tokenizers apache-tvm")
 
-from dsc.runtime.standalone import NUMPY, TOKENS, Array, Compiled, mapped_weights, number
+from dsc.runtime.standalone import NUMPY, TOKENS, Array, Compiled, lacking, mapped_weights, number
 
 
 class Model(Compiled):
@@ -32,6 +32,10 @@ class Model(Compiled):
         self.meta = self.manifest["meta"]
         threads = self.meta["threads"] or len(os.sched_getaffinity(0))
         os.environ.setdefault("TVM_NUM_THREADS", str(threads))
+        lacks = lacking(self.meta["cpu_needs"])
+        if lacks:
+            needs = f"{self.meta['cpu']} and needs {', '.join(lacks)}, which this CPU lacks"
+            sys.exit(f"this model was compiled for {needs}; compile it on this machine")
         if self.meta["tiling"]["way"] == "tiles":  # Linux saves tiles of those who ask
             if ctypes.CDLL(None).syscall(158, 0x1023, 18):  # arch_prctl(ARCH_REQ_XCOMP_PERM)
                 sys.exit("this model was compiled for a CPU with AMX; compile it on this machine")

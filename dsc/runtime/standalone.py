@@ -12,15 +12,17 @@ import json
 import mmap
 import os
 import pathlib
+import platform
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 Array = np.ndarray[Any, Any]
 TOKENS = ("input_ids", "positions", "lengths", "logits_at")
+MACHINES = ("x86_64", "aarch64")
 NUMPY = {"f32": "float32", "f16": "float16", "bf16": "uint16", "i64": "int64", "i32": "int32"}
 
 
@@ -103,6 +105,20 @@ def mapped_weights(path: pathlib.Path) -> tuple[Array, dict[str, int]]:
     header = json.loads(content[8:base].tobytes())
     places = {n: x["data_offsets"][0] for n, x in header.items() if "data_offsets" in x}
     return content[base:], places
+
+
+def lacking(needs: Iterable[str]) -> list[str]:
+    """What code needs of a CPU and this one, or its operating system, does not give.
+
+    Needs are an architecture, then flags as Linux tells them; where it tells none, none is missing.
+    """
+    file = pathlib.Path("/proc/cpuinfo")
+    lines = file.read_text(errors="replace").splitlines() if file.is_file() else []
+    told = next((x for x in lines if x.startswith(("flags", "Features"))), "")
+    flags = told.partition(":")[2].split()
+    machine = {"arm64": "aarch64", "AMD64": "x86_64"}.get(platform.machine(), platform.machine())
+    others = [x for x in needs if x in MACHINES and x != machine]
+    return others or [x for x in needs if flags and x not in (machine, *flags)]
 
 
 def number(value: Any, sizes: Mapping[str, int]) -> int:

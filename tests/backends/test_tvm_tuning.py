@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,12 @@ pytest.importorskip("tvm")
 
 from dsc.backends.tvm import TvmBackend, executable, objects, tuning
 from dsc.backends.tvm.kernels.panels import panel_bytes
-from dsc.backends.tvm.machine import Machine, machine_for
+from dsc.backends.tvm.machine import Machine, cpu_of, machine_for
 from dsc.backends.tvm.objects import Kernel
 from dsc.backends.tvm.tuning import FEW, MANY, Tiling, agreed, choose, ways
 from dsc.errors import BackendUnavailable, InternalError
 from dsc.ir.program import Program
+from dsc.runtime.standalone import lacking
 from dsc.targets import parse_target
 
 BOTH = Machine("host", lanes=16, rows=4, columns=4, bf16=True, narrows=True)
@@ -51,6 +53,27 @@ def test_tiles_are_refused_where_nobody_gives_them(
     manifest = {"meta": {"tiling": {"way": "tiles"}}, "weights": None}
     with pytest.raises(BackendUnavailable, match="AMX"):
         executable.TvmExecutable(tmp_path, manifest, Program("p", {}))
+
+
+@pytest.mark.parametrize(
+    ("needs", "lacks"),
+    [
+        (["x86_64", "aarch64"], "aarch64" if platform.machine() == "x86_64" else "x86_64"),
+        ([platform.machine(), "a_later_one"], "a_later_one"),
+    ],
+)
+def test_code_for_another_cpu_is_refused_before_it_runs(
+    needs: list[str], lacks: str, tmp_path: Path
+) -> None:
+    meta = {"cpu": "a-later-cpu", "cpu_needs": needs}
+    with pytest.raises(BackendUnavailable, match=f"for a-later-cpu and needs {lacks}, which"):
+        executable.TvmExecutable(tmp_path, {"meta": meta, "weights": None}, Program("p", {}))
+
+
+def test_a_cpu_gives_what_its_own_code_needs() -> None:
+    assert not lacking(cpu_of("").needs)
+    assert "avx_vnni" in cpu_of("alderlake").needs
+    assert "avx512f" not in cpu_of("alderlake").needs
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,6 @@
 """Products with weights that are codes, 16 rows of them side by side (`../codes.py`).
 
-Rows of x are taken once a kernel, and multiplied in one of three ways (`coded_rows`). A task
+Rows of x are taken once a kernel, and multiplied in one of four ways (`coded_rows`). A task
 multiplies tiles of them with a few tiles of columns (`multiply`): sums of a range of x, times the
 scales of that range, added in fp32 in the order of ranges. So a token's result depends on nothing
 that shares its batch.
@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from dsc.backends.tvm.byte_products import SIGNED
 from dsc.backends.tvm.codes import LANES
 from dsc.backends.tvm.kernels.bf16_product import BLOCK, ceil_div
 from dsc.backends.tvm.launch import Unsupported, static_dim
@@ -35,16 +36,18 @@ from dsc.ir.formats import CODINGS, ROWS, STEP, WHOLE
 from dsc.ir.graph import Node
 from dsc.ir.types import DType, TensorType
 
-HEIGHTS = (6, 4, 2, 1)
+HEIGHTS: tuple[int, ...] = (6, 4, 2, 1)
 """Rows of x that a tile may take; missing ones are the last again."""
 TILES = 2
 """Tiles of columns that are multiplied at a time: with 6 rows 24 accumulators."""
+VECTORS = 32
+"""Vectors of 16 numbers that registers hold for that; with fewer tiles are lower, one at a time."""
 NARROW, WIDE = 32, BLOCK
 """Columns of a task with few rows and with many."""
 FEW = 6
 """Rows up to which a task takes few columns."""
-INTEGERS, FLOATS, PAIRS = "integers", "floats", "pairs"
-"""Ways to multiply: bytes by bytes, in fp32, and bf16 by pairs."""
+INTEGERS, FLOATS, PAIRS, WIDENED = "integers", "floats", "pairs", "widened"
+"""Ways to multiply: bytes by bytes, in fp32, bf16 by pairs, and in fp32 what was fp16."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +55,8 @@ class Coded:
     """What a kernel is specialised to: the codes, their blocks, extents, and how they multiply.
 
     `high` columns of the result and `group` of x share a scale (0: all); `zeros` is the element
-    type of zero points; `rows` what rows of x are taken as.
+    type of zero points; `rows` what rows of x are taken as, of which tiles have some of `heights`;
+    `signed` says that 8-bit codes are multiplied as they are stored.
     """
 
     dtype: DType
@@ -65,6 +69,9 @@ class Coded:
     matrices: int
     rows: str
     way: str
+    signed: bool
+    heights: tuple[int, ...]
+    tiles_at_once: int
 
     @property
     def steps(self) -> int:
@@ -83,8 +90,8 @@ class Coded:
 
     @property
     def excess(self) -> int:
-        """By how much an unsigned code is too large."""
-        return -int(CODINGS[self.dtype].least)
+        """By how much a code is too large as it is multiplied."""
+        return 0 if self.signed else -int(CODINGS[self.dtype].least)
 
     @property
     def vectors(self) -> int:
@@ -137,11 +144,16 @@ def coded(node: Node, x: DType, weight: TensorType, machine: Machine) -> Coded |
         way = INTEGERS
     elif not integers and machine.bf16 and machine.vbmi and (x is DType.bf16 or said):
         way = PAIRS
+    elif not integers and machine.f16:
+        way = WIDENED
+    heights, at_once = HEIGHTS, TILES
+    if machine.vectors < VECTORS:
+        heights, at_once = HEIGHTS[2 if way == WIDENED else 1 :], 1
     many = matrices[0] if matrices else 1
     kinds = (weight.dtype, format.scales, format.zeros)
-    return Coded(
-        *kinds, 1 if format.block[0] == 1 else high, group, columns, depth, many, said, way
-    )
+    high = 1 if format.block[0] == 1 else high
+    signed = way == INTEGERS and machine.dots in SIGNED and CODINGS[weight.dtype].together == 1
+    return Coded(*kinds, high, group, columns, depth, many, said, way, signed, heights, at_once)
 
 
 STORED = {DType.f8e8m0: DType.u8}
@@ -248,14 +260,14 @@ def multiply(
     (n * HEIGHTS[0] + r) * BLOCK + j. The tile has a row more at both ends, for what whole tiles of
     columns have beside a block.
     """
-    most = HEIGHTS[0]
-    tile = Local((copies * most + 2) * BLOCK)
+    most, apart = weights.of.heights[0], HEIGHTS[0]
+    tile = Local((copies * apart + 2) * BLOCK)
     count = integer(rows.count)
     with loop(ceil_div(count, most)) as t:
         begin = bind(t * most)
         here = bind(tirx.min(integer(most), count - begin))
         with loop(blocks) as n:
-            start = bind((1 + n * most) * BLOCK)
+            start = bind((1 + n * apart) * BLOCK)
             _fill(tile, start, rows, weights, bind(rows.first + begin), here, block(n))
         with loop(here) as r:
             finish(tile, bind(1 + r), bind(rows.first + begin + r))
@@ -265,17 +277,18 @@ def _fill(
     tile: Local, start: Expr, rows: Rows, weights: Codes, first: Expr, here: Expr, block: Block
 ) -> None:
     """The sums of a tile's rows: a body for each height."""
-    lower = (*HEIGHTS[1:], 0)
+    heights, at_once = weights.of.heights, weights.of.tiles_at_once
+    lower = (*heights[1:], 0)
     number = bind(tirx.truncdiv(block.column, integer(LANES)))
     spill = bind(block.column - number * LANES)
     count = bind(tirx.truncdiv(spill + block.width + (LANES - 1), integer(LANES)))
-    for height, less in zip(HEIGHTS, lower, strict=True):
+    for height, less in zip(heights, lower, strict=True):
         with when(tirx.all(here <= integer(height), here > integer(less))):
             places = [
                 bind(rows.at(bind(first + tirx.min(integer(r), here - 1)))) for r in range(height)
             ]
-            with loop(ceil_div(count, TILES)) as pair:
-                numbers = [bind(tirx.min(pair * TILES + c, count - 1)) for c in range(TILES)]
+            with loop(ceil_div(count, at_once)) as part:
+                numbers = [bind(tirx.min(part * at_once + c, count - 1)) for c in range(at_once)]
                 tiles = [weights.tile(block.matrix, number + c) for c in numbers]
                 for r, line in enumerate(rows.taken.sums(places, weights, tiles)):
                     for c, value in zip(numbers, line, strict=True):

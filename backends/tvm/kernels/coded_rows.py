@@ -6,7 +6,9 @@ integers   8-bit codes with a scale for each 32 columns, times integer codes: fo
 pairs      bf16, times FP8 codes looked up as bf16: 32 products an instruction, and six to look up
            64 codes. Rows that are said to be FP8 are such numbers too, with a scale for each 128
            columns: their products are exact.
-floats     fp32, times any codes, widened: what any machine can.
+widened    fp32, times FP8 codes that become fp16 and then fp32: 12 instructions for a vector's
+           codes, and as many conversions and products as they take.
+floats     fp32, times any codes, widened one by one: what any machine can.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from typing import Any
 
 from dsc.backends.tvm import bf16, codes
 from dsc.backends.tvm.codes import LANES
-from dsc.backends.tvm.kernels.coded import FLOATS, INTEGERS, PAIRS, Coded, Codes
+from dsc.backends.tvm.kernels.coded import FLOATS, INTEGERS, PAIRS, WIDENED, Coded, Codes
 from dsc.backends.tvm.tir import (
     Expr,
     Local,
@@ -141,16 +143,17 @@ class Integers(_Rows):
         totals = [bind(self.totals.load(place, step)) for place in places]
         for line, total in zip(accs, totals, strict=True):
             for acc in line:
-                acc[0] = acc.zero if of.zeros else splat(bind(total * (-of.excess)), LANES)
+                begun = of.excess and of.zeros is None
+                acc[0] = splat(bind(total * (-of.excess)), LANES) if begun else acc.zero
         words = [bind(self.words.offset(place, step * (STEP // 4))) for place in places]
         starts = [bind(weights.vectors(tile, step)) for tile in tiles]
         for v in range(of.vectors):
-            found = [_unsigned(weights, start + v * LANES) for start in starts]
+            found = [_multiplied(weights, start + v * LANES) for start in starts]
             for h in range(of.together):
                 for line, word in zip(accs, words, strict=True):
                     x = bind(splat(bind(self.words.at(word + (v * of.together + h))), LANES))
                     for acc, halves in zip(line, found, strict=True):
-                        acc[0] = codes.dot4(acc[0], halves[h], x)
+                        acc[0] = codes.dot4(acc[0], halves[h], x, of.signed)
         zeros = [_zeros(weights, tile, group) for tile in tiles]
         results = []
         for line, place, total in zip(accs, places, totals, strict=True):
@@ -180,10 +183,18 @@ class Floats(_Rows):
         return 4 * _padded(of, F8_GROUP if of.rows else STEP)
 
     def _take(self, i: Expr, part: Expr, vectors: Sequence[Expr]) -> None:
+        self.put(i, part, self.numbers(vectors))
+
+    def numbers(self, vectors: Sequence[Expr]) -> list[Expr]:
+        """What vectors of x are taken as."""
         values = [bind(each) for each in vectors]
-        if self.of.rows:
-            scale, values = _in_f8(values)
-            values = [each * splat(scale, LANES) for each in values]
+        if not self.of.rows:
+            return values
+        scale, values = _in_f8(values)
+        return [bind(each * splat(scale, LANES)) for each in values]
+
+    def put(self, i: Expr, part: Expr, values: Sequence[Expr]) -> None:
+        """Write a part of a row."""
         for n, value in enumerate(values):
             self.values.put(self.values.offset(i, part * self.width + n * LANES), value)
 
@@ -215,7 +226,51 @@ class Floats(_Rows):
         return [[bind(total[0]) for total in line] for line in sums]
 
 
-class Pairs(_Rows):
+class _Halves(_Rows):
+    """Products with 64 codes as two parts; a range of x that shares scales has sums of its own."""
+
+    def sums(
+        self, places: Sequence[Expr], weights: Codes, tiles: Sequence[Expr]
+    ) -> list[list[Expr]]:
+        """As for all."""
+        of = self.of
+        sums = _zeros_for(places, tiles)
+        per = of.group // STEP if of.group else of.steps
+        if of.rows:
+            per = gcd(per, F8_GROUP // STEP) if of.group else F8_GROUP // STEP
+        ranges = -(-of.steps // per)
+        with loop(ranges) as part:
+            first = bind(part * per)
+            last = bind(tirx.min(first + per, integer(of.steps)))
+            lows, highs = (_zeros_for(places, tiles) for _ in range(2))
+            halves = [list(zip(*both, strict=True)) for both in zip(lows, highs, strict=True)]
+            with loop(bind(last - first)) as n:
+                self._add(halves, places, weights, tiles, bind(first + n))
+            group = bind(weights.group(first))
+            scales = [weights.shared(weights.scales, tile, group) for tile in tiles]
+            for line, totals, place in zip(halves, sums, places, strict=True):
+                for (low, high), total, scale in zip(line, totals, scales, strict=True):
+                    value = bind(self._gathered(low[0], high[0], place, first))
+                    total[0] = codes.fma(total[0], value, scale)
+        return [[total[0] for total in line] for line in sums]
+
+    def _add(
+        self,
+        halves: list[list[tuple[Local, Local]]],
+        places: Sequence[Expr],
+        weights: Codes,
+        tiles: Sequence[Expr],
+        step: Expr,
+    ) -> None:
+        """The products over 32 columns of x, four at a time."""
+        raise NotImplementedError
+
+    def _gathered(self, low: Expr, high: Expr, place: Expr, step: Expr) -> Expr:
+        """The sums of a range that begins with a step, in the order of columns."""
+        raise NotImplementedError
+
+
+class Pairs(_Halves):
     """Rows in bf16, or FP8 as bf16 with a scale for each 128 columns, times FP8 codes."""
 
     def __init__(self, of: Coded, address: Expr, rows: Expr) -> None:
@@ -241,34 +296,6 @@ class Pairs(_Rows):
         for n, value in enumerate(values):
             self.values.put(self.values.offset(i, part * self.width + n * LANES), value)
 
-    def sums(
-        self, places: Sequence[Expr], weights: Codes, tiles: Sequence[Expr]
-    ) -> list[list[Expr]]:
-        """As for all; a range of x that shares scales has sums of its own until it ends."""
-        of = self.of
-        sums = _zeros_for(places, tiles)
-        per = of.group // STEP if of.group else of.steps
-        if of.rows:
-            per = gcd(per, F8_GROUP // STEP) if of.group else F8_GROUP // STEP
-        ranges = -(-of.steps // per)
-        with loop(ranges) as part:
-            first = bind(part * per)
-            last = bind(tirx.min(first + per, integer(of.steps)))
-            lows, highs = (_zeros_for(places, tiles) for _ in range(2))
-            halves = [list(zip(*both, strict=True)) for both in zip(lows, highs, strict=True)]
-            with loop(bind(last - first)) as n:
-                self._add(halves, places, weights, tiles, bind(first + n))
-            group = bind(weights.group(first))
-            scales = [weights.shared(weights.scales, tile, group) for tile in tiles]
-            for line, totals, place in zip(halves, sums, places, strict=True):
-                for (low, high), total, scale in zip(line, totals, scales, strict=True):
-                    value = codes.gathered(low[0], high[0])
-                    if of.rows:
-                        scaled = tirx.truncdiv(first * STEP, integer(F8_GROUP))
-                        value = value * splat(bind(self.scales.load(place, scaled)), LANES)
-                    total[0] = codes.fma(total[0], bind(value), scale)
-        return [[total[0] for total in line] for line in sums]
-
     def _add(
         self,
         halves: list[list[tuple[Local, Local]]],
@@ -277,7 +304,6 @@ class Pairs(_Rows):
         tiles: Sequence[Expr],
         step: Expr,
     ) -> None:
-        """The products over 32 columns of x, four at a time."""
         starts = [bind(weights.vectors(tile, step)) for tile in tiles]
         rows = [bind(self.fours.offset(place, step * (STEP // 4))) for place in places]
         for v in range(self.of.vectors):
@@ -292,15 +318,70 @@ class Pairs(_Rows):
                     for each, column in zip(pair, columns, strict=True):
                         each[0] = bf16.pair_dot(each[0], column, x)
 
+    def _gathered(self, low: Expr, high: Expr, place: Expr, step: Expr) -> Expr:
+        value = codes.gathered(low, high)
+        if not self.of.rows:
+            return value
+        scaled = tirx.truncdiv(step * STEP, integer(F8_GROUP))
+        return value * splat(bind(self.scales.load(place, scaled)), LANES)
 
-WAYS: dict[str, type[Integers | Floats | Pairs]] = {
+
+class Widened(_Halves):
+    """Rows in fp32, as `Floats` has them, times FP8 codes as fp32."""
+
+    def __init__(self, of: Coded, address: Expr, rows: Expr) -> None:
+        super().__init__(of, address, rows)
+        self.floats = Floats(of, address, rows)
+        self.width = self.floats.width
+        self.twos = Tensor(address, DType.i64, (rows, self.floats.stride // 2))
+
+    @staticmethod
+    def bytes_of(of: Coded) -> int:
+        """Of a row."""
+        return Floats.bytes_of(of)
+
+    def _take(self, i: Expr, part: Expr, vectors: Sequence[Expr]) -> None:
+        values = [codes.crossed(each) for each in self.floats.numbers(vectors)]
+        self.floats.put(i, part, values)
+
+    def _add(
+        self,
+        halves: list[list[tuple[Local, Local]]],
+        places: Sequence[Expr],
+        weights: Codes,
+        tiles: Sequence[Expr],
+        step: Expr,
+    ) -> None:
+        starts = [bind(weights.vectors(tile, step)) for tile in tiles]
+        rows = [bind(self.twos.offset(place, step * (STEP // 2))) for place in places]
+        for v in range(self.of.vectors):
+            found = []
+            for start in starts:
+                both = bind(weights.words.at(start + v * LANES, LANES))
+                found.append([tuple(map(bind, columns)) for columns in codes.of_f8(both)])
+            for line, row in zip(halves, rows, strict=True):
+                xs = [
+                    bind(T.reinterpret("float32x16", splat(bind(self.twos.at(at)), LANES // 2)))
+                    for at in (row + 2 * v, row + (2 * v + 1))
+                ]
+                for pair, columns in zip(line, found, strict=True):
+                    for each, two in zip(pair, columns, strict=True):
+                        for column, x in zip(two, xs, strict=True):
+                            each[0] = codes.fma(each[0], column, x)
+
+    def _gathered(self, low: Expr, high: Expr, place: Expr, step: Expr) -> Expr:
+        return codes.gathered_f16(low, high)
+
+
+WAYS: dict[str, type[Integers | Floats | Pairs | Widened]] = {
     INTEGERS: Integers,
     FLOATS: Floats,
     PAIRS: Pairs,
+    WIDENED: Widened,
 }
 
 
-def taken(of: Coded, address: Expr, rows: Expr) -> Integers | Floats | Pairs:
+def taken(of: Coded, address: Expr, rows: Expr) -> Integers | Floats | Pairs | Widened:
     """Rows in scratch memory at an address."""
     return WAYS[of.way](of, address, rows)
 
@@ -340,18 +421,19 @@ def _zeros_for(places: Sequence[Expr], tiles: Sequence[Expr]) -> list[list[Local
     return sums
 
 
-def _unsigned(weights: Codes, at: Expr) -> list[Expr]:
-    """The codes of a vector as unsigned bytes; where two share one, the low halves come first."""
+def _multiplied(weights: Codes, at: Expr) -> list[Expr]:
+    """The codes of a vector as bytes that are multiplied; of two in one, the low halves first."""
     both = bind(weights.words.at(at, LANES))
     if weights.of.together == 1:
-        return [bind(both ^ splat(tirx.const(-0x7F7F7F80, "int32"), LANES))]
+        turned = splat(tirx.const(-0x7F7F7F80, "int32"), LANES)
+        return [both if weights.of.signed else bind(both ^ turned)]
     nibbles = splat(tirx.const(0x0F0F0F0F, "int32"), LANES)
     four = splat(tirx.const(4, "int32"), LANES)
     return [bind(both & nibbles), bind((both >> four) & nibbles)]
 
 
 def _zeros(weights: Codes, tile: Expr, group: Expr) -> Expr | None:
-    """The zero points of a tile, as unsigned codes have them; `None` where there are none."""
+    """The zero points of a tile, as codes that are multiplied have them, if there are any."""
     if weights.zeros is None:
         return None
     excess = splat(f32(float(weights.of.excess)), LANES)
@@ -363,6 +445,6 @@ def _widened(weights: Codes, at: Expr, half: int, byte: int, zero: Expr | None) 
     shift = splat(tirx.const(8 * byte, "int32"), LANES)
     if weights.of.dtype.is_float:
         return codes.from_f8(bind(weights.words.at(at, LANES)) >> shift)
-    moved = _unsigned(weights, at)[half] >> shift
+    moved = _multiplied(weights, at)[half] >> shift
     value = cast(moved & splat(tirx.const(255, "int32"), LANES), "float32")
     return value - (splat(f32(float(weights.of.excess)), LANES) if zero is None else zero)
