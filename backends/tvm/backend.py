@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from importlib.util import find_spec
@@ -113,6 +114,11 @@ class TvmBackend:
 
         target = options.targets[0] if options.targets else Target("cpu")
         machine = machine_for(target)
+        threads = options.threads
+        if threads is None and target.arch in ("", cpu_of("").host):
+            threads = len(os.sched_getaffinity(0))
+        if threads is not None:
+            machine = machine.shared_by(threads)
         if options.extra.get("form") == "relax":
             from dsc.backends.tvm import relax
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from importlib.metadata import version
 from typing import cast
@@ -15,6 +15,8 @@ from dsc.backends.tvm.lean import tiles_allowed
 from dsc.hardware import processor
 from dsc.targets import Target
 
+LONGEST_RUN, SHORTEST_RUN = 128, 32
+"""Columns of a task of a product by codes with few rows: of few threads, and of many."""
 FULL_RATE = "znver"
 """CPUs by LLVM name that start vdpbf16ps as often as FMAs: AMD's. Intel's take twice as long."""
 
@@ -40,7 +42,7 @@ class Machine:
     looked up in tables, `f16` that an instruction makes fp32 of fp16, `fma` that fp32 has fused
     products. `vectors` of 16 floats are what its registers hold. With few rows a task of a
     bf16 product takes `narrow` columns, so that small matrices occupy all threads, with many
-    `wide`: 16 to 64 (see `tuning`).
+    `wide`: 16 to 64 (see `tuning`). Where weights are codes it is `run`.
     """
 
     cpu: str
@@ -59,6 +61,12 @@ class Machine:
     triple: str = ""
     narrow: int = 16
     wide: int = 64
+    run: int = SHORTEST_RUN
+
+    def shared_by(self, threads: int) -> Machine:
+        """It, with so many threads: the fewer, the longer the runs of memory that a task reads."""
+        run = 2 * LONGEST_RUN // threads // SHORTEST_RUN * SHORTEST_RUN
+        return replace(self, run=min(max(run, SHORTEST_RUN), LONGEST_RUN))
 
 
 @dataclass(frozen=True, slots=True)

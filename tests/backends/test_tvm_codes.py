@@ -16,7 +16,7 @@ import torch
 from dsc import pipeline
 from dsc.backends import get
 from dsc.backends.base import EmitOptions, No
-from dsc.backends.tvm.machine import machine_for
+from dsc.backends.tvm.machine import GENERIC, machine_for
 from dsc.ir.formats import Format, pack, pack_rows
 from dsc.ir.interpreter import run_graph
 from dsc.ir.op import lookup
@@ -136,10 +136,10 @@ def program(cases: list[Case]) -> Program:
     return pipeline.apply(chosen.run(made, PassReport()), ["own_outputs"])
 
 
-def compiled(made: Program, target: str, folder: Path) -> Any:
+def compiled(made: Program, target: str, folder: Path, threads: int | None = None) -> Any:
     """The program's kernels, with weights as an artifact holds them."""
     backend = get("tvm")
-    emission = backend.emit(made, EmitOptions((parse_target(target),)))
+    emission = backend.emit(made, EmitOptions((parse_target(target),), threads))
     out = artifacts.write(
         folder / "out", made, emission, backend="tvm", targets=(target,), report={}
     )
@@ -306,6 +306,19 @@ def test_threads_and_company_change_no_bit(made: Program, loaded: Any) -> None:
         if not case.experts:
             alone = [loaded.run(f"g_{case.name}", {"x": row[None]})["y"] for row in given["x"]]
             assert torch.equal(one, torch.cat(alone))
+
+
+def test_the_columns_of_a_task_change_no_bit(loaded: Any, tmp_path: Path) -> None:
+    few = [c for c in CASES if c.columns == 576]
+    many = compiled(program(few), "cpu", tmp_path, threads=64)
+    for case in few:
+        given, name = inputs(case, 5), f"g_{case.name}"
+        assert torch.equal(loaded.run(name, given)["y"], many.run(name, given)["y"])
+
+
+def test_few_threads_read_long_runs() -> None:
+    runs = [GENERIC.shared_by(n).run for n in (1, 2, 3, 4, 8, 64)]
+    assert runs == [128, 128, 64, 64, 32, 32]
 
 
 @pytest.mark.parametrize(

@@ -14,9 +14,9 @@ from typing import Protocol
 
 from dsc.backends.tvm.byte_products import SIGNED
 from dsc.backends.tvm.codes import LANES
-from dsc.backends.tvm.kernels.bf16_product import BLOCK, ceil_div
+from dsc.backends.tvm.kernels.bf16_product import ceil_div
 from dsc.backends.tvm.launch import Unsupported, static_dim
-from dsc.backends.tvm.machine import Machine
+from dsc.backends.tvm.machine import LONGEST_RUN, Machine
 from dsc.backends.tvm.tir import (
     Expr,
     Local,
@@ -39,13 +39,15 @@ from dsc.ir.types import DType, TensorType
 HEIGHTS: tuple[int, ...] = (6, 4, 2, 1)
 """Rows of x that a tile may take; missing ones are the last again."""
 TILES = 2
-"""Tiles of columns that are multiplied at a time: with 6 rows 24 accumulators."""
+"""Tiles of columns that many rows multiply at a time: with 6 rows 24 accumulators."""
+ALONE = 2
+"""Rows up to which it is one tile: their bound is memory, which is read best as one stream."""
 VECTORS = 32
 """Vectors of 16 numbers that registers hold for that; with fewer tiles are lower, one at a time."""
-NARROW, WIDE = 32, BLOCK
-"""Columns of a task with few rows and with many."""
+BLOCK, WIDE = LONGEST_RUN, 64
+"""Columns of a task at most, and with many rows; with few it is the machine's `run`."""
 FEW = 6
-"""Rows up to which a task takes few columns."""
+"""Rows that are few: memory is the bound."""
 INTEGERS, FLOATS, PAIRS, WIDENED = "integers", "floats", "pairs", "widened"
 """Ways to multiply: bytes by bytes, in fp32, bf16 by pairs, and in fp32 what was fp16."""
 
@@ -232,10 +234,10 @@ class Block:
     width: Expr
 
 
-def grain(rows: Expr, limit: int) -> Expr:
-    """Columns that a task takes: few with few rows, so that small matrices occupy all threads."""
+def grain(rows: Expr, run: int, limit: int) -> Expr:
+    """Columns that a task takes, `run` with few rows."""
     few = integer(rows) <= integer(FEW)
-    return bind(select(few, integer(min(NARROW, limit)), integer(min(WIDE, limit))))
+    return bind(select(few, integer(min(run, limit)), integer(min(WIDE, limit))))
 
 
 def columns_at_once(starts: list[int]) -> int:
@@ -277,7 +279,7 @@ def _fill(
     tile: Local, start: Expr, rows: Rows, weights: Codes, first: Expr, here: Expr, block: Block
 ) -> None:
     """The sums of a tile's rows: a body for each height."""
-    heights, at_once = weights.of.heights, weights.of.tiles_at_once
+    heights = weights.of.heights
     lower = (*heights[1:], 0)
     number = bind(tirx.truncdiv(block.column, integer(LANES)))
     spill = bind(block.column - number * LANES)
@@ -287,8 +289,9 @@ def _fill(
             places = [
                 bind(rows.at(bind(first + tirx.min(integer(r), here - 1)))) for r in range(height)
             ]
-            with loop(ceil_div(count, at_once)) as part:
-                numbers = [bind(tirx.min(part * at_once + c, count - 1)) for c in range(at_once)]
+            wide = 1 if height <= ALONE else weights.of.tiles_at_once
+            with loop(ceil_div(count, wide)) as part:
+                numbers = [bind(tirx.min(part * wide + c, count - 1)) for c in range(wide)]
                 tiles = [weights.tile(block.matrix, number + c) for c in numbers]
                 for r, line in enumerate(rows.taken.sums(places, weights, tiles)):
                     for c, value in zip(numbers, line, strict=True):

@@ -18,6 +18,7 @@ from typing import Any
 from dsc.backends.tvm import codes
 from dsc.backends.tvm.amx import TOKENS
 from dsc.backends.tvm.bf16 import SUMS, instructions
+from dsc.backends.tvm.kernels import coded as by_codes
 from dsc.backends.tvm.kernels.bf16_product import BLOCK, Weights
 from dsc.backends.tvm.kernels.coded import (
     HEIGHTS,
@@ -69,7 +70,10 @@ from dsc.ir.graph import Node
 from dsc.ir.types import DType
 
 UNITS, PLAIN_UNITS = 32, 16
-"""Hidden units of a task at most: as many rows of gate and of up, 256 KiB at d = 2048."""
+"""Hidden units of a task at most: as many rows of gate and of up, 256 KiB at d = 2048.
+
+Of codes it is the machine's `run`: gate and up lie far apart, and each is read in a run.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,7 +159,10 @@ def experts_direct(of: Experts) -> PrimFunc:
     """
     experts, d, hidden, top_k = of.experts, of.d, of.hidden, of.top_k
     activation, plain, native = ACTIVATIONS[of.act], of.plain, of.plain is None
-    units = lanes_for(hidden, UNITS if native or of.codes else PLAIN_UNITS)
+    most, line = UNITS if native else PLAIN_UNITS, BLOCK
+    if of.codes is not None and plain is not None:
+        most, line = plain.run, by_codes.BLOCK
+    units = lanes_for(hidden, most)
     wide, lanes = lanes_for(units, SUMS), lanes_for(d, SUMS)
     parts = [c.addresses for c in of.codes] if of.codes else [1, 1]
     names = ["x", "idx", "w", *(f"gate_up{i}" for i in range(parts[0]))]
@@ -221,8 +228,8 @@ def experts_direct(of: Experts) -> PrimFunc:
 
             def finish(tile: Local, r: Expr, p: Expr) -> None:
                 for j in range(0, units, wide):
-                    gate = tile.load(r * BLOCK + j, wide)
-                    lift = tile.load((r + of.height) * BLOCK + j, wide)
+                    gate = tile.load(r * line + j, wide)
+                    lift = tile.load((r + of.height) * line + j, wide)
                     put(h, p * hidden + unit + j, activation(bind(gate)) * lift, native)
 
             if of.codes is None:
@@ -236,8 +243,8 @@ def experts_direct(of: Experts) -> PrimFunc:
             multiply_codes(mine, up_codes, integer(2), both, finish, 2)
 
         columns = grain(rows) if native else integer(SUMS)
-        if of.codes is not None:
-            columns = coded_grain(rows, BLOCK)
+        if of.codes is not None and plain is not None:
+            columns = coded_grain(rows, plain.run, line)
 
         def output_block(task: Expr) -> None:
             """A block of the output's columns, summed over experts in their order."""
@@ -263,7 +270,7 @@ def experts_direct(of: Experts) -> PrimFunc:
                     at = bind(sums.offset(place // top_k, first))
                     share = bind(splat(weight.load(place), lanes))
                     with loop(vectors) as j:
-                        value = share * tile.load(j * lanes + r * BLOCK, lanes)
+                        value = share * tile.load(j * lanes + r * line, lanes)
                         sums.put(at + j * lanes, sums.at(at + j * lanes, lanes) + value)
 
                 if of.codes is None:

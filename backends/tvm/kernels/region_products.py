@@ -139,14 +139,16 @@ class _Tasks:
         self.panels = scratch if machine.tiles else integer(0)
         self.plain = None if self.native else machine
         self.height = panels.tile_rows(self.plain) if self.codes is None else coded.HEIGHTS[0]
+        self.block = BLOCK if self.codes is None else coded.BLOCK
         self.copies = max(1 + len(f.shifts) for f in families)
 
     def run(self) -> None:
         """All tasks, over threads where they are worth it."""
-        wide = BLOCK // (2 if self.copies > 1 else 1)
+        wide = self.block // (2 if self.copies > 1 else 1)
         self.grain = integer(NARROW)
         if self.codes is not None:
-            self.grain = coded.grain(self.rows, min(wide, coded.columns_at_once(self._starts())))
+            wide = min(wide, coded.columns_at_once(self._starts()))
+            self.grain = coded.grain(self.rows, self.machine.run, wide)
             self.taken.take(self.x, lambda i: i * self.depth, self.rows)
         elif self.native:
             alone = self.offsets is None  # stacked weights have blocks for all threads
@@ -249,9 +251,13 @@ class _Tasks:
             panels.pack_stacked(experts, self.rows * self.depth, self._rows)
 
     def _locate(self, family: Family, number: int, g: Expr, cells: Local) -> None:
-        """Where a family's task g lies: family, block of the walk, place in it, columns."""
-        block = bind(tirx.truncmod(g, integer(family.blocks)))
-        at = bind(tirx.truncdiv(g, integer(family.blocks)) * self.grain)
+        """Where a family's task g lies: family, block of the walk, place in it, columns.
+
+        Tasks that follow each other read what lies side by side.
+        """
+        parts = bind(ceil_up(family.width, self.grain))
+        block = bind(tirx.truncdiv(g, parts))
+        at = bind(tirx.truncmod(g, parts) * self.grain)
         axes = family.walk[:-1]
         column = bind(family.start + at + self.places.unravelled(axes, block))
         cells[0], cells[1], cells[2] = integer(number), block, at
@@ -335,7 +341,7 @@ class _Finish:
 
     def _product(self, copy: int, j: Expr, lanes: int) -> Expr:
         """Columns of the product at a copy, with the bias, rounded."""
-        at = j + (self.r + copy * self.tasks.height) * BLOCK
+        at = j + (self.r + copy * self.tasks.height) * self.tasks.block
         value = self.tile.load(at, lanes)
         if self.tasks.bias is not None:
             value = value + self.tasks.bias.at(self.task.column(copy) + j, lanes)
