@@ -22,11 +22,11 @@ from typing import Any
 
 from bench import plot, table
 from bench.engines import PEERS, SLOW
-from bench.limit import WIDTHS
 from bench.remote import ROOT, EngineFailed, Remote, missing
 from bench.run import Cell, Effort, Result, run_cell
 from bench.shapes import shape_config, write_checkpoint
 from dsc.hardware import cpu
+from dsc.pipeline import QUANT
 
 CONTEXTS = (128, 1024, 4096, 16384)
 QUICK = Effort(rounds=3, tokens=8, seconds=0.5)
@@ -47,7 +47,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--peers", type=_names, help=f"of {', '.join(PEERS)}; or none")
     parser.add_argument("--against", type=Path, help="a checkout of another commit, as the peer")
     parser.add_argument("--contexts", type=_numbers)
-    parser.add_argument("--quant", choices=list(WIDTHS), default="none", help="what weights are in")
+    parser.add_argument("--quant", choices=list(QUANT), default="none", help="what weights are in")
     parser.add_argument("--batches", type=_numbers)
     parser.add_argument("--rounds", type=int)
     parser.add_argument(

@@ -8,16 +8,41 @@ least; a prompt longer than the break-even expands its latents instead, whicheve
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from functools import cache
 from typing import Any
 
 from dsc.ir.expert_forms import expected_experts
+from dsc.ir.formats import Format
+from dsc.ir.types import TensorType
+from dsc.passes.quantize_weights import Kept, Quantising
+from dsc.pipeline import GROUPED, QUANT, make, quantising
 from dsc.runtime.limit import Work
 
 BYTES = 2.0
 """Of a weight and of a cached value: bf16."""
-WIDTHS = {"none": (BYTES, BYTES), "fp8": (1 + 4 / 128**2, BYTES), "int8": (1.0625, 1.0625),
-          "int4": (0.5625, 1.0625)}  # fmt: skip
-"""Bytes of a weight with its share of scales, and of the head's, by what weights are in."""
+SIDE = 4096
+"""Rows and columns of the matrix whose bytes tell those of a weight."""
+
+
+@cache
+def width_of(quant: str, is_head: bool = False) -> float:
+    """Bytes of a weight with its share of scales, where weights are quantised as a compile does.
+
+    >>> width_of("int4"), width_of("int4", is_head=True)
+    (0.5625, 1.0625)
+    """
+    if quant == "none":
+        return BYTES
+    made = make(quantising(quant), **({"codes": QUANT[quant]} if quant in GROUPED else {}))
+    assert isinstance(made, Quantising)
+    try:
+        kind = made.kind((), is_head)
+    except Kept:
+        return BYTES
+    matrix = TensorType(kind.codes, (SIDE, SIDE), Format(kind.block, kind.scales))
+    size = matrix.nbytes
+    assert isinstance(size, int)
+    return size / SIDE**2
 
 
 def step_work(
@@ -28,7 +53,7 @@ def step_work(
     Logits are made for one token each. The router and the latent's expansion, which attention
     absorbs, stay in bf16 whatever weights are in.
     """
-    width, head = WIDTHS[quant]
+    width, head = width_of(quant), width_of(quant, is_head=True)
     found = [_product(batch, config["vocab_size"], config["hidden_size"], head)]
     for index in range(config["num_hidden_layers"]):
         found += _attention(config, batch, new, context, width)

@@ -10,6 +10,7 @@ from typing import Any, cast
 
 import numpy as np
 import pytest
+import torch
 
 from bench import limit, plot, table
 from bench.__main__ import cells, parse
@@ -18,6 +19,8 @@ from bench.gguf_file import checkpoint, converted, metadata
 from bench.remote import EngineFailed, Remote, missing
 from bench.run import Cell, Effort, Result, Runner, measure, paired
 from bench.shapes import shape_config, tensors, write_checkpoint
+from dsc.ir.formats import pack
+from dsc.ir.parser import parse_type
 from dsc.runtime.limit import limit_seconds
 from dsc.runtime.protocol import Spread, Turn
 
@@ -45,6 +48,22 @@ def test_the_limit_of_moonlight_is_known() -> None:
     assert sum(w.flops for w in prompt) == pytest.approx(518e9, rel=0.01)
     step = limit.step_work(MOONLIGHT, 1, 1, 0)
     assert limit_seconds(step, 41e9, 1e15) == pytest.approx(27.5e-3, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("quant", "stored", "head"),
+    [
+        ("none", "bf16", "bf16"), ("fp8", "f8e4m3{128x128,f32}", "bf16"),
+        ("int8", "i8{1x32,f16}", "i8{1x32,f16}"), ("int4", "i4{1x32,f16}", "i8{1x32,f16}"),
+    ],
+)  # fmt: skip
+def test_the_limit_counts_as_many_bytes_as_are_packed(quant: str, stored: str, head: str) -> None:
+    numbers = torch.randn(256, 512, generator=torch.Generator().manual_seed(0))
+    for text, is_head in ((stored, False), (head, True)):
+        type = parse_type(f"{text}[256,512]")
+        parts = pack(numbers, type).parts if type.format else (numbers.bfloat16(),)
+        width = limit.width_of(quant, is_head)
+        assert width * numbers.numel() == sum(part.nbytes for part in parts)
 
 
 def test_a_batch_reads_the_experts_that_it_chooses() -> None:
