@@ -24,6 +24,9 @@ PIPELINE = "dsc"
 OBJECT_BYTES = 16 * 10**6
 """Room that an object file may take, by far: LLVM ends the process without it."""
 
+TRIPLES = ("x86_64-linux-gnu", "aarch64-linux-gnu")
+"""Architectures whose CPUs are tried where the host's has none of a name."""
+
 
 def build_kernel(
     maker: Callable[..., PrimFunc], static: tuple[Hashable, ...], machine: Machine, symbol: str
@@ -41,7 +44,9 @@ def build_object(functions: Mapping[str, PrimFunc], machine: Machine) -> bytes:
     """
     module = tvm.IRModule({ir.GlobalVar(name): f for name, f in functions.items()})
     tirx.register_tir_pipeline(PIPELINE, tir_passes)
-    built = tvm.compile(module, target=tvm_target(machine.cpu), tir_pipeline=PIPELINE)
+    built = tvm.compile(
+        module, target=tvm_target(machine.cpu, machine.triple), tir_pipeline=PIPELINE
+    )
     with tempfile.TemporaryDirectory(prefix="dsc-tvm-") as folder:
         path = Path(folder) / "kernel.o"
         check_room(path, OBJECT_BYTES, "code to be linked")
@@ -77,18 +82,23 @@ def _named() -> Any:
     return tvm.ir.transform.module_pass(visible, opt_level=0)
 
 
-def tvm_target(cpu: str) -> Any:
-    """TVM's target for an LLVM CPU name."""
-    return tvm.target.Target({"kind": "llvm", "mcpu": cpu})
+def tvm_target(cpu: str, triple: str = "") -> Any:
+    """TVM's target for an LLVM CPU name; of another architecture with its triple."""
+    told = {"mtriple": triple} if triple else {}
+    return tvm.target.Target({"kind": "llvm", "mcpu": cpu, **told})
 
 
 def describe_cpu(name: str) -> Cpu:
     """What LLVM knows of a CPU, the host for "". Raises `UsageError` for a name that it lacks."""
     host = codegen.llvm_get_system_cpu()
     cpu = name or host
-    if not codegen.llvm_is_valid_cpu(cpu, codegen.llvm_get_system_triple()):
+    ours = codegen.llvm_get_system_triple()
+    found = [each for each in (ours, *TRIPLES) if codegen.llvm_is_valid_cpu(cpu, each)]
+    if not found:
         raise UsageError(
-            f"LLVM knows no CPU called {cpu!r}", hint="a name such as cpu:znver4 or cpu:x86-64-v3"
+            f"LLVM knows no CPU called {cpu!r}",
+            hint="a name such as cpu:znver4, cpu:x86-64-v3 or cpu:neoverse-n1",
         )
-    features = codegen.llvm_get_cpu_features(tvm_target(cpu))
-    return Cpu(cpu, host, tuple(sorted(map(str, features))), int(codegen.llvm_version_major()))
+    triple = "" if found[0] == ours else found[0]
+    features = sorted(map(str, codegen.llvm_get_cpu_features(tvm_target(cpu, triple))))
+    return Cpu(cpu, host, tuple(features), int(codegen.llvm_version_major()), triple)

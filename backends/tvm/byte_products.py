@@ -7,6 +7,7 @@
                    reach 2 * 15 * 127 = 3810. Of 8 bits the magnitudes are taken, at most 128, and
                    the other byte gets the sign: 2 * 128 * 127 = 32512 at most. Both are exact.
     sdot           NEON's dot product of signed bytes
+    adds           NEON without it: products in 16 bits, added once there (at most 32512 again)
     words          pairs of 16-bit products, of which LLVM makes what the machine has
 
 Where codes of 8 bits stay signed (`SIGNED`), `dot4_signed` takes them; no code of x is -128.
@@ -15,10 +16,10 @@ Where codes of 8 bits stay signed (`SIGNED`), `dot4_signed` takes them; no code 
 from __future__ import annotations
 
 LANES = 16
-WIDE, HALF, SIGNS, WIDE_SIGNS, SDOT, WORDS = (
-    "wide", "half", "signs", "wide signs", "sdot", "words",
+WIDE, HALF, SIGNS, WIDE_SIGNS, SDOT, ADDS, WORDS = (
+    "wide", "half", "signs", "wide signs", "sdot", "adds", "words",
 )  # fmt: skip
-SIGNED = (SIGNS, WIDE_SIGNS, SDOT, WORDS)
+SIGNED = (SIGNS, WIDE_SIGNS, SDOT, ADDS, WORDS)
 """Forms that take 8-bit codes as they are stored; the others take them with the highest bit turned
 over."""
 
@@ -103,6 +104,30 @@ define linkonce_odr <4 x i32> @dsc_dot4_part(<4 x i32> %acc, <4 x i32> %a, <4 x 
 {_in_parts("dot4", 4)}{_in_parts("dot4_signed", 4, of="dot4")}"""
 
 
+def _adds() -> str:
+    low, high = (listed(list(range(first, first + 8))) for first in (0, 8))
+    return f"""
+declare <8 x i16> @llvm.aarch64.neon.smull.v8i16(<8 x i8>, <8 x i8>)
+declare <8 x i16> @llvm.aarch64.neon.addp.v8i16(<8 x i16>, <8 x i16>)
+declare <4 x i32> @llvm.aarch64.neon.saddlp.v4i32.v8i16(<8 x i16>)
+
+define linkonce_odr <4 x i32> @dsc_dot4_part(<4 x i32> %acc, <4 x i32> %a, <4 x i32> %b) #3 {{
+  %x = bitcast <4 x i32> %a to <16 x i8>
+  %y = bitcast <4 x i32> %b to <16 x i8>
+  %x0 = shufflevector <16 x i8> %x, <16 x i8> poison, {low}
+  %y0 = shufflevector <16 x i8> %y, <16 x i8> poison, {low}
+  %x1 = shufflevector <16 x i8> %x, <16 x i8> poison, {high}
+  %y1 = shufflevector <16 x i8> %y, <16 x i8> poison, {high}
+  %p0 = call <8 x i16> @llvm.aarch64.neon.smull.v8i16(<8 x i8> %x0, <8 x i8> %y0)
+  %p1 = call <8 x i16> @llvm.aarch64.neon.smull.v8i16(<8 x i8> %x1, <8 x i8> %y1)
+  %p = call <8 x i16> @llvm.aarch64.neon.addp.v8i16(<8 x i16> %p0, <8 x i16> %p1)
+  %s = call <4 x i32> @llvm.aarch64.neon.saddlp.v4i32.v8i16(<8 x i16> %p)
+  %r = add <4 x i32> %acc, %s
+  ret <4 x i32> %r
+}}
+{_in_parts("dot4", 4)}{_in_parts("dot4_signed", 4, of="dot4")}"""
+
+
 def _words() -> str:
     even, odd = (listed([2 * i + first for i in range(LANES)]) for first in (0, 1))
     return f"""
@@ -171,6 +196,7 @@ DOTS = {
     SIGNS: _signs(8),
     WIDE_SIGNS: _signs(16),
     SDOT: _sdot(),
+    ADDS: _adds(),
     WORDS: _words(),
 }
 """The LLVM IR of `dot4`, and where codes may be signed of `dot4_signed`."""

@@ -240,12 +240,13 @@ def compile_library(
             Path(each).name: Path(each).read_bytes() for each in compiled(extras, machine, folder)
         }
         linked |= {f"{symbol}.o": data for symbol, data in objects.items()}
+        tool = compiler(machine.triple)
         flags = [*FLAGS, *sorted({f"-Wl,--require-defined={each.function}" for each in extras})]
         key = {
             "source": source,
             "objects": {name: hashlib.sha256(data).hexdigest() for name, data in linked.items()},
             "flags": flags,
-            "compiler": compiler_version(compiler()),
+            "compiler": compiler_version(tool),
         }
         found = kept.get(KIND, key)
         if found is not None:
@@ -256,7 +257,7 @@ def compile_library(
         for name, data in linked.items():
             (folder / name).write_bytes(data)
         files = [str(folder / name) for name in linked]
-        line = [compiler(), *flags, "-o", str(path), str(glue), *files]
+        line = [tool, *flags, "-o", str(path), str(glue), *files]
         done = subprocess.run(line, capture_output=True, text=True, check=False)
         if done.returncode:
             problem = f"the library does not link:\n{done.stderr.strip()}"

@@ -10,7 +10,7 @@ from typing import cast
 
 from dsc import kept
 from dsc.backends.tvm import workers
-from dsc.backends.tvm.byte_products import HALF, SDOT, SIGNS, WIDE, WIDE_SIGNS, WORDS
+from dsc.backends.tvm.byte_products import ADDS, HALF, SDOT, SIGNS, WIDE, WIDE_SIGNS, WORDS
 from dsc.backends.tvm.lean import tiles_allowed
 from dsc.hardware import processor
 from dsc.targets import Target
@@ -151,6 +151,7 @@ def _dots(cpu: Cpu) -> str:
         HALF: ("avxvnni",),
         SIGNS: ("avx2",),
         SDOT: ("dotprod",),
+        ADDS: ("neon",),
     }
     return next((form for form, needs in forms.items() if cpu.has(*needs)), WORDS)
 

@@ -173,10 +173,8 @@ class _Module:
             return done
 
         tirx.register_tir_pipeline(PIPELINE, tir_passes)
-        built = relax.build(
-            self.builder.get(), tvm_target(self.machine.cpu), relax_pipeline=lower,
-            tir_pipeline=PIPELINE,
-        )  # fmt: skip
+        target = tvm_target(self.machine.cpu, self.machine.triple)
+        built = relax.build(self.builder.get(), target, relax_pipeline=lower, tir_pipeline=PIPELINE)
         with tempfile.TemporaryDirectory(prefix="dsc-relax-") as folder:
             path = Path(folder) / "model.so"
             check_room(path, OBJECT_BYTES, "code to be linked")

@@ -116,7 +116,7 @@ def _object(name: str, source: str, machine: Machine, place: Path) -> str:
     text, found = place.with_suffix(".cc"), place.with_suffix(".o")
     text.write_text(source)
     level = [f"-march={LEVELS[machine.lanes]}"] if machine.lanes in LEVELS else []
-    line = [compiler(), "-std=c++17", "-O3", *level, "-fPIC", "-c", str(text)]
+    line = [compiler(machine.triple), "-std=c++17", "-O3", *level, "-fPIC", "-c", str(text)]
     done = subprocess.run([*line, "-o", str(found)], capture_output=True, text=True, check=False)
     if done.returncode:
         raise UsageError(
@@ -126,13 +126,21 @@ def _object(name: str, source: str, machine: Machine, place: Path) -> str:
     return str(found)
 
 
-def compiler() -> str:
-    """The C++ compiler, `CXX` or the system's. Raises `BackendUnavailable` where there is none."""
-    tool = os.environ.get("CXX") or next(filter(shutil.which, ("g++", "c++", "clang++")), "")
+def compiler(triple: str = "") -> str:
+    """The C++ compiler, `CXX` or the system's; of another architecture GCC's for its triple.
+
+    Raises `BackendUnavailable` where there is none.
+    """
+    if triple:
+        tool, wanted, package = f"{triple}-g++", f" for {triple}", triple.replace("_", "-")
+    else:
+        tool = os.environ.get("CXX") or next(filter(shutil.which, ("g++", "c++", "clang++")), "")
+        wanted, package = "", ""
     if not shutil.which(tool):
+        name = f"g++-{package}" if package else "g++"
         raise BackendUnavailable(
-            "the tvm backend found no C++ compiler to link its library with",
-            hint="install g++ (apt install g++)",
+            f"the tvm backend found no C++ compiler{wanted} to link its library with",
+            hint=f"install {name} (apt install {name})",
         )
     return tool
 
