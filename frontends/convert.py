@@ -34,8 +34,8 @@ from dsc.frontends.tokenizer import RANKS, SETTINGS, TOKENIZER
 from dsc.ir.safetensors import INDEX_FILE, inside
 from dsc.ir.types import DType, TensorType
 from dsc.ir.weights import WeightExpr, apply
+from dsc.runtime.contents import Stored, nbytes
 from dsc.runtime.emission import Progress
-from dsc.runtime.packing import Stored, nbytes
 from dsc.runtime.shards import SHARD, cut, write_shards
 from dsc.strict_json import JsonObject
 

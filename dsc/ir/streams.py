@@ -10,10 +10,13 @@ torch is needed.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import accumulate
 from math import lcm
-from typing import Any
+from threading import Lock
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -25,7 +28,10 @@ from dsc.ir.op import TypeMismatch, concrete, lookup
 from dsc.ir.weights import Apply, Source, WeightExpr, WeightSource, check_tensor
 
 BLOCK_BYTES = 1 << 20
-"""Bytes of a block at most, where rows allow: what is computed of it stays in a core's caches."""
+"""Bytes that a block has or is read from at most, where rows allow: what is computed of it stays in
+a core's caches."""
+Block: TypeAlias = Callable[[], Any]
+"""Makes a block's values. Any thread may call it, at any time, once."""
 
 
 def blocks(expr: WeightExpr, source: WeightSource, size: int = BLOCK_BYTES) -> Iterator[Any]:
@@ -35,31 +41,51 @@ def blocks(expr: WeightExpr, source: WeightSource, size: int = BLOCK_BYTES) -> I
 
     Raises `TypeMismatch` when a tensor is not of the declared type.
     """
+    for block in cuts(expr, source, size):
+        yield block()
+
+
+def cuts(expr: WeightExpr, source: WeightSource, size: int = BLOCK_BYTES) -> Iterator[Block]:
+    """What makes each of the `blocks`; nothing is read or computed before it is called."""
     if isinstance(expr, Apply):
         if expr.op == "reshape":
-            yield from blocks(expr.args[0], source, size)
+            yield from cuts(expr.args[0], source, size)
             return
         if expr.op == "stack" or (expr.op == "concat" and _axis(expr) == 0):
             for arg in expr.args:
-                yield from blocks(arg, source, size)
+                yield from cuts(arg, source, size)
             return
         if expr.op == "cast":
             (arg,) = expr.args
             share = max(1, size * arg.type.dtype.itemsize // expr.type.dtype.itemsize)
-            for block in blocks(arg, source, share):
-                yield _run(expr, [block])
+            for block in cuts(arg, source, share):
+                yield partial(_after, expr, block)
             return
     if not expr.type.shape:
-        yield _whole(expr, source)
+        yield partial(_whole, expr, source)
         return
     expr, source = _settled(expr, source)
-    read = expr.args[0] if isinstance(expr, Apply) and _taken(expr) > 1 else expr
-    height, total = _size(expr.type.shape[0]), _size(read.type.nbytes)
-    step = max(1, height * size // max(1, total))
+    height = _size(expr.type.shape[0])
+    step = max(1, height * size // max(1, _widest(expr)))
     grain = _grain(expr)
     step = max(grain, step // grain * grain)
     for start in range(0, height, step):
-        yield rows(expr, source, start, min(start + step, height))
+        yield partial(rows, expr, source, start, min(start + step, height))
+
+
+def _after(expr: Apply, block: Block) -> Any:
+    return _run(expr, [block()])
+
+
+def _widest(expr: WeightExpr) -> int:
+    """Bytes of the largest value on the way to an expression's, of the part that it takes."""
+    own = _size(expr.type.nbytes)
+    if isinstance(expr, Source):
+        return own
+    below = max(map(_widest, expr.args))
+    if expr.op == "slice":
+        return below * own // max(1, _size(expr.args[0].type.nbytes))
+    return max(own, below)
 
 
 def rows(expr: WeightExpr, source: WeightSource, start: int, stop: int) -> Any:
@@ -74,6 +100,8 @@ def rows(expr: WeightExpr, source: WeightSource, start: int, stop: int) -> Any:
     if expr.op == "slice" and _axis(expr) == 0:
         first = int(concrete(expr.attrs, {})["start"])
         return rows(expr.args[0], source, first + start, first + stop)
+    if expr.op == "concat" and _axis(expr) == 0:
+        return _joined(expr, source, start, stop)
     if expr.op == "reshape":
         ratio = _ratio(expr)
         inner = rows(expr.args[0], source, start * ratio, stop * ratio)
@@ -91,11 +119,43 @@ def rows(expr: WeightExpr, source: WeightSource, start: int, stop: int) -> Any:
     return _run(expr, parts)
 
 
-class _Held(WeightSource):
-    """Values by key, each an array or a tensor, over another source."""
+def _joined(expr: Apply, source: WeightSource, start: int, stop: int) -> Any:
+    """Rows of what lies one on the other, of each only what is among them."""
+    parts, above = [], 0
+    for part in expr.args:
+        height = _size(part.type.shape[0])
+        first, last = max(start - above, 0), min(stop - above, height)
+        if first < last:
+            parts.append(rows(part, source, first, last))
+        above += height
+    if not parts:
+        return rows(expr.args[0], source, 0, 0)
+    return parts[0] if len(parts) == 1 else _run(expr, parts)
 
-    def __init__(self, values: Mapping[str, Any], below: WeightSource) -> None:
-        self.values, self.below, self.types = values, below, below.types
+
+@dataclass(frozen=True)
+class _Late:
+    """A value that is computed when it is first asked for, by one thread."""
+
+    expr: WeightExpr
+    source: WeightSource
+    lock: Lock
+    made: list[Any]
+
+    def value(self) -> Any:
+        """The value."""
+        with self.lock:
+            if not self.made:
+                self.made.append(_whole(self.expr, self.source))
+        return self.made[0]
+
+
+class _Held(WeightSource):
+    """Values by key over another source."""
+
+    def __init__(self, below: WeightSource) -> None:
+        self.values: dict[str, _Late] = {}
+        self.below, self.types = below, below.types
 
     def load(self, key: str) -> torch.Tensor:
         """The tensor below."""
@@ -104,24 +164,24 @@ class _Held(WeightSource):
     def array(self, key: str, rows: slice = slice(None)) -> Any:
         """The value, or what the source below has. `KeyError`."""
         found = self.values.get(key)
-        return self.below.array(key, rows) if found is None else found[rows]
+        return self.below.array(key, rows) if found is None else found.value()[rows]
 
 
 def _settled(expr: WeightExpr, source: WeightSource) -> tuple[WeightExpr, WeightSource]:
-    """The expression over the values of what in it does not stream, which are computed here."""
-    values: dict[str, Any] = {}
+    """The expression over the values of what in it does not stream, each computed once."""
+    held = _Held(source)
 
     def settled(each: WeightExpr) -> WeightExpr:
         if _streams(each):
             return each
         if isinstance(each, Apply) and _keeps_rows(each):
             return replace(each, args=tuple(map(settled, each.args)))
-        key = f"held {len(values)}"
-        values[key] = _whole(each, source)
+        key = f"held {len(held.values)}"
+        held.values[key] = _Late(each, source, Lock(), [])
         return Source(key, each.type)
 
     made = settled(expr)
-    return made, _Held(values, source) if values else source
+    return made, held if held.values else source
 
 
 def _whole(expr: WeightExpr, source: WeightSource) -> Any:
@@ -154,6 +214,10 @@ def _keeps_rows(expr: Apply) -> bool:
     """Whether rows of the result need no more than rows of the arguments."""
     if expr.op == "slice" and _axis(expr) == 0:
         return expr.attrs["step"] == 1 and _grain(expr.args[0]) == 1
+    if expr.op == "concat" and _axis(expr) == 0:
+        heights = [_size(arg.type.shape[0]) for arg in expr.args]
+        grain = lcm(*map(_grain, expr.args))
+        return all(above % grain == 0 for above in accumulate(heights[:-1]))
     if expr.op in ("slice", "concat"):
         return _axis(expr) != 0
     if expr.op == "permute":

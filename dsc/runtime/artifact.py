@@ -28,7 +28,7 @@ from dsc.ir.ranks import at_rank
 from dsc.ir.safetensors import open_safetensors
 from dsc.ir.weights import MetaSource, leaf, source_types
 from dsc.runtime.emission import MANIFEST, Emission, Progress
-from dsc.runtime.packing import layout, pack
+from dsc.runtime.packing import damaged, layout, pack
 from dsc.runtime.plan import FORMAT, PLAN, check_format
 from dsc.targets import parse_target
 from dsc.user_folders import state_folder
@@ -113,8 +113,7 @@ def write(
             path = _inside(folder, emission.weights_path)
             own = program if rank is None else at_rank(program, rank)
             check_room(out, sum(size for _, size in places.values()), "the weights")
-            digest = pack(own, path, progress)
-            files[emission.weights_path] = {"bytes": path.stat().st_size, "sha256": digest}
+            files[emission.weights_path] = pack(own, path, progress).facts
         elif emission.finish is not None:
             emitted |= emission.finish({})
         for name, data in emitted.items():
@@ -257,6 +256,7 @@ def _parse_manifest(data: bytes, folder: Path) -> dict[str, Any]:
             if not isinstance(name, str) or not isinstance(facts["bytes"], int):
                 raise TypeError("files")
             str(facts["sha256"])
+            dict(facts.get("tensors", {}))
         for key in ("backend", "name", "meta", "entries", "weights"):
             manifest[key]
         for limit in manifest["limits"].values():
@@ -276,13 +276,16 @@ def _check_file(folder: Path, name: str, facts: Mapping[str, Any], skip_hash: bo
         raise ArtifactError(f"{name} has {size} bytes, {facts['bytes']} recorded", str(folder))
     if skip_hash:
         return
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    if digest.hexdigest() != facts["sha256"]:
+    if "tensors" in facts:
+        tensor = damaged(path, facts)
+        wrong = f"the hash of {tensor}" if tensor else ""
+    else:
+        with path.open("rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+        wrong = "its hash" if found != facts["sha256"] else ""
+    if wrong:
         raise ArtifactError(
-            f"{name} is not what was compiled: its hash differs from the manifest's",
+            f"{name} is not what was compiled: {wrong} differs from the manifest's",
             where=str(folder),
             hint="compile it again",
         )

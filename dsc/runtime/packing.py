@@ -9,28 +9,28 @@ from __future__ import annotations
 import hashlib
 import json
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
-
-import numpy as np
+from typing import Any, BinaryIO, TypeAlias
 
 from dsc.errors import CheckpointError
-from dsc.ir.arrays import array_of
+from dsc.hardware import cpu
 from dsc.ir.program import Program
-from dsc.ir.streams import blocks
-from dsc.ir.types import SAFETENSORS, TensorType
-from dsc.ir.weights import WeightExpr, WeightSource, parts, sources
+from dsc.ir.safetensors import SafetensorsFile
+from dsc.ir.types import SAFETENSORS
+from dsc.ir.weights import WeightSource, parts
+from dsc.runtime.contents import WORKERS, Stored, contents, nbytes
 from dsc.runtime.emission import Progress
 
 ALIGNMENT = 64
 PAD = "__pad."
-RELEASE_BYTES = 128 << 20
-"""Bytes that are packed before the pages of the checkpoint that they came from are given back."""
 NAMES = {dtype: name for name, dtype in SAFETENSORS.items()}
-Stored: TypeAlias = tuple[str, WeightExpr]
-"""A tensor of a file, by name."""
 Places: TypeAlias = dict[str, tuple[int, int]]
+Told: TypeAlias = Callable[[str, int], None]
+"""Takes the name of a tensor and how many bytes of it are written now."""
 
 
 def _stored(program: Program) -> list[Stored]:
@@ -73,77 +73,105 @@ def table(stored: Iterable[Stored], alignment: int = 1) -> tuple[bytes, Places]:
     return struct.pack("<Q", len(text)) + text, {k: (start + o, n) for k, (o, n) in places.items()}
 
 
-def pack(
-    program: Program,
-    path: Path,
-    progress: Progress | None = None,
-) -> str:
-    """Evaluate every weight and write the file. Returns its SHA-256."""
+@dataclass(frozen=True)
+class Written:
+    """A file of weights that was written: its size, its header, and the SHA-256 of each tensor."""
+
+    size: int
+    header: bytes
+    tensors: Mapping[str, bytes]
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """As a manifest has it; `sha256` is that of the header and the digests, by name."""
+        ordered = b"".join(self.tensors[name] for name in sorted(self.tensors))
+        whole = hashlib.sha256(self.header + ordered).hexdigest()
+        tensors = {name: digest.hex() for name, digest in self.tensors.items()}
+        return {"bytes": self.size, "sha256": whole, "tensors": tensors}
+
+
+def pack(program: Program, path: Path, progress: Progress | None = None) -> Written:
+    """Evaluate every weight and write the file."""
     header, places = layout(program)
     path.parent.mkdir(parents=True, exist_ok=True)
     whole = max((offset + size for offset, size in places.values()), default=0)
-    digest = hashlib.sha256(header)
-    reader = Reader(program.source)
+    done = len(header)
+
+    def told(name: str, size: int) -> None:
+        nonlocal done
+        if progress is not None:
+            progress(f"weights: {name}", done, whole)
+        done = max(done, places[name][0]) + size
+
     with path.open("wb") as file:
         file.write(header)
-        at = len(header)
-
-        def write(block: Any) -> int:
-            digest.update(block)
-            return file.write(block)
-
-        for name, expr in _stored(program):
-            if progress is not None:
-                progress(f"weights: {name}", at, whole)
-            offset, _ = places[name]
-            write(b"\0" * (offset - at))
-            at = offset + sum(map(write, reader.contents(name, expr)))
-        tail = b"\0" * (-at % ALIGNMENT)
-        write(tail)
+        digests = write_tensors(file, _stored(program), program.source, told, places)
+        file.write(b"\0" * (-file.tell() % ALIGNMENT))
+        size = file.tell()
     if progress is not None:
         progress("weights", whole, whole)
-    return digest.hexdigest()
+    return Written(size, header, digests)
 
 
-class Reader:
-    """Reads weights one after another, and gives pages of a checkpoint back now and then."""
+def write_tensors(
+    file: BinaryIO,
+    stored: Sequence[Stored],
+    source: WeightSource,
+    told: Told,
+    places: Places | None = None,
+) -> dict[str, bytes]:
+    """Write tensors to a file, each block while it is hashed and the next are made.
 
-    def __init__(self, source: WeightSource) -> None:
-        self.source, self._held = source, 0.0
-
-    def contents(self, name: str, expr: WeightExpr) -> Iterator[Any]:
-        """The bytes that are stored of a weight, block by block.
-
-        Raises `CheckpointError`, with the name, where they are not what its type says.
-        """
-        size, read = nbytes(expr.type), 0
-        each = max(1.0, sum(nbytes(leaf.type) for leaf in sources(expr)) / max(1, size))
-        try:
-            for block in blocks(expr, self.source):
-                data = bytes_of(block, expr.type)
-                yield data
-                read += len(data)
-                self._held += len(data) * each
-                if self._held > RELEASE_BYTES:
-                    self.source.release()
-                    self._held = 0.0
-        except CheckpointError as error:
-            error.where = error.where or name
-            raise
-        if read != size:
-            raise CheckpointError(f"{read} bytes for {expr.type}", where=name)
+    They lie one behind the other, or at `places`. `told` hears of each block, before it is written.
+    Returns the SHA-256 of each.
+    """
+    digests = {name: hashlib.sha256() for name, _ in stored}
+    with closing(contents(stored, source)) as parts, ThreadPoolExecutor(1) as beside:
+        for name, data in parts:
+            hashed = beside.submit(digests[name].update, data)
+            told(name, len(data))
+            if places is not None:
+                file.write(b"\0" * (places[name][0] - file.tell()))
+            file.write(data)
+            hashed.result()
+    return {name: digest.digest() for name, digest in digests.items()}
 
 
-def bytes_of(block: Any, declared: TensorType) -> Any:
-    """The bytes of an array or a tensor, which must be of this element type."""
-    array = np.ascontiguousarray(array_of(block))
-    if array.dtype != declared.dtype.numpy:
-        raise CheckpointError(f"a weight of {array.dtype} for {declared}")
-    return array.reshape(-1).view(np.uint8) if array.size else b""
+def damaged(path: Path, facts: Mapping[str, Any]) -> str:
+    """The first tensor of a file that is not what was packed, or what else; empty if nothing is.
+
+    `facts` are those of `Written`.
+    """
+    with path.open("rb") as stream:
+        length = stream.read(8)
+        header = length + stream.read(int.from_bytes(length, "little"))
+    try:
+        file = SafetensorsFile.open(path)
+    except CheckpointError:
+        return "the header"
+
+    def digest(name: str) -> bytes:
+        found = hashlib.sha256(file.raw(name)).digest() if name in file.entries else b""
+        file.release()
+        return found
+
+    tensors: Mapping[str, str] = facts["tensors"]
+    with ThreadPoolExecutor(min(cpu().cores, WORKERS)) as pool:
+        found = dict(zip(tensors, pool.map(digest, tensors), strict=True))
+    if wrong := [name for name, digest in found.items() if digest.hex() != tensors[name]]:
+        return wrong[0]
+    if Written(0, header, found).facts["sha256"] != facts["sha256"]:
+        return "the header"
+    places = sorted((file.entries[name].begin, file.entries[name].end) for name in tensors)
+    return "" if _is_padded(path, [(0, len(header)), *places]) else "the padding"
 
 
-def nbytes(t: TensorType) -> int:
-    """The bytes of a tensor that is there."""
-    if not isinstance(t.nbytes, int):
-        raise CheckpointError(f"a weight of symbolic shape {t}")
-    return t.nbytes
+def _is_padded(path: Path, places: Sequence[tuple[int, int]]) -> bool:
+    """Whether a file has zeros between these places, in order, and behind the last."""
+    ends, begins = [end for _, end in places], [begin for begin, _ in places[1:]]
+    with path.open("rb") as stream:
+        for end, begin in zip(ends, [*begins, path.stat().st_size], strict=True):
+            stream.seek(end)
+            if stream.read(begin - end).strip(b"\0"):
+                return False
+    return True

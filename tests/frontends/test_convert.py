@@ -27,6 +27,7 @@ from dsc.ir.arrays import Array, array_of
 from dsc.ir.safetensors import SafetensorsFile, open_safetensors
 from dsc.models.configs import TINY_CHECKPOINT
 from dsc.runtime import shards
+from dsc.runtime.packing import damaged
 from tests.family import small
 from tests.frontends.test_huggingface import FP8, FP8_CONFIG, Tensors, save
 
@@ -350,15 +351,14 @@ def test_a_file_that_is_not_what_was_written_is_noticed(
     place: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     given = folder_of(tmp_path / "in", plain(8, 8))
-    check = shards._check
 
-    def damaged(path: Path, *told: Any) -> None:
+    def on_a_bad_disk(path: Path, *told: Any) -> str:
         data = bytearray(path.read_bytes())
         data[place] ^= 1
         path.write_bytes(data)
-        check(path, *told)
+        return damaged(path, *told)
 
-    monkeypatch.setattr(shards, "_check", damaged)
+    monkeypatch.setattr(shards, "damaged", on_a_bad_disk)
     with pytest.raises(FileError, match="not what was written there"):
         to_fp8(given, tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,10 @@ from dsc.ir.parser import parse_graph, parse_operands, parse_program
 from dsc.ir.program import Program
 from dsc.ir.segments import Segment, steps
 from dsc.ir.types import DType, TensorType
-from dsc.ir.weights import DictSource, Source, WeightSource, apply, leaf
-from dsc.runtime import artifact, packing
+from dsc.ir.weights import DictSource, Source, WeightExpr, apply, evaluate, leaf
+from dsc.runtime import artifact
+from dsc.runtime import contents as runtime_contents
+from dsc.runtime.contents import contents
 from dsc.runtime.emission import Emission, check_unchanged
 from dsc.runtime.nodes import draft_nodes, whole_entry
 from dsc.runtime.packing import layout, pack
@@ -71,9 +74,14 @@ def write(
 
 def test_packed_weights_read_back_and_are_aligned(tmp_path: Path) -> None:
     path = tmp_path / "w.safetensors"
-    digest = pack(program(), path)
-    assert digest == hashlib.sha256(path.read_bytes()).hexdigest()
-    _, places = layout(program())
+    written = pack(program(), path)
+    header, places = layout(program())
+    data = path.read_bytes()
+    assert written.facts["bytes"] == len(data)
+    digests = {k: hashlib.sha256(data[at : at + n]) for k, (at, n) in places.items()}
+    assert written.facts["tensors"] == {k: found.hexdigest() for k, found in digests.items()}
+    whole = hashlib.sha256(header + b"".join(digests[k].digest() for k in sorted(digests)))
+    assert written.facts["sha256"] == whole.hexdigest()
     assert all(offset % 64 == 0 for offset, _ in places.values())
     found = load_file(path)
     assert torch.equal(found["odd"], TENSORS["odd"])
@@ -133,50 +141,71 @@ def test_an_artifact_reads_back(tmp_path: Path) -> None:
     assert artifact.check_hashes(tmp_path / "out") == len(opened.manifest["files"])
 
 
-class Lent(WeightSource):
-    """Tensors whose memory can be given back; notes after how many were loaded it was."""
-
-    def __init__(self) -> None:
-        self.types = DictSource(TENSORS).types
-        self.loaded = 0
-        self.released: list[int] = []
-
-    def load(self, key: str) -> torch.Tensor:
-        self.loaded += 1
-        return TENSORS[key]
-
-    def release(self) -> None:
-        self.released.append(self.loaded)
-
-
-@pytest.mark.parametrize(
-    ("most", "released"),
-    [(11, [1, 3]), (12, [2, 4]), (19, [2]), (20, [3]), (27, [3]), (28, [4]), (36, [])],
-)
+@pytest.mark.parametrize(("most", "times"), [(11, 2), (12, 2), (19, 1), (27, 1), (28, 1), (36, 0)])
 def test_memory_of_the_checkpoint_is_given_back_beyond_so_many_bytes(
-    most: int, released: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    most: int, times: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Tensors of 12, 8, 8 and 8 bytes."""
-    monkeypatch.setattr(packing, "RELEASE_BYTES", most)
-    lent = Lent()
-    pack(parse_program(TEXT, lent), tmp_path / "w")
-    assert lent.released == released
+    monkeypatch.setattr(runtime_contents, "RELEASE_BYTES", most)
+    given = program()
+    released: list[bool] = []
+    monkeypatch.setattr(given.source, "release", lambda: released.append(True))
+    for _ in contents(given.weights.items(), given.source):
+        pass
+    assert len(released) == times
 
 
 def test_what_is_read_counts_and_not_what_is_made_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """A scale of 4 bytes for 60 bytes."""
     lent, released = DictSource({"x": torch.ones(3, 5)}), []
     monkeypatch.setattr(lent, "release", lambda: released.append(True))
-    reader = packing.Reader(lent)
     x = Source("x", lent.types["x"])
     made = apply("block_scales", x, codes=DType.f8e4m3, block=(3, 5), dtype=DType.f32)
-    for most, expected in ((60, 0), (119, 1), (59, 2)):
-        monkeypatch.setattr(packing, "RELEASE_BYTES", most)
-        assert sum(map(len, reader.contents("x", made))) == 4
+    for most, expected in ((60, 0), (59, 1)):
+        monkeypatch.setattr(runtime_contents, "RELEASE_BYTES", most)
+        assert [len(data) for _, data in contents([("x", made)], lent)] == [4]
         assert len(released) == expected
 
 
-def test_packing_tells_which_weight_it_is_at_and_of_how_many_bytes(tmp_path: Path) -> None:
+@pytest.mark.parametrize("workers", [1, 2, 5])
+def test_bytes_are_the_same_however_many_threads_make_them(workers: int) -> None:
+    """Codes, scales and what is turned, in blocks of a few rows; torch's threads stay as many."""
+    source = DictSource({k: torch.randn(96, 64) for k in "abc"})
+    a, b, c = (Source(k, source.types[k]) for k in "abc")
+    how = {"codes": DType.i4, "block": (1, 32)}
+    both = apply("concat", a, b, axis=0)
+    scales = apply("block_scales", both, **how, dtype=DType.f16)
+    codes = apply("tiled", apply("block_codes", both, scales, **how), tile=16, width=4, step=16)
+    turned = apply("cast", apply("permute", c, dims=(1, 0)), dtype=DType.bf16)
+    stored: list[tuple[str, WeightExpr]] = [("codes", codes), ("scales", scales)]
+    stored = [*stored, ("turned", turned), ("c", c)] * 3
+    before = torch.get_num_threads()
+    found = [(name, bytes(data)) for name, data in contents(stored, source, workers)]
+    assert torch.get_num_threads() == before
+    expected = [evaluate(expr, source) for _, expr in stored]
+    for (name, data), x in zip(found, expected, strict=True):
+        assert data == x.contiguous().view(torch.uint8).numpy().tobytes(), name
+
+
+def test_what_a_thread_meets_is_told_with_its_weight_and_ends_the_others() -> None:
+    source = DictSource({"a": torch.ones(8, 32), "b": torch.full((8, 32), torch.nan)})
+
+    def scales(key: str) -> WeightExpr:
+        x = Source(key, source.types[key])
+        return apply("block_scales", x, codes=DType.i8, block=(1, 32), dtype=DType.f16)
+
+    more = [("more", scales("a"))] * 9
+    parts = contents([("one", scales("a")), ("two", scales("b")), *more], source)
+    assert next(parts)[0] == "one"
+    with pytest.raises(CheckpointError, match="NaN or infinity") as refused:
+        list(parts)
+    assert refused.value.where == "two"
+    assert not [t for t in threading.enumerate() if t.name.startswith("dsc-pack")]
+
+
+def test_packing_tells_of_each_block_whose_it_is_and_how_much_is_done(
+    tmp_path: Path,
+) -> None:
     told: list[tuple[str, int, int]] = []
     pack(program(), tmp_path / "w", lambda *step: told.append(step))
     places = layout(program())[1]
@@ -184,6 +213,7 @@ def test_packing_tells_which_weight_it_is_at_and_of_how_many_bytes(tmp_path: Pat
     at, size = places["scalar"]
     assert told == [
         ("weights: odd", start, at + size), ("weights: both", start + 12, at + size),
+        ("weights: both", start + 64 + 8, at + size),
         ("weights: scalar", start + 64 + 16, at + size), ("weights", at + size, at + size),
     ]  # fmt: skip
     assert (tmp_path / "w").stat().st_size == at + 64
@@ -192,11 +222,14 @@ def test_packing_tells_which_weight_it_is_at_and_of_how_many_bytes(tmp_path: Pat
 def test_weights_that_give_other_bytes_than_declared_are_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(packing, "blocks", lambda expr, _: iter([np.zeros(2, np.float32)]))
+    def gives(value: Any) -> None:
+        monkeypatch.setattr(runtime_contents, "cuts", lambda expr, _: iter([lambda: value]))
+
+    gives(np.zeros(2, np.float32))
     with pytest.raises(CheckpointError, match=r"8 bytes for f32\[3\]") as refused:
         pack(program(), tmp_path / "w")
     assert refused.value.where == "odd"
-    monkeypatch.setattr(packing, "blocks", lambda expr, _: iter([np.zeros(3)]))
+    gives(np.zeros(3))
     with pytest.raises(CheckpointError, match=r"a weight of float64 for f32\[3\]"):
         pack(program(), tmp_path / "w")
 
@@ -340,13 +373,18 @@ def test_a_changed_byte_is_found(tmp_path: Path, name: str) -> None:
         artifact.read(out)
 
 
-def test_a_changed_weight_is_found_by_hashes(tmp_path: Path) -> None:
+@pytest.mark.parametrize("what", ["the header", "odd", "both", "the padding"])
+def test_a_changed_byte_of_the_weights_is_found_by_hashes_and_named(
+    tmp_path: Path, what: str
+) -> None:
     out = write(tmp_path / "out")
     path = out / "weights" / "model.safetensors"
     data = bytearray(path.read_bytes())
-    data[-1] ^= 1
+    others = {"the header": data.index(b"pt"), "the padding": len(data) - 1}
+    place = others[what] if what in others else layout(program())[1][what][0]
+    data[place] ^= 1
     path.write_bytes(data)
-    with pytest.raises(ArtifactError, match="hash differs"):
+    with pytest.raises(ArtifactError, match=f"the hash of {what} differs"):
         artifact.check_hashes(out)
 
 

@@ -21,6 +21,7 @@ from dsc.ir.formats import (
     Packed,
     along,
     codes_of,
+    in_pairs,
     is_whole,
     pack_rows,
     scales_of,
@@ -126,6 +127,9 @@ def _tiled(x: Array, tile: int, width: int, step: int) -> Array:
     *leading, rows, columns = x.shape
     pads = [(0, 0)] * len(leading) + [(0, -rows % tile), (0, -columns % step)]
     padded = np.pad(x, pads) if any(end for _, end in pads) else x
+    if width > 1 and width * x.itemsize == 4:  # a word at a time is ten times as fast
+        words = np.ascontiguousarray(padded).view(np.uint32)
+        return _tiled(words, tile, 1, step // width).view(x.dtype)
     tiles = padded.reshape(*leading, -1, tile, padded.shape[-1] // width, width)
     return tiles.swapaxes(-3, -2).reshape(*leading, padded.shape[-2] // tile, -1)
 
@@ -247,12 +251,6 @@ def _demand_joined(call: Sized) -> None:
     call.system.equate(x[-1], Extent.number(2) * out[-1])
 
 
-def _joined(x: Any) -> Any:
-    """A pair of bytes is a number of 16 bits, the first its low half."""
-    pairs = x.contiguous().view(torch.int16)
-    return (pairs | pairs >> 4).to(torch.uint8)
-
-
 def _infer_centred(types: Sequence[TensorType], attrs: Mapping[str, Any]) -> tuple[TensorType, ...]:
     if not 1 <= attrs["bits"] <= 8:
         raise TypeMismatch(f"numbers of {attrs['bits']} bits, 1 to 8 are due")
@@ -330,7 +328,7 @@ bit_fields = op(
 join_nibbles = op(
     "join_nibbles(x: u8[...]) -> u8[...]",
     Traits(Role.OTHER, Form.WEIGHT, demand=_demand_joined),
-    reference=_joined,
+    reference=in_pairs,
     doc="Two 4-bit numbers a byte, neighbours in a row, the first in the low half.",
     example="u8[5,6]",
     infer=_infer_joined,
