@@ -221,40 +221,6 @@ def write_bytes(path: str | Path, data: bytes) -> None:
             raise
 
 
-@contextmanager
-def replacing(out: Path) -> Iterator[Path]:
-    """A temporary sibling of `out` that becomes `out` when the block ends well.
-
-    What was there before stays until then. Raises `FileError` where the machine refuses.
-    """
-    with named(out), made(out.parent):
-        folder = Path(tempfile.mkdtemp(prefix=_beside(out), dir=out.parent))
-        try:
-            yield folder
-            folder.chmod(0o755)
-            if out.exists():
-                _swap(folder, out)
-            else:
-                os.rename(folder, out)
-        except BaseException:
-            shutil.rmtree(folder, ignore_errors=True)
-            raise
-
-
-def _swap(folder: Path, out: Path) -> None:
-    """Put `folder` in the place of `out`; where that fails, `out` is what it was."""
-    old = Path(tempfile.mkdtemp(prefix=f"{_beside(out)}old.", dir=out.parent))
-    try:
-        os.rename(out, old / out.name)
-        try:
-            os.rename(folder, out)
-        except BaseException:
-            os.rename(old / out.name, out)
-            raise
-    finally:
-        shutil.rmtree(old, ignore_errors=True)
-
-
 def _replaceable(path: Path) -> bool:
     """Whether a new file can take the place of `path`; not of a device, or in a locked folder."""
     return path.is_file() and os.access(path.parent, os.W_OK)

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Literal, TypeAlias, get_args
 
 from dsc.errors import CheckpointError, ConfigError, FileError, UsageError
-from dsc.files import check_makeable, check_room, replacing
+from dsc.files import check_makeable, check_room
 from dsc.frontends.codes import SCALE_SUFFIXES
 from dsc.frontends.config import CONFIG_FILE
 from dsc.frontends.generation_config import GENERATION_FILE
@@ -34,6 +34,7 @@ from dsc.frontends.tokenizer import RANKS, SETTINGS, TOKENIZER
 from dsc.ir.safetensors import INDEX_FILE, inside
 from dsc.ir.types import DType, TensorType
 from dsc.ir.weights import WeightExpr, apply
+from dsc.replacing import clear, replacing
 from dsc.runtime.contents import Stored, nbytes
 from dsc.runtime.emission import Progress
 from dsc.runtime.shards import SHARD, cut, write_shards
@@ -113,6 +114,7 @@ def convert(
     copied = [inside(folder, n, str(folder)) for n in COPIED if os.path.lexists(folder / n)]
     sizes = [sum(nbytes(expr.type) for _, expr in shard) for shard in shards]
     beside = sum(path.stat().st_size for path in copied)
+    clear(target)
     check_room(target, sum(sizes) + beside, "the weights", max(sizes))
     with replacing(target) as made:
         for path in copied:

@@ -19,7 +19,7 @@ from typing import Any
 import dsc
 from dsc._version import __version__
 from dsc.errors import ArtifactError, UsageError
-from dsc.files import check_makeable, check_room, named, replacing
+from dsc.files import check_makeable, check_room, named
 from dsc.ir.index_ranges import index_ranges
 from dsc.ir.parser import parse_program
 from dsc.ir.printer import print_program
@@ -27,6 +27,7 @@ from dsc.ir.program import Program
 from dsc.ir.ranks import at_rank
 from dsc.ir.safetensors import open_safetensors
 from dsc.ir.weights import MetaSource, leaf, source_types
+from dsc.replacing import replacing
 from dsc.runtime.emission import MANIFEST, Emission, Progress
 from dsc.runtime.packing import damaged, layout, pack
 from dsc.runtime.plan import FORMAT, PLAN, check_format

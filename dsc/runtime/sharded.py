@@ -17,7 +17,7 @@ from typing import Any
 
 from dsc._version import __version__
 from dsc.errors import ArtifactError, UsageError
-from dsc.files import replacing
+from dsc.replacing import replacing
 from dsc.runtime import collectives
 from dsc.runtime.artifact import check_free
 from dsc.runtime.emission import MANIFEST

@@ -55,7 +55,7 @@ def test_a_command_that_is_ended_leaves_nothing_half_written(
     program = (
         "import os, time, dsc.cli\n"
         "from pathlib import Path\n"
-        "from dsc.files import replacing\n"
+        "from dsc.replacing import replacing\n"
         "def work(args, prog_name):\n"
         "    with replacing(Path(args[0])) as folder:\n"
         "        (folder / 'half').touch()\n"

@@ -15,7 +15,7 @@ from types import SimpleNamespace
 
 import pytest
 
-import dsc
+import dsc.replacing
 from dsc.cli import main
 from dsc.errors import FileError, UsageError
 from dsc.files import (
@@ -24,11 +24,11 @@ from dsc.files import (
     made,
     named,
     nearest,
-    replacing,
     translated,
     why_no_file,
     write_text,
 )
+from dsc.replacing import replacing
 from dsc.runtime import artifact
 from tests.runtime.test_session import small_lm
 
@@ -162,6 +162,7 @@ def test_what_cannot_take_its_place_leaves_what_was_there(
     out.mkdir()
     (out / "kept").write_text("kept")
     monkeypatch.setattr(os, "rename", refuse)
+    monkeypatch.setattr(dsc.replacing, "_exchange", lambda *_: False)
     with pytest.raises(FileError, match="No space left"), replacing(out):
         pass
     assert (out / "kept").read_text() == "kept"
