@@ -1,4 +1,4 @@
-"""bf16 products on AMX: 16 x 16 fp32 sums in a tile register, 16 x 16 x 32 products an instruction.
+"""Products on AMX: 16 x 16 sums in a tile register, 16 x 16 x 32 products of bf16 an instruction.
 
 A multiplication C += A B takes A as 16 rows of 32 values as they lie in memory and B as pairs: row
 p holds values 2p and 2p + 1 of each of its columns. Rows of a weight are rows of A, so weights need
@@ -13,11 +13,15 @@ A thread that multiplies configures its tiles first. The operating system must h
 process leave (`lean.tiles_allowed`). An instruction starts every 16 cycles: 1024 flops a cycle,
 where AVX-512 FMAs do 64. Every sum is taken over pairs of k in their order, whatever the number of
 tokens and columns (Intel Architecture Instruction Set Extensions, TDPBF16PS).
+
+Bytes (TDPBSSD) are multiplied the other way round: 16 rows of x are rows of A, and B takes of 16
+columns four bytes each, then the next four, which is how weights in codes lie. Rows have 32 bytes,
+since every 32 columns of x have a scale: 8 rows of B.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 
 from dsc.backends.tvm.tir import Expr, Local, T, Tensor, integer, tirx
@@ -29,7 +33,10 @@ COLUMNS = 16
 DEPTH = 32
 """Values of k that an instruction takes."""
 SUMS, WEIGHTS, PAIRS = (0, 1, 2, 3), (4, 5), (6, 7)
+BYTES = 32
+"""Bytes of a row that an instruction takes."""
 _FEATURES = '"target-features"="+avx512f,+avx512bw,+avx512vl,+amx-tile,+amx-bf16"'
+_BYTES = '"target-features"="+avx512f,+avx512bw,+avx512vl,+amx-tile,+amx-int8"'
 
 
 def _function(signature: str, body: str) -> str:
@@ -38,18 +45,25 @@ def _function(signature: str, body: str) -> str:
 
 
 def _configure() -> str:
-    """Write the 64 bytes that `ldtilecfg` reads: widths in bytes from 16 on, rows from 48 on."""
-    lines = ["%c = alloca [64 x i8], align 64", "%n = trunc i64 %columns to i8"]
-    lines += ["%s = shl i64 %tokens, 2", "%w = trunc i64 %s to i16"]
+    """Sizes for up to 16 tokens and 16 columns."""
+    lines = ["%n = trunc i64 %columns to i8", "%s = shl i64 %tokens, 2", "%w = trunc i64 %s to i16"]
+    sizes = {
+        tile: ("16" if tile in PAIRS else "%n", "64" if tile in WEIGHTS else "%w")
+        for tile in (*SUMS, *WEIGHTS, *PAIRS)
+    }
+    lines += _sized(sizes)
+    return _function("@dsc_tiles(i64 %tokens, i64 %columns)", "\n".join(lines))
+
+
+def _sized(sizes: Mapping[int, tuple[str, str]]) -> list[str]:
+    """Write the 64 bytes that `ldtilecfg` reads: bytes of a row from 16 on, rows from 48 on."""
+    lines = ["%c = alloca [64 x i8], align 64"]
     lines += ["store [64 x i8] zeroinitializer, ptr %c", "store i8 1, ptr %c"]
-    for tile in (*SUMS, *WEIGHTS, *PAIRS):
-        width = "64" if tile in WEIGHTS else "%w"
-        rows = "16" if tile in PAIRS else "%n"
+    for tile, (rows, width) in sizes.items():
         for kind, value, at in (("i16", width, 16 + 2 * tile), ("i8", rows, 48 + tile)):
             lines.append(f"%p{at} = getelementptr i8, ptr %c, i64 {at}")
             lines.append(f"store {kind} {value}, ptr %p{at}")
-    lines.append("call void @llvm.x86.ldtilecfg(ptr %c)")
-    return _function("@dsc_tiles(i64 %tokens, i64 %columns)", "\n".join(lines))
+    return [*lines, "call void @llvm.x86.ldtilecfg(ptr %c)"]
 
 
 def _tile_functions() -> str:
@@ -170,6 +184,23 @@ def functions() -> str:
     return text + f"\nattributes #2 = {{ alwaysinline nounwind {_FEATURES} }}\n"
 
 
+@cache
+def byte_functions() -> str:
+    """The LLVM IR of this module's operations on bytes: two sums, of one tile of x and two of w."""
+    sizes = {tile: ("16", "64") for tile in SUMS[:2]} | {PAIRS[0]: ("16", f"{BYTES}")}
+    sizes |= {tile: (f"{BYTES // 4}", "64") for tile in WEIGHTS}
+    text = _DECLARED + _ADDRESS + _function("@dsc_byte_tiles()", "\n".join(_sized(sizes)))
+    text += "\ndeclare void @llvm.x86.tdpbssd(i8 immarg, i8 immarg, i8 immarg)\n"
+    for tile, weights in zip(SUMS, WEIGHTS, strict=False):
+        text += _function(f"@dsc_zero{tile}()", f"call void @llvm.x86.tilezero(i8 {tile})")
+        text += _moving(f"save{tile}", f"call void @llvm.x86.tilestored64(i8 {tile}")
+        line = f"call void @llvm.x86.tdpbssd(i8 {tile}, i8 {PAIRS[0]}, i8 {weights})"
+        text += _function(f"@dsc_multiply_bytes{tile}()", line)
+    for tile in (*WEIGHTS, PAIRS[0]):
+        text += _moving(f"load{tile}", f"call void @llvm.x86.tileloadd64(i8 {tile}")
+    return text + f"\nattributes #2 = {{ alwaysinline nounwind {_BYTES} }}\n"
+
+
 def _call(name: str, *operands: Expr) -> None:
     T.evaluate(tirx.call_extern("int32", f"dsc_{name}", *operands))
 
@@ -177,6 +208,17 @@ def _call(name: str, *operands: Expr) -> None:
 def configure(tokens: Expr, columns: Expr) -> None:
     """Give this thread's tiles their sizes: up to 16 tokens and 16 columns."""
     _call("tiles", tokens, columns)
+
+
+def configure_bytes() -> None:
+    """Give this thread's tiles their sizes for products of bytes."""
+    _call("byte_tiles")
+
+
+def multiply_bytes(number: int) -> None:
+    """Set a sum to 0 and add the products of 16 rows of x with 16 columns of a weight."""
+    _call(f"zero{SUMS[number]}")
+    _call(f"multiply_bytes{SUMS[number]}")
 
 
 def zero(tile: int) -> None:

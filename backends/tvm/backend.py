@@ -123,7 +123,9 @@ class TvmBackend:
             from dsc.backends.tvm import relax
 
             # Nobody asks the operating system for tiles before TVM's own run time calls a kernel.
-            return relax.emit(program, replace(machine, tiles=False), options)
+            machine = replace(machine, tiles=False, byte_tiles=False)
+            return relax.emit(program, machine, options)
+        machine = replace(machine, byte_tiles=machine.byte_tiles and _multiplies_codes(program))
         by = "rule"
         if _multiplies_bf16(program):
             asked = options.extra.get("tune", True)
@@ -164,6 +166,7 @@ class TvmBackend:
         meta = {
             "cpu": machine.cpu,
             "cpu_needs": cpu_of(target.arch).needs,
+            "tiles": machine.tiles or machine.byte_tiles,
             "threads": options.threads,
             "tiling": {**asdict(tiling), "by": by},
             "weights": weights,
@@ -192,6 +195,11 @@ class TvmBackend:
 def _multiplies_bf16(program: Program) -> bool:
     """Whether any weights are bf16."""
     return any(w.type.dtype is DType.bf16 for w in program.weights.values())
+
+
+def _multiplies_codes(program: Program) -> bool:
+    """Whether any weights are integer codes."""
+    return any(w.type.format and w.type.dtype.is_int for w in program.weights.values())
 
 
 def require_tvm() -> None:

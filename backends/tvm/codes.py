@@ -37,6 +37,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from dsc.backends.tvm import amx
 from dsc.backends.tvm.byte_products import DOTS, listed
 from dsc.backends.tvm.machine import Machine
 from dsc.backends.tvm.tir import Expr, T, bind, tirx
@@ -292,6 +293,7 @@ def instructions(machine: Machine) -> Iterator[None]:
     """The rest of the kernel's body may use this module's operations."""
     text = _COMMON + _F8 + (_tables() if machine.vbmi else "") + (_F16 if machine.f16 else "")
     text += DOTS[machine.dots] + (_FMA if machine.fma else _ADD)
+    text += amx.byte_functions() if machine.byte_tiles else ""
     # Where vectors are wide, LLVM must be told for a function that is to be inlined.
     wide = '"target-features"="+avx512f,+avx512bw,+avx512vl" ' if machine.lanes == LANES else ""
     with T.attr(

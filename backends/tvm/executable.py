@@ -48,7 +48,7 @@ class TvmExecutable(Admitted):
                 " which this CPU or operating system does not give",
                 hint="compile it on this machine, or for a target such as cpu:x86-64-v3",
             )
-        if self.meta.get("tiling", {}).get("way") == "tiles" and not tiles_allowed():
+        if self.meta.get("tiles") and not tiles_allowed():
             raise BackendUnavailable(
                 "this artifact multiplies by AMX, which this CPU or operating system does not give",
                 hint="compile it on this machine, or for a target such as cpu:x86-64-v4",

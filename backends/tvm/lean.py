@@ -121,7 +121,7 @@ def function(name: str) -> Object:
 @cache
 def tiles_allowed() -> bool:
     """Whether this process may use the CPU's tile registers; asks the operating system for it."""
-    if not {"amx_tile", "amx_bf16"} <= set(processor().get("flags", "").split()):
+    if not {"amx_tile", "amx_bf16", "amx_int8"} <= set(processor().get("flags", "").split()):
         return False
     return int(ctypes.CDLL(None).syscall(_SYS_ARCH_PRCTL, _REQUEST_PERMISSION, _TILE_DATA)) == 0
 

@@ -38,11 +38,12 @@ class Machine:
     `lanes` is the number of fp32 elements in a vector; `bf16` says that bf16 has kernels of its own
     (AVX-512), `narrows` that an instruction rounds to it (AVX512_BF16), and `pairs` that products
     are fastest by vdpbf16ps (see `bf16`); with `tiles` products of rows with weights go by AMX (see
-    `amx`). `dots` is how bytes are multiplied (`byte_products`); `vbmi` says that FP8 codes are
-    looked up in tables, `f16` that an instruction makes fp32 of fp16, `fma` that fp32 has fused
-    products. `vectors` of 16 floats are what its registers hold. With few rows a task of a
-    bf16 product takes `narrow` columns, so that small matrices occupy all threads, with many
-    `wide`: 16 to 64 (see `tuning`). Where weights are codes it is `run`.
+    `amx`). `dots` is how bytes are multiplied (`byte_products`), and with `byte_tiles` those of
+    many rows go by AMX too; `vbmi` says that FP8 codes are looked up in tables, `f16` that an
+    instruction makes fp32 of fp16, `fma` that fp32 has fused products. `vectors` of 16 floats are
+    what its registers hold. With few rows a task of a bf16 product takes `narrow` columns, so that
+    small matrices occupy all threads, with many `wide`: 16 to 64 (see `tuning`). Where weights are
+    codes it is `run`.
     """
 
     cpu: str
@@ -53,6 +54,7 @@ class Machine:
     narrows: bool = False
     pairs: bool = False
     tiles: bool = False
+    byte_tiles: bool = False
     dots: str = WORDS
     vbmi: bool = False
     f16: bool = False
@@ -111,9 +113,9 @@ def machine_for(target: Target) -> Machine:
     """The machine of `cpu` (the host) or `cpu:<llvm name>`. Raises `UsageError` on a bad name."""
     cpu = cpu_of(target.arch)
     if cpu.has("avx512f"):
-        tiles = cpu.has("amx-tile", "amx-bf16", "avx512bf16")
         # A virtual machine may hide what the CPU of its name has.
-        tiles = tiles and (cpu.name != cpu.host or tiles_allowed())
+        amx = cpu.has("amx-tile") and (cpu.name != cpu.host or tiles_allowed())
+        tiles = amx and cpu.has("amx-bf16", "avx512bf16")
         return Machine(
             cpu.name,
             lanes=16,
@@ -123,6 +125,7 @@ def machine_for(target: Target) -> Machine:
             narrows=cpu.has("avx512bf16"),
             pairs=cpu.name.startswith(FULL_RATE) and cpu.has("avx512bf16"),
             tiles=tiles,
+            byte_tiles=amx and cpu.has("amx-int8"),
             dots=_dots(cpu),
             vbmi=cpu.has("avx512vbmi", "avx512bw", "avx512vl"),
             f16=True,

@@ -36,7 +36,7 @@ class Model(Compiled):
         if lacks:
             needs = f"{self.meta['cpu']} and needs {', '.join(lacks)}, which this CPU lacks"
             sys.exit(f"this model was compiled for {needs}; compile it on this machine")
-        if self.meta["tiling"]["way"] == "tiles":  # Linux saves tiles of those who ask
+        if self.meta["tiles"]:  # Linux saves tiles of those who ask
             if ctypes.CDLL(None).syscall(158, 0x1023, 18):  # arch_prctl(ARCH_REQ_XCOMP_PERM)
                 sys.exit("this model was compiled for a CPU with AMX; compile it on this machine")
         self.functions = self._library()

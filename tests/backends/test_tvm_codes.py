@@ -6,6 +6,8 @@ that is off by one, or one lost term, is more than the bound allows.
 
 from __future__ import annotations
 
+import shutil
+import subprocess
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -30,6 +32,7 @@ from dsc.rewrite.base import PassReport
 from dsc.runtime import artifact as artifacts
 from dsc.runtime.standalone import lacking
 from dsc.targets import parse_target
+from tests.backends.tiles import modelled
 
 pytest.importorskip("tvm")
 ROUNDING = {"f32": 2.0**-24, "bf16": 2.0**-8}
@@ -234,6 +237,42 @@ def test_other_cpus_multiply_codes(
         for threads in (1, 2):
             run.set_threads(threads, None)
             assert torch.equal(got, run.run(f"g_{case.name}", given)["y"])
+
+
+def test_tiles_of_bytes_have_the_bits_of_vectors(
+    loaded: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a model of AMX: 16 rows with and without the last ones, zero points, experts' rows."""
+    host, cases = machine_for(parse_target("cpu")), [CASES[7], CASES[16]]
+    if host.vectors < 32:
+        pytest.skip("this CPU has no AVX-512, which kernels with tiles are made for")
+    modelled(monkeypatch, replace(host, byte_tiles=True), tmp_path)
+    run = compiled(program(cases), "cpu", tmp_path)
+    assert run.meta["tiles"]
+    for case in cases:
+        for rows in (1, 7, 16, 17, 20):
+            given = inputs(case, rows)
+            run.set_threads(1 + rows % 2, None)
+            got = run.run(f"g_{case.name}", given)["y"]
+            assert torch.equal(got, loaded.run(f"g_{case.name}", given)["y"])
+
+
+@pytest.mark.parametrize(
+    ("cpu", "has", "lacks"),
+    [("alderlake", "{vex} vpdpbusd", "zmm"), ("sapphirerapids", "tdpbssd", "{vex} vpdpbusd")],
+)
+def test_code_for_other_cpus_has_their_instructions(
+    cpu: str, has: str, lacks: str, tmp_path: Path
+) -> None:
+    if not shutil.which("objdump"):
+        pytest.skip("no objdump")
+    target = parse_target(f"cpu:{cpu}")
+    found = get("tvm").emit(program([CASES[6]]), EmitOptions((target,))).files["tvm/kernels.so"]
+    (tmp_path / "kernels.so").write_bytes(bytes(found))
+    line = ["objdump", "-d", str(tmp_path / "kernels.so")]
+    text = subprocess.run(line, capture_output=True, text=True, check=True).stdout
+    assert has in text
+    assert lacks not in text
 
 
 @pytest.mark.parametrize("case", [c for c in CASES if c.dtype == "f32"], ids=lambda c: c.name)

@@ -38,6 +38,8 @@ from dsc.ir.types import DType, TensorType
 
 HEIGHTS: tuple[int, ...] = (6, 4, 2, 1)
 """Rows of x that a tile may take; missing ones are the last again."""
+TILE_ROWS = 16
+"""The same where bytes are multiplied by AMX."""
 TILES = 2
 """Tiles of columns that many rows multiply at a time: with 6 rows 24 accumulators."""
 ALONE = 2
@@ -154,6 +156,8 @@ def coded(node: Node, x: DType, weight: TensorType, machine: Machine) -> Coded |
     many = matrices[0] if matrices else 1
     kinds = (weight.dtype, format.scales, format.zeros)
     high = 1 if format.block[0] == 1 else high
+    if way == INTEGERS and machine.byte_tiles:
+        heights = (TILE_ROWS, *heights)
     signed = way == INTEGERS and machine.dots in SIGNED and CODINGS[weight.dtype].together == 1
     return Coded(*kinds, high, group, columns, depth, many, said, way, signed, heights, at_once)
 
@@ -259,17 +263,17 @@ def multiply(
     """The rows times `blocks` <= `copies` blocks of columns, of equal width.
 
     `finish(tile, r, i)` gets row i: its sums with column j of block n are at
-    (n * HEIGHTS[0] + r) * BLOCK + j. The tile has a row more at both ends, for what whole tiles of
+    (n * heights[0] + r) * BLOCK + j. The tile has a row more at both ends, for what whole tiles of
     columns have beside a block.
     """
-    most, apart = weights.of.heights[0], HEIGHTS[0]
-    tile = Local((copies * apart + 2) * BLOCK)
+    most = weights.of.heights[0]
+    tile = Local((copies * most + 2) * BLOCK)
     count = integer(rows.count)
     with loop(ceil_div(count, most)) as t:
         begin = bind(t * most)
         here = bind(tirx.min(integer(most), count - begin))
         with loop(blocks) as n:
-            start = bind((1 + n * apart) * BLOCK)
+            start = bind((1 + n * most) * BLOCK)
             _fill(tile, start, rows, weights, bind(rows.first + begin), here, block(n))
         with loop(here) as r:
             finish(tile, bind(1 + r), bind(rows.first + begin + r))

@@ -21,7 +21,6 @@ from dsc.backends.tvm.bf16 import SUMS, instructions
 from dsc.backends.tvm.kernels import coded as by_codes
 from dsc.backends.tvm.kernels.bf16_product import BLOCK, Weights
 from dsc.backends.tvm.kernels.coded import (
-    HEIGHTS,
     PAIRS,
     Block,
     Coded,
@@ -98,7 +97,7 @@ class Experts:
     @property
     def height(self) -> int:
         """Rows of a tile."""
-        return HEIGHTS[0] if self.codes else tile_rows(self.plain)
+        return self.codes[0].heights[0] if self.codes else tile_rows(self.plain)
 
     @property
     def between(self) -> DType:

@@ -138,7 +138,8 @@ class _Tasks:
         self.x_at = addresses[product.x]
         self.panels = scratch if machine.tiles else integer(0)
         self.plain = None if self.native else machine
-        self.height = panels.tile_rows(self.plain) if self.codes is None else coded.HEIGHTS[0]
+        of = product.codes
+        self.height = panels.tile_rows(self.plain) if of is None else of.heights[0]
         self.block = BLOCK if self.codes is None else coded.BLOCK
         self.copies = max(1 + len(f.shifts) for f in families)
 
