@@ -51,7 +51,8 @@ class Capabilities:
     `collectives`: its executables speak to other ranks; without it a sharded program is emitted in
     segments, with the collectives between them. `formats`: codes (`dsc.ir.formats`) of weights that
     it takes as they are stored, with `tile` rows side by side; `activations`: the codes of
-    weights whose products take their rows as codes too; `plain_forms`: forms of its code, as its
+    weights whose products take their rows as codes too; `caches`: codes of latent caches that its
+    kernels write and read; `plain_forms`: forms of its code, as its
     option `form` names them, that take no codes. `options`: what it reads of `backend_options`.
     """
 
@@ -66,6 +67,7 @@ class Capabilities:
     formats: tuple[str, ...] = ()
     tile: int = 1
     activations: tuple[str, ...] = ()
+    caches: tuple[str, ...] = ()
     plain_forms: tuple[str, ...] = ()
     options: tuple[str, ...] = ()
     targets: tuple[str, ...] = ("cpu",)

@@ -214,6 +214,7 @@ def compile(
     max_context: int | None = None,
     prefill_chunk: int = 512,
     cache: str = "contiguous",
+    cache_format: str = "bf16",
     threads: int | None = None,
     fallback: str | None = None,
     ranks: int = 1,
@@ -249,6 +250,8 @@ def compile(
         prefill_chunk: tokens of a prompt that are processed at once.
         cache: "contiguous", max_context rows for each sequence; or "paged", pages of 64 rows that
             a session's sequences take as they grow.
+        cache_format: what latent caches are kept in: "fp8" or "int8", codes and a scale for each
+            128 elements of a row; "bf16", the compute type. Rope keys stay in the compute type.
         threads: CPU threads of the compiled code.
         fallback: a backend for what `backend` refuses; only whole programs so far.
         ranks: processes that run the model together, each with its part of the weights.
@@ -292,12 +295,14 @@ def compile(
     sizes |= {"group_size": group_size, "activation_bits": activation_bits, "nsamples": nsamples}
     _check_kinds(int, False, fusion_level=fusion_level, **sizes)
     _check_kinds(int, True, max_context=max_context, threads=threads, seqlen=seqlen)
-    _check_kinds(str, False, cache=cache, parallel=parallel, quant=quant)
+    words = {"cache": cache, "cache_format": cache_format, "parallel": parallel, "quant": quant}
+    _check_kinds(str, False, **words)
     _check_kinds(str, True, backend=backend, dtype=dtype, fallback=fallback)
     _check_options(fusion_level, dtype, max_batch, max_context, prefill_chunk)
     check_parallel(ranks, parallel)
     pipeline.check_names(print_ir_after, NOT_PASSES)
     pipeline.check_quant(quant, keep)
+    pipeline.check_cache_format(cache_format)
     pipeline.check_widths(group_size, activation_bits, quant)
     trial = trial_of(calibrate, quant, nsamples, seqlen, avg_bits)
 
@@ -333,6 +338,7 @@ def compile(
         fusion_level=fusion_level,
         prefill_chunk=min(prefill_chunk, limits.prefill_chunk),
         cache=cache,
+        cache_format=cache_format,
         ranks=ranks,
         parallel=parallel,
         quant=quant,

@@ -34,6 +34,8 @@ from dsc.targets import Target, parse_target
 
 CACHES = ("contiguous", "paged")
 """Layouts of KV caches: a capacity of rows for each sequence, or pages that sequences take."""
+CACHE_FORMATS = {"bf16": "", "fp8": "f8e4m3", "int8": "i8"}
+"""What latent caches are kept in, and the element type of the codes; none in the compute type."""
 FP8 = "f8e4m3"
 """Codes whose rows become FP8 too, where that is asked for alone."""
 QUANT = {"none": "", "fp8": FP8, "int8": "i8", "int4": "i4"}
@@ -60,6 +62,7 @@ class PipelineOptions:
     fusion_level: int = 3
     prefill_chunk: int = 512
     cache: str = "contiguous"
+    cache_format: str = "bf16"
     ranks: int = 1
     parallel: str = "tp+ep"
     quant: str = "none"
@@ -72,6 +75,7 @@ class PipelineOptions:
     def __post_init__(self) -> None:
         check_fusion_level(self.fusion_level)
         check_quant(self.quant, self.keep)
+        check_cache_format(self.cache_format)
         check_widths(self.group_size, self.activation_bits, self.quant)
 
 
@@ -185,6 +189,10 @@ SLOTS = (
         },
     ),
     Slot(
+        Part.OPTIMISE, "quantize_cache", lambda s: CACHE_FORMATS[s.asked.cache_format] != "",
+        lambda s: {"codes": CACHE_FORMATS[s.asked.cache_format]},
+    ),
+    Slot(
         Part.LOWER, "fuse",
         options=lambda s: {
             "level": min(s.asked.fusion_level, s.can.fuse),
@@ -222,6 +230,12 @@ def check_quant(quant: str, keep: Sequence[str]) -> None:
         raise UsageError(
             f"{keep[0]!r} is kept, and nothing is quantised", hint=f"give quant: {QUANTISED}"
         )
+
+
+def check_cache_format(name: str) -> None:
+    """Raise `UsageError` for what caches cannot be kept in."""
+    if name not in CACHE_FORMATS:
+        raise UsageError(f"cache_format {name!r}", hint=one_of(name, list(CACHE_FORMATS)))
 
 
 def quantising(quant: str) -> str:
@@ -322,6 +336,13 @@ def prepare(
             hint="compile with --cache contiguous, or for a backend that takes pages: reference,"
             " null or tvm",
         )
+    codes = CACHE_FORMATS[options.cache_format]
+    if codes and (codes not in capabilities.caches or not options.codes):
+        raise UsageError(
+            f"the {backend.name} backend takes no caches in {options.cache_format}",
+            hint="compile with --cache-format bf16, or for a backend that reads such codes:"
+            " reference, null or tvm",
+        )
     done = emitted = program = _in_numbers(program)
     passes = passes_for(program, capabilities, options)
     cache = PassCache(program, passes, backend, str(target)) if options.watch.is_quiet else None
@@ -333,6 +354,8 @@ def prepare(
             done = emitted
     if options.cache == PAGED:
         _check_paged(done, manager.records)
+    if codes:
+        _check_cache_format(done, manager.records)
     check_supported(emitted, backend)
     pruned = done.pruned()
     prepared = Prepared(pruned, pruned if emitted is done else emitted.pruned(), manager.records)
@@ -401,6 +424,19 @@ def _check_paged(program: Program, records: Sequence[PassRecord]) -> None:
         f"the caches of {program.name} cannot be put into pages:\n"
         + "\n".join(dict.fromkeys(lines) or ["it has no caches of latent attention"]),
         hint="compile with --cache contiguous",
+    )
+
+
+def _check_cache_format(program: Program, records: Sequence[PassRecord]) -> None:
+    """Raise `UnsupportedOperator` with what kept the caches in numbers, unless they are codes."""
+    report = next(r.report for r in records if r.name == "quantize_cache")
+    if report.fired:
+        return
+    lines = [f"{m.reason} (at {m.where})" if m.where else m.reason for m in report.near]
+    raise UnsupportedOperator(
+        f"the caches of {program.name} cannot be codes:\n"
+        + "\n".join(dict.fromkeys(lines) or ["it has no caches of latent attention"]),
+        hint="compile with --cache-format bf16",
     )
 
 

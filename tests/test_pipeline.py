@@ -46,6 +46,7 @@ def texts(asked: dict[str, Any], can: dict[str, Any]) -> dict[str, str]:
         ({"states": (Storage.CONTIGUOUS, Storage.GROWN)}, {}, {"append_cache_in_place"}),
         ({"states": (Storage.GROWN, Storage.PAGED)}, {"cache": "paged"}, {"append_cache_in_place"}),
         ({"states": (Storage.GROWN, Storage.CONTIGUOUS)}, {}, set()),
+        ({"caches": ("i8",)}, {"cache_format": "int8"}, {"quantize_cache"}),
         ({"fuse": 1}, {}, set()),
         ({"fuse": 2}, {}, {"merge_projections"}),
         ({"experts": ExpertKernels(True, 8, 1.0, 2)}, {}, {"lower_moe_dispatch"}),
@@ -115,6 +116,16 @@ def test_layouts_and_states_that_a_backend_does_not_hold_are_refused() -> None:
     assert refused.value.hint == "one of contiguous, paged"
     with pytest.raises(UsageError, match="the onnxruntime backend takes no caches in pages"):
         prepared("onnxruntime", a_program(), cache="paged")
+    with pytest.raises(UsageError, match="cache_format 'f16'") as refused:
+        prepared("reference", a_program(), cache_format="f16")
+    assert "bf16, fp8, int8" in (refused.value.hint or "")
+    for backend in ("onnxruntime", "triton"):
+        with pytest.raises(UsageError, match=f"the {backend} backend takes no caches in fp8"):
+            prepared(backend, a_program(), cache_format="fp8")
+    with pytest.raises(UsageError, match="the tvm backend takes no caches in int8"):
+        prepared("tvm", a_program(), cache_format="int8", codes=False)
+    with pytest.raises(UnsupportedOperator, match="it has no caches of latent attention"):
+        prepared("reference", a_program(), cache_format="fp8")
     with pytest.raises(UnsupportedOperator, match="has no caches of latent attention"):
         prepared("reference", a_program(), cache="paged")
     prepared("reference", a_program())

@@ -45,6 +45,7 @@ class NullBackend:
             collectives=True,
             formats=tuple(CODINGS),
             activations=("f8e4m3",),
+            caches=tuple(CODINGS),
         )
 
     def supports(self, node: Node) -> Support:
@@ -80,8 +81,8 @@ class NullExecutable(Admitted):
             if name in in_place:
                 results[name] = inputs[in_place[name]]
                 continue
-            shape = [evaluate(d, env) for d in value.type.shape]
-            results[name] = zeros(shape, value.type.dtype)
+            held = value.type.stored
+            results[name] = zeros([evaluate(d, env) for d in held.shape], held.dtype)
         return results
 
 

@@ -31,6 +31,8 @@ from dsc.targets import Target
 LIBRARY = "tvm/kernels.so"
 STEPS = "tvm/steps.bin"
 RUNNER = Path(__file__).with_name("runner.py")
+COVERS_CACHES = ("cache_write", "latent_attention", "mla_attention")
+"""Operators with kernels over caches in codes."""
 EXPERTS = ExpertKernels(rereads=False, tile=1, balance=24.0, launch=80_000)
 """Two cores of 1 TFLOP/s in bf16 at 41 GB/s, and 2 microseconds a launch."""
 
@@ -53,6 +55,7 @@ class TvmBackend:
             formats=("i8", "i4", "f8e4m3"),
             tile=16,
             activations=("i8", "i4", "f8e4m3"),
+            caches=("f8e4m3", "i8"),
             plain_forms=("relax",),
             fuse=3,
             regions=RegionLimits(
@@ -82,6 +85,10 @@ class TvmBackend:
         region = definition.traits.role is Role.REGION
         reads_codes = region or definition.attr("activations") is not None
         for x in (*node.operands, *node.outputs):
+            if x.type.stored is not x.type:
+                if node.op not in COVERS_CACHES:
+                    return No(f"{node.op} of a cache in {x.type.dtype}{x.type.format}")
+                continue
             if x.type.format is not None and not reads_codes:
                 return No(f"{node.op} of a weight in {x.type.dtype}{x.type.format}")
             if x.type.format is None and x.type.dtype not in STORAGE:

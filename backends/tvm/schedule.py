@@ -49,7 +49,7 @@ class KernelTable:
 
 def launch_of(node: Node, machine: Machine) -> Launch:
     """The launch of a node. Raises `Unsupported` with the reason when there is none."""
-    lower = lowering(node.op)
+    lower = lowering(node.op, any(x.type.stored is not x.type for x in node.operands))
     if lower is None:
         why = f"no kernel for the operator {node.op}{brings_none(node.op, 'tvm')}"
         raise Unsupported(why)

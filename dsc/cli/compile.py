@@ -25,6 +25,7 @@ def compile(
     max_context: options.MaxContext = None,
     prefill_chunk: options.PrefillChunk = 512,
     cache: options.Cache = "contiguous",
+    cache_format: options.CacheFormat = "bf16",
     threads: options.Threads = None,
     tune: options.Tune = True,
     fallback: options.Fallback = None,

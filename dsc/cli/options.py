@@ -86,6 +86,14 @@ Cache = Annotated[
         help="contiguous: max-context rows a sequence; paged: pages of 64 rows, taken on demand.",
     ),
 ]
+CacheFormat = Annotated[
+    Literal["bf16", "fp8", "int8"],
+    Option(
+        "--cache-format",
+        help="Latent caches as codes with a scale for 128 elements of a row, rope keys beside them"
+        " (tvm, reference, null); bf16: in the compute type.",
+    ),
+]
 Threads = Annotated[
     int | None,
     unset("--threads", min=1, help="CPU threads.  [default: the cores this process may use]"),

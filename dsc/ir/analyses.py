@@ -236,8 +236,10 @@ def call_of(node: Node) -> Call:
 
 def _rows_written(node: Node) -> Dim:
     total: Dim = 0
+    into = traits_of(node.op).into
     for name in traits_of(node.op).writes:
-        total = total + node[name].type.nbytes
+        held = node[into[name]].type if name in into else node[name].type
+        total = total + held.with_shape(node[name].type.shape).nbytes
     return total
 
 

@@ -12,6 +12,10 @@ Row after row is how checkpoints store a matrix. Where products go 16 columns of
 `i8{1x32,f16,tile=16}[N,K]` has 16 rows side by side (`side_by_side`): of each four bytes of codes,
 then the next four; a scale of each, then the next (where a row has scales of its own). Rows and
 columns of codes are padded with zeros to whole tiles, and to a multiple of `STEP`.
+
+What outlives a step (`dsc.ir.interface`) grows row by row, so `f8e4m3{1x128,f32,behind}[B,C,512]`
+is one tensor of bytes, u8[B,C,528]: of each row its codes, filled up to whole words, and then its
+scales. A row moves as a whole, and whoever only moves rows needs to know nothing else.
 """
 
 from __future__ import annotations
@@ -74,7 +78,8 @@ class Part:
     """A tensor that is stored: its name behind the weight's, and an element a block.
 
     Of `tile` rows side by side `width` elements of each lie together, and their number is a
-    multiple of `step`.
+    multiple of `step`. With `behind` elements are bytes: those of a row's codes, and `behind` more
+    for each block.
     """
 
     suffix: str
@@ -83,10 +88,13 @@ class Part:
     tile: int = 1
     width: int = 1
     step: int = 1
+    behind: int = 0
 
     def shape(self, whole: tuple[Dim, ...]) -> tuple[Dim, ...]:
         """The extents of what is stored of a tensor."""
         cut = grid(whole, self.block)
+        if self.behind:
+            return (*whole[:-1], code_bytes(whole[-1], self.step) + cut[-1] * self.behind)
         return cut if self.tile == 1 else tiled(cut, self.tile, self.step)
 
 
@@ -94,13 +102,15 @@ class Part:
 class Format:
     """Blocks of rows x columns that share a scale; element types of scales and of zero points.
 
-    With a `tile` so many rows lie side by side.
+    With a `tile` so many rows lie side by side; where scales lie `behind` the codes of their row, a
+    row is bytes.
     """
 
     block: tuple[int, int]
     scales: DType
     zeros: DType | None = None
     tile: int = 1
+    behind: bool = False
 
     def __post_init__(self) -> None:
         if min(self.block) < 0:
@@ -114,16 +124,22 @@ class Format:
         rows, columns = self.block
         if self.tile > 1 and (columns % STEP or (rows > 1 and rows % self.tile)):
             raise ValueError(f"{self.tile} rows side by side in blocks of {list(self.block)}")
+        if self.behind and (rows != 1 or self.zeros is not None or self.tile > 1):
+            raise ValueError("scales lie behind the codes of a row that shares none, and no more")
 
     def __str__(self) -> str:
         rows, columns = ("*" if size == WHOLE else size for size in self.block)
         more = f",{self.zeros}" if self.zeros else ""
         more += f",tile={self.tile}" if self.tile > 1 else ""
+        more += ",behind" if self.behind else ""
         return f"{{{rows}x{columns},{self.scales}{more}}}"
 
     def parts(self, codes: DType) -> tuple[Part, ...]:
         """What is stored of a tensor, in order."""
         together = CODINGS[codes].together
+        if self.behind:
+            size = self.scales.itemsize
+            return (Part("", type(codes).u8, self.block, 1, 1, together, size),)
         kind = codes if together == 1 else type(codes).u8  # a byte, whose class is above here
         shared = [(".scale", self.scales), (".zero", self.zeros)]
         tile = self.tile if self.block[0] == 1 else 1
@@ -142,6 +158,11 @@ def grid(shape: tuple[Dim, ...], block: tuple[int, ...]) -> tuple[Dim, ...]:
     """How many blocks there are along each axis."""
     cut = zip(shape, along(block, len(shape)), strict=True)
     return tuple(1 if size == WHOLE else -(-extent // size) for extent, size in cut)
+
+
+def code_bytes(columns: Dim, together: int) -> Dim:
+    """Bytes of the codes of a row with scales behind them: whole words."""
+    return -(-columns // (WORD * together)) * WORD
 
 
 def tiled(shape: tuple[Dim, ...], tile: int, step: int) -> tuple[Dim, ...]:
@@ -189,6 +210,8 @@ class Packed:
     def in_rows(self) -> tuple[torch.Tensor, ...]:
         """What is stored, row after row."""
         assert self.type.format is not None
+        if self.type.format.behind:
+            return _parted(self.parts[0], self.type)
         extents = tuple(map(_number, self.type.shape))
         kinds = self.type.format.parts(self.type.dtype)
         return tuple(
@@ -198,8 +221,9 @@ class Packed:
     def bound(self, x: torch.Tensor) -> torch.Tensor:
         """How far the numbers may lie from those of `x`, of which the nearest codes are these."""
         coding = CODINGS[self.type.dtype]
-        steps = _spread(self.in_rows[1], self.type) * coding.absolute
-        return torch.maximum(x.float().abs() * coding.relative, steps) * (len(self.parts) - 1)
+        _, scales, *zeros = self.in_rows
+        steps = _spread(scales, self.type) * coding.absolute
+        return torch.maximum(x.float().abs() * coding.relative, steps) * (1 + len(zeros))
 
 
 def pack(x: torch.Tensor, type: TensorType) -> Packed:
@@ -233,6 +257,38 @@ def pack_rows(x: torch.Tensor, type: TensorType) -> Packed:
     scales = _least_scales(x, type)
     scales = torch.where(scales == 0, 1.0, scales)
     return Packed(type, (codes_of(x, scales, type), scales))
+
+
+def pack_state(x: torch.Tensor, type: TensorType) -> Packed:
+    """As `pack_rows`, with scales behind the codes of each row.
+
+    Those of floats are powers of two, as in DeepSeek-V3.2's cache, so that a number that was a
+    code's stays what it is, in 16 bits too.
+    """
+    scales = _least_scales(x, type)
+    if type.dtype.is_float:
+        scales = torch.where(scales.isfinite(), _power_of_two(scales), scales)
+    scales = torch.where(scales == 0, 1.0, scales)
+    codes = codes_of(x, scales, type).view(torch.uint8)
+    width = code_bytes(x.shape[-1], CODINGS[type.dtype].together)
+    filled = torch.nn.functional.pad(codes, (0, _number(width) - codes.shape[-1]))
+    behind = torch.empty_like(scales, memory_format=torch.contiguous_format).copy_(scales)
+    return Packed(type, (torch.cat([filled, behind.view(torch.uint8)], -1),))
+
+
+def _parted(rows: torch.Tensor, type: TensorType) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes and scales of rows of bytes."""
+    assert type.format is not None
+    together = CODINGS[type.dtype].together
+    at = _number(code_bytes(type.shape[-1], together))
+    kind = type.dtype.torch if together == 1 else torch.uint8
+    codes = rows[..., : -(-_number(type.shape[-1]) // together)].contiguous().view(kind)
+    return codes, rows[..., at:].clone().view(type.format.scales.torch)
+
+
+def _power_of_two(x: torch.Tensor) -> torch.Tensor:
+    """The smallest power of two that is not below each positive number."""
+    return (x.view(torch.int32) + 0x7FFFFF).bitwise_and(~0x7FFFFF).view(torch.float32)
 
 
 def _least_scales(x: torch.Tensor, type: TensorType) -> torch.Tensor:

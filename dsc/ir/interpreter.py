@@ -11,6 +11,7 @@ from typing import Any
 from dsc.errors import RankError, UsageError, VerificationError
 from dsc.ir.analyses import last_uses
 from dsc.ir.dims import Dim, Sym, evaluate, free_symbols, symbol_name
+from dsc.ir.formats import Packed
 from dsc.ir.graph import Graph, Node, Operand, Value
 from dsc.ir.lazy import torch
 from dsc.ir.op import concrete, lookup, type_of
@@ -33,10 +34,9 @@ def bind_symbols(graph: Graph, inputs: Sequence[Any]) -> dict[str, int]:
         raise UsageError(f"{graph.name} takes {len(graph.inputs)} inputs, {len(inputs)} given")
     env = bind_shapes(graph, [tuple(tensor.shape) for tensor in inputs])
     for value, tensor in zip(graph.inputs, inputs, strict=True):
-        if type_of(tensor).dtype != value.type.dtype:
-            raise UsageError(
-                f"input {value.name} is {tensor.dtype}, {value.type.dtype} is declared"
-            )
+        declared = value.type.stored.dtype
+        if type_of(tensor).dtype != declared:
+            raise UsageError(f"input {value.name} is {tensor.dtype}, {declared} is declared")
     return env
 
 
@@ -145,22 +145,31 @@ def run_node(node: Node, operands: Sequence[Any], env: Mapping[str, int]) -> tup
             f"{node.op} needs the size of {problem}, which no input gives", where=node.loc or None
         ) from None
     try:
-        results = definition.run(operands, attrs)
+        held = [_held(x, tensor, env) for x, tensor in zip(node.inputs, operands, strict=True)]
+        results = definition.run(held, attrs)
     except RankError as problem:
         problem.where = problem.where or node.loc or None
         raise
     return tuple(results) if isinstance(results, (tuple, list)) else (results,)
 
 
+def _held(operand: Operand | None, tensor: Any, env: Mapping[str, int]) -> Any:
+    """A tensor under its type: what holds a state in a format is bytes alone."""
+    if operand is None or operand.type.stored is operand.type:
+        return tensor
+    return Packed(operand.type.substitute(env), (tensor,))
+
+
 def _check_result(node: Node, value: Value, tensor: Any, env: Mapping[str, int]) -> None:
+    held = value.type.stored
     try:
-        wanted = tuple(evaluate(d, env) for d in value.type.shape)
+        wanted = tuple(evaluate(d, env) for d in held.shape)
     except KeyError as problem:
         raise UsageError(
             f"{value} is {value.type}, and no input gives the size of {problem}",
             where=node.loc or None,
         ) from None
-    if tuple(tensor.shape) != wanted or DType.of(tensor.dtype) != value.type.dtype:
+    if tuple(tensor.shape) != wanted or DType.of(tensor.dtype) != held.dtype:
         found = f"{tensor.dtype} {tuple(tensor.shape)}"
         raise VerificationError(
             f"{node.op} gave {found}, {value} is declared {value.type}",
@@ -181,7 +190,7 @@ def _solve(dim: Dim, size: int, name: str, env: dict[str, int]) -> None:
 def _bind_shape(
     graph: Graph, value: Value, shape: tuple[int, ...], env: dict[str, int]
 ) -> list[tuple[Value, int, Dim, int]]:
-    declared: TensorType = value.type
+    declared: TensorType = value.type.stored
     if len(shape) != declared.rank:
         raise UsageError(f"input {value.name} has shape {shape}, {declared.rank} axes are declared")
     composite: list[tuple[Value, int, Dim, int]] = []

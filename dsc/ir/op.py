@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
+from dsc.ir import stored
 from dsc.ir.calls import Call
 from dsc.ir.dims import Dim, Sym, evaluate, free_symbols, parse_dim, substitute
 from dsc.ir.formats import Packed
@@ -126,13 +127,11 @@ class OpDef:
             raise TypeMismatch(str(problem)) from problem
 
     def run(self, operands: Sequence[Any], attrs: Mapping[str, Any]) -> Any:
-        """What the reference makes of operands; it gets those in a format unpacked."""
+        """What the reference makes of operands; of those in a format it gets the numbers."""
         if any(isinstance(x, Packed) for x in operands):
             wanted = self._pad([None if x is None else type_of(x) for x in operands])
-            operands = [
-                x.unpack(t.dtype.torch) if isinstance(x, Packed) and t is not None else x
-                for x, (_, t) in zip(operands, wanted, strict=False)
-            ]
+            names = self.operand_names(len(operands))
+            operands = stored.operands_of(names, operands, [t for _, t in wanted], self.traits)
         return self.reference(*operands, **attrs)
 
     def call(
@@ -178,7 +177,8 @@ class OpDef:
         if self.custom_infer is not None:
             return self.custom_infer(_trim([t for _, t in padded]), full)
         scope = {**bound, **{k: v for k, v in full.items() if isinstance(v, int)}}
-        return tuple(_instantiate(pattern, scope, full) for pattern in self.results)
+        made = tuple(_instantiate(pattern, scope, full) for pattern in self.results)
+        return stored.with_rows([o.name for o in self.operands], types, made, self.traits)
 
     def _bound(
         self,
@@ -204,15 +204,9 @@ class OpDef:
         pairs = self._pairs(types)
         if self.traits.role is Role.REGION or not any(t is not None and t.format for t in types):
             return pairs
-        plain = {o.pattern.dtype: t.dtype for o, t in pairs if t is not None and t.format is None}
-        unpacked: list[tuple[OperandDef, TensorType | None]] = []
-        for declared, t in pairs:
-            if t is not None and t.format is not None:
-                if declared.name not in self.traits.stored:
-                    raise TypeMismatch(f"{declared.name} is {t}, and may be in no stored format")
-                t = t.with_dtype(plain.get(declared.pattern.dtype, DType.f32))
-            unpacked.append((declared, t))
-        return unpacked
+        names, letters = [o.name for o, _ in pairs], [o.pattern.dtype for o, _ in pairs]
+        plain = stored.in_numbers(names, letters, [t for _, t in pairs], self.traits)
+        return [(o, t) for (o, _), t in zip(pairs, plain, strict=True)]
 
     def _pairs(
         self, types: Sequence[TensorType | None]

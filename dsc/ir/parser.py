@@ -374,10 +374,8 @@ class _Parser:
         dtype = self._dtype(token)
         stored = self._format() if self.at_sign("{") else None
         self.sign("[")
-        dims: list[Dim] = []
-        for _ in self.items("]"):
-            dims.append(self._dim())
-        return self._guard(token, lambda: TensorType(dtype, tuple(dims), stored))
+        dims = tuple(self._dim() for _ in self.items("]"))
+        return self._guard(token, lambda: TensorType(dtype, dims, stored))
 
     def _dtype(self, token: Token) -> DType:
         if token.text not in _DTYPES:
@@ -396,8 +394,10 @@ class _Parser:
         rows, columns = (WHOLE if size == "*" else int(size) for size in sizes.groups())
         self.sign(",")
         scales = self._dtype(self.take("word", "the element type of scales"))
-        zeros, tile = None, 1
+        zeros, tile, behind = None, 1, False
         while self.skip(","):
+            if behind := self.skip_word("behind"):
+                break
             word = self.take("word", "the element type of zero points, or a tile")
             if word.text == "tile":
                 self.sign("=")
@@ -407,7 +407,7 @@ class _Parser:
                 raise self.error("a tile expected", word)
             zeros = self._dtype(word)
         self.sign("}")
-        return self._guard(token, lambda: Format((rows, columns), scales, zeros, tile))
+        return self._guard(token, lambda: Format((rows, columns), scales, zeros, tile, behind))
 
     def _dim(self) -> Dim:
         """Take the tokens of one expression, up to a comma or closing sign at its own depth."""

@@ -78,7 +78,7 @@ def role(node: Node) -> Role:
     """The part that a node can play in a region: its operator's, or `OTHER` where it stands alone.
 
     Constants of one element are literals. A reduction takes part along rows, a write in
-    place, a rotation by the positions of tokens.
+    place of rows that stay numbers, a rotation by the positions of tokens.
     """
     traits = traits_of(node.op)
     match traits.role:
@@ -86,7 +86,7 @@ def role(node: Node) -> Role:
             return Role.CONSTANT if is_literal(node) else Role.OTHER
         case Role.REDUCTION if not _along_rows(node):
             return Role.OTHER
-        case Role.WRITE if not traits.writes:
+        case Role.WRITE if not traits.writes or node.operands[0].type.format is not None:
             return Role.OTHER
         case Role.ROTATION if not lookup(node.op).has_operand("positions"):
             return Role.OTHER

@@ -14,6 +14,7 @@ from math import prod
 
 from dsc.ir.analyses import Use, call_of, uses
 from dsc.ir.dims import evaluate
+from dsc.ir.formats import pack_state
 from dsc.ir.graph import Graph, Node, Value
 from dsc.ir.lazy import torch
 from dsc.ir.limits import CAPACITY, PAST
@@ -49,6 +50,9 @@ def _sample(
     seed: str,
 ) -> torch.Tensor:
     t = TensorType(value.type.dtype, shape)
+    if value.type.format is not None:
+        numbers = random_tensor(t.with_dtype(DType.f32), seed)
+        return pack_state(numbers, value.type.with_shape(shape)).parts[0]
     if not t.dtype.is_int:
         return random_tensor(t, seed)
     draws = list(_draws(graph, value.name, found, sizes))

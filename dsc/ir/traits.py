@@ -118,8 +118,10 @@ class Traits:
     elements that are read of operands of which not all are: rows of a table, the chosen experts; 0
     of what is only written. `writes` names the operands that hold new rows of an update in place,
     `masked` those whose rows past each sequence's `lengths`, where these are given, are never seen.
-    `stored` names those that may be weights in a stored format (`dsc.ir.formats`): the reference
+    `stored` names those that may be in a stored format (`dsc.ir.formats`): the reference
     gets them unpacked, in the element type of the operands that share their letter, else in fp32.
+    `into` says of new rows among which they are placed: they are stored as those are, and so is the
+    first result.
     `updates` names the operand without whose elements the first one is returned as it is;
     `of_nothing` is what results hold where another operand has no elements, `None` where that has
     no value. `results` names results for readers. `lane` is where the operator runs. `samples`: the
@@ -140,6 +142,7 @@ class Traits:
     writes: tuple[str, ...] = ()
     masked: tuple[str, ...] = ()
     stored: tuple[str, ...] = ()
+    into: Mapping[str, str] = field(default_factory=dict)
     updates: str = ""
     of_nothing: float | None = None
     results: tuple[str, ...] = ()

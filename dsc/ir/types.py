@@ -178,12 +178,18 @@ class TensorType:
         parts = self.format.parts(self.dtype)
         return tuple((p.suffix, TensorType(p.dtype, p.shape(self.shape))) for p in parts)
 
+    @property
+    def stored(self) -> TensorType:
+        """What a tensor of this type is in memory where that is one tensor."""
+        behind = self.format is not None and self.format.behind
+        return self.parts[0][1] if behind else self
+
     def bytes_of(self, elements: Dim) -> Dim:
         """Bytes of some of the elements, with the share that they have of scales."""
         if self.format is None:
             return elements * self.dtype.itemsize
-        matrix = self.with_shape(self.shape[-2:])
-        return elements * matrix.nbytes // matrix.numel
+        block = self.with_shape(self.shape[-1 if self.format.behind else -2 :])
+        return elements * block.nbytes // block.numel
 
     @property
     def nbytes(self) -> Dim:

@@ -32,18 +32,29 @@ def verify(program: Program) -> None:
         node = next((n for n in graph.walk() if not is_legal(n.op, program.stage)), None)
         if node is not None:
             raise _error(graph, node, f"{node.op} is not legal at stage {program.stage.name}")
-        stored = [x for x in (*graph.inputs, *graph.outputs) if x.type.format is not None]
-        if stored:
-            what = f"{stored[0]} is {stored[0].type}: only weights have a stored format"
-            raise _error(graph, None, what)
+        _check_formats(graph)
         _check_states(graph, program)
         unknown = graph_symbols(graph) - program.symbols.keys()
         if unknown:
             raise _error(graph, None, f"symbols without a range: {', '.join(sorted(unknown))}")
+    for name, kind in types.items():
+        if kind.format is not None and kind.format.behind:
+            raise VerificationError(f"@{name} is {kind}: only states have scales behind their rows")
     for name in (*types, *program.symbols):
         pattern = WORD if name in program.symbols else WEIGHT_NAME
         if not pattern.fullmatch(name) or name in RESERVED:
             raise VerificationError(f"the text form cannot hold the name {name!r}")
+
+
+def _check_formats(graph: Graph) -> None:
+    """What comes in and goes out is numbers, but for states with scales behind their rows."""
+    taken = [graph.inputs[i] for _, i in graph.aliases]
+    given = [graph.outputs[o] for o, _ in graph.aliases]
+    for x in (*graph.inputs, *graph.outputs):
+        format = x.type.format
+        if format is not None and not (format.behind and x in (*taken, *given)):
+            what = f"{x} is {x.type}: only weights have a stored format, and states with scales"
+            raise _error(graph, None, f"{what} behind their rows")
 
 
 def _check_states(graph: Graph, program: Program) -> None:

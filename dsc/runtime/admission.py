@@ -91,7 +91,7 @@ class Admitted(Executable):
         guard = self.admissions[graph.name].guard(env)
         if guard is None:
             return
-        own = {v.name: inputs[v.name].astype(v.type.dtype.numpy) for v in graph.inputs}
+        own = {v.name: inputs[v.name].astype(v.type.stored.dtype.numpy) for v in graph.inputs}
         try:
             tensors = {name: tensor_of(x) for name, x in own.items()}
             Interpreter(self.program).run(graph.name, tensors, intercept=guard)

@@ -147,7 +147,8 @@ class Slots(Kept):
 
     def _slot(self, state: State) -> Array:
         rows = {Storage.CONTIGUOUS: (self._capacity,), Storage.RING: (state.rows,)}
-        return zeros((self._count, *rows.get(state.storage, ()), *_row(state)), state.type.dtype)
+        shape = (self._count, *rows.get(state.storage, ()), *_row(state))
+        return zeros(shape, state.type.stored.dtype)
 
 
 class Grown(Kept):
@@ -167,7 +168,7 @@ class Grown(Kept):
         longest = max(before[r] for r in rows)
         if longest == 0:
             shapes = {s: (len(rows), 0, *_row(s)) for s in self._states}
-            return {s.input: zeros(shape, s.type.dtype) for s, shape in shapes.items()}
+            return {s.input: zeros(shape, s.type.stored.dtype) for s, shape in shapes.items()}
         window = slice(rows[0], rows[-1] + 1)
         held = {s.input: self._held[s.input][window, :longest] for s in self._states}
         return {name: np.ascontiguousarray(x) for name, x in held.items()}
@@ -179,7 +180,7 @@ class Grown(Kept):
             grown = outputs[state.output][:, :longest]
             if len(rows) < len(after):
                 held = self._held[state.input]
-                whole = zeros((len(after), longest, *_row(state)), state.type.dtype)
+                whole = zeros((len(after), longest, *_row(state)), state.type.stored.dtype)
                 whole[: len(held), : held.shape[1]] = held[: len(after)]
                 whole[rows[0] : rows[-1] + 1, : grown.shape[1]] = grown
                 grown = whole
@@ -225,7 +226,8 @@ class Paged(Kept):
         """
         if not self._pages:
             shape = (self._pool.count, self._pool.rows)
-            self._pages = {s.input: zeros((*shape, *_row(s)), s.type.dtype) for s in self._states}
+            kinds = {s: s.type.stored.dtype for s in self._states}
+            self._pages = {s.input: zeros((*shape, *_row(s)), t) for s, t in kinds.items()}
         self._pool.grow(after)
         table = self._pool.table(rows, max(before[r] for r in rows) + size)
         if not np.array_equal(table, self._table):
@@ -266,4 +268,4 @@ def kept_by(
 
 def _row(state: State) -> tuple[int, ...]:
     """The extents of a row, or of what a sequence has."""
-    return tuple(d for d in state.type.shape if isinstance(d, int))
+    return tuple(d for d in state.type.stored.shape if isinstance(d, int))

@@ -57,7 +57,7 @@ def _read(value: Value, given: Any, in_place: bool) -> Array:
     try:
         found = array_of(given)
         if isinstance(given, list | tuple):
-            found = found.astype(value.type.dtype.numpy, casting="same_kind")
+            found = found.astype(value.type.stored.dtype.numpy, casting="same_kind")
     except (TypeError, ValueError, RuntimeError, BufferError, LookupError) as problem:
         raise UsageError(
             f"input {value.name} is no array on this machine's memory: {problem}",

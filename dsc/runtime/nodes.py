@@ -48,7 +48,7 @@ class Values:
         for value in self.graph.inputs:
             number = draft.add(INPUT, value.name, value.type.nbytes)
             self.numbers[value.name] = number
-            draft.inputs.append(Port(value.name, value.type, number))
+            draft.inputs.append(Port(value.name, value.type.stored, number))
         named = zip(self.graph.output_names, self.graph.outputs, strict=True)
         outputs: dict[str, str] = {}
         for name, operand in named:
@@ -65,7 +65,7 @@ class Values:
                 self.numbers[root.name] = draft.add(region, name, root.type.nbytes)
             self.numbers[value.name] = self.numbers[root.name]
         for name, operand in zip(self.graph.output_names, self.graph.outputs, strict=True):
-            draft.outputs.append(Port(name, operand.type, self.number(operand)))
+            draft.outputs.append(Port(name, operand.type.stored, self.number(operand)))
 
     def number(self, operand: Operand) -> int:
         """The buffer that an operand lies in."""

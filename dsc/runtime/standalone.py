@@ -23,7 +23,8 @@ import numpy as np
 Array = np.ndarray[Any, Any]
 TOKENS = ("input_ids", "positions", "lengths", "logits_at")
 MACHINES = ("x86_64", "aarch64")
-NUMPY = {"f32": "float32", "f16": "float16", "bf16": "uint16", "i64": "int64", "i32": "int32"}
+NUMPY = {"f32": "float32", "f16": "float16", "bf16": "uint16", "i64": "int64", "i32": "int32",
+         "u8": "uint8"}  # fmt: skip
 
 
 class Compiled(ABC):

@@ -48,6 +48,7 @@ def test_compile_passes_only_what_was_asked(api: FakeApi, invoke: Invoke, tmp_pa
         "fusion_level": 3,
         "prefill_chunk": 512,
         "cache": "contiguous",
+        "cache_format": "bf16",
         "quant": "none",
         "group_size": 32,
         "activation_bits": 8,

@@ -16,6 +16,7 @@ from dsc.ir.program import Program
 from dsc.ir.stages import Stage
 from dsc.ir.types import DType, TensorType
 from dsc.ir.verifier import verify, verify_graph
+from dsc.ir.weights import Source
 
 F4 = TensorType(DType.f32, (4,))
 X, W = Value("x", F4), Weight("w", F4)
@@ -258,8 +259,15 @@ def test_what_a_step_updates_is_declared_as_it_is_stored() -> None:
     verify(replace(good, entries={"step": main}).declaring(states=(replace(state, rows=1),)))
 
 
-def test_a_stored_format_is_one_of_weights_alone() -> None:
+def test_a_stored_format_is_one_of_weights_and_of_states_with_scales_behind_their_rows() -> None:
     stored = Value("x", TensorType(DType.f8e4m3, (4, 128), Format((1, 128), DType.f32)))
     with pytest.raises(VerificationError) as caught:
         verify(Program("p", {"g": Graph("g", (stored,), (), ())}))
-    assert caught.value.what == f"%x is {stored.type}: only weights have a stored format"
+    assert caught.value.what.startswith(f"%x is {stored.type}: only weights have a stored format")
+    behind = Format((1, 128), DType.f32, behind=True)
+    state = Value("x", TensorType(DType.i8, (4, 2, 128), behind))
+    verify(Program("p", {"g": Graph("g", (state,), (), (state,), ("y",), ((0, 0),))}))
+    with pytest.raises(VerificationError, match="only weights have a stored format"):
+        verify(Program("p", {"g": Graph("g", (state,), (), (state,), ("y",))}))
+    with pytest.raises(VerificationError, match="@w is .* only states have scales behind"):
+        verify(Program("p", {}, weights={"w": Source("w", state.type)}))

@@ -40,11 +40,13 @@ LOWERINGS = {
     "einsum": "contract:lower_einsum",
     "fused": "region:lower",
 }
+CODED = {"cache_write": "coded_cache:lower_write"}
+"""The same for operators over a cache in a format, where those are kernels of their own."""
 """Operator to `module:function` in this package, but for the pointwise ones of dsc."""
 
 
-def lowering(op: str) -> Lower | None:
-    """The function that lowers nodes of operator `op`, or `None`."""
+def lowering(op: str, coded: bool = False) -> Lower | None:
+    """The function that lowers nodes of operator `op`, or `None`; `coded`: over a coded cache."""
     pointwise = traits_of(op).role is Role.POINTWISE
     match kernel_of(op, "tvm"):
         case Formula() if pointwise:
@@ -55,6 +57,7 @@ def lowering(op: str) -> Lower | None:
             return cast(Lower, function)
     own = pointwise and op not in added()
     place = "region:lower" if own else LOWERINGS.get(op)
+    place = CODED.get(op, place) if coded else place
     return None if place is None else _loaded(place)
 
 

@@ -64,8 +64,11 @@ def attend(
     scale: float,
     lanes: int,
     store: Callable[[int, Expr, Expr], None],
+    begin: Callable[[Expr, Expr], None] = lambda first, here: None,
 ) -> None:
     """`store(q, column, vector)` for the output of each query.
+
+    Before a block of `here` rows from `first` on is read, `begin(first, here)` runs.
 
     A score is the sum over parts of query part times key part: part p of a key is `keys[p]`.
     """
@@ -86,6 +89,7 @@ def attend(
     with loop(tirx.truncdiv(seen + (BLOCK - 1), integer(BLOCK))) as block:
         first = bind(block * BLOCK)
         here = bind(tirx.min(integer(BLOCK), seen - first))
+        begin(first, here)
         with loop(count * BLOCK // step) as i:
             scores.store(i * step, splat(f32(float("-inf")), step))
         starts = [bind(rows.at(first)) for rows in keys]

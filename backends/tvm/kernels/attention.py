@@ -13,6 +13,13 @@ from collections.abc import Callable
 from dsc.backends.tvm.bf16 import LANES
 from dsc.backends.tvm.kernels import bf16_attention, bf16_softmax, tile_attention
 from dsc.backends.tvm.kernels.attend import BLOCK, Queries, Rows, attend
+from dsc.backends.tvm.kernels.coded_cache import (
+    CodedRows,
+    Kind,
+    instructions,
+    scratch_bytes,
+    widen_all,
+)
 from dsc.backends.tvm.kernels.dots import product_rows
 from dsc.backends.tvm.kernels.latent_cache import LatentCache, arguments, page_of
 from dsc.backends.tvm.kernels.panels import fits
@@ -27,6 +34,7 @@ from dsc.backends.tvm.tir import (
     bind,
     build,
     for_each,
+    integer,
     lanes_for,
     loop,
     tiles,
@@ -46,22 +54,34 @@ def lower_latent(node: Node, machine: Machine) -> Launch:
     heads, c, r = (static_dim(d, "a head axis") for d in (*q.shape[2:], q_rope.shape[3]))
     b, s, t, page = *q.shape[:2], cached_rows(node, "latent"), page_of(node, BLOCK)
     scale, flops = float(node.attrs["scale"]), b * s * t * (heads * (4 * c + 2 * r) * (page or 1))
-    if fits(machine, c, q, latent) and r % LANES == 0 and page % bf16_softmax.BLOCK == 0:
+    kind = Kind.of(latent, machine)
+    whole = 0 if s == 1 else scratch_bytes(kind, latent, q.dtype)
+    if fits(machine, c, q, q_rope) and r % LANES == 0 and page % bf16_softmax.BLOCK == 0:
         split = s == 1
         floats = bf16_attention.PARTS * bf16_attention.part_floats(heads, c) if split else 0
-        wide = (heads, c, r, scale, split, page)
+        wide = (heads, c, r, scale, split, page, kind)
         maker = tile_attention.tile_latent if machine.tiles else bf16_attention.bf16_latent
-        return Launch(maker, wide, (b, s, t), scratch=b * (4 * floats), flops=flops)
-    static = (q.dtype, heads, c, r, scale, machine.lanes, page)
-    return Launch(latent_attention, static, (b, s, t), flops=flops)
+        return Launch(maker, wide, (b, s, t), scratch=b * (4 * floats) + whole, flops=flops)
+    static = (q.dtype, heads, c, r, scale, machine.lanes, page, kind, s == 1)
+    return Launch(latent_attention, static, (b, s, t), scratch=whole, flops=flops)
 
 
 def latent_attention(
-    dtype: DType, heads: int, c: int, r: int, scale: float, lanes: int, page: int
+    dtype: DType,
+    heads: int,
+    c: int,
+    r: int,
+    scale: float,
+    lanes: int,
+    page: int,
+    kind: Kind | None,
+    one: bool,
 ) -> PrimFunc:
-    """The kernel; with `page` it takes a block table, and t counts pages."""
+    """The kernel; with `page` it takes a block table, and t counts pages; `one`: s is 1."""
     group = lanes_for(heads, HEADS)
-    names = arguments("q_latent q_rope latent rope lengths", page, "out")
+    numbers = kind is not None and not one
+    rest = "out numbers" if numbers else "out"
+    names = arguments("q_latent q_rope latent rope lengths", page, rest)
 
     def body(*parameters: Expr) -> None:
         given = dict(zip(names, parameters, strict=True))
@@ -69,6 +89,7 @@ def latent_attention(
         q_latent = Tensor(given["q_latent"], dtype, (b, s, heads, c))
         q = q_latent, Tensor(given["q_rope"], dtype, (b, s, heads, r))
         cache = LatentCache.of(given, dtype, c, r, page)
+        coded = None if kind is None else CodedRows(kind, given["latent"])
         used = Tensor(given["lengths"], DType.i64, (b,))
         y = Tensor(given["out"], dtype, (b, s, heads, c))
 
@@ -79,16 +100,32 @@ def latent_attention(
             limit = bind(tirx.min(used.load(batch) + (token - batch * s) + 1, cache.extent))
             rows = [bind(token * heads + head + i) for i in range(group)]
             queries = Queries(q, [[i * c for i in rows], [i * r for i in rows]], [limit] * group)
+            latents = _latents(cache, batch)
+            if coded is not None and one:
+                tile = Scratch(dtype, BLOCK * c)
+                latents = Rows(tile, lambda row: integer(0), c, c)
+
+            def begin(first: Expr, here: Expr) -> None:
+                """Widen the rows of a block to the tile."""
+                if coded is not None and one:
+                    slot = cache.slot(batch, first)
+                    with loop(here) as t:
+                        coded.widen(bind(slot + t), tile, bind(t * c))
+
             attend(
                 queries,
-                [_latents(cache, batch), _ropes(cache, batch)],
-                _latents(cache, batch),
+                [latents, _ropes(cache, batch)],
+                latents,
                 scale,
                 lanes,
                 lambda i, column, v: y.put(rows[i] * c + column, v),
+                begin,
             )
 
-        for_each(b * s * (heads // group), PARALLEL_WORK, task)
+        with instructions(kind):
+            if kind is not None and numbers:
+                widen_all(kind, given, cache)
+            for_each(b * s * (heads // group), PARALLEL_WORK, task)
 
     return build(body, names)
 
@@ -103,12 +140,14 @@ def lower_mla(node: Node, machine: Machine) -> Launch:
     flops = (b * t * (2 * m * c) + b * s * t * (2 * heads * (width + r))) * (page or 1)
     scale = float(node.attrs["scale"])
     tiled = page % bf16_softmax.BLOCK == 0 and not any(d % LANES for d in (n, r, width - n))
-    if fits(machine, c, q, latent, kv_b) and tiled:
-        wide = (heads, n, r, width - n, c, scale, page)
+    kind = Kind.of(latent, machine)
+    whole = scratch_bytes(kind, latent, q.dtype)
+    if fits(machine, c, q, q_rope, kv_b) and tiled:
+        wide = (heads, n, r, width - n, c, scale, page, kind)
         maker = tile_attention.tile_mla if machine.tiles else bf16_attention.bf16_mla
-        return Launch(maker, wide, (b, s, t), flops=flops)
-    static = (q.dtype, heads, n, r, width - n, c, scale, machine, page)
-    return Launch(mla_attention, static, (b, s, t), flops=flops)
+        return Launch(maker, wide, (b, s, t), scratch=whole, flops=flops)
+    static = (q.dtype, heads, n, r, width - n, c, scale, machine, page, kind)
+    return Launch(mla_attention, static, (b, s, t), scratch=whole, flops=flops)
 
 
 def mla_attention(
@@ -121,10 +160,12 @@ def mla_attention(
     scale: float,
     machine: Machine,
     page: int,
+    kind: Kind | None,
 ) -> PrimFunc:
     """The kernel; kv_b is [heads*(n+v), c]. With `page` it takes a block table; t counts pages."""
     width = n + v
-    names = arguments("q_nope q_rope latent rope kv_b lengths", page, "out")
+    rest = "out" if kind is None else "out numbers"
+    names = arguments("q_nope q_rope latent rope kv_b lengths", page, rest)
 
     def body(*parameters: Expr) -> None:
         given = dict(zip(names, parameters, strict=True))
@@ -161,7 +202,10 @@ def mla_attention(
 
             tiles(s, TOKENS, tokens)
 
-        for_each(b * heads, PARALLEL_WORK, task)
+        with instructions(kind):
+            if kind is not None:
+                widen_all(kind, given, cache)
+            for_each(b * heads, PARALLEL_WORK, task)
 
     return build(body, names)
 

@@ -24,6 +24,7 @@ from dsc.backends.tvm.bf16 import (
     unzipped,
 )
 from dsc.backends.tvm.kernels import bf16_product as product
+from dsc.backends.tvm.kernels import coded_cache
 from dsc.backends.tvm.kernels.bf16_product import Factor, Part, Weights, ceil_div, dot_sums
 from dsc.backends.tvm.kernels.bf16_softmax import (
     BLOCK,
@@ -34,6 +35,7 @@ from dsc.backends.tvm.kernels.bf16_softmax import (
     store_output,
     weigh,
 )
+from dsc.backends.tvm.kernels.coded_cache import CodedRows, Kind
 from dsc.backends.tvm.kernels.latent_cache import LatentCache, arguments
 from dsc.backends.tvm.tir import (
     PARALLEL_WORK,
@@ -114,15 +116,17 @@ class SharedParts:
                 put_bits(y, n * c + i * LANES + half * SUMS, narrow(value))
 
 
-def bf16_latent(heads: int, c: int, r: int, scale: float, split: bool, page: int) -> PrimFunc:
-    """The kernel, with scratch memory when `split`.
+def bf16_latent(
+    heads: int, c: int, r: int, scale: float, split: bool, page: int, kind: Kind | None
+) -> PrimFunc:
+    """The kernel, with scratch memory when `split`, or for numbers when rows are of a `kind`.
 
     With `page` it takes a block table, and t counts pages.
     """
     unit = BLOCK if page else LANES
     group, parts = lanes_for(heads, QUERIES), PARTS if split else 1
     floats = part_floats(heads, c)
-    rest = "out scratch" if split else "out"
+    rest = "out scratch" if split else "out" if kind is None else "out numbers"
     names = arguments("q_latent q_rope latent rope lengths", page, rest)
 
     def body(*parameters: Expr) -> None:
@@ -131,6 +135,7 @@ def bf16_latent(heads: int, c: int, r: int, scale: float, split: bool, page: int
         q = Tensor(given["q_latent"], DType.bf16, (b, s, heads, c))
         q_r = Tensor(given["q_rope"], DType.bf16, (b, s, heads, r))
         cache = LatentCache.of(given, DType.bf16, c, r, page)
+        coded = CodedRows(kind, given["latent"]) if kind is not None and split else None
         used = Tensor(given["lengths"], DType.i64, (b,))
         y = Tensor(given["out"], DType.bf16, (b, s, heads, c))
         shared = SharedParts(given["scratch"], heads, c, b * s) if split else None
@@ -142,13 +147,20 @@ def bf16_latent(heads: int, c: int, r: int, scale: float, split: bool, page: int
             begin, count = part_of(part, parts, limit, unit)
             running, tile = Running(heads, c), Tile.of(group)
             running.clear()
-            with loop(ceil_div(count, BLOCK)) as block, loop(heads // group) as g:
+            wide = cache.latent if coded is None else Scratch(DType.bf16, BLOCK * c)
+            with loop(ceil_div(count, BLOCK)) as block:
                 first = cache.slot(batch, begin + block * BLOCK)
                 here = bind(tirx.min(integer(BLOCK), count - block * BLOCK))
-                head = bind(g * group)
-                _latent_scores(q, q_r, cache, bind(token * heads + head), first, here, tile)
-                weigh(tile, running, head, [here] * group, scale)
-                add_values(tile, running, head, cache.latent, lambda row: (first + row) * c, here)
+                if coded is not None:
+                    with loop(here) as t:
+                        coded.widen(bind(first + t), wide, bind(t * c))
+                near = first if coded is None else integer(0)
+                with loop(heads // group) as g:
+                    head = bind(g * group)
+                    query = bind(token * heads + head)
+                    _latent_scores(q, q_r, cache, query, (wide, near), first, here, tile)
+                    weigh(tile, running, head, [here] * group, scale)
+                    add_values(tile, running, head, wide, lambda row: (near + row) * c, here)
             if shared is None:
                 with loop(heads) as head:
                     store_output(y, bind((token * heads + head) * c), running, head)
@@ -158,7 +170,9 @@ def bf16_latent(heads: int, c: int, r: int, scale: float, split: bool, page: int
             with loop(heads) as head:
                 shared.put(n, head, running.peak[head], running.mass[head])
 
-        with instructions():
+        with instructions(), coded_cache.instructions(kind):
+            if kind is not None and coded is None:
+                coded_cache.widen_all(kind, given, cache)
             for_each(b * s * parts, bind(heads * (cache.extent * (c // parts))), task)
             if shared is not None:
                 for_each(b * s * heads, parts * c, lambda n: shared.join(y, n, True))
@@ -167,13 +181,18 @@ def bf16_latent(heads: int, c: int, r: int, scale: float, split: bool, page: int
 
 
 def _latent_scores(
-    q: Tensor, q_r: Tensor, cache: LatentCache, query: Expr, first: Expr, here: Expr, tile: Tile
-) -> None:
-    """Scores of the tile's heads, from `query` on, with `here` rows from slot `first` on."""
+    q: Tensor, q_r: Tensor, cache: LatentCache, query: Expr, wide: tuple[Tensor, Expr],
+    first: Expr, here: Expr, tile: Tile,
+) -> None:  # fmt: skip
+    """Scores of the tile's heads, from `query` on, with `here` rows from slot `first` on.
+
+    Their latents are rows of `wide`, from one on.
+    """
+    latent, near = wide
     c, r = cache.c, cache.r
     if not by_pairs():
         heads = [bind(query + i) for i in range(tile.queries)]
-        latents = Weights(cache.latent, bind(first * c), integer(c), here, c)
+        latents = Weights(latent, bind(near * c), integer(c), here, c)
         keys = Weights(cache.rope, bind(first * r), integer(r), here, r)
         q_rows, q_r_rows = [bind(h * c) for h in heads], [bind(h * r) for h in heads]
         product.clear_block(tile.scores, integer(0), tile.queries)
@@ -188,22 +207,25 @@ def _latent_scores(
     height = min(tile.queries, 4)
     with loop(ceil_div(here, product.WIDTH)) as four, loop(tile.queries // height) as part:
         t = bind(four * product.WIDTH)
-        rows = [bind(first + tirx.min(t + i, here - 1)) for i in range(product.WIDTH)]
+        rows = [bind(tirx.min(t + i, here - 1)) for i in range(product.WIDTH)]
         heads = [bind(query + part * height + i) for i in range(height)]
         sums = dot_sums([
             Factor(q, [bind(h * c) for h in heads],
-                   cache.latent, [bind(n * c) for n in rows], integer(c)),
+                   latent, [bind((near + n) * c) for n in rows], integer(c)),
             Factor(q_r, [bind(h * r) for h in heads],
-                   cache.rope, [bind(n * r) for n in rows], integer(r)),
+                   cache.rope, [bind((first + n) * r) for n in rows], integer(r)),
         ])  # fmt: skip
         for i, scores in enumerate(sums):
             tile.scores.store((part * height + i) * BLOCK + t, scores)
 
 
-def bf16_mla(heads: int, n: int, r: int, v: int, c: int, scale: float, page: int) -> PrimFunc:
+def bf16_mla(
+    heads: int, n: int, r: int, v: int, c: int, scale: float, page: int, kind: Kind | None
+) -> PrimFunc:
     """The kernel; kv_b is [heads*(n+v), c]. With `page` it takes a block table; t counts pages."""
     depth = n + r
-    names = arguments("q_nope q_rope latent rope kv_b lengths", page, "out")
+    rest = "out" if kind is None else "out numbers"
+    names = arguments("q_nope q_rope latent rope kv_b lengths", page, rest)
 
     def body(*parameters: Expr) -> None:
         given = dict(zip(names, parameters, strict=True))
@@ -262,7 +284,9 @@ def bf16_mla(heads: int, n: int, r: int, v: int, c: int, scale: float, page: int
                         at = bind(((batch * s + token) * heads + head) * v)
                         store_output(y, at, running, integer(a))
 
-        with instructions():
+        with instructions(), coded_cache.instructions(kind):
+            if kind is not None:
+                coded_cache.widen_all(kind, given, cache)
             for_each(b * heads, PARALLEL_WORK, task)
 
     return build(body, names)

@@ -26,6 +26,13 @@ class CacheRows:
     page: int = 0
     table: Tensor | None = None
 
+    @staticmethod
+    def of(given: Mapping[str, Expr], page: int) -> CacheRows:
+        """Those of the cache among a kernel's arguments, which `arguments` named."""
+        b, t = given["b"], given["t"]
+        table = Tensor(given[BLOCK_TABLE], DType.i64, (b, t)) if page else None
+        return CacheRows(t, page, table)
+
     @property
     def extent(self) -> Expr:
         """Rows that a sequence has room for."""
@@ -63,14 +70,14 @@ class LatentCache:
 
     @staticmethod
     def of(given: Mapping[str, Expr], dtype: DType, c: int, r: int, page: int) -> LatentCache:
-        """The cache at the addresses among a kernel's arguments, which `arguments` named."""
-        b, t = given["b"], given["t"]
-        table = Tensor(given[BLOCK_TABLE], DType.i64, (b, t)) if page else None
-        slots = (1, page) if page else (b, t)
-        latent = Tensor(given["latent"], dtype, (*slots, c))
-        return LatentCache(
-            latent, Tensor(given["rope"], dtype, (*slots, r)), CacheRows(t, page, table), c, r
-        )
+        """The cache at the addresses among a kernel's arguments, which `arguments` named.
+
+        Where there are `numbers` among them, latents lie there.
+        """
+        slots = (1, page) if page else (given["b"], given["t"])
+        latent = Tensor(given.get("numbers", given["latent"]), dtype, (*slots, c))
+        rope = Tensor(given["rope"], dtype, (*slots, r))
+        return LatentCache(latent, rope, CacheRows.of(given, page), c, r)
 
     @property
     def extent(self) -> Expr:

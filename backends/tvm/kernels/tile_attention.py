@@ -10,13 +10,16 @@ mla_attention      bound: 2 (n + v) c flops a row and head to expand the cache, 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import product
 
 from dsc.backends.tvm import amx
 from dsc.backends.tvm.bf16 import LANES, SUMS, bits, instructions, narrow, put_bits
+from dsc.backends.tvm.kernels import coded_cache
 from dsc.backends.tvm.kernels.bf16_attention import PARTS, SharedParts, part_floats, part_of
 from dsc.backends.tvm.kernels.bf16_product import ceil_div
+from dsc.backends.tvm.kernels.coded_cache import CodedRows, Kind
 from dsc.backends.tvm.kernels.latent_cache import LatentCache, arguments
 from dsc.backends.tvm.kernels.tile_softmax import (
     DEPTH,
@@ -60,14 +63,15 @@ def lanes_of_heads(heads: int) -> int:
 class _Rows:
     """Tiles of 32 rows of a cache. One that is not whole is copied, and its last row repeated."""
 
-    def __init__(self, cache: LatentCache, bases: tuple[Expr, Expr], rope: bool = True) -> None:
+    def __init__(self, cache: LatentCache, rope: bool = True) -> None:
         self.cache = cache
-        self.parts = [(bases[0], cache.latent, cache.c), (bases[1], cache.rope, cache.r)]
+        both = ((cache.latent, cache.c), (cache.rope, cache.r))
+        self.parts = [(amx.address(x, 0), x, width) for x, width in both]
         self.tails = [Scratch(DType.bf16, DEPTH * w) for _, _, w in self.parts[: 1 + rope]]
 
-    def fill_tail(self, slot: Expr, last: Expr) -> None:
-        """Copy a tile of which `last` + 1 rows exist."""
-        for tail, (_, source, width) in zip(self.tails, self.parts, strict=False):
+    def fill_tail(self, slots: Sequence[Expr], last: Expr) -> None:
+        """Copy a tile of which `last` + 1 rows exist, from a slot of each part on."""
+        for slot, tail, (_, source, width) in zip(slots, self.tails, self.parts, strict=False):
             with loop(DEPTH) as t:
                 row = bind((slot + tirx.min(t, last)) * width)
                 with loop(width // LANES) as j:
@@ -85,15 +89,17 @@ class _Rows:
         return Keys(address, width)
 
 
-def tile_latent(heads: int, c: int, r: int, scale: float, split: bool, page: int) -> PrimFunc:
-    """The kernel, with scratch memory when `split`.
+def tile_latent(
+    heads: int, c: int, r: int, scale: float, split: bool, page: int, kind: Kind | None
+) -> PrimFunc:
+    """The kernel, with scratch memory when `split`, or for numbers when rows are of a `kind`.
 
     With `page` it takes a block table, and t counts pages.
     """
     unit = 2 * DEPTH if page else DEPTH
     lanes, parts = lanes_of_heads(heads), PARTS if split else 1
     groups, panel, floats = heads // lanes, panel_bytes(lanes, c + r), part_floats(heads, c)
-    rest = "out scratch" if split else "out"
+    rest = "out scratch" if split else "out" if kind is None else "out numbers"
     names = arguments("q_latent q_rope latent rope lengths", page, rest)
 
     def body(*parameters: Expr) -> None:
@@ -103,16 +109,21 @@ def tile_latent(heads: int, c: int, r: int, scale: float, split: bool, page: int
         used = Tensor(given["lengths"], DType.i64, (b,))
         y = Tensor(given["out"], DType.bf16, (b, s, heads, c))
         shared = SharedParts(given["scratch"], heads, c, b * s) if split else None
+        coded = CodedRows(kind, given["latent"]) if kind is not None and split else None
 
         def task(n: Expr) -> None:
             token, part = bind(tirx.truncdiv(n, parts)), bind(tirx.truncmod(n, parts))
             batch = bind(tirx.truncdiv(token, s))
+            source, stride = (cache.latent, c) if coded is None else (coded.codes, coded.kind.bytes)
             limit = bind(tirx.min(used.load(batch) + (token - batch * s) + 1, cache.extent))
             begin, count = part_of(part, parts, limit, unit)
             state = Attention(groups, lanes, c, scale)
             panels = Scratch(DType.u8, groups * panel)
             values = Scratch(DType.i32, KEYS // DEPTH * (c // SUMS) * TILE)
-            rows = _Rows(cache, (given["latent"], given["rope"]))
+            near = cache
+            if coded is not None:
+                near = replace(cache, latent=Scratch(DType.bf16, KEYS * c))
+            rows = _Rows(near)
             state.clear()
             with loop(groups) as g:
                 head = bind(token * heads + g * lanes)
@@ -128,22 +139,29 @@ def tile_latent(heads: int, c: int, r: int, scale: float, split: bool, page: int
                 def slot(t: Expr) -> Expr:
                     return cache.slot(batch, first + t)
 
+                def place(t: Expr) -> Expr:
+                    """Where the latents of a row lie: in order, where they were widened."""
+                    return slot(t) if coded is None else t
+
                 def later(tile: Expr) -> Expr:
                     row = tirx.min(first + KEYS + tile * DEPTH, limit - 1)
-                    return cache.slot(batch, row) * c
+                    return cache.slot(batch, row) * stride
 
-                _pair_latents(cache, slot, here, values)
+                if coded is not None:
+                    with loop(here) as t:
+                        coded.widen(slot(t), near.latent, bind(t * c))
+                _pair_latents(near, place, here, values)
                 rest = bind(tirx.truncmod(here, integer(DEPTH)))
                 with when(rest > 0):
-                    rows.fill_tail(slot(here - rest), rest - 1)
-                keys = [rows.part(i, slot, here) for i in range(2)]
+                    rows.fill_tail([place(here - rest), slot(here - rest)], rest - 1)
+                keys = [rows.part(i, each, here) for i, each in enumerate((place, slot))]
                 seen = splat(cast(here, "float32"), SUMS)
                 with loop(groups // state.pair) as i:
                     group = bind(i * state.pair)
                     queries = [
                         bind(amx.address(panels, (group + g) * panel)) for g in range(state.pair)
                     ]
-                    ahead = Ahead(cache.latent, later, c, tirx.EQ(i, integer(0)))
+                    ahead = Ahead(source, later, stride, tirx.EQ(i, integer(0)))
                     at = amx.address(values, 0)
                     state.attend(group, queries, keys, at, here, lambda g: seen, ahead)
             with loop(groups) as g, loop(lanes) as lane:
@@ -155,7 +173,9 @@ def tile_latent(heads: int, c: int, r: int, scale: float, split: bool, page: int
                     state.copy(shared.tensor, start, g, lane)
                     shared.put(n, head, state.peak[g * SUMS + lane], state.mass[g * SUMS + lane])
 
-        with instructions():
+        with instructions(), coded_cache.instructions(kind):
+            if kind is not None and coded is None:
+                coded_cache.widen_all(kind, given, cache)
             for_each(b * s * parts, bind(heads * (cache.extent * (c // parts))), task)
             if shared is not None:
                 for_each(b * s * heads, parts * c, lambda n: shared.join(y, n, False))
@@ -179,11 +199,14 @@ def _pair_latents(
                     values.put((tile * columns + 2 * v + i) * TILE + p * SUMS, words)
 
 
-def tile_mla(heads: int, n: int, r: int, v: int, c: int, scale: float, page: int) -> PrimFunc:
+def tile_mla(
+    heads: int, n: int, r: int, v: int, c: int, scale: float, page: int, kind: Kind | None
+) -> PrimFunc:
     """The kernel; kv_b is [heads*(n+v), c]. With `page` it takes a block table; t counts pages."""
     depth, together = n + r, 2 * amx.TOKENS
     panel = panel_bytes(amx.TOKENS, depth)
-    names = arguments("q_nope q_rope latent rope kv_b lengths", page, "out")
+    rest = "out" if kind is None else "out numbers"
+    names = arguments("q_nope q_rope latent rope kv_b lengths", page, rest)
 
     def body(*parameters: Expr) -> None:
         given = dict(zip(names, parameters, strict=True))
@@ -200,7 +223,7 @@ def tile_mla(heads: int, n: int, r: int, v: int, c: int, scale: float, page: int
             keys = Scratch(DType.bf16, tiles * (DEPTH * depth))
             values = Scratch(DType.i32, tiles * (v // SUMS * TILE))
             up = bind(given["kv_b"] + head * ((n + v) * c * 2))
-            rows = _Rows(cache, (given["latent"], given["rope"]), rope=False)
+            rows = _Rows(cache, rope=False)
             _expand(rows, batch, shown, up, (n, v), keys, values)
             state = Attention(2, amx.TOKENS, v, scale)
             panels = Scratch(DType.u8, 2 * panel)
@@ -233,7 +256,9 @@ def tile_mla(heads: int, n: int, r: int, v: int, c: int, scale: float, page: int
                     place = bind(((batch * s + start + q) * heads + head) * v)
                     state.store(y, place, q // amx.TOKENS, q % amx.TOKENS)
 
-        with instructions():
+        with instructions(), coded_cache.instructions(kind):
+            if kind is not None:
+                coded_cache.widen_all(kind, given, cache)
             for_each(b * heads, PARALLEL_WORK, task)
 
     return build(body, names)
@@ -259,7 +284,7 @@ def _expand(
         slot = bind(cache.slot(batch, first))
         last = bind(shown - 1 - first)
         with when(last < DEPTH - 1):
-            rows.fill_tail(slot, last)
+            rows.fill_tail([slot], last)
         latents = rows.part(0, lambda _: slot, select(last < DEPTH - 1, integer(0), integer(DEPTH)))
         base, stride = bind(latents.address(integer(0))), latents.stride
 

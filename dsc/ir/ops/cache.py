@@ -47,7 +47,7 @@ def _demand_room(call: Sized) -> None:
 
 append = op(
     "append(past: T[b, p, d], new: T[b, s, d], lengths: i64[b]) -> T[b, p+s, d]",
-    Traits(Role.WRITE, flops=nothing),
+    Traits(Role.WRITE, flops=nothing, stored=("past",), into={"new": "past"}),
     reference=_append,
     doc="A grown copy of the cache with new rows at lengths[b] .. lengths[b]+s-1; lengths[b] <= p.",
     example="f32[2,4,3], f32[2,2,3], i64[2]=4",
@@ -62,6 +62,8 @@ cache_write = op(
         flops=nothing,
         reads={"cache": nothing},
         writes=("new",),
+        stored=("cache",),
+        into={"new": "cache"},
         demand=_demand_room,
     ),
     reference=_write,
