@@ -178,6 +178,7 @@ def test_the_list_has_each_pass_once_and_they_run_in_its_order() -> None:
         {},
         {"ranks": 2},
         {"cache": "paged"},
+        {"cache_format": "fp8"},
         {"quant": "int4"},
         {"quant": "fp8"},
     ]
