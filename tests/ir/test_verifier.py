@@ -269,5 +269,5 @@ def test_a_stored_format_is_one_of_weights_and_of_states_with_scales_behind_thei
     verify(Program("p", {"g": Graph("g", (state,), (), (state,), ("y",), ((0, 0),))}))
     with pytest.raises(VerificationError, match="only weights have a stored format"):
         verify(Program("p", {"g": Graph("g", (state,), (), (state,), ("y",))}))
-    with pytest.raises(VerificationError, match="@w is .* only states have scales behind"):
+    with pytest.raises(VerificationError, match="only states have scales behind"):
         verify(Program("p", {}, weights={"w": Source("w", state.type)}))

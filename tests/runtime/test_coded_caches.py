@@ -54,8 +54,8 @@ def test_all_forms_give_nearly_what_numbers_give(kind: str) -> None:
     plain = logits(compiled("reference", "contiguous", "bf16"))
     wanted = logits(compiled("reference", "contiguous", kind))
     assert 1e-5 < float((wanted - plain).abs().max()) < 0.5
-    for backend, cache in FORMS:
-        model = compiled(backend, cache, kind)
+    for form in FORMS:
+        model = compiled(*form, kind)
         assert float((logits(model) - wanted).abs().max()) < NEAR
         assert model.report["cache_bytes_per_token"] == ROW[kind]
         assert sum(s.nbytes for s in model.program.states) == ROW[kind]
