@@ -115,6 +115,7 @@ EVERYBODY = (
     "dsc.hardware",
     "dsc.kept",
     "dsc.processes",
+    "dsc.toolchain",
     "dsc._version",
     "dsc.user_folders",
 )

@@ -30,7 +30,7 @@ import numpy as np
 
 from dsc import kept
 from dsc.backends.tvm.checks import Addresses, Check, failing
-from dsc.backends.tvm.kernels.cpp import compiled, compiler, compiler_version
+from dsc.backends.tvm.kernels.cpp import compiled, compiler
 from dsc.backends.tvm.machine import Machine
 from dsc.errors import InternalError, UsageError
 from dsc.files import check_room
@@ -38,6 +38,7 @@ from dsc.ir.dims import Dim, free_symbols
 from dsc.ir.graph import Graph
 from dsc.ir.kernels import Cpp
 from dsc.runtime.plan import ARENA, STATUS, EntryPlan, Launch, Ref
+from dsc.toolchain import compiler_version
 
 KIND = "libraries"
 FLAGS = ("-std=c++17", "-O2", "-fPIC", "-shared", "-Wl,-Bsymbolic")

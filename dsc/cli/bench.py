@@ -56,7 +56,7 @@ def bench(
     )  # fmt: skip
     from dsc.cli.ranks import launch_ranks, must_launch, speaks
     from dsc.runtime.limit import limit_seconds, prefill_work, step_work, working_set
-    from dsc.runtime.probes import Machine, MatrixProbe, ReadProbe, steadily
+    from dsc.runtime.probes import Machine, MatrixProbe, ReadProbe, coded_speed, steadily
     from dsc.verification import compute_dtype
 
     if must_launch(artifact):
@@ -86,27 +86,31 @@ def bench(
         measure_decode(session, vocab, batch, context, tokens, rounds, lambda: 1.0)
         return
     count, ranks = machine_threads(threads)
+    dtype = compute_dtype(compiled.program)
     first = prefill_work(compiled.program, batch, min(chunk, prompt_len), chunk)
     with (
         console.progress_bar() as progress,
         ReadProbe(count, ranks * working_set(step)) as read,
-        MatrixProbe(count, dtype=compute_dtype(compiled.program)) as product,
+        MatrixProbe(count, dtype=dtype) as product,
     ):
         progress("reading the machine's speed")
         with ReadProbe(count, ranks * working_set(first)) as whole:
             reading = steadily(whole)
         computing = steadily(product)
-        speed = Machine(steadily(read), computing, count, read.size, product.dtype)
+        coding = coded_speed(count, dtype) if any(w.coded for w in prompt) else None
+        speed = Machine(steadily(read), computing, count, read.size, product.dtype, coding)
         progress("prefill")
         prefills = measure_prefill(compiled, vocab, batch, prompt_len, repeats, product)
         progress("decode")
         decodes = measure_decode(session, vocab, batch, context, tokens, rounds, read)
 
+    gain = (coding or computing) / computing  # of codes, whatever the clock is at the moment
+
     def least_prefill(matrix: float) -> float:
-        return limit_seconds(prompt, reading / ranks, matrix / ranks)
+        return limit_seconds(prompt, reading / ranks, matrix / ranks, gain * matrix / ranks)
 
     def least_step(bandwidth: float) -> float:
-        return limit_seconds(step, bandwidth / ranks, computing / ranks)
+        return limit_seconds(step, bandwidth / ranks, computing / ranks, gain * computing / ranks)
 
     note = unread(compiled)
     result = {
@@ -147,10 +151,12 @@ def _show(result: Mapping[str, Any]) -> None:
             console.stdout().print(f"{'':8} {found['limit_note']}")
     machine: Any = result["machine"]
     shared = f" on each of {result['ranks']} ranks" if result["ranks"] > 1 else ""
+    coded = machine["coded_op_per_s"]
+    codes = f" (of codes {coded / 1e9:.0f})" if coded else ""
     console.stdout().print(
         f"machine  read {machine['read_bytes_per_s'] / 1e9:.1f} GB/s over"
         f" {console.human_bytes(machine['read_bytes'])}, {machine['matrix_dtype']} matrix product"
-        f" {machine['matrix_flop_per_s'] / 1e9:.0f} GFLOP/s,"
+        f" {machine['matrix_flop_per_s'] / 1e9:.0f} GFLOP/s{codes},"
         f" {result['threads']} threads; loaded in {result['load_s']:.2f} s,"
         f" peak RSS {console.human_bytes(result['peak_rss_bytes'])}{shared}"
     )
@@ -229,6 +235,7 @@ def summary(
         "of_limit": share,
         "of_limit_quartiles": quartiles,
         "limit_note": note,
+        "limit_passed": limit is not None and bool(note),
         "steps": times.count,
         "rounds": len(turns),
         "rounds_dropped": len(turns) - len(kept),
@@ -238,8 +245,8 @@ def summary(
 def judged(shares: Spread) -> tuple[float | None, list[float] | None, str]:
     """The share of the limit that may be told, its quartiles, and what has to be said about them.
 
-    It is told as it was measured: above 1 by what the readings vary. Of steps that were faster yet
-    the limit was none.
+    It is told as it was measured, above 1 as well; beyond `PASSED` the probes are wrong, which is
+    said. Of steps that were faster yet the limit was none.
 
     >>> from dsc.runtime.protocol import Spread
     >>> judged(Spread(0.5, 0.4, 0.6, 9))
@@ -247,16 +254,14 @@ def judged(shares: Spread) -> tuple[float | None, list[float] | None, str]:
     >>> judged(Spread(1.04, 0.9, 1.1, 9))[:2], judged(Spread(1.5, 1.4, 1.6, 9))[:2]
     ((1.04, [0.9, 1.1]), (None, None))
     """
-    from dsc.runtime.protocol import DRIFT
+    from dsc.runtime.protocol import DRIFT, PASSED
 
+    if shares.median <= PASSED:
+        return shares.median, [shares.low, shares.high], ""
+    faster = f"steps are faster than the probes say that they can be, {shares.median:.2f} times"
     if shares.median > 1.0 + DRIFT:
-        note = (
-            "no share of a limit: steps are faster than the probes say that they can be,"
-            f" {shares.median:.2f} times"
-        )
-        return None, None, note
-    note = f"at the limit, whose readings vary by {DRIFT:.0%}" if shares.median > 1.0 else ""
-    return shares.median, [shares.low, shares.high], note
+        return None, None, f"no share of a limit: {faster}"
+    return shares.median, [shares.low, shares.high], f"the probes are wrong: {faster}"
 
 
 def _share(turn: Turn[float], limit: Callable[[float], float]) -> float:

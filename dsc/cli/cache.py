@@ -21,6 +21,7 @@ KINDS = {
     "libraries": "linked libraries of kernels",
     "tuning": "what was fastest on this machine",
     "cpus": "what the compiler knows of CPUs",
+    "probes": "loops that tell what this machine can do",
 }
 
 

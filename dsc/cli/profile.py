@@ -96,7 +96,9 @@ def profile(
             progress("reading the machine's speed")
             count, ranks = machine_threads(threads)
             size = ranks * working_set(profiler.events) or READ_BYTES
-            found = machine(count, size, compute_dtype(compiled.program)).shared(ranks)
+            coded = any(event.coded for event in profiler.events)
+            dtype = compute_dtype(compiled.program)
+            found = machine(count, size, dtype, coded).shared(ranks)
     if trace is not None:
         profiler.export_chrome_trace(trace)
     memory = memory_facts(compiled, profiler.events, batch)

@@ -22,6 +22,9 @@ from dsc.ir.paging import page_rows
 from dsc.ir.traits import Role
 from dsc.runtime.profiler import EntryRun, Event
 
+CODES = "i8"
+"""Codes of rows whose products with codes processors have units for."""
+
 
 @dataclass(frozen=True, slots=True)
 class Moved:
@@ -61,6 +64,7 @@ def step_events(run: EntryRun) -> Iterator[Event]:
         yield Event(
             label(node), "step", step.start, step.seconds,
             found.bytes, found.flops, home(node), step.kernel, now, found.stored,
+            found.flops if multiplies_codes(node) else 0,
         )  # fmt: skip
 
 
@@ -143,6 +147,12 @@ def expert_nodes(node: Node) -> list[Node]:
     """The operators over stacked experts that a node is or holds."""
     inside = node.body.nodes if node.body is not None else (node,)
     return [n for n in inside if traits_of(n.op).stacked]
+
+
+def multiplies_codes(node: Node) -> bool:
+    """Whether what a node is, or holds, multiplies rows in 8-bit integers with codes."""
+    inside = node.body.nodes if node.body is not None else (node,)
+    return any(str(each.attrs.get("activations", "")).startswith(CODES) for each in inside)
 
 
 def _cache_bytes(graph: Graph, node: Node, sizes: Sizes) -> int:

@@ -1,6 +1,7 @@
 """The shortest time that a step can take: each operator at the speed of memory or of the cores.
 
 limit = sum over operators of max(bytes of weights and caches / bandwidth, flops / matrix peak).
+The peak is that of the products that the operator does: those of 8-bit codes have one of their own.
 Intermediates count nothing: they can stay in the processor's caches. Of stacked experts those that
 a step's tokens choose are read; with uniform routing n tokens of k choices among E experts choose
 E (1 - (1 - k/E)^n) of them. A token attends to itself and what came before it, so that of the rows
@@ -18,24 +19,30 @@ from dsc.ir.expert_forms import expected_experts
 from dsc.ir.graph import Node
 from dsc.ir.op import lookup, traits_of
 from dsc.ir.program import Program
-from dsc.runtime.costs import expert_nodes, moved, real_sizes
+from dsc.runtime.costs import expert_nodes, moved, multiplies_codes, real_sizes
 
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """What one operator must read from memory, and compute."""
+    """What one operator must read from memory, and compute; `coded`: products of 8-bit codes."""
 
     bytes: float
     flops: float
+    coded: bool = False
 
 
-def limit_seconds(work: Iterable[Work], bandwidth: float, matrix: float) -> float:
+def limit_seconds(
+    work: Iterable[Work], bandwidth: float, matrix: float, coded: float | None = None
+) -> float:
     """Seconds of some operators, one after another, at bytes and at operations a second.
 
-    >>> limit_seconds([Work(10, 1), Work(1, 40)], bandwidth=10, matrix=20)
-    3.0
+    Products of codes go at `coded` operations a second where it is given.
+
+    >>> limit_seconds([Work(10, 1), Work(1, 40), Work(1, 40, coded=True)], 10, 20, coded=40)
+    4.0
     """
-    return sum(max(each.bytes / bandwidth, each.flops / matrix) for each in work)
+    peaks = (matrix, coded or matrix)
+    return sum(max(each.bytes / bandwidth, each.flops / peaks[each.coded]) for each in work)
 
 
 def step_work(program: Program, batch: int, new: int, context: int) -> list[Work]:
@@ -49,7 +56,7 @@ def step_work(program: Program, batch: int, new: int, context: int) -> list[Work
     found = []
     for node in graph.nodes:
         stored = moved(graph, node, held, _distinct(node, held, batch * new)).stored
-        found.append(Work(stored, moved(graph, node, seen).flops))
+        found.append(Work(stored, moved(graph, node, seen).flops, multiplies_codes(node)))
     return found
 
 

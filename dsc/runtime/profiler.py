@@ -45,7 +45,7 @@ class Event:
     """One span of time, in seconds of a monotonic clock. Bytes and flops are 0 where unknown.
 
     `live` is what the intermediates take during a step, in bytes; `stored` are those of `bytes`
-    that weights and caches are.
+    that weights and caches are, `coded` those of `flops` that are products of 8-bit codes.
     """
 
     name: str
@@ -58,6 +58,7 @@ class Event:
     kernel: str = ""
     live: int | None = None
     stored: int = 0
+    coded: int = 0
 
 
 @dataclass(slots=True)
@@ -78,6 +79,7 @@ class Row:
     stored: int = 0
     runs: Spans = field(default_factory=dict)
     self_runs: Spans = field(default_factory=dict)
+    coded: int = 0
 
     @property
     def median(self) -> float:

@@ -15,6 +15,8 @@ from typing import Generic, TypeVar
 
 DRIFT = 0.10
 """How far the probes around a turn may lie apart, as a share of the larger."""
+PASSED = 1.02
+"""A median share of a limit above this is no share: what read the limit is wrong."""
 
 P = TypeVar("P")
 

@@ -236,6 +236,7 @@ def test_a_summary_counts_steady_rounds_alone_where_there_are_any() -> None:
         "tokens_per_s": 3.0, "median_ms": 2000.0, "quartiles_ms": [1750.0, 2250.0],
         "of_limit": sum(share) / 2,
         "of_limit_quartiles": pytest.approx([0.240625, 0.246875]), "limit_note": "",
+        "limit_passed": False,
         "steps": 4, "rounds": 3, "rounds_dropped": 1,
     }  # fmt: skip
     none = bench.summary(turns[2:], 6, None, "code for a GPU")
@@ -246,8 +247,9 @@ def test_a_summary_counts_steady_rounds_alone_where_there_are_any() -> None:
     ("share", "told", "said"),
     [
         (1.0, True, ""),
-        (1.05, True, "at the limit, whose readings vary by 10%"),
-        (1.1, True, "at the limit, whose readings vary by 10%"),
+        (1.02, True, ""),
+        (1.03, True, "steps are faster than the probes say that they can be, 1.03 times"),
+        (1.1, True, "steps are faster than the probes say that they can be, 1.10 times"),
         (1.2, False, "steps are faster than the probes say that they can be, 1.20 times"),
     ],
 )
@@ -255,7 +257,7 @@ def test_a_share_above_one_is_explained(share: float, told: bool, said: str) -> 
     found = bench.summary([Turn(1.0, (1.0,), 1.0)], 1, lambda _: share)
     assert (found["of_limit"] is not None) == told
     assert found["limit_note"].endswith(said)
-    assert bool(found["limit_note"]) == bool(said)
+    assert bool(found["limit_note"]) == found["limit_passed"] == bool(said)
 
 
 def test_bench_prints_both_phases_and_the_machine(capsys: pytest.CaptureFixture[str]) -> None:
@@ -268,7 +270,7 @@ def test_bench_prints_both_phases_and_the_machine(capsys: pytest.CaptureFixture[
         "decode": {**phase, "of_limit": None, "limit_note": "no share"},
         "machine": {
             "read_bytes_per_s": 40.26e9, "read_bytes": 5_000_000, "matrix_dtype": "bf16",
-            "matrix_flop_per_s": 812.4e9,
+            "matrix_flop_per_s": 812.4e9, "coded_op_per_s": None,
         },
         "ranks": 2, "threads": 4, "load_s": 0.126, "peak_rss_bytes": 7_340_000_000,
     }  # fmt: skip
@@ -286,6 +288,9 @@ def test_bench_prints_both_phases_and_the_machine(capsys: pytest.CaptureFixture[
     ]
     bench._show({**result, "ranks": 1})
     assert capsys.readouterr().out.splitlines()[-1] == machine
+    told: Any = result["machine"]
+    bench._show({**result, "machine": {**told, "coded_op_per_s": 2e12}})
+    assert "812 GFLOP/s (of codes 2000), 4 threads" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("system", "most"), [("darwin", 7), ("linux", 7168)])
@@ -347,7 +352,7 @@ def test_a_profile_of_decoding_warms_up_with_tokens_of_its_own(
         int(each) for each in measuring.random_ids(measuring.vocabulary(api.model.program), 2, 8)[0]
     ]
     assert noted.calls == [("prefill", (2, 9)), *ids[5:], *ids[:5]]
-    assert asked == [(3, probes.READ_BYTES, "fp32")]  # no event said what a step reads
+    assert asked == [(3, probes.READ_BYTES, "fp32", False)]  # no event said what a step reads
     assert found["machine"]["read_bytes_per_s"] == 1e9 / 2
     with pytest.raises(Exception, match="need 4097 tokens"):
         invoke("profile", str(artifact), "--context=4000", "--tokens=90", "--warmup=7")

@@ -2,15 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
+from dsc.errors import InternalError
+from dsc.ir.graph import Attrs
 from dsc.ir.interface import Guard
 from dsc.ir.parser import parse_program
+from dsc.runtime import probes
+from dsc.runtime.costs import multiplies_codes
 from dsc.runtime.limit import Work, limit_seconds, prefill_work, step_work
-from dsc.runtime.probes import ABSENT, LEAST_BYTES, MatrixProbe, ReadProbe
+from dsc.runtime.loops import LINE, loops
+from dsc.runtime.probes import (
+    ABSENT,
+    FEW_ROWS,
+    LEAST_BYTES,
+    SEARCH,
+    STREAMS,
+    MatrixProbe,
+    ReadProbe,
+)
 from dsc.runtime.protocol import Spread, Turn, drift, ratios, steady, take_turns
 
 TEXT = (Path(__file__).resolve().parent.parent / "data" / "small_lm.dsc").read_text()
@@ -46,6 +62,22 @@ def test_each_operator_is_bound_by_memory_or_by_the_cores() -> None:
     assert limit_seconds(work, bandwidth=100, matrix=100) == 2
     assert limit_seconds(work, bandwidth=200, matrix=100) == 1.5
     assert limit_seconds([], 1, 1) == 0
+
+
+def test_products_of_codes_have_a_peak_of_their_own() -> None:
+    work = [Work(1, 100), Work(1, 100, coded=True), Work(300, 100, coded=True)]
+    assert limit_seconds(work, bandwidth=100, matrix=100) == 5
+    assert limit_seconds(work, bandwidth=100, matrix=100, coded=200) == 4.5
+
+
+@pytest.mark.parametrize(
+    ("activations", "coded"), [("", False), ("i8:32", True), ("f8e4m3:128", False)]
+)
+def test_work_on_rows_in_integers_is_coded(activations: str, coded: bool) -> None:
+    (graph,) = parse_program(TEXT).entries.values()
+    linear = next(node for node in graph.nodes if node.op == "linear")
+    told = replace(linear, attrs=Attrs({**linear.attrs, "activations": activations}))
+    assert multiplies_codes(told) == coded
 
 
 def test_the_work_of_a_step_is_weights_and_cache() -> None:
@@ -84,29 +116,93 @@ def test_a_token_of_a_chunk_attends_to_half_of_it_on_average() -> None:
     assert squared == pytest.approx(a_pair * n * n, rel=0.2)
 
 
+@pytest.fixture
+def without_loops(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine without a compiler."""
+    monkeypatch.setattr(probes, "loops", lambda: None)
+
+
 def test_probes_read_what_they_say() -> None:
     with ReadProbe(1, size=1 << 22) as read, MatrixProbe(1, shape=(8, 16, 32)) as product:
         assert read.size == 1 << 22
+        assert len(read.forms) == 2
         assert read() > 1e6
         assert product() > 1e3
     with ReadProbe(2, size=1) as least:
         assert least.size == 2 * LEAST_BYTES
 
 
-def test_a_read_touches_every_byte() -> None:
-    with ReadProbe(1, size=1 << 20) as read:
-        (part,) = read.parts
-        assert read._search(part.ctypes.data, ABSENT, part.nbytes) is None
-        part[-1] = ABSENT
-        assert (
-            read._search(part.ctypes.data, ABSENT, part.nbytes) == part.ctypes.data + (1 << 20) - 1
-        )
+@pytest.mark.parametrize("threads", [1, 3])
+def test_every_form_of_reading_reads_every_word(threads: int) -> None:
+    """A word that is another is seen, wherever it lies: so a form that leaves some out would be."""
+    found = loops()
+    assert found is not None
+    size = threads * 3 * LINE * STREAMS * 100
+    with ReadProbe(threads, size) as read:
+        words = read.memory.view(np.uint64)
+        assert len(words) == read.size // 8
+        for number, form in enumerate(found.forms):
+            assert read.read(form) > 0
+            place = number * len(words) // len(found.forms) - 1
+            words[place] = 2
+            with pytest.raises(InternalError, match=form):
+                read.read(form)
+            words[place] = 1
+            assert read.read(form) > 0
 
 
-def test_the_product_is_the_faster_of_the_types_that_a_program_may_be_computed_in() -> None:
-    with MatrixProbe(1, shape=(8, 16, 32), dtype="fp32") as product:
+def test_every_product_in_registers_has_a_speed() -> None:
+    found = loops()
+    assert found is not None
+    speeds = {name: found.multiply(name, 1, 1e-3) for name in found.products}
+    assert min(speeds.values()) > 1e6
+    assert {name.partition(" ")[0] for name in speeds} <= {"fp32", "bf16", "int8"}
+
+
+@pytest.mark.usefixtures("without_loops")
+def test_without_a_compiler_the_c_library_reads_and_torch_multiplies() -> None:
+    with ReadProbe(2, size=1 << 20) as read, MatrixProbe(1, shape=(8, 16, 32)) as product:
+        assert read.forms == (SEARCH,)
+        assert read() > 1e6
+        assert product.way.endswith("by torch")
+        assert product() > 1e3
+        read.memory[-1] = ABSENT
+        with pytest.raises(AssertionError, match="nobody wrote"):
+            read()
+
+
+def test_a_compiler_that_takes_no_loops_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    for tool in ("/bin/false", "no-such-compiler"):
+        monkeypatch.setenv("CXX", tool)
+        assert loops.__wrapped__() is None
+
+
+@pytest.mark.usefixtures("without_loops")
+def test_the_product_is_the_fastest_of_the_types_that_a_program_may_be_computed_in(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    speeds = {"fp16": 1.0, "fp32": 4.0, "int8": 8.0}
+    monkeypatch.setattr(MatrixProbe, "_by_torch", lambda _, dtype, rows: lambda: speeds[dtype])
+    with MatrixProbe(1, dtype="fp32") as product:
         assert product.dtype == "fp32"
-    probe = MatrixProbe(1, shape=(8, 16, 32), dtype="fp16")
-    probe._run = lambda dtype: {"fp16": 1.0, "fp32": 4.0}[dtype]  # type: ignore[method-assign]
-    with probe:
-        assert (probe.dtype, probe()) == ("fp32", 4.0)
+    with MatrixProbe(1, dtype="fp16") as product:
+        assert (product.dtype, product.way, product()) == ("fp32", "fp32 by torch", 4.0)
+    with MatrixProbe(1, dtype="fp16", coded=True) as product:
+        assert (product.dtype, product()) == ("int8", 8.0)
+
+
+def test_a_way_to_multiply_that_is_slow_is_not_tried_in_full(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: list[tuple[str, int]] = []
+
+    def by_torch(_: MatrixProbe, dtype: str, rows: int) -> Callable[[], float]:
+        asked.append((dtype, rows))
+        return lambda: 1.0 if dtype == "bf16" else 3.0
+
+    registers = SimpleNamespace(products=("bf16 vectors", "int8 vectors"), multiply=lambda *_: 5.0)
+    monkeypatch.setattr(MatrixProbe, "_by_torch", by_torch)
+    monkeypatch.setattr(probes, "loops", lambda: registers)
+    with MatrixProbe(1, (512, 8, 8), "bf16") as product:
+        assert (product.way, product()) == ("bf16 vectors", 5.0)
+    assert asked == [("bf16", FEW_ROWS), ("fp32", FEW_ROWS), ("fp32", 512)]

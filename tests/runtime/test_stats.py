@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -212,7 +213,8 @@ def test_a_machine_is_measured_over_what_a_step_reads_where_shares_are_wanted(
 ) -> None:
     asked: list[int] = []
 
-    def measured(size: int) -> Machine:
+    def measured(size: int, coded: bool) -> Machine:
+        assert not coded
         asked.append(size)
         return MACHINE
 
@@ -232,8 +234,11 @@ def test_a_machine_is_told_in_its_units_and_shared_by_ranks() -> None:
     assert str(MACHINE) == "read 1.0 GB/s over 5 MB, fp32 matrix product 10 GFLOP/s, 3 threads"
     assert MACHINE.as_dict() == {
         "read_bytes_per_s": 1e9, "read_bytes": 5_000_000, "matrix_flop_per_s": 1e10,
-        "matrix_dtype": "fp32",
+        "matrix_dtype": "fp32", "coded_op_per_s": None,
     }  # fmt: skip
+    codes = replace(MACHINE, coded=4e10)
+    assert "fp32 matrix product 10 GFLOP/s (of codes 40), 3 threads" in str(codes)
+    assert codes.shared(4).coded == 1e10
     part = MACHINE.shared(4)
     assert (part.bandwidth, part.matrix, part.threads, part.size) == (2.5e8, 2.5e9, 3, 5_000_000)
 
@@ -246,26 +251,50 @@ def test_a_reading_is_the_median_of_a_few() -> None:
 
 
 def test_a_probe_counts_what_its_threads_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    """At least `PASS_BYTES` in a call, by as many passes as that takes."""
-    for name, value in (("PASS_BYTES", 1000), ("LEAST_BYTES", 10), ("READ_BYTES", 600)):
+    """At least `PASS_BYTES` in a call, by as many passes as that takes, and one before."""
+    asked: list[Any] = []
+
+    class Fixed:
+        forms = ("a", "b", "c")
+
+        def fill(self, *given: int) -> None:
+            asked.append(given[1:])
+
+        def read(self, form: str, address: int, *given: int) -> float:
+            asked.append((form, *given))
+            return {"a": 4.0, "b": 1.0, "c": 2.0}[form]
+
+    for name, value in (("PASS_BYTES", 10240), ("LEAST_BYTES", 512), ("READ_BYTES", 6144)):
         monkeypatch.setattr(probes, name, value)
-    monkeypatch.setattr(probes, "seconds_of", lambda run: run() and 0.5)
-    for threads, size, part, passes in ((2, 100, 50, 10), (3, 100, 33, 11), (2, 9999, 300, 2)):
+    monkeypatch.setattr(probes, "loops", Fixed)
+    for threads, size, part, passes in ((2, 1100, 512, 10), (3, 1, 512, 7), (2, 99999, 3072, 2)):
         with probes.ReadProbe(threads, size) as probe:
-            reads: list[int] = []
-            probe._search = lambda _, absent, count, into=reads: into.append(count)
-            assert probe() == part * threads * passes / 0.5
-            assert reads == [part] * threads * passes
             assert probe.size == part * threads
-        assert probe.parts == []
-    with probes.ReadProbe(2, 4) as probe:
-        assert [len(p) for p in probe.parts] == [10, 10]
+            assert asked.pop(0) == (part * threads, threads)
+            assert probe.forms == ("b", "c")
+            asked.clear()
+            assert probe() == part * threads * passes / 1.0
+        told = (part * threads, threads)
+        assert asked == [(f, *told, n) for f in probe.forms for n in (1, passes)]
+        assert not len(probe.memory)
+        asked.clear()
 
 
 def test_a_product_counts_two_operations_a_term(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(probes, "seconds_of", lambda run: run() is None or 0.5)
-    with probes.MatrixProbe(1, (3, 5, 7), "fp32") as probe:
-        assert probe() == 2 * 3 * 5 * 7 / 0.5
+    monkeypatch.setattr(probes, "loops", lambda: None)
+    for coded in (False, True):
+        with probes.MatrixProbe(1, (3, 8, 16), "fp32", coded) as probe:
+            assert probe() == 2 * 3 * 8 * 16 / 0.5
+
+
+def test_products_of_codes_are_held_against_their_own_peak() -> None:
+    """A second of each at its peak is the whole; without a peak of their own they share one."""
+    event = Event("a", "step", 0.0, 2.0, 0, int(5e10), coded=int(4e10))
+    both = replace(MACHINE, coded=4e10)
+    for machine, share in ((both, "100%"), (MACHINE, "250%")):
+        shown = table([event], "name", 0, "operator", machine)
+        assert list(shown.columns[-1].cells) == [share]
 
 
 # --- spans ----------------------------------------------------------------------------------------

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import ctypes
-import os
 import re
 import shutil
 import subprocess
 from collections.abc import Iterable
-from functools import cache
 from pathlib import Path
 
 from dsc.backends.tvm.launch import Launch, Unsupported
@@ -21,6 +19,7 @@ from dsc.ir.dims import Dim, product
 from dsc.ir.graph import Node
 from dsc.ir.kernels import Cpp
 from dsc.ir.op import lookup
+from dsc.toolchain import cpp_compiler
 
 LEVELS = {16: "x86-64-v4", 8: "x86-64-v3"}
 """What the C++ compiler is told of a machine, by the lanes of its vectors: it may be older than the
@@ -127,15 +126,13 @@ def _object(name: str, source: str, machine: Machine, place: Path) -> str:
 
 
 def compiler(triple: str = "") -> str:
-    """The C++ compiler, `CXX` or the system's; of another architecture GCC's for its triple.
+    """The C++ compiler; of another architecture GCC's for its triple.
 
     Raises `BackendUnavailable` where there is none.
     """
+    tool, wanted, package = cpp_compiler(), "", ""
     if triple:
         tool, wanted, package = f"{triple}-g++", f" for {triple}", triple.replace("_", "-")
-    else:
-        tool = os.environ.get("CXX") or next(filter(shutil.which, ("g++", "c++", "clang++")), "")
-        wanted, package = "", ""
     if not shutil.which(tool):
         name = f"g++-{package}" if package else "g++"
         raise BackendUnavailable(
@@ -143,9 +140,3 @@ def compiler(triple: str = "") -> str:
             hint=f"install {name} (apt install {name})",
         )
     return tool
-
-
-@cache
-def compiler_version(tool: str) -> str:
-    """What a C++ compiler says that it is."""
-    return subprocess.run([tool, "--version"], capture_output=True, text=True, check=False).stdout
