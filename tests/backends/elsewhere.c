@@ -2,7 +2,8 @@
  *
  * Arguments: the library, and into how many tasks a parallel loop is cut; they run one by one.
  * Standard input holds calls: the entry's name in 64 bytes, the number of values, and for each
- * value its kind, its number or the bytes that it points to, and where these are given them too.
+ * value its kind, its number or the bytes that it points to, and where these are given them too;
+ * or the number of a value before it that it is the same as.
  * The last value is the list of steps. Standard output gets of each call what the entry returns,
  * then the bytes of its results in order. */
 #include <dlfcn.h>
@@ -11,7 +12,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { NUMBER, GIVEN, RESULT };
+enum { NUMBER, GIVEN, RESULT, SAME };
 typedef struct { void *sync; int32_t tasks; } Group;
 typedef int (*Task)(int task, Group *group, void *data);
 typedef struct { int32_t kind; uint32_t unused; int64_t value; } Any;
@@ -25,14 +26,25 @@ static int launch(Task task, void *data, int wanted) {
   return 0;
 }
 
+static void *allocate(int kind, int device, uint64_t bytes, int code, int bits) {
+  return aligned_alloc(64, (bytes + 127) / 64 * 64);
+}
+static int release(int kind, int device, void *memory) { return free(memory), 0; }
+
+static void set(void *library, const char *name, void *function) {
+  void **slot = dlsym(library, name);
+  if (slot) *slot = function;
+}
+
 static int take(void *at, size_t size) { return fread(at, 1, size, stdin) == size; }
 
 int main(int count, char **given) {
   void *library = dlopen(given[1], RTLD_NOW);
   if (count != 3 || !library) return fprintf(stderr, "%s\n", dlerror()), 1;
   tasks = atoi(given[2]);
-  void **slot = dlsym(library, "__TVMBackendParallelLaunch");
-  if (slot) *slot = (void *)launch;
+  set(library, "__TVMBackendParallelLaunch", (void *)launch);
+  set(library, "__TVMBackendAllocWorkspace", (void *)allocate);
+  set(library, "__TVMBackendFreeWorkspace", (void *)release);
   char name[64], symbol[96];
   while (take(name, sizeof name)) {
     int64_t n, head[2];
@@ -41,7 +53,8 @@ int main(int count, char **given) {
     for (int64_t i = 0; i < n; i++) {
       if (!take(head, 16)) return 2;
       values[i] = head[1];
-      if (head[0] == NUMBER) continue;
+      if (head[0] == SAME) values[i] = values[head[1]];
+      if (head[0] == NUMBER || head[0] == SAME) continue;
       void *memory = aligned_alloc(64, (head[1] + 127) / 64 * 64);
       memset(memory, 0xff, head[1]);
       if (head[0] == GIVEN && !take(memory, head[1])) return 2;

@@ -25,7 +25,7 @@ from dsc.targets import parse_target
 
 TRIPLE = "aarch64-linux-gnu"
 SOURCE = Path(__file__).with_suffix(".c")
-NUMBER, GIVEN, RESULT = range(3)
+NUMBER, GIVEN, RESULT, SAME = range(4)
 Inputs = Mapping[str, torch.Tensor]
 
 
@@ -82,6 +82,7 @@ class Elsewhere:
         results = [
             (name, tuple(evaluate(d, env) for d in value.type.shape), value.type.dtype.torch)
             for name, value in zip(graph.output_names, graph.outputs, strict=True)
+            if name not in facts["in_place"]
         ]
         sizes = {f"output:{n}": int(np.prod(s)) * t.itemsize for n, s, t in results}
         values: list[bytes] = []
@@ -91,8 +92,11 @@ class Elsewhere:
                 values.append(bytes(facts["arena_bytes"]))
             elif slot.startswith("input:"):
                 values.append(_memory(_bytes(inputs[slot.partition(":")[2]])))
-            elif slot.startswith("output:"):
+            elif slot in sizes:
                 values.append(struct.pack("<qq", RESULT, sizes[slot]))
+            elif slot.startswith("output:"):
+                source = facts["in_place"][slot.partition(":")[2]]
+                values.append(struct.pack("<qq", SAME, facts["slots"].index(f"input:{source}")))
             else:
                 values.append(struct.pack("<qq", NUMBER, env.get(slot, 0)))
         values += [struct.pack("<qq", NUMBER, 0)] * facts["derived"]
