@@ -13,6 +13,8 @@ mla_attention      bound: 2 (n + v) c flops a row and head to expand the cache, 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from dsc.backends.tvm.bf16 import (
     LANES,
     SUMS,
@@ -148,8 +150,10 @@ def bf16_latent(
             running, tile = Running(heads, c), Tile.of(group)
             running.clear()
             wide = cache.latent if coded is None else Scratch(DType.bf16, BLOCK * c)
-            with loop(ceil_div(count, BLOCK)) as block:
+            blocks = bind(ceil_div(count, BLOCK))
+            with loop(blocks) as block:
                 first = cache.slot(batch, begin + block * BLOCK)
+                later = cache.slot(batch, begin + tirx.min(block + 1, blocks - 1) * BLOCK)
                 here = bind(tirx.min(integer(BLOCK), count - block * BLOCK))
                 if coded is not None:
                     with loop(here) as t:
@@ -158,7 +162,8 @@ def bf16_latent(
                 with loop(heads // group) as g:
                     head = bind(g * group)
                     query = bind(token * heads + head)
-                    _latent_scores(q, q_r, cache, query, (wide, near), first, here, tile)
+                    ahead = None if coded is not None else _Ahead(later, head, heads)
+                    _latent_scores(q, q_r, cache, query, (wide, near), first, here, ahead, tile)
                     weigh(tile, running, head, [here] * group, scale)
                     add_values(tile, running, head, wide, lambda row: (near + row) * c, here)
             if shared is None:
@@ -180,13 +185,32 @@ def bf16_latent(
     return build(body, names)
 
 
+@dataclass(frozen=True, slots=True)
+class _Ahead:
+    """The rows of the next block, from slot `later` on, for tiles of heads from `head` on.
+
+    Each tile asks for some of them, so that they arrive while all heads multiply these.
+    """
+
+    later: Expr
+    head: Expr
+    heads: int
+
+    def rows(self, t: Expr, part: Expr, height: int) -> list[Expr]:
+        """Slots that a tile of `height` heads asks for beside rows t .. t + 3."""
+        count = max(1, product.WIDTH * height // self.heads)
+        number = bind(tirx.truncdiv(self.head, integer(height)) + part)
+        first = tirx.truncmod(number * count, integer(product.WIDTH))
+        return [bind(self.later + t + first + i) for i in range(count)]
+
+
 def _latent_scores(
     q: Tensor, q_r: Tensor, cache: LatentCache, query: Expr, wide: tuple[Tensor, Expr],
-    first: Expr, here: Expr, tile: Tile,
+    first: Expr, here: Expr, ahead: _Ahead | None, tile: Tile,
 ) -> None:  # fmt: skip
     """Scores of the tile's heads, from `query` on, with `here` rows from slot `first` on.
 
-    Their latents are rows of `wide`, from one on.
+    Their latents are rows of `wide`, from one on. Those that are read next are asked for.
     """
     latent, near = wide
     c, r = cache.c, cache.r
@@ -208,10 +232,12 @@ def _latent_scores(
     with loop(ceil_div(here, product.WIDTH)) as four, loop(tile.queries // height) as part:
         t = bind(four * product.WIDTH)
         rows = [bind(tirx.min(t + i, here - 1)) for i in range(product.WIDTH)]
+        later = [] if ahead is None else ahead.rows(t, part, height)
         heads = [bind(query + part * height + i) for i in range(height)]
         sums = dot_sums([
             Factor(q, [bind(h * c) for h in heads],
-                   latent, [bind((near + n) * c) for n in rows], integer(c)),
+                   latent, [bind((near + n) * c) for n in rows], integer(c),
+                   [bind(n * c) for n in later]),
             Factor(q_r, [bind(h * r) for h in heads],
                    cache.rope, [bind((first + n) * r) for n in rows], integer(r)),
         ])  # fmt: skip
