@@ -96,7 +96,8 @@ class Bench:
         self.folder = asked.folder.resolve() if asked.folder else self._shape(asked.shape)
         self.config = json.loads((self.folder / "config.json").read_text())
         self.skipped: dict[str, str] = {}
-        self.engines: dict[str, dict[str, float]] = {}
+        self.engines: dict[str, dict[str, Any]] = {}
+        self.probe = ""
         self.results: list[Result] = []
         self.commit = _commit()
 
@@ -113,7 +114,7 @@ class Bench:
         asked = self.asked
         asked.cache.mkdir(parents=True, exist_ok=True)
         with Remote("probe", threads=asked.threads) as machine:
-            machine.call("open", **self.options())
+            self.probe = machine.call("open", **self.options())["units"]
             peers = [name for name in asked.peers if self._installed(name)]
             peers += [f"dsc@{_commit(asked.against)}"] if asked.against else []
             with self._open("dsc", sys.executable) as ours:
@@ -148,8 +149,9 @@ class Bench:
 
     def _measure(self, remotes: Sequence[Remote], cell: Cell, machine: Remote) -> None:
         _say(f"{cell.name}: {', '.join(r.engine for r in remotes)}")
+        size = cell.read_bytes(self.config)
         found = run_cell(
-            remotes, cell, self.asked.effort, lambda: machine.call("speed"), self.config
+            remotes, cell, self.asked.effort, lambda: machine.call("speed", size=size), self.config
         )
         for result in found:
             _say("  " + "  ".join(table._row(result)[1:]))
@@ -207,6 +209,7 @@ class Bench:
             "threads": self.asked.threads,
             "machine": cpu().name,
             "commit": self.commit,
+            "probe": self.probe,
             "engines": self.engines,
             "skipped": self.skipped,
         }

@@ -8,6 +8,7 @@ least; a prompt longer than the break-even expands its latents instead, whicheve
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -18,31 +19,40 @@ from dsc.passes.quantize_weights import Kept, Quantising
 from dsc.pipeline import GROUPED, QUANT, make, quantising
 from dsc.runtime.limit import Work
 
-BYTES = 2.0
-"""Of a weight and of a cached value: bf16."""
 SIDE = 4096
 """Rows and columns of the matrix whose bytes tell those of a weight."""
 
 
-@cache
-def width_of(quant: str, is_head: bool = False) -> float:
-    """Bytes of a weight with its share of scales, where weights are quantised as a compile does.
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """Bytes of a weight with its share of scales, and whether it is integers, as rows may be."""
 
-    >>> width_of("int4"), width_of("int4", is_head=True)
-    (0.5625, 1.0625)
+    bytes: float
+    coded: bool = False
+
+
+BF16 = Stored(2.0)
+"""Of cached values too."""
+
+
+@cache
+def stored(quant: str, is_head: bool = False) -> Stored:
+    """What a weight is where weights are quantised as a compile does.
+
+    >>> stored("int4"), stored("int4", is_head=True).bytes
+    (Stored(bytes=0.5625, coded=True), 1.0625)
     """
     if quant == "none":
-        return BYTES
+        return BF16
     made = make(quantising(quant), **({"codes": QUANT[quant]} if quant in GROUPED else {}))
     assert isinstance(made, Quantising)
     try:
         kind = made.kind((), is_head)
     except Kept:
-        return BYTES
-    matrix = TensorType(kind.codes, (SIDE, SIDE), Format(kind.block, kind.scales))
-    size = matrix.nbytes
+        return BF16
+    size = TensorType(kind.codes, (SIDE, SIDE), Format(kind.block, kind.scales)).nbytes
     assert isinstance(size, int)
-    return size / SIDE**2
+    return Stored(size / SIDE**2, kind.codes.is_int)
 
 
 def step_work(
@@ -53,14 +63,14 @@ def step_work(
     Logits are made for one token each. The router and the latent's expansion, which attention
     absorbs, stay in bf16 whatever weights are in.
     """
-    width, head = width_of(quant), width_of(quant, is_head=True)
+    kind, head = stored(quant), stored(quant, is_head=True)
     found = [_product(batch, config["vocab_size"], config["hidden_size"], head)]
     for index in range(config["num_hidden_layers"]):
-        found += _attention(config, batch, new, context, width)
+        found += _attention(config, batch, new, context, kind)
         if index < config["first_k_dense_replace"]:
-            found += _mlp(config["hidden_size"], config["intermediate_size"], batch * new, width)
+            found += _mlp(config["hidden_size"], config["intermediate_size"], batch * new, kind)
         else:
-            found += _experts(config, batch * new, width)
+            found += _experts(config, batch * new, kind)
     return found
 
 
@@ -74,13 +84,13 @@ def prefill_work(
     return found
 
 
-def _product(rows: float, columns: int, depth: int, width: float, read: float = 1.0) -> Work:
-    """Rows times a matrix of which the share `read` is read."""
-    return Work(columns * depth * width * read, 2 * rows * columns * depth)
+def _product(rows: float, columns: int, depth: int, kind: Stored) -> Work:
+    """Rows times a matrix."""
+    return Work(columns * depth * kind.bytes, 2 * rows * columns * depth, kind.coded)
 
 
 def _attention(
-    config: Mapping[str, Any], batch: int, new: int, context: int, width: float
+    config: Mapping[str, Any], batch: int, new: int, context: int, kind: Stored
 ) -> Iterator[Work]:
     hidden, heads, rank = (
         config[k] for k in ("hidden_size", "num_attention_heads", "kv_lora_rank")
@@ -89,30 +99,31 @@ def _attention(
     rows, seen = batch * new, context + new
     low = config.get("q_lora_rank")
     if low:
-        yield _product(rows, low, hidden, width)
-    yield _product(rows, heads * (nope + rope), low or hidden, width)
-    yield _product(rows, rank + rope, hidden, width)
+        yield _product(rows, low, hidden, kind)
+    yield _product(rows, heads * (nope + rope), low or hidden, kind)
+    yield _product(rows, rank + rope, hidden, kind)
     pairs = batch * new * (context + (new + 1) / 2)  # a token sees itself and what came before
     absorbed = 2 * rows * heads * rank * (nope + value) + 2 * pairs * heads * (2 * rank + rope)
     expanded = 2 * batch * seen * heads * rank * (nope + value)
     expanded += 2 * pairs * heads * (nope + rope + value)
-    stored = heads * rank * (nope + value) * BYTES + batch * seen * (rank + rope) * BYTES
+    stored = heads * rank * (nope + value) * BF16.bytes + batch * seen * (rank + rope) * BF16.bytes
     yield Work(stored, min(absorbed, expanded))
-    yield _product(rows, hidden, heads * value, width)
+    yield _product(rows, hidden, heads * value, kind)
 
 
-def _mlp(hidden: int, inner: int, rows: float, width: float) -> Iterator[Work]:
-    yield _product(rows, 2 * inner, hidden, width)
-    yield _product(rows, hidden, inner, width)
+def _mlp(hidden: int, inner: int, rows: float, kind: Stored) -> Iterator[Work]:
+    yield _product(rows, 2 * inner, hidden, kind)
+    yield _product(rows, hidden, inner, kind)
 
 
-def _experts(config: Mapping[str, Any], rows: int, width: float) -> Iterator[Work]:
+def _experts(config: Mapping[str, Any], rows: int, kind: Stored) -> Iterator[Work]:
     hidden, inner = config["hidden_size"], config["moe_intermediate_size"]
     count, chosen = config["n_routed_experts"], config["num_experts_per_tok"]
     read = expected_experts(count, chosen, rows)
-    yield _product(rows, count, hidden, BYTES)
+    yield _product(rows, count, hidden, BF16)
     for columns, depth in ((2 * inner, hidden), (hidden, inner)):
-        yield Work(columns * depth * width * read, 2 * rows * chosen * columns * depth)
+        flops = 2 * rows * chosen * columns * depth
+        yield Work(columns * depth * kind.bytes * read, flops, kind.coded)
     shared = config.get("n_shared_experts") or 0
     if shared:
-        yield from _mlp(hidden, inner * shared, rows, width)
+        yield from _mlp(hidden, inner * shared, rows, kind)

@@ -17,12 +17,14 @@ from typing import Any
 from bench import limit
 from bench.engines import CHUNK
 from bench.remote import EngineFailed, Remote
-from dsc.runtime.limit import Work, limit_seconds
-from dsc.runtime.protocol import Spread, Turn, drift, ratios, steady
+from dsc.runtime.limit import Work, limit_seconds, working_set
+from dsc.runtime.protocol import Spread, Turn, drift, faster, ratios, steady
 
 SETTLE = 0.3
 """Seconds after which threads of the engine that ran have stopped spinning."""
 Speed = Mapping[str, float]
+READINGS = ("bandwidth", "matrix", "coded")
+"""What a probe reads: bytes a second, operations of products a second, and of products of codes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +50,13 @@ class Cell:
             return limit.prefill_work(config, self.batch, self.context, CHUNK, self.quant)
         return limit.step_work(config, self.batch, 1, self.context + grown, self.quant)
 
+    def read_bytes(self, config: Mapping[str, Any]) -> int:
+        """What a step reads, or the first chunk of a prompt."""
+        if self.phase == "prefill":
+            chunk = min(CHUNK, self.context)
+            return working_set(limit.step_work(config, self.batch, chunk, 0, self.quant))
+        return working_set(self.work(config, 0))
+
     @property
     def tokens(self) -> int:
         """Tokens of a step."""
@@ -70,7 +79,10 @@ class Effort:
 
 @dataclass
 class Result:
-    """What an engine did in a cell. `ratio`: how many times as long it took as we did."""
+    """What an engine did in a cell. `ratio`: how many times as long it took as we did.
+
+    `passed` says that the limit was none where that is so.
+    """
 
     cell: Cell
     engine: str
@@ -81,6 +93,7 @@ class Result:
     dropped: int = 0
     rounds: int = 0
     why: str = ""
+    passed: str = ""
 
     @property
     def tokens_per_second(self) -> float:
@@ -174,12 +187,13 @@ def summary(runner: Runner, turns: Sequence[Turn[Speed]], config: Mapping[str, A
     work = cell.work(config, runner.grown // 2)
     result.seconds = Spread.of([s for turn in kept for s in turn.seconds])
     result.of_limit = Spread.of([_share(turn, work) for turn in kept])
+    result.passed = faster(result.of_limit)
     result.bandwidth = Spread.of([_mean(turn, "bandwidth") for turn in kept])
     return result
 
 
 def _share(turn: Turn[Speed], work: Sequence[Work]) -> float:
-    least = limit_seconds(work, _mean(turn, "bandwidth"), _mean(turn, "matrix"))
+    least = limit_seconds(work, *(_mean(turn, name) for name in READINGS))
     return least / Spread.of(turn.seconds).median
 
 

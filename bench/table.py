@@ -25,18 +25,23 @@ def markdown(facts: Mapping[str, Any], results: Sequence[Result]) -> str:
         f"# {facts['shape']}, {facts['threads']} threads",
         f"{facts['machine']}; commit {facts['commit']}. Medians (quartiles) of the rounds whose"
         " probes agree within 10%. The limit of a step is the sum over its operators of the larger"
-        " of bytes / read bandwidth and flops / matrix peak, both read beside each round. The ratio"
-        " is how many times as long a peer took as dsc, in the same round.",
+        " of bytes / read bandwidth and flops / matrix peak, both read beside each round; a median"
+        " above 1.02 of it (!) says that the probes are wrong. Products are by"
+        f" {facts['probe']}. The ratio is how many times as long a peer took as dsc, in the same"
+        " round.",
         _table(
             ("", "engine", "tokens/s", "ms a step", "of the limit", "GB/s read", "ratio", "rounds"),
             [_row(r) for r in results],
         ),
         "## Loading",
         _table(
-            ("engine", "compile or convert s", "load s", "peak RSS GB"),
+            ("engine", "compile or convert s", "load s", "peak RSS GB", "computes with"),
             [_engine(name, found) for name, found in facts["engines"].items()],
         ),
     ]
+    passed = [f"- {r.cell.name}, {r.engine}: {r.passed}" for r in results if r.passed]
+    if passed:
+        parts += ["## The probes are wrong", "\n".join(passed)]
     if facts["skipped"]:
         lines = [f"- {name}: {why}" for name, why in facts["skipped"].items()]
         parts += ["## Skipped", "\n".join(lines)]
@@ -51,7 +56,7 @@ def _row(result: Result) -> tuple[str, ...]:
         *name,
         f"{result.tokens_per_second:.1f}",
         spread(result.seconds, 1e3, 2),
-        spread(result.of_limit, 1, 2),
+        spread(result.of_limit, 1, 2) + " (!)" * bool(result.passed),
         spread(result.bandwidth, 1e-9, 1),
         spread(result.ratio, 1, 2),
         _rounds(result),
@@ -62,9 +67,9 @@ def _rounds(result: Result) -> str:
     return f"{result.rounds - result.dropped} of {result.rounds}" if result.rounds else ""
 
 
-def _engine(name: str, found: Mapping[str, float]) -> tuple[str, ...]:
+def _engine(name: str, found: Mapping[str, Any]) -> tuple[str, ...]:
     seconds = (f"{found.get(key, 0.0):.1f}" for key in ("compile_s", "load_s"))
-    return (name, *seconds, f"{found.get('rss', 0) / 1e9:.2f}")
+    return (name, *seconds, f"{found.get('rss', 0) / 1e9:.2f}", found.get("units", ""))
 
 
 def spread(found: Spread | None, scale: float, digits: int) -> str:

@@ -41,7 +41,11 @@ def main() -> None:
             if request["call"] == "open":
                 engine = open_engine(name, request["arguments"])
                 load = getattr(engine, "load_seconds", time.perf_counter() - start)
-                found: Any = {"load_s": load, "compile_s": getattr(engine, "compile_seconds", 0.0)}
+                found: Any = {
+                    "load_s": load,
+                    "compile_s": getattr(engine, "compile_seconds", 0.0),
+                    "units": getattr(engine, "units", ""),
+                }
             elif request["call"] == "rss":
                 found = peak_rss()
             else:

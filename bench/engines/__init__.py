@@ -2,9 +2,10 @@
 
 An engine is a class with `prefill(batch, tokens)`, seconds of a prompt into empty caches;
 `start(batch, context, room)`, which fills the caches with `context` tokens and leaves room for so
-many more; and `steps(count)`, seconds of that many decode steps with random tokens. The module says
-in `NEEDS` which packages it imports. Modules import nothing else but numpy when they are loaded:
-an engine may live in another environment than dsc.
+many more; and `steps(count)`, seconds of that many decode steps with random tokens. `units` tells
+which instructions it computes with, tiles included, as far as it says. The module says in `NEEDS`
+which packages it imports. Modules import nothing else but numpy when they are loaded: an engine may
+live in another environment than dsc.
 """
 
 from __future__ import annotations
@@ -31,6 +32,8 @@ CHUNK = 512
 
 class Engine(Protocol):
     """What the worker drives."""
+
+    units: str
 
     def prefill(self, batch: int, tokens: int) -> float:
         """Seconds of a prompt."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,16 @@ import numpy as np
 
 NEEDS = {"dsc": ("tvm",), "onnxruntime": ("onnxruntime",)}
 BACKENDS = {"dsc": "tvm", "onnxruntime": "onnxruntime"}
+
+
+def units(model: Any) -> str:
+    """What an artifact's code needs of a processor, or ONNX Runtime's version and providers."""
+    meta = getattr(model.executable, "meta", {})
+    if "cpu_needs" in meta:
+        tiles = ["tiles"] if meta.get("tiles") else []
+        return ", ".join([meta["cpu"], *meta["cpu_needs"], *tiles])
+    runtime = import_module("onnxruntime")
+    return ", ".join([runtime.__version__, *runtime.get_available_providers()])
 
 
 class Engine:
@@ -35,6 +46,7 @@ class Engine:
         start = time.perf_counter()
         self.model = dsc.load(place, trust=True, threads=options["threads"])
         self.load_seconds = time.perf_counter() - start
+        self.units = units(self.model)
         self.vocabulary = int(options["vocabulary"])
         self.session: Any = None
         self.random = np.random.default_rng(0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import random
+import re
 import time
 from collections.abc import Mapping
 from importlib import import_module
@@ -41,6 +42,8 @@ class Engine:
         if not self.model:
             raise RuntimeError(f"llama.cpp does not load {path.name}")
         self.load_seconds = time.perf_counter() - start
+        told = llama_cpp.llama_print_system_info().decode()
+        self.units = ", ".join(re.findall(r"(\w+) = 1\b", told))
         self.threads, self.vocabulary = options["threads"], int(options["vocabulary"])
         self.buffer = llama_cpp.llama_batch_init(CHUNK, 0, 1)
         self.context: Any = None

@@ -1,4 +1,4 @@
-"""The machine itself: a streaming read and a matrix product, in a process of their own."""
+"""The machine itself: a read of memory and products, in a process of their own."""
 
 from __future__ import annotations
 
@@ -16,9 +16,18 @@ class Engine:
     load_seconds = 0.0
 
     def __init__(self, options: Mapping[str, Any]) -> None:
-        self.read = ReadProbe(options["threads"]).__enter__()
-        self.product = MatrixProbe(options["threads"]).__enter__()
+        self.threads = options["threads"]
+        self.asked, self.read = 0, ReadProbe(self.threads, 1)
+        self.products = {
+            name: MatrixProbe(self.threads, coded=coded).__enter__()
+            for name, coded in (("matrix", False), ("coded", True))
+        }
+        self.units = ", ".join(each.way for each in self.products.values())
 
-    def speed(self) -> dict[str, float]:
-        """Bytes and operations a second."""
-        return {"bandwidth": self.read(), "matrix": self.product()}
+    def speed(self, size: int) -> dict[str, float]:
+        """Bytes a second of a read over so many, and operations a second."""
+        if size != self.asked:
+            self.read.__exit__()
+            self.asked, self.read = size, ReadProbe(self.threads, size).__enter__()
+        found = {name: product() for name, product in self.products.items()}
+        return {"bandwidth": self.read(), **found}

@@ -10,6 +10,18 @@ NEEDS = {"transformers": ("transformers", "torch")}
 CHUNK = 512
 
 
+def torch_units() -> str:
+    """What torch computes with, and what it finds of units for bf16, bytes and tiles."""
+    import torch
+
+    asked = {
+        "bf16": "_is_avx512_bf16_supported", "vnni": "_is_vnni_supported",
+        "tiles": "_is_amx_tile_supported",
+    }  # fmt: skip
+    found = [name for name, f in asked.items() if getattr(torch.cpu, f, bool)()]
+    return ", ".join([torch.backends.cpu.get_cpu_capability(), *found])
+
+
 class Engine:
     """A model of `AutoModelForCausalLM` with a growing cache."""
 
@@ -27,6 +39,7 @@ class Engine:
             options["folder"], dtype=torch.bfloat16, experts_implementation=self.experts
         ).eval()
         self.load_seconds = time.perf_counter() - start
+        self.units = torch_units()
         self.vocabulary = int(options["vocabulary"])
 
     def ids(self, batch: int, count: int) -> Any:

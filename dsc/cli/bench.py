@@ -254,14 +254,13 @@ def judged(shares: Spread) -> tuple[float | None, list[float] | None, str]:
     >>> judged(Spread(1.04, 0.9, 1.1, 9))[:2], judged(Spread(1.5, 1.4, 1.6, 9))[:2]
     ((1.04, [0.9, 1.1]), (None, None))
     """
-    from dsc.runtime.protocol import DRIFT, PASSED
+    from dsc.runtime.protocol import DRIFT, faster
 
-    if shares.median <= PASSED:
-        return shares.median, [shares.low, shares.high], ""
-    faster = f"steps are faster than the probes say that they can be, {shares.median:.2f} times"
+    note = faster(shares)
     if shares.median > 1.0 + DRIFT:
-        return None, None, f"no share of a limit: {faster}"
-    return shares.median, [shares.low, shares.high], f"the probes are wrong: {faster}"
+        return None, None, f"no share of a limit: {note}"
+    note = f"the probes are wrong: {note}" if note else ""
+    return shares.median, [shares.low, shares.high], note
 
 
 def _share(turn: Turn[float], limit: Callable[[float], float]) -> float:

@@ -83,3 +83,14 @@ def steady(
 def ratios(ours: Sequence[float], theirs: Sequence[float]) -> list[float]:
     """How many times as long they took as we did, turn by turn of the same round."""
     return [b / a for a, b in zip(ours, theirs, strict=True)]
+
+
+def faster(shares: Spread) -> str:
+    """What has to be said where a median share is above what a limit allows, or nothing.
+
+    >>> faster(Spread(1.0, 0.9, 1.1, 9)), faster(Spread(1.05, 1.0, 1.1, 9))
+    ('', 'steps are faster than the probes say that they can be, 1.05 times')
+    """
+    if shares.median <= PASSED:
+        return ""
+    return f"steps are faster than the probes say that they can be, {shares.median:.2f} times"

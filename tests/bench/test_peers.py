@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any, cast
@@ -62,7 +63,8 @@ def test_the_limit_counts_as_many_bytes_as_are_packed(quant: str, stored: str, h
     for text, is_head in ((stored, False), (head, True)):
         type = parse_type(f"{text}[256,512]")
         parts = pack(numbers, type).parts if type.format else (numbers.bfloat16(),)
-        width = limit.width_of(quant, is_head)
+        width = limit.stored(quant, is_head).bytes
+        assert limit.stored(quant, is_head).coded == text.startswith("i")
         assert width * numbers.numel() == sum(part.nbytes for part in parts)
 
 
@@ -124,7 +126,7 @@ class FakeRemote:
 
 
 def speeds(*bandwidths: float) -> Iterator[dict[str, float]]:
-    return iter([{"bandwidth": b * 1e9, "matrix": 1e12} for b in bandwidths])
+    return iter([{"bandwidth": b * 1e9, "matrix": 1e12, "coded": 1e12} for b in bandwidths])
 
 
 def test_engines_take_turns_between_probes() -> None:
@@ -146,8 +148,8 @@ def test_engines_take_turns_between_probes() -> None:
 def test_no_steady_round_is_said() -> None:
     remote, machine = FakeRemote("dsc", 0.05), speeds(40, 20, 40)
     runner = Runner(cast(Remote, remote), Cell("prefill", 512, 1), Effort(rounds=2))
-    turn = {"bandwidth": 1.0, "matrix": 1.0}
-    slow = {"bandwidth": 1.0, "matrix": 0.5}
+    turn = {"bandwidth": 1.0, "matrix": 1.0, "coded": 1.0}
+    slow = {"bandwidth": 1.0, "matrix": 0.5, "coded": 1.0}
     assert paired([Turn(turn, (1.0,), turn)], [Turn(turn, (2.0,), slow)], "matrix") is None
     remote.call = lambda name, **_: 0.5  # type: ignore[method-assign]
     (result,) = measure([runner], lambda: next(machine), MOONLIGHT, settle=0)
@@ -161,7 +163,8 @@ RESULTS = [
 ]
 FACTS = {
     "shape": "moonlight-6l", "threads": 2, "machine": "a machine", "commit": "abc",
-    "engines": {"dsc": {"load_s": 1.5, "compile_s": 30.0, "rss": 7e9}},
+    "probe": "bf16 vectors, int8 vectors",
+    "engines": {"dsc": {"load_s": 1.5, "compile_s": 30.0, "rss": 7e9, "units": "znver4, tiles"}},
     "skipped": {"transformers": "not installed: transformers"},
 }  # fmt: skip
 
@@ -171,11 +174,37 @@ def test_the_report_says_what_was_measured_and_what_was_skipped() -> None:
     text = table.markdown(FACTS, [*RESULTS, failed])
     assert "| decode 128, batch 1 | dsc | 50.0 | 20.00 (20.00-20.00) | 0.50 (0.40-0.60) |" in text
     assert "| decode 16384, batch 8 | dsc | out of memory |" in text
-    assert "| dsc | 30.0 | 1.5 | 7.00 |" in text
+    assert "| dsc | 30.0 | 1.5 | 7.00 | znver4, tiles |" in text
+    assert "Products are by bf16 vectors, int8 vectors." in text
+    assert "wrong\n" not in text
     assert "- transformers: not installed" in text
     rows = json.loads(json.dumps(table.as_json(FACTS, RESULTS)))["results"]
     assert rows[0]["tokens_per_second"] == 50
     assert len({line.count("|") for line in text.splitlines() if line.startswith("| d")}) == 2
+
+
+def test_a_limit_that_is_passed_is_told() -> None:
+    """Steps of a tenth less than a read of their bytes takes; an equal time is no fault."""
+    found = []
+    for share in (1.0, 1.1):
+        remote, machine = FakeRemote("dsc", 1.128e9 / 40e9 / share), speeds(40, 40, 40)
+        cell = Cell("decode", 1, 1)
+        runner = Runner(cast(Remote, remote), cell, Effort(rounds=2))
+        found += measure([runner], partial(next, machine), MOONLIGHT, settle=0)
+    assert [bool(each.passed) for each in found] == [False, True]
+    text = table.markdown(FACTS, found)
+    assert "## The probes are wrong\n\n- decode 1, batch 1, dsc: steps are faster" in text
+    assert text.count("(!) |") == 1
+    assert json.loads(json.dumps(table.as_json(FACTS, found)))["results"][1]["passed"]
+
+
+def test_the_probe_reads_as_many_bytes_as_a_step() -> None:
+    decode = Cell("decode", 128, 1, "int8")
+    step = sum(work.bytes for work in decode.work(MOONLIGHT, 0))
+    assert decode.read_bytes(MOONLIGHT) == pytest.approx(step)
+    prompt = Cell("prefill", 1024, 1, "int8")
+    twice = sum(w.bytes for w in prompt.work(MOONLIGHT, 0))
+    assert prompt.read_bytes(MOONLIGHT) == pytest.approx(twice / 2, rel=0.01)
 
 
 def test_the_picture_has_a_line_an_engine() -> None:
