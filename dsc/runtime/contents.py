@@ -11,6 +11,7 @@ import sys
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -51,6 +52,15 @@ def contents(
             alone.end()
 
 
+@dataclass(frozen=True, slots=True)
+class _Tensor:
+    """What blocks are of; `read`: bytes that one of its own is read from."""
+
+    name: str
+    type: TensorType
+    read: float
+
+
 class _Ordered:
     """Blocks that are being made, the first of which is the next to be given."""
 
@@ -58,17 +68,18 @@ class _Ordered:
         self, source: WeightSource, pool: ThreadPoolExecutor, alone: _Alone, most: int
     ) -> None:
         self.source, self.pool, self.alone, self.most = source, pool, alone, most
-        self.waiting: deque[tuple[Stored, Future[Any] | None]] = deque()
+        self.waiting: deque[tuple[_Tensor, Future[Any] | None]] = deque()
         self.given, self.held = 0, 0.0
 
     def all(self, stored: Iterable[Stored]) -> Iterator[tuple[str, Any]]:
         """The bytes of tensors, as `contents` gives them."""
-        for each in stored:
-            for block in cuts(each[1], self.source):
-                made = self.pool.submit(self._bytes, block, each[1].type)
-                self.waiting.append((each, made))
+        for name, expr in stored:
+            read = sum(nbytes(leaf.type) for leaf in sources(expr))
+            tensor = _Tensor(name, expr.type, max(1.0, read / max(1, nbytes(expr.type))))
+            for block in cuts(expr, self.source):
+                self.waiting.append((tensor, self.pool.submit(self._bytes, block, expr.type)))
                 yield from self._taken(self.most)
-            self.waiting.append((each, None))
+            self.waiting.append((tensor, None))
         yield from self._taken(0)
 
     def _bytes(self, block: Block, declared: TensorType) -> Any:
@@ -78,29 +89,28 @@ class _Ordered:
     def _taken(self, most: int) -> Iterator[tuple[str, Any]]:
         """The first blocks, until no more than `most` wait."""
         while len(self.waiting) > most:
-            (name, expr), made = self.waiting.popleft()
+            tensor, made = self.waiting.popleft()
             if made is None:
-                self._check_end(name, expr.type)
+                self._check_end(tensor)
                 continue
             try:
                 data = made.result()
             except CheckpointError as error:
-                error.where = error.where or name
+                error.where = error.where or tensor.name
                 raise
             self.given += len(data)
-            yield name, data
-            self._release(len(data), expr)
+            yield tensor.name, data
+            self._release(len(data) * tensor.read)
 
-    def _check_end(self, name: str, declared: TensorType) -> None:
+    def _check_end(self, tensor: _Tensor) -> None:
         """Raise `CheckpointError` unless a tensor's bytes were as many as its type has."""
         given, self.given = self.given, 0
-        if given != nbytes(declared):
-            raise CheckpointError(f"{given} bytes for {declared}", where=name)
+        if given != nbytes(tensor.type):
+            raise CheckpointError(f"{given} bytes for {tensor.type}", where=tensor.name)
 
-    def _release(self, size: int, expr: WeightExpr) -> None:
+    def _release(self, read: float) -> None:
         """Give pages back that were read, beyond so many."""
-        read = sum(nbytes(leaf.type) for leaf in sources(expr))
-        self.held += size * max(1.0, read / max(1, nbytes(expr.type)))
+        self.held += read
         if self.held > RELEASE_BYTES:
             self.source.release()
             self.held = 0.0
