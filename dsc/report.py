@@ -44,7 +44,22 @@ def build_report(
         "notes": list(notes),
         "cache_bytes_per_token": cache_bytes(program),
         "parameters": parameter_count(program),
+        "packed": packed_report(program),
     }
+
+
+def packed_report(program: Program) -> dict[str, Any]:
+    """Bytes of the weights that each rank packs: in all, and of each layer by what they are in."""
+    layers: dict[str, Counter[str]] = {}
+    for name, expr in program.weights.items():
+        kind = f"{expr.type.dtype}{expr.type.format or ''}"
+        layers.setdefault(layer_of(name), Counter())[kind] += cast(int, expr.type.nbytes)
+    found = [
+        {"layer": name, "bytes": kinds.total(), "formats": dict(kinds)}
+        for name, kinds in layers.items()
+    ]
+    ranks, total = program.mesh.ranks, sum(kinds.total() for kinds in layers.values())
+    return {"bytes": total, "ranks": ranks, "layers": found}
 
 
 def entry_report(program: Program, name: str, plan: Plan | None = None) -> dict[str, Any]:

@@ -243,9 +243,13 @@ def _heads(graph: Graph) -> Iterable[str]:
 
 
 def _ends(value: Value, readers: Mapping[str, Sequence[Use]]) -> Iterator[bool]:
-    """For each way that a value goes, whether nothing is computed with it on its way out."""
+    """For each way that a value goes, whether nothing is computed with it on its way out.
+
+    Ranks that have a part of the rows each put them side by side.
+    """
+    moves = ("cast", "all_gather")
     for node, _ in readers[value.name]:
-        if node is not None and (node.op == "cast" or traits_of(node.op).role is Role.VIEW):
+        if node is not None and (node.op in moves or traits_of(node.op).role is Role.VIEW):
             for each in node.outputs:
                 yield from _ends(each, readers)
         else:

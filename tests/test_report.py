@@ -21,15 +21,25 @@ from dsc.ir.graph import GraphBuilder, Weight
 from dsc.ir.interface import State, Storage
 from dsc.ir.layers import layer_of, runs
 from dsc.ir.limits import Limits
+from dsc.ir.parser import parse_program
 from dsc.ir.program import Program
 from dsc.ir.stages import Stage
 from dsc.ir.types import DType, TensorType
 from dsc.ir.weights import MetaSource, Source
 from dsc.passes.absorb_mla import AbsorbMla
 from dsc.passes.lower_moe_dispatch import LowerMoeDispatch
+from dsc.passes.shard import Shard
 from dsc.passes.specialise_entries import SpecialiseEntries
-from dsc.report import build_report, cache_bytes, cache_layer, entry_report, state_bytes
+from dsc.report import (
+    build_report,
+    cache_bytes,
+    cache_layer,
+    entry_report,
+    packed_report,
+    state_bytes,
+)
 from dsc.rewrite.base import PassReport
+from dsc.runtime.packing import layout
 from dsc.runtime.plan import EntryPlan, Launch, Plan
 from tests.backends import canonical_lm as family
 from tests.cli.conftest import Invoke
@@ -66,6 +76,42 @@ def test_the_figures_of_v3(v3: Program) -> None:
     assert decode["points"][1]["read_bytes"] > decode["points"][0]["read_bytes"]
     assert report["entries"]["prefill"]["at"]["S"] == 32  # what the program was bounded to
     json.dumps(report)
+
+
+MLP = """graph main(%x: f32[N,8], @layers.0.gate: f32[6,8], @layers.0.up: f32[6,8],
+  @layers.0.down: f32[8,6], @head: f8e4m3{4x*,f32}[10,8]) {
+  %g = linear %x, @layers.0.gate
+  %u = linear %x, @layers.0.up
+  %h = swiglu %g, %u
+  %d = linear %h, @layers.0.down
+  %y = linear %d, @head
+  return %y
+}"""
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_what_a_rank_packs_is_told_by_layer_and_by_what_it_is_in(ranks: int) -> None:
+    program = parse_program(MLP)
+    if ranks > 1:
+        program = Shard(ranks=ranks).run(program, PassReport())
+    found = packed_report(program)
+    assert found["ranks"] == ranks
+    assert found["bytes"] == sum(size for _, size in layout(program)[1].values())
+    plain = 3 * 6 * 8 * 4 // ranks
+    head, layer = sorted(found["layers"], key=itemgetter("layer"))
+    assert layer == {"layer": "layers.0", "bytes": plain, "formats": {"f32": plain}}
+    assert found["bytes"] - plain == head["bytes"]
+    if ranks == 1:
+        assert head["formats"] == {"f8e4m3{4x*,f32}": 10 * 8 + 3 * 4}
+
+
+def test_what_v3_packs_is_all_that_it_is_made_of(v3: Program) -> None:
+    report = build_report(v3, [], {}, [])
+    packed = report["packed"]
+    assert packed["bytes"] == pytest.approx(2 * report["parameters"], rel=0.02)
+    named = {layer["layer"]: layer for layer in packed["layers"]}
+    assert named["model.layers.3"]["bytes"] == named["model.layers.60"]["bytes"] > 20e9
+    assert named["model.layers.2"]["bytes"] < 2e9
 
 
 def test_layers_add_up(v3: Program) -> None:

@@ -34,6 +34,9 @@ def inspect(
     config: options.Config = None,
     weights: options.Weights = None,
     backend: options.Backend = None,
+    quant: options.Quant = "none",
+    cache_format: options.CacheFormat = "bf16",
+    ranks: options.Ranks = None,
     json: options.Json = False,
 ) -> None:
     """Print the text IR of MODEL, or of an artifact OUT, or what OUT holds.
@@ -44,18 +47,23 @@ def inspect(
 
         dsc inspect models/v3.py --entry decode --after absorb_mla
 
-        dsc inspect models/v3.py --config 671b --weights none --report
+        dsc inspect v3 --config 671b --weights none --quant fp8 --ranks 8 --report
 
         dsc inspect v3-tvm --kernels
     """
     if json and not report:
         raise UsageError("--json goes with --report", hint="the text IR is printed as it is")
     folder = Path(model)
-    given = options.chosen(config=config, weights=weights)
+    forms = {"quant": quant, "cache_format": cache_format}
+    plain = {"quant": "none", "cache_format": "bf16"}
+    asked = {name: form for name, form in forms.items() if form != plain[name]}
+    given = options.chosen(config=config, weights=weights, ranks=ranks, **asked)
     if kernels and entry is not None:
         raise UsageError("kernels are of all entries", hint="give --kernels or --entry, not both")
     if (folder / "dsc.json").is_file():
-        idle = [f"--{name}" for name in (*given, *(["backend"] if backend else []))]
+        idle = [
+            f"--{name.replace('_', '-')}" for name in (*given, *(["backend"] if backend else []))
+        ]
         if idle:
             raise UsageError(
                 f"{', '.join(idle)}: for models; an artifact is what it was compiled for",

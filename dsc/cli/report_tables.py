@@ -5,6 +5,7 @@ Reports come from files, perhaps a stranger's: what they hold is shown as text, 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from operator import itemgetter
 from typing import Any
@@ -46,6 +47,9 @@ def print_report(console: Console, report: Mapping[str, Any], entry: str | None 
         if found.get("layers"):
             console.print()
             console.print(layers_table(name, found))
+    if report.get("packed", {}).get("layers") and entry is None:
+        console.print()
+        console.print(packed_table(report["packed"]))
     if report.get("quantisation"):
         console.print()
         console.print(quantisation_table(report["quantisation"]))
@@ -58,6 +62,10 @@ def _head(report: Mapping[str, Any]) -> Iterator[str]:
         yield f"parameters            {human_count(report['parameters'])}"
     if report.get("cache_bytes_per_token"):
         yield f"cache, a token        {report['cache_bytes_per_token']:,} B"
+    if report.get("packed"):
+        ranks = report["packed"]["ranks"]
+        each = f", each of {ranks} ranks" if ranks > 1 else ""
+        yield f"weights, packed       {report['packed']['bytes']:,} B{each}"
     if report.get("seconds"):
         spent = ", ".join(f"{name} {value:.2f}" for name, value in report["seconds"].items())
         yield f"seconds               {spent}"
@@ -137,6 +145,27 @@ def layers_table(name: str, entry: Mapping[str, Any]) -> Table:
     return table
 
 
+def packed_table(packed: Mapping[str, Any]) -> Table:
+    """One line for each run of layers whose weights are packed alike, and one for all."""
+    ranks = packed["ranks"]
+    title = "packed weights" + (f", of each of {ranks} ranks" if ranks > 1 else "")
+    table = table_of(title, ("layer",), ("each", "together", "in"))
+
+    def add(name: str, alike: Sequence[Mapping[str, Any]]) -> None:
+        each, count = alike[0], len(alike)
+        kinds = sorted(each["formats"].items(), key=lambda kind: -kind[1])
+        shown = ", ".join(f"{kind} {human_bytes(size)}" for kind, size in kinds)
+        add_row(table, name, human_bytes(each["bytes"]), human_bytes(count * each["bytes"]), shown)
+
+    for alike in runs(packed["layers"], itemgetter("layer"), itemgetter("formats")):
+        add(summary([layer["layer"] for layer in alike]), alike)
+    everything: Counter[str] = Counter()
+    for layer in packed["layers"]:
+        everything.update(layer["formats"])
+    add("all", [{"bytes": packed["bytes"], "formats": everything}])
+    return table
+
+
 def quantisation_table(found: Mapping[str, Any]) -> Table:
     """One line for each operator that was quantised alone, the worst first, `WORST` at most."""
     operators = found["operators"]
@@ -203,7 +232,7 @@ def table_of(title: str, left: Sequence[str], right: Sequence[str]) -> Table:
     for name in left:
         table.add_column(name, overflow="fold")
     for name in right:
-        words = name in ("fired", "regions")
+        words = name in ("fired", "regions", "in")
         table.add_column(name, justify="left" if words else "right", overflow="fold")
     return table
 

@@ -69,11 +69,19 @@ REPORT = {
         },
         "prefill": {"nodes": 8, "points": [{"at": {"S": 512}, **COSTS}]},
     },
+    "packed": {
+        "bytes": 3100, "ranks": 2, "layers": [
+            {"layer": "embed", "bytes": 100, "formats": {"bf16": 100}},
+            *({"layer": f"layers.{i}", "bytes": 1500, "formats": {"f32": 20, "i8": 1480}}
+              for i in range(2)),
+        ],
+    },
     "notes": ["a note", "and " + chr(7)],
 }  # fmt: skip
 SHOWN = """\
 parameters            70.27 k
 cache, a token        70,272 B
+weights, packed       3,100 B, each of 2 ranks
 seconds               trace 1.23, passes 0.50
 
 passes
@@ -96,6 +104,12 @@ layer          nodes  launches  params  weights    read  written  flop  cache/to
 embed              3         -  1.00 k   4.0 kB  1.5 kB     20 B     7            -  -
 layers.{0..1}      3         2  1.00 k   4.0 kB  1.5 kB     20 B     7         40 B  gemm, norm x2
 layers.2           4         -  1.00 k   4.0 kB  1.5 kB     20 B     7         40 B  gemm, norm x2
+
+packed weights, of each of 2 ranks
+layer            each  together  in
+embed           100 B     100 B  bf16 100 B
+layers.{0..1}  1.5 kB    3.0 kB  i8 1.5 kB, f32 20 B
+all            3.1 kB    3.1 kB  i8 3.0 kB, bf16 100 B, f32 40 B
 note: a note
 note: and ?
 """

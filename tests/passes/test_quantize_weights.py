@@ -109,6 +109,14 @@ def test_only_what_is_a_result_has_the_codes_of_the_head() -> None:
     assert report.facts == {"i8": 4, "i4": 1}
 
 
+@pytest.mark.parametrize(("op", "is_head"), [("all_gather", True), ("all_reduce", False)])
+def test_ranks_that_put_their_logits_side_by_side_have_a_head(op: str, is_head: bool) -> None:
+    attrs = {"all_gather": "{axis=1, ranks=2}", "all_reduce": "{ranks=2}"}[op]
+    program = parse_program(TEXT.replace("cast %l {dtype=bf16}", f"{op} %l {attrs}"))
+    done = QuantizeWeights(codes="i8", head="i4").run(program, PassReport())
+    assert (codes_of(done.weights["head.weight"]) is DType.i4) is is_head
+
+
 @pytest.mark.parametrize(
     ("keep", "kept"),
     [
