@@ -6,7 +6,7 @@ Only what must have the compiler stands here; it runs in processes of its own (`
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,11 @@ from tvm import ir, tirx
 from tvm.target import codegen
 
 from dsc.backends.tvm.bf16 import instructions_of
-from dsc.backends.tvm.machine import Cpu, Machine
+from dsc.backends.tvm.machine import FLAGS, Cpu, Machine
 from dsc.backends.tvm.tir import PrimFunc
 from dsc.errors import UsageError
 from dsc.files import check_room
+from dsc.runtime.standalone import lacking
 
 PIPELINE = "dsc"
 OBJECT_BYTES = 16 * 10**6
@@ -44,9 +45,8 @@ def build_object(functions: Mapping[str, PrimFunc], machine: Machine) -> bytes:
     """
     module = tvm.IRModule({ir.GlobalVar(name): f for name, f in functions.items()})
     tirx.register_tir_pipeline(PIPELINE, tir_passes)
-    built = tvm.compile(
-        module, target=tvm_target(machine.cpu, machine.triple), tir_pipeline=PIPELINE
-    )
+    target = tvm_target(machine.cpu, machine.triple, machine.without)
+    built = tvm.compile(module, target=target, tir_pipeline=PIPELINE)
     with tempfile.TemporaryDirectory(prefix="dsc-tvm-") as folder:
         path = Path(folder) / "kernel.o"
         check_room(path, OBJECT_BYTES, "code to be linked")
@@ -82,14 +82,20 @@ def _named() -> Any:
     return tvm.ir.transform.module_pass(visible, opt_level=0)
 
 
-def tvm_target(cpu: str, triple: str = "") -> Any:
-    """TVM's target for an LLVM CPU name; of another architecture with its triple."""
-    told = {"mtriple": triple} if triple else {}
+def tvm_target(cpu: str, triple: str = "", without: Sequence[str] = ()) -> Any:
+    """TVM's target for an LLVM CPU name, less some features; elsewhere with its triple."""
+    told: dict[str, Any] = {"mtriple": triple} if triple else {}
+    if without:
+        told["mattr"] = [f"-{name}" for name in without]
     return tvm.target.Target({"kind": "llvm", "mcpu": cpu, **told})
 
 
 def describe_cpu(name: str) -> Cpu:
-    """What LLVM knows of a CPU, the host for "". Raises `UsageError` for a name that it lacks."""
+    """What LLVM knows of a CPU, the host for "". Raises `UsageError` for a name that it lacks.
+
+    Of the host's what its operating system does not give is left out: LLVM goes by the name, and a
+    virtual machine may hide some.
+    """
     host = codegen.llvm_get_system_cpu()
     cpu = name or host
     ours = codegen.llvm_get_system_triple()
@@ -100,5 +106,13 @@ def describe_cpu(name: str) -> Cpu:
             hint="a name such as cpu:znver4, cpu:x86-64-v3 or cpu:neoverse-n1",
         )
     triple = "" if found[0] == ours else found[0]
-    features = sorted(map(str, codegen.llvm_get_cpu_features(tvm_target(cpu, triple))))
-    return Cpu(cpu, host, tuple(features), int(codegen.llvm_version_major()), triple)
+    features = _features(tvm_target(cpu, triple))
+    without: tuple[str, ...] = ()
+    if cpu == host:
+        without = tuple(x for x in features if x in FLAGS and lacking([FLAGS[x]]))
+        features = _features(tvm_target(cpu, triple, without))
+    return Cpu(cpu, host, features, int(codegen.llvm_version_major()), triple, without)
+
+
+def _features(target: Any) -> tuple[str, ...]:
+    return tuple(sorted(map(str, codegen.llvm_get_cpu_features(target))))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cache
 from importlib.metadata import version
 from typing import cast
@@ -41,9 +41,9 @@ class Machine:
     `amx`). `dots` is how bytes are multiplied (`byte_products`), and with `byte_tiles` those of
     many rows go by AMX too; `vbmi` says that FP8 codes are looked up in tables, `f16` that an
     instruction makes fp32 of fp16, `fma` that fp32 has fused products. `vectors` of 16 floats are
-    what its registers hold. With few rows a task of a bf16 product takes `narrow` columns, so that
-    small matrices occupy all threads, with many `wide`: 16 to 64 (see `tuning`). Where weights are
-    codes it is `run`.
+    what its registers hold. `triple` and `without` are those of its `Cpu`. With few rows a task of
+    a bf16 product takes `narrow` columns, so that small matrices occupy all threads, with many
+    `wide`: 16 to 64 (see `tuning`). Where weights are codes it is `run`.
     """
 
     cpu: str
@@ -61,6 +61,7 @@ class Machine:
     fma: bool = False
     vectors: int = 8
     triple: str = ""
+    without: tuple[str, ...] = ()
     narrow: int = 16
     wide: int = 64
     run: int = SHORTEST_RUN
@@ -75,7 +76,8 @@ class Machine:
 class Cpu:
     """What LLVM knows of a CPU: its name there, the host's, its features, and LLVM's version.
 
-    `triple` is of an architecture that is not the host's.
+    `triple` is of an architecture that is not the host's, `without` what the host's CPU has by its
+    name and hides.
     """
 
     name: str
@@ -83,6 +85,7 @@ class Cpu:
     features: tuple[str, ...]
     llvm: int
     triple: str = ""
+    without: tuple[str, ...] = ()
 
     def has(self, *features: str) -> bool:
         """Whether it has all of these."""
@@ -98,11 +101,12 @@ class Cpu:
 @cache
 def cpu_of(arch: str) -> Cpu:
     """The CPU of an LLVM name, the host for "". Raises `UsageError` for a name LLVM lacks."""
-    key = {"arch": arch, "host": processor(), "tvm": version("apache-tvm")}
+    told = [field.name for field in fields(Cpu)]
+    key = {"arch": arch, "host": processor(), "tvm": version("apache-tvm"), "told": told}
     data = kept.get("cpus", key)
     if data is not None:
         found = json.loads(data)
-        return Cpu(**found | {"features": tuple(found["features"])})
+        return Cpu(**found | {name: tuple(found[name]) for name in ("features", "without")})
     (cpu,) = workers.run([("dsc.backends.tvm.build:describe_cpu", (arch,))])
     for asked in {arch, cpu.name}:  # the host has a name too
         kept.put("cpus", key | {"arch": asked}, json.dumps(asdict(cpu)).encode())
@@ -131,6 +135,8 @@ def machine_for(target: Target) -> Machine:
             f16=True,
             fma=True,
             vectors=32,
+            triple=cpu.triple,
+            without=cpu.without,
             narrow=32 if tiles else 16,
         )
     wide = cpu.has("avx2")
@@ -143,6 +149,7 @@ def machine_for(target: Target) -> Machine:
         f16=cpu.has("f16c") or cpu.has("neon"),
         fma=cpu.has("fma") or cpu.has("neon"),
         triple=cpu.triple,
+        without=cpu.without,
     )
 
 

@@ -173,7 +173,7 @@ class _Module:
             return done
 
         tirx.register_tir_pipeline(PIPELINE, tir_passes)
-        target = tvm_target(self.machine.cpu, self.machine.triple)
+        target = tvm_target(self.machine.cpu, self.machine.triple, self.machine.without)
         built = relax.build(self.builder.get(), target, relax_pipeline=lower, tir_pipeline=PIPELINE)
         with tempfile.TemporaryDirectory(prefix="dsc-relax-") as folder:
             path = Path(folder) / "model.so"

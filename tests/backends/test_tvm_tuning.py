@@ -16,7 +16,7 @@ pytest.importorskip("tvm")
 
 from dsc.backends.tvm import TvmBackend, executable, objects, tuning
 from dsc.backends.tvm.kernels.panels import panel_bytes
-from dsc.backends.tvm.machine import Machine, cpu_of, machine_for
+from dsc.backends.tvm.machine import FLAGS, Machine, cpu_of, machine_for
 from dsc.backends.tvm.objects import Kernel
 from dsc.backends.tvm.tuning import FEW, MANY, Tiling, agreed, choose, ways
 from dsc.errors import BackendUnavailable, InternalError
@@ -74,6 +74,24 @@ def test_a_cpu_gives_what_its_own_code_needs() -> None:
     assert not lacking(cpu_of("").needs)
     assert "avx_vnni" in cpu_of("alderlake").needs
     assert "avx512f" not in cpu_of("alderlake").needs
+
+
+def test_what_a_virtual_machine_hides_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    from dsc.backends.tvm import build
+
+    whole = build.describe_cpu("")
+    hidden = next((x for x in ("avx512f", "avx2", "dotprod") if whole.has(x)), "")
+    if not hidden:
+        pytest.skip("this CPU has nothing that could be hidden")
+    monkeypatch.setattr(build, "lacking", lambda needs: [x for x in needs if x == FLAGS[hidden]])
+    found = build.describe_cpu("")
+    assert found.without == (hidden,)
+    assert not found.has(hidden)
+    assert not (found.has("avx512vnni") and hidden != "dotprod")
+    assert set(found.needs) < set(whole.needs)
+    assert build.describe_cpu("x86-64-v4").has("avx512f")
+    text = str(build.tvm_target(found.name, found.triple, found.without))
+    assert f"-{hidden}" in text
 
 
 @pytest.mark.parametrize(
