@@ -40,7 +40,7 @@ from contextlib import contextmanager
 from dsc.backends.tvm import amx
 from dsc.backends.tvm.byte_products import DOTS, listed
 from dsc.backends.tvm.machine import Machine
-from dsc.backends.tvm.tir import Expr, T, bind, tirx
+from dsc.backends.tvm.tir import Expr, T, bind, cast, splat, tirx
 
 LANES = 16
 """Columns of a vector, as many as rows lie side by side."""
@@ -171,24 +171,48 @@ def _unpacked(half: int) -> str:
     return f"<64 x i32> <{mask}>"
 
 
+_EIGHTS = "<64 x i32> <" + ", ".join(
+    f"i32 {32 * part + 8 * lane + i}" for lane in range(4) for part in range(2) for i in range(8)
+) + ">"  # fmt: skip
+"""Codes in the order in which `_unpacked` gives each half of them in order."""
+
+
+def _half(half: int) -> str:
+    return "<32 x i32> <" + ", ".join(f"i32 {32 * half + i}" for i in range(32)) + ">"
+
+
 def _tables() -> str:
     bits = [_bf16_of(code) for code in range(128)]
     vector = "<64 x i8>"
     lookup = f"{vector} @llvm.x86.avx512.vpermi2var.qi.512"
     text = f"\ndeclare {lookup}({vector}, {vector}, {vector})\n"
+    lookups = ""
+    for part, shift in (("l", 0), ("h", 8)):
+        tables = [[(b >> shift) & 255 for b in bits[i : i + 64]] for i in (0, 64)]
+        first, second = map(_table, tables)
+        lookups += f"  %{part} = call {lookup}(\n    {first}, {vector} %c, {second})\n"
     for half, name in enumerate(("low", "high")):
-        lookups = ""
-        for part, shift in (("l", 0), ("h", 8)):
-            tables = [[(b >> shift) & 255 for b in bits[i : i + 64]] for i in (0, 64)]
-            first, second = map(_table, tables)
-            lookups += f"  %{part} = call {lookup}(\n    {first}, {vector} %c, {second})\n"
+        unpacked = f"""{lookups}  %g = and <64 x i8> %c, splat (i8 -128)
+  %s = or <64 x i8> %h, %g
+  %u = shufflevector <64 x i8> %l, <64 x i8> %s, {_unpacked(half)}
+"""
         text += f"""
 define linkonce_odr <32 x i16> @dsc_{name}_f8(<16 x i32> %a) #5 {{
   %c = bitcast <16 x i32> %a to <64 x i8>
-{lookups}  %g = and <64 x i8> %c, splat (i8 -128)
-  %s = or <64 x i8> %h, %g
-  %u = shufflevector <64 x i8> %l, <64 x i8> %s, {_unpacked(half)}
-  %r = bitcast <64 x i8> %u to <32 x i16>
+{unpacked}  %r = bitcast <64 x i8> %u to <32 x i16>
+  ret <32 x i16> %r
+}}
+
+define linkonce_odr <32 x i16> @dsc_{name}_scaled_f8(<16 x i32> %a, <32 x i16> %k) #5 {{
+  %b = bitcast <16 x i32> %a to <64 x i8>
+  %c = shufflevector <64 x i8> %b, <64 x i8> poison, {_EIGHTS}
+{unpacked}  %w = bitcast <64 x i8> %u to <32 x i16>
+  %m = and <64 x i8> %b, splat (i8 127)
+  %n = add <64 x i8> %m, splat (i8 -1)
+  %i = icmp ult <64 x i8> %n, splat (i8 126)
+  %f = shufflevector <64 x i1> %i, <64 x i1> poison, {_half(half)}
+  %t = add <32 x i16> %w, %k
+  %r = select <32 x i1> %f, <32 x i16> %t, <32 x i16> %w
   ret <32 x i16> %r
 }}
 """
@@ -357,6 +381,17 @@ def from_f8(bytes: Expr) -> Expr:
 def bf16_of_f8(codes: Expr) -> tuple[Expr, Expr]:
     """64 e4m3 codes as bf16: of the first and of the last two columns of each four."""
     return _call("low_f8", "uint16x32", codes), _call("high_f8", "uint16x32", codes)
+
+
+def scaled_f8(codes: Expr, exponent: Expr) -> tuple[Expr, Expr]:
+    """64 e4m3 codes in order as bf16, times the power of two of an exponent, an int32.
+
+    Every number must be one of bf16 that is not subnormal: exponents from -117 to 119.
+    """
+    moved = cast(exponent << tirx.const(7, "int32"), "int16")
+    every = T.reinterpret("uint16x32", splat(bind(moved), 32))
+    low, high = (f"{half}_scaled_f8" for half in ("low", "high"))
+    return _call(low, "uint16x32", codes, every), _call(high, "uint16x32", codes, every)
 
 
 def gathered(low: Expr, high: Expr) -> Expr:

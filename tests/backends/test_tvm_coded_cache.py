@@ -6,7 +6,7 @@ that nobody has written hold NaN, so that one which is seen shows.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -15,6 +15,8 @@ import torch
 from dsc import pipeline
 from dsc.backends import get
 from dsc.backends.base import EmitOptions
+from dsc.backends.tvm import machine as machines
+from dsc.backends.tvm.machine import machine_for
 from dsc.ir.dims import evaluate
 from dsc.ir.formats import pack_state
 from dsc.ir.graph import Graph
@@ -26,10 +28,11 @@ from dsc.ir.types import DType
 from dsc.rewrite.verify import relative_difference
 from dsc.runtime.executable import Executable
 from dsc.targets import parse_target
+from tests.backends.tiles import modelled
 
 pytest.importorskip("tvm")
 TOLERANCE = {"f32": 1e-5, "bf16": 2e-2}
-ROOM, PAGES = 200, 9
+ROOM, PAGES = 1210, 9
 NAN = 0xFF
 
 
@@ -87,11 +90,13 @@ CASES = [
 ]
 SIZES = [(1, 1, 130), (3, 5, 77)]
 """Sequences, new tokens, and tokens that the longest has already."""
+LONG = (1, 1, 1200)
+"""Several tiles for each share of the context."""
 
 
 def program(cases: list[Case]) -> Program:
     """An entry a case."""
-    symbols = "symbols {B=[0,4], C=[1,256], M=[1,8], N=[1,16], S=[0,8]}\n"
+    symbols = "symbols {B=[0,4], C=[1,2048], M=[1,8], N=[1,16], S=[0,8]}\n"
     text = f'program "t" {{stage=OPTIMIZED}}\n{symbols}' + "".join(case.text for case in cases)
     return pipeline.apply(parse_program(text), ["own_outputs"])
 
@@ -168,8 +173,30 @@ def check(case: Case, executable: Executable, sizes: tuple[int, int, int]) -> No
 def test_a_cache_in_codes_is_what_the_interpreter_makes_of_it(
     case: Case, loaded: Executable
 ) -> None:
-    for sizes in SIZES:
+    for sizes in (*SIZES, LONG) if case is CASES[0] else SIZES:
         check(case, loaded, sizes)
+
+
+def test_tiles_read_codes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a model of AMX: one token over a cache in pages."""
+    host, case = machine_for(parse_target("cpu")), CASES[1]
+    if host.vectors < 32:
+        pytest.skip("this CPU has no AVX-512, which kernels with tiles are made for")
+    modelled(monkeypatch, replace(host, tiles=True, byte_tiles=True), tmp_path)
+    check(case, compiled(program([case]), "cpu", tmp_path), SIZES[1])
+
+
+def test_codes_are_widened_without_tables_and_without_pairs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    host = machine_for(parse_target("cpu"))
+    if not host.bf16:
+        pytest.skip("this CPU has no kernels of its own for bf16")
+    chosen = replace(host, pairs=False, narrows=False, vbmi=False)
+    monkeypatch.setattr(machines, "machine_for", lambda target: chosen)
+    run = compiled(program(CASES[:2]), "cpu", tmp_path)
+    for case in CASES[:2]:
+        check(case, run, SIZES[1])
 
 
 @pytest.mark.parametrize("case", CASES[::2], ids=lambda case: case.name)

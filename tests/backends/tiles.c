@@ -59,3 +59,23 @@ void amx_tdpbssd(uint8_t sums, uint8_t left, uint8_t right) {
         memcpy(c->data[m] + 4 * n, &sum, 4);
       }
 }
+
+static float wide(const uint8_t *from) {
+  uint32_t bits = (uint32_t)(from[0] | from[1] << 8) << 16;
+  float value;
+  return memcpy(&value, &bits, 4), value;
+}
+
+void amx_tdpbf16ps(uint8_t sums, uint8_t left, uint8_t right) {
+  Tile *c = used(sums), *a = used(left), *b = used(right);
+  fits(c, a, b);
+  for (int m = 0; m < c->rows; m++)
+    for (int k = 0; k < b->rows; k++)
+      for (int n = 0; n < c->bytes / 4; n++) {
+        float sum;
+        memcpy(&sum, c->data[m] + 4 * n, 4);
+        for (int i = 0; i < 2; i++)
+          sum += wide(a->data[m] + 4 * k + 2 * i) * wide(b->data[k] + 4 * n + 2 * i);
+        memcpy(c->data[m] + 4 * n, &sum, 4);
+      }
+}

@@ -22,6 +22,7 @@ from dsc.backends.tvm.bf16 import (
     by_pairs,
     instructions,
     narrow,
+    prefetch_far,
     put_bits,
     unzipped,
 )
@@ -137,7 +138,7 @@ def bf16_latent(
         q = Tensor(given["q_latent"], DType.bf16, (b, s, heads, c))
         q_r = Tensor(given["q_rope"], DType.bf16, (b, s, heads, r))
         cache = LatentCache.of(given, DType.bf16, c, r, page)
-        coded = CodedRows(kind, given["latent"]) if kind is not None and split else None
+        coded = CodedRows(kind, given["latent"], True) if kind is not None and split else None
         used = Tensor(given["lengths"], DType.i64, (b,))
         y = Tensor(given["out"], DType.bf16, (b, s, heads, c))
         shared = SharedParts(given["scratch"], heads, c, b * s) if split else None
@@ -156,8 +157,13 @@ def bf16_latent(
                 later = cache.slot(batch, begin + tirx.min(block + 1, blocks - 1) * BLOCK)
                 here = bind(tirx.min(integer(BLOCK), count - block * BLOCK))
                 if coded is not None:
+                    next_one = tirx.min(begin + (block + 1) * BLOCK, limit - 1)
+                    later = cache.slot(batch, next_one)
                     with loop(here) as t:
                         coded.widen(bind(first + t), wide, bind(t * c))
+                        coded.ahead(bind(later + t))
+                        for line in range(0, r, LANES):
+                            prefetch_far(cache.rope, (later + t) * r + line)
                 near = first if coded is None else integer(0)
                 with loop(heads // group) as g:
                     head = bind(g * group)
@@ -177,7 +183,7 @@ def bf16_latent(
 
         with instructions(), coded_cache.instructions(kind):
             if kind is not None and coded is None:
-                coded_cache.widen_all(kind, given, cache)
+                coded_cache.widen_all(kind, given, cache, native=True)
             for_each(b * s * parts, bind(heads * (cache.extent * (c // parts))), task)
             if shared is not None:
                 for_each(b * s * heads, parts * c, lambda n: shared.join(y, n, True))
@@ -312,7 +318,7 @@ def bf16_mla(
 
         with instructions(), coded_cache.instructions(kind):
             if kind is not None:
-                coded_cache.widen_all(kind, given, cache)
+                coded_cache.widen_all(kind, given, cache, native=True)
             for_each(b * heads, PARALLEL_WORK, task)
 
     return build(body, names)

@@ -17,7 +17,7 @@ from functools import reduce
 from itertools import zip_longest
 from typing import TypeAlias
 
-from dsc.backends.tvm import codes
+from dsc.backends.tvm import bf16, codes
 from dsc.backends.tvm.codes import LANES
 from dsc.backends.tvm.kernels.bf16_product import ceil_div
 from dsc.backends.tvm.kernels.latent_cache import CacheRows, LatentCache, arguments
@@ -27,6 +27,7 @@ from dsc.backends.tvm.tir import (
     Expr,
     Local,
     PrimFunc,
+    T,
     Tensor,
     bind,
     build,
@@ -49,6 +50,12 @@ from dsc.ir.types import DType, TensorType
 Group: TypeAlias = tuple[Expr, Expr]
 ROWS = 64
 """Rows that a task widens for the steps of several tokens."""
+WIDE = 64
+"""Codes that tables take at a time."""
+BIAS, EXPONENTS = 127, (-117, 119)
+"""What fp32 adds to an exponent, and those of scales with which every FP8 code is one of bf16."""
+LINE = 64
+"""Bytes that come from memory together."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,26 +94,64 @@ class Kind:
 
 
 class CodedRows:
-    """Rows at an address, by the numbers of their slots; scales are fp32 words between them."""
+    """Rows at an address, by the numbers of their slots; scales are fp32 words between them.
 
-    def __init__(self, kind: Kind, address: Expr) -> None:
-        self.kind = kind
+    With `native` numbers are bf16, and the kernel has its instructions (`../bf16.py`).
+    """
+
+    def __init__(self, kind: Kind, address: Expr, native: bool = False) -> None:
+        self.kind, self.native = kind, native
+        self.words = Tensor(address, DType.i32, (1,))
         self.codes = Tensor(address, DType.u8 if kind.codes.is_float else DType.i8, (1,))
         self.scales = Tensor(address, DType.f32, (1,))
 
     def widen(self, slot: Expr, target: Tensor, at: Expr) -> None:
         """Write what a row stands for to `target`, from a position on, in its element type."""
+        tables = self.native and self.kind.codes.is_float and self.kind.machine.vbmi
         for each_group, count in self._groups(slot):
             with each_group as (column, place):
-                scale = splat(bind(self.scales.at(place)), LANES)
-                start = bind(slot * self.kind.bytes + column)
-                for n in _whole(count):
-                    found = self._numbers(self.codes.at(start + n, LANES))
-                    target.put(at + column + n, found * scale)
-                with loop(count % LANES) as n:
-                    last = bind(count - count % LANES + n)
-                    found = self._numbers(splat(bind(self.codes.at(start + last)), LANES))
-                    target.put(at + column + last, tirx.Shuffle([bind(found * scale)], [0]))
+                scale = bind(self.scales.at(place))
+                start, to = bind(slot * self.kind.bytes + column), bind(at + column)
+                if not tables or count % WIDE:
+                    self._multiply(start, count, scale, target, to)
+                    continue
+                bits = bind(reinterpret(scale, "int32"))
+                exponent = bind(bits >> tirx.const(23, "int32"))
+                low, high = (tirx.const(n + BIAS, "int32") for n in EXPONENTS)
+                plain = tirx.EQ(bits & tirx.const(0x7FFFFF, "int32"), tirx.const(0, "int32"))
+                with T.If(tirx.all(plain, exponent >= low, exponent <= high)):
+                    with T.Then():
+                        self._look_up(start, count, exponent, target, to)
+                    with T.Else():
+                        self._multiply(start, count, scale, target, to)
+
+    def ahead(self, slot: Expr) -> None:
+        """Ask for the lines of a row."""
+        for line in range(0, self.kind.bytes + LINE - 1, LINE):
+            bf16.prefetch_far(self.codes, slot * self.kind.bytes + line)
+
+    def _look_up(self, start: Expr, count: int, exponent: Expr, target: Tensor, to: Expr) -> None:
+        """FP8 codes by tables, times a power of two."""
+        first = bind(tirx.truncdiv(start, integer(4)))
+        for n in range(0, count, WIDE):
+            found = bind(self.words.at(first + n // 4, LANES))
+            halves = codes.scaled_f8(found, exponent - tirx.const(BIAS, "int32"))
+            for half, numbers in enumerate(halves):
+                bf16.put_bits(target, to + n + half * bf16.LANES, numbers)
+
+    def _multiply(self, start: Expr, count: int, scale: Expr, target: Tensor, to: Expr) -> None:
+        """Codes times a scale, in fp32."""
+        every = splat(scale, LANES)
+        for n in _whole(count):
+            found = self._numbers(self.codes.at(start + n, LANES)) * every
+            if self.native:
+                bf16.put_bits(target, to + n, bf16.narrow(bind(found)))
+            else:
+                target.put(to + n, found)
+        with loop(count % LANES) as n:
+            last = bind(count - count % LANES + n)
+            found = self._numbers(splat(bind(self.codes.at(start + last)), LANES))
+            target.put(to + last, tirx.Shuffle([bind(found * every)], [0]))
 
     def write(self, slot: Expr, source: Tensor, at: Expr) -> None:
         """Write a row of numbers that lies in `source`, from a position on, as codes."""
@@ -231,9 +276,11 @@ def coded_write(dtype: DType, kind: Kind, page: int) -> PrimFunc:
     return build(body, names)
 
 
-def widen_all(kind: Kind, given: Mapping[str, Expr], cache: LatentCache) -> None:
+def widen_all(
+    kind: Kind, given: Mapping[str, Expr], cache: LatentCache, native: bool = False
+) -> None:
     """Widen the rows that a step sees to the latents of `cache`, which lie at the same slots."""
-    b, s, rows = given["b"], given["s"], CodedRows(kind, given["latent"])
+    b, s, rows = given["b"], given["s"], CodedRows(kind, given["latent"], native)
     used = Tensor(given["lengths"], DType.i64, (b,))
     blocks = bind(ceil_div(cache.extent, ROWS))
 

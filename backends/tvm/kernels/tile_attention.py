@@ -109,7 +109,7 @@ def tile_latent(
         used = Tensor(given["lengths"], DType.i64, (b,))
         y = Tensor(given["out"], DType.bf16, (b, s, heads, c))
         shared = SharedParts(given["scratch"], heads, c, b * s) if split else None
-        coded = CodedRows(kind, given["latent"]) if kind is not None and split else None
+        coded = CodedRows(kind, given["latent"], True) if kind is not None and split else None
 
         def task(n: Expr) -> None:
             token, part = bind(tirx.truncdiv(n, parts)), bind(tirx.truncmod(n, parts))
@@ -175,7 +175,7 @@ def tile_latent(
 
         with instructions(), coded_cache.instructions(kind):
             if kind is not None and coded is None:
-                coded_cache.widen_all(kind, given, cache)
+                coded_cache.widen_all(kind, given, cache, native=True)
             for_each(b * s * parts, bind(heads * (cache.extent * (c // parts))), task)
             if shared is not None:
                 for_each(b * s * heads, parts * c, lambda n: shared.join(y, n, False))
@@ -258,7 +258,7 @@ def tile_mla(
 
         with instructions(), coded_cache.instructions(kind):
             if kind is not None:
-                coded_cache.widen_all(kind, given, cache)
+                coded_cache.widen_all(kind, given, cache, native=True)
             for_each(b * heads, PARALLEL_WORK, task)
 
     return build(body, names)
