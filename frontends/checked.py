@@ -1,8 +1,9 @@
 """What must hold of a checkpoint's values, looked at when they are read.
 
-A scale that is NaN makes a block of NaN, and a size or a zero point that is not what the rest of
-the folder says makes another model. Looking ahead would read all of the folder before anything is
-compiled; so the source that a program reads its weights from looks, at no more than is read.
+A scale that is NaN makes a block of NaN, a code of FP8 that is NaN a row of results, and a size or
+a zero point that is not what the rest of the folder says makes another model. Looking ahead would
+read all of the folder before anything is compiled; so the source that a program reads its weights
+from looks, at no more than is read.
 """
 
 from __future__ import annotations
@@ -15,7 +16,11 @@ import numpy as np
 from dsc.errors import CheckpointError
 from dsc.ir.arrays import Array, tensor_of
 from dsc.ir.lazy import torch
+from dsc.ir.types import DType
 from dsc.ir.weights import WeightSource
+
+NAN_CODE = 0x7F
+"""The one NaN of e4m3, but for its sign; it has no infinity."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +34,8 @@ class Holds:
 
 class CheckedSource(WeightSource):
     """A source of which some tensors are looked at when they are first read, and floats always.
+
+    A scale may be zero or negative: quantisers write both, and what they stand for is a number.
 
     `checks`: by key; `None` of floats that must be finite and no more.
     """
@@ -51,7 +58,11 @@ class CheckedSource(WeightSource):
         found = self.source.array(key, rows)
         if key not in self.checks:
             return found
-        if self.types[key].dtype.is_float and not np.isfinite(found.astype(np.float32)).all():
+        kind = self.types[key].dtype
+        if kind is DType.f8e4m3:
+            if (np.bitwise_and(found.view(np.uint8), NAN_CODE) == NAN_CODE).any():
+                raise CheckpointError("a weight is NaN", key, "get the file again")
+        elif kind.is_float and not np.isfinite(found.astype(np.float32)).all():
             raise CheckpointError("a scale is NaN or infinite", key, "get the file again")
         expected = self.checks[key]
         if expected is not None and key not in self._held:

@@ -136,6 +136,7 @@ class CodesReader:
             scales, block = self._scales_of(scale, found, blocks)
             if scales.type.dtype is not DType.f32:
                 scales = apply("cast", scales, dtype=DType.f32)
+            self.checks.setdefault(key)
             return apply("scaled", Source(key, found), scales, block=block)
 
         def in_scheme(scheme: IntegerWeights) -> WeightExpr:

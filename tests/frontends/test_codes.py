@@ -87,7 +87,7 @@ def centred(codes: Codes, bits: int) -> Codes:
     return Codes(codes.codes, np.full_like(codes.zeros, 1 << bits - 1), codes.scales, codes.index)
 
 
-BF16 = ml_dtypes.bfloat16
+BF16, F8 = ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn
 KEPT: dict[str, tuple[str, int, bool, Any, Callable[[Codes], Tensors]]] = {
     "compressed-tensors": ("ct-int4", 4, True, BF16, lambda c: compressed_tensors(c, 4, True)),
     "with zero points": (
@@ -424,6 +424,8 @@ WRONG: dict[str, tuple[str, Damage, str, str]] = {
                  "w.weight_scale", "infinite"),
     "NaN of FP8": ("fp8-block", _set("weight_scale_inv", np.full((1, 1), np.nan, "f4")),
                    "w.weight_scale_inv", "NaN"),
+    "a code of FP8": ("fp8-channel", _set("weight", np.full((8, 64), 0xFF, "u1").view(F8)),
+                      "w.weight", "a weight is NaN"),
     "another shape": ("ct-int4", _set("weight_shape", np.array([8, 63])), "w.weight_shape",
                       "8, 64, the shape"),
     "the other form": ("gptq", _set("qzeros", np.full((2, 1), -2004318072, np.int32)), "w.qzeros",
