@@ -3,8 +3,8 @@
     python -m bench.large pack OUT [--preset moonlight --layers N --quant int4 --backend tvm]
     python -m bench.large run OUT       RSS and first token of an artifact's run.py, files warm
     python -m bench.large               both: Moonlight's released shapes in int4, which must fit
-    python -m bench.large kills         a pack that is killed at random points, each in turn with
-                                        nothing and with an artifact in its place
+    python -m bench.large kills         a pack that is killed at random points, first with an
+                                        artifact in its place and then with nothing
 
 Each is a process of its own. Memory is what the kernel says of it: `RssAnon` of packing, which is
 what it allocated, and the whole RSS of running, mapped weights included.
@@ -37,10 +37,14 @@ spec = importlib.util.spec_from_file_location("run", sys.argv[1] + "/run.py")
 run = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(run)
 model = run.Model(sys.argv[1])
-ids = np.random.default_rng(0).integers(1000, size=int(sys.argv[2])).tolist()
-made = [token for token, _ in zip(run.generate(model, ids, 8, []), range(8))]
+ids = np.random.default_rng(0).integers(1000, size=model.chunk).tolist()
+for token, _ in zip(run.generate(model, ids, 8, []), range(8)):
+    pass
+for cache in model.caches.values():
+    cache[...] = 0  # rows that no token was written to have no memory
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 """
+"""A chunk of a prompt, which all experts take part in, and a cache that is full."""
 Figures = dict[str, Any]
 
 
@@ -112,7 +116,7 @@ def run_cost(out: Path) -> Figures:
         line = [sys.executable, str(out / "run.py"), prompt, "--max-new-tokens", "1"]
         subprocess.run(line, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         seconds.append(time.perf_counter() - start)
-    line = [sys.executable, "-c", FILLED, str(out), str(CONTEXT - 8)]
+    line = [sys.executable, "-c", FILLED, str(out)]
     told = subprocess.run(line, check=True, text=True, stdout=subprocess.PIPE).stdout
     rss, found = int(told) / 1e9, sorted(seconds[1:])  # the first one warms the files
     return {
@@ -158,11 +162,9 @@ def kills(times: int = 20, seed: int = 0, options: Sequence[str] = ()) -> Figure
         size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
         points, left = [], 0
         for number in range(times):
-            there = number % 2 == 1
+            there = number < times // 2  # what the first pack left
             if not there:
                 shutil.rmtree(out, ignore_errors=True)
-            elif not out.exists():
-                whole()
             with packing(out, *options) as child:
                 assert child.stdout is not None
                 child.stdout.readline()
@@ -170,6 +172,7 @@ def kills(times: int = 20, seed: int = 0, options: Sequence[str] = ()) -> Figure
                 child.kill()
                 child.wait()
             points.append(child.returncode)
+            print(f"kill {number}: {child.returncode}", file=sys.stderr, flush=True)
             left = max(left, len(list(out.parent.iterdir())) - out.exists())
             if out.exists():
                 check_hashes(out)

@@ -16,7 +16,7 @@ from dsc.errors import UsageError
 from dsc.ir.arrays import Array, array_of
 from dsc.ir.graph import Attrs
 from dsc.ir.lazy import torch
-from dsc.ir.op import TypeMismatch, concrete, lookup, type_of
+from dsc.ir.op import OpDef, TypeMismatch, concrete, defaults, lookup, type_of
 from dsc.ir.types import DType, TensorType
 
 
@@ -46,11 +46,28 @@ WeightExpr: TypeAlias = Source | Apply
 
 def apply(op: str, *args: WeightExpr, **attrs: Any) -> Apply:
     """The expression `op(args) {attrs}`, one result. Raises `TypeMismatch`."""
-    frozen = Attrs(lookup(op).widened(attrs))
-    results = lookup(op).infer([a.type for a in args], frozen)
+    frozen = Attrs({**defaults(op), **lookup(op).widened(attrs)})
+    return Apply(op, args, frozen, _result(op, tuple(a.type for a in args), frozen))
+
+
+def _result(op: str, types: tuple[TensorType, ...], attrs: Attrs) -> TensorType:
+    """The type of an expression. Experts are thousands of the same, so that it is kept."""
+    definition, key = lookup(op), (op, types, attrs)
+    known = _RESULTS.get(key)
+    if known is not None and known[0] is definition:
+        return known[1]
+    results = definition.infer(types, attrs)
     if len(results) != 1:
         raise TypeMismatch(f"{op} has {len(results)} results; a weight is one tensor")
-    return Apply(op, args, frozen, results[0])
+    if len(_RESULTS) >= KEPT:
+        _RESULTS.clear()
+    _RESULTS[key] = definition, results[0]
+    return results[0]
+
+
+KEPT = 4096
+"""Types of results that are kept."""
+_RESULTS: dict[tuple[str, tuple[TensorType, ...], Attrs], tuple[OpDef, TensorType]] = {}
 
 
 def leaf(key: str, type: TensorType) -> WeightExpr:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from dsc.errors import UsageError
-from dsc.ir.op import TypeMismatch
+from dsc.ir import weights
+from dsc.ir.op import OpDef, TypeMismatch
 from dsc.ir.types import DType, TensorType
 from dsc.ir.weights import (
     DictSource,
@@ -137,3 +140,26 @@ def test_random_tensors_are_of_half_a_unit_or_small_numbers_or_powers_of_two() -
     assert torch.equal(again.load("k"), random_source({"k": whole}, seed=3).load("k"))
     assert not torch.equal(again.load("k"), again.load("l"))
     assert not torch.equal(again.load("k"), random_source({"k": whole}, seed=4).load("k"))
+
+
+def test_the_type_of_the_same_expression_is_inferred_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of thousands of experts; another type, or other attributes, are inferred for themselves."""
+    asked: list[Any] = []
+    infer = OpDef.infer
+
+    def counted(self: OpDef, types: Any, attrs: Any) -> Any:
+        asked.append(types)
+        return infer(self, types, attrs)
+
+    monkeypatch.setattr(OpDef, "infer", counted)
+    monkeypatch.setattr(weights, "_RESULTS", {})
+    kinds = [TensorType(DType.bf16, (8, 6)), TensorType(DType.bf16, (4, 6))]
+    for kind in kinds:
+        found = {apply("permute", Source(f"e.{n}", kind), dims=(1, 0)).type for n in range(9)}
+        assert found == {kind.with_shape(kind.shape[::-1])}
+    assert apply("permute", Source("e", kinds[0]), dims=(0, 1)).type == kinds[0]
+    assert len(asked) == 3
+    monkeypatch.setattr(weights, "KEPT", 2)
+    for kind in kinds * 2:
+        assert apply("cast", Source("e", kind), dtype=DType.f32).type == kind.with_dtype(DType.f32)
+    assert len(weights._RESULTS) <= 2
