@@ -18,7 +18,7 @@ import torch
 from dsc import pipeline
 from dsc.backends import get
 from dsc.backends.base import EmitOptions, No
-from dsc.backends.tvm.machine import GENERIC, machine_for
+from dsc.backends.tvm.machine import GENERIC, cpu_of, machine_for
 from dsc.ir.formats import Format, pack, pack_rows
 from dsc.ir.interpreter import run_graph
 from dsc.ir.op import lookup
@@ -111,8 +111,11 @@ FORMS = [
 """How codes are multiplied elsewhere; vpdpbusd on 32 bytes is encoded as AVX-512 has it here."""
 
 
-def program(cases: list[Case]) -> Program:
-    """An entry a case, over seeded weights that lie as kernels read them."""
+def program(cases: list[Case], spoiled: bool = False) -> Program:
+    """An entry a case, over seeded weights that lie as kernels read them.
+
+    In each row of FP8 that is `spoiled` one code is NaN, but for every third.
+    """
     entries, tensors, weights = "", {}, {}
     for case in cases:
         t = case.weight
@@ -120,6 +123,9 @@ def program(cases: list[Case]) -> Program:
         packed = pack(x, t)
         if case.codes == "i8":  # what adds up to most in 16 bits
             packed.parts[0][..., :2, :] = torch.tensor([[-128], [127]])
+        if spoiled:
+            packed.parts[0].view(torch.uint8)[..., ::3, 4] = 0x7F
+            packed.parts[0].view(torch.uint8)[..., 1::3, 11] = 0xFF
         for (suffix, _), part in zip(t.parts, packed.parts, strict=True):
             tensors[f"{case.name}{suffix}"] = part
         weights[case.name] = leaf(case.name, t)
@@ -370,6 +376,19 @@ def test_a_row_with_nan_or_infinity_is_no_number(case: Case, loaded: Any) -> Non
         got = loaded.run(f"g_{case.name}", given)["y"]
         assert not got[3].isfinite().any()
         assert got[[0, 1, 2, 4]].isfinite().all()
+
+
+@pytest.mark.parametrize(("target", "case"), [("", 0), ("x86-64-v3", 1), ("x86-64", 3)])
+def test_a_code_that_is_no_number_makes_none(target: str, case: int, tmp_path: Path) -> None:
+    """By pairs, by fp16, and one by one: of 2 in 3 columns of the result."""
+    chosen = parse_target(f"cpu:{target}" if target else "cpu")
+    if lacking(cpu_of(chosen.arch).needs):
+        pytest.skip(f"this CPU does not run code for {target}")
+    made = program([CASES[case]], spoiled=True)
+    given = inputs(CASES[case], 7)
+    got = compiled(made, str(chosen), tmp_path).run(f"g_{CASES[case].name}", given)["y"]
+    columns = torch.arange(got.shape[1])
+    assert torch.equal(got.isnan(), (columns % 3 != 2).expand_as(got))
 
 
 def test_what_follows_codes_is_done_on_their_tiles(tmp_path: Path) -> None:
