@@ -6,7 +6,8 @@
     python -m bench --against ../another-checkout      two commits in turns, without other peers
 
 Writes report.md, report.json and decode-b1.svg. A peer that is not installed is reported as skipped
-with the reason; llama.cpp may live in an environment of its own (`--llama-python`).
+with the reason; llama.cpp and vLLM's CPU build may live in environments of their own
+(`--llama-python`, `--vllm-python`).
 """
 
 from __future__ import annotations
@@ -55,6 +56,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--threads", type=int, default=cpu().cores)
     parser.add_argument("--llama-python", default=sys.executable, help="a python with llama_cpp")
+    parser.add_argument("--vllm-python", default=sys.executable, help="a python with vllm")
     parser.add_argument("--cache", type=Path, default=ROOT / "bench" / "out" / "cache")
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "out" / "peers")
     found = parser.parse_args(arguments)
@@ -166,7 +168,8 @@ class Bench:
         return not why
 
     def _python(self, peer: str) -> str:
-        return str(self.asked.llama_python) if peer == "llama.cpp" else sys.executable
+        asked = {"llama.cpp": self.asked.llama_python, "vllm": self.asked.vllm_python}
+        return str(asked.get(peer, sys.executable))
 
     def _open(self, engine: str, python: str) -> Remote:
         _say(f"opening {engine}")

@@ -20,10 +20,11 @@ ENGINES = {
     "transformers": "transformers_eager",
     "torch.compile": "torch_compiled",
     "llama.cpp": "llama_cpp_python",
+    "vllm": "vllm_cpu",
     "probe": "probe",
 }
 """Modules by the engine's name; `onnxruntime` runs the model that dsc exports."""
-PEERS = ("transformers", "torch.compile", "onnxruntime", "llama.cpp")
+PEERS = ("transformers", "torch.compile", "onnxruntime", "llama.cpp", "vllm")
 SLOW = ("transformers", "torch.compile")
 """They expand the whole latent cache again in every step."""
 CHUNK = 512
