@@ -238,6 +238,12 @@ def check_cache_format(name: str) -> None:
         raise UsageError(f"cache_format {name!r}", hint=one_of(name, list(CACHE_FORMATS)))
 
 
+def cache_format_of(program: Program) -> str:
+    """What the latent caches of a program are kept in."""
+    kept = {s.type.dtype for s in program.states if s.type.format is not None}
+    return next((name for name, codes in CACHE_FORMATS.items() if codes in kept), "bf16")
+
+
 def quantising(quant: str) -> str:
     """The pass that quantises weights to what is asked for."""
     return "insert_fp8" if quant == "fp8" else "quantize_weights"

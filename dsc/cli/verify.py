@@ -78,6 +78,7 @@ def verify(
     from dsc import api, verification
     from dsc.cli.measuring import tell_stand_in
     from dsc.cli.ranks import launch_ranks, must_launch, speaks
+    from dsc.pipeline import cache_format_of
 
     folder = Path(model)
     is_artifact = (folder / "dsc.json").is_file()
@@ -102,23 +103,28 @@ def verify(
         if not speaks():  # the other ranks have done their part
             return
         progress(f"running the oracle ({against})")
-        oracle = oracle_logits(against, source, ids)
+        kept = cache_format_of(compiled.program)
+        oracle = oracle_logits(against, source, ids, kept)
         if oracle.shape != ours.shape:
             raise _other_model(compiled, source, ours.shape, oracle.shape)
         dtype = verification.compute_dtype(compiled.program)
         if dtype != "fp32":
             progress(f"measuring what {dtype} does (reference)")
-        noise = noise_of(dtype, against, source, ids, oracle, compiled.manifest["config"])
+        config = compiled.manifest["config"]
+        noise = noise_of(dtype, against, source, ids, oracle, config, kept)
     result = verification.compare(ours, oracle, ids, noise, is_text=is_text)
     failures = result.failures(require, most_excluded)
     formats = stored_as(compiled)
+    if failures and kept != "bf16" and against != "reference":
+        failures.append(f"caches are kept in {kept}: what codes cost is part of this")
     if failures and formats:
         failures.append(
             f"weights are stored as {', '.join(formats)}: where the source has them finer, what"
             " codes cost is part of this (dsc compile --calibrate measures that)"
         )
     if json:
-        facts = {"against": against, "dtype": dtype, "formats": formats, **result.as_dict()}
+        facts = {"against": against, "dtype": dtype, "formats": formats, "cache_format": kept}
+        facts |= result.as_dict()
         console.print_json({**facts, "ok": not failures, "failures": failures})
     else:
         console.stdout().print("\n".join(_lines(result, dtype)))
@@ -205,12 +211,12 @@ def check_oracle(against: str, source: str) -> None:
     load_checkpoint(source, DType.f32)
 
 
-def oracle_logits(against: str, source: str, ids: list[int]) -> Any:
-    """Run the oracle over the ids; logits [S, vocab]."""
+def oracle_logits(against: str, source: str, ids: list[int], kept: str = "bf16") -> Any:
+    """Run the oracle over the ids; logits [S, vocab]. The reference's caches are `kept` so too."""
     from dsc import api, verification
 
     if against == "reference":
-        exact = api.compile(source, backend="reference", dtype="fp32")
+        exact = api.compile(source, backend="reference", dtype="fp32", cache_format=kept)
         return verification.session_logits(exact, ids)
     return verification.transformers_logits(Path(source), ids)
 
@@ -222,14 +228,18 @@ def noise_of(
     ids: list[int],
     oracle: Any,
     config: Mapping[str, Any],
+    kept: str = "bf16",
 ) -> Noise:
-    """What rounding explains: measured with the reference backend, in fp32 derived."""
+    """What rounding explains: measured with the reference backend, in fp32 derived.
+
+    Beside stock transformers, which keeps numbers, codes of caches are part of what is measured.
+    """
     from dsc import api, verification
 
-    if dtype == "fp32":
+    if dtype == "fp32" and (against == "reference" or kept == "bf16"):
         layers = int(config.get("num_hidden_layers", 1))
         return verification.Noise.in_fp32(oracle, layers)
-    rounded = api.compile(source, backend="reference", dtype=dtype)
+    rounded = api.compile(source, backend="reference", dtype=dtype, cache_format=kept)
     exact = oracle if against == "reference" else oracle_logits("reference", source, ids)
     return verification.Noise.of(verification.session_logits(rounded, ids), exact)
 

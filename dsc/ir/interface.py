@@ -15,6 +15,8 @@ States of tokens can be cut to any earlier length (`truncate`). The others can o
 what they were when somebody looked (`snapshot`, `restore`). A ring has as many rows as the window
 that is seen and the largest step together, so that no padding overwrites what is seen; an entry
 with a fixed state takes `new` i64[B], the new tokens of each sequence, and leaves padding out.
+
+A row may be codes with scales behind them (`dsc.ir.formats`): what holds it is bytes then.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from dsc import verification
+from dsc import pipeline, verification
 from dsc.cli import bench, console, measuring, profile, verify
 from dsc.cli.report_tables import human_count, print_report
 from dsc.ir.formats import Format
@@ -447,6 +447,25 @@ def test_codes_are_named_where_they_are_part_of_an_error(
         "weights are stored as f8e4m3, i4: where the source has them finer, what codes cost is"
         " part of this (dsc compile --calibrate measures that)",
     ]
+
+
+@pytest.mark.parametrize(
+    ("against", "wanted"), [("reference", ["fp8"]), ("hf", ["bf16", "fp8"])]
+)  # fmt: skip
+def test_verify_compares_caches_in_codes_with_such_and_measures_them_beside_numbers(
+    against: str, wanted: list[str], api: FakeApi, invoke: Invoke, artifact: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(pipeline, "cache_format_of", lambda _: "fp8")
+    monkeypatch.setattr(verify, "check_oracle", lambda *_: None)
+    monkeypatch.setattr(
+        verification,
+        "transformers_logits",
+        lambda _, ids: np.eye(VOCAB, dtype=np.float32)[(np.asarray(ids) + 1) % VOCAB],
+    )
+    found = json.loads(invoke("verify", str(artifact), "--against", against, "--json").stdout)
+    assert (found["dtype"], found["cache_format"], found["ok"]) == ("fp32", "fp8", True)
+    assert sorted(asked["cache_format"] for asked in api.asked) == wanted
 
 
 @pytest.mark.parametrize("against", ["reference", "hf"])

@@ -248,7 +248,9 @@ def test_verify_compares_with_the_oracle(api: FakeApi, invoke: Invoke, artifact:
     assert document["max_logit_diff"] == 0
     assert document["greedy_agreement"] == 1
     assert {"excluded", "perplexity"} <= set(document)
-    assert api.asked == [{"model": "somewhere", "backend": "reference", "dtype": "fp32"}]
+    assert document["cache_format"] == "bf16"
+    asked = {"model": "somewhere", "backend": "reference", "dtype": "fp32"}
+    assert api.asked == [asked | {"cache_format": "bf16"}]
 
 
 def test_phases_have_bars_counts_and_seconds_of_their_own() -> None:
