@@ -33,6 +33,8 @@ from dsc.backends.tvm.tir import (
 from dsc.ir.dims import product
 from dsc.ir.types import DType, TensorType
 
+AHEAD = 16
+"""Rows of a weight that are asked for before they are mixed."""
 VECTORS = {1: 8, 2: 4, 3: 4}
 """Vectors of 32 columns of a mix tile by its number of rows; 2 where nothing is said."""
 
@@ -86,7 +88,9 @@ def bf16_heads(heads: int, k: int, n: int, mixes: bool) -> PrimFunc:
                 vectors = lanes_for(n // LANES, VECTORS.get(height, 2))
                 with loop(n // LANES // vectors) as part:
                     at = bind(head * (k * n) + part * (vectors * LANES))
-                    sums = mix_sums(pairs, x_rows, w, lambda t: at + t * n, k, vectors)
+                    sums = mix_sums(
+                        pairs, x_rows, w, lambda t: at + t * n, k, vectors, ahead=AHEAD
+                    )
                     for a, line in enumerate(sums):
                         for c in range(vectors):
                             start = part * (vectors * LANES) + c * LANES

@@ -33,6 +33,7 @@ from dsc.backends.tvm.bf16 import (
     odd,
     pair_dot,
     prefetch,
+    prefetch_far,
     sum4,
     zipped,
 )
@@ -77,7 +78,11 @@ class Factor:
     w_rows: Sequence[Expr]
     depth: Expr
     later: Sequence[Expr] = ()
-    """Where rows of w start that will be read next: they are prefetched."""
+    """Where rows of w start that will be read next: they are prefetched.
+
+    That is into the second-level cache: four rows of 4 KiB and the four that are read now leave no
+    room in the first, and what is asked for there too early came 20% slower (Zen 4).
+    """
 
 
 def dot_sums(factors: Sequence[Factor]) -> list[Expr]:
@@ -92,7 +97,7 @@ def dot_sums(factors: Sequence[Factor]) -> list[Expr]:
             k = step * LANES
             ws = [bind(bits(factor.w, row + k)) for row in factor.w_rows]
             for row in factor.later:
-                prefetch(factor.w, row + k)
+                prefetch_far(factor.w, row + k)
             for line, row in zip(sums, factor.x_rows, strict=True):
                 a = bind(bits(factor.x, row + k))
                 for acc, b in zip(line, ws, strict=True):
@@ -268,13 +273,14 @@ def row_tiles(rows: Expr, height: int, body: Callable[[Expr, int], None]) -> Non
 
 def mix_sums(
     p: Pairs | Widened, p_rows: Sequence[Expr], v: Tensor, v_row: Callable[[Expr], Expr],
-    count: Expr, columns: int, start: Callable[[int, int], Expr] | None = None,
+    count: Expr, columns: int, start: Callable[[int, int], Expr] | None = None, ahead: int = 0,
 ) -> list[list[Local]]:  # fmt: skip
     """sum_t p[i, t] v[t, j] over `count` rows of v (even), `columns` vectors of 32 columns.
 
     Sums stay zipped (see `bf16.zipped`), or even and odd columns apart where p is widened: two
     accumulators for a vector of columns. `v_row(t)` is where the wanted columns of row t lie;
-    `start(i, a)` is what accumulator a of row i begins with.
+    `start(i, a)` is what accumulator a of row i begins with. Rows of v that come `ahead` rows
+    later, if that is said, are prefetched.
     """
     sums = [[Local(1, width=SUMS) for _ in range(2 * columns)] for _ in p_rows]
     for i, line in enumerate(sums):
@@ -293,6 +299,9 @@ def mix_sums(
     with loop(tirx.truncdiv(integer(count), integer(2))) as half:
         t = bind(half * 2)
         first, second = bind(v_row(t)), bind(v_row(t + 1))
+        for row in (v_row(t + ahead), v_row(t + (ahead + 1))) if ahead else ():
+            for c in range(columns):
+                prefetch_far(v, row + c * LANES)
         pairs = []
         for c in range(columns):
             a, b = bits(v, first + c * LANES), bits(v, second + c * LANES)
