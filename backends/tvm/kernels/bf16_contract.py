@@ -88,9 +88,7 @@ def bf16_heads(heads: int, k: int, n: int, mixes: bool) -> PrimFunc:
                 vectors = lanes_for(n // LANES, VECTORS.get(height, 2))
                 with loop(n // LANES // vectors) as part:
                     at = bind(head * (k * n) + part * (vectors * LANES))
-                    sums = mix_sums(
-                        pairs, x_rows, w, lambda t: at + t * n, k, vectors, ahead=AHEAD
-                    )
+                    sums = mix_sums(pairs, x_rows, w, lambda t: at + t * n, k, vectors, ahead=AHEAD)
                     for a, line in enumerate(sums):
                         for c in range(vectors):
                             start = part * (vectors * LANES) + c * LANES

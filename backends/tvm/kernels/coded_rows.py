@@ -180,7 +180,7 @@ class Integers(_Rows):
                 begun = of.excess and of.zeros is None
                 acc[0] = splat(bind(total * (-of.excess)), LANES) if begun else acc.zero
         words = [bind(self.words.offset(place, step * (STEP // 4))) for place in places]
-        starts = [bind(weights.vectors(tile, step)) for tile in tiles]
+        starts = [weights.begin(tile, step, len(places)) for tile in tiles]
         for v in range(of.vectors):
             found = [_multiplied(weights, start + v * LANES) for start in starts]
             for h in range(of.together):
@@ -362,7 +362,7 @@ class Pairs(_Halves):
         tiles: Sequence[Expr],
         step: Expr,
     ) -> None:
-        starts = [bind(weights.vectors(tile, step)) for tile in tiles]
+        starts = [weights.begin(tile, step, len(places)) for tile in tiles]
         rows = [bind(self.fours.offset(place, step * (STEP // 4))) for place in places]
         for v in range(self.of.vectors):
             found = []
@@ -410,7 +410,7 @@ class Widened(_Halves):
         tiles: Sequence[Expr],
         step: Expr,
     ) -> None:
-        starts = [bind(weights.vectors(tile, step)) for tile in tiles]
+        starts = [weights.begin(tile, step, len(places)) for tile in tiles]
         rows = [bind(self.twos.offset(place, step * (STEP // 2))) for place in places]
         for v in range(self.of.vectors):
             found = []
