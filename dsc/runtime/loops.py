@@ -60,14 +60,17 @@ class Loops:
 
 @cache
 def loops() -> Loops | None:
-    """The loops, or none where there is no compiler that takes them."""
-    data = _library()
-    if data is None:
+    """The loops, or none where no compiler takes them or no code may be loaded from a file."""
+    try:
+        data = _library()
+        if data is None:
+            return None
+        with tempfile.TemporaryDirectory(prefix="dsc-loops-") as folder:
+            path = Path(folder) / "loops.so"
+            path.write_bytes(data)
+            library = ctypes.CDLL(str(path))
+    except OSError:  # no room, or a folder for temporary files that nothing runs from
         return None
-    with tempfile.TemporaryDirectory(prefix="dsc-loops-") as folder:
-        path = Path(folder) / "loops.so"
-        path.write_bytes(data)
-        library = ctypes.CDLL(str(path))
     library.dsc_form.restype = library.dsc_product.restype = ctypes.c_char_p
     library.dsc_read.restype = library.dsc_multiply.restype = ctypes.c_double
     address, long, number = ctypes.c_void_p, ctypes.c_long, ctypes.c_int

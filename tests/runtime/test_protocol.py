@@ -14,6 +14,7 @@ from dsc.errors import InternalError
 from dsc.ir.graph import Attrs
 from dsc.ir.interface import Guard
 from dsc.ir.parser import parse_program
+from dsc.runtime import loops as loops_of
 from dsc.runtime import probes
 from dsc.runtime.costs import multiplies_codes
 from dsc.runtime.limit import Work, limit_seconds, prefill_work, step_work
@@ -175,6 +176,8 @@ def test_a_compiler_that_takes_no_loops_is_none(monkeypatch: pytest.MonkeyPatch)
     for tool in ("/bin/false", "no-such-compiler"):
         monkeypatch.setenv("CXX", tool)
         assert loops.__wrapped__() is None
+    monkeypatch.setattr(loops_of, "_library", lambda: b"nothing that runs")
+    assert loops.__wrapped__() is None
 
 
 @pytest.mark.usefixtures("without_loops")
