@@ -134,7 +134,8 @@ def inputs(
             x = torch.randn(shape, generator=generator)
             given[value.name] = x.to(DType(case.dtype).torch)
     given["kv_b" if "kv_b" in given else "q"] *= case.c**-0.5
-    given["lengths"] = torch.tensor([max(0, past - 30 * b) for b in range(batch)])
+    lengths = [max(0, past - 30 * b) for b in range(batch)]
+    given["lengths"] = torch.tensor(lengths, dtype=torch.int64)
     kind = next(v.type for v in graph.inputs if v.name == "past")
     rows = torch.randn(batch, past, case.c, generator=generator)
     rows *= 4 * torch.rand(batch, past, 1, generator=generator)
@@ -175,6 +176,23 @@ def test_a_cache_in_codes_is_what_the_interpreter_makes_of_it(
 ) -> None:
     for sizes in (*SIZES, LONG) if case is CASES[0] else SIZES:
         check(case, loaded, sizes)
+
+
+@pytest.mark.parametrize("case", CASES[:1] + CASES[3:5] + CASES[6:7], ids=lambda case: case.name)
+def test_no_tokens_write_nothing_and_a_number_that_no_code_says_makes_its_group_nan(
+    case: Case, loaded: Executable
+) -> None:
+    graph = loaded.program.entries[case.name]
+    given = inputs(case, graph, (0, 0, 40))
+    assert loaded.run(case.name, given)["y"].numel() == 0
+    given = inputs(case, graph, (1, 2, 40))
+    given["new"][0, 0, 5] = float("inf")
+    wanted = given["past"].clone()
+    got = loaded.run(case.name, given)
+    same = (got["present"] == wanted).flatten(0, 1).all(-1)
+    assert int((~same).sum()) == given["new"].shape[1]
+    if case.op == "latent_attention":
+        assert got["y"][..., : case.group].isnan().all()
 
 
 def test_tiles_read_codes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

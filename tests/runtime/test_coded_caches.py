@@ -8,6 +8,7 @@ itself bit by bit where its sums have an order.
 from __future__ import annotations
 
 import importlib.util
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -17,8 +18,10 @@ import torch
 
 import dsc
 from dsc.ir.interface import Storage
+from dsc.ir.ranks import run_ranks
 from tests.backends.canonical_lm import Sizes, canonical_lm
 from tests.runtime.test_joining import Alone, random_life
+from tests.runtime.test_ranks import _Loaded
 
 VOCABULARY, CONTEXT, BATCH, CHUNK = 50, 160, 3, 32
 SIZES = Sizes(layers=1, dense=1, kv_lora=130)
@@ -85,6 +88,26 @@ def test_a_sequence_is_cut_and_set_back(backend: str, cache: str) -> None:
     session.truncate(mine, 40)
     session.remove(0)
     assert torch.allclose(session.decode({mine: 7})[mine], first, atol=1e-5, rtol=0)
+
+
+def test_ranks_keep_the_same_codes() -> None:
+    """Every rank holds all latents: they agree bit for bit, and nearly with one rank."""
+    program = canonical_lm(replace(SIZES, heads=4), BATCH, CONTEXT)
+
+    def made(ranks: int) -> dsc.CompiledModel:
+        return dsc.compile(
+            program, backend="reference", cache_format="fp8", ranks=ranks, max_batch=BATCH,
+            max_context=CONTEXT, prefill_chunk=CHUNK,
+        )  # fmt: skip
+
+    def steps(model: dsc.CompiledModel | _Loaded) -> torch.Tensor:
+        session = model.session(1, CONTEXT)
+        return torch.stack([session.prefill([list(range(40))]), session.decode([7])])
+
+    shared, wanted = made(2), steps(made(1))
+    first, second = run_ranks(2, lambda rank: steps(_Loaded(shared, rank)))
+    assert torch.equal(first, second)
+    assert float((first - wanted).abs().max()) < NEAR
 
 
 def test_an_artifact_with_codes_runs_without_dsc(tmp_path: Path) -> None:
