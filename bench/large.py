@@ -14,16 +14,20 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import dsc
 
 ROOT = Path(__file__).resolve().parent.parent
 TOKENIZER = ROOT / "models" / "tiny-v3" / "tokenizer.json"
@@ -70,22 +74,28 @@ class Anonymous:
             self.peak = max(self.peak, 1024 * int(line.split()[1]))
 
 
-def _pack_here(asked: argparse.Namespace) -> Figures:
+def _compiled(asked: argparse.Namespace) -> dsc.CompiledModel:
     import dsc
-    from bench.synthetic import SyntheticSource, synthetic
+    from bench.synthetic import synthetic
+
+    program = synthetic(asked.preset, asked.layers)
+    return dsc.compile(
+        program, backend=asked.backend, quant=asked.quant, max_batch=1, max_context=CONTEXT
+    )
+
+
+def _pack_here(asked: argparse.Namespace) -> Figures:
+    from bench.synthetic import SyntheticSource
 
     start = time.perf_counter()
     with Anonymous() as memory:
-        program = synthetic(asked.preset, asked.layers)
-        compiled = dsc.compile(
-            program, backend=asked.backend, quant=asked.quant, max_batch=1, max_context=CONTEXT
-        )
+        compiled = _compiled(asked)
         compiled_s = time.perf_counter() - start
-        print("packing", flush=True)
         compiled.save(asked.out, force=True)
     done = time.perf_counter() - start
     shutil.copyfile(TOKENIZER, asked.out / "tokenizer.json")
-    source = next(s for s in program.source.layers if isinstance(s, SyntheticSource))  # type: ignore[attr-defined]
+    layered: Any = compiled.program.source
+    source = next(s for s in layered.layers if isinstance(s, SyntheticSource))
     size = (asked.out / "weights" / "model.safetensors").stat().st_size
     allowed = 3 * source.largest + 10**9
     return {
@@ -99,7 +109,7 @@ def _pack_here(asked: argparse.Namespace) -> Figures:
 
 
 def packing(out: Path, *options: str) -> subprocess.Popen[str]:
-    """A process that packs a synthetic model to `out`; it says when it begins to."""
+    """A process that packs a synthetic model to `out`."""
     line = [sys.executable, "-m", "bench.large", "pack", str(out), *options]
     return subprocess.Popen(line, cwd=ROOT, text=True, stdout=subprocess.PIPE)
 
@@ -139,56 +149,64 @@ def measure(*options: str) -> Figures:
     return {"ok": all(part["ok"] for part in found.values()), **found}
 
 
-def kills(times: int = 20, seed: int = 0, options: Sequence[str] = ()) -> Figures:
-    """Kill a pack at random points: what stands in its place is whole, or nothing is."""
+def kills(asked: argparse.Namespace, seed: int = 0) -> Figures:
+    """Kill a pack at random points: what stands in its place is whole, or nothing is.
+
+    The first half has an artifact in its place. Packers are forks of this process, which has
+    compiled the model; `null` leaves no threads behind that a fork would miss.
+    """
     from dsc.runtime.artifact import check_hashes
 
     draw = random.Random(seed)
-    half: list[str] = []
+    compiled = _compiled(asked)
+    wrong: list[str] = []
     with tempfile.TemporaryDirectory(dir=ROOT / "bench") as place:
         out = Path(place) / "out"
 
+        def begun() -> int:
+            packer = os.fork()
+            if packer:
+                return packer
+            try:
+                compiled.save(out, force=True)
+                os._exit(0)
+            finally:
+                os._exit(1)
+
         def whole() -> float:
-            with packing(out, *options) as child:
-                assert child.stdout is not None
-                child.stdout.readline()
-                start = time.perf_counter()
-                child.communicate()
-            if child.returncode:
+            start = time.perf_counter()
+            if os.waitpid(begun(), 0)[1]:
                 raise RuntimeError("a pack failed that nobody killed")
             return time.perf_counter() - start
 
         seconds = whole()
         size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
-        points, left = [], 0
-        for number in range(times):
-            there = number < times // 2  # what the first pack left
+        died = left = 0
+        for number in range(asked.times):
+            there = number < asked.times // 2  # what the first pack left
             if not there:
                 shutil.rmtree(out, ignore_errors=True)
-            with packing(out, *options) as child:
-                assert child.stdout is not None
-                child.stdout.readline()
-                time.sleep(draw.uniform(0, seconds))
-                child.kill()
-                child.wait()
-            points.append(child.returncode)
-            print(f"kill {number}: {child.returncode}", file=sys.stderr, flush=True)
-            left = max(left, len(list(out.parent.iterdir())) - out.exists())
+            packer = begun()
+            time.sleep(draw.uniform(0, seconds))
+            os.kill(packer, signal.SIGKILL)
+            killed = os.WIFSIGNALED(os.waitpid(packer, 0)[1])
+            beside = [path.name for path in out.parent.iterdir() if path != out]
+            print(f"{number}: {killed}, {out.exists()}, {beside}", file=sys.stderr, flush=True)
+            died, left = died + killed, max(left, len(beside))
             if out.exists():
                 check_hashes(out)
-            elif there:
-                half.append(f"kill {number}: what was there is gone")
+            if out.exists() is not (there or not killed):
+                wrong.append(f"kill {number}: an artifact is there: {out.exists()}")
         whole()
         check_hashes(out)
         names = [path.name for path in out.parent.iterdir()]
-    died = sum(code < 0 for code in points)
     return {
-        "ok": not half and names == ["out"] and left <= 1,
+        "ok": not wrong and names == ["out"] and left <= 1,
         "gb": size / 1e9,
         "pack_s": seconds,
         "killed": died,
-        "ended_before": times - died,
-        "wrong": half,
+        "ended_before": asked.times - died,
+        "wrong": wrong,
         "left_at_most": left,
         "left_at_the_end": names[1:],
     }
@@ -214,7 +232,7 @@ def main() -> None:
     elif asked.what == "run":
         print(json.dumps(run_cost(asked.out), indent=1))
     elif asked.what == "kills":
-        print(json.dumps(kills(asked.times, options=options), indent=1))
+        print(json.dumps(kills(asked), indent=1))
     else:
         print(json.dumps(measure(*options), indent=1))
 

@@ -15,9 +15,10 @@ from dsc.errors import FileError
 from dsc.replacing import clear
 
 KILLED = """
-import os, signal, sys
+import os, resource, signal, sys, threading
 from pathlib import Path
 import numpy as np
+from dsc.errors import FileError
 from dsc.ir.parser import parse_program
 from dsc.ir.weights import WeightSource
 from dsc.runtime import artifact
@@ -72,6 +73,14 @@ for old in (False, True):
     write(0, True)
     assert [p.name for p in out.parent.iterdir()] == [out.name]
     assert artifact.check_hashes(out)
+artifact.check_room = lambda *_: None  # the disk is full only once it is written to
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
+try:
+    write(0, True)
+except FileError as error:
+    print(str(error).splitlines()[0])
+assert [p.name for p in out.parent.iterdir()] == [out.name]
+assert threading.active_count() == 1
 print("torch" in sys.modules)
 """
 
@@ -79,12 +88,15 @@ print("torch" in sys.modules)
 def test_a_pack_that_is_killed_leaves_what_was_there_and_the_next_one_is_whole(
     tmp_path: Path,
 ) -> None:
-    """At the first weight, amid, and behind the last; over nothing, and over an artifact."""
+    """At the first weight, amid, and behind the last; over nothing, and over an artifact.
+
+    So does one that finds no room to write.
+    """
     (tmp_path / "in").mkdir()
     environment = {**os.environ, "XDG_STATE_HOME": str(tmp_path / "state")}
     line = [sys.executable, "-c", KILLED, str(tmp_path / "in" / "out")]
     told = subprocess.run(line, stdout=subprocess.PIPE, text=True, check=True, env=environment)
-    assert told.stdout == "False\n"
+    assert told.stdout == "cannot write: File too large\nFalse\n"
 
 
 def leftover(out: Path, name: str) -> Path:
