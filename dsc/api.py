@@ -119,6 +119,11 @@ class CompiledModel:
         known = {name: self.program.meta.get(name, {}) for name in ("config", "generation")}
         return {**known, "source": self.source}
 
+    @property
+    def folder(self) -> Path | None:
+        """The artifact that it was opened from: of several ranks this one's."""
+        return None if self._artifact is None else self._artifact.folder
+
     @cached_property
     def tokenizer(self) -> Any:
         """The `tokenizers.Tokenizer` that came with the model, or `None`.

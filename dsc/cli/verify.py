@@ -1,4 +1,4 @@
-"""`dsc verify`: compare a compiled model with an oracle, on a text."""
+"""`dsc verify`: compare a compiled model with an oracle, on a text, and its weights with those."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from typer import Context, Exit, Option
 from dsc.cli import console, options
 from dsc.errors import UsageError
 from dsc.files import read_text
-from dsc.ir.types import DType
+from dsc.ir.types import PRECISIONS, DType
 
 if TYPE_CHECKING:
     from dsc.api import CompiledModel
+    from dsc.runtime.emission import Progress
     from dsc.verification import Comparison, Noise
 
 # The opening of the Declaration of Independence: public, and ordinary English.
@@ -56,6 +57,10 @@ def verify(
             help="A larger share of positions left out as near-ties is a failure.",
         ),
     ] = 0.5,
+    weights: Annotated[
+        bool,
+        Option("--weights", help="Only compare the weights of OUT with its source, bit for bit."),
+    ] = False,
     hashes: Annotated[bool, Option("--hashes", help="Also hash every file of OUT.")] = False,
     json: options.Json = False,
     trust: options.Trust = False,
@@ -66,6 +71,10 @@ def verify(
     (in bf16 and fp16 measured: the reference backend in that type against itself in fp32), where
     greedy tokens disagree at positions that are no near-ties, or where too few positions are clear
     to say anything. An artifact of several ranks runs as that many processes.
+
+    What OUT stores, codes and scales, is made from the source again and compared bit for bit, a
+    block at a time, before anything runs: a tensor that differs is named with where it does. Where
+    there is no source, --hashes tells which tensor is not what was compiled.
 
     JSON keys: max_logit_diff, greedy_agreement, excluded, perplexity, ok, failures, and more.
 
@@ -82,6 +91,8 @@ def verify(
 
     folder = Path(model)
     is_artifact = (folder / "dsc.json").is_file()
+    if weights and not is_artifact:
+        raise UsageError("--weights reads an artifact", where=str(folder))
     if hashes:
         _check_hashes(folder, is_artifact)
     if is_artifact and must_launch(folder):
@@ -94,13 +105,20 @@ def verify(
         compiled = (
             api.load(folder, trust=trust) if is_artifact else api.compile(model, progress=progress)
         )
-        tell_stand_in(compiled.executable, "nothing to be compared")
+        if not weights:
+            tell_stand_in(compiled.executable, "nothing to be compared")
         source = source_of(compiled, checkpoint)
         check_oracle(against, source)
+        wrong = other_weights(compiled, source, progress) if is_artifact else []
+        if weights:
+            _tell_weights(compiled, wrong, json)
+            return
         ids, is_text = token_ids(compiled, text, tokens)
         progress("running the compiled model")
         ours = verification.session_logits(compiled, ids)
         if not speaks():  # the other ranks have done their part
+            if wrong:
+                raise _wrong_weights(wrong)
             return
         progress(f"running the oracle ({against})")
         kept = cache_format_of(compiled.program)
@@ -113,7 +131,7 @@ def verify(
         config = compiled.manifest["config"]
         noise = noise_of(dtype, against, source, ids, oracle, config, kept)
     result = verification.compare(ours, oracle, ids, noise, is_text=is_text)
-    failures = result.failures(require, most_excluded)
+    failures = [*wrong, *result.failures(require, most_excluded)]
     formats = stored_as(compiled)
     if failures and kept != "bf16" and against != "reference":
         failures.append(f"caches are kept in {kept}: what codes cost is part of this")
@@ -131,6 +149,39 @@ def verify(
     if failures:
         console.stderr().print("\n".join(failures))
         raise Exit(1)
+
+
+def other_weights(compiled: CompiledModel, source: str, progress: Progress) -> list[str]:
+    """What an artifact stores otherwise than its program makes it of the source, in words."""
+    from dsc import verification
+    from dsc.frontends.load import load_program
+    from dsc.runtime import artifact, packing
+
+    packed = compiled.manifest.get("weights")
+    if packed is None:
+        return []
+    folder = compiled.folder
+    assert folder is not None
+    dtype = PRECISIONS[verification.compute_dtype(compiled.program)]
+    read = load_program(source, dtype=dtype, progress=progress).program.source
+    program = artifact.over(folder, compiled.manifest, read)
+    return [str(each) for each in packing.others(program, folder / packed, progress)]
+
+
+def _tell_weights(compiled: CompiledModel, wrong: list[str], json: bool) -> None:
+    """Say which weights differ; exit 1 where some do."""
+    count = len(compiled.program.weights)
+    if json:
+        console.print_json({"weights": count, "ok": not wrong, "failures": wrong})
+    elif not wrong:
+        console.stdout().print(f"{count} weights are those of the source, bit for bit")
+    if wrong:
+        raise _wrong_weights(wrong)
+
+
+def _wrong_weights(wrong: list[str]) -> Exit:
+    console.stderr().print("\n".join(wrong))
+    return Exit(1)
 
 
 def _lines(result: Comparison, dtype: str) -> Iterator[str]:

@@ -26,7 +26,7 @@ from dsc.ir.printer import print_program
 from dsc.ir.program import Program
 from dsc.ir.ranks import at_rank
 from dsc.ir.safetensors import open_safetensors
-from dsc.ir.weights import MetaSource, leaf, source_types
+from dsc.ir.weights import MetaSource, WeightSource, leaf, source_types
 from dsc.replacing import replacing
 from dsc.runtime.emission import MANIFEST, Emission, Progress
 from dsc.runtime.packing import damaged, layout, pack
@@ -183,6 +183,25 @@ def packed(program: Program, source: Any) -> Program:
     weights = {name: leaf(name, expr.type) for name, expr in program.weights.items()}
     known = source or MetaSource(source_types(weights.values()))
     return replace(program, weights=weights, source=known)
+
+
+def over(folder: Path, manifest: Mapping[str, Any], source: WeightSource) -> Program:
+    """The program of an artifact, its weights made from those of the checkpoint again.
+
+    Raises `UsageError` where `source` has not the tensors that they are made from.
+    """
+    text = parse_program(_inside(folder, "program.dsc").read_text())
+    wanted = source_types(text.weights.values())
+    strange = [key for key, t in wanted.items() if source.types.get(key) != t]
+    if strange:
+        raise UsageError(
+            f"no {strange[0]} : {wanted[strange[0]]} in the source: another model",
+            where=str(folder),
+            hint="name the checkpoint that it was compiled from with --checkpoint",
+        )
+    rank = manifest.get("rank")
+    own = text if rank is None else at_rank(text, rank)
+    return replace(own, source=source)
 
 
 def loads_untrusted(folder: Path) -> bool:

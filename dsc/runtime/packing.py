@@ -12,14 +12,17 @@ import struct
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO, TypeAlias
 
+import numpy as np
+
 from dsc.errors import CheckpointError
 from dsc.hardware import cpu
+from dsc.ir.arrays import Array
 from dsc.ir.program import Program
-from dsc.ir.safetensors import SafetensorsFile
+from dsc.ir.safetensors import Entry, SafetensorsFile
 from dsc.ir.types import SAFETENSORS
 from dsc.ir.weights import WeightSource, parts
 from dsc.runtime.contents import WORKERS, Stored, contents, nbytes
@@ -135,6 +138,74 @@ def write_tensors(
             file.write(data)
             hashed.result()
     return {name: digest.digest() for name, digest in digests.items()}
+
+
+@dataclass(frozen=True)
+class Other:
+    """A tensor of a file that is not what its weight's expression says of the source.
+
+    `at` is the first element that differs, which is `found` and should be `expected`; `count` of
+    them do.
+    """
+
+    tensor: str
+    at: tuple[int, ...]
+    found: Any
+    expected: Any
+    count: int
+
+    def __str__(self) -> str:
+        """What is wrong, in words."""
+        place = f" at {list(self.at)}" if self.at else ""
+        return (
+            f"{self.tensor} is {self.found}{place}, {self.expected} by the source"
+            f" ({self.count} of its values differ)"
+        )
+
+
+def others(program: Program, path: Path, progress: Progress | None = None) -> list[Other]:
+    """The tensors of a packed file that are not what a program's weights are, bit for bit.
+
+    Weights are made from the program's source again, as `pack` does it, and held against the file
+    block by block. Raises `CheckpointError` for a file that has not these tensors.
+    """
+    stored = _stored(program)
+    file, done = SafetensorsFile.open(path), 0
+    whole = sum(nbytes(expr.type) for _, expr in stored)
+    for name, expr in stored:
+        entry = file.entries.get(name)
+        if entry is None or (entry.dtype, entry.shape) != (expr.type.dtype, expr.type.shape):
+            raise CheckpointError(f"{path.name} does not hold it as {expr.type}", where=name)
+    found: dict[str, Other] = {}
+    at, last = 0, ""
+    with closing(contents(stored, program.source)) as made:
+        for name, data in made:
+            if name != last:
+                file.release()
+                at, last = 0, name
+            if progress is not None:
+                progress(f"comparing weights: {name}", done, whole)
+            there = np.frombuffer(file.raw(name), np.uint8)[at : at + len(data)]
+            if len(data) and not np.array_equal(there, data):
+                found[name] = _other(name, file.entries[name], at, there, data, found.get(name))
+            at, done = at + len(data), done + len(data)
+    return list(found.values())
+
+
+def _other(
+    name: str, entry: Entry, at: int, there: Array, made: Array, before: Other | None
+) -> Other:
+    """What differs in a block that starts at byte `at`, behind what did `before`."""
+    there, made = there.view(entry.dtype.numpy), made.view(entry.dtype.numpy)
+    width = entry.dtype.numpy.itemsize
+    bits = (x.view(np.uint8).reshape(-1, width) for x in (there, made))
+    apart = np.flatnonzero(np.not_equal(*bits).any(axis=1))
+    if before is not None:
+        return replace(before, count=before.count + len(apart))
+    first = int(apart[0])
+    index = np.unravel_index(at // width + first, entry.shape)
+    where = tuple(map(int, index))
+    return Other(name, where, there[first].item(), made[first].item(), len(apart))
 
 
 def damaged(path: Path, facts: Mapping[str, Any]) -> str:
