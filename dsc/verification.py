@@ -91,7 +91,9 @@ class Comparison:
     def failures(self, require: float = 1.0, most_excluded: float = MOST_EXCLUDED) -> list[str]:
         """Say in words what speaks against the model; nothing where it is right."""
         found = [f"{c.what}: {c.found:.3g}, at most {c.bound:.3g}" for c in self.checks if not c.ok]
-        if self.excluded > most_excluded:
+        if not math.isfinite(self.max_logit_diff):
+            found.append("a logit is NaN or infinite: no text can tell more")
+        elif self.excluded > most_excluded:
             found.append(
                 f"{self.excluded:.2%} of the positions are near-ties that say nothing, at most"
                 f" {most_excluded:.2%} may be; take another text (--text), or more of it (--tokens)"
