@@ -245,11 +245,11 @@ def _heads(graph: Graph) -> Iterable[str]:
 def _ends(value: Value, readers: Mapping[str, Sequence[Use]]) -> Iterator[bool]:
     """For each way that a value goes, whether nothing is computed with it on its way out.
 
-    Ranks that have a part of the rows each put them side by side.
+    What ranks have of it each, they put together.
     """
-    moves = ("cast", "all_gather")
     for node, _ in readers[value.name]:
-        if node is not None and (node.op in moves or traits_of(node.op).role is Role.VIEW):
+        moved = node is not None and traits_of(node.op).role in (Role.VIEW, Role.COLLECTIVE)
+        if node is not None and (moved or node.op == "cast"):
             for each in node.outputs:
                 yield from _ends(each, readers)
         else:
