@@ -245,15 +245,18 @@ def _heads(graph: Graph) -> Iterable[str]:
 def _ends(value: Value, readers: Mapping[str, Sequence[Use]]) -> Iterator[bool]:
     """For each way that a value goes, whether nothing is computed with it on its way out.
 
-    What ranks have of it each, they put together.
+    Ranks that have a part of the rows each put them side by side.
     """
     for node, _ in readers[value.name]:
-        moved = node is not None and traits_of(node.op).role in (Role.VIEW, Role.COLLECTIVE)
-        if node is not None and (moved or node.op == "cast"):
+        if node is not None and (node.op == "all_gather" or _moves(node)):
             for each in node.outputs:
                 yield from _ends(each, readers)
         else:
             yield node is None
+
+
+def _moves(node: Node) -> bool:
+    return node.op == "cast" or traits_of(node.op).role is Role.VIEW
 
 
 def _keys(expr: WeightExpr) -> list[str]:
