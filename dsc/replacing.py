@@ -103,11 +103,12 @@ def _put(folder: Path, out: Path) -> None:
     if _exchange(folder, out):
         return
     with _own(out, REPLACED) as old:
-        os.rename(out, old / out.name)
         try:
+            os.rename(out, old / out.name)
             os.rename(folder, out)
         except BaseException:
-            os.rename(old / out.name, out)
+            with suppress(FileNotFoundError):  # it was not moved yet
+                os.rename(old / out.name, out)
             raise
 
 

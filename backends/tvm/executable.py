@@ -41,14 +41,14 @@ class TvmExecutable(Admitted):
         self._plan = KeptFile(folder / "plan.json")
         self._timed: dict[str, TimedEntry] | None = None
         self._lock = threading.Lock()
-        lacks = lacking(self.meta.get("cpu_needs", ()))
+        lacks = lacking(self.meta["cpu_needs"])
         if lacks:
             raise BackendUnavailable(
                 f"this artifact was compiled for {self.meta['cpu']} and needs {', '.join(lacks)},"
                 " which this CPU or operating system does not give",
                 hint="compile it on this machine, or for a target such as cpu:x86-64-v3",
             )
-        if self.meta.get("tiles") and not tiles_allowed():
+        if self.meta["tiles"] and not tiles_allowed():
             raise BackendUnavailable(
                 "this artifact multiplies by AMX, which this CPU or operating system does not give",
                 hint="compile it on this machine, or for a target such as cpu:x86-64-v4",

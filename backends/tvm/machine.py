@@ -21,7 +21,9 @@ FULL_RATE = "znver"
 """CPUs by LLVM name that start vdpbf16ps as often as FMAs: AMD's. Intel's take twice as long."""
 
 FLAGS = {
-    "avx2": "avx2", "fma": "fma", "f16c": "f16c", "bmi2": "bmi2", "gfni": "gfni",
+    "sse3": "pni", "ssse3": "ssse3", "sse4.1": "sse4_1", "sse4.2": "sse4_2", "popcnt": "popcnt",
+    "avx": "avx", "avx2": "avx2", "fma": "fma", "f16c": "f16c", "bmi": "bmi1", "bmi2": "bmi2",
+    "lzcnt": "abm", "movbe": "movbe", "gfni": "gfni",
     "avxvnni": "avx_vnni", "avx512f": "avx512f", "avx512bw": "avx512bw", "avx512dq": "avx512dq",
     "avx512vl": "avx512vl", "avx512vnni": "avx512_vnni", "avx512vbmi": "avx512vbmi",
     "avx512vbmi2": "avx512_vbmi2", "avx512bf16": "avx512_bf16", "avx512fp16": "avx512_fp16",

@@ -97,7 +97,7 @@ def bench(
         with ReadProbe(count, ranks * working_set(first)) as whole:
             reading = steadily(whole)
         computing = steadily(product)
-        coding = coded_speed(count, dtype) if any(w.coded for w in prompt) else None
+        coding = coded_speed(count, dtype) if any(w.coded for w in (*prompt, *step)) else None
         speed = Machine(steadily(read), computing, count, read.size, product.dtype, coding)
         progress("prefill")
         prefills = measure_prefill(compiled, vocab, batch, prompt_len, repeats, product)

@@ -9,6 +9,8 @@
 #include <cstdint>
 #include <cstring>
 #include <thread>
+#include <type_traits>
+#include <utility>
 #include <vector>
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -125,8 +127,9 @@ Vector filled(Number x) {
 // Multiplications and additions of `count` steps, of which each adds products to all sums.
 template <typename Vector, typename Step>
 double counted(long count, const Step &step) {
+  using Element = std::remove_reference_t<decltype(std::declval<Vector &>()[0])>;
   Vector sums[SUMS];
-  for (Vector &each : sums) each = filled<Vector>(sums[0][0] * 0);
+  for (Vector &each : sums) each = filled<Vector>(Element(0));
   for (long i = 0; i < count; ++i) {
 #pragma GCC unroll 24
     for (int s = 0; s < SUMS; ++s) sums[s] = step(sums[s]);

@@ -213,13 +213,13 @@ def damaged(path: Path, facts: Mapping[str, Any]) -> str:
 
     `facts` are those of `Written`.
     """
-    with path.open("rb") as stream:
-        length = stream.read(8)
-        header = length + stream.read(int.from_bytes(length, "little"))
     try:
         file = SafetensorsFile.open(path)
     except CheckpointError:
         return "the header"
+    with path.open("rb") as stream:
+        length = stream.read(8)
+        header = length + stream.read(int.from_bytes(length, "little"))
 
     def digest(name: str) -> bytes:
         found = hashlib.sha256(file.raw(name)).digest() if name in file.entries else b""

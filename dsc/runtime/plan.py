@@ -24,7 +24,7 @@ from dsc.ir.segments import Segment, steps
 from dsc.ir.types import DType, TensorType
 
 PLAN = "plan.json"
-FORMAT = 5
+FORMAT = 6
 """Of dsc.json and plan.json: one schema. An artifact of another has to be compiled again."""
 ALIGNMENT = 64
 """Every buffer of an arena begins at a multiple of so many bytes."""

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from dsc.backends.tvm.lean import tiles_allowed
 from dsc.errors import InternalError
 from dsc.ir.graph import Attrs
 from dsc.ir.interface import Guard
@@ -155,7 +156,8 @@ def test_every_form_of_reading_reads_every_word(threads: int) -> None:
 def test_every_product_in_registers_has_a_speed() -> None:
     found = loops()
     assert found is not None
-    speeds = {name: found.multiply(name, 1, 1e-3) for name in found.products}
+    able = [name for name in found.products if "tiles" not in name or tiles_allowed()]
+    speeds = {name: found.multiply(name, 1, 1e-3) for name in able}
     assert min(speeds.values()) > 1e6
     assert {name.partition(" ")[0] for name in speeds} <= {"fp32", "bf16", "int8"}
 

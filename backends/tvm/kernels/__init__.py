@@ -40,9 +40,9 @@ LOWERINGS = {
     "einsum": "contract:lower_einsum",
     "fused": "region:lower",
 }
+"""Operator to `module:function` in this package, but for the pointwise ones of dsc."""
 CODED = {"cache_write": "coded_cache:lower_write"}
 """The same for operators over a cache in a format, where those are kernels of their own."""
-"""Operator to `module:function` in this package, but for the pointwise ones of dsc."""
 
 
 def lowering(op: str, coded: bool = False) -> Lower | None:

@@ -159,7 +159,8 @@ def experts_direct(of: Experts) -> PrimFunc:
     experts, d, hidden, top_k = of.experts, of.d, of.hidden, of.top_k
     activation, plain, native = ACTIVATIONS[of.act], of.plain, of.plain is None
     most, line = UNITS if native else PLAIN_UNITS, BLOCK
-    if of.codes is not None and plain is not None:
+    if of.codes is not None:
+        assert plain is not None
         most, line = plain.run, by_codes.BLOCK
     units = lanes_for(hidden, most)
     wide, lanes = lanes_for(units, SUMS), lanes_for(d, SUMS)
@@ -242,7 +243,8 @@ def experts_direct(of: Experts) -> PrimFunc:
             multiply_codes(mine, up_codes, integer(2), both, finish, 2)
 
         columns = grain(rows) if native else integer(SUMS)
-        if of.codes is not None and plain is not None:
+        if of.codes is not None:
+            assert plain is not None
             columns = coded_grain(rows, plain.run, line)
 
         def output_block(task: Expr) -> None:
