@@ -343,10 +343,11 @@ def _numbers(dtype: torch.dtype) -> Any:
 def _rounded_up(scales: torch.Tensor, dtype: DType) -> torch.Tensor:
     """Scales in their element type, none smaller than given, so that no code is beyond the last.
 
-    Raises `CheckpointError` where one is too large for it, or a block holds NaN or infinity, which
-    no code says. A block of zeros has the scale 1.
+    Raises `CheckpointError` where one is too large for it or all are too small, or a block holds
+    NaN or infinity, which no code says. A block of zeros has the scale 1.
     """
-    scales = torch.where(scales == 0, 1.0, scales)
+    empty = scales == 0
+    scales = torch.where(empty, 1.0, scales)
     made = scales.to(dtype.torch)
     if dtype.bits < 32:
         integers = torch.int16 if dtype.bits == 16 else torch.uint8
@@ -359,7 +360,25 @@ def _rounded_up(scales: torch.Tensor, dtype: DType) -> torch.Tensor:
             what if most.isfinite() else "a weight to quantise holds NaN or infinity",
             hint="mend the checkpoint; a compile can leave the weight as it is: --keep, keep=",
         )
+    _check_small(torch.where(empty, 0.0, scales), made, dtype)
     return made
+
+
+def _check_small(scales: torch.Tensor, made: torch.Tensor, dtype: DType) -> None:
+    """Raise `CheckpointError` where a quarter of the codes is lost even to the largest scale.
+
+    Smaller ones beside larger ones may lose all: what they say is next to nothing then. Scales that
+    are powers of two are meant to be up to twice as large.
+    """
+    if dtype.bits < 16 or not scales.numel():
+        return
+    at = scales.argmax()
+    most = float(scales.flatten()[at])
+    if 0 < most < 0.75 * float(made.flatten()[at]):
+        raise CheckpointError(
+            f"a scale of {most:g}, too small for {dtype}",
+            hint="a compile can leave the weight as it is (--keep, keep=), or take --quant fp8",
+        )
 
 
 def _largest(x: torch.Tensor, type: TensorType) -> torch.Tensor:

@@ -83,6 +83,8 @@ def test_packing_stays_within_the_bound_of_its_codes(
     scales: DType,
     shifted: bool,
 ) -> None:
+    if scales is DType.f16:  # what is too small for it is refused
+        magnitude = max(magnitude, -4.0)
     generator = torch.Generator().manual_seed(seed)
     for name, coding in CODINGS.items():
         wide = (*shape[:-1], shape[-1] * coding.together)
@@ -115,6 +117,17 @@ def test_a_scale_is_rounded_up_so_that_no_code_is_cut_off(scales: DType) -> None
 def test_a_scale_that_its_type_cannot_hold_is_an_error() -> None:
     with pytest.raises(CheckpointError, match=r"1\.\d+e\+34, too large for f16"):
         pack(torch.full((2, 4), 2e36), TensorType(DType.i8, (2, 4), Format((1, 4), DType.f16)))
+
+
+def test_scales_that_are_all_too_small_for_their_type_are_an_error() -> None:
+    t = TensorType(DType.i8, (2, 4), Format((1, 4), DType.f16))
+    x = torch.full((2, 4), 127 * 2.0**-20)
+    assert torch.equal(pack(x, t).unpack(torch.float32), x)
+    x[1] = 1e-9  # of a matrix that has larger ones: what is lost is next to nothing
+    assert float((pack(x, t).unpack(torch.float32) - x).abs().amax()) < 1e-7
+    with pytest.raises(CheckpointError, match=r"7\.8e-08, too small for f16"):
+        pack(torch.full((2, 4), 127 * 7.8e-8), t)
+    pack(torch.full((2, 4), 1e-9), TensorType(DType.i8, (2, 4), Format((1, 4), DType.bf16)))
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
