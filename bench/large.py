@@ -23,6 +23,7 @@ import sys
 import tempfile
 import threading
 import time
+import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -170,7 +171,9 @@ def kills(asked: argparse.Namespace, seed: int = 0) -> Figures:
             try:
                 compiled.save(out, force=True)
                 os._exit(0)
-            finally:
+            except BaseException:
+                traceback.print_exc()
+                sys.stderr.flush()
                 os._exit(1)
 
         def whole() -> float:
@@ -192,6 +195,8 @@ def kills(asked: argparse.Namespace, seed: int = 0) -> Figures:
             killed = os.WIFSIGNALED(os.waitpid(packer, 0)[1])
             beside = [path.name for path in out.parent.iterdir() if path != out]
             print(f"{number}: {killed}, {out.exists()}, {beside}", file=sys.stderr, flush=True)
+            if not killed and not out.exists():
+                wrong.append(f"pack {number} failed")
             died, left = died + killed, max(left, len(beside))
             if out.exists():
                 check_hashes(out)
