@@ -147,7 +147,8 @@ class Quantising(Pass):
         every |= program.weights.keys()
         for pattern in self.patterns:
             if not _named(pattern, every):
-                near = get_close_matches(pattern, every, 1) or sorted(every)[:1]
+                parts = [key for key in every if pattern in key.split(".")]
+                near = sorted(parts)[:1] or get_close_matches(pattern, every, 1) or sorted(every)
                 hint = f"names are the checkpoint's, such as {near[0]}" if near else "leave it out"
                 raise UsageError(f"no weight is called {pattern!r}", hint=hint)
 

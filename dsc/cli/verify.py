@@ -133,12 +133,14 @@ def verify(
     result = verification.compare(ours, oracle, ids, noise, is_text=is_text)
     failures = [*wrong, *result.failures(require, most_excluded)]
     formats = stored_as(compiled)
+    exact = is_artifact and compiled.manifest.get("weights") is not None and not wrong
     if failures and kept != "bf16" and against != "reference":
         failures.append(f"caches are kept in {kept}: what codes cost is part of this")
     if failures and formats:
         failures.append(
             f"weights are stored as {', '.join(formats)}: where the source has them finer, what"
             " codes cost is part of this (dsc compile --calibrate measures that)"
+            + (", and they are what the source makes of them, bit for bit" if exact else "")
         )
     if json:
         facts = {"against": against, "dtype": dtype, "formats": formats, "cache_format": kept}
@@ -169,11 +171,13 @@ def other_weights(compiled: CompiledModel, source: str, progress: Progress) -> l
 
 
 def _tell_weights(compiled: CompiledModel, wrong: list[str], json: bool) -> None:
-    """Say which weights differ; exit 1 where some do."""
+    """Say which weights differ, once for all ranks where none does; exit 1 where some do."""
+    from dsc.cli.ranks import speaks
+
     count = len(compiled.program.weights)
-    if json:
+    if json and speaks():
         console.print_json({"weights": count, "ok": not wrong, "failures": wrong})
-    elif not wrong:
+    elif not wrong and speaks():
         console.stdout().print(f"{count} weights are those of the source, bit for bit")
     if wrong:
         raise _wrong_weights(wrong)
