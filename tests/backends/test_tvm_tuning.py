@@ -50,7 +50,7 @@ def test_tiles_are_refused_where_nobody_gives_them(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(executable, "tiles_allowed", lambda: False)
-    manifest = {"meta": {"tiles": True}, "weights": None}
+    manifest = {"meta": {"tiles": True, "cpu_needs": []}, "weights": None}
     with pytest.raises(BackendUnavailable, match="AMX"):
         executable.TvmExecutable(tmp_path, manifest, Program("p", {}))
 
