@@ -65,7 +65,10 @@ def _remove(path: Path) -> None:
 
 @contextmanager
 def _own(out: Path, what: str) -> Iterator[Path]:
-    """A new folder beside `out`, locked; it is gone at the end unless it took another name."""
+    """A new folder beside `out`, locked; it is gone at the end unless it took another name.
+
+    One that has what `out` was stays where nothing took that place: `clear` puts it back.
+    """
     while True:
         folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.{what}.", dir=out.parent))
         lock = _locked(folder, wait=True)
@@ -76,7 +79,8 @@ def _own(out: Path, what: str) -> Iterator[Path]:
     try:
         yield folder
     finally:
-        _remove(folder)
+        if what == UNFINISHED or os.path.lexists(out):
+            _remove(folder)
         if lock is not None:
             os.close(lock)
 

@@ -31,7 +31,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from dsc.ir.analyses import uses
-from dsc.ir.formats import Format
+from dsc.ir.formats import CACHED, Format
 from dsc.ir.graph import Graph, Node, Value
 from dsc.ir.op import lookup, traits_of
 from dsc.ir.program import Program
@@ -42,7 +42,6 @@ from dsc.rewrite.options import option
 from dsc.rewrite.rebuild import rebuild
 
 RULE = "quantise"
-CODES = ("f8e4m3", "i8")
 GROUP = 128
 SCALES = DType.f32
 
@@ -51,7 +50,7 @@ SCALES = DType.f32
 class QuantizeCache(Pass):
     """Store all such states as codes, or none."""
 
-    codes: str = option(CODES[0], among=CODES)
+    codes: str = option(CACHED[0], among=CACHED)
     group: int = option(GROUP, least=1)
 
     needs = frozenset({Stage.CANONICAL, Stage.OPTIMIZED})

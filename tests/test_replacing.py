@@ -159,6 +159,30 @@ def test_the_old_gives_way_at_once_or_in_two_steps(
     assert [path.name for path in elsewhere.iterdir()] == ["file"]
 
 
+def test_what_cannot_be_put_back_is_not_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "old").touch()
+    monkeypatch.setattr(replacing, "_exchange", lambda *_: False)
+    rename = os.rename
+
+    def once(source: Path, target: Path) -> None:
+        if target == out:
+            raise OSError("the disk is gone")
+        rename(source, target)
+
+    with monkeypatch.context() as broken:
+        broken.setattr(replacing.os, "rename", once)
+        with pytest.raises(FileError), replacing.replacing(out):
+            pass
+    assert not out.exists()
+    clear(out)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert (out / "old").exists()
+
+
 def test_what_the_system_refuses_is_told(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="No such file"):
         replacing._exchange(tmp_path / "a", tmp_path / "b")

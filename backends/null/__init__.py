@@ -17,7 +17,7 @@ from dsc.backends.base import Capabilities, EmitOptions, Support, Yes
 from dsc.ir.analyses import total_cost
 from dsc.ir.arrays import Array, zeros
 from dsc.ir.dims import Dim, evaluate
-from dsc.ir.formats import CODINGS
+from dsc.ir.formats import CACHED, CODINGS
 from dsc.ir.graph import Graph, Node
 from dsc.ir.interface import Storage
 from dsc.ir.program import Program
@@ -45,7 +45,7 @@ class NullBackend:
             collectives=True,
             formats=tuple(CODINGS),
             activations=("f8e4m3",),
-            caches=tuple(CODINGS),
+            caches=CACHED,
         )
 
     def supports(self, node: Node) -> Support:

@@ -14,7 +14,7 @@ from typing import Any
 from dsc.backends.base import Capabilities, EmitOptions, Support, Yes
 from dsc.errors import UsageError
 from dsc.ir.arrays import Array, array_of, tensor_of
-from dsc.ir.formats import CODINGS
+from dsc.ir.formats import CACHED, CODINGS
 from dsc.ir.graph import Graph, Node
 from dsc.ir.interface import Storage
 from dsc.ir.interpreter import Interpreter
@@ -41,7 +41,7 @@ class ReferenceBackend:
             states=tuple(Storage),
             formats=tuple(CODINGS),
             activations=("f8e4m3",),
-            caches=tuple(CODINGS),
+            caches=CACHED,
         )
 
     def supports(self, node: Node) -> Support:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from importlib.util import find_spec
@@ -13,7 +12,9 @@ from dsc.backends.base import Capabilities, EmitOptions, No, Support, Yes
 from dsc.backends.tvm.launch import Unsupported
 from dsc.backends.tvm.lean import INSTALL, NEEDS
 from dsc.errors import BackendUnavailable
+from dsc.hardware import cpu
 from dsc.ir.expert_forms import ExpertKernels
+from dsc.ir.formats import CACHED
 from dsc.ir.graph import Node
 from dsc.ir.index_ranges import index_ranges
 from dsc.ir.interface import Storage
@@ -55,7 +56,7 @@ class TvmBackend:
             formats=("i8", "i4", "f8e4m3"),
             tile=16,
             activations=("i8", "i4", "f8e4m3"),
-            caches=("f8e4m3", "i8"),
+            caches=CACHED,
             plain_forms=("relax",),
             fuse=3,
             regions=RegionLimits(
@@ -123,7 +124,7 @@ class TvmBackend:
         machine = machine_for(target)
         threads = options.threads
         if threads is None and target.arch in ("", cpu_of("").host):
-            threads = len(os.sched_getaffinity(0))
+            threads = cpu().cores
         if threads is not None:
             machine = machine.shared_by(threads)
         if options.extra.get("form") == "relax":
@@ -175,7 +176,7 @@ class TvmBackend:
             "cpu_needs": cpu_of(target.arch).needs,
             "tiles": machine.tiles or machine.byte_tiles,
             "threads": options.threads,
-            "tiling": {**asdict(tiling), "by": by},
+            "tiling": {**asdict(tiling), "run": machine.run, "by": by},
             "weights": weights,
             "entries": entries,
         }

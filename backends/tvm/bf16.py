@@ -134,9 +134,17 @@ define linkonce_odr <16 x i16> @dsc_narrow(<16 x float> %a) #0 {
   ret <16 x i16> %r
 }
 """
-_COMMON = f"""
-declare <16 x float> @llvm.fma.v16f32(<16 x float>, <16 x float>, <16 x float>)
+PREFETCH = """
 declare void @llvm.prefetch.p0(ptr, i32, i32, i32)
+
+define linkonce_odr i32 @dsc_prefetch_far(ptr %p) alwaysinline nounwind {
+  call void @llvm.prefetch.p0(ptr %p, i32 0, i32 2, i32 1)
+  ret i32 0
+}
+"""
+"""What `prefetch_far` calls; any CPU has it."""
+_COMMON = f"""{PREFETCH}
+declare <16 x float> @llvm.fma.v16f32(<16 x float>, <16 x float>, <16 x float>)
 
 define linkonce_odr <16 x float> @dsc_even(<32 x i16> %a) #0 {{
   %w = bitcast <32 x i16> %a to <16 x i32>
@@ -160,11 +168,6 @@ define linkonce_odr <16 x float> @dsc_fma(
 
 define linkonce_odr i32 @dsc_prefetch(ptr %p) #0 {{
   call void @llvm.prefetch.p0(ptr %p, i32 0, i32 3, i32 1)
-  ret i32 0
-}}
-
-define linkonce_odr i32 @dsc_prefetch_far(ptr %p) #0 {{
-  call void @llvm.prefetch.p0(ptr %p, i32 0, i32 2, i32 1)
   ret i32 0
 }}
 

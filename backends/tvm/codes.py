@@ -38,9 +38,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from dsc.backends.tvm import amx
+from dsc.backends.tvm.bf16 import PREFETCH
 from dsc.backends.tvm.byte_products import DOTS, listed
 from dsc.backends.tvm.machine import Machine
-from dsc.backends.tvm.tir import Expr, T, Tensor, bind, cast, splat, tirx
+from dsc.backends.tvm.tir import Expr, T, bind, cast, splat, tirx
 
 LANES = 16
 """Columns of a vector, as many as rows lie side by side."""
@@ -61,14 +62,7 @@ define linkonce_odr <32 x i8> @dsc_{name}(<16 x i32> %a, <16 x i32> %b) #3 {{
 """
 
 
-_COMMON = f"""
-declare void @llvm.prefetch.p0(ptr, i32, i32, i32)
-
-define linkonce_odr i32 @dsc_ask_for(ptr %p) #3 {{
-  call void @llvm.prefetch.p0(ptr %p, i32 0, i32 2, i32 1)
-  ret i32 0
-}}
-
+_COMMON = f"""{PREFETCH}
 declare <16 x i32> @llvm.fptosi.sat.v16i32.v16f32(<16 x float>)
 declare <16 x i32> @llvm.smax.v16i32(<16 x i32>, <16 x i32>)
 declare <16 x i32> @llvm.smin.v16i32(<16 x i32>, <16 x i32>)
@@ -337,11 +331,6 @@ def instructions(machine: Machine) -> Iterator[None]:
 
 def _call(name: str, kind: str, *operands: Expr) -> Expr:
     return tirx.call_pure_extern(kind, f"dsc_{name}", *operands)
-
-
-def ask_for(x: Tensor, position: Expr) -> None:
-    """Have the cache line of an element in the second-level cache; past the end it does no harm."""
-    T.evaluate(tirx.call_extern("int32", "dsc_ask_for", T.address_of(x.buffer[position])))
 
 
 def dot4(acc: Expr, a: Expr, b: Expr, signed: bool) -> Expr:

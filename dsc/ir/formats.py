@@ -65,6 +65,8 @@ ROWS: Mapping[str, str] = MappingProxyType(
     {"i8": "i8:32", "i4": "i8:32", "f8e4m3": "f8e4m3:128"}
 )  # fmt: skip
 """What products take their rows as beside weights of such codes: codes, and columns of a scale."""
+CACHED = ("f8e4m3", "i8")
+"""Codes that caches are kept in (`pack_state`)."""
 WHOLE = 0
 """The extent of a block that is the whole axis, however long."""
 STEP = 32
@@ -367,8 +369,8 @@ def _rounded_up(scales: torch.Tensor, dtype: DType) -> torch.Tensor:
 def _check_small(scales: torch.Tensor, made: torch.Tensor, dtype: DType) -> None:
     """Raise `CheckpointError` where a quarter of the codes is lost even to the largest scale.
 
-    Smaller ones beside larger ones may lose all: what they say is next to nothing then. Scales that
-    are powers of two are meant to be up to twice as large.
+    That is of what is packed at a time. Smaller ones beside larger ones may lose all: what they say
+    is next to nothing then. Scales that are powers of two may be up to twice as large.
     """
     if dtype.bits < 16 or not scales.numel():
         return

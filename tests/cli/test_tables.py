@@ -449,6 +449,16 @@ def test_codes_are_named_where_they_are_part_of_an_error(
     ]
 
 
+def stock_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let transformers' model say what the artifact's does."""
+    monkeypatch.setattr(verify, "check_oracle", lambda *_: None)
+    monkeypatch.setattr(
+        verification,
+        "transformers_logits",
+        lambda _, ids: np.eye(VOCAB, dtype=np.float32)[(np.asarray(ids) + 1) % VOCAB],
+    )
+
+
 @pytest.mark.parametrize(
     ("against", "wanted"), [("reference", ["fp8"]), ("hf", ["bf16", "fp8"])]
 )  # fmt: skip
@@ -457,12 +467,7 @@ def test_verify_compares_caches_in_codes_with_such_and_measures_them_beside_numb
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     monkeypatch.setattr(pipeline, "cache_format_of", lambda _: "fp8")
-    monkeypatch.setattr(verify, "check_oracle", lambda *_: None)
-    monkeypatch.setattr(
-        verification,
-        "transformers_logits",
-        lambda _, ids: np.eye(VOCAB, dtype=np.float32)[(np.asarray(ids) + 1) % VOCAB],
-    )
+    stock_model(monkeypatch)
     found = json.loads(invoke("verify", str(artifact), "--against", against, "--json").stdout)
     assert (found["dtype"], found["cache_format"], found["ok"]) == ("fp32", "fp8", True)
     assert sorted(asked["cache_format"] for asked in api.asked) == wanted
@@ -476,12 +481,7 @@ def test_verify_measures_what_bf16_rounds(
     phases: list[str] = []
     monkeypatch.setattr(console, "progress_bar", lambda: nullcontext(phases.append))
     monkeypatch.setattr(verification, "compute_dtype", lambda _: "bf16")
-    monkeypatch.setattr(verify, "check_oracle", lambda *_: None)
-    monkeypatch.setattr(
-        verification,
-        "transformers_logits",
-        lambda _, ids: np.eye(VOCAB, dtype=np.float32)[(np.asarray(ids) + 1) % VOCAB],
-    )
+    stock_model(monkeypatch)
     found = json.loads(invoke("verify", str(artifact), "--against", against, "--json").stdout)
     assert phases[2:] == [f"running the oracle ({against})", "measuring what bf16 does (reference)"]
     assert sorted(asked["dtype"] for asked in api.asked) == ["bf16", "fp32"]

@@ -12,8 +12,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from dsc.backends.tvm.bf16 import prefetch_far
 from dsc.backends.tvm.byte_products import SIGNED
-from dsc.backends.tvm.codes import LANES, ask_for
+from dsc.backends.tvm.codes import LANES
 from dsc.backends.tvm.kernels.bf16_product import ceil_div
 from dsc.backends.tvm.launch import Unsupported, static_dim
 from dsc.backends.tvm.machine import LONGEST_RUN, Machine
@@ -192,7 +193,7 @@ class Codes:
         start = bind(self.vectors(tile, step))
         if rows <= ALONE:
             for v in range(self.of.vectors):
-                ask_for(self.words, start + (v * LANES + AHEAD // DType.i32.itemsize))
+                prefetch_far(self.words, start + (v * LANES + AHEAD // DType.i32.itemsize))
         return start
 
     def shared(self, x: Tensor, tile: Expr, group: Expr) -> Expr:

@@ -42,7 +42,7 @@ from dsc.backends.tvm.tir import (
     tirx,
 )
 from dsc.ir.dims import Dim
-from dsc.ir.formats import CODINGS, code_bytes
+from dsc.ir.formats import CACHED, CODINGS, code_bytes
 from dsc.ir.graph import Node
 from dsc.ir.paging import cached_rows, rows_of_page
 from dsc.ir.types import DType, TensorType
@@ -74,7 +74,7 @@ class Kind:
             return None
         width = static_dim(t.shape[-1], "a cache row")
         group = t.format.block[1] or width
-        if t.dtype not in (DType.f8e4m3, DType.i8) or t.format.scales is not DType.f32:
+        if t.dtype.value not in CACHED or t.format.scales is not DType.f32:
             raise Unsupported(f"a cache in {t.dtype}{t.format}")
         if group % LANES and group < width:
             raise Unsupported(f"groups of {group}; a multiple of {LANES} is needed")
