@@ -174,7 +174,7 @@ def test_what_cannot_be_put_back_is_not_lost(
         rename(source, target)
 
     with monkeypatch.context() as broken:
-        broken.setattr(replacing.os, "rename", once)
+        broken.setattr(os, "rename", once)
         with pytest.raises(FileError), replacing.replacing(out):
             pass
     assert not out.exists()
