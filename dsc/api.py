@@ -211,6 +211,7 @@ def compile(
     *,
     config: str | Path | None = None,
     weights: str | Path | None = None,
+    revision: str | None = None,
     backend: str | None = None,
     target: str | Sequence[str] | None = None,
     fusion_level: int = 3,
@@ -241,10 +242,12 @@ def compile(
     """Compile a model for a backend.
 
     Args:
-        model: a checkpoint folder, a `.py` file with `build(config)`, a built-in name, a `.dsc`
-            file, a transformers causal LM of the family, or a `Program`.
+        model: a checkpoint folder, ORG/NAME of the Hugging Face Hub, a `.py` file with
+            `build(config)`, a built-in name, a `.dsc` file, a transformers causal LM of the
+            family, or a `Program`.
         config: a preset's name or a config.json, for models built from code.
         weights: a folder of safetensors files, or "none" to compile without values.
+        revision: a branch, a tag or a commit of a model on the Hub; its main branch by default.
         backend: triton, tvm, onnxruntime, reference or null; the best that runs here by default.
         target: one or more of cpu, cuda:sm_90, …; the backend's default otherwise.
         fusion_level: 0 to 3. onnxruntime fuses for itself, whatever the level. Where a
@@ -302,7 +305,7 @@ def compile(
     _check_kinds(int, True, max_context=max_context, threads=threads, seqlen=seqlen)
     words = {"cache": cache, "cache_format": cache_format, "parallel": parallel, "quant": quant}
     _check_kinds(str, False, **words)
-    _check_kinds(str, True, backend=backend, dtype=dtype, fallback=fallback)
+    _check_kinds(str, True, backend=backend, dtype=dtype, fallback=fallback, revision=revision)
     _check_options(fusion_level, dtype, max_batch, max_context, prefill_chunk)
     check_parallel(ranks, parallel)
     pipeline.check_names(print_ir_after, NOT_PASSES)
@@ -328,6 +331,7 @@ def compile(
         model,
         config=config,
         weights=weights,
+        revision=revision,
         dtype=PRECISIONS[dtype] if dtype else None,
         max_batch=max_batch,
         max_context=max_context,

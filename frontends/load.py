@@ -1,7 +1,7 @@
 """Whatever a user names as a model becomes a traced program and the files that go with it.
 
-A checkpoint folder, a `.py` file with `build(config)`, a built-in name, a `.dsc` text, a
-transformers causal LM in memory, or a `Program`: one function reads them all.
+A checkpoint folder, a name on the Hub, a `.py` file with `build(config)`, a built-in name, a `.dsc`
+text, a transformers causal LM in memory, or a `Program`: one function reads them all.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from dsc.errors import ConfigError, DscError, UnsupportedArchitecture, UsageErro
 from dsc.frontends import trace_cache
 from dsc.frontends.config import DTYPES, ModelConfig, parse_config
 from dsc.frontends.generation_config import Settings, load_generation, settings_of
+from dsc.frontends.hub import located, model_name
 from dsc.frontends.text import read_program
 from dsc.frontends.tokenizer import TOKENIZER, find_tokenizer
 from dsc.ir.lazy import torch
@@ -107,6 +108,7 @@ def load_program(
     *,
     config: str | Path | None = None,
     weights: str | Path | None = None,
+    revision: str | None = None,
     dtype: DType | None = None,
     max_batch: int = 4,
     max_context: int | None = None,
@@ -128,7 +130,7 @@ def load_program(
         return Loaded(model.limited(asked.whatever()) if model.is_causal_lm else model)
     if not isinstance(model, (str, Path)):
         return _from_module(model, dtype, asked, progress)
-    path = Path(model)
+    path, how = located(model, revision, progress)
     if str(model) in BUILT_IN and not path.exists():
         path = Path(__file__).resolve().parent.parent / "models" / BUILT_IN[str(model)]
     if path.suffix == ".py" and path.is_file():
@@ -152,11 +154,12 @@ def load_program(
                 where=str(path),
                 hint="drop --config, or name models/v3.py and give the folder as --weights",
             )
-        return _from_checkpoint(path, weights, dtype, asked, progress)
+        loaded = _from_checkpoint(path, weights, dtype, asked, progress)
+        return replace(loaded, notes=[*how, *loaded.notes])
     raise UsageError(
         f"no model at {str(model)!r}",
-        hint="give a checkpoint folder, a .py file with build(config), a .dsc file, or one of "
-        + ", ".join(BUILT_IN),
+        hint="give a checkpoint folder, ORG/NAME of the Hub, a .py file with build(config), a .dsc"
+        f" file, or one of {', '.join(BUILT_IN)}",
     )
 
 
@@ -184,7 +187,7 @@ def _from_checkpoint(
     checkpoint = opened.mapped(step.parameters)
     traced = step.traced(progress)
     given = None if weights is not None else (checkpoint.weights, checkpoint.source)
-    program = _with_weights(traced, given, folder.resolve().name)
+    program = _with_weights(traced, given, model_name(folder.resolve()))
     return _loaded(program, settings, folder, checkpoint.notes, tokenizer)
 
 

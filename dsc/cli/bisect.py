@@ -49,6 +49,7 @@ def bisect(
     model: options.Model,
     config: options.Config = None,
     weights: options.Weights = None,
+    revision: options.Revision = None,
     backend: options.Backend = None,
     target: options.Targets = None,
     dtype: options.Dtype = None,
@@ -79,11 +80,14 @@ def bisect(
 
         dsc bisect layer.dsc --backend reference -o found
     """
+    from dsc.frontends.hub import located
+
     folder = output or Path(f"{Path(model).stem or 'model'}-bisect")
     check_fillable(folder)
     with console.progress_bar() as progress:
         asked = options.chosen(ranks=ranks, parallel=parallel, fusion_level=fusion_level)
         asked |= {"prefill_chunk": prefill_chunk, "cache": cache}
+        model = str(located(model, revision, progress)[0])
         program, passes = load_passes(
             model, config, weights, backend, target, dtype, asked, progress
         )

@@ -17,6 +17,7 @@ def compile(
     model: options.Model,
     config: options.Config = None,
     weights: options.Weights = None,
+    revision: options.Revision = None,
     backend: options.Backend = None,
     target: options.Targets = None,
     fusion_level: options.FusionLevel = 3,
@@ -96,8 +97,10 @@ def default_output(model: str, backend: str) -> Path:
     >>> default_output("models/v3.py", "triton"), default_output("checkpoints/R1/", "tvm")
     (PosixPath('v3-triton'), PosixPath('R1-tvm'))
     """
+    from dsc.frontends.hub import model_name
+
     path = Path(model)
-    stem = path.stem if path.suffix == ".py" else path.resolve().name
+    stem = path.stem if path.suffix == ".py" else model_name(path.resolve())
     return Path(f"{stem}-{backend}")
 
 

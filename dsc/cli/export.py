@@ -17,6 +17,7 @@ def export(
     model: options.Model,
     config: options.Config = None,
     weights: options.Weights = None,
+    revision: options.Revision = None,
     format: Annotated[
         Literal["onnx", "relax"],
         Option("--format", help="ONNX, or a library for TVM's Relax virtual machine."),

@@ -33,6 +33,7 @@ def inspect(
     kernels: Annotated[bool, Option("--kernels", help="The files the backend emitted.")] = False,
     config: options.Config = None,
     weights: options.Weights = None,
+    revision: options.Revision = None,
     backend: options.Backend = None,
     quant: options.Quant = "none",
     cache_format: options.CacheFormat = "bf16",
@@ -57,7 +58,7 @@ def inspect(
     forms = {"quant": quant, "cache_format": cache_format}
     plain = {"quant": "none", "cache_format": "bf16"}
     asked = {name: form for name, form in forms.items() if form != plain[name]}
-    given = options.chosen(config=config, weights=weights, ranks=ranks, **asked)
+    given = options.chosen(config=config, weights=weights, revision=revision, ranks=ranks, **asked)
     if kernels and entry is not None:
         raise UsageError("kernels are of all entries", hint="give --kernels or --entry, not both")
     if (folder / "dsc.json").is_file():

@@ -17,7 +17,8 @@ Model = Annotated[
     str,
     Argument(
         metavar="MODEL",
-        help="A .py file with build(config), a checkpoint folder, a .dsc text, or a built-in name.",
+        help="A checkpoint folder, ORG/NAME of the Hugging Face Hub, a .py file with build(config),"
+        " a .dsc text, or a built-in name.",
         show_default=False,
     ),
 ]
@@ -38,6 +39,14 @@ Weights = Annotated[
         "--weights",
         metavar="DIR|none",
         help="Where the safetensors files are; 'none' compiles without any.",
+    ),
+]
+Revision = Annotated[
+    str | None,
+    unset(
+        "--revision",
+        metavar="REV",
+        help="A branch, a tag or a commit of ORG/NAME.  [default: main]",
     ),
 ]
 Backend = Annotated[

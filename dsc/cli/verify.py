@@ -44,6 +44,7 @@ def verify(
         Path | None,
         options.unset("--checkpoint", metavar="DIR", help="The source of OUT, where it has moved."),
     ] = None,
+    revision: options.Revision = None,
     require: Annotated[
         float,
         Option("--require", min=0.0, max=1.0, help="Greedy agreement below this is a failure."),
@@ -87,9 +88,12 @@ def verify(
     from dsc import api, verification
     from dsc.cli.measuring import tell_stand_in
     from dsc.cli.ranks import launch_ranks, must_launch, speaks
+    from dsc.frontends.hub import located
     from dsc.pipeline import cache_format_of
 
-    folder = Path(model)
+    with console.progress_bar() as progress:
+        folder = located(model, revision, progress)[0]
+    model = str(folder)
     is_artifact = (folder / "dsc.json").is_file()
     if weights and not is_artifact:
         raise UsageError("--weights reads an artifact", where=str(folder))

@@ -198,8 +198,9 @@ def _indexed(folder: Path) -> SafetensorsSource:
 def inside(folder: Path, name: str, where: str) -> Path:
     """`folder / name`, if that is a file and lies in the folder when all links are followed.
 
-    A snapshot of the Hugging Face cache (`<repo>/snapshots/<revision>/`) is a folder of links into
-    `<repo>/blobs/`; those, and no other links out of the folder, are followed.
+    A snapshot of the Hugging Face cache (`<cache>/<repo>/snapshots/<revision>/`) is a folder of
+    links into `<repo>/blobs/`, and from there into the store that repositories share,
+    `<cache>/blobs/`; those, and no other links out of the folder, are followed.
     """
     if len(name) > MAX_NAME:
         told = f"a file name of {len(name)} characters, {name[:40]!r}…; at most {MAX_NAME} are read"
@@ -209,10 +210,11 @@ def inside(folder: Path, name: str, where: str) -> Path:
     path, home = folder / name, folder.resolve()
     if reason := why_no_file(path):
         raise CheckpointError(f"{name!r} {reason}", where, "download it, or repair links")
-    homes = {home}
+    homes, found = {home}, path.resolve()
     if home.parent.name == "snapshots":
-        homes.add(home.parent.parent / "blobs")
-    if path.resolve().parent not in homes:
+        repository = home.parent.parent
+        homes |= {repository / "blobs", repository.parent / "blobs" / found.parent.name}
+    if found.parent not in homes:
         raise CheckpointError(f"the link {name} leads out of the checkpoint folder", where)
     return path
 
