@@ -438,6 +438,13 @@ def varying_sizes() -> Figures:
     return {"ok": right and late < 0.05, "slowest after the second": late, **found}
 
 
+def coded_products() -> Figures:
+    """Products of codes in forms drawn from all there are, on all CPUs that this one can be."""
+    from bench import coded_products as forms
+
+    return forms.measure(seconds=300)
+
+
 def damaged_texts() -> Figures:
     """10,000 damaged texts of programs: each a program still, or one error with line and caret."""
     from bench.damaged_texts import run
@@ -481,6 +488,7 @@ BARS: dict[str, Callable[[], Figures]] = {
     "random_configs": random_configs,
     "random_calls": random_calls,
     "damaged_texts": damaged_texts,
+    "coded_products": coded_products,
     "shared_cache": shared_cache,
     "verify_each": verify_each,
     "profile_overhead": profile_overhead,

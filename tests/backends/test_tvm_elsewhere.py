@@ -13,8 +13,9 @@ from dsc.backends.tvm.kernels import cpp
 from dsc.backends.tvm.machine import cpu_of, machine_for
 from dsc.errors import BackendUnavailable
 from dsc.targets import parse_target
+from tests.backends.coded_products import ROWS, bound, exact, inputs, program
 from tests.backends.elsewhere import Elsewhere
-from tests.backends.test_tvm_codes import CASES, ROWS, bound, exact, inputs, program
+from tests.backends.test_tvm_codes import CASES
 
 
 @pytest.mark.parametrize(
