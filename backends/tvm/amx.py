@@ -35,6 +35,7 @@ DEPTH = 32
 SUMS, WEIGHTS, PAIRS = (0, 1, 2, 3), (4, 5), (6, 7)
 BYTES = 32
 """Bytes of a row that an instruction takes."""
+_VECTORS = '"target-features"="+avx512f,+avx512bw,+avx512vl"'
 _FEATURES = '"target-features"="+avx512f,+avx512bw,+avx512vl,+amx-tile,+amx-bf16"'
 _BYTES = '"target-features"="+avx512f,+avx512bw,+avx512vl,+amx-tile,+amx-int8"'
 
@@ -173,15 +174,22 @@ declare void @llvm.x86.tilezero(i8 immarg)
 declare void @llvm.x86.tileloadd64(i8 immarg, ptr, i64)
 declare void @llvm.x86.tilestored64(i8 immarg, ptr, i64)
 declare void @llvm.x86.tdpbf16ps(i8 immarg, i8 immarg, i8 immarg)
-declare void @llvm.masked.store.v16f32.p0(<16 x float>, ptr, i32, <16 x i1>)
 """
+_MASKED = "\ndeclare void @llvm.masked.store.v16f32.p0(<16 x float>, ptr, i32, <16 x i1>)\n"
 
 
 @cache
 def functions() -> str:
-    """The LLVM IR of this module's operations."""
-    text = _DECLARED + _ADDRESS + _tile_functions() + _pack() + _unpack() + _pair(0) + _pair(1)
+    """The LLVM IR of this module's operations on tiles of bf16."""
+    text = _DECLARED + _tile_functions() + _pair(0) + _pair(1)
     return text + f"\nattributes #2 = {{ alwaysinline nounwind {_FEATURES} }}\n"
+
+
+@cache
+def transpositions() -> str:
+    """The LLVM IR of `pack`, `unpack` and `address`, which AVX-512 is enough for."""
+    text = (_MASKED + _ADDRESS + _pack() + _unpack()).replace(" #2 ", " #3 ")
+    return text + f"\nattributes #3 = {{ alwaysinline nounwind {_VECTORS} }}\n"
 
 
 @cache

@@ -11,6 +11,7 @@ and the few operations on it are LLVM IR functions, linked into the library by a
     unzip_low, unzip_high   fp32 sums of zipped columns, back in the order of columns
     mesh_low, mesh_high     fp32 sums of even and of odd columns, back in the order of columns
     narrow      fp32 to bf16, to nearest even (where it is vcvtneps2bf16, subnormals become 0)
+    exp2        2^x of fp32
 
 There are two ways to multiply vectors, and which is faster is the CPU's affair (`Machine.pairs`):
 
@@ -26,6 +27,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+
+import numpy as np
 
 from dsc.backends.tvm import amx
 from dsc.backends.tvm.machine import Machine
@@ -143,6 +146,48 @@ define linkonce_odr i32 @dsc_prefetch_far(ptr %p) alwaysinline nounwind {
 }
 """
 """What `prefetch_far` calls; any CPU has it."""
+_EXP2_TERMS = (
+    1.3264727252756162e-3, 9.671512785858056e-3, 5.5507337444714706e-2,
+    0.24022242083110568, 0.6931469775976777, 1.0,
+)  # fmt: skip
+"""2^x on -0.5 .. 0.5, highest power first: within 9.2e-8 of it, and 1 at 0."""
+_EXP2_LEAST = -200.0
+"""A power of two that is 0 in fp32; a NaN is not less."""
+
+
+def _exp2() -> str:
+    """2^x is 2^n times a polynomial of x - n, where n is the nearest integer."""
+
+    def number(value: float) -> str:
+        word = np.float64(np.float32(value)).view(np.uint64)
+        return f"splat (float 0x{word:016X})"
+
+    first, *terms = map(number, _EXP2_TERMS)
+    kind = "<16 x float>"
+    lines = [
+        f"%c = fcmp olt {kind} %x, {number(_EXP2_LEAST)}",
+        f"%i = select <16 x i1> %c, {kind} {number(_EXP2_LEAST)}, {kind} %x",
+        f"%n = call {kind} @llvm.roundeven.v16f32({kind} %i)",
+        f"%f = fsub {kind} %i, %n",
+    ]
+    last = first
+    for i, term in enumerate(terms):
+        given = f"{kind} %f, {kind} {last}, {kind} {term}"
+        lines.append(f"%p{i} = call {kind} @llvm.fma.v16f32({given})")
+        last = f"%p{i}"
+    scale = "@llvm.x86.avx512.mask.scalef.ps.512"
+    given = f"{kind} {last}, {kind} %n, {kind} zeroinitializer, i16 -1, i32 4"
+    lines += [f"%r = call {kind} {scale}({given})", f"ret {kind} %r"]
+    body = "\n  ".join(lines)
+    return f"""
+declare {kind} @llvm.roundeven.v16f32({kind})
+declare {kind} {scale}({kind}, {kind}, {kind}, i16, i32)
+
+define linkonce_odr {kind} @dsc_exp2({kind} %x) #0 {{
+  {body}
+}}"""
+
+
 _COMMON = f"""{PREFETCH}
 declare <16 x float> @llvm.fma.v16f32(<16 x float>, <16 x float>, <16 x float>)
 
@@ -165,6 +210,8 @@ define linkonce_odr <16 x float> @dsc_fma(
   %r = call <16 x float> @llvm.fma.v16f32(<16 x float> %a, <16 x float> %b, <16 x float> %acc)
   ret <16 x float> %r
 }}
+
+{_exp2()}
 
 define linkonce_odr i32 @dsc_prefetch(ptr %p) #0 {{
   call void @llvm.prefetch.p0(ptr %p, i32 0, i32 3, i32 1)
@@ -234,7 +281,8 @@ def instructions() -> Iterator[None]:
     dot = _PAIR_DOT if machine.pairs else _WIDENED_DOT
     narrowed = _NARROW if machine.narrows else _ROUNDED
     tiles = amx.functions() if machine.tiles else ""
-    with T.attr("bf16", "pragma_import_llvm", _COMMON + dot + narrowed + tiles):
+    text = _COMMON + dot + narrowed + amx.transpositions() + tiles
+    with T.attr("bf16", "pragma_import_llvm", text):
         yield
 
 
@@ -270,6 +318,11 @@ def sum4(accumulators: list[Expr]) -> Expr:
 def narrow(value: Expr) -> Expr:
     """16 floats as the bits of bf16."""
     return _call("narrow", "uint16x16", value)
+
+
+def exp2(value: Expr) -> Expr:
+    """2^x of 16 floats, within 2 ulp; 0 where fp32 has no such power, and a NaN stays one."""
+    return _call("exp2", "float32x16", value)
 
 
 def zipped(a: Expr, b: Expr) -> tuple[Expr, Expr]:
@@ -326,8 +379,11 @@ class Pairs:
 
     def everywhere(self, position: Expr) -> Expr:
         """The pair at an even `position` in all lanes."""
-        word = bind(self.words[tirx.truncdiv(position, 2)])
-        return T.reinterpret("uint16x32", splat(word, SUMS))
+        return self.pair(tirx.truncdiv(position, 2))
+
+    def pair(self, number: Expr) -> Expr:
+        """A pair, by its number, in all lanes."""
+        return T.reinterpret("uint16x32", splat(bind(self.words[number]), SUMS))
 
     def put(self, position: Expr, value: Expr) -> None:
         """Write 16 floats at an even `position`, rounded."""

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from dsc.backends.tvm.bf16 import LANES
-from dsc.backends.tvm.kernels import bf16_attention, bf16_softmax, tile_attention
+from dsc.backends.tvm.bf16 import LANES, SUMS
+from dsc.backends.tvm.kernels import bf16_attention, bf16_softmax, lane_attention, tile_attention
 from dsc.backends.tvm.kernels.attend import BLOCK, Queries, Rows, attend
 from dsc.backends.tvm.kernels.coded_cache import (
     CodedRows,
@@ -60,7 +60,11 @@ def lower_latent(node: Node, machine: Machine) -> Launch:
         split = s == 1
         floats = bf16_attention.PARTS * bf16_attention.part_floats(heads, c) if split else 0
         wide = (heads, c, r, scale, split, page, kind)
-        maker = tile_attention.tile_latent if machine.tiles else bf16_attention.bf16_latent
+        maker = bf16_attention.bf16_latent
+        if machine.tiles:
+            maker = tile_attention.tile_latent
+        elif machine.pairs and heads % SUMS == 0:
+            maker = lane_attention.lane_latent
         return Launch(maker, wide, (b, s, t), scratch=b * (4 * floats) + whole, flops=flops)
     static = (q.dtype, heads, c, r, scale, machine.lanes, page, kind, s == 1)
     return Launch(latent_attention, static, (b, s, t), scratch=whole, flops=flops)

@@ -13,6 +13,7 @@ mla_attention      bound: 2 (n + v) c flops a row and head to expand the cache, 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from dsc.backends.tvm.bf16 import (
@@ -81,11 +82,19 @@ def part_of(part: Expr, parts: int, limit: Expr, unit: int) -> tuple[Expr, Expr]
 
 
 class SharedParts:
-    """What the shares of the context come to: sums, maxima and masses of all heads of each."""
+    """What the shares of the context come to: sums, maxima and masses of all heads of each.
 
-    def __init__(self, at: Expr, heads: int, c: int, tokens: Expr) -> None:
+    `place(head, v)` is where vector v of a head's sums lies among a share's, side by side if not
+    said.
+    """
+
+    def __init__(
+        self, at: Expr, heads: int, c: int, tokens: Expr,
+        place: Callable[[Expr, Expr], Expr] | None = None,
+    ) -> None:  # fmt: skip
         self.heads, self.c, self.floats = heads, c, part_floats(heads, c)
         self.tensor = Tensor(at, DType.f32, (tokens, PARTS, self.floats))
+        self.place = place or (lambda head, v: head * c + v * SUMS)
 
     def put(self, share: Expr, head: Expr, peak: Expr, mass: Expr) -> None:
         """Keep a head's maximum and mass; sums are written to `tensor`."""
@@ -111,7 +120,7 @@ class SharedParts:
             for half in range(2):
                 value = splat(f32(0.0), SUMS)
                 for p, weight in enumerate(shares):
-                    at = head * c + i * LANES + half * SUMS
+                    at = self.place(head, 2 * i + half)
                     got = parts.load(token, p, at, lanes=SUMS)
                     value = hold(value + got * splat(weight * inverse, SUMS))
                 halves.append(value)
