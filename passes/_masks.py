@@ -1,9 +1,10 @@
 """What an attention mask lets through, found by evaluating it.
 
-A mask is raised only when it is causal: query i of sequence b sees rows j <= lengths[b] + i of a
-cache, rows j <= t - s + i (the last query sees all), or rows j <= i. Anything else (a sliding
-window, chunks, padding) is refused with the pair of rows that it treats differently; it is never
-dropped.
+A mask is raised only when it is causal: query i of sequence b, which is row lengths[b] + i of a
+cache, row t - s + i (the last query sees all), or row i, sees no row after its own; and of those
+before it all, the last `window`, or those of its own chunk. How wide these are is read off the
+constants written in the mask, and proved at sizes around it. Anything else (padding, a bias) is
+refused with the pair of rows that it treats differently; it is never dropped.
 """
 
 from __future__ import annotations
@@ -13,9 +14,10 @@ from dataclasses import dataclass
 from functools import partial
 
 from dsc.errors import DscError
-from dsc.ir.dims import Dim, bounds, evaluate
+from dsc.ir.dims import Dim, bounds, evaluate, free_symbols
 from dsc.ir.graph import Operand, Value, Weight
 from dsc.ir.lazy import torch
+from dsc.ir.ops.nn import sees
 from dsc.ir.types import DType
 from dsc.ir.weights import MetaSource, sources
 from dsc.ir.weights import evaluate as evaluate_weight
@@ -33,11 +35,26 @@ HIDDEN = -1e4
 class Causal:
     """A causal mask; `lengths` is the value it reads them from, if it reads them.
 
-    `from_start`: query i sees rows j <= i, however many rows there are.
+    `from_start`: query i is row i, however many rows there are. `window` and `chunk` as
+    `attention` has them; 0 is none.
     """
 
     lengths: Value | None
     from_start: bool = False
+    window: int = 0
+    chunk: int = 0
+
+
+_Sight = tuple[int, int]
+"""A window and a chunk."""
+
+
+@dataclass(frozen=True)
+class _Shown:
+    """What one evaluation shows: bool[b, s, t], and the row [b, 1, 1] of each first query."""
+
+    seen: torch.Tensor
+    start: torch.Tensor
 
 
 def classify(scope: Scope, mask: Operand, inverse: bool = False) -> Causal | Reject:
@@ -57,9 +74,10 @@ def classify(scope: Scope, mask: Operand, inverse: bool = False) -> Causal | Rej
     for from_start in (False,) if region.leaves else (False, True):
         key = ("mask", region.key, inverse, from_start)
         asked = _Asked(region, inverse, from_start)
-        found = lift.proven(scope, key, partial(_prove, scope, asked, mask))
-        if not found:
-            return Causal(region.leaves[0] if region.leaves else None, from_start)  # type: ignore[arg-type]
+        found = lift.proven(scope, key, partial(_find, scope, asked, mask))
+        if not isinstance(found, str):
+            lengths = region.leaves[0] if region.leaves else None
+            return Causal(lengths, from_start, *found)  # type: ignore[arg-type]
         reasons.append(found)
     return reject(reasons[0], mask)
 
@@ -74,11 +92,22 @@ def _folded(scope: Scope, mask: Weight, inverse: bool) -> Causal | Reject:
     reasons = []
     for from_start in (False, True):
         past = 0 if from_start else total - rows
-        why = _compare(value, inverse, past, None) if past >= 0 else "it has more rows than columns"
-        if not why:
-            return Causal(None, from_start)
-        reasons.append(why)
+        if past < 0:
+            reasons.append("it has more rows than columns")
+            continue
+        shown = _shown(value, inverse, torch.full((1, 1, 1), past))
+        found = shown if isinstance(shown, str) else _sight([shown], _widths(shown))
+        if not isinstance(found, str):
+            return Causal(None, from_start, *found)
+        reasons.append(found)
     return reject(reasons[0], mask)
+
+
+def _widths(shown: _Shown) -> list[_Sight]:
+    """Of how many rows a window or a chunk would be: where the first row is hidden first."""
+    hidden = (~shown.seen[0, :, 0]).nonzero()
+    first = int(hidden[0]) + int(shown.start[0]) if len(hidden) else 0
+    return [(first, 0), (0, first)] if first > 0 else []
 
 
 @dataclass(frozen=True)
@@ -90,18 +119,35 @@ class _Asked:
     from_start: bool
 
 
-def _prove(scope: Scope, asked: _Asked, mask: Value) -> str:
-    """Why the mask is not causal; empty when it is."""
-    region = asked.region
+def _find(scope: Scope, asked: _Asked, mask: Value) -> _Sight | str:
+    """The window and the chunk of a causal mask; or why it is none."""
     rows, total = mask.type.shape[-2:]
-    cases = _cases(scope, region, rows, total)
+    cases = _cases(scope, asked.region, rows, total)
     if isinstance(cases, str):
         return cases
+    views = []
     for seed, sizes in enumerate(cases):
-        why = _check(asked, sizes, evaluate(rows, sizes), evaluate(total, sizes), seed)
-        if why:
-            return why
-    return ""
+        past = 0 if asked.from_start else evaluate(total, sizes) - evaluate(rows, sizes)
+        if past < 0:
+            continue  # sizes that no step has
+        shown = _evaluated(asked, sizes, past, seed)
+        if isinstance(shown, str):
+            return shown
+        views.append(shown)
+    written = [int(abs(c)) for c in sorted(asked.region.constants()) if float(c).is_integer()]
+    widths = [n for c in written for n in (c, c - 1, c + 1) if n > 0]
+    return _sight(views, [*((n, 0) for n in widths), *((0, n) for n in written if n)])
+
+
+def _sight(views: Sequence[_Shown], guesses: Sequence[_Sight]) -> _Sight | str:
+    """The first of no window, or a guess, that all views agree with; or how they differ."""
+    plain = ""
+    for guess in ((0, 0), *dict.fromkeys(guesses)):
+        why = next((w for w in (_difference(v, *guess) for v in views) if w), "")
+        if not why:
+            return guess
+        plain = plain or why
+    return plain
 
 
 def _cases(
@@ -111,47 +157,62 @@ def _cases(
     small = lift.assignments(region.graph)
     cases: list[Mapping[str, int]] = list(small)
     cases += [{**small[0], name: size} for name in small[0] for size in (5, 9)]
-    largest = bounds(total, scope.program.symbols).hi
+    ranges = scope.program.symbols
+    largest, cached = bounds(total, ranges).hi, free_symbols(total) - free_symbols(rows)
     for constant in sorted(region.constants()):
         if not 3 < abs(constant) < largest or abs(constant) != int(abs(constant)):
             continue
+        beyond = int(abs(constant)) + 3
         for name in small[0]:
-            sizes = {**small[0], name: int(abs(constant)) + 3}
+            if name not in cached and name in ranges and ranges[name].hi < abs(constant):
+                continue  # it never goes so far
+            sizes = {**small[0], name: beyond}
             if evaluate(total, sizes) * evaluate(rows, sizes) > MAX_ELEMENTS:
                 return f"the mask holds the constant {constant:g}, too far out to be tested"
             cases.append(sizes)
+            twice = {**small[0], name: 2 * beyond}
+            if evaluate(total, twice) * evaluate(rows, twice) <= MAX_ELEMENTS:
+                cases.append(twice)
     return cases
 
 
-def _check(asked: _Asked, sizes: Mapping[str, int], rows: int, total: int, seed: int) -> str:
-    """Compare one evaluation with `j <= lengths[b] + i`."""
-    region = asked.region
-    past = 0 if asked.from_start else total - rows
-    if past < 0:
-        return ""  # sizes that no step has
-    lengths = [lift.integers(x, sizes, seed, past + 1) for x in region.leaves]
+def _evaluated(asked: _Asked, sizes: Mapping[str, int], past: int, seed: int) -> _Shown | str:
+    """What the mask shows at some sizes; of the sequences the last has all rows of its past."""
+    lengths = [lift.integers(x, sizes, seed, past + 1) for x in asked.region.leaves]
+    for each in lengths:
+        each[-1:] = past
     try:
-        (value,) = lift.run(region.graph, lift.Case(sizes, lengths))
+        (value,) = lift.run(asked.region.graph, lift.Case(sizes, lengths))
     except (DscError, RuntimeError) as problem:
         return f"the mask does not run: {str(problem).splitlines()[0]}"
     start = lengths[0][:, None, None] if lengths else torch.full((1, 1, 1), past)
-    return _compare(value, asked.inverse, past, start)
+    return _shown(value, asked.inverse, start)
 
 
-def _compare(value: torch.Tensor, inverse: bool, past: int, start: torch.Tensor | None) -> str:
-    """How a mask differs from `j <= start + i`, with `past` rows before the first; or empty."""
+def _shown(value: torch.Tensor, inverse: bool, start: torch.Tensor) -> _Shown | str:
+    """A mask as what it shows of each sequence; it must be the same for all heads."""
     rows, total = value.shape[-2:]
-    start = torch.full((1, 1, 1), past) if start is None else start
-    seen = torch.arange(total)[None, None] <= start + torch.arange(rows)[None, :, None]
     shown = _visible(~value if inverse and value.dtype == torch.bool else value)
     if isinstance(shown, str):
         return shown
-    flat = shown.reshape(-1, rows, total) if shown.dim() < 4 else shown.amax(1)
-    if shown.dim() == 4 and not torch.equal(flat, shown.amin(1)):
+    if shown.dim() < 4:
+        return _Shown(shown.reshape(-1, rows, total), start)
+    heads = shown.reshape(shown.shape[0], -1, rows, total)
+    if not torch.equal(heads.amax(1), heads.amin(1)):
         return "the mask differs between heads"
-    for b, i, j in _different(flat, seen):
-        verb = "hides" if bool(seen.expand_as(flat)[b, i, j]) else "shows"
-        return f"the mask {verb} row {j} at row {past + i}: it is not causal (a window, chunks?)"
+    return _Shown(heads[:, 0], start)
+
+
+def _difference(view: _Shown, window: int, chunk: int) -> str:
+    """How a mask differs from a causal one with this window and chunk; or empty."""
+    rows, total = view.seen.shape[-2:]
+    last = view.start + torch.arange(rows)[None, :, None]
+    wanted = sees(last, torch.arange(total)[None, None], window, chunk)
+    for b, i, j in _different(view.seen, wanted):
+        each = wanted.expand_as(view.seen) if len(wanted) == 1 else wanted
+        verb = "hides" if bool(each[b, i, j]) else "shows"
+        row = int(last.expand(len(each), rows, 1)[b, i, 0])
+        return f"the mask {verb} row {j} at row {row}: it is not causal (a window, chunks?)"
     return ""
 
 

@@ -13,10 +13,19 @@ from dataclasses import dataclass, replace
 from dsc.ir.graph import Node, Operand, Value
 from dsc.ir.ops.core import einsum_terms
 from dsc.ir.ops.shape import axis_of
+from dsc.passes._spelled_parts import (
+    Spelling,
+    factors,
+    without_casts,
+    without_factors,
+    without_permutes,
+    without_repeats,
+)
+from dsc.passes._spelled_sinks import kept_columns, with_sinks
 from dsc.rewrite.rule import Reject, reject
 from dsc.rewrite.scope import Scope
 
-SCORES = frozenset({"cast", "mul", "div", "add", "where"})
+SCORES = frozenset({"cast", "mul", "div", "add", "where", "tanh"})
 """What may lie between the product of queries and keys and the softmax."""
 HIDDEN = -1e4
 """A score at or below this is hidden."""
@@ -24,28 +33,6 @@ _LETTERS = "abcdef"
 """For the leading axes of a tensor of the highest rank that there is."""
 _Equation = tuple[tuple[str, str], str]
 """The letters of a product's two operands and of its result."""
-
-
-@dataclass(frozen=True)
-class Spelling:
-    """The parts of an attention, and the axes of each in the order batch, heads, rows, columns.
-
-    `heads`: leading axes that queries have and keys lack. `inverse`: the mask tells what is hidden.
-    `result` brings the axes of the result from that order into the one that `root` has.
-    """
-
-    root: Node
-    nodes: tuple[Node, ...]
-    q: Operand
-    k: Operand
-    v: Operand
-    axes: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
-    result: tuple[int, ...]
-    heads: int = 0
-    scale: float = 1.0
-    mask: Operand | None = None
-    inverse: bool = False
-    causal: bool = False
 
 
 @dataclass(frozen=True)
@@ -58,9 +45,11 @@ class _Scores:
     scale: float = 1.0
     mask: Operand | None = None
     inverse: bool = False
+    capped: float | None = None
+    """The factor before a tanh; `scale` is then the one after it."""
 
 
-def whole(node: Node) -> Spelling | Reject:
+def whole(scope: Scope, node: Node) -> Spelling | Reject:
     """An sdpa node: axes are in order as they are. Keys may have fewer heads than queries."""
     q, k, v, *mask = node.operands
     if len({x.type.rank for x in (q, k, v)}) > 1:
@@ -68,34 +57,41 @@ def whole(node: Node) -> Spelling | Reject:
     if len({x.type.shape[:-3] for x in (q, k, v)}) > 1:
         return reject("queries, keys and values differ in their batch axes", q, k, v)
     order = tuple(range(q.type.rank))
-    return Spelling(
+    found = Spelling(
         node, (node,), q, k, v, (order, order, order), order, scale=node.attrs["scale"],
         mask=mask[0] if mask else None, causal=node.attrs["causal"],
     )  # fmt: skip
+    return without_repeats(scope, found)
 
 
 def spelled_out(scope: Scope, softmax: Node) -> Spelling | Reject | None:
     """The attention around a softmax; `None` where there is none."""
-    casts: list[Node] = []
+    column = with_sinks(scope, softmax)
+    after: list[Node] = []
     out = softmax.output
     readers = scope.consumers(out)
-    while len(readers) == 1 and readers[0].op == "cast":
-        casts.append(readers[0])
+    while len(readers) == 1 and (readers[0].op == "cast" or kept_columns(readers[0], column)):
+        after.append(readers[0])
         out = readers[0].output
         readers = scope.consumers(out)
     result = _equation(readers[0]) if len(readers) == 1 else None
     if result is None:
         return None
     root = readers[0]
-    scores = _scores(scope, softmax.operands[0])
+    scores = _scores(scope, column.scores)
     if scores is None or isinstance(scores, Reject):
         return scores
-    shape = softmax.output.type.shape
+    if scores.capped is not None and scores.scale <= 0:
+        return reject("scores are capped to a negative number", out)
+    shape = column.scores.type.shape
     if any(n.output.type.shape != shape for n in (scores.product, *scores.nodes)):
         return reject("a mask or a factor widens the scores", softmax.output)
+    if out.type.shape != shape:
+        return reject("the sinks are not dropped after the softmax", softmax.output)
     axis = axis_of(softmax.attrs["axis"], len(shape))
-    nodes = (scores.product, *scores.nodes, softmax, *casts, root)
-    return _in_letters(scope, scores, axis, out, result, nodes)
+    nodes = (scores.product, *scores.nodes, *column.nodes, softmax, *after, root)
+    found = _in_letters(scope, scores, axis, out, result, nodes)
+    return found if isinstance(found, Reject) else replace(found, sinks=column.sinks)
 
 
 def _in_letters(
@@ -141,7 +137,10 @@ def _in_letters(
         tuple(order.index(c) for c in result),
         len(alone) - 1, scores.scale, scores.mask, scores.inverse,
     )  # fmt: skip
-    return _without_casts(scope, _without_factors(scope, _without_permutes(scope, found)))
+    if scores.capped is not None:
+        found = replace(found, scale=scores.scale * scores.capped, softcap=scores.scale)
+    found = without_casts(scope, without_factors(scope, without_permutes(scope, found)))
+    return without_repeats(scope, found)
 
 
 def _equation(node: Node) -> _Equation | None:
@@ -175,6 +174,8 @@ def _scores(scope: Scope, operand: Operand) -> _Scores | Reject | None:
             if found is not None:
                 return found
             continue
+        if node.op == "tanh":
+            return _capped(found, node)
         if mask is not None and found.mask is not None:
             return reject("the scores are masked twice", mask)
         if found.mask is not None and factor <= 0:
@@ -185,6 +186,15 @@ def _scores(scope: Scope, operand: Operand) -> _Scores | Reject | None:
     return None
 
 
+def _capped(found: _Scores, tanh: Node) -> _Scores | Reject:
+    """Scores up to a tanh, of which there is one, and before the mask."""
+    if found.mask is not None:
+        return reject("the scores are capped after the mask", found.mask)
+    if found.capped is not None:
+        return reject("the scores are capped twice", tanh.output)
+    return replace(found, nodes=(*found.nodes, tanh), scale=1.0, capped=found.scale)
+
+
 _Step = tuple[Operand, float, Operand | None, bool]
 
 
@@ -192,10 +202,10 @@ def _steps(scope: Scope, node: Node) -> Iterator[_Step]:
     """What a node may be to the scores: which operand they are, its factor, its mask."""
     a, *rest = node.operands
     match node.op:
-        case "cast":
+        case "cast" | "tanh":
             yield a, 1.0, None, False
         case "mul" | "div":
-            yield from ((x, f, None, False) for x, f in _factor(scope, node))
+            yield from ((x, f, None, False) for x, f in factors(scope, node))
         case "add":
             yield a, 1.0, rest[0], False
             yield rest[0], 1.0, a, False
@@ -206,76 +216,6 @@ def _steps(scope: Scope, node: Node) -> Iterator[_Step]:
                     yield rest[i], 1.0, a, i == 1
 
 
-def _factor(scope: Scope, node: Node) -> Iterator[tuple[Operand, float]]:
-    """The operand of mul or div that is no constant, and the factor that the other is."""
-    a, b = node.operands
-    for x, other in ((a, b), (b, a)) if node.op == "mul" else ((a, b),):
-        factor = scope.constant(other)
-        if factor and x.type.shape == node.output.type.shape:
-            yield x, factor if node.op == "mul" else 1 / factor
-
-
-def _without_permutes(scope: Scope, found: Spelling) -> Spelling:
-    """Queries, keys and values before they were permuted."""
-    parts: list[Operand] = []
-    axes: list[tuple[int, ...]] = []
-    for x, order in zip((found.q, found.k, found.v), found.axes, strict=True):
-        node = scope.producer(x)
-        while node is not None and node.op == "permute":
-            order = tuple(node.attrs["dims"][a] for a in order)
-            x = node.operands[0]
-            node = scope.producer(x)
-        parts.append(x)
-        axes.append(order)
-    q, k, v = parts
-    return replace(found, q=q, k=k, v=v, axes=(axes[0], axes[1], axes[2]))
-
-
-def _without_factors(scope: Scope, found: Spelling) -> Spelling:
-    """Constant factors of queries and of keys as part of the scale."""
-    parts, scale = [found.q, found.k], found.scale
-    for i, x in enumerate(parts):
-        node = scope.producer(x)
-        for inner, factor in _factor(scope, node) if node and node.op in ("mul", "div") else ():
-            parts[i], scale = inner, scale * factor
-            break
-    if parts == [found.q, found.k]:
-        return found
-    return _without_permutes(scope, replace(found, q=parts[0], k=parts[1], scale=scale))
-
-
-def _without_casts(scope: Scope, found: Spelling) -> Spelling:
-    """Operands before they were widened, where the result is narrowed again to their type."""
-    parts = [_narrow(scope, x) for x in (found.q, found.k, found.v)]
-    readers = scope.consumers(found.root.output)
-    narrow = parts[0].type.dtype
-    if {x.type.dtype for x in parts} != {narrow} or narrow is found.q.type.dtype:
-        return found
-    if found.root.output.type.dtype is narrow:
-        root, nodes = found.root, found.nodes
-    elif len(readers) == 1 and readers[0].op == "cast" and _dtype(readers[0]) is narrow:
-        root, nodes = readers[0], (*found.nodes, readers[0])
-        if any(x == found.root.output for x in scope.graph.outputs):
-            return found
-    else:
-        return found
-    q, k, v = parts
-    return _without_permutes(scope, replace(found, q=q, k=k, v=v, root=root, nodes=nodes))
-
-
-def _narrow(scope: Scope, x: Operand) -> Operand:
-    node = scope.producer(x)
-    if node is None or node.op != "cast":
-        return x
-    source = node.operands[0]
-    wider = source.type.dtype.is_float and source.type.dtype.itemsize < x.type.dtype.itemsize
-    return source if wider else x
-
-
-def _dtype(node: Node) -> object:
-    return node.output.type.dtype
-
-
 def leaves(found: Spelling) -> Sequence[Operand]:
     """What the attention reads."""
-    return [found.q, found.k, found.v, *([found.mask] if found.mask is not None else [])]
+    return [*found.operands, *([found.mask] if found.mask is not None else [])]

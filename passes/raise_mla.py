@@ -37,6 +37,7 @@ from typing import Any, ClassVar
 
 from dsc.ir.dims import Dim, symbol
 from dsc.ir.graph import GraphBuilder, Node, Operand, Value, Weight
+from dsc.ir.op import defaults
 from dsc.ir.ops.shape import axis_of
 from dsc.passes._views import VIEW_RULES
 from dsc.rewrite import lift
@@ -92,7 +93,8 @@ class MlaAttention(Rule):
 
     def propose(self, scope: Scope, node: Node) -> Match | Reject | None:
         """Queries and keys in two parts; k_nope and values from one projection."""
-        q, k, v, *lengths = node.operands
+        q, k, v = node.operands[:3]
+        lengths = node.get("lengths")
         queries, keys = _halves(scope, q), _halves(scope, k)
         if queries is None or keys is None:
             return None
@@ -104,9 +106,12 @@ class MlaAttention(Rule):
         of_keys, of_values = _projection(scope, keys[0]), _projection(scope, v)
         if of_keys is None or of_values is not of_keys:
             return reject("keys and values are not parts of one projection", keys[0])
-        if not lengths:
+        if lengths is None:
             return reject("the mask is not by lengths", node.output)
-        return self._region(scope, node, queries, keys[1], of_keys, lengths[0])
+        usual = defaults(node.op)
+        if node.get("sinks") is not None or any(node.attrs[k] != x for k, x in usual.items()):
+            return reject("it has a window, chunks, sinks or capped scores", node.output)
+        return self._region(scope, node, queries, keys[1], of_keys, lengths)
 
     def _region(
         self,

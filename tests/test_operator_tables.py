@@ -22,7 +22,7 @@ FILES = {
     "passes/raise_*.py": "what a spelling that is raised is made of",
     "passes/_splits.py": "rules about splits and slices",
     "passes/_views.py": "rules about views and neutral numbers",
-    "passes/_spelled_attention.py": "what a spelled attention is made of",
+    "passes/_spelled_*.py": "what a spelled attention is made of",
     "passes/_routing.py": "score functions, which have the names of operators",
     "backends/*": "how a backend writes each operator, and which its kernels take",
     "frontends/aten*.py": "ATen's names, and the operators that they become",

@@ -62,7 +62,7 @@ def scattered(
 
 
 def gathered(pages: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
-    """Rows [b, m * page, w] of each sequence in order; zeros where there is no page."""
+    """Rows [b, m * page, *w] of each sequence in order; zeros where there is no page."""
     rows = pages[table.clamp(min=0)]
-    empty = (table < 0)[..., None, None]
-    return rows.masked_fill(empty, 0).reshape(table.shape[0], -1, pages.shape[2])
+    empty = (table < 0).reshape(*table.shape, *(1,) * (pages.dim() - 1))
+    return rows.masked_fill(empty, 0).reshape(table.shape[0], -1, *pages.shape[2:])

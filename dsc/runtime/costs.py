@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from dsc.ir.analyses import Cost, storage_roots
+from dsc.ir.analyses import Cost, elements_read, storage_roots
 from dsc.ir.costs import Sizes, node_costs, weights_read
 from dsc.ir.dims import evaluate
 from dsc.ir.graph import Graph, Node, Value, Weight
@@ -100,9 +100,9 @@ def moved(graph: Graph, node: Node, sizes: Sizes, chosen: int | None = None) -> 
         if chosen is not None and weight.name in stacked:
             share = chosen / max(1, evaluate(weight.type.shape[0], sizes))
         weights += round(evaluate(weight.type.nbytes, sizes) * share)
-    caches = _cache_bytes(graph, node, sizes)
+    counted, caches = _cache_bytes(graph, node, sizes)
     touched = evaluate(spent.read, sizes) + evaluate(spent.written, sizes)
-    return Moved(weights, caches, max(0, touched - caches), evaluate(spent.flops, sizes))
+    return Moved(weights, caches, max(0, touched - counted), evaluate(spent.flops, sizes))
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,15 +155,23 @@ def multiplies_codes(node: Node) -> bool:
     return any(str(each.attrs.get("activations", "")).startswith(CODES) for each in inside)
 
 
-def _cache_bytes(graph: Graph, node: Node, sizes: Sizes) -> int:
-    """Bytes of cache rows that a node reads as a whole: attention does, appending does not."""
+def _cache_bytes(graph: Graph, node: Node, sizes: Sizes) -> tuple[int, int]:
+    """Bytes of cache rows that a node reads: attention does, appending does not.
+
+    As its declaration counts them, and of these as many as there are: a window may be wider.
+    """
     held = _facts(graph).caches
     inside = node.body.nodes if node.body is not None else (node,)
     attends = any(traits_of(n.op).role is Role.ATTENTION for n in inside)
     if not attends and any(v.name in held for v in node.outputs):
-        return 0
-    read = {x.name: x for x in node.operands if isinstance(x, Value) and x.name in held}
-    return sum(evaluate(x.type.nbytes, sizes) for x in read.values())
+        return 0, 0
+    read = {x.name: i for i, x in enumerate(node.inputs) if isinstance(x, Value)}
+    counted = there = 0
+    for index in (i for name, i in read.items() if name in held):
+        t = node.inputs[index].type  # type: ignore[union-attr]
+        taken = evaluate(t.bytes_of(elements_read(node, index)), sizes)
+        counted, there = counted + taken, there + min(taken, evaluate(t.nbytes, sizes))
+    return counted, there
 
 
 def _cache_values(graph: Graph) -> frozenset[str]:

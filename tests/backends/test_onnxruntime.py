@@ -68,6 +68,10 @@ MORE = {
         "F[B,S,4,5], F[B,T,2,5], F[B,T,2,6], i64[B]=2 {scale=0.3, causal=true}",
         "F[B,S,3,5], F[B,T,3,5], F[B,T,3,6] {scale=1.0, causal=true}",
         "F[B,S,3,5], F[B,T,1,5], F[B,T,1,6] {scale=0.3, causal=false}",
+        "F[B,S,4,5], F[B,T,2,5], F[B,T,2,6], i64[B]=2 {scale=0.3, causal=true, window=2}",
+        "F[B,S,4,5], F[B,T,2,5], F[B,T,2,6], i64[B]=2, F[4]"
+        " {scale=0.3, causal=true, chunk=2, softcap=1.5}",
+        "F[B,S,3,5], F[B,T,3,5], F[B,T,3,6] {scale=1.0, causal=false, softcap=2.0}",
     ],
     "mla_attention": [
         "F[B,S,3,5], F[B,S,3,6], F[B,T,10], F[B,T,6], F[36,10], i64[B]=2 {scale=0.3}"

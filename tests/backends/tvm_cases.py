@@ -63,6 +63,9 @@ CASES: dict[str, list[str]] = {
         "F[B,S,4,10], F[B,C,2,10], F[B,C,2,6], i64[B]=4 {scale=0.3, causal=true}",
         "F[B,S,3,16], F[B,C,3,16], F[B,C,3,32] {scale=0.25, causal=true}",
         "F[B,S,3,7], F[B,C,3,7], F[B,C,3,9] {scale=0.3, causal=false}",
+        "F[B,S,6,64], F[B,C,2,64], F[B,C,2,32], i64[B]=4 {scale=0.2, causal=true, window=3}",
+        "F[B,S,6,16], F[B,C,2,16], F[B,C,2,16], i64[B]=4, F[6]"
+        " {scale=0.3, causal=true, chunk=3, softcap=1.5}",
     ],
     "mla_attention": [
         "F[B,S,4,16], F[B,S,4,8], F[B,C,32], F[B,C,8], F[112,32], i64[B]=4 {scale=0.2}",

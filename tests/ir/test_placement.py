@@ -275,7 +275,7 @@ def test_heads_are_the_letters_of_heads() -> None:
         definition = registry()[name]
         if definition.traits.role is Role.ATTENTION:
             dims = {o.name: o.pattern.dims for o in definition.operands}
-            heads = {name: found for name, found in dims.items() if {"h", "g"} & {*found}}
+            heads = {name: found for name, found in dims.items() if {"h", "g"} & {*found[HEADS:]}}
             assert definition.traits.wants == tuple(heads)
             assert {found[HEADS] for found in heads.values()} <= {"h", "g"}
 

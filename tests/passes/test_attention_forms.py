@@ -13,6 +13,7 @@ CONSTANTS = """%half = full {shape=[], value=0.5, dtype=f32}
  %minus = full {shape=[], value=-0.5, dtype=f32}
  %inf = full {shape=[], value=-inf, dtype=f32}
  %low = full {shape=[], value=-10000.0, dtype=f32}
+ %cap = full {shape=[], value=3.0, dtype=f32}
  %bias = full {shape=[], value=-9999.0, dtype=f32}
  %nought = full {shape=[], value=0.0, dtype=f32}
  %i = arange {start=T-S, end=T, dtype=i64}
@@ -37,6 +38,8 @@ def attention(
 
 
 SIXTEEN = HEAD.replace("f32", "bf16")
+COLUMN = "%k2 = reshape @k0 {shape=[1,2,1,1]}\n %k1 = expand %k2 {shape=[B,2,S,1]}\n "
+SINKS = "%p1 = softmax %u {axis=-1}\n %p = slice %p1 {axis=3, start=0, end=T}"
 WIDENED = "%qw = cast %q {dtype=f32}\n %kw = cast %k {dtype=f32}\n" + PRODUCT.replace(
     "%k", "%kw"
 ).replace("%q,", "%qw,")
@@ -68,6 +71,26 @@ ALIKE: dict[str, tuple[str, dict[str, object]]] = {
             result='%y = einsum %v, %p {eq="bhte,bhst->bhse"}\n return %y',
         ),
         {"scale": 1.0},
+    ),
+    "capped": (attention("%w = div %s, %cap\n %a = tanh %w\n %u = mul %a, %cap"),
+               {"scale": 1.0, "softcap": 3.0}),
+    "scaled, capped, then masked": (
+        attention("%h = mul %s, %half\n %w = div %h, %cap\n %a = tanh %w\n %x = mul %cap, %a\n"
+                  " %u = where %seen, %x, %inf"),
+        {"scale": 0.5, "softcap": 3.0, "causal": True},
+    ),
+    "capped, with other factors": (
+        attention("%w = mul %s, %half\n %a = tanh %w\n %x = mul %a, %cap\n %u = add %x, %added"),
+        {"scale": 1.5, "softcap": 3.0, "causal": True},
+    ),
+    "with sinks": (
+        attention("%u = concat %s, %k1 {axis=3}", softmax=SINKS, head=HEAD + ", @k0: f32[2]",
+                  product=COLUMN + PRODUCT), {"scale": 1.0},
+    ),
+    "with sinks behind a mask": (
+        attention("%w = mul %s, %half\n %x = add %w, %added\n %u = concat %x, %k1 {axis=-1}",
+                  softmax=SINKS, head=HEAD + ", @k0: f32[2]", product=COLUMN + PRODUCT),
+        {"scale": 0.5, "causal": True},
     ),
     "weights narrowed twice": (
         attention(
@@ -126,6 +149,28 @@ MISSED: dict[str, tuple[str, str]] = {
     "the mask is negated": (
         attention("%w = add %s, %added\n %u = mul %w, %minus"),
         "the mask is multiplied by a negative number",
+    ),
+    "capped after the mask": (
+        attention("%w = where %seen, %s, %inf\n %a = tanh %w\n %u = mul %a, %cap"),
+        "the scores are capped after the mask",
+    ),
+    "capped twice": (
+        attention("%w = tanh %s\n %a = tanh %w\n %u = mul %a, %cap"),
+        "the scores are capped twice",
+    ),
+    "capped to a negative number": (
+        attention("%a = tanh %s\n %u = mul %a, %minus"), "capped to a negative number"
+    ),
+    "sinks that stay": (
+        attention("%u = concat %s, %k1 {axis=3}", softmax="%p = softmax %u {axis=-1}",
+                  product="%v1 = slice %v {axis=2, start=0, end=1}\n %vs = concat %v, %v1 {axis=2}"
+                  "\n " + COLUMN + PRODUCT, head=HEAD + ", @k0: f32[2]",
+                  result="%y = matmul %p, %vs\n return %y"),
+        "the sinks are not dropped",
+    ),
+    "sinks over two columns": (
+        attention("%u = concat %s, %k1, %k1 {axis=3}", softmax=SINKS, head=HEAD + ", @k0: f32[2]",
+                  product=COLUMN + PRODUCT), "",
     ),
     "a mask that widens": (
         attention(

@@ -84,9 +84,12 @@ def test_causal_masks_are_told_apart(rows: str, lengths: str | None, from_start:
         (FROM_END, ADDED.format(hidden=-9999.0), "the mask adds a bias to what it shows"),
         (FROM_END, HEADS.format(second="lt", axis=1, batch=1), "the mask differs between heads"),
         (FROM_END, HEADS.format(second="lt", axis=0, batch=1), "hides row 2 at row 2"),
-        (FROM_END, WINDOW.format(width=1), "hides row"),
-        (FROM_END, WINDOW.format(width=4), "hides row 0 at row 4"),
-        (FROM_END, WINDOW.format(width=-13).replace("sub", "add"), "hides row 0 at row 16"),
+        (FROM_END, WINDOW.format(width=0), "hides row"),
+        (
+            FROM_END,
+            WINDOW.format(width=4).replace("%s, %g", "%g, %s").replace("gt", "ne"),
+            "hides row 0 at row 4",
+        ),
     ],
 )
 def test_what_is_not_causal_is_told_with_the_rows(rows: str, mask: str, reason: str) -> None:
@@ -98,19 +101,56 @@ def test_a_window_counts_where_the_longest_context_reaches_beyond_it(
     width: int, seen: bool
 ) -> None:
     """Of 14 rows a window of 14 hides none, one of 13 the first from the last."""
-    each = found(FROM_END, WINDOW.format(width=width))
-    assert isinstance(each, Causal) == seen
-    assert seen or "hides row 0 at row 16" in why(each), "beyond it by three"
+    assert found(FROM_END, WINDOW.format(width=width)) == Causal(None, window=0 if seen else width)
+
+
+CHUNK = """%s = le %j, %c
+ %w = full {{shape=[], value={width}, dtype=i64}}
+ %f = {divide} %c, %w
+ %g = {divide} %j, %w
+ %h = eq %f, %g
+ %m = logical_and %s, %h"""
+LESS = "%e = full {shape=[], value=1, dtype=i64}\n %x = sub %c, %e\n"
+
+
+@pytest.mark.parametrize("width", [1, 2, 3, 6])
+@pytest.mark.parametrize("rows", [FROM_END, FROM_START, BY_LENGTHS])
+def test_how_wide_a_window_or_a_chunk_is_is_proved(rows: str, width: int) -> None:
+    """A window by > and one by >= differ by a row, and chunks are none."""
+    window = WINDOW.format(width=width)
+    for mask, sight in (
+        (window, (width, 0)),
+        (window.replace("gt", "ge"), (width + 1, 0)),
+        (CHUNK.format(width=width, divide="div"), (0, width) if width > 1 else (1, 0)),
+    ):
+        each = found(rows, mask)
+        assert isinstance(each, Causal), each
+        assert (each.window, each.chunk) == sight
+        assert each.from_start == (rows == FROM_START)
+        assert (each.lengths is None) == (rows != BY_LENGTHS)
+
+
+@pytest.mark.parametrize(
+    ("mask", "reason"),
+    [
+        (CHUNK.format(width=4, divide="div").replace("%f = div %c,", LESS + " %f = div %x,"),
+         "hides row 4 at row 4"),
+        (CHUNK.format(width=4, divide="remainder"), "hides row"),
+        (WINDOW.format(width=4).replace("%j, %f", "%f, %j"), "hides row"),
+    ],
+)  # fmt: skip
+def test_what_is_nearly_a_window_is_refused(mask: str, reason: str) -> None:
+    assert reason in why(found(FROM_END, mask))
 
 
 def test_a_window_too_far_out_to_be_tested_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is tried at 6 + 3 cached rows, and at as many queries: 9 of 11 rows, 99 elements."""
+    """It is tried at 6 + 3 cached rows and 3 queries: 36 elements; so many queries never come."""
     window = WINDOW.format(width=6)
     largest = "the mask holds the constant 6, too far out to be tested"
-    monkeypatch.setattr(_masks, "MAX_ELEMENTS", 98)
+    monkeypatch.setattr(_masks, "MAX_ELEMENTS", 35)
     assert why(found(FROM_END, window)) == largest
-    monkeypatch.setattr(_masks, "MAX_ELEMENTS", 99)
-    assert "hides row" in why(found(FROM_END, window))
+    monkeypatch.setattr(_masks, "MAX_ELEMENTS", 36)
+    assert found(FROM_END, window) == Causal(None, window=6)
 
 
 @pytest.mark.parametrize(

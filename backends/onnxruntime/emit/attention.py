@@ -28,6 +28,20 @@ def _mask(g: GraphWriter, lengths: str, new: Dim, total: Dim) -> str:
     return g.op("Where", seen, g.scalar(0.0), g.scalar(-np.inf))
 
 
+def _sight(g: GraphWriter, start: str, new: Dim, total: Dim, window: int, chunk: int) -> str:
+    """bool[b, 1, s, t]: what query i, in row start[b] + i, sees with a window or chunks."""
+    last = g.op("Add", g.op("Unsqueeze", start, g.i64(1)), g.arange(new))
+    last, rows = g.op("Unsqueeze", last, g.i64(1, 3)), g.arange(total)
+    seen = g.op("LessOrEqual", rows, last)
+    if window:
+        first = g.op("Sub", last, g.i64(window))
+        seen = g.op("And", seen, g.op("Greater", rows, first))
+    if chunk:
+        own, each = (g.op("Div", x, g.i64(chunk)) for x in (last, rows))
+        seen = g.op("And", seen, g.op("Equal", each, own))
+    return seen
+
+
 def _softmax(g: GraphWriter, scores: str, mask: str) -> str:
     return g.op("Softmax", g.op("Add", scores, mask) if mask else scores, axis=-1)
 
@@ -94,23 +108,47 @@ def _mla_attention(
     return g.transpose(g.op("MatMul", p, g.swap_last(values, 4)), 0, 2, 1, 3)
 
 
-def _attention(g: GraphWriter, node: Node, q: str, k: str, v: str, lengths: str = "") -> str:
+def _attention(
+    g: GraphWriter, node: Node, q: str, k: str, v: str, lengths: str = "", sinks: str = ""
+) -> str:
     """Query heads of one group are rows over that group's keys: q becomes [b, g, h/g * s, d]."""
-    (b, s, h, d), (_, t, groups, _), (_, _, _, e), *_ = _shapes(node)
+    (b, s, h, d), (_, t, groups, _), (_, _, _, e) = (x.type.shape for x in node.operands[:3])
     per_group = h // groups
     q = g.transpose(_scaled(g, q, node.attrs["scale"]), 0, 2, 1, 3)
     q = g.reshape(q, (b, h, s, d), (b, groups, per_group * s, d))
     scores = g.op("MatMul", q, g.transpose(k, 0, 2, 3, 1))
     scores = g.reshape(scores, (b, groups, per_group * s, t), (b, h, s, t))
-    mask = ""
-    if lengths:
-        mask = _mask(g, lengths, s, t)
-    elif node.attrs["causal"]:
-        mask = _mask(g, g.dim(t - s), s, t)
-    p = g.reshape(_softmax(g, scores, mask), (b, h, s, t), (b, groups, per_group * s, t))
+    if node.attrs["softcap"]:
+        cap = g.scalar(node.attrs["softcap"])
+        scores = g.op("Mul", g.op("Tanh", g.op("Div", scores, cap)), cap)
+    start = lengths or (g.dim(t - s) if node.attrs["causal"] else "")
+    p = _weights(g, node, scores, start, sinks)
+    p = g.reshape(p, (b, h, s, t), (b, groups, per_group * s, t))
     y = g.op("MatMul", p, g.transpose(v, 0, 2, 1, 3))
     y = g.reshape(y, (b, groups, per_group * s, e), (b, h, s, e))
     return g.transpose(y, 0, 2, 1, 3)
+
+
+def _weights(g: GraphWriter, node: Node, scores: str, start: str, sinks: str) -> str:
+    """The softmax of scores [b, h, s, t], of rows up to the query's own where there is `start`.
+
+    A query of a window may see nothing: its weights are 0.
+    """
+    (b, s, h, _), t = node.operands[0].type.shape, node["k"].type.shape[1]
+    window, chunk = node.attrs["window"], node.attrs["chunk"]
+    seen, mask = "", ""
+    if window or chunk:
+        seen = _sight(g, start, s, t, window, chunk)
+        mask = g.op("Where", seen, g.scalar(0.0), g.scalar(float(np.finfo(np.float32).min)))
+    elif start:
+        mask = _mask(g, start, s, t)
+    if not sinks:
+        p = _softmax(g, scores, mask)
+        return g.op("Where", seen, p, g.scalar(0.0)) if seen else p
+    column = g.op("Expand", g.op("Unsqueeze", sinks, g.i64(0, 2, 3)), g.shape((b, h, s, 1)))
+    scores = g.op("Add", scores, mask) if mask else scores
+    p = g.op("Softmax", g.op("Concat", scores, column, axis=-1), axis=-1)
+    return g.op("Slice", p, g.i64(0), g.shape((t,)), g.i64(3))
 
 
 def _append(g: GraphWriter, node: Node, past: str, new: str, lengths: str) -> str:

@@ -19,6 +19,7 @@ def flash_attention(
     k_rope,
     v,
     lengths,
+    sinks,
     out,
     S,
     T,
@@ -47,12 +48,18 @@ def flash_attention(
     BLOCK_E: tl.constexpr,
     CAUSAL: tl.constexpr,
     HAS_LENGTHS: tl.constexpr,
+    HAS_SINKS: tl.constexpr,
+    WINDOW: tl.constexpr,
+    CHUNK: tl.constexpr,
+    SOFTCAP: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
     """out[b, s, h] = softmax(scale * scores) @ v; grid (query tiles, batch * heads).
 
     Query i of row b sees keys j <= lengths[b] + i (HAS_LENGTHS), j <= i + T - S (CAUSAL), or all.
+    Of these it sees the last WINDOW, and those of its CHUNK, where they are not 0. Scores are
+    capped to SOFTCAP; a sink is a logit of each head that is seen first and adds nothing.
     GROUP query heads share one key head. out is dense [B, S, heads, E]. Softmax is online, in fp32.
     """
     z = tl.program_id(1)
@@ -75,10 +82,19 @@ def flash_attention(
     elif CAUSAL:
         seen = m + 1 + T - S
     stop = tl.minimum(tl.max(tl.where(m < S, seen, 0), axis=0), T)
+    first = tl.zeros((BLOCK_M,), dtype=tl.int32)
+    if WINDOW > 0:
+        first = tl.maximum(first, seen - WINDOW)
+    if CHUNK > 0:
+        first = tl.maximum(first, (seen - 1) // CHUNK * CHUNK)
+    begin = tl.min(tl.where(m < S, first, T), axis=0) // BLOCK_T * BLOCK_T
     top = tl.full((BLOCK_M,), float("-inf"), dtype=tl.float32)
     total = tl.zeros((BLOCK_M,), dtype=tl.float32)
+    if HAS_SINKS:
+        top = tl.zeros((BLOCK_M,), dtype=tl.float32) + tl.load(sinks + h).to(tl.float32)
+        total += 1.0
     acc = tl.zeros((BLOCK_M, BLOCK_E), dtype=tl.float32)
-    for start in range(0, stop, BLOCK_T):
+    for start in range(begin, stop, BLOCK_T):
         t = start + tl.arange(0, BLOCK_T)
         k_at = k + b * k_batch + t[None, :].to(tl.int64) * k_row + g * k_head
         keys = tl.load(k_at + d[:, None], mask=(t[None, :] < stop) & (d[:, None] < D), other=0.0)
@@ -88,8 +104,11 @@ def flash_attention(
             fresh = (t[None, :] < stop) & (r[:, None] < R)
             ropes = tl.load(kr_at + r[:, None], mask=fresh, other=0.0)
             scores = tl.dot(rope_queries, ropes, scores, input_precision="ieee")
-        visible = (t[None, :] < seen[:, None]) & (t[None, :] < T)
-        scores = tl.where(visible, scores * scale, float("-inf"))
+        scores = scores * scale
+        if SOFTCAP > 0:
+            scores = SOFTCAP * (2.0 * tl.sigmoid(2.0 / SOFTCAP * scores) - 1.0)
+        visible = (t[None, :] < seen[:, None]) & (t[None, :] >= first[:, None])
+        scores = tl.where(visible & (t[None, :] < T), scores, float("-inf"))
         peak = tl.maximum(top, tl.max(scores, axis=1))
         safe = tl.where(peak == float("-inf"), 0.0, peak)
         p = tl.exp(scores - safe[:, None])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from dsc.backends.triton.blocks import ceil_div, next_power
 from dsc.backends.triton.context import Context, Given
 from dsc.backends.triton.lower.contract import Product, emit_gemm
@@ -11,12 +13,18 @@ from dsc.ir.graph import Node
 from dsc.ir.types import DType
 from dsc.ir.views import View
 
+_ALL: Mapping[str, Given] = {"WINDOW": 0, "CHUNK": 0, "SOFTCAP": 0.0}
+"""A query that sees all rows up to its own, and scores as they are."""
+
 
 def attention(ctx: Context, node: Node) -> None:
     """Flash attention over given keys and values."""
     q, k, v = (ctx.unit_rows(ctx.view(x)) for x in node.inputs[:3])
-    lengths = ctx.dense(ctx.view(node.inputs[3])) if len(node.inputs) > 3 else None
-    _flash(ctx, node, q, None, k, None, v, lengths, causal=node.attrs["causal"])
+    lengths, sinks = (
+        None if x is None else ctx.dense(ctx.view(x)) for x in map(node.get, ("lengths", "sinks"))
+    )
+    sight = {name.upper(): node.attrs[name] for name in ("window", "chunk", "softcap")}
+    _flash(ctx, node, q, None, k, None, v, lengths, node.attrs["causal"], sinks, sight)
 
 
 def mla_attention(ctx: Context, node: Node) -> None:
@@ -41,7 +49,7 @@ def mla_attention(ctx: Context, node: Node) -> None:
     per_head = ctx.reshaped(kv, (b, t, heads, width // heads))
     keys = views.narrow(per_head, 3, 0, nope)
     values = views.narrow(per_head, 3, nope, node.output.type.shape[3])
-    _flash(ctx, node, q_nope, q_rope, keys, rope, values, lengths, causal=True)
+    _flash(ctx, node, q_nope, q_rope, keys, rope, values, lengths)
 
 
 def _flash(
@@ -53,7 +61,9 @@ def _flash(
     k_rope: View | None,
     v: View,
     lengths: View | None,
-    causal: bool,
+    causal: bool = True,
+    sinks: View | None = None,
+    sight: Mapping[str, Given] = _ALL,
 ) -> None:
     b, s, heads, d = q.shape
     t, groups, e = k.shape[1], k.shape[2], v.shape[3]
@@ -62,7 +72,8 @@ def _flash(
     widest = max(sizes["D"], sizes["E"])
     tile = ctx.blocks.flash(ctx.limit(s), ctx.limit(t), widest, q.dtype.itemsize)
     given: dict[str, Given] = {"q": q, "q_rope": q_rope, "k": k, "k_rope": k_rope, "v": v}
-    given |= {"lengths": lengths, "out": ctx.result(node), "S": s, "T": t, "heads": heads}
+    given |= {"lengths": lengths, "sinks": sinks, "out": ctx.result(node)}
+    given |= {"S": s, "T": t, "heads": heads}
     given |= {"scale": float(node.attrs["scale"]), "GROUP": heads // groups}
     given |= _named("q", q.strides[:3], ("batch", "row", "head"))
     qr_strides = q_rope.strides[:3] if q_rope is not None else (0, 0, 0)
@@ -73,6 +84,7 @@ def _flash(
     given |= sizes
     given |= {f"BLOCK_{name}": max(16, next_power(x)) for name, x in sizes.items()}
     given |= {"CAUSAL": causal, "HAS_LENGTHS": lengths is not None}
+    given |= {"HAS_SINKS": sinks is not None, **sight}
     given |= {"BLOCK_M": tile.m, "BLOCK_T": tile.n}
     grid = (ceil_div(s, tile.m), b * heads)
     ctx.launch("attention:flash_attention", grid, given, tile.warps, tile.stages)

@@ -21,7 +21,7 @@ ALONG_ROWS = ("amax", "amin", "mean", "sum", "rms_norm", "softmax", "rope", "cac
 LOWERINGS = {
     **dict.fromkeys(ALONG_ROWS, "region:lower"),
     "linear": "region:lower",
-    "attention": "attention:lower",
+    "attention": "grouped_attention:lower",
     "mla_attention": "attention:lower_mla",
     "latent_attention": "attention:lower_latent",
     "route": "route:lower",

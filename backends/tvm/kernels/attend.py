@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import reduce
 
 from dsc.backends.tvm.kernels.dots import Position
 from dsc.backends.tvm.tir import (
@@ -20,6 +21,7 @@ from dsc.backends.tvm.tir import (
     f32,
     integer,
     lanes_for,
+    lanes_of,
     largest,
     loop,
     select,
@@ -30,6 +32,9 @@ from dsc.backends.tvm.tir import (
 
 BLOCK = 32
 """Cache rows whose scores are held at a time; a multiple of every vector width."""
+
+LEAST = -3e38
+"""A number below every score."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,12 +54,31 @@ class Rows:
 class Queries:
     """The queries of one call: `parts[p][q]` is where query q's part p starts in `tensors[p]`.
 
-    `visible[q]` is the number of rows that query q may see, at least 1.
+    `visible[q]` is the number of rows that query q may see, at least 1 but where `careful`. Of
+    these it sees none before `firsts[q]`. `sinks` are logits that it sees beside its rows.
     """
 
     tensors: Sequence[Tensor]
     parts: Sequence[Sequence[Expr]]
     visible: Sequence[Expr]
+    firsts: Sequence[Expr] = ()
+    sinks: Sequence[Expr] = ()
+    careful: bool = False
+
+    def shown(self, q: int, row: Expr) -> Expr:
+        """Whether query q sees a row."""
+        below = row < self.visible[q]
+        return tirx.And(below, row >= self.firsts[q]) if self.firsts else below
+
+    def begin(self, peak: Local, mass: Local) -> None:
+        """The largest score so far and the mass: of a sink, or of nothing.
+
+        Where a query may see no row of a block, less than any score stands in for -inf.
+        """
+        for q in range(len(self.visible)):
+            nothing = LEAST if self.careful else float("-inf")
+            peak[q] = self.sinks[q] if self.sinks else f32(nothing)
+            mass[q] = f32(1.0 if self.sinks else 0.0)
 
 
 def attend(
@@ -65,6 +89,7 @@ def attend(
     lanes: int,
     store: Callable[[int, Expr, Expr], None],
     begin: Callable[[Expr, Expr], None] = lambda first, here: None,
+    softcap: float = 0.0,
 ) -> None:
     """`store(q, column, vector)` for the output of each query.
 
@@ -77,8 +102,7 @@ def attend(
     width = lanes_for(values.width, lanes)
     out = Local(count * values.width)
     peak, mass = Local(count), Local(count)
-    for q in range(count):
-        peak[q], mass[q] = f32(float("-inf")), f32(0.0)
+    queries.begin(peak, mass)
     with loop(count * values.width // width) as i:
         out.store(i * width, splat(f32(0.0), width))
     scores, step = Local(count * BLOCK), lanes_for(BLOCK, lanes)
@@ -86,8 +110,11 @@ def attend(
     for other in queries.visible[1:]:
         seen = tirx.max(seen, other)
     seen = bind(seen)
-    with loop(tirx.truncdiv(seen + (BLOCK - 1), integer(BLOCK))) as block:
-        first = bind(block * BLOCK)
+    skipped = integer(0)
+    if queries.firsts:
+        skipped = bind(tirx.truncdiv(reduce(tirx.min, queries.firsts), integer(BLOCK)))
+    with loop(tirx.truncdiv(seen + (BLOCK - 1), integer(BLOCK)) - skipped) as block:
+        first = bind((skipped + block) * BLOCK)
         here = bind(tirx.min(integer(BLOCK), seen - first))
         begin(first, here)
         with loop(count * BLOCK // step) as i:
@@ -97,8 +124,13 @@ def attend(
         with loop(here) as t:
             at = [s + t * rows.stride for s, rows in zip(starts, keys, strict=True)]
             dot = _dot(packed, keys, at, count, lanes)
-            for q, limit in enumerate(queries.visible):
-                scores[q * BLOCK + t] = select(first + t < limit, dot[q], f32(float("-inf")))
+            for q in range(count):
+                shown = queries.shown(q, first + t)
+                scores[q * BLOCK + t] = select(shown, dot[q], f32(float("-inf")))
+        if softcap:
+            with loop(count * BLOCK // step) as i:
+                score = bind(scores.load(i * step, step))
+                scores.store(i * step, capped(score, softcap))
         for q in range(count):
             _fold(scores, q, peak, mass, out, values.width, lanes)
         with loop(values.width // width) as c:
@@ -112,10 +144,28 @@ def attend(
             for q, acc in enumerate(sums):
                 out.store(q * values.width + c * width, acc[0])
     for q in range(count):
-        inverse = bind(f32(1.0) / mass[q])
+        inverse = bind(inverse_of(mass[q], queries.careful))
         with loop(values.width // width) as c:
             vector = out.load(q * values.width + c * width, width)
             store(q, c * width, vector * splat(inverse, width))
+
+
+def capped(score: Expr, softcap: float) -> Expr:
+    """softcap * tanh(score / softcap); what is hidden stays -inf."""
+    lanes = lanes_of(score)
+
+    def c(value: float) -> Expr:
+        return splat(f32(value), lanes)
+
+    grown = bind(exp(score * c(2.0 / softcap)) + c(1.0))
+    value = c(softcap) - c(2.0 * softcap) / grown
+    return select(score < c(LEAST), c(float("-inf")), value)
+
+
+def inverse_of(mass: Expr, careful: bool) -> Expr:
+    """1 / mass; 0 where nothing was seen."""
+    inverse = f32(1.0) / mass
+    return select(mass > f32(0.0), inverse, f32(0.0)) if careful else inverse
 
 
 def _pack(queries: Queries, keys: Sequence[Rows], scale: float, lanes: int) -> list[Local]:

@@ -1,14 +1,11 @@
-"""The three attentions: over a latent cache, expanded from it, and over plain keys and values.
+"""Attention over a latent cache, and expanded from it.
 
 latent_attention   all heads share the latent rows: a task is a group of heads of one token.
 mla_attention      a task is a head of a sequence: it rebuilds that head's keys and values for the
                    visible rows only, then every token of the step attends to them.
-attention          a task is a group of query heads that share keys, or a head with all its tokens.
 """
 
 from __future__ import annotations
-
-from collections.abc import Callable
 
 from dsc.backends.tvm.bf16 import LANES, SUMS
 from dsc.backends.tvm.kernels import bf16_attention, bf16_softmax, lane_attention, tile_attention
@@ -23,7 +20,7 @@ from dsc.backends.tvm.kernels.coded_cache import (
 from dsc.backends.tvm.kernels.dots import product_rows
 from dsc.backends.tvm.kernels.latent_cache import LatentCache, arguments, page_of
 from dsc.backends.tvm.kernels.panels import fits
-from dsc.backends.tvm.launch import Launch, Unsupported, operand, static_dim
+from dsc.backends.tvm.launch import Launch, operand, static_dim
 from dsc.backends.tvm.machine import Machine
 from dsc.backends.tvm.tir import (
     PARALLEL_WORK,
@@ -212,88 +209,6 @@ def mla_attention(
             for_each(b * heads, PARALLEL_WORK, task)
 
     return build(body, names)
-
-
-def lower(node: Node, machine: Machine) -> Launch:
-    """The launch of `attention`."""
-    for x in node.operands[:3]:
-        if x.type.dtype is DType.f64:
-            raise Unsupported(f"attention of {x.type.dtype}; f32, bf16 and f16 have it")
-    q, k, value = (operand(node, i).type for i in range(3))
-    axes = (*q.shape[2:], k.shape[2], value.shape[3])
-    heads, d, groups, e = (static_dim(x, "a head axis") for x in axes)
-    b, s, t = *q.shape[:2], k.shape[1]
-    ragged = len(node.operands) > 3
-    seen = "lengths" if ragged else "causal" if node.attrs["causal"] else "all"
-    static = (q.dtype, heads, groups, d, e, seen, float(node.attrs["scale"]), machine.lanes)
-    return Launch(attention, static, (b, s, t), flops=b * s * t * (2 * heads * (d + e)))
-
-
-def attention(
-    dtype: DType, heads: int, groups: int, d: int, e: int, seen: str, scale: float, lanes: int
-) -> PrimFunc:
-    """Arguments: q, k, v, lengths when `seen` is "lengths", out; b, s, t."""
-    share = heads // groups
-
-    def emit(
-        q_at: Expr, k_at: Expr, v_at: Expr, lengths: Expr | None, out: Expr,
-        b: Expr, s: Expr, t: Expr,
-    ) -> None:  # fmt: skip
-        q, y = Tensor(q_at, dtype, (b, s, heads, d)), Tensor(out, dtype, (b, s, heads, e))
-        k, v = Tensor(k_at, dtype, (b, t, groups, d)), Tensor(v_at, dtype, (b, t, groups, e))
-        used = None if lengths is None else Tensor(lengths, DType.i64, (b,))
-
-        def limit(batch: Expr, token: Expr) -> Expr:
-            if seen == "all":
-                return t
-            return tirx.min(t, token + 1 + (t - s if used is None else used.load(batch)))
-
-        def run(batch: Expr, group: Expr, queries: list[tuple[Expr, Expr]]) -> None:
-            """Attend for (token, head) pairs whose heads share the keys of `group`."""
-            rows = [bind((batch * s + token) * heads + head) for token, head in queries]
-            limits = [bind(limit(batch, token)) for token, _ in queries]
-            attend(
-                Queries([q], [[row * d for row in rows]], limits),
-                [Rows(k, lambda row: ((batch * t + row) * groups + group) * d, d, groups * d)],
-                Rows(v, lambda row: ((batch * t + row) * groups + group) * e, e, groups * e),
-                scale,
-                lanes,
-                lambda i, column, vector: y.put(rows[i] * e + column, vector),
-            )
-
-        for_each(b * groups, PARALLEL_WORK, _task(run, s, groups, share))
-
-    def ragged(
-        q: Expr, k: Expr, v: Expr, lengths: Expr, out: Expr, b: Expr, s: Expr, t: Expr
-    ) -> None:
-        emit(q, k, v, lengths, out, b, s, t)
-
-    def plain(q: Expr, k: Expr, v: Expr, out: Expr, b: Expr, s: Expr, t: Expr) -> None:
-        emit(q, k, v, None, out, b, s, t)
-
-    return build(ragged if seen == "lengths" else plain)
-
-
-def _task(
-    run: Callable[[Expr, Expr, list[tuple[Expr, Expr]]], None], s: Expr, groups: int, share: int
-) -> Callable[[Expr], None]:
-    """One group of heads of one sequence, `HEADS` heads or `TOKENS` tokens at a time."""
-
-    def task(i: Expr) -> None:
-        batch, group = bind(tirx.truncdiv(i, groups)), bind(tirx.truncmod(i, groups))
-        if share == 1:
-            tiles(
-                s,
-                TOKENS,
-                lambda first, n: run(batch, group, [(first + a, group) for a in range(n)]),
-            )
-            return
-        together = lanes_for(share, HEADS)
-        with loop(s) as token, loop(share // together) as part:
-            first = bind(group * share + part * together)
-            run(batch, group, [(token, first + a) for a in range(together)])
-
-    return task
 
 
 def _latents(cache: LatentCache, batch: Expr) -> Rows:

@@ -11,7 +11,7 @@ from dsc.ir.extents import Extent
 from dsc.ir.lazy import torch
 from dsc.ir.op import TypeMismatch, op
 from dsc.ir.ops.cache import IN_PAGES, ONE_PAGE
-from dsc.ir.paging import gathered
+from dsc.ir.paging import BLOCK_TABLE, gathered
 from dsc.ir.placement import HEADS, PlacedCall, Placing, Split, along_rows, over_heads
 from dsc.ir.sized import Sized
 from dsc.ir.traits import Role, Traits, Within, each_result, nothing
@@ -73,18 +73,42 @@ def _probabilities(scores: Any, mask: Any) -> Any:
     return torch.softmax(_wide(scores).masked_fill(~mask[:, None], float("-inf")), -1)
 
 
-def _attention(q: Any, k: Any, v: Any, lengths: Any = None, *, scale: float, causal: bool) -> Any:
+def sees(last: Any, rows: Any, window: int, chunk: int) -> Any:
+    """Whether row j is seen from row `last`: j <= last, of its window and of its chunk."""
+    seen = rows <= last
+    if window:
+        seen = seen & (rows > last - window)
+    if chunk:
+        seen = seen & (rows // chunk == last // chunk)
+    return seen
+
+
+def _attention(
+    q: Any, k: Any, v: Any, lengths: Any = None, sinks: Any = None, block_table: Any = None,
+    *, scale: float, causal: bool, window: int, chunk: int, softcap: float,
+) -> Any:  # fmt: skip
+    if block_table is not None:
+        k, v = gathered(k, block_table), gathered(v, block_table)
     heads, groups = q.shape[2], k.shape[2]
     k = k.repeat_interleave(heads // groups, 2)
     v = v.repeat_interleave(heads // groups, 2)
     scores = torch.einsum("bshd,bthd->bhst", _wide(q), _wide(k)) * scale
+    if softcap:
+        scores = torch.tanh(scores / softcap) * softcap
     b, s, t = q.shape[0], q.shape[1], k.shape[1]
     mask = torch.ones(b, s, t, dtype=torch.bool)
-    if lengths is not None:
-        mask = visible(lengths, s, t)
-    elif causal:
-        mask = visible(torch.full((b,), t - s), s, t)
-    return torch.einsum("bhst,bthe->bshe", _probabilities(scores, mask), _wide(v)).to(q.dtype)
+    if lengths is not None or causal:
+        start = torch.full((b,), t - s) if lengths is None else lengths
+        last = start[:, None, None] + torch.arange(s)[None, :, None]
+        mask = sees(last, torch.arange(t), window, chunk)
+    if sinks is not None:
+        sink = _wide(sinks)[None, :, None, None].expand(b, heads, s, 1)
+        scores = torch.cat([scores, sink], -1)
+        mask = torch.cat([mask, torch.ones(b, s, 1, dtype=torch.bool)], -1)
+    weights = _probabilities(scores, mask)[..., :t]
+    if sinks is None and not bool(mask.any(-1).all()):
+        weights = weights.masked_fill(~mask.any(-1)[:, None, :, None], 0.0)
+    return torch.einsum("bhst,bthe->bshe", weights, _wide(v)).to(q.dtype)
 
 
 def _infer_attention(types: Types, attrs: Mapping[str, Any]) -> Result:
@@ -92,6 +116,14 @@ def _infer_attention(types: Types, attrs: Mapping[str, Any]) -> Result:
     heads, groups = q.shape[2], k.shape[2]
     if isinstance(heads, int) and isinstance(groups, int) and (groups == 0 or heads % groups):
         raise TypeMismatch(f"{heads} query heads over {groups} key heads")
+    lengths, table = (types[i] if len(types) > i else None for i in (3, 5))
+    if table is not None and lengths is None:
+        raise TypeMismatch("a block table without lengths")
+    window, chunk, softcap = (attrs[name] for name in ("window", "chunk", "softcap"))
+    if window < 0 or chunk < 0 or softcap < 0:
+        raise TypeMismatch("window, chunk and softcap are positive, or 0 for none")
+    if (window or chunk) and lengths is None and not attrs["causal"]:
+        raise TypeMismatch("a window or chunk of attention that is not causal")
     return (q.with_shape((*q.shape[:3], v.shape[3])),)
 
 
@@ -174,6 +206,27 @@ _CACHE_READS = {
 }
 
 
+def _in_sight(call: Call, queries: Dim) -> Dim:
+    """Rows that so many queries in a row see, at most: of a window or chunk no others."""
+    bounds = [n for n in (call.attrs["window"], call.attrs["chunk"]) if n]
+    rows = _cached(call)
+    if not bounds:
+        return rows
+    shown = min(bounds) + queries - 1
+    return min(rows, shown) if isinstance(rows, int) and isinstance(shown, int) else shown
+
+
+def _key_rows(call: Call) -> Dim:
+    """Rows of keys that are read of all sequences."""
+    return call.dim("b") * _in_sight(call, call.dim("s"))
+
+
+_KEY_READS = {
+    "k": lambda call: _key_rows(call) * call.dim("g") * call.dim("d"),
+    "v": lambda call: _key_rows(call) * call.dim("g") * call.dim("e"),
+}
+
+
 def _demand_rope(call: Sized) -> None:
     x = call["x"]
     call.same(x, call.outs[0])
@@ -191,6 +244,12 @@ def _place_rope(call: PlacedCall) -> Placing | str:
 def _demand_attention(call: Sized) -> None:
     heads = (call.operands["q"].shape[2], call.operands["k"].shape[2])
     call.in_proportion(call.dims["h"], call.dims["g"], heads)
+
+
+def _place_attention(call: PlacedCall) -> Placing | str:
+    """Each rank its heads, and their sinks."""
+    sinks = "sinks" in call.operands
+    return over_heads("q", "k", "v", weight="sinks" if sinks else "")(call)
 
 
 def _demand_kv_b(call: Sized) -> None:
@@ -240,22 +299,32 @@ swiglu = op(
     example="f32[2,3], f32[2,3]",
 )
 attention = op(
-    "attention(q: F[b, s, h, d], k: F[b, t, g, d], v: F[b, t, g, e], lengths: i64[b]?;"
-    " scale: float, causal: bool) -> F[b, s, h, e]",
+    "attention(q: F[b, s, h, d], k: F[n, p, g, d], v: F[n, p, g, e], lengths: i64[b]?,"
+    " sinks: F[h]?, block_table: i64[b, m]?; scale: float, causal: bool, window: int = 0,"
+    " chunk: int = 0, softcap: float = 0.0) -> F[b, s, h, e]",
     Traits(
         Role.ATTENTION,
         masked=("k", "v"),
-        flops=lambda c: 2 * _pairs(c, c.dim("t")) * (c.dim("d") + c.dim("e")),
+        flops=lambda c: 2 * _pairs(c, _in_sight(c, 1)) * (c.dim("d") + c.dim("e")),
+        reads=_KEY_READS,
         demand=_demand_attention,
-        place=over_heads("q", "k", "v"),
+        place=_place_attention,
         wants=("q", "k", "v"),
     ),
     reference=_attention,
-    doc="softmax(q k^T * scale) v over grouped heads. With lengths, query i sees keys"
-    " j <= lengths[b] + i; causal without lengths, j <= i + t - s.",
+    doc="softmax(q k^T * scale) v over grouped heads. With lengths, query i is row lengths[b] + i"
+    " and sees keys j up to its own; causal without lengths, it is row i + t - s. Of these it sees"
+    " the last `window` (Beltagy et al. 2020), and those of its own chunk j / `chunk`. Scores are"
+    " capped to softcap * tanh(x / softcap) before the mask (Gemma 2, section 2). A sink is one"
+    " more logit a head that takes its share of the softmax and adds nothing (Xiao et al. 2024)."
+    " The cache is as `cache_write` has it. A query that sees no key gives zeros.",
     example="f32[2,3,4,5], f32[2,7,2,5], f32[2,7,2,6], i64[2]=4 {scale=0.5, causal=true}",
     infer=_infer_attention,
-    within={"lengths": Within("0", "t", "a number of keys that the first query sees")},
+    within={
+        "lengths": Within("0", "m*p", "a number of keys that the first query sees"),
+        BLOCK_TABLE: IN_PAGES[BLOCK_TABLE],
+    },
+    without=ONE_PAGE,
 )
 mla_attention = op(
     "mla_attention(q_nope: F[b, s, h, d], q_rope: F[b, s, h, r], latent: F[n, p, c],"
