@@ -18,7 +18,6 @@ from dsc import backends, pipeline
 from dsc.frontends.load import load_program
 from dsc.ir.limits import Limits
 from dsc.ir.program import Program
-from dsc.ir.types import DType
 from dsc.models import v3
 from dsc.rewrite.manager import Watch
 from dsc.targets import Target
@@ -96,12 +95,13 @@ def verify_each(sources: dict[str, Any] | None = None) -> dict[str, Any]:
 def small_models() -> dict[str, Program]:
     """models/v3.py (tiny), and the stock transformers classes of a small V3 and a small V2."""
     from dsc.frontends import causal_lm
+    from dsc.frontends.signature import Signature
     from tests.family import small, small_v2, stock
 
     found = {"v3.py tiny": load_program(v3.__file__, config="tiny", weights="none").program}
     for name, config in (("stock V3", small()), ("stock V2", small_v2())):
         symbols = Limits(max_batch=4, max_context=64, prefill_chunk=16).symbols
-        found[name] = causal_lm.trace_step(stock(config), config, DType.f32, symbols)
+        found[name] = causal_lm.trace_step(stock(config), Signature.of(config), symbols)
     return found
 
 

@@ -70,6 +70,7 @@ def synthetic(preset: str, layers: int | None = None) -> Program:
     from dsc.frontends.config import parse_config
     from dsc.frontends.huggingface import CheckpointModel, stock_causal_lm
     from dsc.frontends.load import load_program
+    from dsc.frontends.stock import of_family
 
     raw = json.loads((PRESETS / f"{preset}.json").read_text())
     raw |= {"num_hidden_layers": layers or raw["num_hidden_layers"]}
@@ -80,7 +81,8 @@ def synthetic(preset: str, layers: int | None = None) -> Program:
         name: expr.type for name, expr in traced.weights.items()
         if isinstance(expr, Source) and expr.key == name
     }  # fmt: skip
-    opened = CheckpointModel(Path(preset), raw, config, DType.bf16, SyntheticSource.of(raw))
+    weights = SyntheticSource.of(raw)
+    opened = CheckpointModel(Path(preset), raw, of_family(config), DType.bf16, weights)
     found = opened.mapped(named)
     own = source_types(traced.weights.values()).keys() - named.keys()
     constants = DictSource({key: traced.source.load(key) for key in own})

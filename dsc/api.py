@@ -35,7 +35,7 @@ from dsc.settings import debug_mode, memory_limit
 from dsc.targets import Target, parse_target
 
 if TYPE_CHECKING:
-    from dsc.frontends.config import ModelConfig
+    from dsc.frontends.facts import Facts
 
 PREFERENCE = ("tvm", "onnxruntime", "reference")
 """Backends by preference where the user names none."""
@@ -314,9 +314,9 @@ def compile(
     pipeline.check_widths(group_size, activation_bits, quant)
     trial = trial_of(calibrate, quant, nsamples, seqlen, avg_bits)
 
-    def shares(config: ModelConfig) -> None:
-        experts = config.n_routed_experts if config.is_moe(config.num_hidden_layers - 1) else 0
-        check_parts(config.num_attention_heads, experts, ranks, parallel)
+    def shares(facts: Facts) -> None:
+        if facts.num_attention_heads is not None:
+            check_parts(facts.num_attention_heads, facts.experts or 0, ranks, parallel)
 
     folder = Path(dump_dir) if dump_dir is not None else None
     if folder is not None:

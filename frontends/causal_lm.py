@@ -1,112 +1,34 @@
-"""One step of a causal language model, in the form that is traced: caches in, caches out.
+"""One step of a causal language model, in the form that is traced: states in, states out.
 
 Every model reaches the tracer with the same signature (see `CausalLMStep.forward`). Models of
-`models/` have it already; `CausalLMStep` gives it to a stock transformers model.
+`models/` have it already; `CausalLMStep` gives it to any stock transformers decoder.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, cast
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from dsc.frontends.config import ModelConfig
 from dsc.frontends.instantiate import trace_by_kind
+from dsc.frontends.registries import replaced
+from dsc.frontends.signature import Signature
+from dsc.frontends.states import cache_argument, own_cache, positions_for, signature_of
 from dsc.frontends.torch_export import trace
 from dsc.ir.dims import Range
-from dsc.ir.program import TOKEN_INPUTS, Program
+from dsc.ir.program import Program
 from dsc.ir.types import DType, TensorType
-from dsc.models.v3 import append, visible
+from dsc.models.v3 import append
 
-
-@dataclass(frozen=True)
-class Extents:
-    """Concrete sizes for one trace: batch, new tokens, past rows, wanted logits.
-
-    The defaults are pairwise different and none is 0 or 1, which `torch.export` would freeze into
-    the graph.
-    """
-
-    batch: int = 2
-    new: int = 5
-    past: int = 7
-    logits: int = 3
-
-
-def example_inputs(
-    config: ModelConfig,
-    extents: Extents = Extents(),
-    *,
-    device: torch.device | str = "cpu",
-    dtype: torch.dtype = torch.float32,
-    seed: int = 0,
-) -> tuple[Tensor, ...]:
-    """Inputs of one step: random ids and caches, every sequence with a full past.
-
-    Returns input_ids i64[B,S], positions i64[B,S], lengths i64[B], logits_at i64[B,L], then a
-    latent [B,P,c] and a rope key [B,P,r] a layer. Drawn on the CPU, so equal on every device.
-    """
-    batch, new, past, logits = extents.batch, extents.new, extents.past, extents.logits
-    random = torch.Generator().manual_seed(seed)
-
-    def integers(limit: int, *shape: int) -> Tensor:
-        return torch.randint(limit, shape, generator=random)
-
-    tokens = [
-        integers(config.vocab_size, batch, new),
-        torch.arange(past, past + new).expand(batch, new).contiguous(),
-        torch.full((batch,), past, dtype=torch.int64),
-        integers(new, batch, logits),
-    ]
-    caches = [
-        torch.randn(batch, past, width, generator=random).to(dtype)
-        for _ in range(config.num_hidden_layers)
-        for width in (config.kv_lora_rank, config.qk_rope_head_dim)
-    ]
-    return tuple(tensor.to(device) for tensor in (*tokens, *caches))
-
-
-def dynamic_shapes(config: ModelConfig) -> dict[str, Any]:
-    """Which axes `torch.export` keeps symbolic: B, S, P and L, shared by all inputs."""
-    batch, new, past, logits = (torch.export.Dim(name) for name in "BSPL")
-    cache = {0: batch, 1: past}
-    return {
-        "input_ids": {0: batch, 1: new},
-        "positions": {0: batch, 1: new},
-        "lengths": {0: batch},
-        "logits_at": {0: batch, 1: logits},
-        "past": (cache,) * (2 * config.num_hidden_layers),
-    }
-
-
-def input_names(config: ModelConfig) -> tuple[str, ...]:
-    """Names of a step's inputs, in order: `input_ids`, ..., `past.0.latent`, `past.0.rope`, ..."""
-    return (*TOKEN_INPUTS, *_names_per_layer("past", config))
-
-
-def output_names(config: ModelConfig) -> tuple[str, ...]:
-    """Names of a step's outputs, in order: `logits`, `present.0.latent`, `present.0.rope`, ..."""
-    return ("logits", *_names_per_layer("present", config))
-
-
-def cache_names(config: ModelConfig) -> tuple[tuple[str, str], ...]:
-    """Pairs (output, input) of a step's caches: what goes in as past comes out as present."""
-    outputs, inputs = _names_per_layer("present", config), _names_per_layer("past", config)
-    return tuple(zip(outputs, inputs, strict=True))
-
-
-def _names_per_layer(prefix: str, config: ModelConfig) -> list[str]:
-    layers = range(config.num_hidden_layers)
-    return [f"{prefix}.{layer}.{part}" for layer in layers for part in ("latent", "rope")]
+_STATE = frozenset({"_modules", "_parameters", "_buffers"})
 
 
 def trace_step(
     module: nn.Module,
-    config: ModelConfig,
-    dtype: DType,
+    signature: Signature,
     symbols: Mapping[str, Range],
     *,
     whole: bool = False,
@@ -118,23 +40,23 @@ def trace_step(
     """
     device = next(module.parameters()).device
 
-    def traced(part: nn.Module, depth: int) -> Program:
-        part_config = config.model_copy(update={"num_hidden_layers": depth})
+    def traced(part: nn.Module, layers: Sequence[int] | None) -> Program:
+        own = signature if layers is None else signature.only(layers)
         return trace(
             part,
-            example_inputs(part_config, device=device, dtype=dtype.torch),
+            own.example_inputs(device=device),
             name="step",
-            dynamic_shapes=dynamic_shapes(part_config),
-            input_names=input_names(part_config),
-            output_names=output_names(part_config),
+            dynamic_shapes=own.dynamic_shapes(),
+            input_names=own.input_names(),
+            output_names=own.output_names(),
             symbols=symbols,
-            aliases=cache_names(part_config),
+            aliases=own.cache_names(),
         )
 
     if whole:
-        return traced(module, config.num_hidden_layers)
-    inputs = example_inputs(config, device="meta", dtype=dtype.torch)
-    return trace_by_kind(module, inputs, input_names(config), output_names(config), traced)
+        return traced(module, None)
+    inputs = signature.example_inputs(device="meta")
+    return trace_by_kind(module, inputs, signature.input_names(), signature.output_names(), traced)
 
 
 def parameter_types(module: nn.Module) -> dict[str, TensorType]:
@@ -158,23 +80,35 @@ def cast_parameters(module: nn.Module, dtype: torch.dtype) -> nn.Module:
 
 
 class CausalLMStep(nn.Module):
-    """A stock `DeepseekV2ForCausalLM` or `DeepseekV3ForCausalLM` behind the step's signature.
+    """A stock causal LM of transformers behind the step's signature.
 
-    The two submodules keep their names, so parameters and traced module paths read as in the
-    checkpoint (`model.layers.3.self_attn.kv_b_proj.weight`).
+    The parts of the model are the step's own, so that parameters and traced module paths read as
+    in the checkpoint (`model.layers.3.self_attn.k_proj.weight`); the model around them is put
+    together for each run from the parts that are there then.
 
     transformers itself appends to a cache by concatenation and masks by row number: it knows no
-    `lengths`. Left alone, the step is exact where `lengths[b] == P` for every b. With `ragged` the
-    step brings its own cache, which writes at `lengths`, and its own mask, both as in
-    `models/v3.py`; then sequences of different lengths share a batch, and every row of the
-    signature means what it says. Either way the modelling code is stock.
+    `lengths`. The step brings a cache that writes at `lengths`, and masks by them
+    (`registries.py`); so sequences of different lengths share a batch, and every row of the
+    signature means what it says. The modelling code is stock.
     """
 
-    def __init__(self, causal_lm: nn.Module, *, ragged: bool = False) -> None:
+    def __init__(self, causal_lm: nn.Module, signature: Signature | None = None) -> None:
         super().__init__()
-        self.model = cast(nn.Module, causal_lm.model)
-        self.lm_head = cast(nn.Module, causal_lm.lm_head)
-        self.ragged = ragged
+        for name in _STATE:
+            self.__dict__[name] = dict(vars(causal_lm)[name])
+        self.config: Any = causal_lm.config
+        self.signature = signature or signature_of(causal_lm)
+        self.stock_class = type(causal_lm)
+        self.outer = {k: v for k, v in vars(causal_lm).items() if k not in {*_STATE, "config"}}
+        self._non_persistent_buffers_set = causal_lm._non_persistent_buffers_set
+        self.training = False
+
+    def stock(self) -> nn.Module:
+        """The stock model, of the parts that the step has now."""
+        model = self.stock_class.__new__(self.stock_class)
+        own = {name: vars(self)[name] for name in _STATE}
+        vars(model).update({**self.outer, **own, "config": self.config})
+        return model
 
     def forward(
         self,
@@ -191,51 +125,49 @@ class CausalLMStep(nn.Module):
             positions: their positions, i64[B,S].
             lengths: tokens already cached, i64[B].
             logits_at: which of the S new tokens' logits are wanted, i64[B,L].
-            past: latent [B,P,c] and rope key [B,P,r] of every layer.
+            past: the states in order of the signature, rows [B,P,width].
 
         Returns:
-            logits [B,L,vocab], then latent [B,P+S,c] and rope key [B,P+S,r] of every layer.
+            logits [B,L,vocab], then the states with the new rows, [B,P+S,width].
         """
-        cache = _cache_of(past, lengths if self.ragged else None)
-        hidden = self.model(
-            input_ids=input_ids,
-            attention_mask=visible(past[0], input_ids, lengths) if self.ragged else None,
-            position_ids=positions,
-            past_key_values=cache,
-            use_cache=True,
-        ).last_hidden_state
-        rows = logits_at.unsqueeze(-1).expand(-1, -1, hidden.shape[-1])
-        logits = self.lm_head(hidden.gather(1, rows))
-        present = [part.squeeze(1) for layer in cache.layers for part in (layer.keys, layer.values)]
-        return logits, *present
+        model = self.stock()
+
+        def grow(before: Tensor | None, new: Tensor) -> Tensor:
+            assert before is not None, "a layer appends to a state that was not found"
+            return append(before, new, lengths)
+
+        cache = own_cache(self.config, grow)
+        for state, rows in zip(self.signature.states, past, strict=True):
+            layer = cache.layers[state.layer]
+            layer.rows[state.part] = rows
+            layer.is_initialized = True
+        with replaced(lengths), wanted(model, logits_at) as found:
+            logits = model(
+                input_ids=input_ids,
+                **positions_for(model, positions),
+                **{cache_argument(model): cache},
+                use_cache=True,
+            ).logits
+        return found(logits), *(cache.layers[s.layer].rows[s.part] for s in self.signature.states)
 
 
-def _cache_of(past: Sequence[Tensor], lengths: Tensor | None) -> Any:
-    """Flat caches [B,P,*] as a `DynamicCache` of pairs [B,1,P,*]: latent as key, rope as value.
+@contextmanager
+def wanted(model: Any, logits_at: Tensor) -> Iterator[Callable[[Tensor], Tensor]]:
+    """Have the model's head see the wanted rows of hidden states alone.
 
-    The layers are filled by hand: `DynamicLayer.update` would concatenate each past to an empty
-    1-D tensor first, which is a node of noise a cache in the trace. With `lengths` they write at
-    those rows instead of behind the last one.
+    What is yielded takes the logits that come out to those that are wanted: they are already,
+    unless the model has no head of its own.
     """
-    from transformers import DynamicCache
-    from transformers.cache_utils import DynamicLayer
+    head = model.get_output_embeddings()
 
-    class AppendingLayer(DynamicLayer):  # type: ignore[misc]
-        keys: Tensor
-        values: Tensor
+    def taken(rows: Tensor) -> Tensor:
+        return rows.gather(1, logits_at.unsqueeze(-1).expand(-1, -1, rows.shape[-1]))
 
-        def update(self, key: Tensor, value: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-            self.keys, self.values = _append(self.keys, key), _append(self.values, value)
-            return self.keys, self.values
-
-    def _append(cache: Tensor, new: Tensor) -> Tensor:
-        assert lengths is not None
-        return append(cache.squeeze(1), new.squeeze(1), lengths).unsqueeze(1)
-
-    cache = DynamicCache()
-    for latent, rope in zip(past[0::2], past[1::2], strict=True):
-        layer = DynamicLayer() if lengths is None else AppendingLayer()
-        layer.dtype, layer.device, layer.is_initialized = latent.dtype, latent.device, True
-        layer.keys, layer.values = latent.unsqueeze(1), rope.unsqueeze(1)
-        cache.layers.append(layer)
-    return cache
+    if head is None:
+        yield taken
+        return
+    hook = head.register_forward_pre_hook(lambda _, args: (taken(args[0]), *args[1:]))
+    try:
+        yield lambda logits: logits
+    finally:
+        hook.remove()

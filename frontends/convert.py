@@ -170,7 +170,7 @@ def _is_ours(name: str) -> bool:
 
 def _check_form(opened: CheckpointModel, to: Form) -> None:
     """Raise `ConfigError` for weights that are not in a form that is converted to this one."""
-    told = opened.config.quantization_config
+    told = opened.config.facts.quantization_config
     where = str(opened.folder / CONFIG_FILE)
     if told is not None and told.integers:
         raise ConfigError(

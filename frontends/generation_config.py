@@ -18,7 +18,9 @@ from typing import Annotated, Any
 from pydantic import Field, ValidationError
 
 from dsc.errors import ArtifactError, ConfigError, DscError
-from dsc.frontends.config import ModelConfig, Schema, read_bounded, sentence
+from dsc.frontends.config import Schema, read_bounded, sentence
+from dsc.frontends.facts import Facts
+from dsc.ir.limits import OPEN
 from dsc.strict_json import AGAIN, parse_object
 
 GENERATION_FILE = "generation_config.json"
@@ -54,7 +56,7 @@ class GenerationSettings(Schema):
         return {"eos_token_id": list(self.eos_token_id), **said}
 
 
-def load_generation(folder: Path, config: ModelConfig) -> Settings:
+def load_generation(folder: Path, facts: Facts) -> Settings:
     """The settings of a checkpoint folder, and notes on what of the file is not used.
 
     Special ids that `generation_config.json` leaves open are those of `config.json`. Raises
@@ -64,26 +66,25 @@ def load_generation(folder: Path, config: ModelConfig) -> Settings:
     raw: Mapping[str, Any] = {}
     if os.path.lexists(file):
         raw = parse_object(read_bounded(file), str(file), ConfigError)
-    return settings_of(raw, config, str(file))
+    return settings_of(raw, facts, str(file))
 
 
-def settings_of(
-    raw: Mapping[str, Any], config: ModelConfig, where: str = GENERATION_FILE
-) -> Settings:
+def settings_of(raw: Mapping[str, Any], facts: Facts, where: str = GENERATION_FILE) -> Settings:
     """`load_generation` for what was read already."""
     said = {key: value for key, value in raw.items() if value is not None}
     for name in ("eos_token_id", "bos_token_id", "pad_token_id"):
-        if name not in said and getattr(config, name, None) is not None:
-            said[name] = getattr(config, name)
+        if name not in said and getattr(facts, name) is not None:
+            said[name] = getattr(facts, name)
     for name in ("eos_token_id", "stop_strings"):
         if name in said and not isinstance(said[name], list):
             said[name] = [said[name]]
     found = parse_settings(said, where, ConfigError)
     kept, unknown = found.kept(), set()
+    most = OPEN if facts.vocab_size is None else facts.vocab_size
     for name in ("eos_token_id", "bos_token_id", "pad_token_id"):
         ids = kept.get(name, [])
         listed = ids if isinstance(ids, list) else [ids]
-        outside = {i for i in listed if not 0 <= i < config.vocab_size}
+        outside = {i for i in listed if not 0 <= i < most}
         unknown |= {f"{name} {i}" for i in outside}
         if isinstance(ids, list) and ids:
             kept[name] = [i for i in ids if i not in outside]

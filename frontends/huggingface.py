@@ -1,9 +1,9 @@
 """A checkpoint folder becomes a module to trace and weights to read later.
 
-The folder is data. `config.json` goes through our own schema, the weights are opened as
-safetensors only, and the module is the stock transformers class of the family, built from the
-checked configuration on the `meta` device. No Python file of the folder is imported, no pickle is
-opened, `trust_remote_code` is never set.
+The folder is data. `config.json` is cleaned (`stock.py`), the weights are opened as safetensors
+only, and the module is the stock transformers class of its `model_type`, built from the cleaned
+configuration on the `meta` device. No Python file of the folder is imported, no pickle is opened,
+`trust_remote_code` is never set.
 """
 
 from __future__ import annotations
@@ -12,12 +12,14 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from dsc.errors import CheckpointError, ConfigError
 from dsc.frontends.checked import CheckedSource
-from dsc.frontends.config import CONFIG_FILE, DTYPES, ModelConfig, parse_config, read_bounded
+from dsc.frontends.config import CONFIG_FILE, DTYPES, ModelConfig, read_bounded
+from dsc.frontends.facts import Facts
 from dsc.frontends.names import EMBEDDING, WeightMap, check_layout, map_weights
+from dsc.frontends.stock import StockConfig, clean, completed, of_family, stock_model
 from dsc.ir.safetensors import SafetensorsSource, open_safetensors
 from dsc.ir.types import DType, TensorType
 from dsc.ir.weights import WeightExpr, WeightSource, evaluate
@@ -42,20 +44,24 @@ class CheckpointModel:
 
     folder: Path
     raw: JsonObject
-    config: ModelConfig
+    config: StockConfig
     dtype: DType
     source: WeightSource
     weights: Mapping[str, WeightExpr] = field(default_factory=dict)
     unused_mtp: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
-    def mapped(self, parameters: Mapping[str, TensorType]) -> CheckpointModel:
+    def mapped(
+        self, parameters: Mapping[str, TensorType], facts: Facts | None = None
+    ) -> CheckpointModel:
         """The same checkpoint with its weights for these parameters, names and types.
 
-        Raises `CheckpointError`: the weights are not those of the parameters.
+        `facts` are all of the model's, where the file does not tell them all. Raises
+        `CheckpointError`: the weights are not those of the parameters.
         """
-        found = map_weights(parameters, self.source, self.config, str(self.folder))
-        told = self.config.quantization_config
+        known = self.config.facts.completed(facts) if facts else self.config.facts
+        found = map_weights(parameters, self.source, cast(Any, known), str(self.folder))
+        told = known.quantization_config
         notes = _notes(self.folder, self.raw, found, told.activations if told else "")
         source = CheckedSource(self.source, found.checks) if found.checks else self.source
         return replace(
@@ -66,7 +72,9 @@ class CheckpointModel:
         """The module to trace: parameters on `meta`, computed buffers real."""
         from dsc.frontends.causal_lm import CausalLMStep
 
-        return CausalLMStep(stock_causal_lm(self.config, self.dtype))
+        if self.config.family is not None:
+            check_rotation(self.config.family, self.dtype)
+        return CausalLMStep(stock_model(self.config, self.dtype))
 
     def load(self) -> CausalLMStep:
         """The same module with its weights, copied to memory: the oracle for small checkpoints."""
@@ -80,11 +88,10 @@ class CheckpointModel:
 
         Its experts are those of the plain loop: torch's grouped GEMMs refuse odd widths.
         """
-        model: Any = stock_causal_lm(self.config, self.dtype)
-        model.load_state_dict(self.load().state_dict(), strict=True, assign=True)
-        model.config._experts_implementation = "eager"
-        stock: nn.Module = model
-        return stock
+        step = self.load()
+        if hasattr(step.config, "_experts_implementation"):
+            step.config._experts_implementation = "eager"
+        return step.stock()
 
 
 def load_checkpoint(folder: Path | str, dtype: DType | None = None) -> CheckpointModel:
@@ -92,7 +99,8 @@ def load_checkpoint(folder: Path | str, dtype: DType | None = None) -> Checkpoin
     from dsc.frontends.causal_lm import parameter_types
 
     opened = open_checkpoint(folder, dtype)
-    return opened.mapped(parameter_types(opened.build()))
+    step = opened.build()
+    return opened.mapped(parameter_types(step), completed(opened.config, step.config))
 
 
 def open_checkpoint(folder: Path | str, dtype: DType | None = None) -> CheckpointModel:
@@ -104,58 +112,31 @@ def open_checkpoint(folder: Path | str, dtype: DType | None = None) -> Checkpoin
         dtype: element type to compute in; the checkpoint's own by default.
 
     Raises:
-        ConfigError, UnsupportedArchitecture: `config.json` is damaged or describes no member of
-            the family.
+        ConfigError, UnsupportedArchitecture: `config.json` is damaged or describes no decoder.
         CheckpointError: the weights are damaged, or their layout is not that configuration's.
     """
     folder = Path(folder)
     raw, config = read_config(folder)
     source = open_safetensors(folder)
-    check_layout(source, config, str(folder))
+    if config.facts.num_hidden_layers is not None:
+        check_layout(source, cast(Any, config.facts), str(folder))
     dtype = dtype or _stored_dtype(config, source, folder)
     return CheckpointModel(folder, raw, config, dtype, source)
 
 
-def read_config(folder: Path) -> tuple[JsonObject, ModelConfig]:
-    """A folder's `config.json`, as it stands and checked. Raises as `load_checkpoint` does."""
+def read_config(folder: Path) -> tuple[JsonObject, StockConfig]:
+    """A folder's `config.json`, as it stands and cleaned. Raises as `load_checkpoint` does."""
     file = folder / CONFIG_FILE
     raw = parse_object(read_bounded(file), str(file), ConfigError)
-    return raw, parse_config(_with_quantization(raw, folder), str(file))
+    return raw, clean(_with_quantization(raw, folder), str(file))
 
 
 def stock_causal_lm(
     config: ModelConfig, dtype: DType = DType.f32, device: str = "meta"
 ) -> nn.Module:
-    """The transformers class of `config`, with sdpa attention and grouped-GEMM experts.
-
-    Parameters lie on `device`, untrained. Buffers that the class computes and no checkpoint
-    stores (rope frequencies) are real even on `meta`: the trace records them as constants.
-    """
-    import torch
-    import transformers
-    from huggingface_hub.errors import StrictDataclassError
-
-    from dsc.frontends.causal_lm import cast_parameters
-
-    classes = {
-        "deepseek_v2": (transformers.DeepseekV2Config, transformers.DeepseekV2ForCausalLM),
-        "deepseek_v3": (transformers.DeepseekV3Config, transformers.DeepseekV3ForCausalLM),
-    }
-    config_class, model_class = classes[config.model_type]
+    """The transformers class of a member of the DeepSeek-V3 family (see `stock_model`)."""
     check_rotation(config, dtype)
-    try:
-        stock = config_class(**_transformers_fields(config))
-    except (ValueError, KeyError, StrictDataclassError) as exc:
-        raise ConfigError(f"transformers refuses this configuration: {exc}") from None
-    with torch.device(device):
-        model: nn.Module = cast_parameters(model_class(stock).eval(), dtype.torch)
-    base: Any = model.model
-    with torch.device("cpu"):
-        base.rotary_emb = type(base.rotary_emb)(stock)
-    if config.tie_word_embeddings:
-        head: Any = model.lm_head
-        head.weight = base.embed_tokens.weight
-    return model
+    return stock_model(of_family(config), dtype, device)
 
 
 def check_rotation(config: ModelConfig, dtype: DType) -> None:
@@ -172,20 +153,6 @@ def check_rotation(config: ModelConfig, dtype: DType) -> None:
         )
 
 
-def _transformers_fields(config: ModelConfig) -> dict[str, Any]:
-    """Our checked fields in transformers' spelling. Weights are dequantised before it sees them."""
-    ours = {"published_model_type", "model_type", "dtype", "quantization_config"}
-    rope = config.rope_parameters.model_dump(exclude_none=True)
-    if config.rope_parameters.rope_type == "default":
-        rope = {name: rope[name] for name in ("rope_type", "rope_theta")}
-    return config.model_dump(exclude=ours | {"rope_parameters"}) | {
-        "rope_parameters": rope,
-        "num_key_value_heads": config.num_attention_heads,
-        "attn_implementation": "sdpa",
-        "experts_implementation": "grouped_mm",
-    }
-
-
 def _with_quantization(raw: JsonObject, folder: Path) -> JsonObject:
     """`config.json` with what modelopt writes beside it, where it has no section of its own."""
     file = folder / MODELOPT_FILE
@@ -195,7 +162,7 @@ def _with_quantization(raw: JsonObject, folder: Path) -> JsonObject:
     return raw | {"quantization_config": found}
 
 
-def _stored_dtype(config: ModelConfig, source: SafetensorsSource, folder: Path) -> DType:
+def _stored_dtype(config: StockConfig, source: SafetensorsSource, folder: Path) -> DType:
     """What config.json names, else what the embedding is stored in."""
     if config.dtype is not None:
         return DTYPES[config.dtype]

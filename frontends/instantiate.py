@@ -21,7 +21,7 @@ import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
@@ -35,8 +35,8 @@ from dsc.ir.types import DType, TensorType
 from dsc.ir.verifier import verify
 from dsc.ir.weights import DictSource, LayeredSource, MetaSource, Source, WeightExpr
 
-Trace = Callable[[nn.Module, int], Program]
-"""Traces a module of so many layers, into a program with one entry."""
+Trace = Callable[[nn.Module, Sequence[int] | None], Program]
+"""Traces a module of these layers of the whole one, or of all, into a program with one entry."""
 
 T = TypeVar("T")
 
@@ -56,32 +56,44 @@ def trace_by_kind(
     `present.N.*`. `trace` is called once, with a shallow module, or a second time with `module`.
     """
     caches = [CACHE.fullmatch(name) for name in input_names]
-    depth = len({cache[2] for cache in caches if cache})
+    owners = {int(cache[2]) for cache in caches if cache}
     try:
         stack = layer_kinds(module, inputs, input_names, output_names)
-        if len(stack.firsts) == len(stack.kinds) or len(stack.kinds) != depth:
-            raise Irregular(f"{len(stack.firsts)} kinds of layers, {depth} caches")
+        if len(stack.firsts) == len(stack.kinds) or len(stack.kinds) <= max(owners, default=0):
+            raise Irregular(f"{len(stack.firsts)} kinds of layers, {len(owners)} with caches")
         part = shallow(module, stack)
         _check_behaviour(part, stack, dict(zip(input_names, inputs, strict=True)), output_names)
-        return instantiate(trace(part, len(stack.firsts)), stack, module)
+        return instantiate(trace(part, stack.firsts), stack, module)
     except (Irregular, UsageError, VerificationError) as reason:
         log.info("traced whole: %s", reason)
-        return trace(module, depth)
+        return trace(module, None)
 
 
 def shallow(module: nn.Module, stack: LayerStack) -> nn.Module:
-    """The module with the first layer of each kind alone. Parameters are shared, not copied."""
+    """The module with the first layer of each kind alone. Parameters are shared, not copied.
+
+    A configuration that parts of it hold says as much: how many layers there are, and what it
+    lists for each. So does a step's signature.
+    """
     tensors = {id(t): t for t in (*module.parameters(), *module.buffers())}
-    root = parent = _shell(module)
+    shells = [root := _shell(module)]
     for name in stack.path.split("."):
-        child = _shell(parent.get_submodule(name))
-        parent._modules[name] = child
-        parent = child
+        child = _shell(shells[-1].get_submodule(name))
+        shells[-1]._modules[name] = child
+        shells.append(child)
+    parent = shells[-1]
+    cut_configs: dict[int, Any] = {}
+    for shell in shells:
+        config = vars(shell).get("config")
+        if config is not None:
+            shell.config = cut_configs.setdefault(id(config), _cut_config(config, stack))
+    if (signature := vars(root).get("signature")) is not None:
+        root.signature = signature.only(stack.firsts)
     parent._modules.clear()
     for index, first in enumerate(stack.firsts):
         original = module.get_submodule(f"{stack.path}.{first}")
         try:
-            layer = copy.deepcopy(original, dict(tensors))
+            layer = copy.deepcopy(original, {**tensors, **cut_configs})
         except Exception as problem:
             raise Irregular(f"layer {first} cannot be copied: {problem}") from problem
         for part in layer.modules():
@@ -89,6 +101,19 @@ def shallow(module: nn.Module, stack: LayerStack) -> nn.Module:
                 setattr(part, INDEX, index)
         parent._modules[str(index)] = layer
     return root
+
+
+def _cut_config(config: Any, stack: LayerStack) -> Any:
+    """A configuration of the first layers of each kind: lists of all layers, and their count."""
+    depth, firsts = len(stack.kinds), stack.firsts
+    cut = copy.copy(config)
+    count = getattr(config, "attribute_map", {}).get("num_hidden_layers", "num_hidden_layers")
+    for name, value in vars(config).items():
+        if name == count:
+            vars(cut)[name] = len(firsts)
+        elif isinstance(value, (list, tuple)) and len(value) == depth:
+            vars(cut)[name] = type(value)(value[first] for first in firsts)
+    return cut
 
 
 def _check_behaviour(

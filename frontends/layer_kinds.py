@@ -19,6 +19,7 @@ import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -115,6 +116,8 @@ def _plain(value: Any) -> Any:
         return type(value), tuple(sorted(map(repr, map(_plain, value))))
     if isinstance(value, Mapping):
         return type(value), tuple((repr(k), _plain(v)) for k, v in value.items())
+    if isinstance(value, partial):
+        return partial, tuple(map(_plain, (value.func, value.args, value.keywords)))
     return type(value), id(value)
 
 

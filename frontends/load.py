@@ -22,9 +22,12 @@ from typing import TYPE_CHECKING, Any
 
 from dsc.errors import ConfigError, DscError, UnsupportedArchitecture, UsageError
 from dsc.frontends import trace_cache
-from dsc.frontends.config import DTYPES, ModelConfig, parse_config
+from dsc.frontends.config import DTYPES, ModelConfig
+from dsc.frontends.facts import Facts
 from dsc.frontends.generation_config import Settings, load_generation, settings_of
 from dsc.frontends.hub import located, model_name
+from dsc.frontends.signature import Signature
+from dsc.frontends.stock import clean, completed
 from dsc.frontends.text import read_program
 from dsc.frontends.tokenizer import TOKENIZER, find_tokenizer
 from dsc.ir.lazy import torch
@@ -73,27 +76,29 @@ class Asked:
     max_batch: int
     max_context: int | None
     prefill_chunk: int
-    shares: Callable[[ModelConfig], None] | None = None
+    shares: Callable[[Facts], None] | None = None
     untraced: Callable[[], None] | None = None
 
-    def check(self, config: ModelConfig) -> None:
+    def check(self, facts: Facts) -> None:
         """Raise what the configuration alone rules out, before anything large is read."""
-        self.limits(config)
+        self.limits(facts)
         if self.shares is not None:
-            self.shares(config)
+            self.shares(facts)
 
-    def limits(self, config: ModelConfig) -> Limits:
-        """The limits of a model with this configuration.
+    def limits(self, facts: Facts) -> Limits:
+        """The limits of a model with these facts; one without positions has none of its own.
 
         Raises:
             UsageError: more is asked than the model has positions for. Beyond them rope rotates
                 by angles that the model never saw, and nothing says so in its text.
         """
-        positions = config.max_position_embeddings
+        positions = facts.positions
+        if positions is None:
+            return self.whatever()
         if self.max_context is not None and self.max_context > positions:
             raise UsageError(
                 f"max_context {self.max_context} is beyond the model's {positions} positions "
-                "(max_position_embeddings in config.json)",
+                f"({facts.position_name} in config.json)",
                 hint=f"give at most {positions}; a model that was trained further says so there",
             )
         return Limits(self.max_batch, self.max_context or positions, self.prefill_chunk)
@@ -113,7 +118,7 @@ def load_program(
     max_batch: int = 4,
     max_context: int | None = None,
     prefill_chunk: int = 512,
-    check: Callable[[ModelConfig], None] | None = None,
+    check: Callable[[Facts], None] | None = None,
     untraced: Callable[[], None] | None = None,
     progress: Progress | None = None,
 ) -> Loaded:
@@ -179,12 +184,15 @@ def _from_checkpoint(
             hint='drop --weights, or give "none" to compile without values',
         )
     _, config = read_config(folder)
-    asked.check(config)
-    settings = load_generation(folder, config)
+    asked.check(config.facts)
+    load_generation(folder, config.facts)
     tokenizer = find_tokenizer(folder)
     opened = open_checkpoint(folder, dtype)
-    step = _Step(opened.build, config, opened.dtype, asked, "transformers")
-    checkpoint = opened.mapped(step.parameters)
+    known = Known(config.described, config.facts)
+    step = _Step(opened.build, known, opened.dtype, asked, "transformers")
+    asked.check(step.facts)
+    settings = load_generation(folder, step.facts)
+    checkpoint = opened.mapped(step.parameters, step.facts)
     traced = step.traced(progress)
     given = None if weights is not None else (checkpoint.weights, checkpoint.source)
     program = _with_weights(traced, given, model_name(folder.resolve()))
@@ -216,12 +224,14 @@ def _from_code(
                 hint="give --weights DIR, or --weights none to compile without values",
             )
         weights = configs.TINY_CHECKPOINT
-    asked.check(config)
+    facts = Facts.of(config)
+    asked.check(facts)
     folder = None if str(weights) == "none" else Path(weights)
-    settings = settings_of({}, config) if folder is None else load_generation(folder, config)
+    settings = settings_of({}, facts) if folder is None else load_generation(folder, facts)
     tokenizer = (None, "") if folder is None else find_tokenizer(folder)
     checkpoint = open_checkpoint(folder, dtype) if folder is not None else None
-    if checkpoint is not None and _shape_of(checkpoint.config) != _shape_of(config):
+    family = checkpoint.config.family if checkpoint is not None else config
+    if family is None or _shape_of(family) != _shape_of(config):
         raise ConfigError(
             f"the weights in {folder} are of another configuration than {config_name}",
             hint="leave --config out to use the folder's own",
@@ -229,7 +239,9 @@ def _from_code(
     named = DTYPES[config.dtype or "bfloat16"]
     compute = checkpoint.dtype if checkpoint is not None else dtype or named
     ours = _module_of_ours(path)
-    step = _Step(lambda: _built(path, config, compute), config, compute, asked, ours)
+    known = Known(config.model_dump(mode="json", exclude_none=True), facts)
+    signature = Signature.of(config, compute)
+    step = _Step(lambda: _built(path, config, compute), known, compute, asked, ours, signature)
     if checkpoint is not None:
         checkpoint = checkpoint.mapped(step.parameters)
     with blaming(path, only_its_lines=True):
@@ -285,20 +297,21 @@ def _from_module(
             hint="give a transformers causal LM; other functions and modules go through"
             " @dsc.optimize or torch.compile(module, backend='dsc')",
         )
-    if not hasattr(module, "lm_head"):
+    if getattr(module, "get_output_embeddings", lambda: None)() is None:
         raise UnsupportedArchitecture(f"{type(module).__name__} has no lm_head")
     assert stock is not None
-    config = parse_config(stock.to_dict(), type(stock).__name__)
-    asked.check(config)
+    config = clean(stock.to_dict(), type(stock).__name__)
+    facts = completed(config, stock)
+    asked.check(facts)
     stored = DType.of(next(module.parameters()).dtype)
     if dtype is not None and dtype != stored:
         raise UsageError(
             f"the module computes in {stored}", hint=f"convert it first: module.to({dtype.torch})"
         )
     generation = getattr(module, "generation_config", None)
-    settings = settings_of({} if generation is None else generation.to_dict(), config)
+    settings = settings_of({} if generation is None else generation.to_dict(), facts)
     step = CausalLMStep(module.eval())
-    traced = _Step(lambda: step, config, stored, asked).traced(progress)
+    traced = _Step(lambda: step, Known(config.described, facts), stored, asked).traced(progress)
     state = {k: v.detach() for k, v in step.state_dict().items()}
     if any(v.is_meta for v in state.values()):
         return _loaded(_with_weights(traced, None, config.model_type), settings)
@@ -308,26 +321,49 @@ def _from_module(
     return _loaded(program, settings)
 
 
+@dataclass(frozen=True)
+class Known:
+    """What is known of a model before it is built: its configuration as data, and facts."""
+
+    described: Mapping[str, Any]
+    facts: Facts
+
+
 class _Step:
     """The step of a causal LM: the module that `build` gives, or what is kept of its trace.
 
     `installed` is the module or package that `build` is known to come from: then it is asked for a
-    module only where nothing is kept.
+    module only where nothing is kept. A module that does not bring a signature is given one.
     """
 
     def __init__(
         self,
         build: Callable[[], nn.Module],
-        config: ModelConfig,
+        known: Known,
         dtype: DType,
         asked: Asked,
         installed: str = "",
+        signature: Signature | None = None,
     ) -> None:
-        self.build, self.config, self.dtype, self.asked = build, config, dtype, asked
-        values = config.model_dump(mode="json", exclude_none=True)
-        self.facts = {"config": values, "dtype": str(dtype)}
-        self.key = trace_cache.key_of_installed(installed, **self.facts) if installed else None
+        self.build, self.known, self.dtype, self.asked = build, known, dtype, asked
+        self.signature = signature
+        self.told = {"config": dict(known.described), "dtype": str(dtype)}
+        self.key = trace_cache.key_of_installed(installed, **self.told) if installed else None
         self.kept = trace_cache.load(self.key) if self.key is not None else None
+
+    @cached_property
+    def facts(self) -> Facts:
+        """All facts of the model: the configuration's, and where it says nothing the class's."""
+        if self.kept is not None:
+            return (
+                self.known.facts.completed(self.kept.facts) if self.kept.facts else self.known.facts
+            )
+        held = getattr(self.module, "config", None)
+        if self.signature is not None or held is None:
+            return self.known.facts
+        from dsc.frontends.stock import facts_of
+
+        return self.known.facts.completed(facts_of(held))
 
     @cached_property
     def module(self) -> nn.Module:
@@ -347,9 +383,9 @@ class _Step:
 
     def traced(self, progress: Progress | None) -> Program:
         """The program, with the limits asked for. Its source holds the trace's constants alone."""
-        limits = self.asked.limits(self.config)
+        limits = self.asked.limits(self.facts)
         if self.kept is None and self.key is None:
-            self.key = trace_cache.key_of(self.module, **self.facts)
+            self.key = trace_cache.key_of(self.module, **self.told)
             self.kept = trace_cache.load(self.key) if self.key is not None else None
         if self.kept is None:
             if progress is not None:
@@ -358,14 +394,17 @@ class _Step:
             if self.key is not None:
                 trace_cache.store(self.key, self.kept)
         program = self.kept.program
-        meta = {**program.meta, "config": self.facts["config"]}
+        said = {k: v for k, v in self.facts.to_json().items() if v is not None}
+        config = {**said, **self.known.described} if self.signature is None else self.told["config"]
+        meta = {**program.meta, "config": config}
         symbols = {**program.symbols, **limits.symbols}
         return replace(program, meta=meta, symbols=symbols).limited(limits)
 
     def _trace(self, limits: Limits) -> trace_cache.Trace:
         from dsc.frontends.causal_lm import trace_step
 
-        program = trace_step(self.module, self.config, self.dtype, limits.symbols)
+        module: Any = self.module
+        program = trace_step(module, self.signature or module.signature, limits.symbols)
         values = {n: _value(program, n) for n in program.weights if n not in self.parameters}
         own = {CONSTANT + n: value for n, value in values.items() if value is not None}
         weights = {
@@ -373,7 +412,7 @@ class _Step:
             for n, expr in program.weights.items()
         }
         program = replace(program, weights=weights, source=DictSource(own))
-        return trace_cache.Trace(program, self.parameters)
+        return trace_cache.Trace(program, self.parameters, self.facts)
 
 
 def _with_weights(
@@ -427,10 +466,8 @@ def _build_function(path: Path) -> Callable[[ModelConfig], nn.Module]:
 
 def _check_signature(module: nn.Module, config: ModelConfig, path: Path) -> None:
     """Raise `UsageError` unless `forward` takes what the step of a causal LM gives it."""
-    from dsc.frontends.causal_lm import input_names
-
     try:
-        inspect.signature(module.forward).bind(*input_names(config))
+        inspect.signature(module.forward).bind(*Signature.of(config).input_names())
     except TypeError as problem:
         raise UsageError(
             f"forward of {type(module).__name__} does not take"

@@ -7,8 +7,8 @@ is known once it was traced, so an entry lists them with their digests, and hold
 they were. Code that this process imported before is a module in memory: somebody may have changed
 it there.
 
-What is kept is the program's text, the types of what its module takes from a checkpoint, and the
-few constants that tracing found; no weight is ever stored.
+What is kept is the program's text, the types of what its module takes from a checkpoint, the facts
+of the model, and the few constants that tracing found; no weight is ever stored.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ import numpy as np
 
 from dsc import kept
 from dsc.errors import DscError
+from dsc.frontends.facts import Facts
 from dsc.ir.arrays import Array, array_of, tensor_of
 from dsc.ir.lazy import torch
 from dsc.ir.parser import parse_program
@@ -52,11 +53,13 @@ _STARTED = time.time()
 class Trace:
     """A traced program, whose source holds the constants that tracing found and nothing else.
 
-    `parameters` are the names and types of what the module takes from a checkpoint.
+    `parameters` are the names and types of what the module takes from a checkpoint. `facts` are the
+    model's, where reading its configuration does not tell them all.
     """
 
     program: Program
     parameters: Mapping[str, TensorType]
+    facts: Facts | None = None
 
 
 class _Constants(WeightSource):
@@ -128,7 +131,8 @@ def load(key: Mapping[str, Any]) -> Trace | None:
             name: TensorType(DType(dtype), tuple(shape))
             for name, (dtype, shape) in entry["parameters"].items()
         }
-        return Trace(replace(program, source=constants), parameters)
+        facts = Facts.from_json(entry["facts"]) if entry["facts"] else None
+        return Trace(replace(program, source=constants), parameters, facts)
     return None
 
 
@@ -143,6 +147,7 @@ def store(key: Mapping[str, Any], trace: Trace) -> None:
         "sources": {file: digest(file) for file in sources},
         "program": print_program(program),
         "parameters": {k: (t.dtype, t.shape) for k, t in trace.parameters.items()},
+        "facts": trace.facts.to_json() if trace.facts else None,
         "constants": {k: base64.b64encode(_bytes(v)).decode() for k, v in constants.items()},
     }
     kept.put(KIND, key, json.dumps(entry).encode())

@@ -24,10 +24,9 @@ def small_v2(**changes: Any) -> ModelConfig:
     return small(**(router | changes))
 
 
-def stock(config: ModelConfig, seed: int = 0, *, ragged: bool = False) -> CausalLMStep:
+def stock(config: ModelConfig, seed: int = 0) -> CausalLMStep:
     """The stock transformers model of `config` with random fp32 weights."""
-    model = randomise(stock_causal_lm(config, device="cpu"), seed)
-    return CausalLMStep(model, ragged=ragged)
+    return CausalLMStep(randomise(stock_causal_lm(config, device="cpu"), seed))
 
 
 def empty_caches(config: ModelConfig, batch: int = 1, rows: int = 0) -> tuple[Tensor, ...]:

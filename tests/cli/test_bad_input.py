@@ -205,7 +205,7 @@ def test_what_is_no_file_is_called_what_it_is(name: str, kind: str, tmp_path: Pa
     make, words = NO_FILES[kind]
     make(folder / name)
     with pytest.raises(DscError, match=words) as told:
-        load_generation(folder, load_checkpoint(folder).config)
+        load_generation(folder, load_checkpoint(folder).config.facts)
     assert name in str(told.value)
 
 

@@ -8,17 +8,18 @@ from typing import Any
 import pytest
 
 from dsc.errors import ConfigError
-from dsc.frontends.config import ModelConfig, load_config
+from dsc.frontends.config import load_config
+from dsc.frontends.facts import Facts
 from dsc.frontends.generation_config import load_generation, settings_of
 
 
 @pytest.fixture(scope="module")
-def config(root: Path) -> ModelConfig:
+def config(root: Path) -> Facts:
     """Return tiny-v3's configuration: bos 0, eos 1, 2048 tokens."""
-    return load_config(root / "models" / "tiny-v3")
+    return Facts.of(load_config(root / "models" / "tiny-v3"))
 
 
-def test_stop_ids_and_defaults_are_read(config: ModelConfig) -> None:
+def test_stop_ids_and_defaults_are_read(config: Facts) -> None:
     raw = {"eos_token_id": [1, 13], "do_sample": True, "temperature": 1, "top_k": None}
     kept, notes = settings_of(raw | {"stop_strings": "###", "pad_token_id": 2}, config)
     assert kept == {
@@ -32,7 +33,7 @@ def test_stop_ids_and_defaults_are_read(config: ModelConfig) -> None:
     assert notes == []
 
 
-def test_config_json_speaks_where_the_file_does_not(config: ModelConfig, tmp_path: Path) -> None:
+def test_config_json_speaks_where_the_file_does_not(config: Facts, tmp_path: Path) -> None:
     assert load_generation(tmp_path, config) == ({"eos_token_id": [1], "bos_token_id": 0}, [])
     assert settings_of({"eos_token_id": 7}, config)[0]["eos_token_id"] == [7]
 
@@ -55,21 +56,21 @@ def test_config_json_speaks_where_the_file_does_not(config: ModelConfig, tmp_pat
     ],
 )
 def test_what_means_nothing_is_refused_by_name(
-    raw: dict[str, Any], key: str, config: ModelConfig
+    raw: dict[str, Any], key: str, config: Facts
 ) -> None:
     with pytest.raises(ConfigError, match=key):
         settings_of(raw, config)
 
 
 @pytest.mark.parametrize("text", ['{"top_p": NaN}', "[1]", '{"top_k": 1, "top_k": 2}', "{"])
-def test_a_damaged_file_is_refused(text: str, config: ModelConfig, tmp_path: Path) -> None:
+def test_a_damaged_file_is_refused(text: str, config: Facts, tmp_path: Path) -> None:
     (tmp_path / "generation_config.json").write_text(text)
     with pytest.raises(ConfigError) as refused:
         load_generation(tmp_path, config)
     assert "generation_config.json" in str(refused.value)
 
 
-def test_what_is_not_used_is_noted(config: ModelConfig) -> None:
+def test_what_is_not_used_is_noted(config: Facts) -> None:
     raw = {"num_beams": 4, "no_repeat_ngram_size": 3, "renormalize_logits": True}
     off = {"num_beam_groups": 1, "typical_p": 1.0, "bad_words_ids": None, "max_length": 4096}
     kept, (note,) = settings_of(raw | off, config)
@@ -80,7 +81,7 @@ def test_what_is_not_used_is_noted(config: ModelConfig) -> None:
     assert note.endswith("left out: eos_token_id 2048, pad_token_id -1")
 
 
-def test_ids_end_where_the_vocabulary_does(config: ModelConfig) -> None:
+def test_ids_end_where_the_vocabulary_does(config: Facts) -> None:
     kept, notes = settings_of({"eos_token_id": [0, 2047], "pad_token_id": 2047}, config)
     assert (kept["eos_token_id"], kept["pad_token_id"], notes) == ([0, 2047], 2047, [])
     kept, notes = settings_of({"eos_token_id": 2048, "bos_token_id": -1, "top_h": 2}, config, "f")
@@ -105,7 +106,7 @@ def test_ids_end_where_the_vocabulary_does(config: ModelConfig) -> None:
     ],
 )
 def test_limits_are_met_and_not_passed(
-    name: str, inside: list[Any], outside: list[Any], config: ModelConfig
+    name: str, inside: list[Any], outside: list[Any], config: Facts
 ) -> None:
     for value in inside:
         settings_of({name: value}, config)

@@ -17,13 +17,7 @@ from bench.parity import PLAIN, randomise
 from dsc.errors import CheckpointError, ConfigError
 from dsc.frontends.causal_lm import (
     CausalLMStep,
-    Extents,
-    cache_names,
     cast_parameters,
-    dynamic_shapes,
-    example_inputs,
-    input_names,
-    output_names,
     parameter_types,
 )
 from dsc.frontends.config import ModelConfig
@@ -33,6 +27,8 @@ from dsc.frontends.huggingface import (
     stock_causal_lm,
 )
 from dsc.frontends.names import map_weights
+from dsc.frontends.signature import Extents, Signature
+from dsc.frontends.states import discover
 from dsc.ir.safetensors import SafetensorsFile, open_safetensors
 from dsc.ir.types import DType, TensorType
 from dsc.ir.weights import DictSource, evaluate, sources
@@ -76,7 +72,8 @@ def greedy(model: CheckpointModel, text: str, count: int) -> str:
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_file(str(model.folder / "tokenizer.json"))
-    step, past = model.load(), empty_caches(model.config)
+    assert model.config.family is not None
+    step, past = model.load(), empty_caches(model.config.family)
     ids = tokenizer.encode(text).ids
     written: list[int] = []
     for _ in range(count):
@@ -126,7 +123,8 @@ def test_reads_what_transformers_saves(tmp_path: Path, stacked: bool) -> None:
     model = load_checkpoint(tmp_path, DType.f32)
     stored = "model.layers.1.mlp.experts.gate_up_proj" in model.source.types
     assert stored is stacked
-    assert model.config.rope_parameters == config.rope_parameters
+    assert model.config.family is not None
+    assert model.config.family.rope_parameters == config.rope_parameters
     found = model.load().state_dict()
     for name, tensor in reference.state_dict().items():
         assert torch.equal(found[name], tensor), name
@@ -471,38 +469,39 @@ FAMILY = {
 @pytest.mark.parametrize("config", FAMILY.values(), ids=FAMILY.keys())
 def test_one_export_of_stock_serves_all_extents(config: ModelConfig) -> None:
     """One non-strict trace, four axes symbolic: bit-equal to eager where dims are 0 or 1."""
-    step = stock(config)
+    step, signature = stock(config), Signature.of(config)
+    shapes = signature.dynamic_shapes()
     program = torch.export.export(
-        step, example_inputs(config), dynamic_shapes=dynamic_shapes(config), strict=False
+        step, signature.example_inputs(), dynamic_shapes=shapes, strict=False
     )
     traced = program.module()
     for batch, new, past in ((1, 1, 9), (2, 1, 3), (1, 8, 0), (1, 1, 0)):
-        inputs = example_inputs(config, Extents(batch, new, past, 1), seed=batch + new + past)
+        inputs = signature.example_inputs(Extents(batch, new, past, 1), seed=batch + new + past)
         with torch.no_grad():
             expected, found = step(*inputs), traced(*inputs)
         assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
-    assert len(program.graph_signature.user_inputs) == len(input_names(config))
-    assert len(program.graph_signature.user_outputs) == len(output_names(config))
+    assert len(program.graph_signature.user_inputs) == len(signature.input_names())
+    assert len(program.graph_signature.user_outputs) == len(signature.output_names())
 
 
 def test_ragged_export_equals_its_eager_self() -> None:
     config = small(num_hidden_layers=2)
-    step = stock(config, ragged=True)
+    step, signature = stock(config), Signature.of(config)
+    shapes = signature.dynamic_shapes()
     traced = torch.export.export(
-        step, example_inputs(config), dynamic_shapes=dynamic_shapes(config), strict=False
+        step, signature.example_inputs(), dynamic_shapes=shapes, strict=False
     ).module()
-    inputs = list(example_inputs(config, Extents(3, 2, 4, 1)))
+    inputs = list(signature.example_inputs(Extents(3, 2, 4, 1)))
     inputs[2] = torch.tensor([4, 0, 2])
     with torch.no_grad():
         expected, found = step(*inputs), traced(*inputs)
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
-@pytest.mark.parametrize("ragged", [False, True])
-def test_step_equals_the_stock_forward(ragged: bool) -> None:
+def test_step_equals_the_stock_forward() -> None:
     """Through the step, in chunks, the stock model gives what it gives alone and at once."""
     config = small()
-    step = stock(config, ragged=ragged)
+    step = stock(config)
     alone: Any = randomise(stock_causal_lm(config, device="cpu"))
     ids = torch.randint(97, (2, 24), generator=torch.Generator().manual_seed(2))
     with torch.no_grad():
@@ -517,8 +516,9 @@ def test_step_equals_the_stock_forward(ragged: bool) -> None:
 def test_export_on_meta_records_real_frequencies() -> None:
     config = small(num_hidden_layers=2)
     step = CausalLMStep(stock_causal_lm(config, DType.bf16))
-    inputs = example_inputs(config, device="meta", dtype=torch.bfloat16)
-    program = torch.export.export(step, inputs, dynamic_shapes=dynamic_shapes(config), strict=False)
+    inputs = step.signature.example_inputs(device="meta")
+    shapes = step.signature.dynamic_shapes()
+    program = torch.export.export(step, inputs, dynamic_shapes=shapes, strict=False)
     constants = program.constants
     expected = v3.inverse_frequencies(config.rope_parameters, config.qk_rope_head_dim)
     assert torch.equal(constants["model.rotary_emb.inv_freq"], expected)
@@ -526,8 +526,8 @@ def test_export_on_meta_records_real_frequencies() -> None:
 
 
 def test_names_of_inputs_and_outputs() -> None:
-    config = small()
-    assert input_names(config)[:6] == (
+    signature = Signature.of(small())
+    assert signature.input_names()[:6] == (
         "input_ids",
         "positions",
         "lengths",
@@ -535,9 +535,11 @@ def test_names_of_inputs_and_outputs() -> None:
         "past.0.latent",
         "past.0.rope",
     )
-    assert output_names(config)[-1] == "present.2.rope"
-    assert cache_names(config)[1] == ("present.0.rope", "past.0.rope")
-    assert len(example_inputs(config)) == len(input_names(config))
+    assert signature.output_names()[-1] == "present.2.rope"
+    assert signature.cache_names()[1] == ("present.0.rope", "past.0.rope")
+    assert len(signature.example_inputs()) == len(signature.input_names())
+    assert Signature.from_json(signature.to_json()) == signature
+    assert discover(stock(small()).stock()) == signature.states
 
 
 def test_casting_leaves_buffers_alone() -> None:

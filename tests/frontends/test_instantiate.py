@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -12,12 +12,13 @@ from torch import Tensor, nn
 from bench.parity import randomise
 from dsc.errors import UsageError
 from dsc.frontends import torch_export
-from dsc.frontends.causal_lm import example_inputs, input_names, output_names, trace_step
+from dsc.frontends.causal_lm import trace_step
 from dsc.frontends.config import ModelConfig
 from dsc.frontends.instantiate import trace_by_kind
 from dsc.frontends.layer_kinds import layer_kinds
 from dsc.frontends.meta_run import Irregular
 from dsc.frontends.segments import cut
+from dsc.frontends.signature import Signature
 from dsc.ir.analyses import structural_hash
 from dsc.ir.dims import Range
 from dsc.ir.graph import Attrs, Graph, Node, Operand, Value, Weight
@@ -36,18 +37,14 @@ def ours(cfg: ModelConfig) -> nn.Module:
     return randomise(v3.build(cfg))
 
 
-def ragged(cfg: ModelConfig) -> nn.Module:
-    return stock(cfg, ragged=True)
-
-
 def kinds_of(module: nn.Module, cfg: ModelConfig) -> tuple[int, ...]:
     """Return the kinds of a module's layers, by its step at full depth."""
-    names = input_names(cfg), output_names(cfg)
-    return layer_kinds(module, example_inputs(cfg), *names).kinds
+    names = Signature.of(cfg).input_names(), Signature.of(cfg).output_names()
+    return layer_kinds(module, Signature.of(cfg).example_inputs(), *names).kinds
 
 
 def traced(module: nn.Module, cfg: ModelConfig, *, whole: bool = False) -> Program:
-    return trace_step(module, cfg, DType.f32, SYMBOLS, whole=whole)
+    return trace_step(module, Signature.of(cfg), SYMBOLS, whole=whole)
 
 
 def lines(graph: Graph) -> list[tuple[Any, ...]]:
@@ -77,7 +74,6 @@ MORE: dict[str, tuple[Build, ModelConfig, tuple[int, ...]]] = {
         (0, 1, 1),
     ),
     "stock_deeper": (stock, small(num_hidden_layers=4), (0, 1, 1, 1)),
-    "stock_ragged": (ragged, small(), (0, 1, 1)),
     "stock_v2": (stock, small_v2(), (0, 1, 1)),
 }
 
@@ -88,12 +84,13 @@ def assert_equals_whole_trace(build: Build, cfg: ModelConfig, kinds: tuple[int, 
     depths: list[int] = []
     whole = traced(module, cfg, whole=True)
 
-    def trace(part: nn.Module, depth: int) -> Program:
+    def trace(part: nn.Module, layers: Sequence[int] | None) -> Program:
+        depth = cfg.num_hidden_layers if layers is None else len(layers)
         depths.append(depth)
         return traced(part, cfg.model_copy(update={"num_hidden_layers": depth}), whole=True)
 
-    names = input_names(cfg), output_names(cfg)
-    found = trace_by_kind(module, example_inputs(cfg), *names, trace)
+    names = Signature.of(cfg).input_names(), Signature.of(cfg).output_names()
+    found = trace_by_kind(module, Signature.of(cfg).example_inputs(), *names, trace)
     assert depths == [max(kinds) + 1], "the model was traced whole"
 
     ((a,), (b,)) = found.entries.values(), whole.entries.values()
@@ -208,9 +205,10 @@ def trace_blocks(module: nn.Module) -> tuple[Program, list[int]]:
     """Trace blocks by kind; also the depths that were traced."""
     depths: list[int] = []
 
-    def trace(part: nn.Module, depth: int) -> Program:
+    def trace(part: nn.Module, layers: Sequence[int] | None) -> Program:
         from dsc.frontends.torch_export import trace
 
+        depth = 4 if layers is None else len(layers)
         depths.append(depth)
         past, present = ([f"{p}.{i}.latent" for i in range(depth)] for p in ("past", "present"))
         batch, rows = torch.export.Dim("B"), torch.export.Dim("P")

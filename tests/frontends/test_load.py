@@ -24,8 +24,10 @@ from dsc.errors import ConfigError, UsageError
 from dsc.frontends import load, trace_cache
 from dsc.frontends.causal_lm import CausalLMStep
 from dsc.frontends.config import load_config
+from dsc.frontends.facts import Facts
 from dsc.frontends.huggingface import stock_causal_lm
 from dsc.frontends.load import Asked, load_program
+from dsc.frontends.stock import of_family
 from dsc.ir.limits import Limits
 from dsc.ir.op import type_of
 from dsc.ir.printer import print_program
@@ -174,9 +176,10 @@ def test_a_kept_trace_needs_neither_torch_nor_the_modelling_code(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     config = load_config(TINY_CHECKPOINT)
     module = CausalLMStep(stock_causal_lm(config, DType.bf16))
+    known = load.Known(of_family(config).described, Facts.of(config))
     with monkeypatch.context() as patched:
         patched.delitem(sys.modules, code)
-        step = load._Step(lambda: module, config, DType.bf16, Asked(1, 64, 8), code)
+        step = load._Step(lambda: module, known, DType.bf16, Asked(1, 64, 8), code)
     assert step.key is not None
     assert step.kept is None
     stand_in = replace(small_lm(), source=DictSource({}))
@@ -381,7 +384,7 @@ def test_a_context_beyond_the_models_positions_is_refused() -> None:
     with pytest.raises(UsageError, match=f"max_context {positions + 1} is beyond the model's"):
         load_program(TINY_CHECKPOINT, max_context=positions + 1)
     for asked in (None, positions):
-        assert Asked(1, asked, 8).limits(config).max_context == positions
+        assert Asked(1, asked, 8).limits(Facts.of(config)).max_context == positions
 
 
 def test_what_a_compile_needs_is_started_before_modelling_code_is_imported() -> None:
@@ -393,7 +396,8 @@ def test_what_a_compile_needs_is_started_before_modelling_code_is_imported() -> 
         return CausalLMStep(stock_causal_lm(load_config(TINY_CHECKPOINT), DType.bf16))
 
     asked = Asked(1, 64, 8, untraced=lambda: told.append(True))
-    step = load._Step(build, load_config(TINY_CHECKPOINT), DType.bf16, asked)
+    config = of_family(load_config(TINY_CHECKPOINT))
+    step = load._Step(build, load.Known(config.described, config.facts), DType.bf16, asked)
     assert step.module is step.module
     assert (told, made) == ([True], [True])
 

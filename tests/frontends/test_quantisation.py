@@ -223,7 +223,7 @@ def test_modelopt_says_its_algorithm_in_a_file_of_its_own(tmp_path: Path) -> Non
     file.write_text(
         json.dumps({"quantization": {"quant_algo": "FP8", "kv_cache_quant_algo": None}})
     )
-    assert load_checkpoint(tmp_path, DType.f32).config.quantization_config is not None
+    assert load_checkpoint(tmp_path, DType.f32).config.facts.quantization_config is not None
     file.write_text(json.dumps({"quantization": {"quant_algo": "NVFP4"}}))
     with pytest.raises(ConfigError, match="NVFP4"):
         load_checkpoint(tmp_path)

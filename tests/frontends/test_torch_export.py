@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 import dsc
 from dsc.errors import UnsupportedOperator, UsageError
-from dsc.frontends import causal_lm
+from dsc.frontends.causal_lm import CausalLMStep
 from dsc.frontends.config import parse_config
+from dsc.frontends.signature import Extents, Signature
 from dsc.frontends.torch_export import trace
 from dsc.ir.dims import Range
 from dsc.ir.interpreter import Interpreter
@@ -215,7 +216,7 @@ ONE_LAYER = {"num_hidden_layers": 1, "first_k_dense_replace": 0}
 
 
 def stock(kind: str, experts: str, layers: dict[str, int]) -> nn.Module:
-    return causal_lm.CausalLMStep(stock_lm(kind, experts, layers))
+    return CausalLMStep(stock_lm(kind, experts, layers))
 
 
 def stock_lm(kind: str, experts: str, layers: dict[str, int]) -> Any:
@@ -255,12 +256,12 @@ def test_a_stock_model_agrees_with_eager_at_every_length(
     config = parse_config({**TINY, **layers, "model_type": "deepseek_v3"}, "test")
     program = trace(
         model,
-        causal_lm.example_inputs(config),
-        causal_lm.dynamic_shapes(config),
+        Signature.of(config).example_inputs(),
+        Signature.of(config).dynamic_shapes(),
         name="step",
-        input_names=causal_lm.input_names(config),
-        output_names=causal_lm.output_names(config),
-        aliases=causal_lm.cache_names(config),
+        input_names=Signature.of(config).input_names(),
+        output_names=Signature.of(config).output_names(),
+        aliases=Signature.of(config).cache_names(),
     )
     graph = checked(program)
     places = {n.loc for n in graph.nodes}
@@ -269,12 +270,12 @@ def test_a_stock_model_agrees_with_eager_at_every_length(
     interpreter = Interpreter(program)
     exact = kind != "deepseek_v2"  # its complex product rounds differently from two real ones
     for batch, new, past in LENGTHS:
-        extents = causal_lm.Extents(batch, new, past, logits=new)
-        tensors = causal_lm.example_inputs(config, extents, seed=new)
+        extents = Extents(batch, new, past, logits=new)
+        tensors = Signature.of(config).example_inputs(extents, seed=new)
         with torch.no_grad():
             wanted = model(*tensors)
         found = interpreter.run(
-            "step", dict(zip(causal_lm.input_names(config), tensors, strict=True))
+            "step", dict(zip(Signature.of(config).input_names(), tensors, strict=True))
         )
         for a, b in zip(found.values(), wanted, strict=True):
             torch.testing.assert_close(a, b, rtol=0, atol=0 if exact else 1e-5)

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from bench.parity import PLAIN, YARN
 from dsc.errors import UnsupportedArchitecture, UsageError
-from dsc.frontends.causal_lm import Extents, dynamic_shapes, example_inputs
 from dsc.frontends.config import ModelConfig
 from dsc.frontends.huggingface import stock_causal_lm
+from dsc.frontends.signature import Extents, Signature
 from dsc.models import v3
 from dsc.models.configs import CONFIGS, config
 from tests.family import advance, empty_caches, small, small_v2, stock
@@ -128,7 +128,7 @@ def test_sequences_of_different_lengths_share_a_batch(ragged_stock: bool) -> Non
     """Each row of a padded batch equals the same sequence alone, in prefill and in decode."""
     cfg = small()
     reference, ours = twin(cfg)
-    model = stock(cfg, ragged=True) if ragged_stock else ours
+    model = stock(cfg) if ragged_stock else ours
     cached, added = torch.tensor([5, 2, 0]), torch.tensor([4, 1, 3])
     ids = tokens(3, 10)
     past = [torch.full_like(cache, 9.0) for cache in empty_caches(cfg, 3, 5)]
@@ -159,12 +159,12 @@ def test_sequences_of_different_lengths_share_a_batch(ragged_stock: bool) -> Non
 def test_no_logits_but_those_asked_for() -> None:
     cfg = small()
     model = twin(cfg)[1]
-    inputs = list(example_inputs(cfg, Extents(2, 5, 7, 3)))
+    inputs = list(Signature.of(cfg).example_inputs(Extents(2, 5, 7, 3)))
     with torch.no_grad():
         few = model(*inputs)[0]
         inputs[3] = torch.arange(5).expand(2, 5)
         every = model(*inputs)[0]
-    rows = example_inputs(cfg, Extents(2, 5, 7, 3))[3]
+    rows = Signature.of(cfg).example_inputs(Extents(2, 5, 7, 3))[3]
     assert few.shape == (2, 3, 97)
     for batch, column in ((0, 0), (1, 2)):
         assert_close(few[batch, column], every[batch, rows[batch, column]])
@@ -173,12 +173,13 @@ def test_no_logits_but_those_asked_for() -> None:
 def test_one_export_serves_all_extents() -> None:
     """One non-strict trace with B, S, P, L symbolic, bit-equal to eager where dims are 0 or 1."""
     cfg = small(num_hidden_layers=2)
-    model = twin(cfg)[1]
+    model, signature = twin(cfg)[1], Signature.of(cfg)
+    shapes = signature.dynamic_shapes()
     traced = torch.export.export(
-        model, example_inputs(cfg), dynamic_shapes=dynamic_shapes(cfg), strict=False
+        model, signature.example_inputs(), dynamic_shapes=shapes, strict=False
     ).module()
     for batch, new, past in ((1, 1, 9), (2, 1, 3), (1, 8, 0), (1, 1, 0), (3, 4, 2)):
-        inputs = example_inputs(cfg, Extents(batch, new, past, 1), seed=batch + new + past)
+        inputs = signature.example_inputs(Extents(batch, new, past, 1), seed=batch + new + past)
         with torch.no_grad():
             expected, found = model(*inputs), traced(*inputs)
         assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))

@@ -16,8 +16,8 @@ import torch
 
 from bench.parity import randomise
 from dsc import pipeline
-from dsc.frontends.causal_lm import dynamic_shapes, example_inputs, input_names, output_names
 from dsc.frontends.config import ModelConfig
+from dsc.frontends.signature import Signature
 from dsc.frontends.torch_export import trace
 from dsc.ir.dims import substitute
 from dsc.ir.graph import Graph
@@ -109,11 +109,11 @@ def test_logits_and_caches_are_those_of_the_trace() -> None:
 
 
 def traced(module: torch.nn.Module, config: ModelConfig) -> Program:
-    inputs, outputs = input_names(config), output_names(config)
+    inputs, outputs = Signature.of(config).input_names(), Signature.of(config).output_names()
     return trace(
         module.eval(),
-        example_inputs(config),
-        dynamic_shapes(config),
+        Signature.of(config).example_inputs(),
+        Signature.of(config).dynamic_shapes(),
         name="step",
         input_names=inputs,
         output_names=outputs,

@@ -1,0 +1,67 @@
+"""States of stock decoders are found by running them."""
+
+from __future__ import annotations
+
+import pytest
+
+from dsc.errors import UnsupportedArchitecture
+from dsc.frontends.signature import Signature
+from dsc.frontends.states import discover, signature_of
+from dsc.frontends.stock import clean, stock_model
+from tests.decoders import CONFIGS, PLAIN, cleaned
+
+FOUND = {
+    "llama": {("key", 16, 2, None), ("value", 16, 2, None)},
+    "mixtral": {("key", 16, 2, None), ("value", 16, 2, None)},
+    "gpt2": {("key", 32, 4, None), ("value", 32, 4, None)},
+    "falcon": {("key", 8, 1, None), ("value", 8, 1, None)},
+    "mistral": {("key", 16, 2, 5), ("value", 16, 2, 5)},
+    "deepseek_v3": {("latent", 16, 1, None), ("rope", 8, 1, None)},
+    "glm4_moe_lite": {("latent", 12, 1, None), ("rope", 4, 1, None)},
+}
+"""Name, width of a row, heads and window of what every layer keeps."""
+
+
+@pytest.mark.parametrize("name", FOUND)
+def test_what_a_decoder_keeps_is_found(name: str) -> None:
+    states = discover(stock_model(cleaned(name)))
+    assert {(s.name, s.shape[-1], s.heads, s.window) for s in states} == FOUND[name]
+    assert {s.shape[:-1] for s in states} == {("B", "P")}
+    assert [s.layer for s in states] == [0, 0, 1, 1, 2, 2]
+
+
+def test_the_window_is_read_off_each_layer() -> None:
+    signature = signature_of(stock_model(cleaned("gemma3_text")))
+    assert [s.window for s in signature.states] == [5, 5, None, None, 5, 5]
+    kept = signature.only((0, 1))
+    assert kept.input_names()[4:] == ("past.0.key", "past.0.value", "past.1.key", "past.1.value")
+    assert kept.states[2].window is None
+    assert Signature.from_json(signature.to_json()) == signature
+
+
+def test_layers_may_share_what_one_of_them_keeps() -> None:
+    raw = PLAIN | {
+        "model_type": "gemma3n_text", "num_hidden_layers": 5, "num_kv_shared_layers": 2,
+        "layer_types": ["sliding_attention", "full_attention"] * 2 + ["full_attention"],
+        "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 97, "laurel_rank": 4,
+        "altup_num_inputs": 2, "activation_sparsity_pattern": [0.0] * 5, "sliding_window": 5,
+        "intermediate_size": [48] * 5,
+    }  # fmt: skip
+    assert {s.layer for s in discover(stock_model(clean(raw)))} == {0, 1, 2}
+
+
+@pytest.mark.parametrize(
+    ("raw", "why"),
+    [
+        ({"model_type": "bert", "hidden_size": 32, "num_hidden_layers": 2}, "it is an encoder"),
+        ({"model_type": "minimax", "num_hidden_layers": 2}, "does not run as a decoder"),
+    ],
+)
+def test_what_is_no_decoder_with_rows_is_refused(raw: dict[str, object], why: str) -> None:
+    with pytest.raises(UnsupportedArchitecture, match=why):
+        discover(stock_model(clean(PLAIN | raw)))
+
+
+def test_every_small_decoder_has_states() -> None:
+    for name in CONFIGS:
+        assert discover(stock_model(cleaned(name))), name
