@@ -11,7 +11,7 @@ models ask for are ours, and what was there comes back after it:
 * experts multiply the weights that each token chose, which holds for any width, takes biases and
   any gate, and looks at no data.
 
-The names stay `sdpa`, `eager` and `grouped_mm`: modelling code branches on them.
+The names stay (`sdpa`, `eager`, `grouped_mm`, ...): modelling code branches on them.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def replaced(lengths: Tensor | None = None) -> Iterator[None]:
         for registry, entries in (
             (ALL_MASK_ATTENTION_FUNCTIONS, {ATTENTION: masks.shown, "eager": masks.added}),
             (ALL_ATTENTION_FUNCTIONS, {ATTENTION: masks.attention, "eager": masks.attention}),
-            (ALL_EXPERTS_FUNCTIONS, {EXPERTS: experts}),
+            (ALL_EXPERTS_FUNCTIONS, dict.fromkeys((EXPERTS, "batched_mm", "eager"), experts)),
         ):
             stack.enter_context(_overlaid(registry, entries))
         yield

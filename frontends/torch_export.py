@@ -148,19 +148,8 @@ def export(
             raise
         raise UsageError(
             f"torch.export cannot trace {type(module).__name__}: {_first_lines(problem)}",
-            hint=_advice(module),
+            hint="remove what depends on the data, or pass other dynamic shapes",
         ) from problem
-
-
-def _advice(module: nn.Module) -> str:
-    """What to do about a module that torch cannot trace."""
-    configs = (getattr(each, "config", None) for each in module.modules())
-    if any(getattr(c, "_experts_implementation", None) == "eager" for c in configs):
-        return (
-            "its experts are a loop over what was routed: call"
-            ' set_experts_implementation("grouped_mm") on the transformers model first'
-        )
-    return "remove what depends on the data, or pass other dynamic shapes"
 
 
 def _is_translatable(exported: torch.export.ExportedProgram) -> bool:

@@ -143,7 +143,7 @@ BREAKS: dict[str, tuple[Break, tuple[str, ...]]] = {
         overwrite("tokenizer.json", b"\xff{}"),
         ("the tokenizer is damaged: this is no UTF-8", "to do:  get it again"),
     ),
-    "an unknown architecture": (edit_config(model_type="llama"), ("llama", "deepseek_v3")),
+    "an unknown architecture": (edit_config(model_type="llama9"), ("'llama9'", "transformers")),
 }
 
 
