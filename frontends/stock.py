@@ -51,7 +51,8 @@ MAX_PARTS = 1 << 18
 """Submodules of a model."""
 MAX_TABLES = 1 << 28
 """Bytes of tables that a class computes (rope frequencies, masks) and no checkpoint stores."""
-ATTENTION, EXPERTS = "sdpa", "grouped_mm"
+ATTENTION = "sdpa"
+EXPERTS = "grouped_mm"
 """The implementations that a model is built with; `registries.py` replaces what they are."""
 TOWERS = ("text_config",)
 """Sections of a wrapper's configuration that describe its language model."""
