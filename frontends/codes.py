@@ -36,6 +36,8 @@ from dsc.ir.weights import Source, WeightExpr, WeightSource, apply
 SCALE, ZERO, PACKED, SHAPE, INDEX = "_scale", "_zero_point", "_packed", "_shape", "_g_idx"
 """Behind the name of a weight."""
 SCALE_SUFFIXES = ("_scale_inv", SCALE)
+WORDS = ("qweight", "qzeros", "scales", "g_idx")
+"""Behind the name of a module, where GPTQ and AWQ store its weight."""
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 WORD = 32
 SCALES = (DType.f16, DType.bf16, DType.f32)
@@ -70,9 +72,26 @@ class CodesReader:
             return {key + end for end in (PACKED, SCALE, ZERO, SHAPE, INDEX)}
         if self._in_words(key):
             stem = key.removesuffix("weight")
-            return {stem + end for end in ("qweight", "qzeros", "scales", "g_idx")}
+            return {stem + end for end in WORDS}
         ends = (*SCALE_SUFFIXES, ZERO) if self._kind(key) is DType.i8 else SCALE_SUFFIXES
         return {key, *(key + end for end in ends)}
+
+    def weight_of(self, key: str) -> str:
+        """The weight that a stored tensor is a part of; of all others the tensor itself."""
+        if self.quantization is None:
+            return key
+        for end in (*WORDS, PACKED, INDEX, SHAPE, ZERO, *SCALE_SUFFIXES):
+            stem = key.removesuffix(end)
+            if stem == key or stem.endswith("input"):
+                continue
+            weight = stem + "weight" if end in WORDS else stem
+            if key in self.names(weight) and (weight in self.source.types or self._is_part(weight)):
+                return weight
+        return key
+
+    def _is_part(self, weight: str) -> bool:
+        """Whether parts of a weight, of which the codes may be lost, are named after it."""
+        return self._is_packed(weight) or self._in_words(weight) or weight.endswith(".weight")
 
     def is_stored(self, key: str) -> bool:
         """Whether the weight `key` is there in codes."""

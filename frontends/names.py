@@ -1,55 +1,78 @@
 """From the tensors a checkpoint stores to the parameters a model declares.
 
-Most names are equal on both sides. Four things are not, and each becomes a weight expression, so
-that nothing is read before an artifact is packed:
+Many names are equal on both sides. What is not becomes weight expressions, so that nothing is read
+before an artifact is packed:
 
-* Published checkpoints store each expert on its own (`mlp.experts.7.gate_proj.weight`); models
-  declare all experts of a layer as one tensor (`mlp.experts.gate_up_proj` of `[E, 2i, h]`, gate
-  rows before up rows; `mlp.experts.down_proj` of `[E, h, i]`).
-* Quantised weights are codes beside scales, in the same shard or another (`codes.py`).
-* With tied embeddings `lm_head.weight` is the embedding.
+* transformers' own table says which stored tensors are renamed, stacked, joined or cut to what a
+  class declares (`conversions.py`): experts are published one by one, and declared as stacks.
+* Quantised weights are codes beside scales, in the same shard or another (`codes.py`). The table
+  is about weights, whatever they are stored in.
+* Tied parameters are another one: with tied embeddings `lm_head.weight` is the embedding.
+* The tensors of a model that is part of a larger one lie under a prefix.
 * An element type may differ from the one to compute in.
 
 The layers behind the last decoder layer predict further tokens (MTP). They are recognised, and
-reported as unused; every other tensor that no parameter takes is an error, because a tensor that
-is silently dropped is a model that silently differs. One cause is told once: tensors that differ in
-layer and expert alone are one line.
+reported as unused, as are the other parts of a larger model and what the class itself leaves out;
+every other tensor that no parameter takes is an error, because a tensor that is silently dropped is
+a model that silently differs. One cause is told once: tensors that differ in layer and expert alone
+are one line, and what is only named otherwise is one sentence.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
 
 from dsc.errors import CheckpointError
 from dsc.frontends.checked import Holds
 from dsc.frontends.codes import SCALE_SUFFIXES, CodesReader, Unfit
-from dsc.frontends.config import CONFIG_FILE, ModelConfig
+from dsc.frontends.config import CONFIG_FILE, QuantizationConfig
+from dsc.frontends.conversion_steps import Making, Untranslated, Wanted, made_by, wanted_by
+from dsc.frontends.conversions import STACKED_EXPERTS, Conversions, Converter, natural
 from dsc.frontends.quantisation import HINT, packed
+from dsc.frontends.towers import Tower, language_model
+from dsc.ir.op import TypeMismatch
 from dsc.ir.types import TensorType
 from dsc.ir.weights import Source, WeightExpr, WeightSource, apply, sources
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-_LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
-_JOINING = re.compile(r"model\.layers\.(\d+)\.eh_proj\.")
+_LAYER = re.compile(r"(?:.*\.)?layers\.(\d+)\.(.+)")
+_JOINING = re.compile(r"(?:.*\.)?layers\.(\d+)\.eh_proj\.")
 _RECOMPUTED = re.compile(r".*\.rotary_emb\.inv_freq")
 _ACTIVATIONS = re.compile(r".*(\.|_)(input|output|activation|[qkv]|kv)_(scale(_inv)?|zero_point)")
 """Scales of what flows through a layer or lies in a cache: both stay as they are computed."""
+
+
+class Told(Protocol):
+    """What a mapping must know of a model's configuration."""
+
+    @property
+    def num_hidden_layers(self) -> int | None: ...  # noqa: D102
+
+    @property
+    def tie_word_embeddings(self) -> bool | None: ...  # noqa: D102
+
+    @property
+    def quantization_config(self) -> QuantizationConfig | None: ...  # noqa: D102
 
 
 @dataclass(frozen=True)
 class WeightMap:
     """Every parameter's expression, and the stored tensors that none of them reads.
 
-    `checks`: what must hold of values when they are read (`checked.py`).
+    `checks`: what must hold of values when they are read (`checked.py`). `left_out`: what the class
+    itself leaves unused; `others`: other parts of a larger model.
     """
 
     weights: Mapping[str, WeightExpr]
     mtp: tuple[str, ...] = ()
     ignored: tuple[str, ...] = ()
     checks: Mapping[str, Holds | None] = field(default_factory=dict)
+    left_out: tuple[str, ...] = ()
+    others: tuple[str, ...] = ()
 
 
 @dataclass
@@ -62,7 +85,8 @@ class _Faults:
     unexpected: list[tuple[str, str]] = field(default_factory=list)
 
     def raise_any(self) -> None:
-        told = [
+        named = "" if self.misfit else _named_otherwise(self.missing, self.unexpected)
+        told = [named] if named else [
             f"{kind} ({len(lines)}):\n" + _listed(lines)
             for kind, lines in (
                 ("tensors that do not fit", self.misfit),
@@ -70,7 +94,7 @@ class _Faults:
                 ("unexpected tensors", self.unexpected),
             )
             if lines
-        ]
+        ]  # fmt: skip
         if told:
             hint = "config.json and the weights must belong to the same model"
             raise CheckpointError("\n".join(told), self.where, hint)
@@ -79,8 +103,10 @@ class _Faults:
 def map_weights(
     parameters: Mapping[str, TensorType],
     source: WeightSource,
-    config: ModelConfig,
+    config: Told,
     where: str = "checkpoint",
+    conversions: Conversions | None = None,
+    wrapper: str = "",
 ) -> WeightMap:
     """Give each declared parameter its expression over the stored tensors.
 
@@ -89,34 +115,54 @@ def map_weights(
         source: the stored tensors.
         config: says which layers are MTP, whether embeddings are tied, how codes are stored.
         where: the checkpoint, for messages.
+        conversions: the table of the model's class; by default that of the DeepSeek-V3 family.
+        wrapper: the type of the larger model whose language model this is, if it is part of one.
 
     Raises:
         CheckpointError: tensors are missing, of another shape, or left over. All of them are
             named, with expected and found types.
     """
-    mapper = _Mapper(source, config, _Faults(where))
-    weights = {name: mapper.parameter(name, type_) for name, type_ in parameters.items()}
+    table = conversions or _of_family(config)
+    mapper = _Mapper(parameters, source, config.quantization_config, table, where, wrapper)
+    weights = {name: mapper.parameter(name) for name in parameters}
     used = {leaf.key for expr in weights.values() if expr for leaf in sources(expr)}
     left = [key for key in source.types if key not in used]
-    mtp, left = _split_mtp(left, config)
-    ignored = [key for key in left if _ignorable(key, config)]
+    others = [key for key in left if mapper.tower.is_beside(mapper.weight_of[key])]
+    left = [key for key in left if key not in set(others)]
+    plain = {key: mapper.plain_of(key) for key in left}
+    mtp = _mtp(plain, config.num_hidden_layers)
+    sorted_out: dict[str, list[str]] = {"ignored": [], "class": [], "unexpected": []}
+    for key in (key for key in left if key not in mtp):
+        name = mapper.renamed_of(key)
+        tied = name in table.tied or name in table.tied.values()
+        scales = config.quantization_config is not None and _ACTIVATIONS.fullmatch(key)
+        if scales or _RECOMPUTED.fullmatch(key) or (tied and name in parameters):
+            sorted_out["ignored"].append(key)
+        elif key not in mapper.claimed:
+            sorted_out["class" if table.is_left_out(name) else "unexpected"].append(key)
     mapper.faults.unexpected += [
-        (key, f" : {source.types[key]}")
-        for key in sorted(set(left) - set(ignored), key=_natural)
-        if key not in mapper.claimed
+        (key, f" : {source.types[key]}") for key in sorted(sorted_out["unexpected"], key=natural)
     ]
     mapper.faults.raise_any()
     complete = {name: expr for name, expr in weights.items() if expr is not None}
-    return WeightMap(complete, tuple(mtp), tuple(ignored), mapper.codes.checks)
+    return WeightMap(
+        complete, tuple(key for key in left if key in mtp), tuple(sorted_out["ignored"]),
+        mapper.codes.checks, tuple(sorted_out["class"]), tuple(others),
+    )  # fmt: skip
 
 
-def check_layout(source: WeightSource, config: ModelConfig, where: str) -> None:
+def _of_family(config: Told) -> Conversions:
+    tied = {HEAD: EMBEDDING} if config.tie_word_embeddings else {}
+    return Conversions((), STACKED_EXPERTS, "model", tied)
+
+
+def check_layout(source: WeightSource, config: Told, where: str, wrapper: str = "") -> None:
     """Refuse in one sentence what would make every tensor missing and every other unexpected.
 
     Raises:
         CheckpointError: the weights are packed in a form that is not read, all names have a
-            prefix, or the configuration counts an MTP layer, or layers that are not there, as
-            decoder layers.
+            prefix and there is no `wrapper`, or the configuration counts an MTP layer, or layers
+            that are not there, as decoder layers.
     """
     keys = list(source.types)
     told = config.quantization_config
@@ -124,62 +170,164 @@ def check_layout(source: WeightSource, config: ModelConfig, where: str) -> None:
     if form:
         raise CheckpointError(f"{form} holds a weight in a quantised form not read", where, HINT)
     under = next((k for k in keys if k.endswith("." + EMBEDDING)), None)
-    if under is not None and EMBEDDING not in keys:
+    if under is not None and EMBEDDING not in keys and not wrapper:
         raise CheckpointError(
             f"all tensors lie under {under.removesuffix(EMBEDDING)!r}: this is a part of a larger "
             "model", where, "save the language model on its own",
         )  # fmt: skip
-    file = str(Path(where) / CONFIG_FILE)
-    for layer in sorted(_joining(keys)):
-        if layer < config.num_hidden_layers:
+    layers, file = config.num_hidden_layers, str(Path(where) / CONFIG_FILE)
+    if layers is None:
+        return
+    for layer, key in sorted(_joining(keys).items()):
+        if layer < layers:
             raise CheckpointError(
-                f"layer {layer} predicts further tokens (MTP: it has model.layers.{layer}.eh_proj."
-                f"weight), yet num_hidden_layers is {config.num_hidden_layers}", file,
-                f"set num_hidden_layers to {layer}",
+                f"layer {layer} predicts further tokens (MTP: it has {key}weight), yet "
+                f"num_hidden_layers is {layers}", file, f"set num_hidden_layers to {layer}",
             )  # fmt: skip
     stored = {int(found[1]) for found in map(_LAYER.fullmatch, keys) if found}
-    if stored and max(stored) + 1 < config.num_hidden_layers:
+    if stored and max(stored) + 1 < layers and not wrapper:
         raise CheckpointError(
-            f"num_hidden_layers is {config.num_hidden_layers}, and the weights end with layer "
-            f"{max(stored)}", file,
+            f"num_hidden_layers is {layers}, and the weights end with layer {max(stored)}", file,
             f"set num_hidden_layers to {max(stored) + 1}, or get the weights that are missing",
         )  # fmt: skip
+
+
+@dataclass
+class _Job:
+    """Stored weights that become parameters together: by source of the converter, if there is one.
+
+    `targets`: parameters by the converter's targets. `made`: what was made of them, once it was.
+    """
+
+    converter: Converter | None
+    targets: Mapping[str, str]
+    members: dict[str, list[str]] = field(default_factory=dict)
+    made: Mapping[str, WeightExpr] | None = None
 
 
 class _Mapper:
     """One mapping in progress: `parameter` gives an expression, or notes why there is none."""
 
-    def __init__(self, source: WeightSource, config: ModelConfig, faults: _Faults) -> None:
-        self.source = source
-        self.config = config
-        self.faults = faults
-        self.codes = CodesReader(source, config.quantization_config)
-        self.stored = set(source.types)
+    def __init__(
+        self,
+        parameters: Mapping[str, TensorType],
+        source: WeightSource,
+        quantization: QuantizationConfig | None,
+        table: Conversions,
+        where: str,
+        wrapper: str,
+    ) -> None:
+        self.parameters, self.source, self.table = parameters, source, table
+        self.faults = _Faults(where)
+        self.codes = CodesReader(source, quantization)
+        self.weight_of = {key: self.codes.weight_of(key) for key in source.types}
+        weights = dict.fromkeys(self.weight_of.values())
+        self.tower: Tower = language_model(weights, parameters, table, where, wrapper)
+        plain = {self.tower.plain(name): name for name in weights}
+        self.renamed = table.renamed(plain, parameters)
         self.claimed: set[str] = set()  # what parameters asked for: faults of it are noted
+        self.jobs: dict[str, _Job] = {}
+        for name, found in self.renamed.items():
+            if found.name in parameters:
+                self._add(plain[name], found.name, found.converter, found.source)
 
-    def parameter(self, name: str, declared: TensorType) -> WeightExpr | None:
-        """The expression of one declared parameter."""
-        if name == HEAD and self.config.tie_word_embeddings:
-            name = EMBEDDING
-        together = name.endswith((".mlp.experts.gate_up_proj", ".mlp.experts.down_proj"))
-        if name in self.stored or not together:
-            return self._tensor(name, declared)
-        return self._experts(name, declared)
+    def plain_of(self, key: str) -> str:
+        """The name that a stored tensor's weight has in a checkpoint of the model alone."""
+        return self.tower.plain(self.weight_of[key])
 
-    def _experts(self, name: str, declared: TensorType) -> WeightExpr | None:
-        """Stack per-expert tensors: `[E, 2i, h]` from gate and up, `[E, h, i]` from down."""
-        prefix, _, part = name.rpartition(".")
-        count, rows, columns = declared.shape
-        assert isinstance(count, int)
-        halves = ("gate_proj", "up_proj") if part == "gate_up_proj" else (part,)
-        each = TensorType(declared.dtype, (rows // len(halves), columns))
-        stacked: list[WeightExpr] = []
-        for expert in range(count):
-            parts = [self._tensor(f"{prefix}.{expert}.{half}.weight", each) for half in halves]
-            whole = [expr for expr in parts if expr is not None]
-            if len(whole) == len(parts):
-                stacked.append(apply("concat", *whole, axis=0) if len(whole) > 1 else whole[0])
-        return apply("stack", *stacked) if len(stacked) == count else None
+    def renamed_of(self, key: str) -> str:
+        """The name of the parameter that a stored tensor would be of."""
+        return self.renamed[self.plain_of(key)].name
+
+    def _add(self, weight: str, name: str, place: int | None, source: str) -> None:
+        converter = None if place is None else self.table.converters[place]
+        job = self.jobs.get(name)
+        if job is None:
+            job = self.jobs[name] = _Job(converter, _targets(name, converter))
+            for target in job.targets.values():
+                self.jobs.setdefault(target, job)
+        if job.converter is converter and (converter is not None or not job.members):
+            job.members.setdefault(source, []).append(weight)
+
+    def parameter(self, name: str) -> WeightExpr | None:
+        """The expression of one declared parameter, or of the one that it is tied to."""
+        tied = self.table.tied.get(name)
+        ties = [name] if tied is None else [tied, name]
+        ties += [n for n, other in self.table.tied.items() if other == (tied or name)]
+        found = next((other for other in ties if other in self.jobs), None)
+        if found is None:
+            self.faults.missing.append((ties[0], f" : {self.parameters[name]}"))
+            return None
+        job = self.jobs[found]
+        if job.made is None:
+            job.made = self._made(job)
+        return job.made.get(found)
+
+    def _made(self, job: _Job) -> Mapping[str, WeightExpr]:
+        """The expressions of a job's parameters; none where anything is at fault."""
+        if job.converter is None:
+            ((name,), (weight,)) = job.targets.values(), job.members[""]
+            expr = self._tensor(weight, self.parameters[name])
+            return {} if expr is None else {name: expr}
+        declared = {t: self.parameters[n].shape for t, n in job.targets.items()}
+        first = self.parameters[next(iter(job.targets.values()))]
+        making = Making(job.converter.sources, job.converter.targets, declared)
+        steps = job.converter.steps
+        wanted = wanted_by(steps, making, sum(map(len, job.members.values())))
+        given: dict[str, list[WeightExpr]] = {}
+        whole = True
+        for source, each in wanted.items():
+            members = self._complete(job, source, each, first)
+            parts = [self._part(member, each, first) for member in members]
+            given[source] = [part for part in parts if part is not None]
+            whole = whole and len(given[source]) == (each.count or len(members) or -1)
+        if not whole:
+            return {}
+        one = next(iter(job.members.values()))[0]
+        try:
+            made = made_by(steps, given, making)
+        except Untranslated as step:
+            raise CheckpointError(
+                f"transformers makes {', '.join(job.targets.values())} of it by {step}, which dsc "
+                "does not know", one, "save the checkpoint anew by transformers' save_pretrained",
+            ) from None  # fmt: skip
+        except TypeMismatch as problem:
+            self._misfit(one, f": {problem}")
+            return {}
+        for target, name in job.targets.items():
+            if made[target][0].type != self.parameters[name]:
+                self._misfit(one, f": makes {name} {made[target][0].type}, "
+                             f"expected {self.parameters[name]}")  # fmt: skip
+                return {}
+        return {name: made[target][0] for target, name in job.targets.items()}
+
+    def _complete(
+        self, job: _Job, source: str, wanted: Wanted, declared: TensorType
+    ) -> Sequence[str]:
+        """The members of a source, those left out that it has not; what is missing is noted."""
+        members = job.members.get(source, [])
+        assert job.converter is not None
+        if wanted.count is None and members:
+            return members
+        numbers = _numbers([member for each in job.members.values() for member in each])
+        count = wanted.count or 1
+        there = {numbers[member]: member for member in members}
+        for number in range(count):
+            if number not in there:
+                name = _name_of(number, source, job, numbers) or next(iter(job.targets.values()))
+                kind = TensorType(declared.dtype, wanted.shape or declared.shape)
+                self.faults.missing.append((name, f" : {kind}"))
+                self.claimed |= self.codes.names(name)
+        return [there[number] for number in sorted(there) if number < count]
+
+    def _part(self, member: str, wanted: Wanted, declared: TensorType) -> WeightExpr | None:
+        shape = wanted.shape
+        if shape is None:
+            if member not in self.source.types:
+                self._misfit(member, ": its shape cannot be told")
+                return None
+            shape = self.source.types[member].shape
+        return self._tensor(member, TensorType(declared.dtype, shape))
 
     def _tensor(self, key: str, declared: TensorType) -> WeightExpr | None:
         """A stored tensor, dequantised and cast to what is declared."""
@@ -191,14 +339,14 @@ class _Mapper:
                 kind = self.faults.missing if fault.missing else self.faults.misfit
                 kind.append((fault.key, fault.why))
                 return None
-        if key not in self.stored:
+        if key not in self.source.types:
             self.faults.missing.append((key, f" : {declared}"))
             return None
         found = self.source.types[key]
         if found.shape != declared.shape:
             self._misfit(key, f": expected {declared}, found {found}")
             return None
-        scale = next((key + s for s in SCALE_SUFFIXES if key + s in self.stored), None)
+        scale = next((key + s for s in SCALE_SUFFIXES if key + s in self.source.types), None)
         if scale is not None:
             self._misfit(key, f": {found} is not FP8 (e4m3), yet has {scale}")
             return None
@@ -213,38 +361,86 @@ class _Mapper:
         self.faults.misfit.append((key, why))
 
 
-def _ignorable(key: str, config: ModelConfig) -> bool:
-    """Whether a tensor that no parameter takes changes nothing."""
-    if config.quantization_config is not None and _ACTIVATIONS.fullmatch(key):
-        return True
-    return bool(_RECOMPUTED.fullmatch(key)) or (config.tie_word_embeddings and key == HEAD)
+def _targets(name: str, converter: Converter | None) -> dict[str, str]:
+    """The parameters that a converter makes, by its targets; `name` is the first."""
+    if converter is None:
+        return {"": name}
+    first, *others = converter.targets
+    front, _, back = name.partition(first)
+    return {first: name} | {target: front + target + back for target in others}
 
 
-def _split_mtp(keys: Iterable[str], config: ModelConfig) -> tuple[list[str], list[str]]:
-    """Tensors of MTP layers, and the rest.
+def _numbers(members: Sequence[str]) -> dict[str, int]:
+    """Which of a list each is: the part of a dotted name in which they differ, or the last."""
+    parted = {member: member.split(".") for member in members}
+    some = max(parted.values(), key=len, default=[])
+    places = [p for p, part in enumerate(some) if part.isdecimal()]
+    differ = [p for p in places if len({tuple(x[p : p + 1]) for x in parted.values()}) > 1]
+    place = (differ or places or [0])[-1]
+    found = {m: "".join(x[place : place + 1]) for m, x in parted.items()}
+    return {m: int(x[:9]) if x.isdecimal() else 0 for m, x in found.items()}
+
+
+def _name_of(number: int, source: str, job: _Job, numbers: Mapping[str, int]) -> str:
+    """The name that a missing member would have, after the names of the others; "" of none."""
+    own = job.members.get(source, ())
+    for other, members in ((source, own), *job.members.items()):
+        ends = [each.rpartition("*")[2].replace("\\", "") for each in (other, source)]
+        for member in members:
+            named = member if other == source else member.replace(*ends)
+            if other != source and named == member:
+                continue
+            return re.sub(rf"\.{numbers[member]}(?=\.[^0-9]*$)", f".{number}", named)
+    return ""
+
+
+def _mtp(plain: Mapping[str, str], layers: int | None) -> set[str]:
+    """Of stored tensors, by their weights' names, those of MTP layers.
 
     An MTP layer lies behind the decoder layers and has the `eh_proj` that joins hidden state and
     embedding, whether or not the config announces it: tools drop `num_nextn_predict_layers` more
     often than tensors. A plain layer there is no MTP layer: it means that the config has fewer
     layers than the weights.
     """
-    rest: list[str] = []
-    layers: dict[int, list[str]] = {}
-    for key in keys:
-        found = _LAYER.fullmatch(key)
-        layer = int(found[1]) if found else -1
-        behind = layer >= config.num_hidden_layers
-        (layers.setdefault(layer, []) if behind else rest).append(key)
-    mtp: list[str] = []
-    joining = _joining(key for members in layers.values() for key in members)
-    for layer, members in layers.items():
-        (mtp if layer in joining else rest).extend(members)
-    return mtp, rest
+    if layers is None:
+        return set()
+    joining = {layer for layer in _joining(plain.values()) if layer >= layers}
+    found = {key: _LAYER.fullmatch(name) for key, name in plain.items()}
+    return {key for key, layer in found.items() if layer and int(layer[1]) in joining}
 
 
-def _joining(keys: Iterable[str]) -> set[int]:
+def _joining(names: Iterable[str]) -> dict[int, str]:
     """Layers that join hidden state and embedding, by a weight stored in whatever form."""
-    return {int(found[1]) for found in map(_JOINING.match, keys) if found}
+    return {int(found[1]): found[0] for found in map(_JOINING.match, names) if found}
+
+
+def _named_otherwise(
+    missing: Sequence[tuple[str, str]], unexpected: Sequence[tuple[str, str]]
+) -> str:
+    """What is wrong where all that is missing is there, but for a part of its name."""
+    lost, there = dict(missing), dict(unexpected)
+    if not lost or len(lost) != len(there):
+        return ""
+    first, kind = next(iter(there.items()))
+    for name in [name for name, expected in lost.items() if expected == kind][:64]:
+        wrong, right = _difference(first, name)
+        meant = {f".{n}.".replace(f".{right}.", f".{wrong}.", 1)[1:-1]: n for n in lost}
+        if all(there.get(found) == lost[n] for found, n in meant.items()):
+            more = f" (and {len(lost) - 1} others alike)" if len(lost) > 1 else ""
+            return f"{name}{kind} is missing, and {first} is there in its place{more}"
+    return ""
+
+
+def _difference(one: str, other: str) -> tuple[str, str]:
+    """The dotted parts in which two names differ; with a part beside them where one has none."""
+    a, b = one.split("."), other.split(".")
+    shorter = min(len(a), len(b))
+    start = next((i for i in range(shorter) if a[i] != b[i]), shorter)
+    ends = (i for i in range(shorter - start) if a[-1 - i] != b[-1 - i])
+    end = next(ends, shorter - start)
+    if start + end == shorter:
+        start, end = (start - 1, end) if start else (0, end - 1)
+    return ".".join(a[start : len(a) - end]), ".".join(b[start : len(b) - end])
 
 
 def _listed(lines: list[tuple[str, str]], limit: int = 8) -> str:
@@ -259,8 +455,3 @@ def _listed(lines: list[tuple[str, str]], limit: int = 8) -> str:
     ]
     more = [f"... and {len(shown) - limit} more kinds"] if len(shown) > limit else []
     return "\n".join(f"  {line}" for line in shown[:limit] + more)
-
-
-def _natural(key: str) -> list[int | str]:
-    """Orders layer 10 behind layer 9."""
-    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", key)]
