@@ -293,7 +293,8 @@ def step_of(operation: Any, config: Any) -> Step:
 
 def step_from_json(kept: Mapping[str, Any]) -> Step:
     """The step that was kept. Raises `KeyError`, `TypeError` for anything else."""
-    told = {k: tuple(v) if isinstance(v, list) else v for k, v in kept.items() if k != "step"}
+    told: dict[str, Any] = {k: v for k, v in kept.items() if k != "step"}
+    told = {k: tuple(v) if isinstance(v, list) else v for k, v in told.items()}
     return STEPS[kept["step"]](**told)
 
 

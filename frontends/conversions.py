@@ -1,4 +1,4 @@
-"""transformers' conversion table of a model as data: what checkpoints call tensors, and their steps.
+"""transformers' conversion table of a model as data: names in checkpoints, and steps from them.
 
 Published checkpoints and the stock classes differ in names and in what is stored together. For each
 class transformers keeps an ordered list: renamings, all of which are applied to a name, then at

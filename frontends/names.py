@@ -309,12 +309,12 @@ class _Mapper:
         assert job.converter is not None
         if wanted.count is None and members:
             return members
-        numbers = _numbers([member for each in job.members.values() for member in each])
+        place = _place([member for each in job.members.values() for member in each])
         count = wanted.count or 1
-        there = {numbers[member]: member for member in members}
+        there = {_number(member, place): member for member in members}
         for number in range(count):
             if number not in there:
-                name = _name_of(number, source, job, numbers) or next(iter(job.targets.values()))
+                name = _name_of(number, source, job, place) or next(iter(job.targets.values()))
                 kind = TensorType(declared.dtype, wanted.shape or declared.shape)
                 self.faults.missing.append((name, f" : {kind}"))
                 self.claimed |= self.codes.names(name)
@@ -370,27 +370,30 @@ def _targets(name: str, converter: Converter | None) -> dict[str, str]:
     return {first: name} | {target: front + target + back for target in others}
 
 
-def _numbers(members: Sequence[str]) -> dict[str, int]:
-    """Which of a list each is: the part of a dotted name in which they differ, or the last."""
-    parted = {member: member.split(".") for member in members}
-    some = max(parted.values(), key=len, default=[])
-    places = [p for p, part in enumerate(some) if part.isdecimal()]
-    differ = [p for p in places if len({tuple(x[p : p + 1]) for x in parted.values()}) > 1]
-    place = (differ or places or [0])[-1]
-    found = {m: "".join(x[place : place + 1]) for m, x in parted.items()}
-    return {m: int(x[:9]) if x.isdecimal() else 0 for m, x in found.items()}
+def _place(members: Sequence[str]) -> int:
+    """Which part of a list's dotted names numbers it: the last in which they differ, or that is."""
+    parted = [member.split(".") for member in members]
+    longest = max(parted, key=len, default=[])
+    places = [place for place, part in enumerate(longest) if part.isdecimal()]
+    differ = [p for p in places if len({tuple(parts[p : p + 1]) for parts in parted}) > 1]
+    return (differ or places or [0])[-1]
 
 
-def _name_of(number: int, source: str, job: _Job, numbers: Mapping[str, int]) -> str:
+def _number(member: str, place: int) -> int:
+    part = "".join(member.split(".")[place : place + 1])
+    return int(part[:9]) if part.isdecimal() else 0
+
+
+def _name_of(number: int, source: str, job: _Job, place: int) -> str:
     """The name that a missing member would have, after the names of the others; "" of none."""
-    own = job.members.get(source, ())
-    for other, members in ((source, own), *job.members.items()):
-        ends = [each.rpartition("*")[2].replace("\\", "") for each in (other, source)]
+    for other, members in ((source, job.members.get(source, ())), *job.members.items()):
+        end, own = (each.rpartition("*")[2].replace("\\", "") for each in (other, source))
         for member in members:
-            named = member if other == source else member.replace(*ends)
-            if other != source and named == member:
-                continue
-            return re.sub(rf"\.{numbers[member]}(?=\.[^0-9]*$)", f".{number}", named)
+            named = member if other == source else member.replace(end, own)
+            if other == source or named != member:
+                parts = named.split(".")
+                parts[place] = str(number) if parts[place].isdecimal() else parts[place]
+                return ".".join(parts)
     return ""
 
 

@@ -1,0 +1,167 @@
+"""Whether every decoder's tensors are found again in what transformers saves of it, bit for bit.
+
+    python -m bench.names [TYPE ...]
+
+A small random model of each causal type of the installed transformers is saved by its own
+`save_pretrained`, in the layout in which it is published. Its names are mapped with nothing but
+the file's header and the table of its class, as it comes back from JSON; then the expressions are
+evaluated and held against the model. Prints a line for each type that fails, and why.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dsc.errors import DscError
+from dsc.frontends.config import QuantizationConfig
+from dsc.frontends.conversions import Conversions, conversions_of
+from dsc.frontends.names import WeightMap, map_weights
+from dsc.frontends.shrunk import shrunk
+from dsc.ir.op import type_of
+from dsc.ir.safetensors import open_safetensors
+from dsc.ir.types import TensorType
+from dsc.ir.weights import WeightSource, evaluate
+
+MOST = 20_000_000
+"""Parameters of a model that is built; a type whose configuration stays larger is told."""
+
+
+@dataclass(frozen=True)
+class Told:
+    """What a mapping asks of a configuration."""
+
+    num_hidden_layers: int | None = None
+    tie_word_embeddings: bool | None = False
+    quantization_config: QuantizationConfig | None = None
+
+
+def small_config(model_type: str, **fields: Any) -> Any:
+    """A small configuration of a type: the defaults of its class, shrunk."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    kind = CONFIG_MAPPING[model_type]
+    text = kind().get_text_config(decoder=True)
+    return type(text)(**shrunk(text.to_dict()) | fields)
+
+
+def model_class(config: Any) -> Any:
+    """The causal LM class of a configuration. Raises `KeyError`."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    found = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    return found[0] if isinstance(found, (list, tuple)) else found
+
+
+def small_model(model_type: str, seed: int = 0, **fields: Any) -> Any:
+    """A small model of a type, every parameter and stored buffer of it random."""
+    config = small_config(model_type, **fields)
+    kind = model_class(config)
+    random = torch.Generator().manual_seed(seed)
+    with quiet(), torch.no_grad():
+        with torch.device("meta"):
+            size = sum(parameter.numel() for parameter in kind(config).parameters())
+        if size > MOST:
+            raise ValueError(f"{size} parameters")
+        model = kind(config).eval()
+        for tensor in model.state_dict().values():
+            if tensor.is_floating_point():
+                tensor.copy_(torch.randn(tensor.shape, generator=random).to(tensor.dtype))
+    return model
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without what transformers tells of defaults."""
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.set_verbosity(before)
+
+
+def declared(model: Any) -> dict[str, TensorType]:
+    """Names and types of all that a checkpoint must supply."""
+    return {name: type_of(tensor) for name, tensor in model.state_dict().items()}
+
+
+def table_of(model: Any) -> Conversions:
+    """The table of a model, as it comes back from what is kept of it."""
+    return Conversions.from_json(json.loads(json.dumps(conversions_of(model).to_json())))
+
+
+def mapped(model: Any, source: WeightSource, **told: Any) -> WeightMap:
+    """The map of a model's parameters to a source."""
+    layers = getattr(model.config, "num_hidden_layers", None)
+    return map_weights(declared(model), source, Told(layers, **told), conversions=table_of(model))
+
+
+def differing(model: Any, folder: Path) -> list[str]:
+    """The parameters that do not come back from a saved model."""
+    source = open_safetensors(folder)
+    found = mapped(model, source)
+    return [
+        name
+        for name, tensor in model.state_dict().items()
+        if not torch.equal(evaluate(found.weights[name], source), tensor)
+    ]
+
+
+def causal_types() -> list[str]:
+    """All causal types of the installed transformers that are decoders alone."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    return [name for name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES if name in CONFIG_MAPPING]
+
+
+def outcome(model_type: str) -> str:
+    """What is wrong with a type; empty of one that comes back."""
+    try:
+        model = small_model(model_type)
+    except Exception as problem:  # whatever its class raises
+        return f"cannot be built: {type(problem).__name__} {str(problem)[:120]!r}"
+    with tempfile.TemporaryDirectory() as place:
+        try:
+            with quiet():
+                model.save_pretrained(place)
+            wrong = differing(model, Path(place))
+        except DscError as problem:
+            return str(problem).replace("\n", " | ")[:600]
+        except Exception as problem:  # a bug of ours, or of saving
+            return f"{type(problem).__name__} {str(problem)[:200]!r}"
+    return f"{len(wrong)} differ: {wrong[:3]}" if wrong else ""
+
+
+def main() -> None:
+    """See above."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("types", nargs="*", metavar="TYPE")
+    types = parser.parse_args().types or causal_types()
+    torch.set_num_threads(1)
+    failed = 0
+    for model_type in types:
+        told = outcome(model_type)
+        failed += bool(told)
+        if told:
+            print(f"{model_type}: {told}", flush=True)
+    print(f"{len(types) - failed} of {len(types)} types come back bit for bit")
+
+
+if __name__ == "__main__":
+    main()
