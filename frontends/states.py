@@ -35,10 +35,31 @@ Grow = Callable[[Tensor | None, Tensor], Tensor]
 """Rows [B,P,w] of the past, if there are any, and new ones [B,S,w], as rows [B,P+S,w]."""
 
 
+MISSING = {
+    "indexer": "it attends to what an indexer chooses of the past",
+    "conv": "its layers carry states of convolutions and recurrences",
+    "recurrent": "its layers carry recurrent states",
+}
+"""Why dsc cannot run a decoder, by how the names of such states begin."""
+
+
 def signature_of(module: nn.Module) -> Signature:
-    """The signature of a stock causal LM. Raises `UnsupportedArchitecture` as `discover` does."""
+    """The signature of a stock causal LM.
+
+    Raises `UnsupportedArchitecture` as `discover` does, and for states that are no keys and values.
+    """
     config: Any = module.config
-    return Signature(discover(module), config.vocab_size)
+    states = discover(module)
+    for s in states:
+        if s.part not in ("keys", "values") or not s.per_token:
+            kind = re.split(r"[_\[]", s.part)[0]
+            why = MISSING.get(kind, f"its layers keep {s.part}")
+            raise UnsupportedArchitecture(
+                f"{type(module).__name__}: {why}, which dsc does not compute",
+                f"layer {s.layer}",
+                HINT,
+            )
+    return Signature(states, config.vocab_size)
 
 
 def discover(module: nn.Module) -> tuple[LayerState, ...]:

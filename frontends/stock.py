@@ -54,7 +54,7 @@ MAX_TABLES = 1 << 28
 ATTENTION = "sdpa"
 EXPERTS = "grouped_mm"
 """The implementations that a model is built with; `registries.py` replaces what they are."""
-TOWERS = ("text_config",)
+TOWERS = ("text_config", "language_config", "llm_config")
 """Sections of a wrapper's configuration that describe its language model."""
 INHERITED = ("tie_word_embeddings", "dtype", "torch_dtype", "quantization_config")
 """What a wrapper says for its language model, where that says nothing."""
@@ -128,9 +128,10 @@ def clean(raw: Mapping[str, Any], where: str = CONFIG_FILE) -> StockConfig:
         raise UnsupportedArchitecture(f"model_type is {published!r:.60}, no name of a model", where)
     if published in ARCHITECTURES:
         return of_family(parse_config(raw, where), where, wrapper)
-    values = _cleaned(raw, where)
+    values: dict[str, Any] = _cleaned(raw, where)
+    _check_rope(values, where)
     dtype = raw.get("dtype") or raw.get("torch_dtype")
-    if dtype is not None and dtype not in DTYPES:
+    if dtype is not None and not (isinstance(dtype, str) and dtype in DTYPES):
         known = " or ".join(map(repr, DTYPES))
         raise ConfigError(f"dtype must be {known}, found {dtype!r:.60}", where, AGAIN)
     facts = Facts.read(published, values)
@@ -141,6 +142,19 @@ def clean(raw: Mapping[str, Any], where: str = CONFIG_FILE) -> StockConfig:
     if told is not None:
         facts = facts.completed(Facts(published, quantization_config=_checked(told, where)))
     return StockConfig(published, values, facts, where, dtype, published, wrapper)
+
+
+def _check_rope(values: Mapping[str, Any], where: str) -> None:
+    """Raise `UnsupportedArchitecture` for angles that depend on the longest sequence so far."""
+    for name, section in values.items():
+        if isinstance(section, Mapping):
+            if "dynamic" in (section.get("rope_type"), section.get("type")):
+                raise UnsupportedArchitecture(
+                    f"{name}: rope_type 'dynamic' turns by angles that depend on the longest"
+                    " sequence so far, which dsc does not compute", where,
+                    "compile a checkpoint with another rope_type, such as yarn",
+                )  # fmt: skip
+            _check_rope(section, where)
 
 
 def of_family(config: ModelConfig, where: str = CONFIG_FILE, wrapper: str = "") -> StockConfig:
@@ -180,7 +194,7 @@ def _cleaned(section: Mapping[str, Any], where: str, path: str = "", depth: int 
     return {
         key: _value(value, where, f"{path}.{key}" if path else key, depth)
         for key, value in section.items()
-        if not _is_dropped(key, depth) and not (depth == 0 and _is_section(key, value))
+        if not _is_dropped(key, depth)
     }
 
 
@@ -196,13 +210,10 @@ def _is_dropped(key: str, depth: int) -> bool:
     return any(part in plain for part in _DROPPED_PARTS)
 
 
-def _is_section(key: str, value: Any) -> bool:
-    """Whether a value is the configuration of another part, such as a vision tower."""
-    return isinstance(value, Mapping) and (key in TOWERS or "model_type" in value)
-
-
 def _value(value: Any, where: str, path: str, depth: int) -> Any:
     if isinstance(value, Mapping):
+        if value.keys() == {"__float__"} and value["__float__"] in ("Infinity", "-Infinity"):
+            return float(value["__float__"])  # as transformers writes it
         return _cleaned(value, where, path, depth + 1)
     if isinstance(value, list):
         if depth >= MAX_DEPTH:
@@ -239,7 +250,7 @@ def stock_config(config: StockConfig) -> Any:
         kind = CONFIG_MAPPING[config.model_type]
     except KeyError:
         raise _unknown(config, "is not one that the installed transformers knows") from None
-    given = {k: v for k, v in config.values.items() if not _shadows(kind, k)}
+    given = {k: v for k, v in config.values.items() if not _is_foreign(kind, k, v)}
     with _refusing(config.where, "configuration"):
         return kind(**given)
 
@@ -308,11 +319,16 @@ def _unknown(config: StockConfig, why: str) -> UnsupportedArchitecture:
     return UnsupportedArchitecture(what, config.where, hint)
 
 
-def _shadows(kind: type, key: str) -> bool:
-    """Whether a key would take the place of a method, property or constant of its class."""
+def _is_foreign(kind: type, key: str, value: Any) -> bool:
+    """Whether a key is a section that its class does not declare, such as a vision tower.
+
+    Or would take the place of a method, property or constant of the class.
+    """
     declared = {f.name for f in fields(kind)} if is_dataclass(kind) else set()
     if key in declared or key in getattr(kind, "attribute_map", {}) or key == "rope_scaling":
         return False
+    if isinstance(value, Mapping):
+        return True
     owner = next((base for base in kind.__mro__ if key in vars(base)), None)
     if owner is None:
         return False
