@@ -32,14 +32,17 @@ def with_sinks(scope: Scope, softmax: Node) -> Column:
     last = x.type.rank - 1
     if axis_of(softmax.attrs["axis"], x.type.rank) != last:
         return whole
+    x, above = _uncast(scope, x)
     x, shifts = _unshifted(scope, x)
-    node = scope.producer(x)
+    joined, casts = _uncast(scope, x)
+    node = scope.producer(joined)
+    nodes = (*casts, *shifts, *above)
     if node is None or node.op != "concat" or len(node.operands) != 2:
-        return Column(x, None, shifts)
+        return Column(joined, None, nodes) if shifts else whole
     scores, column = node.operands
-    if axis_of(node.attrs["axis"], x.type.rank) != last or column.type.shape[-1] != 1:
+    if axis_of(node.attrs["axis"], joined.type.rank) != last or column.type.shape[-1] != 1:
         return whole
-    return Column(scores, _narrowest(scope, column), (node, *shifts))
+    return Column(scores, _narrowest(scope, column), (node, *nodes))
 
 
 def kept_columns(node: Node, column: Column) -> bool:
@@ -49,6 +52,16 @@ def kept_columns(node: Node, column: Column) -> bool:
     rank, total = column.scores.type.rank, column.scores.type.shape[-1]
     last = axis_of(node.attrs["axis"], rank) == rank - 1
     return last and node.attrs["start"] == 0 and node.attrs["end"] == total
+
+
+def _uncast(scope: Scope, x: Operand) -> tuple[Operand, tuple[Node, ...]]:
+    """A value before it was cast, and the casts."""
+    casts: tuple[Node, ...] = ()
+    node = scope.producer(x)
+    while node is not None and node.op == "cast":
+        x, casts = node.operands[0], (node, *casts)
+        node = scope.producer(x)
+    return x, casts
 
 
 def _unshifted(scope: Scope, x: Operand) -> tuple[Operand, tuple[Node, ...]]:

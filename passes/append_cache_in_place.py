@@ -9,8 +9,8 @@ Why it pays    a decode step no longer copies the past, and no shape grows from 
 Preconditions  stage CANONICAL or OPTIMIZED; in all entries P is the extent of declared caches
                alone, each read by one append, and the grown rows go row by row into attention that
                masks by lengths, or out as the cache: a sum would count rows past the end. Pages
-               are read by attention that takes a block table, and by nothing else. Otherwise the
-               program stays as it is.
+               are read by attention that takes a block table, rows seen as heads or as they are,
+               and by nothing else. Otherwise the program stays as it is.
 Before         graph main(%past: f32[B,P,4], %new: f32[B,S,4], %n: i64[B]) {
                  %c = append %past, %new, %n : f32[B,P+S,4]
                  return %c as "present" updates %past
@@ -31,7 +31,7 @@ from dsc.ir.dims import Dim, Range, Sym, free_symbols, symbol
 from dsc.ir.graph import Graph, GraphBuilder, Node, Operand, Value
 from dsc.ir.interface import Storage
 from dsc.ir.limits import BATCH, BLOCKS, CAPACITY, PAGES, PAST
-from dsc.ir.op import traits_of
+from dsc.ir.op import operand_index, traits_of
 from dsc.ir.paging import BLOCK_TABLE, takes_pages
 from dsc.ir.program import Program
 from dsc.ir.stages import Stage
@@ -97,6 +97,7 @@ class AppendCacheInPlace(Pass):
         written = {node.output.name for node in appends}
         caches = {node["past"].name for node in appends}
         new, lengths = appends[0]["new"].type.shape[1], appends[0]["lengths"]
+        seen = _seen(graph) if self.page else {}
         rows: tuple[Dim, ...] = (symbol(CAPACITY),)
         moved = graph.substitute({PAST: rows[0] - new})
         tables: list[Value] = []
@@ -115,14 +116,19 @@ class AppendCacheInPlace(Pass):
 
         def write(b: GraphBuilder, node: Node, operands: Operands) -> Sequence[Operand] | None:
             name = node.outputs[0].name
-            reads = tables and any(x.name in written for x in node.operands)
-            if name not in written and not reads:
-                return None
+            op = "cache_write" if name in written else node.op
             if name in written:
                 report.fire(RULE, places=[node.loc])
+            elif not any(x.name in seen for x in node.operands):
+                return None
             b.taken.discard(name)
-            op = "cache_write" if name in written else node.op
-            return b.call(op, *operands, *tables, hint=name, **node.attrs)
+            if name in seen and name not in written:  # rows seen as heads
+                shape = (*rows, *node.output.type.shape[2:])
+                return b.call(op, *operands, hint=name, shape=shape)
+            given = list(operands)
+            if tables:
+                given += [None] * (operand_index(op, BLOCK_TABLE) - len(given))
+            return b.call(op, *given, *tables, hint=name, **node.attrs)
 
         places = {v.name: i for i, v in enumerate(inputs)}
         aliases = tuple((o, places[graph.inputs[i].name]) for o, i in graph.aliases)
@@ -136,6 +142,18 @@ def appends_of(graph: Graph) -> list[Node]:
     return [n for n in appends if (n["past"].name, n.output.name) in grown]
 
 
+def _seen(graph: Graph) -> dict[str, str]:
+    """By name the grown rows, and what shows them under another shape, as heads: of which cache."""
+    seen = {node.output.name: node["past"].name for node in appends_of(graph)}
+    for node in graph.nodes:
+        if traits_of(node.op).role is not Role.VIEW or "shape" not in node.attrs:
+            continue
+        (x,) = node.operands
+        if x.name in seen and node.output.type.shape[:2] == x.type.shape[:2]:
+            seen[node.output.name] = seen[x.name]
+    return seen
+
+
 def _obstacles(graph: Graph, paged: bool) -> Iterator[Obstacle]:
     """What would compute something else over rows in place than over P + S."""
     grown = {n.output.name: n for n in appends_of(graph)}
@@ -145,6 +163,7 @@ def _obstacles(graph: Graph, paged: bool) -> Iterator[Obstacle]:
     rows: set[str] = set()
     updates = {o for o, _ in graph.aliases}
     outputs = {x.name for x in graph.outputs}
+    seen = _seen(graph)
     own = {x.name for i, x in enumerate(graph.outputs) if i not in updates or x.name not in grown}
     for value in graph.inputs:
         if PAST in value.type.symbols and value.name not in caches:
@@ -162,7 +181,7 @@ def _obstacles(graph: Graph, paged: bool) -> Iterator[Obstacle]:
             if readers[past.name] > 1 or past.name in outputs:
                 yield where, f"{past} is read elsewhere as well", (past.name,)
         else:
-            why = _obstacle(node, rows, caches) or (paged and _unpaged(node, rows, grown)) or ""
+            why = _obstacle(node, rows, caches) or (paged and _unpaged(node, rows, seen)) or ""
             if not why and traits_of(node.op).masked and rows & {x.name for x in node.operands}:
                 at = node["lengths"]
                 late = any(at != lengths for _, lengths in alike)
@@ -197,14 +216,14 @@ def _obstacle(node: Node, rows: Collection[str], caches: Collection[str]) -> str
     return ""
 
 
-def _unpaged(node: Node, rows: Collection[str], grown: Mapping[str, Node]) -> str:
+def _unpaged(node: Node, rows: Collection[str], seen: Mapping[str, str]) -> str:
     """Why a node cannot read rows in pages; empty when it can, or reads none."""
     read = next((x.name for x in node.operands if x.name in rows), None)
     masked = {node[name].name for name in traits_of(node.op).masked}
-    if read is None or (takes_pages(node.op) and masked <= grown.keys()):
+    taken = takes_pages(node.op) and masked <= seen.keys()
+    if read is None or node.outputs[0].name in seen or taken:
         return ""
-    cache = grown[read]["past"].name if read in grown else read
-    return f"{node.op} reads the cache {cache}; attention over a latent takes pages"
+    return f"{node.op} reads the cache {seen.get(read, read)}; attention takes pages"
 
 
 def _holds(values: Iterable[Operand]) -> bool:

@@ -219,7 +219,7 @@ def test_a_program_without_caches_goes_on_as_it_is() -> None:
 
 # --- pages ----------------------------------------------------------------------------------------
 
-UNPAGED = "reads the cache {}; attention over a latent takes pages"
+UNPAGED = "reads the cache {}; attention takes pages"
 PAGED: dict[str, tuple[dict[str, str], list[tuple[str, str]]]] = {
     "rows that are scaled first": (
         {"before": "%s = mul %c, @w", "read": "%s"},
@@ -233,13 +233,34 @@ PAGED: dict[str, tuple[dict[str, str], list[tuple[str, str]]]] = {
 
 
 @pytest.mark.parametrize("name", PAGED)
-def test_pages_are_read_by_attention_over_a_latent_alone(name: str) -> None:
+def test_pages_are_read_by_attention_alone(name: str) -> None:
     changes, reasons = PAGED[name]
     assert obstacles(given(LATENT, changes), page=1) == reasons
     assert done(given(LATENT, changes))[1].fired == {"append": 2}, "rows need no table"
-    expanded = [("main", "reshape " + UNPAGED.format("past")),
-                ("model.layers.0", "attention " + UNPAGED.format("k"))]  # fmt: skip
-    assert obstacles(given(EXPANDED), page=1) == expanded
+
+
+def test_rows_in_pages_are_seen_as_heads() -> None:
+    after, report = done(given(EXPANDED), page=64)
+    assert report.fired == {"append": 1}
+    write, heads, read = after.entries["main"].nodes
+    assert (write.op, heads.op, read.op) == ("cache_write", "reshape", "attention")
+    assert str(heads.output.type) == "f32[N,64,2,4]"
+    assert [x and x.name for x in read.inputs] == ["q", "k", "k", "n", None, "block_table"]
+    scaled = given(EXPANDED, {"before": "%w = mul %q, %q"})
+    assert done(scaled, page=64)[1].fired == {"append": 1}
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        (EXPANDED.replace("[B,{rows},2,4]", "[B,2*({rows}),1,4]"), "reshape"),
+        (EXPANDED.replace("attention %q, %k, %k", "attention %q, %k, %z")
+         .replace("%y = att", "%z = mul %k, %k\n  %y = att"), "mul"),
+    ],
+)  # fmt: skip
+def test_rows_that_are_seen_otherwise_are_not_in_pages(text: str, why: str) -> None:
+    found = obstacles(given(text), page=64)
+    assert any(reason.startswith(f"{why} reads the cache past") for _, reason in found), found
 
 
 @pytest.mark.parametrize(
