@@ -428,7 +428,7 @@ def _check_paged(program: Program, records: Sequence[PassRecord]) -> None:
     lines = [f"{m.reason} (at {m.where})" if m.where else m.reason for m in met]
     raise UnsupportedOperator(
         f"the caches of {program.name} cannot be put into pages:\n"
-        + "\n".join(dict.fromkeys(lines) or ["it has no caches of latent attention"]),
+        + "\n".join(dict.fromkeys(lines) or ["it has no caches of attention"]),
         hint="compile with --cache contiguous",
     )
 

@@ -263,16 +263,17 @@ def test_what_has_no_pages_stays(old: str, new: str, reason: str) -> None:
     assert any(reason in why for _, _, why in report.missed), report.missed
 
 
-def test_a_cache_of_plain_attention_is_refused() -> None:
+def test_a_cache_that_is_scaled_before_attention_is_refused() -> None:
     text = """graph step(%input_ids: i64[B,S], %q: f32[B,S,2,4], %n: i64[B], %past: f32[B,P,8],
       %k: f32[B,S,8]) {
       %c = append %past, %k, %n : f32[B,P+S,8]
       %h = reshape %c {shape=[B,P+S,2,4]} : f32[B,P+S,2,4]
-      %o = attention %q, %h, %h, %n {scale=0.5, causal=true} : f32[B,S,2,4]
+      %z = mul %h, %h : f32[B,P+S,2,4]
+      %o = attention %q, %z, %h, %n {scale=0.5, causal=true} : f32[B,S,2,4]
       return %o, %c as "present" updates %past
     }"""
     program = program_of(text, Stage.CANONICAL)
-    with pytest.raises(UnsupportedOperator, match="reshape reads the cache past; attention"):
+    with pytest.raises(UnsupportedOperator, match="mul reads the cache past; attention"):
         dsc.compile(program, backend="reference", cache="paged")
 
 
