@@ -8,18 +8,21 @@ configuration on the `meta` device. No Python file of the folder is imported, no
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from dsc.errors import CheckpointError, ConfigError
 from dsc.frontends.checked import CheckedSource
 from dsc.frontends.config import CONFIG_FILE, DTYPES, ModelConfig, read_bounded
+from dsc.frontends.conversions import Conversions, conversions_of
 from dsc.frontends.facts import Facts
-from dsc.frontends.names import EMBEDDING, WeightMap, check_layout, map_weights
+from dsc.frontends.names import EMBEDDING, WeightMap, check_layout, layers_of, map_weights
 from dsc.frontends.stock import StockConfig, clean, completed, of_family, stock_model
+from dsc.frontends.towers import parts_of
 from dsc.ir.safetensors import SafetensorsSource, open_safetensors
 from dsc.ir.types import DType, TensorType
 from dsc.ir.weights import WeightExpr, WeightSource, evaluate
@@ -52,17 +55,21 @@ class CheckpointModel:
     notes: tuple[str, ...] = ()
 
     def mapped(
-        self, parameters: Mapping[str, TensorType], facts: Facts | None = None
+        self,
+        parameters: Mapping[str, TensorType],
+        facts: Facts | None = None,
+        conversions: Conversions | None = None,
     ) -> CheckpointModel:
         """The same checkpoint with its weights for these parameters, names and types.
 
-        `facts` are all of the model's, where the file does not tell them all. Raises
+        `facts` are all of the model's, where the file does not tell them all; `conversions` are
+        those of the stock class, without which names are those of the DeepSeek-V3 family. Raises
         `CheckpointError`: the weights are not those of the parameters.
         """
         known = self.config.facts.completed(facts) if facts else self.config.facts
-        found = map_weights(parameters, self.source, cast(Any, known), str(self.folder))
-        told = known.quantization_config
-        notes = _notes(self.folder, self.raw, found, told.activations if told else "")
+        wrapper = self.config.wrapper
+        found = map_weights(parameters, self.source, known, str(self.folder), conversions, wrapper)
+        notes = _notes(self.folder, self.raw, found, known, wrapper)
         source = CheckedSource(self.source, found.checks) if found.checks else self.source
         return replace(
             self, source=source, weights=found.weights, unused_mtp=found.mtp, notes=notes
@@ -100,7 +107,8 @@ def load_checkpoint(folder: Path | str, dtype: DType | None = None) -> Checkpoin
 
     opened = open_checkpoint(folder, dtype)
     step = opened.build()
-    return opened.mapped(parameter_types(step), completed(opened.config, step.config))
+    facts = completed(opened.config, step.config)
+    return opened.mapped(parameter_types(step), facts, conversions_of(step.stock()))
 
 
 def open_checkpoint(folder: Path | str, dtype: DType | None = None) -> CheckpointModel:
@@ -118,8 +126,7 @@ def open_checkpoint(folder: Path | str, dtype: DType | None = None) -> Checkpoin
     folder = Path(folder)
     raw, config = read_config(folder)
     source = open_safetensors(folder)
-    if config.facts.num_hidden_layers is not None:
-        check_layout(source, cast(Any, config.facts), str(folder))
+    check_layout(source, config.facts, str(folder), config.wrapper)
     dtype = dtype or _stored_dtype(config, source, folder)
     return CheckpointModel(folder, raw, config, dtype, source)
 
@@ -163,32 +170,40 @@ def _with_quantization(raw: JsonObject, folder: Path) -> JsonObject:
 
 
 def _stored_dtype(config: StockConfig, source: SafetensorsSource, folder: Path) -> DType:
-    """What config.json names, else what the embedding is stored in."""
+    """What config.json names, else what the embedding is stored in, or else the largest matrix."""
     if config.dtype is not None:
         return DTYPES[config.dtype]
-    if EMBEDDING not in source.types:
-        raise CheckpointError(f"there is no {EMBEDDING}", str(folder))
-    found = source.types[EMBEDDING].dtype
+    sizes = {
+        key: math.prod(map(int, t.shape))  # type: ignore[arg-type]
+        for key, t in source.types.items()
+        if t.rank == 2 and t.dtype.is_float
+    }
+    if not sizes:
+        raise CheckpointError("there is no matrix of floats", str(folder))
+    named = EMBEDDING if EMBEDDING in source.types else max(sizes, key=sizes.__getitem__)
+    found = source.types[named].dtype
     if found not in DTYPES.values():
         raise CheckpointError(
-            f"config.json names no dtype, and {EMBEDDING} is stored in {found}", str(folder),
+            f"config.json names no dtype, and {named} is stored in {found}", str(folder),
             "say what to compute in: --dtype bf16",
         )  # fmt: skip
     return found
 
 
 def _notes(
-    folder: Path, raw: Mapping[str, Any], mapped: WeightMap, activations: str
+    folder: Path, raw: Mapping[str, Any], mapped: WeightMap, facts: Facts, wrapper: str
 ) -> tuple[str, ...]:
     """What a user may wonder about: what was there and was left alone."""
     notes = []
-    if activations:
+    told = facts.quantization_config
+    if told is not None and told.activations:
         notes.append(
-            f"the checkpoint was quantised for activations in {activations}; they stay as they are "
-            "computed, or are 8-bit codes by groups of columns where the backend multiplies codes"
+            f"the checkpoint was quantised for activations in {told.activations}; they stay as "
+            "they are computed, or are 8-bit codes by groups of columns where the backend "
+            "multiplies codes"
         )
     if mapped.mtp:
-        layers = sorted({int(key.split(".")[2]) for key in mapped.mtp})
+        layers = sorted(layers_of(mapped.mtp))
         announced = "" if raw.get("num_nextn_predict_layers") else (
             ", which num_nextn_predict_layers does not announce"
         )  # fmt: skip
@@ -197,13 +212,23 @@ def _notes(
             f"{len(mapped.mtp)} tensors are not used"
         )
     if mapped.ignored:
-        more = f" and {len(mapped.ignored) - 3} more" if len(mapped.ignored) > 3 else ""
         notes.append(
-            "not used, since recomputed, tied, or scales of activations: "
-            + ", ".join(mapped.ignored[:3]) + more
-        )  # fmt: skip
+            f"not used, since recomputed, tied, or scales of activations: {_some(mapped.ignored)}"
+        )
+    if mapped.left_out:
+        notes.append(f"not used, as transformers' own class does not: {_some(mapped.left_out)}")
+    if mapped.others:
+        notes.append(
+            f"of the {wrapper} the language model alone is compiled; left out are "
+            f"{len(mapped.others)} tensors of {_some(parts_of(mapped.others))}"
+        )
     code = sorted(path.name for path in folder.glob("*.py"))
     if code or "auto_map" in raw:
         named = ", ".join(code) or "auto_map in config.json"
         notes.append(f"code of the checkpoint is never imported: {named}")
     return tuple(notes)
+
+
+def _some(names: Sequence[str], most: int = 3) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more

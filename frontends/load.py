@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 from dsc.errors import ConfigError, DscError, UnsupportedArchitecture, UsageError
 from dsc.frontends import trace_cache
 from dsc.frontends.config import DTYPES, ModelConfig
+from dsc.frontends.conversions import Conversions, conversions_of
 from dsc.frontends.facts import Facts
 from dsc.frontends.generation_config import Settings, load_generation, settings_of
 from dsc.frontends.hub import located, model_name
@@ -192,7 +193,7 @@ def _from_checkpoint(
     step = _Step(opened.build, known, opened.dtype, asked, "transformers")
     asked.check(step.facts)
     settings = load_generation(folder, step.facts)
-    checkpoint = opened.mapped(step.parameters, step.facts)
+    checkpoint = opened.mapped(step.parameters, step.facts, step.conversions)
     traced = step.traced(progress)
     given = None if weights is not None else (checkpoint.weights, checkpoint.source)
     program = _with_weights(traced, given, model_name(folder.resolve()))
@@ -381,6 +382,17 @@ class _Step:
 
         return parameter_types(self.module)
 
+    @cached_property
+    def conversions(self) -> Conversions | None:
+        """How a checkpoint of a stock class names and stores all that."""
+        if self.kept is not None:
+            return self.kept.conversions
+        from dsc.frontends.causal_lm import CausalLMStep
+
+        if not isinstance(self.module, CausalLMStep):
+            return None
+        return conversions_of(self.module.stock())
+
     def traced(self, progress: Progress | None) -> Program:
         """The program, with the limits asked for. Its source holds the trace's constants alone."""
         limits = self.asked.limits(self.facts)
@@ -412,7 +424,7 @@ class _Step:
             for n, expr in program.weights.items()
         }
         program = replace(program, weights=weights, source=DictSource(own))
-        return trace_cache.Trace(program, self.parameters, self.facts)
+        return trace_cache.Trace(program, self.parameters, self.facts, self.conversions)
 
 
 def _with_weights(

@@ -124,6 +124,7 @@ def map_weights(
     """
     table = conversions or _of_family(config)
     mapper = _Mapper(parameters, source, config.quantization_config, table, where, wrapper)
+    _check_depth(layers_of(parameters), layers_of(r.name for r in mapper.renamed.values()), where)
     weights = {name: mapper.parameter(name) for name in parameters}
     used = {leaf.key for expr in weights.values() if expr for leaf in sources(expr)}
     left = [key for key in source.types if key not in used]
@@ -161,8 +162,8 @@ def check_layout(source: WeightSource, config: Told, where: str, wrapper: str = 
 
     Raises:
         CheckpointError: the weights are packed in a form that is not read, all names have a
-            prefix and there is no `wrapper`, or the configuration counts an MTP layer, or layers
-            that are not there, as decoder layers.
+            prefix and there is no `wrapper`, or the configuration counts an MTP layer as a decoder
+            layer.
     """
     keys = list(source.types)
     told = config.quantization_config
@@ -184,10 +185,14 @@ def check_layout(source: WeightSource, config: Told, where: str, wrapper: str = 
                 f"layer {layer} predicts further tokens (MTP: it has {key}weight), yet "
                 f"num_hidden_layers is {layers}", file, f"set num_hidden_layers to {layer}",
             )  # fmt: skip
-    stored = {int(found[1]) for found in map(_LAYER.fullmatch, keys) if found}
-    if stored and max(stored) + 1 < layers and not wrapper:
+
+
+def _check_depth(declared: set[int], stored: set[int], where: str) -> None:
+    """Refuse in one sentence a configuration of more layers than there are weights for."""
+    if declared and stored and max(stored) < max(declared):
         raise CheckpointError(
-            f"num_hidden_layers is {layers}, and the weights end with layer {max(stored)}", file,
+            f"num_hidden_layers is {max(declared) + 1}, and the weights end with layer "
+            f"{max(stored)}", str(Path(where) / CONFIG_FILE),
             f"set num_hidden_layers to {max(stored) + 1}, or get the weights that are missing",
         )  # fmt: skip
 
@@ -410,6 +415,11 @@ def _mtp(plain: Mapping[str, str], layers: int | None) -> set[str]:
     joining = {layer for layer in _joining(plain.values()) if layer >= layers}
     found = {key: _LAYER.fullmatch(name) for key, name in plain.items()}
     return {key for key, layer in found.items() if layer and int(layer[1]) in joining}
+
+
+def layers_of(names: Iterable[str]) -> set[int]:
+    """The layers that tensors of layers are of."""
+    return {int(found[1]) for found in map(_LAYER.fullmatch, names) if found}
 
 
 def _joining(names: Iterable[str]) -> dict[int, str]:

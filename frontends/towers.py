@@ -8,7 +8,7 @@ which most of the declared parameters are.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 
 from dsc.errors import CheckpointError
@@ -65,6 +65,20 @@ def language_model(
             "otherwise, or a part of a larger model", where, "save the language model on its own",
         )  # fmt: skip
     return Tower()
+
+
+def parts_of(names: Iterable[str]) -> list[str]:
+    """The parts of a model that tensors are of: as far as names have no number.
+
+    >>> parts_of(["vision.layers.0.k.weight", "vision.layers.1.k.weight", "projector.weight"])
+    ['projector', 'vision.layers']
+    """
+    found = set()
+    for name in names:
+        parts = name.split(".")[:-1] or [name]
+        end = next((place for place, part in enumerate(parts) if part.isdecimal()), len(parts))
+        found.add(".".join(parts[: min(end, 2)] or parts[:1]))
+    return sorted(found)
 
 
 def _counts(part: str) -> bool:

@@ -7,8 +7,9 @@ is known once it was traced, so an entry lists them with their digests, and hold
 they were. Code that this process imported before is a module in memory: somebody may have changed
 it there.
 
-What is kept is the program's text, the types of what its module takes from a checkpoint, the facts
-of the model, and the few constants that tracing found; no weight is ever stored.
+What is kept is the program's text, the types of what its module takes from a checkpoint, the table
+of how a checkpoint names it, the facts of the model, and the few constants that tracing found; no
+weight is ever stored.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ import numpy as np
 
 from dsc import kept
 from dsc.errors import DscError
+from dsc.frontends.conversions import Conversions
 from dsc.frontends.facts import Facts
 from dsc.ir.arrays import Array, array_of, tensor_of
 from dsc.ir.lazy import torch
@@ -54,12 +56,14 @@ class Trace:
     """A traced program, whose source holds the constants that tracing found and nothing else.
 
     `parameters` are the names and types of what the module takes from a checkpoint. `facts` are the
-    model's, where reading its configuration does not tell them all.
+    model's, where reading its configuration does not tell them all. `conversions` are those of a
+    stock class.
     """
 
     program: Program
     parameters: Mapping[str, TensorType]
     facts: Facts | None = None
+    conversions: Conversions | None = None
 
 
 class _Constants(WeightSource):
@@ -132,7 +136,9 @@ def load(key: Mapping[str, Any]) -> Trace | None:
             for name, (dtype, shape) in entry["parameters"].items()
         }
         facts = Facts.from_json(entry["facts"]) if entry["facts"] else None
-        return Trace(replace(program, source=constants), parameters, facts)
+        table = entry["conversions"]
+        conversions = Conversions.from_json(table) if table else None
+        return Trace(replace(program, source=constants), parameters, facts, conversions)
     return None
 
 
@@ -148,6 +154,7 @@ def store(key: Mapping[str, Any], trace: Trace) -> None:
         "program": print_program(program),
         "parameters": {k: (t.dtype, t.shape) for k, t in trace.parameters.items()},
         "facts": trace.facts.to_json() if trace.facts else None,
+        "conversions": trace.conversions.to_json() if trace.conversions else None,
         "constants": {k: base64.b64encode(_bytes(v)).decode() for k, v in constants.items()},
     }
     kept.put(KIND, key, json.dumps(entry).encode())

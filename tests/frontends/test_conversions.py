@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from bench.names import Told, declared, mapped, quiet, small_model, table_of
@@ -32,6 +33,7 @@ from dsc.frontends.conversion_steps import (
     wanted_by,
 )
 from dsc.frontends.conversions import Conversions, Converter, Renaming, natural
+from dsc.frontends.huggingface import load_checkpoint
 from dsc.frontends.names import map_weights
 from dsc.ir.arrays import Array, array_of
 from dsc.ir.op import type_of
@@ -280,6 +282,33 @@ def test_a_larger_model_gives_its_language_model(
     with pytest.raises(CheckpointError, match=r"missing tensors \(1\)"):
         map_weights(declared(model), DictSource(inside | beside), Told(),
                     conversions=table_of(model), wrapper="llava")  # fmt: skip
+
+
+def folder_of(path: Path, raw: dict[str, Any], tensors: Tensors) -> Path:
+    path.mkdir(exist_ok=True)
+    (path / "config.json").write_text(json.dumps(raw))
+    save_file({name: t.contiguous() for name, t in tensors.items()}, path / "model.safetensors")
+    return path
+
+
+def test_a_folder_of_a_larger_model_tells_what_it_leaves_out(tmp_path: Path, saved: Any) -> None:
+    model = model_of("qwen3_moe")
+    raw = {"model_type": "kimi_k25", "text_config": model.config.to_dict(),
+           "vision_config": {"model_type": "moonvit"}}  # fmt: skip
+    tensors = {f"language_model.{n}": t for n, t in saved("qwen3_moe").items()}
+    tensors["vision_tower.encoder.blocks.0.wqkv.weight"] = torch.ones(3, 3)
+    tensors["mm_projector.proj.0.weight"] = torch.ones(2, 2)
+    found = load_checkpoint(folder_of(tmp_path, raw, tensors), DType.f32)
+    assert found.notes == (
+        "of the kimi_k25 the language model alone is compiled; left out are 2 tensors of "
+        "mm_projector.proj, vision_tower.encoder",
+    )
+    state = found.load().state_dict()
+    assert all(torch.equal(state[name], t) for name, t in model.state_dict().items())
+    with pytest.raises(CheckpointError, match=r"^all tensors lie under 'language_model\.'"):
+        load_checkpoint(folder_of(tmp_path, model.config.to_dict(), {
+            n: t for n, t in tensors.items() if n.startswith("language_model.")
+        }))  # fmt: skip
 
 
 # --- the steps, each against transformers' own ---------------------------------------------------

@@ -24,6 +24,7 @@ from dsc.errors import ConfigError, UsageError
 from dsc.frontends import load, trace_cache
 from dsc.frontends.causal_lm import CausalLMStep
 from dsc.frontends.config import load_config
+from dsc.frontends.conversions import STACKED_EXPERTS, Conversions
 from dsc.frontends.facts import Facts
 from dsc.frontends.huggingface import stock_causal_lm
 from dsc.frontends.load import Asked, load_program
@@ -45,7 +46,8 @@ PARAMETERS = {"head": TensorType(DType.bf16, (3, 2))}
 def trace() -> trace_cache.Trace:
     """A program with one constant."""
     source = DictSource({"inv": torch.tensor([1.0, 0.5])})
-    return trace_cache.Trace(replace(small_lm(), source=source), PARAMETERS)
+    table = Conversions(converters=STACKED_EXPERTS, tied={"head": "embed"})
+    return trace_cache.Trace(replace(small_lm(), source=source), PARAMETERS, conversions=table)
 
 
 @pytest.fixture
@@ -63,6 +65,7 @@ def test_a_kept_trace_comes_back(cached: Path) -> None:
     program = found.program
     assert print_program(program) == print_program(small_lm())
     assert found.parameters == PARAMETERS
+    assert found.conversions == trace().conversions
     assert evaluate(program.weights["inv"], program.source).tolist() == [1.0, 0.5]
     with pytest.raises(KeyError):
         evaluate(program.weights["head"], program.source)
