@@ -219,6 +219,7 @@ def compile(
     max_batch: int = 4,
     max_context: int | None = None,
     prefill_chunk: int = 512,
+    rope_scaling: str | None = None,
     cache: str = "contiguous",
     cache_format: str = "bf16",
     threads: int | None = None,
@@ -256,6 +257,8 @@ def compile(
         max_batch: sequences in one step, at most.
         max_context: tokens a sequence may hold, at most; the model's own limit by default.
         prefill_chunk: tokens of a prompt that are processed at once.
+        rope_scaling: a scaling that extends a checkpoint's context, and by how much: "yarn:4",
+            "linear:2" or "llama3:8". The model's own scaling needs no word.
         cache: "contiguous", max_context rows for each sequence; or "paged", pages of 64 rows that
             a session's sequences take as they grow.
         cache_format: what latent caches are kept in: "fp8" or "int8", codes and a scale for each
@@ -306,6 +309,7 @@ def compile(
     words = {"cache": cache, "cache_format": cache_format, "parallel": parallel, "quant": quant}
     _check_kinds(str, False, **words)
     _check_kinds(str, True, backend=backend, dtype=dtype, fallback=fallback, revision=revision)
+    _check_kinds(str, True, rope_scaling=rope_scaling)
     _check_options(fusion_level, dtype, max_batch, max_context, prefill_chunk)
     check_parallel(ranks, parallel)
     pipeline.check_names(print_ir_after, NOT_PASSES)
@@ -336,6 +340,7 @@ def compile(
         max_batch=max_batch,
         max_context=max_context,
         prefill_chunk=prefill_chunk,
+        rope_scaling=rope_scaling,
         check=shares,
         untraced=lambda: warm(chosen.name, model=extra.get("tune", True)),
         progress=progress,

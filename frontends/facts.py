@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from dsc.frontends.config import ModelConfig, QuantizationConfig
+from dsc.frontends.rope_scaling import reach
 
 ALIASES: Mapping[str, tuple[str, ...]] = {
     "vocab_size": ("vocab_size",),
@@ -36,7 +37,8 @@ _LISTS = frozenset({"eos_token_id"})
 class Facts:
     """A model's facts. `None` is what nobody said, or what the model has not (ALiBi: positions).
 
-    `positions` are the tokens that it was trained for; `position_name` is the key that says so.
+    `positions` are the tokens that it was trained for, or that its rope scaling reaches;
+    `position_name` is the key that says so.
     """
 
     model_type: str
@@ -62,6 +64,7 @@ class Facts:
                 found[fact] = values[name]
                 if fact == "positions":
                     found["position_name"] = name
+                    found[fact] = max(found[fact], reach(values))
         ties = values.get("tie_word_embeddings")
         found["tie_word_embeddings"] = ties if isinstance(ties, bool) else None
         return Facts(model_type, **found)

@@ -21,6 +21,7 @@ from dsc.frontends.config import CONFIG_FILE, DTYPES, ModelConfig, read_bounded
 from dsc.frontends.conversions import Conversions, conversions_of
 from dsc.frontends.facts import Facts
 from dsc.frontends.names import EMBEDDING, WeightMap, check_layout, layers_of, map_weights
+from dsc.frontends.rope_scaling import RopeScaling
 from dsc.frontends.stock import StockConfig, clean, completed, of_family, stock_model
 from dsc.frontends.towers import parts_of
 from dsc.ir.safetensors import SafetensorsSource, open_safetensors
@@ -101,41 +102,46 @@ class CheckpointModel:
         return step.stock()
 
 
-def load_checkpoint(folder: Path | str, dtype: DType | None = None) -> CheckpointModel:
+def load_checkpoint(
+    folder: Path | str, dtype: DType | None = None, scaling: RopeScaling | None = None
+) -> CheckpointModel:
     """Open a checkpoint folder for the stock class: `open_checkpoint` and `mapped` in one."""
     from dsc.frontends.causal_lm import parameter_types
 
-    opened = open_checkpoint(folder, dtype)
+    opened = open_checkpoint(folder, dtype, scaling)
     step = opened.build()
     facts = completed(opened.config, step.config)
     return opened.mapped(parameter_types(step), facts, conversions_of(step.stock()))
 
 
-def open_checkpoint(folder: Path | str, dtype: DType | None = None) -> CheckpointModel:
+def open_checkpoint(
+    folder: Path | str, dtype: DType | None = None, scaling: RopeScaling | None = None
+) -> CheckpointModel:
     """Open a checkpoint folder, before it is known which parameters its weights are for.
 
     Args:
         folder: holds `config.json` and safetensors files in the official layout or in the one
             that transformers writes.
         dtype: element type to compute in; the checkpoint's own by default.
+        scaling: a rope scaling to extend its context by.
 
     Raises:
         ConfigError, UnsupportedArchitecture: `config.json` is damaged or describes no decoder.
         CheckpointError: the weights are damaged, or their layout is not that configuration's.
     """
     folder = Path(folder)
-    raw, config = read_config(folder)
+    raw, config = read_config(folder, scaling)
     source = open_safetensors(folder)
     check_layout(source, config.facts, str(folder), config.wrapper)
     dtype = dtype or _stored_dtype(config, source, folder)
     return CheckpointModel(folder, raw, config, dtype, source)
 
 
-def read_config(folder: Path) -> tuple[JsonObject, StockConfig]:
+def read_config(folder: Path, scaling: RopeScaling | None = None) -> tuple[JsonObject, StockConfig]:
     """A folder's `config.json`, as it stands and cleaned. Raises as `load_checkpoint` does."""
     file = folder / CONFIG_FILE
     raw = parse_object(read_bounded(file), str(file), ConfigError)
-    return raw, clean(_with_quantization(raw, folder), str(file))
+    return raw, clean(_with_quantization(raw, folder), str(file), scaling)
 
 
 def stock_causal_lm(

@@ -27,6 +27,7 @@ from dsc.frontends.conversions import Conversions, conversions_of
 from dsc.frontends.facts import Facts
 from dsc.frontends.generation_config import Settings, load_generation, settings_of
 from dsc.frontends.hub import located, model_name
+from dsc.frontends.rope_scaling import RopeScaling
 from dsc.frontends.signature import Signature
 from dsc.frontends.stock import clean, completed
 from dsc.frontends.text import read_program
@@ -71,7 +72,8 @@ class Loaded:
 class Asked:
     """The limits that a user asked for; without `max_context` they are the model's own.
 
-    `untraced` is told where nothing is kept of a trace, before modelling code is imported.
+    `untraced` is told where nothing is kept of a trace, before modelling code is imported;
+    `scaling` extends the context of a checkpoint.
     """
 
     max_batch: int
@@ -79,12 +81,21 @@ class Asked:
     prefill_chunk: int
     shares: Callable[[Facts], None] | None = None
     untraced: Callable[[], None] | None = None
+    scaling: RopeScaling | None = None
 
     def check(self, facts: Facts) -> None:
         """Raise what the configuration alone rules out, before anything large is read."""
         self.limits(facts)
         if self.shares is not None:
             self.shares(facts)
+
+    def check_unscaled(self) -> None:
+        """Raise `UsageError` where a rope scaling is asked for and there is no config.json."""
+        if self.scaling is not None:
+            raise UsageError(
+                "--rope-scaling is written into a checkpoint's config.json, and this is none",
+                hint="name a checkpoint folder, or ORG/NAME of the Hub",
+            )
 
     def limits(self, facts: Facts) -> Limits:
         """The limits of a model with these facts; one without positions has none of its own.
@@ -100,7 +111,8 @@ class Asked:
             raise UsageError(
                 f"max_context {self.max_context} is beyond the model's {positions} positions "
                 f"({facts.position_name} in config.json)",
-                hint=f"give at most {positions}; a model that was trained further says so there",
+                hint=f"give at most {positions}; a model that was trained further says so there, "
+                "and --rope-scaling yarn:N extends one by N",
             )
         return Limits(self.max_batch, self.max_context or positions, self.prefill_chunk)
 
@@ -119,6 +131,7 @@ def load_program(
     max_batch: int = 4,
     max_context: int | None = None,
     prefill_chunk: int = 512,
+    rope_scaling: str | None = None,
     check: Callable[[Facts], None] | None = None,
     untraced: Callable[[], None] | None = None,
     progress: Progress | None = None,
@@ -128,17 +141,22 @@ def load_program(
     `check` raises what is wrong with the configuration of a causal LM, before it is traced;
     `untraced` is told where a trace is to be made that is not kept.
     """
-    asked = Asked(max_batch, max_context, prefill_chunk, check, untraced)
+    scaling = RopeScaling.parse(rope_scaling) if rope_scaling is not None else None
+    asked = Asked(max_batch, max_context, prefill_chunk, check, untraced, scaling)
     if progress is not None:
         progress("reading the model", 0, 0)
     if isinstance(model, Program):
+        asked.check_unscaled()
         verify(model)
         return Loaded(model.limited(asked.whatever()) if model.is_causal_lm else model)
     if not isinstance(model, (str, Path)):
+        asked.check_unscaled()
         return _from_module(model, dtype, asked, progress)
     path, how = located(model, revision, progress)
     if str(model) in BUILT_IN and not path.exists():
         path = Path(__file__).resolve().parent.parent / "models" / BUILT_IN[str(model)]
+    if not path.is_dir():
+        asked.check_unscaled()
     if path.suffix == ".py" and path.is_file():
         return _from_code(path, config, weights, dtype, asked, progress)
     if path.suffix == ".dsc" and path.is_file():
@@ -184,11 +202,11 @@ def _from_checkpoint(
             where=str(folder),
             hint='drop --weights, or give "none" to compile without values',
         )
-    _, config = read_config(folder)
+    _, config = read_config(folder, asked.scaling)
     asked.check(config.facts)
     load_generation(folder, config.facts)
     tokenizer = find_tokenizer(folder)
-    opened = open_checkpoint(folder, dtype)
+    opened = open_checkpoint(folder, dtype, asked.scaling)
     known = Known(config.described, config.facts)
     step = _Step(opened.build, known, opened.dtype, asked, "transformers")
     asked.check(step.facts)
@@ -197,7 +215,14 @@ def _from_checkpoint(
     traced = step.traced(progress)
     given = None if weights is not None else (checkpoint.weights, checkpoint.source)
     program = _with_weights(traced, given, model_name(folder.resolve()))
-    return _loaded(program, settings, folder, checkpoint.notes, tokenizer)
+    notes = list(checkpoint.notes)
+    if asked.scaling is not None:
+        program = replace(program, meta={**program.meta, "rope_scaling": str(asked.scaling)})
+        notes.append(
+            f"positions are scaled by {asked.scaling}, to {step.facts.positions}: texts longer than"
+            " the model was trained for are more of a guess, short ones may lose a little"
+        )
+    return _loaded(program, settings, folder, notes, tokenizer)
 
 
 def _from_code(

@@ -22,7 +22,7 @@ import unicodedata
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from dsc.errors import ConfigError, DscError, UnsupportedArchitecture
@@ -35,6 +35,7 @@ from dsc.frontends.config import (
 )
 from dsc.frontends.facts import ALIASES, Facts
 from dsc.frontends.quantisation import readable
+from dsc.frontends.rope_scaling import RopeScaling
 from dsc.ir.lazy import torch
 from dsc.ir.types import DType
 from dsc.strict_json import AGAIN
@@ -90,6 +91,7 @@ class StockConfig:
         published: the `model_type` as the file has it.
         wrapper: the `model_type` around the text tower, or "".
         family: the checked fields of a member of the DeepSeek-V3 family.
+        scaling: the rope scaling that was chosen for it, which `values` have.
     """
 
     model_type: str
@@ -100,6 +102,7 @@ class StockConfig:
     published: str = ""
     wrapper: str = ""
     family: ModelConfig | None = field(default=None, compare=False)
+    scaling: RopeScaling | None = None
 
     @property
     def described(self) -> dict[str, Any]:
@@ -110,8 +113,10 @@ class StockConfig:
         return {**self.values, "model_type": self.model_type, **named}
 
 
-def clean(raw: Mapping[str, Any], where: str = CONFIG_FILE) -> StockConfig:
-    """Check a decoded `config.json`, and leave in it what describes a model.
+def clean(
+    raw: Mapping[str, Any], where: str = CONFIG_FILE, scaling: RopeScaling | None = None
+) -> StockConfig:
+    """Check a decoded `config.json`, and leave in it what describes a model, scaled as chosen.
 
     Raises:
         UnsupportedArchitecture: it names no `model_type`.
@@ -123,11 +128,14 @@ def clean(raw: Mapping[str, Any], where: str = CONFIG_FILE) -> StockConfig:
         if isinstance(tower, Mapping) and isinstance(tower.get("model_type"), str):
             wrapper = str(raw.get("model_type"))
             raw = {**{k: raw[k] for k in INHERITED if raw.get(k) is not None}, **tower}
+    if scaling is not None:
+        own = Facts.read("", raw)
+        raw = scaling.applied(raw, own.positions, own.position_name, where)
     published = raw.get("model_type")
     if not isinstance(published, str) or not published:
         raise UnsupportedArchitecture(f"model_type is {published!r:.60}, no name of a model", where)
     if published in ARCHITECTURES:
-        return of_family(parse_config(raw, where), where, wrapper)
+        return replace(of_family(parse_config(raw, where), where, wrapper), scaling=scaling)
     values: dict[str, Any] = _cleaned(raw, where)
     _check_rope(values, where)
     dtype = raw.get("dtype") or raw.get("torch_dtype")
@@ -141,7 +149,7 @@ def clean(raw: Mapping[str, Any], where: str = CONFIG_FILE) -> StockConfig:
     told = readable(raw.get("quantization_config"), where)
     if told is not None:
         facts = facts.completed(Facts(published, quantization_config=_checked(told, where)))
-    return StockConfig(published, values, facts, where, dtype, published, wrapper)
+    return StockConfig(published, values, facts, where, dtype, published, wrapper, scaling=scaling)
 
 
 def _check_rope(values: Mapping[str, Any], where: str) -> None:
@@ -298,8 +306,19 @@ def stock_model(config: StockConfig, dtype: DType = DType.f32, device: str = "me
         with _refusing(config.where, "model"):
             _compute_tables(model, config.where)
     model.tie_weights()
+    _check_scaled(model, config)
     found: nn.Module = model
     return found
+
+
+def _check_scaled(model: Any, config: StockConfig) -> None:
+    """Raise `ConfigError` where a rope scaling was chosen that no part of the model reads."""
+    kinds = [getattr(part, "rope_type", None) for part in model.modules()]
+    if config.scaling is not None and config.scaling.kind not in kinds:
+        raise ConfigError(
+            f"a {config.model_type} has no rotary embedding that can be scaled", config.where,
+            "leave out --rope-scaling",
+        )  # fmt: skip
 
 
 def facts_of(built: Any) -> Facts:

@@ -25,6 +25,7 @@ def compile(
     max_batch: options.MaxBatch = None,
     max_context: options.MaxContext = None,
     prefill_chunk: options.PrefillChunk = 512,
+    rope_scaling: options.RopeScaling = None,
     cache: options.Cache = "contiguous",
     cache_format: options.CacheFormat = "bf16",
     threads: options.Threads = None,

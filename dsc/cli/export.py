@@ -43,6 +43,7 @@ def export(
     max_batch: options.MaxBatch = None,
     max_context: options.MaxContext = None,
     prefill_chunk: options.PrefillChunk = 512,
+    rope_scaling: options.RopeScaling = None,
     json: options.Json = False,
     force: options.Force = False,
     output: options.Output = None,

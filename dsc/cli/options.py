@@ -85,6 +85,14 @@ MaxContext = Annotated[
     int | None,
     unset("--max-context", min=1, help="Tokens a sequence may hold.  [default: the model's limit]"),
 ]
+RopeScaling = Annotated[
+    str | None,
+    unset(
+        "--rope-scaling",
+        metavar="KIND:FACTOR",
+        help="Extend a checkpoint's context: yarn:4, linear:2, llama3:8.  [default: its own]",
+    ),
+]
 PrefillChunk = Annotated[
     int, Option("--prefill-chunk", min=1, help="Tokens of a prompt processed at once.")
 ]

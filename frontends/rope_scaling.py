@@ -1,0 +1,117 @@
+"""How far a model's positions reach: by its own rope scaling, or by one that a user chooses.
+
+A configuration says how many positions a model has (`max_position_embeddings`). A scaling that was
+made from fewer (`original_max_position_embeddings` times `factor`) may reach further than that:
+Qwen's checkpoints say 32,768 and, with YaRN by 4, serve 131,072 (their model cards). The option
+`--rope-scaling yarn:4` writes such a section into a configuration that has none, as one would by
+hand.
+
+Chosen may be what a factor alone describes: yarn (Peng et al. 2023, arXiv:2309.00071), linear (Chen
+et al. 2023, arXiv:2306.15595) and llama3 (Llama 3.1's, with its published bounds of wavelengths).
+longrope needs factors that were searched for one model, and dynamic scaling depends on the text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from dsc.errors import ConfigError, UsageError
+
+CHOSEN: Mapping[str, Mapping[str, Any]] = {
+    "yarn": {},
+    "linear": {},
+    "llama3": {"low_freq_factor": 1.0, "high_freq_factor": 4.0},
+}
+"""The scalings that may be chosen, and what each needs beside factor and original positions."""
+SECTIONS = ("rope_parameters", "rope_scaling")
+"""Both spellings of a configuration's rope section."""
+MAX_FACTOR = 1024.0
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """A scaling by name, and by how much it multiplies the positions."""
+
+    kind: str
+    factor: float
+
+    @staticmethod
+    def parse(text: str) -> RopeScaling:
+        """`yarn:4` as a scaling. Raises `UsageError`.
+
+        >>> RopeScaling.parse("yarn:4")
+        RopeScaling(kind='yarn', factor=4.0)
+        """
+        kind, _, number = text.partition(":")
+        try:
+            factor = float(number)
+        except ValueError:
+            factor = 0.0
+        if kind not in CHOSEN or not 1 < factor <= MAX_FACTOR:
+            raise UsageError(
+                f"no rope scaling is called {text!r}",
+                hint=f"name one of {', '.join(CHOSEN)} and a factor above 1, as yarn:4",
+            )
+        return RopeScaling(kind, factor)
+
+    def __str__(self) -> str:
+        return f"{self.kind}:{self.factor:g}"
+
+    def applied(
+        self, values: Mapping[str, Any], positions: int | None, name: str, where: str
+    ) -> dict[str, Any]:
+        """A configuration with this scaling; `positions` are its own, under the key `name`.
+
+        Raises:
+            ConfigError: the configuration scales positions already, or has none to scale.
+        """
+        own = own_scaling(values)
+        if own not in ("", "default"):
+            raise ConfigError(
+                f"the model scales its positions itself ({own})", where, "leave out --rope-scaling"
+            )
+        if positions is None:
+            raise ConfigError("the model has no positions to scale", where)
+        section = {k: v for s in SECTIONS for k, v in (values.get(s) or {}).items()}
+        for key in ("rope_theta", "partial_rotary_factor"):
+            if values.get(key) is not None:
+                section.setdefault(key, values[key])
+        section |= {"rope_type": self.kind, "factor": self.factor, **CHOSEN[self.kind]}
+        section["original_max_position_embeddings"] = positions
+        rest = {k: v for k, v in values.items() if k not in SECTIONS}
+        return {**rest, "rope_parameters": section, name: int(positions * self.factor)}
+
+
+def own_scaling(values: Mapping[str, Any]) -> str:
+    """The type of a configuration's own rope section; "" where it has none.
+
+    Sections of their own for each kind of layer count as one, called after them.
+    """
+    for name in SECTIONS:
+        section = values.get(name)
+        if not isinstance(section, Mapping):
+            continue
+        nested = [key for key, value in section.items() if isinstance(value, Mapping)]
+        if nested:
+            return f"one for each of {', '.join(nested)}"
+        kind = section.get("rope_type", section.get("type"))
+        if isinstance(kind, str):
+            return kind
+    return ""
+
+
+def reach(values: Mapping[str, Any]) -> int:
+    """The positions that a configuration's own scaling reaches; 0 where it does not say."""
+    for name in SECTIONS:
+        section = values.get(name)
+        if not isinstance(section, Mapping) or own_scaling(values) not in CHOSEN:
+            continue
+        original, factor = (
+            section.get(key, values.get(key))
+            for key in ("original_max_position_embeddings", "factor")
+        )
+        if type(original) is int and isinstance(factor, (int, float)) and original > 0 < factor:
+            return int(original * factor)
+    return 0
