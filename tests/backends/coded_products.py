@@ -68,7 +68,7 @@ def program(cases: list[Case], spoiled: bool = False) -> Program:
         x = random_tensor(t.with_dtype(DType.f32), case.name) + (0.3 if case.zeros else 0)
         packed = pack(x, t)
         if case.codes == "i8":  # what adds up to most in 16 bits
-            packed.parts[0][..., :2, :] = torch.tensor([[-128], [127]])
+            packed.parts[0][..., :2, :] = torch.tensor([[-128], [127]])[: case.columns]
         if spoiled:
             packed.parts[0].view(torch.uint8)[..., ::3, 4] = 0x7F
             packed.parts[0].view(torch.uint8)[..., 1::3, 11] = 0xFF
