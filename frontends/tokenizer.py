@@ -1,6 +1,7 @@
-"""The tokenizer of a checkpoint: its `tokenizer.json`, or one made from `tiktoken.model`.
+"""The tokenizer of a checkpoint: its `tokenizer.json`, or one made from what it has instead.
 
-Moonlight and Kimi-K2 publish no `tokenizer.json` but the ranks of byte pairs (`tiktoken.model`),
+A sentencepiece model, or a vocabulary with merges, is read by transformers' own class
+(`tokenizer_classes.py`). Moonlight and Kimi-K2 publish the ranks of byte pairs (`tiktoken.model`),
 the special tokens (`tokenizer_config.json`) and a Python file that knows the pattern by which text
 is split first. That file is never run. The ranks go through transformers' own converter with the
 pattern that its class has; for a class whose pattern is not known here nothing is guessed, since
@@ -17,10 +18,14 @@ from typing import Any
 
 from dsc.errors import CheckpointError, ConfigError, DscError, FileError
 from dsc.files import read_text
+from dsc.frontends import tokenizer_classes
 from dsc.frontends.config import read_bounded
 from dsc.strict_json import JsonObject, parse_object
 
 TOKENIZER, RANKS, SETTINGS = "tokenizer.json", "tiktoken.model", "tokenizer_config.json"
+OTHERS = ("tekken.json", "spiece.model", "sentencepiece.bpe.model", "vocab.json", "vocab.txt")
+"""Tokenizers that are not read, as far as their names tell them."""
+SAVE_ONE = f"text can be read once a {TOKENIZER} lies beside it (save one with transformers)"
 MAX_RANKS_BYTES = 64 << 20
 """Kimi-K2's ranks take 2.8 MB."""
 _LETTER, _MARKS = r"[^\r\n\p{L}\p{N}]?", r"\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]"
@@ -37,7 +42,9 @@ PATTERNS = {
 
 
 def find_tokenizer(folder: Path) -> tuple[Path | bytes | None, str]:
-    """A folder's tokenizer, as a file or as the JSON made from its ranks; and what to tell of it.
+    """A folder's tokenizer, as a file or as the JSON made for it; and what to tell of it.
+
+    What cannot be converted is told, and what to do about it.
 
     Raises:
         CheckpointError, ConfigError: the files are damaged or contradict each other.
@@ -47,21 +54,34 @@ def find_tokenizer(folder: Path) -> tuple[Path | bytes | None, str]:
     if os.path.lexists(file):
         parse_tokenizer(file, CheckpointError, "get it again, or take it out of the folder")
         return file, ""
-    if not os.path.lexists(ranks):
-        return None, ""
     settings: JsonObject = {}
     if os.path.lexists(folder / SETTINGS):
         text = read_bounded(folder / SETTINGS)
         settings = parse_object(text, str(folder / SETTINGS), ConfigError)
+    if not os.path.lexists(ranks):
+        return _by_class(folder, settings)
     name = settings.get("tokenizer_class")
     pattern = PATTERNS.get(name) if isinstance(name, str) else None
     if pattern is None:
         return None, (
-            f"{RANKS} is not used: how tokenizer_class {name!r} splits text is not known; text can "
-            f"be read once a {TOKENIZER} lies beside it (save one with transformers)"
+            f"{RANKS} is not used: how tokenizer_class {name!r} splits text is not known; "
+            + SAVE_ONE
         )
     made = _converted(ranks, pattern, _special(settings, str(folder / SETTINGS)))
     return made, f"{TOKENIZER} was made from {RANKS}"
+
+
+def _by_class(folder: Path, settings: JsonObject) -> tuple[bytes | None, str]:
+    """What transformers' class makes of a folder without ranks; and what to tell of it."""
+    given = tokenizer_classes.readable(folder)
+    if not given:
+        other = next((name for name in OTHERS if os.path.lexists(folder / name)), None)
+        return None, f"{other} is not read; {SAVE_ONE}" if other else ""
+    try:
+        made = tokenizer_classes.converted(folder, settings)
+    except DscError as refused:
+        return None, f"{given} is not used: {refused.what}; {SAVE_ONE}"
+    return made, f"{TOKENIZER} was made from {given}"
 
 
 def parse_tokenizer(found: Path | bytes, error: type[DscError], hint: str) -> Any:

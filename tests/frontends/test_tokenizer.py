@@ -16,6 +16,7 @@ from dsc.errors import CheckpointError, ConfigError, DscError
 from dsc.frontends.tokenizer import PATTERNS, find_tokenizer, read_ranks
 from dsc.models.configs import TINY_CHECKPOINT
 
+DATA = Path(__file__).resolve().parent.parent / "data"
 CLASS = "TikTokenTokenizer"
 MERGES = ["in", "th", "the", " the", "er", "12", "123", "ing", "Th", "'s", " s"]
 SPECIAL = {268: "[BOS]", 270: "<|im_end|>"}
@@ -168,3 +169,81 @@ def test_without_special_tokens_none_is_added(tmp_path: Path) -> None:
     made, _ = find_tokenizer(write(tmp_path, added_tokens_decoder={}))
     assert isinstance(made, bytes)
     assert Tokenizer.from_str(made.decode()).get_vocab_size() == len(ranks())
+
+
+# --- classes of transformers ----------------------------------------------------------------------
+
+
+def with_class(folder: Path, model_type: str = "llama", **settings: Any) -> Path:
+    """A folder that names a class, with code that must not run beside it."""
+    (folder / "config.json").write_text(json.dumps({"model_type": model_type}))
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    (folder / "tokenization_x.py").write_text("raise SystemExit('imported')")
+    return folder
+
+
+SENTENCES = {
+    "The king said unto him, in the beginning": [
+        332, 343, 341, 339, 285, 267, 345, 347, 350, 296, 338, 335, 356, 297, 263, 300, 359, 265,
+        346, 285,
+    ],
+    "\u00e9 \u4e2d\u6587 x\n\ny": [
+        340, 199, 173, 340, 232, 188, 177, 234, 154, 139, 340, 124, 14, 14, 357,
+    ],
+    "a": [262],
+    "": [],
+}  # fmt: skip
+"""Ids by the package sentencepiece 0.2.3 with tests/data/sentencepiece.model."""
+
+
+@pytest.mark.parametrize("name", ["LlamaTokenizer", "LlamaTokenizerFast"])
+def test_a_sentencepiece_model_is_read_as_sentencepiece_reads_it(tmp_path: Path, name: str) -> None:
+    """No package but transformers' own is needed, and no code of the folder runs."""
+    auto = {"AutoTokenizer": ["tokenization_x.X", None]}
+    folder = with_class(tmp_path, tokenizer_class=name, add_bos_token=True, auto_map=auto)
+    (folder / "tokenizer.model").write_bytes((DATA / "sentencepiece.model").read_bytes())
+    made, note = find_tokenizer(folder)
+    assert isinstance(made, bytes)
+    assert note == "tokenizer.json was made from tokenizer.model"
+    tokenizer = Tokenizer.from_str(made.decode())
+    for text, ids in SENTENCES.items():
+        assert tokenizer.encode(text, add_special_tokens=False).ids == ids
+        assert tokenizer.decode(ids) == text
+    assert tokenizer.encode("a").ids == [tokenizer.token_to_id("<s>"), 262]
+    assert tokenizer.encode("[INST]", add_special_tokens=False).ids == [3]
+
+
+def test_a_vocabulary_with_merges_is_read_by_the_class_of_the_model_type(tmp_path: Path) -> None:
+    given = TINY_CHECKPOINT / "tokenizer.json"
+    pairs = json.loads(given.read_text())["model"]
+    folder = with_class(tmp_path, "starcoder2", tokenizer_class="SomeoneElses")
+    (folder / "vocab.json").write_text(json.dumps(pairs["vocab"]))
+    merges = [each if isinstance(each, str) else " ".join(each) for each in pairs["merges"]]
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]))
+    made, note = find_tokenizer(folder)
+    assert isinstance(made, bytes)
+    assert note == "tokenizer.json was made from vocab.json"
+    ours, theirs = Tokenizer.from_file(str(given)), Tokenizer.from_str(made.decode())
+    for text in TEXTS:
+        wanted = ours.encode(text, add_special_tokens=False).ids
+        assert theirs.encode(text, add_special_tokens=False).ids == wanted
+
+
+@pytest.mark.parametrize(
+    ("files", "settings", "words"),
+    [
+        (["tokenizer.model"], {"tokenizer_class": "X"}, "transformers has no tokenizer_class 'X'"),
+        (["tokenizer.model"], {"tokenizer_class": "LlamaTokenizer"}, "LlamaTokenizer cannot read"),
+        (["tekken.json"], {}, "tekken.json is not read"),
+    ],
+)
+def test_what_cannot_be_converted_is_said_with_what_to_do(
+    tmp_path: Path, files: list[str], settings: dict[str, Any], words: str
+) -> None:
+    folder = with_class(tmp_path, "deepseek_v3", **settings)
+    for name in files:
+        (folder / name).write_bytes(b"\xff\x00 no model")
+    made, note = find_tokenizer(folder)
+    assert made is None
+    assert words in note
+    assert "once a tokenizer.json lies beside it" in note
