@@ -35,6 +35,7 @@ from dsc.settings import debug_mode, memory_limit
 from dsc.targets import Target, parse_target
 
 if TYPE_CHECKING:
+    from dsc.chat_template import ChatTemplate
     from dsc.frontends.facts import Facts
 
 PREFERENCE = ("tvm", "onnxruntime", "reference")
@@ -132,14 +133,29 @@ class CompiledModel:
         """
         from dsc.frontends.tokenizer import TOKENIZER, parse_tokenizer
 
-        found = self._files.get(TOKENIZER)
-        if self._artifact is not None:
-            check_unchanged(self._artifact.folder, self._artifact.manifest)
-            path = self._artifact.folder / TOKENIZER
-            found = path if path.is_file() else None
+        found = self._file(TOKENIZER)
         if found is None:
             return None
         return parse_tokenizer(found, ArtifactError, "compile the model again")
+
+    @cached_property
+    def chat_template(self) -> ChatTemplate | None:
+        """The chat template that came with the model, or `None`.
+
+        Raises `ArtifactError` where it is damaged, or the artifact was replaced.
+        """
+        from dsc.chat_template import CHAT, parse_chat
+
+        found = self._file(CHAT)
+        return None if found is None else parse_chat(found)
+
+    def _file(self, name: str) -> Path | bytes | None:
+        """A file that goes, or went, with the model into the artifact."""
+        if self._artifact is None:
+            return self._files.get(name)
+        check_unchanged(self._artifact.folder, self._artifact.manifest)
+        path = self._artifact.folder / name
+        return path if path.is_file() else None
 
     @cached_property
     def executable(self) -> Executable:

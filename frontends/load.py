@@ -20,8 +20,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from dsc.chat_template import CHAT
 from dsc.errors import ConfigError, DscError, UnsupportedArchitecture, UsageError
 from dsc.frontends import trace_cache
+from dsc.frontends.chat_template import find_chat
 from dsc.frontends.config import DTYPES, ModelConfig
 from dsc.frontends.conversions import Conversions, conversions_of
 from dsc.frontends.facts import Facts
@@ -485,7 +487,10 @@ def _loaded(
     file, note = tokenizer
     if file is not None:
         files[TOKENIZER] = file
-    told = [*notes, *unused, *([note] if note else [])]
+    chat, refused = (None, "") if folder is None else find_chat(folder)
+    if chat is not None:
+        files[CHAT] = chat
+    told = [*notes, *unused, *filter(None, [note, refused])]
     source = str(folder.resolve()) if folder is not None else ""
     return Loaded(program, source, files, told)
 
