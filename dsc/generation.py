@@ -108,9 +108,18 @@ class TextStream:
         if found:
             self.stopped, self._held = True, ""
             return text[: min(found)]
-        keep = max((_overlap(text, s) for s in self._stop), default=0)
+        keep = held_back(text, self._stop)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep]
+
+
+def held_back(text: str, ends: Sequence[str]) -> int:
+    """How long the end of `text` is that could be the beginning of one of some texts.
+
+    >>> held_back("so the E", ["END", "EN."]), held_back("so", [])
+    (1, 0)
+    """
+    return max((_overlap(text, end) for end in ends), default=0)
 
 
 def _overlap(text: str, stop: str) -> int:
@@ -154,7 +163,7 @@ class Answer:
                 hint="see whether the files are whole: dsc verify OUT --hashes; if they are,"
                 " compile again with --dtype fp32 and compare",
             )
-        token = self.pick(scores, self._tokens)
+        token = self.pick(scores, self._tokens, self.ids)
         if token in self.stop:
             return self._ended("stop")
         self.ids.append(token)

@@ -2,13 +2,16 @@
 
 The steps and their order are those of transformers' logits processors (`generation/utils.py`,
 `_get_logits_processor`): repetition penalty, temperature, top-k, top-p, min-p, each on float32.
+Presence and frequency penalties, which transformers has not, are vLLM's (`model_executor/layers/
+utils.py`, `apply_penalties`): they follow the repetition penalty and count what was generated.
 NumPy only, so that an artifact whose backend needs no torch generates without importing it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,7 +19,16 @@ from numpy.typing import NDArray
 from dsc.errors import UsageError
 
 Scores = NDArray[np.float32]
-Pick = Callable[[Scores, Sequence[int]], int]
+PENALTIES = ("repetition_penalty", "presence_penalty", "frequency_penalty")
+"""What holds without drawing too."""
+
+
+class Pick(Protocol):
+    """The choice of the next token."""
+
+    def __call__(self, logits: Scores, ids: Sequence[int], new: Sequence[int] = (), /) -> int:
+        """A token, by logits [vocab] and the tokens so far, of which the last are `new`."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -27,7 +39,8 @@ class Sampling:
     `top_k`: only so many of the likeliest (0: all). `top_p`: only the likeliest that together have
     this probability. `min_p`: only what has this share of the likeliest token's probability.
     `repetition_penalty`: above 1, tokens of the prompt and the text so far become less likely; it
-    holds with and without drawing.
+    holds with and without drawing. `presence_penalty` and `frequency_penalty`: what is taken from
+    the scores of tokens that were generated, once and for each time; so do these.
     """
 
     sample: bool = False
@@ -36,6 +49,8 @@ class Sampling:
     top_p: float = 1.0
     min_p: float = 0.0
     repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
 
     def __str__(self) -> str:
         """Say it as options of the command line.
@@ -43,7 +58,7 @@ class Sampling:
         >>> print(Sampling(temperature=0.6), "|", Sampling(True, 0.6, top_p=0.95))
         greedily | draws: --temperature 0.6, --top-p 0.95
         """
-        heeded = [each.name for each in fields(self)[1:]] if self.draws else ["repetition_penalty"]
+        heeded = [each.name for each in fields(self)[1:]] if self.draws else PENALTIES
         said = [
             f"--{each.name.replace('_', '-')} {value:g}"
             for each in fields(self)
@@ -57,14 +72,16 @@ class Sampling:
         """Whether there is anything left to chance."""
         return self.sample and self.temperature > 0
 
-    def processed(self, logits: Scores, ids: Sequence[int]) -> Scores:
+    def processed(self, logits: Scores, ids: Sequence[int], new: Sequence[int] = ()) -> Scores:
         """The logits [vocab] after all steps, minus infinity where a token is left out.
 
-        `ids` are the tokens so far, those of the prompt included.
+        `ids` are the tokens so far, those of the prompt included; `new` are those without it.
         """
         scores = logits
         if self.repetition_penalty != 1.0:
             scores = penalised(scores, ids, self.repetition_penalty)
+        if (self.presence_penalty or self.frequency_penalty) and len(new):
+            scores = lowered(scores, new, self.presence_penalty, self.frequency_penalty)
         if not self.draws:
             return scores
         if self.temperature != 1.0:
@@ -84,10 +101,10 @@ class Sampling:
         """
         draws = np.random.default_rng(seed)
 
-        def draw(logits: Scores, ids: Sequence[int]) -> int:
+        def draw(logits: Scores, ids: Sequence[int], new: Sequence[int] = ()) -> int:
             if not np.isfinite(logits.max()):
                 raise UsageError("the largest of the logits is no number (NaN, infinity)")
-            scores = self.processed(logits, ids)
+            scores = self.processed(logits, ids, new)
             if not self.draws:
                 return int(scores.argmax())
             scores = scores.astype(np.float64)
@@ -110,6 +127,19 @@ def penalised(scores: Scores, ids: Sequence[int], penalty: float) -> Scores:
         wide = np.where(wide < 0, wide * penalty, wide / penalty)
     most = np.finfo(scores.dtype).max  # what a penalty makes larger stays a number
     scores[seen] = wide.clip(-most, most)
+    return scores
+
+
+def lowered(scores: Scores, new: Sequence[int], presence: float, frequency: float) -> Scores:
+    """Scores less a penalty for each generated token, and one for each time it was generated.
+
+    >>> import numpy as np
+    >>> lowered(np.float32([1.0, 1.0, 1.0]), [0, 2, 2], 0.5, 0.25).tolist()
+    [0.25, 1.0, 0.0]
+    """
+    seen, times = np.unique(np.asarray(new, dtype=np.int64), return_counts=True)
+    scores = scores.copy()
+    scores[seen] -= (presence + frequency * times).astype(scores.dtype)
     return scores
 
 

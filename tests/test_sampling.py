@@ -99,6 +99,20 @@ def test_a_penalty_holds_without_drawing_and_for_prompts() -> None:
     assert pick(scores, [1]) == 2
 
 
+def test_presence_and_frequency_are_of_what_was_generated() -> None:
+    """As vLLM has them: `logits -= frequency * counts + presence * (counts > 0)`."""
+    scores, new = logits(3), [3, 3, 39]
+    counts = np.bincount(new, minlength=VOCAB)
+    sampling = Sampling(presence_penalty=0.75, frequency_penalty=-0.5)
+    wanted = scores - np.float32(-0.5) * counts - np.float32(0.75) * (counts > 0)
+    same(sampling.processed(scores, [7, 7, *new], new), wanted)
+    assert sampling.processed(scores, [7, 7], []) is scores
+    pick = Sampling(presence_penalty=1.0).picker()
+    near = np.asarray([1.0, 1.5, 1.4], np.float32)
+    assert [pick(near, [1]), pick(near, [1], [1])] == [1, 2]
+    assert str(sampling) == "greedily: --presence-penalty 0.75, --frequency-penalty -0.5"
+
+
 def test_draws_follow_the_softmax_and_never_take_what_was_left_out() -> None:
     pick = Sampling(sample=True, temperature=0.5, top_k=3).picker(0)
     scores = np.log(np.asarray([0.01, 1, 2, 1], dtype=np.float32))  # squared: 1 : 4 : 1

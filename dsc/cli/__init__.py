@@ -31,6 +31,7 @@ VERBS = (
     "export",
     "convert",
     "generate",
+    "chat",
     "verify",
     "inspect",
     "opt",

@@ -61,7 +61,9 @@ def check_stops(texts: Sequence[str]) -> None:
 
 def check_sampling(asked: Mapping[str, float], greedy: bool) -> None:
     """Raise `UsageError` where drawing and not drawing are asked for at once."""
-    draws = sorted(asked.keys() - {"repetition_penalty"})
+    from dsc.sampling import PENALTIES
+
+    draws = sorted(asked.keys() - set(PENALTIES))
     if greedy and draws:
         raise UsageError(
             f"--greedy draws nothing, and --{draws[0].replace('_', '-')} says how to draw",
@@ -78,11 +80,12 @@ def chosen_sampling(
     """
     from dataclasses import fields
 
-    from dsc.sampling import Sampling
+    from dsc.frontends.generation_config import GenerationSettings
+    from dsc.sampling import PENALTIES, Sampling
 
-    names = {each.name for each in fields(Sampling)} - {"sample"}
+    names = {each.name for each in fields(Sampling)} & GenerationSettings.model_fields.keys()
     own = {name: getattr(kept, name) for name in names if getattr(kept, name) is not None}
-    drawn = asked.keys() - {"repetition_penalty"} or kept.do_sample
+    drawn = asked.keys() - set(PENALTIES) or kept.do_sample
     values: dict[str, Any] = {**own, **asked, "sample": bool(drawn) and not greedy}
     return Sampling(**values)
 

@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 from typer import Context, Option
 
@@ -28,7 +28,7 @@ from dsc.errors import ArtifactError
 
 def generate(
     context: Context,
-    artifact: options.Artifact,
+    model: options.Runnable,
     prompt: Annotated[
         list[str] | None,
         options.unset(
@@ -49,67 +49,32 @@ def generate(
     max_new_tokens: Annotated[
         int, Option("--max-new-tokens", min=1, help="How many tokens at most, for each prompt.")
     ] = 64,
-    stop: Annotated[
-        list[str] | None,
-        options.unset(
-            "--stop",
-            metavar="TEXT",
-            help="End an answer before this text, besides the model's stop ids; repeatable.",
-        ),
-    ] = None,
-    greedy: Annotated[
-        bool, Option("--greedy", help="The likeliest token, always, whatever the model's default.")
-    ] = False,
-    temperature: Annotated[
-        float | None,
-        options.unset(
-            "--temperature",
-            min=0.0,
-            help="Draw, from softmax(logits / temperature); 0: as --greedy.  [default: the"
-            " model's own, else greedy; so for the next four]",
-        ),
-    ] = None,
-    top_k: Annotated[
-        int | None,
-        options.unset("--top-k", min=0, help="Draw from so many likeliest tokens; 0: all."),
-    ] = None,
-    top_p: Annotated[
-        float | None,
-        options.unset(
-            "--top-p",
-            min=0.0,
-            max=1.0,
-            help="Draw from the likeliest tokens that have this probability together.",
-        ),
-    ] = None,
-    min_p: Annotated[
-        float | None,
-        options.unset(
-            "--min-p",
-            min=0.0,
-            max=1.0,
-            help="Draw from tokens with at least this share of the likeliest one's probability.",
-        ),
-    ] = None,
-    repetition_penalty: Annotated[
-        float | None,
-        options.unset(
-            "--repetition-penalty",
-            min=0.01,
-            help="Above 1: tokens of the text so far become less likely, also with --greedy.",
-        ),
-    ] = None,
-    seed: Annotated[int, Option("--seed", min=0, help="Of the draws.")] = 0,
+    stop: options.Stop = None,
+    greedy: options.Greedy = False,
+    temperature: options.Temperature = None,
+    top_k: options.TopK = None,
+    top_p: options.TopP = None,
+    min_p: options.MinP = None,
+    repetition_penalty: options.RepetitionPenalty = None,
+    presence_penalty: options.PresencePenalty = None,
+    frequency_penalty: options.FrequencyPenalty = None,
+    seed: options.Seed = 0,
     stats: Annotated[
         bool, Option("--stats", help="Print times of loading, prompts and decoding, to stderr.")
     ] = False,
     ranks: options.Ranks = None,
     threads: options.Threads = None,
     pin: options.Pin = None,
+    backend: options.Backend = None,
+    dtype: options.Dtype = None,
+    quant: options.Quant = "none",
+    max_context: options.MaxContext = None,
+    revision: options.Revision = None,
+    output: options.KeepIn = None,
     json: options.Json = False,
     trust: options.Trust = False,
 ) -> None:
-    """Continue prompts with the model in OUT; the text streams to standard output.
+    """Continue prompts with the model in OUT, or with MODEL compiled now; the text streams.
 
     Prompts of --prompt come first, then those of --file, each in the order given.
     Several run together, as many as the model was compiled for (--max-batch), and each
@@ -117,7 +82,9 @@ def generate(
     --max-new-tokens or the model's --max-context ("length"). Options that are not given are those
     that the model's generation_config.json asks for; where it asks for none, text is greedy.
 
-    An artifact of several ranks runs as that many processes, started here, or by torchrun.
+    An artifact of several ranks runs as that many processes, started here, or by torchrun. A MODEL
+    is compiled first, with --backend, --dtype, --quant, --max-context and --revision as dsc compile
+    has them, and what comes of it is gone afterwards unless -o keeps it.
 
     JSON keys: answers (each prompt, text, finish_reason, prompt_tokens, new_tokens), and seconds
     and rates of loading, prompts and decoding, over all answers.
@@ -128,8 +95,9 @@ def generate(
 
         dsc generate v3-tvm --file a.txt --file b.txt --top-p 0.9 --seed 7 --stop "The end" --json
     """
-    from dsc import api, generation
+    from dsc import generation
     from dsc.cli.measuring import tell_stand_in
+    from dsc.cli.models import opened, required_tokenizer, stop_ids
     from dsc.cli.ranks import agree_on, launch_ranks, must_launch, speaks
     from dsc.frontends.generation_config import parse_settings
 
@@ -139,20 +107,27 @@ def generate(
         top_p=top_p,
         min_p=min_p,
         repetition_penalty=repetition_penalty,
+        presence_penalty=presence_penalty,
+        frequency_penalty=frequency_penalty,
     )
+    compiling = options.chosen(
+        backend=backend, dtype=dtype, max_context=max_context, revision=revision
+    )
+    compiling |= {} if quant == "none" else {"quant": quant}
+    running = {"trust": trust, **options.chosen(threads=threads, pin=pin)}
     ends = stop or []
     check_stops(ends)
     check_sampling(asked, greedy)
     prompts = read_prompts(prompt or [], file or [])
-    if must_launch(artifact, ranks):
+    if must_launch(Path(model), ranks):
         with in_files(prompts) as files:
-            launch_ranks(context, artifact, prompt=None, file=files)
+            launch_ranks(context, Path(model), prompt=None, file=files)
         return
     start = time.perf_counter()
-    compiled = api.load(artifact, trust=trust, **options.chosen(threads=threads, pin=pin))
-    tokenizer = required_tokenizer(compiled.tokenizer, artifact)
+    compiled = opened(model, compiling, running, output)
+    tokenizer = required_tokenizer(compiled, model)
     ids = [encoded(tokenizer, each, compiled.max_context) for each in prompts]
-    own = parse_settings(compiled.manifest.get("generation") or {}, str(artifact), ArtifactError)
+    own = parse_settings(compiled.manifest.get("generation") or {}, model, ArtifactError)
     sampling = chosen_sampling(own, asked, greedy)
     agree_on(prompt=ids, max_new_tokens=max_new_tokens, seed=seed, sampling=sampling, stop=ends)
     tell_stand_in(compiled.executable, "no text to be had")
@@ -162,14 +137,13 @@ def generate(
     )
     session.prepare([len(each) for each in ids])
     ends = [*ends, *own.stop_strings]
-    special = (tokenizer.token_to_id(text) for text in ends)  # has no text to be found in
-    stop_ids = {*own.eos_token_id, *(token for token in special if token is not None)}
+    ending = stop_ids(tokenizer, own.eos_token_id, ends)
     answers = [
         generation.Answer(
             each,
             min(max_new_tokens, generation.room(len(each), compiled.max_context)),
             sampling.picker(seed, number),
-            stop_ids,
+            ending,
             generation.TextStream(tokenizer, each, ends),
         )
         for number, each in enumerate(ids)
@@ -190,17 +164,6 @@ def generate(
         counted = clock.summary() | {"new_tokens": sum(len(answer.ids) for answer in answers)}
         lines = (f"{name} {value:.6g}" for name, value in counted.items())
         console.stderr().print("\n".join(lines))
-
-
-def required_tokenizer(tokenizer: Any, artifact: Path) -> Any:
-    """Return the tokenizer, or refuse an artifact that was compiled without one."""
-    if tokenizer is None:
-        raise ArtifactError(
-            "the artifact holds no tokenizer",
-            where=str(artifact),
-            hint="compile a checkpoint that has a tokenizer.json",
-        )
-    return tokenizer
 
 
 @contextmanager

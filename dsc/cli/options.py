@@ -25,6 +25,14 @@ Model = Annotated[
 Artifact = Annotated[
     Path, Argument(metavar="OUT", help="A folder that dsc compile wrote.", show_default=False)
 ]
+Runnable = Annotated[
+    str,
+    Argument(
+        metavar="OUT|MODEL",
+        help="A folder that dsc compile wrote, or a model as dsc compile takes it, compiled first.",
+        show_default=False,
+    ),
+]
 Config = Annotated[
     str | None,
     unset(
@@ -208,6 +216,74 @@ AvgBits = Annotated[
         " --quant takes]",
     ),
 ]
+Stop = Annotated[
+    list[str] | None,
+    unset(
+        "--stop",
+        metavar="TEXT",
+        help="End an answer before this text, besides the model's stop ids; repeatable.",
+    ),
+]
+Greedy = Annotated[
+    bool, Option("--greedy", help="The likeliest token, always, whatever the model's default.")
+]
+Temperature = Annotated[
+    float | None,
+    unset(
+        "--temperature",
+        min=0.0,
+        help="Draw, from softmax(logits / temperature); 0: as --greedy.  [default: the model's own,"
+        " else greedy; so for the next four]",
+    ),
+]
+TopK = Annotated[
+    int | None, unset("--top-k", min=0, help="Draw from so many likeliest tokens; 0: all.")
+]
+TopP = Annotated[
+    float | None,
+    unset(
+        "--top-p",
+        min=0.0,
+        max=1.0,
+        help="Draw from the likeliest tokens that have this probability together.",
+    ),
+]
+MinP = Annotated[
+    float | None,
+    unset(
+        "--min-p",
+        min=0.0,
+        max=1.0,
+        help="Draw from tokens with at least this share of the likeliest one's probability.",
+    ),
+]
+RepetitionPenalty = Annotated[
+    float | None,
+    unset(
+        "--repetition-penalty",
+        min=0.01,
+        help="Above 1: tokens of the text so far become less likely, also with --greedy.",
+    ),
+]
+PresencePenalty = Annotated[
+    float | None,
+    unset(
+        "--presence-penalty",
+        min=-2.0,
+        max=2.0,
+        help="Taken from the logits of tokens that were generated, also with --greedy.",
+    ),
+]
+FrequencyPenalty = Annotated[
+    float | None,
+    unset(
+        "--frequency-penalty",
+        min=-2.0,
+        max=2.0,
+        help="The same for each time that they were.",
+    ),
+]
+Seed = Annotated[int, Option("--seed", min=0, help="Of the draws.")]
 PrintIrAfter = Annotated[
     list[str] | None,
     unset(
@@ -233,6 +309,15 @@ Force = Annotated[bool, Option("--force", help="Replace the folder at OUT.")]
 Trust = Annotated[
     bool,
     Option("--trust", help="Load code that this user did not build."),
+]
+KeepIn = Annotated[
+    Path | None,
+    unset(
+        "-o",
+        "--output",
+        metavar="OUT",
+        help="Where what is compiled of a MODEL is kept.  [default: nowhere]",
+    ),
 ]
 Output = Annotated[
     Path | None,
