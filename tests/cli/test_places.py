@@ -289,13 +289,13 @@ def test_a_folder_takes_a_place_with_the_rights_of_any_other(tmp_path: Path) -> 
 
 
 def test_limits_are_told_in_the_words_of_options(
-    capsys: pytest.CaptureFixture[str], api: FakeApi
+    capsys: pytest.CaptureFixture[str], api: FakeApi, artifact: Path
 ) -> None:
     def refuse(*_: object, **__: object) -> None:
         raise UsageError("max_context is 9", hint="compile with a larger max_context")
 
     api.load = refuse  # type: ignore[assignment]
-    status, error = ended(capsys, "generate", "file", "--prompt", "a")
+    status, error = ended(capsys, "generate", str(artifact), "--prompt", "a")
     assert status == 2
     assert "--max-context is 9" in error
     assert "a larger --max-context" in error

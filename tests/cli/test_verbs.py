@@ -192,7 +192,7 @@ def test_an_interpreter_is_never_taken_for_compiled_code(
 OTHER = {
     "against": "hf", "phase": "prefill", "group_by": "layer", "sort_by": "bytes",
     "require": 0.5, "top_p": 0.5, "min_p": 0.5, "temperature": 0.5, "repetition_penalty": 1.5,
-    "pin": False, "prompt": "a text",
+    "presence_penalty": 0.5, "frequency_penalty": 0.5, "pin": False, "prompt": "a text",
 }  # fmt: skip
 """Values of options that take not any number, word or flag."""
 
