@@ -21,6 +21,17 @@ PRESETS = Path(__file__).resolve().parent.parent / "models" / "configs"
 VOCABULARY = 32000
 CONTEXT = 32768
 """Positions of the written configuration: weights mean nothing, so any context can be measured."""
+PLAIN: dict[str, dict[str, Any]] = {
+    "qwen2-1.5b": {
+        "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "hidden_size": 1536,
+        "num_hidden_layers": 28, "num_attention_heads": 12, "num_key_value_heads": 2,
+        "intermediate_size": 8960, "vocab_size": 151936, "max_position_embeddings": 32768,
+        "rope_theta": 1e6, "rms_norm_eps": 1e-6, "hidden_act": "silu", "attention_dropout": 0.0,
+        "tie_word_embeddings": True, "bos_token_id": 0, "eos_token_id": 1,
+        "use_sliding_window": False, "dtype": "bfloat16", "torch_dtype": "bfloat16",
+    },
+}  # fmt: skip
+"""Decoders with keys and values in their caches, by name, with all of their layers."""
 STD = 0.02
 SHARD = 4 << 30
 
@@ -41,11 +52,14 @@ class Tensor:
 
 
 def shape_config(name: str) -> dict[str, Any]:
-    """The configuration of `PRESET-Nl`. Exits with the names there are."""
+    """The configuration of `PRESET-Nl`, or of a plain decoder. Exits with the names there are."""
+    if name in PLAIN:
+        return dict(PLAIN[name])
     presets = sorted(path.stem for path in PRESETS.glob("*.json"))
     found = re.fullmatch(r"(.+?)-(\d+)l", name)
     if found is None or found[1] not in presets or int(found[2]) < 1:
-        sys.exit(f"no shape {name!r}: PRESET-Nl with N layers, PRESET of {', '.join(presets)}")
+        plain = ", ".join(PLAIN)
+        sys.exit(f"no shape {name!r}: {plain}, or PRESET-Nl, PRESET of {', '.join(presets)}")
     config: dict[str, Any] = json.loads((PRESETS / f"{found[1]}.json").read_text())
     config.pop("quantization_config", None)
     config |= {
@@ -71,7 +85,7 @@ def tensors(config: Mapping[str, Any]) -> Iterator[Tensor]:
         yield Tensor(f"{layer}.input_layernorm.weight", (hidden,), 0)
         yield Tensor(f"{layer}.post_attention_layernorm.weight", (hidden,), 0)
         yield from _attention(config, f"{layer}.self_attn")
-        if index < config["first_k_dense_replace"]:
+        if index < config.get("first_k_dense_replace", index + 1):
             yield from _mlp(f"{layer}.mlp", hidden, config["intermediate_size"])
         else:
             yield from _experts(config, f"{layer}.mlp")
@@ -80,7 +94,21 @@ def tensors(config: Mapping[str, Any]) -> Iterator[Tensor]:
         yield Tensor("lm_head.weight", (config["vocab_size"], hidden))
 
 
+def _plain_attention(config: Mapping[str, Any], path: str) -> Iterator[Tensor]:
+    hidden, heads = config["hidden_size"], config["num_attention_heads"]
+    width = config.get("head_dim") or hidden // heads
+    rows = {"q": heads, "k": config["num_key_value_heads"], "v": config["num_key_value_heads"]}
+    for part, count in rows.items():
+        yield Tensor(f"{path}.{part}_proj.weight", (count * width, hidden))
+        if config["model_type"] == "qwen2":
+            yield Tensor(f"{path}.{part}_proj.bias", (count * width,))
+    yield Tensor(f"{path}.o_proj.weight", (hidden, heads * width))
+
+
 def _attention(config: Mapping[str, Any], path: str) -> Iterator[Tensor]:
+    if "kv_lora_rank" not in config:
+        yield from _plain_attention(config, path)
+        return
     hidden, heads, rank = (
         config[k] for k in ("hidden_size", "num_attention_heads", "kv_lora_rank")
     )

@@ -162,7 +162,7 @@ CASES = [
     Case(4, 2, 32, 64, 7, 40, (33, 1), {"causal": False}),
     Case(6, 2, 32, 32, 1, 256, (250, 63, 64), {"window": 20}, True, 64),
     Case(6, 2, 64, 32, 19, 192, (170, 5), {"chunk": 48}, page=64),
-    Case(18, 1, 32, 32, 1, 70, (69, 2), {"softcap": 5.0}, sinks=True),
+    Case(22, 2, 32, 32, 1, 70, (69, 2), {"softcap": 5.0}, sinks=True),
     *_windows((1, 2, 63, 65)),
 ]
 """Few heads and many, widths of whole vectors and others, one row and 17, pages, all attributes."""

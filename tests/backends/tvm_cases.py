@@ -192,6 +192,14 @@ WIDE: dict[str, list[str]] = {
             ("S", 8, 256, 760),
         )
     ],
+    "attention": [
+        f"F[B,{s},{h},64], F[B,{t},{g},64], F[B,{t},{g},32], i64[B]={t - 10}{more}"
+        for s, h, g, t, more in (
+            ("S", 6, 2, 90, " {scale=0.1, causal=true}"),
+            (1, 3, 3, 700, " {scale=0.1, causal=true, softcap=2.0}"),
+            ("S", 12, 1, 200, ", F[12] {scale=0.1, causal=true, window=70}"),
+        )
+    ],
     "mla_attention": [
         "F[B,S,3,64], F[B,S,3,32], F[B,700,96], F[B,700,32], F[288,96], i64[B]=690 {scale=0.2}",
         "F[B,S,3,64], F[B,S,3,32], F[B,C,96], F[B,C,32], F[288,96], i64[B]=4 {scale=0.2}",

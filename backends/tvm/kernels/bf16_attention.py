@@ -29,6 +29,7 @@ from dsc.backends.tvm.bf16 import (
 )
 from dsc.backends.tvm.kernels import bf16_product as product
 from dsc.backends.tvm.kernels import coded_cache
+from dsc.backends.tvm.kernels.attend import inverse_of
 from dsc.backends.tvm.kernels.bf16_product import Factor, Part, Weights, ceil_div, dot_sums
 from dsc.backends.tvm.kernels.bf16_softmax import (
     BLOCK,
@@ -102,19 +103,25 @@ class SharedParts:
         self.tensor.put(at, peak)
         self.tensor.put(at + self.heads, mass)
 
-    def join(self, y: Tensor, n: Expr, zipped: bool) -> None:
-        """The output of one head of one token; `zipped` sums are in the order of `mix_sums`."""
+    def join(
+        self, y: Tensor, n: Expr, zipped: bool, sinks: Tensor | None = None, careful: bool = False
+    ) -> None:
+        """The output of one head of one token; `zipped` sums are in the order of `mix_sums`.
+
+        A sink takes its share of the mass. `careful`: zeros where nothing was seen.
+        """
         heads, c, parts = self.heads, self.c, self.tensor
         token, head = bind(tirx.truncdiv(n, heads)), bind(tirx.truncmod(n, heads))
         peaks = [hold(parts.load(token, p, heads * c + head)) for p in range(PARTS)]
+        sink = None if sinks is None else hold(sinks.load(head))
         top = peaks[0]
-        for peak in peaks[1:]:
+        for peak in peaks[1:] if sink is None else [*peaks[1:], sink]:
             top = hold(tirx.max(top, peak))
         shares = [hold(exp(peak - top)) for peak in peaks]
-        mass = f32(0.0)
+        mass = f32(0.0) if sink is None else hold(exp(sink - top))
         for p, weight in enumerate(shares):
             mass = hold(mass + weight * parts.load(token, p, heads * c + heads + head))
-        inverse = hold(f32(1.0) / mass)
+        inverse = hold(inverse_of(mass, careful))
         with loop(c // LANES) as i:
             halves = []
             for half in range(2):

@@ -22,6 +22,7 @@ from dsc.backends.tvm.bf16 import (
     put_bits,
     unzipped,
 )
+from dsc.backends.tvm.kernels.attend import capped, inverse_of
 from dsc.backends.tvm.kernels.bf16_product import mix_sums
 from dsc.backends.tvm.tir import (
     Expr,
@@ -74,27 +75,35 @@ class Running:
         self.peak, self.mass, self.shrink = (Local(queries) for _ in range(3))
         self.sums = Scratch(DType.f32, queries * width)
 
-    def clear(self) -> None:
-        """Nothing seen yet."""
+    def clear(self, least: float = float("-inf")) -> None:
+        """Nothing seen yet; `least` is below every score."""
         with loop(self.queries) as q:
-            self.peak[q] = f32(float("-inf"))
+            self.peak[q] = f32(least)
             self.mass[q] = f32(0.0)
         with loop(self.queries * self.width // SUMS) as i:
             self.sums.put(i * SUMS, splat(f32(0.0), SUMS))
 
 
-def weigh(tile: Tile, running: Running, first: Expr, visible: Sequence[Expr], scale: float) -> None:
+def weigh(
+    tile: Tile, running: Running, first: Expr, visible: Sequence[Expr], scale: float,
+    hidden: Sequence[Expr] = (), softcap: float = 0.0,
+) -> None:  # fmt: skip
     """Scores to weights: query q of the tile is query first + q of `running`.
 
-    It sees the first `visible[q]` rows of the tile: any number, but at least one in the tiles up to
-    this one. Weights of rows that it does not see are 0.
+    It sees the first `visible[q]` rows of the tile, but for the first `hidden[q]`: any number, but
+    at least one in the tiles up to this one, or `running` began with a number below every score.
+    Weights of rows that it does not see are 0.
     """
     lanes, nothing = tirx.Ramp(integer(0), integer(1), SUMS), splat(f32(float("-inf")), SUMS)
     for q, limit in enumerate(visible):
         best, scores = nothing, []
         for j in range(0, BLOCK, SUMS):
             score = tile.scores.load(integer(q * BLOCK + j), SUMS) * splat(f32(scale), SUMS)
+            if softcap:
+                score = capped(hold(score), softcap)
             seen = lanes < splat(limit - j, SUMS)
+            if hidden:
+                seen = tirx.And(seen, lanes >= splat(hidden[q] - j, SUMS))
             scores.append(hold(select(seen, score, nothing)))
             best = hold(tirx.max(best, scores[-1]))
         before = hold(running.peak[first + q])
@@ -132,9 +141,11 @@ def add_values(
                 running.sums.put(at[q] + a * SUMS, acc[0])
 
 
-def store_output(y: Tensor, position: Expr, running: Running, query: Expr) -> None:
-    """Write a query's sums over its mass, columns in order, as bf16."""
-    inverse = hold(splat(f32(1.0) / running.mass[query], SUMS))
+def store_output(
+    y: Tensor, position: Expr, running: Running, query: Expr, careful: bool = False
+) -> None:
+    """Write a query's sums over its mass, columns in order, as bf16; `careful`: or zeros."""
+    inverse = hold(splat(inverse_of(running.mass[query], careful), SUMS))
     with loop(running.width // LANES) as c:
         at = bind(query * running.width + c * LANES)
         low, high = running.sums.at(at, SUMS), running.sums.at(at + SUMS, SUMS)

@@ -7,8 +7,11 @@ where several share a head, else tokens of one head. bf16 has kernels of its own
 
 from __future__ import annotations
 
+from dsc.backends.tvm.bf16 import LANES
+from dsc.backends.tvm.kernels import bf16_grouped, bf16_softmax
 from dsc.backends.tvm.kernels.attend import BLOCK, Queries, Rows, attend
 from dsc.backends.tvm.kernels.latent_cache import CacheRows, page_of
+from dsc.backends.tvm.kernels.panels import fits
 from dsc.backends.tvm.kernels.sight import Sight
 from dsc.backends.tvm.launch import Launch, Unsupported, operand, static_dim
 from dsc.backends.tvm.machine import Machine
@@ -46,6 +49,13 @@ def lower(node: Node, machine: Machine) -> Launch:
     b, s, t = *q.shape[:2], cached_rows(node, "k")
     page, sight = page_of(node, BLOCK), Sight.of(node)
     flops = b * s * t * (2 * heads * (d + e) * (page or 1))
+    whole = e % LANES == 0 and page % bf16_softmax.BLOCK == 0
+    if whole and fits(machine, d, q, k, value):
+        wide = (heads, groups, d, e, sight, page)
+        if s == 1:
+            scratch = b * (4 * bf16_grouped.floats(heads, e))
+            return Launch(bf16_grouped.decode, wide, (b, s, t), scratch=scratch, flops=flops)
+        return Launch(bf16_grouped.prompt, wide, (b, s, t), flops=flops)
     static = (q.dtype, heads, groups, d, e, sight, page, machine.lanes)
     return Launch(attention, static, (b, s, t), flops=flops)
 
