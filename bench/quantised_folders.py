@@ -260,14 +260,22 @@ LAYOUTS = {
 }  # fmt: skip
 
 
+ROUTERS = (".mlp.gate.weight", ".block_sparse_moe.gate.weight", ".shared_expert_gate.weight")
+"""Linears that no tool quantises."""
+
+
 def stored(tensors: Mapping[str, Array], layout: Layout, group: int) -> tuple[Tensors, Tensors]:
     """All tensors in a layout, and the numbers they stand for under their own names."""
     made: Tensors = {}
     numbers: Tensors = {}
     for name, tensor in tensors.items():
         numbers[name] = made[name] = tensor
-        kept = tensor.ndim != 2 or ".layers." not in name or name.endswith("mlp.gate.weight")
-        if kept or (layout.only_experts and ".experts." not in name):
+        linear = tensor.ndim == 2 and ".layers." in name and name.endswith(".weight")
+        if (
+            not linear
+            or name.endswith(ROUTERS)
+            or (layout.only_experts and ".experts." not in name)
+        ):
             continue
         del made[name]
         parts, numbers[name] = layout.store(tensor, group)

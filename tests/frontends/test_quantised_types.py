@@ -1,0 +1,135 @@
+"""Quantised checkpoints of other decoders keep their codes, fused and stacked ones among them.
+
+Folders are those of `bench/quantised_folders.py`; what the layouts are is held in `test_codes.py`.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+import dsc
+from bench.names import mapped, quiet, small_model
+from bench.quantised_folders import LAYOUTS, Tensors, config_of, stored
+from dsc.frontends.huggingface import load_checkpoint
+from dsc.ir.arrays import array_of, tensor_of
+from dsc.ir.safetensors import open_safetensors
+from dsc.ir.types import DType
+from dsc.ir.weights import evaluate
+from dsc.passes._in_format import Dequantised, in_format
+from tests.frontends.test_huggingface import FP8_CONFIG, quantised
+
+FIELDS: dict[str, Any] = {"tie_word_embeddings": False, "dtype": "float32"}
+TYPES: dict[str, dict[str, Any]] = {
+    "llama": {}, "qwen3": {"intermediate_size": 96}, "phi3": {}, "mixtral": {},
+    "qwen3_moe": {"moe_intermediate_size": 32},
+}  # fmt: skip
+"""Whose projections are apart, fused as they are stored, and stacked, whole words in each."""
+PAIRS = {
+    "llama": ("gptq", "awq", "ct-int4", "fp8-block", "w8a8"), "qwen3": ("gptq-zeros",),
+    "phi3": ("awq", "fp8-channel"), "mixtral": ("ct-int4",),
+    "qwen3_moe": ("gptq", "awq", "ct-int4", "fp8-block", "fp8-channel"),
+}  # fmt: skip
+KEPT = {
+    "fp8-block": "f8e4m3{128x128,f32}", "fp8-channel": "f8e4m3{1x*,f32}",
+    "gptq": "i4{1x16,f16}", "gptq-zeros": "i4{1x16,f16,i8}", "awq": "i4{1x16,f16,i8}",
+    "ct-int4": "i4{1x16,bf16}", "w8a8": "i8{1x*,bf16}",
+}  # fmt: skip
+
+
+@cache
+def model_of(model_type: str) -> Any:
+    return small_model(model_type, **FIELDS, **TYPES[model_type])
+
+
+@cache
+def plain_of(model_type: str) -> tuple[dict[str, Any], Tensors]:
+    """`config.json` and the tensors of a small model, as transformers publishes it."""
+    model = model_of(model_type)
+    with tempfile.TemporaryDirectory() as place, quiet():
+        model.save_pretrained(place)
+        source = open_safetensors(Path(place))
+        raw = json.loads((Path(place) / "config.json").read_text())
+        return raw, {key: np.array(source.array(key)) for key in source.types}
+
+
+def folder(path: Path, raw: dict[str, Any], tensors: Tensors) -> Path:
+    path.mkdir()
+    (path / "config.json").write_text(json.dumps(raw))
+    save_file(
+        {k: tensor_of(np.ascontiguousarray(t)) for k, t in tensors.items()},
+        path / "model.safetensors",
+    )
+    return path
+
+
+def both(path: Path, model_type: str, layout: str) -> tuple[Path, Path]:
+    """A small model in a layout, and the numbers that it stands for."""
+    raw, tensors = plain_of(model_type)
+    made, numbers = stored(tensors, LAYOUTS[layout], 16)
+    told = config_of(raw, LAYOUTS[layout], 16)
+    return folder(path / "stored", told, made), folder(path / "plain", raw, numbers)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "layout"), [(kind, layout) for kind in PAIRS for layout in PAIRS[kind]]
+)
+def test_codes_of_each_type_are_kept_and_stand_for_their_numbers(
+    model_type: str, layout: str, tmp_path: Path
+) -> None:
+    stored_in, plain = both(tmp_path, model_type, layout)
+    found, source = load_checkpoint(stored_in, DType.f32), open_safetensors(plain)
+    numbers = mapped(model_of(model_type), source).weights
+    state = found.load().state_dict()
+    assert state.keys() == numbers.keys()
+    assert all(torch.equal(state[name], evaluate(expr, source)) for name, expr in numbers.items())
+    linears = {n for n, e in found.weights.items() if ".layers." in n and e.type.rank > 1}
+    routers = {n for n in linears if n.endswith((".gate.weight", "_gate.weight"))}
+    cut = {n for n in linears if n.endswith("experts.gate_up_proj") and layout == "fp8-block"}
+    for name in linears - routers - cut:
+        assert str(in_format(found.weights[name]).type).startswith(KEPT[layout]), name
+    for name in cut:
+        with pytest.raises(Dequantised, match="cuts a block of 128"):
+            in_format(found.weights[name])
+
+
+@pytest.mark.parametrize(("model_type", "layout"), [("qwen3", "gptq-zeros"), ("qwen3_moe", "awq")])
+def test_an_artifact_of_another_type_holds_the_codes(
+    model_type: str, layout: str, tmp_path: Path
+) -> None:
+    quantised_folder, plain = both(tmp_path, model_type, layout)
+    found, numbers = (
+        dsc.compile(each, backend="reference", dtype="fp32", max_context=16)
+        for each in (quantised_folder, plain)
+    )
+    kept = {n: str(e.type) for n, e in found.program.weights.items() if e.type.format}
+    assert sum(".layers." in name for name in kept) >= 4 * 2
+    assert all(t.startswith(KEPT[layout]) for t in kept.values())
+    ids = [[3, 1, 4, 1, 5, 9]]
+    one, other = (each.session().prefill(ids) for each in (found, numbers))
+    np.testing.assert_allclose(array_of(one), array_of(other), rtol=1e-5, atol=1e-5)
+
+
+def test_experts_stacked_in_fp8_with_their_scales_are_read(tmp_path: Path) -> None:
+    """As transformers saves what it has quantised: `[E, n, k]` and scales `[E, n/b, k/b]`."""
+    raw, _ = plain_of("qwen3_moe")
+    model = model_of("qwen3_moe")
+    block = (8, 16)
+    made = quantised(dict(model.state_dict()), block)
+    told = raw | {"quantization_config": FP8_CONFIG | {"weight_block_size": list(block)}}
+    tensors = {name: array_of(tensor) for name, tensor in made.items()}
+    found = load_checkpoint(folder(tmp_path / "fp8", told, tensors), DType.f32)
+    name = "model.layers.0.mlp.experts.gate_up_proj"
+    assert str(in_format(found.weights[name]).type).startswith("f8e4m3{8x16,f32}[8,")
+    state: dict[str, Tensor] = found.load().state_dict()
+    scales = made[name + "_scale_inv"].repeat_interleave(8, 1).repeat_interleave(16, 2)
+    assert torch.equal(state[name], made[name].float() * scales)
