@@ -30,6 +30,7 @@ from dsc.frontends.facts import Facts
 from dsc.frontends.generation_config import Settings, load_generation, settings_of
 from dsc.frontends.hub import located, model_name
 from dsc.frontends.rope_scaling import RopeScaling
+from dsc.frontends.self_check import check_architecture
 from dsc.frontends.signature import Signature
 from dsc.frontends.stock import clean, completed
 from dsc.frontends.text import read_program
@@ -211,6 +212,7 @@ def _from_checkpoint(
     opened = open_checkpoint(folder, dtype, asked.scaling)
     known = Known(config.described, config.facts)
     step = _Step(opened.build, known, opened.dtype, asked, "transformers")
+    check_architecture(config, progress)
     asked.check(step.facts)
     settings = load_generation(folder, step.facts)
     checkpoint = opened.mapped(step.parameters, step.facts, step.conversions)
@@ -338,6 +340,7 @@ def _from_module(
         )
     generation = getattr(module, "generation_config", None)
     settings = settings_of({} if generation is None else generation.to_dict(), facts)
+    check_architecture(config, progress, (type(stock), type(module)))
     step = CausalLMStep(module.eval())
     traced = _Step(lambda: step, Known(config.described, facts), stored, asked).traced(progress)
     state = {k: v.detach() for k, v in step.state_dict().items()}

@@ -245,8 +245,8 @@ def _bounded_count(items: Any, path: str, where: str) -> None:
 # From here on transformers is imported.
 
 
-def stock_config(config: StockConfig) -> Any:
-    """The configuration object of the stock class.
+def stock_config(config: StockConfig, kind: Any = None) -> Any:
+    """The configuration object of the stock class, or of another class `kind`.
 
     Raises:
         UnsupportedArchitecture: transformers knows no such type.
@@ -255,7 +255,7 @@ def stock_config(config: StockConfig) -> Any:
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     try:
-        kind = CONFIG_MAPPING[config.model_type]
+        kind = kind or CONFIG_MAPPING[config.model_type]
     except KeyError:
         raise _unknown(config, "is not one that the installed transformers knows") from None
     given = {k: v for k, v in config.values.items() if not _is_foreign(kind, k, v)}
@@ -283,9 +283,15 @@ def stock_class(config: StockConfig, built: Any) -> Any:
     raise _unknown(config, "has no causal language model in transformers")
 
 
-def stock_model(config: StockConfig, dtype: DType = DType.f32, device: str = "meta") -> nn.Module:
+def stock_model(
+    config: StockConfig,
+    dtype: DType = DType.f32,
+    device: str = "meta",
+    classes: tuple[Any, Any] = (None, None),
+) -> nn.Module:
     """The stock causal LM of a configuration, for inference, with sdpa and grouped experts.
 
+    `classes` are those of a configuration object and of a model, in the place of the stock ones.
     Parameters lie on `device`, untrained. Tables that the class computes and no checkpoint stores
     (rope frequencies) are real even on `meta`: the trace records them as constants.
 
@@ -295,8 +301,8 @@ def stock_model(config: StockConfig, dtype: DType = DType.f32, device: str = "me
     """
     from dsc.frontends.causal_lm import cast_parameters
 
-    built = stock_config(config)
-    kind = stock_class(config, built)
+    built = stock_config(config, classes[0])
+    kind = classes[1] or stock_class(config, built)
     built._attn_implementation = ATTENTION if kind._supports_sdpa else "eager"
     if kind._can_set_experts_implementation():
         built._experts_implementation = EXPERTS

@@ -119,45 +119,59 @@ def digest(file: str | Path) -> str:
     return hashlib.sha256(Path(file).read_bytes()).hexdigest()
 
 
-def load(key: Mapping[str, Any]) -> Trace | None:
-    """What is kept of a key, while its sources are what they were; else `None`."""
-    data = kept.get(KIND, key)
+def entry(kind: str, key: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What is kept of a key, while the sources that it lists are what they were; else `None`."""
+    data = kept.get(kind, key)
     if data is None:
         return None
+    with suppress(OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        found: dict[str, Any] = json.loads(data)
+        if all(digest(file) == then for file, then in found["sources"].items()):
+            return found
+    return None
+
+
+def keep_entry(kind: str, key: Mapping[str, Any], values: Mapping[str, Any]) -> None:
+    """Keep values; none of installed code that changed since, which may be another than ran."""
+    sources = _sources(key["code"]) if "code" in key else []
+    if not all(os.stat(file).st_mtime < _STARTED for file in sources):
+        return
+    found = {"sources": {file: digest(file) for file in sources}, **values}
+    kept.put(kind, key, json.dumps(found).encode())
+
+
+def load(key: Mapping[str, Any]) -> Trace | None:
+    """The trace that is kept of a key, or `None`."""
+    found = entry(KIND, key)
+    if found is None:
+        return None
     with suppress(OSError, ValueError, KeyError, TypeError, RecursionError, DscError):
-        entry = json.loads(data)
-        if any(digest(file) != then for file, then in entry["sources"].items()):
-            return None
-        program = parse_program(entry["program"])
+        program = parse_program(found["program"])
         types = source_types(program.weights.values())
-        constants = _Constants(types, entry["constants"])
+        constants = _Constants(types, found["constants"])
         parameters = {
             name: TensorType(DType(dtype), tuple(shape))
-            for name, (dtype, shape) in entry["parameters"].items()
+            for name, (dtype, shape) in found["parameters"].items()
         }
-        facts = Facts.from_json(entry["facts"]) if entry["facts"] else None
-        table = entry["conversions"]
+        facts = Facts.from_json(found["facts"]) if found["facts"] else None
+        table = found["conversions"]
         conversions = Conversions.from_json(table) if table else None
         return Trace(replace(program, source=constants), parameters, facts, conversions)
     return None
 
 
 def store(key: Mapping[str, Any], trace: Trace) -> None:
-    """Keep a trace; none of installed code that changed since, which may be another than ran."""
-    sources = _sources(key["code"]) if "code" in key else []
-    if not all(os.stat(file).st_mtime < _STARTED for file in sources):
-        return
+    """Keep a trace."""
     program = trace.program
     constants = {name: program.source.load(name) for name in program.source.types}
-    entry = {
-        "sources": {file: digest(file) for file in sources},
+    values = {
         "program": print_program(program),
         "parameters": {k: (t.dtype, t.shape) for k, t in trace.parameters.items()},
         "facts": trace.facts.to_json() if trace.facts else None,
         "conversions": trace.conversions.to_json() if trace.conversions else None,
         "constants": {k: base64.b64encode(_bytes(v)).decode() for k, v in constants.items()},
     }
-    kept.put(KIND, key, json.dumps(entry).encode())
+    keep_entry(KIND, key, values)
 
 
 def _sources(code: str) -> list[str]:

@@ -39,6 +39,7 @@ VERBS = (
     "bisect",
     "bench",
     "profile",
+    "models",
     "cache",
     "doctor",
 )

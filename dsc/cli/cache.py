@@ -15,6 +15,8 @@ from dsc.user_folders import cache_folder
 KINDS = {
     "traces": "models as they were traced",
     "passes": "models as the passes left them",
+    "verdicts": "which architectures were found right",
+    "catalogues": "what `dsc models` knows",
     "functions": "decorated functions and their code",
     "kernels": "object files of kernels",
     "cubins": "kernels for GPUs",

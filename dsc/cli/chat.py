@@ -90,7 +90,7 @@ def chat(
     """
     from dsc.chat import Conversation
     from dsc.cli.measuring import tell_stand_in
-    from dsc.cli.models import opened, required_tokenizer, stop_ids
+    from dsc.cli.given import opened, required_tokenizer, stop_ids
     from dsc.cli.ranks import must_launch
     from dsc.cli.talk import Talk
     from dsc.frontends.generation_config import parse_settings

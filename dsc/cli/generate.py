@@ -97,7 +97,7 @@ def generate(
     """
     from dsc import generation
     from dsc.cli.measuring import tell_stand_in
-    from dsc.cli.models import opened, required_tokenizer, stop_ids
+    from dsc.cli.given import opened, required_tokenizer, stop_ids
     from dsc.cli.ranks import agree_on, launch_ranks, must_launch, speaks
     from dsc.frontends.generation_config import parse_settings
 

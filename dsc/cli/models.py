@@ -1,85 +1,114 @@
-"""What a verb that runs a model was given: an artifact to load, or a model to compile first."""
+"""`dsc models`: which decoders of the installed transformers compile, and why others do not."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated
 
-from dsc.cli import console
-from dsc.errors import ArtifactError, UsageError
+import typer
+
+from dsc.cli import console, options
+from dsc.errors import UsageError
 
 if TYPE_CHECKING:
-    from dsc.api import CompiledModel
+    from dsc.frontends.catalogue import Row
+    from dsc.ir.program import Program
 
 
-def is_artifact(model: str) -> bool:
-    """Whether it names a folder that `dsc compile` wrote, or one without a model in it."""
-    folder = Path(model)
-    if (folder / "dsc.json").is_file():
-        return True
-    held = ("config.json", "snapshots")
-    return folder.is_dir() and not any((folder / name).exists() for name in held)
+def models(
+    names: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[TYPE]...",
+            help="Types (model_type in config.json) or classes; * stands for anything.",
+            show_default=False,
+        ),
+    ] = None,
+    every: Annotated[
+        bool,
+        typer.Option("--all", help="Check the types that nothing is kept of: seconds each."),
+    ] = False,
+    markdown: Annotated[
+        bool, typer.Option("--markdown", help="Print the table of the documentation's page.")
+    ] = False,
+    json: options.Json = False,
+) -> None:
+    """Say which decoders of the installed transformers compile, and why others do not.
 
+    A type compiles where the trace of a small model of it gives, in the reference interpreter, the
+    logits of the stock class, and all passes take it. What was found is kept.
 
-def opened(
-    model: str,
-    compiling: Mapping[str, Any],
-    running: Mapping[str, Any],
-    output: Path | None = None,
-    force: bool = False,
-) -> CompiledModel:
-    """The model, ready to run; `compiling` and `running` are options of `dsc.compile` and `load`.
+    Examples:
 
-    A model is compiled, and said to be; `output` keeps what comes of it. Raises `UsageError` for
-    options of compiling where there is nothing to compile.
+        dsc models --all 'qwen*'
+
+        dsc models --all --markdown > docs/models.md
     """
-    from dsc import api
+    from dsc.frontends.catalogue import Catalogue, classes, matching
 
-    if is_artifact(model):
-        idle = [f"--{name.replace('_', '-')}" for name in compiling] + ["--output"] * bool(output)
-        if idle:
-            raise UsageError(
-                f"{', '.join(idle)}: for models; an artifact is what it was compiled for",
-                where=model,
-            )
-        return api.load(Path(model), **running)
-    if output is not None:
-        from dsc.runtime.artifact import check_free
-
-        check_free(output, force)  # before minutes go into compiling
-    kept = f"kept in {output}" if output else "for this once; -o OUT keeps what comes of it"
-    console.stderr().print(f"compiling {model}, {kept}", markup=False)
-    with console.progress_bar() as progress:
-        compiled = api.compile(model, progress=progress, **compiling)
-        if output is not None:
-            progress(f"writing: {output}")
-            compiled.save(output, force=force, progress=progress)
-    for note in compiled.report.get("notes", []):
-        console.stderr().print(f"note: {note}", markup=False)
-    if output is not None:
-        return api.load(output, **running)
-    threads = {name: running[name] for name in ("threads", "pin") if name in running}
-    if threads:
-        compiled.set_threads(**threads)
-    return compiled
-
-
-def required_tokenizer(compiled: CompiledModel, model: str) -> Any:
-    """The tokenizer, or `ArtifactError` for a model that came without one."""
-    if compiled.tokenizer is None:
-        raise ArtifactError(
-            "the artifact holds no tokenizer",
-            where=model,
-            hint="compile a checkpoint that has a tokenizer.json",
+    catalogue = Catalogue()
+    known = classes()
+    chosen = list(matching(names or [], known))
+    if not chosen:
+        raise UsageError(
+            f"no type of the installed transformers is called {' or '.join(names or [])}",
+            hint="`dsc models` lists them; * stands for anything: 'qwen*'",
         )
-    return compiled.tokenizer
+    if every:
+        with console.progress_bar() as progress:
+            catalogue.check(chosen, progress, _compiled)
+    rows = [(name, known[name], catalogue.rows.get(name)) for name in chosen]
+    found = [row for _, _, row in rows if row is not None]
+    if json:
+        console.print_json({"models": [_facts(*each) for each in rows]})
+        return
+    if markdown:
+        print(_page(found))
+        return
+    _show(rows)
 
 
-def stop_ids(tokenizer: Any, own: tuple[int, ...], texts: list[str]) -> set[int]:
-    """Ids that end an answer: the model's, and those of stop texts that are a single token.
+def _compiled(program: Program) -> None:
+    from dsc.api import compile
 
-    Special tokens have no text for a stop text to be found in.
-    """
-    found = (tokenizer.token_to_id(text) for text in texts)
-    return {*own, *(token for token in found if token is not None)}
+    compile(program, backend="reference", max_context=64, prefill_chunk=16)
+
+
+def _facts(name: str, known: str, row: Row | None) -> dict[str, object]:
+    if row is None:
+        return {"model_type": name, "class": known, "compiles": None}
+    facts = {"model_type": name, "class": row.model_class, "compiles": row.compiles}
+    told = {"reason": row.reason, "remark": row.remark, "error": row.error}
+    return {**facts, **{key: value for key, value in told.items() if value}}
+
+
+def _show(rows: list[tuple[str, str, Row | None]]) -> None:
+    from rich.table import Table
+
+    table = Table("type", "class", "compiles", "", box=None, padding=(0, 2, 0, 0))
+    for name, known, row in rows:
+        if row is None:
+            table.add_row(name, known, "?", "not checked yet: --all")
+            continue
+        told = row.reason or row.remark
+        table.add_row(name, row.model_class, "yes" if row.compiles else "no", told)
+    console.tables().print(table, markup=False)
+    checked = [row for _, _, row in rows if row is not None]
+    yes = sum(row.compiles for row in checked)
+    console.stdout().print(f"{yes} of {len(checked)} checked types compile; {len(rows)} in all")
+
+
+def _page(rows: list[Row]) -> str:
+    """The table of docs/models.md: what compiles, then what does not and why."""
+    yes = [row for row in rows if row.compiles]
+    no = [row for row in rows if not row.compiles]
+    lines = [f"{len(yes)} of {len(rows)} types compile.", "", "| type | class | |", "|---|---|---|"]
+    lines += [_line(row) for row in yes]
+    if no:
+        lines += ["", "These do not:", "", "| type | class | why |", "|---|---|---|"]
+        lines += [_line(row) for row in no]
+    return "\n".join(lines)
+
+
+def _line(row: Row) -> str:
+    told = (row.reason or row.remark).replace("|", "\\|").replace("<", "&lt;")
+    return f"| {row.model_type} | {row.model_class} | {told} |"
