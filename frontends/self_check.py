@@ -233,9 +233,9 @@ def _differs(name: str, found: Difference) -> str:
 
 
 def one_line(problem: object, most: int = 200) -> str:
-    """The first line of a message."""
-    lines = [line.strip() for line in str(problem).splitlines() if line.strip()]
-    return (lines or [type(problem).__name__])[0][:most]
+    """A message without its lines' ends, cut where it is long."""
+    words = " ".join(str(problem).split()) or type(problem).__name__
+    return words if len(words) <= most else words[: most - 1] + "…"
 
 
 def _kept(key: Mapping[str, Any] | None) -> Verdict | None:

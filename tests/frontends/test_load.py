@@ -21,7 +21,7 @@ from torch import nn
 
 from dsc import kept
 from dsc.errors import ConfigError, UsageError
-from dsc.frontends import load, trace_cache
+from dsc.frontends import load, self_check, trace_cache
 from dsc.frontends.causal_lm import CausalLMStep
 from dsc.frontends.config import load_config
 from dsc.frontends.conversions import STACKED_EXPERTS, Conversions
@@ -183,8 +183,10 @@ def test_a_kept_trace_needs_neither_torch_nor_the_modelling_code(
     with monkeypatch.context() as patched:
         patched.delitem(sys.modules, code)
         step = load._Step(lambda: module, known, DType.bf16, Asked(1, 64, 8), code)
+        verdict = trace_cache.key_of_installed(code, config=known.described)
     assert step.key is not None
     assert step.kept is None
+    self_check._keep(verdict, self_check.Verdict())
     stand_in = replace(small_lm(), source=DictSource({}))
     trace_cache.store(step.key, trace_cache.Trace(stand_in, step.parameters))
     reader = (
