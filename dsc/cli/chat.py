@@ -89,8 +89,8 @@ def chat(
         echo "What is a compiler?" | dsc chat out --no-thinking
     """
     from dsc.chat import Conversation
-    from dsc.cli.measuring import tell_stand_in
     from dsc.cli.given import opened, required_tokenizer, stop_ids
+    from dsc.cli.measuring import tell_stand_in
     from dsc.cli.ranks import must_launch
     from dsc.cli.talk import Talk
     from dsc.frontends.generation_config import parse_settings

@@ -96,8 +96,8 @@ def generate(
         dsc generate v3-tvm --file a.txt --file b.txt --top-p 0.9 --seed 7 --stop "The end" --json
     """
     from dsc import generation
-    from dsc.cli.measuring import tell_stand_in
     from dsc.cli.given import opened, required_tokenizer, stop_ids
+    from dsc.cli.measuring import tell_stand_in
     from dsc.cli.ranks import agree_on, launch_ranks, must_launch, speaks
     from dsc.frontends.generation_config import parse_settings
 
