@@ -1,4 +1,4 @@
-"""A checkpoint of the family as a GGUF file for llama.cpp: architecture `deepseek2`, absorbed MLA.
+"""A checkpoint as a GGUF file for llama.cpp: `deepseek2` with absorbed MLA, `llama` or `qwen2`.
 
 Needs numpy and the `gguf` package, and nothing of dsc: it runs in llama.cpp's environment. Tensors
 are mapped from the checkpoint and written one after another.
@@ -26,8 +26,17 @@ NORMS = {
     "mlp.gate.e_score_correction_bias": "exp_probs_b.bias",
 }
 """Kept in fp32, as llama.cpp wants them."""
+PLAIN = ("llama", "qwen2")
+"""Architectures whose caches hold keys and values; llama.cpp calls them so too."""
+BIASES = {f"self_attn.{p}_proj.bias": f"attn_{p}.bias" for p in "qkv"}
+"""In fp32 too."""
+TURNED = {
+    "self_attn.q_proj.weight": "num_attention_heads",
+    "self_attn.k_proj.weight": "num_key_value_heads",
+}
+"""What rotary embedding turns, pairs of which lie side by side in `llama`; and how many heads."""
 MATRICES = {
-    "self_attn.q_proj.weight": "attn_q.weight",
+    **{f"self_attn.{p}_proj.weight": f"attn_{p}.weight" for p in "qkv"},
     "self_attn.q_a_proj.weight": "attn_q_a.weight",
     "self_attn.q_b_proj.weight": "attn_q_b.weight",
     "self_attn.kv_a_proj_with_mqa.weight": "attn_kv_a_mqa.weight",
@@ -54,11 +63,15 @@ def convert(folder: Path, path: Path, quant: str = "none") -> None:
         raise ValueError("scaled rotary embeddings are not converted")
     found = checkpoint(folder)
     unfinished = path.with_suffix(".partial")
-    writer = gguf.GGUFWriter(str(unfinished), "deepseek2")
-    for name, value in (metadata(config) | {"file_type": FILES[quant]}).items():
+    kind = config.get("model_type")
+    plain = kind in PLAIN
+    writer = gguf.GGUFWriter(str(unfinished), kind if plain else "deepseek2")
+    told = plain_metadata(config) if plain else metadata(config)
+    for name, value in (told | {"file_type": FILES[quant]}).items():
         getattr(writer, f"add_{name}")(value)
-    scoring = {"softmax": "SOFTMAX", "sigmoid": "SIGMOID"}[config.get("scoring_func", "sigmoid")]
-    writer.add_expert_gating_func(gguf.ExpertGatingFuncType[scoring])
+    if not plain:
+        scoring = config.get("scoring_func", "sigmoid").upper()
+        writer.add_expert_gating_func(gguf.ExpertGatingFuncType[scoring])
     parts = list(converted(config, found))
     kinds = {}
     for part in parts:
@@ -93,9 +106,9 @@ class Part:
     make: Callable[[], Array]
 
 
-def metadata(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Values by the names of the writer's `add_` methods."""
-    rank, rope = config["kv_lora_rank"], config["qk_rope_head_dim"]
+def _common(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What every architecture has."""
+    parameters = config.get("rope_parameters") or {}
     return {
         "name": "random weights",
         "context_length": config["max_position_embeddings"],
@@ -103,9 +116,29 @@ def metadata(config: Mapping[str, Any]) -> dict[str, Any]:
         "block_count": config["num_hidden_layers"],
         "feed_forward_length": config["intermediate_size"],
         "head_count": config["num_attention_heads"],
-        "head_count_kv": 1,  # the latent cache is one head that all share
-        "rope_freq_base": float(config["rope_theta"]),
+        "rope_freq_base": float(config.get("rope_theta") or parameters["rope_theta"]),
         "layer_norm_rms_eps": config["rms_norm_eps"],
+        "vocab_size": config["vocab_size"],
+        "tokenizer_model": "no_vocab",
+    }
+
+
+def plain_metadata(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Values by the names of the writer's `add_` methods, where caches hold keys and values."""
+    width = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    return _common(config) | {
+        "head_count_kv": config["num_key_value_heads"],
+        "key_length": width,
+        "value_length": width,
+        "rope_dimension_count": width,
+    }
+
+
+def metadata(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Values by the names of the writer's `add_` methods."""
+    rank, rope = config["kv_lora_rank"], config["qk_rope_head_dim"]
+    return _common(config) | {
+        "head_count_kv": 1,  # the latent cache is one head that all share
         "expert_count": config["n_routed_experts"],
         "expert_used_count": config["num_experts_per_tok"],
         "expert_shared_count": config["n_shared_experts"],
@@ -115,7 +148,6 @@ def metadata(config: Mapping[str, Any]) -> dict[str, Any]:
         "expert_group_count": config.get("n_group", 1),
         "expert_group_used_count": config.get("topk_group", 1),
         "leading_dense_block_count": config["first_k_dense_replace"],
-        "vocab_size": config["vocab_size"],
         "q_lora_rank": config.get("q_lora_rank") or 0,  # 0: one matrix; absent: guessed by depth
         "kv_lora_rank": rank,
         "key_length": rank + rope,
@@ -123,7 +155,6 @@ def metadata(config: Mapping[str, Any]) -> dict[str, Any]:
         "key_length_mla": config["qk_nope_head_dim"] + rope,
         "value_length_mla": config["v_head_dim"],
         "rope_dimension_count": rope,
-        "tokenizer_model": "no_vocab",
     }
 
 
@@ -133,15 +164,21 @@ def converted(config: Mapping[str, Any], found: Mapping[str, Mapped]) -> Iterato
     yield _vector("output_norm.weight", found["model.norm.weight"])
     tied = found["model.embed_tokens.weight"]
     yield _matrix("output.weight", found.get("lm_head.weight", tied))
-    heads, nope = config["num_attention_heads"], config["qk_nope_head_dim"]
+    plain = config.get("model_type") in PLAIN
+    turned = TURNED if config.get("model_type") == "llama" else {}
+    heads = config["num_attention_heads"]
     for index in range(config["num_hidden_layers"]):
         layer, block = f"model.layers.{index}.", f"blk.{index}."
-        for source, target in NORMS.items():
+        for source, target in (NORMS | BIASES).items():
             if layer + source in found:
                 yield _vector(block + target, found[layer + source])
         for source, target in MATRICES.items():
             if layer + source in found:
-                yield _matrix(block + target, found[layer + source])
+                count = config[turned[source]] if source in turned else 0
+                yield _matrix(block + target, found[layer + source], count)
+        if plain:
+            continue
+        nope = config["qk_nope_head_dim"]
         yield from _by_head(block, found[f"{layer}self_attn.kv_b_proj.weight"], heads, nope)
         if index < config["first_k_dense_replace"]:
             continue
@@ -156,8 +193,19 @@ def _vector(name: str, source: Mapped) -> Part:
     return Part(name, source.shape, False, lambda: widened(source()))
 
 
-def _matrix(name: str, source: Mapped) -> Part:
-    return Part(name, source.shape, True, source)
+def _matrix(name: str, source: Mapped, heads: int = 0) -> Part:
+    """A matrix; of so many heads whose halves are turned, in the order of pairs side by side."""
+
+    def paired() -> Array:
+        rows, depth = source.shape
+        return (
+            source()
+            .reshape(heads, 2, rows // heads // 2, depth)
+            .swapaxes(1, 2)
+            .reshape(rows, depth)
+        )
+
+    return Part(name, source.shape, True, paired if heads else source)
 
 
 def _by_head(block: str, kv_b: Mapped, heads: int, nope: int) -> Iterator[Part]:

@@ -1,8 +1,9 @@
 """What a step of a model must do at least, from its configuration alone: the same for all engines.
 
-Each operator reads its weights once, and attention the cached latents of every sequence; flops are
-two for a multiply and add. MLA in decode is counted in its absorbed form, which reads and computes
-least; a prompt longer than the break-even expands its latents instead, whichever computes less.
+Each operator reads its weights once, and attention the cached latents of every sequence, or its
+keys and values; flops are two for a multiply and add. MLA in decode is counted in its absorbed
+form, which reads and computes least; a prompt longer than the break-even expands its latents
+instead, whichever computes less.
 """
 
 from __future__ import annotations
@@ -67,7 +68,7 @@ def step_work(
     found = [_product(batch, config["vocab_size"], config["hidden_size"], head)]
     for index in range(config["num_hidden_layers"]):
         found += _attention(config, batch, new, context, kind)
-        if index < config["first_k_dense_replace"]:
+        if index < config.get("first_k_dense_replace", index + 1):
             found += _mlp(config["hidden_size"], config["intermediate_size"], batch * new, kind)
         else:
             found += _experts(config, batch * new, kind)
@@ -89,9 +90,25 @@ def _product(rows: float, columns: int, depth: int, kind: Stored) -> Work:
     return Work(columns * depth * kind.bytes, 2 * rows * columns * depth, kind.coded)
 
 
+def _plain_attention(
+    config: Mapping[str, Any], batch: int, new: int, context: int, kind: Stored
+) -> Iterator[Work]:
+    """Attention over keys and values: a row of a cache is read once for the heads that share it."""
+    hidden, heads = config["hidden_size"], config["num_attention_heads"]
+    width, groups = config.get("head_dim") or hidden // heads, config["num_key_value_heads"]
+    rows, pairs = batch * new, batch * new * (context + (new + 1) / 2)
+    yield _product(rows, (heads + 2 * groups) * width, hidden, kind)
+    cached = batch * (context + new) * 2 * groups * width * BF16.bytes
+    yield Work(cached, 4 * pairs * heads * width)
+    yield _product(rows, hidden, heads * width, kind)
+
+
 def _attention(
     config: Mapping[str, Any], batch: int, new: int, context: int, kind: Stored
 ) -> Iterator[Work]:
+    if "kv_lora_rank" not in config:
+        yield from _plain_attention(config, batch, new, context, kind)
+        return
     hidden, heads, rank = (
         config[k] for k in ("hidden_size", "num_attention_heads", "kv_lora_rank")
     )

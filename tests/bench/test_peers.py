@@ -16,7 +16,7 @@ import torch
 from bench import limit, plot, table
 from bench.__main__ import cells, parse
 from bench.engines import ENGINES, PEERS, module_of
-from bench.gguf_file import checkpoint, converted, metadata
+from bench.gguf_file import checkpoint, converted, metadata, plain_metadata
 from bench.remote import EngineFailed, Remote, missing
 from bench.run import Cell, Effort, Result, Runner, measure, paired
 from bench.shapes import shape_config, tensors, write_checkpoint
@@ -112,6 +112,42 @@ def test_gguf_tensors_are_those_of_the_checkpoint(tmp_path: Path) -> None:
         t.bytes for t in tensors(SMALL)
     )
     assert metadata(SMALL)["key_length"] == 16 + 4
+
+
+PLAIN_SMALL: dict[str, Any] = {
+    "model_type": "qwen2", "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "intermediate_size": 48, "vocab_size": 64, "rms_norm_eps": 1e-6,
+    "max_position_embeddings": 128, "rope_theta": 1e4, "tie_word_embeddings": True,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "llama"])
+def test_a_plain_decoder_is_converted_whole(kind: str, tmp_path: Path) -> None:
+    config = PLAIN_SMALL | {"model_type": kind}
+    write_checkpoint(config, tmp_path / "small")
+    held = checkpoint(tmp_path / "small")
+    parts = {p.name: p for p in converted(config, held)}
+    assert len(parts) == len(held) + 1, "a tied head stands in the file too"
+    for part in parts.values():
+        assert part.make().shape == part.shape, part.name
+    k, wanted = (
+        parts["blk.1.attn_k.weight"].make(),
+        held["model.layers.1.self_attn.k_proj.weight"](),
+    )
+    if kind == "llama":  # pairs (i, i + 4) of a head of 8 side by side
+        wanted = wanted.reshape(2, 2, 4, 32).swapaxes(1, 2).reshape(16, 32)
+    assert np.array_equal(k, wanted)
+    assert ("blk.0.attn_q.bias" in parts) == (kind == "qwen2")
+    assert plain_metadata(config)["key_length"] == 8
+
+
+def test_the_limit_of_a_plain_decoder_is_its_weights_and_rows() -> None:
+    config = shape_config("qwen2-1.5b")
+    weights = sum(t.bytes for t in tensors(config) if len(t.shape) > 1)
+    one, far = (sum(w.bytes for w in limit.step_work(config, 1, 1, n)) for n in (0, 4096))
+    row = 2 * 28 * 2 * 2 * 128
+    assert one == weights + row
+    assert far - one == 4096 * row
 
 
 class FakeRemote:
