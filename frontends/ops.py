@@ -286,17 +286,24 @@ def attention(
     k: Tensor,
     v: Tensor,
     lengths: Tensor | None = None,
+    sinks: Tensor | None = None,
     *,
     scale: float | None = None,
     causal: bool = True,
+    window: int = 0,
+    chunk: int = 0,
+    softcap: float = 0.0,
 ) -> Tensor:
     """softmax(q k^T * scale) v for q [b,s,h,d], k [b,t,g,d], v [b,t,g,e] -> [b,s,h,e].
 
     With `lengths` i64[b], query i of row b sees keys j <= lengths[b] + i. Without, `causal` means
-    j <= i + t - s. `scale` is d^-0.5 by default; h is a multiple of g.
+    j <= i + t - s. Of these it sees the last `window`, and those of its own `chunk`, if not 0.
+    Scores are capped to softcap * tanh(x / softcap); `sinks` [h] are one more logit a head, which
+    takes its share and adds nothing. `scale` is d^-0.5 by default; h is a multiple of g.
     """
     scale = float(q.shape[-1]) ** -0.5 if scale is None else scale
-    return call("attention", q, k, v, lengths, scale=scale, causal=causal)  # type: ignore[no-any-return]
+    sight = {"window": window, "chunk": chunk, "softcap": softcap}
+    return call("attention", q, k, v, lengths, sinks, scale=scale, causal=causal, **sight)  # type: ignore[no-any-return]
 
 
 def mla_attention(

@@ -124,7 +124,7 @@ def test_layouts_and_states_that_a_backend_does_not_hold_are_refused() -> None:
             prepared(backend, a_program(), cache_format="fp8")
     with pytest.raises(UsageError, match="the tvm backend takes no caches in int8"):
         prepared("tvm", a_program(), cache_format="int8", codes=False)
-    with pytest.raises(UnsupportedOperator, match="it has no caches of attention"):
+    with pytest.raises(UnsupportedOperator, match="it has no caches of latent attention"):
         prepared("reference", a_program(), cache_format="fp8")
     with pytest.raises(UnsupportedOperator, match="has no caches of attention"):
         prepared("reference", a_program(), cache="paged")

@@ -47,6 +47,10 @@ def test_a_registered_operator_is_the_one_of_the_ir(name: str) -> None:
         (lambda x, w: dsc.rms_norm(x, w), [(3, 4), (4,)]),
         (lambda g, u: dsc.swiglu(g, u), [(3, 4), (3, 4)]),
         (lambda q, k, v: dsc.attention(q, k, v), [(1, 3, 2, 4), (1, 5, 1, 4), (1, 5, 1, 3)]),
+        (
+            lambda q, k, v, s: dsc.attention(q, k, v, sinks=s, window=2, softcap=1.5),
+            [(1, 3, 2, 4), (1, 5, 1, 4), (1, 5, 1, 3), (2,)],
+        ),
     ],
 )
 def test_operators_have_gradients(
