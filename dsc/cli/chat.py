@@ -65,6 +65,7 @@ def chat(
     dtype: options.Dtype = None,
     quant: options.Quant = "none",
     max_context: options.MaxContext = None,
+    rope_scaling: options.RopeScaling = None,
     revision: options.Revision = None,
     output: options.KeepIn = None,
     trust: options.Trust = False,
@@ -113,7 +114,11 @@ def chat(
             hint="compile the model without --ranks; dsc generate runs several",
         )
     compiling = options.chosen(
-        backend=backend, dtype=dtype, max_context=max_context, revision=revision
+        backend=backend,
+        dtype=dtype,
+        max_context=max_context,
+        rope_scaling=rope_scaling,
+        revision=revision,
     )
     compiling |= {} if quant == "none" else {"quant": quant}
     start = time.perf_counter()

@@ -69,6 +69,7 @@ def generate(
     dtype: options.Dtype = None,
     quant: options.Quant = "none",
     max_context: options.MaxContext = None,
+    rope_scaling: options.RopeScaling = None,
     revision: options.Revision = None,
     output: options.KeepIn = None,
     json: options.Json = False,
@@ -83,8 +84,8 @@ def generate(
     that the model's generation_config.json asks for; where it asks for none, text is greedy.
 
     An artifact of several ranks runs as that many processes, started here, or by torchrun. A MODEL
-    is compiled first, with --backend, --dtype, --quant, --max-context and --revision as dsc compile
-    has them, and what comes of it is gone afterwards unless -o keeps it.
+    is compiled first, by --backend, --dtype, --quant, --max-context, --rope-scaling and --revision
+    as dsc compile has them, and what comes of it is gone afterwards unless -o keeps it.
 
     JSON keys: answers (each prompt, text, finish_reason, prompt_tokens, new_tokens), and seconds
     and rates of loading, prompts and decoding, over all answers.
@@ -111,7 +112,11 @@ def generate(
         frequency_penalty=frequency_penalty,
     )
     compiling = options.chosen(
-        backend=backend, dtype=dtype, max_context=max_context, revision=revision
+        backend=backend,
+        dtype=dtype,
+        max_context=max_context,
+        rope_scaling=rope_scaling,
+        revision=revision,
     )
     compiling |= {} if quant == "none" else {"quant": quant}
     running = {"trust": trust, **options.chosen(threads=threads, pin=pin)}

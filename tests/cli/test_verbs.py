@@ -204,8 +204,8 @@ def test_ranks_are_given_every_option(
     """Each takes the line that was typed, with all of its options."""
     command = get_command(build_app()).commands[verb]  # type: ignore[attr-defined]
     typed = {p.name: p for p in command.params if p.name not in ("artifact", "model", "ranks")}
-    for compiling in ("revision", "backend", "dtype", "quant", "max_context", "output"):
-        typed.pop(compiling, None)  # of a model that is compiled first
+    compiling = ("revision", "backend", "dtype", "quant", "max_context", "rope_scaling", "output")
+    typed = {n: p for n, p in typed.items() if n not in compiling}  # of a model
     typed = {n: p for n, p in typed.items() if p.name not in ("help", "hashes", "file", "greedy")}
     values = {n: OTHER.get(n, True if p.is_flag else 7) for n, p in typed.items()}
     if "most_excluded" in values:
