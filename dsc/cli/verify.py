@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from typer import Context, Exit, Option
 
 from dsc.cli import console, options
+from dsc.cli.ranks import speaks
 from dsc.errors import UsageError
 from dsc.files import read_text
 from dsc.ir.types import PRECISIONS, DType
 
 if TYPE_CHECKING:
     from dsc.api import CompiledModel
+    from dsc.ir.program import Program
     from dsc.runtime.emission import Progress
     from dsc.verification import Comparison, Noise
 
@@ -73,11 +75,16 @@ def verify(
     greedy tokens disagree at positions that are no near-ties, or where too few positions are clear
     to say anything. An artifact of several ranks runs as that many processes.
 
+    Where weights or rows are rounded to codes, as --quant asks, the oracle is the program's own
+    text, interpreted in fp32 over the weights that it stores: so what is wrong is wrong in kernels,
+    and what codes cost is told beside it, as the distance from the source, which is no failure.
+
     What OUT stores, codes and scales, is made from the source again and compared bit for bit, a
     block at a time, before anything runs: a tensor that differs is named with where it does. Where
     there is no source, --hashes tells which tensor is not what was compiled.
 
-    JSON keys: max_logit_diff, greedy_agreement, excluded, perplexity, ok, failures, and more.
+    JSON keys: max_logit_diff, greedy_agreement, excluded, perplexity, all against the source;
+    oracle (source or text), text (the same against that, where it is the oracle), ok, failures.
 
     Examples:
 
@@ -87,7 +94,7 @@ def verify(
     """
     from dsc import api, verification
     from dsc.cli.measuring import tell_stand_in
-    from dsc.cli.ranks import launch_ranks, must_launch, speaks
+    from dsc.cli.ranks import launch_ranks, must_launch
     from dsc.frontends.hub import located
     from dsc.pipeline import cache_format_of
 
@@ -113,7 +120,8 @@ def verify(
             tell_stand_in(compiled.executable, "nothing to be compared")
         source = source_of(compiled, checkpoint)
         check_oracle(against, source)
-        wrong = other_weights(compiled, source, progress) if is_artifact else []
+        made = made_again(compiled, source, progress) if is_artifact else None
+        wrong = heard_of_all(other_weights(compiled, made, progress))
         if weights:
             _tell_weights(compiled, wrong, json)
             return
@@ -121,8 +129,6 @@ def verify(
         progress("running the compiled model")
         ours = verification.session_logits(compiled, ids)
         if not speaks():  # the other ranks have done their part
-            if wrong:
-                raise _wrong_weights(wrong)
             return
         progress(f"running the oracle ({against})")
         kept = cache_format_of(compiled.program)
@@ -130,26 +136,40 @@ def verify(
         if oracle.shape != ours.shape:
             raise _other_model(compiled, source, ours.shape, oracle.shape)
         dtype = verification.compute_dtype(compiled.program)
-        if dtype != "fp32":
-            progress(f"measuring what {dtype} does (reference)")
-        config = compiled.manifest["config"]
-        noise = noise_of(dtype, against, source, ids, oracle, config, kept)
-    result = verification.compare(ours, oracle, ids, noise, is_text=is_text)
-    failures = [*wrong, *result.failures(require, most_excluded)]
-    formats = stored_as(compiled)
-    exact = is_artifact and compiled.manifest.get("weights") is not None and not wrong
-    if failures and kept != "bf16" and against != "reference":
-        failures.append(f"caches are kept in {kept}: what codes cost is part of this")
-    if failures and formats:
-        failures.append(
-            f"weights are stored as {', '.join(formats)}: where the source has them finer, what"
-            " codes cost is part of this (dsc compile --calibrate measures that)"
-            + (", and they are what the source makes of them, bit for bit" if exact else "")
+        text_is_oracle = compiled.program.mesh.ranks == 1 and verification.rounds(
+            made or compiled.program
         )
+        if text_is_oracle:
+            progress("running the program's own text (reference)")
+            said, noise = verification.held_to_text(compiled.program, ids)
+            own = verification.compare(ours, said, ids, noise, is_text=is_text)
+            result = verification.compare(ours, oracle, ids, None, is_text=is_text)
+        else:
+            if dtype != "fp32":
+                progress(f"measuring what {dtype} does (reference)")
+            config = compiled.manifest["config"]
+            noise = noise_of(dtype, against, source, ids, oracle, config, kept)
+            result = own = verification.compare(ours, oracle, ids, noise, is_text=is_text)
+    formats = stored_as(compiled)
+    failures = [*wrong, *own.failures(require, most_excluded)]
+    if failures and not text_is_oracle:
+        failures += _what_codes_cost(formats, kept if against != "reference" else "bf16")
     if json:
-        facts = {"against": against, "dtype": dtype, "formats": formats, "cache_format": kept}
-        facts |= result.as_dict()
+        facts: dict[str, Any] = {
+            "against": against,
+            "dtype": dtype,
+            "formats": formats,
+            "cache_format": kept,
+        }
+        facts |= {"oracle": "text" if text_is_oracle else "source", **result.as_dict()}
+        if text_is_oracle:
+            facts["text"] = own.as_dict()
+            facts["checks"] = facts["text"]["checks"]
         console.print_json({**facts, "ok": not failures, "failures": failures})
+    elif text_is_oracle:
+        told = [*_figures(result), "", "its own text over the weights that it stores, in fp32:"]
+        told = ["the source, of which codes cost so much:", *told, *_lines(own, dtype)]
+        console.stdout().print("\n".join(told))
     else:
         console.stdout().print("\n".join(_lines(result, dtype)))
     if failures:
@@ -157,48 +177,71 @@ def verify(
         raise Exit(1)
 
 
-def other_weights(compiled: CompiledModel, source: str, progress: Progress) -> list[str]:
-    """What an artifact stores otherwise than its program makes it of the source, in words."""
+def _what_codes_cost(formats: list[str], kept: str) -> Iterator[str]:
+    """What else than an error a failure may be, where the source is the oracle."""
+    if kept != "bf16":
+        yield f"caches are kept in {kept}: what codes cost is part of this"
+    if formats:
+        yield (
+            f"weights are stored as {', '.join(formats)}: where the source has them finer, what"
+            " codes cost is part of this (dsc compile --calibrate measures that)"
+        )
+
+
+def made_again(compiled: CompiledModel, source: str, progress: Progress) -> Program | None:
+    """The program of an artifact, its weights made of the source; `None` where it has none."""
     from dsc import verification
     from dsc.frontends.load import load_program
-    from dsc.runtime import artifact, packing
+    from dsc.runtime import artifact
 
-    packed = compiled.manifest.get("weights")
-    if packed is None:
-        return []
+    if compiled.manifest.get("weights") is None:
+        return None
     folder = compiled.folder
     assert folder is not None
     dtype = PRECISIONS[verification.compute_dtype(compiled.program)]
     read = load_program(source, dtype=dtype, progress=progress).program.source
-    program = artifact.over(folder, compiled.manifest, read)
-    return [str(each) for each in packing.others(program, folder / packed, progress)]
+    return artifact.over(folder, compiled.manifest, read)
+
+
+def other_weights(compiled: CompiledModel, made: Program | None, progress: Progress) -> list[str]:
+    """What an artifact stores otherwise than it is `made` of the source, in words."""
+    from dsc.runtime import packing
+
+    if made is None:
+        return []
+    assert compiled.folder is not None
+    path = compiled.folder / compiled.manifest["weights"]
+    return [str(each) for each in packing.others(made, path, progress)]
+
+
+def heard_of_all(wrong: list[str]) -> list[str]:
+    """What is wrong on any rank, on rank 0, which tells it; nothing on the others."""
+    from dsc.runtime.collectives import share
+
+    each = share("other weights", wrong)
+    if len(each) == 1:
+        return wrong
+    told = [f"rank {rank}: {line}" for rank, lines in enumerate(each) for line in lines]
+    return told if speaks() else []
 
 
 def _tell_weights(compiled: CompiledModel, wrong: list[str], json: bool) -> None:
     """Say which weights differ, once for all ranks where none does; exit 1 where some do."""
-    from dsc.cli.ranks import speaks
-
     count = len(compiled.program.weights)
     if json and speaks():
         console.print_json({"weights": count, "ok": not wrong, "failures": wrong})
     elif not wrong and speaks():
         console.stdout().print(f"{count} weights are those of the source, bit for bit")
     if wrong:
-        raise _wrong_weights(wrong)
-
-
-def _wrong_weights(wrong: list[str]) -> Exit:
-    console.stderr().print("\n".join(wrong))
-    return Exit(1)
+        console.stderr().print("\n".join(wrong))
+        raise Exit(1)
 
 
 def _lines(result: Comparison, dtype: str) -> Iterator[str]:
     """The comparison in words: its numbers, then what they were held against."""
     from dsc import verification
 
-    for name, value in result.as_dict().items():
-        if name != "checks":
-            yield f"{name:18} {value}"
+    yield from _figures(result)
     for check in result.checks:
         found = f"{check.found:.3g}, at most {check.bound:.3g}"
         yield f"{'right' if check.ok else 'WRONG':18} {check.what}: {found}"
@@ -209,6 +252,12 @@ def _lines(result: Comparison, dtype: str) -> Iterator[str]:
             f" {verification.MARGIN:g} times the error that {dtype} leaves in a logit, so that"
             " rounding alone may swap them"
         )
+
+
+def _figures(result: Comparison) -> Iterator[str]:
+    for name, value in result.as_dict().items():
+        if name != "checks":
+            yield f"{name:18} {value}"
 
 
 def stored_as(compiled: CompiledModel) -> list[str]:
@@ -296,8 +345,7 @@ def noise_of(
     from dsc import api, verification
 
     if dtype == "fp32" and (against == "reference" or kept == "bf16"):
-        layers = int(config.get("num_hidden_layers", 1))
-        return verification.Noise.in_fp32(oracle, layers)
+        return verification.Noise.in_fp32(oracle, verification.layers_of(config))
     rounded = api.compile(source, backend="reference", dtype=dtype, cache_format=kept)
     exact = oracle if against == "reference" else oracle_logits("reference", source, ids)
     return verification.Noise.of(verification.session_logits(rounded, ids), exact)

@@ -29,6 +29,7 @@ from dsc.ir.ranks import Group, current, set_process_group
 
 __all__ = [
     "Place", "ProcessGroup", "agree", "connect", "current", "digest", "join", "launched", "place",
+    "share",
 ]  # fmt: skip
 
 TIMEOUT = 25.0
@@ -39,6 +40,8 @@ PATIENCE = 1.0
 """Seconds after which a rank that waits for others to start says for whom."""
 LAUNCHERS = ("DSC_LAUNCHED", "TORCHELASTIC_RUN_ID")
 """Variables of those that start all ranks at once, and end them all when one fails to start."""
+PATIENT = 3600.0
+"""Seconds that a rank waits for what another has read from a disk, as all of its weights."""
 STORE_TIMEOUT = 2.0
 VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -138,13 +141,15 @@ class ProcessGroup:
         self._numbers[source, to] += 1
         return self._numbers[source, to] % _MAX_TAG
 
-    def share(self, key: str, text: str) -> list[str]:
+    def share(self, key: str, text: str, patience: float = 0.0) -> list[str]:
         """Every rank's `text`, in order of rank. Raises `RankError` that names who is missing.
 
         Rank 0, with whom the texts lie, returns when all have read them: it may end right after.
+        The slowest is waited for as long as for a collective, or for `patience` seconds.
         """
+        limit = max(patience, self.timeout)
         self._store.set(f"{key}/{self.rank}", text)
-        found = [t.decode() for t in _wait_for(self._store, key, self.size, self.timeout)]
+        found = [t.decode() for t in _wait_for(self._store, key, self.size, limit)]
         self._store.set(f"{key}/read/{self.rank}", "")
         if self.rank == 0:
             _wait_for(self._store, f"{key}/read", self.size, self.timeout)
@@ -222,6 +227,17 @@ def connect(where: Place, timeout: float = TIMEOUT, rendezvous: float = RENDEZVO
         raise RankError(f"rank {where.rank} could not connect to the others: {problem}") from None
     store.set_timeout(timedelta(seconds=STORE_TIMEOUT))
     return ProcessGroup(where, store, transport, timeout)
+
+
+def share(key: str, lines: list[str]) -> list[list[str]]:
+    """What every rank has to tell, in order of rank, after work that takes one longer than another.
+
+    Raises `RankError` that names who told nothing.
+    """
+    group = current()
+    if not isinstance(group, ProcessGroup):
+        return [lines]
+    return [json.loads(text) for text in group.share(key, json.dumps(lines), PATIENT)]
 
 
 def agree(key: str, facts: Mapping[str, str]) -> None:

@@ -33,6 +33,7 @@ from dsc.ir.op import TypeMismatch, op, type_of
 from dsc.ir.sized import Shape, Sized
 from dsc.ir.traits import Form, Role, Traits
 from dsc.ir.types import DType, TensorType
+from dsc.ir.weights import Source, WeightExpr
 
 
 def _infer_scaled(types: Sequence[TensorType], attrs: Mapping[str, Any]) -> tuple[TensorType, ...]:
@@ -159,6 +160,16 @@ def takes_codes(node: Node) -> bool:
     if node.body is not None:
         return any(map(takes_codes, node.body.nodes))
     return bool(node.attrs.get("activations"))
+
+
+def makes_codes(expr: WeightExpr) -> bool:
+    """Whether a weight, or a part of it, is rounded to codes by its expression.
+
+    One that a checkpoint stores as codes is not: those are put together and moved.
+    """
+    if isinstance(expr, Source):
+        return False
+    return expr.op == block_codes.name or any(map(makes_codes, expr.args))
 
 
 def product_of(x: Any, weight: Any, bias: Any = None, activations: str = "") -> Any:
