@@ -122,16 +122,18 @@ class Comparison:
 class Noise:
     """The error [S] of each position that rounding to an element type explains.
 
-    `measured` by a yardstick, strays included, or derived.
+    `measured` by a yardstick, strays included, or derived. Where it has `codes` to choose between,
+    nothing but its own worst position says how far one may be off.
     """
 
     errors: Logits
     measured: bool
+    codes: bool = False
 
     @staticmethod
-    def of(rounded: Logits, exact: Logits) -> Noise:
+    def of(rounded: Logits, exact: Logits, codes: bool = False) -> Noise:
         """What a type does to a model: its logits [S, vocab] in it, and in fp32."""
-        return Noise(_rms(rounded.astype(np.float64) - exact.astype(np.float64)), True)
+        return Noise(_rms(rounded.astype(np.float64) - exact.astype(np.float64)), True, codes)
 
     @staticmethod
     def in_fp32(oracle: Logits, layers: int) -> Noise:
@@ -182,10 +184,11 @@ def _checks(errors: Any, noise: Noise, spread: Any) -> Iterator[Check]:
     yield Check(f"positions where a logit is off by more than {far:.3g}", count, allowed)
     if noise.measured:
         worst = int(np.argmax(errors / spread))
+        own = ROOM * float(noise.errors.max()) if noise.codes else 0.0
         yield Check(
             f"a logit's error at the worst position ({worst})",
             float(errors[worst]),
-            max(SPREAD * float(spread[worst]), far),
+            max(SPREAD * float(spread[worst]), far, own),
         )
 
 
@@ -232,11 +235,12 @@ def held_to_text(program: Program, ids: Sequence[int]) -> tuple[Logits, Noise]:
     or measured where a number's last bit decides between two codes.
     """
     exact = session_logits(Interpreted(in_fp32(program)), ids)
+    codes = _takes_codes(program) or any(s.type.format is not None for s in program.states)
     if compute_dtype(program) != "fp32":
-        return exact, Noise.of(session_logits(Interpreted(program), ids), exact)
-    if _takes_codes(program) or any(s.type.format is not None for s in program.states):
+        return exact, Noise.of(session_logits(Interpreted(program), ids), exact, codes)
+    if codes:
         moved = in_fp32(program, FP32_ROUNDINGS)
-        return exact, Noise.of(session_logits(Interpreted(moved), ids), exact)
+        return exact, Noise.of(session_logits(Interpreted(moved), ids), exact, codes)
     return exact, Noise.in_fp32(exact, layers_of(program.meta.get("config", {})))
 
 
