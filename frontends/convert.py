@@ -5,8 +5,10 @@ To bf16, each weight in FP8 is its codes times the scales of their blocks, in fp
 is. FP8 of other makers, scaled by row or tensor, is read too.
 
 To FP8, what the published checkpoints have in FP8 becomes codes with a scale for 128 x 128: the
-linears of attention, of dense MLPs and of all experts, in MTP layers as in others. Embeddings,
-heads, norms, the router's gate and bias, and what joins an MTP layer to the model stay. A scale is
+linears of attention, of dense MLPs and of all experts, in MTP layers of the DeepSeek-V3 family as
+in others. Embeddings, heads, norms, the router's gate and bias, and what joins an MTP layer to the
+model stay. Which tensors of another type those are, its stock class and its table of conversions
+say; what of its linears stays is named in `modules_to_not_convert`. A scale is
 the largest magnitude of its block over 448, so a checkpoint in FP8 that was so made comes back from
 bf16 bit for bit; with `scale_fmt` "ue8m0" it is the next power of two, as since DeepSeek-V3.1.
 
@@ -22,18 +24,20 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, TypeAlias, get_args
+from typing import Any, Literal, TypeAlias, get_args
 
 from dsc.errors import CheckpointError, ConfigError, FileError, UsageError
 from dsc.files import check_makeable, check_room
 from dsc.frontends.codes import SCALE_SUFFIXES
 from dsc.frontends.config import CONFIG_FILE
+from dsc.frontends.conversions import Conversions, conversions_of
 from dsc.frontends.generation_config import GENERATION_FILE
 from dsc.frontends.huggingface import CheckpointModel, open_checkpoint
+from dsc.frontends.stock import completed
 from dsc.frontends.tokenizer import RANKS, SETTINGS, TOKENIZER
 from dsc.ir.safetensors import INDEX_FILE, inside
 from dsc.ir.types import DType, TensorType
-from dsc.ir.weights import WeightExpr, apply
+from dsc.ir.weights import WeightExpr, apply, sources
 from dsc.replacing import clear, replacing
 from dsc.runtime.contents import Stored, nbytes
 from dsc.runtime.emission import Progress
@@ -54,7 +58,9 @@ _LINEAR = re.compile(
     r"|mlp\.(shared_experts\.|experts\.\d+\.)?(gate|up|down)_proj\.weight"
     r"|mlp\.experts\.(gate_up|down)_proj)"
 )
-"""The weights that published checkpoints have in FP8; experts may be stacked."""
+"""The weights that the family's published checkpoints have in FP8; experts may be stacked."""
+_ROUTER = re.compile(r"(.*\.)?(\w*_)?(gate|router)(\..*)?")
+"""Linears that choose experts, or how much of one is taken."""
 _SIZE = re.compile(r"(\d+(?:\.\d+)?) ?([kMGT]?)(i?)B?", re.IGNORECASE)
 _POWERS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
 
@@ -83,7 +89,7 @@ def convert(
     """Write the checkpoint folder `source` to the folder `out` with its weights in another form.
 
     Args:
-        source: a checkpoint folder of the family.
+        source: a checkpoint folder.
         out: where the new one goes, whole or not at all.
         to: "bf16" for weights in FP8; "fp8" for plain weights.
         scale_fmt: scales of FP8: "f32", or "ue8m0" for powers of two.
@@ -102,12 +108,17 @@ def convert(
     _check_free(folder, target, force)
     opened = open_checkpoint(folder, DType.bf16)
     _check_form(opened, to)
+    chosen, plain = _linears(opened) if to == "fp8" else (frozenset[str](), [])
     converted, opened = _plain(opened)
     stored = list(opened.weights.items())
     if to == "fp8":
-        converted = [name for name, _ in stored if _LINEAR.fullmatch(name)]
+        converted = [name for name, _ in stored if name in chosen]
         _check_linears([(name, opened.weights[name].type) for name in converted])
-        stored = [part for weight in stored for part in _in_blocks(*weight, scale_fmt)]
+        stored = [
+            part
+            for name, expr in stored
+            for part in (_in_blocks(name, expr, scale_fmt) if name in chosen else [(name, expr)])
+        ]
     if not converted:
         raise CheckpointError(f"no weight to convert to {to}", str(folder), "use it as it is")
     shards = cut(stored, limit)
@@ -119,7 +130,7 @@ def convert(
     with replacing(target) as made:
         for path in copied:
             shutil.copyfile(path, made / path.name)
-        (made / CONFIG_FILE).write_text(_config(opened.raw, to, scale_fmt), "utf-8")
+        (made / CONFIG_FILE).write_text(_config(opened.raw, to, scale_fmt, plain), "utf-8")
         write_shards(made, shards, opened.source, f"to {to}", progress)
         files = {path.name: path.stat().st_size for path in sorted(made.iterdir())}
     notes = (*opened.notes, *_left_out(folder, files))
@@ -196,7 +207,45 @@ def _plain(opened: CheckpointModel) -> tuple[list[str], CheckpointModel]:
     }  # fmt: skip
     narrow = [key for key, t in kept.items() if t.dtype.is_float and t.dtype.itemsize == 1]
     wide = {key: TensorType(DType.bf16, kept[key].shape) for key in narrow}
-    return narrow, opened.mapped(kept | wide)
+    return narrow, opened.mapped(kept | wide, conversions=Conversions())
+
+
+def _linears(opened: CheckpointModel) -> tuple[frozenset[str], list[str]]:
+    """The stored weights that become FP8, and the modules of other matrices, without embeddings.
+
+    Raises `CheckpointError` where a checkpoint is not that of its stock class.
+    """
+    if opened.config.family is not None:
+        return frozenset(filter(_LINEAR.fullmatch, opened.source.types)), []
+    from torch import nn
+
+    from dsc.frontends.causal_lm import parameter_types
+
+    step = opened.build()
+    model: Any = step.stock()
+    facts, parameters = completed(opened.config, step.config), parameter_types(step)
+    found = opened.mapped(parameters, facts, conversions_of(model))
+    head = model.get_output_embeddings()
+    kinds = dict(model.named_modules())
+    matrices = {
+        path: kinds[path]
+        for name, kind in parameters.items()
+        if name.endswith(".weight") and kind.rank == 2
+        and not isinstance(kinds[path := name.removesuffix(".weight")], nn.Embedding)
+    }  # fmt: skip
+    linears = {
+        path for path, part in matrices.items()
+        if isinstance(part, nn.Linear) and part is not head and not _ROUTER.fullmatch(path)
+    }  # fmt: skip
+    stacked = {n for n, t in parameters.items() if t.rank == 3 and t.shape[0] == facts.experts}
+    chosen = stacked | {f"{path}.weight" for path in linears}
+    stored = {leaf.key for name in chosen for leaf in sources(found.weights[name])}
+    left = {
+        path if kinds[path] is head else leaf.key.removesuffix(".weight")
+        for path in matrices.keys() - linears
+        for leaf in sources(found.weights[f"{path}.weight"])
+    }
+    return frozenset(key for key in stored if key.removesuffix(".weight") not in left), sorted(left)
 
 
 def _check_linears(linears: Sequence[tuple[str, TensorType]]) -> None:
@@ -208,10 +257,7 @@ def _check_linears(linears: Sequence[tuple[str, TensorType]]) -> None:
 
 
 def _in_blocks(name: str, expr: WeightExpr, scale_fmt: ScaleFormat) -> Iterator[Stored]:
-    """What is stored of a weight: itself, or codes and scales."""
-    if not _LINEAR.fullmatch(name):
-        yield name, expr
-        return
+    """Codes and scales of a weight."""
     kind = DType.f8e8m0 if scale_fmt == "ue8m0" else DType.f32
     scales = apply("block_scales", expr, codes=DType.f8e4m3, block=BLOCK, dtype=kind)
     if kind is not DType.f32:
@@ -220,15 +266,16 @@ def _in_blocks(name: str, expr: WeightExpr, scale_fmt: ScaleFormat) -> Iterator[
     yield name + SCALE_SUFFIXES[0], scales
 
 
-def _config(raw: JsonObject, to: Form, scale_fmt: ScaleFormat) -> str:
-    """`config.json` of the new form; all else stays as it is."""
+def _config(raw: JsonObject, to: Form, scale_fmt: ScaleFormat, plain: Sequence[str]) -> str:
+    """`config.json` of the new form; all else stays as it is. `plain`: modules of other linears."""
     made = {key: value for key, value in raw.items() if key != "quantization_config"}
     if to == "bf16":
         made["dtype" if "dtype" in made else "torch_dtype"] = "bfloat16"
     else:
         told = {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8"}
         exponents = {"scale_fmt": scale_fmt} if scale_fmt == "ue8m0" else {}
-        made["quantization_config"] = told | exponents | {"weight_block_size": list(BLOCK)}
+        rest = {"modules_to_not_convert": list(plain)} if plain else {}
+        made["quantization_config"] = told | exponents | {"weight_block_size": list(BLOCK)} | rest
     return json.dumps(made, indent=2, ensure_ascii=False) + "\n"
 
 

@@ -33,7 +33,7 @@ def convert(
     json: options.Json = False,
     force: Annotated[bool, Option("--force", help="Replace the checkpoint at OUT.")] = False,
 ) -> None:
-    """Convert the checkpoint IN between block FP8 and bf16, as the family's official ones have it.
+    """Convert the checkpoint IN between block FP8 and bf16, as DeepSeek's and Qwen's have it.
 
     Runs on a CPU and in a stream: no more than blocks of a weight are in memory.
 

@@ -20,6 +20,7 @@ from torch import Tensor
 import dsc
 from bench.names import mapped, quiet, small_model
 from bench.quantised_folders import LAYOUTS, Tensors, config_of, stored
+from dsc.frontends.convert import convert
 from dsc.frontends.huggingface import load_checkpoint
 from dsc.ir.arrays import array_of, tensor_of
 from dsc.ir.safetensors import open_safetensors
@@ -133,3 +134,30 @@ def test_experts_stacked_in_fp8_with_their_scales_are_read(tmp_path: Path) -> No
     state: dict[str, Tensor] = found.load().state_dict()
     scales = made[name + "_scale_inv"].repeat_interleave(8, 1).repeat_interleave(16, 2)
     assert torch.equal(state[name], made[name].float() * scales)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen3_moe"])
+def test_a_type_is_converted_to_fp8_and_back(model_type: str, tmp_path: Path) -> None:
+    """Its linears but the head and the routers, which are named; the second trip is the first."""
+    first, back, again = (tmp_path / name for name in ("first", "back", "again"))
+    raw, tensors = plain_of(model_type)
+    convert(folder(tmp_path / "plain", raw, tensors), first, "fp8")
+    narrow = {k for k, t in open_safetensors(first).types.items() if t.dtype is DType.f8e4m3}
+    routers = [f"model.layers.{layer}.mlp.gate" for layer in (0, 1)]
+    left = ["lm_head", *(routers if model_type == "qwen3_moe" else [])]
+    assert narrow == {
+        k for k, t in tensors.items()
+        if ".layers." in k and t.ndim == 2 and k.removesuffix(".weight") not in left
+    }  # fmt: skip
+    told = json.loads((first / "config.json").read_text())["quantization_config"]
+    assert told["modules_to_not_convert"] == left
+    found = load_checkpoint(first, DType.f32)
+    name = "model.layers.1.self_attn.o_proj.weight"
+    assert str(in_format(found.weights[name]).type).startswith("f8e4m3{128x128,f32}")
+    convert(first, back, "bf16")
+    assert "quantization_config" not in json.loads((back / "config.json").read_text())
+    convert(back, again, "fp8")
+    one, other = open_safetensors(first), open_safetensors(again)
+    assert one.types.keys() == other.types.keys()
+    for key in narrow:
+        assert np.array_equal(one.array(key).view(np.uint8), other.array(key).view(np.uint8)), key
