@@ -283,16 +283,8 @@ def round_half_to_even(t: Lowering, x: Operand, **options: Any) -> Operand:
 
 
 def gelu(t: Lowering, x: Operand, approximate: str = "none") -> Operand:
-    """Exact, or by the tanh approximation (Hendrycks & Gimpel 2016) in fp32."""
-    if approximate == "none":
-        return t.call("gelu", x)
-    wide, dtype = widened(t, x)
-    cubic = t.call("mul", t.call("square", wide), wide)
-    inner = t.call("add", wide, t.call("mul", cubic, t.number(0.044715, dtype)))
-    scaled = t.call("mul", inner, t.number(math.sqrt(2 / math.pi), dtype))
-    gate = t.call("add", t.call("tanh", scaled), t.number(1, dtype))
-    half = t.call("mul", wide, t.number(0.5, dtype))
-    return t.cast(t.call("mul", half, gate), x.type.dtype)
+    """Exact, or by the tanh approximation (Hendrycks & Gimpel 2016)."""
+    return t.call("gelu" if approximate == "none" else "gelu_tanh", x)
 
 
 def with_factor(op: str, before: float = 1.0, after: float = 1.0) -> Row:
@@ -426,14 +418,15 @@ def rms_norm(
     t: Lowering, x: Operand, extents: Sequence[Dim], weight: Operand | None = None,
     eps: float | None = None,
 ) -> Operand:  # fmt: skip
-    """torch's own norm multiplies by the weight in fp32 and rounds last, unlike the IR's."""
+    """torch's own norm multiplies by the weight in fp32 and rounds last."""
     if len(extents) != 1:
         raise Unsupported("rms_norm over several axes")
     eps = torch.finfo(x.type.dtype.torch).eps if eps is None else eps
     if weight is None:
         weight = t.full(extents, 1.0, x.type.dtype)
-    wide = (t.cast(x, DType.f32), t.cast(weight, DType.f32)) if x.type.dtype in NARROW else None
-    return t.cast(t.call("rms_norm", *(wide or (x, weight)), eps=float(eps)), x.type.dtype)
+    if x.type.dtype in NARROW:
+        weight = t.cast(weight, DType.f32)
+    return t.call("rms_norm", x, weight, eps=float(eps))
 
 
 def native_layer_norm(

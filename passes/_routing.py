@@ -23,14 +23,16 @@ def emit(
     b: GraphBuilder,
     x: Operand,
     gate: Operand,
-    bias: Operand | None,
+    biases: Sequence[Operand | None],
     attrs: Mapping[str, Any],
     idx: Value,
     w: Value,
 ) -> tuple[Operand, Operand]:
-    bias = bias and b.as_type(bias, DType.f32)
-    index, weight = b.call("route", x, gate, bias, **attrs)
-    return b.as_shape(index, idx.type.shape), b.as_shape(weight, idx.type.shape)
+    """route, and its results in the types of what it replaces; biases choose, and are of logits."""
+    given = [bias and b.as_type(bias, DType.f32) for bias in biases]
+    index, weight = b.call("route", x, gate, *given, **attrs)
+    weight = b.as_type(b.as_shape(weight, idx.type.shape), w.type.dtype)
+    return b.as_shape(index, idx.type.shape), weight
 
 
 def _variants(region: lift.Region, experts: int, top_k: int) -> Iterator[dict[str, Any]]:
@@ -64,8 +66,8 @@ def prove(
 ) -> dict[str, Any] | str:
     """The variant that routes as the region does, or why there is none.
 
-    `place` tells which leaves are x, the gate and the bias (-1: none); the region's outputs are the
-    chosen indices and their weights.
+    `place` tells which leaves are x, the gate, the bias that chooses and that of the logits (-1:
+    none); the region's outputs are the chosen indices and their weights.
     """
     graph = widened(region.graph)
     inputs = [*graph.inputs]
@@ -86,8 +88,8 @@ def prove(
     for attrs in _variants(region, experts, top_k):
 
         def body(b: GraphBuilder, *xs: Value, attrs: Any = attrs) -> tuple[Operand, Operand]:
-            bias = xs[place[2]] if place[2] >= 0 else None
-            return emit(b, xs[place[0]], xs[place[1]], bias, attrs, idx, w)
+            biases = [xs[at] if at >= 0 else None for at in place[2:]]
+            return emit(b, xs[place[0]], xs[place[1]], biases, attrs, idx, w)
 
         found = lift.run(lift.build(inputs, body), cases[0])
         scale = _ratio(wanted, found)
@@ -106,6 +108,8 @@ def _tensor(
     """Inputs whose logits are exact sums, so that no rounding decides between two experts."""
     generator = torch.Generator().manual_seed(100 * seed + index)
     shape = lift.at_sizes(value, sizes)
+    if index == place[3]:
+        return torch.randint(-64, 65, shape, generator=generator) / 64
     if index == place[2]:
         return torch.randn(shape, generator=generator) * 0.5 + SHIFTS[seed % len(SHIFTS)]
     if index == place[0]:

@@ -8,7 +8,8 @@ Preconditions  stage CANONICAL or OPTIMIZED. With `kernels`, where the number of
                the form is the one whose cost is at worst nearer to the better form's, over the
                entry's range of tokens (`dsc.ir.expert_forms`); the range is that of the symbols,
                cut by the entry's guard: prefill serves steps with more new tokens than extend.
-               Without `kernels`, always.
+               Without `kernels`, always; so too with biases, limits or factors of the gate, which
+               become pointwise operators on the sorted rows.
 Before         graph main(%x: f32[N,8], %idx: i64[N,2], %w: f32[N,2], @gate_up: f32[4,6,8],
                  @down: f32[4,8,3]) {
                  %y = experts %x, %idx, %w, @gate_up, @down : f32[N,8]
@@ -31,11 +32,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from math import inf
 
 from dsc.ir.dims import Range, bounds, product
 from dsc.ir.expert_forms import ExpertKernels, ExpertLayer, direct_pays
-from dsc.ir.graph import GraphBuilder, Node, Operand
+from dsc.ir.graph import Attrs, GraphBuilder, Node, Operand
 from dsc.ir.limits import STEP
+from dsc.ir.ops.moe import is_plain
 from dsc.ir.program import Program
 from dsc.ir.stages import Stage
 from dsc.rewrite.base import Pass, PassReport
@@ -72,7 +75,12 @@ class LowerMoeDispatch(Pass):
     ) -> Sequence[Operand] | None:
         if node.op != "experts":
             return None
-        direct = self.kernels is not None and _direct(node, self.kernels, entry, ranges, report)
+        simple = len(node.operands) == 5 and is_plain(node.attrs)
+        direct = (
+            self.kernels is not None
+            and simple
+            and _direct(node, self.kernels, entry, ranges, report)
+        )
         if direct:
             return None
         report.fire("lower")
@@ -98,7 +106,7 @@ def _direct(
     report: PassReport,
 ) -> bool:
     """Whether the direct form costs less, over the range of tokens."""
-    x, idx, _, gate_up, down = (o.type for o in node.operands)
+    x, idx, _, gate_up, down = (o.type for o in node.operands[:5])
     fixed = (down.shape[0], idx.shape[-1], *down.shape[1:], gate_up.nbytes + down.nbytes)
     number, top_k, width, inner, stored = (bounds(d, ranges).hi for d in fixed)
     layer = ExpertLayer(number, top_k, width, inner, x.dtype.itemsize, stored // number)
@@ -113,22 +121,48 @@ def _direct(
 
 
 def _grouped(b: GraphBuilder, node: Node, operands: Operands) -> Sequence[Operand]:
-    x, idx, w, gate_up, down = (o for o in operands if o is not None)
+    first, (gate_up_bias, down_bias) = operands[:5], (*operands[5:], None, None)[:2]
+    x, idx, w, gate_up, down = (o for o in first if o is not None)
     tokens = product(x.type.shape[:-1])
     x, idx, w = (b.as_shape(o, (tokens, o.type.shape[-1])) for o in (x, idx, w))
     number, inner = gate_up.type.shape[0], down.type.shape[2]
     rows, offsets, order = b.call("dispatch", x, idx, experts=number, hint="rows")
+
+    def with_bias(y: Operand, bias: Operand | None) -> Operand:
+        """Each row with the bias of its expert."""
+        if bias is None:
+            return y
+        flat = b.as_shape(idx, order.type.shape)
+        (expert,) = b.call("take", flat, order, axis=0, hint="expert")
+        return b.call("add", y, b.call("take", bias, expert, axis=0)[0])[0]
+
     (both,) = b.call("grouped_linear", rows, gate_up, offsets, hint="gate_up")
-    gate, up = b.call("split", both, sizes=(inner, inner), axis=-1)
-    act = node.attrs["act"]
-    if act == "silu":
-        (hidden,) = b.call("swiglu", gate, up)
-    else:
-        (hidden,) = b.call("mul", b.call(act, gate)[0], up)
+    gate, up = b.call("split", with_bias(both, gate_up_bias), sizes=(inner, inner), axis=-1)
+    hidden = _gated(b, gate, up, node.attrs)
     (y,) = b.call("grouped_linear", hidden, down, offsets, hint="down")
+    y = with_bias(y, down_bias)
     if node.output.type.rank == 2:
         b.taken.discard(node.output.name)
         return b.call("combine", y, order, w, hint=node.output.name)
     (flat,) = b.call("combine", y, order, w)
     b.taken.discard(node.output.name)
     return b.call("reshape", flat, shape=node.output.type.shape, hint=node.output.name)
+
+
+def _gated(b: GraphBuilder, gate: Operand, up: Operand, attrs: Attrs) -> Operand:
+    """What `experts` makes of its gate and up rows, spelled out but where it is swiglu."""
+    act, limit, alpha, shift = (attrs[name] for name in ("act", "limit", "alpha", "shift"))
+    if act == "silu" and is_plain(attrs):
+        return b.call("swiglu", gate, up)[0]
+
+    def with_number(op: str, x: Operand, value: float) -> Operand:
+        number = b.call("full", shape=(), value=value, dtype=x.type.dtype)[0]
+        return b.call(op, x, number)[0]
+
+    if limit < inf:
+        gate = with_number("minimum", gate, limit)
+        up = with_number("maximum", with_number("minimum", up, limit), -limit)
+    opened = gate if alpha == 1.0 else with_number("mul", gate, alpha)
+    opened = b.call(act, opened)[0]
+    opened = opened if alpha == 1.0 else with_number("div", opened, alpha)
+    return b.call("mul", opened, with_number("add", up, shift) if shift else up)[0]

@@ -42,6 +42,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from dsc.ir.analyses import weight_uses
+from dsc.ir.ops.moe import is_plain
 from dsc.ir.program import Program
 from dsc.ir.stages import Stage
 from dsc.ir.weights import apply, kept_in
@@ -101,6 +102,8 @@ class SharedExpert(Rule):
         inner, rows = m.down.type.shape[2], m.gate.type.shape[0]
         if m.experts.attrs["act"] != "silu":
             return reject(f"the experts' activation is {m.experts.attrs['act']}, not silu", m.down)
+        if not is_plain(m.experts.attrs):
+            return reject("the experts' gate has limits or factors", m.down)
         if m.down.type.shape[0] != m.router.type.shape[0] + m.route.attrs["shared"]:
             return reject("the stack holds other experts than the router's", m.router, m.down)
         if not (isinstance(inner, int) and isinstance(rows, int)) or rows % inner:

@@ -1,8 +1,9 @@
 """Finish raising: tidy what the raise passes left, and prove that nothing traced remains.
 
-What           joins what a write of a range leaves with what it writes, folds what is computed
-               from weights alone, merges equal nodes, drops dead ones, puts nodes in the order in
-               which the outputs need them, and marks the program CANONICAL.
+What           joins what a write of a range leaves with what it writes, moves views behind what
+               works on each row, folds what is computed from weights alone, merges equal nodes,
+               drops dead ones, puts nodes in the order in which the outputs need them, and marks
+               the program CANONICAL.
                Operators that only a trace may hold are an error that says, for each, why no raise
                pass took it.
 Why it pays    every later pass and every backend relies on the few operators of this stage.
@@ -31,6 +32,7 @@ from dsc.ir.analyses import producers
 from dsc.ir.graph import Graph, Node
 from dsc.ir.program import Program
 from dsc.ir.stages import Stage, is_legal
+from dsc.passes._moved_views import MOVED_VIEWS
 from dsc.passes._splits import WriteToConcat
 from dsc.passes.canonicalise_views import CanonicaliseViews
 from dsc.passes.eliminate_common_subexpressions import EliminateCommonSubexpressions
@@ -66,7 +68,7 @@ class RaiseCanonical(Pass):
 
     def run(self, program: Program, report: PassReport) -> Program:
         """Raises `UnsupportedOperator` when something traced is left."""
-        program = apply_rules(program, (WriteToConcat(),), report)
+        program = apply_rules(program, (WriteToConcat(), *MOVED_VIEWS), report)
         for each in _TIDY:
             program = each.run(program, report)
         left = _left_over(program)

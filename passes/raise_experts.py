@@ -42,7 +42,17 @@ from dsc.ir.op import traits_of
 from dsc.ir.traits import Role
 from dsc.ir.types import DType
 from dsc.ir.weights import apply
-from dsc.passes._gated_experts import BATCHED, DENSE, GROUPED, distinct, emit, prove
+from dsc.passes._gated_experts import (
+    BATCHED,
+    BIASED,
+    DENSE,
+    GROUPED,
+    INTERLEAVED,
+    arranged,
+    distinct,
+    emit,
+    prove,
+)
 from dsc.passes._views import VIEW_RULES
 from dsc.rewrite import lift
 from dsc.rewrite.driver import RaisePass
@@ -70,6 +80,8 @@ class Experts(Rule):
         DENSE.format(act="gelu", gated="mul %g, %u").replace("B,S", "N"),
         BATCHED,
         GROUPED,
+        BIASED.format(parts=INTERLEAVED, least=-7.0),
+        BIASED.format(parts="%f, %g = split %cb {axis=1, sizes=[3,3]}", least=-7.0),
         GROUPED.replace("[N,2", "[N,1").replace("2*N", "N").replace("value=2,", "value=1,"),
     )
     near_misses: ClassVar[Mapping[str, str]] = {
@@ -79,6 +91,7 @@ class Experts(Rule):
         "the gate and up rows are added": DENSE.format(act="silu", gated="add %u, %g").replace(
             "B,S", "N"
         ),
+        "up is cut to another number below": BIASED.format(parts=INTERLEAVED, least=-6.0),
     }
 
     def sample(self, value: Value, env: Mapping[str, int], seed: int) -> Any:
@@ -129,6 +142,8 @@ class Experts(Rule):
             if region is None:
                 continue
             rest = [v for v in region.leaves if v not in (x, down, *gate_up)]
+            biases = tuple(v for v in rest if _is_bias(v, down))
+            rest = [v for v in rest if v not in biases]
             chosen = [v for v in rest if v.type.dtype is DType.i64]
             shares = [v for v in rest if v.type.dtype.is_float]
             if len(chosen) != 1 or len(shares) != 1 or len(rest) != 2:
@@ -138,21 +153,21 @@ class Experts(Rule):
             if idx.type.shape[:-1] != x.type.shape[:-1] or share.type.shape != idx.type.shape:
                 why = reject("tokens, choices and weights differ in shape", x, idx, share)
                 continue
-            values = dict(x=x, idx=idx, w=share, down=down, gate_up=gate_up)
+            values = dict(x=x, idx=idx, w=share, down=down, gate_up=gate_up, biases=biases)
             yield lift.matched(scope, later, region, **values)
         yield why
 
     def check(self, m: Match) -> Facts | Reject:
         """Prove one activation and one arrangement of the weights."""
-        roles = (m.x, m.idx, m.w, m.down, *m.gate_up)
+        roles = (m.x, m.idx, m.w, m.down, *m.gate_up, *m.biases)
         place = tuple(m.region.leaves.index(v) for v in roles)
         found = lift.proven(m.scope, ("experts", m.region.key, place), lambda: prove(m, place))
         return reject(found, m.x, *m.gate_up, m.down) if isinstance(found, str) else found
 
     def rewrite(self, b: RewriteBuilder, m: Match, facts: Facts) -> Result:
         """experts, over weights in the declared arrangement."""
-        gate_up, down = _weights(b, m.gate_up, m.down, facts)
-        return emit(b, m.x, m.idx, m.w, gate_up, down, facts["act"], m.root.outputs[0])
+        weights = _weights(b, m, facts)
+        return emit(b, m.values, weights, facts, m.root.outputs[0])
 
 
 def _is_moved(scope: Scope, y: Value) -> bool:
@@ -206,20 +221,24 @@ def _tokens(scope: Scope, first: Node, last: Node) -> Iterator[Value]:
     yield from reversed(found)
 
 
-def _weights(
-    b: RewriteBuilder, gate_up: tuple[Weight, ...], down: Weight, facts: Facts
-) -> tuple[Operand, Operand]:
-    """Weight expressions for what the operator wants: [e,2i,d] and [e,d,i]."""
-    parts = [(w.name, b.expr(w)) for w in (*gate_up, down)]
-    if facts["transposed"]:
-        parts = [(f"{n}.t", apply("permute", e, dims=(0, 2, 1))) for n, e in parts]
-    *first, (down_name, down_expr) = parts
-    if facts["swapped"]:
-        first.reverse()
-    name, expr = first[0]
-    if len(first) == 2:
-        name, expr = f"{name}.up", apply("concat", expr, first[1][1], axis=1)
-    return b.weight(name, expr), b.weight(down_name, down_expr)
+def _is_bias(operand: Operand, down: Weight) -> bool:
+    """Whether a leaf may be a bias: a weight with a row for each expert."""
+    shape = operand.type.shape
+    return isinstance(operand, Weight) and len(shape) == 2 and shape[0] == down.type.shape[0]
+
+
+def _weights(b: RewriteBuilder, m: Match, facts: Facts) -> list[Operand | None]:
+    """Weights as the operator wants them; those that changed have names of their own."""
+    given = [b.expr(w) for w in m.gate_up], b.expr(m.down), [b.expr(w) for w in m.biases]
+    suffix = ".t" if facts["transposed"] else ""
+    first = m.gate_up[-1 if facts["swapped"] else 0].name + suffix
+    first += ".up" if len(m.gate_up) == 2 else ""
+    names = [first, m.down.name + suffix]
+    names += ["" if at is None else m.biases[at].name for at in facts["biases"]]
+    if facts["interleaved"]:
+        names = [f"{n}.parted" if n and at in (0, 2) else n for at, n in enumerate(names)]
+    exprs = arranged(apply, *given, facts)
+    return [None if e is None else b.weight(n, e) for n, e in zip(names, exprs, strict=True)]
 
 
 @dataclass(frozen=True)

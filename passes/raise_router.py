@@ -39,7 +39,21 @@ from dsc.rewrite.driver import RaisePass
 from dsc.rewrite.rule import Facts, Match, Reject, Result, RewriteBuilder, Rule, reject
 from dsc.rewrite.scope import Scope
 
-_TO_WEIGHTS = frozenset({"gather", "add", "sub", "mul", "div", "sum", "cast", "reshape", "permute"})
+_TO_WEIGHTS = frozenset(
+    {
+        "gather",
+        "add",
+        "sub",
+        "mul",
+        "div",
+        "sum",
+        "softmax",
+        "sigmoid",
+        "cast",
+        "reshape",
+        "permute",
+    }
+)
 _OF_TOKENS = frozenset({"cast", "reshape"})
 _OF_EXPERTS = frozenset({"sort", "take"})
 """What puts weights in the order of the experts: from there on they are not the router's."""
@@ -76,6 +90,14 @@ _V3 = """graph g(%x: bf16[B,S,8], @gate: bf16[12,8], @bias: f32[12]) {{
 }}"""
 
 
+_CHOSEN = """graph g(%x: f32[N,8], @gate: f32[6,8], @b: f32[6]) {{
+  %g = linear %x, @gate, @b
+  %l, %idx = topk %g {{k=2}}
+  %w = {score}
+  return %idx, %w
+}}"""
+
+
 class Route(Rule):
     """topk(score(x @ gate^T) + bias, in kept groups), its scores  ==>  route(x, gate, bias)."""
 
@@ -87,10 +109,12 @@ class Route(Rule):
         "graph g(%x: f32[N,8], @gate: f32[6,8]) { %l = linear %x, @gate\n"
         " %s = softmax %l {axis=-1}\n %w, %idx = topk %s {k=2}\n"
         " %f = full {shape=[], value=16.0, dtype=f32}\n %y = mul %w, %f\n return %idx, %y }",
+        _CHOSEN.format(score="softmax %l {axis=-1}"),
     )
     near_misses: ClassVar[Mapping[str, str]] = {
         "the weights are the biased scores": _V3.format(fill="-inf", source="%c"),
         "masked groups get another number": _V3.format(fill="0.25", source="%s"),
+        "the logits are turned into other weights": _CHOSEN.format(score="tanh %l"),
         "the logits are chosen without a score function": "graph g(%x: f32[N,8], @gate: f32[6,8])"
         " { %l = linear %x, @gate\n %w, %idx = topk %l {k=2}\n return %idx, %w }",
     }
@@ -105,7 +129,8 @@ class Route(Rule):
         seen = scope.viewed(linear.operands[0], _OF_TOKENS)
         *_, x = (v for v in seen if v.type.shape[-1:] == (width,))
         gate = scope.through(linear.operands[1], frozenset({"cast"}))
-        known = {x.name, gate.name}
+        shift = linear.operands[2] if len(linear.operands) > 2 else None
+        known = {v.name for v in (x, gate, shift) if v is not None}
         region = lift.cut(scope, [idx], lambda v: v.name in known)
         if region is None:
             return reject("the scores depend on too much", idx)
@@ -117,20 +142,21 @@ class Route(Rule):
         if not weights:
             return reject("no fp32 weight of the chosen experts is computed from the scores", idx)
         values = {
-            "x": x, "gate": gate, "bias": others[0] if others else None, "linear": linear,
+            "x": x, "gate": gate, "bias": others[0] if others else None, "shift": shift,
             "top_k": node.attrs["k"], "weights": weights, "idx": idx,
         }  # fmt: skip
         return Match(values, (node,), (idx, weights[-1]), node, scope)
 
     def check(self, m: Match) -> Facts | Reject:
         """Prove one variant, for the last weight that has one."""
-        names = {v.name for v in (m.x, m.gate, m.bias) if v is not None}
+        given = (m.x, m.gate, m.bias, m.shift)
+        names = {v.name for v in given if v is not None}
         why = ""
         for w in reversed(m.weights):
             region = lift.cut(m.scope, [m.idx, w], lambda v: v.name in names)
             if region is None:
                 continue
-            place = tuple(_index(region, v) for v in (m.x, m.gate, m.bias))
+            place = tuple(_index(region, v) for v in given)
             proof = partial(prove, region, place, m.gate.type.shape[0], m.top_k)
             found = lift.proven(m.scope, ("route", region.key, place), proof)
             if not isinstance(found, str):
@@ -141,7 +167,7 @@ class Route(Rule):
     def rewrite(self, b: RewriteBuilder, m: Match, facts: Facts) -> Result:
         """route over the tokens as they come, and its results in the shapes that readers expect."""
         w = m.weights[-1]
-        idx, weights = emit(b, m.x, m.gate, m.bias, facts["attrs"], m.idx, w)
+        idx, weights = emit(b, m.x, m.gate, (m.bias, m.shift), facts["attrs"], m.idx, w)
         return idx, weights
 
     def find(self, scope: Scope) -> Iterator[Match | Reject]:
@@ -178,22 +204,23 @@ def _scores(scope: Scope, node: Node) -> Node | None:
             else:
                 pending.append(made)
     found = list(linears.values())
-    plain = len(found) == 1 and len(found[0].inputs) == 2
-    return found[0] if plain and found[0].operands[1].type.rank == 2 else None
+    return found[0] if len(found) == 1 and found[0].operands[1].type.rank == 2 else None
 
 
 def _weights(scope: Scope, node: Node, leaves: set[str]) -> Iterator[Value]:
-    """fp32 values shaped like the chosen indices that follow from them, nearest first."""
+    """Values shaped like the chosen indices that follow from them, nearest first.
+
+    They are in fp32, or all in the type that the scores are chosen in.
+    """
     values, idx = node.outputs
     inside = {values.name, idx.name}
-    if values.type.dtype is DType.f32:
-        yield values
+    yield values
     starts = [n for v in node.outputs for n in scope.forward(v, limit=24)]
     for later in sorted(starts, key=lambda n: scope.position[n.outputs[0].name]):
         if later.op not in _TO_WEIGHTS or later.output.name in inside:
             continue
         inside.add(later.output.name)
-        if later.output.type != values.type.with_dtype(DType.f32):
+        if later.output.type not in (values.type, values.type.with_dtype(DType.f32)):
             continue
         region = lift.cut(scope, [idx, later.output], lambda v: v.name in leaves)
         if region is None or region.ops & _OF_EXPERTS:

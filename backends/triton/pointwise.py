@@ -62,6 +62,10 @@ EXPRESSIONS: dict[str, tuple[str, str | None]] = {
     "erf": ("tl.erf({0})", None),
     "relu": (f"tl.maximum({{0}}, 0.0, {_NAN})", "tl.maximum({0}, 0)"),
     "gelu": ("0.5 * {0} * (1.0 + tl.erf({0} * 0.7071067811865476))", None),
+    "gelu_tanh": (
+        "{0} / (1.0 + tl.exp(-1.5957691216057308 * ({0} + 0.044715 * {0} * {0} * {0})))",
+        None,
+    ),
     # |a|^b by logarithm; a negative base keeps its sign for odd b and has no value for fractions.
     "pow": (
         "tl.where({1} == 0.0, 1.0, tl.exp({1} * tl.log(tl.abs({0}))) * tl.where({0} >= 0.0, 1.0,"
@@ -71,7 +75,7 @@ EXPRESSIONS: dict[str, tuple[str, str | None]] = {
 }
 FLOAT_ONLY = frozenset(
     {"exp", "log", "sqrt", "rsqrt", "reciprocal", "sigmoid", "silu", "swiglu", "tanh", "cos"}
-    | {"sin", "erf", "gelu", "pow"}
+    | {"sin", "erf", "gelu", "gelu_tanh", "pow"}
 )
 
 

@@ -260,7 +260,9 @@ class RowKernel:
             if op == "softmax":
                 made = f"tl.exp({x} - {name}) / {name}_sum"
             else:
-                made = f"{rounded(f'{x} * {name}', dtype)} * {self._read(step.reads[1], columns)}"
+                made, gain = f"{x} * {name}", step.reads[1]
+                made = rounded(made, dtype) if gain.dtype is dtype else made
+                made = f"({made}) * {self._read(gain, columns)}"
             self._say(f"v{step.number} = {rounded(made, dtype)}")
             self._keep(step, _Value((f"v{step.number}",), columns))
 

@@ -396,6 +396,13 @@ def gelu(x: Expr) -> Expr:
     return x * number(0.5, x) * (number(1.0, x) + erf(x * number(0.5**0.5, x)))
 
 
+def gelu_tanh(x: Expr) -> Expr:
+    """x * sigmoid(2u), which is x/2 * (1 + tanh u), with u = sqrt(2/pi) (x + 0.044715 x^3)."""
+    x = bind(x)
+    inner = x + x * x * x * number(0.044715, x)
+    return x * sigmoid(inner * number(1.5957691216057308, x))
+
+
 def erf(x: Expr) -> Expr:
     """The error function."""
     return libm("erff", x)
@@ -417,7 +424,9 @@ def libm(name: str, *xs: Expr) -> Expr:
     return tirx.Shuffle([lane(i) for i in range(lanes)], list(range(lanes)))
 
 
-ACTIVATIONS: dict[str, Callable[[Expr], Expr]] = {"silu": silu, "gelu": gelu, "relu": relu}
+ACTIVATIONS: dict[str, Callable[[Expr], Expr]] = {
+    "silu": silu, "gelu": gelu, "gelu_tanh": gelu_tanh, "relu": relu,
+}  # fmt: skip
 
 
 class Scratch(Tensor):

@@ -57,7 +57,7 @@ _EXPERTS = "F[B,S,10], i64[B,S,3]=6, f32[B,S,3], F[7,14,10], F[7,10,7]"
 MORE = {
     "embedding": ["i64[B,S]=10, F[11,7]"],
     "linear": ["F[B,S,7], F[5,7], F[5]", "F[N,7], F[3,7]", "F[B,S,2,7], F[3,7]"],
-    "rms_norm": ["F[B,S,3,7], F[7] {eps=1e-05}"],
+    "rms_norm": ["F[B,S,3,7], F[7] {eps=1e-05}", "F[B,S,7], f32[7] {eps=1e-05}"],
     "rope": [
         f'F[B,S{heads},6], i64[B,S]=900, f32[3] {{layout="{layout}", scale={scale}}}'
         for layout in ("interleaved", "deinterleave", "half")
@@ -83,8 +83,15 @@ MORE = {
         f'F[N,9], f32[12,9] {{score="softmax", {_ROUTE.format("max", "-inf", "false")}}}',
         'F[N,9], F[5,9] {score="softmax", top_k=2, normalise=false}',
         'F[B,S,9], F[5,9] {score="sigmoid", top_k=2, normalise=true, scale=2.0, shared=2}',
+        'F[N,9], F[5,9], f32[5], f32[5] {score="softmax", top_k=2, normalise=true}',
     ],
-    "experts": [_EXPERTS, _EXPERTS + ' {act="gelu"}', _EXPERTS + ' {act="relu"}'],
+    "experts": [
+        _EXPERTS,
+        _EXPERTS + ' {act="gelu"}',
+        _EXPERTS + ' {act="relu"}',
+        _EXPERTS + ", F[7,14], F[7,10] {limit=0.5, alpha=1.702, shift=1.0}",
+        _EXPERTS + ' {act="gelu_tanh"}',
+    ],
     "dispatch": ["F[N,10], i64[N,3]=6 {experts=7}"],
     "grouped_linear": ["F[8,10], F[4,6,10], i64[5]=8"],
     "combine": ["F[3*N,10], i64[3*N]=1, f32[N,3]"],

@@ -74,12 +74,14 @@ EXTRA: dict[str, list[str]] = {
         'f32[2,3,9], f32[6,9] {score="softmax", top_k=2, normalise=false}',
         'f32[2,3,9], f32[6,9] {score="sigmoid", top_k=3, normalise=true, scale=2.0, shared=2}',
         'bf16[5,32], f32[12,32], f32[12] {score="sigmoid", top_k=4, normalise=true, scale=2.0}',
+        'f32[5,9], f32[12,9], f32[12], f32[12] {score="softmax", top_k=4, normalise=true}',
         'f32[9,24], f32[16,24], f32[16] {score="sigmoid", fill=0.0, groups=4, keep=2,'
         ' group_score="top2", top_k=3, normalise=true}',
     ],
     "experts": [
         "f32[1,32], i64[1,4]=16, f32[1,4], f32[16,48,32], f32[16,32,24]",
         'f32[2,9,40], i64[2,9,3]=4, f32[2,9,3], f32[4,20,40], f32[4,40,10] {act="gelu"}',
+        'f32[2,9,40], i64[2,9,3]=4, f32[2,9,3], f32[4,20,40], f32[4,40,10] {act="gelu_tanh"}',
         'bf16[11,64], i64[11,2]=6, f32[11,2], bf16[6,64,64], bf16[6,64,32] {act="relu"}',
     ],
     "dispatch": ["f32[70,9], i64[70,3]=7 {experts=7}"],

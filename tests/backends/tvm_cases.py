@@ -87,11 +87,13 @@ CASES: dict[str, list[str]] = {
         f'F[N,24], F[12,24], f32[12] {{score="sigmoid", {_route("top2", "0.0", True)}}}',
         f'F[N,24], f32[12,24] {{score="softmax", {_route("max", "-inf", False)}}}',
         'F[N,9], F[5,9] {score="softmax", top_k=2, normalise=false, shared=2}',
+        'F[N,9], F[5,9], f32[5], f32[5] {score="softmax", top_k=2, normalise=true}',
     ],
     "experts": [
         _EXPERTS.format(d=32, g=48, i=24),
         _EXPERTS.format(d=10, g=14, i=7) + ' {act="gelu"}',
         _EXPERTS.format(d=10, g=12, i=6) + ' {act="relu"}',
+        _EXPERTS.format(d=10, g=12, i=6) + ' {act="gelu_tanh"}',
     ],
     "dispatch": ["F[N,10], i64[N,3]=7 {experts=7}"],
     "grouped_linear": ["F[8,10], F[3,6,10], i64[4]=offsets"],
@@ -115,6 +117,7 @@ CASES: dict[str, list[str]] = {
         for op in ("neg", "abs", "exp", "sigmoid", "silu", "tanh", "cos", "sin", "erf", "relu")
     },
     "gelu": ["F[N,16]"],
+    "gelu_tanh": ["F[N,18]"],
     "square": ["F[N,16]"],
     "cast": ["F[N,16] {dtype=f32}", "f32[N,9] {dtype=bf16}", "bool[N,8] {dtype=f32}",
              "i64[N] {dtype=f32}", "f32[N,8] {dtype=i64}", "f32[N,8] {dtype=f16}"],

@@ -41,7 +41,7 @@ CASES: dict[str, list[str]] = {
     "logical_not": ["bool[{a},{b}]", "bool[]"],
     **dict.fromkeys(
         ("neg", "abs", "exp", "log", "sqrt", "rsqrt", "reciprocal", "square", "sigmoid", "silu",
-         "tanh", "cos", "sin", "erf", "relu", "gelu"), _ANY1),
+         "tanh", "cos", "sin", "erf", "relu", "gelu", "gelu_tanh"), _ANY1),
     "cast": ["f32[{a},{b}] {{dtype=i64}}", "f32[{a}] {{dtype=f8e4m3}}", "i64[{a}] {{dtype=bool}}"],
     "where": ["bool[{a},1], f32[{b}], f32[]", "bool[], f32[{a}], f32[{a}]"],
     "reshape": ["f32[{a},{b},6] {{shape=[{b},{a},2,3]}}", "f32[1] {{shape=[]}}"],
@@ -67,7 +67,8 @@ CASES: dict[str, list[str]] = {
     "einsum": ['f32[{a},{b},{c}], f32[{b},{c},{d}] {{eq="bhn,hnc->bhc"}}',
                'f32[{a},{b}] {{eq="ab->ba"}}', 'f32[{a},{a}] {{eq="ii->i"}}'],
     "embedding": ["i64[{a},{b}], f32[{c},{d}]", "i64[], f32[{c},{d}]"],
-    "rms_norm": ["f32[{a},{b}], f32[{b}] {{eps=1e-20}}", "f32[{b}], f32[{b}] {{eps=0.5}}"],
+    "rms_norm": ["f32[{a},{b}], f32[{b}] {{eps=1e-20}}", "f32[{b}], f32[{b}] {{eps=0.5}}",
+                 "bf16[{a},{b}], f32[{b}] {{eps=0.5}}"],
     "rope": ['f32[{a},{b},{c},6], i64[{a},{b}], f32[3] {{layout="KIND"}}'.replace("KIND", kind)
              for kind in ("interleaved", "deinterleave", "half")]
             + ['f32[{a},{b},4], i64[{a},{b}], f32[2] {{layout="half", scale=2}}'],
@@ -93,10 +94,14 @@ CASES: dict[str, list[str]] = {
     "route": [_ROUTE % ("sigmoid", "top2", "-inf", "true"),
               _ROUTE % ("softmax", "max", "0.0", "false"),
               'f32[{d}], f32[{c},{d}] {{score="softmax", top_k=2, normalise=false}}',
-              'f32[{a},{d}], f32[{c},{d}] {{score="sigmoid", top_k=2, normalise=true, shared=2}}'],
+              'f32[{a},{d}], f32[{c},{d}] {{score="sigmoid", top_k=2, normalise=true, shared=2}}',
+              'f32[{a},{d}], f32[{c},{d}], f32[{c}], f32[{c}] {{score="softmax", top_k=2,'
+              ' normalise=true}}'],
     "experts": ['f32[{a},{b}], i64[{a},2], f32[{a},2], f32[4,6,{b}], f32[4,{b},3] {{act="ACT"}}'
-                .replace("ACT", a) for a in ("silu", "gelu", "relu")]
-               + ["f32[{a},{c},{b}], i64[{a},{c},2], f32[{a},{c},2], f32[1,2,{b}], f32[1,{b},1]"],
+                .replace("ACT", a) for a in ("silu", "gelu", "gelu_tanh", "relu")]
+               + ["f32[{a},{c},{b}], i64[{a},{c},2], f32[{a},{c},2], f32[1,2,{b}], f32[1,{b},1]",
+                  "f32[{a},{b}], i64[{a},2], f32[{a},2], f32[4,6,{b}], f32[4,{b},3], f32[4,6],"
+                  " f32[4,{b}] {{limit=0.5, alpha=1.702, shift=1.0}}"],
     "dispatch": ["f32[{a},{b}], i64[{a},{c}] {{experts={d}}}"],
     "grouped_linear": ["f32[{a},{b}], f32[{c},{d},{b}], i64[{c}+1]",
                        "f32[0,2], f32[1,3,2], i64[2]"],

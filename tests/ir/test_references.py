@@ -212,7 +212,7 @@ def test_17_sum_over_expert_shards_equals_single() -> None:
 
 def test_experts_activations_and_leading_axes() -> None:
     x, idx, w, gate_up, down = experts_case(6, 4, 2)
-    for act in ("silu", "gelu", "relu"):
+    for act in ("silu", "gelu", "gelu_tanh", "relu"):
         flat = call("experts", x, idx, w, gate_up, down, act=act)
         shaped = call("experts", x.reshape(2, 3, 8), idx.reshape(2, 3, 2), w.reshape(2, 3, 2),
                       gate_up, down, act=act)  # fmt: skip
@@ -221,6 +221,38 @@ def test_experts_activations_and_leading_axes() -> None:
     alone = call("experts", x[:1], torch.zeros(1, 1).long(), torch.ones(1, 1), gate_up, down,
                  act="gelu")  # fmt: skip
     close(alone[0], down[0] @ (functional.gelu(gate) * up))
+
+
+def test_experts_with_biases_and_limits_are_those_of_gpt_oss() -> None:
+    """The gate of GptOssExperts, over rows that were parted, in transformers' own words."""
+    x, _, _, gate_up, down = experts_case(6, 4, 2)
+    x, i = 4 * x, down.shape[2]
+    idx, w = torch.full((6, 1), 2), torch.full((6, 1), 0.5)
+    biases = torch.randn(4, 2 * i), torch.randn(4, 8)
+    found = call("experts", x, idx, w, gate_up, down, *biases, limit=1.5, alpha=1.702, shift=1.0)
+    gate, up = (x @ gate_up[2].T + biases[0][2]).chunk(2, -1)
+    gate, up = gate.clamp(min=None, max=1.5), up.clamp(min=-1.5, max=1.5)
+    glu = gate * torch.sigmoid(gate * 1.702)
+    close(found, 0.5 * (((up + 1) * glu) @ down[2].T + biases[1][2]))
+
+
+def test_route_by_biased_logits_is_softmax_over_the_chosen() -> None:
+    """GptOssTopKRouter: the top k of x W^T + b, and softmax over them alone."""
+    x, gate, bias = torch.randn(5, 8), torch.randn(6, 8), torch.randn(6)
+    idx, w = call("route", x, gate, None, bias, score="softmax", top_k=2, normalise=True)
+    value, chosen = torch.topk(functional.linear(x, gate, bias), 2)
+    assert bool((idx == chosen).all())
+    close(w, value.softmax(-1))
+
+
+def test_a_norm_by_a_wide_weight_rounds_once() -> None:
+    """Gemma's and OLMo 2's order, where the weight is fp32; by one in bf16 it is Llama's."""
+    x, weight = torch.randn(4, 16).bfloat16(), torch.randn(16)
+    normed = functional.rms_norm(x.float(), (16,), eps=1e-6)
+    late = call("rms_norm", x, weight, eps=1e-6)
+    assert torch.equal(late, (normed * weight).bfloat16())
+    early = call("rms_norm", x, weight.bfloat16(), eps=1e-6)
+    assert torch.equal(early, normed.bfloat16() * weight.bfloat16())
 
 
 # --- rotary embedding -----------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from dsc.backends.onnxruntime.emit.core import count, linear
-from dsc.backends.onnxruntime.emit.pointwise import activate
+from dsc.backends.onnxruntime.emit.pointwise import gated
 from dsc.backends.onnxruntime.graph import GraphWriter, Shape, static
 from dsc.ir.dims import Dim, product
 from dsc.ir.graph import Attrs, Node, Operand, Weight
@@ -27,12 +27,15 @@ LAST = 2**63 - 1
 """The end of an axis, to Slice."""
 
 
-def _route(g: GraphWriter, node: Node, x: str, weight: str, bias: str = "") -> tuple[str, str]:
+def _route(
+    g: GraphWriter, node: Node, x: str, weight: str, bias: str = "", logit_bias: str = ""
+) -> tuple[str, str]:
     """Scores, biased scores cut to the best groups, TopK, weights from the unbiased scores."""
     shape = node.operands[0].type.shape
     n, experts = shape[:-1], node.operands[1].type.shape[0]
     attrs = node.attrs
     logits = linear(g, x, shape, weight, experts)
+    logits = g.op("Add", logits, logit_bias) if logit_bias else logits
     sigmoid = attrs["score"] == "sigmoid"
     scores = g.op("Sigmoid", logits) if sigmoid else g.op("Softmax", logits, axis=-1)
     biased = g.op("Add", scores, bias) if bias else scores
@@ -138,7 +141,9 @@ def _looped(
     return g.collect(g.zeros((0, width), DType.f32), g.op("Size", taken), one)
 
 
-def _experts(g: GraphWriter, node: Node, x: str, idx: str, w: str, gate_up: str, down: str) -> str:
+def _experts(
+    g: GraphWriter, node: Node, x: str, idx: str, w: str, gate_up: str, down: str, *biases: str
+) -> str:
     """Dispatch, both products and the activation of one expert after the other, combine."""
     types = [a.type for a in node.operands]
     (*n, d), (*_, k) = types[0].shape, types[1].shape
@@ -149,14 +154,25 @@ def _experts(g: GraphWriter, node: Node, x: str, idx: str, w: str, gate_up: str,
     token = g.op("Div", order, g.constant(np.array(k, dtype=np.int64)))
     rows = g.op("Gather", tokens, token, axis=0)
 
-    def one(b: GraphWriter, rows: str, gate_up_weight: str, down_weight: str) -> str:
-        both = b.op("Gemm", rows, gate_up_weight, transB=1)
-        gate, up = b.ops("Split", 2, both, g.i64(inner, inner), axis=1)
-        hidden = b.op("Mul", activate(b, gate, node.attrs["act"]), up)
-        return b.op("Gemm", hidden, down_weight, transB=1)
+    def one(b: GraphWriter, rows: str, *matrices: str) -> str:
+        given = dict(zip(stacks, matrices, strict=True))
 
-    stacks = list(zip(node.operands[3:], (gate_up, down), strict=True))
-    sorted_rows = over_groups(g, rows, offsets, d, stacks, one)
+        def product(rows: str, name: str) -> str:
+            bias = [given[f"{name}_bias"]] if f"{name}_bias" in given else []
+            return b.op("Gemm", rows, given[name], *bias, transB=1)
+
+        gate, up = b.ops("Split", 2, product(rows, "gate_up"), b.i64(inner, inner), axis=1)
+        return product(gated(b, gate, up, node.attrs), "down")
+
+    names = ("gate_up", "down", "gate_up_bias", "down_bias")
+    stacks = {
+        name: (operand, given)
+        for name, operand, given in zip(
+            names, node.inputs[3:], (gate_up, down, *biases), strict=False
+        )
+        if operand is not None
+    }
+    sorted_rows = over_groups(g, rows, offsets, d, list(stacks.values()), one)
     weights = g.reshape(w, types[2].shape, (m, k))
     y = combine(g, sorted_rows, order, weights, (m, k, d))
     return g.cast(g.reshape(y, (m, d), types[0].shape), DType.f32, types[0].dtype)

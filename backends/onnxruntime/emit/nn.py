@@ -12,7 +12,11 @@ from dsc.ir.types import DType
 
 
 def _rms_norm(g: GraphWriter, node: Node, x: str, weight: str) -> str:
-    return g.op("RMSNormalization", x, weight, axis=-1, epsilon=float(node.attrs["eps"]))
+    """The result has the type of the weight: x in fp32 where that is."""
+    own, gain = (operand.type.dtype for operand in node.operands)
+    eps = float(node.attrs["eps"])
+    y = g.op("RMSNormalization", g.cast(x, own, gain), weight, axis=-1, epsilon=eps)
+    return g.cast(y, gain, own)
 
 
 def _rope(g: GraphWriter, node: Node, x: str, positions: str, inv_freq: str) -> str:

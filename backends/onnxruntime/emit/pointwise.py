@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from math import inf
 from typing import Any
 
 from dsc.backends.onnxruntime.graph import GraphWriter
-from dsc.ir.graph import Node
+from dsc.ir.graph import Attrs, Node
 from dsc.ir.types import DType
 
 
@@ -70,8 +71,24 @@ def silu(g: GraphWriter, x: str) -> str:
 
 
 def activate(g: GraphWriter, x: str, act: str) -> str:
-    """The activation called `act`: silu, gelu (exact) or relu."""
+    """The activation called `act`."""
+    if act == "gelu_tanh":
+        return g.op("Gelu", x, approximate="tanh")
     return silu(g, x) if act == "silu" else g.op({"gelu": "Gelu", "relu": "Relu"}[act], x)
+
+
+def gated(g: GraphWriter, gate: str, up: str, attrs: Attrs) -> str:
+    """What `experts` makes of its gate and up rows, in fp32."""
+    limit, alpha, shift = (attrs[name] for name in ("limit", "alpha", "shift"))
+    if limit < inf:
+        gate = g.op("Min", gate, g.scalar(limit))
+        up = g.op("Clip", up, g.scalar(-limit), g.scalar(limit))
+    if alpha != 1.0:
+        gate = g.op("Mul", gate, g.scalar(alpha))
+    opened = activate(g, gate, attrs["act"])
+    if alpha != 1.0:
+        opened = g.op("Div", opened, g.scalar(alpha))
+    return g.op("Mul", opened, g.op("Add", up, g.scalar(shift)) if shift else up)
 
 
 def _cast(g: GraphWriter, node: Node, x: str) -> str:
@@ -113,6 +130,7 @@ EMITTERS: dict[str, Callable[..., Any]] = {
     "erf": one("Erf"),
     "relu": _relu,
     "gelu": one("Gelu"),
+    "gelu_tanh": lambda g, node, x: activate(g, x, "gelu_tanh"),
     "swiglu": lambda g, node, gate, up: g.op("Mul", silu(g, gate), up),
     "cast": _cast,
 }

@@ -15,6 +15,7 @@ import triton.language as tl
 def route(
     logits,
     bias,
+    shift,
     index,
     weights,
     rows,
@@ -23,6 +24,7 @@ def route(
     BLOCK_E: tl.constexpr,
     SCORE: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    HAS_SHIFT: tl.constexpr,
     GROUPS: tl.constexpr,
     BLOCK_G: tl.constexpr,
     KEEP: tl.constexpr,
@@ -46,6 +48,8 @@ def route(
     real = (e < E)[None, :]
     live = (row < rows)[:, None]
     x = tl.load(logits + row[:, None] * E + e[None, :], mask=live & real, other=0.0)
+    if HAS_SHIFT:
+        x += tl.load(shift + e, mask=e < E, other=0.0)[None, :]
     if SCORE == "sigmoid":
         score = 1.0 / (1.0 + tl.exp(-x))
     else:
@@ -167,6 +171,9 @@ def experts_hidden(
         gate = gate / (1.0 + tl.exp(-gate))
     elif ACT == "gelu":
         gate = 0.5 * gate * (1.0 + tl.erf(gate * 0.7071067811865476))
+    elif ACT == "gelu_tanh":
+        inner = gate + 0.044715 * gate * gate * gate
+        gate = gate / (1.0 + tl.exp(-1.5957691216057308 * inner))
     else:
         gate = tl.maximum(gate, 0.0)
     tl.store(hidden + pair * INNER + n, gate * up, mask=n < INNER)

@@ -17,6 +17,7 @@ from dsc.backends.triton.rows import ALONG_ROWS
 from dsc.ir.graph import Node
 from dsc.ir.kernels import Lowering, Triton
 from dsc.ir.op import brings_none, kernel_of, named
+from dsc.ir.ops.moe import is_plain
 from dsc.ir.traits import Role
 from dsc.ir.types import DType
 
@@ -112,7 +113,14 @@ def _arange_reason(node: Node) -> str | None:
     return None if isinstance(node.attrs["start"], int) else "arange from a symbolic start"
 
 
+def _experts_reason(node: Node) -> str | None:
+    if len(node.operands) == 5 and is_plain(node.attrs):
+        return None
+    return "experts with biases, or with limits of what they gate; `lower_moe_dispatch` takes them"
+
+
 _SPECIAL: dict[str, Reason] = {
+    "experts": _experts_reason,
     "einsum": contract.einsum_reason,
     "gather": lookups.gather_reason,
     "arange": _arange_reason,

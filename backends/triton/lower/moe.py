@@ -16,16 +16,18 @@ from dsc.ir.views import View
 def route(ctx: Context, node: Node) -> None:
     """Router logits by a GEMM in fp32, then one kernel that scores, limits and picks."""
     x, weight = ctx.view(node.inputs[0]), ctx.view(node.inputs[1])
-    bias = ctx.dense(ctx.view(node.inputs[2])) if len(node.inputs) > 2 else None
+    given_biases = (*node.inputs[2:], None, None)[:2]
+    bias, shift = (None if b is None else ctx.dense(ctx.view(b)) for b in given_biases)
     attrs = node.attrs
     logits = router_logits(ctx, x, weight)
     experts, rows = int(weight.shape[0]), logits.shape[0]  # type: ignore[arg-type]
     tile = ctx.blocks.rows(ctx.limit(rows), experts)
     groups = attrs["groups"] if attrs["keep"] < attrs["groups"] else 1
-    given: dict[str, Given] = {"logits": logits, "bias": bias, "rows": rows}
+    given: dict[str, Given] = {"logits": logits, "bias": bias, "shift": shift, "rows": rows}
     given |= {"index": ctx.result(node, 0), "weights": ctx.result(node, 1)}
     given |= {"scale": float(attrs["scale"]), "E": experts, "BLOCK_E": next_power(experts)}
     given |= {"SCORE": attrs["score"], "HAS_BIAS": bias is not None, "GROUPS": groups}
+    given |= {"HAS_SHIFT": shift is not None}
     given |= {"BLOCK_G": next_power(groups), "KEEP": attrs["keep"]}
     given |= {"GROUP_SCORE": attrs["group_score"], "FILL": float(attrs["fill"])}
     width = next_power(attrs["top_k"] + attrs["shared"])

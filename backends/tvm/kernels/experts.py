@@ -66,6 +66,7 @@ from dsc.backends.tvm.tir import (
 )
 from dsc.ir.dims import Dim
 from dsc.ir.graph import Node
+from dsc.ir.ops.moe import is_plain
 from dsc.ir.types import DType
 
 UNITS, PLAIN_UNITS = 32, 16
@@ -106,7 +107,9 @@ class Experts:
 
 
 def lower(node: Node, machine: Machine) -> Launch:
-    """The launch of `experts`."""
+    """The launch of `experts`; with biases or limits it is lowered to its grouped form."""
+    if len(node.operands) > 5 or not is_plain(node.attrs):
+        raise Unsupported("experts with biases, or with limits of what they gate")
     x, idx, gate_up, down = (operand(node, i).type for i in (0, 1, 3, 4))
     up_codes, down_codes = (coded(node, x.dtype, t, machine) for t in (gate_up, down))
     both = (up_codes, down_codes) if up_codes and down_codes else None

@@ -136,10 +136,11 @@ FORMULAS: dict[str, Callable[..., Expr]] = {
     "erf": tir.erf,
     "relu": tir.relu,
     "gelu": tir.gelu,
+    "gelu_tanh": tir.gelu_tanh,
 }
 FLOAT_ONLY = frozenset(
     {"pow", "exp", "log", "sqrt", "rsqrt", "reciprocal", "sigmoid", "silu", "tanh", "cos", "sin"}
-    | {"erf", "gelu", "swiglu"}
+    | {"erf", "gelu", "gelu_tanh", "swiglu"}
 )
 
 

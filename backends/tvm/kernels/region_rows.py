@@ -217,7 +217,8 @@ class _Row:
         scale = bind(f32(1.0) / tirx.sqrt(total(squares[0]) / f32(d) + eps))
         with loop(d // lanes) as i:
             v = held(self.load(x, [i * lanes], lanes, [d])) * splat(scale, lanes)
-            value = rounded(v, step.dtype, self.machine.bf16)
+            early = gain.dtype is step.dtype
+            value = rounded(v, step.dtype, self.machine.bf16) if early else v
             value = value * self.load(gain, [i * lanes], lanes, [d])
             self.store(step, [i * lanes], held(value), [d])
 

@@ -39,9 +39,9 @@ def lower(node: Node, machine: Machine) -> Launch:
     experts, d = (static_dim(n, "a gate axis") for n in weight.shape)
     rows = rows_of(x)
     attrs = node.attrs
-    has_bias = len(node.operands) > 2
+    given = tuple(x is not None for x in (*node.inputs[2:], None, None)[:2])
     options = tuple(sorted(attrs.items()))
-    static = (x.dtype, weight.dtype, experts, d, has_bias, options, machine)
+    static = (x.dtype, weight.dtype, experts, d, given, options, machine)
     flops = rows * (2 * experts * d)
     return Launch(route, static, (rows,), scratch=rows * (4 * experts), flops=flops)
 
@@ -51,26 +51,31 @@ def route(
     gate: DType,
     experts: int,
     d: int,
-    has_bias: bool,
+    given: tuple[bool, ...],
     options: tuple[tuple[str, object], ...],
     machine: Machine,
 ) -> PrimFunc:
-    """Arguments: x, weight, bias if any, idx and w [rows, top_k + shared], scratch; rows."""
+    """Arguments: x, weight, biases, idx and w [rows, top_k + shared], scratch; rows.
+
+    `given`: whether there is a bias that chooses, and one of the logits.
+    """
     attrs: dict[str, object] = dict(options)
     top_k, shared = int(str(attrs["top_k"])), int(str(attrs["shared"]))
 
-    def emit(
-        x_at: Expr, w_at: Expr, bias_at: Expr | None, idx_at: Expr, out_at: Expr,
-        scratch: Expr, rows: Expr,
-    ) -> None:  # fmt: skip
+    def emit(x_at: Expr, w_at: Expr, *others: Expr) -> None:
+        *biases, idx_at, out_at, scratch, rows = others
         x, w = Tensor(x_at, dtype, (rows, d)), Tensor(w_at, gate, (experts, d))
-        bias = None if bias_at is None else Tensor(bias_at, DType.f32, (experts,))
+        found = iter(biases)
+        bias, shift = (Tensor(next(found), DType.f32, (experts,)) if g else None for g in given)
         scores = Tensor(scratch, DType.f32, (rows, experts))
         chosen = Tensor(idx_at, DType.i64, (rows, top_k + shared))
         weights = Tensor(out_at, DType.f32, (rows, top_k + shared))
         _score(x, w, scores, rows, experts, d, machine)
 
         def token(r: Expr) -> None:
+            if shift is not None:
+                with loop(experts) as e:
+                    scores.store(scores.load(r, e) + shift.load(e), r, e)
             _normalise(scores, r, experts, attrs["score"] == "softmax")
             ranked = Local(experts)
             with loop(experts) as e:
@@ -83,15 +88,20 @@ def route(
 
         for_each(rows, experts * (top_k + 2), token)
 
+    def plain(x: Expr, w: Expr, idx: Expr, out: Expr, scratch: Expr, rows: Expr) -> None:
+        emit(x, w, idx, out, scratch, rows)
+
     def biased(
         x: Expr, w: Expr, bias: Expr, idx: Expr, out: Expr, scratch: Expr, rows: Expr
     ) -> None:
         emit(x, w, bias, idx, out, scratch, rows)
 
-    def plain(x: Expr, w: Expr, idx: Expr, out: Expr, scratch: Expr, rows: Expr) -> None:
-        emit(x, w, None, idx, out, scratch, rows)
+    def biased_twice(
+        x: Expr, w: Expr, bias: Expr, shift: Expr, idx: Expr, out: Expr, scratch: Expr, rows: Expr
+    ) -> None:
+        emit(x, w, bias, shift, idx, out, scratch, rows)
 
-    return build(biased if has_bias else plain)
+    return build((plain, biased, biased_twice)[sum(given)])
 
 
 def _score(

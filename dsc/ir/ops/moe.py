@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
+from math import inf
 from typing import Any
 
 from dsc.ir.calls import Call
@@ -20,7 +21,7 @@ from dsc.ir.types import DType, TensorType
 Types = Sequence[TensorType]
 Result = tuple[TensorType, ...]
 
-ACTIVATIONS = ("silu", "gelu", "relu")
+ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")
 
 
 def _infer_route(types: Types, attrs: Mapping[str, Any]) -> Result:
@@ -46,9 +47,9 @@ def _infer_route(types: Types, attrs: Mapping[str, Any]) -> Result:
     return TensorType(DType.i64, shape), TensorType(DType.f32, shape)
 
 
-def routing_scores(x: Any, weight: Any, score: str) -> Any:
+def routing_scores(x: Any, weight: Any, score: str, logit_bias: Any = None) -> Any:
     """Scores f32[*n, e] of every expert."""
-    logits = torch.nn.functional.linear(x.float(), weight.float())
+    logits = torch.nn.functional.linear(x.float(), weight.float(), logit_bias)
     return logits.sigmoid() if score == "sigmoid" else logits.softmax(-1)
 
 
@@ -62,6 +63,7 @@ def _route(
     x: Any,
     weight: Any,
     bias: Any = None,
+    logit_bias: Any = None,
     *,
     score: str,
     groups: int,
@@ -73,7 +75,7 @@ def _route(
     scale: float,
     shared: int,
 ) -> Any:
-    scores = routing_scores(x, weight, score)
+    scores = routing_scores(x, weight, score, logit_bias)
     biased = scores if bias is None else scores + bias
     if keep < groups:
         grouped = biased.unflatten(-1, (groups, -1))
@@ -90,13 +92,32 @@ def _route(
 
 def activate(x: Any, act: str) -> Any:
     """The activation called `act`."""
+    if act == "gelu_tanh":
+        return torch.nn.functional.gelu(x, approximate="tanh")
     return getattr(torch.nn.functional, act)(x)
+
+
+def gated(
+    gate: Any, up: Any, act: str, limit: float = inf, alpha: float = 1.0, shift: float = 0.0
+) -> Any:
+    """act(alpha gate) / alpha * (up + shift); with a limit, gate and up are cut to it first."""
+    if limit < inf:
+        gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+    opened = activate(gate, act) if alpha == 1.0 else activate(gate * alpha, act) / alpha
+    return opened * (up + shift if shift else up)
+
+
+def is_plain(attrs: Mapping[str, Any]) -> bool:
+    """Whether the gate of experts is act(gate) * up, with neither limits nor factors."""
+    return bool(attrs["limit"] == inf and attrs["alpha"] == 1.0 and attrs["shift"] == 0.0)
 
 
 def _infer_experts(types: Types, attrs: Mapping[str, Any]) -> Result:
     x, gate_up, down = types[0], types[3], types[4]
     if attrs["act"] not in ACTIVATIONS:
         raise TypeMismatch(f"act {attrs['act']!r}; one of {', '.join(ACTIVATIONS)}")
+    if not (attrs["limit"] > 0 and 0 < attrs["alpha"] < inf):
+        raise TypeMismatch(f"limit {attrs['limit']} and alpha {attrs['alpha']}; above 0")
     if gate_up.shape[1] != down.shape[2] * 2:
         raise TypeMismatch(f"gate_up {gate_up} holds gate and up rows for down {down}")
     if attrs["activations"]:
@@ -105,7 +126,19 @@ def _infer_experts(types: Types, attrs: Mapping[str, Any]) -> Result:
 
 
 def _experts(
-    x: Any, idx: Any, w: Any, gate_up: Any, down: Any, act: str, activations: str = ""
+    x: Any,
+    idx: Any,
+    w: Any,
+    gate_up: Any,
+    down: Any,
+    gate_up_bias: Any = None,
+    down_bias: Any = None,
+    *,
+    act: str,
+    limit: float,
+    alpha: float,
+    shift: float,
+    activations: str,
 ) -> Any:
     tokens = x.reshape(-1, x.shape[-1])
     idx, w = idx.reshape(-1, idx.shape[-1]), w.reshape(-1, w.shape[-1])
@@ -113,8 +146,12 @@ def _experts(
     for expert in idx.unique().tolist():
         token, slot = torch.where(idx == expert)
         both = product_of(tokens[token], gate_up[expert], activations=activations)
-        gate, up = both.chunk(2, -1)
-        y = product_of(activate(gate, act) * up, down[expert], activations=activations)
+        if gate_up_bias is not None:
+            both = both + gate_up_bias[expert]
+        hidden = gated(*both.chunk(2, -1), act, limit, alpha, shift)
+        y = product_of(hidden, down[expert], activations=activations)
+        if down_bias is not None:
+            y = y + down_bias[expert]
         out.index_add_(0, token, y.float() * w[token, slot, None])
     return out.to(x.dtype).reshape(x.shape)
 
@@ -187,15 +224,20 @@ def _place_experts(call: PlacedCall) -> Placing | str:
         return "the weights of its experts are computed"
     tokens = ("x", "idx", "w")
     number, inner = call["gate_up"].shape[0], call["down"].shape[2]
+    biases = [name for name in ("gate_up_bias", "down_bias") if name in call.operands]
+    if not call.weights.issuperset(biases):
+        return "the biases of its experts are computed"
     if call.wish == EXPERTS:
         if not isinstance(number, int) or not call.divides(number):
             return f"{number} experts do not part into {call.ranks} ranks"
-        parts = {"gate_up": Part(0), "down": Part(0)}
+        parts = {name: Part(0) for name in ("gate_up", "down", *biases)}
         choice = Choice("idx", "w", number)
         return Placing((PARTIAL,), parts, whole=tokens, choice=choice, kind="experts")
     if not call.divides(inner):
         return f"experts of {inner} rows on {call.ranks} ranks stay whole"
-    parts = {"gate_up": Part(1, pieces=2), "down": Part(2)}
+    if "down_bias" in biases:
+        return "a part of every expert would add the bias of down on each rank"
+    parts = {name: Part(1, pieces=2) for name in ("gate_up", *biases)} | {"down": Part(2)}
     return Placing((PARTIAL,), parts, whole=tokens, kind="experts")
 
 
@@ -209,8 +251,8 @@ def _chosen_down(call: Call) -> Dim:
 
 
 route = op(
-    "route(x: F[*n, d], weight: W[e, d], bias: f32[e]?; score: str, groups: int = 1,"
-    ' keep: int = 1, group_score: str = "top2", fill: float = -inf, top_k: int,'
+    "route(x: F[*n, d], weight: W[e, d], bias: f32[e]?, logit_bias: f32[e]?; score: str,"
+    ' groups: int = 1, keep: int = 1, group_score: str = "top2", fill: float = -inf, top_k: int,'
     " normalise: bool, scale: float = 1.0, shared: int = 0)"
     " -> (i64[*n, top_k+shared], f32[*n, top_k+shared])",
     Traits(
@@ -221,16 +263,18 @@ route = op(
     ),
     reference=_route,
     doc="Choose top_k experts a token among the kept groups by biased scores; weights come from"
-    " the unbiased ones, normalised, then scaled (DeepSeek-V3, eq. 12-16; noaux_tc). Experts e .."
-    " e+shared-1 follow, with weight 1: every token has them.",
+    " the unbiased ones, normalised, then scaled (DeepSeek-V3, eq. 12-16; noaux_tc). A bias of the"
+    " logits is part of both. Softmax over the chosen logits alone is softmax over all, normalised."
+    " Experts e .. e+shared-1 follow, with weight 1: every token has them.",
     example='f32[5,8], f32[12,8], f32[12] {score="sigmoid", groups=4, keep=2, top_k=3,'
     " normalise=true, scale=2.5}",
     infer=_infer_route,
     gives={0: Within("0", "e+shared-1")},
 )
 experts = op(
-    "experts(x: F[*n, d], idx: i64[*n, k], w: f32[*n, k], gate_up: F[e, g, d], down: F[e, d, i];"
-    ' act: str = "silu", activations: str = "") -> F[*n, d]',
+    "experts(x: F[*n, d], idx: i64[*n, k], w: f32[*n, k], gate_up: F[e, g, d], down: F[e, d, i],"
+    ' gate_up_bias: F[e, g]?, down_bias: F[e, d]?; act: str = "silu", limit: float = inf,'
+    ' alpha: float = 1.0, shift: float = 0.0, activations: str = "") -> F[*n, d]',
     Traits(
         Role.EXPERTS,
         flops=lambda c: 2 * (_chosen_gate_up(c) + _chosen_down(c)),
@@ -242,8 +286,10 @@ experts = op(
     ),
     reference=_experts,
     doc="sum_k w_k * down_k(act(gate_k x) * up_k x) over each token's experts; gate_up holds the"
-    " i gate rows, then the i up rows of each expert. Accumulates in fp32. Activations, which are"
-    " those of linear, are the rows of both products.",
+    " i gate rows, then the i up rows of each expert. Both products may have a bias; act(gate) * up"
+    " is then act(alpha gate) / alpha * (up + shift), where gate is at most limit and up within it"
+    " on both sides (gpt-oss). Accumulates in fp32. Activations, which are those of linear, are the"
+    " rows of both products.",
     example="f32[5,8], i64[5,2]=3, f32[5,2], f32[4,6,8], f32[4,8,3]",
     infer=_infer_experts,
     within={"idx": Within("0", "e-1", "the number of an expert")},

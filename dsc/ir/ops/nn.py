@@ -15,7 +15,7 @@ from dsc.ir.paging import BLOCK_TABLE, gathered
 from dsc.ir.placement import HEADS, PlacedCall, Placing, Split, along_rows, over_heads
 from dsc.ir.sized import Sized
 from dsc.ir.traits import Role, Traits, Within, each_result, nothing
-from dsc.ir.types import TensorType
+from dsc.ir.types import DType, TensorType
 
 Types = Sequence[TensorType]
 Result = tuple[TensorType, ...]
@@ -31,7 +31,16 @@ def _wide(x: Any) -> Any:
 def _rms_norm(x: Any, weight: Any, eps: float) -> Any:
     wide = _wide(x)
     normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
-    return normed.to(x.dtype) * weight
+    if weight.dtype != wide.dtype:
+        normed = normed.to(x.dtype)
+    return (normed * weight).to(x.dtype)
+
+
+def _infer_rms_norm(types: Types, attrs: Mapping[str, Any]) -> Result:
+    x, weight = types
+    if weight.dtype not in (x.dtype, DType.f32):
+        raise TypeMismatch(f"{x} with the weight {weight}; it has the type of x, or f32")
+    return (x,)
 
 
 def _infer_rope(types: Types, attrs: Mapping[str, Any]) -> Result:
@@ -268,12 +277,14 @@ embedding = op(
     within={"ids": Within("0", "v-1", "an id of the vocabulary")},
 )
 rms_norm = op(
-    "rms_norm(x: F[*n, d], weight: F[d]; eps: float) -> F[*n, d]",
+    "rms_norm(x: F[*n, d], weight: W[d]; eps: float) -> F[*n, d]",
     Traits(Role.REDUCTION, place=along_rows),
     reference=_rms_norm,
     doc="Root-mean-square norm over the last axis, statistics in fp32"
-    " (Zhang & Sennrich 2019, eq. 4).",
+    " (Zhang & Sennrich 2019, eq. 4). A weight in the type of x multiplies what was rounded to it;"
+    " one in fp32 multiplies first, and the product is rounded (Gemma, OLMo 2).",
     example="f32[2,3,8], f32[8] {eps=1e-06}",
+    infer=_infer_rms_norm,
 )
 rope = op(
     "rope(x: F[...], positions: i64[b, s], inv_freq: f32[r]; layout: str, scale: float = 1.0)"

@@ -172,6 +172,11 @@ relu = _unary("relu", lambda x: x.relu(), "max(x, 0).", integers=True)
 gelu = _unary(
     "gelu", _in_f32(lambda x: torch.nn.functional.gelu(x)), "x times the normal distribution's CDF."
 )
+gelu_tanh = _unary(
+    "gelu_tanh",
+    _in_f32(lambda x: torch.nn.functional.gelu(x, approximate="tanh")),
+    "gelu by tanh(sqrt(2/pi) (x + 0.044715 x^3)) (Hendrycks & Gimpel 2016).",
+)
 
 
 def _place_cast(call: PlacedCall) -> Placing | str:
