@@ -12,7 +12,8 @@ from dsc.ir.dims import Dim
 from dsc.ir.graph import Node, Operand, Value, Weight
 from dsc.ir.op import named
 from dsc.ir.traits import Role
-from dsc.rewrite.rule import Facts, Match, Reject, Result, RewriteBuilder, Rule, at
+from dsc.rewrite import pattern as patterns
+from dsc.rewrite.rule import Facts, Match, Reject, Result, RewriteBuilder, Rule, at, reject
 from dsc.rewrite.scope import Scope
 
 
@@ -50,6 +51,34 @@ class ConcatBeforePermute(Rule):
         axis = m.dims[m.root.attrs["axis"] % len(m.dims)]
         (joined,) = b.call("concat", *m.xs, axis=axis)
         return b.call("permute", joined, dims=m.dims)
+
+
+class NormBeforePermute(Rule):
+    """rms_norm(permute(x))  ==>  permute(rms_norm(x)), where the last axis stays the last."""
+
+    tolerance = 1e-6
+    examples = (
+        "graph g(%x: f32[B,S,2,4], @w: f32[4]) { %p = permute %x {dims=[0,2,1,3]}\n"
+        " %y = rms_norm %p, @w {eps=1e-06}\n return %y }",
+    )
+    near_misses: ClassVar[Mapping[str, str]] = {
+        "another axis is normed": "graph g(%x: f32[B,4,S], @w: f32[4]) {"
+        " %p = permute %x {dims=[0,2,1]}\n %y = rms_norm %p, @w {eps=1e-06}\n return %y }",
+    }
+
+    def pattern(self, p: patterns.Names) -> patterns.Pattern:
+        """The permuted value may have other readers: it costs nothing."""
+        return p.rms_norm(p.permute(p.x).may_be_shared().named("view"), p.gain)
+
+    def check(self, m: Match) -> Facts | Reject:
+        """Rows stay rows."""
+        dims = m.view.attrs["dims"]
+        return {} if dims[-1] == len(dims) - 1 else reject("another axis is normed", m.x)
+
+    def rewrite(self, b: RewriteBuilder, m: Match, facts: Facts) -> Result:
+        """The norm of the rows where they lie."""
+        (y,) = b.call("rms_norm", m.x, m.gain, **m.root.attrs)
+        return b.call("permute", y, dims=m.view.attrs["dims"])
 
 
 class ReshapeAfterRows(Rule):
@@ -100,4 +129,4 @@ def _rows(scope: Scope, x: Operand) -> Operand | None:
     return before if len(rows) > 2 and rows[-1] == x.type.shape[-1] else None
 
 
-MOVED_VIEWS: tuple[Rule, ...] = (ConcatBeforePermute(), ReshapeAfterRows())
+MOVED_VIEWS: tuple[Rule, ...] = (ConcatBeforePermute(), NormBeforePermute(), ReshapeAfterRows())

@@ -31,8 +31,8 @@ def emit(
     """route, and its results in the types of what it replaces; biases choose, and are of logits."""
     given = [bias and b.as_type(bias, DType.f32) for bias in biases]
     index, weight = b.call("route", x, gate, *given, **attrs)
-    weight = b.as_type(b.as_shape(weight, idx.type.shape), w.type.dtype)
-    return b.as_shape(index, idx.type.shape), weight
+    shaped = b.as_shape(index, idx.type.shape)
+    return shaped, b.as_type(b.as_shape(weight, idx.type.shape), w.type.dtype)
 
 
 def _variants(region: lift.Region, experts: int, top_k: int) -> Iterator[dict[str, Any]]:

@@ -136,9 +136,11 @@ class RmsNorm(Rule):
         if m.weight.type.shape != m.x.type.shape[-1:]:
             return reject("the weight is not one value a channel", m.weight, m.x)
         gain = m.product.output.type.dtype
+        if (why := _foreign(m)) is not None:
+            return why
         if gain not in (m.x.type.dtype, DType.f32):
             return reject("it is multiplied in another element type", m.x, m.product.output)
-        return _foreign(m) or {"gain": gain}
+        return {"gain": gain}
 
     def rewrite(self, b: RewriteBuilder, m: Match, facts: Facts) -> Result:
         """One norm, by a weight in the type that it multiplies in."""

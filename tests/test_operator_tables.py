@@ -21,6 +21,7 @@ NAMES = frozenset(registry())
 FILES = {
     "passes/raise_*.py": "what a spelling that is raised is made of",
     "passes/_splits.py": "rules about splits and slices",
+    "passes/_moved_views.py": "rules about views",
     "passes/_views.py": "rules about views and neutral numbers",
     "passes/_spelled_*.py": "what a spelled attention is made of",
     "passes/_routing.py": "score functions, which have the names of operators",

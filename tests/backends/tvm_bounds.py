@@ -12,12 +12,14 @@ is 1 / k of the sum of |a b|, far above gamma(k / 16), and above gamma(k) at the
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from dsc.backends.tvm.machine import machine_for
+from dsc.ir.ops.moe import activate
 from dsc.ir.paging import gathered
 from dsc.targets import parse_target
 
@@ -88,14 +90,14 @@ def _rms_norm(attrs: Mapping[str, Any], given: list[Tensor], r: float) -> Bounde
 
 
 SLOPE = 1.13
-"""The largest slope of gelu, silu and relu."""
+"""The largest slope of gelu in both forms, silu and relu."""
 
 
 def _experts(attrs: Mapping[str, Any], given: list[Tensor], r: float) -> Bounded:
     """Products, an activation of slope SLOPE and a few u, a rounded hidden value, and the sums."""
     x, idx, w, gate_up, down = given
     rows, (top_k, hidden) = x.reshape(-1, x.shape[-1]), (idx.shape[-1], down.shape[-1])
-    act = getattr(torch.nn.functional, attrs["act"])
+    act = partial(activate, act=attrs["act"])
     exact = torch.zeros_like(rows)
     error, size = torch.zeros_like(rows), torch.zeros_like(rows)
     for place, (choice, share) in enumerate(zip(idx.reshape(-1), w.reshape(-1), strict=True)):
