@@ -134,7 +134,7 @@ BIG = 1 << 18
 
 def emit(
     b: GraphBuilder, m: Mapping[str, Any], weights: Sequence[Any], facts: Any, y: Value
-) -> Any:
+) -> Operand:
     """experts over weights as `arranged` gives them, under the shape of what it replaces."""
     gate_up, down, *biases = weights
     w = b.as_type(m["w"], DType.f32)
@@ -193,13 +193,14 @@ def _variants(region: lift.Region, count: int, biases: int) -> Iterator[dict[str
     ]
     apart = any(n.op == "slice" and n.attrs["step"] == 2 for n in region.nodes)
     both = (False, True)
-    orders = {0: [()], 1: [(0,), (None, 0)], 2: [(0, 1), (1, 0)]}.get(biases, [])
-    for gate, order, act, transposed, swapped, interleaved in product(
-        gates, orders, ACTIVATIONS, both, both[:count], both[apart:] if apart else both[:1]
-    ):
+    orders: list[tuple[int | None, ...]] = [()]
+    if biases:
+        orders = [(0,), (None, 0)] if biases == 1 else [(0, 1), (1, 0)]
+    arrangements = product(orders, both, both[:count])
+    for gate, act, (order, transposed, swapped) in product(gates, ACTIVATIONS, [*arrangements]):
         yield {
             "gate": gate, "biases": order, "act": act, "transposed": transposed,
-            "swapped": swapped, "interleaved": interleaved,
+            "swapped": swapped, "interleaved": apart,
         }  # fmt: skip
 
 
