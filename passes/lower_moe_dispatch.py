@@ -139,8 +139,8 @@ def _grouped(b: GraphBuilder, node: Node, operands: Operands) -> Sequence[Operan
     (both,) = b.call("grouped_linear", rows, gate_up, offsets, hint="gate_up")
     gate, up = b.call("split", with_bias(both, gate_up_bias), sizes=(inner, inner), axis=-1)
     hidden = _gated(b, gate, up, node.attrs)
-    (y,) = b.call("grouped_linear", hidden, down, offsets, hint="down")
-    y = with_bias(y, down_bias)
+    (out,) = b.call("grouped_linear", hidden, down, offsets, hint="down")
+    y = with_bias(out, down_bias)
     if node.output.type.rank == 2:
         b.taken.discard(node.output.name)
         return b.call("combine", y, order, w, hint=node.output.name)

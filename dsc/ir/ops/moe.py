@@ -148,7 +148,8 @@ def _experts(
         both = product_of(tokens[token], gate_up[expert], activations=activations)
         if gate_up_bias is not None:
             both = both + gate_up_bias[expert]
-        hidden = gated(*both.chunk(2, -1), act, limit, alpha, shift)
+        gate, up = both.chunk(2, -1)
+        hidden = gated(gate, up, act, limit, alpha, shift)
         y = product_of(hidden, down[expert], activations=activations)
         if down_bias is not None:
             y = y + down_bias[expert]
