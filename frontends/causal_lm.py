@@ -13,10 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dsc.errors import DscError, UnsupportedArchitecture
 from dsc.frontends.instantiate import trace_by_kind
+from dsc.frontends.longrope import fix_longrope
 from dsc.frontends.registries import replaced
 from dsc.frontends.signature import Signature
-from dsc.frontends.states import cache_argument, own_cache, positions_for, signature_of
+from dsc.frontends.states import HINT, cache_argument, own_cache, positions_for, signature_of
 from dsc.frontends.torch_export import trace
 from dsc.ir.dims import Range
 from dsc.ir.program import Program
@@ -37,6 +39,8 @@ def trace_step(
 
     One layer of each kind is traced and the others are written down, where that is sound (see
     `instantiate.py`); with `whole`, every layer is traced, about half a second each.
+
+    Raises `UnsupportedArchitecture` for whatever a stock model raises while it is traced.
     """
     device = next(module.parameters()).device
 
@@ -53,10 +57,28 @@ def trace_step(
             aliases=own.cache_names(),
         )
 
-    if whole:
-        return traced(module, None)
-    inputs = signature.example_inputs(device="meta")
-    return trace_by_kind(module, inputs, signature.input_names(), signature.output_names(), traced)
+    with _refusing(module):
+        if whole:
+            return traced(module, None)
+        inputs = signature.example_inputs(device="meta")
+        names = signature.input_names(), signature.output_names()
+        return trace_by_kind(module, inputs, *names, traced)
+
+
+@contextmanager
+def _refusing(module: nn.Module) -> Iterator[None]:
+    try:
+        yield
+    except (DscError, OSError, MemoryError):
+        raise
+    except Exception as problem:
+        if not isinstance(module, CausalLMStep):
+            raise
+        first = str(problem).strip().partition("\n")[0]
+        name = module.stock_class.__name__
+        raise UnsupportedArchitecture(
+            f"{name} cannot be traced: {type(problem).__name__}: {first:.200}", hint=HINT
+        ) from problem
 
 
 def parameter_types(module: nn.Module) -> dict[str, TensorType]:
@@ -92,7 +114,13 @@ class CausalLMStep(nn.Module):
     signature means what it says. The modelling code is stock.
     """
 
-    def __init__(self, causal_lm: nn.Module, signature: Signature | None = None) -> None:
+    def __init__(
+        self,
+        causal_lm: nn.Module,
+        signature: Signature | None = None,
+        context: int | None = None,
+    ) -> None:
+        """Take a model apart; `context` are the tokens that it is for (see `longrope.py`)."""
         super().__init__()
         for name in _STATE:
             self.__dict__[name] = dict(vars(causal_lm)[name])
@@ -102,6 +130,7 @@ class CausalLMStep(nn.Module):
         self.outer = {k: v for k, v in vars(causal_lm).items() if k not in {*_STATE, "config"}}
         self._non_persistent_buffers_set = causal_lm._non_persistent_buffers_set
         self.training = False
+        fix_longrope(self, context)
 
     def stock(self) -> nn.Module:
         """The stock model, of the parts that the step has now."""

@@ -76,13 +76,13 @@ class CheckpointModel:
             self, source=source, weights=found.weights, unused_mtp=found.mtp, notes=notes
         )
 
-    def build(self) -> CausalLMStep:
-        """The module to trace: parameters on `meta`, computed buffers real."""
+    def build(self, context: int | None = None) -> CausalLMStep:
+        """The module to trace, for so many tokens: parameters on `meta`, computed buffers real."""
         from dsc.frontends.causal_lm import CausalLMStep
 
         if self.config.family is not None:
             check_rotation(self.config.family, self.dtype)
-        return CausalLMStep(stock_model(self.config, self.dtype))
+        return CausalLMStep(stock_model(self.config, self.dtype), context=context)
 
     def load(self) -> CausalLMStep:
         """The same module with its weights, copied to memory: the oracle for small checkpoints."""

@@ -29,6 +29,7 @@ from dsc.frontends.conversions import Conversions, conversions_of
 from dsc.frontends.facts import Facts
 from dsc.frontends.generation_config import Settings, load_generation, settings_of
 from dsc.frontends.hub import located, model_name
+from dsc.frontends.longrope import has_longrope, told_of
 from dsc.frontends.rope_scaling import RopeScaling
 from dsc.frontends.self_check import check_architecture
 from dsc.frontends.signature import Signature
@@ -211,7 +212,8 @@ def _from_checkpoint(
     tokenizer = find_tokenizer(folder)
     opened = open_checkpoint(folder, dtype, asked.scaling)
     known = Known(config.described, config.facts)
-    step = _Step(opened.build, known, opened.dtype, asked, "transformers")
+    context = asked.limits(config.facts).max_context
+    step = _Step(lambda: opened.build(context), known, opened.dtype, asked, "transformers")
     check_architecture(config, progress)
     asked.check(step.facts)
     settings = load_generation(folder, step.facts)
@@ -220,6 +222,8 @@ def _from_checkpoint(
     given = None if weights is not None else (checkpoint.weights, checkpoint.source)
     program = _with_weights(traced, given, model_name(folder.resolve()))
     notes = list(checkpoint.notes)
+    if angles := told_of(config.values, context):
+        notes.append(angles)
     if asked.scaling is not None:
         program = replace(program, meta={**program.meta, "rope_scaling": str(asked.scaling)})
         notes.append(
@@ -341,7 +345,7 @@ def _from_module(
     generation = getattr(module, "generation_config", None)
     settings = settings_of({} if generation is None else generation.to_dict(), facts)
     check_architecture(config, progress, (type(stock), type(module)))
-    step = CausalLMStep(module.eval())
+    step = CausalLMStep(module.eval(), context=asked.limits(facts).max_context)
     traced = _Step(lambda: step, Known(config.described, facts), stored, asked).traced(progress)
     state = {k: v.detach() for k, v in step.state_dict().items()}
     if any(v.is_meta for v in state.values()):
@@ -378,7 +382,9 @@ class _Step:
     ) -> None:
         self.build, self.known, self.dtype, self.asked = build, known, dtype, asked
         self.signature = signature
-        self.told = {"config": dict(known.described), "dtype": str(dtype)}
+        self.told: dict[str, Any] = {"config": dict(known.described), "dtype": str(dtype)}
+        if has_longrope(known.described):
+            self.told["context"] = asked.limits(known.facts).max_context
         self.key = trace_cache.key_of_installed(installed, **self.told) if installed else None
         self.kept = trace_cache.load(self.key) if self.key is not None else None
 

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from dsc.errors import DscError, UnsupportedArchitecture
 from dsc.frontends import trace_cache
+from dsc.frontends.longrope import SHORT, for_short_texts
 from dsc.frontends.shrunk import shrunk
 from dsc.frontends.signature import Signature
 from dsc.frontends.stock import StockConfig, clean, stock_config, stock_model
@@ -110,7 +111,8 @@ def self_check(
 def twin(config: StockConfig, classes: Classes = STOCK) -> StockConfig:
     """The configuration of the same type, its class's defaults written out, shrunk."""
     text = stock_config(config, classes[0]).get_text_config(decoder=True)
-    small = clean({**shrunk(text.to_dict()), "model_type": config.model_type}, config.where)
+    values = for_short_texts(shrunk(text.to_dict()))
+    small = clean({**values, "model_type": config.model_type}, config.where)
     return replace(small, where=config.where, published=config.published)
 
 
@@ -170,7 +172,7 @@ def traced(stock: Any, signature: Signature) -> Program:
     """The trace of a stock causal LM's step, over the weights that it has in memory."""
     from dsc.frontends.causal_lm import CausalLMStep, trace_step
 
-    module = CausalLMStep(stock, signature)
+    module = CausalLMStep(stock, signature, SHORT)
     program = trace_step(module, signature, Limits().symbols)
     state = {name: tensor.detach() for name, tensor in module.state_dict().items()}
     source = DictSource(state)

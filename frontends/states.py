@@ -15,6 +15,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -142,9 +143,9 @@ def _run(module: nn.Module, batch: int, steps: Sequence[int]) -> list[Any]:
     named = (*module.named_parameters(), *module.named_buffers())
     weights = {name: torch.empty_like(t, device="meta") for name, t in named}
     start = 0
+    cache = own_cache(module.config, _after)
     try:
-        cache = own_cache(module.config, _after)
-        with torch.no_grad(), replaced(), torch.device("meta"):
+        with untouched(module), torch.no_grad(), replaced(), torch.device("meta"):
             for new in steps:
                 arguments = {
                     "input_ids": torch.empty(batch, new, dtype=torch.int64),
@@ -158,12 +159,25 @@ def _run(module: nn.Module, batch: int, steps: Sequence[int]) -> list[Any]:
         raise
     except Exception as problem:
         first = str(problem).strip().partition("\n")[0]
-        raise UnsupportedArchitecture(
-            f"{type(module).__name__} does not run as a decoder of tokens with a cache:"
-            f" {type(problem).__name__}: {first:.200}",
-            hint=HINT,
-        ) from problem
+        why = f"does not run as a decoder of tokens with a cache: {first:.200}"
+        if any(hasattr(layer, "conv_states") for layer in cache.layers):
+            why = f"cannot be compiled: {MISSING['conv']}, which dsc does not compute"
+        elif isinstance(problem, NotImplementedError):
+            why = "cannot be compiled: what it computes depends on values, not on sizes alone"
+        raise UnsupportedArchitecture(f"{type(module).__name__} {why}", hint=HINT) from problem
     return list(cache.layers)
+
+
+@contextmanager
+def untouched(module: nn.Module) -> Iterator[None]:
+    """Take back what a run leaves in a module: attributes that are tensors of another device."""
+    before = [(part, dict(vars(part))) for part in module.modules()]
+    try:
+        yield
+    finally:
+        for part, attributes in before:
+            vars(part).clear()
+            vars(part).update(attributes)
 
 
 def _after(past: Tensor | None, new: Tensor) -> Tensor:
