@@ -54,7 +54,7 @@ def test_layers_may_share_what_one_of_them_keeps() -> None:
     ("raw", "why"),
     [
         ({"model_type": "bert", "hidden_size": 32, "num_hidden_layers": 2}, "it is an encoder"),
-        ({"model_type": "minimax", "num_hidden_layers": 2}, "does not run as a decoder"),
+        ({"model_type": "minimax", "num_hidden_layers": 2}, "states of convolutions"),
     ],
 )
 def test_what_is_no_decoder_with_rows_is_refused(raw: dict[str, object], why: str) -> None:
