@@ -92,7 +92,7 @@ def test_a_kept_trace_of_any_type_needs_neither_torch_nor_transformers(
     assert told[1] == told[0].partition("{")[0] + "set()\n"
 
 
-REFUSED = {
+REFUSED: dict[str, tuple[dict[str, Any], type[dsc.DscError], str]] = {
     "an encoder": ({"model_type": "bert"}, UnsupportedArchitecture, "it is an encoder"),
     "fewer positions": (
         {"model_type": "gpt2", "n_positions": 16, "max_position_embeddings": None}, UsageError,
