@@ -48,7 +48,8 @@ def test_a_saved_decoder_compiles(name: str, tmp_path: Path) -> None:
     compiled = dsc.compile(tmp_path, backend="reference", dtype="fp32", **LIMITS)
     assert_equals_stock(compiled, model)
     assert compiled.manifest["config"]["vocab_size"] == 97
-    assert compiled.manifest["generation"]["eos_token_id"] == [1]
+    ends = getattr(model.config, "eos_token_id", None)
+    assert compiled.manifest["generation"]["eos_token_id"] == ([] if ends is None else [ends])
 
 
 def test_the_text_tower_of_a_larger_model_compiles(tmp_path: Path) -> None:
@@ -64,7 +65,7 @@ def test_the_text_tower_of_a_larger_model_compiles(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(wrapper))
     compiled = dsc.compile(tmp_path, backend="reference", dtype="fp32", **LIMITS)
     assert_equals_stock(compiled, model)
-    assert any("vision_tower.weight" in note for note in compiled.report["notes"])
+    assert any("vision_tower" in note for note in compiled.report["notes"])
 
 
 READER = """
