@@ -29,6 +29,8 @@ MARKS = (
     ("<|channel|>analysis<|message|>", "<|end|><|start|>assistant<|channel|>final<|message|>"),
 )
 """How models set thinking apart; a template or a tokenizer tells which of these a model has."""
+UNTHOUGHT = "<|channel|>final<|message|>"
+"""How an answer begins that was not thought about, where that has a mark of its own."""
 Kind = Literal["thinking", "text"]
 Piece = tuple[Kind, str]
 
@@ -133,8 +135,9 @@ class Thinking:
             begin, seen = self._marks[0], self._held.lstrip()
             if seen.startswith(begin):
                 self._place, self._held = "inside", seen[len(begin) :]
-            elif not begin.startswith(seen):
+            elif not (begin.startswith(seen) or UNTHOUGHT.startswith(seen)):
                 self._place, self._began = "after", True
+                self._held = self._held.removeprefix(UNTHOUGHT)
         if self._place == "inside":
             thought, end, rest = self._held.partition(self._marks[1])
             keep = 0 if end else held_back(thought, self._marks[1:])

@@ -200,12 +200,13 @@ class _Repository:
     def _fetch(self, file: str, revision: str) -> str:
         from huggingface_hub import hf_hub_download
 
-        limit = LIMITS.get(file)
+        class Bar(_Bar):
+            """The bar of this file."""
 
-        def bar(*_: Any, **given: Any) -> _Bar:
-            return _Bar(self._moved(file), limit, f"{self.name}/{file}", given)
+            limit, where = LIMITS.get(file), f"{self.name}/{file}"
+            moved = staticmethod(self._moved(file))
 
-        made: Any = bar
+        made: Any = Bar
         return hf_hub_download(self.name, file, revision=revision, tqdm_class=made)
 
     def _moved(self, file: str) -> Callable[[int], None]:
@@ -225,19 +226,20 @@ class _Bar:
     fills no disk.
     """
 
-    def __init__(
-        self, moved: Callable[[int], None], limit: int | None, where: str, given: Mapping[str, Any]
-    ) -> None:
+    limit: int | None
+    where: str
+    moved: Callable[[int], None]
+
+    def __init__(self, *_: Any, **given: Any) -> None:
         self.total, self.n = given.get("total"), given.get("initial") or 0
         self.format_dict: dict[str, Any] = {}
-        self._moved, self._limit, self._where = moved, limit, where
 
     def update(self, count: float | None = 1) -> None:
         """Count bytes. Raises `CheckpointError` beyond the file's bound."""
         self.n += int(count or 0)
-        if self._limit is not None and self.n > self._limit:
-            raise _too_large(self._where, self.n, self._limit)
-        self._moved(int(count or 0))
+        if self.limit is not None and self.n > self.limit:
+            raise _too_large(self.where, self.n, self.limit)
+        self.moved(int(count or 0))
 
     def __enter__(self) -> _Bar:
         return self
@@ -249,6 +251,8 @@ class _Bar:
         pass
 
     close = refresh = clear = set_description = set_description_str = set_postfix_str = _nothing
+    update_transfer = set_transfer_postfix_str = _nothing
+    """What Xet has received is not counted beside what it has written."""
 
 
 def shards(folder: Path, held: Mapping[str, object], where: str) -> list[str]:

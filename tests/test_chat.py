@@ -240,6 +240,13 @@ def test_thinking_is_told_apart_however_the_text_is_cut(
     assert "".join(t for kind, t in found if kind == "text") == rest.lstrip("\n")
 
 
+def test_an_answer_without_thinking_may_have_a_mark_too() -> None:
+    apart = Thinking(MARKS[-1], "")
+    text = "<|channel|>final<|message|>yes"
+    found = [piece for letter in text for piece in apart.push(letter)] + apart.finish()
+    assert "".join(piece for _, piece in found) == "yes"
+
+
 @pytest.mark.parametrize("text", ["<thin air", " <", "a<think>b</think>", "</think>", "<b>"])
 def test_what_only_looks_like_thinking_is_text(text: str) -> None:
     apart = Thinking(MARKS[0], "")

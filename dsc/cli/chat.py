@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from pathlib import Path
 from typing import Annotated, Any
@@ -30,6 +31,14 @@ def chat(
             "--thinking/--no-thinking",
             help="Have the model think before it answers, or not, where its template knows how."
             "  [default: the template's]",
+        ),
+    ] = None,
+    set_value: Annotated[
+        list[str] | None,
+        options.unset(
+            "--set",
+            metavar="NAME=VALUE",
+            help="A variable of the template, such as reasoning_effort=high; repeatable.",
         ),
     ] = None,
     hide_thinking: Annotated[
@@ -105,6 +114,7 @@ def chat(
         presence_penalty=presence_penalty,
         frequency_penalty=frequency_penalty,
     )
+    values = values_of(set_value or [])
     check_stops(stop or [])
     check_sampling(asked, greedy)
     if must_launch(Path(model)):
@@ -135,6 +145,7 @@ def chat(
     session = compiled.session(max_batch=1)
     session.prepare([session.prefill_chunk])
     known = {} if thinking is None else {"thinking": thinking, "enable_thinking": thinking}
+    known |= values
     conversation = Conversation(
         session,
         tokenizer,
@@ -161,6 +172,24 @@ def chat(
     finally:
         if template is not None:
             template.close()
+
+
+def values_of(texts: list[str]) -> dict[str, Any]:
+    """Variables of a template as `--set` spells them: JSON, else the text itself.
+
+    >>> values_of(["a=high", "b=true", "c=1=2"])
+    {'a': 'high', 'b': True, 'c': '1=2'}
+    """
+    found: dict[str, Any] = {}
+    for text in texts:
+        name, sign, value = text.partition("=")
+        if not sign or not name.isidentifier():
+            raise UsageError(f"--set {text}", hint="give NAME=VALUE")
+        try:
+            found[name] = json.loads(value)
+        except (ValueError, RecursionError):
+            found[name] = value
+    return found
 
 
 def template_of(compiled: Any, file: Path | None) -> Any:

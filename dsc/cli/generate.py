@@ -87,8 +87,8 @@ def generate(
     is compiled first, by --backend, --dtype, --quant, --max-context, --rope-scaling and --revision
     as dsc compile has them, and what comes of it is gone afterwards unless -o keeps it.
 
-    JSON keys: answers (each prompt, text, finish_reason, prompt_tokens, new_tokens), and seconds
-    and rates of loading, prompts and decoding, over all answers.
+    JSON keys: answers (each prompt, text, finish_reason, prompt_tokens, new_tokens), sampling (how
+    tokens were chosen), and seconds and rates of loading, prompts and decoding, over all answers.
 
     Examples:
 
@@ -161,14 +161,14 @@ def generate(
         return
     if json:
         found = [facts(*pair) for pair in zip(prompts, answers, strict=True)]
-        console.print_json({"answers": found, **clock.summary()})
+        console.print_json({"answers": found, "sampling": str(sampling), **clock.summary()})
     remark = cut_off(answers, max_new_tokens, compiled.max_context)
     if remark:
         console.stderr().print(remark)
     if stats:
         counted = clock.summary() | {"new_tokens": sum(len(answer.ids) for answer in answers)}
         lines = (f"{name} {value:.6g}" for name, value in counted.items())
-        console.stderr().print("\n".join(lines))
+        console.stderr().print("\n".join([f"sampling {sampling}", *lines]), markup=False)
 
 
 @contextmanager

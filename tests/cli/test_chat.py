@@ -134,7 +134,7 @@ def test_a_talk_at_a_terminal(terminal: Terminal, tmp_path: Path) -> None:
 
 def test_in_a_pipe_each_line_is_a_turn(tiny: Path, invoke: Invoke, tmp_path: Path) -> None:
     saved = tmp_path / "talk"
-    line = ("chat", str(tiny), "--no-thinking", "--max-new-tokens=8", "--stop=the LORD")
+    line = ("chat", str(tiny), "--set=thinking=false", "--max-new-tokens=8", "--stop=the LORD")
     lines = f"In the beginning\n\nAnd God said\n/save {saved}\n/exit\nmore\n"
     done = invoke(*line, "--system=Hear.", typed=lines.encode())
     told = json.loads(saved.read_text())["messages"]
@@ -167,6 +167,7 @@ def test_a_model_is_compiled_first_and_one_without_a_template_continues_texts(
     [
         (["--backend", "tvm"], b"", "--backend: for models"),
         (["--greedy", "--top-p=0.5"], b"", "--greedy draws nothing"),
+        (["--set", "a"], b"", "give NAME=VALUE"),
         (["--chat-template=refuses"], b"a\n", "the chat template refuses: no"),
         (["--load=refuses"], b"", "not valid JSON"),
         (["--load=nothing"], b"", "holds no conversation"),

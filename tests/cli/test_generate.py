@@ -30,6 +30,7 @@ def test_json_has_the_reason_and_phases_apart(api: FakeApi, invoke: Invoke, arti
     document = json.loads(invoke(*line).stdout)
     (answer,) = document["answers"]
     assert answer["text"] == "def"
+    assert document["sampling"] == "greedily"
     assert answer["finish_reason"] == "length"
     assert (answer["prompt_tokens"], answer["new_tokens"]) == (3, 3)
     phases = document["load_s"], document["prefill_s"], document["decode_s"]
@@ -184,7 +185,9 @@ def test_stats_tell_loading_prompts_and_decoding_apart(
 ) -> None:
     result = invoke("generate", str(artifact), "--prompt", "abc", "--stats")
     names = [line.split()[0] for line in result.stderr.splitlines()]
+    assert result.stderr.startswith("sampling greedily\n")
     assert names == [
+        "sampling",
         "load_s",
         "prompt_tokens",
         "first_token_s",
