@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from dsc.diff.measure import Timing
     from dsc.diff.sides import Side
 
+SHOWN = 12
+"""Operators that the terminal lists of an entry, the worst first."""
 _SIDE = "An artifact, a .dsc file, or one stage of a dump: D/PASS."
 
 
@@ -51,12 +53,20 @@ def diff(
         bool,
         Option("--error/--no-error", help="Interpret both and compare their results."),
     ] = True,
+    run: Annotated[
+        bool,
+        Option("--run", help="Run both on the same inputs: the error that each operator adds."),
+    ] = False,
     seed: Annotated[int, Option("--seed", help="Of the random inputs.")] = 0,
     json: options.Json = False,
     force: Annotated[bool, Option("--force", help="Replace the page at PAGE.html.")] = False,
     trust: options.Trust = False,
 ) -> None:
     """Compare A and B layer by layer: IR, bytes, flops, time, results.
+
+    With --run the operators that both have, by the names of what they give, are listed with the
+    error that B's adds where it reads what A's did, and with what has come together in B so far, in
+    fp32 over the weights that are stored; and the outputs of the code of two artifacts.
 
     Examples:
 
@@ -65,8 +75,10 @@ def diff(
         dsc diff dumps/raise_mla dumps/absorb_mla
 
         dsc diff v3-reference v3-tvm --measure
+
+        dsc diff v3-bf16 v3-int4 --run
     """
-    from dsc.diff.compare import compare
+    from dsc.diff.compare import compare, with_operators
     from dsc.diff.page import page
     from dsc.diff.sides import open_side
 
@@ -77,6 +89,9 @@ def diff(
         times = _times(sides, measure, profiles, context, trust, progress)
         progress("comparing")
         found = compare(sides[0], sides[1], times, run=error, seed=seed)
+        if run:
+            progress("running operators")
+            found = with_operators(found, trust, seed)
         if output is not None:
             progress("drawing")
             write_text(output, page(found))
@@ -129,12 +144,34 @@ def _print(found: Diff, output: Path | None) -> None:
     out = console.tables()
     for entry in found.entries:
         _print_entry(out, entry)
+        _print_operators(out, entry)
     for side, names in zip(found.sides, found.unpaired, strict=True):
         if names:
             out.print(Text(clean(f"only in {side.label}: {', '.join(names)}")))
     out.print(Text(clean(f"results: {found.agreement}")))
     if output is not None:
         out.print(Text(clean(f"page: {output}")))
+
+
+def _print_operators(out: Console, entry: EntryDiff) -> None:
+    """The operators that add most, and how far the outputs of code are apart."""
+    from rich.text import Text
+
+    from dsc.cli.report_tables import add_row, clean, table_of
+    from dsc.diff.page import operator_rows
+
+    if entry.operators:
+        title = clean(f"{entry.name}: the error that operators add, and what has come together")
+        table = table_of(title, ("operator", "value"), ("calc_diff", "max", "so far", "max so far"))
+        for cells in operator_rows(entry)[:SHOWN]:
+            add_row(table, *cells)
+        out.print(table)
+        hidden = len(entry.operators) - SHOWN
+        if hidden > 0:
+            out.print(Text(clean(f"{hidden} more in --json and on the page")))
+    for name, off in entry.kernels.items():
+        words = f"{entry.name}, compiled: {name} calc_diff {off.sums.calc_diff:.2g}, max"
+        out.print(Text(clean(f"{words} {off.most:.2g}")))
 
 
 def _print_entry(out: Console, entry: EntryDiff) -> None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
 from dsc.diff.lines import Row, align, lines_of, with_moves
 from dsc.diff.measure import Timing
+from dsc.diff.operators import Off, Operator, kernels, operators
 from dsc.diff.sides import Side
 from dsc.errors import DscError, VerificationError
 from dsc.ir.costs import Costs, node_costs, total
@@ -46,6 +47,9 @@ class Layer:
 class EntryDiff:
     """A pair of entries. `errors`: the largest difference of each output; `at` the sizes.
 
+    `operators` have the error that each adds, the worst first, and `kernels` how far the outputs of
+    compiled code are apart, where that was asked for.
+
     `programs` hold the graphs; what the second one fixes, as a decode does S, is fixed in both.
     """
 
@@ -56,6 +60,8 @@ class EntryDiff:
     layers: tuple[Layer, ...]
     errors: Mapping[str, float]
     times: tuple[Timing | None, Timing | None]
+    operators: Sequence[Operator] = ()
+    kernels: Mapping[str, Off] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -125,6 +131,23 @@ def compare(
         tuple(n for n in after.text.entries if n not in {b for _, b in names}),
     )
     return Diff((before, after), entries, alone, agreement)
+
+
+def with_operators(found: Diff, trust: bool, seed: int = 0) -> Diff:
+    """The comparison, both run on the same inputs: operator by operator, and as code if there is.
+
+    Raises `UsageError` where one is too wide to interpret.
+    """
+    before, after = found.sides
+    valued = before.has_values and after.has_values
+    entries = []
+    for entry in found.entries:
+        first, second = (side.program if valued else side.text for side in found.sides)
+        programs = _pinned(first, second, *entry.names)
+        added = operators(programs, entry.names, seed)
+        ran = kernels(found.sides, entry.names, trust, seed) if valued else {}
+        entries.append(replace(entry, operators=added, kernels=ran))
+    return replace(found, entries=tuple(entries))
 
 
 def _pairs(before: Sequence[str], after: Sequence[str]) -> list[tuple[str, str]]:
@@ -258,6 +281,8 @@ def _entry_dict(entry: EntryDiff) -> dict[str, Any]:
         "after": dict(entry.totals[1]),
         "error": entry.error,
         "errors": dict(entry.errors),
+        "operators": [each.as_dict() for each in entry.operators],
+        "kernels": {name: off.as_dict() for name, off in entry.kernels.items()},
         "layers": [
             {"layer": x.name, "before": dict(x.before), "after": dict(x.after)}
             for x in entry.layers

@@ -43,7 +43,7 @@ def measure(side: Side, context: int, trust: bool, repeats: int = REPEATS) -> di
     """Run every entry of a side on seeded inputs under the profiler; a warm-up is not counted."""
     from dsc.runtime.probes import seconds_of
 
-    executable = _executable(side, trust)
+    executable = executable_of(side, trust)
     timings = {}
     for name, graph in side.program.entries.items():
         sizes = step_sizes(graph, 1, CHUNK, context, side.program.symbols)
@@ -104,7 +104,7 @@ def _events(path: Path) -> list[Event]:
         ) from None
 
 
-def _executable(side: Side, trust: bool) -> Executable:
+def executable_of(side: Side, trust: bool) -> Executable:
     """The code of an artifact, or the interpreter for a text."""
     from dsc import api
 

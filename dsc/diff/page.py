@@ -73,7 +73,8 @@ def page(diff: Diff) -> str:
         largest_graph=LARGEST_GRAPH, box_height=HEIGHT, timeline_size=svg.TIMELINE, cards=cards,
         cells=cells, columns=columns, cost_rows=cost_rows, cost_sums=cost_sums,
         live_line=svg.live_line, marked=marked, part_marks=svg.part_marks, picture=svg.picture,
-        rectangles=svg.rectangles, run_name=run_name, timelines=timelines,
+        rectangles=svg.rectangles, operator_rows=operator_rows,
+        run_name=run_name, timelines=timelines,
     )  # fmt: skip
 
 
@@ -90,6 +91,18 @@ def cards(entry: EntryDiff, plans: Sequence[svg.Timeline | None]) -> Iterator[tu
     yield "arena", change("arena_bytes", *(None if p is None else p.size for p in plans))
     if entry.error is not None:
         yield "max error, relative", Change(f"{entry.error:.2g}")
+
+
+def operator_rows(entry: EntryDiff) -> list[tuple[str, ...]]:
+    """Each operator in words, the worst first: what it adds, and what has come together."""
+    return [
+        (
+            f"{each.op} {each.loc}".strip(), f"%{each.name}",
+            f"{each.added.sums.calc_diff:.2g}", f"{each.added.most:.2g}",
+            f"{each.come.sums.calc_diff:.2g}", f"{each.come.most:.2g}",
+        )
+        for each in entry.operators
+    ]  # fmt: skip
 
 
 def columns(entry: EntryDiff) -> list[tuple[str, str]]:
