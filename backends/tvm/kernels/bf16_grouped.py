@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from dsc.backends.tvm.bf16 import SUMS, by_pairs, instructions
+from dsc.backends.tvm.bf16 import LANES, SUMS, by_pairs, instructions, prefetch_far
 from dsc.backends.tvm.kernels import bf16_product as product
 from dsc.backends.tvm.kernels.attend import LEAST
 from dsc.backends.tvm.kernels.bf16_attention import PARTS, SharedParts, part_floats, part_of
@@ -85,9 +85,13 @@ class Keys:
         return Keys(k, v, CacheRows.of(given, page), groups, d, e)
 
     def scores(
-        self, tile: Tile, q: Tensor, starts: list[Expr], group: Expr, slot: Expr, here: Expr
-    ) -> None:
-        """Scores of a tile's queries, which start there, with `here` rows from a slot on."""
+        self, tile: Tile, q: Tensor, starts: list[Expr], group: Expr, slot: Expr, here: Expr,
+        later: Expr | None = None,
+    ) -> None:  # fmt: skip
+        """Scores of a tile's queries, which start there, with `here` rows from a slot on.
+
+        Rows from the slot `later` on, if that is said, are asked for, and their values.
+        """
         stride = self.groups * self.d
         first = bind((slot * self.groups + group) * self.d)
         if not by_pairs():
@@ -104,11 +108,21 @@ class Keys:
         with loop(ceil_div(here, product.WIDTH)) as four:
             t = bind(four * product.WIDTH)
             rows = [bind(first + tirx.min(t + i, here - 1) * stride) for i in range(product.WIDTH)]
+            if later is not None:
+                self._ask(group, bind(later + t))
             for part in range(0, tile.queries, height):
                 several = starts[part : part + height]
                 sums = dot_sums([Factor(q, several, self.k, rows, integer(self.d))])
                 for i, scores in enumerate(sums):
                     tile.scores.store((part + i) * BLOCK + t, scores)
+
+    def _ask(self, group: Expr, slot: Expr) -> None:
+        """Ask for a few rows of a group."""
+        for x, width in ((self.k, self.d), (self.v, self.e)):
+            at = bind((slot * self.groups + group) * width)
+            for row in range(product.WIDTH):
+                for line in range(0, width, LANES):
+                    prefetch_far(x, at + (row * self.groups * width + line))
 
     def add(
         self, tile: Tile, running: Running, first: Expr, place: tuple[Expr, Expr, Expr]
@@ -150,6 +164,7 @@ def decode(heads: int, groups: int, d: int, e: int, sight: Sight, page: int) -> 
                 first = bind(begin + block * BLOCK)
                 slot = keys.rows.slot(batch, first)
                 here = bind(tirx.min(integer(BLOCK), count - block * BLOCK))
+                later = keys.rows.slot(batch, tirx.min(first + BLOCK, limit - 1))
                 with loop(tiles) as i:
                     head = bind(group * padded + i * height)
                     starts = [
@@ -159,7 +174,7 @@ def decode(heads: int, groups: int, d: int, e: int, sight: Sight, page: int) -> 
                         )
                         for j in range(height)
                     ]
-                    keys.scores(tile, q, starts, group, slot, here)
+                    keys.scores(tile, q, starts, group, slot, here, later if tiles == 1 else None)
                     hidden = [bind(lowest - first)] * height if sight.bounded else []
                     weigh(tile, running, head, [here] * height, sight.scale, hidden, sight.softcap)
                     keys.add(tile, running, head, (group, slot, here))
