@@ -445,6 +445,13 @@ def coded_products() -> Figures:
     return forms.measure(seconds=300)
 
 
+def attention() -> Figures:
+    """Attention with all of its attributes over odd shapes, on every backend, against fp64."""
+    from bench.attention import measure
+
+    return measure()
+
+
 def damaged_texts() -> Figures:
     """10,000 damaged texts of programs: each a program still, or one error with line and caret."""
     from bench.damaged_texts import run
@@ -489,6 +496,7 @@ BARS: dict[str, Callable[[], Figures]] = {
     "random_calls": random_calls,
     "damaged_texts": damaged_texts,
     "coded_products": coded_products,
+    "attention": attention,
     "shared_cache": shared_cache,
     "verify_each": verify_each,
     "profile_overhead": profile_overhead,
