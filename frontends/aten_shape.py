@@ -64,19 +64,28 @@ def select(t: Lowering, x: Operand, dim: int, index: Any) -> Operand:
     return t.reshape(t.slice(x, dim, first, first + 1), t.out.shape)
 
 
+def broadcast_along(t: Lowering, x: Operand, axis: int, shape: Sequence[Dim]) -> Operand:
+    """A vector along an axis of `shape`, the same everywhere else."""
+    ones = [extent if place == axis else 1 for place, extent in enumerate(shape)]
+    return t.expand(t.reshape(x, ones), tuple(shape))
+
+
 def slice_scatter(
     t: Lowering, x: Operand, part: Operand, dim: int = 0, start: Any = None, end: Any = None,
     step: int = 1,
 ) -> Operand:  # fmt: skip
     """A copy of x with part of an axis replaced."""
-    if step != 1:
-        raise Unsupported("slice_scatter with a step")
     first = _bounded(0 if start is None else start, x.type.shape[dim])
     extent = part.type.shape[dim]
     if extent == x.type.shape[dim]:
         return t.cast(part, x.type.dtype)
     part = t.cast(part, x.type.dtype)
     axis = dim % x.type.rank
+    if step != 1:
+        places = t.call("mul", t.arange(0, extent), t.number(step, DType.i64))
+        places = t.call("add", places, t.number(first, DType.i64))
+        index = broadcast_along(t, places, axis, part.type.shape)
+        return t.call("scatter", x, index, part, axis=axis)
     return t.call("slice_scatter", x, part, axis=axis, start=first, end=first + extent)
 
 

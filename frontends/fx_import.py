@@ -146,7 +146,7 @@ class FxImporter:
             if argument not in self.values:
                 raise Unsupported(f"needs %{argument.name}, which has no value")
             found = self.values[argument]
-            if found is None and isinstance(argument.meta.get("val"), torch.Tensor):
+            if found is None and isinstance(argument.meta.get("val"), _TRANSLATED):
                 raise Unsupported(f"needs %{argument.name}, which has no translation")
             return found
         if isinstance(argument, (list, tuple)):
@@ -232,6 +232,8 @@ def is_users(file: str) -> bool:
     return not file.startswith(_NOT_THE_USERS)
 
 
+_TRANSLATED = (torch.Tensor, torch.SymInt, torch.SymFloat)
+"""What a node gives that has a translation: `None` in its place is a problem that was noted."""
 _NOT_THE_USERS = tuple(f"{p}/" for p in (*torch.__path__, *dsc.__path__))
 
 

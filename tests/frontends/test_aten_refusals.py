@@ -45,7 +45,6 @@ REFUSALS: dict[str, tuple[Callable[[Any], Any], str]] = {
     "its sign kept": (lambda t: math_rows.fmod(t, I64, I64), "may be 0"),
     "no classes": (lambda t: shape_rows.one_hot(t, I64, -1), "without a number of classes"),
     "open classes": (lambda t: shape_rows.one_hot(t, I64, symbol("B")), "without a number"),
-    "every second": (lambda t: shape_rows.slice_scatter(t, X, X, step=2), "with a step"),
     "open padding": (lambda t: shape_rows.pad(t, X, (0, symbol("B"))), "by a symbolic width"),
     "open padding before": (lambda t: shape_rows.pad(t, X, (symbol("B"), 0)), "a symbolic width"),
     "a turn by two": (lambda t: shape_rows.roll(t, WIDE, [2], [1]), "may exceed the axis"),

@@ -107,6 +107,9 @@ CASES: dict[str, tuple[Callable[..., Any], Callable[..., Any], tuple[Tensor, ...
     "a part replaced": (
         lambda t, x, y: s.slice_scatter(t, x, y, -1, -2, 9),
         lambda x, y: torch.slice_scatter(x, y, -1, -2, 9), (X, torch.zeros(2, 2).long())),
+    "every second replaced": (
+        lambda t, x, y: s.slice_scatter(t, x, y, 1, 1, 9, 2),
+        lambda x, y: torch.slice_scatter(x, y, 1, 1, 9, 2), (X, torch.zeros(2, 1).long())),
     "a joined nothing": (
         lambda t, x: s.concat(t, [x, x], 0), lambda x: torch.cat([x, x]), (EMPTY,)),
     "spread axes": (

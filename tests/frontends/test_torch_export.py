@@ -278,3 +278,17 @@ def test_element_types_of_the_ir_are_found() -> None:
     assert DType.of(torch.float8_e4m3fn) is DType.f8e4m3
     program = traced(lambda x: x.to(torch.float8_e4m3fn).to(torch.bfloat16), torch.randn(3))
     assert [n.attrs["dtype"] for n in checked(program).nodes] == [DType.f8e4m3, DType.bf16]
+
+
+class Shortest(nn.Module):
+    """A size that has no form in the IR."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = torch.zeros(torch.sym_min(8, x.shape[0])).sum() + x
+        return found
+
+
+def test_a_size_without_a_form_is_one_of_the_operators_without_a_translation() -> None:
+    with pytest.raises(UnsupportedOperator, match=r"size Min\(8, \w+\) has no symbolic") as caught:
+        trace(Shortest(), (torch.randn(3, 4),), {"x": {0: torch.export.Dim("B")}})
+    assert "aten.sum" in caught.value.what
