@@ -140,7 +140,8 @@ def map_weights(
         if scales or _RECOMPUTED.fullmatch(key) or (tied and name in parameters):
             sorted_out["ignored"].append(key)
         elif key not in mapper.claimed:
-            sorted_out["class" if table.is_left_out(name) else "unexpected"].append(key)
+            spare = table.is_left_out(name) and not _is_behind(name, config.num_hidden_layers)
+            sorted_out["class" if spare else "unexpected"].append(key)
     mapper.faults.unexpected += [
         (key, f" : {source.types[key]}") for key in sorted(sorted_out["unexpected"], key=natural)
     ]
@@ -415,6 +416,12 @@ def _mtp(plain: Mapping[str, str], layers: int | None) -> set[str]:
     joining = {layer for layer in _joining(plain.values()) if layer >= layers}
     found = {key: _LAYER.fullmatch(name) for key, name in plain.items()}
     return {key for key, layer in found.items() if layer and int(layer[1]) in joining}
+
+
+def _is_behind(name: str, layers: int | None) -> bool:
+    """Whether a tensor is of a layer behind the last: some classes leave out one by its number."""
+    found = _LAYER.fullmatch(name)
+    return layers is not None and found is not None and int(found[1]) >= layers
 
 
 def layers_of(names: Iterable[str]) -> set[int]:

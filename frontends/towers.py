@@ -14,6 +14,9 @@ from dataclasses import dataclass
 from dsc.errors import CheckpointError
 from dsc.frontends.conversions import Conversions
 
+DEEPEST = 6
+"""Parts that a prefix has at most."""
+
 
 @dataclass(frozen=True)
 class Tower:
@@ -87,11 +90,14 @@ def _counts(part: str) -> bool:
 
 
 def _heads(name: str) -> Iterator[tuple[str, str]]:
-    """Every way to part a name at a dot, the whole name first."""
+    """The ways to part a name at one of its first dots, the whole name first."""
     yield "", name
-    for place, sign in enumerate(name):
-        if sign == ".":
-            yield name[: place + 1], name[place + 1 :]
+    place = -1
+    for _ in range(DEEPEST):
+        place = name.find(".", place + 1)
+        if place < 0:
+            return
+        yield name[: place + 1], name[place + 1 :]
 
 
 def _first(name: str) -> str:

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -247,6 +248,21 @@ def test_all_of_one_part_missing_is_one_line_a_kind(saved: Any) -> None:
     assert head == f"missing tensors ({gates}):"
     assert line.startswith("  model.layers.0.mlp.experts.0.up_proj.weight : ")
     assert line.endswith(f"(and {gates - 1} of other layers or experts)")
+
+
+def test_what_a_class_leaves_out_is_told_but_no_layer_is(saved: Any) -> None:
+    """The class of GLM-4.5 leaves out layer 46 by its number, whatever it is."""
+    tensors = saved("llama") | {"model.layers.46.mlp.up_proj.weight": torch.ones(2, 2)}
+    tensors["mtp.norm.weight"] = torch.ones(2)
+    model = model_of("llama")
+    table = replace(table_of(model), left_out=(r"model\.layers\.46.*", "^mtp"))
+    with pytest.raises(CheckpointError) as caught:
+        map_weights(declared(model), DictSource(tensors), Told(2), conversions=table)
+    told = caught.value.what.splitlines()
+    assert told == ["unexpected tensors (1):", "  model.layers.46.mlp.up_proj.weight : f32[2,2]"]
+    tensors["model.layers.46.eh_proj.weight"] = torch.ones(2, 4)
+    found = map_weights(declared(model), DictSource(tensors), Told(2), conversions=table)
+    assert (len(found.mtp), found.left_out) == (2, ("mtp.norm.weight",))
 
 
 # --- larger models -------------------------------------------------------------------------------
