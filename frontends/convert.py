@@ -131,7 +131,12 @@ def convert(
         for path in copied:
             shutil.copyfile(path, made / path.name)
         (made / CONFIG_FILE).write_text(_config(opened.raw, to, scale_fmt, plain), "utf-8")
-        write_shards(made, shards, opened.source, f"to {to}", progress)
+        try:
+            write_shards(made, shards, opened.source, f"to {to}", progress)
+        except CheckpointError as error:  # scales are ours to write, and a user's file has none
+            weight = (error.where or "").removesuffix(SCALE_SUFFIXES[0])
+            error.where = weight if weight in chosen else error.where
+            raise
         files = {path.name: path.stat().st_size for path in sorted(made.iterdir())}
     notes = (*opened.notes, *_left_out(folder, files))
     return Conversion(target, files, len(stored), len(converted), notes)

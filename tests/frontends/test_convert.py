@@ -283,6 +283,15 @@ def test_what_is_refused_names_its_cause_and_leaves_nothing(name: str, tmp_path:
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
 
 
+def test_an_error_names_the_weight_and_not_the_scales_that_were_to_be_written(
+    tmp_path: Path,
+) -> None:
+    given = folder_of(tmp_path / "in", plain(8, 8, scale=NAN))
+    with pytest.raises(CheckpointError, match="NaN or infinity") as refused:
+        dsc.convert(given, tmp_path / "out", "fp8")
+    assert refused.value.where == LINEAR
+
+
 def test_a_tokenizer_that_is_a_link_to_elsewhere_is_refused(tmp_path: Path) -> None:
     given = folder_of(tmp_path / "in", plain(8, 8))
     (tmp_path / "secret").write_text("{}")
