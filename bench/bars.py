@@ -415,6 +415,16 @@ def judging() -> Figures:
     }
 
 
+def types() -> Figures:
+    """27 types of decoders, five random configurations each, through folders, against stock."""
+    from bench import matrix
+
+    found = matrix.run(matrix.TYPES, BACKENDS, matrix.DRAWS)
+    bad = [each for each in found if not each["ok"]]
+    worst = {b: max(e.get("worst", 0.0) for e in found if e["backend"] == b) for b in BACKENDS}
+    return {"ok": not bad, "results": len(found), "worst": worst, "bad": bad[:20]}
+
+
 def random_calls() -> Figures:
     """20,000 calls of compiled entries, half of them wrong: no crash, no write outside of a buffer.
 
@@ -493,6 +503,7 @@ BARS: dict[str, Callable[[], Figures]] = {
     "ranks": ranks,
     "random_programs": random_programs,
     "random_configs": random_configs,
+    "types": types,
     "random_calls": random_calls,
     "damaged_texts": damaged_texts,
     "coded_products": coded_products,

@@ -33,7 +33,7 @@ from bench.random_configs import ROOT, commit, unoptimised
 from dsc.errors import DscError
 from dsc.frontends.catalogue import example
 from dsc.frontends.comparison import logits_of
-from dsc.frontends.self_check import disturb, in_memory, plain_experts
+from dsc.frontends.self_check import disturb, does_not_run, in_memory, plain_experts
 from dsc.frontends.shrunk import EVERY, FIRST, LISTED, role_of
 from dsc.frontends.stock import StockConfig, clean
 
@@ -70,19 +70,23 @@ def draw(model_type: str, index: int) -> StockConfig:
     base = dict(example(model_type).values)
     chance = random.Random(f"{model_type} {index}")
     told = ""
-    for _ in range(200):
-        values = _drawn(base, chance, index) | {"model_type": model_type}
+    for attempt in range(200):
+        rope = ROPES[(index + attempt) % len(ROPES)]
+        values = _drawn(base, chance, rope) | {"model_type": model_type}
         try:
             config = clean(values, f"{model_type} {index}")
-            in_memory(config)
+            stock, _ = in_memory(config)
         except DscError as refused:
             told = str(refused)
             continue
-        return config
+        if not (told := does_not_run(stock)):
+            return config
     raise RuntimeError(f"no draw of {model_type} is one that its class takes: {told}")
 
 
-def _drawn(base: Mapping[str, Any], chance: random.Random, index: int) -> dict[str, Any]:
+def _drawn(
+    base: Mapping[str, Any], chance: random.Random, rope: Mapping[str, Any]
+) -> dict[str, Any]:
     """One draw, legal or not."""
     hidden, heads = chance.choice((8, 12, 16, 24, 32)), chance.choice((1, 2, 2, 3, 4))
     fields = {k: _switched(k, v, chance) for k, v in base.items()}
@@ -110,7 +114,9 @@ def _drawn(base: Mapping[str, Any], chance: random.Random, index: int) -> dict[s
             fields[key] = chance.choice((hidden, 8, 12, 16, 24, 40))
     if "qk_head_dim" in fields:
         fields["qk_head_dim"] = fields["qk_nope_head_dim"] + fields["qk_rope_head_dim"]
-    fields["rope_parameters"] = _ropes(base.get("rope_parameters"), ROPES[index % len(ROPES)])
+        turned = base["rope_parameters"].get("partial_rotary_factor", 1.0)
+        fields["head_dim"] = round(fields["qk_rope_head_dim"] / turned)
+    fields["rope_parameters"] = _ropes(base.get("rope_parameters"), rope)
     return {k: v for k, v in fields.items() if k in base}
 
 

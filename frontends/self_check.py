@@ -148,6 +148,8 @@ def examine(
 
     name = type(stock).__name__
     disturb(stock)
+    if told := does_not_run(stock):
+        return Verdict(told)
     worst = 0.0
     try:
         program = traced(stock, signature)
@@ -166,6 +168,19 @@ def examine(
         return Verdict(f"{name} cannot be traced: {type(problem).__name__}: {one_line(problem)}")
     own = f"with its own cache {name} gives other logits than without one"
     return Verdict("", worst, own if apart > TOLERANCE else "")
+
+
+def does_not_run(stock: Any) -> str:
+    """Why a stock model in memory does not run by itself, or "" where it does."""
+    from dsc.frontends.comparison import logits_of
+
+    try:
+        with torch.no_grad(), plain_experts(stock):
+            logits_of(stock, torch.zeros(2, 3, dtype=torch.int64))
+    except Exception as problem:
+        told = f"{type(problem).__name__}: {one_line(problem)}"
+        return f"{type(stock).__name__} itself does not run: {told}"
+    return ""
 
 
 def traced(stock: Any, signature: Signature) -> Program:
