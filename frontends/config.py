@@ -40,6 +40,11 @@ ARCHITECTURES = {
 DTYPES = {"float32": DType.f32, "bfloat16": DType.bf16, "float16": DType.f16}
 """Element types that are computed in, by the names that `dtype` may have."""
 
+
+class OtherRope(ConfigError):
+    """A rope scaling that this schema does not describe, though a stock class may compute it."""
+
+
 Width = Annotated[int, Field(gt=0, le=1 << 20)]
 Count = Annotated[int, Field(gt=0, le=1 << 14)]
 Positive = Annotated[float, Field(gt=0, le=1e9)]
@@ -380,7 +385,7 @@ def _section(raw: Mapping[str, Any], name: str, where: str) -> dict[str, Any]:
             raise ConfigError(f"{name} has {', '.join(sorted(scaling))} and no rope_type", where)
         return section
     if kind not in ("default", *SCALING):
-        raise ConfigError(
+        raise OtherRope(
             f"{name}: rope_type {kind!r} is not one that dsc computes", where,
             f"known: default, {', '.join(SCALING)}",
         )  # fmt: skip

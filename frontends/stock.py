@@ -21,7 +21,7 @@ import re
 import unicodedata
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +31,7 @@ from dsc.frontends.config import (
     CONFIG_FILE,
     DTYPES,
     ModelConfig,
+    OtherRope,
     parse_config,
 )
 from dsc.frontends.facts import ALIASES, Facts
@@ -134,22 +135,24 @@ def clean(
     published = raw.get("model_type")
     if not isinstance(published, str) or not published:
         raise UnsupportedArchitecture(f"model_type is {published!r:.60}, no name of a model", where)
-    if published in ARCHITECTURES:
-        return replace(of_family(parse_config(raw, where), where, wrapper), scaling=scaling)
     values: dict[str, Any] = _cleaned(raw, where)
     _check_rope(values, where)
+    if published in ARCHITECTURES:
+        with suppress(OtherRope):  # which the stock class computes, or refuses
+            return replace(of_family(parse_config(raw, where), where, wrapper), scaling=scaling)
     dtype = raw.get("dtype") or raw.get("torch_dtype")
     if dtype is not None and not (isinstance(dtype, str) and dtype in DTYPES):
         known = " or ".join(map(repr, DTYPES))
         raise ConfigError(f"dtype must be {known}, found {dtype!r:.60}", where, AGAIN)
-    facts = Facts.read(published, values)
+    member = ARCHITECTURES.get(published, published)
+    facts = Facts.read(member, values)
     if facts.num_hidden_layers is not None and facts.num_hidden_layers > MAX_LAYERS:
         layers = facts.num_hidden_layers
         raise ConfigError(f"num_hidden_layers is {layers}, beyond {MAX_LAYERS}", where, AGAIN)
     told = readable(raw.get("quantization_config"), where)
     if told is not None:
-        facts = facts.completed(Facts(published, quantization_config=_checked(told, where)))
-    return StockConfig(published, values, facts, where, dtype, published, wrapper, scaling=scaling)
+        facts = facts.completed(Facts(member, quantization_config=_checked(told, where)))
+    return StockConfig(member, values, facts, where, dtype, published, wrapper, scaling=scaling)
 
 
 def _check_rope(values: Mapping[str, Any], where: str) -> None:

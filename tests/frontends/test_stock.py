@@ -221,6 +221,18 @@ def test_infinity_is_read_as_transformers_writes_it() -> None:
     assert found.values["time_step_limit"] == [0.0, float("inf")]
 
 
+def test_another_rope_of_the_family_is_left_to_the_stock_class() -> None:
+    rope = {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}
+    raw = CONFIGS["deepseek_v3"] | {"model_type": "kimi_k2", "rope_parameters": rope}
+    config = clean(raw)
+    assert (config.model_type, config.family) == ("deepseek_v3", None)
+    assert stock_config(config).rope_parameters["rope_type"] == "linear"
+    with pytest.raises(ConfigError, match="q_lora_rank"):
+        clean(raw | {"rope_parameters": None, "q_lora_rank": -1})
+    with pytest.raises(UnsupportedArchitecture, match="dynamic"):
+        clean(raw | {"rope_parameters": {**rope, "rope_type": "dynamic"}})
+
+
 def test_kimi_k2_is_a_deepseek_v3() -> None:
     raw = CONFIGS["deepseek_v3"] | {"model_type": "kimi_k2"}
     config = clean(raw)
