@@ -13,7 +13,12 @@ from dsc.cli import console, options
 
 def convert(
     source: Annotated[
-        Path, Argument(metavar="IN", help="A checkpoint folder.", show_default=False)
+        str,
+        Argument(
+            metavar="IN",
+            help="A checkpoint folder, or ORG/NAME of the Hugging Face Hub.",
+            show_default=False,
+        ),
     ],
     out: Annotated[
         Path, Argument(metavar="OUT", help="Where the new one goes.", show_default=False)
@@ -30,6 +35,7 @@ def convert(
         str,
         Option("--max-shard-size", metavar="SIZE", help="Of tensors in a file: 5GB, 500MB, 2GiB."),
     ] = "5GB",
+    revision: options.Revision = None,
     json: options.Json = False,
     force: Annotated[bool, Option("--force", help="Replace the checkpoint at OUT.")] = False,
 ) -> None:
@@ -44,11 +50,12 @@ def convert(
         dsc convert path/to/checkpoint out --to fp8 --max-shard-size 2GB
     """
     from dsc.frontends.convert import convert as converted
+    from dsc.frontends.hub import located
 
     began = time.perf_counter()
     with console.progress_bar() as progress:
         found = converted(
-            source,
+            located(source, revision, progress)[0],
             out,
             to,
             scale_fmt=scale_fmt,

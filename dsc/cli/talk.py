@@ -190,7 +190,7 @@ class Talk:
     def _line(self, prompt: str) -> str | None:
         if self.terminal:
             try:
-                return input(prompt)
+                return _text(input(prompt))
             except EOFError:
                 print()
                 return None
@@ -262,6 +262,11 @@ def _named(place: str | Path, command: str) -> Path:
     if not str(place):
         raise UsageError(f"{command} FILE", hint="name a file")
     return Path(place).expanduser()
+
+
+def _text(line: str) -> str:
+    """A typed line. Raises `UnicodeDecodeError` for bytes that Python took over as surrogates."""
+    return line.encode("utf-8", "surrogateescape").decode("utf-8")
 
 
 def _harmless(text: str) -> str:
