@@ -52,9 +52,14 @@ PREFIX = "models--"
 
 
 def located(
-    model: str | Path, revision: str | None = None, progress: Progress | None = None
+    model: str | Path,
+    revision: str | None = None,
+    progress: Progress | None = None,
+    weights: bool = True,
 ) -> tuple[Path, list[str]]:
     """Where a model is on this machine, downloaded if need be, and notes on how it was found.
+
+    Without `weights` none are asked for by name, of a model of hundreds of gigabytes.
 
     A path that exists is that place, and of a repository in the Hub's cache
     (`models--ORG--NAME`) the snapshot of the revision; any other ORG/NAME is a name on the Hub.
@@ -80,7 +85,7 @@ def located(
                 hint="leave out --revision, or give ORG/NAME",
             )
         return path, []
-    return _found(str(model), revision, progress)
+    return _found(str(model), revision, progress, weights)
 
 
 def is_name(text: str) -> bool:
@@ -126,21 +131,25 @@ def snapshot_of(repository: Path, revision: str | None = None) -> Path:
     return snapshots / told
 
 
-def _found(name: str, revision: str | None, progress: Progress | None) -> tuple[Path, list[str]]:
+def _found(
+    name: str, revision: str | None, progress: Progress | None, weights: bool
+) -> tuple[Path, list[str]]:
     """A repository's files: from the Hub, or from the cache where the Hub is off or away."""
     from huggingface_hub import HfApi, constants
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     if constants.HF_HUB_OFFLINE:
-        return _cached(name, revision, "HF_HUB_OFFLINE is set", "unset it once to download"), []
+        why, to_do = "HF_HUB_OFFLINE is set", "unset it once to download"
+        return _cached(name, revision, weights, why, to_do), []
     try:
         with _told(name, revision):
             if progress is not None:
                 progress(f"asking {constants.ENDPOINT} for {name}", 0, 0)
             listed = HfApi().model_info(name, revision=revision, files_metadata=True)
-            return _Repository(name, revision, listed, progress).downloaded(), []
+            return _Repository(name, revision, listed, progress).downloaded(weights), []
     except _Away as away:
-        folder = _cached(name, revision, f"{constants.ENDPOINT} {away}", "see to the connection")
+        why, to_do = f"{constants.ENDPOINT} {away}", "see to the connection"
+        folder = _cached(name, revision, weights, why, to_do)
         return folder, [f"{constants.ENDPOINT} {away}: {name} is what the cache has of it"]
     except LocalEntryNotFoundError as problem:
         raise FileError(f"a download failed: {problem}", name, "try again: it goes on") from None
@@ -163,7 +172,7 @@ class _Repository:
         self.commit = listed.sha
         self._done = self._total = 0
 
-    def downloaded(self) -> Path:
+    def downloaded(self, weights: bool = True) -> Path:
         """The snapshot's folder, with everything that dsc reads of it. Raises as `located`."""
         if CONFIG_FILE not in self.sizes:
             raise CheckpointError(
@@ -176,9 +185,9 @@ class _Repository:
         folder = Path(self._fetch(CONFIG_FILE, self.commit)).parent
         for file in small:
             self._fetch(file, self.commit)
-        weights = shards(folder, self.sizes, self.name)
-        self._count(weights)
-        for file in weights:
+        files = shards(folder, self.sizes, self.name) if weights else []
+        self._count(files)
+        for file in files:
             self._fetch(file, self.commit)
         return folder
 
@@ -283,7 +292,7 @@ def shards(folder: Path, held: Mapping[str, object], where: str) -> list[str]:
     return files
 
 
-def _cached(name: str, revision: str | None, why: str, to_do: str) -> Path:
+def _cached(name: str, revision: str | None, weights: bool, why: str, to_do: str) -> Path:
     """The snapshot that the cache has, whole. Raises `FileError` that says what it lacks."""
     from huggingface_hub import try_to_load_from_cache
 
@@ -292,6 +301,8 @@ def _cached(name: str, revision: str | None, why: str, to_do: str) -> Path:
     if not isinstance(found, str):
         raise FileError(f"{why}, and {name}{at} is not in the cache", hint=to_do)
     folder = Path(found).parent
+    if not weights:
+        return folder
     try:
         shards(folder, {each.name: None for each in folder.iterdir() if each.exists()}, str(folder))
     except CheckpointError as lacking:

@@ -26,7 +26,7 @@ from dsc.frontends.stock import StockConfig, clean, completed, of_family, stock_
 from dsc.frontends.towers import parts_of
 from dsc.ir.safetensors import SafetensorsSource, open_safetensors
 from dsc.ir.types import DType, TensorType
-from dsc.ir.weights import WeightExpr, WeightSource, evaluate
+from dsc.ir.weights import MetaSource, WeightExpr, WeightSource, evaluate
 from dsc.strict_json import JsonObject, parse_object
 
 if TYPE_CHECKING:
@@ -135,6 +135,23 @@ def open_checkpoint(
     check_layout(source, config.facts, str(folder), config.wrapper)
     dtype = dtype or _stored_dtype(config, source, folder)
     return CheckpointModel(folder, raw, config, dtype, source)
+
+
+def bare_checkpoint(
+    folder: Path, dtype: DType | None = None, scaling: RopeScaling | None = None
+) -> CheckpointModel:
+    """A folder's configuration without its weights, which need not be there.
+
+    Raises what `open_checkpoint` does of `config.json`, and `CheckpointError` where that names no
+    element type and none is asked for.
+    """
+    raw, config = read_config(folder, scaling)
+    found = dtype or (None if config.dtype is None else DTYPES[config.dtype])
+    if found is None:
+        raise CheckpointError(
+            "config.json names no dtype", str(folder), "say what to compute in: --dtype bf16"
+        )
+    return CheckpointModel(folder, raw, config, found, MetaSource({}))
 
 
 def read_config(folder: Path, scaling: RopeScaling | None = None) -> tuple[JsonObject, StockConfig]:

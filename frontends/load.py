@@ -156,7 +156,8 @@ def load_program(
     if not isinstance(model, (str, Path)):
         asked.check_unscaled()
         return _from_module(model, dtype, asked, progress)
-    path, how = located(model, revision, progress)
+    valueless = str(weights) == "none"
+    path, how = located(model, revision, progress, weights=not valueless)
     if str(model) in BUILT_IN and not path.exists():
         path = Path(__file__).resolve().parent.parent / "models" / BUILT_IN[str(model)]
     if not path.is_dir():
@@ -182,7 +183,8 @@ def load_program(
                 where=str(path),
                 hint="drop --config, or name models/v3.py and give the folder as --weights",
             )
-        loaded = _from_checkpoint(path, weights, dtype, asked, progress)
+        bare = valueless and not Path(model).exists()  # by name: what is not there is not needed
+        loaded = _from_checkpoint(path, weights, dtype, asked, progress, bare)
         return replace(loaded, notes=[*how, *loaded.notes])
     raise UsageError(
         f"no model at {str(model)!r}",
@@ -197,8 +199,10 @@ def _from_checkpoint(
     dtype: DType | None,
     asked: Asked,
     progress: Progress | None,
+    bare: bool = False,
 ) -> Loaded:
-    from dsc.frontends.huggingface import open_checkpoint, read_config
+    """A checkpoint folder; `bare`: of its configuration alone, whatever weights it has."""
+    from dsc.frontends.huggingface import bare_checkpoint, open_checkpoint, read_config
 
     if weights is not None and str(weights) != "none":
         raise UsageError(
@@ -210,14 +214,16 @@ def _from_checkpoint(
     asked.check(config.facts)
     load_generation(folder, config.facts)
     tokenizer = find_tokenizer(folder)
-    opened = open_checkpoint(folder, dtype, asked.scaling)
+    opened = (bare_checkpoint if bare else open_checkpoint)(folder, dtype, asked.scaling)
     known = Known(config.described, config.facts)
     context = asked.limits(config.facts).max_context
     step = _Step(lambda: opened.build(context), known, opened.dtype, asked, "transformers")
     check_architecture(config, progress)
     asked.check(step.facts)
     settings = load_generation(folder, step.facts)
-    checkpoint = opened.mapped(step.parameters, step.facts, step.conversions)
+    checkpoint = opened
+    if not bare:
+        checkpoint = opened.mapped(step.parameters, step.facts, step.conversions)
     traced = step.traced(progress)
     given = None if weights is not None else (checkpoint.weights, checkpoint.source)
     program = _with_weights(traced, given, model_name(folder.resolve()))

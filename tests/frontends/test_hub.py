@@ -18,6 +18,7 @@ import pytest
 from dsc.errors import CheckpointError, DscError, FileError, UsageError
 from dsc.frontends.hub import located, snapshot_of
 from dsc.frontends.load import load_program
+from dsc.ir.types import DType
 from dsc.models.configs import TINY_CHECKPOINT
 
 NAME = "org/Tiny-V3"
@@ -177,6 +178,19 @@ def test_a_model_compiles_by_its_name(hub: Hub) -> None:
         "eos_token_id": [1], "bos_token_id": 0, "do_sample": False,
     }  # fmt: skip
     assert "README.md" not in hub.got()
+
+
+def test_without_values_no_weights_are_asked_for(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub.files = {each.name: each.read_bytes() for each in TINY_CHECKPOINT.iterdir()}
+    with_values = load_program(str(TINY_CHECKPOINT), weights="none").program
+    loaded = load_program(NAME, weights="none", dtype=DType.bf16)
+    assert not [file for file in hub.got() if file.endswith(".safetensors")]
+    assert not loaded.program.has_weights
+    assert loaded.program.weight_types() == with_values.weight_types()
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    assert load_program(NAME, weights="none").program.weight_types() == with_values.weight_types()
+    with pytest.raises(FileError, match=r"has not all of .*: no weights"):
+        load_program(NAME)
 
 
 @pytest.mark.parametrize(
