@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from dsc.errors import DscError
+from dsc.ir.graph import Value
 from dsc.ir.printer import print_program
 from dsc.ir.program import Program
 from dsc.pipeline import RAISE, apply
@@ -51,9 +52,17 @@ def raised(program: Program) -> Program:
 
 
 def nodes_by_layer(program: Program) -> dict[int, Counter[str]]:
-    """Operators of each layer, by the module that they come from."""
+    """Operators of each layer, by the module that they come from.
+
+    What is computed from positions and numbers alone is no layer's: all share it.
+    """
     found: dict[int, Counter[str]] = {}
-    for node in program.entries["step"].nodes:
+    graph = program.entries["step"]
+    shared = {v.name for v in graph.inputs if v.type.dtype.is_int}
+    for node in graph.nodes:
+        if all(isinstance(x, Value) and x.name in shared for x in node.operands):
+            shared |= {v.name for v in node.outputs}
+            continue
         layer = LAYER.search(node.loc or "")
         if layer is not None:
             found.setdefault(int(layer[1]), Counter())[node.op] += 1

@@ -2,7 +2,8 @@
 
 What           attention whose queries are [q_nope | q_rope], whose keys are [k_nope | one rope key
                shared by all heads] and whose k_nope and values are the two parts of one linear
-               projection of a latent, becomes mla_attention on the latent itself.
+               projection of a latent, becomes mla_attention on the latent itself. What scales whole
+               queries by their positions (Mistral 4) scales both parts.
 Why it pays    only this form can be absorbed: a decode step then reads the latent cache (c + r
                values a token) instead of rebuilding heads x (nope + v) of them.
 Preconditions  stage TRACED, after raise_attention; the projection is a weight [h*(n+v), c] whose
@@ -42,7 +43,7 @@ from dsc.ir.ops.shape import axis_of
 from dsc.passes._views import VIEW_RULES
 from dsc.rewrite import lift
 from dsc.rewrite.driver import RaisePass
-from dsc.rewrite.rule import Facts, Match, Reject, Result, RewriteBuilder, Rule, reject
+from dsc.rewrite.rule import Facts, Match, Reject, Result, RewriteBuilder, Rule, at, reject
 from dsc.rewrite.scope import VIEWS, Scope
 from dsc.rewrite.widen import widened
 
@@ -160,6 +161,58 @@ class MlaAttention(Rule):
 _ROLES = ("q_nope", "q_rope", "latent", "rope", "kv_b", "lengths")
 
 
+_SCALED = """graph g(%qn: f32[B,S,2,3], %qr: f32[B,S,2,4], %k: f32[B,T,2,7], %v: f32[B,T,2,5],
+  %s: f32[{scale}], %lengths: i64[B]) {{
+  %q = concat %qn, %qr {{axis=3}}
+  %qt = permute %q {{dims=[0,2,1,3]}}
+  %m = mul %qt, %s
+  %qs = permute %m {{dims=[0,2,1,3]}}
+  %y = attention %qs, %k, %v, %lengths {{causal=true, scale=0.5}}
+  return %y
+}}"""
+
+
+class ScaleOfParts(Rule):
+    """attention([qn|qr] * s, k, v)  ==>  attention([qn * s | qr * s], k, v), s by position."""
+
+    tolerance = 1e-6
+    anchors = frozenset({"attention"})
+    examples = (_SCALED.format(scale="B,1,S,1"), _SCALED.format(scale="1,1,S,1"))
+    near_misses: ClassVar[Mapping[str, str]] = {
+        "each head has a scale of its own": _SCALED.format(scale="B,2,S,1"),
+        "each channel has one": _SCALED.format(scale="B,1,S,7"),
+    }
+
+    def sample(self, value: Value, env: Mapping[str, int], seed: int) -> Any:
+        """As of what is raised next."""
+        return MlaAttention().sample(value, env, seed)
+
+    def propose(self, scope: Scope, node: Node) -> Match | Reject | None:
+        """Queries [b,h,s,d] in two parts under a product with one number a position."""
+        q = node.operands[0]
+        made = scope.producer(scope.through(q, frozenset({"permute"})))
+        if made is None or made.op != "mul" or scope.consumers(made.output) != [scope.producer(q)]:
+            return None
+        for x, scale in (made.operands, made.operands[::-1]):
+            parts = _halves(scope, x)
+            shape = scale.type.shape
+            if parts is not None and len(shape) == 4 and shape[1] == shape[3] == 1:
+                return at(scope, made, parts=parts, scale=scale)
+        return None
+
+    def rewrite(self, b: RewriteBuilder, m: Match, facts: Facts) -> Result:
+        """Both parts by the scale, as [b,s,h,d]."""
+        shape, swap = m.root.output.type.shape, (0, 2, 1, 3)
+        scale, rows = b.as_order(m.scale, swap), (shape[0], shape[2], shape[1])
+        scaled = []
+        for part in m.parts:
+            first = part.type.shape[:3] == rows
+            (by,) = b.call("mul", part if first else b.as_order(part, swap), scale)
+            scaled.append(by)
+        (whole,) = b.call("concat", *scaled, axis=3)
+        return b.as_order(whole, swap)
+
+
 def _emit(b: GraphBuilder, *operands: Operand, scale: float) -> Operand:
     return b.call("mla_attention", *operands, scale=scale)[0]
 
@@ -228,5 +281,5 @@ def _prove(m: Match) -> str:
 class RaiseMla(RaisePass):
     """Raise every multi-head latent attention, then merge the views around it."""
 
-    rules = (MlaAttention(),)
+    rules = (ScaleOfParts(), MlaAttention())
     then = VIEW_RULES

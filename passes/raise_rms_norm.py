@@ -190,8 +190,43 @@ class PlainRmsNorm(Rule):
         return b.call("rms_norm", m.x, b.weight(f"ones.{dtype}.{width}", ones), eps=m.eps)
 
 
+_WIDENED = """graph g(%x: bf16[B,8], @w: {weight}[8]) {{
+  %c = cast %x {{dtype=f32}}
+  %n = rms_norm %c, @w {{eps=1e-06}}
+  %y = cast %n {{dtype={back}}}
+  return %y
+}}"""
+
+
+class WidenedRmsNorm(Rule):
+    """cast(rms_norm(cast(x), weight))  ==>  rms_norm(x, weight), all but x in fp32."""
+
+    examples = (_WIDENED.format(weight="f32", back="bf16"),)
+    near_misses: ClassVar[Mapping[str, str]] = {
+        "the result has another type than x": _WIDENED.format(weight="f32", back="f16"),
+        "it stays in fp32": _WIDENED.format(weight="f32", back="f32"),
+    }
+
+    def pattern(self, p: patterns.Names) -> patterns.Pattern:
+        """The cast of x may have other readers."""
+        return p.cast(p.rms_norm(p.cast(p.x).may_be_shared(), p.gain).named("norm"))
+
+    def check(self, m: Match) -> Facts | Reject:
+        """There and back, by way of fp32."""
+        x, wide, gain = m.x, m.norm.output, m.gain
+        if m.root.output.type.dtype is not x.type.dtype:
+            return reject("the result has another element type", x, m.root.output)
+        if not wide.type.dtype is gain.type.dtype is DType.f32:
+            return reject("it is not normed in fp32", wide, gain)
+        return {}
+
+    def rewrite(self, b: RewriteBuilder, m: Match, facts: Facts) -> Result:
+        """The operator has its statistics in fp32 as it is, and rounds last."""
+        return b.call("rms_norm", m.x, m.gain, **m.norm.attrs)
+
+
 @dataclass(frozen=True)
 class RaiseRmsNorm(RaisePass):
     """Raise every root-mean-square norm."""
 
-    rules = (RmsNorm(), PlainRmsNorm())
+    rules = (RmsNorm(), PlainRmsNorm(), WidenedRmsNorm())
