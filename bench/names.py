@@ -16,17 +16,20 @@ import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from dsc.errors import DscError
+from dsc.frontends.catalogue import classes, example
 from dsc.frontends.config import QuantizationConfig
 from dsc.frontends.conversions import Conversions, conversions_of
 from dsc.frontends.names import WeightMap, map_weights
+from dsc.frontends.self_check import twin
 from dsc.frontends.shrunk import shrunk
+from dsc.frontends.stock import clean, stock_class, stock_config
 from dsc.ir.op import type_of
 from dsc.ir.safetensors import open_safetensors
 from dsc.ir.types import TensorType
@@ -45,38 +48,44 @@ class Told:
     quantization_config: QuantizationConfig | None = None
 
 
-def small_config(model_type: str, **fields: Any) -> Any:
-    """A small configuration of a type: the defaults of its class, shrunk."""
+def small_configs(model_type: str, **fields: Any) -> Iterator[tuple[Any, Any]]:
+    """Classes and small configurations of a type, with these fields.
+
+    First its class's own defaults, shrunk, which need not be what a file can say; then what a
+    check before compiling would take, which has what defaults leave open.
+    """
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    kind = CONFIG_MAPPING[model_type]
-    text = kind().get_text_config(decoder=True)
-    return type(text)(**shrunk(text.to_dict()) | fields)
-
-
-def model_class(config: Any) -> Any:
-    """The causal LM class of a configuration. Raises `KeyError`."""
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
-
-    found = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    return found[0] if isinstance(found, (list, tuple)) else found
+    try:
+        text = CONFIG_MAPPING[model_type]().get_text_config(decoder=True)
+        config = type(text)(**shrunk(text.to_dict()) | fields)
+        yield stock_class(clean({"model_type": model_type}), config), config
+    except Exception:  # whatever its class raises
+        config = None
+    small = twin(example(model_type))
+    config = stock_config(replace(small, values={**small.values, **fields}))
+    yield stock_class(small, config), config
 
 
 def small_model(model_type: str, seed: int = 0, **fields: Any) -> Any:
     """A small model of a type, every parameter and stored buffer of it random."""
-    config = small_config(model_type, **fields)
-    kind = model_class(config)
+    problems = []
     random = torch.Generator().manual_seed(seed)
-    with quiet(), torch.no_grad():
-        with torch.device("meta"):
-            size = sum(parameter.numel() for parameter in kind(config).parameters())
-        if size > MOST:
-            raise ValueError(f"{size} parameters")
-        model = kind(config).eval()
-        for tensor in model.state_dict().values():
-            if tensor.is_floating_point():
-                tensor.copy_(torch.randn(tensor.shape, generator=random).to(tensor.dtype))
-    return model
+    for kind, config in small_configs(model_type, **fields):
+        try:
+            with quiet(), torch.no_grad():
+                with torch.device("meta"):
+                    size = sum(parameter.numel() for parameter in kind(config).parameters())
+                if size > MOST:
+                    raise ValueError(f"{size} parameters")
+                model = kind(config).eval()
+                for tensor in model.state_dict().values():
+                    if tensor.is_floating_point():
+                        tensor.copy_(torch.randn(tensor.shape, generator=random).to(tensor.dtype))
+                return model
+        except Exception as problem:  # whatever its class raises
+            problems.append(problem)
+    raise problems[0]
 
 
 @contextmanager
@@ -122,14 +131,6 @@ def differing(model: Any, folder: Path) -> list[str]:
     ]
 
 
-def causal_types() -> list[str]:
-    """All causal types of the installed transformers that are decoders alone."""
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
-    return [name for name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES if name in CONFIG_MAPPING]
-
-
 def outcome(model_type: str) -> str:
     """What is wrong with a type; empty of one that comes back."""
     try:
@@ -152,7 +153,7 @@ def main() -> None:
     """See above."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("types", nargs="*", metavar="TYPE")
-    types = parser.parse_args().types or causal_types()
+    types = parser.parse_args().types or list(classes())
     torch.set_num_threads(1)
     failed = 0
     for model_type in types:

@@ -29,7 +29,7 @@ from dsc.ir.weights import evaluate
 from dsc.passes._in_format import Dequantised, in_format
 from tests.frontends.test_huggingface import FP8_CONFIG, quantised
 
-FIELDS: dict[str, Any] = {"tie_word_embeddings": False, "dtype": "float32"}
+FIELDS: dict[str, Any] = {"tie_word_embeddings": False}
 TYPES: dict[str, dict[str, Any]] = {
     "llama": {}, "qwen3": {"intermediate_size": 96}, "phi3": {}, "mixtral": {},
     "qwen3_moe": {"moe_intermediate_size": 32},
