@@ -22,6 +22,7 @@ from dsc.frontends.conversions import Conversions, conversions_of
 from dsc.frontends.facts import Facts
 from dsc.frontends.names import EMBEDDING, WeightMap, check_layout, layers_of, map_weights
 from dsc.frontends.rope_scaling import RopeScaling
+from dsc.frontends.signature import Signature
 from dsc.frontends.stock import StockConfig, clean, completed, of_family, stock_model
 from dsc.frontends.towers import parts_of
 from dsc.ir.safetensors import SafetensorsSource, open_safetensors
@@ -80,9 +81,11 @@ class CheckpointModel:
         """The module to trace, for so many tokens: parameters on `meta`, computed buffers real."""
         from dsc.frontends.causal_lm import CausalLMStep
 
-        if self.config.family is not None:
-            check_rotation(self.config.family, self.dtype)
-        return CausalLMStep(stock_model(self.config, self.dtype), context=context)
+        family, signature = self.config.family, None
+        if family is not None:  # what it keeps need not be found
+            check_rotation(family, self.dtype)
+            signature = Signature.of(family, self.dtype)
+        return CausalLMStep(stock_model(self.config, self.dtype), signature, context)
 
     def load(self) -> CausalLMStep:
         """The same module with its weights, copied to memory: the oracle for small checkpoints."""
