@@ -8,7 +8,6 @@ What came out is kept for the whole list.
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -16,7 +15,7 @@ from typing import Any
 
 from dsc.errors import DscError
 from dsc.frontends import trace_cache
-from dsc.frontends.self_check import Verdict, examine, in_memory, one_line, twin
+from dsc.frontends.self_check import Verdict, as_json, examine, in_memory, one_line, twin
 from dsc.frontends.shrunk import role_of
 from dsc.frontends.stock import StockConfig, clean, stock_class, stock_config
 from dsc.ir.program import Program
@@ -125,21 +124,7 @@ def example(model_type: str) -> StockConfig:
     if heads and hidden:
         filled = {"head_dim": hidden // heads, "num_key_value_heads": heads}
         values |= {k: v for k, v in filled.items() if k in values and values[k] is None}
-    return clean(_as_json(values), model_type)
-
-
-def _as_json(value: Any) -> Any:
-    """Values as `config.json` would have them; what it cannot hold is left out."""
-    if isinstance(value, Mapping):
-        return {str(k): _as_json(v) for k, v in value.items() if not _is_unbounded(v)}
-    if isinstance(value, (list, tuple)):
-        return [_as_json(each) for each in value]
-    return value if isinstance(value, (bool, int, float, str, type(None))) else str(value)
-
-
-def _is_unbounded(value: Any) -> bool:
-    parts = value if isinstance(value, (list, tuple)) else [value]
-    return any(isinstance(each, float) and not math.isfinite(each) for each in parts)
+    return clean(as_json(values), model_type)
 
 
 def matching(patterns: Sequence[str], names: Mapping[str, str]) -> Iterator[str]:

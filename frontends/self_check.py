@@ -13,6 +13,7 @@ that twin, which is found without importing torch.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
@@ -111,9 +112,23 @@ def self_check(
 def twin(config: StockConfig, classes: Classes = STOCK) -> StockConfig:
     """The configuration of the same type, its class's defaults written out, shrunk."""
     text = stock_config(config, classes[0]).get_text_config(decoder=True)
-    values = for_short_texts(shrunk(text.to_dict()))
+    values = for_short_texts(shrunk(as_json(text.to_dict())))
     small = clean({**values, "model_type": config.model_type}, config.where)
     return replace(small, where=config.where, published=config.published)
+
+
+def as_json(value: Any) -> Any:
+    """Values as `config.json` would have them; what it cannot hold is left out."""
+    if isinstance(value, Mapping):
+        return {str(k): as_json(v) for k, v in value.items() if not _is_unbounded(v)}
+    if isinstance(value, (list, tuple)):
+        return [as_json(each) for each in value]
+    return value if isinstance(value, (bool, int, float, str, type(None))) else str(value)
+
+
+def _is_unbounded(value: Any) -> bool:
+    parts = value if isinstance(value, (list, tuple)) else [value]
+    return any(isinstance(each, float) and not isfinite(each) for each in parts)
 
 
 def in_memory(config: StockConfig, classes: Classes = STOCK) -> tuple[Any, Signature]:
@@ -250,8 +265,8 @@ def _differs(name: str, found: Difference) -> str:
 
 
 def one_line(problem: object, most: int = 200) -> str:
-    """A message without its lines' ends, cut where it is long."""
-    words = " ".join(str(problem).split()) or type(problem).__name__
+    """A message without its lines' ends and addresses, cut where it is long."""
+    words = " ".join(re.sub(r" at 0x\w+", "", str(problem)).split()) or type(problem).__name__
     return words if len(words) <= most else words[: most - 1] + "…"
 
 
