@@ -38,6 +38,7 @@ from dsc.ir.analyses import Use, call_of, weight_uses
 from dsc.ir.formats import CODINGS, Part
 from dsc.ir.graph import Node, Operand, Weight
 from dsc.ir.op import TypeMismatch, lookup
+from dsc.ir.ops.moe import plain_experts
 from dsc.ir.ops.shape import axis_of
 from dsc.ir.program import Program
 from dsc.ir.regions import RegionLimits
@@ -152,7 +153,7 @@ class ChooseFormats(Pass):
                     Weight(x.name, stored[x.name]) if isinstance(x, Weight) and x.name in stored
                     else x for x in node.inputs
                 )  # fmt: skip
-                if not accepts(replace(node, inputs=inputs)):
+                if not accepts(plain_experts(replace(node, inputs=inputs))):
                     told = {name: f"no kernel of {node.op} takes {t}" for name, t in stored.items()}
                     lost, changed = lost | told, True
         return lost

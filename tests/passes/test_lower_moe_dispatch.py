@@ -9,12 +9,14 @@ import torch
 
 from dsc import backends
 from dsc.api import compile_program
+from dsc.backends.base import No, Yes
 from dsc.backends.triton.backend import EXPERTS as TRITON
 from dsc.backends.tvm.backend import EXPERTS as TVM
 from dsc.ir.dims import Range, bounds
 from dsc.ir.expert_forms import ExpertKernels, ExpertLayer, direct_pays, regrets
 from dsc.ir.interface import Guard
 from dsc.ir.interpreter import Interpreter
+from dsc.ir.ops.moe import plain_experts
 from dsc.ir.stages import Stage
 from dsc.passes.lower_moe_dispatch import LowerMoeDispatch, ranges_of
 from dsc.passes.own_outputs import OwnOutputs
@@ -205,3 +207,54 @@ def _forcing(form: str) -> ExpertKernels:
     layer = ExpertLayer(5, 2, width=24, inner=16, itemsize=4, weights=12 * 24 * 16)
     assert direct_pays(layer, found, 1, 8)[0] is (form == "direct")
     return found
+
+
+BIASED = """graph main(%x: f32[N,24], %idx: i64[N,2], %w: f32[N,2], @gate_up: f32[5,32,24],
+  @down: f32[5,24,16], @b: f32[5,32], @c: f32[5,24]) {{
+  %y = experts %x, %idx, %w, @gate_up, @down{more}
+  return %y
+}}"""
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        ", @b, @c {limit=0.5, alpha=1.702, shift=1.0}",
+        ", _, @c",
+        ', @b {act="gelu_tanh"}',
+        " {limit=0.5}",
+    ],
+)
+@pytest.mark.parametrize("backend", ["reference", "tvm", "onnxruntime"])
+def test_biases_and_limits_are_spelled_out(more: str, backend: str) -> None:
+    """Each row has its own expert's biases, for one token as for many, whatever the form costs."""
+    if backend != "reference":
+        pytest.importorskip(backend)
+    program = program_of(BIASED.format(more=more), Stage.CANONICAL)
+    program = replace(program, symbols={"N": Range(1, 8)})
+    report = PassReport()
+    LowerMoeDispatch(kernels=replace(TVM, launch=1 << 40)).run(program, report)
+    assert report.fired == {"lower": 1}
+    model = compile_program(program, backend=backend)
+    for tokens in (1, 7):
+        random = torch.Generator().manual_seed(tokens)
+        given = {
+            "x": torch.randn(tokens, 24, generator=random),
+            "idx": torch.rand(tokens, 5, generator=random).argsort(-1)[:, :2].contiguous(),
+            "w": torch.rand(tokens, 2, generator=random),
+        }
+        wanted = Interpreter(program).run("main", given)
+        torch.testing.assert_close(model.run(given)["y"], wanted["y"], rtol=1e-4, atol=1e-4)
+
+
+def test_experts_with_biases_may_be_kept_in_codes() -> None:
+    """What kernels are asked is whether they take the products: the rest is spelled out."""
+    program = program_of(BIASED.format(more=", @b, @c {limit=0.5}"), Stage.CANONICAL)
+    plain = program_of(LAYER.format(n="N", act="silu"), Stage.CANONICAL)
+    for each in (program, plain):
+        (node,) = each.entries["main"].nodes
+        asked = plain_experts(node)
+        assert len(asked.operands) == 5
+        assert asked.attrs["limit"] == float("inf")
+        assert isinstance(backends.get("tvm").supports(asked), Yes)
+    assert isinstance(backends.get("tvm").supports(program.entries["main"].nodes[0]), No)

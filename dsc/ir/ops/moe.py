@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import pairwise
 from math import inf
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 from dsc.ir.calls import Call
 from dsc.ir.dims import Dim
 from dsc.ir.extents import Extent
+from dsc.ir.graph import Attrs, Node
 from dsc.ir.lazy import torch
 from dsc.ir.op import TypeMismatch, op
 from dsc.ir.ops.quant import activation_type, product_of
@@ -110,6 +112,18 @@ def gated(
 def is_plain(attrs: Mapping[str, Any]) -> bool:
     """Whether the gate of experts is act(gate) * up, with neither limits nor factors."""
     return bool(attrs["limit"] == inf and attrs["alpha"] == 1.0 and attrs["shift"] == 0.0)
+
+
+def plain_experts(node: Node) -> Node:
+    """Experts without biases and with a plain gate; any other node as it is.
+
+    What is left away becomes pointwise operators before kernels are made: the products, which are
+    all that reads stored weights, are those of the plain form.
+    """
+    if node.op != "experts":
+        return node
+    attrs = Attrs({**node.attrs, "limit": inf, "alpha": 1.0, "shift": 0.0})
+    return replace(node, inputs=node.inputs[:5], attrs=attrs)
 
 
 def _infer_experts(types: Types, attrs: Mapping[str, Any]) -> Result:
