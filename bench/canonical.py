@@ -30,10 +30,22 @@ TYPES = (
     "gemma3_text", "phi3", "olmo2", "glm4", "glm4_moe", "gpt_oss", "granite", "smollm3",
     "ernie4_5", "starcoder2", "dots1", "exaone4",
 )  # fmt: skip
+CHANGES: dict[str, dict[str, Any]] = {
+    "deepseek_v2": {
+        "num_experts_per_tok": 6, "n_routed_experts": 64, "topk_method": "greedy", "n_group": 1,
+        "topk_group": 1, "q_lora_rank": None,
+    },
+    "dots1": {
+        "num_experts_per_tok": 6, "n_routed_experts": 128, "n_shared_experts": 2, "n_group": 1,
+        "topk_group": 1, "first_k_dense_replace": 1,
+    },
+    "glm4_moe": {"use_qk_norm": True},
+}  # fmt: skip
+"""Published values where a type's own defaults make no model, or leave a part out."""
 LAYER = re.compile(r"\.layers\.(\d+)(\.|$)")
 
 
-def traced(kind: str, changes: dict[str, Any] | None = None) -> Program:
+def traced(kind: str) -> Program:
     """One step of a type in its default configuration, shrunk; weights have no values."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -41,7 +53,7 @@ def traced(kind: str, changes: dict[str, Any] | None = None) -> Program:
     from dsc.frontends.shrunk import shrunk
     from dsc.frontends.stock import clean, stock_model
 
-    values = CONFIG_MAPPING[kind]().to_dict() | (changes or {})
+    values = CONFIG_MAPPING[kind]().to_dict() | CHANGES.get(kind, {})
     step = CausalLMStep(stock_model(clean(shrunk(values)))).eval()
     return trace_step(step, step.signature, {}, whole=True)
 
