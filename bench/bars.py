@@ -425,6 +425,13 @@ def types() -> Figures:
     return {"ok": not bad, "results": len(found), "worst": worst, "bad": bad[:20]}
 
 
+def names() -> Figures:
+    """What transformers saves of every type that can be built small comes back bit for bit."""
+    from bench.names import figures
+
+    return figures()
+
+
 def random_calls() -> Figures:
     """20,000 calls of compiled entries, half of them wrong: no crash, no write outside of a buffer.
 
@@ -504,6 +511,7 @@ BARS: dict[str, Callable[[], Figures]] = {
     "random_programs": random_programs,
     "random_configs": random_configs,
     "types": types,
+    "names": names,
     "random_calls": random_calls,
     "damaged_texts": damaged_texts,
     "coded_products": coded_products,

@@ -35,6 +35,7 @@ from dsc.ir.safetensors import open_safetensors
 from dsc.ir.types import TensorType
 from dsc.ir.weights import WeightSource, evaluate
 
+UNBUILT = "cannot be built"
 MOST = 20_000_000
 """Parameters of a model that is built; a type whose configuration stays larger is told."""
 
@@ -136,7 +137,7 @@ def outcome(model_type: str) -> str:
     try:
         model = small_model(model_type)
     except Exception as problem:  # whatever its class raises
-        return f"cannot be built: {type(problem).__name__} {str(problem)[:120]!r}"
+        return f"{UNBUILT}: {type(problem).__name__} {str(problem)[:120]!r}"
     with tempfile.TemporaryDirectory() as place:
         try:
             with quiet():
@@ -147,6 +148,15 @@ def outcome(model_type: str) -> str:
         except Exception as problem:  # a bug of ours, or of saving
             return f"{type(problem).__name__} {str(problem)[:200]!r}"
     return f"{len(wrong)} differ: {wrong[:3]}" if wrong else ""
+
+
+def figures() -> dict[str, Any]:
+    """How many types come back; those that cannot be built small say nothing of names."""
+    told = {model_type: outcome(model_type) for model_type in classes()}
+    unbuilt = {name: why for name, why in told.items() if why.startswith(UNBUILT)}
+    bad = {name: why for name, why in told.items() if why and name not in unbuilt}
+    whole = len(told) - len(unbuilt) - len(bad)
+    return {"ok": not bad, "types": whole, "bad": bad, "cannot be built": sorted(unbuilt)}
 
 
 def main() -> None:

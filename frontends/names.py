@@ -446,7 +446,7 @@ def _named_otherwise(
         wrong, right = _difference(first, name)
         meant = {f".{n}.".replace(f".{right}.", f".{wrong}.", 1)[1:-1]: n for n in lost}
         if all(there.get(found) == lost[n] for found, n in meant.items()):
-            more = f" (and {len(lost) - 1} others alike)" if len(lost) > 1 else ""
+            more = f" (as are {len(lost) - 1} more)" if len(lost) > 1 else ""
             return f"{name}{kind} is missing, and {first} is there in its place{more}"
     return ""
 

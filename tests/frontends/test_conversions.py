@@ -209,7 +209,7 @@ def test_a_renamed_tensor_is_one_sentence(saved: Any) -> None:
     (line,) = told("llama", tensors)
     assert "model.layers." in line
     assert "model.blocks." in line
-    assert f"(and {sum('.blocks.' in n for n in tensors) - 1} others alike)" in line
+    assert f"(as are {sum('.blocks.' in n for n in tensors) - 1} more)" in line
 
 
 def test_a_wrong_shape_is_one_line_whatever_comes_of_it(saved: Any) -> None:
