@@ -284,16 +284,24 @@ def session_logits(compiled: Any, ids: Sequence[int]) -> Logits:
     return np.concatenate([row.astype(np.float32) for row in rows])
 
 
-def transformers_logits(checkpoint: Path, ids: Sequence[int]) -> Logits:
+def transformers_logits(
+    checkpoint: Path,
+    ids: Sequence[int],
+    max_context: int | None = None,
+    rope_scaling: str | None = None,
+) -> Logits:
     """Return the logits [S, vocab] of the stock transformers class in fp32, in one forward.
 
     The class is built and its weights are read as for tracing: no code of the checkpoint runs,
     whatever `auto_map` says, and FP8 weights are dequantised by us (transformers takes a block to
-    be rows // rows of scales, which is another one where the last is partial).
+    be rows // rows of scales, which is another one where the last is partial). The other options
+    are those that a model was compiled with: they say which angles its positions have.
     """
     from dsc.frontends.huggingface import load_checkpoint
+    from dsc.frontends.rope_scaling import RopeScaling
 
-    model = load_checkpoint(checkpoint, DType.f32).stock()
+    scaling = RopeScaling.parse(rope_scaling) if rope_scaling is not None else None
+    model = load_checkpoint(checkpoint, DType.f32, scaling).stock(max_context)
     with torch.inference_mode():
         logits = model(input_ids=torch.tensor([list(ids)]), use_cache=False).logits[0]
     found: Logits = logits.float().numpy()

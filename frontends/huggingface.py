@@ -87,19 +87,20 @@ class CheckpointModel:
             signature = Signature.of(family, self.dtype)
         return CausalLMStep(stock_model(self.config, self.dtype), signature, context)
 
-    def load(self) -> CausalLMStep:
+    def load(self, context: int | None = None) -> CausalLMStep:
         """The same module with its weights, copied to memory: the oracle for small checkpoints."""
-        step = self.build()
+        step = self.build(context)
         state = {name: evaluate(expr, self.source).clone() for name, expr in self.weights.items()}
         step.load_state_dict(state, strict=True, assign=True)
         return step
 
-    def stock(self) -> nn.Module:
+    def stock(self, context: int | None = None) -> nn.Module:
         """The stock class itself with its weights, to be run as transformers runs it.
 
+        Where it has two sets of angles, it keeps that for so many tokens (`longrope.py`).
         Its experts are those of the plain loop: torch's grouped GEMMs refuse odd widths.
         """
-        step = self.load()
+        step = self.load(context)
         if hasattr(step.config, "_experts_implementation"):
             step.config._experts_implementation = "eager"
         return step.stock()

@@ -132,7 +132,8 @@ def verify(
             return
         progress(f"running the oracle ({against})")
         kept = cache_format_of(compiled.program)
-        oracle = oracle_logits(against, source, ids, kept)
+        angles = angles_of(compiled)
+        oracle = oracle_logits(against, source, ids, angles, kept)
         if oracle.shape != ours.shape:
             raise _other_model(compiled, source, ours.shape, oracle.shape)
         dtype = verification.compute_dtype(compiled.program)
@@ -148,7 +149,7 @@ def verify(
             if dtype != "fp32":
                 progress(f"measuring what {dtype} does (reference)")
             config = compiled.manifest["config"]
-            noise = noise_of(dtype, against, source, ids, oracle, config, kept)
+            noise = noise_of(dtype, against, source, ids, oracle, config, angles, kept)
             result = own = verification.compare(ours, oracle, ids, noise, is_text=is_text)
     formats = stored_as(compiled)
     failures = [*wrong, *own.failures(require, most_excluded)]
@@ -199,8 +200,17 @@ def made_again(compiled: CompiledModel, source: str, progress: Progress) -> Prog
     folder = compiled.folder
     assert folder is not None
     dtype = PRECISIONS[verification.compute_dtype(compiled.program)]
-    read = load_program(source, dtype=dtype, progress=progress).program.source
-    return artifact.over(folder, compiled.manifest, read)
+    read = load_program(source, dtype=dtype, progress=progress, **angles_of(compiled)).program
+    return artifact.over(folder, compiled.manifest, read.source)
+
+
+def angles_of(compiled: CompiledModel) -> dict[str, Any]:
+    """The options of `dsc.compile` that say which angles positions have, as they were given.
+
+    A scaling may be chosen; of a model with two sets of angles the context chooses one.
+    """
+    found = {"rope_scaling": compiled.program.meta.get("rope_scaling")}
+    return {"max_context": compiled.max_context, **{k: v for k, v in found.items() if v}}
 
 
 def other_weights(compiled: CompiledModel, made: Program | None, progress: Progress) -> list[str]:
@@ -319,14 +329,17 @@ def check_oracle(against: str, source: str) -> None:
     load_checkpoint(source, DType.f32)
 
 
-def oracle_logits(against: str, source: str, ids: list[int], kept: str = "bf16") -> Any:
+def oracle_logits(
+    against: str, source: str, ids: list[int], angles: Mapping[str, Any], kept: str = "bf16"
+) -> Any:
     """Run the oracle over the ids; logits [S, vocab]. The reference's caches are `kept` so too."""
     from dsc import api, verification
 
     if against == "reference":
-        exact = api.compile(source, backend="reference", dtype="fp32", cache_format=kept)
+        asked = {"dtype": "fp32", "cache_format": kept, **angles}
+        exact = api.compile(source, backend="reference", **asked)
         return verification.session_logits(exact, ids)
-    return verification.transformers_logits(Path(source), ids)
+    return verification.transformers_logits(Path(source), ids, **angles)
 
 
 def noise_of(
@@ -336,6 +349,7 @@ def noise_of(
     ids: list[int],
     oracle: Any,
     config: Mapping[str, Any],
+    angles: Mapping[str, Any],
     kept: str = "bf16",
 ) -> Noise:
     """What rounding explains: measured with the reference backend, in fp32 derived.
@@ -346,8 +360,9 @@ def noise_of(
 
     if dtype == "fp32" and (against == "reference" or kept == "bf16"):
         return verification.Noise.in_fp32(oracle, verification.layers_of(config))
-    rounded = api.compile(source, backend="reference", dtype=dtype, cache_format=kept)
-    exact = oracle if against == "reference" else oracle_logits("reference", source, ids)
+    asked = {"dtype": dtype, "cache_format": kept, **angles}
+    rounded = api.compile(source, backend="reference", **asked)
+    exact = oracle if against == "reference" else oracle_logits("reference", source, ids, angles)
     return verification.Noise.of(verification.session_logits(rounded, ids), exact)
 
 
