@@ -152,6 +152,9 @@ def _windows(widths: Sequence[int], **changes: Any) -> list[Case]:
 CASES = [
     Case(6, 2, 8, 16, 1, 1, (0,)),
     Case(6, 2, 32, 32, 1, 130, (129, 3)),
+    Case(3, 1, 32, 32, 0, 5, (2,)),
+    Case(2, 1, 16, 32, 3, 0, None, {"causal": False}),
+    Case(2, 2, 32, 32, 3, 0, None, {"causal": False}, sinks=True),
     Case(5, 1, 64, 32, 17, 50, (33, 0, 9), {"window": 9}),
     Case(3, 3, 24, 40, 17, 17, None),
     Case(4, 4, 128, 128, 3, 90, (80, 20), {"softcap": 1.5}),

@@ -19,12 +19,12 @@ from tests.backends.attention_cases import CASES, Case, formula, of_types, progr
 
 TOLERANCE = {DType.f32: 1e-5, DType.bf16: 2e-2, DType.f16: 3e-3}
 """Largest |difference| where values are a few units: weights and sums of bf16 are rounded."""
-TYPED = [*of_types(CASES, DType.f32, DType.bf16), *of_types(CASES[5:6], DType.f16)]
+TYPED = [*of_types(CASES, DType.f32, DType.bf16), *of_types(CASES[8:9], DType.f16)]
 IN_ORDER = [c for c in of_types(CASES, DType.f32) if not c.page]
 
 
 def error(got: torch.Tensor, wanted: torch.Tensor) -> float:
-    return float((got.double() - wanted).abs().max())
+    return float((got.double() - wanted).abs().max()) if wanted.numel() else 0.0
 
 
 def loaded(backend: str, cases: list[Case], folder: Path, target: str = "cpu") -> Executable:
@@ -89,7 +89,7 @@ def test_a_lost_term_is_seen(case: Case, kernels: Executable) -> None:
     given, attrs = case.inputs(), case.attributes()
     got = kernels.run(case.id, {k: x.clone() for k, x in given.items()})["y"]
     changed = []
-    if case.sinks:
+    if case.sinks and case.total:
         changed.append(({k: x for k, x in given.items() if k != "sinks"}, attrs))
     for name, step in (("window", 1), ("window", -1), ("chunk", 1), ("softcap", 0.5)):
         if attrs.get(name, 0) > 1:

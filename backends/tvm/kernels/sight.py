@@ -41,7 +41,7 @@ class Sight:
     @property
     def careful(self) -> bool:
         """Whether a query may see no row of a tile, or none at all."""
-        return self.bounded or self.by == CAUSAL
+        return self.bounded or self.by != LENGTHS
 
     def names(self, page: int) -> list[str]:
         """The operands that a kernel takes behind queries, keys and values."""
