@@ -455,7 +455,7 @@ def stock_model(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         verification,
         "transformers_logits",
-        lambda _, ids: np.eye(VOCAB, dtype=np.float32)[(np.asarray(ids) + 1) % VOCAB],
+        lambda _, ids, **_angles: np.eye(VOCAB, dtype=np.float32)[(np.asarray(ids) + 1) % VOCAB],
     )
 
 

@@ -253,7 +253,7 @@ def test_verify_compares_with_the_oracle(api: FakeApi, invoke: Invoke, artifact:
     assert {"excluded", "perplexity"} <= set(document)
     assert document["cache_format"] == "bf16"
     asked = {"model": "somewhere", "backend": "reference", "dtype": "fp32"}
-    assert api.asked == [asked | {"cache_format": "bf16"}]
+    assert api.asked == [asked | {"cache_format": "bf16", "max_context": 4096}]
 
 
 def test_phases_have_bars_counts_and_seconds_of_their_own() -> None:
