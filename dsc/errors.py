@@ -11,6 +11,17 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 
+def printable(text: str) -> str:
+    """A text whose odd characters are written out: names in files may hold codes for a terminal.
+
+    >>> print(printable("the key \x1b[2J is unknown"))
+    the key \\x1b[2J is unknown
+    """
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text)
+
+
 class DscError(Exception):
     """A user's mistake, or a limit of dsc that the user has met.
 
@@ -33,6 +44,7 @@ class DscError(Exception):
         hint: str | None = None,
         picture: str | None = None,
     ) -> None:
+        what, where, hint = printable(what), where and printable(where), hint and printable(hint)
         super().__init__(what, where, hint, picture)
         self.what = what
         self.where = where

@@ -11,13 +11,13 @@ file asks for sampling and names no `top_k`.)
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import Field, ValidationError
 
-from dsc.errors import ArtifactError, ConfigError, DscError
+from dsc.errors import ArtifactError, ConfigError, DscError, printable
 from dsc.frontends.config import Schema, read_bounded, sentence
 from dsc.frontends.facts import Facts
 from dsc.ir.limits import OPEN
@@ -97,10 +97,10 @@ def settings_of(raw: Mapping[str, Any], facts: Facts, where: str = GENERATION_FI
     )
     notes = []
     if unknown:
-        listed_ids = ", ".join(sorted(unknown))
+        listed_ids = _some(sorted(unknown))
         notes.append(f"{where}: outside of the vocabulary, left out: {listed_ids}")
     if ignored:
-        notes.append(f"{where}: not used: {', '.join(ignored)}")
+        notes.append(f"{where}: not used: {_some(ignored)}")
     return kept, notes
 
 
@@ -113,6 +113,12 @@ def parse_settings(
         return GenerationSettings.model_validate(raw)
     except ValidationError as exc:
         raise error(sentence(exc), where, hint) from None
+
+
+def _some(names: Sequence[str], most: int = 20) -> str:
+    """Names for a note, which a file may have many of, long ones and odd ones."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return printable(", ".join(f"{name:.60}" for name in names[:most])) + more
 
 
 def _says(value: Any) -> bool:

@@ -11,6 +11,7 @@ that breaks off is taken up where it stopped.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -20,7 +21,7 @@ from typing import Any
 from dsc.errors import CheckpointError, DscError, FileError, UsageError, one_of
 from dsc.files import check_room
 from dsc.frontends.config import CONFIG_FILE, MAX_CONFIG_BYTES, read_bounded
-from dsc.ir.safetensors import INDEX_FILE, MAX_INDEX_BYTES, SINGLE_FILE
+from dsc.ir.safetensors import INDEX_FILE, MAX_INDEX_BYTES, SINGLE_FILE, inside
 from dsc.runtime.emission import Progress
 from dsc.strict_json import parse_object
 
@@ -117,9 +118,13 @@ def snapshot_of(repository: Path, revision: str | None = None) -> Path:
         UsageError: there is none, or none of them is told by `refs`.
     """
     snapshots = repository / "snapshots"
-    held = sorted(each.name for each in snapshots.iterdir() if each.is_dir())
+    held = sorted(e.name for e in snapshots.iterdir() if e.is_dir() and not e.is_symlink())
     ref = repository / "refs" / (revision or "main")
-    told = ref.read_text("utf-8").strip() if ref.is_file() else revision
+    told = revision
+    if os.path.lexists(ref):
+        path = inside(ref.parent, ref.name, str(ref))
+        with path.open("rb") as stream:
+            told = stream.read(256).decode("utf-8", "backslashreplace").strip()
     if told is None and len(held) == 1:
         told = held[0]
     if told is None or told not in held:

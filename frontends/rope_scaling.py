@@ -28,6 +28,7 @@ CHOSEN: Mapping[str, Mapping[str, Any]] = {
 SECTIONS = ("rope_parameters", "rope_scaling")
 """Both spellings of a configuration's rope section."""
 MAX_FACTOR = 1024.0
+MAX_POSITIONS = 1 << 40
 
 
 @dataclass(frozen=True)
@@ -72,8 +73,12 @@ class RopeScaling:
             raise ConfigError(
                 f"the model scales its positions itself ({own})", where, "leave out --rope-scaling"
             )
-        if positions is None:
+        if positions is None or positions > MAX_POSITIONS:
             raise ConfigError("the model has no positions to scale", where)
+        for spelled in SECTIONS:
+            if not isinstance(values.get(spelled), Mapping | None):
+                found = f"{values[spelled]!r:.60}"
+                raise ConfigError(f"{spelled} must be an object, found {found}", where)
         section = {k: v for s in SECTIONS for k, v in (values.get(s) or {}).items()}
         for key in ("rope_theta", "partial_rotary_factor"):
             if values.get(key) is not None:
@@ -112,6 +117,7 @@ def reach(values: Mapping[str, Any]) -> int:
             section.get(key, values.get(key))
             for key in ("original_max_position_embeddings", "factor")
         )
-        if type(original) is int and isinstance(factor, (int, float)) and original > 0 < factor:
+        are_numbers = type(original) is int and type(factor) in (int, float)
+        if are_numbers and 0 < original <= MAX_POSITIONS and 0 < factor <= MAX_POSITIONS:
             return int(original * factor)
     return 0

@@ -73,8 +73,8 @@ _DROPPED = frozenset(
 """Keys that no decoder needs, spelled without case and signs."""
 _DROPPED_PARTS = (
     "implementation", "kernelrepo", "kernelconfig", "usekernel", "hubkernel", "quantiz",
-    "compressionconfig", "template", "remotecode", "pretrained", "flashattn", "flashattention",
-    "sagemaker",
+    "compressionconfig", "template", "remotecode", "pretrained", "nameorpath",
+    "flashattn", "flashattention", "sagemaker",
 )  # fmt: skip
 """Parts of such keys."""
 
@@ -215,10 +215,15 @@ def _is_dropped(key: str, depth: int) -> bool:
         return False
     if not _NAME.fullmatch(key) or len(key) > 64:
         return True
-    plain = re.sub(r"[^a-z0-9]", "", unicodedata.normalize("NFKC", key).lower())
+    plain = _spelled(key)
     if plain in _DROPPED and not (depth and plain == "modeltype"):
         return True
     return any(part in plain for part in _DROPPED_PARTS)
+
+
+def _spelled(key: str) -> str:
+    """A key without case and signs, as far as it is of Latin letters and digits."""
+    return re.sub(r"[^a-z0-9]", "", unicodedata.normalize("NFKC", key).lower())
 
 
 def _value(value: Any, where: str, path: str, depth: int) -> Any:
@@ -262,6 +267,7 @@ def stock_config(config: StockConfig, kind: Any = None) -> Any:
     except KeyError:
         raise _unknown(config, "is not one that the installed transformers knows") from None
     given = {k: v for k, v in config.values.items() if not _is_foreign(kind, k, v)}
+    _check_names(kind, given, config.where)
     with _refusing(config.where, "configuration"):
         return kind(**given)
 
@@ -345,6 +351,23 @@ def _unknown(config: StockConfig, why: str) -> UnsupportedArchitecture:
     hint = "`dsc models` lists what compiles"
     what = f"model_type {config.published or config.model_type!r:.60} {why}"
     return UnsupportedArchitecture(what, config.where, hint)
+
+
+def _check_names(kind: type, given: Mapping[str, Any], where: str) -> None:
+    """Raise `ConfigError` for a field that is said twice, differently, or under no name of it."""
+    other_names: Mapping[str, str] = getattr(kind, "attribute_map", {})
+    for name, own in other_names.items():
+        one, two = given.get(name), given.get(own)
+        if None not in (one, two) and one != two:
+            raise ConfigError(
+                f"{name} and {own} are one, and are {one!r:.40} and {two!r:.40}", where, AGAIN
+            )
+    declared = {f.name for f in fields(kind)} if is_dataclass(kind) else set()
+    known = {_spelled(name): name for name in sorted({*declared, *other_names})}
+    for key in given:
+        meant = known.get(_spelled(key))
+        if key not in declared and key not in other_names and meant and meant not in given:
+            raise ConfigError(f"{key} is no field, and {meant} is missing", where, AGAIN)
 
 
 def _is_foreign(kind: type, key: str, value: Any) -> bool:

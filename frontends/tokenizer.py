@@ -64,7 +64,7 @@ def find_tokenizer(folder: Path) -> tuple[Path | bytes | None, str]:
     pattern = PATTERNS.get(name) if isinstance(name, str) else None
     if pattern is None:
         return None, (
-            f"{RANKS} is not used: how tokenizer_class {name!r} splits text is not known; "
+            f"{RANKS} is not used: how tokenizer_class {name!r:.60} splits text is not known; "
             + SAVE_ONE
         )
     made = _converted(ranks, pattern, _special(settings, str(folder / SETTINGS)))
@@ -98,8 +98,10 @@ def parse_tokenizer(found: Path | bytes, error: type[DscError], hint: str) -> An
         return Tokenizer.from_str(text)
     except FileError:
         raise
-    except Exception as problem:  # tokenizers raises no class of its own
-        reason = problem.what if isinstance(problem, DscError) else str(problem)
+    except BaseException as problem:  # tokenizers raises no class of its own, and panics
+        if not isinstance(problem, Exception) and not tokenizer_classes.is_panic(problem):
+            raise
+        reason = problem.what if isinstance(problem, DscError) else f"{problem!s:.300}"
         where = TOKENIZER if isinstance(found, bytes) else str(found)
         raise error(f"the tokenizer is damaged: {reason}", where, hint) from None
 
@@ -137,8 +139,8 @@ def _special(settings: JsonObject, where: str) -> dict[int, str]:
     found: dict[int, str] = {}
     for key, value in listed.items():
         content = value.get("content") if isinstance(value, dict) else None
-        if not key.isdecimal() or not isinstance(content, str) or not content:
-            raise ConfigError(f"added_tokens_decoder.{key} is no token with its id", where)
+        if not key.isdecimal() or len(key) > 9 or not isinstance(content, str) or not content:
+            raise ConfigError(f"added_tokens_decoder.{key:.60} is no token with its id", where)
         found[int(key)] = content
     return found
 

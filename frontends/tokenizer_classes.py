@@ -55,10 +55,17 @@ def converted(folder: Path, settings: JsonObject) -> bytes:
         try:
             made: Any = found.from_pretrained(str(place), local_files_only=True)
             text: str = made.backend_tokenizer.to_str()
-        except Exception as problem:  # transformers raises whatever went wrong
+        except BaseException as problem:  # transformers raises whatever went wrong
+            if not isinstance(problem, Exception) and not is_panic(problem):
+                raise
             reason = (str(problem).splitlines() or [type(problem).__name__])[0]
             raise CheckpointError(f"{found.__name__} cannot read it: {reason[:200]}") from None
     return text.encode()
+
+
+def is_panic(problem: BaseException) -> bool:
+    """Whether this is what a panic in Rust becomes, which is no `Exception`."""
+    return type(problem).__name__ == "PanicException"
 
 
 def _class_for(named: object, model_type: object) -> Any:
@@ -73,7 +80,7 @@ def _class_for(named: object, model_type: object) -> Any:
     if plain not in known and isinstance(model_type, str):
         plain = str(TOKENIZER_MAPPING_NAMES.get(model_type) or "").removesuffix("Fast")
     if plain not in known:
-        raise ConfigError(f"transformers has no tokenizer_class {named!r}")
+        raise ConfigError(f"transformers has no tokenizer_class {named!r:.60}")
     return tokenizer_class_from_name(plain)
 
 

@@ -226,14 +226,16 @@ def _entry(fields: object, start: int, size: int, where: str) -> Entry:
     name = fields.get("dtype")
     dtype = SAFETENSORS.get(name) if isinstance(name, str) else None
     if dtype is None:
-        raise CheckpointError(f"unknown dtype {name!r}", where, f"known: {', '.join(SAFETENSORS)}")
+        raise CheckpointError(
+            f"unknown dtype {name!r:.60}", where, f"known: {', '.join(SAFETENSORS)}"
+        )
     shape = _integers(fields, "shape", where)
     if len(shape) > MAX_RANK:
         raise CheckpointError(f"{len(shape)} axes, at most {MAX_RANK} are read", where)
     offsets = _integers(fields, "data_offsets", where)
     if len(offsets) != 2 or not offsets[0] <= offsets[1] <= size - start:
         raise CheckpointError(
-            f"data_offsets {offsets} do not lie in the file's {size - start} bytes of data",
+            f"data_offsets {offsets!s:.60} do not lie in the file's {size - start} bytes of data",
             where,
             CUT,
         )

@@ -1,0 +1,280 @@
+"""Files of a checkpoint from somebody who means harm: nothing is imported, opened or run for them.
+
+    python -m bench.hostile_files [--files N] [--seconds S] [--reader NAME]
+
+For each reader valid files are mutated (`hostile_mutations.py`) and read in a process of their own
+under an audit hook of Python. A file is a failure where something was imported, opened, started or
+asked of the network that is not the folder's or an installed package's own; where reading ends in
+anything but a `DscError` that a terminal can print, hangs or takes memory without bound; and where
+a configuration is read as something else than it says: keys that only make loaders do something
+must leave the model as it was, every other key that the class declares must hold what the file
+says. What is left of a file is not repaired: `seed` and number of a failure make it again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import random
+import resource
+import selectors
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from bench.hostile_mutations import BAIT
+from dsc.errors import DscError
+
+ROOT = Path(__file__).resolve().parent.parent
+SECONDS = 10.0
+"""What reading one file may take, on the clock."""
+MEMORY = 3 << 30
+"""Address space that a worker may take beyond what it has once everything is imported."""
+MAX_MESSAGE = 20_000
+NETWORK = ("socket.", "urllib.", "http.", "ftplib.", "smtplib.", "webbrowser.")
+STARTS = ("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.fork", "os.spawn",
+          "pty.spawn", "os.startfile")  # fmt: skip
+CHANGES = ("os.remove", "os.rename", "os.rmdir", "os.mkdir", "os.chmod", "os.chown", "os.link",
+           "os.symlink", "os.truncate", "shutil.")  # fmt: skip
+
+
+Reader = Callable[[Path, random.Random], Generator[None, None, str]]
+"""Writes files to a folder, yields, and reads them: what came of it."""
+
+
+class Watch:
+    """An audit hook that notes what no file may cause, while it is `armed`.
+
+    `folder` is where files may be read and written. Modules may be imported from the packages that
+    reading the valid files took, by names that are in no file.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.seen: list[str] = []
+        self.armed = False
+        self._homes = (str(folder.resolve()), os.path.realpath(tempfile.gettempdir()), "/dev/null")
+        places = {sys.prefix, sys.base_prefix, str(ROOT), *(p for p in sys.path if p)}
+        self._libraries = tuple({os.path.realpath(p) for p in places} | places)
+        self.roots: frozenset[str] = frozenset()
+        sys.addaudithook(self._noted)
+
+    def settle(self) -> None:
+        """Take the packages that are imported by now for those that reading takes."""
+        self.roots = frozenset(name.partition(".")[0] for name in sys.modules)
+        self.roots |= sys.stdlib_module_names - {"antigravity", "this", "turtle", "idlelib"}
+
+    def _noted(self, event: str, arguments: tuple[Any, ...]) -> None:
+        if not self.armed:
+            return
+        self.armed = False
+        try:
+            if self._is_foreign(event, arguments):
+                self.seen.append(f"{event} {arguments!r:.300}")
+        finally:
+            self.armed = True
+
+    def _is_foreign(self, event: str, arguments: tuple[Any, ...]) -> bool:
+        if event == "import":
+            name = str(arguments[0])
+            return BAIT in name or name.partition(".")[0] not in self.roots
+        if event == "open":
+            path, mode, flags = arguments
+            return not isinstance(path, int) and not self._may_open(path, mode, flags)
+        if event in ("os.listdir", "os.scandir"):
+            return not isinstance(arguments[0], int) and not self._may_open(arguments[0], "r", 0)
+        if event in ("compile", "exec"):  # templates are compiled, and are their process's affair
+            return arguments[1:] != ("<template>",) and BAIT in _code(arguments[0])
+        if event == "ctypes.dlopen":
+            name = arguments[0]
+            return name is not None and not self._is_library(os.fsdecode(name))
+        if event.startswith(CHANGES):
+            return not self._may_open(arguments[0], "w", os.O_WRONLY)
+        return event.startswith((*NETWORK, *STARTS)) or event in ("pickle.find_class", "os.putenv")
+
+    def _may_open(self, path: Any, mode: str | None, flags: int) -> bool:
+        where = os.path.realpath(os.fsdecode(path or "."))
+        if any(where == home or where.startswith(home + "/") for home in self._homes):
+            return True
+        writes = any(sign in (mode or "") for sign in "wax+") or flags & (os.O_WRONLY | os.O_RDWR)
+        return not writes and BAIT not in where and self._is_library(where)
+
+    def _is_library(self, where: str) -> bool:
+        found = os.path.realpath(where)
+        return any(found.startswith(place + "/") for place in self._libraries)
+
+
+def _code(source: Any) -> str:
+    """The text of a program, or the names and texts of compiled one, where it is no file's."""
+    if isinstance(source, (bytes, bytearray)):
+        return bytes(source).decode("utf-8", "replace")
+    if isinstance(source, str):
+        return source
+    name = getattr(source, "co_filename", "")
+    if os.path.isabs(name) or name.startswith("<frozen") or name == "<template>":
+        return BAIT if BAIT in name else ""
+    return f"{getattr(source, 'co_names', '')} {getattr(source, 'co_consts', '')}"
+
+
+def reads(reader: Reader, watch: Watch, folder: Path, seed: str) -> str:
+    """What came of one file: "read", "refused", "bounded", or words that say what is wrong."""
+    for each in folder.iterdir():
+        shutil.rmtree(each) if each.is_dir() and not each.is_symlink() else each.unlink()
+    reading = reader(folder, random.Random(seed))
+    next(reading)
+    watch.seen.clear()
+    try:
+        watch.armed = True
+        next(reading)
+        told = "read nothing"
+    except StopIteration as done:
+        told = done.value
+    except BaseException as problem:
+        watch.armed = False
+        told = problem_of(problem)
+    finally:
+        watch.armed = False
+    return f"caused {watch.seen[0]}" if watch.seen else told
+
+
+def worker(name: str, seed: int, first: int, folder: Path) -> None:
+    """Read files from `first` on, one line of JSON before and after each. Ends by a signal."""
+    from bench.hostile_readers import READERS, prepare
+
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what readers print is none of them
+    watch = Watch(folder)
+    prepare(folder)
+    watch.settle()
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, used + MEMORY))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    for number in itertools.count(first):
+        print(json.dumps({"begins": number}), file=answers, flush=True)
+        told = reads(READERS[name], watch, folder, f"{name} {seed} {number}")
+        print(json.dumps({"number": number, "told": told}), file=answers, flush=True)
+
+
+def problem_of(problem: BaseException) -> str:
+    """What an error is: "refused" if it is one of dsc's that a terminal can print."""
+    if not isinstance(problem, DscError):
+        import traceback
+
+        frames = traceback.extract_tb(problem.__traceback__)
+        ours = [f for f in frames if str(ROOT) in f.filename and "/.venv/" not in f.filename]
+        place = f"{Path(ours[-1].filename).name}:{ours[-1].lineno}" if ours else "?"
+        return f"raised {type(problem).__name__}: {problem!s:.200} at {place}"
+    return unprintable(str(problem)) or "refused"
+
+
+def unprintable(text: str) -> str:
+    """What keeps a text from being shown on a terminal, or ""."""
+    if len(text) > MAX_MESSAGE:
+        return f"a message of {len(text)} characters: {text:.60}"
+    odd = [c for c in text if not (c.isprintable() or c in "\n\t")]
+    return f"a message with {odd[0]!r}: {text!r:.200}" if odd else ""
+
+
+@contextmanager
+def _started(name: str, seed: int, first: int, folder: Path) -> Iterator[subprocess.Popen[bytes]]:
+    code = f"from bench.hostile_files import worker; from pathlib import Path; " \
+           f"worker({name!r}, {seed}, {first}, Path({str(folder)!r}))"  # fmt: skip
+    environment = os.environ | {"TMPDIR": str(folder.parent / "tmp"), "HF_HUB_OFFLINE": "0"}
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+        cwd=ROOT, env=environment, start_new_session=True, bufsize=0,
+    )  # fmt: skip
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def measure(name: str, files: int, seconds: float, seed: int = 1) -> dict[str, Any]:
+    """Counts by outcome for a reader, and the first failures of each kind."""
+    counts: Counter[str] = Counter()
+    failures: dict[str, list[str]] = {}
+    number, begun = 0, time.monotonic()
+
+    def failed(told: str) -> None:
+        counts["failed"] += 1
+        failures.setdefault(told[:120], []).append(f"{name} seed {seed} file {number}: {told}")
+
+    with tempfile.TemporaryDirectory(prefix="dsc-hostile-") as place:
+        folder = Path(place) / "model"
+        folder.mkdir()
+        (Path(place) / "tmp").mkdir()
+        while number < files and time.monotonic() - begun < seconds:
+            with _started(name, seed, number, folder) as process:
+                patience = 120.0
+                while number < files and time.monotonic() - begun < seconds:
+                    line = _line(process, patience)
+                    told = json.loads(line) if line else None
+                    if told is None:
+                        if patience == 120.0:
+                            raise RuntimeError(f"the worker of {name} does not start")
+                        bounded = name == "template"  # its process has limits of its own
+                        counts["bounded"] += bounded
+                        if not bounded:
+                            hangs = process.poll() is None
+                            failed("hangs" if hangs else f"ended by {process.returncode}")
+                        number += 1
+                        break
+                    begun = begun if number else time.monotonic()
+                    patience = SECONDS
+                    if "number" in told:
+                        if told["told"] in ("read", "refused", "bounded"):
+                            counts[told["told"]] += 1
+                        else:
+                            failed(told["told"])
+                        number += 1
+    took = time.monotonic() - begun
+    return {
+        "ok": not failures, "files": number, "seconds": round(took, 1),
+        "a_second": round(number / took, 1), **counts,
+        "failures": {kind: [len(all_), all_[0]] for kind, all_ in failures.items()},
+    }  # fmt: skip
+
+
+def _line(process: subprocess.Popen[bytes], patience: float) -> bytes:
+    """The next line of a worker, or b"" where it ended or took too long. Its pipe has no buffer."""
+    assert process.stdout is not None, "it is started with a pipe"
+    line = b""
+    with selectors.DefaultSelector() as waiting:
+        waiting.register(process.stdout, selectors.EVENT_READ)
+        while not line.endswith(b"\n"):
+            if not waiting.select(patience):
+                return b""
+            part = process.stdout.readline()
+            if not part:
+                return b""
+            line += part
+    return line
+
+
+def main() -> None:
+    """Measure, and print the counts as JSON; exit with 1 on any failure."""
+    from bench.hostile_readers import NAMES
+
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--files", type=int, default=100_000, help="of each reader")
+    parser.add_argument("--seconds", type=float, default=600.0, help="for each reader at most")
+    parser.add_argument("--reader", choices=NAMES, action="append")
+    parser.add_argument("--seed", type=int, default=1)
+    given = parser.parse_args()
+    found = {n: measure(n, given.files, given.seconds, given.seed) for n in given.reader or NAMES}
+    print(json.dumps(found, indent=1))
+    sys.exit(any(not each["ok"] for each in found.values()))
+
+
+if __name__ == "__main__":
+    main()
