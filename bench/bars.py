@@ -478,6 +478,15 @@ def damaged_texts() -> Figures:
     return {"ok": both and found.keys() == {"read", "refused"}, **found}
 
 
+def hostile_files() -> Figures:
+    """Mutated files of a stranger, of every reader: nothing foreign is done for any of them."""
+    from bench.hostile_files import measure
+    from bench.hostile_readers import NAMES
+
+    found = {name: measure([name], files=100_000, seconds=120)[name] for name in NAMES}
+    return {"ok": all(each["ok"] for each in found.values()), **found}
+
+
 def shared_cache() -> Figures:
     """50 compiles at once over one cache, 20 of them killed: what is kept is whole and right."""
     from bench import compiles
@@ -514,6 +523,7 @@ BARS: dict[str, Callable[[], Figures]] = {
     "names": names,
     "random_calls": random_calls,
     "damaged_texts": damaged_texts,
+    "hostile_files": hostile_files,
     "coded_products": coded_products,
     "attention": attention,
     "shared_cache": shared_cache,

@@ -26,7 +26,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ from bench.hostile_mutations import BAIT
 from dsc.errors import DscError
 
 ROOT = Path(__file__).resolve().parent.parent
+START = 180.0
 SECONDS = 10.0
 """What reading one file may take, on the clock."""
 MEMORY = 3 << 30
@@ -97,6 +98,9 @@ class Watch:
             name = arguments[0]
             return name is not None and not self._is_library(os.fsdecode(name))
         if event.startswith(CHANGES):
+            held = arguments[-1]  # a folder that was opened before, which was noted then
+            if isinstance(held, int) and held >= 0 and event in ("os.remove", "os.rmdir"):
+                return "/" in os.fsdecode(arguments[0])
             return not self._may_open(arguments[0], "w", os.O_WRONLY)
         return event.startswith((*NETWORK, *STARTS)) or event in ("pickle.find_class", "os.putenv")
 
@@ -145,8 +149,8 @@ def reads(reader: Reader, watch: Watch, folder: Path, seed: str) -> str:
     return f"caused {watch.seen[0]}" if watch.seen else told
 
 
-def worker(name: str, seed: int, first: int, folder: Path) -> None:
-    """Read files from `first` on, one line of JSON before and after each. Ends by a signal."""
+def worker(names: Sequence[str], seed: int, first: int, folder: Path) -> None:
+    """Read files from `first` on, a line of JSON after each. Ends by a signal."""
     from bench.hostile_readers import READERS, prepare
 
     answers = os.fdopen(os.dup(1), "w")
@@ -157,10 +161,11 @@ def worker(name: str, seed: int, first: int, folder: Path) -> None:
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, used + MEMORY))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    for number in itertools.count(first):
-        print(json.dumps({"begins": number}), file=answers, flush=True)
+    print("begins", file=answers, flush=True)
+    for done in itertools.count(first):
+        name, number = names[done % len(names)], done // len(names)
         told = reads(READERS[name], watch, folder, f"{name} {seed} {number}")
-        print(json.dumps({"number": number, "told": told}), file=answers, flush=True)
+        print(json.dumps(told), file=answers, flush=True)
 
 
 def problem_of(problem: BaseException) -> str:
@@ -184,9 +189,11 @@ def unprintable(text: str) -> str:
 
 
 @contextmanager
-def _started(name: str, seed: int, first: int, folder: Path) -> Iterator[subprocess.Popen[bytes]]:
+def _started(
+    names: Sequence[str], seed: int, first: int, folder: Path
+) -> Iterator[subprocess.Popen[bytes]]:
     code = f"from bench.hostile_files import worker; from pathlib import Path; " \
-           f"worker({name!r}, {seed}, {first}, Path({str(folder)!r}))"  # fmt: skip
+           f"worker({tuple(names)!r}, {seed}, {first}, Path({str(folder)!r}))"  # fmt: skip
     environment = os.environ | {"TMPDIR": str(folder.parent / "tmp"), "HF_HUB_OFFLINE": "0"}
     process = subprocess.Popen(
         [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
@@ -199,49 +206,55 @@ def _started(name: str, seed: int, first: int, folder: Path) -> Iterator[subproc
         process.communicate()
 
 
-def measure(name: str, files: int, seconds: float, seed: int = 1) -> dict[str, Any]:
-    """Counts by outcome for a reader, and the first failures of each kind."""
-    counts: Counter[str] = Counter()
-    failures: dict[str, list[str]] = {}
-    number, begun = 0, time.monotonic()
+def measure(
+    names: Sequence[str], files: int, seconds: float, seed: int = 1
+) -> dict[str, dict[str, Any]]:
+    """Counts by outcome for each reader, and the first failure of each kind.
 
-    def failed(told: str) -> None:
-        counts["failed"] += 1
-        failures.setdefault(told[:120], []).append(f"{name} seed {seed} file {number}: {told}")
+    The readers take turns, so many `files` each or as many as `seconds` allow.
+    """
+    counts: dict[str, Counter[str]] = {name: Counter() for name in names}
+    failures: dict[str, dict[str, list[str]]] = {name: {} for name in names}
+    done, begun = 0, 0.0
+    last = files * len(names)
+
+    def noted(told: str) -> None:
+        name, number = names[done % len(names)], done // len(names)
+        counts[name]["files"] += 1
+        if told in ("read", "refused", "bounded"):
+            counts[name][told] += 1
+        else:
+            kind = failures[name].setdefault(told[:120], [])
+            kind.append(f"seed {seed}, file {number}: {told}")
 
     with tempfile.TemporaryDirectory(prefix="dsc-hostile-") as place:
         folder = Path(place) / "model"
         folder.mkdir()
         (Path(place) / "tmp").mkdir()
-        while number < files and time.monotonic() - begun < seconds:
-            with _started(name, seed, number, folder) as process:
-                patience = 120.0
-                while number < files and time.monotonic() - begun < seconds:
-                    line = _line(process, patience)
-                    told = json.loads(line) if line else None
-                    if told is None:
-                        if patience == 120.0:
-                            raise RuntimeError(f"the worker of {name} does not start")
-                        bounded = name == "template"  # its process has limits of its own
-                        counts["bounded"] += bounded
-                        if not bounded:
-                            hangs = process.poll() is None
-                            failed("hangs" if hangs else f"ended by {process.returncode}")
-                        number += 1
+        while done < last and (not begun or time.monotonic() - begun < seconds):
+            with _started(names, seed, done, folder) as process:
+                if not _line(process, START):
+                    raise RuntimeError("the worker does not start")
+                begun = begun or time.monotonic()
+                while done < last and time.monotonic() - begun < seconds:
+                    line = _line(process, SECONDS)
+                    if not line and names[done % len(names)] == "template":
+                        noted("bounded")  # its process has limits of its own
+                    elif not line:
+                        hangs = process.poll() is None
+                        noted("hangs" if hangs else f"ends by {process.returncode}")
+                    else:
+                        noted(json.loads(line))
+                    done += 1
+                    if not line:
                         break
-                    begun = begun if number else time.monotonic()
-                    patience = SECONDS
-                    if "number" in told:
-                        if told["told"] in ("read", "refused", "bounded"):
-                            counts[told["told"]] += 1
-                        else:
-                            failed(told["told"])
-                        number += 1
-    took = time.monotonic() - begun
+    took = round(time.monotonic() - begun, 1)
     return {
-        "ok": not failures, "files": number, "seconds": round(took, 1),
-        "a_second": round(number / took, 1), **counts,
-        "failures": {kind: [len(all_), all_[0]] for kind, all_ in failures.items()},
+        name: {
+            "ok": not failures[name], **counts[name], "seconds": took,
+            "failures": {kind: [len(all_), all_[0]] for kind, all_ in failures[name].items()},
+        }
+        for name in names
     }  # fmt: skip
 
 
@@ -271,7 +284,9 @@ def main() -> None:
     parser.add_argument("--reader", choices=NAMES, action="append")
     parser.add_argument("--seed", type=int, default=1)
     given = parser.parse_args()
-    found = {n: measure(n, given.files, given.seconds, given.seed) for n in given.reader or NAMES}
+    found = {}
+    for name in given.reader or NAMES:
+        found |= measure([name], given.files, given.seconds, given.seed)
     print(json.dumps(found, indent=1))
     sys.exit(any(not each["ok"] for each in found.values()))
 

@@ -12,10 +12,10 @@ from collections.abc import Iterable, Sequence
 
 
 def printable(text: str) -> str:
-    """A text whose odd characters are written out: names in files may hold codes for a terminal.
+    r"""A text whose odd characters are written out: names in files may hold codes for a terminal.
 
     >>> print(printable("the key \x1b[2J is unknown"))
-    the key \\x1b[2J is unknown
+    the key \x1b[2J is unknown
     """
     if text.isprintable():
         return text

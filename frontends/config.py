@@ -23,6 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from dsc.errors import ConfigError, UnsupportedArchitecture
 from dsc.files import why_no_file
 from dsc.frontends.quantisation import readable
+from dsc.ir.safetensors import inside
 from dsc.ir.types import DType
 from dsc.strict_json import AGAIN, parse_object
 
@@ -306,12 +307,15 @@ def load_config(path: Path | str) -> ModelConfig:
 
 
 def read_bounded(file: Path, limit: int = MAX_CONFIG_BYTES) -> bytes:
-    """The bytes of a regular file that must not exceed `limit`; `ConfigError` otherwise."""
+    """The bytes of a regular file that must not exceed `limit`; `ConfigError` otherwise.
+
+    Raises `CheckpointError` for a link that leads out of the folder.
+    """
     if reason := why_no_file(file):
         raise ConfigError(
             f"{file.name} {reason}", str(file), f"give a folder that holds a file {file.name}"
         )
-    with file.open("rb") as stream:
+    with inside(file.parent, file.name, str(file)).open("rb") as stream:
         text = stream.read(limit + 1)
     if len(text) > limit:
         raise ConfigError(f"larger than the limit of {limit} bytes", str(file))

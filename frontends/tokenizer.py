@@ -20,6 +20,7 @@ from dsc.errors import CheckpointError, ConfigError, DscError, FileError
 from dsc.files import read_text
 from dsc.frontends import tokenizer_classes
 from dsc.frontends.config import read_bounded
+from dsc.ir.safetensors import inside
 from dsc.strict_json import JsonObject, parse_object
 
 TOKENIZER, RANKS, SETTINGS = "tokenizer.json", "tiktoken.model", "tokenizer_config.json"
@@ -48,10 +49,11 @@ def find_tokenizer(folder: Path) -> tuple[Path | bytes | None, str]:
 
     Raises:
         CheckpointError, ConfigError: the files are damaged or contradict each other.
-        FileError: one is there and cannot be read, as a link that leads nowhere.
+        FileError: one is there and cannot be read.
     """
     file, ranks = folder / TOKENIZER, folder / RANKS
     if os.path.lexists(file):
+        inside(folder, TOKENIZER, str(file))
         parse_tokenizer(file, CheckpointError, "get it again, or take it out of the folder")
         return file, ""
     settings: JsonObject = {}
