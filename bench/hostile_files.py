@@ -284,7 +284,7 @@ def main() -> None:
     parser.add_argument("--reader", choices=NAMES, action="append")
     parser.add_argument("--seed", type=int, default=1)
     given = parser.parse_args()
-    found = {}
+    found: dict[str, Any] = {}
     for name in given.reader or NAMES:
         found |= measure([name], given.files, given.seconds, given.seed)
     print(json.dumps(found, indent=1))

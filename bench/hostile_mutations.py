@@ -138,7 +138,18 @@ def _deeper(tree: Any, rng: random.Random) -> None:
 
 def _odd(tree: Any, rng: random.Random) -> None:
     if place := _place(tree, rng):
-        others = (True, False, None, [], {}, [1], {"a": 1}, [None], [[]], {"0": {}})
+        others: tuple[Any, ...] = (
+            True,
+            False,
+            None,
+            [],
+            {},
+            [1],
+            {"a": 1},
+            [None],
+            [[]],
+            {"0": {}},
+        )
         place[0][place[1]] = rng.choice(rng.choice((others, TEXTS, NUMBERS)))
 
 
@@ -157,7 +168,7 @@ def _longer(tree: Any, rng: random.Random) -> None:
     if places:
         held, key = rng.choice(places)
         was = held[key][:32]
-        ways = (was[:-1], was + was, was * 20000, [*was, None], [*was, -1], [], was[::-1],
+        ways: tuple[list[Any], ...] = (was[:-1], was + was, was * 20000, [*was, None], [*was, -1], [], was[::-1],
                 [*was, rng.choice(TEXTS)], [rng.choice(NUMBERS), *was[1:]])  # fmt: skip
         held[key] = rng.choice(ways)
 

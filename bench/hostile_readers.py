@@ -128,7 +128,7 @@ def config(folder: Path, rng: random.Random) -> Reading:
     if facts.num_hidden_layers is None or facts.num_hidden_layers <= 4:
         draw = rng.random()
         if draw < BUILT:
-            model = stock_model(read)
+            model: Any = stock_model(read)
             if BAIT in repr(model.config.to_dict().get("_attn_implementation")):
                 return "an implementation of the file is chosen"
             if draw < FOUND:

@@ -106,13 +106,13 @@ def test_a_link_out_of_the_folder_is_not_followed(tmp_path: Path, name: str, tar
     folder = tmp_path / "a" / "model"
     folder.mkdir(parents=True)
     (folder / name).symlink_to(target)
-    reader: Callable[[Path], object] = {
+    readers: dict[str, Callable[[Path], object]] = {
         "config.json": read_config,
         "generation_config.json": lambda f: load_generation(f, Facts("llama")),
         "tokenizer.json": find_tokenizer,
-    }[name]
+    }
     with pytest.raises(DscError, match=r"leads out|a pipe or a device"):
-        reader(folder)
+        readers[name](folder)
     (folder / "chat_template.json").symlink_to(target)
     assert "leads out" in (told := find_chat(folder)[1]) or "a pipe or a device" in told
 
