@@ -168,7 +168,8 @@ def _longer(tree: Any, rng: random.Random) -> None:
     if places:
         held, key = rng.choice(places)
         was = held[key][:32]
-        ways: tuple[list[Any], ...] = (was[:-1], was + was, was * 20000, [*was, None], [*was, -1], [], was[::-1],
+        ways: tuple[list[Any], ...] = (
+                was[:-1], was + was, was * 20000, [*was, None], [*was, -1], [], was[::-1],
                 [*was, rng.choice(TEXTS)], [rng.choice(NUMBERS), *was[1:]])  # fmt: skip
         held[key] = rng.choice(ways)
 
