@@ -17,6 +17,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -478,15 +479,6 @@ def damaged_texts() -> Figures:
     return {"ok": both and found.keys() == {"read", "refused"}, **found}
 
 
-def hostile_files() -> Figures:
-    """Mutated files of a stranger, of every reader: nothing foreign is done for any of them."""
-    from bench.hostile_files import measure
-    from bench.hostile_readers import NAMES
-
-    found = {name: measure([name], files=100_000, seconds=120)[name] for name in NAMES}
-    return {"ok": all(each["ok"] for each in found.values()), **found}
-
-
 def shared_cache() -> Figures:
     """50 compiles at once over one cache, 20 of them killed: what is kept is whole and right."""
     from bench import compiles
@@ -523,7 +515,7 @@ BARS: dict[str, Callable[[], Figures]] = {
     "names": names,
     "random_calls": random_calls,
     "damaged_texts": damaged_texts,
-    "hostile_files": hostile_files,
+    "hostile_files": lambda: import_module("bench.hostile_files").bar(),
     "coded_products": coded_products,
     "attention": attention,
     "shared_cache": shared_cache,
