@@ -1,4 +1,4 @@
-"""dsc: a graph compiler for the DeepSeek-V3 family of models.
+"""dsc: a graph compiler for the decoders of transformers, made first for DeepSeek-V3.
 
     import dsc
 

@@ -260,8 +260,8 @@ def compile(
 
     Args:
         model: a checkpoint folder, ORG/NAME of the Hugging Face Hub, a `.py` file with
-            `build(config)`, a built-in name, a `.dsc` file, a transformers causal LM of the
-            family, or a `Program`.
+            `build(config)`, a built-in name, a `.dsc` file, a transformers causal LM, or a
+            `Program`.
         config: a preset's name or a config.json, for models built from code.
         weights: a folder of safetensors files, or "none" to compile without values.
         revision: a branch, a tag or a commit of a model on the Hub; its main branch by default.

@@ -2,9 +2,10 @@
 
 A checkpoint's configuration comes from outside, so nothing in it is taken on trust: every number
 has a type and a range, every pair of numbers that must agree is checked, and what dsc cannot
-compute (another rope scaling, another router, another quantisation) is refused here by name
-instead of being computed wrongly later. `auto_map`, which asks a loader to import Python files
-from the checkpoint, is never followed.
+compute (another router, another quantisation) is refused here by name instead of being computed
+wrongly later. Another rope scaling is `OtherRope`: such a model is left to its stock class, as
+those of other types are (`stock.py`), and to the check against it. `auto_map`, which asks
+a loader to import Python files from the checkpoint, is never followed.
 
 Field names are those of the official `config.json`. Defaults exist only for fields that published
 checkpoints leave out; widths have none.

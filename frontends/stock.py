@@ -10,7 +10,8 @@ on the `meta` device; keys that would shadow a method or property of the configu
 there. The Auto classes' loaders and the folder's code are never asked.
 
 Members of the DeepSeek-V3 family pass their own schema as well (`config.py`), which tells more
-precisely what is wrong.
+precisely what is wrong; with a rope scaling that it does not describe (`OtherRope`) they are
+models like those of any other type.
 """
 
 from __future__ import annotations

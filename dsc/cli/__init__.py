@@ -243,7 +243,7 @@ def _root(
         False, "--version", callback=_show_version, is_eager=True, help="Print the version."
     ),
 ) -> None:
-    """Compile DeepSeek-V3-family models into Triton kernels, a TVM module or an ONNX model.
+    """Compile decoders of transformers into Triton kernels, a TVM module or an ONNX model.
 
     Exit status: 0 on success; 2 for a mistake in what was asked, or what the machine refuses; 1 for
     a bug in dsc, and where verify or bisect finds a difference.

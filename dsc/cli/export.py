@@ -48,7 +48,7 @@ def export(
     force: options.Force = False,
     output: options.Output = None,
 ) -> None:
-    """Export MODEL as ONNX, or for TVM's Relax VM, with its latent cache as inputs and outputs.
+    """Export MODEL as ONNX, or for TVM's Relax VM, with its caches as inputs and outputs.
 
     Examples:
 
