@@ -259,10 +259,14 @@ def unoptimised() -> Iterator[None]:
     """LLVM without its optimisations: two thirds of what tvm's compile takes here."""
     from tvm.target import Target
 
-    def target(cpu: str) -> Any:
-        return Target({"kind": "llvm", "mcpu": cpu, "opt-level": 0})
+    from dsc.backends.tvm import build
 
-    with patch("dsc.backends.tvm.library.tvm_target", target):
+    made = build.tvm_target
+
+    def target(*machine: Any) -> Any:
+        return Target({**made(*machine).export(), "opt-level": 0})
+
+    with patch.object(build, "tvm_target", target):
         yield
 
 
