@@ -8,7 +8,6 @@ lengths side by side, and positions far from the first.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from dsc.frontends.signature import Signature
+from dsc.frontends.states import cache_argument, positions_for
 
 PROMPT, CHUNK, SHORT = 9, 4, 5
 """New tokens of the first step and of the second, and what the shorter of two sequences has."""
@@ -72,7 +72,7 @@ def differences(
     yield _difference("sequences of different lengths", ours, theirs)
 
     start = min(positions or FAR, FAR) - LENGTH
-    if start > 0 and "position_ids" in inspect.signature(stock.forward).parameters:
+    if start > 0 and positions_for(stock, ids):
         ids = ids[:, :PROMPT]
         ours = _run(step, ids, [0, 0], _fresh(signature, 2), start=start)[0]
         yield _difference("positions far from the first", ours, logits_of(stock, ids, start))
@@ -82,7 +82,7 @@ def own_cache_error(stock: nn.Module, signature: Signature) -> float:
     """How far the stock class with its own cache is from itself without one; inf where it fails."""
     ids = _ids(signature.vocab_size, 2, LENGTH)
     wanted = logits_of(stock, ids)
-    name = "cache_params" if _takes(stock, "cache_params") else "past_key_values"
+    name = cache_argument(stock)
     cache, at, worst = None, 0, 0.0
     try:
         for new in (PROMPT, CHUNK, 1):
@@ -103,10 +103,6 @@ def logits_of(stock: nn.Module, ids: Tensor, start: int = 0) -> Tensor:
     out: Any = stock(input_ids=ids, use_cache=False, **placed)
     logits: Tensor = out.logits
     return logits.float()
-
-
-def _takes(stock: nn.Module, name: str) -> bool:
-    return name in inspect.signature(stock.forward).parameters
 
 
 def _ids(vocabulary: int, *shape: int) -> Tensor:

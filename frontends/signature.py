@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from math import prod
 from typing import Any
 
 from dsc.frontends.config import ModelConfig
@@ -172,14 +171,6 @@ class Signature:
         places = {layer: place for place, layer in enumerate(layers)}
         kept = (replace(s, layer=places[s.layer]) for s in self.states if s.layer in places)
         return replace(self, states=tuple(sorted(kept, key=lambda s: s.layer)))
-
-    def row_bytes(self) -> int:
-        """Bytes that a token takes in all layers."""
-        return sum(
-            prod(size for size in s.shape if isinstance(size, int)) * s.dtype.itemsize
-            for s in self.states
-            if s.per_token
-        )
 
     def to_json(self) -> dict[str, Any]:
         """What is kept with a trace."""

@@ -28,7 +28,7 @@ from dsc.rewrite.scope import Scope
 MAX_ELEMENTS = 1 << 24
 """The largest mask that is evaluated to see past a constant, such as a window's width."""
 HIDDEN = -1e4
-"""An additive mask hides what it lowers by more than this."""
+"""A score at or below this is hidden, and so is what an additive mask lowers by more."""
 
 
 @dataclass(frozen=True)
@@ -212,7 +212,7 @@ def _difference(view: _Shown, window: int, chunk: int) -> str:
         each = wanted.expand_as(view.seen) if len(wanted) == 1 else wanted
         verb = "hides" if bool(each[b, i, j]) else "shows"
         row = int(last.expand(len(each), rows, 1)[b, i, 0])
-        return f"the mask {verb} row {j} at row {row}: it is not causal (a window, chunks?)"
+        return f"the mask {verb} row {j} at row {row}: it is neither causal nor a window nor chunks"
     return ""
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from dsc.ir.graph import Node, Operand, Value
 from dsc.ir.ops.core import einsum_terms
 from dsc.ir.ops.shape import axis_of
+from dsc.passes._masks import HIDDEN
 from dsc.passes._spelled_parts import (
     Spelling,
     factors,
@@ -27,8 +28,6 @@ from dsc.rewrite.scope import Scope
 
 SCORES = frozenset({"cast", "mul", "div", "add", "where", "tanh"})
 """What may lie between the product of queries and keys and the softmax."""
-HIDDEN = -1e4
-"""A score at or below this is hidden."""
 _LETTERS = "abcdef"
 """For the leading axes of a tensor of the highest rank that there is."""
 _Equation = tuple[tuple[str, str], str]

@@ -105,7 +105,7 @@ def test_the_best_near_miss_comes_first(invoke: Invoke, tmp_path: Path) -> None:
 def test_a_sliding_window_is_named(invoke: Invoke, tmp_path: Path) -> None:
     told = explained(invoke, tmp_path, "raise_attention", WINDOW)
     assert "missed  Attention at model.layers.1.self_attn" in told
-    assert "not causal (a window, chunks?) (%mask: bool[B,1,S,P+S])" in told
+    assert "neither causal nor a window nor chunks (%mask: bool[B,1,S,P+S])" in told
     assert "| %mask = expand %h" in told
 
 

@@ -79,7 +79,7 @@ def test_a_key_that_could_do_something_is_dropped(key: str) -> None:
     assert plain(clean(raw)) == plain(clean(LLAMA))
     nested = {"rope_type": "default", "rope_theta": 1e4, key: HOSTILE[key]}
     kept = clean(LLAMA | {"rope_parameters": nested}).values["rope_parameters"]
-    assert key not in kept or key not in clean(raw).values or key in SHADOWS
+    assert key not in kept or key in SHADOWS
     assert clean({"model_type": "llava", "text_config": raw}).values == clean(raw).values
 
 

@@ -77,7 +77,7 @@ def test_causal_masks_are_told_apart(rows: str, lengths: str | None, from_start:
 @pytest.mark.parametrize(
     ("rows", "mask", "reason"),
     [
-        (FROM_END, "%m = lt %j, %c", "hides row 2 at row 2: it is not causal (a window, chunks?)"),
+        (FROM_END, "%m = lt %j, %c", "row 2: it is neither causal nor a window nor chunks"),
         (BY_LENGTHS, "%m = gt %j, %c", "hides row 0 at row"),
         (FROM_END, "%n = add %j, %j\n %m = le %n, %c", "hides row 2 at row 2"),
         (FROM_END, "%n = neg %j\n %m = le %n, %c", "shows row 3 at row 2"),
@@ -197,8 +197,8 @@ def test_a_constant_mask_is_read_too(rows: int, total: int, first: int, from_sta
 @pytest.mark.parametrize(
     ("given", "reason"),
     [
-        ((3, 5, 1), "the mask hides row 2 at row 2: it is not causal (a window, chunks?)"),
-        ((3, 5, 3), "the mask shows row 3 at row 2: it is not causal (a window, chunks?)"),
+        ((3, 5, 1), "the mask hides row 2 at row 2: it is neither causal nor a window nor chunks"),
+        ((3, 5, 3), "the mask shows row 3 at row 2: it is neither causal nor a window nor chunks"),
         ((5, 3, 1), "it has more rows than columns"),
     ],
 )

@@ -16,8 +16,8 @@ from dsc.ir.views import View
 def route(ctx: Context, node: Node) -> None:
     """Router logits by a GEMM in fp32, then one kernel that scores, limits and picks."""
     x, weight = ctx.view(node.inputs[0]), ctx.view(node.inputs[1])
-    given_biases = (*node.inputs[2:], None, None)[:2]
-    bias, shift = (None if b is None else ctx.dense(ctx.view(b)) for b in given_biases)
+    biases = (node.get("bias"), node.get("logit_bias"))
+    bias, shift = (None if b is None else ctx.dense(ctx.view(b)) for b in biases)
     attrs = node.attrs
     logits = router_logits(ctx, x, weight)
     experts, rows = int(weight.shape[0]), logits.shape[0]  # type: ignore[arg-type]

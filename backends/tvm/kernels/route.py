@@ -39,7 +39,7 @@ def lower(node: Node, machine: Machine) -> Launch:
     experts, d = (static_dim(n, "a gate axis") for n in weight.shape)
     rows = rows_of(x)
     attrs = node.attrs
-    given = tuple(x is not None for x in (*node.inputs[2:], None, None)[:2])
+    given = tuple(node.get(name) is not None for name in ("bias", "logit_bias"))
     options = tuple(sorted(attrs.items()))
     static = (x.dtype, weight.dtype, experts, d, given, options, machine)
     flops = rows * (2 * experts * d)
