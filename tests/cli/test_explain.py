@@ -22,14 +22,14 @@ NORM = """graph step(%x: f32[8,8], %z: f32[8,8]) {{
   %y = mul @w, %n : f32[8,8] loc "model.layers.3.input_layernorm"
   return %y
 }}"""
-WINDOW = """graph step(%q: f32[B,2,S,4], %k: f32[B,2,S+P,4], %v: f32[B,2,S+P,4]) {
+HOLE = """graph step(%q: f32[B,2,S,4], %k: f32[B,2,S+P,4], %v: f32[B,2,S+P,4]) {
   %i = arange {start=P, end=S+P, dtype=i64}
   %c = reshape %i {shape=[S,1]}
   %j = arange {start=0, end=S+P, dtype=i64}
   %m = le %j, %c
-  %width = full {shape=[], value=5, dtype=i64}
+  %width = full {shape=[], value=1, dtype=i64}
   %d = sub %c, %width
-  %g = gt %j, %d
+  %g = ne %j, %d
   %h = logical_and %m, %g
   %mask = expand %h {shape=[B,1,S,S+P]}
   %y = sdpa %q, %k, %v, %mask {scale=0.5} : f32[B,2,S,4] loc "model.layers.1.self_attn"
@@ -102,8 +102,8 @@ def test_the_best_near_miss_comes_first(invoke: Invoke, tmp_path: Path) -> None:
     assert 0 < told.index("layers.3") < told.index("layers.4")
 
 
-def test_a_sliding_window_is_named(invoke: Invoke, tmp_path: Path) -> None:
-    told = explained(invoke, tmp_path, "raise_attention", WINDOW)
+def test_a_mask_of_another_kind_is_named(invoke: Invoke, tmp_path: Path) -> None:
+    told = explained(invoke, tmp_path, "raise_attention", HOLE)
     assert "missed  Attention at model.layers.1.self_attn" in told
     assert "neither causal nor a window nor chunks (%mask: bool[B,1,S,P+S])" in told
     assert "| %mask = expand %h" in told
@@ -123,11 +123,11 @@ def test_absorption_of_another_entry(invoke: Invoke) -> None:
 
 def test_a_pass_at_the_wrong_stage(invoke: Invoke, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="stage CANONICAL, this one is at TRACED") as told:
-        explained(invoke, tmp_path, "absorb_mla", WINDOW)
+        explained(invoke, tmp_path, "absorb_mla", HOLE)
     assert (told.value.hint or "").endswith("name_values,specialise_entries,absorb_mla")
 
 
 def test_nothing_alike_and_no_such_pass(invoke: Invoke, tmp_path: Path) -> None:
-    assert "nothing here looks like" in explained(invoke, tmp_path, "raise_swiglu", WINDOW)
+    assert "nothing here looks like" in explained(invoke, tmp_path, "raise_swiglu", HOLE)
     with pytest.raises(UsageError, match="no pass is called 'nonsense'"):
-        explained(invoke, tmp_path, "nonsense", WINDOW)
+        explained(invoke, tmp_path, "nonsense", HOLE)
