@@ -50,11 +50,11 @@ class RopeScaling:
             factor = float(number)
         except ValueError:
             factor = 0.0
-        if kind not in CHOSEN or not 1 < factor <= MAX_FACTOR:
-            raise UsageError(
-                f"no rope scaling is called {text!r}",
-                hint=f"name one of {', '.join(CHOSEN)} and a factor above 1, as yarn:4",
-            )
+        hint = f"name one of {', '.join(CHOSEN)} and a factor above 1, as yarn:4"
+        if kind not in CHOSEN:
+            raise UsageError(f"no rope scaling that a factor describes is {text!r}", hint=hint)
+        if not 1 < factor <= MAX_FACTOR:
+            raise UsageError(f"{text!r} scales by no factor of 1 to {MAX_FACTOR:g}", hint=hint)
         return RopeScaling(kind, factor)
 
     def __str__(self) -> str:

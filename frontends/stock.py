@@ -135,7 +135,12 @@ def clean(
         raw = scaling.applied(raw, own.positions, own.position_name, where)
     published = raw.get("model_type")
     if not isinstance(published, str) or not published:
-        raise UnsupportedArchitecture(f"model_type is {published!r:.60}, no name of a model", where)
+        found = (
+            "there is no model_type" if published is None else f"model_type is {published!r:.60}"
+        )
+        raise UnsupportedArchitecture(
+            f"{found}, no name of a model", where, "give a config.json as transformers writes it"
+        )
     values: dict[str, Any] = _cleaned(raw, where)
     _check_rope(values, where)
     if published in ARCHITECTURES:

@@ -89,7 +89,7 @@ def _show(rows: list[tuple[str, str, Row | None]]) -> None:
     table = Table("type", "class", "compiles", "", box=None, padding=(0, 2, 0, 0))
     for name, known, row in rows:
         if row is None:
-            table.add_row(name, known, "?", "not checked yet: --all")
+            table.add_row(name, known, "?", f"not checked yet: dsc models --all {name}")
             continue
         told = row.reason or row.remark
         table.add_row(name, row.model_class, "yes" if row.compiles else "no", told)

@@ -92,7 +92,11 @@ def operators(
 def same_inputs(
     programs: tuple[Program, Program], names: tuple[str, str], seed: int
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Inputs by name for both entries, the same where both take the same."""
+    """Inputs by name for both entries, the same for both as far as they go.
+
+    Caches may have other numbers of rows (axis 1): the first rows are the same, and indices lie
+    within both. Raises `UsageError` where anything else differs.
+    """
     first, second = (
         sample_inputs(graph, step_sizes(graph, 1, TOKENS, CONTEXT, program.symbols), seed)
         for program, graph in (
@@ -100,10 +104,26 @@ def same_inputs(
         )
     )
     for name, x in second.items():
-        other = first.get(name)
-        if other is not None and (other.shape, other.dtype) == (x.shape, x.dtype):
-            second[name] = other
+        y = first.get(name)
+        if y is None or _without_rows(x) != _without_rows(y):
+            found = "none" if y is None else list(y.shape)
+            raise UsageError(
+                f"input {name} is {list(x.shape)}, and {found} on the other side: these are two"
+                " models",
+                hint="leave out --run, or name two forms of one model",
+            )
+        if x.dtype == y.dtype == torch.int64 and x.shape == y.shape:
+            first[name] = second[name] = torch.minimum(x, y)
+        elif x.dtype == y.dtype and x.dim() > 1:
+            rows = min(x.shape[1], y.shape[1])
+            x[:, :rows] = y[:, :rows]
+        elif x.dtype == y.dtype:
+            second[name] = y
     return first, second
+
+
+def _without_rows(x: Any) -> tuple[int, ...]:
+    return tuple(x.shape[:1]) + tuple(x.shape[2:])
 
 
 def kernels(
@@ -150,12 +170,13 @@ def _compared(
     same: dict[str, tuple[Any, ...]] = {}
 
     def again(node: Node, operands: Sequence[Any]) -> None:
-        """Run a node on what the other program has."""
+        """Run a node on what the other program has, where all of that fits it."""
         written = overwritten(node)
         read = list(operands)
         for index, x in enumerate(node.inputs):
-            mine = operands[index]
-            if isinstance(x, Value) and x.name in known and _fits(known[x.name], mine):
+            if isinstance(x, Value) and x.name in known:
+                if not _fits(known[x.name], operands[index]):
+                    return
                 read[index] = known[x.name]
             if index in written:
                 read[index] = read[index].clone()

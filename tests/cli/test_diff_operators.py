@@ -9,9 +9,10 @@ import pytest
 import torch
 
 import dsc
-from dsc.diff.operators import Off, operators
+from dsc.diff.operators import Off, operators, same_inputs
 from dsc.errors import UsageError
 from dsc.ir.parser import parse_program
+from dsc.ir.printer import print_program
 from dsc.passes.quantize_weights import QuantizeWeights
 from dsc.rewrite.base import PassReport
 from tests.runtime.test_session import small_lm
@@ -50,6 +51,30 @@ def test_an_operator_adds_what_it_makes_of_the_same_inputs() -> None:
 def test_equal_programs_add_nothing() -> None:
     for each in operators((BEFORE, BEFORE), ("main", "main")):
         assert (each.added.most, each.come.most) == (0, 0)
+
+
+def test_two_models_are_told_apart_before_they_run() -> None:
+    other = parse_program(print_program(BEFORE).replace("%x", "%u"))
+    with pytest.raises(UsageError, match=r"input u is .*none.*two models"):
+        operators((BEFORE, other), ("main", "main"))
+
+
+def test_caches_of_other_sizes_hold_the_same_and_indices_lie_in_both() -> None:
+    """An entry whose caches grow beside one that writes them in place."""
+    text = """program "p" {{stage=CANONICAL}}
+symbols {{}}
+graph main(%past: f32[2,{rows},4], %new: f32[2,3,4], %lengths: i64[2]) {{
+  %c = cache_write %past, %new, %lengths : f32[2,{rows},4]
+  return %c
+}}
+"""
+    few, many = (parse_program(text.format(rows=rows)) for rows in (9, 40))
+    for pair in ((few, many), (many, few)):
+        one, two = same_inputs(pair, ("main", "main"), 0)
+        assert torch.equal(one["lengths"], two["lengths"])
+        assert int(one["lengths"].max()) <= 6
+        assert torch.equal(one["past"][:, :9], two["past"][:, :9])
+        operators(pair, ("main", "main"))
 
 
 def test_figures_are_those_of_their_definitions() -> None:

@@ -64,7 +64,7 @@ def test_a_model_without_rotary_embedding_cannot_be_scaled() -> None:
 
 @pytest.mark.parametrize("text", ["yarn", "yarn:1", "yarn:nan", "longrope:2", "dynamic:2", "4"])
 def test_what_is_no_scaling_is_refused(text: str) -> None:
-    with pytest.raises(UsageError, match="no rope scaling is called"):
+    with pytest.raises(UsageError, match=r"no rope scaling that|scales by no factor"):
         RopeScaling.parse(text)
 
 
