@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import doctest
 import importlib
+import re
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from tests.test_conventions import SOURCES, module_of, name
 WITH_EXAMPLES = [
     path
     for path in SOURCES
-    if module_of(path).startswith("dsc") and ">>> " in path.read_text("utf-8")
+    if module_of(path).startswith("dsc") and re.search(r"^ *>>> ", path.read_text("utf-8"), re.M)
 ]
 
 
