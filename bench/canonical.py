@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from bench.matrix import TYPES
 from dsc.errors import DscError
 from dsc.ir.graph import Value
 from dsc.ir.printer import print_program
@@ -24,12 +25,6 @@ from dsc.pipeline import RAISE, apply
 
 MOST = 30
 """Nodes of a layer."""
-TYPES = (
-    "deepseek_v2", "deepseek_v3", "axk1", "glm4_moe_lite", "mistral4", "minicpm3", "youtu",
-    "llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "qwen2_moe", "mixtral", "gemma2",
-    "gemma3_text", "phi3", "olmo2", "glm4", "glm4_moe", "gpt_oss", "granite", "smollm3",
-    "ernie4_5", "starcoder2", "dots1", "exaone4",
-)  # fmt: skip
 CHANGES: dict[str, dict[str, Any]] = {
     "deepseek_v2": {
         "num_experts_per_tok": 6, "n_routed_experts": 64, "topk_method": "greedy", "n_group": 1,

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
+import torch
 
 from dsc.errors import UnsupportedArchitecture
 from dsc.frontends.signature import Signature
 from dsc.frontends.states import discover, signature_of
 from dsc.frontends.stock import clean, stock_model
-from tests.decoders import CONFIGS, PLAIN, cleaned
+from tests.decoders import CONFIGS, PLAIN, cleaned, decoder, ids
 
 FOUND = {
     "llama": {("key", 16, 2, None), ("value", 16, 2, None)},
@@ -62,6 +65,14 @@ def test_what_is_no_decoder_with_rows_is_refused(raw: dict[str, object], why: st
         discover(stock_model(clean(PLAIN | raw)))
 
 
-def test_every_small_decoder_has_states() -> None:
-    for name in CONFIGS:
-        assert discover(stock_model(cleaned(name))), name
+@pytest.mark.parametrize("name", CONFIGS)
+def test_what_is_found_is_what_stock_caches(name: str) -> None:
+    """Layer by layer: heads and widths of keys and values after a step of the stock model."""
+    model: Any = decoder(name)
+    with torch.no_grad():
+        cache = model(input_ids=ids(1, 4), use_cache=True).past_key_values
+    kept = [x for layer in cache.layers for x in (layer.keys, layer.values)]
+    states = discover(stock_model(cleaned(name)))
+    assert [(s.heads, s.shape[-1]) for s in states] == [
+        (x.shape[1], x.shape[1] * x.shape[3]) for x in kept
+    ]
