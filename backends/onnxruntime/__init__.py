@@ -21,7 +21,7 @@ from dsc.ir.ops.quant import takes_codes
 from dsc.ir.paging import reads_pages
 from dsc.ir.program import Program
 from dsc.ir.types import DType
-from dsc.runtime.emission import Emission
+from dsc.runtime.emission import EXAMPLE, Emission
 from dsc.runtime.executable import Executable
 from dsc.runtime.nodes import whole_entry
 from dsc.runtime.plan import Plan
@@ -79,6 +79,7 @@ class OnnxRuntimeBackend:
         _require("onnx")
         from dsc.backends.onnxruntime import model
         from dsc.backends.onnxruntime.card import card, facts
+        from dsc.backends.onnxruntime.example import example
         from dsc.backends.onnxruntime.interface import chosen_form
 
         program = giving_indices(program)
@@ -114,8 +115,11 @@ class OnnxRuntimeBackend:
             return {path: one.serialized(places) for path, one in built.items()}
 
         causal = program.is_causal_lm
+        texts = {}
+        if causal:
+            texts = {"README.md": card(program, files, form), EXAMPLE: example(program, files)}
         return Emission(
-            files={"README.md": card(program, files, form).encode()} if causal else {},
+            files={name: text.encode() for name, text in texts.items()},
             plan=plan,
             weights_path=f"{model.FOLDER}/{model.WEIGHTS}",
             meta=meta,

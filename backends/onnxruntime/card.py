@@ -1,6 +1,6 @@
 """The README.md of an ONNX artifact: files, limits, every input and output, and how to call them.
 
-It is made from the program, like the models themselves, and its example runs as it stands.
+It is made from the program, like the models themselves, and shows example.py as it stands.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from dataclasses import asdict
 from typing import Any
 
 from dsc._version import __version__
+from dsc.backends.onnxruntime.example import example
 from dsc.backends.onnxruntime.interface import Form, Interface, meaning
 from dsc.ir.program import Program
 from dsc.ir.types import DType
@@ -45,53 +46,12 @@ the one before. {stops}
 
 ## An example
 
-Greedy, one sequence, from this folder; `run.py`, where there is one, does the same with text.
+Greedy, one sequence: `example.py`. `run.py`, where there is one, does the same and checks more.
 
 ```python
 {example}```
 """
 
-NUMPY = """import numpy as np
-import onnxruntime
-
-session = onnxruntime.InferenceSession("{model}")
-results = [x.name for x in session.get_outputs()]
-caches = [x for x in session.get_inputs() if x.name.startswith("past.")]
-past = {{x.name: np.zeros((1, 0, x.shape[2]), np.{dtype}) for x in caches}}
-new, held, made = np.array([[{first}]]), 0, []
-for _ in range(8):
-    step = {{"input_ids": new, "positions": held + np.arange(new.shape[1])[None]}}
-    step |= {{"lengths": np.array([held]), "logits_at": np.array([[new.shape[1] - 1]])}}
-    found = dict(zip(results, session.run(results, {{**step, **past}})))
-    held += new.shape[1]
-    past = {{name: found[name.replace("past", "present")][:, :held] for name in past}}
-    new = found["logits"][:, -1].argmax(-1)[:, None]
-    made.append(int(new[0, 0]))
-print(made)
-"""
-VALUES = """import numpy as np
-import onnxruntime
-from onnxruntime import OrtValue
-
-BFLOAT16 = 16  # ONNX's number; NumPy has no such type
-session = onnxruntime.InferenceSession("{model}")
-results = [x.name for x in session.get_outputs()]
-caches = [x for x in session.get_inputs() if x.name.startswith("past.")]
-empty = {{x.name: np.zeros((1, 0, x.shape[2]), np.uint16) for x in caches}}
-make = OrtValue.ortvalue_from_numpy_with_onnx_type
-past = {{name: make(x, BFLOAT16) for name, x in empty.items()}}
-new, held, made = np.array([[{first}]]), 0, []
-for _ in range(8):
-    step = {{"input_ids": new, "positions": held + np.arange(new.shape[1])[None]}}
-    step |= {{"lengths": np.array([held]), "logits_at": np.array([[new.shape[1] - 1]])}}
-    given = {{name: OrtValue.ortvalue_from_numpy(x) for name, x in step.items()}}
-    found = dict(zip(results, session.run_with_ort_values(results, {{**given, **past}})))
-    held += new.shape[1]
-    past = {{name: found[name.replace("past", "present")] for name in past}}
-    new = found["logits"].numpy()[:, -1].argmax(-1)[:, None]
-    made.append(int(new[0, 0]))
-print(made)
-"""
 SPELLED = {DType.f32: "float32", DType.f16: "float16", DType.bf16: "bfloat16", DType.i64: "int64"}
 """As NumPy and ONNX users say it."""
 LAYER = re.compile(r"^(past|present)\.(\d+)\.(.*)$")
@@ -106,9 +66,6 @@ def card(program: Program, files: Mapping[str, str], form: Form) -> str:
     given = zip(graph.output_names, graph.outputs, strict=True)
     outputs = ((name, border.outputs[name], x.type.shape) for name, x in given)
     generation = program.meta.get("generation", {})
-    first = generation.get("bos_token_id") or 0
-    example = NUMPY if form.numpy else VALUES
-    dtype = next((border.outputs[name] for name in border.caches), DType.f32)
     return TEXT.format(
         name=program.name,
         version=__version__,
@@ -120,7 +77,7 @@ def card(program: Program, files: Mapping[str, str], form: Form) -> str:
         stops=_stops(generation),
         inputs="\n".join(_rows(inputs)),
         outputs="\n".join(_rows(outputs)),
-        example=example.format(model=files[general], dtype=SPELLED[dtype], first=first),
+        example=example(program, files),
     )
 
 

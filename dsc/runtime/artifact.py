@@ -28,15 +28,13 @@ from dsc.ir.ranks import at_rank
 from dsc.ir.safetensors import open_safetensors
 from dsc.ir.weights import MetaSource, WeightSource, leaf, source_types
 from dsc.replacing import replacing
-from dsc.runtime.emission import MANIFEST, Emission, Progress
+from dsc.runtime.emission import EXAMPLE, MANIFEST, RUN_SCRIPT, Emission, Progress
 from dsc.runtime.packing import damaged, layout, pack
 from dsc.runtime.plan import FORMAT, PLAN, check_format
 from dsc.targets import parse_target
 from dsc.user_folders import state_folder
 
 CODE_SUFFIXES = frozenset({".so", ".cubin", ".hsaco", ".ptx", ".py"})
-RUN_SCRIPT = "run.py"
-"""Written for people to run; loading an artifact never imports it."""
 SEAL = "sha256"
 MAX_MANIFEST = 64 * 2**20
 TOOLS = ("torch", "transformers", "apache-tvm", "triton", "onnx", "onnxruntime")
@@ -312,7 +310,7 @@ def _check_file(folder: Path, name: str, facts: Mapping[str, Any], skip_hash: bo
 
 
 def _holds_code(manifest: Mapping[str, Any]) -> bool:
-    names = (name for name in manifest["files"] if name != RUN_SCRIPT)
+    names = (name for name in manifest["files"] if name not in (RUN_SCRIPT, EXAMPLE))
     return any(Path(name).suffix in CODE_SUFFIXES for name in names)
 
 

@@ -12,6 +12,8 @@ from dsc.errors import ArtifactError
 from dsc.runtime.plan import Plan
 
 MANIFEST = "dsc.json"
+RUN_SCRIPT, EXAMPLE = "run.py", "example.py"
+"""Written for people to run; loading an artifact imports neither."""
 Progress: TypeAlias = Callable[[str, int, int], None]
 """`progress(what, done, total)`: called while long work goes on."""
 

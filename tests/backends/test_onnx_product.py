@@ -48,8 +48,9 @@ def test_the_cards_example_runs_and_continues_as_a_session(
     dtype: DType, options: dict[str, Any], caches: str, tmp_path: Path
 ) -> None:
     program = prepared(dtype)
-    ends = {"bos_token_id": 3, "eos_token_id": [1, 7]}
-    program = replace(program, meta={**program.meta, "generation": ends})
+    ends = [1, 7]
+    generation = {"bos_token_id": 3, "eos_token_id": ends}
+    program = replace(program, meta={**program.meta, "generation": generation})
     folder = tmp_path / "a"
     session = Session(executable(program, folder, **options), program, 1, 60)
     text = (folder / "README.md").read_text()
@@ -63,11 +64,15 @@ def test_the_cards_example_runs_and_continues_as_a_session(
         assert f"`{re.sub('[.][0-9]+[.]', '.N.', name)}`" in text
     assert f"| {caches} | [B, P, 20] |" in text
     assert "| `logits` | float32 |" in text
-    code = text.partition("```python\n")[2].partition("```")[0]
-    line = [sys.executable, "-c", code]
+    code = (folder / "example.py").read_text()
+    assert code == text.partition("```python\n")[2].partition("```")[0]
+    assert len(code.splitlines()) <= 40
+    line = [sys.executable, "example.py"]
     done = subprocess.run(line, cwd=folder, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    made = json.loads(done.stdout)
+    first, *made = json.loads(done.stdout)
+    assert first == 3
+    assert len(made) == 63 or made[-1] in ends
     logits = session.prefill(torch.tensor([[3]]))
     for token in made:
         assert token == int(logits[0].argmax())
