@@ -21,6 +21,7 @@ import random
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -65,14 +66,27 @@ FACTORS = ("multiplier", "logits_scaling", "routed_scaling_factor", "scale_emb",
 CAPS = ("softcapping",)
 
 
-def draw(model_type: str, index: int) -> StockConfig:
+@dataclass(frozen=True)
+class Sizes:
+    """What widths are drawn from: of the model, of a head, of parts of heads, and all others."""
+
+    hidden: tuple[int, ...] = (8, 12, 16, 24, 32)
+    head: tuple[int, ...] = (4, 6, 8, 16)
+    parts: tuple[int, ...] = (4, 8, 12)
+    others: tuple[int, ...] = (8, 12, 16, 24, 40)
+
+
+SMALL = Sizes()
+
+
+def draw(model_type: str, index: int, sizes: Sizes = SMALL) -> StockConfig:
     """Configuration `index` of a type: one that its class takes, and the same at every call."""
     base = dict(example(model_type).values)
     chance = random.Random(f"{model_type} {index}")
     told = ""
     for attempt in range(200):
         rope = ROPES[(index + attempt) % len(ROPES)]
-        values = _drawn(base, chance, rope) | {"model_type": model_type}
+        values = _drawn(base, chance, rope, sizes) | {"model_type": model_type}
         try:
             config = clean(values, f"{model_type} {index}")
             stock, _ = in_memory(config)
@@ -85,10 +99,10 @@ def draw(model_type: str, index: int) -> StockConfig:
 
 
 def _drawn(
-    base: Mapping[str, Any], chance: random.Random, rope: Mapping[str, Any]
+    base: Mapping[str, Any], chance: random.Random, rope: Mapping[str, Any], sizes: Sizes
 ) -> dict[str, Any]:
     """One draw, legal or not."""
-    hidden, heads = chance.choice((8, 12, 16, 24, 32)), chance.choice((1, 2, 2, 3, 4))
+    hidden, heads = chance.choice(sizes.hidden), chance.choice((1, 2, 2, 3, 4))
     fields = {k: _switched(k, v, chance) for k, v in base.items()}
     fields |= _layers(base, chance)
     shared = chance.choice([n for n in range(1, heads + 1) if heads % n == 0])
@@ -96,7 +110,7 @@ def _drawn(
     named = {
         "hidden_size": hidden, "num_attention_heads": heads, "num_key_value_heads": shared,
         "vocab_size": chance.choice((61, 97, hidden)), "max_position_embeddings": POSITIONS,
-        "head_dim": chance.choice((4, 6, 8, 16, 2 * (hidden // heads // 2) or 2)), **experts,
+        "head_dim": chance.choice((*sizes.head, 2 * (hidden // heads // 2) or 2)), **experts,
     }  # fmt: skip
     for key, value in fields.items():
         if isinstance(value, bool) or not isinstance(value, (int, list)):
@@ -109,9 +123,9 @@ def _drawn(
         elif role == "window" and isinstance(value, int):
             fields[key] = chance.choice((2, 3, 5, 8))
         elif role == "head_dim":
-            fields[key] = chance.choice((4, 8, 12))
+            fields[key] = chance.choice(sizes.parts)
         elif role == "width" and isinstance(value, int):
-            fields[key] = chance.choice((hidden, 8, 12, 16, 24, 40))
+            fields[key] = chance.choice((hidden, *sizes.others))
     if "qk_head_dim" in fields:
         fields["qk_head_dim"] = fields["qk_nope_head_dim"] + fields["qk_rope_head_dim"]
         turned = base["rope_parameters"].get("partial_rotary_factor", 1.0)

@@ -29,7 +29,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -227,20 +227,26 @@ class Interpreted:
         return Session(ReferenceExecutable(self.program), self.program, max_batch, max_context)
 
 
-def held_to_text(program: Program, ids: Sequence[int]) -> tuple[Logits, Noise]:
+def held_to_text(
+    program: Program,
+    ids: Sequence[int],
+    logits: Callable[[Any, Sequence[int]], Logits] | None = None,
+) -> tuple[Logits, Noise]:
     """Logits [S, vocab] of a program's own text in fp32 over its weights, and what may be off.
 
     `program` is one as it is compiled: entries as kernels were made for them, weights as they are
     stored. In bf16 and fp16 the text in that type says what rounding does; in fp32 that is derived,
-    or measured where a number's last bit decides between two codes.
+    or measured where a number's last bit decides between two codes. `logits` says in which steps a
+    model takes the ids: `session_logits` where nothing is said.
     """
-    exact = session_logits(Interpreted(in_fp32(program)), ids)
+    run = logits or session_logits
+    exact = run(Interpreted(in_fp32(program)), ids)
     codes = _takes_codes(program) or any(s.type.format is not None for s in program.states)
     if compute_dtype(program) != "fp32":
-        return exact, Noise.of(session_logits(Interpreted(program), ids), exact, codes)
+        return exact, Noise.of(run(Interpreted(program), ids), exact, codes)
     if codes:
         moved = in_fp32(program, FP32_ROUNDINGS)
-        return exact, Noise.of(session_logits(Interpreted(moved), ids), exact, codes)
+        return exact, Noise.of(run(Interpreted(moved), ids), exact, codes)
     return exact, Noise.in_fp32(exact, layers_of(program.meta.get("config", {})))
 
 
