@@ -27,6 +27,7 @@ import json
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -35,11 +36,13 @@ import torch
 
 import dsc
 from bench.matrix import LIMITS, TYPES, Sizes, Whole, draw
+from bench.names import quiet
 from bench.random_configs import ROOT, commit, unoptimised
 from dsc import backends, pipeline
 from dsc.diff.operators import operators
 from dsc.frontends.load import load_program
 from dsc.frontends.self_check import disturb, in_memory
+from dsc.frontends.stock import StockConfig
 from dsc.ir.formats import Packed
 from dsc.ir.graph import Node, Weight
 from dsc.ir.op import traits_of
@@ -58,7 +61,7 @@ RESULTS = ROOT / "bench" / "out" / "quant_matrix.jsonl"
 SIZES = (
     Sizes((64, 128, 256), (16, 32, 64), (16, 32), (64, 128, 192)),
     Sizes((40, 72, 100, 132), (6, 10, 20), (6, 10, 12), (36, 44, 100, 140)),
-    Sizes((37, 75, 131), (4, 6, 10), (4, 6, 10), (33, 45, 99, 129)),
+    Sizes((37, 75, 131), (4, 6, 10), (4, 6, 10), (33, 45, 99, 34)),
 )
 """Whole groups of 32 and blocks of 128, ends of them, and odd widths."""
 ROWS = (8, 16, 8)
@@ -75,18 +78,29 @@ def check(
 ) -> Iterator[dict[str, Any]]:
     """A draw in each of these codes on a backend, through a saved folder and saved artifacts."""
     case = {"type": model_type, "draw": index, "backend": backend}
-    config = draw(model_type, index, SIZES[index])
-    stock, _ = in_memory(config)
-    disturb(stock, index)
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place) / "folder"
-        stock.save_pretrained(folder)
         for quant in quants:
             try:
-                found = _held(folder, Path(place) / quant, backend, quant, index, Whole(stock))
+                stock = _saved(folder, model_type, index)
+                found = _held(folder, Path(place) / quant, backend, quant, index, stock)
             except Exception as problem:
                 found = {"ok": False, "error": f"{type(problem).__name__}: {str(problem)[:300]}"}
             yield case | {"quant": quant} | found
+
+
+def _saved(folder: Path, model_type: str, index: int) -> Whole:
+    """The stock class of a draw, saved as a folder."""
+    stock, _ = in_memory(_drawn(model_type, index))
+    disturb(stock, index)
+    with quiet():
+        stock.save_pretrained(folder)
+    return Whole(stock)
+
+
+@cache
+def _drawn(model_type: str, index: int) -> StockConfig:
+    return draw(model_type, index, SIZES[index])
 
 
 def _held(
@@ -114,7 +128,7 @@ def _held(
     generator = torch.Generator().manual_seed(index)
     ids = torch.randint(vocabulary, (TOKENS,), generator=generator).tolist()
     far = 0.0
-    for logits, what in ((session_logits, "one sequence"), (_ragged, "four sequences")):
+    for logits, what in ((session_logits, "one sequence"), (ragged, "four sequences")):
         said, noise = held_to_text(opened.program, ids, logits)
         ours = logits(opened, ids)
         own = compare(ours, said, _of(ids, ours), noise, is_text=False)
@@ -135,7 +149,7 @@ def _of(ids: Sequence[int], rows: Any) -> list[int]:
     return [0] * len(rows) if len(rows) != len(ids) else list(ids)
 
 
-def _ragged(model: Any, ids: Sequence[int]) -> Any:
+def ragged(model: Any, ids: Sequence[int]) -> Any:
     """Logits [positions, vocab] of a batch of different lengths: its prompts, then its steps."""
     session = model.session(max_batch=len(RAGGED), max_context=LIMITS["max_context"])
     prompt = np.array([[ids[(7 * row + i) % len(ids)] for i in range(max(RAGGED))]
@@ -229,8 +243,12 @@ def _explained(name: str, program: Program) -> float:
     assert isinstance(expr, Apply)
     stored = evaluate(expr if expr.type.format else expr.args[0], program.source)
     exact = evaluate(numbers(expr), program.source).float()
-    bound, size = stored.bound(exact), exact.square().mean().sqrt()
-    return float(bound.square().mean().sqrt() / size)
+    return _size(stored.bound(exact)) / _size(exact)
+
+
+def _size(x: torch.Tensor) -> float:
+    """The root of the mean square."""
+    return float(x.square().mean().sqrt())
 
 
 def _of_rows(node: Node | None) -> float:

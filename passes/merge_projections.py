@@ -6,7 +6,8 @@ Why it pays    the input is read once and one larger GEMM fills the machine bett
                ones: for V3 a decode step has 2 kernels fewer in each layer.
 Preconditions  stage CANONICAL or OPTIMIZED. The weights are weights of the program, read by these
                linears alone in every entry (else they would be stored twice), and kept in one
-               element type or format. Where some have a bias, the others get one of zeros.
+               element type or format, whose blocks stay whole. Where some have a bias, the others
+               get one of zeros.
 Before         graph main(%x: f32[N,8], @m.gate.weight: f32[4,8], @m.up.weight: f32[6,8]) {
                  %gate = linear %x, @m.gate.weight : f32[N,4] loc "m.gate"
                  %up = linear %x, @m.up.weight : f32[N,6] loc "m.up"
@@ -33,7 +34,8 @@ from dsc.ir.graph import Attrs, Graph, GraphBuilder, Node, Value, Weight
 from dsc.ir.ops.shape import axis_of
 from dsc.ir.program import Program
 from dsc.ir.stages import Stage
-from dsc.ir.weights import WeightExpr, apply, kept_in
+from dsc.ir.weights import WeightExpr, apply, kept_in, stored_type
+from dsc.passes._in_format import Dequantised, in_format
 from dsc.rewrite.base import Pass, PassReport
 
 Names = tuple[str, ...]
@@ -100,6 +102,20 @@ def _refusal(program: Program, key: Names, times: int, reads: Mapping[str, Seque
     if len(set(stored.values())) > 1:
         shown = ", ".join(f"@{name} in {kind}" for name, kind in stored.items())
         return f"the weights are kept in different forms: {shown}"
+    return _lost(list(matrices.values())) if any(map(stored_type, matrices.values())) else ""
+
+
+def _lost(parts: Sequence[WeightExpr]) -> str:
+    """Why weights that could stay in codes could not as one; empty where that changes nothing."""
+    try:
+        for part in parts:
+            in_format(part)
+    except Dequantised:
+        return ""
+    try:
+        in_format(apply("concat", *parts, axis=0))
+    except Dequantised as problem:
+        return f"the weights are kept in codes, and {problem}"
     return ""
 
 
