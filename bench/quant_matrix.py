@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
@@ -254,7 +255,7 @@ def _size(x: torch.Tensor) -> float:
 def _of_rows(node: Node | None) -> float:
     """As much of rows that become codes: of 8 bits half a step, of FP8 half of the last bit."""
     said = "" if node is None else str(node.attrs.get("activations") or "")
-    return {"": 0.0, "i": 0.5 / 127 * 32**0.5, "f": 2.0**-4}[said[:1]]
+    return {"": 0.0, "i": math.sqrt(32) * 0.5 / 127, "f": 2.0**-4}[said[:1]]
 
 
 # --- all of them ----------------------------------------------------------------------------------
