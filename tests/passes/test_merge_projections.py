@@ -14,7 +14,7 @@ from dsc.ir.program import Program
 from dsc.ir.stages import Stage
 from dsc.ir.types import DType, TensorType
 from dsc.ir.verifier import verify
-from dsc.ir.weights import Source, apply, evaluate, random_source
+from dsc.ir.weights import Source, WeightExpr, apply, evaluate, random_source
 from dsc.passes.absorb_mla import AbsorbMla
 from dsc.passes.merge_projections import MergeProjections, _joined
 from dsc.passes.specialise_entries import SpecialiseEntries
@@ -185,6 +185,25 @@ def test_weights_kept_in_different_forms_stay() -> None:
     )
     told = "the weights are kept in different forms: @a in f32, @b in f8e4m3{128x128,f32}"
     assert stays(mixed) == told
+
+
+@pytest.mark.parametrize(("block", "fired"), [((4, 8), True), ((1, 4), True), ((3, 8), False)])
+def test_weights_in_codes_stay_where_one_would_cut_blocks_of_the_other(
+    block: tuple[int, int], fired: bool
+) -> None:
+    """They would be packed dequantised: 4 rows of @a are no whole blocks of 3."""
+    weights, types = dict[str, WeightExpr](), dict[str, TensorType]()
+    for name, rows in (("a", 4), ("b", 6)):
+        codes = TensorType(DType.f8e4m3, (rows, 8))
+        scales = TensorType(DType.f32, (-(-rows // block[0]), -(-8 // block[1])))
+        types |= {name: codes, f"{name}.scale": scales}
+        stored = apply("scaled", Source(name, codes), Source(f"{name}.scale", scales), block=block)
+        weights[name] = apply("dequantize", stored, dtype=DType.f32)
+    program = replace(pair(), weights=weights, source=random_source(types))
+    if fired:
+        assert merged(program)[1].fired == {"merge": 1}
+    else:
+        assert stays(program) == "the weights are kept in codes, and concat at 4 cuts a block of 3"
 
 
 @pytest.mark.parametrize(
