@@ -426,13 +426,6 @@ def types() -> Figures:
     return {"ok": not bad, "results": len(found), "worst": worst, "bad": bad[:20]}
 
 
-def names() -> Figures:
-    """What transformers saves of every type that can be built small comes back bit for bit."""
-    from bench.names import figures
-
-    return figures()
-
-
 def random_calls() -> Figures:
     """20,000 calls of compiled entries, half of them wrong: no crash, no write outside of a buffer.
 
@@ -461,13 +454,6 @@ def coded_products() -> Figures:
     from bench import coded_products as forms
 
     return forms.measure(seconds=300)
-
-
-def attention() -> Figures:
-    """Attention with all of its attributes over odd shapes, on every backend, against fp64."""
-    from bench.attention import measure
-
-    return measure()
 
 
 def damaged_texts() -> Figures:
@@ -512,12 +498,13 @@ BARS: dict[str, Callable[[], Figures]] = {
     "random_programs": random_programs,
     "random_configs": random_configs,
     "types": types,
-    "names": names,
+    "names": lambda: import_module("bench.names").figures(),
     "random_calls": random_calls,
     "damaged_texts": damaged_texts,
     "hostile_files": lambda: import_module("bench.hostile_files").bar(),
     "coded_products": coded_products,
-    "attention": attention,
+    "attention": lambda: import_module("bench.attention").measure(),
+    "decode_bytes": lambda: import_module("bench.decode_bytes").measure(),
     "shared_cache": shared_cache,
     "verify_each": verify_each,
     "profile_overhead": profile_overhead,

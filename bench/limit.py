@@ -67,7 +67,7 @@ def step_work(
     kind, head = stored(quant), stored(quant, is_head=True)
     found = [_product(batch, config["vocab_size"], config["hidden_size"], head)]
     for index in range(config["num_hidden_layers"]):
-        found += _attention(config, batch, new, context, kind)
+        found += _attention(config, index, batch, new, context, kind)
         if index < config.get("first_k_dense_replace", index + 1):
             found += _mlp(config["hidden_size"], config["intermediate_size"], batch * new, kind)
         else:
@@ -91,23 +91,29 @@ def _product(rows: float, columns: int, depth: int, kind: Stored) -> Work:
 
 
 def _plain_attention(
-    config: Mapping[str, Any], batch: int, new: int, context: int, kind: Stored
+    config: Mapping[str, Any], index: int, batch: int, new: int, context: int, kind: Stored
 ) -> Iterator[Work]:
-    """Attention over keys and values: a row of a cache is read once for the heads that share it."""
+    """Attention over keys and values: a row of a cache is read once for the heads that share it.
+
+    A layer with a window reads the rows that its queries see.
+    """
     hidden, heads = config["hidden_size"], config["num_attention_heads"]
     width, groups = config.get("head_dim") or hidden // heads, config["num_key_value_heads"]
-    rows, pairs = batch * new, batch * new * (context + (new + 1) / 2)
+    sorts = config.get("layer_types") or ["full_attention"] * (index + 1)
+    window = config["sliding_window"] if sorts[index] == "sliding_attention" else context + new
+    rows, pairs = batch * new, batch * new * min(context + (new + 1) / 2, window)
     yield _product(rows, (heads + 2 * groups) * width, hidden, kind)
-    cached = batch * (context + new) * 2 * groups * width * BF16.bytes
+    seen = batch * (min(context, window - 1) + new)
+    cached = seen * 2 * groups * width * BF16.bytes
     yield Work(cached, 4 * pairs * heads * width)
     yield _product(rows, hidden, heads * width, kind)
 
 
 def _attention(
-    config: Mapping[str, Any], batch: int, new: int, context: int, kind: Stored
+    config: Mapping[str, Any], index: int, batch: int, new: int, context: int, kind: Stored
 ) -> Iterator[Work]:
     if "kv_lora_rank" not in config:
-        yield from _plain_attention(config, batch, new, context, kind)
+        yield from _plain_attention(config, index, batch, new, context, kind)
         return
     hidden, heads, rank = (
         config[k] for k in ("hidden_size", "num_attention_heads", "kv_lora_rank")
