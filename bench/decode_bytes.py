@@ -54,7 +54,7 @@ def save(config: Mapping[str, Any], folder: Path) -> None:
 
     from dsc.frontends.stock import clean, stock_model
 
-    stock = stock_model(clean(dict(config)), device="cpu")
+    stock: Any = stock_model(clean(dict(config)), device="cpu")
     stock.to(torch.bfloat16).save_pretrained(folder)
 
 
