@@ -47,7 +47,7 @@ class OnnxRuntimeBackend:
 
     def capabilities(self, target: Target) -> Capabilities:
         """Caches go in and come out grown; experts stay one operator."""
-        return Capabilities(options=("opset", "caches", "prepack"))
+        return Capabilities(options=("opset", "caches", "prepack", "server"))
 
     def supports(self, node: Node) -> Support:
         """Whether there is an emitter and a kernel for the node's element types."""
@@ -77,16 +77,18 @@ class OnnxRuntimeBackend:
         Raises `UnsupportedOperator` with all nodes that have no ONNX form.
         """
         _require("onnx")
-        from dsc.backends.onnxruntime import model
+        from dsc.backends.onnxruntime import model, serving
         from dsc.backends.onnxruntime.card import card, facts
         from dsc.backends.onnxruntime.example import example
         from dsc.backends.onnxruntime.interface import chosen_form
 
         program = giving_indices(program)
+        server = options.extra.get("server")
+        folder = serving.folder_of(program, server)
         form = chosen_form(program, options.extra.get("opset"), options.extra.get("caches"))
         check_supported(program, self)
         shared = model.shared_entries(program)
-        files = {entry: f"{model.FOLDER}/{owner}.onnx" for entry, owner in shared.items()}
+        files = {entry: f"{folder}/{owner}.onnx" for entry, owner in shared.items()}
         plan = Plan(
             {
                 entry: whole_entry(program.entries[entry], program.symbols, path, ALLOCATOR)
@@ -103,6 +105,8 @@ class OnnxRuntimeBackend:
             built[files[owner]] = model.build_model(
                 program.entries[owner], owner, form, facts(program)
             )
+        served = serving.files(program, form, server)
+        built |= served.models
         meta = {
             "models": files,
             "threads": options.threads,
@@ -119,9 +123,9 @@ class OnnxRuntimeBackend:
         if causal:
             texts = {"README.md": card(program, files, form), EXAMPLE: example(program, files)}
         return Emission(
-            files={name: text.encode() for name, text in texts.items()},
+            files={name: text.encode() for name, text in {**texts, **served.texts}.items()},
             plan=plan,
-            weights_path=f"{model.FOLDER}/{model.WEIGHTS}",
+            weights_path=f"{folder}/{model.WEIGHTS}",
             meta=meta,
             runner=RUNNER.read_text() if causal and form.numpy else "",
             finish=finish,

@@ -9,11 +9,13 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict
+from pathlib import PurePosixPath
 from typing import Any
 
 from dsc._version import __version__
 from dsc.backends.onnxruntime.example import example
 from dsc.backends.onnxruntime.interface import Form, Interface, meaning
+from dsc.backends.onnxruntime.model import WEIGHTS
 from dsc.ir.program import Program
 from dsc.ir.types import DType
 
@@ -71,7 +73,7 @@ def card(program: Program, files: Mapping[str, str], form: Form) -> str:
         version=__version__,
         opset=form.opset,
         runtime=form.runtime,
-        weights="onnx/model.safetensors",
+        weights=f"{PurePosixPath(files[general]).parent}/{WEIGHTS}",
         models="\n".join(_models(program, files)),
         **asdict(program.limits),
         stops=_stops(generation),

@@ -7,15 +7,16 @@ filled in by `finish` when the artifact's writer knows the places. The models li
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from onnx import GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto, helper
+from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper
 
 from dsc._version import __version__
 from dsc.backends.onnxruntime.emit import emit_graph
 from dsc.backends.onnxruntime.graph import External, GraphWriter, static, value_info
 from dsc.backends.onnxruntime.interface import Form, Interface, meaning
+from dsc.backends.onnxruntime.ports import Port, Signature
 from dsc.ir.analyses import structural_hash
 from dsc.ir.dims import Dim, symbol_name
 from dsc.ir.graph import Graph, Weight
@@ -61,35 +62,41 @@ def build_model(
     form: Form | None = None,
     facts: Mapping[str, str] | None = None,
     max_branches: int = MAX_BRANCHES,
+    signature: Signature | None = None,
 ) -> BuiltModel:
     """The ONNX model of one graph. With more than `max_branches` experts it loops over them.
 
-    `facts` become its metadata.
+    `facts` become its metadata; `signature` is another than the graph's own.
     """
     form = form or Form()
     border = Interface.of(graph, form)
     g = GraphWriter(graph)
     g.pool.unroll = _experts(graph) <= max_branches
     g.pool.opset = form.opset
-    g.pool.wide |= {v.name for v in graph.inputs if border.inputs[v.name] is not v.type.dtype}
+    own = {v.name: v.name for v in graph.inputs}
+    values = own if signature is None else signature.enter(g)
+    g.pool.wide |= {
+        values[v.name] for v in graph.inputs if border.inputs[v.name] is not v.type.dtype
+    }
     results = [
         g.cast(result, x.type.dtype, border.outputs[output])
         for result, x, output in zip(
-            emit_graph(g, graph, {v.name: v.name for v in graph.inputs}),
-            graph.outputs,
-            graph.output_names,
-            strict=True,
+            emit_graph(g, graph, values), graph.outputs, graph.output_names, strict=True
         )
     ]
-    _name_outputs(g, graph, results)
-    used = set(_used(g.nodes))
-    given = zip(result_names(graph), graph.output_names, graph.outputs, strict=True)
     causal = bool(border.caches)
+    if signature is None:
+        taken, given = _ports(graph, border, causal)
+    else:
+        results = signature.leave(g, dict(zip(graph.output_names, results, strict=True)))
+        taken, given = signature.inputs, signature.outputs
+    _name_outputs(g, [port.name for port in given], results)
+    used = set(_used(g.nodes))
     proto = helper.make_graph(
         g.nodes,
         name,
-        [_declared(v.name, border.inputs[v.name], v.type, causal) for v in graph.inputs],
-        [_declared(theirs, border.outputs[n], x.type, causal) for theirs, n, x in given],
+        [value_info(p.name, p.dtype, p.shape, p.doc) for p in taken],
+        [value_info(p.name, p.dtype, p.shape, p.doc) for p in given],
         [t for t in g.pool.constants.values() if t.name in used],
     )
     opset = helper.make_opsetid("", form.opset)
@@ -112,10 +119,15 @@ def result_names(graph: Graph) -> tuple[str, ...]:
     return tuple(f"{n}.out" if n in taken else n for n in graph.output_names)
 
 
-def _declared(name: str, dtype: DType, type: TensorType, causal: bool) -> ValueInfoProto:
-    """An input or output; those of a causal language model say what they are."""
-    info: ValueInfoProto = value_info(name, dtype, type.shape, meaning(name) if causal else "")
-    return info
+def _ports(graph: Graph, border: Interface, causal: bool) -> tuple[Sequence[Port], Sequence[Port]]:
+    """Inputs and outputs as the graph has them; a causal language model's say what they are."""
+
+    def port(name: str, dtype: DType, type: TensorType) -> Port:
+        return Port(name, dtype, type.shape, meaning(name) if causal else "")
+
+    taken = [port(v.name, border.inputs[v.name], v.type) for v in graph.inputs]
+    given = zip(result_names(graph), graph.output_names, graph.outputs, strict=True)
+    return taken, [port(theirs, border.outputs[n], x.type) for theirs, n, x in given]
 
 
 def _experts(graph: Graph) -> int:
@@ -174,11 +186,11 @@ def _specialises(special: Graph, general: Graph) -> dict[str, Dim] | None:
     return env
 
 
-def _name_outputs(g: GraphWriter, graph: Graph, results: Iterable[str]) -> None:
+def _name_outputs(g: GraphWriter, names: Iterable[str], results: Iterable[str]) -> None:
     """Give results their public names: by renaming, or by an Identity where one has a name."""
     made = {name for node in g.nodes for name in node.output}
     renamed: dict[str, str] = {}
-    for name, result in zip(result_names(graph), results, strict=True):
+    for name, result in zip(names, results, strict=True):
         if result in made and result not in renamed:
             renamed[result] = name
         elif result != name:

@@ -37,6 +37,15 @@ def export(
             " no bf16.  [default: fp32 for bf16 models, else the model's]",
         ),
     ] = None,
+    server: Annotated[
+        Literal["genai", "optimum", "triton-server"] | None,
+        options.unset(
+            "--for",
+            help="Beside the models, what a server wants. genai: genai_config.json and a model for"
+            " ONNX Runtime GenAI; optimum: one for ORTModelForCausalLM; triton-server: OUT is a"
+            " model repository, with config.pbtxt.  [default: none]",
+        ),
+    ] = None,
     check: Annotated[bool, Option("--check", help="Run onnx.checker on what was written.")] = False,
     fusion_level: options.FusionLevel = 3,
     dtype: options.Dtype = None,
@@ -59,15 +68,16 @@ def export(
         dsc export path/to/checkpoint --format relax -o relax-model
     """
     given = locals().copy()  # every option, by the name that `dsc.compile` has for it
-    for own in ("format", "opset", "cache_dtype", "check"):
+    for own in ("format", "opset", "cache_dtype", "server", "check"):
         del given[own]
     if check and format != "onnx":
         raise UsageError("--check is for ONNX", hint="leave out --check")
     onnx = format == "onnx"
-    asked = {"opset": opset, "caches": cache_dtype}
+    asked = {"opset": opset, "caches": cache_dtype, "server": server}
     if not onnx and options.chosen(**asked):
         raise UsageError(
-            "--opset and --cache-dtype are for ONNX", hint="leave them out, or the --format"
+            "--opset, --cache-dtype and --for are for ONNX",
+            hint="leave them out, or the --format",
         )
     if check and (weights == "none" or model.endswith(".dsc")):
         raise UsageError("--check reads the weights too", hint="give --weights, or no --check")
