@@ -1,8 +1,9 @@
-"""The `onnxruntime` backend: ONNX models in standard operators, run by ONNX Runtime on the CPU.
+"""The `onnxruntime` backend: ONNX models, run by ONNX Runtime on the CPU.
 
 One model for each entry that differs, `onnx/<entry>.onnx`, with the latent cache as inputs and
-outputs and all weights in one file beside them. The models pass `onnx.checker` and need no operator
-outside of the standard: of opset 23 (ONNX Runtime 1.23), or 24 (1.25) where that is asked for.
+outputs and all weights in one file beside them. The models pass `onnx.checker`. They are in one of
+two dialects (`contrib.py`): standard operators of opset 23 (ONNX Runtime 1.23) or 24 (1.25), and
+ONNX Runtime's own beside them unless `onnx_ops` is `standard`.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ COMPUTED = frozenset(
 """Element types that emitters handle; the 8-bit floats can only be converted from and to."""
 FLOATS_ONLY = frozenset({"linear", "pow"})
 """ONNX Runtime computes powers of integers in fp64, and has no Gemm of them."""
+OPTIONS = ("opset", "caches", "prepack", "server", "onnx_ops", "provider")
 ALLOCATOR = "ONNX Runtime"
 """A session allocates what it computes on the way for itself."""
 INSTALL = "pip install onnx onnxruntime"
@@ -47,7 +49,7 @@ class OnnxRuntimeBackend:
 
     def capabilities(self, target: Target) -> Capabilities:
         """Caches go in and come out grown; experts stay one operator."""
-        return Capabilities(options=("opset", "caches", "prepack", "server"))
+        return Capabilities(options=OPTIONS)
 
     def supports(self, node: Node) -> Support:
         """Whether there is an emitter and a kernel for the node's element types."""
@@ -77,7 +79,7 @@ class OnnxRuntimeBackend:
         Raises `UnsupportedOperator` with all nodes that have no ONNX form.
         """
         _require("onnx")
-        from dsc.backends.onnxruntime import model, serving
+        from dsc.backends.onnxruntime import contrib, model, serving
         from dsc.backends.onnxruntime.card import card, facts
         from dsc.backends.onnxruntime.example import example
         from dsc.backends.onnxruntime.interface import chosen_form
@@ -85,7 +87,7 @@ class OnnxRuntimeBackend:
         program = giving_indices(program)
         server = options.extra.get("server")
         folder = serving.folder_of(program, server)
-        form = chosen_form(program, options.extra.get("opset"), options.extra.get("caches"))
+        form = chosen_form(program, options.extra)
         check_supported(program, self)
         shared = model.shared_entries(program)
         files = {entry: f"{folder}/{owner}.onnx" for entry, owner in shared.items()}
@@ -112,6 +114,8 @@ class OnnxRuntimeBackend:
             "threads": options.threads,
             "prepack": bool(options.extra.get("prepack", False)),
             "opset": form.opset,
+            "onnx_ops": form.ops,
+            "provider": form.provider,
             "wide_caches": form.wide_caches,
         }
 
@@ -129,6 +133,7 @@ class OnnxRuntimeBackend:
             meta=meta,
             runner=RUNNER.read_text() if causal and form.numpy else "",
             finish=finish,
+            notes=contrib.notes((one.contrib for one in built.values()), form.ops, form.provider),
             needs={"onnxruntime": f"onnxruntime>={form.runtime}"},
         )
 

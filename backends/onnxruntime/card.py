@@ -13,6 +13,7 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from dsc._version import __version__
+from dsc.backends.onnxruntime.contrib import ORT, STANDARD
 from dsc.backends.onnxruntime.example import example
 from dsc.backends.onnxruntime.interface import Form, Interface, meaning
 from dsc.backends.onnxruntime.model import WEIGHTS
@@ -22,7 +23,7 @@ from dsc.ir.types import DType
 TEXT = """# {name} as ONNX
 
 A step of a causal language model: new tokens and caches go in, logits and grown caches come out.
-Written by dsc {version}, in standard operators of opset {opset}. It needs ONNX Runtime {runtime} or
+Written by dsc {version}, in {operators} of opset {opset}. It needs ONNX Runtime {runtime} or
 later on CPUs. The weights are in `{weights}`, to which the models refer: keep them
 together.
 
@@ -59,6 +60,9 @@ SPELLED = {DType.f32: "float32", DType.f16: "float16", DType.bf16: "bfloat16", D
 LAYER = re.compile(r"^(past|present)\.(\d+)\.(.*)$")
 
 
+OPERATORS = {ORT: "operators of ONNX Runtime, and standard ones", STANDARD: "standard operators"}
+
+
 def card(program: Program, files: Mapping[str, str], form: Form) -> str:
     """The text for the models in `files`, by entry."""
     general = list(program.entries)[-1]
@@ -71,6 +75,7 @@ def card(program: Program, files: Mapping[str, str], form: Form) -> str:
     return TEXT.format(
         name=program.name,
         version=__version__,
+        operators=OPERATORS[form.ops],
         opset=form.opset,
         runtime=form.runtime,
         weights=f"{PurePosixPath(files[general]).parent}/{WEIGHTS}",

@@ -10,6 +10,7 @@ A symbol of the program is a number that is read off the shape of an input when 
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,6 +18,7 @@ from typing import Any
 import numpy as np
 from onnx import GraphProto, NodeProto, TensorProto, helper, numpy_helper
 
+from dsc.backends.onnxruntime.contrib import DOMAIN, STANDARD, is_offered
 from dsc.errors import UnsupportedOperator
 from dsc.ir.dims import Dim, FloorDiv, Sym, symbol_name
 from dsc.ir.graph import Graph, Weight
@@ -63,7 +65,8 @@ class Pool:
 
     `unroll` says that work over experts may be written out, one branch an expert. `wide` names
     values that are fp32 where the program has 16 bits: caches that come and go so. `opset` is the
-    version of ONNX's operators that may be used.
+    version of ONNX's operators that may be used, `ops` the dialect, `provider` whom the model is
+    for, and `contrib` how often each of ONNX Runtime's own operators was written.
     """
 
     symbols: dict[str, tuple[str, int]] = field(default_factory=dict)
@@ -73,6 +76,9 @@ class Pool:
     unroll: bool = True
     wide: set[str] = field(default_factory=set)
     opset: int = OPSET
+    ops: str = STANDARD
+    provider: str = "cpu"
+    contrib: Counter[str] = field(default_factory=Counter)
 
 
 class GraphWriter:
@@ -105,6 +111,15 @@ class GraphWriter:
             found = self._append(op_type, results, inputs, attrs)
             self._known[key] = found
         return found
+
+    def has(self, op_type: str) -> bool:
+        """Whether one of ONNX Runtime's own operators may be written here."""
+        return is_offered(op_type, self.pool.ops, self.pool.provider)
+
+    def contrib(self, op_type: str, *inputs: str, results: int = 1, **attrs: Any) -> str:
+        """The first result of one of ONNX Runtime's own operators, which `has` allowed."""
+        assert self.has(op_type), f"{op_type} is not offered"
+        return self.ops(op_type, results, *inputs, domain=DOMAIN, **attrs)[0]
 
     def branch(self) -> GraphWriter:
         """A writer for one arm of `choose`: it reads everything that is defined here."""
@@ -158,6 +173,7 @@ class GraphWriter:
             **attrs,
         )
         self.nodes.append(node)
+        self.pool.contrib.update([op_type] if "domain" in attrs else ())
         return tuple(made)
 
     def _find(self, key: Any) -> tuple[str, ...] | None:

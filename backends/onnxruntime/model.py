@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper
 
 from dsc._version import __version__
+from dsc.backends.onnxruntime import contrib
 from dsc.backends.onnxruntime.emit import emit_graph
 from dsc.backends.onnxruntime.graph import External, GraphWriter, static, value_info
 from dsc.backends.onnxruntime.interface import Form, Interface, meaning
@@ -40,10 +41,11 @@ Places = Mapping[str, tuple[int, int]]
 
 @dataclass(slots=True)
 class BuiltModel:
-    """A model whose weights have no place yet."""
+    """A model whose weights have no place yet, and how often it has which contrib operators."""
 
     proto: ModelProto
     externals: list[External]
+    contrib: Mapping[str, int]
 
     def serialized(self, places: Places) -> bytes:
         """The model's bytes, its initializers pointing into the packed weights at `places`."""
@@ -72,7 +74,7 @@ def build_model(
     border = Interface.of(graph, form)
     g = GraphWriter(graph)
     g.pool.unroll = _experts(graph) <= max_branches
-    g.pool.opset = form.opset
+    g.pool.opset, g.pool.ops, g.pool.provider = form.opset, form.ops, form.provider
     own = {v.name: v.name for v in graph.inputs}
     values = own if signature is None else signature.enter(g)
     g.pool.wide |= {
@@ -99,14 +101,15 @@ def build_model(
         [value_info(p.name, p.dtype, p.shape, p.doc) for p in given],
         [t for t in g.pool.constants.values() if t.name in used],
     )
-    opset = helper.make_opsetid("", form.opset)
-    model = helper.make_model(proto, opset_imports=[opset], ir_version=IR_VERSION)
+    opsets = [helper.make_opsetid("", form.opset)]
+    opsets += [helper.make_opsetid(contrib.DOMAIN, contrib.VERSION)] * bool(g.pool.contrib)
+    model = helper.make_model(proto, opset_imports=opsets, ir_version=IR_VERSION)
     model.producer_name, model.producer_version = "dsc", __version__
     if causal:
         model.doc_string = DOC.format(name=name, runtime=form.runtime)
     helper.set_model_props(model, dict(sorted((facts or {}).items())))
     externals = [e for e in g.pool.externals.values() if e.tensor.name in used]
-    return BuiltModel(model, externals)
+    return BuiltModel(model, externals, g.pool.contrib)
 
 
 def result_names(graph: Graph) -> tuple[str, ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from typer import Option
 
@@ -26,7 +26,23 @@ def export(
         int | None,
         options.unset(
             "--opset",
-            help="Of ONNX: 23 or 24; the older one runs on older runtimes.  [default: 23]",
+            help="Of ONNX: 23 or 24; the older one runs on older runtimes.  [default: 23, or 24 for"
+            " --onnx-ops standard]",
+        ),
+    ] = None,
+    onnx_ops: Annotated[
+        Literal["ort", "standard"] | None,
+        options.unset(
+            "--onnx-ops",
+            help="ort: ONNX Runtime's own operators too, where they are faster; standard: only"
+            " those of ONNX, of opset 24 unless another is given.  [default: ort]",
+        ),
+    ] = None,
+    provider: Annotated[
+        Literal["cpu", "cuda"] | None,
+        options.unset(
+            "--onnx-provider",
+            help="Whose kernels of ONNX Runtime the operators are chosen for.  [default: cpu]",
         ),
     ] = None,
     cache_dtype: Annotated[
@@ -68,15 +84,16 @@ def export(
         dsc export path/to/checkpoint --format relax -o relax-model
     """
     given = locals().copy()  # every option, by the name that `dsc.compile` has for it
-    for own in ("format", "opset", "cache_dtype", "server", "check"):
+    for own in ("format", "opset", "onnx_ops", "provider", "cache_dtype", "server", "check"):
         del given[own]
     if check and format != "onnx":
         raise UsageError("--check is for ONNX", hint="leave out --check")
     onnx = format == "onnx"
-    asked = {"opset": opset, "caches": cache_dtype, "server": server}
+    asked: dict[str, Any] = {"opset": opset, "onnx_ops": onnx_ops, "provider": provider}
+    asked |= {"caches": cache_dtype, "server": server}
     if not onnx and options.chosen(**asked):
         raise UsageError(
-            "--opset, --cache-dtype and --for are for ONNX",
+            "--opset, --onnx-ops, --onnx-provider, --cache-dtype and --for are for ONNX",
             hint="leave them out, or the --format",
         )
     if check and (weights == "none" or model.endswith(".dsc")):

@@ -1,0 +1,71 @@
+"""ONNX Runtime's own operators: which there are, who runs them, and what stands in their place.
+
+In the dialect `ort` an emitter may write them (`GraphWriter.contrib`) where `GraphWriter.has` says
+so; in `standard` it writes the fallback, which is always there. A provider that is known to compute
+something else by an operator does not get it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+
+DOMAIN = "com.microsoft"
+VERSION = 1
+ORT, STANDARD = DIALECTS = ("ort", "standard")
+PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+"""Whom a model may be made for, and what ONNX Runtime calls it."""
+
+
+@dataclass(frozen=True)
+class Contrib:
+    """An operator: what it stands for, who has it, and who computes something else by it."""
+
+    fallback: str
+    providers: frozenset[str]
+    wrong: Mapping[str, str] = field(default_factory=dict)
+    source: str = "docs/ContribOperators.md of microsoft/onnxruntime"
+
+
+CONTRIB: Mapping[str, Contrib] = MappingProxyType({
+    "MatMulNBits": Contrib(
+        "DequantizeLinear and a product", frozenset({"cpu", "cuda"}),
+        source="contrib_ops/cpu/quantization/matmul_nbits.cc",
+    ),
+    "QMoE": Contrib(
+        "a branch an expert", frozenset({"cpu", "cuda"}),
+        {"cuda": "it ignores router_weights"},
+        source="contrib_ops/cpu/moe/moe_quantization_cpu.cc",
+    ),
+    "GatherBlockQuantized": Contrib(
+        "Gather and DequantizeLinear", frozenset({"cpu", "cuda"}),
+        source="contrib_ops/cpu/quantization/gather_block_quantized.cc",
+    ),
+})  # fmt: skip
+"""By the name of the operator, whose domain is `DOMAIN`."""
+
+
+def is_offered(op_type: str, ops: str, provider: str) -> bool:
+    """Whether a model in the dialect `ops` may use an operator on a provider."""
+    known = CONTRIB[op_type]
+    return ops == ORT and provider in known.providers and provider not in known.wrong
+
+
+def notes(uses: Iterable[Mapping[str, int]], ops: str, provider: str) -> tuple[str, ...]:
+    """What to tell of the operators that models use, and of those that a provider does not get."""
+    most: dict[str, int] = {}
+    for each in uses:
+        for op_type, count in each.items():
+            most[op_type] = max(count, most.get(op_type, 0))
+    told = [
+        f"ONNX Runtime's own {op_type}: {count} in a model; in standard operators"
+        f" {CONTRIB[op_type].fallback}"
+        for op_type, count in sorted(most.items())
+    ]
+    wrong = [
+        f"{op_type} is not used on {provider}: {known.wrong[provider]}"
+        for op_type, known in CONTRIB.items()
+        if ops == ORT and provider in known.wrong
+    ]
+    return (*told, *wrong)
