@@ -170,7 +170,12 @@ ALSO_BF16 = frozenset(
 """Operators whose first case also runs in bf16; the others share their loads and stores."""
 
 WIDE: dict[str, list[str]] = {
-    "linear": ["F[N,2080], F[70,2080]", "F[B,S,64], F[37,64], F[37]", "F[N,32], F[3,32]"],
+    "linear": [
+        "F[N,2080], F[70,2080]",
+        "F[B,S,64], F[37,64], F[37]",
+        "F[N,32], F[3,32]",
+        "F[N,20544], F[39,20544]",  # so deep that a task takes fewer columns
+    ],
     "experts": [
         _EXPERTS.format(d=64, g=192, i=96),
         _EXPERTS.format(d=96, g=64, i=32) + ' {act="gelu"}',

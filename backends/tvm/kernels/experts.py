@@ -245,7 +245,7 @@ def experts_direct(of: Experts) -> PrimFunc:
 
             multiply_codes(mine, up_codes, integer(2), both, finish, 2)
 
-        columns = grain(rows) if native else integer(SUMS)
+        columns = grain(rows, hidden) if native else integer(SUMS)
         if of.codes is not None:
             assert plain is not None
             columns = coded_grain(rows, plain.run, line)

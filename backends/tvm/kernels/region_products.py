@@ -152,8 +152,9 @@ class _Tasks:
             self.grain = coded.grain(self.rows, self.machine.run, wide)
             self.taken.take(self.x, lambda i: i * self.depth, self.rows)
         elif self.native:
-            alone = self.offsets is None  # stacked weights have blocks for all threads
-            self.grain = panels.grain(self.rows, wide) if alone else integer(wide)
+            self.grain = integer(wide)  # stacked weights have blocks for all threads
+            if self.offsets is None:
+                self.grain = panels.grain(self.rows, self.depth, wide, self.copies)
             self._pack()
         ends: list[Expr] = []
         count: Expr = integer(0)
