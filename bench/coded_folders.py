@@ -32,6 +32,7 @@ from bench.quant_matrix import unfused
 from bench.quantised_folders import LAYOUTS, Tensors, config_of, stored
 from bench.random_configs import unoptimised
 from dsc import backends
+from dsc.frontends.load import load_program
 from dsc.frontends.self_check import disturb
 from dsc.ir.arrays import array_of, tensor_of
 from dsc.ir.formats import Packed
@@ -198,7 +199,8 @@ def _other(name: str, keys: Sequence[str], opened: Any, coded: Path, plain: Path
 
 def _dequantised(coded: Path, backend: str) -> dict[str, str]:
     """Why weights are packed dequantised, by name."""
-    records = unfused(coded, backend, {}).records
+    program = load_program(coded, dtype=DType.f32, **LIMITS).program
+    records = unfused(program, backend, {}).records
     (found,) = (r.report.missed for r in records if r.name == "choose_formats")
     return {name: why for _, name, why in found}
 

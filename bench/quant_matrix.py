@@ -23,12 +23,13 @@ Results go to bench/out/quant_matrix.jsonl; what was measured at this commit is 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import nullcontext
-from functools import cache
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,6 @@ from dsc import backends, pipeline
 from dsc.diff.operators import operators
 from dsc.frontends.load import load_program
 from dsc.frontends.self_check import disturb, in_memory
-from dsc.frontends.stock import StockConfig
 from dsc.ir.formats import Packed
 from dsc.ir.graph import Node, Weight
 from dsc.ir.op import traits_of
@@ -56,6 +56,7 @@ from dsc.rewrite.pass_cache import Prepared
 from dsc.targets import Target
 from dsc.verification import compare, held_to_text, session_logits
 
+CPU = Target("cpu")
 BACKENDS = ("reference", "tvm", "onnxruntime")
 QUANT = {"int8": DType.i8, "int4": DType.i4, "fp8": DType.f8e4m3}
 RESULTS = ROOT / "bench" / "out" / "quant_matrix.jsonl"
@@ -76,59 +77,80 @@ ROUNDING = 2.0**-14
 """What fp32 may add to the bound of a format, as a share of it."""
 
 
-def check(
-    model_type: str, index: int, backend: str, quants: Sequence[str]
-) -> Iterator[dict[str, Any]]:
-    """A draw in each of these codes on a backend, through a saved folder and saved artifacts."""
-    case = {"type": model_type, "draw": index, "backend": backend}
-    with tempfile.TemporaryDirectory() as place:
-        folder = Path(place) / "folder"
-        for quant in quants:
-            try:
-                stock = _saved(folder, model_type, index)
-                found = _held(folder, Path(place) / quant, backend, quant, index, stock)
-            except Exception as problem:
-                found = {"ok": False, "error": f"{type(problem).__name__}: {str(problem)[:300]}"}
-            yield case | {"quant": quant} | found
+Case = tuple[str, str]
+"""A backend, and what weights are quantised to."""
 
 
-def _saved(folder: Path, model_type: str, index: int) -> Whole:
-    """The stock class of a draw, saved as a folder."""
-    stock, _ = in_memory(_drawn(model_type, index))
+@dataclass(frozen=True)
+class Drawn:
+    """A draw: the program read of its folder, its stock class, and its place in `SIZES`."""
+
+    program: Program
+    stock: Whole
+    index: int
+
+
+@contextmanager
+def drawn(model_type: str, index: int) -> Iterator[Drawn]:
+    """A draw of a type, read of a folder that stays as long as it is used."""
+    stock, _ = in_memory(draw(model_type, index, SIZES[index]))
     disturb(stock, index)
-    with quiet():
-        stock.save_pretrained(folder)
-    return Whole(stock)
+    with tempfile.TemporaryDirectory() as folder:
+        with quiet():
+            stock.save_pretrained(folder)
+        read = load_program(folder, dtype=DType.f32, **LIMITS)
+        yield Drawn(read.program, Whole(stock), index)
 
 
-@cache
-def _drawn(model_type: str, index: int) -> StockConfig:
-    return draw(model_type, index, SIZES[index])
+def check(model_type: str, index: int, cases: Sequence[Case]) -> Iterator[dict[str, Any]]:
+    """A draw in each of these codes on these backends, through saved artifacts."""
+    named = {"type": model_type, "draw": index}
+    try:
+        with drawn(model_type, index) as each:
+            for backend, quant in cases:
+                yield named | {"backend": backend, "quant": quant} | _tried(each, backend, quant)
+    except Exception as problem:
+        told = {"ok": False, "error": _told(problem)}
+        yield from (named | {"backend": b, "quant": q} | told for b, q in cases)
 
 
-def _held(
-    folder: Path, out: Path, backend: str, quant: str, index: int, stock: Whole
-) -> dict[str, Any]:
+def _tried(each: Drawn, backend: str, quant: str) -> dict[str, Any]:
+    try:
+        return held(each, backend, quant)
+    except Exception as problem:
+        return {"ok": False, "error": _told(problem)}
+
+
+def _told(problem: Exception) -> str:
+    return f"{type(problem).__name__}: {str(problem)[:300]}"
+
+
+def held(each: Drawn, backend: str, quant: str) -> dict[str, Any]:
     """All that is held of one artifact: `wrong` has what does not hold, in words."""
-    asked: dict[str, Any] = {"quant": quant, "activation_bits": ROWS[index]}
+    asked: dict[str, Any] = {"quant": quant, "activation_bits": ROWS[each.index]}
     with unoptimised() if backend == "tvm" else nullcontext():
-        made = dsc.compile(folder, backend=backend, dtype="fp32", **asked, **LIMITS)
-    made.save(out)
-    opened = dsc.load(out)
+        made = dsc.compile(each.program, backend=backend, **asked, **LIMITS)
+    with tempfile.TemporaryDirectory() as out:
+        return _of_artifact(each, made, dsc.load(made.save(Path(out) / "out")), asked)
+
+
+def _of_artifact(
+    each: Drawn, made: dsc.CompiledModel, opened: dsc.CompiledModel, asked: Mapping[str, Any]
+) -> dict[str, Any]:
     coded = {n for n, expr in made.program.weights.items() if makes_codes(expr)}
     kept = {n for n, e in opened.program.weights.items() if e.type.format is not None}
     wrong = [] if coded else ["no weight is in codes"]
-    if backends.get(backend).capabilities(Target("cpu")).formats and kept != coded:
+    if backends.get(made.backend).capabilities(CPU).formats and kept != coded:
         wrong.append(f"packed dequantised: {', '.join(sorted(coded - kept)[:3])}")
     types = {opened.program.weights[name].type.dtype for name in kept}
-    if kept and QUANT[quant] not in types:
+    if kept and QUANT[asked["quant"]] not in types:
         wrong.append(f"{', '.join(map(str, types))} alone")
     wrong += [line for name in sorted(coded) if (line := off(name, made.program, opened.program))]
-    before, after = (unfused(folder, backend, each) for each in ({}, asked))
+    before, after = (unfused(each.program, made.backend, a) for a in ({}, asked))
     shares = dict[str, float]()
     wrong += _operators(before.program, after.program, shares)
     vocabulary = opened.manifest["config"]["vocab_size"]
-    generator = torch.Generator().manual_seed(index)
+    generator = torch.Generator().manual_seed(each.index)
     ids = torch.randint(vocabulary, (TOKENS,), generator=generator).tolist()
     far = 0.0
     for logits, what in ((session_logits, "one sequence"), (ragged, "four sequences")):
@@ -137,7 +159,7 @@ def _held(
         own = compare(ours, said, _of(ids, ours), noise, is_text=False)
         far = max(far, *(check.found / max(check.bound, 1e-30) for check in own.checks))
         wrong += [f"{what}: {line}" for line in own.failures(most_excluded=1.0)]
-    exact = stock.logits(torch.tensor(ids))[0].numpy()
+    exact = each.stock.logits(torch.tensor(ids))[0].numpy()
     cost = float(np.sqrt(np.mean((session_logits(opened, ids) - exact) ** 2)) / exact.std())
     return {
         "ok": not wrong, "wrong": wrong[:5], "coded": len(coded), "stored in codes": len(kept),
@@ -223,12 +245,11 @@ def _operators(before: Program, after: Program, shares: dict[str, float]) -> Ite
             yield f"{entry}: {', '.join(sorted(due)[:3])} of no other program"
 
 
-def unfused(folder: Path, backend: str, asked: Mapping[str, Any]) -> Prepared:
+def unfused(program: Program, backend: str, asked: Mapping[str, Any]) -> Prepared:
     """What the passes make for a backend, one operator a node."""
     chunk = LIMITS["prefill_chunk"]
-    program = load_program(folder, dtype=DType.f32, **LIMITS).program
     options = pipeline.PipelineOptions(fusion_level=0, prefill_chunk=chunk, **asked)
-    return pipeline.prepare(program, backends.get(backend), Target("cpu"), options)
+    return pipeline.prepare(program, backends.get(backend), CPU, options)
 
 
 def _stayed(prepared: Prepared) -> dict[str, str]:
@@ -269,15 +290,15 @@ def run(
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Results of all draws of these types, one for each backend and each sort of codes."""
     found = {_case(each): each for each in earlier()}
-    wanted = [(t, d, b) for t in types for d in range(draws) for b in names]
-    for case in wanted:
-        left = [quant for quant in quants if (*case, quant) not in found]
-        for each in check(*case, left) if left else ():
+    cases = [(backend, quant) for backend in names for quant in quants]
+    for model_type, index in itertools.product(types, range(draws)):
+        left = [case for case in cases if (model_type, index, *case) not in found]
+        for each in check(model_type, index, left) if left else ():
             found[_case(each)] = each
             RESULTS.parent.mkdir(parents=True, exist_ok=True)
             with RESULTS.open("a") as out:
                 out.write(json.dumps({"commit": commit(), **each}) + "\n")
-    return [found[*case, quant] for case in wanted for quant in quants]
+    return [found[t, d, *case] for t in types for d in range(draws) for case in cases]
 
 
 def _case(found: Mapping[str, Any]) -> tuple[str, int, str, str]:
