@@ -260,32 +260,6 @@ def random_programs() -> Figures:
     return prove()
 
 
-def random_configs() -> Figures:
-    """1,091 legal V2 and V3 configurations whose widths coincide, on every backend.
-
-    Two to three seconds each, every tenth ten: run `python -m bench.random_configs FIRST LAST` in
-    several processes first to share it out.
-    """
-    from bench import random_configs as grid
-
-    found = grid.run(0, len(grid.EQUATIONS))
-    worst = {
-        b: max((r["worst"] for r in found if r["backend"] == b and "worst" in r), default=None)
-        for b in grid.BACKENDS
-    }
-    bad = [r for r in found if not r["ok"]]
-    positions, excluded = (sum(r.get(n, 0) for r in found) for n in ("positions", "excluded"))
-    return {
-        "ok": not bad and excluded <= 0.01 * positions,
-        "configurations": len(grid.EQUATIONS),
-        "worst": worst,
-        "bad": len(bad),
-        "first bad": bad[:5],
-        "positions": positions,
-        "excluded": excluded,
-    }
-
-
 def verify_each() -> Figures:
     """Every pass verified on small V3 and V2, all fusion levels, and on the 671B, shrunk."""
     from bench.proofs import verify_each as prove
@@ -399,33 +373,6 @@ def demo() -> Figures:
     }
 
 
-def judging() -> Figures:
-    """Sound artifacts verify in their own type, broken ones do not; no share passes the limit."""
-    from bench import judging as judge
-    from dsc.runtime.protocol import DRIFT
-
-    told, shares = judge.verdicts(TINY)
-    ranks = judge.of_two_ranks(TINY)
-    right = all(v["exit"] == (1 if name in judge.BROKEN else 0) for name, v in told.items())
-    whole = all(s is not None and 0 < s <= 1 + DRIFT for each in shares.values() for s in each)
-    return {
-        "ok": right and whole and not any(ranks.values()),
-        "verify": told,
-        "exit of two ranks": ranks,
-        "shares of the limit (prefill, decode)": shares,
-    }
-
-
-def types() -> Figures:
-    """27 types of decoders, five random configurations each, through folders, against stock."""
-    from bench import matrix
-
-    found = matrix.run(matrix.TYPES, BACKENDS, matrix.DRAWS)
-    bad = [each for each in found if not each["ok"]]
-    worst = {b: max(e.get("worst", 0.0) for e in found if e["backend"] == b) for b in BACKENDS}
-    return {"ok": not bad, "results": len(found), "worst": worst, "bad": bad[:20]}
-
-
 def random_calls() -> Figures:
     """20,000 calls of compiled entries, half of them wrong: no crash, no write outside of a buffer.
 
@@ -480,6 +427,16 @@ def first_call() -> Figures:
     return {"ok": found["ratio"] <= 1.0 and found["wall"]["dsc kept"] <= 0.4, **found}
 
 
+def _bar_of(module: str, name: str = "bar") -> Callable[[], Figures]:
+    """The bar that a module of the bench has, imported when it is measured."""
+
+    def bar() -> Figures:
+        found: Figures = getattr(import_module(f"bench.{module}"), name)()
+        return found
+
+    return bar
+
+
 BARS: dict[str, Callable[[], Figures]] = {
     "import_time": import_time,
     "torch_functions": torch_functions,
@@ -496,15 +453,17 @@ BARS: dict[str, Callable[[], Figures]] = {
     "fusion": fusion,
     "ranks": ranks,
     "random_programs": random_programs,
-    "random_configs": random_configs,
-    "types": types,
-    "names": lambda: import_module("bench.names").figures(),
+    "random_configs": _bar_of("random_configs"),
+    "types": _bar_of("matrix"),
+    "quantised_types": _bar_of("quant_matrix"),
+    "quantised_folders": _bar_of("coded_folders"),
+    "names": _bar_of("names", "figures"),
     "random_calls": random_calls,
     "damaged_texts": damaged_texts,
-    "hostile_files": lambda: import_module("bench.hostile_files").bar(),
+    "hostile_files": _bar_of("hostile_files"),
     "coded_products": coded_products,
-    "attention": lambda: import_module("bench.attention").measure(),
-    "decode_bytes": lambda: import_module("bench.decode_bytes").measure(),
+    "attention": _bar_of("attention", "measure"),
+    "decode_bytes": _bar_of("decode_bytes", "measure"),
     "shared_cache": shared_cache,
     "verify_each": verify_each,
     "profile_overhead": profile_overhead,
@@ -512,7 +471,7 @@ BARS: dict[str, Callable[[], Figures]] = {
     "start": start,
     "footprint": footprint,
     "demo": demo,
-    "judging": judging,
+    "judging": _bar_of("judging"),
     "varying_sizes": varying_sizes,
     "first_call": first_call,
 }

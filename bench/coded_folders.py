@@ -15,7 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from functools import cache
 from pathlib import Path
@@ -26,11 +26,11 @@ import torch
 from safetensors.torch import save_file
 
 import dsc
-from bench.matrix import BACKENDS, LIMITS, Whole
+from bench.matrix import BACKENDS, LIMITS, Whole, earlier, keep
 from bench.names import quiet, small_model
 from bench.quant_matrix import unfused
 from bench.quantised_folders import LAYOUTS, Tensors, config_of, stored
-from bench.random_configs import unoptimised
+from bench.random_configs import ROOT, unoptimised
 from dsc import backends
 from dsc.frontends.load import load_program
 from dsc.frontends.self_check import disturb
@@ -66,7 +66,12 @@ KEPT = {
     "fp8-block": "f8e4m3{128x128,f32", "gptq": "i4{1x32,f16", "gptq-zeros": "i4{1x32,f16,i8",
     "gptq-v2": "i4{1x32,f16,i8", "gptq-8": "i8{1x32,f16,i8", "awq": "i4{1x32,f16,i8",
 }  # fmt: skip
-"""What types of weights begin with, by layout; `gptq-ordered` groups columns that do not follow."""
+"""What types of weights begin with, by layout."""
+ORDERED = "gptq-ordered"
+"""Columns of a group that do not follow each other: read exactly, and packed dequantised."""
+CUTTING = ("fp8-block", "awq", "w8a8")
+"""Layouts that are tried at widths which cut blocks as well."""
+RESULTS = ROOT / "bench" / "out" / "coded_folders.jsonl"
 
 
 @cache
@@ -138,10 +143,8 @@ def _held(
     strange = [t for t in types if not t.startswith(KEPT.get(layout, "none"))]
     wrong += [f"a weight is kept as {t}" for t in strange]
     left = {name: keys for name, keys in places.items() if name not in kept}
-    takes_codes = backends.get(backend).capabilities(Target("cpu")).formats and layout in KEPT
-    if takes_codes:
-        reasons = _dequantised(coded, backend)
-        wrong += [f"{n}: {reasons.get(n)}" for n in left if CUT not in reasons.get(n, "")]
+    if backends.get(backend).capabilities(Target("cpu")).formats and layout in KEPT:
+        wrong += _needless(left, coded, backend)
     ids = torch.randint(VOCABULARY, (48,), generator=torch.Generator().manual_seed(0))
     exact = stock.logits(ids)[0].numpy()
     error = float(np.abs(session_logits(opened, ids.tolist()) - exact).max())
@@ -197,12 +200,56 @@ def _other(name: str, keys: Sequence[str], opened: Any, coded: Path, plain: Path
     return ""
 
 
-def _dequantised(coded: Path, backend: str) -> dict[str, str]:
-    """Why weights are packed dequantised, by name."""
+def _needless(left: Iterable[str], coded: Path, backend: str) -> list[str]:
+    """Weights that are dequantised although no block of what one product reads is cut."""
     program = load_program(coded, dtype=DType.f32, **LIMITS).program
     records = unfused(program, backend, {}).records
     (found,) = (r.report.missed for r in records if r.name == "choose_formats")
-    return {name: why for _, name, why in found}
+    why = {name: told for _, name, told in found}
+    cut = {name.rpartition(".")[0] for name, told in why.items() if CUT in told}
+    return [f"{n}: {why.get(n)}" for n in left if n.rpartition(".")[0] not in cut]
+
+
+# --- all of them ----------------------------------------------------------------------------------
+
+
+def run(
+    types: Sequence[str] = TYPES, names: Sequence[str] = BACKENDS,
+    layouts: Sequence[str] = (*KEPT, ORDERED),
+) -> list[dict[str, Any]]:  # fmt: skip
+    """Results of these types in these layouts, one for each backend; ends of blocks in `CUTTING`.
+
+    What was measured at this commit is read back.
+    """
+    found = {_case(each): each for each in earlier(RESULTS)}
+    wanted = [(t, each, w) for t in types for each in layouts for w in WIDTHS]
+    wanted = [case for case in wanted if case[2] == "whole" or case[1] in CUTTING]
+    for case in wanted:
+        left = [name for name in names if (*case, name) not in found]
+        for each in check(*case, left) if left else ():
+            found[_case(each)] = each
+            keep(RESULTS, each)
+    return [found[*case, name] for case in wanted for name in names]
+
+
+def _case(found: Mapping[str, Any]) -> tuple[str, str, str, str]:
+    return found["type"], found["layout"], found["widths"], found["backend"]
+
+
+def bar() -> dict[str, Any]:
+    """FP8, GPTQ, AWQ and compressed-tensors folders of Llama and Qwen kinds, on every backend."""
+    found = run()
+    bad = [each for each in found if not each["ok"]]
+    figures: dict[str, Any] = {"ok": not bad, "results": len(found)}
+    for name in BACKENDS:
+        some = [each for each in found if each["backend"] == name and each["ok"]]
+        told = {key: sum(each[key] for each in some) for key in ("kept", "dequantised")}
+        figures[name] = {
+            "ok": len(some),
+            **told,
+            "worst": max((e["error"] for e in some), default=0),
+        }
+    return figures | {"bad": len(bad), "first bad": bad[:20]}
 
 
 def main() -> None:
@@ -212,11 +259,12 @@ def main() -> None:
     parser.add_argument("--backend", action="append")
     parser.add_argument("--layout", action="append")
     asked = parser.parse_args()
-    for t in asked.types:
-        for w in WIDTHS:
-            for layout in asked.layout or (*KEPT, "gptq-ordered"):
-                for r in check(t, layout, w, asked.backend or BACKENDS):
-                    print(json.dumps(r))
+    layouts = asked.layout or (*KEPT, ORDERED)
+    found = run(asked.types, asked.backend or BACKENDS, layouts)
+    bad = [each for each in found if not each["ok"]]
+    for each in bad:
+        print(json.dumps(each))
+    print(f"{len(found)} results, {len(bad)} bad")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from dsc.models.configs import TINY_CHECKPOINT
 from dsc.runtime.launch import command
+from dsc.runtime.protocol import DRIFT
 
 SOUND = (("tvm", "fp32"), ("tvm", "bf16"), ("tvm", "fp16"), ("onnxruntime", "bf16"))
 BROKEN = ("model.layers.1.self_attn.o_proj.weight", "model.layers.2.mlp.experts.3.down_proj.weight")
@@ -19,6 +21,20 @@ SHORT = {
     "bench": ["--prompt-len", "64", "--tokens", "4", "--rounds", "4", "--repeats", "3"],
     "profile": ["--tokens", "4", "--context", "32"],
 }
+
+
+def bar() -> dict[str, Any]:
+    """Sound artifacts verify in their own type, broken ones do not; no share passes the limit."""
+    told, shares = verdicts(TINY_CHECKPOINT)
+    ranks = of_two_ranks(TINY_CHECKPOINT)
+    right = all(v["exit"] == (1 if name in BROKEN else 0) for name, v in told.items())
+    whole = all(s is not None and 0 < s <= 1 + DRIFT for each in shares.values() for s in each)
+    return {
+        "ok": right and whole and not any(ranks.values()),
+        "verify": told,
+        "exit of two ranks": ranks,
+        "shares of the limit (prefill, decode)": shares,
+    }
 
 
 def verdicts(checkpoint: Path) -> tuple[dict[str, Any], dict[str, list[float | None]]]:

@@ -236,13 +236,13 @@ def _told(problem: Exception) -> str:
 def run(types: Sequence[str], backends: Sequence[str], draws: int) -> list[dict[str, Any]]:
     """Results of all draws of these types, one a backend."""
     wanted = {(t, d, b) for t in types for d in range(draws) for b in backends}
-    found = {_case(each): each for each in earlier() if _case(each) in wanted}
+    found = {_case(each): each for each in earlier(RESULTS) if _case(each) in wanted}
     for model_type in types:
         for index in range(draws):
             left = [b for b in backends if (model_type, index, b) not in found]
             for each in check(model_type, index, left) if left else ():
                 found[_case(each)] = each
-                _append(each)
+                keep(RESULTS, each)
     return list(found.values())
 
 
@@ -250,18 +250,27 @@ def _case(found: Mapping[str, Any]) -> tuple[str, int, str]:
     return found["type"], found["draw"], found["backend"]
 
 
-def earlier() -> list[dict[str, Any]]:
-    """What was measured at this commit."""
-    if not RESULTS.is_file():
+def earlier(path: Path) -> list[dict[str, Any]]:
+    """What was measured at this commit and kept in a file."""
+    if not path.is_file():
         return []
-    lines = (json.loads(line) for line in RESULTS.read_text().splitlines())
+    lines = (json.loads(line) for line in path.read_text().splitlines())
     return [found for found in lines if found.pop("commit") == commit()]
 
 
-def _append(found: Mapping[str, Any]) -> None:
-    RESULTS.parent.mkdir(parents=True, exist_ok=True)
-    with RESULTS.open("a") as out:
+def keep(path: Path, found: Mapping[str, Any]) -> None:
+    """Add a result to a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as out:
         out.write(json.dumps({"commit": commit(), **found}) + "\n")
+
+
+def bar() -> dict[str, Any]:
+    """27 types of decoders, five random configurations each, through folders, against stock."""
+    found = run(TYPES, BACKENDS, DRAWS)
+    bad = [each for each in found if not each["ok"]]
+    worst = {b: max(e.get("worst", 0.0) for e in found if e["backend"] == b) for b in BACKENDS}
+    return {"ok": not bad, "results": len(found), "worst": worst, "bad": bad[:20]}
 
 
 def main() -> None:

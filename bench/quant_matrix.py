@@ -37,9 +37,9 @@ import numpy as np
 import torch
 
 import dsc
-from bench.matrix import LIMITS, TYPES, Sizes, Whole, draw
+from bench.matrix import LIMITS, TYPES, Sizes, Whole, draw, earlier, keep
 from bench.names import quiet
-from bench.random_configs import ROOT, commit, unoptimised
+from bench.random_configs import ROOT, unoptimised
 from dsc import backends, pipeline
 from dsc.diff.operators import operators
 from dsc.frontends.load import load_program
@@ -288,29 +288,38 @@ def run(
     types: Sequence[str] = TYPES, names: Sequence[str] = BACKENDS,
     quants: Sequence[str] = tuple(QUANT), draws: int = len(SIZES),
 ) -> list[dict[str, Any]]:  # fmt: skip
-    """Results of all draws of these types, one for each backend and each sort of codes."""
-    found = {_case(each): each for each in earlier()}
+    """Results of so many draws of these types, one for each backend and each sort of codes.
+
+    Types take turns with the three sorts of widths, so that a run which is cut off has tried all.
+    """
+    found = {_case(each): each for each in earlier(RESULTS)}
     cases = [(backend, quant) for backend in names for quant in quants]
-    for model_type, index in itertools.product(types, range(draws)):
+    wanted = [(t, (d + TYPES.index(t)) % len(SIZES)) for d in range(draws) for t in types]
+    for model_type, index in wanted:
         left = [case for case in cases if (model_type, index, *case) not in found]
         for each in check(model_type, index, left) if left else ():
             found[_case(each)] = each
-            RESULTS.parent.mkdir(parents=True, exist_ok=True)
-            with RESULTS.open("a") as out:
-                out.write(json.dumps({"commit": commit(), **each}) + "\n")
-    return [found[t, d, *case] for t in types for d in range(draws) for case in cases]
+            keep(RESULTS, each)
+    return [found[*each, *case] for each in wanted for case in cases]
 
 
 def _case(found: Mapping[str, Any]) -> tuple[str, int, str, str]:
     return found["type"], found["draw"], found["backend"], found["quant"]
 
 
-def earlier() -> list[dict[str, Any]]:
-    """What was measured at this commit."""
-    if not RESULTS.is_file():
-        return []
-    lines = (json.loads(line) for line in RESULTS.read_text().splitlines())
-    return [found for found in lines if found.pop("commit") == commit()]
+def bar() -> dict[str, Any]:
+    """27 types in int8, int4 and FP8, three draws each, on every backend."""
+    found = run()
+    bad = [each for each in found if not each["ok"]]
+    figures: dict[str, Any] = {"ok": not bad, "results": len(found)}
+    for backend, quant in itertools.product(BACKENDS, QUANT):
+        some = [e for e in found if (e["backend"], e["quant"]) == (backend, quant) and e["ok"]]
+        counted = ("coded", "stored in codes", "operators")
+        most = ("worst operator", "logits", "cost")
+        told = {key: sum(each[key] for each in some) for key in counted}
+        told |= {key: round(max((each[key] for each in some), default=0.0), 4) for key in most}
+        figures[f"{backend} {quant}"] = {"ok": len(some), **told}
+    return figures | {"bad": len(bad), "first bad": bad[:20]}
 
 
 def main() -> None:

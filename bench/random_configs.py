@@ -355,6 +355,30 @@ def commit() -> str:
     return subprocess.run(line, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
 
 
+def bar() -> dict[str, Any]:
+    """1,091 legal V2 and V3 configurations whose widths coincide, on every backend.
+
+    Two to three seconds each, every tenth ten: run `python -m bench.random_configs FIRST LAST` in
+    several processes first to share it out.
+    """
+    found = run(0, len(EQUATIONS))
+    worst = {
+        b: max((r["worst"] for r in found if r["backend"] == b and "worst" in r), default=None)
+        for b in BACKENDS
+    }
+    bad = [r for r in found if not r["ok"]]
+    positions, excluded = (sum(r.get(n, 0) for r in found) for n in ("positions", "excluded"))
+    return {
+        "ok": not bad and excluded <= 0.01 * positions,
+        "configurations": len(EQUATIONS),
+        "worst": worst,
+        "bad": len(bad),
+        "first bad": bad[:5],
+        "positions": positions,
+        "excluded": excluded,
+    }
+
+
 def main() -> None:
     """Measure a range of configurations and print what does not hold."""
     first, last = (int(each) for each in (sys.argv[1:] or ("0", str(len(EQUATIONS)))))

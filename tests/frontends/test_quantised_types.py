@@ -6,7 +6,6 @@ Folders are those of `bench/quantised_folders.py`; what the layouts are is held 
 from __future__ import annotations
 
 import json
-import tempfile
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -14,15 +13,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 import dsc
-from bench.names import mapped, quiet, small_model
-from bench.quantised_folders import LAYOUTS, Tensors, config_of, stored
+from bench import coded_folders
+from bench.coded_folders import folder
+from bench.names import mapped, small_model
+from bench.quantised_folders import Tensors
 from dsc.frontends.convert import convert
 from dsc.frontends.huggingface import load_checkpoint
-from dsc.ir.arrays import array_of, tensor_of
+from dsc.ir.arrays import array_of
 from dsc.ir.safetensors import open_safetensors
 from dsc.ir.types import DType
 from dsc.ir.weights import evaluate
@@ -55,30 +55,12 @@ def model_of(model_type: str) -> Any:
 @cache
 def plain_of(model_type: str) -> tuple[dict[str, Any], Tensors]:
     """`config.json` and the tensors of a small model, as transformers publishes it."""
-    model = model_of(model_type)
-    with tempfile.TemporaryDirectory() as place, quiet():
-        model.save_pretrained(place)
-        source = open_safetensors(Path(place))
-        raw = json.loads((Path(place) / "config.json").read_text())
-        return raw, {key: np.array(source.array(key)) for key in source.types}
-
-
-def folder(path: Path, raw: dict[str, Any], tensors: Tensors) -> Path:
-    path.mkdir()
-    (path / "config.json").write_text(json.dumps(raw))
-    save_file(
-        {k: tensor_of(np.ascontiguousarray(t)) for k, t in tensors.items()},
-        path / "model.safetensors",
-    )
-    return path
+    return coded_folders.plain_of(model_of(model_type))
 
 
 def both(path: Path, model_type: str, layout: str) -> tuple[Path, Path]:
     """A small model in a layout, and the numbers that it stands for."""
-    raw, tensors = plain_of(model_type)
-    made, numbers = stored(tensors, LAYOUTS[layout], 16)
-    told = config_of(raw, LAYOUTS[layout], 16)
-    return folder(path / "stored", told, made), folder(path / "plain", raw, numbers)
+    return coded_folders.both(path, plain_of(model_type), layout, 16)
 
 
 @pytest.mark.parametrize(
@@ -118,6 +100,20 @@ def test_an_artifact_of_another_type_holds_the_codes(
     ids = [[3, 1, 4, 1, 5, 9]]
     one, other = (each.session().prefill(ids) for each in (found, numbers))
     np.testing.assert_allclose(array_of(one), array_of(other), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "layout", "backend", "kept"),
+    [("llama", "fp8-block", "tvm", 7), ("qwen3_moe", "awq", "onnxruntime", 0)],
+)
+def test_other_backends_hold_the_codes_or_the_numbers_of_a_folder(
+    model_type: str, layout: str, backend: str, kept: int
+) -> None:
+    """Widths that cut blocks: projections of the Llama are not merged, so that codes stay."""
+    (found,) = coded_folders.check(model_type, layout, "ends", [backend])
+    assert found["wrong"] == []
+    assert found["kept"] == 2 * kept
+    assert (found["dequantised"] > 0) == (kept == 0)
 
 
 def test_experts_stacked_in_fp8_with_their_scales_are_read(tmp_path: Path) -> None:
