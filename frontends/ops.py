@@ -271,14 +271,21 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
 
 
 def rope(
-    x: Tensor, positions: Tensor, inv_freq: Tensor, layout: str = "interleaved", scale: float = 1.0
+    x: Tensor,
+    positions: Tensor,
+    inv_freq: Tensor,
+    layout: str = "interleaved",
+    scale: float = 1.0,
+    dims: int = 0,
 ) -> Tensor:
     """Rotary embedding of x [b,s,r] or [b,s,h,r] at positions i64[b,s], by inv_freq f32[r/2].
 
     `layout` is "interleaved" (pairs 2i, 2i+1), "deinterleave" (such pairs in, halves out) or
-    "half" (pairs i, i + r/2). cos and sin are multiplied by `scale`.
+    "half" (pairs i, i + r/2). cos and sin are multiplied by `scale`. With `dims` the first `dims`
+    = r columns of a wider row turn, and the others stay as they are.
     """
-    return call("rope", x, positions, inv_freq, layout=layout, scale=scale)  # type: ignore[no-any-return]
+    operands = (x, positions, inv_freq)
+    return call("rope", *operands, layout=layout, scale=scale, dims=dims)  # type: ignore[no-any-return]
 
 
 def attention(

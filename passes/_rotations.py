@@ -27,10 +27,16 @@ def emit(
     scale: float,
     shape: tuple[Dim, ...],
 ) -> Operand:
-    """rope of an x whose axes are b, s, perhaps h, and r, in some order; the result in `shape`."""
+    """rope of an x whose axes are b, s, perhaps h, and r, in some order; the result in `shape`.
+
+    Of a row that is wider than the frequencies turn, the first columns turn.
+    """
     batch, new = positions.type.shape
     rows = (batch, new, x.type.shape[-1])
     attrs: dict[str, Any] = {"layout": layout, "scale": scale}
+    turned_columns = inv_freq.type.shape[0] * 2
+    if turned_columns != x.type.shape[-1]:
+        attrs["dims"] = turned_columns
     turned = x
     swap = (0, 2, 1, 3)
     headed = x.type.numel != product(rows)
@@ -86,5 +92,6 @@ def _scale_of(graph: Graph, case: lift.Case, place: dict[str, int]) -> float | N
     still[place["x"]] = torch.ones_like(still[place["x"]])
     still[place["positions"]] = torch.zeros_like(still[place["positions"]])
     (out,) = lift.run(graph, lift.Case(case.sizes, still))
+    out = out[..., : 2 * still[place["inv_freq"]].shape[0]]
     low, high = float(out.min()), float(out.max())
     return low if abs(high - low) < 1e-6 else None

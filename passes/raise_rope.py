@@ -2,7 +2,9 @@
 
 What           everything between x, the positions and the frequencies on one side and the rotated
                value on the other becomes rope. The region is proposed by structure (products with
-               a table of sines and cosines) and proved by running it against each layout.
+               a table of sines and cosines) and proved by running it against each layout. Where
+               only the first columns of a head turn and the others are put behind them again, all
+               of that is the one operator.
 Why it pays    one kernel reads x once and needs no table; which layout the cached keys have, and
                that YaRN scales cos and sin, is then written in the program instead of implied.
 Preconditions  stage TRACED; the frequencies are a weight [r/2], the positions i64[b,s].
@@ -33,7 +35,7 @@ After          graph main(%x: f32[B,S,4], %p: i64[B,S], @inv_freq: f32[2]) {
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from dsc.ir.graph import Node, Value, Weight
@@ -73,6 +75,15 @@ _ROTATED = """graph g(%x: f32[B,{head}S,4], %p: i64[B,S], @inv_freq: f32[2]) {{
   %y = add %d, %e
   return %y
 }}"""
+_PARTIAL = (
+    _ROTATED.replace("%x: f32[B,{head}S,4]", "%w: f32[B,{head}S,6]")
+    .replace("  %a =", "  %x = slice %w {{axis=3, start=0, end=4}}\n  %a =")
+    .replace(
+        "  return %y", "  %r = slice %w {{axis=3, start={rest}}}\n"
+        "  %z = concat %y, %r {{axis=3}}\n  return %z"
+    )
+)  # fmt: skip
+"""The first four columns of six turn."""
 
 
 class Rope(Rule):
@@ -82,6 +93,7 @@ class Rope(Rule):
     examples = (
         _ROTATED.format(head="3,", second="%l"),
         _ROTATED.format(head="1,", second="%l"),
+        _PARTIAL.format(head="3,", second="%l", rest="4, end=6"),
     )
     near_misses: ClassVar[Mapping[str, str]] = {
         "the second product has the cosine too": _ROTATED.format(head="3,", second="%k"),
@@ -98,6 +110,9 @@ class Rope(Rule):
             found = _join(scope, node, x, tables)
             if isinstance(found, Match):
                 seen |= {v.name for n in found.nodes for v in n.outputs}
+                wider = _with_the_rest(scope, found)
+                if wider is not None:
+                    yield wider
             yield found
 
     def check(self, m: Match) -> Facts | Reject:
@@ -164,6 +179,28 @@ def _turned(scope: Scope, node: Node, origins: list[Value]) -> Match | None:
     return None
 
 
+def _with_the_rest(scope: Scope, found: Match) -> Match | None:
+    """The rotation with the columns that it leaves alone, where they are put behind it again."""
+    value, node = found.root.output, _only_reader(scope, found.root)
+    while node is not None and node.op in VIEWS and len(node.outputs) == 1:
+        value, node = node.output, _only_reader(scope, node)
+    if node is None or node.op != "concat" or node.inputs[0] != value:
+        return None
+    whole = [x for x in scope.viewed(found.x, VIEWS | {"cast"}) if isinstance(x, Value)]
+    wider = _turned(scope, node, whole)
+    if wider is None:
+        return None
+    wider = _beyond_cast(scope, wider, whole)
+    # Of two proposals that hold one rotation, the first that is proved claims it.
+    return replace(wider, shared=wider.shared - {id(found.root)})
+
+
+def _only_reader(scope: Scope, node: Node) -> Node | None:
+    """The node that alone reads a result."""
+    (reader, _), *others = scope.uses[node.output.name] or [(None, 0)]
+    return None if others else reader
+
+
 def _fits(found: Match) -> bool:
     """Whether there is one frequency a pair of channels."""
     same: bool = found.x.type.shape[-1] == found.inv_freq.type.shape[0] * 2
@@ -178,7 +215,7 @@ def _beyond_cast(scope: Scope, found: Match, origins: list[Value]) -> Match:
         if node.op not in ("cast", "reshape", "permute"):
             break
         further = _turned(scope, node, origins) if node.op == "cast" else None
-        if further is not None and _fits(further):
+        if further is not None and further.x.type.shape[-1] == found.x.type.shape[-1]:
             return further
     return found
 

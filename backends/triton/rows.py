@@ -267,28 +267,40 @@ class RowKernel:
             self._keep(step, _Value((f"v{step.number}",), columns))
 
     def _rotation(self, step: RowStep, columns: _Columns) -> None:
-        """Pairs (i, i + half) or (2i, 2i + 1), turned by the row's position times a frequency."""
+        """Pairs (i, i + half) or (2i, 2i + 1), turned by the row's position times a frequency.
+
+        Columns behind those that turn are pairs of neighbours that stay what and where they are.
+        """
         x, *given = [r.source for r in step.reads if isinstance(r.source, Lines)]
         if len(given) < 2:
             raise NoKernel("rope of what the region computes")
         positions, frequencies = given
-        half = self._number(step.extents[-1] // 2)
+        width, turned = step.extents[-1], step.attrs["dims"] or step.extents[-1]
+        half, each = self._number(turned // 2), self._number(width // 2)
         i, heads = columns.index, tuple[str, ...]()
         if len(step.extents) > 1:
-            i, heads = self._named(f"{i} % {half}"), (self._named(f"{i} // {half}"),)
+            i, heads = self._named(f"{i} % {each}"), (self._named(f"{i} // {each}"),)
+        turns = self._named(f"{i} < {half}") if turned != width else ""
+        own = self._named(f"tl.where({turns}, {i}, 0)") if turns else i
         position = self._named(f"{self._load(positions, columns)}.to(tl.float32)")
-        angle = self._named(f"{position} * {self._load(frequencies, columns, ((i, 0),))}")
+        angle = self._named(f"{position} * {self._load(frequencies, columns, ((own, 0),))}")
         scale = float(step.attrs["scale"])
         cos, sin = (self._named(f"tl.{f}({angle}) * {scale!r}") for f in ("cos", "sin"))
-        halves = ((*heads, i), (*heads, f"{i} + {half}"))
         pairs = ((*heads, f"2 * {i}"), (*heads, f"2 * {i} + 1"))
+        halves = ((*heads, i), (*heads, f"{i} + {half}"))
+        if turns:
+            sides = (self._named(f"tl.where({turns}, {a[-1]}, {b[-1]})")
+                     for a, b in zip(halves, pairs, strict=True))  # fmt: skip
+            halves = tuple((*heads, side) for side in sides)
         layout, dtype = step.attrs["layout"], step.dtype
         a, b = (
             self._load(x, columns, _indices(own)) for own in (halves if layout == "half" else pairs)
         )
         parts = f"v{step.number}a", f"v{step.number}b"
-        self._say(f"{parts[0]} = {rounded(f'{a} * {cos} - {b} * {sin}', dtype)}")
-        self._say(f"{parts[1]} = {rounded(f'{b} * {cos} + {a} * {sin}', dtype)}")
+        made = f"{a} * {cos} - {b} * {sin}", f"{b} * {cos} + {a} * {sin}"
+        for part, still, value in zip(parts, (a, b), made, strict=True):
+            value = f"tl.where({turns}, {value}, {still})" if turns else value
+            self._say(f"{part} = {rounded(value, dtype)}")
         places = pairs if layout == "interleaved" else halves
         self._keep(step, _Value(parts, columns, places))
 

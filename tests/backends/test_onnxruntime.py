@@ -62,6 +62,11 @@ MORE = {
         f'F[B,S{heads},6], i64[B,S]=900, f32[3] {{layout="{layout}", scale={scale}}}'
         for layout in ("interleaved", "deinterleave", "half")
         for heads, scale in (("", 1.0), (",3", 1.25))
+    ]
+    + [
+        f'F[B,S{heads},10], i64[B,S]=900, f32[3] {{layout="{layout}", scale=1.25, dims=6}}'
+        for layout in ("interleaved", "deinterleave", "half")
+        for heads in ("", ",3")
     ],
     "append": ["F[B,T,5], F[B,S,5], i64[B]=6"],
     "attention": [

@@ -77,6 +77,11 @@ REGIONS = {
       %v = cache_write %c, %r, %n
       return %v updates %c, %r
     }""",
+    "partly": """(%q: bf16[2,3,3,20], %p: i64[2,3], %f: f32[6]) {
+      %a = rope %q, %p, %f {layout="half", scale=1.5, dims=12}
+      %b = rope %q, %p, %f {layout="interleaved", dims=12}
+      return %a, %b
+    }""",
     "softmax": """(%x: f32[7,24], %m: f32[7,24]) {
       %a = add %x, %m
       %s = softmax %a {axis=-1}

@@ -49,6 +49,14 @@ REGIONS = {
       %qr = rope %q, %p, %f {layout="deinterleave", scale=1.5}
       return %u updates %c0, %v updates %c1, %qr
     }""",
+    "partly": """(%q: F[B,S,3,20], %k: F[B,S,20], %g: F[20], %p: i64[B,S], %f: f32[6],
+        %c: F[B,C,20], %n: i64[B]) {
+      %a = rms_norm %k, %g {eps=1e-06}
+      %r = rope %a, %p, %f {layout="half", scale=1.5, dims=12}
+      %v = cache_write %c, %r, %n
+      %b = rope %q, %p, %f {layout="interleaved", dims=12}
+      return %v updates %c, %b
+    }""",
     "softmax": """(%x: F[N,24], %m: F[N,24]) {
       %a = add %x, %m
       %s = softmax %a {axis=-1}

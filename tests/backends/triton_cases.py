@@ -47,6 +47,10 @@ EXTRA: dict[str, list[str]] = {
         f'f32[2,5{heads},16], i64[2,5]=900, f32[8] {{layout="{layout}", scale=1.25}}'
         for layout in ("interleaved", "deinterleave", "half")
         for heads in ("", ",3")
+    ]
+    + [
+        f'f32[2,5,3,20], i64[2,5]=900, f32[6] {{layout="{layout}", scale=1.25, dims=12}}'
+        for layout in ("interleaved", "deinterleave", "half")
     ],
     "softmax": ["f32[3,300]", "f32[3,5,4] {axis=1}", "bf16[2,9] {axis=-1}"],
     "attention": [

@@ -53,6 +53,10 @@ CASES: dict[str, list[str]] = {
         f'F[B,S{heads},12], i64[B,S]=900, f32[6] {{layout="{layout}", scale=1.25}}'
         for layout in ("interleaved", "deinterleave", "half")
         for heads in ("", ",3")
+    ]
+    + [
+        f'F[B,S,3,20], i64[B,S]=900, f32[6] {{layout="{layout}", scale=1.25, dims=12}}'
+        for layout in ("interleaved", "deinterleave", "half")
     ],
     "append": ["F[B,C,6], F[B,S,6], i64[B]=4"],
     "cache_write": [

@@ -235,8 +235,8 @@ class _Writer:
         self.updates[f"present.{name}"] = past.name
         return present
 
-    def turned(self, x: Value, layout: str, scale: float) -> Value:
-        inv_freq = self.weight(ROPE // 2, dtype=DType.f32)
+    def turned(self, x: Value, layout: str, scale: float, dims: int = ROPE) -> Value:
+        inv_freq = self.weight(dims // 2, dtype=DType.f32)
         how = self.spelling("traced")
         return spell.rope(self.b, x, self.positions(), inv_freq, layout, scale, how)
 
@@ -265,7 +265,8 @@ class _Writer:
         parts = [self.linear(x, HEADS * d) for _ in range(3)]
         if self.chance():
             heads = [self.call("reshape", p, shape=(B, S, HEADS, d)) for p in parts[:2]]
-            heads = [self.turned(p, "half", 1.0) for p in heads]
+            dims = self.one_of(ROPE, ROPE // 2)
+            heads = [self.turned(p, "half", 1.0, dims) for p in heads]
             parts[:2] = [self.call("reshape", p, shape=(B, S, HEADS * d)) for p in heads]
         q, k, v = parts
         k, v = self.grown(f"{index}.k", k), self.grown(f"{index}.v", v)

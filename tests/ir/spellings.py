@@ -54,12 +54,17 @@ def swiglu(b: Builder, gate: Value, up: Value, apart: str) -> Value:
 def rope(
     b: Builder, x: Value, positions: Value, inv_freq: Operand, layout: str, scale: float, apart: str
 ) -> Value:
-    """x [b,s,r] or [b,s,h,r]; `apart` is "" or "traced"."""
+    """x [b,s,r] or [b,s,h,r], or wider: then its first columns turn; `apart` is "" or "traced"."""
+    width, last, rank = x.type.shape[-1], 2 * inv_freq.type.shape[0], x.type.rank
+    assert isinstance(last, int) and isinstance(width, int)
+    dims = last if last != width else 0
     if not apart:
-        return b.call("rope", x, positions, inv_freq, layout=layout, scale=scale)[0]
+        return b.call("rope", x, positions, inv_freq, layout=layout, scale=scale, dims=dims)[0]
+    if dims:
+        turned, rest = b.call("split", x, sizes=(last, width - last), axis=rank - 1)
+        turned = rope(b, turned, positions, inv_freq, layout, scale, apart)
+        return b.call("concat", turned, rest, axis=rank - 1)[0]
     batch, new = positions.type.shape
-    last, rank = x.type.shape[-1], x.type.rank
-    assert isinstance(last, int)
     (at,) = b.call("reshape", positions, shape=(batch, new, *[1] * (rank - 2)))
     (angle,) = b.call("mul", b.call("cast", at, dtype=DType.f32)[0], inv_freq)
     cos, sin = b.call("cos", angle)[0], b.call("sin", angle)[0]

@@ -71,7 +71,8 @@ CASES: dict[str, list[str]] = {
                  "bf16[{a},{b}], f32[{b}] {{eps=0.5}}"],
     "rope": ['f32[{a},{b},{c},6], i64[{a},{b}], f32[3] {{layout="KIND"}}'.replace("KIND", kind)
              for kind in ("interleaved", "deinterleave", "half")]
-            + ['f32[{a},{b},4], i64[{a},{b}], f32[2] {{layout="half", scale=2}}'],
+            + ['f32[{a},{b},4], i64[{a},{b}], f32[2] {{layout="half", scale=2}}',
+               'f32[{a},{b},{c},6], i64[{a},{b}], f32[2] {{layout="half", dims=4}}'],
     "swiglu": ["f32[{a},{b}], f32[{a},{b}]"],
     "attention": ["f32[{a},{b},6,{c}], f32[{a},9,2,{c}], f32[{a},9,2,{d}], i64[{a}]=1"
                   " {{scale=0.3, causal=true}}",
@@ -308,6 +309,9 @@ def test_a_wrong_element_type_is_refused(name: str) -> None:
         ("einsum", 'f32[2,3] {eq="ab"}', "einsum equation"),
         ("rope", 'f32[2,3,6], i64[2,3], f32[2] {layout="half"}', "frequencies"),
         ("rope", 'f32[2,3,6], i64[2,4], f32[3] {layout="half"}', "positions"),
+        ("rope", 'f32[2,3,6], i64[2,3], f32[2] {layout="half", dims=6}', "frequencies"),
+        ("rope", 'f32[2,3,6], i64[2,3], f32[4] {layout="half", dims=8}', "8 columns of"),
+        ("rope", 'f32[2,3,7], i64[2,3], f32[2] {layout="half", dims=4}', "4 columns of"),
         ("rope", 'f32[2,3,6], i64[2,3], f32[3] {layout="spiral"}', "layout"),
         ("attention", "f32[1,2,5,4], f32[1,2,2,4], f32[1,2,2,4] {scale=1.0, causal=true}", "heads"),
         ("mla_attention", "f32[1,2,3,4], f32[1,2,3,2], f32[1,5,6], f32[1,5,2], f32[13,6], i64[1]"

@@ -281,6 +281,10 @@ def test_05_rope_layouts(heads: tuple[int, ...]) -> None:
     swapped = x.unflatten(-1, (4, 2)).transpose(-1, -2).flatten(-2)
     close(call("rope", swapped, positions, inv_freq, layout="half"), halves, 1e-6)
     close(call("rope", x, positions, inv_freq, layout="interleaved", scale=1.25), official * 1.25)
+    wider = torch.cat([x, randn(2, 5, *heads, 6, seed=3)], -1)
+    partly = call("rope", wider, positions, inv_freq, layout="interleaved", dims=8)
+    close(partly[..., :8], apart.flatten(-2), 2e-3)
+    assert torch.equal(partly[..., 8:], wider[..., 8:])
 
 
 def test_05_scores_do_not_depend_on_the_layout() -> None:

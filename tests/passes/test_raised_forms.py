@@ -13,7 +13,7 @@ from dsc.passes._gated_experts import BATCHED, DENSE, GROUPED
 from dsc.passes.merge_shared_expert import SharedExpert, _layer
 from dsc.passes.raise_experts import Experts
 from dsc.passes.raise_rms_norm import RmsNorm, _norm
-from dsc.passes.raise_rope import _ROTATED, Rope
+from dsc.passes.raise_rope import _PARTIAL, _ROTATED, Rope
 from dsc.rewrite import lift
 from tests.passes.test_forms import raised, stays
 from tests.rewrite.harness import fire
@@ -88,6 +88,36 @@ def test_a_rotation_is_one_operator(name: str) -> None:
     found = raised(Rope(), text, "rope", {"layout": layout, "scale": scale})
     assert [str(x) for x in found.operands[1:]] == ["%p", "@inv_freq"]
     assert (found.output.type.dtype is DType.bf16) == (text is WIDE), "its casts are gone"
+
+
+PARTLY = _PARTIAL.format(head="3,", second="%l", rest="4, end=6")
+REST = {
+    "the rest in its place": (PARTLY, 4),
+    "in 16 bits": (
+        PARTLY.replace("%w: f32", "%o: bf16").replace(
+            "  %x = ", "  %w = cast %o {dtype=f32}\n  %x = ").replace(
+            "return %z", "%out = cast %z {dtype=bf16}\n  return %out"), 4,
+    ),
+    "only what turns in 32 bits": (
+        PARTLY.replace("%w: f32", "%w: bf16").replace("%x = slice", "%s = slice").replace(
+            "  %r = ", "  %i = cast %y {dtype=bf16}\n  %r = ").replace("concat %y", "concat %i"
+            ).replace("  %a =", "  %x = cast %s {dtype=f32}\n  %a ="), 4,
+    ),
+    "other columns behind": (PARTLY.replace("start=4, end=6", "start=3, end=5"), 0),
+    "columns of another value": (
+        PARTLY.replace("%w: f32[B,3,S,6]", "%w: f32[B,3,S,6], %v2: f32[B,3,S,6]").replace(
+            "slice %w {axis=3, start=4", "slice %v2 {axis=3, start=4"), 0,
+    ),
+    "the rest in front": (PARTLY.replace("concat %y, %r", "concat %r, %y"), 0),
+    "read before they are joined": (PARTLY.replace("return %z", "return %z, %y"), 0),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REST)
+def test_columns_that_do_not_turn_are_the_operators_where_they_stay(name: str) -> None:
+    text, dims = REST[name]
+    found = raised(Rope(), text, "rope", {"layout": "half", "scale": 1.25, "dims": dims})
+    assert found.output.type.shape[-1] == (6 if dims else 4)
 
 
 NONE = "products with sines and cosines that form no rotation of one value"

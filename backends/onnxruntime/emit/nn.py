@@ -22,22 +22,29 @@ def _rms_norm(g: GraphWriter, node: Node, x: str, weight: str) -> str:
 def _rope(g: GraphWriter, node: Node, x: str, positions: str, inv_freq: str) -> str:
     """x [b, s, r] or [b, s, h, r] through RotaryEmbedding, which knows pairs and halves.
 
-    `deinterleave` takes pairs and gives halves: the pairs are sorted into halves beforehand.
+    `deinterleave` takes pairs and gives halves: the pairs are sorted into halves beforehand, and
+    columns that do not turn are cut off before and put back behind.
     """
     shape = node.operands[0].type.shape
-    lead, r = shape[:-1], shape[-1]
+    lead, width = shape[:-1], shape[-1]
     heads = shape[2] if len(shape) == 4 else 1
+    turned, rest = node.attrs["dims"] or width, ""
     if node.attrs["layout"] == "deinterleave":
-        pairs = (*lead, r // 2, 2)
-        x = g.reshape(x, shape, pairs)
+        if turned != width:
+            x, rest = g.ops("Split", 2, x, g.i64(turned, width - turned), axis=-1)
+            shape = (*lead, turned)
+        x = g.reshape(x, shape, (*lead, turned // 2, 2))
         x = g.transpose(x, *range(len(lead)), len(lead) + 1, len(lead))
-        x = g.reshape(x, (*lead, 2, r // 2), (*shape[:2], product(shape[2:])))
+        x = g.reshape(x, (*lead, 2, turned // 2), (*shape[:2], product(shape[2:])))
     else:
         x = g.reshape(x, shape, (*shape[:2], product(shape[2:])))
     cos, sin = _angles(g, node, positions, inv_freq)
-    interleaved = int(node.attrs["layout"] == "interleaved")
-    y = g.op("RotaryEmbedding", x, cos, sin, interleaved=interleaved, num_heads=heads)
-    return g.reshape(y, (*shape[:2], product(shape[2:])), shape)
+    how = {"interleaved": int(node.attrs["layout"] == "interleaved"), "num_heads": heads}
+    if turned != shape[-1]:
+        how["rotary_embedding_dim"] = turned
+    y = g.op("RotaryEmbedding", x, cos, sin, **how)
+    y = g.reshape(y, (*shape[:2], product(shape[2:])), shape)
+    return g.op("Concat", y, rest, axis=-1) if rest else y
 
 
 def _angles(g: GraphWriter, node: Node, positions: str, inv_freq: str) -> tuple[str, str]:

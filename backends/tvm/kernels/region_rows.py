@@ -278,7 +278,8 @@ class _Row:
     def _rope(self, step: RowStep) -> None:
         x, positions, frequencies = step.reads
         *heads, width = map(self.places.at, step.extents)
-        half, layout = width // 2, step.attrs["layout"]
+        turned = step.attrs["dims"] or width
+        half, layout = turned // 2, step.attrs["layout"]
         cos, sin = self._angles(positions, frequencies, half, step.attrs["scale"])
         shape = [*heads, width]
         with loop(heads[0] if heads else 1) as h, loop(half) as i:
@@ -289,6 +290,12 @@ class _Row:
             b = bind(self.load(x, [*own, pair[1]], 1, shape))
             self.store(step, [*own, out[0]], held(a * cos[i] - b * sin[i]), shape)
             self.store(step, [*own, out[1]], held(b * cos[i] + a * sin[i]), shape)
+        if turned == width:
+            return
+        lanes = lanes_for(width - turned, self.lanes([step]))
+        with loop(heads[0] if heads else 1) as h, loop((width - turned) // lanes) as i:
+            at = [*([h] if heads else []), turned + i * lanes]
+            self.store(step, at, held(self.load(x, at, lanes, shape)), shape)
 
     def _angles(
         self, positions: Read, frequencies: Read, half: int, scale: float

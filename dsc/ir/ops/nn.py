@@ -47,14 +47,22 @@ def _infer_rope(types: Types, attrs: Mapping[str, Any]) -> Result:
     x, positions, inv_freq = types
     if attrs["layout"] not in ROPE_LAYOUTS:
         raise TypeMismatch(f"layout {attrs['layout']!r}; one of {', '.join(ROPE_LAYOUTS)}")
-    if x.rank not in (3, 4) or inv_freq.shape[0] * 2 != x.shape[-1]:
+    width, turned = x.shape[-1], inv_freq.shape[0] * 2
+    if x.rank not in (3, 4) or turned != (attrs["dims"] or width):
         raise TypeMismatch(f"{x} with {inv_freq} frequencies")
+    if attrs["dims"] and not (isinstance(width, int) and turned <= width and width % 2 == 0):
+        raise TypeMismatch(f"{turned} columns of {x}, whose width is even and no less")
     if x.shape[:2] != positions.shape:
         raise TypeMismatch(f"{x} at the positions {positions}")
     return (x,)
 
 
-def _rope(x: Any, positions: Any, inv_freq: Any, layout: str, scale: float) -> Any:
+def _rope(
+    x: Any, positions: Any, inv_freq: Any, layout: str, scale: float, dims: int
+) -> Any:
+    if dims:
+        turned = _rope(x[..., :dims], positions, inv_freq, layout, scale, 0)
+        return torch.cat([turned, x[..., dims:]], -1)
     angle = positions[..., None].float() * inv_freq
     if x.dim() == 4:
         angle = angle[:, :, None]
@@ -240,7 +248,13 @@ def _demand_rope(call: Sized) -> None:
     x = call["x"]
     call.same(x, call.outs[0])
     call.same(x[:2], call["positions"])
-    call.system.equate(x[-1], Extent.number(2) * call.dims["r"])
+    turned, width = Extent.number(2) * call.dims["r"], x[-1]
+    if call.attrs.get("dims"):
+        call.system.equate(call.extents["dims"], turned)
+        call.system.at_most(call.extents["dims"], width)
+        call.system.divisible(width, 2)
+    else:
+        call.system.equate(width, turned)
 
 
 def _place_rope(call: PlacedCall) -> Placing | str:
@@ -287,8 +301,8 @@ rms_norm = op(
     infer=_infer_rms_norm,
 )
 rope = op(
-    "rope(x: F[...], positions: i64[b, s], inv_freq: f32[r]; layout: str, scale: float = 1.0)"
-    " -> F[...]",
+    "rope(x: F[...], positions: i64[b, s], inv_freq: f32[r]; layout: str, scale: float = 1.0,"
+    " dims: extent = 0) -> F[...]",
     Traits(
         Role.ROTATION,
         samples={"positions": Within("0", "1")},
@@ -297,7 +311,9 @@ rope = op(
     ),
     reference=_rope,
     doc="Rotary position embedding (Su et al. 2021) of x [b,s,2r] or [b,s,h,2r]; layouts: "
-    "interleaved (pairs 2i,2i+1), deinterleave (such pairs in, halves out), half (pairs i,i+r).",
+    "interleaved (pairs 2i,2i+1), deinterleave (such pairs in, halves out), half (pairs i,i+r)."
+    " With `dims` a row is wider: its first `dims` = 2r columns turn, and the others stay as they"
+    " are (GPT-NeoX, Black et al. 2022).",
     example='f32[2,3,4,6], i64[2,3]=9, f32[3] {layout="deinterleave", scale=1.5}',
     infer=_infer_rope,
     within={"positions": Within("0", "16777216", "a position, which fp32 must hold exactly")},
