@@ -39,6 +39,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "gemma3_text": PLAIN | {"sliding_window": 5, "layer_types": SLIDING},
     "gpt_oss": PLAIN | EXPERTS | {"sliding_window": 5, "layer_types": SLIDING},
     "mistral": PLAIN | {"sliding_window": 5},
+    "glm4": PLAIN | {"partial_rotary_factor": 0.5},
     "gpt2": {
         "vocab_size": 97, "n_embd": 32, "n_head": 4, "n_layer": 3, "n_positions": 64,
         "bos_token_id": 0, "eos_token_id": 1,

@@ -56,7 +56,8 @@ def rope(
 ) -> Value:
     """x [b,s,r] or [b,s,h,r], or wider: then its first columns turn; `apart` is "" or "traced"."""
     width, last, rank = x.type.shape[-1], 2 * inv_freq.type.shape[0], x.type.rank
-    assert isinstance(last, int) and isinstance(width, int)
+    assert isinstance(last, int)
+    assert isinstance(width, int)
     dims = last if last != width else 0
     if not apart:
         return b.call("rope", x, positions, inv_freq, layout=layout, scale=scale, dims=dims)[0]

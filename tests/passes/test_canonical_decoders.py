@@ -17,6 +17,7 @@ from tests.decoders import decoder, ids
 HAS: dict[str, set[str]] = {
     "gemma2": {"rms_norm", "rope", "attention", "gelu_tanh"},
     "gpt_oss": {"rms_norm", "rope", "attention", "route", "experts"},
+    "glm4": {"rms_norm", "rope", "attention", "swiglu"},
     "glm4_moe_lite": {"rms_norm", "rope", "mla_attention", "route", "experts", "swiglu"},
 }
 """What the last layer of each is made of, among others."""
@@ -31,6 +32,7 @@ def test_a_layer_is_few_nodes_and_means_the_same(name: str) -> None:
     layers = nodes_by_layer(canonical)
     assert max(sum(each.values()) for each in layers.values()) <= MOST
     assert set(layers[max(layers)]) >= HAS[name]
+    assert "concat" not in layers[max(layers)], "a head that turns in part is one rope"
     tokens = ids(2, 7)
     columns, lengths = torch.arange(7).expand(2, 7), torch.zeros(2, dtype=torch.int64)
     states = [torch.zeros(s.sizes(2, 0)) for s in step.signature.states]
