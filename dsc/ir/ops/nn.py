@@ -57,9 +57,7 @@ def _infer_rope(types: Types, attrs: Mapping[str, Any]) -> Result:
     return (x,)
 
 
-def _rope(
-    x: Any, positions: Any, inv_freq: Any, layout: str, scale: float, dims: int
-) -> Any:
+def _rope(x: Any, positions: Any, inv_freq: Any, layout: str, scale: float, dims: int) -> Any:
     if dims:
         turned = _rope(x[..., :dims], positions, inv_freq, layout, scale, 0)
         return torch.cat([turned, x[..., dims:]], -1)
