@@ -289,9 +289,10 @@ class RowKernel:
         pairs = ((*heads, f"2 * {i}"), (*heads, f"2 * {i} + 1"))
         halves = ((*heads, i), (*heads, f"{i} + {half}"))
         if turns:
-            sides = (self._named(f"tl.where({turns}, {a[-1]}, {b[-1]})")
-                     for a, b in zip(halves, pairs, strict=True))  # fmt: skip
-            halves = tuple((*heads, side) for side in sides)
+            halves = (
+                (*heads, self._named(f"tl.where({turns}, {i}, 2 * {i})")),
+                (*heads, self._named(f"tl.where({turns}, {i} + {half}, 2 * {i} + 1)")),
+            )
         layout, dtype = step.attrs["layout"], step.dtype
         a, b = (
             self._load(x, columns, _indices(own)) for own in (halves if layout == "half" else pairs)

@@ -31,7 +31,7 @@ def _rope(g: GraphWriter, node: Node, x: str, positions: str, inv_freq: str) -> 
     turned, rest = node.attrs["dims"] or width, ""
     if node.attrs["layout"] == "deinterleave":
         if turned != width:
-            x, rest = g.ops("Split", 2, x, g.i64(turned, width - turned), axis=-1)
+            x, rest = g.ops("Split", 2, x, g.shape((turned, width - turned)), axis=-1)
             shape = (*lead, turned)
         x = g.reshape(x, shape, (*lead, turned // 2, 2))
         x = g.transpose(x, *range(len(lead)), len(lead) + 1, len(lead))

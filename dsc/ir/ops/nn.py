@@ -50,7 +50,7 @@ def _infer_rope(types: Types, attrs: Mapping[str, Any]) -> Result:
     width, turned = x.shape[-1], inv_freq.shape[0] * 2
     if x.rank not in (3, 4) or turned != (attrs["dims"] or width):
         raise TypeMismatch(f"{x} with {inv_freq} frequencies")
-    if attrs["dims"] and not (isinstance(width, int) and turned <= width and width % 2 == 0):
+    if attrs["dims"] and not (isinstance(width, int) and attrs["dims"] <= width and width % 2 == 0):
         raise TypeMismatch(f"{turned} columns of {x}, whose width is even and no less")
     if x.shape[:2] != positions.shape:
         raise TypeMismatch(f"{x} at the positions {positions}")
