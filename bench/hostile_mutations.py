@@ -43,6 +43,7 @@ TEXTS = (
     "", "32", f"{BAIT}.py", f"../../{BAIT}", f"/etc/{BAIT}", f"http://localhost:9/{BAIT}",
     "{0.__class__.__mro__}", "%s%n%(x)s", "{{ 7 * 7 }}", "\x1b]0;title\x07\x1b[2J",
     "\u202egnp.exe", "\ud800", "\0", "a" * 5000, "a" * 30 + "!", "(a+)+$", "antigravity",
+    "this", "turtle", "wave", "smtplib",
     "os.system", "silu", "dynamic", "yarn", "llama3", "sliding_attention", "__import__('os')",
     "line\nto do:  pay",
 )  # fmt: skip
@@ -51,6 +52,8 @@ NUMBERS = (
     -(1 << 63), 10**30, 0.0, -0.0, 0.5, 1.5, 32.0, 1e-320, 1e308, -1e308, float("nan"),
     float("inf"), float("-inf"),
 )  # fmt: skip
+LONG = 1 << 14
+"""Entries of a long list; what is read has at most so many."""
 ALIKE = str.maketrans("aceiopsxy", "асеіорѕху")  # noqa: RUF001 - Cyrillic letters, meant
 
 
@@ -169,7 +172,8 @@ def _longer(tree: Any, rng: random.Random) -> None:
         held, key = rng.choice(places)
         was = held[key][:32]
         ways: tuple[list[Any], ...] = (
-                was[:-1], was + was, was * 20000, [*was, None], [*was, -1], [], was[::-1],
+                was[:-1], was + was, (was * LONG)[: rng.choice((LONG, 20000))], [*was, None],
+                [*was, -1], [], was[::-1],
                 [*was, rng.choice(TEXTS)], [rng.choice(NUMBERS), *was[1:]])  # fmt: skip
         held[key] = rng.choice(ways)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import signal
 from collections.abc import Callable, Generator, Mapping
 from functools import cache
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from bench.hostile_files import unprintable
 from bench.hostile_mutations import BAIT, TEXTS, damaged, mutated
@@ -18,18 +20,19 @@ from dsc import chat_template, template_process
 from dsc.errors import DscError
 from dsc.frontends import hub
 from dsc.frontends.chat_template import find_chat
+from dsc.frontends.config import ARCHITECTURES, QuantizationConfig
 from dsc.frontends.facts import Facts
 from dsc.frontends.generation_config import load_generation
 from dsc.frontends.huggingface import read_config
 from dsc.frontends.rope_scaling import RopeScaling
 from dsc.frontends.states import discover
-from dsc.frontends.stock import completed, stock_config, stock_model
+from dsc.frontends.stock import StockConfig, completed, stock_config, stock_model
 from dsc.frontends.tokenizer import find_tokenizer
 from dsc.ir.safetensors import open_safetensors
 from tests.decoders import CONFIGS
 from tests.test_chat_template import TALK
 
-BUILT, FOUND = 0.2, 0.04
+BUILT, FOUND = 0.1, 0.02
 """Shares of configurations that a model is built of, and whose states are found by running it."""
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
 MORE: dict[str, dict[str, Any]] = {
@@ -43,6 +46,27 @@ MORE: dict[str, dict[str, Any]] = {
     "quantised": CONFIGS["qwen3"] | {
         "model_type": "qwen3", "dtype": "bfloat16",
         "quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]},
+    },
+    "packed": CONFIGS["mistral"] | {
+        "model_type": "mistral", "torch_dtype": "float16",
+        "quantization_config": {
+            "quant_method": "gptq", "bits": 4, "group_size": 32, "sym": True, "desc_act": False,
+            "checkpoint_format": "gptq",
+        },
+    },
+    "compressed": CONFIGS["llama"] | {
+        "model_type": "llama", "quantization_config": {
+            "quant_method": "compressed-tensors", "format": "pack-quantized", "ignore": ["lm_head"],
+            "config_groups": {"group_0": {"targets": ["Linear"], "weights": {
+                "num_bits": 4, "type": "int", "symmetric": True, "strategy": "group",
+                "group_size": 16, "dynamic": False}}},
+        },
+    },
+    "layered": CONFIGS["gemma3_text"] | {
+        "model_type": "gemma3_text", "rope_parameters": {
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+            "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+        },
     },
 }  # fmt: skip
 CONFIGURATIONS = {name: {"model_type": name} | CONFIGS[name] for name in CONFIGS} | MORE
@@ -88,13 +112,13 @@ TEMPLATES = (
     "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}",
 )
 PIECES = (
-    "messages", "range(10**9)", "'a' * 10**9", "''.__class__", "cycler.__init__.__globals__",
+    "messages", "range(10**9)", "'a' * 10**11", "''.__class__", "cycler.__init__.__globals__",
     "lipsum", "joiner", "|attr('__class__')", "|format", "|map(attribute='x.y')", "|tojson",
     f"{{% include '/etc/{BAIT}' %}}", f"{{% import '{BAIT}' as x %}}", "{% raw %}", "{%", "%}",
     "{{", "}}", "{#", "''.join", "|join", "~", "[::-1]", "(10**10)**10",
     "raise_exception('\x1b[2J')",
     "strftime_now('%s' * 99)", "namespace(__class__=1)", "{% for x in range(99999) %}", "dict()",
-    "{% extends bos_token %}", "|replace('', 'aaaa')", "|center(10**9)", "|sum", "loop", "self",
+    "{% extends bos_token %}", "|replace('', 'aaaa')", "|center(10**11)", "|sum", "loop", "self",
 )  # fmt: skip
 Reading = Generator[None, None, str]
 """Writes files, yields, and reads them: what came of it."""
@@ -121,8 +145,11 @@ def config(folder: Path, rng: random.Random) -> Reading:
     raw, read = read_config(folder, scaling)
     built = stock_config(read)
     facts = completed(read, built)
-    if scaling is None and (wrong := _unlike(raw, built, read.published)):
-        return wrong
+    if scaling is None:
+        raw = _language_model(raw)
+        wrong = _unlike(raw, built, read.published) or unlike_sections(raw, built, read)
+        if wrong:
+            return wrong
     if kind == "executable" and scaling is None and plain(built) != _unmutated(name):
         return "executable keys change the configuration"
     if facts.num_hidden_layers is None or facts.num_hidden_layers <= 4:
@@ -148,15 +175,26 @@ def _unmutated(name: str) -> str:
     return plain(stock_config(clean(CONFIGURATIONS[name])))
 
 
+ROPE = (
+    "rope_type", "rope_theta", "factor", "original_max_position_embeddings", "beta_fast",
+    "beta_slow", "mscale", "mscale_all_dim", "attention_factor", "truncate", "short_factor",
+    "long_factor", "low_freq_factor", "high_freq_factor", "partial_rotary_factor",
+)  # fmt: skip
 SAYS_ELSEWHERE = ("rope_parameters", "rope_scaling", "quantization_config", "dtype", "model_type")
+
+
+def _language_model(raw: dict[str, Any]) -> dict[str, Any]:
+    """What a file says of the language model, which may be a section."""
+    for tower in ("text_config", "language_config", "llm_config"):
+        section = raw.get(tower)
+        if isinstance(section, Mapping) and isinstance(section.get("model_type"), str):
+            above = ("dtype", "torch_dtype", "quantization_config")
+            raw = {k: raw[k] for k in above if raw.get(k) is not None} | dict(section)
+    return raw
 
 
 def _unlike(raw: Mapping[str, Any], built: Any, published: str) -> str:
     """Where a configuration object holds another value than the file gives to a field of it."""
-    for tower in ("text_config", "language_config", "llm_config"):
-        section = raw.get(tower)
-        if isinstance(section, Mapping) and isinstance(section.get("model_type"), str):
-            raw = section
     held = type(built).__dataclass_fields__
     names = getattr(built, "attribute_map", {})
     for key, value in raw.items():
@@ -168,6 +206,69 @@ def _unlike(raw: Mapping[str, Any], built: Any, published: str) -> str:
         same = found == value or (isinstance(found, tuple) and list(found) == value)
         if not same or (isinstance(value, bool) is not isinstance(found, bool)):
             return f"{published}.{key}: the file says {value!r:.40}, the model {found!r:.40}"
+    return ""
+
+
+def unlike_sections(raw: Mapping[str, Any], built: Any, read: StockConfig) -> str:
+    """Where the model's type, rope, element type or stored form are not what the file says."""
+    kind = CONFIG_MAPPING[ARCHITECTURES.get(raw["model_type"], raw["model_type"])]
+    if type(built) is not kind:
+        return f"{raw['model_type']!r:.60} is read as {kind.__name__}"
+    if (raw.get("dtype") or raw.get("torch_dtype") or None) != read.dtype:
+        return f"dtype is read as {read.dtype}"
+    said, held = raw.get("quantization_config"), read.facts.quantization_config
+    if (said is None) is not (held is None):
+        return f"quantization_config {said!r:.200} is read as {held!r:.200}"
+    if held is not None and (wrong := _unlike_stored(said, held)):
+        return wrong
+    found = getattr(built, "rope_parameters", None)
+    if not isinstance(found, dict):
+        return ""
+    section = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
+    theta = raw.get("rope_theta")
+    if theta is not None and "rope_theta" in found and "rope_theta" not in section:
+        section = {**section, "rope_theta": theta}
+    if not section:
+        return ""  # the class's own
+    return _unlike_rope(section, found, "original_max_position_embeddings" in raw)
+
+
+def _unlike_rope(section: Any, found: Mapping[str, Any], stretched: bool) -> str:
+    """Where a rope section is read as another. `stretched`: its first reach is told elsewhere."""
+    if not isinstance(section, Mapping):
+        return f"a rope section is {section!r:.60}"
+    kind = section.get("rope_type", section.get("type", "default"))
+    for key, value in section.items():
+        if isinstance(value, Mapping) and isinstance(found.get(key), Mapping):
+            if wrong := _unlike_rope(value, found[key], stretched):
+                return f"{key}: {wrong}"
+        is_plain = kind == "default" and not key.startswith(("rope_", "partial"))
+        elsewhere = stretched and key == "original_max_position_embeddings"
+        if key not in ROPE or value is None or is_plain or elsewhere or isinstance(value, Mapping):
+            continue
+        same = found.get(key) == value and isinstance(found[key], bool) is isinstance(value, bool)
+        if not same:
+            return f"{key} of rope: the file says {value!r:.40}, the model {found.get(key)!r:.40}"
+    return "" if found.get("rope_type", kind) == kind else f"rope is read as {found!r:.200}"
+
+
+def _unlike_stored(said: Any, held: QuantizationConfig) -> str:
+    """Where weights are read as stored in another form than the file says."""
+    differs = f"quantization_config {said!r:.300} is read as {held!r:.300}"
+    method = said.get("quant_method")
+    if method == "fp8":
+        names = ("weight_block_size", "fmt", "activation_scheme", "scale_fmt")
+        told = all(said[n] == getattr(held, n) for n in names if said.get(n) is not None)
+        return "" if told and held.quant_method == "fp8" else differs
+    if method == "gptq":
+        size = said.get("group_size")
+        sizes = {-1 if i.strategy == "channel" else i.group_size for i in held.integers}
+        told = {i.bits for i in held.integers} == {said["bits"]} and sizes == {size}
+        return "" if told else differs
+    if method == "compressed-tensors":
+        groups = [g["weights"] for g in said["config_groups"].values()]
+        bits = {g["num_bits"] for g in groups if g.get("type", "int") == "int"}
+        return "" if {i.bits for i in held.integers} == bits else differs
     return ""
 
 
@@ -237,9 +338,16 @@ def template(folder: Path, rng: random.Random) -> Reading:
     """A chat template as its process runs it, which is ended where it takes too long."""
     text = rng.choice(TEMPLATES)
     for _ in range(rng.randrange(1, 5)):
-        place = rng.randrange(len(text))
-        put = rng.choice((*PIECES, f"{{{{ {rng.choice(PIECES)} }}}}", rng.choice(TEXTS)))
-        text = text[:place] + put + text[place + rng.choice((0, 0, 1, 5)) :]
+        if rng.random() < 0.6:  # between two tags, or as the value of one, so that more is run
+            place = rng.choice([0, *(end.end() for end in re.finditer(r"[%}]}", text)), len(text)])
+            piece = rng.choice(PIECES)
+            forms = ("{{{{ {} }}}}", "{{{{ messages{} }}}}", "{{% set x = {} %}}")
+            put = rng.choice(forms).format(piece)
+            text = text[:place] + put + text[place:]
+        else:
+            put = rng.choice((*PIECES, f"{{{{ {rng.choice(PIECES)} }}}}", rng.choice(TEXTS)))
+            place = rng.randrange(len(text))
+            text = text[:place] + put + text[place + rng.choice((0, 0, 1, 5)) :]
     text = text.encode("utf-8", "replace").decode()
     values = {"messages": TALK, "bos_token": f"/etc/{BAIT}", "add_generation_prompt": True}
 
@@ -247,16 +355,16 @@ def template(folder: Path, rng: random.Random) -> Reading:
         raise TimeoutError
 
     yield
-    signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, 2.0)
+    signal.signal(signal.SIGPROF, stop)
+    signal.setitimer(signal.ITIMER_PROF, 0.5)
     try:
         told = template_process.answer(json.dumps({"template": text, "values": values}).encode())
     except TimeoutError:
         return "bounded"
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.setitimer(signal.ITIMER_PROF, 0)
     if "error" in told:
-        return unprintable(told["error"]) or "refused"
+        return unprintable(str(DscError(told["error"]))) or "refused"  # as a user is told
     return "read" if len(told["text"]) <= template_process.MAX_TEXT else "too long a text"
 
 

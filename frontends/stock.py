@@ -364,7 +364,7 @@ def _check_names(kind: type, given: Mapping[str, Any], where: str) -> None:
     other_names: Mapping[str, str] = getattr(kind, "attribute_map", {})
     for name, own in other_names.items():
         one, two = given.get(name), given.get(own)
-        if None not in (one, two) and one != two:
+        if name in given and own in given and one != two:
             raise ConfigError(
                 f"{name} and {own} are one, and are {one!r:.40} and {two!r:.40}", where, AGAIN
             )

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
+from bench import hostile_files
 from bench.hostile_files import Watch, measure
 from bench.hostile_readers import NAMES
 from dsc.errors import CheckpointError, ConfigError, DscError, printable
@@ -36,12 +40,41 @@ def test_hundreds_of_files_of_each_reader() -> None:
         assert each["read"] > 0, name
 
 
+@pytest.mark.parametrize("code", ["while True: pass", "import time; time.sleep(60)"])
+def test_a_worker_that_says_nothing_hangs(code: str) -> None:
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, bufsize=0) as busy:
+        assert hostile_files._line(busy, 0.5) == b""
+        assert busy.poll() is None
+        busy.kill()
+
+
+def test_a_kept_run_goes_on_where_it_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def measured(names: Any, files: int, seconds: float, seed: int, first: int, kept: Any) -> None:
+        asked.append((first, files))
+        wrong = {"hangs": [1, f"file {first}"]} if first == 10 else {}
+        line = {"reader": names[0], "seed": seed, "end": first + 10, "files": 10, "read": 10}
+        kept(line | {"failures": wrong, "seconds": 1.5})
+
+    monkeypatch.setattr(hostile_files, "measure", measured)
+    for _ in range(3):
+        found = hostile_files.keep(tmp_path / "a" / "kept.jsonl", "config", 20, 60.0, 7)
+    assert asked == [(0, 20), (10, 10)]
+    hostile_files.keep(tmp_path / "a" / "kept.jsonl", "config", 10, 60.0, 8)
+    assert asked[-1] == (0, 10)
+    assert found == {"ok": False, "files": 20, "read": 20, "failures": {"hangs": [1, "file 10"]},
+                     "seconds": 3.0, "end": 20}  # fmt: skip
+
+
 @pytest.mark.parametrize(
     "act",
     [
         lambda: open("/etc/hostname"),
         lambda: os.listdir("/etc"),
         lambda: __import__("antigravity_of_a_stranger"),
+        lambda: __import__("this"),
+        lambda: (Path(np.__file__).parent / "py.typed").read_bytes(),
         lambda: __import__("socket").socket(),
         lambda: os.system("true"),
         lambda: exec("hostile_bait = 1"),
@@ -81,6 +114,8 @@ def test_one_field_under_two_names_has_one_value() -> None:
     raw = LLAMA | {"model_type": "mixtral", "num_experts": 2, "num_local_experts": 4}
     with pytest.raises(ConfigError, match=r"num_experts and num_local_experts are one"):
         stock_config(clean(raw))
+    with pytest.raises(ConfigError, match=r"are one, and are None and 4"):
+        stock_config(clean(raw | {"num_experts": None}))
     assert stock_config(clean(raw | {"num_experts": 4})).num_local_experts == 4
 
 
