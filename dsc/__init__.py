@@ -19,6 +19,7 @@ from dsc._version import __version__
 if TYPE_CHECKING:
     from dsc.api import CompiledModel, compile, load
     from dsc.errors import DscError
+    from dsc.exporting import export
     from dsc.extend import register_op, register_rule
     from dsc.frontends.convert import convert
     from dsc.frontends.explain import explain
@@ -56,6 +57,7 @@ __all__ = [
     "embedding",
     "experts",
     "explain",
+    "export",
     "latent_attention",
     "linear",
     "load",
@@ -77,6 +79,7 @@ __all__ = [
 _PLACES = {
     "dsc.api": "CompiledModel compile load",
     "dsc.errors": "DscError",
+    "dsc.exporting": "export",
     "dsc.extend": "register_op register_rule",
     "dsc.frontends.convert": "convert",
     "dsc.frontends.explain": "explain",

@@ -80,6 +80,7 @@ class OnnxRuntimeBackend:
         """
         _require("onnx")
         from dsc.backends.onnxruntime import contrib, model, serving
+        from dsc.backends.onnxruntime import required_operators as required
         from dsc.backends.onnxruntime.card import card, facts
         from dsc.backends.onnxruntime.example import example
         from dsc.backends.onnxruntime.interface import chosen_form
@@ -123,11 +124,12 @@ class OnnxRuntimeBackend:
             return {path: one.serialized(places) for path, one in built.items()}
 
         causal = program.is_causal_lm
-        texts = {}
+        texts = {required.CONFIG: required.required_operators(x.proto for x in built.values())}
+        texts |= served.texts
         if causal:
-            texts = {"README.md": card(program, files, form), EXAMPLE: example(program, files)}
+            texts |= {"README.md": card(program, files, form), EXAMPLE: example(program, files)}
         return Emission(
-            files={name: text.encode() for name, text in {**texts, **served.texts}.items()},
+            files={name: text.encode() for name, text in texts.items()},
             plan=plan,
             weights_path=f"{folder}/{model.WEIGHTS}",
             meta=meta,

@@ -68,7 +68,7 @@ def _repository(
     path, config = f"{folder}/{triton_server.MODEL}", f"{name}/{triton_server.CONFIG}"
     if not program.is_causal_lm:
         text = triton_server.plain_config(program, name, graph, border)
-        return Served({path: build_model(graph, "model", form)}, {config: text})
+        return Served(texts={config: text})
     signature = triton_server.SequenceSignature.of(graph, border)
     text = triton_server.sequence_config(program, name, signature)
     return Served({path: build_model(graph, "model", form, signature=signature)}, {config: text})

@@ -141,7 +141,7 @@ def sequence_config(program: Program, name: str, signature: SequenceSignature) -
 
 
 def plain_config(program: Program, name: str, graph: Graph, border: Interface) -> str:
-    """config.pbtxt of a model without state; batched where that changes no result."""
+    """config.pbtxt of a model without state, its entry's; batched where that changes no result."""
     taken = [Port(v.name, border.inputs[v.name], v.type.shape) for v in graph.inputs]
     outputs = zip(result_names(graph), graph.output_names, graph.outputs, strict=True)
     given = [Port(theirs, border.outputs[n], x.type.shape) for theirs, n, x in outputs]
@@ -153,7 +153,8 @@ def plain_config(program: Program, name: str, graph: Graph, border: Interface) -
         most = program.symbols[str(axis)].hi
         batching = [f"max_batch_size: {min(most, LARGEST_BATCH)}", "dynamic_batching { }"]
         taken, given = ([Port(p.name, p.dtype, p.shape[1:]) for p in x] for x in (taken, given))
-    lines = [*_head(name), *batching, *_ports("input", taken), *_ports("output", given)]
+    head = _head(name, f"{graph.name}.onnx")
+    lines = [*head, *batching, *_ports("input", taken), *_ports("output", given)]
     return "\n".join(lines) + "\n"
 
 
@@ -193,12 +194,12 @@ def _mixed(program: Program, graph: Graph, axis: str) -> str:
     return ""
 
 
-def _head(name: str) -> list[str]:
+def _head(name: str, file: str = MODEL) -> list[str]:
     return [
         f"# Written by dsc {__version__} for Triton Inference Server.",
         f'name: "{name}"',
         'backend: "onnxruntime"',
-        f'default_model_filename: "{MODEL}"',
+        f'default_model_filename: "{file}"',
     ]
 
 

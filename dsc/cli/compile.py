@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -72,9 +72,18 @@ def compile(
 
 
 def build_artifact(
-    model: str, output: Path | None, force: bool, json: bool, backend: str | None, **asked: Any
+    model: str,
+    output: Path | None,
+    force: bool,
+    json: bool,
+    backend: str | None,
+    make: Callable[..., CompiledModel] | None = None,
+    **asked: Any,
 ) -> Path:
-    """Compile, save, and say what was made; `asked` are options of `dsc.compile`, None: unset."""
+    """Compile, save, and say what was made; `asked` are options of `dsc.compile`, None: unset.
+
+    `make` is called as `dsc.compile` is, which is the default.
+    """
     from dsc import api
     from dsc.runtime.artifact import check_free
 
@@ -84,7 +93,7 @@ def build_artifact(
     check_free(folder, force)  # before minutes go into compiling
     given = options.chosen(**asked)
     with console.progress_bar() as progress:
-        compiled = api.compile(model, backend=backend, progress=progress, **given)
+        compiled = (make or api.compile)(model, backend=backend, progress=progress, **given)
         progress(f"writing: {folder}")
         compiled.save(folder, force=force, progress=progress)
         phases = progress.seconds()

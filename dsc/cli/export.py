@@ -84,6 +84,8 @@ def export(
         dsc export path/to/checkpoint --format relax -o relax-model
     """
     given = locals().copy()  # every option, by the name that `dsc.compile` has for it
+    from dsc.exporting import exported
+
     for own in ("format", "opset", "onnx_ops", "provider", "cache_dtype", "server", "check"):
         del given[own]
     if check and format != "onnx":
@@ -101,6 +103,7 @@ def export(
     folder = build_artifact(
         **given,
         backend="onnxruntime" if onnx else "tvm",
+        make=exported if onnx else None,
         backend_options=options.chosen(**asked) if onnx else {"form": "relax"},
     )
     if check:

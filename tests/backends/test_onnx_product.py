@@ -131,3 +131,20 @@ def test_what_is_no_language_model_has_nothing_to_run_and_no_card(tmp_path: Path
     graph = parse_graph("graph main(%x: f32[B,3]) { %y = neg %x return %y }")
     executable(Program("neg", {"main": graph}), tmp_path / "a")
     assert not {"run.py", "README.md"} & {p.name for p in (tmp_path / "a").iterdir()}
+
+
+def test_a_reduced_build_is_told_all_operators(folder: Path) -> None:
+    from onnxruntime.tools.reduced_build_config_parser import parse_config
+
+    (required, _) = parse_config(str(folder / "required_operators.config"))[:2]
+    wanted: dict[str, dict[int, set[str]]] = {}
+    for path in folder.rglob("*.onnx"):
+        model = onnx.load(str(path), load_external_data=False)
+        versions = {x.domain or "ai.onnx": x.version for x in model.opset_import}
+        for domain, kind in re.findall(
+            r"= ((?:\w+\.)*)([A-Z]\w+) [<(]", onnx.printer.to_text(model)
+        ):
+            own = domain.rstrip(".") or "ai.onnx"
+            wanted.setdefault(own, {}).setdefault(versions[own], set()).add(kind)
+    assert required == wanted
+    assert {"If", "Gather", "MatMul"} <= wanted["ai.onnx"][23]

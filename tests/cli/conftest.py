@@ -91,6 +91,7 @@ class CountingModel:
     def __init__(self, backend: str = "reference") -> None:
         self.backend = backend
         self.source = "somewhere"
+        self._files: dict[str, bytes] = {}
         self.report: dict[str, Any] = {"passes": []}
         self.tokenizer = LetterTokenizer()
         self.sessions: list[tuple[int, int]] = []

@@ -1,0 +1,163 @@
+"""`dsc.export`: anything that dsc compiles, as ONNX in a folder for other people's runtimes.
+
+    dsc.export("path/to/checkpoint", "out", server="genai")
+    dsc.export(attention_layer, "out", args=(q, k, v), dynamic_shapes={"q": {0: "B"}})
+
+Models are what `dsc.compile` takes. Functions, decorated by `dsc.optimize` or not, and plain
+modules are traced on example arguments; sizes that may be others have names.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from dsc import api
+from dsc.errors import UsageError
+from dsc.ir.dims import Range
+from dsc.ir.lazy import torch
+from dsc.ir.program import ANY_SIZE, Program
+
+BACKEND = "onnxruntime"
+ONNX_OPTIONS = ("opset", "caches", "server")
+
+
+def export(
+    model: Any,
+    output: str | Path,
+    *,
+    args: Sequence[Any] | None = None,
+    dynamic_shapes: Mapping[str, Any] | None = None,
+    input_names: Sequence[str] | None = None,
+    output_names: Sequence[str] | None = None,
+    opset: int | None = None,
+    caches: str | None = None,
+    server: str | None = None,
+    force: bool = False,
+    **options: Any,
+) -> Path:
+    """Write `model` as ONNX into the folder `output`, whole or not at all.
+
+    Args:
+        model: what `dsc.compile` takes; with `args`, a function of tensors or a module.
+        output: the folder; `dsc.load` opens it too.
+        args: example arguments, tensors, for a function or a module.
+        dynamic_shapes: as of `torch.export`: for an argument's name the names of sizes that are
+            open, by axis, as texts or `torch.export.Dim`. Equal names are equal sizes.
+        input_names: one a tensor; the function's own names for them by default.
+        output_names: one a result; `out`, or `out.0`, `out.1`, ... by default.
+        opset: of ONNX, 23 or 24.
+        caches: the type of caches as inputs and outputs: "fp32", or what the model computes in.
+        server: "genai", "optimum" or "triton-server": what that wants goes along.
+        force: replace the folder that is there.
+        options: others of `dsc.compile`: dtype, max_context, ...
+
+    Raises:
+        DscError: one of its classes, with what is wrong, where, and what to do.
+    """
+    if args is not None:
+        model = traced(model, args, dynamic_shapes, input_names, output_names)
+    elif dynamic_shapes or input_names or output_names:
+        raise UsageError(
+            "dynamic_shapes and names are of a function's or a module's arguments",
+            hint="give args, the example arguments that it is traced on",
+        )
+    said = {"opset": opset, "caches": caches, "server": server}
+    given = {name: value for name, value in said.items() if value is not None}
+    given |= options.pop("backend_options", None) or {}
+    return exported(model, backend_options=given, **options).save(output, force)
+
+
+def exported(model: Any, **options: Any) -> api.CompiledModel:
+    """What `dsc.compile` makes of `model` for ONNX Runtime, with what servers read beside it."""
+    from dsc.frontends.beside import files_beside
+
+    options = {"backend": BACKEND, **options}
+    if options["backend"] != BACKEND:
+        raise UsageError(f"{options['backend']} writes no ONNX", hint="leave out the backend")
+    compiled = api.compile(model, **options)
+    folder = Path(compiled.source) if compiled.source else None
+    known = compiled._files
+    beside, notes = files_beside(folder if folder and folder.is_dir() else None, known)
+    told = [*compiled.report.get("notes", []), *notes]
+    compiled._files = {**beside, **known}
+    compiled.report = {**compiled.report, "notes": told}
+    return compiled
+
+
+def traced(
+    target: Any,
+    args: Sequence[Any],
+    dynamic_shapes: Mapping[str, Any] | None = None,
+    input_names: Sequence[str] | None = None,
+    output_names: Sequence[str] | None = None,
+) -> Program:
+    """The program of a function or a module on example arguments.
+
+    Raises:
+        UsageError: it is neither, or cannot be traced.
+        UnsupportedOperator: naming every operator without a translation.
+    """
+    from dsc.frontends.torch_export import trace
+
+    module = _as_module(target)
+    try:
+        bound = inspect.signature(module.forward).bind(*args)
+    except TypeError as problem:
+        raise UsageError(f"args do not fit: {problem}", hint="one for each parameter") from None
+    named = {p: _dims(shape) for p, shape in (dynamic_shapes or {}).items()}
+    strange = [name for name in named if name not in bound.arguments]
+    if strange:
+        raise UsageError(
+            f"dynamic_shapes names {strange[0]}, and there is no such argument",
+            hint=f"one of {', '.join(bound.arguments)}",
+        )
+    shapes = {name: named.get(name) for name in bound.arguments} if named else None
+    if input_names is None and all(isinstance(x, torch.Tensor) for x in args):
+        plain = [p for p in bound.arguments if p not in ("args", "kwargs")]
+        input_names = plain if len(plain) == len(args) else None
+    name = getattr(target, "__name__", type(target).__name__)
+    return trace(
+        module,
+        tuple(args),
+        shapes,
+        name=name,
+        input_names=input_names,
+        output_names=output_names,
+        symbols=_bounds(named),
+    )
+
+
+def _as_module(target: Any) -> Any:
+    """A module whose `forward` is `target`, without what `dsc.optimize` put around it."""
+    plain = getattr(target, "_orig_mod", getattr(target, "_torchdynamo_orig_callable", target))
+    if isinstance(plain, torch.nn.Module):
+        return plain.eval()
+    if not callable(plain):
+        raise UsageError(
+            f"a {type(target).__name__} is no function of tensors", hint="leave out args"
+        )
+    module: Any = torch.nn.Module()
+    module.forward = plain
+    return module
+
+
+def _dims(shape: Any) -> Any:
+    """What `torch.export` is told of an argument's sizes, names as its `Dim`s."""
+    if isinstance(shape, Mapping):
+        return {axis: _dims(dim) for axis, dim in shape.items()}
+    if isinstance(shape, (list, tuple)):
+        return type(shape)(_dims(dim) for dim in shape)
+    return torch.export.Dim(shape) if isinstance(shape, str) else shape
+
+
+def _bounds(shapes: Any) -> dict[str, Range]:
+    """The range of each named size."""
+    if isinstance(shapes, torch.export.Dim):
+        most = ANY_SIZE if str(shapes.max) == "int_oo" else int(shapes.max)
+        return {shapes.__name__: Range(max(1, int(shapes.min)), min(most, ANY_SIZE))}
+    parts = shapes.values() if isinstance(shapes, Mapping) else shapes
+    nested = map(_bounds, parts) if isinstance(parts, Iterable) else ()
+    return {name: bounds for part in nested for name, bounds in part.items()}

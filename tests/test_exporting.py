@@ -1,0 +1,110 @@
+"""`dsc.export`: functions, modules and models as ONNX, and what goes along for servers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import dsc
+from dsc.errors import UsageError
+from dsc.frontends.beside import files_beside
+
+pytest.importorskip("onnxruntime")
+
+
+@dsc.optimize(fusion_level=3)
+def attention_layer(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attend over all keys."""
+    scores = dsc.matmul(q, k.transpose(-2, -1)) / (q.shape[-1] ** 0.5)
+    return dsc.softmax(scores, dim=-1) @ v
+
+
+def outputs_of(path: Path, inputs: dict[str, Any]) -> list[Any]:
+    """Return what ONNX Runtime alone gives."""
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    assert [x.name for x in session.get_inputs()] == list(inputs)
+    results: list[Any] = session.run(None, {n: x.numpy() for n, x in inputs.items()})
+    return results
+
+
+def test_a_decorated_function_runs_at_sizes_that_have_names(tmp_path: Path) -> None:
+    example = [torch.randn(2, n, 8) for n in (3, 5, 5)]
+    keys = {0: "B", 1: torch.export.Dim("T")}
+    shapes = {"q": {0: "B", 1: "S"}, "k": keys, "v": keys}
+    out = dsc.export(attention_layer, tmp_path / "a", args=example, dynamic_shapes=shapes)
+    q, k, v = (torch.randn(4, n, 8) for n in (1, 7, 7))
+    wanted = torch.softmax(q @ k.mT / 8**0.5, dim=-1) @ v
+    (found,) = outputs_of(out / "onnx" / "attention_layer.onnx", {"q": q, "k": k, "v": v})
+    np.testing.assert_allclose(found, wanted, atol=1e-6)
+    assert dsc.load(out).run({"q": q, "k": k, "v": v})["out"].shape == wanted.shape
+    assert not (out / "example.py").exists()
+
+
+def test_a_module_has_its_weights_and_its_names(tmp_path: Path) -> None:
+    module = nn.Sequential(nn.Linear(6, 9), nn.GELU(), nn.LayerNorm(9))
+    out = dsc.export(
+        module,
+        tmp_path / "a",
+        args=[torch.randn(2, 6)],
+        dynamic_shapes={"input": {0: torch.export.Dim("N", max=32)}},
+        output_names=["features"],
+        server="triton-server",
+    )
+    x = torch.randn(5, 6)
+    (found,) = outputs_of(out / "Sequential" / "1" / "Sequential.onnx", {"input": x})
+    np.testing.assert_allclose(found, module(x).detach(), atol=1e-6)
+    config = (out / "Sequential" / "config.pbtxt").read_text()
+    assert 'name: "features"' in config
+    assert "max_batch_size: 32" in config
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        ({"args": [torch.ones(2)]}, "do not fit"),
+        ({"args": [torch.ones(2)] * 3, "dynamic_shapes": {"x": {0: "B"}}}, "no such argument"),
+        ({"dynamic_shapes": {"q": {0: "B"}}}, "of a function's"),
+        ({"args": [torch.ones(2, 2)] * 3, "backend": "tvm"}, "writes no ONNX"),
+    ],
+)
+def test_what_cannot_be_exported_is_said(
+    options: dict[str, Any], problem: str, tmp_path: Path
+) -> None:
+    with pytest.raises(UsageError, match=problem):
+        dsc.export(attention_layer, tmp_path / "a", **options)
+    assert not (tmp_path / "a").exists()
+
+
+def test_no_function_is_told(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="a int is no function of tensors"):
+        dsc.export(3, tmp_path / "a", args=[torch.ones(2)])
+
+
+def test_files_beside_a_checkpoint_are_those_of_the_list(tmp_path: Path) -> None:
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": 1}')
+    settings = {"tokenizer_class": "Mine", "auto_map": {"AutoTokenizer": "mine.Mine"}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    (tmp_path / "chat_template.jinja").write_text("{{ messages }}")
+    (tmp_path / "special_tokens_map.json").write_text("[1]")
+    (tmp_path / "added_tokens.json").symlink_to("/etc/hostname")
+    (tmp_path / "modeling_mine.py").write_text("raise SystemExit")
+    found, notes = files_beside(tmp_path, ())
+    names = ["generation_config.json", "tokenizer_config.json", "chat_template.jinja"]
+    assert list(found) == names
+    assert json.loads(found["tokenizer_config.json"]) == {"tokenizer_class": "Mine"}
+    assert [n.partition(" ")[0] for n in notes] == ["special_tokens_map.json", "added_tokens.json"]
+
+
+def test_a_tokenizer_alone_gets_settings() -> None:
+    found, notes = files_beside(None, ["tokenizer.json"])
+    assert json.loads(found["tokenizer_config.json"])["tokenizer_class"]
+    assert not notes
+    assert files_beside(None, ()) == ({}, [])
