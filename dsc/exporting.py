@@ -21,7 +21,6 @@ from dsc.ir.lazy import torch
 from dsc.ir.program import ANY_SIZE, Program
 
 BACKEND = "onnxruntime"
-ONNX_OPTIONS = ("opset", "caches", "server")
 
 
 def export(
@@ -33,6 +32,8 @@ def export(
     input_names: Sequence[str] | None = None,
     output_names: Sequence[str] | None = None,
     opset: int | None = None,
+    onnx_ops: str | None = None,
+    provider: str | None = None,
     caches: str | None = None,
     server: str | None = None,
     force: bool = False,
@@ -49,6 +50,8 @@ def export(
         input_names: one a tensor; the function's own names for them by default.
         output_names: one a result; `out`, or `out.0`, `out.1`, ... by default.
         opset: of ONNX, 23 or 24.
+        onnx_ops: "ort", ONNX Runtime's own operators too, by default; or "standard".
+        provider: "cpu" or "cuda": whose kernels of ONNX Runtime the operators are chosen for.
         caches: the type of caches as inputs and outputs: "fp32", or what the model computes in.
         server: "genai", "optimum" or "triton-server": what that wants goes along.
         force: replace the folder that is there.
@@ -64,7 +67,8 @@ def export(
             "dynamic_shapes and names are of a function's or a module's arguments",
             hint="give args, the example arguments that it is traced on",
         )
-    said = {"opset": opset, "caches": caches, "server": server}
+    said = {"opset": opset, "onnx_ops": onnx_ops, "provider": provider}
+    said |= {"caches": caches, "server": server}
     given = {name: value for name, value in said.items() if value is not None}
     given |= options.pop("backend_options", None) or {}
     return exported(model, backend_options=given, **options).save(output, force)
