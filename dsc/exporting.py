@@ -12,13 +12,15 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from dsc import api
 from dsc.errors import UsageError
 from dsc.ir.dims import Range
 from dsc.ir.lazy import torch
 from dsc.ir.program import ANY_SIZE, Program
+
+if TYPE_CHECKING:
+    from dsc.api import CompiledModel
 
 BACKEND = "onnxruntime"
 
@@ -74,8 +76,9 @@ def export(
     return exported(model, backend_options=given, **options).save(output, force)
 
 
-def exported(model: Any, **options: Any) -> api.CompiledModel:
+def exported(model: Any, **options: Any) -> CompiledModel:
     """What `dsc.compile` makes of `model` for ONNX Runtime, with what servers read beside it."""
+    from dsc import api
     from dsc.frontends.beside import files_beside
 
     options = {"backend": BACKEND, **options}
