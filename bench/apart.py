@@ -17,7 +17,7 @@ from typing import Any
 from torch import nn
 
 from bench import parity
-from dsc.frontends.config import ModelConfig, parse_config
+from dsc.frontends.family import ModelConfig, parse_config
 from dsc.frontends.huggingface import stock_causal_lm
 from dsc.frontends.load import CONSTANT, load_program
 from dsc.ir.limits import OPEN

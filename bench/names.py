@@ -16,7 +16,7 @@ import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +24,11 @@ import torch
 
 from dsc.errors import DscError
 from dsc.frontends.catalogue import classes, example
-from dsc.frontends.config import QuantizationConfig
 from dsc.frontends.conversions import Conversions, conversions_of
 from dsc.frontends.names import WeightMap, map_weights
 from dsc.frontends.self_check import twin
 from dsc.frontends.shrunk import shrunk
-from dsc.frontends.stock import clean, stock_class, stock_config
+from dsc.frontends.stock import clean, facts_of, stock_class, stock_config
 from dsc.ir.op import type_of
 from dsc.ir.safetensors import open_safetensors
 from dsc.ir.types import TensorType
@@ -38,15 +37,6 @@ from dsc.ir.weights import WeightSource, evaluate
 UNBUILT = "cannot be built"
 MOST = 20_000_000
 """Parameters of a model that is built; a type whose configuration stays larger is told."""
-
-
-@dataclass(frozen=True)
-class Told:
-    """What a mapping asks of a configuration."""
-
-    num_hidden_layers: int | None = None
-    tie_word_embeddings: bool | None = False
-    quantization_config: QuantizationConfig | None = None
 
 
 def small_configs(model_type: str, **fields: Any) -> Iterator[tuple[Any, Any]]:
@@ -115,10 +105,10 @@ def table_of(model: Any) -> Conversions:
     return Conversions.from_json(json.loads(json.dumps(conversions_of(model).to_json())))
 
 
-def mapped(model: Any, source: WeightSource, **told: Any) -> WeightMap:
+def mapped(model: Any, source: WeightSource) -> WeightMap:
     """The map of a model's parameters to a source."""
-    layers = getattr(model.config, "num_hidden_layers", None)
-    return map_weights(declared(model), source, Told(layers, **told), conversions=table_of(model))
+    facts = facts_of(model.config)
+    return map_weights(declared(model), source, facts, conversions=table_of(model))
 
 
 def differing(model: Any, folder: Path) -> list[str]:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 import dsc
-from dsc.frontends.config import ModelConfig, parse_config
+from dsc.frontends.family import ModelConfig, parse_config
 from dsc.frontends.huggingface import stock_causal_lm
 
 TOLERANCE = 1e-4

@@ -95,13 +95,13 @@ def verify_each(sources: dict[str, Any] | None = None) -> dict[str, Any]:
 def small_models() -> dict[str, Program]:
     """models/v3.py (tiny), and the stock transformers classes of a small V3 and a small V2."""
     from dsc.frontends import causal_lm
-    from dsc.frontends.signature import Signature
+    from dsc.frontends.family import states_of
     from tests.family import small, small_v2, stock
 
     found = {"v3.py tiny": load_program(v3.__file__, config="tiny", weights="none").program}
     for name, config in (("stock V3", small()), ("stock V2", small_v2())):
         symbols = Limits(max_batch=4, max_context=64, prefill_chunk=16).symbols
-        found[name] = causal_lm.trace_step(stock(config), Signature.of(config), symbols)
+        found[name] = causal_lm.trace_step(stock(config), states_of(config), symbols)
     return found
 
 

@@ -101,7 +101,7 @@ def attention_block(
     """Decode one token through V3's attention block: stock and ours in turn, both in `dtype`."""
     from transformers import DynamicCache
 
-    from dsc.frontends.config import parse_config
+    from dsc.frontends.family import parse_config
     from dsc.frontends.huggingface import stock_causal_lm
     from dsc.ir.types import DType
     from dsc.runtime.protocol import ratios

@@ -67,23 +67,24 @@ class SyntheticSource(WeightSource):
 
 def synthetic(preset: str, layers: int | None = None) -> Program:
     """A preset's model over a synthetic checkpoint, with as many layers as asked."""
-    from dsc.frontends.config import parse_config
+    from dsc.frontends.conversions import conversions_of
+    from dsc.frontends.family import parse_config
     from dsc.frontends.huggingface import CheckpointModel, stock_causal_lm
     from dsc.frontends.load import load_program
-    from dsc.frontends.stock import of_family
+    from dsc.frontends.stock import clean
 
     raw = json.loads((PRESETS / f"{preset}.json").read_text())
     raw |= {"num_hidden_layers": layers or raw["num_hidden_layers"]}
     raw.pop("quantization_config", None)
-    config = parse_config(raw, preset)
-    traced = load_program(stock_causal_lm(config, DType.bf16)).program
+    stock = stock_causal_lm(parse_config(raw, preset), DType.bf16)
+    traced = load_program(stock).program
     named = {
         name: expr.type for name, expr in traced.weights.items()
         if isinstance(expr, Source) and expr.key == name
     }  # fmt: skip
     weights = SyntheticSource.of(raw)
-    opened = CheckpointModel(Path(preset), raw, of_family(config), DType.bf16, weights)
-    found = opened.mapped(named)
+    opened = CheckpointModel(Path(preset), raw, clean(raw, preset), DType.bf16, weights)
+    found = opened.mapped(named, conversions=conversions_of(stock))
     own = source_types(traced.weights.values()).keys() - named.keys()
     constants = DictSource({key: traced.source.load(key) for key in own})
     source = LayeredSource((constants, found.source))

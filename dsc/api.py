@@ -131,7 +131,8 @@ class CompiledModel:
 
         Raises `ArtifactError` where it is damaged, or the artifact was replaced.
         """
-        from dsc.frontends.tokenizer import TOKENIZER, parse_tokenizer
+        from dsc.frontends.folder import TOKENIZER
+        from dsc.frontends.tokenizer import parse_tokenizer
 
         found = self._file(TOKENIZER)
         if found is None:

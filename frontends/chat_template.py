@@ -13,11 +13,15 @@ from pathlib import Path
 
 from dsc.chat_template import DEFAULT, MAX_TEMPLATE_BYTES, TOKENS
 from dsc.errors import ConfigError, DscError
-from dsc.frontends.config import read_bounded
-from dsc.strict_json import JsonObject, parse_object
-
-TEMPLATE, SETTINGS, OLDER = "chat_template.jinja", "tokenizer_config.json", "chat_template.json"
-SPECIAL = "special_tokens_map.json"
+from dsc.frontends.folder import (
+    OLDER_TEMPLATE,
+    SPECIAL_TOKENS,
+    TEMPLATE,
+    TOKENIZER_SETTINGS,
+    read_bounded,
+    read_object,
+)
+from dsc.strict_json import JsonObject
 
 
 def find_chat(folder: Path) -> tuple[bytes | None, str]:
@@ -26,11 +30,11 @@ def find_chat(folder: Path) -> tuple[bytes | None, str]:
     What cannot be kept is told: a model compiles without.
     """
     try:
-        settings = _object(folder / SETTINGS)
+        settings = read_object(folder / TOKENIZER_SETTINGS, missing_ok=True)
         templates = _templates(folder, settings)
         if not templates:
             return None, ""
-        tokens = _tokens(_object(folder / SPECIAL)) | _tokens(settings)
+        tokens = _tokens(read_object(folder / SPECIAL_TOKENS, missing_ok=True)) | _tokens(settings)
     except DscError as refused:
         return None, f"the chat template is not used: {refused.what} ({refused.where})"
     return json.dumps({"templates": templates, "tokens": tokens}).encode(), ""
@@ -41,15 +45,16 @@ def _templates(folder: Path, settings: JsonObject) -> dict[str, str]:
     file = folder / TEMPLATE
     if os.path.lexists(file):
         try:
-            return {DEFAULT: read_bounded(file, MAX_TEMPLATE_BYTES).decode("utf-8")}
+            return {DEFAULT: read_bounded(file).decode("utf-8")}
         except UnicodeDecodeError:
             raise ConfigError("it is no UTF-8", str(file)) from None
-    told = settings.get("chat_template") or _object(folder / OLDER).get("chat_template")
+    older = read_object(folder / OLDER_TEMPLATE, missing_ok=True)
+    told = settings.get("chat_template") or older.get("chat_template")
     if isinstance(told, list):
         pairs = [(e.get("name"), e.get("template")) for e in told if isinstance(e, dict)]
     else:
         pairs = [(DEFAULT, told)] if told else []
-    where = str(folder / SETTINGS)
+    where = str(folder / TOKENIZER_SETTINGS)
     if not all(isinstance(part, str) for pair in pairs for part in pair):
         raise ConfigError("chat_template must be a text, or a list of names and templates", where)
     found = {str(name): str(text) for name, text in pairs}
@@ -67,9 +72,3 @@ def _tokens(settings: JsonObject) -> dict[str, str]:
         if isinstance(text, str):
             found[name] = text
     return found
-
-
-def _object(file: Path) -> JsonObject:
-    if not os.path.lexists(file):
-        return {}
-    return parse_object(read_bounded(file), str(file), ConfigError)

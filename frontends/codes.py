@@ -27,7 +27,7 @@ from functools import partial
 import numpy as np
 
 from dsc.frontends.checked import Holds
-from dsc.frontends.config import IntegerWeights, QuantizationConfig
+from dsc.frontends.quantisation import IntegerWeights, QuantizationConfig
 from dsc.ir.dims import Dim
 from dsc.ir.formats import WHOLE, grid
 from dsc.ir.types import DType, TensorType

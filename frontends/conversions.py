@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from dsc.frontends.conversion_steps import Join, Stack, Step, step_from_json, step_of
+from dsc.frontends.conversion_steps import Step, step_from_json, step_of
 
 if TYPE_CHECKING:
     from torch import nn
@@ -82,23 +82,6 @@ class Converter(Renaming):
 
     sources: tuple[str, ...] = ()
     steps: tuple[Step, ...] = ()
-
-
-STACKED_EXPERTS = (
-    Converter(
-        r"(?P<g0>\bmlp\.experts\..*\.gate_proj\.weight$)|(?P<g1>\bmlp\.experts\..*\.up_proj\.weight$)",
-        ("mlp.experts.gate_up_proj",),
-        sources=("mlp.experts.*.gate_proj.weight", "mlp.experts.*.up_proj.weight"),
-        steps=(Stack(0), Join(1)),
-    ),
-    Converter(
-        r"(?P<g0>\bmlp\.experts\..*\.down_proj\.weight$)",
-        ("mlp.experts.down_proj",),
-        sources=("mlp.experts.*.down_proj.weight",),
-        steps=(Stack(0),),
-    ),
-)
-"""What the DeepSeek-V3 family stores expert by expert, and its models declare as stacks."""
 
 
 @dataclass(frozen=True)
@@ -189,6 +172,10 @@ class Conversions:
         )
         tied, left_out = dict(kept["tied"]), tuple(kept["left_out"])
         return Conversions(renamings, converters, kept["base"], tied, left_out)
+
+
+AS_DECLARED = Conversions()
+"""The table of a checkpoint that stores what is declared, under its names."""
 
 
 def natural(name: str) -> list[tuple[Any, ...]]:

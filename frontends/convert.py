@@ -29,12 +29,11 @@ from typing import Any, Literal, TypeAlias, get_args
 from dsc.errors import CheckpointError, ConfigError, FileError, UsageError
 from dsc.files import check_makeable, check_room
 from dsc.frontends.codes import SCALE_SUFFIXES
-from dsc.frontends.config import CONFIG_FILE
-from dsc.frontends.conversions import Conversions, conversions_of
-from dsc.frontends.generation_config import GENERATION_FILE
+from dsc.frontends.conversions import conversions_of
+from dsc.frontends.family import LINEARS, MEMBERS
+from dsc.frontends.folder import CONFIG_FILE, COPIED
 from dsc.frontends.huggingface import CheckpointModel, open_checkpoint
 from dsc.frontends.stock import completed
-from dsc.frontends.tokenizer import RANKS, SETTINGS, TOKENIZER
 from dsc.ir.safetensors import INDEX_FILE, inside
 from dsc.ir.types import DType, TensorType
 from dsc.ir.weights import WeightExpr, apply, sources
@@ -47,18 +46,6 @@ from dsc.strict_json import JsonObject
 Form: TypeAlias = Literal["bf16", "fp8"]
 ScaleFormat: TypeAlias = Literal["f32", "ue8m0"]
 BLOCK = (128, 128)
-COPIED = (
-    TOKENIZER, SETTINGS, GENERATION_FILE, RANKS, "tokenizer.model", "special_tokens_map.json",
-    "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json",
-)  # fmt: skip
-"""What else of a folder belongs to a checkpoint, as it is."""
-_LINEAR = re.compile(
-    r"model\.layers\.\d+\.("
-    r"self_attn\.(q_proj|q_a_proj|q_b_proj|kv_a_proj_with_mqa|kv_b_proj|o_proj)\.weight"
-    r"|mlp\.(shared_experts\.|experts\.\d+\.)?(gate|up|down)_proj\.weight"
-    r"|mlp\.experts\.(gate_up|down)_proj)"
-)
-"""The weights that the family's published checkpoints have in FP8; experts may be stacked."""
 _ROUTER = re.compile(r"(.*\.)?(\w*_)?(gate|router)(\..*)?")
 """Linears that choose experts, or how much of one is taken."""
 _SIZE = re.compile(r"(\d+(?:\.\d+)?) ?([kMGT]?)(i?)B?", re.IGNORECASE)
@@ -212,7 +199,7 @@ def _plain(opened: CheckpointModel) -> tuple[list[str], CheckpointModel]:
     }  # fmt: skip
     narrow = [key for key, t in kept.items() if t.dtype.is_float and t.dtype.itemsize == 1]
     wide = {key: TensorType(DType.bf16, kept[key].shape) for key in narrow}
-    return narrow, opened.mapped(kept | wide, conversions=Conversions())
+    return narrow, opened.mapped(kept | wide)
 
 
 def _linears(opened: CheckpointModel) -> tuple[frozenset[str], list[str]]:
@@ -220,8 +207,8 @@ def _linears(opened: CheckpointModel) -> tuple[frozenset[str], list[str]]:
 
     Raises `CheckpointError` where a checkpoint is not that of its stock class.
     """
-    if opened.config.family is not None:
-        return frozenset(filter(_LINEAR.fullmatch, opened.source.types)), []
+    if opened.config.model_type in MEMBERS:
+        return frozenset(filter(LINEARS.fullmatch, opened.source.types)), []
     from torch import nn
 
     from dsc.frontends.causal_lm import parameter_types

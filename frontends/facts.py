@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
-from dsc.frontends.config import ModelConfig, QuantizationConfig
+from dsc.frontends.quantisation import QuantizationConfig
 from dsc.frontends.rope_scaling import reach
 
 ALIASES: Mapping[str, tuple[str, ...]] = {
@@ -65,18 +65,11 @@ class Facts:
                 if fact == "positions":
                     found["position_name"] = name
                     found[fact] = max(found[fact], reach(values))
+        if found.get("num_hidden_layers", 1) <= _number(values.get("first_k_dense_replace")):
+            found.pop("experts", None)  # of which no layer has any
         ties = values.get("tie_word_embeddings")
         found["tie_word_embeddings"] = ties if isinstance(ties, bool) else None
         return Facts(model_type, **found)
-
-    @staticmethod
-    def of(config: ModelConfig) -> Facts:
-        """The facts of a member of the DeepSeek-V3 family."""
-        said = config.model_dump(mode="json", exclude={"quantization_config"})
-        facts = Facts.read(config.model_type, said)
-        has_experts = config.is_moe(config.num_hidden_layers - 1)
-        experts = config.n_routed_experts if has_experts else None
-        return replace(facts, experts=experts, quantization_config=config.quantization_config)
 
     def completed(self, others: Facts) -> Facts:
         """These facts, and where they say nothing what the others say."""
@@ -94,6 +87,10 @@ class Facts:
     def from_json(kept: Mapping[str, Any]) -> Facts:
         """The facts that were kept. Raises `TypeError` for anything else."""
         return Facts(**kept)
+
+
+def _number(value: Any) -> int:
+    return value if type(value) is int else 0
 
 
 def _says(value: Any, fact: str) -> bool:

@@ -10,7 +10,6 @@ file asks for sampling and names no `top_k`.)
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -18,12 +17,12 @@ from typing import Annotated, Any
 from pydantic import Field, ValidationError
 
 from dsc.errors import ArtifactError, ConfigError, DscError, printable
-from dsc.frontends.config import Schema, read_bounded, sentence
 from dsc.frontends.facts import Facts
+from dsc.frontends.folder import GENERATION_FILE, read_object
+from dsc.frontends.schema import Schema, sentence
 from dsc.ir.limits import OPEN
-from dsc.strict_json import AGAIN, parse_object
+from dsc.strict_json import AGAIN
 
-GENERATION_FILE = "generation_config.json"
 Settings = tuple[dict[str, Any], list[str]]
 """What an artifact keeps, as JSON, and notes on what it does not."""
 Id = Annotated[int, Field(ge=-(1 << 31), lt=1 << 31)]
@@ -63,10 +62,7 @@ def load_generation(folder: Path, facts: Facts) -> Settings:
     `ConfigError`.
     """
     file = folder / GENERATION_FILE
-    raw: Mapping[str, Any] = {}
-    if os.path.lexists(file):
-        raw = parse_object(read_bounded(file), str(file), ConfigError)
-    return settings_of(raw, facts, str(file))
+    return settings_of(read_object(file, missing_ok=True), facts, str(file))
 
 
 def settings_of(raw: Mapping[str, Any], facts: Facts, where: str = GENERATION_FILE) -> Settings:

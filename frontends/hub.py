@@ -2,7 +2,7 @@
 
 `huggingface_hub` does the transfer: its cache and settings (`HF_HOME`, `HF_HUB_CACHE`, `HF_TOKEN`
 or `hf auth login`, `HF_ENDPOINT` for a mirror, `HF_HUB_OFFLINE`) hold as everywhere. What is asked
-for is settled here: files by an allow-list of names (`LIMITS` and safetensors), never code and
+for is settled here: files by an allow-list of names (`folder.py`, and safetensors), never code and
 never a pickle, each no larger than its bound, of one commit. A name is checked before any request.
 
 What an interruption leaves is used: files that are whole are not asked for again, and a connection
@@ -20,8 +20,8 @@ from typing import Any
 
 from dsc.errors import CheckpointError, DscError, FileError, UsageError, one_of
 from dsc.files import check_room
-from dsc.frontends.config import CONFIG_FILE, MAX_CONFIG_BYTES, read_bounded
-from dsc.ir.safetensors import INDEX_FILE, MAX_INDEX_BYTES, SINGLE_FILE, inside
+from dsc.frontends.folder import CONFIG_FILE, LIMITS, read_bounded
+from dsc.ir.safetensors import INDEX_FILE, SINGLE_FILE, inside
 from dsc.runtime.emission import Progress
 from dsc.strict_json import parse_object
 
@@ -30,24 +30,6 @@ NAME = re.compile(r"(?=.{3,96}\Z)[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCI
 REVISION = re.compile(r"[A-Za-z0-9][\w./+-]{0,199}", re.ASCII)
 COMMIT = re.compile(r"[0-9a-f]{40}")
 WEIGHTS = re.compile(r"[A-Za-z0-9][\w.-]{0,200}\.safetensors", re.ASCII)
-TEXT_BYTES, TOKENIZER_BYTES = 1 << 20, 256 << 20
-LIMITS = {
-    CONFIG_FILE: MAX_CONFIG_BYTES,
-    "generation_config.json": MAX_CONFIG_BYTES,
-    "hf_quant_config.json": MAX_CONFIG_BYTES,
-    INDEX_FILE: MAX_INDEX_BYTES,
-    "tokenizer.json": TOKENIZER_BYTES,
-    "tokenizer_config.json": MAX_CONFIG_BYTES,
-    "special_tokens_map.json": MAX_CONFIG_BYTES,
-    "added_tokens.json": MAX_CONFIG_BYTES,
-    "tokenizer.model": TOKENIZER_BYTES,
-    "tiktoken.model": TOKENIZER_BYTES,
-    "vocab.json": TOKENIZER_BYTES,
-    "merges.txt": TOKENIZER_BYTES,
-    "chat_template.jinja": TEXT_BYTES,
-    "chat_template.json": TEXT_BYTES,
-}
-"""Files beside the weights, and the bytes that each may have. All but the first may be missing."""
 PREFIX = "models--"
 """How the folders of models in the Hub's cache begin: `models--ORG--NAME`."""
 
@@ -276,7 +258,7 @@ def shards(folder: Path, held: Mapping[str, object], where: str) -> list[str]:
         CheckpointError: there are none, or the index names a file that is not held; says which.
     """
     if INDEX_FILE in held:
-        text = read_bounded(folder / INDEX_FILE, MAX_INDEX_BYTES)
+        text = read_bounded(folder / INDEX_FILE)
         told = parse_object(text, f"{where}/{INDEX_FILE}", CheckpointError).get("weight_map")
         named = told.values() if isinstance(told, dict) else ()
         files = sorted({str(file) for file in named})

@@ -9,33 +9,31 @@ configuration on the `meta` device. No Python file of the folder is imported, no
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dsc.errors import CheckpointError, ConfigError
+from dsc.errors import CheckpointError
 from dsc.frontends.checked import CheckedSource
-from dsc.frontends.config import CONFIG_FILE, DTYPES, ModelConfig, read_bounded
-from dsc.frontends.conversions import Conversions, conversions_of
+from dsc.frontends.conversions import AS_DECLARED, Conversions, conversions_of
 from dsc.frontends.facts import Facts
+from dsc.frontends.family import ModelConfig
+from dsc.frontends.folder import CONFIG_FILE, MODELOPT_FILE, read_object
 from dsc.frontends.names import EMBEDDING, WeightMap, check_layout, layers_of, map_weights
 from dsc.frontends.rope_scaling import RopeScaling
-from dsc.frontends.signature import Signature
-from dsc.frontends.stock import StockConfig, clean, completed, of_family, stock_model
+from dsc.frontends.schema import DTYPES
+from dsc.frontends.stock import StockConfig, clean, completed, stock_model
 from dsc.frontends.towers import parts_of
 from dsc.ir.safetensors import SafetensorsSource, open_safetensors
 from dsc.ir.types import DType, TensorType
 from dsc.ir.weights import MetaSource, WeightExpr, WeightSource, evaluate
-from dsc.strict_json import JsonObject, parse_object
+from dsc.strict_json import JsonObject
 
 if TYPE_CHECKING:
     from torch import nn
 
     from dsc.frontends.causal_lm import CausalLMStep
-
-MODELOPT_FILE = "hf_quant_config.json"
 
 
 @dataclass(frozen=True)
@@ -60,12 +58,12 @@ class CheckpointModel:
         self,
         parameters: Mapping[str, TensorType],
         facts: Facts | None = None,
-        conversions: Conversions | None = None,
+        conversions: Conversions = AS_DECLARED,
     ) -> CheckpointModel:
         """The same checkpoint with its weights for these parameters, names and types.
 
         `facts` are all of the model's, where the file does not tell them all; `conversions` are
-        those of the stock class, without which names are those of the DeepSeek-V3 family. Raises
+        those of the stock class, without which names are as they are declared. Raises
         `CheckpointError`: the weights are not those of the parameters.
         """
         known = self.config.facts.completed(facts) if facts else self.config.facts
@@ -81,11 +79,7 @@ class CheckpointModel:
         """The module to trace, for so many tokens: parameters on `meta`, computed buffers real."""
         from dsc.frontends.causal_lm import CausalLMStep
 
-        family, signature = self.config.family, None
-        if family is not None:  # what it keeps need not be found
-            check_rotation(family, self.dtype)
-            signature = Signature.of(family, self.dtype)
-        return CausalLMStep(stock_model(self.config, self.dtype), signature, context)
+        return CausalLMStep(stock_model(self.config, self.dtype), context=context)
 
     def load(self, context: int | None = None) -> CausalLMStep:
         """The same module with its weights, copied to memory: the oracle for small checkpoints."""
@@ -161,7 +155,7 @@ def bare_checkpoint(
 def read_config(folder: Path, scaling: RopeScaling | None = None) -> tuple[JsonObject, StockConfig]:
     """A folder's `config.json`, as it stands and cleaned. Raises as `load_checkpoint` does."""
     file = folder / CONFIG_FILE
-    raw = parse_object(read_bounded(file), str(file), ConfigError)
+    raw = read_object(file)
     return raw, clean(_with_quantization(raw, folder), str(file), scaling)
 
 
@@ -169,31 +163,15 @@ def stock_causal_lm(
     config: ModelConfig, dtype: DType = DType.f32, device: str = "meta"
 ) -> nn.Module:
     """The transformers class of a member of the DeepSeek-V3 family (see `stock_model`)."""
-    check_rotation(config, dtype)
-    return stock_model(of_family(config), dtype, device)
-
-
-def check_rotation(config: ModelConfig, dtype: DType) -> None:
-    """Refuse a V2 whose stock class fails at run time: in fp32 it views halves as complex numbers.
-
-    Raises:
-        ConfigError: a rotated part starts at an odd column.
-    """
-    odd = [n for n in ("kv_lora_rank", "qk_nope_head_dim") if getattr(config, n) % 2]
-    if config.model_type == "deepseek_v2" and dtype is DType.f32 and odd:
-        raise ConfigError(
-            f"in fp32 transformers rotates a deepseek_v2 only with an even {' and '.join(odd)}",
-            hint="compile with dtype bf16",
-        )
+    return stock_model(clean(config.model_dump()), dtype, device)
 
 
 def _with_quantization(raw: JsonObject, folder: Path) -> JsonObject:
     """`config.json` with what modelopt writes beside it, where it has no section of its own."""
-    file = folder / MODELOPT_FILE
-    if raw.get("quantization_config") is not None or not os.path.lexists(file):
+    if raw.get("quantization_config") is not None:
         return raw
-    found = parse_object(read_bounded(file), str(file), ConfigError).get("quantization")
-    return raw | {"quantization_config": found}
+    found = read_object(folder / MODELOPT_FILE, missing_ok=True)
+    return raw | {"quantization_config": found["quantization"]} if "quantization" in found else raw
 
 
 def _stored_dtype(config: StockConfig, source: SafetensorsSource, folder: Path) -> DType:

@@ -24,18 +24,20 @@ from dsc.chat_template import CHAT
 from dsc.errors import ConfigError, DscError, UnsupportedArchitecture, UsageError
 from dsc.frontends import trace_cache
 from dsc.frontends.chat_template import find_chat
-from dsc.frontends.config import DTYPES, ModelConfig
 from dsc.frontends.conversions import Conversions, conversions_of
 from dsc.frontends.facts import Facts
+from dsc.frontends.family import ModelConfig, states_of
+from dsc.frontends.folder import TOKENIZER
 from dsc.frontends.generation_config import Settings, load_generation, settings_of
 from dsc.frontends.hub import located, model_name
 from dsc.frontends.longrope import has_longrope, told_of
 from dsc.frontends.rope_scaling import RopeScaling
+from dsc.frontends.schema import DTYPES
 from dsc.frontends.self_check import check_architecture
 from dsc.frontends.signature import Signature
-from dsc.frontends.stock import clean, completed
+from dsc.frontends.stock import StockConfig, clean, completed, facts_of, stock_model
 from dsc.frontends.text import read_program
-from dsc.frontends.tokenizer import TOKENIZER, find_tokenizer
+from dsc.frontends.tokenizer import find_tokenizer
 from dsc.ir.lazy import torch
 from dsc.ir.limits import OPEN, Limits
 from dsc.ir.program import Program
@@ -215,9 +217,8 @@ def _from_checkpoint(
     load_generation(folder, config.facts)
     tokenizer = find_tokenizer(folder)
     opened = (bare_checkpoint if bare else open_checkpoint)(folder, dtype, asked.scaling)
-    known = Known(config.described, config.facts)
     context = asked.limits(config.facts).max_context
-    step = _Step(lambda: opened.build(context), known, opened.dtype, asked, "transformers")
+    step = _Step(lambda: opened.build(context), config, opened.dtype, asked, "transformers")
     check_architecture(config, progress)
     asked.check(step.facts)
     settings = load_generation(folder, step.facts)
@@ -264,14 +265,15 @@ def _from_code(
                 hint="give --weights DIR, or --weights none to compile without values",
             )
         weights = configs.TINY_CHECKPOINT
-    facts = Facts.of(config)
+    stock = clean(config.model_dump(), str(config_name))
+    facts = stock.facts
     asked.check(facts)
     folder = None if str(weights) == "none" else Path(weights)
     settings = settings_of({}, facts) if folder is None else load_generation(folder, facts)
     tokenizer = (None, "") if folder is None else find_tokenizer(folder)
     checkpoint = open_checkpoint(folder, dtype) if folder is not None else None
-    family = checkpoint.config.family if checkpoint is not None else config
-    if family is None or _shape_of(family) != _shape_of(config):
+    given = checkpoint.config if checkpoint is not None else stock
+    if (given.model_type, given.values) != (stock.model_type, stock.values):
         raise ConfigError(
             f"the weights in {folder} are of another configuration than {config_name}",
             hint="leave --config out to use the folder's own",
@@ -279,11 +281,10 @@ def _from_code(
     named = DTYPES[config.dtype or "bfloat16"]
     compute = checkpoint.dtype if checkpoint is not None else dtype or named
     ours = _module_of_ours(path)
-    known = Known(config.model_dump(mode="json", exclude_none=True), facts)
-    signature = Signature.of(config, compute)
-    step = _Step(lambda: _built(path, config, compute), known, compute, asked, ours, signature)
+    signature = states_of(config, compute)
+    step = _Step(lambda: _built(path, config, compute), stock, compute, asked, ours, signature)
     if checkpoint is not None:
-        checkpoint = checkpoint.mapped(step.parameters)
+        checkpoint = checkpoint.mapped(step.parameters, step.facts, step.conversions)
     with blaming(path, only_its_lines=True):
         traced = step.traced(progress)
     if checkpoint is None:
@@ -352,7 +353,8 @@ def _from_module(
     settings = settings_of({} if generation is None else generation.to_dict(), facts)
     check_architecture(config, progress, (type(stock), type(module)))
     step = CausalLMStep(module.eval(), context=asked.limits(facts).max_context)
-    traced = _Step(lambda: step, Known(config.described, facts), stored, asked).traced(progress)
+    known = replace(config, facts=facts)
+    traced = _Step(lambda: step, known, stored, asked).traced(progress)
     state = {k: v.detach() for k, v in step.state_dict().items()}
     if any(v.is_meta for v in state.values()):
         return _loaded(_with_weights(traced, None, config.model_type), settings)
@@ -360,14 +362,6 @@ def _from_module(
     given = {k: Source(k, source.types[k]) for k in state}
     program = _with_weights(traced, (given, source), config.model_type)
     return _loaded(program, settings)
-
-
-@dataclass(frozen=True)
-class Known:
-    """What is known of a model before it is built: its configuration as data, and facts."""
-
-    described: Mapping[str, Any]
-    facts: Facts
 
 
 class _Step:
@@ -380,33 +374,30 @@ class _Step:
     def __init__(
         self,
         build: Callable[[], nn.Module],
-        known: Known,
+        config: StockConfig,
         dtype: DType,
         asked: Asked,
         installed: str = "",
         signature: Signature | None = None,
     ) -> None:
-        self.build, self.known, self.dtype, self.asked = build, known, dtype, asked
+        self.build, self.config, self.dtype, self.asked = build, config, dtype, asked
         self.signature = signature
-        self.told: dict[str, Any] = {"config": dict(known.described), "dtype": str(dtype)}
-        if has_longrope(known.described):
-            self.told["context"] = asked.limits(known.facts).max_context
+        self.told: dict[str, Any] = {"config": config.described, "dtype": str(dtype)}
+        if has_longrope(config.values):
+            self.told["context"] = asked.limits(config.facts).max_context
         self.key = trace_cache.key_of_installed(installed, **self.told) if installed else None
         self.kept = trace_cache.load(self.key) if self.key is not None else None
 
     @cached_property
     def facts(self) -> Facts:
         """All facts of the model: the configuration's, and where it says nothing the class's."""
+        known = self.config.facts
         if self.kept is not None:
-            return (
-                self.known.facts.completed(self.kept.facts) if self.kept.facts else self.known.facts
-            )
-        held = getattr(self.module, "config", None)
-        if self.signature is not None or held is None:
-            return self.known.facts
-        from dsc.frontends.stock import facts_of
-
-        return self.known.facts.completed(facts_of(held))
+            return known.completed(self.kept.facts) if self.kept.facts else known
+        if self.signature is not None:
+            return known
+        module: Any = self.module
+        return known.completed(facts_of(module.config))
 
     @cached_property
     def module(self) -> nn.Module:
@@ -425,15 +416,15 @@ class _Step:
         return parameter_types(self.module)
 
     @cached_property
-    def conversions(self) -> Conversions | None:
-        """How a checkpoint of a stock class names and stores all that."""
+    def conversions(self) -> Conversions:
+        """How a checkpoint of the stock class names and stores all that."""
         if self.kept is not None:
             return self.kept.conversions
         from dsc.frontends.causal_lm import CausalLMStep
 
-        if not isinstance(self.module, CausalLMStep):
-            return None
-        return conversions_of(self.module.stock())
+        module = self.module
+        stock = module.stock() if isinstance(module, CausalLMStep) else stock_model(self.config)
+        return conversions_of(stock)
 
     def traced(self, progress: Progress | None) -> Program:
         """The program, with the limits asked for. Its source holds the trace's constants alone."""
@@ -449,8 +440,7 @@ class _Step:
                 trace_cache.store(self.key, self.kept)
         program = self.kept.program
         said = {k: v for k, v in self.facts.to_json().items() if v is not None}
-        config = {**said, **self.known.described} if self.signature is None else self.told["config"]
-        meta = {**program.meta, "config": config}
+        meta = {**program.meta, "config": {**said, **self.config.described}}
         symbols = {**program.symbols, **limits.symbols}
         return replace(program, meta=meta, symbols=symbols).limited(limits)
 
@@ -524,7 +514,7 @@ def _build_function(path: Path) -> Callable[[ModelConfig], nn.Module]:
 def _check_signature(module: nn.Module, config: ModelConfig, path: Path) -> None:
     """Raise `UsageError` unless `forward` takes what the step of a causal LM gives it."""
     try:
-        inspect.signature(module.forward).bind(*Signature.of(config).input_names())
+        inspect.signature(module.forward).bind(*states_of(config).input_names())
     except TypeError as problem:
         raise UsageError(
             f"forward of {type(module).__name__} does not take"
@@ -581,8 +571,3 @@ def _module_at(path: Path) -> ModuleType:
     with blaming(path):
         spec.loader.exec_module(module)
     return module
-
-
-def _shape_of(config: ModelConfig) -> dict[str, Any]:
-    ignored = {"dtype", "quantization_config", "published_model_type"}
-    return config.model_dump(exclude=ignored)

@@ -24,39 +24,26 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
 
 from dsc.errors import CheckpointError
 from dsc.frontends.checked import Holds
 from dsc.frontends.codes import SCALE_SUFFIXES, CodesReader, Unfit
-from dsc.frontends.config import CONFIG_FILE, QuantizationConfig
 from dsc.frontends.conversion_steps import Making, Untranslated, Wanted, made_by, wanted_by
-from dsc.frontends.conversions import STACKED_EXPERTS, Conversions, Converter, natural
-from dsc.frontends.quantisation import HINT, packed
+from dsc.frontends.conversions import AS_DECLARED, Conversions, Converter, natural
+from dsc.frontends.facts import Facts
+from dsc.frontends.folder import CONFIG_FILE
+from dsc.frontends.quantisation import HINT, QuantizationConfig, packed
 from dsc.frontends.towers import Tower, language_model
 from dsc.ir.op import TypeMismatch
 from dsc.ir.types import TensorType
 from dsc.ir.weights import Source, WeightExpr, WeightSource, apply, sources
 
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+EMBEDDING = "model.embed_tokens.weight"
 _LAYER = re.compile(r"(?:.*\.)?layers\.(\d+)\.(.+)")
 _JOINING = re.compile(r"(?:.*\.)?layers\.(\d+)\.eh_proj\.")
 _RECOMPUTED = re.compile(r".*\.rotary_emb\.inv_freq")
 _ACTIVATIONS = re.compile(r".*(\.|_)(input|output|activation|[qkv]|kv)_(scale(_inv)?|zero_point)")
 """Scales of what flows through a layer or lies in a cache: both stay as they are computed."""
-
-
-class Told(Protocol):
-    """What a mapping must know of a model's configuration."""
-
-    @property
-    def num_hidden_layers(self) -> int | None: ...  # noqa: D102
-
-    @property
-    def tie_word_embeddings(self) -> bool | None: ...  # noqa: D102
-
-    @property
-    def quantization_config(self) -> QuantizationConfig | None: ...  # noqa: D102
 
 
 @dataclass(frozen=True)
@@ -103,9 +90,9 @@ class _Faults:
 def map_weights(
     parameters: Mapping[str, TensorType],
     source: WeightSource,
-    config: Told,
+    facts: Facts,
     where: str = "checkpoint",
-    conversions: Conversions | None = None,
+    conversions: Conversions = AS_DECLARED,
     wrapper: str = "",
 ) -> WeightMap:
     """Give each declared parameter its expression over the stored tensors.
@@ -113,17 +100,16 @@ def map_weights(
     Args:
         parameters: name and type of every parameter and persistent buffer of the model.
         source: the stored tensors.
-        config: says which layers are MTP, whether embeddings are tied, how codes are stored.
+        facts: which layers are MTP, how codes are stored.
         where: the checkpoint, for messages.
-        conversions: the table of the model's class; by default that of the DeepSeek-V3 family.
+        conversions: the table of the model's class; by default names are as they are declared.
         wrapper: the type of the larger model whose language model this is, if it is part of one.
 
     Raises:
         CheckpointError: tensors are missing, of another shape, or left over. All of them are
             named, with expected and found types.
     """
-    table = conversions or _of_family(config)
-    mapper = _Mapper(parameters, source, config.quantization_config, table, where, wrapper)
+    mapper = _Mapper(parameters, source, facts.quantization_config, conversions, where, wrapper)
     _check_depth(layers_of(parameters), layers_of(r.name for r in mapper.renamed.values()), where)
     weights = {name: mapper.parameter(name) for name in parameters}
     used = {leaf.key for expr in weights.values() if expr for leaf in sources(expr)}
@@ -131,16 +117,16 @@ def map_weights(
     others = [key for key in left if mapper.tower.is_beside(mapper.weight_of[key])]
     left = [key for key in left if key not in set(others)]
     plain = {key: mapper.plain_of(key) for key in left}
-    mtp = _mtp(plain, config.num_hidden_layers)
+    mtp = _mtp(plain, facts.num_hidden_layers)
     sorted_out: dict[str, list[str]] = {"ignored": [], "class": [], "unexpected": []}
     for key in (key for key in left if key not in mtp):
         name = mapper.renamed_of(key)
-        tied = name in table.tied or name in table.tied.values()
-        scales = config.quantization_config is not None and _ACTIVATIONS.fullmatch(key)
+        tied = name in conversions.tied or name in conversions.tied.values()
+        scales = facts.quantization_config is not None and _ACTIVATIONS.fullmatch(key)
         if scales or _RECOMPUTED.fullmatch(key) or (tied and name in parameters):
             sorted_out["ignored"].append(key)
         elif key not in mapper.claimed:
-            spare = table.is_left_out(name) and not _is_behind(name, config.num_hidden_layers)
+            spare = conversions.is_left_out(name) and not _is_behind(name, facts.num_hidden_layers)
             sorted_out["class" if spare else "unexpected"].append(key)
     mapper.faults.unexpected += [
         (key, f" : {source.types[key]}") for key in sorted(sorted_out["unexpected"], key=natural)
@@ -153,12 +139,7 @@ def map_weights(
     )  # fmt: skip
 
 
-def _of_family(config: Told) -> Conversions:
-    tied = {HEAD: EMBEDDING} if config.tie_word_embeddings else {}
-    return Conversions((), STACKED_EXPERTS, "model", tied)
-
-
-def check_layout(source: WeightSource, config: Told, where: str, wrapper: str = "") -> None:
+def check_layout(source: WeightSource, facts: Facts, where: str, wrapper: str = "") -> None:
     """Refuse in one sentence what would make every tensor missing and every other unexpected.
 
     Raises:
@@ -167,7 +148,7 @@ def check_layout(source: WeightSource, config: Told, where: str, wrapper: str = 
             layer.
     """
     keys = list(source.types)
-    told = config.quantization_config
+    told = facts.quantization_config
     form = packed(keys, told.quant_method if told else None)
     if form:
         raise CheckpointError(f"{form} holds a weight in a quantised form not read", where, HINT)
@@ -177,7 +158,7 @@ def check_layout(source: WeightSource, config: Told, where: str, wrapper: str = 
             f"all tensors lie under {under.removesuffix(EMBEDDING)!r}: this is a part of a larger "
             "model", where, "save the language model on its own",
         )  # fmt: skip
-    layers, file = config.num_hidden_layers, str(Path(where) / CONFIG_FILE)
+    layers, file = facts.num_hidden_layers, str(Path(where) / CONFIG_FILE)
     if layers is None:
         return
     for layer, key in sorted(_joining(keys).items()):

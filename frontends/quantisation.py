@@ -15,9 +15,13 @@ activations and caches are not used: products run in the element type that is co
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, ValidationError, model_validator
 
 from dsc.errors import ConfigError
+from dsc.frontends.schema import Schema, sentence
+from dsc.strict_json import AGAIN
 
 OTHERS = {
     "mxfp4": "4-bit float weights in groups of 32 (MXFP4)",
@@ -51,6 +55,75 @@ FORMATS = (
 STRATEGIES = ("tensor", "channel", "group", "block")
 BITS = (4, 8)
 """Of integers."""
+
+Block = Annotated[list[Annotated[int, Field(gt=0, le=1 << 16)]], Field(min_length=2, max_length=2)]
+
+
+class IntegerWeights(Schema):
+    """Weights in integers: a scale, and unless symmetric a zero point, for each group of columns.
+
+    Or for each block, row (channel) or tensor. A size of groups is held against each weight's.
+    `ordered`: columns are in groups by an index (`g_idx`), not in order.
+    """
+
+    bits: Literal[4, 8]
+    strategy: Literal["tensor", "channel", "group", "block"]
+    group_size: int | None = None
+    block_structure: Block | None = None
+    symmetric: bool = True
+    ordered: bool = False
+
+    @model_validator(mode="after")
+    def _check(self) -> IntegerWeights:
+        if self.strategy == "group" and self.group_size is None:
+            raise ValueError("group_size is missing")
+        if self.strategy == "block" and self.block_structure is None:
+            raise ValueError("the sizes of blocks are missing")
+        return self
+
+
+class QuantizationConfig(Schema):
+    """Weights in FP8 or in integers by any of the methods that are read.
+
+    A weight `W` of `[N, K]` in FP8 is stored as e4m3 beside its scales: one for each block, in a
+    tensor of `[ceil(N / n), ceil(K / k)]`, one a row, or one in all. `weight_block_size` says the
+    blocks, `integers` how integers may be stored. GPTQ's first form stores zero points one lower
+    than they are (`stored_zero`).
+    """
+
+    quant_method: Literal[
+        "fp8", "compressed-tensors", "modelopt", "fbgemm_fp8", "blockwise_int8", "gptq", "awq"
+    ]
+    fmt: Literal["e4m3"] = "e4m3"
+    activation_scheme: Literal["dynamic", "static"] = "dynamic"
+    weight_block_size: Block | None = Field([128, 128])
+    scale_fmt: Literal["ue8m0", "float32"] | None = None
+    integers: list[IntegerWeights] = Field([])
+    stored_zero: Literal[0, 1] = 0
+    activations: Literal["", "integers"] = ""
+
+    @property
+    def block(self) -> tuple[int, int] | None:
+        """Rows and columns of FP8 that share a scale; `None` where it is by row or tensor."""
+        if self.weight_block_size is None:
+            return None
+        rows, columns = self.weight_block_size
+        return rows, columns
+
+
+def quantisation(section: Any, where: str) -> QuantizationConfig | None:
+    """How a `quantization_config` says that weights are stored; `None` where there is none.
+
+    Raises:
+        ConfigError: in a form that is not read, or what is said is damaged; says which.
+    """
+    told = readable(section, where)
+    if told is None:
+        return None
+    try:
+        return QuantizationConfig.model_validate(told)
+    except ValidationError as exc:
+        raise ConfigError(sentence(exc, "quantization_config"), where, AGAIN) from None
 
 
 def readable(found: Any, where: str) -> Any:

@@ -15,7 +15,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from dsc.frontends.config import ModelConfig
 from dsc.ir.lazy import torch
 from dsc.ir.limits import BATCH, PAST, STEP, WANTED
 from dsc.ir.program import TOKEN_INPUTS
@@ -76,20 +75,6 @@ class Signature:
 
     states: tuple[LayerState, ...]
     vocab_size: int
-
-    @staticmethod
-    def of(config: ModelConfig, dtype: DType = DType.f32) -> Signature:
-        """That of the DeepSeek-V3 family: a latent and a rope key for each token and layer."""
-        parts = (
-            ("latent", "keys", config.kv_lora_rank),
-            ("rope", "values", config.qk_rope_head_dim),
-        )
-        states = tuple(
-            LayerState(layer, name, part, (BATCH, PAST, width), dtype, 1)
-            for layer in range(config.num_hidden_layers)
-            for name, part, width in parts
-        )
-        return Signature(states, config.vocab_size)
 
     def _names(self, prefix: str) -> tuple[str, ...]:
         return tuple(f"{prefix}.{s.layer}.{s.name}" for s in self.states)

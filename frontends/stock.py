@@ -9,9 +9,8 @@ neither torch nor transformers, so that a kept trace is found without them.
 on the `meta` device; keys that would shadow a method or property of the configuration class go
 there. The Auto classes' loaders and the folder's code are never asked.
 
-Members of the DeepSeek-V3 family pass their own schema as well (`config.py`), which tells more
-precisely what is wrong; with a rope scaling that it does not describe (`OtherRope`) they are
-models like those of any other type.
+Members of the DeepSeek-V3 family pass our own schema before (`family.py`), which tells more
+precisely what is wrong, and gives their fields one spelling.
 """
 
 from __future__ import annotations
@@ -23,21 +22,16 @@ import unicodedata
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, fields, is_dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from dsc.errors import ConfigError, DscError, UnsupportedArchitecture
-from dsc.frontends.config import (
-    ARCHITECTURES,
-    CONFIG_FILE,
-    DTYPES,
-    ModelConfig,
-    OtherRope,
-    parse_config,
-)
 from dsc.frontends.facts import ALIASES, Facts
-from dsc.frontends.quantisation import readable
+from dsc.frontends.family import MEMBERS, OtherRope, parse_config
+from dsc.frontends.folder import CONFIG_FILE
+from dsc.frontends.quantisation import quantisation
 from dsc.frontends.rope_scaling import RopeScaling
+from dsc.frontends.schema import DTYPES
 from dsc.ir.lazy import torch
 from dsc.ir.types import DType
 from dsc.strict_json import AGAIN
@@ -92,7 +86,6 @@ class StockConfig:
         dtype: the element type that it names, or `None`.
         published: the `model_type` as the file has it.
         wrapper: the `model_type` around the text tower, or "".
-        family: the checked fields of a member of the DeepSeek-V3 family.
         scaling: the rope scaling that was chosen for it, which `values` have.
     """
 
@@ -103,14 +96,11 @@ class StockConfig:
     dtype: str | None = None
     published: str = ""
     wrapper: str = ""
-    family: ModelConfig | None = field(default=None, compare=False)
     scaling: RopeScaling | None = None
 
     @property
     def described(self) -> dict[str, Any]:
         """What a manifest says of the model."""
-        if self.family is not None:
-            return self.family.model_dump(mode="json", exclude_none=True)
         named = {"dtype": self.dtype} if self.dtype else {}
         return {**self.values, "model_type": self.model_type, **named}
 
@@ -143,21 +133,20 @@ def clean(
         )
     values: dict[str, Any] = _cleaned(raw, where)
     _check_rope(values, where)
-    if published in ARCHITECTURES:
+    if published in MEMBERS:
         with suppress(OtherRope):  # which the stock class computes, or refuses
-            return replace(of_family(parse_config(raw, where), where, wrapper), scaling=scaling)
+            values = parse_config(raw, where).fields
     dtype = raw.get("dtype") or raw.get("torch_dtype")
     if dtype is not None and not (isinstance(dtype, str) and dtype in DTYPES):
         known = " or ".join(map(repr, DTYPES))
         raise ConfigError(f"dtype must be {known}, found {dtype!r:.60}", where, AGAIN)
-    member = ARCHITECTURES.get(published, published)
+    member = MEMBERS.get(published, published)
     facts = Facts.read(member, values)
     if facts.num_hidden_layers is not None and facts.num_hidden_layers > MAX_LAYERS:
         layers = facts.num_hidden_layers
         raise ConfigError(f"num_hidden_layers is {layers}, beyond {MAX_LAYERS}", where, AGAIN)
-    told = readable(raw.get("quantization_config"), where)
-    if told is not None:
-        facts = facts.completed(Facts(member, quantization_config=_checked(told, where)))
+    told = quantisation(raw.get("quantization_config"), where)
+    facts = replace(facts, quantization_config=told)
     return StockConfig(member, values, facts, where, dtype, published, wrapper, scaling=scaling)
 
 
@@ -172,35 +161,6 @@ def _check_rope(values: Mapping[str, Any], where: str) -> None:
                     "compile a checkpoint with another rope_type, such as yarn",
                 )  # fmt: skip
             _check_rope(section, where)
-
-
-def of_family(config: ModelConfig, where: str = CONFIG_FILE, wrapper: str = "") -> StockConfig:
-    """A member of the DeepSeek-V3 family, from its own schema."""
-    ours = {"published_model_type", "model_type", "dtype", "quantization_config"}
-    rope = config.rope_parameters.model_dump(exclude_none=True)
-    if config.rope_parameters.rope_type == "default":
-        rope = {name: rope[name] for name in ("rope_type", "rope_theta")}
-    values = config.model_dump(exclude=ours | {"rope_parameters"}) | {
-        "rope_parameters": rope,
-        "num_key_value_heads": config.num_attention_heads,
-    }
-    facts = Facts.of(config)
-    published = config.published_model_type
-    return StockConfig(
-        config.model_type, values, facts, where, config.dtype, published, wrapper, config
-    )
-
-
-def _checked(told: Any, where: str) -> Any:
-    """A quantisation section as our schema has it. Raises `ConfigError`."""
-    from pydantic import ValidationError
-
-    from dsc.frontends.config import QuantizationConfig, sentence
-
-    try:
-        return QuantizationConfig.model_validate(told)
-    except ValidationError as exc:
-        raise ConfigError(f"quantization_config: {sentence(exc)}", where, AGAIN) from None
 
 
 def _cleaned(section: Mapping[str, Any], where: str, path: str = "", depth: int = 0) -> Any:

@@ -19,16 +19,20 @@ from typing import Any
 from dsc.errors import CheckpointError, ConfigError, DscError, FileError
 from dsc.files import read_text
 from dsc.frontends import tokenizer_classes
-from dsc.frontends.config import read_bounded
+from dsc.frontends.folder import (
+    RANKS,
+    TOKENIZER,
+    TOKENIZER_SETTINGS,
+    VOCABULARY,
+    read_bounded,
+    read_object,
+)
 from dsc.ir.safetensors import inside
-from dsc.strict_json import JsonObject, parse_object
+from dsc.strict_json import JsonObject
 
-TOKENIZER, RANKS, SETTINGS = "tokenizer.json", "tiktoken.model", "tokenizer_config.json"
-OTHERS = ("tekken.json", "spiece.model", "sentencepiece.bpe.model", "vocab.json", "vocab.txt")
+OTHERS = ("tekken.json", "spiece.model", "sentencepiece.bpe.model", VOCABULARY, "vocab.txt")
 """Tokenizers that are not read, as far as their names tell them."""
 SAVE_ONE = f"text can be read once a {TOKENIZER} lies beside it (save one with transformers)"
-MAX_RANKS_BYTES = 64 << 20
-"""Kimi-K2's ranks take 2.8 MB."""
 _LETTER, _MARKS = r"[^\r\n\p{L}\p{N}]?", r"\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]"
 _ENDING = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
 PATTERNS = {
@@ -56,10 +60,7 @@ def find_tokenizer(folder: Path) -> tuple[Path | bytes | None, str]:
         inside(folder, TOKENIZER, str(file))
         parse_tokenizer(file, CheckpointError, "get it again, or take it out of the folder")
         return file, ""
-    settings: JsonObject = {}
-    if os.path.lexists(folder / SETTINGS):
-        text = read_bounded(folder / SETTINGS)
-        settings = parse_object(text, str(folder / SETTINGS), ConfigError)
+    settings = read_object(folder / TOKENIZER_SETTINGS, missing_ok=True)
     if not os.path.lexists(ranks):
         return _by_class(folder, settings)
     name = settings.get("tokenizer_class")
@@ -69,7 +70,7 @@ def find_tokenizer(folder: Path) -> tuple[Path | bytes | None, str]:
             f"{RANKS} is not used: how tokenizer_class {name!r:.60} splits text is not known; "
             + SAVE_ONE
         )
-    made = _converted(ranks, pattern, _special(settings, str(folder / SETTINGS)))
+    made = _converted(ranks, pattern, _special(settings, str(folder / TOKENIZER_SETTINGS)))
     return made, f"{TOKENIZER} was made from {RANKS}"
 
 
@@ -115,7 +116,7 @@ def read_ranks(file: Path) -> dict[bytes, int]:
         CheckpointError: a line is damaged, or the ranks are not 0, 1, 2, …
     """
     found: dict[bytes, int] = {}
-    for number, line in enumerate(read_bounded(file, MAX_RANKS_BYTES).splitlines(), 1):
+    for number, line in enumerate(read_bounded(file).splitlines(), 1):
         where = f"{file}, line {number}"
         parts = line.split()
         if not parts:
@@ -156,7 +157,7 @@ def _converted(file: Path, pattern: str, special: dict[int, str]) -> bytes:
     if min(special, default=len(ranks)) < len(ranks) or last > len(ranks) + (1 << 16):
         raise ConfigError(
             f"added_tokens_decoder has ids outside {len(ranks)}, … which follow the byte pairs",
-            str(file.with_name(SETTINGS)),
+            str(file.with_name(TOKENIZER_SETTINGS)),
         )
 
     class Converter(TikTokenConverter):  # type: ignore[misc]
@@ -171,6 +172,6 @@ def _converted(file: Path, pattern: str, special: dict[int, str]) -> bytes:
     wrong = [name for i, name in enumerate(names, len(ranks)) if made.token_to_id(name) != i]
     if wrong:
         raise ConfigError(
-            f"added_tokens_decoder has {wrong[0]!r} twice", str(file.with_name(SETTINGS))
+            f"added_tokens_decoder has {wrong[0]!r} twice", str(file.with_name(TOKENIZER_SETTINGS))
         )
     return str(made.to_str()).encode()

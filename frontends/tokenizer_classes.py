@@ -19,13 +19,20 @@ from pathlib import Path
 from typing import Any
 
 from dsc.errors import CheckpointError, ConfigError
-from dsc.frontends.config import CONFIG_FILE, read_bounded
-from dsc.strict_json import JsonObject, parse_object
+from dsc.frontends.folder import (
+    ADDED_TOKENS,
+    CONFIG_FILE,
+    MERGES,
+    SENTENCEPIECE,
+    SPECIAL_TOKENS,
+    TOKENIZER_SETTINGS,
+    VOCABULARY,
+    read_bounded,
+    read_object,
+)
+from dsc.strict_json import JsonObject
 
-SENTENCEPIECE, VOCABULARY, MERGES = "tokenizer.model", "vocab.json", "merges.txt"
-DATA = (SENTENCEPIECE, VOCABULARY, MERGES)
-SPECIAL = ("special_tokens_map.json", "added_tokens.json")
-MAX_BYTES = 64 << 20
+DATA = (SENTENCEPIECE, VOCABULARY, MERGES, SPECIAL_TOKENS, ADDED_TOKENS)
 KEPT = (
     "bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token",
     "additional_special_tokens", "extra_special_tokens", "added_tokens_decoder", "add_bos_token",
@@ -49,7 +56,7 @@ def converted(folder: Path, settings: JsonObject) -> bytes:
         CheckpointError: the class cannot read them.
         ConfigError: a file is damaged or too large, or no class of transformers is named.
     """
-    raw = parse_object(read_bounded(folder / CONFIG_FILE), str(folder / CONFIG_FILE), ConfigError)
+    raw = read_object(folder / CONFIG_FILE)
     found = _class_for(settings.get("tokenizer_class"), raw.get("model_type"))
     with _copied(folder, settings) as place, _sentencepiece_as_data():
         try:
@@ -89,11 +96,11 @@ def _copied(folder: Path, settings: JsonObject) -> Iterator[Path]:
     """A folder of its own with the data of `folder` and what of its settings is kept."""
     with tempfile.TemporaryDirectory(prefix="dsc-tokenizer-") as name:
         place = Path(name)
-        for file in (*DATA, *SPECIAL):
+        for file in DATA:
             if os.path.lexists(folder / file):
-                (place / file).write_bytes(read_bounded(folder / file, MAX_BYTES))
+                (place / file).write_bytes(read_bounded(folder / file))
         kept = {key: settings[key] for key in KEPT if key in settings}
-        (place / "tokenizer_config.json").write_text(json.dumps(kept), encoding="utf-8")
+        (place / TOKENIZER_SETTINGS).write_text(json.dumps(kept), encoding="utf-8")
         yield place
 
 

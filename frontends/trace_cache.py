@@ -31,7 +31,7 @@ import numpy as np
 
 from dsc import kept
 from dsc.errors import DscError
-from dsc.frontends.conversions import Conversions
+from dsc.frontends.conversions import AS_DECLARED, Conversions
 from dsc.frontends.facts import Facts
 from dsc.ir.arrays import Array, array_of, tensor_of
 from dsc.ir.lazy import torch
@@ -63,7 +63,7 @@ class Trace:
     program: Program
     parameters: Mapping[str, TensorType]
     facts: Facts | None = None
-    conversions: Conversions | None = None
+    conversions: Conversions = AS_DECLARED
 
 
 class _Constants(WeightSource):
@@ -154,8 +154,7 @@ def load(key: Mapping[str, Any]) -> Trace | None:
             for name, (dtype, shape) in found["parameters"].items()
         }
         facts = Facts.from_json(found["facts"]) if found["facts"] else None
-        table = found["conversions"]
-        conversions = Conversions.from_json(table) if table else None
+        conversions = Conversions.from_json(found["conversions"])
         return Trace(replace(program, source=constants), parameters, facts, conversions)
     return None
 
@@ -168,7 +167,7 @@ def store(key: Mapping[str, Any], trace: Trace) -> None:
         "program": print_program(program),
         "parameters": {k: (t.dtype, t.shape) for k, t in trace.parameters.items()},
         "facts": trace.facts.to_json() if trace.facts else None,
-        "conversions": trace.conversions.to_json() if trace.conversions else None,
+        "conversions": trace.conversions.to_json(),
         "constants": {k: base64.b64encode(_bytes(v)).decode() for k, v in constants.items()},
     }
     keep_entry(KIND, key, values)

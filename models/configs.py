@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from dsc.errors import UsageError, one_of
-from dsc.frontends.config import ModelConfig, load_config
+from dsc.frontends.family import ModelConfig, load_config
 
 _HERE = Path(__file__).resolve().parent
 TINY_CHECKPOINT = _HERE / "tiny-v3"

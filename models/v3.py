@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dsc.errors import UnsupportedArchitecture
-from dsc.frontends.config import ModelConfig, RopeParameters
+from dsc.frontends.family import ModelConfig, RopeParameters
 
 LATENT_NORM_EPS = 1e-6
 """The norms on the two latents ignore `rms_norm_eps`, in the official code as in transformers."""

@@ -9,13 +9,20 @@ from torch import Tensor, nn
 
 from bench.parity import BASE, randomise
 from dsc.frontends.causal_lm import CausalLMStep
-from dsc.frontends.config import ModelConfig, parse_config
+from dsc.frontends.facts import Facts
+from dsc.frontends.family import ModelConfig, parse_config
 from dsc.frontends.huggingface import stock_causal_lm
+from dsc.frontends.stock import clean
 
 
 def small(**changes: Any) -> ModelConfig:
     """A V3 of three layers (one dense) with every mechanism on; `changes` are config fields."""
     return parse_config(BASE | {"max_position_embeddings": 64} | changes)
+
+
+def facts(**changes: Any) -> Facts:
+    """What is known of such a V3 from its configuration."""
+    return clean(BASE | changes).facts
 
 
 def small_v2(**changes: Any) -> ModelConfig:

@@ -26,8 +26,8 @@ from dsc.errors import (
     UsageError,
     VerificationError,
 )
-from dsc.frontends import config
-from dsc.frontends.config import ModelConfig
+from dsc.frontends import schema
+from dsc.frontends.family import ModelConfig
 from dsc.ir.limits import Limits
 from dsc.ir.parser import parse_program
 from dsc.ir.types import PRECISIONS, Precision
@@ -97,8 +97,8 @@ def test_what_another_backend_takes_over_is_compiled_for_its_own_target(
 def test_element_types_have_one_name_wherever_they_are_chosen() -> None:
     assert get_args(Precision) == tuple(PRECISIONS) == tuple(PRODUCTS)
     named = get_args(get_args(ModelConfig.model_fields["dtype"].annotation)[0])
-    assert named == tuple(config.DTYPES)
-    assert {config.DTYPES[name] for name in named} == set(PRECISIONS.values())
+    assert named == tuple(schema.DTYPES)
+    assert {schema.DTYPES[name] for name in named} == set(PRECISIONS.values())
 
 
 def test_the_report_says_what_happened(tmp_path: Path) -> None:

@@ -37,7 +37,7 @@ PLACES = {
     "passes/name_values.py:_TELLING": "the same",
     "passes/spell_out_sdpa.py:SpellOut": "the pass's own operator",
     "frontends/capture.py:_SIZE_OBLIVIOUS": "torch's functions, some of which have such names",
-    "frontends/config.py:ModelConfig": "score functions, which have the names of operators",
+    "frontends/family.py:ModelConfig": "score functions, which have the names of operators",
 }
 """Tables that stand, and why."""
 NOT_OPERATORS = {

@@ -111,7 +111,7 @@ def test_codes_stay_as_they_are_and_plain_weights_are_widened_and_moved(dtype: D
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of plain weights."""
     config = small(**WIDE)
-    raw = config.model_dump(exclude={"published_model_type"}, exclude_none=True)
+    raw = config.model_dump(exclude_none=True)
     return folder(tmp_path_factory.mktemp("plain") / "model", raw, tensors_of(config))
 
 

@@ -13,7 +13,7 @@ import pytest
 
 from bench.random_configs import EQUATIONS, draw
 from dsc.errors import ConfigError
-from dsc.frontends.config import ModelConfig, parse_config
+from dsc.frontends.family import ModelConfig, parse_config
 from dsc.ir.program import Program
 from dsc.ir.weights import random_source, sources
 from tests.whole_pipeline import Setting, check

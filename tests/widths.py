@@ -10,7 +10,7 @@ from typing import Any
 
 from bench import apart
 from bench.parity import YARN
-from dsc.frontends.config import ModelConfig, parse_config
+from dsc.frontends.family import ModelConfig, parse_config
 from dsc.ir.program import Program
 
 TRACED = Path(__file__).resolve().parent / "data" / "apart"

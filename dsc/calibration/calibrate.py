@@ -17,8 +17,8 @@ from dsc.calibration.measure import Trial
 from dsc.calibration.products import find_products, with_finer
 from dsc.calibration.texts import ASKS, named_batches, text_ids, token_batches
 from dsc.errors import UsageError
+from dsc.frontends.folder import TOKENIZER
 from dsc.frontends.load import Loaded
-from dsc.frontends.tokenizer import TOKENIZER
 from dsc.ir.formats import ROWS
 from dsc.ir.program import Program
 from dsc.passes.quantize_activations import QuantizeActivations

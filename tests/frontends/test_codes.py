@@ -33,7 +33,7 @@ from bench.quantised_folders import (
 from dsc.cli import main
 from dsc.errors import CheckpointError, ConfigError
 from dsc.frontends.checked import CheckedSource
-from dsc.frontends.config import ModelConfig
+from dsc.frontends.family import ModelConfig
 from dsc.frontends.huggingface import load_checkpoint
 from dsc.frontends.names import map_weights
 from dsc.ir.arrays import Array, array_of, tensor_of
@@ -44,7 +44,7 @@ from dsc.ir.weights import DictSource, WeightExpr, evaluate
 from dsc.ir.weights import parts as parts_of
 from dsc.passes._in_format import Dequantised, in_format
 from dsc.verification import transformers_logits
-from tests.family import small
+from tests.family import facts, small
 from tests.frontends.test_huggingface import official
 
 WIDE: dict[str, Any] = {
@@ -66,7 +66,7 @@ def numbers_of(
     """The expression of a weight called w.weight that is stored in these tensors."""
     source = DictSource({f"w.{name}": tensor_of(part.copy()) for name, part in tensors.items()})
     declared = {"w.weight": TensorType(DType.f32, shape)}
-    mapped = map_weights(declared, source, small(quantization_config=quantization))
+    mapped = map_weights(declared, source, facts(quantization_config=quantization))
     return mapped.weights["w.weight"], source
 
 
@@ -274,7 +274,7 @@ def test_autoround_says_whose_layout_it_writes(form: str, layout: str) -> None:
         ({"bits": 3}, "bits 3, quant_method 'auto-round'"),
     ):
         with pytest.raises(ConfigError, match=words):
-            small(quantization_config=config | changes)
+            facts(quantization_config=config | changes)
 
 
 # --- whole checkpoints ---------------------------------------------------------------------------
@@ -295,7 +295,7 @@ def folder(path: Path, raw: dict[str, Any], tensors: Tensors) -> Path:
 def both(path: Path, layout: str, group: int = 16) -> tuple[Path, Path]:
     """A small model in a layout, and the numbers that it stands for."""
     config = small(**WIDE)
-    raw = config.model_dump(exclude={"published_model_type"}, exclude_none=True)
+    raw = config.model_dump(exclude_none=True)
     tensors = tensors_of(config)
     tensors["model.layers.3.eh_proj.weight"] = np.zeros((64, 64), np.float32)  # further tokens
     made, numbers = stored(tensors, LAYOUTS[layout], group)
@@ -440,7 +440,7 @@ def test_values_that_make_another_model_are_named_when_they_are_read(
     tensors, quantization = of_one_weight(layout)
     source = DictSource({f"w.{name}": tensor_of(part.copy()) for name, part in tensors.items()})
     declared = {"w.weight": TensorType(DType.f32, (8, 64))}
-    config = small(quantization_config=quantization)
+    config = facts(quantization_config=quantization)
     mapped = map_weights(declared, source, config)
     expr = mapped.weights["w.weight"]
     evaluate(expr, CheckedSource(source, mapped.checks))
@@ -456,7 +456,7 @@ def test_a_scale_that_is_no_number_ends_a_compile_and_leaves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = small(**WIDE)
-    raw = config.model_dump(exclude={"published_model_type"}, exclude_none=True)
+    raw = config.model_dump(exclude_none=True)
     made, _ = stored(tensors_of(config), LAYOUTS["ct-int4-zeros"], 16)
     key = "model.layers.2.mlp.experts.5.up_proj.weight_scale"
     made[key] = np.full_like(made[key], np.nan)
@@ -489,7 +489,7 @@ def test_schemes_that_are_not_read_are_named(layout: str, damage: Damage, words:
     tensors, quantization = of_one_weight(layout)
     damage(tensors, quantization)
     with pytest.raises(ConfigError, match=words):
-        small(quantization_config=quantization)
+        facts(quantization_config=quantization)
 
 
 def test_modules_left_out_by_a_rule_are_no_fault() -> None:

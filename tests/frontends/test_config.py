@@ -13,13 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dsc.errors import ConfigError, UnsupportedArchitecture
-from dsc.frontends.config import (
-    ARCHITECTURES,
-    MAX_CONFIG_BYTES,
-    load_config,
-    parse_config,
-    read_bounded,
-)
+from dsc.frontends.family import MEMBERS, load_config, parse_config
+from dsc.frontends.folder import MAX_CONFIG_BYTES, read_bounded
+from dsc.frontends.stock import clean
 from dsc.models.configs import CONFIGS
 from dsc.strict_json import parse_object
 
@@ -44,16 +40,15 @@ def test_v3_softmax_scale_has_yarn_squared() -> None:
     assert cfg.rope_parameters.cos_sin_scale == 1.0
 
 
-@pytest.mark.parametrize("published", ARCHITECTURES)
+@pytest.mark.parametrize("published", MEMBERS)
 def test_known_architectures(published: str) -> None:
     router = {"scoring_func": None, "topk_method": None, "norm_topk_prob": None}
     cfg = parse_config(changed(model_type=published, **router))
-    assert cfg.model_type == ARCHITECTURES[published]
-    assert cfg.published_model_type == published
+    assert cfg.model_type == MEMBERS[published]
     assert cfg.norm_topk_prob is (cfg.model_type == "deepseek_v3")
 
 
-@pytest.mark.parametrize("published", ARCHITECTURES)
+@pytest.mark.parametrize("published", MEMBERS)
 def test_experts_are_one_group_where_nothing_is_said(published: str) -> None:
     unsaid = ("scoring_func", "topk_method", "norm_topk_prob", "n_group", "topk_group")
     cfg = parse_config(changed(model_type=published, **dict.fromkeys(unsaid)))
@@ -67,7 +62,7 @@ def test_unknown_architecture_names_the_known_ones(published: object) -> None:
     told = str(caught.value)
     assert repr(published) in told
     assert "folder/config.json" in told
-    assert all(name in told for name in ARCHITECTURES)
+    assert all(name in told for name in MEMBERS)
 
 
 def test_both_spellings_of_rope_agree() -> None:
@@ -103,11 +98,11 @@ def test_fp8_blocks() -> None:
         "activation_scheme": "dynamic",
         "weight_block_size": [64, 32],
     }
-    quantization = parse_config(changed(quantization_config=published)).quantization_config
+    quantization = clean(changed(quantization_config=published)).facts.quantization_config
     assert quantization is not None
     assert quantization.block == (64, 32)
     del published["weight_block_size"]
-    quantization = parse_config(changed(quantization_config=published)).quantization_config
+    quantization = clean(changed(quantization_config=published)).facts.quantization_config
     assert quantization is not None
     assert quantization.block == (128, 128)
 
@@ -188,7 +183,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
 def test_refuses(fields: dict[str, Any], words: str) -> None:
     parse_config(V3)
     with pytest.raises(ConfigError, match=words):
-        parse_config(changed(**fields))
+        clean(changed(**fields))
 
 
 def test_all_faults_of_type_are_told_at_once() -> None:

@@ -17,7 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from bench.names import Told, declared, mapped, quiet, small_model, table_of
+from bench.names import declared, mapped, quiet, small_model, table_of
 from dsc.errors import CheckpointError
 from dsc.frontends.conversion_steps import (
     Alternate,
@@ -34,6 +34,7 @@ from dsc.frontends.conversion_steps import (
     wanted_by,
 )
 from dsc.frontends.conversions import Conversions, Converter, Renaming, natural
+from dsc.frontends.facts import Facts
 from dsc.frontends.huggingface import load_checkpoint
 from dsc.frontends.names import map_weights
 from dsc.ir.arrays import Array, array_of
@@ -117,7 +118,7 @@ def test_names_differ_where_they_are_said_to(saved: Any) -> None:
             continue
         model, source = model_of(model_type), DictSource(saved(model_type))
         with pytest.raises(CheckpointError, match=r"missing|all tensors lie under"):
-            map_weights(declared(model), source, Told(), conversions=Conversions(base="model"))
+            map_weights(declared(model), source, Facts(""), conversions=Conversions(base="model"))
 
 
 def test_the_layout_of_transformers_itself_is_read_too() -> None:
@@ -152,19 +153,16 @@ def test_a_table_comes_back_from_json_and_needs_neither_torch_nor_transformers()
         "import json, sys\n"
         "from dsc.frontends.conversions import Conversions\n"
         "from dsc.frontends.names import map_weights\n"
-        "from bench_told import Told\n"
+        "from dsc.frontends.facts import Facts\n"
         "from dsc.ir.types import DType, TensorType as T\n"
         "from dsc.ir.weights import MetaSource\n"
         f"table = Conversions.from_json(json.loads({kept!r}))\n"
         "name = 'model.layers.0.mlp.experts.'\n"
         "each = {f'{name}{e}.down_proj.weight': T(DType.f32, (4, 6)) for e in range(3)}\n"
         "stacked = {name + 'down_proj': T(DType.f32, (3, 4, 6))}\n"
-        "found = map_weights(stacked, MetaSource(each), Told(), conversions=table)\n"
+        "found = map_weights(stacked, MetaSource(each), Facts('qwen3_moe'), conversions=table)\n"
         "assert len(found.weights[name + 'down_proj'].args) == 3\n"
         "assert not {'torch', 'transformers'} & sys.modules.keys()\n"
-    ).replace(
-        "from bench_told import Told",
-        "class Told: num_hidden_layers = tie_word_embeddings = quantization_config = None",
     )
     subprocess.run([sys.executable, "-c", code], check=True)
 
@@ -256,12 +254,13 @@ def test_what_a_class_leaves_out_is_told_but_no_layer_is(saved: Any) -> None:
     tensors["mtp.norm.weight"] = torch.ones(2)
     model = model_of("llama")
     table = replace(table_of(model), left_out=(r"model\.layers\.46.*", "^mtp"))
+    two = Facts("", num_hidden_layers=2)
     with pytest.raises(CheckpointError) as caught:
-        map_weights(declared(model), DictSource(tensors), Told(2), conversions=table)
+        map_weights(declared(model), DictSource(tensors), two, conversions=table)
     told = caught.value.what.splitlines()
     assert told == ["unexpected tensors (1):", "  model.layers.46.mlp.up_proj.weight : f32[2,2]"]
     tensors["model.layers.46.eh_proj.weight"] = torch.ones(2, 4)
-    found = map_weights(declared(model), DictSource(tensors), Told(2), conversions=table)
+    found = map_weights(declared(model), DictSource(tensors), two, conversions=table)
     assert (len(found.mtp), found.left_out) == (2, ("mtp.norm.weight",))
 
 
@@ -288,7 +287,7 @@ def test_a_larger_model_gives_its_language_model(
     }
     source = DictSource(inside | beside)
     found = map_weights(
-        declared(model), source, Told(), conversions=table_of(model), wrapper="llava"
+        declared(model), source, Facts(""), conversions=table_of(model), wrapper="llava"
     )
     assert sorted(found.others) == sorted(beside)
     for name, tensor in model.state_dict().items():
@@ -296,7 +295,7 @@ def test_a_larger_model_gives_its_language_model(
     lost = next(name for name in inside if name.endswith("input_layernorm.weight"))
     del inside[lost]
     with pytest.raises(CheckpointError, match=r"missing tensors \(1\)"):
-        map_weights(declared(model), DictSource(inside | beside), Told(),
+        map_weights(declared(model), DictSource(inside | beside), Facts(""),
                     conversions=table_of(model), wrapper="llava")  # fmt: skip
 
 
@@ -402,7 +401,7 @@ def test_a_step_that_is_not_known_is_told_with_its_tensor() -> None:
     )
     source = DictSource({"a": torch.ones(2)})
     with pytest.raises(CheckpointError, match="makes b of it by FoldNorm") as caught:
-        map_weights({"b": TensorType(DType.f32, (2,))}, source, Told(), conversions=table)
+        map_weights({"b": TensorType(DType.f32, (2,))}, source, Facts(""), conversions=table)
     assert caught.value.where == "a"
 
 

@@ -20,9 +20,8 @@ from typer.testing import CliRunner
 import dsc
 from dsc.cli import build_app, main
 from dsc.errors import CheckpointError, ConfigError, DscError, FileError, UsageError
-from dsc.frontends.config import load_config
 from dsc.frontends.convert import Form, size_of
-from dsc.frontends.huggingface import load_checkpoint
+from dsc.frontends.huggingface import load_checkpoint, read_config
 from dsc.ir.arrays import Array, array_of
 from dsc.ir.safetensors import SafetensorsFile, open_safetensors
 from dsc.models.configs import TINY_CHECKPOINT
@@ -185,7 +184,7 @@ def test_only_what_published_checkpoints_have_in_fp8_becomes_fp8(tmp_path: Path)
     assert found.keys() == made.keys() | {SCALES, stacked + "_scale_inv"}
     assert found[stacked + "_scale_inv"].shape == (2, 2, 2)
     assert {key for key, x in found.items() if x.dtype.itemsize == 1} == {LINEAR, stacked}
-    other = load_config(tmp_path / "out").quantization_config
+    other = read_config(tmp_path / "out")[1].facts.quantization_config
     assert other is not None
     assert other.block == (128, 128)
 

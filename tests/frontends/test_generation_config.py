@@ -8,15 +8,15 @@ from typing import Any
 import pytest
 
 from dsc.errors import ConfigError
-from dsc.frontends.config import load_config
 from dsc.frontends.facts import Facts
 from dsc.frontends.generation_config import load_generation, settings_of
+from dsc.frontends.huggingface import read_config
 
 
 @pytest.fixture(scope="module")
 def config(root: Path) -> Facts:
     """Return tiny-v3's configuration: bos 0, eos 1, 2048 tokens."""
-    return Facts.of(load_config(root / "models" / "tiny-v3"))
+    return read_config(root / "models" / "tiny-v3")[1].facts
 
 
 def test_stop_ids_and_defaults_are_read(config: Facts) -> None:

@@ -15,7 +15,7 @@ from dsc.frontends.names import map_weights
 from dsc.ir.arrays import Array, tensor_of
 from dsc.ir.types import DType, TensorType
 from dsc.ir.weights import DictSource, evaluate
-from tests.family import small
+from tests.family import facts
 from tests.frontends.test_codes import of_one_weight
 
 SHAPE = (8, 64)
@@ -25,7 +25,7 @@ SCALES = ("weight_scale", "weight_scale_inv", "scales")
 def read(tensors: Tensors, quantization: dict[str, Any]) -> Any:
     """The numbers of a weight w.weight, as a compile reads them."""
     source = DictSource({f"w.{name}": tensor_of(part.copy()) for name, part in tensors.items()})
-    config = small(quantization_config=quantization)
+    config = facts(quantization_config=quantization)
     mapped = map_weights({"w.weight": TensorType(DType.f32, SHAPE)}, source, config)
     return evaluate(mapped.weights["w.weight"], CheckedSource(source, mapped.checks))
 

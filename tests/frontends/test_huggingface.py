@@ -20,7 +20,8 @@ from dsc.frontends.causal_lm import (
     cast_parameters,
     parameter_types,
 )
-from dsc.frontends.config import ModelConfig
+from dsc.frontends.conversions import conversions_of
+from dsc.frontends.family import ModelConfig, load_config, states_of
 from dsc.frontends.huggingface import (
     CheckpointModel,
     load_checkpoint,
@@ -34,7 +35,7 @@ from dsc.ir.types import DType, TensorType
 from dsc.ir.weights import DictSource, evaluate, sources
 from dsc.models import v3
 from dsc.models.configs import TINY_CHECKPOINT
-from tests.family import advance, empty_caches, small, small_v2, stock
+from tests.family import advance, empty_caches, facts, small, small_v2, stock
 
 FP8 = Path(__file__).parents[1] / "data" / "tiny-v3-fp8"
 FP8_CONFIG = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]}
@@ -43,7 +44,7 @@ Tensors = dict[str, Tensor]
 
 def save(folder: Path, config: ModelConfig, tensors: Tensors, **extra: Any) -> Path:
     """Write a checkpoint folder that holds `tensors`."""
-    raw = config.model_dump(exclude={"published_model_type"}, exclude_none=True) | extra
+    raw = config.model_dump(exclude_none=True) | extra
     (folder / "config.json").write_text(json.dumps(raw))
     contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
     save_file(contiguous, folder / "model.safetensors")
@@ -72,8 +73,7 @@ def greedy(model: CheckpointModel, text: str, count: int) -> str:
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_file(str(model.folder / "tokenizer.json"))
-    assert model.config.family is not None
-    step, past = model.load(), empty_caches(model.config.family)
+    step, past = model.load(), empty_caches(load_config(model.folder))
     ids = tokenizer.encode(text).ids
     written: list[int] = []
     for _ in range(count):
@@ -123,8 +123,7 @@ def test_reads_what_transformers_saves(tmp_path: Path, stacked: bool) -> None:
     model = load_checkpoint(tmp_path, DType.f32)
     stored = "model.layers.1.mlp.experts.gate_up_proj" in model.source.types
     assert stored is stacked
-    assert model.config.family is not None
-    assert model.config.family.rope_parameters == config.rope_parameters
+    assert load_config(tmp_path).rope_parameters == config.rope_parameters
     found = model.load().state_dict()
     for name, tensor in reference.state_dict().items():
         assert torch.equal(found[name], tensor), name
@@ -134,7 +133,8 @@ def test_the_same_weights_serve_models_v3(tmp_path: Path) -> None:
     config = small()
     checkpoint = load_checkpoint(save(tmp_path, config, official(config)), DType.f32)
     ours = v3.build(config)
-    own = checkpoint.mapped(parameter_types(ours))
+    table = conversions_of(checkpoint.build().stock())
+    own = checkpoint.mapped(parameter_types(ours), conversions=table)
     assert own.weights == checkpoint.weights
     state = {name: evaluate(expr, own.source) for name, expr in own.weights.items()}
     ours.load_state_dict(state, strict=True)
@@ -269,11 +269,11 @@ def test_all_faults_are_told_together(tmp_path: Path) -> None:
 def test_one_faulty_expert_is_one_fault(tmp_path: Path) -> None:
     """Whatever an expert lacks, its neighbours are in order and are not told."""
     for lost in (".up_proj.weight", ".up_proj.weight_scale_inv", ".down_proj.weight_scale_inv"):
-        config = small(quantization_config=FP8_CONFIG)
+        config = small()
         tensors = quantised(official(config), (128, 128))
         del tensors[f"model.layers.1.mlp.experts.3{lost}"]
         with pytest.raises(CheckpointError) as caught:
-            load_checkpoint(save(tmp_path, config, tensors))
+            load_checkpoint(save(tmp_path, config, tensors, quantization_config=FP8_CONFIG))
         told = caught.value.what.splitlines()
         assert told[0] == "missing tensors (1):"
         assert f"model.layers.1.mlp.experts.3{lost}" in told[1]
@@ -343,7 +343,7 @@ def test_09_partial_fp8_blocks(shape: tuple[int, int], block: tuple[int, int]) -
     blocks = (-(-shape[0] // block[0]), -(-shape[1] // block[1]))
     scale = torch.rand(blocks, generator=random) + 0.5
     quantization = FP8_CONFIG | {"weight_block_size": list(block)}
-    config = small(quantization_config=quantization, tie_word_embeddings=False)
+    config = facts(quantization_config=quantization, tie_word_embeddings=False)
     source = DictSource({"w.weight": weight, "w.weight_scale_inv": scale})
     declared = {"w.weight": TensorType(DType.f32, shape)}
     mapped = map_weights(declared, source, config)
@@ -469,7 +469,7 @@ FAMILY = {
 @pytest.mark.parametrize("config", FAMILY.values(), ids=FAMILY.keys())
 def test_one_export_of_stock_serves_all_extents(config: ModelConfig) -> None:
     """One non-strict trace, four axes symbolic: bit-equal to eager where dims are 0 or 1."""
-    step, signature = stock(config), Signature.of(config)
+    step, signature = stock(config), states_of(config)
     shapes = signature.dynamic_shapes()
     program = torch.export.export(
         step, signature.example_inputs(), dynamic_shapes=shapes, strict=False
@@ -486,7 +486,7 @@ def test_one_export_of_stock_serves_all_extents(config: ModelConfig) -> None:
 
 def test_ragged_export_equals_its_eager_self() -> None:
     config = small(num_hidden_layers=2)
-    step, signature = stock(config), Signature.of(config)
+    step, signature = stock(config), states_of(config)
     shapes = signature.dynamic_shapes()
     traced = torch.export.export(
         step, signature.example_inputs(), dynamic_shapes=shapes, strict=False
@@ -526,7 +526,7 @@ def test_export_on_meta_records_real_frequencies() -> None:
 
 
 def test_names_of_inputs_and_outputs() -> None:
-    signature = Signature.of(small())
+    signature = states_of(small())
     assert signature.input_names()[:6] == (
         "input_ids",
         "positions",

@@ -13,12 +13,11 @@ from bench.parity import randomise
 from dsc.errors import UsageError
 from dsc.frontends import torch_export
 from dsc.frontends.causal_lm import trace_step
-from dsc.frontends.config import ModelConfig
+from dsc.frontends.family import ModelConfig, states_of
 from dsc.frontends.instantiate import trace_by_kind
 from dsc.frontends.layer_kinds import layer_kinds
 from dsc.frontends.meta_run import Irregular
 from dsc.frontends.segments import cut
-from dsc.frontends.signature import Signature
 from dsc.ir.analyses import structural_hash
 from dsc.ir.dims import Range
 from dsc.ir.graph import Attrs, Graph, Node, Operand, Value, Weight
@@ -39,12 +38,12 @@ def ours(cfg: ModelConfig) -> nn.Module:
 
 def kinds_of(module: nn.Module, cfg: ModelConfig) -> tuple[int, ...]:
     """Return the kinds of a module's layers, by its step at full depth."""
-    names = Signature.of(cfg).input_names(), Signature.of(cfg).output_names()
-    return layer_kinds(module, Signature.of(cfg).example_inputs(), *names).kinds
+    names = states_of(cfg).input_names(), states_of(cfg).output_names()
+    return layer_kinds(module, states_of(cfg).example_inputs(), *names).kinds
 
 
 def traced(module: nn.Module, cfg: ModelConfig, *, whole: bool = False) -> Program:
-    return trace_step(module, Signature.of(cfg), SYMBOLS, whole=whole)
+    return trace_step(module, states_of(cfg), SYMBOLS, whole=whole)
 
 
 def lines(graph: Graph) -> list[tuple[Any, ...]]:
@@ -89,8 +88,8 @@ def assert_equals_whole_trace(build: Build, cfg: ModelConfig, kinds: tuple[int, 
         depths.append(depth)
         return traced(part, cfg.model_copy(update={"num_hidden_layers": depth}), whole=True)
 
-    names = Signature.of(cfg).input_names(), Signature.of(cfg).output_names()
-    found = trace_by_kind(module, Signature.of(cfg).example_inputs(), *names, trace)
+    names = states_of(cfg).input_names(), states_of(cfg).output_names()
+    found = trace_by_kind(module, states_of(cfg).example_inputs(), *names, trace)
     assert depths == [max(kinds) + 1], "the model was traced whole"
 
     ((a,), (b,)) = found.entries.values(), whole.entries.values()

@@ -23,12 +23,12 @@ from dsc import kept
 from dsc.errors import ConfigError, UsageError
 from dsc.frontends import load, self_check, trace_cache
 from dsc.frontends.causal_lm import CausalLMStep
-from dsc.frontends.config import load_config
-from dsc.frontends.conversions import STACKED_EXPERTS, Conversions
-from dsc.frontends.facts import Facts
+from dsc.frontends.conversion_steps import Join, Stack
+from dsc.frontends.conversions import Conversions, Converter
+from dsc.frontends.family import load_config
 from dsc.frontends.huggingface import stock_causal_lm
 from dsc.frontends.load import Asked, load_program
-from dsc.frontends.stock import of_family
+from dsc.frontends.stock import clean
 from dsc.ir.limits import Limits
 from dsc.ir.op import type_of
 from dsc.ir.printer import print_program
@@ -46,7 +46,8 @@ PARAMETERS = {"head": TensorType(DType.bf16, (3, 2))}
 def trace() -> trace_cache.Trace:
     """A program with one constant."""
     source = DictSource({"inv": torch.tensor([1.0, 0.5])})
-    table = Conversions(converters=STACKED_EXPERTS, tied={"head": "embed"})
+    stack = Converter(r"(?P<g0>a.*b$)", ("ab",), sources=("a.*.b",), steps=(Stack(0), Join(1)))
+    table = Conversions(converters=(stack,), tied={"head": "embed"})
     return trace_cache.Trace(replace(small_lm(), source=source), PARAMETERS, conversions=table)
 
 
@@ -179,7 +180,7 @@ def test_a_kept_trace_needs_neither_torch_nor_the_modelling_code(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     config = load_config(TINY_CHECKPOINT)
     module = CausalLMStep(stock_causal_lm(config, DType.bf16))
-    known = load.Known(of_family(config).described, Facts.of(config))
+    known = clean(config.model_dump())
     with monkeypatch.context() as patched:
         patched.delitem(sys.modules, code)
         step = load._Step(lambda: module, known, DType.bf16, Asked(1, 64, 8), code)
@@ -188,7 +189,8 @@ def test_a_kept_trace_needs_neither_torch_nor_the_modelling_code(
     assert step.kept is None
     self_check._keep(verdict, self_check.Verdict())
     stand_in = replace(small_lm(), source=DictSource({}))
-    trace_cache.store(step.key, trace_cache.Trace(stand_in, step.parameters))
+    kept_of = trace_cache.Trace(stand_in, step.parameters, conversions=step.conversions)
+    trace_cache.store(step.key, kept_of)
     reader = (
         "import sys; from dsc.frontends.load import load_program;"
         f" program = load_program({str(model)!r}, max_context=64).program;"
@@ -385,11 +387,12 @@ def test_options_that_contradict_the_model() -> None:
 def test_a_context_beyond_the_models_positions_is_refused() -> None:
     """In the words of the option and of the key, before anything is traced; up to it is right."""
     config = load_config(TINY_CHECKPOINT)
+    known = clean(config.model_dump())
     positions = config.max_position_embeddings
     with pytest.raises(UsageError, match=f"max_context {positions + 1} is beyond the model's"):
         load_program(TINY_CHECKPOINT, max_context=positions + 1)
     for asked in (None, positions):
-        assert Asked(1, asked, 8).limits(Facts.of(config)).max_context == positions
+        assert Asked(1, asked, 8).limits(known.facts).max_context == positions
 
 
 def test_what_a_compile_needs_is_started_before_modelling_code_is_imported() -> None:
@@ -401,8 +404,8 @@ def test_what_a_compile_needs_is_started_before_modelling_code_is_imported() -> 
         return CausalLMStep(stock_causal_lm(load_config(TINY_CHECKPOINT), DType.bf16))
 
     asked = Asked(1, 64, 8, untraced=lambda: told.append(True))
-    config = of_family(load_config(TINY_CHECKPOINT))
-    step = load._Step(build, load.Known(config.described, config.facts), DType.bf16, asked)
+    config = clean(load_config(TINY_CHECKPOINT).model_dump())
+    step = load._Step(build, config, DType.bf16, asked)
     assert step.module is step.module
     assert (told, made) == ([True], [True])
 

@@ -12,10 +12,9 @@ from torch import Tensor, nn
 from dsc.errors import UsageError
 from dsc.frontends import torch_export
 from dsc.frontends.causal_lm import CausalLMStep
-from dsc.frontends.config import ModelConfig
+from dsc.frontends.family import ModelConfig, states_of
 from dsc.frontends.huggingface import stock_causal_lm
 from dsc.frontends.one_trace import NotPlain, capture
-from dsc.frontends.signature import Signature
 from dsc.ir.printer import print_program
 from dsc.ir.types import DType
 from tests.family import small, small_v2
@@ -91,9 +90,9 @@ def test_what_is_written_is_what_is_read(function: Function, rows: int) -> None:
     ],
 )
 def test_a_stock_model_is_plain(config: ModelConfig, dtype: DType) -> None:
-    inputs = Signature.of(config).example_inputs(device="meta", dtype=dtype.torch)
+    inputs = states_of(config).example_inputs(device="meta", dtype=dtype.torch)
     step = CausalLMStep(stock_causal_lm(config, dtype))
-    one, other = both(step, inputs, Signature.of(config).dynamic_shapes())
+    one, other = both(step, inputs, states_of(config).dynamic_shapes())
     assert one == other
 
 

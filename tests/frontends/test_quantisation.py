@@ -23,7 +23,7 @@ from dsc.ir.weights import DictSource, evaluate
 from dsc.models import v3
 from dsc.passes._in_format import in_format
 from dsc.verification import transformers_logits
-from tests.family import small, stock
+from tests.family import facts, small, stock
 from tests.frontends.test_huggingface import FP8_CONFIG, dequantised, official, quantised, save
 
 E4M3 = torch.float8_e4m3fn
@@ -71,7 +71,7 @@ def test_fp8_of_every_maker_is_weight_times_scale(
     tensors = {"w.weight": weight, "w.weight" + suffix: scale, "w.input_scale": torch.ones(())}
     source = DictSource(tensors | {"self_attn.k_scale": torch.ones(1)})
     declared = {"w.weight": TensorType(DType.f32, (7, 10))}
-    mapped = map_weights(declared, source, small(quantization_config=config))
+    mapped = map_weights(declared, source, facts(quantization_config=config))
     wide = scale.float()
     if shape == (2, 4):
         expected = dequantised(weight, wide, (4, 3))
@@ -91,7 +91,7 @@ def test_scales_of_no_known_form_are_refused(shape: tuple[int, ...]) -> None:
     scale = torch.ones(shape, dtype=kind)
     source = DictSource({"w.weight": torch.zeros(7, 10).to(E4M3), "w.weight_scale": scale})
     declared = {"w.weight": TensorType(DType.f32, (7, 10))}
-    config = small(quantization_config=compressed(strategy="channel"))
+    config = facts(quantization_config=compressed(strategy="channel"))
     with pytest.raises(CheckpointError, match=r"w.weight_scale: expected f32\[7,1\]"):
         map_weights(declared, source, config)
 
@@ -106,7 +106,7 @@ def test_stacked_fp8_experts_are_read(kind: str) -> None:
     table = {"block": (5, 2, 4), "row": (5, 7, 1), "tensor": (5,)}[kind]
     scale = torch.rand(table, generator=random) + 0.5
     source = DictSource({key: weight, key + "_scale_inv": scale})
-    config = small(quantization_config=FP8_CONFIG | {"weight_block_size": list(block)})
+    config = facts(quantization_config=FP8_CONFIG | {"weight_block_size": list(block)})
     mapped = map_weights({key: TensorType(DType.f32, shape)}, source, config)
     if kind == "block":
         expected = torch.stack(
@@ -122,7 +122,7 @@ def test_stacked_fp8_experts_are_read(kind: str) -> None:
 
 def test_a_checkpoint_of_stacked_fp8_experts_is_that_of_apart_ones(tmp_path: Path) -> None:
     """The same experts, saved one by one and stacked, are the same model."""
-    config = small(quantization_config=FP8_CONFIG | {"weight_block_size": [8, 16]})
+    config, told = small(), FP8_CONFIG | {"weight_block_size": [8, 16]}
     apart = quantised(official(config), (8, 16))
     stacked = {n: t for n, t in apart.items() if ".mlp.experts." not in n}
     for layer in (1, 2):
@@ -143,7 +143,8 @@ def test_a_checkpoint_of_stacked_fp8_experts_is_that_of_apart_ones(tmp_path: Pat
     states = []
     for folder, tensors in zip(folders, (apart, stacked), strict=True):
         folder.mkdir()
-        states.append(load_checkpoint(save(folder, config, tensors), DType.f32).load().state_dict())
+        save(folder, config, tensors, quantization_config=told)
+        states.append(load_checkpoint(folder, DType.f32).load().state_dict())
     assert states[0].keys() == states[1].keys() == stock(config).state_dict().keys()
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
 
@@ -177,7 +178,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
 @pytest.mark.parametrize(("config", "words"), REFUSED.values(), ids=REFUSED.keys())
 def test_any_other_form_is_one_sentence_and_what_to_do(config: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigError, match=words) as caught:
-        small(quantization_config=config)
+        facts(quantization_config=config)
     told = str(caught.value)
     assert "quantization_config: " in told
     assert "are not read" in told
@@ -198,7 +199,7 @@ def test_any_other_form_is_one_sentence_and_what_to_do(config: dict[str, Any], w
 )
 def test_a_malformed_section_is_refused(config: Any) -> None:
     with pytest.raises(ConfigError, match="quantization_config"):
-        small(quantization_config=config)
+        facts(quantization_config=config)
 
 
 def test_packed_weights_that_no_key_announces_are_one_sentence(tmp_path: Path) -> None:
@@ -245,10 +246,11 @@ def test_transformers_is_an_oracle_of_fp8_and_of_remote_code(
     monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", loader)
     monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", loader)
     (tmp_path / "modeling_own.py").write_text("raise SystemExit('imported')")
-    config = small(quantization_config=FP8_CONFIG | {"weight_block_size": [20, 12]})
+    config, told = small(), FP8_CONFIG | {"weight_block_size": [20, 12]}
     apart = quantised(official(config), (20, 12))
     auto_map = {"AutoModelForCausalLM": "modeling_own.Model", "AutoConfig": "modeling_own.Config"}
-    save(tmp_path, config, apart, auto_map=auto_map, model_type=model_type)
+    more = {"auto_map": auto_map, "model_type": model_type, "quantization_config": told}
+    save(tmp_path, config, apart, **more)
     plain = {
         name: dequantised(t, apart[name + "_scale_inv"], (20, 12)) if t.dtype is E4M3 else t
         for name, t in apart.items()

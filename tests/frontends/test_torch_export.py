@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from dsc.errors import UnsupportedOperator, UsageError
 from dsc.frontends.causal_lm import CausalLMStep
-from dsc.frontends.config import parse_config
-from dsc.frontends.signature import Extents, Signature
+from dsc.frontends.family import parse_config, states_of
+from dsc.frontends.signature import Extents
 from dsc.frontends.torch_export import trace
 from dsc.ir.dims import Range
 from dsc.ir.interpreter import Interpreter
@@ -249,12 +249,12 @@ def test_a_stock_model_agrees_with_eager_at_every_length(
     config = parse_config({**TINY, **layers, "model_type": "deepseek_v3"}, "test")
     program = trace(
         model,
-        Signature.of(config).example_inputs(),
-        Signature.of(config).dynamic_shapes(),
+        states_of(config).example_inputs(),
+        states_of(config).dynamic_shapes(),
         name="step",
-        input_names=Signature.of(config).input_names(),
-        output_names=Signature.of(config).output_names(),
-        aliases=Signature.of(config).cache_names(),
+        input_names=states_of(config).input_names(),
+        output_names=states_of(config).output_names(),
+        aliases=states_of(config).cache_names(),
     )
     graph = checked(program)
     places = {n.loc for n in graph.nodes}
@@ -264,11 +264,11 @@ def test_a_stock_model_agrees_with_eager_at_every_length(
     exact = kind != "deepseek_v2"  # its complex product rounds differently from two real ones
     for batch, new, past in LENGTHS:
         extents = Extents(batch, new, past, logits=new)
-        tensors = Signature.of(config).example_inputs(extents, seed=new)
+        tensors = states_of(config).example_inputs(extents, seed=new)
         with torch.no_grad():
             wanted = model(*tensors)
         found = interpreter.run(
-            "step", dict(zip(Signature.of(config).input_names(), tensors, strict=True))
+            "step", dict(zip(states_of(config).input_names(), tensors, strict=True))
         )
         for a, b in zip(found.values(), wanted, strict=True):
             torch.testing.assert_close(a, b, rtol=0, atol=0 if exact else 1e-5)

@@ -15,7 +15,7 @@ from bench.parity import BASE
 from bench.quantised_folders import LAYOUTS, config_of
 from dsc.errors import VerificationError
 from dsc.frontends.codes import CodesReader
-from dsc.frontends.config import parse_config
+from dsc.frontends.stock import clean
 from dsc.ir.dims import Dim
 from dsc.ir.extents import Check, Extent, System, Unsolvable
 from dsc.ir.interpreter import Interpreter
@@ -128,7 +128,7 @@ def in_fp8(key: str, n: int, k: int) -> WeightExpr:
 
 def in_words(layout: str, g: int = 64) -> Callable[[str, int, int], WeightExpr]:
     """Matrices in 4-bit codes with zero points, as a layout packs them."""
-    quantization = parse_config(BASE | config_of({}, LAYOUTS[layout], g)).quantization_config
+    quantization = clean(BASE | config_of({}, LAYOUTS[layout], g)).facts.quantization_config
 
     def matrix(key: str, n: int, k: int) -> WeightExpr:
         parts: dict[str, tuple[DType, tuple[int, ...]]]

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from bench.parity import PLAIN, YARN
 from dsc.errors import UnsupportedArchitecture, UsageError
-from dsc.frontends.config import ModelConfig
+from dsc.frontends.family import ModelConfig, states_of
 from dsc.frontends.huggingface import stock_causal_lm
-from dsc.frontends.signature import Extents, Signature
+from dsc.frontends.signature import Extents
 from dsc.models import v3
 from dsc.models.configs import CONFIGS, config
 from tests.family import advance, empty_caches, small, small_v2, stock
@@ -159,12 +159,12 @@ def test_sequences_of_different_lengths_share_a_batch(ragged_stock: bool) -> Non
 def test_no_logits_but_those_asked_for() -> None:
     cfg = small()
     model = twin(cfg)[1]
-    inputs = list(Signature.of(cfg).example_inputs(Extents(2, 5, 7, 3)))
+    inputs = list(states_of(cfg).example_inputs(Extents(2, 5, 7, 3)))
     with torch.no_grad():
         few = model(*inputs)[0]
         inputs[3] = torch.arange(5).expand(2, 5)
         every = model(*inputs)[0]
-    rows = Signature.of(cfg).example_inputs(Extents(2, 5, 7, 3))[3]
+    rows = states_of(cfg).example_inputs(Extents(2, 5, 7, 3))[3]
     assert few.shape == (2, 3, 97)
     for batch, column in ((0, 0), (1, 2)):
         assert_close(few[batch, column], every[batch, rows[batch, column]])
@@ -173,7 +173,7 @@ def test_no_logits_but_those_asked_for() -> None:
 def test_one_export_serves_all_extents() -> None:
     """One non-strict trace with B, S, P, L symbolic, bit-equal to eager where dims are 0 or 1."""
     cfg = small(num_hidden_layers=2)
-    model, signature = twin(cfg)[1], Signature.of(cfg)
+    model, signature = twin(cfg)[1], states_of(cfg)
     shapes = signature.dynamic_shapes()
     traced = torch.export.export(
         model, signature.example_inputs(), dynamic_shapes=shapes, strict=False

@@ -16,8 +16,7 @@ import torch
 
 from bench.parity import randomise
 from dsc import pipeline
-from dsc.frontends.config import ModelConfig
-from dsc.frontends.signature import Signature
+from dsc.frontends.family import ModelConfig, states_of
 from dsc.frontends.torch_export import trace
 from dsc.ir.dims import substitute
 from dsc.ir.graph import Graph
@@ -109,11 +108,11 @@ def test_logits_and_caches_are_those_of_the_trace() -> None:
 
 
 def traced(module: torch.nn.Module, config: ModelConfig) -> Program:
-    inputs, outputs = Signature.of(config).input_names(), Signature.of(config).output_names()
+    inputs, outputs = states_of(config).input_names(), states_of(config).output_names()
     return trace(
         module.eval(),
-        Signature.of(config).example_inputs(),
-        Signature.of(config).dynamic_shapes(),
+        states_of(config).example_inputs(),
+        states_of(config).dynamic_shapes(),
         name="step",
         input_names=inputs,
         output_names=outputs,

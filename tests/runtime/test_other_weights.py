@@ -88,7 +88,7 @@ def test_a_folder_as_given_is_compared_with_its_own_codes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config, layout = small(**WIDE), LAYOUTS["ct-int4-zeros"]
-    raw = config.model_dump(exclude={"published_model_type"}, exclude_none=True)
+    raw = config.model_dump(exclude_none=True)
     made, _ = stored(tensors_of(config), layout, 16)
     given = folder(tmp_path / "model", config_of(raw, layout, 16), made)
     out = tmp_path / "out"

@@ -17,7 +17,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 
 import dsc
-from dsc.frontends.tokenizer import TOKENIZER
+from dsc.frontends.folder import TOKENIZER
 from tests.runtime.test_session import small_lm
 
 HEAVY = ("torch", "transformers", "triton", "tvm", "tvm_ffi")

@@ -1,11 +1,12 @@
-"""Our own schema of `config.json` for the DeepSeek-V3 family.
+"""The DeepSeek-V3 family: all that dsc knows of it beside what it finds for every type.
 
-A checkpoint's configuration comes from outside, so nothing in it is taken on trust: every number
-has a type and a range, every pair of numbers that must agree is checked, and what dsc cannot
-compute (another router, another quantisation) is refused here by name instead of being computed
-wrongly later. Another rope scaling is `OtherRope`: such a model is left to its stock class, as
-those of other types are (`stock.py`), and to the check against it. `auto_map`, which asks
-a loader to import Python files from the checkpoint, is never followed.
+dsc was made for these models, and has one of its own for them (`models/v3.py`), which is built from
+the `ModelConfig` here. So their `config.json` passes our own schema before the stock class is asked
+(`stock.py`): every number has a type and a range, every pair of numbers that must agree is checked,
+what dsc cannot compute (another router) is refused here by name, and what the published files
+spell in several ways has one spelling. Nothing else about them is special: their facts, states,
+names of weights and the check against the stock class are found as those of other types are.
+Another rope scaling is `OtherRope`: such a model is left to its stock class.
 
 Field names are those of the official `config.json`. Defaults exist only for fields that published
 checkpoints leave out; widths have none.
@@ -19,28 +20,30 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from dsc.errors import ConfigError, UnsupportedArchitecture
-from dsc.files import why_no_file
-from dsc.frontends.quantisation import readable
-from dsc.ir.safetensors import inside
+from dsc.frontends.folder import CONFIG_FILE, read_object
+from dsc.frontends.schema import Schema, sentence
+from dsc.frontends.signature import LayerState, Signature
+from dsc.ir.limits import BATCH, PAST
 from dsc.ir.types import DType
-from dsc.strict_json import AGAIN, parse_object
+from dsc.strict_json import AGAIN
 
-CONFIG_FILE = "config.json"
-MAX_CONFIG_BYTES = 4 << 20
-"""Published configs are a few kilobytes, 60 with a long list of unquantised modules."""
-
-ARCHITECTURES = {
+MEMBERS = {
     "deepseek_v2": "deepseek_v2",
     "deepseek_v3": "deepseek_v3",
     "kimi_k2": "deepseek_v3",
 }
 """`model_type` as published, and the family member whose equations it follows."""
-
-DTYPES = {"float32": DType.f32, "bfloat16": DType.bf16, "float16": DType.f16}
-"""Element types that are computed in, by the names that `dtype` may have."""
+LINEARS = re.compile(
+    r"model\.layers\.\d+\.("
+    r"self_attn\.(q_proj|q_a_proj|q_b_proj|kv_a_proj_with_mqa|kv_b_proj|o_proj)\.weight"
+    r"|mlp\.(shared_experts\.|experts\.\d+\.)?(gate|up|down)_proj\.weight"
+    r"|mlp\.experts\.(gate_up|down)_proj)"
+)
+"""The weights that published checkpoints have in FP8, those of layers that the stock class leaves
+out (MTP) among them; experts may be stacked."""
 
 
 class OtherRope(ConfigError):
@@ -50,12 +53,6 @@ class OtherRope(ConfigError):
 Width = Annotated[int, Field(gt=0, le=1 << 20)]
 Count = Annotated[int, Field(gt=0, le=1 << 14)]
 Positive = Annotated[float, Field(gt=0, le=1e9)]
-
-
-class Schema(BaseModel):
-    """Strict types (no "8" for 8, no true for 1), immutable, unknown keys ignored."""
-
-    model_config = ConfigDict(strict=True, frozen=True, extra="ignore", allow_inf_nan=False)
 
 
 class RopeParameters(Schema):
@@ -105,66 +102,10 @@ class RopeParameters(Schema):
         return _yarn_mscale(self.factor, self.mscale_all_dim) ** 2
 
 
-Block = Annotated[list[Annotated[int, Field(gt=0, le=1 << 16)]], Field(min_length=2, max_length=2)]
-
-
-class IntegerWeights(Schema):
-    """Weights in integers: a scale, and unless symmetric a zero point, for each group of columns.
-
-    Or for each block, row (channel) or tensor. A size of groups is held against each weight's.
-    `ordered`: columns are in groups by an index (`g_idx`), not in order.
-    """
-
-    bits: Literal[4, 8]
-    strategy: Literal["tensor", "channel", "group", "block"]
-    group_size: int | None = None
-    block_structure: Block | None = None
-    symmetric: bool = True
-    ordered: bool = False
-
-    @model_validator(mode="after")
-    def _check(self) -> IntegerWeights:
-        if self.strategy == "group" and self.group_size is None:
-            raise ValueError("group_size is missing")
-        if self.strategy == "block" and self.block_structure is None:
-            raise ValueError("the sizes of blocks are missing")
-        return self
-
-
-class QuantizationConfig(Schema):
-    """Weights in FP8 or in integers (see `quantisation.py` for the methods).
-
-    A weight `W` of `[N, K]` in FP8 is stored as e4m3 beside its scales: one for each block, in a
-    tensor of `[ceil(N / n), ceil(K / k)]`, one a row, or one in all. `weight_block_size` says the
-    blocks, `integers` how integers may be stored. GPTQ's first form stores zero points one lower
-    than they are (`stored_zero`).
-    """
-
-    quant_method: Literal[
-        "fp8", "compressed-tensors", "modelopt", "fbgemm_fp8", "blockwise_int8", "gptq", "awq"
-    ]
-    fmt: Literal["e4m3"] = "e4m3"
-    activation_scheme: Literal["dynamic", "static"] = "dynamic"
-    weight_block_size: Block | None = [128, 128]
-    scale_fmt: Literal["ue8m0", "float32"] | None = None
-    integers: list[IntegerWeights] = []
-    stored_zero: Literal[0, 1] = 0
-    activations: Literal["", "integers"] = ""
-
-    @property
-    def block(self) -> tuple[int, int] | None:
-        """Rows and columns of FP8 that share a scale; `None` where it is by row or tensor."""
-        if self.weight_block_size is None:
-            return None
-        rows, columns = self.weight_block_size
-        return rows, columns
-
-
 class ModelConfig(Schema):
     """One member of the family: multi-head latent attention and a mixture of experts."""
 
     model_type: Literal["deepseek_v2", "deepseek_v3"]
-    published_model_type: str = ""
     vocab_size: Annotated[int, Field(gt=0, le=1 << 24)]
     hidden_size: Width
     intermediate_size: Width
@@ -202,7 +143,6 @@ class ModelConfig(Schema):
     bos_token_id: Annotated[int, Field(ge=0)] | None = None
     eos_token_id: Annotated[int, Field(ge=0)] | list[Annotated[int, Field(ge=0)]] | None = None
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    quantization_config: QuantizationConfig | None = None
 
     @model_validator(mode="after")
     def _check(self) -> ModelConfig:
@@ -258,6 +198,16 @@ class ModelConfig(Schema):
         """1 / sqrt(width of a query head), times YaRN's correction (0.1352 for V3)."""
         return math.pow(self.qk_head_dim, -0.5) * self.rope_parameters.softmax_scale_factor
 
+    @property
+    def fields(self) -> dict[str, Any]:
+        """What the stock class is built from: these fields, and of a plain rope what it has."""
+        rope = self.rope_parameters.model_dump(exclude_none=True)
+        if self.rope_parameters.rope_type == "default":
+            rope = {name: rope[name] for name in ("rope_type", "rope_theta")}
+        said = self.model_dump(exclude={"model_type", "dtype"})
+        heads = {"num_key_value_heads": self.num_attention_heads}
+        return said | {"rope_parameters": rope} | heads
+
     def is_moe(self, layer: int) -> bool:
         """Whether decoder layer `layer` has experts instead of one dense MLP."""
         return layer >= self.first_k_dense_replace
@@ -272,23 +222,22 @@ def parse_config(raw: Mapping[str, Any], where: str = CONFIG_FILE) -> ModelConfi
     """Check a decoded `config.json` and give it its canonical spelling.
 
     Raises:
-        UnsupportedArchitecture: `model_type` is none of `ARCHITECTURES`.
+        UnsupportedArchitecture: `model_type` is none of `MEMBERS`.
         ConfigError: a field is missing, of a wrong type, out of range or contradicts another.
     """
     published = raw.get("model_type")
-    member = ARCHITECTURES.get(published) if isinstance(published, str) else None
+    member = MEMBERS.get(published) if isinstance(published, str) else None
     if member is None:
-        known = ", ".join(ARCHITECTURES)
+        known = ", ".join(MEMBERS)
         raise UnsupportedArchitecture(
             f"model_type {published!r} is not one that dsc knows", where, f"known: {known}"
         )
     known_keys = ModelConfig.model_fields
     fields = {key: v for key, v in raw.items() if key in known_keys and v is not None}
-    fields |= {"model_type": member, "published_model_type": published}
+    fields["model_type"] = member
     fields["dtype"] = raw.get("dtype") or raw.get("torch_dtype")
     fields["rope_parameters"] = _rope_parameters(raw, where)
     _default(fields, _routing_defaults(member))
-    fields["quantization_config"] = readable(raw.get("quantization_config"), where)
     for name in ("mlp_bias", "use_sliding_window"):
         if raw.get(name):
             raise ConfigError(f"{name} is not supported for {member}", where)
@@ -304,23 +253,18 @@ def load_config(path: Path | str) -> ModelConfig:
     """Read and check the `config.json` at `path`, a file or a checkpoint folder."""
     path = Path(path)
     file = path / CONFIG_FILE if path.is_dir() else path
-    return parse_config(parse_object(read_bounded(file), str(file), ConfigError), str(file))
+    return parse_config(read_object(file), str(file))
 
 
-def read_bounded(file: Path, limit: int = MAX_CONFIG_BYTES) -> bytes:
-    """The bytes of a regular file that must not exceed `limit`; `ConfigError` otherwise.
-
-    Raises `CheckpointError` for a link that leads out of the folder.
-    """
-    if reason := why_no_file(file):
-        raise ConfigError(
-            f"{file.name} {reason}", str(file), f"give a folder that holds a file {file.name}"
-        )
-    with inside(file.parent, file.name, str(file)).open("rb") as stream:
-        text = stream.read(limit + 1)
-    if len(text) > limit:
-        raise ConfigError(f"larger than the limit of {limit} bytes", str(file))
-    return text
+def states_of(config: ModelConfig, dtype: DType = DType.f32) -> Signature:
+    """The states of a model that `build(config)` makes: a latent and a rope key for each layer."""
+    parts = (("latent", "keys", config.kv_lora_rank), ("rope", "values", config.qk_rope_head_dim))
+    states = tuple(
+        LayerState(layer, name, part, (BATCH, PAST, width), dtype, 1)
+        for layer in range(config.num_hidden_layers)
+        for name, part, width in parts
+    )
+    return Signature(states, config.vocab_size)
 
 
 def _default(fields: dict[str, Any], defaults: Mapping[str, Any]) -> None:
@@ -398,45 +342,3 @@ def _section(raw: Mapping[str, Any], name: str, where: str) -> dict[str, Any]:
     if missing:
         raise ConfigError(f"{name}.{', '.join(missing)} is missing, and {kind} needs it", where)
     return section
-
-
-MUST = {
-    "int_type": "a whole number",
-    "float_type": "a number",
-    "bool_type": "true or false",
-    "string_type": "a text",
-    "list_type": "a list",
-    "tuple_type": "a list",
-    "model_type": "an object",
-    "finite_number": "a finite number",
-    "literal_error": "{expected}",
-    "greater_than": "above {gt}",
-    "greater_than_equal": "at least {ge}",
-    "less_than": "below {lt}",
-    "less_than_equal": "at most {le}",
-    "too_short": "a list of at least {min_length}",
-    "too_long": "a list of at most {max_length}",
-}
-"""What a value must be, by the kind of pydantic's errors."""
-_FORM = re.compile(r"int|str|(constrained|list|tuple|function).*")
-"""How pydantic calls the forms that a value may have, behind the key."""
-
-
-def sentence(exc: ValidationError) -> str:
-    """All that pydantic found, one key after the other: what it must be, and what was found."""
-    must: dict[tuple[str, str], list[str]] = {}
-    rest: list[str] = []
-    for error in exc.errors(include_url=False):
-        key = ".".join(str(p) for p in error["loc"] if not _FORM.fullmatch(str(p)))
-        if error["type"] == "missing":
-            rest.append(f"{key} is missing")
-        elif error["type"] in MUST:
-            wanted = MUST[error["type"]].format(**error.get("ctx", {}))
-            must.setdefault((key, f"{error['input']!r:.60}"), []).append(wanted)
-        else:
-            rest.append((f"{key}: " if key else "") + error["msg"].removeprefix("Value error, "))
-    told = (
-        f"{key} must be {' or '.join(dict.fromkeys(wanted))}, found {found}"
-        for (key, found), wanted in must.items()
-    )
-    return "; ".join([*told, *rest])
