@@ -25,10 +25,11 @@ import torch
 from dsc.errors import DscError
 from dsc.frontends.catalogue import classes, example
 from dsc.frontends.conversions import Conversions, conversions_of
+from dsc.frontends.facts import Facts
 from dsc.frontends.names import WeightMap, map_weights
 from dsc.frontends.self_check import twin
 from dsc.frontends.shrunk import shrunk
-from dsc.frontends.stock import clean, facts_of, stock_class, stock_config
+from dsc.frontends.stock import clean, stock_class, stock_config
 from dsc.ir.op import type_of
 from dsc.ir.safetensors import open_safetensors
 from dsc.ir.types import TensorType
@@ -107,7 +108,8 @@ def table_of(model: Any) -> Conversions:
 
 def mapped(model: Any, source: WeightSource) -> WeightMap:
     """The map of a model's parameters to a source."""
-    facts = facts_of(model.config)
+    layers = getattr(model.config, "num_hidden_layers", None)
+    facts = Facts(model.config.model_type, num_hidden_layers=layers)
     return map_weights(declared(model), source, facts, conversions=table_of(model))
 
 

@@ -14,14 +14,17 @@ from typing import Any
 from dsc.frontends.quantisation import QuantizationConfig
 from dsc.frontends.rope_scaling import reach
 
-ALIASES: Mapping[str, tuple[str, ...]] = {
+NAMES: Mapping[str, tuple[str, ...]] = {
     "vocab_size": ("vocab_size",),
     "positions": (
         "max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len",
         "model_max_length", "n_ctx", "seq_length",
     ),
     "num_hidden_layers": ("num_hidden_layers", "n_layer", "n_layers", "num_layers"),
-    "num_attention_heads": ("num_attention_heads", "n_head", "n_heads", "num_heads"),
+    "hidden_size": ("hidden_size", "n_embd", "d_model", "dim", "word_embed_proj_dim"),
+    "num_attention_heads": (
+        "num_attention_heads", "n_head", "n_heads", "attention_heads", "num_heads"
+    ),
     "experts": (
         "n_routed_experts", "num_local_experts", "num_experts", "moe_num_experts", "num_moe_experts"
     ),
@@ -29,7 +32,7 @@ ALIASES: Mapping[str, tuple[str, ...]] = {
     "eos_token_id": ("eos_token_id",),
     "pad_token_id": ("pad_token_id",),
 }  # fmt: skip
-"""What configurations call a fact; the first name that says a number holds."""
+"""What configurations call a number, by our name; the first that says one holds."""
 _LISTS = frozenset({"eos_token_id"})
 
 
@@ -58,8 +61,8 @@ class Facts:
     def read(model_type: str, values: Mapping[str, Any]) -> Facts:
         """The facts that `values` say, under whichever name."""
         found: dict[str, Any] = {}
-        for fact, names in ALIASES.items():
-            name = next((n for n in names if _says(values.get(n), fact)), None)
+        for fact in NAMES.keys() & {each.name for each in fields(Facts)}:
+            name = next((n for n in NAMES[fact] if _says(values.get(n), fact)), None)
             if name is not None:
                 found[fact] = values[name]
                 if fact == "positions":

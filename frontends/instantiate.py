@@ -26,6 +26,7 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 
 from dsc.errors import UsageError, VerificationError
+from dsc.frontends.facts import NAMES
 from dsc.frontends.layer_kinds import CACHE, INDEX, LayerStack, layer_kinds
 from dsc.frontends.meta_run import Irregular
 from dsc.frontends.segments import Cut, cut
@@ -107,9 +108,8 @@ def _cut_config(config: Any, stack: LayerStack) -> Any:
     """A configuration of the first layers of each kind: lists of all layers, and their count."""
     depth, firsts = len(stack.kinds), stack.firsts
     cut = copy.copy(config)
-    count = getattr(config, "attribute_map", {}).get("num_hidden_layers", "num_hidden_layers")
     for name, value in vars(config).items():
-        if name == count:
+        if name in NAMES["num_hidden_layers"] and value == depth:
             vars(cut)[name] = len(firsts)
         elif isinstance(value, (list, tuple)) and len(value) == depth:
             vars(cut)[name] = type(value)(value[first] for first in firsts)

@@ -12,6 +12,8 @@ import copy
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from dsc.frontends.rope_scaling import rope_sections, rope_type
+
 if TYPE_CHECKING:
     from torch import nn
 
@@ -24,37 +26,33 @@ SHORT = 4096
 
 def has_longrope(values: Mapping[str, Any]) -> bool:
     """Whether a configuration has a rope section of two sets of angles."""
-    for value in values.values():
-        if isinstance(value, Mapping):
-            if LONG in (value.get("rope_type"), value.get("type")) or has_longrope(value):
-                return True
-    return False
+    return any(rope_type(section) == LONG for _, section in rope_sections(values))
 
 
 def for_short_texts(values: Mapping[str, Any]) -> dict[str, Any]:
     """A configuration with two sets of angles, for whose class `SHORT` tokens are a short text."""
+    return _reaching(values, SHORT) if has_longrope(values) else dict(values)
+
+
+def _reaching(values: Mapping[str, Any], least: int) -> dict[str, Any]:
     found = dict(values)
-    if has_longrope(values) or LONG in (values.get("rope_type"), values.get("type")):
-        for key, value in values.items():
-            if isinstance(value, Mapping):
-                found[key] = for_short_texts(value)
-            elif key == FIRST and isinstance(value, int):
-                found[key] = max(value, SHORT)
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            found[key] = _reaching(value, least)
+        elif key == FIRST and isinstance(value, int):
+            found[key] = max(value, least)
     return found
 
 
 def told_of(values: Mapping[str, Any], context: int) -> str:
     """What a user should know of the angles that were chosen, or ""."""
-    for name, value in values.items():
-        if not isinstance(value, Mapping) or not has_longrope({name: value}):
-            continue
-        first = values.get(FIRST, value.get(FIRST))
-        if isinstance(first, int) and context > first:
+    for name, section in rope_sections(values):
+        first = values.get(FIRST, section.get(FIRST))
+        if rope_type(section) == LONG and isinstance(first, int) and context > first:
             return (
                 f"{name} is longrope: with a max_context of {context} all texts are turned by the "
                 f"angles for long ones; --max-context {first} takes those for short ones"
             )
-        return told_of(value, context)
     return ""
 
 

@@ -13,7 +13,7 @@ longrope needs factors that were searched for one model, and dynamic scaling dep
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,8 +68,7 @@ class RopeScaling:
         Raises:
             ConfigError: the configuration scales positions already, or has none to scale.
         """
-        own = own_scaling(values)
-        if own not in ("", "default"):
+        if own := own_scaling(values):
             raise ConfigError(
                 f"the model scales its positions itself ({own})", where, "leave out --rope-scaling"
             )
@@ -89,35 +88,56 @@ class RopeScaling:
         return {**rest, "rope_parameters": section, name: int(positions * self.factor)}
 
 
+def rope_sections(values: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """The rope sections of a configuration by their keys, wherever they stand.
+
+    One for all layers, or within it one for each kind of layer, with what it says of all.
+
+    >>> [key for key, _ in rope_sections({"rope_parameters": {"full": {}, "sliding": {}}})]
+    ['rope_parameters.full', 'rope_parameters.sliding']
+    """
+    for name, section in values.items():
+        if not isinstance(section, Mapping):
+            continue
+        kinds = {key: value for key, value in section.items() if isinstance(value, Mapping)}
+        if "rope" not in name:
+            yield from ((f"{name}.{key}", found) for key, found in rope_sections(section))
+        elif not kinds:
+            yield name, section
+        for key, own in kinds.items() if "rope" in name else ():
+            of_all = {k: v for k, v in section.items() if k not in kinds}
+            yield f"{name}.{key}", {**of_all, **own}
+
+
+def rope_type(section: Mapping[str, Any]) -> str:
+    """The type that a rope section names, in either spelling; "" where it names none."""
+    kind = section.get("rope_type", section.get("type"))
+    return kind if isinstance(kind, str) else ""
+
+
 def own_scaling(values: Mapping[str, Any]) -> str:
-    """The type of a configuration's own rope section; "" where it has none.
+    """The type of a configuration's own rope section; "" where it changes no angles.
 
     Sections of their own for each kind of layer count as one, called after them.
     """
-    for name in SECTIONS:
-        section = values.get(name)
-        if not isinstance(section, Mapping):
-            continue
-        nested = [key for key, value in section.items() if isinstance(value, Mapping)]
-        if nested:
-            return f"one for each of {', '.join(nested)}"
-        kind = section.get("rope_type", section.get("type"))
-        if isinstance(kind, str):
-            return kind
-    return ""
+    sections = dict(rope_sections(values))
+    if kinds := [key.rpartition(".")[2] for key in sections if "." in key]:
+        return f"one for each of {', '.join(kinds)}"
+    scaled = (rope_type(section) for section in sections.values())
+    return next((kind for kind in scaled if kind not in ("", "default")), "")
 
 
 def reach(values: Mapping[str, Any]) -> int:
     """The positions that a configuration's own scaling reaches; 0 where it does not say."""
-    for name in SECTIONS:
-        section = values.get(name)
-        if not isinstance(section, Mapping) or own_scaling(values) not in CHOSEN:
-            continue
+    found = [0]
+    for _, section in rope_sections(values):
         original, factor = (
             section.get(key, values.get(key))
             for key in ("original_max_position_embeddings", "factor")
         )
         are_numbers = type(original) is int and type(factor) in (int, float)
-        if are_numbers and 0 < original <= MAX_POSITIONS and 0 < factor <= MAX_POSITIONS:
-            return int(original * factor)
-    return 0
+        if rope_type(section) not in CHOSEN or not are_numbers:
+            continue
+        if 0 < original <= MAX_POSITIONS and 0 < factor <= MAX_POSITIONS:
+            found.append(int(original * factor))
+    return max(found)

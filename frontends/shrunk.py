@@ -17,11 +17,14 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from dsc.frontends.facts import NAMES
+from dsc.frontends.rope_scaling import SECTIONS, rope_sections
+
 Values = dict[str, Any]
 Place = tuple[str, ...]
 """Where a number stands: keys of mappings, from the outside."""
 
-DEPTHS = ("num_layers_per_stack", "num_hidden_layers", "n_layer", "n_layers", "num_layers")
+DEPTHS = ("num_layers_per_stack", *NAMES["num_hidden_layers"])
 FEW = 4
 """So many layers or fewer are all kept."""
 OF_A_KIND = 2
@@ -44,7 +47,7 @@ EVERY = (
 )  # fmt: skip
 """Keys after which layers repeat; others of that sort are spelled out in lists by their class."""
 
-ASIDE = ("rope_parameters", "rope_scaling", "quantization_config", "id2label", "label2id")
+ASIDE = (*SECTIONS, "quantization_config", "id2label", "label2id")
 """Mappings that hold no width of the model."""
 
 WINDOW = 6
@@ -200,8 +203,8 @@ def _narrow(
     counts = _counts([numbers[p] for p in of["heads"]])
     change |= {p: counts[numbers[p]] for p in of["heads"]}
     change |= _experts(numbers, of)
-    hidden, heads = _first(numbers, HIDDEN), _first(numbers, HEADS)
-    own = _first(numbers, ("head_dim",))
+    hidden, heads = _first(numbers, "hidden_size"), _first(numbers, "num_attention_heads")
+    own = _first(numbers, "head_dim")
     implied = hidden // heads if heads and hidden % heads == 0 else 0
     dims = {numbers[p] for p in of["head_dim"] if numbers[p] > 0} or {implied or 16}
     by = _divisor(dims, [(own or implied) * part for part in parts])
@@ -231,17 +234,13 @@ def _across(
         for dim in of["head_dim"]:
             across = numbers[heads] * numbers[dim]
             mamba = word in ("mamba", "heads") and dim[-1].startswith((word, "head"))
-            if mamba and heads[-1] not in HEADS[:3] and hidden and across % hidden == 0:
+            if mamba and heads[-1] != "n_heads" and hidden and across % hidden == 0:
                 made[heads] = across // hidden * narrow // change[dim]
     return made
 
 
-HIDDEN = ("hidden_size", "n_embd", "d_model", "dim", "word_embed_proj_dim")
-HEADS = ("num_attention_heads", "n_head", "n_heads", "attention_heads", "num_heads")
-
-
-def _first(numbers: Mapping[Place, int], names: Sequence[str]) -> int:
-    return next((numbers[(name,)] for name in names if (name,) in numbers), 0)
+def _first(numbers: Mapping[Place, int], what: str) -> int:
+    return next((numbers[(name,)] for name in NAMES.get(what, (what,)) if (name,) in numbers), 0)
 
 
 def _counts(found: Sequence[int]) -> dict[int, int]:
@@ -315,11 +314,10 @@ def _numbers(values: Mapping[str, Any], at: Place = ()) -> Iterator[tuple[Place,
 
 def _fractions(values: Mapping[str, Any]) -> Iterator[float]:
     """The fractions of a head that are rotated, wherever they are said."""
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            yield from _fractions(value)
-        elif isinstance(value, float) and re.search(r"partial_rotary|rotary_pct|rope_pct", key):
-            yield value
+    for section in (values, *(section for _, section in rope_sections(values))):
+        for key, value in section.items():
+            if isinstance(value, float) and re.search(r"partial_rotary|rotary_pct|rope_pct", key):
+                yield value
 
 
 def _written(values: Mapping[str, Any], change: Mapping[Place, int], at: Place = ()) -> Values:

@@ -26,11 +26,11 @@ from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from dsc.errors import ConfigError, DscError, UnsupportedArchitecture
-from dsc.frontends.facts import ALIASES, Facts
+from dsc.frontends.facts import NAMES, Facts
 from dsc.frontends.family import MEMBERS, OtherRope, parse_config
 from dsc.frontends.folder import CONFIG_FILE
 from dsc.frontends.quantisation import quantisation
-from dsc.frontends.rope_scaling import RopeScaling
+from dsc.frontends.rope_scaling import RopeScaling, rope_sections, rope_type
 from dsc.frontends.schema import DTYPES
 from dsc.ir.lazy import torch
 from dsc.ir.types import DType
@@ -152,15 +152,13 @@ def clean(
 
 def _check_rope(values: Mapping[str, Any], where: str) -> None:
     """Raise `UnsupportedArchitecture` for angles that depend on the longest sequence so far."""
-    for name, section in values.items():
-        if isinstance(section, Mapping):
-            if "dynamic" in (section.get("rope_type"), section.get("type")):
-                raise UnsupportedArchitecture(
-                    f"{name}: rope_type 'dynamic' turns by angles that depend on the longest"
-                    " sequence so far, which dsc does not compute", where,
-                    "compile a checkpoint with another rope_type, such as yarn",
-                )  # fmt: skip
-            _check_rope(section, where)
+    for name, section in rope_sections(values):
+        if rope_type(section) == "dynamic":
+            raise UnsupportedArchitecture(
+                f"{name}: rope_type 'dynamic' turns by angles that depend on the longest"
+                " sequence so far, which dsc does not compute", where,
+                "compile a checkpoint with another rope_type, such as yarn",
+            )  # fmt: skip
 
 
 def _cleaned(section: Mapping[str, Any], where: str, path: str = "", depth: int = 0) -> Any:
@@ -304,7 +302,7 @@ def _check_scaled(model: Any, config: StockConfig) -> None:
 
 def facts_of(built: Any) -> Facts:
     """The facts that a configuration object of transformers says, its defaults among them."""
-    names = {name for names in ALIASES.values() for name in names} | {"tie_word_embeddings"}
+    names = {name for names in NAMES.values() for name in names} | {"tie_word_embeddings"}
     return Facts.read(built.model_type, {name: getattr(built, name, None) for name in names})
 
 

@@ -146,7 +146,7 @@ def test_transformers_computes_with_bf16_what_fp8_computes_here(tiny: Folders) -
 def folder_of(folder: Path, tensors: Tensors, **config: Any) -> Path:
     """A checkpoint of one layer with these tensors, enough of them for a conversion."""
     folder.mkdir()
-    return save(folder, small(num_hidden_layers=1, **config), tensors)
+    return save(folder, small(num_hidden_layers=1), tensors, **config)
 
 
 def plain(*shape: int, scale: float = 1.0) -> Tensors:
