@@ -20,10 +20,11 @@ from dsc import chat_template, template_process
 from dsc.errors import DscError
 from dsc.frontends import hub
 from dsc.frontends.chat_template import find_chat
-from dsc.frontends.config import ARCHITECTURES, QuantizationConfig
 from dsc.frontends.facts import Facts
+from dsc.frontends.family import MEMBERS
 from dsc.frontends.generation_config import load_generation
 from dsc.frontends.huggingface import read_config
+from dsc.frontends.quantisation import QuantizationConfig
 from dsc.frontends.rope_scaling import RopeScaling
 from dsc.frontends.states import discover
 from dsc.frontends.stock import StockConfig, completed, stock_config, stock_model
@@ -211,7 +212,7 @@ def _unlike(raw: Mapping[str, Any], built: Any, published: str) -> str:
 
 def unlike_sections(raw: Mapping[str, Any], built: Any, read: StockConfig) -> str:
     """Where the model's type, rope, element type or stored form are not what the file says."""
-    kind = CONFIG_MAPPING[ARCHITECTURES.get(raw["model_type"], raw["model_type"])]
+    kind = CONFIG_MAPPING[MEMBERS.get(raw["model_type"], raw["model_type"])]
     if type(built) is not kind:
         return f"{raw['model_type']!r:.60} is read as {kind.__name__}"
     if (raw.get("dtype") or raw.get("torch_dtype") or None) != read.dtype:

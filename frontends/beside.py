@@ -11,15 +11,19 @@ import os
 from collections.abc import Collection
 from pathlib import Path
 
-from dsc.chat_template import MAX_TEMPLATE_BYTES
-from dsc.errors import ConfigError, DscError
-from dsc.frontends.chat_template import SPECIAL, TEMPLATE
-from dsc.frontends.config import read_bounded
-from dsc.frontends.generation_config import GENERATION_FILE
-from dsc.frontends.tokenizer import SETTINGS, TOKENIZER
-from dsc.strict_json import parse_object
+from dsc.errors import DscError
+from dsc.frontends.folder import (
+    ADDED_TOKENS,
+    GENERATION_FILE,
+    SPECIAL_TOKENS,
+    TEMPLATE,
+    TOKENIZER,
+    TOKENIZER_SETTINGS,
+    read_bounded,
+    read_object,
+)
 
-OBJECTS = (GENERATION_FILE, SETTINGS, SPECIAL, "added_tokens.json")
+OBJECTS = (GENERATION_FILE, TOKENIZER_SETTINGS, SPECIAL_TOKENS, ADDED_TOKENS)
 PLAIN_SETTINGS = {"tokenizer_class": "PreTrainedTokenizerFast"}
 """Of a tokenizer.json alone: the class of transformers that takes any."""
 
@@ -35,19 +39,16 @@ def files_beside(folder: Path | None, known: Collection[str]) -> tuple[dict[str,
         if folder is None or not os.path.lexists(folder / name):
             continue
         try:
-            found[name] = _template(folder) if name == TEMPLATE else _object(folder / name)
+            found[name] = (
+                read_bounded(folder / name) if name == TEMPLATE else _object(folder / name)
+            )
         except DscError as refused:
             notes.append(f"{name} is not copied: {refused.what}")
-    if TOKENIZER in known and SETTINGS not in found:
-        found[SETTINGS] = json.dumps(PLAIN_SETTINGS).encode()
+    if TOKENIZER in known and TOKENIZER_SETTINGS not in found:
+        found[TOKENIZER_SETTINGS] = json.dumps(PLAIN_SETTINGS).encode()
     return found, notes
 
 
 def _object(file: Path) -> bytes:
-    said = parse_object(read_bounded(file), str(file), ConfigError)
-    kept = {key: value for key, value in said.items() if key != "auto_map"}
+    kept = {key: value for key, value in read_object(file).items() if key != "auto_map"}
     return json.dumps(kept, indent=2, ensure_ascii=False).encode()
-
-
-def _template(folder: Path) -> bytes:
-    return read_bounded(folder / TEMPLATE, MAX_TEMPLATE_BYTES)
