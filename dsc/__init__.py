@@ -28,6 +28,7 @@ if TYPE_CHECKING:
         embedding,
         experts,
         latent_attention,
+        layer_norm,
         linear,
         matmul,
         mla_attention,
@@ -59,6 +60,7 @@ __all__ = [
     "explain",
     "export",
     "latent_attention",
+    "layer_norm",
     "linear",
     "load",
     "matmul",
@@ -83,8 +85,8 @@ _PLACES = {
     "dsc.extend": "register_op register_rule",
     "dsc.frontends.convert": "convert",
     "dsc.frontends.explain": "explain",
-    "dsc.frontends.ops": "attention embedding experts latent_attention linear matmul mla_attention"
-    " rms_norm rope route silu softmax swiglu",
+    "dsc.frontends.ops": "attention embedding experts latent_attention layer_norm linear matmul"
+    " mla_attention rms_norm rope route silu softmax swiglu",
     "dsc.frontends.optimize": "optimize",
     "dsc.quantized": "QuantizedModel",
     "dsc.runtime.profiler": "Profiler",

@@ -124,6 +124,7 @@ RAISE = (
     "eliminate_common_subexpressions",
     "raise_registered",
     "raise_rms_norm",
+    "raise_layer_norm",
     "raise_swiglu",
     "raise_rope",
     "raise_attention",

@@ -270,6 +270,11 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
     return call("rms_norm", x, weight, eps=eps)  # type: ignore[no-any-return]
 
 
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float = 1e-5) -> Tensor:
+    """(x - mean(x)) / sqrt(variance(x) + eps) * weight + bias over the last axis, all in fp32."""
+    return call("layer_norm", x, weight, bias, eps=eps)  # type: ignore[no-any-return]
+
+
 def rope(
     x: Tensor,
     positions: Tensor,

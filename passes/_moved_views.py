@@ -54,12 +54,14 @@ class ConcatBeforePermute(Rule):
 
 
 class NormBeforePermute(Rule):
-    """rms_norm(permute(x))  ==>  permute(rms_norm(x)), where the last axis stays the last."""
+    """norm(permute(x))  ==>  permute(norm(x)), where the last axis stays the last."""
 
     tolerance = 1e-6
     examples = (
         "graph g(%x: f32[B,S,2,4], @w: f32[4]) { %p = permute %x {dims=[0,2,1,3]}\n"
         " %y = rms_norm %p, @w {eps=1e-06}\n return %y }",
+        "graph g(%x: f32[B,S,2,4], @w: f32[4], @b: f32[4]) { %p = permute %x {dims=[0,2,1,3]}\n"
+        " %y = layer_norm %p, @w, @b {eps=1e-06}\n return %y }",
     )
     near_misses: ClassVar[Mapping[str, str]] = {
         "another axis is normed": "graph g(%x: f32[B,4,S], @w: f32[4]) {"
@@ -68,7 +70,9 @@ class NormBeforePermute(Rule):
 
     def pattern(self, p: patterns.Names) -> patterns.Pattern:
         """The permuted value may have other readers: it costs nothing."""
-        return p.rms_norm(p.permute(p.x).may_be_shared().named("view"), p.gain)
+        view = p.permute(p.x).may_be_shared().named("view")
+        layer_norms = p.layer_norm(view, p.gain), p.layer_norm(view, p.gain, p.bias)
+        return p.either(p.rms_norm(view, p.gain), *layer_norms)
 
     def check(self, m: Match) -> Facts | Reject:
         """Rows stay rows."""
@@ -77,7 +81,7 @@ class NormBeforePermute(Rule):
 
     def rewrite(self, b: RewriteBuilder, m: Match, facts: Facts) -> Result:
         """The norm of the rows where they lie."""
-        (y,) = b.call("rms_norm", m.x, m.gain, **m.root.attrs)
+        (y,) = b.call(m.root.op, m.x, *m.root.operands[1:], **m.root.attrs)
         return b.call("permute", y, dims=m.view.attrs["dims"])
 
 

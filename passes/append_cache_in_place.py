@@ -42,7 +42,7 @@ from dsc.rewrite.options import option
 from dsc.rewrite.rebuild import Operands, rebuild
 
 RULE = "append"
-ROW_BY_ROW = frozenset({"concat", "linear", "rms_norm"})
+ROW_BY_ROW = frozenset({"concat", "linear", "rms_norm", "layer_norm"})
 """What works on rows one by one, beside pointwise operators and views."""
 Obstacle = tuple[str, str, tuple[str, ...]]
 """Where something is in the way, why, and the values to blame."""

@@ -32,7 +32,7 @@ from dsc.ir.op import lookup, traits_of
 from dsc.ir.program import Program
 from dsc.rewrite.base import Pass, PassReport
 
-_MODULES = frozenset({"linear", "rms_norm", "embedding"})
+_MODULES = frozenset({"linear", "rms_norm", "layer_norm", "embedding"})
 _TELLING = {"mla_attention": "", "rope": "", "rms_norm": "kv"}
 """Readers that say what a part of a split is: its role in the attention, or this word."""
 _CACHE = re.compile(r"\.(\w+)$")

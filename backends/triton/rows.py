@@ -35,9 +35,10 @@ HELD = 1 << 13
 MOST = 1 << 15
 """Elements of a row's results, padded, that a program may hold."""
 ALONG_ROWS = frozenset(
-    {"amax", "amin", "mean", "sum", "rms_norm", "softmax", "rope", "cache_write"}
+    {"amax", "amin", "mean", "sum", "rms_norm", "layer_norm", "softmax", "rope", "cache_write"}
 )
 """Operators that the generator has a formula for, beside pointwise ones."""
+_NORMS = frozenset({"rms_norm", "layer_norm"})
 _BELOW = {"amax": 'float("-inf")', "amin": 'float("inf")'}
 _EXTREME = {"amax": -(1 << 63), "amin": (1 << 63) - 1}
 
@@ -242,16 +243,23 @@ class RowKernel:
         elif op == "softmax":
             start = neutral = _BELOW["amax"]
             self._say(f"{name}_sum = tl.zeros((BLOCK_ROWS, 1), tl.float32)")
+        elif op == "layer_norm":
+            self._say(f"{name}_mean = tl.zeros((BLOCK_ROWS, 1), tl.float32)")
+            with self._along(columns):
+                x = self._read(step.reads[0], columns)
+                self._say(*_adding(op, f"{name}_mean", f"tl.where({mask}, {x}, {neutral})"))
+            self._say(f"{name}_mean = {name}_mean / {count}")
         self._say(f"{name} = tl.full((BLOCK_ROWS, 1), {start}, {wide})")
         with self._along(columns):
             x = self._read(step.reads[0], columns)
-            x = f"{x} * {x}" if op == "rms_norm" else f"{x}.to({wide})"
+            centred = f"({x} - {name}_mean)" if op == "layer_norm" else x
+            x = f"{centred} * {centred}" if op in _NORMS else f"{x}.to({wide})"
             self._say(*_adding(op, name, f"tl.where({mask}, {x}, {neutral})"))
         if op == "mean":
             self._say(f"{name} = {name} / {count}")
-        elif op == "rms_norm":
+        elif op in _NORMS:
             self._say(f"{name} = tl.rsqrt({name} / {count} + {float(step.attrs['eps'])!r})")
-        if op not in ("rms_norm", "softmax"):
+        if op != "softmax" and op not in _NORMS:
             self._say(f"{name} = {rounded(name, dtype)}")
             self._keep(step, _Value((name,), columns))
             return
@@ -259,6 +267,9 @@ class RowKernel:
             x = self._read(step.reads[0], columns)
             if op == "softmax":
                 made = f"tl.exp({x} - {name}) / {name}_sum"
+            elif op == "layer_norm":
+                gain, *shift = (self._read(r, columns) for r in step.reads[1:])
+                made = " + ".join([f"({x} - {name}_mean) * {name} * {gain}", *shift])
             else:
                 made, gain = f"{x} * {name}", step.reads[1]
                 made = rounded(made, dtype) if gain.dtype is dtype else made

@@ -234,7 +234,7 @@ class Rows(Body):
                 extents = shape[lead:] or (1,)
             case Role.REDUCTION:
                 lead = len(shape) - len(axes_of(node))
-                reads = tuple(map(self._read, node.operands, (lead, 0)))
+                reads = tuple(map(self._read, node.operands, (lead, 0, 0)))
                 over = shape[lead:]
                 extents = over if node.output.type.shape == shape else (1,)
             case Role.ROTATION:

@@ -57,6 +57,9 @@ _EXPERTS = "F[B,S,10], i64[B,S,3]=6, f32[B,S,3], F[7,14,10], F[7,10,7]"
 MORE = {
     "embedding": ["i64[B,S]=10, F[11,7]"],
     "linear": ["F[B,S,7], F[5,7], F[5]", "F[N,7], F[3,7]", "F[B,S,2,7], F[3,7]"],
+    "layer_norm": [
+        "F[B,S,3,7], F[7], F[7] {eps=1e-05}", "F[B,S,7], f32[7] {eps=1e-05}",
+    ],
     "rms_norm": ["F[B,S,3,7], F[7] {eps=1e-05}", "F[B,S,7], f32[7] {eps=1e-05}"],
     "rope": [
         f'F[B,S{heads},6], i64[B,S]=900, f32[3] {{layout="{layout}", scale={scale}}}'

@@ -77,6 +77,12 @@ REGIONS = {
       %v = cache_write %c, %r, %n
       return %v updates %c, %r
     }""",
+    "centred": """(%x: bf16[6,40], %y: bf16[6,40], %g: bf16[40], %b: bf16[40], %w: f32[40]) {
+      %s = add %x, %y
+      %n = layer_norm %s, %g, %b {eps=1e-05}
+      %m = layer_norm %n, %w {eps=1e-05}
+      return %s, %n, %m
+    }""",
     "partly": """(%q: bf16[2,3,3,20], %p: i64[2,3], %f: f32[6]) {
       %a = rope %q, %p, %f {layout="half", scale=1.5, dims=12}
       %b = rope %q, %p, %f {layout="interleaved", dims=12}

@@ -49,6 +49,12 @@ REGIONS = {
       %qr = rope %q, %p, %f {layout="deinterleave", scale=1.5}
       return %u updates %c0, %v updates %c1, %qr
     }""",
+    "centred": """(%x: F[B,S,40], %y: F[B,S,40], %g: F[40], %b: F[40], %w: f32[40]) {
+      %s = add %x, %y
+      %n = layer_norm %s, %g, %b {eps=1e-05}
+      %m = layer_norm %n, %w {eps=1e-05}
+      return %s, %n, %m
+    }""",
     "partly": """(%q: F[B,S,3,20], %k: F[B,S,20], %g: F[20], %p: i64[B,S], %f: f32[6],
         %c: F[B,C,20], %n: i64[B]) {
       %a = rms_norm %k, %g {eps=1e-06}

@@ -43,6 +43,10 @@ EXTRA: dict[str, list[str]] = {
         "f32[5,200], f32[200] {eps=1e-06}", "bf16[3,7,96], bf16[96] {eps=1e-05}",
         "bf16[130,72], f32[72] {eps=1e-05}",
     ],
+    "layer_norm": [
+        "f32[5,200], f32[200], f32[200] {eps=1e-05}", "bf16[3,7,96], bf16[96] {eps=1e-05}",
+        "bf16[13,72], f32[72], f32[72] {eps=1e-05}",
+    ],
     "rope": [
         f'f32[2,5{heads},16], i64[2,5]=900, f32[8] {{layout="{layout}", scale=1.25}}'
         for layout in ("interleaved", "deinterleave", "half")

@@ -49,6 +49,10 @@ CASES: dict[str, list[str]] = {
         "F[B,S,64], F[64] {eps=1e-06}", "F[N,7], F[7] {eps=1e-05}",
         "F[N,32], f32[32] {eps=1e-05}",
     ],
+    "layer_norm": [
+        "F[B,S,64], F[64], F[64] {eps=1e-05}", "F[N,7], F[7] {eps=1e-05}",
+        "F[N,32], f32[32], f32[32] {eps=1e-05}",
+    ],
     "rope": [
         f'F[B,S{heads},12], i64[B,S]=900, f32[6] {{layout="{layout}", scale=1.25}}'
         for layout in ("interleaved", "deinterleave", "half")

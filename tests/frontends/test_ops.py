@@ -45,6 +45,8 @@ def test_a_registered_operator_is_the_one_of_the_ir(name: str) -> None:
     ("call", "shapes"),
     [
         (lambda x, w: dsc.rms_norm(x, w), [(3, 4), (4,)]),
+        (lambda x, w, b: dsc.layer_norm(x, w, b), [(3, 4), (4,), (4,)]),
+        (lambda x, w: dsc.layer_norm(x, w), [(3, 4), (4,)]),
         (lambda g, u: dsc.swiglu(g, u), [(3, 4), (3, 4)]),
         (lambda q, k, v: dsc.attention(q, k, v), [(1, 3, 2, 4), (1, 5, 1, 4), (1, 5, 1, 3)]),
         (

@@ -187,6 +187,9 @@ class _Writer:
         width = x.type.shape[-1]
         assert isinstance(width, int)
         weight, eps = self.weight(width), self.one_of(1e-6, 1e-5)
+        if self.chance():
+            bias = self.weight(width) if self.chance() else None
+            return spell.layer_norm(self.b, x, weight, bias, eps, self.spelling("traced"))
         return spell.rms_norm(self.b, x, weight, eps, self.spelling("rsqrt", "sqrt"))
 
     def linear(self, x: Value, rows: int, weight: Weight | None = None) -> Value:

@@ -40,6 +40,26 @@ def rms_norm(b: Builder, x: Value, weight: Operand, eps: float, apart: str) -> V
     return b.call("mul", weight, y)[0]
 
 
+def layer_norm(
+    b: Builder, x: Value, weight: Operand, bias: Operand | None, eps: float, apart: str
+) -> Value:
+    """`apart`: "" or "traced"; 16-bit floats through fp32, up to the end."""
+    affine = [weight] if bias is None else [weight, bias]
+    if not apart:
+        return b.call("layer_norm", x, *affine, eps=eps)[0]
+    narrow = x.type.dtype is not DType.f32
+    wide = b.call("cast", x, dtype=DType.f32)[0] if narrow else x
+    (mean,) = b.call("mean", wide, axes=(x.type.rank - 1,), keepdims=True)
+    (centred,) = b.call("sub", wide, mean)
+    (squared,) = b.call("square", centred)
+    (variance,) = b.call("mean", squared, axes=(x.type.rank - 1,), keepdims=True)
+    (inner,) = b.call("add", variance, number(b, eps))
+    (y,) = b.call("mul", centred, b.call("rsqrt", inner)[0])
+    for op, each in zip(("mul", "add"), affine, strict=False):
+        (y,) = b.call(op, y, b.call("cast", each, dtype=DType.f32)[0] if narrow else each)
+    return b.call("cast", y, dtype=x.type.dtype)[0] if narrow else y
+
+
 def swiglu(b: Builder, gate: Value, up: Value, apart: str) -> Value:
     """`apart`: "", "silu" or "sigmoid"."""
     match apart:

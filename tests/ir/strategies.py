@@ -126,7 +126,8 @@ class _Grow:
     def norm(self, x: Value) -> None:
         eps = self.draw(st.sampled_from(ODD_FLOATS))
         if x.type.rank and isinstance(x.type.shape[-1], int):
-            self.add("rms_norm", x, self.weight(x.type.shape[-1]), eps=eps)
+            op = self.draw(st.sampled_from(("rms_norm", "layer_norm")))
+            self.add(op, x, self.weight(x.type.shape[-1]), eps=eps)
 
     def project(self, x: Value) -> None:
         if x.type.rank and isinstance(x.type.shape[-1], int):

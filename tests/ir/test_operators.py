@@ -69,6 +69,8 @@ CASES: dict[str, list[str]] = {
     "embedding": ["i64[{a},{b}], f32[{c},{d}]", "i64[], f32[{c},{d}]"],
     "rms_norm": ["f32[{a},{b}], f32[{b}] {{eps=1e-20}}", "f32[{b}], f32[{b}] {{eps=0.5}}",
                  "bf16[{a},{b}], f32[{b}] {{eps=0.5}}"],
+    "layer_norm": ["f32[{a},{b}], f32[{b}] {{eps=0.5}}", "f32[{b}], f32[{b}], f32[{b}] {{eps=0.5}}",
+                   "bf16[{a},{b}], f32[{b}], f32[{b}] {{eps=0.5}}"],
     "rope": ['f32[{a},{b},{c},6], i64[{a},{b}], f32[3] {{layout="KIND"}}'.replace("KIND", kind)
              for kind in ("interleaved", "deinterleave", "half")]
             + ['f32[{a},{b},4], i64[{a},{b}], f32[2] {{layout="half", scale=2}}',
@@ -308,6 +310,7 @@ def test_a_wrong_element_type_is_refused(name: str) -> None:
         ("einsum", 'f32[2,3] {eq="ab->aa"}', "einsum equation"),
         ("einsum", 'f32[2,3] {eq="ab"}', "einsum equation"),
         ("rope", 'f32[2,3,6], i64[2,3], f32[2] {layout="half"}', "frequencies"),
+        ("layer_norm", "f32[2,6], bf16[6] {eps=0.1}", "the type of x, or f32"),
         ("rope", 'f32[2,3,6], i64[2,4], f32[3] {layout="half"}', "positions"),
         ("rope", 'f32[2,3,6], i64[2,3], f32[2] {layout="half", dims=6}', "frequencies"),
         ("rope", 'f32[2,3,6], i64[2,3], f32[4] {layout="half", dims=8}', "8 columns of"),

@@ -449,6 +449,19 @@ def test_rms_norm_rounds_once_before_the_weight() -> None:
                        wide.float().bfloat16() * w.bfloat16())  # fmt: skip
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_layer_norm_is_in_fp32_and_rounds_once(dtype: torch.dtype) -> None:
+    x, w, b = (randn(*s, seed=i).to(dtype) for i, s in enumerate([(3, 8), (8,), (8,)]))
+    for more in ((), (b,)):
+        wanted = functional.layer_norm(x.double(), (8,), w.double(), *(m.double() for m in more))
+        found = call("layer_norm", x + 0, w, *more, eps=1e-5)
+        assert found.dtype is dtype
+        close(found.float(), wanted.to(dtype).float(), 1e-2 if dtype is torch.bfloat16 else 1e-6)
+    far = torch.full((1, 8), 4096.0) + torch.arange(8)
+    close(call("layer_norm", far, torch.ones(8), eps=1e-5),
+          functional.layer_norm(far.double(), (8,)).float())  # fmt: skip
+
+
 def test_swiglu_softmax_and_activations_compute_in_fp32() -> None:
     x, y = randn(4, 9).bfloat16(), randn(4, 9, seed=2).bfloat16()
     g = x.double()

@@ -285,6 +285,8 @@ REDUCING = {
     "softmax": "%x: f32[B,S,4]) { %a = softmax %x %b = add %a, %x return %b, %a }",
     "norm": """%x: f32[B,S,4], %g: f32[4]) { %a = rms_norm %x, %g {eps=1e-05}
         %b = mul %a, %x return %b }""",
+    "layer norm": """%x: f32[B,S,4], %g: f32[4], %d: f32[4]) { %n = neg %x
+        %a = layer_norm %n, %g, %d {eps=1e-05} return %a }""",
     "two norms": """%x: f32[B,S,4], %g: f32[4]) { %n = neg %x %a = rms_norm %n, %g {eps=1e-05}
         %b = rms_norm %a, %g {eps=1e-05} return %b }""",
     "a sum of a row": """%x: f32[B,S,4]) { %a = sum %x {axes=[2], keepdims=true}

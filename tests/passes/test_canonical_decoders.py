@@ -18,6 +18,7 @@ HAS: dict[str, set[str]] = {
     "gemma2": {"rms_norm", "rope", "attention", "gelu_tanh"},
     "gpt_oss": {"rms_norm", "rope", "attention", "route", "experts"},
     "glm4": {"rms_norm", "rope", "attention", "swiglu"},
+    "starcoder2": {"layer_norm", "rope", "attention", "gelu_tanh"},
     "glm4_moe_lite": {"rms_norm", "rope", "mla_attention", "route", "experts", "swiglu"},
 }
 """What the last layer of each is made of, among others."""

@@ -19,6 +19,15 @@ def _rms_norm(g: GraphWriter, node: Node, x: str, weight: str) -> str:
     return g.cast(y, gain, own)
 
 
+def _layer_norm(g: GraphWriter, node: Node, x: str, weight: str, bias: str | None = None) -> str:
+    """All in fp32, rounded once."""
+    own, gain = (operand.type.dtype for operand in node.operands[:2])
+    affine = [g.cast(each, gain, DType.f32) for each in (weight, bias) if each is not None]
+    wide, eps = g.cast(x, own, DType.f32), float(node.attrs["eps"])
+    y = g.op("LayerNormalization", wide, *affine, axis=-1, epsilon=eps)
+    return g.cast(y, DType.f32, own)
+
+
 def _rope(g: GraphWriter, node: Node, x: str, positions: str, inv_freq: str) -> str:
     """x [b, s, r] or [b, s, h, r] through RotaryEmbedding, which knows pairs and halves.
 
@@ -61,5 +70,6 @@ def _angles(g: GraphWriter, node: Node, positions: str, inv_freq: str) -> tuple[
 EMITTERS: dict[str, Callable[..., Any]] = {
     "embedding": lambda g, node, ids, table: g.op("Gather", table, ids, axis=0),
     "rms_norm": _rms_norm,
+    "layer_norm": _layer_norm,
     "rope": _rope,
 }

@@ -16,7 +16,17 @@ from dsc.ir.traits import Role
 
 Lower = Callable[[Node, Machine], Launch]
 
-ALONG_ROWS = ("amax", "amin", "mean", "sum", "rms_norm", "softmax", "rope", "cache_write")
+ALONG_ROWS = (
+    "amax",
+    "amin",
+    "mean",
+    "sum",
+    "rms_norm",
+    "layer_norm",
+    "softmax",
+    "rope",
+    "cache_write",
+)
 """Operators that a region over rows has a formula for, beside pointwise ones."""
 LOWERINGS = {
     **dict.fromkeys(ALONG_ROWS, "region:lower"),

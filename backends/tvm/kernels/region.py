@@ -53,7 +53,7 @@ def lower(node: Node, machine: Machine) -> Launch:
     return found
 
 
-_IN_FP32 = frozenset({"linear", "grouped_linear", "rms_norm", "rope"})
+_IN_FP32 = frozenset({"linear", "grouped_linear", "rms_norm", "layer_norm", "rope"})
 """Operators whose regions compute in fp32 whatever the element type."""
 _KNOWN: dict[tuple[str, Machine], Launch | str] = {}
 """Launches, or why there is none, by what a body computes: layers repeat."""
@@ -142,7 +142,7 @@ def _check_row(step: RowStep) -> None:
     if step.role is Role.REDUCTION:
         if VALUE[x] == "bool" or (step.op == "softmax" and not x.is_float):
             raise Unsupported(f"{step.op} of {x}")
-        if step.op == "rms_norm":
+        if step.op in _IN_FP32:
             static_dim(step.over[-1], "the normalised axis")
     elif step.role is not Role.POINTWISE:
         for d in (*step.extents, *step.over[2:]):

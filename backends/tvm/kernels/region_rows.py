@@ -129,6 +129,8 @@ class _Row:
         match step.op:
             case "rms_norm":
                 self._rms_norm(step)
+            case "layer_norm":
+                self._layer_norm(step)
             case "softmax":
                 self._softmax(step)
             case "rope":
@@ -221,6 +223,30 @@ class _Row:
             value = rounded(v, step.dtype, self.machine.bf16) if early else v
             value = value * self.load(gain, [i * lanes], lanes, [d])
             self.store(step, [i * lanes], held(value), [d])
+
+    def _layer_norm(self, step: RowStep) -> None:
+        """The mean, the deviation from it, and what follows, each a walk along the row."""
+        x, *affine = step.reads
+        (d,), lanes = map(self.places.at, step.extents), self.lanes([step])
+
+        def mean_of(term: Callable[[Expr], Expr]) -> Expr:
+            acc = Local(1, width=lanes)
+            acc[0] = acc.zero
+            with loop(d // lanes) as i:
+                acc[0] = acc[0] + term(bind(self.load(x, [i * lanes], lanes, [d])))
+            return bind(total(acc[0]) / f32(d))
+
+        mean = bind(splat(mean_of(lambda v: v), lanes))
+
+        def squared(v: Expr) -> Expr:
+            centred = bind(v - mean)
+            return centred * centred
+
+        scale = bind(f32(1.0) / tirx.sqrt(mean_of(squared) + f32(step.attrs["eps"])))
+        with loop(d // lanes) as i:
+            v = held(self.load(x, [i * lanes], lanes, [d]) - mean) * splat(scale, lanes)
+            gain, *shift = (self.load(r, [i * lanes], lanes, [d]) for r in affine)
+            self.store(step, [i * lanes], held(sum(shift, start=v * gain)), [d])
 
     def _softmax(self, step: RowStep) -> None:
         (x,) = step.reads

@@ -36,8 +36,15 @@ def _rms_norm(x: Any, weight: Any, eps: float) -> Any:
     return (normed * weight).to(x.dtype)
 
 
-def _infer_rms_norm(types: Types, attrs: Mapping[str, Any]) -> Result:
-    x, weight = types
+def _layer_norm(x: Any, weight: Any, bias: Any = None, *, eps: float) -> Any:
+    wide = _wide(x)
+    centred = wide - wide.mean(-1, keepdim=True)
+    y = centred * torch.rsqrt(centred.pow(2).mean(-1, keepdim=True) + eps) * weight
+    return (y if bias is None else y + bias).to(x.dtype)
+
+
+def _infer_norm(types: Types, attrs: Mapping[str, Any]) -> Result:
+    x, weight = types[:2]
     if weight.dtype not in (x.dtype, DType.f32):
         raise TypeMismatch(f"{x} with the weight {weight}; it has the type of x, or f32")
     return (x,)
@@ -296,7 +303,17 @@ rms_norm = op(
     " (Zhang & Sennrich 2019, eq. 4). A weight in the type of x multiplies what was rounded to it;"
     " one in fp32 multiplies first, and the product is rounded (Gemma, OLMo 2).",
     example="f32[2,3,8], f32[8] {eps=1e-06}",
-    infer=_infer_rms_norm,
+    infer=_infer_norm,
+)
+layer_norm = op(
+    "layer_norm(x: F[*n, d], weight: W[d], bias: W[d]?; eps: float) -> F[*n, d]",
+    Traits(Role.REDUCTION, place=along_rows),
+    reference=_layer_norm,
+    doc="Layer norm over the last axis (Ba et al. 2016): less its mean, over its deviation, times"
+    " the weight, plus the bias, all in fp32 and rounded once. Weight and bias have the type of x,"
+    " or f32.",
+    example="f32[2,3,8], f32[8], f32[8] {eps=1e-05}",
+    infer=_infer_norm,
 )
 rope = op(
     "rope(x: F[...], positions: i64[b, s], inv_freq: f32[r]; layout: str, scale: float = 1.0,"
