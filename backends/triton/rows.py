@@ -268,8 +268,8 @@ class RowKernel:
             if op == "softmax":
                 made = f"tl.exp({x} - {name}) / {name}_sum"
             elif op == "layer_norm":
-                gain, *shift = (self._read(r, columns) for r in step.reads[1:])
-                made = " + ".join([f"({x} - {name}_mean) * {name} * {gain}", *shift])
+                scale, *shift = (self._read(r, columns) for r in step.reads[1:])
+                made = " + ".join([f"({x} - {name}_mean) * {name} * {scale}", *shift])
             else:
                 made, gain = f"{x} * {name}", step.reads[1]
                 made = rounded(made, dtype) if gain.dtype is dtype else made

@@ -452,9 +452,10 @@ def test_rms_norm_rounds_once_before_the_weight() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_layer_norm_is_in_fp32_and_rounds_once(dtype: torch.dtype) -> None:
     x, w, b = (randn(*s, seed=i).to(dtype) for i, s in enumerate([(3, 8), (8,), (8,)]))
-    for more in ((), (b,)):
-        wanted = functional.layer_norm(x.double(), (8,), w.double(), *(m.double() for m in more))
-        found = call("layer_norm", x + 0, w, *more, eps=1e-5)
+    for bias in (None, b):
+        wide = None if bias is None else bias.double()
+        wanted = functional.layer_norm(x.double(), (8,), w.double(), wide)
+        found = call("layer_norm", x, w, bias, eps=1e-5)
         assert found.dtype is dtype
         close(found.float(), wanted.to(dtype).float(), 1e-2 if dtype is torch.bfloat16 else 1e-6)
     far = torch.full((1, 8), 4096.0) + torch.arange(8)
