@@ -125,7 +125,7 @@ def source_of(
     ]
     parts = [
         PRELUDE,
-        SHARE.format(parts=PARTS),
+        SHARE.format(parts=PARTS, shares=SHARES),
         *(declared(symbol, arity) for symbol, arity in symbols),
         _EXECUTE.format(status=_FIXED.index(STATUS), cases="\n".join(cases)),
     ]
@@ -147,11 +147,9 @@ def packed(name: str, function: str, arity: int) -> str:
 
 
 PARTS = 16
-"""Parts of a parallel loop for each thread.
-
-In runs they beat 4 a thread one by one (Zen 4, two virtual cores, Qwen2-1.5B's shape: a decode step
-at 128 by 3%, a prompt of 512 by 1.5%), as these beat equal shares (decode by 5-9%).
-"""
+"""Parts of a thread's share of a parallel loop: as many as make it wait little at the end."""
+SHARES = 128
+"""Shares at most; more threads have none, and take of the others'."""
 FIRST = 2
 """The number of the first kernel: before it come `CLOCK` and `COPY` (`dsc.backends.tvm.timed`)."""
 PRELUDE = """\
@@ -177,31 +175,39 @@ static bool uncovered(i64 pages, i64 lengths, i64 batch, i64 blocks, i64 rows) {
 }"""
 SHARE = """\
 // TVM's run time gives each thread an equal part of a parallel loop once and for all, and all wait
-// for the slowest. Here threads take runs of smaller parts, as long as there are any: long ones
-// first, which read memory as one stream, and single parts at the end, so that none waits long.
+// for the slowest. Here a thread takes its own share in small parts, from the front, so that it
+// reads memory as one stream; one that is done takes parts of the others' from their ends.
 struct Env {{ void *sync; int tasks; }};  // TVMParallelGroupEnv of tvm/runtime/c_backend_api.h
 typedef int (*Part)(int number, Env *env, void *data);
 typedef int (*Launch)(Part part, void *data, int tasks);
 extern "C" __attribute__((weak)) Launch __TVMBackendParallelLaunch;  // what kernels call
 static Launch threads;
-struct Loop {{ Part part; void *data; int taken; }};
-static int take(int, Env *env, void *given) {{
+// Of each thread's share, how many parts are gone from the front (low half) and from the end.
+struct Loop {{ Part part; void *data; unsigned long long gone[{shares}]; }};
+static bool next(unsigned long long *gone, int parts, bool own, int *found) {{
+  unsigned long long now = __atomic_load_n(gone, __ATOMIC_RELAXED);
+  do {{
+    int front = (int)now, end = (int)(now >> 32);
+    if (front + end >= parts) return false;
+    *found = own ? front : parts - 1 - end;
+  }} while (!__atomic_compare_exchange_n(gone, &now, now + (own ? 1 : 1ull << 32), 1,
+                                        __ATOMIC_RELAXED, __ATOMIC_RELAXED));
+  return true;
+}}
+static int take(int number, Env *env, void *given) {{
   Loop *loop = (Loop *)given;
-  const int workers = env->tasks;
-  Env parts = {{env->sync, workers > 1 ? {parts} * workers : 1}};
-  int first = __atomic_load_n(&loop->taken, __ATOMIC_RELAXED);
-  while (first < parts.tasks) {{
-    int end = first + 1 + (parts.tasks - first - 1) / (2 * workers);
-    if (!__atomic_compare_exchange_n(&loop->taken, &first, end, 1, __ATOMIC_RELAXED,
-                                     __ATOMIC_RELAXED)) continue;
-    for (; first < end; ++first)
-      if (int failed = loop->part(first, &parts, loop->data)) return failed;
-    first = __atomic_load_n(&loop->taken, __ATOMIC_RELAXED);
+  const int shares = env->tasks < {shares} ? env->tasks : {shares};
+  const int each = shares > 1 ? {parts} : 1;
+  Env parts = {{env->sync, shares * each}};
+  for (int i = 0; i < shares; ++i) {{
+    int mine = (number + i) % shares;
+    for (int at; next(&loop->gone[mine], each, i == 0, &at);)
+      if (int failed = loop->part(mine * each + at, &parts, loop->data)) return failed;
   }}
   return 0;
 }}
 static int share(Part part, void *data, int tasks) {{
-  Loop loop = {{part, data, 0}};
+  Loop loop = {{part, data, {{}}}};
   return threads(take, &loop, tasks);
 }}
 static void sharing() {{
