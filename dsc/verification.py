@@ -22,7 +22,8 @@ would count what codes cost as an error. Then kernels are held to the program's 
 interpreted in fp32 over the weights that are stored (`held_to_text`), and the distance from the
 source is a figure. Where rows are codes a number that is off in its last bit may become the next
 code, which moves what follows by far more, and so more codes: how far all this comes is measured
-as well, with plain weights moved by what fp32 may round.
+as well, with plain weights moved by what fp32 may round, one way and the other, since a number
+close to the border between two codes crosses it in one of them alone.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -134,6 +135,11 @@ class Noise:
     def of(rounded: Logits, exact: Logits, codes: bool = False) -> Noise:
         """What a type does to a model: its logits [S, vocab] in it, and in fp32."""
         return Noise(_rms(rounded.astype(np.float64) - exact.astype(np.float64)), True, codes)
+
+    @staticmethod
+    def largest(several: Sequence[Noise]) -> Noise:
+        """Of each position the largest of what several yardsticks found."""
+        return replace(several[0], errors=np.max([each.errors for each in several], axis=0))
 
     @staticmethod
     def in_fp32(oracle: Logits, layers: int) -> Noise:
@@ -245,8 +251,10 @@ def held_to_text(
     if compute_dtype(program) != "fp32":
         return exact, Noise.of(run(Interpreted(program), ids), exact, codes)
     if codes:
-        moved = in_fp32(program, FP32_ROUNDINGS)
-        return exact, Noise.of(run(Interpreted(moved), ids), exact, codes)
+        moved = (in_fp32(program, share) for share in (FP32_ROUNDINGS, -FP32_ROUNDINGS))
+        return exact, Noise.largest(
+            [Noise.of(run(Interpreted(p), ids), exact, codes) for p in moved]
+        )
     return exact, Noise.in_fp32(exact, layers_of(program.meta.get("config", {})))
 
 

@@ -23,6 +23,7 @@ from dsc.ir.weights import DictSource, LayeredSource, evaluate
 from dsc.rewrite.widen import in_fp32
 from dsc.runtime import collectives
 from dsc.verification import (
+    FP32_ROUNDINGS,
     Interpreted,
     compare,
     held_to_text,
@@ -75,6 +76,18 @@ def test_kernels_that_say_what_the_text_says_pass_and_a_doubled_term_fails(
     assert not measured or failures(in_fp32(program, 2.0**-22)) == []
     assert any("typical position" in line for line in failures(doubled(program)))
     assert rows == any(takes_codes(n) for graph in program.entries.values() for n in graph.nodes)
+
+
+def test_a_row_whose_codes_change_either_way_is_explained() -> None:
+    """A number beside the border of two codes crosses it when weights move one way, not both."""
+    program = compiled(backend="reference", quant="fp8")
+    said, noise = held_to_text(program, IDS)
+    ways = []
+    for share in (FP32_ROUNDINGS, -FP32_ROUNDINGS):
+        moved = session_logits(Interpreted(in_fp32(program, share)), IDS)
+        ways.append(np.sqrt(np.mean(np.square(moved.astype(np.float64) - said), -1)))
+    assert (ways[0] != ways[1]).any()
+    np.testing.assert_array_equal(noise.errors, np.maximum(*ways))
 
 
 def test_what_computes_on_the_numbers_of_its_source_is_held_to_that() -> None:
