@@ -157,7 +157,8 @@ class GraphWriter:
             ],
         )
         first = self._append("SequenceConstruct", 1, (none,), {})[0]
-        every = self._append("Loop", 1, (count, "", first), {"body": graph})[0]
+        always = self.constant(np.array(True))  # onnx's own evaluator takes no condition for false
+        every = self._append("Loop", 1, (count, always, first), {"body": graph})[0]
         return self.op("ConcatFromSequence", every, axis=0)
 
     def _append(

@@ -78,11 +78,13 @@ def build_artifact(
     json: bool,
     backend: str | None,
     make: Callable[..., CompiledModel] | None = None,
+    check: Callable[[Path], Mapping[str, Any]] | None = None,
     **asked: Any,
 ) -> Path:
     """Compile, save, and say what was made; `asked` are options of `dsc.compile`, None: unset.
 
-    `make` is called as `dsc.compile` is, which is the default.
+    `make` is called as `dsc.compile` is, which is the default; what `check` finds of the folder
+    is part of the JSON.
     """
     from dsc import api
     from dsc.runtime.artifact import check_free
@@ -96,8 +98,14 @@ def build_artifact(
         compiled = (make or api.compile)(model, backend=backend, progress=progress, **given)
         progress(f"writing: {folder}")
         compiled.save(folder, force=force, progress=progress)
+        found = None
+        if check is not None:
+            progress(f"checking: {folder}")
+            found = check(folder)
         phases = progress.seconds()
-    _describe(compiled, folder, phases if json else None, bool(given.get("print_ir_after")))
+    told = {} if found is None else {"check": found}
+    shown = {"phases": phases, **told} if json else None
+    _describe(compiled, folder, shown, bool(given.get("print_ir_after")))
     return folder
 
 
@@ -115,18 +123,18 @@ def default_output(model: str, backend: str) -> Path:
 
 
 def _describe(
-    compiled: CompiledModel, folder: Path, phases: Mapping[str, float] | None, aside: bool
+    compiled: CompiledModel, folder: Path, shown: Mapping[str, Any] | None, aside: bool
 ) -> None:
-    """Say what was made, in JSON where there are `phases` and their seconds.
+    """Say what was made, in JSON where there is more to be `shown` in it.
 
     `aside`, on standard error, where the IR went to standard output.
     """
     _warn_of_trust(folder)
     files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
     total = sum(path.stat().st_size for path in files)
-    if phases is not None:
+    if shown is not None:
         made = {"output": str(folder), "backend": compiled.backend, "bytes": total}
-        console.print_json({**made, "phases": phases, "report": compiled.report})
+        console.print_json({**made, **shown, "report": compiled.report})
         return
     found = compiled.report.get("quantisation")
     if found:

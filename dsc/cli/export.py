@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from typer import Option
+from rich.table import Table
+from rich.text import Text
+from typer import Exit, Option
 
 from dsc.cli import console, options
 from dsc.cli.compile import build_artifact
 from dsc.errors import UsageError
 from dsc.ir.types import Precision
+
+if TYPE_CHECKING:
+    from dsc.backends.onnxruntime.check import Checked
+
+SHOWN = 8
+"""Kinds of operators that a line names, the most frequent."""
 
 
 def export(
@@ -62,7 +71,14 @@ def export(
             " model repository, with config.pbtxt.  [default: none]",
         ),
     ] = None,
-    check: Annotated[bool, Option("--check", help="Run onnx.checker on what was written.")] = False,
+    check: Annotated[
+        bool,
+        Option(
+            "--check",
+            help="Hold against what was written: onnx.checker, shapes, onnx's ReferenceEvaluator,"
+            " our interpreter layer by layer, operators by provider, sizes.",
+        ),
+    ] = False,
     fusion_level: options.FusionLevel = 3,
     dtype: options.Dtype = None,
     max_batch: options.MaxBatch = None,
@@ -100,20 +116,41 @@ def export(
         )
     if check and (weights == "none" or model.endswith(".dsc")):
         raise UsageError("--check reads the weights too", hint="give --weights, or no --check")
-    folder = build_artifact(
+    found: list[Checked] = []
+
+    def checked(folder: Path) -> Mapping[str, Any]:
+        from dsc.backends.onnxruntime.check import check
+
+        found.append(check(folder))
+        return found[0].to_json()
+
+    build_artifact(
         **given,
         backend="onnxruntime" if onnx else "tvm",
         make=exported if onnx else None,
+        check=checked if check else None,
         backend_options=options.chosen(**asked) if onnx else {"form": "relax"},
     )
-    if check:
-        _check(folder)
+    for each in found:
+        if not json:
+            _show(each)
+        if each.failure:
+            console.stderr().print(f"dsc: the export is not what it should be: {each.failure}")
+            raise Exit(1)
 
 
-def _check(folder: Path) -> None:
-    """Run `onnx.checker` over every model; a model it refuses is our mistake, not the user's."""
-    import onnx
-
-    for path in sorted(folder.rglob("*.onnx")):
-        onnx.checker.check_model(str(path), full_check=True)
-        console.stderr().print(f"onnx.checker accepts {path}")
+def _show(found: Checked) -> None:
+    """Print what was found as a table, then operators and sizes in a line each."""
+    table = Table("question", "model", "", "what was found", box=None, pad_edge=False)
+    answers = {True: "yes", False: "NO", None: "-"}
+    for each in found.findings:
+        cells = (each.question, each.model, answers[each.passed], each.told)
+        table.add_row(*map(Text, cells))
+    console.tables().print(table)
+    for model, providers in found.operators.items():
+        for provider, counts in providers.items():
+            most = ", ".join(f"{n} {kind}" for kind, n in list(counts.items())[:SHOWN])
+            console.tables().print(Text(f"{model} on {provider}: {most}"))
+    for name, size in found.sizes.items():
+        spelled = f"{size}" if "values" in name else console.human_bytes(size)
+        console.tables().print(Text(f"{name.replace('_', ' ')}: {spelled}"))

@@ -1,0 +1,287 @@
+"""`dsc export --check`: everything that can be held against an export, one finding a question.
+
+onnx.checker        every model by its path, with full_check
+shapes              onnx's own inference by path, strict: what is declared is what follows
+reference           onnx's ReferenceEvaluator on a small model gives what ONNX Runtime gives
+ONNX Runtime        every entry against our interpreter on the packed weights; caches tell of a
+                    language model's layers apart, since a layer's rows are made from its input
+operators           how many nodes of each kind every provider runs, after ONNX Runtime's own
+                    rewriting
+sizes               of models, weights and a token's caches
+"""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dsc.backends.onnxruntime.contrib import PROVIDERS
+from dsc.backends.onnxruntime.session import OnnxExecutable
+from dsc.ir.dims import evaluate
+from dsc.ir.interpreter import Interpreter
+from dsc.ir.limits import PAST, STEP, WANTED
+from dsc.ir.program import Program
+from dsc.ir.samples import sample_inputs
+from dsc.ir.types import DType
+from dsc.runtime import artifact
+
+SMALL = 64 << 20
+"""Bytes of weights up to which onnx's ReferenceEvaluator, which is slow, runs a model."""
+LIMITS = {DType.f32: 1e-4, DType.f16: 2e-2, DType.bf16: 1e-1}
+"""The share of a result's largest number that ONNX Runtime may be off, by what a program computes
+in: it computes in fp32 where the interpreter rounds each operator's result to 16 bits."""
+_LAYER = re.compile(r"\w+\.(\d+)\.")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """The answer to one question about one model; `passed` is None where it was not asked, why."""
+
+    question: str
+    model: str
+    passed: bool | None
+    told: str
+
+
+@dataclass
+class Checked:
+    """All that was found of an export."""
+
+    findings: list[Finding] = field(default_factory=list)
+    operators: dict[str, dict[str, dict[str, int]]] = field(default_factory=dict)
+    layers: dict[str, dict[str, float]] = field(default_factory=dict)
+    sizes: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def failure(self) -> str:
+        """One sentence on the first thing that is wrong; empty where nothing is."""
+        wrong = [x for x in self.findings if x.passed is False]
+        return f"{wrong[0].question} of {wrong[0].model}: {wrong[0].told}" if wrong else ""
+
+    def to_json(self) -> dict[str, Any]:
+        """All of it, for `--json`."""
+        return {**asdict(self), "failure": self.failure}
+
+
+def check(folder: Path) -> Checked:
+    """Hold everything against the artifact in `folder`. Raises `ArtifactError` where it is none."""
+    return _Check(artifact.read(folder, trust=True)).run()
+
+
+class _Check:
+    def __init__(self, opened: artifact.Artifact) -> None:
+        self.opened, self.folder = opened, opened.folder
+        self.program: Program = opened.program
+        self.manifest = opened.manifest
+        self.found = Checked()
+        paths = sorted(self.folder.rglob("*.onnx"))
+        self.models = {str(path.relative_to(self.folder)): path for path in paths}
+
+    def run(self) -> Checked:
+        """Ask every question."""
+        for name, path in self.models.items():
+            self._ask("onnx.checker", name, partial(_checker, path))
+            self._ask("shapes", name, partial(_shapes, path))
+            self._operators(name, path)
+        weights = self.manifest["weights"]
+        for name, entry in self._entries().items():
+            if weights is None and self.program.weights:
+                for question in ("ONNX Runtime", "reference"):
+                    self._note(question, name, None, "it has no weights")
+                continue
+            self._ask("ONNX Runtime", name, partial(self._interpreted, name, entry))
+            size = self.manifest["files"].get(weights, {}).get("bytes", 0)
+            if size > SMALL:
+                self._note("reference", name, None, f"its weights take {size:,} bytes")
+            else:
+                self._ask("reference", name, partial(self._referenced, name, entry))
+        self._sizes()
+        return self.found
+
+    def _ask(self, question: str, model: str, ask: Callable[[], tuple[bool | None, str]]) -> None:
+        """Note the answer; what raises is a no, with the first line of what it says."""
+        try:
+            passed, told = ask()
+        except Exception as problem:
+            lines = str(problem).strip().splitlines() or [""]
+            passed, told = False, f"{type(problem).__name__}: {lines[0]}"
+        self._note(question, model, passed, told)
+
+    def _note(self, question: str, model: str, passed: bool | None, told: str) -> None:
+        self.found.findings.append(Finding(question, model, passed, told))
+
+    def _entries(self) -> dict[str, str]:
+        """For each model that runs entries, the most general of them."""
+        models: Mapping[str, str] = self.manifest["meta"]["models"]
+        return {path: entry for entry, path in models.items()}
+
+    @cached_property
+    def executable(self) -> OnnxExecutable:
+        """The models, whose sessions are on the CPU whatever they were made for."""
+        meta = {**self.manifest["meta"], "provider": "cpu"}
+        return OnnxExecutable(self.folder, {**self.manifest, "meta": meta}, self.program)
+
+    def _inputs(self, entry: str) -> dict[str, Any]:
+        """Seeded inputs: of a language model a step of two sequences, not equally long."""
+        graph = self.program.entries[entry]
+        wanted = {"B": 2, STEP: 3, PAST: 5, WANTED: 2}
+        bounds = self.program.symbols
+        sizes = {
+            name: max(each.lo, min(each.hi, wanted.get(name, 3))) for name, each in bounds.items()
+        }
+        if not self.program.is_causal_lm:
+            return sample_inputs(graph, sizes)
+        return sample_inputs(graph, sizes, lengths=[sizes[PAST] - n for n in range(sizes["B"])])
+
+    def _interpreted(self, model: str, entry: str) -> tuple[bool, str]:
+        """Whether ONNX Runtime gives what the interpreter gives, and the worst layer."""
+        inputs = self._inputs(entry)
+        wanted = Interpreter(self.program).run(entry, inputs)
+        given = {name: _array(x) for name, x in inputs.items()}
+        found = self.executable.run(entry, given)
+        graph = self.program.entries[entry]
+        off: dict[str, float] = {}
+        for name, value in wanted.items():
+            match = _LAYER.match(name)
+            layer = f"layer {match[1]}" if match else name
+            off[layer] = max(off.get(layer, 0.0), _off(_array(found[name]), _array(value)))
+        self.found.layers[model] = off
+        worst = max(off, key=lambda layer: off[layer])
+        kinds = {x.type.dtype for node in graph.walk() for x in node.outputs}
+        limit = max(LIMITS.get(kind, 0.0) for kind in kinds) or LIMITS[DType.f32]
+        told = f"off by {off[worst]:.1e} of the largest number at most, in {worst}"
+        return bool(off[worst] <= limit), told if off[worst] <= limit else f"{told}, above {limit}"
+
+    def _referenced(self, model: str, entry: str) -> tuple[bool | None, str]:
+        """Whether onnx's own evaluator gives what ONNX Runtime gives."""
+        import onnx
+        from onnx.reference import ReferenceEvaluator
+
+        proto = onnx.load(str(self.models[model]))
+        strange = sorted({x.domain for x in proto.opset_import if x.domain not in ("", "ai.onnx")})
+        if strange:
+            return None, f"it knows no operators of {', '.join(strange)}"
+        session = _session(self.models[model])
+        feeds = {}
+        inputs = self._inputs(entry)
+        for port in session.get_inputs():
+            if port.type == "tensor(bfloat16)":
+                return None, "NumPy has no bfloat16"
+            array = _array(inputs[port.name])
+            feeds[port.name] = array.astype(_numpy(port.type), copy=False)
+        wanted = session.run(None, feeds)
+        found = ReferenceEvaluator(proto, new_ops=_own_operators()).run(None, feeds)
+        off = max(_off(x, y) for x, y in zip(found, wanted, strict=True))
+        narrow = self.manifest["meta"].get("wide_caches") or any(
+            x.dtype == np.float16 for x in wanted
+        )
+        limit = LIMITS[DType.f16 if narrow else DType.f32]
+        return bool(off <= limit), f"off by {off:.1e} of the largest number at most"
+
+    def _operators(self, name: str, path: Path) -> None:
+        """Have ONNX Runtime prepare a model, and note which provider runs what of it."""
+        provider = PROVIDERS[self.manifest["meta"].get("provider", "cpu")]
+
+        def opened() -> tuple[bool | None, str]:
+            import onnxruntime
+
+            here = provider in onnxruntime.get_available_providers()
+            session = _session(path, provider if here else PROVIDERS["cpu"])
+            counted = _assigned(session)
+            self.found.operators[name] = {k: dict(v.most_common()) for k, v in counted.items()}
+            told = ", ".join(f"{sum(v.values())} nodes on {k}" for k, v in counted.items())
+            if not here:
+                return None, f"there is no {provider} here; {told}"
+            return True, told
+
+        self._ask("operators", name, opened)
+
+    def _sizes(self) -> None:
+        """Note what the files take, and the caches of a token."""
+        files = self.manifest["files"]
+        self.found.sizes["models"] = sum(files[name]["bytes"] for name in self.models)
+        weights = self.manifest["weights"]
+        self.found.sizes["weights"] = files[weights]["bytes"] if weights else 0
+        rows = [s for s in self.program.states if s.storage.of_tokens]
+        layers = {match[1] for s in rows if (match := _LAYER.match(s.input))}
+        if rows:
+            values = sum(int(np.prod([evaluate(d, {}) for d in s.type.shape])) for s in rows)
+            self.found.sizes["cache_bytes_per_token"] = sum(s.nbytes for s in rows)
+            self.found.sizes["cache_values_per_token_per_layer"] = values // max(1, len(layers))
+
+
+def _checker(path: Path) -> tuple[bool, str]:
+    import onnx
+
+    onnx.checker.check_model(str(path), full_check=True)
+    return True, "accepted"
+
+
+def _shapes(path: Path) -> tuple[bool, str]:
+    import onnx
+
+    with tempfile.TemporaryDirectory() as place:
+        out = str(Path(place) / "inferred.onnx")
+        onnx.shape_inference.infer_shapes_path(str(path), out, True, True, True)
+    return True, "what is declared follows"
+
+
+def _session(path: Path, provider: str = PROVIDERS["cpu"]) -> Any:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    options.add_session_config_entry("session.disable_prepacking", "1")
+    options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+    providers = list(dict.fromkeys([provider, PROVIDERS["cpu"]]))
+    return onnxruntime.InferenceSession(str(path), options, providers=providers)
+
+
+def _assigned(session: Any) -> dict[str, Counter[str]]:
+    """What each provider runs; nothing where ONNX Runtime is too old to tell."""
+    tell = getattr(session, "get_provider_graph_assignment_info", None)
+    counted: dict[str, Counter[str]] = {}
+    for part in tell() if tell is not None else ():
+        spelled = (f"{n.domain}.{n.op_type}".lstrip(".") for n in part.get_nodes())
+        counted.setdefault(part.ep_name, Counter()).update(spelled)
+    return counted
+
+
+def _own_operators() -> list[Any]:
+    """Operators that onnx's evaluator gets wrong: its GatherElements takes no negative axis."""
+    from onnx.reference.op_run import OpRun
+
+    class GatherElements(OpRun):
+        def _run(self, data: Any, indices: Any, axis: int = 0) -> tuple[Any]:
+            return (np.take_along_axis(data, indices, axis),)
+
+    return [GatherElements]
+
+
+def _array(x: Any) -> Any:
+    """A tensor as an array; one of bf16 as fp32, which NumPy has."""
+    if isinstance(x, np.ndarray):
+        return x.astype(np.float32) if x.dtype.kind == "V" or "bfloat16" in str(x.dtype) else x
+    return x.float().numpy() if "bfloat16" in str(x.dtype) else x.numpy()
+
+
+def _numpy(kind: str) -> Any:
+    """The NumPy type of ONNX Runtime's name for one."""
+    short = kind.removeprefix("tensor(").removesuffix(")")
+    return np.dtype({"float": "float32", "double": "float64"}.get(short, short))
+
+
+def _off(found: Any, wanted: Any) -> float:
+    """The largest difference, as a share of the largest number."""
+    if not wanted.size:
+        return 0.0
+    a, b = (np.nan_to_num(x.astype(np.float64), posinf=1e38, neginf=-1e38) for x in (found, wanted))
+    return float(np.abs(a - b).max() / max(1.0, np.abs(b).max()))

@@ -1,0 +1,109 @@
+"""`dsc export --check`: what it asks, and that each question can be answered with no."""
+
+from __future__ import annotations
+
+import json
+import struct
+from pathlib import Path
+
+import onnx
+import pytest
+
+from dsc.backends.onnxruntime import check as checks
+from dsc.backends.onnxruntime.check import Checked, check
+from dsc.cli import main
+from dsc.ir.dims import Range
+from dsc.ir.parser import parse_graph, parse_program
+from dsc.ir.program import Program
+from dsc.ir.safetensors import open_safetensors
+from dsc.ir.types import DType
+from dsc.runtime import artifact
+from tests.backends.test_onnxruntime import _executable as executable
+from tests.backends.test_onnxruntime import _prepared as prepared
+
+SYMBOLS = {"B": Range(1, 8)}
+QUESTIONS = {"onnx.checker", "shapes", "operators", "ONNX Runtime", "reference"}
+
+
+def answers(found: Checked) -> dict[str, set[bool | None]]:
+    """Return all answers to each question."""
+    return {q: {x.passed for x in found.findings if x.question == q} for q in QUESTIONS}
+
+
+@pytest.mark.parametrize("dtype", [DType.f32, DType.bf16, DType.f16], ids=str)
+def test_an_export_is_what_it_should_be(dtype: DType, tmp_path: Path) -> None:
+    executable(prepared(dtype), tmp_path / "a")
+    found = check(tmp_path / "a")
+    assert answers(found) == {q: {True} for q in QUESTIONS}, found.failure
+    assert found.failure == ""
+    assert found.sizes["cache_values_per_token_per_layer"] == 20 + 8
+    assert {"layer 0", "layer 1", "logits"} <= set(found.layers["onnx/prefill.onnx"])
+    kinds = found.operators["onnx/prefill.onnx"]["CPUExecutionProvider"]
+    assert kinds["RMSNormalization"] > 1
+
+
+def test_a_weight_that_differs_from_some_layer_on_is_found_there(tmp_path: Path) -> None:
+    """The model reads the first bytes of the weights for a norm of layer 1."""
+    executable(prepared(DType.f32), tmp_path / "a")
+    path = tmp_path / "a" / "onnx" / "prefill.onnx"
+    model = onnx.load(str(path), load_external_data=False)
+    (norm,) = (t for t in model.graph.initializer if "layers.1.input_layernorm" in t.name)
+    weights = tmp_path / "a" / "onnx" / "model.safetensors"
+    with weights.open("rb") as stream:
+        (header,) = struct.unpack("<Q", stream.read(8))
+    places = {entry.key: entry for entry in norm.external_data}
+    assert places["offset"].value != str(8 + header)
+    places["offset"].value = str(8 + header)
+    path.write_bytes(model.SerializeToString())
+    found = checks._Check(_opened(tmp_path / "a")).run()
+    off = found.layers["onnx/prefill.onnx"]
+    assert off["layer 0"] < 1e-5 < 1e-3 < off["layer 1"]
+    (failure,) = (x for x in found.findings if x.passed is False)
+    assert failure.question == "ONNX Runtime"
+    assert failure.told in found.failure
+
+
+def _opened(folder: Path) -> artifact.Artifact:
+    """Open an artifact, one of whose files is not what its manifest says."""
+    manifest = json.loads((folder / "dsc.json").read_text())
+    weights = manifest["weights"]
+    source = open_safetensors(folder / weights) if weights else None
+    text = parse_program((folder / "program.dsc").read_text())
+    return artifact.Artifact(folder, manifest, artifact.packed(text, source))
+
+
+def test_a_model_that_onnx_refuses_is_found(tmp_path: Path) -> None:
+    graph = parse_graph("graph main(%x: f32[B,3]) { %y = neg %x return %y }")
+    executable(Program("f", {"main": graph}, symbols=SYMBOLS), tmp_path / "a")
+    assert check(tmp_path / "a").failure == ""
+    path = tmp_path / "a" / "onnx" / "main.onnx"
+    model = onnx.load(str(path))
+    model.graph.output[0].type.tensor_type.elem_type = onnx.TensorProto.INT64
+    path.write_bytes(model.SerializeToString())
+    found = checks._Check(_opened(tmp_path / "a")).run()
+    assert answers(found)["onnx.checker"] == answers(found)["shapes"] == {False}
+    assert "onnx.checker of onnx/main.onnx" in found.failure
+
+
+def test_a_program_without_states_is_checked_on_random_inputs(tmp_path: Path) -> None:
+    text = "graph main(%x: f32[B,3], %y: f32[B,1]) { %z = add %x, %y return %z }"
+    executable(Program("f", {"main": parse_graph(text)}, symbols=SYMBOLS), tmp_path / "a")
+    assert answers(check(tmp_path / "a")) == {q: {True} for q in QUESTIONS}
+
+
+def test_the_verb_ends_with_1_and_a_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["export", "a.dsc", "--check", "-o", str(tmp_path / "a")])
+    assert ended.value.code == 2
+    assert "--check reads the weights too" in capsys.readouterr().err
+    line = ["export", "tiny", "--dtype", "fp32", "--json", "-o", str(tmp_path / "b"), "--check"]
+    monkeypatch.setattr(checks, "_shapes", lambda path: (False, "they do not follow"))
+    with pytest.raises(SystemExit) as ended:
+        main(line)
+    assert ended.value.code == 1
+    out, err = capsys.readouterr()
+    found = json.loads(out)["check"]
+    assert {x["passed"] for x in found["findings"] if x["question"] == "ONNX Runtime"} == {True}
+    assert "shapes of onnx/extend.onnx: they do not follow" in err
