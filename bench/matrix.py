@@ -34,9 +34,9 @@ from bench.random_configs import ROOT, commit, unoptimised
 from dsc.errors import DscError
 from dsc.frontends.catalogue import example
 from dsc.frontends.comparison import logits_of
-from dsc.frontends.self_check import disturb, does_not_run, in_memory, plain_experts
+from dsc.frontends.self_check import disturb, does_not_run, in_memory
 from dsc.frontends.shrunk import EVERY, FIRST, LISTED, role_of
-from dsc.frontends.stock import StockConfig, clean
+from dsc.frontends.stock import StockConfig, clean, plain_experts
 
 TYPES = (
     "deepseek_v2", "deepseek_v3", "axk1", "glm4_moe_lite", "mistral4", "minicpm3", "youtu",
@@ -197,7 +197,7 @@ class Whole:
 
     def logits(self, ids: Tensor) -> tuple[Tensor, int]:
         """Logits [S, vocab] of one sequence [S], and how many of its positions are sure."""
-        with torch.no_grad(), plain_experts(self.stock):
+        with torch.no_grad(), plain_experts(self.stock.config):
             return logits_of(self.stock, ids[None])[0], len(ids)
 
 

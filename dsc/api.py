@@ -335,7 +335,7 @@ def compile(
     pipeline.check_widths(group_size, activation_bits, quant)
     trial = trial_of(calibrate, quant, nsamples, seqlen, avg_bits)
 
-    def shares(facts: Facts) -> None:
+    def check_facts(facts: Facts) -> None:
         if facts.num_attention_heads is not None:
             check_parts(facts.num_attention_heads, facts.experts or 0, ranks, parallel)
 
@@ -358,7 +358,7 @@ def compile(
         max_context=max_context,
         prefill_chunk=prefill_chunk,
         rope_scaling=rope_scaling,
-        check=shares,
+        check_facts=check_facts,
         untraced=lambda: warm(chosen.name, model=extra.get("tune", True)),
         progress=progress,
     )

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from dsc.errors import DscError, UnsupportedArchitecture
@@ -18,7 +17,8 @@ from dsc.frontends.instantiate import trace_by_kind
 from dsc.frontends.longrope import fix_longrope
 from dsc.frontends.registries import replaced
 from dsc.frontends.signature import Signature
-from dsc.frontends.states import HINT, cache_argument, own_cache, positions_for, signature_of
+from dsc.frontends.states import cache_argument, own_cache, positions_for, signature_of
+from dsc.frontends.stock import HINT
 from dsc.frontends.torch_export import trace
 from dsc.ir.dims import Range
 from dsc.ir.program import Program
@@ -87,18 +87,6 @@ def parameter_types(module: nn.Module) -> dict[str, TensorType]:
         name: TensorType(DType.of(tensor.dtype), tuple(tensor.shape))
         for name, tensor in module.state_dict().items()
     }
-
-
-def cast_parameters(module: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """Give all parameters the compute dtype, in place; buffers keep theirs.
-
-    `Module.to` would round the router's correction bias and the rope frequencies, which stay fp32
-    in every published model.
-    """
-    for parameter in module.parameters():
-        parameter.data = parameter.data.to(dtype)
-        parameter.requires_grad_(False)
-    return module
 
 
 class CausalLMStep(nn.Module):

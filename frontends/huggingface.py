@@ -23,7 +23,7 @@ from dsc.frontends.folder import CONFIG_FILE, MODELOPT_FILE, read_object
 from dsc.frontends.names import EMBEDDING, WeightMap, check_layout, layers_of, map_weights
 from dsc.frontends.rope_scaling import RopeScaling
 from dsc.frontends.schema import DTYPES
-from dsc.frontends.stock import StockConfig, clean, completed, stock_model
+from dsc.frontends.stock import StockConfig, clean, completed, stock_model, take_plain_experts
 from dsc.frontends.towers import parts_of
 from dsc.ir.safetensors import SafetensorsSource, open_safetensors
 from dsc.ir.types import DType, TensorType
@@ -95,8 +95,7 @@ class CheckpointModel:
         Its experts are those of the plain loop: torch's grouped GEMMs refuse odd widths.
         """
         step = self.load(context)
-        if hasattr(step.config, "_experts_implementation"):
-            step.config._experts_implementation = "eager"
+        take_plain_experts(step.config)
         return step.stock()
 
 
@@ -106,10 +105,10 @@ def load_checkpoint(
     """Open a checkpoint folder for the stock class: `open_checkpoint` and `mapped` in one."""
     from dsc.frontends.causal_lm import parameter_types
 
-    opened = open_checkpoint(folder, dtype, scaling)
-    step = opened.build()
-    facts = completed(opened.config, step.config)
-    return opened.mapped(parameter_types(step), facts, conversions_of(step.stock()))
+    found = open_checkpoint(folder, dtype, scaling)
+    step = found.build()
+    facts = completed(found.config, step.config)
+    return found.mapped(parameter_types(step), facts, conversions_of(step.stock()))
 
 
 def open_checkpoint(
@@ -128,22 +127,27 @@ def open_checkpoint(
         CheckpointError: the weights are damaged, or their layout is not that configuration's.
     """
     folder = Path(folder)
-    raw, config = read_config(folder, scaling)
+    return opened(folder, *read_config(folder, scaling), dtype)
+
+
+def opened(
+    folder: Path, raw: JsonObject, config: StockConfig, dtype: DType | None = None
+) -> CheckpointModel:
+    """`open_checkpoint` of a folder whose configuration was read."""
     source = open_safetensors(folder)
-    check_layout(source, config.facts, str(folder), config.wrapper)
-    dtype = dtype or _stored_dtype(config, source, folder)
-    return CheckpointModel(folder, raw, config, dtype, source)
+    check_layout(source, config.facts, str(folder))
+    return CheckpointModel(
+        folder, raw, config, dtype or _stored_dtype(config, source, folder), source
+    )
 
 
-def bare_checkpoint(
-    folder: Path, dtype: DType | None = None, scaling: RopeScaling | None = None
+def bare(
+    folder: Path, raw: JsonObject, config: StockConfig, dtype: DType | None = None
 ) -> CheckpointModel:
     """A folder's configuration without its weights, which need not be there.
 
-    Raises what `open_checkpoint` does of `config.json`, and `CheckpointError` where that names no
-    element type and none is asked for.
+    Raises `CheckpointError` where it names no element type and none is asked for.
     """
-    raw, config = read_config(folder, scaling)
     found = dtype or (None if config.dtype is None else DTYPES[config.dtype])
     if found is None:
         raise CheckpointError(

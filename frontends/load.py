@@ -6,36 +6,35 @@ text, a transformers causal LM in memory, or a `Program`: one function reads the
 
 from __future__ import annotations
 
-import hashlib
-import importlib
-import importlib.util
-import inspect
-import sys
-import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from dsc.chat_template import CHAT
-from dsc.errors import ConfigError, DscError, UnsupportedArchitecture, UsageError
-from dsc.frontends import trace_cache
+from dsc.errors import ConfigError, UnsupportedArchitecture, UsageError
+from dsc.frontends import python_file, trace_cache
 from dsc.frontends.chat_template import find_chat
 from dsc.frontends.conversions import Conversions, conversions_of
 from dsc.frontends.facts import Facts
-from dsc.frontends.family import ModelConfig, states_of
+from dsc.frontends.family import states_of
 from dsc.frontends.folder import TOKENIZER
 from dsc.frontends.generation_config import Settings, load_generation, settings_of
 from dsc.frontends.hub import located, model_name
 from dsc.frontends.longrope import has_longrope, told_of
+from dsc.frontends.names import with_state, with_weights
 from dsc.frontends.rope_scaling import RopeScaling
 from dsc.frontends.schema import DTYPES
 from dsc.frontends.self_check import check_architecture
 from dsc.frontends.signature import Signature
-from dsc.frontends.stock import StockConfig, clean, completed, facts_of, stock_model
+from dsc.frontends.stock import (
+    StockConfig,
+    clean,
+    completed,
+    facts_of,
+    stock_model,
+)
 from dsc.frontends.text import read_program
 from dsc.frontends.tokenizer import find_tokenizer
 from dsc.ir.lazy import torch
@@ -45,11 +44,8 @@ from dsc.ir.types import DType, TensorType
 from dsc.ir.verifier import verify
 from dsc.ir.weights import (
     DictSource,
-    LayeredSource,
     MetaSource,
     Source,
-    WeightExpr,
-    WeightSource,
     evaluate,
     source_types,
 )
@@ -85,15 +81,15 @@ class Asked:
     max_batch: int
     max_context: int | None
     prefill_chunk: int
-    shares: Callable[[Facts], None] | None = None
+    check_facts: Callable[[Facts], None] | None = None
     untraced: Callable[[], None] | None = None
     scaling: RopeScaling | None = None
 
     def check(self, facts: Facts) -> None:
         """Raise what the configuration alone rules out, before anything large is read."""
         self.limits(facts)
-        if self.shares is not None:
-            self.shares(facts)
+        if self.check_facts is not None:
+            self.check_facts(facts)
 
     def check_unscaled(self) -> None:
         """Raise `UsageError` where a rope scaling is asked for and there is no config.json."""
@@ -138,17 +134,17 @@ def load_program(
     max_context: int | None = None,
     prefill_chunk: int = 512,
     rope_scaling: str | None = None,
-    check: Callable[[Facts], None] | None = None,
+    check_facts: Callable[[Facts], None] | None = None,
     untraced: Callable[[], None] | None = None,
     progress: Progress | None = None,
 ) -> Loaded:
     """Read a model in any of its forms. Arguments as in `dsc.compile`.
 
-    `check` raises what is wrong with the configuration of a causal LM, before it is traced;
+    `check_facts` raises what is wrong with the configuration of a causal LM, before it is traced;
     `untraced` is told where a trace is to be made that is not kept.
     """
     scaling = RopeScaling.parse(rope_scaling) if rope_scaling is not None else None
-    asked = Asked(max_batch, max_context, prefill_chunk, check, untraced, scaling)
+    asked = Asked(max_batch, max_context, prefill_chunk, check_facts, untraced, scaling)
     if progress is not None:
         progress("reading the model", 0, 0)
     if isinstance(model, Program):
@@ -185,8 +181,9 @@ def load_program(
                 where=str(path),
                 hint="drop --config, or name models/v3.py and give the folder as --weights",
             )
-        bare = valueless and not Path(model).exists()  # by name: what is not there is not needed
-        loaded = _from_checkpoint(path, weights, dtype, asked, progress, bare)
+        # By name: what is not there is not needed.
+        only_config = valueless and not Path(model).exists()
+        loaded = _from_checkpoint(path, weights, dtype, asked, progress, only_config)
         return replace(loaded, notes=[*how, *loaded.notes])
     raise UsageError(
         f"no model at {str(model)!r}",
@@ -201,10 +198,10 @@ def _from_checkpoint(
     dtype: DType | None,
     asked: Asked,
     progress: Progress | None,
-    bare: bool = False,
+    only_config: bool = False,
 ) -> Loaded:
-    """A checkpoint folder; `bare`: of its configuration alone, whatever weights it has."""
-    from dsc.frontends.huggingface import bare_checkpoint, open_checkpoint, read_config
+    """A checkpoint folder; `only_config`: whatever weights it has, or has not."""
+    from dsc.frontends.huggingface import bare, opened, read_config
 
     if weights is not None and str(weights) != "none":
         raise UsageError(
@@ -212,22 +209,23 @@ def _from_checkpoint(
             where=str(folder),
             hint='drop --weights, or give "none" to compile without values',
         )
-    _, config = read_config(folder, asked.scaling)
+    raw, config = read_config(folder, asked.scaling)
     asked.check(config.facts)
     load_generation(folder, config.facts)
+    checkpoint = (bare if only_config else opened)(folder, raw, config, dtype)
     tokenizer = find_tokenizer(folder)
-    opened = (bare_checkpoint if bare else open_checkpoint)(folder, dtype, asked.scaling)
     context = asked.limits(config.facts).max_context
-    step = _Step(lambda: opened.build(context), config, opened.dtype, asked, "transformers")
+    step = _Step(lambda: checkpoint.build(context), config, checkpoint.dtype, asked, "transformers")
     check_architecture(config, progress)
     asked.check(step.facts)
     settings = load_generation(folder, step.facts)
-    checkpoint = opened
-    if not bare:
-        checkpoint = opened.mapped(step.parameters, step.facts, step.conversions)
-    traced = step.traced(progress)
-    given = None if weights is not None else (checkpoint.weights, checkpoint.source)
-    program = _with_weights(traced, given, model_name(folder.resolve()))
+    if not only_config:
+        checkpoint = checkpoint.mapped(step.parameters, step.facts, step.conversions)
+    traced = replace(step.traced(progress), name=model_name(folder.resolve()))
+    if weights is None:
+        program = with_weights(traced, checkpoint.weights, checkpoint.source)
+    else:
+        program = _without_values(traced)
     notes = list(checkpoint.notes)
     if angles := told_of(config.values, context):
         notes.append(angles)
@@ -280,35 +278,19 @@ def _from_code(
         )
     named = DTYPES[config.dtype or "bfloat16"]
     compute = checkpoint.dtype if checkpoint is not None else dtype or named
-    ours = _module_of_ours(path)
+    ours = python_file.module_of_ours(path)
     signature = states_of(config, compute)
-    step = _Step(lambda: _built(path, config, compute), stock, compute, asked, ours, signature)
+    step = _Step(
+        lambda: python_file.built(path, config, compute), stock, compute, asked, ours, signature
+    )
     if checkpoint is not None:
         checkpoint = checkpoint.mapped(step.parameters, step.facts, step.conversions)
-    with blaming(path, only_its_lines=True):
-        traced = step.traced(progress)
+    with python_file.blaming(path, only_its_lines=True):
+        traced = replace(step.traced(progress), name=path.stem)
     if checkpoint is None:
-        return _loaded(_with_weights(traced, None, path.stem), settings)
-    program = _with_weights(traced, (checkpoint.weights, checkpoint.source), path.stem)
+        return _loaded(_without_values(traced), settings)
+    program = with_weights(traced, checkpoint.weights, checkpoint.source)
     return _loaded(program, settings, folder, checkpoint.notes, tokenizer)
-
-
-def _built(path: Path, config: ModelConfig, dtype: DType) -> nn.Module:
-    """What `build(config)` of a file gives, on meta. Raises `UsageError` for any fault of it."""
-    from dsc.frontends.causal_lm import cast_parameters
-
-    build = _build_function(path)
-    with torch.device("meta"), blaming(path):
-        module = build(config)
-    if not isinstance(module, torch.nn.Module):
-        raise UsageError(
-            f"build(config) returned {type(module).__name__}, not a module",
-            where=str(path),
-            hint="return the torch.nn.Module to compile, as models/v3.py does",
-        )
-    module = cast_parameters(module, dtype.torch)
-    _check_signature(module, config, path)
-    return module
 
 
 def _from_text(path: Path, asked: Asked) -> Loaded:
@@ -355,13 +337,9 @@ def _from_module(
     step = CausalLMStep(module.eval(), context=asked.limits(facts).max_context)
     known = replace(config, facts=facts)
     traced = _Step(lambda: step, known, stored, asked).traced(progress)
-    state = {k: v.detach() for k, v in step.state_dict().items()}
-    if any(v.is_meta for v in state.values()):
-        return _loaded(_with_weights(traced, None, config.model_type), settings)
-    source = DictSource(state)
-    given = {k: Source(k, source.types[k]) for k in state}
-    program = _with_weights(traced, (given, source), config.model_type)
-    return _loaded(program, settings)
+    traced = replace(traced, name=config.model_type)
+    bare = any(tensor.is_meta for tensor in step.state_dict().values())
+    return _loaded(_without_values(traced) if bare else with_state(traced, step), settings)
 
 
 class _Step:
@@ -459,15 +437,9 @@ class _Step:
         return trace_cache.Trace(program, self.parameters, self.facts, self.conversions)
 
 
-def _with_weights(
-    traced: Program, given: tuple[Mapping[str, WeightExpr], WeightSource] | None, name: str
-) -> Program:
-    """The program over a checkpoint's weights; constants that the trace found stay its own."""
-    types = source_types(traced.weights.values())
-    expressions, source = given or ({}, MetaSource(types))
-    weights = {n: expressions.get(n, expr) for n, expr in traced.weights.items()}
-    layered = LayeredSource((traced.source, source))
-    return replace(traced, name=name, weights=weights, source=layered)
+def _without_values(traced: Program) -> Program:
+    """The program where nobody gives weights: their types alone are known."""
+    return with_weights(traced, {}, MetaSource(source_types(traced.weights.values())))
 
 
 def _value(traced: Program, name: str) -> Any:
@@ -498,76 +470,3 @@ def _loaded(
     told = [*notes, *unused, *filter(None, [note, refused])]
     source = str(folder.resolve()) if folder is not None else ""
     return Loaded(program, source, files, told)
-
-
-def _build_function(path: Path) -> Callable[[ModelConfig], nn.Module]:
-    build: Callable[[ModelConfig], nn.Module] | None = getattr(_module_at(path), "build", None)
-    if not callable(build):
-        raise UsageError(
-            "the file defines no build(config)",
-            where=str(path),
-            hint="define build(config) that returns the module to compile, as models/v3.py does",
-        )
-    return build
-
-
-def _check_signature(module: nn.Module, config: ModelConfig, path: Path) -> None:
-    """Raise `UsageError` unless `forward` takes what the step of a causal LM gives it."""
-    try:
-        inspect.signature(module.forward).bind(*states_of(config).input_names())
-    except TypeError as problem:
-        raise UsageError(
-            f"forward of {type(module).__name__} does not take"
-            f" input_ids, positions, lengths, logits_at, *past: {problem}",
-            where=str(path),
-            hint="give it the signature of the model in models/v3.py",
-        ) from None
-
-
-@contextmanager
-def blaming(path: Path, only_its_lines: bool = False) -> Iterator[None]:
-    """Turn what the user's own file raises into a `UsageError` that names its line.
-
-    With `only_its_lines` an error that no line of the file takes part in stays what it is.
-    """
-    try:
-        yield
-    except (DscError, OSError, MemoryError):
-        raise
-    except Exception as problem:
-        lines = [n for name, n in _frames(problem) if name == str(path.resolve())]
-        if only_its_lines and not lines:
-            raise
-        raise UsageError(
-            f"the file fails when it is run: {type(problem).__name__}: {problem}",
-            where=f"{path}:{lines[-1]}" if lines else str(path),
-        ) from problem
-
-
-def _frames(problem: BaseException | None) -> Iterator[tuple[str, int | None]]:
-    """Files and lines that an error and its causes passed through."""
-    while problem is not None:
-        yield from ((f.filename, f.lineno) for f in traceback.extract_tb(problem.__traceback__))
-        problem = problem.__cause__
-
-
-def _module_of_ours(path: Path) -> str:
-    """The module that a file of dsc's models is; of others ""."""
-    ours = path.resolve().parent == Path(configs.__file__).resolve().parent
-    return f"dsc.models.{path.stem}" if ours else ""
-
-
-def _module_at(path: Path) -> ModuleType:
-    """Import a file under a name of its own; a file of dsc's models is the module it already is."""
-    if ours := _module_of_ours(path):
-        return importlib.import_module(ours)
-    path = path.resolve()
-    name = f"dsc_user_model_{hashlib.sha256(str(path).encode()).hexdigest()[:12]}"
-    spec = importlib.util.spec_from_file_location(name, path)
-    if spec is None or spec.loader is None:
-        raise UsageError("this is no Python file", where=str(path))
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    with blaming(path):
-        spec.loader.exec_module(module)
-    return module

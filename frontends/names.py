@@ -22,8 +22,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dsc.errors import CheckpointError
 from dsc.frontends.checked import Holds
@@ -35,8 +36,20 @@ from dsc.frontends.folder import CONFIG_FILE
 from dsc.frontends.quantisation import HINT, QuantizationConfig, packed
 from dsc.frontends.towers import Tower, language_model
 from dsc.ir.op import TypeMismatch
+from dsc.ir.program import Program
 from dsc.ir.types import TensorType
-from dsc.ir.weights import Source, WeightExpr, WeightSource, apply, sources
+from dsc.ir.weights import (
+    DictSource,
+    LayeredSource,
+    Source,
+    WeightExpr,
+    WeightSource,
+    apply,
+    sources,
+)
+
+if TYPE_CHECKING:
+    from torch import nn
 
 EMBEDDING = "model.embed_tokens.weight"
 _LAYER = re.compile(r"(?:.*\.)?layers\.(\d+)\.(.+)")
@@ -139,25 +152,32 @@ def map_weights(
     )  # fmt: skip
 
 
-def check_layout(source: WeightSource, facts: Facts, where: str, wrapper: str = "") -> None:
+def with_weights(
+    traced: Program, weights: Mapping[str, WeightExpr], source: WeightSource
+) -> Program:
+    """A traced program over weights; constants that the trace found stay its own."""
+    found = {name: weights.get(name, expr) for name, expr in traced.weights.items()}
+    return replace(traced, weights=found, source=LayeredSource((traced.source, source)))
+
+
+def with_state(traced: Program, module: nn.Module) -> Program:
+    """A traced program over the tensors that a module has in memory."""
+    source = DictSource({name: tensor.detach() for name, tensor in module.state_dict().items()})
+    return with_weights(traced, {k: Source(k, t) for k, t in source.types.items()}, source)
+
+
+def check_layout(source: WeightSource, facts: Facts, where: str) -> None:
     """Refuse in one sentence what would make every tensor missing and every other unexpected.
 
     Raises:
-        CheckpointError: the weights are packed in a form that is not read, all names have a
-            prefix and there is no `wrapper`, or the configuration counts an MTP layer as a decoder
-            layer.
+        CheckpointError: the weights are packed in a form that is not read, or the configuration
+            counts an MTP layer as a decoder layer.
     """
     keys = list(source.types)
     told = facts.quantization_config
     form = packed(keys, told.quant_method if told else None)
     if form:
         raise CheckpointError(f"{form} holds a weight in a quantised form not read", where, HINT)
-    under = next((k for k in keys if k.endswith("." + EMBEDDING)), None)
-    if under is not None and EMBEDDING not in keys and not wrapper:
-        raise CheckpointError(
-            f"all tensors lie under {under.removesuffix(EMBEDDING)!r}: this is a part of a larger "
-            "model", where, "save the language model on its own",
-        )  # fmt: skip
     layers, file = facts.num_hidden_layers, str(Path(where) / CONFIG_FILE)
     if layers is None:
         return

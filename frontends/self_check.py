@@ -14,8 +14,8 @@ that twin, which is found without importing torch.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from math import isfinite
 from typing import TYPE_CHECKING, Any
@@ -23,13 +23,13 @@ from typing import TYPE_CHECKING, Any
 from dsc.errors import DscError, UnsupportedArchitecture
 from dsc.frontends import trace_cache
 from dsc.frontends.longrope import SHORT, for_short_texts
+from dsc.frontends.names import with_state
 from dsc.frontends.shrunk import shrunk
 from dsc.frontends.signature import Signature
-from dsc.frontends.stock import StockConfig, clean, stock_config, stock_model
+from dsc.frontends.stock import HINT, StockConfig, clean, plain_experts, stock_config, stock_model
 from dsc.ir.lazy import torch
 from dsc.ir.limits import Limits
 from dsc.ir.program import Program
-from dsc.ir.weights import DictSource, LayeredSource, Source
 from dsc.runtime.emission import Progress
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ def check_architecture(
         raise UnsupportedArchitecture(
             f"{config.published or config.model_type} is not compiled: {verdict.fault}",
             config.where,
-            "`dsc models` lists what compiles",
+            HINT,
         )
 
 
@@ -169,7 +169,7 @@ def examine(
     try:
         program = traced(stock, signature)
         step = interpreted(program, signature)
-        with torch.no_grad(), plain_experts(stock):
+        with torch.no_grad(), plain_experts(stock.config):
             for each in differences(step, signature, stock, facts_of(stock.config).positions):
                 worst = max(worst, each.error)
                 if each.error > TOLERANCE:
@@ -190,7 +190,7 @@ def does_not_run(stock: Any) -> str:
     from dsc.frontends.comparison import logits_of
 
     try:
-        with torch.no_grad(), plain_experts(stock):
+        with torch.no_grad(), plain_experts(stock.config):
             logits_of(stock, torch.zeros(2, 3, dtype=torch.int64))
     except Exception as problem:
         told = f"{type(problem).__name__}: {one_line(problem)}"
@@ -204,14 +204,7 @@ def traced(stock: Any, signature: Signature) -> Program:
 
     module = CausalLMStep(stock, signature, SHORT)
     program = trace_step(module, signature, Limits().symbols)
-    state = {name: tensor.detach() for name, tensor in module.state_dict().items()}
-    source = DictSource(state)
-    weights = {
-        name: Source(name, source.types[name]) if name in state else expression
-        for name, expression in program.weights.items()
-    }
-    layered = LayeredSource((source, program.source))
-    return replace(program, weights=weights, source=layered)
+    return with_state(program, module)
 
 
 def interpreted(program: Program, signature: Signature) -> Step:
@@ -244,19 +237,6 @@ def disturb(module: torch.nn.Module, seed: int = 0) -> None:
             else:
                 begun = tensor.float().nan_to_num(0.0, 0.0, 0.0).clamp(-8, 8)
                 tensor.copy_(begun + SPREAD * drawn)
-
-
-@contextmanager
-def plain_experts(stock: Any) -> Iterator[None]:
-    """Have stock experts run in the plain loop: torch's grouped GEMMs refuse odd widths."""
-    before = getattr(stock.config, "_experts_implementation", None)
-    if before is not None:
-        stock.config._experts_implementation = "eager"
-    try:
-        yield
-    finally:
-        if before is not None:
-            stock.config._experts_implementation = before
 
 
 def _differs(name: str, found: Difference) -> str:

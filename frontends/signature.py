@@ -2,7 +2,7 @@
 
 A step takes `input_ids`, `positions`, `lengths`, `logits_at` and the states of all layers, and
 gives `logits` and the states after it. Which states a model has is found by running it
-(`states.py`) and kept with its trace, so that a kept trace needs neither torch nor transformers.
+(`states.py`).
 
 States of tokens are rows: keys of h heads of width d are `[B,P,h*d]`, seen as heads inside the
 step alone. So caches of all kinds are stored, paged and moved alike. Latents of MLA are called
@@ -11,8 +11,8 @@ step alone. So caches of all kinds are stored, paged and moved alike. Latents of
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from dsc.ir.lazy import torch
@@ -46,8 +46,6 @@ class LayerState:
         shape: its sizes, with "B" for the batch and "P" for the rows of tokens.
         dtype: its element type.
         heads: of keys and values, in how many heads a row is seen; 0 for what is no row of heads.
-        window: how many tokens back the layer looks; `None` for all. All rows are kept, the mask
-            holds the window.
     """
 
     layer: int
@@ -56,7 +54,6 @@ class LayerState:
     shape: tuple[int | str, ...]
     dtype: DType
     heads: int = 0
-    window: int | None = None
 
     @property
     def per_token(self) -> bool:
@@ -156,16 +153,3 @@ class Signature:
         places = {layer: place for place, layer in enumerate(layers)}
         kept = (replace(s, layer=places[s.layer]) for s in self.states if s.layer in places)
         return replace(self, states=tuple(sorted(kept, key=lambda s: s.layer)))
-
-    def to_json(self) -> dict[str, Any]:
-        """What is kept with a trace."""
-        return {"states": [asdict(s) for s in self.states], "vocab_size": self.vocab_size}
-
-    @staticmethod
-    def from_json(kept: Mapping[str, Any]) -> Signature:
-        """The signature that was kept. Raises `TypeError`, `KeyError` or `ValueError` otherwise."""
-        states = tuple(
-            LayerState(**{**s, "shape": tuple(s["shape"]), "dtype": DType(s["dtype"])})
-            for s in kept["states"]
-        )
-        return Signature(states, kept["vocab_size"])

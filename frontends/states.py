@@ -6,8 +6,8 @@ from 2 to 3 is the batch, the one that went from 3 to 13 counts tokens, the othe
 takes a second and knows no model by name: keys and values of any heads, the latents of MLA, the
 keys of an indexer, states of convolutions and recurrences, layers that share what another keeps.
 
-Sliding layers crop what they keep. Here they keep all rows, since the mask holds the window, so
-the window is read off the layer. What grows by a rule of its own is refused.
+Sliding layers crop what they keep. Here they keep all rows, since the mask holds the window. What
+grows by a rule of its own is refused.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from dsc.errors import UnsupportedArchitecture
 from dsc.frontends.registries import replaced
 from dsc.frontends.signature import LayerState, Signature
+from dsc.frontends.stock import HINT
 from dsc.ir.limits import BATCH, PAST
 from dsc.ir.types import DType
 
@@ -94,9 +95,6 @@ def discover(module: nn.Module) -> tuple[LayerState, ...]:
     return tuple(_named(module, found))
 
 
-HINT = "`dsc models` lists what compiles"
-
-
 def _state(
     module: nn.Module, index: int, layer: Any, part: str, short: Tensor, long: Tensor
 ) -> LayerState:
@@ -118,10 +116,9 @@ def _state(
                 " which dsc does not know",
                 hint=HINT,
             )
-    window = getattr(layer, "sliding_window", None) if PAST in shape else None
     heads = getattr(layer, "heads", {}).get(part, 0)
     dtype = DType.of(long.dtype)
-    return LayerState(index, NAMES.get(part, part), part, tuple(shape), dtype, heads, window)
+    return LayerState(index, NAMES.get(part, part), part, tuple(shape), dtype, heads)
 
 
 def _named(module: nn.Module, states: Sequence[LayerState]) -> Iterator[LayerState]:

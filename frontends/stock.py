@@ -48,6 +48,8 @@ MAX_PARTS = 1 << 18
 """Submodules of a model."""
 MAX_TABLES = 1 << 28
 """Bytes of tables that a class computes (rope frequencies, masks) and no checkpoint stores."""
+HINT = "`dsc models` lists what compiles"
+"""What to do about a type that does not."""
 ATTENTION = "sdpa"
 EXPERTS = "grouped_mm"
 """The implementations that a model is built with; `registries.py` replaces what they are."""
@@ -272,8 +274,6 @@ def stock_model(
         UnsupportedArchitecture: there is no such class, or it computes tables that cannot be told.
         ConfigError: transformers refuses the configuration.
     """
-    from dsc.frontends.causal_lm import cast_parameters
-
     built = stock_config(config, classes[0])
     kind = classes[1] or stock_class(config, built)
     built._attn_implementation = ATTENTION if kind._supports_sdpa else "eager"
@@ -300,6 +300,36 @@ def _check_scaled(model: Any, config: StockConfig) -> None:
         )  # fmt: skip
 
 
+def cast_parameters(module: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Give all parameters the compute dtype, in place; buffers keep theirs.
+
+    `Module.to` would round the router's correction bias and the rope frequencies, which stay fp32
+    in every published model.
+    """
+    for parameter in module.parameters():
+        parameter.data = parameter.data.to(dtype)
+        parameter.requires_grad_(False)
+    return module
+
+
+def take_plain_experts(config: Any) -> None:
+    """Have stock experts run in the plain loop: torch's grouped GEMMs refuse odd widths."""
+    if hasattr(config, "_experts_implementation"):
+        config._experts_implementation = "eager"
+
+
+@contextmanager
+def plain_experts(config: Any) -> Iterator[None]:
+    """`take_plain_experts` while it holds."""
+    before = getattr(config, "_experts_implementation", None)
+    take_plain_experts(config)
+    try:
+        yield
+    finally:
+        if before is not None:
+            config._experts_implementation = before
+
+
 def facts_of(built: Any) -> Facts:
     """The facts that a configuration object of transformers says, its defaults among them."""
     names = {name for names in NAMES.values() for name in names} | {"tie_word_embeddings"}
@@ -312,9 +342,8 @@ def completed(config: StockConfig, built: Any) -> Facts:
 
 
 def _unknown(config: StockConfig, why: str) -> UnsupportedArchitecture:
-    hint = "`dsc models` lists what compiles"
     what = f"model_type {config.published or config.model_type!r:.60} {why}"
-    return UnsupportedArchitecture(what, config.where, hint)
+    return UnsupportedArchitecture(what, config.where, HINT)
 
 
 def _check_names(kind: type, given: Mapping[str, Any], where: str) -> None:

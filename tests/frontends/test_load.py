@@ -21,7 +21,7 @@ from torch import nn
 
 from dsc import kept
 from dsc.errors import ConfigError, UsageError
-from dsc.frontends import load, self_check, trace_cache
+from dsc.frontends import load, python_file, self_check, trace_cache
 from dsc.frontends.causal_lm import CausalLMStep
 from dsc.frontends.conversion_steps import Join, Stack
 from dsc.frontends.conversions import Conversions, Converter
@@ -431,14 +431,17 @@ def test_an_error_is_blamed_on_the_last_line_of_the_file_that_it_passed(tmp_path
             (lambda: scope["own"](fail), "ValueError: no"),
             (caused, "RuntimeError: so"),
         ):
-            with pytest.raises(UsageError) as caught, load.blaming(file, only_its_lines=only):
+            with (
+                pytest.raises(UsageError) as caught,
+                python_file.blaming(file, only_its_lines=only),
+            ):
                 run()
             assert caught.value.what == f"the file fails when it is run: {told}"
             assert caught.value.where == f"{file}:3"
-    with pytest.raises(ValueError, match="no"), load.blaming(file, only_its_lines=True):
+    with pytest.raises(ValueError, match="no"), python_file.blaming(file, only_its_lines=True):
         fail()
-    with pytest.raises(UsageError) as caught, load.blaming(file):
+    with pytest.raises(UsageError) as caught, python_file.blaming(file):
         fail()
     assert caught.value.where == str(file)
-    with pytest.raises(MemoryError), load.blaming(file):
+    with pytest.raises(MemoryError), python_file.blaming(file):
         raise MemoryError

@@ -8,38 +8,33 @@ import pytest
 import torch
 
 from dsc.errors import UnsupportedArchitecture
-from dsc.frontends.signature import Signature
 from dsc.frontends.states import discover, signature_of
 from dsc.frontends.stock import clean, stock_model
 from tests.decoders import CONFIGS, PLAIN, cleaned, decoder, ids
 
 FOUND = {
-    "llama": {("key", 16, 2, None), ("value", 16, 2, None)},
-    "mixtral": {("key", 16, 2, None), ("value", 16, 2, None)},
-    "gpt2": {("key", 32, 4, None), ("value", 32, 4, None)},
-    "falcon": {("key", 8, 1, None), ("value", 8, 1, None)},
-    "mistral": {("key", 16, 2, 5), ("value", 16, 2, 5)},
-    "deepseek_v3": {("latent", 16, 1, None), ("rope", 8, 1, None)},
-    "glm4_moe_lite": {("latent", 12, 1, None), ("rope", 4, 1, None)},
+    "llama": {("key", 16, 2), ("value", 16, 2)},
+    "mixtral": {("key", 16, 2), ("value", 16, 2)},
+    "gpt2": {("key", 32, 4), ("value", 32, 4)},
+    "falcon": {("key", 8, 1), ("value", 8, 1)},
+    "mistral": {("key", 16, 2), ("value", 16, 2)},
+    "deepseek_v3": {("latent", 16, 1), ("rope", 8, 1)},
+    "glm4_moe_lite": {("latent", 12, 1), ("rope", 4, 1)},
 }
-"""Name, width of a row, heads and window of what every layer keeps."""
+"""Name, width of a row and heads of what every layer keeps."""
 
 
 @pytest.mark.parametrize("name", FOUND)
 def test_what_a_decoder_keeps_is_found(name: str) -> None:
     states = discover(stock_model(cleaned(name)))
-    assert {(s.name, s.shape[-1], s.heads, s.window) for s in states} == FOUND[name]
+    assert {(s.name, s.shape[-1], s.heads) for s in states} == FOUND[name]
     assert {s.shape[:-1] for s in states} == {("B", "P")}
     assert [s.layer for s in states] == [0, 0, 1, 1, 2, 2]
 
 
-def test_the_window_is_read_off_each_layer() -> None:
-    signature = signature_of(stock_model(cleaned("gemma3_text")))
-    assert [s.window for s in signature.states] == [5, 5, None, None, 5, 5]
-    kept = signature.only((0, 1))
+def test_a_signature_of_some_layers_counts_them_from_0() -> None:
+    kept = signature_of(stock_model(cleaned("gemma3_text"))).only((0, 2))
     assert kept.input_names()[4:] == ("past.0.key", "past.0.value", "past.1.key", "past.1.value")
-    assert kept.states[2].window is None
-    assert Signature.from_json(signature.to_json()) == signature
 
 
 def test_layers_may_share_what_one_of_them_keeps() -> None:
