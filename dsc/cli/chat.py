@@ -98,6 +98,7 @@ def chat(
 
         echo "What is a compiler?" | dsc chat out --no-thinking
     """
+    given = locals().copy()  # every option, by its name
     from dsc.chat import Conversation
     from dsc.cli.given import opened, required_tokenizer, stop_ids
     from dsc.cli.measuring import tell_stand_in
@@ -105,15 +106,7 @@ def chat(
     from dsc.cli.talk import Talk
     from dsc.frontends.generation_config import parse_settings
 
-    asked = options.chosen(
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        min_p=min_p,
-        repetition_penalty=repetition_penalty,
-        presence_penalty=presence_penalty,
-        frequency_penalty=frequency_penalty,
-    )
+    asked = options.among(given, options.SAMPLING)
     values = values_of(set_value or [])
     check_stops(stop or [])
     check_sampling(asked, greedy)
@@ -123,18 +116,9 @@ def chat(
             where=model,
             hint="compile the model without --ranks; dsc generate runs several",
         )
-    compiling = options.chosen(
-        backend=backend,
-        dtype=dtype,
-        max_context=max_context,
-        rope_scaling=rope_scaling,
-        revision=revision,
-    )
-    compiling |= {} if quant == "none" else {"quant": quant}
+    compiling = options.among(given, options.COMPILING)
     start = time.perf_counter()
-    compiled = opened(
-        model, compiling, {"trust": trust, **options.chosen(threads=threads, pin=pin)}, output
-    )
+    compiled = opened(model, compiling, options.among(given, options.RUNNING), output)
     tokenizer = required_tokenizer(compiled, model)
     tell_stand_in(compiled.executable, "no text to be had")
     own = parse_settings(compiled.manifest.get("generation") or {}, model, ArtifactError)

@@ -96,30 +96,16 @@ def generate(
 
         dsc generate v3-tvm --file a.txt --file b.txt --top-p 0.9 --seed 7 --stop "The end" --json
     """
+    given = locals().copy()  # every option, by its name
     from dsc import generation
     from dsc.cli.given import opened, required_tokenizer, stop_ids
     from dsc.cli.measuring import tell_stand_in
     from dsc.cli.ranks import agree_on, launch_ranks, must_launch, speaks
     from dsc.frontends.generation_config import parse_settings
 
-    asked = options.chosen(
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        min_p=min_p,
-        repetition_penalty=repetition_penalty,
-        presence_penalty=presence_penalty,
-        frequency_penalty=frequency_penalty,
-    )
-    compiling = options.chosen(
-        backend=backend,
-        dtype=dtype,
-        max_context=max_context,
-        rope_scaling=rope_scaling,
-        revision=revision,
-    )
-    compiling |= {} if quant == "none" else {"quant": quant}
-    running = {"trust": trust, **options.chosen(threads=threads, pin=pin)}
+    asked = options.among(given, options.SAMPLING)
+    compiling = options.among(given, options.COMPILING)
+    running = options.among(given, options.RUNNING)
     ends = stop or []
     check_stops(ends)
     check_sampling(asked, greedy)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -325,6 +326,21 @@ Output = Annotated[
         "-o", "--output", metavar="OUT", help="Where the artifact goes.  [default: ./MODEL-BACKEND]"
     ),
 ]
+
+
+SAMPLING = (
+    "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty",
+    "frequency_penalty",
+)  # fmt: skip
+"""Options of verbs that write text: how tokens are drawn."""
+COMPILING = ("backend", "dtype", "max_context", "rope_scaling", "revision", "quant")
+"""Those that a MODEL is compiled with first."""
+RUNNING = ("trust", "threads", "pin")
+
+
+def among(given: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    """Return of a verb's options, by name, the `names` that were given and say something."""
+    return {name: given[name] for name in names if given[name] not in (None, "none")}
 
 
 def chosen(**asked: Any) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -36,8 +37,11 @@ class Talk:
         self.terminal = sys.stdin.isatty() and sys.stdout.isatty()
         self._hide = hide_thinking
         self._left = False
+        self._own: set[Path] = set()
+        """Files that hold this conversation, as it was loaded or saved."""
         self.commands: dict[str, tuple[str, Callable[[str], None]]] = {
             "/save": ("FILE  write the conversation, as JSON", self.save),
+            "/save!": ("FILE  the same over a file that is there", self.replace),
             "/load": ("FILE  go on with one that was written", self.load),
             "/reset": ("forget what was said", self.reset),
             "/stats": ("tokens and rates of the last answer", self.stats),
@@ -205,8 +209,16 @@ class Talk:
     # --- commands ---------------------------------------------------------------------------------
 
     def save(self, place: str) -> None:
-        """Write the messages as JSON."""
+        """Write the messages as JSON. Raises `FileError` for a file that holds something else."""
         file = _named(place, "/save")
+        if os.path.lexists(file) and file.resolve() not in self._own:
+            raise FileError(f"{file} exists already", hint=f"/save! {place} replaces it")
+        self.replace(place)
+
+    def replace(self, place: str) -> None:
+        """Write the messages as JSON, whatever the file held."""
+        file = _named(place, "/save!")
+        self._own.add(file.resolve())
         write_text(file, json.dumps({"messages": self.conversation.messages}, indent=1) + "\n")
         self._remark(f"{file}: {len(self.conversation.messages)} messages")
 
@@ -214,6 +226,7 @@ class Talk:
         """Go on with messages that were saved."""
         file = _named(place, "/load")
         self.conversation.messages = read_messages(file)
+        self._own.add(file.resolve())
         self._remark(f"{file}: {len(self.conversation.messages)} messages")
 
     def reset(self, _: str) -> None:
