@@ -53,6 +53,12 @@ HINT = "`dsc models` lists what compiles"
 ATTENTION = "sdpa"
 EXPERTS = "grouped_mm"
 """The implementations that a model is built with; `registries.py` replaces what they are."""
+COUNTS = (
+    *NAMES["vocab_size"], *NAMES["hidden_size"], *NAMES["num_attention_heads"],
+    "num_key_value_heads",
+)  # fmt: skip
+"""Keys of what no decoder has none of."""
+ACTIVATIONS = ("hidden_act", "hidden_activation", "activation_function")
 TOWERS = ("text_config", "language_config", "llm_config")
 """Sections of a wrapper's configuration that describe its language model."""
 INHERITED = ("tie_word_embeddings", "dtype", "torch_dtype", "quantization_config")
@@ -138,6 +144,7 @@ def clean(
     if published in MEMBERS:
         with suppress(OtherRope):  # which the stock class computes, or refuses
             values = parse_config(raw, where).fields
+    _check_counts(values, where)
     dtype = raw.get("dtype") or raw.get("torch_dtype")
     if dtype is not None and not (isinstance(dtype, str) and dtype in DTYPES):
         known = " or ".join(map(repr, DTYPES))
@@ -150,6 +157,25 @@ def clean(
     told = quantisation(raw.get("quantization_config"), where)
     facts = replace(facts, quantization_config=told)
     return StockConfig(member, values, facts, where, dtype, published, wrapper, scaling=scaling)
+
+
+def _check_counts(values: Mapping[str, Any], where: str) -> None:
+    """Raise `ConfigError` for a count below 1, of which a class's own message names no field."""
+    for name in COUNTS:
+        found = values.get(name)
+        if type(found) is int and found < 1:
+            raise ConfigError(f"{name} must be above 0, found {found}", where, AGAIN)
+
+
+def _check_activation(config: StockConfig) -> None:
+    """Raise `ConfigError` for an activation that transformers does not know."""
+    from transformers.activations import ACT2CLS
+
+    for name in ACTIVATIONS:
+        found = config.values.get(name)
+        if isinstance(found, str) and found not in ACT2CLS:
+            told = f"{name} {found!r:.60} is no activation that the installed transformers knows"
+            raise ConfigError(told, config.where, AGAIN)
 
 
 def _check_rope(values: Mapping[str, Any], where: str) -> None:
@@ -233,6 +259,7 @@ def stock_config(config: StockConfig, kind: Any = None) -> Any:
     except KeyError:
         raise _unknown(config, "is not one that the installed transformers knows") from None
     given = {k: v for k, v in config.values.items() if not _is_foreign(kind, k, v)}
+    _check_activation(config)
     _check_names(kind, given, config.where)
     with _refusing(config.where, "configuration"):
         return kind(**given)

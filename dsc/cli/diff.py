@@ -47,8 +47,14 @@ def diff(
         ),
     ] = None,
     context: Annotated[
-        int, Option("--context", min=0, help="Tokens in the cache when it is measured.")
-    ] = 128,
+        int | None,
+        options.unset(
+            "--context",
+            min=0,
+            help="Tokens in the cache, for costs and --measure.  [default: 1024, or what both take;"
+            " 128 under --measure]",
+        ),
+    ] = None,
     error: Annotated[
         bool,
         Option("--error/--no-error", help="Interpret both and compare their results."),
@@ -66,7 +72,8 @@ def diff(
 
     With --run the operators that both have, by the names of what they give, are listed with the
     error that B's adds where it reads what A's did, and with what has come together in B so far, in
-    fp32 over the weights that are stored; and the outputs of the code of two artifacts.
+    fp32 over the weights that are stored; and the outputs of the code of two artifacts. calc_diff
+    is 1 - 2·sum(x·y) / sum(x² + y²): 0 where both are equal, 1 where they have nothing in common.
 
     Examples:
 
@@ -88,7 +95,7 @@ def diff(
         sides = open_side(a), open_side(b)
         times = _times(sides, measure, profiles, context, trust, progress)
         progress("comparing")
-        found = compare(sides[0], sides[1], times, run=error, seed=seed)
+        found = compare(sides[0], sides[1], times, run=error, seed=seed, context=context)
         if run:
             progress("running operators")
             found = with_operators(found, trust, seed)
@@ -116,7 +123,7 @@ def _times(
     sides: tuple[Side, Side],
     measure: bool,
     profiles: tuple[Path, Path] | None,
-    context: int,
+    context: int | None,
     trust: bool,
     progress: console.StepReporter,
 ) -> tuple[Mapping[str, Timing], Mapping[str, Timing]]:
@@ -131,7 +138,9 @@ def _times(
     if not measure:
         return {}, {}
     progress("measuring")
-    first, second = (measuring.measure(side, context, trust) for side in sides)
+    first, second = (
+        measuring.measure(side, 128 if context is None else context, trust) for side in sides
+    )
     return first, second
 
 

@@ -169,7 +169,11 @@ def verify(
         console.print_json({**facts, "ok": not failures, "failures": failures})
     elif text_is_oracle:
         told = [*_figures(result), "", "its own text over the weights that it stores, in fp32:"]
-        told = ["the source, of which codes cost so much:", *told, *_lines(own, dtype)]
+        told = [
+            "the source, of which codes cost so much (told, and no verdict):",
+            *told,
+            *_lines(own, dtype),
+        ]
         console.stdout().print("\n".join(told))
     else:
         console.stdout().print("\n".join(_lines(result, dtype)))

@@ -119,12 +119,20 @@ def compare(
     times: tuple[Mapping[str, Timing], Mapping[str, Timing]] = ({}, {}),
     run: bool = True,
     seed: int = 0,
+    context: int | None = None,
 ) -> Diff:
-    """Compare two sides; with `run` they are interpreted on the same inputs, too."""
+    """Compare two sides; with `run` they are interpreted on the same inputs, too.
+
+    Costs are those of a step with `context` tokens in the cache: by default as many as both take,
+    `CONTEXT` at most.
+    """
+    most = min(side.text.limits.max_context for side in (before, after))
+    at = min(CONTEXT, most) if context is None else context
     names = _pairs(list(before.text.entries), list(after.text.entries))
     errors, agreement = _errors(before, after, seed) if run else ({}, "not run")
     entries = tuple(
-        _entry(before, after, a, b, errors, (times[0].get(a), times[1].get(b))) for a, b in names
+        _entry(before, after, a, b, errors, (times[0].get(a), times[1].get(b)), at)
+        for a, b in names
     )
     alone = (
         tuple(n for n in before.text.entries if n not in {a for a, _ in names}),
@@ -216,12 +224,13 @@ def _entry(
     new: str,
     errors: Mapping[tuple[str, str], float],
     times: tuple[Timing | None, Timing | None],
+    context: int,
 ) -> EntryDiff:
     programs = _pinned(before.text, after.text, old, new)
     graphs = programs[0].entries[old], programs[1].entries[new]
     at = (
-        sizes_at(before.text, graphs[0], new, CONTEXT),
-        sizes_at(after.text, graphs[1], new, CONTEXT),
+        sizes_at(before.text, graphs[0], new, context),
+        sizes_at(after.text, graphs[1], new, context),
     )
     costs = node_costs(graphs[0]), node_costs(graphs[1])
     parts = by_layer(graphs[0]), by_layer(graphs[1])

@@ -75,6 +75,7 @@ def test_what_is_no_scaling_is_refused(text: str) -> None:
         ({"rope_scaling": {"type": "yarn", "factor": 2.5}, "rope_theta": 1.0}, 0),
         ({"rope_scaling": YARN | {"rope_type": "longrope"}}, 0),
         ({"rope_parameters": YARN | {"factor": True, "rope_type": "x"}}, 0),
+        ({"rope_parameters": {"full": YARN, "sliding": {"rope_type": "default"}}}, 256),
         ({}, 0),
     ],
 )

@@ -141,7 +141,7 @@ REFUSED: dict[str, tuple[dict[str, Any], type[DscError], str]] = {
     "a text for a width": ({"hidden_size": "wide"}, ConfigError, "transformers refuses"),
     "a negative width": ({"intermediate_size": -4}, ConfigError, "transformers refuses"),
     "heads of another number": ({"head_dim": "x"}, ConfigError, "transformers refuses"),
-    "an unknown activation": ({"hidden_act": "evil"}, ConfigError, "transformers refuses"),
+    "an unknown activation": ({"hidden_act": "evil"}, ConfigError, "is no activation"),
     "layers of another number": (
         {"model_type": "gemma2", "layer_types": ["full_attention"]}, ConfigError, "layer_types"
     ),
@@ -237,3 +237,16 @@ def test_kimi_k2_is_a_deepseek_v3() -> None:
     raw = CONFIGS["deepseek_v3"] | {"model_type": "kimi_k2"}
     config = clean(raw)
     assert (config.model_type, config.published) == ("deepseek_v3", "kimi_k2")
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "words"),
+    [
+        ("vocab_size", -5, "vocab_size must be above 0, found -5"),
+        ("num_key_value_heads", 0, "num_key_value_heads must be above 0, found 0"),
+        ("hidden_act", "swoosh", "hidden_act 'swoosh' is no activation"),
+    ],
+)
+def test_what_a_class_refuses_without_a_name_is_named(field: str, value: Any, words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        stock_config(clean(LLAMA | {field: value}))
