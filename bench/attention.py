@@ -16,8 +16,15 @@ from typing import Any
 import torch
 
 from dsc.ir.types import DType
-from tests.backends.attention_cases import EVERYTHING, Case, formula, of_types
-from tests.backends.test_attention import TOLERANCE, error, loaded
+from tests.backends.attention_cases import (
+    EVERYTHING,
+    TOLERANCE,
+    Case,
+    error,
+    formula,
+    loaded,
+    of_types,
+)
 
 Figures = dict[str, Any]
 

@@ -8,15 +8,24 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from dsc import pipeline
+from dsc.backends import get
+from dsc.backends.base import EmitOptions
 from dsc.ir.graph import Graph, GraphBuilder
 from dsc.ir.program import Program
 from dsc.ir.stages import Stage
 from dsc.ir.types import DType, TensorType
+from dsc.runtime import artifact
+from dsc.runtime.executable import Executable
+from dsc.targets import parse_target
 
+TOLERANCE = {DType.f32: 1e-5, DType.bf16: 2e-2, DType.f16: 3e-3}
+"""Largest |difference| where values are a few units: weights and sums of bf16 are rounded."""
 PAGES = 40
 """Pages of the pool that a case in pages draws from."""
 
@@ -182,3 +191,17 @@ EVERYTHING = [
     ),
 ]  # fmt: skip
 """All that `make bars` runs."""
+
+
+def error(got: torch.Tensor, wanted: torch.Tensor) -> float:
+    """The largest difference; 0 of nothing."""
+    return float((got.double() - wanted).abs().max()) if wanted.numel() else 0.0
+
+
+def loaded(backend: str, cases: list[Case], folder: Path, target: str = "cpu") -> Executable:
+    """The cases as one program, compiled and loaded."""
+    planned = pipeline.apply(program(cases), ["own_outputs"])
+    emission = get(backend).emit(planned, EmitOptions((parse_target(target),)))
+    artifact.write(folder, planned, emission, backend=backend, targets=(target,), report={})
+    opened = artifact.read(folder)
+    return get(backend).load(folder, opened.manifest, opened.program)

@@ -2,42 +2,30 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from dsc import pipeline
-from dsc.backends import get
-from dsc.backends.base import EmitOptions
 from dsc.ir.interpreter import run_graph
 from dsc.ir.types import DType
-from dsc.runtime import artifact
 from dsc.runtime.executable import Executable, set_threads
-from dsc.targets import parse_target
-from tests.backends.attention_cases import CASES, Case, formula, of_types, program
+from tests.backends.attention_cases import (
+    CASES,
+    TOLERANCE,
+    Case,
+    error,
+    formula,
+    loaded,
+    of_types,
+)
 
-TOLERANCE = {DType.f32: 1e-5, DType.bf16: 2e-2, DType.f16: 3e-3}
-"""Largest |difference| where values are a few units: weights and sums of bf16 are rounded."""
 TYPED = [*of_types(CASES, DType.f32, DType.bf16), *of_types(CASES[8:9], DType.f16)]
 PORTABLE = [
     c for c in of_types(CASES, DType.f32) if c.page or c.attrs.keys() & {"chunk", "softcap"}
 ]
 """Chunks, caps, sinks and windows with and without pages, in fp32."""
 IN_ORDER = [c for c in of_types(CASES, DType.f32) if not c.page]
-
-
-def error(got: torch.Tensor, wanted: torch.Tensor) -> float:
-    return float((got.double() - wanted).abs().max()) if wanted.numel() else 0.0
-
-
-def loaded(backend: str, cases: list[Case], folder: Path, target: str = "cpu") -> Executable:
-    planned = pipeline.apply(program(cases), ["own_outputs"])
-    emission = get(backend).emit(planned, EmitOptions((parse_target(target),)))
-    artifact.write(folder, planned, emission, backend=backend, targets=(target,), report={})
-    opened = artifact.read(folder)
-    return get(backend).load(folder, opened.manifest, opened.program)
 
 
 def check(case: Case, model: Executable) -> None:
