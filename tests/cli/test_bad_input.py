@@ -307,7 +307,6 @@ def test_options_that_cannot_be(line: str, capsys: pytest.CaptureFixture[str]) -
         ("compile v3 --max-context 999999", "is beyond the model's"),
         ("compile v3 --weights odd", "temperature must be a number, found 'hot'"),
         ("compile odd", "temperature must be a number, found 'hot'"),
-        ("compile torn", "the tokenizer is damaged"),
     ],
 )
 def test_a_mistake_in_few_bytes_is_found_before_weights_and_traces(
@@ -324,17 +323,32 @@ def test_a_mistake_in_few_bytes_is_found_before_weights_and_traces(
         monkeypatch.setattr(f"dsc.frontends.{place}", work)
     monkeypatch.setattr("dsc.pipeline.Manager.run", work)
     shutil.copy(FP8.parent / "small_lm.dsc", "small.dsc")
-    for name, file, text in (
-        ("odd", "generation_config.json", '{"temperature": "hot"}'),
-        ("torn", "tokenizer.json", "{"),
-    ):
-        (tmp_path / name).mkdir()
-        shutil.copy(TINY_CHECKPOINT / "config.json", name)
-        (tmp_path / name / file).write_text(text)
+    (tmp_path / "odd").mkdir()
+    shutil.copy(TINY_CHECKPOINT / "config.json", "odd")
+    (tmp_path / "odd" / "generation_config.json").write_text('{"temperature": "hot"}')
     code, error = run(capsys, *line.split())
     assert code == 2, error
     assert words in error
     assert "to do:" in error
+
+
+def test_weights_that_end_early_are_told_before_a_damaged_tokenizer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And that one before a trace."""
+
+    def work(*_: object, **__: object) -> None:
+        raise AssertionError("the work began")
+
+    monkeypatch.setattr("dsc.frontends.causal_lm.trace_step", work)
+    shutil.copytree(TINY_CHECKPOINT, tmp_path / "torn")
+    (tmp_path / "torn" / "tokenizer.json").write_text("{")
+    code, error = run(capsys, "compile", "torn")
+    assert (code, "the tokenizer is damaged" in error) == (2, True), error
+    weights = tmp_path / "torn" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    code, error = run(capsys, "compile", "torn")
+    assert (code, "model.safetensors" in error, "tokenizer" in error) == (2, True, False), error
 
 
 def test_a_tampered_artifact(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
