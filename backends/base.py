@@ -50,8 +50,9 @@ class Capabilities:
     `fuse`: the highest fusion level that its kernels take; `regions`: what they take within it.
     `collectives`: its executables speak to other ranks; without it a sharded program is emitted in
     segments, with the collectives between them. `formats`: codes (`dsc.ir.formats`) of weights that
-    it takes as they are stored, with `tile` rows side by side; `activations`: the codes of
-    weights whose products take their rows as codes too; `caches`: codes of latent caches that its
+    it takes as they are stored, with `tile` rows side by side, or `unsigned`; `activations`: the
+    codes of weights whose products take their rows as codes too, in the weights' own blocks where
+    codes are unsigned; `caches`: codes of latent caches that its
     kernels write and read; `plain_forms`: forms of its code, as its
     option `form` names them, that take no codes. `options`: what it reads of `backend_options`.
     """
@@ -66,6 +67,7 @@ class Capabilities:
     collectives: bool = False
     formats: tuple[str, ...] = ()
     tile: int = 1
+    unsigned: bool = False
     activations: tuple[str, ...] = ()
     caches: tuple[str, ...] = ()
     plain_forms: tuple[str, ...] = ()

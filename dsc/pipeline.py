@@ -174,7 +174,7 @@ SLOTS = (
         Part.OPTIMISE, "choose_formats",
         options=lambda s: {
             "formats": s.can.formats if s.asked.codes else (), "tile": s.can.tile,
-            "limits": s.can.regions,
+            "unsigned": s.can.unsigned, "limits": s.can.regions,
         },
     ),
     Slot(
@@ -187,6 +187,7 @@ SLOTS = (
         and s.asked.activation_bits == CODED_ROWS,
         lambda s: {
             "weights": tuple(c for c in s.can.activations if s.asked.quant == "fp8" or c != FP8),
+            "blocks": s.can.unsigned,
         },
     ),
     Slot(

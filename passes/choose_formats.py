@@ -7,7 +7,8 @@ Why it pays    FP8 weights reach the artifact bit for bit, in half the bytes of 
 Preconditions  there are no regions yet. Each reader's operator declares the operand as one that
                may be stored so, and keeps its result's type; `formats` names the codes that the
                backend takes and, where its kernels want `tile` rows side by side, their blocks
-               end at whole tiles; `limits` says what kernels there are. No step of the weight's
+               end at whole tiles; where they want `unsigned` codes, blocks are of one row and a
+               power of two columns; `limits` says what kernels there are. No step of the weight's
                expression cuts a block.
 Before         program "example" {stage=CANONICAL}
                symbols {N=[1,8]}
@@ -39,13 +40,13 @@ from dsc.ir.formats import CODINGS, Part
 from dsc.ir.graph import Node, Operand, Weight
 from dsc.ir.op import TypeMismatch, lookup
 from dsc.ir.ops.moe import plain_experts
-from dsc.ir.ops.shape import axis_of
 from dsc.ir.program import Program
 from dsc.ir.regions import RegionLimits
 from dsc.ir.stages import Stage
 from dsc.ir.types import DType, TensorType
 from dsc.ir.weights import Apply, WeightExpr, apply, scaled, stored_type
 from dsc.passes._in_format import Dequantised, in_format
+from dsc.passes._unsigned import as_unsigned, each_matrix
 from dsc.rewrite.base import Pass, PassReport
 from dsc.rewrite.options import option
 
@@ -58,6 +59,7 @@ class ChooseFormats(Pass):
 
     formats: tuple[str, ...] = option(tuple(CODINGS), among=CODINGS)
     tile: int = option(1, least=1)
+    unsigned: bool = False
     limits: RegionLimits = field(default_factory=RegionLimits, metadata={"of": "regions"})
 
     needs = frozenset({Stage.TRACED, Stage.CANONICAL, Stage.OPTIMIZED})
@@ -98,7 +100,8 @@ class ChooseFormats(Pass):
         """The weight in its format. Raises `Dequantised`."""
         if stored.dtype not in self.formats:
             raise Dequantised(f"the backend takes no weights in {stored.dtype}")
-        found = self._in_tiles(in_format(expr))
+        found = in_format(expr)
+        found = as_unsigned(found) if self.unsigned else self._in_tiles(found)
         for node, index in readers:
             if node is None:
                 raise Dequantised("it is a result")
@@ -160,19 +163,14 @@ class ChooseFormats(Pass):
 
 
 def _tiled(expr: WeightExpr, part: Part) -> WeightExpr:
-    """Rows side by side; of stacked matrices one by one, so that they can be streamed."""
+    """Rows side by side."""
     if part.tile == 1:
         return expr
-    if isinstance(expr, Apply) and _joins_matrices(expr):
-        return apply(expr.op, *(_tiled(arg, part) for arg in expr.args), **expr.attrs)
-    return apply("tiled", expr, tile=part.tile, width=part.width, step=part.step)
 
+    def tiled(one: WeightExpr) -> WeightExpr:
+        return apply("tiled", one, tile=part.tile, width=part.width, step=part.step)
 
-def _joins_matrices(expr: Apply) -> bool:
-    rank = expr.type.rank
-    if expr.op == "concat":
-        return axis_of(expr.attrs["axis"], rank) < rank - 2
-    return expr.op == "stack" and rank > 2
+    return each_matrix(expr, tiled)
 
 
 def _computed(node: Node | None, index: int) -> DType:

@@ -30,6 +30,7 @@ from dsc.ir.graph import Attrs, Graph, Node
 from dsc.ir.op import lookup
 from dsc.ir.program import Program
 from dsc.ir.stages import Stage
+from dsc.ir.types import TensorType
 from dsc.rewrite.base import Pass, PassReport
 from dsc.rewrite.options import option
 
@@ -40,9 +41,13 @@ RULE = "quantise"
 
 @dataclass(frozen=True)
 class QuantizeActivations(Pass):
-    """Say of every such product what its rows are taken as."""
+    """Say of every such product what its rows are taken as.
+
+    With `blocks` their scales are for as many columns as those of the weight.
+    """
 
     weights: tuple[str, ...] = option(tuple(ROWS), among=ROWS)
+    blocks: bool = False
 
     needs = frozenset({Stage.CANONICAL, Stage.OPTIMIZED})
 
@@ -72,9 +77,17 @@ class QuantizeActivations(Pass):
         """What a product takes its rows as, or nothing."""
         if lookup(node.op).attr(ACTIVATIONS) is None or node.attrs.get(ACTIVATIONS):
             return ""
-        stored = {x.type.dtype.value for x in node.operands if x.type.format is not None}
-        found = {ROWS[codes] if codes in self.weights else "" for codes in stored}
+        stored = {x.type for x in node.operands if x.type.format is not None}
+        found = {self._beside(t) if t.dtype in self.weights else "" for t in stored}
         return found.pop() if len(found) == 1 else ""
+
+    def _beside(self, weight: TensorType) -> str:
+        """What rows are taken as beside a weight's codes."""
+        usual = ROWS[weight.dtype]
+        if not self.blocks:
+            return usual
+        assert weight.format is not None
+        return f"{usual.partition(':')[0]}:{weight.format.block[1]}"
 
 
 def _with(node: Node, activations: str) -> Node:

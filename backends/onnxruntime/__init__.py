@@ -21,6 +21,7 @@ from dsc.ir.index_ranges import giving_indices
 from dsc.ir.ops.quant import takes_codes
 from dsc.ir.paging import reads_pages
 from dsc.ir.program import Program
+from dsc.ir.regions import RegionLimits
 from dsc.ir.types import DType
 from dsc.runtime.emission import EXAMPLE, Emission
 from dsc.runtime.executable import Executable
@@ -35,6 +36,8 @@ COMPUTED = frozenset(
 """Element types that emitters handle; the 8-bit floats can only be converted from and to."""
 FLOATS_ONLY = frozenset({"linear", "pow"})
 """ONNX Runtime computes powers of integers in fp64, and has no Gemm of them."""
+CODES = ("i8", "i4")
+"""Of weights, as ONNX Runtime's MatMulNBits reads them."""
 OPTIONS = ("opset", "caches", "prepack", "server", "onnx_ops", "provider")
 ALLOCATOR = "ONNX Runtime"
 """A session allocates what it computes on the way for itself."""
@@ -48,13 +51,20 @@ class OnnxRuntimeBackend:
     name = "onnxruntime"
 
     def capabilities(self, target: Target) -> Capabilities:
-        """Caches go in and come out grown; experts stay one operator."""
-        return Capabilities(options=OPTIONS)
+        """Caches go in and come out grown; experts stay one operator; weights may be in codes."""
+        return Capabilities(
+            options=OPTIONS,
+            regions=RegionLimits(accepts=_accepts),
+            formats=CODES,
+            unsigned=True,
+            activations=CODES,
+        )
 
     def supports(self, node: Node) -> Support:
         """Whether there is an emitter and a kernel for the node's element types."""
         _require("onnx")
         from dsc.backends.onnxruntime.emit import emitter_of
+        from dsc.backends.onnxruntime.emit.coded import takes
 
         if node.body is not None:
             refused = (self.supports(inner) for inner in node.body.nodes)
@@ -63,11 +73,15 @@ class OnnxRuntimeBackend:
             return No(f"no ONNX form of {node.op}")
         if reads_pages(node):
             return No("it takes no caches in pages")
-        if takes_codes(node):
-            return No("it takes no rows as codes")
+        coded = any(x.type.format is not None for x in node.operands)
+        if coded and not takes(node):
+            return No("it takes no weights in such codes")
+        if takes_codes(node) and not coded:
+            return No("it takes no rows as codes beside numbers")
         if node.op == "cast":
             return Yes()
-        types = [x.type.dtype for x in (*node.operands, *node.outputs)]
+        numbers = [x for x in node.operands if x.type.format is None]
+        types = [x.type.dtype for x in (*numbers, *node.outputs)]
         strange = sorted({t.value for t in types if t not in COMPUTED})
         if node.op in FLOATS_ONLY and not types[0].is_float:
             return No(f"{node.op} of {types[0]}; floats have it")
@@ -113,7 +127,7 @@ class OnnxRuntimeBackend:
         meta = {
             "models": files,
             "threads": options.threads,
-            "prepack": bool(options.extra.get("prepack", False)),
+            "prepack": bool(options.extra.get("prepack", _has_codes(program))),
             "opset": form.opset,
             "onnx_ops": form.ops,
             "provider": form.provider,
@@ -147,6 +161,19 @@ class OnnxRuntimeBackend:
         from dsc.backends.onnxruntime.session import OnnxExecutable
 
         return OnnxExecutable(folder, manifest, program)
+
+
+def _has_codes(program: Program) -> bool:
+    """Whether weights are in codes: what is not repacked for those takes a hundred times longer."""
+    return any(t.format is not None for t in program.weight_types().values())
+
+
+def _accepts(node: Node) -> bool:
+    """Whether there is a product for what a node reads in codes."""
+    _require("onnx")
+    from dsc.backends.onnxruntime.emit.coded import takes
+
+    return takes(node)
 
 
 def _require(module: str) -> None:

@@ -22,7 +22,7 @@ from dsc.backends.onnxruntime.contrib import DOMAIN, STANDARD, is_offered
 from dsc.errors import UnsupportedOperator
 from dsc.ir.dims import Dim, FloorDiv, Sym, symbol_name
 from dsc.ir.graph import Graph, Weight
-from dsc.ir.types import DType
+from dsc.ir.types import DType, TensorType
 
 ORIGIN = "|"
 """In the name of an ONNX node: what follows the name of the value that it works for."""
@@ -230,6 +230,29 @@ class GraphWriter:
             length = total if part is None else total // rows
             start = 0 if part is None else part * length
             self.pool.externals[name] = External(tensor, weight.name, start, length)
+        return name
+
+    def stored(
+        self,
+        weight: Weight,
+        suffix: str,
+        part: TensorType,
+        shape: tuple[int, ...],
+        matrix: int | None = None,
+        kind: int | None = None,
+    ) -> str:
+        """What is stored of a weight under `suffix`, or of one matrix of a stack of them.
+
+        It is of type `part`, and an initializer of this shape and of ONNX's type `kind`.
+        """
+        name = weight.name + suffix if matrix is None else f"{weight.name}{suffix}/{matrix}"
+        if name not in self.pool.externals:
+            total = static(part.nbytes)
+            length = total if matrix is None else total // static(part.shape[0])
+            own = ONNX_TYPE[part.dtype] if kind is None else kind
+            tensor = TensorProto(name=name, data_type=own, dims=shape)
+            start = 0 if matrix is None else matrix * length
+            self.pool.externals[name] = External(tensor, weight.name + suffix, start, length)
         return name
 
     # Shapes

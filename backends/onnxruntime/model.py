@@ -63,7 +63,7 @@ def build_model(
     name: str,
     form: Form | None = None,
     facts: Mapping[str, str] | None = None,
-    max_branches: int = MAX_BRANCHES,
+    max_branches: int | None = None,
     signature: Signature | None = None,
 ) -> BuiltModel:
     """The ONNX model of one graph. With more than `max_branches` experts it loops over them.
@@ -73,7 +73,7 @@ def build_model(
     form = form or Form()
     border = Interface.of(graph, form)
     g = GraphWriter(graph)
-    g.pool.unroll = _experts(graph) <= max_branches
+    g.pool.unroll = _experts(graph) <= (MAX_BRANCHES if max_branches is None else max_branches)
     g.pool.opset, g.pool.ops, g.pool.provider = form.opset, form.ops, form.provider
     own = {v.name: v.name for v in graph.inputs}
     values = own if signature is None else signature.enter(g)

@@ -13,6 +13,9 @@ Row after row is how checkpoints store a matrix. Where products go 16 columns of
 then the next four; a scale of each, then the next (where a row has scales of its own). Rows and
 columns of codes are padded with zeros to whole tiles, and to a multiple of `STEP`.
 
+ONNX Runtime's products take all codes as bytes above the least, zero points too, of rows that are
+filled up to whole blocks of 16 columns or a larger power of two: `i8{1x32,f32,unsigned}[N,K]`.
+
 What outlives a step (`dsc.ir.interface`) grows row by row, so `f8e4m3{1x128,f32,behind}[B,C,512]`
 is one tensor of bytes, u8[B,C,528]: of each row its codes, filled up to whole words, and then its
 scales. A row moves as a whole, and whoever only moves rows needs to know nothing else.
@@ -71,6 +74,8 @@ WHOLE = 0
 """The extent of a block that is the whole axis, however long."""
 STEP = 32
 """Rows side by side are padded to a multiple of so many columns."""
+UNSIGNED = 16
+"""Columns of the smallest block of unsigned codes."""
 WORD = 4
 """Bytes of codes of a row that lie side by side with those of the others."""
 
@@ -97,7 +102,7 @@ class Part:
         cut = grid(whole, self.block)
         if self.behind:
             return (*whole[:-1], code_bytes(whole[-1], self.step) + cut[-1] * self.behind)
-        return cut if self.tile == 1 else tiled(cut, self.tile, self.step)
+        return cut if self.tile == self.step == 1 else tiled(cut, self.tile, self.step)
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +110,7 @@ class Format:
     """Blocks of rows x columns that share a scale; element types of scales and of zero points.
 
     With a `tile` so many rows lie side by side; where scales lie `behind` the codes of their row, a
-    row is bytes.
+    row is bytes. `unsigned` codes and zero points are how far they lie above the least.
     """
 
     block: tuple[int, int]
@@ -113,6 +118,7 @@ class Format:
     zeros: DType | None = None
     tile: int = 1
     behind: bool = False
+    unsigned: bool = False
 
     def __post_init__(self) -> None:
         if min(self.block) < 0:
@@ -128,13 +134,25 @@ class Format:
             raise ValueError(f"{self.tile} rows side by side in blocks of {list(self.block)}")
         if self.behind and (rows != 1 or self.zeros is not None or self.tile > 1):
             raise ValueError("scales lie behind the codes of a row that shares none, and no more")
+        if self.unsigned and (rows != 1 or self.tile > 1 or self.behind):
+            raise ValueError("unsigned codes are of rows that share no scale, one after another")
+        if self.unsigned and (columns < UNSIGNED or columns & columns - 1):
+            raise ValueError(f"unsigned codes in blocks of {columns}; 16, 32, 64 or so are due")
 
     def __str__(self) -> str:
         rows, columns = ("*" if size == WHOLE else size for size in self.block)
         more = f",{self.zeros}" if self.zeros else ""
         more += f",tile={self.tile}" if self.tile > 1 else ""
         more += ",behind" if self.behind else ""
+        more += ",unsigned" if self.unsigned else ""
         return f"{{{rows}x{columns},{self.scales}{more}}}"
+
+    @property
+    def step(self) -> int:
+        """Rows of codes are filled up to a multiple of so many columns, if to any."""
+        if self.unsigned:
+            return self.block[1]
+        return STEP if self.tile > 1 else 0
 
     def parts(self, codes: DType) -> tuple[Part, ...]:
         """What is stored of a tensor, in order."""
@@ -142,11 +160,16 @@ class Format:
         if self.behind:
             size = self.scales.itemsize
             return (Part("", type(codes).u8, self.block, 1, 1, together, size),)
+        if self.unsigned:
+            byte, columns = type(codes).u8, self.block[1]
+            filled = Part("", byte, (1, together), step=self.step // together)
+            zeros = [Part(".zero", byte, (1, columns * together))] * (self.zeros is not None)
+            return (filled, Part(".scale", self.scales, self.block), *zeros)
         kind = codes if together == 1 else type(codes).u8  # a byte, whose class is above here
         shared = [(".scale", self.scales), (".zero", self.zeros)]
         tile = self.tile if self.block[0] == 1 else 1
         return (
-            Part("", kind, (1, together), self.tile, WORD, STEP // together),
+            Part("", kind, (1, together), self.tile, WORD, self.step // together or 1),
             *(Part(end, each, self.block, tile) for end, each in shared if each is not None),
         )
 
@@ -176,7 +199,7 @@ def tiled(shape: tuple[Dim, ...], tile: int, step: int) -> tuple[Dim, ...]:
 def one_by_one(x: torch.Tensor, part: Part, whole: tuple[int, ...]) -> torch.Tensor:
     """A part of a tensor of these extents, of which rows may lie side by side, row after row."""
     if part.tile == 1:
-        return x
+        return x if part.step == 1 else x[..., : _number(grid(whole, part.block)[-1])]
     apart = x.unflatten(-1, (-1, part.tile, part.width)).transpose(-3, -2)
     rows, columns = (_number(extent) for extent in grid(whole, part.block)[-2:])
     found: torch.Tensor = apart.flatten(-2).flatten(-3, -2)[..., :rows, :columns]
@@ -205,8 +228,13 @@ class Packed:
         codes, scales, *zeros = self.in_rows
         found = _apart(codes, self.type)
         for each in zeros:
-            found = found - _spread(each, self.type)
+            found = found - _spread(self._zeros(each, scales.shape[-1]), self.type)
         return (found * _spread(scales, self.type)).to(dtype)
+
+    def _zeros(self, stored: torch.Tensor, count: int) -> torch.Tensor:
+        """Zero points as numbers, one a block; unsigned ones share bytes as codes do."""
+        assert self.type.format is not None
+        return _apart(stored, self.type)[..., :count] if self.type.format.unsigned else stored
 
     @property
     def in_rows(self) -> tuple[torch.Tensor, ...]:
@@ -327,7 +355,8 @@ def _apart(codes: torch.Tensor, type: TensorType) -> torch.Tensor:
         numbers = _numbers(codes.dtype)
         return torch.from_numpy(np.take(numbers, codes.view(torch.uint8).numpy()))
     if coding.together == 1:
-        return codes.float()
+        assert type.format is not None
+        return codes.float() + (coding.least if type.format.unsigned else 0.0)
     bits = 8 // coding.together
     shape = (*codes.shape[:-1], codes.shape[-1] * coding.together)
     apart = torch.empty(shape, dtype=torch.float32, device=codes.device)

@@ -394,9 +394,9 @@ class _Parser:
         rows, columns = (WHOLE if size == "*" else int(size) for size in sizes.groups())
         self.sign(",")
         scales = self._dtype(self.take("word", "the element type of scales"))
-        zeros, tile, behind = None, 1, False
+        zeros, tile, behind, unsigned = None, 1, False, False
         while self.skip(","):
-            if behind := self.skip_word("behind"):
+            if (behind := self.skip_word("behind")) or (unsigned := self.skip_word("unsigned")):
                 break
             word = self.take("word", "the element type of zero points, or a tile")
             if word.text == "tile":
@@ -407,7 +407,8 @@ class _Parser:
                 raise self.error("a tile expected", word)
             zeros = self._dtype(word)
         self.sign("}")
-        return self._guard(token, lambda: Format((rows, columns), scales, zeros, tile, behind))
+        last = (zeros, tile, behind, unsigned)
+        return self._guard(token, lambda: Format((rows, columns), scales, *last))
 
     def _dim(self) -> Dim:
         """Take the tokens of one expression, up to a comma or closing sign at its own depth."""

@@ -233,7 +233,7 @@ def _keeps_rows(expr: Apply) -> bool:
         return expr.attrs["tile"] == 1 or expr.type.rank > 2
     if expr.op == "dequantize" and isinstance(expr.args[0], Apply):
         return _keeps_rows(expr.args[0])
-    return expr.op in ("cast", "centre", "dequantize", "tiled")
+    return expr.op in ("above_least", "cast", "centre", "dequantize", "tiled")
 
 
 def _axis(expr: Apply) -> int:

@@ -143,9 +143,12 @@ class TensorType:
         if len(self.shape) > MAX_RANK:
             raise ValueError(f"rank {len(self.shape)} is above the limit of {MAX_RANK}")
         if self.format is not None:
-            least = 1 if self.format.block[0] == 1 and self.format.tile == 1 else 2
+            alone = self.format.block[0] == 1 and self.format.step == 0
+            least = 1 if alone else 2
             if self.dtype not in CODINGS or self.rank < least:
                 raise ValueError(f"no stored format of {self.dtype} codes along {self.rank} axes")
+            if self.format.unsigned and self.dtype.is_float:
+                raise ValueError(f"unsigned codes in {self.dtype}")
             together = CODINGS[self.dtype].together
             if not is_whole(self.shape[-1], together):
                 told = f"rows of {self.shape[-1]}; {together} codes of {self.dtype} share a byte"

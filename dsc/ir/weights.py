@@ -82,6 +82,9 @@ def scaled(parts: Iterable[WeightExpr], type: TensorType) -> Apply:
     """A tensor of a type in a format from its parts."""
     assert type.format is not None
     block, tile = type.format.block, type.format.tile
+    if type.format.unsigned:
+        codes, columns = type.dtype.value, type.shape[-1]
+        return apply("scaled", *parts, block=block, unsigned=codes, columns=columns)
     if tile == 1:
         return apply("scaled", *parts, block=block)
     rows, columns = type.shape[-2:]

@@ -283,6 +283,9 @@ def test_a_number_that_no_code_says_makes_its_group_nan_and_no_other(
     [
         ("i8{2x4,f32,behind}[4,8]", "scales lie behind"),
         ("i8{1x4,f32,i8,behind}[4,8]", "scales lie behind"),
+        ("i8{1x4,f32,unsigned}[4,8]", "unsigned codes in blocks of 4"),
+        ("i8{2x16,f32,unsigned}[4,8]", "share no scale"),
+        ("f8e4m3{1x16,f32,unsigned}[4,8]", "unsigned codes in f8e4m3"),
         ("i8{1x4,f32,tile=4,behind}[4,8]", "} expected"),
         ("f8e4m3{0x4,f32}[5,7]", "128x128"),
         ("f8e4m3{4x00,f32}[5,7]", "128x128"),

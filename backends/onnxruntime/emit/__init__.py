@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
 from dsc.backends.onnxruntime.emit import attention, core, moe, nn, pointwise, shape
+from dsc.backends.onnxruntime.emit.coded import is_coded
 from dsc.backends.onnxruntime.graph import NARROW, GraphWriter
 from dsc.ir.graph import Graph, Node, Operand, Weight
 from dsc.ir.kernels import Lowering
@@ -57,7 +58,9 @@ def emit_graph(
     def operand(x: Operand | None) -> str:
         if x is None:
             return ""
-        return g.weight(x) if isinstance(x, Weight) else names[x.name]
+        if isinstance(x, Weight):
+            return x.name if is_coded(x) else g.weight(x)
+        return names[x.name]
 
     for node in graph.nodes:
         g.loc, g.origin = node.loc, origin or node.outputs[0].name
@@ -87,9 +90,10 @@ def emit_node(g: GraphWriter, node: Node, inputs: list[str]) -> tuple[str, ...]:
     patterns = [o.pattern.dtype for o in declared.operands]
     patterns += patterns[-1:] * (len(inputs) - len(patterns))
     wide = [
-        name if x is None else g.cast(name, x.type.dtype, _computed(x.type.dtype, pattern))
+        name if x is None or is_coded(x)
+        else g.cast(name, x.type.dtype, _computed(x.type.dtype, pattern))
         for name, x, pattern in zip(inputs, node.inputs, patterns, strict=False)
-    ]
+    ]  # fmt: skip
     results = _as_tuple(emitter(g, node, *wide))
     return tuple(
         g.cast(name, _computed(v.type.dtype, result.dtype), v.type.dtype)

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from dsc.backends.onnxruntime.emit.coded import Matrix, is_coded, times
 from dsc.backends.onnxruntime.emit.pointwise import one
 from dsc.backends.onnxruntime.graph import GraphWriter, Shape
 from dsc.ir.dims import Dim, product
@@ -35,6 +36,10 @@ def _types(node: Node) -> list[Any]:
 
 def _linear(g: GraphWriter, node: Node, x: str, weight: str, bias: str = "") -> str:
     given, matrix, *_ = _types(node)
+    stored = node.operands[1]
+    if is_coded(stored):
+        assert isinstance(stored, Weight)
+        return times(g, x, given.shape, Matrix(stored), bias, node.attrs["activations"])
     return linear(g, x, given.shape, weight, matrix.shape[0], bias)
 
 

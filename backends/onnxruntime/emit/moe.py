@@ -16,10 +16,11 @@ from typing import Any
 
 import numpy as np
 
+from dsc.backends.onnxruntime.emit.coded import Matrix, gathered, is_coded, times
 from dsc.backends.onnxruntime.emit.core import count, linear
 from dsc.backends.onnxruntime.emit.pointwise import gated
 from dsc.backends.onnxruntime.graph import GraphWriter, Shape, static
-from dsc.ir.dims import Dim, product
+from dsc.ir.dims import Dim, product, symbol
 from dsc.ir.graph import Attrs, Node, Operand, Weight
 from dsc.ir.types import DType
 
@@ -95,7 +96,7 @@ def over_groups(
 ) -> str:
     """Rows of x [m, k], sorted by group, through body(writer, rows, *matrices): f32[m, width].
 
-    The matrices are those of the row's group, one of each stack, in fp32.
+    The matrices are those of the row's group, one of each stack, in fp32 or in codes.
     """
     if not (g.pool.unroll and all(_in_place(stack) for stack, _ in stacks)):
         return _looped(g, x, offsets, width, stacks, body)
@@ -106,10 +107,25 @@ def over_groups(
     for group, (start, end) in enumerate(pairwise(bounds)):
         then, otherwise = g.branch(), g.branch()
         rows = then.op("Slice", x, start, end, g.i64(0))
-        result = body(then, rows, *(g.weight(w, group) for w in weights))
+        result = body(then, rows, *(_matrix(g, w, group) for w in weights))
         nothing = otherwise.zeros((0, width), DType.f32)
         parts.append(g.choose(g.op("Less", start, end), (then, result), (otherwise, nothing)))
     return parts[0] if len(parts) == 1 else g.op("Concat", *parts, axis=0)
+
+
+def _matrix(g: GraphWriter, stack: Weight, group: int) -> str | Matrix:
+    """A matrix of a stack where it lies."""
+    return Matrix(stack, group) if is_coded(stack) else g.weight(stack, group)
+
+
+def multiplied(
+    g: GraphWriter, rows: str, matrix: str | Matrix, width: int, bias: str, activations: str
+) -> str:
+    """Rows [m, width] times the transpose of a matrix, plus a bias."""
+    shape: Shape = (symbol("m"), width)
+    if isinstance(matrix, Matrix):
+        return times(g, rows, shape, matrix, bias, activations)
+    return g.op("Gemm", rows, matrix, *((bias,) if bias else ()), transB=1)
 
 
 def _in_place(stack: Operand) -> bool:
@@ -118,7 +134,7 @@ def _in_place(stack: Operand) -> bool:
     16-bit weights cannot: they would be widened when the model loads, and ONNX Runtime would hold
     every expert in fp32. The Loop widens one at a time, as it is used.
     """
-    return isinstance(stack, Weight) and stack.type.dtype is DType.f32
+    return isinstance(stack, Weight) and (is_coded(stack) or stack.type.dtype is DType.f32)
 
 
 def _looped(
@@ -133,9 +149,10 @@ def _looped(
         group = b.op("Gather", taken, i)
         start, end = (b.op("Unsqueeze", b.op("Gather", s, group), b.i64(0)) for s in (starts, ends))
         matrices = [
-            b.cast(b.op("Gather", name, group, axis=0), stack.type.dtype, DType.f32)
+            gathered(b, stack, group) if isinstance(stack, Weight) and is_coded(stack)
+            else b.cast(b.op("Gather", name, group, axis=0), stack.type.dtype, DType.f32)
             for stack, name in stacks
-        ]
+        ]  # fmt: skip
         return body(b, b.op("Slice", x, start, end, b.i64(0)), *matrices)
 
     return g.collect(g.zeros((0, width), DType.f32), g.op("Size", taken), one)
@@ -148,18 +165,20 @@ def _experts(
     types = [a.type for a in node.operands]
     (*n, d), (*_, k) = types[0].shape, types[1].shape
     m, inner = product(tuple(n)), static(types[4].shape[2])
+    widths = {"gate_up": static(d), "down": inner}
     tokens = g.cast(x, types[0].dtype, DType.f32)
     tokens = g.reshape(tokens, types[0].shape, (m, d))
     order, offsets = sort_by_expert(g, idx, (m, k), static(types[3].shape[0]))
     token = g.op("Div", order, g.constant(np.array(k, dtype=np.int64)))
     rows = g.op("Gather", tokens, token, axis=0)
 
-    def one(b: GraphWriter, rows: str, *matrices: str) -> str:
+    def one(b: GraphWriter, rows: str, *matrices: str | Matrix) -> str:
         given = dict(zip(stacks, matrices, strict=True))
 
         def product(rows: str, name: str) -> str:
-            bias = [given[f"{name}_bias"]] if f"{name}_bias" in given else []
-            return b.op("Gemm", rows, given[name], *bias, transB=1)
+            bias, matrix = given.get(f"{name}_bias", ""), given[name]
+            assert isinstance(bias, str)
+            return multiplied(b, rows, matrix, widths[name], bias, node.attrs["activations"])
 
         gate, up = b.ops("Split", 2, product(rows, "gate_up"), b.i64(inner, inner), axis=1)
         return product(gated(b, gate, up, node.attrs), "down")
@@ -200,8 +219,8 @@ def _grouped_linear(g: GraphWriter, node: Node, x: str, weight: str, offsets: st
     x_type, w_type = (a.type for a in node.operands[:2])
     wide = g.cast(x, x_type.dtype, DType.f32)
 
-    def one(b: GraphWriter, rows: str, matrix: str) -> str:
-        return b.op("Gemm", rows, matrix, transB=1)
+    def one(b: GraphWriter, rows: str, matrix: str | Matrix) -> str:
+        return multiplied(b, rows, matrix, static(w_type.shape[2]), "", node.attrs["activations"])
 
     stacks = [(node.operands[1], weight)]
     y = over_groups(g, wide, offsets, w_type.shape[1], stacks, one)

@@ -51,13 +51,25 @@ def _stored(parts: Sequence[TensorType], attrs: Mapping[str, Any]) -> TensorType
     """The type that is stored so: bytes hold codes that are smaller; tiles hide the extents."""
     codes, scales, *zeros = parts
     kind, shape = codes.dtype, codes.shape
+    zero = zeros[0].dtype if zeros else None
+    if attrs["unsigned"]:
+        shape = (*shape[:-1], attrs["columns"])
+        return _in_blocks(
+            _coded(attrs["unsigned"]), shape, attrs["block"], scales.dtype, zero, unsigned=True
+        )
     for name, coding in CODINGS.items():
         if coding.together > 1 and kind is DType.u8:
             kind, shape = DType(name), (*shape[:-1], shape[-1] * coding.together)
     if attrs["tile"] > 1:
         shape = (*shape[:-2], attrs["rows"], attrs["columns"])
-    zero = zeros[0].dtype if zeros else None
     return _in_blocks(kind, shape, attrs["block"], scales.dtype, zero, attrs["tile"])
+
+
+def _coded(name: str) -> DType:
+    """The element type of codes that is called so. Raises `TypeMismatch`."""
+    if name not in CODINGS:
+        raise TypeMismatch(f"codes in {name!r}; one of {', '.join(CODINGS)}")
+    return DType(name)
 
 
 def _in_blocks(
@@ -67,12 +79,13 @@ def _in_blocks(
     scales: DType,
     zeros: DType | None = None,
     tile: int = 1,
+    unsigned: bool = False,
 ) -> TensorType:
     """A type in a format of these blocks, scales and zero points. Raises `TypeMismatch`."""
     if len(block) != 2:
         raise TypeMismatch(f"blocks of {list(block)}; rows and columns are due")
     try:
-        return TensorType(codes, tuple(shape), Format(block, scales, zeros, tile))
+        return TensorType(codes, tuple(shape), Format(block, scales, zeros, tile, False, unsigned))
     except ValueError as problem:
         raise TypeMismatch(str(problem)) from None
 
@@ -80,7 +93,7 @@ def _in_blocks(
 def _whole_blocks(call: Sized) -> None:
     (stored,), (extents,) = call.results, call.outs
     assert stored.format is not None
-    if stored.format.tile > 1:
+    if stored.format.step:
         return  # its extents are attributes
     codes, *shared = zip(stored.format.parts(stored.dtype), call.given(), strict=True)
     _count_codes(call, codes[1][1], extents, stored.dtype)
@@ -268,6 +281,12 @@ def _infer_centred(types: Sequence[TensorType], attrs: Mapping[str, Any]) -> tup
     return (TensorType(DType.i8, types[0].shape),)
 
 
+def _infer_above(types: Sequence[TensorType], attrs: Mapping[str, Any]) -> tuple[TensorType, ...]:
+    if not 1 <= attrs["bits"] <= 8:
+        raise TypeMismatch(f"numbers of {attrs['bits']} bits, 1 to 8 are due")
+    return (TensorType(DType.u8, types[0].shape),)
+
+
 def _centred(x: Any, bits: int, add: int) -> Any:
     wrapped = (x.to(torch.int16) + add) % (1 << bits)
     return (wrapped - (1 << bits - 1)).to(torch.int8)
@@ -275,13 +294,14 @@ def _centred(x: Any, bits: int, add: int) -> Any:
 
 scaled = op(
     "scaled(parts: any[...]...; block: ints, tile: extent = 1, rows: extent = 0,"
-    " columns: extent = 0) -> any[...]",
+    ' columns: extent = 0, unsigned: str = "") -> any[...]',
     Traits(Role.OTHER, Form.WEIGHT, demand=_whole_blocks),
     reference=_scaled,
     doc="A matrix, or several, in a stored format: its parts, which are codes and for each block of"
     " rows x columns a scale, and a zero point where a third part is given; blocks at the ends may"
     " be partial, 0 is the whole axis. Bytes hold two 4-bit codes, the first in the low half. With"
-    " a tile so many rows lie side by side, as `tiled` makes them, of these rows and columns.",
+    " a tile so many rows lie side by side, as `tiled` makes them, of these rows and columns."
+    " Unsigned codes of the named type are bytes above the least, of so many columns.",
     example="f8e4m3[5,7], f32[3,2] {block=[2,4]}",
     infer=_infer_scaled,
 )
@@ -343,6 +363,14 @@ join_nibbles = op(
     doc="Two 4-bit numbers a byte, neighbours in a row, the first in the low half.",
     example="u8[5,6]",
     infer=_infer_joined,
+)
+above_least = op(
+    "above_least(x: i8[*n]; bits: int) -> u8[*n]",
+    Traits(Role.OTHER, Form.WEIGHT),
+    reference=lambda x, bits: (x.to(torch.int16) + (1 << bits - 1)).to(torch.uint8),
+    doc="Signed numbers of so many bits as how far they lie above the least of them.",
+    example="i8[5,3] {bits=8}",
+    infer=_infer_above,
 )
 centre = op(
     "centre(x: u8[*n]; bits: int, add: int = 0) -> i8[*n]",

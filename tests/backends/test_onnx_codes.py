@@ -1,0 +1,190 @@
+"""Weights in codes in ONNX models: every format and dialect against the interpreter's numbers."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import onnx
+import pytest
+import torch
+
+from dsc import pipeline
+from dsc.backends.onnxruntime import contrib
+from dsc.backends.reference import ReferenceExecutable
+from dsc.ir.arrays import array_of
+from dsc.ir.dims import Range
+from dsc.ir.formats import Format
+from dsc.ir.graph import Weight
+from dsc.ir.parser import parse_graph
+from dsc.ir.program import Program
+from dsc.ir.streams import blocks
+from dsc.ir.types import DType, TensorType
+from dsc.ir.weights import Apply, DictSource, WeightExpr, apply, evaluate, leaf, random_tensor
+from dsc.passes._unsigned import as_unsigned
+from dsc.targets import Target
+from tests.backends.test_onnxruntime import BACKEND
+from tests.backends.test_onnxruntime import _executable as executable
+
+BIASES = ("a", "b", "c")
+SHAPE = (2, 2)  # replaced by a weight's own
+KINDS = {
+    "i4": TensorType(DType.i4, SHAPE, Format((1, 32), DType.f16)),
+    "i4 with zero points": TensorType(DType.i4, SHAPE, Format((1, 16), DType.f32, DType.i8)),
+    "i8": TensorType(DType.i8, SHAPE, Format((1, 32), DType.f16)),
+    "i8 with zero points": TensorType(DType.i8, SHAPE, Format((1, 64), DType.bf16, DType.i8)),
+    "i8 of whole rows": TensorType(DType.i8, SHAPE, Format((1, 0), DType.f32)),
+}
+LINEAR = """graph main(%x: f32[B,S,{k}], @w: f32[{n},{k}], @b: f32[{n}]) {{
+  %y = linear %x, @w, @b
+  return %y
+}}"""
+EXPERTS = """graph main(%x: f32[N,{k}], %i: i64[N,2], %s: f32[N,2], @w: f32[5,64,{k}],
+  @v: f32[5,{k},32], @a: f32[5,64], @c: f32[5,{k}]) {{
+  %y = experts %x, %i, %s, @w, @v, @a, @c {{limit=2.0, alpha=1.5, shift=1.0}}
+  return %y
+}}"""
+
+
+def drawn(t: TensorType, seed: int) -> dict[str, torch.Tensor]:
+    """Codes and scales of a weight, over all that codes can be."""
+    rng = torch.Generator().manual_seed(seed)
+    made = {}
+    for suffix, part in t.parts:
+        shape = tuple(int(str(d)) for d in part.shape)
+        if part.dtype.is_float:
+            made[suffix] = (torch.rand(shape, generator=rng) * 0.02 + 0.01).to(part.dtype.torch)
+            continue
+        low, high = (0, 256) if part.dtype is DType.u8 else (-128, 128)
+        low, high = (-8, 8) if suffix == ".zero" and t.dtype is DType.i4 else (low, high)
+        found = torch.randint(low, high, shape, generator=rng)
+        made[suffix] = found.to(part.dtype.torch)
+    return made
+
+
+def program_of(text: str, kind: TensorType, activation_bits: int = 8) -> Program:
+    """The text with its matrices in a format, through the passes for the backend."""
+    graph = parse_graph(text)
+    read = {x.name: x for node in graph.nodes for x in node.operands if isinstance(x, Weight)}
+    weights: dict[str, WeightExpr] = {}
+    tensors: dict[str, torch.Tensor] = {}
+    for seed, (name, w) in enumerate(read.items()):
+        if name in BIASES:
+            tensors[name] = random_tensor(w.type, name)
+            weights[name] = leaf(name, w.type)
+            continue
+        t = replace(kind, shape=w.type.shape)
+        tensors |= {name + suffix: x for suffix, x in drawn(t, seed).items()}
+        weights[name] = apply("dequantize", leaf(name, t), dtype=DType.f32)
+    ranges = dict.fromkeys("BSN", Range(1, 8))
+    program = Program("coded", {"main": graph}, weights, ranges, DictSource(tensors))
+    options = pipeline.PipelineOptions(activation_bits=activation_bits)
+    return pipeline.prepare(program, BACKEND, Target("cpu"), options).program
+
+
+def inputs_of(program: Program, rows: int) -> dict[str, torch.Tensor]:
+    """Rows, of which one is zeros, and for experts whom they choose."""
+    graph, rng = program.entries["main"], torch.Generator().manual_seed(rows)
+    sizes = {"B": rows, "S": 2, "N": rows}
+    made = {}
+    for value in graph.inputs:
+        shape = tuple(d if isinstance(d, int) else sizes[str(d)] for d in value.type.shape)
+        if value.type.dtype is DType.i64:
+            made[value.name] = torch.stack(
+                [torch.randperm(5, generator=rng)[:2] for _ in range(rows)]
+            )
+        else:
+            made[value.name] = torch.randn(shape, generator=rng)
+    made["x"][0] = 0
+    return made
+
+
+def differ(got: torch.Tensor, wanted: torch.Tensor, flip: float) -> None:
+    """Raise unless numbers agree but for the codes of a few that lie between two.
+
+    ONNX Runtime multiplies by the inverse of a scale where the interpreter divides, so a number in
+    the middle between two codes may become the other: no more than a share of `flip` then.
+    """
+    off = (got - wanted).abs()
+    assert (off <= flip).all(), off.max()
+    near = 1e-5 * max(1.0, float(wanted.abs().max()))
+    assert (off > near).float().mean() <= 0.02, off.max()
+
+
+TEXTS = {
+    "linear": LINEAR.format(k=96, n=7),
+    "linear of part of a block": LINEAR.format(k=70, n=12),
+    "experts": EXPERTS.format(k=96),
+    "experts of part of a block": EXPERTS.format(k=80),
+}
+
+
+@pytest.mark.parametrize("ops", contrib.DIALECTS)
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+@pytest.mark.parametrize("text", TEXTS.values(), ids=TEXTS)
+def test_products_of_codes_are_the_interpreters(
+    text: str, kind: TensorType, ops: str, tmp_path: Path
+) -> None:
+    program = program_of(text, kind)
+    kept = {w.type.format for n in program.entries["main"].nodes for w in n.operands} - {None}
+    assert kept, "codes did not reach the backend"
+    runs = executable(program, tmp_path / "a", onnx_ops=ops)
+    reference = ReferenceExecutable(program)
+    for rows in (1, 6):
+        given = inputs_of(program, rows)
+        got, wanted = runs.run("main", given)["y"], reference.run("main", given)["y"]
+        differ(torch.as_tensor(got), torch.as_tensor(wanted), 0.1)
+
+
+@pytest.mark.parametrize("name", ["i4 with zero points", "i8"])
+@pytest.mark.parametrize("text", TEXTS.values(), ids=TEXTS)
+def test_standard_models_say_the_same_where_nothing_is_fused(
+    text: str, name: str, tmp_path: Path
+) -> None:
+    """Rows are rounded by operators of the model, not by what a runtime makes of it."""
+    import onnxruntime
+
+    program = program_of(text, KINDS[name])
+    executable(program, tmp_path / "a", onnx_ops="standard")
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    path = tmp_path / "a/onnx/main.onnx"
+    onnx.checker.check_model(str(path), full_check=True)
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    given = inputs_of(program, 6)
+    (got,) = session.run(["y"], {key: array_of(x) for key, x in given.items()})
+    wanted = ReferenceExecutable(program).run("main", given)["y"]
+    differ(torch.as_tensor(got), torch.as_tensor(wanted), 0.1)
+
+
+@pytest.mark.parametrize("ops", contrib.DIALECTS)
+@pytest.mark.parametrize("name", ["i4 with zero points", "i4", "i8 of whole rows"])
+def test_a_loop_over_experts_reads_the_codes_of_those_that_were_chosen(
+    name: str, ops: str, tmp_path: Path
+) -> None:
+    program = program_of(TEXTS["experts of part of a block"], KINDS[name])
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("dsc.backends.onnxruntime.model.MAX_BRANCHES", 0)
+        runs = executable(program, tmp_path / "a", onnx_ops=ops)
+    given = inputs_of(program, 6)
+    model = onnx.load(str(tmp_path / "a/onnx/main.onnx"), load_external_data=False)
+    assert "Loop" in {node.op_type for node in model.graph.node}
+    wanted = ReferenceExecutable(program).run("main", given)["y"]
+    differ(torch.as_tensor(runs.run("main", given)["y"]), torch.as_tensor(wanted), 0.1)
+
+
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+@pytest.mark.parametrize("shape", [(6, 96), (3, 4, 70)], ids=str)
+def test_unsigned_codes_stand_for_the_same_numbers(
+    kind: TensorType, shape: tuple[int, ...]
+) -> None:
+    t = replace(kind, shape=shape)
+    source = DictSource({"w" + suffix: x for suffix, x in drawn(t, 0).items()})
+    given = leaf("w", t)
+    assert isinstance(given, Apply)
+    made = as_unsigned(given)
+    wanted, found = evaluate(given, source), evaluate(made, source)
+    assert torch.equal(found.unpack(torch.float32), wanted.unpack(torch.float32))
+    for part, whole in zip(made.args, found.parts, strict=True):
+        streamed = torch.cat([torch.as_tensor(x).flatten() for x in blocks(part, source, 64)])
+        assert torch.equal(streamed, whole.flatten())
