@@ -112,6 +112,13 @@ class GraphWriter:
             self._known[key] = found
         return found
 
+    def here(self, op_type: str, *inputs: str, **attrs: Any) -> str:
+        """As `op`, by a node of this graph and of none around it."""
+        key = (op_type, 1, inputs, tuple((k, str(v)) for k, v in sorted(attrs.items())))
+        if key not in self._known:
+            self._known[key] = self._append(op_type, 1, inputs, attrs)
+        return self._known[key][0]
+
     def has(self, op_type: str) -> bool:
         """Whether one of ONNX Runtime's own operators may be written here."""
         return is_offered(op_type, self.pool.ops, self.pool.provider)

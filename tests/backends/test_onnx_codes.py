@@ -173,6 +173,18 @@ def test_a_loop_over_experts_reads_the_codes_of_those_that_were_chosen(
     differ(torch.as_tensor(runs.run("main", given)["y"]), torch.as_tensor(wanted), 0.1)
 
 
+def test_a_branch_turns_all_that_it_reads_itself(tmp_path: Path) -> None:
+    """ONNX Runtime leaves zero points out of what it fuses where they come from outside."""
+    text = EXPERTS.format(k=96).replace("@c: f32[5,96])", "@c: f32[5,96], @d: f32[64,96])")
+    text = text.replace("  return %y", "  %z = linear %x, @d\n  return %y, %z")
+    program = program_of(text, KINDS["i8"])
+    given = inputs_of(program, 6)
+    wanted = ReferenceExecutable(program).run("main", given)
+    got = executable(program, tmp_path / "a", onnx_ops="standard").run("main", given)
+    for name, numbers in wanted.items():
+        differ(torch.as_tensor(got[name]), torch.as_tensor(numbers), 0.1)
+
+
 @pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 @pytest.mark.parametrize("shape", [(6, 96), (3, 4, 70)], ids=str)
 def test_unsigned_codes_stand_for_the_same_numbers(

@@ -249,13 +249,14 @@ def test_codes_are_counted_and_the_head_can_be_kept() -> None:
 
 
 def test_where_a_backend_reads_no_codes_a_note_says_so() -> None:
-    compiled = dsc.compile(TINY_CHECKPOINT, backend="onnxruntime", weights="none", quant="int8")
+    asked: Any = {"quant": "int8", "group_size": 24, "weights": "none"}
+    compiled = dsc.compile(TINY_CHECKPOINT, backend="onnxruntime", **asked)
     told, plain = compiled.report["notes"][-2:]
     count = re.fullmatch(r"weights: (\d+) in int8", told)
     assert count is not None
     assert plain == (
-        f"{count[1]} of them are packed dequantised for onnxruntime: the backend takes no weights"
-        " in i8"
+        f"{count[1]} of them are packed dequantised for onnxruntime: its blocks have 24 columns;"
+        " 16, 32, 64, 128 or 256 are due"
     )
     assert all(t.format is None for t in compiled.program.weight_types().values())
 

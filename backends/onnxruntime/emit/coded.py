@@ -163,7 +163,7 @@ def dequantised(g: GraphWriter, matrix: Matrix) -> str:
     scales = (matrix.rows, matrix.blocks)
     layouts = ((matrix.rows, filled), scales, scales)
     codes, scale, *zero = _parts(g, matrix, layouts, kind)
-    turned = [g.transpose(x, 1, 0) for x in (codes, scale, *zero)]
+    turned = [g.here("Transpose", x, perm=[1, 0]) for x in (codes, scale, *zero)]
     if not zero:
         turned.append(_middle(g, matrix, kind))
     return g.op("DequantizeLinear", *turned, axis=0, block_size=matrix.block)
@@ -172,8 +172,8 @@ def dequantised(g: GraphWriter, matrix: Matrix) -> str:
 def _middle(g: GraphWriter, matrix: Matrix, kind: int) -> str:
     """The zero point of every block where there are none of its own, [blocks, rows]."""
     middle = np.array([1 << matrix.bits - 1], np.uint8)
-    every = g.op("Expand", g.constant(middle), g.i64(matrix.blocks, matrix.rows))
-    return every if kind == UNSIGNED[8] else g.op("Cast", every, to=kind)
+    every = g.here("Expand", g.constant(middle), g.i64(matrix.blocks, matrix.rows))
+    return every if kind == UNSIGNED[8] else g.here("Cast", every, to=kind)
 
 
 def _parts(
@@ -194,15 +194,15 @@ def _parts(
         name = g.stored(matrix.weight, suffix, part, layout, matrix.part, stored)
         if odd:
             apart = _nibbles(g, name, matrix.rows, matrix.blocks)
-            name = g.op("Cast", apart, to=TensorProto.UINT4)
+            name = g.here("Cast", apart, to=TensorProto.UINT4)
         found.append(name)
     return found
 
 
 def _nibbles(g: GraphWriter, packed: str, rows: int, width: int) -> str:
     """The first `width` 4-bit numbers of each row of bytes, u8[rows, width]."""
-    low = g.op("BitwiseAnd", packed, g.constant(np.array(15, np.uint8)))
-    high = g.op("BitShift", packed, g.constant(np.array(4, np.uint8)), direction="RIGHT")
-    pairs = g.op("Concat", *(g.op("Unsqueeze", x, g.i64(2)) for x in (low, high)), axis=2)
-    flat = g.op("Reshape", pairs, g.i64(rows, -1))
-    return g.op("Slice", flat, g.i64(0), g.i64(width), g.i64(1))
+    low = g.here("BitwiseAnd", packed, g.constant(np.array(15, np.uint8)))
+    high = g.here("BitShift", packed, g.constant(np.array(4, np.uint8)), direction="RIGHT")
+    pairs = g.here("Concat", *(g.here("Unsqueeze", x, g.i64(2)) for x in (low, high)), axis=2)
+    flat = g.here("Reshape", pairs, g.i64(rows, -1))
+    return g.here("Slice", flat, g.i64(0), g.i64(width), g.i64(1))
