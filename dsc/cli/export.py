@@ -85,6 +85,10 @@ def export(
     max_context: options.MaxContext = None,
     prefill_chunk: options.PrefillChunk = 512,
     rope_scaling: options.RopeScaling = None,
+    quant: options.Quant = "none",
+    keep: options.Keep = None,
+    group_size: options.GroupSize = 32,
+    activation_bits: options.ActivationBits = "8",
     json: options.Json = False,
     force: options.Force = False,
     output: options.Output = None,
@@ -95,7 +99,9 @@ def export(
 
         dsc export path/to/checkpoint --check -o onnx-model
 
-        dsc export models/v3.py --dtype fp32
+        dsc export models/v3.py --dtype fp32 --onnx-ops standard
+
+        dsc export path/to/checkpoint --quant int4 -o onnx-model
 
         dsc export path/to/checkpoint --format relax -o relax-model
     """
@@ -104,6 +110,7 @@ def export(
 
     for own in ("format", "opset", "onnx_ops", "provider", "cache_dtype", "server", "check"):
         del given[own]
+    given["activation_bits"] = int(activation_bits)
     if check and format != "onnx":
         raise UsageError("--check is for ONNX", hint="leave out --check")
     onnx = format == "onnx"

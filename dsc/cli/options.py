@@ -186,7 +186,7 @@ ActivationBits = Annotated[
     Literal["8", "16"],
     Option(
         "--activation-bits",
-        help="8: rows that codes multiply are codes too, where kernels take them (tvm); 16: they"
+        help="8: rows that codes multiply are codes too, where kernels take them; 16: they"
         " stay in the compute type.",
     ),
 ]
