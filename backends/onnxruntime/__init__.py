@@ -124,6 +124,8 @@ class OnnxRuntimeBackend:
             )
         served = serving.files(program, form, server)
         built |= served.models
+        own, spare = contrib.PROVIDERS[form.provider], contrib.PROVIDERS["cpu"]
+        providers = list(dict.fromkeys([own, spare]))
         meta = {
             "models": files,
             "threads": options.threads,
@@ -131,6 +133,7 @@ class OnnxRuntimeBackend:
             "opset": form.opset,
             "onnx_ops": form.ops,
             "provider": form.provider,
+            "providers": providers,
             "wide_caches": form.wide_caches,
         }
 
@@ -141,7 +144,10 @@ class OnnxRuntimeBackend:
         texts = {required.CONFIG: required.required_operators(x.proto for x in built.values())}
         texts |= served.texts
         if causal:
-            texts |= {"README.md": card(program, files, form), EXAMPLE: example(program, files)}
+            texts |= {
+                "README.md": card(program, files, form, providers),
+                EXAMPLE: example(program, files, providers),
+            }
         return Emission(
             files={name: text.encode() for name, text in texts.items()},
             plan=plan,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import PurePosixPath
 from typing import Any
@@ -63,7 +63,7 @@ LAYER = re.compile(r"^(past|present)\.(\d+)\.(.*)$")
 OPERATORS = {ORT: "operators of ONNX Runtime, and standard ones", STANDARD: "standard operators"}
 
 
-def card(program: Program, files: Mapping[str, str], form: Form) -> str:
+def card(program: Program, files: Mapping[str, str], form: Form, providers: Sequence[str]) -> str:
     """The text for the models in `files`, by entry."""
     general = list(program.entries)[-1]
     graph = program.entries[general]
@@ -84,7 +84,7 @@ def card(program: Program, files: Mapping[str, str], form: Form) -> str:
         stops=_stops(generation),
         inputs="\n".join(_rows(inputs)),
         outputs="\n".join(_rows(outputs)),
-        example=example(program, files),
+        example=example(program, files, providers),
     )
 
 

@@ -6,7 +6,7 @@ handed from step to step, the model chosen by how many tokens a step has.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from dsc.ir.program import Program
 
@@ -27,7 +27,7 @@ TYPES = {{"tensor(float)": 1, "tensor(float16)": 10, "tensor(bfloat16)": 16}}  #
 prompt, file = " ".join(sys.argv[1:]), Path("tokenizer.json")
 tokenizer = Tokenizer.from_file(str(file)) if file.exists() else None
 ids = tokenizer.encode(prompt).ids if tokenizer and prompt else [START]
-sessions = {{most: InferenceSession(path) for most, path in MODELS.items()}}
+sessions = {{n: InferenceSession(x, providers={providers}) for n, x in MODELS.items()}}
 general = sessions[max(sessions)]
 names = [x.name for x in general.get_outputs()]
 caches = [x for x in general.get_inputs() if x.name.startswith("past.")]
@@ -52,7 +52,7 @@ print(tokenizer.decode(ids) if tokenizer else ids)
 '''
 
 
-def example(program: Program, files: Mapping[str, str]) -> str:
+def example(program: Program, files: Mapping[str, str], providers: Sequence[str]) -> str:
     """The program's text, for the models in `files`, by entry."""
     steps = {g.entry: g.step for g in program.guards}
     chunk = program.limits.prefill_chunk
@@ -63,6 +63,7 @@ def example(program: Program, files: Mapping[str, str]) -> str:
     models = ", ".join(f'{size}: "{path}"' for path, size in most.items())
     return TEXT.format(
         models=f"{{{models}}}",
+        providers=list(providers),
         context=program.limits.max_context,
         ends=generation.get("eos_token_id") or [],
         start=generation.get("bos_token_id") or 0,

@@ -74,6 +74,6 @@ class Model(Compiled):
             options.add_session_config_entry("session.disable_prepacking", prepack)
             options.intra_op_num_threads = self.threads
             self._sessions[path] = onnxruntime.InferenceSession(
-                str(self.folder / path), options, providers=["CPUExecutionProvider"]
+                str(self.folder / path), options, providers=self.manifest["meta"]["providers"]
             )
         return self._sessions[path]

@@ -17,11 +17,12 @@ from typing import Any
 
 import numpy as np
 
+from dsc.backends.onnxruntime.contrib import PROVIDERS
 from dsc.backends.onnxruntime.graph import ONNX_TYPE
 from dsc.backends.onnxruntime.interface import Form, Interface
 from dsc.backends.onnxruntime.model import result_names
 from dsc.backends.onnxruntime.timed import TimedSession
-from dsc.errors import UsageError
+from dsc.errors import BackendUnavailable, UsageError
 from dsc.ir.arrays import ALIGNMENT, Array, empty
 from dsc.ir.dims import evaluate
 from dsc.ir.graph import Graph
@@ -31,14 +32,38 @@ from dsc.runtime.admission import Admitted
 from dsc.runtime.emission import check_unchanged
 from dsc.runtime.profiler import Profiler, active
 
+PACKAGES = {"cuda": "onnxruntime-gpu"}
+"""Where a provider comes in a package of its own."""
 FATAL = 4
 """What ONNX Runtime logs; errors come as exceptions."""
 
 
+def providers_for(provider: str) -> list[str]:
+    """What a session is opened with: the provider's own name, and the CPU's for what it lacks.
+
+    Raises `BackendUnavailable` where the installed ONNX Runtime has no such provider.
+    """
+    import onnxruntime
+
+    wanted, here = PROVIDERS[provider], onnxruntime.get_available_providers()
+    if wanted not in here:
+        raise BackendUnavailable(
+            f"this model is made for {wanted}, and the onnxruntime here has {', '.join(here)}",
+            f"pip install {PACKAGES.get(provider, 'onnxruntime')}, or export it again with"
+            " --onnx-provider cpu",
+        )
+    return list(dict.fromkeys([wanted, PROVIDERS["cpu"]]))
+
+
 def open_session(
-    path: Path, threads: int | None, prepack: bool = False, profile: str = "", pin: str = ""
+    path: Path,
+    threads: int | None,
+    prepack: bool = False,
+    profile: str = "",
+    pin: str = "",
+    provider: str = "cpu",
 ) -> Any:
-    """An `onnxruntime.InferenceSession` on the CPU. Raises what ONNX Runtime raises.
+    """An `onnxruntime.InferenceSession`. Raises what ONNX Runtime raises, `BackendUnavailable`.
 
     `profile` is where its own profiler writes, `pin` the cores of its threads but the first.
     """
@@ -55,7 +80,7 @@ def open_session(
     if profile:
         options.enable_profiling = True
         options.profile_file_prefix = profile
-    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    return onnxruntime.InferenceSession(str(path), options, providers=providers_for(provider))
 
 
 class OnnxExecutable(Admitted):
@@ -73,6 +98,7 @@ class OnnxExecutable(Admitted):
         meta = manifest["meta"]
         self._models: dict[str, str] = dict(meta["models"])
         self._threads, self._prepack = meta["threads"], meta["prepack"]
+        self._provider = meta.get("provider", "cpu")
         form = Form(meta["opset"], meta["wide_caches"])
         self._emitted = giving_indices(program).entries
         self._borders = {n: Interface.of(g, form) for n, g in self._emitted.items()}
@@ -147,7 +173,12 @@ class OnnxExecutable(Admitted):
             prefix = str(Path(place) / "ort")
             check_unchanged(self._folder, self._manifest)
             session = open_session(
-                self._folder / path, self._threads, self._prepack, prefix, self._pin
+                self._folder / path,
+                self._threads,
+                self._prepack,
+                prefix,
+                self._pin,
+                self._provider,
             )
             owner = self._emitted[Path(path).stem]
             timed = self._timed[path] = TimedSession(session, owner)
@@ -163,7 +194,13 @@ class OnnxExecutable(Admitted):
         if not self._sessions:
             check_unchanged(self._folder, self._manifest)
             self._sessions = {
-                path: open_session(self._folder / path, self._threads, self._prepack, pin=self._pin)
+                path: open_session(
+                    self._folder / path,
+                    self._threads,
+                    self._prepack,
+                    pin=self._pin,
+                    provider=self._provider,
+                )
                 for path in sorted(set(self._models.values()))
             }
         return self._sessions[self._models[entry]]

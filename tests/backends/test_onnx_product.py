@@ -15,7 +15,9 @@ import pytest
 import torch
 
 from dsc.backends.base import EmitOptions
+from dsc.backends.onnxruntime.check import check
 from dsc.backends.onnxruntime.interface import LEAST_RUNTIME
+from dsc.backends.onnxruntime.session import OnnxExecutable
 from dsc.errors import BackendUnavailable, UsageError
 from dsc.ir.parser import parse_graph
 from dsc.ir.program import Program
@@ -148,3 +150,18 @@ def test_a_reduced_build_is_told_all_operators(folder: Path) -> None:
             wanted.setdefault(own, {}).setdefault(versions[own], set()).add(kind)
     assert required == wanted
     assert {"If", "Gather", "MatMul"} <= wanted["ai.onnx"][23]
+
+
+def test_a_model_for_a_provider_that_is_not_here_says_so(tmp_path: Path) -> None:
+    out = tmp_path / "a"
+    runs = executable(prepared(DType.f32), out, provider="cuda")
+    assert isinstance(runs, OnnxExecutable)
+    with pytest.raises(BackendUnavailable, match="made for CUDAExecutionProvider") as refused:
+        runs.open("prefill")
+    assert "onnxruntime-gpu" in str(refused.value)
+    found = check(out)
+    assert found.failure == ""
+    told = [x.told for x in found.findings if x.question == "operators"]
+    assert all("no CUDAExecutionProvider here" in text for text in told)
+    line = 'providers=["CUDAExecutionProvider", "CPUExecutionProvider"]'
+    assert line in (out / "example.py").read_text().replace("'", '"')
