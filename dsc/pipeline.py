@@ -125,6 +125,7 @@ RAISE = (
     "raise_registered",
     "raise_rms_norm",
     "raise_layer_norm",
+    "raise_activation",
     "raise_swiglu",
     "raise_rope",
     "raise_attention",

@@ -367,23 +367,42 @@ def route(
     normalise: bool = True,
     scale: float = 1.0,
     shared: int = 0,
+    logit_bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Choose `top_k` experts a token (DeepSeek-V3, eq. 12-16): indices i64 and weights f32 [*,k].
 
     x [*,d], weight [e,d]. `bias` f32[e] steers the choice and never enters the weights. `shared`
-    experts, from number e on, follow those chosen, with weight 1.
+    experts, from number e on, follow those chosen, with weight 1. `logit_bias` f32[e] is added to
+    the logits, before the score (gpt-oss).
     """
     return call(  # type: ignore[no-any-return]
-        "route", x, weight, bias, top_k=top_k, score=score, groups=groups, keep=keep,
+        "route", x, weight, bias, logit_bias, top_k=top_k, score=score, groups=groups, keep=keep,
         group_score=group_score, fill=fill, normalise=normalise, scale=scale, shared=shared,
     )  # fmt: skip
 
 
 def experts(
-    x: Tensor, idx: Tensor, w: Tensor, gate_up: Tensor, down: Tensor, act: str = "silu"
+    x: Tensor,
+    idx: Tensor,
+    w: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    act: str = "silu",
+    *,
+    gate_up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
+    limit: float = float("inf"),
+    alpha: float = 1.0,
+    shift: float = 0.0,
 ) -> Tensor:
     """sum_k w_k * down_k(act(gate_k x) * up_k x) over each token's experts.
 
-    x [*,d], idx i64[*,k], w f32[*,k], gate_up [e,2i,d] (gate rows, then up rows), down [e,d,i].
+    x [*,d], idx i64[*,k], w f32[*,k], gate_up [e,2i,d] (gate rows, then up rows), down [e,d,i];
+    `act` is silu, gelu, gelu_tanh or relu. Products may have biases [e,2i] and [e,d]. The gate is
+    at most `limit` and up within it on both sides; then it is act(alpha * gate) / alpha and up +
+    `shift` that are multiplied (gpt-oss).
     """
-    return call("experts", x, idx, w, gate_up, down, act=act)  # type: ignore[no-any-return]
+    return call(  # type: ignore[no-any-return]
+        "experts", x, idx, w, gate_up, down, gate_up_bias, down_bias, act=act, limit=limit,
+        alpha=alpha, shift=shift,
+    )  # fmt: skip

@@ -85,3 +85,28 @@ def test_chosen_experts_share_one_token_unless_asked_otherwise() -> None:
     torch.testing.assert_close(shares.sum(-1), torch.ones(5))
     _, scores = dsc.route(x, weight, top_k=3, normalise=False)
     assert not torch.allclose(scores.sum(-1), torch.ones(5))
+
+
+def test_routers_and_experts_take_the_biases_and_limits_of_gpt_oss() -> None:
+    x, gate, logit_bias = torch.randn(5, 8), torch.randn(6, 8), torch.randn(6) * 3
+    gate_up, down = torch.randn(6, 8, 8), torch.randn(6, 8, 4)
+    biases = torch.randn(6, 8), torch.randn(6, 8)
+
+    def layer(x: Tensor, logit_bias: Tensor, *biases: Tensor) -> Tensor:
+        idx, w = dsc.route(x, gate, top_k=2, score="softmax", logit_bias=logit_bias)
+        return dsc.experts(
+            x, idx, w, gate_up, down, gate_up_bias=biases[0], down_bias=biases[1],
+            limit=1.0, alpha=1.702, shift=1.0,
+        )  # fmt: skip
+
+    logits, chosen = (x @ gate.T + logit_bias).topk(2)
+    wanted = torch.zeros(5, 8)
+    for token in range(5):
+        for e, share in zip(chosen[token], logits[token].softmax(-1), strict=True):
+            g, u = (gate_up[e] @ x[token] + biases[0][e]).split(4)
+            g, u = g.clamp(max=1.0), u.clamp(-1.0, 1.0)
+            h = g * torch.sigmoid(1.702 * g) * (u + 1)
+            wanted[token] += share * (down[e] @ h + biases[1][e])
+    torch.testing.assert_close(layer(x, logit_bias, *biases), wanted, rtol=1e-4, atol=1e-4)
+    compiled = interpreted(traced(layer, x, logit_bias, *biases), x, logit_bias, *biases)
+    torch.testing.assert_close(compiled[0], wanted, rtol=1e-4, atol=1e-4)

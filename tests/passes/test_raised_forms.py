@@ -11,12 +11,13 @@ from dsc.ir.types import DType
 from dsc.passes import _gated_experts
 from dsc.passes._gated_experts import BATCHED, DENSE, GROUPED
 from dsc.passes.merge_shared_expert import SharedExpert, _layer
+from dsc.passes.raise_activation import _FAST, _FORM, _GELU, Activation
 from dsc.passes.raise_experts import Experts
 from dsc.passes.raise_rms_norm import RmsNorm, _norm
 from dsc.passes.raise_rope import _PARTIAL, _ROTATED, Rope
 from dsc.rewrite import lift
 from tests.passes.test_forms import raised, stays
-from tests.rewrite.harness import fire
+from tests.rewrite.harness import compare, fire, run_example
 
 # --- norms ----------------------------------------------------------------------------------------
 
@@ -46,6 +47,33 @@ NORMS = {
 def test_what_is_no_norm_stays(name: str) -> None:
     text, reason = NORMS[name]
     stays(RmsNorm(), text, reason)
+
+
+# --- activations ----------------------------------------------------------------------------------
+
+ACTIVATED = {
+    "by tanh": (_GELU.format(**_FORM), "gelu_tanh"),
+    "by tanh in 16 bits": (_GELU.format(**_FORM | {"type": "bf16"}), "gelu_tanh"),
+    "by tanh, wide": (_GELU.format(**_FORM).replace("B,4]", "B,4096]"), "gelu_tanh"),
+    "by tanh as FastGELU has it": (_FAST, "gelu_tanh"),
+    "by erf": (
+        "graph g(%x: f32[B,4]) { %c = full {dtype=f32, shape=[], value=1.4142135623730951}\n"
+        " %b = div %x, %c\n %e = erf %b\n %one = full {dtype=f32, shape=[], value=1.0}\n"
+        " %d = add %e, %one\n %a = mul %d, %x\n"
+        " %half = full {dtype=f32, shape=[], value=0.5}\n %y = mul %a, %half\n return %y }",
+        "gelu",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ACTIVATED)
+def test_an_activation_is_told_by_what_it_computes(name: str) -> None:
+    text, op = ACTIVATED[name]
+    before, after, report = fire(Activation(), text)
+    assert report.fired == {"Activation": 1}
+    assert [n.op for n in after.entries["main"].nodes] == [op]
+    wanted, got = (run_example(p, Activation().sample, 0) for p in (before, after))
+    assert not compare(wanted, got, 2e-2 if "bf16" in text else 1e-5)
 
 
 # --- rotations ------------------------------------------------------------------------------------
