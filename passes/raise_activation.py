@@ -171,7 +171,7 @@ def _prove(region: lift.Region) -> str:
     cases = [lift.Case(sizes, [each]) for each in (*turned, *noise)]
     why = ""
     for op in _ACTIVATIONS:
-        candidate = lift.build([x], lambda b, v, op=op: b.call(op, v)[0])  # type: ignore[misc]
+        candidate = lift.build([x], lambda b, v, op=op: b.call(op, v)[0])
         why = lift.prove(graph, candidate, cases, _same)
         if not why:
             return op
