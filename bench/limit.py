@@ -99,8 +99,10 @@ def _plain_attention(
     """
     hidden, heads = config["hidden_size"], config["num_attention_heads"]
     width, groups = config.get("head_dim") or hidden // heads, config["num_key_value_heads"]
-    sorts = config.get("layer_types") or ["full_attention"] * (index + 1)
-    window = config["sliding_window"] if sorts[index] == "sliding_attention" else context + new
+    sorts, window = config.get("layer_types"), config.get("sliding_window") or context + new
+    whole = sorts and sorts[index] != "sliding_attention"
+    if whole or not config.get("use_sliding_window", True):
+        window = context + new
     rows, pairs = batch * new, batch * new * min(context + (new + 1) / 2, window)
     yield _product(rows, (heads + 2 * groups) * width, hidden, kind)
     seen = batch * (min(context, window - 1) + new)

@@ -16,9 +16,9 @@ SMALL = {"num_hidden_layers": 2, "vocab_size": 512}
 CONTEXT = 600
 
 
-@pytest.mark.parametrize("model_type", ["qwen2", "gemma2"])
+@pytest.mark.parametrize("model_type", ["qwen2", "gemma2", "mistral"])
 def test_a_decode_step_reads_weights_and_keys_once(model_type: str, tmp_path: Path) -> None:
-    """gemma2 has one layer with a window of 256 and one without."""
+    """mistral's layers have a window of 256, one of the two of gemma2, and none of qwen2."""
     config = decode_bytes.configuration(model_type, **SMALL)
     decode_bytes.save(config, tmp_path)
     session = dsc.compile(tmp_path, backend="null", max_context=1024).session(max_batch=2)
@@ -29,14 +29,17 @@ def test_a_decode_step_reads_weights_and_keys_once(model_type: str, tmp_path: Pa
     assert 1 <= decode_bytes.ratio(config, 2, CONTEXT, told) <= decode_bytes.MOST
 
 
-@pytest.mark.parametrize(("sorts", "rows"), [((), 2 * 101), (("full", "sliding"), 101 + 10)])
+@pytest.mark.parametrize(
+    ("sorts", "window", "rows"),
+    [((), None, 2 * 101), ((), 10, 2 * 10), (("full", "sliding"), 10, 101 + 10)],
+)
 def test_a_window_bounds_the_rows_that_a_configuration_says(
-    sorts: Sequence[str], rows: int
+    sorts: Sequence[str], window: int | None, rows: int
 ) -> None:
     config = {
         "model_type": "qwen2", "hidden_size": 8, "num_attention_heads": 2, "vocab_size": 3,
         "num_key_value_heads": 1, "intermediate_size": 5, "num_hidden_layers": 2,
-        "layer_types": [f"{sort}_attention" for sort in sorts], "sliding_window": 10,
+        "layer_types": [f"{sort}_attention" for sort in sorts], "sliding_window": window,
     }  # fmt: skip
     before, after = (working_set(limit.step_work(config, 1, 1, n)) for n in (0, 100))
     assert after - before == (rows - 2) * (4 + 4) * 2
