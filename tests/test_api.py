@@ -19,6 +19,7 @@ from dsc import api
 from dsc.api import check_memory, compile_program
 from dsc.backends.base import No
 from dsc.backends.triton.backend import TritonBackend
+from dsc.compiled import check_kinds
 from dsc.errors import (
     ArtifactError,
     MemoryLimitError,
@@ -268,10 +269,10 @@ def test_the_best_backend_is_the_first_that_is_installed(
 def test_options_are_counted_from_one_and_named() -> None:
     api._check_options(0, "bf16", 1, 1, 1)
     api._check_options(3, None, 1, None, 1)
-    api._check_kinds(int, True, a=None, b=0)
+    check_kinds(int, True, a=None, b=0)
     for optional, value in ((False, None), (True, True), (True, "1")):
         with pytest.raises(UsageError, match=f"a is {value!r}"):
-            api._check_kinds(int, optional, b=1, a=value)
+            check_kinds(int, optional, b=1, a=value)
 
 
 def test_a_model_says_what_it_is_before_it_is_saved(tmp_path: Path) -> None:

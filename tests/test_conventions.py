@@ -102,6 +102,7 @@ RUNTIME_NEVER = (
     "dsc.frontends",
     "dsc.cli",
     "dsc.api",
+    "dsc.compiled",
     "dsc.models",
     "dsc.report",
     "dsc.rewrite",
