@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 from dsc.backends.base import Backend, Capabilities, check_supported
 from dsc.errors import UnsupportedOperator, UsageError, one_of
+from dsc.ir.formats import CODINGS
 from dsc.ir.interface import Storage
 from dsc.ir.paging import PAGE
 from dsc.ir.program import Program
@@ -168,6 +169,7 @@ SLOTS = (
         lambda s: {
             "codes": QUANT[s.asked.quant], "group": s.asked.group_size,
             "keep": tuple(x for x in s.asked.keep if not x.endswith(WIDE)),
+            "stays": s.can.formats or tuple(CODINGS),
             "wide": tuple(x.removesuffix(WIDE) for x in s.asked.keep if x.endswith(WIDE)),
         },
     ),

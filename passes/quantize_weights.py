@@ -6,8 +6,9 @@ What           a weight that linears or experts multiply by becomes the nearest 
 Why it pays    a decoded token costs the time to read the weights it uses: half, or a quarter.
 Preconditions  linears and experts alone read the tensors that it is made of: an embedding's table,
                a router's weights and what absorbed attention reads stay, in prefill too. It is
-               stored in no format yet, and no pattern of `keep` names it or such a tensor. What a
-               backend does not read as it is stored, `choose_formats` dequantises.
+               stored in no codes of `stays` yet, those that the backend reads as they are, and no
+               pattern of `keep` names it or such a tensor. What a backend does not read as it is
+               stored, `choose_formats` dequantises.
 Before         program "example" {stage=CANONICAL}
                symbols {N=[1,8]}
                weights {
@@ -86,9 +87,13 @@ class Kind:
 
 @dataclass(frozen=True)
 class Quantising(Pass):
-    """Decide for every weight that products read, but for those that `keep` names."""
+    """Decide for every weight that products read, but for those that `keep` names.
+
+    What is stored in codes of `stays` stays so; other codes are numbers, as any are.
+    """
 
     keep: tuple[str, ...] = ()
+    stays: tuple[str, ...] = option(tuple(CODINGS), among=CODINGS)
 
     needs = frozenset({Stage.CANONICAL, Stage.OPTIMIZED})
 
@@ -158,7 +163,7 @@ class Quantising(Pass):
         if key is not None:
             raise Kept(f"{others[key]} reads {key} too")
         found = stored_type(expr)
-        if found is not None:
+        if found is not None and found.dtype in self.stays:
             raise Kept(f"it is stored as {found.dtype} already")
         if not expr.type.dtype.is_float:
             raise Kept(f"it holds {expr.type.dtype}")

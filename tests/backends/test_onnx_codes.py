@@ -62,7 +62,7 @@ def drawn(t: TensorType, seed: int) -> dict[str, torch.Tensor]:
     return made
 
 
-def program_of(text: str, kind: TensorType, activation_bits: int = 8) -> Program:
+def program_of(text: str, kind: TensorType, quant: str = "none") -> Program:
     """The text with its matrices in a format, through the passes for the backend."""
     graph = parse_graph(text)
     read = {x.name: x for node in graph.nodes for x in node.operands if isinstance(x, Weight)}
@@ -78,7 +78,7 @@ def program_of(text: str, kind: TensorType, activation_bits: int = 8) -> Program
         weights[name] = apply("dequantize", leaf(name, t), dtype=DType.f32)
     ranges = dict.fromkeys("BSN", Range(1, 8))
     program = Program("coded", {"main": graph}, weights, ranges, DictSource(tensors))
-    options = pipeline.PipelineOptions(activation_bits=activation_bits)
+    options = pipeline.PipelineOptions(quant=quant)
     return pipeline.prepare(program, BACKEND, Target("cpu"), options).program
 
 
@@ -171,6 +171,24 @@ def test_a_loop_over_experts_reads_the_codes_of_those_that_were_chosen(
     assert "Loop" in {node.op_type for node in model.graph.node}
     wanted = ReferenceExecutable(program).run("main", given)["y"]
     differ(torch.as_tensor(runs.run("main", given)["y"]), torch.as_tensor(wanted), 0.1)
+
+
+@pytest.mark.parametrize("quant", ["int8", "int4"])
+def test_fp8_becomes_what_was_asked_for_and_integers_stay_as_they_are(
+    quant: str, tmp_path: Path
+) -> None:
+    blocks = Format((64, 64), DType.f32)
+    for kind, codes in ((TensorType(DType.f8e4m3, SHAPE, blocks), quant[:1] + quant[3:]),
+                        (KINDS["i8 with zero points"], "i8")):  # fmt: skip
+        text = TEXTS["experts"].replace("return %y", "%z = neg %y\n  return %z")  # no head
+        program = program_of(text, kind, quant)
+        node = program.entries["main"].nodes[0]
+        stored = {x.type.dtype for x in node.operands if x.type.format is not None}
+        assert stored == {codes}, "converted on the way, or kept"
+        given = inputs_of(program, 6)
+        got = executable(program, tmp_path / str(kind.dtype)).run("main", given)["z"]
+        wanted = ReferenceExecutable(program).run("main", given)["z"]
+        differ(torch.as_tensor(got), torch.as_tensor(wanted), 0.1)
 
 
 def test_a_branch_turns_all_that_it_reads_itself(tmp_path: Path) -> None:
