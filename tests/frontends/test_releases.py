@@ -1,0 +1,41 @@
+"""Releases compile as they stand: their own keys, names, formats and leftovers, in small."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import dsc
+from tests.released import RELEASES, VOCABULARY, release
+
+STEPS = 2
+LENGTH = 19
+
+
+@pytest.mark.parametrize(
+    ("name", "backend"),
+    [(n, "reference") for n in RELEASES] + [("DeepSeek-V3.1", "tvm"), ("GLM-4.7-Flash", "tvm")],
+)
+def test_a_release_compiles_as_it_stands(name: str, backend: str, tmp_path: Path) -> None:
+    small = release(name)
+    (tmp_path / "model").mkdir()
+    folder = small.write(tmp_path / "model")
+    compiled = dsc.compile(
+        folder, backend=backend, dtype="fp32", max_batch=2, max_context=32, prefill_chunk=8
+    )
+    session = compiled.session()
+    ids = torch.randint(VOCABULARY, (2, LENGTH + STEPS), generator=torch.manual_seed(0))
+    rows = [session.prefill(ids[:, :LENGTH], all_logits=True)]
+    rows += [session.decode(ids[:, LENGTH + i])[:, None] for i in range(STEPS)]
+    with torch.no_grad():
+        expected = small.stock(input_ids=ids, use_cache=False).logits
+    scale = max(1.0, float(expected.abs().max()))
+    assert float((torch.cat(rows, 1) - expected).abs().max()) / scale < 1e-4
+    assert compiled.manifest["generation"]["eos_token_id"] == small.ends
+    notes = " ".join(compiled.report["notes"])
+    assert ("(MTP)" in notes) == bool(small.further)
+    assert ("never imported" in notes) == ("auto_map" in small.config)
+    if "tokenizer_config" in RELEASES[name]:
+        assert "tokenizer.json was made from tiktoken.model" in notes
