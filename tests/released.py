@@ -18,7 +18,6 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
-import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import dsc
+from dsc.frontends.huggingface import load_checkpoint
+from dsc.ir.types import DType
 from tests.released import RELEASES, VOCABULARY, release
 
 STEPS = 2
@@ -39,3 +43,25 @@ def test_a_release_compiles_as_it_stands(name: str, backend: str, tmp_path: Path
     assert ("never imported" in notes) == ("auto_map" in small.config)
     if "tokenizer_config" in RELEASES[name]:
         assert "tokenizer.json was made from tiktoken.model" in notes
+
+
+def test_the_language_model_of_a_larger_release_is_read(tmp_path: Path) -> None:
+    """Kimi-K2.5 and its like: the family in a section, its tensors under a prefix."""
+    small = release("Kimi-K2")
+    wrapper = {
+        "architectures": ["KimiK25ForConditionalGeneration"], "model_type": "kimi_k25",
+        "auto_map": {"AutoConfig": "configuration_kimi_k25.KimiK25Config"},
+        "text_config": small.config, "vision_config": {"model_type": "moonvit"},
+        "quantization_config": None, "tie_word_embeddings": False,
+    }  # fmt: skip
+    tensors = {f"language_model.{name}": tensor for name, tensor in small.tensors.items()}
+    tensors |= {f"vision_tower.blocks.{i}.wqkv.weight": torch.ones(3, 3) for i in range(2)}
+    small.write(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(wrapper))
+    save_file(tensors, tmp_path / "model.safetensors")
+    found = load_checkpoint(tmp_path, DType.f32)
+    assert any("kimi_k25 the language model alone" in note for note in found.notes)
+    state = found.load().state_dict()
+    expected = small.stock.state_dict()
+    assert state.keys() == expected.keys()
+    assert all(torch.equal(state[name], tensor) for name, tensor in expected.items())
