@@ -446,6 +446,7 @@ BARS: dict[str, Callable[[], Figures]] = {
     "triton_compiles": triton_compiles,
     "triton_interprets": triton_interprets,
     "run_scripts": run_scripts,
+    "onnx_servers": _bar_of("onnx_servers"),
     "compile_671b": compile_671b,
     "passes_linear": passes_linear,
     "attention_block": attention_block,

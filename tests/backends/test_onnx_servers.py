@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import cache
@@ -16,6 +17,8 @@ import onnxruntime
 import pytest
 import torch
 
+import dsc
+from bench import onnx_servers
 from dsc import pipeline
 from dsc.backends.base import EmitOptions
 from dsc.backends.onnxruntime import serving, triton_server
@@ -328,3 +331,13 @@ def test_an_artifact_for_a_server_is_one_for_dsc(tmp_path: Path) -> None:
     (wanted, *_) = conversation("latent", [ROWS[0]])[0]
     np.testing.assert_allclose(session.prefill(torch.tensor([ROWS[0]]))[0], wanted, atol=1e-5)
     assert artifact.check_hashes(tmp_path / "a")
+
+
+def test_the_example_writes_transformers_greedy_text_in_both_dialects(tmp_path: Path) -> None:
+    wanted = onnx_servers.transformers_text()
+    for ops in ("ort", "standard"):
+        out = dsc.export(onnx_servers.TINY, tmp_path / ops, dtype="fp32", onnx_ops=ops)
+        text = onnx_servers.written(sys.executable, out, "example.py", onnx_servers.PROMPT)
+        assert text == wanted
+        beside = {"tokenizer.json", "tokenizer_config.json", "generation_config.json"}
+        assert beside <= {path.name for path in out.iterdir()}
