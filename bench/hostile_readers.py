@@ -245,7 +245,7 @@ def _unlike_rope(section: Any, found: Mapping[str, Any], stretched: bool) -> str
                 return f"{key}: {wrong}"
         is_plain = kind == "default" and not key.startswith(("rope_", "partial"))
         elsewhere = stretched and key == "original_max_position_embeddings"
-        if key not in ROPE or value is None or is_plain or elsewhere or isinstance(value, Mapping):
+        if key not in ROPE or value is None or is_plain or elsewhere:
             continue
         same = found.get(key) == value and isinstance(found[key], bool) is isinstance(value, bool)
         if not same:

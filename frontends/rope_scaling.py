@@ -88,6 +88,15 @@ class RopeScaling:
         return {**rest, "rope_parameters": section, name: int(positions * self.factor)}
 
 
+NUMBERS = (
+    "rope_theta", "factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "mscale",
+    "mscale_all_dim", "attention_factor", "low_freq_factor", "high_freq_factor",
+    "partial_rotary_factor",
+)  # fmt: skip
+"""Keys of rope sections that say a number."""
+TYPES = ("rope_type", "type")
+
+
 def rope_sections(values: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """The rope sections of a configuration by their keys, wherever they stand.
 
@@ -107,6 +116,23 @@ def rope_sections(values: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str,
         for key, own in kinds.items() if "rope" in name else ():
             of_all = {k: v for k, v in section.items() if k not in kinds}
             yield f"{name}.{key}", {**of_all, **own}
+
+
+def wrong_value(name: str, section: Mapping[str, Any]) -> str:
+    """What of a rope section is no value of its key, in words; "" where nothing is.
+
+    >>> wrong_value("rope_scaling", {"rope_type": "yarn", "factor": "4"})
+    "rope_scaling.factor must be a number, found '4'"
+    """
+    part = name.rpartition(".")[2]
+    if "." in name and part in (*NUMBERS, *TYPES):
+        return f"{name} must be a {'text' if part in TYPES else 'number'}, found a section"
+    for key, value in section.items():
+        if key in TYPES and value is not None and not isinstance(value, str):
+            return f"{name}.{key} must be a text, found {value!r:.60}"
+        if key in NUMBERS and value is not None and type(value) not in (int, float):
+            return f"{name}.{key} must be a number, found {value!r:.60}"
+    return ""
 
 
 def rope_type(section: Mapping[str, Any]) -> str:

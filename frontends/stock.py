@@ -30,7 +30,7 @@ from dsc.frontends.facts import NAMES, Facts
 from dsc.frontends.family import MEMBERS, OtherRope, parse_config
 from dsc.frontends.folder import CONFIG_FILE
 from dsc.frontends.quantisation import quantisation
-from dsc.frontends.rope_scaling import RopeScaling, rope_sections, rope_type
+from dsc.frontends.rope_scaling import RopeScaling, rope_sections, rope_type, wrong_value
 from dsc.frontends.schema import DTYPES
 from dsc.ir.lazy import torch
 from dsc.ir.types import DType
@@ -179,8 +179,13 @@ def _check_activation(config: StockConfig) -> None:
 
 
 def _check_rope(values: Mapping[str, Any], where: str) -> None:
-    """Raise `UnsupportedArchitecture` for angles that depend on the longest sequence so far."""
+    """Raise `ConfigError` for a rope section whose type is no text or whose numbers are none.
+
+    `UnsupportedArchitecture` for angles that depend on the longest sequence so far.
+    """
     for name, section in rope_sections(values):
+        if wrong := wrong_value(name, section):
+            raise ConfigError(wrong, where, AGAIN)
         if rope_type(section) == "dynamic":
             raise UnsupportedArchitecture(
                 f"{name}: rope_type 'dynamic' turns by angles that depend on the longest"

@@ -101,6 +101,25 @@ def test_a_rope_section_that_is_none_cannot_be_scaled(section: object) -> None:
         clean(LLAMA | {"rope_scaling": section}, scaling=RopeScaling("yarn", 4.0))
 
 
+@pytest.mark.parametrize("model_type", ["llama", "deepseek_v3"])
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("rope_type", [{"a": "yarn"}], "rope_parameters.rope_type must be a text"),
+        ("rope_type", {"a": "yarn"}, "rope_type must be a text, found a section"),
+        ("factor", "4", "rope_parameters.factor must be a number, found '4'"),
+        ("rope_theta", {"a": 1e4}, "rope_theta must be a number, found a section"),
+        ("beta_fast", True, "beta_fast must be a number, found True"),
+    ],
+)
+def test_a_rope_section_holds_texts_and_numbers(
+    model_type: str, key: str, value: object, words: str
+) -> None:
+    section = {"rope_type": "yarn", "factor": 4.0, key: value}
+    with pytest.raises(ConfigError, match=words):
+        clean(LLAMA | {"model_type": model_type, "rope_parameters": section})
+
+
 @pytest.mark.parametrize("original", [10**400, 64])
 @pytest.mark.parametrize("factor", [float("inf"), 1e308, True])
 def test_positions_beyond_all_numbers(original: int, factor: float) -> None:
