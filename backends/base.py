@@ -45,7 +45,8 @@ class Capabilities:
     `states`: how the states that its executables hold may be stored (`dsc.ir.interface`), first how
     KV caches are where nobody asks for pages. `experts`: it has grouped GEMMs, and
     this is what its kernels for experts cost. `shared_experts`: a shared expert is cheaper as one
-    more of the routed ones, in one stack of weights, than as linears of its own. `absorbed`: wants
+    more of the routed ones, in one stack of weights, than as linears of its own. `pairs`: experts
+    in codes want each gate row beside its up row. `absorbed`: wants
     decode and extend in the absorbed form. `entries`: the entry graphs it wants of a causal LM.
     `fuse`: the highest fusion level that its kernels take; `regions`: what they take within it.
     `collectives`: its executables speak to other ranks; without it a sharded program is emitted in
@@ -61,6 +62,7 @@ class Capabilities:
     experts: ExpertKernels | None = None
     shared_experts: bool = False
     absorbed: bool = True
+    pairs: bool = False
     entries: tuple[str, ...] = ("decode", "extend", "prefill")
     fuse: int = 0
     regions: RegionLimits = field(default_factory=RegionLimits)

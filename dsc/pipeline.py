@@ -193,6 +193,7 @@ SLOTS = (
             "blocks": s.can.unsigned,
         },
     ),
+    Slot(Part.OPTIMISE, "pair_gates", lambda s: s.can.pairs and s.asked.codes and _has_codes(s)),
     Slot(
         Part.OPTIMISE, "quantize_cache", lambda s: CACHE_FORMATS[s.asked.cache_format] != "",
         lambda s: {"codes": CACHE_FORMATS[s.asked.cache_format]},

@@ -73,7 +73,7 @@ class LowerMoeDispatch(Pass):
         node: Node,
         operands: Operands,
     ) -> Sequence[Operand] | None:
-        if node.op != "experts":
+        if node.op != "experts" or node.attrs["pairs"]:
             return None
         simple = len(node.operands) == 5 and is_plain(node.attrs)
         direct = (

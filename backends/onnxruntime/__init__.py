@@ -57,6 +57,7 @@ class OnnxRuntimeBackend:
             regions=RegionLimits(accepts=_accepts),
             formats=CODES,
             unsigned=True,
+            pairs=True,
             activations=CODES,
         )
 

@@ -66,7 +66,8 @@ class Pool:
     `unroll` says that work over experts may be written out, one branch an expert. `wide` names
     values that are fp32 where the program has 16 bits: caches that come and go so. `opset` is the
     version of ONNX's operators that may be used, `ops` the dialect, `provider` whom the model is
-    for, and `contrib` how often each of ONNX Runtime's own operators was written.
+    for, and `contrib` how often each of ONNX Runtime's own operators was written. `positive` names
+    values that are never below 0.
     """
 
     symbols: dict[str, tuple[str, int]] = field(default_factory=dict)
@@ -79,6 +80,7 @@ class Pool:
     ops: str = STANDARD
     provider: str = "cpu"
     contrib: Counter[str] = field(default_factory=Counter)
+    positive: set[str] = field(default_factory=set)
 
 
 class GraphWriter:

@@ -22,11 +22,12 @@ from dsc.ir.streams import blocks
 from dsc.ir.types import DType, TensorType
 from dsc.ir.weights import Apply, DictSource, WeightExpr, apply, evaluate, leaf, random_tensor
 from dsc.passes._unsigned import as_unsigned
+from dsc.passes.pair_gates import PairGates
 from dsc.targets import Target
 from tests.backends.test_onnxruntime import BACKEND
 from tests.backends.test_onnxruntime import _executable as executable
 
-BIASES = ("a", "b", "c")
+NUMBERS = ("a", "b", "c", "r")
 SHAPE = (2, 2)  # replaced by a weight's own
 KINDS = {
     "i4": TensorType(DType.i4, SHAPE, Format((1, 32), DType.f16)),
@@ -44,6 +45,10 @@ EXPERTS = """graph main(%x: f32[N,{k}], %i: i64[N,2], %s: f32[N,2], @w: f32[5,64
   %y = experts %x, %i, %s, @w, @v, @a, @c {{limit=2.0, alpha=1.5, shift=1.0}}
   return %y
 }}"""
+
+ROUTE = '%i, %s = route %x, @r {{score="sigmoid", top_k=2, normalise=true, scale=2.5}}'
+ROUTED = EXPERTS.replace("%i: i64[N,2], %s: f32[N,2], ", "@r: f32[5,{k}], ")
+ROUTED = ROUTED.replace("  %y", f"  {ROUTE}\n  %y", 1)
 
 
 def drawn(t: TensorType, seed: int) -> dict[str, torch.Tensor]:
@@ -69,7 +74,7 @@ def program_of(text: str, kind: TensorType, quant: str = "none") -> Program:
     weights: dict[str, WeightExpr] = {}
     tensors: dict[str, torch.Tensor] = {}
     for seed, (name, w) in enumerate(read.items()):
-        if name in BIASES:
+        if name in NUMBERS:
             tensors[name] = random_tensor(w.type, name)
             weights[name] = leaf(name, w.type)
             continue
@@ -95,7 +100,7 @@ def inputs_of(program: Program, rows: int) -> dict[str, torch.Tensor]:
             )
         else:
             made[value.name] = torch.randn(shape, generator=rng)
-    made["x"][0] = 0
+    made["x"][0] = 0 if "i" in made else 1  # a router would have ties
     return made
 
 
@@ -116,6 +121,7 @@ TEXTS = {
     "linear of part of a block": LINEAR.format(k=70, n=12),
     "experts": EXPERTS.format(k=96),
     "experts of part of a block": EXPERTS.format(k=80),
+    "experts behind a router": ROUTED.format(k=96),
 }
 
 
@@ -130,6 +136,10 @@ def test_products_of_codes_are_the_interpreters(
     assert kept, "codes did not reach the backend"
     runs = executable(program, tmp_path / "a", onnx_ops=ops)
     reference = ReferenceExecutable(program)
+    if "route" in text:
+        model = onnx.load(str(tmp_path / "a/onnx/main.onnx"), load_external_data=False)
+        whole = kind.format is not None and kind.format.block[1] in (16, 32) and ops == "ort"
+        assert ("QMoE" in {node.op_type for node in model.graph.node}) == whole
     for rows in (1, 6):
         given = inputs_of(program, rows)
         got, wanted = runs.run("main", given)["y"], reference.run("main", given)["y"]
@@ -189,6 +199,33 @@ def test_fp8_becomes_what_was_asked_for_and_integers_stay_as_they_are(
         got = executable(program, tmp_path / str(kind.dtype)).run("main", given)["z"]
         wanted = ReferenceExecutable(program).run("main", given)["z"]
         differ(torch.as_tensor(got), torch.as_tensor(wanted), 0.1)
+
+
+READ_TWICE = TEXTS["experts"].replace("%x: f32", "%q: f32[5,64], %x: f32")
+READ_TWICE = READ_TWICE.replace("  return %y", "  %z = mul %q, @a\n  return %y, %z")
+
+
+@pytest.mark.parametrize(
+    ("text", "paired"),
+    [
+        (TEXTS["experts"], {"w", "a"}),
+        (TEXTS["experts"].replace("{limit", '{act="gelu", limit'), set()),
+        (READ_TWICE, set()),
+    ],
+    ids=["silu", "gelu", "the bias is read elsewhere"],
+)
+def test_gates_in_pairs_say_the_same(text: str, paired: set[str]) -> None:
+    program = program_of(text, KINDS["i4"])
+    (node,) = (n for n in program.entries["main"].nodes if n.op == "experts")
+    assert node.attrs["pairs"] == bool(paired)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(PairGates, "run", lambda self, program, report: program)
+        apart = program_of(text, KINDS["i4"])
+    changed = {name for name, expr in program.weights.items() if apart.weights[name] != expr}
+    assert changed == paired
+    given = inputs_of(program, 6)
+    each = (ReferenceExecutable(one).run("main", given)["y"] for one in (program, apart))
+    assert torch.equal(*map(torch.as_tensor, each))
 
 
 def test_a_branch_turns_all_that_it_reads_itself(tmp_path: Path) -> None:

@@ -42,7 +42,9 @@ MORE = {
     "logical_and": ["bool[{a},{b}], bool[{a},{b}]"],
     "logical_or": ["bool[{a},{b}], bool[{a},{b}]"],
     "cast": ["f32[{a},{b}] {{dtype=f64}}"],
-    "experts": ["f32[{a},{b}], i64[{a},2]=3, f32[{a},2], f32[4,8,{b}], f32[4,{b},4]"],
+    "experts": ["f32[{a},{b}], i64[{a},2]=3, f32[{a},2], f32[4,8,{b}], f32[4,{b},4]",
+                "f32[{a},{b}], i64[{a},2]=3, f32[{a},2], f32[4,8,{b}], f32[4,{b},4]"
+                " {{pairs=true}}"],
     "attention": ["f32[{a},{b},4,{c}], f32[{a},8,2,{c}], f32[{a},8,2,{d}], i64[{a}]=1"
                   " {{scale=0.3, causal=true}}"],
     "latent_attention": ["f32[{a},{b},4,{c}], f32[{a},{b},4,4], f32[{a},9,{c}], f32[{a},9,4],"

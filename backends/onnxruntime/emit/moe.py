@@ -19,6 +19,7 @@ import numpy as np
 from dsc.backends.onnxruntime.emit.coded import Matrix, gathered, is_coded, times
 from dsc.backends.onnxruntime.emit.core import count, linear
 from dsc.backends.onnxruntime.emit.pointwise import gated
+from dsc.backends.onnxruntime.emit.qmoe import is_qmoe, qmoe
 from dsc.backends.onnxruntime.graph import GraphWriter, Shape, static
 from dsc.ir.dims import Dim, product, symbol
 from dsc.ir.graph import Attrs, Node, Operand, Weight
@@ -49,12 +50,14 @@ def _route(
         w = g.op("Div", w, g.op("Add", total, g.scalar(1e-20)))
     if attrs["scale"] != 1.0:
         w = g.op("Mul", w, g.scalar(attrs["scale"]))
+    is_positive = attrs["scale"] >= 0  # scores are
     shared = attrs["shared"]
     if shared:
         to = g.shape((*n, shared))
         always = g.constant(np.arange(static(experts), static(experts) + shared))
         idx = g.op("Concat", idx, g.op("Expand", always, to), axis=-1)
         w = g.op("Concat", w, g.op("Expand", g.scalar(1.0), to), axis=-1)
+    g.pool.positive |= {w} if is_positive else set()
     return idx, w
 
 
@@ -161,7 +164,12 @@ def _looped(
 def _experts(
     g: GraphWriter, node: Node, x: str, idx: str, w: str, gate_up: str, down: str, *biases: str
 ) -> str:
-    """Dispatch, both products and the activation of one expert after the other, combine."""
+    """Dispatch, both products and the activation of one expert after the other, combine.
+
+    In codes all of it is one QMoE where that can say it.
+    """
+    if is_qmoe(g, node, w):
+        return qmoe(g, node, x, idx, w, *biases)
     types = [a.type for a in node.operands]
     (*n, d), (*_, k) = types[0].shape, types[1].shape
     m, inner = product(tuple(n)), static(types[4].shape[2])
@@ -180,7 +188,7 @@ def _experts(
             assert isinstance(bias, str)
             return multiplied(b, rows, matrix, widths[name], bias, node.attrs["activations"])
 
-        gate, up = b.ops("Split", 2, product(rows, "gate_up"), b.i64(inner, inner), axis=1)
+        gate, up = _gate_and_up(b, product(rows, "gate_up"), inner, node.attrs["pairs"])
         return product(gated(b, gate, up, node.attrs), "down")
 
     names = ("gate_up", "down", "gate_up_bias", "down_bias")
@@ -195,6 +203,16 @@ def _experts(
     weights = g.reshape(w, types[2].shape, (m, k))
     y = combine(g, sorted_rows, order, weights, (m, k, d))
     return g.cast(g.reshape(y, (m, d), types[0].shape), DType.f32, types[0].dtype)
+
+
+def _gate_and_up(g: GraphWriter, both: str, inner: int, pairs: bool) -> tuple[str, str]:
+    """The results of gate rows and of up rows, [m, inner] each."""
+    if not pairs:
+        gate, up = g.ops("Split", 2, both, g.i64(inner, inner), axis=1)
+        return gate, up
+    apart = g.op("Reshape", both, g.i64(-1, inner, 2))
+    gate, up = (g.op("Gather", apart, g.constant(np.array(i, np.int64)), axis=2) for i in range(2))
+    return gate, up
 
 
 def combine(g: GraphWriter, y: str, order: str, w: str, shape: Shape) -> str:

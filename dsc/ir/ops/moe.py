@@ -110,8 +110,9 @@ def gated(
 
 
 def is_plain(attrs: Mapping[str, Any]) -> bool:
-    """Whether the gate of experts is act(gate) * up, with neither limits nor factors."""
-    return bool(attrs["limit"] == inf and attrs["alpha"] == 1.0 and attrs["shift"] == 0.0)
+    """Whether experts are act(gate) * up, gate before up, with neither limits nor factors."""
+    plain = attrs["limit"] == inf and attrs["alpha"] == 1.0 and attrs["shift"] == 0.0
+    return bool(plain and not attrs["pairs"])
 
 
 def plain_experts(node: Node) -> Node:
@@ -152,6 +153,7 @@ def _experts(
     limit: float,
     alpha: float,
     shift: float,
+    pairs: bool,
     activations: str,
 ) -> Any:
     tokens = x.reshape(-1, x.shape[-1])
@@ -162,7 +164,7 @@ def _experts(
         both = product_of(tokens[token], gate_up[expert], activations=activations)
         if gate_up_bias is not None:
             both = both + gate_up_bias[expert]
-        gate, up = both.chunk(2, -1)
+        gate, up = (both[..., 0::2], both[..., 1::2]) if pairs else both.chunk(2, -1)
         hidden = gated(gate, up, act, limit, alpha, shift)
         y = product_of(hidden, down[expert], activations=activations)
         if down_bias is not None:
@@ -252,7 +254,8 @@ def _place_experts(call: PlacedCall) -> Placing | str:
         return f"experts of {inner} rows on {call.ranks} ranks stay whole"
     if "down_bias" in biases:
         return "a part of every expert would add the bias of down on each rank"
-    parts = {name: Part(1, pieces=2) for name in ("gate_up", *biases)} | {"down": Part(2)}
+    pieces = 1 if call.attrs["pairs"] else 2
+    parts = {name: Part(1, pieces=pieces) for name in ("gate_up", *biases)} | {"down": Part(2)}
     return Placing((PARTIAL,), parts, whole=tokens, kind="experts")
 
 
@@ -289,7 +292,8 @@ route = op(
 experts = op(
     "experts(x: F[*n, d], idx: i64[*n, k], w: f32[*n, k], gate_up: F[e, g, d], down: F[e, d, i],"
     ' gate_up_bias: F[e, g]?, down_bias: F[e, d]?; act: str = "silu", limit: float = inf,'
-    ' alpha: float = 1.0, shift: float = 0.0, activations: str = "") -> F[*n, d]',
+    ' alpha: float = 1.0, shift: float = 0.0, pairs: bool = false, activations: str = "")'
+    " -> F[*n, d]",
     Traits(
         Role.EXPERTS,
         flops=lambda c: 2 * (_chosen_gate_up(c) + _chosen_down(c)),
@@ -303,8 +307,8 @@ experts = op(
     doc="sum_k w_k * down_k(act(gate_k x) * up_k x) over each token's experts; gate_up holds the"
     " i gate rows, then the i up rows of each expert. Both products may have a bias; act(gate) * up"
     " is then act(alpha gate) / alpha * (up + shift), where gate is at most limit and up within it"
-    " on both sides (gpt-oss). Accumulates in fp32. Activations, which are those of linear, are the"
-    " rows of both products.",
+    " on both sides (gpt-oss). With pairs each gate row is followed by its up row. Accumulates in"
+    " fp32. Activations, which are those of linear, are the rows of both products.",
     example="f32[5,8], i64[5,2]=3, f32[5,2], f32[4,6,8], f32[4,8,3]",
     infer=_infer_experts,
     within={"idx": Within("0", "e-1", "the number of an expert")},
