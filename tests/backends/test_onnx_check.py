@@ -9,6 +9,8 @@ from pathlib import Path
 import onnx
 import pytest
 
+import dsc
+from bench.onnx_servers import TINY
 from dsc.backends.onnxruntime import check as checks
 from dsc.backends.onnxruntime.check import Checked, check
 from dsc.cli import main
@@ -107,3 +109,12 @@ def test_the_verb_ends_with_1_and_a_sentence(
     found = json.loads(out)["check"]
     assert {x["passed"] for x in found["findings"] if x["question"] == "ONNX Runtime"} == {True}
     assert "shapes of onnx/extend.onnx: they do not follow" in err
+
+
+def test_rows_in_codes_are_held_to_what_rounding_explains(tmp_path: Path) -> None:
+    out = dsc.export(TINY, tmp_path / "a", dtype="fp32", quant="int8", max_context=64)
+    found = check(out)
+    assert found.failure == ""
+    assert answers(found)["reference"] == {None}
+    worst = max(found.layers["onnx/extend.onnx"].values())
+    assert checks.LIMITS[DType.f32] < worst < checks.CODED_ROWS
