@@ -141,12 +141,14 @@ class OnnxRuntimeBackend:
         def finish(places: Mapping[str, tuple[int, int]]) -> Mapping[str, bytes]:
             return {path: one.serialized(places) for path, one in built.items()}
 
+        used = {op_type for one in built.values() for op_type in one.contrib}
+        runtime = contrib.least_runtime(form.runtime, used)
         causal = program.is_causal_lm
         texts = {required.CONFIG: required.required_operators(x.proto for x in built.values())}
         texts |= served.texts
         if causal:
             texts |= {
-                "README.md": card(program, files, form, providers),
+                "README.md": card(program, files, form, providers, runtime),
                 EXAMPLE: example(program, files, providers),
             }
         return Emission(
@@ -157,7 +159,7 @@ class OnnxRuntimeBackend:
             runner=RUNNER.read_text() if causal and form.numpy else "",
             finish=finish,
             notes=contrib.notes((one.contrib for one in built.values()), form.ops, form.provider),
-            needs={"onnxruntime": f"onnxruntime>={form.runtime}"},
+            needs={"onnxruntime": f"onnxruntime>={runtime}"},
         )
 
     def load(self, folder: Path, manifest: Mapping[str, Any], program: Program) -> Executable:

@@ -63,7 +63,13 @@ LAYER = re.compile(r"^(past|present)\.(\d+)\.(.*)$")
 OPERATORS = {ORT: "operators of ONNX Runtime, and standard ones", STANDARD: "standard operators"}
 
 
-def card(program: Program, files: Mapping[str, str], form: Form, providers: Sequence[str]) -> str:
+def card(
+    program: Program,
+    files: Mapping[str, str],
+    form: Form,
+    providers: Sequence[str],
+    runtime: str,
+) -> str:
     """The text for the models in `files`, by entry."""
     general = list(program.entries)[-1]
     graph = program.entries[general]
@@ -77,7 +83,7 @@ def card(program: Program, files: Mapping[str, str], form: Form, providers: Sequ
         version=__version__,
         operators=OPERATORS[form.ops],
         opset=form.opset,
-        runtime=form.runtime,
+        runtime=runtime,
         weights=f"{PurePosixPath(files[general]).parent}/{WEIGHTS}",
         models="\n".join(_models(program, files)),
         **asdict(program.limits),

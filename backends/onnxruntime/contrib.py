@@ -20,26 +20,30 @@ PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
 @dataclass(frozen=True)
 class Contrib:
-    """An operator: what it stands for, who has it, and who computes something else by it."""
+    """An operator: what it stands for, who has it, and who computes something else by it.
+
+    `runtime` is the first ONNX Runtime whose operator takes what is written, as far as was tried.
+    """
 
     fallback: str
     providers: frozenset[str]
+    runtime: str
     wrong: Mapping[str, str] = field(default_factory=dict)
     source: str = "docs/ContribOperators.md of microsoft/onnxruntime"
 
 
 CONTRIB: Mapping[str, Contrib] = MappingProxyType({
     "MatMulNBits": Contrib(
-        "DequantizeLinear and a product", frozenset({"cpu", "cuda"}),
+        "DequantizeLinear and a product", frozenset({"cpu", "cuda"}), "1.23",
         source="contrib_ops/cpu/quantization/matmul_nbits.cc",
     ),
     "QMoE": Contrib(
-        "a branch an expert", frozenset({"cpu", "cuda"}),
+        "a branch an expert", frozenset({"cpu", "cuda"}), "1.31",
         {"cuda": "it ignores router_weights"},
         source="contrib_ops/cpu/moe/moe_quantization_cpu.cc",
     ),
     "GatherBlockQuantized": Contrib(
-        "Gather and DequantizeLinear", frozenset({"cpu", "cuda"}),
+        "Gather and DequantizeLinear", frozenset({"cpu", "cuda"}), "1.31",
         source="contrib_ops/cpu/quantization/gather_block_quantized.cc",
     ),
 })  # fmt: skip
@@ -50,6 +54,19 @@ def is_offered(op_type: str, ops: str, provider: str) -> bool:
     """Whether a model in the dialect `ops` may use an operator on a provider."""
     known = CONTRIB[op_type]
     return ops == ORT and provider in known.providers and provider not in known.wrong
+
+
+def least_runtime(usual: str, used: Iterable[str]) -> str:
+    """The first ONNX Runtime that runs a model, which needs `usual` without these operators.
+
+    >>> least_runtime("1.25", ["MatMulNBits"]), least_runtime("1.23", ["MatMulNBits", "QMoE"])
+    ('1.25', '1.31')
+    """
+    return max([usual, *(CONTRIB[op_type].runtime for op_type in used)], key=_release)
+
+
+def _release(version: str) -> tuple[int, ...]:
+    return tuple(map(int, version.split(".")))
 
 
 def notes(uses: Iterable[Mapping[str, int]], ops: str, provider: str) -> tuple[str, ...]:

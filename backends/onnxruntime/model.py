@@ -106,7 +106,9 @@ def build_model(
     model = helper.make_model(proto, opset_imports=opsets, ir_version=IR_VERSION)
     model.producer_name, model.producer_version = "dsc", __version__
     if causal:
-        model.doc_string = DOC.format(name=name, runtime=form.runtime)
+        model.doc_string = DOC.format(
+            name=name, runtime=contrib.least_runtime(form.runtime, g.pool.contrib)
+        )
     helper.set_model_props(model, dict(sorted((facts or {}).items())))
     externals = [e for e in g.pool.externals.values() if e.tensor.name in used]
     return BuiltModel(model, externals, g.pool.contrib)

@@ -22,7 +22,7 @@ from dsc.ir.streams import blocks
 from dsc.ir.types import DType, TensorType
 from dsc.ir.weights import Apply, DictSource, WeightExpr, apply, evaluate, leaf, random_tensor
 from dsc.passes._unsigned import as_unsigned
-from dsc.passes.pair_gates import PairGates
+from dsc.runtime import artifact
 from dsc.targets import Target
 from tests.backends.test_onnxruntime import BACKEND
 from tests.backends.test_onnxruntime import _executable as executable
@@ -218,8 +218,9 @@ def test_gates_in_pairs_say_the_same(text: str, paired: set[str]) -> None:
     program = program_of(text, KINDS["i4"])
     (node,) = (n for n in program.entries["main"].nodes if n.op == "experts")
     assert node.attrs["pairs"] == bool(paired)
+    unpaired = replace(BACKEND.capabilities(Target("cpu")), pairs=False)
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(PairGates, "run", lambda self, program, report: program)
+        patched.setattr(BACKEND, "capabilities", lambda _: unpaired, raising=False)
         apart = program_of(text, KINDS["i4"])
     changed = {name for name, expr in program.weights.items() if apart.weights[name] != expr}
     assert changed == paired
@@ -255,3 +256,12 @@ def test_unsigned_codes_stand_for_the_same_numbers(
     for part, whole in zip(made.args, found.parts, strict=True):
         streamed = torch.cat([torch.as_tensor(x).flatten() for x in blocks(part, source, 64)])
         assert torch.equal(streamed, whole.flatten())
+
+
+def test_a_model_needs_the_runtime_that_its_operators_were_tried_with(tmp_path: Path) -> None:
+    program = program_of(TEXTS["experts behind a router"], KINDS["i4"])
+    for ops, needed in (("ort", "1.31"), ("standard", "1.25")):
+        folder = tmp_path / ops
+        executable(program, folder, onnx_ops=ops)
+        needs = artifact.read(folder).manifest["needs"]
+        assert needs == {"onnxruntime": f"onnxruntime>={needed}"}
