@@ -44,7 +44,8 @@ def export(
     """Write `model` as ONNX into the folder `output`, whole or not at all.
 
     Args:
-        model: what `dsc.compile` takes; with `args`, a function of tensors or a module.
+        model: what `dsc.compile` takes; a `.py` file that has `example_inputs(config)` too, with
+            `dynamic_shapes` where sizes are open; with `args`, a function of tensors or a module.
         output: the folder; `dsc.load` opens it too.
         args: example arguments, tensors, for a function or a module.
         dynamic_shapes: as of `torch.export`: for an argument's name the names of sizes that are
@@ -79,8 +80,21 @@ def export(
 def exported(model: Any, **options: Any) -> CompiledModel:
     """What `dsc.compile` makes of `model` for ONNX Runtime, with what servers read beside it."""
     from dsc import api
+    from dsc.frontends import python_file
     from dsc.frontends.beside import files_beside
 
+    if isinstance(model, (str, Path)) and Path(model).suffix == ".py":
+        example = python_file.example_of(Path(model), options.get("config"))
+        if example is not None:
+            own = [name for name in ("weights", "dtype") if options.get(name) is not None]
+            if own:
+                raise UsageError(
+                    f"a module with example inputs brings its {own[0]}",
+                    where=str(model),
+                    hint=f"leave out --{own[0]}",
+                )
+            options = {name: x for name, x in options.items() if name != "config"}
+            model = traced(example.module, example.args, example.dynamic_shapes)
     options = {"backend": BACKEND, **options}
     if options["backend"] != BACKEND:
         raise UsageError(f"{options['backend']} writes no ONNX", hint="leave out the backend")

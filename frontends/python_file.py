@@ -12,18 +12,21 @@ import importlib.util
 import inspect
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dsc.errors import DscError, UsageError
+from dsc.files import read_text
 from dsc.frontends.family import ModelConfig, states_of
 from dsc.frontends.stock import cast_parameters
 from dsc.ir.lazy import torch
 from dsc.ir.types import DType
 from dsc.models import configs
+from dsc.strict_json import JsonObject, parse_object
 
 if TYPE_CHECKING:
     from torch import nn
@@ -45,8 +48,49 @@ def built(path: Path, config: ModelConfig, dtype: DType) -> nn.Module:
     return module
 
 
-def _build_function(path: Path) -> Callable[[ModelConfig], nn.Module]:
-    build: Callable[[ModelConfig], nn.Module] | None = getattr(_module_at(path), "build", None)
+EXAMPLE = "example_inputs"
+"""What a file has whose module is no causal LM: `example_inputs(config)`, a tuple of tensors."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """A module that is traced on example arguments, and which of their sizes are open."""
+
+    module: nn.Module
+    args: tuple[Any, ...]
+    dynamic_shapes: Mapping[str, Any] | None
+
+
+def example_of(path: Path, config: str | None) -> Example | None:
+    """The module of a file that defines `example_inputs` and, if sizes are open, `dynamic_shapes`.
+
+    `config` is a file of JSON, which `build` and `example_inputs` are given; `{}` without one.
+    Raises `UsageError` for any fault of the file.
+    """
+    if module_of_ours(path) or not path.is_file() or EXAMPLE not in read_text(path):
+        return None
+    file = _module_at(path)
+    inputs = getattr(file, EXAMPLE, None)
+    if not callable(inputs):
+        return None
+    said: JsonObject = {}
+    if config is not None:
+        said = parse_object(read_text(Path(config)).encode(), config, UsageError)
+    build: Callable[[JsonObject], Any] = _build_function(path, file)
+    with blaming(path):
+        module, args = build(said), inputs(said)
+    if not isinstance(module, torch.nn.Module) or not isinstance(args, (tuple, list)):
+        raise UsageError(
+            f"build gave {type(module).__name__}, {EXAMPLE} {type(args).__name__}",
+            where=str(path),
+            hint="build gives a torch.nn.Module, example_inputs a tuple of its arguments",
+        )
+    return Example(module, tuple(args), getattr(file, "dynamic_shapes", None))
+
+
+def _build_function(path: Path, file: ModuleType | None = None) -> Callable[[Any], nn.Module]:
+    file = _module_at(path) if file is None else file
+    build: Callable[[Any], nn.Module] | None = getattr(file, "build", None)
     if not callable(build):
         raise UsageError(
             "the file defines no build(config)",

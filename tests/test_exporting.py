@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import dsc
+from dsc.cli import main
 from dsc.errors import UsageError
 from dsc.frontends.beside import files_beside
 
@@ -108,3 +109,44 @@ def test_a_tokenizer_alone_gets_settings() -> None:
     assert json.loads(found["tokenizer_config.json"])["tokenizer_class"]
     assert not notes
     assert files_beside(None, ()) == ({}, [])
+
+
+FILE = """
+import torch
+
+dynamic_shapes = {"x": {0: "B"}}
+
+def build(config):
+    return torch.nn.Sequential(torch.nn.Linear(config["width"], 4), torch.nn.SiLU())
+
+def example_inputs(config):
+    return (torch.randn(2, config["width"]),)
+"""
+
+
+def test_a_file_with_example_inputs_is_exported_by_the_verb(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, config = tmp_path / "m.py", tmp_path / "c.json"
+    path.write_text(FILE.replace('"x"', '"input"'))
+    config.write_text('{"width": 6}')
+    line = ["export", str(path), "--config", str(config), "-o", str(tmp_path / "a"), "--check"]
+    with pytest.raises(SystemExit) as ended:
+        main(line)
+    assert ended.value.code == 0, capsys.readouterr().err
+    (found,) = outputs_of(tmp_path / "a/onnx/Sequential.onnx", {"input": torch.randn(5, 6)})
+    assert found.shape == (5, 4)
+    path.write_text(FILE)
+    for text, problem in (
+        (FILE, "dynamic_shapes names x"),
+        (FILE.replace('["width"]', '["depth"]'), "m.py:7"),
+        (FILE.replace("return (torch", "return 1, (torch").replace("1, ", "3 #"), "build gives a"),
+    ):
+        path.write_text(text)
+        with pytest.raises(SystemExit) as ended:
+            main([*line, "--force"])
+        assert ended.value.code == 2
+        assert problem in capsys.readouterr().err
+    path.write_text(FILE)
+    with pytest.raises(UsageError, match="brings its weights"):
+        dsc.export(path, tmp_path / "b", config=str(config), weights="none")
