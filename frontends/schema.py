@@ -42,10 +42,14 @@ MUST = {
 """What a value must be, by the kind of pydantic's errors."""
 _FORM = re.compile(r"int|str|(constrained|list|tuple|function).*")
 """How pydantic calls the forms that a value may have, behind the key."""
+MOST = 20
+"""Faults that are told one by one."""
 
 
 def sentence(exc: ValidationError, section: str = "") -> str:
-    """All that pydantic found, one key after the other: what it must be, and what was found.
+    """What pydantic found, one key after the other: what it must be, and what was found.
+
+    Of more than `MOST` faults the first are told, and how many there are beside them.
 
     Keys are those of a `section`, where they do not stand at the top of the file.
     """
@@ -61,8 +65,9 @@ def sentence(exc: ValidationError, section: str = "") -> str:
             must.setdefault((key, f"{error['input']!r:.60}"), []).append(wanted)
         else:
             rest.append((f"{key}: " if key else "") + error["msg"].removeprefix("Value error, "))
-    told = (
+    told = [
         f"{key} must be {' or '.join(dict.fromkeys(wanted))}, found {found}"
         for (key, found), wanted in must.items()
-    )
-    return "; ".join([*told, *rest])
+    ] + rest
+    more = [f"and {len(told) - MOST} more"] if len(told) > MOST else []
+    return "; ".join(told[:MOST] + more)

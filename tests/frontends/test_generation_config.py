@@ -62,6 +62,14 @@ def test_what_means_nothing_is_refused_by_name(
         settings_of(raw, config)
 
 
+def test_of_many_faults_the_first_are_told(config: Facts) -> None:
+    with pytest.raises(ConfigError) as refused:
+        settings_of({"eos_token_id": ["</s>"] * 5000}, config)
+    assert len(str(refused.value)) < 2500
+    assert "eos_token_id.0 must be" in str(refused.value)
+    assert "more" in str(refused.value)
+
+
 @pytest.mark.parametrize("text", ['{"top_p": NaN}', "[1]", '{"top_k": 1, "top_k": 2}', "{"])
 def test_a_damaged_file_is_refused(text: str, config: Facts, tmp_path: Path) -> None:
     (tmp_path / "generation_config.json").write_text(text)
