@@ -123,7 +123,7 @@ class OnnxRuntimeBackend:
             built[files[owner]] = model.build_model(
                 program.entries[owner], owner, form, facts(program)
             )
-        served = serving.files(program, form, server)
+        served = serving.files(program, form, files, server)
         built |= served.models
         own, spare = contrib.PROVIDERS[form.provider], contrib.PROVIDERS["cpu"]
         providers = list(dict.fromkeys([own, spare]))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import PurePosixPath
 
 from dsc.backends.onnxruntime import genai_config, triton_server
 from dsc.backends.onnxruntime.interface import Form, Interface
@@ -35,8 +36,11 @@ def folder_of(program: Program, server: str | None) -> str:
     return f"{triton_server.repository_name(program)}/1" if server == "triton-server" else FOLDER
 
 
-def files(program: Program, form: Form, server: str | None) -> Served:
-    """What `server` wants of a program. Raises `UsageError` where it cannot hold it."""
+def files(program: Program, form: Form, models: Mapping[str, str], server: str | None) -> Served:
+    """What `server` wants of a program whose entries are run by `models`.
+
+    Raises `UsageError` where it cannot hold the program.
+    """
     if server is None:
         return Served()
     entry = stepped(program)
@@ -44,7 +48,7 @@ def files(program: Program, form: Form, server: str | None) -> Served:
     border = Interface.of(graph, form)
     folder = folder_of(program, server)
     if server == "triton-server":
-        return _repository(program, graph, border, form, folder)
+        return _repository(program, graph, border, form, models)
     if not program.is_causal_lm:
         raise UsageError(
             f"{server} runs causal language models, and this is none", hint="leave out --for"
@@ -52,7 +56,7 @@ def files(program: Program, form: Form, server: str | None) -> Served:
     whole = server == "optimum"
     signature = StockSignature.of(program, graph, border, whole, whole)
     name = "model" if whole else server
-    path = f"{folder}/{name}.onnx"
+    path = _free(f"{folder}/{name}.onnx", models)
     built = build_model(graph, name, form, signature=signature)
     if whole:
         config = json.dumps(program.meta.get("config", {}), indent=1) + "\n"
@@ -61,17 +65,27 @@ def files(program: Program, form: Form, server: str | None) -> Served:
 
 
 def _repository(
-    program: Program, graph: Graph, border: Interface, form: Form, folder: str
+    program: Program, graph: Graph, border: Interface, form: Form, models: Mapping[str, str]
 ) -> Served:
     """A model for Triton, and its config.pbtxt."""
     name = triton_server.repository_name(program)
-    path, config = f"{folder}/{triton_server.MODEL}", f"{name}/{triton_server.CONFIG}"
+    own = PurePosixPath(models[graph.name])
+    config = f"{name}/{triton_server.CONFIG}"
     if not program.is_causal_lm:
-        text = triton_server.plain_config(program, name, graph, border)
+        text = triton_server.plain_config(program, name, graph, border, own.name)
         return Served(texts={config: text})
+    path = _free(str(own.with_name(triton_server.MODEL)), models)
     signature = triton_server.SequenceSignature.of(graph, border)
     text = triton_server.sequence_config(program, name, signature)
     return Served({path: build_model(graph, "model", form, signature=signature)}, {config: text})
+
+
+def _free(path: str, models: Mapping[str, str]) -> str:
+    """`path`, where no entry's model lies. Raises `UsageError`."""
+    taken = next((entry for entry, other in models.items() if other == path), None)
+    if taken is not None:
+        raise UsageError(f"{path} is the model of entry {taken}", hint="call the entry otherwise")
+    return path
 
 
 def stepped(program: Program) -> str:

@@ -140,8 +140,8 @@ def sequence_config(program: Program, name: str, signature: SequenceSignature) -
     return "\n".join(lines) + "\n"
 
 
-def plain_config(program: Program, name: str, graph: Graph, border: Interface) -> str:
-    """config.pbtxt of a model without state, its entry's; batched where that changes no result."""
+def plain_config(program: Program, name: str, graph: Graph, border: Interface, file: str) -> str:
+    """config.pbtxt of a model without state, in `file`; batched where that changes no result."""
     taken = [Port(v.name, border.inputs[v.name], v.type.shape) for v in graph.inputs]
     outputs = zip(result_names(graph), graph.output_names, graph.outputs, strict=True)
     given = [Port(theirs, border.outputs[n], x.type.shape) for theirs, n, x in outputs]
@@ -153,7 +153,7 @@ def plain_config(program: Program, name: str, graph: Graph, border: Interface) -
         most = program.symbols[str(axis)].hi
         batching = [f"max_batch_size: {min(most, LARGEST_BATCH)}", "dynamic_batching { }"]
         taken, given = ([Port(p.name, p.dtype, p.shape[1:]) for p in x] for x in (taken, given))
-    head = _head(name, f"{graph.name}.onnx")
+    head = _head(name, file)
     lines = [*head, *batching, *_ports("input", taken), *_ports("output", given)]
     return "\n".join(lines) + "\n"
 

@@ -318,6 +318,14 @@ def test_what_a_server_cannot_hold_is_refused(kind: str, server: str, problem: s
         BACKEND.emit(program(kind), EmitOptions(extra={"server": server}))
 
 
+def test_no_entrys_model_is_overwritten() -> None:
+    (graph,) = program("grouped").entries.values()
+    named = replace(program("grouped"), entries={"model": replace(graph, name="model")})
+    for server in ("optimum", "triton-server"):
+        with pytest.raises(UsageError, match=r"model\.onnx is the model of entry model"):
+            BACKEND.emit(named, EmitOptions(extra={"server": server}))
+
+
 def test_servers_of_language_models_refuse_others() -> None:
     graph = parse_graph("graph main(%x: f32[3]) { %y = neg %x return %y }")
     for server in set(serving.SERVERS) - {"triton-server"}:
