@@ -26,6 +26,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from dsc.errors import CheckpointError
 from dsc.frontends.checked import Holds
 from dsc.frontends.codes import SCALE_SUFFIXES, CodesReader, Unfit
@@ -55,6 +57,8 @@ EMBEDDING = "model.embed_tokens.weight"
 _LAYER = re.compile(r"(?:.*\.)?layers\.(\d+)\.(.+)")
 _JOINING = re.compile(r"(?:.*\.)?layers\.(\d+)\.eh_proj\.")
 _RECOMPUTED = re.compile(r".*\.rotary_emb\.inv_freq")
+_BLOCK = 1024
+"""Rows that are compared at a time."""
 _ACTIVATIONS = re.compile(r".*(\.|_)(input|output|activation|[qkv]|kv)_(scale(_inv)?|zero_point)")
 """Scales of what flows through a layer or lies in a cache: both stay as they are computed."""
 
@@ -138,6 +142,8 @@ def map_weights(
         scales = facts.quantization_config is not None and _ACTIVATIONS.fullmatch(key)
         if scales or _RECOMPUTED.fullmatch(key) or (tied and name in parameters):
             sorted_out["ignored"].append(key)
+            if tied:
+                _check_tied(key, weights.get(name), source, where)
         elif key not in mapper.claimed:
             spare = conversions.is_left_out(name) and not _is_behind(name, facts.num_hidden_layers)
             sorted_out["class" if spare else "unexpected"].append(key)
@@ -150,6 +156,29 @@ def map_weights(
         complete, tuple(key for key in left if key in mtp), tuple(sorted_out["ignored"]),
         mapper.codes.checks, tuple(sorted_out["class"]), tuple(others),
     )  # fmt: skip
+
+
+def _check_tied(key: str, taken: WeightExpr | None, source: WeightSource, where: str) -> None:
+    """Refuse a stored tensor that is tied to another one, and has other values than that.
+
+    transformers then takes both (`modeling_utils.py`, `tie_weights`), whatever is configured.
+    """
+    found = list(sources(taken)) if taken is not None and source.has_values else []
+    one = found[0] if len(found) == 1 else None
+    if one is None or not (one.type.dtype.is_float and source.types[key].dtype.is_float):
+        return
+    same = one.type.rank and one.type.shape == source.types[key].shape
+    rows = one.type.shape[0] if same else 0
+    assert isinstance(rows, int)  # nothing that is stored has a symbol for a size
+    for start in range(0, rows, _BLOCK):
+        block = slice(start, min(start + _BLOCK, rows))
+        mine, theirs = (source.array(name, block).astype(np.float32) for name in (key, one.key))
+        if not np.array_equal(mine, theirs, equal_nan=True):
+            raise CheckpointError(
+                f"{key} is tied to {one.key} by the configuration, yet both are stored, and"
+                f" differ from row {start + int((mine != theirs).nonzero()[0][0])} on", where,
+                f"set tie_word_embeddings to false in {CONFIG_FILE}, or take {key} out",
+            )  # fmt: skip
 
 
 def with_weights(

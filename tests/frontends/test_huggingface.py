@@ -19,7 +19,7 @@ from dsc.frontends.causal_lm import (
     CausalLMStep,
     parameter_types,
 )
-from dsc.frontends.conversions import conversions_of
+from dsc.frontends.conversions import Conversions, conversions_of
 from dsc.frontends.family import ModelConfig, load_config, states_of
 from dsc.frontends.huggingface import (
     CheckpointModel,
@@ -162,11 +162,30 @@ def test_loaded_weights_are_writable_and_the_file_stays() -> None:
 def test_tied_embeddings_need_no_head(tmp_path: Path) -> None:
     config = small(tie_word_embeddings=True)
     tensors = official(config)
-    head = tensors.pop("lm_head.weight")
+    del tensors["lm_head.weight"]
+    head = tensors["model.embed_tokens.weight"].clone()
     model = load_checkpoint(save(tmp_path, config, tensors))
     assert model.weights["lm_head.weight"] == model.weights["model.embed_tokens.weight"]
     with_head = load_checkpoint(save(tmp_path, config, tensors | {"lm_head.weight": head}))
     assert "lm_head.weight" in with_head.notes[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_stored_head_that_is_tied_may_not_differ(dtype: torch.dtype) -> None:
+    """transformers takes a head that differs, although the configuration ties it."""
+    embedding = torch.arange(24.0).view(8, 3)
+    declared = dict.fromkeys(("embed", "head"), TensorType(DType.f32, (8, 3)))
+    table = Conversions(tied={"head": "embed"})
+
+    def ignored(head: Tensor) -> tuple[str, ...]:
+        source = DictSource({"embed": embedding, "head": head})
+        return map_weights(declared, source, facts(), conversions=table).ignored
+
+    assert ignored(embedding.to(dtype)) == ("head",)
+    other = embedding.to(dtype, copy=True)
+    other[7, 2] = -1.0
+    with pytest.raises(CheckpointError, match=r"head is tied to embed .* differ from row 7 on"):
+        ignored(other)
 
 
 def test_code_in_the_folder_is_never_imported(tmp_path: Path) -> None:
