@@ -79,7 +79,9 @@ def required_tokenizer(compiled: CompiledModel, model: str) -> Any:
 def stop_ids(tokenizer: Any, own: tuple[int, ...], texts: list[str]) -> set[int]:
     """Ids that end an answer: the model's, and those of stop texts that are a single token.
 
-    Special tokens have no text for a stop text to be found in.
+    Special tokens have no text for a stop text to be found in. A vocabulary of bytes spells them
+    as letters: its "é" is the byte E9, with which other characters begin, and no end.
     """
-    found = (tokenizer.token_to_id(text) for text in texts)
-    return {*own, *(token for token in found if token is not None)}
+    named = ((text, tokenizer.token_to_id(text)) for text in texts)
+    found = {id: text for text, id in named if id is not None}
+    return {*own, *(id for id, text in found.items() if tokenizer.decode([id]) in ("", text))}

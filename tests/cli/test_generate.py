@@ -7,10 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizers import Tokenizer
+from tokenizers.decoders import ByteLevel as AsBytes
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
 
 from dsc.backends.null import NullExecutable
 from dsc.backends.triton.client import InterpretedExecutable
 from dsc.cli.answers import chosen_sampling
+from dsc.cli.given import stop_ids
 from dsc.errors import ArtifactError, FileError, UsageError
 from dsc.frontends.generation_config import GenerationSettings
 from dsc.ir.parser import parse_program
@@ -23,6 +28,16 @@ def test_text_streams_until_the_stop_id(api: FakeApi, invoke: Invoke, artifact: 
     result = invoke("generate", str(artifact), "--prompt", "abc", "--trust")
     assert result.stdout == "defg\n"  # h is the stop id, 7
     assert api.loaded == [{"path": artifact, "trust": True}]
+
+
+def test_a_stop_text_is_no_byte_that_a_vocabulary_spells_like_it() -> None:
+    bytes_ = {letter: i for i, letter in enumerate(sorted(ByteLevel.alphabet()))}
+    tokenizer = Tokenizer(BPE(bytes_, []))
+    tokenizer.pre_tokenizer, tokenizer.decoder = ByteLevel(add_prefix_space=False), AsBytes()
+    tokenizer.add_special_tokens(["<end>"])
+    assert bytes_["é"] in tokenizer.encode("逐").ids
+    ends = stop_ids(tokenizer, (7,), ["é", "Ċ", "a", "<end>", "no token"])
+    assert ends == {7, bytes_["a"], tokenizer.token_to_id("<end>")}
 
 
 def test_json_has_the_reason_and_phases_apart(api: FakeApi, invoke: Invoke, artifact: Path) -> None:
