@@ -131,11 +131,6 @@ def _written(folder: Path, file: str, content: Any) -> None:
     (folder / file).write_bytes(data)
 
 
-def _parsed(text: bytes) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(text)
-    return found
-
-
 def config(folder: Path, rng: random.Random) -> Reading:
     """`config.json`, through to the configuration object, for a share to the model and states."""
     name = rng.choice(list(CONFIGURATIONS))
