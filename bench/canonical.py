@@ -9,7 +9,6 @@ Each type's own default configuration is shrunk (`frontends/shrunk.py`), traced 
 from __future__ import annotations
 
 import argparse
-import re
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -19,6 +18,7 @@ from typing import Any
 from bench.matrix import TYPES
 from dsc.errors import DscError
 from dsc.ir.graph import Value
+from dsc.ir.layers import layer_number
 from dsc.ir.printer import print_program
 from dsc.ir.program import Program
 from dsc.pipeline import RAISE, apply
@@ -37,7 +37,6 @@ CHANGES: dict[str, dict[str, Any]] = {
     "glm4_moe": {"use_qk_norm": True},
 }  # fmt: skip
 """Published values where a type's own defaults make no model, or leave a part out."""
-LAYER = re.compile(r"\.layers\.(\d+)(\.|$)")
 
 
 def traced(kind: str) -> Program:
@@ -70,9 +69,9 @@ def nodes_by_layer(program: Program) -> dict[int, Counter[str]]:
         if all(isinstance(x, Value) and x.name in shared for x in node.operands):
             shared |= {v.name for v in node.outputs}
             continue
-        layer = LAYER.search(node.loc or "")
+        layer = layer_number(node.loc)
         if layer is not None:
-            found.setdefault(int(layer[1]), Counter())[node.op] += 1
+            found.setdefault(layer, Counter())[node.op] += 1
     return found
 
 

@@ -34,6 +34,7 @@ from bench.random_configs import ROOT, commit, unoptimised
 from dsc.errors import DscError
 from dsc.frontends.catalogue import example
 from dsc.frontends.comparison import logits_of
+from dsc.frontends.facts import NAMES
 from dsc.frontends.self_check import disturb, does_not_run, in_memory
 from dsc.frontends.shrunk import EVERY, FIRST, LISTED, role_of
 from dsc.frontends.stock import StockConfig, clean, plain_experts
@@ -107,9 +108,12 @@ def _drawn(
     fields |= _layers(base, chance)
     shared = chance.choice([n for n in range(1, heads + 1) if heads % n == 0])
     experts = _experts(fields, chance)
-    named = {
-        "hidden_size": hidden, "num_attention_heads": heads, "num_key_value_heads": shared,
-        "vocab_size": chance.choice((61, 97, hidden)), "max_position_embeddings": POSITIONS,
+    facts = {
+        "hidden_size": hidden, "num_attention_heads": heads,
+        "vocab_size": chance.choice((61, 97, hidden)), "positions": POSITIONS,
+    }  # fmt: skip
+    named = {name: number for fact, number in facts.items() for name in NAMES[fact]} | {
+        "num_key_value_heads": shared,
         "head_dim": chance.choice((*sizes.head, 2 * (hidden // heads // 2) or 2)), **experts,
     }  # fmt: skip
     for key, value in fields.items():
@@ -148,8 +152,9 @@ def _switched(key: str, value: Any, chance: random.Random) -> Any:
 def _layers(base: Mapping[str, Any], chance: random.Random) -> dict[str, Any]:
     """How many layers there are, and of which sorts."""
     depth = chance.choice((1, 2, 2, 3))
-    before = base["num_hidden_layers"]
-    made: dict[str, Any] = {"num_hidden_layers": depth}
+    counts = [key for key in NAMES["num_hidden_layers"] if isinstance(base.get(key), int)]
+    before = base[counts[0]]
+    made: dict[str, Any] = dict.fromkeys(counts, depth)
     for key, value in base.items():
         if key in LISTED:
             made[key] = [layer for layer in range(depth) if chance.random() < 0.4]

@@ -10,7 +10,8 @@ from typing import Any, TypeVar
 from dsc.ir.graph import Graph, Node
 
 T = TypeVar("T")
-_NUMBERED = re.compile(r"(?:.*?\.)?layers\.\d+(?=\.|$)")
+_NUMBERED = re.compile(r"(?:.*?\.)?(?:layers|h|blocks|block)\.\d+(?=\.|$)")
+"""Layers in a module path, by the words that models have for their list."""
 
 
 def by_layer(graph: Graph) -> dict[str, list[Node]]:
@@ -35,8 +36,10 @@ def home(node: Node) -> str:
 def layer_number(loc: str) -> int | None:
     """The number of the layer that a module path lies in.
 
-    >>> layer_number("model.layers.3.self_attn"), layer_number("model.norm")
-    (3, None)
+    >>> layer_number("model.layers.3.self_attn"), layer_number("transformer.h.2.attn.1")
+    (3, 2)
+    >>> layer_number("model.norm"), layer_number("model.embeddings.0")
+    (None, None)
     """
     found = _NUMBERED.match(loc)
     return int(found[0].rpartition(".")[2]) if found else None
