@@ -24,7 +24,9 @@ from dsc.ir.weights import Apply, DictSource, WeightExpr, apply, evaluate, leaf,
 from dsc.passes._unsigned import as_unsigned
 from dsc.runtime import artifact
 from dsc.targets import Target
+from tests.backends.canonical_lm import Sizes, canonical_lm
 from tests.backends.test_onnxruntime import BACKEND
+from tests.backends.test_onnxruntime import _conversation as conversation
 from tests.backends.test_onnxruntime import _executable as executable
 
 NUMBERS = ("a", "b", "c", "r")
@@ -265,3 +267,20 @@ def test_a_model_needs_the_runtime_that_its_operators_were_tried_with(tmp_path: 
         executable(program, folder, onnx_ops=ops)
         needs = artifact.read(folder).manifest["needs"]
         assert needs == {"onnxruntime": f"onnxruntime>={needed}"}
+
+
+@pytest.mark.parametrize("ops", contrib.DIALECTS)
+@pytest.mark.parametrize("quant", ["int8", "int4"])
+def test_a_model_in_codes_speaks_as_the_interpreter(quant: str, ops: str, tmp_path: Path) -> None:
+    """All but the few logits behind a number that fell to the other of two codes, to a last bit."""
+    options = pipeline.PipelineOptions(quant=quant)
+    program, _ = pipeline.run(canonical_lm(Sizes(dtype=DType.f32)), BACKEND, Target("cpu"), options)
+    runs = executable(program, tmp_path / "a", onnx_ops=ops)
+    for path in sorted(tmp_path.rglob("*.onnx")):
+        onnx.checker.check_model(str(path), full_check=True)
+    got, wanted = (
+        torch.cat(conversation(x, program)) for x in (runs, ReferenceExecutable(program))
+    )
+    off, most = (got - wanted).abs().amax(-1), wanted.abs().max()
+    assert off.median() <= 1e-4 * most, off
+    assert off.max() <= 0.1 * most, off
