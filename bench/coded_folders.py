@@ -4,8 +4,8 @@ A small model of a type is written in each layout (`bench.quantised_folders`), c
 saved and opened again. Its artifact must hold codes for all linears of the layers, which say bit
 for bit the numbers that the layout says they are, and its logits are those of the stock class over
 those numbers. Rows stay in fp32 (`activation_bits=16`); with rows in codes too, kernels are held to
-the program's own text, as `dsc verify` does. onnxruntime takes no codes: there weights are packed
-dequantised, and held to the same numbers.
+the program's own text, as `dsc verify` does. What a backend takes in no such codes, as onnxruntime
+FP8, is packed dequantised there, and held to the same numbers.
 
     python -m bench.coded_folders [TYPE ...] [--backend NAME] [--layout NAME]
 """
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
@@ -36,37 +37,39 @@ from dsc.frontends.load import load_program
 from dsc.frontends.self_check import disturb
 from dsc.ir.arrays import array_of, tensor_of
 from dsc.ir.formats import Packed
+from dsc.ir.graph import Weight
 from dsc.ir.program import Program
 from dsc.ir.safetensors import open_safetensors
 from dsc.ir.types import DType
 from dsc.ir.weights import WeightSource, evaluate, sources, stored_type
+from dsc.passes.pair_gates import GATE_UP
 from dsc.targets import Target
 from dsc.verification import compare, held_to_text, session_logits
 
 TYPES = ("llama", "qwen2", "qwen3", "qwen2_moe", "qwen3_moe")
+VOCABULARY = 61
 WHOLE: dict[str, Any] = {
-    "vocab_size": 61,    "hidden_size": 256, "intermediate_size": 384, "moe_intermediate_size": 128,
-    "shared_expert_intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2,
-    "head_dim": 64, "tie_word_embeddings": False,
+    "vocab_size": VOCABULARY, "hidden_size": 256, "intermediate_size": 384,
+    "moe_intermediate_size": 128, "shared_expert_intermediate_size": 128,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64,
+    "tie_word_embeddings": False,
 }  # fmt: skip
-ENDS: dict[str, Any] = {
-    "vocab_size": 61,    "hidden_size": 96, "intermediate_size": 160, "moe_intermediate_size": 96,
-    "shared_expert_intermediate_size": 160, "num_attention_heads": 4, "num_key_value_heads": 2,
-    "head_dim": 24, "tie_word_embeddings": False,
+ENDS: dict[str, Any] = WHOLE | {
+    "hidden_size": 96, "intermediate_size": 160, "moe_intermediate_size": 96,
+    "shared_expert_intermediate_size": 160, "head_dim": 24,
 }  # fmt: skip
 WIDTHS = {"whole": WHOLE, "ends": ENDS}
 """Widths of whole blocks of 128, and such as cut them."""
 GROUP = 32
 TOLERANCE = 1e-4
 CUT = "cuts a block of 128"
-VOCABULARY = 61
 KEPT = {
     "ct-int4": "i4{1x32,bf16", "ct-int4-zeros": "i4{1x32,bf16,i8", "ct-int8": "i8{1x32,f16,i8",
     "w8a8": "i8{1x*,bf16", "fp8-channel": "f8e4m3{1x*,bf16", "fp8-tensor": "f8e4m3{",
     "fp8-block": "f8e4m3{128x128,f32", "gptq": "i4{1x32,f16", "gptq-zeros": "i4{1x32,f16,i8",
     "gptq-v2": "i4{1x32,f16,i8", "gptq-8": "i8{1x32,f16,i8", "awq": "i4{1x32,f16,i8",
 }  # fmt: skip
-"""What types of weights begin with, by layout."""
+"""What types of weights begin with, by layout, where codes stay as they are stored."""
 ORDERED = "gptq-ordered"
 """Columns of a group that do not follow each other: read exactly, and packed dequantised."""
 CUTTING = ("fp8-block", "awq", "w8a8")
@@ -140,10 +143,11 @@ def _held(
     wrong = [w for name, keys in places.items() if (w := _other(name, keys, opened, coded, plain))]
     kept = {name for name in places if opened.program.weights[name].type.format is not None}
     types = {str(opened.program.weights[name].type) for name in kept}
-    strange = [t for t in types if not t.startswith(KEPT.get(layout, "none"))]
+    due = _due(layout, backend)
+    strange = [t for t in types if not (due and re.match(due, t))]
     wrong += [f"a weight is kept as {t}" for t in strange]
     left = {name: keys for name, keys in places.items() if name not in kept}
-    if backends.get(backend).capabilities(Target("cpu")).formats and layout in KEPT:
+    if due:
         wrong += _needless(left, coded, backend)
     ids = torch.randint(VOCABULARY, (48,), generator=torch.Generator().manual_seed(0))
     exact = stock.logits(ids)[0].numpy()
@@ -155,6 +159,16 @@ def _held(
         wrong += _with_rows_in_codes(coded, out.with_name("rows"), ids.tolist())
     counts = {"kept": len(kept), "dequantised": len(left)}
     return {"ok": not wrong, "wrong": wrong[:5], **counts, "error": error}
+
+
+def _due(layout: str, backend: str) -> str:
+    """A pattern of the types that a backend keeps a layout's weights as; "" where it does not."""
+    takes = backends.get(backend).capabilities(Target("cpu"))
+    kept = KEPT.get(layout, "")
+    codes = kept.partition("{")[0]
+    if codes not in takes.formats:
+        return ""
+    return rf"{codes}{{.*,unsigned}}" if takes.unsigned else re.escape(kept)
 
 
 def _compiled(coded: Path, out: Path, backend: str, **asked: Any) -> tuple[Any, Any]:
@@ -188,8 +202,11 @@ def _other(name: str, keys: Sequence[str], opened: Any, coded: Path, plain: Path
     numbers, codes = open_safetensors(plain), open_safetensors(coded)
     exact = np.concatenate([numbers.array(key) for key in keys])
     is_packed = isinstance(stored, Packed)
-    said = stored.unpack(torch.float32) if is_packed else stored
-    if not np.array_equal(exact, array_of(said).reshape(exact.shape)):
+    said = array_of(stored.unpack(torch.float32) if is_packed else stored)
+    if _is_paired(name, opened.program):  # each gate row beside its up row
+        count, rows, columns = said.shape
+        said = said.reshape(count, rows // 2, 2, columns).swapaxes(1, 2)
+    if not np.array_equal(exact, said.reshape(exact.shape)):
         return f"{name} says other numbers than {keys[0]}"
     if is_packed and stored.type.dtype is DType.f8e4m3:
         due = np.concatenate([codes.array(key).view(np.uint8) for key in keys])
@@ -198,6 +215,13 @@ def _other(name: str, keys: Sequence[str], opened: Any, coded: Path, plain: Path
         ):
             return f"{name} has other codes than {keys[0]}"
     return ""
+
+
+def _is_paired(name: str, program: Program) -> bool:
+    """Whether experts read a weight as gate and up rows in pairs."""
+    nodes = (node for graph in program.entries.values() for node in graph.nodes)
+    stacks = (node.inputs[GATE_UP] for node in nodes if node.attrs.get("pairs"))
+    return any(isinstance(x, Weight) and x.name == name for x in stacks)
 
 
 def _needless(left: Iterable[str], coded: Path, backend: str) -> list[str]:

@@ -104,7 +104,11 @@ def test_an_artifact_of_another_type_holds_the_codes(
 
 @pytest.mark.parametrize(
     ("model_type", "layout", "backend", "kept"),
-    [("llama", "fp8-block", "tvm", 7), ("qwen3_moe", "awq", "onnxruntime", 0)],
+    [
+        ("llama", "fp8-block", "tvm", 7),
+        ("llama", "fp8-block", "onnxruntime", 0),
+        ("qwen3_moe", "awq", "onnxruntime", 6),
+    ],
 )
 def test_other_backends_hold_the_codes_or_the_numbers_of_a_folder(
     model_type: str, layout: str, backend: str, kept: int
