@@ -82,7 +82,7 @@ def program_of(text: str, kind: TensorType, quant: str = "none") -> Program:
             continue
         t = replace(kind, shape=w.type.shape)
         tensors |= {name + suffix: x for suffix, x in drawn(t, seed).items()}
-        weights[name] = apply("dequantize", leaf(name, t), dtype=DType.f32)
+        weights[name] = apply("dequantize", leaf(name, t), dtype=w.type.dtype)
     ranges = dict.fromkeys("BSN", Range(1, 8))
     program = Program("coded", {"main": graph}, weights, ranges, DictSource(tensors))
     options = pipeline.PipelineOptions(quant=quant)
@@ -229,6 +229,18 @@ def test_gates_in_pairs_say_the_same(text: str, paired: set[str]) -> None:
     given = inputs_of(program, 6)
     each = (ReferenceExecutable(one).run("main", given)["y"] for one in (program, apart))
     assert torch.equal(*map(torch.as_tensor, each))
+
+
+@pytest.mark.parametrize("kind", [KINDS["i4"], KINDS["i8 with zero points"]], ids=str)
+def test_16_bit_rows_and_biases_are_widened(kind: TensorType, tmp_path: Path) -> None:
+    text = ROUTED.format(k=96).replace("f32[", "bf16[").replace("@r: bf16[", "@r: f32[")
+    program = program_of(text, kind)
+    given = inputs_of(program, 6)
+    given["x"] = given["x"].bfloat16()
+    got = executable(program, tmp_path / "a").run("main", given)["y"]
+    wanted = torch.as_tensor(ReferenceExecutable(program).run("main", given)["y"]).float()
+    off = (torch.as_tensor(got).float() - wanted).abs().max()
+    assert off <= 0.05 * wanted.abs().max()
 
 
 def test_a_branch_turns_all_that_it_reads_itself(tmp_path: Path) -> None:

@@ -52,7 +52,11 @@ def qmoe(g: GraphWriter, node: Node, x: str, idx: str, w: str, *biases: str) -> 
     nothing = g.op("Expand", g.scalar(0.0), everyone)
     weights = g.op("ScatterElements", nothing, chosen, weigh, axis=1, reduction="add")
     (codes, scales, zero), (codes2, scales2, zero2) = (_parts(g, each) for each in (gate_up, down))
-    bias, bias2 = [*biases, "", ""][:2]
+    wide = [
+        g.cast(name, x.type.dtype, DType.f32) if x is not None else ""
+        for name, x in zip(biases, node.inputs[5:], strict=True)
+    ]
+    bias, bias2 = [*wide, "", ""][:2]
     attrs = node.attrs
     limit: dict[str, Any] = {} if attrs["limit"] == inf else {"swiglu_limit": float(attrs["limit"])}
     first, second = (codes, scales, bias, codes2, scales2, bias2), (zero, zero2)
