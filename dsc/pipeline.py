@@ -135,6 +135,7 @@ RAISE = (
     "raise_router",
     "raise_experts",
     "raise_select_rows",
+    "spell_out_scatter",
     "spell_out_sdpa",
     "eliminate_dead_code",
     "raise_canonical",

@@ -53,7 +53,8 @@ _EXPLAIN = {
     "sort": "raise_experts:RaiseExperts",
     "histc": "raise_experts:RaiseExperts",
     "index_put": "raise_experts:RaiseExperts",
-    "scatter": "raise_append:RaiseAppend raise_router:RaiseRouter raise_experts:RaiseExperts",
+    "scatter": "raise_append:RaiseAppend raise_router:RaiseRouter raise_experts:RaiseExperts"
+    " spell_out_scatter:SpellOutScatter",
 }
 """Which passes should have removed an operator."""
 
