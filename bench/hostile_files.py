@@ -128,7 +128,8 @@ class Watch:
 
     def _may_open(self, path: Any, mode: str | None, flags: int) -> bool:
         where = os.path.realpath(os.fsdecode(path or "."))
-        if any(where == home or where.startswith(home + "/") for home in self._homes):
+        own = any(where == home or where.startswith(home + "/") for home in self._homes)
+        if own and not self._is_library(where):
             return True
         writes = any(sign in (mode or "") for sign in "wax+") or flags & (os.O_WRONLY | os.O_RDWR)
         if writes or BAIT in where or not self._is_library(where):

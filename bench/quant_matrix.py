@@ -51,7 +51,7 @@ from dsc.ir.ops.quant import block_codes, makes_codes
 from dsc.ir.program import Program
 from dsc.ir.traits import Role
 from dsc.ir.types import DType
-from dsc.ir.weights import Apply, Source, WeightExpr, apply, evaluate
+from dsc.ir.weights import Apply, Source, WeightExpr, apply, evaluate, stored_type
 from dsc.rewrite.pass_cache import Prepared
 from dsc.targets import Target
 from dsc.verification import compare, held_to_text, session_logits
@@ -144,8 +144,10 @@ def _of_artifact(
     before, after = (unfused(each.program, made.backend, a) for a in ({}, asked))
     plain = _stayed(after)
     wrong = [] if coded else ["no weight is in codes"]
-    lost = {n for n in coded - kept if not plain.get(n, "").startswith(TOGETHER)}
-    if backends.get(made.backend).capabilities(CPU).formats and (lost or kept - coded):
+    takes = backends.get(made.backend).capabilities(CPU).formats
+    due = {n for n in coded if _stored_in(made.program.weights[n]) in takes}
+    lost = {n for n in due - kept if not plain.get(n, "").startswith(TOGETHER)}
+    if lost or kept - due:
         wrong.append(f"packed dequantised: {', '.join(sorted(lost)[:3])}")
     types = {opened.program.weights[name].type.dtype for name in kept}
     if kept and QUANT[asked["quant"]] not in types:
@@ -192,13 +194,29 @@ def ragged(model: Any, ids: Sequence[int]) -> Any:
 # --- weights --------------------------------------------------------------------------------------
 
 
+CODING = (block_codes.name, "dequantize", "scaled", "tiled", "above_least", "join_nibbles")
+"""Steps that make codes of numbers, or write them otherwise."""
+
+
+def _stored_in(expr: WeightExpr) -> str:
+    stored = stored_type(expr)
+    assert stored is not None
+    return stored.dtype.value
+
+
 def numbers(expr: WeightExpr) -> WeightExpr:
-    """What a weight in codes is made of: its expression without what makes codes of numbers."""
+    """What a weight in codes is made of: its expression without what makes codes of numbers.
+
+    Where rows move, codes that share a byte are fewer columns than numbers are.
+    """
     if isinstance(expr, Source):
         return expr
-    if expr.op in (block_codes.name, "dequantize", "scaled", "tiled"):
+    if expr.op in CODING:
         return numbers(expr.args[0])
-    return apply(expr.op, *map(numbers, expr.args), **expr.attrs)
+    args, attrs = [numbers(arg) for arg in expr.args], dict(expr.attrs)
+    if expr.op == "reshape" and expr.type.shape[-1] == expr.args[0].type.shape[-1]:
+        attrs["shape"] = (*attrs["shape"][:-1], args[0].type.shape[-1])
+    return apply(expr.op, *args, **attrs)
 
 
 def off(name: str, made: Program, opened: Program) -> str:

@@ -415,4 +415,4 @@ def test_16_bits_of_activations_leave_rows_as_they_are() -> None:
         asked = PipelineOptions(quant="int8", activation_bits=width, group_size=64)
         names = {each.name: each for each in pipeline.passes_for(small_lm(), can, asked)}
         assert ("quantize_activations" in names) is takes
-        assert names["quantize_weights"].text == "quantize_weights{group=64}"
+        assert names["quantize_weights"].text == "quantize_weights{stays=[i8],group=64}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import subprocess
 import sys
@@ -211,38 +210,3 @@ def test_a_library_is_kept_by_all_that_it_is_linked_of(
         differs("one", a=b"1")
     monkeypatch.setattr(library, "FLAGS", (*library.FLAGS, "-g"))
     differs("one", a=b"1")
-
-
-POOL = """
-struct Seen { int times[64], tasks; };
-static int note(int number, Env *env, void *data) {
-  Seen *seen = (Seen *)data;
-  seen->tasks = env->tasks;
-  return ++seen->times[number] > 1 || number == 5;
-}
-static int workers;
-static int pool(Part part, void *data, int) {
-  Env env = {0, workers};
-  int failed = 0;
-  for (int i = 0; i < workers; ++i) failed |= part(i, &env, data);
-  return failed;
-}
-Launch __TVMBackendParallelLaunch = pool;
-extern "C" int loop(int count, Seen *seen) {
-  workers = count;
-  sharing();
-  sharing();
-  return __TVMBackendParallelLaunch(note, seen, 0);
-}
-"""
-
-
-def test_threads_share_the_parts_of_a_loop(tmp_path: Path) -> None:
-    """Each part is done once whoever takes it; one thread has the loop in one part."""
-    source = f"{library.PRELUDE}\n{library.SHARE.format(parts=library.PARTS)}\n{POOL}"
-    (tmp_path / "pool.so").write_bytes(library.compile_library(source, {}, GENERIC))
-    loop = ctypes.CDLL(str(tmp_path / "pool.so")).loop
-    for count, parts in ((1, 1), (3, 3 * library.PARTS)):
-        seen = (ctypes.c_int * 65)()
-        assert loop(count, seen) == (parts > 5)  # the sixth part fails, and is told
-        assert list(seen) == [1] * parts + [0] * (64 - parts) + [parts]

@@ -71,8 +71,8 @@ def test_the_passes_of_every_backend_are_text_that_gives_them_again(
     assert ("ranks=4,parallel=ep" in text(passes)) == (ranks == 4)
     assert ("slack=64" in text(passes)) == (can.states[0] is Storage.CONTIGUOUS)
     assert ("kernels=" + backend in text(passes)) == (can.experts is not None)
-    levels = {0: "level=0,asked=1"}
-    assert levels.get(can.fuse, "level=1") in text(passes)
+    assert f"fuse{{level={min(can.fuse, 1)}" in text(passes)
+    assert ("asked=1" in text(passes)) == (can.fuse == 0)
 
 
 def test_what_depends_on_the_target_is_told_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -172,6 +172,7 @@ def test_the_list_has_each_pass_once_and_they_run_in_its_order() -> None:
         fuse=3,
         states=(Storage.CONTIGUOUS, *Storage),
         activations=("i8",),
+        pairs=True,
     )
     traced = canonical_lm(Sizes()).at(Stage.TRACED)
     wishes: list[dict[str, Any]] = [

@@ -93,12 +93,27 @@ def _in_blocks(
 def _whole_blocks(call: Sized) -> None:
     (stored,), (extents,) = call.results, call.outs
     assert stored.format is not None
+    if stored.format.unsigned:
+        _filled_blocks(call, extents, CODINGS[stored.dtype].together, stored.format.block[1])
+        return
     if stored.format.step:
         return  # its extents are attributes
     codes, *shared = zip(stored.format.parts(stored.dtype), call.given(), strict=True)
     _count_codes(call, codes[1][1], extents, stored.dtype)
     for part, (_, counts) in shared:
         _count(call, counts, extents, part.block)
+
+
+def _filled_blocks(call: Sized, extents: Shape, together: int, block: int) -> None:
+    """Codes fill whole blocks, so many columns each; zero points share bytes as codes do."""
+    (*rows, columns), (codes, scales, *zeros) = extents, call.ins.values()
+    for part in (codes, scales, *zeros):
+        call.same(part[:-1], rows)
+    call.system.equate(call.extents["columns"], columns)
+    call.system.counted(scales[-1], columns, block)
+    call.system.equate(Extent.number(together) * codes[-1], Extent.number(block) * scales[-1])
+    for part in zeros:
+        call.system.counted(part[-1], columns, together * block)
 
 
 def _count(call: Sized, counts: Shape, extents: Shape, block: tuple[int, int]) -> None:
