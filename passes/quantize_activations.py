@@ -5,8 +5,8 @@ What           a linear, grouped_linear or experts over weights in codes takes e
                32 columns each, beside FP8 as FP8, 128 columns each (DeepSeek-V3, section 3.3.2).
 Why it pays    integers multiply integers, 64 products an instruction of AVX-512 where fp32 has 16,
                and FP8 multiplies FP8 where the machine has it; no weight is widened first.
-Preconditions  stage OPTIMIZED or CANONICAL, and the backend asks for it. The codes of all that the
-               product reads in a format are in `weights`, and ask for the same rows; none are said
+Preconditions  stage OPTIMIZED or CANONICAL, and the backend asks for it. All weights that the
+               product reads are in codes of `weights`, and ask for the same rows; none are said
                yet.
 Before         graph main(%x: f32[N,64], @w: i8{1x32,f16}[8,64], @r: f32[4,8]) {
                  %y = linear %x, @w : f32[N,8]
@@ -77,8 +77,13 @@ class QuantizeActivations(Pass):
         """What a product takes its rows as, or nothing."""
         if lookup(node.op).attr(ACTIVATIONS) is None or node.attrs.get(ACTIVATIONS):
             return ""
-        stored = {x.type for x in node.operands if x.type.format is not None}
-        found = {self._beside(t) if t.dtype in self.weights else "" for t in stored}
+        taken = lookup(node.op).traits.stored
+        names = lookup(node.op).operand_names(len(node.inputs))
+        stored = {
+            x.type for name, x in zip(names, node.inputs, strict=True)
+            if x is not None and name in taken
+        }  # fmt: skip
+        found = {self._beside(t) if t.format and t.dtype in self.weights else "" for t in stored}
         return found.pop() if len(found) == 1 else ""
 
     def _beside(self, weight: TensorType) -> str:

@@ -14,7 +14,8 @@ from dsc.rewrite.base import PassReport
 
 TEXT = """graph main(%x: f32[N,32], %i: i64[N,2], %r: f32[N,2], @a: i8{1x32,f16}[32,32],
     @b: i4{1x32,f16}[32,32], @c: f8e4m3{32x32,f32}[32,32], @d: f32[32,32],
-    @up: i4{1x32,f16}[4,64,32], @down: i8{1x32,f16}[4,32,32], @mixed: f8e4m3{32x32,f32}[4,32,32]) {
+    @up: i4{1x32,f16}[4,64,32], @down: i8{1x32,f16}[4,32,32], @mixed: f8e4m3{32x32,f32}[4,32,32],
+    @numbers: f32[4,64,32]) {
   %1 = linear %x, @a
   %2 = linear %1, @b
   %3 = linear %2, @c
@@ -22,7 +23,8 @@ TEXT = """graph main(%x: f32[N,32], %i: i64[N,2], %r: f32[N,2], @a: i8{1x32,f16}
   %5 = linear %4, @a {activations="i8:64"}
   %6 = experts %5, %i, %r, @up, @down
   %7 = experts %6, %i, %r, @up, @mixed
-  return %7
+  %8 = experts %7, %i, %r, @numbers, @down
+  return %8
 }"""
 
 
@@ -37,10 +39,10 @@ def said(program: Program) -> list[str]:
 @pytest.mark.parametrize(
     ("weights", "wanted"),
     [
-        (("i8", "i4", "f8e4m3"), ["i8:32", "i8:32", "f8e4m3:128", "", "i8:64", "i8:32", ""]),
-        (("i8",), ["i8:32", "", "", "", "i8:64", "", ""]),
-        (("f8e4m3",), ["", "", "f8e4m3:128", "", "i8:64", "", ""]),
-        ((), ["", "", "", "", "i8:64", "", ""]),
+        (("i8", "i4", "f8e4m3"), ["i8:32", "i8:32", "f8e4m3:128", "", "i8:64", "i8:32", "", ""]),
+        (("i8",), ["i8:32", "", "", "", "i8:64", "", "", ""]),
+        (("f8e4m3",), ["", "", "f8e4m3:128", "", "i8:64", "", "", ""]),
+        ((), ["", "", "", "", "i8:64", "", "", ""]),
     ],
 )
 def test_rows_follow_the_codes_of_all_that_a_product_reads(
@@ -51,7 +53,7 @@ def test_rows_follow_the_codes_of_all_that_a_product_reads(
     done = each.run(program(), report)
     assert said(done) == wanted
     assert report.fired.get("quantise", 0) == sum(map(bool, wanted)) - 1
-    assert said(each.comparable(program(), done)) == ["", "", "", "", "i8:64", "", ""]
+    assert said(each.comparable(program(), done)) == ["", "", "", "", "i8:64", "", "", ""]
     assert said(each.run(done, PassReport())) == wanted
     assert said(each.comparable(done, done)) == wanted
 
