@@ -25,7 +25,7 @@ from tests.whole_pipeline import Setting, Tally, check, settings
 SAMPLED, ALL = 60, 2000
 OPTIONAL = frozenset(
     {"merge_shared_expert", "cut_at_collectives", "raise_registered", "quantize_weights"}
-    | {"insert_fp8", "quantize_activations", "pair_gates", "quantize_cache"}
+    | {"insert_fp8", "quantize_activations", "pair_gates", "quantize_cache", "spell_out_scatter"}
 )
 """Passes that no setting here asks for, or too few do."""
 RARE = frozenset({"eliminate_dead_code", "fold_empty"})
