@@ -27,11 +27,12 @@ import torch
 from safetensors.torch import save_file
 
 import dsc
-from bench.matrix import BACKENDS, LIMITS, Whole, earlier, keep
+from bench.matrix import BACKENDS, LIMITS, Whole
 from bench.names import quiet, small_model
 from bench.quant_matrix import unfused
 from bench.quantised_folders import LAYOUTS, Tensors, config_of, stored
-from bench.random_configs import ROOT, unoptimised
+from bench.random_configs import unoptimised
+from bench.results import OUT, earlier, keep, tell
 from dsc import backends
 from dsc.frontends.load import load_program
 from dsc.frontends.self_check import disturb
@@ -42,7 +43,6 @@ from dsc.ir.program import Program
 from dsc.ir.safetensors import open_safetensors
 from dsc.ir.types import DType
 from dsc.ir.weights import WeightSource, evaluate, sources, stored_type
-from dsc.passes.pair_gates import GATE_UP
 from dsc.targets import Target
 from dsc.verification import compare, held_to_text, session_logits
 
@@ -74,7 +74,7 @@ ORDERED = "gptq-ordered"
 """Columns of a group that do not follow each other: read exactly, and packed dequantised."""
 CUTTING = ("fp8-block", "awq", "w8a8")
 """Layouts that are tried at widths which cut blocks as well."""
-RESULTS = ROOT / "bench" / "out" / "coded_folders.jsonl"
+RESULTS = OUT / "coded_folders.jsonl"
 
 
 @cache
@@ -220,7 +220,7 @@ def _other(name: str, keys: Sequence[str], opened: Any, coded: Path, plain: Path
 def _is_paired(name: str, program: Program) -> bool:
     """Whether experts read a weight as gate and up rows in pairs."""
     nodes = (node for graph in program.entries.values() for node in graph.nodes)
-    stacks = (node.inputs[GATE_UP] for node in nodes if node.attrs.get("pairs"))
+    stacks = (node["gate_up"] for node in nodes if node.attrs.get("pairs"))
     return any(isinstance(x, Weight) and x.name == name for x in stacks)
 
 
@@ -284,11 +284,7 @@ def main() -> None:
     parser.add_argument("--layout", action="append")
     asked = parser.parse_args()
     layouts = asked.layout or (*KEPT, ORDERED)
-    found = run(asked.types, asked.backend or BACKENDS, layouts)
-    bad = [each for each in found if not each["ok"]]
-    for each in bad:
-        print(json.dumps(each))
-    print(f"{len(found)} results, {len(bad)} bad")
+    tell(run(asked.types, asked.backend or BACKENDS, layouts))
 
 
 if __name__ == "__main__":

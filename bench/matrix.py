@@ -16,7 +16,6 @@ Results go to bench/out/matrix.jsonl; what was measured at this commit is not me
 from __future__ import annotations
 
 import argparse
-import json
 import random
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -30,7 +29,8 @@ from torch import Tensor
 
 import dsc
 from bench import parity
-from bench.random_configs import ROOT, commit, unoptimised
+from bench.random_configs import unoptimised
+from bench.results import OUT, earlier, keep, tell
 from dsc.errors import DscError
 from dsc.frontends.catalogue import example
 from dsc.frontends.comparison import logits_of
@@ -46,7 +46,7 @@ TYPES = (
     "ernie4_5", "starcoder2", "dots1", "exaone4",
 )  # fmt: skip
 BACKENDS = ("reference", "tvm", "onnxruntime")
-RESULTS = ROOT / "bench" / "out" / "matrix.jsonl"
+RESULTS = OUT / "matrix.jsonl"
 DRAWS = 5
 STEPS = 16
 LIMITS: dict[str, Any] = {"max_batch": 4, "max_context": 96, "prefill_chunk": 16}
@@ -255,21 +255,6 @@ def _case(found: Mapping[str, Any]) -> tuple[str, int, str]:
     return found["type"], found["draw"], found["backend"]
 
 
-def earlier(path: Path) -> list[dict[str, Any]]:
-    """What was measured at this commit and kept in a file."""
-    if not path.is_file():
-        return []
-    lines = (json.loads(line) for line in path.read_text().splitlines())
-    return [found for found in lines if found.pop("commit") == commit()]
-
-
-def keep(path: Path, found: Mapping[str, Any]) -> None:
-    """Add a result to a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as out:
-        out.write(json.dumps({"commit": commit(), **found}) + "\n")
-
-
 def bar() -> dict[str, Any]:
     """27 types of decoders, five random configurations each, through folders, against stock."""
     found = run(TYPES, BACKENDS, DRAWS)
@@ -285,11 +270,7 @@ def main() -> None:
     parser.add_argument("--backend", action="append")
     parser.add_argument("--draws", type=int, default=DRAWS)
     asked = parser.parse_args()
-    found = run(asked.types, asked.backend or BACKENDS, asked.draws)
-    bad = [each for each in found if not each["ok"]]
-    for each in bad:
-        print(json.dumps(each))
-    print(f"{len(found)} results, {len(bad)} bad")
+    tell(run(asked.types, asked.backend or BACKENDS, asked.draws))
 
 
 if __name__ == "__main__":

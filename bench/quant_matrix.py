@@ -24,7 +24,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import math
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -37,9 +36,10 @@ import numpy as np
 import torch
 
 import dsc
-from bench.matrix import LIMITS, TYPES, Sizes, Whole, draw, earlier, keep
+from bench.matrix import LIMITS, TYPES, Sizes, Whole, draw
 from bench.names import quiet
-from bench.random_configs import ROOT, unoptimised
+from bench.random_configs import unoptimised
+from bench.results import OUT, earlier, keep, tell
 from dsc import backends, pipeline
 from dsc.diff.operators import operators
 from dsc.frontends.load import load_program
@@ -61,7 +61,7 @@ TOGETHER = "no kernel of experts"
 """Why a weight is dequantised that a kernel reads beside one that stayed: all in codes, or none."""
 BACKENDS = ("reference", "tvm", "onnxruntime")
 QUANT = {"int8": DType.i8, "int4": DType.i4, "fp8": DType.f8e4m3}
-RESULTS = ROOT / "bench" / "out" / "quant_matrix.jsonl"
+RESULTS = OUT / "quant_matrix.jsonl"
 SIZES = (
     Sizes((64, 128, 256), (16, 32, 64), (16, 32), (64, 128, 192)),
     Sizes((40, 72, 100, 132), (6, 10, 20), (6, 10, 12), (36, 44, 100, 140)),
@@ -352,11 +352,7 @@ def main() -> None:
     parser.add_argument("--quant", action="append")
     parser.add_argument("--draws", type=int, default=len(SIZES))
     asked = parser.parse_args()
-    found = run(asked.types, asked.backend or BACKENDS, asked.quant or tuple(QUANT), asked.draws)
-    bad = [each for each in found if not each["ok"]]
-    for each in bad:
-        print(json.dumps(each))
-    print(f"{len(found)} results, {len(bad)} bad")
+    tell(run(asked.types, asked.backend or BACKENDS, asked.quant or tuple(QUANT), asked.draws))
 
 
 if __name__ == "__main__":

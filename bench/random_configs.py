@@ -19,16 +19,13 @@ What was measured at this commit is not measured again, so ranges may run side b
 
 from __future__ import annotations
 
-import json
 import random
-import subprocess
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 from functools import cache
 from itertools import combinations_with_replacement
-from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -38,6 +35,7 @@ from torch import Tensor
 import dsc
 from bench import parity
 from bench.apart import Structure, apart, at, covering, traced, valued
+from bench.results import OUT, earlier, keep, tell
 from dsc.errors import ConfigError
 from dsc.frontends.family import ModelConfig, parse_config
 from dsc.frontends.huggingface import stock_causal_lm
@@ -46,8 +44,7 @@ from dsc.ir.graph import Node, Operand, Weight
 from dsc.ir.printer import print_program
 from dsc.ir.program import Program
 
-ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "bench" / "out" / "random_configs.jsonl"
+RESULTS = OUT / "random_configs.jsonl"
 BACKENDS = ("reference", "tvm", "onnxruntime")
 SMALL = (1, 2, 3, 4, 5, 6, 8, 12, 16, 24)
 CONTEXT, CHUNK, BATCH = 24, 8, 4
@@ -315,14 +312,14 @@ def compare(
 
 def run(first: int, last: int) -> list[dict[str, Any]]:
     """Results of configurations `first` up to `last`, one a configuration and backend."""
-    known = earlier()
+    known = earlier(RESULTS)
     for index in range(first, last):
         done = {found["backend"] for found in known if found["case"] == str(index)}
         if done.issuperset(BACKENDS):
             continue
         for found in _measured(index):
             known.append(found)
-            _append(found)
+            keep(RESULTS, found)
     return [found for found in known if first <= int(found["case"]) < last]
 
 
@@ -338,26 +335,6 @@ def _measured(index: int) -> Iterator[dict[str, Any]]:
         told = f"{type(problem).__name__}: {str(problem)[:300]}"
         for backend in left:
             yield {"case": str(index), "backend": backend, "ok": False, "error": told}
-
-
-def earlier() -> list[dict[str, Any]]:
-    """What was measured at this commit."""
-    if not RESULTS.is_file():
-        return []
-    lines = (json.loads(line) for line in RESULTS.read_text().splitlines())
-    return [found for found in lines if found.pop("commit") == commit()]
-
-
-def _append(found: dict[str, Any]) -> None:
-    RESULTS.parent.mkdir(parents=True, exist_ok=True)
-    with RESULTS.open("a") as out:
-        out.write(json.dumps({"commit": commit(), **found}) + "\n")
-
-
-def commit() -> str:
-    """The commit that is checked out."""
-    line = ["git", "rev-parse", "HEAD"]
-    return subprocess.run(line, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
 
 
 def bar() -> dict[str, Any]:
@@ -387,11 +364,7 @@ def bar() -> dict[str, Any]:
 def main() -> None:
     """Measure a range of configurations and print what does not hold."""
     first, last = (int(each) for each in (sys.argv[1:] or ("0", str(len(EQUATIONS)))))
-    found = run(first, last)
-    bad = [each for each in found if not each["ok"]]
-    for each in bad:
-        print(json.dumps(each))
-    print(f"{len(found)} results, {len(bad)} bad")
+    tell(run(first, last))
 
 
 if __name__ == "__main__":

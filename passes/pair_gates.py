@@ -38,9 +38,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 from dsc.ir.analyses import Use, weight_uses
-from dsc.ir.graph import Attrs, Graph, Node, Operand, Weight
+from dsc.ir.graph import Attrs, Graph, Node, Weight
+from dsc.ir.op import operand_index
 from dsc.ir.program import Program
 from dsc.ir.stages import Stage
 from dsc.ir.weights import Apply, WeightExpr, apply, scaled
@@ -48,8 +50,8 @@ from dsc.passes._unsigned import each_matrix
 from dsc.rewrite.base import Pass, PassReport
 
 RULE = "pair"
-GATE_UP, BIAS = 3, 5
-"""Where experts take them."""
+GATES = ("gate_up", "gate_up_bias")
+"""The operands of experts whose rows are gates and ups."""
 
 
 @dataclass(frozen=True)
@@ -85,11 +87,10 @@ def _names(node: Node) -> Sequence[str]:
     """The weights of experts whose rows are gates and ups, or none where they stay."""
     if node.op != "experts" or node.attrs["pairs"] or node.attrs["act"] != "silu":
         return ()
-    stack = node.inputs[GATE_UP]
-    if stack is None or stack.type.format is None or not stack.type.format.unsigned:
+    format = node["gate_up"].type.format
+    if format is None or not format.unsigned:
         return ()
-    found: list[Operand | None] = [stack]
-    found += [x for x in node.inputs[BIAS : BIAS + 1] if x is not None]
+    found = [x for name in GATES if (x := node.get(name)) is not None]
     weights = [x.name for x in found if isinstance(x, Weight)]
     return weights if len(weights) == len(found) else ()
 
@@ -97,7 +98,9 @@ def _names(node: Node) -> Sequence[str]:
 def _alone(name: str, read: Mapping[str, Sequence[Use]]) -> bool:
     """Whether only experts that can be told read a weight, as their gate and up rows."""
     return all(
-        node is not None and at in (GATE_UP, BIAS) and name in _names(node)
+        node is not None
+        and name in _names(node)
+        and at in map(partial(operand_index, node.op), GATES)
         for node, at in read[name]
     )
 

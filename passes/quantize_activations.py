@@ -77,12 +77,7 @@ class QuantizeActivations(Pass):
         """What a product takes its rows as, or nothing."""
         if lookup(node.op).attr(ACTIVATIONS) is None or node.attrs.get(ACTIVATIONS):
             return ""
-        taken = lookup(node.op).traits.stored
-        names = lookup(node.op).operand_names(len(node.inputs))
-        stored = {
-            x.type for name, x in zip(names, node.inputs, strict=True)
-            if x is not None and name in taken
-        }  # fmt: skip
+        stored = {node[name].type for name in lookup(node.op).traits.stored}
         found = {self._beside(t) if t.format and t.dtype in self.weights else "" for t in stored}
         return found.pop() if len(found) == 1 else ""
 
