@@ -9,12 +9,12 @@ ONNX Runtime's own beside them unless `onnx_ops` is `standard`.
 from __future__ import annotations
 
 import importlib.util
-import itertools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from dsc.backends.base import Capabilities, EmitOptions, No, Support, Yes, check_supported
+from dsc.backends.onnxruntime.contrib import release
 from dsc.errors import BackendUnavailable
 from dsc.ir.graph import Node
 from dsc.ir.index_ranges import giving_indices
@@ -195,18 +195,8 @@ def check_runtime(needs: Mapping[str, str]) -> None:
     import onnxruntime
 
     least = needs.get("onnxruntime", "").partition(">=")[2]
-    if _release(onnxruntime.__version__) < _release(least):
+    if release(onnxruntime.__version__) < release(least):
         raise BackendUnavailable(
             f"this model needs ONNX Runtime {least}, {onnxruntime.__version__} is installed",
             f"pip install 'onnxruntime>={least}', or export it again with an older --opset",
         )
-
-
-def _release(version: str) -> tuple[int, ...]:
-    """The numbers of a version by which releases are ordered.
-
-    >>> _release("1.25.0") > _release("1.9.2") > _release("")
-    True
-    """
-    parts = itertools.takewhile(str.isdecimal, version.split("."))
-    return tuple(int(part) for part in parts)

@@ -7,6 +7,7 @@ something else by an operator does not get it.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -42,10 +43,6 @@ CONTRIB: Mapping[str, Contrib] = MappingProxyType({
         {"cuda": "it ignores router_weights"},
         source="contrib_ops/cpu/moe/moe_quantization_cpu.cc",
     ),
-    "GatherBlockQuantized": Contrib(
-        "Gather and DequantizeLinear", frozenset({"cpu", "cuda"}), "1.31",
-        source="contrib_ops/cpu/quantization/gather_block_quantized.cc",
-    ),
 })  # fmt: skip
 """By the name of the operator, whose domain is `DOMAIN`."""
 
@@ -62,11 +59,17 @@ def least_runtime(usual: str, used: Iterable[str]) -> str:
     >>> least_runtime("1.25", ["MatMulNBits"]), least_runtime("1.23", ["MatMulNBits", "QMoE"])
     ('1.25', '1.31')
     """
-    return max([usual, *(CONTRIB[op_type].runtime for op_type in used)], key=_release)
+    return max([usual, *(CONTRIB[op_type].runtime for op_type in used)], key=release)
 
 
-def _release(version: str) -> tuple[int, ...]:
-    return tuple(map(int, version.split(".")))
+def release(version: str) -> tuple[int, ...]:
+    """The numbers of a version by which releases are ordered.
+
+    >>> release("1.25.0") > release("1.9.2") > release("")
+    True
+    """
+    parts = itertools.takewhile(str.isdecimal, version.split("."))
+    return tuple(int(part) for part in parts)
 
 
 def notes(uses: Iterable[Mapping[str, int]], ops: str, provider: str) -> tuple[str, ...]:

@@ -19,7 +19,7 @@ from dsc.ir.types import DType
 
 def is_qmoe(g: GraphWriter, node: Node, w: str) -> bool:
     """Whether QMoE computes what experts say, from codes as they lie in the file."""
-    stacks = node.inputs[3:5]
+    stacks = (node["gate_up"], node["down"])
     if (
         not g.has("QMoE")
         or w not in g.pool.positive
@@ -41,7 +41,7 @@ def qmoe(g: GraphWriter, node: Node, x: str, idx: str, w: str, *biases: str) -> 
     """x [*n, d] through the experts idx [*n, k] with the weights w [*n, k]."""
     types = [a.type for a in node.operands]
     (*n, d), k = types[0].shape, static(types[1].shape[-1])
-    gate_up, down = (Matrix(s) for s in node.inputs[3:5] if isinstance(s, Weight))
+    gate_up, down = (Matrix(x) for x in (node["gate_up"], node["down"]) if isinstance(x, Weight))
     experts, m = static(gate_up.weight.type.shape[0]), product(tuple(n))
     tokens = g.reshape(g.cast(x, types[0].dtype, DType.f32), types[0].shape, (m, d))
     chosen, weigh = (g.reshape(y, t.shape, (m, k)) for y, t in ((idx, types[1]), (w, types[2])))
