@@ -4,7 +4,10 @@
 
 Heads that share keys must not read them again: a step reads all weights once, and of every layer
 the rows of keys and values in sight once (`bench.limit`). What is more are activations, small
-beside both at the sizes here. Were keys read once a query head, the ratio would be 1.5 and more.
+beside both at the sizes here. It is what operators declare, not what a processor counts: rows out
+of a window and copies of heads would show, but a declared read of a cache is never more than the
+cache (`dsc.ir.costs`). That kernels read a row once for all heads of its group is in their loops
+and in their time, which `python -m bench` holds against the machine's limit.
 """
 
 from __future__ import annotations
