@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import dsc
+from dsc import backends
 from dsc.api import CompiledModel
 from dsc.errors import ArtifactError
 from dsc.ir.parser import parse_program
@@ -118,5 +119,24 @@ def test_a_folder_replaced_between_opening_and_running_is_told(tmp_path: Path) -
     saved(TEXT, "reference", out)
     model = dsc.load(out)
     saved(OTHER, "reference", out)
+    with pytest.raises(ArtifactError, match="was replaced after it was opened"):
+        model.session(1)
+
+
+def test_a_folder_replaced_while_its_code_is_read_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    saved(TEXT, "reference", out)
+    model = dsc.load(out)
+    kind = type(backends.get("reference"))
+    load = kind.load
+
+    def replacing(*args: Any) -> Any:
+        found = load(*args)
+        saved(OTHER, "reference", out)
+        return found
+
+    monkeypatch.setattr(kind, "load", replacing)
     with pytest.raises(ArtifactError, match="was replaced after it was opened"):
         model.session(1)
