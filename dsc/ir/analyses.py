@@ -11,7 +11,7 @@ from dsc.ir.dims import Dim
 from dsc.ir.graph import Graph, Node, Operand, Value, Weight
 from dsc.ir.lanes import moves_nothing
 from dsc.ir.op import lookup, traits_of
-from dsc.ir.traits import Role
+from dsc.ir.traits import Form, Role
 
 Use = tuple[Node | None, int]
 
@@ -38,6 +38,24 @@ def weight_uses(graphs: Iterable[Graph]) -> dict[str, list[Use]]:
             if isinstance(x, Weight):
                 found.setdefault(x.name, []).append((node, index))
     return found
+
+
+def row_operands(op: str) -> frozenset[str]:
+    """Operands with rows, of which a row of every result needs its own row alone.
+
+    Rows are all axes but the last. Such operands share `*name` with all results where no attribute
+    names an axis; those of a pointwise operator, which broadcast, all are.
+    """
+    declared = lookup(op)
+    if declared.traits.form is not Form.MODEL:
+        return frozenset()
+    if declared.traits.role is Role.POINTWISE:
+        return frozenset(o.name for o in declared.operands)
+    leads = {r.dims[0] if len(r.dims) in (1, 2) else "" for r in declared.results}
+    lead = leads.pop() if len(leads) == 1 else ""
+    if not lead.startswith("*") or declared.attr("axis") is not None:
+        return frozenset()
+    return frozenset(o.name for o in declared.operands if o.pattern.dims[:1] == (lead,))
 
 
 def producers(graph: Graph) -> dict[str, Node]:

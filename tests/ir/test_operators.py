@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from dsc.ir.analyses import row_operands
 from dsc.ir.dims import symbol
 from dsc.ir.graph import Graph, GraphBuilder, Value
 from dsc.ir.interpreter import run_graph
@@ -198,6 +199,36 @@ def test_inferred_types_are_those_of_the_reference(name: str, dtype: DType) -> N
         if registry()[name].traits.form is Form.WEIGHT:
             return  # they stand in no graph: test_formats.py
         check_run(graph, text, [bound for _, bound in parse_operands(text)[0]])
+
+
+def test_which_operators_work_row_by_row() -> None:
+    found = {name for name in operators() if row_operands(name)}
+    assert {"add", "where", "linear", "rms_norm", "layer_norm", "route", "experts"} <= found
+    assert found.isdisjoint(("softmax", "cumsum", "rope", "attention", "sdpa", "sum", "sort",
+                             "all_reduce", "send", "dequantize", "reshape"))  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [n for n in operators() if row_operands(n)])
+def test_rows_of_results_need_their_own_rows_alone(name: str) -> None:
+    definition, tried = registry()[name], 0
+    for text in [definition.example, *(filled(t, 5) for t in CASES[name])]:
+        (node,) = (graph := call_graph(name, text)).nodes
+        shape = node.outputs[0].type.shape
+        if len(shape) < 2:
+            continue
+        given = list(sample_inputs(graph, {}, seed=3).values())
+        chosen = torch.tensor([int(shape[0]) - 1, 0, 0])  # type: ignore[arg-type]
+        rows = [
+            x[chosen] if n in row_operands(name) and x.shape[:1] == shape[:1] and x.ndim >= 2 else x
+            for n, x in zip(definition.operand_names(len(given)), given, strict=True)
+        ]
+        attrs = definition.with_defaults(node.attrs)
+        whole, few = definition.run(given, attrs), definition.run(rows, attrs)
+        pairs = zip(whole, few, strict=True) if isinstance(whole, tuple) else [(whole, few)]
+        for all_rows, some in pairs:
+            torch.testing.assert_close(some, all_rows[chosen], equal_nan=True)
+        tried += 1
+    assert tried
 
 
 @pytest.mark.parametrize("name", operators())
