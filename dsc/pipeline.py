@@ -149,8 +149,8 @@ SLOTS = (
         lambda s: s.can.shared_experts and s.asked.ranks == 1
         and s.asked.fusion_level >= HORIZONTAL,
     ),
-    Slot(Part.OPTIMISE, "specialise_entries", options=lambda s: {"entries": s.can.entries}),
     Slot(Part.OPTIMISE, "hoist_select_rows"),
+    Slot(Part.OPTIMISE, "specialise_entries", options=lambda s: {"entries": s.can.entries}),
     Slot(Part.OPTIMISE, "absorb_mla", lambda s: s.can.absorbed),
     Slot(
         Part.OPTIMISE, "append_cache_in_place",

@@ -52,7 +52,7 @@ _ENTRIES = "specialise_entries{entries=[decode,prefill]}"
 _ABSORBED = f"{_ENTRIES},absorb_mla"
 _MERGED = f"{_ABSORBED},append_cache_in_place{{slack=8}},merge_projections"
 AFTER = {
-    "hoist_select_rows": f"{_ENTRIES},hoist_select_rows",
+    "hoist_select_rows": "hoist_select_rows",
     "absorb_mla": _ABSORBED,
     "append_cache_in_place": f"{_ABSORBED},append_cache_in_place{{slack=8}}",
     "in_pages": f"{_ABSORBED},append_cache_in_place{{page=64}}",

@@ -192,7 +192,9 @@ def test_the_list_has_each_pass_once_and_they_run_in_its_order() -> None:
 def test_each_condition_of_the_list_decides() -> None:
     program = canonical_lm(Sizes())
     least = names(program, Capabilities(absorbed=False))
-    assert least == ["specialise_entries", "choose_formats", "fuse", "own_outputs"]
+    assert least == [
+        "hoist_select_rows", "specialise_entries", "choose_formats", "fuse", "own_outputs",
+    ]  # fmt: skip
     assert names(program.at(Stage.TRACED), Capabilities(absorbed=False)) == [
         *pipeline.RAISE,
         *least,
