@@ -126,6 +126,6 @@ def _moved(graph: Graph, select: Node, above: dict[int, Node]) -> Graph:
         if id(node) not in above:
             return None
         pairs = zip(node.inputs, operands, strict=True)
-        return b.again(node, [wanted(b, was, x) for was, x in pairs])
+        return b.again(node, tuple(wanted(b, was, x) for was, x in pairs))
 
     return rebuild(graph, each)
