@@ -447,6 +447,7 @@ BARS: dict[str, Callable[[], Figures]] = {
     "triton_interprets": triton_interprets,
     "run_scripts": run_scripts,
     "onnx_servers": _bar_of("onnx_servers"),
+    "onnx_configs": _bar_of("onnx_configs"),
     "compile_671b": compile_671b,
     "passes_linear": passes_linear,
     "attention_block": attention_block,

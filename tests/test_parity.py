@@ -13,13 +13,12 @@ import pytest
 import torch
 
 import dsc
-from bench import language, parity
+from bench import language, onnx_configs, parity
 from dsc.ir.graph import Graph
 from dsc.models.configs import TINY_CHECKPOINT
 
 SAMPLE = [
     ("v3", ("reference", "onnxruntime", "tvm")),
-    ("v2", ("onnxruntime",)),
     ("v3-odd", ("tvm",)),
 ]
 BACKENDS = ("onnxruntime", "tvm")
@@ -33,6 +32,20 @@ def test_logits_equal_transformers(case: str, backends: tuple[str, ...], tmp_pat
     for backend in backends:
         result = parity.check(case, backend, tmp_path / "model")
         assert result.ok, result.as_dict()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ops", onnx_configs.DIALECTS)
+def test_an_export_in_stock_onnxruntime_equals_transformers(ops: str, tmp_path: Path) -> None:
+    """By its files alone: chunks of two sizes, a batch of different lengths, 8 decode steps."""
+    stock = parity.make_checkpoint("v2", tmp_path / "model")
+    limits = onnx_configs.LIMITS
+    out = dsc.export(tmp_path / "model", tmp_path / "out", dtype="fp32", onnx_ops=ops, **limits)
+    found = onnx_configs.compared(out, stock)
+    assert found.ok, found.as_dict()
+    with torch.no_grad():
+        next(stock.parameters())[:, 0] += 0.01
+    assert not onnx_configs.compared(out, stock).ok
 
 
 def test_an_oracle_that_is_off_is_noticed(tmp_path: Path) -> None:
