@@ -448,6 +448,7 @@ BARS: dict[str, Callable[[], Figures]] = {
     "run_scripts": run_scripts,
     "onnx_servers": _bar_of("onnx_servers"),
     "onnx_configs": _bar_of("onnx_configs"),
+    "coded_perplexity": _bar_of("coded_perplexity"),
     "compile_671b": compile_671b,
     "passes_linear": passes_linear,
     "attention_block": attention_block,
