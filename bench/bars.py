@@ -449,6 +449,7 @@ BARS: dict[str, Callable[[], Figures]] = {
     "onnx_servers": _bar_of("onnx_servers"),
     "onnx_configs": _bar_of("onnx_configs"),
     "coded_perplexity": _bar_of("coded_perplexity"),
+    "onnx_peers": _bar_of("onnx_peers"),
     "compile_671b": compile_671b,
     "passes_linear": passes_linear,
     "attention_block": attention_block,

@@ -17,13 +17,14 @@ from typing import Any, Protocol
 ENGINES = {
     "dsc": "compiled",
     "onnxruntime": "compiled",
+    "stock": "onnx_stock",
     "transformers": "transformers_eager",
     "torch.compile": "torch_compiled",
     "llama.cpp": "llama_cpp_python",
     "vllm": "vllm_cpu",
     "probe": "probe",
 }
-"""Modules by the engine's name; `onnxruntime` runs the model that dsc exports."""
+"""Modules by the engine's name. `onnxruntime` runs what dsc exports by dsc, `stock` without it."""
 PEERS = ("transformers", "torch.compile", "onnxruntime", "llama.cpp", "vllm")
 SLOW = ("transformers", "torch.compile")
 """They expand the whole latent cache again in every step."""

@@ -36,7 +36,9 @@ class Engine:
         torch.set_grad_enabled(False)
         start = time.perf_counter()
         self.model = AutoModelForCausalLM.from_pretrained(
-            options["folder"], dtype=torch.bfloat16, experts_implementation=self.experts
+            options["folder"],
+            dtype=getattr(torch, options.get("dtype", "bfloat16")),
+            experts_implementation=self.experts,
         ).eval()
         self.load_seconds = time.perf_counter() - start
         self.units = torch_units()

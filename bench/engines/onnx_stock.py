@@ -1,0 +1,133 @@
+"""An exported folder in stock ONNX Runtime, as its example.py calls it: no dsc in the process.
+
+The folder is exported once into the cache folder, by the command. `OrtValue`s go from step to step,
+the model of the fewest tokens that a step fits in runs it, and the first session of a model opens
+when it is first needed.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+NEEDS = {"stock": ("onnxruntime",)}
+CHUNK = 512
+TYPES = {"tensor(float)": 1, "tensor(float16)": 10, "tensor(bfloat16)": 16}
+"""ONNX's numbers of element types."""
+
+
+def exported(options: Mapping[str, Any]) -> Path:
+    """The folder of an export, made where it is not there yet."""
+    folder, quant = Path(options["folder"]), options["quant"]
+    ops = options.get("ops", "ort")
+    place = Path(options["cache"]) / f"{folder.name}-{ops}-{quant}-{options['commit']}"
+    if not place.is_dir():
+        command = [sys.executable, "-m", "dsc", "export", str(folder), "--dtype", "fp32"]
+        command += ["--quant", quant, "--onnx-ops", ops, "--prefill-chunk", str(CHUNK)]
+        subprocess.run([*command, "-o", str(place)], check=True, capture_output=True)
+    return place
+
+
+class Engine:
+    """Sessions of the folder's models, and the caches between steps."""
+
+    def __init__(self, options: Mapping[str, Any]) -> None:
+        start = time.perf_counter()
+        self.folder = exported(options)
+        self.compile_seconds = time.perf_counter() - start
+        self.runtime: Any = import_module("onnxruntime")
+        self.threads, self.vocabulary = options["threads"], int(options["vocabulary"])
+        manifest = json.loads((self.folder / "dsc.json").read_text())
+        self.meta = manifest["meta"]
+        prepack = options.get("prepack")
+        self.prepack = self.meta["prepack"] if prepack is None else prepack
+        self.units = ", ".join([self.runtime.__version__, "CPUExecutionProvider"])
+        self.sessions: dict[str, Any] = {}
+        start = time.perf_counter()
+        decode = self.session("decode")
+        self.load_seconds = time.perf_counter() - start
+        self.names = [x.name for x in decode.get_outputs()]
+        self.caches = [x for x in decode.get_inputs() if x.name.startswith("past.")]
+        self.random = np.random.default_rng(0)
+
+    def session(self, entry: str, profile: str = "") -> Any:
+        """The session of an entry's model; one with a `profile` is another each time."""
+        path = self.meta["models"][entry]
+        if path in self.sessions and not profile:
+            return self.sessions[path]
+        options = self.runtime.SessionOptions()
+        options.log_severity_level = 3
+        options.intra_op_num_threads, options.inter_op_num_threads = self.threads, 1
+        off = "0" if self.prepack else "1"
+        options.add_session_config_entry("session.disable_prepacking", off)
+        if profile:
+            options.enable_profiling, options.profile_file_prefix = True, profile
+        providers = ["CPUExecutionProvider"]
+        made = self.runtime.InferenceSession(str(self.folder / path), options, providers=providers)
+        if not profile:
+            self.sessions[path] = made
+        return made
+
+    def forget(self, batch: int) -> None:
+        """Begin with empty caches."""
+        empty = self.runtime.OrtValue.ortvalue_from_shape_and_type
+        self.held = 0
+        self.past = {x.name: empty([batch, 0, x.shape[2]], TYPES[x.type]) for x in self.caches}
+
+    def forward(self, session: Any, ids: Any) -> float:
+        """Seconds of a step over new tokens [batch, count]; the caches grow."""
+        start = time.perf_counter()
+        results = session.run_with_ort_values(self.names, self.step(ids) | self.past)
+        found = dict(zip(self.names, results, strict=True))
+        found["logits"].numpy()
+        self.past = {name: found[name.replace("past", "present")] for name in self.past}
+        self.held += ids.shape[1]
+        return time.perf_counter() - start
+
+    def step(self, ids: Any) -> dict[str, Any]:
+        """What goes into a step beside the caches."""
+        batch, count = ids.shape
+        step = {"input_ids": ids, "positions": np.tile(self.held + np.arange(count), (batch, 1))}
+        step |= {"lengths": np.full(batch, self.held), "logits_at": np.full((batch, 1), count - 1)}
+        value = self.runtime.OrtValue.ortvalue_from_numpy
+        return {name: value(x) for name, x in step.items()}
+
+    def ids(self, batch: int, count: int) -> Any:
+        """Random tokens."""
+        return self.random.integers(3, self.vocabulary, (batch, count), dtype=np.int64)
+
+    def prefill(self, batch: int, tokens: int) -> float:
+        """Seconds of a prompt into empty caches, in chunks."""
+        self.forget(batch)
+        session = self.session("prefill")
+        chunks = (min(CHUNK, tokens - at) for at in range(0, tokens, CHUNK))
+        return sum(self.forward(session, self.ids(batch, count)) for count in chunks)
+
+    def start(self, batch: int, context: int, room: int) -> None:
+        """Fill the caches."""
+        self.batch = batch
+        self.prefill(batch, context)
+
+    def steps(self, count: int) -> list[float]:
+        """Seconds of decode steps."""
+        session = self.session("decode")
+        return [self.forward(session, self.ids(self.batch, 1)) for _ in range(count)]
+
+    def memory(self) -> dict[str, float]:
+        """Gigabytes that this process allocated, and what it has of mapped files in memory."""
+        lines = (x.split() for x in open("/proc/self/status") if x.startswith("Rss"))
+        return {name.rstrip(":"): int(kb) / 1e6 for name, kb, _ in lines}
+
+    def kernels(self, context: int, rounds: int) -> dict[str, Any]:
+        """The products of a decode step alone, beside the step (`bench.onnx_kernels`)."""
+        from bench.onnx_kernels import beside_step
+
+        return beside_step(self, context, rounds)
