@@ -98,6 +98,7 @@ class OnnxRuntimeBackend:
         from dsc.backends.onnxruntime import required_operators as required
         from dsc.backends.onnxruntime.card import card, facts
         from dsc.backends.onnxruntime.example import example
+        from dsc.backends.onnxruntime.forms import halves
         from dsc.backends.onnxruntime.interface import chosen_form
 
         program = giving_indices(program)
@@ -121,7 +122,7 @@ class OnnxRuntimeBackend:
             if options.progress is not None:
                 options.progress("models", done, len(owners))
             built[files[owner]] = model.build_model(
-                program.entries[owner], owner, form, facts(program)
+                program.entries[owner], owner, form, facts(program), halves=halves(program)
             )
         served = serving.files(program, form, files, server)
         built |= served.models

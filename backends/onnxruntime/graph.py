@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -67,7 +67,7 @@ class Pool:
     values that are fp32 where the program has 16 bits: caches that come and go so. `opset` is the
     version of ONNX's operators that may be used, `ops` the dialect, `provider` whom the model is
     for, and `contrib` how often each of ONNX Runtime's own operators was written. `positive` names
-    values that are never below 0.
+    values that are never below 0, and `halves` has W_UK and W_UV by the name of kv_b.
     """
 
     symbols: dict[str, tuple[str, int]] = field(default_factory=dict)
@@ -81,6 +81,7 @@ class Pool:
     provider: str = "cpu"
     contrib: Counter[str] = field(default_factory=Counter)
     positive: set[str] = field(default_factory=set)
+    halves: Mapping[str, tuple[Weight, Weight]] = field(default_factory=dict)
 
 
 class GraphWriter:

@@ -15,6 +15,7 @@ from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper
 from dsc._version import __version__
 from dsc.backends.onnxruntime import contrib
 from dsc.backends.onnxruntime.emit import emit_graph
+from dsc.backends.onnxruntime.forms import Halves, expanded, halves
 from dsc.backends.onnxruntime.graph import External, GraphWriter, static, value_info
 from dsc.backends.onnxruntime.interface import Form, Interface, meaning
 from dsc.backends.onnxruntime.ports import Port, Signature
@@ -65,15 +66,18 @@ def build_model(
     facts: Mapping[str, str] | None = None,
     max_branches: int | None = None,
     signature: Signature | None = None,
+    halves: Halves | None = None,
 ) -> BuiltModel:
     """The ONNX model of one graph. With more than `max_branches` experts it loops over them.
 
-    `facts` become its metadata; `signature` is another than the graph's own.
+    `facts` become its metadata; `signature` is another than the graph's own; with the `halves` of
+    kv_b attention over latents is written in both forms.
     """
     form = form or Form()
     border = Interface.of(graph, form)
     g = GraphWriter(graph)
     g.pool.unroll = _experts(graph) <= (MAX_BRANCHES if max_branches is None else max_branches)
+    g.pool.halves = halves or {}
     g.pool.opset, g.pool.ops, g.pool.provider = form.opset, form.ops, form.provider
     own = {v.name: v.name for v in graph.inputs}
     values = own if signature is None else signature.enter(g)
@@ -146,17 +150,22 @@ def shared_entries(program: Program) -> dict[str, str]:
     """For each entry, the entry whose model runs it.
 
     A decode entry that is the general one with S = 1 put in runs on the general model: one
-    session, and weights that ONNX Runtime prepares once.
+    session, and weights that ONNX Runtime prepares once. So do entries that are another in the
+    absorbed form. Of equal entries it is one that takes any number of new tokens.
     """
-    keys = {name: _key(graph) for name, graph in program.entries.items()}
+    known = halves(program)
+    graphs = {name: expanded(graph, known, program) for name, graph in program.entries.items()}
+    bounded = {guard.entry for guard in program.guards if guard.step is not None}
+    names = sorted(program.entries, key=lambda name: name in bounded)
+    keys = {name: _key(graphs[name]) for name in names}
     shared: dict[str, str] = {}
-    for name, graph in program.entries.items():
+    for name, graph in graphs.items():
         shared[name] = name
-        for other, general in program.entries.items():
+        for other, general in graphs.items():
             if other == name or shared.get(other, other) != other:
                 continue
             env = _specialises(graph, general)
-            earlier = not env and list(keys).index(other) < list(keys).index(name)
+            earlier = not env and names.index(other) < names.index(name)
             if env is not None and (env or earlier) and _key(general.substitute(env)) == keys[name]:
                 shared[name] = other
                 break

@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 
 from dsc.backends.onnxruntime import genai_config, triton_server
+from dsc.backends.onnxruntime.forms import halves
 from dsc.backends.onnxruntime.interface import Form, Interface
-from dsc.backends.onnxruntime.model import FOLDER, BuiltModel, build_model
+from dsc.backends.onnxruntime.model import FOLDER, BuiltModel, build_model, shared_entries
 from dsc.backends.onnxruntime.stock_signature import StockSignature
 from dsc.errors import UsageError
 from dsc.ir.graph import Graph
@@ -57,7 +58,7 @@ def files(program: Program, form: Form, models: Mapping[str, str], server: str |
     signature = StockSignature.of(program, graph, border, whole, whole)
     name = "model" if whole else server
     path = _free(f"{folder}/{name}.onnx", models)
-    built = build_model(graph, name, form, signature=signature)
+    built = build_model(graph, name, form, signature=signature, halves=halves(program))
     if whole:
         config = json.dumps(program.meta.get("config", {}), indent=1) + "\n"
         return Served({path: built}, {"config.json": config})
@@ -77,7 +78,8 @@ def _repository(
     path = _free(str(own.with_name(triton_server.MODEL)), models)
     signature = triton_server.SequenceSignature.of(graph, border)
     text = triton_server.sequence_config(program, name, signature)
-    return Served({path: build_model(graph, "model", form, signature=signature)}, {config: text})
+    built = build_model(graph, "model", form, signature=signature, halves=halves(program))
+    return Served({path: built}, {config: text})
 
 
 def _free(path: str, models: Mapping[str, str]) -> str:
@@ -89,6 +91,9 @@ def _free(path: str, models: Mapping[str, str]) -> str:
 
 
 def stepped(program: Program) -> str:
-    """The entry for one model that has to take all steps: the cheaper one for few new tokens."""
+    """The entry for one model that has to take all steps: the cheaper one for few new tokens.
+
+    Where that is another one in the absorbed form, it is that one, whose model has both forms.
+    """
     names = list(program.entries)
-    return "extend" if "extend" in names else names[-1]
+    return shared_entries(program)["extend" if "extend" in names else names[-1]]

@@ -146,7 +146,7 @@ class OnnxExecutable(Admitted):
             results[name] = empty(shape, border.outputs[name])
             _bind(binding.bind_output, theirs, ONNX_TYPE[border.outputs[name]], results[name])
         if timed is not None:
-            timed.starts(inputs)
+            timed.starts(graph, inputs)
         session.run_with_iobinding(binding)
         declared = zip(graph.output_names, graph.outputs, strict=True)
         own = {name: x.type.dtype.numpy for name, x in declared if name not in border.caches}

@@ -9,11 +9,12 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from dsc.backends.onnxruntime.forms import absorbed
 from dsc.backends.onnxruntime.graph import ORIGIN
 from dsc.ir.graph import Graph
 from dsc.ir.interpreter import bind_shapes
@@ -23,6 +24,7 @@ from dsc.runtime.profiler import EntryRun, Event, StepTime, lengths_of
 
 @dataclass(frozen=True, slots=True)
 class _Run:
+    graph: Graph
     sizes: Mapping[str, int]
     lengths: list[int] | None
     start: float
@@ -30,17 +32,20 @@ class _Run:
 
 @dataclass
 class TimedSession:
-    """A session that profiles, and when its runs began by our clock; `owner` is its graph."""
+    """A session that profiles, and when its runs began by our clock; `owner` is its graph.
+
+    Attention that the model has as one node with two forms is told as the attention over latents of
+    an entry that is absorbed; the products around it are listed, and their time is in its own.
+    """
 
     session: Any
     owner: Graph
     runs: list[_Run] = field(default_factory=list)
 
-    def starts(self, inputs: Mapping[str, Any]) -> None:
-        """Note that a run on these tensors begins now."""
-        shapes = [inputs[v.name].shape for v in self.owner.inputs]
-        sizes = bind_shapes(self.owner, shapes)
-        self.runs.append(_Run(sizes, lengths_of(inputs), time.perf_counter()))
+    def starts(self, graph: Graph, inputs: Mapping[str, Any]) -> None:
+        """Note that a run of `graph` on these tensors begins now."""
+        sizes = bind_shapes(graph, [inputs[v.name].shape for v in graph.inputs])
+        self.runs.append(_Run(graph, sizes, lengths_of(inputs), time.perf_counter()))
 
     def finish(self, folder: str) -> Callable[[], Iterable[Event]]:
         """Stop profiling; gives what makes the events. `folder` held the profile and goes."""
@@ -54,28 +59,46 @@ class TimedSession:
         for run, outer in zip(self.runs, whole, strict=False):
             start, end = outer["ts"], outer["ts"] + outer["dur"]
             inside = [e for e in kernels if start <= e["ts"] <= end]
-            steps = self._steps(_outermost(inside), run.start - start * 1e-6)
+            steps = _steps(run.graph, self._renamed(run.graph, inside), run.start - start * 1e-6)
             yield from step_events(
-                EntryRun(self.owner, run.sizes, run.lengths, lambda steps=steps: steps)  # type: ignore[misc]
+                EntryRun(run.graph, run.sizes, run.lengths, lambda steps=steps: steps)  # type: ignore[misc]
             )
 
-    def _steps(self, events: list[dict[str, Any]], shift: float) -> list[StepTime]:
-        """Consecutive ONNX nodes of one node of the program are one step."""
-        known = {node.outputs[0].name: node.op for node in self.owner.nodes}
-        steps: list[StepTime] = []
-        seen: set[str] = set()
-        for event in events:
-            origin, mark, _ = event["name"].partition(ORIGIN)
-            node = origin if mark and origin in known else ""
-            kernel = known[node] if node else str(event["args"].get("op_name", event["name"]))
-            start, seconds = event["ts"] * 1e-6 + shift, event["dur"] * 1e-6
-            again = node in seen
-            seen.update({node} if node else ())
-            if node and steps and steps[-1].node == node:
-                first = steps.pop()
-                start, seconds, again = first.start, start + seconds - first.start, first.again
-            steps.append(StepTime(node, kernel, start, seconds, again=again))
-        return steps
+    def _renamed(self, graph: Graph, events: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+        """Events that lie in no other, by the names of an entry's own nodes."""
+        whole = {n.outputs[0].name for n in self.owner.nodes if n.op == "mla_attention"}
+        own = {last.output.name: (first, middle) for first, middle, last in absorbed(graph)}
+        for event in _outermost(events):
+            origin, mark, rest = event["name"].partition(ORIGIN)
+            if not mark or origin not in whole or origin not in own:
+                yield event
+                continue
+            first, middle = (f"{node.output.name}{ORIGIN}{rest}" for node in own[origin])
+            if event["args"].get("op_name") != "If":
+                yield {**event, "name": first}
+                continue
+            yield {**event, "name": first, "dur": 0}
+            yield {**event, "name": middle}
+            yield {**event, "ts": event["ts"] + event["dur"], "dur": 0}
+
+
+def _steps(graph: Graph, events: Iterable[dict[str, Any]], shift: float) -> list[StepTime]:
+    """Consecutive ONNX nodes of one node of the program are one step."""
+    known = {node.outputs[0].name: node.op for node in graph.nodes}
+    steps: list[StepTime] = []
+    seen: set[str] = set()
+    for event in events:
+        origin, mark, _ = event["name"].partition(ORIGIN)
+        node = origin if mark and origin in known else ""
+        kernel = known[node] if node else str(event["args"].get("op_name", event["name"]))
+        start, seconds = event["ts"] * 1e-6 + shift, event["dur"] * 1e-6
+        again = node in seen
+        seen.update({node} if node else ())
+        if node and steps and steps[-1].node == node:
+            first = steps.pop()
+            start, seconds, again = first.start, start + seconds - first.start, first.again
+        steps.append(StepTime(node, kernel, start, seconds, again=again))
+    return steps
 
 
 def _outermost(events: list[dict[str, Any]]) -> list[dict[str, Any]]:

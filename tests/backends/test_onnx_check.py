@@ -108,7 +108,7 @@ def test_the_verb_ends_with_1_and_a_sentence(
     out, err = capsys.readouterr()
     found = json.loads(out)["check"]
     assert {x["passed"] for x in found["findings"] if x["question"] == "ONNX Runtime"} == {True}
-    assert "shapes of onnx/extend.onnx: they do not follow" in err
+    assert "shapes of onnx/prefill.onnx: they do not follow" in err
 
 
 def test_rows_in_codes_are_held_to_what_rounding_explains(tmp_path: Path) -> None:
@@ -116,5 +116,5 @@ def test_rows_in_codes_are_held_to_what_rounding_explains(tmp_path: Path) -> Non
     found = check(out)
     assert found.failure == ""
     assert answers(found)["reference"] == {None}
-    worst = max(found.layers["onnx/extend.onnx"].values())
+    worst = max(found.layers["onnx/prefill.onnx"].values())
     assert checks.LIMITS[DType.f32] < worst < checks.CODED_ROWS

@@ -6,6 +6,7 @@ import ast
 import importlib.util
 import os
 import shutil
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +22,7 @@ from dsc import pipeline
 from dsc.backends.base import EmitOptions, No, Yes
 from dsc.backends.onnxruntime import OnnxRuntimeBackend
 from dsc.backends.onnxruntime.emit import EMITTERS
+from dsc.backends.onnxruntime.forms import halves
 from dsc.backends.onnxruntime.model import build_model, shared_entries
 from dsc.backends.reference import ReferenceExecutable
 from dsc.errors import BackendUnavailable, UnsupportedOperator, UsageError
@@ -32,8 +34,8 @@ from dsc.ir.parser import parse_graph, parse_operands, parse_program
 from dsc.ir.program import Program
 from dsc.ir.traits import Form, Role
 from dsc.ir.types import DType, TensorType
+from dsc.ir.weights import apply, random_source, random_tensor
 from dsc.ir.weights import evaluate as evaluate_weight
-from dsc.ir.weights import random_source, random_tensor
 from dsc.runtime import artifact
 from dsc.runtime.executable import Executable
 from dsc.runtime.session import Session
@@ -82,7 +84,9 @@ MORE = {
         "F[B,S,3,5], F[B,T,3,5], F[B,T,3,6] {scale=1.0, causal=false, softcap=2.0}",
     ],
     "mla_attention": [
-        "F[B,S,3,5], F[B,S,3,6], F[B,T,10], F[B,T,6], F[36,10], i64[B]=2 {scale=0.3}"
+        "F[B,S,3,5], F[B,S,3,6], F[B,T,10], F[B,T,6], F[36,10], i64[B]=2 {scale=0.3}",
+        "F[B,S,3,1], F[B,S,3,6], F[B,T,40], F[B,T,6], F[6,40], i64[B]=2 {scale=0.3}",
+        "F[B,1,3,5], F[B,1,3,6], F[B,T,10], F[B,T,6], F[36,10], i64[B]=2 {scale=0.3}",
     ],
     "latent_attention": ["F[B,S,3,10], F[B,S,3,6], F[B,T,10], F[B,T,6], i64[B]=2 {scale=0.3}"],
     "route": [
@@ -387,7 +391,7 @@ def test_models_pass_the_checker_and_point_at_their_weights(
     prepared: Program, folder: Path
 ) -> None:
     models = sorted(folder.rglob("*.onnx"))
-    assert [path.stem for path in models] == ["extend", "prefill"]
+    assert [path.stem for path in models] == ["prefill"]
     for path in models:
         onnx.checker.check_model(str(path), full_check=True)
         model = onnx.load(str(path), load_external_data=False)
@@ -425,22 +429,33 @@ def test_what_layers_share_is_computed_once(prepared: Program) -> None:
 
 
 def test_absorbed_weights_are_never_transposed(prepared: Program) -> None:
-    graph = build_model(prepared.entries["extend"], "extend").proto.graph
-    for node in graph.node:
-        assert node.op_type != "Einsum"
-        if node.op_type == "Transpose":
-            assert not any(".weight" in name for name in node.input)
+    graph = build_model(prepared.entries["prefill"], "g", halves=halves(prepared)).proto.graph
+    arms = [a.g.node for n in graph.node if n.op_type == "If" for a in n.attribute]
+    used = [n for nodes in arms for n in nodes if any("kv_b" in name for name in n.input)]
+    kinds = Counter((n.op_type, x[-1]) for n in used for x in n.input if "kv_b" in x)
+    assert kinds == {("MatMul", end): 2 for end in ("k", "v", "t")}, "W_UK, W_UV, kv_b.weight"
+
+
+def test_an_entry_with_other_halves_than_of_its_kv_b_has_a_model_of_its_own(
+    prepared: Program,
+) -> None:
+    other = dict(prepared.weights)
+    first = next(name for name in halves(prepared))
+    other[f"{first}.k"] = apply("mul", other[f"{first}.k"], other[f"{first}.k"])
+    shared = shared_entries(replace(prepared, weights=other))
+    assert shared == {"decode": "extend", "extend": "extend", "prefill": "prefill"}
 
 
 def test_experts_are_branches_or_a_loop(prepared: Program, tmp_path: Path) -> None:
-    graph = prepared.entries["extend"]
-    kinds = [n.op_type for n in build_model(graph, "g").proto.graph.node]
-    assert kinds.count("If") == 6
+    graph, attentions = prepared.entries["prefill"], 2
+    known = halves(prepared)
+    kinds = [n.op_type for n in build_model(graph, "g", halves=known).proto.graph.node]
+    assert kinds.count("If") == 6 + attentions
     assert "Loop" not in kinds
-    looped = build_model(graph, "g", max_branches=5)
+    looped = build_model(graph, "g", max_branches=5, halves=known)
     kinds = [n.op_type for n in looped.proto.graph.node]
     assert kinds.count("Loop") == 1
-    assert "If" not in kinds
+    assert kinds.count("If") == attentions
 
 
 def test_a_looped_model_is_the_branched_one(
@@ -465,7 +480,7 @@ def test_a_looped_model_is_the_branched_one(
 
 
 def test_an_entry_that_is_another_with_sizes_put_in_shares_its_model(prepared: Program) -> None:
-    expected = {"decode": "extend", "extend": "extend", "prefill": "prefill"}
+    expected = dict.fromkeys(["decode", "extend", "prefill"], "prefill")
     assert shared_entries(prepared) == expected
     same = replace(prepared, entries={**prepared.entries, "again": prepared.entries["prefill"]})
     assert shared_entries(same)["again"] == "prefill"

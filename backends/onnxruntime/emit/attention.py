@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from dsc.backends.onnxruntime.graph import GraphWriter, Shape
+from dsc.backends.onnxruntime.emit.core import contract
+from dsc.backends.onnxruntime.graph import GraphWriter, Shape, static
 from dsc.ir.dims import Dim
 from dsc.ir.graph import Node
 from dsc.ir.types import DType
@@ -55,27 +56,36 @@ def _scaled(g: GraphWriter, q: str, scale: float) -> str:
     return q if scale == 1.0 else g.op("Mul", q, g.scalar(scale))
 
 
-def _rope_scores(g: GraphWriter, q_rope: str, shape: Shape, rope_t: str, total: Dim) -> str:
-    """q_rope [b, s, h, r] with the one rope key of all heads [b, r, t]: scores [b, s*h, t]."""
-    b, s, h, r = shape
-    return g.op("MatMul", g.reshape(q_rope, shape, (b, s * h, r)), rope_t)
-
-
 def _latent_attention(
     g: GraphWriter, node: Node, q_latent: str, q_rope: str, latent: str, rope: str, lengths: str
 ) -> str:
-    """All heads of all new tokens are rows of one matrix over the latent rows [b, t, c]."""
-    (b, s, h, c), rope_shape, (_, t, _), *_ = _shapes(node)
-    scale = node.attrs["scale"]
-    rows = (b, s * h, c)
-    q = g.reshape(_scaled(g, q_latent, scale), (b, s, h, c), rows)
-    content = g.op("MatMul", q, g.swap_last(latent, 3))
-    turned = _rope_scores(g, _scaled(g, q_rope, scale), rope_shape, g.swap_last(rope, 3), t)
-    scores = g.reshape(g.op("Add", content, turned), (b, s * h, t), (b, s, h, t))
+    """Absorbed: every head attends over the same rows."""
+    (_, s, _, _), _, (_, t, _), *_ = shapes = _shapes(node)
+    mask, scale = _mask(g, lengths, s, t), node.attrs["scale"]
+    q, turned = (_scaled(g, x, scale) for x in (q_latent, q_rope))
+    return _over_latents(g, q, turned, shapes, latent, rope, mask)
+
+
+def _over_latents(
+    g: GraphWriter, q: str, q_rope: str, shapes: list[Shape], latent: str, rope: str, mask: str
+) -> str:
+    """All heads of all new tokens are columns of one matrix beside the latent rows [b, t, c].
+
+    Rows of the cache are read as they lie: were they the columns, ONNX Runtime would pack the whole
+    cache anew in every step. Scores are turned behind that, [b, t, s*h], a head for a latent.
+    """
+    (b, s, h, c), (_, _, _, r), (_, t, _), *_ = shapes
+    parts = ((q, c, latent), (q_rope, r, rope))
+    content, turned = (
+        g.op("MatMul", rows, g.swap_last(g.reshape(x, (b, s, h, w), (b, s * h, w)), 3))
+        for x, w, rows in parts
+    )
+    scores = g.swap_last(g.op("Add", content, turned), 3)
     # The mask [b, 1, s, t] is wanted here as [b, s, 1, t].
-    mask = g.transpose(_mask(g, lengths, s, t), 0, 2, 1, 3)
-    p = g.reshape(_softmax(g, scores, mask), (b, s, h, t), (b, s * h, t))
-    return g.reshape(g.op("MatMul", p, latent), rows, (b, s, h, c))
+    mask = g.transpose(mask, 0, 2, 1, 3)
+    p = _softmax(g, g.reshape(scores, (b, s * h, t), (b, s, h, t)), mask)
+    p = g.reshape(p, (b, s, h, t), (b, s * h, t))
+    return g.reshape(g.op("MatMul", p, latent), (b, s * h, c), (b, s, h, c))
 
 
 def _mla_attention(
@@ -88,23 +98,63 @@ def _mla_attention(
     kv_b: str,
     lengths: str,
 ) -> str:
-    """Expanded: keys and values of all heads are rebuilt as kv_b [h*(n+v), c] times latent^T.
+    """Absorbed for few new tokens, expanded for many; where S is open, the model chooses.
+
+    So one model serves all steps, and ONNX Runtime repacks what is outside of the two arms once.
+    Without the halves of kv_b it is expanded for all.
+    """
+    (b, s, h, n), rope_shape, (_, t, c), *_ = shapes = _shapes(node)
+    v = node.outputs[0].type.shape[-1]
+    mask, scale = _mask(g, lengths, s, t), node.attrs["scale"]
+    q_nope, q_rope = (_scaled(g, x, scale) for x in (q_nope, q_rope))
+    found = g.pool.halves.get(node["kv_b"].name)
+    most = 0 if found is None else few_tokens(*map(static, (n, v, c)))
+    w_uk, w_uv = [g.cast(g.weight(x), x.type.dtype, DType.f32) for x in found or ()] or ["", ""]
+
+    def absorbed(g: GraphWriter) -> str:
+        q = contract(g, "bshn,hnc->bshc", (q_nope, w_uk), ((b, s, h, n), (h, n, c)), 1)
+        wide: list[Shape] = [(b, s, h, c), rope_shape, shapes[2]]
+        o = _over_latents(g, q, q_rope, wide, latent, rope, mask)
+        return contract(g, "bshc,hvc->bshv", (o, w_uv), ((b, s, h, c), (h, v, c)), 1)
+
+    def rebuilt(g: GraphWriter) -> str:
+        return _expanded(g, shapes, v, (q_nope, q_rope, latent, rope, kv_b), mask)
+
+    if found is None or isinstance(s, int):
+        return absorbed(g) if isinstance(s, int) and s <= most else rebuilt(g)
+    few, many = g.branch(), g.branch()
+    is_few = g.op("LessOrEqual", g.number(s), g.constant(np.array(most, np.int64)))
+    return g.choose(is_few, (few, absorbed(few)), (many, rebuilt(many)))
+
+
+def few_tokens(nope: int, value: int, latent: int) -> int:
+    """New tokens up to which attention over the latents costs fewer flops than expanding them.
+
+    >>> few_tokens(128, 128, 512)
+    170
+    """
+    excess = 2 * latent - nope - value
+    return latent * (nope + value) // excess if excess > 0 else np.iinfo(np.int64).max
+
+
+def _expanded(
+    g: GraphWriter, shapes: list[Shape], v: Dim, operands: tuple[str, ...], mask: str
+) -> str:
+    """Keys and values of all heads are rebuilt as kv_b [h*(n+v), c] times latent^T.
 
     That product is already [b, h, n+v, t], keys in the order that the scores read; the values are
     transposed inside the second MatMul.
     """
-    (b, s, h, n), rope_shape, (_, t, _), _, (m, _), _ = _shapes(node)
-    v = node.outputs[0].type.shape[-1]
-    scale = node.attrs["scale"]
-    expanded = g.op("MatMul", kv_b, g.swap_last(latent, 3))
-    expanded = g.reshape(expanded, (b, m, t), (b, h, n + v, t))
-    keys, values = g.ops("Split", 2, expanded, g.shape((n, v)), axis=2)
-    content = g.op("MatMul", g.transpose(_scaled(g, q_nope, scale), 0, 2, 1, 3), keys)
-    q_turned = g.transpose(_scaled(g, q_rope, scale), 0, 2, 1, 3)
-    _, _, _, r = rope_shape
-    turned = _rope_scores(g, q_turned, (b, h, s, r), g.swap_last(rope, 3), t)
+    (b, s, h, n), (_, _, _, r), (_, t, _), _, (m, _), *_ = shapes
+    q_nope, q_rope, latent, rope, kv_b = operands
+    rebuilt = g.op("MatMul", kv_b, g.swap_last(latent, 3))
+    rebuilt = g.reshape(rebuilt, (b, m, t), (b, h, n + v, t))
+    keys, values = g.ops("Split", 2, rebuilt, g.shape((n, v)), axis=2)
+    content = g.op("MatMul", g.transpose(q_nope, 0, 2, 1, 3), keys)
+    q_turned = g.reshape(g.transpose(q_rope, 0, 2, 1, 3), (b, h, s, r), (b, h * s, r))
+    turned = g.op("MatMul", q_turned, g.swap_last(rope, 3))
     turned = g.reshape(turned, (b, h * s, t), (b, h, s, t))
-    p = _softmax(g, g.op("Add", content, turned), _mask(g, lengths, s, t))
+    p = _softmax(g, g.op("Add", content, turned), mask)
     return g.transpose(g.op("MatMul", p, g.swap_last(values, 4)), 0, 2, 1, 3)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -44,24 +44,31 @@ def _linear(g: GraphWriter, node: Node, x: str, weight: str, bias: str = "") -> 
 
 
 def _einsum(g: GraphWriter, node: Node, *xs: str) -> str:
+    shapes = tuple(t.shape for t in _types(node))
+    weight = next((i for i, x in enumerate(node.operands) if isinstance(x, Weight)), None)
+    return contract(g, node.attrs["eq"], xs, shapes, weight)
+
+
+def contract(
+    g: GraphWriter, eq: str, xs: Sequence[str], shapes: Sequence[Shape], weight: int | None
+) -> str:
     """As one MatMul where every letter is a batch, free or contracted one; else as Einsum.
 
-    ONNX Runtime's Einsum transposes both operands whenever it runs. Here a weight is never
+    ONNX Runtime's Einsum transposes both operands whenever it runs. Here operand `weight` is never
     transposed: if its contracted axes come last (W_UV [h, v, c]), it goes on the left.
     """
-    terms, result = einsum_terms(node.attrs["eq"])
+    terms, result = einsum_terms(eq)
     if len(terms) != 2 or not _is_matmul(terms, result):
-        return g.op("Einsum", *xs, equation=node.attrs["eq"])
+        return g.op("Einsum", *xs, equation=eq)
     sizes = {
         c: d
-        for term, t in zip(terms, _types(node), strict=True)
-        for c, d in zip(term, t.shape, strict=True)
+        for term, shape in zip(terms, shapes, strict=True)
+        for c, d in zip(term, shape, strict=True)
     }
     order = [0, 1]
     batch = [c for c in result if c in terms[0] and c in terms[1]]
     inner = [c for c in terms[0] if c in terms[1] and c not in result]
     free = [[c for c in term if c not in batch and c not in inner] for term in terms]
-    weight = next((i for i, x in enumerate(node.operands) if isinstance(x, Weight)), None)
     if weight is not None:
         # A weight goes where its own order of axes is the one that MatMul reads.
         inner = [c for c in terms[weight] if c in inner]
