@@ -65,7 +65,7 @@ TOLERANCE = 1e-4
 CUT = "cuts a block of 128"
 KEPT = {
     "ct-int4": "i4{1x32,bf16", "ct-int4-zeros": "i4{1x32,bf16,i8", "ct-int8": "i8{1x32,f16,i8",
-    "w8a8": "i8{1x*,bf16", "fp8-channel": "f8e4m3{1x*,bf16", "fp8-tensor": "f8e4m3{",
+    "w8a8": "i8{1x*,bf16", "fp8-channel": "f8e4m3{1x*,f32", "fp8-tensor": "f8e4m3{",
     "fp8-block": "f8e4m3{128x128,f32", "gptq": "i4{1x32,f16", "gptq-zeros": "i4{1x32,f16,i8",
     "gptq-v2": "i4{1x32,f16,i8", "gptq-8": "i8{1x32,f16,i8", "awq": "i4{1x32,f16,i8",
 }  # fmt: skip
