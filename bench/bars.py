@@ -461,6 +461,7 @@ BARS: dict[str, Callable[[], Figures]] = {
     "types": _bar_of("matrix"),
     "quantised_types": _bar_of("quant_matrix"),
     "quantised_folders": _bar_of("coded_folders"),
+    "onnx_folders": _bar_of("onnx_folders"),
     "names": _bar_of("names", "figures"),
     "random_calls": random_calls,
     "damaged_texts": damaged_texts,

@@ -16,7 +16,7 @@ import argparse
 import json
 import re
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from functools import cache
 from pathlib import Path
@@ -42,7 +42,7 @@ from dsc.ir.graph import Weight
 from dsc.ir.program import Program
 from dsc.ir.safetensors import open_safetensors
 from dsc.ir.types import DType
-from dsc.ir.weights import WeightSource, evaluate, sources, stored_type
+from dsc.ir.weights import evaluate, sources, stored_type
 from dsc.targets import Target
 from dsc.verification import compare, held_to_text, session_logits
 
@@ -139,7 +139,7 @@ def _held(
 ) -> dict[str, Any]:
     """All that is held of a folder on a backend: `wrong` has what does not hold, in words."""
     made, opened = _compiled(coded, out, backend, activation_bits=16)
-    places = _places(made.program, open_safetensors(plain))
+    places = places_of(made.program, open_safetensors(plain).types)
     wrong = [w for name, keys in places.items() if (w := _other(name, keys, opened, coded, plain))]
     kept = {name for name in places if opened.program.weights[name].type.format is not None}
     types = {str(opened.program.weights[name].type) for name in kept}
@@ -186,13 +186,13 @@ def _with_rows_in_codes(coded: Path, out: Path, ids: list[int]) -> list[str]:
     return own.failures(most_excluded=1.0)
 
 
-def _places(program: Program, plain: WeightSource) -> dict[str, list[str]]:
+def places_of(program: Program, plain: Container[str]) -> dict[str, list[str]]:
     """The matrices, by their names in the plain folder, that each weight is made of codes of."""
     found = {}
     for name, expr in program.weights.items():
         if stored_type(expr) is not None:
             stems = [each.key.rpartition(".")[0] + ".weight" for each in sources(expr)]
-            found[name] = [key for key in dict.fromkeys(stems) if key in plain.types]
+            found[name] = [key for key in dict.fromkeys(stems) if key in plain]
     return found
 
 
@@ -203,7 +203,7 @@ def _other(name: str, keys: Sequence[str], opened: Any, coded: Path, plain: Path
     exact = np.concatenate([numbers.array(key) for key in keys])
     is_packed = isinstance(stored, Packed)
     said = array_of(stored.unpack(torch.float32) if is_packed else stored)
-    if _is_paired(name, opened.program):  # each gate row beside its up row
+    if paired(name, opened.program):  # each gate row beside its up row
         count, rows, columns = said.shape
         said = said.reshape(count, rows // 2, 2, columns).swapaxes(1, 2)
     if not np.array_equal(exact, said.reshape(exact.shape)):
@@ -217,7 +217,7 @@ def _other(name: str, keys: Sequence[str], opened: Any, coded: Path, plain: Path
     return ""
 
 
-def _is_paired(name: str, program: Program) -> bool:
+def paired(name: str, program: Program) -> bool:
     """Whether experts read a weight as gate and up rows in pairs."""
     nodes = (node for graph in program.entries.values() for node in graph.nodes)
     stacks = (node["gate_up"] for node in nodes if node.attrs.get("pairs"))

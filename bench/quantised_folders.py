@@ -147,20 +147,34 @@ class Layout:
     only_experts: bool = False
 
 
-def _integers(
-    make: Callable[[Codes], Tensors], bits: int, symmetric: bool, scales: Any,
-    ordered: bool = False, whole: bool = False,
-) -> Callable[[Array, int], tuple[Tensors, Array]]:  # fmt: skip
-    def store(weight: Array, group: int) -> tuple[Tensors, Array]:
+@dataclass(frozen=True)
+class Integers:
+    """A layout of integers: the codes of a weight, and the tensors that hold them.
+
+    Columns of a group follow each other, or lie anywhere where it is `ordered`; a `whole` row may
+    be one.
+    """
+
+    make: Callable[[Codes], Tensors]
+    bits: int
+    symmetric: bool
+    scales: Any
+    ordered: bool = False
+    whole: bool = False
+
+    def codes(self, weight: Array, group: int) -> Codes:
+        """The codes of a weight that are stored."""
         columns = weight.shape[1]
         index = None
-        if ordered:
+        if self.ordered:
             index = np.random.default_rng(columns).permutation(columns) // group
-        size = columns if whole else group
-        found = quantised(weight, bits, size, symmetric, scales, index)
-        return make(found), found.numbers
+        size = columns if self.whole else group
+        return quantised(weight, self.bits, size, self.symmetric, self.scales, index)
 
-    return store
+    def __call__(self, weight: Array, group: int) -> tuple[Tensors, Array]:
+        """The tensors of a weight, and the numbers that they stand for."""
+        found = self.codes(weight, group)
+        return self.make(found), found.numbers
 
 
 def _fp8(
@@ -200,24 +214,24 @@ F16, BF16 = np.float16, ml_dtypes.bfloat16
 LAYOUTS = {
     "kimi": Layout(
         _compressed("pack-quantized", NOT_ROUTED, **GROUP, symmetric=True),
-        _integers(lambda c: compressed_tensors(c, 4, True), 4, True, BF16), only_experts=True,
+        Integers(lambda c: compressed_tensors(c, 4, True), 4, True, BF16), only_experts=True,
     ),
     "ct-int4": Layout(
         _compressed("pack-quantized", REST, **GROUP, symmetric=True),
-        _integers(lambda c: compressed_tensors(c, 4, True), 4, True, BF16),
+        Integers(lambda c: compressed_tensors(c, 4, True), 4, True, BF16),
     ),
     "ct-int4-zeros": Layout(
         _compressed("pack-quantized", REST, **GROUP, symmetric=False),
-        _integers(lambda c: compressed_tensors(c, 4, False), 4, False, BF16),
+        Integers(lambda c: compressed_tensors(c, 4, False), 4, False, BF16),
     ),
     "ct-int8": Layout(
         _compressed("pack-quantized", REST, **GROUP | {"num_bits": 8}, symmetric=False),
-        _integers(lambda c: compressed_tensors(c, 8, False), 8, False, F16),
+        Integers(lambda c: compressed_tensors(c, 8, False), 8, False, F16),
     ),
     "w8a8": Layout(
         _compressed("int-quantized", REST, num_bits=8, type="int", strategy="channel",
                     symmetric=True, input_activations=A8),
-        _integers(int8, 8, True, BF16, whole=True),
+        Integers(int8, 8, True, BF16, whole=True),
     ),
     "fp8-channel": Layout(
         _compressed("float-quantized", REST, num_bits=8, type="float", strategy="channel"),
@@ -234,28 +248,28 @@ LAYOUTS = {
     ),
     "gptq": Layout(
         GPTQ | {"sym": True},
-        _integers(lambda c: gptq(c, 4, 1), 4, True, F16),
+        Integers(lambda c: gptq(c, 4, 1), 4, True, F16),
     ),
     "gptq-zeros": Layout(
         GPTQ | {"checkpoint_format": "gptq"},
-        _integers(lambda c: gptq(c, 4, 1), 4, False, F16),
+        Integers(lambda c: gptq(c, 4, 1), 4, False, F16),
     ),
     "gptq-v2": Layout(
         GPTQ | {"checkpoint_format": "gptq_v2"},
-        _integers(lambda c: gptq(c, 4, 0), 4, False, F16),
+        Integers(lambda c: gptq(c, 4, 0), 4, False, F16),
     ),
     "gptq-8": Layout(
         GPTQ | {"bits": 8},
-        _integers(lambda c: gptq(c, 8, 1), 8, False, F16),
+        Integers(lambda c: gptq(c, 8, 1), 8, False, F16),
     ),
     "gptq-ordered": Layout(
         GPTQ | {"desc_act": True},
-        _integers(lambda c: gptq(c, 4, 1), 4, False, F16, ordered=True),
+        Integers(lambda c: gptq(c, 4, 1), 4, False, F16, ordered=True),
     ),
     "awq": Layout(
         {"quant_method": "awq", "bits": 4, "zero_point": True, "version": "gemm",
          "modules_to_not_convert": ["mlp.gate"]},
-        _integers(awq, 4, False, F16),
+        Integers(awq, 4, False, F16),
     ),
 }  # fmt: skip
 

@@ -69,7 +69,9 @@ def drawn(t: TensorType, seed: int) -> dict[str, torch.Tensor]:
     return made
 
 
-def program_of(text: str, kind: TensorType, quant: str = "none") -> Program:
+def program_of(
+    text: str, kind: TensorType, quant: str = "none", activation_bits: int = 8
+) -> Program:
     """The text with its matrices in a format, through the passes for the backend."""
     graph = parse_graph(text)
     read = {x.name: x for node in graph.nodes for x in node.operands if isinstance(x, Weight)}
@@ -85,7 +87,7 @@ def program_of(text: str, kind: TensorType, quant: str = "none") -> Program:
         weights[name] = apply("dequantize", leaf(name, t), dtype=w.type.dtype)
     ranges = dict.fromkeys("BSN", Range(1, 8))
     program = Program("coded", {"main": graph}, weights, ranges, DictSource(tensors))
-    options = pipeline.PipelineOptions(quant=quant)
+    options = pipeline.PipelineOptions(quant=quant, activation_bits=activation_bits)
     return pipeline.prepare(program, BACKEND, Target("cpu"), options).program
 
 
@@ -167,6 +169,20 @@ def test_standard_models_say_the_same_where_nothing_is_fused(
     (got,) = session.run(["y"], {key: array_of(x) for key, x in given.items()})
     wanted = ReferenceExecutable(program).run("main", given)["y"]
     differ(torch.as_tensor(got), torch.as_tensor(wanted), 0.1)
+
+
+@pytest.mark.parametrize("ops", contrib.DIALECTS)
+@pytest.mark.parametrize("name", ["i4 with zero points", "i8"])
+@pytest.mark.parametrize("text", TEXTS.values(), ids=TEXTS)
+def test_rows_that_stay_numbers_are_not_rounded(
+    text: str, name: str, ops: str, tmp_path: Path
+) -> None:
+    """ONNX Runtime would round them, where it makes MatMulNBits of what a standard model says."""
+    program = program_of(text, KINDS[name], activation_bits=16)
+    given = inputs_of(program, 6)
+    got = executable(program, tmp_path / "a", onnx_ops=ops).run("main", given)["y"]
+    wanted = torch.as_tensor(ReferenceExecutable(program).run("main", given)["y"])
+    assert (torch.as_tensor(got) - wanted).abs().max() <= 1e-5 * wanted.abs().max()
 
 
 @pytest.mark.parametrize("ops", contrib.DIALECTS)

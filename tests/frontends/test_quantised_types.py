@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 import dsc
-from bench import coded_folders
+from bench import coded_folders, onnx_folders
 from bench.coded_folders import folder
 from bench.names import mapped, small_model
 from bench.quantised_folders import Tensors
@@ -107,7 +107,6 @@ def test_an_artifact_of_another_type_holds_the_codes(
     [
         ("llama", "fp8-block", "tvm", 7),
         ("llama", "fp8-block", "onnxruntime", 0),
-        ("qwen3_moe", "awq", "onnxruntime", 6),
     ],
 )
 def test_other_backends_hold_the_codes_or_the_numbers_of_a_folder(
@@ -118,6 +117,27 @@ def test_other_backends_hold_the_codes_or_the_numbers_of_a_folder(
     assert found["wrong"] == []
     assert found["kept"] == 2 * kept
     assert (found["dequantised"] > 0) == (kept == 0)
+
+
+def test_onnx_files_hold_the_codes_that_a_folder_stores() -> None:
+    """Read by onnx alone; experts are a stack in one dialect, and one by one in the other."""
+    for found in onnx_folders.check("qwen3_moe", "awq", "ends", onnx_folders.DIALECTS):
+        assert found["wrong"] == []
+        assert found["weights"] == 2 * (4 + 3 * 8)
+
+
+def test_a_code_that_is_another_is_told() -> None:
+    rows = np.linspace(-1, 1, 64, dtype=np.float32).reshape(2, 32)
+    due = onnx_folders.rounded(rows, 4)
+    packed = due.codes[:, ::2] | due.codes[:, 1::2] << 4
+    scales = due.scales.astype(np.float32)
+    found = {"w": ((2, 16), packed.tobytes()), "w.scale": ((2, 1), scales.tobytes())}
+    assert onnx_folders.in_files(found, "w", 4, due) == ""
+    packed[1, 3] ^= 16
+    found["w"] = ((2, 16), packed.tobytes())
+    assert onnx_folders.in_files(found, "w", 4, due) == "w has other codes"
+    found["w.zero"] = ((2, 1), bytes([7, 8]))
+    assert onnx_folders.in_files(found, "w", 4, due) == "w has other codes and zero points"
 
 
 def test_experts_stacked_in_fp8_with_their_scales_are_read(tmp_path: Path) -> None:

@@ -7,6 +7,8 @@ branch only where all three were turned in it; with one from outside it fails, o
 
 Rows that are taken as codes are so by MatMulNBits itself, which has scales for the columns of a
 weight's block at `accuracy_level` 4. In standard operators they are rounded before the product.
+Where rows stay numbers a standard model says nothing that ONNX Runtime makes MatMulNBits of: by
+default it would be of level 4, and round them.
 """
 
 from __future__ import annotations
@@ -123,10 +125,14 @@ def _in_standard(
     if filled != matrix.columns:
         ends = g.i64(*[0] * (2 * len(shape) - 1), filled - matrix.columns)
         x, shape = g.op("Pad", x, ends, g.scalar(0.0)), (*shape[:-1], filled)
-    x = rounded(g, x, shape, matrix.block) if activations else x
-    if matrix.numbers:
+    if activations:
+        x = rounded(g, x, shape, matrix.block)
+    elif not matrix.numbers:
+        matrix = replace(matrix, numbers=_row_by_row(g, matrix))
+    if matrix.numbers and len(shape) == 2:
         return g.op("Gemm", x, matrix.numbers, *((bias,) if bias else ()), transB=1)
-    y = g.op("MatMul", x, dequantised(g, matrix))
+    turned = g.here("Transpose", matrix.numbers, perm=[1, 0]) if matrix.numbers else ""
+    y = g.op("MatMul", x, turned or dequantised(g, matrix))
     return g.op("Add", y, bias) if bias else y
 
 
@@ -167,6 +173,16 @@ def dequantised(g: GraphWriter, matrix: Matrix) -> str:
     if not zero:
         turned.append(_middle(g, matrix, kind))
     return g.op("DequantizeLinear", *turned, axis=0, block_size=matrix.block)
+
+
+def _row_by_row(g: GraphWriter, matrix: Matrix) -> str:
+    """The same as f32[rows, columns], of which ONNX Runtime makes no MatMulNBits."""
+    kind = UNSIGNED[matrix.bits]
+    filled = matrix.blocks * matrix.block
+    scales = (matrix.rows, matrix.blocks)
+    codes, scale, *zero = _parts(g, matrix, ((matrix.rows, filled), scales, scales), kind)
+    zero = zero or [g.here("Transpose", _middle(g, matrix, kind), perm=[1, 0])]
+    return g.here("DequantizeLinear", codes, scale, *zero, axis=1, block_size=matrix.block)
 
 
 def _middle(g: GraphWriter, matrix: Matrix, kind: int) -> str:
