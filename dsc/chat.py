@@ -280,6 +280,6 @@ def _hidden(tokenizer: Any) -> re.Pattern[str]:
 
 
 def _answered(text: str, thinking: str) -> Message:
-    """An answer as templates read it. They call thinking by either name (transformers)."""
-    kept = {"reasoning_content": thinking, "thinking": thinking} if thinking.strip() else {}
+    """An answer as templates read it."""
+    kept = {"reasoning_content": thinking} if thinking.strip() else {}
     return {"role": "assistant", "content": text, **kept}

@@ -31,6 +31,8 @@ SECONDS = 10.0
 """What one rendering may take, on the clock."""
 TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token")
 """Special tokens whose texts templates read."""
+THOUGHT = ("reasoning_content", "thinking", "reasoning")
+"""Under which of its names a message may hold what was thought; the first counts."""
 Message = dict[str, Any]
 """`role`, `content`, and what else a template reads: `reasoning_content`, `tool_calls`."""
 
@@ -61,7 +63,7 @@ class ChatTemplate:
             UsageError: the template refuses the conversation, is no template, or does too much.
         """
         values = {"tools": None, "documents": None, **self.tokens, **options}
-        values |= {"messages": messages, "add_generation_prompt": add_generation_prompt}
+        values |= {"messages": [*map(_thought, messages)], "add_generation_prompt": add_generation_prompt}
         answer = self._asked(json.dumps({"template": self.text, "values": values}).encode())
         if "error" in answer:
             raise UsageError(
@@ -98,6 +100,16 @@ class ChatTemplate:
             f"the chat template takes more than {SECONDS:g} s or more memory than it may",
             hint="give a template of your own: --chat-template FILE",
         )
+
+
+def _thought(message: Message) -> Message:
+    """A message whose thinking has both names that templates read, as transformers gives it them.
+
+    >>> _thought({"role": "assistant", "content": "4", "reasoning": "2 + 2"})["thinking"]
+    '2 + 2'
+    """
+    told = [message[name] for name in THOUGHT if message.get(name) is not None]
+    return {"thinking": told[0], **message, "reasoning_content": told[0]} if told else message
 
 
 def _started() -> subprocess.Popen[bytes]:

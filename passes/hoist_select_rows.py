@@ -86,15 +86,19 @@ def _above(graph: Graph, select: Node) -> dict[int, Node]:
 
 def _by_row(node: Node, rows: Sequence[Dim]) -> bool:
     """Whether all results have these rows, and each row needs its own of the operands alone."""
-    rowed = row_operands(node.op)
-    names = lookup(node.op).operand_names(len(node.inputs))
-    pairs = [(n, x.type) for n, x in zip(names, node.inputs, strict=True) if x is not None]
-    by_row = [t for n, t in pairs if n in rowed]
+    by_row = [x.type for x, is_by_row in _with_rows(node) if is_by_row and x is not None]
     return (
         any(_has(rows, t) for t in by_row)
         and all(_has(rows, t) or _same_for_all(t) for t in by_row)
         and all(_has(rows, v.type) for v in node.outputs)
     )
+
+
+def _with_rows(node: Node) -> list[tuple[Operand | None, bool]]:
+    """Each operand, and whether a row of the results needs its own row of it alone."""
+    names = lookup(node.op).operand_names(len(node.inputs))
+    rowed = row_operands(node.op)
+    return [(x, name in rowed) for name, x in zip(names, node.inputs, strict=True)]
 
 
 def _has(rows: Sequence[Dim], t: TensorType) -> bool:
@@ -125,7 +129,7 @@ def _moved(graph: Graph, select: Node, above: dict[int, Node]) -> Graph:
             return operands[:1]  # type: ignore[return-value]
         if id(node) not in above:
             return None
-        pairs = zip(node.inputs, operands, strict=True)
-        return b.again(node, tuple(wanted(b, was, x) for was, x in pairs))
+        pairs = zip(_with_rows(node), operands, strict=True)
+        return b.again(node, tuple(wanted(b, was, x) if by else x for (was, by), x in pairs))
 
     return rebuild(graph, each)

@@ -115,7 +115,7 @@ def test_thinking_is_apart_and_what_a_template_drops_is_not_run_again() -> None:
     session: Any = conversation.session
     assert conversation.messages == [
         {"role": "user", "content": "one"},
-        {"role": "assistant", "content": "yes", "reasoning_content": "hm\n", "thinking": "hm\n"},
+        {"role": "assistant", "content": "yes", "reasoning_content": "hm\n"},
     ]
     assert session.ran[0] == len(conversation.prompt([conversation.messages[0]])[1])
     session.ran.clear()

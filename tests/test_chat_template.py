@@ -16,8 +16,10 @@ from dsc.errors import UsageError
 TALK: list[dict[str, Any]] = [
     {"role": "system", "content": "Be brief."},
     {"role": "user", "content": "2 < 3 & é?"},
-    {"role": "assistant", "content": "Yes.", "reasoning_content": "Count.", "thinking": "Count."},
+    {"role": "assistant", "content": "Yes.", "reasoning_content": "Count."},
     {"role": "user", "content": "Why?"},
+    {"role": "assistant", "content": "So.", "thinking": None, "reasoning": "It was asked."},
+    {"role": "user", "content": "And?"},
 ]
 TOOLS = [{"type": "function", "function": {"name": "now", "parameters": {"type": "object"}}}]
 R1 = """{%- if not add_generation_prompt is defined %}{% set add_generation_prompt = false %}
@@ -65,7 +67,10 @@ def theirs(text: str, **values: Any) -> str:
     return str(shown[0])
 
 
-@pytest.mark.parametrize("text", [R1, V31, QWEN], ids=["r1", "v3.1", "qwen"])
+ALL = "{{ messages | tojson }}{{ messages[2].thinking + messages[4].reasoning_content }}"
+
+
+@pytest.mark.parametrize("text", [R1, V31, QWEN, ALL], ids=["r1", "v3.1", "qwen", "all"])
 def test_a_template_writes_what_transformers_writes(templates: Any, text: str) -> None:
     tokens = {"bos_token": "<s>", "eos_token": "</s>"}
     ours = templates(text, **tokens)

@@ -75,3 +75,18 @@ def test_one_new_token_has_one_row() -> None:
         "%a = neg %x\n %y = select_rows %a, %at\n return %y", "%x: f32[B,1,4], %at: i64[B,1]"
     )
     assert hoisted(graph, PassReport()) is graph
+
+
+def test_weights_that_look_like_rows_are_read_whole() -> None:
+    """As many experts as sequences, as many rows in each as tokens, and all tokens are wanted."""
+    graph = graph_of(
+        "%y = experts %x, %i, %w, %g, %d\n %z = select_rows %y, %at\n return %z",
+        "%x: f32[3,4,4], %at: i64[3,4], %i: i64[3,4,1], %w: f32[3,4,1], %g: f32[3,4,4],"
+        " %d: f32[3,4,2]",
+    )
+    after = hoisted(graph, PassReport())
+    assert [n["x"].name for n in after.nodes if n.op == SELECT] == ["x", "i", "w"]
+    inputs = list(sample_inputs(graph, {}, seed=1).values())
+    assert not torch.equal(inputs[1], torch.arange(4).expand(3, 4))
+    for found, wanted in zip(run_graph(after, inputs), run_graph(graph, inputs), strict=True):
+        torch.testing.assert_close(found, wanted)
