@@ -201,6 +201,7 @@ class Conversation:
             text = "".join(str(message["content"]) for message in messages)
         else:
             text = self.template.render(messages, **self.options)
+        check_whole(text)
         ids: list[int] = self.tokenizer.encode(
             text, add_special_tokens=self.template is None
         ).ids  # a template writes special tokens itself
@@ -259,6 +260,17 @@ class _Spelled:
         """Spell tokens."""
         text: str = self._tokenizer.decode(ids, skip_special_tokens=False)
         return text
+
+
+def check_whole(text: str) -> None:
+    """Raise `UsageError` for halves of characters: JSON and templates spell them, tokens do not."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as problem:
+        raise UsageError(
+            f"the conversation holds half a character, U+{ord(text[problem.start]):04X}",
+            hint="correct the messages, or give a template of your own: --chat-template FILE",
+        ) from None
 
 
 def marks_of(template: ChatTemplate | None, tokenizer: Any) -> tuple[str, str] | None:

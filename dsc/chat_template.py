@@ -51,6 +51,7 @@ class ChatTemplate:
     def render(
         self,
         messages: Sequence[Message],
+        /,
         *,
         add_generation_prompt: bool = True,
         **options: Any,
@@ -63,7 +64,10 @@ class ChatTemplate:
             UsageError: the template refuses the conversation, is no template, or does too much.
         """
         values = {"tools": None, "documents": None, **self.tokens, **options}
-        values |= {"messages": [*map(_thought, messages)], "add_generation_prompt": add_generation_prompt}
+        values |= {
+            "messages": [*map(_thought, messages)],
+            "add_generation_prompt": add_generation_prompt,
+        }
         answer = self._asked(json.dumps({"template": self.text, "values": values}).encode())
         if "error" in answer:
             raise UsageError(

@@ -197,6 +197,15 @@ def test_limits_stop_texts_and_options() -> None:
     assert conversation.finish_reason == "length"
 
 
+def test_half_a_character_is_refused() -> None:
+    """JSON and Jinja can spell one, and a tokenizer takes none."""
+    for asked, text in (("\ud800", None), ("a", "{{ '\\udfff' }}")):
+        conversation = talk("x", text=text or "{{ messages[0].content }}")
+        with pytest.raises(UsageError, match=r"half a character, U\+D"):
+            said(conversation, asked)
+        assert conversation.messages == []
+
+
 def test_a_new_conversation_keeps_what_the_model_was_told_first() -> None:
     told = {"role": "system", "content": "s"}
     conversation = talk("a</think>b", "c</think>d", messages=[told])

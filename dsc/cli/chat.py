@@ -158,17 +158,25 @@ def chat(
             template.close()
 
 
+GIVEN = ("messages", "add_generation_prompt")
+"""Variables of a template that are made of what is said."""
+
+
 def values_of(texts: list[str]) -> dict[str, Any]:
     """Variables of a template as `--set` spells them: JSON, else the text itself.
 
     >>> values_of(["a=high", "b=true", "c=1=2"])
     {'a': 'high', 'b': True, 'c': '1=2'}
+
+    Raises `UsageError` for what is no name, and for variables that are made of what is said.
     """
     found: dict[str, Any] = {}
     for text in texts:
         name, sign, value = text.partition("=")
         if not sign or not name.isidentifier():
             raise UsageError(f"--set {text}", hint="give NAME=VALUE")
+        if name in GIVEN:
+            raise UsageError(f"--set {text}: {name} is the conversation's own", hint="leave it out")
         try:
             found[name] = json.loads(value)
         except (ValueError, RecursionError):

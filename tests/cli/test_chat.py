@@ -180,6 +180,7 @@ def test_a_model_is_compiled_first_and_one_without_a_template_continues_texts(
         (["--backend", "tvm"], b"", "--backend: for models"),
         (["--greedy", "--top-p=0.5"], b"", "--greedy draws nothing"),
         (["--set", "a"], b"", "give NAME=VALUE"),
+        (["--set", "messages=1"], b"", "the conversation's own"),
         (["--chat-template=refuses"], b"a\n", "the chat template refuses: no"),
         (["--load=refuses"], b"", "not valid JSON"),
         (["--load=nothing"], b"", "holds no conversation"),
