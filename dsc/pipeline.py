@@ -33,8 +33,9 @@ from dsc.rewrite.pass_cache import PassCache, Prepared
 from dsc.rewrite.regions import inline_graph
 from dsc.targets import Target, parse_target
 
-CACHES = ("contiguous", "paged")
-"""Layouts of KV caches: a capacity of rows for each sequence, or pages that sequences take."""
+CACHES = ("contiguous", "paged", "in-place")
+"""Layouts of KV caches: a capacity of rows for each sequence, or pages that sequences take. Where a
+backend grows caches unless it is told otherwise, it is told by the last."""
 CACHE_FORMATS = {"bf16": "", "fp8": "f8e4m3", "int8": "i8"}
 """What latent caches are kept in, and the element type of the codes; none in the compute type."""
 FP8 = "f8e4m3"
@@ -49,7 +50,7 @@ ACTIVATION_BITS = (8, 16)
 CODED_ROWS = ACTIVATION_BITS[0]
 GROUP, GROUPED = 32, ("int8", "int4")
 """Columns of a group where nobody says how many, and what has groups."""
-PAGED = CACHES[1]
+PAGED, IN_PLACE = CACHES[1:]
 EPILOGUES = 2
 """Backends that fuse from this level on split a merged projection at no cost."""
 HORIZONTAL = 3
@@ -154,7 +155,7 @@ SLOTS = (
     Slot(Part.OPTIMISE, "absorb_mla", lambda s: s.can.absorbed),
     Slot(
         Part.OPTIMISE, "append_cache_in_place",
-        lambda s: s.can.states[0] is Storage.CONTIGUOUS or s.asked.cache == PAGED,
+        lambda s: s.can.states[0] is Storage.CONTIGUOUS or s.asked.cache in (PAGED, IN_PLACE),
         lambda s: {"slack": s.asked.prefill_chunk, "page": PAGE * (s.asked.cache == PAGED)},
     ),
     Slot(

@@ -87,6 +87,7 @@ def test_caches_have_pages_only_where_they_are_asked_for() -> None:
     passes = (texts({"cache": cache, "prefill_chunk": 7}, can) for cache in pipeline.CACHES)
     assert [each["append_cache_in_place"] for each in passes] == [
         "append_cache_in_place{slack=7}", "append_cache_in_place{slack=7,page=64}",
+        "append_cache_in_place{slack=7}",
     ]  # fmt: skip
     defaults = texts({"ranks": 4, "parallel": "ep"}, can)
     assert defaults["append_cache_in_place"] == "append_cache_in_place"  # 512 is the default
@@ -116,7 +117,7 @@ def test_layouts_and_states_that_a_backend_does_not_hold_are_refused() -> None:
 
     with pytest.raises(UsageError, match="cache 'rings'") as refused:
         prepared("reference", a_program(), cache="rings")
-    assert refused.value.hint == "one of contiguous, paged"
+    assert refused.value.hint == "one of contiguous, paged, in-place"
     with pytest.raises(UsageError, match="the onnxruntime backend takes no caches in pages"):
         prepared("onnxruntime", a_program(), cache="paged")
     with pytest.raises(UsageError, match="cache_format 'f16'") as refused:

@@ -99,7 +99,7 @@ class OnnxRuntimeBackend:
         from dsc.backends.onnxruntime.card import card, facts
         from dsc.backends.onnxruntime.example import example
         from dsc.backends.onnxruntime.forms import halves
-        from dsc.backends.onnxruntime.interface import chosen_form
+        from dsc.backends.onnxruntime.interface import chosen_form, in_place
 
         program = giving_indices(program)
         server = options.extra.get("server")
@@ -157,7 +157,7 @@ class OnnxRuntimeBackend:
             plan=plan,
             weights_path=f"{folder}/{model.WEIGHTS}",
             meta=meta,
-            runner=RUNNER.read_text() if causal and form.numpy else "",
+            runner=RUNNER.read_text() if causal and form.numpy and not in_place(program) else "",
             finish=finish,
             notes=contrib.notes((one.contrib for one in built.values()), form.ops, form.provider),
             needs={"onnxruntime": f"onnxruntime>={runtime}"},

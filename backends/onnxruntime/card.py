@@ -15,7 +15,7 @@ from typing import Any
 from dsc._version import __version__
 from dsc.backends.onnxruntime.contrib import ORT, STANDARD
 from dsc.backends.onnxruntime.example import example
-from dsc.backends.onnxruntime.interface import Form, Interface, meaning
+from dsc.backends.onnxruntime.interface import Form, Interface, in_place, meaning
 from dsc.backends.onnxruntime.model import WEIGHTS
 from dsc.ir.program import Program
 from dsc.ir.types import DType
@@ -88,8 +88,8 @@ def card(
         models="\n".join(_models(program, files)),
         **asdict(program.limits),
         stops=_stops(generation),
-        inputs="\n".join(_rows(inputs)),
-        outputs="\n".join(_rows(outputs)),
+        inputs="\n".join(_rows(inputs, in_place(program))),
+        outputs="\n".join(_rows(outputs, in_place(program))),
         example=example(program, files, providers),
     )
 
@@ -118,14 +118,14 @@ def _stops(generation: Mapping[str, Any]) -> str:
     return f"A text ends at one of the ids {', '.join(map(str, ids))}." if ids else ""
 
 
-def _rows(ports: Iterable[tuple[str, DType, Any]]) -> Iterator[str]:
+def _rows(ports: Iterable[tuple[str, DType, Any]], written: bool) -> Iterator[str]:
     """A line for each input or output; those that every layer has share one."""
     lines: dict[str, list[int]] = {}
     for name, dtype, shape in ports:
         found = LAYER.match(name)
         shown = name if found is None else f"{found[1]}.N.{found[3]}"
         dims = ", ".join(map(str, shape))
-        line = f"| `{shown}`{{}} | {SPELLED[dtype]} | [{dims}] | {meaning(shown)} |"
+        line = f"| `{shown}`{{}} | {SPELLED[dtype]} | [{dims}] | {meaning(shown, written)} |"
         lines.setdefault(line, []).append(-1 if found is None else int(found[2]))
     for line, layers in lines.items():
         spread = "" if layers == [-1] else f", N = {layers[0]} to {layers[-1]}"

@@ -27,7 +27,7 @@ from dsc.backends.onnxruntime.contrib import PROVIDERS
 from dsc.backends.onnxruntime.session import OnnxExecutable
 from dsc.ir.dims import evaluate
 from dsc.ir.interpreter import Interpreter
-from dsc.ir.limits import PAST, STEP, WANTED
+from dsc.ir.limits import CAPACITY, PAST, STEP, WANTED
 from dsc.ir.ops.quant import takes_codes
 from dsc.ir.program import Program
 from dsc.ir.samples import sample_inputs
@@ -135,14 +135,15 @@ class _Check:
     def _inputs(self, entry: str) -> dict[str, Any]:
         """Seeded inputs: of a language model a step of two sequences, not equally long."""
         graph = self.program.entries[entry]
-        wanted = {"B": 2, STEP: 3, PAST: 5, WANTED: 2}
+        wanted = {"B": 2, STEP: 3, PAST: 5, CAPACITY: 9, WANTED: 2}
         bounds = self.program.symbols
         sizes = {
             name: max(each.lo, min(each.hi, wanted.get(name, 3))) for name, each in bounds.items()
         }
         if not self.program.is_causal_lm:
             return sample_inputs(graph, sizes)
-        return sample_inputs(graph, sizes, lengths=[sizes[PAST] - n for n in range(sizes["B"])])
+        past = sizes.get(PAST, wanted[PAST])
+        return sample_inputs(graph, sizes, lengths=[past - n for n in range(sizes["B"])])
 
     def _interpreted(self, model: str, entry: str) -> tuple[bool, str]:
         """Whether ONNX Runtime gives what the interpreter gives, and the worst layer."""

@@ -37,6 +37,14 @@ PAST = (
     "{what} of layer {layer}: row t holds token t. P is exactly the largest of lengths; a"
     " sequence's rows from lengths[b] on are padding, which nothing reads."
 )
+ROOM = (
+    "{what} of layer {layer}: row t holds token t. C is any number of rows from the largest of"
+    " lengths + S on, each of numbers: what no token was written to is not seen."
+)
+WRITTEN = (
+    "past.{rest} with the new tokens' rows in it. Bind it to the memory of past.{rest}, and nothing"
+    " else is written; it is the next past.{rest}."
+)
 PRESENT = (
     "past.{rest} with the new tokens' rows. Cut to the largest of the new lengths it is the next"
     " past.{rest}."
@@ -123,8 +131,27 @@ class Interface:
         return Interface(inputs, outputs, given)
 
 
-def meaning(name: str) -> str:
+def written(graph: Graph) -> Mapping[str, str]:
+    """Outputs that are caches with room for new rows, and the inputs whose memory they may have."""
+    pairs = [(graph.outputs[o], graph.output_names[o], graph.inputs[i]) for o, i in graph.aliases]
+    return {
+        name: value.name
+        for output, name, value in pairs
+        if output.type == value.type
+        and value.type.rank > 1
+        and not isinstance(value.type.shape[1], int)
+    }
+
+
+def in_place(program: Program) -> bool:
+    """Whether steps write new rows into caches with room for them."""
+    return any(map(written, program.entries.values()))
+
+
+def meaning(name: str, written: bool = False) -> str:
     """What an input or output of a causal language model is; empty for other names.
+
+    Caches are `written` in place, or grown.
 
     >>> meaning("past.N.latent")[:18], meaning("x")
     ('Latents of layer N', '')
@@ -133,7 +160,7 @@ def meaning(name: str) -> str:
     layer, _, part = rest.partition(".")
     if kind == "past":
         what = {"latent": "Latents", "rope": "Rotated keys"}
-        return PAST.format(what=what.get(part, part), layer=layer)
+        return (ROOM if written else PAST).format(what=what.get(part, part), layer=layer)
     if kind == "present":
-        return PRESENT.format(rest=rest)
+        return (WRITTEN if written else PRESENT).format(rest=rest)
     return LOGITS if name == "logits" else INPUTS.get(name, "")

@@ -17,7 +17,7 @@ from dsc.backends.onnxruntime import contrib
 from dsc.backends.onnxruntime.emit import emit_graph
 from dsc.backends.onnxruntime.forms import Halves, expanded, halves
 from dsc.backends.onnxruntime.graph import External, GraphWriter, static, value_info
-from dsc.backends.onnxruntime.interface import Form, Interface, meaning
+from dsc.backends.onnxruntime.interface import Form, Interface, meaning, written
 from dsc.backends.onnxruntime.ports import Port, Signature
 from dsc.ir.analyses import structural_hash
 from dsc.ir.dims import Dim, symbol_name
@@ -130,9 +130,10 @@ def result_names(graph: Graph) -> tuple[str, ...]:
 
 def _ports(graph: Graph, border: Interface, causal: bool) -> tuple[Sequence[Port], Sequence[Port]]:
     """Inputs and outputs as the graph has them; a causal language model's say what they are."""
+    has_room = bool(written(graph))
 
     def port(name: str, dtype: DType, type: TensorType) -> Port:
-        return Port(name, dtype, type.shape, meaning(name) if causal else "")
+        return Port(name, dtype, type.shape, meaning(name, has_room) if causal else "")
 
     taken = [port(v.name, border.inputs[v.name], v.type) for v in graph.inputs]
     given = zip(result_names(graph), graph.output_names, graph.outputs, strict=True)

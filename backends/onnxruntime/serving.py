@@ -9,7 +9,7 @@ from pathlib import PurePosixPath
 
 from dsc.backends.onnxruntime import genai_config, triton_server
 from dsc.backends.onnxruntime.forms import halves
-from dsc.backends.onnxruntime.interface import Form, Interface
+from dsc.backends.onnxruntime.interface import Form, Interface, in_place
 from dsc.backends.onnxruntime.model import FOLDER, BuiltModel, build_model, shared_entries
 from dsc.backends.onnxruntime.stock_signature import StockSignature
 from dsc.errors import UsageError
@@ -44,6 +44,10 @@ def files(program: Program, form: Form, models: Mapping[str, str], server: str |
     """
     if server is None:
         return Served()
+    if in_place(program):
+        raise UsageError(
+            f"{server} hands grown caches from step to step", hint="leave out --for or --cache"
+        )
     entry = stepped(program)
     graph = program.entries[entry]
     border = Interface.of(graph, form)

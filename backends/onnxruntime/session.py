@@ -19,7 +19,7 @@ import numpy as np
 
 from dsc.backends.onnxruntime.contrib import PROVIDERS
 from dsc.backends.onnxruntime.graph import ONNX_TYPE
-from dsc.backends.onnxruntime.interface import Form, Interface
+from dsc.backends.onnxruntime.interface import Form, Interface, written
 from dsc.backends.onnxruntime.model import result_names
 from dsc.backends.onnxruntime.timed import TimedSession
 from dsc.errors import BackendUnavailable, UsageError
@@ -89,7 +89,7 @@ class OnnxExecutable(Admitted):
     So whoever replaces the folder later changes nothing here. Sessions that open again, for other
     threads or for a profile, refuse a folder that is no longer the one that was loaded. Caches are
     taken as the program declares them or as the model has them, and come back as the model has
-    them; all results are new tensors.
+    them; all results are new tensors but caches that have room for new rows, which are written.
     """
 
     def __init__(self, folder: Path, manifest: Mapping[str, Any], program: Program) -> None:
@@ -130,6 +130,7 @@ class OnnxExecutable(Admitted):
         given = [
             inputs[v.name].astype(t, copy=False) for v, t in zip(graph.inputs, types, strict=True)
         ]
+        kept = {v.name: array for v, array in zip(graph.inputs, given, strict=True)}
         session = self._session(graph.name)
         profiler, timed = active(), None
         if profiler is not None:
@@ -139,15 +140,21 @@ class OnnxExecutable(Admitted):
         binding = session.io_binding()
         for value, array in zip(graph.inputs, given, strict=True):
             _bind(binding.bind_input, value.name, ONNX_TYPE[border.inputs[value.name]], array)
-        results = {}
+        results, shared = {}, written(graph)
         named = zip(graph.output_names, result_names(graph), graph.outputs, strict=True)
         for name, theirs, output in named:
-            shape = [evaluate(d, env) for d in output.type.shape]
-            results[name] = empty(shape, border.outputs[name])
+            if name in shared:
+                results[name] = kept[shared[name]]
+            else:
+                shape = [evaluate(d, env) for d in output.type.shape]
+                results[name] = empty(shape, border.outputs[name])
             _bind(binding.bind_output, theirs, ONNX_TYPE[border.outputs[name]], results[name])
         if timed is not None:
             timed.starts(graph, inputs)
         session.run_with_iobinding(binding)
+        for source in shared.values():
+            if kept[source] is not inputs[source]:  # in the model's own type
+                inputs[source][...] = kept[source]
         declared = zip(graph.output_names, graph.outputs, strict=True)
         own = {name: x.type.dtype.numpy for name, x in declared if name not in border.caches}
         return results | {n: results[n].astype(dtype, copy=False) for n, dtype in own.items()}

@@ -1,8 +1,8 @@
 """An exported folder in stock ONNX Runtime, as its example.py calls it: no dsc in the process.
 
-The folder is exported once into the cache folder, by the command. `OrtValue`s go from step to step,
-the model of the fewest tokens that a step fits in runs it, and the first session of a model opens
-when it is first needed.
+The folder is exported once into the cache folder, by the command, with caches in place unless
+`cache` is grown. Past and present are bound to one memory, of one sequence to as many rows of it as
+a step sees; grown caches are `OrtValue`s that go from step to step.
 """
 
 from __future__ import annotations
@@ -27,12 +27,14 @@ TYPES = {"tensor(float)": 1, "tensor(float16)": 10, "tensor(bfloat16)": 16}
 def exported(options: Mapping[str, Any]) -> Path:
     """The folder of an export, made where it is not there yet."""
     folder, quant = Path(options["folder"]), options["quant"]
-    ops = options.get("ops", "ort")
-    place = Path(options["cache"]) / f"{folder.name}-{ops}-{quant}-{options['commit']}"
+    ops, rows = options.get("ops", "ort"), options.get("rows", "in-place")
+    ending = "" if rows == "in-place" else f"-{rows}"
+    place = Path(options["cache"]) / f"{folder.name}-{ops}-{quant}-{options['commit']}{ending}"
     if not place.is_dir():
         command = [sys.executable, "-m", "dsc", "export", str(folder), "--dtype", "fp32"]
         command += ["--quant", quant, "--onnx-ops", ops, "--prefill-chunk", str(CHUNK)]
-        subprocess.run([*command, "-o", str(place)], check=True, capture_output=True)
+        command += ["--cache", rows, "-o", str(place)]
+        subprocess.run(command, check=True, capture_output=True)
     return place
 
 
@@ -56,6 +58,7 @@ class Engine:
         self.load_seconds = time.perf_counter() - start
         self.names = [x.name for x in decode.get_outputs()]
         self.caches = [x for x in decode.get_inputs() if x.name.startswith("past.")]
+        self.in_place = self.caches[0].shape[1] == "C"
         self.random = np.random.default_rng(0)
 
     def session(self, entry: str, profile: str = "") -> Any:
@@ -76,21 +79,44 @@ class Engine:
             self.sessions[path] = made
         return made
 
-    def forget(self, batch: int) -> None:
-        """Begin with empty caches."""
+    def forget(self, batch: int, rows: int) -> None:
+        """Begin with empty caches, of so many rows where they have room."""
         empty = self.runtime.OrtValue.ortvalue_from_shape_and_type
         self.held = 0
+        shapes = {x.name: (batch, rows, x.shape[2]) for x in self.caches}
+        self.rooms = {n: np.zeros(s, np.float32) for n, s in shapes.items() if self.in_place}
         self.past = {x.name: empty([batch, 0, x.shape[2]], TYPES[x.type]) for x in self.caches}
 
     def forward(self, session: Any, ids: Any) -> float:
         """Seconds of a step over new tokens [batch, count]; the caches grow."""
         start = time.perf_counter()
+        if self.in_place:
+            self._written(session, ids)
+            self.held += ids.shape[1]
+            return time.perf_counter() - start
         results = session.run_with_ort_values(self.names, self.step(ids) | self.past)
         found = dict(zip(self.names, results, strict=True))
         found["logits"].numpy()
         self.past = {name: found[name.replace("past", "present")] for name in self.past}
         self.held += ids.shape[1]
         return time.perf_counter() - start
+
+    def _written(self, session: Any, ids: Any) -> None:
+        """Run a step over caches in place."""
+        binding = session.io_binding()
+        for name, value in self.step(ids).items():
+            binding.bind_ortvalue_input(name, value)
+        for name, room in self.views(ids).items():
+            given = ("cpu", 0, room.dtype, room.shape, room.ctypes.data)
+            binding.bind_input(name, *given)
+            binding.bind_output(name.replace("past", "present"), *given)
+        binding.bind_output("logits")
+        session.run_with_iobinding(binding)
+
+    def views(self, ids: Any) -> dict[str, Any]:
+        """The rows of caches that a step is given: of one sequence those that it sees."""
+        rows = self.held + ids.shape[1]
+        return {n: x[:, :rows] if len(x) == 1 else x for n, x in self.rooms.items()}
 
     def step(self, ids: Any) -> dict[str, Any]:
         """What goes into a step beside the caches."""
@@ -104,9 +130,9 @@ class Engine:
         """Random tokens."""
         return self.random.integers(3, self.vocabulary, (batch, count), dtype=np.int64)
 
-    def prefill(self, batch: int, tokens: int) -> float:
+    def prefill(self, batch: int, tokens: int, room: int = 0) -> float:
         """Seconds of a prompt into empty caches, in chunks."""
-        self.forget(batch)
+        self.forget(batch, tokens + room)
         session = self.session("prefill")
         chunks = (min(CHUNK, tokens - at) for at in range(0, tokens, CHUNK))
         return sum(self.forward(session, self.ids(batch, count)) for count in chunks)
@@ -114,7 +140,7 @@ class Engine:
     def start(self, batch: int, context: int, room: int) -> None:
         """Fill the caches."""
         self.batch = batch
-        self.prefill(batch, context)
+        self.prefill(batch, context, room)
 
     def steps(self, count: int) -> list[float]:
         """Seconds of decode steps."""

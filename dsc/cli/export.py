@@ -62,6 +62,14 @@ def export(
             " no bf16.  [default: fp32 for bf16 models, else the model's]",
         ),
     ] = None,
+    cache: Annotated[
+        Literal["grown", "in-place"],
+        Option(
+            "--cache",
+            help="grown: a step gives its caches back with more rows, a copy; in-place: they have"
+            " room, and new rows are written where past and present are bound to one memory.",
+        ),
+    ] = "grown",
     server: Annotated[
         Literal["genai", "optimum", "triton-server"] | None,
         options.unset(
@@ -111,6 +119,7 @@ def export(
     for own in ("format", "opset", "onnx_ops", "provider", "cache_dtype", "server", "check"):
         del given[own]
     given["activation_bits"] = int(activation_bits)
+    given["cache"] = cache if cache == "in-place" else "contiguous"
     if check and format != "onnx":
         raise UsageError("--check is for ONNX", hint="leave out --check")
     onnx = format == "onnx"

@@ -139,7 +139,10 @@ def whole_entry(
     weights = {x.name: x for n in graph.nodes for x in n.operands if isinstance(x, Weight)}
     read: list[Operand] = [*graph.inputs, *weights.values()]
     arguments = [ref for x in read for ref in values.refs(x, READ)]
-    arguments += [ref for x in graph.outputs for ref in values.refs(x, WRITE)]
+    results = [ref for x in graph.outputs for ref in values.refs(x, WRITE)]
+    both = {ref.buffer for ref in arguments} & {ref.buffer for ref in results}
+    arguments = [replace(x, access=UPDATE) if x.buffer in both else x for x in arguments]
+    arguments += [ref for ref in results if ref.buffer not in both]
     draft.launches.append(Launch(kernel, tuple(arguments)))
     bound = place(draft_nodes(graph), ranges).lower_bound
     return replace(place(draft, ranges).without_arena(allocator), lower_bound=bound)

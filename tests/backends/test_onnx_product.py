@@ -43,18 +43,20 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (DType.bf16, {}, "float32"),
         (DType.bf16, {"caches": "bf16"}, "bfloat16"),
         (DType.f16, {"opset": 24}, "float16"),
+        (DType.f32, {"cache": "in-place"}, "float32"),
     ],
     ids=str,
 )
 def test_the_cards_example_runs_and_continues_as_a_session(
     dtype: DType, options: dict[str, Any], caches: str, tmp_path: Path
 ) -> None:
-    program = prepared(dtype)
+    rest = {name: value for name, value in options.items() if name != "cache"}
+    program = prepared(dtype, options.get("cache", "contiguous"))
     ends = [1, 7]
     generation = {"bos_token_id": 3, "eos_token_id": ends}
     program = replace(program, meta={**program.meta, "generation": generation})
     folder = tmp_path / "a"
-    session = Session(executable(program, folder, **options), program, 1, 60)
+    session = Session(executable(program, folder, **rest), program, 1, 60)
     text = (folder / "README.md").read_text()
     words = " ".join(text.split())
     most = program.limits
@@ -64,7 +66,8 @@ def test_the_cards_example_runs_and_continues_as_a_session(
     assert "| `onnx/prefill.onnx` | any S |" in text
     for name in (*(v.name for v in program.entries["prefill"].inputs), "logits", "present.0.rope"):
         assert f"`{re.sub('[.][0-9]+[.]', '.N.', name)}`" in text
-    assert f"| {caches} | [B, P, 20] |" in text
+    rows = "C" if "cache" in options else "P"
+    assert f"| {caches} | [B, {rows}, 20] |" in text
     assert "| `logits` | float32 |" in text
     code = (folder / "example.py").read_text()
     assert code == text.partition("```python\n")[2].partition("```")[0]
@@ -79,7 +82,7 @@ def test_the_cards_example_runs_and_continues_as_a_session(
     for token in made:
         assert token == int(logits[0].argmax())
         logits = session.decode([token])
-    assert (folder / "run.py").exists() == (caches != "bfloat16")
+    assert (folder / "run.py").exists() == (caches != "bfloat16" and "cache" not in options)
 
 
 def test_every_input_and_output_says_what_it_is(folder: Path) -> None:

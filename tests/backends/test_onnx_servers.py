@@ -167,6 +167,12 @@ def test_what_genai_is_told_names_the_models_ports(tmp_path: Path) -> None:
     assert "min_p" not in found["search"]
 
 
+def test_servers_take_no_caches_in_place(tmp_path: Path) -> None:
+    done = latent(DType.f32, "in-place")
+    with pytest.raises(UsageError, match="hands grown caches"):
+        executable(done, tmp_path / "a", server="genai")
+
+
 def test_a_model_for_optimum_has_heads_and_all_logits(tmp_path: Path) -> None:
     executable(program("grouped"), tmp_path / "a", server="optimum")
     session = session_of(tmp_path / "a" / "onnx" / "model.onnx")

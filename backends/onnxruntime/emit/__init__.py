@@ -32,9 +32,11 @@ EMITTERS: Mapping[str, Emitter] = MappingProxyType(
         **moe.EMITTERS,
     }
 )
+CACHES = frozenset(attention.CACHES)
+"""Operators that take caches as they are at the model's border."""
 SHORT = frozenset({DType.i16, DType.i8, DType.u8, DType.boolean})
 MOVES = frozenset(
-    {"embedding", "append", "select_rows", "reshape", "permute", "slice", "concat", "stack"}
+    {"embedding", "select_rows", "reshape", "permute", "slice", "concat", "stack"}
     | {"split", "gather", "take", "cast", "full", "arange", "experts", "grouped_linear"}
     | {"slice_scatter"}
 )
@@ -78,7 +80,7 @@ def emit_node(g: GraphWriter, node: Node, inputs: list[str]) -> tuple[str, ...]:
     """Append one operator, in fp32 on 16-bit floats, in int32 on shorter integers and truths."""
     emitter = emitter_of(node.op)
     assert emitter is not None, f"{node.op} was refused by `supports`"
-    if node.op == "append":
+    if node.op in CACHES:
         return _as_tuple(emitter(g, node, *inputs))
     if node.op in MOVES:
         own = [

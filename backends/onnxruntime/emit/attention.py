@@ -15,7 +15,7 @@ from dsc.backends.onnxruntime.emit.core import contract
 from dsc.backends.onnxruntime.graph import GraphWriter, Shape, static
 from dsc.ir.dims import Dim
 from dsc.ir.graph import Node
-from dsc.ir.types import DType
+from dsc.ir.types import DType, TensorType
 
 TENSOR_SCATTER = 24
 """The first opset that has it."""
@@ -208,12 +208,29 @@ def _append(g: GraphWriter, node: Node, past: str, new: str, lengths: str) -> st
     """
     given = node.operands[1].type
     dtype = DType.f32 if past in g.pool.wide else given.dtype
-    new = g.cast(new, given.dtype, dtype)
     grown = g.op("Concat", past, g.zeros(given.shape, dtype), axis=1)
+    return _placed(g, given, grown, new, lengths, dtype)
+
+
+def _cache_write(g: GraphWriter, node: Node, cache: str, new: str, lengths: str) -> str:
+    """cache [b, c, d] with new [b, s, d] at lengths [b].
+
+    ONNX Runtime copies nothing where what is bound to the result is the cache's own memory.
+    """
+    given = node.operands[1].type
+    dtype = DType.f32 if cache in g.pool.wide else given.dtype
+    return _placed(g, given, cache, new, lengths, dtype)
+
+
+def _placed(
+    g: GraphWriter, given: TensorType, cache: str, new: str, lengths: str, dtype: DType
+) -> str:
+    """A cache of this element type with new rows, of the type `given`, at lengths [b]."""
+    new = g.cast(new, given.dtype, dtype)
     if g.pool.opset >= TENSOR_SCATTER:
-        result = g.op("TensorScatter", grown, new, lengths, axis=1)
+        result = g.op("TensorScatter", cache, new, lengths, axis=1)
     else:
-        result = g.op("ScatterND", grown, _places(g, given.shape, lengths), new)
+        result = g.op("ScatterND", cache, _places(g, given.shape, lengths), new)
     if dtype is not given.dtype:
         g.pool.wide.add(result)
     return result
@@ -228,8 +245,9 @@ def _places(g: GraphWriter, shape: Shape, lengths: str) -> str:
     return g.op("Concat", *pair, axis=2)
 
 
+CACHES: dict[str, Callable[..., Any]] = {"append": _append, "cache_write": _cache_write}
 EMITTERS: dict[str, Callable[..., Any]] = {
-    "append": _append,
+    **CACHES,
     "attention": _attention,
     "latent_attention": _latent_attention,
     "mla_attention": _mla_attention,
