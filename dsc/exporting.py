@@ -38,6 +38,7 @@ def export(
     provider: str | None = None,
     caches: str | None = None,
     server: str | None = None,
+    max_shard_size: int | str | None = None,
     force: bool = False,
     **options: Any,
 ) -> Path:
@@ -57,6 +58,7 @@ def export(
         provider: "cpu" or "cuda": whose kernels of ONNX Runtime the operators are chosen for.
         caches: the type of caches as inputs and outputs: "fp32", or what the model computes in.
         server: "genai", "optimum" or "triton-server": what that wants goes along.
+        max_shard_size: bytes of weights in a file at most: a number, or as "5GB" (default: 50GB).
         force: replace the folder that is there.
         options: others of `dsc.compile`: dtype, max_context, ...
 
@@ -71,7 +73,7 @@ def export(
             hint="give args, the example arguments that it is traced on",
         )
     said = {"opset": opset, "onnx_ops": onnx_ops, "provider": provider}
-    said |= {"caches": caches, "server": server}
+    said |= {"caches": caches, "server": server, "max_shard_size": max_shard_size}
     given = {name: value for name, value in said.items() if value is not None}
     given |= options.pop("backend_options", None) or {}
     return exported(model, backend_options=given, **options).save(output, force)

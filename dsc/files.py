@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import resource
 import shutil
 import stat
@@ -72,6 +73,10 @@ def _beside(path: Path) -> str:
     return f".{path.name}."
 
 
+_SIZE = re.compile(r"(\d+(?:\.\d+)?) ?([kMGT]?)(i?)B?", re.IGNORECASE)
+_POWERS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
+
+
 @contextmanager
 def named(where: str | Path) -> Iterator[None]:
     """Turn an `OSError` of the block into a `FileError` about `where`, unless it names another."""
@@ -123,6 +128,27 @@ def why_no_file(path: Path) -> str:
     if stat.S_ISREG(mode):
         return ""
     return "is a folder, not a file" if stat.S_ISDIR(mode) else "is a pipe or a device, not a file"
+
+
+def is_led_out(folder: Path, path: Path) -> bool:
+    """Whether `path`, in `folder`, lies elsewhere when all links are followed.
+
+    A snapshot of the Hugging Face cache (`<cache>/<repo>/snapshots/<revision>/`) is a folder of
+    links into `<repo>/blobs/`, and from there into the store that repositories share,
+    `<cache>/blobs/`; those, and no other links out of the folder, may be followed.
+    """
+    try:
+        home, found = (Path(os.path.realpath(each)) for each in (folder, path))
+    except ValueError:  # of a name that holds a zero byte
+        return True
+    if found.is_relative_to(home):
+        return False
+    snapshot = next((p for p in (home, *home.parents) if p.parent.name == "snapshots"), None)
+    if snapshot is None:
+        return True
+    repository = snapshot.parent.parent
+    shared = repository.parent / "blobs" / found.parent.name
+    return found.parent not in (repository / "blobs", shared)
 
 
 def check_writable(path: str | Path) -> None:
@@ -231,3 +257,19 @@ def _umask() -> int:
     found = os.umask(0o022)
     os.umask(found)
     return found
+
+
+def size_of(told: int | str) -> int:
+    """A number of bytes. Raises `UsageError`.
+
+    >>> size_of("5GB"), size_of("1.5 kB"), size_of("2GiB"), size_of(7)
+    (5000000000, 1500, 2147483648, 7)
+    """
+    found = _SIZE.fullmatch(str(told).strip())
+    number = 0
+    if found is not None:
+        base = 1024 if found[3] else 1000
+        number = int(float(found[1]) * base ** _POWERS[found[2].lower()])
+    if number < 1:
+        raise UsageError(f"{told!r} is no size of a file", hint="give one, as 5GB or 500MB")
+    return number

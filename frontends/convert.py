@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias, get_args
 
 from dsc.errors import CheckpointError, ConfigError, FileError, UsageError
-from dsc.files import check_makeable, check_room
+from dsc.files import check_makeable, check_room, size_of
 from dsc.frontends.codes import SCALE_SUFFIXES
 from dsc.frontends.conversions import conversions_of
 from dsc.frontends.family import LINEARS, MEMBERS
@@ -48,8 +48,6 @@ ScaleFormat: TypeAlias = Literal["f32", "ue8m0"]
 BLOCK = (128, 128)
 _ROUTER = re.compile(r"(.*\.)?(\w*_)?(gate|router)(\..*)?")
 """Linears that choose experts, or how much of one is taken."""
-_SIZE = re.compile(r"(\d+(?:\.\d+)?) ?([kMGT]?)(i?)B?", re.IGNORECASE)
-_POWERS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
 
 
 @dataclass(frozen=True)
@@ -127,22 +125,6 @@ def convert(
         files = {path.name: path.stat().st_size for path in sorted(made.iterdir())}
     notes = (*opened.notes, *_left_out(folder, files))
     return Conversion(target, files, len(stored), len(converted), notes)
-
-
-def size_of(told: int | str) -> int:
-    """A number of bytes. Raises `UsageError`.
-
-    >>> size_of("5GB"), size_of("1.5 kB"), size_of("2GiB"), size_of(7)
-    (5000000000, 1500, 2147483648, 7)
-    """
-    found = _SIZE.fullmatch(str(told).strip())
-    number = 0
-    if found is not None:
-        base = 1024 if found[3] else 1000
-        number = int(float(found[1]) * base ** _POWERS[found[2].lower()])
-    if number < 1:
-        raise UsageError(f"{told!r} is no size of a file", hint="give one, as 5GB or 500MB")
-    return number
 
 
 def _check_free(source: Path, out: Path, force: bool) -> None:

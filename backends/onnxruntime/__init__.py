@@ -1,21 +1,23 @@
 """The `onnxruntime` backend: ONNX models, run by ONNX Runtime on the CPU.
 
 One model for each entry that differs, `onnx/<entry>.onnx`, with the latent cache as inputs and
-outputs and all weights in one file beside them. The models pass `onnx.checker`. They are in one of
-two dialects (`contrib.py`): standard operators of opset 23 (ONNX Runtime 1.23) or 24 (1.25), and
-ONNX Runtime's own beside them unless `onnx_ops` is `standard`.
+outputs and all weights in files of limited size beside them. The models pass `onnx.checker`. They
+are in one of two dialects (`contrib.py`): standard operators of opset 23 (ONNX Runtime 1.23) or 24
+(1.25), and ONNX Runtime's own beside them unless `onnx_ops` is `standard`.
 """
 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 from dsc.backends.base import Capabilities, EmitOptions, No, Support, Yes, check_supported
 from dsc.backends.onnxruntime.contrib import release
-from dsc.errors import BackendUnavailable
+from dsc.backends.onnxruntime.external_data import check_external
+from dsc.errors import ArtifactError, BackendUnavailable
+from dsc.files import size_of
 from dsc.ir.graph import Node
 from dsc.ir.index_ranges import giving_indices
 from dsc.ir.ops.quant import takes_codes
@@ -23,10 +25,11 @@ from dsc.ir.paging import reads_pages
 from dsc.ir.program import Program
 from dsc.ir.regions import RegionLimits
 from dsc.ir.types import DType
-from dsc.runtime.emission import EXAMPLE, Emission
+from dsc.runtime.emission import EXAMPLE, Emission, Place
 from dsc.runtime.executable import Executable
 from dsc.runtime.nodes import whole_entry
 from dsc.runtime.plan import Plan
+from dsc.runtime.weight_files import WeightFiles
 from dsc.targets import Target
 
 COMPUTED = frozenset(
@@ -38,7 +41,12 @@ FLOATS_ONLY = frozenset({"linear", "pow"})
 """ONNX Runtime computes powers of integers in fp64, and has no Gemm of them."""
 CODES = ("i8", "i4")
 """Of weights, as ONNX Runtime's MatMulNBits reads them."""
-OPTIONS = ("opset", "caches", "prepack", "server", "onnx_ops", "provider")
+OPTIONS = ("opset", "caches", "prepack", "server", "onnx_ops", "provider", "max_shard_size")
+SHARD_SIZE = "50GB"
+"""Of tensors in a file of weights, at most, by default: as transformers saves checkpoints."""
+PAGE = 1 << 16
+"""Large tensors start at multiples of this, by which every system can map them: Windows, whose
+grain is the coarsest, in 64 KB (https://onnx.ai/onnx/repo-docs/ExternalData.html)."""
 ALLOCATOR = "ONNX Runtime"
 """A session allocates what it computes on the way for itself."""
 INSTALL = "pip install onnx onnxruntime"
@@ -101,6 +109,7 @@ class OnnxRuntimeBackend:
         from dsc.backends.onnxruntime.forms import halves
         from dsc.backends.onnxruntime.interface import chosen_form, in_place
 
+        shard_size = size_of(options.extra.get("max_shard_size") or SHARD_SIZE)
         program = giving_indices(program)
         server = options.extra.get("server")
         folder = serving.folder_of(program, server)
@@ -139,7 +148,7 @@ class OnnxRuntimeBackend:
             "wide_caches": form.wide_caches,
         }
 
-        def finish(places: Mapping[str, tuple[int, int]]) -> Mapping[str, bytes]:
+        def finish(places: Mapping[str, Place]) -> Mapping[str, bytes]:
             return {path: one.serialized(places) for path, one in built.items()}
 
         used = {op_type for one in built.values() for op_type in one.contrib}
@@ -148,14 +157,19 @@ class OnnxRuntimeBackend:
         texts = {required.CONFIG: required.required_operators(x.proto for x in built.values())}
         texts |= served.texts
         if causal:
+            path = f"{folder}/{model.WEIGHTS}"
+            several = len(WeightFiles.of(program, path, shard_size, PAGE).files) > 1
+            named = f"{folder}/{model.SEVERAL}" if several else path
             texts |= {
-                "README.md": card(program, files, form, providers, runtime),
+                "README.md": card(program, files, form, providers, runtime, named),
                 EXAMPLE: example(program, files, providers),
             }
         return Emission(
             files={name: text.encode() for name, text in texts.items()},
             plan=plan,
             weights_path=f"{folder}/{model.WEIGHTS}",
+            shard_size=shard_size,
+            page=PAGE,
             meta=meta,
             runner=RUNNER.read_text() if causal and form.numpy and not in_place(program) else "",
             finish=finish,
@@ -164,13 +178,32 @@ class OnnxRuntimeBackend:
         )
 
     def load(self, folder: Path, manifest: Mapping[str, Any], program: Program) -> Executable:
-        """Open an artifact. Sessions are made when an entry first runs."""
+        """Open an artifact. Sessions are made when an entry first runs.
+
+        Raises `ArtifactError` where a model reads what is not the artifact's, or has no weights.
+        """
         _require("onnx")
         _require("onnxruntime")
         check_runtime(manifest.get("needs") or {})
+        if manifest["weights"] is None and program.weights:
+            raise ArtifactError(
+                "the artifact was exported without weights", str(folder), "export it with them"
+            )
+        for path in sorted(set(manifest["meta"]["models"].values())):
+            check_data(folder, path, manifest["files"])
         from dsc.backends.onnxruntime.session import OnnxExecutable
 
         return OnnxExecutable(folder, manifest, program)
+
+
+def check_data(folder: Path, model: str, files: Collection[str]) -> None:
+    """Raise `ArtifactError` where a model reads what is not the artifact's (`external_data`)."""
+    try:
+        check_external(folder, model, files)
+    except (ValueError, OSError) as problem:
+        raise ArtifactError(
+            str(problem), str(folder), "do not run it; export the model again"
+        ) from None
 
 
 def _has_codes(program: Program) -> bool:

@@ -9,14 +9,12 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
-from pathlib import PurePosixPath
 from typing import Any
 
 from dsc._version import __version__
 from dsc.backends.onnxruntime.contrib import ORT, STANDARD
 from dsc.backends.onnxruntime.example import example
 from dsc.backends.onnxruntime.interface import Form, Interface, in_place, meaning
-from dsc.backends.onnxruntime.model import WEIGHTS
 from dsc.ir.program import Program
 from dsc.ir.types import DType
 
@@ -69,8 +67,9 @@ def card(
     form: Form,
     providers: Sequence[str],
     runtime: str,
+    weights: str,
 ) -> str:
-    """The text for the models in `files`, by entry."""
+    """The text for the models in `files`, by entry, whose weights are in `weights`."""
     general = list(program.entries)[-1]
     graph = program.entries[general]
     border = Interface.of(graph, form)
@@ -84,7 +83,7 @@ def card(
         operators=OPERATORS[form.ops],
         opset=form.opset,
         runtime=runtime,
-        weights=f"{PurePosixPath(files[general]).parent}/{WEIGHTS}",
+        weights=weights,
         models="\n".join(_models(program, files)),
         **asdict(program.limits),
         stops=_stops(generation),

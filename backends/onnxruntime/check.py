@@ -1,5 +1,7 @@
 """`dsc export --check`: everything that can be held against an export, one finding a question.
 
+external data       every model reads bytes of the artifact's own files, each its own, alone; what
+                    does not is asked nothing more
 onnx.checker        every model by its path, with full_check
 shapes              onnx's own inference by path, strict: what is declared is what follows
 reference           onnx's ReferenceEvaluator on a small model gives what ONNX Runtime gives
@@ -24,6 +26,7 @@ from typing import Any
 import numpy as np
 
 from dsc.backends.onnxruntime.contrib import PROVIDERS
+from dsc.backends.onnxruntime.external_data import check_external
 from dsc.backends.onnxruntime.session import OnnxExecutable
 from dsc.ir.dims import evaluate
 from dsc.ir.interpreter import Interpreter
@@ -33,6 +36,7 @@ from dsc.ir.program import Program
 from dsc.ir.samples import sample_inputs
 from dsc.ir.types import DType
 from dsc.runtime import artifact
+from dsc.runtime.weight_files import weight_files
 
 SMALL = 64 << 20
 """Bytes of weights up to which onnx's ReferenceEvaluator, which is slow, runs a model."""
@@ -85,11 +89,16 @@ class _Check:
         self.program: Program = opened.program
         self.manifest = opened.manifest
         self.found = Checked()
-        paths = sorted(self.folder.rglob("*.onnx"))
-        self.models = {str(path.relative_to(self.folder)): path for path in paths}
+        names = sorted(name for name in self.manifest["files"] if name.endswith(".onnx"))
+        self.models = {name: self.folder / name for name in names}
 
     def run(self) -> Checked:
         """Ask every question."""
+        files = self.manifest["files"]
+        for name in self.models:
+            self._ask("external data", name, partial(_external, self.folder, name, files))
+        if self.found.failure:
+            return self.found
         for name, path in self.models.items():
             self._ask("onnx.checker", name, partial(_checker, path))
             self._ask("shapes", name, partial(_shapes, path))
@@ -101,7 +110,7 @@ class _Check:
                     self._note(question, name, None, "it has no weights")
                 continue
             self._ask("ONNX Runtime", name, partial(self._interpreted, name, entry))
-            size = self.manifest["files"].get(weights, {}).get("bytes", 0)
+            size = self._weight_bytes()
             if size > SMALL:
                 self._note("reference", name, None, f"its weights take {size:,} bytes")
             else:
@@ -210,18 +219,25 @@ class _Check:
 
         self._ask("operators", name, opened)
 
+    def _weight_bytes(self) -> int:
+        return sum(facts["bytes"] for facts in weight_files(self.manifest).values())
+
     def _sizes(self) -> None:
         """Note what the files take, and the caches of a token."""
         files = self.manifest["files"]
         self.found.sizes["models"] = sum(files[name]["bytes"] for name in self.models)
-        weights = self.manifest["weights"]
-        self.found.sizes["weights"] = files[weights]["bytes"] if weights else 0
+        self.found.sizes["weights"] = self._weight_bytes()
         rows = [s for s in self.program.states if s.storage.of_tokens]
         layers = {match[1] for s in rows if (match := _LAYER.match(s.input))}
         if rows:
             values = sum(int(np.prod([evaluate(d, {}) for d in s.type.shape])) for s in rows)
             self.found.sizes["cache_bytes_per_token"] = sum(s.nbytes for s in rows)
             self.found.sizes["cache_values_per_token_per_layer"] = values // max(1, len(layers))
+
+
+def _external(folder: Path, model: str, files: Mapping[str, Any]) -> tuple[bool, str]:
+    check_external(folder, model, files)
+    return True, "in files of the artifact"
 
 
 def _checker(path: Path) -> tuple[bool, str]:

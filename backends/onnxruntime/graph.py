@@ -25,7 +25,9 @@ from dsc.ir.graph import Graph, Weight
 from dsc.ir.types import DType, TensorType
 
 ORIGIN = "|"
-"""In the name of an ONNX node: what follows the name of the value that it works for."""
+"""In the name of an ONNX node: what stands before the name of the value that it works for."""
+SCOPES = "pkg.torch.onnx.name_scopes"
+"""The key of the modules that a node is in, the outermost first, as torch's exporter writes it."""
 ONNX_TYPE = {
     DType.f32: TensorProto.FLOAT,
     DType.f64: TensorProto.DOUBLE,
@@ -179,10 +181,12 @@ class GraphWriter:
             op_type,
             list(inputs),
             made,
-            name=f"{self.origin}{ORIGIN}{made[0]}",
+            name="/".join(filter(None, (self.loc, made[0]))) + ORIGIN + self.origin,
             doc_string=self.loc or None,
             **attrs,
         )
+        if self.loc:
+            node.metadata_props.add(key=SCOPES, value=repr([*scopes(self.loc), made[0]]))
         self.nodes.append(node)
         self.pool.contrib.update([op_type] if "domain" in attrs else ())
         return tuple(made)
@@ -346,6 +350,17 @@ def value_info(name: str, dtype: DType, shape: Shape, doc: str = "") -> Any:
     """The declaration of a graph input or output; axes are named by their dims (`P+S`)."""
     dims = [d if isinstance(d, int) else str(d) for d in shape]
     return helper.make_tensor_value_info(name, ONNX_TYPE[dtype], dims, doc)
+
+
+def scopes(path: str) -> list[str]:
+    """The modules from the whole model, "", to the one of this path; a number is no module's name.
+
+    >>> scopes("model.layers.3.self_attn")
+    ['', 'model', 'model.layers.3', 'model.layers.3.self_attn']
+    """
+    parts = path.split(".")
+    ends = [at for at in range(1, len(parts) + 1) if not "".join(parts[at : at + 1]).isdigit()]
+    return ["", *(".".join(parts[:end]) for end in ends)]
 
 
 def _arm(writer: GraphWriter, result: str) -> GraphProto:

@@ -1,7 +1,7 @@
 """Graphs to ONNX models, and which entries of a program share one model.
 
-A model is built with no weight at hand: what it says of a weight is a place in the packed file,
-filled in by `finish` when the artifact's writer knows the places. The models lie beside that file
+A model is built with no weight at hand: what it says of a weight is a place in a packed file,
+filled in by `finish` when the artifact's writer knows the places. The models lie beside those files
 (`onnx/`), as ONNX asks of external data.
 """
 
@@ -24,9 +24,11 @@ from dsc.ir.dims import Dim, symbol_name
 from dsc.ir.graph import Graph, Weight
 from dsc.ir.program import Program
 from dsc.ir.types import DType, TensorType
+from dsc.runtime.emission import Place
 
 FOLDER = "onnx"
-WEIGHTS = "model.safetensors"
+WEIGHTS, SEVERAL = "model.safetensors", "model-*.safetensors"
+"""Beside the models: the file of all weights, or how several are called."""
 IR_VERSION = 11
 
 MAX_BRANCHES = 4096
@@ -37,7 +39,7 @@ DOC = (
     " grown caches out. The folder's README.md tells how to call it. Entry {name!r}; it needs ONNX"
     " Runtime {runtime} on CPUs."
 )
-Places = Mapping[str, tuple[int, int]]
+Places = Mapping[str, Place]
 
 
 @dataclass(slots=True)
@@ -51,8 +53,8 @@ class BuiltModel:
     def serialized(self, places: Places) -> bytes:
         """The model's bytes, its initializers pointing into the packed weights at `places`."""
         for external in self.externals:
-            start, _ = places.get(external.weight, (0, 0))
-            _point(external.tensor, start + external.start, external.length)
+            file, start, _ = places[external.weight]
+            _point(external.tensor, file, start + external.start, external.length)
         model = ModelProto()
         model.CopyFrom(self.proto)
         model.graph.initializer.extend(e.tensor for e in self.externals)
@@ -235,9 +237,9 @@ def _branches(node: NodeProto) -> Iterator[GraphProto]:
     return (a.g for a in node.attribute if a.HasField("g"))
 
 
-def _point(tensor: TensorProto, offset: int, length: int) -> None:
+def _point(tensor: TensorProto, file: str, offset: int, length: int) -> None:
     tensor.data_location = TensorProto.EXTERNAL
     del tensor.external_data[:]
-    for key, value in (("location", WEIGHTS), ("offset", offset), ("length", length)):
+    for key, value in (("location", file), ("offset", offset), ("length", length)):
         entry = tensor.external_data.add()
         entry.key, entry.value = key, str(value)

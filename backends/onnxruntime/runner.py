@@ -14,6 +14,7 @@ try:
 except ImportError as missing:
     sys.exit(f"run.py: {missing}; pip install numpy tokenizers onnxruntime")
 
+from dsc.backends.onnxruntime.external_data import check_external
 from dsc.runtime.standalone import Array, Compiled
 
 CACHES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
@@ -68,6 +69,7 @@ class Model(Compiled):
         if path not in self._sessions:
             if json.loads((self.folder / "dsc.json").read_text()) != self.manifest:
                 raise ValueError(f"{self.folder} was compiled anew; open it again")
+            check_external(self.folder, path, self.manifest["files"])
             options = onnxruntime.SessionOptions()
             options.log_severity_level = 4
             prepack = "0" if self.manifest["meta"]["prepack"] else "1"

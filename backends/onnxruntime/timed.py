@@ -1,7 +1,7 @@
 """Times of nodes from ONNX Runtime's own profiler, told as times of the program's nodes.
 
-ONNX nodes carry the name of the value that they work for; what ONNX Runtime fused or made itself is
-listed under its own operator's name. Nodes inside a branch or a loop count as part of it.
+Names of ONNX nodes end with that of the value that they work for; what ONNX Runtime fused or made
+itself is listed under its own operator's name. Nodes inside a branch or a loop count as part of it.
 """
 
 from __future__ import annotations
@@ -20,6 +20,9 @@ from dsc.ir.graph import Graph
 from dsc.ir.interpreter import bind_shapes
 from dsc.runtime.costs import step_events
 from dsc.runtime.profiler import EntryRun, Event, StepTime, lengths_of
+
+KERNEL = "_kernel_time"
+"""What ONNX Runtime calls the time of a node, behind its name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +58,7 @@ class TimedSession:
 
     def _events(self, found: list[dict[str, Any]]) -> Iterable[Event]:
         whole = [e for e in found if e.get("name") == "model_run"]
-        kernels = [e for e in found if str(e.get("name", "")).endswith("_kernel_time")]
+        kernels = [e for e in found if str(e.get("name", "")).endswith(KERNEL)]
         for run, outer in zip(self.runs, whole, strict=False):
             start, end = outer["ts"], outer["ts"] + outer["dur"]
             inside = [e for e in kernels if start <= e["ts"] <= end]
@@ -69,11 +72,11 @@ class TimedSession:
         whole = {n.outputs[0].name for n in self.owner.nodes if n.op == "mla_attention"}
         own = {last.output.name: (first, middle) for first, middle, last in absorbed(graph)}
         for event in _outermost(events):
-            origin, mark, rest = event["name"].partition(ORIGIN)
-            if not mark or origin not in whole or origin not in own:
+            origin = _origin(event)
+            if origin not in whole or origin not in own:
                 yield event
                 continue
-            first, middle = (f"{node.output.name}{ORIGIN}{rest}" for node in own[origin])
+            first, middle = (f"{ORIGIN}{node.output.name}" for node in own[origin])
             if event["args"].get("op_name") != "If":
                 yield {**event, "name": first}
                 continue
@@ -88,8 +91,8 @@ def _steps(graph: Graph, events: Iterable[dict[str, Any]], shift: float) -> list
     steps: list[StepTime] = []
     seen: set[str] = set()
     for event in events:
-        origin, mark, _ = event["name"].partition(ORIGIN)
-        node = origin if mark and origin in known else ""
+        origin = _origin(event)
+        node = origin if origin in known else ""
         kernel = known[node] if node else str(event["args"].get("op_name", event["name"]))
         start, seconds = event["ts"] * 1e-6 + shift, event["dur"] * 1e-6
         again = node in seen
@@ -99,6 +102,15 @@ def _steps(graph: Graph, events: Iterable[dict[str, Any]], shift: float) -> list
             start, seconds, again = first.start, start + seconds - first.start, first.again
         steps.append(StepTime(node, kernel, start, seconds, again=again))
     return steps
+
+
+def _origin(event: Mapping[str, Any]) -> str:
+    """The value that a node works for; empty where its name has none.
+
+    ONNX Runtime appends what it made of a node behind a slash.
+    """
+    name = str(event["name"]).removesuffix(KERNEL).partition(ORIGIN)[2]
+    return name.partition("/")[0]
 
 
 def _outermost(events: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -79,6 +79,15 @@ def export(
             " model repository, with config.pbtxt.  [default: none]",
         ),
     ] = None,
+    max_shard_size: Annotated[
+        str | None,
+        options.unset(
+            "--max-shard-size",
+            metavar="SIZE",
+            help="Of weights in a file: 5GB, 500MB, 2GiB; what does not fit goes into more files."
+            "  [default: 50GB]",
+        ),
+    ] = None,
     check: Annotated[
         bool,
         Option(
@@ -116,18 +125,19 @@ def export(
     given = locals().copy()  # every option, by the name that `dsc.compile` has for it
     from dsc.exporting import exported
 
-    for own in ("format", "opset", "onnx_ops", "provider", "cache_dtype", "server", "check"):
+    asked: dict[str, Any] = {"opset": opset, "onnx_ops": onnx_ops, "provider": provider}
+    asked |= {"caches": cache_dtype, "server": server, "max_shard_size": max_shard_size}
+    for own in (*asked.keys() - {"caches"}, "format", "cache_dtype", "check"):
         del given[own]
     given["activation_bits"] = int(activation_bits)
     given["cache"] = cache if cache == "in-place" else "contiguous"
     if check and format != "onnx":
         raise UsageError("--check is for ONNX", hint="leave out --check")
     onnx = format == "onnx"
-    asked: dict[str, Any] = {"opset": opset, "onnx_ops": onnx_ops, "provider": provider}
-    asked |= {"caches": cache_dtype, "server": server}
     if not onnx and options.chosen(**asked):
         raise UsageError(
-            "--opset, --onnx-ops, --onnx-provider, --cache-dtype and --for are for ONNX",
+            "--opset, --onnx-ops, --onnx-provider, --cache-dtype, --max-shard-size and --for are"
+            " for ONNX",
             hint="leave them out, or the --format",
         )
     if check and (weights == "none" or model.endswith(".dsc")):

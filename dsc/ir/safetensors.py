@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from dsc.errors import CheckpointError, UsageError
-from dsc.files import why_no_file
+from dsc.files import is_led_out, why_no_file
 from dsc.ir.arrays import Array, tensor_of
 from dsc.ir.lazy import torch
 from dsc.ir.types import MAX_RANK, SAFETENSORS, DType, TensorType
@@ -132,7 +132,7 @@ class SafetensorsSource(WeightSource):
 
 
 def open_safetensors(path: Path | str) -> SafetensorsSource:
-    """Open the weights of a checkpoint folder, or one `.safetensors` file.
+    """Open the weights of a checkpoint folder, one `.safetensors` file, or the index of several.
 
     A folder with `model.safetensors.index.json` is read by its index, otherwise it must hold
     `model.safetensors`, or safetensors files of any name that share no tensor.
@@ -142,7 +142,7 @@ def open_safetensors(path: Path | str) -> SafetensorsSource:
     """
     path = Path(path)
     if path.is_file():
-        return _union([path])
+        return _indexed(path.parent) if path.name == INDEX_FILE else _union([path])
     if not path.is_dir():
         raise CheckpointError("no such file or folder", str(path))
     if os.path.lexists(path / INDEX_FILE):
@@ -196,25 +196,16 @@ def _indexed(folder: Path) -> SafetensorsSource:
 
 
 def inside(folder: Path, name: str, where: str) -> Path:
-    """`folder / name`, if that is a file and lies in the folder when all links are followed.
-
-    A snapshot of the Hugging Face cache (`<cache>/<repo>/snapshots/<revision>/`) is a folder of
-    links into `<repo>/blobs/`, and from there into the store that repositories share,
-    `<cache>/blobs/`; those, and no other links out of the folder, are followed.
-    """
+    """`folder / name`, if that is a file and no link leads out of the folder (`is_led_out`)."""
     if len(name) > MAX_NAME:
         told = f"a file name of {len(name)} characters, {name[:40]!r}…; at most {MAX_NAME} are read"
         raise CheckpointError(told, where, "give the file a shorter name, in the index too")
     if Path(name).name != name or name in {"", ".", ".."}:
         raise CheckpointError(f"the file name {name[:80]!r} leaves the checkpoint folder", where)
-    path, home = folder / name, folder.resolve()
+    path = folder / name
     if reason := why_no_file(path):
         raise CheckpointError(f"{name!r} {reason}", where, "download it, or repair links")
-    homes, found = {home}, path.resolve()
-    if home.parent.name == "snapshots":
-        repository = home.parent.parent
-        homes |= {repository / "blobs", repository.parent / "blobs" / found.parent.name}
-    if found.parent not in homes:
+    if is_led_out(folder, path):
         raise CheckpointError(f"the link {name} leads out of the checkpoint folder", where)
     return path
 

@@ -19,7 +19,7 @@ from typing import Any
 import dsc
 from dsc._version import __version__
 from dsc.errors import ArtifactError, UsageError
-from dsc.files import check_makeable, check_room, named
+from dsc.files import check_makeable, check_room, is_led_out, named, why_no_file
 from dsc.ir.index_ranges import index_ranges
 from dsc.ir.parser import parse_program
 from dsc.ir.printer import print_program
@@ -29,8 +29,9 @@ from dsc.ir.safetensors import open_safetensors
 from dsc.ir.weights import MetaSource, WeightSource, leaf, source_types
 from dsc.replacing import replacing
 from dsc.runtime.emission import EXAMPLE, MANIFEST, RUN_SCRIPT, Emission, Progress
-from dsc.runtime.packing import damaged, layout, pack
+from dsc.runtime.packing import damaged
 from dsc.runtime.plan import FORMAT, PLAN, check_format
+from dsc.runtime.weight_files import WeightFiles
 from dsc.targets import parse_target
 from dsc.user_folders import state_folder
 
@@ -105,16 +106,21 @@ def write(
             files[name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
 
         emitted = dict(emission.files)
-        if with_weights and program.weights:
-            _, places = layout(program)
-            if emission.finish is not None:
-                emitted |= emission.finish(places)
-            path = _inside(folder, emission.weights_path)
+        stored = None
+        if (with_weights and program.weights) or emission.finish is not None:
+            stored = WeightFiles.of(
+                program, emission.weights_path, emission.shard_size, emission.page
+            )
+        if stored is not None and emission.finish is not None:
+            emitted |= emission.finish(stored.places)
+        if stored is not None and with_weights and program.weights:
             own = program if rank is None else at_rank(program, rank)
-            check_room(out, sum(size for _, size in places.values()), "the weights")
-            files[emission.weights_path] = pack(own, path, progress).facts
-        elif emission.finish is not None:
-            emitted |= emission.finish({})
+            sizes = [file.size for file in stored.files]
+            check_room(out, sum(sizes), "the weights", max(sizes))
+            emitted |= stored.index()
+            for file in stored.files:
+                _inside(folder, file.path)
+            files |= stored.write(folder, own, progress)
         for name, data in emitted.items():
             add(name, data)
         for name, content in (extra_files or {}).items():
@@ -132,7 +138,7 @@ def write(
             "backend": backend,
             "targets": list(targets),
             "entries": sorted(program.entries),
-            "weights": emission.weights_path if with_weights and program.weights else None,
+            "weights": stored.path if stored and with_weights and program.weights else None,
             "versions": _versions(),
             "needs": dict(emission.needs),
             "meta": dict(emission.meta),
@@ -151,7 +157,7 @@ def write(
 
 def read(folder: Path, trust: bool = False) -> Artifact:
     """Open an artifact: manifest, sizes, hashes of all but the weights, trust. `ArtifactError`."""
-    manifest_path = folder / MANIFEST
+    manifest_path = _inside(folder, MANIFEST)
     if not manifest_path.is_file():
         raise ArtifactError(
             f"{folder} is no artifact: it has no {MANIFEST}",
@@ -162,7 +168,7 @@ def read(folder: Path, trust: bool = False) -> Artifact:
     data = manifest_path.read_bytes()
     manifest = _parse_manifest(data, folder)
     for name, facts in manifest["files"].items():
-        _check_file(folder, name, facts, skip_hash=name == manifest["weights"])
+        _check_file(folder, name, facts, skip_hash="tensors" in facts)
     if _holds_code(manifest) and not trust and not _remembered(data):
         raise ArtifactError(
             "this artifact holds code that was not built by this user here",
@@ -250,8 +256,8 @@ def sealed(manifest: Mapping[str, Any]) -> bytes:
 
 def _inside(folder: Path, name: str) -> Path:
     path = folder / name
-    if name.startswith("/") or ".." in Path(name).parts or path.is_symlink():
-        raise ArtifactError(f"the path {name!r} leads outside of the artifact")
+    if name.startswith("/") or ".." in Path(name).parts or is_led_out(folder, path):
+        raise ArtifactError(f"the path {name!r} leads outside of the artifact", str(folder))
     return path
 
 
@@ -287,8 +293,9 @@ def _parse_manifest(data: bytes, folder: Path) -> dict[str, Any]:
 
 def _check_file(folder: Path, name: str, facts: Mapping[str, Any], skip_hash: bool) -> None:
     path = _inside(folder, name)
-    if not path.is_file():
-        raise ArtifactError(f"the artifact lacks {name}", where=str(folder))
+    if reason := why_no_file(path):
+        told = f"the artifact lacks {name}" if reason == "is missing" else f"{name} {reason}"
+        raise ArtifactError(told, where=str(folder))
     size = path.stat().st_size
     if size != facts["bytes"]:
         raise ArtifactError(f"{name} has {size} bytes, {facts['bytes']} recorded", str(folder))

@@ -14,6 +14,8 @@ from dsc.runtime.plan import Plan
 MANIFEST = "dsc.json"
 RUN_SCRIPT, EXAMPLE = "run.py", "example.py"
 """Written for people to run; loading an artifact imports neither."""
+Place: TypeAlias = tuple[str, int, int]
+"""Where a weight lies: the name of a file beside `weights_path`, the first byte, and how many."""
 Progress: TypeAlias = Callable[[str, int, int], None]
 """`progress(what, done, total)`: called while long work goes on."""
 
@@ -22,21 +24,25 @@ Progress: TypeAlias = Callable[[str, int, int], None]
 class Emission:
     """What `emit` gives: files by path relative to the artifact, and how to run them.
 
-    `weights_path` is where the artifact's writer streams the packed weights (one safetensors file);
+    `weights_path` is where the artifact's writer streams the packed weights: one safetensors file,
+    or several beside that with `shard_size` bytes of tensors each, where large tensors start at
+    multiples of `page`;
     `meta` is JSON that `load` finds again in the manifest; `runner` is the backend's part of the
     artifact's run.py (a module text that defines `class Model`), or empty; `notes` are lines for
     the report. `finish`, where given, makes the files that need to know where each weight lies: it
-    is called with weight name to (offset, bytes) in the file at `weights_path`. `needs` are the
-    packages that running takes, by name, as pip is told them.
+    is called with the place of each weight by name. `needs` are the packages that running takes, by
+    name, as pip is told them.
     """
 
     files: Mapping[str, bytes]
     plan: Plan | None = None
     weights_path: str = "weights/model.safetensors"
+    shard_size: int | None = None
+    page: int = 1
     meta: Mapping[str, Any] = field(default_factory=dict)
     runner: str = ""
     notes: tuple[str, ...] = ()
-    finish: Callable[[Mapping[str, tuple[int, int]]], Mapping[str, bytes]] | None = None
+    finish: Callable[[Mapping[str, Place]], Mapping[str, bytes]] | None = None
     needs: Mapping[str, str] = field(default_factory=dict)
 
 

@@ -1,7 +1,8 @@
-"""Stream the weights of a program into one safetensors file, block by block.
+"""Stream the weights of a program into safetensors files, block by block.
 
 Every tensor starts on a 64-byte boundary: small `U8` tensors named `__pad.N` fill the gaps, since
 the format allows no holes. A file mapped into memory then serves vector loads and DMA as it is.
+One of a megabyte or more may start on a page of its own (`page`), by which it can be mapped alone.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import struct
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -22,13 +23,15 @@ from dsc.errors import CheckpointError
 from dsc.hardware import cpu
 from dsc.ir.arrays import Array
 from dsc.ir.program import Program
-from dsc.ir.safetensors import Entry, SafetensorsFile
+from dsc.ir.safetensors import Entry, SafetensorsFile, open_safetensors
 from dsc.ir.types import SAFETENSORS
-from dsc.ir.weights import WeightSource, parts
+from dsc.ir.weights import WeightExpr, WeightSource, parts
 from dsc.runtime.contents import WORKERS, Stored, contents, nbytes
 from dsc.runtime.emission import Progress
 
 ALIGNMENT = 64
+LARGE = 1 << 20
+"""Bytes from which on a tensor starts on a page, where pages are asked for."""
 PAD = "__pad."
 NAMES = {dtype: name for name, dtype in SAFETENSORS.items()}
 Places: TypeAlias = dict[str, tuple[int, int]]
@@ -36,22 +39,27 @@ Told: TypeAlias = Callable[[str, int], None]
 """Takes the name of a tensor and how many bytes of it are written now."""
 
 
-def _stored(program: Program) -> list[Stored]:
+def stored_of(program: Program) -> list[Stored]:
     """What is stored of the weights, by name and in order."""
     return [part for name, expr in program.weights.items() for part in parts(name, expr)]
 
 
 def layout(program: Program) -> tuple[bytes, Places]:
     """The file's header, and where each weight will lie."""
-    return table(_stored(program), ALIGNMENT)
+    return table(stored_of(program), ALIGNMENT)
 
 
-def table(stored: Iterable[Stored], alignment: int = 1) -> tuple[bytes, Places]:
-    """The header of a file of these tensors, and where each will lie: byte and size."""
+def table(stored: Sequence[Stored], alignment: int = 1, page: int = 1) -> tuple[bytes, Places]:
+    """The header of a file of these tensors, and where each will lie: byte and size.
+
+    Tensors start at multiples of `alignment`, large ones at multiples of `page`.
+    """
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     places: Places = {}
     at = 0
-    for name, expr in stored:
+    grains = [_grain(expr, alignment, page) for _, expr in stored]
+    after = [*grains[1:], alignment][: len(grains)]
+    for (name, expr), following in zip(stored, after, strict=True):
         t = expr.type
         if name in places:
             raise CheckpointError("a weight is called as a part of another", where=name)
@@ -65,15 +73,20 @@ def table(stored: Iterable[Stored], alignment: int = 1) -> tuple[bytes, Places]:
         }
         places[name] = (at, size)
         at += size
-        gap = -at % alignment
+        gap = -at % following
         if gap:
             pad = f"{PAD}{len(header)}"
             header[pad] = {"dtype": "U8", "shape": [gap], "data_offsets": [at, at + gap]}
             at += gap
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-(8 + len(text)) % ALIGNMENT)
+    text += b" " * (-(8 + len(text)) % max(ALIGNMENT, *grains, 1))
     start = 8 + len(text)
     return struct.pack("<Q", len(text)) + text, {k: (start + o, n) for k, (o, n) in places.items()}
+
+
+def _grain(expr: WeightExpr, alignment: int, page: int) -> int:
+    """Of which number a tensor's place is a multiple."""
+    return max(alignment, page) if nbytes(expr.type) >= LARGE else alignment
 
 
 @dataclass(frozen=True)
@@ -94,25 +107,48 @@ class Written:
 
 
 def pack(program: Program, path: Path, progress: Progress | None = None) -> Written:
-    """Evaluate every weight and write the file."""
-    header, places = layout(program)
+    """Evaluate every weight and write all to one file."""
+    stored = stored_of(program)
+    header, places = table(stored, ALIGNMENT)
+    told = Telling(progress, sum(size for _, size in places.values()))
+    written = write_file(path, stored, header, places, program.source, told)
+    told.end()
+    return written
+
+
+class Telling:
+    """Tells `progress` how many of the bytes of all weights are written."""
+
+    def __init__(self, progress: Progress | None, whole: int) -> None:
+        self._progress, self._whole, self._done = progress, whole, 0
+
+    def __call__(self, name: str, size: int) -> None:
+        """A block of a tensor is about to be written."""
+        if self._progress is not None:
+            self._progress(f"weights: {name}", self._done, self._whole)
+        self._done += size
+
+    def end(self) -> None:
+        """All are."""
+        if self._progress is not None:
+            self._progress("weights", self._whole, self._whole)
+
+
+def write_file(
+    path: Path,
+    stored: Sequence[Stored],
+    header: bytes,
+    places: Places,
+    source: WeightSource,
+    told: Told,
+) -> Written:
+    """Write a file of these tensors, whose header and places `table` gave."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    whole = max((offset + size for offset, size in places.values()), default=0)
-    done = len(header)
-
-    def told(name: str, size: int) -> None:
-        nonlocal done
-        if progress is not None:
-            progress(f"weights: {name}", done, whole)
-        done = max(done, places[name][0]) + size
-
     with path.open("wb") as file:
         file.write(header)
-        digests = write_tensors(file, _stored(program), program.source, told, places)
+        digests = write_tensors(file, stored, source, told, places)
         file.write(b"\0" * (-file.tell() % ALIGNMENT))
         size = file.tell()
-    if progress is not None:
-        progress("weights", whole, whole)
     return Written(size, header, digests)
 
 
@@ -164,24 +200,27 @@ class Other:
 
 
 def others(program: Program, path: Path, progress: Progress | None = None) -> list[Other]:
-    """The tensors of a packed file that are not what a program's weights are, bit for bit.
+    """The tensors of packed files that are not what a program's weights are, bit for bit.
 
-    Weights are made from the program's source again, as `pack` does it, and held against the file
-    block by block. Raises `CheckpointError` for a file that has not these tensors.
+    Weights are made from the program's source again, as `pack` does it, and held against the files
+    block by block. `path` is the file, or the index of several. Raises `CheckpointError` for files
+    that have not these tensors.
     """
-    stored = _stored(program)
-    file, done = SafetensorsFile.open(path), 0
+    stored = stored_of(program)
+    opened, done = open_safetensors(path), 0
     whole = sum(nbytes(expr.type) for _, expr in stored)
     for name, expr in stored:
-        entry = file.entries.get(name)
+        file = opened.files.get(name)
+        entry = None if file is None else file.entries[name]
         if entry is None or (entry.dtype, entry.shape) != (expr.type.dtype, expr.type.shape):
             raise CheckpointError(f"{path.name} does not hold it as {expr.type}", where=name)
     found: dict[str, Other] = {}
     at, last = 0, ""
     with closing(contents(stored, program.source)) as made:
         for name, data in made:
+            file = opened.files[name]
             if name != last:
-                file.release()
+                opened.release()
                 at, last = 0, name
             if progress is not None:
                 progress(f"comparing weights: {name}", done, whole)

@@ -22,6 +22,7 @@ from dsc.runtime import collectives
 from dsc.runtime.artifact import check_free
 from dsc.runtime.emission import MANIFEST
 from dsc.runtime.plan import FORMAT, check_format
+from dsc.runtime.weight_files import weight_files
 
 
 @dataclass(frozen=True)
@@ -140,7 +141,9 @@ def _listing(folder: Path) -> dict[str, Any]:
         raise ArtifactError(f"the artifact lacks {folder.name}", where=str(folder.parent))
     data = path.read_bytes()
     own = json.loads(data)
-    weights = own["files"].get(own["weights"], {}).get("sha256", "none")
+    hashes = [str(facts["sha256"]) for _, facts in sorted(weight_files(own).items())]
+    several = collectives.digest(json.dumps(hashes)) if hashes else "none"
+    weights = hashes[0] if len(hashes) == 1 else several
     return {
         "folder": folder.name,
         "manifest": hashlib.sha256(data).hexdigest(),

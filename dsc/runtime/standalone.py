@@ -186,7 +186,7 @@ def main(model: Callable[[pathlib.Path], Any]) -> None:
     parser.add_argument("--max-new-tokens", type=int, default=64, help="at most (default: 64)")
     if (options := parser.parse_args()).max_new_tokens < 1:
         parser.error(f"--max-new-tokens {options.max_new_tokens}: give at least 1")
-    folder = pathlib.Path(__file__).resolve().parent
+    folder = pathlib.Path(__file__).absolute().parent  # which may be a folder of links
     try:
         from tokenizers import Tokenizer
 

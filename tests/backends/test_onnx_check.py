@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import ast
 import json
-import struct
 from pathlib import Path
 
 import onnx
@@ -13,6 +13,7 @@ import dsc
 from bench.onnx_servers import TINY
 from dsc.backends.onnxruntime import check as checks
 from dsc.backends.onnxruntime.check import Checked, check
+from dsc.backends.onnxruntime.graph import SCOPES
 from dsc.cli import main
 from dsc.ir.dims import Range
 from dsc.ir.parser import parse_graph, parse_program
@@ -24,7 +25,7 @@ from tests.backends.test_onnxruntime import _executable as executable
 from tests.backends.test_onnxruntime import _prepared as prepared
 
 SYMBOLS = {"B": Range(1, 8)}
-QUESTIONS = {"onnx.checker", "shapes", "operators", "ONNX Runtime", "reference"}
+QUESTIONS = {"external data", "onnx.checker", "shapes", "operators", "ONNX Runtime", "reference"}
 
 
 def answers(found: Checked) -> dict[str, set[bool | None]]:
@@ -45,17 +46,15 @@ def test_an_export_is_what_it_should_be(dtype: DType, tmp_path: Path) -> None:
 
 
 def test_a_weight_that_differs_from_some_layer_on_is_found_there(tmp_path: Path) -> None:
-    """The model reads the first bytes of the weights for a norm of layer 1."""
+    """The two norms of layer 1 have each other's weights."""
     executable(prepared(DType.f32), tmp_path / "a")
     path = tmp_path / "a" / "onnx" / "prefill.onnx"
     model = onnx.load(str(path), load_external_data=False)
-    (norm,) = (t for t in model.graph.initializer if "layers.1.input_layernorm" in t.name)
-    weights = tmp_path / "a" / "onnx" / "model.safetensors"
-    with weights.open("rb") as stream:
-        (header,) = struct.unpack("<Q", stream.read(8))
-    places = {entry.key: entry for entry in norm.external_data}
-    assert places["offset"].value != str(8 + header)
-    places["offset"].value = str(8 + header)
+    tensors = {t.name: t for t in model.graph.initializer}
+    first = tensors["model.layers.1.input_layernorm.weight"]
+    second = tensors["model.layers.1.post_attention_layernorm.weight"]
+    for one, two in zip(first.external_data, second.external_data, strict=True):
+        one.value, two.value = two.value, one.value
     path.write_bytes(model.SerializeToString())
     found = checks._Check(_opened(tmp_path / "a")).run()
     off = found.layers["onnx/prefill.onnx"]
@@ -111,10 +110,31 @@ def test_the_verb_ends_with_1_and_a_sentence(
     assert "shapes of onnx/prefill.onnx: they do not follow" in err
 
 
-def test_rows_in_codes_are_held_to_what_rounding_explains(tmp_path: Path) -> None:
-    out = dsc.export(TINY, tmp_path / "a", dtype="fp32", quant="int8", max_context=64)
-    found = check(out)
+@pytest.fixture(scope="module")
+def coded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the trained checkpoint's artifact, its weights in codes."""
+    out = tmp_path_factory.mktemp("coded") / "a"
+    return dsc.export(TINY, out, dtype="fp32", quant="int8", max_context=64)
+
+
+def test_rows_in_codes_are_held_to_what_rounding_explains(coded: Path) -> None:
+    found = check(coded)
     assert found.failure == ""
     assert answers(found)["reference"] == {None}
     worst = max(found.layers["onnx/prefill.onnx"].values())
     assert checks.LIMITS[DType.f32] < worst < checks.CODED_ROWS
+
+
+def test_nodes_are_named_by_the_module_that_they_are_of(coded: Path) -> None:
+    """So that what shows a model shows its modules; the innermost scope is the node's own."""
+    model = onnx.load(str(next(coded.glob("onnx/*.onnx"))), load_external_data=False)
+    names = [node.name for node in model.graph.node]
+    assert len(set(names)) == len(names)
+    inside = [n for n in model.graph.node if n.name.startswith("model.layers.1.self_attn/")]
+    assert inside
+    for node in inside:
+        scopes = ast.literal_eval({x.key: x.value for x in node.metadata_props}[SCOPES])
+        assert scopes[:-1] == ["", "model", "model.layers.1", "model.layers.1.self_attn"]
+        assert node.doc_string == scopes[-2]
+        assert scopes[-1] in node.name
+    assert any(x.name == "model.layers.1.input_layernorm.weight" for x in model.graph.initializer)

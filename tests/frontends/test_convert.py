@@ -20,7 +20,8 @@ from typer.testing import CliRunner
 import dsc
 from dsc.cli import build_app, main
 from dsc.errors import CheckpointError, ConfigError, DscError, FileError, UsageError
-from dsc.frontends.convert import Form, size_of
+from dsc.files import size_of
+from dsc.frontends.convert import Form
 from dsc.frontends.huggingface import load_checkpoint, read_config
 from dsc.ir.arrays import Array, array_of
 from dsc.ir.safetensors import SafetensorsFile, open_safetensors

@@ -209,12 +209,10 @@ def test_packing_tells_of_each_block_whose_it_is_and_how_much_is_done(
     told: list[tuple[str, int, int]] = []
     pack(program(), tmp_path / "w", lambda *step: told.append(step))
     places = layout(program())[1]
-    start = min(at for at, _ in places.values())
-    at, size = places["scalar"]
+    at, _ = places["scalar"]
     assert told == [
-        ("weights: odd", start, at + size), ("weights: both", start + 12, at + size),
-        ("weights: both", start + 64 + 8, at + size),
-        ("weights: scalar", start + 64 + 16, at + size), ("weights", at + size, at + size),
+        ("weights: odd", 0, 36), ("weights: both", 12, 36), ("weights: both", 20, 36),
+        ("weights: scalar", 28, 36), ("weights", 36, 36),
     ]  # fmt: skip
     assert (tmp_path / "w").stat().st_size == at + 64
 
@@ -242,14 +240,15 @@ def test_finish_is_told_where_weights_lie(tmp_path: Path) -> None:
         return {"late.txt": b"late"}
 
     write(tmp_path / "out", Emission({}, finish=finish))
-    assert told == layout(program())[1]
+    places = layout(program())[1]
+    assert told == {name: ("model.safetensors", *place) for name, place in places.items()}
     assert (tmp_path / "out" / "late.txt").read_bytes() == b"late"
 
 
-def test_without_weights_finish_is_told_of_none(tmp_path: Path) -> None:
+def test_without_weights_finish_is_told_where_they_would_lie(tmp_path: Path) -> None:
     emission = Emission({}, finish=lambda places: {"late.txt": repr(places).encode()})
-    out = write(tmp_path / "out", emission, with_weights=False)
-    assert (out / "late.txt").read_text() == "{}"
+    out, whole = (write(tmp_path / str(x), emission, with_weights=x) for x in (False, True))
+    assert (out / "late.txt").read_text() == (whole / "late.txt").read_text()
     manifest = json.loads((out / "dsc.json").read_text())
     assert manifest["weights"] is None
     assert not (out / "weights").exists()
