@@ -447,6 +447,7 @@ BARS: dict[str, Callable[[], Figures]] = {
     "triton_interprets": triton_interprets,
     "run_scripts": run_scripts,
     "onnx_servers": _bar_of("onnx_servers"),
+    "onnx_files": _bar_of("onnx_files"),
     "onnx_configs": _bar_of("onnx_configs"),
     "coded_perplexity": _bar_of("coded_perplexity"),
     "onnx_peers": _bar_of("onnx_peers"),

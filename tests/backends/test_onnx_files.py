@@ -7,6 +7,8 @@ import importlib.util
 import json
 import os
 import shutil
+import signal
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -372,3 +374,75 @@ def test_the_links_of_a_hub_snapshot_are_followed(
     new, zero = np.array([[3, 4]]), np.zeros((1, 1), np.int64)
     logits = written_runner(snapshot).Model(snapshot).step(new, new - 3, zero[0], zero)
     assert np.isfinite(logits).all()
+
+
+# --- kills ----------------------------------------------------------------------------------------
+
+WRITING = ("os.mkdir", "os.rename", "os.chmod", "shutil.rmtree", "os.link", "os.symlink")
+
+
+def forked(save: Callable[[], object], dies_at: int, told: Path) -> bool:
+    """Save in a fork that dies before its n-th change of a file; whether it did.
+
+    The paths that it was about to change go to `told`, a line each.
+    """
+    child = os.fork()
+    if child:
+        return os.WIFSIGNALED(os.waitpid(child, 0)[1])
+    log = os.open(told, os.O_CREAT | os.O_TRUNC | os.O_WRONLY)
+    seen = 0
+
+    def noted(event: str, given: tuple[Any, ...]) -> None:
+        nonlocal seen
+        writes = event == "open" and given[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
+        if writes or event in WRITING or event == "ctypes.dlsym":
+            if seen == dies_at:
+                os.kill(os.getpid(), signal.SIGKILL)
+            seen += 1
+            path = "" if event == "ctypes.dlsym" else os.fsdecode(given[0])
+            os.write(log, f"{event}\t{path}\n".encode())
+
+    sys.addaudithook(noted)
+    try:
+        save()
+        os._exit(0)
+    except BaseException:
+        os._exit(1)
+
+
+@pytest.mark.parametrize("server", [None, "genai", "triton-server"])
+def test_an_export_that_is_killed_is_whole_or_not_there(
+    program: Program, server: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before some of the changes that it makes to files, all of which are in its own folder."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    told, out = tmp_path / "told", tmp_path / "in" / "out"
+    out.parent.mkdir()
+    emission = BACKEND.emit(program, EmitOptions(extra={"max_shard_size": LIMIT, "server": server}))
+
+    def save() -> Path:
+        return artifact.write(
+            out, program, emission, backend="onnxruntime", targets=("cpu",), report={}, force=True
+        )
+
+    assert not forked(save, -1, told)
+    changes = [line.split("\t") for line in told.read_text().splitlines()]
+    own = str(out.parent / ".out.")
+    allowed = (own, str(out), str(tmp_path / "state"))
+    outside = [path for _, path in changes if path and not path.startswith(allowed)]
+    assert set(outside) <= {str(out.parent)}, "which is made where it is missing"
+    for there in (True, False):
+        if not there:
+            shutil.rmtree(out)
+        assert not forked(save, -1, told)
+        count = len(told.read_text().splitlines())
+        assert count > 15
+        for at in (1, count // 3, count // 2, count - 1):
+            if not there:
+                shutil.rmtree(out, ignore_errors=True)
+            assert forked(save, at, told), at
+            assert not there or out.exists()
+            assert not out.exists() or artifact.check_hashes(out)
+    save()
+    assert artifact.check_hashes(out)
+    assert [path.name for path in out.parent.iterdir()] == ["out"]
