@@ -80,7 +80,14 @@ def open_session(
     if profile:
         options.enable_profiling = True
         options.profile_file_prefix = profile
-    return onnxruntime.InferenceSession(str(path), options, providers=providers_for(provider))
+    session = onnxruntime.InferenceSession(str(path), options, providers=providers_for(provider))
+    if PROVIDERS[provider] not in session.get_providers():  # ONNX Runtime goes on without it
+        raise BackendUnavailable(
+            f"{PROVIDERS[provider]} did not start here: no device, or its libraries are missing",
+            "see why in a script with onnxruntime.set_default_logger_severity(0), or export it"
+            " again with --onnx-provider cpu",
+        )
+    return session
 
 
 class OnnxExecutable(Admitted):

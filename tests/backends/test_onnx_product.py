@@ -155,13 +155,21 @@ def test_a_reduced_build_is_told_all_operators(folder: Path) -> None:
     assert {"If", "Gather", "MatMul"} <= wanted["ai.onnx"][23]
 
 
-def test_a_model_for_a_provider_that_is_not_here_says_so(tmp_path: Path) -> None:
+@pytest.mark.filterwarnings("ignore:Specified provider")
+def test_a_model_for_a_provider_that_is_not_here_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     out = tmp_path / "a"
     runs = executable(prepared(DType.f32), out, provider="cuda")
     assert isinstance(runs, OnnxExecutable)
     with pytest.raises(BackendUnavailable, match="made for CUDAExecutionProvider") as refused:
         runs.open("prefill")
     assert "onnxruntime-gpu" in str(refused.value)
+    here = ["CUDAExecutionProvider", "CPUExecutionProvider"]
+    with monkeypatch.context() as installed:
+        installed.setattr("onnxruntime.get_available_providers", lambda: here)
+        with pytest.raises(BackendUnavailable, match="did not start here"):
+            runs.open("prefill")
     found = check(out)
     assert found.failure == ""
     told = [x.told for x in found.findings if x.question == "operators"]
