@@ -210,6 +210,7 @@ class _Check:
 
             here = provider in onnxruntime.get_available_providers()
             session = _session(path, provider if here else PROVIDERS["cpu"])
+            here = provider in session.get_providers()  # which may not have started
             counted = _assigned(session)
             self.found.operators[name] = {k: dict(v.most_common()) for k, v in counted.items()}
             told = ", ".join(f"{sum(v.values())} nodes on {k}" for k, v in counted.items())
