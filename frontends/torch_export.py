@@ -23,6 +23,7 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import fx, nn
+from torch.overrides import TorchFunctionMode
 
 from dsc.errors import UnsupportedOperator, UsageError
 from dsc.frontends.aten import COMPLEX, DROPPED, HARMLESS, KEPT_WHOLE, row_of
@@ -135,7 +136,7 @@ def export(
     for every operator is left as it is. Raises `UsageError` with torch's own reason.
     """
     try:
-        with torch.no_grad(), warnings.catch_warnings():
+        with torch.no_grad(), warnings.catch_warnings(), ListsOnCpu():
             warnings.filterwarnings("ignore", message=".*treespec, LeafSpec.*")
             exported = torch.export.export(
                 module, args, dynamic_shapes=dynamic_shapes, strict=False
@@ -294,6 +295,28 @@ class _Importer(FxImporter):
         specs = self.exported.graph_signature.output_specs
         found = [self.output(by_name.get(getattr(s.arg, "name", ""))) for s in specs]
         return [x for x in found if x is not None]
+
+
+class ListsOnCpu(TorchFunctionMode):
+    """`x[..., [-2]]` reads a list that keeps its numbers where `x` is on meta.
+
+    PyTorch makes a tensor of it on the device of `x`, and a tensor on meta has none.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """The call, with lists of numbers in an index as tensors."""
+        if func is torch.Tensor.__getitem__:
+            x, index = args
+            parts = index if isinstance(index, tuple) else (index,)
+            args = (x, tuple(_index(part) for part in parts))
+        return func(*args, **(kwargs or {}))
+
+
+def _index(part: Any) -> Any:
+    is_list = isinstance(part, list) and part and all(type(each) is int for each in part)
+    return torch.tensor(part, device="cpu") if is_list else part
 
 
 def _default_names(count: int) -> list[str]:

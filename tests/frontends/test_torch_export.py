@@ -13,7 +13,7 @@ from dsc.errors import UnsupportedOperator, UsageError
 from dsc.frontends.causal_lm import CausalLMStep
 from dsc.frontends.family import parse_config, states_of
 from dsc.frontends.signature import Extents
-from dsc.frontends.torch_export import trace
+from dsc.frontends.torch_export import export, trace
 from dsc.ir.dims import Range
 from dsc.ir.interpreter import Interpreter
 from dsc.ir.stages import Stage
@@ -292,3 +292,15 @@ def test_a_size_without_a_form_is_one_of_the_operators_without_a_translation() -
     with pytest.raises(UnsupportedOperator, match=r"size Min\(8, \w+\) has no symbolic") as caught:
         trace(Shortest(), (torch.randn(3, 4),), {"x": {0: torch.export.Dim("B")}})
     assert "aten.sum" in caught.value.what
+
+
+def test_a_list_as_an_index_keeps_its_numbers_on_meta() -> None:
+    """As falcon's heads of one key and value are read, of a model without memory."""
+
+    class Heads(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x[..., [-2], :] * x[:, [0]]
+
+    exported = export(Heads(), (torch.zeros(2, 3, 4, device="meta"),), None)
+    found = [(str(x.device), x.tolist()) for x in exported.constants.values()]
+    assert found == [("cpu", [-2]), ("cpu", [0])]
