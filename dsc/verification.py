@@ -43,7 +43,7 @@ from dsc.ir.lazy import torch
 from dsc.ir.ops.quant import makes_codes, takes_codes
 from dsc.ir.program import Program
 from dsc.ir.types import PRECISIONS, DType
-from dsc.rewrite.widen import in_fp32
+from dsc.rewrite.widen import FP32_ROUNDINGS, in_fp32
 from dsc.runtime.session import Session
 
 Logits = NDArray[np.float32]
@@ -61,8 +61,6 @@ SPREAD = 0.5
 MOST_EXCLUDED = 0.5
 """The share of positions that may be left out as ties."""
 DECODED_TOKENS = 16
-FP32_ROUNDINGS = 16.0 * 2.0**-23
-"""In fp32: the error of a logit for a root of the number of layers, as a share of its size."""
 
 
 @dataclass(frozen=True, slots=True)

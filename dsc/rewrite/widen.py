@@ -30,6 +30,8 @@ from dsc.ir.weights import (
 )
 
 NARROW = frozenset({DType.bf16, DType.f16})
+FP32_ROUNDINGS = 16.0 * 2.0**-23
+"""In fp32: the error of a result for a root of the depth, as a share of its size."""
 PLAIN = "plain "
 """How the key of a weight that `Plain` gives begins: no checkpoint calls a tensor so."""
 
