@@ -20,10 +20,9 @@ from dsc.ir.program import Program
 from dsc.ir.safetensors import SafetensorsFile
 from dsc.ir.types import DType
 from dsc.ir.weights import DictSource, LayeredSource, evaluate
-from dsc.rewrite.widen import in_fp32
+from dsc.rewrite.widen import FP32_ROUNDINGS, in_fp32
 from dsc.runtime import collectives
 from dsc.verification import (
-    FP32_ROUNDINGS,
     Interpreted,
     compare,
     held_to_text,
