@@ -287,5 +287,6 @@ def room(prompt_tokens: int, max_context: int) -> int:
     raise UsageError(
         f"the prompt has {prompt_tokens} tokens, and the text may have {max_context} with the"
         " answer: that is max_context, for which the model was compiled",
-        hint="shorten the prompt, or compile with a larger max_context",
+        hint="shorten the prompt, or compile with a larger max_context; rope scaling goes beyond"
+        " the model's own limit",
     )

@@ -126,7 +126,7 @@ def _found(
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     if constants.HF_HUB_OFFLINE:
-        why, to_do = "HF_HUB_OFFLINE is set", "unset it once to download"
+        why, to_do = "HF_HUB_OFFLINE is set", "unset HF_HUB_OFFLINE once to download"
         return _cached(name, revision, weights, why, to_do), []
     try:
         with _told(name, revision):
@@ -286,7 +286,10 @@ def _cached(name: str, revision: str | None, weights: bool, why: str, to_do: str
     found = try_to_load_from_cache(name, CONFIG_FILE, revision=revision)
     at = f" at {revision}" if revision else ""
     if not isinstance(found, str):
-        raise FileError(f"{why}, and {name}{at} is not in the cache", hint=to_do)
+        raise FileError(
+            f"there is no folder {name!r} here, {why}, and {name}{at} is not in the cache",
+            hint=f"see to the spelling, if a folder was meant; else {to_do}",
+        )
     folder = Path(found).parent
     if not weights:
         return folder

@@ -88,7 +88,7 @@ def discover(module: nn.Module) -> tuple[LayerState, ...]:
         ]
     if not found:
         raise UnsupportedArchitecture(
-            f"{type(module).__name__} keeps nothing of earlier tokens: it is no decoder that"
+            f"{type(module).__name__} returns no cache of earlier tokens: it is no decoder that"
             " dsc can run step by step",
             hint=HINT,
         )

@@ -15,6 +15,7 @@ _EXPRESSIONS = (
     (re.compile(r"\.size\(\)\[(\d+)\]"), r".shape[\1]"),
     (re.compile(r"\.stride\(\)\[(\d+)\]"), r".stride(\1)"),
 )
+_IMPORTED = re.compile(r"\b__import_(\w+)")
 _HOOKS = re.compile(r"\._\w*hooks\w*$")
 _SIZE = re.compile(r"(.*)\.size\(\)\[\d+\]")
 _FRAME = re.compile(r"^\d+/\d+: ")
@@ -27,7 +28,7 @@ def condition(text: str) -> str:
     line = _FRAME.sub("", " ".join(line.split()))
     for pattern, put in _EXPRESSIONS:
         line = pattern.sub(put, line)
-    return line
+    return _IMPORTED.sub(lambda found: found[1].replace("_dot_", "."), line)
 
 
 def unchanged(name: str) -> str:

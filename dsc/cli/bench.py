@@ -69,7 +69,7 @@ def bench(
         compiled,
         batch,
         (prompt_len, "--prompt-len"),
-        (steps, f"--context, and --tokens in {rounds} --rounds and a warm-up,"),
+        (steps, f"--context, and --tokens in {rounds} --rounds and a warm-up"),
     )
     tell_stand_in(compiled.executable, "nothing to be measured")
     session = compiled.session(max_batch=batch, max_context=steps)
@@ -140,12 +140,16 @@ def bench(
 def _show(result: Mapping[str, Any]) -> None:
     for phase in ("prefill", "decode"):
         found: Any = result[phase]
+        dropped, rounds = found["rounds_dropped"], found["rounds"]
+        left_out = f"{dropped} of {rounds} rounds dropped"
+        if dropped == rounds:
+            left_out = f"of all {rounds} rounds, none of which was steady: measure again"
         low, high = found["quartiles_ms"]
         share = "" if found["of_limit"] is None else f"   {found['of_limit']:.0%} of the limit"
         console.stdout().print(
             f"{phase:8} {found['tokens_per_s']:10.1f} tokens/s   {found['median_ms']:.3f} ms a step"
             f" (quartiles {low:.3f} to {high:.3f}){share}"
-            f"   {found['rounds_dropped']} of {found['rounds']} rounds dropped"
+            f"   {left_out}"
         )
         if found["limit_note"]:
             console.stdout().print(f"{'':8} {found['limit_note']}")

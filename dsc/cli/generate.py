@@ -139,6 +139,7 @@ def generate(
         )
         for number, each in enumerate(ids)
     ]
+    chosen = f"{sampling}, --seed {seed}" if sampling.draws else str(sampling)
     clock = generation.Clock(load_s=time.perf_counter() - start)
     printer = Printer(answers, prompts, quiet=json or not speaks())
     for index, text in generation.continue_all(session, answers, clock):
@@ -147,14 +148,14 @@ def generate(
         return
     if json:
         found = [facts(*pair) for pair in zip(prompts, answers, strict=True)]
-        console.print_json({"answers": found, "sampling": str(sampling), **clock.summary()})
+        console.print_json({"answers": found, "sampling": chosen, **clock.summary()})
     remark = cut_off(answers, max_new_tokens, compiled.max_context)
     if remark:
         console.stderr().print(remark)
     if stats:
         counted = clock.summary() | {"new_tokens": sum(len(answer.ids) for answer in answers)}
         lines = (f"{name} {value:.6g}" for name, value in counted.items())
-        console.stderr().print("\n".join([f"sampling {sampling}", *lines]), markup=False)
+        console.stderr().print("\n".join([f"sampling {chosen}", *lines]), markup=False)
 
 
 @contextmanager

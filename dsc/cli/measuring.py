@@ -50,7 +50,7 @@ def check_fits(compiled: Any, batch: int, *needed: tuple[int, str]) -> None:
     for tokens, asked in needed:
         if tokens > compiled.max_context:
             raise UsageError(
-                f"{asked} need {tokens} tokens: the artifact holds {compiled.max_context}",
+                f"{asked}: {tokens} tokens, and the artifact holds {compiled.max_context}",
                 hint="ask for fewer, or compile it with a larger --max-context",
             )
 

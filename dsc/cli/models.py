@@ -19,7 +19,8 @@ def models(
         list[str] | None,
         typer.Argument(
             metavar="[TYPE]...",
-            help="Types (model_type in config.json) or classes; * stands for anything.",
+            help="Types (model_type in config.json) or classes, checked where named whole;"
+            " * stands for anything.",
             show_default=False,
         ),
     ] = None,
@@ -39,6 +40,8 @@ def models(
 
     Examples:
 
+        dsc models gemma2 qwen3_moe
+
         dsc models --all 'qwen*'
 
         dsc models --all --markdown > docs/models.md
@@ -47,15 +50,17 @@ def models(
 
     catalogue = Catalogue()
     known = classes()
+    whole = [name for name in names or [] if "*" not in name]
     chosen = list(matching(names or [], known))
     if not chosen:
         raise UsageError(
             f"no type of the installed transformers is called {' or '.join(names or [])}",
             hint="`dsc models` lists them; * stands for anything: 'qwen*'",
         )
-    if every:
+    asked = chosen if every else list(matching(whole, known)) if whole else []
+    if asked:
         with console.progress_bar() as progress:
-            catalogue.check(chosen, progress, _compiled)
+            catalogue.check(asked, progress, _compiled)
     rows = [(name, known[name], catalogue.rows.get(name)) for name in chosen]
     found = [row for _, _, row in rows if row is not None]
     if json:
@@ -89,14 +94,17 @@ def _show(rows: list[tuple[str, str, Row | None]]) -> None:
     table = Table("type", "class", "compiles", "", box=None, padding=(0, 2, 0, 0))
     for name, known, row in rows:
         if row is None:
-            table.add_row(name, known, "?", f"not checked yet: dsc models --all {name}")
+            table.add_row(name, known, "?", f"not checked yet: dsc models {name}")
             continue
-        told = row.reason or row.remark
-        table.add_row(name, row.model_class, "yes" if row.compiles else "no", told)
+        why = row.reason or row.remark
+        table.add_row(name, row.model_class, "yes" if row.compiles else "no", why)
     console.tables().print(table, markup=False)
     checked = [row for _, _, row in rows if row is not None]
     yes = sum(row.compiles for row in checked)
-    console.stdout().print(f"{yes} of {len(checked)} checked types compile; {len(rows)} in all")
+    left = len(rows) - len(checked)
+    told = [f"{yes} of {len(checked)} checked types compile"] if checked else []
+    told += [f"{left} are not checked yet: --all checks them"] if left else []
+    console.stdout().print("; ".join(told))
 
 
 PAGE = """# Which models compile

@@ -237,7 +237,7 @@ class Talk:
     def stats(self, _: str) -> None:
         """Say what the last answer took."""
         sequence, session = self.conversation.sequence, self.conversation.session
-        lines = [f"context {len(sequence.tokens)} of {session.max_context} tokens"]
+        lines = [f"cache {len(sequence.tokens)} of {session.max_context} tokens"]
         counted = {**self.conversation.last.summary(), "reused_tokens": sequence.reused}
         self._remark("\n".join([*lines, *(f"{n} {v:.6g}" for n, v in counted.items())]))
 

@@ -407,7 +407,10 @@ class Session:
             raise UsageError("an empty prompt", hint="give at least one token")
         low, high = extremes(tokens)
         if low < 0 or (self._vocab is not None and high >= self._vocab):
-            raise UsageError(f"token ids {low}..{high} outside of the vocabulary of {self._vocab}")
+            raise UsageError(
+                f"token ids {low}..{high} outside of the vocabulary of {self._vocab}",
+                hint="give ids of this model's own tokenizer",
+            )
         new = read_lengths(lengths, batch, size)
         longest = max(map(sum, zip(new, held, strict=True)))
         if longest > self.max_context:

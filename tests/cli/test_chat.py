@@ -129,6 +129,7 @@ def test_a_talk_at_a_terminal(terminal: Terminal, tmp_path: Path) -> None:
     terminal.type("\x03")
     terminal.until(">>> ")
     terminal.type("/stats\n")
+    terminal.until("cache ")
     terminal.until("reused_tokens")
     terminal.type("/nothing\n")
     terminal.until("there is no command /nothing")

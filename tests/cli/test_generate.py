@@ -142,6 +142,8 @@ def test_the_artifacts_own_settings_hold_and_options_win(
     line = ("generate", str(artifact), "--prompt", "abc", "--seed", "3")
     drawn = invoke(*line).stdout
     assert drawn == invoke(*line).stdout != "de\n"
+    told = invoke(*line, "--stats").stderr.splitlines()[0]
+    assert told == "sampling draws: --temperature 50, --seed 3"
     assert invoke(*line, "--greedy").stdout == "de\n"
     assert invoke(*line, "--temperature", "0").stdout == "de\n"
     assert invoke(*line, "--top-k", "1").stdout == "de\n"

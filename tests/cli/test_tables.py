@@ -302,6 +302,9 @@ def test_bench_prints_both_phases_and_the_machine(capsys: pytest.CaptureFixture[
     ]
     bench._show({**result, "ranks": 1})
     assert capsys.readouterr().out.splitlines()[-1] == machine
+    restless = {**phase, "rounds_dropped": 15}
+    bench._show({**result, "prefill": restless})
+    assert "limit   of all 15 rounds, none of which was steady" in capsys.readouterr().out
     told: Any = result["machine"]
     bench._show({**result, "machine": {**told, "coded_op_per_s": 2e12}})
     assert "812 GFLOP/s (of codes 2000), 4 threads" in capsys.readouterr().out

@@ -155,10 +155,10 @@ def test_a_profile_leaves_warm_up_runs_out(
     ("line", "said"),
     [
         ("bench --batch 5", "--batch 5: the artifact takes 4 sequences"),
-        ("bench --prompt-len 5000", "--prompt-len need 5000 tokens: the artifact holds 4096"),
-        ("bench --context 4000", "--rounds and a warm-up, need 4320 tokens"),
-        ("profile --context 4096", "--tokens and --warmup need 4114 tokens"),
-        ("profile --phase prefill --prompt-len 4097", "--prompt-len need 4097"),
+        ("bench --prompt-len 5000", "--prompt-len: 5000 tokens, and the artifact holds 4096"),
+        ("bench --context 4000", "--rounds and a warm-up: 4320 tokens"),
+        ("profile --context 4096", "--tokens and --warmup: 4114 tokens"),
+        ("profile --phase prefill --prompt-len 4097", "--prompt-len: 4097"),
     ],
 )
 def test_what_an_artifact_does_not_hold_is_told_in_options(

@@ -57,7 +57,7 @@ def test_an_artifact_takes_all_that_it_was_compiled_for() -> None:
     measuring.check_fits(model, 4, (64, "--a"), (1, "--b"))
     with pytest.raises(UsageError, match="--batch 5: the artifact takes 4 sequences"):
         measuring.check_fits(model, 5)
-    with pytest.raises(UsageError, match="--b need 65 tokens: the artifact holds 64"):
+    with pytest.raises(UsageError, match="--b: 65 tokens, and the artifact holds 64"):
         measuring.check_fits(model, 4, (64, "--a"), (65, "--b"))
 
 

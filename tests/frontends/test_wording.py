@@ -18,6 +18,7 @@ from dsc.frontends.wording import condition, input_name, same_object, told_input
         ("L['x'].size()[0] == 4", "x.shape[0] == 4"),
         ("0/1: L['x'].stride()[12] == G['y']  # at f.py:3", "x.stride(12) == y"),
         ("L['self']._modules['a']._parameters['w']._buffers['b']", "self.a.w.b"),
+        ("G['__import_a_dot_b'].f == 1", "a.b.f == 1"),
         ("  a   ==\tb\nand the stack", "a == b"),
     ],
 )
