@@ -371,7 +371,7 @@ def test_a_profile_of_decoding_warms_up_with_tokens_of_its_own(
     assert noted.calls == [("prefill", (2, 9)), *ids[5:], *ids[:5]]
     assert asked == [(3, probes.READ_BYTES, "fp32", False)]  # no event said what a step reads
     assert found["machine"]["read_bytes_per_s"] == 1e9 / 2
-    with pytest.raises(Exception, match="need 4097 tokens"):
+    with pytest.raises(Exception, match="4097 tokens, and the artifact holds 4096"):
         invoke("profile", str(artifact), "--context=4000", "--tokens=90", "--warmup=7")
     api.model.sessions.clear()
     noted.calls.clear()
