@@ -124,7 +124,7 @@ def test_absorption_of_another_entry(invoke: Invoke) -> None:
 def test_a_pass_at_the_wrong_stage(invoke: Invoke, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="stage CANONICAL, this one is at TRACED") as told:
         explained(invoke, tmp_path, "absorb_mla", HOLE)
-    assert (told.value.hint or "").endswith("name_values,specialise_entries,absorb_mla")
+    assert (told.value.hint or "").endswith("hoist_select_rows,specialise_entries,absorb_mla")
 
 
 def test_nothing_alike_and_no_such_pass(invoke: Invoke, tmp_path: Path) -> None:
