@@ -144,8 +144,8 @@ def test_stages_of_a_dump(dumps: Path) -> None:
 
 
 def test_one_entry_before_three_after_fixes_what_a_decode_fixes(dumps: Path) -> None:
-    stages = ("hoist_select_rows", "specialise_entries")
-    found = compare(*(open_side(f"{dumps}/{stage}") for stage in stages))
+    one, three = (open_side(f"{dumps}/{x}") for x in ("hoist_select_rows", "specialise_entries"))
+    found = compare(one, three)
     assert [e.name for e in found.entries] == ["step → decode", "step → extend", "step → prefill"]
     decode = found.entries[0]
     assert decode.at[0] == decode.at[1]
