@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -20,6 +22,14 @@ def torch_units() -> str:
     }  # fmt: skip
     found = [name for name, f in asked.items() if getattr(torch.cpu, f, bool)()]
     return ", ".join([torch.backends.cpu.get_cpu_capability(), *found])
+
+
+def give_back() -> None:
+    """Return what loading took beside the weights to the system, where its C library can."""
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 class Engine:
@@ -41,6 +51,7 @@ class Engine:
             experts_implementation=self.experts,
         ).eval()
         self.load_seconds = time.perf_counter() - start
+        give_back()
         self.units = torch_units()
         self.vocabulary = int(options["vocabulary"])
 
