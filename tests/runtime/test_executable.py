@@ -175,7 +175,7 @@ def rank_folder(folder: Path, rank: int) -> None:
     """The least artifact of a rank: the second has no weights."""
     folder.mkdir()
     weights = None if rank else "w"
-    files = {"w": {"sha256": "abc"}} if weights else {}
+    files = {"w": {"sha256": "abc", "tensors": {}}} if weights else {}
     (folder / "dsc.json").write_text(json.dumps({"files": files, "weights": weights}))
 
 
