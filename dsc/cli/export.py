@@ -134,10 +134,10 @@ def export(
     if check and format != "onnx":
         raise UsageError("--check is for ONNX", hint="leave out --check")
     onnx = format == "onnx"
-    if not onnx and options.chosen(**asked):
+    if not onnx and (options.chosen(**asked) or cache != "grown"):
         raise UsageError(
-            "--opset, --onnx-ops, --onnx-provider, --cache-dtype, --max-shard-size and --for are"
-            " for ONNX",
+            "--opset, --onnx-ops, --onnx-provider, --cache, --cache-dtype, --max-shard-size and"
+            " --for are for ONNX",
             hint="leave them out, or the --format",
         )
     if check and (weights == "none" or model.endswith(".dsc")):
