@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -122,8 +123,13 @@ EVERYBODY = (
 )
 
 
-def imported(path: Path) -> Iterator[tuple[int, str]]:
-    """Yield (line, module) of every import in a file, also those inside functions."""
+@cache
+def imported(path: Path) -> tuple[tuple[int, str], ...]:
+    """Return (line, module) of every import in a file, also those inside functions."""
+    return tuple(_imported(path))
+
+
+def _imported(path: Path) -> Iterator[tuple[int, str]]:
     package = module_of(path).split(".")
     if path.name != "__init__.py":
         package.pop()

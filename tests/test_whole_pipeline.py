@@ -22,7 +22,7 @@ from tests.ir.models import RANGES, models
 from tests.passes.test_raise_models import stored
 from tests.whole_pipeline import Setting, Tally, check, settings
 
-SAMPLED, ALL = 60, 2000
+SAMPLED, ALL = 40, 2000
 OPTIONAL = frozenset(
     {"merge_shared_expert", "cut_at_collectives", "raise_registered", "quantize_weights"}
     | {"insert_fp8", "quantize_activations", "pair_gates", "quantize_cache", "spell_out_scatter"}

@@ -20,7 +20,7 @@ from tests.whole_pipeline import Setting, check
 from tests.widths import APART, at
 
 BACKENDS = ("tvm", "onnxruntime", "reference", "every")
-SAMPLED = 40
+SAMPLED = 24
 
 
 def structured(index: int) -> tuple[str, ModelConfig] | None:
