@@ -12,13 +12,14 @@ import json
 import os
 import tempfile
 import time
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from bench.onnx_steps import spent
 
 KERNELS = frozenset({"MatMulNBits", "QMoE", "MatMul", "Gemm"})
 """Operators that read weights, or caches."""
@@ -54,17 +55,9 @@ def cut(model: Any) -> tuple[list[Any], list[Any]]:
 
 def _open(engine: Any, model: Any, place: Path, name: str, profile: str = "") -> Any:
     """A session of a model beside the weights of the engine's folder."""
-    runtime = engine.runtime
-    options = runtime.SessionOptions()
-    options.log_severity_level = 3
-    options.intra_op_num_threads, options.inter_op_num_threads = engine.threads, 1
-    off = "0" if engine.prepack else "1"
-    options.add_session_config_entry("session.disable_prepacking", off)
-    if profile:
-        options.enable_profiling, options.profile_file_prefix = True, profile
     path = place / f"{name}.onnx"
     path.write_bytes(model.SerializeToString())
-    return runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    return engine.opened(path, profile)
 
 
 def _models(model: Any, nodes: list[Any], kept: list[Any]) -> tuple[Any, Any, list[str]]:
@@ -88,19 +81,6 @@ def _models(model: Any, nodes: list[Any], kept: list[Any]) -> tuple[Any, Any, li
     types = dict.fromkeys(wanted, onnx.TensorProto.UNDEFINED)
     inputs = [helper.make_tensor_value_info(x, types[x], None) for x in wanted]
     return made(nodes, list(model.graph.input), wanted), made(kept, inputs, results), wanted
-
-
-def spent(events: Iterable[Mapping[str, Any]]) -> dict[str, float]:
-    """Milliseconds of each operator: the sum over its nodes of each one's best."""
-    best: dict[tuple[str, str], float] = {}
-    for event in events:
-        if event.get("cat") == "Node" and event["name"].endswith("_kernel_time"):
-            key = (event["args"]["op_name"], event["name"])
-            best[key] = min(event["dur"] / 1e3, best.get(key, event["dur"]))
-    total: Counter[str] = Counter()
-    for (kind, _), took in best.items():
-        total[kind] += took  # type: ignore[assignment]
-    return {kind: round(took, 2) for kind, took in total.most_common(12)}
 
 
 def beside_step(engine: Any, context: int, rounds: int) -> dict[str, Any]:
@@ -144,5 +124,6 @@ def beside_step(engine: Any, context: int, rounds: int) -> dict[str, Any]:
             engine.forward(step, ids)
             products.run_with_ort_values(results, values)
         for name, session in (("operators", step), ("operators alone", products)):
-            told[name] = spent(json.loads(Path(session.end_profiling()).read_text()))
+            found = spent(json.loads(Path(session.end_profiling()).read_text()))
+            told[name] = {kind: round(took, 2) for kind, took in found.most_common(12)}
     return told

@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -111,20 +112,24 @@ def turns(asked: argparse.Namespace) -> None:
 
 
 def operators(folder: Path, context: int, threads: int, steps: int) -> Counter[str]:
-    """Milliseconds of each operator: the sum over its nodes of each one's best."""
+    """Milliseconds of each operator in steps of a folder's model."""
     with tempfile.TemporaryDirectory() as place:
         made = Steps(folder, context, threads, f"{place}/ort")
         for _ in range(steps):
             made.step()
-        events = json.loads(Path(made.session.end_profiling()).read_text())
+        return spent(json.loads(Path(made.session.end_profiling()).read_text()))
+
+
+def spent(events: Iterable[Mapping[str, Any]]) -> Counter[str]:
+    """Milliseconds of each operator in a profile: the sum over its nodes of each one's best."""
     best: dict[tuple[str, str], float] = {}
     for event in events:
         if event.get("cat") == "Node" and event["name"].endswith("_kernel_time"):
             key = (event["args"]["op_name"], event["name"])
             best[key] = min(event["dur"] / 1e3, best.get(key, event["dur"]))
     total: Counter[str] = Counter()
-    for (kind, _), spent in best.items():
-        total[kind] += spent  # type: ignore[assignment]
+    for (kind, _), took in best.items():
+        total[kind] += took  # type: ignore[assignment]
     return total
 
 

@@ -66,6 +66,13 @@ class Engine:
         path = self.meta["models"][entry]
         if path in self.sessions and not profile:
             return self.sessions[path]
+        made = self.opened(self.folder / path, profile)
+        if not profile:
+            self.sessions[path] = made
+        return made
+
+    def opened(self, path: Path, profile: str = "") -> Any:
+        """A session of a model by its path, in the engine's threads."""
         options = self.runtime.SessionOptions()
         options.log_severity_level = 3
         options.intra_op_num_threads, options.inter_op_num_threads = self.threads, 1
@@ -74,10 +81,7 @@ class Engine:
         if profile:
             options.enable_profiling, options.profile_file_prefix = True, profile
         providers = ["CPUExecutionProvider"]
-        made = self.runtime.InferenceSession(str(self.folder / path), options, providers=providers)
-        if not profile:
-            self.sessions[path] = made
-        return made
+        return self.runtime.InferenceSession(str(path), options, providers=providers)
 
     def forget(self, batch: int, rows: int) -> None:
         """Begin with empty caches, of so many rows where they have room."""
