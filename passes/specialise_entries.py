@@ -22,6 +22,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from dsc.ir.analyses import ANY, few_tokens
 from dsc.ir.dims import Dim
 from dsc.ir.graph import Graph
 from dsc.ir.interface import Guard
@@ -56,8 +57,7 @@ class SpecialiseEntries(Pass):
 def guards(step: Graph, entries: tuple[str, ...]) -> tuple[Guard, ...]:
     """The steps that each entry serves, by new tokens.
 
-    `extend` serves up to the absorption break-even: c (n + v) / (2 c - n - v) new tokens for a
-    latent of width c, nope width n and value width v.
+    `extend` serves up to the absorption break-even (`few_tokens`).
     """
     most = {"decode": 1, "extend": break_even(step) or None, "prefill": None}
     return tuple(Guard(name, most[name]) for name in entries)
@@ -72,8 +72,8 @@ def break_even(step: Graph) -> int:
         value = node.output.type.shape[3]
         if not (isinstance(nope, int) and isinstance(latent, int) and isinstance(value, int)):
             continue
-        excess = 2 * latent - nope - value
-        return latent * (nope + value) // excess if excess > 0 else 0
+        most = few_tokens(nope, value, latent)
+        return most if most < ANY else 0
     return 0
 
 

@@ -27,10 +27,10 @@ from typing import Any
 import numpy as np
 
 from dsc.backends.onnxruntime.contrib import PROVIDERS
-from dsc.backends.onnxruntime.emit.attention import few_tokens
 from dsc.backends.onnxruntime.external_data import check_external
 from dsc.backends.onnxruntime.graph import static
 from dsc.backends.onnxruntime.session import OnnxExecutable
+from dsc.ir.analyses import few_tokens
 from dsc.ir.dims import evaluate
 from dsc.ir.interpreter import Interpreter
 from dsc.ir.limits import CAPACITY, PAST, STEP, WANTED

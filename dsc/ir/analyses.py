@@ -14,6 +14,8 @@ from dsc.ir.op import lookup, traits_of
 from dsc.ir.traits import Form, Role
 
 Use = tuple[Node | None, int]
+ANY = (1 << 63) - 1
+"""A number of tokens that no step has, and an int64 holds."""
 
 
 def uses(graph: Graph) -> dict[str, list[Use]]:
@@ -56,6 +58,19 @@ def row_operands(op: str) -> frozenset[str]:
     if not lead.startswith("*") or declared.attr("axis") is not None:
         return frozenset()
     return frozenset(o.name for o in declared.operands if o.pattern.dims[:1] == (lead,))
+
+
+def few_tokens(nope: int, value: int, latent: int) -> int:
+    """New tokens up to which attention over latents costs fewer flops than expanding them.
+
+    c (n + v) / (2 c - n - v) for a latent of width c, nope width n and value width v; `ANY` where
+    it always does.
+
+    >>> few_tokens(128, 128, 512)
+    170
+    """
+    excess = 2 * latent - nope - value
+    return latent * (nope + value) // excess if excess > 0 else ANY
 
 
 def producers(graph: Graph) -> dict[str, Node]:

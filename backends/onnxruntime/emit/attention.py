@@ -13,6 +13,7 @@ import numpy as np
 
 from dsc.backends.onnxruntime.emit.core import contract
 from dsc.backends.onnxruntime.graph import GraphWriter, Shape, static
+from dsc.ir.analyses import few_tokens
 from dsc.ir.dims import Dim
 from dsc.ir.graph import Node
 from dsc.ir.types import DType, TensorType
@@ -125,16 +126,6 @@ def _mla_attention(
     few, many = g.branch(), g.branch()
     is_few = g.op("LessOrEqual", g.number(s), g.constant(np.array(most, np.int64)))
     return g.choose(is_few, (few, absorbed(few)), (many, rebuilt(many)))
-
-
-def few_tokens(nope: int, value: int, latent: int) -> int:
-    """New tokens up to which attention over the latents costs fewer flops than expanding them.
-
-    >>> few_tokens(128, 128, 512)
-    170
-    """
-    excess = 2 * latent - nope - value
-    return latent * (nope + value) // excess if excess > 0 else np.iinfo(np.int64).max
 
 
 def _expanded(
