@@ -32,7 +32,7 @@ from bench.names import quiet, small_model
 from bench.quant_matrix import unfused
 from bench.quantised_folders import LAYOUTS, Tensors, config_of, stored
 from bench.random_configs import unoptimised
-from bench.results import OUT, earlier, keep, tell
+from bench.results import OUT, failed, measured, tell
 from dsc import backends
 from dsc.frontends.load import load_program
 from dsc.frontends.self_check import disturb
@@ -65,16 +65,18 @@ TOLERANCE = 1e-4
 CUT = "cuts a block of 128"
 KEPT = {
     "ct-int4": "i4{1x32,bf16", "ct-int4-zeros": "i4{1x32,bf16,i8", "ct-int8": "i8{1x32,f16,i8",
-    "w8a8": "i8{1x*,bf16", "fp8-channel": "f8e4m3{1x*,f32", "fp8-tensor": "f8e4m3{",
+    "w8a8": "i8{1x[*],bf16", "fp8-channel": "f8e4m3{1x[*],f32", "fp8-tensor": "f8e4m3{.*",
     "fp8-block": "f8e4m3{128x128,f32", "gptq": "i4{1x32,f16", "gptq-zeros": "i4{1x32,f16,i8",
     "gptq-v2": "i4{1x32,f16,i8", "gptq-8": "i8{1x32,f16,i8", "awq": "i4{1x32,f16,i8",
 }  # fmt: skip
-"""What types of weights begin with, by layout, where codes stay as they are stored."""
+"""Patterns of types of weights, by layout, where codes stay as they are stored: see `kept_as`."""
 ORDERED = "gptq-ordered"
 """Columns of a group that do not follow each other: read exactly, and packed dequantised."""
 CUTTING = ("fp8-block", "awq", "w8a8")
 """Layouts that are tried at widths which cut blocks as well."""
 RESULTS = OUT / "coded_folders.jsonl"
+CASE = ("type", "layout", "widths")
+"""What tells a case."""
 
 
 @cache
@@ -130,7 +132,7 @@ def check(
             try:
                 found = _held(coded, plain, out, backend, layout, Whole(stock))
             except Exception as problem:
-                found = {"ok": False, "wrong": [f"{type(problem).__name__}: {str(problem)[:300]}"]}
+                found = {"ok": False, "wrong": [failed(problem)]}
             yield case | {"backend": backend} | found
 
 
@@ -164,11 +166,15 @@ def _held(
 def _due(layout: str, backend: str) -> str:
     """A pattern of the types that a backend keeps a layout's weights as; "" where it does not."""
     takes = backends.get(backend).capabilities(Target("cpu"))
-    kept = KEPT.get(layout, "")
-    codes = kept.partition("{")[0]
+    codes = KEPT.get(layout, "").partition("{")[0]
     if codes not in takes.formats:
         return ""
-    return rf"{codes}{{.*,unsigned}}" if takes.unsigned else re.escape(kept)
+    return rf"{codes}{{.*,unsigned}}" if takes.unsigned else kept_as(layout)
+
+
+def kept_as(layout: str, group: int = GROUP) -> str:
+    """A pattern of the types of weights that keep a layout's codes, rows side by side or not."""
+    return KEPT[layout].replace(f"1x{GROUP}", f"1x{group}") + r"(,tile=\d+)?}"
 
 
 def _compiled(coded: Path, out: Path, backend: str, **asked: Any) -> tuple[Any, Any]:
@@ -241,23 +247,14 @@ def run(
     types: Sequence[str] = TYPES, names: Sequence[str] = BACKENDS,
     layouts: Sequence[str] = (*KEPT, ORDERED),
 ) -> list[dict[str, Any]]:  # fmt: skip
-    """Results of these types in these layouts, one for each backend; ends of blocks in `CUTTING`.
-
-    What was measured at this commit is read back.
-    """
-    found = {_case(each): each for each in earlier(RESULTS)}
-    wanted = [(t, each, w) for t in types for each in layouts for w in WIDTHS]
-    wanted = [case for case in wanted if case[2] == "whole" or case[1] in CUTTING]
-    for case in wanted:
-        left = [name for name in names if (*case, name) not in found]
-        for each in check(*case, left) if left else ():
-            found[_case(each)] = each
-            keep(RESULTS, each)
-    return [found[*case, name] for case in wanted for name in names]
+    """Results of these types in these layouts, one for each backend."""
+    return measured(RESULTS, (*CASE, "backend"), cases(types, layouts), names, check)
 
 
-def _case(found: Mapping[str, Any]) -> tuple[str, str, str, str]:
-    return found["type"], found["layout"], found["widths"], found["backend"]
+def cases(types: Sequence[str], layouts: Sequence[str]) -> list[tuple[str, str, str]]:
+    """Types in layouts at `WIDTHS`, of which the ends of blocks are for `CUTTING`."""
+    every = [(t, each, w) for t in types for each in layouts for w in WIDTHS]
+    return [case for case in every if case[2] == "whole" or case[1] in CUTTING]
 
 
 def bar() -> dict[str, Any]:

@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import argparse
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ import dsc
 from bench import language
 from bench.bars import TEXT, TINY
 from bench.onnx_stock import StockSession, opened
-from bench.results import OUT, earlier, keep, tell
+from bench.results import OUT, measured, tell
 from dsc.frontends.convert import convert
 
 RESULTS = OUT / "coded_perplexity.jsonl"
@@ -69,33 +70,31 @@ def run(engines: Sequence[str] = ENGINES, windows: int | None = None) -> list[di
     from tokenizers import Tokenizer
 
     ids = Tokenizer.from_file(str(TINY / "tokenizer.json")).encode(TEXT.read_text()).ids
-    known = {_case(each): each for each in earlier(RESULTS)}
-    wanted = [(engine, *case, windows) for engine in engines for case in CASES]
+    ways = [(engine, windows) for engine in engines]
     with tempfile.TemporaryDirectory() as place:
         folders = {"plain": TINY, "fp8": Path(place) / "fp8"}
         convert(TINY, folders["fp8"], "fp8")
-        exact = None
-        for engine, stored, quant, _ in (case for case in wanted if case not in known):
-            if exact is None:
-                exact = language.perplexity(
-                    language.stock_logits(TINY, torch.float32), ids, windows
-                )
-            out = Path(place) / f"{engine} {stored} {quant}"
-            logits = logits_of(folders[stored], engine, quant, out)
-            found = language.perplexity(logits, ids, windows)
-            cost, most = found / exact - 1, allowed(stored, quant)
-            result = {
-                "engine": engine, "stored": stored, "quant": quant, "windows": windows,
-                "ok": cost <= most, "perplexity": round(found, 4), "transformers": round(exact, 4),
-                "cost": float(f"{cost:.3g}"), "allowed": most,
-            }  # fmt: skip
-            known[_case(result)] = result
-            keep(RESULTS, result)
-    return [known[case] for case in wanted]
 
+        @cache
+        def exact() -> float:
+            return language.perplexity(language.stock_logits(TINY, torch.float32), ids, windows)
 
-def _case(found: dict[str, Any]) -> tuple[str, str, str, int | None]:
-    return found["engine"], found["stored"], found["quant"], found["windows"]
+        def measure(
+            stored: str, quant: str, left: Sequence[tuple[str, int | None]]
+        ) -> Iterator[dict[str, Any]]:
+            for engine, _ in left:
+                out = Path(place) / f"{engine} {stored} {quant}"
+                logits = logits_of(folders[stored], engine, quant, out)
+                found = language.perplexity(logits, ids, windows)
+                cost, most = found / exact() - 1, allowed(stored, quant)
+                yield {
+                    "stored": stored, "quant": quant, "engine": engine, "windows": windows,
+                    "ok": cost <= most, "perplexity": round(found, 4),
+                    "transformers": round(exact(), 4), "cost": float(f"{cost:.3g}"),
+                    "allowed": most,
+                }  # fmt: skip
+
+        return measured(RESULTS, ("stored", "quant", "engine", "windows"), CASES, ways, measure)
 
 
 def bar() -> dict[str, Any]:

@@ -30,7 +30,7 @@ from torch import Tensor
 import dsc
 from bench import parity
 from bench.random_configs import unoptimised
-from bench.results import OUT, earlier, keep, tell
+from bench.results import OUT, failed, measured, tell
 from dsc.errors import DscError
 from dsc.frontends.catalogue import example
 from dsc.frontends.comparison import logits_of
@@ -49,6 +49,8 @@ BACKENDS = ("reference", "tvm", "onnxruntime")
 RESULTS = OUT / "matrix.jsonl"
 DRAWS = 5
 STEPS = 16
+RAGGED = (5, 21, 1, 18)
+"""Tokens of the prompts of a batch of different lengths."""
 LIMITS: dict[str, Any] = {"max_batch": 4, "max_context": 96, "prefill_chunk": 16}
 POSITIONS = 96
 ROPES: tuple[dict[str, Any], ...] = (
@@ -214,7 +216,7 @@ def check(model_type: str, index: int, backends: Sequence[str]) -> Iterator[dict
         stock, _ = in_memory(config)
         disturb(stock, index)
     except Exception as problem:
-        yield from (case | {"backend": b, "ok": False, "error": _told(problem)} for b in backends)
+        yield from (case | {"backend": b, "ok": False, "error": failed(problem)} for b in backends)
         return
     oracle: Any = Whole(stock)
     with tempfile.TemporaryDirectory() as folder:
@@ -230,29 +232,14 @@ def _compared(folder: Path, backend: str, oracle: Any, seed: int) -> dict[str, A
             compiled = dsc.compile(folder, backend=backend, dtype="fp32", **LIMITS)
         parity.compare(compiled, oracle, result, STEPS, seed)
     except Exception as problem:
-        return {"ok": False, "error": _told(problem)}
+        return {"ok": False, "error": failed(problem)}
     return {"ok": result.worst <= parity.TOLERANCE, "worst": result.worst}
-
-
-def _told(problem: Exception) -> str:
-    return f"{type(problem).__name__}: {str(problem)[:300]}"
 
 
 def run(types: Sequence[str], backends: Sequence[str], draws: int) -> list[dict[str, Any]]:
     """Results of all draws of these types, one a backend."""
-    wanted = {(t, d, b) for t in types for d in range(draws) for b in backends}
-    found = {_case(each): each for each in earlier(RESULTS) if _case(each) in wanted}
-    for model_type in types:
-        for index in range(draws):
-            left = [b for b in backends if (model_type, index, b) not in found]
-            for each in check(model_type, index, left) if left else ():
-                found[_case(each)] = each
-                keep(RESULTS, each)
-    return list(found.values())
-
-
-def _case(found: Mapping[str, Any]) -> tuple[str, int, str]:
-    return found["type"], found["draw"], found["backend"]
+    cases = [(model_type, index) for model_type in types for index in range(draws)]
+    return measured(RESULTS, ("type", "draw", "backend"), cases, backends, check)
 
 
 def bar() -> dict[str, Any]:

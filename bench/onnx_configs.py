@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import argparse
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,21 +23,20 @@ from torch import Tensor
 
 import dsc
 from bench import parity
-from bench.matrix import Whole, draw
+from bench.matrix import LIMITS, RAGGED, Whole, draw
 from bench.names import quiet
 from bench.onnx_stock import StockSession, opened
-from bench.results import OUT, earlier, keep, tell
+from bench.results import OUT, failed, measured, tell
+from dsc.backends.onnxruntime.contrib import DIALECTS
 from dsc.frontends.self_check import disturb, in_memory
 
 TYPES = (
     "deepseek_v2", "deepseek_v3", "glm4_moe_lite", "llama", "qwen3", "gemma2", "gpt_oss",
 )  # fmt: skip
-DIALECTS = ("ort", "standard")
 RESULTS = OUT / "onnx_configs.jsonl"
 CASES = tuple((model_type, index) for index in range(8) for model_type in TYPES)[:50]
 """A type and a draw of it; some types have one more than others."""
-LIMITS: dict[str, Any] = {"max_batch": 4, "max_context": 96, "prefill_chunk": 16}
-RAGGED, STEPS = (5, 21, 1, 18), 8
+STEPS = 8
 CHUNKS = (16, 5)
 """The largest step of `LIMITS`, and one that models for few tokens take."""
 
@@ -60,7 +59,7 @@ def _tried(folder: Path, ops: str, stock: Any, seed: int) -> dict[str, Any]:
         out = dsc.export(folder, folder.with_name(ops), dtype="fp32", onnx_ops=ops, **LIMITS)
         result = compared(out, stock, seed)
     except Exception as problem:
-        return {"ok": False, "error": f"{type(problem).__name__}: {str(problem)[:300]}"}
+        return {"ok": False, "error": failed(problem)}
     shown = {name: float(f"{error:.3g}") for name, error in result.errors.items()}
     held = result.worst <= parity.TOLERANCE
     return {"ok": held, "worst": result.worst, "errors": shown, "positions": result.positions}
@@ -104,17 +103,7 @@ def run(
     cases: Sequence[tuple[str, int]] = CASES, dialects: Sequence[str] = DIALECTS
 ) -> list[dict[str, Any]]:
     """Results of these draws, one a dialect."""
-    found = {_case(each): each for each in earlier(RESULTS)}
-    for case in cases:
-        left = [ops for ops in dialects if (*case, ops) not in found]
-        for each in check(*case, left) if left else ():
-            found[_case(each)] = each
-            keep(RESULTS, each)
-    return [found[*case, ops] for case in cases for ops in dialects]
-
-
-def _case(found: Mapping[str, Any]) -> tuple[str, int, str]:
-    return found["type"], found["draw"], found["ops"]
+    return measured(RESULTS, ("type", "draw", "ops"), cases, dialects, check)
 
 
 def bar() -> dict[str, Any]:

@@ -25,13 +25,13 @@ import torch
 
 import dsc
 from bench.coded_folders import (
-    CUTTING,
+    CASE,
     GROUP,
     KEPT,
     TOLERANCE,
     TYPES,
     VOCABULARY,
-    WIDTHS,
+    cases,
     folder,
     model_of,
     paired,
@@ -42,18 +42,16 @@ from bench.matrix import LIMITS, Whole
 from bench.names import quiet
 from bench.onnx_stock import StockSession
 from bench.quantised_folders import LAYOUTS, Codes, Integers, Tensors, config_of, stored
-from bench.results import OUT, earlier, keep, tell
+from bench.results import OUT, failed, measured, tell
+from dsc.backends.onnxruntime.contrib import DIALECTS
 from dsc.ir.arrays import Array
 from dsc.ir.program import Program
 from dsc.runtime import artifact
 
-DIALECTS = ("ort", "standard")
 RESULTS = OUT / "onnx_folders.jsonl"
 CONVERTED = {"fp8-block as int8": "int8", "fp8-block as int4": "int4"}
 """FP8 that is made what `--quant` says on the way."""
-INTEGERS = tuple(
-    name for name in KEPT if isinstance(LAYOUTS[name].store, Integers)
-)  # fmt: skip
+INTEGERS = tuple(name for name in KEPT if isinstance(LAYOUTS[name].store, Integers))
 WHOLE_ROWS = 128
 """Columns that share one of a row's equal scales, where it is stored once."""
 
@@ -199,7 +197,7 @@ def check(
             try:
                 found = _held(coded, plain, codes, ops, CONVERTED.get(layout, "none"))
             except Exception as problem:
-                found = {"ok": False, "wrong": [f"{type(problem).__name__}: {str(problem)[:300]}"]}
+                found = {"ok": False, "wrong": [failed(problem)]}
             yield case | {"ops": ops} | found
 
 
@@ -231,20 +229,8 @@ def run(
     types: Sequence[str] = TYPES, layouts: Sequence[str] = (*INTEGERS, *CONVERTED),
     dialects: Sequence[str] = DIALECTS,
 ) -> list[dict[str, Any]]:  # fmt: skip
-    """Results of these types in these layouts, one a dialect; ends of blocks in `CUTTING`."""
-    found = {_case(each): each for each in earlier(RESULTS)}
-    wanted = [(t, each, w) for t in types for each in layouts for w in WIDTHS]
-    wanted = [case for case in wanted if case[2] == "whole" or case[1] in CUTTING]
-    for case in wanted:
-        left = [ops for ops in dialects if (*case, ops) not in found]
-        for each in check(*case, left) if left else ():
-            found[_case(each)] = each
-            keep(RESULTS, each)
-    return [found[*case, ops] for case in wanted for ops in dialects]
-
-
-def _case(found: Mapping[str, Any]) -> tuple[str, str, str, str]:
-    return found["type"], found["layout"], found["widths"], found["ops"]
+    """Results of these types in these layouts, one a dialect."""
+    return measured(RESULTS, (*CASE, "ops"), cases(types, layouts), dialects, check)
 
 
 def bar() -> dict[str, Any]:

@@ -36,10 +36,10 @@ import numpy as np
 import torch
 
 import dsc
-from bench.matrix import LIMITS, TYPES, Sizes, Whole, draw
+from bench.matrix import LIMITS, RAGGED, TYPES, Sizes, Whole, draw
 from bench.names import quiet
 from bench.random_configs import unoptimised
-from bench.results import OUT, earlier, keep, tell
+from bench.results import OUT, failed, measured, tell
 from dsc import backends, pipeline
 from dsc.diff.operators import operators
 from dsc.frontends.load import load_program
@@ -70,7 +70,7 @@ SIZES = (
 """Whole groups of 32 and blocks of 128, ends of them, and odd widths."""
 ROWS = (8, 16, 8)
 """Bits of the rows that codes multiply where kernels take them as codes: by draw."""
-TOKENS, RAGGED, STEPS = 48, (5, 21, 1, 18), 4
+TOKENS, STEPS = 48, 4
 CHANCE = 2.0
 """A result of a few numbers may be so much smaller by chance than its terms let expect."""
 EXACT = 1e-5
@@ -112,7 +112,7 @@ def check(model_type: str, index: int, cases: Sequence[Case]) -> Iterator[dict[s
             for backend, quant in cases:
                 yield named | {"backend": backend, "quant": quant} | _tried(each, backend, quant)
     except Exception as problem:
-        told = {"ok": False, "error": _told(problem)}
+        told = {"ok": False, "error": failed(problem)}
         yield from (named | {"backend": b, "quant": q} | told for b, q in cases)
 
 
@@ -120,11 +120,7 @@ def _tried(each: Drawn, backend: str, quant: str) -> dict[str, Any]:
     try:
         return held(each, backend, quant)
     except Exception as problem:
-        return {"ok": False, "error": _told(problem)}
-
-
-def _told(problem: Exception) -> str:
-    return f"{type(problem).__name__}: {str(problem)[:300]}"
+        return {"ok": False, "error": failed(problem)}
 
 
 def held(each: Drawn, backend: str, quant: str) -> dict[str, Any]:
@@ -314,19 +310,9 @@ def run(
 
     Types take turns with the three sorts of widths, so that a run which is cut off has tried all.
     """
-    found = {_case(each): each for each in earlier(RESULTS)}
-    cases = [(backend, quant) for backend in names for quant in quants]
     wanted = [(t, (d + TYPES.index(t)) % len(SIZES)) for d in range(draws) for t in types]
-    for model_type, index in wanted:
-        left = [case for case in cases if (model_type, index, *case) not in found]
-        for each in check(model_type, index, left) if left else ():
-            found[_case(each)] = each
-            keep(RESULTS, each)
-    return [found[*each, *case] for each in wanted for case in cases]
-
-
-def _case(found: Mapping[str, Any]) -> tuple[str, int, str, str]:
-    return found["type"], found["draw"], found["backend"], found["quant"]
+    ways: list[Case] = [(backend, quant) for backend in names for quant in quants]
+    return measured(RESULTS, ("type", "draw", "backend", "quant"), wanted, ways, check)
 
 
 def bar() -> dict[str, Any]:

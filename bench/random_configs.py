@@ -35,7 +35,7 @@ from torch import Tensor
 import dsc
 from bench import parity
 from bench.apart import Structure, apart, at, covering, traced, valued
-from bench.results import OUT, earlier, keep, tell
+from bench.results import OUT, earlier, failed, keep, tell
 from dsc.errors import ConfigError
 from dsc.frontends.family import ModelConfig, parse_config
 from dsc.frontends.huggingface import stock_causal_lm
@@ -332,9 +332,8 @@ def _measured(index: int) -> Iterator[dict[str, Any]]:
             ok = result.worst <= parity.TOLERANCE
             yield result.as_dict() | {"ok": ok, "worst": result.worst}
     except Exception as problem:
-        told = f"{type(problem).__name__}: {str(problem)[:300]}"
         for backend in left:
-            yield {"case": str(index), "backend": backend, "ok": False, "error": told}
+            yield {"case": str(index), "backend": backend, "ok": False, "error": failed(problem)}
 
 
 def bar() -> dict[str, Any]:

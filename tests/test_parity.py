@@ -14,6 +14,8 @@ import torch
 
 import dsc
 from bench import language, onnx_configs, parity
+from bench.matrix import LIMITS
+from dsc.backends.onnxruntime.contrib import DIALECTS
 from dsc.ir.graph import Graph
 from dsc.models.configs import TINY_CHECKPOINT
 
@@ -35,12 +37,11 @@ def test_logits_equal_transformers(case: str, backends: tuple[str, ...], tmp_pat
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ops", onnx_configs.DIALECTS)
+@pytest.mark.parametrize("ops", DIALECTS)
 def test_an_export_in_stock_onnxruntime_equals_transformers(ops: str, tmp_path: Path) -> None:
     """By its files alone: chunks of two sizes, a batch of different lengths, 8 decode steps."""
     stock = parity.make_checkpoint("v2", tmp_path / "model")
-    limits = onnx_configs.LIMITS
-    out = dsc.export(tmp_path / "model", tmp_path / "out", dtype="fp32", onnx_ops=ops, **limits)
+    out = dsc.export(tmp_path / "model", tmp_path / "out", dtype="fp32", onnx_ops=ops, **LIMITS)
     found = onnx_configs.compared(out, stock)
     assert found.ok, found.as_dict()
     with torch.no_grad():

@@ -6,6 +6,7 @@ Folders are those of `bench/quantised_folders.py`; what the layouts are is held 
 from __future__ import annotations
 
 import json
+import re
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,10 @@ from torch import Tensor
 
 import dsc
 from bench import coded_folders, onnx_folders
-from bench.coded_folders import folder
+from bench.coded_folders import folder, kept_as
 from bench.names import mapped, small_model
 from bench.quantised_folders import Tensors
+from dsc.backends.onnxruntime.contrib import DIALECTS
 from dsc.frontends.convert import convert
 from dsc.frontends.huggingface import load_checkpoint
 from dsc.ir.arrays import array_of
@@ -40,11 +42,7 @@ PAIRS = {
     "phi3": ("awq", "fp8-channel"), "mixtral": ("ct-int4",),
     "qwen3_moe": ("gptq", "awq", "ct-int4", "fp8-block", "fp8-channel"),
 }  # fmt: skip
-KEPT = {
-    "fp8-block": "f8e4m3{128x128,f32}", "fp8-channel": "f8e4m3{1x*,f32}",
-    "gptq": "i4{1x16,f16}", "gptq-zeros": "i4{1x16,f16,i8}", "awq": "i4{1x16,f16,i8}",
-    "ct-int4": "i4{1x16,bf16}", "w8a8": "i8{1x*,bf16}",
-}  # fmt: skip
+GROUP = 16
 
 
 @cache
@@ -60,7 +58,7 @@ def plain_of(model_type: str) -> tuple[dict[str, Any], Tensors]:
 
 def both(path: Path, model_type: str, layout: str) -> tuple[Path, Path]:
     """A small model in a layout, and the numbers that it stands for."""
-    return coded_folders.both(path, plain_of(model_type), layout, 16)
+    return coded_folders.both(path, plain_of(model_type), layout, GROUP)
 
 
 @pytest.mark.parametrize(
@@ -79,7 +77,7 @@ def test_codes_of_each_type_are_kept_and_stand_for_their_numbers(
     routers = {n for n in linears if n.endswith((".gate.weight", "_gate.weight"))}
     cut = {n for n in linears if n.endswith("experts.gate_up_proj") and layout == "fp8-block"}
     for name in linears - routers - cut:
-        assert str(in_format(found.weights[name]).type).startswith(KEPT[layout]), name
+        assert re.match(kept_as(layout, GROUP), str(in_format(found.weights[name]).type)), name
     for name in cut:
         with pytest.raises(Dequantised, match="cuts a block of 128"):
             in_format(found.weights[name])
@@ -94,34 +92,34 @@ def test_an_artifact_of_another_type_holds_the_codes(
         dsc.compile(each, backend="reference", dtype="fp32", max_context=16)
         for each in (quantised_folder, plain)
     )
-    kept = {n: str(e.type) for n, e in found.program.weights.items() if e.type.format}
-    assert sum(".layers." in name for name in kept) >= 4 * 2
-    assert all(t.startswith(KEPT[layout]) for t in kept.values())
+    coded = {n: str(e.type) for n, e in found.program.weights.items() if e.type.format}
+    assert sum(".layers." in name for name in coded) >= 4 * 2
+    assert all(re.match(kept_as(layout, GROUP), t) for t in coded.values())
     ids = [[3, 1, 4, 1, 5, 9]]
     one, other = (each.session().prefill(ids) for each in (found, numbers))
     np.testing.assert_allclose(array_of(one), array_of(other), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(
-    ("model_type", "layout", "backend", "kept"),
+    ("model_type", "layout", "backend", "coded_a_layer"),
     [
         ("llama", "fp8-block", "tvm", 7),
         ("llama", "fp8-block", "onnxruntime", 0),
     ],
 )
 def test_other_backends_hold_the_codes_or_the_numbers_of_a_folder(
-    model_type: str, layout: str, backend: str, kept: int
+    model_type: str, layout: str, backend: str, coded_a_layer: int
 ) -> None:
     """Widths that cut blocks: projections of the Llama are not merged, so that codes stay."""
     (found,) = coded_folders.check(model_type, layout, "ends", [backend])
     assert found["wrong"] == []
-    assert found["kept"] == 2 * kept
-    assert (found["dequantised"] > 0) == (kept == 0)
+    assert found["kept"] == 2 * coded_a_layer
+    assert (found["dequantised"] > 0) == (coded_a_layer == 0)
 
 
 def test_onnx_files_hold_the_codes_that_a_folder_stores() -> None:
     """Read by onnx alone; experts are a stack in one dialect, and one by one in the other."""
-    for found in onnx_folders.check("qwen3_moe", "awq", "ends", onnx_folders.DIALECTS):
+    for found in onnx_folders.check("qwen3_moe", "awq", "ends", DIALECTS):
         assert found["wrong"] == []
         assert found["weights"] == 2 * (4 + 3 * 8)
 
