@@ -1,54 +1,80 @@
-"""GEMMs with a pointwise epilogue: the generated operators run on the accumulator before the store.
+"""The epilogue of a product: generated operators run on the accumulator before the store.
 
-The text is the `gemm` template with three insertions: parameters for the other operands, their
-loads, and the operators. A projection and its residual add become one kernel, and the product is
-never written and read again.
+A projection and its residual add become one kernel, and the product is never written and read
+again. Operators that read the product at a second place (swiglu of a merged gate|up) get it from
+the same tile: of its columns every other one is then a column from there, so that a thread has both
+side by side, and the tile is taken apart before they run.
 """
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Sequence
-
 from dsc.backends.triton.pointwise import applied, literal, rounded, wide_type, widen
+from dsc.backends.triton.slots import Slot
 from dsc.ir.dims import Dim
-from dsc.ir.region_columns import PRODUCT, ColumnStep
+from dsc.ir.region_columns import PRODUCT, Family
 from dsc.ir.region_steps import Lines, Literal, NoKernel, Read
 from dsc.ir.types import DType
 from dsc.ir.views import View
 
-MARK = "    # A fused region's operators go here.\n"
+_PAIRED = (
+    "u = tile_n * (BLOCK_N // 2) + tl.arange(0, BLOCK_N) // 2",
+    "n = u + tl.arange(0, BLOCK_N) % 2 * (N // 2)",
+    "fits = u < N // 2",
+)
+_APART = (
+    "acc, beside = tl.split(tl.reshape(acc, (BLOCK_M, BLOCK_N // 2, 2)))",
+    "n = tile_n * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2)",
+    "fits = n < N // 2",
+)
 
 
 class Epilogue:
-    """Steps over the tile of a product of element type `dtype`; the `result`-th is stored.
+    """The steps of a family of columns, over the tile of a product of element type `dtype`.
 
-    Raises `NoKernel` for an operand whose rows no stride tells apart.
+    `columns` is how many the product has. Raises `NoKernel` for another family than a tile's
+    columns, and for an operand whose rows no stride tells apart.
     """
 
-    def __init__(self, steps: Sequence[ColumnStep], result: int, dtype: DType) -> None:
+    def __init__(self, family: Family, columns: Dim, dtype: DType) -> None:
+        paired = bool(family.shifts)
+        width = columns // 2 if paired else columns
+        halves = not paired or (family.shifts == (width,) and width * 2 == columns)
+        if family.start or family.walk != ((width, 1),) or not halves:
+            raise NoKernel("an epilogue on other columns than a tile's, or than two halves")
+        if len(family.writes) > 1:
+            raise NoKernel("several results of a product")
+        ((result, target),) = family.writes
+        self.half = int(width) if paired else 0  # type: ignore[arg-type]
+        self.out, self.out_strides = target.view, tile_strides(target)
         self.names: dict[Lines, str] = {}
-        self.lines = ["keep = (m[:, None] < M) & (n[None, :] < N)"]
-        self.lines.append(f"v{PRODUCT + 1} = {rounded('acc', dtype)}")
-        for step in steps:
-            made = applied(step, [self._read(x) for x in step.reads])
-            self.lines.append(f"v{step.number + 1} = {made}")
-        self.lines.append(f"acc = v{result + 1}")
-        named = [s.op for s in steps if s.op != "cast"]
-        self.title = "_".join(dict.fromkeys(named))[:40].rstrip("_") or "cast"
-        self.arguments: dict[str, View | Dim] = {}
-        """The parameters that it adds to a launch."""
+        self.lines = [*(_APART if paired else ()), "keep = live[:, None] & fits[None, :]"]
+        self.lines.append(f"{self._step(PRODUCT, 0)} = {rounded('acc', dtype)}")
+        if paired:
+            self.lines.append(f"{self._step(PRODUCT, self.half)} = {rounded('beside', dtype)}")
+        for step in family.steps:
+            made = applied(step, [self._read(x, step.shift) for x in step.reads])
+            self.lines.append(f"{self._step(step.number, step.shift)} = {made}")
+        self.lines.append(f"acc = {self._step(result, 0)}")
+        named = [s.op for s in family.steps if s.op != "cast"]
+        title = "_".join(dict.fromkeys(named))[:40].rstrip("_") or "cast"
+        arguments: dict[str, View | Dim] = {}
         for lines, name in self.names.items():
             row, column = tile_strides(lines)
-            self.arguments |= {name: lines.view, f"{name}_m": row, f"{name}_n": column}
+            arguments |= {name: lines.view, f"{name}_m": row, f"{name}_n": column}
+        places = {"tile": self.lines} | ({"columns": _PAIRED} if paired else {})
+        self.slot = Slot(title, places, arguments)
 
-    def _read(self, read: Read) -> str:
-        """The name or number of what a step reads."""
+    def _step(self, number: int, shift: int) -> str:
+        """The name of a step's value at a shift; the product is one."""
+        return f"v{number + 1}{'b' if shift else ''}"
+
+    def _read(self, read: Read, shift: int) -> str:
+        """The name or number of what a step at a shift reads."""
         source = read.source
         if isinstance(source, Literal):
             return f"tl.full((1, 1), {literal(source.value, read.dtype)}, {wide_type(read.dtype)})"
         if not isinstance(source, Lines):
-            return f"v{source + 1}"
+            return self._step(source, shift + read.shift)
         if source not in self.names:
             name = self.names[source] = f"e{len(self.names)}"
             at = f"{name} + m[:, None].to(tl.int64) * {name}_m + n[None, :] * {name}_n"
@@ -61,16 +87,3 @@ def tile_strides(lines: Lines) -> tuple[Dim, Dim]:
     if lines.lead > 1:
         raise NoKernel("rows that are not evenly spaced")
     return lines.rows[0][1] if lines.rows else 0, lines.inner[0]
-
-
-def gemm_source(template: str, epilogue: Epilogue) -> tuple[str, str]:
-    """The module name and text of `gemm` with an epilogue."""
-    extra = "".join(f"    {name},\n" for name in epilogue.arguments)
-    body = "".join(f"    {line}\n" for line in epilogue.lines)
-    digest = hashlib.sha256((extra + body).encode()).hexdigest()[:8]
-    function = f"gemm_{epilogue.title}_{digest}"
-    head, _, rest = template.partition("@triton.jit\ndef gemm(\n")
-    kernel = "@triton.jit\ndef gemm(\n" + rest.partition("\n\n\n@triton.jit")[0] + "\n"
-    kernel = kernel.replace("    c,\n", f"    c,\n{extra}", 1).replace(MARK, body, 1)
-    kernel = kernel.replace("def gemm(", f"def {function}(", 1)
-    return function, head + kernel

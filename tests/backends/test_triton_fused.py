@@ -56,6 +56,24 @@ REGIONS = {
       %z = maximum %d, %m
       return %z
     }""",
+    # Gate and up of one product: every other column of a tile is a column from the second half.
+    "gated": """(%x: bf16[6,11], %w: bf16[74,11], %b: bf16[74], %r: bf16[6,37]) {
+      %y = linear %x, %w, %b
+      %g, %u = split %y {sizes=[37,37]}
+      %s = swiglu %g, %u
+      %z = add %r, %s
+      return %z
+    }""",
+    # The half that is activated lies behind the other, and is read at two places.
+    "gated from behind": """(%x: f32[6,11], %w: f32[26,11]) {
+      %y = linear %x, %w
+      %u, %g = split %y {sizes=[13,13]}
+      %s = gelu %g
+      %t = silu %u
+      %p = mul %s, %t
+      %z = add %p, %g
+      return %z
+    }""",
     "normed": """(%x: f32[6,40], %y: f32[6,40], %g: f32[40]) {
       %s = add %x, %y
       %n = rms_norm %s, %g {eps=1e-06}
@@ -115,10 +133,17 @@ REFUSED = {
       %z = add %y, %r
       return %z
     }""",
-    "an epilogue on other columns than a tile's": """(%x: f32[6,11], %w: f32[18,11]) {
+    "an epilogue on other columns than a tile's": """(%x: f32[6,11], %w: f32[27,11]) {
       %y = linear %x, %w
-      %g, %u = split %y {sizes=[9,9]}
+      %g, %u, %v = split %y {sizes=[9,9,9]}
       %z = swiglu %g, %u
+      return %z
+    }""",
+    "or than two halves": """(%x: f32[6,11], %w: f32[18,11]) {
+      %y = linear %x, %w
+      %g, %u, %v = split %y {sizes=[6,6,6]}
+      %a = swiglu %g, %u
+      %z = mul %a, %v
       return %z
     }""",
     "a region around einsum": """(%x: f32[6,11], %w: f32[11,4]) {

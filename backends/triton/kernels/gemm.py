@@ -2,6 +2,10 @@
 
 `gemm` serves linear, matmul and every two-operand einsum that folds to (batch, m, n, k): the caller
 passes one stride per role and operand, so no operand is ever transposed or copied for it.
+
+A comment `#: place` marks what a slot may say instead (`dsc.backends.triton.slots`), by the same
+names in both kernels: row m of `x` is live[m], column n of the product, which is row n of the
+weight, fits[n], `w_at` is where the weight's columns begin, and `matrix` which of its matrices.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
@@ -38,7 +42,7 @@ def gemm(
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
 ):
-    """c[z, m, n] = sum_k a[z, m, k] * b[z, n, k] (+ bias[n]); grid (m tiles * n tiles, batch).
+    """c[z, m, n] = sum_k a[z, m, k] * b[z, n, k] (+ bias[n]); grid (m tiles * n tiles, batch z).
 
     Tiles are visited in groups of GROUP_M row tiles, so that a group shares its columns of `b` in
     cache; 0 visits them row tiles first. WIDEN multiplies in fp32 whatever the operands are (the
@@ -47,7 +51,7 @@ def gemm(
     """
     tiles_m = tl.cdiv(M, BLOCK_M)
     tile = tl.program_id(0)
-    z = tl.program_id(1).to(tl.int64)
+    matrix = tl.program_id(1).to(tl.int64)
     if GROUP_M == 0:
         tile_m = tile % tiles_m
         tile_n = tile // tiles_m
@@ -58,38 +62,46 @@ def gemm(
         tile_m = first + (tile % across) % height
         tile_n = (tile % across) // height
     if HAS_LIMIT:
-        if tile_m * BLOCK_M >= tl.load(limit + z) + new_rows:
+        if tile_m * BLOCK_M >= tl.load(limit + matrix) + new_rows:
             return
     m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    a_row = a + z * a_batch + m[:, None].to(tl.int64) * a_m
-    b_col = b + z * b_batch + n[None, :].to(tl.int64) * b_n
+    live = m < M
+    fits = n < N
+    #: columns
+    x_at = a + matrix * a_batch + m[:, None].to(tl.int64) * a_m
+    w_at = b + matrix * b_batch + n[None, :].to(tl.int64) * b_n
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    #: start
     for start in range(0, K, BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)
-        x = tl.load(a_row + k[None, :] * a_k, mask=(m[:, None] < M) & (k[None, :] < K), other=0.0)
-        w = tl.load(b_col + k[:, None] * b_k, mask=(n[None, :] < N) & (k[:, None] < K), other=0.0)
+        x = tl.load(x_at + k[None, :] * a_k, mask=live[:, None] & (k[None, :] < K), other=0.0)
+        #: rows
+        w = tl.load(w_at + k[:, None] * b_k, mask=fits[None, :] & (k[:, None] < K), other=0.0)  #: w
         if WIDEN:
             x = x.to(tl.float32)
             w = w.to(tl.float32)
-        acc = tl.dot(x, w, acc, input_precision="ieee")
+        acc = tl.dot(x, w, acc, input_precision="ieee")  #: sum
+    #: end
     if HAS_BIAS:
-        acc += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
-    # A fused region's operators go here.
-    out = c + z * c_batch + m[:, None].to(tl.int64) * c_m + n[None, :] * c_n
-    tl.store(out, acc, mask=(m[:, None] < M) & (n[None, :] < N))
+        acc += tl.load(bias + n, mask=fits, other=0.0).to(tl.float32)[None, :]
+    #: tile
+    out = c + matrix * c_batch + m[:, None].to(tl.int64) * c_m + n[None, :] * c_n
+    tl.store(out, acc, mask=live[:, None] & fits[None, :])
 
 
 @triton.jit
 def grouped_gemm(
-    x,
+    a,
     order,
-    weight,
+    b,
     offsets,
-    y,
+    c,
     N,
     K,
-    x_row,
+    a_m,
+    c_m,
+    c_n,
     slots,
     EXPERTS: tl.constexpr,
     EXPERTS_PADDED: tl.constexpr,
@@ -98,12 +110,12 @@ def grouped_gemm(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """y[r] = x[r] @ weight[g].T for rows offsets[g] <= r < offsets[g+1]; grid (row tiles, n tiles).
+    """c[r] = a[r] @ b[g].T for rows offsets[g] <= r < offsets[g+1]; grid (row tiles, n tiles).
 
     No host knows how many tiles an expert has, so the grid is an upper bound and a program finds
     its own: tile counts per expert, their prefix sum, and the expert whose span holds this tile.
-    Programs past the last tile leave. With GATHER row r of the product reads x[order[r] // slots]:
-    the permuted copy of the tokens is never made. weight is [EXPERTS, N, K], dense.
+    Programs past the last tile leave. With GATHER row r of the product reads a[order[r] // slots]:
+    the permuted copy of the tokens is never made. b is [EXPERTS, N, K], dense.
     """
     tile = tl.program_id(0)
     e = tl.arange(0, EXPERTS_PADDED)
@@ -118,18 +130,27 @@ def grouped_gemm(
     before = tl.sum(tl.where(mine, ends - tiles, 0), axis=0)
     begin = tl.sum(tl.where(mine, low, 0), axis=0)
     end = tl.sum(tl.where(mine, high, 0), axis=0)
-    row = begin + (tile - before) * BLOCK_M + tl.arange(0, BLOCK_M)
-    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    source = row.to(tl.int64)
+    m = begin + (tile - before) * BLOCK_M + tl.arange(0, BLOCK_M)
+    tile_n = tl.program_id(1)
+    n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    live = m < end
+    fits = n < N
+    #: columns
+    matrix = expert.to(tl.int64)
+    row = m.to(tl.int64)
     if GATHER:
-        source = tl.load(order + row, mask=row < end, other=0).to(tl.int64) // slots
-    x_at = x + source[:, None] * x_row
-    w_at = weight + expert.to(tl.int64) * N * K + n[None, :].to(tl.int64) * K
+        row = tl.load(order + m, mask=live, other=0).to(tl.int64) // slots
+    x_at = a + row[:, None] * a_m
+    w_at = b + matrix * N * K + n[None, :].to(tl.int64) * K
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    #: start
     for start in range(0, K, BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)
-        a = tl.load(x_at + k[None, :], mask=(row[:, None] < end) & (k[None, :] < K), other=0.0)
-        w = tl.load(w_at + k[:, None], mask=(n[None, :] < N) & (k[:, None] < K), other=0.0)
-        acc = tl.dot(a, w, acc, input_precision="ieee")
-    out = y + row[:, None].to(tl.int64) * N + n[None, :]
-    tl.store(out, acc, mask=(row[:, None] < end) & (n[None, :] < N))
+        x = tl.load(x_at + k[None, :], mask=live[:, None] & (k[None, :] < K), other=0.0)
+        #: rows
+        w = tl.load(w_at + k[:, None], mask=fits[None, :] & (k[:, None] < K), other=0.0)  #: w
+        acc = tl.dot(x, w, acc, input_precision="ieee")  #: sum
+    #: end
+    #: tile
+    out = c + m[:, None].to(tl.int64) * c_m + n[None, :] * c_n
+    tl.store(out, acc, mask=live[:, None] & fits[None, :])

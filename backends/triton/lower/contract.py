@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from dsc.backends.triton.blocks import ceil_div, next_power
+from dsc.backends.triton.blocks import Tile, ceil_div, next_power
 from dsc.backends.triton.context import Context, Given, template
-from dsc.backends.triton.epilogue import Epilogue, gemm_source
+from dsc.backends.triton.slots import ALL_PLAIN, Slots, written
 from dsc.ir import views
 from dsc.ir.dims import Dim, product
 from dsc.ir.graph import Node
@@ -36,7 +36,7 @@ def emit_gemm(
     limit: View | None = None,
     new_rows: Dim = 0,
     widen: bool = False,
-    epilogue: Epilogue | None = None,
+    slots: Slots = ALL_PLAIN,
 ) -> None:
     """Append a GEMM. With `limit`, row tiles past limit[z] + new_rows are skipped."""
     z, m, n, k = p.extents
@@ -52,13 +52,24 @@ def emit_gemm(
     given |= {"BLOCK_M": tile.m, "BLOCK_N": tile.n, "BLOCK_K": tile.k}
     given["GROUP_M"] = 8 if rows > 2 * tile.m else 0
     grid = (ceil_div(m, tile.m) * ceil_div(n, tile.n), z)
-    kernel = "gemm:gemm"
-    if epilogue is not None:
-        module, text = gemm_source(template("gemm"), epilogue)
+    _launch(ctx, "gemm", slots, grid, given, tile)
+
+
+def _launch(
+    ctx: Context,
+    function: str,
+    slots: Slots,
+    grid: tuple[Dim, ...],
+    given: dict[str, Given],
+    tile: Tile,
+) -> None:
+    """Launch a product: the template's own text, or one that is written for what slots say."""
+    kernel = f"gemm:{function}"
+    if slots.filled:
+        module, text = written(template("gemm"), function, slots)
         ctx.sources.setdefault(module, text)
         kernel = f"{module}:{module}"
-        given |= epilogue.arguments
-    ctx.launch(kernel, grid, given, tile.warps, tile.stages)
+    ctx.launch(kernel, grid, given | slots.arguments, tile.warps, tile.stages)
 
 
 def linear_product(ctx: Context, x: View, weight: View, out: View) -> Product:
@@ -182,9 +193,20 @@ def grouped_linear(ctx: Context, node: Node) -> None:
 
 
 def emit_grouped(
-    ctx: Context, x: View, order: View | None, slots: int, weight: View, offsets: View, out: View
+    ctx: Context,
+    x: View,
+    order: View | None,
+    per_token: int,
+    weight: View,
+    offsets: View,
+    out: View,
+    slots: Slots = ALL_PLAIN,
+    out_strides: tuple[Dim, Dim] | None = None,
 ) -> None:
-    """Append a grouped GEMM into `out` [rows, n]; with `order` row r reads x[order[r] // slots]."""
+    """Append a grouped GEMM into `out`, rows [rows, n] where no strides are given.
+
+    With `order` row r reads x[order[r] // per_token].
+    """
     x, _, row_stride = ctx.rows(x)
     weight = ctx.dense(weight)
     experts, n, k = (int(d) for d in weight.shape)  # type: ignore[arg-type]
@@ -192,13 +214,14 @@ def emit_grouped(
     most = ctx.limit(rows)
     tile = ctx.blocks.gemm(max(1, -(-most // experts)), n, k, x.dtype.itemsize)
     tiles = rows if most <= experts else rows // tile.m + experts
-    given: dict[str, Given] = {"x": x, "order": order, "weight": weight, "offsets": offsets}
-    given |= {"y": out, "N": n, "K": k, "x_row": row_stride, "slots": slots}
+    given: dict[str, Given] = {"a": x, "order": order, "b": weight, "offsets": offsets}
+    given |= {"c": out, "N": n, "K": k, "a_m": row_stride, "slots": per_token}
+    given |= dict(zip(("c_m", "c_n"), out_strides or (n, 1), strict=True))
     given |= {"EXPERTS": experts, "EXPERTS_PADDED": next_power(experts)}
     given["GATHER"] = order is not None
     given |= {"BLOCK_M": tile.m, "BLOCK_N": tile.n, "BLOCK_K": tile.k}
     grid = (tiles, ceil_div(n, tile.n))
-    ctx.launch("gemm:grouped_gemm", grid, given, tile.warps, tile.stages)
+    _launch(ctx, "grouped_gemm", slots, grid, given, tile)
 
 
 def router_logits(ctx: Context, x: View, weight: View) -> View:

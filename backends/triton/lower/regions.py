@@ -11,12 +11,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from dsc.backends.triton.context import Context
-from dsc.backends.triton.epilogue import Epilogue, tile_strides
+from dsc.backends.triton.epilogue import Epilogue
 from dsc.backends.triton.lower.contract import emit_gemm, linear_product
 from dsc.backends.triton.pointwise import FLOAT_ONLY, TYPES, has_formula
 from dsc.backends.triton.rows import ALONG_ROWS, RowKernel
+from dsc.backends.triton.slots import Slots
 from dsc.ir.analyses import aliases_of
-from dsc.ir.dims import Dim
 from dsc.ir.graph import Graph, Node, Operand, Value
 from dsc.ir.op import kernel_of, traits_of
 from dsc.ir.region_columns import Columns
@@ -85,30 +85,25 @@ class Gemm:
     """A linear, its operands in order, with pointwise operators on its tiles."""
 
     operands: list[View]
-    out: View
-    out_strides: tuple[Dim, Dim]
     epilogue: Epilogue
 
     def launch(self, ctx: Context) -> None:
         """Append the launch."""
         x, weight, *bias = self.operands
-        product = linear_product(ctx, x, weight, self.out)
-        product = replace(product, out_strides=(0, *self.out_strides))
-        emit_gemm(ctx, product, ctx.dense(bias[0]) if bias else None, epilogue=self.epilogue)
+        product = linear_product(ctx, x, weight, self.epilogue.out)
+        product = replace(product, out_strides=(0, *self.epilogue.out_strides))
+        slots = Slots(epilogue=self.epilogue.slot)
+        emit_gemm(ctx, product, ctx.dense(bias[0]) if bias else None, slots=slots)
 
 
 def _gemm(found: Columns, anchor: Node) -> Gemm:
     if anchor.op != "linear":
         raise NoKernel(f"a region around {anchor.op}")
     family, *others = found.families()
-    if others or family.shifts or family.walk != ((found.m, 1),):
+    if others:
         raise NoKernel("an epilogue on other columns than a tile's")
-    if len(family.writes) > 1:
-        raise NoKernel("several results of a product")
-    ((number, target),) = family.writes
     operands = [found.given[x.name] for x in anchor.operands]
-    epilogue = Epilogue(family.steps, number, anchor.output.type.dtype)
-    return Gemm(operands, target.view, tile_strides(target), epilogue)
+    return Gemm(operands, Epilogue(family, found.m, anchor.output.type.dtype))
 
 
 def pointwise_reason(node: Node) -> str | None:

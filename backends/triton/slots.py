@@ -1,0 +1,93 @@
+"""Products: one GEMM text with four slots, and the kernel that what stands in them makes.
+
+The *prologue* is what is done to rows of x before they are multiplied, the *loader* makes numbers
+of a weight's elements, the *sum* adds products up, the *epilogue* goes over the finished tile. A
+slot says lines at places of `kernels/gemm.py` and brings parameters; places:
+
+    columns   behind `n` and `fits`: which columns a tile has, where that is another than a run
+    start     before the walk along k: what a slot keeps while it walks
+    rows      x [BLOCK_M, BLOCK_K] has been loaded
+    w         in place of the load of w [BLOCK_K, BLOCK_N]
+    sum       in place of the product that is added to acc f32[BLOCK_M, BLOCK_N]
+    end       behind the walk, before the bias
+    tile      behind the bias, before acc is stored at columns n of rows m
+
+Names in scope are those of the template: m, n, k, live, fits, M, N, K, x, w, x_at, w_at, acc, and
+`matrix`, the number of the batch or of the expert. What a slot names itself carries its own prefix.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from dsc.backends.triton.context import Given
+
+_MARK = re.compile(r"^(?P<indent> *)(?P<line>.*?) *#: (?P<place>\w+)\n", re.MULTILINE)
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Lines by place, the parameters that they read by name, and a word for the kernel's name."""
+
+    title: str = ""
+    lines: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    arguments: Mapping[str, Given] = field(default_factory=dict)
+
+
+PLAIN = Slot()
+"""What the template says: numbers, added up and stored."""
+
+
+@dataclass(frozen=True)
+class Slots:
+    """What stands in the four slots of a product."""
+
+    prologue: Slot = PLAIN
+    loader: Slot = PLAIN
+    sum: Slot = PLAIN
+    epilogue: Slot = PLAIN
+
+    @property
+    def filled(self) -> tuple[Slot, ...]:
+        """The slots that say something, in the order in which their lines stand at a place."""
+        each = (self.loader, self.sum, self.prologue, self.epilogue)
+        return tuple(slot for slot in each if slot.lines)
+
+    @property
+    def arguments(self) -> dict[str, Given]:
+        """All parameters that they bring."""
+        return {name: value for slot in self.filled for name, value in slot.arguments.items()}
+
+
+ALL_PLAIN = Slots()
+
+
+def written(template: str, function: str, slots: Slots) -> tuple[str, str]:
+    """The name of a template's function with slots, which is its module's too, and its text.
+
+    A module holds that one function. Raises `ValueError` where a slot names no place of it.
+    """
+    head, _, rest = template.partition("@triton.jit\n")
+    found = next(t for t in rest.split("@triton.jit\n") if t.startswith(f"def {function}("))
+    places = {m["place"] for m in _MARK.finditer(found)}
+    unknown = {place for slot in slots.filled for place in slot.lines} - places
+    if unknown:
+        raise ValueError(f"{function} has no place called {', '.join(sorted(unknown))}")
+
+    def said(mark: re.Match[str]) -> str:
+        lines = [x for slot in slots.filled for x in slot.lines.get(mark["place"], ())]
+        lines = lines or ([mark["line"]] if mark["line"] else [])
+        return "".join(f"{mark['indent']}{line}\n" for line in lines)
+
+    text = _MARK.sub(said, found.rstrip() + "\n")
+    extra = "".join(f"    {name},\n" for name in slots.arguments)
+    text = text.replace("    c,\n", f"    c,\n{extra}", 1)
+    digest = hashlib.sha256(text.encode()).hexdigest()[:8]
+    title = "_".join(dict.fromkeys([function, *(s.title for s in slots.filled if s.title)]))
+    name = f"{title[:48].rstrip('_')}_{digest}"
+    return name, f"{head}@triton.jit\n{text.replace(f'def {function}(', f'def {name}(', 1)}"

@@ -1,0 +1,49 @@
+"""The four slots of a product's text: what they may say, and that the kernel does it."""
+
+from __future__ import annotations
+
+import pytest
+
+from dsc.backends.triton.context import access, template
+from dsc.backends.triton.slots import ALL_PLAIN, Slot, Slots, written
+
+GEMM = template("gemm")
+
+
+@pytest.mark.parametrize("function", ["gemm", "grouped_gemm"])
+def test_every_place_takes_lines_and_defaults_give_way(function: str) -> None:
+    slots = Slots(
+        prologue=Slot("p", {"start": ["s = 0"], "rows": ["x = x * 2"], "end": ["acc = acc * 3"]}),
+        loader=Slot("l", {"w": ["w = tl.load(codes + k)"]}, {"codes": 1}),
+        sum=Slot("s", {"sum": ["acc += x"], "end": ["acc = acc + 1"]}),
+        epilogue=Slot("e", {"columns": ["n = n"], "tile": ["acc = -acc"]}),
+    )
+    name, text = written(GEMM, function, slots)
+    assert name.startswith(f"{function}_l_s_p_e_")
+    assert "#:" not in text.partition("@triton.jit")[2]
+    assert "tl.dot" not in text
+    lines = [line.strip() for line in text.splitlines()]
+    said = ["n = n", "s = 0", "x = x * 2", "w = tl.load(codes + k)", "acc += x"]
+    places = [lines.index(x) for x in (*said, "acc = acc + 1", "acc = acc * 3", "acc = -acc")]
+    assert places == sorted(places), "a promoted sum is whole before a norm scales it"
+    kinds = access(text, name)
+    assert (kinds["codes"], kinds["b"], kinds["c"]) == ("r", "r", "w")
+
+
+def test_without_slots_the_text_is_the_template() -> None:
+    _, text = written(GEMM, "gemm", ALL_PLAIN)
+    assert [x for x in text.splitlines() if "tl.dot" in x] == [
+        '        acc = tl.dot(x, w, acc, input_precision="ieee")'
+    ]
+    compile(text, "gemm", "exec")
+
+
+def test_a_place_that_is_none_is_refused() -> None:
+    with pytest.raises(ValueError, match="gemm has no place called middle"):
+        written(GEMM, "gemm", Slots(sum=Slot("s", {"middle": ["acc = acc"]})))
+
+
+def test_other_lines_make_another_module() -> None:
+    names = {written(GEMM, "gemm", Slots(epilogue=Slot("e", {"tile": [f"acc += {i}"]})))[0]
+             for i in range(3)}  # fmt: skip
+    assert len(names) == 3
