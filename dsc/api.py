@@ -57,6 +57,7 @@ def compile(
     quant: str = "none",
     keep: Sequence[str] = (),
     group_size: int = 32,
+    quant_embedding: str = "none",
     activation_bits: int = 8,
     calibrate: Any = None,
     nsamples: int = 4,
@@ -104,6 +105,9 @@ def compile(
             checkpoint, such as "lm_head" or "model.layers.0", or patterns: "*.self_attn.*". With
             ":int8" behind it, "*.down_proj:int8", such weights stay in 8 bits under int4.
         group_size: columns of a row that share a scale.
+        quant_embedding: "int8" or "int4" stores the embedding's table in such codes too, whatever
+            `quant` is; a head that is tied to it is the same tensor, and has the same codes. For
+            onnxruntime, reference and null.
         activation_bits: 8, rows that codes multiply are codes too, on backends with kernels for
             it; 16, they stay in the compute type.
         calibrate: a text's path, a text, or token ids, on which the model runs with each product
@@ -135,15 +139,15 @@ def compile(
     check_kinds(int, False, fusion_level=fusion_level, **sizes)
     check_kinds(int, True, max_context=max_context, threads=threads, seqlen=seqlen)
     words = {"cache": cache, "cache_format": cache_format, "parallel": parallel, "quant": quant}
-    check_kinds(str, False, **words)
+    check_kinds(str, False, quant_embedding=quant_embedding, **words)
     check_kinds(str, True, backend=backend, dtype=dtype, fallback=fallback, revision=revision)
     check_kinds(str, True, rope_scaling=rope_scaling)
     _check_options(fusion_level, dtype, max_batch, max_context, prefill_chunk)
     check_parallel(ranks, parallel)
     pipeline.check_names(print_ir_after, NOT_PASSES)
-    pipeline.check_quant(quant, keep)
+    pipeline.check_quant(quant, keep, quant_embedding)
     pipeline.check_cache_format(cache_format)
-    pipeline.check_widths(group_size, activation_bits, quant)
+    pipeline.check_widths(group_size, activation_bits, quant, quant_embedding)
     trial = trial_of(calibrate, quant, nsamples, seqlen, avg_bits)
 
     def check_facts(facts: Facts) -> None:
@@ -186,6 +190,7 @@ def compile(
         quant=quant,
         keep=tuple(keep),
         group_size=group_size,
+        quant_embedding=quant_embedding,
         activation_bits=activation_bits,
         codes=extra.get("form") not in chosen.capabilities(targets[0]).plain_forms,
         watch=watch,

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import importlib
 import shlex
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
@@ -19,11 +20,14 @@ from typing import Any, NamedTuple
 from dsc.backends.base import Backend, Capabilities, check_supported
 from dsc.errors import UnsupportedOperator, UsageError, one_of
 from dsc.ir.formats import CODINGS
+from dsc.ir.graph import Weight
 from dsc.ir.interface import Storage
+from dsc.ir.op import traits_of
 from dsc.ir.paging import PAGE
 from dsc.ir.program import Program
 from dsc.ir.regions import FUSION_LEVELS, RegionLimits
 from dsc.ir.stages import Stage
+from dsc.ir.traits import Role
 from dsc.ir.weights import stored_type
 from dsc.rewrite import options as texts
 from dsc.rewrite.base import Pass, PassReport
@@ -51,6 +55,8 @@ CODED_ROWS = ACTIVATION_BITS[0]
 GROUP, GROUPED = 32, ("int8", "int4")
 """Columns of a group where nobody says how many, and what has groups."""
 PAGED, IN_PLACE = CACHES[1:]
+CODING = ("quantize_weights", "choose_formats")
+"""The passes that decide whether a table is in codes."""
 EPILOGUES = 2
 """Backends that fuse from this level on split a merged projection at no cost."""
 HORIZONTAL = 3
@@ -70,15 +76,16 @@ class PipelineOptions:
     quant: str = "none"
     keep: tuple[str, ...] = ()
     group_size: int = GROUP
+    quant_embedding: str = "none"
     activation_bits: int = 8
     codes: bool = True
     watch: Watch = field(default_factory=Watch)
 
     def __post_init__(self) -> None:
         check_fusion_level(self.fusion_level)
-        check_quant(self.quant, self.keep)
+        check_quant(self.quant, self.keep, self.quant_embedding)
         check_cache_format(self.cache_format)
-        check_widths(self.group_size, self.activation_bits, self.quant)
+        check_widths(self.group_size, self.activation_bits, self.quant, self.quant_embedding)
 
 
 class Setting(NamedTuple):
@@ -116,7 +123,8 @@ class Slot:
 def _has_codes(s: Setting) -> bool:
     """Whether weights are stored in a format, or will be."""
     kept = map(stored_type, s.program.weights.values())
-    return s.asked.quant != "none" or any(t is not None for t in kept)
+    asked = (s.asked.quant, s.asked.quant_embedding)
+    return asked != ("none", "none") or any(t is not None for t in kept)
 
 
 RAISE = (
@@ -168,9 +176,11 @@ SLOTS = (
         lambda s: {"keep": s.asked.keep},
     ),
     Slot(
-        Part.OPTIMISE, "quantize_weights", lambda s: s.asked.quant in GROUPED,
+        Part.OPTIMISE, "quantize_weights",
+        lambda s: s.asked.quant in GROUPED or s.asked.quant_embedding in GROUPED,
         lambda s: {
-            "codes": QUANT[s.asked.quant], "group": s.asked.group_size,
+            "codes": QUANT[s.asked.quant] if s.asked.quant in GROUPED else "none",
+            "table": QUANT[s.asked.quant_embedding] or "none", "group": s.asked.group_size,
             "keep": tuple(x for x in s.asked.keep if not x.endswith(WIDE)),
             "stays": s.can.formats or tuple(CODINGS),
             "wide": tuple(x.removesuffix(WIDE) for x in s.asked.keep if x.endswith(WIDE)),
@@ -224,18 +234,21 @@ def check_fusion_level(level: int) -> None:
         raise UsageError(f"fusion_level {level}", hint=f"one of {levels}")
 
 
-def check_quant(quant: str, keep: Sequence[str]) -> None:
+def check_quant(quant: str, keep: Sequence[str], quant_embedding: str = "none") -> None:
     """Raise `UsageError` for what weights cannot be quantised to, or for keeping no pattern."""
     if quant not in QUANT:
         raise UsageError(f"quant {quant!r}", hint=one_of(quant, list(QUANT)))
+    if quant_embedding not in ("none", *GROUPED):
+        hint = one_of(quant_embedding, ["none", *GROUPED])
+        raise UsageError(f"quant_embedding {quant_embedding!r}", hint=hint)
     if isinstance(keep, str) or not all(isinstance(each, str) for each in keep):
         raise UsageError(f"keep is {keep!r}", hint='give a list of texts, as in ["lm_head"]')
     wide = [each for each in keep if each.endswith(WIDE)]
-    if wide and quant != "int4":
+    if wide and "int4" not in (quant, quant_embedding):
         raise UsageError(
             f"{wide[0]!r} says 8 bits, and quant is {quant}", hint=f"leave {WIDE} out, or give int4"
         )
-    if keep and quant == "none":
+    if keep and quant == quant_embedding == "none":
         raise UsageError(
             f"{keep[0]!r} is kept, and nothing is quantised", hint=f"give quant: {QUANTISED}"
         )
@@ -258,11 +271,13 @@ def quantising(quant: str) -> str:
     return "insert_fp8" if quant == "fp8" else "quantize_weights"
 
 
-def check_widths(group_size: int, activation_bits: int, quant: str) -> None:
+def check_widths(
+    group_size: int, activation_bits: int, quant: str, quant_embedding: str = "none"
+) -> None:
     """Raise `UsageError` for groups of columns, or bits of activations, that there are not."""
     if group_size < 2:
         raise UsageError(f"group_size is {group_size}", hint="give at least 2, such as 32 or 128")
-    if group_size != GROUP and quant not in GROUPED:
+    if group_size != GROUP and quant not in GROUPED and quant_embedding not in GROUPED:
         told = f"group_size is {group_size}, and quant is {quant}"
         raise UsageError(told, hint=f"only {' and '.join(GROUPED)} have groups of columns")
     if activation_bits not in ACTIVATION_BITS:
@@ -371,6 +386,8 @@ def prepare(
         _check_paged(done, manager.records)
     if codes:
         _check_cache_format(done, manager.records)
+    if options.quant_embedding != "none":
+        _check_embedding(done, manager.records, backend.name)
     check_supported(emitted, backend)
     pruned = done.pruned()
     prepared = Prepared(pruned, pruned if emitted is done else emitted.pruned(), manager.records)
@@ -396,14 +413,17 @@ def quantised(records: Sequence[PassRecord], backend: str) -> Iterator[str]:
     rows = by_name.get("quantize_activations", PassReport())
     if rows.fired:
         yield "rows that codes multiply are codes too; --activation-bits 16 leaves them as they are"
-    asked = by_name.get("quantize_weights", by_name.get("insert_fp8"))
-    if asked is None:
+    asked = [by_name[name] for name in ("insert_fp8", "quantize_weights") if name in by_name]
+    if not asked:
         return
-    kinds = {word: code for word, code in QUANT.items() if code}
-    found = [f"{n} in {w}" for w, c in kinds.items() if (n := asked.facts.get(c, 0))]
-    kept = f"; {len(asked.near)} that products read are kept" if asked.near else ""
+    counts = Counter[str]()
+    for each in asked:
+        counts.update(each.facts)
+    found = [f"{counts[c]} in {word}" for word, c in QUANT.items() if counts[c]]
+    near = sum(len(each.near) for each in asked)
+    kept = f"; {near} that products read are kept" if near else ""
     yield f"weights: {' and '.join(found) or 'none quantised'}{kept}"
-    chosen = set(asked.places.get("quantise", ()))
+    chosen = {name for each in asked for name in each.places.get("quantise", ())}
     plain = [miss for miss in by_name["choose_formats"].near if miss.where in chosen]
     if plain:
         reasons = ", ".join(dict.fromkeys(miss.reason for miss in plain))
@@ -452,6 +472,26 @@ def _check_cache_format(program: Program, records: Sequence[PassRecord]) -> None
         f"the caches of {program.name} cannot be codes:\n"
         + "\n".join(dict.fromkeys(lines) or ["it has no caches of latent attention"]),
         hint="compile with --cache-format bf16",
+    )
+
+
+def _check_embedding(program: Program, records: Sequence[PassRecord], backend: str) -> None:
+    """Raise `UnsupportedOperator` with what kept tables in numbers, unless one is in codes."""
+    nodes = [node for graph in program.entries.values() for node in graph.walk()]
+    tables = {
+        x for node in nodes if traits_of(node.op).role is Role.LOOKUP
+        for x in node.operands if isinstance(x, Weight)
+    }  # fmt: skip
+    if any(x.type.format is not None for x in tables):
+        return
+    names = {x.name for x in tables}
+    near = [m for record in records if record.name in CODING for m in record.report.near]
+    lines = [f"{m.reason} (at {m.where})" for m in near if m.where in names]
+    raise UnsupportedOperator(
+        f"the embedding of {program.name} cannot be codes on {backend}:\n"
+        + "\n".join(dict.fromkeys(lines) or ["it looks up no rows of a weight"]),
+        hint="leave out quant_embedding, or compile for a backend that looks up rows in codes:"
+        " onnxruntime, reference or null",
     )
 
 

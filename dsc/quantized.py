@@ -22,7 +22,9 @@ ALLOWED: Mapping[str, tuple[Any, ...]] = {
     "quant_scheme": ("symmetric",),
 }
 """Keys of `quant_config` with few values, and those."""
-PASSED = ("group_size", "keep", "calibrate", "nsamples", "seqlen", "avg_bits")
+PASSED = (
+    "group_size", "keep", "quant_embedding", "calibrate", "nsamples", "seqlen", "avg_bits",
+)  # fmt: skip
 """Keys that are options of `dsc.compile` as they stand."""
 
 
@@ -35,9 +37,9 @@ class QuantizedModel:
 
     `quant_config` may hold `weight_bits` (8 or 4), `activation_bits` (8, where the backend's
     kernels take rows so, or 16: rows stay in the compute type), `quant_scheme` ("symmetric";
-    scales without zero points are what there is), and `group_size`, `keep`, `calibrate`,
-    `nsamples`, `seqlen`, `avg_bits` as `dsc.compile` takes them, which also takes all other
-    `options`.
+    scales without zero points are what there is), and `group_size`, `keep`,
+    `quant_embedding`, `calibrate`, `nsamples`, `seqlen`, `avg_bits` as `dsc.compile` takes them,
+    which also takes all other `options`.
     """
 
     def __init__(

@@ -9,7 +9,8 @@ Preconditions  there are no regions yet. Each reader's operator declares the ope
                backend takes and, where its kernels want `tile` rows side by side, their blocks
                end at whole tiles; where they want `unsigned` codes, blocks are of one row and a
                power of two columns; `limits` says what kernels there are. No step of the weight's
-               expression cuts a block.
+               expression cuts a block. Rows of a table that are looked up are numbers in fp32, and
+               a cast behind them rounds them as the table would have been.
 Before         program "example" {stage=CANONICAL}
                symbols {N=[1,8]}
                weights {
@@ -37,18 +38,20 @@ from dataclasses import dataclass, field, replace
 
 from dsc.ir.analyses import Use, call_of, weight_uses
 from dsc.ir.formats import CODINGS, Part
-from dsc.ir.graph import Node, Operand, Weight
-from dsc.ir.op import TypeMismatch, lookup
+from dsc.ir.graph import Graph, GraphBuilder, Node, Operand, Weight
+from dsc.ir.op import TypeMismatch, lookup, traits_of
 from dsc.ir.ops.moe import plain_experts
 from dsc.ir.program import Program
 from dsc.ir.regions import RegionLimits
 from dsc.ir.stages import Stage
+from dsc.ir.traits import Role
 from dsc.ir.types import DType, TensorType
 from dsc.ir.weights import Apply, WeightExpr, apply, scaled, stored_type
 from dsc.passes._in_format import Dequantised, in_format
 from dsc.passes._unsigned import as_unsigned, each_matrix
 from dsc.rewrite.base import Pass, PassReport
 from dsc.rewrite.options import option
+from dsc.rewrite.rebuild import Operands, rebuild
 
 RULE = "keep"
 
@@ -94,7 +97,10 @@ class ChooseFormats(Pass):
             changed = isinstance(x, Weight) and x.name in chosen
             return Weight(x.name, chosen[x.name].type) if changed else x
 
-        return program.map_entries(lambda g: g.mapped(operand)).with_weights(chosen)
+        def graph(g: Graph) -> Graph:
+            return rebuild(g.mapped(operand), _rounded)
+
+        return program.map_entries(graph).with_weights(chosen)
 
     def _kept(self, expr: WeightExpr, stored: TensorType, readers: Sequence[Use]) -> WeightExpr:
         """The weight in its format. Raises `Dequantised`."""
@@ -111,7 +117,7 @@ class ChooseFormats(Pass):
                 made = lookup(node.op).infer(types, node.attrs)
             except TypeMismatch as problem:
                 raise Dequantised(f"{node.op}: {problem}") from None
-            if made != tuple(v.type for v in node.outputs):
+            if made != tuple(v.type for v in node.outputs) and not _is_lookup(node):
                 raise Dequantised(f"{node.op} would give {made[0]}")
         return found
 
@@ -160,6 +166,23 @@ class ChooseFormats(Pass):
                     told = {name: f"no kernel of {node.op} takes {t}" for name, t in stored.items()}
                     lost, changed = lost | told, True
         return lost
+
+
+def _is_lookup(node: Node) -> bool:
+    """Whether results are rows of a table, which may as well be rounded one by one."""
+    return traits_of(node.op).role is Role.LOOKUP
+
+
+def _rounded(b: GraphBuilder, node: Node, operands: Operands) -> Sequence[Operand] | None:
+    """Rows of a table in codes, which are looked up in fp32, in the element type that they had."""
+    if not _is_lookup(node) or all(x.type.format is None for x in node.operands):
+        return None
+    name, dtype = node.output.name, node.output.type.dtype
+    if dtype is DType.f32:
+        return None
+    (wide,) = b.call(node.op, *operands, hint=f"{name}_f32", **node.attrs)
+    b.taken.discard(name)
+    return b.call("cast", wide, dtype=dtype, hint=name)
 
 
 def _tiled(expr: WeightExpr, part: Part) -> WeightExpr:

@@ -48,7 +48,7 @@ BLOCK = 128
 class InsertFp8(Quantising):
     """One kind for all but the head."""
 
-    def kind(self, names: Sequence[str], is_head: bool) -> Kind:
+    def kind(self, names: Sequence[str], is_head: bool, is_table: bool = False) -> Kind:
         """Blocks of 128 x 128. Raises `Kept` for the head."""
         if is_head:
             raise Kept("the head stays in higher precision")

@@ -2,13 +2,14 @@
 
 What           a weight that linears or experts multiply by becomes the nearest codes and a scale in
                fp16 for each `group` columns of a row; that of a product which is a result, as
-               logits are, has codes of its own, `head`, and what `wide` names has 8-bit codes.
+               logits are, has codes of its own, `head`, and what `wide` names has 8-bit codes. A
+               table whose rows are looked up has those of `table`, and so has a head tied to it.
 Why it pays    a decoded token costs the time to read the weights it uses: half, or a quarter.
-Preconditions  linears and experts alone read the tensors that it is made of: an embedding's table,
-               a router's weights and what absorbed attention reads stay, in prefill too. It is
-               stored in no codes of `stays` yet, those that the backend reads as they are, and no
-               pattern of `keep` names it or such a tensor. What a backend does not read as it is
-               stored, `choose_formats` dequantises.
+Preconditions  linears, experts and lookups alone read the tensors that it is made of: a router's
+               weights and what absorbed attention reads stay, in prefill too. It is stored in no
+               codes of `stays` yet, those that the backend reads as they are, and no pattern of
+               `keep` names it or such a tensor. What a backend does not read as it is stored,
+               `choose_formats` dequantises.
 Before         program "example" {stage=CANONICAL}
                symbols {N=[1,8]}
                weights {
@@ -66,7 +67,10 @@ from dsc.rewrite.verify import WIDEST, weight_elements
 from dsc.rewrite.widen import runnable
 
 RULE = "quantise"
+NONE = "none"
 INTEGERS = ("i8", "i4")
+PRODUCTS = frozenset({Role.PRODUCT, Role.EXPERTS})
+TABLES = frozenset({Role.LOOKUP})
 SCALES = DType.f16
 ROUNDING = 2.0**-14
 """What fp32 may add to a bound, as a share of it: codes to 128 are of quotients, and multiplied."""
@@ -87,7 +91,7 @@ class Kind:
 
 @dataclass(frozen=True)
 class Quantising(Pass):
-    """Decide for every weight that products read, but for those that `keep` names.
+    """Decide for every weight that is read so (`chosen`), but for those that `keep` names.
 
     What is stored in codes of `stays` stays so; other codes are numbers, as any are.
     """
@@ -102,35 +106,46 @@ class Quantising(Pass):
         """What names weights in the options."""
         return self.keep
 
-    def kind(self, names: Sequence[str], is_head: bool) -> Kind:
+    @property
+    def chosen(self) -> frozenset[Role]:
+        """What operators are whose weights become codes."""
+        return PRODUCTS
+
+    def kind(self, names: Sequence[str], is_head: bool, is_table: bool = False) -> Kind:
         """What a weight that is called so becomes. Raises `Kept` for one that stays."""
         raise NotImplementedError
 
     def run(self, program: Program, report: PassReport) -> Program:
         """One walk over the weights; the report has the reason for each that products keep."""
-        chosen: dict[str, WeightExpr] = {}
+        made: dict[str, WeightExpr] = {}
         heads = {name for graph in program.entries.values() for name in _heads(graph)}
         read = weight_uses(program.entries.values())
         others: dict[str, str] = {}
+        tables: set[str] = set()
         for name, readers in read.items():
-            told = {"a result" if n is None else n.op for n, i in readers if not _is_product(n, i)}
-            others |= dict.fromkeys(_keys(program.weights[name]), min(told)) if told else {}
+            roles = [(_role(n, i), "a result" if n is None else n.op) for n, i in readers]
+            told = [op for role, op in roles if role not in PRODUCTS | self.chosen]
+            keys = _keys(program.weights[name])
+            others |= dict.fromkeys(keys, min(told)) if told else {}
+            tables |= {*keys} if any(r in TABLES & self.chosen for r, _ in roles) else set()
         self._check_patterns(program)
         for name, readers in read.items():
-            if not any(_is_product(*reader) for reader in readers):
-                continue
             expr = program.weights[name]
+            is_table = not tables.isdisjoint(_keys(expr))
+            taken = self.chosen | PRODUCTS if is_table else self.chosen
+            if taken.isdisjoint(_role(*reader) for reader in readers):
+                continue
             try:
-                kind = self.kind([name, *_keys(expr)], name in heads)
+                kind = self.kind([name, *_keys(expr)], name in heads, is_table)
                 self._check(name, expr, kind.codes, others)
             except Kept as why:
                 report.miss(RULE, name, str(why), [name])
                 continue
-            chosen[name] = quantised(expr, kind)
+            made[name] = quantised(expr, kind)
             report.fire(RULE, places=[name])
             codes = str(kind.codes)
             report.facts[codes] = report.facts.get(codes, 0) + 1
-        return replace(program, weights={**program.weights, **chosen}) if chosen else program
+        return replace(program, weights={**program.weights, **made}) if made else program
 
     def comparable(self, before: Program, after: Program) -> Program:
         """With the numbers of before where codes say them within their bound: all else is exact.
@@ -177,10 +192,11 @@ class Quantising(Pass):
 
 @dataclass(frozen=True)
 class QuantizeWeights(Quantising):
-    """Integers in groups of columns, those of the head by an option of its own."""
+    """Integers in groups of columns, those of the head and of tables by options of their own."""
 
-    codes: str = option("i8", among=INTEGERS)
+    codes: str = option("i8", among=(*INTEGERS, NONE))
     head: str = option("i8", among=INTEGERS)
+    table: str = option(NONE, among=(*INTEGERS, NONE))
     group: int = option(32, least=2)
     wide: tuple[str, ...] = ()
 
@@ -189,9 +205,15 @@ class QuantizeWeights(Quantising):
         """Those that 8-bit codes are asked for too."""
         return (*self.keep, *self.wide)
 
-    def kind(self, names: Sequence[str], is_head: bool) -> Kind:
+    @property
+    def chosen(self) -> frozenset[Role]:
+        """Products unless `codes` is none, and lookups where there are codes for a `table`."""
+        asked = ((self.codes, PRODUCTS), (self.table, TABLES))
+        return frozenset().union(*(roles for codes, roles in asked if codes != NONE))
+
+    def kind(self, names: Sequence[str], is_head: bool, is_table: bool = False) -> Kind:
         """Codes with a scale for each group of a row's columns."""
-        codes = self.head if is_head else self.codes
+        codes = self.table if is_table else self.head if is_head else self.codes
         if any(_named(pattern, names) for pattern in self.wide):
             codes = "i8"
         return Kind(DType(codes), (1, self.group), SCALES)
@@ -230,12 +252,12 @@ def _joins_blocks(expr: Apply, high: int) -> bool:
     return axis < rank - 2 or all(is_whole(arg.type.shape[axis], high) for arg in expr.args[:-1])
 
 
-def _is_product(node: Node | None, index: int) -> bool:
-    """Whether a reader multiplies rows by the weight: a linear's, or the experts'."""
+def _role(node: Node | None, index: int) -> Role | None:
+    """The role of a reader that may get a weight in codes, else `None`."""
     if node is None:
-        return False
+        return None
     traits, name = traits_of(node.op), lookup(node.op).operand_names(len(node.inputs))[index]
-    return traits.role in (Role.PRODUCT, Role.EXPERTS) and name in traits.stored
+    return traits.role if name in traits.stored else None
 
 
 def _heads(graph: Graph) -> Iterable[str]:
@@ -243,7 +265,7 @@ def _heads(graph: Graph) -> Iterable[str]:
     readers = uses(graph)
     for node in graph.nodes:
         for index, x in enumerate(node.inputs):
-            if isinstance(x, Weight) and _is_product(node, index):
+            if isinstance(x, Weight) and _role(node, index) in PRODUCTS:
                 if {*_ends(node.output, readers)} == {True}:
                     yield x.name
 

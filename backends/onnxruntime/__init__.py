@@ -212,7 +212,7 @@ def _has_codes(program: Program) -> bool:
 
 
 def _accepts(node: Node) -> bool:
-    """Whether there is a product for what a node reads in codes."""
+    """Whether there is a product or a lookup for what a node reads in codes."""
     _require("onnx")
     from dsc.backends.onnxruntime.emit.coded import takes
 

@@ -34,6 +34,10 @@ class Contrib:
 
 
 CONTRIB: Mapping[str, Contrib] = MappingProxyType({
+    "GatherBlockQuantized": Contrib(
+        "Gather of codes and scales", frozenset({"cpu", "cuda"}), "1.23",
+        source="contrib_ops/cpu/quantization/gather_block_quantized.cc",
+    ),
     "MatMulNBits": Contrib(
         "DequantizeLinear and a product", frozenset({"cpu", "cuda"}), "1.23",
         source="contrib_ops/cpu/quantization/matmul_nbits.cc",

@@ -22,6 +22,8 @@ from dsc.backends.onnxruntime.contrib import DOMAIN, STANDARD, is_offered
 from dsc.errors import UnsupportedOperator
 from dsc.ir.dims import Dim, FloorDiv, Sym, symbol_name
 from dsc.ir.graph import Graph, Weight
+from dsc.ir.op import traits_of
+from dsc.ir.traits import Role
 from dsc.ir.types import DType, TensorType
 
 ORIGIN = "|"
@@ -69,7 +71,8 @@ class Pool:
     values that are fp32 where the program has 16 bits: caches that come and go so. `opset` is the
     version of ONNX's operators that may be used, `ops` the dialect, `provider` whom the model is
     for, and `contrib` how often each of ONNX Runtime's own operators was written. `positive` names
-    values that are never below 0, and `halves` has W_UK and W_UV by the name of kv_b.
+    values that are never below 0, `halves` has W_UK and W_UV by the name of kv_b, and `tables` the
+    names of weights of which rows are looked up.
     """
 
     symbols: dict[str, tuple[str, int]] = field(default_factory=dict)
@@ -84,6 +87,7 @@ class Pool:
     contrib: Counter[str] = field(default_factory=Counter)
     positive: set[str] = field(default_factory=set)
     halves: Mapping[str, tuple[Weight, Weight]] = field(default_factory=dict)
+    tables: set[str] = field(default_factory=set)
 
 
 class GraphWriter:
@@ -101,6 +105,9 @@ class GraphWriter:
                 name = symbol_name(dim)
                 if name is not None:
                     self.pool.symbols.setdefault(name, (value.name, axis))
+        for node in graph.walk() if graph is not None else ():
+            if traits_of(node.op).role is Role.LOOKUP:
+                self.pool.tables |= {x.name for x in node.operands if isinstance(x, Weight)}
 
     # Nodes
 

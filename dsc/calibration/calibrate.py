@@ -22,7 +22,7 @@ from dsc.frontends.load import Loaded
 from dsc.ir.formats import ROWS
 from dsc.ir.program import Program
 from dsc.passes.quantize_activations import QuantizeActivations
-from dsc.passes.quantize_weights import QuantizeWeights
+from dsc.passes.quantize_weights import NONE, QuantizeWeights
 from dsc.rewrite.base import PassReport
 from dsc.runtime.emission import Progress
 from dsc.targets import Target
@@ -72,6 +72,8 @@ def calibrate(
     first = pipeline.quantising(options.quant)
     ready, rest = pipeline.until(program, backend, target, whole, first)
     each = rest[0]
+    if isinstance(each, QuantizeWeights):
+        each = replace(each, table=NONE)  # an embedding is no product
     products = find_products(ready, each.run(ready, PassReport()))
     if isinstance(each, QuantizeWeights):
         finer = replace(each, codes="i8").run(ready, PassReport())

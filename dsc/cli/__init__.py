@@ -48,7 +48,7 @@ VERBS = (
 ENDING = (signal.SIGTERM, signal.SIGHUP)
 """Signals that end a command from outside: `kill`, a scheduler, a terminal that was closed."""
 PARAMETERS = re.compile(
-    r"(?<![\w.-])(max_batch|max_context|prefill_chunk|fusion_level|quant)\b(=?)"
+    r"(?<![\w.-])(max_batch|max_context|prefill_chunk|fusion_level|quant_embedding|quant)\b(=?)"
 )
 """Parameters of the API that are options of verbs."""
 

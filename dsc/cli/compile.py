@@ -36,6 +36,7 @@ def compile(
     quant: options.Quant = "none",
     keep: options.Keep = None,
     group_size: options.GroupSize = 32,
+    quant_embedding: options.QuantEmbedding = "none",
     activation_bits: options.ActivationBits = "8",
     calibrate: options.Calibrate = None,
     nsamples: options.NSamples = 4,

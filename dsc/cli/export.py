@@ -105,6 +105,7 @@ def export(
     quant: options.Quant = "none",
     keep: options.Keep = None,
     group_size: options.GroupSize = 32,
+    quant_embedding: options.QuantEmbedding = "none",
     activation_bits: options.ActivationBits = "8",
     json: options.Json = False,
     force: options.Force = False,

@@ -36,6 +36,7 @@ def inspect(
     revision: options.Revision = None,
     backend: options.Backend = None,
     quant: options.Quant = "none",
+    quant_embedding: options.QuantEmbedding = "none",
     cache_format: options.CacheFormat = "bf16",
     ranks: options.Ranks = None,
     json: options.Json = False,
@@ -55,8 +56,8 @@ def inspect(
     if json and not report:
         raise UsageError("--json goes with --report", hint="the text IR is printed as it is")
     folder = Path(model)
-    forms = {"quant": quant, "cache_format": cache_format}
-    plain = {"quant": "none", "cache_format": "bf16"}
+    forms = {"quant": quant, "quant_embedding": quant_embedding, "cache_format": cache_format}
+    plain = {"quant": "none", "quant_embedding": "none", "cache_format": "bf16"}
     asked = {name: form for name, form in forms.items() if form != plain[name]}
     given = options.chosen(config=config, weights=weights, revision=revision, ranks=ranks, **asked)
     if kernels and entry is not None:

@@ -182,6 +182,14 @@ Keep = Annotated[
 GroupSize = Annotated[
     int, Option("--group-size", min=2, help="Columns of a row that share a scale under --quant.")
 ]
+QuantEmbedding = Annotated[
+    Literal["none", "int8", "int4"],
+    Option(
+        "--quant-embedding",
+        help="Store the embedding's table as integers too, with the head where that is tied to it"
+        " (onnxruntime, reference, null).",
+    ),
+]
 ActivationBits = Annotated[
     Literal["8", "16"],
     Option(

@@ -51,6 +51,7 @@ def test_compile_passes_only_what_was_asked(api: FakeApi, invoke: Invoke, tmp_pa
         "cache_format": "bf16",
         "quant": "none",
         "group_size": 32,
+        "quant_embedding": "none",
         "activation_bits": 8,
         "nsamples": 4,
         "verify_each": False,

@@ -263,10 +263,6 @@ def test_weights_given_in_a_format_go_through_the_passes_before() -> None:
     [
         ("%y = linear %x, @w %z = add @w, @w return %y, %z", "add: a is f8e4m3"),
         ("%y = linear %x, @w return %y, @w", "it is a result"),
-        (
-            "%i = full {shape=[2], value=1.0, dtype=i64} %y = embedding %i, @w return %y",
-            "embedding would give f32[2,4]",
-        ),
     ],
 )
 def test_one_reader_that_takes_no_format_is_enough(body: str, why: str) -> None:
@@ -274,6 +270,20 @@ def test_one_reader_that_takes_no_format_is_enough(body: str, why: str) -> None:
     assert str(after.weights["w"].type) == "bf16[8,4]"
     assert len(reasons) == 1
     assert why in reasons[0]
+
+
+def test_rows_that_are_looked_up_in_codes_are_rounded_as_the_table_would_be() -> None:
+    """Where a table in 16 bits would be rounded when it is packed, its rows are one by one."""
+    body = "%i = full {shape=[2], value=1.0, dtype=i64} %y = embedding %i, @w return %y"
+    after, why = chosen(program(body, w=stored("w", 8, 4)))
+    assert why == []
+    assert str(after.weights["w"].type) == "f8e4m3{4x2,f32}[8,4]"
+    rows, y = after.entries["main"].nodes[1:]
+    assert (rows.op, str(rows.output.type)) == ("embedding", "f32[2,4]")
+    assert (y.op, y.output.name, str(y.output.type)) == ("cast", "y", "bf16[2,4]")
+    text = "graph main(%i: i64[2], @w: f8e4m3{4x2,f32}[8,4]) { %y = embedding %i, @w return %y }"
+    made = parse_program(text, stages=(Stage.CANONICAL,))
+    assert [n.op for n in chosen(made)[0].entries["main"].nodes] == ["embedding"]
 
 
 def test_ranks_share_weights_at_blocks() -> None:

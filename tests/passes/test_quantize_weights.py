@@ -12,7 +12,7 @@ import torch
 
 import dsc
 from dsc import backends, pipeline
-from dsc.errors import CheckpointError, UsageError
+from dsc.errors import CheckpointError, UnsupportedOperator, UsageError
 from dsc.ir.formats import CODINGS
 from dsc.ir.parser import parse_program
 from dsc.ir.program import Program
@@ -107,6 +107,28 @@ def test_only_what_is_a_result_has_the_codes_of_the_head() -> None:
     assert codes_of(program.weights["head.weight"]) is DType.i4
     assert [n for n, e in program.weights.items() if codes_of(e) is DType.i4] == ["head.weight"]
     assert report.facts == {"i8": 4, "i4": 1}
+
+
+@pytest.mark.parametrize("codes", ["i8", "none"])
+def test_tables_have_codes_where_they_are_asked_for_and_tied_heads_have_the_same(
+    codes: str,
+) -> None:
+    every = {"a.weight", "up", "down", "odd", "head.weight"} if codes == "i8" else set()
+    program, report = quantised(codes=codes, table="i4")
+    found = {n: str(c) for n, e in program.weights.items() if (c := codes_of(e)) is not None}
+    assert found == {"embed.weight": "i4", **dict.fromkeys(every, "i8")}
+    tied = TEXT.replace("linear %e, @head.weight", "linear %e, @embed.weight")
+    tied = tied.replace('  @head.weight : f32[9,64] = source "head.weight" : f32[9,64]\n', "")
+    head = parse_program(tied)
+    done = QuantizeWeights(codes=codes, table="i4").run(head, PassReport())
+    assert codes_of(done.weights["embed.weight"]) is DType.i4
+    stays = QuantizeWeights(codes="i8").run(head, report)
+    assert codes_of(stays.weights["embed.weight"]) is None
+    assert ("quantise", "embed.weight", "embedding reads embed.weight too") in report.missed
+    kept, _ = quantised(codes=codes, table="i4", keep=("embed",))
+    assert codes_of(kept.weights["embed.weight"]) is None
+    wide, _ = quantised(codes=codes, table="i4", wide=("embed",))
+    assert codes_of(wide.weights["embed.weight"]) is DType.i8
 
 
 @pytest.mark.parametrize(("op", "is_head"), [("all_gather", True), ("all_reduce", False)])
@@ -219,7 +241,9 @@ def test_a_compile_can_verify_it(quant: str, widest: int, monkeypatch: pytest.Mo
     for module in ("twin", "verify"):
         monkeypatch.setattr(f"dsc.rewrite.{module}.WIDEST", widest)
     monkeypatch.setattr(quantize_weights, "WIDEST", widest)
-    options = PipelineOptions(quant=quant, watch=Watch(verify_each=True))
+    embedding = "int4" if quant == "int8" else "none"
+    watch = Watch(verify_each=True)
+    options = PipelineOptions(quant=quant, quant_embedding=embedding, watch=watch)
     done = pipeline.prepare(small_lm(), backends.get("null"), Target("cpu"), options)
     name = "insert_fp8" if quant == "fp8" else "quantize_weights"
     (record,) = [r for r in done.records if r.name == name]
@@ -262,6 +286,28 @@ def test_where_a_backend_reads_no_codes_a_note_says_so() -> None:
 
 
 @pytest.mark.parametrize(
+    ("asked", "why"),
+    [
+        ({"backend": "tvm"}, "no kernel of embedding takes i8"),
+        ({"backend": "onnxruntime", "group_size": 24}, "its blocks have 24 columns"),
+        ({"backend": "null", "keep": ["e"]}, "e is kept"),
+    ],
+)
+def test_an_embedding_that_cannot_be_codes_is_refused_with_the_reason(
+    asked: dict[str, Any], why: str
+) -> None:
+    chosen = backends.get(asked.pop("backend"))
+    asked["keep"] = tuple(asked.get("keep", ()))
+    options = PipelineOptions(quant_embedding="int8", **asked)
+    with pytest.raises(UnsupportedOperator, match=f"cannot be codes on {chosen.name}:\n.*{why}"):
+        pipeline.prepare(small_lm(), chosen, Target("cpu"), options)
+    options = PipelineOptions(quant_embedding="int8")
+    functions = parse_program("graph main(%x: f32[3]) { %y = silu %x return %y }")
+    with pytest.raises(UnsupportedOperator, match="it looks up no rows of a weight"):
+        pipeline.prepare(functions, backends.get("null"), Target("cpu"), options)
+
+
+@pytest.mark.parametrize(
     ("asked", "words"),
     [
         ({"quant": "int3"}, "quant 'int3'"),
@@ -271,6 +317,8 @@ def test_where_a_backend_reads_no_codes_a_note_says_so() -> None:
         ({"quant": "int8", "keep": [7]}, "keep is"),
         ({"quant": "int8", "keep": ["lm_head:int8"]}, "says 8 bits, and quant is int8"),
         ({"quant": "int8", "keep": ["lm_heat"]}, "no weight is called 'lm_heat'"),
+        ({"quant_embedding": "fp8"}, "quant_embedding 'fp8'"),
+        ({"quant_embedding": "int8", "keep": ["lm_head:int8"]}, "says 8 bits, and quant is none"),
     ],
 )
 def test_what_cannot_be_asked_is_told(asked: dict[str, Any], words: str) -> None:

@@ -1,4 +1,7 @@
-"""Products with weights in codes: MatMulNBits, or DequantizeLinear before a MatMul.
+"""Products with weights in codes, and rows of tables in them.
+
+Products are MatMulNBits, or DequantizeLinear before a MatMul; rows are looked up by
+GatherBlockQuantized, or codes and scales are, and multiplied.
 
 The stored parts of a weight (`i8{1x32,f32,unsigned}`) are the initializers, as they lie in the
 packed file. In the dialect `standard` each is turned where it is used, so that blocks lie along
@@ -20,6 +23,7 @@ import numpy as np
 from onnx import TensorProto
 
 from dsc.backends.onnxruntime.graph import GraphWriter, Shape, static
+from dsc.ir.dims import product
 from dsc.ir.formats import CODINGS
 from dsc.ir.graph import Node, Weight
 from dsc.ir.types import DType
@@ -27,7 +31,9 @@ from dsc.ir.types import DType
 INT8_ROWS = 4
 """The `accuracy_level` of rows as 8-bit codes."""
 PRODUCTS = frozenset({"linear", "experts", "grouped_linear"})
-"""What reads weights in codes."""
+"""What multiplies by weights in codes."""
+LOOKUPS = frozenset({"embedding"})
+"""What looks up rows of them."""
 UNSIGNED = {8: TensorProto.UINT8, 4: TensorProto.UINT4}
 """ONNX's types of codes, by bits."""
 LARGEST = CODINGS["i8"].largest
@@ -70,14 +76,21 @@ class Matrix:
         """Scales of a row."""
         return -(-self.columns // self.block)
 
+    @property
+    def layouts(self) -> tuple[tuple[int, ...], ...]:
+        """Codes, scales and zero points as ONNX Runtime's own operators take them: bytes."""
+        blob, zeros = self.block * self.bits // 8, -(-self.blocks * self.bits // 8)
+        scales = (self.rows, self.blocks)
+        return (*scales, blob), scales, (self.rows, zeros)
+
 
 def takes(node: Node) -> bool:
-    """Whether there is a product for a node that reads weights in codes.
+    """Whether there is a product or a lookup for a node that reads weights in codes.
 
     Rows that are codes too have scales for the columns of the weights' blocks.
     """
     weights = [x for x in node.operands if x.type.format is not None]
-    if node.op not in PRODUCTS or not all(map(is_coded, weights)):
+    if node.op not in PRODUCTS | LOOKUPS or not all(map(is_coded, weights)):
         return False
     blocks = {w.type.format.block[1] for w in weights if w.type.format is not None}
     asked = node.attrs.get("activations")
@@ -85,7 +98,7 @@ def takes(node: Node) -> bool:
 
 
 def is_coded(weight: object) -> bool:
-    """Whether an operand is a weight in codes that these products read."""
+    """Whether an operand is a weight in codes that these read."""
     if not isinstance(weight, Weight) or weight.type.format is None:
         return False
     return weight.type.format.unsigned and weight.type.format.scales is DType.f32
@@ -97,11 +110,7 @@ def times(
     """x [*n, columns] in fp32 times the transpose of the matrix, plus bias [rows]."""
     if matrix.numbers or not g.has("MatMulNBits"):
         return _in_standard(g, x, shape, matrix, bias, activations)
-    blob = matrix.block * matrix.bits // 8
-    packed = -(-matrix.blocks * matrix.bits // 8)
-    layouts = ((matrix.rows, matrix.blocks, blob), (matrix.rows, matrix.blocks))
-    zeros = (matrix.rows, packed)
-    parts = [*_parts(g, matrix, (*layouts, zeros)), ""][:3]
+    parts = [*_parts(g, matrix, matrix.layouts), ""][:3]
     given = [*parts, "", bias] if bias else parts
     while not given[-1]:
         given.pop()
@@ -147,6 +156,45 @@ def rounded(g: GraphWriter, x: str, shape: Shape, block: int) -> str:
     return g.reshape(near, parted, shape)
 
 
+def looked_up(g: GraphWriter, ids: str, shape: Shape, table: Matrix) -> str:
+    """Rows of a table, f32[*shape, columns]; of what is stored no others are read.
+
+    GatherBlockQuantized keeps zero points in another order than MatMulNBits.
+    """
+    if g.has("GatherBlockQuantized") and len(table.weight.type.parts) == 2:
+        codes, scales = _parts(g, table, table.layouts)
+        how = {"bits": table.bits, "block_size": table.block, "gather_axis": 0, "quantize_axis": 2}
+        each = g.here("Unsqueeze", scales, g.i64(2))
+        rows, given = g.contrib("GatherBlockQuantized", codes, ids, each, **how), shape
+    else:
+        rows, given = _multiplied(g, g.op("Reshape", ids, g.i64(-1)), table), (product(shape),)
+    filled = table.blocks * table.block
+    rows = g.reshape(rows, (*given, table.blocks, table.block), (*shape, filled))
+    if filled == table.columns:
+        return rows
+    return g.op("Slice", rows, g.i64(0), g.i64(table.columns), g.i64(-1))
+
+
+def _multiplied(g: GraphWriter, ids: str, table: Matrix) -> str:
+    """Rows of a table, f32[n, blocks, columns of a block], of ids [n]."""
+    found = []
+    own = tuple(tuple(map(static, part.shape)) for _, part in table.weight.type.parts)
+    layouts = table.layouts if g.has("MatMulNBits") else own
+    for (suffix, _), name in zip(table.weight.type.parts, _parts(g, table, layouts), strict=True):
+        one = g.op("Gather", name, ids, axis=0)
+        if suffix == ".scale":
+            found.append(g.op("Unsqueeze", one, g.i64(2)))
+            continue
+        width = table.blocks if suffix else table.blocks * table.block
+        flat = g.op("Reshape", one, g.i64(0, -1))
+        apart = _nibbles(g, flat, width) if table.bits < 8 else flat
+        wide = g.op("Cast", apart, to=TensorProto.FLOAT)
+        found.append(g.op("Reshape", wide, g.i64(0, table.blocks, -1)))
+    codes, scale, *zero = found
+    least = zero[0] if zero else g.scalar(float(1 << table.bits - 1))
+    return g.op("Mul", g.op("Sub", codes, least), scale)
+
+
 def gathered(g: GraphWriter, stack: Weight, group: str) -> Matrix:
     """A matrix of a stack whose place there is only known when the model runs."""
     matrix, numbers = Matrix(stack), []
@@ -155,7 +203,7 @@ def gathered(g: GraphWriter, stack: Weight, group: str) -> Matrix:
         shape = tuple(map(static, part.shape))
         one = g.op("Gather", g.stored(stack, suffix, part, shape), group, axis=0)
         apart = suffix != ".scale" and matrix.bits < 8
-        numbers.append(_nibbles(g, one, matrix.rows, width) if apart else one)
+        numbers.append(_nibbles(g, one, width) if apart else one)
     codes, scale, *zero = numbers
     zero = zero or [g.transpose(_middle(g, matrix, UNSIGNED[8]), 1, 0)]
     wide = g.op("DequantizeLinear", codes, scale, *zero, axis=1, block_size=matrix.block)
@@ -198,27 +246,29 @@ def _parts(
     """What is stored of a matrix, as initializers of these shapes; codes are of ONNX type `kind`.
 
     Zero points of 4 bits fill up a byte at the end of each row, which ONNX's own type does not: of
-    an odd number of blocks they are taken apart.
+    an odd number of blocks they are taken apart. So is all of a table whose rows are looked up too:
+    Gather takes no 4-bit type.
     """
     found = []
+    tied = matrix.weight.name in g.pool.tables
     for (suffix, part), layout in zip(matrix.weight.type.parts, layouts, strict=False):
         is_scale = suffix == ".scale"
         stored = None if is_scale else kind
-        odd = stored == TensorProto.UINT4 and part.shape[-1] * 2 != layout[-1]
+        odd = stored == TensorProto.UINT4 and (tied or part.shape[-1] * 2 != layout[-1])
+        width = layout[-1]
         if odd:
             stored, layout = None, (layout[0], static(part.shape[-1]))
         name = g.stored(matrix.weight, suffix, part, layout, matrix.part, stored)
         if odd:
-            apart = _nibbles(g, name, matrix.rows, matrix.blocks)
-            name = g.here("Cast", apart, to=TensorProto.UINT4)
+            name = g.here("Cast", _nibbles(g, name, width), to=TensorProto.UINT4)
         found.append(name)
     return found
 
 
-def _nibbles(g: GraphWriter, packed: str, rows: int, width: int) -> str:
+def _nibbles(g: GraphWriter, packed: str, width: int) -> str:
     """The first `width` 4-bit numbers of each row of bytes, u8[rows, width]."""
     low = g.here("BitwiseAnd", packed, g.constant(np.array(15, np.uint8)))
     high = g.here("BitShift", packed, g.constant(np.array(4, np.uint8)), direction="RIGHT")
     pairs = g.here("Concat", *(g.here("Unsqueeze", x, g.i64(2)) for x in (low, high)), axis=2)
-    flat = g.here("Reshape", pairs, g.i64(rows, -1))
+    flat = g.here("Reshape", pairs, g.i64(0, -1))
     return g.here("Slice", flat, g.i64(0), g.i64(width), g.i64(1))

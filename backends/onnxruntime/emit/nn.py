@@ -5,10 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from dsc.backends.onnxruntime.emit.coded import Matrix, is_coded, looked_up
 from dsc.backends.onnxruntime.graph import GraphWriter
 from dsc.ir.dims import product
-from dsc.ir.graph import Node
+from dsc.ir.graph import Node, Weight
 from dsc.ir.types import DType
+
+
+def _embedding(g: GraphWriter, node: Node, ids: str, table: str) -> str:
+    """Rows of a table in numbers, or in codes."""
+    given, stored = node.operands
+    if is_coded(stored):
+        assert isinstance(stored, Weight)
+        return looked_up(g, ids, given.type.shape, Matrix(stored))
+    return g.op("Gather", table, ids, axis=0)
 
 
 def _rms_norm(g: GraphWriter, node: Node, x: str, weight: str) -> str:
@@ -68,7 +78,7 @@ def _angles(g: GraphWriter, node: Node, positions: str, inv_freq: str) -> tuple[
 
 
 EMITTERS: dict[str, Callable[..., Any]] = {
-    "embedding": lambda g, node, ids, table: g.op("Gather", table, ids, axis=0),
+    "embedding": _embedding,
     "rms_norm": _rms_norm,
     "layer_norm": _layer_norm,
     "rope": _rope,

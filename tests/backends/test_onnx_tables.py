@@ -1,0 +1,92 @@
+"""Tables whose rows are looked up in codes: every format and dialect, tied to a head or not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import onnx
+import pytest
+import torch
+
+from dsc import pipeline
+from dsc.backends.onnxruntime import contrib
+from dsc.backends.reference import ReferenceExecutable
+from dsc.ir.arrays import array_of
+from dsc.ir.program import Program
+from dsc.ir.types import DType
+from dsc.targets import Target
+from tests.backends.canonical_lm import Sizes, canonical_lm
+from tests.backends.test_onnx_codes import KINDS, differ, program_of
+from tests.backends.test_onnxruntime import BACKEND
+from tests.backends.test_onnxruntime import _conversation as conversation
+from tests.backends.test_onnxruntime import _executable as executable
+
+ALONE = """graph main(%i: i64[N,3], @w: f32[9,70]) {
+  %y = embedding %i, @w
+  return %y
+}"""
+TIED = """graph main(%i: i64[N,3], @w: f32[9,96]) {
+  %h = embedding %i, @w
+  %s = silu %h
+  %y = linear %s, @w
+  return %y
+}"""
+IDS = {"i": torch.tensor([[0, 8, 3], [5, 5, 1]])}
+
+
+def wanted(program: Program) -> torch.Tensor:
+    """What the interpreter gives."""
+    return torch.as_tensor(ReferenceExecutable(program).run("main", IDS)["y"])
+
+
+@pytest.mark.parametrize("ops", contrib.DIALECTS)
+@pytest.mark.parametrize("name", KINDS)
+def test_rows_are_the_interpreters_to_every_bit(name: str, ops: str, tmp_path: Path) -> None:
+    """In fp32, and rounded to 16 bits behind the lookup."""
+    for text in (ALONE, ALONE.replace("f32", "bf16")):
+        program = program_of(text, KINDS[name])
+        (table,) = program.weight_types().values()
+        assert table.format is not None
+        folder = tmp_path / str(len(text))
+        got = executable(program, folder, onnx_ops=ops).run("main", IDS)["y"]
+        assert torch.equal(torch.as_tensor(got), wanted(program))
+        model = onnx.load(str(folder / "onnx/main.onnx"), load_external_data=False)
+        used = {node.op_type for node in model.graph.node}
+        has_zeros = table.format.zeros is not None
+        assert ("GatherBlockQuantized" in used) is (ops == "ort" and not has_zeros)
+
+
+@pytest.mark.parametrize("ops", contrib.DIALECTS)
+@pytest.mark.parametrize("name", KINDS)
+def test_a_tied_head_reads_the_same_bytes(name: str, ops: str, tmp_path: Path) -> None:
+    """Once in the file, and with nothing fused too."""
+    import onnxruntime
+
+    program = program_of(TIED, KINDS[name])
+    got = executable(program, tmp_path / "a", onnx_ops=ops).run("main", IDS)["y"]
+    differ(torch.as_tensor(got), wanted(program), 0.1)
+    path = tmp_path / "a/onnx/main.onnx"
+    onnx.checker.check_model(str(path), full_check=True)
+    model = onnx.load(str(path), load_external_data=False)
+    stored = [x.name for x in model.graph.initializer if x.external_data]
+    parts = [n + end for n, t in program.weight_types().items() for end, _ in t.parts]
+    assert sorted(stored) == sorted(parts)
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    (plain,) = session.run(["y"], {"i": array_of(IDS["i"])})
+    differ(torch.as_tensor(plain), wanted(program), 0.1)
+
+
+@pytest.mark.parametrize("ops", contrib.DIALECTS)
+def test_a_model_whose_embedding_is_in_codes_says_what_the_interpreter_says(
+    ops: str, tmp_path: Path
+) -> None:
+    options = pipeline.PipelineOptions(quant_embedding="int4")
+    program, _ = pipeline.run(canonical_lm(Sizes(dtype=DType.f32)), BACKEND, Target("cpu"), options)
+    coded = {n: str(t.dtype) for n, t in program.weight_types().items() if t.format is not None}
+    assert coded == {"model.embed_tokens.weight": "i4"}
+    runs = executable(program, tmp_path / "a", onnx_ops=ops)
+    got, due = (torch.cat(conversation(x, program)) for x in (runs, ReferenceExecutable(program)))
+    assert (got - due).abs().max() <= 1e-5 * due.abs().max()
+    assert torch.equal(got.argmax(-1), due.argmax(-1))
