@@ -49,6 +49,8 @@ ALL_TARGETS = tuple(f"{kind}:{arch}" for kind, archs in KNOWN.items() for arch i
 FUSION_LEVEL = 3
 EXPERTS = ExpertKernels(rereads=True, tile=16, balance=250.0, launch=10_000_000)
 """A GPU of 800 TFLOP/s, 3.3 TB/s and 3 microseconds a launch: the order of magnitude decides."""
+FORMATS = ("i8", "i4", "f8e4m3")
+"""Codes of weights that kernels read as they are stored."""
 RUNNER = Path(__file__).with_name("runner.py")  # it launches on CUDA devices
 
 
@@ -63,13 +65,17 @@ class TritonBackend:
     name = "triton"
 
     def capabilities(self, target: Target) -> Capabilities:
-        """Caches in place, experts one by one or as grouped GEMMs, absorbed decode."""
+        """Caches in place, experts alone or grouped, absorbed decode, weights as they are stored.
+
+        Rows that codes multiply stay numbers.
+        """
         return Capabilities(
             options=("compile",),
             states=(Storage.CONTIGUOUS, Storage.GROWN),
             experts=EXPERTS,
             shared_experts=True,
             absorbed=True,
+            formats=FORMATS,
             fuse=FUSION_LEVEL,
             regions=RegionLimits(
                 anchors=frozenset({"linear"}),

@@ -63,6 +63,14 @@ class Blocks:
         return self.target == INTERPRET
 
     @property
+    def converts_fp8(self) -> bool:
+        """Whether the target itself converts e4m3, with infinity for nothing (e4m3fn)."""
+        kind, _, arch = self.target.partition(":")
+        if kind == "cuda":
+            return int(arch.removeprefix("sm_")) >= 89
+        return arch == "gfx950"
+
+    @property
     def shared_memory(self) -> int:
         """Bytes of shared memory that one program may use."""
         if self.target.startswith("hip:"):

@@ -51,13 +51,18 @@ class Context:
     entry: Draft = field(default_factory=Draft)
     views: dict[str, View] = field(default_factory=dict)
     weights: dict[str, int] = field(default_factory=dict)
+    parts: dict[int, tuple[View, ...]] = field(default_factory=dict)
     constants: dict[str, tuple[float, TensorType]] = field(default_factory=dict)
     gathers: dict[str, Gather] = field(default_factory=dict)
     loc: str = ""
     node: Node | None = None
 
     def view(self, operand: Operand | None) -> View:
-        """Where an operand lies; a weight becomes a buffer when it is first read."""
+        """Where an operand lies; a weight becomes a buffer when it is first read.
+
+        One in a stored format becomes several, of which the view is that of the codes, with the
+        type and the strides of the numbers: `stored` has them all.
+        """
         if operand is None:
             raise ValueError("an operand that this operator needs is absent")
         if not isinstance(operand, Weight):
@@ -70,9 +75,15 @@ class Context:
                 )
             return self.views[operand.name]
         if operand.name not in self.weights:
-            view = self.make(operand.type, WEIGHT, operand.name)
-            self.weights[operand.name] = view.buffer
+            parts = operand.type.parts
+            made = tuple(self.make(part, WEIGHT, f"{operand.name}{end}") for end, part in parts)
+            self.weights[operand.name] = made[0].buffer
+            self.parts[made[0].buffer] = made
         return _dense(self.weights[operand.name], operand.type)
+
+    def stored(self, weight: View) -> tuple[View, ...]:
+        """What is stored of the weight that a view is of, in the order of its type's parts."""
+        return self.parts[weight.buffer]
 
     def _constant(self, value: float, type: TensorType) -> View:
         """One element of memory, broadcast by stride 0."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
+from dsc.backends.triton.codes import READERS, weight_reason
 from dsc.backends.triton.context import Context
 from dsc.backends.triton.launch import POINTER_TYPES
 from dsc.backends.triton.lower import attend, contract, lookups, moe, outside, regions, shapes
@@ -85,7 +86,14 @@ def reason(node: Node) -> str | None:
         return next((r for r in inside if r is not None), None) or regions.reason(node)
     if lowering(node.op) is None:
         return f"no Triton kernel for {node.op}{brings_none(node.op, 'triton')}"
-    strange = [v.type.dtype for v in (*node.operands, *node.outputs)]
+    coded = [x.type for x in node.operands if x.type.format is not None]
+    if coded and node.op not in READERS:
+        return f"{node.op} of a weight in {coded[0].dtype}{coded[0].format}"
+    unread = next((why for t in coded if (why := weight_reason(t)) is not None), None)
+    if unread is not None:
+        return unread
+    plain = (v.type for v in (*node.operands, *node.outputs) if v.type.format is None)
+    strange = [t.dtype for t in plain]
     strange = [t for t in strange if t not in POINTER_TYPES or t is DType.f64]
     if strange:
         return f"{node.op} with elements of type {strange[0]}"

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from dsc.backends.triton.blocks import Tile, ceil_div, next_power
+from dsc.backends.triton.codes import einsum_axes, loader
 from dsc.backends.triton.context import Context, Given, template
 from dsc.backends.triton.slots import ALL_PLAIN, Slots, written
 from dsc.ir import views
@@ -37,13 +38,18 @@ def emit_gemm(
     new_rows: Dim = 0,
     widen: bool = False,
     slots: Slots = ALL_PLAIN,
+    axes: tuple[int, int] = (-2, -1),
 ) -> None:
-    """Append a GEMM. With `limit`, row tiles past limit[z] + new_rows are skipped."""
+    """Append a GEMM. With `limit`, row tiles past limit[z] + new_rows are skipped.
+
+    A weight in codes becomes numbers as it is loaded; `axes` are those of its columns and its sum.
+    """
     z, m, n, k = p.extents
     itemsize = 4 if widen else p.a.dtype.itemsize
     rows, columns = ctx.limit(m), ctx.limit(n)
     tile = ctx.blocks.gemm(rows, columns, ctx.limit(k), itemsize, ctx.limit(z))
-    given: dict[str, Given] = {"a": p.a, "b": p.b, "bias": bias, "limit": limit, "c": p.out}
+    weight, slots = _loaded(ctx, p.b, tile, slots, axes)
+    given: dict[str, Given] = {"a": p.a, "b": weight, "bias": bias, "limit": limit, "c": p.out}
     given |= {"M": m, "N": n, "K": k, "new_rows": new_rows}
     given |= dict(zip(("a_batch", "a_m", "a_k"), p.a_strides, strict=True))
     given |= dict(zip(("b_batch", "b_n", "b_k"), p.b_strides, strict=True))
@@ -53,6 +59,16 @@ def emit_gemm(
     given["GROUP_M"] = 8 if rows > 2 * tile.m else 0
     grid = (ceil_div(m, tile.m) * ceil_div(n, tile.n), z)
     _launch(ctx, "gemm", slots, grid, given, tile)
+
+
+def _loaded(
+    ctx: Context, weight: View, tile: Tile, slots: Slots, axes: tuple[int, int] = (-2, -1)
+) -> tuple[View, Slots]:
+    """What a kernel's pointer of the weight is, and its slots with a loader of codes."""
+    if weight.type.format is None:
+        return weight, slots
+    codes = loader(ctx, weight, tile.k, *axes)
+    return codes.codes, replace(slots, loader=codes.slot())
 
 
 def _launch(
@@ -104,6 +120,8 @@ def einsum(ctx: Context, node: Node) -> None:
     """Two operands, letters folded into batch, m, n and k."""
     terms, result = einsum_terms(node.attrs["eq"])
     a, b = ctx.operands(node)
+    if a.type.format is not None:
+        a, b, terms = b, a, terms[::-1]
     _contract(ctx, node, a, b, terms, result)
 
 
@@ -118,7 +136,20 @@ def einsum_reason(node: Node) -> str | None:
     lonely = (set(left) ^ set(right)) - set(result)
     if lonely:
         return f"{', '.join(sorted(lonely))} of {node.attrs['eq']} summed over one operand only"
+    coded = [i for i, x in enumerate(node.operands) if x.type.format is not None]
+    if len(coded) > 1:
+        return "an einsum of two operands in codes"
+    if coded and _coded_axes(terms[1 - coded[0]], terms[coded[0]], result) is None:
+        return f"codes whose last two axes are not the columns and the sum of {node.attrs['eq']}"
     return None
+
+
+def _coded_axes(left: str, right: str, result: str) -> tuple[int, int] | None:
+    """The axes of columns and of the sum of a right operand in codes, if there are such two."""
+    n = "".join(c for c in result if c in right and c not in left)
+    k = "".join(c for c in right if c in left and c not in result)
+    batch = "".join(c for c in result if c in left and c in right)
+    return einsum_axes(right, n, k) if right[:-2] == batch else None
 
 
 def _contract(
@@ -144,7 +175,8 @@ def _contract(
         ctx.set(node, out)
     assert folded is not None, "a dense buffer in role order folds"
     extents = (folded[0][0], folded[1][0], folded[2][0], a_roles[2][0])
-    emit_gemm(ctx, Product(a, b, out, extents, _steps(a_roles), _steps(b_roles), _steps(folded)))
+    made = Product(a, b, out, extents, _steps(a_roles), _steps(b_roles), _steps(folded))
+    emit_gemm(ctx, made, axes=_coded_axes(left, right, result) or (-2, -1))
 
 
 Fold = tuple[Dim, Dim]
@@ -214,7 +246,8 @@ def emit_grouped(
     most = ctx.limit(rows)
     tile = ctx.blocks.gemm(max(1, -(-most // experts)), n, k, x.dtype.itemsize)
     tiles = rows if most <= experts else rows // tile.m + experts
-    given: dict[str, Given] = {"a": x, "order": order, "b": weight, "offsets": offsets}
+    codes, slots = _loaded(ctx, weight, tile, slots)
+    given: dict[str, Given] = {"a": x, "order": order, "b": codes, "offsets": offsets}
     given |= {"c": out, "N": n, "K": k, "a_m": row_stride, "slots": per_token}
     given |= dict(zip(("c_m", "c_n"), out_strides or (n, 1), strict=True))
     given |= {"EXPERTS": experts, "EXPERTS_PADDED": next_power(experts)}

@@ -1,0 +1,95 @@
+"""Products over weights in codes on triton: in the interpreter against the IR's, and compiled."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from dsc.ir.program import Program
+from tests.backends.triton_coded import Case, expected, inputs, loaded, program
+
+pytest.importorskip("triton")
+
+
+def _linear(weight: str, rows: int, columns: int, depth: int, dtype: str = "f32") -> Case:
+    return Case(
+        (f"{weight}[{columns},{depth}]",),
+        {"x": f"{dtype}[{rows},{depth}]"},
+        "%y = linear %x, %w",
+        f"{dtype}[{rows},{columns}]",
+    )
+
+
+def _grouped(weight: str, rows: int, columns: int, depth: int, dtype: str = "f32") -> Case:
+    return Case(
+        (f"{weight}[3,{columns},{depth}]",),
+        {"x": f"{dtype}[{rows},{depth}]", "offsets": "i64[4]"},
+        "%y = grouped_linear %x, %w, %offsets",
+        f"{dtype}[{rows},{columns}]",
+    )
+
+
+def _experts(weight: str, tokens: int, width: int, inner: int, dtype: str = "f32") -> Case:
+    return Case(
+        (f"{weight}[3,{2 * inner},{width}]", f"{weight}[3,{width},{inner}]"),
+        {"x": f"{dtype}[{tokens},{width}]", "i": f"i64[{tokens},2]", "s": f"f32[{tokens},2]"},
+        "%y = experts %x, %i, %s, %w, %v",
+        f"{dtype}[{tokens},{width}]",
+    )
+
+
+def _halves(weight: str, eq: str, q: str, w: str, result: str) -> Case:
+    return Case(
+        (f"{weight}[{w}]",), {"x": f"f32[{q}]"}, f'%y = einsum %x, %w {{eq="{eq}"}}',
+        f"f32[{result}]",
+    )  # fmt: skip
+
+
+CASES = {
+    "i8_rows": _linear("i8{1x32,f16}", 5, 70, 200),
+    "i8_bf16": _linear("i8{1x32,f16}", 3, 40, 96, "bf16"),
+    "i8_odd_groups": _linear("i8{1x24,f16}", 3, 33, 100),
+    "i8_zeros": _linear("i8{1x64,bf16,i8}", 2, 20, 130),
+    "i8_whole": _linear("i8{1x*,f32}", 2, 40, 100),
+    "i8_one": _linear("i8{*x*,f32}", 2, 40, 100),
+    "i4": _linear("i4{1x32,f16}", 5, 70, 200),
+    "i4_zeros": _linear("i4{1x128,f16,i8}", 2, 33, 264, "bf16"),
+    "f8": _linear("f8e4m3{128x128,f32}", 4, 190, 300),
+    "f8_bf16": _linear("f8e4m3{128x128,f32}", 70, 130, 200, "bf16"),
+    "f8_small": _linear("f8e4m3{16x16,f32}", 3, 40, 72),
+    "k_halves": _halves("f8e4m3{32x64,f32}", "bshd,hdc->bshc", "1,2,3,32", "3,32,70", "1,2,3,70"),
+    "v_halves": _halves("f8e4m3{32x64,f32}", "bshc,hdc->bshd", "1,2,3,70", "3,32,70", "1,2,3,32"),
+    "k_integers": _halves("i8{1x32,f16}", "bshd,hdc->bshc", "1,2,3,32", "3,32,70", "1,2,3,70"),
+    "k_nibbles": _halves("i4{1x32,f16}", "bshd,hdc->bshc", "1,2,3,32", "3,32,70", "1,2,3,70"),
+    "grouped_i8": _grouped("i8{1x32,f16}", 11, 40, 70),
+    "grouped_i4": _grouped("i4{1x32,f16}", 11, 40, 70),
+    "grouped_f8": _grouped("f8e4m3{128x128,f32}", 11, 150, 140),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def made() -> Program:
+    return program(CASES)
+
+
+@pytest.fixture(scope="module")
+def interpreted(made: Program, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    executable = loaded(made, tmp_path_factory.mktemp("codes"))
+    yield executable
+    executable.close()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_codes_are_the_numbers_that_the_interpreter_unpacks(
+    made: Program, interpreted: Any, name: str
+) -> None:
+    given = inputs(CASES[name])
+    (found,) = interpreted.run(name, given).values()
+    wanted = expected(made, name, given)
+    assert (found.dtype, found.shape) == (wanted.dtype, wanted.shape)
+    narrow = found.dtype is torch.bfloat16
+    off = (found.float() - wanted.float()).abs().max() / wanted.float().abs().max()
+    assert off < (2**-7 if narrow else 2**-20), off

@@ -1,0 +1,99 @@
+"""Products over weights in codes, as cases for the triton backend: programs, inputs, what is right.
+
+A case is one product with a weight in a stored format; all are entries of one program, so that one
+interpreting process runs them all. What a text calls `%w` is the weight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dsc.backends.base import EmitOptions
+from dsc.backends.triton import TritonBackend
+from dsc.ir.formats import Packed, pack
+from dsc.ir.interpreter import Interpreter
+from dsc.ir.parser import parse_program, parse_type
+from dsc.ir.printer import print_expr
+from dsc.ir.program import Program
+from dsc.ir.types import DType, TensorType
+from dsc.ir.weights import DictSource, leaf
+from dsc.runtime import artifact as artifacts
+
+
+@dataclass(frozen=True)
+class Case:
+    """An operator's inputs by type, and its call, in which %w, %v are the weights."""
+
+    weights: tuple[str, ...]
+    inputs: Mapping[str, str]
+    call: str
+    result: str
+
+    def types(self, name: str) -> dict[str, TensorType]:
+        """The types of the weights by name."""
+        return {f"{name}.{i}": parse_type(text) for i, text in enumerate(self.weights)}
+
+
+def program(cases: Mapping[str, Case]) -> Program:
+    """An entry a case, over seeded weights of rows that differ in size."""
+    tensors: dict[str, torch.Tensor] = {}
+    typed, entries = "", ""
+    for name, case in cases.items():
+        call = case.call
+        for at, (weight, t) in enumerate(case.types(name).items()):
+            for (suffix, _), part in zip(t.parts, _packed(t, at).parts, strict=True):
+                tensors[f"{weight}{suffix}"] = part
+            typed += f"  @{weight} : {t} = {print_expr(leaf(weight, t))}\n"
+            call = call.replace(f"%{'wv'[at]}", f"@{weight}")
+        given = ", ".join(f"%{x}: {t}" for x, t in case.inputs.items())
+        entries += f"graph {name}({given}) {{\n  {call} : {case.result}\n  return %y\n}}\n"
+    text = f'program "codes" {{stage=LOWERED}}\nweights {{\n{typed}}}\n{entries}'
+    return parse_program(text, DictSource(tensors))
+
+
+def _packed(t: TensorType, seed: int) -> Packed:
+    generator = torch.Generator().manual_seed(seed)
+    shape = [int(d) for d in t.shape]  # type: ignore[arg-type]
+    x = torch.randn(shape, generator=generator)
+    x[..., 1::3, :] *= 30
+    if t.format is not None and t.format.zeros is not None:
+        x += 0.7
+    return pack(x, t)
+
+
+def inputs(case: Case) -> dict[str, torch.Tensor]:
+    """Seeded operands: numbers near 1, indices below 3, and where three groups of rows begin."""
+    generator, given = torch.Generator().manual_seed(len(case.call)), {}
+    for name, text in case.inputs.items():
+        t = parse_type(text)
+        shape = [int(d) for d in t.shape]  # type: ignore[arg-type]
+        if name == "offsets":
+            rows = parse_type(case.inputs["x"]).shape[0]
+            given[name] = torch.tensor([0, 3, 3, rows])
+        elif t.dtype is DType.i64:
+            given[name] = torch.randint(0, 3, shape, generator=generator)
+        else:
+            given[name] = torch.randn(shape, generator=generator).to(t.dtype.torch)
+    return given
+
+
+def loaded(made: Program, folder: Path) -> Any:
+    """The program's kernels in the interpreter, with weights as an artifact holds them."""
+    backend = TritonBackend()
+    emission = backend.emit(made, EmitOptions(extra={"compile": False}))
+    out = artifacts.write(
+        folder / "out", made, emission, backend="triton", targets=("cuda:sm_90",), report={}
+    )
+    read = artifacts.read(out, trust=True)
+    return backend.load(out, read.manifest, read.program)
+
+
+def expected(made: Program, name: str, given: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """What the interpreter of the IR gives."""
+    (result,) = Interpreter(made).run(name, dict(given)).values()
+    return result
