@@ -32,7 +32,6 @@ from dsc.ir.graph import Node
 from dsc.ir.index_ranges import giving_indices, index_ranges
 from dsc.ir.interface import Storage
 from dsc.ir.op import named
-from dsc.ir.ops.quant import takes_codes
 from dsc.ir.paging import reads_pages
 from dsc.ir.program import Program
 from dsc.ir.regions import RegionLimits
@@ -51,6 +50,8 @@ EXPERTS = ExpertKernels(rereads=True, tile=16, balance=250.0, launch=10_000_000)
 """A GPU of 800 TFLOP/s, 3.3 TB/s and 3 microseconds a launch: the order of magnitude decides."""
 FORMATS = ("i8", "i4", "f8e4m3")
 """Codes of weights that kernels read as they are stored."""
+ACTIVATIONS = ("f8e4m3",)
+"""Codes of weights beside which rows become codes."""
 RUNNER = Path(__file__).with_name("runner.py")  # it launches on CUDA devices
 
 
@@ -67,7 +68,7 @@ class TritonBackend:
     def capabilities(self, target: Target) -> Capabilities:
         """Caches in place, experts alone or grouped, absorbed decode, weights as they are stored.
 
-        Rows that codes multiply stay numbers.
+        Rows that FP8 multiplies are FP8 where that is asked for; beside integers they stay numbers.
         """
         return Capabilities(
             options=("compile",),
@@ -76,6 +77,7 @@ class TritonBackend:
             shared_experts=True,
             absorbed=True,
             formats=FORMATS,
+            activations=ACTIVATIONS,
             fuse=FUSION_LEVEL,
             regions=RegionLimits(
                 anchors=frozenset({"linear"}),
@@ -92,8 +94,6 @@ class TritonBackend:
             return No("a region that computes an index: what it reads by could not be looked at")
         if reads_pages(node):
             return No("it takes no caches in pages")
-        if takes_codes(node):
-            return No("it takes no rows as codes")
         why = reason(node)
         return Yes() if why is None else No(why)
 

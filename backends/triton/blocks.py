@@ -63,12 +63,12 @@ class Blocks:
         return self.target == INTERPRET
 
     @property
-    def converts_fp8(self) -> bool:
-        """Whether the target itself converts e4m3, with infinity for nothing (e4m3fn)."""
+    def fp8(self) -> str:
+        """Which kind of e4m3 the target converts and multiplies: e4m3fn, e4m3fnuz, or none."""
         kind, _, arch = self.target.partition(":")
         if kind == "cuda":
-            return int(arch.removeprefix("sm_")) >= 89
-        return arch == "gfx950"
+            return "e4m3fn" if int(arch.removeprefix("sm_")) >= 89 else ""
+        return {"gfx942": "e4m3fnuz", "gfx950": "e4m3fn"}.get(arch, "")
 
     @property
     def shared_memory(self) -> int:

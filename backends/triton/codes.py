@@ -16,6 +16,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from dsc.backends.triton.context import Context, Given
+from dsc.backends.triton.pointwise import TYPES
 from dsc.backends.triton.slots import Slot
 from dsc.ir.formats import CODINGS, WHOLE
 from dsc.ir.types import DType, TensorType
@@ -54,7 +55,7 @@ class Loader:
         """What is stored of the codes, as bytes where the target does not know their type."""
         stored = self.parts[0]
         as_bytes = stored.dtype.is_float and not self.fp8
-        return View(stored.buffer, _bytes(stored.type), stored.strides) if as_bytes else stored
+        return _as_bytes(stored) if as_bytes else stored
 
     @property
     def _together(self) -> int:
@@ -63,7 +64,8 @@ class Loader:
     def arguments(self) -> dict[str, Given]:
         """The kernel's parameters for all but the codes themselves, by name."""
         codes, scales, *zeros = self.parts
-        given: dict[str, Given] = {"scales": scales}
+        exponents = scales.dtype is DType.f8e8m0
+        given: dict[str, Given] = {"scales": _as_bytes(scales) if exponents else scales}
         given |= {"zeros": zeros[0]} if zeros else {}
         for name, part in (("codes", codes), ("scales", scales)):
             leading = part.strides[-3] if len(part.strides) > 2 else 0
@@ -71,8 +73,22 @@ class Loader:
             given[f"{name}_n"], given[f"{name}_k"] = part.strides[self.n], part.strides[self.k]
         return given
 
+    def shares(self, columns: int) -> bool:
+        """Whether a scale of a row covers so many columns of the sum at a time, and is all."""
+        block = self._block(self.k)
+        return len(self.parts) == 2 and (block == WHOLE or block % columns == 0)
+
     def tile(self, name: str) -> list[str]:
         """`name` f32[BLOCK_N, BLOCK_K]: the numbers of columns n of `matrix`, from `start` on."""
+        return [*self._places(name), *self._codes(name), *self._scaled(name)]
+
+    def apart(self, name: str, multiplied: DType) -> list[str]:
+        """`name` [BLOCK_N, BLOCK_K]: codes as elements of a type; `{name}_scales` f32[BLOCK_N]."""
+        codes = self._codes(name, multiplied)
+        return [*self._places(name), *codes, f"{name}_scales = {self._shared('scales', name)}"]
+
+    def _places(self, name: str) -> list[str]:
+        """Where codes of columns n begin, and which scales are theirs."""
         rows = f"(n // {self._together})" if self._shifts else "n"
         block = self._block(self.n)
         own = "n * 0" if block == WHOLE else f"(n // {block}) * scales_n"
@@ -81,8 +97,6 @@ class Loader:
             f"{name}_at = b + matrix * codes_matrix + {rows}.to(tl.int64) * codes_n",
             f"{name}_block = matrix * scales_matrix + {own}",
             *shift,
-            *self._codes(name),
-            *self._scaled(name),
         ]
 
     @property
@@ -94,26 +108,26 @@ class Loader:
         assert self.view.type.format is not None
         return self.view.type.format.block[axis]
 
-    def _codes(self, name: str) -> list[str]:
-        """The codes as fp32."""
-        keep = "fits[:, None] & (k[None, :] < K)"
+    def _codes(self, name: str, kind: DType = DType.f32) -> list[str]:
+        """The codes as numbers of a type."""
+        to = f"{name} = {name}.to({TYPES[kind]})" if kind is not self.codes.dtype else ""
         if self._together > 1 and not self._shifts:
-            pairs = f"start // 2 + tl.arange(0, {self.block_k // 2})"
-            return [
-                f"{name}_pairs = {pairs}",
+            pairs = f"{name}_pairs = start // 2 + tl.arange(0, {self.block_k // 2})"
+            loaded = (
                 f"{name} = tl.load({name}_at[:, None] + {name}_pairs[None, :],"
-                f" mask=fits[:, None] & ({name}_pairs[None, :] * 2 < K), other=0)",
-                f"{name} = tl.interleave({name} & 15, {name} >> 4).to(tl.float32) - 8.0",
-            ]
+                f" mask=fits[:, None] & ({name}_pairs[None, :] * 2 < K), other=0)"
+            )
+            return [pairs, loaded, f"{name} = tl.interleave({name} & 15, {name} >> 4)", *_less(to)]
         address = f"{name}_at[:, None] + k[None, :].to(tl.int64) * codes_k"
         none = "0.0" if self.codes.dtype.is_float else "0"
+        keep = "fits[:, None] & (k[None, :] < K)"
         loaded = f"{name} = tl.load({address}, mask={keep}, other={none})"
         if self._shifts:
-            numbers = f"(({name} >> {name}_shift[:, None]) & 15).to(tl.float32) - 8.0"
-            return [loaded, f"{name} = {numbers}"]
-        if self.view.dtype.is_float and not self.fp8:
-            return [loaded, *e4m3_bits(name)]
-        return [loaded, f"{name} = {name}.to(tl.float32)"]
+            return [loaded, f"{name} = ({name} >> {name}_shift[:, None]) & 15", *_less(to)]
+        if self.codes.dtype is DType.u8:
+            made = e4m3fnuz(name) if kind is DType.f8e4m3fnuz else e4m3_bits(name)
+            return [loaded, *made, *([to] if kind is DType.f32 else ())]
+        return [loaded, *([to] if to else ())]
 
     def _scaled(self, name: str) -> list[str]:
         """Codes less their zero points, times the scales of their blocks."""
@@ -128,21 +142,33 @@ class Loader:
         """`{name}_{part}` f32, for each element of the tile, or one for all of a row."""
         block, value, at = self._block(self.k), f"{name}_{part}", f"{part} + {name}_block"
         if block == WHOLE or block % self.block_k == 0:
-            along = "" if block == WHOLE else f" + start // {block} * scales_k"
-            return [f"{value} = tl.load({at}{along}, mask=fits, other=0).to(tl.float32)[:, None]"]
+            return [f"{value} = {self._shared(part, name)}[:, None]"]
         if self.block_k % block or block == 1:
             keep = "fits[:, None] & (k[None, :] < K)"
             at = f"({at})[:, None] + (k[None, :] // {block}) * scales_k"
-            return [f"{value} = tl.load({at}, mask={keep}, other=0).to(tl.float32)"]
+            return [f"{value} = {self._wide(part, f'tl.load({at}, mask={keep}, other=0)')}"]
         count, groups = self.block_k // block, f"{name}_groups"
         keep = f"fits[:, None] & ({groups}[None, :] * {block} < K)"
+        at = f"({at})[:, None] + {groups}[None, :] * scales_k"
         wide = f"{value}[:, :, None], (BLOCK_N, {count}, {block})"
         return [
             f"{groups} = start // {block} + tl.arange(0, {count})",
-            f"{value} = tl.load(({at})[:, None] + {groups}[None, :] * scales_k, mask={keep},"
-            " other=0).to(tl.float32)",
+            f"{value} = {self._wide(part, f'tl.load({at}, mask={keep}, other=0)')}",
             f"{value} = tl.reshape(tl.broadcast_to({wide}), (BLOCK_N, {self.block_k}))",
         ]
+
+    def _shared(self, part: str, name: str) -> str:
+        """A scale, or zero point, of each row for all columns of a tile: f32[BLOCK_N]."""
+        block = self._block(self.k)
+        along = "" if block == WHOLE else f" + start // {block} * scales_k"
+        return self._wide(part, f"tl.load({part} + {name}_block{along}, mask=fits, other=0)")
+
+    def _wide(self, part: str, loaded: str) -> str:
+        """What is loaded of scales or zero points, in fp32; of e8m0 it is the exponent."""
+        if part == "zeros" or self.parts[1].dtype is not DType.f8e8m0:
+            return f"{loaded}.to(tl.float32)"
+        bits = f"tl.maximum({loaded}.to(tl.int32) << 23, {1 << 22})"
+        return f"{bits}.to(tl.float32, bitcast=True)"
 
     def slot(self) -> Slot:
         """The loader of a product whose weight is `b`."""
@@ -151,19 +177,33 @@ class Loader:
         return Slot(title, {"w": lines}, self.arguments())
 
 
+def _less(to: str) -> list[str]:
+    """4-bit codes, which are stored as how far they lie above the least."""
+    name = to.partition(" ")[0]
+    return [f"{name} = {name}.to(tl.int8) - 8", to]
+
+
 def e4m3_bits(name: str) -> list[str]:
-    """Codes in e4m3 u8 as fp32, by their bits: moved by one they are 2^-8 of it in fp16."""
-    magnitude = f"({name} & 127)"
-    bits = f"({magnitude}.to(tl.uint16) << 7) | (({name} & 128).to(tl.uint16) << 8)"
+    """Codes in e4m3 u8 as fp16, by their bits: moved by one they are 2^-8 of the number."""
+    bits = f"(({name} & 127).to(tl.uint16) << 7) | (({name} & 128).to(tl.uint16) << 8)"
     return [
-        f"{name}_half = ({bits}).to(tl.float16, bitcast=True).to(tl.float32) * 256.0",
-        f'{name} = tl.where({magnitude} == 127, float("nan"), {name}_half)',
+        f"{name}_bits = {name}",
+        f"{name} = ({bits}).to(tl.float16, bitcast=True) * 256.0",
+        f'{name} = tl.where(({name}_bits & 127) == 127, float("nan"), {name})',
+    ]
+
+
+def e4m3fnuz(name: str) -> list[str]:
+    """Codes in e4m3 u8 as e4m3fnuz of half the number: its minus zero is NaN, and NaN a number."""
+    return [
+        f"{name} = tl.where({name} == 128, 0, tl.where(({name} & 127) == 127, 128, {name}))",
+        f"{name} = {name}.to(tl.uint8).to(tl.float8e4b8, bitcast=True)",
     ]
 
 
 def loader(ctx: Context, weight: View, block_k: int, n: int = -2, k: int = -1) -> Loader:
     """The loader of a weight in codes, which is read whole."""
-    return Loader(weight, ctx.stored(weight), n, k, block_k, ctx.blocks.converts_fp8)
+    return Loader(weight, ctx.stored(weight), n, k, block_k, ctx.blocks.fp8 == "e4m3fn")
 
 
 def einsum_axes(letters: str, n: str, k: str) -> tuple[int, int] | None:
@@ -177,5 +217,5 @@ def einsum_axes(letters: str, n: str, k: str) -> tuple[int, int] | None:
     return (-2, -1) if last[0] == n else (-1, -2)
 
 
-def _bytes(t: TensorType) -> TensorType:
-    return TensorType(DType.u8, t.shape)
+def _as_bytes(part: View) -> View:
+    return View(part.buffer, part.type.with_dtype(DType.u8), part.strides)

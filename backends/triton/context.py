@@ -52,6 +52,8 @@ class Context:
     views: dict[str, View] = field(default_factory=dict)
     weights: dict[str, int] = field(default_factory=dict)
     parts: dict[int, tuple[View, ...]] = field(default_factory=dict)
+    row_codes: dict[tuple[View, int], tuple[View, View]] = field(default_factory=dict)
+    """Codes and scales of rows that were made codes, by how many columns share a scale."""
     constants: dict[str, tuple[float, TensorType]] = field(default_factory=dict)
     gathers: dict[str, Gather] = field(default_factory=dict)
     loc: str = ""

@@ -19,7 +19,7 @@ TYPES = {
     DType.f16: "tl.float16", DType.i64: "tl.int64", DType.i32: "tl.int32", DType.i16: "tl.int16",
     DType.i8: "tl.int8",
     DType.u8: "tl.uint8", DType.boolean: "tl.int1", DType.f8e4m3: "tl.float8e4nv",
-    DType.f8e5m2: "tl.float8e5",
+    DType.f8e4m3fnuz: "tl.float8e4b8", DType.f8e5m2: "tl.float8e5",
 }  # fmt: skip
 _NAN = "propagate_nan=tl.PropagateNan.ALL"
 

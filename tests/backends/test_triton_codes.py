@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -41,6 +42,10 @@ def _experts(weight: str, tokens: int, width: int, inner: int, dtype: str = "f32
     )
 
 
+def _coded(case: Case, rows: str = "f8e4m3:128") -> Case:
+    return replace(case, call=f'{case.call} {{activations="{rows}"}}')
+
+
 def _halves(weight: str, eq: str, q: str, w: str, result: str) -> Case:
     return Case(
         (f"{weight}[{w}]",), {"x": f"f32[{q}]"}, f'%y = einsum %x, %w {{eq="{eq}"}}',
@@ -64,10 +69,43 @@ CASES = {
     "v_halves": _halves("f8e4m3{32x64,f32}", "bshc,hdc->bshd", "1,2,3,70", "3,32,70", "1,2,3,32"),
     "k_integers": _halves("i8{1x32,f16}", "bshd,hdc->bshc", "1,2,3,32", "3,32,70", "1,2,3,70"),
     "k_nibbles": _halves("i4{1x32,f16}", "bshd,hdc->bshc", "1,2,3,32", "3,32,70", "1,2,3,70"),
+    "rows_f8": _coded(_linear("f8e4m3{128x128,f32}", 4, 190, 300)),
+    "rows_f8_bf16": _coded(_linear("f8e4m3{128x128,f32}", 5, 130, 256, "bf16")),
+    "rows_f8_many": _coded(_linear("f8e4m3{128x128,f32}", 70, 130, 300)),
+    "rows_f8_whole": _coded(_linear("f8e4m3{1x*,f8e8m0}", 70, 33, 300)),
+    "rows_f8_fine": _coded(_linear("f8e4m3{16x16,f32}", 70, 33, 72)),
+    "rows_f8_narrow": _coded(_linear("f8e4m3{128x128,f32}", 3, 33, 130), "f8e4m3:32"),
+    "grouped_rows_f8": _coded(_grouped("f8e4m3{128x128,f32}", 11, 150, 140)),
+    "grouped_rows_f8_many": _coded(_grouped("f8e4m3{128x128,f32}", 81, 150, 140)),
     "grouped_i8": _grouped("i8{1x32,f16}", 11, 40, 70),
     "grouped_i4": _grouped("i4{1x32,f16}", 11, 40, 70),
     "grouped_f8": _grouped("f8e4m3{128x128,f32}", 11, 150, 140),
 }  # fmt: skip
+
+BLOCKS = "f8e4m3{128x128,f32}"
+MULTIPLIED = {
+    "many": (
+        _coded(_linear(BLOCKS, 200, 256, 256, "bf16")),
+        {
+            "cuda:sm_80": "mma.*f16.f16",
+            "cuda:sm_90": "wgmma.*e4m3.e4m3",
+            "cuda:sm_100": "tcgen05.mma.*f8f6f4",
+            "hip:gfx942": "v_mfma.*fp8_fp8",
+            "hip:gfx950": "v_mfma.*f8f6f4",
+        },
+    ),
+    "few": (
+        _coded(_linear(BLOCKS, 4, 256, 256, "bf16")),
+        {
+            "cuda:sm_80": "mma.*f16.f16",
+            "cuda:sm_90": "mma.*f16.f16",
+            "cuda:sm_100": "mma.*f16.f16",
+            "hip:gfx942": "v_mfma.*fp8_fp8",
+            "hip:gfx950": "v_mfma.*f8f6f4",
+        },
+    ),
+}
+"""Products of rows in codes, and the instructions that each target is to multiply them by."""
 
 
 @pytest.fixture(scope="module")
@@ -92,4 +130,4 @@ def test_codes_are_the_numbers_that_the_interpreter_unpacks(
     assert (found.dtype, found.shape) == (wanted.dtype, wanted.shape)
     narrow = found.dtype is torch.bfloat16
     off = (found.float() - wanted.float()).abs().max() / wanted.float().abs().max()
-    assert off < (2**-7 if narrow else 2**-20), off
+    assert off < (2**-6 if narrow else 2**-20), off

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
+from dsc.backends.triton.coded_rows import rows_reason
 from dsc.backends.triton.codes import READERS, weight_reason
 from dsc.backends.triton.context import Context
 from dsc.backends.triton.launch import POINTER_TYPES
@@ -92,6 +93,8 @@ def reason(node: Node) -> str | None:
     unread = next((why for t in coded if (why := weight_reason(t)) is not None), None)
     if unread is not None:
         return unread
+    if node.attrs.get("activations") and (why := rows_reason(node.attrs["activations"])):
+        return why
     plain = (v.type for v in (*node.operands, *node.outputs) if v.type.format is None)
     strange = [t.dtype for t in plain]
     strange = [t for t in strange if t not in POINTER_TYPES or t is DType.f64]

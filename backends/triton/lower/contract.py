@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from dsc.backends.triton.blocks import Tile, ceil_div, next_power
+from dsc.backends.triton.coded_rows import RowCodes
 from dsc.backends.triton.codes import einsum_axes, loader
 from dsc.backends.triton.context import Context, Given, template
 from dsc.backends.triton.slots import ALL_PLAIN, Slots, written
@@ -39,17 +40,23 @@ def emit_gemm(
     widen: bool = False,
     slots: Slots = ALL_PLAIN,
     axes: tuple[int, int] = (-2, -1),
+    activations: str = "",
 ) -> None:
     """Append a GEMM. With `limit`, row tiles past limit[z] + new_rows are skipped.
 
     A weight in codes becomes numbers as it is loaded; `axes` are those of its columns and its sum.
+    With `activations` rows are codes too.
     """
     z, m, n, k = p.extents
     itemsize = 4 if widen else p.a.dtype.itemsize
     rows, columns = ctx.limit(m), ctx.limit(n)
     tile = ctx.blocks.gemm(rows, columns, ctx.limit(k), itemsize, ctx.limit(z))
-    weight, slots = _loaded(ctx, p.b, tile, slots, axes)
-    given: dict[str, Given] = {"a": p.a, "b": weight, "bias": bias, "limit": limit, "c": p.out}
+    coded = RowCodes.of(ctx, activations, rows) if activations else None
+    tile = coded.tile(tile) if coded is not None else tile
+    x, weight, slots = _in_codes(ctx, p.a, p.b, tile, slots, axes, coded)
+    if x is not p.a:
+        p = replace(p, a_strides=(0, k, 1))
+    given: dict[str, Given] = {"a": x, "b": weight, "bias": bias, "limit": limit, "c": p.out}
     given |= {"M": m, "N": n, "K": k, "new_rows": new_rows}
     given |= dict(zip(("a_batch", "a_m", "a_k"), p.a_strides, strict=True))
     given |= dict(zip(("b_batch", "b_n", "b_k"), p.b_strides, strict=True))
@@ -61,14 +68,30 @@ def emit_gemm(
     _launch(ctx, "gemm", slots, grid, given, tile)
 
 
-def _loaded(
-    ctx: Context, weight: View, tile: Tile, slots: Slots, axes: tuple[int, int] = (-2, -1)
-) -> tuple[View, Slots]:
-    """What a kernel's pointer of the weight is, and its slots with a loader of codes."""
+def _in_codes(
+    ctx: Context,
+    x: View,
+    weight: View,
+    tile: Tile,
+    slots: Slots,
+    axes: tuple[int, int] = (-2, -1),
+    rows: RowCodes | None = None,
+    row: str = "m",
+) -> tuple[View, View, Slots]:
+    """What a kernel's pointers to x and to the weight are, and its slots, where codes are read.
+
+    `rows` says how rows of x become codes; `row` is the number of a row in the kernel's text.
+    """
     if weight.type.format is None:
-        return weight, slots
+        return x, weight, slots
     codes = loader(ctx, weight, tile.k, *axes)
-    return codes.codes, replace(slots, loader=codes.slot())
+    if rows is None:
+        return x, codes.codes, replace(slots, loader=codes.slot())
+    scales = None
+    if rows.ahead and codes.shares(rows.columns):
+        x, scales = rows.made(ctx, x)
+    loads, sums = rows.slots(codes, scales, row)
+    return x, codes.codes, replace(slots, loader=loads, sum=sums)
 
 
 def _launch(
@@ -102,7 +125,8 @@ def linear(ctx: Context, node: Node) -> None:
     """x @ weight^T + bias."""
     x, weight, *bias = ctx.operands(node)
     product = linear_product(ctx, x, weight, ctx.result(node))
-    emit_gemm(ctx, product, ctx.dense(bias[0]) if bias else None)
+    rows = node.attrs["activations"]
+    emit_gemm(ctx, product, ctx.dense(bias[0]) if bias else None, activations=rows)
 
 
 def matmul(ctx: Context, node: Node) -> None:
@@ -220,8 +244,9 @@ def grouped_linear(ctx: Context, node: Node) -> None:
     source, order, slots = (
         (ctx.view(x), None, 1) if later is None else (later.source, later.order, later.slots)
     )
-    offsets_view = ctx.dense(ctx.view(offsets))
-    emit_grouped(ctx, source, order, slots, ctx.view(weight), offsets_view, ctx.result(node))
+    ends, out = ctx.dense(ctx.view(offsets)), ctx.result(node)
+    rows = node.attrs["activations"]
+    emit_grouped(ctx, source, order, slots, ctx.view(weight), ends, out, activations=rows)
 
 
 def emit_grouped(
@@ -234,20 +259,24 @@ def emit_grouped(
     out: View,
     slots: Slots = ALL_PLAIN,
     out_strides: tuple[Dim, Dim] | None = None,
+    activations: str = "",
 ) -> None:
     """Append a grouped GEMM into `out`, rows [rows, n] where no strides are given.
 
     With `order` row r reads x[order[r] // per_token].
     """
-    x, _, row_stride = ctx.rows(x)
+    x, given_rows, row_stride = ctx.rows(x)
     weight = ctx.dense(weight)
     experts, n, k = (int(d) for d in weight.shape)  # type: ignore[arg-type]
     rows = out.shape[0]
     most = ctx.limit(rows)
     tile = ctx.blocks.gemm(max(1, -(-most // experts)), n, k, x.dtype.itemsize)
     tiles = rows if most <= experts else rows // tile.m + experts
-    codes, slots = _loaded(ctx, weight, tile, slots)
-    given: dict[str, Given] = {"a": x, "order": order, "b": codes, "offsets": offsets}
+    coded = RowCodes.of(ctx, activations, ctx.limit(given_rows)) if activations else None
+    tile = coded.tile(tile) if coded is not None else tile
+    rows_of_x, codes, slots = _in_codes(ctx, x, weight, tile, slots, rows=coded, row="row")
+    row_stride = row_stride if rows_of_x is x else k
+    given: dict[str, Given] = {"a": rows_of_x, "order": order, "b": codes, "offsets": offsets}
     given |= {"c": out, "N": n, "K": k, "a_m": row_stride, "slots": per_token}
     given |= dict(zip(("c_m", "c_n"), out_strides or (n, 1), strict=True))
     given |= {"EXPERTS": experts, "EXPERTS_PADDED": next_power(experts)}

@@ -86,6 +86,7 @@ class Gemm:
 
     operands: list[View]
     epilogue: Epilogue
+    activations: str
 
     def launch(self, ctx: Context) -> None:
         """Append the launch."""
@@ -93,7 +94,8 @@ class Gemm:
         product = linear_product(ctx, x, weight, self.epilogue.out)
         product = replace(product, out_strides=(0, *self.epilogue.out_strides))
         slots = Slots(epilogue=self.epilogue.slot)
-        emit_gemm(ctx, product, ctx.dense(bias[0]) if bias else None, slots=slots)
+        shift = ctx.dense(bias[0]) if bias else None
+        emit_gemm(ctx, product, shift, slots=slots, activations=self.activations)
 
 
 def _gemm(found: Columns, anchor: Node) -> Gemm:
@@ -103,7 +105,8 @@ def _gemm(found: Columns, anchor: Node) -> Gemm:
     if others:
         raise NoKernel("an epilogue on other columns than a tile's")
     operands = [found.given[x.name] for x in anchor.operands]
-    return Gemm(operands, Epilogue(family, found.m, anchor.output.type.dtype))
+    epilogue = Epilogue(family, found.m, anchor.output.type.dtype)
+    return Gemm(operands, epilogue, anchor.attrs["activations"])
 
 
 def pointwise_reason(node: Node) -> str | None:
