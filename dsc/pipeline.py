@@ -371,7 +371,7 @@ def prepare(
         raise UsageError(
             f"the {backend.name} backend takes no caches in {options.cache_format}",
             hint="compile with --cache-format bf16, or for a backend that reads such codes:"
-            " reference, null or tvm",
+            " reference, null, tvm or triton",
         )
     done = emitted = program = _in_numbers(program)
     passes = passes_for(program, capabilities, options)

@@ -28,6 +28,7 @@ from dsc.backends.triton.program import lower_program
 from dsc.backends.triton.worker import INTERPRETED
 from dsc.errors import ArtifactError, BackendUnavailable, UsageError
 from dsc.ir.expert_forms import ExpertKernels
+from dsc.ir.formats import CACHED
 from dsc.ir.graph import Node
 from dsc.ir.index_ranges import giving_indices, index_ranges
 from dsc.ir.interface import Storage
@@ -78,6 +79,7 @@ class TritonBackend:
             absorbed=True,
             formats=FORMATS,
             activations=ACTIVATIONS,
+            caches=CACHED,
             fuse=FUSION_LEVEL,
             regions=RegionLimits(
                 anchors=frozenset({"linear"}),

@@ -120,10 +120,13 @@ class Blocks:
         tall = clamp_power(queries, 16, 128 if head <= 128 else 64)
         return Tile(tall, 64 if head <= 128 else 32, 0, 4 if tall <= 64 else 8, 2)
 
-    def latent(self, heads: int, tokens: int, width: int, itemsize: int) -> Tile:
+    def latent(
+        self, heads: int, tokens: int, width: int, itemsize: int, coded: bool = False
+    ) -> Tile:
         """Heads (m) and cached tokens (n) of an absorbed-attention tile; rows of `width` numbers.
 
-        One token tile lies in shared memory as key and as value, twice when loads run ahead.
+        One token tile lies in shared memory as key and as value, twice when loads run ahead. Rows
+        that are `coded` become numbers in registers, of which AMD's waves have enough for 16.
         """
         if self.interprets:
             return Tile(clamp_power(heads, 16, 128), clamp_power(tokens, 16, 512), 0)
@@ -131,6 +134,7 @@ class Blocks:
             return Tile(16, 16, 0, 4, 1)
         fits = self.shared_memory // 2 // (next_power(width) * itemsize)
         most = max(16, min(64, next_power(fits + 1) // 2))
+        most = 16 if coded and self.target.startswith("hip:") else most
         # An accumulator of 16 x 512 spills in four warps of 32. In four of 64 it does not, and
         # eight of those would have half the registers each.
         warps = 8 if width > 128 and self.target.startswith("cuda:") else 4

@@ -24,7 +24,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from dsc.backends.triton.blocks import Tile, ceil_div, clamp_power
-from dsc.backends.triton.codes import Loader
+from dsc.backends.triton.codes import Loader, nearest_e4m3
 from dsc.backends.triton.context import Context, Given, template
 from dsc.backends.triton.pointwise import TYPES
 from dsc.backends.triton.slots import Slot, Slots, written
@@ -108,7 +108,7 @@ class RowCodes:
             f"row_scale = tl.where(peak == 0.0, 1.0, tl.div_rn(peak, peak * 0.0 + {largest}))",
             "inverse = tl.minimum(tl.div_rn(row_scale * 0.0 + 1.0, row_scale), 3.0e38)",
             f"wide = wide * inverse[:, None]{half}",
-            *(_nearest("wide") if not self.fp8 else ()),
+            *(nearest_e4m3("wide") if not self.fp8 else ()),
             f"codes = wide.to({TYPES[self.multiplied]})",
         ]
 
@@ -133,14 +133,3 @@ class RowCodes:
         lines.append(f"acc += part * (row_scale{whole})[:, None] * coded_scales[None, :]")
         loader = Slot(f"{codes.view.dtype}", {"w": loaded}, codes.arguments())
         return loader, Slot(title, {"sum": lines}, arguments)
-
-
-def _nearest(name: str) -> list[str]:
-    """fp32 numbers to the nearest of e4m3, to even, in fp32: three bits, or steps of 2^-9."""
-    bits = f"{name}_bits"
-    return [
-        f"{bits} = {name}.to(tl.uint32, bitcast=True)",
-        f"{bits} = ({bits} + 0x7FFFF + (({bits} >> 20) & 1)) & 0xFFF00000",
-        f"{name} = tl.where(tl.abs({name}) < 0.015625, {name} + 24576.0 - 24576.0,"
-        f" {bits}.to(tl.float32, bitcast=True))",
-    ]

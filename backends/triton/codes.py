@@ -13,17 +13,26 @@ Legality  codes in e4m3, or in 8 or 4 bits with or without zero points, row afte
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from dsc.backends.triton.context import Context, Given
 from dsc.backends.triton.pointwise import TYPES
 from dsc.backends.triton.slots import Slot
 from dsc.ir.formats import CODINGS, WHOLE
 from dsc.ir.types import DType, TensorType
 from dsc.ir.views import View
 
-READERS = frozenset({"linear", "grouped_linear", "einsum", "mla_attention"})
-"""Operators with kernels over weights in codes."""
+if TYPE_CHECKING:
+    from dsc.backends.triton.context import Context, Given
+
+WEIGHTS: Mapping[str, tuple[str, ...]] = {
+    "linear": ("weight",),
+    "grouped_linear": ("weight",),
+    "einsum": ("xs",),
+    "mla_attention": ("kv_b",),
+}
+"""Operands that kernels read as weights in codes."""
 
 
 def weight_reason(t: TensorType) -> str | None:
@@ -198,6 +207,17 @@ def e4m3fnuz(name: str) -> list[str]:
     return [
         f"{name} = tl.where({name} == 128, 0, tl.where(({name} & 127) == 127, 128, {name}))",
         f"{name} = {name}.to(tl.uint8).to(tl.float8e4b8, bitcast=True)",
+    ]
+
+
+def nearest_e4m3(name: str) -> list[str]:
+    """fp32 numbers to the nearest of e4m3, to even, in fp32: three bits, or steps of 2^-9."""
+    bits = f"{name}_bits"
+    return [
+        f"{bits} = {name}.to(tl.uint32, bitcast=True)",
+        f"{bits} = ({bits} + 0x7FFFF + (({bits} >> 20) & 1)) & 0xFFF00000",
+        f"{name} = tl.where(tl.abs({name}) < 0.015625, {name} + 24576.0 - 24576.0,"
+        f" {bits}.to(tl.float32, bitcast=True))",
     ]
 
 

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from dsc.backends.triton.blocks import RowTile, ceil_div, next_power
+from dsc.backends.triton.coded_cache import parts_of, row_bytes, to_codes
 from dsc.backends.triton.pointwise import applied, literal, rounded, wide_type, widen
 from dsc.ir import views
 from dsc.ir.dims import Dim, product
@@ -86,7 +87,7 @@ class RowKernel:
         if self.flat:
             self.columns = {1: _Columns(1, "", "live", "")}
         reduces = any(s.role is Role.REDUCTION for s in steps)
-        self.tiled = not reduces and len(self.columns) == 1
+        self.tiled = not reduces and len(self.columns) == 1 and not any(map(_in_codes, steps))
         first = counts[steps[0].number]
         long = not isinstance(first, int) or first > HELD
         self.walks = reduces and len(steps) == 1 and long
@@ -329,8 +330,12 @@ class RowKernel:
         pointer = self.pointers.setdefault(used, f"p{len(self.pointers)}")
         length = " + ".join([pointer, *self._terms(sequence, [(used.shape[0], used.strides[0])])])
         slot = self._named(f"tl.load({length}, mask=live, other=0) + row % {new_rows}")
-        start = self._named(f"({sequence} * {capacity} + {slot}) * {self._number(step.extents[0])}")
+        start = self._named(f"{sequence} * {capacity} + {slot}")
         inside = self._named(f"live & ({slot} < {capacity})")
+        if cache.source.view.type.format is not None:
+            self._write_codes(new, cache.source.view, columns, start, inside)
+            return
+        start = self._named(f"({start}) * {self._number(step.extents[0])}")
         value = self.values.get(new.source) if isinstance(new.source, int) else None
         if value is None or not value.places:
             value = _Value((self._read(new, columns),), columns, ((columns.index,),))
@@ -338,6 +343,27 @@ class RowKernel:
         for part, (element,) in zip(value.parts, value.places, strict=True):
             at = f"{target} + {start} + {element}"
             self._say(f"tl.store({at}, {part}, mask={inside} & {columns.mask})")
+
+    def _write_codes(
+        self, new: Read, cache: View, columns: _Columns, row: str, inside: str
+    ) -> None:
+        """A new row as codes and their scales, at a row of the cache."""
+        codes, scales = (
+            (self.pointers.setdefault(part, f"p{len(self.pointers)}"), part)
+            for part in parts_of(cache)
+        )
+        width, count = row_bytes(cache.type), int(scales[1].shape[-1])  # type: ignore[arg-type]
+        value = self._read(new, columns)
+        blank = f"tl.zeros((BLOCK_ROWS, {columns.block}), tl.float32)"
+        self._say(
+            f"codes = tl.where({columns.mask}, {value}.to(tl.float32), {blank})",
+            *to_codes("codes", cache.type, "BLOCK_ROWS"),
+            f"at = {codes[0]} + {row} * {width} + {columns.index}",
+            f"tl.store(at, codes, mask={inside} & {columns.mask})",
+            f"group = tl.arange(0, {next_power(count)})[None, :]",
+            f"at = {scales[0]} + {row} * {width // 4} + group",
+            f"tl.store(at, codes_scales, mask={inside} & (group < {count}))",
+        )
 
     # --- the launch -------------------------------------------------------------------------------
 
@@ -430,6 +456,12 @@ def _check_held(steps: Sequence[RowStep], counts: Mapping[int, Dim]) -> None:
         held += next_power(count) * (2 if step.role is Role.ROTATION else 1)
     if held > MOST:
         raise NoKernel(f"{held} elements of a row are too many to hold")
+
+
+def _in_codes(step: RowStep) -> bool:
+    """Whether a step writes rows as codes, of which a program needs whole ones."""
+    read = [r.source.view for r in step.reads if isinstance(r.source, Lines)]
+    return step.role is Role.WRITE and any(view.type.format is not None for view in read)
 
 
 def _indices(inner: Sequence[str]) -> list[tuple[str, int]]:

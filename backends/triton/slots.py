@@ -86,7 +86,7 @@ def written(template: str, function: str, slots: Slots) -> tuple[str, str]:
 
     text = _MARK.sub(said, found.rstrip() + "\n")
     extra = "".join(f"    {name},\n" for name in slots.arguments)
-    text = text.replace("    c,\n", f"    c,\n{extra}", 1)
+    text = text.replace("(\n", f"(\n{extra}", 1)
     digest = hashlib.sha256(text.encode()).hexdigest()[:8]
     title = "_".join(dict.fromkeys([function, *(s.title for s in slots.filled if s.title)]))
     name = f"{title[:48].rstrip('_')}_{digest}"

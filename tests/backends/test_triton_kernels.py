@@ -15,7 +15,7 @@ from dsc.backends.triton.compile import compile_kernels
 from dsc.backends.triton.context import KERNELS, parameters, template
 from dsc.backends.triton.program import lower_program
 from dsc.targets import Target, parse_target
-from tests.backends.test_triton_codes import MULTIPLIED
+from tests.backends.test_triton_codes import COMPILED as CODED
 from tests.backends.triton_cases import EMITTED, cases, program_of
 from tests.backends.triton_coded import program
 
@@ -107,7 +107,7 @@ def test_kernel_errors_are_all_reported() -> None:
 
 
 def test_compiled_cases_cover_every_template() -> None:
-    coded = {name: case for name, (case, _) in MULTIPLIED.items()}
+    coded = {name: case for name, (case, _) in CODED.items()}
     chosen = {name: CASES[name] for name in COMPILED}
     made = [lower_program(p, "cuda:sm_90")[0] for p in (program_of(chosen), program(coded))]
     used = {k.function for each in made for k in each.kernels.values()}

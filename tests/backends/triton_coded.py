@@ -15,7 +15,7 @@ import torch
 
 from dsc.backends.base import EmitOptions
 from dsc.backends.triton import TritonBackend
-from dsc.ir.formats import Packed, pack
+from dsc.ir.formats import Packed, pack, pack_state
 from dsc.ir.interpreter import Interpreter
 from dsc.ir.parser import parse_program, parse_type
 from dsc.ir.printer import print_expr
@@ -33,6 +33,7 @@ class Case:
     inputs: Mapping[str, str]
     call: str
     result: str
+    updates: str = ""
 
     def types(self, name: str) -> dict[str, TensorType]:
         """The types of the weights by name."""
@@ -51,7 +52,9 @@ def program(cases: Mapping[str, Case]) -> Program:
             typed += f"  @{weight} : {t} = {print_expr(leaf(weight, t))}\n"
             call = call.replace(f"%{'wv'[at]}", f"@{weight}")
         given = ", ".join(f"%{x}: {t}" for x, t in case.inputs.items())
-        entries += f"graph {name}({given}) {{\n  {call} : {case.result}\n  return %y\n}}\n"
+        entries += (
+            f"graph {name}({given}) {{\n  {call} : {case.result}\n  return %y{case.updates}\n}}\n"
+        )
     text = f'program "codes" {{stage=LOWERED}}\nweights {{\n{typed}}}\n{entries}'
     return parse_program(text, DictSource(tensors))
 
@@ -75,6 +78,12 @@ def inputs(case: Case) -> dict[str, torch.Tensor]:
         if name == "offsets":
             rows = parse_type(case.inputs["x"]).shape[0]
             given[name] = torch.tensor([0, 3, 3, rows])
+        elif name == "lengths":
+            given[name] = torch.tensor([30, 0])[: shape[0]]
+        elif t.format is not None:
+            numbers = torch.randn(shape, generator=generator)
+            numbers[0] *= 1e-3
+            given[name] = pack_state(numbers, t).parts[0]
         elif t.dtype is DType.i64:
             given[name] = torch.randint(0, 3, shape, generator=generator)
         else:

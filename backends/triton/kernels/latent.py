@@ -3,7 +3,8 @@
 After W_UK is folded into the query, all heads share keys (latent | rope) and values (latent): the
 heads are the rows of one GEMM per token of the cache, and 576 numbers a token are read once for a
 tile of heads. A decode step has few (sequence, head tile) pairs, so the cache is cut into SPLITS
-spans (flash-decoding); `latent_combine` merges them by their log-sum-exp.
+spans (flash-decoding); `latent_combine` merges them by their log-sum-exp. The place `values` may
+say how rows become numbers (`dsc.backends.triton.coded_cache`).
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
@@ -72,7 +73,7 @@ def latent_attention(
         fresh = t[:, None] < stop
         rows = t[:, None].to(tl.int64)
         l_at = latent + b * l_batch + rows * l_row + c[None, :]
-        values = tl.load(l_at, mask=fresh & (c[None, :] < C), other=0.0)
+        values = tl.load(l_at, mask=fresh & (c[None, :] < C), other=0.0)  #: values
         r_at = rope + b * r_batch + rows * r_row + r[None, :]
         ropes = tl.load(r_at, mask=fresh & (r[None, :] < R), other=0.0)
         scores = tl.dot(queries, tl.trans(values), input_precision="ieee")

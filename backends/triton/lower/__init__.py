@@ -9,16 +9,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
+from dsc.backends.triton.coded_cache import CACHES, cache_reason
 from dsc.backends.triton.coded_rows import rows_reason
-from dsc.backends.triton.codes import READERS, weight_reason
+from dsc.backends.triton.codes import WEIGHTS, weight_reason
 from dsc.backends.triton.context import Context
 from dsc.backends.triton.launch import POINTER_TYPES
 from dsc.backends.triton.lower import attend, contract, lookups, moe, outside, regions, shapes
 from dsc.backends.triton.pointwise import has_formula
 from dsc.backends.triton.rows import ALONG_ROWS
-from dsc.ir.graph import Node
+from dsc.ir.graph import Node, Operand
 from dsc.ir.kernels import Lowering, Triton
-from dsc.ir.op import brings_none, kernel_of, named
+from dsc.ir.op import brings_none, kernel_of, lookup, named
 from dsc.ir.ops.moe import is_plain
 from dsc.ir.traits import Role
 from dsc.ir.types import DType
@@ -87,10 +88,7 @@ def reason(node: Node) -> str | None:
         return next((r for r in inside if r is not None), None) or regions.reason(node)
     if lowering(node.op) is None:
         return f"no Triton kernel for {node.op}{brings_none(node.op, 'triton')}"
-    coded = [x.type for x in node.operands if x.type.format is not None]
-    if coded and node.op not in READERS:
-        return f"{node.op} of a weight in {coded[0].dtype}{coded[0].format}"
-    unread = next((why for t in coded if (why := weight_reason(t)) is not None), None)
+    unread = next((why for why in map(partial(_coded_reason, node), node.operands) if why), None)
     if unread is not None:
         return unread
     if node.attrs.get("activations") and (why := rows_reason(node.attrs["activations"])):
@@ -111,6 +109,20 @@ def reason(node: Node) -> str | None:
         return outside.reason(node, own)
     special = regions.pointwise_reason if has_formula(node.op) else _SPECIAL.get(node.op)
     return special(node) if special is not None else None
+
+
+def _coded_reason(node: Node, operand: Operand) -> str | None:
+    """Why no kernel of the operator reads an operand in codes, or `None`."""
+    t = operand.type
+    if t.format is None:
+        return None
+    names = lookup(node.op).operand_names(len(node.inputs))
+    name = next(names[i] for i, x in enumerate(node.inputs) if x is operand).partition("[")[0]
+    if name in WEIGHTS.get(node.op, ()):
+        return weight_reason(t)
+    if name in CACHES.get(node.op, ()):
+        return cache_reason(t)
+    return f"{node.op} of {name} in {t.dtype}{t.format}"
 
 
 def _topk_reason(node: Node) -> str | None:

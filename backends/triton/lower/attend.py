@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from dsc.backends.triton.blocks import ceil_div, next_power
-from dsc.backends.triton.context import Context, Given
+from dsc.backends.triton.context import Context, Given, template
+from dsc.backends.triton.lower.cached import reader, widened
 from dsc.backends.triton.lower.contract import Product, emit_gemm
+from dsc.backends.triton.slots import ALL_PLAIN, Slots, written
 from dsc.ir import views
 from dsc.ir.dims import Dim, product
 from dsc.ir.graph import Node
@@ -34,8 +36,10 @@ def mla_attention(ctx: Context, node: Node) -> None:
     the rope key from the cache.
     """
     q_nope, q_rope, latent, rope, kv_b, lengths = ctx.operands(node)
-    q_nope, q_rope, latent, rope = map(ctx.unit_rows, (q_nope, q_rope, latent, rope))
     lengths = ctx.dense(lengths)
+    if latent.type.format is not None:
+        latent = widened(ctx, latent, q_nope.dtype, lengths, q_nope.shape[1])
+    q_nope, q_rope, latent, rope = map(ctx.unit_rows, (q_nope, q_rope, latent, rope))
     b, t, c = latent.shape
     heads, nope = q_nope.shape[2], q_nope.shape[3]
     width = kv_b.shape[0]
@@ -99,11 +103,15 @@ def latent_attention(ctx: Context, node: Node) -> None:
     q, q_rope, latent, rope, lengths = ctx.operands(node)
     q, q_row = _token_rows(ctx, q)
     q_rope, qr_row = _token_rows(ctx, q_rope)
+    slots = ALL_PLAIN
+    if latent.type.format is not None:
+        latent, values = reader(ctx, latent, q.dtype)
+        slots = Slots(loader=values)
     latent, rope = ctx.unit_rows(latent), ctx.unit_rows(rope)
     b, s, heads, c = (*q.shape[:2], int(q.shape[2]), int(q.shape[3]))  # type: ignore[arg-type]
     r, t = int(q_rope.shape[3]), latent.shape[1]  # type: ignore[arg-type]
     itemsize = q.dtype.itemsize
-    tile = ctx.blocks.latent(heads, ctx.limit(t), c, itemsize)
+    tile = ctx.blocks.latent(heads, ctx.limit(t), c, itemsize, coded=bool(slots.filled))
     head_tiles = -(-heads // tile.m)
     splits = ctx.blocks.splits(ctx.limit(s) * head_tiles, ctx.limit(t))
     out = ctx.result(node)
@@ -123,7 +131,12 @@ def latent_attention(ctx: Context, node: Node) -> None:
     given |= {"H": heads, "R": r, "BLOCK_R": max(16, next_power(r)), **blocks}
     given |= {"BLOCK_H": tile.m, "BLOCK_T": tile.n}
     grid = (b * s, head_tiles, splits)
-    ctx.launch("latent:latent_attention", grid, given, tile.warps, tile.stages)
+    kernel = "latent:latent_attention"
+    if slots.filled:
+        name, text = written(template("latent"), "latent_attention", slots)
+        ctx.sources.setdefault(name, text)
+        kernel, given = f"{name}:{name}", given | slots.arguments
+    ctx.launch(kernel, grid, given, tile.warps, tile.stages)
     if splits > 1:
         padded = next_power(splits)
         block = ctx.blocks.merge(padded, c)
