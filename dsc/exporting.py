@@ -137,6 +137,14 @@ def traced(
             f"dynamic_shapes names {strange[0]}, and there is no such argument",
             hint=f"one of {', '.join(bound.arguments)}",
         )
+    for name, dims in named.items():
+        given = bound.arguments[name]
+        most = max(dims, default=-1) if isinstance(dims, Mapping) else -1
+        if isinstance(given, torch.Tensor) and most >= given.dim():
+            raise UsageError(
+                f"dynamic_shapes names axis {most} of {name}, which has {given.dim()}",
+                hint="axes are counted from 0",
+            )
     shapes = {name: named.get(name) for name in bound.arguments} if named else None
     if input_names is None and all(isinstance(x, torch.Tensor) for x in args):
         plain = [p for p in bound.arguments if p not in ("args", "kwargs")]

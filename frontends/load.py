@@ -172,7 +172,7 @@ def load_program(
         raise UsageError(
             "this is an artifact, compiled already",
             where=str(path),
-            hint="name the model that it was compiled from",
+            hint="name the model that it was compiled from; dsc verify checks an artifact",
         )
     if path.is_dir():
         if config is not None:
@@ -318,7 +318,8 @@ def _from_module(
         raise UsageError(
             f"cannot compile a {type(module).__name__} as a language model",
             hint="give a transformers causal LM; other functions and modules go through"
-            " @dsc.optimize or torch.compile(module, backend='dsc')",
+            " dsc.export(target, OUT, args=[…]), @dsc.optimize or"
+            " torch.compile(module, backend='dsc')",
         )
     if getattr(module, "get_output_embeddings", lambda: None)() is None:
         raise UnsupportedArchitecture(f"{type(module).__name__} has no lm_head")

@@ -168,7 +168,8 @@ class Quantising(Pass):
         for pattern in self.patterns:
             if not _named(pattern, every):
                 parts = [key for key in every if pattern in key.split(".")]
-                near = sorted(parts)[:1] or get_close_matches(pattern, every, 1) or sorted(every)
+                near = sorted(parts)[:1] or get_close_matches(pattern, every, 1)
+                near = near or sorted(every, key=lambda key: (not key.endswith(".weight"), key))
                 hint = f"names are the checkpoint's, such as {near[0]}" if near else "leave it out"
                 raise UsageError(f"no weight is called {pattern!r}", hint=hint)
 

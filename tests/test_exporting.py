@@ -139,6 +139,7 @@ def test_a_file_with_example_inputs_is_exported_by_the_verb(
     path.write_text(FILE)
     for text, problem in (
         (FILE, "dynamic_shapes names x"),
+        (FILE.replace('"x": {0', '"input": {2'), "dynamic_shapes names axis 2 of input"),
         (FILE.replace('["width"]', '["depth"]'), "m.py:7"),
         (FILE.replace("return (torch", "return 1, (torch").replace("1, ", "3 #"), "build gives a"),
     ):

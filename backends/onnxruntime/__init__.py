@@ -154,14 +154,18 @@ class OnnxRuntimeBackend:
         used = {op_type for one in built.values() for op_type in one.contrib}
         runtime = contrib.least_runtime(form.runtime, used)
         causal = program.is_causal_lm
+        has_runner = causal and form.numpy and not in_place(program)
         texts = {required.CONFIG: required.required_operators(x.proto for x in built.values())}
         texts |= served.texts
         if causal:
             path = f"{folder}/{model.WEIGHTS}"
             several = len(WeightFiles.of(program, path, shard_size, PAGE).files) > 1
             named = f"{folder}/{model.SEVERAL}" if several else path
+            own_models = (server, served.models)
             texts |= {
-                "README.md": card(program, files, form, providers, runtime, named),
+                "README.md": card(
+                    program, files, form, providers, runtime, named, own_models, has_runner
+                ),
                 EXAMPLE: example(program, files, providers),
             }
         return Emission(
@@ -171,7 +175,7 @@ class OnnxRuntimeBackend:
             shard_size=shard_size,
             page=PAGE,
             meta=meta,
-            runner=RUNNER.read_text() if causal and form.numpy and not in_place(program) else "",
+            runner=RUNNER.read_text() if has_runner else "",
             finish=finish,
             notes=contrib.notes((one.contrib for one in built.values()), form.ops, form.provider),
             needs={"onnxruntime": f"onnxruntime>={runtime}"},

@@ -47,7 +47,7 @@ the one before. {stops}
 
 ## An example
 
-Greedy, one sequence: `example.py`. `run.py`, where there is one, does the same and checks more.
+Greedy, one sequence: `example.py`.{checked}
 
 ```python
 {example}```
@@ -58,6 +58,12 @@ SPELLED = {DType.f32: "float32", DType.f16: "float16", DType.bf16: "bfloat16", D
 LAYER = re.compile(r"^(past|present)\.(\d+)\.(.*)$")
 
 
+SERVED = {
+    "genai": "the steps of ONNX Runtime GenAI, by `genai_config.json`",
+    "optimum": "the steps of optimum's `ORTModelForCausalLM.from_pretrained`",
+    "triton-server": "the sequences of `tritonserver --model-repository`, by `config.pbtxt`",
+}
+"""What the models of servers are for."""
 OPERATORS = {ORT: "operators of ONNX Runtime, and standard ones", STANDARD: "standard operators"}
 
 
@@ -68,8 +74,13 @@ def card(
     providers: Sequence[str],
     runtime: str,
     weights: str,
+    server: tuple[str | None, Iterable[str]] = (None, ()),
+    checked: bool = False,
 ) -> str:
-    """The text for the models in `files`, by entry, whose weights are in `weights`."""
+    """The text for the models in `files`, by entry, whose weights are in `weights`.
+
+    `server` and the paths of its own models; `checked`: there is a run.py too.
+    """
     general = list(program.entries)[-1]
     graph = program.entries[general]
     border = Interface.of(graph, form)
@@ -77,6 +88,7 @@ def card(
     given = zip(graph.output_names, graph.outputs, strict=True)
     outputs = ((name, border.outputs[name], x.type.shape) for name, x in given)
     generation = program.meta.get("generation", {})
+    own = (f"| `{path}` | {SERVED[server[0]]} |" for path in server[1] if server[0])
     return TEXT.format(
         name=program.name,
         version=__version__,
@@ -84,7 +96,8 @@ def card(
         opset=form.opset,
         runtime=runtime,
         weights=weights,
-        models="\n".join(_models(program, files)),
+        models="\n".join([*_models(program, files), *own]),
+        checked=" `run.py` does the same and checks more." if checked else "",
         **asdict(program.limits),
         stops=_stops(generation),
         inputs="\n".join(_rows(inputs, in_place(program))),
@@ -114,7 +127,8 @@ _OPEN = 1 << 62
 
 def _stops(generation: Mapping[str, Any]) -> str:
     ids = generation.get("eos_token_id") or []
-    return f"A text ends at one of the ids {', '.join(map(str, ids))}." if ids else ""
+    one = "id" if len(ids) == 1 else "one of the ids"
+    return f"A text ends at {one} {', '.join(map(str, ids))}." if ids else ""
 
 
 def _rows(ports: Iterable[tuple[str, DType, Any]], written: bool) -> Iterator[str]:

@@ -50,7 +50,7 @@ NARROW = frozenset({DType.bf16, DType.f16})
 """What ONNX Runtime moves on CPUs, and widens to compute."""
 Shape = tuple[Dim, ...]
 OPSET = 23
-"""Written by default. 24 has TensorScatter, with which ONNX Runtime is no faster on CPUs."""
+"""Written by default. 24 has TensorScatter, by which caches in place are no faster on CPUs."""
 
 
 @dataclass(slots=True)

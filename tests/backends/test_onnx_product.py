@@ -105,7 +105,7 @@ def test_an_opset_is_written_by_its_own_operators(opset: int, tmp_path: Path) ->
         model = onnx.load(str(path), load_external_data=False)
         assert model.opset_import[0].version == opset
         kinds = {n.op_type for n in model.graph.node}
-        assert ("TensorScatter" in kinds) == (opset == 24)
+        assert "TensorScatter" not in kinds, "ONNX Runtime warns of each copy that it makes"
     needs = artifact.read(tmp_path / "a").manifest["needs"]
     assert needs == {"onnxruntime": f"onnxruntime>={LEAST_RUNTIME[opset]}"}
 

@@ -137,6 +137,8 @@ def test_a_model_for_genai_masks_padding_wherever_it_is(
 ) -> None:
     executable(program(kind), tmp_path / "a", server="genai")
     told = json.loads((tmp_path / "a" / "genai_config.json").read_text())["model"]["decoder"]
+    readme = (tmp_path / "a" / "README.md").read_text()
+    assert f"| `{told['filename']}` | the steps of ONNX Runtime GenAI" in readme
     path = tmp_path / "a" / told["filename"]
     onnx.checker.check_model(str(path), full_check=True)
     session = session_of(path)

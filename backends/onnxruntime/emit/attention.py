@@ -195,30 +195,38 @@ def _weights(g: GraphWriter, node: Node, scores: str, start: str, sinks: str) ->
 def _append(g: GraphWriter, node: Node, past: str, new: str, lengths: str) -> str:
     """past [b, p, d] and s rows of zeros, with new [b, s, d] written at lengths [b].
 
-    From opset 24 on by TensorScatter, which may work on its operand's memory; before by ScatterND.
+    By ScatterND: TensorScatter of ONNX Runtime warns of its copy, once a cache in every step.
     """
     given = node.operands[1].type
     dtype = DType.f32 if past in g.pool.wide else given.dtype
     grown = g.op("Concat", past, g.zeros(given.shape, dtype), axis=1)
-    return _placed(g, given, grown, new, lengths, dtype)
+    return _placed(g, given, grown, new, lengths, dtype, "ScatterND")
 
 
 def _cache_write(g: GraphWriter, node: Node, cache: str, new: str, lengths: str) -> str:
     """cache [b, c, d] with new [b, s, d] at lengths [b].
 
-    ONNX Runtime copies nothing where what is bound to the result is the cache's own memory.
+    By TensorScatter from opset 24 on, before by ScatterND. ONNX Runtime copies nothing where what
+    is bound to the result is the cache's own memory.
     """
     given = node.operands[1].type
     dtype = DType.f32 if cache in g.pool.wide else given.dtype
-    return _placed(g, given, cache, new, lengths, dtype)
+    op_type = "TensorScatter" if g.pool.opset >= TENSOR_SCATTER else "ScatterND"
+    return _placed(g, given, cache, new, lengths, dtype, op_type)
 
 
 def _placed(
-    g: GraphWriter, given: TensorType, cache: str, new: str, lengths: str, dtype: DType
+    g: GraphWriter,
+    given: TensorType,
+    cache: str,
+    new: str,
+    lengths: str,
+    dtype: DType,
+    op_type: str,
 ) -> str:
     """A cache of this element type with new rows, of the type `given`, at lengths [b]."""
     new = g.cast(new, given.dtype, dtype)
-    if g.pool.opset >= TENSOR_SCATTER:
+    if op_type == "TensorScatter":
         result = g.op("TensorScatter", cache, new, lengths, axis=1)
     else:
         result = g.op("ScatterND", cache, _places(g, given.shape, lengths), new)
