@@ -56,6 +56,8 @@ class Context:
     """Codes and scales of rows that were made codes, by how many columns share a scale."""
     constants: dict[str, tuple[float, TensorType]] = field(default_factory=dict)
     gathers: dict[str, Gather] = field(default_factory=dict)
+    places: dict[str, View] = field(default_factory=dict)
+    """By the name of an order, its inverse."""
     loc: str = ""
     node: Node | None = None
 

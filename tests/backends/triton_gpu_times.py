@@ -120,13 +120,13 @@ def cost(
         size_a, size_b, size_c = (BYTES[kernel.signature[x]] for x in "abc")
         shared = 1 if a["b_batch"] == 0 else z
         return z * m * (k * size_a + n * size_c) + shared * n * k * size_b, 2 * z * m * n * k
-    if kernel.function == "grouped_gemm":
+    if kernel.function.startswith("grouped_gemm"):
         n, k = a["N"], a["K"]
-        rows = evaluate(entry.buffers[a["y"].buffer].size, env) // BYTES[kernel.signature["y"]] // n
+        rows = evaluate(entry.buffers[a["c"].buffer].size, env) // BYTES[kernel.signature["c"]] // n
         return 2 * (min(a["EXPERTS"], rows) * n * k + rows * (k + n)), 2 * rows * n * k
-    if kernel.function in ("experts_hidden", "experts_output"):
-        matrices = 2 if kernel.function == "experts_hidden" else a["TOP_K"]
-        weights = call.grid[0] * matrices * a["INNER"] * a["D"]
+    if kernel.function.startswith(("experts_hidden", "experts_output")):
+        matrices = 1 if kernel.function.startswith("experts_hidden") else a["TOP_K"]
+        weights = call.grid[0] * matrices * a["N"] * a["K"]
         return 2 * weights, 2 * weights
     if kernel.function == "latent_attention":
         c, r = a["C"], a["R"]

@@ -134,39 +134,43 @@ def sort_by_expert(
 
 @triton.jit
 def experts_hidden(
-    x,
+    a,
     index,
-    gate_up,
-    hidden,
-    x_row,
-    D,
-    INNER,
+    b,
+    c,
+    N,
+    K,
+    a_m,
     TOP_K: tl.constexpr,
     ACT: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """hidden[p] = act(gate_e x[t]) * (up_e x[t]) for pair p = t * TOP_K + slot, e = index[p].
+    """c[p] = act(gate_e a[t]) * (up_e a[t]) for pair p = t * TOP_K + slot, e = index[p].
 
-    gate_up is [experts, 2 * INNER, D], gate rows first. Each pair reads its expert's weights: with
-    few pairs hardly two share one. Grid (pairs, tiles of hidden units).
+    b is [experts, N, K], the N / 2 gate rows first. Each pair reads its expert's weights: with few
+    pairs hardly two share one. Every other column of a tile is a gate's, the one behind it that of
+    the same unit's up. Grid (pairs, tiles of columns).
     """
+    BLOCK_M: tl.constexpr = 1
     pair = tl.program_id(0).to(tl.int64)
-    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    k = tl.arange(0, BLOCK_K)
-    expert = tl.load(index + pair)
-    row = (expert * (2 * INNER) + n.to(tl.int64)) * D
-    gate = tl.zeros((BLOCK_N,), dtype=tl.float32)
-    up = tl.zeros((BLOCK_N,), dtype=tl.float32)
-    for start in range(0, D, BLOCK_K):
-        at = start + k
-        keep = (n[:, None] < INNER) & (at[None, :] < D)
-        value = tl.load(x + (pair // TOP_K) * x_row + at, mask=at < D, other=0.0).to(tl.float32)
-        w = tl.load(gate_up + row[:, None] + at[None, :], mask=keep, other=0.0).to(tl.float32)
-        gate += tl.sum(w * value[None, :], axis=1)
-        lift = gate_up + (row + INNER * D)[:, None] + at[None, :]
-        w = tl.load(lift, mask=keep, other=0.0).to(tl.float32)
-        up += tl.sum(w * value[None, :], axis=1)
+    tile_n = tl.program_id(1)
+    unit = tile_n * (BLOCK_N // 2) + tl.arange(0, BLOCK_N) // 2
+    n = unit + tl.arange(0, BLOCK_N) % 2 * (N // 2)
+    fits = unit < N // 2
+    matrix = tl.load(index + pair)
+    x_at = a + (pair // TOP_K) * a_m
+    w_at = b + (matrix * N + n[None, :].to(tl.int64)) * K
+    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    #: start
+    for start in range(0, K, BLOCK_K):
+        k = start + tl.arange(0, BLOCK_K)
+        x = tl.load(x_at + k[None, :], mask=k[None, :] < K, other=0.0)
+        #: rows
+        w = tl.load(w_at + k[:, None], mask=fits[None, :] & (k[:, None] < K), other=0.0)  #: w
+        acc += tl.sum(tl.trans(x).to(tl.float32) * w.to(tl.float32), axis=0)[None, :]  #: sum
+    #: end
+    gate, up = tl.split(tl.reshape(acc, (BLOCK_N // 2, 2)))
     if ACT == "silu":
         gate = gate / (1.0 + tl.exp(-gate))
     elif ACT == "gelu":
@@ -176,41 +180,51 @@ def experts_hidden(
         gate = gate / (1.0 + tl.exp(-1.5957691216057308 * inner))
     else:
         gate = tl.maximum(gate, 0.0)
-    tl.store(hidden + pair * INNER + n, gate * up, mask=n < INNER)
+    u = tile_n * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2)
+    tl.store(c + pair * (N // 2) + u, gate * up, mask=u < N // 2)
 
 
 @triton.jit
 def experts_output(
-    hidden,
+    a,
     index,
     weights,
-    down,
-    out,
-    D,
-    INNER,
+    b,
+    c,
+    N,
+    K,
+    c_m,
+    c_n,
     TOP_K: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """out[t] = sum over slots of weights[t, slot] * (down_e hidden[t, slot]), in fp32.
+    """c[t] = sum over slots of weights[t, slot] * (down_e a[t, slot]), in fp32.
 
-    Grid (tokens, tiles of columns).
+    a is the pairs' hidden units, dense; b is [experts, N, K]. Grid (tokens, tiles of columns).
     """
     token = tl.program_id(0).to(tl.int64)
+    m = token + tl.zeros((1,), dtype=tl.int64)
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    k = tl.arange(0, BLOCK_K)
-    acc = tl.zeros((BLOCK_N,), dtype=tl.float32)
+    live = m >= 0
+    fits = n < N
+    acc = tl.zeros((1, BLOCK_N), dtype=tl.float32)
+    #: start
     for slot in range(TOP_K):
         pair = token * TOP_K + slot
         share = tl.load(weights + pair)
-        row = (tl.load(index + pair) * D + n.to(tl.int64)) * INNER
-        for start in range(0, INNER, BLOCK_K):
-            at = start + k
-            keep = (n[:, None] < D) & (at[None, :] < INNER)
-            w = tl.load(down + row[:, None] + at[None, :], mask=keep, other=0.0).to(tl.float32)
-            h = tl.load(hidden + pair * INNER + at, mask=at < INNER, other=0.0).to(tl.float32)
-            acc += share * tl.sum(w * h[None, :], axis=1)
-    tl.store(out + token * D + n, acc, mask=n < D)
+        matrix = tl.load(index + pair)
+        x_at = a + pair * K
+        w_at = b + (matrix * N + n[None, :].to(tl.int64)) * K
+        for start in range(0, K, BLOCK_K):
+            k = start + tl.arange(0, BLOCK_K)
+            x = tl.load(x_at + k[None, :], mask=k[None, :] < K, other=0.0)
+            w = tl.load(w_at + k[:, None], mask=fits[None, :] & (k[:, None] < K), other=0.0)  #: w
+            x = tl.trans(x).to(tl.float32) * share
+            acc += tl.sum(x * w.to(tl.float32), axis=0)[None, :]  #: sum
+    #: tile
+    out = c + m[:, None] * c_m + n[None, :] * c_n
+    tl.store(out, acc, mask=live[:, None] & fits[None, :])
 
 
 @triton.jit
@@ -226,21 +240,30 @@ def combine_rows(
     y,
     place,
     weights,
-    out,
-    rows,
-    D,
+    c,
+    M,
+    N,
+    c_m,
+    c_n,
     TOP_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
 ):
-    """out[t] = sum over slots of weights[t, slot] * y[place[t, slot]], accumulated in fp32."""
-    row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    keep = (row[:, None] < rows) & (d[None, :] < D)
+    """c[t] = sum over slots of weights[t, slot] * y[place[t, slot]], accumulated in fp32.
+
+    y is dense rows of N; grid (row tiles, tiles of columns).
+    """
+    m = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    n = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    live = m < M
+    fits = n < N
     acc = tl.zeros((BLOCK_ROWS, BLOCK_D), dtype=tl.float32)
     for slot in range(TOP_K):
-        at = tl.load(place + row * TOP_K + slot, mask=row < rows, other=0).to(tl.int64)
-        w = tl.load(weights + row * TOP_K + slot, mask=row < rows, other=0.0)
-        v = tl.load(y + at[:, None] * D + d[None, :], mask=keep, other=0.0).to(tl.float32)
+        at = tl.load(place + m * TOP_K + slot, mask=live, other=0).to(tl.int64)
+        w = tl.load(weights + m * TOP_K + slot, mask=live, other=0.0)
+        keep = live[:, None] & fits[None, :]
+        v = tl.load(y + at[:, None] * N + n[None, :], mask=keep, other=0.0).to(tl.float32)
         acc += w[:, None] * v
-    tl.store(out + row[:, None].to(tl.int64) * D + d[None, :], acc, mask=keep)
+    #: tile
+    out = c + m[:, None].to(tl.int64) * c_m + n[None, :] * c_n
+    tl.store(out, acc, mask=live[:, None] & fits[None, :])

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from dsc.backends.triton.blocks import Tile, ceil_div, next_power
+from dsc.backends.triton.blocks import RowTile, Tile, ceil_div, next_power
 from dsc.backends.triton.coded_rows import RowCodes
 from dsc.backends.triton.codes import einsum_axes, loader
 from dsc.backends.triton.context import Context, Given, template
@@ -65,7 +65,7 @@ def emit_gemm(
     given |= {"BLOCK_M": tile.m, "BLOCK_N": tile.n, "BLOCK_K": tile.k}
     given["GROUP_M"] = 8 if rows > 2 * tile.m else 0
     grid = (ceil_div(m, tile.m) * ceil_div(n, tile.n), z)
-    _launch(ctx, "gemm", slots, grid, given, tile)
+    launch_product(ctx, "gemm:gemm", slots, grid, given, tile)
 
 
 def _in_codes(
@@ -94,21 +94,22 @@ def _in_codes(
     return x, codes.codes, replace(slots, loader=loads, sum=sums)
 
 
-def _launch(
+def launch_product(
     ctx: Context,
-    function: str,
+    kernel: str,
     slots: Slots,
     grid: tuple[Dim, ...],
     given: dict[str, Given],
-    tile: Tile,
+    tile: Tile | RowTile,
 ) -> None:
     """Launch a product: the template's own text, or one that is written for what slots say."""
-    kernel = f"gemm:{function}"
     if slots.filled:
-        module, text = written(template("gemm"), function, slots)
-        ctx.sources.setdefault(module, text)
-        kernel = f"{module}:{module}"
-    ctx.launch(kernel, grid, given | slots.arguments, tile.warps, tile.stages)
+        module, function = kernel.split(":")
+        name, text = written(template(module), function, slots)
+        ctx.sources.setdefault(name, text)
+        kernel = f"{name}:{name}"
+    stages = tile.stages if isinstance(tile, Tile) else 1
+    ctx.launch(kernel, grid, given | slots.arguments, tile.warps, stages)
 
 
 def linear_product(ctx: Context, x: View, weight: View, out: View) -> Product:
@@ -283,7 +284,7 @@ def emit_grouped(
     given["GATHER"] = order is not None
     given |= {"BLOCK_M": tile.m, "BLOCK_N": tile.n, "BLOCK_K": tile.k}
     grid = (tiles, ceil_div(n, tile.n))
-    _launch(ctx, "grouped_gemm", slots, grid, given, tile)
+    launch_product(ctx, "gemm:grouped_gemm", slots, grid, given, tile)
 
 
 def router_logits(ctx: Context, x: View, weight: View) -> View:

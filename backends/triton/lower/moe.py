@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from dsc.backends.triton.blocks import ceil_div, next_power
 from dsc.backends.triton.context import Context, Gather, Given
-from dsc.backends.triton.lower.contract import router_logits
+from dsc.backends.triton.lower.contract import launch_product, router_logits
 from dsc.backends.triton.rows import elementwise
+from dsc.backends.triton.slots import ALL_PLAIN, Slots
 from dsc.ir.dims import Dim, product
-from dsc.ir.graph import Node
+from dsc.ir.graph import Node, Operand
 from dsc.ir.region_steps import Literal
 from dsc.ir.types import DType, TensorType
 from dsc.ir.views import View
@@ -57,7 +60,22 @@ def experts(ctx: Context, node: Node) -> None:
     Two launches; no host ever learns who was chosen. For many tokens `lower_moe_dispatch` replaces
     the operator by its grouped form.
     """
-    x, index, weights, gate_up, down = ctx.operands(node)
+    out = ctx.result(node)
+    strides = (out.shape[-1], 1)
+    emit_experts(ctx, ctx.operands(node), node.attrs["act"], out, strides, ALL_PLAIN, ALL_PLAIN)
+
+
+def emit_experts(
+    ctx: Context,
+    operands: Sequence[View],
+    act: str,
+    out: View,
+    out_strides: tuple[Dim, Dim],
+    hidden_slots: Slots,
+    output_slots: Slots,
+) -> None:
+    """Append the direct form; slots of both of its products."""
+    x, index, weights, gate_up, down = operands
     x, _, row_stride = ctx.rows(x)
     index, weights = ctx.dense(index), ctx.dense(weights)
     gate_up, down = ctx.dense(gate_up), ctx.dense(down)
@@ -66,25 +84,27 @@ def experts(ctx: Context, node: Node) -> None:
     pairs = product(index.shape)
     hidden = ctx.make(x.type.with_shape((pairs, inner)))
     tile = ctx.blocks.gemv(inner, width)
-    given: dict[str, Given] = {"x": x, "index": index, "gate_up": gate_up, "hidden": hidden}
-    given |= {"x_row": row_stride, "D": width, "INNER": inner, "TOP_K": slots}
-    given |= {"ACT": node.attrs["act"]}
-    given |= {"BLOCK_N": tile.n, "BLOCK_K": tile.k}
-    ctx.launch("moe:experts_hidden", (pairs, ceil_div(inner, tile.n)), given, tile.warps)
+    given: dict[str, Given] = {"a": x, "index": index, "b": gate_up, "c": hidden}
+    given |= {"N": 2 * inner, "K": width, "a_m": row_stride, "TOP_K": slots, "ACT": act}
+    given |= {"BLOCK_N": 2 * tile.n, "BLOCK_K": tile.k}
+    grid = (pairs, ceil_div(inner, tile.n))
+    launch_product(ctx, "moe:experts_hidden", hidden_slots, grid, given, tile)
     tile = ctx.blocks.gemv(width, inner)
-    given = {"hidden": hidden, "index": index, "weights": weights, "down": down}
-    given |= {"out": ctx.result(node), "D": width, "INNER": inner, "TOP_K": slots}
+    given = {"a": hidden, "index": index, "weights": weights, "b": down, "c": out}
+    given |= {"N": width, "K": inner, "TOP_K": slots}
+    given |= dict(zip(("c_m", "c_n"), out_strides, strict=True))
     given |= {"BLOCK_N": tile.n, "BLOCK_K": tile.k}
     grid = (product(index.shape[:-1]), ceil_div(width, tile.n))
-    ctx.launch("moe:experts_output", grid, given, tile.warps)
+    launch_product(ctx, "moe:experts_output", output_slots, grid, given, tile)
 
 
 def dispatch(ctx: Context, node: Node) -> None:
     """Sort the entries. Grouped GEMMs gather rows as they read them; others get a copy."""
     x, index = ctx.operands(node)
     slots = int(index.shape[1])  # type: ignore[arg-type]
-    offsets, order, _ = sort_entries(ctx, index, node.attrs["experts"])
+    offsets, order, place = sort_entries(ctx, index, node.attrs["experts"])
     rows, *sorted_by = node.outputs
+    ctx.places[node.outputs[2].name] = place
 
     def copied(ctx: Context) -> View:
         token = ctx.make(order.type)
@@ -98,27 +118,42 @@ def dispatch(ctx: Context, node: Node) -> None:
 
 
 def combine(ctx: Context, node: Node) -> None:
-    """Invert the order, then sum each token's slots."""
-    y, order, weights = ctx.operands(node)
-    order = ctx.dense(order)
+    """Each token's weighted sum over its slots, at the places that the sort gave them."""
+    out = ctx.result(node)
+    emit_combine(ctx, node.operands, out, (out.shape[-1], 1), ALL_PLAIN)
+
+
+def emit_combine(
+    ctx: Context,
+    operands: Sequence[Operand],
+    out: View,
+    out_strides: tuple[Dim, Dim],
+    slots: Slots,
+) -> None:
+    """Append the sum; an order that `dispatch` did not make is inverted before."""
+    y, order, weights = operands
+    place = ctx.places.get(order.name)
+    if place is None:
+        place = _inverse(ctx, ctx.dense(ctx.view(order)))
+    shares = ctx.dense(ctx.view(weights))
+    rows, width = shares.shape[0], out.shape[-1]
+    tile = ctx.blocks.copy(ctx.limit(rows), ctx.limit(width))
+    given: dict[str, Given] = {"y": ctx.dense(ctx.view(y)), "place": place, "weights": shares}
+    given |= {"c": out, "M": rows, "N": width, "TOP_K": int(shares.shape[1])}  # type: ignore[arg-type]
+    given |= dict(zip(("c_m", "c_n"), out_strides, strict=True))
+    given |= {"BLOCK_D": tile.columns, "BLOCK_ROWS": tile.rows}
+    grid = (ceil_div(rows, tile.rows), ceil_div(width, tile.columns))
+    launch_product(ctx, "moe:combine_rows", slots, grid, given, tile)
+
+
+def _inverse(ctx: Context, order: View) -> View:
+    """Where each entry of an order stands in it."""
     total = order.shape[0]
     place = ctx.make(order.type.with_dtype(DType.i32))
     block = ctx.blocks.flat(ctx.limit(total))
     given: dict[str, Given] = {"order": order, "place": place, "total": total, "BLOCK": block}
     ctx.launch("moe:invert_order", (ceil_div(total, block),), given)
-    slots = int(weights.shape[1])  # type: ignore[arg-type]
-    _combine(ctx, ctx.dense(y), place, ctx.dense(weights), slots, ctx.result(node))
-
-
-def _combine(ctx: Context, y: View, place: View, weights: View, slots: int, out: View) -> None:
-    width = out.shape[-1]
-    rows = product(out.shape[:-1])
-    tile = ctx.blocks.copy(ctx.limit(rows), ctx.limit(width))
-    given: dict[str, Given] = {"y": y, "place": place, "weights": weights, "out": out}
-    given |= {"rows": rows, "D": width, "TOP_K": slots}
-    given |= {"BLOCK_D": tile.columns, "BLOCK_ROWS": tile.rows}
-    grid = (ceil_div(rows, tile.rows), ceil_div(width, tile.columns))
-    ctx.launch("moe:combine_rows", grid, given, tile.warps)
+    return place
 
 
 def take_rows(
