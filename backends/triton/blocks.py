@@ -103,13 +103,16 @@ class Blocks:
         tile_n = clamp_power(n, 16, 128)
         return Tile(clamp_power(m, 64, 128), tile_n, 64, 8, self.deep_stages)
 
-    def gemv(self, n: int, k: int) -> Tile:
-        """A tile of `n` rows of a matrix with rows of `k`, times a vector: a stream of weights."""
+    def gemv(self, n: int, k: int, bits: int = 16) -> Tile:
+        """A tile of `n` rows of a matrix with rows of `k`, times a vector: a stream of weights.
+
+        Of codes of fewer bits there are more, so that as many bytes are on their way.
+        """
         if self.interprets:
             edge_k = clamp_power(k, 1, 512)
             return Tile(1, clamp_power(n, 1, INTERPRET_ELEMENTS // edge_k), edge_k)
         edge_k = clamp_power(k, 32, 1024)
-        return Tile(1, clamp_power(n, 1, 2048 // edge_k), edge_k)
+        return Tile(1, clamp_power(n, 1, 2048 * (1 if bits >= 16 else 2) // edge_k), edge_k)
 
     def flash(self, queries: int, keys: int, head: int, itemsize: int) -> Tile:
         """Query rows (m) and keys (n) of a flash-attention tile for heads of `head` numbers."""

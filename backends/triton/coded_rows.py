@@ -40,9 +40,7 @@ _MULTIPLIED = {"e4m3fn": DType.f8e4m3, "e4m3fnuz": DType.f8e4m3fnuz, "": DType.f
 
 def rows_reason(activations: str) -> str | None:
     """Why no kernel takes rows as such codes, or `None`."""
-    codes, _, columns = activations.partition(":")
-    if codes != "f8e4m3":
-        return f"rows as codes in {codes}"
+    _, _, columns = activations.partition(":")
     if int(columns) < 16 or int(columns) > 256 or int(columns) & int(columns) - 1:
         return f"rows as codes of {columns} columns each; 16, 32, 64, 128 or 256 are due"
     return None
@@ -50,21 +48,32 @@ def rows_reason(activations: str) -> str | None:
 
 @dataclass(frozen=True)
 class RowCodes:
-    """How a product of `rows` rows at most takes them: codes, a scale for so many columns each."""
+    """How a product of `rows` rows at most takes them: codes, a scale for so many columns each.
 
+    `fp8` is the kind of e4m3 that the target multiplies; a `vector` is multiplied in fp32, without
+    matrix units.
+    """
+
+    codes: DType
     columns: int
     rows: int
     fp8: str
+    vector: bool = False
 
     @staticmethod
-    def of(ctx: Context, activations: str, rows: int) -> RowCodes:
+    def of(ctx: Context, activations: str, rows: int, vector: bool = False) -> RowCodes:
         """What `f8e4m3:128` asks for, for the target."""
-        return RowCodes(int(activations.partition(":")[2]), rows, ctx.blocks.fp8)
+        codes, _, columns = activations.partition(":")
+        fp8 = ctx.blocks.fp8 if not vector or ctx.blocks.fp8 == "e4m3fn" else ""
+        fp8 = fp8 if codes == DType.f8e4m3 else ""
+        return RowCodes(DType(codes), int(columns), rows, fp8, vector)
 
     @property
     def multiplied(self) -> DType:
         """The element type that codes are multiplied in."""
-        return _MULTIPLIED[self.fp8]
+        if self.vector and not self.fp8:
+            return DType.f32
+        return _MULTIPLIED[self.fp8] if self.codes.is_float else self.codes
 
     @property
     def ahead(self) -> bool:
@@ -76,11 +85,15 @@ class RowCodes:
 
         In f16 codes take twice the registers, and both sums of a tile of 128 x 128 spill.
         """
-        return replace(tile, k=self.columns, n=tile.n if self.fp8 else min(tile.n, 64))
+        if self.vector:  # as many codes of the weight as the tile had numbers
+            return replace(tile, k=self.columns, n=max(1, tile.n * tile.k // self.columns))
+        stages = min(8, tile.stages * max(1, tile.k // self.columns))
+        wide = min(tile.n, 64) if self.multiplied is DType.f16 else tile.n
+        return replace(tile, k=self.columns, n=wide, stages=stages)
 
     def made(self, ctx: Context, x: View) -> tuple[View, View]:
         """Codes [rows, k] and scales f32[rows, blocks] of rows, made once for all their readers."""
-        known = ctx.row_codes.get((x, self.columns))
+        known = ctx.row_codes.get((x, self.codes, self.columns))
         if known is not None:
             return known
         view, rows, stride = ctx.rows(x)
@@ -95,22 +108,29 @@ class RowCodes:
         given: dict[str, Given] = {"a": view, "c": codes, "scales": scales, "M": rows, "K": width}
         given |= {"a_m": stride, "groups": groups, "BLOCK_M": height, "BLOCK_K": self.columns}
         ctx.launch(f"{name}:{name}", (ceil_div(rows, height), groups), given)
-        ctx.row_codes[x, self.columns] = codes, scales
+        ctx.row_codes[x, self.codes, self.columns] = codes, scales
         return codes, scales
 
     def lines(self) -> list[str]:
         """From x [rows, BLOCK_K] to `codes`, in the type that is multiplied, and `row_scale`."""
-        largest = CODINGS["f8e4m3"].largest
         half = " * 0.5" if self.fp8 == "e4m3fnuz" else ""
-        return [
+        lines = [
             "wide = x.to(tl.float32)",
-            "peak = tl.max(tl.abs(wide), axis=1)",
-            f"row_scale = tl.where(peak == 0.0, 1.0, tl.div_rn(peak, peak * 0.0 + {largest}))",
+            "peak = tl.max(tl.abs(wide), axis=1) + tl.sum(wide - wide, axis=1)",
+            f"row_scale = tl.div_rn(peak, peak * 0.0 + {CODINGS[self.codes].largest})",
+            "row_scale = tl.where(peak == 0.0, 1.0, row_scale)",
             "inverse = tl.minimum(tl.div_rn(row_scale * 0.0 + 1.0, row_scale), 3.0e38)",
             f"wide = wide * inverse[:, None]{half}",
-            *(nearest_e4m3("wide") if not self.fp8 else ()),
-            f"codes = wide.to({TYPES[self.multiplied]})",
         ]
+        if not self.codes.is_float:
+            lines.append("wide = wide + 12582912.0 - 12582912.0")
+        elif not self.fp8:
+            lines += nearest_e4m3("wide")
+        return [*lines, f"codes = wide.to({TYPES[self.multiplied]})"]
+
+    def shares(self, weight: Loader) -> bool:
+        """Whether codes multiply codes, and the scales of both their sum."""
+        return weight.view.dtype.is_float == self.codes.is_float and weight.shares(self.columns)
 
     def slots(self, codes: Loader, scales: View | None, row: str) -> tuple[Slot, Slot]:
         """The loader and the sum of a product over a weight in codes.
@@ -123,13 +143,17 @@ class RowCodes:
             lines = [f"row_scale = tl.load({at}, mask=live, other=0.0)", "codes = x"]
             arguments = {"row_scales": scales, "row_groups": scales.shape[1]}
         title = f"rows_{self.columns}{'_ahead' if scales is not None else ''}"
-        if not codes.shares(self.columns):
-            lines.append('part = tl.dot(codes.to(x.dtype), w, input_precision="ieee")')
-            lines.append("acc += part * row_scale[:, None]")
-            return codes.slot(), Slot(title, {"sum": lines}, arguments)
-        loaded = [*codes.apart("coded", self.multiplied), "w = tl.trans(coded)"]
-        whole = " * 4.0" if self.fp8 == "e4m3fnuz" else ""
-        lines.append("part = tl.dot(codes, w)")
-        lines.append(f"acc += part * (row_scale{whole})[:, None] * coded_scales[None, :]")
-        loader = Slot(f"{codes.view.dtype}", {"w": loaded}, codes.arguments())
-        return loader, Slot(title, {"sum": lines}, arguments)
+        if self.shares(codes):
+            loaded = [*codes.apart("coded", self.multiplied), "w = tl.trans(coded)"]
+            loader = Slot(f"{codes.view.dtype}", {"w": loaded}, codes.arguments())
+            whole = " * 4.0" if self.fp8 == "e4m3fnuz" else ""
+            shared = f"(row_scale{whole})[:, None] * coded_scales[None, :]"
+        else:
+            whole = " * 2.0" if self.fp8 == "e4m3fnuz" else ""
+            loader, shared = codes.slot(), f"(row_scale{whole})[:, None]"
+            lines.append("codes = codes.to(x.dtype)")
+        if self.vector:
+            product = "tl.sum(tl.trans(codes).to(tl.float32) * w.to(tl.float32), axis=0)[None, :]"
+            return loader, Slot(title, {"part": [*lines, f"part = {product} * {shared}"]})
+        lines.append('part = tl.dot(codes, w, input_precision="ieee").to(tl.float32)')
+        return loader, Slot(title, {"sum": [*lines, f"acc += part * {shared}"]}, arguments)

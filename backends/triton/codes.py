@@ -30,6 +30,7 @@ WEIGHTS: Mapping[str, tuple[str, ...]] = {
     "linear": ("weight",),
     "grouped_linear": ("weight",),
     "einsum": ("xs",),
+    "experts": ("gate_up", "down"),
     "mla_attention": ("kv_b",),
 }
 """Operands that kernels read as weights in codes."""

@@ -19,7 +19,7 @@ from dsc.ir import views
 from dsc.ir.dims import Dim, Range, Sym, bounds, free_symbols
 from dsc.ir.graph import Node, Operand, Weight
 from dsc.ir.region_steps import Literal
-from dsc.ir.types import TensorType
+from dsc.ir.types import DType, TensorType
 from dsc.ir.views import View
 from dsc.runtime.plan import ARENA, READ, UPDATE, WEIGHT, WRITE, Argument, Draft, Launch, Ref
 
@@ -52,8 +52,8 @@ class Context:
     views: dict[str, View] = field(default_factory=dict)
     weights: dict[str, int] = field(default_factory=dict)
     parts: dict[int, tuple[View, ...]] = field(default_factory=dict)
-    row_codes: dict[tuple[View, int], tuple[View, View]] = field(default_factory=dict)
-    """Codes and scales of rows that were made codes, by how many columns share a scale."""
+    row_codes: dict[tuple[View, DType, int], tuple[View, View]] = field(default_factory=dict)
+    """Codes and scales of rows that were made codes, by these and how many columns share one."""
     constants: dict[str, tuple[float, TensorType]] = field(default_factory=dict)
     gathers: dict[str, Gather] = field(default_factory=dict)
     places: dict[str, View] = field(default_factory=dict)

@@ -3,12 +3,13 @@
 `TRITON_INTERPRET` acts when a kernel is decorated, so a process that interprets cannot compile.
 `worker.py` is that process; it is the only importer of this module.
 
-Triton's interpreter is adapted in three places, all measured or wrong as it ships (3.9):
+Triton's interpreter is adapted in four places, all measured or wrong as it ships (3.9):
 
 - It patches and restores the whole language module around every launch and every call of a device
   function, about a millisecond each. One patch for the life of the process does the same.
 - It holds bf16 as uint16 and hands those bits to `numpy.matmul` in `tl.dot`. Operands are widened.
 - It truncates fp32 to bf16; hardware rounds to nearest even.
+- It rounds numbers to e4m3 half up, and to no NaN; ml_dtypes rounds as hardware does.
 """
 
 from __future__ import annotations
@@ -29,11 +30,12 @@ from dsc.runtime.plan import ALIGNMENT, ARENA, WEIGHT
 
 
 def adapt_interpreter() -> None:
-    """Apply the three changes to the imported interpreter."""
+    """Apply the four changes to the imported interpreter."""
     from triton.runtime import interpreter
 
     _patch_once(interpreter)
     _widen_bf16(interpreter)
+    _round_fp8(interpreter)
 
 
 def _patch_once(interpreter: Any) -> None:
@@ -81,6 +83,34 @@ def _widen_bf16(interpreter: Any) -> None:
         return dot(self, a, b, d, *rest)
 
     builder.cast_impl, builder.create_dot = cast_impl, create_dot
+
+
+def _round_fp8(interpreter: Any) -> None:
+    import ml_dtypes
+    import numpy as np
+    import triton.language as tl
+
+    builder, handle = interpreter.InterpreterBuilder, interpreter.TensorHandle
+    convert, dot = builder.create_fp_to_fp, builder.create_dot
+    kinds = {tl.float8e4nv: ml_dtypes.float8_e4m3fn, tl.float8e4b8: ml_dtypes.float8_e4m3fnuz}
+
+    def widened(x: Any) -> Any:
+        kind = kinds.get(x.dtype.scalar)
+        return x if kind is None else handle(x.data.view(kind).astype(np.float32), tl.float32)
+
+    def create_fp_to_fp(self: Any, src: Any, dst_type: Any, rounding: Any) -> Any:
+        kind = kinds.get(dst_type.scalar)
+        if kind is not None:
+            wide = self.cast_impl(widened(src), tl.float32)
+            return handle(wide.data.astype(kind).view(np.uint8), dst_type.scalar)
+        if src.dtype.scalar in kinds:
+            return self.cast_impl(widened(src), dst_type)
+        return convert(self, src, dst_type, rounding)
+
+    def create_dot(self: Any, a: Any, b: Any, d: Any, *rest: Any) -> Any:
+        return dot(self, widened(a), widened(b), d, *rest)
+
+    builder.create_fp_to_fp, builder.create_dot = create_fp_to_fp, create_dot
 
 
 class Kernels:

@@ -7,7 +7,7 @@ interpreting process runs them all. What a text calls `%w` is the weight.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,10 @@ import torch
 
 from dsc.backends.base import EmitOptions
 from dsc.backends.triton import TritonBackend
+from dsc.backends.triton.backend import with_templates
+from dsc.backends.triton.blocks import INTERPRET
+from dsc.backends.triton.program import lower_program
+from dsc.backends.triton.worker import INTERPRETED
 from dsc.ir.formats import Packed, pack, pack_state
 from dsc.ir.interpreter import Interpreter
 from dsc.ir.parser import parse_program, parse_type
@@ -91,15 +95,23 @@ def inputs(case: Case) -> dict[str, torch.Tensor]:
     return given
 
 
-def loaded(made: Program, folder: Path) -> Any:
-    """The program's kernels in the interpreter, with weights as an artifact holds them."""
+def loaded(made: Program, folder: Path, target: str = INTERPRET) -> Any:
+    """The program's kernels in the interpreter, with weights as an artifact holds them.
+
+    For a `target` what is interpreted are the kernels and the tiles that it gets.
+    """
     backend = TritonBackend()
     emission = backend.emit(made, EmitOptions(extra={"compile": False}))
+    lowered, sources = lower_program(made, target)
+    texts = with_templates(lowered, sources)
+    files = {f"triton/kernels/{name}.py": text.encode() for name, text in texts.items()}
+    files |= {f"triton/{INTERPRETED}": lowered.plan().to_json()}
+    emission = replace(emission, files={**emission.files, **files})
     out = artifacts.write(
         folder / "out", made, emission, backend="triton", targets=("cuda:sm_90",), report={}
     )
     read = artifacts.read(out, trust=True)
-    return backend.load(out, read.manifest, read.program)
+    return backend.load_on(INTERPRET, out, out / read.manifest["weights"], read.program)
 
 
 def expected(made: Program, name: str, given: Mapping[str, torch.Tensor]) -> torch.Tensor:

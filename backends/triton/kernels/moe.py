@@ -168,7 +168,8 @@ def experts_hidden(
         x = tl.load(x_at + k[None, :], mask=k[None, :] < K, other=0.0)
         #: rows
         w = tl.load(w_at + k[:, None], mask=fits[None, :] & (k[:, None] < K), other=0.0)  #: w
-        acc += tl.sum(tl.trans(x).to(tl.float32) * w.to(tl.float32), axis=0)[None, :]  #: sum
+        part = tl.sum(tl.trans(x).to(tl.float32) * w.to(tl.float32), axis=0)[None, :]  #: part
+        acc += part
     #: end
     gate, up = tl.split(tl.reshape(acc, (BLOCK_N // 2, 2)))
     if ACT == "silu":
@@ -220,8 +221,8 @@ def experts_output(
             k = start + tl.arange(0, BLOCK_K)
             x = tl.load(x_at + k[None, :], mask=k[None, :] < K, other=0.0)
             w = tl.load(w_at + k[:, None], mask=fits[None, :] & (k[:, None] < K), other=0.0)  #: w
-            x = tl.trans(x).to(tl.float32) * share
-            acc += tl.sum(x * w.to(tl.float32), axis=0)[None, :]  #: sum
+            part = tl.sum(tl.trans(x).to(tl.float32) * w.to(tl.float32), axis=0)[None, :]  #: part
+            acc += share * part
     #: tile
     out = c + m[:, None] * c_m + n[None, :] * c_n
     tl.store(out, acc, mask=live[:, None] & fits[None, :])

@@ -53,7 +53,7 @@ def emit_gemm(
     tile = ctx.blocks.gemm(rows, columns, ctx.limit(k), itemsize, ctx.limit(z))
     coded = RowCodes.of(ctx, activations, rows) if activations else None
     tile = coded.tile(tile) if coded is not None else tile
-    x, weight, slots = _in_codes(ctx, p.a, p.b, tile, slots, axes, coded)
+    x, weight, slots = in_codes(ctx, p.a, p.b, tile, slots, axes, coded)
     if x is not p.a:
         p = replace(p, a_strides=(0, k, 1))
     given: dict[str, Given] = {"a": x, "b": weight, "bias": bias, "limit": limit, "c": p.out}
@@ -68,7 +68,7 @@ def emit_gemm(
     launch_product(ctx, "gemm:gemm", slots, grid, given, tile)
 
 
-def _in_codes(
+def in_codes(
     ctx: Context,
     x: View,
     weight: View,
@@ -88,7 +88,7 @@ def _in_codes(
     if rows is None:
         return x, codes.codes, replace(slots, loader=codes.slot())
     scales = None
-    if rows.ahead and codes.shares(rows.columns):
+    if rows.ahead and rows.shares(codes):
         x, scales = rows.made(ctx, x)
     loads, sums = rows.slots(codes, scales, row)
     return x, codes.codes, replace(slots, loader=loads, sum=sums)
@@ -275,7 +275,7 @@ def emit_grouped(
     tiles = rows if most <= experts else rows // tile.m + experts
     coded = RowCodes.of(ctx, activations, ctx.limit(given_rows)) if activations else None
     tile = coded.tile(tile) if coded is not None else tile
-    rows_of_x, codes, slots = _in_codes(ctx, x, weight, tile, slots, rows=coded, row="row")
+    rows_of_x, codes, slots = in_codes(ctx, x, weight, tile, slots, rows=coded, row="row")
     row_stride = row_stride if rows_of_x is x else k
     given: dict[str, Given] = {"a": rows_of_x, "order": order, "b": codes, "offsets": offsets}
     given |= {"c": out, "N": n, "K": k, "a_m": row_stride, "slots": per_token}

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from dsc.backends.triton.blocks import ceil_div, next_power
+from dsc.backends.triton.coded_rows import RowCodes
 from dsc.backends.triton.context import Context, Gather, Given
-from dsc.backends.triton.lower.contract import launch_product, router_logits
+from dsc.backends.triton.lower.contract import in_codes, launch_product, router_logits
 from dsc.backends.triton.rows import elementwise
 from dsc.backends.triton.slots import ALL_PLAIN, Slots
 from dsc.ir.dims import Dim, product
@@ -62,7 +63,9 @@ def experts(ctx: Context, node: Node) -> None:
     """
     out = ctx.result(node)
     strides = (out.shape[-1], 1)
-    emit_experts(ctx, ctx.operands(node), node.attrs["act"], out, strides, ALL_PLAIN, ALL_PLAIN)
+    operands, attrs = ctx.operands(node), node.attrs
+    rows = attrs["activations"]
+    emit_experts(ctx, operands, attrs["act"], out, strides, ALL_PLAIN, ALL_PLAIN, rows)
 
 
 def emit_experts(
@@ -73,8 +76,9 @@ def emit_experts(
     out_strides: tuple[Dim, Dim],
     hidden_slots: Slots,
     output_slots: Slots,
+    activations: str = "",
 ) -> None:
-    """Append the direct form; slots of both of its products."""
+    """Append the direct form; slots of both of its products, which may take rows as codes."""
     x, index, weights, gate_up, down = operands
     x, _, row_stride = ctx.rows(x)
     index, weights = ctx.dense(index), ctx.dense(weights)
@@ -83,14 +87,19 @@ def emit_experts(
     slots = int(index.shape[-1])  # type: ignore[arg-type]
     pairs = product(index.shape)
     hidden = ctx.make(x.type.with_shape((pairs, inner)))
-    tile = ctx.blocks.gemv(inner, width)
-    given: dict[str, Given] = {"a": x, "index": index, "b": gate_up, "c": hidden}
+    rows = RowCodes.of(ctx, activations, 1, vector=True) if activations else None
+    tile = ctx.blocks.gemv(inner, width, gate_up.dtype.bits)
+    tile = tile if rows is None else rows.tile(tile)
+    _, codes, hidden_slots = in_codes(ctx, x, gate_up, tile, hidden_slots, rows=rows)
+    given: dict[str, Given] = {"a": x, "index": index, "b": codes, "c": hidden}
     given |= {"N": 2 * inner, "K": width, "a_m": row_stride, "TOP_K": slots, "ACT": act}
     given |= {"BLOCK_N": 2 * tile.n, "BLOCK_K": tile.k}
     grid = (pairs, ceil_div(inner, tile.n))
     launch_product(ctx, "moe:experts_hidden", hidden_slots, grid, given, tile)
-    tile = ctx.blocks.gemv(width, inner)
-    given = {"a": hidden, "index": index, "weights": weights, "b": down, "c": out}
+    tile = ctx.blocks.gemv(width, inner, down.dtype.bits)
+    tile = tile if rows is None else rows.tile(tile)
+    _, codes, output_slots = in_codes(ctx, hidden, down, tile, output_slots, rows=rows)
+    given = {"a": hidden, "index": index, "weights": weights, "b": codes, "c": out}
     given |= {"N": width, "K": inner, "TOP_K": slots}
     given |= dict(zip(("c_m", "c_n"), out_strides, strict=True))
     given |= {"BLOCK_N": tile.n, "BLOCK_K": tile.k}
