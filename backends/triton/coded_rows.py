@@ -12,7 +12,8 @@ Tiles of 16 rows, and targets without such units, multiply in f16: it holds ever
 of two are exact in fp32, so the numbers are the same; a step of few rows waits for the weights, and
 those are read as bytes either way.
 
-Rows of few are made codes where they are multiplied; rows of many once, by a launch before.
+Rows of few are made codes where they are multiplied; rows of many once: by the kernel over rows
+that computes them (`wanted`), which then stores no numbers that nobody else reads, or by a launch.
 
 Cost      as of `codes`; rows made ahead cost their bytes twice, and half of that to be read.
 Legality  a scale of the weight's covers the columns of a row's, and there are no zero points; other
@@ -24,16 +25,18 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from dsc.backends.triton.blocks import Tile, ceil_div, clamp_power
-from dsc.backends.triton.codes import Loader, nearest_e4m3
+from dsc.backends.triton.codes import Loader, nearest_e4m3, shares
 from dsc.backends.triton.context import Context, Given, template
 from dsc.backends.triton.pointwise import TYPES
 from dsc.backends.triton.slots import Slot, Slots, written
+from dsc.ir.dims import product
 from dsc.ir.formats import CODINGS
 from dsc.ir.types import DType, TensorType
 from dsc.ir.views import View
 
 FEW = 64
 """Rows that a product makes codes of by itself."""
+
 _MULTIPLIED = {"e4m3fn": DType.f8e4m3, "e4m3fnuz": DType.f8e4m3fnuz, "": DType.f16}
 """What codes in e4m3 are multiplied in, by what the target's units take."""
 
@@ -93,14 +96,12 @@ class RowCodes:
 
     def made(self, ctx: Context, x: View) -> tuple[View, View]:
         """Codes [rows, k] and scales f32[rows, blocks] of rows, made once for all their readers."""
-        known = ctx.row_codes.get((x, self.codes, self.columns))
+        known = ctx.row_codes.get(self._key(x))
         if known is not None:
             return known
         view, rows, stride = ctx.rows(x)
-        width = view.shape[-1]
-        groups = ceil_div(width, self.columns)
-        codes = ctx.make(TensorType(self.multiplied, (rows, width)))
-        scales = ctx.make(TensorType(DType.f32, (rows, groups)))
+        codes, scales = self.room(ctx, x)
+        width, groups = codes.shape[1], scales.shape[1]
         slots = Slots(sum=Slot(str(self.multiplied), {"codes": self.lines()}))
         name, text = written(template("quantise"), "quantise_rows", slots)
         ctx.sources.setdefault(name, text)
@@ -108,19 +109,35 @@ class RowCodes:
         given: dict[str, Given] = {"a": view, "c": codes, "scales": scales, "M": rows, "K": width}
         given |= {"a_m": stride, "groups": groups, "BLOCK_M": height, "BLOCK_K": self.columns}
         ctx.launch(f"{name}:{name}", (ceil_div(rows, height), groups), given)
-        ctx.row_codes[x, self.codes, self.columns] = codes, scales
         return codes, scales
 
-    def lines(self) -> list[str]:
-        """From x [rows, BLOCK_K] to `codes`, in the type that is multiplied, and `row_scale`."""
+    def room(self, ctx: Context, x: View) -> tuple[View, View]:
+        """Buffers for the codes and the scales of rows, which whoever asks for them finds."""
+        rows, width = product(x.shape[:-1]), x.shape[-1]
+        codes = ctx.make(TensorType(self.multiplied, (rows, width)))
+        scales = ctx.make(TensorType(DType.f32, (rows, ceil_div(width, self.columns))))
+        ctx.row_codes[self._key(x)] = codes, scales
+        return codes, scales
+
+    def _key(self, x: View) -> tuple[object, ...]:
+        """What tells rows from others: a view of other leading axes has the same."""
+        where = (x.buffer, x.offset, x.shape[-1]) if x.is_dense else (x,)
+        return (*where, self.codes, self.columns)
+
+    def lines(self, axis: int = 1) -> list[str]:
+        """From x, whose columns from `axis` on share a scale, to `codes`, and to `row_scale`.
+
+        Codes are of the type that is multiplied.
+        """
         half = " * 0.5" if self.fp8 == "e4m3fnuz" else ""
+        each = "[:, None]" if axis == 1 else "[:, :, None]"
         lines = [
             "wide = x.to(tl.float32)",
-            "peak = tl.max(tl.abs(wide), axis=1) + tl.sum(wide - wide, axis=1)",
+            f"peak = tl.max(tl.abs(wide), axis={axis}) + tl.sum(wide - wide, axis={axis})",
             f"row_scale = tl.div_rn(peak, peak * 0.0 + {CODINGS[self.codes].largest})",
             "row_scale = tl.where(peak == 0.0, 1.0, row_scale)",
             "inverse = tl.minimum(tl.div_rn(row_scale * 0.0 + 1.0, row_scale), 3.0e38)",
-            f"wide = wide * inverse[:, None]{half}",
+            f"wide = wide * inverse{each}{half}",
         ]
         if not self.codes.is_float:
             lines.append("wide = wide + 12582912.0 - 12582912.0")
@@ -128,9 +145,9 @@ class RowCodes:
             lines += nearest_e4m3("wide")
         return [*lines, f"codes = wide.to({TYPES[self.multiplied]})"]
 
-    def shares(self, weight: Loader) -> bool:
+    def shares(self, weight: TensorType) -> bool:
         """Whether codes multiply codes, and the scales of both their sum."""
-        return weight.view.dtype.is_float == self.codes.is_float and weight.shares(self.columns)
+        return weight.dtype.is_float == self.codes.is_float and shares(weight, self.columns)
 
     def slots(self, codes: Loader, scales: View | None, row: str) -> tuple[Slot, Slot]:
         """The loader and the sum of a product over a weight in codes.
@@ -143,7 +160,7 @@ class RowCodes:
             lines = [f"row_scale = tl.load({at}, mask=live, other=0.0)", "codes = x"]
             arguments = {"row_scales": scales, "row_groups": scales.shape[1]}
         title = f"rows_{self.columns}{'_ahead' if scales is not None else ''}"
-        if self.shares(codes):
+        if self.shares(codes.view.type):
             loaded = [*codes.apart("coded", self.multiplied), "w = tl.trans(coded)"]
             loader = Slot(f"{codes.view.dtype}", {"w": loaded}, codes.arguments())
             whole = " * 4.0" if self.fp8 == "e4m3fnuz" else ""

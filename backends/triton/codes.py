@@ -46,6 +46,14 @@ def weight_reason(t: TensorType) -> str | None:
     return None
 
 
+def shares(weight: TensorType, columns: int) -> bool:
+    """Whether a scale covers so many columns of each row, and there are no zero points."""
+    if weight.format is None or weight.format.zeros is not None:
+        return False
+    block = weight.format.block[1]
+    return block == WHOLE or block % columns == 0
+
+
 @dataclass(frozen=True)
 class Loader:
     """The tiles of a coded weight: `n` and `k` are the axes of the product's columns and its sum.
@@ -82,11 +90,6 @@ class Loader:
             given[f"{name}_matrix"] = leading
             given[f"{name}_n"], given[f"{name}_k"] = part.strides[self.n], part.strides[self.k]
         return given
-
-    def shares(self, columns: int) -> bool:
-        """Whether a scale of a row covers so many columns of the sum at a time, and is all."""
-        block = self._block(self.k)
-        return len(self.parts) == 2 and (block == WHOLE or block % columns == 0)
 
     def tile(self, name: str) -> list[str]:
         """`name` f32[BLOCK_N, BLOCK_K]: the numbers of columns n of `matrix`, from `start` on."""

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dsc.backends.triton.blocks import Blocks
 from dsc.backends.triton.launch import POINTER_TYPES, Kernel, LaunchProgram, is_multiple
@@ -19,9 +20,12 @@ from dsc.ir import views
 from dsc.ir.dims import Dim, Range, Sym, bounds, free_symbols
 from dsc.ir.graph import Node, Operand, Weight
 from dsc.ir.region_steps import Literal
-from dsc.ir.types import DType, TensorType
+from dsc.ir.types import TensorType
 from dsc.ir.views import View
 from dsc.runtime.plan import ARENA, READ, UPDATE, WEIGHT, WRITE, Argument, Draft, Launch, Ref
+
+if TYPE_CHECKING:
+    from dsc.backends.triton.wanted import Wanted
 
 KERNELS = Path(__file__).parent / "kernels"
 ALIGNMENT = 16
@@ -52,8 +56,10 @@ class Context:
     views: dict[str, View] = field(default_factory=dict)
     weights: dict[str, int] = field(default_factory=dict)
     parts: dict[int, tuple[View, ...]] = field(default_factory=dict)
-    row_codes: dict[tuple[View, DType, int], tuple[View, View]] = field(default_factory=dict)
-    """Codes and scales of rows that were made codes, by these and how many columns share one."""
+    row_codes: dict[tuple[object, ...], tuple[View, View]] = field(default_factory=dict)
+    """Codes and scales of rows that were made codes, by what tells rows and codes from others."""
+    wanted: Mapping[str, Wanted] = field(default_factory=dict)
+    """By name the values that products want as codes."""
     constants: dict[str, tuple[float, TensorType]] = field(default_factory=dict)
     gathers: dict[str, Gather] = field(default_factory=dict)
     places: dict[str, View] = field(default_factory=dict)

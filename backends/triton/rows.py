@@ -30,6 +30,7 @@ from dsc.ir.views import View, joined
 
 if TYPE_CHECKING:
     from dsc.backends.triton.context import Context, Given
+    from dsc.backends.triton.wanted import CodedTarget
 
 HELD = 1 << 13
 """Elements of a row that a reduction alone holds; it walks along longer ones."""
@@ -67,8 +68,10 @@ class _Value:
 class RowKernel:
     """The text of a region's kernel, and what a launch of it is told. Raises `NoKernel`."""
 
-    def __init__(self, steps: Sequence[RowStep], rows: Dim) -> None:
-        self.steps, self.rows = steps, rows
+    def __init__(
+        self, steps: Sequence[RowStep], rows: Dim, coded: Mapping[int, CodedTarget] | None = None
+    ) -> None:
+        self.steps, self.rows, self.coded = steps, rows, coded or {}
         self.lines: list[str] = []
         self.indent = 1
         self.pointers: dict[View, str] = {}
@@ -222,9 +225,49 @@ class RowKernel:
         """Hold a step's result, and store it where it leaves the region."""
         self.values[step.number] = value
         for lines in step.writes:
+            target = self.coded.get(lines.view.buffer)
+            if target is not None:
+                self._store_codes(target, value)
+                if target.only:
+                    continue
             for part, inner in zip(value.parts, value.places or ((),), strict=True):
                 place, mask = self._place(lines, value.columns, _indices(inner), each=True)
                 self._say(f"tl.store({place}, {part}{mask})")
+
+    def holds(self, view: View, columns: int) -> bool:
+        """Whether a program has whole rows of a result, or groups of so many of their columns."""
+        if self.walks or self.flat:
+            return False
+        for step in self.steps:
+            for lines in step.writes:
+                if lines.view.buffer == view.buffer:
+                    (*_, width), dense = lines.view.shape, views.dense_strides(lines.view.shape)
+                    by_row = len(lines.inner) == 1 and lines.lead <= 1
+                    whole = self.counts[step.number] == width and lines.view.strides == dense
+                    plain = step.role in (Role.POINTWISE, Role.REDUCTION)
+                    long = isinstance(width, int) and next_power(width) >= columns
+                    return by_row and whole and plain and long
+        return False
+
+    def _store_codes(self, target: CodedTarget, value: _Value) -> None:
+        """A result as codes of groups of its columns, and their scales."""
+        (part,), columns, group = value.parts, value.columns, target.rows.columns
+        codes, scales = (
+            self.pointers.setdefault(x, f"p{len(self.pointers)}")
+            for x in (target.codes, target.scales)
+        )
+        groups = f"{columns.block} // {group}"
+        width, count = map(self._number, (target.codes.shape[1], target.scales.shape[1]))
+        first = f"tl.program_id(1) * ({groups}) + " if self.tiled else ""
+        self._say(
+            f"x = tl.where({columns.mask}, {part}, 0.0)",
+            f"x = tl.reshape(x, (BLOCK_ROWS, {groups}, {group}))",
+            *target.rows.lines(axis=2),
+            f"codes = tl.reshape(codes, (BLOCK_ROWS, {columns.block}))",
+            f"tl.store({codes} + row * {width} + {columns.index}, codes, mask={columns.mask})",
+            f"group = {first}tl.arange(0, {groups})[None, :]",
+            f"tl.store({scales} + row * {count} + group, row_scale, mask=live & (group < {count}))",
+        )
 
     # --- operators --------------------------------------------------------------------------------
 

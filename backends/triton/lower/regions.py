@@ -7,7 +7,7 @@ can do is refused with a reason, and the pass that fuses puts it back.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from dsc.backends.triton.context import Context
@@ -16,6 +16,7 @@ from dsc.backends.triton.lower.contract import emit_gemm, linear_product
 from dsc.backends.triton.pointwise import FLOAT_ONLY, TYPES, has_formula
 from dsc.backends.triton.rows import ALONG_ROWS, RowKernel
 from dsc.backends.triton.slots import Slots
+from dsc.backends.triton.wanted import CodedTarget
 from dsc.ir.analyses import aliases_of
 from dsc.ir.graph import Graph, Node, Operand, Value
 from dsc.ir.op import kernel_of, traits_of
@@ -39,13 +40,33 @@ def lower(ctx: Context, node: Node) -> None:
         ctx.view(node.operands[updated[i]]) if i in updated else ctx.make(v.type)
         for i, v in enumerate(node.outputs)
     ]
+    coded = _coded(ctx, node, body, places, targets)
     try:
-        kernel = kernel_for(body, places, targets)
+        kernel = kernel_for(body, places, targets, coded)
     except NoKernel:  # a view of a constant, or of a strided operand that would move elements
         places = [ctx.dense(ctx.view(x)) for x in node.operands]
-        kernel = kernel_for(body, places, targets)
+        kernel = kernel_for(body, places, targets, coded)
     ctx.set(node, *targets)
     kernel.launch(ctx)
+
+
+def _coded(
+    ctx: Context, node: Node, body: Graph, places: Sequence[Place], targets: Sequence[View]
+) -> Mapping[int, CodedTarget] | None:
+    """By their buffers the results that the kernel is to write as codes, or `None`."""
+    asked = [(targets[i], ctx.wanted[v.name]) for i, v in enumerate(node.outputs)
+             if v.name in ctx.wanted]  # fmt: skip
+    if not asked or anchor_of(body.nodes) is not None:
+        return None
+    try:
+        kernel = kernel_for(body, places, targets, {})
+    except NoKernel:
+        return None
+    assert isinstance(kernel, RowKernel), "a body without a product"
+    return {
+        view.buffer: CodedTarget(each.rows, *each.rows.room(ctx, view), each.only)
+        for view, each in asked if kernel.holds(view, each.rows.columns)
+    } or None  # fmt: skip
 
 
 def _place(ctx: Context, operand: Operand) -> Place:
@@ -55,9 +76,15 @@ def _place(ctx: Context, operand: Operand) -> Place:
 
 
 def kernel_for(
-    body: Graph, places: Sequence[Place] | None = None, targets: Sequence[View] | None = None
+    body: Graph,
+    places: Sequence[Place] | None = None,
+    targets: Sequence[View] | None = None,
+    coded: Mapping[int, CodedTarget] | None = None,
 ) -> Gemm | RowKernel:
-    """The kernel of a body. Raises `NoKernel` with the reason when there is none."""
+    """The kernel of a body. Raises `NoKernel` with the reason when there is none.
+
+    With `coded` it is one over rows, which writes results in those buffers as codes.
+    """
     for node in body.nodes:
         known = node.op in ALONG_ROWS or has_formula(node.op)
         if traits_of(node.op).role in _BY_FORMULA and not known:
@@ -67,8 +94,8 @@ def kernel_for(
         return _gemm(Columns(body, anchor, places, targets), anchor)
     beside = {Role.POINTWISE, Role.VIEW, Role.CONSTANT}
     single = all(traits_of(node.op).role in beside for node in body.nodes)
-    found = Rows(body, places, targets, single)
-    return RowKernel(found.steps, found.rows)
+    found = Rows(body, places, targets, single and coded is None)
+    return RowKernel(found.steps, found.rows, coded or {})
 
 
 def reason(node: Node) -> str | None:
