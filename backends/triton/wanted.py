@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from dsc.backends.triton.coded_rows import RowCodes
-from dsc.backends.triton.context import Context
+from dsc.backends.triton.context import Context, Given
 from dsc.ir.dims import product
 from dsc.ir.graph import Graph, Node, Value
 from dsc.ir.regions import anchor_of
@@ -19,26 +19,64 @@ from dsc.ir.views import View
 
 @dataclass(frozen=True)
 class Wanted:
-    """How products want a value's rows, and whether they are all who read it."""
+    """How products want a value, as rows of `width`, and whether they are all who read it."""
 
     rows: RowCodes
+    width: int
     only: bool
+
+    def target(self, ctx: Context, view: View) -> CodedTarget:
+        """Room for the codes of a dense value."""
+        count = product(view.shape) // self.width
+        by_row = view.strided((count, self.width), (self.width, 1))
+        return CodedTarget(self.rows, *self.rows.room(ctx, by_row), self.only)
 
 
 @dataclass(frozen=True)
 class CodedTarget:
-    """A region's result as codes and scales, and as numbers too unless products alone read it."""
+    """A result as codes and scales, and as numbers too unless products alone read it."""
 
     rows: RowCodes
     codes: View
     scales: View
     only: bool
 
+    def lines(
+        self, row: str, column: str, group: str, block: str, keep: tuple[str, str]
+    ) -> list[str]:
+        """A tile x [BLOCK_M, block] of whole groups as codes, stored to `row_codes`.
+
+        `row` [BLOCK_M], `column` [block] and `group`, the number of the tile's first, say where;
+        `keep` which of the rows and of the columns there are.
+        """
+        size = self.rows.columns
+        groups, (live, fits) = f"{block} // {size}", keep
+        mask = f"mask={live}[:, None] & {fits}[None, :]"
+        return [
+            f"x = tl.reshape(tl.where({fits}[None, :], x, 0.0), (BLOCK_M, {groups}, {size}))",
+            *self.rows.lines(axis=2),
+            f"codes = tl.reshape(codes, (BLOCK_M, {block}))",
+            f"row_at = ({row}).to(tl.int64)[:, None]",
+            f"tl.store(row_codes + row_at * row_width + ({column})[None, :], codes, {mask})",
+            f"inside = tl.sum(tl.reshape({fits}.to(tl.int32), ({groups}, {size})), axis=1) > 0",
+            f"group = {group} + tl.arange(0, {groups})",
+            "tl.store(row_scales + row_at * row_groups + group[None, :], row_scale,"
+            f" mask={live}[:, None] & inside[None, :])",
+            *([f"{live} = {live} & (tl.arange(0, BLOCK_M) < 0)"] if self.only else ()),
+        ]
+
+    def arguments(self) -> dict[str, Given]:
+        """The parameters that the lines read."""
+        return {
+            "row_codes": self.codes, "row_scales": self.scales,
+            "row_width": self.codes.shape[1], "row_groups": self.scales.shape[1],
+        }  # fmt: skip
+
 
 def wanted(ctx: Context, graph: Graph) -> dict[str, Wanted]:
     """By name the values of which products want codes that are made before."""
     origins: dict[str, Value] = {}
-    found: dict[str, list[RowCodes | None]] = {}
+    found: dict[str, list[tuple[RowCodes, int] | None]] = {}
     for node in graph.nodes:
         moved = _same_rows(node)
         if moved is not None:
@@ -51,23 +89,23 @@ def wanted(ctx: Context, graph: Graph) -> dict[str, Wanted]:
                if isinstance(x, Value)}  # fmt: skip
     made = {}
     for name, asked in found.items():
-        kinds = {rows for rows in asked if rows is not None}
+        kinds = {each for each in asked if each is not None}
         if len(kinds) == 1:
-            made[name] = Wanted(kinds.pop(), only=None not in asked and name not in results)
+            made[name] = Wanted(*kinds.pop(), only=None not in asked and name not in results)
     return made
 
 
 def _same_rows(node: Node) -> Value | None:
-    """The operand whose rows the first result has, in another order or of other leading axes."""
+    """The operand of which the first result has whole rows, or several as one, in some order."""
     if node.op not in ("dispatch", "reshape"):
         return None
-    x = node.operands[0]
-    same = x.type.shape[-1:] == node.outputs[0].type.shape[-1:]
-    return x if same and isinstance(x, Value) else None
+    x, width = node.operands[0], node.outputs[0].type.shape[-1:]
+    ends = [product(x.type.shape[at:]) for at in range(x.type.rank)]
+    return x if isinstance(x, Value) and width and width[0] in ends else None
 
 
-def _asked(ctx: Context, node: Node, x: Value, origin: Value) -> RowCodes | None:
-    """The codes that a node takes rows of `x` as, if that is all it does with it."""
+def _asked(ctx: Context, node: Node, x: Value, origin: Value) -> tuple[RowCodes, int] | None:
+    """The codes, and how wide, that a node takes rows of `x` as, if that is all it does with it."""
     inner, name = node, x.name
     if node.body is not None:
         anchor = anchor_of(node.body.nodes)
@@ -82,7 +120,9 @@ def _asked(ctx: Context, node: Node, x: Value, origin: Value) -> RowCodes | None
         return None
     if inner.op not in ("linear", "grouped_linear") or inner.operands[0].name != name:
         return None
-    rows = ctx.limit(product(origin.type.shape[:-1]))
-    codes = RowCodes.of(ctx, activations, rows)
+    width = x.type.shape[-1]
+    if not isinstance(width, int):
+        return None
+    codes = RowCodes.of(ctx, activations, ctx.limit(product(origin.type.shape)) // width)
     taken = codes.ahead and codes.shares(inner.operands[1].type)
-    return codes if taken and isinstance(x.type.shape[-1], int) else None
+    return (codes, width) if taken else None

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from dsc.backends.triton.program import lower_program
 from dsc.ir.program import Program
 from tests.backends.triton_coded import Case, expected, inputs, loaded, program
 
@@ -119,6 +120,51 @@ CASES = {
     "grouped_f8": _grouped("f8e4m3{128x128,f32}", 11, 150, 140),
 }  # fmt: skip
 
+ROWS = '{activations="f8e4m3:128"}'
+PRODUCED = {
+    "norm": Case(
+        ("f8e4m3{128x128,f32}[40,256]", "f8e4m3{128x128,f32}[24,256]"),
+        {"x": "bf16[1,70,256]", "g": "bf16[256]"},
+        f"""%a = rms_norm %x, %g {{eps=1e-06}} : bf16[1,70,256]
+        %b = linear %a, %w {ROWS} : bf16[1,70,40]
+        %c = linear %a, %v {ROWS} : bf16[1,70,24]
+        %y = concat %b, %c {{axis=2}}""",
+        "bf16[1,70,64]",
+    ),
+    "norm_and_reader": Case(
+        ("f8e4m3{128x128,f32}[256,256]",), {"x": "f32[70,256]", "g": "f32[256]"},
+        f"""%a = rms_norm %x, %g {{eps=1e-06}} : f32[70,256]
+        %b = linear %a, %w {ROWS} : f32[70,256]
+        %y = add %a, %b""",
+        "f32[70,256]",
+    ),
+    "swiglu": Case(
+        ("f8e4m3{128x128,f32}[3,512,256]", "f8e4m3{128x128,f32}[3,40,256]"),
+        {"x": "f32[80,256]", "offsets": "i64[4]"},
+        f"""%a = grouped_linear %x, %w, %offsets {ROWS} : f32[80,512]
+        %b, %c = split %a {{axis=1, sizes=[256,256]}} : f32[80,256], f32[80,256]
+        %d = swiglu %b, %c : f32[80,256]
+        %y = grouped_linear %d, %v, %offsets {ROWS}""",
+        "f32[80,40]",
+    ),
+    "halves": Case(
+        ("f8e4m3{128x128,f32}[40,256]", "bf16[2,128,32]"), {"x": "bf16[1,70,2,32]"},
+        f"""%a = einsum %x, %v {{eq="bshc,hdc->bshd"}} : bf16[1,70,2,128]
+        %b = reshape %a {{shape=[1,70,256]}} : bf16[1,70,256]
+        %y = linear %b, %w {ROWS}""",
+        "bf16[1,70,40]",
+    ),
+    "flash": Case(
+        ("f8e4m3{128x128,f32}[40,256]",),
+        {"q": "bf16[2,40,2,16]", "k": "bf16[2,40,2,16]", "v": "bf16[2,40,2,128]"},
+        f"""%a = attention %q, %k, %v {{scale=0.2, causal=true}} : bf16[2,40,2,128]
+        %b = reshape %a {{shape=[2,40,256]}} : bf16[2,40,256]
+        %y = linear %b, %w {ROWS}""",
+        "bf16[2,40,40]",
+    ),
+}  # fmt: skip
+"""Rows that become codes where they are computed."""
+CASES |= PRODUCED
 CONVERTED = (
     "f8_bf16", "rows_f8_bf16", "rows_f8_many", "rows_f8_fine", "experts_rows", "absorbed_f8",
 )  # fmt: skip
@@ -190,3 +236,12 @@ def check(made: Program, executable: Any, name: str) -> None:
         return
     off = (found.float() - wanted.float()).abs().max() / wanted.float().abs().max()
     assert off < (2**-6 if found.dtype is torch.bfloat16 else 2**-20), off
+
+
+def test_what_computes_rows_makes_their_codes() -> None:
+    for target in ("interpret", "cuda:sm_90"):
+        lowered, _ = lower_program(program(PRODUCED), target)
+        for name, entry in lowered.entries.items():
+            kernels = [lowered.kernels[launch.kernel].function for launch in entry.launches]
+            apart = [k for k in kernels if k.startswith("quantise_rows")]
+            assert len(apart) == (1 if name == "swiglu" else 0), f"{name} on {target}: {kernels}"

@@ -68,9 +68,9 @@ def _packed(t: TensorType, seed: int) -> Packed:
     shape = [int(d) for d in t.shape]  # type: ignore[arg-type]
     x = torch.randn(shape, generator=generator)
     x[..., 1::3, :] *= 30
-    if t.format is not None and t.format.zeros is not None:
-        x += 0.7
-    return pack(x, t)
+    if t.format is None:
+        return Packed(t, (x.to(t.dtype.torch),))
+    return pack(x + 0.7 if t.format.zeros is not None else x, t)
 
 
 def inputs(case: Case) -> dict[str, torch.Tensor]:

@@ -119,5 +119,7 @@ def flash_attention(
         acc = tl.dot(p.to(values.dtype), values, acc * decay[:, None], input_precision="ieee")
         top = peak
     acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]
+    rows = m < S
+    #: tile
     o_at = out + ((b * S + m[:, None]) * heads + h) * E + e[None, :]
-    tl.store(o_at, acc, mask=live & (e[None, :] < E))
+    tl.store(o_at, acc, mask=rows[:, None] & (e[None, :] < E))

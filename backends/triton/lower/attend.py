@@ -8,7 +8,7 @@ from dsc.backends.triton.blocks import ceil_div, next_power
 from dsc.backends.triton.context import Context, Given, template
 from dsc.backends.triton.lower.cached import reader, widened
 from dsc.backends.triton.lower.contract import Product, emit_gemm
-from dsc.backends.triton.slots import ALL_PLAIN, Slots, written
+from dsc.backends.triton.slots import ALL_PLAIN, Slot, Slots, written
 from dsc.ir import views
 from dsc.ir.dims import Dim, product
 from dsc.ir.graph import Node
@@ -76,7 +76,8 @@ def _flash(
     widest = max(sizes["D"], sizes["E"])
     tile = ctx.blocks.flash(ctx.limit(s), ctx.limit(t), widest, q.dtype.itemsize)
     given: dict[str, Given] = {"q": q, "q_rope": q_rope, "k": k, "k_rope": k_rope, "v": v}
-    given |= {"lengths": lengths, "sinks": sinks, "out": ctx.result(node)}
+    out = ctx.result(node)
+    given |= {"lengths": lengths, "sinks": sinks, "out": out}
     given |= {"S": s, "T": t, "heads": heads}
     given |= {"scale": float(node.attrs["scale"]), "GROUP": heads // groups}
     given |= _named("q", q.strides[:3], ("batch", "row", "head"))
@@ -91,7 +92,16 @@ def _flash(
     given |= {"HAS_SINKS": sinks is not None, **sight}
     given |= {"BLOCK_M": tile.m, "BLOCK_T": tile.n}
     grid = (ceil_div(s, tile.m), b * heads)
-    ctx.launch("attention:flash_attention", grid, given, tile.warps, tile.stages)
+    kernel, asked = "attention:flash_attention", ctx.wanted.get(node.output.name)
+    if asked is not None and sizes["E"] % asked.rows.columns == 0 and next_power(int(e)) == e:  # type: ignore[arg-type]
+        target, group = asked.target(ctx, out), asked.rows.columns
+        places = ("b * S + m", "h * E + e", f"h * (E // {group})", "BLOCK_E", ("rows", "(e < E)"))
+        lines = ["x = acc.to(out.dtype.element_ty).to(tl.float32)", *target.lines(*places)]
+        slots = Slots(epilogue=Slot("codes", {"tile": lines}, target.arguments()))
+        name, text = written(template("attention"), "flash_attention", slots)
+        ctx.sources.setdefault(name, text)
+        kernel, given = f"{name}:{name}", given | slots.arguments
+    ctx.launch(kernel, grid, given, tile.warps, tile.stages)
 
 
 def _named(prefix: str, strides: tuple[Dim, ...], names: tuple[str, ...]) -> dict[str, Given]:

@@ -9,7 +9,8 @@ from dsc.backends.triton.blocks import RowTile, Tile, ceil_div, next_power
 from dsc.backends.triton.coded_rows import RowCodes
 from dsc.backends.triton.codes import einsum_axes, loader
 from dsc.backends.triton.context import Context, Given, template
-from dsc.backends.triton.slots import ALL_PLAIN, Slots, written
+from dsc.backends.triton.slots import ALL_PLAIN, Slot, Slots, written
+from dsc.backends.triton.wanted import Wanted
 from dsc.ir import views
 from dsc.ir.dims import Dim, product
 from dsc.ir.graph import Node
@@ -41,11 +42,13 @@ def emit_gemm(
     slots: Slots = ALL_PLAIN,
     axes: tuple[int, int] = (-2, -1),
     activations: str = "",
+    asked: Wanted | None = None,
 ) -> None:
     """Append a GEMM. With `limit`, row tiles past limit[z] + new_rows are skipped.
 
     A weight in codes becomes numbers as it is loaded; `axes` are those of its columns and its sum.
-    With `activations` rows are codes too.
+    With `activations` rows are codes too; where the result is `asked` for as codes and tiles hold
+    whole groups of its columns, it is stored as these.
     """
     z, m, n, k = p.extents
     itemsize = 4 if widen else p.a.dtype.itemsize
@@ -53,6 +56,8 @@ def emit_gemm(
     tile = ctx.blocks.gemm(rows, columns, ctx.limit(k), itemsize, ctx.limit(z))
     coded = RowCodes.of(ctx, activations, rows) if activations else None
     tile = coded.tile(tile) if coded is not None else tile
+    if asked is not None and _holds_groups(p, tile, asked):
+        slots = replace(slots, epilogue=_as_codes(ctx, p, asked))
     x, weight, slots = in_codes(ctx, p.a, p.b, tile, slots, axes, coded)
     if x is not p.a:
         p = replace(p, a_strides=(0, k, 1))
@@ -110,6 +115,24 @@ def launch_product(
         kernel = f"{name}:{name}"
     stages = tile.stages if isinstance(tile, Tile) else 1
     ctx.launch(kernel, grid, given | slots.arguments, tile.warps, stages)
+
+
+def _holds_groups(p: Product, tile: Tile, asked: Wanted) -> bool:
+    """Whether each tile has whole groups of the columns of a result's rows."""
+    _, _, n, _ = p.extents
+    step, row, unit = p.out_strides
+    group = asked.rows.columns
+    aligned = isinstance(n, int) and isinstance(step, int) and n % group == step % group == 0
+    return aligned and tile.n % group == 0 and row == asked.width and unit == 1 and p.out.is_dense
+
+
+def _as_codes(ctx: Context, p: Product, asked: Wanted) -> Slot:
+    """The epilogue that stores a product's tiles as codes."""
+    target, group = asked.target(ctx, p.out), asked.rows.columns
+    first = f"matrix * c_batch // {group} + tile_n * (BLOCK_N // {group})"
+    lines = target.lines("m", "matrix * c_batch + n", first, "BLOCK_N", ("live", "fits"))
+    rounds = "x = acc.to(c.dtype.element_ty).to(tl.float32)"
+    return Slot("codes", {"tile": [rounds, *lines]}, target.arguments())
 
 
 def linear_product(ctx: Context, x: View, weight: View, out: View) -> Product:
@@ -201,7 +224,9 @@ def _contract(
     assert folded is not None, "a dense buffer in role order folds"
     extents = (folded[0][0], folded[1][0], folded[2][0], a_roles[2][0])
     made = Product(a, b, out, extents, _steps(a_roles), _steps(b_roles), _steps(folded))
-    emit_gemm(ctx, made, axes=_coded_axes(left, right, result) or (-2, -1))
+    axes = _coded_axes(left, right, result) or (-2, -1)
+    direct = ctx.views[node.output.name] is out
+    emit_gemm(ctx, made, axes=axes, asked=ctx.wanted.get(node.output.name) if direct else None)
 
 
 Fold = tuple[Dim, Dim]

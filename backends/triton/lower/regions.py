@@ -64,8 +64,9 @@ def _coded(
         return None
     assert isinstance(kernel, RowKernel), "a body without a product"
     return {
-        view.buffer: CodedTarget(each.rows, *each.rows.room(ctx, view), each.only)
-        for view, each in asked if kernel.holds(view, each.rows.columns)
+        view.buffer: each.target(ctx, view)
+        for view, each in asked
+        if view.shape[-1] == each.width and kernel.holds(view, each.rows.columns)
     } or None  # fmt: skip
 
 
