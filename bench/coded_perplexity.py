@@ -3,7 +3,7 @@
 The text is one that the model was not trained on, in windows of 256 tokens, beside transformers in
 fp32. The checkpoint is taken as it is, and as FP8 in blocks of 128 x 128, which int8 and int4 are
 made of on the way. For ONNX Runtime a folder is exported in each dialect and run by its files alone
-(`bench.onnx_stock`).
+(`bench.onnx_stock`). For triton, whose kernels are interpreted here, the text is 2,048 tokens.
 
     python -m bench.coded_perplexity [ENGINE ...] [--windows N]
 
@@ -32,6 +32,8 @@ from dsc.frontends.convert import convert
 RESULTS = OUT / "coded_perplexity.jsonl"
 ONNX = {"ONNX Runtime": "ort", "ONNX Runtime, standard": "standard"}
 ENGINES = (*ONNX, "tvm", "reference")
+INTERPRETED = 8
+"""Windows that kernels are interpreted for."""
 COSTS = {"none": 0.0001, "fp8": 0.002, "int8": 0.001, "int4": 0.007}
 """By how much of itself perplexity may grow: fp32 in another order, and codes by their format."""
 CASES = (
@@ -53,6 +55,8 @@ def allowed(stored: str, quant: str) -> float:
 def logits_of(folder: Path, engine: str, quant: str, out: Path) -> language.Logits:
     """Windows of ids to logits, of a checkpoint compiled for an engine."""
     options: dict[str, Any] = {"dtype": "fp32", "quant": quant, "max_context": language.WINDOW}
+    if engine == "triton":
+        options["backend_options"] = {"compile": False}
     if engine not in ONNX:
         return language.our_logits(dsc.compile(folder, backend=engine, **options))
     dsc.export(folder, out, onnx_ops=ONNX[engine], **options)
@@ -98,10 +102,10 @@ def run(engines: Sequence[str] = ENGINES, windows: int | None = None) -> list[di
 
 
 def bar() -> dict[str, Any]:
-    """FP8 costs 0.2% at most, int8 0.1%, int4 0.7%: ONNX Runtime, tvm, the interpreter."""
+    """FP8 costs 0.2% at most, int8 0.1%, int4 0.7%: ONNX Runtime, tvm, triton, the interpreter."""
     if not TEXT.is_file():
         return {"ok": None, "skipped": "the validation text is not beside this checkout"}
-    found = run()
+    found = [*run(), *run(["triton"], INTERPRETED)]
     told = {
         f"{each['engine']}: {each['stored']}, {each['quant']}": [
             each["perplexity"], each["cost"], each["allowed"],
