@@ -35,6 +35,8 @@ def refusal(nodes: Sequence[Node], kept: Collection[str], level: int, limits: Re
             return f"{node.op} stands alone"
         if _LEVEL.get(part, 1) > level:
             return f"{node.op} is fused from level {_LEVEL[part]}"
+        if part is Role.WRITE and not limits.codes and node.operands[0].type.format is not None:
+            return f"{node.op} of rows that become codes stands alone"
     made = {v.name for n in nodes for v in n.outputs}
     operands = {x for n in nodes for x in n.operands if x.name not in made}
     if len(nodes) > limits.nodes or len(operands) > limits.operands:

@@ -84,6 +84,7 @@ class TritonBackend:
             regions=RegionLimits(
                 anchors=frozenset({"linear"}),
                 epilogue=named(Role.POINTWISE) | {"reshape"},
+                codes=True,
                 free=_is_strides,
                 accepts=lambda node: isinstance(self.supports(node), Yes),
             ),

@@ -120,7 +120,8 @@ class Blocks:
             return Tile(clamp_power(queries, 16, 128), clamp_power(keys, 16, 512), 0)
         if itemsize >= 4:
             return Tile(16, 16, 0, 4, 1)
-        tall = clamp_power(queries, 16, 128 if head <= 128 else 64)
+        most = 128 if head <= 128 and self.target.startswith("cuda:") else 64  # AMD's would spill
+        tall = clamp_power(queries, 16, most)
         return Tile(tall, 64 if head <= 128 else 32, 0, 4 if tall <= 64 else 8, 2)
 
     def latent(

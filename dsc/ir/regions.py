@@ -59,7 +59,8 @@ class RegionLimits:
     `anchors`: operators that others may join. `epilogue`: operators that may follow a GEMM (and the
     experts) in its kernel, on the tile that it computed. `reductions`: norms and the like in one
     region, at most. `operands` and `nodes` bound a region.
-    `free`: which views cost nothing on their own, so that no region takes them in at its border.
+    `codes`: writes that make rows codes may be in one. `free`: which views cost nothing on their
+    own, so that no region takes them in at its border.
     `accepts` has the last word on a finished region: one that it refuses is put back as it was;
     `of` is the backend whose kernels these are, as pass options name it.
     """
@@ -69,6 +70,7 @@ class RegionLimits:
     reductions: int = 4
     operands: int = 24
     nodes: int = 32
+    codes: bool = False
     free: Callable[[Node], bool] = field(default=moves_nothing)
     accepts: Callable[[Node], bool] | None = field(default=None, compare=False)
     of: str = ""
@@ -78,7 +80,7 @@ def role(node: Node) -> Role:
     """The part that a node can play in a region: its operator's, or `OTHER` where it stands alone.
 
     Constants of one element are literals. A reduction takes part along rows, a write in
-    place of rows that stay numbers, a rotation by the positions of tokens.
+    place, a rotation by the positions of tokens.
     """
     traits = traits_of(node.op)
     match traits.role:
@@ -86,7 +88,7 @@ def role(node: Node) -> Role:
             return Role.CONSTANT if is_literal(node) else Role.OTHER
         case Role.REDUCTION if not _along_rows(node):
             return Role.OTHER
-        case Role.WRITE if not traits.writes or node.operands[0].type.format is not None:
+        case Role.WRITE if not traits.writes:
             return Role.OTHER
         case Role.ROTATION if not lookup(node.op).has_operand("positions"):
             return Role.OTHER

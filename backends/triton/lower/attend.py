@@ -9,6 +9,7 @@ from dsc.backends.triton.context import Context, Given, template
 from dsc.backends.triton.lower.cached import reader, widened
 from dsc.backends.triton.lower.contract import Product, emit_gemm
 from dsc.backends.triton.slots import ALL_PLAIN, Slot, Slots, written
+from dsc.backends.triton.wanted import Wanted
 from dsc.ir import views
 from dsc.ir.dims import Dim, product
 from dsc.ir.graph import Node
@@ -93,7 +94,7 @@ def _flash(
     given |= {"BLOCK_M": tile.m, "BLOCK_T": tile.n}
     grid = (ceil_div(s, tile.m), b * heads)
     kernel, asked = "attention:flash_attention", ctx.wanted.get(node.output.name)
-    if asked is not None and sizes["E"] % asked.rows.columns == 0 and next_power(int(e)) == e:  # type: ignore[arg-type]
+    if asked is not None and _stores_codes(ctx, asked, sizes["E"]):
         target, group = asked.target(ctx, out), asked.rows.columns
         places = ("b * S + m", "h * E + e", f"h * (E // {group})", "BLOCK_E", ("rows", "(e < E)"))
         lines = ["x = acc.to(out.dtype.element_ty).to(tl.float32)", *target.lines(*places)]
@@ -102,6 +103,12 @@ def _flash(
         ctx.sources.setdefault(name, text)
         kernel, given = f"{name}:{name}", given | slots.arguments
     ctx.launch(kernel, grid, given, tile.warps, tile.stages)
+
+
+def _stores_codes(ctx: Context, asked: Wanted, width: int) -> bool:
+    """Whether heads of a width are whole groups, and registers are left to make codes in."""
+    whole = width % asked.rows.columns == 0 and next_power(width) == width
+    return whole and (bool(ctx.blocks.fp8) or ctx.blocks.interprets)
 
 
 def _named(prefix: str, strides: tuple[Dim, ...], names: tuple[str, ...]) -> dict[str, Given]:
