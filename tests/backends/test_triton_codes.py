@@ -10,11 +10,16 @@ from typing import Any
 import pytest
 import torch
 
+import dsc
 from dsc.backends.triton.program import lower_program
 from dsc.ir.program import Program
+from tests.backends.canonical_lm import Sizes, canonical_lm
 from tests.backends.triton_coded import Case, expected, inputs, loaded, program
 
 pytest.importorskip("triton")
+
+NEAR = 2e-2
+"""A code more or less where sums have another order, on logits of size 1."""
 
 
 def _linear(weight: str, rows: int, columns: int, depth: int, dtype: str = "f32") -> Case:
@@ -245,3 +250,22 @@ def test_what_computes_rows_makes_their_codes() -> None:
             kernels = [lowered.kernels[launch.kernel].function for launch in entry.launches]
             apart = [k for k in kernels if k.startswith("quantise_rows")]
             assert len(apart) == (1 if name == "swiglu" else 0), f"{name} on {target}: {kernels}"
+
+
+@pytest.mark.parametrize(
+    ("quant", "kept"),
+    [("fp8", "fp8"), pytest.param("int4", "int8", marks=pytest.mark.exhaustive)],
+)
+def test_a_language_model_in_codes_says_what_its_program_says(quant: str, kept: str) -> None:
+    """Prefill in two steps, and a step of one token, over caches in codes."""
+    found = []
+    for backend, more in (("triton", {"compile": False}), ("reference", {})):
+        made = dsc.compile(
+            canonical_lm(Sizes(layers=1, dense=0), 2, 32), backend=backend, quant=quant,
+            cache_format=kept, max_batch=2, max_context=32, prefill_chunk=4, backend_options=more,
+        )  # fmt: skip
+        session = made.session(2)
+        logits = [session.prefill(torch.arange(10).reshape(2, 5), lengths=[5, 3])]
+        found.append(torch.stack([*logits, session.decode(torch.tensor([7, 9]))]))
+    assert (found[0] - found[1]).abs().max() < NEAR
+    assert torch.equal(found[0].argmax(-1), found[1].argmax(-1))
