@@ -53,8 +53,8 @@ class Capabilities:
     segments, with the collectives between them. `formats`: codes (`dsc.ir.formats`) of weights that
     it takes as they are stored, with `tile` rows side by side, or `unsigned`; `activations`: the
     codes of weights whose products take their rows as codes too, in the weights' own blocks where
-    codes are unsigned; `caches`: codes of latent caches that its
-    kernels write and read; `plain_forms`: forms of its code, as its
+    codes are unsigned, with `powers` of two as scales beside weights that store such; `caches`:
+    codes of latent caches that its kernels write and read; `plain_forms`: forms of its code, as its
     option `form` names them, that take no codes. `options`: what it reads of `backend_options`.
     """
 
@@ -71,6 +71,7 @@ class Capabilities:
     tile: int = 1
     unsigned: bool = False
     activations: tuple[str, ...] = ()
+    powers: bool = False
     caches: tuple[str, ...] = ()
     plain_forms: tuple[str, ...] = ()
     options: tuple[str, ...] = ()

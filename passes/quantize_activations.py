@@ -3,6 +3,7 @@
 What           a linear, grouped_linear or experts over weights in codes takes each row of x as the
                nearest codes, with a scale in fp32 for some columns: beside integers as 8-bit ones,
                32 columns each, beside FP8 as FP8, 128 columns each (DeepSeek-V3, section 3.3.2).
+               Scales are powers of two where the weight's are (DeepSeek-V3.1).
 Why it pays    integers multiply integers, 64 products an instruction of AVX-512 where fp32 has 16,
                and FP8 multiplies FP8 where the machine has it; no weight is widened first.
 Preconditions  stage OPTIMIZED or CANONICAL, and the backend asks for it. All weights that the
@@ -30,7 +31,7 @@ from dsc.ir.graph import Attrs, Graph, Node
 from dsc.ir.op import lookup
 from dsc.ir.program import Program
 from dsc.ir.stages import Stage
-from dsc.ir.types import TensorType
+from dsc.ir.types import DType, TensorType
 from dsc.rewrite.base import Pass, PassReport
 from dsc.rewrite.options import option
 
@@ -43,11 +44,13 @@ RULE = "quantise"
 class QuantizeActivations(Pass):
     """Say of every such product what its rows are taken as.
 
-    With `blocks` their scales are for as many columns as those of the weight.
+    With `blocks` their scales are for as many columns as those of the weight, and with `powers`
+    they are powers of two beside weights that store exponents of such.
     """
 
     weights: tuple[str, ...] = option(tuple(ROWS), among=ROWS)
     blocks: bool = False
+    powers: bool = False
 
     needs = frozenset({Stage.CANONICAL, Stage.OPTIMIZED})
 
@@ -84,9 +87,11 @@ class QuantizeActivations(Pass):
     def _beside(self, weight: TensorType) -> str:
         """What rows are taken as beside a weight's codes."""
         usual = ROWS[weight.dtype]
+        assert weight.format is not None
+        if self.powers and weight.format.scales is DType.f8e8m0:
+            usual = f"{usual}:{DType.f8e8m0}"
         if not self.blocks:
             return usual
-        assert weight.format is not None
         return f"{usual.partition(':')[0]}:{weight.format.block[1]}"
 
 

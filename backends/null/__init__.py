@@ -45,6 +45,7 @@ class NullBackend:
             collectives=True,
             formats=tuple(CODINGS),
             activations=("f8e4m3",),
+            powers=True,
             caches=CACHED,
         )
 

@@ -41,6 +41,7 @@ class ReferenceBackend:
             states=tuple(Storage),
             formats=tuple(CODINGS),
             activations=("f8e4m3",),
+            powers=True,
             caches=CACHED,
         )
 

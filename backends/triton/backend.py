@@ -79,6 +79,7 @@ class TritonBackend:
             absorbed=True,
             formats=FORMATS,
             activations=ACTIVATIONS,
+            powers=True,
             caches=CACHED,
             fuse=FUSION_LEVEL,
             regions=RegionLimits(

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from dsc.backends.triton.blocks import next_power
-from dsc.backends.triton.codes import e4m3_bits, nearest_e4m3
+from dsc.backends.triton.codes import e4m3_bits, nearest_e4m3, power_of_two
 from dsc.backends.triton.pointwise import TYPES
 from dsc.ir import views
 from dsc.ir.formats import CODINGS, code_bytes, grid
@@ -79,10 +79,7 @@ def to_codes(name: str, t: TensorType, rows: str) -> list[str]:
         f"{name}_scales = tl.div_rn(peak, peak * 0.0 + {coding.largest})",
     ]
     if t.dtype.is_float:
-        lines += [
-            f"up = {name}_scales.to(tl.int32, bitcast=True) + 0x7FFFFF & -0x800000",
-            f"{name}_scales = tl.where(peak < float('inf'), up.to(tl.float32, bitcast=True), peak)",
-        ]
+        lines += power_of_two(f"{name}_scales", "peak")
     lines.append(f"{name}_scales = tl.where({name}_scales == 0.0, 1.0, {name}_scales)")
     wide = f"tl.broadcast_to({name}_scales[:, :, None], {apart})"
     lines.append(f"{name} = tl.div_rn({name}, {wide})")

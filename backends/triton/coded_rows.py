@@ -25,7 +25,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from dsc.backends.triton.blocks import Tile, ceil_div, clamp_power
-from dsc.backends.triton.codes import Loader, nearest_e4m3, shares
+from dsc.backends.triton.codes import Loader, nearest_e4m3, power_of_two, shares
 from dsc.backends.triton.context import Context, Given, template
 from dsc.backends.triton.pointwise import TYPES
 from dsc.backends.triton.slots import Slot, Slots, written
@@ -43,7 +43,7 @@ _MULTIPLIED = {"e4m3fn": DType.f8e4m3, "e4m3fnuz": DType.f8e4m3fnuz, "": DType.f
 
 def rows_reason(activations: str) -> str | None:
     """Why no kernel takes rows as such codes, or `None`."""
-    _, _, columns = activations.partition(":")
+    columns = activations.split(":")[1]
     if int(columns) < 16 or int(columns) > 256 or int(columns) & int(columns) - 1:
         return f"rows as codes of {columns} columns each; 16, 32, 64, 128 or 256 are due"
     return None
@@ -54,7 +54,7 @@ class RowCodes:
     """How a product of `rows` rows at most takes them: codes, a scale for so many columns each.
 
     `fp8` is the kind of e4m3 that the target multiplies; a `vector` is multiplied in fp32, without
-    matrix units.
+    matrix units. Scales are `powers` of two, or any.
     """
 
     codes: DType
@@ -62,14 +62,15 @@ class RowCodes:
     rows: int
     fp8: str
     vector: bool = False
+    powers: bool = False
 
     @staticmethod
     def of(ctx: Context, activations: str, rows: int, vector: bool = False) -> RowCodes:
         """What `f8e4m3:128` asks for, for the target."""
-        codes, _, columns = activations.partition(":")
+        codes, columns, *scales = activations.split(":")
         fp8 = ctx.blocks.fp8 if not vector or ctx.blocks.fp8 == "e4m3fn" else ""
         fp8 = fp8 if codes == DType.f8e4m3 else ""
-        return RowCodes(DType(codes), int(columns), rows, fp8, vector)
+        return RowCodes(DType(codes), int(columns), rows, fp8, vector, bool(scales))
 
     @property
     def multiplied(self) -> DType:
@@ -122,7 +123,7 @@ class RowCodes:
     def _key(self, x: View) -> tuple[object, ...]:
         """What tells rows from others: a view of other leading axes has the same."""
         where = (x.buffer, x.offset, x.shape[-1]) if x.is_dense else (x,)
-        return (*where, self.codes, self.columns)
+        return (*where, self.codes, self.columns, self.powers)
 
     def lines(self, axis: int = 1) -> list[str]:
         """From x, whose columns from `axis` on share a scale, to `codes`, and to `row_scale`.
@@ -135,6 +136,7 @@ class RowCodes:
             "wide = x.to(tl.float32)",
             f"peak = tl.max(tl.abs(wide), axis={axis}) + tl.sum(wide - wide, axis={axis})",
             f"row_scale = tl.div_rn(peak, peak * 0.0 + {CODINGS[self.codes].largest})",
+            *(power_of_two("row_scale", "peak") if self.powers else ()),
             "row_scale = tl.where(peak == 0.0, 1.0, row_scale)",
             "inverse = tl.minimum(tl.div_rn(row_scale * 0.0 + 1.0, row_scale), 3.0e38)",
             f"wide = wide * inverse{each}{half}",

@@ -214,6 +214,13 @@ def e4m3fnuz(name: str) -> list[str]:
     ]
 
 
+def power_of_two(name: str, peak: str) -> list[str]:
+    """fp32 numbers as the next powers of two, where `peak`, that they are made of, is finite."""
+    bits = f"({name}.to(tl.int32, bitcast=True) + 0x7FFFFF & -0x800000)"
+    up = f"{bits}.to(tl.float32, bitcast=True)"
+    return [f'{name} = tl.where({peak} < float("inf"), {up}, {name})']
+
+
 def nearest_e4m3(name: str) -> list[str]:
     """fp32 numbers to the nearest of e4m3, to even, in fp32: three bits, or steps of 2^-9."""
     bits = f"{name}_bits"

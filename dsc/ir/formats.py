@@ -283,8 +283,13 @@ def scales_of(x: torch.Tensor, type: TensorType) -> torch.Tensor:
 
 
 def pack_rows(x: torch.Tensor, type: TensorType) -> Packed:
-    """As `pack`, of activations: scales in fp32; a block with NaN or infinity becomes NaN."""
+    """As `pack`, of activations: scales in fp32; a block with NaN or infinity becomes NaN.
+
+    Where the type has powers of two they are the next that is none smaller.
+    """
     scales = _least_scales(x, type)
+    if type.format is not None and type.format.scales.value == "f8e8m0":
+        scales = torch.where(scales.isfinite(), _power_of_two(scales), scales)
     scales = torch.where(scales == 0, 1.0, scales)
     return Packed(type, (codes_of(x, scales, type), scales))
 

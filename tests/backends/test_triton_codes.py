@@ -97,6 +97,7 @@ CASES = {
     "rows_f8_bf16": _coded(_linear("f8e4m3{128x128,f32}", 5, 130, 256, "bf16")),
     "rows_f8_many": _coded(_linear("f8e4m3{128x128,f32}", 70, 130, 300)),
     "rows_f8_whole": _coded(_linear("f8e4m3{1x*,f8e8m0}", 70, 33, 300)),
+    "rows_f8_powers": _coded(_linear("f8e4m3{128x128,f8e8m0}", 3, 40, 300), "f8e4m3:128:f8e8m0"),
     "rows_f8_fine": _coded(_linear("f8e4m3{16x16,f32}", 70, 33, 72)),
     "rows_f8_narrow": _coded(_linear("f8e4m3{128x128,f32}", 3, 33, 130), "f8e4m3:32"),
     "grouped_rows_f8": _coded(_grouped("f8e4m3{128x128,f32}", 11, 150, 140)),

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from dsc.errors import CheckpointError, ParseError, VerificationError
 from dsc.ir.analyses import cost
-from dsc.ir.formats import CODINGS, Coding, Format, Packed, pack, pack_state
+from dsc.ir.formats import CODINGS, Coding, Format, Packed, pack, pack_rows, pack_state
 from dsc.ir.graph import Graph, Weight
 from dsc.ir.interpreter import run_graph
 from dsc.ir.op import TypeMismatch, infer, registry, type_of
@@ -422,15 +422,45 @@ ROWS = TensorType(DType.f32, (2, 64))
         ("i8:32", "i8{1x32,f32}[2,64]"),
         ("f8e4m3:128", "f8e4m3{1x128,f32}[2,64]"),
         ("i8:999999999", "i8{1x999999999,f32}[2,64]"),
+        ("f8e4m3:128:f8e8m0", "f8e4m3{1x128,f8e8m0}[2,64]"),
     ],
 )
 def test_activations_are_codes_and_columns(told: str, found: str) -> None:
     assert str(activation_type(ROWS, told)) == found
 
 
+def test_scales_of_rows_may_be_powers_of_two() -> None:
+    x = torch.randn(3, 70, generator=torch.Generator().manual_seed(1)) * 100
+    x[1, :32] = 0
+    x[2, 40] = torch.inf
+    _, scales = pack_rows(
+        x, activation_type(TensorType(DType.f32, (3, 70)), "f8e4m3:32:f8e8m0")
+    ).parts
+    least = x.unflatten(0, (3,))[:, :64].unflatten(1, (2, 32)).abs().amax(-1) / 448
+    finite = scales[:, :2].isfinite()
+    assert torch.equal(scales[:2].log2(), scales[:2].log2().round())
+    assert ((scales[:, :2] >= least) & (scales[:, :2] < 2 * least))[finite & (least > 0)].all()
+    assert scales[1, 0] == 1
+    assert not scales[2, 1].isfinite()
+
+
 @pytest.mark.parametrize(
     "told",
-    ["", "i8", "i8:", ":32", "x8:32", "i4:32", "i8:0", "i8:032", "i8:-1", "i8:x", "i8:1000000000"],
+    [
+        "",
+        "i8",
+        "i8:",
+        ":32",
+        "x8:32",
+        "i4:32",
+        "i8:0",
+        "i8:032",
+        "i8:-1",
+        "i8:x",
+        "i8:1000000000",
+        "i8:32:",
+        "i8:32:f16",
+    ],
 )
 def test_other_activations_are_refused(told: str) -> None:
     with pytest.raises(TypeMismatch, match=f"activations '{told}'; codes and columns are due"):

@@ -58,6 +58,12 @@ def test_rows_follow_the_codes_of_all_that_a_product_reads(
     assert said(each.comparable(done, done)) == wanted
 
 
+def test_rows_have_powers_of_two_beside_weights_that_have() -> None:
+    made = parse_program(TEXT.replace("f8e4m3{32x32,f32}[32,32]", "f8e4m3{32x32,f8e8m0}[32,32]"))
+    for powers, wanted in ((True, "f8e4m3:128:f8e8m0"), (False, "f8e4m3:128")):
+        assert said(QuantizeActivations(powers=powers).run(made, PassReport()))[2] == wanted
+
+
 @pytest.mark.parametrize("quant", ["none", "fp8"])
 def test_groups_are_refused_where_nothing_has_any(quant: str) -> None:
     assert PipelineOptions(quant=quant).group_size == PipelineOptions(quant="int4").group_size

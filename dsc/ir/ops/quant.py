@@ -175,12 +175,18 @@ def _demand_tiled(call: Sized) -> None:
 
 
 def activation_type(x: TensorType, activations: str) -> TensorType:
-    """The type of rows that a product takes in codes, as `i8:32`. Raises `TypeMismatch`."""
-    codes, colon, columns = activations.partition(":")
+    """The type of rows that a product takes in codes, as `i8:32`. Raises `TypeMismatch`.
+
+    A third word, `f8e4m3:128:f8e8m0`, says that scales are powers of two (DeepSeek-V3.1).
+    """
+    codes, _, sizes = activations.partition(":")
+    columns, _, scales = sizes.partition(":")
     sized = re.fullmatch("[1-9][0-9]{0,8}", columns)
-    if codes not in CODINGS or CODINGS[codes].together > 1 or not colon or sized is None:
+    said = scales == DType.f8e8m0 or not sizes.partition(":")[1]
+    if codes not in CODINGS or CODINGS[codes].together > 1 or sized is None or not said:
         raise TypeMismatch(f"activations {activations!r}; codes and columns are due, as in i8:32")
-    return _in_blocks(DType(codes), x.shape, (1, int(columns)), DType.f32)
+    kind = DType(scales) if scales else DType.f32
+    return _in_blocks(DType(codes), x.shape, (1, int(columns)), kind)
 
 
 def takes_codes(node: Node) -> bool:
