@@ -12,8 +12,9 @@ Tiles of 16 rows, and targets without such units, multiply in f16: it holds ever
 of two are exact in fp32, so the numbers are the same; a step of few rows waits for the weights, and
 those are read as bytes either way.
 
-Rows of few are made codes where they are multiplied; rows of many once: by the kernel over rows
-that computes them (`wanted`), which then stores no numbers that nobody else reads, or by a launch.
+What computes rows makes codes of them where it can (`wanted`), and then stores no numbers that
+nobody else reads. Else rows of few are made codes where they are multiplied, those of many once, by
+a launch of their own.
 
 Cost      as of `codes`; rows made ahead cost their bytes twice, and half of that to be read.
 Legality  a scale of the weight's covers the columns of a row's, and there are no zero points; other
@@ -111,6 +112,10 @@ class RowCodes:
         given |= {"a_m": stride, "groups": groups, "BLOCK_M": height, "BLOCK_K": self.columns}
         ctx.launch(f"{name}:{name}", (ceil_div(rows, height), groups), given)
         return codes, scales
+
+    def known(self, ctx: Context, x: View) -> bool:
+        """Whether rows are codes already, for matrix units."""
+        return not self.vector and self._key(x) in ctx.row_codes
 
     def room(self, ctx: Context, x: View) -> tuple[View, View]:
         """Buffers for the codes and the scales of rows, which whoever asks for them finds."""

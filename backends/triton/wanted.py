@@ -1,8 +1,8 @@
 """Which values products want as codes, so that what computes them makes codes at once.
 
-A norm, or swiglu, whose rows only products of many rows read writes codes and their scales, and no
-numbers: a launch less, and instead of six bytes a number (written, read, written and read as codes)
-two.
+A norm, or swiglu, whose rows only products read writes codes and their scales, and no numbers: of
+many rows a launch less, and instead of six bytes a number (written, read, written and read as
+codes) two; of few rows no product has to make codes of all rows in each tile of its columns.
 """
 
 from __future__ import annotations
@@ -124,5 +124,4 @@ def _asked(ctx: Context, node: Node, x: Value, origin: Value) -> tuple[RowCodes,
     if not isinstance(width, int):
         return None
     codes = RowCodes.of(ctx, activations, ctx.limit(product(origin.type.shape)) // width)
-    taken = codes.ahead and codes.shares(inner.operands[1].type)
-    return (codes, width) if taken else None
+    return (codes, width) if codes.shares(inner.operands[1].type) else None

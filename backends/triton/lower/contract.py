@@ -93,7 +93,7 @@ def in_codes(
     if rows is None:
         return x, codes.codes, replace(slots, loader=codes.slot())
     scales = None
-    if rows.ahead and rows.shares(weight.type):
+    if rows.shares(weight.type) and (rows.ahead or rows.known(ctx, x)):
         x, scales = rows.made(ctx, x)
     loads, sums = rows.slots(codes, scales, row)
     return x, codes.codes, replace(slots, loader=loads, sum=sums)
