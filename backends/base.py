@@ -53,7 +53,8 @@ class Capabilities:
     segments, with the collectives between them. `formats`: codes (`dsc.ir.formats`) of weights that
     it takes as they are stored, with `tile` rows side by side, or `unsigned`; `activations`: the
     codes of weights whose products take their rows as codes too, in the weights' own blocks where
-    codes are unsigned, with `powers` of two as scales beside weights that store such; `caches`:
+    codes are unsigned, with `powers` of two as scales beside weights that store such, and beside
+    integers only where `least` columns or a multiple share a scale and no zero point; `caches`:
     codes of latent caches that its kernels write and read; `plain_forms`: forms of its code, as its
     option `form` names them, that take no codes. `options`: what it reads of `backend_options`.
     """
@@ -72,6 +73,7 @@ class Capabilities:
     unsigned: bool = False
     activations: tuple[str, ...] = ()
     powers: bool = False
+    least: int = 0
     caches: tuple[str, ...] = ()
     plain_forms: tuple[str, ...] = ()
     options: tuple[str, ...] = ()

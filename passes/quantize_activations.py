@@ -26,7 +26,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from functools import partial
 
-from dsc.ir.formats import ROWS
+from dsc.ir.formats import ROWS, WHOLE
 from dsc.ir.graph import Attrs, Graph, Node
 from dsc.ir.op import lookup
 from dsc.ir.program import Program
@@ -45,12 +45,14 @@ class QuantizeActivations(Pass):
     """Say of every such product what its rows are taken as.
 
     With `blocks` their scales are for as many columns as those of the weight, and with `powers`
-    they are powers of two beside weights that store exponents of such.
+    they are powers of two beside weights that store exponents of such. With `least` rows beside
+    integers are codes only where a scale is for so many columns or a multiple, and nothing else.
     """
 
     weights: tuple[str, ...] = option(tuple(ROWS), among=ROWS)
     blocks: bool = False
     powers: bool = False
+    least: int = option(0, least=0)
 
     needs = frozenset({Stage.CANONICAL, Stage.OPTIMIZED})
 
@@ -90,6 +92,10 @@ class QuantizeActivations(Pass):
         assert weight.format is not None
         if self.powers and weight.format.scales is DType.f8e8m0:
             usual = f"{usual}:{DType.f8e8m0}"
+        if self.least and weight.dtype.is_int:
+            columns, zeros = weight.format.block[1], weight.format.zeros
+            fits = zeros is None and columns % self.least == WHOLE
+            return f"{usual.partition(':')[0]}:{self.least}" if fits else ""
         if not self.blocks:
             return usual
         return f"{usual.partition(':')[0]}:{weight.format.block[1]}"

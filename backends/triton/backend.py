@@ -51,8 +51,8 @@ EXPERTS = ExpertKernels(rereads=True, tile=16, balance=250.0, launch=10_000_000)
 """A GPU of 800 TFLOP/s, 3.3 TB/s and 3 microseconds a launch: the order of magnitude decides."""
 FORMATS = ("i8", "i4", "f8e4m3")
 """Codes of weights that kernels read as they are stored."""
-ACTIVATIONS = ("f8e4m3",)
-"""Codes of weights beside which rows become codes."""
+PROMOTED = 128
+"""Columns that sums of integers have in common at least: each sum costs three instructions."""
 RUNNER = Path(__file__).with_name("runner.py")  # it launches on CUDA devices
 
 
@@ -69,7 +69,8 @@ class TritonBackend:
     def capabilities(self, target: Target) -> Capabilities:
         """Caches in place, experts alone or grouped, absorbed decode, weights as they are stored.
 
-        Rows that FP8 multiplies are FP8 where that is asked for; beside integers they stay numbers.
+        Rows that FP8 multiplies are FP8 where that is asked for. Beside integers they are 8-bit
+        ones where scales are for 128 columns, and stay numbers elsewhere.
         """
         return Capabilities(
             options=("compile",),
@@ -78,8 +79,9 @@ class TritonBackend:
             shared_experts=True,
             absorbed=True,
             formats=FORMATS,
-            activations=ACTIVATIONS,
+            activations=FORMATS,
             powers=True,
+            least=PROMOTED,
             caches=CACHED,
             fuse=FUSION_LEVEL,
             regions=RegionLimits(

@@ -64,6 +64,19 @@ def test_rows_have_powers_of_two_beside_weights_that_have() -> None:
         assert said(QuantizeActivations(powers=powers).run(made, PassReport()))[2] == wanted
 
 
+def test_rows_stay_numbers_beside_integers_in_small_blocks() -> None:
+    text = TEXT.replace("@a: i8{1x32,f16}", "@a: i8{1x*,f16}")
+    made = QuantizeActivations(least=128).run(parse_program(text), PassReport())
+    assert said(made) == ["i8:128", "", "f8e4m3:128", "", "i8:64", "", "", ""]
+    for block, wanted in (("1x128,f16", "i8:128"), ("1x256,f16", "i8:128"), ("1x192,f16", ""),
+                          ("1x128,f16,i8", "")):  # fmt: skip
+        again = TEXT.replace("@a: i8{1x32,f16}", f"@a: i8{{{block}}}")
+        assert (
+            said(QuantizeActivations(least=128).run(parse_program(again), PassReport()))[0]
+            == wanted
+        )
+
+
 @pytest.mark.parametrize("quant", ["none", "fp8"])
 def test_groups_are_refused_where_nothing_has_any(quant: str) -> None:
     assert PipelineOptions(quant=quant).group_size == PipelineOptions(quant="int4").group_size
