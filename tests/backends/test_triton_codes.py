@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +15,7 @@ import dsc
 from dsc.backends.triton.program import lower_program
 from dsc.ir.program import Program
 from tests.backends.canonical_lm import Sizes, canonical_lm
-from tests.backends.triton_coded import Case, expected, inputs, loaded, program
+from tests.backends.triton_coded import Case, assembly, expected, inputs, loaded, program
 
 pytest.importorskip("triton")
 
@@ -180,7 +181,7 @@ COMPILED = {
     "many": (
         _coded(_linear(BLOCKS, 200, 256, 256, "bf16")),
         {
-            "cuda:sm_80": "mma.*f16.f16",
+            "cuda:sm_80": "mma.sync.*f16.f16",
             "cuda:sm_90": "wgmma.*e4m3.e4m3",
             "cuda:sm_100": "tcgen05.mma.*f8f6f4",
             "hip:gfx942": "v_mfma.*fp8_fp8",
@@ -190,9 +191,9 @@ COMPILED = {
     "few": (
         _coded(_linear(BLOCKS, 4, 256, 256, "bf16")),
         {
-            "cuda:sm_80": "mma.*f16.f16",
-            "cuda:sm_90": "mma.*f16.f16",
-            "cuda:sm_100": "mma.*f16.f16",
+            "cuda:sm_80": "mma.sync.*f16.f16",
+            "cuda:sm_90": "mma.sync.*f16.f16",
+            "cuda:sm_100": "mma.sync.*f16.f16",
             "hip:gfx942": "v_mfma.*fp8_fp8",
             "hip:gfx950": "v_mfma.*f8f6f4",
         },
@@ -251,6 +252,24 @@ def test_what_computes_rows_makes_their_codes() -> None:
             kernels = [lowered.kernels[launch.kernel].function for launch in entry.launches]
             apart = [k for k in kernels if k.startswith("quantise_rows")]
             assert len(apart) == (1 if name == "swiglu" else 0), f"{name} on {target}: {kernels}"
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        "cuda:sm_90",
+        *(
+            pytest.param(target, marks=pytest.mark.exhaustive)
+            for target in ("cuda:sm_80", "cuda:sm_100", "hip:gfx942", "hip:gfx950")
+        ),
+    ],
+)
+def test_codes_are_multiplied_by_the_units_for_them(target: str, tmp_path: Path) -> None:
+    some = {name: case for name, (case, wanted) in COMPILED.items() if wanted}
+    found = assembly(program(some), target, tmp_path)
+    for name in some:
+        wanted = COMPILED[name][1][target]
+        assert re.search(wanted, found[name]), f"no {wanted} of {name} on {target}"
 
 
 @pytest.mark.parametrize(

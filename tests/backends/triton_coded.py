@@ -6,6 +6,9 @@ interpreting process runs them all. What a text calls `%w` is the weight.
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,6 +20,7 @@ from dsc.backends.base import EmitOptions
 from dsc.backends.triton import TritonBackend
 from dsc.backends.triton.backend import with_templates
 from dsc.backends.triton.blocks import INTERPRET
+from dsc.backends.triton.compile import kernel_environment
 from dsc.backends.triton.program import lower_program
 from dsc.backends.triton.worker import INTERPRETED
 from dsc.ir.formats import Packed, pack, pack_state
@@ -118,3 +122,37 @@ def expected(made: Program, name: str, given: Mapping[str, torch.Tensor]) -> tor
     """What the interpreter of the IR gives."""
     (result,) = Interpreter(made).run(name, dict(given)).values()
     return result
+
+
+def assembly(made: Program, target: str, folder: Path) -> dict[str, str]:
+    """The PTX or AMDGCN of the last kernel of each entry, compiled in a process of its own."""
+    lowered, sources = lower_program(made, target)
+    for name, text in with_templates(lowered, sources).items():
+        (folder / f"{name}.py").write_text(text)
+    last = {name: entry.launches[-1].kernel for name, entry in lowered.entries.items()}
+    kernels = {name: lowered.kernels[key].as_json() for name, key in last.items()}
+    kind, _, arch = target.partition(":")
+    request = json.dumps({"kernels": kernels, "kind": kind, "arch": arch, "folder": str(folder)})
+    done = subprocess.run(
+        [sys.executable, "-c", _COMPILE], input=request, env=kernel_environment(), text=True,
+        capture_output=True, check=True,
+    )  # fmt: skip
+    found: dict[str, str] = json.loads(done.stdout)
+    return found
+
+
+_COMPILE = """
+import json, sys
+from pathlib import Path
+from dsc.backends.triton.compile_worker import compile_kernel
+from dsc.backends.triton.interpret import Kernels
+from dsc.backends.triton.launch import Kernel
+asked = json.load(sys.stdin)
+sources, found = Kernels(Path(asked["folder"])), {}
+for name, data in asked["kernels"].items():
+    kernel = Kernel.from_json(data)
+    function = sources.function(kernel.module, kernel.function)
+    made = compile_kernel(kernel, asked["kind"], asked["arch"], function)
+    found[name] = made.asm["ptx" if asked["kind"] == "cuda" else "amdgcn"]
+print(json.dumps(found))
+"""
