@@ -371,7 +371,8 @@ class RowKernel:
         sequence = self._named(f"row // {new_rows}")
         used = lengths.source.view
         pointer = self.pointers.setdefault(used, f"p{len(self.pointers)}")
-        length = " + ".join([pointer, *self._terms(sequence, [(used.shape[0], used.strides[0])])])
+        axes = list(zip(used.shape, used.strides, strict=True))[:1]
+        length = " + ".join([pointer, *(self._terms(sequence, axes) or [f"{sequence} * 0"])])
         slot = self._named(f"tl.load({length}, mask=live, other=0) + row % {new_rows}")
         start = self._named(f"{sequence} * {capacity} + {slot}")
         inside = self._named(f"live & ({slot} < {capacity})")
