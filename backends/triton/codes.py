@@ -32,6 +32,7 @@ WEIGHTS: Mapping[str, tuple[str, ...]] = {
     "einsum": ("xs",),
     "experts": ("gate_up", "down"),
     "mla_attention": ("kv_b",),
+    "embedding": ("weight",),
 }
 """Operands that kernels read as weights in codes."""
 

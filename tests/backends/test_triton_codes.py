@@ -71,6 +71,11 @@ EXPANDED = "%y = mla_attention %n, %r, %cache, %rope, %kv_b, %lengths {scale=0.1
 F8_CACHE, I8_CACHE = (f"{codes}{{1x128,f32,behind}}" for codes in ("f8e4m3", "i8"))
 
 
+def _table(weight: str, width: int) -> Case:
+    call, result = "%y = embedding %i, %w", f"f32[2,3,{width}]"
+    return Case((f"{weight}[9,{width}]",), {"i": "i64[2,3]"}, call, result)
+
+
 def _halves(weight: str, eq: str, q: str, w: str, result: str) -> Case:
     return Case(
         (f"{weight}[{w}]",), {"x": f"f32[{q}]"}, f'%y = einsum %x, %w {{eq="{eq}"}}',
@@ -122,6 +127,9 @@ CASES = {
     "experts_f8": _experts("f8e4m3{128x128,f32}", 3, 150, 140),
     "experts_rows": _coded(_experts("f8e4m3{128x128,f32}", 3, 300, 140)),
     "experts_fine": _coded(_experts("f8e4m3{16x16,f32}", 3, 80, 40)),
+    "table_i8": _table("i8{1x32,f16}", 70),
+    "table_i4": _table("i4{1x32,f16,i8}", 40),
+    "table_f8": _table("f8e4m3{128x128,f32}", 150),
     "grouped_i8": _grouped("i8{1x32,f16}", 11, 40, 70),
     "grouped_i4": _grouped("i4{1x32,f16}", 11, 40, 70),
     "grouped_f8": _grouped("f8e4m3{128x128,f32}", 11, 150, 140),
@@ -198,6 +206,7 @@ COMPILED = {
             "hip:gfx950": "v_mfma.*f8f6f4",
         },
     ),
+    "table": (_table(BLOCKS, 256), {}),
     "widened": (_cached(F8_CACHE, EXPANDED, "bf16[2,3,4,12]", "bf16"), {}),
 }
 """What is compiled: of products of rows in codes with the instructions that multiply them."""

@@ -41,6 +41,32 @@ def take_rows(
 
 
 @triton.jit
+def take_coded(
+    b,
+    index,
+    c,
+    rows,
+    N,
+    K,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """c[p] = row index[p] of a table of N rows in codes; grid (row tiles, column tiles).
+
+    The place `w` makes numbers f32[BLOCK_N, BLOCK_K] of rows n. An index outside gives zeros.
+    """
+    matrix = 0
+    start = tl.program_id(1) * BLOCK_K
+    p = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    k = start + tl.arange(0, BLOCK_K)
+    n = tl.load(index + p, mask=p < rows, other=-1).to(tl.int64)
+    fits = (n >= 0) & (n < N)
+    coded = tl.load(b + matrix + n[:, None] * K + k[None, :], mask=fits[:, None], other=0)  #: w
+    keep = (p[:, None] < rows) & (k[None, :] < K)
+    tl.store(c + p[:, None].to(tl.int64) * K + k[None, :], coded, mask=keep)
+
+
+@triton.jit
 def append(
     past,
     new,

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from dsc.backends.triton.blocks import ceil_div, next_power
+from dsc.backends.triton.blocks import DOT_MINIMUM, Tile, ceil_div, next_power
+from dsc.backends.triton.codes import loader
 from dsc.backends.triton.context import Context, Given
+from dsc.backends.triton.lower.contract import launch_product
 from dsc.backends.triton.lower.moe import take_rows
+from dsc.backends.triton.slots import Slot, Slots
 from dsc.ir import views
 from dsc.ir.dims import Dim, product
 from dsc.ir.graph import Node
@@ -59,9 +62,22 @@ def topk(ctx: Context, node: Node) -> None:
 
 
 def embedding(ctx: Context, node: Node) -> None:
-    """Rows of a table by id."""
+    """Rows of a table by id, of one in codes as numbers."""
     ids, table = ctx.operands(node)
-    take_rows(ctx, table, ids, ctx.result(node))
+    if table.type.format is None:
+        take_rows(ctx, table, ids, ctx.result(node))
+        return
+    rows, (count, width) = product(ids.shape), table.shape
+    part = ctx.blocks.copy(ctx.limit(rows), ctx.limit(width))
+    tile = Tile(1, part.rows, max(DOT_MINIMUM, part.columns), part.warps)
+    codes = loader(ctx, table, tile.k)
+    slots = Slots(loader=Slot(f"{table.dtype}", {"w": codes.tile("coded")}, codes.arguments()))
+    given: dict[str, Given] = {
+        "b": codes.codes, "index": ctx.dense(ids), "c": ctx.result(node), "rows": rows,
+        "N": count, "K": width, "BLOCK_N": tile.n, "BLOCK_K": tile.k,
+    }  # fmt: skip
+    grid = (ceil_div(rows, tile.n), ceil_div(width, tile.k))
+    launch_product(ctx, "lookups:take_coded", slots, grid, given, tile)
 
 
 def select_rows(ctx: Context, node: Node) -> None:
