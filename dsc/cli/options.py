@@ -187,7 +187,7 @@ QuantEmbedding = Annotated[
     Option(
         "--quant-embedding",
         help="Store the embedding's table as integers too, with the head where that is tied to it"
-        " (onnxruntime, reference, null).",
+        " (onnxruntime, triton, reference, null).",
     ),
 ]
 ActivationBits = Annotated[
