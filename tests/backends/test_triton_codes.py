@@ -125,7 +125,7 @@ CASES = {
     "experts_i8": _experts("i8{1x32,f16}", 3, 70, 33),
     "experts_i4": _experts("i4{1x32,f16}", 3, 72, 34, "bf16"),
     "experts_f8": _experts("f8e4m3{128x128,f32}", 3, 150, 140),
-    "experts_rows": _coded(_experts("f8e4m3{128x128,f32}", 3, 300, 140)),
+    "experts_rows": _coded(_experts("f8e4m3{128x128,f32}", 1, 300, 140)),
     "experts_fine": _coded(_experts("f8e4m3{16x16,f32}", 3, 80, 40)),
     "table_i8": _table("i8{1x32,f16}", 70),
     "table_i4": _table("i4{1x32,f16,i8}", 40),
