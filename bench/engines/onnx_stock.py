@@ -2,7 +2,8 @@
 
 The folder is exported once into the cache folder, by the command, with caches in place unless
 `cache` is grown. Past and present are bound to one memory, of one sequence to as many rows of it as
-a step sees; grown caches are `OrtValue`s that go from step to step.
+a step sees, in whole `ROWS`, so that the steps of so many tokens share a binding and ONNX Runtime
+lays its memory out once for all of them; grown caches are `OrtValue`s that go from step to step.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from typing import Any
 import numpy as np
 
 NEEDS = {"stock": ("onnxruntime",)}
-CHUNK = 512
+CHUNK, ROWS = 512, 64
 TYPES = {"tensor(float)": 1, "tensor(float16)": 10, "tensor(bfloat16)": 16}
 """ONNX's numbers of element types."""
 
@@ -87,6 +88,7 @@ class Engine:
         """Begin with empty caches, of so many rows where they have room."""
         empty = self.runtime.OrtValue.ortvalue_from_shape_and_type
         self.held = 0
+        self.bindings: dict[tuple[Any, ...], Any] = {}
         shapes = {x.name: (batch, rows, x.shape[2]) for x in self.caches}
         self.rooms = {n: np.zeros(s, np.float32) for n, s in shapes.items() if self.in_place}
         self.past = {x.name: empty([batch, 0, x.shape[2]], TYPES[x.type]) for x in self.caches}
@@ -106,20 +108,31 @@ class Engine:
         return time.perf_counter() - start
 
     def _written(self, session: Any, ids: Any) -> None:
-        """Run a step over caches in place."""
-        binding = session.io_binding()
-        for name, value in self.step(ids).items():
-            binding.bind_ortvalue_input(name, value)
-        for name, room in self.views(ids).items():
-            given = ("cpu", 0, room.dtype, room.shape, room.ctypes.data)
-            binding.bind_input(name, *given)
-            binding.bind_output(name.replace("past", "present"), *given)
-        binding.bind_output("logits")
+        """Run a step over caches in place, by the binding of the step before where that fits."""
+        step, views = self.step(ids), self.views(ids)
+        key = (session, ids.shape[1], *(room.shape[1] for room in views.values()))
+        if key not in self.bindings:
+            self.bindings = {key: self._bound(session, step, views)}
+        binding, given = self.bindings[key]
+        for name, value in step.items():
+            given[name].update_inplace(value.numpy())
         session.run_with_iobinding(binding)
+
+    def _bound(self, session: Any, step: dict[str, Any], views: dict[str, Any]) -> Any:
+        """A binding of a step's inputs, of caches in place and of logits; and the inputs."""
+        binding = session.io_binding()
+        for name, value in step.items():
+            binding.bind_ortvalue_input(name, value)
+        for name, room in views.items():
+            memory = ("cpu", 0, room.dtype, room.shape, room.ctypes.data)
+            binding.bind_input(name, *memory)
+            binding.bind_output(name.replace("past", "present"), *memory)
+        binding.bind_output("logits")
+        return binding, step
 
     def views(self, ids: Any) -> dict[str, Any]:
         """The rows of caches that a step is given: of one sequence those that it sees."""
-        rows = self.held + ids.shape[1]
+        rows = -(-(self.held + ids.shape[1]) // ROWS) * ROWS
         return {n: x[:, :rows] if len(x) == 1 else x for n, x in self.rooms.items()}
 
     def step(self, ids: Any) -> dict[str, Any]:
