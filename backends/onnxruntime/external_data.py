@@ -37,6 +37,10 @@ BITS = {
 """Bits of an element, by the number of its type."""
 DEPTH, RANK = 64, 64
 """Graphs inside of graphs, and axes of a tensor, at most."""
+SAID = frozenset({"location", "offset", "length", "checksum"})
+"""What may be said of a place. ONNX Runtime takes more: where matrices lie that it has repacked."""
+LARGEST_TAG = (1 << 32) - 1
+"""Of a field. ONNX Runtime takes the low 32 bits of a larger one, other readers refuse it."""
 
 
 def check_external(folder: str | pathlib.Path, model: str, files: Collection[str]) -> None:
@@ -47,6 +51,8 @@ def check_external(folder: str | pathlib.Path, model: str, files: Collection[str
     folder = pathlib.Path(folder)
     if model not in files:
         raise ValueError(f"the model {model!r} is no file of the artifact")
+    if not model.endswith(".onnx"):  # by which ONNX Runtime tells formats apart
+        raise ValueError(f"the model {model!r} is not called .onnx")
     data, beside = (folder / model).read_bytes(), pathlib.PurePosixPath(model).parent
     held: dict[str, list[tuple[int, int, str]]] = {}
     for tensor in external_tensors(data, model):
@@ -87,6 +93,9 @@ def external_tensors(data: bytes, model: str = "the model") -> Iterator[dict[str
             continue
         name = _text(fields.get(NAME, [b""])[-1])
         said = dict(_pair(entry, model) for entry in external)
+        strange = said.keys() - SAID
+        if strange:
+            raise ValueError(f"{model}: of the data of {name!r:.80} is said {min(strange)!r:.80}")
         kind = (fields.get(DATA_TYPE) or [0])[-1]
         if kind not in BITS:
             raise ValueError(f"{model}: {name!r:.80} is of type {kind}, which lies in no file")
@@ -121,11 +130,13 @@ def _messages(data: memoryview, kind: str, depth: int, model: str) -> Iterator[d
 
 
 def _fields(data: memoryview, model: str) -> Iterator[tuple[int, Any]]:
-    """The fields of a message: whole numbers, or bytes."""
+    """The fields of a message: whole numbers, or bytes. Those of a fixed width are passed over."""
     at, end = 0, len(data)
     while at < end:
         key, at = _varint(data, at, model)
         field, wire = key >> 3, key & 7
+        if not field or key > LARGEST_TAG:
+            raise ValueError(f"{model} is no ONNX model, or is damaged")
         if wire == 0:
             value, at = _varint(data, at, model)
             yield field, value
@@ -135,7 +146,8 @@ def _fields(data: memoryview, model: str) -> Iterator[tuple[int, Any]]:
             size, at = _varint(data, at, model)
         if size < 0 or at + size > end:
             raise ValueError(f"{model} is no ONNX model, or is damaged")
-        yield field, data[at : at + size]
+        if wire == 2:
+            yield field, data[at : at + size]
         at += size
 
 

@@ -225,6 +225,12 @@ def in_a_sparse_one(model: ModelProto, _: Path) -> None:
     model.graph.sparse_initializer.append(helper.make_sparse_tensor(values, indices, [9]))
 
 
+def prepacked(model: ModelProto, _: Path) -> None:
+    """Name bytes in the way of which ONNX Runtime reads a matrix that it has repacked."""
+    tensor = next(x for x in model.graph.initializer if x.external_data)
+    tensor.external_data.add(key="prepacked_0", value="key|999999999;64;0")
+
+
 def a_pipe(_: ModelProto, folder: Path) -> None:
     (folder / WEIGHTS).unlink()
     os.mkfifo(folder / WEIGHTS)
@@ -256,6 +262,7 @@ ATTACKS: dict[str, tuple[Attack, str]] = {
     "unlisted": (place(location="secret"), "no file of the artifact"),
     "past the end": (moved("offset", "999999999"), "ends at byte .* which has"),
     "negative": (moved("offset", "-64"), "a shape that is none"),
+    "of another kind": (prepacked, "is said 'prepacked_0'"),
     "no number": (moved("length", "1e3"), "a shape that is none"),
     "too short": (moved("length", "4"), "is 4 bytes, and its type and shape take"),
     "overlapping": (overlapping, "share bytes"),
@@ -320,6 +327,32 @@ def test_what_is_no_model_is_refused(copy: Path, damage: Callable[[bytes], bytes
     reseal(copy, damage((copy / MODEL).read_bytes()))
     with pytest.raises(ArtifactError, match="is no ONNX model, or is damaged"):
         _ = dsc.load(copy).executable
+
+
+def field(tag: int, data: bytes) -> bytes:
+    """Return a field of bytes, its tag and size in five bytes each."""
+    numbers = ([x >> 7 * i & 127 | 128 * (i < 4) for i in range(5)] for x in (tag, len(data)))
+    return b"".join(map(bytes, numbers)) + data
+
+
+@pytest.mark.parametrize("high", [0, 1, 4])
+def test_a_tag_has_no_bits_that_readers_take_differently(copy: Path, high: int) -> None:
+    """ONNX Runtime leaves out the bits beyond 32, so that it reads a tensor that nobody saw."""
+    hidden = field((5 << 3 | 2) | high << 32, secret().SerializeToString())
+    model = (copy / MODEL).read_bytes() + field(7 << 3 | 2, hidden)
+    reseal(copy, model)
+    with pytest.raises(ArtifactError, match="damaged" if high else "is no name of a file"):
+        _ = dsc.load(copy).executable
+
+
+def test_numbers_of_a_fixed_width_are_no_dims() -> None:
+    """What stands in a field in another form than its own is not read by ONNX Runtime either."""
+    tensor = TensorProto(name="t", data_type=TensorProto.UINT8, dims=[4])
+    tensor.data_location = TensorProto.EXTERNAL
+    tensor.external_data.add(key="location", value="weights")
+    data = tensor.SerializeToString() + bytes([1 << 3 | 1, *[0] * 8])
+    (found,) = external_tensors(field(7 << 3 | 2, field(5 << 3 | 2, data)))
+    assert found["bytes"] == 4
 
 
 def test_graphs_in_graphs_end(tmp_path: Path) -> None:
