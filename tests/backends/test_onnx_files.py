@@ -365,9 +365,18 @@ def test_graphs_in_graphs_end(tmp_path: Path) -> None:
                 if len(data) < 128
                 else key + bytes([len(data) & 127 | 128, len(data) >> 7]) + data
             )
-    (tmp_path / "m").write_bytes(b"\x3a" + bytes([len(data) & 127 | 128, len(data) >> 7]) + data)
+    (tmp_path / "m.onnx").write_bytes(
+        b"\x3a" + bytes([len(data) & 127 | 128, len(data) >> 7]) + data
+    )
     with pytest.raises(ValueError, match="graphs in graphs"):
-        check_external(tmp_path, "m", ["m"])
+        check_external(tmp_path, "m.onnx", ["m.onnx"])
+
+
+def test_a_model_of_another_format_is_refused(tmp_path: Path) -> None:
+    """ONNX Runtime tells its own from ONNX's by the name alone."""
+    (tmp_path / "m.ort").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"'m\.ort' is not called \.onnx"):
+        check_external(tmp_path, "m.ort", ["m.ort"])
 
 
 def test_a_model_that_is_no_file_of_the_artifact_is_refused(copy: Path) -> None:
