@@ -130,6 +130,15 @@ class Warms(Protocol):
         ...
 
 
+@runtime_checkable
+class TellsKernels(Protocol):
+    """A backend that knows of its kernels what their binaries say, and what steps of them cost."""
+
+    def kernel_report(self, folder: Path, program: Program) -> Mapping[str, Any]:
+        """The report of an artifact as JSON values: `kernels`, `steps` and `assumptions`."""
+        ...
+
+
 def check_supported(program: Program, backend: Backend) -> None:
     """Raise one `UnsupportedOperator` that lists every node the backend refuses, and why."""
     refused: dict[tuple[str, str], list[str]] = {}

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from dsc.errors import UsageError
 
 KNOWN = {
-    "cuda": ("sm_80", "sm_90", "sm_100"),
+    "cuda": ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120"),
     "hip": ("gfx942", "gfx950"),
 }
 

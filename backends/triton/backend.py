@@ -5,7 +5,8 @@
     kernels/<module>.py          the source of every kernel, templates and generated ones
     interpret/plan.json          the launch plan with the interpreter's block sizes
     <arch>/plan.json             the launch plan for a GPU, one folder a target
-    <arch>/kernels.json          for each kernel: file, symbol, shared memory, registers, spills
+    <arch>/kernels.json          for each kernel: file, symbol, shared memory, registers, spills,
+                                 matrix instructions
     <arch>/<kernel>.cubin|hsaco  the binaries, one for each distinct specialisation
 
 `plan.json` of the artifact is the plan for the first target.
@@ -142,6 +143,12 @@ class TritonBackend:
         built = [t for t in present if (folder / FOLDER / _arch(t) / "kernels.json").is_file()]
         weights = folder / (manifest.get("weights") or DEFAULT_WEIGHTS)
         return self.load_on(built[0] if built else INTERPRET, folder, weights, program)
+
+    def kernel_report(self, folder: Path, program: Program) -> Mapping[str, Any]:
+        """Registers, spills, matrix instructions, and modelled steps, of each target's kernels."""
+        from dsc.backends.triton.report import kernel_report
+
+        return kernel_report(folder / FOLDER, program)
 
     def load_on(self, device: str, folder: Path, weights: Path, program: Program) -> Executable:
         """Load for `interpret` or for a GPU by target name. Raises `BackendUnavailable`.

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from dsc.backends.triton.devices import ARCHS, Arch
 from dsc.ir.dims import Dim
 
 INTERPRET = "interpret"
@@ -65,17 +66,12 @@ class Blocks:
     @property
     def fp8(self) -> str:
         """Which kind of e4m3 the target converts and multiplies: e4m3fn, e4m3fnuz, or none."""
-        kind, _, arch = self.target.partition(":")
-        if kind == "cuda":
-            return "e4m3fn" if int(arch.removeprefix("sm_")) >= 89 else ""
-        return {"gfx942": "e4m3fnuz", "gfx950": "e4m3fn"}.get(arch, "")
+        return "" if self.interprets else self.arch.fp8
 
     @property
-    def shared_memory(self) -> int:
-        """Bytes of shared memory that one program may use."""
-        if self.target.startswith("hip:"):
-            return (160 if self.target.endswith("gfx950") else 64) * 1024
-        return (160 if self.target.endswith(("sm_80", "sm_86", "sm_89")) else 224) * 1024
+    def arch(self) -> Arch:
+        """What is known of the target's architecture."""
+        return ARCHS[self.target.partition(":")[2]]
 
     @property
     def deep_stages(self) -> int:
@@ -136,7 +132,7 @@ class Blocks:
             return Tile(clamp_power(heads, 16, 128), clamp_power(tokens, 16, 512), 0)
         if itemsize >= 4:
             return Tile(16, 16, 0, 4, 1)
-        fits = self.shared_memory // 2 // (next_power(width) * itemsize)
+        fits = self.arch.program_shared // 2 // (next_power(width) * itemsize)
         most = max(16, min(64, next_power(fits + 1) // 2))
         most = 16 if coded and self.target.startswith("hip:") else most
         # An accumulator of 16 x 512 spills in four warps of 32. In four of 64 it does not, and

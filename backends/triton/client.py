@@ -7,7 +7,7 @@ import sys
 import threading
 from collections.abc import Mapping
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from dsc.backends.triton.compile import kernel_environment
 from dsc.backends.triton.worker import INTERPRETED, read_frame, write_frame
@@ -28,13 +28,15 @@ class InterpretedExecutable(Admitted):
         " tests; even a tiny model takes seconds for each token"
     )
     computes = True
+    process = "worker"
+    """The module of this package whose `main` is the process."""
 
     def __init__(self, folder: Path, weights: Path, program: Program) -> None:
         self._entries = Plan.from_json((folder / INTERPRETED).read_bytes()).entries
         super().__init__(program)
         self._lock = threading.Lock()
         environment = {"OMP_NUM_THREADS": "1", **kernel_environment(), "TRITON_INTERPRET": "1"}
-        start = "from dsc.backends.triton import worker; worker.main()"
+        start = f"from dsc.backends.triton.{self.process} import main; main()"
         command = [sys.executable, "-c", start, str(folder), str(weights)]
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment
@@ -78,7 +80,11 @@ class InterpretedExecutable(Admitted):
         if answer is None or "error" in answer[0]:
             detail = "the process ended" if answer is None else answer[0]["error"]
             raise RuntimeError(f"interpreting {entry} failed: {detail}")
+        self._told(answer[0])
         return answer[1], answer[0]["times"]
+
+    def _told(self, header: Mapping[str, Any]) -> None:
+        """Hear what the process tells of a run beside its results."""
 
     def close(self) -> None:
         """End the child process."""

@@ -14,11 +14,13 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from dsc import kept
+from dsc.backends.triton.devices import ARCHS
 from dsc.backends.triton.launch import Kernel
 from dsc.errors import BackendUnavailable
 from dsc.processes import child_environment
@@ -79,6 +81,8 @@ def compile_kernels(
 
 
 KIND = "cubins"
+COMPILER = ("compile_worker.py", "assembly.py")
+"""Our own sources that what is kept of a kernel depends on."""
 
 
 def _kept_key(kernel: Kernel, target: Target, sources: Mapping[str, str]) -> dict[str, Any]:
@@ -89,7 +93,8 @@ def _kept_key(kernel: Kernel, target: Target, sources: Mapping[str, str]) -> dic
         "target": str(target),
         "triton": version("triton"),
         "settings": {k: v for k, v in kernel_environment().items() if k.startswith(SETTINGS)},
-        "compiler": Path(__file__).with_name("compile_worker.py").read_text(),
+        "compiler": [Path(__file__).with_name(name).read_text() for name in COMPILER],
+        "arch": asdict(ARCHS[target.arch]),
     }
 
 
@@ -154,6 +159,7 @@ def _start(
     }
     environment = kernel_environment()
     environment.pop("TRITON_INTERPRET", None)
+    environment["TRITON_CACHE_DIR"] = str(out / "cache")  # what it keeps we keep, and with its log
     command = [sys.executable, "-m", "dsc.backends.triton.compile_worker"]
     process = subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment

@@ -7,30 +7,32 @@ and what it uses, or the error. No GPU and no driver is asked for anything.
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
-import subprocess
 import sys
 from collections.abc import Mapping
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
+from dsc.backends.triton.assembly import matrix_instructions
+from dsc.backends.triton.devices import ARCHS
 from dsc.backends.triton.launch import Kernel
 
-# Bytes of shared memory that one program may use, from the vendors' architecture guides.
-SHARED_LIMITS = {
-    "sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024,
-    "gfx942": 64 * 1024, "gfx950": 160 * 1024,
-}  # fmt: skip
 
+def compile_kernel(kernel: Kernel, kind: str, arch: str, function: Any) -> tuple[Any, str]:
+    """The compiled kernel, and what the assembler told of it.
 
-def compile_kernel(kernel: Kernel, kind: str, arch: str, function: Any) -> Any:
-    """The compiled kernel; pipeline stages are dropped until its tiles fit shared memory."""
+    Pipeline stages are dropped until its tiles fit shared memory.
+    """
     import triton
+    from triton import knobs
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
+    knobs.nvidia.dump_ptxas_log = True
     names = list(kernel.signature)
     attributes = {(names.index(n),): [["tt.divisibility", 16]] for n in kernel.aligned}
     source = ASTSource(function, dict(kernel.signature), dict(kernel.constants), attributes)
@@ -38,16 +40,19 @@ def compile_kernel(kernel: Kernel, kind: str, arch: str, function: Any) -> Any:
         target = GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
     else:
         target = GPUTarget("hip", arch, 64)
+    most = ARCHS[arch].program_shared
     for stages in range(kernel.stages, 0, -1):
         options = {"num_warps": kernel.warps, "num_stages": stages}
-        compiled = triton.compile(source, target=target, options=options)
-        if compiled.metadata.shared <= SHARED_LIMITS[arch]:
-            return compiled
+        log = io.StringIO()
+        with redirect_stdout(log):
+            compiled = triton.compile(source, target=target, options=options)
+        if compiled.metadata.shared <= most:
+            return compiled, log.getvalue()
     needed = compiled.metadata.shared
-    raise ValueError(f"needs {needed} bytes of shared memory, {arch} has {SHARED_LIMITS[arch]}")
+    raise ValueError(f"needs {needed} bytes of shared memory, {arch} has {most}")
 
 
-def describe(compiled: Any, kind: str, binary: Path) -> dict[str, Any]:
+def describe(compiled: Any, log: str, kind: str, binary: Path) -> dict[str, Any]:
     """What a launch must know of a binary, and what a reader wants to."""
     metadata = compiled.metadata
     record = {
@@ -60,9 +65,11 @@ def describe(compiled: Any, kind: str, binary: Path) -> dict[str, Any]:
         "profile_scratch": metadata.profile_scratch_size,
         "bytes": binary.stat().st_size,
     }
+    text = compiled.asm["ptx" if kind == "cuda" else "amdgcn"]
+    record["matrix"] = matrix_instructions(text, kind)
     if kind == "cuda":
-        return record | {"parameters": _ptx_parameters(compiled.asm["ptx"])} | _ptxas_usage(binary)
-    return record | _amdgcn_usage(compiled.asm["amdgcn"])
+        return record | {"parameters": _ptx_parameters(text)} | _ptxas_usage(log)
+    return record | _amdgcn_usage(text)
 
 
 def _ptx_parameters(ptx: str) -> int:
@@ -71,26 +78,25 @@ def _ptx_parameters(ptx: str) -> int:
     return len(re.findall(r"\.param", entry[: entry.index(")")]))
 
 
-def _ptxas_usage(binary: Path) -> dict[str, int]:
-    """Registers and bytes of stack (spills) a thread, as `cuobjdump` reads them from the binary."""
-    from triton import knobs
-
-    try:
-        tool = knobs.nvidia.cuobjdump.path
-        command = [tool, "--dump-resource-usage", str(binary)]
-        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    except (AttributeError, OSError, RuntimeError, subprocess.CalledProcessError):
-        return {}
-    found = {k: re.search(rf"\b{k}:(\d+)", text) for k in ("REG", "STACK")}
-    names = {"REG": "registers", "STACK": "spill_bytes"}
-    return {names[k]: int(m[1]) for k, m in found.items() if m is not None}
+def _ptxas_usage(log: str) -> dict[str, int]:
+    """Registers, bytes of stack and of spills (stored and loaded) a thread, as `ptxas -v` tells."""
+    found = {
+        "registers": re.findall(r"Used (\d+) registers", log),
+        "stack_bytes": re.findall(r"(\d+) bytes stack frame", log),
+        "spill_bytes": re.findall(r"(\d+) bytes spill (?:stores|loads)", log),
+    }
+    return {name: sum(map(int, numbers)) for name, numbers in found.items() if numbers}
 
 
 def _amdgcn_usage(text: str) -> dict[str, int]:
-    """Registers, spills and parameters from the metadata in the assembly."""
-    names = {"vgpr_count": "registers", "vgpr_spill_count": "spilled_registers"}
+    """Registers, bytes of spills and of stack, and parameters, of the assembly's metadata."""
+    names = {
+        "vgpr_count": "registers", "vgpr_spill_count": "spill_bytes",
+        "private_segment_fixed_size": "stack_bytes",
+    }  # fmt: skip
     found = {v: re.search(rf"\.{k}:\s+(\d+)", text) for k, v in names.items()}
     usage = {k: int(m[1]) for k, m in found.items() if m is not None}
+    usage["spill_bytes"] = 4 * usage["spill_bytes"]
     arguments = re.findall(r"\.value_kind:\s+(\w+)", text)
     return usage | {"parameters": sum(not kind.startswith("hidden") for kind in arguments)}
 
@@ -107,10 +113,10 @@ def run(request: Mapping[str, Any]) -> None:
         kernel = Kernel.from_json(data)
         try:
             function = kernels.function(kernel.module, kernel.function)
-            compiled = compile_kernel(kernel, kind, arch, function)
+            compiled, log = compile_kernel(kernel, kind, arch, function)
             binary = folder / f"{key}.{suffix}"
             binary.write_bytes(compiled.asm[suffix])
-            answer = {"key": key, "record": describe(compiled, kind, binary)}
+            answer = {"key": key, "record": describe(compiled, log, kind, binary)}
         except Exception as error:
             answer = {"key": key, "error": f"{type(error).__name__}: {error}"}
         sys.stdout.write(json.dumps(answer) + "\n")

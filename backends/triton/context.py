@@ -17,7 +17,7 @@ from dsc.backends.triton.blocks import Blocks
 from dsc.backends.triton.launch import POINTER_TYPES, Kernel, LaunchProgram, is_multiple
 from dsc.backends.triton.rows import elementwise
 from dsc.ir import views
-from dsc.ir.dims import Dim, Range, Sym, bounds, free_symbols
+from dsc.ir.dims import Dim, Range, Sym, bounds, free_symbols, product
 from dsc.ir.graph import Node, Operand, Weight
 from dsc.ir.region_steps import Literal
 from dsc.ir.types import TensorType
@@ -32,6 +32,7 @@ ALIGNMENT = 16
 UNBOUNDED = 1 << 20  # taken for a symbol without a range: only block sizes depend on it
 
 Given = View | Dim | float | str | bool | None
+NONE: Mapping[str, Dim] = {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,13 +168,16 @@ class Context:
         given: Mapping[str, Given],
         warps: int = 4,
         stages: int = 1,
+        flops: Dim = 0,
+        touched: Mapping[str, Dim] = NONE,
     ) -> None:
         """Append a launch of `module:function`; `given` names its parameters, in any order.
 
         Static numbers, strings and absent operands become compile-time constants; symbolic
         numbers and pointers are passed at run time, those that are multiples of 16 under that
         promise: without it loads of 16 bytes become one load an element. A grid with a zero dim
-        launches nothing.
+        launches nothing. What the launch costs goes into the plan: `flops` are the operations of
+        its products, `touched` bytes by parameter where it moves less than the view has.
         """
         module, function = name.split(":")
         text = self.sources.get(module) or template(module)
@@ -192,7 +196,9 @@ class Context:
                 if is_multiple(start, ALIGNMENT):
                     aligned.append(parameter)
                 size = views.extent(value) * value.dtype.itemsize
-                arguments.append(Ref(value.buffer, accesses[parameter], size, start))
+                moved = touched.get(parameter, _distinct_bytes(value))
+                some = None if moved == size else moved
+                arguments.append(Ref(value.buffer, accesses[parameter], size, start, some))
             elif isinstance(value, Sym):
                 signature[parameter] = "i64" if self.limit(value) >= 1 << 31 else "i32"
                 if is_multiple(value, ALIGNMENT):
@@ -208,8 +214,15 @@ class Context:
                 kernel.key, tuple(arguments), grid, loc=self.loc,
                 op=self.node.op if self.node is not None else "cast",
                 node=self.node.outputs[0].name if self.node is not None else "",
+                flops=flops,
             )
         )  # fmt: skip
+
+
+def _distinct_bytes(view: View) -> Dim:
+    """Bytes of the elements that a view has; an axis without a stride repeats them."""
+    axes = zip(view.shape, view.strides, strict=True)
+    return product(tuple(d for d, s in axes if s != 0)) * view.dtype.itemsize
 
 
 def template(module: str) -> str:

@@ -22,6 +22,8 @@ from pathlib import Path
 from types import FunctionType
 from typing import Any
 
+import numpy as np
+
 from dsc.backends.triton.launch import Kernel, LaunchProgram
 from dsc.backends.triton.schedule import Address, Call, resolve
 from dsc.ir.dims import evaluate
@@ -53,7 +55,6 @@ def _patch_once(interpreter: Any) -> None:
 
 
 def _widen_bf16(interpreter: Any) -> None:
-    import numpy as np
     import triton.language as tl
 
     builder, handle = interpreter.InterpreterBuilder, interpreter.TensorHandle
@@ -87,7 +88,6 @@ def _widen_bf16(interpreter: Any) -> None:
 
 def _round_fp8(interpreter: Any) -> None:
     import ml_dtypes
-    import numpy as np
     import triton.language as tl
 
     builder, handle = interpreter.InterpreterBuilder, interpreter.TensorHandle
@@ -177,8 +177,17 @@ class InterpretedProgram:
             times.append(time.perf_counter())
         return outputs, times
 
+    def told(self) -> dict[str, Any]:
+        """What there is to tell of the last run beside its results, as JSON values."""
+        return {}
+
     def _call(self, call: Call, addresses: Mapping[int, int]) -> None:
-        import numpy as np
+        run = self._bound(call, addresses)
+        for place in np.ndindex(call.grid):
+            run(place)
+
+    def _bound(self, call: Call, addresses: Mapping[int, int]) -> Callable[[tuple[int, ...]], None]:
+        """What runs a program of a call by its place in the grid."""
         from triton.runtime.interpreter import interpreter_builder
 
         kernel = self._program.kernels[call.kernel]
@@ -188,18 +197,17 @@ class InterpretedProgram:
         function = self._rewritten[call.kernel]
         given = _arguments(kernel, call, addresses)
         interpreter_builder.set_grid_dim(*call.grid)
-        columns, rows, planes = call.grid
-        with np.errstate(all="ignore"):
-            for x in range(columns):
-                for y in range(rows):
-                    for z in range(planes):
-                        interpreter_builder.set_grid_idx(x, y, z)
-                        function(**given)
+
+        def run(place: tuple[int, ...]) -> None:
+            interpreter_builder.set_grid_idx(*place)
+            with np.errstate(all="ignore"):
+                function(**given)
+
+        return run
 
 
 def _arguments(kernel: Kernel, call: Call, addresses: Mapping[int, int]) -> dict[str, Any]:
     """Interpreter values by parameter name: constants as they are, the rest as scalars."""
-    import numpy as np
     import triton.language as tl
     from triton.runtime.interpreter import TensorHandle
 

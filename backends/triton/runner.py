@@ -73,7 +73,7 @@ class Model(Compiled):
             if kind in NUMBERS:
                 arguments.append(NUMBERS[kind](number(argument, sizes)))
             else:
-                buffer, _, _, offset = argument
+                buffer, _, _, offset = argument[:4]
                 region, name, _, start = plan["buffers"][buffer]
                 base = self.at[buffer_label(region, name)] + start
                 arguments.append(c_uint64(base + number(offset, sizes)))

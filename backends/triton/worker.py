@@ -15,7 +15,7 @@ import tempfile
 import traceback
 from collections.abc import Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -23,6 +23,9 @@ from dsc.ir.arrays import Array, array_of, tensor_of
 from dsc.ir.lazy import torch
 from dsc.ir.types import DType
 from dsc.runtime.plan import Plan
+
+if TYPE_CHECKING:
+    from dsc.backends.triton.interpret import InterpretedProgram
 
 INTERPRETED = "interpret/plan.json"
 """The plan of what the interpreter runs, in the backend's folder of an artifact."""
@@ -51,8 +54,14 @@ def read_frame(stream: IO[bytes]) -> tuple[dict[str, Any], dict[str, Array]] | N
     return header, arrays
 
 
-def serve(folder: Path, weights: Path, source: IO[bytes], sink: IO[bytes]) -> None:
-    """Answer run requests until the parent closes the pipe."""
+def serve(
+    folder: Path,
+    weights: Path,
+    source: IO[bytes],
+    sink: IO[bytes],
+    make: type[InterpretedProgram] | None = None,
+) -> None:
+    """Answer run requests until the parent closes the pipe; `make` is the kind of program."""
     from safetensors.torch import load_file
 
     from dsc.backends.triton.interpret import InterpretedProgram, Kernels
@@ -65,7 +74,7 @@ def serve(folder: Path, weights: Path, source: IO[bytes], sink: IO[bytes]) -> No
     plan = Plan.from_json((folder / INTERPRETED).read_bytes())
     tensors = load_file(weights) if weights.is_file() else {}
     launches, kernels = LaunchProgram.of(plan), Kernels(Path(own.name))
-    program = InterpretedProgram(launches, kernels, tensors)
+    program = (make or InterpretedProgram)(launches, kernels, tensors)
     write_frame(sink, {"ready": True}, {})
     while (frame := read_frame(source)) is not None:
         header, arrays = frame
@@ -75,12 +84,13 @@ def serve(folder: Path, weights: Path, source: IO[bytes], sink: IO[bytes]) -> No
         except Exception:
             write_frame(sink, {"error": traceback.format_exc()}, {})
             continue
-        write_frame(sink, {"times": times}, {name: array_of(x) for name, x in outputs.items()})
+        told = {"times": times, **program.told()}
+        write_frame(sink, told, {name: array_of(x) for name, x in outputs.items()})
 
 
-def main() -> None:
+def main(make: type[InterpretedProgram] | None = None) -> None:
     """Serve on the standard streams; whatever kernels print goes to standard error."""
     sink = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
     sys.stdout = sys.stderr
-    serve(Path(sys.argv[1]), Path(sys.argv[2]), sys.stdin.buffer, sink)
+    serve(Path(sys.argv[1]), Path(sys.argv[2]), sys.stdin.buffer, sink, make)

@@ -47,7 +47,13 @@ TOOLCHAINS = (
     Toolchain("reference", "torch", "torch", "cpu"),
     Toolchain("tvm", "tvm", "apache-tvm", "cpu, cpu:NAME of an LLVM cpu"),
     Toolchain("onnxruntime", "onnxruntime", "onnxruntime", "ONNX"),
-    Toolchain("triton", "triton", "triton", "cuda:sm_80 sm_90 sm_100, hip:gfx942 gfx950", True),
+    Toolchain(
+        "triton",
+        "triton",
+        "triton",
+        ", ".join(f"{kind}:{' '.join(archs)}" for kind, archs in KNOWN.items()),
+        True,
+    ),
 )
 
 

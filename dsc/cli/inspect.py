@@ -30,7 +30,10 @@ def inspect(
     report: Annotated[
         bool, Option("--report", help="What each pass did, and what each layer costs.")
     ] = False,
-    kernels: Annotated[bool, Option("--kernels", help="The files the backend emitted.")] = False,
+    kernels: Annotated[
+        bool,
+        Option("--kernels", help="The files the backend emitted; on triton what kernels take."),
+    ] = False,
     config: options.Config = None,
     weights: options.Weights = None,
     revision: options.Revision = None,
@@ -44,6 +47,9 @@ def inspect(
     """Print the text IR of MODEL, or of an artifact OUT, or what OUT holds.
 
     Of an artifact the first lines say what runs it, its limits, and where and how texts go on.
+    `--kernels` of one by triton tells of each kernel its registers, spills, shared memory,
+    occupancy and matrix instructions, and of a decode step and a prefill chunk what they move over
+    what they must, and how long they could take on each card that it was compiled for.
 
     Examples:
 
@@ -53,8 +59,9 @@ def inspect(
 
         dsc inspect v3-tvm --kernels
     """
-    if json and not report:
-        raise UsageError("--json goes with --report", hint="the text IR is printed as it is")
+    if json and report == kernels:
+        hint = "the text IR is printed as it is, and a JSON document is of one of them"
+        raise UsageError("--json goes with --report or --kernels", hint=hint)
     folder = Path(model)
     forms = {"quant": quant, "quant_embedding": quant_embedding, "cache_format": cache_format}
     plain = {"quant": "none", "quant_embedding": "none", "cache_format": "bf16"}
@@ -138,7 +145,7 @@ def _inspect_artifact(
         print("\n".join(f"{name:<20}  {value}" for name, value in facts.items()))
         _show_report(read_object(folder, "report.json"), entry, as_json)
     if kernels:
-        _list_kernels(folder)
+        _show_kernels(folder, manifest, as_json)
     if not (report or kernels):
         head = "".join(f"# {name:<8} {value}\n" for name, value in facts.items())
         print(head + _select(read_text(folder / "program.dsc"), entry), end="")
@@ -202,6 +209,38 @@ def _show_report(report: Mapping[str, Any], entry: str | None, as_json: bool) ->
             f"the report is not of this version: {type(problem).__name__}: {problem}",
             hint="read it with --json, or compile again",
         ) from None
+
+
+def _show_kernels(folder: Path, manifest: Mapping[str, Any], as_json: bool) -> None:
+    """Show what the backend tells of its kernels; without --json their files before."""
+    from dsc import backends
+    from dsc.backends.base import TellsKernels
+    from dsc.cli.kernel_tables import print_kernels
+    from dsc.ir.parser import parse_program
+
+    if not as_json:
+        _list_kernels(folder)
+    name = str(manifest.get("backend"))
+    backend: object = backends.get(name) if name in backends.names() else None
+    if not isinstance(backend, TellsKernels):
+        if as_json:
+            hint = "leave out --json for a list of its files"
+            raise UsageError(f"{name} tells nothing of its kernels", hint=hint)
+        return
+    program = parse_program(read_text(folder / "program.dsc"))
+    try:
+        report = backend.kernel_report(folder, program)
+    except (KeyError, TypeError, ValueError, OSError) as problem:
+        raise ArtifactError(
+            f"kernels.json is not of this version: {type(problem).__name__}: {problem}",
+            where=str(folder),
+            hint="compile it again",
+        ) from None
+    if as_json:
+        console.print_json(report)
+    elif report["kernels"]:
+        print()
+        print_kernels(console.tables(), report)
 
 
 def _list_kernels(folder: Path) -> None:

@@ -251,13 +251,12 @@ def cost(node: Node) -> Cost:
             read = read + moved
     in_place = overwritten(node)
     updated = {result for result, index in _shared(node).items() if index in in_place}
-    written = _rows_written(node)
+    written = rows_written(node)
     for result, value in enumerate(node.outputs):
         if result not in updated:
             written = written + value.type.nbytes
     for inner in node.body.nodes if node.body is not None else ():
         weights = weights + cost(inner).weights
-        written = written + _rows_written(inner)
     return Cost(read, written, weights, flops(node))
 
 
@@ -267,8 +266,10 @@ def call_of(node: Node) -> Call:
     return lookup(node.op).call(types, node.attrs, [v.type for v in node.outputs])
 
 
-def _rows_written(node: Node) -> Dim:
-    total: Dim = 0
+def rows_written(node: Node) -> Dim:
+    """Bytes of the rows that a node, or its body, writes into what it updates in place."""
+    inside = node.body.nodes if node.body is not None else ()
+    total: Dim = sum(map(rows_written, inside), start=0)
     into = traits_of(node.op).into
     for name in traits_of(node.op).writes:
         held = node[into[name]].type if name in into else node[name].type

@@ -94,15 +94,22 @@ def real_sizes(graph: Graph, sizes: Sizes, lengths: Sequence[int] | None) -> dic
 def moved(graph: Graph, node: Node, sizes: Sizes, chosen: int | None = None) -> Moved:
     """What a node moves and computes; `chosen` are the distinct experts that it reads."""
     spent = _facts(graph).costs[node.outputs[0].name]
-    stacked = _expert_weights(node) if chosen is not None else frozenset()
-    weights = 0
-    for weight, share in weights_read(node, sizes):
-        if chosen is not None and weight.name in stacked:
-            share = chosen / max(1, evaluate(weight.type.shape[0], sizes))
-        weights += round(evaluate(weight.type.nbytes, sizes) * share)
+    shares = weight_shares(node, sizes, chosen)
+    weights = sum(round(evaluate(w.type.nbytes, sizes) * share) for w, share in shares)
     counted, caches = _cache_bytes(graph, node, sizes)
     touched = evaluate(spent.read, sizes) + evaluate(spent.written, sizes)
     return Moved(weights, caches, max(0, touched - counted), evaluate(spent.flops, sizes))
+
+
+def weight_shares(
+    node: Node, sizes: Sizes, chosen: int | None = None
+) -> Iterator[tuple[Weight, float]]:
+    """The weights that a node reads and the share of each; `chosen` as for `moved`."""
+    stacked = _expert_weights(node) if chosen is not None else frozenset()
+    for weight, share in weights_read(node, sizes):
+        if chosen is not None and weight.name in stacked:
+            share = chosen / max(1, evaluate(weight.type.shape[0], sizes))
+        yield weight, share
 
 
 @dataclass(frozen=True, slots=True)

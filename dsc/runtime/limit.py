@@ -55,7 +55,7 @@ def step_work(program: Program, batch: int, new: int, context: int) -> list[Work
     )
     found = []
     for node in graph.nodes:
-        stored = moved(graph, node, held, _distinct(node, held, batch * new)).stored
+        stored = moved(graph, node, held, distinct_experts(node, held, batch * new)).stored
         found.append(Work(stored, moved(graph, node, seen).flops, multiplies_codes(node)))
     return found
 
@@ -73,7 +73,8 @@ def prefill_work(program: Program, batch: int, tokens: int, chunk: int) -> list[
     return found
 
 
-def _distinct(node: Node, sizes: Mapping[str, int], tokens: int) -> int | None:
+def distinct_experts(node: Node, sizes: Mapping[str, int], tokens: int) -> int | None:
+    """The experts that so many tokens choose together, uniformly routed; `None` without any."""
     inner = next(iter(expert_nodes(node)), None)
     if inner is None:
         return None

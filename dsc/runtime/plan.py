@@ -24,7 +24,7 @@ from dsc.ir.segments import Segment, steps
 from dsc.ir.types import DType, TensorType
 
 PLAN = "plan.json"
-FORMAT = 6
+FORMAT = 7
 """Of dsc.json and plan.json: one schema. An artifact of another has to be compiled again."""
 ALIGNMENT = 64
 """Every buffer of an arena begins at a multiple of so many bytes."""
@@ -51,12 +51,17 @@ class Buffer:
 
 @dataclass(frozen=True, slots=True)
 class Ref:
-    """`size` bytes of a buffer from `offset` on, and what a launch does to them."""
+    """`size` bytes of a buffer from `offset` on, and what a launch does to them.
+
+    `touched` is how many of them it moves at most, where those are fewer: of a strided view, of a
+    table that rows are taken of.
+    """
 
     buffer: int
     access: str
     size: Dim
     offset: Dim = 0
+    touched: Dim | None = None
 
 
 Argument: TypeAlias = Ref | Dim
@@ -67,7 +72,8 @@ class Launch:
     """One call of a kernel. `arguments` are in the order of its parameters; `grid` is a GPU's.
 
     `waits` are launches of other lanes. `node` is the first result of the graph's node that the
-    launch is part of.
+    launch is part of. `flops` are the operations of its products, where the backend tells; what it
+    moves are its bytes (`dsc.runtime.launch_costs`).
     """
 
     kernel: str
@@ -78,6 +84,7 @@ class Launch:
     loc: str = ""
     op: str = ""
     node: str = ""
+    flops: Dim = 0
 
     @property
     def refs(self) -> Iterator[Ref]:
@@ -234,6 +241,7 @@ def _entry_json(entry: EntryPlan) -> dict[str, Any]:
                 "loc": x.loc,
                 "op": x.op,
                 "node": x.node,
+                "flops": to_json(x.flops),
             }
             for x in entry.launches
         ],
@@ -245,6 +253,7 @@ def _entry(raw: Mapping[str, Any]) -> EntryPlan:
         Launch(
             x["kernel"], tuple(map(_argument, x["arguments"])), tuple(map(from_json, x["grid"])),
             x["lane"], tuple(map(int, x["waits"])), x["loc"], x["op"], x["node"],
+            from_json(x["flops"]),
         )
         for x in raw["launches"]
     )  # fmt: skip
@@ -263,13 +272,16 @@ def _argument_json(argument: Argument) -> Any:
     """Bytes are a list that begins with a buffer's number; what else there is, is a number."""
     if not isinstance(argument, Ref):
         return to_json(argument)
-    return [argument.buffer, argument.access, to_json(argument.size), to_json(argument.offset)]
+    some = [] if argument.touched is None else [to_json(argument.touched)]
+    place = [to_json(argument.size), to_json(argument.offset)]
+    return [argument.buffer, argument.access, *place, *some]
 
 
 def _argument(raw: Any) -> Argument:
     if isinstance(raw, list) and isinstance(raw[0], int):
-        buffer, access, size, offset = raw
-        return Ref(int(buffer), access, from_json(size), from_json(offset))
+        buffer, access, *numbers = raw
+        size, offset, *touched = map(from_json, numbers)
+        return Ref(int(buffer), access, size, offset, *touched)
     return from_json(raw)
 
 

@@ -102,7 +102,16 @@ def _flash(
         name, text = written(template("attention"), "flash_attention", slots)
         ctx.sources.setdefault(name, text)
         kernel, given = f"{name}:{name}", given | slots.arguments
-    ctx.launch(kernel, grid, given, tile.warps, tile.stages)
+    window = sight["WINDOW"]
+    pairs = _seen(s, t) if causal or lengths is not None else s * t
+    pairs = s * window if isinstance(window, int) and 0 < window < ctx.limit(t) else pairs
+    flops = 2 * product((b, heads, pairs, sum(sizes.values())))
+    ctx.launch(kernel, grid, given, tile.warps, tile.stages, flops)
+
+
+def _seen(queries: Dim, rows: Dim) -> Dim:
+    """Pairs of a query and a row that it sees: the last query all, each before it one less."""
+    return queries * rows - queries * (queries - 1) // 2
 
 
 def _stores_codes(ctx: Context, asked: Wanted, width: int) -> bool:
@@ -153,7 +162,8 @@ def latent_attention(ctx: Context, node: Node) -> None:
         name, text = written(template("latent"), "latent_attention", slots)
         ctx.sources.setdefault(name, text)
         kernel, given = f"{name}:{name}", given | slots.arguments
-    ctx.launch(kernel, grid, given, tile.warps, tile.stages)
+    flops = 2 * product((b, heads, _seen(s, t), 2 * c + r))
+    ctx.launch(kernel, grid, given, tile.warps, tile.stages, flops)
     if splits > 1:
         padded = next_power(splits)
         block = ctx.blocks.merge(padded, c)

@@ -70,7 +70,7 @@ def emit_gemm(
     given |= {"BLOCK_M": tile.m, "BLOCK_N": tile.n, "BLOCK_K": tile.k}
     given["GROUP_M"] = 8 if rows > 2 * tile.m else 0
     grid = (ceil_div(m, tile.m) * ceil_div(n, tile.n), z)
-    launch_product(ctx, "gemm:gemm", slots, grid, given, tile)
+    launch_product(ctx, "gemm:gemm", slots, grid, given, tile, 2 * product((z, m, n, k)))
 
 
 def in_codes(
@@ -106,6 +106,7 @@ def launch_product(
     grid: tuple[Dim, ...],
     given: dict[str, Given],
     tile: Tile | RowTile,
+    flops: Dim = 0,
 ) -> None:
     """Launch a product: the template's own text, or one that is written for what slots say."""
     if slots.filled:
@@ -114,7 +115,7 @@ def launch_product(
         ctx.sources.setdefault(name, text)
         kernel = f"{name}:{name}"
     stages = tile.stages if isinstance(tile, Tile) else 1
-    ctx.launch(kernel, grid, given | slots.arguments, tile.warps, stages)
+    ctx.launch(kernel, grid, given | slots.arguments, tile.warps, stages, flops)
 
 
 def _holds_groups(p: Product, tile: Tile, asked: Wanted) -> bool:
@@ -309,7 +310,7 @@ def emit_grouped(
     given["GATHER"] = order is not None
     given |= {"BLOCK_M": tile.m, "BLOCK_N": tile.n, "BLOCK_K": tile.k}
     grid = (tiles, ceil_div(n, tile.n))
-    launch_product(ctx, "gemm:grouped_gemm", slots, grid, given, tile)
+    launch_product(ctx, "gemm:grouped_gemm", slots, grid, given, tile, 2 * rows * n * k)
 
 
 def router_logits(ctx: Context, x: View, weight: View) -> View:

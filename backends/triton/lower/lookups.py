@@ -129,7 +129,8 @@ def _lookup(
         "x": ctx.dense(x), "index": ctx.dense(index), "y": ctx.result(node), "n": n,
         "extent": extent, "wanted": wanted, "inner": inner, "SHARED": shared, "BLOCK": block,
     }  # fmt: skip
-    ctx.launch("lookups:lookup", (ceil_div(n, block),), given)
+    taken = {"x": n * x.dtype.itemsize}
+    ctx.launch("lookups:lookup", (ceil_div(n, block),), given, touched=taken)
 
 
 def append(ctx: Context, node: Node) -> None:

@@ -95,7 +95,8 @@ def emit_experts(
     given |= {"N": 2 * inner, "K": width, "a_m": row_stride, "TOP_K": slots, "ACT": act}
     given |= {"BLOCK_N": 2 * tile.n, "BLOCK_K": tile.k}
     grid = (pairs, ceil_div(inner, tile.n))
-    launch_product(ctx, "moe:experts_hidden", hidden_slots, grid, given, tile)
+    flops = 4 * pairs * inner * width
+    launch_product(ctx, "moe:experts_hidden", hidden_slots, grid, given, tile, flops)
     tile = ctx.blocks.gemv(width, inner, down.dtype.bits)
     tile = tile if rows is None else rows.tile(tile)
     _, codes, output_slots = in_codes(ctx, hidden, down, tile, output_slots, rows=rows)
@@ -104,7 +105,7 @@ def emit_experts(
     given |= dict(zip(("c_m", "c_n"), out_strides, strict=True))
     given |= {"BLOCK_N": tile.n, "BLOCK_K": tile.k}
     grid = (product(index.shape[:-1]), ceil_div(width, tile.n))
-    launch_product(ctx, "moe:experts_output", output_slots, grid, given, tile)
+    launch_product(ctx, "moe:experts_output", output_slots, grid, given, tile, flops // 2)
 
 
 def dispatch(ctx: Context, node: Node) -> None:
@@ -180,4 +181,5 @@ def take_rows(
     given |= {"per_batch": per_batch, "batch_rows": batch_rows}
     given |= {"BLOCK_D": tile.columns, "BLOCK_ROWS": tile.rows}
     grid = (ceil_div(rows, tile.rows), ceil_div(width, tile.columns))
-    ctx.launch("lookups:take_rows", grid, given, tile.warps)
+    taken = {"table": product((rows, width)) * table.dtype.itemsize}
+    ctx.launch("lookups:take_rows", grid, given, tile.warps, touched=taken)

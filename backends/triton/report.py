@@ -1,0 +1,96 @@
+"""What an artifact's kernels are and what steps of them come to, read off its files.
+
+No GPU is asked: registers, spills and shared memory are the compilers' own, matrix instructions
+stand in the assembly, bytes and flops are the plan's, and times those of `modelled`.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from dsc.backends.triton.devices import ARCHS, CARDS, LAUNCH_SECONDS
+from dsc.backends.triton.modelled import by_kernel, modelled_step, occupancy
+from dsc.ir.program import Program
+from dsc.runtime.launch_costs import step_costs
+from dsc.runtime.plan import Plan
+
+CONTEXT, LARGE_BATCH = 4096, 64
+
+
+def kernel_report(folder: Path, program: Program) -> dict[str, Any]:
+    """The report of the backend's folder in an artifact, as JSON values.
+
+    `kernels` are by target, `steps` by card: of each target that was compiled for, at sizes that
+    the artifact takes.
+    """
+    kernels: list[dict[str, Any]] = []
+    steps: list[dict[str, Any]] = []
+    points = _points(program)
+    for path in sorted(folder.glob("*/kernels.json")):
+        arch = path.parent.name
+        records = json.loads(path.read_text())
+        plan = Plan.from_json((path.parent / "plan.json").read_bytes())
+        found = [by_kernel(step_costs(program, plan, *point)) for point in points.values()]
+        for key, record in records.items():
+            sums = {
+                name: dict(zip(("launches", "bytes", "stored", "flops"), each[key], strict=True))
+                for name, each in zip(points, found, strict=True)
+                if key in each
+            }
+            kernels.append({"target": arch, "kernel": key, **_static(record, arch), "in": sums})
+        steps += [
+            {"card": name, "step": step, "batch": b, "new": n, "context": c}
+            | asdict(modelled_step(program, plan, records, card, b, n, c))
+            for name, card in CARDS.items()
+            if card.arch == arch
+            for step, (b, n, c) in points.items()
+        ]
+    return {"kernels": kernels, "steps": steps, "assumptions": assumptions()}
+
+
+def assumptions() -> list[str]:
+    """What the times of steps stand on, a line each."""
+    return [
+        f"a launch takes {LAUNCH_SECONDS * 1e6:.1f} us and the longer of bytes at a copy's speed"
+        " and flops at the peak of its matrix instructions",
+        "what several programs of a launch read comes from memory once; experts are chosen"
+        " uniformly",
+        *(
+            f"{name} ({card.arch}, {card.units} units): copy {card.bandwidth / 1e12:.2f} TB/s, "
+            + ", ".join(f"{k} {card.peak(k) / 1e12:.0f} T/s" for k in card.matrix)
+            + ("; measured" if card.copy else "; shares of the data sheet's")
+            for name, card in CARDS.items()
+        ),
+    ]
+
+
+def _static(record: dict[str, Any], arch: str) -> dict[str, Any]:
+    """What the binary says of a kernel."""
+    found = occupancy(record, ARCHS[arch])
+    return {
+        "warps": record["warps"],
+        "registers": record.get("registers"),
+        "spill_bytes": record.get("spill_bytes"),
+        "shared": record["shared"],
+        "programs": found.programs,
+        "occupancy": found.share,
+        "bound": found.bound,
+        "matrix": record.get("matrix", {}),
+    }
+
+
+def _points(program: Program) -> dict[str, tuple[int, int, int]]:
+    """Batch, new tokens and context of the steps that are modelled, where the artifact has them."""
+    limits = program.limits
+    if not program.is_causal_lm or limits is None:
+        return {}
+    rows = min(CONTEXT, max(1, limits.max_context - 1))
+    batch = min(LARGE_BATCH, limits.max_batch)
+    chunk = min(limits.prefill_chunk, limits.max_context)
+    points = {"decode": (1, 1, rows)}
+    if batch > 1:
+        points[f"decode of {batch}"] = (batch, 1, rows)
+    return points | {"prefill chunk": (1, chunk, 0)}

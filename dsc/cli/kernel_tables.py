@@ -1,0 +1,75 @@
+"""`dsc inspect --kernels` as tables: each kernel of each target, and steps on each card."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from dsc.cli.console import human_bytes
+from dsc.cli.report_tables import add_row, clean, human_count, table_of
+
+
+def print_kernels(console: Console, report: Mapping[str, Any]) -> None:
+    """Print a report of kernels (`dsc.backends.base.TellsKernels`)."""
+    for target in dict.fromkeys(each["target"] for each in report["kernels"]):
+        console.print(kernels_table(target, report["kernels"]))
+        console.print()
+    if report["steps"]:
+        console.print(steps_table(report["steps"]))
+    for line in report["assumptions"]:
+        console.print(Text(clean(line)))
+
+
+def kernels_table(target: str, kernels: Sequence[Mapping[str, Any]]) -> Table:
+    """One line a kernel of a target: what its binary takes, and its part in each step."""
+    own = [each for each in kernels if each["target"] == target]
+    steps = list(dict.fromkeys(step for each in own for step in each["in"]))
+    table = table_of(
+        f"kernels for {target}, and in each step launches, bytes over weights and caches, flops",
+        ("kernel",), ("warps", "regs", "spills", "shared", "programs", "warps used", "bound"),
+    )  # fmt: skip
+    table.add_column("matrix", overflow="fold")
+    for step in steps:
+        table.add_column(step, justify="right")
+    for each in own:
+        matrix = ", ".join(f"{name} x{count}" for name, count in each["matrix"].items())
+        registers, spills = (
+            "-" if each[k] is None else str(each[k]) for k in ("registers", "spill_bytes")
+        )
+        add_row(
+            table, each["kernel"], str(each["warps"]), registers, spills,
+            human_bytes(each["shared"]), str(each["programs"]), f"{each['occupancy']:.0%}",
+            each["bound"], matrix or "-", *(_part(each["in"].get(step)) for step in steps),
+        )  # fmt: skip
+    return table
+
+
+def _part(sums: Mapping[str, int] | None) -> str:
+    if sums is None:
+        return ""
+    flops = f" {human_count(sums['flops'])}" if sums["flops"] else ""
+    moved = f"{human_bytes(sums['bytes'])}/{human_bytes(sums['stored'])}"
+    return f"x{sums['launches']} {moved}{flops}"
+
+
+def steps_table(steps: Sequence[Mapping[str, Any]]) -> Table:
+    """One line for each card and step: what is launched and moved, and the time it could take."""
+    table = table_of(
+        "steps, modelled", ("card", "step"),
+        ("batch", "new", "context", "launches", "bytes", "floor", "over floor", "flop", "floor ms",
+         "modelled ms", "of the floor's speed"),
+    )  # fmt: skip
+    for each in steps:
+        over = each["bytes"] / each["floor_bytes"] if each["floor_bytes"] else 0.0
+        add_row(
+            table, each["card"], each["step"],
+            *(str(each[k]) for k in ("batch", "new", "context", "launches")),
+            human_bytes(each["bytes"]), human_bytes(each["floor_bytes"]), f"{over:.3f}",
+            human_count(each["flops"]), f"{1e3 * each['floor_seconds']:.3f}",
+            f"{1e3 * each['seconds']:.3f}", f"{each['floor_seconds'] / each['seconds']:.0%}",
+        )  # fmt: skip
+    return table
