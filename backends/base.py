@@ -51,8 +51,8 @@ class Capabilities:
     `fuse`: the highest fusion level that its kernels take; `regions`: what they take within it.
     `collectives`: its executables speak to other ranks; without it a sharded program is emitted in
     segments, with the collectives between them. `formats`: codes (`dsc.ir.formats`) of weights that
-    it takes as they are stored, with `tile` rows side by side, or `unsigned`; `activations`: the
-    codes of weights whose products take their rows as codes too, in the weights' own blocks where
+    it takes as they are stored, with `tile` rows side by side, or unsigned, in blocks of a row
+    that have `unsigned` columns at most where that is not 0; `activations`: the codes of weights whose products take their rows as codes too, in the weights' own blocks where
     codes are unsigned, with `powers` of two as scales beside weights that store such, and beside
     integers only where `least` columns or a multiple share a scale and no zero point; `caches`:
     codes of latent caches that its kernels write and read; `plain_forms`: forms of its code, as its
@@ -70,7 +70,7 @@ class Capabilities:
     collectives: bool = False
     formats: tuple[str, ...] = ()
     tile: int = 1
-    unsigned: bool = False
+    unsigned: int = 0
     activations: tuple[str, ...] = ()
     powers: bool = False
     least: int = 0

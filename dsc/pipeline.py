@@ -203,7 +203,7 @@ SLOTS = (
         and s.asked.activation_bits == CODED_ROWS,
         lambda s: {
             "weights": tuple(c for c in s.can.activations if s.asked.quant == "fp8" or c != FP8),
-            "blocks": s.can.unsigned, "powers": s.can.powers, "least": s.can.least,
+            "blocks": s.can.unsigned > 0, "powers": s.can.powers, "least": s.can.least,
         },
     ),
     Slot(Part.OPTIMISE, "pair_gates", lambda s: s.can.pairs and s.asked.codes and _has_codes(s)),

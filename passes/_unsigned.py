@@ -1,4 +1,4 @@
-"""Stored weights as ONNX Runtime's products take them: unsigned codes, rows of whole blocks."""
+"""Stored weights as some products take them: unsigned codes, rows of whole blocks."""
 
 from __future__ import annotations
 
@@ -14,9 +14,7 @@ from dsc.passes._in_format import Dequantised
 SCALES = DType.f32
 """Products of fp32 rows take scales in it; every scale of fewer bits is one."""
 COLUMNS = 128
-"""Of a block where a row has one scale."""
-MOST = 256
-"""Columns of the largest block that there are kernels for."""
+"""Of a block where a row has one scale, if there are kernels for so many."""
 
 
 def each_matrix(expr: WeightExpr, step: Callable[[WeightExpr], WeightExpr]) -> WeightExpr:
@@ -26,9 +24,12 @@ def each_matrix(expr: WeightExpr, step: Callable[[WeightExpr], WeightExpr]) -> W
     return step(expr)
 
 
-def as_unsigned(expr: Apply) -> Apply:
-    """A weight that is row after row in a format, its codes unsigned. Raises `Dequantised`."""
-    made = _type(expr.type)
+def as_unsigned(expr: Apply, most: int) -> Apply:
+    """A weight that is row after row in a format, its codes unsigned, `most` columns a block.
+
+    Raises `Dequantised`.
+    """
+    made = _type(expr.type, most)
     before, after = expr.type.format, made.format
     assert before is not None
     assert after is not None
@@ -58,16 +59,17 @@ def as_unsigned(expr: Apply) -> Apply:
     return scaled([*found, *(each_matrix(x, zero_bytes) for x in zeros)], made)
 
 
-def _type(given: TensorType) -> TensorType:
+def _type(given: TensorType, most: int) -> TensorType:
     """The type in unsigned codes. Raises `Dequantised` where there is none."""
     format = given.format
     assert format is not None
     (rows, columns), zeros = format.block, format.zeros
-    columns = COLUMNS if columns == WHOLE else columns
+    columns = min(COLUMNS, most) if columns == WHOLE else columns
     if given.rank < 2 or rows != 1:
         raise Dequantised(f"{rows} of its rows share a scale")
-    if columns < UNSIGNED or columns > MOST or columns & columns - 1:
-        raise Dequantised(f"its blocks have {columns} columns; 16, 32, 64, 128 or 256 are due")
+    if columns < UNSIGNED or columns > most or columns & columns - 1:
+        due = f"a power of two from {UNSIGNED} to {most} is due"
+        raise Dequantised(f"its blocks have {columns} columns; {due}")
     if zeros not in (None, DType.i8):
         raise Dequantised(f"its zero points are in {zeros}")
     made = Format((1, columns), SCALES, zeros and DType.u8, unsigned=True)

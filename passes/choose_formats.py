@@ -7,8 +7,8 @@ Why it pays    FP8 weights reach the artifact bit for bit, in half the bytes of 
 Preconditions  there are no regions yet. Each reader's operator declares the operand as one that
                may be stored so, and keeps its result's type; `formats` names the codes that the
                backend takes and, where its kernels want `tile` rows side by side, their blocks
-               end at whole tiles; where they want `unsigned` codes, blocks are of one row and a
-               power of two columns; `limits` says what kernels there are. No step of the weight's
+               end at whole tiles; where they want unsigned codes, blocks are of one row and a
+               power of two columns, `unsigned` at most; `limits` says what kernels there are. No step of the weight's
                expression cuts a block. Rows of a table that are looked up are numbers in fp32, and
                a cast behind them rounds them as the table would have been.
 Before         program "example" {stage=CANONICAL}
@@ -62,7 +62,7 @@ class ChooseFormats(Pass):
 
     formats: tuple[str, ...] = option(tuple(CODINGS), among=CODINGS)
     tile: int = option(1, least=1)
-    unsigned: bool = False
+    unsigned: int = option(0, least=0)
     limits: RegionLimits = field(default_factory=RegionLimits, metadata={"of": "regions"})
 
     needs = frozenset({Stage.TRACED, Stage.CANONICAL, Stage.OPTIMIZED})
@@ -107,7 +107,8 @@ class ChooseFormats(Pass):
         if stored.dtype not in self.formats:
             raise Dequantised(f"the backend takes no weights in {stored.dtype}")
         found = in_format(expr)
-        found = as_unsigned(found) if self.unsigned else self._in_tiles(found)
+        most = self.unsigned
+        found = as_unsigned(found, most) if most else self._in_tiles(found)
         for node, index in readers:
             if node is None:
                 raise Dequantised("it is a result")

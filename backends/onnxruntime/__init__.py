@@ -41,6 +41,8 @@ FLOATS_ONLY = frozenset({"linear", "pow"})
 """ONNX Runtime computes powers of integers in fp64, and has no Gemm of them."""
 CODES = ("i8", "i4")
 """Of weights, as ONNX Runtime's MatMulNBits reads them."""
+BLOCK = 256
+"""Columns of the largest block of such codes that it has kernels for."""
 OPTIONS = ("opset", "caches", "prepack", "server", "onnx_ops", "provider", "max_shard_size")
 SHARD_SIZE = "50GB"
 """Of tensors in a file of weights, at most, by default: as transformers saves checkpoints."""
@@ -64,7 +66,7 @@ class OnnxRuntimeBackend:
             options=OPTIONS,
             regions=RegionLimits(accepts=_accepts),
             formats=CODES,
-            unsigned=True,
+            unsigned=BLOCK,
             pairs=True,
             activations=CODES,
         )

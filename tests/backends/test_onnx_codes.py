@@ -21,6 +21,7 @@ from dsc.ir.program import Program
 from dsc.ir.streams import blocks
 from dsc.ir.types import DType, TensorType
 from dsc.ir.weights import Apply, DictSource, WeightExpr, apply, evaluate, leaf, random_tensor
+from dsc.passes._in_format import Dequantised
 from dsc.passes._unsigned import as_unsigned
 from dsc.runtime import artifact
 from dsc.targets import Target
@@ -272,6 +273,21 @@ def test_a_branch_turns_all_that_it_reads_itself(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+def test_how_wide_a_block_of_unsigned_codes_may_be_the_backend_says(kind: TensorType) -> None:
+    given = leaf("w", kind)
+    assert isinstance(given, Apply)
+    assert kind.format is not None
+    columns = kind.format.block[1]
+    if columns > 16:
+        with pytest.raises(Dequantised, match="a power of two from 16 to 16 is due"):
+            as_unsigned(given, 16)
+    else:
+        made = as_unsigned(given, 16).type.format
+        assert made is not None
+        assert made.block == (1, 16), "as it is, or a whole row cut"
+
+
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 @pytest.mark.parametrize("shape", [(6, 96), (3, 4, 70)], ids=str)
 def test_unsigned_codes_stand_for_the_same_numbers(
     kind: TensorType, shape: tuple[int, ...]
@@ -280,7 +296,7 @@ def test_unsigned_codes_stand_for_the_same_numbers(
     source = DictSource({"w" + suffix: x for suffix, x in drawn(t, 0).items()})
     given = leaf("w", t)
     assert isinstance(given, Apply)
-    made = as_unsigned(given)
+    made = as_unsigned(given, 256)
     wanted, found = evaluate(given, source), evaluate(made, source)
     assert torch.equal(found.unpack(torch.float32), wanted.unpack(torch.float32))
     for part, whole in zip(made.args, found.parts, strict=True):

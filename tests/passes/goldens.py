@@ -65,7 +65,7 @@ AFTER = {
     "quantize_activations": f"{_ABSORBED},quantize_weights{{codes=i4}},{_IN_FP8}"
     "{formats=[i8,i4],tile=16},quantize_activations",
     "pair_gates": f"{_ABSORBED},quantize_weights,{_IN_FP8}"
-    "{formats=[i8,i4],unsigned=true},pair_gates",
+    "{formats=[i8,i4],unsigned=256},pair_gates",
     "quantize_cache": f"{_ABSORBED},append_cache_in_place{{slack=8}},quantize_cache",
     "merge_shared_expert": f"merge_shared_expert,{_ABSORBED}",
     "fuse_1": f"{_MERGED},fuse{{level=1}}",
