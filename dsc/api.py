@@ -88,8 +88,9 @@ def compile(
         prefill_chunk: tokens of a prompt that are processed at once.
         rope_scaling: a scaling that extends a checkpoint's context, and by how much: "yarn:4",
             "linear:2" or "llama3:8". The model's own scaling needs no word.
-        cache: "contiguous", max_context rows for each sequence; or "paged", pages of 64 rows that
-            a session's sequences take as they grow.
+        cache: "contiguous", max_context rows for each sequence; "paged", pages of 64 rows that
+            a session's sequences take as they grow; or, of ONNX exports, which grow caches step by
+            step by default, "in-place": new rows are written where there is room for them.
         cache_format: what latent caches are kept in: "fp8" or "int8", codes and a scale for each
             128 elements of a row; "bf16", the compute type. Rope keys stay in the compute type.
         threads: CPU threads of the compiled code.

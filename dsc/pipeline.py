@@ -55,6 +55,11 @@ CODED_ROWS = ACTIVATION_BITS[0]
 GROUP, GROUPED = 32, ("int8", "int4")
 """Columns of a group where nobody says how many, and what has groups."""
 PAGED, IN_PLACE = CACHES[1:]
+LAID_OUT = {
+    PAGED: (Storage.PAGED, "put into pages"),
+    IN_PLACE: (Storage.CONTIGUOUS, "written in place"),
+}
+"""How the states of such layouts are stored, and what was done to them."""
 CODING = ("quantize_weights", "choose_formats")
 """The passes that decide whether a table is in codes."""
 EPILOGUES = 2
@@ -360,12 +365,7 @@ def prepare(
     if options.cache not in CACHES:
         raise UsageError(f"cache {options.cache!r}", hint=f"one of {', '.join(CACHES)}")
     _check_states(program, backend.name, capabilities)
-    if options.cache == PAGED and Storage.PAGED not in capabilities.states:
-        raise UsageError(
-            f"the {backend.name} backend takes no caches in pages",
-            hint="compile with --cache contiguous, or for a backend that takes pages: reference,"
-            " null or tvm",
-        )
+    _check_layout(options.cache, backend.name, capabilities)
     codes = CACHE_FORMATS[options.cache_format]
     if codes and (codes not in capabilities.caches or not options.codes):
         raise UsageError(
@@ -382,8 +382,8 @@ def prepare(
     for each, emitted in manager.steps(program, passes):
         if each.name not in _EMIT:
             done = emitted
-    if options.cache == PAGED:
-        _check_paged(done, manager.records)
+    if options.cache != CACHES[0]:
+        _check_laid_out(done, manager.records, options.cache)
     if codes:
         _check_cache_format(done, manager.records)
     if options.quant_embedding != "none":
@@ -449,16 +449,32 @@ def _check_states(program: Program, name: str, capabilities: Capabilities) -> No
         )
 
 
-def _check_paged(program: Program, records: Sequence[PassRecord]) -> None:
-    """Raise `UnsupportedOperator` with what kept the caches out of pages, unless they are there."""
-    if program.page is not None:
+def _check_layout(cache: str, name: str, capabilities: Capabilities) -> None:
+    """Raise `UsageError` for a layout of caches that a backend has not, or has anyway."""
+    if cache == PAGED and Storage.PAGED not in capabilities.states:
+        raise UsageError(
+            f"the {name} backend takes no caches in pages",
+            hint="compile with --cache contiguous, or for a backend that takes pages: reference,"
+            " null or tvm",
+        )
+    if cache == IN_PLACE and capabilities.states[0] is not Storage.GROWN:
+        raise UsageError(
+            f"caches {IN_PLACE} are of ONNX exports; the {name} backend never grows them",
+            hint=f"compile with --cache contiguous, or export: dsc export --cache {IN_PLACE}",
+        )
+
+
+def _check_laid_out(program: Program, records: Sequence[PassRecord], cache: str) -> None:
+    """Raise `UnsupportedOperator` with what kept the caches from a layout, unless they have it."""
+    storage, told = LAID_OUT[cache]
+    if any(state.storage is storage for state in program.states):
         return
     met = next(r.report.near for r in records if r.name == "append_cache_in_place")
     lines = [f"{m.reason} (at {m.where})" if m.where else m.reason for m in met]
     raise UnsupportedOperator(
-        f"the caches of {program.name} cannot be put into pages:\n"
+        f"the caches of {program.name} cannot be {told}:\n"
         + "\n".join(dict.fromkeys(lines) or ["it has no caches of attention"]),
-        hint="compile with --cache contiguous",
+        hint="leave out --cache",
     )
 
 

@@ -120,6 +120,9 @@ def test_layouts_and_states_that_a_backend_does_not_hold_are_refused() -> None:
     assert refused.value.hint == "one of contiguous, paged, in-place"
     with pytest.raises(UsageError, match="the onnxruntime backend takes no caches in pages"):
         prepared("onnxruntime", a_program(), cache="paged")
+    for name in ("tvm", "triton", "null"):
+        with pytest.raises(UsageError, match=f"the {name} backend never grows them"):
+            prepared(name, a_program(), cache="in-place")
     with pytest.raises(UsageError, match="cache_format 'f16'") as refused:
         prepared("reference", a_program(), cache_format="f16")
     assert "bf16, fp8, int8" in (refused.value.hint or "")
@@ -131,6 +134,8 @@ def test_layouts_and_states_that_a_backend_does_not_hold_are_refused() -> None:
         prepared("reference", a_program(), cache_format="fp8")
     with pytest.raises(UnsupportedOperator, match="has no caches of attention"):
         prepared("reference", a_program(), cache="paged")
+    with pytest.raises(UnsupportedOperator, match="cannot be written in place:\nit has no caches"):
+        prepared("onnxruntime", a_program(), cache="in-place")
     prepared("reference", a_program())
 
 
