@@ -40,44 +40,52 @@ Support: TypeAlias = Yes | No
 
 @dataclass(frozen=True)
 class Capabilities:
-    """What passes need to know of a backend, as data.
+    """What passes need to know of a backend, as data."""
 
-    `states`: how the states that its executables hold may be stored (`dsc.ir.interface`), first how
-    KV caches are where nobody asks for pages. `experts`: it has grouped GEMMs, and
-    this is what its kernels for experts cost. `shared_experts`: a shared expert is cheaper as one
-    more of the routed ones, in one stack of weights, than as linears of its own. `pairs`: experts
-    in codes want each gate row beside its up row. `absorbed`: wants
-    decode and extend in the absorbed form. `entries`: the entry graphs it wants of a causal LM.
-    `fuse`: the highest fusion level that its kernels take; `regions`: what they take within it.
-    `collectives`: its executables speak to other ranks; without it a sharded program is emitted in
-    segments, with the collectives between them. `formats`: codes (`dsc.ir.formats`) of weights that
-    it takes as they are stored, with `tile` rows side by side, or unsigned, in blocks of a row
-    that have `unsigned` columns at most where that is not 0; `activations`: the codes of weights whose products take their rows as codes too, in the weights' own blocks where
-    codes are unsigned, with `powers` of two as scales beside weights that store such, and beside
-    integers only where `least` columns or a multiple share a scale and no zero point; `caches`:
-    codes of latent caches that its kernels write and read; `plain_forms`: forms of its code, as its
-    option `form` names them, that take no codes. `options`: what it reads of `backend_options`.
-    """
-
-    states: tuple[Storage, ...] = (Storage.GROWN, Storage.CONTIGUOUS)
-    experts: ExpertKernels | None = None
-    shared_experts: bool = False
-    absorbed: bool = True
-    pairs: bool = False
-    entries: tuple[str, ...] = ("decode", "extend", "prefill")
-    fuse: int = 0
-    regions: RegionLimits = field(default_factory=RegionLimits)
-    collectives: bool = False
-    formats: tuple[str, ...] = ()
-    tile: int = 1
-    unsigned: int = 0
-    activations: tuple[str, ...] = ()
-    powers: bool = False
-    least: int = 0
-    caches: tuple[str, ...] = ()
-    plain_forms: tuple[str, ...] = ()
-    options: tuple[str, ...] = ()
     targets: tuple[str, ...] = ("cpu",)
+    """What it makes code for, first what it makes it for where nobody says."""
+    options: tuple[str, ...] = ()
+    """What it reads of `backend_options`."""
+    entries: tuple[str, ...] = ("decode", "extend", "prefill")
+    """The entry graphs that it wants of a causal LM."""
+    states: tuple[Storage, ...] = (Storage.GROWN, Storage.CONTIGUOUS)
+    """How its executables may store states, first how KV caches are where nobody asks for pages."""
+    absorbed: bool = True
+    """It wants decode and extend in the absorbed form."""
+    experts: ExpertKernels | None = None
+    """It has grouped GEMMs, and this is what its kernels for experts cost."""
+    shared_experts: bool = False
+    """A shared expert is cheaper as one more of the routed ones than as linears of its own."""
+    fuse: int = 0
+    """The highest fusion level that its kernels take."""
+    regions: RegionLimits = field(default_factory=RegionLimits)
+    """What they take within it, and which kernels there are for codes."""
+    collectives: bool = False
+    """Its executables speak to other ranks; else segments between collectives are emitted."""
+    formats: tuple[str, ...] = ()
+    """Codes (`dsc.ir.formats`) of weights that it takes as they are stored."""
+    tile: int = 1
+    """Rows of such codes that lie side by side."""
+    unsigned: int = 0
+    """Columns of the largest block, where it takes codes unsigned, row after row; else 0."""
+    pairs: bool = False
+    """Experts in codes want each gate row beside its up row."""
+    plain_forms: tuple[str, ...] = ()
+    """Forms of its code, as its option `form` names them, that take no codes."""
+    activations: tuple[str, ...] = ()
+    """The codes of weights whose products take their rows as codes too.
+
+    Where codes are unsigned that is in the weights' own blocks.
+    """
+    powers: bool = False
+    """Scales of such rows are powers of two beside weights that store such."""
+    least: int = 0
+    """Beside integers rows are codes only where so many columns or a multiple share a scale.
+
+    There must be no zero point then; 0 asks for nothing.
+    """
+    caches: tuple[str, ...] = ()
+    """Codes of latent caches that its kernels write and read."""
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,9 @@ Preconditions  there are no regions yet. Each reader's operator declares the ope
                may be stored so, and keeps its result's type; `formats` names the codes that the
                backend takes and, where its kernels want `tile` rows side by side, their blocks
                end at whole tiles; where they want unsigned codes, blocks are of one row and a
-               power of two columns, `unsigned` at most; `limits` says what kernels there are. No step of the weight's
-               expression cuts a block. Rows of a table that are looked up are numbers in fp32, and
-               a cast behind them rounds them as the table would have been.
+               power of two columns, `unsigned` at most; `limits` says what kernels there are. No
+               step of the weight's expression cuts a block. Rows of a table that are looked up are
+               numbers in fp32, and a cast behind them rounds them as the table would have been.
 Before         program "example" {stage=CANONICAL}
                symbols {N=[1,8]}
                weights {
