@@ -22,8 +22,7 @@ from dsc.ir.program import Program
 from dsc.ir.safetensors import open_safetensors
 from dsc.ir.types import DType
 from dsc.runtime import artifact
-from tests.backends.test_onnxruntime import _executable as executable
-from tests.backends.test_onnxruntime import _prepared as prepared
+from tests.backends.onnx_artifacts import executable, prepared
 
 SYMBOLS = {"B": Range(1, 8)}
 QUESTIONS = {"external data", "onnx.checker", "shapes", "operators", "ONNX Runtime", "reference"}

@@ -26,9 +26,7 @@ from dsc.passes._unsigned import as_unsigned
 from dsc.runtime import artifact
 from dsc.targets import Target
 from tests.backends.canonical_lm import Sizes, canonical_lm
-from tests.backends.test_onnxruntime import BACKEND
-from tests.backends.test_onnxruntime import _conversation as conversation
-from tests.backends.test_onnxruntime import _executable as executable
+from tests.backends.onnx_artifacts import BACKEND, conversation, executable, stock_session
 
 NUMBERS = ("a", "b", "c", "r")
 SHAPE = (2, 2)  # replaced by a weight's own
@@ -165,7 +163,7 @@ def test_standard_models_say_the_same_where_nothing_is_fused(
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     path = tmp_path / "a/onnx/main.onnx"
     onnx.checker.check_model(str(path), full_check=True)
-    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    session = stock_session(path, options)
     given = inputs_of(program, 6)
     (got,) = session.run(["y"], {key: array_of(x) for key, x in given.items()})
     wanted = ReferenceExecutable(program).run("main", given)["y"]

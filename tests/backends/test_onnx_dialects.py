@@ -14,9 +14,7 @@ from dsc.backends.onnxruntime.graph import GraphWriter
 from dsc.errors import UsageError
 from dsc.ir.dims import Sym
 from dsc.ir.types import DType
-from tests.backends.test_onnxruntime import BACKEND
-from tests.backends.test_onnxruntime import _executable as executable
-from tests.backends.test_onnxruntime import _prepared as prepared
+from tests.backends.onnx_artifacts import BACKEND, executable, prepared
 
 
 def _writer(ops: str, provider: str = "cpu") -> GraphWriter:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import json
 import os
 import shutil
@@ -27,36 +26,20 @@ from dsc.backends.onnxruntime.graph import static
 from dsc.errors import ArtifactError, UsageError
 from dsc.ir.parser import parse_program
 from dsc.ir.program import Program
-from dsc.ir.types import DType
 from dsc.ir.weights import DictSource
 from dsc.runtime import artifact
 from dsc.runtime.packing import others
-from tests.backends.test_onnxruntime import BACKEND, _conversation
-from tests.backends.test_onnxruntime import _executable as executable
-from tests.backends.test_onnxruntime import _prepared as prepared
+from tests.backends.onnx_artifacts import BACKEND, conversation, executable, loaded
+from tests.run_module import run_module
 
 LIMIT = 20_000
 MODEL, WEIGHTS = "onnx/prefill.onnx", "onnx/model.safetensors"
 
 
-@pytest.fixture(scope="module")
-def program() -> Program:
-    """Return a small language model."""
-    return prepared(DType.f32)
-
-
-@pytest.fixture(scope="module")
-def folder(program: Program, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return its artifact."""
-    out = tmp_path_factory.mktemp("files") / "artifact"
-    executable(program, out)
-    return out
-
-
 @pytest.fixture
-def copy(folder: Path, tmp_path: Path) -> Path:
+def copy(exported: Path, tmp_path: Path) -> Path:
     """Return a copy to be damaged."""
-    return Path(shutil.copytree(folder, tmp_path / "a"))
+    return Path(shutil.copytree(exported, tmp_path / "a"))
 
 
 def opened(path: Path) -> ModelProto:
@@ -72,18 +55,16 @@ def said(tensor: TensorProto) -> dict[str, str]:
 # --- several files --------------------------------------------------------------------------------
 
 
-def test_weights_go_into_files_of_limited_size(
-    program: Program, folder: Path, tmp_path: Path
-) -> None:
+def test_weights_go_into_files_of_limited_size(lm: Program, exported: Path, tmp_path: Path) -> None:
     out = tmp_path / "a"
-    runs = executable(program, out, max_shard_size=LIMIT)
+    runs = executable(lm, out, max_shard_size=LIMIT)
     index = json.loads((out / "onnx/model.safetensors.index.json").read_text())
     files = sorted((out / "onnx").glob("model-*-of-*.safetensors"))
     assert len(files) > 2
     assert set(index["weight_map"].values()) == {path.name for path in files}
     for path in files:
         names = [name for name, file in index["weight_map"].items() if file == path.name]
-        whole = sum(static(program.weights[name].type.nbytes) for name in names)
+        whole = sum(static(lm.weights[name].type.nbytes) for name in names)
         assert whole <= LIMIT or len(names) == 1
     assert f"{len(files):05d}.safetensors" in files[0].name
     assert "`onnx/model-*.safetensors`" in (out / "README.md").read_text()
@@ -91,9 +72,9 @@ def test_weights_go_into_files_of_limited_size(
     assert found.failure == ""
     assert found.sizes["weights"] == sum(path.stat().st_size for path in files)
     assert artifact.check_hashes(out) > len(files)
-    assert others(program, out / artifact.read(out).manifest["weights"]) == []
-    ours, one = _conversation(runs, program), BACKEND.load(folder, *_read(folder))
-    for step, wanted in zip(ours, _conversation(one, program), strict=True):
+    assert others(lm, out / artifact.read(out).manifest["weights"]) == []
+    ours, one = conversation(runs, lm), loaded(exported)
+    for step, wanted in zip(ours, conversation(one, lm), strict=True):
         assert torch.equal(step, wanted)
     with files[1].open("r+b") as damaged:
         damaged.seek(-70, os.SEEK_END)
@@ -102,14 +83,9 @@ def test_weights_go_into_files_of_limited_size(
         artifact.check_hashes(out)
 
 
-def _read(folder: Path) -> tuple[Any, Program]:
-    found = artifact.read(folder)
-    return found.manifest, found.program
-
-
-def test_a_size_that_is_none_is_said(program: Program) -> None:
+def test_a_size_that_is_none_is_said(lm: Program) -> None:
     with pytest.raises(UsageError, match="no size of a file"):
-        BACKEND.emit(program, EmitOptions(extra={"max_shard_size": "much"}))
+        BACKEND.emit(lm, EmitOptions(extra={"max_shard_size": "much"}))
 
 
 def test_large_tensors_start_on_pages_and_small_ones_do_not(tmp_path: Path) -> None:
@@ -145,16 +121,16 @@ def test_large_tensors_start_on_pages_and_small_ones_do_not(tmp_path: Path) -> N
 
 
 def test_a_graph_without_weights_passes_the_checker_over_a_sparse_file(
-    program: Program, folder: Path, tmp_path: Path
+    lm: Program, exported: Path, tmp_path: Path
 ) -> None:
-    emission = BACKEND.emit(program, EmitOptions())
+    emission = BACKEND.emit(lm, EmitOptions())
     out = artifact.write(
-        tmp_path / "a", program, emission, backend="onnxruntime", targets=("cpu",), report={},
+        tmp_path / "a", lm, emission, backend="onnxruntime", targets=("cpu",), report={},
         with_weights=False,
     )  # fmt: skip
-    assert (out / MODEL).read_bytes() == (folder / MODEL).read_bytes()
+    assert (out / MODEL).read_bytes() == (exported / MODEL).read_bytes()
     with pytest.raises(ArtifactError, match="without weights"):
-        BACKEND.load(out, *_read(out))
+        loaded(out)
     places = [said(x) for x in opened(out / MODEL).graph.initializer if x.external_data]
     assert {x["location"] for x in places} == {"model.safetensors"}
     with (out / WEIGHTS).open("wb") as sparse:
@@ -285,16 +261,6 @@ def reseal(folder: Path, model: bytes) -> None:
     (folder / "dsc.json").write_bytes(artifact.sealed(manifest))
 
 
-def written_runner(folder: Path) -> Any:
-    """Return the module that is the artifact's run.py."""
-    spec = importlib.util.spec_from_file_location("run", folder / "run.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.mark.parametrize("name", ATTACKS)
 def test_a_model_that_reads_what_is_not_its_own_is_refused(name: str, copy: Path) -> None:
     """By `dsc.load`, by `--check` and by run.py, in one sentence."""
@@ -317,7 +283,7 @@ def test_a_model_that_reads_what_is_not_its_own_is_refused(name: str, copy: Path
     assert found.findings[-1].question == "external data"
     assert found.failure
     with pytest.raises(ValueError, match=words):
-        written_runner(copy).Model(copy)._session(MODEL)
+        run_module(copy).Model(copy)._session(MODEL)
 
 
 @pytest.mark.parametrize(
@@ -388,33 +354,33 @@ def test_a_model_that_is_no_file_of_the_artifact_is_refused(copy: Path) -> None:
         _ = dsc.load(copy).executable
 
 
-def test_what_onnx_reads_is_what_is_looked_at(folder: Path) -> None:
+def test_what_onnx_reads_is_what_is_looked_at(exported: Path) -> None:
     """Names and places, by onnx's own reader."""
-    model = opened(folder / MODEL)
+    model = opened(exported / MODEL)
     wanted = {x.name: said(x) for x in model.graph.initializer if x.external_data}
-    found = {x["name"]: x for x in external_tensors((folder / MODEL).read_bytes())}
+    found = {x["name"]: x for x in external_tensors((exported / MODEL).read_bytes())}
     assert found.keys() == wanted.keys()
     for name, tensor in found.items():
         assert {k: str(tensor[k]) for k in ("location", "offset", "length")} == wanted[name]
-    check_external(folder, MODEL, [MODEL, WEIGHTS])
+    check_external(exported, MODEL, [MODEL, WEIGHTS])
 
 
 def test_the_links_of_a_hub_snapshot_are_followed(
-    program: Program, folder: Path, tmp_path: Path
+    lm: Program, exported: Path, tmp_path: Path
 ) -> None:
     """`<repo>/snapshots/<revision>/onnx/file` is a link into `<repo>/blobs/`, by design."""
     snapshot, blobs = tmp_path / "snapshots" / "0123", tmp_path / "blobs"
     blobs.mkdir()
-    for number, path in enumerate(p for p in folder.rglob("*") if p.is_file()):
+    for number, path in enumerate(p for p in exported.rglob("*") if p.is_file()):
         shutil.copy(path, blobs / str(number))
-        link = snapshot / path.relative_to(folder)
+        link = snapshot / path.relative_to(exported)
         link.parent.mkdir(parents=True, exist_ok=True)
         link.symlink_to(os.path.relpath(blobs / str(number), link.parent))
     session = dsc.load(snapshot).session()
     ids = torch.tensor([[3, 4, 5]])
-    assert torch.equal(session.prefill(ids), dsc.load(folder).session().prefill(ids))
+    assert torch.equal(session.prefill(ids), dsc.load(exported).session().prefill(ids))
     new, zero = np.array([[3, 4]]), np.zeros((1, 1), np.int64)
-    logits = written_runner(snapshot).Model(snapshot).step(new, new - 3, zero[0], zero)
+    logits = run_module(snapshot).Model(snapshot).step(new, new - 3, zero[0], zero)
     assert np.isfinite(logits).all()
 
 
@@ -454,17 +420,17 @@ def forked(save: Callable[[], object], dies_at: int, told: Path) -> bool:
 
 @pytest.mark.parametrize("server", [None, "genai", "triton-server"])
 def test_an_export_that_is_killed_is_whole_or_not_there(
-    program: Program, server: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    lm: Program, server: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Before some of the changes that it makes to files, all of which are in its own folder."""
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
     told, out = tmp_path / "told", tmp_path / "in" / "out"
     out.parent.mkdir()
-    emission = BACKEND.emit(program, EmitOptions(extra={"max_shard_size": LIMIT, "server": server}))
+    emission = BACKEND.emit(lm, EmitOptions(extra={"max_shard_size": LIMIT, "server": server}))
 
     def save() -> Path:
         return artifact.write(
-            out, program, emission, backend="onnxruntime", targets=("cpu",), report={}, force=True
+            out, lm, emission, backend="onnxruntime", targets=("cpu",), report={}, force=True
         )
 
     assert not forked(save, -1, told)

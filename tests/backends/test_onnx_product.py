@@ -24,17 +24,7 @@ from dsc.ir.program import Program
 from dsc.ir.types import DType
 from dsc.runtime import artifact
 from dsc.runtime.session import Session
-from tests.backends.test_onnxruntime import BACKEND
-from tests.backends.test_onnxruntime import _executable as executable
-from tests.backends.test_onnxruntime import _prepared as prepared
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return the artifact of a model in fp32."""
-    out = tmp_path_factory.mktemp("lm") / "artifact"
-    executable(prepared(DType.f32), out)
-    return out
+from tests.backends.onnx_artifacts import BACKEND, executable, prepared
 
 
 @pytest.mark.parametrize(
@@ -85,8 +75,8 @@ def test_the_cards_example_runs_and_continues_as_a_session(
     assert (folder / "run.py").exists() == (caches != "bfloat16" and "cache" not in options)
 
 
-def test_every_input_and_output_says_what_it_is(folder: Path) -> None:
-    model = onnx.load(str(folder / "onnx/prefill.onnx"), load_external_data=False)
+def test_every_input_and_output_says_what_it_is(exported: Path) -> None:
+    model = onnx.load(str(exported / "onnx/prefill.onnx"), load_external_data=False)
     said = {x.name: x.doc_string for x in (*model.graph.input, *model.graph.output)}
     assert all(said.values())
     assert "exactly the largest of lengths" in said["past.1.latent"]
@@ -119,16 +109,16 @@ def test_what_is_not_written_is_refused(options: dict[str, Any], problem: str) -
         BACKEND.emit(prepared(DType.bf16), EmitOptions(extra=options))
 
 
-def test_an_older_runtime_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_older_runtime_is_named(exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import onnxruntime
 
-    opened = artifact.read(folder)
+    opened = artifact.read(exported)
     monkeypatch.setattr(onnxruntime, "__version__", "1.22.1")
     with pytest.raises(BackendUnavailable, match=r"needs ONNX Runtime 1\.23, 1\.22\.1 is"):
-        BACKEND.load(folder, opened.manifest, opened.program)
+        BACKEND.load(exported, opened.manifest, opened.program)
     code = "import onnxruntime, sys; onnxruntime.__version__ = '1.22.1'; import run"
     line = [sys.executable, "-c", code + "; run.Model('.')"]
-    done = subprocess.run(line, cwd=folder, capture_output=True, text=True, check=False)
+    done = subprocess.run(line, cwd=exported, capture_output=True, text=True, check=False)
     assert "onnxruntime>=1.23" in done.stderr
 
 
@@ -138,12 +128,12 @@ def test_what_is_no_language_model_has_nothing_to_run_and_no_card(tmp_path: Path
     assert not {"run.py", "README.md"} & {p.name for p in (tmp_path / "a").iterdir()}
 
 
-def test_a_reduced_build_is_told_all_operators(folder: Path) -> None:
+def test_a_reduced_build_is_told_all_operators(exported: Path) -> None:
     from onnxruntime.tools.reduced_build_config_parser import parse_config
 
-    (required, _) = parse_config(str(folder / "required_operators.config"))[:2]
+    (required, _) = parse_config(str(exported / "required_operators.config"))[:2]
     wanted: dict[str, dict[int, set[str]]] = {}
-    for path in folder.rglob("*.onnx"):
+    for path in exported.rglob("*.onnx"):
         model = onnx.load(str(path), load_external_data=False)
         versions = {x.domain or "ai.onnx": x.version for x in model.opset_import}
         for domain, kind in re.findall(

@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime
 import pytest
 import torch
 
@@ -31,9 +30,7 @@ from dsc.ir.weights import random_source
 from dsc.runtime import artifact
 from dsc.runtime.session import Session
 from dsc.targets import Target
-from tests.backends.test_onnxruntime import BACKEND
-from tests.backends.test_onnxruntime import _executable as executable
-from tests.backends.test_onnxruntime import _prepared as latent
+from tests.backends.onnx_artifacts import BACKEND, executable, prepared, stock_session
 
 Array = np.ndarray[Any, Any]
 Step = Callable[[list[list[int]], str], Array]
@@ -83,7 +80,7 @@ graph main(%input_ids: i64[B,S], %positions: i64[B,S], %lengths: i64[B], %logits
 def program(kind: str) -> Program:
     """Return a causal LM with latent caches, or with keys and values of two heads."""
     if kind == "latent":
-        return latent(DType.f32)
+        return prepared(DType.f32)
     found = parse_program(_GROUPED)
     types = {k: e.type for k, e in found.weights.items()}
     meta = {"config": {"num_key_value_heads": HEADS, "model_type": "llama"}}
@@ -101,11 +98,6 @@ def conversation(kind: str, rows: list[list[int]]) -> list[list[Array]]:
         logits += [session.decode([token]) for token in (1, 2, 3)]
         every.append([x[0].numpy() for x in logits])
     return every
-
-
-def session_of(path: Path) -> Any:
-    """Return a session of an ONNX model."""
-    return onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
 
 
 def stock_steps(session: Any, rows: list[list[int]], side: str) -> Iterator[Array]:
@@ -141,7 +133,7 @@ def test_a_model_for_genai_masks_padding_wherever_it_is(
     assert f"| `{told['filename']}` | the steps of ONNX Runtime GenAI" in readme
     path = tmp_path / "a" / told["filename"]
     onnx.checker.check_model(str(path), full_check=True)
-    session = session_of(path)
+    session = stock_session(path)
     for x in session.get_inputs():
         if x.name.startswith("past"):
             assert x.shape[1::2] == [told["num_key_value_heads"], told["head_size"]]
@@ -170,14 +162,14 @@ def test_what_genai_is_told_names_the_models_ports(tmp_path: Path) -> None:
 
 
 def test_servers_take_no_caches_in_place(tmp_path: Path) -> None:
-    done = latent(DType.f32, "in-place")
+    done = prepared(DType.f32, "in-place")
     with pytest.raises(UsageError, match="hands grown caches"):
         executable(done, tmp_path / "a", server="genai")
 
 
 def test_a_model_for_optimum_has_heads_and_all_logits(tmp_path: Path) -> None:
     executable(program("grouped"), tmp_path / "a", server="optimum")
-    session = session_of(tmp_path / "a" / "onnx" / "model.onnx")
+    session = stock_session(tmp_path / "a" / "onnx" / "model.onnx")
     assert session.get_inputs()[2].shape == ["B", HEADS, "P", WIDTH]
     wanted = conversation("grouped", ROWS)
     for at, logits in enumerate(stock_steps(session, ROWS, "left")):
@@ -259,7 +251,7 @@ def test_triton_keeps_the_states_of_a_sequence(kind: str, tmp_path: Path) -> Non
     assert {p.name for p in (out / name).iterdir()} == {"1", "config.pbtxt"}
     path = out / name / "1" / one_of(config, "default_model_filename")
     onnx.checker.check_model(str(path), full_check=True)
-    session = session_of(path)
+    session = stock_session(path)
     ports = {x.name: x for x in (*session.get_inputs(), *session.get_outputs())}
     kinds = {"TYPE_FP32": np.float32, "TYPE_INT64": np.int64}
     states = one_of(config, "sequence_batching")["state"]

@@ -16,10 +16,8 @@ from dsc.ir.program import Program
 from dsc.ir.types import DType
 from dsc.targets import Target
 from tests.backends.canonical_lm import Sizes, canonical_lm
+from tests.backends.onnx_artifacts import BACKEND, conversation, executable, stock_session
 from tests.backends.test_onnx_codes import KINDS, differ, program_of
-from tests.backends.test_onnxruntime import BACKEND
-from tests.backends.test_onnxruntime import _conversation as conversation
-from tests.backends.test_onnxruntime import _executable as executable
 
 ALONE = """graph main(%i: i64[N,3], @w: f32[9,70]) {
   %y = embedding %i, @w
@@ -73,7 +71,7 @@ def test_a_tied_head_reads_the_same_bytes(name: str, ops: str, tmp_path: Path) -
     assert sorted(stored) == sorted(parts)
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    session = stock_session(path, options)
     (plain,) = session.run(["y"], {"i": array_of(IDS["i"])})
     differ(torch.as_tensor(plain), wanted(program), 0.1)
 

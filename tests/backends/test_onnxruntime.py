@@ -18,9 +18,7 @@ import pytest
 import torch
 from onnx.external_data_helper import load_external_data_for_model
 
-from dsc import pipeline
 from dsc.backends.base import EmitOptions, No, Yes
-from dsc.backends.onnxruntime import OnnxRuntimeBackend
 from dsc.backends.onnxruntime.emit import EMITTERS
 from dsc.backends.onnxruntime.forms import halves
 from dsc.backends.onnxruntime.model import build_model, shared_entries
@@ -36,13 +34,18 @@ from dsc.ir.traits import Form, Role
 from dsc.ir.types import DType, TensorType
 from dsc.ir.weights import apply, random_source, random_tensor
 from dsc.ir.weights import evaluate as evaluate_weight
-from dsc.runtime import artifact
-from dsc.runtime.executable import Executable
 from dsc.runtime.session import Session
-from dsc.targets import Target
-from tests.backends.canonical_lm import Sizes, canonical_lm
+from tests.backends.onnx_artifacts import (
+    BACKEND,
+    PROMPT_LENGTHS,
+    conversation,
+    drawn_ids,
+    executable,
+    loaded,
+    prepared,
+)  # fmt: skip
+from tests.run_module import run_module
 
-BACKEND = OnnxRuntimeBackend()
 POINTS = ({"B": 1, "S": 1, "T": 6, "N": 1}, {"B": 3, "S": 4, "T": 9, "N": 11})
 COLLECTIVES = named(Role.COLLECTIVE)
 OF_WEIGHTS = {n for n, o in registry().items() if o.traits.form is Form.WEIGHT}
@@ -188,13 +191,6 @@ def _graph_of(name: str, text: str) -> tuple[Graph, list[tuple[TensorType, int |
     return b.finish(results, names), operands
 
 
-def _executable(program: Program, folder: Path, **options: Any) -> Executable:
-    emission = BACKEND.emit(program, EmitOptions(threads=1, extra=options))
-    artifact.write(folder, program, emission, backend="onnxruntime", targets=("cpu",), report={})
-    opened = artifact.read(folder)
-    return BACKEND.load(folder, opened.manifest, opened.program)
-
-
 def _assert_close(got: torch.Tensor, wanted: torch.Tensor, tolerance: float) -> None:
     assert got.dtype == wanted.dtype
     assert got.shape == wanted.shape
@@ -209,7 +205,7 @@ def _assert_close(got: torch.Tensor, wanted: torch.Tensor, tolerance: float) -> 
 def test_an_operator_is_its_reference(name: str, text: str, dtype: DType, tmp_path: Path) -> None:
     graph, operands = _graph_of(name, text)
     symbols = {s: Range(1, 64) for s in "BSTN"}
-    runs = _executable(Program(name, {"main": graph}, symbols=symbols), tmp_path / "a")
+    runs = executable(Program(name, {"main": graph}, symbols=symbols), tmp_path / "a")
     for env in POINTS:
         tensors = [_operand(name, i, t, bound, env) for i, (t, bound) in enumerate(operands)]
         inputs = [torch.zeros(tuple(env[s] for s in "BSTN")), *tensors]
@@ -249,7 +245,7 @@ def test_a_fused_body_is_written_out(tmp_path: Path) -> None:
     }"""
     graph = parse_graph(text)
     program = Program("fused", {"main": graph}, symbols={"B": Range(1, 64)})
-    runs = _executable(program, tmp_path / "a")
+    runs = executable(program, tmp_path / "a")
     inputs = [torch.randn(5, 3), torch.randn(3)]
     got = runs.run("main", {"x": inputs[0], "w": inputs[1]})
     _assert_close(got["z"], run_graph(graph, inputs)[0], 1e-5)
@@ -261,7 +257,7 @@ def test_outputs_may_be_inputs_or_named_twice(tmp_path: Path) -> None:
       %out = neg %y
       return %y as "out", %x as "same", %y as "again", %out as "y"
     }"""
-    runs = _executable(Program("names", {"main": parse_graph(text)}), tmp_path / "a")
+    runs = executable(Program("names", {"main": parse_graph(text)}), tmp_path / "a")
     x = torch.randn(2, 3)
     got = runs.run("main", {"x": x})
     for name, wanted in {"out": -x, "same": x, "again": -x, "y": x}.items():
@@ -275,7 +271,7 @@ def test_append_is_ragged_and_exact(lengths: list[int], tmp_path: Path) -> None:
       return %y
     }"""
     graph = parse_graph(text)
-    runs = _executable(Program("append", {"main": graph}), tmp_path / "a")
+    runs = executable(Program("append", {"main": graph}), tmp_path / "a")
     for past in (5, 0) if lengths == [0, 3] else (5,):
         n = torch.tensor(lengths).clamp(max=past)
         inputs = [torch.randn(2, past, 3).bfloat16(), torch.randn(2, 2, 3).bfloat16(), n]
@@ -284,43 +280,6 @@ def test_append_is_ragged_and_exact(lengths: list[int], tmp_path: Path) -> None:
 
 
 # --- models ---------------------------------------------------------------------------------------
-
-
-def _prepared(dtype: DType, cache: str = "contiguous") -> Program:
-    program = canonical_lm(Sizes(dtype=dtype))
-    options = pipeline.PipelineOptions(cache=cache)
-    done, _ = pipeline.run(program, BACKEND, Target("cpu"), options)
-    return done
-
-
-@pytest.fixture(scope="module")
-def prepared() -> Program:
-    """Return the model in fp32, as the pipeline leaves it for this backend."""
-    return _prepared(DType.f32)
-
-
-@pytest.fixture(scope="module")
-def folder(prepared: Program, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return its artifact."""
-    out = tmp_path_factory.mktemp("lm") / "artifact"
-    _executable(prepared, out)
-    return out
-
-
-PROMPT_LENGTHS = [9, 4, 6]
-
-
-def _ids(*shape: int) -> torch.Tensor:
-    return torch.randint(0, 50, shape, generator=torch.Generator().manual_seed(sum(shape)))
-
-
-def _conversation(executable: Executable, program: Program) -> list[torch.Tensor]:
-    """Logits of a ragged prompt, two decode steps, and a second prompt."""
-    session = Session(executable, program, max_batch=4, max_context=60)
-    steps = [session.prefill(_ids(3, 9), PROMPT_LENGTHS)]
-    steps += [session.decode(_ids(3)), session.decode(_ids(3) + 1)]
-    steps.append(session.prefill(_ids(3, 30), [30, 1, 12]))
-    return [step.float() for step in steps]
 
 
 @pytest.mark.parametrize(
@@ -333,9 +292,9 @@ def _conversation(executable: Executable, program: Program) -> list[torch.Tensor
 )  # fmt: skip
 def test_prefill_and_decode_are_the_interpreters(dtype: DType, cache: str, tmp_path: Path) -> None:
     """A session looks at no caches that come back where they are written in place."""
-    program = _prepared(dtype, cache)
-    got = _conversation(_executable(program, tmp_path / "a"), program)
-    wanted = _conversation(ReferenceExecutable(program), program)
+    program = prepared(dtype, cache)
+    got = conversation(executable(program, tmp_path / "a"), program)
+    wanted = conversation(ReferenceExecutable(program), program)
     tolerance = {DType.f32: 1e-5, DType.bf16: 1e-1, DType.f16: 1e-2}[dtype]
     for ours, theirs in zip(got, wanted, strict=True):
         _assert_close(ours, theirs, tolerance)
@@ -345,12 +304,12 @@ def test_a_decoder_in_text_runs(tmp_path: Path) -> None:
     program = parse_program(_DECODER)
     types = {k: e.type for k, e in program.weights.items()}
     program = replace(program, source=random_source(types))
-    runs = _executable(program, tmp_path / "a")
+    runs = executable(program, tmp_path / "a")
     interpreter = Interpreter(program)
     past = {"past.0.k": torch.zeros(2, 0, 8), "past.0.v": torch.zeros(2, 0, 6)}
     lengths = torch.tensor([0, 0])
     for new, kept in ((3, [3, 2]), (1, [1, 1]), (1, [1, 1])):
-        tokens = {"input_ids": _ids(2, new) % 11, "lengths": lengths}
+        tokens = {"input_ids": drawn_ids(2, new) % 11, "lengths": lengths}
         tokens["positions"] = lengths[:, None] + torch.arange(new)
         got, wanted = (x.run("main", {**tokens, **past}) for x in (runs, interpreter))
         for name, value in wanted.items():
@@ -396,10 +355,8 @@ graph main(%input_ids: i64[B,S], %positions: i64[B,S], %lengths: i64[B],
 """
 
 
-def test_models_pass_the_checker_and_point_at_their_weights(
-    prepared: Program, folder: Path
-) -> None:
-    models = sorted(folder.rglob("*.onnx"))
+def test_models_pass_the_checker_and_point_at_their_weights(lm: Program, exported: Path) -> None:
+    models = sorted(exported.rglob("*.onnx"))
     assert [path.stem for path in models] == ["prefill"]
     for path in models:
         onnx.checker.check_model(str(path), full_check=True)
@@ -408,16 +365,16 @@ def test_models_pass_the_checker_and_point_at_their_weights(
         load_external_data_for_model(model, str(path.parent))
         held = {t.name: onnx.numpy_helper.to_array(t) for t in model.graph.initializer}
         assert "model.layers.1.mlp.experts.gate_up_proj" not in held
-        for name, expr in prepared.weights.items():
-            wanted = evaluate_weight(expr, prepared.source).numpy()
+        for name, expr in lm.weights.items():
+            wanted = evaluate_weight(expr, lm.source).numpy()
             if name in held:
                 np.testing.assert_array_equal(held[name], wanted)
             elif f"{name}/5" in held:
                 np.testing.assert_array_equal(held[f"{name}/5"], wanted[5])
 
 
-def test_axes_are_named_by_the_symbols(folder: Path) -> None:
-    graph = onnx.load(str(folder / "onnx/prefill.onnx"), load_external_data=False).graph
+def test_axes_are_named_by_the_symbols(exported: Path) -> None:
+    graph = onnx.load(str(exported / "onnx/prefill.onnx"), load_external_data=False).graph
     axes = {
         value.name: [d.dim_param or d.dim_value for d in value.type.tensor_type.shape.dim]
         for value in (*graph.input, *graph.output)
@@ -427,8 +384,8 @@ def test_axes_are_named_by_the_symbols(folder: Path) -> None:
     assert axes["present.1.rope"] == ["B", "P+S", 8]
 
 
-def test_what_layers_share_is_computed_once(prepared: Program) -> None:
-    nodes = build_model(prepared.entries["prefill"], "prefill").proto.graph.node
+def test_what_layers_share_is_computed_once(lm: Program) -> None:
+    nodes = build_model(lm.entries["prefill"], "prefill").proto.graph.node
     count = {
         kind: sum(n.op_type == kind for n in nodes) for kind in ("Cos", "LessOrEqual", "Shape")
     }
@@ -437,8 +394,8 @@ def test_what_layers_share_is_computed_once(prepared: Program) -> None:
     assert sum(n.op_type == "RotaryEmbedding" for n in nodes) == 4
 
 
-def test_absorbed_weights_are_never_transposed(prepared: Program) -> None:
-    graph = build_model(prepared.entries["prefill"], "g", halves=halves(prepared)).proto.graph
+def test_absorbed_weights_are_never_transposed(lm: Program) -> None:
+    graph = build_model(lm.entries["prefill"], "g", halves=halves(lm)).proto.graph
     arms = [a.g.node for n in graph.node if n.op_type == "If" for a in n.attribute]
     used = [n for nodes in arms for n in nodes if any("kv_b" in name for name in n.input)]
     kinds = Counter((n.op_type, x[-1]) for n in used for x in n.input if "kv_b" in x)
@@ -446,18 +403,18 @@ def test_absorbed_weights_are_never_transposed(prepared: Program) -> None:
 
 
 def test_an_entry_with_other_halves_than_of_its_kv_b_has_a_model_of_its_own(
-    prepared: Program,
+    lm: Program,
 ) -> None:
-    other = dict(prepared.weights)
-    first = next(name for name in halves(prepared))
+    other = dict(lm.weights)
+    first = next(name for name in halves(lm))
     other[f"{first}.k"] = apply("mul", other[f"{first}.k"], other[f"{first}.k"])
-    shared = shared_entries(replace(prepared, weights=other))
+    shared = shared_entries(replace(lm, weights=other))
     assert shared == {"decode": "extend", "extend": "extend", "prefill": "prefill"}
 
 
-def test_experts_are_branches_or_a_loop(prepared: Program, tmp_path: Path) -> None:
-    graph, attentions = prepared.entries["prefill"], 2
-    known = halves(prepared)
+def test_experts_are_branches_or_a_loop(lm: Program, tmp_path: Path) -> None:
+    graph, attentions = lm.entries["prefill"], 2
+    known = halves(lm)
     kinds = [n.op_type for n in build_model(graph, "g", halves=known).proto.graph.node]
     assert kinds.count("If") == 6 + attentions
     assert "Loop" not in kinds
@@ -468,7 +425,7 @@ def test_experts_are_branches_or_a_loop(prepared: Program, tmp_path: Path) -> No
 
 
 def test_a_looped_model_is_the_branched_one(
-    prepared: Program, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    lm: Program, exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from dsc.backends.onnxruntime import model
 
@@ -476,9 +433,8 @@ def test_a_looped_model_is_the_branched_one(
         return build_model(*given, **{**named, "max_branches": 0})
 
     monkeypatch.setattr(model, "build_model", looped)
-    got = _conversation(_executable(prepared, tmp_path / "a"), prepared)
-    opened = artifact.read(folder)
-    wanted = _conversation(BACKEND.load(folder, opened.manifest, opened.program), prepared)
+    got = conversation(executable(lm, tmp_path / "a"), lm)
+    wanted = conversation(loaded(exported), lm)
     for path in (tmp_path / "a").rglob("*.onnx"):
         onnx.checker.check_model(str(path), full_check=True)
     for ours, theirs in zip(got, wanted, strict=True):
@@ -488,10 +444,10 @@ def test_a_looped_model_is_the_branched_one(
 # --- entries, errors ------------------------------------------------------------------------------
 
 
-def test_an_entry_that_is_another_with_sizes_put_in_shares_its_model(prepared: Program) -> None:
+def test_an_entry_that_is_another_with_sizes_put_in_shares_its_model(lm: Program) -> None:
     expected = dict.fromkeys(["decode", "extend", "prefill"], "prefill")
-    assert shared_entries(prepared) == expected
-    same = replace(prepared, entries={**prepared.entries, "again": prepared.entries["prefill"]})
+    assert shared_entries(lm) == expected
+    same = replace(lm, entries={**lm.entries, "again": lm.entries["prefill"]})
     assert shared_entries(same)["again"] == "prefill"
 
 
@@ -525,9 +481,8 @@ def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         BACKEND.load(Path(), {"meta": {}}, Program("none", {}))
 
 
-def test_inputs_that_do_not_fit_are_refused(folder: Path) -> None:
-    opened = artifact.read(folder)
-    runs = BACKEND.load(folder, opened.manifest, opened.program)
+def test_inputs_that_do_not_fit_are_refused(exported: Path) -> None:
+    runs = loaded(exported)
     with pytest.raises(UsageError, match="no entry nowhere"):
         runs.run("nowhere", {})
     with pytest.raises(UsageError, match="needs the inputs input_ids"):
@@ -537,25 +492,15 @@ def test_inputs_that_do_not_fit_are_refused(folder: Path) -> None:
 # --- run.py ---------------------------------------------------------------------------------------
 
 
-def _run_script(folder: Path) -> Any:
-    spec = importlib.util.spec_from_file_location("run", folder / "run.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.mark.parametrize("dtype", [DType.f32, DType.bf16, DType.f16], ids=str)
 def test_run_py_gives_the_sessions_logits(dtype: DType, tmp_path: Path) -> None:
-    program = _prepared(dtype)
-    executable = _executable(program, tmp_path / "a")
-    session = Session(executable, program, max_batch=4, max_context=60)
-    model = _run_script(tmp_path / "a").Model(tmp_path / "a")
+    program = prepared(dtype)
+    session = Session(executable(program, tmp_path / "a"), program, max_batch=4, max_context=60)
+    model = run_module(tmp_path / "a").Model(tmp_path / "a")
     lengths = np.zeros(3, np.int64)
-    steps = [(_ids(3, 9), PROMPT_LENGTHS), (_ids(3, 1), [1, 1, 1]), (_ids(3, 4), [2, 4, 1])]
-    steps += [(_ids(3, 3), [1, 2, 3]), (_ids(3, 1), [1, 1, 1])]  # after padding was cut off
-    for ids, new in steps:
+    after_a_cut = [(3, [1, 2, 3]), (1, [1, 1, 1])]  # padding was cut off
+    for count, new in [(9, PROMPT_LENGTHS), (1, [1, 1, 1]), (4, [2, 4, 1]), *after_a_cut]:
+        ids = drawn_ids(3, count)
         wanted = session.prefill(ids, new) if ids.shape[1] > 1 else session.decode(ids)
         positions = lengths[:, None] + np.arange(ids.shape[1])
         got = model.step(ids.numpy(), positions, lengths, np.array(new)[:, None] - 1)
@@ -564,8 +509,8 @@ def test_run_py_gives_the_sessions_logits(dtype: DType, tmp_path: Path) -> None:
         lengths = lengths + np.array(new)
 
 
-def test_run_py_needs_neither_dsc_nor_torch(folder: Path) -> None:
-    text = (folder / "run.py").read_text()
+def test_run_py_needs_neither_dsc_nor_torch(exported: Path) -> None:
+    text = (exported / "run.py").read_text()
     modules = {
         name.partition(".")[0]
         for node in ast.walk(ast.parse(text))
@@ -582,10 +527,10 @@ def test_run_py_needs_neither_dsc_nor_torch(folder: Path) -> None:
 
 
 def test_a_model_opened_by_import_has_the_files_that_were_written(
-    folder: Path, tmp_path: Path
+    exported: Path, tmp_path: Path
 ) -> None:
-    copy = shutil.copytree(folder, tmp_path / "copy")
+    copy = shutil.copytree(exported, tmp_path / "copy")
     cut = next(path for path in copy.rglob("*.onnx"))
     os.truncate(cut, cut.stat().st_size - 1)
     with pytest.raises(ValueError, match="recorded: compile or copy it again"):
-        _run_script(copy).Model(copy)
+        run_module(copy).Model(copy)

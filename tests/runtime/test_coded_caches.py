@@ -7,7 +7,6 @@ itself bit by bit where its sums have an order.
 
 from __future__ import annotations
 
-import importlib.util
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -20,6 +19,7 @@ import dsc
 from dsc.ir.interface import Storage
 from dsc.ir.ranks import run_ranks
 from tests.backends.canonical_lm import Sizes, canonical_lm
+from tests.run_module import run_module
 from tests.runtime.test_joining import Alone, random_life
 from tests.runtime.test_ranks import _Loaded
 
@@ -114,12 +114,7 @@ def test_an_artifact_with_codes_runs_without_dsc(tmp_path: Path) -> None:
     """run.py keeps the caches as bytes."""
     model = compiled("tvm", "contiguous", "fp8")
     out = model.save(tmp_path / "out")
-    spec = importlib.util.spec_from_file_location("run_coded", out / "run.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    runner = module.Model(out)
+    runner = run_module(out).Model(out)
     assert runner.caches["past.0.latent"].dtype == np.uint8
     ids = np.arange(20, dtype=np.int64)[None]
     got = runner.step(ids, ids, ids[:, 0], ids[:, -1:])

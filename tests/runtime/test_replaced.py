@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 from functools import cache
-from importlib.util import find_spec, module_from_spec, spec_from_file_location
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from dsc.api import CompiledModel
 from dsc.errors import ArtifactError
 from dsc.ir.parser import parse_program
 from dsc.ir.weights import random_source, sources
+from tests.run_module import run_module
 
 BACKENDS = (
     "reference",
@@ -97,12 +98,7 @@ def test_run_py_is_the_code_of_the_folder_that_it_opened(backend: str, tmp_path:
 
 def model_of(folder: Path) -> Any:
     """The `Model` of a folder's run.py."""
-    spec = spec_from_file_location("run", folder / "run.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.Model(folder)
+    return run_module(folder).Model(folder)
 
 
 def stepped(model: Any) -> np.ndarray[Any, Any]:
