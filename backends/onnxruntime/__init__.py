@@ -109,7 +109,8 @@ class OnnxRuntimeBackend:
         from dsc.backends.onnxruntime.card import card, facts
         from dsc.backends.onnxruntime.example import example
         from dsc.backends.onnxruntime.forms import halves
-        from dsc.backends.onnxruntime.interface import chosen_form, in_place
+        from dsc.backends.onnxruntime.interface import in_place
+        from dsc.backends.onnxruntime.options import chosen_form
 
         shard_size = size_of(options.extra.get("max_shard_size") or SHARD_SIZE)
         program = giving_indices(program)
@@ -137,8 +138,6 @@ class OnnxRuntimeBackend:
             )
         served = serving.files(program, form, files, server)
         built |= served.models
-        own, spare = contrib.PROVIDERS[form.provider], contrib.PROVIDERS["cpu"]
-        providers = list(dict.fromkeys([own, spare]))
         meta = {
             "models": files,
             "threads": options.threads,
@@ -146,7 +145,7 @@ class OnnxRuntimeBackend:
             "opset": form.opset,
             "onnx_ops": form.ops,
             "provider": form.provider,
-            "providers": providers,
+            "providers": contrib.providers_of(form.provider),
             "wide_caches": form.wide_caches,
         }
 
@@ -165,10 +164,8 @@ class OnnxRuntimeBackend:
             named = f"{folder}/{model.SEVERAL}" if several else path
             own_models = (server, served.models)
             texts |= {
-                "README.md": card(
-                    program, files, form, providers, runtime, named, own_models, has_runner
-                ),
-                EXAMPLE: example(program, files, providers),
+                "README.md": card(program, files, form, runtime, named, own_models, has_runner),
+                EXAMPLE: example(program, files, form.provider),
             }
         return Emission(
             files={name: text.encode() for name, text in texts.items()},

@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict
 from typing import Any
 
 from dsc._version import __version__
 from dsc.backends.onnxruntime.contrib import ORT, STANDARD
 from dsc.backends.onnxruntime.example import example
-from dsc.backends.onnxruntime.interface import Form, Interface, in_place, meaning
+from dsc.backends.onnxruntime.interface import Interface, in_place, meaning
+from dsc.backends.onnxruntime.options import Form
 from dsc.ir.program import Program
 from dsc.ir.types import DType
 
@@ -71,7 +72,6 @@ def card(
     program: Program,
     files: Mapping[str, str],
     form: Form,
-    providers: Sequence[str],
     runtime: str,
     weights: str,
     server: tuple[str | None, Iterable[str]] = (None, ()),
@@ -102,7 +102,7 @@ def card(
         stops=_stops(generation),
         inputs="\n".join(_rows(inputs, in_place(program))),
         outputs="\n".join(_rows(outputs, in_place(program))),
-        example=example(program, files, providers),
+        example=example(program, files, form.provider),
     )
 
 

@@ -26,10 +26,10 @@ from typing import Any
 
 import numpy as np
 
-from dsc.backends.onnxruntime.contrib import PROVIDERS
 from dsc.backends.onnxruntime.external_data import check_external
 from dsc.backends.onnxruntime.graph import static
-from dsc.backends.onnxruntime.session import OnnxExecutable
+from dsc.backends.onnxruntime.session import OnnxExecutable, open_session
+from dsc.errors import BackendUnavailable
 from dsc.ir.analyses import few_tokens
 from dsc.ir.dims import evaluate
 from dsc.ir.interpreter import Interpreter
@@ -209,7 +209,7 @@ class _Check:
         sizes = {"B": 1, STEP: PROMPT, PAST: 0, CAPACITY: PROMPT, WANTED: 1}
         inputs = sample_inputs(self.program.entries[entry], sizes, lengths=[0])
         inputs["logits_at"].fill_(PROMPT - 1)
-        session, feeds = _session(self.models[name]), {}
+        session, feeds = open_session(self.models[name], None), {}
         for port in session.get_inputs():
             shape = [x if isinstance(x, int) else sizes.get(x, 0) for x in port.shape]
             if port.type == "tensor(bfloat16)":
@@ -244,7 +244,7 @@ class _Check:
         strange = sorted({x.domain for x in proto.opset_import if x.domain not in ("", "ai.onnx")})
         if strange:
             return None, f"it knows no operators of {', '.join(strange)}"
-        session = _session(self.models[model])
+        session = open_session(self.models[model], None)
         feeds = {}
         inputs = self._inputs(entry)
         for port in session.get_inputs():
@@ -261,20 +261,18 @@ class _Check:
 
     def _operators(self, name: str, path: Path) -> None:
         """Have ONNX Runtime prepare a model, and note which provider runs what of it."""
-        provider = PROVIDERS[self.manifest["meta"].get("provider", "cpu")]
+        provider = self.manifest["meta"].get("provider", "cpu")
 
         def opened() -> tuple[bool | None, str]:
-            import onnxruntime
-
-            here = provider in onnxruntime.get_available_providers()
-            session = _session(path, provider if here else PROVIDERS["cpu"])
-            here = provider in session.get_providers()  # which may not have started
+            missing = ""
+            try:
+                session = open_session(path, None, provider=provider, assigned=True)
+            except BackendUnavailable as absent:
+                session, missing = open_session(path, None, assigned=True), f"{absent.what}; "
             counted = _assigned(session)
             self.found.operators[name] = {k: dict(v.most_common()) for k, v in counted.items()}
             told = ", ".join(f"{sum(v.values())} nodes on {k}" for k, v in counted.items())
-            if not here:
-                return None, f"there is no {provider} here; {told}"
-            return True, told
+            return None if missing else True, missing + told
 
         self._ask("operators", name, opened)
 
@@ -313,17 +311,6 @@ def _shapes(path: Path) -> tuple[bool, str]:
         out = str(Path(place) / "inferred.onnx")
         onnx.shape_inference.infer_shapes_path(str(path), out, True, True, True)
     return True, "what is declared follows"
-
-
-def _session(path: Path, provider: str = PROVIDERS["cpu"]) -> Any:
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4
-    options.add_session_config_entry("session.disable_prepacking", "1")
-    options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
-    providers = list(dict.fromkeys([provider, PROVIDERS["cpu"]]))
-    return onnxruntime.InferenceSession(str(path), options, providers=providers)
 
 
 def _assigned(session: Any) -> dict[str, Counter[str]]:

@@ -19,6 +19,15 @@ PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 """Whom a model may be made for, and what ONNX Runtime calls it."""
 
 
+def providers_of(provider: str) -> list[str]:
+    """What a session is opened with: the provider, and the CPU's for what that lacks.
+
+    >>> providers_of("cuda")
+    ['CUDAExecutionProvider', 'CPUExecutionProvider']
+    """
+    return list(dict.fromkeys([PROVIDERS[provider], PROVIDERS["cpu"]]))
+
+
 @dataclass(frozen=True)
 class Contrib:
     """An operator: what it stands for, who has it, and who computes something else by it.

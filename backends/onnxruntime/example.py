@@ -6,8 +6,9 @@ handed from step to step, the model chosen by how many tokens a step has.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
+from dsc.backends.onnxruntime.contrib import providers_of
 from dsc.backends.onnxruntime.interface import in_place
 from dsc.ir.program import Program
 
@@ -80,7 +81,7 @@ IN_PLACE = {
 """How caches are made and a step runs, by how they are kept."""
 
 
-def example(program: Program, files: Mapping[str, str], providers: Sequence[str]) -> str:
+def example(program: Program, files: Mapping[str, str], provider: str) -> str:
     """The program's text, for the models in `files`, by entry."""
     steps = {g.entry: g.step for g in program.guards}
     chunk = program.limits.prefill_chunk
@@ -92,7 +93,7 @@ def example(program: Program, files: Mapping[str, str], providers: Sequence[str]
     return TEXT.format(
         **(IN_PLACE if in_place(program) else GROWN),
         models=f"{{{models}}}",
-        providers=list(providers),
+        providers=providers_of(provider),
         context=program.limits.max_context,
         ends=generation.get("eos_token_id") or [],
         start=generation.get("bos_token_id") or 0,

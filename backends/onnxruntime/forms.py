@@ -8,16 +8,15 @@ tokens. So what ONNX Runtime repacks when it loads a model is repacked once.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 
+from dsc.backends.onnxruntime.graph import Halves
 from dsc.ir.analyses import live, producers
 from dsc.ir.graph import Graph, GraphBuilder, Node, Operand, Value, Weight
 from dsc.ir.program import Program
 from dsc.ir.weights import WeightExpr, apply
 from dsc.rewrite.rebuild import Operands, rebuild
 
-Halves = Mapping[str, tuple[Weight, Weight]]
-"""W_UK [h, n, c] and W_UV [h, v, c] by the name of kv_b [h*(n+v), c]."""
 INTO, OUT = "bshn,hnc->bshc", "bshc,hvc->bshv"
 """What the halves are multiplied by."""
 

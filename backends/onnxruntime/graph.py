@@ -18,7 +18,8 @@ from typing import Any
 import numpy as np
 from onnx import GraphProto, NodeProto, TensorProto, helper, numpy_helper
 
-from dsc.backends.onnxruntime.contrib import DOMAIN, STANDARD, is_offered
+from dsc.backends.onnxruntime.contrib import DOMAIN, is_offered
+from dsc.backends.onnxruntime.options import Form
 from dsc.errors import UnsupportedOperator
 from dsc.ir.dims import Dim, FloorDiv, Sym, symbol_name
 from dsc.ir.graph import Graph, Weight
@@ -49,8 +50,8 @@ ONNX_TYPE = {
 NARROW = frozenset({DType.bf16, DType.f16})
 """What ONNX Runtime moves on CPUs, and widens to compute."""
 Shape = tuple[Dim, ...]
-OPSET = 23
-"""Written by default. 24 has TensorScatter, by which caches in place are no faster on CPUs."""
+Halves = Mapping[str, tuple[Weight, Weight]]
+"""W_UK [h, n, c] and W_UV [h, v, c] by the name of kv_b [h*(n+v), c]."""
 
 
 @dataclass(slots=True)
@@ -68,46 +69,48 @@ class Pool:
     """What a graph shares with its branches: names, initializers, the sources of symbols.
 
     `unroll` says that work over experts may be written out, one branch an expert. `wide` names
-    values that are fp32 where the program has 16 bits: caches that come and go so. `opset` is the
-    version of ONNX's operators that may be used, `ops` the dialect, `provider` whom the model is
-    for, and `contrib` how often each of ONNX Runtime's own operators was written. `positive` names
-    values that are never below 0, `halves` has W_UK and W_UV by the name of kv_b, and `tables` the
-    names of weights of which rows are looked up.
+    values that are fp32 where the program has 16 bits: caches that come and go so. `positive` names
+    values that are never below 0, and `tables` weights of which rows are looked up. `contrib` is
+    how often each of ONNX Runtime's own operators was written.
     """
+
+    form: Form = field(default_factory=Form)
+    unroll: bool = True
+    halves: Halves = field(default_factory=dict)
 
     symbols: dict[str, tuple[str, int]] = field(default_factory=dict)
     constants: dict[tuple[str, tuple[int, ...], bytes], TensorProto] = field(default_factory=dict)
     externals: dict[str, External] = field(default_factory=dict)
     numbers: Iterator[int] = field(default_factory=itertools.count)
-    unroll: bool = True
     wide: set[str] = field(default_factory=set)
-    opset: int = OPSET
-    ops: str = STANDARD
-    provider: str = "cpu"
     contrib: Counter[str] = field(default_factory=Counter)
     positive: set[str] = field(default_factory=set)
-    halves: Mapping[str, tuple[Weight, Weight]] = field(default_factory=dict)
     tables: set[str] = field(default_factory=set)
 
 
 class GraphWriter:
     """Appends ONNX nodes. Values are named by strings; the empty string is an absent operand."""
 
-    def __init__(self, graph: Graph | None = None, outer: GraphWriter | None = None) -> None:
+    def __init__(self, pool: Pool | None = None, outer: GraphWriter | None = None) -> None:
         self.nodes: list[NodeProto] = []
         self.outer = outer
-        self.pool: Pool = outer.pool if outer is not None else Pool()
+        self.pool: Pool = outer.pool if outer is not None else pool or Pool()
         self.loc: str = outer.loc if outer is not None else ""
         self.origin: str = outer.origin if outer is not None else ""
         self._known: dict[Any, tuple[str, ...]] = {}
-        for value in graph.inputs if graph is not None else ():
+
+    @staticmethod
+    def of(graph: Graph, pool: Pool) -> GraphWriter:
+        """A writer for the nodes of a graph, which knows its symbols and tables."""
+        for value in graph.inputs:
             for axis, dim in enumerate(value.type.shape):
                 name = symbol_name(dim)
                 if name is not None:
-                    self.pool.symbols.setdefault(name, (value.name, axis))
-        for node in graph.walk() if graph is not None else ():
+                    pool.symbols.setdefault(name, (value.name, axis))
+        for node in graph.walk():
             if traits_of(node.op).role is Role.LOOKUP:
-                self.pool.tables |= {x.name for x in node.operands if isinstance(x, Weight)}
+                pool.tables |= {x.name for x in node.operands if isinstance(x, Weight)}
+        return GraphWriter(pool)
 
     # Nodes
 
@@ -133,7 +136,7 @@ class GraphWriter:
 
     def has(self, op_type: str) -> bool:
         """Whether one of ONNX Runtime's own operators may be written here."""
-        return is_offered(op_type, self.pool.ops, self.pool.provider)
+        return is_offered(op_type, self.pool.form.ops, self.pool.form.provider)
 
     def contrib(self, op_type: str, *inputs: str, results: int = 1, **attrs: Any) -> str:
         """The first result of one of ONNX Runtime's own operators, which `has` allowed."""

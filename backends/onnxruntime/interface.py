@@ -10,19 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
-from dsc.backends.onnxruntime.contrib import DIALECTS, ORT, PROVIDERS, STANDARD
-from dsc.backends.onnxruntime.graph import NARROW, OPSET
-from dsc.errors import UsageError, one_of
+from dsc.backends.onnxruntime.graph import NARROW
+from dsc.backends.onnxruntime.options import Form
 from dsc.ir.graph import Graph
 from dsc.ir.program import Program
-from dsc.ir.types import PRECISIONS, DType
-
-OPSETS = {ORT: OPSET, STANDARD: 24}
-"""Written by default, by dialect."""
-LEAST_RUNTIME = {23: "1.23", 24: "1.25"}
-"""For each opset that is written, the first ONNX Runtime that runs it on CPUs."""
+from dsc.ir.types import DType
 
 INPUTS = {
     "input_ids": "The S new tokens of each of B sequences. A shorter sequence is padded on the"
@@ -50,56 +43,6 @@ PRESENT = (
     " past.{rest}."
 )
 LOGITS = "The scores of all tokens of the vocabulary after the tokens that logits_at names."
-
-
-@dataclass(frozen=True)
-class Form:
-    """What may be chosen of a model: the opset, and whether caches are fp32 at the border.
-
-    `numpy`: NumPy has a type for all that goes in and comes out. `ops` is the dialect, standard
-    operators alone or ONNX Runtime's own beside them, `provider` whom the model is made for.
-    """
-
-    opset: int = OPSET
-    wide_caches: bool = True
-    numpy: bool = True
-    ops: str = ORT
-    provider: str = "cpu"
-
-    @property
-    def runtime(self) -> str:
-        """The first ONNX Runtime that runs it."""
-        return LEAST_RUNTIME[self.opset]
-
-
-def chosen_form(program: Program, given: Mapping[str, Any]) -> Form:
-    """The form asked for by backend options; by default caches are what NumPy has a type for.
-
-    Raises `UsageError` for an opset or a dialect that is not written, for a provider that nothing
-    is known of, or for caches that would lose bits.
-    """
-    ops, provider = given.get("onnx_ops") or ORT, given.get("provider") or "cpu"
-    if ops not in DIALECTS:
-        raise UsageError(f"no operators are called {ops!r}", hint=one_of(ops, DIALECTS))
-    if provider not in PROVIDERS:
-        raise UsageError(f"no provider is called {provider!r}", hint=one_of(provider, PROVIDERS))
-    opset, caches = given.get("opset"), given.get("caches")
-    opset = OPSETS[ops] if opset is None else opset
-    if opset not in LEAST_RUNTIME:
-        known = ", ".join(map(str, LEAST_RUNTIME))
-        raise UsageError(
-            f"opset {opset} is not written",
-            hint=f"one of {known}: older ones lack RMSNormalization and RotaryEmbedding",
-        )
-    own = {g.inputs[at].type.dtype for g in program.entries.values() for _, at in g.aliases}
-    if caches is None:
-        return Form(opset, wide_caches=DType.bf16 in own, ops=ops, provider=provider)
-    wanted = PRECISIONS.get(caches)
-    if wanted is not DType.f32 and own != {wanted}:
-        shown = ", ".join(name for name, dtype in PRECISIONS.items() if dtype in {DType.f32, *own})
-        raise UsageError(f"caches in {caches} would not hold the model's", hint=f"one of {shown}")
-    wide, numpy = wanted is DType.f32, wanted is not DType.bf16
-    return Form(opset, wide, numpy, ops, provider)
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,17 @@ from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper
 from dsc._version import __version__
 from dsc.backends.onnxruntime import contrib
 from dsc.backends.onnxruntime.emit import emit_graph
-from dsc.backends.onnxruntime.forms import Halves, expanded, halves
-from dsc.backends.onnxruntime.graph import External, GraphWriter, static, value_info
-from dsc.backends.onnxruntime.interface import Form, Interface, meaning, written
+from dsc.backends.onnxruntime.forms import expanded, halves
+from dsc.backends.onnxruntime.graph import (
+    External,
+    GraphWriter,
+    Halves,
+    Pool,
+    static,
+    value_info,
+)  # fmt: skip
+from dsc.backends.onnxruntime.interface import Interface, meaning, written
+from dsc.backends.onnxruntime.options import Form
 from dsc.backends.onnxruntime.ports import Port, Signature
 from dsc.ir.analyses import structural_hash
 from dsc.ir.dims import Dim, symbol_name
@@ -77,10 +85,8 @@ def build_model(
     """
     form = form or Form()
     border = Interface.of(graph, form)
-    g = GraphWriter(graph)
-    g.pool.unroll = _experts(graph) <= (MAX_BRANCHES if max_branches is None else max_branches)
-    g.pool.halves = halves or {}
-    g.pool.opset, g.pool.ops, g.pool.provider = form.opset, form.ops, form.provider
+    unroll = _experts(graph) <= (MAX_BRANCHES if max_branches is None else max_branches)
+    g = GraphWriter.of(graph, Pool(form, unroll, halves or {}))
     own = {v.name: v.name for v in graph.inputs}
     values = own if signature is None else signature.enter(g)
     g.pool.wide |= {

@@ -9,8 +9,9 @@ from pathlib import PurePosixPath
 
 from dsc.backends.onnxruntime import genai_config, triton_server
 from dsc.backends.onnxruntime.forms import halves
-from dsc.backends.onnxruntime.interface import Form, Interface, in_place
+from dsc.backends.onnxruntime.interface import Interface, in_place
 from dsc.backends.onnxruntime.model import FOLDER, BuiltModel, build_model, shared_entries
+from dsc.backends.onnxruntime.options import Form
 from dsc.backends.onnxruntime.stock_signature import StockSignature
 from dsc.errors import UsageError
 from dsc.ir.graph import Graph

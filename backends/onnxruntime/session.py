@@ -17,10 +17,11 @@ from typing import Any
 
 import numpy as np
 
-from dsc.backends.onnxruntime.contrib import PROVIDERS
+from dsc.backends.onnxruntime.contrib import PROVIDERS, providers_of
 from dsc.backends.onnxruntime.graph import ONNX_TYPE
-from dsc.backends.onnxruntime.interface import Form, Interface, written
+from dsc.backends.onnxruntime.interface import Interface, written
 from dsc.backends.onnxruntime.model import result_names
+from dsc.backends.onnxruntime.options import Form
 from dsc.backends.onnxruntime.timed import TimedSession
 from dsc.errors import BackendUnavailable, UsageError
 from dsc.ir.arrays import ALIGNMENT, Array, empty
@@ -38,10 +39,20 @@ FATAL = 4
 """What ONNX Runtime logs; errors come as exceptions."""
 
 
-def providers_for(provider: str) -> list[str]:
-    """What a session is opened with: the provider's own name, and the CPU's for what it lacks.
+def open_session(
+    path: Path,
+    threads: int | None,
+    prepack: bool = False,
+    profile: str = "",
+    pin: str = "",
+    provider: str = "cpu",
+    assigned: bool = False,
+) -> Any:
+    """An `onnxruntime.InferenceSession`. Raises what ONNX Runtime raises.
 
-    Raises `BackendUnavailable` where the installed ONNX Runtime has no such provider.
+    `profile` is where its own profiler writes, `pin` the cores of its threads but the first;
+    `assigned`: it can tell which provider runs what. Raises `BackendUnavailable` where the
+    installed ONNX Runtime has no such provider, or that does not start.
     """
     import onnxruntime
 
@@ -52,23 +63,6 @@ def providers_for(provider: str) -> list[str]:
             f"pip install {PACKAGES.get(provider, 'onnxruntime')}, or export it again with"
             " --onnx-provider cpu",
         )
-    return list(dict.fromkeys([wanted, PROVIDERS["cpu"]]))
-
-
-def open_session(
-    path: Path,
-    threads: int | None,
-    prepack: bool = False,
-    profile: str = "",
-    pin: str = "",
-    provider: str = "cpu",
-) -> Any:
-    """An `onnxruntime.InferenceSession`. Raises what ONNX Runtime raises, `BackendUnavailable`.
-
-    `profile` is where its own profiler writes, `pin` the cores of its threads but the first.
-    """
-    import onnxruntime
-
     options = onnxruntime.SessionOptions()
     options.log_severity_level = FATAL
     options.add_session_config_entry("session.disable_prepacking", "0" if prepack else "1")
@@ -77,13 +71,15 @@ def open_session(
         options.inter_op_num_threads = 1
     if pin:
         options.add_session_config_entry("session.intra_op_thread_affinities", pin)
+    if assigned:
+        options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
     if profile:
         options.enable_profiling = True
         options.profile_file_prefix = profile
-    session = onnxruntime.InferenceSession(str(path), options, providers=providers_for(provider))
-    if PROVIDERS[provider] not in session.get_providers():  # ONNX Runtime goes on without it
+    session = onnxruntime.InferenceSession(str(path), options, providers=providers_of(provider))
+    if wanted not in session.get_providers():  # ONNX Runtime goes on without it
         raise BackendUnavailable(
-            f"{PROVIDERS[provider]} did not start here: no device, or its libraries are missing",
+            f"{wanted} did not start here: no device, or its libraries are missing",
             "see why in a script with onnxruntime.set_default_logger_severity(0), or export it"
             " again with --onnx-provider cpu",
         )

@@ -10,7 +10,8 @@ import pytest
 
 from dsc.backends.base import EmitOptions
 from dsc.backends.onnxruntime import contrib
-from dsc.backends.onnxruntime.graph import GraphWriter
+from dsc.backends.onnxruntime.graph import GraphWriter, Pool
+from dsc.backends.onnxruntime.options import Form
 from dsc.errors import UsageError
 from dsc.ir.dims import Sym
 from dsc.ir.types import DType
@@ -18,9 +19,7 @@ from tests.backends.onnx_artifacts import BACKEND, executable, prepared
 
 
 def _writer(ops: str, provider: str = "cpu") -> GraphWriter:
-    g = GraphWriter()
-    g.pool.ops, g.pool.provider = ops, provider
-    return g
+    return GraphWriter(Pool(Form(ops=ops, provider=provider)))
 
 
 def test_operators_of_the_runtime_are_for_its_own_dialect_and_who_computes_them_right() -> None:

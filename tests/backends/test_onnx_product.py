@@ -16,7 +16,7 @@ import torch
 
 from dsc.backends.base import EmitOptions
 from dsc.backends.onnxruntime.check import check
-from dsc.backends.onnxruntime.interface import LEAST_RUNTIME
+from dsc.backends.onnxruntime.options import LEAST_RUNTIME
 from dsc.backends.onnxruntime.session import OnnxExecutable
 from dsc.errors import BackendUnavailable, UsageError
 from dsc.ir.parser import parse_graph
@@ -163,6 +163,7 @@ def test_a_model_for_a_provider_that_is_not_here_says_so(
     found = check(out)
     assert found.failure == ""
     told = [x.told for x in found.findings if x.question == "operators"]
-    assert all("no CUDAExecutionProvider here" in text for text in told)
+    assert all("made for CUDAExecutionProvider, and" in text for text in told)
+    assert all("nodes on CPUExecutionProvider" in text for text in told)
     line = 'providers=["CUDAExecutionProvider", "CPUExecutionProvider"]'
     assert line in (out / "example.py").read_text().replace("'", '"')

@@ -211,7 +211,7 @@ def _cache_write(g: GraphWriter, node: Node, cache: str, new: str, lengths: str)
     """
     given = node.operands[1].type
     dtype = DType.f32 if cache in g.pool.wide else given.dtype
-    op_type = "TensorScatter" if g.pool.opset >= TENSOR_SCATTER else "ScatterND"
+    op_type = "TensorScatter" if g.pool.form.opset >= TENSOR_SCATTER else "ScatterND"
     return _placed(g, given, cache, new, lengths, dtype, op_type)
 
 
