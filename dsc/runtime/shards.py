@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from dsc.errors import FileError
@@ -37,6 +37,21 @@ def cut(stored: Sequence[Stored], limit: int) -> list[list[Stored]]:
     return shards
 
 
+def shard_names(count: int) -> list[str]:
+    """What so many files are called, as in checkpoints.
+
+    >>> shard_names(2)
+    ['model-00001-of-00002.safetensors', 'model-00002-of-00002.safetensors']
+    """
+    return [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
+
+
+def index_of(weight_map: Mapping[str, str], total: int) -> bytes:
+    """The index of several files: the file of each tensor, and the bytes of all tensors."""
+    found = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    return json.dumps(found, indent=2).encode() + b"\n"
+
+
 def write_shards(
     folder: Path,
     shards: Sequence[Sequence[Stored]],
@@ -59,12 +74,10 @@ def write_shards(
         if progress is not None:
             progress(f"{what}: {name}", done, whole)
 
-    for number, shard in enumerate(shards, 1):
-        name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+    for name, shard in zip(shard_names(len(shards)), shards, strict=True):
         _write(folder / name, shard, source, told)
         weight_map |= {key: name for key, _ in shard}
-    index = {"metadata": {"total_size": whole}, "weight_map": dict(sorted(weight_map.items()))}
-    (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", "utf-8")
+    (folder / INDEX_FILE).write_bytes(index_of(weight_map, whole))
 
 
 def _write(path: Path, shard: Sequence[Stored], source: WeightSource, told: Told) -> None:

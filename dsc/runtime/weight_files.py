@@ -6,7 +6,6 @@ made, and for weights that are nowhere.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -17,7 +16,7 @@ from dsc.ir.safetensors import INDEX_FILE
 from dsc.runtime.contents import Stored
 from dsc.runtime.emission import Place, Progress
 from dsc.runtime.packing import ALIGNMENT, Places, Telling, stored_of, table, write_file
-from dsc.runtime.shards import cut
+from dsc.runtime.shards import cut, index_of, shard_names
 
 
 @dataclass(frozen=True)
@@ -47,22 +46,13 @@ class WeightFiles:
         """The file `path`, or several beside it with `limit` bytes of tensors at most in each."""
         stored, place = stored_of(program), PurePosixPath(path)
         shards = [stored] if limit is None else cut(stored, limit)
-        count = len(shards)
-        names = [
-            f"{place.stem}-{number:05d}-of-{count:05d}{place.suffix}"
-            for number in range(1, count + 1)
+        single = len(shards) == 1
+        names = [place.name] if single else shard_names(len(shards))
+        files = [
+            WeightFile(str(place.with_name(name)), shard, *table(shard, ALIGNMENT, page))
+            for name, shard in zip(names, shards, strict=True)
         ]
-        single = count == 1
-        return WeightFiles(
-            path if single else str(place.with_name(INDEX_FILE)),
-            [
-                WeightFile(
-                    path if single else str(place.with_name(name)),
-                    shard, *table(shard, ALIGNMENT, page),
-                )
-                for name, shard in zip(names, shards, strict=True)
-            ],
-        )  # fmt: skip
+        return WeightFiles(path if single else str(place.with_name(INDEX_FILE)), files)
 
     @property
     def places(self) -> dict[str, Place]:
@@ -78,11 +68,7 @@ class WeightFiles:
         if len(self.files) == 1:
             return {}
         sizes = (size for file in self.files for _, size in file.places.values())
-        found = {
-            "metadata": {"total_size": sum(sizes)},
-            "weight_map": {name: place[0] for name, place in sorted(self.places.items())},
-        }
-        return {self.path: json.dumps(found, indent=2).encode() + b"\n"}
+        return {self.path: index_of({n: place[0] for n, place in self.places.items()}, sum(sizes))}
 
     def write(
         self, folder: Path, program: Program, progress: Progress | None = None
