@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dsc.errors import UsageError
+from dsc.errors import UsageError, VerificationError
 from dsc.ir.dims import Range
 from dsc.ir.lazy import torch
 from dsc.ir.program import ANY_SIZE, Program
@@ -23,6 +23,10 @@ if TYPE_CHECKING:
     from dsc.api import CompiledModel
 
 BACKEND = "onnxruntime"
+NO_TOKENIZER = (
+    "there is no tokenizer.json: example.py prints ids that continue the first token, until one"
+    " lies beside it"
+)
 
 
 def export(
@@ -39,6 +43,7 @@ def export(
     caches: str | None = None,
     server: str | None = None,
     max_shard_size: int | str | None = None,
+    check: bool = False,
     force: bool = False,
     **options: Any,
 ) -> Path:
@@ -59,12 +64,16 @@ def export(
         caches: the type of caches as inputs and outputs: "fp32", or what the model computes in.
         server: "genai", "optimum" or "triton-server": what that wants goes along.
         max_shard_size: bytes of weights in a file at most: a number, or as "5GB" (default: 50GB).
+        check: hold what was written against onnx's checker and evaluator, and our interpreter.
         force: replace the folder that is there.
         options: others of `dsc.compile`: dtype, max_context, ...
 
     Raises:
-        DscError: one of its classes, with what is wrong, where, and what to do.
+        VerificationError: `check` found something; what was written stays there.
+        DscError: one of its other classes, with what is wrong, where, and what to do.
     """
+    if check:
+        check_has_weights(model, options.get("weights"))
     if args is not None:
         model = traced(model, args, dynamic_shapes, input_names, output_names)
     elif dynamic_shapes or input_names or output_names:
@@ -76,14 +85,29 @@ def export(
     said |= {"caches": caches, "server": server, "max_shard_size": max_shard_size}
     given = {name: value for name, value in said.items() if value is not None}
     given |= options.pop("backend_options", None) or {}
-    return exported(model, backend_options=given, **options).save(output, force)
+    folder = exported(model, backend_options=given, **options).save(output, force)
+    if check:
+        from dsc.backends.onnxruntime.check import check as held
+
+        found = held(folder)
+        if found.failure:
+            raise VerificationError(
+                f"the export is not what it should be: {found.failure}", str(folder)
+            )
+    return folder
+
+
+def check_has_weights(model: Any, weights: object) -> None:
+    """Raise `UsageError` for an export without weights, which cannot be checked."""
+    if weights == "none" or (isinstance(model, (str, Path)) and Path(model).suffix == ".dsc"):
+        raise UsageError("check reads the weights too", hint="give weights, or leave out the check")
 
 
 def exported(model: Any, **options: Any) -> CompiledModel:
     """What `dsc.compile` makes of `model` for ONNX Runtime, with what servers read beside it."""
     from dsc import api
     from dsc.frontends import python_file
-    from dsc.frontends.beside import files_beside
+    from dsc.frontends.beside import TOKENIZER, files_beside
 
     if isinstance(model, (str, Path)) and Path(model).suffix == ".py":
         example = python_file.example_of(Path(model), options.get("config"))
@@ -106,6 +130,8 @@ def exported(model: Any, **options: Any) -> CompiledModel:
     beside, notes = files_beside(folder if folder and folder.is_dir() else None, known)
     told = [*compiled.report.get("notes", []), *notes]
     compiled._files = {**beside, **known}
+    if compiled.program.is_causal_lm and TOKENIZER not in compiled._files:
+        told.append(NO_TOKENIZER)
     compiled.report = {**compiled.report, "notes": told}
     return compiled
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +48,10 @@ def test_a_decorated_function_runs_at_sizes_that_have_names(tmp_path: Path) -> N
     (found,) = outputs_of(out / "onnx" / "attention_layer.onnx", {"q": q, "k": k, "v": v})
     np.testing.assert_allclose(found, wanted, atol=1e-6)
     assert dsc.load(out).run({"q": q, "k": k, "v": v})["out"].shape == wanted.shape
-    assert not (out / "example.py").exists()
+    line = [sys.executable, str(out / "example.py")]
+    done = subprocess.run(line, capture_output=True, text=True, check=False)
+    assert done.stdout == "out float32 (2, 2, 8)\n", done.stderr
+    assert "| `k` | float32 | [B, T, 8] |" in (out / "README.md").read_text()
 
 
 def test_a_module_has_its_weights_and_its_names(tmp_path: Path) -> None:

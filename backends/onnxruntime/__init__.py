@@ -29,7 +29,6 @@ from dsc.runtime.emission import EXAMPLE, Emission, Place
 from dsc.runtime.executable import Executable
 from dsc.runtime.nodes import whole_entry
 from dsc.runtime.plan import Plan
-from dsc.runtime.weight_files import WeightFiles
 from dsc.targets import Target
 
 COMPUTED = frozenset(
@@ -52,7 +51,7 @@ grain is the coarsest, in 64 KB (https://onnx.ai/onnx/repo-docs/ExternalData.htm
 ALLOCATOR = "ONNX Runtime"
 """A session allocates what it computes on the way for itself."""
 INSTALL = "pip install onnx onnxruntime"
-RUNNER = Path(__file__).with_name("runner.py")
+RUNNER, README = Path(__file__).with_name("runner.py"), "README.md"
 
 
 class OnnxRuntimeBackend:
@@ -99,14 +98,14 @@ class OnnxRuntimeBackend:
         return No(f"{node.op} on {', '.join(strange)}") if strange else Yes()
 
     def emit(self, program: Program, options: EmitOptions) -> Emission:
-        """Build the models. Their bytes come from `finish`, which needs the places of weights.
+        """Build the models. Their bytes and the README come when weights have their places.
 
         Raises `UnsupportedOperator` with all nodes that have no ONNX form.
         """
         _require("onnx")
         from dsc.backends.onnxruntime import contrib, model, serving
         from dsc.backends.onnxruntime import required_operators as required
-        from dsc.backends.onnxruntime.card import card, facts
+        from dsc.backends.onnxruntime.card import Export, card, facts
         from dsc.backends.onnxruntime.example import example
         from dsc.backends.onnxruntime.forms import halves
         from dsc.backends.onnxruntime.interface import in_place
@@ -149,26 +148,24 @@ class OnnxRuntimeBackend:
             "wide_caches": form.wide_caches,
         }
 
-        def finish(places: Mapping[str, Place]) -> Mapping[str, bytes]:
-            return {path: one.serialized(places) for path, one in built.items()}
-
         used = {op_type for one in built.values() for op_type in one.contrib}
         runtime = contrib.least_runtime(form.runtime, used)
-        causal = program.is_causal_lm
-        has_runner = causal and form.numpy and not in_place(program)
-        texts = {required.CONFIG: required.required_operators(x.proto for x in built.values())}
-        texts |= served.texts
-        if causal:
-            path = f"{folder}/{model.WEIGHTS}"
-            several = len(WeightFiles.of(program, path, shard_size, PAGE).files) > 1
-            named = f"{folder}/{model.SEVERAL}" if several else path
-            own_models = (server, served.models)
-            texts |= {
-                "README.md": card(program, files, form, runtime, named, own_models, has_runner),
-                EXAMPLE: example(program, files, form.provider),
-            }
+        has_runner = program.is_causal_lm and form.numpy and not in_place(program)
+        export = Export(program, files, form, runtime, server, tuple(served.models), has_runner)
+        texts = {
+            required.CONFIG: required.required_operators(x.proto for x in built.values()),
+            EXAMPLE: example(program, files, form),
+            **served.texts,
+        }
+
+        def finish(places: Mapping[str, Place]) -> Mapping[str, bytes]:
+            held = {file for file, *_ in places.values()}
+            weights = f"{folder}/{model.SEVERAL if len(held) > 1 else model.WEIGHTS}"
+            models = {path: one.serialized(places) for path, one in built.items()}
+            return {README: card(export, weights).encode(), **models}
+
         return Emission(
-            files={name: text.encode() for name, text in texts.items()},
+            files={name: text.encode() for name, text in texts.items() if text},
             plan=plan,
             weights_path=f"{folder}/{model.WEIGHTS}",
             shard_size=shard_size,
@@ -176,7 +173,7 @@ class OnnxRuntimeBackend:
             meta=meta,
             runner=RUNNER.read_text() if has_runner else "",
             finish=finish,
-            notes=contrib.notes((one.contrib for one in built.values()), form.ops, form.provider),
+            notes=model.notes(built.values(), form.provider),
             needs={"onnxruntime": f"onnxruntime>={runtime}"},
         )
 

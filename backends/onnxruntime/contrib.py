@@ -85,8 +85,10 @@ def release(version: str) -> tuple[int, ...]:
     return tuple(int(part) for part in parts)
 
 
-def notes(uses: Iterable[Mapping[str, int]], ops: str, provider: str) -> tuple[str, ...]:
-    """What to tell of the operators that models use, and of those that a provider does not get."""
+def notes(
+    uses: Iterable[Mapping[str, int]], withheld: Iterable[str], provider: str
+) -> tuple[str, ...]:
+    """What to tell of the operators that models use, and of those that the provider did not get."""
     most: dict[str, int] = {}
     for each in uses:
         for op_type, count in each.items():
@@ -97,8 +99,7 @@ def notes(uses: Iterable[Mapping[str, int]], ops: str, provider: str) -> tuple[s
         for op_type, count in sorted(most.items())
     ]
     wrong = [
-        f"{op_type} is not used on {provider}: {known.wrong[provider]}"
-        for op_type, known in CONTRIB.items()
-        if ops == ORT and provider in known.wrong
+        f"{op_type} is not used on {provider}: {CONTRIB[op_type].wrong[provider]}"
+        for op_type in sorted(withheld)
     ]
     return (*told, *wrong)

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from onnx import GraphProto, NodeProto, TensorProto, helper, numpy_helper
 
-from dsc.backends.onnxruntime.contrib import DOMAIN, is_offered
+from dsc.backends.onnxruntime.contrib import CONTRIB, DOMAIN, ORT, is_offered
 from dsc.backends.onnxruntime.options import Form
 from dsc.errors import UnsupportedOperator
 from dsc.ir.dims import Dim, FloorDiv, Sym, symbol_name
@@ -71,7 +71,8 @@ class Pool:
     `unroll` says that work over experts may be written out, one branch an expert. `wide` names
     values that are fp32 where the program has 16 bits: caches that come and go so. `positive` names
     values that are never below 0, and `tables` weights of which rows are looked up. `contrib` is
-    how often each of ONNX Runtime's own operators was written.
+    how often each of ONNX Runtime's own operators was written, `withheld` has those that would have
+    been, if the provider computed them right.
     """
 
     form: Form = field(default_factory=Form)
@@ -84,6 +85,7 @@ class Pool:
     numbers: Iterator[int] = field(default_factory=itertools.count)
     wide: set[str] = field(default_factory=set)
     contrib: Counter[str] = field(default_factory=Counter)
+    withheld: set[str] = field(default_factory=set)
     positive: set[str] = field(default_factory=set)
     tables: set[str] = field(default_factory=set)
 
@@ -135,8 +137,11 @@ class GraphWriter:
         return self._known[key][0]
 
     def has(self, op_type: str) -> bool:
-        """Whether one of ONNX Runtime's own operators may be written here."""
-        return is_offered(op_type, self.pool.form.ops, self.pool.form.provider)
+        """Whether one of ONNX Runtime's own operators, which fits here, may be written."""
+        form = self.pool.form
+        if form.ops == ORT and form.provider in CONTRIB[op_type].wrong:
+            self.pool.withheld.add(op_type)
+        return is_offered(op_type, form.ops, form.provider)
 
     def contrib(self, op_type: str, *inputs: str, results: int = 1, **attrs: Any) -> str:
         """The first result of one of ONNX Runtime's own operators, which `has` allowed."""

@@ -7,7 +7,7 @@ filled in by `finish` when the artifact's writer knows the places. The models li
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper
@@ -52,11 +52,16 @@ Places = Mapping[str, Place]
 
 @dataclass(slots=True)
 class BuiltModel:
-    """A model whose weights have no place yet, and how often it has which contrib operators."""
+    """A model whose weights have no place yet.
+
+    `contrib`: how often it has which of ONNX Runtime's own operators, `withheld`: those that its
+    provider computes wrong, and did not get.
+    """
 
     proto: ModelProto
     externals: list[External]
     contrib: Mapping[str, int]
+    withheld: Set[str]
 
     def serialized(self, places: Places) -> bytes:
         """The model's bytes, its initializers pointing into the packed weights at `places`."""
@@ -123,7 +128,13 @@ def build_model(
         )
     helper.set_model_props(model, dict(sorted((facts or {}).items())))
     externals = [e for e in g.pool.externals.values() if e.tensor.name in used]
-    return BuiltModel(model, externals, g.pool.contrib)
+    return BuiltModel(model, externals, g.pool.contrib, g.pool.withheld)
+
+
+def notes(models: Collection[BuiltModel], provider: str) -> tuple[str, ...]:
+    """What to tell of ONNX Runtime's own operators in models for a provider."""
+    withheld = {op_type for one in models for op_type in one.withheld}
+    return contrib.notes((one.contrib for one in models), withheld, provider)
 
 
 def result_names(graph: Graph) -> tuple[str, ...]:

@@ -124,7 +124,7 @@ def export(
         dsc export path/to/checkpoint --format relax -o relax-model
     """
     given = locals().copy()  # every option, by the name that `dsc.compile` has for it
-    from dsc.exporting import exported
+    from dsc.exporting import check_has_weights, exported
 
     asked: dict[str, Any] = {"opset": opset, "onnx_ops": onnx_ops, "provider": provider}
     asked |= {"caches": cache_dtype, "server": server, "max_shard_size": max_shard_size}
@@ -141,8 +141,8 @@ def export(
             " --for are for ONNX",
             hint="leave them out, or the --format",
         )
-    if check and (weights == "none" or model.endswith(".dsc")):
-        raise UsageError("--check reads the weights too", hint="give --weights, or no --check")
+    if check:
+        check_has_weights(model, weights)
     found: list[Checked] = []
 
     def checked(folder: Path) -> Mapping[str, Any]:

@@ -23,11 +23,10 @@ BACKEND = OnnxRuntimeBackend()
 PROMPT_LENGTHS = [9, 4, 6]
 
 
-def prepared(dtype: DType, cache: str = "contiguous") -> Program:
+def prepared(dtype: DType, cache: str = "contiguous", **asked: Any) -> Program:
     """Return a small language model, as the pipeline leaves it for this backend."""
-    program = canonical_lm(Sizes(dtype=dtype))
-    options = pipeline.PipelineOptions(cache=cache)
-    done, _ = pipeline.run(program, BACKEND, Target("cpu"), options)
+    options = pipeline.PipelineOptions(cache=cache, **asked)
+    done, _ = pipeline.run(canonical_lm(Sizes(dtype=dtype)), BACKEND, Target("cpu"), options)
     return done
 
 

@@ -100,7 +100,7 @@ def test_the_verb_ends_with_1_and_a_sentence(
     with pytest.raises(SystemExit) as ended:
         main(["export", "a.dsc", "--check", "-o", str(tmp_path / "a")])
     assert ended.value.code == 2
-    assert "--check reads the weights too" in capsys.readouterr().err
+    assert "check reads the weights too" in capsys.readouterr().err
     line = ["export", "tiny", "--dtype", "fp32", "--json", "-o", str(tmp_path / "b"), "--check"]
     monkeypatch.setattr(checks, "_shapes", lambda path: (False, "they do not follow"))
     with pytest.raises(SystemExit) as ended:

@@ -25,8 +25,7 @@ from dsc.passes._in_format import Dequantised
 from dsc.passes._unsigned import as_unsigned
 from dsc.runtime import artifact
 from dsc.targets import Target
-from tests.backends.canonical_lm import Sizes, canonical_lm
-from tests.backends.onnx_artifacts import BACKEND, conversation, executable, stock_session
+from tests.backends.onnx_artifacts import BACKEND, conversation, executable, prepared, stock_session
 
 NUMBERS = ("a", "b", "c", "r")
 SHAPE = (2, 2)  # replaced by a weight's own
@@ -315,8 +314,7 @@ def test_a_model_needs_the_runtime_that_its_operators_were_tried_with(tmp_path: 
 @pytest.mark.parametrize("quant", ["int8", "int4"])
 def test_a_model_in_codes_speaks_as_the_interpreter(quant: str, ops: str, tmp_path: Path) -> None:
     """All but the few logits behind a number that fell to the other of two codes, to a last bit."""
-    options = pipeline.PipelineOptions(quant=quant)
-    program, _ = pipeline.run(canonical_lm(Sizes(dtype=DType.f32)), BACKEND, Target("cpu"), options)
+    program = prepared(DType.f32, quant=quant)
     runs = executable(program, tmp_path / "a", onnx_ops=ops)
     for path in sorted(tmp_path.rglob("*.onnx")):
         onnx.checker.check_model(str(path), full_check=True)

@@ -38,11 +38,14 @@ def test_what_was_written_is_counted_and_told_with_what_stands_in_its_place() ->
     g.branch().contrib("MatMulNBits", "y", "codes", "scales", K=32, N=8, bits=8, block_size=32)
     assert [node.domain for node in g.nodes] == [contrib.DOMAIN]
     assert g.pool.contrib == {"MatMulNBits": 2}
-    (told,) = contrib.notes([g.pool.contrib, {"MatMulNBits": 1}], "ort", "cpu")
+    (told,) = contrib.notes([g.pool.contrib, {"MatMulNBits": 1}], (), "cpu")
     assert "MatMulNBits: 2 in a model; in standard operators DequantizeLinear" in told
-    (wrong,) = contrib.notes([], "ort", "cuda")
+    assert not g.pool.withheld
+    cuda, standard = _writer("ort", "cuda"), _writer("standard", "cuda")
+    assert not any(each.has("QMoE") for each in (cuda, standard))
+    (wrong,) = contrib.notes([], cuda.pool.withheld, "cuda")
     assert wrong == "QMoE is not used on cuda: it ignores router_weights"
-    assert not contrib.notes([], "standard", "cuda")
+    assert not standard.pool.withheld
 
 
 def test_standard_models_import_nothing_else_and_say_the_same(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from dsc.backends.onnxruntime.check import check
 from dsc.backends.onnxruntime.options import LEAST_RUNTIME
 from dsc.backends.onnxruntime.session import OnnxExecutable
 from dsc.errors import BackendUnavailable, UsageError
+from dsc.ir.dims import Range
 from dsc.ir.parser import parse_graph
 from dsc.ir.program import Program
 from dsc.ir.types import DType
@@ -62,8 +63,10 @@ def test_the_cards_example_runs_and_continues_as_a_session(
     code = (folder / "example.py").read_text()
     assert code == text.partition("```python\n")[2].partition("```")[0]
     assert len(code.splitlines()) <= 40
-    line = [sys.executable, "example.py"]
-    done = subprocess.run(line, cwd=folder, capture_output=True, text=True, check=False)
+    numbers = {DType.f32: "float32", DType.bf16: "bfloat16", DType.f16: "float16"}[dtype]
+    assert f"Its numbers are {numbers}. The weights are in `onnx/model.safetensors`" in words
+    line = [sys.executable, str(folder / "example.py")]
+    done = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     first, *made = json.loads(done.stdout)
     assert first == 3
@@ -122,10 +125,36 @@ def test_an_older_runtime_is_named(exported: Path, monkeypatch: pytest.MonkeyPat
     assert "onnxruntime>=1.23" in done.stderr
 
 
-def test_what_is_no_language_model_has_nothing_to_run_and_no_card(tmp_path: Path) -> None:
-    graph = parse_graph("graph main(%x: f32[B,3]) { %y = neg %x return %y }")
-    executable(Program("neg", {"main": graph}), tmp_path / "a")
-    assert not {"run.py", "README.md"} & {p.name for p in (tmp_path / "a").iterdir()}
+def test_what_is_no_language_model_has_a_card_and_one_call_as_its_example(tmp_path: Path) -> None:
+    text = 'graph main(%x: f32[B,3], %i: i64[B]) { %y = neg %x return %y as "y", %i as "j" }'
+    graph, folder = parse_graph(text), tmp_path / "a"
+    symbols = {"B": Range(1, 8)}
+    executable(Program("neg", {"main": graph}, symbols=symbols), folder, provider="cuda")
+    assert not (folder / "run.py").exists()
+    card = (folder / "README.md").read_text()
+    assert "with its CUDA provider (`pip install onnxruntime-gpu`)" in " ".join(card.split())
+    assert "| `x` | float32 | [B, 3] |\n| `i` | int64 | [B] |\n" in card
+    assert "Sizes: B from 1 to 8." in card
+    assert "weights" not in card
+    done = subprocess.run(
+        [sys.executable, str(folder / "example.py")], capture_output=True, text=True, check=False
+    )
+    assert done.stdout.splitlines() == ["y float32 (2, 3)", "j int64 (2,)"], done.stderr
+
+
+def test_the_example_tells_what_it_does(exported: Path) -> None:
+    line = [sys.executable, str(exported / "example.py"), "--help"]
+    done = subprocess.run(line, capture_output=True, text=True, check=True)
+    assert (
+        done.stdout == 'Continues a text by the likeliest tokens: python example.py "In the'
+        ' beginning".\n'
+    )
+
+
+def test_the_card_names_codes(tmp_path: Path) -> None:
+    executable(prepared(DType.f32, quant="int4"), tmp_path / "a")
+    words = " ".join((tmp_path / "a" / "README.md").read_text().split())
+    assert re.search(r"Of \d+ weights \d+ are int4 codes with a scale for 32 columns, 1 are", words)
 
 
 def test_a_reduced_build_is_told_all_operators(exported: Path) -> None:

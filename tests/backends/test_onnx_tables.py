@@ -8,15 +8,12 @@ import onnx
 import pytest
 import torch
 
-from dsc import pipeline
 from dsc.backends.onnxruntime import contrib
 from dsc.backends.reference import ReferenceExecutable
 from dsc.ir.arrays import array_of
 from dsc.ir.program import Program
 from dsc.ir.types import DType
-from dsc.targets import Target
-from tests.backends.canonical_lm import Sizes, canonical_lm
-from tests.backends.onnx_artifacts import BACKEND, conversation, executable, stock_session
+from tests.backends.onnx_artifacts import conversation, executable, prepared, stock_session
 from tests.backends.test_onnx_codes import KINDS, differ, program_of
 
 ALONE = """graph main(%i: i64[N,3], @w: f32[9,70]) {
@@ -80,8 +77,7 @@ def test_a_tied_head_reads_the_same_bytes(name: str, ops: str, tmp_path: Path) -
 def test_a_model_whose_embedding_is_in_codes_says_what_the_interpreter_says(
     ops: str, tmp_path: Path
 ) -> None:
-    options = pipeline.PipelineOptions(quant_embedding="int4")
-    program, _ = pipeline.run(canonical_lm(Sizes(dtype=DType.f32)), BACKEND, Target("cpu"), options)
+    program = prepared(DType.f32, quant_embedding="int4")
     coded = {n: str(t.dtype) for n, t in program.weight_types().items() if t.format is not None}
     assert coded == {"model.embed_tokens.weight": "i4"}
     runs = executable(program, tmp_path / "a", onnx_ops=ops)

@@ -20,12 +20,7 @@ from dsc.ir.types import DType
 def is_qmoe(g: GraphWriter, node: Node, w: str) -> bool:
     """Whether QMoE computes what experts say, from codes as they lie in the file."""
     stacks = (node["gate_up"], node["down"])
-    if (
-        not g.has("QMoE")
-        or w not in g.pool.positive
-        or not node.attrs["pairs"]
-        or not all(map(is_coded, stacks))
-    ):
+    if w not in g.pool.positive or not node.attrs["pairs"] or not all(map(is_coded, stacks)):
         return False
     gate_up, down = (Matrix(x) for x in stacks if isinstance(x, Weight))
     if gate_up.bits != down.bits or gate_up.block != down.block:
@@ -34,7 +29,7 @@ def is_qmoe(g: GraphWriter, node: Node, w: str) -> bool:
     rows = bool(node.attrs["activations"]) or gate_up.bits < 8
     # Zero points of a row of one block lie in another order.
     zeros = [m.blocks > 1 for m in (gate_up, down) if len(m.weight.type.parts) > 2]
-    return whole and rows and all(zeros)
+    return whole and rows and all(zeros) and g.has("QMoE")
 
 
 def qmoe(g: GraphWriter, node: Node, x: str, idx: str, w: str, *biases: str) -> str:
