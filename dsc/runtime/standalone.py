@@ -220,4 +220,4 @@ def main(model: Callable[[pathlib.Path], Any]) -> None:
         if isinstance(problem, OSError):  # perhaps of standard output: what is left goes nowhere
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         if not isinstance(problem, BrokenPipeError):
-            parser.error(str(problem))
+            parser.exit(2, f"{parser.prog}: error: {problem}\n")

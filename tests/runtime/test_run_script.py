@@ -136,8 +136,10 @@ def test_a_file_of_another_size_than_recorded_is_told(folder: Path) -> None:
     size = (folder / "player.json").stat().st_size
     with (folder / "player.json").open("a") as file:
         file.write("  ")
-    said = refused(run(folder, "In the beginning"))
-    assert f"player.json has {size + 2} bytes, {size} recorded: compile or copy it again" in said
+    done = run(folder, "In the beginning")
+    told = f"player.json has {size + 2} bytes, {size} recorded: compile or copy it again"
+    assert refused(done) == told
+    assert b"usage:" not in done.stderr, "which is for arguments"
 
 
 def test_the_text_streams_whole_characters(folder: Path) -> None:
