@@ -107,7 +107,8 @@ def exported(model: Any, **options: Any) -> CompiledModel:
     """What `dsc.compile` makes of `model` for ONNX Runtime, with what servers read beside it."""
     from dsc import api
     from dsc.frontends import python_file
-    from dsc.frontends.beside import TOKENIZER, files_beside
+    from dsc.frontends.beside import files_beside
+    from dsc.frontends.folder import TOKENIZER
 
     if isinstance(model, (str, Path)) and Path(model).suffix == ".py":
         example = python_file.example_of(Path(model), options.get("config"))
