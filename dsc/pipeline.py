@@ -455,7 +455,7 @@ def _check_layout(cache: str, name: str, capabilities: Capabilities) -> None:
         raise UsageError(
             f"the {name} backend takes no caches in pages",
             hint="compile with --cache contiguous, or for a backend that takes pages: reference,"
-            " null or tvm",
+            " null, tvm or triton",
         )
     if cache == IN_PLACE and capabilities.states[0] is not Storage.GROWN:
         raise UsageError(

@@ -34,7 +34,6 @@ from dsc.ir.graph import Node
 from dsc.ir.index_ranges import giving_indices, index_ranges
 from dsc.ir.interface import Storage
 from dsc.ir.op import named
-from dsc.ir.paging import reads_pages
 from dsc.ir.program import Program
 from dsc.ir.regions import RegionLimits
 from dsc.ir.traits import Role
@@ -75,7 +74,7 @@ class TritonBackend:
         """
         return Capabilities(
             options=("compile",),
-            states=(Storage.CONTIGUOUS, Storage.GROWN),
+            states=(Storage.CONTIGUOUS, Storage.GROWN, Storage.PAGED),
             experts=EXPERTS,
             shared_experts=True,
             absorbed=True,
@@ -99,8 +98,6 @@ class TritonBackend:
         """Whether there is a kernel for this node."""
         if node.body is not None and index_ranges(node.body, {}).computed:
             return No("a region that computes an index: what it reads by could not be looked at")
-        if reads_pages(node):
-            return No("it takes no caches in pages")
         why = reason(node)
         return Yes() if why is None else No(why)
 

@@ -30,6 +30,7 @@ from dsc.errors import BackendUnavailable
 from dsc.ir.arrays import Array, empty
 from dsc.ir.graph import Graph
 from dsc.ir.program import Program
+from dsc.ir.types import DType
 from dsc.runtime.admission import Admitted
 from dsc.runtime.plan import ARENA, WEIGHT, EntryPlan, Plan
 from dsc.runtime.standalone import mapped_weights
@@ -163,6 +164,22 @@ class CudaExecutable(Admitted):
         offset = cache.ctypes.data - owner.ctypes.data
         self._driver.download(cache.ctypes.data, resident.pointer + offset, cache.nbytes)
         self._driver.synchronise()
+
+    def new_cache(self, shape: tuple[int, ...], dtype: DType) -> Array:
+        """An array that stands for zeros on the device, by its address; nobody reads its memory."""
+        with self._lock:
+            self._driver.activate()
+            made = empty(shape, dtype)
+            resident = self._settle(made)
+            self._driver.clear(resident.pointer, made.nbytes)
+            resident.stale = False
+        return made
+
+    def copy(self, source: Array, target: Array) -> None:
+        """Copy a dense view of a cache to another, on the device."""
+        with self._lock:
+            self._driver.activate()
+            self._driver.copy(self._resident(target), self._resident(source), source.nbytes)
 
     def changed(self, cache: Array) -> None:
         """Upload the memory that a cache lies in anew, when it is next given."""

@@ -119,6 +119,16 @@ class Driver:
         if size:
             self._check("cuMemcpyDtoHAsync_v2", target, source, size, self._stream)
 
+    def copy(self, target: int, source: int, size: int) -> None:
+        """Copy device memory, after earlier launches."""
+        if size:
+            self._check("cuMemcpyDtoDAsync_v2", target, source, size, self._stream)
+
+    def clear(self, target: int, size: int) -> None:
+        """Fill device memory with zeros, after earlier launches."""
+        if size:
+            self._check("cuMemsetD8Async", target, 0, size, self._stream)
+
     def prepare(
         self, function: Function, grid: tuple[int, int, int], arguments: Sequence[Argument]
     ) -> ReadyLaunch:
@@ -176,6 +186,8 @@ def _declare(cuda: ctypes.CDLL) -> None:
     cuda.cuMemFree_v2.argtypes = [word]
     cuda.cuMemcpyHtoDAsync_v2.argtypes = [word, pointer, size, pointer]
     cuda.cuMemcpyDtoHAsync_v2.argtypes = [pointer, word, size, pointer]
+    cuda.cuMemcpyDtoDAsync_v2.argtypes = [word, word, size, pointer]
+    cuda.cuMemsetD8Async.argtypes = [word, ctypes.c_ubyte, size, pointer]
     cuda.cuLaunchKernel.argtypes = [
         pointer, u32, u32, u32, u32, u32, u32, u32, pointer, ctypes.POINTER(pointer), pointer,
     ]  # fmt: skip

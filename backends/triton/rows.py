@@ -363,19 +363,21 @@ class RowKernel:
     def _write(self, step: RowStep, columns: _Columns) -> None:
         """A new row behind those that its sequence has; none passes the capacity."""
         new, lengths, cache, *table = step.reads
-        if table:
-            raise NoKernel("a cache in pages")
         assert isinstance(lengths.source, Lines)
         assert isinstance(cache.source, Lines)
-        new_rows, capacity = map(self._number, step.over)
+        new_rows, capacity, *page = map(self._number, step.over)
         sequence = self._named(f"row // {new_rows}")
         used = lengths.source.view
         pointer = self.pointers.setdefault(used, f"p{len(self.pointers)}")
         axes = list(zip(used.shape, used.strides, strict=True))[:1]
         length = " + ".join([pointer, *(self._terms(sequence, axes) or [f"{sequence} * 0"])])
         slot = self._named(f"tl.load({length}, mask=live, other=0) + row % {new_rows}")
-        start = self._named(f"{sequence} * {capacity} + {slot}")
-        inside = self._named(f"live & ({slot} < {capacity})")
+        if table:
+            assert isinstance(table[0].source, Lines)
+            start, inside = self._paged(table[0].source.view, sequence, slot, capacity, page[0])
+        else:
+            start = self._named(f"{sequence} * {capacity} + {slot}")
+            inside = self._named(f"live & ({slot} < {capacity})")
         if cache.source.view.type.format is not None:
             self._write_codes(new, cache.source.view, columns, start, inside)
             return
@@ -387,6 +389,18 @@ class RowKernel:
         for part, (element,) in zip(value.parts, value.places, strict=True):
             at = f"{target} + {start} + {element}"
             self._say(f"tl.store({at}, {part}, mask={inside} & {columns.mask})")
+
+    def _paged(
+        self, table: View, sequence: str, slot: str, blocks: str, page: str
+    ) -> tuple[str, str]:
+        """Where a row lies in the pages of a block table, and whether it has one."""
+        pointer = self.pointers.setdefault(table, f"p{len(self.pointers)}")
+        block = self._named(f"{slot} // {page}")
+        inside = self._named(f"live & ({block} < {blocks})")
+        at = f"{pointer} + {sequence} * {blocks} + {block}"
+        number = self._named(f"tl.load({at}, mask={inside}, other=-1)")
+        start = self._named(f"{number} * {page} + {slot} % {page}")
+        return start, self._named(f"{inside} & ({number} >= 0)")
 
     def _write_codes(
         self, new: Read, cache: View, columns: _Columns, row: str, inside: str

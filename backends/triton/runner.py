@@ -38,6 +38,7 @@ class Model(Compiled):
             for name, facts in json.loads((place / "kernels.json").read_text()).items()
         }  # fmt: skip
         self.sizes = {"B": 1, "C": self.context + self.chunk}
+        tables = self.pages()
         largest = {**self.sizes, "S": self.chunk, "L": self.chunk}
         needed = buffer_sizes(self.plan["entries"].values(), largest)
         self.at = {label: self.device.allocate(size) for label, size in needed.items()}
@@ -45,6 +46,10 @@ class Model(Compiled):
         uploaded = self.device.allocate(len(content))
         self.device.upload(uploaded, content.ctypes.data, content.nbytes)
         self.at |= {buffer_label("weight", n): uploaded + at for n, at in places.items()}
+        for name, table in tables.items():
+            target = self.at[buffer_label("input", name)]
+            self.device.upload(target, table.ctypes.data, table.nbytes)
+            self.device.synchronise()
         self.launches: dict[tuple[int, int], list[ReadyLaunch]] = {}
 
     def run(self, entry: str, sizes: Mapping[str, int], tokens: dict[str, Array]) -> Array:

@@ -48,11 +48,7 @@ class Model(Compiled):
         self.arena = np.empty(max(e["arena_bytes"] for e in entries) + 64, np.uint8)
         inputs = next(iter(entries))["inputs"]
         self.sizes = {"B": 1, "C": self.context + self.chunk}
-        self.caches: dict[str, Array] = {}
-        for page in [dims[1] for _, _, dims, _ in inputs if dims[0] == [[1, "N"]]]:
-            blocks = -(-self.context // page)  # one sequence: its blocks are the pages in order
-            self.sizes |= {"N": blocks, "M": blocks}
-            self.caches["block_table"] = np.arange(blocks, dtype=np.int64)[None]
+        self.caches = self.pages()
         for name, dtype, dims, _ in inputs:
             if name not in (*TOKENS, *self.caches):
                 shape = [number(d, self.sizes) for d in dims]

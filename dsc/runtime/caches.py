@@ -7,6 +7,7 @@ rows stay dense and a step runs over a part of them without a copy. Each way to 
     inputs(rows, ...)     the inputs of a step over these rows
     keep(rows, ...)       take over what the step gave back
     begin(row)            a new sequence has this row
+    fork(row, new, n)     a new sequence begins with the first n tokens of another row
     truncate(lengths)     forget what lies past each row's length
     drop(row)             forget a row; the last one moves there
     saved(row)            what cannot be cut of a row, to be set back by `restore`
@@ -53,6 +54,13 @@ class Kept:
 
     def begin(self, row: int) -> None:
         """A new sequence has this row: of tokens, what a former one left is never seen."""
+
+    def fork(self, row: int, new: int, lengths: Sequence[int]) -> None:
+        """Give the last row `new` what `row` has of its first `lengths[new]` tokens.
+
+        Of states that cannot be cut it gets all.
+        """
+        raise NotImplementedError
 
     def truncate(self, lengths: Sequence[int]) -> None:
         """Forget what all rows have past these lengths: it is never seen, and is written over."""
@@ -118,18 +126,20 @@ class Slots(Kept):
         for name in self._whole & self._slots.keys():
             self._slots[name][row] = 0
 
+    def fork(self, row: int, new: int, lengths: Sequence[int]) -> None:
+        """Copy what the slot holds of so many tokens, and its rings and fixed states."""
+        self._copy(row, new, lengths[new])
+
     def drop(self, row: int, lengths: Sequence[int]) -> None:
         """Copy what the last slot holds into the slot that becomes free."""
         last = len(lengths) - 1
-        if row == last:
-            return
+        if row != last:
+            self._copy(last, row, lengths[last])
+
+    def _copy(self, source: int, target: int, tokens: int) -> None:
         for name, slot in self._slots.items():
-            if self._device is not None:  # all rows: the host's copy is what counts then
-                self._device.read_back(slot[: last + 1])
-            held = slice(None) if name in self._whole else slice(lengths[last])
-            slot[row, held] = slot[last, held]
-            if self._device is not None:
-                self._device.changed(slot)
+            held = slice(None) if name in self._whole else slice(tokens)
+            copy_rows(slot[source, held], slot[target, held], self._device)
 
     def saved(self, row: int) -> dict[str, Array]:
         """Copies of the row's rings and fixed states."""
@@ -148,7 +158,7 @@ class Slots(Kept):
     def _slot(self, state: State) -> Array:
         rows = {Storage.CONTIGUOUS: (self._capacity,), Storage.RING: (state.rows,)}
         shape = (self._count, *rows.get(state.storage, ()), *_row(state))
-        return zeros(shape, state.type.stored.dtype)
+        return new_cache(shape, state, self._device)
 
 
 class Grown(Kept):
@@ -191,6 +201,11 @@ class Grown(Kept):
         for name, held in self._held.items():
             self._held[name] = np.ascontiguousarray(held[:, : max(lengths)])
 
+    def fork(self, row: int, new: int, lengths: Sequence[int]) -> None:
+        """The rows, and one of them again behind them."""
+        for name, held in self._held.items():
+            self._held[name] = np.concatenate([held, held[row : row + 1]])
+
     def drop(self, row: int, lengths: Sequence[int]) -> None:
         """The rows without one, the last in its place, cut to the longest that is left."""
         order = list(range(len(lengths)))
@@ -205,11 +220,17 @@ class Grown(Kept):
 
 
 class Paged(Kept):
-    """Caches in the pages of a pool: a step is given a table of its own rows' pages."""
+    """Caches in the pages of a pool: a step is given a table of its own rows' pages.
 
-    def __init__(self, states: Sequence[State], pool: PagePool) -> None:
+    Where pages live on a `device`, the host's stand for them.
+    """
+
+    def __init__(
+        self, states: Sequence[State], pool: PagePool, device: KeepsCaches | None = None
+    ) -> None:
         super().__init__(states)
         self._pool = pool
+        self._device = device
         self._pages: dict[str, Array] = {}
         self._table = np.empty((0, 0), np.int64)
 
@@ -226,13 +247,20 @@ class Paged(Kept):
         """
         if not self._pages:
             shape = (self._pool.count, self._pool.rows)
-            kinds = {s: s.type.stored.dtype for s in self._states}
-            self._pages = {s.input: zeros((*shape, *_row(s)), t) for s, t in kinds.items()}
-        self._pool.grow(after)
+            self._pages = {
+                s.input: new_cache((*shape, *_row(s)), s, self._device) for s in self._states
+            }
+        for old, new in self._pool.grow(after, {r: before[r] for r in rows}):
+            for pages in self._pages.values():
+                copy_rows(pages[old], pages[new], self._device)
         table = self._pool.table(rows, max(before[r] for r in rows) + size)
         if not np.array_equal(table, self._table):
             self._table = table
         return {**self._pages, BLOCK_TABLE: self._table}
+
+    def fork(self, row: int, new: int, lengths: Sequence[int]) -> None:
+        """The same pages: who writes into one first gets a copy of it."""
+        self._pool.share(new, row, lengths[new])
 
     def truncate(self, lengths: Sequence[int]) -> None:
         """Give the pages back that no row needs for so many tokens."""
@@ -262,8 +290,22 @@ def kept_by(
     if grown:
         kept.append(Grown(grown))
     if paged and pool is not None:
-        kept.append(Paged(paged, pool))
+        kept.append(Paged(paged, pool, device))
     return kept
+
+
+def new_cache(shape: tuple[int, ...], state: State, device: KeepsCaches | None) -> Array:
+    """A cache of zeros, or what stands for one on a device."""
+    dtype = state.type.stored.dtype
+    return zeros(shape, dtype) if device is None else device.new_cache(shape, dtype)
+
+
+def copy_rows(source: Array, target: Array, device: KeepsCaches | None) -> None:
+    """Copy a dense part of a cache to another, where they live."""
+    if device is None:
+        target[...] = source
+    else:
+        device.copy(source, target)
 
 
 def _row(state: State) -> tuple[int, ...]:

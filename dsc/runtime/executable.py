@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, runtime_checkable
 from dsc.errors import UsageError
 from dsc.ir.arrays import Array, Kind, array_of, is_tensor, of_kind
 from dsc.ir.graph import Value
+from dsc.ir.types import DType
 
 if TYPE_CHECKING:
     from dsc.ir.program import Program
@@ -90,6 +91,14 @@ def set_threads(executable: Executable, threads: int | None, pin: bool | None) -
 @runtime_checkable
 class KeepsCaches(Protocol):
     """An executable whose caches live on its device: the host's arrays only stand for them."""
+
+    def new_cache(self, shape: tuple[int, ...], dtype: DType) -> Array:
+        """An array that stands for zeros on the device; the host's memory is never touched."""
+        ...
+
+    def copy(self, source: Array, target: Array) -> None:
+        """Copy a dense view of a cache to another, on the device."""
+        ...
 
     def read_back(self, cache: Array) -> None:
         """Copy what the device holds of an array, or of a view, into it."""

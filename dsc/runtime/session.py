@@ -146,11 +146,7 @@ class Session:
         `max_batch` sequences are there already, or the prompt is longer than `max_context`.
         """
         tokens, like = self._read(ids, "prompt")
-        if len(self._active) == self.max_batch:
-            raise UsageError(
-                f"the session holds {self.max_batch} sequences already",
-                hint="remove one, or " + self._larger("max_batch", self.max_batch),
-            )
+        self._check_room()
         new = self._check_new(tokens, None, [0])
         started = self._begin(like)
         try:
@@ -160,6 +156,14 @@ class Session:
             raise
         return started
 
+    def _check_room(self) -> None:
+        """Raise `UsageError` where no sequence can be added."""
+        if len(self._active) == self.max_batch:
+            raise UsageError(
+                f"the session holds {self.max_batch} sequences already",
+                hint="remove one, or " + self._larger("max_batch", self.max_batch),
+            )
+
     def remove(self, sequence: int) -> None:
         """End a sequence: its slot or pages are free. Raises `UsageError` for an unknown id."""
         row = self._row(sequence)
@@ -167,6 +171,25 @@ class Session:
             kept.drop(row, self.lengths)
         self._active[row] = self._active[-1]
         self._active.pop()
+
+    def fork(self, sequence: int, length: int | None = None) -> int:
+        """Start one more sequence, with the first `length` tokens of another (all by default).
+
+        Returns its id. Prompts that begin alike are computed once this way. In pages both hold the
+        same ones until one writes into a page that the other holds as well, and gets a copy of that
+        page; contiguous caches are copied. Raises `UsageError` as `add` and `truncate` do.
+        """
+        row = self._row(sequence)
+        held = self._active[row].length
+        kept = self._length(row, held if length is None else length)
+        self._check_room()
+        new = self._begin(self._active[row].like)
+        self._active[-1].length = kept
+        if kept == held:
+            self._active[-1].logits = self._active[row].logits
+        for each in self._kept:
+            each.fork(row, len(self._active) - 1, self.lengths)
+        return new
 
     def truncate(self, sequence: int, length: int) -> None:
         """Keep the first `length` tokens of a sequence, as if the others had never been.
@@ -176,6 +199,10 @@ class Session:
         model with a state that cannot be cut: take a `snapshot`.
         """
         row = self._row(sequence)
+        self._cut(row, self._length(row, length))
+
+    def _length(self, row: int, length: int) -> int:
+        """A length that a sequence can be cut to. Raises `UsageError`."""
         held = self._active[row].length
         if isinstance(length, bool) or not isinstance(length, int | np.integer):
             raise UsageError(f"a length of {length!r}", hint="give a whole number")
@@ -189,7 +216,7 @@ class Session:
                 f"{', '.join(whole)} cannot be cut to fewer tokens",
                 hint="take session.snapshot(sequence) before, and session.restore it",
             )
-        self._cut(row, int(length))
+        return int(length)
 
     def snapshot(self, sequence: int) -> Snapshot:
         """What a sequence is now, to be set back to by `restore`. Raises `UsageError`."""

@@ -40,6 +40,19 @@ class Compiled(ABC):
         self.context: int = limits["max_context"]
         self.sizes: dict[str, int] = {}
 
+    def pages(self) -> dict[str, Array]:
+        """The block table of one sequence, whose blocks are the pages in order; where it has some.
+
+        It sets their sizes.
+        """
+        inputs = next(iter(self.plan["entries"].values()))["inputs"]
+        page = next((dims[1] for _, _, dims, *_ in inputs if dims and dims[0] == [[1, "N"]]), 0)
+        if not page:
+            return {}
+        blocks = -(-self.context // page)
+        self.sizes |= {"N": blocks, "M": blocks}
+        return {"block_table": np.arange(blocks, dtype=np.int64)[None]}
+
     def step(self, input_ids: Array, positions: Array, lengths: Array, logits_at: Array) -> Array:
         """Run new tokens [B, S] of sequences that have `lengths` [B] tokens in the cache; all i64.
 

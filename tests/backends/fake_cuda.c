@@ -61,6 +61,15 @@ int cuMemcpyDtoHAsync_v2(void *target, uint64_t source, size_t size, void *strea
   memcpy(target, (void *)source, size);
   return stream != blocks;
 }
+int cuMemcpyDtoDAsync_v2(uint64_t target, uint64_t source, size_t size, void *stream) {
+  if (!inside(source) || !inside(source + size - 1)) return 1;
+  return cuMemcpyHtoDAsync_v2(target, (void *)source, size, stream);
+}
+int cuMemsetD8Async(uint64_t target, unsigned char value, size_t size, void *stream) {
+  if (!inside(target) || !inside(target + size - 1)) return 1;
+  memset((void *)target, value, size);
+  return stream != blocks;
+}
 int cuMemcpyHtoD_v2(uint64_t target, const void *source, size_t size) {
   return cuMemcpyHtoDAsync_v2(target, source, size, blocks);
 }

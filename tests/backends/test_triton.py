@@ -264,6 +264,12 @@ class FakeDriver(Driver):
     def download(self, target: int, source: int, size: int) -> None:
         ctypes.memmove(target, source, size)
 
+    def copy(self, target: int, source: int, size: int) -> None:
+        ctypes.memmove(target, source, size)
+
+    def clear(self, target: int, size: int) -> None:
+        ctypes.memset(target, 0, size)
+
     def launch(self, launch: ReadyLaunch) -> None:
         assert len(launch.arguments) == launch.function.parameters
         values = [a.value for a in launch.arguments]

@@ -54,20 +54,24 @@ def _coded(case: Case, rows: str = "f8e4m3:128") -> Case:
     return replace(case, call=f'{case.call} {{activations="{rows}"}}')
 
 
-def _cached(codes: str, call: str, result: str, dtype: str = "f32", width: int = 130) -> Case:
+def _cached(
+    codes: str, call: str, result: str, dtype: str = "f32", width: int = 130, rows: str = "2,40"
+) -> Case:
     """Attention of 2 sequences of 3 new tokens and 4 heads over a cache of 40 rows."""
     shapes = {
         "q": f"[2,3,4,{width}]", "n": "[2,3,4,16]", "r": "[2,3,4,8]", "new": f"[2,3,{width}]",
-        "rope": "[2,40,8]", "kv_b": f"[112,{width}]",
+        "rope": f"[{rows},8]", "kv_b": f"[112,{width}]",
     }  # fmt: skip
     given = {name: f"{dtype}{shape}" for name, shape in shapes.items() if f"%{name}," in call}
-    given |= {"cache": f"{codes}[2,40,{width}]", "lengths": "i64[2]"}
+    given |= {"cache": f"{codes}[{rows},{width}]", "lengths": "i64[2]"}
+    given |= {"table": "i64[2,3]"} if "%table" in call else {}
     return Case((), given, call, result, ' as "y" updates %cache' * (result == given["cache"]))
 
 
 WRITE = "%y = cache_write %cache, %new, %lengths"
 ABSORBED = "%y = latent_attention %q, %r, %cache, %rope, %lengths {scale=0.1}"
 EXPANDED = "%y = mla_attention %n, %r, %cache, %rope, %kv_b, %lengths {scale=0.1}"
+IN_PAGES = [call.replace("%lengths", "%lengths, %table") for call in (WRITE, ABSORBED, EXPANDED)]
 F8_CACHE, I8_CACHE = (f"{codes}{{1x128,f32,behind}}" for codes in ("f8e4m3", "i8"))
 
 
@@ -115,6 +119,10 @@ CASES = {
     "absorbed_i8": _cached(I8_CACHE, ABSORBED, "f32[2,3,4,130]"),
     "expanded_f8": _cached(F8_CACHE, EXPANDED, "f32[2,3,4,12]"),
     "expanded_i8": _cached(I8_CACHE, EXPANDED, "f32[2,3,4,12]", width=30),
+    "pages_write_f8": _cached(F8_CACHE, IN_PAGES[0], f"{F8_CACHE}[7,16,130]", rows="7,16"),
+    "pages_absorbed_f8": _cached(F8_CACHE, IN_PAGES[1], "bf16[2,3,4,130]", "bf16", rows="7,16"),
+    "pages_absorbed_i8": _cached(I8_CACHE, IN_PAGES[1], "f32[2,3,4,130]", rows="7,32"),
+    "pages_expanded_i8": _cached(I8_CACHE, IN_PAGES[2], "f32[2,3,4,12]", width=30, rows="7,16"),
     "rows_i4": _coded(_linear("i4{1x32,f16}", 4, 40, 100), "i8:32"),
     "rows_i4_many": _coded(_linear("i4{1x128,f16}", 70, 40, 300, "bf16"), "i8:128"),
     "rows_i8": _coded(_linear("i8{1x32,f16}", 3, 40, 96), "i8:32"),
@@ -182,6 +190,7 @@ PRODUCED = {
 CASES |= PRODUCED
 CONVERTED = (
     "f8_bf16", "rows_f8_bf16", "rows_f8_many", "rows_f8_fine", "experts_rows", "absorbed_f8",
+    "pages_absorbed_f8",
 )  # fmt: skip
 """Cases whose kernels differ by what the target itself converts and multiplies."""
 BLOCKS = "f8e4m3{128x128,f32}"

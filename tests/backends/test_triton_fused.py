@@ -11,7 +11,6 @@ from dsc.backends.base import EmitOptions, No
 from dsc.backends.triton import TritonBackend
 from dsc.backends.triton.backend import with_templates
 from dsc.backends.triton.compile import compile_kernels
-from dsc.backends.triton.lower import regions
 from dsc.backends.triton.program import lower_program
 from dsc.ir.graph import Graph, GraphBuilder
 from dsc.ir.interpreter import run_graph
@@ -171,11 +170,6 @@ REFUSED = {
       %z = rms_norm %y, %g {eps=1e-06}
       return %z
     }""",
-    "caches in pages": """(%c: f32[4,2,8], %x: f32[1,3,8], %n: i64[1], %t: i64[1,4]) {
-      %y = silu %x
-      %v = cache_write %c, %y, %n, %t
-      return %v updates %c
-    }""",
     "a reshape that moves elements": """(%x: f32[4,6]) {
       %y = silu %x
       %r = reshape %y {shape=[4,2,3]}
@@ -243,11 +237,6 @@ def test_what_no_kernel_takes_is_refused_with_a_reason(why: str) -> None:
     answer = TritonBackend().supports(node)
     assert isinstance(answer, No)
     assert why in answer.reason
-
-
-def test_a_kernel_over_rows_writes_no_cache_in_pages() -> None:
-    (node,) = region("refused", REFUSED["caches in pages"]).nodes
-    assert regions.reason(node) == "a cache in pages"
 
 
 def agree(executable: Executable, name: str, graph: Graph) -> None:

@@ -26,7 +26,7 @@ CASES = cases(EMITTED)
 # One case for each template and for the shapes of generated kernels that differ in kind.
 COMPILED = (
     "linear_1", "linear_3", "grouped_linear_0", "experts_3", "attention_1", "attention_4",
-    "mla_attention_1", "latent_attention_1", "latent_attention_3", "route_1", "dispatch_0",
+    "mla_attention_1", "latent_attention_1", "latent_attention_4", "route_1", "dispatch_0",
     "combine_0", "rms_norm_2", "softmax_1", "mean_1", "argmax_1", "cumsum_1", "topk_0", "rope_1",
     "embedding_1", "gather_1", "append_1", "cache_write_1", "pow_0", "gelu_0", "where_1",
     "arange_0",

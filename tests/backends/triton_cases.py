@@ -18,6 +18,7 @@ from dsc.backends.triton.pointwise import EXPRESSIONS
 from dsc.backends.triton.rows import ALONG_ROWS
 from dsc.ir.graph import Graph, GraphBuilder
 from dsc.ir.op import registry
+from dsc.ir.paging import BLOCK_TABLE
 from dsc.ir.parser import parse_operands
 from dsc.ir.program import Program
 from dsc.ir.stages import Stage
@@ -65,17 +66,22 @@ EXTRA: dict[str, list[str]] = {
         "f32[2,3,4,40], f32[2,99,2,40], f32[2,99,2,24], i64[2]=96, f32[4]"
         " {scale=0.2, causal=true, window=5, softcap=2.0}",
         "bf16[1,33,2,16], bf16[1,33,2,16], bf16[1,33,2,16] {scale=0.2, causal=true, chunk=7}",
+        "f32[2,3,4,40], f32[9,16,2,40], f32[9,16,2,24], i64[2]=60, f32[4], i64[2,4]"
+        " {scale=0.2, causal=true, window=25}",
     ],
     "mla_attention": [
         "f32[2,1,8,32], f32[2,1,8,16], f32[2,70,128], f32[2,70,16], f32[512,128], i64[2]=69"
         " {scale=0.14}",
         "f32[1,17,3,12], f32[1,17,3,6], f32[1,40,20], f32[1,40,6], f32[72,20], i64[1]=23"
         " {scale=0.3}",
+        "bf16[2,5,3,12], bf16[2,5,3,6], bf16[7,32,20], bf16[7,32,6], bf16[72,20], i64[2]=60,"
+        " i64[2,3] {scale=0.3}",
     ],
     "latent_attention": [
         "f32[2,1,8,128], f32[2,1,8,16], f32[2,600,128], f32[2,600,16], i64[2]=599 {scale=0.14}",
         "f32[2,4,5,20], f32[2,4,5,6], f32[2,40,20], f32[2,40,6], i64[2]=30 {scale=0.3}",
         "bf16[1,1,16,64], bf16[1,1,16,16], bf16[1,50,64], bf16[1,50,16], i64[1]=49 {scale=0.14}",
+        "f32[3,2,5,20], f32[3,2,5,6], f32[9,64,20], f32[9,64,6], i64[3]=190, i64[3,3] {scale=0.3}",
     ],
     "route": [
         f'f32[7,24], f32[16,24], f32[16] {{score="{score}", {_ROUTE.format(group, normal)}}}'
@@ -101,6 +107,7 @@ EXTRA: dict[str, list[str]] = {
     "append": ["bf16[2,3,9], bf16[2,4,9], i64[2]=4", "f32[1,0,5], f32[1,2,5], i64[1]=1"],
     "cache_write": [
         "bf16[2,9,12], bf16[2,3,12], i64[2]=6", "f32[1,9,12], f32[1,1,12], i64[1]=6",
+        "bf16[9,4,12], bf16[3,5,12], i64[3]=6, i64[3,3]",
     ],
     "add": ["bf16[5,1,7], bf16[3,1]", "i64[4,5], i64[5]", "f32[], f32[3,0]"],
     "div": ["i64[40]=50, i64[1]=3", "i32[6,5]=90, i32[6,1]=2"],
@@ -224,10 +231,23 @@ def build(op: str, text: str, name: str) -> Case:
         inputs["x1"] = torch.randperm(len(inputs["x1"]), generator=torch.Generator().manual_seed(3))
     if op == "grouped_linear":
         inputs["x2"] = _segments(len(inputs["x0"]), len(inputs["x2"]) - 1)
+    named = registry()[op].operand_names(len(operands))
+    if named[-1:] == (BLOCK_TABLE,):
+        pool = next(f"x{i}" for i, name in enumerate(named) if name in ("k", "latent", "cache"))
+        inputs[f"x{len(operands) - 1}"] = block_table(len(inputs[pool]), operands[-1][0])
     outputs = builder.call(op, *values, **attrs)
     names = tuple(f"y{at}" for at in range(len(outputs)))
     aliases = registry()[op].aliases
     return Case(op, builder.finish(outputs, names, aliases), inputs)
+
+
+def block_table(pages: int, type: TensorType) -> torch.Tensor:
+    """Pages in no order, none twice; the last sequence lacks its last one."""
+    b, blocks = (int(d) for d in type.shape)  # type: ignore[arg-type]
+    order = torch.randperm(pages, generator=torch.Generator().manual_seed(pages))
+    table = order[: b * blocks].reshape(b, blocks)
+    table[-1, -1] = -1
+    return table
 
 
 def _segments(rows: int, groups: int) -> torch.Tensor:

@@ -31,6 +31,7 @@ from dsc.ir.program import Program
 from dsc.ir.types import DType, TensorType
 from dsc.ir.weights import DictSource, leaf
 from dsc.runtime import artifact as artifacts
+from tests.backends.triton_cases import block_table
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,8 @@ def inputs(case: Case) -> dict[str, torch.Tensor]:
             given[name] = torch.tensor([0, 3, 3, rows])
         elif name == "lengths":
             given[name] = torch.tensor([30, 0])[: shape[0]]
+        elif name == "table":
+            given[name] = block_table(7, t)
         elif t.format is not None:
             numbers = torch.randn(shape, generator=generator)
             numbers[0] *= 1e-3

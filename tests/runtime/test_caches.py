@@ -127,35 +127,52 @@ def test_cleared_slots_are_fresh_memory() -> None:
 
 
 class Device:
-    """A device that holds its own copy of the slots; the host's arrays stand for them."""
+    """A device that holds caches of its own; the host's arrays stand for them."""
 
     def __init__(self) -> None:
-        self.calls: list[tuple[str, tuple[int, ...]]] = []
+        self.held: dict[int, Array] = {}
+        self.calls: list[tuple[tuple[int, ...], tuple[int, ...]]] = []
+
+    def new_cache(self, shape: tuple[int, ...], dtype: DType) -> Array:
+        made = np.full(shape, np.nan, dtype.numpy)
+        self.held[id(made)] = np.zeros_like(made)
+        return made
+
+    def copy(self, source: Array, target: Array) -> None:
+        assert source.base is target.base
+        assert source.flags.c_contiguous
+        held = self.held[id(source.base)]
+        first = source.base.ctypes.data
+        at = [(x.ctypes.data - first) // x.itemsize for x in (source, target)]
+        flat = held.reshape(-1)
+        flat[at[1] : at[1] + target.size] = flat[at[0] : at[0] + source.size]
+        self.calls.append((source.shape, target.shape))
 
     def read_back(self, cache: Array) -> None:
-        self.calls.append(("read back", cache.shape))
-        cache[...] = numbered(*cache.shape)
+        raise AssertionError("caches stay where they are")
 
-    def changed(self, cache: Array) -> None:
-        self.calls.append(("changed", cache.shape))
-        self.whole = cache.copy()
+    changed = read_back
 
 
-def test_on_a_device_the_rows_in_use_are_read_back_before_one_moves() -> None:
+def test_on_a_device_rows_move_without_the_host() -> None:
     device = Device()
     kept = Slots([CONTIGUOUS], COUNT, CAPACITY, device)
-    kept.inputs([0, 1, 2], [0, 0, 0], [1, 1, 1], 1)
+    (slot,) = kept.inputs([0, 1, 2], [0, 0, 0], [1, 1, 1], 1).values()
+    (held,) = device.held.values()
+    held[...] = numbered(*held.shape)
     kept.drop(1, [1, 5])
     assert device.calls == [], "the last one moves nowhere"
-    kept.drop(0, [1, 3])
-    shape = (2, CAPACITY, 2)
-    assert device.calls == [("read back", shape), ("changed", (COUNT, CAPACITY, 2))]
-    wanted = numbered(*shape)
+    wanted = held.copy()
     wanted[0, :3] = wanted[1, :3]
-    assert np.array_equal(device.whole[:2], wanted)
-    assert not device.whole[2].any()
+    kept.drop(0, [1, 3])
+    wanted[1, :2] = wanted[0, :2]
+    kept.fork(0, 1, [3, 2])
+    assert device.calls == [((3, 2), (3, 2)), ((2, 2), (2, 2))]
+    assert np.array_equal(held, wanted)
     kept.clear()
-    assert kept.inputs([0, 1], [0, 0], [1, 1], 1)["past.contiguous"].any(), "it is the device's"
+    (again,) = kept.inputs([0, 1, 2], [0, 0, 0], [1, 1, 1], 1).values()
+    assert again.ctypes.data == slot.ctypes.data, "it is the device's"
+    assert np.isnan(again).all(), "the host's memory is never touched"
 
 
 def grown(*lengths: int) -> Grown:

@@ -277,7 +277,7 @@ def test_a_cache_that_is_scaled_before_attention_is_refused() -> None:
         dsc.compile(program, backend="reference", cache="paged")
 
 
-@pytest.mark.parametrize("backend", ["onnxruntime", "triton"])
+@pytest.mark.parametrize("backend", ["onnxruntime"])
 def test_a_backend_without_pages_says_so(backend: str) -> None:
     with pytest.raises(UsageError, match=f"the {backend} backend takes no caches in pages") as it:
         dsc.compile(small_lm(), backend=backend, cache="paged")

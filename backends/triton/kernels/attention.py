@@ -2,7 +2,8 @@
 
 The scores are a sum of two products, q_nope . k_nope + q_rope . k_rope, because the expanded form
 of multi-head latent attention has one rope key for all heads: it is read as it lies in the cache,
-never copied into every head. Plain attention passes R = 0.
+never copied into every head. Plain attention passes R = 0. The place `pages` may say where rows of
+keys and values, or of rope keys, lie (`dsc.backends.triton.lower.cached`).
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
@@ -96,12 +97,17 @@ def flash_attention(
     acc = tl.zeros((BLOCK_M, BLOCK_E), dtype=tl.float32)
     for start in range(begin, stop, BLOCK_T):
         t = start + tl.arange(0, BLOCK_T)
-        k_at = k + b * k_batch + t[None, :].to(tl.int64) * k_row + g * k_head
-        keys = tl.load(k_at + d[:, None], mask=(t[None, :] < stop) & (d[:, None] < D), other=0.0)
+        key_rows = t.to(tl.int64)
+        rope_rows = key_rows
+        keys_held = t < stop
+        ropes_held = keys_held
+        #: pages
+        k_at = k + b * k_batch + key_rows[None, :] * k_row + g * k_head
+        keys = tl.load(k_at + d[:, None], mask=keys_held[None, :] & (d[:, None] < D), other=0.0)
         scores = tl.dot(queries, keys, input_precision="ieee")
         if R > 0:
-            kr_at = k_rope + b * kr_batch + t[None, :].to(tl.int64) * kr_row
-            fresh = (t[None, :] < stop) & (r[:, None] < R)
+            kr_at = k_rope + b * kr_batch + rope_rows[None, :] * kr_row
+            fresh = ropes_held[None, :] & (r[:, None] < R)
             ropes = tl.load(kr_at + r[:, None], mask=fresh, other=0.0)
             scores = tl.dot(rope_queries, ropes, scores, input_precision="ieee")
         scores = scores * scale
@@ -114,8 +120,8 @@ def flash_attention(
         p = tl.exp(scores - safe[:, None])
         decay = tl.exp(top - safe)
         total = total * decay + tl.sum(p, axis=1)
-        v_at = v + b * v_batch + t[:, None].to(tl.int64) * v_row + g * v_head
-        values = tl.load(v_at + e[None, :], mask=(t[:, None] < stop) & (e[None, :] < E), other=0.0)
+        v_at = v + b * v_batch + key_rows[:, None] * v_row + g * v_head
+        values = tl.load(v_at + e[None, :], mask=keys_held[:, None] & (e[None, :] < E), other=0.0)
         acc = tl.dot(p.to(values.dtype), values, acc * decay[:, None], input_precision="ieee")
         top = peak
     acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]

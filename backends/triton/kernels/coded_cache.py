@@ -1,4 +1,4 @@
-"""Rows of caches in codes as numbers, once for all who read them."""
+"""Rows of caches as numbers and in order, once for all who read them."""
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 
@@ -21,16 +21,20 @@ def widen_rows(
 ):
     """out[b, t] = the numbers of row t, for t < lengths[b] + new_rows; grid (row tiles, B).
 
-    The place `values` says what numbers are.
+    The places `values` and `pages` say what numbers are, and where rows lie.
     """
     b = tl.program_id(1).to(tl.int64)
     stop = tl.minimum(tl.load(lengths + b) + new_rows, T)
-    t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    start = tl.program_id(0) * BLOCK_T
+    t = start + tl.arange(0, BLOCK_T)
     c = tl.arange(0, BLOCK_C)
-    if tl.program_id(0) * BLOCK_T >= stop:
+    if start >= stop:
         return
     fresh = t[:, None] < stop
     rows = t[:, None].to(tl.int64)
+    made_at = out + (b * T + rows) * C + c[None, :]
+    made = fresh & (c[None, :] < C)
+    #: pages
     l_at = latent + b * l_batch + rows * l_row + c[None, :]
     values = tl.load(l_at, mask=fresh & (c[None, :] < C), other=0)  #: values
-    tl.store(out + (b * T + rows) * C + c[None, :], values, mask=fresh & (c[None, :] < C))
+    tl.store(made_at, values, mask=made)

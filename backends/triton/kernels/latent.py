@@ -4,7 +4,7 @@ After W_UK is folded into the query, all heads share keys (latent | rope) and va
 heads are the rows of one GEMM per token of the cache, and 576 numbers a token are read once for a
 tile of heads. A decode step has few (sequence, head tile) pairs, so the cache is cut into SPLITS
 spans (flash-decoding); `latent_combine` merges them by their log-sum-exp. The place `values` may
-say how rows become numbers (`dsc.backends.triton.coded_cache`).
+say how rows become numbers (`dsc.backends.triton.coded_cache`), `pages` where they lie.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
@@ -72,6 +72,7 @@ def latent_attention(
         t = start + tl.arange(0, BLOCK_T)
         fresh = t[:, None] < stop
         rows = t[:, None].to(tl.int64)
+        #: pages
         l_at = latent + b * l_batch + rows * l_row + c[None, :]
         values = tl.load(l_at, mask=fresh & (c[None, :] < C), other=0.0)  #: values
         r_at = rope + b * r_batch + rows * r_row + r[None, :]

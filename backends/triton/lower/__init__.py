@@ -15,6 +15,7 @@ from dsc.backends.triton.codes import WEIGHTS, weight_reason
 from dsc.backends.triton.context import Context
 from dsc.backends.triton.launch import POINTER_TYPES
 from dsc.backends.triton.lower import attend, contract, lookups, moe, outside, regions, shapes
+from dsc.backends.triton.lower.cached import pages_reason
 from dsc.backends.triton.pointwise import has_formula
 from dsc.backends.triton.rows import ALONG_ROWS
 from dsc.ir.graph import Node, Operand
@@ -148,5 +149,6 @@ _SPECIAL: dict[str, Reason] = {
     "gather": lookups.gather_reason,
     "arange": _arange_reason,
     "topk": _topk_reason,
+    **dict.fromkeys(("attention", "latent_attention", "mla_attention"), pages_reason),
     **dict.fromkeys(sorted(ALONG_ROWS), regions.reason),
 }

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from dsc.backends.triton.blocks import ceil_div, next_power
 from dsc.backends.triton.context import Context, Given, template
-from dsc.backends.triton.lower.cached import reader, widened
+from dsc.backends.triton.lower.cached import Cache, reader, widened
 from dsc.backends.triton.lower.contract import Product, emit_gemm
-from dsc.backends.triton.slots import ALL_PLAIN, Slot, Slots, written
+from dsc.backends.triton.slots import Slot, Slots, written
 from dsc.backends.triton.wanted import Wanted
 from dsc.ir import views
 from dsc.ir.dims import Dim, product
@@ -27,19 +28,21 @@ def attention(ctx: Context, node: Node) -> None:
         None if x is None else ctx.dense(ctx.view(x)) for x in map(node.get, ("lengths", "sinks"))
     )
     sight = {name.upper(): node.attrs[name] for name in ("window", "chunk", "softcap")}
-    _flash(ctx, node, q, None, k, None, v, lengths, node.attrs["causal"], sinks, sight)
+    place = Cache.of(ctx, node, "k")
+    slot = place.slot("key_rows", "keys_held")
+    _flash(ctx, node, q, None, k, None, v, lengths, place, slot, node.attrs["causal"], sinks, sight)
 
 
 def mla_attention(ctx: Context, node: Node) -> None:
     """Rebuild keys and values of all heads by one GEMM over the visible latents, then flash.
 
     The rebuilt buffer is [b, t, heads * (nope + value)]; the kernel reads both parts in place, and
-    the rope key from the cache.
+    the rope key from the cache. Latents in pages are brought in order before, those in codes too.
     """
-    q_nope, q_rope, latent, rope, kv_b, lengths = ctx.operands(node)
-    lengths = ctx.dense(lengths)
-    if latent.type.format is not None:
-        latent = widened(ctx, latent, q_nope.dtype, lengths, q_nope.shape[1])
+    q_nope, q_rope, latent, rope, kv_b, lengths = ctx.operands(node)[:6]
+    lengths, place = ctx.dense(lengths), Cache.of(ctx, node, "latent")
+    if latent.type.format is not None or place.page:
+        latent = widened(ctx, latent, q_nope.dtype, lengths, q_nope.shape[1], place)
     q_nope, q_rope, latent, rope = map(ctx.unit_rows, (q_nope, q_rope, latent, rope))
     b, t, c = latent.shape
     heads, nope = q_nope.shape[2], q_nope.shape[3]
@@ -54,7 +57,8 @@ def mla_attention(ctx: Context, node: Node) -> None:
     per_head = ctx.reshaped(kv, (b, t, heads, width // heads))
     keys = views.narrow(per_head, 3, 0, nope)
     values = views.narrow(per_head, 3, nope, node.output.type.shape[3])
-    _flash(ctx, node, q_nope, q_rope, keys, rope, values, lengths)
+    slot = place.slot("rope_rows", "ropes_held")
+    _flash(ctx, node, q_nope, q_rope, keys, rope, values, lengths, place, slot)
 
 
 def _flash(
@@ -66,16 +70,18 @@ def _flash(
     k_rope: View | None,
     v: View,
     lengths: View | None,
+    place: Cache,
+    pages: Slot,
     causal: bool = True,
     sinks: View | None = None,
     sight: Mapping[str, Given] = _ALL,
 ) -> None:
     b, s, heads, d = q.shape
-    t, groups, e = k.shape[1], k.shape[2], v.shape[3]
+    t, groups, e = place.rows, k.shape[2], v.shape[3]
     r: Dim = 0 if q_rope is None else q_rope.shape[3]
     sizes = {name: int(x) for name, x in (("D", d), ("R", r), ("E", e))}  # type: ignore[arg-type]
     widest = max(sizes["D"], sizes["E"])
-    tile = ctx.blocks.flash(ctx.limit(s), ctx.limit(t), widest, q.dtype.itemsize)
+    tile = place.tile(ctx.blocks.flash(ctx.limit(s), ctx.limit(t), widest, q.dtype.itemsize))
     given: dict[str, Given] = {"q": q, "q_rope": q_rope, "k": k, "k_rope": k_rope, "v": v}
     out = ctx.result(node)
     given |= {"lengths": lengths, "sinks": sinks, "out": out}
@@ -84,21 +90,25 @@ def _flash(
     given |= _named("q", q.strides[:3], ("batch", "row", "head"))
     qr_strides = q_rope.strides[:3] if q_rope is not None else (0, 0, 0)
     given |= _named("qr", qr_strides, ("batch", "row", "head"))
-    given |= _named("k", k.strides[:3], ("batch", "row", "head"))
-    given |= _named("kr", k_rope.strides[:2] if k_rope is not None else (0, 0), ("batch", "row"))
-    given |= _named("v", v.strides[:3], ("batch", "row", "head"))
+    apart = place.batch if k_rope is None else _sequence
+    given |= _named("k", (apart(k), *k.strides[1:3]), ("batch", "row", "head"))
+    kr_strides = (place.batch(k_rope), k_rope.strides[1]) if k_rope is not None else (0, 0)
+    given |= _named("kr", kr_strides, ("batch", "row"))
+    given |= _named("v", (apart(v), *v.strides[1:3]), ("batch", "row", "head"))
     given |= sizes
     given |= {f"BLOCK_{name}": max(16, next_power(x)) for name, x in sizes.items()}
     given |= {"CAUSAL": causal, "HAS_LENGTHS": lengths is not None}
     given |= {"HAS_SINKS": sinks is not None, **sight}
     given |= {"BLOCK_M": tile.m, "BLOCK_T": tile.n}
     grid = (ceil_div(s, tile.m), b * heads)
-    kernel, asked = "attention:flash_attention", ctx.wanted.get(node.output.name)
+    kernel, slots = "attention:flash_attention", Slots(prologue=pages)
+    asked = ctx.wanted.get(node.output.name)
     if asked is not None and _stores_codes(ctx, asked, sizes["E"]):
         target, group = asked.target(ctx, out), asked.rows.columns
         places = ("b * S + m", "h * E + e", f"h * (E // {group})", "BLOCK_E", ("rows", "(e < E)"))
         lines = ["x = acc.to(out.dtype.element_ty).to(tl.float32)", *target.lines(*places)]
-        slots = Slots(epilogue=Slot("codes", {"tile": lines}, target.arguments()))
+        slots = replace(slots, epilogue=Slot("codes", {"tile": lines}, target.arguments()))
+    if slots.filled:
         name, text = written(template("attention"), "flash_attention", slots)
         ctx.sources.setdefault(name, text)
         kernel, given = f"{name}:{name}", given | slots.arguments
@@ -106,7 +116,9 @@ def _flash(
     pairs = _seen(s, t) if causal or lengths is not None else s * t
     pairs = s * window if isinstance(window, int) and 0 < window < ctx.limit(t) else pairs
     flops = 2 * product((b, heads, pairs, sum(sizes.values())))
-    ctx.launch(kernel, grid, given, tile.warps, tile.stages, flops)
+    paged = {"k": k, "v": v} if k_rope is None else {"k_rope": k_rope}
+    touched = place.touched(b, **paged)
+    ctx.launch(kernel, grid, given, tile.warps, tile.stages, flops, touched)
 
 
 def _seen(queries: Dim, rows: Dim) -> Dim:
@@ -126,18 +138,16 @@ def _named(prefix: str, strides: tuple[Dim, ...], names: tuple[str, ...]) -> dic
 
 def latent_attention(ctx: Context, node: Node) -> None:
     """Absorbed attention, the cache cut into spans when few programs would read it."""
-    q, q_rope, latent, rope, lengths = ctx.operands(node)
+    q, q_rope, latent, rope, lengths = ctx.operands(node)[:5]
     q, q_row = _token_rows(ctx, q)
     q_rope, qr_row = _token_rows(ctx, q_rope)
-    slots = ALL_PLAIN
-    if latent.type.format is not None:
-        latent, values = reader(ctx, latent, q.dtype)
-        slots = Slots(loader=values)
-    latent, rope = ctx.unit_rows(latent), ctx.unit_rows(rope)
+    place = Cache.of(ctx, node, "latent")
+    latent, values = reader(ctx, latent, q.dtype, place)
+    slots, rope = Slots(prologue=place.slot(), loader=values), ctx.unit_rows(rope)
     b, s, heads, c = (*q.shape[:2], int(q.shape[2]), int(q.shape[3]))  # type: ignore[arg-type]
-    r, t = int(q_rope.shape[3]), latent.shape[1]  # type: ignore[arg-type]
-    itemsize = q.dtype.itemsize
-    tile = ctx.blocks.latent(heads, ctx.limit(t), c, itemsize, coded=bool(slots.filled))
+    r, t = int(q_rope.shape[3]), place.rows  # type: ignore[arg-type]
+    coded = bool(values.lines)
+    tile = place.tile(ctx.blocks.latent(heads, ctx.limit(t), c, q.dtype.itemsize, coded))
     head_tiles = -(-heads // tile.m)
     splits = ctx.blocks.splits(ctx.limit(s) * head_tiles, ctx.limit(t))
     out = ctx.result(node)
@@ -151,8 +161,8 @@ def latent_attention(ctx: Context, node: Node) -> None:
     given |= {"S": s, "T": t, "scale": float(node.attrs["scale"])}
     given |= {"q_row": q_row, "q_head": q.strides[2], "qr_row": qr_row}
     given |= {"qr_head": q_rope.strides[2]}
-    given |= _named("l", latent.strides[:2], ("batch", "row"))
-    given |= _named("r", rope.strides[:2], ("batch", "row"))
+    given |= _named("l", (place.batch(latent), latent.strides[1]), ("batch", "row"))
+    given |= _named("r", (place.batch(rope), rope.strides[1]), ("batch", "row"))
     blocks: dict[str, Given] = {"C": c, "BLOCK_C": max(16, next_power(c)), "SPLITS": splits}
     given |= {"H": heads, "R": r, "BLOCK_R": max(16, next_power(r)), **blocks}
     given |= {"BLOCK_H": tile.m, "BLOCK_T": tile.n}
@@ -163,13 +173,19 @@ def latent_attention(ctx: Context, node: Node) -> None:
         ctx.sources.setdefault(name, text)
         kernel, given = f"{name}:{name}", given | slots.arguments
     flops = 2 * product((b, heads, _seen(s, t), 2 * c + r))
-    ctx.launch(kernel, grid, given, tile.warps, tile.stages, flops)
+    touched = place.touched(b, latent=latent, rope=rope)
+    ctx.launch(kernel, grid, given, tile.warps, tile.stages, flops, touched)
     if splits > 1:
         padded = next_power(splits)
         block = ctx.blocks.merge(padded, c)
         merge: dict[str, Given] = {"partial": partial, "lse": lse, "out": out, "C": c}
         merge |= {"BLOCK_C": block, "SPLITS": splits, "SPLITS_PADDED": padded}
         ctx.launch("latent:latent_combine", (product((b, s, heads)), -(-c // block)), merge)
+
+
+def _sequence(view: View) -> Dim:
+    """From one sequence to the next of what is in order."""
+    return view.strides[0]
 
 
 def _token_rows(ctx: Context, view: View) -> tuple[View, Dim]:
