@@ -139,6 +139,7 @@ class Device:
         return made
 
     def copy(self, source: Array, target: Array) -> None:
+        assert source.base is not None
         assert source.base is target.base
         assert source.flags.c_contiguous
         held = self.held[id(source.base)]

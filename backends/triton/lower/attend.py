@@ -173,7 +173,8 @@ def latent_attention(ctx: Context, node: Node) -> None:
         ctx.sources.setdefault(name, text)
         kernel, given = f"{name}:{name}", given | slots.arguments
     flops = 2 * product((b, heads, _seen(s, t), 2 * c + r))
-    touched = place.touched(b, latent=latent, rope=rope)
+    scales = values.arguments.get("scales")
+    touched = place.touched(b, latent=latent, rope=rope, scales=scales)
     ctx.launch(kernel, grid, given, tile.warps, tile.stages, flops, touched)
     if splits > 1:
         padded = next_power(splits)

@@ -45,12 +45,12 @@ class Cache:
         """From one sequence to the next: all of them have their rows in one row of pages."""
         return 0 if self.page else view.strides[0]
 
-    def touched(self, sequences: Dim, **views: View | None) -> dict[str, Dim]:
+    def touched(self, sequences: Dim, **given: Given) -> dict[str, Dim]:
         """Bytes that a launch moves of caches in pages, at most: the rows of its sequences."""
-        given = {name: x for name, x in views.items() if x is not None and self.page}
         return {
             name: product((sequences, self.rows, *x.shape[2:])) * x.dtype.itemsize
             for name, x in given.items()
+            if isinstance(x, View) and self.page
         }
 
     def tile(self, tile: Tile) -> Tile:
@@ -105,6 +105,6 @@ def widened(
     given: dict[str, Given] = {"latent": codes, "lengths": lengths, "out": made, "T": t}
     given |= {"new_rows": new_rows, "l_batch": place.batch(codes), "l_row": codes.strides[1]}
     given |= {"C": width, "BLOCK_C": padded, "BLOCK_T": rows, **slots.arguments}
-    touched = place.touched(b, latent=codes)
+    touched = place.touched(b, latent=codes, scales=values.arguments.get("scales"))
     ctx.launch(f"{name}:{name}", (ceil_div(t, rows), b), given, tile.warps, touched=touched)
     return made
