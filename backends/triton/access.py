@@ -14,7 +14,8 @@ stores which bytes, runs an entry in the grid's order and again in a shuffled on
 What goes through an atomic is in order: whoever changes a word sees what those stored who changed
 it before. Faulty accesses are told and left out, so that a run goes on.
 
-`TracedExecutable` runs an artifact so, and collects `faults`.
+`TracedExecutable` runs an artifact so, and collects `faults`; given the plan of a GPU it runs that
+one's tiles.
 """
 
 from __future__ import annotations
@@ -96,9 +97,7 @@ class Watch:
         """Note a load of elements of `size` bytes; the mask of those that may be loaded."""
         kept, found = self._found(addresses, mask, size, "loads")
         for span, places in found:
-            known = self.defined.get(span.buffer)
-            if known is not None and not known[places].all():
-                self.tell("unwritten", f"program {self.program} loads {span.name} before a store")
+            self._check_defined(span, places, "loads")
             if span.buffer in self.writer:
                 self._check(self.writer[span.buffer][places], "race", f"loads {span.name}")
                 reader = self._reader[span.buffer]
@@ -133,9 +132,13 @@ class Watch:
             own |= before
             before |= own | {self.program}
         for span, places in found:
-            if span.buffer in self.defined:
-                self.defined[span.buffer][places] = True
+            self._check_defined(span, places, "changes")
         return kept
+
+    def _check_defined(self, span: Span, places: Bytes, what: str) -> None:
+        known = self.defined.get(span.buffer)
+        if known is not None and not known[places].all():
+            self.tell("unwritten", f"program {self.program} {what} {span.name} before a store")
 
     def _found(
         self, addresses: Bytes, mask: Bytes, size: int, what: str
@@ -256,8 +259,14 @@ class _Memory:
             if buffer.region != INPUT:
                 self.defined[number] = np.zeros(size, dtype=bool)
         for port in plan.inputs:
-            given = inputs[port.name].contiguous().reshape(-1)
-            self.views[port.buffer][:] = given.view(torch.uint8).numpy()
+            given = _bytes(inputs[port.name].contiguous())
+            self.views[port.buffer][: given.size] = given
+
+
+def _bytes(tensor: torch.Tensor) -> Bytes:
+    """The memory of a dense tensor."""
+    flat = tensor.reshape(-1)
+    return flat.view(torch.uint8).numpy() if flat.numel() else np.empty(0, np.uint8)
 
 
 class TracedProgram(InterpretedProgram):
@@ -285,16 +294,18 @@ class TracedProgram(InterpretedProgram):
                 detail = "what it stores differs where its programs run in another order"
                 self._faults.append(Fault("order", launch.kernel, number, launch.loc, detail))
                 break
-        outputs = {}
+        outputs, given = {}, {port.buffer: inputs[port.name] for port in plan.inputs}
         for port in plan.outputs:
-            size = evaluate(port.type.nbytes, sizes)
+            size = memory.sizes[port.buffer]
             known = memory.defined.get(port.buffer)
             if known is not None and not known[:size].all():
                 detail = f"{int((~known[:size]).sum())} bytes of the result {port.name}"
                 self._faults.append(Fault("unwritten", "", len(plan.launches), "", detail))
             shape = [evaluate(d, sizes) for d in port.type.shape]
-            content = torch.from_numpy(memory.views[port.buffer][:size].copy())
-            outputs[port.name] = content.view(port.type.dtype.torch).reshape(shape)
+            made = torch.empty(shape, dtype=port.type.dtype.torch)
+            outputs[port.name] = torch.empty_like(given.get(port.buffer, made))
+            content = _bytes(outputs[port.name])
+            content[:] = memory.views[port.buffer][: content.size]
         return outputs, times
 
     def told(self) -> dict[str, Any]:

@@ -31,13 +31,15 @@ class InterpretedExecutable(Admitted):
     process = "worker"
     """The module of this package whose `main` is the process."""
 
-    def __init__(self, folder: Path, weights: Path, program: Program) -> None:
-        self._entries = Plan.from_json((folder / INTERPRETED).read_bytes()).entries
+    def __init__(
+        self, folder: Path, weights: Path, program: Program, plan: str = INTERPRETED
+    ) -> None:
+        self._entries = Plan.from_json((folder / plan).read_bytes()).entries
         super().__init__(program)
         self._lock = threading.Lock()
         environment = {"OMP_NUM_THREADS": "1", **kernel_environment(), "TRITON_INTERPRET": "1"}
         start = f"from dsc.backends.triton.{self.process} import main; main()"
-        command = [sys.executable, "-c", start, str(folder), str(weights)]
+        command = [sys.executable, "-c", start, str(folder), str(weights), plan]
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment
         )

@@ -59,9 +59,13 @@ def serve(
     weights: Path,
     source: IO[bytes],
     sink: IO[bytes],
+    place: str,
     make: type[InterpretedProgram] | None = None,
 ) -> None:
-    """Answer run requests until the parent closes the pipe; `make` is the kind of program."""
+    """Answer run requests until the parent closes the pipe.
+
+    The plan is in `place`, `make` is the kind of program.
+    """
     from safetensors.torch import load_file
 
     from dsc.backends.triton.interpret import InterpretedProgram, Kernels
@@ -71,7 +75,7 @@ def serve(
     # Kernels are imported when they are first launched, and the folder may be another's by then.
     own = tempfile.TemporaryDirectory(prefix="dsc-kernels-")
     shutil.copytree(folder / "kernels", own.name, dirs_exist_ok=True)
-    plan = Plan.from_json((folder / INTERPRETED).read_bytes())
+    plan = Plan.from_json((folder / place).read_bytes())
     tensors = load_file(weights) if weights.is_file() else {}
     launches, kernels = LaunchProgram.of(plan), Kernels(Path(own.name))
     program = (make or InterpretedProgram)(launches, kernels, tensors)
@@ -93,4 +97,5 @@ def main(make: type[InterpretedProgram] | None = None) -> None:
     sink = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
     sys.stdout = sys.stderr
-    serve(Path(sys.argv[1]), Path(sys.argv[2]), sys.stdin.buffer, sink, make)
+    folder, weights, place = sys.argv[1:]
+    serve(Path(folder), Path(weights), sys.stdin.buffer, sink, place, make)
