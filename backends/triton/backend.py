@@ -25,6 +25,7 @@ from dsc.backends.triton.compile import compile_kernels, require_triton
 from dsc.backends.triton.context import template
 from dsc.backends.triton.launch import LaunchProgram
 from dsc.backends.triton.lower import reason
+from dsc.backends.triton.lower.regions import ANCHORS
 from dsc.backends.triton.program import lower_program
 from dsc.backends.triton.worker import INTERPRETED
 from dsc.errors import ArtifactError, BackendUnavailable, UsageError
@@ -85,8 +86,8 @@ class TritonBackend:
             caches=CACHED,
             fuse=FUSION_LEVEL,
             regions=RegionLimits(
-                anchors=frozenset({"linear"}),
-                epilogue=named(Role.POINTWISE) | {"reshape"},
+                anchors=ANCHORS,
+                epilogue=named(Role.POINTWISE) | {"reshape", "split"},
                 codes=True,
                 free=_is_strides,
                 accepts=lambda node: isinstance(self.supports(node), Yes),

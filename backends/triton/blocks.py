@@ -74,6 +74,14 @@ class Blocks:
         return ARCHS[self.target.partition(":")[2]]
 
     @property
+    def promoted(self) -> int:
+        """Rows of a tile of 256 columns whose sums are promoted, so that both sums fit registers.
+
+        CUDA's FP8 units read operands from shared memory; f16 and AMD's units have them there too.
+        """
+        return 64 if self.fp8 and self.target.startswith("cuda:") else 32
+
+    @property
     def deep_stages(self) -> int:
         """Pipeline stages for a long loop over k: AMD's loop pipeliner wants two."""
         return 2 if self.target.startswith("hip:") else 3

@@ -63,8 +63,8 @@ class Context:
     """By name the values that products want as codes."""
     constants: dict[str, tuple[float, TensorType]] = field(default_factory=dict)
     gathers: dict[str, Gather] = field(default_factory=dict)
-    places: dict[str, View] = field(default_factory=dict)
-    """By the name of an order, its inverse."""
+    places: dict[int, View] = field(default_factory=dict)
+    """By the buffer of an order, its inverse."""
     loc: str = ""
     node: Node | None = None
 

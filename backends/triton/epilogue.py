@@ -62,7 +62,7 @@ class Epilogue:
             row, column = tile_strides(lines)
             arguments |= {name: lines.view, f"{name}_m": row, f"{name}_n": column}
         places = {"tile": self.lines} | ({"columns": _PAIRED} if paired else {})
-        self.slot = Slot(title, places, arguments)
+        self.slot = Slot(title, places, arguments, paired)
 
     def _step(self, number: int, shift: int) -> str:
         """The name of a step's value at a shift; the product is one."""

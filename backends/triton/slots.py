@@ -32,11 +32,25 @@ _MARK = re.compile(r"^(?P<indent> *)(?P<line>.*?) *#: (?P<place>\w+)\n", re.MULT
 
 @dataclass(frozen=True)
 class Slot:
-    """Lines by place, the parameters that they read by name, and a word for the kernel's name."""
+    """Lines by place, the parameters that they read by name, and a word for the kernel's name.
+
+    An epilogue that makes one column of two `halves` the tile.
+    """
 
     title: str = ""
     lines: Mapping[str, Sequence[str]] = field(default_factory=dict)
     arguments: Mapping[str, Given] = field(default_factory=dict)
+    halves: bool = False
+
+    def then(self, other: Slot) -> Slot:
+        """Both, one after the other at each place."""
+        places = dict.fromkeys([*self.lines, *other.lines])
+        return Slot(
+            "_".join(filter(None, (self.title, other.title))),
+            {p: (*self.lines.get(p, ()), *other.lines.get(p, ())) for p in places},
+            {**self.arguments, **other.arguments},
+            self.halves or other.halves,
+        )
 
 
 PLAIN = Slot()
@@ -60,8 +74,11 @@ class Slots:
 
     @property
     def arguments(self) -> dict[str, Given]:
-        """All parameters that they bring."""
-        return {name: value for slot in self.filled for name, value in slot.arguments.items()}
+        """All parameters that they bring. Raises `ValueError` where two bring one of a name."""
+        given = [pair for slot in self.filled for pair in slot.arguments.items()]
+        if len(dict(given)) < len(given):
+            raise ValueError(f"slots bring {[name for name, _ in given]}, and not each name once")
+        return dict(given)
 
 
 ALL_PLAIN = Slots()

@@ -44,7 +44,7 @@ class CodedTarget:
     def lines(
         self, row: str, column: str, group: str, block: str, keep: tuple[str, str]
     ) -> list[str]:
-        """A tile x [BLOCK_M, block] of whole groups as codes, stored to `row_codes`.
+        """A tile x [BLOCK_M, block] of whole groups as codes, stored to `made_codes`.
 
         `row` [BLOCK_M], `column` [block] and `group`, the number of the tile's first, say where;
         `keep` which of the rows and of the columns there are.
@@ -57,10 +57,10 @@ class CodedTarget:
             *self.rows.lines(axis=2),
             f"codes = tl.reshape(codes, (BLOCK_M, {block}))",
             f"row_at = ({row}).to(tl.int64)[:, None]",
-            f"tl.store(row_codes + row_at * row_width + ({column})[None, :], codes, {mask})",
+            f"tl.store(made_codes + row_at * made_width + ({column})[None, :], codes, {mask})",
             f"inside = tl.sum(tl.reshape({fits}.to(tl.int32), ({groups}, {size})), axis=1) > 0",
             f"group = {group} + tl.arange(0, {groups})",
-            "tl.store(row_scales + row_at * row_groups + group[None, :], row_scale,"
+            "tl.store(made_scales + row_at * made_groups + group[None, :], row_scale,"
             f" mask={live}[:, None] & inside[None, :])",
             *([f"{live} = {live} & (tl.arange(0, BLOCK_M) < 0)"] if self.only else ()),
         ]
@@ -68,8 +68,8 @@ class CodedTarget:
     def arguments(self) -> dict[str, Given]:
         """The parameters that the lines read."""
         return {
-            "row_codes": self.codes, "row_scales": self.scales,
-            "row_width": self.codes.shape[1], "row_groups": self.scales.shape[1],
+            "made_codes": self.codes, "made_scales": self.scales,
+            "made_width": self.codes.shape[1], "made_groups": self.scales.shape[1],
         }  # fmt: skip
 
 

@@ -170,6 +170,19 @@ PRODUCED = {
         %y = grouped_linear %d, %v, %offsets {ROWS}""",
         "f32[80,40]",
     ),
+    "gated": Case(
+        ("f8e4m3{128x128,f32}[3,512,256]", "f8e4m3{128x128,f32}[3,40,256]"),
+        {"x": "f32[80,256]", "offsets": "i64[4]"},
+        f"""%a = fused %x, %w, %offsets {{body=graph body(%x: f32[80,256],
+            %u: f8e4m3{{128x128,f32}}[3,512,256], %offsets: i64[4]) {{
+          %b = grouped_linear %x, %u, %offsets {ROWS}
+          %c, %d = split %b {{axis=1, sizes=[256,256]}}
+          %e = swiglu %c, %d
+          return %e
+        }}}} : f32[80,256]
+        %y = grouped_linear %a, %v, %offsets {ROWS}""",
+        "f32[80,40]",
+    ),
     "halves": Case(
         ("f8e4m3{128x128,f32}[40,256]", "bf16[2,128,32]"), {"x": "bf16[1,70,2,32]"},
         f"""%a = einsum %x, %v {{eq="bshc,hdc->bshd"}} : bf16[1,70,2,128]
@@ -269,7 +282,7 @@ def test_what_computes_rows_makes_their_codes() -> None:
         for name, entry in lowered.entries.items():
             kernels = [lowered.kernels[launch.kernel].function for launch in entry.launches]
             apart = [k for k in kernels if k.startswith("quantise_rows")]
-            assert len(apart) == (1 if name == "swiglu" else 0), f"{name} on {target}: {kernels}"
+            assert len(apart) == (name in ("swiglu", "gated")), f"{name} on {target}: {kernels}"
 
 
 @pytest.mark.parametrize(

@@ -73,6 +73,20 @@ REGIONS = {
       %z = add %p, %g
       return %z
     }""",
+    # Rows of groups: gate and up of each expert in a tile, and a factor behind them.
+    "gated groups": """(%x: bf16[11,20], %w: bf16[4,26,20], %o: i64[5], %r: bf16[11,13]) {
+      %y = grouped_linear %x, %w, %o
+      %g, %u = split %y {sizes=[13,13]}
+      %s = swiglu %g, %u
+      %z = mul %r, %s
+      return %z
+    }""",
+    "experts and residual": """(%x: f32[2,3,24], %i: i64[2,3,2], %s: f32[2,3,2],
+        %a: f32[4,28,24], %b: f32[4,24,14], %r: f32[2,3,24]) {
+      %y = experts %x, %i, %s, %a, %b
+      %z = add %r, %y
+      return %z
+    }""",
     "normed": """(%x: f32[6,40], %y: f32[6,40], %g: f32[40]) {
       %s = add %x, %y
       %n = rms_norm %s, %g {eps=1e-06}
@@ -145,6 +159,13 @@ REFUSED = {
       %z = mul %a, %v
       return %z
     }""",
+    "columns of experts that meet others": """(%x: f32[6,8], %i: i64[6,2], %s: f32[6,2],
+        %a: f32[4,6,8], %b: f32[4,8,3]) {
+      %y = experts %x, %i, %s, %a, %b
+      %g, %u = split %y {sizes=[4,4]}
+      %z = mul %g, %u
+      return %z
+    }""",
     "a region around einsum": """(%x: f32[6,11], %w: f32[11,4]) {
       %y = einsum %x, %w {eq="md,dk->mk"}
       %z = silu %y
@@ -184,7 +205,7 @@ OF_A_CONSTANT = """graph constant(%x: f32[2,7]) {
   return %y
 }"""
 """What goes over another axis than the last reads a view of a number that is in no memory."""
-HIGH = {"n": 6, "p": 50}
+HIGH = {"n": 6, "p": 50, "i": 4, "o": 1}
 """What integers of an input stay below, if not 90."""
 
 
@@ -203,10 +224,10 @@ def graphs() -> dict[str, Graph]:
 
 
 def test_a_region_is_one_launch(graphs: dict[str, Graph]) -> None:
+    """But for the experts, whose two products are two."""
     lowered, _ = lower_program(Program("regions", graphs), "cuda:sm_90")
-    assert {name: len(entry.launches) for name, entry in lowered.entries.items()} == dict.fromkeys(
-        REGIONS, 1
-    )
+    counts = {name: len(entry.launches) for name, entry in lowered.entries.items()}
+    assert counts == dict.fromkeys(REGIONS, 1) | {"experts and residual": 2}
 
 
 def test_a_launch_says_what_it_writes(graphs: dict[str, Graph]) -> None:
@@ -244,6 +265,8 @@ def agree(executable: Executable, name: str, graph: Graph) -> None:
     inputs = {
         v.name: random_tensor(v.type, f"{name}{v.name}", HIGH.get(v.name, 90)) for v in graph.inputs
     }
+    if "o" in inputs:
+        inputs["o"] = torch.tensor([0, 3, 3, 9, 11])
     expected = run_graph(graph, [x.clone() for x in inputs.values()])
     for result, wanted in zip(executable.run(name, inputs).values(), expected, strict=True):
         atol = 2e-2 if result.dtype is torch.bfloat16 else 1e-4

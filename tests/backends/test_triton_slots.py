@@ -47,3 +47,9 @@ def test_other_lines_make_another_module() -> None:
     names = {written(GEMM, "gemm", Slots(epilogue=Slot("e", {"tile": [f"acc += {i}"]})))[0]
              for i in range(3)}  # fmt: skip
     assert len(names) == 3
+
+
+def test_two_slots_bring_no_parameter_of_one_name() -> None:
+    one = Slot("s", {"tile": ["acc += scale"]}, {"scale": 1})
+    with pytest.raises(ValueError, match="not each name once"):
+        written(GEMM, "gemm", Slots(prologue=one, epilogue=one))

@@ -13,7 +13,7 @@ from dsc.backends.triton.slots import ALL_PLAIN, Slot, Slots, written
 from dsc.backends.triton.wanted import Wanted
 from dsc.ir import views
 from dsc.ir.dims import Dim, product
-from dsc.ir.graph import Node
+from dsc.ir.graph import Node, Operand
 from dsc.ir.ops.core import einsum_terms
 from dsc.ir.types import DType
 from dsc.ir.views import View
@@ -56,8 +56,7 @@ def emit_gemm(
     tile = ctx.blocks.gemm(rows, columns, ctx.limit(k), itemsize, ctx.limit(z))
     coded = RowCodes.of(ctx, activations, rows) if activations else None
     tile = coded.tile(tile) if coded is not None else tile
-    if asked is not None and _holds_groups(p, tile, asked):
-        slots = replace(slots, epilogue=_as_codes(ctx, p, asked))
+    tile, slots = as_codes(ctx, p.out, p.out_strides, tile, slots, asked, "matrix * c_batch")
     x, weight, slots = in_codes(ctx, p.a, p.b, tile, slots, axes, coded)
     if x is not p.a:
         p = replace(p, a_strides=(0, k, 1))
@@ -118,22 +117,40 @@ def launch_product(
     ctx.launch(kernel, grid, given | slots.arguments, tile.warps, stages, flops)
 
 
-def _holds_groups(p: Product, tile: Tile, asked: Wanted) -> bool:
-    """Whether each tile has whole groups of the columns of a result's rows."""
-    _, _, n, _ = p.extents
-    step, row, unit = p.out_strides
-    group = asked.rows.columns
-    aligned = isinstance(n, int) and isinstance(step, int) and n % group == step % group == 0
-    return aligned and tile.n % group == 0 and row == asked.width and unit == 1 and p.out.is_dense
+def as_codes(
+    ctx: Context,
+    out: View,
+    strides: tuple[Dim, Dim, Dim],
+    tile: Tile,
+    slots: Slots,
+    asked: Wanted | None,
+    start: str = "0",
+) -> tuple[Tile, Slots]:
+    """The tile and the slots of a product whose result is stored as codes, where that can be.
 
-
-def _as_codes(ctx: Context, p: Product, asked: Wanted) -> Slot:
-    """The epilogue that stores a product's tiles as codes."""
-    target, group = asked.target(ctx, p.out), asked.rows.columns
-    first = f"matrix * c_batch // {group} + tile_n * (BLOCK_N // {group})"
-    lines = target.lines("m", "matrix * c_batch + n", first, "BLOCK_N", ("live", "fits"))
+    Tiles are to hold whole groups of the result's columns; of many rows, which would become codes
+    in a launch of their own, they are as wide as that takes, and lower where registers are short.
+    `start` is the matrix' first column.
+    """
+    if asked is None or not out.is_dense or strides[1:] != (asked.width, 1):
+        return tile, slots
+    group, halves = asked.rows.columns, 2 if slots.epilogue.halves else 1
+    if asked.width % group or not _divides(group, strides[0]):
+        return tile, slots
+    if asked.rows.ahead and tile.n < group * halves:
+        tile = replace(tile, m=min(tile.m, ctx.blocks.promoted), n=group * halves)
+    if tile.n % (group * halves):
+        return tile, slots
+    target, block = asked.target(ctx, out), f"(BLOCK_N // {halves})"
+    first = f"({start}) // {group} + tile_n * ({block} // {group})"
+    lines = target.lines("m", f"{start} + n", first, block, ("live", "fits"))
     rounds = "x = acc.to(c.dtype.element_ty).to(tl.float32)"
-    return Slot("codes", {"tile": [rounds, *lines]}, target.arguments())
+    codes = Slot("codes", {"tile": [rounds, *lines]}, target.arguments())
+    return tile, replace(slots, epilogue=slots.epilogue.then(codes))
+
+
+def _divides(group: int, step: Dim) -> bool:
+    return isinstance(step, int) and step % group == 0
 
 
 def linear_product(ctx: Context, x: View, weight: View, out: View) -> Product:
@@ -265,47 +282,49 @@ def _folds(view: View, letters: str, roles: tuple[str, str, str]) -> list[Fold] 
 
 
 def grouped_linear(ctx: Context, node: Node) -> None:
-    """Rows of each segment times the weight of its group; rows of a dispatch are gathered."""
+    """Rows of each segment times the weight of its group."""
     x, weight, offsets = node.operands
-    later = ctx.gathers.get(x.name)
-    source, order, slots = (
-        (ctx.view(x), None, 1) if later is None else (later.source, later.order, later.slots)
-    )
-    ends, out = ctx.dense(ctx.view(offsets)), ctx.result(node)
-    rows = node.attrs["activations"]
-    emit_grouped(ctx, source, order, slots, ctx.view(weight), ends, out, activations=rows)
+    out, rows = ctx.result(node), node.attrs["activations"]
+    emit_grouped(ctx, x, ctx.view(weight), ctx.view(offsets), out, activations=rows)
 
 
 def emit_grouped(
     ctx: Context,
-    x: View,
-    order: View | None,
-    per_token: int,
+    rows_of: Operand | View,
     weight: View,
     offsets: View,
     out: View,
     slots: Slots = ALL_PLAIN,
     out_strides: tuple[Dim, Dim] | None = None,
     activations: str = "",
+    asked: Wanted | None = None,
 ) -> None:
     """Append a grouped GEMM into `out`, rows [rows, n] where no strides are given.
 
-    With `order` row r reads x[order[r] // per_token].
+    Rows of a dispatch are gathered: row r is source[order[r] // per_token].
     """
+    later = None if isinstance(rows_of, View) else ctx.gathers.get(rows_of.name)
+    if later is not None:
+        x, order, per_token = later.source, later.order, later.slots
+    else:
+        x = rows_of if isinstance(rows_of, View) else ctx.view(rows_of)
+        order, per_token = None, 1
     x, given_rows, row_stride = ctx.rows(x)
-    weight = ctx.dense(weight)
+    weight, offsets = ctx.dense(weight), ctx.dense(offsets)
     experts, n, k = (int(d) for d in weight.shape)  # type: ignore[arg-type]
     rows = out.shape[0]
     most = ctx.limit(rows)
+    row, column = out_strides or (n, 1)
     tile = ctx.blocks.gemm(max(1, -(-most // experts)), n, k, x.dtype.itemsize)
-    tiles = rows if most <= experts else rows // tile.m + experts
     coded = RowCodes.of(ctx, activations, ctx.limit(given_rows)) if activations else None
     tile = coded.tile(tile) if coded is not None else tile
+    tile, slots = as_codes(ctx, out, (0, row, column), tile, slots, asked)
+    tiles = rows if most <= experts else rows // tile.m + experts
     rows_of_x, codes, slots = in_codes(ctx, x, weight, tile, slots, rows=coded, row="row")
     row_stride = row_stride if rows_of_x is x else k
     given: dict[str, Given] = {"a": rows_of_x, "order": order, "b": codes, "offsets": offsets}
     given |= {"c": out, "N": n, "K": k, "a_m": row_stride, "slots": per_token}
-    given |= dict(zip(("c_m", "c_n"), out_strides or (n, 1), strict=True))
+    given |= {"c_m": row, "c_n": column}
     given |= {"EXPERTS": experts, "EXPERTS_PADDED": next_power(experts)}
     given["GATHER"] = order is not None
     given |= {"BLOCK_M": tile.m, "BLOCK_N": tile.n, "BLOCK_K": tile.k}

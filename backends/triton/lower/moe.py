@@ -9,9 +9,9 @@ from dsc.backends.triton.coded_rows import RowCodes
 from dsc.backends.triton.context import Context, Gather, Given
 from dsc.backends.triton.lower.contract import in_codes, launch_product, router_logits
 from dsc.backends.triton.rows import elementwise
-from dsc.backends.triton.slots import ALL_PLAIN, Slots
+from dsc.backends.triton.slots import ALL_PLAIN, PLAIN, Slot, Slots
 from dsc.ir.dims import Dim, product
-from dsc.ir.graph import Node, Operand
+from dsc.ir.graph import Attrs, Node
 from dsc.ir.region_steps import Literal
 from dsc.ir.types import DType, TensorType
 from dsc.ir.views import View
@@ -62,23 +62,18 @@ def experts(ctx: Context, node: Node) -> None:
     the operator by its grouped form.
     """
     out = ctx.result(node)
-    strides = (out.shape[-1], 1)
-    operands, attrs = ctx.operands(node), node.attrs
-    rows = attrs["activations"]
-    emit_experts(ctx, operands, attrs["act"], out, strides, ALL_PLAIN, ALL_PLAIN, rows)
+    emit_experts(ctx, ctx.operands(node), node.attrs, out, (out.shape[-1], 1))
 
 
 def emit_experts(
     ctx: Context,
     operands: Sequence[View],
-    act: str,
+    attrs: Attrs,
     out: View,
     out_strides: tuple[Dim, Dim],
-    hidden_slots: Slots,
-    output_slots: Slots,
-    activations: str = "",
+    epilogue: Slot = PLAIN,
 ) -> None:
-    """Append the direct form; slots of both of its products, which may take rows as codes."""
+    """Append the direct form, whose products may take rows as codes; `epilogue` is the second's."""
     x, index, weights, gate_up, down = operands
     x, _, row_stride = ctx.rows(x)
     index, weights = ctx.dense(index), ctx.dense(weights)
@@ -87,25 +82,27 @@ def emit_experts(
     slots = int(index.shape[-1])  # type: ignore[arg-type]
     pairs = product(index.shape)
     hidden = ctx.make(x.type.with_shape((pairs, inner)))
+    activations = attrs["activations"]
     rows = RowCodes.of(ctx, activations, 1, vector=True) if activations else None
     tile = ctx.blocks.gemv(inner, width, gate_up.dtype.bits)
     tile = tile if rows is None else rows.tile(tile)
-    _, codes, hidden_slots = in_codes(ctx, x, gate_up, tile, hidden_slots, rows=rows)
+    _, codes, slots_of = in_codes(ctx, x, gate_up, tile, ALL_PLAIN, rows=rows)
     given: dict[str, Given] = {"a": x, "index": index, "b": codes, "c": hidden}
-    given |= {"N": 2 * inner, "K": width, "a_m": row_stride, "TOP_K": slots, "ACT": act}
+    given |= {"N": 2 * inner, "K": width, "a_m": row_stride, "TOP_K": slots}
+    given["ACT"] = attrs["act"]
     given |= {"BLOCK_N": 2 * tile.n, "BLOCK_K": tile.k}
     grid = (pairs, ceil_div(inner, tile.n))
     flops = 4 * pairs * inner * width
-    launch_product(ctx, "moe:experts_hidden", hidden_slots, grid, given, tile, flops)
+    launch_product(ctx, "moe:experts_hidden", slots_of, grid, given, tile, flops)
     tile = ctx.blocks.gemv(width, inner, down.dtype.bits)
     tile = tile if rows is None else rows.tile(tile)
-    _, codes, output_slots = in_codes(ctx, hidden, down, tile, output_slots, rows=rows)
+    _, codes, slots_of = in_codes(ctx, hidden, down, tile, Slots(epilogue=epilogue), rows=rows)
     given = {"a": hidden, "index": index, "weights": weights, "b": codes, "c": out}
     given |= {"N": width, "K": inner, "TOP_K": slots}
     given |= dict(zip(("c_m", "c_n"), out_strides, strict=True))
     given |= {"BLOCK_N": tile.n, "BLOCK_K": tile.k}
     grid = (product(index.shape[:-1]), ceil_div(width, tile.n))
-    launch_product(ctx, "moe:experts_output", output_slots, grid, given, tile, flops // 2)
+    launch_product(ctx, "moe:experts_output", slots_of, grid, given, tile, flops // 2)
 
 
 def dispatch(ctx: Context, node: Node) -> None:
@@ -114,7 +111,7 @@ def dispatch(ctx: Context, node: Node) -> None:
     slots = int(index.shape[1])  # type: ignore[arg-type]
     offsets, order, place = sort_entries(ctx, index, node.attrs["experts"])
     rows, *sorted_by = node.outputs
-    ctx.places[node.outputs[2].name] = place
+    ctx.places[order.buffer] = place
 
     def copied(ctx: Context) -> View:
         token = ctx.make(order.type)
@@ -130,30 +127,30 @@ def dispatch(ctx: Context, node: Node) -> None:
 def combine(ctx: Context, node: Node) -> None:
     """Each token's weighted sum over its slots, at the places that the sort gave them."""
     out = ctx.result(node)
-    emit_combine(ctx, node.operands, out, (out.shape[-1], 1), ALL_PLAIN)
+    emit_combine(ctx, ctx.operands(node), out, (out.shape[-1], 1))
 
 
 def emit_combine(
     ctx: Context,
-    operands: Sequence[Operand],
+    operands: Sequence[View],
     out: View,
     out_strides: tuple[Dim, Dim],
-    slots: Slots,
+    epilogue: Slot = PLAIN,
 ) -> None:
     """Append the sum; an order that `dispatch` did not make is inverted before."""
     y, order, weights = operands
-    place = ctx.places.get(order.name)
+    place = ctx.places.get(order.buffer)
     if place is None:
-        place = _inverse(ctx, ctx.dense(ctx.view(order)))
-    shares = ctx.dense(ctx.view(weights))
+        place = _inverse(ctx, ctx.dense(order))
+    shares = ctx.dense(weights)
     rows, width = shares.shape[0], out.shape[-1]
     tile = ctx.blocks.copy(ctx.limit(rows), ctx.limit(width))
-    given: dict[str, Given] = {"y": ctx.dense(ctx.view(y)), "place": place, "weights": shares}
+    given: dict[str, Given] = {"y": ctx.dense(y), "place": place, "weights": shares}
     given |= {"c": out, "M": rows, "N": width, "TOP_K": int(shares.shape[1])}  # type: ignore[arg-type]
     given |= dict(zip(("c_m", "c_n"), out_strides, strict=True))
     given |= {"BLOCK_D": tile.columns, "BLOCK_ROWS": tile.rows}
     grid = (ceil_div(rows, tile.rows), ceil_div(width, tile.columns))
-    launch_product(ctx, "moe:combine_rows", slots, grid, given, tile)
+    launch_product(ctx, "moe:combine_rows", Slots(epilogue=epilogue), grid, given, tile)
 
 
 def _inverse(ctx: Context, order: View) -> View:

@@ -12,29 +12,33 @@ from dataclasses import dataclass, replace
 
 from dsc.backends.triton.context import Context
 from dsc.backends.triton.epilogue import Epilogue
-from dsc.backends.triton.lower.contract import emit_gemm, linear_product
+from dsc.backends.triton.lower.contract import emit_gemm, emit_grouped, linear_product
+from dsc.backends.triton.lower.moe import emit_combine, emit_experts
 from dsc.backends.triton.pointwise import FLOAT_ONLY, TYPES, has_formula
 from dsc.backends.triton.rows import ALONG_ROWS, RowKernel
 from dsc.backends.triton.slots import Slots
-from dsc.backends.triton.wanted import CodedTarget
+from dsc.backends.triton.wanted import CodedTarget, Wanted
 from dsc.ir.analyses import aliases_of
 from dsc.ir.graph import Graph, Node, Operand, Value
 from dsc.ir.op import kernel_of, traits_of
 from dsc.ir.region_columns import Columns
-from dsc.ir.region_steps import Literal, NoKernel, Place, Rows, alone
-from dsc.ir.regions import anchor_of
+from dsc.ir.region_steps import Literal, NoKernel, Place, Rows, alone, dense
+from dsc.ir.regions import anchor_of, role
 from dsc.ir.traits import Role
 from dsc.ir.types import DType
 from dsc.ir.views import View
 
 LowerNode = Callable[[Context, Node], None]
+NOWHERE = -1
+"""Stands for the buffer of a value that its reader makes."""
 _BY_FORMULA = (Role.POINTWISE, Role.REDUCTION, Role.ROTATION)
 
 
 def lower(ctx: Context, node: Node) -> None:
     """Append the launch of a region, or of an operator that is one alone."""
     body = node.body or alone(node)
-    places = [_place(ctx, x) for x in node.operands]
+    later = _later(ctx, node, body)
+    places = [dense(x, NOWHERE) if x is later else _place(ctx, x) for x in node.operands]
     updated = aliases_of(node)
     targets = [
         ctx.view(node.operands[updated[i]]) if i in updated else ctx.make(v.type)
@@ -44,10 +48,26 @@ def lower(ctx: Context, node: Node) -> None:
     try:
         kernel = kernel_for(body, places, targets, coded)
     except NoKernel:  # a view of a constant, or of a strided operand that would move elements
-        places = [ctx.dense(ctx.view(x)) for x in node.operands]
+        places = [y if x is later else ctx.dense(ctx.view(x))
+                  for x, y in zip(node.operands, places, strict=True)]  # fmt: skip
         kernel = kernel_for(body, places, targets, coded)
     ctx.set(node, *targets)
-    kernel.launch(ctx)
+    if isinstance(kernel, RowKernel):
+        kernel.launch(ctx)
+    else:
+        kernel.launch(ctx, later, ctx.wanted.get(node.output.name))
+
+
+def _later(ctx: Context, node: Node, body: Graph) -> Operand | None:
+    """The operand whose rows a region's product reads as they come, and nothing else reads."""
+    anchor = anchor_of(body.nodes)
+    if anchor is None:
+        return None
+    rows, *_ = anchor.operands
+    read = [x.name for n in body.nodes for x in n.operands].count(rows.name)
+    given = dict(zip((v.name for v in body.inputs), node.operands, strict=True))
+    outer = given.get(rows.name)
+    return outer if outer is not None and outer.name in ctx.gathers and read == 1 else None
 
 
 def _coded(
@@ -81,7 +101,7 @@ def kernel_for(
     places: Sequence[Place] | None = None,
     targets: Sequence[View] | None = None,
     coded: Mapping[int, CodedTarget] | None = None,
-) -> Gemm | RowKernel:
+) -> Anchored | RowKernel:
     """The kernel of a body. Raises `NoKernel` with the reason when there is none.
 
     With `coded` it is one over rows, which writes results in those buffers as codes.
@@ -92,7 +112,7 @@ def kernel_for(
             raise NoKernel(f"no Triton kernel for {node.op}")
     anchor = anchor_of(body.nodes)
     if anchor is not None:
-        return _gemm(Columns(body, anchor, places, targets), anchor)
+        return _anchored(Columns(body, anchor, places, targets), anchor)
     beside = {Role.POINTWISE, Role.VIEW, Role.CONSTANT}
     single = all(traits_of(node.op).role in beside for node in body.nodes)
     found = Rows(body, places, targets, single and coded is None)
@@ -109,32 +129,64 @@ def reason(node: Node) -> str | None:
 
 
 @dataclass(frozen=True)
-class Gemm:
-    """A linear, its operands in order, with pointwise operators on its tiles."""
+class Anchored:
+    """A product or the experts, operands in order, with pointwise operators on what they give."""
 
+    anchor: Node
     operands: list[View]
     epilogue: Epilogue
-    activations: str
 
-    def launch(self, ctx: Context) -> None:
-        """Append the launch."""
-        x, weight, *bias = self.operands
-        product = linear_product(ctx, x, weight, self.epilogue.out)
-        product = replace(product, out_strides=(0, *self.epilogue.out_strides))
-        slots = Slots(epilogue=self.epilogue.slot)
-        shift = ctx.dense(bias[0]) if bias else None
-        emit_gemm(ctx, product, shift, slots=slots, activations=self.activations)
+    def launch(self, ctx: Context, later: Operand | None, asked: Wanted | None) -> None:
+        """Append the launches.
+
+        `later` is the operand of rows that are not made yet, `asked` how the result is wanted.
+        """
+        _EMIT[self.anchor.op](ctx, self, later, asked)
 
 
-def _gemm(found: Columns, anchor: Node) -> Gemm:
-    if anchor.op != "linear":
+def _linear(ctx: Context, of: Anchored, later: Operand | None, asked: Wanted | None) -> None:
+    x, weight, *bias = of.operands
+    product = linear_product(ctx, x, weight, of.epilogue.out)
+    product = replace(product, out_strides=(0, *of.epilogue.out_strides))
+    shift, rows = ctx.dense(bias[0]) if bias else None, of.anchor.attrs["activations"]
+    slots = Slots(epilogue=of.epilogue.slot)
+    emit_gemm(ctx, product, shift, slots=slots, activations=rows, asked=asked)
+
+
+def _grouped(ctx: Context, of: Anchored, later: Operand | None, asked: Wanted | None) -> None:
+    x, weight, offsets = of.operands
+    end, rows = of.epilogue, of.anchor.attrs["activations"]
+    slots = Slots(epilogue=end.slot)
+    emit_grouped(ctx, later or x, weight, offsets, end.out, slots, end.out_strides, rows, asked)
+
+
+def _experts(ctx: Context, of: Anchored, later: Operand | None, asked: Wanted | None) -> None:
+    end = of.epilogue
+    emit_experts(ctx, of.operands, of.anchor.attrs, end.out, end.out_strides, end.slot)
+
+
+def _combine(ctx: Context, of: Anchored, later: Operand | None, asked: Wanted | None) -> None:
+    end = of.epilogue
+    emit_combine(ctx, of.operands, end.out, end.out_strides, end.slot)
+
+
+_EMIT: Mapping[str, Callable[[Context, Anchored, Operand | None, Wanted | None], None]] = {
+    "linear": _linear, "grouped_linear": _grouped, "experts": _experts, "combine": _combine,
+}  # fmt: skip
+ANCHORS = frozenset(_EMIT)
+"""Operators whose kernels take pointwise operators behind them."""
+
+
+def _anchored(found: Columns, anchor: Node) -> Anchored:
+    if anchor.op not in ANCHORS:
         raise NoKernel(f"a region around {anchor.op}")
     family, *others = found.families()
     if others:
         raise NoKernel("an epilogue on other columns than a tile's")
+    if family.shifts and role(anchor) is Role.EXPERTS:
+        raise NoKernel(f"columns of {anchor.op} that meet others")
     operands = [found.given[x.name] for x in anchor.operands]
-    epilogue = Epilogue(family, found.m, anchor.output.type.dtype)
-    return Gemm(operands, epilogue, anchor.attrs["activations"])
+    return Anchored(anchor, operands, Epilogue(family, found.m, anchor.output.type.dtype))
 
 
 def pointwise_reason(node: Node) -> str | None:
