@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 
+from bench import cards
 from dsc.backends.triton.assembly import matrix_instructions, peak_of
 from dsc.backends.triton.devices import ARCHS, CARDS, KIB, LAUNCH_SECONDS
 from dsc.backends.triton.modelled import launch_seconds, occupancy
@@ -88,3 +89,11 @@ def test_a_launch_takes_the_longer_of_bytes_and_flops() -> None:
     assert launch_seconds(multiplies, card, records) == pytest.approx(LAUNCH_SECONDS + 20e-3)
     slower = replace(multiplies, kernel="n")
     assert launch_seconds(slower, card, records) == pytest.approx(LAUNCH_SECONDS + 40e-3)
+
+
+@pytest.mark.slow
+def test_the_model_is_near_what_cards_were_measured_to_take() -> None:
+    pytest.importorskip("triton")
+    found = cards.ratios("671b-3l")
+    assert len(found) == 6
+    assert all(cards.is_near(step, ratio) for step, ratio in found.items()), found

@@ -1,0 +1,81 @@
+"""The model of a card against what cards did: steps of two shortened models in bf16.
+
+    python -m bench.cards
+
+Times of kernels are those of docs/decisions/triton-on-a-gpu.md: one sequence, `--max-context 8192
+--max-batch 4`. Launches have become fewer since they were read, so the model may be below them.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from bench.plans import plan_of
+from dsc.backends.triton.devices import CARDS
+from dsc.backends.triton.modelled import modelled_step
+from dsc.ir.program import Program
+from dsc.ir.types import DType
+from dsc.models import v3
+from dsc.models.configs import CONFIGS
+from dsc.runtime.plan import Plan
+
+SHORTENED: Mapping[str, tuple[str, Mapping[str, int]]] = {
+    "moonlight-6l": ("moonlight", {"num_hidden_layers": 6}),
+    "671b-3l": ("671b", {"num_hidden_layers": 3, "first_k_dense_replace": 1}),
+}
+"""By name a configuration and what of it is changed."""
+POINTS = {"decode at 512": (1, 1, 512), "decode at 8000": (1, 1, 8000), "prefill": (1, 512, 0)}
+"""Batch, new tokens, context."""
+MEASURED: Mapping[tuple[str, str], tuple[float, float]] = {
+    ("moonlight-6l", "decode at 512"): (0.693e-3, 0.833e-3),
+    ("moonlight-6l", "decode at 8000"): (0.715e-3, 0.866e-3),
+    ("moonlight-6l", "prefill"): (2.96e-3, 3.61e-3),
+    ("671b-3l", "decode at 512"): (1.413e-3, 1.948e-3),
+    ("671b-3l", "decode at 8000"): (1.459e-3, 2.001e-3),
+    ("671b-3l", "prefill"): (15.39e-3, 19.8e-3),
+}
+"""Seconds of kernels on an H200 and on an H100."""
+FACTORS = {"decode": (0.95, 1.15), "prefill": (1.0, 1.5)}
+"""How many times as long as the model says kernels took, at least and at most."""
+
+
+@cache
+def shortened(name: str) -> tuple[Program, Plan]:
+    """One of the models and its plan, of a configuration that is written for it."""
+    known, changes = SHORTENED[name]
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / f"{name}.json"
+        file.write_text(json.dumps(json.loads(CONFIGS[known].read_text()) | changes))
+        return plan_of(v3.__file__, "triton", config=str(file), weights="none", dtype=DType.bf16)
+
+
+def ratios(name: str) -> dict[str, float]:
+    """Measured over modelled seconds, by card and step."""
+    program, plan = shortened(name)
+    found = {}
+    for step, point in POINTS.items():
+        for card, seconds in zip(("H200", "H100"), MEASURED[name, step], strict=True):
+            modelled = modelled_step(program, plan, {}, CARDS[card], *point)
+            found[f"{card} {name} {step}"] = round(seconds / modelled.seconds, 3)
+    return found
+
+
+def measure() -> dict[str, Any]:
+    """All ratios; within `FACTORS`."""
+    found = {step: ratio for name in SHORTENED for step, ratio in ratios(name).items()}
+    return {"ok": all(is_near(step, ratio) for step, ratio in found.items()), **found}
+
+
+def is_near(step: str, ratio: float) -> bool:
+    """Whether a step's ratio is within the factors of its kind."""
+    least, most = FACTORS["decode" if "decode" in step else "prefill"]
+    return least <= ratio <= most
+
+
+if __name__ == "__main__":
+    print(json.dumps(measure(), indent=1))
