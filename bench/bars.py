@@ -451,6 +451,7 @@ BARS: dict[str, Callable[[], Figures]] = {
     "onnx_configs": _bar_of("onnx_configs"),
     "coded_perplexity": _bar_of("coded_perplexity"),
     "triton_tokens": _bar_of("triton_tokens"),
+    "triton_targets": _bar_of("triton_targets", "measure"),
     "triton_cards": _bar_of("cards", "measure"),
     "triton_access": _bar_of("triton_access", "measure"),
     "onnx_peers": _bar_of("onnx_peers"),

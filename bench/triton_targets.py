@@ -1,0 +1,121 @@
+"""All kernels of the 671B in FP8, for each target by itself: seconds, memory, spills, instructions.
+
+    python -m bench.triton_targets [TARGET ...]
+
+A target is compiled into an empty cache, twice: the first makes every kernel, the second finds
+them. Seconds are the process's, the first without tracing, which is the same for all; memory is
+what it and the processes that it starts hold together, read ten times a second. `models/v3.py` has
+no weights here, and no GPU is asked.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from dsc.targets import KNOWN
+
+ROOT = Path(__file__).resolve().parent.parent
+TARGETS = tuple(f"{kind}:{arch}" for kind, archs in KNOWN.items() for arch in archs)
+MODEL = ("models/v3.py", "--config", "671b", "--weights", "none", "--quant", "fp8")
+COLD_S, WARM_S, BYTES = 120.0, 15.0, 4 << 30
+LARGE = 64
+"""Rows of a tile from which on FP8 is multiplied by FP8 units, where a target has them."""
+UNITS: Mapping[str, str] = {
+    "sm_80": "mma.sync f16", "sm_86": "mma.sync f16", "sm_89": "mma.sync e4m3",
+    "sm_90": "wgmma e4m3", "sm_100": "tcgen05 f8f6f4", "sm_120": "mma.sync e4m3",
+    "gfx942": "v_mfma fp8_fp8", "gfx950": "v_mfma f8f6f4",
+}  # fmt: skip
+"""What multiplies rows in FP8 by weights in FP8 in tiles of `LARGE` rows and more."""
+
+
+def measure(targets: Sequence[str] = TARGETS) -> dict[str, Any]:
+    """The figures of each target, and whether they hold."""
+    found = {target: measured(target) for target in targets}
+    return {"ok": all(each["ok"] for each in found.values()), **found}
+
+
+def measured(target: str) -> dict[str, Any]:
+    """A cold and a warm compile for one target, and what its binaries say."""
+    with tempfile.TemporaryDirectory(prefix="dsc-targets-") as place:
+        folder = Path(place)
+        cold, warm = (compiled(target, folder) for _ in range(2))
+        arch = target.partition(":")[2]
+        records = json.loads((folder / "out" / "triton" / arch / "kernels.json").read_text())
+        plan = json.loads((folder / "out" / "triton" / arch / "plan.json").read_text())
+    spilled = sorted(key for key, record in records.items() if record["spill_bytes"])
+    others = sorted(
+        key for key in large_products(plan["meta"]["kernels"])
+        if UNITS[arch] not in records[key]["matrix"]
+    )  # fmt: skip
+    seconds = round(cold["seconds"] - cold["phases"].get("tracing", 0.0), 1)
+    ok = seconds <= COLD_S and warm["seconds"] <= WARM_S and cold["bytes"] <= BYTES
+    return {
+        "ok": ok and not spilled and not others,
+        "kernels": len(records),
+        "cold_s": seconds,
+        "kernels_s": round(cold["phases"]["kernels"], 1),
+        "warm_s": round(warm["seconds"], 1),
+        "gigabytes": round(cold["bytes"] / 1e9, 2),
+        "spilled": spilled,
+        "in other units": others,
+    }
+
+
+def large_products(kernels: Mapping[str, Any]) -> list[str]:
+    """Keys of the products of rows in FP8 by weights in FP8 whose tiles have `LARGE` rows."""
+    return [
+        key
+        for key, kernel in kernels.items()
+        if "f8e4m3_rows" in kernel["function"] and kernel["constants"].get("BLOCK_M", 0) >= LARGE
+    ]
+
+
+def compiled(target: str, folder: Path) -> dict[str, Any]:
+    """Seconds, bytes at most, and the phases of a compile over the cache in a folder."""
+    line = [sys.executable, "-m", "dsc", "compile", *MODEL, "--backend", "triton"]
+    line += ["--target", target, "--force", "--json", "-o", str(folder / "out")]
+    environment = {**os.environ, "XDG_CACHE_HOME": str(folder / "cache")}
+    start, most = time.perf_counter(), 0
+    with (folder / "told").open("w") as told:
+        process = subprocess.Popen(line, stdout=told, env=environment, cwd=ROOT)
+        while process.poll() is None:
+            most = max(most, sum(map(resident, family(process.pid))))
+            time.sleep(0.1)
+    if process.returncode != 0:
+        raise RuntimeError(f"{' '.join(line)} ended with {process.returncode}")
+    seconds = time.perf_counter() - start
+    phases = json.loads((folder / "told").read_text())["phases"]
+    return {"seconds": seconds, "bytes": most, "phases": phases}
+
+
+def family(pid: int) -> list[int]:
+    """A process and all that it started."""
+    found = [pid]
+    for each in found:
+        for children in Path(f"/proc/{each}/task").glob("*/children"):
+            try:
+                found += map(int, children.read_text().split())
+            except OSError:  # it has ended
+                continue
+    return found
+
+
+def resident(pid: int) -> int:
+    """Bytes that a process holds, of what it shares its part; 0 where it has ended."""
+    try:
+        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+    except OSError:
+        return 0
+    return next((1024 * int(x.split()[1]) for x in lines if x.startswith("Pss:")), 0)
+
+
+if __name__ == "__main__":
+    print(json.dumps(measure(sys.argv[1:] or TARGETS), indent=1))
