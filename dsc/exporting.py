@@ -10,6 +10,7 @@ modules are traced on example arguments; sizes that may be others have names.
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,7 @@ from dsc.errors import UsageError, VerificationError
 from dsc.ir.dims import Range
 from dsc.ir.lazy import torch
 from dsc.ir.program import ANY_SIZE, Program
+from dsc.ir.verifier import RESERVED, WORD
 
 if TYPE_CHECKING:
     from dsc.api import CompiledModel
@@ -123,6 +125,8 @@ def exported(model: Any, **options: Any) -> CompiledModel:
             options = {name: x for name, x in options.items() if name != "config"}
             model = traced(example.module, example.args, example.dynamic_shapes)
     options = {"backend": BACKEND, **options}
+    given = options.get("backend_options") or {}
+    options["backend_options"] = {"indices": False, **given}
     if options["backend"] != BACKEND:
         raise UsageError(f"{options['backend']} writes no ONNX", hint="leave out the backend")
     compiled = api.compile(model, **options)
@@ -176,16 +180,25 @@ def traced(
     if input_names is None and all(isinstance(x, torch.Tensor) for x in args):
         plain = [p for p in bound.arguments if p not in ("args", "kwargs")]
         input_names = plain if len(plain) == len(args) else None
-    name = getattr(target, "__name__", type(target).__name__)
     return trace(
         module,
         tuple(args),
         shapes,
-        name=name,
+        name=_name_of(target),
         input_names=input_names,
         output_names=output_names,
         symbols=_bounds(named),
     )
+
+
+def _name_of(target: Any) -> str:
+    """What the program of a function or a module is called, in letters that a graph's name has.
+
+    >>> _name_of(lambda x: x)
+    '_lambda_'
+    """
+    name = getattr(target, "__name__", type(target).__name__)
+    return re.sub(r"\W+", "_", name, flags=re.ASCII)
 
 
 def _as_module(target: Any) -> Any:
@@ -208,7 +221,14 @@ def _dims(shape: Any) -> Any:
         return {axis: _dims(dim) for axis, dim in shape.items()}
     if isinstance(shape, (list, tuple)):
         return type(shape)(_dims(dim) for dim in shape)
-    return torch.export.Dim(shape) if isinstance(shape, str) else shape
+    if not isinstance(shape, str):
+        return shape
+    if not WORD.fullmatch(shape) or shape in RESERVED:
+        raise UsageError(
+            f"dynamic_shapes calls a size {shape!r}",
+            hint="letters, digits and _ make its name; inf, nan, true and false are none",
+        )
+    return torch.export.Dim(shape)
 
 
 def _bounds(shapes: Any) -> dict[str, Range]:

@@ -72,12 +72,57 @@ def test_a_module_has_its_weights_and_its_names(tmp_path: Path) -> None:
     assert "max_batch_size: 32" in config
 
 
+def test_a_function_gives_its_own_results_alone(tmp_path: Path) -> None:
+    """Indices are constants or computed, and the function has no name that a graph could have."""
+    x, i = torch.randn(3, 4), torch.tensor([0, -1])
+    function: Any = lambda x, i: (x[:, [0, 2]].flip(1), x[i - 1])  # noqa: E731
+    out = dsc.export(function, tmp_path / "a", args=[x, i], dynamic_shapes={"i": {0: "N"}})
+    found = outputs_of(out / "onnx" / "_lambda_.onnx", {"x": x, "i": i})
+    for one, wanted in zip(found, function(x, i), strict=True):
+        np.testing.assert_array_equal(one, wanted)
+    assert len(dsc.load(out).run({"x": x, "i": i})) == 2
+
+
+class Scaled(nn.Module):
+    """A module whose parameters are called as its argument and its result are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.x, self.out = (nn.Parameter(torch.randn(4)) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Scale and shift."""
+        return x * self.x + self.out
+
+
+def test_parameters_may_be_called_as_inputs_are(tmp_path: Path) -> None:
+    module, x = Scaled(), torch.randn(3, 4)
+    out = dsc.export(module, tmp_path / "a", args=[x])
+    (found,) = outputs_of(out / "onnx" / "Scaled.onnx", {"x": x})
+    np.testing.assert_allclose(found, module(x).detach(), atol=1e-6)
+
+
+def test_triton_is_told_what_rows_share_however_little(tmp_path: Path) -> None:
+    out = dsc.export(
+        lambda x: x + 1e-4 * x.mean(0),
+        tmp_path / "a",
+        args=[torch.randn(2, 6)],
+        dynamic_shapes={"x": {0: "B"}},
+        output_names=['a\n"b"'],
+        server="triton-server",
+    )
+    config = (out / "_lambda_" / "config.pbtxt").read_text()
+    assert '# No dynamic batching: rows of B see each other in a "b".\n' in config
+    assert r'name: "a\n\"b\""' in config
+
+
 @pytest.mark.parametrize(
     ("options", "problem"),
     [
         ({"args": [torch.ones(2)]}, "do not fit"),
         ({"args": [torch.ones(2)] * 3, "dynamic_shapes": {"x": {0: "B"}}}, "no such argument"),
         ({"dynamic_shapes": {"q": {0: "B"}}}, "of a function's"),
+        ({"args": [torch.ones(2)] * 3, "dynamic_shapes": {"q": {0: "a size"}}}, "calls a size"),
         ({"args": [torch.ones(2, 2)] * 3, "backend": "tvm"}, "writes no ONNX"),
     ],
 )

@@ -42,7 +42,10 @@ CODES = ("i8", "i4")
 """Of weights, as ONNX Runtime's MatMulNBits reads them."""
 BLOCK = 256
 """Columns of the largest block of such codes that it has kernels for."""
-OPTIONS = ("opset", "caches", "prepack", "server", "onnx_ops", "provider", "max_shard_size")
+OPTIONS = (
+    "opset", "caches", "prepack", "server", "onnx_ops", "provider", "max_shard_size", "indices",
+)  # fmt: skip
+"""`indices`: whether models give the indices that they compute, for `dsc.load` to look at."""
 SHARD_SIZE = "50GB"
 """Of tensors in a file of weights, at most, by default: as transformers saves checkpoints."""
 PAGE = 1 << 16
@@ -112,7 +115,8 @@ class OnnxRuntimeBackend:
         from dsc.backends.onnxruntime.options import chosen_form
 
         shard_size = size_of(options.extra.get("max_shard_size") or SHARD_SIZE)
-        program = giving_indices(program)
+        gives_indices = bool(options.extra.get("indices", True))
+        program = giving_indices(program) if gives_indices else program
         server = options.extra.get("server")
         folder = serving.folder_of(program, server)
         form = chosen_form(program, options.extra)
@@ -146,6 +150,7 @@ class OnnxRuntimeBackend:
             "provider": form.provider,
             "providers": contrib.providers_of(form.provider),
             "wide_caches": form.wide_caches,
+            "indices": gives_indices,
         }
 
         used = {op_type for one in built.values() for op_type in one.contrib}

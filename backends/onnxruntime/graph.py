@@ -70,9 +70,9 @@ class Pool:
 
     `unroll` says that work over experts may be written out, one branch an expert. `wide` names
     values that are fp32 where the program has 16 bits: caches that come and go so. `positive` names
-    values that are never below 0, and `tables` weights of which rows are looked up. `contrib` is
-    how often each of ONNX Runtime's own operators was written, `withheld` has those that would have
-    been, if the provider computed them right.
+    values that are never below 0, `tables` weights of which rows are looked up, `inputs` inputs.
+    `contrib` is how often each of ONNX Runtime's own operators was written, `withheld` has those
+    that would have been, if the provider computed them right.
     """
 
     form: Form = field(default_factory=Form)
@@ -88,6 +88,7 @@ class Pool:
     withheld: set[str] = field(default_factory=set)
     positive: set[str] = field(default_factory=set)
     tables: set[str] = field(default_factory=set)
+    inputs: set[str] = field(default_factory=set)
 
 
 class GraphWriter:
@@ -105,6 +106,7 @@ class GraphWriter:
     def of(graph: Graph, pool: Pool) -> GraphWriter:
         """A writer for the nodes of a graph, which knows its symbols and tables."""
         for value in graph.inputs:
+            pool.inputs.add(value.name)
             for axis, dim in enumerate(value.type.shape):
                 name = symbol_name(dim)
                 if name is not None:
@@ -250,7 +252,7 @@ class GraphWriter:
         A slice is an initializer of its own that points into the middle of the tensor: reading one
         expert of a stack then copies nothing.
         """
-        name = weight.name if part is None else f"{weight.name}/{part}"
+        name = self._free(weight.name if part is None else f"{weight.name}/{part}")
         if name not in self.pool.externals:
             rows, *rest = [*map(static, weight.type.shape), 1]
             shape = list(map(static, weight.type.shape)) if part is None else rest[:-1]
@@ -274,7 +276,8 @@ class GraphWriter:
 
         It is of type `part`, and an initializer of this shape and of ONNX's type `kind`.
         """
-        name = weight.name + suffix if matrix is None else f"{weight.name}{suffix}/{matrix}"
+        whole = weight.name + suffix
+        name = self._free(whole if matrix is None else f"{whole}/{matrix}")
         if name not in self.pool.externals:
             total = static(part.nbytes)
             length = total if matrix is None else total // static(part.shape[0])
@@ -283,6 +286,10 @@ class GraphWriter:
             start = 0 if matrix is None else matrix * length
             self.pool.externals[name] = External(tensor, weight.name + suffix, start, length)
         return name
+
+    def _free(self, name: str) -> str:
+        """What a weight of this name is called: in ONNX a name is one value, inputs keep theirs."""
+        return f"@{name}" if name in self.pool.inputs else name
 
     # Shapes
 

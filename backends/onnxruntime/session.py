@@ -103,7 +103,7 @@ class OnnxExecutable(Admitted):
         self._threads, self._prepack = meta["threads"], meta["prepack"]
         self._provider = meta.get("provider", "cpu")
         form = Form(meta["opset"], meta["wide_caches"])
-        self._emitted = giving_indices(program).entries
+        self._emitted = (giving_indices(program) if meta["indices"] else program).entries
         self._borders = {n: Interface.of(g, form) for n, g in self._emitted.items()}
         self._pin = ""
         self._sessions: dict[str, Any] = {}

@@ -52,7 +52,8 @@ class Values:
         named = zip(self.graph.output_names, self.graph.outputs, strict=True)
         outputs: dict[str, str] = {}
         for name, operand in named:
-            outputs.setdefault(roots[operand.name].name, name)
+            if isinstance(operand, Value):  # a weight that is given lies in a buffer of its own
+                outputs.setdefault(roots[operand.name].name, name)
         for value in self.graph.values():
             root = roots[value.name]
             if not isinstance(root, Value):
