@@ -177,7 +177,10 @@ def check_fillable(folder: Path) -> None:
 
 def _try_in(place: Path, asked: Path) -> None:
     with named(asked):
-        os.rmdir(tempfile.mkdtemp(prefix=_beside(asked), dir=nearest(place)))
+        try:
+            os.rmdir(tempfile.mkdtemp(prefix=_beside(asked), dir=nearest(place)))
+        except FileNotFoundError:  # the folder is there: it is none of a disk, as /proc
+            raise FileError("nothing can be made here", str(asked), HINTS[errno.EEXIST]) from None
 
 
 def check_room(place: Path, needed: int, what: str, a_file: int | None = None) -> None:

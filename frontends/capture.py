@@ -35,6 +35,9 @@ from dsc.frontends.wording import condition, same_object, unchanged
 from dsc.ir.op import lookup
 
 log = logging.getLogger("dsc")
+FAILED = ("torch._subclasses.fake_tensor", "failed while attempting to run meta")
+"""Where torch logs what failed while tracing, and how that begins: the call raises or captures it.
+"""
 
 FRAME_COMPILERS: weakref.WeakKeyDictionary[Any, FrameCompiler] = weakref.WeakKeyDictionary()
 """What compiles the frames of each decorated function and module."""
@@ -144,7 +147,9 @@ class FrameCompiler:
         earlier = cache_entry is not None or self.graphs.earlier
         varied = earlier or bool(self.dynamic) or len(frame_state) > 1
         self._failed.clear()
-        with _one_report_a_mistake():
+        from dsc.frontends.torch_export import without_log
+
+        with without_log(*FAILED):
             found = self._converted(frame.f_code, varied, arguments)
         if self._failed and found.guarded_code is not None:
             self.reasons.append("; ".join(dict.fromkeys(self._failed)))
@@ -223,21 +228,6 @@ class _Callback:
 
 def _callback(*settings: Any) -> _Callback:
     return cast(_Callback, FrameCompiler(*settings).decorator().callback)
-
-
-@contextmanager
-def _one_report_a_mistake() -> Iterator[None]:
-    """Torch's log of what failed while tracing stays out: the call raises it, or captures it."""
-    torchs = logging.getLogger("torch._subclasses.fake_tensor")
-
-    def wanted(record: logging.LogRecord) -> bool:
-        return not record.msg.startswith("failed while attempting to run meta")
-
-    torchs.addFilter(wanted)
-    try:
-        yield
-    finally:
-        torchs.removeFilter(wanted)
 
 
 @contextmanager

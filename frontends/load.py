@@ -55,6 +55,8 @@ from dsc.runtime.emission import Progress
 if TYPE_CHECKING:
     from torch import nn
 
+READING = "reading the model"
+"""What `progress` is told first once a model is found."""
 BUILT_IN = {"v3": "v3.py", "tiny": "v3.py", "tiny-v3": "v3.py"}
 CONSTANT = "constant."
 """Prefix of the keys of values that the tracer found in the module and no checkpoint holds."""
@@ -145,8 +147,6 @@ def load_program(
     """
     scaling = RopeScaling.parse(rope_scaling) if rope_scaling is not None else None
     asked = Asked(max_batch, max_context, prefill_chunk, check_facts, untraced, scaling)
-    if progress is not None:
-        progress("reading the model", 0, 0)
     if isinstance(model, Program):
         asked.check_unscaled()
         verify(model)
@@ -155,14 +155,24 @@ def load_program(
         asked.check_unscaled()
         return _from_module(model, dtype, asked, progress)
     valueless = str(weights) == "none"
+    if progress is not None:
+        progress("finding the model", 0, 0)
     path, how = located(model, revision, progress, weights=not valueless)
     if str(model) in BUILT_IN and not path.exists():
         path = Path(__file__).resolve().parent.parent / "models" / BUILT_IN[str(model)]
+    if not path.is_dir() and not (path.suffix in (".py", ".dsc") and path.is_file()):
+        raise UsageError(
+            f"no model at {str(model)!r}",
+            hint="give a checkpoint folder, ORG/NAME of the Hub, a .py file with build(config), a"
+            f" .dsc file, or one of {', '.join(BUILT_IN)}",
+        )
+    if progress is not None:
+        progress(READING, 0, 0)
     if not path.is_dir():
         asked.check_unscaled()
-    if path.suffix == ".py" and path.is_file():
+    if path.suffix == ".py" and not path.is_dir():
         return _from_code(path, config, weights, dtype, asked, progress)
-    if path.suffix == ".dsc" and path.is_file():
+    if path.suffix == ".dsc" and not path.is_dir():
         if config is not None or weights not in (None, "none"):
             raise UsageError(
                 "a text is whole: it takes neither --config nor --weights", where=str(path)
@@ -174,22 +184,16 @@ def load_program(
             where=str(path),
             hint="name the model that it was compiled from; dsc verify checks an artifact",
         )
-    if path.is_dir():
-        if config is not None:
-            raise UsageError(
-                "a checkpoint folder has its own config.json",
-                where=str(path),
-                hint="drop --config, or name models/v3.py and give the folder as --weights",
-            )
-        # By name: what is not there is not needed.
-        only_config = valueless and not Path(model).exists()
-        loaded = _from_checkpoint(path, weights, dtype, asked, progress, only_config)
-        return replace(loaded, notes=[*how, *loaded.notes])
-    raise UsageError(
-        f"no model at {str(model)!r}",
-        hint="give a checkpoint folder, ORG/NAME of the Hub, a .py file with build(config), a .dsc"
-        f" file, or one of {', '.join(BUILT_IN)}",
-    )
+    if config is not None:
+        raise UsageError(
+            "a checkpoint folder has its own config.json",
+            where=str(path),
+            hint="drop --config, or name models/v3.py and give the folder as --weights",
+        )
+    # By name: what is not there is not needed.
+    only_config = valueless and not Path(model).exists()
+    loaded = _from_checkpoint(path, weights, dtype, asked, progress, only_config)
+    return replace(loaded, notes=[*how, *loaded.notes])
 
 
 def _from_checkpoint(

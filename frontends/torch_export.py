@@ -16,8 +16,10 @@ from __future__ import annotations
 
 import inspect
 import logging
+import traceback
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, TypeAlias
 
@@ -27,7 +29,7 @@ from torch.overrides import TorchFunctionMode
 
 from dsc.errors import UnsupportedOperator, UsageError
 from dsc.frontends.aten import COMPLEX, DROPPED, HARMLESS, KEPT_WHOLE, row_of
-from dsc.frontends.fx_import import GETITEM, SYMBOLIC_NUMBERS, FxImporter
+from dsc.frontends.fx_import import GETITEM, SYMBOLIC_NUMBERS, FxImporter, users_line
 from dsc.frontends.lowering import Complex, Unsupported
 from dsc.frontends.one_trace import Captured, capture
 from dsc.frontends.whole import is_composite
@@ -44,8 +46,27 @@ Exported: TypeAlias = torch.export.ExportedProgram | Captured
 
 log = logging.getLogger(__name__)
 
+DATA = "data-dependent"
+"""How torch says that a number would have to be known which a tensor holds."""
+UNPLACED = ("torch.fx.experimental.symbolic_shapes", "Unable to find user code")
+"""Where torch logs that it does not know the line of such a number, and how that begins."""
 ANY_SIZE = Range(0, OPEN)
 """The range of a symbol that nobody bounds."""
+
+
+@contextmanager
+def without_log(logger: str, beginning: str) -> Iterator[None]:
+    """Keep out of a log of torch's what begins so: what failed is raised, and told once."""
+    torchs = logging.getLogger(logger)
+
+    def wanted(record: logging.LogRecord) -> bool:
+        return not record.msg.startswith(beginning)
+
+    torchs.addFilter(wanted)
+    try:
+        yield
+    finally:
+        torchs.removeFilter(wanted)
 
 
 def decompositions(*, composite: bool = True) -> dict[Any, Any]:
@@ -107,7 +128,7 @@ def trace(
         return imported(capture(module, args, dims, decompositions(composite=False)))
     except Exception as reason:  # torch.export judges, and tells it with the user's lines
         log.info("left to torch.export: %s", reason)
-    return imported(export(module, args, dynamic_shapes))
+    return imported(export(module, args, dynamic_shapes, name))
 
 
 def _imported(
@@ -128,15 +149,15 @@ def _imported(
 
 
 def export(
-    module: nn.Module, args: tuple[Any, ...], dynamic_shapes: Any
+    module: nn.Module, args: tuple[Any, ...], dynamic_shapes: Any, name: str = "main"
 ) -> torch.export.ExportedProgram:
-    """`torch.export` for inference, decomposed as far as needed.
+    """`torch.export` for inference, decomposed as far as needed; `name` is a function's.
 
     Decomposing traces the graph twice more, so a graph that writes nothing in place and has a row
     for every operator is left as it is. Raises `UsageError` with torch's own reason.
     """
     try:
-        with torch.no_grad(), warnings.catch_warnings(), ListsOnCpu():
+        with torch.no_grad(), warnings.catch_warnings(), ListsOnCpu(), without_log(*UNPLACED):
             warnings.filterwarnings("ignore", message=".*treespec, LeafSpec.*")
             exported = torch.export.export(
                 module, args, dynamic_shapes=dynamic_shapes, strict=False
@@ -147,8 +168,17 @@ def export(
     except Exception as problem:
         if not type(problem).__module__.startswith("torch"):
             raise
+        kind = type(module).__name__
+        name = name if kind == torch.nn.Module.__name__ else kind
+        if DATA in str(problem):
+            raise UsageError(
+                f"{name} takes a number out of a tensor, as a branch on data does; what is traced"
+                " goes one way for all data",
+                where=users_line(traceback.extract_tb(problem.__traceback__)),
+                hint="choose between tensors by torch.where, or leave that part outside",
+            ) from problem
         raise UsageError(
-            f"torch.export cannot trace {type(module).__name__}: {_first_lines(problem)}",
+            f"torch.export cannot trace {name}: {_first_lines(problem)}",
             hint="remove what depends on the data, or pass other dynamic shapes",
         ) from problem
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import dsc
 from dsc.cli import main
-from dsc.errors import UsageError
+from dsc.errors import UsageError, VerificationError
 from dsc.frontends.beside import files_beside
 
 pytest.importorskip("onnxruntime")
@@ -134,9 +134,45 @@ def test_what_cannot_be_exported_is_said(
     assert not (tmp_path / "a").exists()
 
 
+def branching(x: Tensor) -> Tensor:
+    """Go one way or the other."""
+    return x * 2 if x.sum() > 0 else x
+
+
+def test_a_branch_on_data_is_told_in_a_sentence(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(UsageError, match="branching takes a number out of a tensor") as refused:
+        dsc.export(branching, tmp_path / "a", args=[torch.ones(2, 3)])
+    assert "\n" not in refused.value.what
+    assert "test_exporting.py" in str(refused.value.where)
+    assert "x.sum() > 0" in str(refused.value.where)
+    assert "Unable to find user code" not in capfd.readouterr().err
+
+
+def test_an_export_is_checked_where_that_is_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from dsc.backends.onnxruntime import check
+
+    def negative(x: Tensor) -> Tensor:
+        return -x
+
+    asked: Any = {"args": [torch.ones(2, 3)], "check": True}
+    dsc.export(negative, tmp_path / "a", **asked)
+    monkeypatch.setattr(check, "_shapes", lambda path: (False, "they do not follow"))
+    with pytest.raises(VerificationError, match=r"shapes of .*: they do not follow") as refused:
+        dsc.export(negative, tmp_path / "b", **asked)
+    assert refused.value.where == str(tmp_path / "b")
+    with pytest.raises(UsageError, match="check reads the weights too"):
+        dsc.export("a.dsc", tmp_path / "c", check=True)
+
+
 def test_no_function_is_told(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="a int is no function of tensors"):
         dsc.export(3, tmp_path / "a", args=[torch.ones(2)])
+    with pytest.raises(UsageError, match="relu does not tell its parameters"):
+        dsc.export(torch.relu, tmp_path / "a", args=[torch.ones(2)])
 
 
 def test_files_beside_a_checkpoint_are_those_of_the_list(tmp_path: Path) -> None:

@@ -50,6 +50,8 @@ FEW = 3
 """New tokens of a step."""
 PROMPT = 5
 """Tokens that a server's model is given."""
+HELD = "against our interpreter"
+"""What ONNX Runtime's numbers are."""
 _LAYER = re.compile(r"\w+\.(\d+)\.")
 
 
@@ -115,26 +117,32 @@ class _Check:
                     self._note(question, name, None, "it has no weights")
                 continue
             for step in self._steps(entry):
-                self._ask("ONNX Runtime", name, partial(self._interpreted, name, entry, step))
+                told = f", a step of {step} tokens" if self.program.is_causal_lm else ""
+                ask = partial(self._interpreted, name, entry, step)
+                self._ask("ONNX Runtime", name, ask, f"{HELD}{told}: ")
             size = self._weight_bytes()
             if size > SMALL:
                 self._note("reference", name, None, f"its weights take {size:,} bytes")
             else:
-                self._ask("reference", name, partial(self._referenced, name, entry))
+                told = "onnx's evaluator against ONNX Runtime: "
+                self._ask("reference", name, partial(self._referenced, name, entry), told)
         for name in self.models.keys() - self._entries().keys():
             if weights is not None and self.program.is_causal_lm:
-                self._ask("ONNX Runtime", name, partial(self._served, name))
+                told = f"{HELD}, a prompt of {PROMPT} tokens: "
+                self._ask("ONNX Runtime", name, partial(self._served, name), told)
         self._sizes()
         return self.found
 
-    def _ask(self, question: str, model: str, ask: Callable[[], tuple[bool | None, str]]) -> None:
-        """Note the answer; what raises is a no, with the first line of what it says."""
+    def _ask(
+        self, question: str, model: str, ask: Callable[[], tuple[bool | None, str]], on: str = ""
+    ) -> None:
+        """Note the answer, behind what was asked; what raises is a no, told by its first line."""
         try:
             passed, told = ask()
         except Exception as problem:
             lines = str(problem).strip().splitlines() or [""]
             passed, told = False, f"{type(problem).__name__}: {lines[0]}"
-        self._note(question, model, passed, told)
+        self._note(question, model, passed, on + told)
 
     def _note(self, question: str, model: str, passed: bool | None, told: str) -> None:
         self.found.findings.append(Finding(question, model, passed, told))

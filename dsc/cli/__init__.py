@@ -51,6 +51,8 @@ PARAMETERS = re.compile(
     r"(?<![\w.-])(max_batch|max_context|prefill_chunk|fusion_level|quant_embedding|quant)\b(=?)"
 )
 """Parameters of the API that are options of verbs."""
+VALIDATORS = "Value error, "
+"""What pydantic, which reads arguments for typer, puts before each of its reasons."""
 
 
 class Verb(TyperCommand):
@@ -59,6 +61,14 @@ class Verb(TyperCommand):
     def get_params(self, ctx: Any) -> list[Any]:
         """The verb's parameters."""
         return _plain_flags(super().get_params(ctx))
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Read the arguments; what is wrong with one is said without the validator's words."""
+        try:
+            return super().parse_args(ctx, args)
+        except typer.BadParameter as problem:
+            problem.message = problem.message.removeprefix(VALIDATORS)
+            raise
 
 
 class Root(TyperGroup):

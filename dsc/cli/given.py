@@ -48,10 +48,17 @@ def opened(
         from dsc.runtime.artifact import check_free
 
         check_free(output, force)  # before minutes go into compiling
+    from dsc.frontends.load import READING
+
     kept = f"kept in {output}" if output else "for this once; -o OUT keeps what comes of it"
-    console.stderr().print(f"compiling {model}, {kept}", markup=False)
     with console.progress_bar() as progress:
-        compiled = api.compile(model, progress=progress, **compiling)
+
+        def told(what: str, done: int, total: int) -> None:
+            if what == READING:  # it is there
+                console.stderr().print(f"compiling {model}, {kept}", markup=False)
+            progress(what, done, total)
+
+        compiled = api.compile(model, progress=told, **compiling)
         if output is not None:
             progress(f"writing: {output}")
             compiled.save(output, force=force, progress=progress)

@@ -44,9 +44,10 @@ def inspect(
     ranks: options.Ranks = None,
     json: options.Json = False,
 ) -> None:
-    """Print the text IR of MODEL, or of an artifact OUT, or what OUT holds.
+    """Print the text IR of MODEL, or what an artifact OUT holds.
 
-    Of an artifact the first lines say what runs it, its limits, and where and how texts go on.
+    Of an artifact: what runs it, its limits, where and how texts go on, and its entries, whose text
+    IR --entry prints.
     `--kernels` of one by triton tells of each kernel its registers, spills, shared memory,
     occupancy and matrix instructions, and of a decode step and a prefill chunk what they move over
     what they must, and how long they could take on each card that it was compiled for.
@@ -146,9 +147,18 @@ def _inspect_artifact(
         _show_report(read_object(folder, "report.json"), entry, as_json)
     if kernels:
         _show_kernels(folder, manifest, as_json)
-    if not (report or kernels):
+    if report or kernels:
+        return
+    if entry is not None:
         head = "".join(f"# {name:<8} {value}\n" for name, value in facts.items())
         print(head + _select(read_text(folder / "program.dsc"), entry), end="")
+        return
+    from dsc.cli.report_tables import clean
+
+    entries = clean(", ".join(map(str, manifest.get("entries") or [])))
+    facts |= {"entries": f"{entries}; --entry prints the text IR of one"}
+    facts |= {"text IR": f"{folder / 'program.dsc'} has all"}
+    print("\n".join(f"{name:<8} {value}" for name, value in facts.items()))
 
 
 def card(manifest: Mapping[str, Any], folder: Path) -> dict[str, str]:

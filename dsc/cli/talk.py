@@ -218,6 +218,8 @@ class Talk:
     def replace(self, place: str) -> None:
         """Write the messages as JSON, whatever the file held."""
         file = _named(place, "/save!")
+        if not file.absolute().parent.is_dir():
+            raise FileError(f"there is no folder {file.parent}", hint="make it, or name another")
         self._own.add(file.resolve())
         write_text(file, json.dumps({"messages": self.conversation.messages}, indent=1) + "\n")
         self._remark(f"{file}: {len(self.conversation.messages)} messages")

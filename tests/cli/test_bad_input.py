@@ -458,6 +458,28 @@ def test_parameters_that_the_weights_are_not_for_are_told_before_tracing(
     refused(capsys, path, "missing tensors (2):", "w.weight", "unexpected tensors (201):")
 
 
+def test_a_word_that_an_option_does_not_take_is_told_as_we_would(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    code, error = run(capsys, "export", "m", "--quant", "int3")
+    assert code == 2
+    assert "Invalid value for '--quant': 'int3' is not one of 'none'" in error
+
+
+def test_no_model_is_compiled_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
+    code, error = run(capsys, "generate", "./no-model", "--prompt", "x")
+    assert code == 2
+    assert "no model at './no-model'" in error
+    assert "compiling" not in error
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="no folder where nothing can be made")
+def test_a_place_where_nothing_can_be_made_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    code, error = run(capsys, "export", "small.dsc", "-o", "/proc/x")
+    assert code == 2
+    assert "nothing can be made here\n  where:  /proc/x\n  to do:  give another path" in error
+
+
 @pytest.mark.parametrize(
     ("line", "words"),
     [
@@ -469,7 +491,7 @@ def test_parameters_that_the_weights_are_not_for_are_told_before_tracing(
         ("bisect made", "this is an artifact"),
         ("inspect made --config tiny --backend tvm", "--config, --backend: for models"),
         ("inspect made --kernels --entry decode", "kernels are of all entries"),
-        ("export small.dsc --check", "--check reads the weights too"),
+        ("export small.dsc --check", "check reads the weights too"),
         ("export small.dsc --format relax --opset 23", "are for ONNX"),
     ],
 )

@@ -187,6 +187,7 @@ def test_a_model_is_compiled_first_and_one_without_a_template_continues_texts(
         (["--load=nothing"], b"", "holds no conversation"),
         ([], b"/save\n", "/save FILE"),
         ([], b"/save nothing\n", "nothing exists already"),
+        ([], b"/save no/where\n", "there is no folder no"),
         ([], b"/save! nothing\n/save nothing\n/load nothing\n/else\n", "no command /else"),
         ([], b"/nothing\n", "there is no command /nothing"),
         ([], b"a" * 4000 + b"\n", r"compiled for 512 \(max_context\)"),

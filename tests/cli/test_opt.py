@@ -6,6 +6,7 @@ import inspect
 import random
 import re
 import shlex
+import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -174,7 +175,6 @@ def printed(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "whole": ["inspect", model, "--backend", "null"],
         "entry": ["inspect", model, "--backend", "null", "--entry", "decode"],
         "after": ["inspect", model, "--backend", "null", "--after", "absorb_mla"],
-        "opened": ["inspect", str(folder / "out")],
         "opened-entry": ["inspect", str(folder / "out"), "--entry", "prefill"],
         "opt": ["opt", model, "-p", "specialise_entries,absorb_mla"],
     }
@@ -187,6 +187,7 @@ def printed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, line in {"compile": compiling, **lines}.items():
         done = CliRunner().invoke(build_app(), line, catch_exceptions=False)
         (folder / f"{name}.dsc").write_text(done.stdout)
+    shutil.copy(folder / "out" / "program.dsc", folder / "opened.dsc")
     return folder
 
 

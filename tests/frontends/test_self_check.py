@@ -202,4 +202,9 @@ def test_the_check_is_told_and_comes_before_tracing(
     monkeypatch.setenv("DSC_CACHE", "off")
     monkeypatch.setattr(self_check, "examine", lambda *_: Verdict())
     load_program(tmp_path, progress=lambda what, *_: told.append(what))
-    assert told == ["reading the model", "checking the architecture", "tracing"]
+    assert told == [
+        "finding the model",
+        "reading the model",
+        "checking the architecture",
+        "tracing",
+    ]

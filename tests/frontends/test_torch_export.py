@@ -154,8 +154,15 @@ def test_what_torch_export_refuses_is_the_users_to_mend() -> None:
     def branches(x: Tensor) -> Tensor:
         return x if x.sum() > 0 else -x
 
-    with pytest.raises(UsageError, match=r"torch\.export cannot trace"):
+    with pytest.raises(UsageError, match="takes a number out of a tensor") as refused:
         traced(branches, torch.randn(3))
+    assert str(refused.value.where).endswith("return x if x.sum() > 0 else -x")
+
+    def halves(x: Tensor) -> Tensor:
+        return x if x.shape[0] % 2 == 0 else -x
+
+    with pytest.raises(UsageError, match=r"torch\.export cannot trace"):
+        traced(halves, torch.randn(4, 3), dynamic={0: "N"})
 
 
 def test_state_that_changes_in_place_is_refused() -> None:
