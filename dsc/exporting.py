@@ -163,7 +163,8 @@ def traced(
         raise UsageError(f"args do not fit: {problem}", hint="one for each parameter") from None
     except ValueError:  # of what is written in C
         raise UsageError(
-            f"{_name_of(target)} does not tell its parameters", hint="call it from a function of your own"
+            f"{_name_of(target)} does not tell its parameters",
+            hint="call it from a function of your own",
         ) from None
     named = {p: _dims(shape) for p, shape in (dynamic_shapes or {}).items()}
     strange = [name for name in named if name not in bound.arguments]

@@ -171,12 +171,13 @@ def shared_entries(program: Program) -> dict[str, str]:
 
     A decode entry that is the general one with S = 1 put in runs on the general model: one
     session, and weights that ONNX Runtime prepares once. So do entries that are another in the
-    absorbed form. Of equal entries it is one that takes any number of new tokens.
+    absorbed form. Of equal entries it is the last that takes any number of new tokens.
     """
     known = halves(program)
     graphs = {name: expanded(graph, known, program) for name, graph in program.entries.items()}
     bounded = {guard.entry for guard in program.guards if guard.step is not None}
-    names = sorted(program.entries, key=lambda name: name in bounded)
+    last = program.guards[-1].entry if program.guards else ""
+    names = sorted(program.entries, key=lambda name: (name in bounded, name != last))
     keys = {name: _key(graphs[name]) for name in names}
     shared: dict[str, str] = {}
     for name, graph in graphs.items():

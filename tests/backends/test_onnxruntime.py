@@ -447,6 +447,9 @@ def test_a_looped_model_is_the_branched_one(
 def test_an_entry_that_is_another_with_sizes_put_in_shares_its_model(lm: Program) -> None:
     expected = dict.fromkeys(["decode", "extend", "prefill"], "prefill")
     assert shared_entries(lm) == expected
+    unbounded = tuple(replace(guard, step=None) for guard in lm.guards)
+    dense = replace(lm, interface=replace(lm.interface, guards=unbounded))
+    assert shared_entries(dense) == expected, "as in models without latents"
     same = replace(lm, entries={**lm.entries, "again": lm.entries["prefill"]})
     assert shared_entries(same)["again"] == "prefill"
 
