@@ -35,10 +35,10 @@ HERE, prompt = Path(__file__).absolute().parent, " ".join(sys.argv[1:])
 if prompt in ("-h", "--help"):
     sys.exit(print(__doc__))
 tokenizer = next((Tokenizer.from_file(str(x)) for x in HERE.glob("tokenizer.json")), None)
-ids = tokenizer.encode(prompt).ids if tokenizer and prompt else [START]
+ids = (tokenizer.encode(prompt).ids if tokenizer else []) or [START]
+assert len(ids) < CONTEXT, f"{{len(ids)}} tokens, and a text has {{CONTEXT}} at most"
 sessions = {{n: InferenceSession(HERE / x, providers={providers}) for n, x in MODELS.items()}}
-general = sessions[max(sessions)]
-{names}caches = [x for x in general.get_inputs() if x.name.startswith("past.")]
+{names}caches = [x for x in sessions[max(sessions)].get_inputs() if x.name.startswith("past.")]
 held, last = 0, min(len(ids) + 64, CONTEXT)  # tokens in the caches; tokens of the text, at most
 {past}
 while len(ids) < last:
@@ -57,7 +57,7 @@ print(tokenizer.decode(ids) if tokenizer else ids)
 
 GROWN = {
     "value": ", OrtValue",
-    "names": "names = [x.name for x in general.get_outputs()]\n",
+    "names": "names = [x.name for x in sessions[max(sessions)].get_outputs()]\n",
     "types": 'TYPES = {"tensor(float)": 1, "tensor(float16)": 10, "tensor(bfloat16)": 16}'
     "  # ONNX's numbers",
     "past": """\

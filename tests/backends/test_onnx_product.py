@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -13,6 +14,9 @@ from typing import Any
 import onnx
 import pytest
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
 
 from dsc.backends.base import EmitOptions
 from dsc.backends.onnxruntime.check import check
@@ -76,6 +80,22 @@ def test_the_cards_example_runs_and_continues_as_a_session(
         assert token == int(logits[0].argmax())
         logits = session.decode([token])
     assert (folder / "run.py").exists() == (caches != "bfloat16" and "cache" not in options)
+
+
+def test_an_example_takes_a_text_of_no_token_and_tells_of_one_of_too_many(
+    exported: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(exported, tmp_path / "a"))
+    tokenizer = Tokenizer(WordLevel({"a": 5, "?": 6}, unk_token="?"))
+    tokenizer.pre_tokenizer = Whitespace()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    line = [sys.executable, str(folder / "example.py")]
+    empty, long = (
+        subprocess.run([*line, text], capture_output=True, text=True, check=False)
+        for text in (" ", "a " * 64)
+    )
+    assert empty.returncode == 0, empty.stderr
+    assert "64 tokens, and a text has 64 at most" in long.stderr
 
 
 def test_every_input_and_output_says_what_it_is(exported: Path) -> None:
