@@ -63,6 +63,10 @@ def check_free(out: Path, force: bool) -> None:
     with named(out):
         exists = out.exists()
     check_makeable(out)
+    if not exists and out.is_symlink():
+        raise ArtifactError(
+            f"{out} is a link that leads nowhere", hint="remove it, or choose another -o"
+        )
     if not exists:
         return
     if not force:

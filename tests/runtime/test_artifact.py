@@ -348,6 +348,15 @@ def test_nothing_is_written_over_without_force(tmp_path: Path) -> None:
     assert not (out / "x").exists()
 
 
+def test_a_link_that_leads_nowhere_is_not_replaced(tmp_path: Path) -> None:
+    """Who made it wants the folder elsewhere, on a disk that is not there."""
+    out = tmp_path / "out"
+    out.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(ArtifactError, match="leads nowhere"):
+        write(out)
+    assert out.is_symlink()
+
+
 def test_force_replaces_artifacts_only(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.txt").write_text("years of work")
