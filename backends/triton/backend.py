@@ -7,6 +7,7 @@
     <arch>/plan.json             the launch plan for a GPU, one folder a target
     <arch>/kernels.json          for each kernel: file, symbol, shared memory, registers, spills,
                                  matrix instructions
+    <arch>/probes.json           the same for the kernels that read the card's matrix peak
     <arch>/<kernel>.cubin|hsaco  the binaries, one for each distinct specialisation
 
 `plan.json` of the artifact is the plan for the first target.
@@ -27,6 +28,7 @@ from dsc.backends.triton.launch import LaunchProgram
 from dsc.backends.triton.lower import reason
 from dsc.backends.triton.lower.regions import ANCHORS
 from dsc.backends.triton.program import lower_program
+from dsc.backends.triton.timer import PROBES, probe_kernels
 from dsc.backends.triton.worker import INTERPRETED
 from dsc.errors import ArtifactError, BackendUnavailable, UsageError
 from dsc.ir.expert_forms import ExpertKernels
@@ -54,6 +56,7 @@ FORMATS = ("i8", "i4", "f8e4m3")
 """Codes of weights that kernels read as they are stored."""
 PROMOTED = 128
 """Columns that sums of integers have in common at least: each sum costs three instructions."""
+PROBE_TEXT = {"probe": template("probe")}
 RUNNER = Path(__file__).with_name("runner.py")  # it launches on CUDA devices
 
 
@@ -127,6 +130,9 @@ class TritonBackend:
                 binaries, records = compile_kernels(gpu.kernels, target, texts, options.progress)
                 files |= {f"{place}/{name}": data for name, data in binaries.items()}
                 files[f"{place}/kernels.json"] = json.dumps(records, indent=1).encode()
+                probes, facts = compile_kernels(probe_kernels(target), target, PROBE_TEXT)
+                files |= {f"{place}/{name}": data for name, data in probes.items()}
+                files[f"{place}/{PROBES}"] = json.dumps(facts, indent=1).encode()
         texts = with_templates(lowered, sources)
         files |= {f"{FOLDER}/kernels/{m}.py": t.encode() for m, t in sorted(texts.items())}
         runs = program.is_causal_lm and "cuda" in {t.kind for t in targets}

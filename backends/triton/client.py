@@ -16,6 +16,7 @@ from dsc.ir.arrays import Array
 from dsc.ir.graph import Graph
 from dsc.ir.program import Program
 from dsc.runtime.admission import Admitted
+from dsc.runtime.launch_costs import NOTHING, LaunchCost, launch_costs
 from dsc.runtime.plan import EntryPlan, Plan, live_bytes
 from dsc.runtime.profiler import EntryRun, StepTime, active, lengths_of
 
@@ -64,7 +65,12 @@ class InterpretedExecutable(Admitted):
         profiler = active()
         if profiler is not None:
             steps, live = _steps(plan, times), live_bytes(plan, env)
-            profiler.ran(EntryRun(graph, env, lengths_of(inputs), lambda: steps, lambda: live))
+            lengths = lengths_of(inputs)
+
+            def costs() -> list[LaunchCost]:
+                return [x or NOTHING for x in launch_costs(graph, plan, env, lengths)]
+
+            profiler.ran(EntryRun(graph, env, lengths, lambda: steps, lambda: live, costs))
         return outputs
 
     def _interpret(
@@ -102,11 +108,8 @@ class InterpretedExecutable(Admitted):
 
 
 def _steps(plan: EntryPlan, times: list[float]) -> list[StepTime]:
-    """The launches of a run; several of one node count its costs once."""
-    seen: set[str] = set()
-    steps = []
-    for launch, start, end in zip(plan.launches, times, times[1:], strict=False):
-        again = launch.node in seen
-        seen.add(launch.node)
-        steps.append(StepTime(launch.node, launch.kernel, start, end - start, again=again))
-    return steps
+    """The launches of a run."""
+    return [
+        StepTime(launch.node, launch.kernel, start, end - start)
+        for launch, start, end in zip(plan.launches, times, times[1:], strict=False)
+    ]

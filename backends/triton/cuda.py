@@ -7,7 +7,8 @@ slots, find it there. Its host copy is refreshed by `read_back` alone: copying a
 token would cost more than the step.
 
 What one step after another does again, on the same addresses, is queued as one CUDA graph: a decode
-step has a hundred launches and more, and queueing them one by one takes longer than they run.
+step has a hundred launches and more, and queueing them one by one takes longer than they run. Under
+a profiler launches are queued one by one between events (`timer`).
 """
 
 from __future__ import annotations
@@ -15,9 +16,11 @@ from __future__ import annotations
 import ctypes
 import json
 import threading
+import time
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -26,13 +29,17 @@ import numpy as np
 from dsc.backends.triton.driver import Argument, Driver, Function, NoDevice, ReadyLaunch
 from dsc.backends.triton.launch import Kernel, LaunchProgram
 from dsc.backends.triton.schedule import Address, Call, Schedule, resolve
+from dsc.backends.triton.timer import Timer
 from dsc.errors import BackendUnavailable
 from dsc.ir.arrays import Array, empty
+from dsc.ir.dims import evaluate
 from dsc.ir.graph import Graph
 from dsc.ir.program import Program
 from dsc.ir.types import DType
 from dsc.runtime.admission import Admitted
+from dsc.runtime.launch_costs import LaunchCost, launch_costs
 from dsc.runtime.plan import ARENA, WEIGHT, EntryPlan, Plan
+from dsc.runtime.profiler import EntryRun, StepTime, active, lengths_of
 from dsc.runtime.standalone import mapped_weights
 
 ALIGNMENT = 256
@@ -77,6 +84,7 @@ class Held:
 
     driver: Driver
     weights: int
+    timer: Timer
     pools: dict[str, tuple[int, int]] = field(default_factory=dict)
     caches: dict[int, Resident] = field(default_factory=dict)
     replays: dict[Key, Replay] = field(default_factory=dict)
@@ -91,6 +99,7 @@ class Held:
             self.driver.free(pointer)
         for resident in self.caches.values():
             self.driver.free(resident.pointer)
+        self.timer.close()
         self.driver.free(self.weights)
         self.driver.close()
 
@@ -119,7 +128,8 @@ class CudaExecutable(Admitted):
         self._functions = _load_functions(self._driver, folder)
         base, places = _upload_weights(self._driver, weights)
         self._weights = {name: base + offset for name, offset in places.items()}
-        self._held = Held(self._driver, base)
+        self._folder, self._timer = folder, Timer(self._driver)
+        self._held = Held(self._driver, base, self._timer)
         self._release = weakref.finalize(self, self._held.release)
         self._release.atexit = False  # the driver may be gone by then
 
@@ -128,14 +138,27 @@ class CudaExecutable(Admitted):
     ) -> dict[str, Array]:
         """Run an entry on the host's arrays; caches stay on the device (see `read_back`)."""
         with self._lock:
-            return self._run(graph.name, inputs, env)
+            return self._run(graph, inputs, env)
+
+    def copy_speed(self) -> float:
+        """Bytes a second that the device copies, read and written."""
+        with self._lock:
+            self._driver.activate()
+            return self._timer.copy_speed()
+
+    def product_speed(self, kind: str) -> float:
+        """Operations a second of the device's matrix units: `bf16`, `fp8`, `int8`."""
+        with self._lock:
+            self._driver.activate()
+            return self._timer.product_speed(self._folder, kind)
 
     def _run(
-        self, entry: str, inputs: Mapping[str, Array], env: Mapping[str, int]
+        self, graph: Graph, inputs: Mapping[str, Array], env: Mapping[str, int]
     ) -> dict[str, Array]:
         self._driver.activate()
-        lowered = self._launches.entries[entry]
-        replay = self._replay((entry, *env.items()), lowered, env)
+        start, profiler = time.perf_counter(), active()
+        lowered = self._launches.entries[graph.name]
+        replay = self._replay((graph.name, *env.items()), lowered, env)
         addresses = self._inputs(lowered, inputs)
         addresses[WHOLE_ARENA] = self._pool("arena", lowered.arena_bytes)
         results: dict[str, Array] = {}
@@ -146,12 +169,16 @@ class CudaExecutable(Admitted):
                 continue
             results[port.name] = empty(shape, port.type.dtype)
             addresses[port.buffer] = self._pool(f"output {port.name}", results[port.name].nbytes)
-        self._queue(lowered, replay, addresses)
+        spans = self._queue(lowered, replay, addresses, profiler is not None)
         for port in lowered.outputs:
             if port.name not in in_place:
                 made = results[port.name]
                 self._driver.download(made.ctypes.data, addresses[port.buffer], made.nbytes)
         self._driver.synchronise()
+        if profiler is not None:
+            lengths = lengths_of(inputs)
+            run = timed_run(graph, lowered, env, lengths, start, spans())
+            profiler.ran(run)
         return results
 
     def read_back(self, cache: Array) -> None:
@@ -213,19 +240,27 @@ class CudaExecutable(Admitted):
             self._driver.upload(pointer, array.ctypes.data, array.nbytes)
         return addresses
 
-    def _queue(self, lowered: EntryPlan, replay: Replay, addresses: Mapping[int, int]) -> None:
-        """Queue a schedule's launches: one by one at first, as one graph when they come again."""
+    def _queue(
+        self, lowered: EntryPlan, replay: Replay, addresses: Mapping[int, int], timed: bool
+    ) -> Callable[[], list[float]]:
+        """Queue a schedule's launches: one by one at first, as one graph when they come again.
+
+        With `timed` always one by one, between events; what is returned gives their seconds.
+        """
         driver = self._driver
+        if timed:
+            return self._timer.spans(self._prepare(lowered, replay.schedule, addresses))
         if replay.addresses != addresses:
             replay.forget(driver)
             replay.addresses = addresses
             replay.launches = self._prepare(lowered, replay.schedule, addresses)
             for launch in replay.launches:
                 driver.launch(launch)
-            return
+            return list
         if replay.graph is None:
             replay.graph = driver.capture(replay.launches)
         driver.replay(replay.graph)
+        return list
 
     def _prepare(
         self, lowered: EntryPlan, schedule: Schedule, addresses: Mapping[int, int]
@@ -279,6 +314,28 @@ class CudaExecutable(Admitted):
             pointer = self._driver.allocate(size)
             pools[name] = (pointer, size)
         return pointer
+
+
+def timed_run(
+    graph: Graph,
+    plan: EntryPlan,
+    env: Mapping[str, int],
+    lengths: Sequence[int] | None,
+    start: float,
+    seconds: Sequence[float],
+) -> EntryRun:
+    """A run of an entry for the profiler: seconds of each launch that ran, in their order."""
+    ran = [x for x in plan.launches if 0 not in (evaluate(d, env) for d in x.grid)]
+    begins = accumulate(seconds, initial=start)
+    steps = [
+        StepTime(launch.node, launch.kernel, begin, taken)
+        for launch, begin, taken in zip(ran, begins, seconds, strict=False)
+    ]
+
+    def costs() -> list[LaunchCost]:
+        return [x for x in launch_costs(graph, plan, env, lengths) if x is not None]
+
+    return EntryRun(graph, env, lengths, lambda: steps, None, costs)
 
 
 def _owner(array: Array) -> Array:

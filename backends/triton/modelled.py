@@ -97,7 +97,7 @@ def by_kernel(costs: Sequence[LaunchCost]) -> dict[str, tuple[int, int, int, int
     sums: dict[str, tuple[int, int, int, int]] = {}
     for cost in costs:
         n, moved, stored, flops = sums.get(cost.kernel, (0, 0, 0, 0))
-        mine = cost.weights + cost.caches
+        mine = cost.stored
         sums[cost.kernel] = (n + 1, moved + cost.bytes, stored + mine, flops + cost.flops)
     return sums
 

@@ -39,9 +39,9 @@ def bench(
     Each round of decode steps, and each prefill, lies between two readings of the machine's memory
     bandwidth, over as many bytes as a step reads, and its matrix peak; rounds whose readings differ
     by more than 10% are dropped. What is left is given as medians with quartiles, and as a share of
-    the limit: the time that reading weights and cache, or computing, takes at those readings. An
-    artifact for a GPU gets no share, since only processors are read. An artifact of several ranks
-    runs as that many processes, each with its part of the machine.
+    the limit: the time that reading weights and cache, or computing, takes at those readings. On a
+    GPU they are its own: the speed of a copy, read and written, and of its matrix units. An
+    artifact of several ranks runs as that many processes, each with its part of the machine.
 
     Example: dsc bench v3-tvm --prompt-len 512 --context 1024 --json
     """
@@ -49,15 +49,16 @@ def bench(
     from dsc.cli.measuring import (
         check_fits,
         machine_threads,
+        probes,
         random_ids,
+        read_speed,
         tell_stand_in,
         unread,
         vocabulary,
     )  # fmt: skip
     from dsc.cli.ranks import launch_ranks, must_launch, speaks
     from dsc.runtime.limit import limit_seconds, prefill_work, step_work, working_set
-    from dsc.runtime.probes import Machine, MatrixProbe, ReadProbe, coded_speed, steadily
-    from dsc.verification import compute_dtype
+    from dsc.runtime.probes import Machine, steadily
 
     if must_launch(artifact):
         launch_ranks(command, artifact)
@@ -86,23 +87,22 @@ def bench(
         measure_decode(session, vocab, batch, context, tokens, rounds, lambda: 1.0)
         return
     count, ranks = machine_threads(threads)
-    dtype = compute_dtype(compiled.program)
     first = prefill_work(compiled.program, batch, min(chunk, prompt_len), chunk)
     with (
         console.progress_bar() as progress,
-        ReadProbe(count, ranks * working_set(step)) as read,
-        MatrixProbe(count, dtype=dtype) as product,
+        probes(compiled, count, ranks * working_set(step)) as found,
     ):
         progress("reading the machine's speed")
-        with ReadProbe(count, ranks * working_set(first)) as whole:
+        with read_speed(compiled, count, ranks * working_set(first)) as whole:
             reading = steadily(whole)
-        computing = steadily(product)
-        coding = coded_speed(count, dtype) if any(w.coded for w in (*prompt, *step)) else None
-        speed = Machine(steadily(read), computing, count, read.size, product.dtype, coding)
+        computing = steadily(found.product)
+        coding = found.coded() if any(w.coded for w in (*prompt, *step)) else None
+        bandwidth = steadily(found.read)
+        speed = Machine(bandwidth, computing, count, found.size, found.dtype, coding, found.device)
         progress("prefill")
-        prefills = measure_prefill(compiled, vocab, batch, prompt_len, repeats, product)
+        prefills = measure_prefill(compiled, vocab, batch, prompt_len, repeats, found.product)
         progress("decode")
-        decodes = measure_decode(session, vocab, batch, context, tokens, rounds, read)
+        decodes = measure_decode(session, vocab, batch, context, tokens, rounds, found.read)
 
     gain = (coding or computing) / computing  # of codes, whatever the clock is at the moment
 
@@ -157,11 +157,12 @@ def _show(result: Mapping[str, Any]) -> None:
     shared = f" on each of {result['ranks']} ranks" if result["ranks"] > 1 else ""
     coded = machine["coded_op_per_s"]
     codes = f" (of codes {coded / 1e9:.0f})" if coded else ""
+    on = machine.get("device") or f"{result['threads']} threads"
     console.stdout().print(
         f"machine  read {machine['read_bytes_per_s'] / 1e9:.1f} GB/s over"
         f" {console.human_bytes(machine['read_bytes'])}, {machine['matrix_dtype']} matrix product"
         f" {machine['matrix_flop_per_s'] / 1e9:.0f} GFLOP/s{codes},"
-        f" {result['threads']} threads; loaded in {result['load_s']:.2f} s,"
+        f" {on}; loaded in {result['load_s']:.2f} s,"
         f" peak RSS {console.human_bytes(result['peak_rss_bytes'])}{shared}"
     )
 

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from dsc.cli import console
@@ -11,6 +15,7 @@ from dsc.targets import parse_target
 
 if TYPE_CHECKING:
     from dsc.ir.program import Program
+    from dsc.runtime.probes import Machine
 
 _SEED = 0
 
@@ -82,9 +87,78 @@ def machine_threads(threads: int | None) -> tuple[int, int]:
     return min(cpu().cores, threads * ranks) if threads else cpu().cores, ranks
 
 
+@dataclass(frozen=True, slots=True)
+class Probes:
+    """What reads the speed of what a model runs on: bytes a second, and operations a second.
+
+    `coded` are those of products of 8-bit codes. `size` is how many bytes a read goes over, `dtype`
+    the type of the product, `device` what is read where it is not this machine's processors.
+    """
+
+    read: Callable[[], float]
+    product: Callable[[], float]
+    coded: Callable[[], float]
+    size: int
+    dtype: str
+    device: str = ""
+
+
+@contextmanager
+def probes(compiled: Any, threads: int, size: int) -> Iterator[Probes]:
+    """Those of the device that runs the model where it reads its own speed, else of processors."""
+    from dsc.runtime.executable import ReadsSpeed
+    from dsc.runtime.probes import MatrixProbe, ReadProbe, coded_speed
+    from dsc.verification import compute_dtype
+
+    own, dtype = compiled.executable, compute_dtype(compiled.program)
+    if isinstance(own, ReadsSpeed):
+        kind = "fp8" if multiplies_fp8(compiled.program) else "bf16"
+        made = (
+            own.copy_speed,
+            partial(own.product_speed, kind),
+            partial(own.product_speed, "int8"),
+        )
+        yield Probes(*made, size, kind, compiled.targets[0])
+        return
+    with ReadProbe(threads, size) as read, MatrixProbe(threads, dtype=dtype) as product:
+        yield Probes(read, product, partial(coded_speed, threads, dtype), read.size, product.dtype)
+
+
+@contextmanager
+def read_speed(compiled: Any, threads: int, size: int) -> Iterator[Callable[[], float]]:
+    """What reads bytes a second alone."""
+    from dsc.runtime.executable import ReadsSpeed
+    from dsc.runtime.probes import ReadProbe
+
+    if isinstance(compiled.executable, ReadsSpeed):
+        yield compiled.executable.copy_speed
+        return
+    with ReadProbe(threads, size) as read:
+        yield read
+
+
+def device_machine(compiled: Any, size: int, coded: bool) -> Machine:
+    """The speed of the device that runs a model, as it reads it itself."""
+    from dsc.runtime.probes import Machine, steadily
+
+    with probes(compiled, 0, size) as found:
+        codes = found.coded() if coded else None
+        speeds = steadily(found.read), steadily(found.product)
+        return Machine(*speeds, 0, found.size, found.dtype, codes, found.device)
+
+
+def multiplies_fp8(program: Program) -> bool:
+    """Whether a product of a program takes its rows as codes in e4m3."""
+    rows = (node.attrs.get("activations") for g in program.entries.values() for node in g.walk())
+    return any(str(each or "").startswith("f8e4m3") for each in rows)
+
+
 def unread(compiled: Any) -> str:
     """Why a model is held against no limit; nothing where the probes read what it runs on."""
-    if parse_target(compiled.targets[0]).kind == "cpu":
+    from dsc.runtime.executable import ReadsSpeed
+
+    cpu = parse_target(compiled.targets[0]).kind == "cpu"
+    if cpu or isinstance(compiled.executable, ReadsSpeed):
         return ""
     return (
         "no share of a limit: the probes read processors, and this is code for"

@@ -52,9 +52,9 @@ def profile(
 
     A row tells what a step takes there: the median over the steps, the least, and what 95% of them
     kept within. Rates are shown as shares of the memory bandwidth, over as many bytes as a step
-    reads, and the matrix peak that this machine reads at the same time; on a GPU there are none.
-    tvm, onnxruntime and reference time every operator; triton the whole step, which then is the
-    only row. Of an artifact of several ranks, rank 0 is profiled.
+    reads, and the matrix peak that this machine reads at the same time, on a GPU of its copies and
+    its matrix units. tvm, onnxruntime and reference time every operator, triton every launch, by
+    events on the GPU. Of an artifact of several ranks, rank 0 is profiled.
 
     Examples:
 
@@ -63,8 +63,16 @@ def profile(
         dsc profile v3-tvm --phase prefill --trace trace.json
     """
     from dsc import api
-    from dsc.cli.measuring import check_fits, machine_threads, tell_stand_in, unread, vocabulary
+    from dsc.cli.measuring import (
+        check_fits,
+        device_machine,
+        machine_threads,
+        tell_stand_in,
+        unread,
+        vocabulary,
+    )  # fmt: skip
     from dsc.cli.ranks import launch_ranks, must_launch, speaks
+    from dsc.runtime.executable import ReadsSpeed
     from dsc.runtime.probes import READ_BYTES, machine
     from dsc.runtime.profiler import Profiler
     from dsc.runtime.stats import entry_rows, working_set
@@ -98,7 +106,11 @@ def profile(
             size = ranks * working_set(profiler.events) or READ_BYTES
             coded = any(event.coded for event in profiler.events)
             dtype = compute_dtype(compiled.program)
-            found = machine(count, size, dtype, coded).shared(ranks)
+            found = (
+                device_machine(compiled, size, coded)
+                if isinstance(compiled.executable, ReadsSpeed)
+                else machine(count, size, dtype, coded).shared(ranks)
+            )
     if trace is not None:
         profiler.export_chrome_trace(trace)
     memory = memory_facts(compiled, profiler.events, batch)

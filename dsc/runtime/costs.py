@@ -20,7 +20,7 @@ from dsc.ir.limits import CAPACITY, STEP, cache_sizes
 from dsc.ir.op import traits_of
 from dsc.ir.paging import page_rows
 from dsc.ir.traits import Role
-from dsc.runtime.profiler import EntryRun, Event
+from dsc.runtime.profiler import EntryRun, Event, Spent
 
 CODES = "i8"
 """Codes of rows whose products with codes processors have units for."""
@@ -54,13 +54,18 @@ def step_events(run: EntryRun) -> Iterator[Event]:
     sizes = real_sizes(run.graph, run.sizes, run.lengths)
     nodes = {node.outputs[0].name: node for node in run.graph.nodes}
     live = run.live() if run.live is not None else ()
+    costs = run.costs() if run.costs is not None else ()
     for index, step in enumerate(run.steps()):
         node = nodes.get(step.node)
         now = live[index] if index < len(live) else None
         if node is None:
             yield Event(step.kernel, "step", step.start, step.seconds, 0, 0, "", step.kernel, now)
             continue
-        found = NOTHING if step.again else moved(run.graph, node, sizes, step.chosen)
+        found: Spent = NOTHING
+        if costs:
+            found = costs[index]
+        elif not step.again:
+            found = moved(run.graph, node, sizes, step.chosen)
         yield Event(
             label(node), "step", step.start, step.seconds,
             found.bytes, found.flops, home(node), step.kernel, now, found.stored,

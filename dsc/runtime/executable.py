@@ -110,6 +110,19 @@ class KeepsCaches(Protocol):
 
 
 @runtime_checkable
+class ReadsSpeed(Protocol):
+    """An executable that reads how fast its own device is."""
+
+    def copy_speed(self) -> float:
+        """Bytes a second that it copies, read and written."""
+        ...
+
+    def product_speed(self, kind: str) -> float:
+        """Operations a second of its matrix units in a type: `bf16`, `fp8`, `int8`."""
+        ...
+
+
+@runtime_checkable
 class OpensLate(Protocol):
     """An executable that opens the code of an entry when it first runs, or when asked to."""
 

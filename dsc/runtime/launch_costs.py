@@ -39,9 +39,17 @@ class LaunchCost:
     flops: int
 
     @property
+    def stored(self) -> int:
+        """Bytes of weights and caches."""
+        return self.weights + self.caches
+
+    @property
     def bytes(self) -> int:
         """All bytes."""
-        return self.weights + self.caches + self.others
+        return self.stored + self.others
+
+
+NOTHING = LaunchCost("", "", 0, 0, 0, 0)
 
 
 def step_costs(
@@ -54,13 +62,14 @@ def step_costs(
         cost
         for entry in plan.of(graph)
         for cost in launch_costs(graph, entry, sizes, [context] * batch)
+        if cost is not None
     ]
 
 
 def launch_costs(
     graph: Graph, plan: EntryPlan, sizes: Mapping[str, int], lengths: Sequence[int] | None
-) -> list[LaunchCost]:
-    """The launches that run at some sizes: those whose grid is not empty, where they have one."""
+) -> list[LaunchCost | None]:
+    """What each launch costs at some sizes; `None` where its grid is empty, and nothing runs."""
     at = real_sizes(graph, sizes, lengths)
     tokens = evaluate(graph.inputs[0].type.numel, at) if graph.inputs else 1
     nodes = {node.outputs[0].name: node for node in graph.nodes}
@@ -68,9 +77,10 @@ def launch_costs(
         p.buffer for p in plan.outputs
     }
     shares: dict[str, dict[str, float]] = {}
-    costs = []
+    costs: list[LaunchCost | None] = []
     for launch in plan.launches:
         if 0 in (evaluate(d, sizes) for d in launch.grid):
+            costs.append(None)
             continue
         node = nodes.get(launch.node)
         written = evaluate(rows_written(node), at) if node is not None else 0

@@ -66,7 +66,8 @@ ROUNDS = 5
 class Machine:
     """Bytes a second of a read over `size` bytes, operations a second of a product in `dtype`.
 
-    `coded` is the speed of products of codes, `None` where a program has none.
+    `coded` is the speed of products of codes, `None` where a program has none; `device` what was
+    read where it is not `threads` of this machine's processors.
     """
 
     bandwidth: float
@@ -75,6 +76,7 @@ class Machine:
     size: int = READ_BYTES
     dtype: str = "bf16"
     coded: float | None = None
+    device: str = ""
 
     def shared(self, ranks: int) -> Machine:
         """The part that each of some ranks has of it."""
@@ -90,13 +92,15 @@ class Machine:
             "matrix_flop_per_s": self.matrix,
             "matrix_dtype": self.dtype,
             "coded_op_per_s": self.coded,
+            **({"device": self.device} if self.device else {}),
         }
 
     def __str__(self) -> str:
         codes = "" if self.coded is None else f" (of codes {self.coded / 1e9:.0f})"
         return (
             f"read {self.bandwidth / 1e9:.1f} GB/s over {self.size / 1e6:.4g} MB, {self.dtype}"
-            f" matrix product {self.matrix / 1e9:.0f} GFLOP/s{codes}, {self.threads} threads"
+            f" matrix product {self.matrix / 1e9:.0f} GFLOP/s{codes},"
+            f" {self.device or f'{self.threads} threads'}"
         )
 
 

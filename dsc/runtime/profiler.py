@@ -21,7 +21,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 from dsc.errors import UsageError
 from dsc.files import write_text
@@ -118,12 +118,32 @@ class StepTime:
     again: bool = False
 
 
+class Spent(Protocol):
+    """What a step moves and computes; `stored` are the bytes of weights and caches."""
+
+    @property
+    def bytes(self) -> int:
+        """All bytes."""
+        ...
+
+    @property
+    def stored(self) -> int:
+        """Bytes of weights and caches."""
+        ...
+
+    @property
+    def flops(self) -> int:
+        """Operations."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class EntryRun:
     """One run of a graph: sizes of its symbols, tokens in the cache, and when its steps ran.
 
     `lengths` are the tokens of each sequence before the run, where the graph has them. `live` gives
-    the bytes of intermediates during each step, where they are planned.
+    the bytes of intermediates during each step, where they are planned; `costs` what each step
+    moved and computed, where the backend's plan says so, else it is what its node does.
     """
 
     graph: Graph
@@ -131,6 +151,7 @@ class EntryRun:
     lengths: Sequence[int] | None
     steps: Callable[[], Sequence[StepTime]]
     live: Callable[[], Sequence[int]] | None = None
+    costs: Callable[[], Sequence[Spent]] | None = None
 
 
 @dataclass(slots=True)

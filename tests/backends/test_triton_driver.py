@@ -66,6 +66,46 @@ assert not outputs["logits"].any(), "kernels of the fake driver write nothing"
 """
 
 
+TIMED = """
+import sys
+import numpy as np
+import dsc
+from pathlib import Path
+from dsc.backends.triton import TritonBackend
+from dsc.cli.measuring import probes
+from dsc.ir.parser import parse_program
+from dsc.runtime.launch_costs import launch_costs
+from types import SimpleNamespace
+
+folder = Path(sys.argv[1])
+program = parse_program((folder / "program.dsc").read_text())
+executable = TritonBackend().load(folder, {"weights": "weights/model.safetensors"}, program)
+sizes = {"B": 1, "C": 40, "S": 1, "L": 1}
+inputs = {
+    value.name: np.zeros([sizes.get(str(d), d) for d in value.type.shape], value.type.dtype.numpy)
+    for value in program.entries["decode"].inputs
+}
+with dsc.Profiler() as profiler:
+    executable.run("decode", inputs)
+steps = [event for event in profiler.events if event.category == "step"]
+assert all(abs(event.seconds - 2e-6) < 1e-7 for event in steps), steps
+lowered = executable._launches.entries["decode"]
+costs = launch_costs(program.entries["decode"], lowered, sizes, [0])
+told = [(e.kernel, e.bytes, e.flops) for e in steps]
+assert told == [(c.kernel, c.bytes, c.flops) for c in costs]
+assert sum(e.stored for e in steps) > 0
+compiled = SimpleNamespace(executable=executable, program=program, targets=["cuda:sm_90"])
+with probes(compiled, 1, 10) as found:
+    read, product, coded = found.read(), found.product(), found.coded()
+assert found.device == "cuda:sm_90"
+assert abs(read / 4e12 - 1) < 1e-3, read
+assert abs(product / 1e15 - 1) < 1e-3, product
+assert abs(coded / 1e15 - 1) < 1e-3, coded
+executable.close()
+print(len(steps))
+"""
+
+
 @pytest.fixture(scope="module")
 def driver(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a fake `libcuda.so.1`."""
@@ -106,6 +146,16 @@ def test_every_launch_reaches_the_driver(
     done = run_with(driver, log, [sys.executable, "-c", RUN, str(folder)])
     assert done.returncode == 0, done.stderr
     assert log.read_text().splitlines() == 2 * expected_calls(folder, program)
+
+
+def test_a_profile_has_each_launch_by_events_and_speeds_are_the_devices(
+    driver: Path, artifact: tuple[Path, Program], tmp_path: Path
+) -> None:
+    folder, program = artifact
+    done = run_with(driver, tmp_path / "log", [sys.executable, "-c", TIMED, str(folder)])
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) == len(expected_calls(folder, program))
+    assert (tmp_path / "log").read_text().splitlines() == expected_calls(folder, program)
 
 
 def test_the_generated_script_makes_the_same_launches(

@@ -1,0 +1,175 @@
+"""Time and speed on the device's own clock: events around launches, copies and products.
+
+Launches are queued behind a fill that lasts as long as queueing them takes, so that none waits for
+the host and what lies between two events is a kernel and the way to the next. The speeds are what a
+step can be held against: bytes a second of a copy, read and written, and operations a second of a
+kernel that multiplies the same ones over and over (`kernels/probe.py`).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+
+from dsc.backends.triton.blocks import Blocks
+from dsc.backends.triton.driver import Driver, ReadyLaunch
+from dsc.backends.triton.launch import POINTER_TYPES, Kernel
+from dsc.ir.types import DType
+from dsc.targets import Target
+
+_UNITS = 16  # CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT
+COPY_BYTES = 1 << 30
+FILL_BYTES = 1 << 26
+QUEUED_PER_FILL = 4
+"""Launches that are queued while a fill of `FILL_BYTES` runs, or fewer."""
+ROUNDS = 5
+TURNS, WAVES = 4096, 2
+PROBES = "probes.json"
+"""What kernels.json is for the probes."""
+TILE = {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64}
+FLOPS = 2 * 128 * 128 * 64
+KINDS = {"bf16": DType.bf16, "fp8": DType.f8e4m3, "int8": DType.i8}
+ONES = {"bf16": 0x3F80, "fp8": 0x38, "int8": 1}
+"""The bits of a one."""
+
+
+def probe_kernels(target: Target) -> dict[str, Kernel]:
+    """By the type that they multiply the kernels that read a target's matrix peak."""
+    blocks, made = Blocks(str(target)), {}
+    for name, kind in KINDS.items():
+        if name == "fp8" and blocks.fp8 != "e4m3fn":
+            continue
+        pointers = {"a": POINTER_TYPES[kind], "out": "*fp32"}
+        signature = {**pointers, "turns": "i32", **dict.fromkeys(TILE, "constexpr")}
+        made[name] = Kernel("probe", "multiply", signature, TILE, ("a", "out"), 8, 1)
+    return made
+
+
+class Timer:
+    """Events and buffers of a driver's stream."""
+
+    def __init__(self, driver: Driver) -> None:
+        self.driver = driver
+        self._events: list[ctypes.c_void_p] = []
+        self._fill = 0
+
+    def close(self) -> None:
+        """Give everything back."""
+        for event in self._events:
+            self.driver._check("cuEventDestroy_v2", event)
+        if self._fill:
+            self.driver.free(self._fill)
+        self._events, self._fill = [], 0
+
+    @property
+    def units(self) -> int:
+        """Multiprocessors of the device."""
+        count = ctypes.c_int()
+        self.driver._check("cuDeviceGetAttribute", ctypes.byref(count), _UNITS, self.driver._device)
+        return count.value
+
+    def spans(self, launches: Sequence[ReadyLaunch]) -> Callable[[], list[float]]:
+        """Queue launches; what is returned waits for them and gives the seconds of each."""
+        self._ahead(len(launches))
+        events = [self._event(i) for i in range(len(launches) + 1)]
+        self._record(events[0])
+        for launch, event in zip(launches, events[1:], strict=True):
+            self.driver.launch(launch)
+            self._record(event)
+
+        def read() -> list[float]:
+            self.driver.synchronise()
+            return [self._between(a, b) for a, b in pairwise(events)]
+
+        return read
+
+    def seconds(self, queue: Callable[[], None]) -> float:
+        """How long the device takes for what is queued."""
+        start, end = self._event(0), self._event(1)
+        self._record(start)
+        queue()
+        self._record(end)
+        self.driver.synchronise()
+        return self._between(start, end)
+
+    def copy_speed(self, size: int = COPY_BYTES) -> float:
+        """Bytes a second, read and written, of a copy of `size` bytes, or of half where no room is.
+
+        Raises `RuntimeError` where there is room for nothing.
+        """
+        buffers: list[int] = []
+        try:
+            buffers += [self.driver.allocate(size), self.driver.allocate(size)]
+            times = [
+                self.seconds(lambda: self.driver.copy(*buffers, size)) for _ in range(ROUNDS + 1)
+            ]
+        except RuntimeError:
+            if size < FILL_BYTES:
+                raise
+            return self.copy_speed(size // 2)
+        finally:
+            for pointer in buffers:
+                self.driver.free(pointer)
+        return 2 * size / median(times[1:])
+
+    def product_speed(self, folder: Path, kind: str) -> float:
+        """Operations a second of a target's units for a type; of one without, of bf16's.
+
+        `folder` has the target's binaries. Raises `RuntimeError` where a product is wrong.
+        """
+        records: Mapping[str, Any] = json.loads((folder / PROBES).read_text())
+        kind = kind if kind in records else "bf16"
+        record = records[kind]
+        function = self.driver.load(
+            (folder / record["file"]).read_bytes(), record["symbol"], record["warps"],
+            record["shared"], record["parameters"],
+        )  # fmt: skip
+        programs = WAVES * self.units
+        itemsize = KINDS[kind].itemsize
+        ones = np.full(128 * 64, ONES[kind], f"u{itemsize}")
+        sums = np.zeros(programs, np.float32)
+        a, out = self.driver.allocate(ones.nbytes), self.driver.allocate(sums.nbytes)
+        try:
+            self.driver.upload(a, ones.ctypes.data, ones.nbytes)
+            arguments = [ctypes.c_uint64(a), ctypes.c_uint64(out), ctypes.c_int32(TURNS)]
+            launch = self.driver.prepare(function, (programs, 1, 1), arguments)
+            times = [self.seconds(lambda: self.driver.launch(launch)) for _ in range(ROUNDS + 1)]
+            self.driver.download(sums.ctypes.data, out, sums.nbytes)
+            self.driver.synchronise()
+        finally:
+            self.driver.free(a)
+            self.driver.free(out)
+        self._check_sums(sums)
+        return programs * TURNS * FLOPS / median(times[1:])
+
+    def _check_sums(self, sums: np.ndarray[Any, np.dtype[np.float32]]) -> None:
+        if (sums != TURNS * TILE["BLOCK_K"]).any():
+            raise RuntimeError("the product that reads the matrix peak is wrong")
+
+    def _ahead(self, launches: int) -> None:
+        """Queue what lasts as long as queueing so many launches takes."""
+        self._fill = self._fill or self.driver.allocate(FILL_BYTES)
+        for _ in range(1 + launches // QUEUED_PER_FILL):
+            self.driver.clear(self._fill, FILL_BYTES)
+
+    def _event(self, number: int) -> ctypes.c_void_p:
+        while len(self._events) <= number:
+            event = ctypes.c_void_p()
+            self.driver._check("cuEventCreate", ctypes.byref(event), ctypes.c_uint(0))
+            self._events.append(event)
+        return self._events[number]
+
+    def _record(self, event: ctypes.c_void_p) -> None:
+        self.driver._check("cuEventRecord", event, self.driver._stream)
+
+    def _between(self, start: ctypes.c_void_p, end: ctypes.c_void_p) -> float:
+        milliseconds = ctypes.c_float()
+        self.driver._check("cuEventElapsedTime", ctypes.byref(milliseconds), start, end)
+        return milliseconds.value / 1e3
