@@ -27,7 +27,7 @@ from dsc.backends.triton.context import template
 from dsc.backends.triton.launch import LaunchProgram
 from dsc.backends.triton.lower import reason
 from dsc.backends.triton.lower.regions import ANCHORS
-from dsc.backends.triton.program import lower_program
+from dsc.backends.triton.program import lowered_program
 from dsc.backends.triton.timer import PROBES, probe_kernels
 from dsc.backends.triton.worker import INTERPRETED
 from dsc.errors import ArtifactError, BackendUnavailable, UsageError
@@ -113,17 +113,19 @@ class TritonBackend:
         check_supported(program, self)
         program = giving_indices(program)
         targets = [t for t in options.targets if t.is_gpu] or [DEFAULT_TARGET]
-        lowered, sources = lower_program(program, INTERPRET, options.reuse)
-        files = {f"{FOLDER}/{INTERPRETED}": lowered.plan().to_json()}
+        here = lowered_program(program, INTERPRET, options.reuse)
+        lowered, sources = here.program, dict(here.sources)
+        files = {f"{FOLDER}/{INTERPRETED}": here.plan}
         plans: list[Plan] = []
         summary: dict[str, Any] = {}
         for target in targets:
-            gpu, generated = lower_program(program, str(target), options.reuse)
+            there = lowered_program(program, str(target), options.reuse)
+            gpu, generated = there.program, there.sources
             plans.append(gpu.plan())
             options.admit(plans[-1])
             sources |= generated
             place = f"{FOLDER}/{target.arch}"
-            files[f"{place}/plan.json"] = plans[-1].to_json()
+            files[f"{place}/plan.json"] = there.plan
             summary[str(target)] = {"kernels": len(gpu.kernels), "launches": launch_counts(gpu)}
             if options.extra.get("compile", True):
                 texts = with_templates(gpu, generated)

@@ -208,10 +208,11 @@ class Context:
                 signature[parameter] = "constexpr"
                 constants[parameter] = value
         kernel = Kernel(module, function, signature, constants, tuple(aligned), warps, stages)
-        self.program.kernels.setdefault(kernel.key, kernel)
+        key = kernel.key
+        self.program.kernels.setdefault(key, kernel)
         self.entry.launches.append(
             Launch(
-                kernel.key, tuple(arguments), grid, loc=self.loc,
+                key, tuple(arguments), grid, loc=self.loc,
                 op=self.node.op if self.node is not None else "cast",
                 node=self.node.outputs[0].name if self.node is not None else "",
                 flops=flops,

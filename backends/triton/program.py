@@ -1,17 +1,75 @@
-"""From a program to its launches for one target: every entry, node by node, then its outputs."""
+"""From a program to its launches for one target: every entry, node by node, then its outputs.
+
+What took long is kept (`dsc.kept`), by the program's text, the target and our sources.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import json
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+from dsc import kept
 from dsc.backends.triton.blocks import Blocks
 from dsc.backends.triton.context import Context
 from dsc.backends.triton.launch import LaunchProgram
 from dsc.backends.triton.lower import lower
 from dsc.backends.triton.wanted import wanted
+from dsc.errors import DscError
 from dsc.ir.graph import Graph
+from dsc.ir.op import added
+from dsc.ir.printer import print_program
 from dsc.ir.program import Program
 from dsc.ir.views import View
 from dsc.runtime.placing import place
-from dsc.runtime.plan import ARENA, INPUT, OUTPUT, Buffer, Port
+from dsc.runtime.plan import ARENA, INPUT, OUTPUT, Buffer, Plan, Port
+
+KIND = "plans"
+OURS = ("ir", "runtime", "backends/triton")
+WORTH = 1.0
+"""Seconds: what is lowered in less is lowered again."""
+
+
+@dataclass(frozen=True)
+class Lowered:
+    """A program's launches, as plan.json too, and the text of the kernels generated for them."""
+
+    program: LaunchProgram
+    sources: Mapping[str, str]
+    plan: bytes
+
+
+def lowered_program(program: Program, target: str, reuse: bool = True) -> Lowered:
+    """A program for a target, as it was kept or made now.
+
+    An operator from outside brings code that no key tells of: nothing is kept beside one.
+    """
+    start = time.perf_counter()
+    key = None if added() or kept.refused() else _key(program, target, reuse)
+    data = None if key is None else kept.get(KIND, key)
+    if data is not None:
+        with suppress(ValueError, KeyError, TypeError, DscError):
+            head, _, plan = data.partition(b"\n")
+            return Lowered(LaunchProgram.of(Plan.from_json(plan)), json.loads(head), plan)
+    made, sources = lower_program(program, target, reuse)
+    found = Lowered(made, sources, made.plan().to_json())
+    if key is not None and time.perf_counter() - start > WORTH:
+        kept.put(KIND, key, json.dumps(sources).encode() + b"\n" + found.plan)
+    return found
+
+
+def _key(program: Program, target: str, reuse: bool) -> dict[str, Any]:
+    text = print_program(program)
+    return {
+        "program": hashlib.sha256(text.encode()).hexdigest(),
+        "target": target,
+        "reuse": reuse,
+        "ours": kept.sources(*OURS),
+    }
 
 
 def lower_program(

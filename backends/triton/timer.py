@@ -108,7 +108,8 @@ class Timer:
         try:
             buffers += [self.driver.allocate(size), self.driver.allocate(size)]
             times = [
-                self.seconds(lambda: self.driver.copy(*buffers, size)) for _ in range(ROUNDS + 1)
+                self.seconds(lambda: self.driver.copy(buffers[0], buffers[1], size))
+                for _ in range(ROUNDS + 1)
             ]
         except RuntimeError:
             if size < FILL_BYTES:

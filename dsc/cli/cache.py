@@ -20,6 +20,7 @@ KINDS = {
     "functions": "decorated functions and their code",
     "kernels": "object files of kernels",
     "cubins": "kernels for GPUs",
+    "plans": "what programs launch on GPUs",
     "libraries": "linked libraries of kernels",
     "tuning": "what was fastest on this machine",
     "cpus": "what the compiler knows of CPUs",

@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from dsc import pipeline
 from dsc.backends.base import EmitOptions, No, Yes
 from dsc.backends.reference import ReferenceExecutable
 from dsc.backends.triton import TritonBackend
+from dsc.backends.triton import program as lowered
 from dsc.backends.triton.context import access, template
 from dsc.backends.triton.cuda import CudaExecutable
 from dsc.backends.triton.driver import Driver, Function, ReadyLaunch
@@ -391,3 +393,25 @@ def test_hip_binaries_are_not_launched(model: Program, tmp_path: Path) -> None:
 def test_an_artifact_without_weights_does_not_load(model: Program, tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match="without weights"):
         TritonBackend().load(tmp_path, {"weights": None}, model)
+
+
+def test_a_plan_that_took_long_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    options = pipeline.PipelineOptions(prefill_chunk=CHUNK)
+    whole = canonical_lm(Sizes(layers=1, dense=0), max_context=CONTEXT)
+    program = pipeline.run(whole, TritonBackend(), SM_90, options)[0]
+    made = lowered.lowered_program(program, "cuda:sm_90")
+    assert not list(tmp_path.rglob("plans/*"))  # it took no second
+    monkeypatch.setattr(lowered, "WORTH", 0.0)
+    first = lowered.lowered_program(program, "cuda:sm_90")
+    monkeypatch.setattr(lowered, "lower_program", None)
+    again = lowered.lowered_program(program, "cuda:sm_90")
+    assert again == first == made
+    assert again.program.kernels == first.program.kernels
+    for other in (replace(program, name="other"), program):
+        with pytest.raises(TypeError, match="not callable"):
+            lowered.lowered_program(other, "cuda:sm_80" if other is program else "cuda:sm_90")
+    (entry,) = tmp_path.rglob("plans/*")
+    entry.write_bytes(entry.read_bytes()[:-9])
+    with pytest.raises(TypeError, match="not callable"):
+        lowered.lowered_program(program, "cuda:sm_90")
