@@ -40,8 +40,6 @@ def test_an_export_is_what_it_should_be(dtype: DType, tmp_path: Path) -> None:
     assert answers(found) == {q: {True} for q in QUESTIONS}, found.failure
     held = [x.model for x in found.findings if x.question == "ONNX Runtime"]
     assert held.count("onnx/genai.onnx") == 1
-    rows = [(x.question, x.model, x.told.partition(":")[0]) for x in found.findings]
-    assert len(set(rows)) == len(rows), "no two look alike"
     assert found.failure == ""
     assert found.sizes["cache_values_per_token_per_layer"] == 20 + 8
     assert {"layer 0", "layer 1", "logits"} <= set(found.layers["onnx/prefill.onnx"])
