@@ -39,6 +39,7 @@ class Sizes:
     groups: int = 3
     keep: int = 2
     dtype: DType = DType.f32
+    tied: bool = False
 
 
 class _Model:
@@ -118,7 +119,8 @@ def canonical_lm(sizes: Sizes, max_batch: int = 4, max_context: int = 64) -> Pro
          b.input(f"past.{i}.rope", TensorType(sizes.dtype, (B, P, sizes.rope))))
         for i in range(sizes.layers)
     ]  # fmt: skip
-    x = b.embedding(ids, m.weight("model.embed_tokens.weight", sizes.vocab, sizes.hidden))
+    table = m.weight("model.embed_tokens.weight", sizes.vocab, sizes.hidden)
+    x = b.embedding(ids, table)
     present: list[Value] = []
     for i, past in enumerate(pasts):
         name = f"model.layers.{i}"
@@ -133,7 +135,7 @@ def canonical_lm(sizes: Sizes, max_batch: int = 4, max_context: int = 64) -> Pro
         x = b.add(x, m.gated(h, mlp, sizes.inner) if i < sizes.dense else m.sparse(h, mlp))
     b.loc = "lm_head"
     x = m.norm(b.select_rows(x, wanted), "model.norm")
-    logits = m.linear(x, "lm_head", sizes.vocab)
+    logits = b.linear(x, table) if sizes.tied else m.linear(x, "lm_head", sizes.vocab)
     parts = [f"present.{i}.{kind}" for i in range(sizes.layers) for kind in ("latent", "rope")]
     aliases = tuple((1 + at, 4 + at) for at in range(len(present)))
     graph = b.finish([logits, *present], ("logits", *parts), aliases)

@@ -23,10 +23,11 @@ BACKEND = OnnxRuntimeBackend()
 PROMPT_LENGTHS = [9, 4, 6]
 
 
-def prepared(dtype: DType, cache: str = "contiguous", **asked: Any) -> Program:
+def prepared(dtype: DType, cache: str = "contiguous", tied: bool = False, **asked: Any) -> Program:
     """Return a small language model, as the pipeline leaves it for this backend."""
     options = pipeline.PipelineOptions(cache=cache, **asked)
-    done, _ = pipeline.run(canonical_lm(Sizes(dtype=dtype)), BACKEND, Target("cpu"), options)
+    model = canonical_lm(Sizes(dtype=dtype, tied=tied))
+    done, _ = pipeline.run(model, BACKEND, Target("cpu"), options)
     return done
 
 
