@@ -29,12 +29,15 @@ def exported(options: Mapping[str, Any]) -> Path:
     """The folder of an export, made where it is not there yet."""
     folder, quant = Path(options["folder"]), options["quant"]
     ops, rows = options.get("ops", "ort"), options.get("rows", "in-place")
-    ending = "" if rows == "in-place" else f"-{rows}"
+    group = options.get("group") if quant != "none" else None
+    ending = f"-{group}" if group else ""
+    ending += "" if rows == "in-place" else f"-{rows}"
     place = Path(options["cache"]) / f"{folder.name}-{ops}-{quant}-{options['commit']}{ending}"
     if not place.is_dir():
         command = [sys.executable, "-m", "dsc", "export", str(folder), "--dtype", "fp32"]
         command += ["--quant", quant, "--onnx-ops", ops, "--prefill-chunk", str(CHUNK)]
         command += ["--cache", rows, "-o", str(place)]
+        command += ["--group-size", str(group)] if group else []
         subprocess.run(command, check=True, capture_output=True)
     return place
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from bench import limit, plot, table
+from bench import limit, onnx_peers, plot, table
 from bench.__main__ import cells, parse
 from bench.engines import ENGINES, PEERS, module_of
 from bench.gguf_file import checkpoint, converted, metadata, plain_metadata
@@ -281,3 +281,9 @@ def test_a_worker_answers_and_tells_its_errors() -> None:
         remote.process.wait()
         with pytest.raises(EngineFailed, match="ended"):
             remote.call("rss")
+
+
+def test_a_ratio_out_of_reach_holds_where_19_parts_of_20_are_the_kernels() -> None:
+    for ratio, share, wanted in ((0.71, 0.1, True), (0.69, 0.96, True), (0.69, 0.94, False)):
+        cell = {"ratio": ratio, "least": 0.7, "kernels": {"share": share}}
+        assert onnx_peers.holds({"int4": {"128": cell}}) is wanted
