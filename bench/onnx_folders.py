@@ -209,7 +209,7 @@ def _held(
 
     compiled = dsc.compile(
         coded, backend="onnxruntime", dtype="fp32", quant=quant, activation_bits=16,
-        backend_options={"onnx_ops": ops}, **LIMITS,
+        group_size=None if quant == "none" else GROUP, backend_options={"onnx_ops": ops}, **LIMITS,
     )  # fmt: skip
     out = compiled.save(coded.with_name(ops))
     seen, wrong = other_codes(out, compiled.program, codes)

@@ -56,7 +56,7 @@ def compile(
     parallel: str = "tp+ep",
     quant: str = "none",
     keep: Sequence[str] = (),
-    group_size: int = 32,
+    group_size: int | None = None,
     quant_embedding: str = "none",
     activation_bits: int = 8,
     calibrate: Any = None,
@@ -105,7 +105,8 @@ def compile(
         keep: weights that stay as they are: names or beginnings of names of their tensors in the
             checkpoint, such as "lm_head" or "model.layers.0", or patterns: "*.self_attn.*". With
             ":int8" behind it, "*.down_proj:int8", such weights stay in 8 bits under int4.
-        group_size: columns of a row that share a scale.
+        group_size: columns of a row that share a scale; as many as the backend wants by default, 64
+            on onnxruntime and 32 elsewhere.
         quant_embedding: "int8" or "int4" stores the embedding's table in such codes too, whatever
             `quant` is; a head that is tied to it is the same tensor, and has the same codes. For
             onnxruntime, reference and null.
@@ -136,9 +137,10 @@ def compile(
     from dsc.rewrite.manager import NOT_PASSES, Watch
 
     sizes = {"max_batch": max_batch, "prefill_chunk": prefill_chunk, "ranks": ranks}
-    sizes |= {"group_size": group_size, "activation_bits": activation_bits, "nsamples": nsamples}
+    sizes |= {"activation_bits": activation_bits, "nsamples": nsamples}
     check_kinds(int, False, fusion_level=fusion_level, **sizes)
     check_kinds(int, True, max_context=max_context, threads=threads, seqlen=seqlen)
+    check_kinds(int, True, group_size=group_size)
     words = {"cache": cache, "cache_format": cache_format, "parallel": parallel, "quant": quant}
     check_kinds(str, False, quant_embedding=quant_embedding, **words)
     check_kinds(str, True, backend=backend, dtype=dtype, fallback=fallback, revision=revision)

@@ -52,8 +52,8 @@ QUANTISED = " or ".join(word for word, codes in QUANT.items() if codes)
 ACTIVATION_BITS = (8, 16)
 """Rows that codes multiply: codes as well, where kernels take them so, or in the compute type."""
 CODED_ROWS = ACTIVATION_BITS[0]
-GROUP, GROUPED = 32, ("int8", "int4")
-"""Columns of a group where nobody says how many, and what has groups."""
+GROUPED = ("int8", "int4")
+"""What has groups of columns."""
 PAGED, IN_PLACE = CACHES[1:]
 LAID_OUT = {
     PAGED: (Storage.PAGED, "put into pages"),
@@ -80,7 +80,7 @@ class PipelineOptions:
     parallel: str = "tp+ep"
     quant: str = "none"
     keep: tuple[str, ...] = ()
-    group_size: int = GROUP
+    group_size: int | None = None
     quant_embedding: str = "none"
     activation_bits: int = 8
     codes: bool = True
@@ -185,7 +185,8 @@ SLOTS = (
         lambda s: s.asked.quant in GROUPED or s.asked.quant_embedding in GROUPED,
         lambda s: {
             "codes": QUANT[s.asked.quant] if s.asked.quant in GROUPED else "none",
-            "table": QUANT[s.asked.quant_embedding] or "none", "group": s.asked.group_size,
+            "table": QUANT[s.asked.quant_embedding] or "none",
+            "group": s.asked.group_size or s.can.group,
             "keep": tuple(x for x in s.asked.keep if not x.endswith(WIDE)),
             "stays": s.can.formats or tuple(CODINGS),
             "wide": tuple(x.removesuffix(WIDE) for x in s.asked.keep if x.endswith(WIDE)),
@@ -277,12 +278,12 @@ def quantising(quant: str) -> str:
 
 
 def check_widths(
-    group_size: int, activation_bits: int, quant: str, quant_embedding: str = "none"
+    group_size: int | None, activation_bits: int, quant: str, quant_embedding: str = "none"
 ) -> None:
     """Raise `UsageError` for groups of columns, or bits of activations, that there are not."""
-    if group_size < 2:
+    if group_size is not None and group_size < 2:
         raise UsageError(f"group_size is {group_size}", hint="give at least 2, such as 32 or 128")
-    if group_size != GROUP and quant not in GROUPED and quant_embedding not in GROUPED:
+    if group_size is not None and quant not in GROUPED and quant_embedding not in GROUPED:
         told = f"group_size is {group_size}, and quant is {quant}"
         raise UsageError(told, hint=f"only {' and '.join(GROUPED)} have groups of columns")
     if activation_bits not in ACTIVATION_BITS:

@@ -409,6 +409,13 @@ def test_tables_and_drawings_show_every_operator_and_no_markup_of_a_name() -> No
     assert kinds.count("bar") == len(found["operators"]) - 1
 
 
+def test_groups_are_as_wide_as_was_asked_or_as_the_backend_wants() -> None:
+    for asked, wanted in ((None, 128), (64, 64), (32, 32)):
+        options = PipelineOptions(quant="int4", group_size=asked)
+        passes = pipeline.passes_for(small_lm(), Capabilities(group=128), options)
+        assert [x.group for x in passes if isinstance(x, QuantizeWeights)] == [wanted]
+
+
 def test_16_bits_of_activations_leave_rows_as_they_are() -> None:
     can = Capabilities(activations=("i8",), formats=("i8",))
     for width, takes in ((8, True), (16, False)):

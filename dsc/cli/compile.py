@@ -35,7 +35,7 @@ def compile(
     parallel: options.Parallel = None,
     quant: options.Quant = "none",
     keep: options.Keep = None,
-    group_size: options.GroupSize = 32,
+    group_size: options.GroupSize = None,
     quant_embedding: options.QuantEmbedding = "none",
     activation_bits: options.ActivationBits = "8",
     calibrate: options.Calibrate = None,

@@ -104,7 +104,7 @@ def export(
     rope_scaling: options.RopeScaling = None,
     quant: options.Quant = "none",
     keep: options.Keep = None,
-    group_size: options.GroupSize = 32,
+    group_size: options.GroupSize = None,
     quant_embedding: options.QuantEmbedding = "none",
     activation_bits: options.ActivationBits = "8",
     json: options.Json = False,

@@ -167,7 +167,7 @@ Quant = Annotated[
     Option(
         "--quant",
         help="Store weights of linears and experts in FP8, in blocks of 128 x 128 as V3, or as"
-        " integers, a scale for 32 columns of a row (the head's in 8 bits).",
+        " integers, a scale for a group of columns of a row (the head's in 8 bits).",
     ),
 ]
 Keep = Annotated[
@@ -180,7 +180,12 @@ Keep = Annotated[
     ),
 ]
 GroupSize = Annotated[
-    int, Option("--group-size", min=2, help="Columns of a row that share a scale under --quant.")
+    int | None,
+    unset(
+        "--group-size",
+        min=2,
+        help="Columns of a row that share a scale under --quant: 32, on onnxruntime 64.",
+    ),
 ]
 QuantEmbedding = Annotated[
     Literal["none", "int8", "int4"],

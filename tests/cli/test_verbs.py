@@ -50,7 +50,6 @@ def test_compile_passes_only_what_was_asked(api: FakeApi, invoke: Invoke, tmp_pa
         "cache": "contiguous",
         "cache_format": "bf16",
         "quant": "none",
-        "group_size": 32,
         "quant_embedding": "none",
         "activation_bits": 8,
         "nsamples": 4,
