@@ -1,5 +1,6 @@
 """`dsc export --check`: everything that can be held against an export, one finding a question.
 
+weights             every tensor of every file is what was written, by its hash
 external data       every model reads bytes of the artifact's own files, each its own, alone; what
                     does not is asked nothing more
 onnx.checker        every model by its path, with full_check
@@ -39,6 +40,7 @@ from dsc.ir.program import Program
 from dsc.ir.samples import sample_inputs
 from dsc.rewrite.widen import FP32_ROUNDINGS, NARROW, in_fp32
 from dsc.runtime import artifact
+from dsc.runtime.packing import damaged
 from dsc.runtime.weight_files import weight_files
 
 SMALL = 64 << 20
@@ -102,6 +104,8 @@ class _Check:
     def run(self) -> Checked:
         """Ask every question."""
         files = self.manifest["files"]
+        for name, facts in weight_files(self.manifest).items():
+            self._ask("weights", name, partial(_whole, self.folder / name, facts))
         for name in self.models:
             self._ask("external data", name, partial(_external, self.folder, name, files))
         if self.found.failure:
@@ -298,6 +302,13 @@ class _Check:
             values = sum(int(np.prod([evaluate(d, {}) for d in s.type.shape])) for s in rows)
             self.found.sizes["cache_bytes_per_token"] = sum(s.nbytes for s in rows)
             self.found.sizes["cache_values_per_token_per_layer"] = values // max(1, len(layers))
+
+
+def _whole(path: Path, facts: Mapping[str, Any]) -> tuple[bool, str]:
+    tensor = damaged(path, facts)
+    if tensor:
+        return False, f"the hash of {tensor} is not that of what was written"
+    return True, "what was written"
 
 
 def _external(folder: Path, model: str, files: Mapping[str, Any]) -> tuple[bool, str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import os
 import re
 from pathlib import Path
 
@@ -64,6 +65,18 @@ def test_a_weight_that_differs_from_some_layer_on_is_found_there(tmp_path: Path)
     failures = [x for x in found.findings if x.passed is False]
     assert {x.question for x in failures} == {"ONNX Runtime"}
     assert failures[0].told in found.failure
+
+
+def test_a_byte_of_the_weights_that_changed_is_found(tmp_path: Path) -> None:
+    """Our interpreter and ONNX Runtime read the same wrong number."""
+    executable(prepared(DType.f32), tmp_path / "a")
+    with (tmp_path / "a" / "onnx" / "model.safetensors").open("r+b") as file:
+        file.seek(-200, os.SEEK_END)
+        (byte,) = file.read(1)
+        file.seek(-200, os.SEEK_END)
+        file.write(bytes([byte ^ 1]))
+    failure = check(tmp_path / "a").failure
+    assert re.match("weights of onnx/model.safetensors: the hash of .* is not that of", failure)
 
 
 def _opened(folder: Path) -> artifact.Artifact:
