@@ -435,18 +435,18 @@ def interpreter_door(folder: Path, program: Program) -> Door:
 
     from dsc.backends.triton.client import InterpretedExecutable
     from dsc.backends.triton.interpret import InterpretedProgram, Kernels
-    from dsc.backends.triton.launch import LaunchProgram
+    from dsc.backends.triton.launch import runnable
     from dsc.ir.arrays import array_of, tensor_of
     from dsc.runtime.admission import Admitted
     from dsc.runtime.plan import Plan
 
-    plan = Plan.from_json((folder / "triton" / "interpret" / "plan.json").read_bytes())
+    launches = runnable(Plan.from_json((folder / "triton/interpret/plan.json").read_bytes()))
     weights = load_file(folder / "weights" / "model.safetensors")
     kernels = Kernels(folder / "triton" / "kernels")
-    inside = InterpretedProgram(LaunchProgram.of(plan), kernels, weights)
+    inside = InterpretedProgram(launches, kernels, weights)
     executable: Any = InterpretedExecutable.__new__(InterpretedExecutable)
     Admitted.__init__(executable, program)
-    executable._entries = plan.entries
+    executable._launches = launches
 
     def interpret(entry: str, sizes: Any, inputs: Mapping[str, Array]) -> Any:
         outputs, times = inside.run(entry, sizes, {n: tensor_of(x) for n, x in inputs.items()})

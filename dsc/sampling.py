@@ -1,7 +1,7 @@
 """How the next token is chosen from logits: the likeliest, or a seeded draw from what is likely.
 
 The steps and their order are those of transformers' logits processors (`generation/utils.py`,
-`_get_logits_processor`): repetition penalty, temperature, top-k, top-p, min-p, each on float32.
+`_get_logits_processor`): repetition penalty, then what a draw leaves out (`dsc.ir.choosing`).
 Presence and frequency penalties, which transformers has not, are vLLM's (`model_executor/layers/
 utils.py`, `apply_penalties`): they follow the repetition penalty and count what was generated.
 NumPy only, so that an artifact whose backend needs no torch generates without importing it.
@@ -9,16 +9,17 @@ NumPy only, so that an artifact whose backend needs no torch generates without i
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 
 from dsc.errors import UsageError
+from dsc.ir.choosing import Choice, Scores, drawn, key_of, left, min_p, tempered, top_k, top_p
 
-Scores = NDArray[np.float32]
+__all__ = ["Pick", "Sampling", "lowered", "min_p", "penalised", "tempered", "top_k", "top_p"]
 PENALTIES = ("repetition_penalty", "presence_penalty", "frequency_penalty")
 """What holds without drawing too."""
 
@@ -72,6 +73,17 @@ class Sampling:
         """Whether there is anything left to chance."""
         return self.sample and self.temperature > 0
 
+    @property
+    def choice(self) -> Choice:
+        """What a draw leaves out; where nothing is drawn, the likeliest token."""
+        temperature = self.temperature if self.draws else 0.0
+        return Choice(temperature, self.top_k, self.top_p, self.min_p)
+
+    @property
+    def by_logits(self) -> bool:
+        """Whether logits alone decide, and not the tokens so far."""
+        return (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) == (1, 0, 0)
+
     def processed(self, logits: Scores, ids: Sequence[int], new: Sequence[int] = ()) -> Scores:
         """The logits [vocab] after all steps, minus infinity where a token is left out.
 
@@ -82,24 +94,14 @@ class Sampling:
             scores = penalised(scores, ids, self.repetition_penalty)
         if (self.presence_penalty or self.frequency_penalty) and len(new):
             scores = lowered(scores, new, self.presence_penalty, self.frequency_penalty)
-        if not self.draws:
-            return scores
-        if self.temperature != 1.0:
-            scores = tempered(scores, self.temperature)
-        if self.top_k:
-            scores = top_k(scores, self.top_k)
-        if self.top_p < 1.0:
-            scores = top_p(scores, self.top_p)
-        if self.min_p:
-            scores = min_p(scores, self.min_p)
-        return scores
+        return left(scores, self.choice) if self.draws else scores
 
     def picker(self, *seed: int) -> Pick:
         """The choice of a token from logits [vocab] and the tokens so far; `seed` repeats it.
 
         It raises `UsageError` where the largest logit is no number.
         """
-        draws = np.random.default_rng(seed)
+        key, numbers = key_of(*seed), itertools.count()
 
         def draw(logits: Scores, ids: Sequence[int], new: Sequence[int] = ()) -> int:
             if not np.isfinite(logits.max()):
@@ -107,9 +109,7 @@ class Sampling:
             scores = self.processed(logits, ids, new)
             if not self.draws:
                 return int(scores.argmax())
-            scores = scores.astype(np.float64)
-            reached = np.exp(scores - scores.max()).cumsum()
-            return int(np.searchsorted(reached, draws.random() * reached[-1], side="right"))
+            return drawn(scores, key, next(numbers))
 
         return draw
 
@@ -141,70 +141,3 @@ def lowered(scores: Scores, new: Sequence[int], presence: float, frequency: floa
     scores = scores.copy()
     scores[seen] -= (presence + frequency * times).astype(scores.dtype)
     return scores
-
-
-def tempered(scores: Scores, temperature: float) -> Scores:
-    """Scores divided by the temperature; where one would overflow, less the largest of them.
-
-    Only differences count for a softmax, and these may become minus infinity.
-
-    >>> import numpy as np
-    >>> [tempered(np.float32([1.0, 3.0]), t).tolist() for t in (0.5, 1e-39)]
-    [[2.0, 6.0], [-inf, 0.0]]
-    """
-    wide = scores.astype(np.float64)
-    if np.abs(wide).max() > temperature * float(np.finfo(scores.dtype).max):
-        wide -= wide.max()
-    with np.errstate(over="ignore"):
-        return (wide / temperature).astype(scores.dtype)
-
-
-def top_k(scores: Scores, count: int) -> Scores:
-    """The `count` largest scores and all that equal the least of them.
-
-    >>> import numpy as np
-    >>> top_k(np.float32([3.0, 1.0, 2.0, 2.0]), 2).tolist()
-    [3.0, -inf, 2.0, 2.0]
-    """
-    least = np.partition(scores, -min(count, len(scores)))[-min(count, len(scores))]
-    return _without(scores, scores < least)
-
-
-def top_p(scores: Scores, mass: float) -> Scores:
-    """The largest scores whose probabilities just exceed `mass` together; one at least.
-
-    >>> import numpy as np
-    >>> top_p(np.float32([2.0, 0.0, 1.0]), 0.7).tolist()  # 0.67, 0.09 and 0.24
-    [2.0, -inf, 1.0]
-    """
-    order = scores.argsort(kind="stable")
-    reached = _softmax(scores[order]).cumsum(dtype=np.float64).astype(scores.dtype)
-    out = reached <= 1 - mass
-    out[-1] = False
-    left_out = np.empty_like(out)
-    left_out[order] = out
-    return _without(scores, left_out)
-
-
-def min_p(scores: Scores, share: float) -> Scores:
-    """The scores whose probability is at least `share` of the largest one.
-
-    >>> import numpy as np
-    >>> min_p(np.float32([2.0, 0.0, 1.0]), 0.3).tolist()  # e ** -2 and e ** -1 of the largest
-    [2.0, -inf, 1.0]
-    """
-    probabilities = _softmax(scores)
-    left_out = probabilities < probabilities.max() * scores.dtype.type(share)
-    left_out[probabilities.argmax()] = False
-    return _without(scores, left_out)
-
-
-def _softmax(scores: Scores) -> Scores:
-    with np.errstate(over="ignore"):  # what lies that far below the largest has no share
-        weights = np.exp(scores - scores.max())
-    shares: Scores = weights / weights.sum()
-    return shares
-
-
-def _without(scores: Scores, left_out: NDArray[np.bool_]) -> Scores:
-    return np.where(left_out, -np.inf, scores).astype(scores.dtype)

@@ -15,6 +15,7 @@ from transformers import GenerationConfig, GPT2Config, GPT2LMHeadModel
 from transformers.generation import logits_process as stock
 
 from dsc.errors import UsageError
+from dsc.ir.choosing import gumbel, philox
 from dsc.sampling import Sampling, min_p, penalised, top_k, top_p
 
 VOCAB = 40
@@ -161,3 +162,22 @@ def test_sequences_of_one_seed_draw_apart_and_repeat() -> None:
     pickers = [warm.picker(7, row) for row in (0, 0, 1)]
     first, again, other = ([pick(scores, []) for _ in range(20)] for pick in pickers)
     assert first == again != other
+
+
+def test_the_generator_is_philox() -> None:
+    """The known answers of Salmon et al. (Random123, `kat_vectors`), for two of four counters."""
+    zero = np.zeros(1, np.uint64)
+    words = [int(x[0]) for x in philox(zero, 0, 0)]
+    assert words == [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
+
+
+def test_gumbel_numbers_have_their_distribution() -> None:
+    """Of 40,000: mean 0.5772, variance pi^2 / 6, and none twice in a row of draws."""
+    tokens = np.arange(20_000)
+    found = np.concatenate([gumbel(tokens, 11, draw) for draw in (0, 1)])
+    assert found.mean() == pytest.approx(0.5772, abs=0.02)
+    assert found.var() == pytest.approx(np.pi**2 / 6, abs=0.05)
+    assert np.mean(found < 0) == pytest.approx(np.exp(-1), abs=0.01)
+    assert not (gumbel(tokens, 11, 0) == gumbel(tokens, 12, 0)).any(where=tokens < 100)
+    some = np.array([3, 17, 19_999])
+    assert (gumbel(some, 11, 1) == found[20_000 + some]).all()

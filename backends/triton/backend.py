@@ -39,6 +39,7 @@ from dsc.ir.interface import Storage
 from dsc.ir.op import named
 from dsc.ir.program import Program
 from dsc.ir.regions import RegionLimits
+from dsc.ir.sampled import giving_ids
 from dsc.ir.traits import Role
 from dsc.runtime.emission import Emission
 from dsc.runtime.executable import Executable
@@ -111,7 +112,7 @@ class TritonBackend:
         `options.extra["compile"] = False` leaves binaries out: launches and sources only.
         """
         check_supported(program, self)
-        program = giving_indices(program)
+        program = giving_ids(giving_indices(program))
         targets = [t for t in options.targets if t.is_gpu] or [DEFAULT_TARGET]
         here = lowered_program(program, INTERPRET, options.reuse)
         lowered, sources = here.program, dict(here.sources)

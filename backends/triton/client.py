@@ -9,13 +9,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
 
+import numpy as np
+
 from dsc.backends.triton.compile import kernel_environment
+from dsc.backends.triton.launch import runnable, sampled
 from dsc.backends.triton.worker import INTERPRETED, read_frame, write_frame
 from dsc.errors import ArtifactError
-from dsc.ir.arrays import Array
+from dsc.ir.arrays import Array, empty
 from dsc.ir.graph import Graph
 from dsc.ir.program import Program
-from dsc.runtime.admission import Admitted
+from dsc.ir.sampled import IDS, LOGITS, SAMPLING, SEEDS
+from dsc.ir.types import DType
+from dsc.runtime.admission import MOVING, Admitted
 from dsc.runtime.launch_costs import NOTHING, LaunchCost, launch_costs
 from dsc.runtime.plan import EntryPlan, Plan, live_bytes
 from dsc.runtime.profiler import EntryRun, StepTime, active, lengths_of
@@ -35,7 +40,7 @@ class InterpretedExecutable(Admitted):
     def __init__(
         self, folder: Path, weights: Path, program: Program, plan: str = INTERPRETED
     ) -> None:
-        self._entries = Plan.from_json((folder / plan).read_bytes()).entries
+        self._launches = runnable(Plan.from_json((folder / plan).read_bytes()))
         super().__init__(program)
         self._lock = threading.Lock()
         environment = {"OMP_NUM_THREADS": "1", **kernel_environment(), "TRITON_INTERPRET": "1"}
@@ -56,7 +61,7 @@ class InterpretedExecutable(Admitted):
         self, graph: Graph, inputs: Mapping[str, Array], env: Mapping[str, int]
     ) -> dict[str, Array]:
         """Run an entry in the child process; updated caches are written back into the inputs."""
-        plan = self._entries[graph.name]
+        plan = self._launches.entries[graph.name]
         wanted = {p.name: inputs[p.name] for p in plan.inputs}
         outputs, times = self._interpret(graph.name, env, wanted)
         for name, source in plan.in_place.items():
@@ -72,6 +77,29 @@ class InterpretedExecutable(Admitted):
 
             profiler.ran(EntryRun(graph, env, lengths, lambda: steps, lambda: live, costs))
         return outputs
+
+    def continued(
+        self,
+        entry: str,
+        inputs: Mapping[str, Array],
+        sampling: Array,
+        seeds: Array,
+        steps: int,
+    ) -> tuple[Array, Array]:
+        """See `dsc.runtime.executable.Continues`: a run in the child process for each step."""
+        env = self.admissions[entry].along(inputs, steps)
+        plan, given = self._launches.entries[sampled(entry)], dict(inputs)
+        ids = empty((len(sampling), steps), DType.i64)
+        logits = empty((), DType.f32)
+        for step in range(steps):
+            more = {SAMPLING: sampling, SEEDS: seeds + np.array([0, step])}
+            outputs, _ = self._interpret(sampled(entry), env, {**given, **more})
+            for name, source in plan.in_place.items():
+                inputs[source][...] = outputs[name]
+            ids[:, step], logits = outputs[IDS][:, 0], outputs[LOGITS]
+            given |= {name: given[name] + 1 for name in MOVING}
+            given["input_ids"] = outputs[IDS]
+        return ids, logits
 
     def _interpret(
         self, entry: str, sizes: Mapping[str, int], inputs: Mapping[str, Array]

@@ -7,8 +7,10 @@ slots, find it there. Its host copy is refreshed by `read_back` alone: copying a
 token would cost more than the step.
 
 What one step after another does again, on the same addresses, is queued as one CUDA graph: a decode
-step has a hundred launches and more, and queueing them one by one takes longer than they run. Under
-a profiler launches are queued one by one between events (`timer`).
+step has a hundred launches and more, and queueing them one by one takes longer than they run. So
+each session has graphs of its own. Where steps choose their tokens themselves, those of the next
+are copied from the last one's on the device, and the host waits once, at the end. Under a profiler
+launches are queued one by one between events (`timer`).
 """
 
 from __future__ import annotations
@@ -22,12 +24,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 
 from dsc.backends.triton.driver import Argument, Driver, Function, NoDevice, ReadyLaunch
-from dsc.backends.triton.launch import Kernel, LaunchProgram
+from dsc.backends.triton.launch import Kernel, runnable, sampled
 from dsc.backends.triton.schedule import Address, Call, Schedule, resolve
 from dsc.backends.triton.timer import Timer
 from dsc.errors import BackendUnavailable
@@ -35,18 +37,22 @@ from dsc.ir.arrays import Array, empty
 from dsc.ir.dims import evaluate
 from dsc.ir.graph import Graph
 from dsc.ir.program import Program
+from dsc.ir.sampled import IDS, LOGITS, SAMPLING, SEEDS
 from dsc.ir.types import DType
-from dsc.runtime.admission import Admitted
+from dsc.runtime.admission import MOVING, Admitted
 from dsc.runtime.launch_costs import LaunchCost, launch_costs
 from dsc.runtime.plan import ARENA, WEIGHT, EntryPlan, Plan
 from dsc.runtime.profiler import EntryRun, StepTime, active, lengths_of
 from dsc.runtime.standalone import mapped_weights
 
 ALIGNMENT = 256
+INPUTS, END = "inputs", ""
+"""The buffer of all inputs but the states; where they end."""
 WHOLE_ARENA = -1  # stands for the arena among addresses by buffer
-REPLAYS = 32  # sets of sizes whose launches are kept
+REPLAYS = 64  # sets of sizes and addresses whose launches are kept
+T = TypeVar("T")
 Key: TypeAlias = tuple[object, ...]
-"""An entry and the sizes of its symbols."""
+"""An entry and the sizes of its symbols; of what is ready to run, the addresses too."""
 
 
 @dataclass(slots=True)
@@ -60,11 +66,9 @@ class Resident:
 
 @dataclass(slots=True)
 class Replay:
-    """A schedule, its launches for the addresses of the last run, and the graph of a second one."""
+    """The launches of a schedule on its addresses, and the graph of all that come again."""
 
-    schedule: Schedule
-    addresses: Mapping[int, int] | None = None
-    launches: Sequence[ReadyLaunch] = ()
+    launches: Sequence[ReadyLaunch]
     graph: ctypes.c_void_p | None = None
 
     def forget(self, driver: Driver) -> None:
@@ -79,7 +83,7 @@ class Held:
     """What an executable holds on the device; it outlives the executable until it is given back.
 
     `pools` are buffers by name with their sizes, `caches` residents by the owner's address,
-    `replays` what is ready to run by entry and sizes, the latest last.
+    `schedules` are by entry and sizes, `replays` what is ready to run, the latest last.
     """
 
     driver: Driver
@@ -87,6 +91,7 @@ class Held:
     timer: Timer
     pools: dict[str, tuple[int, int]] = field(default_factory=dict)
     caches: dict[int, Resident] = field(default_factory=dict)
+    schedules: dict[Key, Schedule] = field(default_factory=dict)
     replays: dict[Key, Replay] = field(default_factory=dict)
 
     def release(self) -> None:
@@ -122,7 +127,7 @@ class CudaExecutable(Admitted):
             hint = f"compile with --target cuda:{self._driver.arch}"
             found = f"the binaries are for {folder.name}, the device is {self._driver.arch}"
             raise BackendUnavailable(found, hint)
-        self._launches = LaunchProgram.of(Plan.from_json((folder / "plan.json").read_bytes()))
+        self._launches = runnable(Plan.from_json((folder / "plan.json").read_bytes()))
         super().__init__(program)
         self._lock = threading.Lock()
         self._functions = _load_functions(self._driver, folder)
@@ -152,34 +157,99 @@ class CudaExecutable(Admitted):
             self._driver.activate()
             return self._timer.product_speed(self._folder, kind)
 
+    def continued(
+        self,
+        entry: str,
+        inputs: Mapping[str, Array],
+        sampling: Array,
+        seeds: Array,
+        steps: int,
+    ) -> tuple[Array, Array]:
+        """See `dsc.runtime.executable.Continues`: nothing comes to the host between steps."""
+        env = self.admissions[entry].along(inputs, steps)
+        with self._lock:
+            given = {**inputs, SAMPLING: sampling, SEEDS: seeds}
+            return self._continue(sampled(entry), given, env, steps)
+
     def _run(
         self, graph: Graph, inputs: Mapping[str, Array], env: Mapping[str, int]
     ) -> dict[str, Array]:
         self._driver.activate()
-        start, profiler = time.perf_counter(), active()
-        lowered = self._launches.entries[graph.name]
-        replay = self._replay((graph.name, *env.items()), lowered, env)
-        addresses = self._inputs(lowered, inputs)
-        addresses[WHOLE_ARENA] = self._pool("arena", lowered.arena_bytes)
-        results: dict[str, Array] = {}
-        in_place = lowered.in_place
-        for port, shape in zip(lowered.outputs, replay.schedule.output_shapes, strict=True):
-            if port.name in in_place:
-                results[port.name] = inputs[in_place[port.name]]
-                continue
-            results[port.name] = empty(shape, port.type.dtype)
-            addresses[port.buffer] = self._pool(f"output {port.name}", results[port.name].nbytes)
-        spans = self._queue(lowered, replay, addresses, profiler is not None)
+        entry, start, profiler = graph.name, time.perf_counter(), active()
+        lowered = self._launches.entries[entry]
+        content, places = _packed(lowered, inputs)
+        addresses, results = self._addresses(entry, lowered, inputs, places, env)
+        self._driver.upload(self._held.pools[INPUTS][0], content.ctypes.data, content.nbytes)
+        spans = None
+        if profiler is not None:
+            schedule = self._schedule((entry, *env.items()), lowered, env)
+            spans = self._timer.spans(self._prepare(lowered, schedule, addresses))
+        else:
+            self._queue((entry, *env.items()), lowered, addresses, env)
         for port in lowered.outputs:
-            if port.name not in in_place:
+            if port.name not in lowered.in_place:
                 made = results[port.name]
                 self._driver.download(made.ctypes.data, addresses[port.buffer], made.nbytes)
         self._driver.synchronise()
-        if profiler is not None:
-            lengths = lengths_of(inputs)
-            run = timed_run(graph, lowered, env, lengths, start, spans())
-            profiler.ran(run)
+        if profiler is not None and spans is not None:
+            profiler.ran(timed_run(graph, lowered, env, lengths_of(inputs), start, spans()))
         return results
+
+    def _continue(
+        self, entry: str, inputs: Mapping[str, Array], env: Mapping[str, int], steps: int
+    ) -> tuple[Array, Array]:
+        driver, lowered = self._driver, self._launches.entries[entry]
+        driver.activate()
+        content, places = _packed(lowered, inputs)
+        rows = np.tile(content, (steps, 1))
+        for step in range(1, steps):  # what the host knows of it: all but the tokens
+            moved = {name: inputs[name] + step for name in MOVING}
+            moved[SEEDS] = inputs[SEEDS] + np.array([0, step])
+            rows[step] = _packed(lowered, {**inputs, **moved})[0]
+        addresses, results = self._addresses(entry, lowered, inputs, places, env)
+        given, ahead = self._held.pools[INPUTS][0], self._pool("ahead", rows.nbytes)
+        driver.upload(ahead, rows.ctypes.data, rows.nbytes)
+        ids = np.empty((steps, *results[IDS].shape), np.int64)
+        log, size = self._pool("log", ids.nbytes), results[IDS].nbytes
+        buffers = {p.name: p.buffer for p in (*lowered.inputs, *lowered.outputs)}
+        chosen, tokens = (addresses[buffers[name]] for name in (IDS, "input_ids"))
+        for step in range(steps):
+            driver.copy(given, ahead + step * content.nbytes, content.nbytes)
+            if step:
+                driver.copy(tokens, chosen, size)
+            self._queue((entry, *env.items()), lowered, addresses, env)
+            driver.copy(log + step * size, chosen, size)
+        logits = results[LOGITS]
+        driver.download(ids.ctypes.data, log, ids.nbytes)
+        driver.download(logits.ctypes.data, addresses[buffers[LOGITS]], logits.nbytes)
+        driver.synchronise()
+        return ids[:, :, 0].T, logits
+
+    def _addresses(
+        self,
+        entry: str,
+        lowered: EntryPlan,
+        inputs: Mapping[str, Array],
+        places: Mapping[str, int],
+        env: Mapping[str, int],
+    ) -> tuple[dict[int, int], dict[str, Array]]:
+        """Where what an entry reads and writes lies, by buffer, and arrays for its outputs."""
+        given = self._pool(INPUTS, places[END])
+        addresses = {p.buffer: given + places[p.name] for p in lowered.inputs if p.name in places}
+        state = set(lowered.in_place.values())
+        for port in lowered.inputs:
+            if port.name in state:
+                addresses[port.buffer] = self._resident(inputs[port.name])
+        addresses[WHOLE_ARENA] = self._pool("arena", lowered.arena_bytes)
+        results: dict[str, Array] = {}
+        schedule = self._schedule((entry, *env.items()), lowered, env)
+        for port, shape in zip(lowered.outputs, schedule.output_shapes, strict=True):
+            if port.name in lowered.in_place:
+                results[port.name] = inputs[lowered.in_place[port.name]]
+                continue
+            results[port.name] = empty(shape, port.type.dtype)
+            addresses[port.buffer] = self._pool(f"output {port.name}", results[port.name].nbytes)
+        return addresses, results
 
     def read_back(self, cache: Array) -> None:
         """Copy what the device holds of a cache, or of a view of one, into the host's array."""
@@ -197,8 +267,8 @@ class CudaExecutable(Admitted):
         with self._lock:
             self._driver.activate()
             made = empty(shape, dtype)
-            resident = self._settle(made)
-            self._driver.clear(resident.pointer, made.nbytes)
+            resident = self._settle(_owner(made))
+            self._driver.clear(resident.pointer, _owner(made).nbytes)
             resident.stale = False
         return made
 
@@ -218,49 +288,32 @@ class CudaExecutable(Admitted):
         """Give all device memory back; nothing runs after this."""
         self._release()
 
-    def _replay(self, key: Key, lowered: EntryPlan, env: Mapping[str, int]) -> Replay:
-        """The schedule for these sizes and what is ready of it; the oldest of many are let go."""
-        replays = self._held.replays
-        known = replays.pop(key, None) or Replay(resolve(lowered, env))
-        replays[key] = known
-        if len(replays) > REPLAYS:
-            replays.pop(next(iter(replays))).forget(self._driver)
-        return known
-
-    def _inputs(self, lowered: EntryPlan, inputs: Mapping[str, Array]) -> dict[int, int]:
-        """Addresses of the inputs by buffer, once they are uploaded."""
-        state = set(lowered.in_place.values())
-        addresses: dict[int, int] = {}
-        for port in lowered.inputs:
-            array = inputs[port.name]
-            if port.name in state:
-                addresses[port.buffer] = self._resident(array)
-                continue
-            addresses[port.buffer] = pointer = self._pool(f"input {port.name}", array.nbytes)
-            self._driver.upload(pointer, array.ctypes.data, array.nbytes)
-        return addresses
+    def _schedule(self, key: Key, lowered: EntryPlan, env: Mapping[str, int]) -> Schedule:
+        """The schedule for an entry's sizes."""
+        return _kept(self._held.schedules, key, lambda: resolve(lowered, env), lambda old: None)
 
     def _queue(
-        self, lowered: EntryPlan, replay: Replay, addresses: Mapping[int, int], timed: bool
-    ) -> Callable[[], list[float]]:
-        """Queue a schedule's launches: one by one at first, as one graph when they come again.
-
-        With `timed` always one by one, between events; what is returned gives their seconds.
-        """
+        self, key: Key, lowered: EntryPlan, addresses: Mapping[int, int], env: Mapping[str, int]
+    ) -> None:
+        """Queue an entry's launches: one by one at first, as one graph when they come again."""
         driver = self._driver
-        if timed:
-            return self._timer.spans(self._prepare(lowered, replay.schedule, addresses))
-        if replay.addresses != addresses:
-            replay.forget(driver)
-            replay.addresses = addresses
-            replay.launches = self._prepare(lowered, replay.schedule, addresses)
+        fresh = False
+
+        def ready() -> Replay:
+            nonlocal fresh
+            fresh = True
+            schedule = self._schedule(key, lowered, env)
+            return Replay(self._prepare(lowered, schedule, addresses))
+
+        place = (*key, *addresses.items())
+        replay = _kept(self._held.replays, place, ready, lambda old: old.forget(driver))
+        if fresh:
             for launch in replay.launches:
                 driver.launch(launch)
-            return list
+            return
         if replay.graph is None:
             replay.graph = driver.capture(replay.launches)
         driver.replay(replay.graph)
-        return list
 
     def _prepare(
         self, lowered: EntryPlan, schedule: Schedule, addresses: Mapping[int, int]
@@ -314,6 +367,32 @@ class CudaExecutable(Admitted):
             pointer = self._driver.allocate(size)
             pools[name] = (pointer, size)
         return pointer
+
+
+def _kept(held: dict[Key, T], key: Key, make: Callable[[], T], drop: Callable[[T], None]) -> T:
+    """What is held under a key, made where it is not; the oldest of many is let go."""
+    found = held.pop(key, None)
+    if found is None:
+        found = make()
+    held[key] = found
+    if len(held) > REPLAYS:
+        drop(held.pop(next(iter(held))))
+    return found
+
+
+def _packed(lowered: EntryPlan, inputs: Mapping[str, Array]) -> tuple[Array, dict[str, int]]:
+    """All inputs but the states as bytes that lie side by side, and where each begins."""
+    state = set(lowered.in_place.values())
+    arrays = {p.name: inputs[p.name] for p in lowered.inputs if p.name not in state}
+    places, end = {}, 0
+    for name, array in arrays.items():
+        places[name] = end
+        end = -(-(end + array.nbytes) // ALIGNMENT) * ALIGNMENT
+    content = np.zeros(end, np.uint8)
+    for name, array in arrays.items():
+        start = places[name]
+        content[start : start + array.nbytes] = array.reshape(-1).view(np.uint8)
+    return content, {**places, END: end}
 
 
 def timed_run(

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dsc.ir.dims import Dim, Sym
+from dsc.ir.sampled import IDS, SAMPLE, SAMPLING, SEEDS
 from dsc.ir.types import DType
 from dsc.runtime.plan import EntryPlan, Plan
 
@@ -89,6 +90,20 @@ class LaunchProgram:
         """Read back what `plan` gave."""
         kernels = {k: Kernel.from_json(v) for k, v in plan.meta["kernels"].items()}
         return LaunchProgram(plan.meta["target"], kernels, dict(plan.entries))
+
+
+def runnable(plan: Plan) -> LaunchProgram:
+    """Entries that choose tokens twice: without, and with it as `sampled` names them."""
+    found = LaunchProgram.of(plan)
+    for name, entry in list(found.entries.items()):
+        if {SAMPLING, SEEDS} <= {p.name for p in entry.inputs}:
+            found.entries |= {name: entry.without(SAMPLE), sampled(name): entry}
+    return found
+
+
+def sampled(entry: str) -> str:
+    """What an entry is called whose tokens are chosen on the device."""
+    return f"{entry}, {IDS}"
 
 
 def _constant(value: Any) -> Any:

@@ -56,7 +56,8 @@ class Model(Compiled):
         """The logits of a step; the caches are written on the device."""
         plan, key = self.plan["entries"][entry], (sizes["S"], sizes["L"])
         if key not in self.launches:
-            self.launches[key] = [self._launch(plan, x, sizes) for x in plan["launches"]]
+            plain = [x for x in plan["launches"] if x["op"] != "sample"]  # tokens are chosen here
+            self.launches[key] = [self._launch(plan, x, sizes) for x in plain]
         for name, array in tokens.items():
             target = self.at[buffer_label("input", name)]
             self.device.upload(target, array.ctypes.data, array.nbytes)

@@ -69,7 +69,7 @@ def serve(
     from safetensors.torch import load_file
 
     from dsc.backends.triton.interpret import InterpretedProgram, Kernels
-    from dsc.backends.triton.launch import LaunchProgram
+    from dsc.backends.triton.launch import runnable
 
     torch.set_num_threads(1)
     # Kernels are imported when they are first launched, and the folder may be another's by then.
@@ -77,7 +77,7 @@ def serve(
     shutil.copytree(folder / "kernels", own.name, dirs_exist_ok=True)
     plan = Plan.from_json((folder / place).read_bytes())
     tensors = load_file(weights) if weights.is_file() else {}
-    launches, kernels = LaunchProgram.of(plan), Kernels(Path(own.name))
+    launches, kernels = runnable(plan), Kernels(Path(own.name))
     program = (make or InterpretedProgram)(launches, kernels, tensors)
     write_frame(sink, {"ready": True}, {})
     while (frame := read_frame(source)) is not None:

@@ -26,6 +26,9 @@ from dsc.runtime.executable import Call, Executable
 if TYPE_CHECKING:
     import numpy as np
 
+MOVING = ("positions", "lengths")
+"""Inputs of a causal language model that each step of one token moves on by one."""
+
 
 class Admitted(Executable):
     """An executable that runs what its entries admit, and nothing else.
@@ -141,6 +144,15 @@ class Admission:
                 raise UsageError(f"input {demand.input} {wrong[0]}", hint=wrong[1])
         for pages in self._found.pages:
             check_pages(pages, inputs[pages.table], inputs[pages.lengths])
+
+    def along(self, inputs: Mapping[str, Array], steps: int) -> Mapping[str, int]:
+        """The symbols' sizes for so many steps of one token that begin with these inputs.
+
+        Raises `UsageError` where the first or the last would not be admitted.
+        """
+        last = {n: x + steps - 1 if n in MOVING else x for n, x in inputs.items()}
+        self.check(last)
+        return self.check(inputs)
 
     def guard(self, env: Mapping[str, int]) -> Intercept | None:
         """What the interpreter asks before each node, so that no computed index is outside.

@@ -110,6 +110,27 @@ class KeepsCaches(Protocol):
 
 
 @runtime_checkable
+class Continues(Protocol):
+    """An executable that chooses tokens where their logits are, and goes on with them."""
+
+    def continued(
+        self,
+        entry: str,
+        inputs: Mapping[str, Array],
+        sampling: Array,
+        seeds: Array,
+        steps: int,
+    ) -> tuple[Array, Array]:
+        """Run steps of one token, each with what the one before chose; caches as `bind` has them.
+
+        `sampling` and `seeds` are those of the operator `sample`; each step draws the next number.
+        Gives the ids [B, steps] that the steps chose, and the logits of the last. Raises what
+        `bind` and its call raise.
+        """
+        ...
+
+
+@runtime_checkable
 class ReadsSpeed(Protocol):
     """An executable that reads how fast its own device is."""
 

@@ -142,6 +142,18 @@ class EntryPlan:
         """The same, where it is `allocator` that gives memory to what would lie in the arena."""
         return replace(self, arena_bytes=0, allocator=allocator)
 
+    def without(self, op: str) -> EntryPlan:
+        """The same without the launches of an operator, and without what only these touch."""
+        kept = tuple(launch for launch in self.launches if launch.op != op)
+        if len(kept) == len(self.launches):
+            return self
+        lost = {r.buffer for launch in self.launches if launch.op == op for r in launch.refs}
+        lost -= {r.buffer for launch in kept for r in launch.refs}
+        inputs, outputs = (
+            tuple(p for p in ports if p.buffer not in lost) for ports in (self.inputs, self.outputs)
+        )
+        return replace(self, inputs=inputs, outputs=outputs, launches=kept)
+
     @property
     def in_place(self) -> dict[str, str]:
         """Outputs that are inputs, updated in place: the input's name by the output's."""

@@ -18,14 +18,18 @@ import numpy as np
 
 from dsc.errors import UsageError
 from dsc.ir.arrays import Array, Kind, extremes, of_kind
+from dsc.ir.choosing import Choice, chosen, key_of
 from dsc.ir.dims import Sym
-from dsc.ir.interface import NEW
+from dsc.ir.interface import NEW, Storage
 from dsc.ir.program import Program
 from dsc.runtime.caches import kept_by
-from dsc.runtime.executable import Call, Executable, KeepsCaches, OpensLate
+from dsc.runtime.executable import Call, Continues, Executable, KeepsCaches, OpensLate
 from dsc.runtime.pages import PagePool
 from dsc.runtime.profiler import entry_span
 from dsc.runtime.tokens import Form, read_ids, read_lengths
+
+CONTIGUOUS, PAGED = Storage.CONTIGUOUS, Storage.PAGED
+LIKELIEST = Choice()
 
 
 @dataclass(slots=True)
@@ -299,6 +303,78 @@ class Session:
             raise UsageError(f"next_ids of shape {shape} for {len(self._active)} sequences")
         new = self._check_new(tokens, None, self.lengths)
         return _like(self._append(tokens, new, list(range(len(self._active))), False), like)
+
+    def generate(
+        self,
+        steps: int,
+        choice: Choice = LIKELIEST,
+        keys: Sequence[int] | None = None,
+        drawn: int = 0,
+    ) -> Any:
+        """Continue all sequences by `steps` tokens each, chosen from their logits: ids [B, steps].
+
+        What follows is as if `decode` had been given each. `keys` are those of the sequences' draws
+        (`dsc.ir.choosing.key_of`), of which `drawn` were made before. On a GPU tokens are chosen
+        there, and the host waits once. Raises `UsageError`.
+        """
+        if not self._active:
+            raise UsageError("generate before prefill", hint="call session.prefill(ids) first")
+        _check_limit("steps", steps, self.max_context)
+        keys = [key_of(0, each.id) for each in self._active] if keys is None else list(keys)
+        if len(keys) != len(self._active):
+            raise UsageError(f"{len(keys)} keys for {len(self._active)} sequences")
+        first = self._chosen(choice, keys, drawn)
+        tokens = np.broadcast_to(first[:, None], (len(first), steps))
+        self._check_new(tokens, None, self.lengths)
+        in_place = all(s.storage in (CONTIGUOUS, PAGED) for s in self.program.states)
+        if isinstance(self.executable, Continues) and in_place:
+            found = self._continued(self.executable, first, steps, choice, keys, drawn + 1)
+        else:
+            chosen = [first]
+            for step in range(1, steps + 1):
+                self._append(chosen[-1][:, None], [1] * len(first), [*range(len(first))], False)
+                if step < steps:
+                    chosen.append(self._chosen(choice, keys, drawn + step))
+            found = np.stack(chosen, 1)
+        return of_kind(found, self._active[0].like)
+
+    def _chosen(self, choice: Choice, keys: Sequence[int], draw: int) -> Array:
+        """The next token of each sequence by its logits. Raises `UsageError`."""
+        rows = [np.asarray(self.logits(each.id), np.float32) for each in self._active]
+        if not all(np.isfinite(row.max()) for row in rows):
+            raise UsageError("the largest of the logits is no number (NaN, infinity)")
+        found = [chosen(row, choice, key, draw) for row, key in zip(rows, keys, strict=True)]
+        return np.array(found, np.int64)
+
+    def _continued(
+        self,
+        executable: Continues,
+        first: Array,
+        steps: int,
+        choice: Choice,
+        keys: Sequence[int],
+        drawn: int,
+    ) -> Array:
+        """Steps that choose their tokens themselves, the first of them given; ids [B, steps]."""
+        count, before = len(first), self.lengths
+        rows, after = list(range(count)), [n + steps for n in before]
+        given = self._arrays(count, 1, 1)
+        given["input_ids"][:, 0] = first
+        given["lengths"][:] = before
+        given["positions"][:, 0] = before
+        given["logits_at"][:] = 0
+        given[NEW][:] = 1
+        for kept in self._kept:
+            given |= kept.inputs(rows, before, after, steps)
+        entry = self.program.choose_entry(1, count, max(after))
+        wanted = {v.name for v in self.program.entries[entry].inputs}
+        sampling = np.array([choice.row] * count, np.float32)
+        seeds = np.array([[key, drawn] for key in keys], np.int64)
+        inputs = {name: x for name, x in given.items() if name in wanted}
+        ids, logits = executable.continued(entry, inputs, sampling, seeds, steps)
+        for row, each in enumerate(self._active):
+            each.length, each.logits = after[row], logits[row, 0]
+        return np.concatenate([first[:, None], ids[:, :-1]], 1)
 
     def _decode_named(self, next_ids: Mapping[int, int]) -> dict[int, Any]:
         if not next_ids:

@@ -243,6 +243,8 @@ class FakeDriver(Driver):
         self.memory: dict[int, Any] = {}
         self.launched: list[tuple[Function, tuple[int, int, int], list[int]]] = []
         self.uploads: list[int] = []
+        self.downloads: list[int] = []
+        self.waits = 0
 
     @property
     def arch(self) -> str:
@@ -264,6 +266,7 @@ class FakeDriver(Driver):
         ctypes.memmove(target, source, size)
 
     def download(self, target: int, source: int, size: int) -> None:
+        self.downloads.append(size)
         ctypes.memmove(target, source, size)
 
     def copy(self, target: int, source: int, size: int) -> None:
@@ -288,7 +291,7 @@ class FakeDriver(Driver):
         return
 
     def synchronise(self) -> None:
-        return
+        self.waits += 1
 
     def activate(self) -> None:
         return
@@ -326,12 +329,13 @@ def test_cuda_launches_what_was_emitted(
     session = Session(executable, model, 1, CONTEXT, CHUNK)
     session.prefill([1, 2, 3])
     launches = len(driver.launched)
-    assert launches == len(program.entries["extend"].launches)
-    cache = CONTEXT + CHUNK
+    plain = {name: entry.without("sample") for name, entry in program.entries.items()}
+    assert launches == len(plain["extend"].launches) == len(program.entries["extend"].launches) - 3
     before = len(driver.uploads)
+    assert before == 2, "weights and inputs: caches begin as zeros on the device"
     session.decode([4])
-    assert max(driver.uploads[before:]) < cache, "a resident cache is not uploaded again"
-    step = len(program.entries["decode"].launches)
+    assert len(driver.uploads) == before + 1, "all inputs at once"
+    step = len(plain["decode"].launches)
     arena = max(program.entries[name].arena_bytes for name in ("extend", "decode"))
     assert executable._held.pools["arena"][1] == arena
     assert len(driver.launched) - launches == step
@@ -341,6 +345,26 @@ def test_cuda_launches_what_was_emitted(
     assert driver.launched[-step:] == driver.launched[-2 * step : -step]
     for _, _, arguments in driver.launched:
         assert all(a >= 0 for a in arguments)
+
+
+def test_tokens_that_are_chosen_on_the_device_are_waited_for_once(
+    model: Program, on_fake: tuple[CudaExecutable, FakeDriver, LaunchProgram]
+) -> None:
+    """All that a step needs is copied on the device; the host sees the ids at the end."""
+    executable, driver, program = on_fake
+    session = Session(executable, model, 2, CONTEXT, CHUNK)
+    session.prefill([[1, 2, 3], [4, 5, 6]])
+    session.generate(7)  # buffers have their sizes then
+    launches, waits = len(driver.launched), driver.waits
+    uploads, downloads = len(driver.uploads), len(driver.downloads)
+    ids = session.generate(7)
+    assert ids.shape == (2, 7)
+    assert len(driver.launched) - launches == 7 * len(program.entries["decode"].launches)
+    assert driver.waits == waits + 1
+    assert len(driver.uploads) == uploads + 1, "tokens, positions and lengths of all steps"
+    vocab = 50
+    assert driver.downloads[downloads:] == [7 * 2 * 8, 2 * vocab * 4]
+    assert session.lengths == [17, 17]
 
 
 def test_a_moved_sequence_takes_its_rows_on_the_device_along(

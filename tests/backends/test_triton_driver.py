@@ -19,7 +19,7 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from dsc import pipeline
 from dsc.backends.triton import TritonBackend
 from dsc.backends.triton.backend import RUNNER
-from dsc.backends.triton.launch import LaunchProgram
+from dsc.backends.triton.launch import runnable
 from dsc.backends.triton.program import lower_program
 from dsc.backends.triton.runner import buffer_label, buffer_sizes
 from dsc.backends.triton.schedule import resolve
@@ -260,7 +260,7 @@ def test_all_that_a_script_may_ask_for_fits_into_its_buffers() -> None:
 def expected_calls(folder: Path, program: Program) -> list[str]:
     """One decode step in the format of the fake driver's log."""
     place = folder / "triton" / "sm_90"
-    lowered = LaunchProgram.of(Plan.from_json((place / "plan.json").read_bytes()))
+    lowered = runnable(Plan.from_json((place / "plan.json").read_bytes()))
     records = json.loads((place / "kernels.json").read_text())
     sizes = {"B": 1, "L": 1, "S": 1, "C": 40}
     lines = []

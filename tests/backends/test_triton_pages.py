@@ -11,6 +11,7 @@ import torch
 import dsc
 from dsc.backends.base import No, Yes
 from dsc.backends.triton import TritonBackend
+from dsc.ir.choosing import Choice, key_of
 from dsc.ir.graph import GraphBuilder
 from dsc.ir.types import DType, TensorType
 from dsc.runtime.session import Session
@@ -59,6 +60,21 @@ def test_sequences_in_any_pages_say_what_the_reference_says(kept: str, seed: int
     bound = 1e-3 if kept == "bf16" else 2e-2
     for ours, theirs in zip(found, wanted, strict=True):
         assert (ours - theirs).abs().max() < bound
+
+
+def test_sequences_continue_with_the_same_tokens_on_a_device_and_on_the_host() -> None:
+    """Drawn and the likeliest, over the border of a page; then as if `decode` had been called."""
+    ids = torch.randint(0, 50, (2, 62), generator=torch.Generator().manual_seed(2))
+    warm, keys = Choice(1.5, 20, 0.95), [key_of(1, 0), key_of(1, 1)]
+    found = []
+    for backend in ("triton", "reference"):
+        session = compiled(backend, "bf16").session(2)
+        session.prefill(ids, lengths=[62, 5])
+        found.append([session.generate(4, warm, keys), session.generate(1), session.logits(1)])
+        assert session.lengths == [67, 10]
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-3)
+    assert found[0][0].unique().numel() > 4
 
 
 @pytest.mark.parametrize("page", [4, 16, 48, 64])

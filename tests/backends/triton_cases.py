@@ -25,6 +25,11 @@ from dsc.ir.stages import Stage
 from dsc.ir.types import TensorType
 from dsc.ir.weights import random_tensor
 
+SAMPLING = [
+    [0.7, 0, 1.0, 0.0], [1.5, 20, 0.8, 0.0], [0.0, 3, 0.5, 0.0], [1.0, 0, 0.6, 0.02],
+    [2.0, 7, 1.0, 0.0],
+]  # fmt: skip
+"""Temperature, top-k, top-p and min-p: drawn from all, from few, the likeliest."""
 _ROUTE = 'groups=4, keep=2, group_score="{}", top_k=3, normalise={}, scale=2.5'
 EXTRA: dict[str, list[str]] = {
     "linear": [
@@ -121,6 +126,7 @@ EXTRA: dict[str, list[str]] = {
     "mean": ["f32[2,9000] {axes=[-1], keepdims=true}"],
     "amax": ["f32[3,70] {axes=[1]}", "i64[5,6]=90 {axes=[0]}"],
     "argmax": ["f32[4,5000] {axis=-1}", "f32[4,6,5] {axis=1}"],
+    "sample": ["f32[5,2,300], f32[5,4], i64[5,2]", "bf16[5,1,5000], f32[5,4], i64[5,2]"],
     "cumsum": ["f32[3,5000] {axis=-1}", "i64[4,7]=9 {axis=0}"],
     "topk": ["f32[6,70] {k=7}"],
     "gather": ["f32[2,5,3], i64[2,4,3]=5 {axis=1}"],
@@ -229,6 +235,10 @@ def build(op: str, text: str, name: str) -> Case:
         inputs[f"x{at}"] = _operand(op, at, type, high)
     if op == "combine":
         inputs["x1"] = torch.randperm(len(inputs["x1"]), generator=torch.Generator().manual_seed(3))
+    if op == "sample":
+        inputs["x1"] = torch.tensor(SAMPLING)[: len(inputs["x0"])]
+        inputs["x2"] = torch.tensor([[7, 3], [1 << 60, 1 << 40], [7, 4], [8, 0], [9, 1]])
+        inputs["x2"] = inputs["x2"][: len(inputs["x0"])]
     if op == "grouped_linear":
         inputs["x2"] = _segments(len(inputs["x0"]), len(inputs["x2"]) - 1)
     named = registry()[op].operand_names(len(operands))

@@ -16,6 +16,7 @@ from dsc.backends.triton.context import Context
 from dsc.backends.triton.launch import POINTER_TYPES
 from dsc.backends.triton.lower import attend, contract, lookups, moe, outside, regions, shapes
 from dsc.backends.triton.lower.cached import pages_reason
+from dsc.backends.triton.lower.sample import sample
 from dsc.backends.triton.pointwise import has_formula
 from dsc.backends.triton.rows import ALONG_ROWS
 from dsc.ir.graph import Node, Operand
@@ -48,6 +49,7 @@ TABLE: dict[str, Lower] = {
     "take": lookups.take,
     "gather": lookups.gather,
     "append": lookups.append,
+    "sample": sample,
     "concat": shapes.concat,
     "stack": shapes.stack,
     "full": shapes.full,
@@ -58,7 +60,7 @@ TABLE: dict[str, Lower] = {
 FIXED_OPERANDS = {
     "attention": ("q", "v"), "latent_attention": ("q_latent", "q_rope"),
     "mla_attention": ("q_nope", "q_rope"), "route": ("weight",), "experts": ("gate_up", "down"),
-    "grouped_linear": ("weight",),
+    "grouped_linear": ("weight",), "sample": ("logits",),
 }  # fmt: skip
 
 

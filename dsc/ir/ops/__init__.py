@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from types import MappingProxyType, ModuleType
 
 from dsc.ir.op import OpDef
-from dsc.ir.ops import cache, comm, core, moe, nn, pointwise, quant, shape, traced
+from dsc.ir.ops import cache, comm, core, moe, nn, pointwise, quant, sample, shape, traced
 
 
 def _collect(*families: ModuleType) -> Mapping[str, OpDef]:
@@ -26,6 +26,7 @@ FAMILIES: Mapping[str, ModuleType] = MappingProxyType(
         "nn": nn,
         "cache": cache,
         "moe": moe,
+        "sample": sample,
         "quant": quant,
         "comm": comm,
         "traced": traced,
