@@ -112,11 +112,17 @@ class Held:
 class CudaExecutable(Admitted):
     """Runs an artifact's launches on the first CUDA device.
 
-    Raises `BackendUnavailable` where there is no driver, or a device of another architecture.
+    `placed` are addresses of weights that lie on the device already, and stay the caller's. Raises
+    `BackendUnavailable` where there is no driver, or a device of another architecture.
     """
 
     def __init__(
-        self, folder: Path, weights: Path, program: Program, driver: Driver | None = None
+        self,
+        folder: Path,
+        weights: Path,
+        program: Program,
+        driver: Driver | None = None,
+        placed: Mapping[str, int] | None = None,
     ) -> None:
         try:
             self._driver = driver or Driver()
@@ -132,7 +138,8 @@ class CudaExecutable(Admitted):
         self._lock = threading.Lock()
         self._functions = _load_functions(self._driver, folder)
         base, places = _upload_weights(self._driver, weights)
-        self._weights = {name: base + offset for name, offset in places.items()}
+        uploaded = {name: base + offset for name, offset in places.items()}
+        self._weights = placed if placed is not None else uploaded
         self._folder, self._timer = folder, Timer(self._driver)
         self._held = Held(self._driver, base, self._timer)
         self._release = weakref.finalize(self, self._held.release)
