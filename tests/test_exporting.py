@@ -17,6 +17,7 @@ from torch import Tensor, nn
 import dsc
 from dsc.cli import main
 from dsc.errors import UsageError, VerificationError
+from dsc.exporting import NO_TOKENIZER, exported, traced
 from dsc.frontends.beside import files_beside
 from dsc.frontends.torch_export import UNPLACED
 
@@ -192,6 +193,12 @@ def test_files_beside_a_checkpoint_are_those_of_the_list(tmp_path: Path) -> None
     assert list(found) == names
     assert json.loads(found["tokenizer_config.json"]) == {"tokenizer_class": "Mine"}
     assert [n.partition(" ")[0] for n in notes] == ["special_tokens_map.json", "added_tokens.json"]
+
+
+def test_a_language_model_without_a_tokenizer_is_noted(root: Path) -> None:
+    compiled = exported(root / "tests" / "data" / "small_lm.dsc")
+    assert NO_TOKENIZER in compiled.report["notes"]
+    assert NO_TOKENIZER not in exported(traced(torch.nn.ReLU(), [torch.ones(2)])).report["notes"]
 
 
 def test_a_tokenizer_alone_gets_settings() -> None:

@@ -192,7 +192,7 @@ class OnnxRuntimeBackend:
         """
         _require("onnx")
         _require("onnxruntime")
-        check_runtime(manifest.get("needs") or {})
+        check_runtime(manifest.get("needs") or {}, manifest["meta"])
         if manifest["weights"] is None and program.weights:
             raise ArtifactError(
                 "the artifact was exported without weights", str(folder), "export it with them"
@@ -232,13 +232,17 @@ def _require(module: str) -> None:
         raise BackendUnavailable(f"the package {module} is not installed", INSTALL)
 
 
-def check_runtime(needs: Mapping[str, str]) -> None:
+def check_runtime(needs: Mapping[str, str], meta: Mapping[str, Any]) -> None:
     """Raise `BackendUnavailable` where the installed ONNX Runtime is older than a model needs."""
     import onnxruntime
 
-    least = needs.get("onnxruntime", "").partition(">=")[2]
-    if release(onnxruntime.__version__) < release(least):
+    from dsc.backends.onnxruntime.options import older_forms
+
+    least, here = needs.get("onnxruntime", "").partition(">=")[2], onnxruntime.__version__
+    if release(here) < release(least):
+        others = older_forms(meta, least, here)
         raise BackendUnavailable(
-            f"this model needs ONNX Runtime {least}, {onnxruntime.__version__} is installed",
-            f"pip install 'onnxruntime>={least}', or export it again with an older --opset",
+            f"this model needs ONNX Runtime {least}, {here} is installed",
+            f"pip install 'onnxruntime>={least}'"
+            + (f", or export it again with {others}" if others else ""),
         )

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from dsc.backends.onnxruntime.contrib import DIALECTS, ORT, PROVIDERS, STANDARD
+from dsc.backends.onnxruntime.contrib import DIALECTS, ORT, PROVIDERS, STANDARD, release
 from dsc.errors import UsageError, one_of
 from dsc.ir.program import Program
 from dsc.ir.types import PRECISIONS, DType
@@ -16,6 +16,27 @@ OPSETS = {ORT: 23, STANDARD: 24}
 CPUs."""
 LEAST_RUNTIME = {23: "1.23", 24: "1.25"}
 """For each opset that is written, the first ONNX Runtime that runs it on CPUs."""
+
+
+def older_forms(meta: Mapping[str, Any], least: str, here: str) -> str:
+    """The options by which a model that needs `least` would run on an older ONNX Runtime, `here`.
+
+    `meta` is what was asked for; empty where nothing would help.
+
+    >>> older_forms({"opset": 23, "onnx_ops": "ort"}, "1.31", "1.27")
+    '--onnx-ops standard'
+    >>> older_forms({"opset": 24, "onnx_ops": "standard"}, "1.25", "1.24")
+    '--opset 23'
+    """
+    opset, ops = meta.get("opset"), meta.get("onnx_ops", ORT)
+    asked: list[str] = []
+    if ops == ORT and release(least) > release(LEAST_RUNTIME.get(opset, least)):
+        asked, opset = [f"--onnx-ops {STANDARD}"], OPSETS[STANDARD]
+    oldest = min(LEAST_RUNTIME)
+    if release(here) < release(LEAST_RUNTIME.get(opset, least)) and opset != oldest:
+        asked, opset = [*asked, f"--opset {oldest}"], oldest
+    runs = release(here) >= release(LEAST_RUNTIME.get(opset, least))
+    return " ".join(asked) if runs else ""
 
 
 @dataclass(frozen=True)

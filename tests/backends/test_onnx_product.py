@@ -137,8 +137,9 @@ def test_an_older_runtime_is_named(exported: Path, monkeypatch: pytest.MonkeyPat
 
     opened = artifact.read(exported)
     monkeypatch.setattr(onnxruntime, "__version__", "1.22.1")
-    with pytest.raises(BackendUnavailable, match=r"needs ONNX Runtime 1\.23, 1\.22\.1 is"):
+    with pytest.raises(BackendUnavailable, match=r"needs ONNX Runtime 1\.23, 1\.22\.1 is") as told:
         BACKEND.load(exported, opened.manifest, opened.program)
+    assert told.value.hint == "pip install 'onnxruntime>=1.23'", "no other opset would help"
     code = "import onnxruntime, sys; onnxruntime.__version__ = '1.22.1'; import run"
     line = [sys.executable, "-c", code + "; run.Model('.')"]
     done = subprocess.run(line, cwd=exported, capture_output=True, text=True, check=False)
