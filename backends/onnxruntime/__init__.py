@@ -13,22 +13,18 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from dsc.backends.base import Capabilities, EmitOptions, No, Support, Yes, check_supported
+from dsc.backends.base import Capabilities, EmitOptions, No, Support, Yes
 from dsc.backends.onnxruntime.contrib import release
 from dsc.backends.onnxruntime.external_data import check_external
 from dsc.errors import ArtifactError, BackendUnavailable
-from dsc.files import size_of
 from dsc.ir.graph import Node
-from dsc.ir.index_ranges import giving_indices
 from dsc.ir.ops.quant import takes_codes
 from dsc.ir.paging import reads_pages
 from dsc.ir.program import Program
 from dsc.ir.regions import RegionLimits
 from dsc.ir.types import DType
-from dsc.runtime.emission import EXAMPLE, Emission, Place
+from dsc.runtime.emission import Emission
 from dsc.runtime.executable import Executable
-from dsc.runtime.nodes import whole_entry
-from dsc.runtime.plan import Plan
 from dsc.targets import Target
 
 COMPUTED = frozenset(
@@ -48,15 +44,7 @@ OPTIONS = (
     "opset", "caches", "prepack", "server", "onnx_ops", "provider", "max_shard_size", "indices",
 )  # fmt: skip
 """`indices`: whether models give the indices that they compute, for `dsc.load` to look at."""
-SHARD_SIZE = "50GB"
-"""Of tensors in a file of weights, at most, by default: as transformers saves checkpoints."""
-PAGE = 1 << 16
-"""Large tensors start at multiples of this, by which every system can map them: Windows, whose
-grain is the coarsest, in 64 KB (https://onnx.ai/onnx/repo-docs/ExternalData.html)."""
-ALLOCATOR = "ONNX Runtime"
-"""A session allocates what it computes on the way for itself."""
 INSTALL = "pip install onnx onnxruntime"
-RUNNER, README = Path(__file__).with_name("runner.py"), "README.md"
 
 
 class OnnxRuntimeBackend:
@@ -104,86 +92,11 @@ class OnnxRuntimeBackend:
         return No(f"{node.op} on {', '.join(strange)}") if strange else Yes()
 
     def emit(self, program: Program, options: EmitOptions) -> Emission:
-        """Build the models. Their bytes and the README come when weights have their places.
-
-        Raises `UnsupportedOperator` with all nodes that have no ONNX form.
-        """
+        """Build the models, their texts and what tells of them (`emission.py`)."""
         _require("onnx")
-        from dsc.backends.onnxruntime import contrib, model, serving
-        from dsc.backends.onnxruntime import required_operators as required
-        from dsc.backends.onnxruntime.card import Export, card, facts
-        from dsc.backends.onnxruntime.example import example
-        from dsc.backends.onnxruntime.forms import halves
-        from dsc.backends.onnxruntime.interface import in_place
-        from dsc.backends.onnxruntime.options import chosen_form
+        from dsc.backends.onnxruntime.emission import emitted
 
-        shard_size = size_of(options.extra.get("max_shard_size") or SHARD_SIZE)
-        gives_indices = bool(options.extra.get("indices", True))
-        program = giving_indices(program) if gives_indices else program
-        server = options.extra.get("server")
-        folder = serving.folder_of(program, server)
-        form = chosen_form(program, options.extra)
-        check_supported(program, self)
-        shared = model.shared_entries(program)
-        files = {entry: f"{folder}/{owner}.onnx" for entry, owner in shared.items()}
-        plan = Plan(
-            {
-                entry: whole_entry(program.entries[entry], program.symbols, path, ALLOCATOR)
-                for entry, path in files.items()
-            },
-            {"backend": self.name},
-        )
-        options.admit(plan)
-        owners = sorted(set(shared.values()))
-        built = {}
-        for done, owner in enumerate(owners):
-            if options.progress is not None:
-                options.progress("models", done, len(owners))
-            built[files[owner]] = model.build_model(
-                program.entries[owner], owner, form, facts(program), halves=halves(program)
-            )
-        served = serving.files(program, form, files, server)
-        built |= served.models
-        meta = {
-            "models": files,
-            "threads": options.threads,
-            "prepack": bool(options.extra.get("prepack", _has_codes(program))),
-            "opset": form.opset,
-            "onnx_ops": form.ops,
-            "provider": form.provider,
-            "providers": contrib.providers_of(form.provider),
-            "wide_caches": form.wide_caches,
-            "indices": gives_indices,
-        }
-
-        used = {op_type for one in built.values() for op_type in one.contrib}
-        runtime = contrib.least_runtime(form.runtime, used)
-        has_runner = program.is_causal_lm and form.numpy and not in_place(program)
-        export = Export(program, files, form, runtime, server, tuple(served.models), has_runner)
-        texts = {
-            required.CONFIG: required.required_operators(x.proto for x in built.values()),
-            EXAMPLE: example(program, files, form),
-            **served.texts,
-        }
-
-        def finish(places: Mapping[str, Place]) -> Mapping[str, bytes]:
-            held = {file for file, *_ in places.values()}
-            weights = f"{folder}/{model.SEVERAL if len(held) > 1 else model.WEIGHTS}"
-            models = {path: one.serialized(places) for path, one in built.items()}
-            return {README: card(export, weights).encode(), **models}
-
-        return Emission(
-            files={name: text.encode() for name, text in texts.items() if text},
-            plan=plan,
-            weights_path=f"{folder}/{model.WEIGHTS}",
-            shard_size=shard_size,
-            page=PAGE,
-            meta=meta,
-            runner=RUNNER.read_text() if has_runner else "",
-            finish=finish,
-            notes=model.notes(built.values(), form.provider),
-            needs={"onnxruntime": f"onnxruntime>={runtime}"},
-        )
+        return emitted(program, options, self)
 
     def load(self, folder: Path, manifest: Mapping[str, Any], program: Program) -> Executable:
         """Open an artifact. Sessions are made when an entry first runs.
@@ -212,11 +125,6 @@ def check_data(folder: Path, model: str, files: Collection[str]) -> None:
         raise ArtifactError(
             str(problem), str(folder), "do not run it; export the model again"
         ) from None
-
-
-def _has_codes(program: Program) -> bool:
-    """Whether weights are in codes: what is not repacked for those takes a hundred times longer."""
-    return any(t.format is not None for t in program.weight_types().values())
 
 
 def _accepts(node: Node) -> bool:

@@ -28,7 +28,7 @@ def older_forms(meta: Mapping[str, Any], least: str, here: str) -> str:
     >>> older_forms({"opset": 24, "onnx_ops": "standard"}, "1.25", "1.24")
     '--opset 23'
     """
-    opset, ops = meta.get("opset"), meta.get("onnx_ops", ORT)
+    opset, ops = int(meta.get("opset", 0)), meta.get("onnx_ops", ORT)
     asked: list[str] = []
     if ops == ORT and release(least) > release(LEAST_RUNTIME.get(opset, least)):
         asked, opset = [f"--onnx-ops {STANDARD}"], OPSETS[STANDARD]
