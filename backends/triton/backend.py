@@ -24,6 +24,7 @@ from dsc.backends.base import Capabilities, EmitOptions, No, Support, Yes, check
 from dsc.backends.triton.blocks import INTERPRET
 from dsc.backends.triton.compile import compile_kernels, require_triton
 from dsc.backends.triton.context import template
+from dsc.backends.triton.dependent import takes, waiting
 from dsc.backends.triton.launch import LaunchProgram
 from dsc.backends.triton.lower import reason
 from dsc.backends.triton.lower.regions import ANCHORS
@@ -78,7 +79,7 @@ class TritonBackend:
         ones where scales are for 128 columns, and stay numbers elsewhere.
         """
         return Capabilities(
-            options=("compile",),
+            options=("compile", "dependent"),
             states=(Storage.CONTIGUOUS, Storage.GROWN, Storage.PAGED),
             experts=EXPERTS,
             shared_experts=True,
@@ -109,7 +110,8 @@ class TritonBackend:
     def emit(self, program: Program, options: EmitOptions) -> Emission:
         """Lower and compile for every GPU target asked for (`cuda:sm_90` when none is).
 
-        `options.extra["compile"] = False` leaves binaries out: launches and sources only.
+        `options.extra["compile"] = False` leaves binaries out: launches and sources only. With
+        `dependent` False kernels begin when the former one is done, on all targets.
         """
         check_supported(program, self)
         program = giving_ids(giving_indices(program))
@@ -130,6 +132,8 @@ class TritonBackend:
             summary[str(target)] = {"kernels": len(gpu.kernels), "launches": launch_counts(gpu)}
             if options.extra.get("compile", True):
                 texts = with_templates(gpu, generated)
+                if takes(target) and options.extra.get("dependent", True):
+                    texts = waiting(texts, gpu.kernels.values())
                 binaries, records = compile_kernels(gpu.kernels, target, texts, options.progress)
                 files |= {f"{place}/{name}": data for name, data in binaries.items()}
                 files[f"{place}/kernels.json"] = json.dumps(records, indent=1).encode()

@@ -68,6 +68,7 @@ def describe(compiled: Any, log: str, kind: str, binary: Path) -> dict[str, Any]
     text = compiled.asm["ptx" if kind == "cuda" else "amdgcn"]
     record["matrix"] = matrix_instructions(text, kind)
     if kind == "cuda":
+        record["dependent"] = "griddepcontrol.wait" in text
         return record | {"parameters": _ptx_parameters(text)} | _ptxas_usage(log)
     return record | _amdgcn_usage(text)
 

@@ -30,6 +30,7 @@ import numpy as np
 
 from dsc.backends.triton.driver import Argument, Driver, Function, NoDevice, ReadyLaunch
 from dsc.backends.triton.launch import Kernel, runnable, sampled
+from dsc.backends.triton.memory import LOCK, Memory
 from dsc.backends.triton.schedule import Address, Call, Schedule, resolve
 from dsc.backends.triton.timer import Timer
 from dsc.errors import BackendUnavailable
@@ -87,12 +88,25 @@ class Held:
     """
 
     driver: Driver
-    weights: int
+    name: str
     timer: Timer
     pools: dict[str, tuple[int, int]] = field(default_factory=dict)
     caches: dict[int, Resident] = field(default_factory=dict)
+    memory: Memory = field(init=False)
     schedules: dict[Key, Schedule] = field(default_factory=dict)
     replays: dict[Key, Replay] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Count what is allocated, with what all others hold."""
+        self.memory = Memory(self.driver, self.name, self.reclaim)
+
+    def reclaim(self) -> None:
+        """Give the memory of caches back that are gone."""
+        gone = [place for place, each in self.caches.items() if each.owner() is None]
+        if gone:
+            self.driver.activate()
+        for place in gone:
+            self.memory.free(self.caches.pop(place).pointer)
 
     def release(self) -> None:
         """Give all of it back, after the work that is queued."""
@@ -100,12 +114,8 @@ class Held:
         self.driver.synchronise()
         for replay in self.replays.values():
             replay.forget(self.driver)
-        for pointer, _ in self.pools.values():
-            self.driver.free(pointer)
-        for resident in self.caches.values():
-            self.driver.free(resident.pointer)
         self.timer.close()
-        self.driver.free(self.weights)
+        self.memory.release()
         self.driver.close()
 
 
@@ -137,11 +147,11 @@ class CudaExecutable(Admitted):
         super().__init__(program)
         self._lock = threading.Lock()
         self._functions = _load_functions(self._driver, folder)
-        base, places = _upload_weights(self._driver, weights)
+        self._folder, self._timer = folder, Timer(self._driver)
+        self._held = Held(self._driver, program.name, self._timer)
+        base, places = _upload_weights(self._driver, self._held.memory, weights)
         uploaded = {name: base + offset for name, offset in places.items()}
         self._weights = placed if placed is not None else uploaded
-        self._folder, self._timer = folder, Timer(self._driver)
-        self._held = Held(self._driver, base, self._timer)
         self._release = weakref.finalize(self, self._held.release)
         self._release.atexit = False  # the driver may be gone by then
 
@@ -279,6 +289,14 @@ class CudaExecutable(Admitted):
             resident.stale = False
         return made
 
+    def rows(self, batch: int) -> int:
+        """How many sequences a step runs over that has so many: each number has its own graphs.
+
+        Up to 4 as many as there are, then a multiple of 4, and of 16 from 32 on.
+        """
+        step = 1 if batch <= 4 else 4 if batch <= 32 else 16
+        return -(-batch // step) * step
+
     def copy(self, source: Array, target: Array) -> None:
         """Copy a dense view of a cache to another, on the device."""
         with self._lock:
@@ -357,10 +375,13 @@ class CudaExecutable(Admitted):
     def _settle(self, owner: Array) -> Resident:
         """Room for a new cache, once that of caches which are gone is free."""
         caches, place = self._held.caches, owner.ctypes.data
-        for key in [k for k, r in caches.items() if r.owner() is None or k == place]:
-            self._driver.free(caches.pop(key).pointer)
-        made = Resident(weakref.ref(owner), self._driver.allocate(owner.nbytes))
-        caches[place] = made
+        with LOCK:
+            self._held.reclaim()
+            if place in caches:
+                self._held.memory.free(caches.pop(place).pointer)
+            pointer = self._held.memory.allocate(owner.nbytes, "a cache")
+            made = Resident(weakref.ref(owner), pointer)
+            caches[place] = made
         return made
 
     def _pool(self, name: str, size: int) -> int:
@@ -370,8 +391,8 @@ class CudaExecutable(Admitted):
         if size > held:
             if held >= 0:
                 self._driver.synchronise()
-                self._driver.free(pools.pop(name)[0])
-            pointer = self._driver.allocate(size)
+                self._held.memory.free(pools.pop(name)[0])
+            pointer = self._held.memory.allocate(size, f"the buffer {name!r}")
             pools[name] = (pointer, size)
         return pointer
 
@@ -449,17 +470,22 @@ def _load_functions(driver: Driver, folder: Path) -> dict[str, Function]:
             raise BackendUnavailable(f"{key} wants scratch memory", "recompile without profiling")
         image = (folder / record["file"]).read_bytes()
         functions[key] = driver.load(
-            image, record["symbol"], record["warps"], record["shared"], record["parameters"]
+            image,
+            record["symbol"],
+            record["warps"],
+            record["shared"],
+            record["parameters"],
+            record.get("dependent", False),
         )
     return functions
 
 
-def _upload_weights(driver: Driver, path: Path) -> tuple[int, dict[str, int]]:
+def _upload_weights(driver: Driver, memory: Memory, path: Path) -> tuple[int, dict[str, int]]:
     """All weights in one allocation, as they lie in the file: its address, and offsets by name."""
     if not path.is_file():
-        return driver.allocate(0), {}
+        return memory.allocate(0, "weights"), {}
     content, places = mapped_weights(path)
-    base = driver.allocate(len(content))
+    base = memory.allocate(len(content), "weights")
     driver.upload(base, content.ctypes.data, len(content))
     driver.synchronise()
     return base, places

@@ -17,6 +17,7 @@ Argument: TypeAlias = "ctypes._SimpleCData[int]"
 _MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 _COMPUTE_MAJOR, _COMPUTE_MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_*
 _CAPTURE_THREAD_LOCAL = 1  # CU_STREAM_CAPTURE_MODE_THREAD_LOCAL: other threads may allocate
+_OUT_OF_MEMORY = 2  # CUDA_ERROR_OUT_OF_MEMORY
 _STATIC_SHARED = 48 * 1024  # above this a kernel must ask for its shared memory
 
 
@@ -24,14 +25,22 @@ class NoDevice(RuntimeError):
     """There is no GPU here that a driver answers for."""
 
 
+class OutOfMemory(RuntimeError):
+    """The device has no room for what was asked."""
+
+
 @dataclass(frozen=True, slots=True)
 class Function:
-    """A kernel on the device and how it is launched."""
+    """A kernel on the device and how it is launched.
+
+    A `dependent` one waits itself for the launch before it, and may begin earlier.
+    """
 
     handle: ctypes.c_void_p
     threads: int
     shared: int
     parameters: int
+    dependent: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +51,27 @@ class ReadyLaunch:
     grid: tuple[int, int, int]
     arguments: Sequence[Argument]
     pointers: object
+
+
+class _Attribute(ctypes.Structure):
+    """CUlaunchAttribute: which, and a union of 64 bytes."""
+
+    _fields_ = (("id", ctypes.c_int), ("pad", ctypes.c_int), ("value", ctypes.c_int * 16))
+
+
+class _Config(ctypes.Structure):
+    """CUlaunchConfig: grid, block, shared memory, stream, attributes."""
+
+    _fields_ = (
+        ("sizes", ctypes.c_uint * 7),
+        ("stream", ctypes.c_void_p),
+        ("attributes", ctypes.POINTER(_Attribute)),
+        ("count", ctypes.c_uint),
+    )
+
+
+_EARLY = _Attribute(6)  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+_EARLY.value[0] = 1
 
 
 class Driver:
@@ -89,7 +119,15 @@ class Driver:
             parts.append(str(value.value))
         return f"sm_{''.join(parts)}"
 
-    def load(self, image: bytes, symbol: str, warps: int, shared: int, parameters: int) -> Function:
+    def load(
+        self,
+        image: bytes,
+        symbol: str,
+        warps: int,
+        shared: int,
+        parameters: int,
+        dependent: bool = False,
+    ) -> Function:
         """A kernel of a cubin. Raises `RuntimeError` when the device does not take the binary."""
         module, function = ctypes.c_void_p(), ctypes.c_void_p()
         self._check("cuModuleLoadData", ctypes.byref(module), image)
@@ -97,13 +135,22 @@ class Driver:
         self._check("cuModuleGetFunction", ctypes.byref(function), module, symbol.encode())
         if shared > _STATIC_SHARED:
             self._check("cuFuncSetAttribute", function, _MAX_DYNAMIC_SHARED, shared)
-        return Function(function, warps * 32, shared, parameters)
+        return Function(function, warps * 32, shared, parameters, dependent)
 
     def allocate(self, size: int) -> int:
-        """Device memory of at least one byte; the driver aligns it to 256."""
+        """Device memory of at least one byte, which the driver aligns to 256.
+
+        Raises `OutOfMemory`.
+        """
         pointer = ctypes.c_uint64()
         self._check("cuMemAlloc_v2", ctypes.byref(pointer), max(size, 1))
         return pointer.value
+
+    def memory(self) -> tuple[int, int]:
+        """Bytes of the device that are free, and all."""
+        free, total = ctypes.c_size_t(), ctypes.c_size_t()
+        self._check("cuMemGetInfo_v2", ctypes.byref(free), ctypes.byref(total))
+        return free.value, total.value
 
     def free(self, pointer: int) -> None:
         """Give device memory back."""
@@ -141,6 +188,12 @@ class Driver:
     def launch(self, launch: ReadyLaunch) -> None:
         """Queue a kernel."""
         function = launch.function
+        if function.dependent:
+            sizes = (*launch.grid, function.threads, 1, 1, function.shared)
+            config = _Config((ctypes.c_uint * 7)(*sizes), self._stream, ctypes.pointer(_EARLY), 1)
+            given = (function.handle, launch.pointers, None)
+            self._check("cuLaunchKernelEx", ctypes.byref(config), *given)
+            return
         self._check(
             "cuLaunchKernel", function.handle, *launch.grid, function.threads, 1, 1,
             function.shared, self._stream, launch.pointers, None,
@@ -176,7 +229,8 @@ class Driver:
         if status != 0:
             name = ctypes.c_char_p()
             self._cuda.cuGetErrorName(status, ctypes.byref(name))
-            raise RuntimeError(f"{call}: {(name.value or b'unknown error').decode()}")
+            told = f"{call}: {(name.value or b'unknown error').decode()}"
+            raise OutOfMemory(told) if status == _OUT_OF_MEMORY else RuntimeError(told)
 
 
 def _declare(cuda: ctypes.CDLL) -> None:
@@ -190,6 +244,9 @@ def _declare(cuda: ctypes.CDLL) -> None:
     cuda.cuMemsetD8Async.argtypes = [word, ctypes.c_ubyte, size, pointer]
     cuda.cuLaunchKernel.argtypes = [
         pointer, u32, u32, u32, u32, u32, u32, u32, pointer, ctypes.POINTER(pointer), pointer,
+    ]  # fmt: skip
+    cuda.cuLaunchKernelEx.argtypes = [
+        ctypes.POINTER(_Config), pointer, ctypes.POINTER(pointer), pointer,
     ]  # fmt: skip
     cuda.cuCtxSetCurrent.argtypes = [pointer]
     cuda.cuStreamSynchronize.argtypes = [pointer]

@@ -33,7 +33,7 @@ class Model(Compiled):
         self.kernels = {
             name: self.device.load(
                 (place / facts["file"]).read_bytes(), facts["symbol"], facts["warps"],
-                facts["shared"], facts["parameters"],
+                facts["shared"], facts["parameters"], facts.get("dependent", False),
             )
             for name, facts in json.loads((place / "kernels.json").read_text()).items()
         }  # fmt: skip

@@ -243,17 +243,19 @@ class Paged(Kept):
     ) -> dict[str, Array]:
         """All pages, with pages taken for the new tokens, and the rows' table: as long as it lasts.
 
-        What former sequences left in a page is never seen.
+        What former sequences left in a page is never seen. Rows behind those of sequences have no
+        pages.
         """
         if not self._pages:
             shape = (self._pool.count, self._pool.rows)
             self._pages = {
                 s.input: new_cache((*shape, *_row(s)), s, self._device) for s in self._states
             }
-        for old, new in self._pool.grow(after, {r: before[r] for r in rows}):
+        own = [row for row in rows if row < len(after)]
+        for old, new in self._pool.grow(after, {r: before[r] for r in own}):
             for pages in self._pages.values():
                 copy_rows(pages[old], pages[new], self._device)
-        table = self._pool.table(rows, max(before[r] for r in rows) + size)
+        table = self._pool.table(rows, max(before[r] for r in own) + size, self._device is not None)
         if not np.array_equal(table, self._table):
             self._table = table
         return {**self._pages, BLOCK_TABLE: self._table}

@@ -96,6 +96,10 @@ class KeepsCaches(Protocol):
         """An array that stands for zeros on the device; the host's memory is never touched."""
         ...
 
+    def rows(self, batch: int) -> int:
+        """How many rows a step of so many sequences has: code is made ready for each number."""
+        ...
+
     def copy(self, source: Array, target: Array) -> None:
         """Copy a dense view of a cache to another, on the device."""
         ...

@@ -17,6 +17,8 @@ from dsc.errors import UsageError
 
 NONE = -1
 """What stands in a block table where a sequence has no page."""
+LEAST = 8
+"""Blocks of a wide table at least."""
 Copy = tuple[int, int]
 """A page, and the one that is to hold the same."""
 
@@ -24,12 +26,14 @@ Copy = tuple[int, int]
 class PagePool:
     """Pages 0 .. `count`-1 of `rows` tokens each; `blocks[b]` are the pages of sequence b.
 
-    The lowest free page is taken first, so that memory that was used is used again.
+    The lowest free page is taken first, so that memory that was used is used again. A table has
+    `most` blocks at most, or as many as are needed.
     """
 
-    def __init__(self, count: int, rows: int) -> None:
+    def __init__(self, count: int, rows: int, most: int = 0) -> None:
         self.count = count
         self.rows = rows
+        self.most = most
         self.blocks: list[list[int]] = []
         self._free = list(range(count - 1, -1, -1))
         self._holders = Counter[int]()
@@ -92,10 +96,15 @@ class PagePool:
         self._free = list(range(self.count - 1, -1, -1))
         self._holders.clear()
 
-    def table(self, rows: Sequence[int], tokens: int) -> NDArray[np.int64]:
-        """The block table of `rows` with room for so many tokens: int64 [rows, blocks]."""
+    def table(self, rows: Sequence[int], tokens: int, wide: bool = False) -> NDArray[np.int64]:
+        """The block table of `rows` with room for so many tokens: int64 [rows, blocks].
+
+        A `wide` one has a power of two of blocks, so that few widths come in a life.
+        """
         width = -(-tokens // self.rows)
-        held = (self.blocks[row] for row in rows)
+        if wide:
+            width = min(1 << max(width - 1, LEAST - 1).bit_length(), max(width, self.most))
+        held = (self.blocks[row] if row < len(self.blocks) else [] for row in rows)
         return np.array([blocks + [NONE] * (width - len(blocks)) for blocks in held], np.int64)
 
     def _reach(self, count: int) -> None:

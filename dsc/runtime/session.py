@@ -90,9 +90,14 @@ class Session:
         self.prefill_chunk = self._most.prefill_chunk if prefill_chunk is None else prefill_chunk
         self._vocab = _vocabulary(program)
         page = program.page
-        self._pool = None if page is None else PagePool(max_batch * -(-max_context // page), page)
-        device = executable if isinstance(executable, KeepsCaches) else None
         capacity = max_context + self.prefill_chunk
+        self._pool = None
+        if page is not None:
+            count = max_batch * -(-max_context // page)
+            self._pool = PagePool(count, page, -(-capacity // page))
+        device = executable if isinstance(executable, KeepsCaches) else None
+        self._in_place = all(s.storage in (CONTIGUOUS, PAGED) for s in program.states)
+        self._device = device if self._in_place else None
         self._kept = kept_by(program.states, max_batch, capacity, self._pool, device)
         self._kind: Kind = "torch" if "torch" in sys.modules else "numpy"
         self._tokens: dict[str, Array] = {}
@@ -326,8 +331,7 @@ class Session:
         first = self._chosen(choice, keys, drawn)
         tokens = np.broadcast_to(first[:, None], (len(first), steps))
         self._check_new(tokens, None, self.lengths)
-        in_place = all(s.storage in (CONTIGUOUS, PAGED) for s in self.program.states)
-        if isinstance(self.executable, Continues) and in_place:
+        if isinstance(self.executable, Continues) and self._in_place:
             found = self._continued(self.executable, first, steps, choice, keys, drawn + 1)
         else:
             chosen = [first]
@@ -357,24 +361,26 @@ class Session:
     ) -> Array:
         """Steps that choose their tokens themselves, the first of them given; ids [B, steps]."""
         count, before = len(first), self.lengths
-        rows, after = list(range(count)), [n + steps for n in before]
-        given = self._arrays(count, 1, 1)
-        given["input_ids"][:, 0] = first
-        given["lengths"][:] = before
-        given["positions"][:, 0] = before
+        after = [n + steps for n in before]
+        rows, held = self._filled(list(range(count)), before)
+        given = self._arrays(len(rows), 1, 1)
+        given["input_ids"][:count, 0] = first
+        given["lengths"][:] = held
+        given["positions"][:, 0] = held
         given["logits_at"][:] = 0
-        given[NEW][:] = 1
+        given[NEW][:] = 0
+        given[NEW][:count] = 1
         for kept in self._kept:
             given |= kept.inputs(rows, before, after, steps)
-        entry = self.program.choose_entry(1, count, max(after))
+        entry = self.program.choose_entry(1, len(rows), max(after))
         wanted = {v.name for v in self.program.entries[entry].inputs}
-        sampling = np.array([choice.row] * count, np.float32)
-        seeds = np.array([[key, drawn] for key in keys], np.int64)
+        sampling, seeds = np.zeros((len(rows), 4), np.float32), np.zeros((len(rows), 2), np.int64)
+        sampling[:count], seeds[:count] = choice.row, [(key, drawn) for key in keys]
         inputs = {name: x for name, x in given.items() if name in wanted}
         ids, logits = executable.continued(entry, inputs, sampling, seeds, steps)
         for row, each in enumerate(self._active):
             each.length, each.logits = after[row], logits[row, 0]
-        return np.concatenate([first[:, None], ids[:, :-1]], 1)
+        return np.concatenate([first[:, None], ids[:count, :-1]], 1)
 
     def _decode_named(self, next_ids: Mapping[int, int]) -> dict[int, Any]:
         if not next_ids:
@@ -422,11 +428,13 @@ class Session:
         for row, count in zip(rows, here, strict=True):
             after[row] += count
         held = [before[row] for row in together]
+        together, held = self._filled(together, held)
         given = self._arrays(len(together), size, size if all_logits else 1)
         given["input_ids"][mine] = chunk
         given["lengths"][:] = held
         given["positions"][:] = given["lengths"][:, None] + np.arange(size)
-        given[NEW][:] = [after[row] - before[row] for row in together]
+        given[NEW][:] = 0
+        given[NEW][mine] = here
         if not all_logits:
             given["logits_at"][mine, 0] = [max(count - 1, 0) for count in here]
         for kept in self._kept:
@@ -441,6 +449,17 @@ class Session:
             each.length = length
         found = outputs["logits"]
         return found if len(mine) == len(together) else found[mine]
+
+    def _filled(self, rows: list[int], held: list[int]) -> tuple[list[int], list[int]]:
+        """The rows of a step, and rows of nobody behind them, as many as the device wants.
+
+        They hold no tokens, and nobody sees what is written for them.
+        """
+        if self._device is None or rows[-1] != len(self._active) - 1:
+            return rows, held
+        end = min(rows[-1] + 1 + self._device.rows(len(rows)) - len(rows), self.max_batch)
+        more = range(rows[-1] + 1, end)
+        return [*rows, *more], [*held, *(0 for _ in more)]
 
     def _arrays(self, count: int, size: int, wanted: int) -> dict[str, Array]:
         """Arrays for the tokens of a step over `count` rows: those of the last one of such sizes.

@@ -1,7 +1,8 @@
 /* A CUDA driver whose device memory is the host's: what the launcher calls, checked and logged.
  *
  * Kernels do not run. Each launch writes "symbol grid block shared device-pointer" to the file that
- * FAKE_CUDA_LOG names; the last is 1 when the first parameter points into allocated memory. A graph
+ * FAKE_CUDA_LOG names; the last is 1 when the first parameter points into allocated memory, and
+ * "dependent" follows where the launch may begin before the former one is done. A graph
  * is the lines of its launches, written when it is replayed. The clock of events runs 2 us a launch,
  * copies at 4 TB/s, and the product that reads the matrix peak, which alone is made, at 1 PFLOP/s. */
 #include <stdint.h>
@@ -43,6 +44,7 @@ int cuMemAlloc_v2(uint64_t *pointer, size_t size) {
   blocks[used++].size = size;
   return 0;
 }
+int cuMemGetInfo_v2(size_t *free, size_t *total) { *free = 1u << 20; *total = 1u << 30; return 0; }
 int cuMemFree_v2(uint64_t pointer) {
   for (int i = 0; i < used; i++)
     if (blocks[i].base == pointer) {
@@ -123,18 +125,19 @@ int cuGraphLaunch(void *ready, void *stream) {
   fputs(ready, log);
   return fclose(log);
 }
-int cuLaunchKernel(void *function, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by,
-                   unsigned bz, unsigned shared, void *stream, void **parameters, void **extra) {
+static int launched(void *function, const unsigned *sizes, void *stream, void **parameters,
+                    void **extra, const char *how) {
   char line[256];
-  if ((stream != blocks && stream != NULL) || extra != NULL || gx * gy * gz == 0) return 1;
-  snprintf(line, sizeof line, "%s %u %u %u %u %u %u %d\n", (char *)function, gx, gy, gz,
-           bx * by * bz, by, shared, inside(*(uint64_t *)parameters[0]));
+  const unsigned *g = sizes, *b = sizes + 3;
+  if ((stream != blocks && stream != NULL) || extra != NULL || g[0] * g[1] * g[2] == 0) return 1;
+  snprintf(line, sizeof line, "%s %u %u %u %u %u %u %d%s\n", (char *)function, g[0], g[1], g[2],
+           b[0] * b[1] * b[2], b[1], sizes[6], inside(*(uint64_t *)parameters[0]), how);
   if (captured != NULL) return strcat(captured, line) == NULL;
   if (strcmp(function, "multiply") == 0) {
     int turns = *(int *)parameters[2];
     float *out = *(float **)parameters[1];
-    for (unsigned i = 0; i < gx; i++) out[i] = turns * 64.0f;
-    clock_ms += 2.0 * 128 * 128 * 64 * turns * gx / 1e12;
+    for (unsigned i = 0; i < g[0]; i++) out[i] = turns * 64.0f;
+    clock_ms += 2.0 * 128 * 128 * 64 * turns * g[0] / 1e12;
     return 0;
   }
   clock_ms += 2e-3;
@@ -142,4 +145,16 @@ int cuLaunchKernel(void *function, unsigned gx, unsigned gy, unsigned gz, unsign
   if (log == NULL) return 1;
   fputs(line, log);
   return fclose(log);
+}
+int cuLaunchKernel(void *function, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by,
+                   unsigned bz, unsigned shared, void *stream, void **parameters, void **extra) {
+  const unsigned sizes[] = {gx, gy, gz, bx, by, bz, shared};
+  return launched(function, sizes, stream, parameters, extra, "");
+}
+struct attribute { int id, pad; union { char bytes[64]; int allowed; } value; };
+struct config { unsigned sizes[7]; void *stream; struct attribute *attributes; unsigned count; };
+int cuLaunchKernelEx(const struct config *config, void *function, void **parameters, void **extra) {
+  const struct attribute *only = config->attributes;
+  if (config->count != 1 || only->id != 6 || only->value.allowed != 1) return 1;
+  return launched(function, config->sizes, config->stream, parameters, extra, " dependent");
 }

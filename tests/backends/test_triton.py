@@ -24,7 +24,7 @@ from dsc.backends.triton import TritonBackend
 from dsc.backends.triton import program as lowered
 from dsc.backends.triton.context import access, template
 from dsc.backends.triton.cuda import CudaExecutable
-from dsc.backends.triton.driver import Driver, Function, ReadyLaunch
+from dsc.backends.triton.driver import Driver, Function, OutOfMemory, ReadyLaunch
 from dsc.backends.triton.launch import LaunchProgram
 from dsc.backends.triton.program import lower_program
 from dsc.errors import ArtifactError, BackendUnavailable, UnsupportedOperator, UsageError
@@ -240,26 +240,37 @@ class FakeDriver(Driver):
     """A device whose memory is the host's and whose kernels are only recorded."""
 
     def __init__(self) -> None:
-        self.memory: dict[int, Any] = {}
+        self.blocks: dict[int, Any] = {}
         self.launched: list[tuple[Function, tuple[int, int, int], list[int]]] = []
         self.uploads: list[int] = []
         self.downloads: list[int] = []
-        self.waits = 0
+        self.waits = self.captures = self.replays = 0
+        self.room = 1 << 40
 
     @property
     def arch(self) -> str:
         return "sm_90"
 
-    def load(self, image: bytes, symbol: str, warps: int, shared: int, parameters: int) -> Function:
+    def load(
+        self,
+        image: bytes,
+        symbol: str,
+        warps: int,
+        shared: int,
+        parameters: int,
+        dependent: bool = False,
+    ) -> Function:
         return Function(ctypes.c_void_p(1), warps * 32, shared, parameters)
 
     def allocate(self, size: int) -> int:
+        if sum(map(len, self.blocks.values())) + size > self.room:
+            raise OutOfMemory("full")
         block = ctypes.create_string_buffer(max(size, 1))
-        self.memory[ctypes.addressof(block)] = block
+        self.blocks[ctypes.addressof(block)] = block
         return ctypes.addressof(block)
 
     def free(self, pointer: int) -> None:
-        del self.memory[pointer]
+        del self.blocks[pointer]
 
     def upload(self, target: int, source: int, size: int) -> None:
         self.uploads.append(size)
@@ -280,10 +291,15 @@ class FakeDriver(Driver):
         values = [a.value for a in launch.arguments]
         self.launched.append((launch.function, launch.grid, values))
 
+    def memory(self) -> tuple[int, int]:
+        return self.room - sum(map(len, self.blocks.values())), self.room
+
     def capture(self, launches: Sequence[ReadyLaunch]) -> Any:
+        self.captures += 1
         return list(launches)
 
     def replay(self, graph: Any) -> None:
+        self.replays += 1
         for launch in graph:
             self.launch(launch)
 
@@ -395,7 +411,7 @@ def test_an_executable_gives_everything_back(
     session = Session(executable, model, 1, CONTEXT, CHUNK)
     session.prefill([1, 2, 3])
     executable.close()
-    assert not driver.memory
+    assert not driver.blocks
 
 
 def test_no_driver_is_said_so() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,7 +13,8 @@ from dsc.backends.base import EmitOptions
 from dsc.backends.triton import TritonBackend
 from dsc.backends.triton.backend import with_templates
 from dsc.backends.triton.compile import compile_kernels
-from dsc.backends.triton.context import KERNELS, parameters, template
+from dsc.backends.triton.context import KERNELS, access, parameters, template
+from dsc.backends.triton.dependent import SAID, takes, waiting
 from dsc.backends.triton.program import lower_program
 from dsc.targets import Target, parse_target
 from tests.backends.test_triton_codes import COMPILED as CODED
@@ -96,6 +98,26 @@ def test_kernels_compile_without_a_gpu(
     monkeypatch.setenv("DISABLE_PTXAS_OPT", "1")
     compile_kernels({name: kernel}, place, texts, lambda what, done, total: seen.append(done))
     assert len(seen) == len(binaries) + 2
+
+
+def test_every_kernel_waits_for_the_former_one_before_all_else() -> None:
+    """On sm_90 and later; what a kernel calls, and other targets, have no such line."""
+    program, generated = lower_program(program_of(CASES), "cuda:sm_90")
+    texts = with_templates(program, generated)
+    made = waiting(texts, program.kernels.values())
+    assert [t for t in ("sm_80", "sm_90", "sm_100") if takes(Target("cuda", t))] == [
+        "sm_90",
+        "sm_100",
+    ]
+    assert not takes(Target("hip", "gfx950"))
+    kernels = {(k.module, k.function) for k in program.kernels.values()}
+    for module, text in made.items():
+        for node in ast.parse(text).body:
+            if isinstance(node, ast.FunctionDef):
+                said = [ast.unparse(line) for line in node.body[: len(SAID) + 1]]
+                begin = said[1:] if ast.get_docstring(node) else said[:-1]
+                assert (tuple(begin) == SAID) == ((module, node.name) in kernels)
+    assert all(access(made[m], f) == access(texts[m], f) for m, f in kernels)
 
 
 def test_kernel_errors_are_all_reported() -> None:

@@ -51,6 +51,10 @@ class Device(Executable):
         """Zeros."""
         return np.zeros(shape, dtype.numpy)
 
+    def rows(self, batch: int) -> int:
+        """As many as there are."""
+        return batch
+
     def copy(self, source: Array, target: Array) -> None:
         """Copy a part of a cache to another."""
         self.told.append("copied")

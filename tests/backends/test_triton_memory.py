@@ -1,0 +1,100 @@
+"""Sessions and artifacts that share a card: within its memory, and with graphs of their own."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import dsc
+from dsc.backends.triton.cuda import CudaExecutable
+from dsc.backends.triton.launch import LaunchProgram
+from dsc.errors import MemoryLimitError
+from dsc.ir.program import Program
+from dsc.runtime.plan import Plan
+from dsc.runtime.session import Session
+from tests.backends.test_triton import CHUNK, CONTEXT, FakeDriver, write_artifact, write_records
+from tests.backends.test_triton import model as model  # the fixture
+
+
+@pytest.fixture(scope="module")
+def artifact(model: Program, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = write_artifact(model, tmp_path_factory.mktemp("card"))
+    place = folder / "triton/sm_90"
+    write_records(LaunchProgram.of(Plan.from_json((place / "plan.json").read_bytes())), place)
+    return folder
+
+
+def opened(model: Program, artifact: Path) -> tuple[CudaExecutable, FakeDriver]:
+    driver = FakeDriver()
+    weights = artifact / "weights/model.safetensors"
+    return CudaExecutable(artifact / "triton/sm_90", weights, model, driver), driver
+
+
+@pytest.fixture
+def limited() -> Iterator[None]:
+    yield
+    dsc.set_memory_limit("cuda", None)
+
+
+def started(executable: CudaExecutable, model: Program, batch: int = 2) -> Session:
+    session = Session(executable, model, batch, CONTEXT, CHUNK)
+    session.prefill([[1, 2, 3]] * batch)
+    return session
+
+
+def held(*drivers: FakeDriver) -> int:
+    return sum(sum(map(len, driver.blocks.values())) for driver in drivers)
+
+
+@pytest.mark.usefixtures("limited")
+def test_all_artifacts_and_sessions_share_one_limit(model: Program, artifact: Path) -> None:
+    (first, one), (second, other) = (opened(model, artifact) for _ in range(2))
+    sessions = [started(first, model), started(second, model)]
+    full = held(one, other)
+    dsc.set_memory_limit("cuda", (full + 1000) / 1e6)
+    with pytest.raises(MemoryLimitError, match=r"a cache of .*limit is .*held now: ") as refusal:
+        started(second, model)
+    assert "smaller max_batch or max_context" in str(refusal.value)
+    assert held(one, other) == full, "what was refused holds nothing"
+    sessions[1].decode([4, 4])
+    del sessions[0]
+    gc.collect()
+    kept = started(second, model)
+    assert held(one, other) <= full + 1000, "caches of a session that is gone went first"
+    kept.decode([5, 5])
+    first.close()
+    second.close()
+    assert held(one, other) == 0
+
+
+def test_a_full_card_is_told_with_what_is_free(model: Program, artifact: Path) -> None:
+    executable, driver = opened(model, artifact)
+    session = started(executable, model)
+    driver.room = held(driver) + 100
+    with pytest.raises(MemoryLimitError, match=r"the GPU has 0\.0 MB free of"):
+        started(executable, model)
+    del session
+    gc.collect()
+    started(executable, model).decode([1, 1])
+    executable.close()
+
+
+def test_each_session_has_its_graphs(model: Program, artifact: Path) -> None:
+    executable, driver = opened(model, artifact)
+    sessions = [started(executable, model), started(executable, model)]
+    for token in range(4):
+        for session in sessions:
+            session.decode([token, token])
+    assert driver.captures == 2
+    assert driver.replays == 2 * 3
+    executable.close()
+
+
+def test_a_number_of_rows_serves_several_batches(model: Program, artifact: Path) -> None:
+    executable, _ = opened(model, artifact)
+    found = [executable.rows(n) for n in (1, 2, 3, 4, 5, 8, 9, 31, 32, 33, 64)]
+    assert found == [1, 2, 3, 4, 8, 8, 12, 32, 32, 48, 64]
+    executable.close()
