@@ -119,6 +119,25 @@ define linkonce_odr <16 x float> @dsc_nearest_f8(<16 x float> %a) #3 {
   ret <16 x float> %r
 }
 
+define linkonce_odr <16 x i32> @dsc_code_f8(<16 x float> %a) #3 {
+  %n = call <16 x float> @dsc_nearest_f8(<16 x float> %a)
+  %b = bitcast <16 x float> %n to <16 x i32>
+  %m = and <16 x i32> %b, splat (i32 2147483647)
+  %f = bitcast <16 x i32> %m to <16 x float>
+  %p = fmul <16 x float> %f, splat (float 512.0)
+  %t = fptosi <16 x float> %p to <16 x i32>
+  %h = lshr <16 x i32> %m, splat (i32 20)
+  %e = add <16 x i32> %h, splat (i32 -960)
+  %c = icmp ult <16 x i32> %m, splat (i32 1015021568)
+  %v = select <16 x i1> %c, <16 x i32> %t, <16 x i32> %e
+  %k = icmp ugt <16 x i32> %m, splat (i32 2139095040)
+  %w = select <16 x i1> %k, <16 x i32> splat (i32 127), <16 x i32> %v
+  %g = lshr <16 x i32> %b, splat (i32 24)
+  %s = and <16 x i32> %g, splat (i32 128)
+  %r = or <16 x i32> %w, %s
+  ret <16 x i32> %r
+}
+
 define linkonce_odr float @dsc_larger(float %a, float %b) #3 {
   %x = bitcast float %a to i32
   %y = bitcast float %b to i32
@@ -367,6 +386,11 @@ def larger(a: Expr, b: Expr) -> Expr:
 def nearest_f8(values: Expr) -> Expr:
     """16 floats of at most 448 to the nearest numbers of e4m3, ties to even; NaN stays one."""
     return _call("nearest_f8", "float32x16", values)
+
+
+def code_f8(values: Expr) -> Expr:
+    """The e4m3 codes, as integers, of what `nearest_f8` gives."""
+    return _call("code_f8", "int32x16", values)
 
 
 def total(a: Expr, b: Expr) -> Expr:

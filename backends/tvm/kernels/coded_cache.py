@@ -208,18 +208,8 @@ class CodedRows:
 
     def _nearest(self, quotients: Expr) -> Expr:
         """The codes nearest to 16 numbers, as integers."""
-        if not self.kind.codes.is_float:
-            return bind(codes.nearest(quotients))
-
-        def word(value: int) -> Expr:
-            return splat(tirx.const(value, "int32"), LANES)
-
-        bits = bind(reinterpret(bind(codes.nearest_f8(quotients)), "int32"))
-        size = bind(bits & word(0x7FFFFFFF))
-        steps = cast(reinterpret(size, "float32") * splat(f32(2.0**9), LANES), "int32")
-        code = select(size < word(0x3C800000), steps, (size >> word(20)) - word(120 << 3))
-        code = select(size > word(0x7F800000), word(0x7F), code)
-        return bind(code | ((bits >> word(24)) & word(0x80)))
+        make = codes.code_f8 if self.kind.codes.is_float else codes.nearest
+        return bind(make(quotients))
 
 
 def _whole(count: int) -> range:
