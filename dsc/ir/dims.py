@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import reduce
+from functools import lru_cache, reduce
 from operator import mul
 from typing import Any, TypeAlias, Union
 
@@ -58,10 +58,12 @@ class Sym:
         return self * -1 + other
 
     def __mul__(self, other: Dim) -> Dim:
+        if isinstance(other, int):
+            return Sym(tuple((m, c * other) for m, c in self.terms)) if other else 0
         out: dict[Monomial, int] = {}
         for a, x in _terms(self).items():
             for b, y in _terms(other).items():
-                key = tuple(sorted(a + b, key=_atom_key))
+                key = tuple(sorted(a + b, key=_atom_key)) if a and b else a or b
                 out[key] = out.get(key, 0) + x * y
         return _poly(out)
 
@@ -140,8 +142,11 @@ def symbol_name(dim: Dim) -> str | None:
 
 def free_symbols(dim: Dim) -> frozenset[str]:
     """The names of all symbols in `dim`."""
-    if isinstance(dim, int):
-        return frozenset()
+    return frozenset() if isinstance(dim, int) else _symbols_of(dim)
+
+
+@lru_cache(maxsize=4096)
+def _symbols_of(dim: Sym) -> frozenset[str]:
     found: set[str] = set()
     for monomial, _ in dim.terms:
         for atom in monomial:
@@ -305,7 +310,8 @@ def _poly(terms: dict[Monomial, int]) -> Dim:
         return 0
     if len(kept) == 1 and kept[0][0] == ():
         return kept[0][1]
-    kept.sort(key=lambda t: (not t[0], [_atom_key(a) for a in t[0]]))
+    if len(kept) > 1:
+        kept.sort(key=lambda t: (not t[0], [_atom_key(a) for a in t[0]]))
     return Sym(tuple(kept))
 
 

@@ -26,9 +26,13 @@ from dsc.ir import stored
 from dsc.ir.calls import Call
 from dsc.ir.dims import Dim, Sym, evaluate, free_symbols, parse_dim, substitute
 from dsc.ir.formats import Packed
-from dsc.ir.graph import Attrs, Graph, Operand
+from dsc.ir.graph import Attrs, Operand
+from dsc.ir.kinds import KIND_WORDS, KINDS, is_dim, is_exact
 from dsc.ir.traits import Role, Traits, Within
 from dsc.ir.types import DType, TensorType
+
+MOST_KNOWN = 4096
+"""Calls of an operator whose result types are remembered."""
 
 InferFn = Callable[[Sequence[Any], Mapping[str, Any]], tuple[TensorType, ...]]
 
@@ -97,6 +101,9 @@ class OpDef:
     elements: str = ""
     without: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     kernels: Mapping[str, Any] = field(default_factory=dict)
+    _known: dict[Any, tuple[TensorType, ...]] = field(
+        init=False, repr=False, compare=False, default_factory=dict
+    )
 
     @property
     def named_sizes(self) -> bool:
@@ -114,17 +121,22 @@ class OpDef:
     def widened(self, attrs: Mapping[str, Any]) -> dict[str, Any]:
         """`attrs` with whole numbers given for float attributes made floats."""
         floats = {a.name for a in self.attrs if a.kind == "float"}
-        whole = {k: float(v) for k, v in attrs.items() if k in floats and _is_exact(v)}
+        whole = {k: float(v) for k, v in attrs.items() if k in floats and is_exact(v)}
         return {**attrs, **whole}
 
     def infer(
         self, types: Sequence[TensorType | None], attrs: Mapping[str, Any]
     ) -> tuple[TensorType, ...]:
         """The result types for operand types and attributes. Raises `TypeMismatch`."""
-        try:
-            return self._infer(types, attrs)
-        except (ArithmeticError, LookupError, TypeError, ValueError) as problem:
-            raise TypeMismatch(str(problem)) from problem
+        key = (tuple(types), attrs) if isinstance(attrs, Attrs) else None
+        if key is None or self.traits.role is Role.REGION:
+            return self._told(types, attrs)
+        made = self._known.get(key)  # after every pass it is asked the same of most nodes
+        if made is None:
+            if len(self._known) >= MOST_KNOWN:
+                self._known.clear()
+            made = self._known[key] = self._told(types, attrs)
+        return made
 
     def run(self, operands: Sequence[Any], attrs: Mapping[str, Any]) -> Any:
         """What the reference makes of operands; of those in a format it gets the numbers."""
@@ -163,6 +175,14 @@ class OpDef:
     def has_operand(self, name: str) -> bool:
         """Whether the signature has an operand of this name."""
         return any(o.name == name for o in self.operands)
+
+    def _told(
+        self, types: Sequence[TensorType | None], attrs: Mapping[str, Any]
+    ) -> tuple[TensorType, ...]:
+        try:
+            return self._infer(types, attrs)
+        except (ArithmeticError, LookupError, TypeError, ValueError) as problem:
+            raise TypeMismatch(str(problem)) from problem
 
     def _infer(
         self, types: Sequence[TensorType | None], attrs: Mapping[str, Any]
@@ -247,40 +267,6 @@ def _trim(types: Sequence[TensorType | None]) -> list[TensorType | None]:
         present.pop()
     return present
 
-
-def _is_int(v: Any) -> bool:
-    return isinstance(v, int) and not isinstance(v, bool)
-
-
-def _is_exact(v: Any) -> bool:
-    """Whether a whole number is one in fp64 too."""
-    return _is_int(v) and -(1 << 63) <= v < 1 << 63 and int(float(v)) == v
-
-
-def _is_dim(v: Any) -> bool:
-    return _is_int(v) or isinstance(v, Sym)
-
-
-KINDS: dict[str, Callable[[Any], bool]] = {
-    "int": _is_int,
-    "extent": _is_int,
-    "dim": _is_dim,
-    "float": lambda v: isinstance(v, float) or _is_exact(v),
-    "bool": lambda v: isinstance(v, bool),
-    "str": lambda v: isinstance(v, str),
-    "dtype": lambda v: isinstance(v, DType),
-    "ints": lambda v: isinstance(v, tuple) and all(_is_int(x) for x in v),
-    "dims": lambda v: isinstance(v, tuple) and all(_is_dim(x) for x in v),
-    "graph": lambda v: isinstance(v, Graph),
-}
-
-
-KIND_WORDS = {
-    "int": "an integer", "extent": "an integer", "dim": "a size",
-    "float": "a number that fp64 holds", "bool": "true or false", "str": "a string",
-    "dtype": "an element type", "ints": "a list of integers", "dims": "a list of sizes",
-    "graph": "a graph",
-}  # fmt: skip
 
 _DTYPE_NAMES = frozenset(d.value for d in DType)
 
@@ -440,7 +426,7 @@ def infer(
 
 def range_of(within: Within, call: Call) -> tuple[Dim, Dim]:
     """The least and the largest value of an index of a call."""
-    scope = {k: v for k, v in {**call.dims, **call.attrs}.items() if _is_dim(v)}
+    scope = {k: v for k, v in {**call.dims, **call.attrs}.items() if is_dim(v)}
     first = next(iter(call.operands.values()), None)
     if first is not None and first.rank:
         scope["extent"] = first.shape[call.attrs.get("axis", 0)]

@@ -15,7 +15,8 @@ from dsc.ir.formats import WHOLE, Format
 from dsc.ir.graph import Attrs, Graph, Node, Operand, Value, Weight
 from dsc.ir.interface import Interface
 from dsc.ir.interface_text import parse_interface
-from dsc.ir.op import KIND_WORDS, KINDS, OpDef, TypeMismatch, lookup
+from dsc.ir.kinds import KIND_WORDS, KINDS
+from dsc.ir.op import OpDef, TypeMismatch, lookup
 from dsc.ir.program import Program, program_of
 from dsc.ir.stages import Stage
 from dsc.ir.types import DType, TensorType
@@ -297,8 +298,7 @@ class _Parser:
         name = token.text[1:]
         if name in scope:
             raise self.error(f"{token.text} is defined twice", token)
-        scope[name] = Value(name, t)
-        return scope[name]
+        return scope.setdefault(name, Value(name, t))
 
     def _lookup(self, token: Token) -> OpDef:
         try:
