@@ -77,9 +77,12 @@ class Blocks:
     def promoted(self) -> int:
         """Rows of a tile of 256 columns whose sums are promoted, so that both sums fit registers.
 
-        CUDA's FP8 units read operands from shared memory; f16 and AMD's units have them there too.
+        CUDA's FP8 units read operands from shared memory, f16 has them in registers too. On AMD
+        only 16 rows would fit, which reads weights too often: there is no such tile.
         """
-        return 64 if self.fp8 and self.target.startswith("cuda:") else 32
+        if self.target.startswith("hip:"):
+            return 0
+        return 64 if self.fp8 else 32
 
     @property
     def deep_stages(self) -> int:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from dsc.backends.triton.blocks import Blocks
 from dsc.backends.triton.launch import POINTER_TYPES, Kernel, LaunchProgram, is_multiple
@@ -35,6 +35,14 @@ Given = View | Dim | float | str | bool | None
 NONE: Mapping[str, Dim] = {}
 
 
+class Later(Protocol):
+    """A value that its reader makes as it reads it, or else a launch."""
+
+    def made(self, ctx: Context) -> View:
+        """Where it lies, once a launch has made it."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class Gather:
     """Row p is row order[p] // slots of `source`; `copied` makes them where rows are wanted."""
@@ -43,6 +51,10 @@ class Gather:
     order: View
     slots: int
     copied: Callable[[Context], View]
+
+    def made(self, ctx: Context) -> View:
+        """A copy of the rows."""
+        return self.copied(ctx)
 
 
 @dataclass(slots=True)
@@ -62,7 +74,10 @@ class Context:
     wanted: Mapping[str, Wanted] = field(default_factory=dict)
     """By name the values that products want as codes."""
     constants: dict[str, tuple[float, TensorType]] = field(default_factory=dict)
-    gathers: dict[str, Gather] = field(default_factory=dict)
+    later: dict[str, Later] = field(default_factory=dict)
+    """By name the values that no launch has made yet."""
+    merges: Mapping[str, bool] = field(default_factory=dict)
+    """By name the values that their first reader may make, and whether others read them too."""
     places: dict[int, View] = field(default_factory=dict)
     """By the buffer of an order, its inverse."""
     loc: str = ""
@@ -78,9 +93,9 @@ class Context:
             raise ValueError("an operand that this operator needs is absent")
         if not isinstance(operand, Weight):
             if operand.name not in self.views:
-                later = self.gathers.get(operand.name)
+                later = self.later.get(operand.name)
                 self.views[operand.name] = (
-                    later.copied(self)
+                    self.reshaped(later.made(self), operand.type.shape)
                     if later is not None
                     else self._constant(*self.constants[operand.name])
                 )

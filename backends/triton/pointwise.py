@@ -126,6 +126,13 @@ def _narrowed(value: str, dtype: DType) -> str:
     return f"{value}.to({TYPES[dtype]}){widen(dtype)}"
 
 
+def normed(x: str, scale: str, gain: str, dtype: DType, rounds: bool) -> str:
+    """Values times the scale of their row and times a gain, rounded between where that is due."""
+    made = f"{x} * {scale}"
+    made = rounded(made, dtype) if rounds else made
+    return rounded(f"({made}) * {gain}", dtype)
+
+
 def wide_type(dtype: DType) -> str:
     """The type that values are computed in."""
     return "tl.float32" if widen(dtype) else TYPES[dtype]

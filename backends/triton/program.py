@@ -18,6 +18,7 @@ from dsc.backends.triton.blocks import Blocks
 from dsc.backends.triton.context import Context
 from dsc.backends.triton.launch import LaunchProgram
 from dsc.backends.triton.lower import lower
+from dsc.backends.triton.prologue import merges
 from dsc.backends.triton.wanted import wanted
 from dsc.errors import DscError
 from dsc.ir.graph import Graph
@@ -91,7 +92,7 @@ def lower_graph(ctx: Context, graph: Graph) -> None:
         view = ctx.make(value.type, INPUT, value.name)
         ctx.views[value.name] = view
         ctx.entry.inputs.append(Port(value.name, value.type, view.buffer))
-    ctx.wanted = wanted(ctx, graph)
+    ctx.wanted, ctx.merges = wanted(ctx, graph), merges(graph)
     for node in graph.nodes:
         ctx.node = node
         lower(ctx, node)

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 from dsc.backends.triton.blocks import RowTile, ceil_div, next_power
 from dsc.backends.triton.coded_cache import parts_of, row_bytes, to_codes
-from dsc.backends.triton.pointwise import applied, literal, rounded, wide_type, widen
+from dsc.backends.triton.pointwise import applied, literal, normed, rounded, wide_type, widen
 from dsc.ir import views
 from dsc.ir.dims import Dim, product
 from dsc.ir.graph import Attrs
@@ -315,10 +315,11 @@ class RowKernel:
                 scale, *shift = (self._read(r, columns) for r in step.reads[1:])
                 made = " + ".join([f"({x} - {name}_mean) * {name} * {scale}", *shift])
             else:
-                made, gain = f"{x} * {name}", step.reads[1]
-                made = rounded(made, dtype) if gain.dtype is dtype else made
-                made = f"({made}) * {self._read(gain, columns)}"
-            self._say(f"v{step.number} = {rounded(made, dtype)}")
+                gain = step.reads[1]
+                of = self._read(gain, columns)
+                made = normed(x, name, of, dtype, gain.dtype is dtype)
+            made = made if op == "rms_norm" else rounded(made, dtype)
+            self._say(f"v{step.number} = {made}")
             self._keep(step, _Value((f"v{step.number}",), columns))
 
     def _rotation(self, step: RowStep, columns: _Columns) -> None:

@@ -57,7 +57,8 @@ class Model(Compiled):
         plan, key = self.plan["entries"][entry], (sizes["S"], sizes["L"])
         if key not in self.launches:
             plain = [x for x in plan["launches"] if x["op"] != "sample"]  # tokens are chosen here
-            self.launches[key] = [self._launch(plan, x, sizes) for x in plain]
+            every = (self._launch(plan, x, sizes) for x in plain)
+            self.launches[key] = [x for x in every if 0 not in x.grid]
         for name, array in tokens.items():
             target = self.at[buffer_label("input", name)]
             self.device.upload(target, array.ctypes.data, array.nbytes)

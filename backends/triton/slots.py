@@ -5,8 +5,10 @@ of a weight's elements, the *sum* adds products up, the *epilogue* goes over the
 slot says lines at places of `kernels/gemm.py` and brings parameters; places:
 
     columns   behind `n` and `fits`: which columns a tile has, where that is another than a run
+    at        in place of where rows of x begin
     start     before the walk along k: what a slot keeps while it walks
-    rows      x [BLOCK_M, BLOCK_K] has been loaded
+    x         in place of the load of x [BLOCK_M, BLOCK_K]
+    rows      x has been loaded
     w         in place of the load of w [BLOCK_K, BLOCK_N]
     sum       in place of the product that is added to acc f32[BLOCK_M, BLOCK_N]
     end       behind the walk, before the bias

@@ -13,7 +13,7 @@ from dsc.ir.graph import GraphBuilder, Value, Weight
 from dsc.ir.program import Program
 from dsc.ir.stages import Stage
 from dsc.ir.types import DType, TensorType
-from dsc.ir.weights import Source, random_source
+from dsc.ir.weights import MetaSource, Source, random_source
 
 B, S, P, L = (symbol(name) for name in "BSPL")
 
@@ -106,8 +106,10 @@ class _Model:
         return out
 
 
-def canonical_lm(sizes: Sizes, max_batch: int = 4, max_context: int = 64) -> Program:
-    """The program, with one entry `step` at stage CANONICAL."""
+def canonical_lm(
+    sizes: Sizes, max_batch: int = 4, max_context: int = 64, *, values: bool = True
+) -> Program:
+    """The program, with one entry `step` at stage CANONICAL; its weights may have no values."""
     m = _Model(sizes)
     b, i64 = m.b, DType.i64
     ids = b.input("input_ids", TensorType(i64, (B, S)))
@@ -142,5 +144,6 @@ def canonical_lm(sizes: Sizes, max_batch: int = 4, max_context: int = 64) -> Pro
     ranges = {"B": Range(1, max_batch), "S": Range(1, 32), "P": Range(0, max_context)}
     return Program(
         "canonical-lm", {"step": graph}, {k: Source(k, t) for k, t in m.types.items()},
-        {**ranges, "L": Range(1, 32)}, random_source(m.types), stage=Stage.CANONICAL,
+        {**ranges, "L": Range(1, 32)}, random_source(m.types) if values else MetaSource(m.types),
+        stage=Stage.CANONICAL,
     )  # fmt: skip

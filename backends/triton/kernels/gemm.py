@@ -69,13 +69,13 @@ def gemm(
     live = m < M
     fits = n < N
     #: columns
-    x_at = a + matrix * a_batch + m[:, None].to(tl.int64) * a_m
+    x_at = a + matrix * a_batch + m[:, None].to(tl.int64) * a_m  #: at
     w_at = b + matrix * b_batch + n[None, :].to(tl.int64) * b_n
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     #: start
     for start in range(0, K, BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)
-        x = tl.load(x_at + k[None, :] * a_k, mask=live[:, None] & (k[None, :] < K), other=0.0)
+        x = tl.load(x_at + k[None, :] * a_k, mask=live[:, None] & (k[None, :] < K), other=0.0)  #: x
         #: rows
         w = tl.load(w_at + k[:, None] * b_k, mask=fits[None, :] & (k[:, None] < K), other=0.0)  #: w
         if WIDEN:

@@ -2,9 +2,10 @@
 
 After W_UK is folded into the query, all heads share keys (latent | rope) and values (latent): the
 heads are the rows of one GEMM per token of the cache, and 576 numbers a token are read once for a
-tile of heads. A decode step has few (sequence, head tile) pairs, so the cache is cut into SPLITS
-spans (flash-decoding); `latent_combine` merges them by their log-sum-exp. The place `values` may
-say how rows become numbers (`dsc.backends.triton.coded_cache`), `pages` where they lie.
+tile of heads. A decode step has few (sequence, head tile) pairs, so the cache is cut into spans
+(flash-decoding), the fewer the more sequences there are. Whoever reads the result merges them by
+their log-sum-exp (`dsc.backends.triton.prologue`), else `latent_combine` does. The place `values`
+may say how rows become numbers (`dsc.backends.triton.coded_cache`), `pages` where they lie.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
@@ -39,20 +40,21 @@ def latent_attention(
     R: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_R: tl.constexpr,
-    SPLITS: tl.constexpr,
+    APART: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
-    """out[b, s, h, :C] over one span of the cache; grid (B * S, head tiles, SPLITS).
+    """out[b, s, h, :C] over one span of the cache; grid (B * S, head tiles, spans).
 
-    Query s of row b sees cache rows j <= lengths[b] + s. With SPLITS > 1 the normalised result of
-    the span goes to partial f32[SPLITS, B*S, H, C], unless it is empty, and its log-sum-exp to lse
-    f32[SPLITS, B*S, H].
+    Query s of row b sees cache rows j <= lengths[b] + s. From APART spans on (0: never) the
+    normalised result of a span goes to partial f32[spans, B*S, H, C], unless it is empty, and its
+    log-sum-exp to lse f32[spans, B*S, H].
     """
     row = tl.program_id(0).to(tl.int64)
     b = row // S
     h = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
     split = tl.program_id(2)
+    spans = tl.num_programs(2)
     c = tl.arange(0, BLOCK_C)
     r = tl.arange(0, BLOCK_R)
     live = h[:, None] < H
@@ -62,7 +64,7 @@ def latent_attention(
     rope_queries = tl.load(qr_at, mask=live & (r[None, :] < R), other=0.0)
     seen = tl.load(lengths + b).to(tl.int32) + (row - b * S).to(tl.int32) + 1
     seen = tl.minimum(seen, T)
-    span = tl.cdiv(tl.cdiv(seen, SPLITS), BLOCK_T) * BLOCK_T
+    span = tl.cdiv(tl.cdiv(seen, spans), BLOCK_T) * BLOCK_T
     begin = split * span
     stop = tl.minimum(begin + span, seen)
     top = tl.full((BLOCK_H,), float("-inf"), dtype=tl.float32)
@@ -88,13 +90,16 @@ def latent_attention(
         top = peak
     acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]
     keep = live & (c[None, :] < C)
-    if SPLITS == 1:
-        tl.store(out + (row * H + h[:, None]) * C + c[None, :], acc, mask=keep)
-    else:
+    count = spans + tl.zeros_like(h)
+    if APART != 1:
+        whole = keep & (count < APART)[:, None] if APART > 1 else keep
+        tl.store(out + (row * H + h[:, None]) * C + c[None, :], acc, mask=whole)
+    if APART > 0:
         at = (split * tl.num_programs(0) + row) * H + h
-        seen_any = (total > 0.0)[:, None]
-        tl.store(partial + at[:, None] * C + c[None, :], acc, mask=keep & seen_any)
-        tl.store(lse + at, tl.where(total == 0.0, float("-inf"), top + tl.log(total)), mask=h < H)
+        kept = keep & ((total > 0.0) & (count >= APART))[:, None]
+        level = tl.where(total == 0.0, float("-inf"), top + tl.log(total))
+        tl.store(partial + at[:, None] * C + c[None, :], acc, mask=kept)
+        tl.store(lse + at, level, mask=(h < H) & (count >= APART))
 
 
 @triton.jit
@@ -102,12 +107,12 @@ def latent_combine(
     partial,
     lse,
     out,
+    spans,
     C: tl.constexpr,
     BLOCK_C: tl.constexpr,
-    SPLITS: tl.constexpr,
-    SPLITS_PADDED: tl.constexpr,
+    SPANS: tl.constexpr,
 ):
-    """Merge SPLITS partial results by their log-sum-exp; grid (rows, tiles of C).
+    """Merge the results of up to SPANS spans by their log-sum-exp; grid (rows, tiles of C).
 
     A row is one (batch, query, head). All its spans are read at once; an empty one wrote nothing
     but its log-sum-exp. Span 0 always holds a visible token (a query sees at least itself), so the
@@ -115,9 +120,9 @@ def latent_combine(
     """
     row = tl.program_id(0)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    split = tl.arange(0, SPLITS_PADDED)
+    split = tl.arange(0, SPANS)
     part = split.to(tl.int64) * tl.num_programs(0) + row
-    level = tl.load(lse + part, mask=split < SPLITS, other=float("-inf"))
+    level = tl.load(lse + part, mask=split < spans, other=float("-inf"))
     weight = tl.exp(level - tl.max(level, axis=0))
     keep = (weight > 0.0)[:, None] & (c[None, :] < C)
     parts = tl.load(partial + part[:, None] * C + c[None, :], mask=keep, other=0.0)

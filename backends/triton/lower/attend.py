@@ -9,10 +9,11 @@ from dsc.backends.triton.blocks import ceil_div, next_power
 from dsc.backends.triton.context import Context, Given, template
 from dsc.backends.triton.lower.cached import Cache, reader, widened
 from dsc.backends.triton.lower.contract import Product, emit_gemm
+from dsc.backends.triton.prologue import FEW, Spans
 from dsc.backends.triton.slots import Slot, Slots, written
 from dsc.backends.triton.wanted import Wanted
 from dsc.ir import views
-from dsc.ir.dims import Dim, product
+from dsc.ir.dims import Dim, Range, free_symbols, product
 from dsc.ir.graph import Node
 from dsc.ir.types import DType
 from dsc.ir.views import View
@@ -149,13 +150,17 @@ def latent_attention(ctx: Context, node: Node) -> None:
     coded = bool(values.lines)
     tile = place.tile(ctx.blocks.latent(heads, ctx.limit(t), c, q.dtype.itemsize, coded))
     head_tiles = -(-heads // tile.m)
-    splits = ctx.blocks.splits(ctx.limit(s) * head_tiles, ctx.limit(t))
-    out = ctx.result(node)
+    most = ctx.blocks.splits(ctx.limit(s) * head_tiles, ctx.limit(t))
+    spans, rows = _spans(ctx, most, s, b * s), product((b, s))
+    merged = ctx.merges.get(node.output.name) is False and ctx.limit(rows) <= FEW and most > 1
+    out = None if merged else ctx.result(node)
     partial = lse = None
-    if splits > 1:
-        wide = q.type.with_dtype(DType.f32)
-        partial = ctx.make(wide.with_shape((splits, b * s, heads, c)))
-        lse = ctx.make(wide.with_shape((splits, b * s, heads)))
+    apart = 0
+    if most > 1:
+        wide, room = q.type.with_dtype(DType.f32), most * ctx.limit(s) + rows
+        partial = ctx.make(wide.with_shape((room, heads, c)))
+        lse = ctx.make(wide.with_shape((room, heads)))
+        apart = 1 if merged else 2
     given: dict[str, Given] = {"q": q, "q_rope": q_rope, "latent": latent, "rope": rope}
     given |= {"lengths": ctx.dense(lengths), "partial": partial, "lse": lse, "out": out}
     given |= {"S": s, "T": t, "scale": float(node.attrs["scale"])}
@@ -163,10 +168,10 @@ def latent_attention(ctx: Context, node: Node) -> None:
     given |= {"qr_head": q_rope.strides[2]}
     given |= _named("l", (place.batch(latent), latent.strides[1]), ("batch", "row"))
     given |= _named("r", (place.batch(rope), rope.strides[1]), ("batch", "row"))
-    blocks: dict[str, Given] = {"C": c, "BLOCK_C": max(16, next_power(c)), "SPLITS": splits}
+    blocks: dict[str, Given] = {"C": c, "BLOCK_C": max(16, next_power(c)), "APART": apart}
     given |= {"H": heads, "R": r, "BLOCK_R": max(16, next_power(r)), **blocks}
     given |= {"BLOCK_H": tile.m, "BLOCK_T": tile.n}
-    grid = (b * s, head_tiles, splits)
+    grid = (b * s, head_tiles, spans)
     kernel = "latent:latent_attention"
     if slots.filled:
         name, text = written(template("latent"), "latent_attention", slots)
@@ -176,12 +181,38 @@ def latent_attention(ctx: Context, node: Node) -> None:
     scales = values.arguments.get("scales")
     touched = place.touched(b, latent=latent, rope=rope, scales=scales)
     ctx.launch(kernel, grid, given, tile.warps, tile.stages, flops, touched)
-    if splits > 1:
-        padded = next_power(splits)
+    if partial is None or lse is None:
+        return
+
+    def merge(ctx: Context, into: View) -> None:
+        padded = next_power(most)
         block = ctx.blocks.merge(padded, c)
-        merge: dict[str, Given] = {"partial": partial, "lse": lse, "out": out, "C": c}
-        merge |= {"BLOCK_C": block, "SPLITS": splits, "SPLITS_PADDED": padded}
-        ctx.launch("latent:latent_combine", (product((b, s, heads)), -(-c // block)), merge)
+        given: dict[str, Given] = {"partial": partial, "lse": lse, "out": into, "spans": spans}
+        given |= {"C": c, "BLOCK_C": block, "SPANS": padded}
+        several = 1 if merged else (spans + (most - 2)) // most
+        ctx.launch("latent:latent_combine", (rows * heads * several, -(-c // block)), given)
+
+    def copied(ctx: Context) -> View:
+        made = ctx.make(node.output.type)
+        merge(ctx, made)
+        return made
+
+    if out is None:
+        ctx.later[node.output.name] = Spans(node.output.type, partial, lse, spans, most, copied)
+    else:
+        merge(ctx, out)
+
+
+def _spans(ctx: Context, most: int, new: Dim, rows: Dim) -> Dim:
+    """Spans of the cache for `rows` queries: as many for one sequence as there may be, fewer else.
+
+    So that there are about as many programs whatever the batch is, and no more partial results.
+    """
+    if most == 1 or isinstance(rows, int):
+        return most
+    if any(ctx.ranges.get(name, Range(0, 0)).lo < 1 for name in free_symbols(rows)):
+        return most
+    return (most * ctx.limit(new) + rows - 1) // rows
 
 
 def _sequence(view: View) -> Dim:

@@ -8,8 +8,9 @@ from dataclasses import dataclass, replace
 from dsc.backends.triton.blocks import RowTile, Tile, ceil_div, next_power
 from dsc.backends.triton.coded_rows import RowCodes
 from dsc.backends.triton.codes import einsum_axes, loader
-from dsc.backends.triton.context import Context, Given, template
-from dsc.backends.triton.slots import ALL_PLAIN, Slot, Slots, written
+from dsc.backends.triton.context import Context, Gather, Given, template
+from dsc.backends.triton.prologue import Normed, Spans
+from dsc.backends.triton.slots import ALL_PLAIN, PLAIN, Slot, Slots, written
 from dsc.backends.triton.wanted import Wanted
 from dsc.ir import views
 from dsc.ir.dims import Dim, product
@@ -43,6 +44,7 @@ def emit_gemm(
     axes: tuple[int, int] = (-2, -1),
     activations: str = "",
     asked: Wanted | None = None,
+    spans: Spans | None = None,
 ) -> None:
     """Append a GEMM. With `limit`, row tiles past limit[z] + new_rows are skipped.
 
@@ -56,11 +58,15 @@ def emit_gemm(
     tile = ctx.blocks.gemm(rows, columns, ctx.limit(k), itemsize, ctx.limit(z))
     coded = RowCodes.of(ctx, activations, rows) if activations else None
     tile = coded.tile(tile) if coded is not None else tile
+    if spans is not None:
+        tile = spans.tile(ctx, tile, m)
+        slots = replace(slots, prologue=spans.slot(ctx, m))
     tile, slots = as_codes(ctx, p.out, p.out_strides, tile, slots, asked, "matrix * c_batch")
     x, weight, slots = in_codes(ctx, p.a, p.b, tile, slots, axes, coded)
     if x is not p.a:
         p = replace(p, a_strides=(0, k, 1))
-    given: dict[str, Given] = {"a": x, "b": weight, "bias": bias, "limit": limit, "c": p.out}
+    given: dict[str, Given] = {"a": None if spans else x, "b": weight, "bias": bias}
+    given |= {"limit": limit, "c": p.out}
     given |= {"M": m, "N": n, "K": k, "new_rows": new_rows}
     given |= dict(zip(("a_batch", "a_m", "a_k"), p.a_strides, strict=True))
     given |= dict(zip(("b_batch", "b_n", "b_k"), p.b_strides, strict=True))
@@ -92,7 +98,8 @@ def in_codes(
     if rows is None:
         return x, codes.codes, replace(slots, loader=codes.slot())
     scales = None
-    if rows.shares(weight.type) and (rows.ahead or rows.known(ctx, x)):
+    as_lies = slots.prologue is PLAIN
+    if rows.shares(weight.type) and as_lies and (rows.ahead or rows.known(ctx, x)):
         x, scales = rows.made(ctx, x)
     loads, sums = rows.slots(codes, scales, row)
     return x, codes.codes, replace(slots, loader=loads, sum=sums)
@@ -137,8 +144,9 @@ def as_codes(
     group, halves = asked.rows.columns, 2 if slots.epilogue.halves else 1
     if asked.width % group or not _divides(group, strides[0]):
         return tile, slots
-    if asked.rows.ahead and tile.n < group * halves:
-        tile = replace(tile, m=min(tile.m, ctx.blocks.promoted), n=group * halves)
+    tall = min(tile.m, ctx.blocks.promoted)
+    if asked.rows.ahead and tile.n < group * halves and tall:
+        tile = replace(tile, m=tall, n=group * halves)
     if tile.n % (group * halves):
         return tile, slots
     target, block = asked.target(ctx, out), f"(BLOCK_N // {halves})"
@@ -153,6 +161,14 @@ def _divides(group: int, step: Dim) -> bool:
     return isinstance(step, int) and step % group == 0
 
 
+def rows_of(ctx: Context, x: Operand) -> tuple[View, Slot]:
+    """Where the rows of a product lie, and what it does to them: a norm that no launch makes."""
+    later = ctx.later.get(x.name)
+    if not isinstance(later, Normed) or later.stored is not None:
+        return ctx.view(x), PLAIN
+    return later.source, later.slot(ctx, product(x.type.shape[:-1]))
+
+
 def linear_product(ctx: Context, x: View, weight: View, out: View) -> Product:
     """The product x @ weight^T over all rows of x, into a dense `out`."""
     x, rows, row_stride = ctx.rows(x)
@@ -165,10 +181,11 @@ def linear_product(ctx: Context, x: View, weight: View, out: View) -> Product:
 
 def linear(ctx: Context, node: Node) -> None:
     """x @ weight^T + bias."""
-    x, weight, *bias = ctx.operands(node)
+    weight, *bias = map(ctx.view, node.operands[1:])
+    x, prologue = rows_of(ctx, node.operands[0])
     product = linear_product(ctx, x, weight, ctx.result(node))
-    rows = node.attrs["activations"]
-    emit_gemm(ctx, product, ctx.dense(bias[0]) if bias else None, activations=rows)
+    shift, rows = ctx.dense(bias[0]) if bias else None, node.attrs["activations"]
+    emit_gemm(ctx, product, shift, slots=Slots(prologue), activations=rows)
 
 
 def matmul(ctx: Context, node: Node) -> None:
@@ -185,10 +202,13 @@ def matmul(ctx: Context, node: Node) -> None:
 def einsum(ctx: Context, node: Node) -> None:
     """Two operands, letters folded into batch, m, n and k."""
     terms, result = einsum_terms(node.attrs["eq"])
-    a, b = ctx.operands(node)
-    if a.type.format is not None:
-        a, b, terms = b, a, terms[::-1]
-    _contract(ctx, node, a, b, terms, result)
+    left, right = node.operands
+    if left.type.format is not None:
+        left, right, terms = right, left, terms[::-1]
+    later = ctx.later.get(left.name) if left.name not in ctx.views else None
+    spans = later if isinstance(later, Spans) else None
+    a = ctx.view(left) if spans is None else spans.view
+    _contract(ctx, node, a, ctx.view(right), terms, result, spans)
 
 
 def einsum_reason(node: Node) -> str | None:
@@ -219,7 +239,13 @@ def _coded_axes(left: str, right: str, result: str) -> tuple[int, int] | None:
 
 
 def _contract(
-    ctx: Context, node: Node, a: View, b: View, terms: Sequence[str], result: str
+    ctx: Context,
+    node: Node,
+    a: View,
+    b: View,
+    terms: Sequence[str],
+    result: str,
+    spans: Spans | None = None,
 ) -> None:
     left, right = terms
     batch = "".join(c for c in result if c in left and c in right)
@@ -244,7 +270,8 @@ def _contract(
     made = Product(a, b, out, extents, _steps(a_roles), _steps(b_roles), _steps(folded))
     axes = _coded_axes(left, right, result) or (-2, -1)
     direct = ctx.views[node.output.name] is out
-    emit_gemm(ctx, made, axes=axes, asked=ctx.wanted.get(node.output.name) if direct else None)
+    asked = ctx.wanted.get(node.output.name) if direct else None
+    emit_gemm(ctx, made, axes=axes, asked=asked, spans=spans)
 
 
 Fold = tuple[Dim, Dim]
@@ -290,7 +317,7 @@ def grouped_linear(ctx: Context, node: Node) -> None:
 
 def emit_grouped(
     ctx: Context,
-    rows_of: Operand | View,
+    multiplied: Operand | View,
     weight: View,
     offsets: View,
     out: View,
@@ -303,12 +330,11 @@ def emit_grouped(
 
     Rows of a dispatch are gathered: row r is source[order[r] // per_token].
     """
-    later = None if isinstance(rows_of, View) else ctx.gathers.get(rows_of.name)
-    if later is not None:
+    x, order, per_token = multiplied, None, 1
+    later = None if isinstance(x, View) else ctx.later.get(x.name)
+    if isinstance(later, Gather):
         x, order, per_token = later.source, later.order, later.slots
-    else:
-        x = rows_of if isinstance(rows_of, View) else ctx.view(rows_of)
-        order, per_token = None, 1
+    x = x if isinstance(x, View) else ctx.view(x)
     x, given_rows, row_stride = ctx.rows(x)
     weight, offsets = ctx.dense(weight), ctx.dense(offsets)
     experts, n, k = (int(d) for d in weight.shape)  # type: ignore[arg-type]
@@ -332,14 +358,16 @@ def emit_grouped(
     launch_product(ctx, "gemm:grouped_gemm", slots, grid, given, tile, 2 * rows * n * k)
 
 
-def router_logits(ctx: Context, x: View, weight: View) -> View:
+def router_logits(ctx: Context, x: Operand, weight: View) -> View:
     """Logits f32[rows, e] by fp32 arithmetic, whatever the operands are.
 
     Products of two 16-bit floats of one type are exact in the fp32 that tensor cores sum in, so
     only other operands are widened: without tensor cores this takes half of a decode step.
     """
-    rows = product(x.shape[:-1])
-    out = ctx.make(x.type.with_shape((rows, weight.shape[0])).with_dtype(DType.f32))
-    narrow = x.dtype is weight.dtype and x.dtype.bits == 16
-    emit_gemm(ctx, linear_product(ctx, x, weight, out), widen=not narrow)
+    t, (rows, prologue) = x.type, rows_of(ctx, x)
+    shape = product(t.shape[:-1]), weight.shape[0]
+    out = ctx.make(t.with_shape(shape).with_dtype(DType.f32))
+    narrow = t.dtype is weight.dtype and t.dtype.bits == 16
+    made = linear_product(ctx, rows, weight, out)
+    emit_gemm(ctx, made, widen=not narrow, slots=Slots(prologue))
     return out

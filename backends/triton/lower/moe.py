@@ -19,7 +19,7 @@ from dsc.ir.views import View
 
 def route(ctx: Context, node: Node) -> None:
     """Router logits by a GEMM in fp32, then one kernel that scores, limits and picks."""
-    x, weight = ctx.view(node.inputs[0]), ctx.view(node.inputs[1])
+    x, weight = node.operands[0], ctx.view(node.inputs[1])
     biases = (node.get("bias"), node.get("logit_bias"))
     bias, shift = (None if b is None else ctx.dense(ctx.view(b)) for b in biases)
     attrs = node.attrs
@@ -120,7 +120,7 @@ def dispatch(ctx: Context, node: Node) -> None:
         take_rows(ctx, x, token, out)
         return out
 
-    ctx.gathers[rows.name] = Gather(x, order, slots, copied)
+    ctx.later[rows.name] = Gather(x, order, slots, copied)
     ctx.views |= {v.name: y for v, y in zip(sorted_by, (offsets, order), strict=True)}
 
 

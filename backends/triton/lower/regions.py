@@ -10,15 +10,17 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from dsc.backends.triton.context import Context
+from dsc.backends.triton.context import Context, Gather
 from dsc.backends.triton.epilogue import Epilogue
-from dsc.backends.triton.lower.contract import emit_gemm, emit_grouped, linear_product
+from dsc.backends.triton.lower.contract import emit_gemm, emit_grouped, linear_product, rows_of
 from dsc.backends.triton.lower.moe import emit_combine, emit_experts
 from dsc.backends.triton.pointwise import FLOAT_ONLY, TYPES, has_formula
+from dsc.backends.triton.prologue import FEW, Normed
 from dsc.backends.triton.rows import ALONG_ROWS, RowKernel
-from dsc.backends.triton.slots import Slots
+from dsc.backends.triton.slots import PLAIN, Slots
 from dsc.backends.triton.wanted import CodedTarget, Wanted
 from dsc.ir.analyses import aliases_of
+from dsc.ir.dims import product
 from dsc.ir.graph import Graph, Node, Operand, Value
 from dsc.ir.op import kernel_of, traits_of
 from dsc.ir.region_columns import Columns
@@ -35,7 +37,9 @@ _BY_FORMULA = (Role.POINTWISE, Role.REDUCTION, Role.ROTATION)
 
 
 def lower(ctx: Context, node: Node) -> None:
-    """Append the launch of a region, or of an operator that is one alone."""
+    """Append the launch of a region, or of an operator that is one alone; a product may be it."""
+    if node.op == "rms_norm" and _waits(ctx, node):
+        return
     body = node.body or alone(node)
     later = _later(ctx, node, body)
     places = [dense(x, NOWHERE) if x is later else _place(ctx, x) for x in node.operands]
@@ -58,6 +62,27 @@ def lower(ctx: Context, node: Node) -> None:
         kernel.launch(ctx, later, ctx.wanted.get(node.output.name))
 
 
+def _waits(ctx: Context, node: Node) -> bool:
+    """Leave a norm of few rows to the product that reads them first, where there is one."""
+    shared, shape = ctx.merges.get(node.output.name), node.output.type.shape
+    if shared is None or not isinstance(shape[-1], int) or ctx.limit(product(shape[:-1])) > FEW:
+        return False
+    rows, gain = ctx.operands(node)
+
+    def copied(ctx: Context) -> View:
+        reader, ctx.node = ctx.node, node
+        body, out = alone(node), ctx.make(node.output.type)
+        kernel = kernel_for(body, [rows, gain], [out])
+        assert isinstance(kernel, RowKernel), "a norm alone"
+        kernel.launch(ctx)
+        ctx.node = reader
+        return out
+
+    rows, gain = ctx.rows(rows)[0], ctx.dense(gain)
+    ctx.later[node.output.name] = Normed(rows, gain, node.attrs["eps"], shared, copied)
+    return True
+
+
 def _later(ctx: Context, node: Node, body: Graph) -> Operand | None:
     """The operand whose rows a region's product reads as they come, and nothing else reads."""
     anchor = anchor_of(body.nodes)
@@ -67,7 +92,14 @@ def _later(ctx: Context, node: Node, body: Graph) -> Operand | None:
     read = [x.name for n in body.nodes for x in n.operands].count(rows.name)
     given = dict(zip((v.name for v in body.inputs), node.operands, strict=True))
     outer = given.get(rows.name)
-    return outer if outer is not None and outer.name in ctx.gathers and read == 1 else None
+    if outer is None or outer.name in ctx.views or read != 1:
+        return None
+    known = ctx.later.get(outer.name)
+    return outer if isinstance(known, _READS.get(anchor.op, ())) else None
+
+
+_READS: Mapping[str, type] = {"linear": Normed, "grouped_linear": Gather}
+"""Values that products read as they come, where no launch has made them."""
 
 
 def _coded(
@@ -146,10 +178,11 @@ class Anchored:
 
 def _linear(ctx: Context, of: Anchored, later: Operand | None, asked: Wanted | None) -> None:
     x, weight, *bias = of.operands
+    x, prologue = (x, PLAIN) if later is None else rows_of(ctx, later)
     product = linear_product(ctx, x, weight, of.epilogue.out)
     product = replace(product, out_strides=(0, *of.epilogue.out_strides))
     shift, rows = ctx.dense(bias[0]) if bias else None, of.anchor.attrs["activations"]
-    slots = Slots(epilogue=of.epilogue.slot)
+    slots = Slots(prologue, epilogue=of.epilogue.slot)
     emit_gemm(ctx, product, shift, slots=slots, activations=rows, asked=asked)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dsc.backends.triton.blocks import ceil_div
 from dsc.backends.triton.context import Context, Given
+from dsc.backends.triton.prologue import Normed
 from dsc.ir import views
 from dsc.ir.dims import Dim
 from dsc.ir.graph import Node
@@ -11,8 +12,17 @@ from dsc.ir.region_steps import NoKernel, apply_view
 
 
 def view(ctx: Context, node: Node) -> None:
-    """The same elements under other strides: no launch, but a copy where these cannot say it."""
-    source = ctx.view(node.operands[0])
+    """The same elements under other strides: no launch, but a copy where these cannot say it.
+
+    What keeps rows of a value that is not made yet is such a value too.
+    """
+    x = node.operands[0]
+    later = ctx.later.get(x.name) if x.name not in ctx.views else None
+    keeps = node.op == "reshape" and node.output.type.shape[-1:] == x.type.shape[-1:]
+    if isinstance(later, Normed) and keeps:
+        ctx.later[node.output.name] = later
+        return
+    source = ctx.view(x)
     try:
         made = apply_view(node, source)
     except NoKernel:

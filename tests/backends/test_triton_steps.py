@@ -1,0 +1,82 @@
+"""Short steps: what a decode step of V3's widths launches, and how many bytes that moves."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import cache
+
+import pytest
+
+from dsc import pipeline
+from dsc.backends.triton import TritonBackend
+from dsc.backends.triton.program import lower_program
+from dsc.ir.costs import step_sizes
+from dsc.ir.dims import evaluate
+from dsc.ir.limits import Limits
+from dsc.ir.program import Program
+from dsc.ir.types import DType
+from dsc.report import launches_by_layer
+from dsc.runtime.launch_costs import step_costs
+from dsc.runtime.limit import step_work, working_set
+from dsc.runtime.plan import Plan
+from dsc.targets import Target
+from tests.backends.canonical_lm import Sizes, canonical_lm
+
+CONTEXT = 4096
+WIDE = Sizes(
+    vocab=1024, hidden=7168, layers=2, heads=128, q_lora=1536, kv_lora=512, nope=128, rope=64,
+    value=128, inner=18432, experts=256, expert_inner=2048, top_k=8, groups=8, keep=4,
+    dtype=DType.bf16,
+)  # fmt: skip
+
+
+@cache
+def planned(quant: str, most: int, layers: int = 3) -> tuple[Program, Plan]:
+    """A model of V3's widths, its first layer dense, for up to `most` sequences."""
+    limits = Limits(max_batch=most, max_context=CONTEXT, prefill_chunk=32)
+    whole = canonical_lm(replace(WIDE, layers=layers), most, CONTEXT, values=False).limited(limits)
+    options, target = pipeline.PipelineOptions(quant=quant), Target("cuda", "sm_90")
+    program, _ = pipeline.run(whole, TritonBackend(), target, options)
+    return program, lower_program(program, str(target))[0].plan()
+
+
+def launched(quant: str, most: int, batch: int, new: int = 1) -> tuple[int, int]:
+    """Launches of the dense and of an expert layer whose grid is not empty.
+
+    The last layer has two more, which take the rows whose logits are wanted.
+    """
+    program, plan = planned(quant, most)
+    graph = program.entries[program.choose_entry(new, batch, CONTEXT)]
+    sizes = step_sizes(graph, batch, new, CONTEXT)
+    entry = plan.entries[graph.name]
+    made = [x for x in entry.launches if 0 not in (evaluate(d, sizes) for d in x.grid)]
+    found = launches_by_layer(graph, [replace(entry, launches=tuple(made))])
+    return found["model.layers.0"], found["model.layers.1"]
+
+
+@pytest.mark.parametrize("quant", ["none", "fp8", "int4"])
+def test_a_step_of_up_to_four_tokens_is_short(quant: str) -> None:
+    for batch in (1, 4):
+        dense, sparse = launched(quant, 4, batch)
+        assert dense <= 10
+        assert sparse <= 12
+
+
+@pytest.mark.parametrize("quant", ["none", "fp8", "int4"])
+def test_experts_in_groups_take_four_launches_more(quant: str) -> None:
+    assert launched(quant, 4, 4, new=30)[1] <= 16
+
+
+@pytest.mark.parametrize("quant", ["none", "fp8"])
+@pytest.mark.parametrize(("batch", "most"), [(1, 1.10), (64, 1.06)])
+def test_a_step_moves_little_more_than_weights_and_caches(
+    quant: str, batch: int, most: float
+) -> None:
+    """Of an expert layer: what a model of one more moves more, results of spans among it."""
+    moved, needed = [], []
+    for layers in (3, 4):
+        program, plan = planned(quant, max(batch, 4), layers)
+        costs = step_costs(program, plan, batch, 1, CONTEXT)
+        moved.append(sum(cost.bytes for cost in costs))
+        needed.append(working_set(step_work(program, batch, 1, CONTEXT)))
+    assert 1 <= (moved[1] - moved[0]) / (needed[1] - needed[0]) <= most
