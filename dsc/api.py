@@ -255,6 +255,7 @@ def compile_program(
     backend: str | None = None,
     fusion_level: int = 3,
     memory_reuse: bool = True,
+    target: str = "cpu",
 ) -> CompiledModel:
     """Compile a program that is already traced: what `@dsc.optimize` and torch.compile use."""
     from dsc import pipeline
@@ -264,13 +265,14 @@ def compile_program(
     if program.is_causal_lm:
         program = program.limited(Limits())
     options = pipeline.PipelineOptions(fusion_level=fusion_level)
-    done, records = pipeline.run(program, chosen, Target("cpu"), options)
+    place = parse_target(target)
+    done, records = pipeline.run(program, chosen, place, options)
 
     def admit(plan: Plan) -> None:
         check_plans(plan, done)
-        check_memory(done, plan, Target("cpu"), Limits(1, 1, 1))
+        check_memory(done, plan, place, Limits(1, 1, 1))
 
-    emission = chosen.emit(done, EmitOptions(reuse=memory_reuse, admit=admit))
+    emission = chosen.emit(done, EmitOptions((place,), reuse=memory_reuse, admit=admit))
     return CompiledModel(
         program=done,
         backend=chosen.name,

@@ -15,6 +15,7 @@ from torch import Tensor, fx
 
 from dsc.errors import DscError, InternalError, UnsupportedOperator
 from dsc.frontends.fx_import import Problem, hint, source_line, told
+from dsc.frontends.on_card import check_indices
 from dsc.frontends.options import Options
 from dsc.frontends.partition import Part, is_free, is_number, is_view, needed_by, parts
 from dsc.frontends.regions import Region, RegionImporter, attribute, place_of, region_of
@@ -95,6 +96,8 @@ class CompiledGraph:
         for _ in range(len(importer.sizes.names) + 1):
             region = region_of(importer, self.options, outputs)
             if region is not None:
+                if self.options.target:
+                    check_indices(region.graph)
                 return region
             importer, outputs = self._translated(part)
         raise InternalError(f"the sizes of {self.name} do not settle")

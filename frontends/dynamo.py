@@ -29,6 +29,7 @@ from torch import Tensor, fx, nn
 from dsc.errors import UsageError
 from dsc.frontends.aten_graph import CompiledGraph, refusal
 from dsc.frontends.fx_import import Problem, is_users, source_line, users_line
+from dsc.frontends.on_card import device_of, reason_on_card, target_of
 from dsc.frontends.options import Options, options_by_name
 from dsc.frontends.overlaps import is_refused, shared
 from dsc.frontends.regions import Witness
@@ -74,6 +75,7 @@ class Capture:
     parts: list[CompiledGraph] = field(default_factory=list)
     eager: str = ""
     changes: tuple[bool, ...] = ()
+    options: Options = field(default_factory=Options)
 
     @property
     def broken(self) -> str:
@@ -108,9 +110,9 @@ class GraphCompiler:
         """What runs a captured graph. Raises `DscError` where that is asked for."""
         inputs = [n for n in gm.graph.nodes if n.op == "placeholder"]
         sizes = size_names(inputs)
-        capture = Capture(gm, told_inputs(inputs, sizes), sizes)
+        capture = Capture(gm, told_inputs(inputs, sizes), sizes, options=self.options)
         self.captures.append(capture)
-        capture.eager = _reason_for_eager(example_inputs)
+        capture.eager = _reason_for_eager(example_inputs, self.options)
         if capture.eager:
             self.warn(f"{self.name} runs eagerly, because {capture.eager}")
             return _forward(gm)
@@ -123,9 +125,12 @@ class GraphCompiler:
             capture.eager = f"{why}: {source_line(moved[0])}"
             self.warn(f"{self.name} runs eagerly, because {capture.eager}")
             return _forward(gm)
+        device = device_of(example_inputs)
+        if device is not None:
+            capture.options = self.options.on_card(target_of(device))
         from dsc.api import warm
 
-        warm(self.options.backend)
+        warm(capture.options.backend)
         from torch._dynamo.backends.common import aot_autograd
 
         compiler = functools.partial(self._compiled, capture)
@@ -173,7 +178,7 @@ class GraphCompiler:
         facts: Any = torch._guards.TracingContext.get().fw_metadata
         capture.changes = tuple(bool(each.mutates_data) for each in facts.input_info)
         names, weights = _named_inputs(capture.gm, aten)
-        if self.options.freeze and weights:
+        if capture.options.freeze and weights:
             return Frozen(self, capture, aten, names, weights)
         return self.compile(capture, aten, names, {})
 
@@ -188,7 +193,7 @@ class GraphCompiler:
         from torch.utils._python_dispatch import _disable_current_modes
 
         with _disable_current_modes(), torch._C._DisablePythonDispatcher(), torch.no_grad():
-            done = CompiledGraph(aten, self.options, self.name, names, constants)
+            done = CompiledGraph(aten, capture.options, self.name, names, constants)
             for region in done.regions.values():
                 region.witness = self.witness
                 self._tell_stand_in(region.executable)
@@ -283,13 +288,15 @@ def _users_level() -> int:
     return 1
 
 
-def _reason_for_eager(example_inputs: Sequence[Any]) -> str:
+def _reason_for_eager(example_inputs: Sequence[Any], options: Options) -> str:
     """Why a graph on these inputs cannot be compiled at all; empty where it can."""
     tensors = [x for x in example_inputs if isinstance(x, Tensor)]
     if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
         return "its inputs require gradients (call it under torch.no_grad())"
-    if any(x.device.type != "cpu" for x in tensors):
-        return "its inputs are not on the CPU"
+    if any(x.device.type not in ("cpu", "cuda") for x in tensors):
+        return "its inputs are neither on the CPU nor on a CUDA device"
+    if device_of(tensors) is not None and (why := reason_on_card(tensors, options.backend)):
+        return why
     if any(x.layout != torch.strided or x.is_quantized for x in tensors):
         return "its inputs are sparse or quantised"
     if any(torch.is_neg(x) or torch.is_conj(x) for x in tensors):

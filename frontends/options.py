@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 from dsc.errors import UsageError
@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from dsc.api import CompiledModel
     from dsc.ir.program import Program
 
+BACKEND_OF_CARDS = "triton"
 _FALLBACKS = ("eager", "error")
 
 
@@ -20,7 +21,8 @@ class Options:
     """How to compile: a backend by name (the best here by default), and what its passes may do.
 
     `fallback` says what becomes of operators that cannot be compiled: "eager" or "error". With
-    `freeze`, parameters and buffers are constants, which passes may fold and pack.
+    `freeze`, parameters and buffers are constants, which passes may fold and pack. Graphs over
+    tensors of a card are made for a `target`, which is no user's option.
     """
 
     memory_reuse: bool = True
@@ -28,6 +30,11 @@ class Options:
     backend: str | None = None
     fallback: str = "eager"
     freeze: bool = False
+    target: str = ""
+
+    def on_card(self, target: str) -> Options:
+        """The options for graphs over tensors of a card; parameters stay where they are."""
+        return replace(self, backend=BACKEND_OF_CARDS, freeze=False, target=target)
 
     def compile(self, program: Program) -> CompiledModel:
         """Compile a traced program."""
@@ -38,6 +45,7 @@ class Options:
             backend=self.backend,
             fusion_level=self.fusion_level,
             memory_reuse=self.memory_reuse,
+            target=self.target or "cpu",
         )
 
 
@@ -56,7 +64,7 @@ def checked(options: Options) -> Options:
 
 def options_by_name(given: Mapping[str, Any]) -> Options:
     """Options as a user of `torch.compile` gives them. Raises `UsageError`."""
-    known = [f.name for f in fields(Options)]
+    known = [f.name for f in fields(Options) if f.name != "target"]
     unknown = sorted(given.keys() - set(known))
     if unknown:
         raise UsageError(

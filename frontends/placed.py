@@ -7,6 +7,9 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from dsc.frontends import on_card
+from dsc.frontends.on_card import device_of
+
 if TYPE_CHECKING:
     from dsc.api import CompiledModel
 
@@ -22,8 +25,12 @@ def results(
     `layouts` gives for each output the order of its axes in memory, outermost first; `None` where
     they lie as they are counted.
     """
-    plain = (x.resolve_neg() if x.is_neg() else x for x in tensors)
-    found = model.run(dict(zip(names, plain, strict=True)))
+    device = device_of(tensors)
+    if device is not None:
+        found = on_card.results(model, names, tensors, device)
+    else:
+        plain = (x.resolve_neg() if x.is_neg() else x for x in tensors)
+        found = model.run(dict(zip(names, plain, strict=True)))
     return [
         found[name].contiguous() if dims is None else _laid_out(found[name], dims)
         for name, dims in layouts.items()

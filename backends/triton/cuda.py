@@ -41,6 +41,7 @@ from dsc.ir.program import Program
 from dsc.ir.sampled import IDS, LOGITS, SAMPLING, SEEDS
 from dsc.ir.types import DType
 from dsc.runtime.admission import MOVING, Admitted
+from dsc.runtime.executable import ArrayType
 from dsc.runtime.launch_costs import LaunchCost, launch_costs
 from dsc.runtime.plan import ARENA, WEIGHT, EntryPlan, Plan
 from dsc.runtime.profiler import EntryRun, StepTime, active, lengths_of
@@ -187,6 +188,38 @@ class CudaExecutable(Admitted):
         with self._lock:
             given = {**inputs, SAMPLING: sampling, SEEDS: seeds}
             return self._continue(sampled(entry), given, env, steps)
+
+    def sizes(
+        self, entry: str, types: Mapping[str, ArrayType]
+    ) -> tuple[Mapping[str, int], dict[str, ArrayType]]:
+        """See `dsc.runtime.executable.Queues`."""
+        one = {name: np.empty((), dtype.numpy) for name, (_, dtype) in types.items()}
+        given = {name: np.broadcast_to(x, types[name][0]) for name, x in one.items()}
+        env = self.admissions[entry].sizes(given)
+        with self._lock:
+            lowered = self._launches.entries[entry]
+            shapes = self._schedule((entry, *env.items()), lowered, env).output_shapes
+        ports = zip(lowered.outputs, shapes, strict=True)
+        return env, {port.name: (shape, port.type.dtype) for port, shape in ports}
+
+    def queue(
+        self, entry: str, sizes: Mapping[str, int], addresses: Mapping[str, int], stream: int
+    ) -> None:
+        """See `dsc.runtime.executable.Queues`: each stream has an arena of its own."""
+        with self._lock:
+            self._driver.activate()
+            lowered, key = self._launches.entries[entry], (entry, *sizes.items())
+            places = {p.buffer: addresses[p.name] for p in (*lowered.inputs, *lowered.outputs)}
+            places[WHOLE_ARENA] = self._pool(f"arena of stream {stream}", lowered.arena_bytes)
+
+            def ready() -> Replay:
+                schedule = self._schedule(key, lowered, sizes)
+                return Replay(self._prepare(lowered, schedule, places))
+
+            held = self._held.replays
+            replay = _kept(held, (*key, *places.items()), ready, lambda x: x.forget(self._driver))
+            for launch in replay.launches:
+                self._driver.launch(launch, stream)
 
     def _run(
         self, graph: Graph, inputs: Mapping[str, Array], env: Mapping[str, int]

@@ -185,18 +185,19 @@ class Driver:
         pointers = (ctypes.c_void_p * len(values))(*(ctypes.addressof(v) for v in values))
         return ReadyLaunch(function, grid, values, pointers)
 
-    def launch(self, launch: ReadyLaunch) -> None:
-        """Queue a kernel."""
+    def launch(self, launch: ReadyLaunch, stream: int | None = None) -> None:
+        """Queue a kernel, on the driver's stream or on a caller's."""
         function = launch.function
+        place = self._stream if stream is None else ctypes.c_void_p(stream)
         if function.dependent:
             sizes = (*launch.grid, function.threads, 1, 1, function.shared)
-            config = _Config((ctypes.c_uint * 7)(*sizes), self._stream, ctypes.pointer(_EARLY), 1)
+            config = _Config((ctypes.c_uint * 7)(*sizes), place, ctypes.pointer(_EARLY), 1)
             given = (function.handle, launch.pointers, None)
             self._check("cuLaunchKernelEx", ctypes.byref(config), *given)
             return
         self._check(
             "cuLaunchKernel", function.handle, *launch.grid, function.threads, 1, 1,
-            function.shared, self._stream, launch.pointers, None,
+            function.shared, place, launch.pointers, None,
         )  # fmt: skip
 
     def capture(self, launches: Sequence[ReadyLaunch]) -> ctypes.c_void_p:

@@ -13,6 +13,8 @@ from dsc.ir.types import DType
 if TYPE_CHECKING:
     from dsc.ir.program import Program
 
+ArrayType: TypeAlias = tuple[tuple[int, ...], DType]
+"""Shape and element type."""
 Call: TypeAlias = Callable[[], dict[str, Array]]
 """A step over arrays that stay where they are, with what they hold when it is called."""
 
@@ -144,6 +146,29 @@ class ReadsSpeed(Protocol):
 
     def product_speed(self, kind: str) -> float:
         """Operations a second of its matrix units in a type: `bf16`, `fp8`, `int8`."""
+        ...
+
+
+@runtime_checkable
+class Queues(Protocol):
+    """An executable that runs over its device's memory, wherever the caller has it."""
+
+    def sizes(
+        self, entry: str, types: Mapping[str, ArrayType]
+    ) -> tuple[Mapping[str, int], dict[str, ArrayType]]:
+        """The sizes of an entry's symbols by its inputs, and what its outputs are.
+
+        Raises `UsageError` for what the entry does not admit.
+        """
+        ...
+
+    def queue(
+        self, entry: str, sizes: Mapping[str, int], addresses: Mapping[str, int], stream: int
+    ) -> None:
+        """Queue an entry on a stream of the caller's, over inputs and outputs by name.
+
+        Nothing is copied and nothing waits. Nobody looks at what indices hold.
+        """
         ...
 
 

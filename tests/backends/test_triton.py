@@ -243,6 +243,7 @@ class FakeDriver(Driver):
         self.blocks: dict[int, Any] = {}
         self.launched: list[tuple[Function, tuple[int, int, int], list[int]]] = []
         self.uploads: list[int] = []
+        self.streams: list[int | None] = []
         self.downloads: list[int] = []
         self.waits = self.captures = self.replays = 0
         self.room = 1 << 40
@@ -286,7 +287,8 @@ class FakeDriver(Driver):
     def clear(self, target: int, size: int) -> None:
         ctypes.memset(target, 0, size)
 
-    def launch(self, launch: ReadyLaunch) -> None:
+    def launch(self, launch: ReadyLaunch, stream: int | None = None) -> None:
+        self.streams.append(stream)
         assert len(launch.arguments) == launch.function.parameters
         values = [a.value for a in launch.arguments]
         self.launched.append((launch.function, launch.grid, values))

@@ -17,6 +17,7 @@ import dsc
 from dsc.frontends import calls, reach
 from dsc.frontends.dynamo import _reason_for_eager
 from dsc.frontends.fingerprint import Unknown
+from dsc.frontends.options import Options
 from dsc.frontends.reach import Reach, holds
 
 X = torch.zeros(2, 3)
@@ -36,7 +37,7 @@ ODD: dict[str, tuple[Any, str]] = {
     "quantised": (QUANTISED, "sparse or quantised"),
     "negated": (torch.zeros(2, dtype=torch.complex64).conj().imag, "negated or conjugated"),
     "conjugated": (torch.zeros(2, dtype=torch.complex64).conj(), "negated or conjugated"),
-    "elsewhere": (torch.zeros(2, device="meta"), "not on the CPU"),
+    "elsewhere": (torch.zeros(2, device="meta"), "neither on the CPU nor"),
     "gradients": (torch.zeros(2).requires_grad_(), "require gradients (call it under"),
 }  # fmt: skip
 """Tensors that are not compiled for, and what is said of them."""
@@ -47,12 +48,12 @@ def test_inputs_that_nothing_is_compiled_for_are_told_apart(name: str) -> None:
     odd, words = ODD[name]
     with torch.enable_grad():
         for inputs in ([odd], [X, 3, odd], [odd, X]):
-            assert words in _reason_for_eager(inputs)
-        assert _reason_for_eager([X, 3]) == _reason_for_eager([]) == ""
+            assert words in _reason_for_eager(inputs, Options())
+        assert _reason_for_eager([X, 3], Options()) == _reason_for_eager([], Options()) == ""
         assert calls.kind_of((X, odd), {}) is None
         assert calls.kind_of((X,), {"odd": odd}) is None
     with torch.no_grad():
-        assert bool(_reason_for_eager([odd])) == (name != "gradients")
+        assert bool(_reason_for_eager([odd], Options())) == (name != "gradients")
 
 
 def test_a_kind_of_call_is_what_capture_sees_of_its_arguments() -> None:

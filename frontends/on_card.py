@@ -1,0 +1,95 @@
+"""Regions over CUDA tensors: triton's kernels on the caller's stream, over the tensors' own memory.
+
+Nothing is copied and nobody waits: addresses and the stream are handed over, and results lie in
+tensors of PyTorch's own allocator. What is not dense, does not begin at 16 bytes, or is a constant
+on the CPU, is made so by PyTorch, on the same stream. An index would have to be looked at on the
+host before it is followed; what reads by one is left to PyTorch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from dsc.errors import InternalError, UnsupportedOperator
+from dsc.frontends.options import BACKEND_OF_CARDS
+from dsc.ir.graph import Graph
+from dsc.ir.op import lookup
+from dsc.ir.types import DType
+from dsc.runtime.executable import Queues
+from dsc.targets import KNOWN
+
+if TYPE_CHECKING:
+    from dsc.compiled import CompiledModel
+
+ALIGNMENT = 16
+"""Bytes at whose multiples kernels expect tensors to begin."""
+
+
+def device_of(tensors: Sequence[Any]) -> torch.device | None:
+    """The card that tensors lie on; `None` where there is none."""
+    return next((x.device for x in tensors if isinstance(x, Tensor) and x.is_cuda), None)
+
+
+def reason_on_card(tensors: Sequence[Tensor], backend: str | None) -> str:
+    """Why a graph over CUDA tensors cannot be compiled; empty where it can."""
+    devices = {x.device for x in tensors if x.dim() or x.is_cuda}
+    if len(devices) > 1:
+        return f"its inputs are on several devices: {', '.join(sorted(map(str, devices)))}"
+    if backend not in (None, BACKEND_OF_CARDS):
+        return f"its inputs are on a GPU, and the {backend} backend runs on the CPU"
+    target = target_of(devices.pop())
+    if target.partition(":")[2] not in KNOWN["cuda"]:
+        return f"its inputs are on a GPU of the kind {target}, for which dsc makes no code"
+    return ""
+
+
+def target_of(device: torch.device) -> str:
+    """What code for a card is made for: `cuda:sm_90`."""
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"cuda:sm_{major}{minor}"
+
+
+def stream_of(device: torch.device) -> int:
+    """The caller's stream."""
+    return int(torch.cuda.current_stream(device).cuda_stream)
+
+
+def check_indices(graph: Graph) -> None:
+    """Raise `UnsupportedOperator` where a graph reads or writes by an index."""
+    found = [node for node in graph.walk() if lookup(node.op).within]
+    if found:
+        raise UnsupportedOperator(
+            "it reads by an index, which nobody could look at on the GPU without waiting for it",
+            places=[node.loc for node in found],
+        )
+
+
+def results(
+    model: CompiledModel, names: Sequence[str], tensors: Sequence[Tensor], device: torch.device
+) -> dict[str, Tensor]:
+    """Queue the only entry on the caller's stream; its outputs by name."""
+    executable = model.executable
+    if not isinstance(executable, Queues):
+        raise InternalError(f"code for {device} was loaded for another device")
+    given = {n: _placed(x, device) for n, x in zip(names, tensors, strict=True)}
+    (entry,) = model.program.entries
+    types = {n: (tuple(x.shape), DType.of(x.dtype)) for n, x in given.items()}
+    env, wanted = executable.sizes(entry, types)
+    made = {n: _empty(shape, dtype, device) for n, (shape, dtype) in wanted.items()}
+    addresses = {n: x.data_ptr() for n, x in (given | made).items()}
+    executable.queue(entry, env, addresses, stream_of(device))
+    return made
+
+
+def _placed(x: Tensor, device: torch.device) -> Tensor:
+    """A tensor as kernels take it."""
+    x = (x.resolve_neg() if x.is_neg() else x).to(device).contiguous()
+    return x if x.data_ptr() % ALIGNMENT == 0 else x.clone()
+
+
+def _empty(shape: Sequence[int], dtype: DType, device: torch.device) -> Tensor:
+    return torch.empty(shape, dtype=dtype.torch, device=device)
