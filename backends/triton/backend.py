@@ -31,7 +31,7 @@ from dsc.backends.triton.lower.regions import ANCHORS
 from dsc.backends.triton.program import lowered_program
 from dsc.backends.triton.timer import PROBES, probe_kernels
 from dsc.backends.triton.worker import INTERPRETED
-from dsc.errors import ArtifactError, BackendUnavailable, UsageError
+from dsc.errors import ArtifactError, UsageError
 from dsc.ir.expert_forms import ExpertKernels
 from dsc.ir.formats import CACHED
 from dsc.ir.graph import Node
@@ -150,7 +150,7 @@ class TritonBackend:
         """Load for the GPU at hand when its binaries are there, else for the interpreter."""
         from dsc.hardware import gpus
 
-        present = [g.target for g in gpus() if g.target.startswith("cuda:")]
+        present = [g.target for g in gpus() if g.target.partition(":")[0] in KNOWN]
         built = [t for t in present if (folder / FOLDER / _arch(t) / "kernels.json").is_file()]
         weights = folder / (manifest.get("weights") or DEFAULT_WEIGHTS)
         return self.load_on(built[0] if built else INTERPRET, folder, weights, program)
@@ -178,14 +178,15 @@ class TritonBackend:
             from dsc.backends.triton.client import InterpretedExecutable
 
             return InterpretedExecutable(folder / FOLDER, weights, program)
-        if device.startswith("cuda:"):
-            from dsc.backends.triton.cuda import CudaExecutable
+        kind, _, arch = device.partition(":")
+        if kind in KNOWN:
+            from dsc.backends.triton.cuda import CudaExecutable, driver_of
 
-            return CudaExecutable(folder / FOLDER / _arch(device), weights, program)
-        if device.startswith("hip:"):
-            hint = "load it with the HIP runtime; dsc compiles for it and launches on CUDA only"
-            raise BackendUnavailable(f"dsc has no launcher for {device}", hint)
-        raise UsageError(f"unknown device {device!r}", hint=f"{INTERPRET} or cuda:<arch>")
+            place = folder / FOLDER / arch
+            return CudaExecutable(place, weights, program, driver_of(kind))
+        raise UsageError(
+            f"unknown device {device!r}", hint=f"{INTERPRET}, cuda:<arch> or hip:<arch>"
+        )
 
 
 def _arch(target: str) -> str:

@@ -135,13 +135,9 @@ class CudaExecutable(Admitted):
         driver: Driver | None = None,
         placed: Mapping[str, int] | None = None,
     ) -> None:
-        try:
-            self._driver = driver or Driver()
-        except NoDevice as missing:
-            hint = "run it on a machine with an NVIDIA GPU and its driver, or in the interpreter"
-            raise BackendUnavailable(str(missing), hint) from None
+        self._driver = driver or driver_of("cuda")
         if self._driver.arch != folder.name:
-            hint = f"compile with --target cuda:{self._driver.arch}"
+            hint = f"compile with --target {self._driver.kind}:{self._driver.arch}"
             found = f"the binaries are for {folder.name}, the device is {self._driver.arch}"
             raise BackendUnavailable(found, hint)
         self._launches = runnable(Plan.from_json((folder / "plan.json").read_bytes()))
@@ -454,6 +450,17 @@ def _packed(lowered: EntryPlan, inputs: Mapping[str, Array]) -> tuple[Array, dic
         start = places[name]
         content[start : start + array.nbytes] = array.reshape(-1).view(np.uint8)
     return content, {**places, END: end}
+
+
+def driver_of(kind: str) -> Driver:
+    """The driver of a kind of device. Raises `BackendUnavailable` where there is none."""
+    from dsc.backends.triton.hip import HipDriver
+
+    try:
+        return HipDriver() if kind == "hip" else Driver()
+    except NoDevice as missing:
+        hint = "run it on a machine with a GPU and its driver, or in the interpreter"
+        raise BackendUnavailable(str(missing), hint) from None
 
 
 def timed_run(

@@ -77,12 +77,22 @@ _EARLY.value[0] = 1
 class Driver:
     """The driver's first device, its primary context, and one stream."""
 
+    kind = "cuda"
+    lanes = 32
+    static_shared = _STATIC_SHARED
+
     def __init__(self) -> None:
+        self._open()
+        _declare(self._cuda)
+        self._stream = ctypes.c_void_p()
+        self._check("cuStreamCreate", ctypes.byref(self._stream), 1)
+        self._modules: list[ctypes.c_void_p] = []
+
+    def _open(self) -> None:
         try:
             self._cuda = ctypes.CDLL("libcuda.so.1")
         except OSError:
             raise NoDevice("there is no driver of an NVIDIA GPU on this machine") from None
-        _declare(self._cuda)
         if self._cuda.cuInit(0) != 0:
             raise NoDevice("the CUDA driver does not start")
         count = ctypes.c_int()
@@ -94,9 +104,6 @@ class Driver:
         self._context = ctypes.c_void_p()
         self._check("cuDevicePrimaryCtxRetain", ctypes.byref(self._context), self._device)
         self._check("cuCtxSetCurrent", self._context)
-        self._stream = ctypes.c_void_p()
-        self._check("cuStreamCreate", ctypes.byref(self._stream), 1)
-        self._modules: list[ctypes.c_void_p] = []
 
     def activate(self) -> None:
         """Make the context this thread's: what follows may come from another than `__init__`'s."""
@@ -107,6 +114,9 @@ class Driver:
         for module in self._modules:
             self._check("cuModuleUnload", module)
         self._check("cuStreamDestroy_v2", self._stream)
+        self._let_go()
+
+    def _let_go(self) -> None:
         self._check("cuDevicePrimaryCtxRelease_v2", self._device)
 
     @property
@@ -133,9 +143,9 @@ class Driver:
         self._check("cuModuleLoadData", ctypes.byref(module), image)
         self._modules.append(module)
         self._check("cuModuleGetFunction", ctypes.byref(function), module, symbol.encode())
-        if shared > _STATIC_SHARED:
+        if shared > self.static_shared:
             self._check("cuFuncSetAttribute", function, _MAX_DYNAMIC_SHARED, shared)
-        return Function(function, warps * 32, shared, parameters, dependent)
+        return Function(function, warps * self.lanes, shared, parameters, dependent)
 
     def allocate(self, size: int) -> int:
         """Device memory of at least one byte, which the driver aligns to 256.
@@ -228,10 +238,13 @@ class Driver:
     def _check(self, call: str, *arguments: object) -> None:
         status = getattr(self._cuda, call)(*arguments)
         if status != 0:
-            name = ctypes.c_char_p()
-            self._cuda.cuGetErrorName(status, ctypes.byref(name))
-            told = f"{call}: {(name.value or b'unknown error').decode()}"
+            told = f"{call}: {self._error(status)}"
             raise OutOfMemory(told) if status == _OUT_OF_MEMORY else RuntimeError(told)
+
+    def _error(self, status: int) -> str:
+        name = ctypes.c_char_p()
+        self._cuda.cuGetErrorName(status, ctypes.byref(name))
+        return (name.value or b"unknown error").decode()
 
 
 def _declare(cuda: ctypes.CDLL) -> None:

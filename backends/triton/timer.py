@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from dsc.backends.triton.blocks import Blocks
+from dsc.backends.triton.devices import CARDS
 from dsc.backends.triton.driver import Driver, ReadyLaunch
 from dsc.backends.triton.launch import POINTER_TYPES, Kernel
 from dsc.ir.types import DType
@@ -70,7 +71,9 @@ class Timer:
 
     @property
     def units(self) -> int:
-        """Multiprocessors of the device."""
+        """Multiprocessors of the device; of a HIP one, those of the largest card."""
+        if self.driver.kind == "hip":
+            return max(c.units for c in CARDS.values() if c.arch == self.driver.arch)
         count = ctypes.c_int()
         self.driver._check("cuDeviceGetAttribute", ctypes.byref(count), _UNITS, self.driver._device)
         return count.value

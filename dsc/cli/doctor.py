@@ -25,10 +25,10 @@ class Toolchain:
     needs_gpu: bool = False
 
     def runs_on(self, gpus: tuple[Gpu, ...]) -> str:
-        """Targets that there are kernels for and a launcher: AMD's are only compiled for."""
+        """Targets that there are kernels for and a launcher."""
         if not self.needs_gpu:
             return "cpu"
-        known = {f"cuda:{arch}" for arch in KNOWN["cuda"]}
+        known = {f"{kind}:{arch}" for kind, archs in KNOWN.items() for arch in archs}
         return ", ".join(sorted({gpu.target for gpu in gpus} & known))
 
 

@@ -386,6 +386,6 @@ def test_doctor_promises_only_what_is_launched() -> None:
 
     amd, new, old = (Gpu("x", t, 1) for t in ("hip:gfx942", "cuda:sm_90", "cuda:sm_70"))
     triton = next(t for t in doctor.TOOLCHAINS if t.backend == "triton")
-    assert triton.runs_on((amd, old)) == ""
-    assert triton.runs_on((amd, new, old)) == "cuda:sm_90"
+    assert triton.runs_on((old,)) == ""
+    assert triton.runs_on((amd, new, old)) == "cuda:sm_90, hip:gfx942"
     assert {t.runs_on((new,)) for t in doctor.TOOLCHAINS if t is not triton} == {"cpu"}
