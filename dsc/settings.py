@@ -55,12 +55,12 @@ def debug_mode() -> bool:
     return _debug_mode
 
 
-def switched(variable: str, *, on: str, off: str) -> bool:
-    """Whether a variable of the environment is not set to `off`; unset or empty, it is on.
+def switched(variable: str, *, on: str, off: str, unset: bool = True) -> bool:
+    """Whether a variable of the environment is set to `on`; unset or empty, it is as `unset` says.
 
     Raises `UsageError` for another value: what was meant to turn something off must not be lost.
     """
-    given = os.environ.get(variable) or on
+    given = os.environ.get(variable) or (on if unset else off)
     if given not in (on, off):
         raise UsageError(f"{variable} is {given!r}", hint=f"give {on} or {off}")
     return given == on

@@ -31,6 +31,7 @@ import numpy as np
 from dsc.backends.triton.driver import Argument, Driver, Function, NoDevice, ReadyLaunch
 from dsc.backends.triton.launch import Kernel, runnable, sampled
 from dsc.backends.triton.memory import LOCK, Memory
+from dsc.backends.triton.nvtx import Ranges, path_of, wanted
 from dsc.backends.triton.schedule import Address, Call, Schedule, resolve
 from dsc.backends.triton.timer import Timer
 from dsc.errors import BackendUnavailable
@@ -149,6 +150,7 @@ class CudaExecutable(Admitted):
         base, places = _upload_weights(self._driver, self._held.memory, weights)
         uploaded = {name: base + offset for name, offset in places.items()}
         self._weights = placed if placed is not None else uploaded
+        self._ranges = Ranges(self._driver.kind) if wanted() else None
         self._release = weakref.finalize(self, self._held.release)
         self._release.atexit = False  # the driver may be gone by then
 
@@ -230,6 +232,11 @@ class CudaExecutable(Admitted):
         if profiler is not None:
             schedule = self._schedule((entry, *env.items()), lowered, env)
             spans = self._timer.spans(self._prepare(lowered, schedule, addresses))
+        elif self._ranges is not None:
+            schedule = self._schedule((entry, *env.items()), lowered, env)
+            ran = [x for x in lowered.launches if 0 not in (evaluate(d, env) for d in x.grid)]
+            ready = self._prepare(lowered, schedule, addresses)
+            self._ranges.queue(self._driver.launch, ready, [path_of(entry, x) for x in ran])
         else:
             self._queue((entry, *env.items()), lowered, addresses, env)
         for port in lowered.outputs:

@@ -20,6 +20,7 @@ from dsc import pipeline
 from dsc.backends.triton import TritonBackend
 from dsc.backends.triton.backend import RUNNER
 from dsc.backends.triton.launch import LaunchProgram, runnable
+from dsc.backends.triton.nvtx import path_of
 from dsc.backends.triton.program import lower_program
 from dsc.backends.triton.runner import buffer_label, buffer_sizes
 from dsc.backends.triton.schedule import resolve
@@ -190,6 +191,54 @@ def test_hip_takes_the_same_launches(tmp_path: Path) -> None:
     done = run_with(library, log, [sys.executable, "-c", HIP, str(folder)])
     assert done.returncode == 0, done.stderr
     assert log.read_text().splitlines() == 3 * expected_calls(folder, "gfx942", lanes=64)
+
+
+NVTX = """
+import sys
+import numpy as np
+from pathlib import Path
+from dsc.backends.triton import TritonBackend
+from dsc.ir.parser import parse_program
+
+folder = Path(sys.argv[1])
+program = parse_program((folder / "program.dsc").read_text())
+executable = TritonBackend().load(folder, {"weights": "weights/model.safetensors"}, program)
+sizes = {"B": 1, "C": 40, "S": 1, "L": 1}
+executable.run("decode", {
+    value.name: np.zeros([sizes.get(str(d), d) for d in value.type.shape], value.type.dtype.numpy)
+    for value in program.entries["decode"].inputs
+})
+"""
+
+
+def test_spans_name_the_entry_the_layer_and_the_operator_of_each_launch(
+    driver: Path, artifact: tuple[Path, Program], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, _ = artifact
+    compiler = shutil.which("cc")
+    assert compiler is not None, "the fixture has built a driver with it"
+    built(compiler, SOURCE.with_name("fake_nvtx.c"), driver / "libnvToolsExt.so.1")
+    line, log = [sys.executable, "-c", NVTX, str(folder)], tmp_path / "log"
+    monkeypatch.setenv("DSC_NVTX", "1")
+    done = run_with(driver, log, line)
+    assert done.returncode == 0, done.stderr
+    lines = log.read_text().splitlines()
+    plan = runnable(Plan.from_json((folder / "triton" / "sm_90" / "plan.json").read_bytes()))
+    paths, found = list[str](), list[tuple[str, ...]]()
+    for each in lines:
+        if each.startswith("push "):
+            paths.append(each.removeprefix("push "))
+        elif each == "pop":
+            paths.pop()
+        else:
+            found.append(tuple(paths))
+    assert not paths
+    assert [x for x in lines if not x.startswith(("push", "pop"))] == expected_calls(folder)
+    assert found == [path_of("decode", x) for x in plan.entries["decode"].launches]
+    assert {layer for _, layer, _ in found} >= {"model.layers.0", "lm_head"}
+    assert lines.count("push decode") == 1
+    monkeypatch.setenv("DSC_NVTX", "yes")
+    assert "DSC_NVTX is 'yes'" in run_with(driver, log, line).stderr
 
 
 @pytest.fixture(scope="module")
