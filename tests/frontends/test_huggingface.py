@@ -479,8 +479,9 @@ def test_layers_that_are_not_there_are_one_sentence(tmp_path: Path) -> None:
 
 FAMILY = {
     "v3": small(num_hidden_layers=2),
-    "v3_no_q_lora_plain_rope": small(num_hidden_layers=2, q_lora_rank=None, rope_parameters=PLAIN),
-    "v2_lite": small_v2(num_hidden_layers=2, q_lora_rank=None, n_group=1, topk_group=1),
+    "v2_lite": small_v2(
+        num_hidden_layers=2, q_lora_rank=None, n_group=1, topk_group=1, rope_parameters=PLAIN
+    ),
     "v2": small_v2(num_hidden_layers=2, topk_method="group_limited_greedy", v_head_dim=20),
 }
 

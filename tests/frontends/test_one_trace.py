@@ -85,7 +85,7 @@ def test_what_is_written_is_what_is_read(function: Function, rows: int) -> None:
     ("config", "dtype"),
     [
         (small(**ONE_LAYER, tie_word_embeddings=True), DType.bf16),
-        pytest.param(small(num_hidden_layers=2), DType.f32, marks=pytest.mark.slow),
+        pytest.param(small(num_hidden_layers=2), DType.f32, marks=pytest.mark.exhaustive),
         pytest.param(small_v2(num_hidden_layers=2), DType.bf16, marks=pytest.mark.slow),
     ],
 )

@@ -171,8 +171,9 @@ def test_16_bit_operands_are_widened_by_the_kernel() -> None:
 
 
 @pytest.mark.parametrize("backend", ["tvm", "triton"])
-@pytest.mark.parametrize("rank", [3, 4])
-@pytest.mark.parametrize("function", [documented, masked_fill], ids=lambda f: f.__name__)
+@pytest.mark.parametrize(
+    ("function", "rank"), [(documented, 3), (masked_fill, 4)], ids=["documented", "masked_fill"]
+)
 def test_kernels_take_it(function: Function, rank: int, backend: str) -> None:
     pytest.importorskip(backend)
     check_raised(function, operands(rank), backend)
