@@ -7,6 +7,7 @@ there the best tile is the largest: whole weight matrices where they fit `INTERP
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from dsc.backends.triton.devices import ARCHS, Arch
@@ -34,13 +35,32 @@ def clamp_power(n: int, low: int, high: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Tile:
-    """A tile m x n x k with the warps and pipeline stages that suit it."""
+    """A tile m x n x k with the warps and pipeline stages that suit it.
+
+    `ahead` is of flash attention: a tile's scores are multiplied during the softmax of another.
+    """
 
     m: int
     n: int
     k: int
     warps: int = 4
     stages: int = 1
+    ahead: bool = False
+
+
+FLASH: Mapping[str, Sequence[Tile]] = {
+    "cuda": (Tile(128, 64, 0, 8, 2), Tile(128, 32, 0, 8, 3), Tile(64, 32, 0, 4, 2)),
+    "sm_90": (Tile(128, 64, 0, 8, 3, ahead=True), Tile(128, 128, 0, 8, 2), Tile(128, 64, 0, 8, 2)),
+    "hip": (Tile(128, 64, 0, 8, 2), Tile(128, 32, 0, 4, 2), Tile(64, 32, 0, 4, 2)),
+}
+"""Tiles of flash attention for many queries of heads up to 128 wide, by architecture or kind: the
+one that is taken (docs/decisions/triton-attention.md), then others that may be measured."""
+FLASH_OF_256: Mapping[str, Sequence[Tile]] = {
+    "cuda": (Tile(64, 32, 0, 8, 2),),
+    "sm_90": (Tile(128, 32, 0, 8, 2), Tile(64, 32, 0, 4, 2)),
+    "hip": (Tile(64, 32, 0, 4, 2),),
+}
+"""The same for wider heads."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,9 +147,11 @@ class Blocks:
             return Tile(clamp_power(queries, 16, 128), clamp_power(keys, 16, 512), 0)
         if itemsize >= 4:
             return Tile(16, 16, 0, 4, 1)
-        most = 128 if head <= 128 and self.target.startswith("cuda:") else 64  # AMD's would spill
-        tall = clamp_power(queries, 16, most)
-        return Tile(tall, 64 if head <= 128 else 32, 0, 4 if tall <= 64 else 8, 2)
+        tall = clamp_power(queries, 16, 128)
+        if tall > 64:
+            wide = FLASH_OF_256 if head > 128 else FLASH
+            return wide.get(self.target.partition(":")[2], wide[self.target.partition(":")[0]])[0]
+        return Tile(tall, 64 if head <= 128 and tall < 64 else 32, 0, 4, 2)
 
     def latent(
         self, heads: int, tokens: int, width: int, itemsize: int, coded: bool = False

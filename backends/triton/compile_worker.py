@@ -80,13 +80,17 @@ def _ptx_parameters(ptx: str) -> int:
 
 
 def _ptxas_usage(log: str) -> dict[str, int]:
-    """Registers, bytes of stack and of spills (stored and loaded) a thread, as `ptxas -v` tells."""
+    """Registers, bytes of stack and of spills (stored and loaded) a thread, as `ptxas -v` tells.
+
+    And whether it has each wgmma wait for the one before, which halves the speed of a product.
+    """
     found = {
         "registers": re.findall(r"Used (\d+) registers", log),
         "stack_bytes": re.findall(r"(\d+) bytes stack frame", log),
         "spill_bytes": re.findall(r"(\d+) bytes spill (?:stores|loads)", log),
     }
-    return {name: sum(map(int, numbers)) for name, numbers in found.items() if numbers}
+    usage = {name: sum(map(int, numbers)) for name, numbers in found.items() if numbers}
+    return usage | {"serialised": int("wgmma.mma_async instructions are serialized" in log)}
 
 
 def _amdgcn_usage(text: str) -> dict[str, int]:

@@ -89,10 +89,13 @@ ALL_PLAIN = Slots()
 def written(template: str, function: str, slots: Slots) -> tuple[str, str]:
     """The name of a template's function with slots, which is its module's too, and its text.
 
-    A module holds that one function. Raises `ValueError` where a slot names no place of it.
+    A module holds that one function, and those that it calls: their names begin with an underscore.
+    Raises `ValueError` where a slot names no place of it.
     """
-    head, _, rest = template.partition("@triton.jit\n")
-    found = next(t for t in rest.split("@triton.jit\n") if t.startswith(f"def {function}("))
+    head, *functions = template.split("@triton.jit\n")
+    found = next(t for t in functions if t.startswith(f"def {function}("))
+    called = (t for t in functions if (name := t[4 : t.index("(")])[0] == "_" and name in found)
+    head = "@triton.jit\n".join((head, *called))
     places = {m["place"] for m in _MARK.finditer(found)}
     unknown = {place for slot in slots.filled for place in slot.lines} - places
     if unknown:

@@ -18,7 +18,7 @@ from dsc.backends.triton.dependent import SAID, takes, waiting
 from dsc.backends.triton.program import lower_program
 from dsc.targets import Target, parse_target
 from tests.backends.test_triton_codes import COMPILED as CODED
-from tests.backends.triton_cases import EMITTED, cases, program_of
+from tests.backends.triton_cases import EMITTED, cases, large_cases, program_of
 from tests.backends.triton_coded import program
 
 pytest.importorskip("triton")
@@ -118,6 +118,17 @@ def test_every_kernel_waits_for_the_former_one_before_all_else() -> None:
                 begin = said[1:] if ast.get_docstring(node) else said[:-1]
                 assert (tuple(begin) == SAID) == ((module, node.name) in kernels)
     assert all(access(made[m], f) == access(texts[m], f) for m, f in kernels)
+
+
+def test_prefill_on_sm_90_keeps_its_products_on_their_way() -> None:
+    chosen = {"mla": large_cases()["mla_attention_large_0"]}
+    program, generated = lower_program(program_of(chosen), "cuda:sm_90")
+    texts = waiting(with_templates(program, generated), program.kernels.values())
+    _, records = compile_kernels(program.kernels, Target("cuda", "sm_90"), texts)
+    assert {key.partition("_")[0] for key in records} == {"flash", "gemm"}
+    for record in records.values():
+        assert record["matrix"].keys() == {"wgmma bf16"}
+        assert record["serialised"] == record["spill_bytes"] == record["stack_bytes"] == 0
 
 
 def test_kernel_errors_are_all_reported() -> None:

@@ -4,12 +4,52 @@ The scores are a sum of two products, q_nope . k_nope + q_rope . k_rope, because
 of multi-head latent attention has one rope key for all heads: it is read as it lies in the cache,
 never copied into every head. Plain attention passes R = 0. The place `pages` may say where rows of
 keys and values, or of rope keys, lie (`dsc.backends.triton.lower.cached`).
+
+Tiles that all queries see whole are not masked: that is a comparison or two a tile, where a mask is
+several instructions a score. Softmax is in powers of two and its scale part of the exponents, so
+that a score costs a maximum, a multiplication with an addition, an exponential and a sum.
+docs/decisions/triton-attention.md counts what targets make of this.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 
 import triton
 import triton.language as tl
+
+
+@triton.jit
+def _scores(
+    queries,
+    rope_queries,
+    k_at,
+    kr_at,
+    key_rows,
+    rope_rows,
+    k_row,
+    kr_row,
+    left,
+    D: tl.constexpr,
+    R: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+):
+    """Queries times a tile of keys, of which `left` are there: f32[BLOCK_M, BLOCK_T].
+
+    The longer product comes last: it is the one that softmax of another tile may run beside.
+    """
+    i = tl.arange(0, BLOCK_T)
+    d = tl.arange(0, queries.shape[1])
+    held = i < tl.where(key_rows < 0, 0, left)
+    keys_at = k_at + key_rows * k_row + i[None, :] * k_row + d[:, None]
+    keys = tl.load(keys_at, mask=held[None, :] & (d < D)[:, None], other=0.0)
+    if R == 0:
+        return tl.dot(queries, keys, input_precision="ieee")
+    else:
+        r = tl.arange(0, rope_queries.shape[1])
+        held = i < tl.where(rope_rows < 0, 0, left)
+        ropes_at = kr_at + rope_rows * kr_row + i[None, :] * kr_row + r[:, None]
+        ropes = tl.load(ropes_at, mask=held[None, :] & (r < R)[:, None], other=0.0)
+        scores = tl.dot(rope_queries, ropes, input_precision="ieee")
+        return tl.dot(queries, keys, scores, input_precision="ieee")
 
 
 @triton.jit
@@ -25,7 +65,7 @@ def flash_attention(
     S,
     T,
     heads,
-    scale,
+    scale: tl.constexpr,
     q_batch,
     q_row,
     q_head,
@@ -55,6 +95,7 @@ def flash_attention(
     SOFTCAP: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_T: tl.constexpr,
+    AHEAD: tl.constexpr,
 ):
     """out[b, s, h] = softmax(scale * scores) @ v; grid (query tiles, batch * heads).
 
@@ -62,70 +103,108 @@ def flash_attention(
     Of these it sees the last WINDOW, and those of its CHUNK, where they are not 0. Scores are
     capped to SOFTCAP; a sink is a logit of each head that is seen first and adds nothing.
     GROUP query heads share one key head. out is dense [B, S, heads, E]. Softmax is online, in fp32.
+    Of a head the query tiles that see most run first. With AHEAD the scores of a tile of keys are
+    multiplied before softmax goes over those of the tile before, so that both may run at once.
     """
     z = tl.program_id(1)
     b = (z // heads).to(tl.int64)
     h = z % heads
     g = h // GROUP
-    m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    first = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_M
+    m = first + tl.arange(0, BLOCK_M)
+    i = tl.arange(0, BLOCK_T)
     d = tl.arange(0, BLOCK_D)
     e = tl.arange(0, BLOCK_E)
-    live = m[:, None] < S
-    q_at = q + b * q_batch + m[:, None].to(tl.int64) * q_row + h * q_head
-    queries = tl.load(q_at + d[None, :], mask=live & (d[None, :] < D), other=0.0)
+    rows = m < S
+    q_at = q + b * q_batch + h * q_head + m[:, None].to(tl.int64) * q_row + d[None, :]
+    fits = rows[:, None] & (d < D)[None, :]
+    queries = tl.load(q_at, mask=fits, other=0.0)
+    rope_queries = queries
     if R > 0:
         r = tl.arange(0, BLOCK_R)
-        qr_at = q_rope + b * qr_batch + m[:, None].to(tl.int64) * qr_row + h * qr_head
-        rope_queries = tl.load(qr_at + r[None, :], mask=live & (r[None, :] < R), other=0.0)
+        qr_at = q_rope + b * qr_batch + h * qr_head + m[:, None].to(tl.int64) * qr_row + r[None, :]
+        fits = rows[:, None] & (r < R)[None, :]
+        rope_queries = tl.load(qr_at, mask=fits, other=0.0)
     seen = T + tl.zeros((BLOCK_M,), dtype=tl.int32)
-    if HAS_LENGTHS:
-        seen = tl.load(lengths + b).to(tl.int32) + m + 1
-    elif CAUSAL:
-        seen = m + 1 + T - S
-    stop = tl.minimum(tl.max(tl.where(m < S, seen, 0), axis=0), T)
-    first = tl.zeros((BLOCK_M,), dtype=tl.int32)
+    fewest, most = T, T
+    if HAS_LENGTHS or CAUSAL:
+        past = tl.load(lengths + b).to(tl.int32) if HAS_LENGTHS else T - S
+        seen = past + m + 1
+        fewest = past + first + 1
+        most = past + tl.minimum(first + BLOCK_M, S)
+    unseen = tl.zeros((BLOCK_M,), dtype=tl.int32)
+    least, late = 0, 0
     if WINDOW > 0:
-        first = tl.maximum(first, seen - WINDOW)
+        unseen = tl.maximum(unseen, seen - WINDOW)
+        least = tl.maximum(least, fewest - WINDOW)
+        late = tl.maximum(late, most - WINDOW)
     if CHUNK > 0:
-        first = tl.maximum(first, (seen - 1) // CHUNK * CHUNK)
-    begin = tl.min(tl.where(m < S, first, T), axis=0) // BLOCK_T * BLOCK_T
+        unseen = tl.maximum(unseen, (seen - 1) // CHUNK * CHUNK)
+        least = tl.maximum(least, (fewest - 1) // CHUNK * CHUNK)
+        late = tl.maximum(late, (most - 1) // CHUNK * CHUNK)
+    seen = tl.minimum(seen, T)
+    whole = tl.minimum(fewest, T)
+    stop = tl.minimum(most, T)
+    begin = least // BLOCK_T * BLOCK_T
+    last = (stop - 1) // BLOCK_T * BLOCK_T
+    k_at = k + b * k_batch + g * k_head
+    kr_at = k_rope + b * kr_batch if R > 0 else k_at
+    v_at = v + b * v_batch + g * v_head
+    FOLDED: tl.constexpr = SOFTCAP == 0 and scale > 0
+    factor: tl.constexpr = 1.4426950408889634 * (scale if FOLDED else 1.0)
     top = tl.full((BLOCK_M,), float("-inf"), dtype=tl.float32)
     total = tl.zeros((BLOCK_M,), dtype=tl.float32)
     if HAS_SINKS:
-        top = tl.zeros((BLOCK_M,), dtype=tl.float32) + tl.load(sinks + h).to(tl.float32)
+        top = tl.zeros((BLOCK_M,), dtype=tl.float32)
+        top += tl.load(sinks + h).to(tl.float32) * 1.4426950408889634
         total += 1.0
     acc = tl.zeros((BLOCK_M, BLOCK_E), dtype=tl.float32)
-    for start in range(begin, stop, BLOCK_T):
-        t = start + tl.arange(0, BLOCK_T)
-        key_rows = t.to(tl.int64)
+    if AHEAD:
+        start = begin
+        key_rows = tl.cast(start, tl.int64)
         rope_rows = key_rows
-        keys_held = t < stop
-        ropes_held = keys_held
         #: pages
-        k_at = k + b * k_batch + key_rows[None, :] * k_row + g * k_head
-        keys = tl.load(k_at + d[:, None], mask=keys_held[None, :] & (d[:, None] < D), other=0.0)
-        scores = tl.dot(queries, keys, input_precision="ieee")
-        if R > 0:
-            kr_at = k_rope + b * kr_batch + rope_rows[None, :] * kr_row
-            fresh = ropes_held[None, :] & (r[:, None] < R)
-            ropes = tl.load(kr_at + r[:, None], mask=fresh, other=0.0)
-            scores = tl.dot(rope_queries, ropes, scores, input_precision="ieee")
-        scores = scores * scale
+        scores = _scores(
+            queries, rope_queries, k_at, kr_at, key_rows, rope_rows, k_row, kr_row, stop - start,
+            D, R, BLOCK_T,
+        )  # fmt: skip
+        value_rows = key_rows
+    for at in range(begin, stop, BLOCK_T):
+        start = at
+        if AHEAD:
+            start = tl.minimum(at + BLOCK_T, last)
+        key_rows = tl.cast(start, tl.int64)
+        rope_rows = key_rows
+        #: pages
+        next_scores = _scores(
+            queries, rope_queries, k_at, kr_at, key_rows, rope_rows, k_row, kr_row, stop - start,
+            D, R, BLOCK_T,
+        )  # fmt: skip
+        if not AHEAD:
+            scores, value_rows = next_scores, key_rows
+        if not FOLDED:
+            scores = scores * scale
         if SOFTCAP > 0:
             scores = SOFTCAP * (2.0 * tl.sigmoid(2.0 / SOFTCAP * scores) - 1.0)
-        visible = (t[None, :] < seen[:, None]) & (t[None, :] >= first[:, None])
-        scores = tl.where(visible & (t[None, :] < T), scores, float("-inf"))
-        peak = tl.maximum(top, tl.max(scores, axis=1))
+        t = at + i
+        if (at < late) | (at + BLOCK_T > whole):
+            visible = t[None, :] < seen[:, None]
+            if WINDOW > 0 or CHUNK > 0:
+                visible &= t[None, :] >= unseen[:, None]
+            scores = tl.where(visible, scores, float("-inf"))
+        peak = tl.maximum(top, tl.max(scores, axis=1) * factor)
         safe = tl.where(peak == float("-inf"), 0.0, peak)
-        p = tl.exp(scores - safe[:, None])
-        decay = tl.exp(top - safe)
+        p = tl.exp2(scores * factor - safe[:, None])
+        decay = tl.exp2(top - safe)
         total = total * decay + tl.sum(p, axis=1)
-        v_at = v + b * v_batch + key_rows[:, None] * v_row + g * v_head
-        values = tl.load(v_at + e[None, :], mask=keys_held[:, None] & (e[None, :] < E), other=0.0)
+        values_at = v_at + value_rows * v_row + i[:, None] * v_row + e[None, :]
+        held = i < tl.where(value_rows < 0, 0, stop - at)
+        values = tl.load(values_at, mask=held[:, None] & (e < E)[None, :], other=0.0)
         acc = tl.dot(p.to(values.dtype), values, acc * decay[:, None], input_precision="ieee")
         top = peak
+        if AHEAD:
+            scores, value_rows = next_scores, key_rows
     acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]
-    rows = m < S
     #: tile
     o_at = out + ((b * S + m[:, None]) * heads + h) * E + e[None, :]
     tl.store(o_at, acc, mask=rows[:, None] & (e[None, :] < E))

@@ -30,7 +30,7 @@ def attention(ctx: Context, node: Node) -> None:
     )
     sight = {name.upper(): node.attrs[name] for name in ("window", "chunk", "softcap")}
     place = Cache.of(ctx, node, "k")
-    slot = place.slot("key_rows", "keys_held")
+    slot = place.slot("key_rows")
     _flash(ctx, node, q, None, k, None, v, lengths, place, slot, node.attrs["causal"], sinks, sight)
 
 
@@ -58,7 +58,7 @@ def mla_attention(ctx: Context, node: Node) -> None:
     per_head = ctx.reshaped(kv, (b, t, heads, width // heads))
     keys = views.narrow(per_head, 3, 0, nope)
     values = views.narrow(per_head, 3, nope, node.output.type.shape[3])
-    slot = place.slot("rope_rows", "ropes_held")
+    slot = place.slot("rope_rows")
     _flash(ctx, node, q_nope, q_rope, keys, rope, values, lengths, place, slot)
 
 
@@ -100,7 +100,7 @@ def _flash(
     given |= {f"BLOCK_{name}": max(16, next_power(x)) for name, x in sizes.items()}
     given |= {"CAUSAL": causal, "HAS_LENGTHS": lengths is not None}
     given |= {"HAS_SINKS": sinks is not None, **sight}
-    given |= {"BLOCK_M": tile.m, "BLOCK_T": tile.n}
+    given |= {"BLOCK_M": tile.m, "BLOCK_T": tile.n, "AHEAD": tile.ahead}
     grid = (ceil_div(s, tile.m), b * heads)
     kernel, slots = "attention:flash_attention", Slots(prologue=pages)
     asked = ctx.wanted.get(node.output.name)
@@ -144,7 +144,7 @@ def latent_attention(ctx: Context, node: Node) -> None:
     q_rope, qr_row = _token_rows(ctx, q_rope)
     place = Cache.of(ctx, node, "latent")
     latent, values = reader(ctx, latent, q.dtype, place)
-    slots, rope = Slots(prologue=place.slot(), loader=values), ctx.unit_rows(rope)
+    slots, rope = Slots(prologue=place.slot(held="fresh"), loader=values), ctx.unit_rows(rope)
     b, s, heads, c = (*q.shape[:2], int(q.shape[2]), int(q.shape[3]))  # type: ignore[arg-type]
     r, t = int(q_rope.shape[3]), place.rows  # type: ignore[arg-type]
     coded = bool(values.lines)

@@ -57,15 +57,19 @@ class Cache:
         """A tile whose rows lie in one page."""
         return replace(tile, n=min(tile.n, self.page)) if self.page else tile
 
-    def slot(self, rows: str = "rows", held: str = "fresh") -> Slot:
-        """The place `pages`: from rows of a sequence to rows of the pool, and which there are."""
+    def slot(self, rows: str = "rows", held: str = "") -> Slot:
+        """The place `pages`: from rows of a sequence to rows of the pool, below 0 where none are.
+
+        The mask `held`, where a kernel has one, loses those.
+        """
         if self.table is None:
             return PLAIN
         lines = [
             "page = tl.load(table + b * blocks + start // PAGE)",
             f"{rows} = page * PAGE + {rows} % PAGE",
-            f"{held} = {held} & ({rows} >= 0)",
         ]
+        if held:
+            lines.append(f"{held} = {held} & ({rows} >= 0)")
         given: dict[str, Given] = {"table": self.table, "blocks": self.table.shape[1]}
         return Slot("paged", {"pages": lines}, given | {"PAGE": self.page})
 
@@ -96,7 +100,7 @@ def widened(
     codes, values = reader(ctx, cache, dtype, place)
     b, t, width = lengths.shape[0], place.rows, cache.shape[2]
     made = ctx.make(TensorType(dtype, (b, t, width)))
-    slots = Slots(prologue=place.slot(), loader=values)
+    slots = Slots(prologue=place.slot(held="fresh"), loader=values)
     name, text = written(template("coded_cache"), "widen_rows", slots)
     ctx.sources.setdefault(name, text)
     padded = next_power(int(width))  # type: ignore[arg-type]
