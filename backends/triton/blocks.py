@@ -63,6 +63,18 @@ FLASH_OF_256: Mapping[str, Sequence[Tile]] = {
 """The same for wider heads."""
 
 
+LARGE_GEMM: Mapping[str, Sequence[Tile]] = {
+    "sm_90": (Tile(128, 256, 64, 8, 3), Tile(128, 256, 64, 8, 4), Tile(256, 128, 64, 8, 3)),
+    "sm_100": (Tile(128, 256, 64, 8, 3), Tile(128, 256, 64, 4, 4)),
+    "gfx942": (Tile(256, 256, 32, 8, 2), Tile(128, 256, 64, 8, 2), Tile(256, 128, 64, 8, 2)),
+    "gfx950": (Tile(256, 256, 32, 8, 2), Tile(128, 256, 64, 8, 2), Tile(256, 128, 64, 8, 2)),
+}
+"""Tiles of large products, by architecture: the one that is taken, since tiles of 128 by 128 read
+too much (docs/decisions/triton-attention.md), then others that may be measured."""
+FILLED = 256
+"""Programs that fill a card once: it has 130 to 300 multiprocessors."""
+
+
 @dataclass(frozen=True, slots=True)
 class RowTile:
     """A tile of `rows` rows by `columns` columns."""
@@ -109,9 +121,13 @@ class Blocks:
         """Pipeline stages for a long loop over k: AMD's loop pipeliner wants two."""
         return 2 if self.target.startswith("hip:") else 3
 
-    def gemm(self, m: int, n: int, k: int, itemsize: int, batch: int = 1) -> Tile:
+    def gemm(
+        self, m: int, n: int, k: int, itemsize: int, batch: int = 1, numbers: bool = False
+    ) -> Tile:
         """A tile for at most `m` rows by `n` columns, `batch` times; operands of `itemsize` bytes.
 
+        Where both operands are `numbers`, and there are tiles enough for all multiprocessors, tiles
+        are as large as registers hold: what a tile reads is then the least for its products.
         Few rows mean a stream of weights: narrow column tiles, so that many programs read at once,
         and for the fewest rows deep ones, so that each has much on its way. fp32 products have no
         tensor cores to feed, and code that grows with the tile.
@@ -127,6 +143,10 @@ class Blocks:
         if m <= 64:
             wide = 64 if n >= 8192 else 32
             return Tile(clamp_power(m, 16, 64), clamp_power(n, 16, wide), 128, 4, self.deep_stages)
+        large = LARGE_GEMM.get(self.target.partition(":")[2], ()) if numbers else ()
+        for tile in large[:1]:
+            if batch * (m // tile.m) * (n // tile.n) >= FILLED:
+                return tile
         tile_n = clamp_power(n, 16, 128)
         return Tile(clamp_power(m, 64, 128), tile_n, 64, 8, self.deep_stages)
 

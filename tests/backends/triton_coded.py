@@ -155,7 +155,7 @@ sources, found = Kernels(Path(asked["folder"])), {}
 for name, data in asked["kernels"].items():
     kernel = Kernel.from_json(data)
     function = sources.function(kernel.module, kernel.function)
-    made = compile_kernel(kernel, asked["kind"], asked["arch"], function)
+    made, _ = compile_kernel(kernel, asked["kind"], asked["arch"], function)
     found[name] = made.asm["ptx" if asked["kind"] == "cuda" else "amdgcn"]
 print(json.dumps(found))
 """

@@ -55,7 +55,8 @@ def emit_gemm(
     z, m, n, k = p.extents
     itemsize = 4 if widen else p.a.dtype.itemsize
     rows, columns = ctx.limit(m), ctx.limit(n)
-    tile = ctx.blocks.gemm(rows, columns, ctx.limit(k), itemsize, ctx.limit(z))
+    numbers = p.b.type.format is None and asked is None
+    tile = ctx.blocks.gemm(rows, columns, ctx.limit(k), itemsize, ctx.limit(z), numbers)
     coded = RowCodes.of(ctx, activations, rows) if activations else None
     tile = coded.tile(tile) if coded is not None else tile
     if spans is not None:
