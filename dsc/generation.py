@@ -10,17 +10,20 @@ from collections import deque
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 
 from dsc.errors import ArtifactError, UsageError
-from dsc.sampling import Pick, Sampling
+from dsc.ir.choosing import Choice
+from dsc.sampling import Pick, Picker, Sampling
 
 BROKEN = "\N{REPLACEMENT CHARACTER}"
 PENDING = 3
 """Bytes of a character that may wait for its last one."""
 GREEDY = Sampling()
+AHEAD = 8
+"""Tokens that a session chooses before anybody looks at them."""
 
 
 class Steps(Protocol):
@@ -43,6 +46,20 @@ class Steps(Protocol):
 
     def remove(self, sequence: int) -> None:
         """End a sequence."""
+        ...
+
+
+@runtime_checkable
+class Chooses(Steps, Protocol):
+    """A session that may choose tokens where the logits are; `chooses` says whether it does."""
+
+    chooses: bool
+    sequences: list[int]
+
+    def generate(
+        self, steps: int, choice: Choice, keys: Sequence[int], drawn: Sequence[int]
+    ) -> Any:
+        """Continue all sequences by so many tokens; ids [B, steps]."""
         ...
 
 
@@ -158,12 +175,11 @@ class Answer:
         """
         scores = np.asarray(logits, dtype=np.float32)
         if not np.isfinite(scores).all():
-            raise ArtifactError(
-                f"the logits after {len(self._tokens)} tokens are not all numbers (NaN, infinity)",
-                hint="see whether the files are whole: dsc verify OUT --hashes; if they are,"
-                " compile again with --dtype fp32 and compare",
-            )
-        token = self.pick(scores, self._tokens, self.ids)
+            raise _no_numbers(len(self._tokens))
+        return self.given(self.pick(scores, self._tokens, self.ids))
+
+    def given(self, token: int) -> str:
+        """Take the next token; return the text that became whole by it."""
         if token in self.stop:
             return self._ended("stop")
         self.ids.append(token)
@@ -232,7 +248,7 @@ def continue_all(
 
     As many as the session takes run together, and the next begins when one ends. One item comes
     for each token, and one for an end without a token. The last token of an answer takes no step:
-    nobody would read its logits.
+    nobody would read its logits. Where the session chooses tokens itself, it does so some ahead.
     """
     clock = clock or Clock()
     waiting = deque(range(len(answers)))
@@ -246,9 +262,14 @@ def continue_all(
                 sequence = session.add(prompt)
                 scores[sequence] = session.logits(sequence)
             running[sequence] = index
+        if isinstance(session, Chooses) and (choice := _same_choice(session, answers, running)):
+            yield from _continued(session, choice, answers, running, clock)
+            scores.clear()
+            continue
         for sequence, index in list(running.items()):
             decoded = bool(answers[index].ids)
-            text = answers[index].take(scores[sequence])
+            known = sequence in scores
+            text = answers[index].take(scores[sequence] if known else session.logits(sequence))
             clock.saw_token(decoded)
             if answers[index].finish_reason:
                 session.remove(sequence)
@@ -256,6 +277,60 @@ def continue_all(
             yield index, text
         if running:
             scores = dict(session.decode({s: answers[i].ids[-1] for s, i in running.items()}))
+
+
+def _same_choice(
+    session: Chooses, answers: Sequence[Answer], running: Mapping[int, int]
+) -> Choice | None:
+    """How all running answers choose, where the session does it and logits alone decide."""
+    picks = [answers[index].pick for index in running.values()]
+    choices = {pick.choice if isinstance(pick, Picker) else None for pick in picks}
+    alike = session.chooses and len(choices) == 1 and running.keys() == {*session.sequences}
+    return choices.pop() if alike else None
+
+
+def _continued(
+    session: Chooses,
+    choice: Choice,
+    answers: Sequence[Answer],
+    running: dict[int, int],
+    clock: Clock,
+) -> Iterator[tuple[int, str]]:
+    """Continue all running answers by some tokens that the session chooses.
+
+    What comes behind an end is dropped with its sequence.
+    """
+    mine = [answers[running[sequence]] for sequence in session.sequences]
+    picks = [each.pick for each in mine if isinstance(each.pick, Picker)]
+    steps = min(AHEAD, *(each.most - len(each.ids) for each in mine))
+    keys, drawn = [pick.key for pick in picks], [pick.drawn for pick in picks]
+    ids = np.asarray(session.generate(steps, choice, keys, drawn))
+    for sequence in session.sequences:
+        if not np.isfinite(np.asarray(session.logits(sequence), np.float32)).all():
+            raise _no_numbers(len(answers[running[sequence]].prompt))
+    order = list(session.sequences)
+    for column in ids.T.tolist():
+        for sequence, token in zip(order, column, strict=True):
+            if sequence not in running:
+                continue
+            index = running[sequence]
+            answer, decoded = answers[index], bool(answers[index].ids)
+            text = answer.given(token)
+            clock.saw_token(decoded)
+            if answer.finish_reason:
+                session.remove(sequence)
+                del running[sequence]
+            yield index, text
+    for pick in picks:
+        pick.drawn += steps
+
+
+def _no_numbers(tokens: int) -> ArtifactError:
+    return ArtifactError(
+        f"the logits after {tokens} tokens are not all numbers (NaN, infinity)",
+        hint="see whether the files are whole: dsc verify OUT --hashes; if they are,"
+        " compile again with --dtype fp32 and compare",
+    )
 
 
 def generate(

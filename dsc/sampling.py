@@ -9,7 +9,6 @@ NumPy only, so that an artifact whose backend needs no torch generates without i
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Protocol
@@ -96,22 +95,33 @@ class Sampling:
             scores = lowered(scores, new, self.presence_penalty, self.frequency_penalty)
         return left(scores, self.choice) if self.draws else scores
 
-    def picker(self, *seed: int) -> Pick:
-        """The choice of a token from logits [vocab] and the tokens so far; `seed` repeats it.
+    def picker(self, *seed: int) -> Picker:
+        """The choice of a token from logits [vocab] and the tokens so far; `seed` repeats it."""
+        return Picker(self, key_of(*seed))
 
-        It raises `UsageError` where the largest logit is no number.
-        """
-        key, numbers = key_of(*seed), itertools.count()
 
-        def draw(logits: Scores, ids: Sequence[int], new: Sequence[int] = ()) -> int:
-            if not np.isfinite(logits.max()):
-                raise UsageError("the largest of the logits is no number (NaN, infinity)")
-            scores = self.processed(logits, ids, new)
-            if not self.draws:
-                return int(scores.argmax())
-            return drawn(scores, key, next(numbers))
+@dataclass
+class Picker:
+    """Draws of one stream, of which `drawn` were made."""
 
-        return draw
+    sampling: Sampling
+    key: int
+    drawn: int = 0
+
+    @property
+    def choice(self) -> Choice | None:
+        """What a draw leaves out, where nothing but logits decides."""
+        return self.sampling.choice if self.sampling.by_logits else None
+
+    def __call__(self, logits: Scores, ids: Sequence[int], new: Sequence[int] = ()) -> int:
+        """The next token. Raises `UsageError` where the largest logit is no number."""
+        if not np.isfinite(logits.max()):
+            raise UsageError("the largest of the logits is no number (NaN, infinity)")
+        scores = self.sampling.processed(logits, ids, new)
+        if not self.sampling.draws:
+            return int(scores.argmax())
+        self.drawn += 1
+        return drawn(scores, self.key, self.drawn - 1)
 
 
 def penalised(scores: Scores, ids: Sequence[int], penalty: float) -> Scores:

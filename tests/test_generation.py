@@ -12,9 +12,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
+import dsc
 from dsc.errors import ArtifactError, UsageError
 from dsc.generation import BROKEN, Answer, Clock, TextStream, continue_all, generate
+from dsc.runtime.session import Session
 from dsc.sampling import Sampling
+from tests.runtime.test_session import small_lm
 
 LIKELIEST = Sampling().picker()
 
@@ -214,3 +217,41 @@ def test_tokens_of_the_trained_tokenizer_come_as_the_whole_text(root: Path) -> N
     pieces = [stream.push(token) for token in ids[3:]]
     assert tokenizer.decode(ids[:3]) + "".join(pieces) + stream.finish() == text
     assert "\N{REPLACEMENT CHARACTER}" not in "".join(pieces)
+
+
+class Ahead(Session):
+    """A session that chooses tokens itself."""
+
+    chooses = True
+    steps = 0
+
+    def generate(self, steps: int, *rest: Any) -> Any:
+        """Count the tokens that are chosen ahead."""
+        self.steps += steps
+        return super().generate(steps, *rest)
+
+
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(sample=True, temperature=1.5, top_k=5)])
+def test_tokens_that_a_session_chooses_ahead_are_those_that_are_picked(sampling: Sampling) -> None:
+    """Prompts that join and end at different times, by a stop id or their length."""
+    model = dsc.compile(small_lm(), backend="reference", max_batch=2, max_context=40)
+    told = []
+    for kind in (Session, Ahead):
+        session = kind(model.executable, model.program, 2)
+        answers = [
+            Answer(prompt, most, sampling.picker(3, number), {4})
+            for number, (prompt, most) in enumerate([([1, 2], 19), ([3], 1), ([5, 6, 7], 9)])
+        ]
+        clock = Clock()
+        order = list(continue_all(session, answers, clock))
+        assert session.sequences == []
+        told.append([(a.ids, a.finish_reason) for a in answers])
+        assert len(order) == sum(len(a.ids) + (a.finish_reason == "stop") for a in answers)
+        if isinstance(session, Ahead):
+            assert session.steps > 0
+    assert told[0] == told[1]
+    penalised = Sampling(repetition_penalty=1.3).picker(1)
+    session = Ahead(model.executable, model.program, 2)
+    answers = [Answer([1, 2], 3, penalised), Answer([3], 3, sampling.picker(1))]
+    assert len(list(continue_all(session, answers))) == 6
+    assert session.steps == 0, "what depends on the tokens so far is chosen here"

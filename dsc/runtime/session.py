@@ -314,13 +314,13 @@ class Session:
         steps: int,
         choice: Choice = LIKELIEST,
         keys: Sequence[int] | None = None,
-        drawn: int = 0,
+        drawn: int | Sequence[int] = 0,
     ) -> Any:
         """Continue all sequences by `steps` tokens each, chosen from their logits: ids [B, steps].
 
         What follows is as if `decode` had been given each. `keys` are those of the sequences' draws
-        (`dsc.ir.choosing.key_of`), of which `drawn` were made before. On a GPU tokens are chosen
-        there, and the host waits once. Raises `UsageError`.
+        (`dsc.ir.choosing.key_of`), of which `drawn` were made before, of all or of each. On a GPU
+        tokens are chosen there, and the host waits once. Raises `UsageError`.
         """
         if not self._active:
             raise UsageError("generate before prefill", hint="call session.prefill(ids) first")
@@ -328,26 +328,32 @@ class Session:
         keys = [key_of(0, each.id) for each in self._active] if keys is None else list(keys)
         if len(keys) != len(self._active):
             raise UsageError(f"{len(keys)} keys for {len(self._active)} sequences")
-        first = self._chosen(choice, keys, drawn)
+        made = [drawn] * len(keys) if isinstance(drawn, int) else list(drawn)
+        first = self._chosen(choice, keys, made)
         tokens = np.broadcast_to(first[:, None], (len(first), steps))
         self._check_new(tokens, None, self.lengths)
-        if isinstance(self.executable, Continues) and self._in_place:
-            found = self._continued(self.executable, first, steps, choice, keys, drawn + 1)
+        if isinstance(self.executable, Continues) and self.chooses:
+            found = self._continued(self.executable, first, steps, choice, keys, made)
         else:
             chosen = [first]
             for step in range(1, steps + 1):
                 self._append(chosen[-1][:, None], [1] * len(first), [*range(len(first))], False)
                 if step < steps:
-                    chosen.append(self._chosen(choice, keys, drawn + step))
+                    chosen.append(self._chosen(choice, keys, [n + step for n in made]))
             found = np.stack(chosen, 1)
         return of_kind(found, self._active[0].like)
 
-    def _chosen(self, choice: Choice, keys: Sequence[int], draw: int) -> Array:
+    @property
+    def chooses(self) -> bool:
+        """Whether `generate` chooses tokens where the logits are."""
+        return isinstance(self.executable, Continues) and self._in_place
+
+    def _chosen(self, choice: Choice, keys: Sequence[int], draws: Sequence[int]) -> Array:
         """The next token of each sequence by its logits. Raises `UsageError`."""
         rows = [np.asarray(self.logits(each.id), np.float32) for each in self._active]
         if not all(np.isfinite(row.max()) for row in rows):
             raise UsageError("the largest of the logits is no number (NaN, infinity)")
-        found = [chosen(row, choice, key, draw) for row, key in zip(rows, keys, strict=True)]
+        found = [chosen(row, choice, *each) for row, *each in zip(rows, keys, draws, strict=True)]
         return np.array(found, np.int64)
 
     def _continued(
@@ -357,7 +363,7 @@ class Session:
         steps: int,
         choice: Choice,
         keys: Sequence[int],
-        drawn: int,
+        drawn: Sequence[int],
     ) -> Array:
         """Steps that choose their tokens themselves, the first of them given; ids [B, steps]."""
         count, before = len(first), self.lengths
@@ -375,7 +381,8 @@ class Session:
         entry = self.program.choose_entry(1, len(rows), max(after))
         wanted = {v.name for v in self.program.entries[entry].inputs}
         sampling, seeds = np.zeros((len(rows), 4), np.float32), np.zeros((len(rows), 2), np.int64)
-        sampling[:count], seeds[:count] = choice.row, [(key, drawn) for key in keys]
+        sampling[:count], seeds[:count, 0] = choice.row, keys
+        seeds[:count, 1] = [n + 1 for n in drawn]
         inputs = {name: x for name, x in given.items() if name in wanted}
         ids, logits = executable.continued(entry, inputs, sampling, seeds, steps)
         for row, each in enumerate(self._active):
