@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import inspect
 import re
+import traceback
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dsc.errors import UsageError, VerificationError
+from dsc.errors import DscError, UsageError, VerificationError
 from dsc.ir.dims import Range
 from dsc.ir.lazy import torch
 from dsc.ir.program import ANY_SIZE, Program
@@ -166,6 +167,8 @@ def traced(
             f"{_name_of(target)} does not tell its parameters",
             hint="call it from a function of your own",
         ) from None
+    if not isinstance(dynamic_shapes or {}, Mapping):
+        raise UsageError("dynamic_shapes is no mapping", hint="give sizes by an argument's name")
     named = {p: _dims(shape) for p, shape in (dynamic_shapes or {}).items()}
     strange = [name for name in named if name not in bound.arguments]
     if strange:
@@ -175,25 +178,54 @@ def traced(
         )
     for name, dims in named.items():
         given = bound.arguments[name]
-        most = max(dims, default=-1) if isinstance(dims, Mapping) else -1
-        if isinstance(given, torch.Tensor) and most >= given.dim():
-            raise UsageError(
-                f"dynamic_shapes names axis {most} of {name}, which has {given.dim()}",
-                hint="axes are counted from 0",
-            )
+        if isinstance(given, torch.Tensor):
+            _check_axes(name, given.dim(), dims)
     shapes = {name: named.get(name) for name in bound.arguments} if named else None
     if input_names is None and all(isinstance(x, torch.Tensor) for x in args):
         plain = [p for p in bound.arguments if p not in ("args", "kwargs")]
         input_names = plain if len(plain) == len(args) else None
-    return trace(
-        module,
-        tuple(args),
-        shapes,
-        name=_name_of(target),
-        input_names=input_names,
-        output_names=output_names,
-        symbols=_bounds(named),
-    )
+    name = _name_of(target)
+    try:
+        program = trace(
+            module,
+            tuple(args),
+            shapes,
+            name=name,
+            input_names=input_names,
+            output_names=output_names,
+            symbols=_bounds(named),
+        )
+    except Exception as problem:
+        if isinstance(problem, DscError) or _is_ours(problem):
+            raise
+        told = str(problem).splitlines() or [""]
+        raise UsageError(
+            f"{name} cannot be traced: {type(problem).__name__}: {told[0]}",
+            hint="see that it runs on the example arguments, tensors and numbers",
+        ) from problem
+    if not program.entries[name].outputs:
+        raise UsageError(f"{name} gives no tensor", hint="return what it computes")
+    return program
+
+
+def _check_axes(name: str, rank: int, dims: Any) -> None:
+    """Raise `UsageError` where sizes of a tensor are not said by its axes."""
+    strange = [x for x in dims if x not in range(rank)] if isinstance(dims, Mapping) else []
+    if strange:
+        raise UsageError(
+            f"dynamic_shapes names axis {strange[0]!r} of {name}, which has {rank}",
+            hint="axes are counted from 0",
+        )
+    if not isinstance(dims, Mapping | list | tuple | None):
+        raise UsageError(
+            f"dynamic_shapes says {dims!r} of {name}", hint='say of which axis: {0: "B"}'
+        )
+
+
+def _is_ours(problem: BaseException) -> bool:
+    """Whether code of dsc raised it, and neither torch nor the function."""
+    *_, (frame, _) = traceback.walk_tb(problem.__traceback__)
+    return str(frame.f_globals.get("__name__")).startswith("dsc.")
 
 
 def _name_of(target: Any) -> str:

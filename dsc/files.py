@@ -17,6 +17,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from fractions import Fraction
 from pathlib import Path
 
 from dsc.errors import FileError, UsageError
@@ -267,12 +268,14 @@ def size_of(told: int | str) -> int:
 
     >>> size_of("5GB"), size_of("1.5 kB"), size_of("2GiB"), size_of(7)
     (5000000000, 1500, 2147483648, 7)
+    >>> len(str(size_of("9" * 400)))
+    400
     """
     found = _SIZE.fullmatch(str(told).strip())
     number = 0
     if found is not None:
         base = 1024 if found[3] else 1000
-        number = int(float(found[1]) * base ** _POWERS[found[2].lower()])
+        number = int(Fraction(found[1]) * base ** _POWERS[found[2].lower()])
     if number < 1:
         raise UsageError(f"{told!r} is no size of a file", hint="give one, as 5GB or 500MB")
     return number

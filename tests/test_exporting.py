@@ -126,6 +126,10 @@ def test_triton_is_told_what_rows_share_however_little(tmp_path: Path) -> None:
         ({"args": [torch.ones(2)] * 3, "dynamic_shapes": {"x": {0: "B"}}}, "no such argument"),
         ({"dynamic_shapes": {"q": {0: "B"}}}, "of a function's"),
         ({"args": [torch.ones(2)] * 3, "dynamic_shapes": {"q": {0: "a size"}}}, "calls a size"),
+        ({"args": [torch.ones(2)] * 3, "dynamic_shapes": {"q": {-1: "B"}}}, "names axis -1 of q"),
+        ({"args": [torch.ones(2)] * 3, "dynamic_shapes": {"q": "B"}}, "says Dim.* of q"),
+        ({"args": [torch.ones(2)] * 3, "dynamic_shapes": [{0: "B"}]}, "is no mapping"),
+        ({"args": [np.ones((2, 2))] * 3}, "cannot be traced: ValueError"),
         ({"args": [torch.ones(2, 2)] * 3, "backend": "tvm"}, "writes no ONNX"),
     ],
 )
@@ -171,6 +175,20 @@ def test_an_export_is_checked_where_that_is_asked(
     assert refused.value.where == str(tmp_path / "b")
     with pytest.raises(UsageError, match="check reads the weights too"):
         dsc.export("a.dsc", tmp_path / "c", check=True)
+
+
+@pytest.mark.parametrize(
+    ("function", "problem"),
+    [
+        (lambda x: None, "_lambda_ gives no tensor"),
+        (lambda x: int("x"), "_lambda_ cannot be traced: ValueError: invalid"),
+    ],
+)
+def test_a_function_that_fails_or_gives_nothing_is_told(
+    function: Any, problem: str, tmp_path: Path
+) -> None:
+    with pytest.raises(UsageError, match=problem):
+        dsc.export(function, tmp_path / "a", args=[torch.ones(2)])
 
 
 def test_no_function_is_told(tmp_path: Path) -> None:
