@@ -69,7 +69,7 @@ class Capabilities:
     unsigned: int = 0
     """Columns of the largest block, where it takes codes unsigned, row after row; else 0."""
     group: int = 32
-    """Columns of a row that share a scale in int8 and int4 where nobody says how many."""
+    """Columns of a row that share a scale in int8 and int4 where nobody says how many, at most."""
     pairs: bool = False
     """Experts in codes want each gate row beside its up row."""
     plain_forms: tuple[str, ...] = ()

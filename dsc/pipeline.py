@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 from dsc.backends.base import Backend, Capabilities, check_supported
 from dsc.errors import UnsupportedOperator, UsageError, one_of
-from dsc.ir.formats import CODINGS
+from dsc.ir.formats import CODINGS, is_whole
 from dsc.ir.graph import Weight
 from dsc.ir.interface import Storage
 from dsc.ir.op import traits_of
@@ -52,8 +52,8 @@ QUANTISED = " or ".join(word for word, codes in QUANT.items() if codes)
 ACTIVATION_BITS = (8, 16)
 """Rows that codes multiply: codes as well, where kernels take them so, or in the compute type."""
 CODED_ROWS = ACTIVATION_BITS[0]
-GROUPED = ("int8", "int4")
-"""What has groups of columns."""
+GROUPED, LEAST_GROUP = ("int8", "int4"), 32
+"""What has groups of columns, and the fewest where nobody says how many."""
 PAGED, IN_PLACE = CACHES[1:]
 LAID_OUT = {
     PAGED: (Storage.PAGED, "put into pages"),
@@ -132,6 +132,20 @@ def _has_codes(s: Setting) -> bool:
     return asked != ("none", "none") or any(t is not None for t in kept)
 
 
+def _group(s: Setting) -> int:
+    """Columns of a group: what was asked, or the most that the backend wants and experts divide by.
+
+    Experts whose rows are no whole groups would have no kernel for all of them at once.
+    """
+    if s.asked.group_size is not None:
+        return s.asked.group_size
+    stacks = [e.type.shape for e in s.program.weights.values() if e.type.rank > 2]
+    size = s.can.group
+    while size > LEAST_GROUP and not all(is_whole(d, size) for shape in stacks for d in shape[1:]):
+        size //= 2
+    return size
+
+
 RAISE = (
     "fold_empty",
     "fold_constants",
@@ -186,7 +200,7 @@ SLOTS = (
         lambda s: {
             "codes": QUANT[s.asked.quant] if s.asked.quant in GROUPED else "none",
             "table": QUANT[s.asked.quant_embedding] or "none",
-            "group": s.asked.group_size or s.can.group,
+            "group": _group(s),
             "keep": tuple(x for x in s.asked.keep if not x.endswith(WIDE)),
             "stays": s.can.formats or tuple(CODINGS),
             "wide": tuple(x.removesuffix(WIDE) for x in s.asked.keep if x.endswith(WIDE)),

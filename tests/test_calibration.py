@@ -35,6 +35,7 @@ from dsc.passes.quantize_weights import QuantizeWeights
 from dsc.pipeline import PipelineOptions
 from dsc.rewrite.base import PassReport
 from dsc.targets import Target
+from tests.backends.canonical_lm import Sizes, canonical_lm
 from tests.passes.test_quantize_weights import model
 from tests.runtime.test_session import small_lm
 
@@ -409,10 +410,13 @@ def test_tables_and_drawings_show_every_operator_and_no_markup_of_a_name() -> No
     assert kinds.count("bar") == len(found["operators"]) - 1
 
 
-def test_groups_are_as_wide_as_was_asked_or_as_the_backend_wants() -> None:
-    for asked, wanted in ((None, 128), (64, 64), (32, 32)):
+def test_groups_are_as_wide_as_was_asked_or_as_the_backend_wants_and_experts_divide_by() -> None:
+    for inner, asked, wanted in (
+        (128, None, 128), (128, 64, 64), (192, None, 64), (192, 128, 128), (14, None, 32),
+    ):  # fmt: skip
         options = PipelineOptions(quant="int4", group_size=asked)
-        passes = pipeline.passes_for(small_lm(), Capabilities(group=128), options)
+        program = canonical_lm(Sizes(hidden=128, expert_inner=inner))
+        passes = pipeline.passes_for(program, Capabilities(group=128), options)
         assert [x.group for x in passes if isinstance(x, QuantizeWeights)] == [wanted]
 
 

@@ -34,7 +34,7 @@ COMPUTED = frozenset(
 """Element types that emitters handle; the 8-bit floats can only be converted from and to."""
 FLOATS_ONLY = frozenset({"linear", "pow"})
 """ONNX Runtime computes powers of integers in fp64, and has no Gemm of them."""
-GROUP = 64
+GROUP = 128
 """Columns that share a scale: repacked, such a group has two numbers in fp32 beside its codes."""
 CODES = ("i8", "i4")
 """Of weights, as ONNX Runtime's MatMulNBits reads them."""

@@ -184,7 +184,7 @@ GroupSize = Annotated[
     unset(
         "--group-size",
         min=2,
-        help="Columns of a row that share a scale under --quant: 32, on onnxruntime 64.",
+        help="Columns of a row that share a scale under --quant: 32, on onnxruntime 128.",
     ),
 ]
 QuantEmbedding = Annotated[
