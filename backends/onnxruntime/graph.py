@@ -294,7 +294,9 @@ class GraphWriter:
     # Shapes
 
     def dim(self, dim: Dim) -> str:
-        """A dim as an int64 vector of one element."""
+        """A dim as an int64 vector of one element, worked out outside of branches."""
+        if self.outer is not None:
+            return self.outer.dim(dim)
         if isinstance(dim, int):
             return self.i64(dim)
         total = ""
@@ -313,7 +315,9 @@ class GraphWriter:
         return self.op("Squeeze", self.dim(dim), self.i64(0))
 
     def shape(self, shape: Shape) -> str:
-        """A shape as an int64 vector: a constant, or put together when the model runs."""
+        """A shape as an int64 vector: a constant, or put together once a step for all branches."""
+        if self.outer is not None:
+            return self.outer.shape(shape)
         if all(isinstance(d, int) for d in shape):
             return self.i64(*map(static, shape))
         return self.op("Concat", *(self.dim(d) for d in shape), axis=0)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+
 from dsc.backends.onnxruntime.emit.coded import Matrix, is_coded, looked_up
 from dsc.backends.onnxruntime.graph import GraphWriter
 from dsc.ir.dims import product
@@ -41,7 +43,7 @@ def _layer_norm(g: GraphWriter, node: Node, x: str, weight: str, bias: str | Non
 def _rope(g: GraphWriter, node: Node, x: str, positions: str, inv_freq: str) -> str:
     """x [b, s, r] or [b, s, h, r] through RotaryEmbedding, which knows pairs and halves.
 
-    `deinterleave` takes pairs and gives halves: the pairs are sorted into halves beforehand, and
+    `deinterleave` takes pairs and gives halves: columns are gathered as halves beforehand, and
     columns that do not turn are cut off before and put back behind.
     """
     shape = node.operands[0].type.shape
@@ -52,11 +54,9 @@ def _rope(g: GraphWriter, node: Node, x: str, positions: str, inv_freq: str) -> 
         if turned != width:
             x, rest = g.ops("Split", 2, x, g.shape((turned, width - turned)), axis=-1)
             shape = (*lead, turned)
-        x = g.reshape(x, shape, (*lead, turned // 2, 2))
-        x = g.transpose(x, *range(len(lead)), len(lead) + 1, len(lead))
-        x = g.reshape(x, (*lead, 2, turned // 2), (*shape[:2], product(shape[2:])))
-    else:
-        x = g.reshape(x, shape, (*shape[:2], product(shape[2:])))
+        halves = np.arange(turned).reshape(-1, 2).T.reshape(-1)
+        x = g.op("Gather", x, g.constant(halves), axis=-1)
+    x = g.reshape(x, shape, (*shape[:2], product(shape[2:])))
     cos, sin = _angles(g, node, positions, inv_freq)
     how = {"interleaved": int(node.attrs["layout"] == "interleaved"), "num_heads": heads}
     if turned != shape[-1]:
