@@ -109,7 +109,7 @@ def beside_step(engine: Any, context: int, rounds: int) -> dict[str, Any]:
         ids = engine.ids(1, 1)
         value = engine.runtime.OrtValue.ortvalue_from_numpy
         past = {name: value(x) for name, x in engine.views(ids).items()} or engine.past
-        feeds = engine.step(ids) | past
+        feeds = engine.values(ids) | past
         found = _open(engine, giving, place, "giving").run_with_ort_values(names, feeds)
         values = dict(zip(names, found, strict=True))
         helper = onnx.helper

@@ -121,8 +121,8 @@ def compared(
     own |= {"vocabulary": FEW if weights == "fp32" else shape_config(SHAPE)["vocab_size"]}
     with ExitStack() as stack:
         turns = Turns(stack, asked.threads)
+        turns.add(peer, peer, python, **own, **options)  # first: loading takes more than it keeps
         turns.add(weights, "stock", **own, quant=QUANT[weights])
-        turns.add(peer, peer, python, **own, **options)
         for context in asked.contexts:
             found = turns.take(context, asked.rounds)
             told: dict[str, Any] = {name: milliseconds(each) for name, each in found.items()}

@@ -103,7 +103,7 @@ class Engine:
             self._written(session, ids)
             self.held += ids.shape[1]
             return time.perf_counter() - start
-        results = session.run_with_ort_values(self.names, self.step(ids) | self.past)
+        results = session.run_with_ort_values(self.names, self.values(ids) | self.past)
         found = dict(zip(self.names, results, strict=True))
         found["logits"].numpy()
         self.past = {name: found[name.replace("past", "present")] for name in self.past}
@@ -112,39 +112,47 @@ class Engine:
 
     def _written(self, session: Any, ids: Any) -> None:
         """Run a step over caches in place, by the binding of the step before where that fits."""
-        step, views = self.step(ids), self.views(ids)
-        key = (session, ids.shape[1], *(room.shape[1] for room in views.values()))
+        key = (session, ids.shape, self.rows(ids))
         if key not in self.bindings:
-            self.bindings = {key: self._bound(session, step, views)}
+            self.bindings = {key: self._bound(session, ids)}
         binding, given = self.bindings[key]
-        for name, value in step.items():
-            given[name].update_inplace(value.numpy())
+        for name, value in self.step(ids).items():
+            given[name].update_inplace(value)
         session.run_with_iobinding(binding)
 
-    def _bound(self, session: Any, step: dict[str, Any], views: dict[str, Any]) -> Any:
+    def _bound(self, session: Any, ids: Any) -> Any:
         """A binding of a step's inputs, of caches in place and of logits; and the inputs."""
-        binding = session.io_binding()
+        binding, step = session.io_binding(), self.values(ids)
         for name, value in step.items():
             binding.bind_ortvalue_input(name, value)
-        for name, room in views.items():
+        for name, room in self.views(ids).items():
             memory = ("cpu", 0, room.dtype, room.shape, room.ctypes.data)
             binding.bind_input(name, *memory)
             binding.bind_output(name.replace("past", "present"), *memory)
         binding.bind_output("logits")
         return binding, step
 
+    def rows(self, ids: Any) -> int:
+        """Rows of caches that a step is given, in whole `ROWS`."""
+        return int(-(-(self.held + ids.shape[1]) // ROWS) * ROWS)
+
     def views(self, ids: Any) -> dict[str, Any]:
         """The rows of caches that a step is given: of one sequence those that it sees."""
-        rows = -(-(self.held + ids.shape[1]) // ROWS) * ROWS
+        rows = self.rows(ids)
         return {n: x[:, :rows] if len(x) == 1 else x for n, x in self.rooms.items()}
 
     def step(self, ids: Any) -> dict[str, Any]:
         """What goes into a step beside the caches."""
         batch, count = ids.shape
         step = {"input_ids": ids, "positions": np.tile(self.held + np.arange(count), (batch, 1))}
-        step |= {"lengths": np.full(batch, self.held), "logits_at": np.full((batch, 1), count - 1)}
+        return step | {
+            "lengths": np.full(batch, self.held), "logits_at": np.full((batch, 1), count - 1),
+        }  # fmt: skip
+
+    def values(self, ids: Any) -> dict[str, Any]:
+        """The same as `OrtValue`s."""
         value = self.runtime.OrtValue.ortvalue_from_numpy
-        return {name: value(x) for name, x in step.items()}
+        return {name: value(x) for name, x in self.step(ids).items()}
 
     def ids(self, batch: int, count: int) -> Any:
         """Random tokens."""

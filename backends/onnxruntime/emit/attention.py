@@ -22,10 +22,13 @@ TENSOR_SCATTER = 24
 """The first opset that has it."""
 
 
-def _mask(g: GraphWriter, lengths: str, new: Dim, total: Dim) -> str:
-    """f32[b, 1, s, t]: 0 where cache row j <= lengths[b] + i, else -inf. One for all layers."""
+def _mask(g: GraphWriter, lengths: str, new: Dim, total: Dim, heads: int = 1) -> str:
+    """f32[b, 1, s, t]: 0 where cache row j <= lengths[b] + i, else -inf. One for all layers.
+
+    With `heads` 2 that is where their axis lies: f32[b, s, 1, t].
+    """
     last = g.op("Add", g.op("Unsqueeze", lengths, g.i64(1)), g.arange(new))
-    last = g.op("Unsqueeze", last, g.i64(1, 3))
+    last = g.op("Unsqueeze", last, g.i64(heads, 3))
     seen = g.op("LessOrEqual", g.arange(total), last)
     return g.op("Where", seen, g.scalar(0.0), g.scalar(-np.inf))
 
@@ -62,7 +65,7 @@ def _latent_attention(
 ) -> str:
     """Absorbed: every head attends over the same rows."""
     (_, s, _, _), _, (_, t, _), *_ = shapes = _shapes(node)
-    mask, scale = _mask(g, lengths, s, t), node.attrs["scale"]
+    mask, scale = _mask(g, lengths, s, t, 2), node.attrs["scale"]
     q, turned = (_scaled(g, x, scale) for x in (q_latent, q_rope))
     return _over_latents(g, q, turned, shapes, latent, rope, mask)
 
@@ -82,8 +85,6 @@ def _over_latents(
         for x, w, rows in parts
     )
     scores = g.swap_last(g.op("Add", content, turned), 3)
-    # The mask [b, 1, s, t] is wanted here as [b, s, 1, t].
-    mask = g.transpose(mask, 0, 2, 1, 3)
     p = _softmax(g, g.reshape(scores, (b, s * h, t), (b, s, h, t)), mask)
     p = g.reshape(p, (b, s, h, t), (b, s * h, t))
     return g.reshape(g.op("MatMul", p, latent), (b, s * h, c), (b, s, h, c))
@@ -106,7 +107,7 @@ def _mla_attention(
     """
     (b, s, h, n), rope_shape, (_, t, c), *_ = shapes = _shapes(node)
     v = node.outputs[0].type.shape[-1]
-    mask, scale = _mask(g, lengths, s, t), node.attrs["scale"]
+    mask, scale = _mask(g, lengths, s, t, 2), node.attrs["scale"]
     q_nope, q_rope = (_scaled(g, x, scale) for x in (q_nope, q_rope))
     found = g.pool.halves.get(node["kv_b"].name)
     most = 0 if found is None else few_tokens(*map(static, (n, v, c)))
@@ -119,7 +120,8 @@ def _mla_attention(
         return contract(g, "bshc,hvc->bshv", (o, w_uv), ((b, s, h, c), (h, v, c)), 1)
 
     def rebuilt(g: GraphWriter) -> str:
-        return _expanded(g, shapes, v, (q_nope, q_rope, latent, rope, kv_b), mask)
+        by_row = g.reshape(mask, (b, s, 1, t), (b, 1, s, t))
+        return _expanded(g, shapes, v, (q_nope, q_rope, latent, rope, kv_b), by_row)
 
     if found is None or isinstance(s, int):
         return absorbed(g) if isinstance(s, int) and s <= most else rebuilt(g)
