@@ -190,26 +190,32 @@ def check(
     made, _ = stored(tensors, kind, GROUP)
     codes = due(tensors, layout)
     numbers = tensors | {key: each.numbers for key, each in codes.items()}
+    quant = CONVERTED.get(layout, "none")
+    kept = sorted(tensors.keys() - codes.keys()) if quant != "none" else []
     with tempfile.TemporaryDirectory() as place, quiet():
         coded = folder(Path(place) / "stored", config_of(raw, kind, GROUP), made)
         plain = folder(Path(place) / "plain", raw, numbers)
         for ops in dialects:
             try:
-                found = _held(coded, plain, codes, ops, CONVERTED.get(layout, "none"))
+                found = _held(coded, plain, codes, ops, quant, kept)
             except Exception as problem:
                 found = {"ok": False, "wrong": [failed(problem)]}
             yield case | {"ops": ops} | found
 
 
 def _held(
-    coded: Path, plain: Path, codes: Mapping[str, Codes], ops: str, quant: str
+    coded: Path, plain: Path, codes: Mapping[str, Codes], ops: str, quant: str, kept: Sequence[str]
 ) -> dict[str, Any]:
-    """All that is held of a folder in a dialect: `wrong` has what does not hold, in words."""
+    """All that is held of a folder in a dialect: `wrong` has what does not hold, in words.
+
+    Quantising leaves what is `kept`: the folder's numbers.
+    """
     from transformers import AutoModelForCausalLM
 
     compiled = dsc.compile(
         coded, backend="onnxruntime", dtype="fp32", quant=quant, activation_bits=16,
-        group_size=None if quant == "none" else GROUP, backend_options={"onnx_ops": ops}, **LIMITS,
+        group_size=None if quant == "none" else GROUP, keep=kept,
+        backend_options={"onnx_ops": ops}, **LIMITS,
     )  # fmt: skip
     out = compiled.save(coded.with_name(ops))
     seen, wrong = other_codes(out, compiled.program, codes)
