@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from dsc.backends.onnxruntime.emit.coded import Matrix, is_coded, looked_up
-from dsc.backends.onnxruntime.graph import GraphWriter
+from dsc.backends.onnxruntime.graph import GraphWriter, static
 from dsc.ir.dims import product
 from dsc.ir.graph import Node, Weight
 from dsc.ir.types import DType
@@ -54,7 +54,7 @@ def _rope(g: GraphWriter, node: Node, x: str, positions: str, inv_freq: str) -> 
         if turned != width:
             x, rest = g.ops("Split", 2, x, g.shape((turned, width - turned)), axis=-1)
             shape = (*lead, turned)
-        halves = np.arange(turned).reshape(-1, 2).T.reshape(-1)
+        halves = np.arange(static(turned)).reshape(-1, 2).T.reshape(-1)
         x = g.op("Gather", x, g.constant(halves), axis=-1)
     x = g.reshape(x, shape, (*shape[:2], product(shape[2:])))
     cos, sin = _angles(g, node, positions, inv_freq)
