@@ -16,6 +16,7 @@ from dsc.backends.triton.compile import compile_kernels
 from dsc.backends.triton.context import KERNELS, access, parameters, template
 from dsc.backends.triton.dependent import SAID, takes, waiting
 from dsc.backends.triton.program import lower_program
+from dsc.backends.triton.timer import probe_kernels
 from dsc.targets import Target, parse_target
 from tests.backends.test_triton_codes import COMPILED as CODED
 from tests.backends.triton_cases import EMITTED, cases, large_cases, program_of
@@ -143,7 +144,8 @@ def test_compiled_cases_cover_every_template() -> None:
     coded = {name: case for name, (case, _) in CODED.items()}
     chosen = {name: CASES[name] for name in COMPILED}
     made = [lower_program(p, "cuda:sm_90")[0] for p in (program_of(chosen), program(coded))]
-    used = {k.function for each in made for k in each.kernels.values()}
+    probes = probe_kernels(Target("cuda", "sm_90"))
+    used = {k.function for each in (*(p.kernels for p in made), probes) for k in each.values()}
     for path in KERNELS.glob("*.py"):
         for line in template(path.stem).splitlines():
             if line.startswith("def ") and not line.startswith("def _"):  # what kernels call
