@@ -191,6 +191,9 @@ def test_no_tokens_write_nothing_and_a_number_that_no_code_says_makes_its_group_
     got = loaded.run(case.name, given)
     same = (got["present"] == wanted).flatten(0, 1).all(-1)
     assert int((~same).sum()) == given["new"].shape[1]
+    before = given | {"past": wanted}
+    _, present = run_graph(graph, [before[v.name].clone() for v in graph.inputs])
+    assert torch.equal(got["present"], present)
     if case.op == "latent_attention":
         assert got["y"][..., : case.group].isnan().all()
 
