@@ -114,7 +114,12 @@ class Blocks:
         """
         if self.target.startswith("hip:"):
             return 0
-        return 64 if self.fp8 else 32
+        return 64 if self.fp8 and not self.tight else 32
+
+    @property
+    def tight(self) -> bool:
+        """Whether FP8 is multiplied from registers, which both sums of a product lie in too."""
+        return self.target.endswith(("sm_89", "sm_120", "gfx942"))
 
     @property
     def deep_stages(self) -> int:
@@ -187,7 +192,8 @@ class Blocks:
             return Tile(16, 16, 0, 4, 1)
         fits = self.arch.program_shared // 2 // (next_power(width) * itemsize)
         most = max(16, min(64, next_power(fits + 1) // 2))
-        most = 16 if coded and self.target.startswith("hip:") else most
+        if self.target.startswith("hip:"):
+            most = 16 if coded else min(most, 32)
         # An accumulator of 16 x 512 spills in four warps of 32. In four of 64 it does not, and
         # eight of those would have half the registers each.
         warps = 8 if width > 128 and self.target.startswith("cuda:") else 4

@@ -64,6 +64,7 @@ class RowCodes:
     fp8: str
     vector: bool = False
     powers: bool = False
+    tight: bool = False
 
     @staticmethod
     def of(ctx: Context, activations: str, rows: int, vector: bool = False) -> RowCodes:
@@ -71,7 +72,8 @@ class RowCodes:
         codes, columns, *scales = activations.split(":")
         fp8 = ctx.blocks.fp8 if not vector or ctx.blocks.fp8 == "e4m3fn" else ""
         fp8 = fp8 if codes == DType.f8e4m3 else ""
-        return RowCodes(DType(codes), int(columns), rows, fp8, vector, bool(scales))
+        powers, tight = bool(scales), ctx.blocks.tight
+        return RowCodes(DType(codes), int(columns), rows, fp8, vector, powers, tight)
 
     @property
     def multiplied(self) -> DType:
@@ -88,12 +90,15 @@ class RowCodes:
     def tile(self, tile: Tile) -> Tile:
         """The tile whose steps along k are what shares a scale.
 
-        In f16 codes take twice the registers, and both sums of a tile of 128 x 128 spill.
+        In f16 codes take twice the registers, and both sums of a tile of 128 x 128 spill; where
+        registers are `tight` they do in any type.
         """
         if self.vector:  # as many codes of the weight as the tile had numbers
-            return replace(tile, k=self.columns, n=max(1, tile.n * tile.k // self.columns))
+            wide = tile.n * tile.k // self.columns // (2 if self.tight and self.fp8 else 1)
+            return replace(tile, k=self.columns, n=max(1, wide))
         stages = min(8, tile.stages * max(1, tile.k // self.columns))
-        wide = min(tile.n, 64) if self.multiplied is DType.f16 else tile.n
+        narrow = self.tight or self.multiplied is DType.f16
+        wide = min(tile.n, 64) if narrow else tile.n
         return replace(tile, k=self.columns, n=wide, stages=stages)
 
     def made(self, ctx: Context, x: View) -> tuple[View, View]:
