@@ -12,7 +12,7 @@ from dsc.runtime.plan import Plan
 from dsc.targets import Target
 
 TINY = Path(__file__).resolve().parent.parent / "models" / "tiny-v3"
-MOST = {"null": (11, 13), "tvm": (12, 14), "triton": (10, 12)}
+MOST = {"null": (11, 13), "tvm": (12, 14), "triton": (9, 11)}
 """Launches of a dense and of a MoE layer of a decode step at level 3, at most."""
 
 

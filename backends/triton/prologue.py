@@ -4,14 +4,15 @@ A *norm* of few rows is done by the first product that multiplies them: each pro
 squares of its rows, which lie in cache, before it walks along k, and scales what it loads. Where
 others read the normed rows too, the programs of the first tile of columns store them. The *spans*
 of an attention that was cut along its cache (flash-decoding) are merged by the product that reads
-it, head by head, as it walks along k.
+it, head by head, as it walks along k. Absorbed attention turns its queries (rope) as it reads them.
 
-Both round where the launch would, so results are the same but for the order of sums.
+All round where the launch would, so results are the same but for the order of sums.
 
 Cost      the rows once more a tile of columns: 14 KB a row of 7,168, beside 450 KB of weights. So
           few rows only: a launch of its own costs what some MB cost.
 Legality  a norm whose first reader is a linear, or a router; an attention whose only reader is an
-          einsum that sums a head's numbers, a matrix a head.
+          einsum that sums a head's numbers, a matrix a head; rope that absorbed attention alone
+          reads, of whole rows.
 """
 
 from __future__ import annotations
@@ -154,12 +155,55 @@ class Spans:
         return Slot("merged", {"at": begin, "x": loads}, given)
 
 
+@dataclass(frozen=True, slots=True)
+class Turned:
+    """rope of queries [b, s, heads, width], which attention does as it reads them."""
+
+    source: View
+    positions: View
+    frequencies: View
+    layout: str
+    scale: float
+    copied: Callable[[Context], View]
+
+    def made(self, ctx: Context) -> View:
+        """The result of a launch that turns them."""
+        return self.copied(ctx)
+
+    def slot(self) -> Slot:
+        """A column r is made of one, and of its partner, by the angle of their pair."""
+        half = int(self.source.shape[-1]) // 2  # type: ignore[arg-type]
+        lower = f"r < {half}"
+        own, partner, pair = {
+            "half": ("r", f"tl.where({lower}, r + {half}, r - {half})", f"r % {half}"),
+            "interleaved": ("r", "r + 1 - r % 2 * 2", "r // 2"),
+            "deinterleave": (
+                f"r % {half} * 2 + r // {half}", f"r % {half} * 2 + 1 - r // {half}", f"r % {half}",
+            ),
+        }[self.layout]  # fmt: skip
+        first = "r % 2 == 0" if self.layout == "interleaved" else lower
+        at = "q_rope + row * qr_row + h[:, None] * qr_head"
+        keep = "mask=live & (r[None, :] < R), other=0.0"
+        lines = [
+            f"angle = tl.load(turn_frequencies + {pair}, mask=r < R, other=0.0)",
+            "angle = tl.load(turn_positions + row).to(tl.float32) * angle",
+            f"cos = tl.cos(angle) * {self.scale!r}",
+            f"sin = tl.where({first}, -tl.sin(angle), tl.sin(angle)) * {self.scale!r}",
+            f"own = tl.load({at} + ({own})[None, :], {keep}).to(tl.float32)",
+            f"partner = tl.load({at} + ({partner})[None, :], {keep}).to(tl.float32)",
+            "rope_queries = own * cos[None, :] + partner * sin[None, :]",
+            "rope_queries = rope_queries.to(q_rope.dtype.element_ty)",
+        ]
+        given = {"turn_positions": self.positions, "turn_frequencies": self.frequencies}
+        return Slot(f"turned_{self.layout}", {"queries": lines}, given)
+
+
 def merges(graph: Graph) -> dict[str, bool]:
-    """By name the norms and attentions that their first reader may make.
+    """By name the norms, attentions and turned queries that their first reader may make.
 
     The value says whether others read them too.
     """
-    makes = {"rms_norm": _multiplies, "latent_attention": _sums_heads}
+    makes = {"rms_norm": _multiplies, "latent_attention": _sums_heads, "rope": _attends}
     origins: dict[str, str] = {}
     kinds: dict[str, str] = {}
     readers: dict[str, list[bool]] = {}
@@ -202,3 +246,9 @@ def _sums_heads(node: Node, x: Value) -> bool:
     rows, head, k = left[:2], left[2], left[3]
     apart = not set(rows) & set(right) and set(rows) <= set(result)
     return apart and head in right and head in result and k in right and k not in result
+
+
+def _attends(node: Node, x: Value) -> bool:
+    """Whether a node is absorbed attention with queries `x`."""
+    places = [i for i, y in enumerate(node.operands) if y.name == x.name]
+    return node.op == "latent_attention" and places == [1]

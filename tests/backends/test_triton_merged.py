@@ -66,6 +66,16 @@ TEXTS: dict[str, tuple[int, str]] = {
       %y = linear %a, %w : f32[3,33]
       return %y, %s
     }"""),
+    **{
+        f"queries turned, {layout}": (1, """(%q: bf16[2,3,5,40], %x: bf16[2,3,5,24], %p: i64[2,3],
+        %f: f32[6], %c: bf16[2,70,40], %k: bf16[2,70,12], %n: i64[2]) {
+      %z, %u = split %x {axis=3, sizes=[12,12]} : bf16[2,3,5,12], bf16[2,3,5,12]
+      %r = rope %z, %p, %f {layout="LAYOUT", scale=1.25} : bf16[2,3,5,12]
+      %y = latent_attention %q, %r, %c, %k, %n {scale=0.3} : bf16[2,3,5,40]
+      return %y
+    }""".replace("LAYOUT", layout))
+        for layout in ("half", "interleaved", "deinterleave")
+    },
     "norm of many rows": (2, f"""(%x: f32[{FEW + 1},70], %g: f32[70], %w: f32[33,70]) {{
       %a = rms_norm %x, %g {{eps=1e-06}} : f32[{FEW + 1},70]
       %y = linear %a, %w : f32[{FEW + 1},33]
@@ -74,7 +84,7 @@ TEXTS: dict[str, tuple[int, str]] = {
 }  # fmt: skip
 """Launches, and the graph."""
 SPANS = {
-    "merged": ("bf16", 4, """
+    "merged": ("bf16", 6, """
       %y = einsum %a, %v {{eq="bshc,hdc->bshd"}} : bf16[{b},1,3,24]
       return %y"""),
     "merged in fp32": ("f32", 3, """
@@ -139,6 +149,8 @@ def operands(graph: Graph, batch: int = 1, seed: int = 0) -> dict[str, torch.Ten
     for value in graph.inputs:
         shape = [batch if not isinstance(d, int) else d for d in value.type.shape]
         found[value.name] = torch.randn(shape, generator=generator).to(value.type.dtype.torch)
+    if "p" in found:
+        found["p"], found["n"] = torch.tensor([[9, 500, 77], [0, 1, 2]]), torch.tensor([60, 0])
     return found
 
 
@@ -162,7 +174,7 @@ def watched(
 
 
 @pytest.mark.parametrize("name", TEXTS)
-def test_a_product_norms_few_rows_as_it_reads_them(
+def test_products_and_attention_make_what_they_read(
     program: Program, plans: Mapping[str, EntryPlan], watched: TracedExecutable, name: str
 ) -> None:
     entry = f"g{list(TEXTS).index(name)}"
@@ -173,8 +185,9 @@ def test_a_product_norms_few_rows_as_it_reads_them(
 @pytest.mark.parametrize(
     ("name", "batch", "launches"),
     [
-        ("merged", 1, 2), ("merged", 4, 2), ("merged in fp32", 3, 2), ("read by two", 2, 4),
-        ("of many rows", 2, 3), ("of many rows", 6, 2),
+        ("merged", 1, 2), ("merged", 4, 2), ("merged", 6, 2), ("merged in fp32", 3, 2),
+        ("read by two", 2, 4),
+        ("of many rows", 2, 3), ("of many rows", 3, 3), ("of many rows", 6, 2),
     ],
 )  # fmt: skip
 def test_a_product_merges_what_attention_found_in_spans_of_the_cache(

@@ -5,7 +5,8 @@ heads are the rows of one GEMM per token of the cache, and 576 numbers a token a
 tile of heads. A decode step has few (sequence, head tile) pairs, so the cache is cut into spans
 (flash-decoding), the fewer the more sequences there are. Whoever reads the result merges them by
 their log-sum-exp (`dsc.backends.triton.prologue`), else `latent_combine` does. The place `values`
-may say how rows become numbers (`dsc.backends.triton.coded_cache`), `pages` where they lie.
+may say how rows become numbers (`dsc.backends.triton.coded_cache`), `pages` where they lie,
+`queries` that those of rope are turned as they are read.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
@@ -61,7 +62,7 @@ def latent_attention(
     q_at = q + row * q_row + h[:, None] * q_head + c[None, :]
     queries = tl.load(q_at, mask=live & (c[None, :] < C), other=0.0)
     qr_at = q_rope + row * qr_row + h[:, None] * qr_head + r[None, :]
-    rope_queries = tl.load(qr_at, mask=live & (r[None, :] < R), other=0.0)
+    rope_queries = tl.load(qr_at, mask=live & (r[None, :] < R), other=0.0)  #: queries
     seen = tl.load(lengths + b).to(tl.int32) + (row - b * S).to(tl.int32) + 1
     seen = tl.minimum(seen, T)
     span = tl.cdiv(tl.cdiv(seen, spans), BLOCK_T) * BLOCK_T

@@ -9,7 +9,7 @@ from dsc.backends.triton.blocks import ceil_div, next_power
 from dsc.backends.triton.context import Context, Given, template
 from dsc.backends.triton.lower.cached import Cache, reader, widened
 from dsc.backends.triton.lower.contract import Product, emit_gemm
-from dsc.backends.triton.prologue import FEW, Spans
+from dsc.backends.triton.prologue import FEW, Spans, Turned
 from dsc.backends.triton.slots import Slot, Slots, written
 from dsc.backends.triton.wanted import Wanted
 from dsc.ir import views
@@ -139,12 +139,18 @@ def _named(prefix: str, strides: tuple[Dim, ...], names: tuple[str, ...]) -> dic
 
 def latent_attention(ctx: Context, node: Node) -> None:
     """Absorbed attention, the cache cut into spans when few programs would read it."""
-    q, q_rope, latent, rope, lengths = ctx.operands(node)[:5]
+    queries = node.operands[1]
+    later = ctx.later.get(queries.name) if queries.name not in ctx.views else None
+    turned = later if isinstance(later, Turned) else None
+    q, latent, rope, lengths = (ctx.view(x) for x in (node.operands[0], *node.operands[2:5]))
+    q_rope = ctx.view(queries) if turned is None else turned.source
     q, q_row = _token_rows(ctx, q)
     q_rope, qr_row = _token_rows(ctx, q_rope)
     place = Cache.of(ctx, node, "latent")
     latent, values = reader(ctx, latent, q.dtype, place)
     slots, rope = Slots(prologue=place.slot(held="fresh"), loader=values), ctx.unit_rows(rope)
+    if turned is not None:
+        slots = replace(slots, sum=turned.slot())
     b, s, heads, c = (*q.shape[:2], int(q.shape[2]), int(q.shape[3]))  # type: ignore[arg-type]
     r, t = int(q_rope.shape[3]), place.rows  # type: ignore[arg-type]
     coded = bool(values.lines)

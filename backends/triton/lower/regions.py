@@ -15,7 +15,7 @@ from dsc.backends.triton.epilogue import Epilogue
 from dsc.backends.triton.lower.contract import emit_gemm, emit_grouped, linear_product, rows_of
 from dsc.backends.triton.lower.moe import emit_combine, emit_experts
 from dsc.backends.triton.pointwise import FLOAT_ONLY, TYPES, has_formula
-from dsc.backends.triton.prologue import FEW, Normed
+from dsc.backends.triton.prologue import FEW, Normed, Turned
 from dsc.backends.triton.rows import ALONG_ROWS, RowKernel
 from dsc.backends.triton.slots import PLAIN, Slots
 from dsc.backends.triton.wanted import CodedTarget, Wanted
@@ -38,7 +38,7 @@ _BY_FORMULA = (Role.POINTWISE, Role.REDUCTION, Role.ROTATION)
 
 def lower(ctx: Context, node: Node) -> None:
     """Append the launch of a region, or of an operator that is one alone; a product may be it."""
-    if node.op == "rms_norm" and _waits(ctx, node):
+    if (node.op == "rms_norm" and _waits(ctx, node)) or (node.op == "rope" and _turns(ctx, node)):
         return
     body = node.body or alone(node)
     later = _later(ctx, node, body)
@@ -68,19 +68,38 @@ def _waits(ctx: Context, node: Node) -> bool:
     if shared is None or not isinstance(shape[-1], int) or ctx.limit(product(shape[:-1])) > FEW:
         return False
     rows, gain = ctx.operands(node)
+    rows, gain = ctx.rows(rows)[0], ctx.dense(gain)
+    copied = _launching(node, (rows, gain))
+    ctx.later[node.output.name] = Normed(rows, gain, node.attrs["eps"], shared, copied)
+    return True
+
+
+def _turns(ctx: Context, node: Node) -> bool:
+    """Leave rope to the absorbed attention that alone reads it."""
+    (x, positions, frequencies), width = node.operands, node.output.type.shape[-1]
+    if ctx.merges.get(node.output.name) is not False or node.attrs["dims"] not in (0, width):
+        return False
+    queries = ctx.unit_rows(ctx.view(x))
+    angles = ctx.dense(ctx.view(positions)), ctx.dense(ctx.view(frequencies))
+    copied = _launching(node, (queries, *angles))
+    layout, scale = node.attrs["layout"], node.attrs["scale"]
+    ctx.later[node.output.name] = Turned(queries, *angles, layout, scale, copied)
+    return True
+
+
+def _launching(node: Node, places: Sequence[View]) -> Callable[[Context], View]:
+    """What makes the result of an operator over rows by a launch after all."""
 
     def copied(ctx: Context) -> View:
         reader, ctx.node = ctx.node, node
-        body, out = alone(node), ctx.make(node.output.type)
-        kernel = kernel_for(body, [rows, gain], [out])
-        assert isinstance(kernel, RowKernel), "a norm alone"
+        out = ctx.make(node.output.type)
+        kernel = kernel_for(alone(node), places, [out])
+        assert isinstance(kernel, RowKernel), "an operator over rows"
         kernel.launch(ctx)
         ctx.node = reader
         return out
 
-    rows, gain = ctx.rows(rows)[0], ctx.dense(gain)
-    ctx.later[node.output.name] = Normed(rows, gain, node.attrs["eps"], shared, copied)
-    return True
+    return copied
 
 
 def _later(ctx: Context, node: Node, body: Graph) -> Operand | None:
