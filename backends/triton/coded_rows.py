@@ -27,9 +27,9 @@ from dataclasses import dataclass, replace
 
 from dsc.backends.triton.blocks import Tile, ceil_div, clamp_power
 from dsc.backends.triton.codes import Loader, nearest_e4m3, power_of_two, shares
-from dsc.backends.triton.context import Context, Given, template
+from dsc.backends.triton.context import Context, Given
 from dsc.backends.triton.pointwise import TYPES
-from dsc.backends.triton.slots import Slot, Slots, written
+from dsc.backends.triton.slots import Slot, Slots
 from dsc.ir.dims import product
 from dsc.ir.formats import CODINGS
 from dsc.ir.types import DType, TensorType
@@ -110,12 +110,11 @@ class RowCodes:
         codes, scales = self.room(ctx, x)
         width, groups = codes.shape[1], scales.shape[1]
         slots = Slots(sum=Slot(str(self.multiplied), {"codes": self.lines()}))
-        name, text = written(template("quantise"), "quantise_rows", slots)
-        ctx.sources.setdefault(name, text)
         height = clamp_power(ctx.limit(rows), 1, 512 if ctx.blocks.interprets else 32)
         given: dict[str, Given] = {"a": view, "c": codes, "scales": scales, "M": rows, "K": width}
         given |= {"a_m": stride, "groups": groups, "BLOCK_M": height, "BLOCK_K": self.columns}
-        ctx.launch(f"{name}:{name}", (ceil_div(rows, height), groups), given)
+        grid = (ceil_div(rows, height), groups)
+        ctx.launch("quantise:quantise_rows", grid, given, slots=slots)
         return codes, scales
 
     def known(self, ctx: Context, x: View) -> bool:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Protocol
 from dsc.backends.triton.blocks import Blocks
 from dsc.backends.triton.launch import POINTER_TYPES, Kernel, LaunchProgram, is_multiple
 from dsc.backends.triton.rows import elementwise
+from dsc.backends.triton.slots import ALL_PLAIN, Slots, written
 from dsc.ir import views
 from dsc.ir.dims import Dim, Range, Sym, bounds, free_symbols, product
 from dsc.ir.graph import Node, Operand, Weight
@@ -185,8 +186,11 @@ class Context:
         stages: int = 1,
         flops: Dim = 0,
         touched: Mapping[str, Dim] = NONE,
+        slots: Slots = ALL_PLAIN,
     ) -> None:
         """Append a launch of `module:function`; `given` names its parameters, in any order.
+
+        Where `slots` say something, it is one of a text that is written for them.
 
         Static numbers, strings and absent operands become compile-time constants; symbolic
         numbers and pointers are passed at run time, those that are multiples of 16 under that
@@ -195,6 +199,10 @@ class Context:
         its products, `touched` bytes by parameter where it moves less than the view has.
         """
         module, function = name.split(":")
+        if slots.filled:
+            function, made = written(template(module), function, slots)
+            module, given = function, {**given, **slots.arguments}
+            self.sources.setdefault(module, made)
         text = self.sources.get(module) or template(module)
         order, accesses = parameters(text, function), access(text, function)
         if set(order) != set(given):

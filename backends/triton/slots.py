@@ -2,7 +2,8 @@
 
 The *prologue* is what is done to rows of x before they are multiplied, the *loader* makes numbers
 of a weight's elements, the *sum* adds products up, the *epilogue* goes over the finished tile. A
-slot says lines at places of `kernels/gemm.py` and brings parameters; places:
+slot says lines at places of a template and brings parameters. Places of products, of which a
+template has those that somebody fills there:
 
     columns   behind `n` and `fits`: which columns a tile has, where that is another than a run
     at        in place of where rows of x begin
@@ -11,11 +12,12 @@ slot says lines at places of `kernels/gemm.py` and brings parameters; places:
     rows      x has been loaded
     w         in place of the load of w [BLOCK_K, BLOCK_N]
     sum       in place of the product that is added to acc f32[BLOCK_M, BLOCK_N]
-    end       behind the walk, before the bias
-    tile      behind the bias, before acc is stored at columns n of rows m
+    part      in place of a row's products with a tile of columns, where matrix units have no use
+    tile      behind the walk and the bias, before acc is stored at columns n of rows m
 
 Names in scope are those of the template: m, n, k, live, fits, M, N, K, x, w, x_at, w_at, acc, and
 `matrix`, the number of the batch or of the expert. What a slot names itself carries its own prefix.
+Readers of caches have `pages` and `values` (`lower/cached.py`), `quantise_rows` has `codes`.
 """
 
 from __future__ import annotations

@@ -12,20 +12,22 @@ GEMM = template("gemm")
 
 @pytest.mark.parametrize("function", ["gemm", "grouped_gemm"])
 def test_every_place_takes_lines_and_defaults_give_way(function: str) -> None:
+    normed = {"start": ["s = 0"], "rows": ["x = x * 2"]} if function == "gemm" else {}
     slots = Slots(
-        prologue=Slot("p", {"start": ["s = 0"], "rows": ["x = x * 2"], "end": ["acc = acc * 3"]}),
+        prologue=Slot("p", normed),
         loader=Slot("l", {"w": ["w = tl.load(codes + k)"]}, {"codes": 1}),
-        sum=Slot("s", {"sum": ["acc += x"], "end": ["acc = acc + 1"]}),
+        sum=Slot("s", {"sum": ["acc += x"], "tile": ["acc = acc + 1"]}),
         epilogue=Slot("e", {"columns": ["n = n"], "tile": ["acc = -acc"]}),
     )
     name, text = written(GEMM, function, slots)
-    assert name.startswith(f"{function}_l_s_p_e_")
+    assert name.startswith(f"{function}_l_s_{'p_' if normed else ''}e_")
     assert "#:" not in text.partition("@triton.jit")[2]
     assert "tl.dot" not in text
     lines = [line.strip() for line in text.splitlines()]
-    said = ["n = n", "s = 0", "x = x * 2", "w = tl.load(codes + k)", "acc += x"]
-    places = [lines.index(x) for x in (*said, "acc = acc + 1", "acc = acc * 3", "acc = -acc")]
-    assert places == sorted(places), "a promoted sum is whole before a norm scales it"
+    said = ["n = n", *(line for place in normed.values() for line in place)]
+    said += ["w = tl.load(codes + k)", "acc += x", "acc = acc + 1", "acc = -acc"]
+    places = [lines.index(x) for x in said]
+    assert places == sorted(places), "a sum is whole before an epilogue goes over it"
     kinds = access(text, name)
     assert (kinds["codes"], kinds["b"], kinds["c"]) == ("r", "r", "w")
 

@@ -3,8 +3,8 @@
 `gemm` serves linear, matmul and every two-operand einsum that folds to (batch, m, n, k): the caller
 passes one stride per role and operand, so no operand is ever transposed or copied for it.
 
-A comment `#: place` marks what a slot may say instead (`dsc.backends.triton.slots`), by the same
-names in both kernels: row m of `x` is live[m], column n of the product, which is row n of the
+A comment `#: place` marks what a slot may say instead (`dsc.backends.triton.slots`). Names are the
+same in both kernels: row m of `x` is live[m], column n of the product, which is row n of the
 weight, fits[n], `w_at` is where the weight's columns begin, and `matrix` which of its matrices.
 """
 
@@ -82,7 +82,6 @@ def gemm(
             x = x.to(tl.float32)
             w = w.to(tl.float32)
         acc = tl.dot(x, w, acc, input_precision="ieee")  #: sum
-    #: end
     if HAS_BIAS:
         acc += tl.load(bias + n, mask=fits, other=0.0).to(tl.float32)[None, :]
     #: tile
@@ -143,14 +142,11 @@ def grouped_gemm(
     x_at = a + row[:, None] * a_m
     w_at = b + matrix * N * K + n[None, :].to(tl.int64) * K
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    #: start
     for start in range(0, K, BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)
         x = tl.load(x_at + k[None, :], mask=live[:, None] & (k[None, :] < K), other=0.0)
-        #: rows
         w = tl.load(w_at + k[:, None], mask=fits[None, :] & (k[:, None] < K), other=0.0)  #: w
         acc = tl.dot(x, w, acc, input_precision="ieee")  #: sum
-    #: end
     #: tile
     out = c + m[:, None].to(tl.int64) * c_m + n[None, :] * c_n
     tl.store(out, acc, mask=live[:, None] & fits[None, :])

@@ -162,15 +162,12 @@ def experts_hidden(
     x_at = a + (pair // TOP_K) * a_m
     w_at = b + (matrix * N + n[None, :].to(tl.int64)) * K
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    #: start
     for start in range(0, K, BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)
         x = tl.load(x_at + k[None, :], mask=k[None, :] < K, other=0.0)
-        #: rows
         w = tl.load(w_at + k[:, None], mask=fits[None, :] & (k[:, None] < K), other=0.0)  #: w
         part = tl.sum(tl.trans(x).to(tl.float32) * w.to(tl.float32), axis=0)[None, :]  #: part
         acc += part
-    #: end
     gate, up = tl.split(tl.reshape(acc, (BLOCK_N // 2, 2)))
     if ACT == "silu":
         gate = gate / (1.0 + tl.exp(-gate))
@@ -210,7 +207,6 @@ def experts_output(
     live = m >= 0
     fits = n < N
     acc = tl.zeros((1, BLOCK_N), dtype=tl.float32)
-    #: start
     for slot in range(TOP_K):
         pair = token * TOP_K + slot
         share = tl.load(weights + pair)

@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from dsc.backends.triton.blocks import ceil_div, next_power
-from dsc.backends.triton.context import Context, Given, template
+from dsc.backends.triton.context import Context, Given
 from dsc.backends.triton.lower.cached import Cache, reader, widened
 from dsc.backends.triton.lower.contract import Product, emit_gemm
 from dsc.backends.triton.prologue import FEW, Spans, Turned
-from dsc.backends.triton.slots import Slot, Slots, written
+from dsc.backends.triton.slots import Slot, Slots
 from dsc.backends.triton.wanted import Wanted
 from dsc.ir import views
 from dsc.ir.dims import Dim, Range, free_symbols, product
@@ -102,24 +102,22 @@ def _flash(
     given |= {"HAS_SINKS": sinks is not None, **sight}
     given |= {"BLOCK_M": tile.m, "BLOCK_T": tile.n, "AHEAD": tile.ahead}
     grid = (ceil_div(s, tile.m), b * heads)
-    kernel, slots = "attention:flash_attention", Slots(prologue=pages)
+    slots = Slots(prologue=pages)
     asked = ctx.wanted.get(node.output.name)
     if asked is not None and _stores_codes(ctx, asked, sizes["E"]):
         target, group = asked.target(ctx, out), asked.rows.columns
         places = ("b * S + m", "h * E + e", f"h * (E // {group})", "BLOCK_E", ("rows", "(e < E)"))
         lines = ["x = acc.to(out.dtype.element_ty).to(tl.float32)", *target.lines(*places)]
         slots = replace(slots, epilogue=Slot("codes", {"tile": lines}, target.arguments()))
-    if slots.filled:
-        name, text = written(template("attention"), "flash_attention", slots)
-        ctx.sources.setdefault(name, text)
-        kernel, given = f"{name}:{name}", given | slots.arguments
     window = sight["WINDOW"]
     pairs = _seen(s, t) if causal or lengths is not None else s * t
     pairs = s * window if isinstance(window, int) and 0 < window < ctx.limit(t) else pairs
     flops = 2 * product((b, heads, pairs, sum(sizes.values())))
     paged = {"k": k, "v": v} if k_rope is None else {"k_rope": k_rope}
     touched = place.touched(b, **paged)
-    ctx.launch(kernel, grid, given, tile.warps, tile.stages, flops, touched)
+    ctx.launch(
+        "attention:flash_attention", grid, given, tile.warps, tile.stages, flops, touched, slots
+    )
 
 
 def _seen(queries: Dim, rows: Dim) -> Dim:
@@ -178,15 +176,12 @@ def latent_attention(ctx: Context, node: Node) -> None:
     given |= {"H": heads, "R": r, "BLOCK_R": max(16, next_power(r)), **blocks}
     given |= {"BLOCK_H": tile.m, "BLOCK_T": tile.n}
     grid = (b * s, head_tiles, spans)
-    kernel = "latent:latent_attention"
-    if slots.filled:
-        name, text = written(template("latent"), "latent_attention", slots)
-        ctx.sources.setdefault(name, text)
-        kernel, given = f"{name}:{name}", given | slots.arguments
     flops = 2 * product((b, heads, _seen(s, t), 2 * c + r))
     scales = values.arguments.get("scales")
     touched = place.touched(b, latent=latent, rope=rope, scales=scales)
-    ctx.launch(kernel, grid, given, tile.warps, tile.stages, flops, touched)
+    ctx.launch(
+        "latent:latent_attention", grid, given, tile.warps, tile.stages, flops, touched, slots
+    )
     if partial is None or lse is None:
         return
 

@@ -10,8 +10,8 @@ from dataclasses import dataclass, replace
 
 from dsc.backends.triton.blocks import Tile, ceil_div, next_power
 from dsc.backends.triton.coded_cache import parts_of, to_numbers
-from dsc.backends.triton.context import Context, Given, template
-from dsc.backends.triton.slots import PLAIN, Slot, Slots, written
+from dsc.backends.triton.context import Context, Given
+from dsc.backends.triton.slots import PLAIN, Slot, Slots
 from dsc.ir.dims import Dim, product
 from dsc.ir.graph import Node
 from dsc.ir.paging import BLOCK_TABLE, cached_rows, rows_of_page
@@ -101,14 +101,13 @@ def widened(
     b, t, width = lengths.shape[0], place.rows, cache.shape[2]
     made = ctx.make(TensorType(dtype, (b, t, width)))
     slots = Slots(prologue=place.slot(held="fresh"), loader=values)
-    name, text = written(template("coded_cache"), "widen_rows", slots)
-    ctx.sources.setdefault(name, text)
     padded = next_power(int(width))  # type: ignore[arg-type]
     tile = ctx.blocks.rows(ctx.limit(t), padded)
     rows = min(tile.rows, place.page) if place.page else tile.rows
     given: dict[str, Given] = {"latent": codes, "lengths": lengths, "out": made, "T": t}
     given |= {"new_rows": new_rows, "l_batch": place.batch(codes), "l_row": codes.strides[1]}
-    given |= {"C": width, "BLOCK_C": padded, "BLOCK_T": rows, **slots.arguments}
+    given |= {"C": width, "BLOCK_C": padded, "BLOCK_T": rows}
     touched = place.touched(b, latent=codes, scales=values.arguments.get("scales"))
-    ctx.launch(f"{name}:{name}", (ceil_div(t, rows), b), given, tile.warps, touched=touched)
+    grid = (ceil_div(t, rows), b)
+    ctx.launch("coded_cache:widen_rows", grid, given, tile.warps, touched=touched, slots=slots)
     return made

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from dsc.backends.triton.blocks import RowTile, Tile, ceil_div, next_power
+from dsc.backends.triton.blocks import Tile, ceil_div, next_power
 from dsc.backends.triton.coded_rows import RowCodes
 from dsc.backends.triton.codes import einsum_axes, loader
-from dsc.backends.triton.context import Context, Gather, Given, template
+from dsc.backends.triton.context import Context, Gather, Given
 from dsc.backends.triton.prologue import Normed, Spans
-from dsc.backends.triton.slots import ALL_PLAIN, PLAIN, Slot, Slots, written
+from dsc.backends.triton.slots import ALL_PLAIN, PLAIN, Slot, Slots
 from dsc.backends.triton.wanted import Wanted
 from dsc.ir import views
 from dsc.ir.dims import Dim, product
@@ -76,7 +76,8 @@ def emit_gemm(
     given |= {"BLOCK_M": tile.m, "BLOCK_N": tile.n, "BLOCK_K": tile.k}
     given["GROUP_M"] = 8 if rows > 2 * tile.m else 0
     grid = (ceil_div(m, tile.m) * ceil_div(n, tile.n), z)
-    launch_product(ctx, "gemm:gemm", slots, grid, given, tile, 2 * product((z, m, n, k)))
+    flops = 2 * product((z, m, n, k))
+    ctx.launch("gemm:gemm", grid, given, tile.warps, tile.stages, flops, slots=slots)
 
 
 def in_codes(
@@ -104,25 +105,6 @@ def in_codes(
         x, scales = rows.made(ctx, x)
     loads, sums = rows.slots(codes, scales, row)
     return x, codes.codes, replace(slots, loader=loads, sum=sums)
-
-
-def launch_product(
-    ctx: Context,
-    kernel: str,
-    slots: Slots,
-    grid: tuple[Dim, ...],
-    given: dict[str, Given],
-    tile: Tile | RowTile,
-    flops: Dim = 0,
-) -> None:
-    """Launch a product: the template's own text, or one that is written for what slots say."""
-    if slots.filled:
-        module, function = kernel.split(":")
-        name, text = written(template(module), function, slots)
-        ctx.sources.setdefault(name, text)
-        kernel = f"{name}:{name}"
-    stages = tile.stages if isinstance(tile, Tile) else 1
-    ctx.launch(kernel, grid, given | slots.arguments, tile.warps, stages, flops)
 
 
 def as_codes(
@@ -356,7 +338,8 @@ def emit_grouped(
     given["GATHER"] = order is not None
     given |= {"BLOCK_M": tile.m, "BLOCK_N": tile.n, "BLOCK_K": tile.k}
     grid = (tiles, ceil_div(n, tile.n))
-    launch_product(ctx, "gemm:grouped_gemm", slots, grid, given, tile, 2 * rows * n * k)
+    flops = 2 * rows * n * k
+    ctx.launch("gemm:grouped_gemm", grid, given, tile.warps, tile.stages, flops, slots=slots)
 
 
 def router_logits(ctx: Context, x: Operand, weight: View) -> View:

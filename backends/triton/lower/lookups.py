@@ -5,7 +5,6 @@ from __future__ import annotations
 from dsc.backends.triton.blocks import DOT_MINIMUM, Tile, ceil_div, next_power
 from dsc.backends.triton.codes import loader
 from dsc.backends.triton.context import Context, Given
-from dsc.backends.triton.lower.contract import launch_product
 from dsc.backends.triton.lower.moe import take_rows
 from dsc.backends.triton.slots import Slot, Slots
 from dsc.ir import views
@@ -77,7 +76,7 @@ def embedding(ctx: Context, node: Node) -> None:
         "N": count, "K": width, "BLOCK_N": tile.n, "BLOCK_K": tile.k,
     }  # fmt: skip
     grid = (ceil_div(rows, tile.n), ceil_div(width, tile.k))
-    launch_product(ctx, "lookups:take_coded", slots, grid, given, tile)
+    ctx.launch("lookups:take_coded", grid, given, tile.warps, slots=slots)
 
 
 def select_rows(ctx: Context, node: Node) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dsc.backends.triton.blocks import ceil_div, next_power
 from dsc.backends.triton.coded_rows import RowCodes
 from dsc.backends.triton.context import Context, Gather, Given
-from dsc.backends.triton.lower.contract import in_codes, launch_product, router_logits
+from dsc.backends.triton.lower.contract import in_codes, router_logits
 from dsc.backends.triton.rows import elementwise
 from dsc.backends.triton.slots import ALL_PLAIN, PLAIN, Slot, Slots
 from dsc.ir.dims import Dim, product
@@ -93,7 +93,7 @@ def emit_experts(
     given |= {"BLOCK_N": 2 * tile.n, "BLOCK_K": tile.k}
     grid = (pairs, ceil_div(inner, tile.n))
     flops = 4 * pairs * inner * width
-    launch_product(ctx, "moe:experts_hidden", slots_of, grid, given, tile, flops)
+    ctx.launch("moe:experts_hidden", grid, given, tile.warps, flops=flops, slots=slots_of)
     tile = ctx.blocks.gemv(width, inner, down.dtype.bits)
     tile = tile if rows is None else rows.tile(tile)
     _, codes, slots_of = in_codes(ctx, hidden, down, tile, Slots(epilogue=epilogue), rows=rows)
@@ -102,7 +102,7 @@ def emit_experts(
     given |= dict(zip(("c_m", "c_n"), out_strides, strict=True))
     given |= {"BLOCK_N": tile.n, "BLOCK_K": tile.k}
     grid = (product(index.shape[:-1]), ceil_div(width, tile.n))
-    launch_product(ctx, "moe:experts_output", slots_of, grid, given, tile, flops // 2)
+    ctx.launch("moe:experts_output", grid, given, tile.warps, flops=flops // 2, slots=slots_of)
 
 
 def dispatch(ctx: Context, node: Node) -> None:
@@ -150,7 +150,7 @@ def emit_combine(
     given |= dict(zip(("c_m", "c_n"), out_strides, strict=True))
     given |= {"BLOCK_D": tile.columns, "BLOCK_ROWS": tile.rows}
     grid = (ceil_div(rows, tile.rows), ceil_div(width, tile.columns))
-    launch_product(ctx, "moe:combine_rows", Slots(epilogue=epilogue), grid, given, tile)
+    ctx.launch("moe:combine_rows", grid, given, tile.warps, slots=Slots(epilogue=epilogue))
 
 
 def _inverse(ctx: Context, order: View) -> View:
