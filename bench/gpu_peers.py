@@ -152,7 +152,7 @@ def _by_flex(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Callable[[], 
 
 
 def _block() -> Figures:
-    """transformers' attention block of V3 by torch.compile: a prompt, and a step after one."""
+    """transformers' attention block of V3 by torch.compile: a prompt of `CONTEXT` tokens."""
     from transformers import DeepseekV3Config
     from transformers.models.deepseek_v3 import modeling_deepseek_v3 as stock
 
@@ -162,14 +162,10 @@ def _block() -> Figures:
         block = stock.DeepseekV3Attention(config, 0).to(torch.bfloat16).eval()
         rotary = stock.DeepseekV3RotaryEmbedding(config)
     compiled: Any = torch.compile(block)
-    found = {}
-    for name, new in (("prompt of 4096", CONTEXT),):
-        x = _random(1, new, HIDDEN)
-        places = torch.arange(new, device="cuda")[None]
+    x, places = _random(1, CONTEXT, HIDDEN), torch.arange(CONTEXT, device="cuda")[None]
 
-        def step(x: torch.Tensor = x, places: torch.Tensor = places) -> object:
-            with torch.no_grad():
-                return compiled(x, rotary(x, places), None)
+    def step() -> object:
+        with torch.no_grad():
+            return compiled(x, rotary(x, places), None)
 
-        found[name] = _figures(seconds(step))
-    return found
+    return {f"prompt of {CONTEXT}": _figures(seconds(step))}

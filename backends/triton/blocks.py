@@ -202,7 +202,8 @@ class Blocks:
     def splits(self, programs: int, tokens: int) -> int:
         """Spans that a cache of up to `tokens` rows is cut into, for `programs` other programs.
 
-        Two for each multiprocessor, and none below the rows of a tile.
+        256 programs in all, which is two for each of an NVIDIA card's multiprocessors and one of an
+        AMD card's, and no span below the rows of a tile.
         """
         if self.interprets:
             return 1

@@ -1,8 +1,8 @@
 """The compiling process: `python -m dsc.backends.triton.compile_worker < request.json`.
 
-The request names kernels (as in `launches.json`), one target, the folder of kernel sources and the
-folder for binaries. Each kernel answers with one line of JSON on standard output: what was compiled
-and what it uses, or the error. No GPU and no driver is asked for anything.
+The request has kernels (as the `meta` of plan.json), one target, the folder of kernel sources and
+the folder for binaries. Each kernel answers with one line of JSON on standard output: what was
+compiled and what it uses, or the error. No GPU and no driver is asked for anything.
 """
 
 from __future__ import annotations

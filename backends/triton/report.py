@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from dsc.backends.triton.devices import ARCHS, CARDS, LAUNCH_SECONDS
+from dsc.backends.triton.launch import runnable
 from dsc.backends.triton.modelled import by_kernel, modelled_step, occupancy
 from dsc.ir.program import Program
 from dsc.runtime.launch_costs import step_costs
@@ -24,7 +25,7 @@ def kernel_report(folder: Path, program: Program) -> dict[str, Any]:
     """The report of the backend's folder in an artifact, as JSON values.
 
     `kernels` are by target, `steps` by card: of each target that was compiled for, at sizes that
-    the artifact takes.
+    the artifact takes, as `decode` and `prefill` run them: no token is chosen on the device.
     """
     kernels: list[dict[str, Any]] = []
     steps: list[dict[str, Any]] = []
@@ -32,7 +33,7 @@ def kernel_report(folder: Path, program: Program) -> dict[str, Any]:
     for path in sorted(folder.glob("*/kernels.json")):
         arch = path.parent.name
         records = json.loads(path.read_text())
-        plan = Plan.from_json((path.parent / "plan.json").read_bytes())
+        plan = runnable(Plan.from_json((path.parent / "plan.json").read_bytes())).plan()
         found = [by_kernel(step_costs(program, plan, *point)) for point in points.values()]
         for key, record in records.items():
             sums = {

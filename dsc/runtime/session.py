@@ -314,12 +314,13 @@ class Session:
         steps: int,
         choice: Choice = LIKELIEST,
         keys: Sequence[int] | None = None,
-        drawn: int | Sequence[int] = 0,
+        drawn: int | Sequence[int] | None = None,
     ) -> Any:
         """Continue all sequences by `steps` tokens each, chosen from their logits: ids [B, steps].
 
         What follows is as if `decode` had been given each. `keys` are those of the sequences' draws
-        (`dsc.ir.choosing.key_of`), of which `drawn` were made before, of all or of each. On a GPU
+        (`dsc.ir.choosing.key_of`), of which `drawn` were made before, of all or of each: where that
+        is not given, as many as each has tokens, so that no call repeats another's draws. On a GPU
         tokens are chosen there, and the host waits once. Raises `UsageError`.
         """
         if not self._active:
@@ -328,6 +329,7 @@ class Session:
         keys = [key_of(0, each.id) for each in self._active] if keys is None else list(keys)
         if len(keys) != len(self._active):
             raise UsageError(f"{len(keys)} keys for {len(self._active)} sequences")
+        drawn = self.lengths if drawn is None else drawn
         made = [drawn] * len(keys) if isinstance(drawn, int) else list(drawn)
         first = self._chosen(choice, keys, made)
         tokens = np.broadcast_to(first[:, None], (len(first), steps))

@@ -4,15 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from bench import cards
 from dsc.backends.triton.assembly import matrix_instructions, peak_of
 from dsc.backends.triton.devices import ARCHS, CARDS, KIB, LAUNCH_SECONDS
+from dsc.backends.triton.launch import LaunchProgram
 from dsc.backends.triton.modelled import launch_seconds, occupancy
+from dsc.backends.triton.report import kernel_report
+from dsc.ir.program import Program
 from dsc.runtime.launch_costs import LaunchCost
+from dsc.runtime.plan import Plan
 from dsc.targets import KNOWN
+from tests.backends.test_triton import model as model  # the fixture
+from tests.backends.test_triton import write_artifact, write_records
 
 PTX = """
 wgmma.mma_async.sync.aligned.m64n128k32.f32.e4m3.e4m3 {%f1}, %rd1, %rd2, p, 1, 1;
@@ -89,6 +96,20 @@ def test_a_launch_takes_the_longer_of_bytes_and_flops() -> None:
     assert launch_seconds(multiplies, card, records) == pytest.approx(LAUNCH_SECONDS + 20e-3)
     slower = replace(multiplies, kernel="n")
     assert launch_seconds(slower, card, records) == pytest.approx(LAUNCH_SECONDS + 40e-3)
+
+
+def test_a_report_has_the_launches_that_a_step_makes(model: Program, tmp_path: Path) -> None:
+    """What chooses tokens on the device is no part of `decode`, which gives logits."""
+    folder = write_artifact(model, tmp_path) / "triton"
+    plan = Plan.from_json((folder / "sm_90" / "plan.json").read_bytes())
+    write_records(LaunchProgram.of(plan), folder / "sm_90")
+    report = kernel_report(folder, model)
+    (step,) = (s for s in report["steps"] if (s["card"], s["step"]) == ("H200", "decode"))
+    kernels = report["kernels"]
+    launched = {k["kernel"]: k["in"]["decode"]["launches"] for k in kernels if "decode" in k["in"]}
+    assert step["launches"] == sum(launched.values()) > 0
+    assert any(k["kernel"].startswith("sample_") for k in kernels)
+    assert not any(key.startswith("sample_") for key in launched)
 
 
 @pytest.mark.slow

@@ -91,3 +91,17 @@ def test_a_session_generates_as_far_as_its_context_goes() -> None:
     with pytest.raises(UsageError, match="2 keys for 1 sequences"):
         session.generate(1, keys=[1, 2])
     assert session.generate(17).shape == (1, 17)
+
+
+def test_a_later_call_repeats_no_draws() -> None:
+    """Two calls draw what one call for all tokens does; a number of draws that is given counts."""
+    model = dsc.compile(
+        canonical_lm(Sizes(layers=1, dense=0), 2, 40), backend="reference", max_context=30
+    )
+    sessions = [model.session(2) for _ in range(3)]
+    for session in sessions:
+        session.prefill([[1, 2, 3], [4, 5, 6]])
+    warm, (whole, parts, others) = Choice(3.0), sessions
+    found = whole.generate(8, warm)
+    assert np.array_equal(np.hstack([parts.generate(n, warm) for n in (3, 5)]), found)
+    assert not np.array_equal(others.generate(8, warm, drawn=99), found)
