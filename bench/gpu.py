@@ -39,6 +39,7 @@ from dsc.ir.dims import evaluate
 from dsc.ir.parser import parse_program
 from dsc.ir.program import Program
 from dsc.ir.types import DType, TensorType
+from dsc.runtime.costs import multiplies_fp8
 from dsc.runtime.limit import limit_seconds, step_work, working_set
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -206,7 +207,7 @@ def _step(
         statistics.median(e.seconds for e in events) for events in each if "attn" in events[0].loc
     )
     work = step_work(program, batch, new, context)
-    peak = speeds["fp8"] if "f8e4m3" in str(program.weight_types().values()) else speeds["bf16"]
+    peak = speeds["fp8" if multiplies_fp8(program) else "bf16"]
     floor = limit_seconds(work, speeds["copy"], peak)
     return {
         "batch": batch,

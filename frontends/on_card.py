@@ -41,7 +41,10 @@ def reason_on_card(tensors: Sequence[Tensor], backend: str | None) -> str:
         return f"its inputs are on several devices: {', '.join(sorted(map(str, devices)))}"
     if backend not in (None, BACKEND_OF_CARDS):
         return f"its inputs are on a GPU, and the {backend} backend runs on the CPU"
-    target = target_of(devices.pop())
+    device = devices.pop()
+    if device.index:
+        return f"its inputs are on {device}, and kernels run on the first GPU that is visible alone"
+    target = target_of(device)
     if target.partition(":")[2] not in KNOWN["cuda"]:
         return f"its inputs are on a GPU of the kind {target}, for which dsc makes no code"
     return ""

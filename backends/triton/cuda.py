@@ -161,6 +161,11 @@ class CudaExecutable(Admitted):
         with self._lock:
             return self._run(graph, inputs, env)
 
+    @property
+    def device(self) -> str:
+        """The device, as a target has it."""
+        return f"{self._driver.kind}:{self._driver.arch}"
+
     def copy_speed(self) -> float:
         """Bytes a second that the device copies, read and written."""
         with self._lock:

@@ -106,6 +106,7 @@ class Probes:
 @contextmanager
 def probes(compiled: Any, threads: int, size: int) -> Iterator[Probes]:
     """Those of the device that runs the model where it reads its own speed, else of processors."""
+    from dsc.runtime.costs import multiplies_fp8
     from dsc.runtime.executable import ReadsSpeed
     from dsc.runtime.probes import MatrixProbe, ReadProbe, coded_speed
     from dsc.verification import compute_dtype
@@ -118,7 +119,7 @@ def probes(compiled: Any, threads: int, size: int) -> Iterator[Probes]:
             partial(own.product_speed, kind),
             partial(own.product_speed, "int8"),
         )
-        yield Probes(*made, size, kind, compiled.targets[0])
+        yield Probes(*made, size, kind, own.device)
         return
     with ReadProbe(threads, size) as read, MatrixProbe(threads, dtype=dtype) as product:
         yield Probes(read, product, partial(coded_speed, threads, dtype), read.size, product.dtype)
@@ -137,20 +138,23 @@ def read_speed(compiled: Any, threads: int, size: int) -> Iterator[Callable[[], 
         yield read
 
 
-def device_machine(compiled: Any, size: int, coded: bool) -> Machine:
-    """The speed of the device that runs a model, as it reads it itself."""
-    from dsc.runtime.probes import Machine, steadily
+def machine_of(compiled: Any, threads: int | None, size: int, coded: bool) -> Machine:
+    """The speed of what runs a model: as its device reads it itself, or a rank's part of this one.
 
-    with probes(compiled, 0, size) as found:
+    It is read over as many bytes as a step of a rank reads, `size`, or many where that is 0.
+    """
+    from dsc.runtime.executable import ReadsSpeed
+    from dsc.runtime.probes import READ_BYTES, Machine, machine, steadily
+    from dsc.verification import compute_dtype
+
+    if not isinstance(compiled.executable, ReadsSpeed):
+        count, ranks = machine_threads(threads)
+        dtype = compute_dtype(compiled.program)
+        return machine(count, ranks * size or READ_BYTES, dtype, coded).shared(ranks)
+    with probes(compiled, 0, size or READ_BYTES) as found:
         codes = found.coded() if coded else None
         speeds = steadily(found.read), steadily(found.product)
         return Machine(*speeds, 0, found.size, found.dtype, codes, found.device)
-
-
-def multiplies_fp8(program: Program) -> bool:
-    """Whether a product of a program takes its rows as codes in e4m3."""
-    rows = (node.attrs.get("activations") for g in program.entries.values() for node in g.walk())
-    return any(str(each or "").startswith("f8e4m3") for each in rows)
 
 
 def unread(compiled: Any) -> str:

@@ -65,18 +65,14 @@ def profile(
     from dsc import api
     from dsc.cli.measuring import (
         check_fits,
-        device_machine,
-        machine_threads,
+        machine_of,
         tell_stand_in,
         unread,
         vocabulary,
     )  # fmt: skip
     from dsc.cli.ranks import launch_ranks, must_launch, speaks
-    from dsc.runtime.executable import ReadsSpeed
-    from dsc.runtime.probes import READ_BYTES, machine
     from dsc.runtime.profiler import Profiler
     from dsc.runtime.stats import entry_rows, working_set
-    from dsc.verification import compute_dtype
 
     if trace is not None:
         check_writable(trace)
@@ -102,15 +98,8 @@ def profile(
             return
         if not note:
             progress("reading the machine's speed")
-            count, ranks = machine_threads(threads)
-            size = ranks * working_set(profiler.events) or READ_BYTES
             coded = any(event.coded for event in profiler.events)
-            dtype = compute_dtype(compiled.program)
-            found = (
-                device_machine(compiled, size, coded)
-                if isinstance(compiled.executable, ReadsSpeed)
-                else machine(count, size, dtype, coded).shared(ranks)
-            )
+            found = machine_of(compiled, threads, working_set(profiler.events), coded)
     if trace is not None:
         profiler.export_chrome_trace(trace)
     memory = memory_facts(compiled, profiler.events, batch)

@@ -19,7 +19,9 @@ from dsc.ir.layers import home
 from dsc.ir.limits import CAPACITY, STEP, cache_sizes
 from dsc.ir.op import traits_of
 from dsc.ir.paging import page_rows
+from dsc.ir.program import Program
 from dsc.ir.traits import Role
+from dsc.ir.types import DType
 from dsc.runtime.profiler import EntryRun, Event, Spent
 
 CODES = "i8"
@@ -165,6 +167,12 @@ def multiplies_codes(node: Node) -> bool:
     """Whether what a node is, or holds, multiplies rows in 8-bit integers with codes."""
     inside = node.body.nodes if node.body is not None else (node,)
     return any(str(each.attrs.get("activations", "")).startswith(CODES) for each in inside)
+
+
+def multiplies_fp8(program: Program) -> bool:
+    """Whether a product of a program takes its rows as codes in e4m3."""
+    rows = (node.attrs.get("activations") for g in program.entries.values() for node in g.walk())
+    return any(str(each or "").startswith(str(DType.f8e4m3)) for each in rows)
 
 
 def _cache_bytes(graph: Graph, node: Node, sizes: Sizes) -> tuple[int, int]:

@@ -140,6 +140,11 @@ class Continues(Protocol):
 class ReadsSpeed(Protocol):
     """An executable that reads how fast its own device is."""
 
+    @property
+    def device(self) -> str:
+        """What the device is, as a target has it: `cuda:sm_90`."""
+        ...
+
     def copy_speed(self) -> float:
         """Bytes a second that it copies, read and written."""
         ...

@@ -96,7 +96,8 @@ costs = launch_costs(program.entries["decode"], lowered, sizes, [0])
 told = [(e.kernel, e.bytes, e.flops) for e in steps]
 assert told == [(c.kernel, c.bytes, c.flops) for c in costs]
 assert sum(e.stored for e in steps) > 0
-compiled = SimpleNamespace(executable=executable, program=program, targets=["cuda:sm_90"])
+targets = ["cuda:sm_80", "cuda:sm_90"]
+compiled = SimpleNamespace(executable=executable, program=program, targets=targets)
 with probes(compiled, 1, 10) as found:
     read, product, coded = found.read(), found.product(), found.coded()
 assert found.device == "cuda:sm_90"

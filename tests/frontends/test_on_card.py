@@ -101,6 +101,7 @@ def test_which_graphs_are_compiled_for_a_card(monkeypatch: pytest.MonkeyPatch) -
     assert "the tvm backend runs on the CPU" in on_card.reason_on_card([here], "tvm")
     for other in (there, host):
         assert "on several devices" in on_card.reason_on_card([here, other], None)
+    assert "are on cuda:1, and kernels run on the first" in on_card.reason_on_card([there], None)
     monkeypatch.setattr(on_card, "target_of", lambda device: "cuda:sm_70")
     assert "dsc makes no code" in on_card.reason_on_card([here], None)
     made = Options(freeze=True).on_card("cuda:sm_90")
