@@ -3,14 +3,25 @@
 Importing this package imports neither triton nor a driver. How a program becomes an artifact:
 
     lower/       each operator to launches of kernels, views without copies; regions.py says which
-                 kernel is generated for a region, or for an operator that is one alone
-    rows.py      the generator for operators along rows and chains of elements, epilogue.py for
-                 what follows a GEMM on its tiles; pointwise.py has the formulas of both
-    kernels/     the templates of all else: products, attention, experts, lookups and scans
-    blocks.py    block sizes by target, the interpreter's among them
-    compile.py   launches' kernels to cubin and hsaco, in a process of its own
+                 kernel is generated for a region, or for an operator that is one alone;
+                 context.py has the state that they share
+    kernels/     the templates: products, attention, experts, lookups, scans, sampling
+    slots.py     what stands in a template's places: prologue.py is what is done to rows before a
+                 product, codes.py and coded_rows.py read and sum codes, epilogue.py is what follows
+                 on a tile, wanted.py who stores codes for whom, coded_cache.py caches in codes
+    rows.py      the generator for operators along rows and chains of elements; pointwise.py has
+                 the formulas of both
+    blocks.py    block sizes by target, the interpreter's among them; devices.py what is known of
+                 architectures and cards
+    program.py   all entries to launches (launch.py) in a plan
+    compile.py   launches' kernels to cubin and hsaco, in a process of its own (compile_worker.py);
+                 dependent.py has them begin early
     schedule.py  launches to addresses and grids, once the shapes of a call are known
-    client.py    runs them in Triton's interpreter (any machine), cuda.py on a GPU
+    client.py    runs them in Triton's interpreter (any machine; worker.py, interpret.py), access.py
+                 with every access watched
+    cuda.py      runs them on a GPU, by driver.py or hip.py, within what memory.py counts; timer.py
+                 times them, nvtx.py names them to profilers, runner.py is run.py's part
+    report.py    what kernels take and steps could take on cards, by assembly.py and modelled.py
 """
 
 from dsc.backends.triton.backend import TritonBackend
