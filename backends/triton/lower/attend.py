@@ -161,7 +161,8 @@ def latent_attention(ctx: Context, node: Node) -> None:
     partial = lse = None
     apart = 0
     if most > 1:
-        wide, room = q.type.with_dtype(DType.f32), most * ctx.limit(s) + rows
+        wide = q.type.with_dtype(DType.f32)
+        room = most * rows if spans == most else most * ctx.limit(s) + rows
         partial = ctx.make(wide.with_shape((room, heads, c)))
         lse = ctx.make(wide.with_shape((room, heads)))
         apart = 1 if merged else 2
