@@ -268,14 +268,16 @@ def parameters(source: str, function: str) -> tuple[str, ...]:
 def access(source: str, function: str) -> Mapping[str, str]:
     """What a kernel does to what each parameter points to, from its text.
 
-    It writes where `tl.store` gets an address that the parameter is part of, and reads elsewhere.
+    It writes where `tl.store` gets an address that the parameter is part of, does both where an
+    atomic does, and reads elsewhere.
     """
     body = next(
         statement
         for statement in ast.parse(source).body
         if isinstance(statement, ast.FunctionDef) and statement.name == function
     )
-    stored, loaded = _addressed(body, "store"), _addressed(body, "load")
+    changed = _addressed(body, "atomic_")
+    stored, loaded = _addressed(body, "store") | changed, _addressed(body, "load") | changed
     return {
         a.arg: READ if a.arg not in stored else UPDATE if a.arg in loaded else WRITE
         for a in body.args.args
@@ -283,9 +285,10 @@ def access(source: str, function: str) -> Mapping[str, str]:
 
 
 def _addressed(body: ast.FunctionDef, call: str) -> set[str]:
-    """The names that addresses given to `tl.store` or `tl.load` are made of, also through others.
+    """The names that addresses given to calls of `tl` are made of, also through others.
 
-    What a load gives is no part of the address that it is added to.
+    `call` is how the calls' names begin: `store`, `load`, `atomic_`. What a load gives is no part
+    of the address that it is added to.
     """
     made: dict[str, set[str]] = {}
     found: set[str] = set()
@@ -315,7 +318,7 @@ def _names(parts: Sequence[ast.AST]) -> set[str]:
 
 
 def _is_tl(call: ast.Call, name: str) -> bool:
-    return isinstance(call.func, ast.Attribute) and call.func.attr == name
+    return isinstance(call.func, ast.Attribute) and call.func.attr.startswith(name)
 
 
 def _dense(buffer: int, type: TensorType) -> View:

@@ -125,6 +125,7 @@ def test_what_a_kernel_does_to_its_pointers_is_read_off_its_text() -> None:
     text = "def f(x, y, z, n):\n at = x + n\n v = tl.load(at) + tl.load(z)\n"
     text += " at += 4\n tl.store(at, v)\n tl.store(y + tl.load(z + n), v)\n"
     assert access(text, "f") == {"x": "u", "y": "w", "z": "r", "n": "u"}
+    assert access("def f(x, y):\n tl.atomic_add(x, tl.load(y))\n", "f") == {"x": "u", "y": "r"}
 
 
 def test_equal_layers_share_kernels() -> None:
