@@ -59,8 +59,8 @@ def assumptions() -> list[str]:
         " and flops at the peak of its matrix instructions",
         "what several programs of a launch read comes from memory once; experts are chosen"
         " uniformly",
-        "kernels of steps that were measured on an H100 and an H200 took 1.0 to 1.1 times as long"
-        " in decode, and 1.2 to 1.45 times in prefill",
+        "kernels of steps that were measured on an H100 and an H200 took 0.94 to 1.01 times as long"
+        " in decode, and 1.2 to 1.4 times in prefill",
         *(
             f"{name} ({card.arch}, {card.units} units): copy {card.bandwidth / 1e12:.2f} TB/s, "
             + ", ".join(f"{k} {card.peak(k) / 1e12:.0f} T/s" for k in card.matrix)
