@@ -202,12 +202,11 @@ class Blocks:
     def splits(self, programs: int, tokens: int) -> int:
         """Spans that a cache of up to `tokens` rows is cut into, for `programs` other programs.
 
-        256 programs in all, which is two for each of an NVIDIA card's multiprocessors and one of an
-        AMD card's, and no span below the rows of a tile.
+        `FILLED` programs in all, and no span below the rows of a tile.
         """
         if self.interprets:
             return 1
-        wanted = max(1, 256 // max(programs, 1))
+        wanted = max(1, FILLED // max(programs, 1))
         return max(1, min(wanted, tokens // 64, 128))
 
     def merge(self, spans: int, columns: int) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,23 @@ def test_the_command_measures_steps_and_says_what_it_could_not(
     share = step["floor_bytes"] / 4e12 / (step["kernels_ms"] / 1e3)
     assert step["of copy speed"] == pytest.approx(share, abs=1e-3)
     assert found["target"] == "cuda:sm_90"
+
+
+def test_the_sanitizer_sees_the_smallest_model_and_ends_in_time(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tool, large = tmp_path / "tool", 'program "p" {stage=LOWERED}\nweights {\n'
+    tool.write_text('#!/bin/sh\ncase $2 in racecheck) exec sleep 9;; esac\necho SUMMARY "$7"\n')
+    tool.chmod(0o755)
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "program.dsc").write_text(
+        f'{large}  @w : f32[99999,99999] = source "w" : f32[99999,99999]\n}}\n'
+    )
+    (tmp_path / "b").symlink_to(folder / "tiny")
+    monkeypatch.setattr("shutil.which", lambda name: str(tool))
+    found = gpu._sanitizer(tmp_path, ["a", "b"], time.perf_counter() + 2)
+    assert found["memcheck"] == {"status": 0, "told": [f"SUMMARY {tmp_path / 'b'}"]}
+    assert found["racecheck"] == {"left out": "it was not done in time"}
 
 
 def test_more_than_is_carried_to_a_card_is_refused(tmp_path: Path) -> None:
