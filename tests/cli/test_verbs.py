@@ -92,7 +92,7 @@ def test_compile_json_shares_standard_output_with_nothing(api: FakeApi, invoke: 
 def test_export_asks_for_onnx(api: FakeApi, invoke: Invoke, tmp_path: Path) -> None:
     assert invoke("export", "m.py", "--opset", "24", "-o", str(tmp_path / "o")).exit_code == 0
     assert api.asked[0]["backend"] == "onnxruntime"
-    assert api.asked[0]["backend_options"] == {"opset": 24}
+    assert api.asked[0]["backend_options"] == {"opset": 24, "indices": False}
 
 
 def test_bench_measures_both_phases(api: FakeApi, invoke: Invoke, artifact: Path) -> None:
