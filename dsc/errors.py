@@ -9,6 +9,7 @@ needed to reproduce it.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 
 def printable(text: str) -> str:
@@ -71,6 +72,14 @@ class DscError(Exception):
 
 class UsageError(DscError):
     """An argument that cannot be right: an unknown name, a missing file, contradicting options."""
+
+
+class NoNumbers(UsageError):
+    """Logits that give no token; `ids` [B, n] are those that a call had chosen before."""
+
+    def __init__(self, what: str, ids: Any) -> None:
+        super().__init__(what)
+        self.ids = ids
 
 
 class FileError(DscError):

@@ -14,7 +14,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 
-from dsc.errors import ArtifactError, UsageError
+from dsc.errors import ArtifactError, NoNumbers, UsageError
 from dsc.ir.choosing import Choice
 from dsc.sampling import Pick, Picker, Sampling
 
@@ -59,7 +59,7 @@ class Chooses(Steps, Protocol):
     def generate(
         self, steps: int, choice: Choice, keys: Sequence[int], drawn: Sequence[int]
     ) -> Any:
-        """Continue all sequences by so many tokens; ids [B, steps]."""
+        """Continue all sequences by so many tokens; ids [B, steps]. Raises `NoNumbers`."""
         ...
 
 
@@ -174,7 +174,7 @@ class Answer:
         Raises `ArtifactError` for logits that are no numbers.
         """
         scores = np.asarray(logits, dtype=np.float32)
-        if not np.isfinite(scores).all():
+        if not _numbers(scores):
             raise _no_numbers(len(self._tokens))
         return self.given(self.pick(scores, self._tokens, self.ids))
 
@@ -282,11 +282,14 @@ def continue_all(
 def _same_choice(
     session: Chooses, answers: Sequence[Answer], running: Mapping[int, int]
 ) -> Choice | None:
-    """How all running answers choose, where the session does it and logits alone decide."""
+    """How all running answers choose, where the session does it and logits alone decide.
+
+    Where these are not all numbers it is nothing for a session: who takes them says so.
+    """
     picks = [answers[index].pick for index in running.values()]
     choices = {pick.choice if isinstance(pick, Picker) else None for pick in picks}
     alike = session.chooses and len(choices) == 1 and running.keys() == {*session.sequences}
-    return choices.pop() if alike else None
+    return choices.pop() if alike and all(map(_numbers, map(session.logits, running))) else None
 
 
 def _continued(
@@ -298,16 +301,17 @@ def _continued(
 ) -> Iterator[tuple[int, str]]:
     """Continue all running answers by some tokens that the session chooses.
 
-    What comes behind an end is dropped with its sequence.
+    What comes behind an end is dropped with its sequence. Where a step gives no numbers those
+    before it are taken, and its logits are left to whom they concern.
     """
     mine = [answers[running[sequence]] for sequence in session.sequences]
     picks = [each.pick for each in mine if isinstance(each.pick, Picker)]
     steps = min(AHEAD, *(each.most - len(each.ids) for each in mine))
     keys, drawn = [pick.key for pick in picks], [pick.drawn for pick in picks]
-    ids = np.asarray(session.generate(steps, choice, keys, drawn))
-    for sequence in session.sequences:
-        if not np.isfinite(np.asarray(session.logits(sequence), np.float32)).all():
-            raise _no_numbers(len(answers[running[sequence]].prompt))
+    try:
+        ids = np.asarray(session.generate(steps, choice, keys, drawn))
+    except NoNumbers as found:
+        ids = np.asarray(found.ids)
     order = list(session.sequences)
     for column in ids.T.tolist():
         for sequence, token in zip(order, column, strict=True):
@@ -322,7 +326,11 @@ def _continued(
                 del running[sequence]
             yield index, text
     for pick in picks:
-        pick.drawn += steps
+        pick.drawn += ids.shape[1]
+
+
+def _numbers(logits: Any) -> bool:
+    return bool(np.isfinite(np.asarray(logits, np.float32)).all())
 
 
 def _no_numbers(tokens: int) -> ArtifactError:

@@ -20,6 +20,8 @@ Scores = NDArray[np.float32]
 Words = NDArray[np.uint64]
 LEAST = 1e-5
 """Below this temperature the likeliest token is taken."""
+NO_TOKEN = -1
+"""What stands for the token of logits whose largest is no finite number: NaN is the largest."""
 ROUNDS = 10
 _LOW = np.uint64(0xFFFFFFFF)
 _HALF = np.uint64(32)
@@ -46,7 +48,9 @@ def key_of(*seed: int) -> int:
 
 
 def chosen(logits: Scores, choice: Choice, key: int, draw: int) -> int:
-    """The token that draw number `draw` takes from logits [vocab]."""
+    """The token that draw number `draw` takes from logits [vocab], or `NO_TOKEN`."""
+    if not np.isfinite(logits.max()):
+        return NO_TOKEN
     if choice.temperature < LEAST:
         return int(logits.argmax())
     return drawn(left(logits, choice), key, draw)

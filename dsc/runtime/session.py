@@ -11,14 +11,15 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import takewhile
 from operator import is_
 from typing import Any
 
 import numpy as np
 
-from dsc.errors import UsageError
+from dsc.errors import NoNumbers, UsageError
 from dsc.ir.arrays import Array, Kind, extremes, of_kind
-from dsc.ir.choosing import Choice, chosen, key_of
+from dsc.ir.choosing import NO_TOKEN, Choice, chosen, key_of
 from dsc.ir.dims import Sym
 from dsc.ir.interface import NEW, Storage
 from dsc.ir.program import Program
@@ -321,7 +322,8 @@ class Session:
         What follows is as if `decode` had been given each. `keys` are those of the sequences' draws
         (`dsc.ir.choosing.key_of`), of which `drawn` were made before, of all or of each: where that
         is not given, as many as each has tokens, so that no call repeats another's draws. On a GPU
-        tokens are chosen there, and the host waits once. Raises `UsageError`.
+        tokens are chosen there, and the host waits once. Raises `UsageError`; `NoNumbers` where the
+        largest of a step's logits is NaN or infinite, and sequences keep the tokens up to it.
         """
         if not self._active:
             raise UsageError("generate before prefill", hint="call session.prefill(ids) first")
@@ -331,31 +333,36 @@ class Session:
             raise UsageError(f"{len(keys)} keys for {len(self._active)} sequences")
         drawn = self.lengths if drawn is None else drawn
         made = [drawn] * len(keys) if isinstance(drawn, int) else list(drawn)
-        first = self._chosen(choice, keys, made)
+        first = self._chosen(choice, keys, made, [])
         tokens = np.broadcast_to(first[:, None], (len(first), steps))
         self._check_new(tokens, None, self.lengths)
+        found = [first]
         if isinstance(self.executable, Continues) and self.chooses:
-            found = self._continued(self.executable, first, steps, choice, keys, made)
-        else:
-            chosen = [first]
-            for step in range(1, steps + 1):
-                self._append(chosen[-1][:, None], [1] * len(first), [*range(len(first))], False)
-                if step < steps:
-                    chosen.append(self._chosen(choice, keys, [n + step for n in made]))
-            found = np.stack(chosen, 1)
-        return of_kind(found, self._active[0].like)
+            found += self._continued(self.executable, first, steps, choice, keys, made)
+        for step in range(len(found), steps + 1):
+            self._append(found[-1][:, None], [1] * len(first), [*range(len(first))], False)
+            if step < steps:
+                found.append(self._chosen(choice, keys, [n + step for n in made], found))
+        return of_kind(np.stack(found[:steps], 1), self._active[0].like)
 
     @property
     def chooses(self) -> bool:
         """Whether `generate` chooses tokens where the logits are."""
         return isinstance(self.executable, Continues) and self._in_place
 
-    def _chosen(self, choice: Choice, keys: Sequence[int], draws: Sequence[int]) -> Array:
-        """The next token of each sequence by its logits. Raises `UsageError`."""
+    def _chosen(
+        self, choice: Choice, keys: Sequence[int], draws: Sequence[int], before: Sequence[Array]
+    ) -> Array:
+        """The next token of each sequence by its logits, after those of `before`."""
         rows = [np.asarray(self.logits(each.id), np.float32) for each in self._active]
-        if not all(np.isfinite(row.max()) for row in rows):
-            raise UsageError("the largest of the logits is no number (NaN, infinity)")
         found = [chosen(row, choice, *each) for row, *each in zip(rows, keys, draws, strict=True)]
+        if NO_TOKEN in found:
+            bad = self._active[found.index(NO_TOKEN)]
+            raise NoNumbers(
+                f"the largest of the logits of sequence {bad.id} after {bad.length} tokens is no"
+                " number (NaN, infinity)",
+                of_kind(np.array(before, np.int64).reshape(-1, len(rows)).T, bad.like),
+            )
         return np.array(found, np.int64)
 
     def _continued(
@@ -366,8 +373,11 @@ class Session:
         choice: Choice,
         keys: Sequence[int],
         drawn: Sequence[int],
-    ) -> Array:
-        """Steps that choose their tokens themselves, the first of them given; ids [B, steps]."""
+    ) -> list[Array]:
+        """Steps that choose their tokens themselves, the first of them given: ids [B] of each.
+
+        They end before a step whose logits give no token, which is as if it had never been.
+        """
         count, before = len(first), self.lengths
         after = [n + steps for n in before]
         rows, held = self._filled(list(range(count)), before)
@@ -389,7 +399,10 @@ class Session:
         ids, logits = executable.continued(entry, inputs, sampling, seeds, steps)
         for row, each in enumerate(self._active):
             each.length, each.logits = after[row], logits[row, 0]
-        return np.concatenate([first[:, None], ids[:count, :-1]], 1)
+        found = [*takewhile(lambda each: NO_TOKEN not in each, ids[:count].T)]
+        for row, length in enumerate(before if len(found) < steps else ()):
+            self._cut(row, length + len(found))
+        return found
 
     def _decode_named(self, next_ids: Mapping[int, int]) -> dict[int, Any]:
         if not next_ids:

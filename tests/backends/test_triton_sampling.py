@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,13 +16,16 @@ import torch
 import dsc
 from dsc.backends.base import EmitOptions
 from dsc.backends.triton import TritonBackend
-from dsc.errors import UsageError
-from dsc.ir.choosing import Choice, chosen, key_of, left
+from dsc.errors import ArtifactError, NoNumbers, UsageError
+from dsc.generation import Answer, continue_all
+from dsc.ir.choosing import NO_TOKEN, Choice, chosen, key_of, left
 from dsc.ir.graph import GraphBuilder
 from dsc.ir.program import Program
 from dsc.ir.sampled import giving_ids
 from dsc.ir.stages import Stage
 from dsc.ir.types import DType, TensorType
+from dsc.ir.weights import DictSource
+from dsc.sampling import Sampling
 from tests.backends.canonical_lm import Sizes, canonical_lm
 
 pytest.importorskip("triton")
@@ -33,12 +40,19 @@ CHOICES = [
 
 @pytest.fixture(scope="module")
 def kernel(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    with sampling(tmp_path_factory.mktemp("sample"), ROWS, VOCAB) as executable:
+        yield executable
+
+
+@contextmanager
+def sampling(folder: Path, rows: int, vocab: int) -> Iterator[Any]:
+    """An executable of the operator alone."""
     b = GraphBuilder("main")
-    shapes = ((DType.f32, (ROWS, 1, VOCAB)), (DType.f32, (ROWS, 4)), (DType.i64, (ROWS, 2)))
+    shapes = ((DType.f32, (rows, 1, vocab)), (DType.f32, (rows, 4)), (DType.i64, (rows, 2)))
     operands = [b.input(f"x{i}", TensorType(t, s)) for i, (t, s) in enumerate(shapes)]
     (ids,) = b.call("sample", *operands)
     program = Program("p", {"main": b.finish([ids])}, stage=Stage.LOWERED)
-    folder, backend = tmp_path_factory.mktemp("sample"), TritonBackend()
+    backend = TritonBackend()
     for name, data in backend.emit(program, EmitOptions(extra={"compile": False})).files.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(data)
@@ -67,6 +81,31 @@ def test_the_kernels_draw_what_the_host_draws(kernel: Any, step: float) -> None:
     for token, row, choice in zip(wanted, logits, choices, strict=True):
         if choice.temperature >= 1e-5:
             assert left(row, choice)[token] > -np.inf
+
+
+def test_logits_that_give_no_token_give_minus_one(tmp_path: Path) -> None:
+    """In whichever part of a row NaN or infinity stands, and however tokens are chosen."""
+    vocab, choices = 17_000, [Choice(0.7, 50, 0.9)]
+    places = [(0, np.nan), (0, np.inf), *((at, np.nan) for at in (16_999, 16_383, 16_384))]
+    count = len(places) + 4
+    logits = np.random.default_rng(1).normal(0, 3, (count, vocab)).astype(np.float32)
+    for row, (at, value) in enumerate(places):
+        logits[row, at] = value
+    logits[-4], logits[-3, 1:], logits[-2, :-1] = -np.inf, -np.inf, -np.inf
+    choices += [(Choice(), Choice(1.0))[i % 2] for i in range(count - 1)]
+    seeds = [(key_of(2, i), i) for i in range(count)]
+    given = {
+        "x0": torch.tensor(logits)[:, None], "x1": torch.tensor([c.row for c in choices]),
+        "x2": torch.tensor(seeds),
+    }  # fmt: skip
+    with sampling(tmp_path, count, vocab) as executable:
+        (found,) = executable.run("main", given).values()
+    wanted = [
+        chosen(row, choice, *seed) for row, choice, seed in zip(logits, choices, seeds, strict=True)
+    ]
+    assert found[:, 0].tolist() == wanted
+    assert wanted[:-1] == [NO_TOKEN] * (len(places) + 1) + [0, vocab - 1]
+    assert wanted[-1] >= 0
 
 
 def test_ids_are_given_beside_logits_and_never_twice() -> None:
@@ -105,3 +144,80 @@ def test_a_later_call_repeats_no_draws() -> None:
     found = whole.generate(8, warm)
     assert np.array_equal(np.hstack([parts.generate(n, warm) for n in (3, 5)]), found)
     assert not np.array_equal(others.generate(8, warm, drawn=99), found)
+
+
+# --- a model with a token after which logits are no numbers ---------------------------------------
+
+WARM = Sampling(sample=True, temperature=3.0)
+PROMPTS = [[1, 2, 3], [4, 5, 6]]
+SEED = 1
+KEYS = [key_of(SEED, i) for i in range(2)]
+GOOD = 4
+"""Tokens of the first sequence with that one."""
+
+
+@cache
+def clean() -> np.ndarray[Any, Any]:
+    """What a model says that has no such token."""
+    session = compiled("reference", canonical_lm(Sizes(layers=1), 2, 60)).session(2)
+    session.prefill(np.array(PROMPTS))
+    return np.asarray(session.generate(8, WARM.choice, KEYS, 0))
+
+
+@cache
+def poisoned(backend: str) -> dsc.CompiledModel:
+    """Of the token that the first sequence says fourth, the row in the table is NaN."""
+    said, name = clean(), "model.embed_tokens.weight"
+    token = said[0, GOOD - 1]
+    assert token not in [*said[0, : GOOD - 1], *said[1], *PROMPTS[0], *PROMPTS[1]]
+    model = canonical_lm(Sizes(layers=1), 2, 60)
+    assert isinstance(model.source, DictSource)
+    table = model.source.tensors[name].clone()
+    table[token] = float("nan")
+    source = DictSource({**model.source.tensors, name: table})
+    return compiled(backend, replace(model, source=source))
+
+
+def compiled(backend: str, model: Program) -> dsc.CompiledModel:
+    more = {"compile": False} if backend == "triton" else {}
+    return dsc.compile(model, backend=backend, max_batch=2, max_context=20, backend_options=more)
+
+
+@pytest.mark.parametrize("steps", [GOOD, 8])
+@pytest.mark.parametrize("backend", ["triton", "reference"])
+def test_a_step_without_numbers_ends_the_call_on_a_device_as_on_the_host(
+    backend: str, steps: int
+) -> None:
+    """Tokens up to it are kept, its logits are there, and the other sequence goes on."""
+    session = poisoned(backend).session(2)
+    session.prefill(np.array(PROMPTS))
+    if steps == GOOD:  # nobody asks for the token after it
+        found = session.generate(steps, WARM.choice, KEYS, 0)
+    else:
+        with pytest.raises(NoNumbers, match="logits of sequence 0 after 7 tokens is no") as raised:
+            session.generate(steps, WARM.choice, KEYS, 0)
+        found = raised.value.ids
+    assert np.array_equal(found, clean()[:, :GOOD])
+    assert session.lengths == [7, 7]
+    assert np.isnan(session.logits(0)).all()
+    session.remove(0)
+    rest = session.generate(4, WARM.choice, KEYS[1:], GOOD)
+    assert np.array_equal(rest[0], clean()[1, GOOD:])
+
+
+@pytest.mark.parametrize("backend", ["triton", "reference"])
+def test_a_text_ends_with_the_step_without_numbers(backend: str) -> None:
+    """All tokens before it come; an answer that ends before it, or with it, knows nothing of it."""
+    said = clean().tolist()
+
+    def answers(most: int) -> list[Answer]:
+        return [Answer(ids, most, WARM.picker(SEED, i)) for i, ids in enumerate(PROMPTS)]
+
+    broken = answers(8)
+    with pytest.raises(ArtifactError, match="the logits after 7 tokens are not all numbers"):
+        list(continue_all(poisoned(backend).session(2), broken))
+    assert [each.ids for each in broken] == [row[:GOOD] for row in said]
+    whole = answers(GOOD)
+    whole[1].most = 8
+    list(continue_all(poisoned(backend).session(2), whole))
+    assert [each.ids for each in whole] == [said[0][:GOOD], said[1]]

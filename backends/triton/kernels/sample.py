@@ -4,6 +4,8 @@ Three kernels: what is left out of a row, the best of each part of it, the best 
 sorted: the bits of a float that are read as an integer have its order, so that the least score that
 is kept is found by halving the integers, 32 looks at a row. Looks cost a row's bytes from the
 second-level cache, and are made only where something is to be left out.
+
+A row whose largest logit is no finite number, as where one is NaN, gives -1: its parts say so.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
@@ -138,7 +140,8 @@ def sample_parts(
 ):
     """The best score of each part of a row, and whose it is; grid (rows, parts).
 
-    Where a temperature is given, scores have a Gumbel number each, of the token and the draw.
+    A part with NaN or infinity has minus infinity and the place -1. Where a temperature is
+    given, scores have a Gumbel number each, of the token and the draw.
     """
     row = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)
@@ -146,6 +149,7 @@ def sample_parts(
     v = part * BLOCK + tl.arange(0, BLOCK)
     temperature = tl.load(sampling + b * 4)
     x = tl.load(logits + row * l_row + v, mask=v < V, other=float("-inf")).to(tl.float32)
+    wrong = tl.max(((x != x) | (x == float("inf"))).to(tl.int32), axis=0) > 0
     if temperature >= LEAST:
         x = tl.div_rn(x, temperature) + 0.0
         limit = tl.load(limits + row)
@@ -162,8 +166,9 @@ def sample_parts(
         waited = tl.where(u < 2.0**-10, near, -tl.log(1.0 - u))
         x = tl.where(kept, x - tl.log(waited), float("-inf"))
     value, at = tl.max(x, axis=0, return_indices=True, return_indices_tie_break_left=True)
+    value = tl.where(wrong, float("-inf"), value)
     tl.store(best + row * tl.num_programs(1) + part, value)
-    tl.store(place + row * tl.num_programs(1) + part, part * BLOCK + at)
+    tl.store(place + row * tl.num_programs(1) + part, tl.where(wrong, -1, part * BLOCK + at))
 
 
 @triton.jit
@@ -174,9 +179,12 @@ def sample_best(
     PARTS: tl.constexpr,
     PADDED: tl.constexpr,
 ):
-    """ids i64[rows]: the token of the best part, of equals the first; grid (rows,)."""
+    """ids i64[rows]: the token of the best part, of equals the first, or -1; grid (rows,)."""
     row = tl.program_id(0).to(tl.int64)
     part = tl.arange(0, PADDED)
     value = tl.load(best + row * PARTS + part, mask=part < PARTS, other=float("-inf"))
-    _, at = tl.max(value, axis=0, return_indices=True, return_indices_tie_break_left=True)
-    tl.store(ids + row, tl.load(place + row * PARTS + at).to(tl.int64))
+    top, at = tl.max(value, axis=0, return_indices=True, return_indices_tie_break_left=True)
+    places = tl.load(place + row * PARTS + part, mask=part < PARTS, other=0)
+    found = tl.load(place + row * PARTS + at)
+    wrong = (tl.min(places, axis=0) < 0) | (top == float("-inf"))
+    tl.store(ids + row, tl.where(wrong, -1, found).to(tl.int64))

@@ -25,9 +25,9 @@ sample = op(
     "sample(logits: F[b, l, v], sampling: f32[b, 4], seeds: i64[b, 2]) -> i64[b, l]",
     Traits(Role.OTHER, Form.LOWERED, flops=nothing),
     reference=_sample,
-    doc="The token that each row of logits gives: the likeliest, or a drawn one. `sampling` has"
-    " temperature, top-k, top-p and min-p of each sequence, `seeds` its key and the number of its"
-    " first draw (`dsc.ir.choosing`).",
+    doc="The token that each row of logits gives: the likeliest, or a drawn one; -1 where one logit"
+    " is NaN or the largest infinite. `sampling` has temperature, top-k, top-p and min-p of each"
+    " sequence, `seeds` its key and the number of its first draw (`dsc.ir.choosing`).",
     example="f32[2,3,9], f32[2,4], i64[2,2]=9",
-    gives={0: Within("0", "v-1")},
+    gives={0: Within("-1", "v-1")},
 )
