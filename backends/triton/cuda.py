@@ -312,13 +312,14 @@ class CudaExecutable(Admitted):
     def read_back(self, cache: Array) -> None:
         """Copy what the device holds of a cache, or of a view of one, into the host's array."""
         owner = _owner(cache)
-        resident = self._held.caches.get(owner.ctypes.data)
-        if resident is None or resident.stale:
-            return
-        self._driver.activate()
-        offset = cache.ctypes.data - owner.ctypes.data
-        self._driver.download(cache.ctypes.data, resident.pointer + offset, cache.nbytes)
-        self._driver.synchronise()
+        with self._lock:
+            resident = self._held.caches.get(owner.ctypes.data)
+            if resident is None or resident.stale:
+                return
+            self._driver.activate()
+            offset = cache.ctypes.data - owner.ctypes.data
+            self._driver.download(cache.ctypes.data, resident.pointer + offset, cache.nbytes)
+            self._driver.synchronise()
 
     def new_cache(self, shape: tuple[int, ...], dtype: DType) -> Array:
         """An array that stands for zeros on the device, by its address; nobody reads its memory."""
@@ -346,9 +347,10 @@ class CudaExecutable(Admitted):
 
     def changed(self, cache: Array) -> None:
         """Upload the memory that a cache lies in anew, when it is next given."""
-        resident = self._held.caches.get(_owner(cache).ctypes.data)
-        if resident is not None:
-            resident.stale = True
+        with self._lock:
+            resident = self._held.caches.get(_owner(cache).ctypes.data)
+            if resident is not None:
+                resident.stale = True
 
     def close(self) -> None:
         """Give all device memory back; nothing runs after this."""

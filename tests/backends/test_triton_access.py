@@ -29,6 +29,7 @@ from dsc.runtime.plan import (
     Ref,
 )
 from tests.backends.canonical_lm import Sizes, canonical_lm
+from tests.backends.triton_coded import Case, loaded, program
 
 pytest.importorskip("triton")
 
@@ -103,3 +104,22 @@ def test_a_model_runs_by_the_plan_of_a_gpu_without_a_fault() -> None:
     model = canonical_lm(Sizes(layers=1, dense=0, dtype=DType.bf16), max_batch=2)
     options = {"quant": "fp8", "cache_format": "fp8"}
     assert faults_of("cuda:sm_90", options, model, 50, (3, 2)) == []
+
+
+def test_a_lookup_by_what_is_no_token_reads_nothing(tmp_path: Path) -> None:
+    """-1 comes back as the next token where logits gave none, and no host looks at it."""
+    tables = {"plain": "f32[9,70]", "codes": "i4{1x32,f16,i8}[9,70]"}
+    lookup = "%y = embedding %i, %w"
+    made = program(
+        {n: Case((t,), {"i": "i64[2,2]"}, lookup, "f32[2,2,70]") for n, t in tables.items()}
+    )
+    loaded(made, tmp_path).close()
+    out = tmp_path / "out"
+    traced = TracedExecutable(out / "triton", out / "weights" / "model.safetensors", made)
+    try:
+        for name in tables:
+            found, _ = traced._interpret(name, {}, {"i": np.array([[-1, 3], [9, 0]])})
+            assert traced.faults == []
+            assert (found["y"].any(-1) == [[False, True], [False, True]]).all()
+    finally:
+        traced.close()
