@@ -79,6 +79,7 @@ class NoNumbers(UsageError):
 
     def __init__(self, what: str, ids: Any) -> None:
         super().__init__(what)
+        self.args = (what, ids)
         self.ids = ids
 
 

@@ -7,7 +7,7 @@ import pickle
 import pytest
 
 from dsc import errors
-from dsc.errors import BackendUnavailable, DscError
+from dsc.errors import BackendUnavailable, DscError, NoNumbers
 
 MISTAKES = [
     kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, DscError)
@@ -41,3 +41,7 @@ def test_a_missing_backend_says_how_to_install_it() -> None:
     error = BackendUnavailable("triton is not installed", "pip install triton", where="dsc compile")
     again = pickle.loads(pickle.dumps(error))
     assert (again.hint, again.where) == ("pip install triton", "dsc compile")
+
+
+def test_logits_without_numbers_keep_the_tokens_before_them() -> None:
+    assert pickle.loads(pickle.dumps(NoNumbers("none", [[3, 4]]))).ids == [[3, 4]]
