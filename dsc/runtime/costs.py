@@ -30,7 +30,7 @@ CODES = "i8"
 
 @dataclass(frozen=True, slots=True)
 class Moved:
-    """Bytes and flops of a node at some sizes; `stored` are the bytes of weights and caches."""
+    """Bytes and flops of a node or a launch; `stored` are the bytes of weights and caches."""
 
     weights: int
     caches: int

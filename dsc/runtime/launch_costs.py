@@ -19,13 +19,13 @@ from dsc.ir.costs import step_sizes
 from dsc.ir.dims import evaluate
 from dsc.ir.graph import Graph
 from dsc.ir.program import Program
-from dsc.runtime.costs import real_sizes, weight_shares
+from dsc.runtime.costs import Moved, real_sizes, weight_shares
 from dsc.runtime.limit import distinct_experts
 from dsc.runtime.plan import INPUT, READ, UPDATE, WEIGHT, WRITE, EntryPlan, Launch, Plan
 
 
 @dataclass(frozen=True, slots=True)
-class LaunchCost:
+class LaunchCost(Moved):
     """Bytes that a launch reads of weights, reads and writes of caches, and of all else; flops.
 
     `node` is the first result of the node that it is part of.
@@ -33,23 +33,6 @@ class LaunchCost:
 
     kernel: str
     node: str
-    weights: int
-    caches: int
-    others: int
-    flops: int
-
-    @property
-    def stored(self) -> int:
-        """Bytes of weights and caches."""
-        return self.weights + self.caches
-
-    @property
-    def bytes(self) -> int:
-        """All bytes."""
-        return self.stored + self.others
-
-
-NOTHING = LaunchCost("", "", 0, 0, 0, 0)
 
 
 def step_costs(
@@ -107,20 +90,20 @@ def _cost(
     """One launch; `written` are the bytes of rows that its node writes into states."""
     read = _moved(launch, plan, at, (READ, UPDATE))
     stored = _moved(launch, plan, at, (WRITE, UPDATE))
-    weights = caches = others = 0
+    weights = caches = rest = 0
     for number, moved in read.items():
         buffer = plan.buffers[number]
         if buffer.region == WEIGHT:
             whole = evaluate(buffer.size, at) * shares.get(buffer.name, 1.0)
             weights += min(moved, round(whole))
         elif number not in states:
-            others += moved
+            rest += moved
         elif number not in stored:
             caches += moved
     caches += written if stored.keys() & states else 0
-    others += sum(moved for number, moved in stored.items() if number not in states)
+    rest += sum(moved for number, moved in stored.items() if number not in states)
     flops = evaluate(launch.flops, at)
-    return LaunchCost(launch.kernel, launch.node, weights, caches, others, flops)
+    return LaunchCost(weights, caches, rest, flops, launch.kernel, launch.node)
 
 
 def _moved(

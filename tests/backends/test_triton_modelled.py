@@ -90,8 +90,8 @@ def test_programs_on_a_unit(
 def test_a_launch_takes_the_longer_of_bytes_and_flops() -> None:
     card = replace(CARDS["H200"], copy=1e12, products={"bf16": 1e14, "fp8": 2e14})
     records: Mapping[str, Mapping[str, object]] = {"k": {"matrix": {"wgmma e4m3": 1}}, "n": {}}
-    reads = LaunchCost("k", "", 10**9, 0, 0, 1)
-    multiplies = LaunchCost("k", "", 1, 0, 0, 4 * 10**12)
+    reads = LaunchCost(10**9, 0, 0, 1, "k", "")
+    multiplies = LaunchCost(1, 0, 0, 4 * 10**12, "k", "")
     assert launch_seconds(reads, card, records) == pytest.approx(LAUNCH_SECONDS + 1e-3)
     assert launch_seconds(multiplies, card, records) == pytest.approx(LAUNCH_SECONDS + 20e-3)
     slower = replace(multiplies, kernel="n")
