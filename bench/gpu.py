@@ -33,6 +33,7 @@ import numpy as np
 import dsc
 from dsc.backends.triton.cuda import CudaExecutable
 from dsc.backends.triton.driver import Driver
+from dsc.backends.triton.memory import Memory
 from dsc.backends.triton.timer import Timer
 from dsc.ir.costs import step_sizes
 from dsc.ir.dims import evaluate
@@ -145,12 +146,14 @@ def run(folder: Path, wanted: list[str]) -> Figures:
 def _speeds(folder: Path, names: list[str], speeds: Figures) -> Figures:
     """Bytes a second of a copy, and operations a second of the matrix units, by our own probes."""
     driver = Driver()
-    timer = Timer(driver)
+    memory = Memory(driver, "bench", lambda: None)
+    timer = Timer(memory)
     place = folder / names[0] / "triton" / driver.arch
     speeds["copy"] = timer.copy_speed()
     for kind in ("bf16", "fp8", "int8"):
         speeds[kind] = timer.product_speed(place, kind)
     timer.close()
+    memory.release()
     driver.close()
     return {"arch": place.name, **{name: float(f"{x:.4g}") for name, x in speeds.items()}}
 

@@ -9,8 +9,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
 
-import numpy as np
-
 from dsc.backends.triton.compile import kernel_environment
 from dsc.backends.triton.launch import runnable, sampled
 from dsc.backends.triton.worker import INTERPRETED, read_frame, write_frame
@@ -20,8 +18,9 @@ from dsc.ir.graph import Graph
 from dsc.ir.program import Program
 from dsc.ir.sampled import IDS, LOGITS, SAMPLING, SEEDS
 from dsc.ir.types import DType
-from dsc.runtime.admission import MOVING, Admitted
-from dsc.runtime.launch_costs import NOTHING, LaunchCost, launch_costs
+from dsc.runtime.admission import Admitted, moved_on
+from dsc.runtime.costs import NOTHING, Moved
+from dsc.runtime.launch_costs import launch_costs
 from dsc.runtime.plan import EntryPlan, Plan, live_bytes
 from dsc.runtime.profiler import EntryRun, StepTime, active, lengths_of
 
@@ -72,7 +71,7 @@ class InterpretedExecutable(Admitted):
             steps, live = _steps(plan, times), live_bytes(plan, env)
             lengths = lengths_of(inputs)
 
-            def costs() -> list[LaunchCost]:
+            def costs() -> list[Moved]:
                 return [x or NOTHING for x in launch_costs(graph, plan, env, lengths)]
 
             profiler.ran(EntryRun(graph, env, lengths, lambda: steps, lambda: live, costs))
@@ -88,17 +87,16 @@ class InterpretedExecutable(Admitted):
     ) -> tuple[Array, Array]:
         """See `dsc.runtime.executable.Continues`: a run in the child process for each step."""
         env = self.admissions[entry].along(inputs, steps)
-        plan, given = self._launches.entries[sampled(entry)], dict(inputs)
+        plan = self._launches.entries[sampled(entry)]
+        given = {**inputs, SAMPLING: sampling, SEEDS: seeds}
         ids = empty((len(sampling), steps), DType.i64)
         logits = empty((), DType.f32)
         for step in range(steps):
-            more = {SAMPLING: sampling, SEEDS: seeds + np.array([0, step])}
-            outputs, _ = self._interpret(sampled(entry), env, {**given, **more})
+            outputs, _ = self._interpret(sampled(entry), env, given)
             for name, source in plan.in_place.items():
                 inputs[source][...] = outputs[name]
             ids[:, step], logits = outputs[IDS][:, 0], outputs[LOGITS]
-            given |= {name: given[name] + 1 for name in MOVING}
-            given["input_ids"] = outputs[IDS]
+            given = {**moved_on(given, 1), "input_ids": outputs[IDS]}
         return ids, logits
 
     def _interpret(

@@ -41,7 +41,7 @@ from dsc.ir.graph import Graph
 from dsc.ir.program import Program
 from dsc.ir.sampled import IDS, LOGITS, SAMPLING, SEEDS
 from dsc.ir.types import DType
-from dsc.runtime.admission import MOVING, Admitted
+from dsc.runtime.admission import Admitted, moved_on
 from dsc.runtime.executable import ArrayType
 from dsc.runtime.launch_costs import LaunchCost, launch_costs
 from dsc.runtime.plan import ARENA, WEIGHT, EntryPlan, Plan
@@ -91,16 +91,17 @@ class Held:
 
     driver: Driver
     name: str
-    timer: Timer
     pools: dict[str, tuple[int, int]] = field(default_factory=dict)
     caches: dict[int, Resident] = field(default_factory=dict)
     memory: Memory = field(init=False)
+    timer: Timer = field(init=False)
     schedules: dict[Key, Schedule] = field(default_factory=dict)
     replays: dict[Key, Replay] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Count what is allocated, with what all others hold."""
         self.memory = Memory(self.driver, self.name, self.reclaim)
+        self.timer = Timer(self.memory)
 
     def reclaim(self) -> None:
         """Give the memory of caches back that are gone."""
@@ -117,7 +118,9 @@ class Held:
         for replay in self.replays.values():
             replay.forget(self.driver)
         self.timer.close()
-        self.memory.release()
+        with LOCK:  # who reclaims meanwhile frees nothing twice
+            self.memory.release()
+            self.caches.clear()
         self.driver.close()
 
 
@@ -145,8 +148,7 @@ class CudaExecutable(Admitted):
         super().__init__(program)
         self._lock = threading.Lock()
         self._functions = _load_functions(self._driver, folder)
-        self._folder, self._timer = folder, Timer(self._driver)
-        self._held = Held(self._driver, program.name, self._timer)
+        self._folder, self._held = folder, Held(self._driver, program.name)
         base, places = _upload_weights(self._driver, self._held.memory, weights)
         uploaded = {name: base + offset for name, offset in places.items()}
         self._weights = placed if placed is not None else uploaded
@@ -170,13 +172,13 @@ class CudaExecutable(Admitted):
         """Bytes a second that the device copies, read and written."""
         with self._lock:
             self._driver.activate()
-            return self._timer.copy_speed()
+            return self._held.timer.copy_speed()
 
     def product_speed(self, kind: str) -> float:
         """Operations a second of the device's matrix units: `bf16`, `fp8`, `int8`."""
         with self._lock:
             self._driver.activate()
-            return self._timer.product_speed(self._folder, kind)
+            return self._held.timer.product_speed(self._folder, kind)
 
     def continued(
         self,
@@ -236,7 +238,7 @@ class CudaExecutable(Admitted):
         spans = None
         if profiler is not None:
             schedule = self._schedule((entry, *env.items()), lowered, env)
-            spans = self._timer.spans(self._prepare(lowered, schedule, addresses))
+            spans = self._held.timer.spans(self._prepare(lowered, schedule, addresses))
         elif self._ranges is not None:
             schedule = self._schedule((entry, *env.items()), lowered, env)
             ran = [x for x in lowered.launches if 0 not in (evaluate(d, env) for d in x.grid)]
@@ -260,10 +262,8 @@ class CudaExecutable(Admitted):
         driver.activate()
         content, places = _packed(lowered, inputs)
         rows = np.tile(content, (steps, 1))
-        for step in range(1, steps):  # what the host knows of it: all but the tokens
-            moved = {name: inputs[name] + step for name in MOVING}
-            moved[SEEDS] = inputs[SEEDS] + np.array([0, step])
-            rows[step] = _packed(lowered, {**inputs, **moved})[0]
+        for step in range(1, steps):
+            rows[step] = _packed(lowered, moved_on(inputs, step))[0]
         addresses, results = self._addresses(entry, lowered, inputs, places, env)
         given, ahead = self._held.pools[INPUTS][0], self._pool("ahead", rows.nbytes)
         driver.upload(ahead, rows.ctypes.data, rows.nbytes)

@@ -20,8 +20,10 @@ import numpy as np
 
 from dsc.backends.triton.blocks import Blocks
 from dsc.backends.triton.devices import CARDS
-from dsc.backends.triton.driver import Driver, ReadyLaunch
+from dsc.backends.triton.driver import ReadyLaunch
 from dsc.backends.triton.launch import POINTER_TYPES, Kernel
+from dsc.backends.triton.memory import Memory
+from dsc.errors import MemoryLimitError
 from dsc.ir.types import DType
 from dsc.targets import Target
 
@@ -54,10 +56,10 @@ def probe_kernels(target: Target) -> dict[str, Kernel]:
 
 
 class Timer:
-    """Events and buffers of a driver's stream."""
+    """Events and buffers of a driver's stream; buffers are counted in `memory`."""
 
-    def __init__(self, driver: Driver) -> None:
-        self.driver = driver
+    def __init__(self, memory: Memory) -> None:
+        self.memory, self.driver = memory, memory.driver
         self._events: list[ctypes.c_void_p] = []
         self._fill = 0
 
@@ -66,7 +68,7 @@ class Timer:
         for event in self._events:
             self.driver._check("cuEventDestroy_v2", event)
         if self._fill:
-            self.driver.free(self._fill)
+            self.memory.free(self._fill)
         self._events, self._fill = [], 0
 
     @property
@@ -105,22 +107,23 @@ class Timer:
     def copy_speed(self, size: int = COPY_BYTES) -> float:
         """Bytes a second, read and written, of a copy of `size` bytes, or of half where no room is.
 
-        Raises `RuntimeError` where there is room for nothing.
+        Raises `MemoryLimitError` where there is room for nothing.
         """
         buffers: list[int] = []
         try:
-            buffers += [self.driver.allocate(size), self.driver.allocate(size)]
+            for what in ("what is copied", "a copy"):
+                buffers.append(self.memory.allocate(size, what))
             times = [
                 self.seconds(lambda: self.driver.copy(buffers[0], buffers[1], size))
                 for _ in range(ROUNDS + 1)
             ]
-        except RuntimeError:
+        except MemoryLimitError:
             if size < FILL_BYTES:
                 raise
             return self.copy_speed(size // 2)
         finally:
             for pointer in buffers:
-                self.driver.free(pointer)
+                self.memory.free(pointer)
         return 2 * size / median(times[1:])
 
     def product_speed(self, folder: Path, kind: str) -> float:
@@ -139,7 +142,8 @@ class Timer:
         itemsize = KINDS[kind].itemsize
         ones = np.full(128 * 64, ONES[kind], f"u{itemsize}")
         sums = np.zeros(programs, np.float32)
-        a, out = self.driver.allocate(ones.nbytes), self.driver.allocate(sums.nbytes)
+        a = self.memory.allocate(ones.nbytes, "a product")
+        out = self.memory.allocate(sums.nbytes, "its sums")
         try:
             self.driver.upload(a, ones.ctypes.data, ones.nbytes)
             arguments = [ctypes.c_uint64(a), ctypes.c_uint64(out), ctypes.c_int32(TURNS)]
@@ -148,8 +152,8 @@ class Timer:
             self.driver.download(sums.ctypes.data, out, sums.nbytes)
             self.driver.synchronise()
         finally:
-            self.driver.free(a)
-            self.driver.free(out)
+            self.memory.free(a)
+            self.memory.free(out)
         self._check_sums(sums)
         return programs * TURNS * FLOPS / median(times[1:])
 
@@ -159,7 +163,7 @@ class Timer:
 
     def _ahead(self, launches: int) -> None:
         """Queue what lasts as long as queueing so many launches takes."""
-        self._fill = self._fill or self.driver.allocate(FILL_BYTES)
+        self._fill = self._fill or self.memory.allocate(FILL_BYTES, "a fill")
         for _ in range(1 + launches // QUEUED_PER_FILL):
             self.driver.clear(self._fill, FILL_BYTES)
 

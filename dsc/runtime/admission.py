@@ -21,6 +21,7 @@ from dsc.ir.index_ranges import Computed, PageDemand, Span, index_name, index_ra
 from dsc.ir.interpreter import Intercept, Interpreter, bind_symbols, symbol_places
 from dsc.ir.limits import OPTIONS
 from dsc.ir.program import Program, is_causal_step
+from dsc.ir.sampled import SEEDS
 from dsc.runtime.executable import Call, Executable
 
 if TYPE_CHECKING:
@@ -28,6 +29,15 @@ if TYPE_CHECKING:
 
 MOVING = ("positions", "lengths")
 """Inputs of a causal language model that each step of one token moves on by one."""
+
+
+def moved_on(inputs: Mapping[str, Array], steps: int) -> dict[str, Array]:
+    """Inputs of an entry that chooses tokens, `steps` steps of one token later: all but the tokens.
+
+    Its seeds [B, 2] are a key and the number of a draw, and each step draws the next.
+    """
+    moved = {name: inputs[name] + steps for name in MOVING}
+    return {**inputs, **moved, SEEDS: inputs[SEEDS] + (0, steps)}
 
 
 class Admitted(Executable):

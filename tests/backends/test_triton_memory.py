@@ -98,3 +98,18 @@ def test_a_number_of_rows_serves_several_batches(model: Program, artifact: Path)
     found = [executable.rows(n) for n in (1, 2, 3, 4, 5, 8, 9, 31, 32, 33, 64)]
     assert found == [1, 2, 3, 4, 8, 8, 12, 32, 32, 48, 64]
     executable.close()
+
+
+@pytest.mark.usefixtures("limited")
+def test_what_timing_takes_is_within_the_limit(model: Program, artifact: Path) -> None:
+    """Caches of an executable that is closed are not given back once more."""
+    closed, _ = opened(model, artifact)
+    started(closed, model)
+    closed.close()
+    gc.collect()
+    executable, driver = opened(model, artifact)
+    before = held(driver)
+    dsc.set_memory_limit("cuda", (before + 1000) / 1e6)
+    with pytest.raises(MemoryLimitError, match=r"what is copied of .*limit is "):
+        executable.copy_speed()
+    assert held(driver) == before
