@@ -20,7 +20,9 @@ from dsc.targets import Target
 
 FIRST = 90
 """The least architecture that has it."""
-SAID = ("tl.extra.cuda.gdc_launch_dependents()", "tl.extra.cuda.gdc_wait()")
+SAID = ("_cuda.gdc_launch_dependents()", "_cuda.gdc_wait()")
+IMPORT = "from triton.language.extra import cuda as _cuda\n"
+"""Behind the module's own text, which may call `triton.language` as it likes."""
 
 
 def takes(target: Target) -> bool:
@@ -30,9 +32,11 @@ def takes(target: Target) -> bool:
 
 def waiting(sources: Mapping[str, str], kernels: Iterable[Kernel]) -> dict[str, str]:
     """The sources by module, in which each of the kernels waits for the launch before its own."""
-    found = dict(sources)
-    for module, function in sorted({(k.module, k.function) for k in kernels}):
+    found, named = dict(sources), {(k.module, k.function) for k in kernels}
+    for module, function in sorted(named):
         found[module] = _waiting(found[module], function)
+    for module in {module for module, _ in named}:
+        found[module] += f"\n{IMPORT}"
     return found
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -119,6 +120,15 @@ def test_every_kernel_waits_for_the_former_one_before_all_else() -> None:
                 begin = said[1:] if ast.get_docstring(node) else said[:-1]
                 assert (tuple(begin) == SAID) == ((module, node.name) in kernels)
     assert all(access(made[m], f) == access(texts[m], f) for m, f in kernels)
+
+
+def test_a_kernel_waits_whatever_it_calls_the_language() -> None:
+    program, generated = lower_program(program_of({"add_0": CASES["add_0"]}), "cuda:sm_90")
+    texts = with_templates(program, generated)
+    renamed = {m: re.sub(r"\btl\b", "language", text) for m, text in texts.items()}
+    waits = waiting(renamed, program.kernels.values())
+    (record,) = compile_kernels(program.kernels, Target("cuda", "sm_90"), waits)[1].values()
+    assert record["dependent"]
 
 
 def test_prefill_on_sm_90_keeps_its_products_on_their_way() -> None:
