@@ -7,7 +7,7 @@ there the best tile is the largest: whole weight matrices where they fit `INTERP
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from dsc.backends.triton.devices import ARCHS, Arch
@@ -48,29 +48,29 @@ class Tile:
     ahead: bool = False
 
 
-FLASH: Mapping[str, Sequence[Tile]] = {
-    "cuda": (Tile(128, 64, 0, 8, 2), Tile(128, 32, 0, 8, 3), Tile(64, 32, 0, 4, 2)),
-    "sm_90": (Tile(128, 64, 0, 8, 3, ahead=True), Tile(128, 128, 0, 8, 2), Tile(128, 64, 0, 8, 2)),
-    "hip": (Tile(128, 64, 0, 8, 2), Tile(128, 32, 0, 4, 2), Tile(64, 32, 0, 4, 2)),
+FLASH: Mapping[str, Tile] = {
+    "cuda": Tile(128, 64, 0, 8, 2),
+    "sm_90": Tile(128, 64, 0, 8, 3, ahead=True),
+    "hip": Tile(128, 64, 0, 8, 2),
 }
-"""Tiles of flash attention for many queries of heads up to 128 wide, by architecture or kind: the
-one that is taken (docs/decisions/triton-attention.md), then others that may be measured."""
-FLASH_OF_256: Mapping[str, Sequence[Tile]] = {
-    "cuda": (Tile(64, 32, 0, 8, 2),),
-    "sm_90": (Tile(128, 32, 0, 8, 2), Tile(64, 32, 0, 4, 2)),
-    "hip": (Tile(64, 32, 0, 4, 2),),
+"""Tiles of flash attention for many queries of heads up to 128 wide, by architecture or kind
+(docs/decisions/triton-attention.md)."""
+FLASH_OF_256: Mapping[str, Tile] = {
+    "cuda": Tile(64, 32, 0, 8, 2),
+    "sm_90": Tile(128, 32, 0, 8, 2),
+    "hip": Tile(64, 32, 0, 4, 2),
 }
 """The same for wider heads."""
 
 
-LARGE_GEMM: Mapping[str, Sequence[Tile]] = {
-    "sm_90": (Tile(128, 256, 64, 8, 3), Tile(128, 256, 64, 8, 4), Tile(256, 128, 64, 8, 3)),
-    "sm_100": (Tile(128, 256, 64, 8, 3), Tile(128, 256, 64, 4, 4)),
-    "gfx942": (Tile(256, 256, 32, 8, 2), Tile(128, 256, 64, 8, 2), Tile(256, 128, 64, 8, 2)),
-    "gfx950": (Tile(256, 256, 32, 8, 2), Tile(128, 256, 64, 8, 2), Tile(256, 128, 64, 8, 2)),
+LARGE_GEMM: Mapping[str, Tile] = {
+    "sm_90": Tile(128, 256, 64, 8, 3),
+    "sm_100": Tile(128, 256, 64, 8, 3),
+    "gfx942": Tile(256, 256, 32, 8, 2),
+    "gfx950": Tile(256, 256, 32, 8, 2),
 }
-"""Tiles of large products, by architecture: the one that is taken, since tiles of 128 by 128 read
-too much (docs/decisions/triton-attention.md), then others that may be measured."""
+"""Tiles of large products, by architecture: of 128 by 128 they would read too much
+(docs/decisions/triton-attention.md)."""
 FILLED = 256
 """Programs that fill a card once: it has 130 to 300 multiprocessors."""
 
@@ -148,10 +148,9 @@ class Blocks:
         if m <= 64:
             wide = 64 if n >= 8192 else 32
             return Tile(clamp_power(m, 16, 64), clamp_power(n, 16, wide), 128, 4, self.deep_stages)
-        large = LARGE_GEMM.get(self.target.partition(":")[2], ()) if numbers else ()
-        for tile in large[:1]:
-            if batch * (m // tile.m) * (n // tile.n) >= FILLED:
-                return tile
+        large = LARGE_GEMM.get(self.target.partition(":")[2]) if numbers else None
+        if large is not None and batch * (m // large.m) * (n // large.n) >= FILLED:
+            return large
         tile_n = clamp_power(n, 16, 128)
         return Tile(clamp_power(m, 64, 128), tile_n, 64, 8, self.deep_stages)
 
@@ -175,7 +174,7 @@ class Blocks:
         tall = clamp_power(queries, 16, 128)
         if tall > 64:
             wide = FLASH_OF_256 if head > 128 else FLASH
-            return wide.get(self.target.partition(":")[2], wide[self.target.partition(":")[0]])[0]
+            return wide.get(self.target.partition(":")[2], wide[self.target.partition(":")[0]])
         return Tile(tall, 64 if head <= 128 and tall < 64 else 32, 0, 4, 2)
 
     def latent(
