@@ -23,7 +23,8 @@ from dsc.runtime import sharded
 from dsc.runtime.emission import Emission, Progress, check_unchanged
 from dsc.runtime.executable import Executable, set_threads
 from dsc.runtime.segmented import SegmentedExecutable
-from dsc.runtime.session import Session, check_limits
+from dsc.runtime.session import Session
+from dsc.runtime.tokens import check_limits
 from dsc.targets import parse_target
 
 if TYPE_CHECKING:

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -105,12 +106,16 @@ class InterpretedExecutable(Admitted):
         """Run an entry in the child process: results, and when it began and each launch ended."""
         header = {"entry": entry, "sizes": dict(sizes)}
         assert self._process.stdin is not None, "the process was started with pipes"
-        try:
-            with self._lock:
+        with self._lock:
+            try:
                 write_frame(self._process.stdin, header, inputs)
                 answer = read_frame(self._stdout)
-        except BrokenPipeError:
-            answer = None
+            except BrokenPipeError:
+                answer = None
+            except BaseException:  # its answer would be taken for that of the next call
+                self._process.kill()
+                self._process.wait()
+                raise
         if answer is None or "error" in answer[0]:
             detail = "the process ended" if answer is None else answer[0]["error"]
             raise RuntimeError(f"interpreting {entry} failed: {detail}")
@@ -123,7 +128,8 @@ class InterpretedExecutable(Admitted):
     def close(self) -> None:
         """End the child process."""
         if self._process.stdin is not None:
-            self._process.stdin.close()
+            with suppress(BrokenPipeError):  # what a process that ended never read
+                self._process.stdin.close()
         self._process.wait(timeout=30)
         if self._process.stdout is not None:
             self._process.stdout.close()

@@ -41,15 +41,18 @@ def write_frame(stream: IO[bytes], header: Mapping[str, Any], arrays: Mapping[st
 
 
 def read_frame(stream: IO[bytes]) -> tuple[dict[str, Any], dict[str, Array]] | None:
-    """Receive a header and arrays, or `None` when the other side has closed."""
+    """Receive a header and arrays, or `None` when the other side has ended, be it amid a frame."""
     line = stream.readline()
-    if not line:
+    if not line.endswith(b"\n"):
         return None
     header = json.loads(line)
     arrays: dict[str, Array] = {}
     for name, dtype, shape in header["arrays"]:
         kind = DType(dtype)
-        data = bytearray(stream.read(math.prod(shape) * kind.itemsize))
+        size = math.prod(shape) * kind.itemsize
+        data = bytearray(stream.read(size))
+        if len(data) < size:
+            return None
         arrays[name] = np.frombuffer(data, np.uint8).view(kind.numpy).reshape(shape)
     return header, arrays
 

@@ -146,9 +146,9 @@ class Slots(Kept):
         return {name: self._slots[name][row].copy() for name in self._whole & self._slots.keys()}
 
     def restore(self, row: int, saved: Arrays) -> None:
-        """Copy them back."""
+        """Copy them back; what was saved before there were any is zeros."""
         for name in self._whole & self._slots.keys():
-            self._slots[name][row] = saved[name]
+            self._slots[name][row] = saved.get(name, 0)
 
     def clear(self) -> None:
         """Give the memory back, unless it is a device's: what a row held is never seen again."""

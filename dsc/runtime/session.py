@@ -27,7 +27,7 @@ from dsc.runtime.caches import kept_by
 from dsc.runtime.executable import Call, Continues, Executable, KeepsCaches, OpensLate
 from dsc.runtime.pages import PagePool
 from dsc.runtime.profiler import entry_span
-from dsc.runtime.tokens import Form, read_ids, read_lengths
+from dsc.runtime.tokens import Form, check_limit, check_limits, read_ids, read_lengths
 
 CONTIGUOUS, PAGED = Storage.CONTIGUOUS, Storage.PAGED
 LIKELIEST = Choice()
@@ -83,7 +83,7 @@ class Session:
         max_context = self._most.max_context if max_context is None else max_context
         check_limits(program, max_batch, max_context)
         if prefill_chunk is not None:
-            _check_limit("prefill_chunk", prefill_chunk, self._most.prefill_chunk)
+            check_limit("prefill_chunk", prefill_chunk, self._most.prefill_chunk)
         self.executable = executable
         self.program = program
         self.max_batch = max_batch
@@ -327,7 +327,7 @@ class Session:
         """
         if not self._active:
             raise UsageError("generate before prefill", hint="call session.prefill(ids) first")
-        _check_limit("steps", steps, self.max_context)
+        check_limit("steps", steps, self.max_context)
         keys = [key_of(0, each.id) for each in self._active] if keys is None else list(keys)
         if len(keys) != len(self._active):
             raise UsageError(f"{len(keys)} keys for {len(self._active)} sequences")
@@ -420,18 +420,30 @@ class Session:
         return {name: self.logits(name) for name in next_ids}
 
     def _append(self, tokens: Array, new: list[int], rows: list[int], all_logits: bool) -> Array:
-        """Append `new` tokens each to sequences, in chunks; their logits as `prefill` has them."""
+        """Append `new` tokens each to sequences, in chunks; their logits as `prefill` has them.
+
+        Where a chunk fails, sequences are what they were before the first one.
+        """
         size = self.prefill_chunk
+        active = [self._active[row] for row in rows]
+        several = active if tokens.shape[1] > size else []
+        before = [(each, each.logits, self.snapshot(each.id)) for each in several]
         parts = []
-        for start in range(0, tokens.shape[1], size):
-            chunk = tokens[:, start : start + size]
-            here = [min(max(n - start, 0), chunk.shape[1]) for n in new]
-            parts.append(self._step(chunk, here, rows, all_logits))
+        try:
+            for start in range(0, tokens.shape[1], size):
+                chunk = tokens[:, start : start + size]
+                here = [min(max(n - start, 0), chunk.shape[1]) for n in new]
+                parts.append(self._step(chunk, here, rows, all_logits))
+        except BaseException:
+            for each, logits, snapshot in before:
+                self.restore(snapshot)
+                each.logits = logits
+            raise
         ends = []
-        for place, (row, count) in enumerate(zip(rows, new, strict=True)):
+        for place, (each, count) in enumerate(zip(active, new, strict=True)):
             part, at = divmod(count - 1, size)
             end = parts[part][place, at if all_logits else 0]
-            self._active[row].logits = end.copy() if all_logits else end
+            each.logits = end.copy() if all_logits else end
             ends.append(end)
         if len(parts) == 1:
             return parts[0] if all_logits else parts[0][:, 0].copy()
@@ -563,28 +575,6 @@ class Session:
                 hint="give fewer tokens, or " + self._larger("max_context", self.max_context),
             )
         return new
-
-
-def _check_limit(option: str, wanted: object, most: int) -> None:
-    """Raise `UsageError` unless 1 <= `wanted` <= `most`, what a model was compiled for."""
-    if isinstance(wanted, bool) or not isinstance(wanted, int | np.integer):
-        raise UsageError(f"{option} is {wanted!r}", hint=f"give a whole number, 1 to {most}")
-    if not 1 <= wanted <= most:
-        larger = f"; compile it with a larger {option}" if wanted > most else ""
-        raise UsageError(
-            f"{option} is {wanted}", hint=f"the model was compiled for 1 to {most}{larger}"
-        )
-
-
-def check_limits(program: Program, max_batch: int, max_context: int) -> None:
-    """Raise `UsageError` beyond what a causal language model was compiled for."""
-    if not program.is_causal_lm:
-        raise UsageError(
-            f"{program.name} is no causal language model",
-            hint="run its entries with CompiledModel.run(inputs, entry)",
-        )
-    _check_limit("max_batch", max_batch, program.limits.max_batch)
-    _check_limit("max_context", max_context, program.limits.max_context)
 
 
 def _vocabulary(program: Program) -> int | None:

@@ -1,4 +1,4 @@
-"""What a session is given as tokens and lengths, read in one place: any kind, or an error in words.
+"""What a session is given: tokens and lengths, of any kind, and limits; or an error in words.
 
 NumPy is the form that all kinds share: it reads lists, and torch tensors that have values on some
 device become its arrays. What either refuses is the user's mistake, told as such.
@@ -17,6 +17,8 @@ from dsc.ir.arrays import Kind, array_of, extremes, is_tensor
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
+
+    from dsc.ir.program import Program
 
 Form: TypeAlias = Literal["batch", "prompt", "column"]
 TYPES = (np.dtype(np.int64), np.dtype(np.int32))
@@ -105,3 +107,25 @@ def _todo(given: Any) -> str:
     if isinstance(given, list | tuple):
         return "give whole numbers; pad shorter rows on the right, and give their lengths"
     return "give a list, an array or a tensor of whole numbers; convert with .astype or .to"
+
+
+def check_limit(option: str, wanted: object, most: int) -> None:
+    """Raise `UsageError` unless 1 <= `wanted` <= `most`, what a model was compiled for."""
+    if isinstance(wanted, bool) or not isinstance(wanted, int | np.integer):
+        raise UsageError(f"{option} is {wanted!r}", hint=f"give a whole number, 1 to {most}")
+    if not 1 <= wanted <= most:
+        larger = f"; compile it with a larger {option}" if wanted > most else ""
+        raise UsageError(
+            f"{option} is {wanted}", hint=f"the model was compiled for 1 to {most}{larger}"
+        )
+
+
+def check_limits(program: Program, max_batch: int, max_context: int) -> None:
+    """Raise `UsageError` beyond what a causal language model was compiled for."""
+    if not program.is_causal_lm:
+        raise UsageError(
+            f"{program.name} is no causal language model",
+            hint="run its entries with CompiledModel.run(inputs, entry)",
+        )
+    check_limit("max_batch", max_batch, program.limits.max_batch)
+    check_limit("max_context", max_context, program.limits.max_context)

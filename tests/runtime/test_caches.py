@@ -117,6 +117,10 @@ def test_a_row_that_was_never_used_has_nothing_to_save_or_begin() -> None:
     kept.begin(0)
     assert kept.saved(0) == {}
     kept.restore(0, {})
+    fresh = kept.inputs([0], [0], [1], 1)["past.ring"]
+    fresh[...] = 7
+    kept.restore(0, {})
+    assert not fresh.any()
 
 
 def test_cleared_slots_are_fresh_memory() -> None:

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import dsc
-from dsc.errors import UsageError
+from dsc.errors import MemoryLimitError, UsageError
 from dsc.ir.interface import Guard
 from dsc.ir.limits import Limits
 from dsc.ir.parser import parse_program
@@ -105,6 +105,31 @@ def test_reset_forgets(compiled: dsc.CompiledModel) -> None:
     session.reset()
     assert session.lengths == []
     torch.testing.assert_close(session.prefill(ids(1, 5)), first, rtol=0, atol=0)
+
+
+def test_a_prompt_of_which_a_chunk_fails_can_be_given_again(
+    compiled: dsc.CompiledModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when a card has no room for it: sequences are as they were, with their logits."""
+    session, tokens, lengths = compiled.session(), ids(2, 25), [21, 12]
+    session.prefill(tokens[:, :4])
+    before = session.logits(0)
+    run, failures = session._call, [False, False, True]
+
+    def call(*step: Any) -> Any:
+        if failures.pop(0):
+            raise MemoryLimitError("full")
+        return run(*step)
+
+    with monkeypatch.context() as m, pytest.raises(MemoryLimitError, match="full"):
+        m.setattr(session, "_call", call)
+        session.prefill(tokens[:, 4:], lengths)
+    assert not failures
+    assert session.lengths == [4, 4]
+    assert torch.equal(session.logits(0), before)
+    found = session.prefill(tokens[:, 4:], lengths)
+    whole = compiled.session().prefill(tokens, [25, 16])
+    torch.testing.assert_close(found, whole, rtol=0, atol=1e-5)
 
 
 def test_the_context_can_be_filled_and_not_passed(compiled: dsc.CompiledModel) -> None:
