@@ -44,8 +44,9 @@ def test_the_answer_to_a_call_that_was_interrupted_is_nobody_elses(
         return list(y)
 
     assert run(1) == [2, 2, 2]
-    with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
-        m.setattr(client, "read_frame", interrupted)
-        run(2)
+    with monkeypatch.context() as patched:
+        patched.setattr(client, "read_frame", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run(2)
     with pytest.raises(RuntimeError, match="interpreting main failed: the process ended"):
         run(3)

@@ -121,9 +121,10 @@ def test_a_prompt_of_which_a_chunk_fails_can_be_given_again(
             raise MemoryLimitError("full")
         return run(*step)
 
-    with monkeypatch.context() as m, pytest.raises(MemoryLimitError, match="full"):
-        m.setattr(session, "_call", call)
-        session.prefill(tokens[:, 4:], lengths)
+    with monkeypatch.context() as patched:
+        patched.setattr(session, "_call", call)
+        with pytest.raises(MemoryLimitError, match="full"):
+            session.prefill(tokens[:, 4:], lengths)
     assert not failures
     assert session.lengths == [4, 4]
     assert torch.equal(session.logits(0), before)
