@@ -202,6 +202,7 @@ class Context:
         if slots.filled:
             function, made = written(template(module), function, slots)
             module, given = function, {**given, **slots.arguments}
+            touched = {**touched, **slots.touched}
             self.sources.setdefault(module, made)
         text = self.sources.get(module) or template(module)
         order, accesses = parameters(text, function), access(text, function)

@@ -5,6 +5,7 @@ squares of its rows, which lie in cache, before it walks along k, and scales wha
 others read the normed rows too, the programs of the first tile of columns store them. The *spans*
 of an attention that was cut along its cache (flash-decoding) are merged by the product that reads
 it, head by head, as it walks along k. Absorbed attention turns its queries (rope) as it reads them.
+Rows that are *taken* by an index, those whose logits are wanted, are read where they lie.
 
 All round where the launch would, so results are the same but for the order of sums.
 
@@ -196,6 +197,40 @@ class Turned:
         ]
         given = {"turn_positions": self.positions, "turn_frequencies": self.frequencies}
         return Slot(f"turned_{self.layout}", {"queries": lines}, given)
+
+
+@dataclass(frozen=True, slots=True)
+class Taken:
+    """Row l of sequence b is row index[b, l] of that sequence in `source` [b, s, width], dense.
+
+    One that is none of the s is another of them: whoever runs an entry refuses such an index before
+    (`dsc.runtime.admission`), and no memory outside of the source is read.
+    """
+
+    source: View
+    index: View
+    copied: Callable[[Context], View]
+
+    def made(self, ctx: Context) -> View:
+        """The result of a launch that copies them."""
+        return self.copied(ctx)
+
+    def lines(self, row: str) -> tuple[list[str], dict[str, Given]]:
+        """From the number m of a taken row to `row`, where it lies in the source."""
+        given: dict[str, Given] = {f"{row}_index": self.index}
+        given |= {f"{row}_all": self.source.shape[1], f"{row}_each": self.index.shape[1]}
+        lines = [
+            f"{row} = tl.load({row}_index + m, mask=live, other=0)",
+            f"{row} = tl.minimum(tl.maximum({row}, 0), {row}_all - 1)",
+            f"{row} += (m // {row}_each).to(tl.int64) * {row}_all",
+        ]
+        return lines, given
+
+    def slot(self) -> Slot:
+        """What a product reads in place of rows that a launch has taken."""
+        lines, given = self.lines("taken")
+        lines.append("x_at = a + taken[:, None] * a_m")
+        return Slot("taken", {"at": lines}, given, row="taken")
 
 
 def merges(graph: Graph) -> dict[str, bool]:

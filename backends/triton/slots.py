@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from dsc.backends.triton.context import Given
+    from dsc.ir.dims import Dim
 
 _MARK = re.compile(r"^(?P<indent> *)(?P<line>.*?) *#: (?P<place>\w+)\n", re.MULTILINE)
 
@@ -38,13 +39,16 @@ _MARK = re.compile(r"^(?P<indent> *)(?P<line>.*?) *#: (?P<place>\w+)\n", re.MULT
 class Slot:
     """Lines by place, the parameters that they read by name, and a word for the kernel's name.
 
-    An epilogue that makes one column of two `halves` the tile.
+    An epilogue that makes one column of two `halves` the tile. `touched` are bytes by parameter
+    where lines move less than a view has. `row` is what a prologue calls the rows that it takes.
     """
 
     title: str = ""
     lines: Mapping[str, Sequence[str]] = field(default_factory=dict)
     arguments: Mapping[str, Given] = field(default_factory=dict)
     halves: bool = False
+    touched: Mapping[str, Dim] = field(default_factory=dict)
+    row: str = ""
 
     def then(self, other: Slot) -> Slot:
         """Both, one after the other at each place."""
@@ -54,6 +58,8 @@ class Slot:
             {p: (*self.lines.get(p, ()), *other.lines.get(p, ())) for p in places},
             {**self.arguments, **other.arguments},
             self.halves or other.halves,
+            {**self.touched, **other.touched},
+            self.row,
         )
 
 
@@ -75,6 +81,11 @@ class Slots:
         """The slots that say something, in the order in which their lines stand at a place."""
         each = (self.loader, self.sum, self.prologue, self.epilogue)
         return tuple(slot for slot in each if slot.lines)
+
+    @property
+    def touched(self) -> dict[str, Dim]:
+        """Bytes by parameter of what they move in part."""
+        return {name: size for slot in self.filled for name, size in slot.touched.items()}
 
     @property
     def arguments(self) -> dict[str, Given]:

@@ -97,7 +97,7 @@ def wanted(ctx: Context, graph: Graph) -> dict[str, Wanted]:
 
 def _same_rows(node: Node) -> Value | None:
     """The operand of which the first result has whole rows, or several as one, in some order."""
-    if node.op not in ("dispatch", "reshape"):
+    if node.op not in ("dispatch", "reshape", "select_rows"):
         return None
     x, width = node.operands[0], node.outputs[0].type.shape[-1:]
     ends = [product(x.type.shape[at:]) for at in range(x.type.rank)]

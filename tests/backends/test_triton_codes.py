@@ -21,6 +21,7 @@ pytest.importorskip("triton")
 
 NEAR = 2e-2
 """A code more or less where sums have another order, on logits of size 1."""
+ROWS = '{activations="f8e4m3:128"}'
 
 
 def _linear(weight: str, rows: int, columns: int, depth: int, dtype: str = "f32") -> Case:
@@ -52,6 +53,16 @@ def _experts(weight: str, tokens: int, width: int, inner: int, dtype: str = "f32
 
 def _coded(case: Case, rows: str = "f8e4m3:128") -> Case:
     return replace(case, call=f'{case.call} {{activations="{rows}"}}')
+
+
+def _taken(weight: str, rows: int) -> Case:
+    """Of each of two sequences of 40 rows some, of 3 that are taken again and again."""
+    return Case(
+        (f"{weight}[150,140]",), {"x": "f32[2,40,140]", "at": f"i64[2,{rows}]"},
+        f"""%a = select_rows %x, %at : f32[2,{rows},140]
+        %y = linear %a, %w {ROWS}""",
+        f"f32[2,{rows},150]",
+    )  # fmt: skip
 
 
 def _cached(
@@ -110,6 +121,8 @@ CASES = {
     "rows_f8_powers": _coded(_linear("f8e4m3{128x128,f8e8m0}", 3, 40, 300), "f8e4m3:128:f8e8m0"),
     "rows_f8_fine": _coded(_linear("f8e4m3{16x16,f32}", 70, 33, 72)),
     "rows_f8_narrow": _coded(_linear("f8e4m3{128x128,f32}", 3, 33, 130), "f8e4m3:32"),
+    "rows_f8_taken": _taken("f8e4m3{128x128,f32}", 5),
+    "rows_f8_many_taken": _taken("f8e4m3{128x128,f32}", 35),
     "grouped_rows_f8": _coded(_grouped("f8e4m3{128x128,f32}", 11, 150, 140)),
     "grouped_rows_f8_many": _coded(_grouped("f8e4m3{128x128,f32}", 81, 150, 140)),
     "write_f8": _cached(F8_CACHE, WRITE, f"{F8_CACHE}[2,40,130]"),
@@ -143,7 +156,6 @@ CASES = {
     "grouped_f8": _grouped("f8e4m3{128x128,f32}", 11, 150, 140),
 }  # fmt: skip
 
-ROWS = '{activations="f8e4m3:128"}'
 PRODUCED = {
     "norm": Case(
         ("f8e4m3{128x128,f32}[40,256]", "f8e4m3{128x128,f32}[24,256]"),
@@ -189,6 +201,21 @@ PRODUCED = {
         %b = reshape %a {{shape=[1,70,256]}} : bf16[1,70,256]
         %y = linear %b, %w {ROWS}""",
         "bf16[1,70,40]",
+    ),
+    "taken": Case(
+        ("f8e4m3{128x128,f32}[40,256]", "bf16[2,128,32]"),
+        {"x": "bf16[2,40,2,32]", "at": "i64[2,3]", "r": "bf16[2,40,40]"},
+        f"""%a = einsum %x, %v {{eq="bshc,hdc->bshd"}} : bf16[2,40,2,128]
+        %b = reshape %a {{shape=[2,40,256]}} : bf16[2,40,256]
+        %c = select_rows %b, %at : bf16[2,3,256]
+        %d = select_rows %r, %at : bf16[2,3,40]
+        %y = fused %c, %w, %d {{body=graph body(%c: bf16[2,3,256],
+            %u: f8e4m3{{128x128,f32}}[40,256], %d: bf16[2,3,40]) {{
+          %e = linear %c, %u {ROWS}
+          %f = add %d, %e
+          return %f
+        }}}}""",
+        "bf16[2,3,40]",
     ),
     "flash": Case(
         ("f8e4m3{128x128,f32}[40,256]",),

@@ -76,6 +76,31 @@ TEXTS: dict[str, tuple[int, str]] = {
     }""".replace("LAYOUT", layout))
         for layout in ("half", "interleaved", "deinterleave")
     },
+    "rows taken, and of a residual": (1, """(%x: bf16[2,5,70], %r: bf16[2,5,33], %w: bf16[33,70],
+        %b: bf16[33], %at: i64[2,3]) {
+      %a = select_rows %x, %at : bf16[2,3,70]
+      %c = select_rows %r, %at : bf16[2,3,33]
+      %y = fused %a, %w, %b, %c {body=graph body(%a: bf16[2,3,70], %w: bf16[33,70], %b: bf16[33],
+          %c: bf16[2,3,33]) {
+        %m = linear %a, %w, %b
+        %s = add %c, %m
+        return %s
+      }} : bf16[2,3,33]
+      return %y
+    }"""),
+    "rows taken of a part, and read otherwise": (4, """(%z: f32[2,5,90], %w: f32[33,70],
+        %at: i64[2,3]) {
+      %x, %u = split %z {axis=2, sizes=[70,20]} : f32[2,5,70], f32[2,5,20]
+      %a = select_rows %x, %at : f32[2,3,70]
+      %y = linear %a, %w : f32[2,3,33]
+      %s = silu %a : f32[2,3,70]
+      return %y, %s
+    }"""),
+    "the only row": (1, """(%x: bf16[3,1,70], %w: bf16[33,70], %only: i64[3,1]) {
+      %a = select_rows %x, %only : bf16[3,1,70]
+      %y = linear %a, %w : bf16[3,1,33]
+      return %y
+    }"""),
     "norm of many rows": (2, f"""(%x: f32[{FEW + 1},70], %g: f32[70], %w: f32[33,70]) {{
       %a = rms_norm %x, %g {{eps=1e-06}} : f32[{FEW + 1},70]
       %y = linear %a, %w : f32[{FEW + 1},33]
@@ -149,6 +174,10 @@ def operands(graph: Graph, batch: int = 1, seed: int = 0) -> dict[str, torch.Ten
     for value in graph.inputs:
         shape = [batch if not isinstance(d, int) else d for d in value.type.shape]
         found[value.name] = torch.randn(shape, generator=generator).to(value.type.dtype.torch)
+    if "only" in found:
+        found["only"] = torch.zeros_like(found["only"])
+    if "at" in found:
+        found["at"] = torch.tensor([[4, 0, 4], [3, 2, 1]])
     if "p" in found:
         found["p"], found["n"] = torch.tensor([[9, 500, 77], [0, 1, 2]]), torch.tensor([60, 0])
     return found

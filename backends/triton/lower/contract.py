@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 from dsc.backends.triton.blocks import Tile, ceil_div, next_power
 from dsc.backends.triton.coded_rows import RowCodes
 from dsc.backends.triton.codes import einsum_axes, loader
-from dsc.backends.triton.context import Context, Gather, Given
-from dsc.backends.triton.prologue import Normed, Spans
+from dsc.backends.triton.context import NONE, Context, Gather, Given
+from dsc.backends.triton.prologue import Normed, Spans, Taken
 from dsc.backends.triton.slots import ALL_PLAIN, PLAIN, Slot, Slots
 from dsc.backends.triton.wanted import Wanted
 from dsc.ir import views
@@ -77,7 +77,8 @@ def emit_gemm(
     given["GROUP_M"] = 8 if rows > 2 * tile.m else 0
     grid = (ceil_div(m, tile.m) * ceil_div(n, tile.n), z)
     flops = 2 * product((z, m, n, k))
-    ctx.launch("gemm:gemm", grid, given, tile.warps, tile.stages, flops, slots=slots)
+    some = {"a": m * k * x.dtype.itemsize} if slots.prologue.row else NONE
+    ctx.launch("gemm:gemm", grid, given, tile.warps, tile.stages, flops, some, slots)
 
 
 def in_codes(
@@ -92,7 +93,8 @@ def in_codes(
 ) -> tuple[View, View, Slots]:
     """What a kernel's pointers to x and to the weight are, and its slots, where codes are read.
 
-    `rows` says how rows of x become codes; `row` is the number of a row in the kernel's text.
+    `rows` says how rows of x become codes; `row` is the number of a row in the kernel's text, where
+    the prologue does not call it otherwise.
     """
     if weight.type.format is None:
         return x, weight, slots
@@ -100,10 +102,11 @@ def in_codes(
     if rows is None:
         return x, codes.codes, replace(slots, loader=codes.slot())
     scales = None
-    as_lies = slots.prologue is PLAIN
+    taken = slots.prologue.row
+    as_lies = slots.prologue is PLAIN or taken
     if rows.shares(weight.type) and as_lies and (rows.ahead or rows.known(ctx, x)):
         x, scales = rows.made(ctx, x)
-    loads, sums = rows.slots(codes, scales, row)
+    loads, sums = rows.slots(codes, scales, taken or row)
     return x, codes.codes, replace(slots, loader=loads, sum=sums)
 
 
@@ -144,20 +147,29 @@ def _divides(group: int, step: Dim) -> bool:
     return isinstance(step, int) and step % group == 0
 
 
-def rows_of(ctx: Context, x: Operand) -> tuple[View, Slot]:
-    """Where the rows of a product lie, and what it does to them: a norm that no launch makes."""
-    later = ctx.later.get(x.name)
-    if not isinstance(later, Normed) or later.stored is not None:
-        return ctx.view(x), PLAIN
-    return later.source, later.slot(ctx, product(x.type.shape[:-1]))
+def rows_of(ctx: Context, x: Operand, activations: str = "") -> tuple[View, Slot]:
+    """Where the rows of a product lie, and what it does to them.
+
+    A norm that no launch makes, or a choice of rows; of `activations` that a launch would make
+    codes of, a launch chooses them first.
+    """
+    later = None if x.name in ctx.views else ctx.later.get(x.name)
+    if isinstance(later, Normed) and later.stored is None:
+        return later.source, later.slot(ctx, product(x.type.shape[:-1]))
+    if isinstance(later, Taken):
+        rows = ctx.limit(product(x.type.shape[:-1]))
+        coded = RowCodes.of(ctx, activations, rows) if activations else None
+        if coded is None or not coded.ahead or coded.known(ctx, later.source):
+            return later.source, later.slot()
+    return ctx.view(x), PLAIN
 
 
-def linear_product(ctx: Context, x: View, weight: View, out: View) -> Product:
-    """The product x @ weight^T over all rows of x, into a dense `out`."""
-    x, rows, row_stride = ctx.rows(x)
+def linear_product(ctx: Context, x: View, weight: View, out: View, lead: Sequence[Dim]) -> Product:
+    """The product x @ weight^T over `lead` rows, those of x, into a dense `out`."""
+    x, _, row_stride = ctx.rows(x)
     n, k = weight.shape
     return Product(
-        x, weight, out, (1, rows, n, k),
+        x, weight, out, (1, product(tuple(lead)), n, k),
         (0, row_stride, 1), (0, weight.strides[0], weight.strides[1]), (0, n, 1),
     )  # fmt: skip
 
@@ -165,9 +177,10 @@ def linear_product(ctx: Context, x: View, weight: View, out: View) -> Product:
 def linear(ctx: Context, node: Node) -> None:
     """x @ weight^T + bias."""
     weight, *bias = map(ctx.view, node.operands[1:])
-    x, prologue = rows_of(ctx, node.operands[0])
-    product = linear_product(ctx, x, weight, ctx.result(node))
     shift, rows = ctx.dense(bias[0]) if bias else None, node.attrs["activations"]
+    x, prologue = rows_of(ctx, node.operands[0], rows)
+    lead = node.operands[0].type.shape[:-1]
+    product = linear_product(ctx, x, weight, ctx.result(node), lead)
     emit_gemm(ctx, product, shift, slots=Slots(prologue), activations=rows)
 
 
@@ -352,6 +365,6 @@ def router_logits(ctx: Context, x: Operand, weight: View) -> View:
     shape = product(t.shape[:-1]), weight.shape[0]
     out = ctx.make(t.with_shape(shape).with_dtype(DType.f32))
     narrow = t.dtype is weight.dtype and t.dtype.bits == 16
-    made = linear_product(ctx, rows, weight, out)
+    made = linear_product(ctx, rows, weight, out, t.shape[:-1])
     emit_gemm(ctx, made, widen=not narrow, slots=Slots(prologue))
     return out

@@ -6,6 +6,7 @@ from dsc.backends.triton.blocks import DOT_MINIMUM, Tile, ceil_div, next_power
 from dsc.backends.triton.codes import loader
 from dsc.backends.triton.context import Context, Given
 from dsc.backends.triton.lower.moe import take_rows
+from dsc.backends.triton.prologue import Taken
 from dsc.backends.triton.slots import Slot, Slots
 from dsc.ir import views
 from dsc.ir.dims import Dim, product
@@ -80,10 +81,19 @@ def embedding(ctx: Context, node: Node) -> None:
 
 
 def select_rows(ctx: Context, node: Node) -> None:
-    """Rows of each sequence by index."""
+    """Rows of each sequence by index: the only one there is, or those that a product may take."""
     x, index = ctx.operands(node)
-    x = ctx.dense(x)
-    take_rows(ctx, x, index, ctx.result(node), index.shape[1], x.shape[1])
+    if x.shape[1] == index.shape[1] == 1:
+        ctx.set(node, x)
+        return
+    x, index, out = ctx.dense(x), ctx.dense(index), node.output.type
+
+    def copied(ctx: Context) -> View:
+        made = ctx.make(out)
+        take_rows(ctx, x, index, made, index.shape[1], x.shape[1])
+        return made
+
+    ctx.later[node.output.name] = Taken(x, index, copied)
 
 
 def take(ctx: Context, node: Node) -> None:

@@ -11,11 +11,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from dsc.backends.triton.context import Context, Gather
-from dsc.backends.triton.epilogue import Epilogue
+from dsc.backends.triton.epilogue import NOTHING, Epilogue
 from dsc.backends.triton.lower.contract import emit_gemm, emit_grouped, linear_product, rows_of
 from dsc.backends.triton.lower.moe import emit_combine, emit_experts
 from dsc.backends.triton.pointwise import FLOAT_ONLY, TYPES, has_formula
-from dsc.backends.triton.prologue import FEW, Normed, Turned
+from dsc.backends.triton.prologue import FEW, Normed, Taken, Turned
 from dsc.backends.triton.rows import ALONG_ROWS, RowKernel
 from dsc.backends.triton.slots import PLAIN, Slots
 from dsc.backends.triton.wanted import CodedTarget, Wanted
@@ -42,7 +42,13 @@ def lower(ctx: Context, node: Node) -> None:
         return
     body = node.body or alone(node)
     later = _later(ctx, node, body)
-    places = [dense(x, NOWHERE) if x is later else _place(ctx, x) for x in node.operands]
+    taken = _taken(ctx, node, body)
+    absent = {name: NOWHERE - 1 - i for i, name in enumerate(taken)}
+    rows = {absent[name]: each for name, each in taken.items()}
+    if later is not None:
+        absent[later.name] = NOWHERE
+    places = [dense(x, absent[x.name]) if isinstance(x, Value) and x.name in absent
+              else _place(ctx, x) for x in node.operands]  # fmt: skip
     updated = aliases_of(node)
     targets = [
         ctx.view(node.operands[updated[i]]) if i in updated else ctx.make(v.type)
@@ -50,7 +56,7 @@ def lower(ctx: Context, node: Node) -> None:
     ]
     coded = _coded(ctx, node, body, places, targets)
     try:
-        kernel = kernel_for(body, places, targets, coded)
+        kernel = kernel_for(body, places, targets, coded, rows)
     except NoKernel:  # a view of a constant, or of a strided operand that would move elements
         places = [y if x is later else ctx.dense(ctx.view(x))
                   for x, y in zip(node.operands, places, strict=True)]  # fmt: skip
@@ -117,8 +123,21 @@ def _later(ctx: Context, node: Node, body: Graph) -> Operand | None:
     return outer if isinstance(known, _READS.get(anchor.op, ())) else None
 
 
-_READS: Mapping[str, type] = {"linear": Normed, "grouped_linear": Gather}
+_READS: Mapping[str, type | tuple[type, ...]] = {
+    "linear": (Normed, Taken), "grouped_linear": Gather,
+}  # fmt: skip
 """Values that products read as they come, where no launch has made them."""
+
+
+def _taken(ctx: Context, node: Node, body: Graph) -> dict[str, Taken]:
+    """By name the operands of which a linear's epilogue takes rows."""
+    anchor = anchor_of(body.nodes)
+    if anchor is None or anchor.op != "linear":
+        return {}
+    own = [x.name for x in anchor.operands]
+    met = (y.name for x, y in zip(body.inputs, node.operands, strict=True) if x.name not in own)
+    found = {name: ctx.later.get(name) for name in met if name not in ctx.views}
+    return {name: each for name, each in found.items() if isinstance(each, Taken)}
 
 
 def _coded(
@@ -152,10 +171,12 @@ def kernel_for(
     places: Sequence[Place] | None = None,
     targets: Sequence[View] | None = None,
     coded: Mapping[int, CodedTarget] | None = None,
+    taken: Mapping[int, Taken] = NOTHING,
 ) -> Anchored | RowKernel:
     """The kernel of a body. Raises `NoKernel` with the reason when there is none.
 
-    With `coded` it is one over rows, which writes results in those buffers as codes.
+    With `coded` it is one over rows, which writes results in those buffers as codes. `taken` are
+    rows that an epilogue takes, by the buffers that stand for them.
     """
     for node in body.nodes:
         known = node.op in ALONG_ROWS or has_formula(node.op)
@@ -163,7 +184,7 @@ def kernel_for(
             raise NoKernel(f"no Triton kernel for {node.op}")
     anchor = anchor_of(body.nodes)
     if anchor is not None:
-        return _anchored(Columns(body, anchor, places, targets), anchor)
+        return _anchored(Columns(body, anchor, places, targets), anchor, taken)
     beside = {Role.POINTWISE, Role.VIEW, Role.CONSTANT}
     single = all(traits_of(node.op).role in beside for node in body.nodes)
     found = Rows(body, places, targets, single and coded is None)
@@ -197,10 +218,11 @@ class Anchored:
 
 def _linear(ctx: Context, of: Anchored, later: Operand | None, asked: Wanted | None) -> None:
     x, weight, *bias = of.operands
-    x, prologue = (x, PLAIN) if later is None else rows_of(ctx, later)
-    product = linear_product(ctx, x, weight, of.epilogue.out)
-    product = replace(product, out_strides=(0, *of.epilogue.out_strides))
     shift, rows = ctx.dense(bias[0]) if bias else None, of.anchor.attrs["activations"]
+    lead = x.shape[:-1]
+    x, prologue = (x, PLAIN) if later is None else rows_of(ctx, later, rows)
+    product = linear_product(ctx, x, weight, of.epilogue.out, lead)
+    product = replace(product, out_strides=(0, *of.epilogue.out_strides))
     slots = Slots(prologue, epilogue=of.epilogue.slot)
     emit_gemm(ctx, product, shift, slots=slots, activations=rows, asked=asked)
 
@@ -229,7 +251,7 @@ ANCHORS = frozenset(_EMIT)
 """Operators whose kernels take pointwise operators behind them."""
 
 
-def _anchored(found: Columns, anchor: Node) -> Anchored:
+def _anchored(found: Columns, anchor: Node, taken: Mapping[int, Taken]) -> Anchored:
     if anchor.op not in ANCHORS:
         raise NoKernel(f"a region around {anchor.op}")
     family, *others = found.families()
@@ -238,7 +260,7 @@ def _anchored(found: Columns, anchor: Node) -> Anchored:
     if family.shifts and role(anchor) is Role.EXPERTS:
         raise NoKernel(f"columns of {anchor.op} that meet others")
     operands = [found.given[x.name] for x in anchor.operands]
-    return Anchored(anchor, operands, Epilogue(family, found.m, anchor.output.type.dtype))
+    return Anchored(anchor, operands, Epilogue(family, found.m, anchor.output.type.dtype, taken))
 
 
 def pointwise_reason(node: Node) -> str | None:
