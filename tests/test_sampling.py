@@ -15,7 +15,7 @@ from transformers import GenerationConfig, GPT2Config, GPT2LMHeadModel
 from transformers.generation import logits_process as stock
 
 from dsc.errors import UsageError
-from dsc.ir.choosing import gumbel, philox
+from dsc.ir.choosing import Choice, gumbel, philox
 from dsc.sampling import Sampling, min_p, penalised, top_k, top_p
 
 VOCAB = 40
@@ -181,3 +181,20 @@ def test_gumbel_numbers_have_their_distribution() -> None:
     assert not (gumbel(tokens, 11, 0) == gumbel(tokens, 12, 0)).any(where=tokens < 100)
     some = np.array([3, 17, 19_999])
     assert (gumbel(some, 11, 1) == found[20_000 + some]).all()
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"temperature": float("nan")}, {"temperature": float("inf")}, {"temperature": -0.5},
+        {"top_k": -1}, {"top_k": 2.5}, {"top_k": True}, {"top_p": 1.5}, {"top_p": float("nan")},
+        {"min_p": -0.1}, {"min_p": "0.1"},
+    ],
+)  # fmt: skip
+def test_what_is_no_choice_is_refused(given: dict[str, Any]) -> None:
+    """A host and a device would each make something of it."""
+    ((name, value),) = given.items()
+    with pytest.raises(UsageError, match=f"a choice of tokens with {name}={value!r}"):
+        Choice(**given)
+    numbers: list[Any] = [np.float32(0.5), np.int64(3), np.float32(1.0), 1]
+    assert Choice(*numbers).row == (0.5, 3.0, 1.0, 1.0)

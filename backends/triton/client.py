@@ -6,7 +6,6 @@ import subprocess
 import sys
 import threading
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -128,8 +127,10 @@ class InterpretedExecutable(Admitted):
     def close(self) -> None:
         """End the child process."""
         if self._process.stdin is not None:
-            with suppress(BrokenPipeError):  # what a process that ended never read
+            try:
                 self._process.stdin.close()
+            except BrokenPipeError:  # of what a process that ended never read
+                pass
         self._process.wait(timeout=30)
         if self._process.stdout is not None:
             self._process.stdout.close()

@@ -16,12 +16,21 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from dsc.errors import UsageError
+
 Scores = NDArray[np.float32]
 Words = NDArray[np.uint64]
 LEAST = 1e-5
 """Below this temperature the likeliest token is taken."""
 NO_TOKEN = -1
-"""What stands for the token of logits whose largest is no finite number: NaN is the largest."""
+"""What stands for the token of logits whose largest, or what the temperature makes of it, is no
+finite number: NaN is the largest."""
+_CHOICES = (
+    ("temperature", float(np.finfo(np.float32).max), "a number from 0 on"),
+    ("top_k", float(np.finfo(np.float32).max), "a whole number from 0 on"),
+    ("top_p", 1.0, "a number from 0 to 1"),
+    ("min_p", 1.0, "a number from 0 to 1"),
+)
 ROUNDS = 10
 _LOW = np.uint64(0xFFFFFFFF)
 _HALF = np.uint64(32)
@@ -29,12 +38,24 @@ _HALF = np.uint64(32)
 
 @dataclass(frozen=True)
 class Choice:
-    """What is left out of logits before a draw; the defaults take the likeliest token."""
+    """What is left out of logits before a draw; the defaults take the likeliest token.
+
+    Raises `UsageError` for what is no choice.
+    """
 
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
     min_p: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Look at each number: what is outside would be another choice on a device."""
+        for name, most, words in _CHOICES:
+            given = getattr(self, name)
+            whole = not isinstance(given, bool) and isinstance(given, int | np.integer)
+            number = whole or (name != "top_k" and isinstance(given, float | np.floating))
+            if not (number and 0 <= given <= most):
+                raise UsageError(f"a choice of tokens with {name}={given!r}", hint=f"give {words}")
 
     @property
     def row(self) -> tuple[float, float, float, float]:
@@ -49,11 +70,11 @@ def key_of(*seed: int) -> int:
 
 def chosen(logits: Scores, choice: Choice, key: int, draw: int) -> int:
     """The token that draw number `draw` takes from logits [vocab], or `NO_TOKEN`."""
-    if not np.isfinite(logits.max()):
-        return NO_TOKEN
-    if choice.temperature < LEAST:
-        return int(logits.argmax())
-    return drawn(left(logits, choice), key, draw)
+    draws = choice.temperature >= LEAST
+    with np.errstate(over="ignore"):
+        if not np.isfinite(logits.max() / np.float32(choice.temperature if draws else 1.0)):
+            return NO_TOKEN
+    return drawn(left(logits, choice), key, draw) if draws else int(logits.argmax())
 
 
 def left(logits: Scores, choice: Choice) -> Scores:

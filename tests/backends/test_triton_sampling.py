@@ -84,9 +84,12 @@ def test_the_kernels_draw_what_the_host_draws(kernel: Any, step: float) -> None:
 
 
 def test_logits_that_give_no_token_give_minus_one(tmp_path: Path) -> None:
-    """In whichever part of a row NaN or infinity stands, and however tokens are chosen."""
+    """In whichever part of a row NaN or infinity stands, and however tokens are chosen.
+
+    A number that the temperature makes infinite is one.
+    """
     vocab, choices = 17_000, [Choice(0.7, 50, 0.9)]
-    places = [(0, np.nan), (0, np.inf), *((at, np.nan) for at in (16_999, 16_383, 16_384))]
+    places = [(0, 3e38), (0, np.nan), (0, np.inf), *((a, np.nan) for a in (16_999, 16_383, 16_384))]
     count = len(places) + 4
     logits = np.random.default_rng(1).normal(0, 3, (count, vocab)).astype(np.float32)
     for row, (at, value) in enumerate(places):

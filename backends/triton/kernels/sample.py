@@ -140,8 +140,8 @@ def sample_parts(
 ):
     """The best score of each part of a row, and whose it is; grid (rows, parts).
 
-    A part with NaN or infinity has minus infinity and the place -1. Where a temperature is
-    given, scores have a Gumbel number each, of the token and the draw.
+    A part with NaN or infinity, be it by the temperature, has minus infinity and the place -1.
+    Where a temperature is given, scores have a Gumbel number each, of the token and the draw.
     """
     row = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)
@@ -152,6 +152,7 @@ def sample_parts(
     wrong = tl.max(((x != x) | (x == float("inf"))).to(tl.int32), axis=0) > 0
     if temperature >= LEAST:
         x = tl.div_rn(x, temperature) + 0.0
+        wrong = wrong | (tl.max(x, axis=0) == float("inf"))
         limit = tl.load(limits + row)
         kept = (x > limit) | ((x == limit) & (v >= tl.load(first + row)))
         draw = tl.load(seeds + b * 2 + 1) + row % L
