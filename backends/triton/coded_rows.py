@@ -23,9 +23,9 @@ Legality  a scale of the weight's covers the columns of a row's, and there are n
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-from dsc.backends.triton.blocks import Tile, ceil_div, clamp_power
+from dsc.backends.triton.blocks import Tile, ceil_div
 from dsc.backends.triton.codes import Loader, nearest_e4m3, power_of_two, shares
 from dsc.backends.triton.context import Context, Given
 from dsc.backends.triton.pointwise import TYPES
@@ -64,7 +64,6 @@ class RowCodes:
     fp8: str
     vector: bool = False
     powers: bool = False
-    tight: bool = False
 
     @staticmethod
     def of(ctx: Context, activations: str, rows: int, vector: bool = False) -> RowCodes:
@@ -72,8 +71,7 @@ class RowCodes:
         codes, columns, *scales = activations.split(":")
         fp8 = ctx.blocks.fp8 if not vector or ctx.blocks.fp8 == "e4m3fn" else ""
         fp8 = fp8 if codes == DType.f8e4m3 else ""
-        powers, tight = bool(scales), ctx.blocks.tight
-        return RowCodes(DType(codes), int(columns), rows, fp8, vector, powers, tight)
+        return RowCodes(DType(codes), int(columns), rows, fp8, vector, bool(scales))
 
     @property
     def multiplied(self) -> DType:
@@ -87,19 +85,11 @@ class RowCodes:
         """Whether rows become codes in a launch of their own."""
         return self.rows > FEW
 
-    def tile(self, tile: Tile) -> Tile:
-        """The tile whose steps along k are what shares a scale.
-
-        In f16 codes take twice the registers, and both sums of a tile of 128 x 128 spill; where
-        registers are `tight` they do in any type.
-        """
-        if self.vector:  # as many codes of the weight as the tile had numbers
-            wide = tile.n * tile.k // self.columns // (2 if self.tight and self.fp8 else 1)
-            return replace(tile, k=self.columns, n=max(1, wide))
-        stages = min(8, tile.stages * max(1, tile.k // self.columns))
-        narrow = self.tight or self.multiplied is DType.f16
-        wide = min(tile.n, 64) if narrow else tile.n
-        return replace(tile, k=self.columns, n=wide, stages=stages)
+    def tile(self, ctx: Context, tile: Tile) -> Tile:
+        """The tile whose steps along k are what shares a scale."""
+        if self.vector:
+            return ctx.blocks.vector_of_codes(tile, self.columns, bool(self.fp8))
+        return ctx.blocks.of_codes(tile, self.columns, self.multiplied is DType.f16)
 
     def made(self, ctx: Context, x: View) -> tuple[View, View]:
         """Codes [rows, k] and scales f32[rows, blocks] of rows, made once for all their readers."""
@@ -110,11 +100,12 @@ class RowCodes:
         codes, scales = self.room(ctx, x)
         width, groups = codes.shape[1], scales.shape[1]
         slots = Slots(sum=Slot(str(self.multiplied), {"codes": self.lines()}))
-        height = clamp_power(ctx.limit(rows), 1, 512 if ctx.blocks.interprets else 32)
+        of = f"quantise {x.dtype} {self.codes}:{self.columns} columns={width}"
+        tile = ctx.blocks.quantised(ctx.limit(rows), of)
         given: dict[str, Given] = {"a": view, "c": codes, "scales": scales, "M": rows, "K": width}
-        given |= {"a_m": stride, "groups": groups, "BLOCK_M": height, "BLOCK_K": self.columns}
-        grid = (ceil_div(rows, height), groups)
-        ctx.launch("quantise:quantise_rows", grid, given, slots=slots)
+        given |= {"a_m": stride, "groups": groups, "BLOCK_M": tile.rows, "BLOCK_K": self.columns}
+        grid = (ceil_div(rows, tile.rows), groups)
+        ctx.launch("quantise:quantise_rows", grid, given, tile, slots=slots)
         return codes, scales
 
     def known(self, ctx: Context, x: View) -> bool:

@@ -13,7 +13,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from dsc.backends.triton.blocks import Blocks
+from dsc.backends.triton.blocks import AnyTile, Blocks, Choice, RowTile
 from dsc.backends.triton.launch import POINTER_TYPES, Kernel, LaunchProgram, is_multiple
 from dsc.backends.triton.rows import elementwise
 from dsc.backends.triton.slots import ALL_PLAIN, Slots, written
@@ -34,6 +34,8 @@ UNBOUNDED = 1 << 20  # taken for a symbol without a range: only block sizes depe
 
 Given = View | Dim | float | str | bool | None
 NONE: Mapping[str, Dim] = {}
+ANY = RowTile(1, 1)
+"""Stands for the tile of a kernel that has none."""
 
 
 class Later(Protocol):
@@ -182,15 +184,17 @@ class Context:
         name: str,
         grid: tuple[Dim, ...],
         given: Mapping[str, Given],
-        warps: int = 4,
-        stages: int = 1,
+        tile: AnyTile = ANY,
         flops: Dim = 0,
         touched: Mapping[str, Dim] = NONE,
         slots: Slots = ALL_PLAIN,
+        beside: Choice | None = None,
     ) -> None:
         """Append a launch of `module:function`; `given` names its parameters, in any order.
 
-        Where `slots` say something, it is one of a text that is written for them.
+        The `tile` has its warps and stages. The plan names what was chosen: the tile, and `beside`
+        it what was chosen elsewhere and shapes this launch. Where `slots` say something, it is one
+        of a text that is written for them.
 
         Static numbers, strings and absent operands become compile-time constants; symbolic
         numbers and pointers are passed at run time, those that are multiples of 16 under that
@@ -231,7 +235,11 @@ class Context:
             else:
                 signature[parameter] = "constexpr"
                 constants[parameter] = value
-        kernel = Kernel(module, function, signature, constants, tuple(aligned), warps, stages)
+        chosen = {each.key: each for each in (tile.choice, beside) if each is not None}
+        self.program.choices |= chosen
+        kernel = Kernel(
+            module, function, signature, constants, tuple(aligned), tile.warps, tile.stages
+        )
         key = kernel.key
         self.program.kernels.setdefault(key, kernel)
         self.entry.launches.append(
@@ -239,7 +247,7 @@ class Context:
                 key, tuple(arguments), grid, loc=self.loc,
                 op=self.node.op if self.node is not None else "cast",
                 node=self.node.outputs[0].name if self.node is not None else "",
-                flops=flops,
+                flops=flops, choices=tuple(chosen),
             )
         )  # fmt: skip
 

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from dsc.backends.triton.blocks import Choice
 from dsc.ir.dims import Dim, Sym
 from dsc.ir.sampled import IDS, SAMPLE, SAMPLING, SEEDS
 from dsc.ir.types import DType
@@ -73,23 +74,26 @@ class Kernel:
 
 @dataclass(slots=True)
 class LaunchProgram:
-    """All entries of a program for one target, and the kernels that they share."""
+    """All entries of a program for one target, and the kernels and choices that they share."""
 
     target: str
     kernels: dict[str, Kernel] = field(default_factory=dict)
     entries: dict[str, EntryPlan] = field(default_factory=dict)
+    choices: dict[str, Choice] = field(default_factory=dict)
 
     def plan(self) -> Plan:
-        """The launch plan, with the kernels in its `meta`."""
+        """The launch plan, with the kernels and the choices of tiles in its `meta`."""
         kernels = {key: kernel.as_json() for key, kernel in self.kernels.items()}
-        meta = {"backend": "triton", "target": self.target, "kernels": kernels}
+        choices = {key: choice.as_json() for key, choice in sorted(self.choices.items())}
+        meta = {"backend": "triton", "target": self.target, "kernels": kernels, "choices": choices}
         return Plan(dict(self.entries), meta)
 
     @staticmethod
     def of(plan: Plan) -> LaunchProgram:
         """Read back what `plan` gave."""
         kernels = {k: Kernel.from_json(v) for k, v in plan.meta["kernels"].items()}
-        return LaunchProgram(plan.meta["target"], kernels, dict(plan.entries))
+        choices = {k: Choice.from_json(k, v) for k, v in plan.meta["choices"].items()}
+        return LaunchProgram(plan.meta["target"], kernels, dict(plan.entries), choices)
 
 
 def runnable(plan: Plan) -> LaunchProgram:

@@ -19,10 +19,10 @@ Legality  a norm whose first reader is a linear, or a router; an attention whose
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from dsc.backends.triton.blocks import Tile, next_power
+from dsc.backends.triton.blocks import Choice, Tile, next_power
 from dsc.backends.triton.pointwise import TYPES, normed
 from dsc.backends.triton.slots import Slot
 from dsc.ir import views
@@ -38,10 +38,6 @@ if TYPE_CHECKING:
 
 FEW = 8
 """Rows of which each program makes all by itself."""
-HELD = 1 << 14
-"""Numbers that a program looks at at once."""
-HEADS = 64
-"""From so many heads on there are programs enough with one for all of a head's columns."""
 
 
 @dataclass(slots=True)
@@ -79,7 +75,7 @@ class Normed:
             at = "norm_rows + m[:, None].to(tl.int64) * K + k[None, :]"
             first = "live & (tile_n + tl.zeros_like(m) == 0)"
             lines.append(f"tl.store({at}, x, mask=({first})[:, None] & (k[None, :] < K))")
-        return Slot("normed", {"start": _squares(few, min(next_power(width), HELD // few)),
+        return Slot("normed", {"start": _squares(few, ctx.blocks.squares(few, width)),
                                "rows": lines}, given)  # fmt: skip
 
 
@@ -103,7 +99,8 @@ class Spans:
     """Attention over spans of a cache, not merged yet: rows of heads of numbers.
 
     `partial` f32[spans, rows, heads, width] are the results of the spans, `lse` f32[spans, rows,
-    heads] their log-sum-exp. `most` is the largest number of spans.
+    heads] their log-sum-exp. `most` is the largest number of spans, which the attention has by a
+    `choice` of its tile.
     """
 
     type: TensorType
@@ -112,6 +109,7 @@ class Spans:
     spans: Dim
     most: int
     copied: Callable[[Context], View]
+    choice: Choice | None = None
 
     def made(self, ctx: Context) -> View:
         """The result of a launch that merges them."""
@@ -123,13 +121,9 @@ class Spans:
         return View(self.partial.buffer, self.type, views.dense_strides(self.type.shape))
 
     def tile(self, ctx: Context, tile: Tile, rows: Dim) -> Tile:
-        """The tile of a product that merges `rows` rows a head: few read a head's spans again."""
-        if ctx.blocks.interprets:
-            return tile
-        count = next_power(self.most) * next_power(ctx.limit(rows))
-        many = int(self.type.shape[-2]) >= HEADS  # type: ignore[arg-type]
-        deep = max(16, min(tile.k, HELD // 2 // count))
-        return replace(tile, n=128 if many else tile.n, k=deep, warps=8)
+        """The tile of a product that merges `rows` rows a head."""
+        heads = int(self.type.shape[-2])  # type: ignore[arg-type]
+        return ctx.blocks.merging(tile, ctx.limit(rows), self.most, heads)
 
     def slot(self, ctx: Context, rows: Dim) -> Slot:
         """What a product of `rows` rows a head reads in place of them."""

@@ -15,10 +15,10 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from dsc.backends.triton.blocks import RowTile, ceil_div, next_power
+from dsc.backends.triton.blocks import ceil_div, next_power
 from dsc.backends.triton.coded_cache import parts_of, row_bytes, to_codes
 from dsc.backends.triton.pointwise import applied, literal, normed, rounded, wide_type, widen
 from dsc.ir import views
@@ -452,14 +452,13 @@ class RowKernel:
         rows = self.rows
         widths = [next_power(ctx.limit(count)) for count in self.columns]
         if self.flat:
-            tile = RowTile(ctx.blocks.flat(ctx.limit(rows)), 0)
+            tile = ctx.blocks.flat(ctx.limit(rows), name)
         elif self.tiled:
-            tile = ctx.blocks.copy(ctx.limit(rows), widths[0])
+            tile = ctx.blocks.copy(ctx.limit(rows), widths[0], name)
         elif self.walks:
-            tile = ctx.blocks.loop(ctx.limit(rows), widths[0])
+            tile = ctx.blocks.loop(ctx.limit(rows), widths[0], name)
         else:
-            whole = ctx.blocks.rows(ctx.limit(rows), sum(widths))
-            tile = RowTile(whole.rows, 0, whole.warps)
+            tile = replace(ctx.blocks.rows(ctx.limit(rows), sum(widths), name), columns=0)
         grid: tuple[Dim, ...] = (ceil_div(rows, tile.rows),)
         if self.tiled and not self.flat:
             grid = (*grid, ceil_div(next(iter(self.columns)), tile.columns))
@@ -472,7 +471,7 @@ class RowKernel:
         else:
             for columns, width in zip(self.columns.values(), widths, strict=True):
                 given[columns.block] = tile.columns or width
-        ctx.launch(f"{name}:{name}", grid, given, tile.warps)
+        ctx.launch(f"{name}:{name}", grid, given, tile)
 
 
 def elementwise(op: str, operands: Sequence[View | Literal], target: View) -> RowKernel:

@@ -158,7 +158,12 @@ class TensorType:
                 raise ValueError(f"a dimension of {dim}")
 
     def __str__(self) -> str:
-        return f"{self.dtype}{self.format or ''}[{','.join(str(d) for d in self.shape)}]"
+        return f"{self.spelled}[{','.join(str(d) for d in self.shape)}]"
+
+    @property
+    def spelled(self) -> str:
+        """What its elements are, with the stored format: `f8e4m3{128x128,f32}`."""
+        return f"{self.dtype}{self.format or ''}"
 
     @property
     def rank(self) -> int:

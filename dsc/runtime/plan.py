@@ -24,7 +24,7 @@ from dsc.ir.segments import Segment, steps
 from dsc.ir.types import DType, TensorType
 
 PLAN = "plan.json"
-FORMAT = 7
+FORMAT = 8
 """Of dsc.json and plan.json: one schema. An artifact of another has to be compiled again."""
 ALIGNMENT = 64
 """Every buffer of an arena begins at a multiple of so many bytes."""
@@ -73,7 +73,8 @@ class Launch:
 
     `waits` are launches of other lanes. `node` is the first result of the graph's node that the
     launch is part of. `flops` are the operations of its products, where the backend tells; what it
-    moves are its bytes (`dsc.runtime.launch_costs`).
+    moves are its bytes (`dsc.runtime.launch_costs`). `choices` are the backend's keys of what could
+    have been chosen otherwise.
     """
 
     kernel: str
@@ -85,6 +86,7 @@ class Launch:
     op: str = ""
     node: str = ""
     flops: Dim = 0
+    choices: tuple[str, ...] = ()
 
     @property
     def refs(self) -> Iterator[Ref]:
@@ -254,6 +256,7 @@ def _entry_json(entry: EntryPlan) -> dict[str, Any]:
                 "op": x.op,
                 "node": x.node,
                 "flops": to_json(x.flops),
+                "choices": list(x.choices),
             }
             for x in entry.launches
         ],
@@ -265,7 +268,7 @@ def _entry(raw: Mapping[str, Any]) -> EntryPlan:
         Launch(
             x["kernel"], tuple(map(_argument, x["arguments"])), tuple(map(from_json, x["grid"])),
             x["lane"], tuple(map(int, x["waits"])), x["loc"], x["op"], x["node"],
-            from_json(x["flops"]),
+            from_json(x["flops"]), tuple(map(str, x["choices"])),
         )
         for x in raw["launches"]
     )  # fmt: skip

@@ -82,7 +82,9 @@ def _flash(
     r: Dim = 0 if q_rope is None else q_rope.shape[3]
     sizes = {name: int(x) for name, x in (("D", d), ("R", r), ("E", e))}  # type: ignore[arg-type]
     widest = max(sizes["D"], sizes["E"])
-    tile = place.tile(ctx.blocks.flash(ctx.limit(s), ctx.limit(t), widest, q.dtype.itemsize))
+    seen = sight["WINDOW"] or sight["CHUNK"] or "all"
+    of = f"flash {'x'.join(map(str, sizes.values()))} seen={seen}"
+    tile = place.tile(ctx.blocks.flash(ctx.limit(s), ctx.limit(t), widest, q.dtype.itemsize, of))
     given: dict[str, Given] = {"q": q, "q_rope": q_rope, "k": k, "k_rope": k_rope, "v": v}
     out = ctx.result(node)
     given |= {"lengths": lengths, "sinks": sinks, "out": out}
@@ -115,9 +117,7 @@ def _flash(
     flops = 2 * product((b, heads, pairs, sum(sizes.values())))
     paged = {"k": k, "v": v} if k_rope is None else {"k_rope": k_rope}
     touched = place.touched(b, **paged)
-    ctx.launch(
-        "attention:flash_attention", grid, given, tile.warps, tile.stages, flops, touched, slots
-    )
+    ctx.launch("attention:flash_attention", grid, given, tile, flops, touched, slots)
 
 
 def _seen(queries: Dim, rows: Dim) -> Dim:
@@ -152,9 +152,10 @@ def latent_attention(ctx: Context, node: Node) -> None:
     b, s, heads, c = (*q.shape[:2], int(q.shape[2]), int(q.shape[3]))  # type: ignore[arg-type]
     r, t = int(q_rope.shape[3]), place.rows  # type: ignore[arg-type]
     coded = bool(values.lines)
-    tile = place.tile(ctx.blocks.latent(heads, ctx.limit(t), c, q.dtype.itemsize, coded))
-    head_tiles = -(-heads // tile.m)
-    most = ctx.blocks.splits(ctx.limit(s) * head_tiles, ctx.limit(t))
+    of = f"latent {latent.type.spelled if coded else q.dtype}"
+    sizes = heads, ctx.limit(t), c, q.dtype.itemsize
+    tile = place.tile(ctx.blocks.latent(*sizes, coded, ctx.limit(s), of))
+    head_tiles, most = -(-heads // tile.m), tile.spans
     spans, rows = _spans(ctx, most, s, b * s), product((b, s))
     merged = ctx.merges.get(node.output.name) is False and ctx.limit(rows) <= FEW and most > 1
     out = None if merged else ctx.result(node)
@@ -180,19 +181,18 @@ def latent_attention(ctx: Context, node: Node) -> None:
     flops = 2 * product((b, heads, _seen(s, t), 2 * c + r))
     scales = values.arguments.get("scales")
     touched = place.touched(b, latent=latent, rope=rope, scales=scales)
-    ctx.launch(
-        "latent:latent_attention", grid, given, tile.warps, tile.stages, flops, touched, slots
-    )
+    ctx.launch("latent:latent_attention", grid, given, tile, flops, touched, slots)
     if partial is None or lse is None:
         return
 
     def merge(ctx: Context, into: View) -> None:
         padded = next_power(most)
-        block = ctx.blocks.merge(padded, c)
+        part = ctx.blocks.merge(padded, c)
         given: dict[str, Given] = {"partial": partial, "lse": lse, "out": into, "spans": spans}
-        given |= {"C": c, "BLOCK_C": block, "SPANS": padded}
+        given |= {"C": c, "BLOCK_C": part.columns, "SPANS": padded}
         several = 1 if merged else (spans + (most - 2)) // most
-        ctx.launch("latent:latent_combine", (rows * heads * several, -(-c // block)), given)
+        grid = (rows * heads * several, -(-c // part.columns))
+        ctx.launch("latent:latent_combine", grid, given, part, beside=tile.choice)
 
     def copied(ctx: Context) -> View:
         made = ctx.make(node.output.type)
@@ -200,7 +200,9 @@ def latent_attention(ctx: Context, node: Node) -> None:
         return made
 
     if out is None:
-        ctx.later[node.output.name] = Spans(node.output.type, partial, lse, spans, most, copied)
+        ctx.later[node.output.name] = Spans(
+            node.output.type, partial, lse, spans, most, copied, tile.choice
+        )
     else:
         merge(ctx, out)
 

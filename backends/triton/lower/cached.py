@@ -102,12 +102,12 @@ def widened(
     made = ctx.make(TensorType(dtype, (b, t, width)))
     slots = Slots(prologue=place.slot(held="fresh"), loader=values)
     padded = next_power(int(width))  # type: ignore[arg-type]
-    tile = ctx.blocks.rows(ctx.limit(t), padded)
+    tile = ctx.blocks.rows(ctx.limit(t), padded, f"widen_rows {cache.type.spelled} {dtype}")
     rows = min(tile.rows, place.page) if place.page else tile.rows
     given: dict[str, Given] = {"latent": codes, "lengths": lengths, "out": made, "T": t}
     given |= {"new_rows": new_rows, "l_batch": place.batch(codes), "l_row": codes.strides[1]}
     given |= {"C": width, "BLOCK_C": padded, "BLOCK_T": rows}
     touched = place.touched(b, latent=codes, scales=values.arguments.get("scales"))
     grid = (ceil_div(t, rows), b)
-    ctx.launch("coded_cache:widen_rows", grid, given, tile.warps, touched=touched, slots=slots)
+    ctx.launch("coded_cache:widen_rows", grid, given, tile, touched=touched, slots=slots)
     return made

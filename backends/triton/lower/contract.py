@@ -56,9 +56,10 @@ def emit_gemm(
     itemsize = 4 if widen else p.a.dtype.itemsize
     rows, columns = ctx.limit(m), ctx.limit(n)
     numbers = p.b.type.format is None and asked is None
-    tile = ctx.blocks.gemm(rows, columns, ctx.limit(k), itemsize, ctx.limit(z), numbers)
+    of = _kind("gemm", p.a, p.b, slots, activations, spans, asked)
+    tile = ctx.blocks.gemm(rows, columns, ctx.limit(k), itemsize, ctx.limit(z), numbers, of)
     coded = RowCodes.of(ctx, activations, rows) if activations else None
-    tile = coded.tile(tile) if coded is not None else tile
+    tile = coded.tile(ctx, tile) if coded is not None else tile
     if spans is not None:
         tile = spans.tile(ctx, tile, m)
         slots = replace(slots, prologue=spans.slot(ctx, m))
@@ -78,7 +79,23 @@ def emit_gemm(
     grid = (ceil_div(m, tile.m) * ceil_div(n, tile.n), z)
     flops = 2 * product((z, m, n, k))
     some = {"a": m * k * x.dtype.itemsize} if slots.prologue.row else NONE
-    ctx.launch("gemm:gemm", grid, given, tile.warps, tile.stages, flops, some, slots)
+    beside = spans.choice if spans is not None else None
+    ctx.launch("gemm:gemm", grid, given, tile, flops, some, slots, beside)
+
+
+def _kind(
+    name: str,
+    x: View,
+    weight: View,
+    slots: Slots,
+    activations: str,
+    spans: Spans | None,
+    asked: Wanted | None,
+) -> str:
+    """What a product is beside its sizes, as part of the key of its tile."""
+    known = (name, str(x.dtype), weight.type.spelled, activations and f"rows={activations}")
+    made = ("merged" if spans is not None else "", "codes" if asked is not None else "")
+    return " ".join(filter(None, (*known, *(slot.title for slot in slots.filled), *made)))
 
 
 def in_codes(
@@ -130,9 +147,8 @@ def as_codes(
     group, halves = asked.rows.columns, 2 if slots.epilogue.halves else 1
     if asked.width % group or not _divides(group, strides[0]):
         return tile, slots
-    tall = min(tile.m, ctx.blocks.promoted)
-    if asked.rows.ahead and tile.n < group * halves and tall:
-        tile = replace(tile, m=tall, n=group * halves)
+    if asked.rows.ahead:
+        tile = ctx.blocks.of_groups(tile, group * halves)
     if tile.n % (group * halves):
         return tile, slots
     target, block = asked.target(ctx, out), f"(BLOCK_N // {halves})"
@@ -337,9 +353,10 @@ def emit_grouped(
     rows = out.shape[0]
     most = ctx.limit(rows)
     row, column = out_strides or (n, 1)
-    tile = ctx.blocks.gemm(max(1, -(-most // experts)), n, k, x.dtype.itemsize)
+    of = _kind(f"grouped of={experts}", x, weight, slots, activations, None, asked)
+    tile = ctx.blocks.gemm(max(1, -(-most // experts)), n, k, x.dtype.itemsize, of=of)
     coded = RowCodes.of(ctx, activations, ctx.limit(given_rows)) if activations else None
-    tile = coded.tile(tile) if coded is not None else tile
+    tile = coded.tile(ctx, tile) if coded is not None else tile
     tile, slots = as_codes(ctx, out, (0, row, column), tile, slots, asked)
     tiles = rows if most <= experts else rows // tile.m + experts
     rows_of_x, codes, slots = in_codes(ctx, x, weight, tile, slots, rows=coded, row="row")
@@ -352,7 +369,7 @@ def emit_grouped(
     given |= {"BLOCK_M": tile.m, "BLOCK_N": tile.n, "BLOCK_K": tile.k}
     grid = (tiles, ceil_div(n, tile.n))
     flops = 2 * rows * n * k
-    ctx.launch("gemm:grouped_gemm", grid, given, tile.warps, tile.stages, flops, slots=slots)
+    ctx.launch("gemm:grouped_gemm", grid, given, tile, flops, slots=slots)
 
 
 def router_logits(ctx: Context, x: Operand, weight: View) -> View:

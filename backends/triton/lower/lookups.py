@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dsc.backends.triton.blocks import DOT_MINIMUM, Tile, ceil_div, next_power
+from dataclasses import replace
+
+from dsc.backends.triton.blocks import DOT_MINIMUM, ceil_div, next_power
 from dsc.backends.triton.codes import loader
 from dsc.backends.triton.context import Context, Given
 from dsc.backends.triton.lower.moe import take_rows
@@ -35,12 +37,12 @@ def _along_rows(ctx: Context, function: str, x: View, y: View) -> None:
     """Append a kernel that walks along rows of any length."""
     x, rows, stride = ctx.rows(x)
     width = x.shape[-1]
-    tile = ctx.blocks.loop(ctx.limit(rows), ctx.limit(width))
+    tile = ctx.blocks.loop(ctx.limit(rows), ctx.limit(width), function)
     given: dict[str, Given] = {
         "x": x, "y": y, "rows": rows, "D": width, "x_row": stride,
         "BLOCK_D": tile.columns, "BLOCK_ROWS": tile.rows,
     }  # fmt: skip
-    ctx.launch(f"lookups:{function}", (ceil_div(rows, tile.rows),), given, tile.warps)
+    ctx.launch(f"lookups:{function}", (ceil_div(rows, tile.rows),), given, tile)
 
 
 def _innermost(rank: int, axis: int) -> list[int]:
@@ -52,13 +54,13 @@ def topk(ctx: Context, node: Node) -> None:
     """The k largest of each row, largest first."""
     x, rows, stride = ctx.rows(ctx.view(node.inputs[0]))
     width, k = int(x.shape[-1]), node.attrs["k"]  # type: ignore[arg-type]
-    tile = ctx.blocks.rows(ctx.limit(rows), width)
+    tile = ctx.blocks.rows(ctx.limit(rows), width, "topk")
     given: dict[str, Given] = {
         "x": x, "values": ctx.result(node, 0), "index": ctx.result(node, 1), "rows": rows,
         "x_row": stride, "D": width, "K": k, "BLOCK_K": next_power(k), "BLOCK_D": tile.columns,
         "BLOCK_ROWS": tile.rows,
     }  # fmt: skip
-    ctx.launch("lookups:topk_rows", (ceil_div(rows, tile.rows),), given, tile.warps)
+    ctx.launch("lookups:topk_rows", (ceil_div(rows, tile.rows),), given, tile)
 
 
 def embedding(ctx: Context, node: Node) -> None:
@@ -68,16 +70,16 @@ def embedding(ctx: Context, node: Node) -> None:
         take_rows(ctx, table, ids, ctx.result(node))
         return
     rows, (count, width) = product(ids.shape), table.shape
-    part = ctx.blocks.copy(ctx.limit(rows), ctx.limit(width))
-    tile = Tile(1, part.rows, max(DOT_MINIMUM, part.columns), part.warps)
-    codes = loader(ctx, table, tile.k)
+    part = ctx.blocks.copy(ctx.limit(rows), ctx.limit(width), f"take_coded {table.type.spelled}")
+    tile = replace(part, columns=max(DOT_MINIMUM, part.columns))
+    codes = loader(ctx, table, tile.columns)
     slots = Slots(loader=Slot(f"{table.dtype}", {"w": codes.tile("coded")}, codes.arguments()))
     given: dict[str, Given] = {
         "b": codes.codes, "index": ctx.dense(ids), "c": ctx.result(node), "rows": rows,
-        "N": count, "K": width, "BLOCK_N": tile.n, "BLOCK_K": tile.k,
+        "N": count, "K": width, "BLOCK_N": tile.rows, "BLOCK_K": tile.columns,
     }  # fmt: skip
-    grid = (ceil_div(rows, tile.n), ceil_div(width, tile.k))
-    ctx.launch("lookups:take_coded", grid, given, tile.warps, slots=slots)
+    grid = (ceil_div(rows, tile.rows), ceil_div(width, tile.columns))
+    ctx.launch("lookups:take_coded", grid, given, tile, slots=slots)
 
 
 def select_rows(ctx: Context, node: Node) -> None:
@@ -133,13 +135,13 @@ def _lookup(
     shared: bool,
 ) -> None:
     n = product((outer, wanted, inner))
-    block = ctx.blocks.flat(ctx.limit(n))
+    tile = ctx.blocks.flat(ctx.limit(n), "lookup")
     given: dict[str, Given] = {
         "x": ctx.dense(x), "index": ctx.dense(index), "y": ctx.result(node), "n": n,
-        "extent": extent, "wanted": wanted, "inner": inner, "SHARED": shared, "BLOCK": block,
+        "extent": extent, "wanted": wanted, "inner": inner, "SHARED": shared, "BLOCK": tile.rows,
     }  # fmt: skip
     taken = {"x": n * x.dtype.itemsize}
-    ctx.launch("lookups:lookup", (ceil_div(n, block),), given, touched=taken)
+    ctx.launch("lookups:lookup", (ceil_div(n, tile.rows),), given, tile, touched=taken)
 
 
 def append(ctx: Context, node: Node) -> None:
@@ -148,11 +150,11 @@ def append(ctx: Context, node: Node) -> None:
     new, _, stride = ctx.rows(new)
     b, total, width = node.output.type.shape
     rows = b * total
-    tile = ctx.blocks.copy(ctx.limit(rows), ctx.limit(width))
+    tile = ctx.blocks.copy(ctx.limit(rows), ctx.limit(width), "append")
     grid = (ceil_div(rows, tile.rows), ceil_div(width, tile.columns))
     given: dict[str, Given] = {
         "past": ctx.dense(past), "new": new, "lengths": ctx.dense(lengths),
         "y": ctx.result(node), "rows": rows, "P": past.shape[1], "S": new.shape[1], "D": width,
         "new_row": stride, "BLOCK_D": tile.columns, "BLOCK_ROWS": tile.rows,
     }  # fmt: skip
-    ctx.launch("lookups:append", grid, given, tile.warps)
+    ctx.launch("lookups:append", grid, given, tile)

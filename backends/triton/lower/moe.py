@@ -25,7 +25,7 @@ def route(ctx: Context, node: Node) -> None:
     attrs = node.attrs
     logits = router_logits(ctx, x, weight)
     experts, rows = int(weight.shape[0]), logits.shape[0]  # type: ignore[arg-type]
-    tile = ctx.blocks.rows(ctx.limit(rows), experts)
+    tile = ctx.blocks.rows(ctx.limit(rows), experts, "route")
     groups = attrs["groups"] if attrs["keep"] < attrs["groups"] else 1
     given: dict[str, Given] = {"logits": logits, "bias": bias, "shift": shift, "rows": rows}
     given |= {"index": ctx.result(node, 0), "weights": ctx.result(node, 1)}
@@ -37,7 +37,7 @@ def route(ctx: Context, node: Node) -> None:
     width = next_power(attrs["top_k"] + attrs["shared"])
     given |= {"TOP_K": attrs["top_k"], "SHARED": attrs["shared"], "BLOCK_K": width}
     given |= {"NORMALISE": attrs["normalise"], "BLOCK_ROWS": tile.rows}
-    ctx.launch("moe:route", (ceil_div(rows, tile.rows),), given, tile.warps)
+    ctx.launch("moe:route", (ceil_div(rows, tile.rows),), given, tile)
 
 
 def sort_entries(ctx: Context, index: View, experts: int) -> tuple[View, View, View]:
@@ -47,11 +47,11 @@ def sort_entries(ctx: Context, index: View, experts: int) -> tuple[View, View, V
     offsets = ctx.make(TensorType(DType.i64, (experts + 1,)))
     order = ctx.make(TensorType(DType.i64, (total,)))
     place = ctx.make(TensorType(DType.i32, (total,)))
-    lanes = ctx.blocks.lanes(experts + 1)
-    block = ctx.blocks.scan(ctx.limit(total), lanes)
+    tile = ctx.blocks.sort(ctx.limit(total), experts + 1)
     given: dict[str, Given] = {"index": index, "offsets": offsets, "order": order, "place": place}
-    given |= {"total": total, "EXPERTS": experts, "BLOCK_EXPERTS": lanes, "BLOCK": block}
-    ctx.launch("moe:sort_by_expert", (ceil_div(experts + 1, lanes),), given)
+    given |= {"total": total, "EXPERTS": experts, "BLOCK_EXPERTS": tile.columns}
+    given["BLOCK"] = tile.rows
+    ctx.launch("moe:sort_by_expert", (ceil_div(experts + 1, tile.columns),), given, tile)
     return offsets, order, place
 
 
@@ -84,8 +84,9 @@ def emit_experts(
     hidden = ctx.make(x.type.with_shape((pairs, inner)))
     activations = attrs["activations"]
     rows = RowCodes.of(ctx, activations, 1, vector=True) if activations else None
-    tile = ctx.blocks.gemv(inner, width, gate_up.dtype.bits)
-    tile = tile if rows is None else rows.tile(tile)
+    of = f"experts_hidden {gate_up.type.spelled} {activations}".rstrip()
+    tile = ctx.blocks.gemv(inner, width, gate_up.dtype.bits, of)
+    tile = tile if rows is None else rows.tile(ctx, tile)
     _, codes, slots_of = in_codes(ctx, x, gate_up, tile, ALL_PLAIN, rows=rows)
     given: dict[str, Given] = {"a": x, "index": index, "b": codes, "c": hidden}
     given |= {"N": 2 * inner, "K": width, "a_m": row_stride, "TOP_K": slots}
@@ -93,16 +94,17 @@ def emit_experts(
     given |= {"BLOCK_N": 2 * tile.n, "BLOCK_K": tile.k}
     grid = (pairs, ceil_div(inner, tile.n))
     flops = 4 * pairs * inner * width
-    ctx.launch("moe:experts_hidden", grid, given, tile.warps, flops=flops, slots=slots_of)
-    tile = ctx.blocks.gemv(width, inner, down.dtype.bits)
-    tile = tile if rows is None else rows.tile(tile)
+    ctx.launch("moe:experts_hidden", grid, given, tile, flops, slots=slots_of)
+    of = f"experts_output {down.type.spelled} {activations} {epilogue.title}".rstrip()
+    tile = ctx.blocks.gemv(width, inner, down.dtype.bits, of)
+    tile = tile if rows is None else rows.tile(ctx, tile)
     _, codes, slots_of = in_codes(ctx, hidden, down, tile, Slots(epilogue=epilogue), rows=rows)
     given = {"a": hidden, "index": index, "weights": weights, "b": codes, "c": out}
     given |= {"N": width, "K": inner, "TOP_K": slots}
     given |= dict(zip(("c_m", "c_n"), out_strides, strict=True))
     given |= {"BLOCK_N": tile.n, "BLOCK_K": tile.k}
     grid = (product(index.shape[:-1]), ceil_div(width, tile.n))
-    ctx.launch("moe:experts_output", grid, given, tile.warps, flops=flops // 2, slots=slots_of)
+    ctx.launch("moe:experts_output", grid, given, tile, flops // 2, slots=slots_of)
 
 
 def dispatch(ctx: Context, node: Node) -> None:
@@ -144,22 +146,24 @@ def emit_combine(
         place = _inverse(ctx, ctx.dense(order))
     shares = ctx.dense(weights)
     rows, width = shares.shape[0], out.shape[-1]
-    tile = ctx.blocks.copy(ctx.limit(rows), ctx.limit(width))
+    of = f"combine {epilogue.title}".rstrip()
+    tile = ctx.blocks.copy(ctx.limit(rows), ctx.limit(width), of)
     given: dict[str, Given] = {"y": ctx.dense(y), "place": place, "weights": shares}
     given |= {"c": out, "M": rows, "N": width, "TOP_K": int(shares.shape[1])}  # type: ignore[arg-type]
     given |= dict(zip(("c_m", "c_n"), out_strides, strict=True))
     given |= {"BLOCK_D": tile.columns, "BLOCK_ROWS": tile.rows}
     grid = (ceil_div(rows, tile.rows), ceil_div(width, tile.columns))
-    ctx.launch("moe:combine_rows", grid, given, tile.warps, slots=Slots(epilogue=epilogue))
+    ctx.launch("moe:combine_rows", grid, given, tile, slots=Slots(epilogue=epilogue))
 
 
 def _inverse(ctx: Context, order: View) -> View:
     """Where each entry of an order stands in it."""
     total = order.shape[0]
     place = ctx.make(order.type.with_dtype(DType.i32))
-    block = ctx.blocks.flat(ctx.limit(total))
-    given: dict[str, Given] = {"order": order, "place": place, "total": total, "BLOCK": block}
-    ctx.launch("moe:invert_order", (ceil_div(total, block),), given)
+    tile = ctx.blocks.flat(ctx.limit(total), "invert_order")
+    given: dict[str, Given] = {"order": order, "place": place, "total": total}
+    given["BLOCK"] = tile.rows
+    ctx.launch("moe:invert_order", (ceil_div(total, tile.rows),), given, tile)
     return place
 
 
@@ -172,11 +176,11 @@ def take_rows(
     rows = product(index.shape)
     if batch_rows != 0:
         count = batch_rows
-    tile = ctx.blocks.copy(ctx.limit(rows), ctx.limit(width))
+    tile = ctx.blocks.copy(ctx.limit(rows), ctx.limit(width), "take_rows")
     given: dict[str, Given] = {"table": table, "index": ctx.dense(index), "y": out}
     given |= {"rows": rows, "D": width, "table_row": stride, "LIMIT": count}
     given |= {"per_batch": per_batch, "batch_rows": batch_rows}
     given |= {"BLOCK_D": tile.columns, "BLOCK_ROWS": tile.rows}
     grid = (ceil_div(rows, tile.rows), ceil_div(width, tile.columns))
     taken = {"table": product((rows, width)) * table.dtype.itemsize}
-    ctx.launch("lookups:take_rows", grid, given, tile.warps, touched=taken)
+    ctx.launch("lookups:take_rows", grid, given, tile, touched=taken)

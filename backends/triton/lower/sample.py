@@ -15,18 +15,17 @@ def sample(ctx: Context, node: Node) -> None:
     logits, rows, stride = ctx.rows(logits)
     width, each = int(logits.shape[-1]), node.output.type.shape[1]  # type: ignore[arg-type]
     kind = logits.type.with_shape((rows,))
-    block = min(ctx.blocks.flat(width), next_power(width))
-    parts = -(-width // block)
+    tile, walk = ctx.blocks.parts(width), ctx.blocks.limits(width)
+    block, parts = tile.columns, -(-width // tile.columns)
     limits, first = ctx.make(kind.with_dtype(DType.f32)), ctx.make(kind.with_dtype(DType.i32))
     shape = (rows, parts)
     best = ctx.make(kind.with_dtype(DType.f32).with_shape(shape))
     place = ctx.make(kind.with_dtype(DType.i32).with_shape(shape))
     row: dict[str, Given] = {"logits": logits, "sampling": ctx.dense(sampling), "L": each}
     row |= {"l_row": stride, "V": width, "LEAST": LEAST, "limits": limits, "first": first}
-    walk = ctx.blocks.loop(ctx.limit(rows), width).columns
-    ctx.launch("sample:sample_limits", (rows,), {**row, "BLOCK": walk}, warps=8)
+    ctx.launch("sample:sample_limits", (rows,), {**row, "BLOCK": walk.columns}, walk)
     given = {**row, "seeds": ctx.dense(seeds), "best": best, "place": place, "BLOCK": block}
-    ctx.launch("sample:sample_parts", (rows, parts), given)
+    ctx.launch("sample:sample_parts", (rows, parts), given, tile)
     last: dict[str, Given] = {"best": best, "place": place, "ids": ctx.result(node)}
     last |= {"PARTS": parts, "PADDED": next_power(parts)}
     ctx.launch("sample:sample_best", (rows,), last)

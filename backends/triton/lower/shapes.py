@@ -56,6 +56,6 @@ def full(ctx: Context, node: Node) -> None:
 def arange(ctx: Context, node: Node) -> None:
     """Consecutive integers."""
     n = node.output.type.numel
-    block = ctx.blocks.flat(ctx.limit(n))
+    tile = ctx.blocks.flat(ctx.limit(n), "arange")
     given: dict[str, Given] = {"y": ctx.result(node), "n": n, "START": node.attrs["start"]}
-    ctx.launch("lookups:arange", (ceil_div(n, block),), given | {"BLOCK": block})
+    ctx.launch("lookups:arange", (ceil_div(n, tile.rows),), given | {"BLOCK": tile.rows}, tile)
