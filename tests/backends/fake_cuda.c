@@ -122,6 +122,7 @@ int cuGraphExecDestroy(void *ready) { free(ready); return 0; }
 int cuGraphLaunch(void *ready, void *stream) {
   FILE *log = fopen(getenv("FAKE_CUDA_LOG"), "a");
   if (log == NULL || stream != blocks) return 1;
+  for (const char *c = ready; *c; c++) clock_ms += *c == '\n' ? 2e-3 : 0;
   fputs(ready, log);
   return fclose(log);
 }

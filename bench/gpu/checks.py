@@ -1,0 +1,184 @@
+"""Whether what runs on the card is right: tokens, operators over odd shapes, and the sanitizer."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bench.gpu.archive import ROOT, TINY_CHECKPOINT
+from bench.gpu.device import driver_for, opened, step_inputs
+from dsc.backends.triton.cuda import CudaExecutable
+from dsc.backends.triton.driver import Driver
+from dsc.ir.parser import parse_program
+from dsc.ir.safetensors import open_safetensors
+from dsc.ir.weights import LayeredSource
+from dsc.runtime.packing import pack
+from dsc.runtime.session import Session
+
+TINY, CASES = "tiny", "operators"
+"""Folders: of compiled forms of the tiny checkpoint with the tokens that they give; of cases."""
+EXPECTED, CONSTANTS = "tokens.json", "constants.safetensors"
+"""In such a folder: the tokens, and what of the weights no checkpoint has."""
+MARGIN = 10
+"""Of the typical step's error of it, what the two best tokens must be apart by."""
+POISON = 0xFF
+"""Memory that is handed out holds NaN as floats and -1 as integers."""
+TOOLS = ("/usr/local/cuda/bin/compute-sanitizer", "/opt/cuda/bin/compute-sanitizer")
+CLEAN = ("ERROR SUMMARY: 0 errors", "RACECHECK SUMMARY: 0 hazards")
+REFUSED = "Device not supported"
+STEPS = ((1, 1, 100), (3, 1, 40), (1, 65, 0))
+"""Batch, new tokens and context of what the sanitizer sees."""
+Tell = Callable[[str, Any], None]
+Figures = dict[str, Any]
+Pair = tuple[int, int, float]
+"""The two likeliest tokens by the reference, and how far the first one's logit is ahead."""
+
+
+# --- tokens ---------------------------------------------------------------------------------------
+
+
+def tokens(folder: Path, found: Mapping[str, Any], tell: Tell) -> None:
+    """Greedy tokens of the tiny checkpoint in each of its forms, beside the reference's."""
+    for place in sorted((folder / TINY).iterdir()):
+        try:
+            tell(place.name, _tokens(place))
+        except Exception as problem:
+            tell(place.name, {"error": f"{type(problem).__name__}: {str(problem)[:300]}"})
+
+
+def _tokens(place: Path) -> Figures:
+    known = json.loads((place / EXPECTED).read_text())
+    prompt, expected = known["prompt"], known["tokens"]
+    program = parse_program((place / "program.dsc").read_text())
+    stored = open_safetensors(place / CONSTANTS), open_safetensors(TINY_CHECKPOINT)
+    program = replace(program, source=LayeredSource(stored))
+    driver = driver_for(place)
+    with tempfile.TemporaryDirectory() as made:
+        weights = Path(made) / "model.safetensors"
+        pack(program, weights)
+        binaries = place / "triton" / driver.arch
+        executable = CudaExecutable(binaries, weights, program, driver)
+    session = Session(executable, program, 1)
+    rows = [session.prefill(np.array([prompt]))]
+    for first, *_ in expected[:-1]:
+        rows.append(session.decode(np.array([first])))
+    found = agreement(expected, [np.asarray(row, np.float32)[0] for row in rows])
+    session = Session(executable, program, 1)
+    session.prefill(np.array([prompt]))
+    told = np.asarray(session.generate(len(expected)))[0].tolist()
+    own = [int(row.argmax()) for row in (np.asarray(x, np.float32)[0] for x in rows)]
+    far = next((n for n, (pair, token) in enumerate(zip(expected, own, strict=True))
+                if pair[0] != token), len(own) - 1)  # fmt: skip
+    found["chosen on the device as by the host"] = told[: far + 1] == own[: far + 1]
+    executable.close()
+    return found
+
+
+def agreement(expected: Sequence[Pair], logits: Sequence[Any]) -> Figures:
+    """How often the likeliest token is the reference's, where that is no near-tie.
+
+    Where its margin between the two best is `MARGIN` times what the typical step's is off by. What
+    is left out is counted, and half of them at most.
+    """
+    errors, off = [], []
+    for (first, second, margin), row in zip(expected, logits, strict=True):
+        errors.append(abs(float(row[first]) - float(row[second]) - margin))
+        off.append(int(row.argmax()) != first)
+    typical = statistics.median(errors)
+    clear = [wrong for (*_, margin), wrong in zip(expected, off, strict=True)
+             if margin > MARGIN * typical]  # fmt: skip
+    ok = not any(clear) and 2 * len(clear) >= len(off) and bool(np.isfinite(errors).all())
+    error = float(f"{typical:.3g}")
+    return {"ok": ok, "same": off.count(False), "compared": len(clear), "error": error}
+
+
+# --- operators ------------------------------------------------------------------------------------
+
+
+class Poisoned:
+    """Has a driver hand out memory that no kernel may read before it is written."""
+
+    def __init__(self, driver: Driver) -> None:
+        self._driver, self._allocate = driver, driver.allocate
+
+    def allocate(self, size: int) -> int:
+        """Device memory full of ones."""
+        pointer = self._allocate(size)
+        ones = np.full(max(size, 1), POISON, np.uint8)
+        self._driver.upload(pointer, ones.ctypes.data, ones.nbytes)
+        self._driver.synchronise()
+        return pointer
+
+
+def operators(folder: Path, found: Mapping[str, Any], tell: Tell) -> None:
+    """Every kernel over odd and large shapes, beside the operators' references by torch."""
+    from tests.backends.triton_cases import EMITTED, cases, large_cases
+
+    place = folder / CASES
+    program = parse_program((place / "program.dsc").read_text())
+    every = {k: x for k, x in (cases(EMITTED) | large_cases()).items() if k in program.entries}
+    driver = driver_for(place)
+    driver.allocate = Poisoned(driver).allocate  # type: ignore[method-assign]
+    executable = CudaExecutable(place / "triton" / driver.arch, folder / "none", program, driver)
+    wrong: dict[str, str] = {}
+    for name, case in every.items():
+        try:
+            case.check(executable.run(name, {k: v.clone() for k, v in case.inputs.items()}))
+        except Exception as problem:
+            lines = str(problem).strip().splitlines()
+            wrong[name] = f"{type(problem).__name__}: {' '.join(lines)[:200]}"
+        tell("run", name)
+    tell("cases", len(every))
+    tell("wrong", wrong)
+    tell("ok", not wrong)
+
+
+# --- the sanitizer --------------------------------------------------------------------------------
+
+
+def sanitised(kind: str, folder: Path, found: Mapping[str, Any], tell: Tell) -> None:
+    """What a tool of compute-sanitizer finds in steps of models, the smallest first."""
+    tool = shutil.which("compute-sanitizer") or next(
+        (path for path in TOOLS if Path(path).exists()), None
+    )
+    if tool is None:
+        tell("left out", "no compute-sanitizer on this machine")
+        return
+    models = sorted(path for path in folder.iterdir() if (path / "program.dsc").is_file())
+    small = sorted((folder / TINY).iterdir()) if (folder / TINY).is_dir() else []
+    for place in (*small, *(path for path in models if path.name != CASES)):
+        line = [tool, "--tool", kind, "--error-exitcode", "9"]
+        line += [sys.executable, "-m", "bench.gpu.checks", str(place)]
+        done = subprocess.run(line, capture_output=True, text=True, check=False, cwd=ROOT)
+        told = (done.stdout + done.stderr).splitlines()
+        if any(REFUSED in x for x in told):
+            tell("left out", f"the sanitizer does not take this device: {REFUSED}")
+            return
+        clean = done.returncode == 0 and any(mark in x for x in told for mark in CLEAN)
+        last = [x for x in told if "SUMMARY" in x or "rror" in x][:3]
+        tell(place.name, {"ok": clean, "status": done.returncode, "told": last})
+
+
+def steps(place: Path) -> None:
+    """Some steps of a model over weights that are made for it: what the sanitizer looks at."""
+    with opened(place) as (executable, program):
+        for batch, new, context in STEPS:
+            limits = program.limits
+            if batch > limits.max_batch or new > limits.prefill_chunk:
+                continue
+            entry, inputs = step_inputs(executable, program, batch, new, context)
+            executable.bind(entry, inputs)()
+
+
+if __name__ == "__main__":
+    steps(Path(sys.argv[1]))

@@ -1,0 +1,132 @@
+"""What a card's machine is given: binaries and plans of models, and the tokens of the tiny one."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Collection, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import dsc
+from bench.gpu import checks
+from bench.gpu.archive import ROOT, TINY_CHECKPOINT, packed
+from dsc.ir.program import Program
+from dsc.ir.safetensors import open_safetensors
+from dsc.ir.weights import Source, WeightExpr, source_types
+from dsc.models.configs import CONFIGS
+from dsc.runtime.packing import pack
+
+LIMITS: Mapping[str, Any] = {"max_context": 8192, "max_batch": 64, "prefill_chunk": 4096}
+SHORT: Mapping[str, int] = {"num_hidden_layers": 3, "first_k_dense_replace": 1}
+MODELS: Mapping[str, tuple[str, Mapping[str, int], Mapping[str, Any]]] = {
+    "moonlight-6l": ("moonlight", {"num_hidden_layers": 6}, {}),
+    "671b-3l": ("671b", SHORT, {}),
+    "671b-3l fp8": ("671b", SHORT, {"quant": "fp8"}),
+}
+"""By name a configuration, what of it is changed, and options of the compile."""
+FORMS: Mapping[str, Mapping[str, Any]] = {
+    "bf16": {}, "fp8": {"quant": "fp8", "cache_format": "fp8"}, "int4": {"quant": "int4"},
+}  # fmt: skip
+"""What the tiny checkpoint is compiled to."""
+TINY_LIMITS: Mapping[str, Any] = {"max_context": 256, "max_batch": 4, "prefill_chunk": 128}
+PROMPT, TOKENS = 20, 32
+UNUSED = ("interpret", "kernels")
+"""What of a compiled model no card needs."""
+
+
+def prepare(
+    archive: Path,
+    target: str,
+    models: Mapping[str, Any] = MODELS,
+    forms: Mapping[str, Any] = FORMS,
+    operators: Collection[str] | None = None,
+) -> int:
+    """Write what the card's machine needs; how many bytes that are. Raises `ValueError`."""
+    asked: dict[str, Any] = {"backend": "triton", "target": target, "dtype": "bf16"}
+    with tempfile.TemporaryDirectory(prefix="dsc-gpu-") as place:
+        folder = Path(place) / "prepared"
+        layers = {}
+        for name, (known, changes, options) in models.items():
+            layers[name] = changes["num_hidden_layers"]
+            file = Path(place) / f"{known}.json"
+            file.write_text(json.dumps(json.loads(CONFIGS[known].read_text()) | dict(changes)))
+            compiled = dsc.compile(
+                ROOT / "models" / "v3.py", config=str(file), weights="none",
+                **asked, **LIMITS, **options,
+            )  # fmt: skip
+            _kept(compiled, folder / name)
+        for name, options in forms.items():
+            own = folder / checks.TINY / name
+            compiled = dsc.compile(TINY_CHECKPOINT, **asked, **TINY_LIMITS, **options)
+            _kept(compiled, own)
+            _constants(compiled.program, own / checks.CONSTANTS)
+            (own / checks.EXPECTED).write_text(json.dumps(expected(options)))
+        _operators(folder / checks.CASES, target, operators)
+        line = ["git", "rev-parse", "HEAD"]
+        commit = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, check=False).stdout
+        about = {
+            "target": target,
+            "commit": commit.strip(),
+            "dsc": dsc.__version__,
+            "layers": layers,
+        }
+        (folder / "about.json").write_text(json.dumps(about))
+        return packed(folder, archive)
+
+
+def _kept(compiled: Any, place: Path) -> None:
+    """Write an artifact but for its weights, and for what no card needs."""
+    compiled.save(place)
+    shutil.rmtree(place / "weights", ignore_errors=True)
+    for extra in UNUSED:
+        shutil.rmtree(place / "triton" / extra)
+
+
+def _constants(program: Program, file: Path) -> None:
+    """Write what weights are made of that the tiny checkpoint does not hold."""
+    stored = open_safetensors(TINY_CHECKPOINT).types
+    types = source_types(program.weights.values())
+    made: dict[str, WeightExpr] = {k: Source(k, t) for k, t in types.items() if k not in stored}
+    pack(replace(program, weights=made), file)
+
+
+def expected(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The reference's greedy tokens of the tiny checkpoint, each with the next best and by how far.
+
+    Of the same program text: with the options of the compile, in bf16.
+    """
+    import torch
+
+    session = dsc.compile(
+        TINY_CHECKPOINT, backend="reference", dtype="bf16", **TINY_LIMITS, **options
+    ).session(1)
+    prompt = torch.randint(2048, (1, PROMPT), generator=torch.Generator().manual_seed(3))
+    logits, pairs = session.prefill(prompt).float(), []
+    for _ in range(TOKENS):
+        best = logits[0].topk(2)
+        first, second = best.indices.tolist()
+        pairs.append((first, second, float(best.values[0] - best.values[1])))
+        logits = session.decode(best.indices[:1]).float()
+    return {"prompt": prompt[0].tolist(), "tokens": pairs}
+
+
+def _operators(place: Path, target: str, wanted: Collection[str] | None) -> None:
+    """The cases of the tests, all or some, as one program with its binaries."""
+    from dsc.backends.base import EmitOptions
+    from dsc.backends.triton import TritonBackend
+    from dsc.ir.printer import print_program
+    from dsc.targets import parse_target
+    from tests.backends.triton_cases import EMITTED, cases, large_cases, program_of
+
+    every = cases(EMITTED) | large_cases()
+    program = program_of({k: x for k, x in every.items() if wanted is None or k in wanted})
+    emitted = TritonBackend().emit(program, EmitOptions(targets=(parse_target(target),)))
+    for name, data in emitted.files.items():
+        if not set(UNUSED) & set(Path(name).parts):
+            (place / name).parent.mkdir(parents=True, exist_ok=True)
+            (place / name).write_bytes(data)
+    (place / "program.dsc").write_text(print_program(program))
