@@ -104,7 +104,8 @@ def compile(
             backend that does not read such weights gets their rounded values, and a note says so.
         keep: weights that stay as they are: names or beginnings of names of their tensors in the
             checkpoint, such as "lm_head" or "model.layers.0", or patterns: "*.self_attn.*". With
-            ":int8" behind it, "*.down_proj:int8", such weights stay in 8 bits under int4.
+            ":int8" behind it, "*.down_proj:int8", such weights stay in 8 bits under int4; "fp8"
+            takes the head too where "lm_head:fp8" is given.
         group_size: columns of a row that share a scale; as many as the backend wants by default: on
             onnxruntime 128, or 64 or 32 where experts have no whole groups, and 32 elsewhere.
         quant_embedding: "int8" or "int4" stores the embedding's table in such codes too, whatever

@@ -48,6 +48,8 @@ QUANT = {"none": "", "fp8": FP8, "int8": "i8", "int4": "i4"}
 """What weights may be quantised to, and the element type of the codes."""
 WIDE = ":int8"
 """How a pattern of `keep` ends whose weights stay in 8 bits, and not in the compute type."""
+HEAD = ":fp8"
+"""How one ends whose weights are a head that is FP8 as all else is: others stay."""
 QUANTISED = " or ".join(word for word, codes in QUANT.items() if codes)
 ACTIVATION_BITS = (8, 16)
 """Rows that codes multiply: codes as well, where kernels take them so, or in the compute type."""
@@ -192,7 +194,10 @@ SLOTS = (
     Slot(Part.OPTIMISE, "merge_projections", lambda s: s.can.fuse >= EPILOGUES),
     Slot(
         Part.OPTIMISE, "insert_fp8", lambda s: s.asked.quant == "fp8",
-        lambda s: {"keep": s.asked.keep},
+        lambda s: {
+            "keep": tuple(x for x in s.asked.keep if not x.endswith(HEAD)),
+            "heads": tuple(x.removesuffix(HEAD) for x in s.asked.keep if x.endswith(HEAD)),
+        },
     ),
     Slot(
         Part.OPTIMISE, "quantize_weights",
@@ -268,6 +273,9 @@ def check_quant(quant: str, keep: Sequence[str], quant_embedding: str = "none") 
         raise UsageError(
             f"{wide[0]!r} says 8 bits, and quant is {quant}", hint=f"leave {WIDE} out, or give int4"
         )
+    heads = [each for each in keep if each.endswith(HEAD)]
+    if heads and quant != "fp8":
+        raise UsageError(f"{heads[0]!r} says FP8, and quant is {quant}", hint="give quant fp8")
     if keep and quant == quant_embedding == "none":
         raise UsageError(
             f"{keep[0]!r} is kept, and nothing is quantised", hint=f"give quant: {QUANTISED}"

@@ -22,7 +22,7 @@ def main() -> int:
     parser.add_argument("parts", nargs="*", metavar="PART", help=", ".join(PARTS))
     parser.add_argument("--target", default="cuda:sm_90")
     parser.add_argument("--out", type=Path, default=Path("gpu.json"))
-    asked = parser.parse_args()
+    asked = parser.parse_intermixed_args()
     unknown = [name for name in asked.parts if name not in PARTS]
     if unknown:
         parser.error(f"no part is called {unknown[0]!r}: {', '.join(PARTS)}")

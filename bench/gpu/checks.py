@@ -8,7 +8,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -84,7 +84,7 @@ def _tokens(place: Path) -> Figures:
     return found
 
 
-def agreement(expected: Sequence[Pair], logits: Sequence[Any]) -> Figures:
+def agreement(expected: Sequence[Pair], logits: Iterable[Any]) -> Figures:
     """How often the likeliest token is the reference's, where that is no near-tie.
 
     Where its margin between the two best is `MARGIN` times what the typical step's is off by. What

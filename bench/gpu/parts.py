@@ -3,7 +3,7 @@
 Order is that of importance, since what would begin after `DEADLINE_S` is left out: speeds that all
 shares are of, whether results are right, what was promised of steps, what is compared, and what
 takes as long as it is given. Budgets are about three times what a part is thought to take on an
-H200 (`THOUGHT_S`): a part that hangs costs no more.
+H200 (`thought_s`): a part that hangs costs no more.
 """
 
 from __future__ import annotations
@@ -53,6 +53,7 @@ PARTS: Mapping[str, Part] = {
     "tokens": Part(checks.tokens, 25, 75),
     "671b-3l": _model("671b-3l", 25),
     "moonlight-6l": _model("moonlight-6l", 10),
+    "671b-3l, 64 sequences": _model("671b-3l, 64 sequences", 20),
     "671b-3l fp8": _model("671b-3l fp8", 20),
     "671b-3l fp8, head too": _model("671b-3l fp8, head too", 20),
     "block": Part(peers.block, 50, 120),

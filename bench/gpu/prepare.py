@@ -20,14 +20,19 @@ from dsc.ir.weights import Source, WeightExpr, source_types
 from dsc.models.configs import CONFIGS
 from dsc.runtime.packing import pack
 
-LIMITS: Mapping[str, Any] = {"max_context": 8192, "max_batch": 64, "prefill_chunk": 4096}
+LIMITS: Mapping[str, Any] = {"max_context": 8192, "max_batch": 4, "prefill_chunk": 4096}
+MANY: Mapping[str, Any] = {"max_batch": 64, "prefill_chunk": 64}
+"""Of the model that 64 sequences run in: room for a step of so many prompts' chunks would be more
+than a card has."""
 SHORT: Mapping[str, int] = {"num_hidden_layers": 3, "first_k_dense_replace": 1}
 MODELS: Mapping[str, tuple[str, Mapping[str, int], Mapping[str, Any]]] = {
     "moonlight-6l": ("moonlight", {"num_hidden_layers": 6}, {}),
     "671b-3l": ("671b", SHORT, {}),
+    "671b-3l, 64 sequences": ("671b", SHORT, MANY),
     "671b-3l fp8": ("671b", SHORT, {"quant": "fp8"}),
+    "671b-3l fp8, head too": ("671b", SHORT, {"quant": "fp8", "keep": ["lm_head:fp8"]}),
 }
-"""By name a configuration, what of it is changed, and options of the compile."""
+"""By name a configuration, what of it is changed, and options of the compile beside `LIMITS`."""
 FORMS: Mapping[str, Mapping[str, Any]] = {
     "bf16": {}, "fp8": {"quant": "fp8", "cache_format": "fp8"}, "int4": {"quant": "int4"},
 }  # fmt: skip
@@ -56,7 +61,7 @@ def prepare(
             file.write_text(json.dumps(json.loads(CONFIGS[known].read_text()) | dict(changes)))
             compiled = dsc.compile(
                 ROOT / "models" / "v3.py", config=str(file), weights="none",
-                **asked, **LIMITS, **options,
+                **{**asked, **LIMITS, **options},
             )  # fmt: skip
             _kept(compiled, folder / name)
         for name, options in forms.items():

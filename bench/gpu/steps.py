@@ -8,6 +8,7 @@ a token that is chosen on the device, of a prompt's chunk the host's for the ste
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -50,8 +51,8 @@ def speeds(folder: Path, found: Mapping[str, Any], tell: Tell) -> None:
     """Bytes a second of a copy, and operations a second of the matrix units, by our own probes."""
     models = [path for path in sorted(folder.iterdir()) if (path / "dsc.json").is_file()]
     driver = driver_for(models[0])
-    card = next(gpu for gpu in gpus() if gpu.target.startswith(driver.kind))
-    tell("card", card.name)
+    names = [gpu.name for gpu in gpus() if gpu.target.startswith(driver.kind)]
+    tell("card", names[0] if names else driver.arch)
     tell("arch", driver.arch)
     memory = Memory(driver, "bench", lambda: None)
     timer = Timer(memory)
@@ -68,12 +69,10 @@ def speeds(folder: Path, found: Mapping[str, Any], tell: Tell) -> None:
 
 
 def speed(found: Mapping[str, Any], kind: str) -> float:
-    """What was read of the card, the better of our own probe and torch's. Raises `ValueError`."""
+    """What was read of the card, the better of our own probe and torch's; NaN where neither was."""
     peer = found.get("torch's speeds", {}).get(kind, {})
     read: list[float] = [found.get("speeds", {}).get(kind, 0.0), peer.get("a second", 0.0)]
-    if not max(read):
-        raise ValueError(f"the card's speed was not read: {kind}")
-    return max(read)
+    return max(read) or math.nan
 
 
 def measure(name: str, folder: Path, found: Mapping[str, Any], tell: Tell) -> None:
@@ -96,8 +95,9 @@ def fits(program: Program, point: tuple[int, int, int]) -> bool:
     """Whether a program holds a step."""
     batch, new, context = point
     limits = program.limits
-    longest = context + max(new, TOKENS[1] + 1)
-    return batch <= limits.max_batch and min(longest, limits.max_context) >= context + new
+    longest = context + max(new, TOKENS[1])
+    few = batch <= limits.max_batch and new <= limits.prefill_chunk
+    return few and longest <= limits.max_context
 
 
 def measured(
@@ -270,11 +270,11 @@ def by_kernel(events: Sequence[Event]) -> dict[str, Row]:
     return found
 
 
-def ms(taken: float) -> float:
-    """Milliseconds, to a tenth of a microsecond."""
-    return round(taken * 1e3, 4)
+def ms(taken: float) -> float | None:
+    """Milliseconds, to a tenth of a microsecond; `None` of NaN."""
+    return round(taken * 1e3, 4) if math.isfinite(taken) else None
 
 
 def share(least: float, taken: float) -> float | None:
-    """How much of the time that something took it had to take; `None` where it took none."""
-    return round(least / taken, 3) if taken > 0 else None
+    """How much of the time that something took it had to take; `None` where nobody can say."""
+    return round(least / taken, 3) if taken > 0 and math.isfinite(least) else None

@@ -176,7 +176,7 @@ Keep = Annotated[
         "--keep",
         metavar="GLOB",
         help="Weights that --quant leaves: lm_head, model.layers.0, '*.self_attn.*'; with :int8"
-        " behind it, in 8 bits under int4; repeatable.",
+        " behind it, in 8 bits under int4; lm_head:fp8 has FP8 take the head; repeatable.",
     ),
 ]
 GroupSize = Annotated[

@@ -67,6 +67,7 @@ def test_speeds_are_those_of_a_copy_and_of_products() -> None:
     assert found["fp8"].keys() == found["bf16"].keys()
 
 
+@pytest.mark.filterwarnings("ignore:Flash attention")
 def test_products_and_attention_have_their_bytes_and_flops() -> None:
     found = told(peers.products)
     assert found["q_b, 4 rows"]["flops"] == 2 * 4 * 48 * 24

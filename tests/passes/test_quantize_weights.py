@@ -316,6 +316,8 @@ def test_an_embedding_that_cannot_be_codes_is_refused_with_the_reason(
         ({"quant": "int8", "keep": "lm_head"}, "keep is 'lm_head'"),
         ({"quant": "int8", "keep": [7]}, "keep is"),
         ({"quant": "int8", "keep": ["lm_head:int8"]}, "says 8 bits, and quant is int8"),
+        ({"quant": "int8", "keep": ["lm_head:fp8"]}, "'lm_head:fp8' says FP8, and quant is int8"),
+        ({"quant": "fp8", "keep": ["lm_heat:fp8"]}, "no weight is called 'lm_heat'"),
         ({"quant": "int8", "keep": ["lm_heat"]}, "no weight is called 'lm_heat'"),
         ({"quant_embedding": "fp8"}, "quant_embedding 'fp8'"),
         ({"quant_embedding": "int8", "keep": ["lm_head:int8"]}, "says 8 bits, and quant is none"),
@@ -324,6 +326,17 @@ def test_an_embedding_that_cannot_be_codes_is_refused_with_the_reason(
 def test_what_cannot_be_asked_is_told(asked: dict[str, Any], words: str) -> None:
     with pytest.raises(UsageError, match=words):
         dsc.compile(TINY_CHECKPOINT, backend="null", weights="none", **asked)
+
+
+def test_fp8_takes_the_head_where_it_is_named() -> None:
+    for keep, head in (((), None), (("head:fp8",), DType.f8e4m3)):
+        options = PipelineOptions(quant="fp8", keep=keep)
+        chosen = backends.get("null").capabilities(Target("cpu"))
+        passes = pipeline.passes_for(model(), chosen, options)
+        (each,) = (p for p in passes if p.name == "insert_fp8")
+        found = each.run(model(), PassReport()).weights
+        assert codes_of(found["head.weight"]) is head
+        assert codes_of(found["a.weight"]) is DType.f8e4m3
 
 
 def test_the_options_of_the_pass_are_text() -> None:
