@@ -15,7 +15,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 import numpy as np
 
 from dsc.errors import ArtifactError, NoNumbers, UsageError
-from dsc.ir.choosing import Choice
+from dsc.ir.choosing import Choice, gives_token
 from dsc.sampling import Pick, Picker, Sampling
 
 BROKEN = "\N{REPLACEMENT CHARACTER}"
@@ -171,10 +171,10 @@ class Answer:
     def take(self, logits: Any) -> str:
         """Choose the next token; return the text that became whole by it.
 
-        Raises `ArtifactError` for logits that are no numbers.
+        Raises `ArtifactError` where the largest logit is no number.
         """
         scores = np.asarray(logits, dtype=np.float32)
-        if not _numbers(scores):
+        if not gives_token(scores):
             raise _no_numbers(len(self._tokens))
         return self.given(self.pick(scores, self._tokens, self.ids))
 
@@ -284,12 +284,12 @@ def _same_choice(
 ) -> Choice | None:
     """How all running answers choose, where the session does it and logits alone decide.
 
-    Where these are not all numbers it is nothing for a session: who takes them says so.
+    Where the largest is no number it is nothing for a session: who takes them says so.
     """
     picks = [answers[index].pick for index in running.values()]
     choices = {pick.choice if isinstance(pick, Picker) else None for pick in picks}
     alike = session.chooses and len(choices) == 1 and running.keys() == {*session.sequences}
-    return choices.pop() if alike and all(map(_numbers, map(session.logits, running))) else None
+    return choices.pop() if alike and all(map(_gives_token, map(session.logits, running))) else None
 
 
 def _continued(
@@ -329,13 +329,13 @@ def _continued(
         pick.drawn += ids.shape[1]
 
 
-def _numbers(logits: Any) -> bool:
-    return bool(np.isfinite(np.asarray(logits, np.float32)).all())
+def _gives_token(logits: Any) -> bool:
+    return gives_token(np.asarray(logits, np.float32))
 
 
 def _no_numbers(tokens: int) -> ArtifactError:
     return ArtifactError(
-        f"the logits after {tokens} tokens are not all numbers (NaN, infinity)",
+        f"the largest of the logits after {tokens} tokens is no number (NaN, infinity)",
         hint="see whether the files are whole: dsc verify OUT --hashes; if they are,"
         " compile again with --dtype fp32 and compare",
     )

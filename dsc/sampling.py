@@ -16,7 +16,19 @@ from typing import Protocol
 import numpy as np
 
 from dsc.errors import UsageError
-from dsc.ir.choosing import Choice, Scores, drawn, key_of, left, min_p, tempered, top_k, top_p
+from dsc.ir.choosing import (
+    LEAST,
+    Choice,
+    Scores,
+    drawn,
+    gives_token,
+    key_of,
+    left,
+    min_p,
+    tempered,
+    top_k,
+    top_p,
+)
 
 __all__ = ["Pick", "Sampling", "lowered", "min_p", "penalised", "tempered", "top_k", "top_p"]
 PENALTIES = ("repetition_penalty", "presence_penalty", "frequency_penalty")
@@ -70,7 +82,7 @@ class Sampling:
     @property
     def draws(self) -> bool:
         """Whether there is anything left to chance."""
-        return self.sample and self.temperature > 0
+        return self.sample and self.temperature >= LEAST
 
     @property
     def choice(self) -> Choice:
@@ -115,7 +127,7 @@ class Picker:
 
     def __call__(self, logits: Scores, ids: Sequence[int], new: Sequence[int] = ()) -> int:
         """The next token. Raises `UsageError` where the largest logit is no number."""
-        if not np.isfinite(logits.max()):
+        if not gives_token(logits):
             raise UsageError("the largest of the logits is no number (NaN, infinity)")
         scores = self.sampling.processed(logits, ids, new)
         if not self.sampling.draws:

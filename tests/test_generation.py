@@ -96,12 +96,23 @@ def test_prompts_run_together_and_answers_are_those_of_each_alone(max_batch: int
     assert clock.decoded == len(tokens) - len(prompts)
 
 
-@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_logits_that_are_no_numbers_end_the_run_and_name_the_check(bad: float) -> None:
-    logits = np.zeros(10, np.float32)
-    logits[3] = bad
-    with pytest.raises(ArtifactError, match=r"verify OUT --hashes"):
-        Answer([1, 2], 5, LIKELIEST).take(logits)
+    logits = np.full(10, -np.inf, np.float32)
+    for _ in range(2):  # of which none is a number, and one is wrong
+        with pytest.raises(ArtifactError, match=r"verify OUT --hashes"):
+            Answer([1, 2], 5, LIKELIEST).take(logits)
+        logits[:] = 0
+        logits[3] = bad
+
+
+def test_minus_infinity_is_a_token_that_is_left_out() -> None:
+    logits = np.full(10, -np.inf, np.float32)
+    logits[3] = -5.0
+    for sampling in (Sampling(), Sampling(sample=True), Sampling(True, 0.5, 2, 0.9, 0.1)):
+        answer = Answer([1, 2], 5, sampling.picker(0))
+        answer.take(logits)
+        assert answer.ids == [3]
 
 
 def test_a_clock_keeps_prompts_and_decoding_apart() -> None:

@@ -23,8 +23,7 @@ Words = NDArray[np.uint64]
 LEAST = 1e-5
 """Below this temperature the likeliest token is taken."""
 NO_TOKEN = -1
-"""What stands for the token of logits whose largest, or what the temperature makes of it, is no
-finite number: NaN is the largest."""
+"""What stands for the token of logits whose largest is no finite number: NaN is the largest."""
 _CHOICES = (
     ("temperature", float(np.finfo(np.float32).max), "a number from 0 on"),
     ("top_k", float(np.finfo(np.float32).max), "a whole number from 0 on"),
@@ -68,13 +67,21 @@ def key_of(*seed: int) -> int:
     return int(np.random.SeedSequence(seed).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
+def gives_token(logits: Scores) -> bool:
+    """Whether the largest of logits is a finite number, which NaN is not: the one rule for all.
+
+    Minus infinity beside it is a token that is left out.
+    """
+    return bool(np.isfinite(logits.max()))
+
+
 def chosen(logits: Scores, choice: Choice, key: int, draw: int) -> int:
     """The token that draw number `draw` takes from logits [vocab], or `NO_TOKEN`."""
-    draws = choice.temperature >= LEAST
-    with np.errstate(over="ignore"):
-        if not np.isfinite(logits.max() / np.float32(choice.temperature if draws else 1.0)):
-            return NO_TOKEN
-    return drawn(left(logits, choice), key, draw) if draws else int(logits.argmax())
+    if not gives_token(logits):
+        return NO_TOKEN
+    if choice.temperature < LEAST:
+        return int(logits.argmax())
+    return drawn(left(logits, choice), key, draw)
 
 
 def left(logits: Scores, choice: Choice) -> Scores:
@@ -125,19 +132,26 @@ def philox(first: Words, draw: int, key: int) -> tuple[Words, Words, Words, Word
 
 
 def tempered(scores: Scores, temperature: float) -> Scores:
-    """Scores divided by the temperature; where one would overflow, less the largest of them.
+    """Scores divided by a temperature of `LEAST` or more, in their own type, as kernels divide.
 
-    Only differences count for a softmax, and these may become minus infinity.
+    Where the largest would overflow it is far above all others: the first of its like is left.
 
     >>> import numpy as np
-    >>> [tempered(np.float32([1.0, 3.0]), t).tolist() for t in (0.5, 1e-39)]
-    [[2.0, 6.0], [-inf, 0.0]]
+    >>> tempered(np.float32([1.0, 3.0, -np.inf]), 0.5).tolist()
+    [2.0, 6.0, -inf]
+    >>> tempered(np.float32([1e35, 3e35, 3e35, -np.inf]), 1e-5).tolist()
+    [-inf, 0.0, -inf, -inf]
     """
-    wide = scores.astype(np.float64)
-    if np.abs(wide).max() > temperature * float(np.finfo(scores.dtype).max):
-        wide -= wide.max()
+    divisor = scores.dtype.type(temperature)
     with np.errstate(over="ignore"):
-        return (wide / temperature).astype(scores.dtype)
+        made: Scores = scores / divisor
+    if made.max() < np.inf:
+        return made
+    wide = scores.astype(np.float64) / divisor  # to a power of two these are what overflows
+    near = np.ldexp(wide, -int(np.frexp(wide.max())[1])).astype(scores.dtype)
+    made = np.full_like(scores, -np.inf)
+    made[near.argmax()] = 0.0
+    return made
 
 
 def top_k(scores: Scores, count: int) -> Scores:

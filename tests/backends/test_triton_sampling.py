@@ -34,7 +34,8 @@ ROWS, VOCAB = 24, 70
 CHOICES = [
     Choice(1.0), Choice(0.6, 5), Choice(1.3, 0, 0.7), Choice(2.0, 40, 0.9, 0.05), Choice(),
     Choice(1.0, 0, 1.0, 0.2), Choice(0.9, 1), Choice(1.0, 0, 0.0), Choice(3.0, 200, 0.5),
-    Choice(1e-6, 3), Choice(0.8, 0, 0.999999), Choice(1.0, 3, 0.5, 1.0),
+    Choice(1e-6, 3), Choice(0.8, 0, 0.999999), Choice(1.0, 3, 0.5, 1.0), Choice(1e-5),
+    Choice(2e-5, 3, 0.9), Choice(1e-5, 0, 1.0, 0.3),
 ]  # fmt: skip
 
 
@@ -62,11 +63,13 @@ def sampling(folder: Path, rows: int, vocab: int) -> Iterator[Any]:
 
 
 @pytest.mark.parametrize("step", [0.0, 2.0])
-def test_the_kernels_draw_what_the_host_draws(kernel: Any, step: float) -> None:
-    """Scores apart, and in steps, so that many are equal."""
+@pytest.mark.parametrize("scale", [1.0, 1e34])
+def test_the_kernels_draw_what_the_host_draws(kernel: Any, step: float, scale: float) -> None:
+    """Scores apart, and in steps, so that many are equal; some beyond what a float holds."""
     logits = np.random.default_rng(3).normal(0, 3, (ROWS, VOCAB)).astype(np.float32)
     logits = (logits / step).round() * np.float32(step) if step else logits
-    logits[7, 3:] = -np.inf
+    logits[7, 3:] = logits[::3, ::4] = -np.inf
+    logits *= np.float32(scale)
     choices = [CHOICES[i % len(CHOICES)] for i in range(ROWS)]
     seeds = [(key_of(5, i), i * 1000**2) for i in range(ROWS)]
     wanted = [
@@ -84,12 +87,9 @@ def test_the_kernels_draw_what_the_host_draws(kernel: Any, step: float) -> None:
 
 
 def test_logits_that_give_no_token_give_minus_one(tmp_path: Path) -> None:
-    """In whichever part of a row NaN or infinity stands, and however tokens are chosen.
-
-    A number that the temperature makes infinite is one.
-    """
+    """In whichever part of a row NaN or infinity stands, and however tokens are chosen."""
     vocab, choices = 17_000, [Choice(0.7, 50, 0.9)]
-    places = [(0, 3e38), (0, np.nan), (0, np.inf), *((a, np.nan) for a in (16_999, 16_383, 16_384))]
+    places = [(0, np.nan), (0, np.inf), *((at, np.nan) for at in (16_999, 16_383, 16_384))]
     count = len(places) + 4
     logits = np.random.default_rng(1).normal(0, 3, (count, vocab)).astype(np.float32)
     for row, (at, value) in enumerate(places):
@@ -217,7 +217,7 @@ def test_a_text_ends_with_the_step_without_numbers(backend: str) -> None:
         return [Answer(ids, most, WARM.picker(SEED, i)) for i, ids in enumerate(PROMPTS)]
 
     broken = answers(8)
-    with pytest.raises(ArtifactError, match="the logits after 7 tokens are not all numbers"):
+    with pytest.raises(ArtifactError, match="of the logits after 7 tokens is no number"):
         list(continue_all(poisoned(backend).session(2), broken))
     assert [each.ids for each in broken] == [row[:GOOD] for row in said]
     whole = answers(GOOD)

@@ -5,6 +5,9 @@ sorted: the bits of a float that are read as an integer have its order, so that 
 is kept is found by halving the integers, 32 looks at a row. Looks cost a row's bytes from the
 second-level cache, and are made only where something is to be left out.
 
+Scores are logits by temperature in units of 1 / UNIT, a power of two, so that none overflows at the
+least temperature; sums and comparisons are those of scores, bit for bit.
+
 A row whose largest logit is no finite number, as where one is NaN, gives -1: its parts say so.
 """
 
@@ -15,10 +18,10 @@ import triton.language as tl
 
 
 @triton.jit
-def _scores(x_at, at, temperature, V: tl.constexpr):
+def _scores(x_at, at, temperature, V: tl.constexpr, UNIT: tl.constexpr):
     """Scores of tokens, and their bits as integers of the same order; a zero has no sign."""
     x = tl.load(x_at + at, mask=at < V, other=float("-inf"))
-    s = tl.div_rn(x.to(tl.float32), temperature) + 0.0
+    s = tl.div_rn(x.to(tl.float32) * UNIT, temperature) + 0.0
     bits = s.to(tl.int32, bitcast=True)
     return s, tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
 
@@ -33,6 +36,7 @@ def sample_limits(
     l_row,
     V: tl.constexpr,
     LEAST: tl.constexpr,
+    UNIT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """What each row keeps; grid (rows,).
@@ -52,7 +56,7 @@ def sample_limits(
         v = tl.arange(0, BLOCK)
         top = tl.full((BLOCK,), float("-inf"), tl.float32)
         for start in range(0, V, BLOCK):
-            s, b = _scores(x_at, start + v, temperature, V)
+            s, b = _scores(x_at, start + v, temperature, V, UNIT)
             top = tl.maximum(top, s)
         peak = tl.max(top, axis=0)
         bits = peak.to(tl.int32, bitcast=True)
@@ -64,7 +68,7 @@ def sample_limits(
                 middle = (low + high + 1) >> 1
                 held = tl.zeros((BLOCK,), tl.int32)
                 for start in range(0, V, BLOCK):
-                    s, b = _scores(x_at, start + v, temperature, V)
+                    s, b = _scores(x_at, start + v, temperature, V, UNIT)
                     held += ((b >= middle) & (start + v < V)).to(tl.int32)
                 enough = tl.sum(held, axis=0) >= count
                 low = tl.where(enough, middle, low)
@@ -73,8 +77,8 @@ def sample_limits(
         if mass < 1.0:
             total = tl.zeros((BLOCK,), tl.float32)
             for start in range(0, V, BLOCK):
-                s, b = _scores(x_at, start + v, temperature, V)
-                total += tl.where(b >= least, tl.exp(s - peak), 0.0)
+                s, b = _scores(x_at, start + v, temperature, V, UNIT)
+                total += tl.where(b >= least, tl.exp((s - peak) / UNIT), 0.0)
             wanted = mass * tl.sum(total, axis=0)
             high = highest
             above = 0.0
@@ -82,21 +86,21 @@ def sample_limits(
                 middle = (low + high) >> 1
                 larger = tl.zeros((BLOCK,), tl.float32)
                 for start in range(0, V, BLOCK):
-                    s, b = _scores(x_at, start + v, temperature, V)
-                    larger += tl.where(b > middle, tl.exp(s - peak), 0.0)
+                    s, b = _scores(x_at, start + v, temperature, V, UNIT)
+                    larger += tl.where(b > middle, tl.exp((s - peak) / UNIT), 0.0)
                 fits = tl.sum(larger, axis=0) < wanted
                 high = tl.where(fits, middle, high)
                 low = tl.where(fits, low, middle + 1)
             equal = tl.zeros((BLOCK,), tl.int32)
             larger = tl.zeros((BLOCK,), tl.float32)
             for start in range(0, V, BLOCK):
-                s, b = _scores(x_at, start + v, temperature, V)
-                larger += tl.where(b > low, tl.exp(s - peak), 0.0)
+                s, b = _scores(x_at, start + v, temperature, V, UNIT)
+                larger += tl.where(b > low, tl.exp((s - peak) / UNIT), 0.0)
                 equal += ((b == low) & (start + v < V)).to(tl.int32)
             above = tl.sum(larger, axis=0)
             alike = tl.sum(equal, axis=0)
             bits = tl.where(low < 0, low ^ 0x7FFFFFFF, low).to(tl.int32)
-            weight = tl.exp(bits.to(tl.float32, bitcast=True) - peak)
+            weight = tl.exp((bits.to(tl.float32, bitcast=True) - peak) / UNIT)
             room = tl.ceil((wanted - above) / weight)
             kept = tl.minimum(tl.maximum(room, 1.0), alike.to(tl.float32)).to(tl.int32)
             if kept < alike:
@@ -107,7 +111,7 @@ def sample_limits(
                     equal = tl.zeros((BLOCK,), tl.int32)
                     for start in range(0, V, BLOCK):
                         at = start + v
-                        s, b = _scores(x_at, at, temperature, V)
+                        s, b = _scores(x_at, at, temperature, V, UNIT)
                         equal += ((b == low) & (at >= middle) & (at < V)).to(tl.int32)
                     few = tl.sum(equal, axis=0) <= kept
                     right = tl.where(few, middle, right)
@@ -116,7 +120,7 @@ def sample_limits(
         bits = tl.where(low < 0, low ^ 0x7FFFFFFF, low).to(tl.int32)
         limit = bits.to(tl.float32, bitcast=True)
         if share > 0.0:
-            floor = peak + tl.log(share)
+            floor = peak + tl.log(share) * UNIT
             begin = tl.where(floor > limit, 0, begin)
             limit = tl.maximum(limit, tl.minimum(floor, peak))
     tl.store(limits + row, limit)
@@ -136,12 +140,13 @@ def sample_parts(
     l_row,
     V: tl.constexpr,
     LEAST: tl.constexpr,
+    UNIT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """The best score of each part of a row, and whose it is; grid (rows, parts).
 
-    A part with NaN or infinity, be it by the temperature, has minus infinity and the place -1.
-    Where a temperature is given, scores have a Gumbel number each, of the token and the draw.
+    A part with NaN or infinity has minus infinity and the place -1. Where a temperature is
+    given, scores have a Gumbel number each, of the token and the draw.
     """
     row = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)
@@ -151,8 +156,7 @@ def sample_parts(
     x = tl.load(logits + row * l_row + v, mask=v < V, other=float("-inf")).to(tl.float32)
     wrong = tl.max(((x != x) | (x == float("inf"))).to(tl.int32), axis=0) > 0
     if temperature >= LEAST:
-        x = tl.div_rn(x, temperature) + 0.0
-        wrong = wrong | (tl.max(x, axis=0) == float("inf"))
+        x = tl.div_rn(x * UNIT, temperature) + 0.0
         limit = tl.load(limits + row)
         kept = (x > limit) | ((x == limit) & (v >= tl.load(first + row)))
         draw = tl.load(seeds + b * 2 + 1) + row % L
@@ -165,7 +169,7 @@ def sample_parts(
         u = tl.minimum((word.to(tl.float32) + 0.5) * 2.0**-32, 1.0 - 2.0**-24)
         near = u * (1.0 + u * (0.5 + u * 0.3333333432674408))
         waited = tl.where(u < 2.0**-10, near, -tl.log(1.0 - u))
-        x = tl.where(kept, x - tl.log(waited), float("-inf"))
+        x = tl.where(kept, x - tl.log(waited) * UNIT, float("-inf"))
     value, at = tl.max(x, axis=0, return_indices=True, return_indices_tie_break_left=True)
     value = tl.where(wrong, float("-inf"), value)
     tl.store(best + row * tl.num_programs(1) + part, value)

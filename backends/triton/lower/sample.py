@@ -8,6 +8,9 @@ from dsc.ir.choosing import LEAST
 from dsc.ir.graph import Node
 from dsc.ir.types import DType
 
+UNIT = 2.0**-17
+"""What kernels have scores in: the largest logit by `LEAST` is below the largest float of them."""
+
 
 def sample(ctx: Context, node: Node) -> None:
     """Append the three launches; limits are looked for only where a sequence has some."""
@@ -22,7 +25,8 @@ def sample(ctx: Context, node: Node) -> None:
     best = ctx.make(kind.with_dtype(DType.f32).with_shape(shape))
     place = ctx.make(kind.with_dtype(DType.i32).with_shape(shape))
     row: dict[str, Given] = {"logits": logits, "sampling": ctx.dense(sampling), "L": each}
-    row |= {"l_row": stride, "V": width, "LEAST": LEAST, "limits": limits, "first": first}
+    row |= {"l_row": stride, "V": width, "LEAST": LEAST, "UNIT": UNIT}
+    row |= {"limits": limits, "first": first}
     ctx.launch("sample:sample_limits", (rows,), {**row, "BLOCK": walk.columns}, walk)
     given = {**row, "seeds": ctx.dense(seeds), "best": best, "place": place, "BLOCK": block}
     ctx.launch("sample:sample_parts", (rows, parts), given, tile)
