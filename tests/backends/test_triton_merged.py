@@ -26,7 +26,7 @@ from dsc.runtime.plan import EntryPlan
 pytest.importorskip("triton")
 
 TARGET = "cuda:sm_90"
-ATTENTION = "%a = latent_attention %q, %r, %c, %k, %n {{scale=0.14}} : {t}[{b},1,3,40]"
+ATTENTION = "%a = latent_attention %q, %r, %c, %k, %n {{scale=0.14}} : {t}[{b},{s},3,40]"
 TEXTS: dict[str, tuple[int, str]] = {
     "norm": (1, """(%x: bf16[3,70], %g: bf16[70], %w: bf16[33,70], %b: bf16[33]) {
       %a = rms_norm %x, %g {eps=1e-06} : bf16[3,70]
@@ -108,19 +108,23 @@ TEXTS: dict[str, tuple[int, str]] = {
     }}"""),
 }  # fmt: skip
 """Launches, and the graph."""
+SEVERAL = "of several tokens"
 SPANS = {
     "merged": ("bf16", 6, """
-      %y = einsum %a, %v {{eq="bshc,hdc->bshd"}} : bf16[{b},1,3,24]
+      %y = einsum %a, %v {{eq="bshc,hdc->bshd"}} : bf16[{b},{s},3,24]
       return %y"""),
     "merged in fp32": ("f32", 3, """
-      %y = einsum %a, %v {{eq="bshc,hdc->bshd"}} : f32[{b},1,3,24]
+      %y = einsum %a, %v {{eq="bshc,hdc->bshd"}} : f32[{b},{s},3,24]
       return %y"""),
     "read by two": ("f32", 3, """
-      %y = einsum %a, %v {{eq="bshc,hdc->bshd"}} : f32[{b},1,3,24]
-      %s = silu %a : f32[{b},1,3,40]
+      %y = einsum %a, %v {{eq="bshc,hdc->bshd"}} : f32[{b},{s},3,24]
+      %s = silu %a : f32[{b},{s},3,40]
       return %y, %s"""),
     "of many rows": ("f32", 20, """
-      %y = einsum %a, %v {{eq="bshc,hdc->bshd"}} : f32[{b},1,3,24]
+      %y = einsum %a, %v {{eq="bshc,hdc->bshd"}} : f32[{b},{s},3,24]
+      return %y"""),
+    SEVERAL: ("f32", 3, """
+      %y = einsum %a, %v {{eq="bshc,hdc->bshd"}} : f32[{b},{s},3,24]
       return %y"""),
 }  # fmt: skip
 """Of attention over a cache in spans: element type, the largest batch, and what reads it."""
@@ -129,10 +133,10 @@ SPANS = {
 def spans(number: int, name: str) -> tuple[str, str]:
     """A symbol with its range, and a graph."""
     kind, most, rest = SPANS[name]
-    batch = f"B{number}"
-    given = {"q": "1,3,40", "r": "1,3,6", "c": "400,40", "k": "400,6"}
+    batch, tokens = f"B{number}", "S" if name == SEVERAL else "1"
+    given = {"q": f"{tokens},3,40", "r": f"{tokens},3,6", "c": "400,40", "k": "400,6"}
     operands = ", ".join(f"%{x}: {kind}[{batch},{shape}]" for x, shape in given.items())
-    lines = (ATTENTION + rest).format(t=kind, b=batch)
+    lines = (ATTENTION + rest).format(t=kind, b=batch, s=tokens)
     head = f"graph s{number}({operands}, %n: i64[{batch}], %v: {kind}[3,24,40])"
     return f"{batch}=[1,{most}]", f"{head} {{\n{lines}\n}}\n"
 
@@ -141,7 +145,7 @@ def merged() -> Program:
     """All of them: a process of the interpreter runs one program."""
     graphs = [f"graph g{i}{text}\n" for i, (_, text) in enumerate(TEXTS.values())]
     made = [spans(i, name) for i, name in enumerate(SPANS)]
-    symbols = ", ".join(symbol for symbol, _ in made)
+    symbols = ", ".join(["S=[1,5]", *(symbol for symbol, _ in made)])
     graphs += [graph for _, graph in made]
     return parse_program(
         f'program "merged" {{stage=LOWERED}}\nsymbols {{{symbols}}}\n{"".join(graphs)}'
@@ -169,10 +173,14 @@ def agree(executable: TracedExecutable, graph: Graph, given: Mapping[str, torch.
         assert off < (2**-6 if ours.dtype is torch.bfloat16 else 2**-18), f"{graph.name}: {off}"
 
 
-def operands(graph: Graph, batch: int = 1, seed: int = 0) -> dict[str, torch.Tensor]:
+def operands(
+    graph: Graph, batch: int = 1, seed: int = 0, tokens: int = 1
+) -> dict[str, torch.Tensor]:
     generator, found = torch.Generator().manual_seed(seed), {}
     for value in graph.inputs:
-        shape = [batch if not isinstance(d, int) else d for d in value.type.shape]
+        first, *rest = value.type.shape
+        shape = [first if isinstance(first, int) else batch]
+        shape += [d if isinstance(d, int) else tokens for d in rest]
         found[value.name] = torch.randn(shape, generator=generator).to(value.type.dtype.torch)
     if "only" in found:
         found["only"] = torch.zeros_like(found["only"])
@@ -212,11 +220,12 @@ def test_products_and_attention_make_what_they_read(
 
 
 @pytest.mark.parametrize(
-    ("name", "batch", "launches"),
+    ("name", "batch", "launches", "tokens"),
     [
-        ("merged", 1, 2), ("merged", 4, 2), ("merged", 6, 2), ("merged in fp32", 3, 2),
-        ("read by two", 2, 4),
-        ("of many rows", 2, 3), ("of many rows", 3, 3), ("of many rows", 6, 2),
+        ("merged", 1, 2, 1), ("merged", 4, 2, 1), ("merged", 6, 2, 1), ("merged in fp32", 3, 2, 1),
+        ("read by two", 2, 4, 1),
+        ("of many rows", 2, 3, 1), ("of many rows", 3, 3, 1), ("of many rows", 6, 2, 1),
+        (SEVERAL, 1, 3, 1), (SEVERAL, 1, 3, 5), (SEVERAL, 3, 3, 2),
     ],
 )  # fmt: skip
 def test_a_product_merges_what_attention_found_in_spans_of_the_cache(
@@ -226,12 +235,13 @@ def test_a_product_merges_what_attention_found_in_spans_of_the_cache(
     name: str,
     batch: int,
     launches: int,
+    tokens: int,
 ) -> None:
     """Sequences of which some fill no second span; of many sequences there is one span."""
     number = list(SPANS).index(name)
     graph = program.entries[f"s{number}"]
-    given = operands(graph, batch, seed=batch)
-    given["n"] = torch.tensor([399, 0, 63, 200, 64, 7])[:batch]
-    calls = resolve(plans[graph.name], {f"B{number}": batch}).calls
+    given = operands(graph, batch, batch, tokens)
+    given["n"] = torch.tensor([400 - tokens, 0, 63, 200, 64, 7])[:batch]
+    calls = resolve(plans[graph.name], {f"B{number}": batch, "S": tokens}).calls
     assert sum(0 not in call.grid for call in calls) == launches
     agree(watched, graph, given)

@@ -156,7 +156,7 @@ def latent_attention(ctx: Context, node: Node) -> None:
     sizes = heads, ctx.limit(t), c, q.dtype.itemsize
     tile = place.tile(ctx.blocks.latent(*sizes, coded, ctx.limit(s), of))
     head_tiles, most = -(-heads // tile.m), tile.spans
-    spans, rows = _spans(ctx, most, s, b * s), product((b, s))
+    spans, rows = _spans(ctx, most, b), product((b, s))
     merged = ctx.merges.get(node.output.name) is False and ctx.limit(rows) <= FEW and most > 1
     out = None if merged else ctx.result(node)
     partial = lse = None
@@ -207,16 +207,17 @@ def latent_attention(ctx: Context, node: Node) -> None:
         merge(ctx, out)
 
 
-def _spans(ctx: Context, most: int, new: Dim, rows: Dim) -> Dim:
-    """Spans of the cache for `rows` queries: as many for one sequence as there may be, fewer else.
+def _spans(ctx: Context, most: int, sequences: Dim) -> Dim:
+    """Spans of the cache: `most` for one sequence, fewer where there are several.
 
-    So that there are about as many programs whatever the batch is, and no more partial results.
+    So that there are about as many programs whatever the batch is, and no more partial results. Of
+    a step's tokens only the most that there may be count: fewer have no more spans than `most`.
     """
-    if most == 1 or isinstance(rows, int):
+    if most == 1 or isinstance(sequences, int):
         return most
-    if any(ctx.ranges.get(name, Range(0, 0)).lo < 1 for name in free_symbols(rows)):
+    if any(ctx.ranges.get(name, Range(0, 0)).lo < 1 for name in free_symbols(sequences)):
         return most
-    return (most * ctx.limit(new) + rows - 1) // rows
+    return (most + sequences - 1) // sequences
 
 
 def _sequence(view: View) -> Dim:
