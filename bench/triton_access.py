@@ -20,16 +20,22 @@ from typing import Any
 
 import dsc
 
-TINY = Path(__file__).resolve().parent.parent / "models" / "tiny-v3"
+ROOT = Path(__file__).resolve().parent.parent
+TINY, STORED = ROOT / "models" / "tiny-v3", ROOT / "tests" / "data" / "tiny-v3-fp8"
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "bf16 sm_90": ("cuda:sm_90", {}),
     "fp8 sm_90": ("cuda:sm_90", {"quant": "fp8", "cache_format": "fp8"}),
     "int4 sm_80": ("cuda:sm_80", {"quant": "int4", "cache_format": "int8"}),
     "fp8 gfx942": ("hip:gfx942", {"quant": "fp8"}),
-}
-"""By name the target, and options of the compile."""
-PROMPTS, STEPS = (9, 5), 1
-LIMITS: dict[str, Any] = {"max_batch": 2, "max_context": 64, "prefill_chunk": 16}
+    "stored in fp8 sm_100": ("cuda:sm_100", {"model": STORED}),
+    "pages gfx950": ("hip:gfx950", {"cache": "paged"}),
+    "fp8 in pages sm_89": ("cuda:sm_89", {"model": STORED, "quant": "fp8", "cache": "paged",
+                                          "cache_format": "fp8"}),
+}  # fmt: skip
+"""By name the target, and options of the compile; the model is tiny-v3 where none is named."""
+PROMPTS, STEPS = (26, 3), 1
+"""Tokens: a chunk of a prompt, the few that are left of it, and steps of one, an entry each."""
+LIMITS: dict[str, Any] = {"max_batch": 2, "max_context": 64, "prefill_chunk": 25}
 
 
 def faults_of(
@@ -39,16 +45,14 @@ def faults_of(
     vocab: int = 2048,
     prompts: Sequence[int] = PROMPTS,
 ) -> list[str]:
-    """What is found in a prefill of two sequences and some decode steps."""
+    """What is found in a prefill of two sequences and some decode steps; `options` are compile's."""
     import numpy as np
 
     from dsc.backends.triton.access import TracedExecutable
     from dsc.runtime.session import Session
 
-    compiled = dsc.compile(
-        model, backend="triton", target=target, backend_options={"compile": False}, **LIMITS,
-        **options,
-    )  # fmt: skip
+    asked = {"model": model, "backend_options": {"compile": False}, **LIMITS, **options}
+    compiled = dsc.compile(backend="triton", target=target, **asked)
     ids = np.random.default_rng(0).integers(0, vocab, (len(prompts), max(prompts) + STEPS))
     with tempfile.TemporaryDirectory() as place:
         folder = compiled.save(Path(place) / "out")

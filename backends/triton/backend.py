@@ -126,12 +126,11 @@ class TritonBackend:
             gpu, generated = there.program, there.sources
             plans.append(gpu.plan())
             options.admit(plans[-1])
-            sources |= generated
+            sources |= (texts := with_templates(gpu, generated))
             place = f"{FOLDER}/{target.arch}"
             files[f"{place}/plan.json"] = there.plan
             summary[str(target)] = {"kernels": len(gpu.kernels), "launches": launch_counts(gpu)}
             if options.extra.get("compile", True):
-                texts = with_templates(gpu, generated)
                 if takes(target) and options.extra.get("dependent", True):
                     texts = waiting(texts, gpu.kernels.values())
                 binaries, records = compile_kernels(gpu.kernels, target, texts, options.progress)

@@ -100,10 +100,10 @@ def test_what_is_right_has_no_fault(planted: TracedExecutable, name: str) -> Non
 
 
 def test_a_model_runs_by_the_plan_of_a_gpu_without_a_fault() -> None:
-    """A layer in FP8 with a cache in FP8: kernels over rows, products, attention, experts."""
+    """A layer in FP8 with a cache in FP8, in pages: all of a step's kernels, in all entries."""
     model = canonical_lm(Sizes(layers=1, dense=0, dtype=DType.bf16), max_batch=2)
-    options = {"quant": "fp8", "cache_format": "fp8"}
-    assert faults_of("cuda:sm_90", options, model, 50, (3, 2)) == []
+    options = {"quant": "fp8", "cache_format": "fp8", "cache": "paged"}
+    assert faults_of("cuda:sm_90", options, model, 50, (26, 2)) == []
 
 
 def test_a_lookup_by_what_is_no_token_reads_nothing(tmp_path: Path) -> None:

@@ -46,8 +46,8 @@ def gemm(
 
     Tiles are visited in groups of GROUP_M row tiles, so that a group shares its columns of `b` in
     cache; 0 visits them row tiles first. WIDEN multiplies in fp32 whatever the operands are (the
-    router's scores). HAS_LIMIT skips row tiles past `limit[z] + new_rows`: rows of a latent cache
-    that hold no token yet.
+    router's scores). HAS_LIMIT ends at row `limit[z] + new_rows`: those behind it, of a latent cache
+    that has no token there yet, are neither read nor written.
     """
     tiles_m = tl.cdiv(M, BLOCK_M)
     tile = tl.program_id(0)
@@ -61,12 +61,14 @@ def gemm(
         height = tl.minimum(tiles_m - first, GROUP_M)
         tile_m = first + (tile % across) % height
         tile_n = (tile % across) // height
+    rows = M
     if HAS_LIMIT:
-        if tile_m * BLOCK_M >= tl.load(limit + matrix) + new_rows:
+        rows = tl.minimum(tl.load(limit + matrix) + new_rows, M)
+        if tile_m * BLOCK_M >= rows:
             return
     m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    live = m < M
+    live = m < rows
     fits = n < N
     #: columns
     x_at = a + matrix * a_batch + m[:, None].to(tl.int64) * a_m  #: at
