@@ -45,7 +45,7 @@ def faults_of(
     vocab: int = 2048,
     prompts: Sequence[int] = PROMPTS,
 ) -> list[str]:
-    """What is found in a prefill of two sequences and some decode steps; `options` are compile's."""
+    """What is found in a prefill of two sequences and decode steps; `options` are of compile."""
     import numpy as np
 
     from dsc.backends.triton.access import TracedExecutable

@@ -46,8 +46,8 @@ def gemm(
 
     Tiles are visited in groups of GROUP_M row tiles, so that a group shares its columns of `b` in
     cache; 0 visits them row tiles first. WIDEN multiplies in fp32 whatever the operands are (the
-    router's scores). HAS_LIMIT ends at row `limit[z] + new_rows`: those behind it, of a latent cache
-    that has no token there yet, are neither read nor written.
+    router's scores). HAS_LIMIT ends at row `limit[z] + new_rows`: those behind it, of a latent
+    cache that has no token there yet, are neither read nor written.
     """
     tiles_m = tl.cdiv(M, BLOCK_M)
     tile = tl.program_id(0)
