@@ -6,11 +6,14 @@ import subprocess
 import sys
 import threading
 from collections.abc import Mapping
+from contextlib import suppress
+from itertools import pairwise
 from pathlib import Path
 from typing import IO, Any
 
 from dsc.backends.triton.compile import kernel_environment
 from dsc.backends.triton.launch import runnable, sampled
+from dsc.backends.triton.timed import timed_run
 from dsc.backends.triton.worker import INTERPRETED, read_frame, write_frame
 from dsc.errors import ArtifactError
 from dsc.ir.arrays import Array, empty
@@ -19,10 +22,8 @@ from dsc.ir.program import Program
 from dsc.ir.sampled import IDS, LOGITS, SAMPLING, SEEDS
 from dsc.ir.types import DType
 from dsc.runtime.admission import Admitted, moved_on
-from dsc.runtime.costs import NOTHING, Moved
-from dsc.runtime.launch_costs import launch_costs
-from dsc.runtime.plan import EntryPlan, Plan, live_bytes
-from dsc.runtime.profiler import EntryRun, StepTime, active, lengths_of
+from dsc.runtime.plan import Plan
+from dsc.runtime.profiler import active, lengths_of
 
 
 class InterpretedExecutable(Admitted):
@@ -68,13 +69,9 @@ class InterpretedExecutable(Admitted):
             outputs[name] = inputs[source]
         profiler = active()
         if profiler is not None:
-            steps, live = _steps(plan, times), live_bytes(plan, env)
-            lengths = lengths_of(inputs)
-
-            def costs() -> list[Moved]:
-                return [x or NOTHING for x in launch_costs(graph, plan, env, lengths)]
-
-            profiler.ran(EntryRun(graph, env, lengths, lambda: steps, lambda: live, costs))
+            every = zip(plan.launches, pairwise(times), strict=True)
+            spans = [(start, end - start) for launch, (start, end) in every if launch.runs(env)]
+            profiler.ran(timed_run(graph, plan, env, lengths_of(inputs), spans))
         return outputs
 
     def continued(
@@ -138,11 +135,3 @@ class InterpretedExecutable(Admitted):
     def __del__(self) -> None:
         if getattr(self, "_process", None) is not None and self._process.poll() is None:
             self.close()
-
-
-def _steps(plan: EntryPlan, times: list[float]) -> list[StepTime]:
-    """The launches of a run."""
-    return [
-        StepTime(launch.node, launch.kernel, start, end - start)
-        for launch, start, end in zip(plan.launches, times, times[1:], strict=False)
-    ]

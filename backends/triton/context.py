@@ -6,14 +6,14 @@ Operator lowerings (in `lower/`) read operands with `view`, ask for the layout t
 
 from __future__ import annotations
 
-import ast
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from dsc.backends.triton.blocks import AnyTile, Blocks, Choice, RowTile
+from dsc.backends.triton.effects import access, parameters
 from dsc.backends.triton.launch import POINTER_TYPES, Kernel, LaunchProgram, is_multiple
 from dsc.backends.triton.rows import elementwise
 from dsc.backends.triton.slots import ALL_PLAIN, Slots, written
@@ -23,7 +23,7 @@ from dsc.ir.graph import Node, Operand, Weight
 from dsc.ir.region_steps import Literal
 from dsc.ir.types import TensorType
 from dsc.ir.views import View
-from dsc.runtime.plan import ARENA, READ, UPDATE, WEIGHT, WRITE, Argument, Draft, Launch, Ref
+from dsc.runtime.plan import ARENA, WEIGHT, Argument, Draft, Launch, Ref
 
 if TYPE_CHECKING:
     from dsc.backends.triton.wanted import Wanted
@@ -266,68 +266,6 @@ def template(module: str) -> str:
 @cache
 def _read(path: Path) -> str:
     return path.read_text()
-
-
-def parameters(source: str, function: str) -> tuple[str, ...]:
-    """The parameter names of a kernel, from its text: lowering needs no triton."""
-    return tuple(access(source, function))
-
-
-@cache
-def access(source: str, function: str) -> Mapping[str, str]:
-    """What a kernel does to what each parameter points to, from its text.
-
-    It writes where `tl.store` gets an address that the parameter is part of, does both where an
-    atomic does, and reads elsewhere.
-    """
-    body = next(
-        statement
-        for statement in ast.parse(source).body
-        if isinstance(statement, ast.FunctionDef) and statement.name == function
-    )
-    changed = _addressed(body, "atomic_")
-    stored, loaded = _addressed(body, "store") | changed, _addressed(body, "load") | changed
-    return {
-        a.arg: READ if a.arg not in stored else UPDATE if a.arg in loaded else WRITE
-        for a in body.args.args
-    }
-
-
-def _addressed(body: ast.FunctionDef, call: str) -> set[str]:
-    """The names that addresses given to calls of `tl` are made of, also through others.
-
-    `call` is how the calls' names begin: `store`, `load`, `atomic_`. What a load gives is no part
-    of the address that it is added to.
-    """
-    made: dict[str, set[str]] = {}
-    found: set[str] = set()
-    for node in ast.walk(body):
-        if isinstance(node, ast.Assign | ast.AugAssign):
-            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
-            for target in _names(targets):
-                made.setdefault(target, set()).update(_names([node.value]))
-        elif isinstance(node, ast.Call) and _is_tl(node, call):
-            found |= _names(node.args[:1])
-    grown: set[str] = set()
-    while found - grown:
-        name = (found - grown).pop()
-        grown.add(name)
-        found |= made.get(name, set())
-    return found
-
-
-def _names(parts: Sequence[ast.AST]) -> set[str]:
-    found: set[str] = set()
-    for part in parts:
-        if isinstance(part, ast.Name):
-            found.add(part.id)
-        elif not (isinstance(part, ast.Call) and _is_tl(part, "load")):
-            found |= _names(list(ast.iter_child_nodes(part)))
-    return found
-
-
-def _is_tl(call: ast.Call, name: str) -> bool:
-    return isinstance(call.func, ast.Attribute) and call.func.attr.startswith(name)
 
 
 def _dense(buffer: int, type: TensorType) -> View:

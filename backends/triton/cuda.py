@@ -33,19 +33,18 @@ from dsc.backends.triton.launch import Kernel, runnable, sampled
 from dsc.backends.triton.memory import LOCK, Memory
 from dsc.backends.triton.nvtx import Ranges, path_of, wanted
 from dsc.backends.triton.schedule import Address, Call, Schedule, resolve
+from dsc.backends.triton.timed import timed_run
 from dsc.backends.triton.timer import Timer
 from dsc.errors import BackendUnavailable
 from dsc.ir.arrays import Array, empty
-from dsc.ir.dims import evaluate
 from dsc.ir.graph import Graph
 from dsc.ir.program import Program
 from dsc.ir.sampled import IDS, LOGITS, SAMPLING, SEEDS
 from dsc.ir.types import DType
 from dsc.runtime.admission import Admitted, moved_on
 from dsc.runtime.executable import ArrayType
-from dsc.runtime.launch_costs import LaunchCost, launch_costs
 from dsc.runtime.plan import ARENA, WEIGHT, EntryPlan, Plan
-from dsc.runtime.profiler import EntryRun, StepTime, active, lengths_of
+from dsc.runtime.profiler import active, lengths_of
 from dsc.runtime.standalone import mapped_weights
 
 ALIGNMENT = 256
@@ -241,7 +240,7 @@ class CudaExecutable(Admitted):
             spans = self._held.timer.spans(self._prepare(lowered, schedule, addresses))
         elif self._ranges is not None:
             schedule = self._schedule((entry, *env.items()), lowered, env)
-            ran = [x for x in lowered.launches if 0 not in (evaluate(d, env) for d in x.grid)]
+            ran = [launch for launch in lowered.launches if launch.runs(env)]
             ready = self._prepare(lowered, schedule, addresses)
             self._ranges.queue(self._driver.launch, ready, [path_of(entry, x) for x in ran])
         else:
@@ -252,7 +251,10 @@ class CudaExecutable(Admitted):
                 self._driver.download(made.ctypes.data, addresses[port.buffer], made.nbytes)
         self._driver.synchronise()
         if profiler is not None and spans is not None:
-            profiler.ran(timed_run(graph, lowered, env, lengths_of(inputs), start, spans()))
+            seconds = spans()
+            begins = accumulate(seconds[:-1], initial=start)
+            each = list(zip(begins, seconds, strict=True))
+            profiler.ran(timed_run(graph, lowered, env, lengths_of(inputs), each))
         return results
 
     def _continue(
@@ -475,28 +477,6 @@ def driver_of(kind: str) -> Driver:
     except NoDevice as missing:
         hint = "run it on a machine with a GPU and its driver, or in the interpreter"
         raise BackendUnavailable(str(missing), hint) from None
-
-
-def timed_run(
-    graph: Graph,
-    plan: EntryPlan,
-    env: Mapping[str, int],
-    lengths: Sequence[int] | None,
-    start: float,
-    seconds: Sequence[float],
-) -> EntryRun:
-    """A run of an entry for the profiler: seconds of each launch that ran, in their order."""
-    ran = [x for x in plan.launches if 0 not in (evaluate(d, env) for d in x.grid)]
-    begins = accumulate(seconds, initial=start)
-    steps = [
-        StepTime(launch.node, launch.kernel, begin, taken)
-        for launch, begin, taken in zip(ran, begins, seconds, strict=False)
-    ]
-
-    def costs() -> list[LaunchCost]:
-        return [x for x in launch_costs(graph, plan, env, lengths) if x is not None]
-
-    return EntryRun(graph, env, lengths, lambda: steps, None, costs)
 
 
 def _owner(array: Array) -> Array:

@@ -16,6 +16,7 @@ Argument: TypeAlias = "ctypes._SimpleCData[int]"
 
 _MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 _COMPUTE_MAJOR, _COMPUTE_MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_*
+_UNITS = 16  # CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT
 _CAPTURE_THREAD_LOCAL = 1  # CU_STREAM_CAPTURE_MODE_THREAD_LOCAL: other threads may allocate
 _OUT_OF_MEMORY = 2  # CUDA_ERROR_OUT_OF_MEMORY
 _STATIC_SHARED = 48 * 1024  # above this a kernel must ask for its shared memory
@@ -122,12 +123,17 @@ class Driver:
     @property
     def arch(self) -> str:
         """The architecture of the device: `sm_90`."""
-        parts = []
-        for attribute in (_COMPUTE_MAJOR, _COMPUTE_MINOR):
-            value = ctypes.c_int()
-            self._check("cuDeviceGetAttribute", ctypes.byref(value), attribute, self._device)
-            parts.append(str(value.value))
-        return f"sm_{''.join(parts)}"
+        return f"sm_{self._fact(_COMPUTE_MAJOR)}{self._fact(_COMPUTE_MINOR)}"
+
+    @property
+    def units(self) -> int:
+        """How many multiprocessors, or compute units, the device has."""
+        return self._fact(_UNITS)
+
+    def _fact(self, attribute: int) -> int:
+        value = ctypes.c_int()
+        self._check("cuDeviceGetAttribute", ctypes.byref(value), attribute, self._device)
+        return value.value
 
     def load(
         self,
@@ -230,6 +236,26 @@ class Driver:
     def forget(self, graph: ctypes.c_void_p) -> None:
         """Let a captured graph go."""
         self._check("cuGraphExecDestroy", graph)
+
+    def event(self) -> ctypes.c_void_p:
+        """A mark that `record` queues."""
+        event = ctypes.c_void_p()
+        self._check("cuEventCreate", ctypes.byref(event), ctypes.c_uint(0))
+        return event
+
+    def record(self, event: ctypes.c_void_p) -> None:
+        """Queue a mark: it holds the device's time once all that was queued before is done."""
+        self._check("cuEventRecord", event, self._stream)
+
+    def seconds(self, start: ctypes.c_void_p, end: ctypes.c_void_p) -> float:
+        """What lies between two marks that the device has passed."""
+        milliseconds = ctypes.c_float()
+        self._check("cuEventElapsedTime", ctypes.byref(milliseconds), start, end)
+        return milliseconds.value / 1e3
+
+    def drop(self, event: ctypes.c_void_p) -> None:
+        """Let a mark go."""
+        self._check("cuEventDestroy_v2", event)
 
     def synchronise(self) -> None:
         """Wait for everything queued; an error of an earlier kernel is raised here."""

@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+from dsc.backends.triton.devices import CARDS
 from dsc.backends.triton.driver import Driver, NoDevice
 
 LIBRARIES = ("libamdhip64.so", "libamdhip64.so.7", "libamdhip64.so.6", "libamdhip64.so.5")
@@ -100,6 +101,11 @@ class HipDriver(Driver):
                 if found is not None:
                     return found[0].decode()
         raise RuntimeError("the HIP run time does not tell the device's architecture")
+
+    @property
+    def units(self) -> int:
+        """Those of its largest card: a run time numbers what it tells as its version does."""
+        return max(card.units for card in CARDS.values() if card.arch == self.arch)
 
     def _error(self, status: int) -> str:
         name: bytes | None = self._hip.hipGetErrorName(status)

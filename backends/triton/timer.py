@@ -19,7 +19,6 @@ from typing import Any
 import numpy as np
 
 from dsc.backends.triton.blocks import Blocks
-from dsc.backends.triton.devices import CARDS
 from dsc.backends.triton.driver import ReadyLaunch
 from dsc.backends.triton.launch import POINTER_TYPES, Kernel
 from dsc.backends.triton.memory import Memory
@@ -27,7 +26,6 @@ from dsc.errors import MemoryLimitError
 from dsc.ir.types import DType
 from dsc.targets import Target
 
-_UNITS = 16  # CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT
 COPY_BYTES = 1 << 30
 FILL_BYTES = 1 << 26
 QUEUED_PER_FILL = 4
@@ -66,43 +64,34 @@ class Timer:
     def close(self) -> None:
         """Give everything back."""
         for event in self._events:
-            self.driver._check("cuEventDestroy_v2", event)
+            self.driver.drop(event)
         if self._fill:
             self.memory.free(self._fill)
         self._events, self._fill = [], 0
-
-    @property
-    def units(self) -> int:
-        """Multiprocessors of the device; of a HIP one, those of the largest card."""
-        if self.driver.kind == "hip":
-            return max(c.units for c in CARDS.values() if c.arch == self.driver.arch)
-        count = ctypes.c_int()
-        self.driver._check("cuDeviceGetAttribute", ctypes.byref(count), _UNITS, self.driver._device)
-        return count.value
 
     def spans(self, launches: Sequence[ReadyLaunch]) -> Callable[[], list[float]]:
         """Queue launches; what is returned waits for them and gives the seconds of each."""
         self._ahead(len(launches))
         events = [self._event(i) for i in range(len(launches) + 1)]
-        self._record(events[0])
+        self.driver.record(events[0])
         for launch, event in zip(launches, events[1:], strict=True):
             self.driver.launch(launch)
-            self._record(event)
+            self.driver.record(event)
 
         def read() -> list[float]:
             self.driver.synchronise()
-            return [self._between(a, b) for a, b in pairwise(events)]
+            return [self.driver.seconds(a, b) for a, b in pairwise(events)]
 
         return read
 
     def seconds(self, queue: Callable[[], None]) -> float:
         """How long the device takes for what is queued."""
         start, end = self._event(0), self._event(1)
-        self._record(start)
+        self.driver.record(start)
         queue()
-        self._record(end)
+        self.driver.record(end)
         self.driver.synchronise()
-        return self._between(start, end)
+        return self.driver.seconds(start, end)
 
     def copy_speed(self, size: int = COPY_BYTES) -> float:
         """Bytes a second, read and written, of a copy of `size` bytes, or of half where no room is.
@@ -138,7 +127,7 @@ class Timer:
             (folder / record["file"]).read_bytes(), record["symbol"], record["warps"],
             record["shared"], record["parameters"],
         )  # fmt: skip
-        programs = WAVES * self.units
+        programs = WAVES * self.driver.units
         itemsize = KINDS[kind].itemsize
         ones = np.full(128 * 64, ONES[kind], f"u{itemsize}")
         sums = np.zeros(programs, np.float32)
@@ -169,15 +158,5 @@ class Timer:
 
     def _event(self, number: int) -> ctypes.c_void_p:
         while len(self._events) <= number:
-            event = ctypes.c_void_p()
-            self.driver._check("cuEventCreate", ctypes.byref(event), ctypes.c_uint(0))
-            self._events.append(event)
+            self._events.append(self.driver.event())
         return self._events[number]
-
-    def _record(self, event: ctypes.c_void_p) -> None:
-        self.driver._check("cuEventRecord", event, self.driver._stream)
-
-    def _between(self, start: ctypes.c_void_p, end: ctypes.c_void_p) -> float:
-        milliseconds = ctypes.c_float()
-        self.driver._check("cuEventElapsedTime", ctypes.byref(milliseconds), start, end)
-        return milliseconds.value / 1e3

@@ -62,7 +62,7 @@ def launch_costs(
     shares: dict[str, dict[str, float]] = {}
     costs: list[LaunchCost | None] = []
     for launch in plan.launches:
-        if 0 in (evaluate(d, sizes) for d in launch.grid):
+        if not launch.runs(sizes):
             costs.append(None)
             continue
         node = nodes.get(launch.node)

@@ -93,6 +93,10 @@ class Launch:
         """The bytes that it touches."""
         return (a for a in self.arguments if isinstance(a, Ref))
 
+    def runs(self, sizes: Mapping[str, int]) -> bool:
+        """Whether its grid has any program at these sizes of the symbols."""
+        return all(evaluate(d, sizes) for d in self.grid)
+
 
 @dataclass(frozen=True, slots=True)
 class Port:

@@ -22,9 +22,10 @@ from dsc.backends.base import EmitOptions, No, Yes
 from dsc.backends.reference import ReferenceExecutable
 from dsc.backends.triton import TritonBackend
 from dsc.backends.triton import program as lowered
-from dsc.backends.triton.context import access, template
+from dsc.backends.triton.context import template
 from dsc.backends.triton.cuda import CudaExecutable
 from dsc.backends.triton.driver import Driver, Function, OutOfMemory, ReadyLaunch
+from dsc.backends.triton.effects import access
 from dsc.backends.triton.launch import LaunchProgram
 from dsc.backends.triton.program import lower_program
 from dsc.errors import ArtifactError, BackendUnavailable, UnsupportedOperator, UsageError
@@ -126,6 +127,36 @@ def test_what_a_kernel_does_to_its_pointers_is_read_off_its_text() -> None:
     text += " at += 4\n tl.store(at, v)\n tl.store(y + tl.load(z + n), v)\n"
     assert access(text, "f") == {"x": "u", "y": "w", "z": "r", "n": "u"}
     assert access("def f(x, y):\n tl.atomic_add(x, tl.load(y))\n", "f") == {"x": "u", "y": "r"}
+
+
+HELPED = """
+import triton.language as tl
+from elsewhere import strange
+
+def at(p, q, n):
+    return p + tl.load(q) + n
+
+def put(to, what, *, mask):
+    tl.store(to, what, mask=mask)
+
+def forward(a, b):
+    put(what=tl.load(at(b, a, 3)), to=at(a, b, 0), mask=True)
+
+def kernel(x, y, z, w, v, u):
+    here = at(x, y, 1)
+    put(here, tl.load(z), mask=x.put(y))
+    forward(w, v)
+    strange(u + 1)
+
+def spread(x, y):
+    put(*(x, y), mask=True)
+"""
+
+
+def test_what_functions_do_that_a_kernel_calls_is_what_the_kernel_does() -> None:
+    kinds = access(HELPED, "kernel")
+    assert kinds == {"x": "w", "y": "r", "z": "r", "w": "u", "v": "r", "u": "u"}
+    assert access(HELPED, "spread") == {"x": "w", "y": "w"}
 
 
 def test_equal_layers_share_kernels() -> None:

@@ -306,7 +306,6 @@ def test_an_executable_gives_its_memory_back(tiny: Tiny) -> None:
 def free_bytes() -> int:
     """Free memory of the device."""
     driver = Driver()
-    free, total = ctypes.c_size_t(), ctypes.c_size_t()
-    driver._check("cuMemGetInfo_v2", ctypes.byref(free), ctypes.byref(total))
+    free, _ = driver.memory()
     driver.close()
-    return free.value
+    return free

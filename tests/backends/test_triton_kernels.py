@@ -14,8 +14,9 @@ from dsc.backends.base import EmitOptions
 from dsc.backends.triton import TritonBackend
 from dsc.backends.triton.backend import with_templates
 from dsc.backends.triton.compile import compile_kernels
-from dsc.backends.triton.context import KERNELS, access, parameters, template
+from dsc.backends.triton.context import KERNELS, template
 from dsc.backends.triton.dependent import SAID, takes, waiting
+from dsc.backends.triton.effects import access, parameters
 from dsc.backends.triton.program import lower_program
 from dsc.backends.triton.timer import probe_kernels
 from dsc.targets import Target, parse_target

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from dsc.backends.triton.context import access, template
+from dsc.backends.triton.context import template
+from dsc.backends.triton.effects import access
 from dsc.backends.triton.slots import ALL_PLAIN, Slot, Slots, written
 
 GEMM = template("gemm")

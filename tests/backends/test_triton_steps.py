@@ -11,7 +11,6 @@ from dsc import pipeline
 from dsc.backends.triton import TritonBackend
 from dsc.backends.triton.program import lower_program
 from dsc.ir.costs import step_sizes
-from dsc.ir.dims import evaluate
 from dsc.ir.limits import Limits
 from dsc.ir.program import Program
 from dsc.ir.types import DType
@@ -49,7 +48,7 @@ def launched(quant: str, most: int, batch: int, new: int = 1) -> tuple[int, int,
     graph = program.entries[program.choose_entry(new, batch, CONTEXT)]
     sizes = step_sizes(graph, batch, new, CONTEXT)
     entry = plan.entries[graph.name]
-    made = [x for x in entry.launches if 0 not in (evaluate(d, sizes) for d in x.grid)]
+    made = [x for x in entry.launches if x.runs(sizes)]
     found = launches_by_layer(graph, [replace(entry, launches=tuple(made))])
     dense, sparse, last = (found[f"model.layers.{i}"] for i in range(3))
     return dense, sparse, last

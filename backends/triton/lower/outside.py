@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 
 from dsc.backends.triton.blocks import next_power
-from dsc.backends.triton.context import Context, Given, parameters
+from dsc.backends.triton.context import Context, Given
+from dsc.backends.triton.effects import parameters
 from dsc.ir.analyses import call_of
 from dsc.ir.dims import Dim, product
 from dsc.ir.graph import Node
