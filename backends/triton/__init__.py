@@ -4,7 +4,7 @@ Importing this package imports neither triton nor a driver. How a program become
 
     lower/       each operator to launches of kernels, views without copies; regions.py says which
                  kernel is generated for a region, or for an operator that is one alone;
-                 context.py has the state that they share
+                 context.py has the state that they share, effects.py says what kernels write
     kernels/     the templates: products, attention, experts, lookups, scans, sampling
     slots.py     what stands in a template's places: prologue.py is what is done to rows before a
                  product, codes.py and coded_rows.py read and sum codes, epilogue.py is what follows
@@ -19,8 +19,9 @@ Importing this package imports neither triton nor a driver. How a program become
     schedule.py  launches to addresses and grids, once the shapes of a call are known
     client.py    runs them in Triton's interpreter (any machine; worker.py, interpret.py), access.py
                  with every access watched
-    cuda.py      runs them on a GPU, by driver.py or hip.py, within what memory.py counts; timer.py
-                 times them, nvtx.py names them to profilers, runner.py is run.py's part
+    device.py    runs them on a GPU, by driver.py or hip.py; held.py is what stays there, weights.py
+                 what several share, within what memory.py counts; timer.py times launches, timed.py
+                 tells profiles of them, nvtx.py names them to tools, runner.py is run.py's part
     report.py    what kernels take and steps could take on cards, by assembly.py and modelled.py
 """
 

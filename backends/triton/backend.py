@@ -59,7 +59,7 @@ FORMATS = ("i8", "i4", "f8e4m3")
 PROMOTED = 128
 """Columns that sums of integers have in common at least: each sum costs three instructions."""
 PROBE_TEXT = {"probe": template("probe")}
-RUNNER = Path(__file__).with_name("runner.py")  # it launches on CUDA devices
+RUNNER = Path(__file__).with_name("runner.py")
 
 
 def _is_strides(view: Node) -> bool:
@@ -141,8 +141,7 @@ class TritonBackend:
                 files[f"{place}/{PROBES}"] = json.dumps(facts, indent=1).encode()
         texts = with_templates(lowered, sources)
         files |= {f"{FOLDER}/kernels/{m}.py": t.encode() for m, t in sorted(texts.items())}
-        runs = program.is_causal_lm and "cuda" in {t.kind for t in targets}
-        runner = RUNNER.read_text() if runs else ""
+        runner = RUNNER.read_text() if program.is_causal_lm else ""
         return Emission(files, plans[0], meta={"targets": summary}, runner=runner)
 
     def load(self, folder: Path, manifest: Mapping[str, Any], program: Program) -> Executable:
@@ -179,10 +178,10 @@ class TritonBackend:
             return InterpretedExecutable(folder / FOLDER, weights, program)
         kind, _, arch = device.partition(":")
         if kind in KNOWN:
-            from dsc.backends.triton.cuda import CudaExecutable, driver_of
+            from dsc.backends.triton.device import DeviceExecutable, driver_of
 
             place = folder / FOLDER / arch
-            return CudaExecutable(place, weights, program, driver_of(kind))
+            return DeviceExecutable(place, weights, program, driver_of(kind))
         raise UsageError(
             f"unknown device {device!r}", hint=f"{INTERPRET}, cuda:<arch> or hip:<arch>"
         )

@@ -127,7 +127,7 @@ class Driver:
 
     @property
     def units(self) -> int:
-        """How many multiprocessors, or compute units, the device has."""
+        """How many multiprocessors the device has, or 0 where that is not told."""
         return self._fact(_UNITS)
 
     def _fact(self, attribute: int) -> int:

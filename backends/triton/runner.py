@@ -1,4 +1,4 @@
-"""Run this artifact on an NVIDIA GPU: python run.py "a prompt". It needs numpy and tokenizers."""
+"""Run this artifact on a GPU: python run.py "a prompt". It needs numpy and tokenizers."""
 
 from __future__ import annotations
 
@@ -14,10 +14,13 @@ try:
 except ImportError as missing:
     sys.exit(f"run.py: {missing}; pip install numpy tokenizers")
 
-from dsc.backends.triton.driver import Driver, ReadyLaunch
+from dsc.backends.triton.driver import Driver, NoDevice, ReadyLaunch
+from dsc.backends.triton.hip import HipDriver
 from dsc.runtime.standalone import NUMPY, Array, Compiled, mapped_weights, number
 
 NUMBERS = {"i32": c_int32, "i64": c_int64}
+DRIVERS: Mapping[str, type[Driver]] = {"sm_": Driver, "gfx": HipDriver}
+"""By how names of architectures begin."""
 
 
 class Model(Compiled):
@@ -25,10 +28,8 @@ class Model(Compiled):
 
     def __init__(self, folder: str | pathlib.Path) -> None:
         """Load the kernels and upload the weights."""
-        self.device = Driver()
+        self.device = device_for(pathlib.Path(folder) / "triton")
         place = pathlib.Path(folder) / "triton" / self.device.arch
-        if not place.is_dir():
-            raise ValueError(f"compiled for other GPUs; give --target cuda:{self.device.arch}")
         super().__init__(folder, f"triton/{self.device.arch}/plan.json")
         self.kernels = {
             name: self.device.load(
@@ -86,6 +87,24 @@ class Model(Compiled):
                 arguments.append(c_uint64(base + number(offset, sizes)))
         x, y, z = (*(number(d, sizes) for d in launch["grid"]), 1, 1)[:3]
         return self.device.prepare(self.kernels[launch["kernel"]], (x, y, z), arguments)
+
+
+def device_for(folder: pathlib.Path) -> Driver:
+    """A GPU of this machine that the folder has binaries for. Raises ValueError."""
+    there, refusals = {path.name for path in folder.iterdir()}, list[str]()
+    for prefix, kind in DRIVERS.items():
+        if not any(name.startswith(prefix) for name in there):
+            continue
+        try:
+            device = kind()
+        except NoDevice as missing:
+            refusals.append(str(missing))
+            continue
+        if device.arch in there:
+            return device
+        refusals.append(f"compiled for other GPUs; give --target {device.kind}:{device.arch}")
+        device.close()
+    raise ValueError("; ".join(refusals))
 
 
 def buffer_sizes(entries: Collection[Any], largest: Mapping[str, int]) -> dict[str, int]:

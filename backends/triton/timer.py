@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from dsc.backends.triton.blocks import Blocks
+from dsc.backends.triton.devices import CARDS
 from dsc.backends.triton.driver import ReadyLaunch
 from dsc.backends.triton.launch import POINTER_TYPES, Kernel
 from dsc.backends.triton.memory import Memory
@@ -127,7 +128,7 @@ class Timer:
             (folder / record["file"]).read_bytes(), record["symbol"], record["warps"],
             record["shared"], record["parameters"],
         )  # fmt: skip
-        programs = WAVES * self.driver.units
+        programs = WAVES * (self.driver.units or _most_units(self.driver.arch))
         itemsize = KINDS[kind].itemsize
         ones = np.full(128 * 64, ONES[kind], f"u{itemsize}")
         sums = np.zeros(programs, np.float32)
@@ -160,3 +161,8 @@ class Timer:
         while len(self._events) <= number:
             self._events.append(self.driver.event())
         return self._events[number]
+
+
+def _most_units(arch: str) -> int:
+    """Those of an architecture's largest card."""
+    return max(card.units for card in CARDS.values() if card.arch == arch)

@@ -37,6 +37,7 @@ from dsc.user_folders import state_folder
 
 CODE_SUFFIXES = frozenset({".so", ".cubin", ".hsaco", ".ptx", ".py"})
 SEAL = "sha256"
+_OWN = re.compile(r"^from dsc\.([\w.]+) import .*\n+", re.MULTILINE)
 MAX_MANIFEST = 64 * 2**20
 TOOLS = ("torch", "transformers", "apache-tvm", "triton", "onnx", "onnxruntime")
 
@@ -230,13 +231,21 @@ def check_hashes(folder: Path) -> int:
 
 
 def run_script(runner: str) -> str:
-    """The text of run.py: a backend's module, with the modules of dsc that it reads written out."""
+    """The text of run.py: a backend's module, with the modules of dsc that it reads written out.
+
+    Each of them once, behind those that it reads itself.
+    """
+    known: set[str] = set()
 
     def written_out(line: re.Match[str]) -> str:
+        if line[1] in known:
+            return ""
+        known.add(line[1])
         module = Path(dsc.__file__).parent.joinpath(*line[1].split(".")).with_suffix(".py")
-        return module.read_text().partition("import annotations\n")[2].strip() + "\n\n\n"
+        text = module.read_text().partition("import annotations\n")[2].strip()
+        return _OWN.sub(written_out, text) + "\n\n\n"
 
-    whole = re.sub(r"^from dsc\.([\w.]+) import .*\n+", written_out, runner, flags=re.MULTILINE)
+    whole = _OWN.sub(written_out, runner)
     return f'{whole.rstrip()}\n\n\nif __name__ == "__main__":\n    main(Model)\n'
 
 

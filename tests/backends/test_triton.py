@@ -23,7 +23,7 @@ from dsc.backends.reference import ReferenceExecutable
 from dsc.backends.triton import TritonBackend
 from dsc.backends.triton import program as lowered
 from dsc.backends.triton.context import template
-from dsc.backends.triton.cuda import CudaExecutable
+from dsc.backends.triton.device import DeviceExecutable
 from dsc.backends.triton.driver import Driver, Function, OutOfMemory, ReadyLaunch
 from dsc.backends.triton.effects import access
 from dsc.backends.triton.launch import LaunchProgram
@@ -273,8 +273,8 @@ def test_symbolic_axes_fold_and_unfold() -> None:
 class FakeDriver(Driver):
     """A device whose memory is the host's and whose kernels are only recorded."""
 
-    def __init__(self) -> None:
-        self.blocks: dict[int, Any] = {}
+    def __init__(self, beside: FakeDriver | None = None) -> None:
+        self.blocks: dict[int, Any] = beside.blocks if beside is not None else {}
         self.launched: list[tuple[Function, tuple[int, int, int], list[int]]] = []
         self.uploads: list[int] = []
         self.streams: list[int | None] = []
@@ -364,18 +364,18 @@ def write_records(program: LaunchProgram, folder: Path) -> None:
 
 
 @pytest.fixture
-def on_fake(model: Program, tmp_path: Path) -> tuple[CudaExecutable, FakeDriver, LaunchProgram]:
+def on_fake(model: Program, tmp_path: Path) -> tuple[DeviceExecutable, FakeDriver, LaunchProgram]:
     """The model on a device that runs nothing."""
     folder = write_artifact(model, tmp_path) / "triton/sm_90"
     program = LaunchProgram.of(Plan.from_json((folder / "plan.json").read_bytes()))
     write_records(program, folder)
     driver = FakeDriver()
     weights = tmp_path / "weights/model.safetensors"
-    return CudaExecutable(folder, weights, model, driver), driver, program
+    return DeviceExecutable(folder, weights, model, driver), driver, program
 
 
 def test_cuda_launches_what_was_emitted(
-    model: Program, on_fake: tuple[CudaExecutable, FakeDriver, LaunchProgram]
+    model: Program, on_fake: tuple[DeviceExecutable, FakeDriver, LaunchProgram]
 ) -> None:
     executable, driver, program = on_fake
     session = Session(executable, model, 1, CONTEXT, CHUNK)
@@ -400,7 +400,7 @@ def test_cuda_launches_what_was_emitted(
 
 
 def test_tokens_that_are_chosen_on_the_device_are_waited_for_once(
-    model: Program, on_fake: tuple[CudaExecutable, FakeDriver, LaunchProgram]
+    model: Program, on_fake: tuple[DeviceExecutable, FakeDriver, LaunchProgram]
 ) -> None:
     """All that a step needs is copied on the device; the host sees the ids at the end."""
     executable, driver, program = on_fake
@@ -420,14 +420,14 @@ def test_tokens_that_are_chosen_on_the_device_are_waited_for_once(
 
 
 def test_a_moved_sequence_takes_its_rows_on_the_device_along(
-    model: Program, on_fake: tuple[CudaExecutable, FakeDriver, LaunchProgram]
+    model: Program, on_fake: tuple[DeviceExecutable, FakeDriver, LaunchProgram]
 ) -> None:
     executable, _, _ = on_fake
     session = Session(executable, model, 2, CONTEXT, CHUNK)
     first, second = session.add([1, 2, 3]), session.add([4, 5])
     (kept,) = session._kept
     assert isinstance(kept, Slots)
-    slots = [(executable._resident(x), x.nbytes // 2) for x in kept._slots.values()]
+    slots = [(executable._held.resident(x), x.nbytes // 2) for x in kept._slots.values()]
     residents = [r.pointer for r in executable._held.caches.values()]
     for pointer, size in slots:  # what a kernel would write for the second sequence's two tokens
         ctypes.memset(pointer + size, 7, 2 * size // (CONTEXT + CHUNK))
@@ -441,7 +441,7 @@ def test_a_moved_sequence_takes_its_rows_on_the_device_along(
 
 
 def test_an_executable_gives_everything_back(
-    on_fake: tuple[CudaExecutable, FakeDriver, LaunchProgram], model: Program
+    on_fake: tuple[DeviceExecutable, FakeDriver, LaunchProgram], model: Program
 ) -> None:
     executable, driver, _ = on_fake
     session = Session(executable, model, 1, CONTEXT, CHUNK)
@@ -456,7 +456,7 @@ def test_no_driver_is_said_so() -> None:
     if gpus():
         pytest.skip("this machine has a GPU")
     with pytest.raises(BackendUnavailable, match="no driver of an NVIDIA GPU"):
-        CudaExecutable(Path("sm_90"), Path("absent"), Program("none", {}))
+        DeviceExecutable(Path("sm_90"), Path("absent"), Program("none", {}))
 
 
 def test_a_machine_without_hip_says_so(model: Program, tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from dsc.api import CompiledModel
 from dsc.backends.base import EmitOptions
 from dsc.backends.reference import ReferenceExecutable
 from dsc.backends.triton import TritonBackend
-from dsc.backends.triton.cuda import CudaExecutable
+from dsc.backends.triton.device import DeviceExecutable
 from dsc.backends.triton.driver import Driver
 from dsc.hardware import gpus
 from dsc.ir.graph import GraphBuilder
@@ -74,27 +74,27 @@ def target() -> Target:
     return parse_target(found[0])
 
 
-def load(program: Program, target: Target, folder: Path) -> CudaExecutable:
+def load(program: Program, target: Target, folder: Path) -> DeviceExecutable:
     """Compile a program without weights for the GPU and load it into poisoned memory."""
     emission = TritonBackend().emit(program, EmitOptions(targets=(target,)))
     for name, data in emission.files.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(data)
-    return CudaExecutable(folder / "triton" / target.arch, folder / "none", program, Poisoned())
+    return DeviceExecutable(folder / "triton" / target.arch, folder / "none", program, Poisoned())
 
 
 @pytest.fixture(scope="module")
-def operators(target: Target, tmp_path_factory: pytest.TempPathFactory) -> CudaExecutable:
+def operators(target: Target, tmp_path_factory: pytest.TempPathFactory) -> DeviceExecutable:
     """All cases as one artifact."""
     return load(program_of(CASES), target, tmp_path_factory.mktemp("cases"))
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_kernel_agrees_with_reference(operators: CudaExecutable, name: str) -> None:
+def test_kernel_agrees_with_reference(operators: DeviceExecutable, name: str) -> None:
     CASES[name].check(run_case(operators, name, CASES[name]))
 
 
-def run_case(executable: CudaExecutable, name: str, case: Case) -> dict[str, torch.Tensor]:
+def run_case(executable: DeviceExecutable, name: str, case: Case) -> dict[str, torch.Tensor]:
     """Results of a case; caches are written in place."""
     return executable.run(name, {k: v.clone() for k, v in case.inputs.items()})
 
@@ -102,7 +102,7 @@ def run_case(executable: CudaExecutable, name: str, case: Case) -> dict[str, tor
 @pytest.mark.parametrize(
     "name", [n for n, c in CASES.items() if len(c.inputs) > WITH_LENGTHS.get(c.op, 9)]
 )
-def test_rows_past_the_end_are_never_seen(operators: CudaExecutable, name: str) -> None:
+def test_rows_past_the_end_are_never_seen(operators: DeviceExecutable, name: str) -> None:
     case = CASES[name]
     inputs = {k: v.clone() for k, v in case.inputs.items()}
     lengths = inputs[f"x{WITH_LENGTHS[case.op]}"]
@@ -113,7 +113,7 @@ def test_rows_past_the_end_are_never_seen(operators: CudaExecutable, name: str) 
     case.check(operators.run(name, inputs))
 
 
-def test_results_are_the_same_on_every_run(operators: CudaExecutable) -> None:
+def test_results_are_the_same_on_every_run(operators: DeviceExecutable) -> None:
     for name in ("latent_attention_large_1", "grouped_linear_large_0", "mla_attention_large_0"):
         first, second = (operators.run(name, CASES[name].inputs) for _ in range(2))
         assert torch.equal(first["y0"], second["y0"]), name
@@ -154,7 +154,7 @@ def tiny(target: Target, tmp_path_factory: pytest.TempPathFactory) -> Tiny:
                 max_batch=4, max_context=CONTEXT, prefill_chunk=CHUNK,
             )  # fmt: skip
             known[dtype] = compiled, dsc.load(compiled.save(folder / dtype))
-            assert isinstance(known[dtype][1].executable, CudaExecutable)
+            assert isinstance(known[dtype][1].executable, DeviceExecutable)
         return known[dtype]
 
     return of

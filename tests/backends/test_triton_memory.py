@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import dsc
-from dsc.backends.triton.cuda import CudaExecutable
+from dsc.backends.triton.device import DeviceExecutable
 from dsc.backends.triton.launch import LaunchProgram
 from dsc.errors import MemoryLimitError
 from dsc.ir.program import Program
@@ -27,10 +27,13 @@ def artifact(model: Program, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def opened(model: Program, artifact: Path) -> tuple[CudaExecutable, FakeDriver]:
-    driver = FakeDriver()
+def opened(
+    model: Program, artifact: Path, beside: FakeDriver | None = None
+) -> tuple[DeviceExecutable, FakeDriver]:
+    """The artifact on a card of its own, or on that of another driver."""
+    driver = FakeDriver(beside)
     weights = artifact / "weights/model.safetensors"
-    return CudaExecutable(artifact / "triton/sm_90", weights, model, driver), driver
+    return DeviceExecutable(artifact / "triton/sm_90", weights, model, driver), driver
 
 
 @pytest.fixture
@@ -39,35 +42,57 @@ def limited() -> Iterator[None]:
     dsc.set_memory_limit("cuda", None)
 
 
-def started(executable: CudaExecutable, model: Program, batch: int = 2) -> Session:
+def started(executable: DeviceExecutable, model: Program, batch: int = 2) -> Session:
     session = Session(executable, model, batch, CONTEXT, CHUNK)
     session.prefill([[1, 2, 3]] * batch)
     return session
 
 
-def held(*drivers: FakeDriver) -> int:
-    return sum(sum(map(len, driver.blocks.values())) for driver in drivers)
+def held(driver: FakeDriver) -> int:
+    """Bytes on a driver's card."""
+    return sum(map(len, driver.blocks.values()))
 
 
 @pytest.mark.usefixtures("limited")
 def test_all_artifacts_and_sessions_share_one_limit(model: Program, artifact: Path) -> None:
-    (first, one), (second, other) = (opened(model, artifact) for _ in range(2))
+    first, card = opened(model, artifact)
+    second, _ = opened(model, artifact, card)
     sessions = [started(first, model), started(second, model)]
-    full = held(one, other)
+    full = held(card)
     dsc.set_memory_limit("cuda", (full + 1000) / 1e6)
     with pytest.raises(MemoryLimitError, match=r"a cache of .*limit is .*held now: ") as refusal:
         started(second, model)
     assert "smaller max_batch or max_context" in str(refusal.value)
-    assert held(one, other) == full, "what was refused holds nothing"
+    assert held(card) == full, "what was refused holds nothing"
     sessions[1].decode([4, 4])
     del sessions[0]
     gc.collect()
     kept = started(second, model)
-    assert held(one, other) <= full + 1000, "caches of a session that is gone went first"
+    assert held(card) <= full + 1000, "caches of a session that is gone went first"
     kept.decode([5, 5])
     first.close()
     second.close()
-    assert held(one, other) == 0
+    assert held(card) == 0
+
+
+def test_executables_of_one_artifact_share_its_weights(model: Program, artifact: Path) -> None:
+    """Who uploaded them may go first; a file that was written anew is another."""
+    weights = artifact / "weights/model.safetensors"
+    size = weights.stat().st_size
+    first, card = opened(model, artifact)
+    second, _ = opened(model, artifact, card)
+    assert size <= held(card) < 1.5 * size
+    assert first._weights == second._weights
+    first.close()
+    assert held(card) >= size
+    started(second, model).decode([4, 4])
+    weights.touch()
+    third, _ = opened(model, artifact, card)
+    assert third._weights.keys() == second._weights.keys()
+    assert third._weights != second._weights
+    second.close()
+    third.close()
+    assert held(card) == 0
 
 
 def test_a_full_card_is_told_with_what_is_free(model: Program, artifact: Path) -> None:

@@ -15,7 +15,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dsc.backends.triton import TritonBackend
-from dsc.backends.triton.cuda import CudaExecutable
+from dsc.backends.triton.device import DeviceExecutable
 from dsc.errors import UnsupportedOperator
 from dsc.frontends import dynamo, on_card, placed
 from dsc.frontends.options import Options
@@ -34,9 +34,9 @@ def drivers(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[FakeDriver]]:
 
     def load(
         backend: TritonBackend, folder: Path, manifest: Mapping[str, Any], program: Program
-    ) -> CudaExecutable:
+    ) -> DeviceExecutable:
         made.append(FakeDriver())
-        return CudaExecutable(folder / "triton/sm_90", folder / "none", program, made[-1])
+        return DeviceExecutable(folder / "triton/sm_90", folder / "none", program, made[-1])
 
     for module in (dynamo, placed):
         monkeypatch.setattr(module, "device_of", lambda tensors: torch.device("cpu"))

@@ -1,15 +1,13 @@
-"""Running an artifact on an NVIDIA GPU: cubins, device memory and launches, through the driver.
+"""Running an artifact on a GPU: binaries, device memory and launches, through its driver.
 
-Weights are uploaded once. The arena is as large as was planned, outputs and small inputs are in
-buffers that grow as needed. A KV cache that an entry updates in place is uploaded when it is first
-given and stays on the device: later steps that give it unmodified, whole or a view of some of its
-slots, find it there. Its host copy is refreshed by `read_back` alone: copying a cache after every
-token would cost more than the step.
+The arena is as large as was planned, outputs and small inputs are in buffers that grow as needed,
+caches stay where they are (`held`). The host's copy of a cache is refreshed by `read_back` alone:
+copying it after every token would cost more than the step.
 
-What one step after another does again, on the same addresses, is queued as one CUDA graph: a decode
-step has a hundred launches and more, and queueing them one by one takes longer than they run. So
-each session has graphs of its own. Where steps choose their tokens themselves, those of the next
-are copied from the last one's on the device, and the host waits once, at the end. Under a profiler
+What one step after another does again, on the same addresses, is queued as one graph: a decode step
+has a hundred launches and more, and queueing them one by one takes longer than they run. So each
+session has graphs of its own. Where steps choose their tokens themselves, those of the next are
+copied from the last one's on the device, and the host waits once, at the end. Under a profiler
 launches are queued one by one between events (`timer`).
 """
 
@@ -20,21 +18,20 @@ import json
 import threading
 import time
 import weakref
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, TypeAlias, TypeVar
+from typing import Any
 
 import numpy as np
 
 from dsc.backends.triton.driver import Argument, Driver, Function, NoDevice, ReadyLaunch
+from dsc.backends.triton.held import Held, Key, Replay
 from dsc.backends.triton.launch import Kernel, runnable, sampled
-from dsc.backends.triton.memory import LOCK, Memory
 from dsc.backends.triton.nvtx import Ranges, path_of, wanted
 from dsc.backends.triton.schedule import Address, Call, Schedule, resolve
 from dsc.backends.triton.timed import timed_run
-from dsc.backends.triton.timer import Timer
+from dsc.backends.triton.weights import shared
 from dsc.errors import BackendUnavailable
 from dsc.ir.arrays import Array, empty
 from dsc.ir.graph import Graph
@@ -45,98 +42,27 @@ from dsc.runtime.admission import Admitted, moved_on
 from dsc.runtime.executable import ArrayType
 from dsc.runtime.plan import ARENA, WEIGHT, EntryPlan, Plan
 from dsc.runtime.profiler import active, lengths_of
-from dsc.runtime.standalone import mapped_weights
 
 ALIGNMENT = 256
 INPUTS, END = "inputs", ""
 """The buffer of all inputs but the states; where they end."""
 WHOLE_ARENA = -1  # stands for the arena among addresses by buffer
-REPLAYS = 64  # sets of sizes and addresses whose launches are kept
-T = TypeVar("T")
-Key: TypeAlias = tuple[object, ...]
-"""An entry and the sizes of its symbols; of what is ready to run, the addresses too."""
 
 
-@dataclass(slots=True)
-class Resident:
-    """The device's copy of all memory of an array that holds caches; `stale` until uploaded."""
+class DeviceExecutable(Admitted):
+    """Runs an artifact's launches on the first device of a kind.
 
-    owner: weakref.ref[Array]
-    pointer: int
-    stale: bool = True
-
-
-@dataclass(slots=True)
-class Replay:
-    """The launches of a schedule on its addresses, and the graph of all that come again."""
-
-    launches: Sequence[ReadyLaunch]
-    graph: ctypes.c_void_p | None = None
-
-    def forget(self, driver: Driver) -> None:
-        """Let the graph go."""
-        if self.graph is not None:
-            driver.forget(self.graph)
-            self.graph = None
-
-
-@dataclass(slots=True)
-class Held:
-    """What an executable holds on the device; it outlives the executable until it is given back.
-
-    `pools` are buffers by name with their sizes, `caches` residents by the owner's address,
-    `schedules` are by entry and sizes, `replays` what is ready to run, the latest last.
-    """
-
-    driver: Driver
-    name: str
-    pools: dict[str, tuple[int, int]] = field(default_factory=dict)
-    caches: dict[int, Resident] = field(default_factory=dict)
-    memory: Memory = field(init=False)
-    timer: Timer = field(init=False)
-    schedules: dict[Key, Schedule] = field(default_factory=dict)
-    replays: dict[Key, Replay] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        """Count what is allocated, with what all others hold."""
-        self.memory = Memory(self.driver, self.name, self.reclaim)
-        self.timer = Timer(self.memory)
-
-    def reclaim(self) -> None:
-        """Give the memory of caches back that are gone."""
-        gone = [place for place, each in self.caches.items() if each.owner() is None]
-        if gone:
-            self.driver.activate()
-        for place in gone:
-            self.memory.free(self.caches.pop(place).pointer)
-
-    def release(self) -> None:
-        """Give all of it back, after the work that is queued."""
-        self.driver.activate()
-        self.driver.synchronise()
-        for replay in self.replays.values():
-            replay.forget(self.driver)
-        self.timer.close()
-        with LOCK:  # who reclaims meanwhile frees nothing twice
-            self.memory.release()
-            self.caches.clear()
-        self.driver.close()
-
-
-class CudaExecutable(Admitted):
-    """Runs an artifact's launches on the first CUDA device.
-
-    `placed` are addresses of weights that lie on the device already, and stay the caller's. Raises
-    `BackendUnavailable` where there is no driver, or a device of another architecture.
+    `weights` are their file, or addresses by name of such as lie on the device already, which stay
+    the caller's. Raises `BackendUnavailable` where there is no driver, or a device of another
+    architecture.
     """
 
     def __init__(
         self,
         folder: Path,
-        weights: Path,
+        weights: Path | Mapping[str, int],
         program: Program,
         driver: Driver | None = None,
-        placed: Mapping[str, int] | None = None,
     ) -> None:
         self._driver = driver or driver_of("cuda")
         if self._driver.arch != folder.name:
@@ -146,14 +72,15 @@ class CudaExecutable(Admitted):
         self._launches = runnable(Plan.from_json((folder / "plan.json").read_bytes()))
         super().__init__(program)
         self._lock = threading.Lock()
-        self._functions = _load_functions(self._driver, folder)
         self._folder, self._held = folder, Held(self._driver, program.name)
-        base, places = _upload_weights(self._driver, self._held.memory, weights)
-        uploaded = {name: base + offset for name, offset in places.items()}
-        self._weights = placed if placed is not None else uploaded
-        self._ranges = Ranges(self._driver.kind) if wanted() else None
         self._release = weakref.finalize(self, self._held.release)
         self._release.atexit = False  # the driver may be gone by then
+        self._functions = _load_functions(self._driver, folder)
+        if isinstance(weights, Path) and weights.is_file():
+            self._held.weights = shared(weights, self._driver, program.name)
+            weights = self._held.weights.upload(weights)
+        self._weights = {} if isinstance(weights, Path) else weights
+        self._ranges = Ranges(self._driver.kind) if wanted() else None
 
     def execute(
         self, graph: Graph, inputs: Mapping[str, Array], env: Mapping[str, int]
@@ -214,14 +141,13 @@ class CudaExecutable(Admitted):
             self._driver.activate()
             lowered, key = self._launches.entries[entry], (entry, *sizes.items())
             places = {p.buffer: addresses[p.name] for p in (*lowered.inputs, *lowered.outputs)}
-            places[WHOLE_ARENA] = self._pool(f"arena of stream {stream}", lowered.arena_bytes)
+            places[WHOLE_ARENA] = self._held.pool(f"arena of stream {stream}", lowered.arena_bytes)
 
             def ready() -> Replay:
                 schedule = self._schedule(key, lowered, sizes)
                 return Replay(self._prepare(lowered, schedule, places))
 
-            held = self._held.replays
-            replay = _kept(held, (*key, *places.items()), ready, lambda x: x.forget(self._driver))
+            replay = self._held.replay((*key, *places.items()), ready)
             for launch in replay.launches:
                 self._driver.launch(launch, stream)
 
@@ -267,10 +193,10 @@ class CudaExecutable(Admitted):
         for step in range(1, steps):
             rows[step] = _packed(lowered, moved_on(inputs, step))[0]
         addresses, results = self._addresses(entry, lowered, inputs, places, env)
-        given, ahead = self._held.pools[INPUTS][0], self._pool("ahead", rows.nbytes)
+        given, ahead = self._held.pools[INPUTS][0], self._held.pool("ahead", rows.nbytes)
         driver.upload(ahead, rows.ctypes.data, rows.nbytes)
         ids = np.empty((steps, *results[IDS].shape), np.int64)
-        log, size = self._pool("log", ids.nbytes), results[IDS].nbytes
+        log, size = self._held.pool("log", ids.nbytes), results[IDS].nbytes
         buffers = {p.name: p.buffer for p in (*lowered.inputs, *lowered.outputs)}
         chosen, tokens = (addresses[buffers[name]] for name in (IDS, "input_ids"))
         for step in range(steps):
@@ -294,33 +220,31 @@ class CudaExecutable(Admitted):
         env: Mapping[str, int],
     ) -> tuple[dict[int, int], dict[str, Array]]:
         """Where what an entry reads and writes lies, by buffer, and arrays for its outputs."""
-        given = self._pool(INPUTS, places[END])
+        given = self._held.pool(INPUTS, places[END])
         addresses = {p.buffer: given + places[p.name] for p in lowered.inputs if p.name in places}
         state = set(lowered.in_place.values())
         for port in lowered.inputs:
             if port.name in state:
-                addresses[port.buffer] = self._resident(inputs[port.name])
-        addresses[WHOLE_ARENA] = self._pool("arena", lowered.arena_bytes)
+                addresses[port.buffer] = self._held.resident(inputs[port.name])
+        addresses[WHOLE_ARENA] = self._held.pool("arena", lowered.arena_bytes)
         results: dict[str, Array] = {}
         schedule = self._schedule((entry, *env.items()), lowered, env)
         for port, shape in zip(lowered.outputs, schedule.output_shapes, strict=True):
             if port.name in lowered.in_place:
                 results[port.name] = inputs[lowered.in_place[port.name]]
                 continue
-            results[port.name] = empty(shape, port.type.dtype)
-            addresses[port.buffer] = self._pool(f"output {port.name}", results[port.name].nbytes)
+            made = results[port.name] = empty(shape, port.type.dtype)
+            addresses[port.buffer] = self._held.pool(f"output {port.name}", made.nbytes)
         return addresses, results
 
     def read_back(self, cache: Array) -> None:
         """Copy what the device holds of a cache, or of a view of one, into the host's array."""
-        owner = _owner(cache)
         with self._lock:
-            resident = self._held.caches.get(owner.ctypes.data)
-            if resident is None or resident.stale:
+            place = self._held.fresh(cache)
+            if place is None:
                 return
             self._driver.activate()
-            offset = cache.ctypes.data - owner.ctypes.data
-            self._driver.download(cache.ctypes.data, resident.pointer + offset, cache.nbytes)
+            self._driver.download(cache.ctypes.data, place, cache.nbytes)
             self._driver.synchronise()
 
     def new_cache(self, shape: tuple[int, ...], dtype: DType) -> Array:
@@ -328,9 +252,7 @@ class CudaExecutable(Admitted):
         with self._lock:
             self._driver.activate()
             made = empty(shape, dtype)
-            resident = self._settle(_owner(made))
-            self._driver.clear(resident.pointer, _owner(made).nbytes)
-            resident.stale = False
+            self._held.cleared(made)
         return made
 
     def rows(self, batch: int) -> int:
@@ -345,14 +267,13 @@ class CudaExecutable(Admitted):
         """Copy a dense view of a cache to another, on the device."""
         with self._lock:
             self._driver.activate()
-            self._driver.copy(self._resident(target), self._resident(source), source.nbytes)
+            into = self._held.resident(target)
+            self._driver.copy(into, self._held.resident(source), source.nbytes)
 
     def changed(self, cache: Array) -> None:
         """Upload the memory that a cache lies in anew, when it is next given."""
         with self._lock:
-            resident = self._held.caches.get(_owner(cache).ctypes.data)
-            if resident is not None:
-                resident.stale = True
+            self._held.changed(cache)
 
     def close(self) -> None:
         """Give all device memory back; nothing runs after this."""
@@ -360,7 +281,7 @@ class CudaExecutable(Admitted):
 
     def _schedule(self, key: Key, lowered: EntryPlan, env: Mapping[str, int]) -> Schedule:
         """The schedule for an entry's sizes."""
-        return _kept(self._held.schedules, key, lambda: resolve(lowered, env), lambda old: None)
+        return self._held.schedule(key, lambda: resolve(lowered, env))
 
     def _queue(
         self, key: Key, lowered: EntryPlan, addresses: Mapping[int, int], env: Mapping[str, int]
@@ -375,8 +296,7 @@ class CudaExecutable(Admitted):
             schedule = self._schedule(key, lowered, env)
             return Replay(self._prepare(lowered, schedule, addresses))
 
-        place = (*key, *addresses.items())
-        replay = _kept(self._held.replays, place, ready, lambda old: old.forget(driver))
+        replay = self._held.replay((*key, *addresses.items()), ready)
         if fresh:
             for launch in replay.launches:
                 driver.launch(launch)
@@ -401,56 +321,6 @@ class CudaExecutable(Admitted):
                 function = self._functions[call.kernel]
                 launches.append(self._driver.prepare(function, call.grid, arguments))
         return launches
-
-    def _resident(self, cache: Array) -> int:
-        """Where a cache lies on the device, uploaded when it is new or was changed by the host.
-
-        What stays is the memory: a session gives views of it, of the sequences that are in a step.
-        """
-        owner = _owner(cache)
-        known = self._held.caches.get(owner.ctypes.data)
-        if known is None or known.owner() is not owner:
-            known = self._settle(owner)
-        if known.stale:
-            self._driver.upload(known.pointer, owner.ctypes.data, owner.nbytes)
-            self._driver.synchronise()
-            known.stale = False
-        return known.pointer + cache.ctypes.data - owner.ctypes.data
-
-    def _settle(self, owner: Array) -> Resident:
-        """Room for a new cache, once that of caches which are gone is free."""
-        caches, place = self._held.caches, owner.ctypes.data
-        with LOCK:
-            self._held.reclaim()
-            if place in caches:
-                self._held.memory.free(caches.pop(place).pointer)
-            pointer = self._held.memory.allocate(owner.nbytes, "a cache")
-            made = Resident(weakref.ref(owner), pointer)
-            caches[place] = made
-        return made
-
-    def _pool(self, name: str, size: int) -> int:
-        """A buffer by name that grows when a call needs more."""
-        pools = self._held.pools
-        pointer, held = pools.get(name, (0, -1))
-        if size > held:
-            if held >= 0:
-                self._driver.synchronise()
-                self._held.memory.free(pools.pop(name)[0])
-            pointer = self._held.memory.allocate(size, f"the buffer {name!r}")
-            pools[name] = (pointer, size)
-        return pointer
-
-
-def _kept(held: dict[Key, T], key: Key, make: Callable[[], T], drop: Callable[[T], None]) -> T:
-    """What is held under a key, made where it is not; the oldest of many is let go."""
-    found = held.pop(key, None)
-    if found is None:
-        found = make()
-    held[key] = found
-    if len(held) > REPLAYS:
-        drop(held.pop(next(iter(held))))
-    return found
 
 
 def _packed(lowered: EntryPlan, inputs: Mapping[str, Array]) -> tuple[Array, dict[str, int]]:
@@ -477,11 +347,6 @@ def driver_of(kind: str) -> Driver:
     except NoDevice as missing:
         hint = "run it on a machine with a GPU and its driver, or in the interpreter"
         raise BackendUnavailable(str(missing), hint) from None
-
-
-def _owner(array: Array) -> Array:
-    """The array whose memory an array is a part of."""
-    return array.base if isinstance(array.base, np.ndarray) else array
 
 
 def pack_arguments(kernel: Kernel, call: Call, addresses: Mapping[int, int]) -> list[Argument]:
@@ -512,14 +377,3 @@ def _load_functions(driver: Driver, folder: Path) -> dict[str, Function]:
             record.get("dependent", False),
         )
     return functions
-
-
-def _upload_weights(driver: Driver, memory: Memory, path: Path) -> tuple[int, dict[str, int]]:
-    """All weights in one allocation, as they lie in the file: its address, and offsets by name."""
-    if not path.is_file():
-        return memory.allocate(0, "weights"), {}
-    content, places = mapped_weights(path)
-    base = memory.allocate(len(content), "weights")
-    driver.upload(base, content.ctypes.data, len(content))
-    driver.synchronise()
-    return base, places
