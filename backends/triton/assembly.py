@@ -31,13 +31,13 @@ def matrix_instructions(assembly: str, kind: str) -> dict[str, int]:
 
 
 def peak_of(instructions: dict[str, int]) -> str:
-    """The type by which a card's peak goes: `fp8`, `i8`, `bf16`; empty without instructions."""
+    """The type by which a card's peak goes: `fp8`, `int8`, `bf16`; empty without instructions."""
     types = " ".join(name.partition(" ")[2] for name in instructions)
     if not types:
         return ""
     if any(each in types for each in CODES_8):
         return "fp8"
-    return "i8" if re.search(r"\b[isu]8", types) else "bf16"
+    return "int8" if re.search(r"\b[isu]8", types) else "bf16"
 
 
 def _short(name: str) -> str:

@@ -25,6 +25,7 @@ from dsc.backends.triton.blocks import INTERPRET
 from dsc.backends.triton.compile import compile_kernels, require_triton
 from dsc.backends.triton.context import template
 from dsc.backends.triton.dependent import takes, waiting
+from dsc.backends.triton.devices import CARDS, LAUNCH_SECONDS
 from dsc.backends.triton.launch import LaunchProgram
 from dsc.backends.triton.lower import reason
 from dsc.backends.triton.lower.regions import ANCHORS
@@ -52,8 +53,12 @@ DEFAULT_WEIGHTS = "weights/model.safetensors"
 DEFAULT_TARGET = Target("cuda", "sm_90")
 ALL_TARGETS = tuple(f"{kind}:{arch}" for kind, archs in KNOWN.items() for arch in archs)
 FUSION_LEVEL = 3
-EXPERTS = ExpertKernels(rereads=True, tile=16, balance=250.0, launch=10_000_000)
-"""A GPU of 800 TFLOP/s, 3.3 TB/s and 3 microseconds a launch: the order of magnitude decides."""
+CARD = CARDS["H100"]
+EXPERTS = ExpertKernels(
+    rereads=True, tile=16, balance=CARD.peak("bf16") / CARD.bandwidth,
+    launch=round(CARD.bandwidth * LAUNCH_SECONDS),
+)  # fmt: skip
+"""As one card has it, for all: the order of magnitude decides."""
 FORMATS = ("i8", "i4", "f8e4m3")
 """Codes of weights that kernels read as they are stored."""
 PROMOTED = 128

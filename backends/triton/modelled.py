@@ -4,7 +4,8 @@ A launch takes `LAUNCH_SECONDS` and then the longer of its bytes at the speed of
 flops at the peak of the matrix instructions that its binary has. Bytes are those of
 `dsc.runtime.launch_costs`. The model knows no latency of few programs, no bank conflicts and no
 waits within a kernel: it says what a step of these launches could take, and its distance from the
-floor says what they move and wait for that they need not.
+floor says what they move and wait for that they need not. That kernels begin early (`dependent`)
+is left out: no card has told what it saves.
 """
 
 from __future__ import annotations

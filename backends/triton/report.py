@@ -57,6 +57,8 @@ def assumptions() -> list[str]:
     return [
         f"a launch takes {LAUNCH_SECONDS * 1e6:.1f} us and the longer of bytes at a copy's speed"
         " and flops at the peak of its matrix instructions",
+        "so does a kernel that begins before the former one ends (sm_90 and later): what that"
+        " saves was measured on no card",
         "what several programs of a launch read comes from memory once; experts are chosen"
         " uniformly",
         "kernels of steps that were measured on an H100 and an H200 took 0.94 to 1.01 times as long"

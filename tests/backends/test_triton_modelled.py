@@ -55,7 +55,7 @@ def test_matrix_instructions_are_read_with_their_types() -> None:
 @pytest.mark.parametrize(
     ("name", "peak"),
     [("wgmma e4m3", "fp8"), ("tcgen05 f8f6f4", "fp8"), ("v_mfma fp8_fp8", "fp8"),
-     ("wgmma s8", "i8"), ("tcgen05 i8", "i8"), ("v_mfma i8", "i8"), ("mma.sync f16", "bf16"),
+     ("wgmma s8", "int8"), ("tcgen05 i8", "int8"), ("v_mfma i8", "int8"), ("mma.sync f16", "bf16"),
      ("v_mfma bf16", "bf16")],
 )  # fmt: skip
 def test_each_type_has_a_peak(name: str, peak: str) -> None:
