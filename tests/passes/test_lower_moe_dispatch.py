@@ -57,7 +57,7 @@ def test_costs_are_what_the_sizes_say() -> None:
     assert V3.direct(64, free) / V3.direct(1, free) == pytest.approx(64)
     padded = replace(free, balance=1.0, tile=128)
     assert V3.grouped(1, padded) == pytest.approx(8 * 128 * 6 * 7168 * 2048)
-    direct, grouped = regrets(V3, TRITON, 1, 1)
+    direct, grouped = regrets(V3, replace(TRITON, balance=250.0, launch=10_000_000), 1, 1)
     assert direct == 1.0
     assert grouped == pytest.approx(1.057, abs=0.002)
 
