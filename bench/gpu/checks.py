@@ -17,7 +17,7 @@ import numpy as np
 
 from bench.gpu.archive import ROOT, TINY_CHECKPOINT
 from bench.gpu.device import driver_for, opened, step_inputs
-from dsc.backends.triton.cuda import CudaExecutable
+from dsc.backends.triton.device import DeviceExecutable
 from dsc.backends.triton.driver import Driver
 from dsc.ir.parser import parse_program
 from dsc.ir.safetensors import open_safetensors
@@ -67,7 +67,7 @@ def _tokens(place: Path) -> Figures:
         weights = Path(made) / "model.safetensors"
         pack(program, weights)
         binaries = place / "triton" / driver.arch
-        executable = CudaExecutable(binaries, weights, program, driver)
+        executable = DeviceExecutable(binaries, weights, program, driver)
     session = Session(executable, program, 1)
     rows = [session.prefill(np.array([prompt]))]
     for first, *_ in expected[:-1]:
@@ -129,7 +129,7 @@ def operators(folder: Path, found: Mapping[str, Any], tell: Tell) -> None:
     every = {k: x for k, x in (cases(EMITTED) | large_cases()).items() if k in program.entries}
     driver = driver_for(place)
     driver.allocate = Poisoned(driver).allocate  # type: ignore[method-assign]
-    executable = CudaExecutable(place / "triton" / driver.arch, folder / "none", program, driver)
+    executable = DeviceExecutable(place / "triton" / driver.arch, folder / "none", program, driver)
     wrong: dict[str, str] = {}
     for name, case in every.items():
         try:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from dsc.backends.triton.cuda import CudaExecutable, driver_of
+from dsc.backends.triton.device import DeviceExecutable, driver_of
 from dsc.backends.triton.driver import Driver
 from dsc.ir.costs import step_sizes
 from dsc.ir.dims import evaluate
@@ -30,13 +30,13 @@ def driver_for(folder: Path) -> Driver:
 
 
 @contextmanager
-def opened(folder: Path) -> Iterator[tuple[CudaExecutable, Program]]:
+def opened(folder: Path) -> Iterator[tuple[DeviceExecutable, Program]]:
     """A model of a folder over weights that are made for it."""
     program = parse_program((folder / "program.dsc").read_text())
     driver = driver_for(folder)
     weights = Weights(driver, program)
     place = folder / "triton" / driver.arch
-    executable = CudaExecutable(place, folder / "none", program, driver, weights.places)
+    executable = DeviceExecutable(place, weights.places, program, driver)
     try:
         yield executable, program
     finally:
@@ -45,7 +45,7 @@ def opened(folder: Path) -> Iterator[tuple[CudaExecutable, Program]]:
 
 
 def step_inputs(
-    executable: CudaExecutable, program: Program, batch: int, new: int, context: int
+    executable: DeviceExecutable, program: Program, batch: int, new: int, context: int
 ) -> tuple[str, dict[str, Any]]:
     """The entry of a step, and its inputs: random ids, caches of the device."""
     entry = program.choose_entry(new, batch, context + new)

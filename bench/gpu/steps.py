@@ -21,7 +21,7 @@ import numpy as np
 
 import dsc
 from bench.gpu.device import driver_for, opened, step_inputs
-from dsc.backends.triton.cuda import CudaExecutable, _packed
+from dsc.backends.triton.device import DeviceExecutable, _packed
 from dsc.backends.triton.driver import ReadyLaunch
 from dsc.backends.triton.memory import Memory
 from dsc.backends.triton.timer import Timer
@@ -101,7 +101,7 @@ def fits(program: Program, point: tuple[int, int, int]) -> bool:
 
 
 def measured(
-    executable: CudaExecutable,
+    executable: DeviceExecutable,
     program: Program,
     point: tuple[int, int, int],
     copy: float,
@@ -160,7 +160,7 @@ def seconds(step: Callable[[], object]) -> float:
     return statistics.median(times[2:])
 
 
-def chosen(executable: CudaExecutable, entry: str, inputs: Mapping[str, Any]) -> dict[str, float]:
+def chosen(executable: DeviceExecutable, entry: str, inputs: Mapping[str, Any]) -> dict[str, float]:
     """Seconds of a token that is chosen on the device: the likeliest, and one that is drawn.
 
     A long run less a short one: how it begins and ends, once for many tokens, is in neither.
@@ -178,7 +178,7 @@ def chosen(executable: CudaExecutable, entry: str, inputs: Mapping[str, Any]) ->
 
 
 def prepared(
-    executable: CudaExecutable, entry: str, inputs: Mapping[str, Any]
+    executable: DeviceExecutable, entry: str, inputs: Mapping[str, Any]
 ) -> Sequence[ReadyLaunch]:
     """The launches of a step that has run, on the memory that it ran over."""
     lowered, env = executable._launches.entries[entry], executable.admissions[entry].check(inputs)
@@ -189,7 +189,7 @@ def prepared(
 
 
 def ways(
-    executable: CudaExecutable, launches: Sequence[ReadyLaunch], queued: int
+    executable: DeviceExecutable, launches: Sequence[ReadyLaunch], queued: int
 ) -> dict[str, float]:
     """Seconds of a step by the device's clock: launches one by one, and as a graph.
 
