@@ -21,7 +21,7 @@ TYPES = {
     DType.u8: "tl.uint8", DType.boolean: "tl.int1", DType.f8e4m3: "tl.float8e4nv",
     DType.f8e4m3fnuz: "tl.float8e4b8", DType.f8e5m2: "tl.float8e5",
 }  # fmt: skip
-_NAN = "propagate_nan=tl.PropagateNan.ALL"
+NAN = "propagate_nan=tl.PropagateNan.ALL"
 
 # Operator to expression over {0}, {1}, {2}; the second entry is for integers where that differs.
 EXPRESSIONS: dict[str, tuple[str, str | None]] = {
@@ -29,12 +29,15 @@ EXPRESSIONS: dict[str, tuple[str, str | None]] = {
     "sub": ("{0} - {1}", None),
     "mul": ("{0} * {1}", None),
     "div": ("{0} / {1}", "{0} // {1} - (({0} % {1} != 0) & (({0} < 0) != ({1} < 0)))"),
+    # in f64, where quotients up to 2^30 are exact enough; what is finite stays, or is the infinite
     "remainder": (
-        "{0} - {1} * tl.floor(tl.div_rn({0}, {1}))",  # a GPU's `/` takes 6 / 3 below 2
+        "tl.where((tl.abs({1}) == float('inf')) & (tl.abs({0}) < float('inf')),"
+        " tl.where(({0} == 0.0) | (({0} < 0.0) == ({1} < 0.0)), {0}, {1}),"
+        " ({0}.to(tl.float64) - tl.floor({0}.to(tl.float64) / {1}) * {1}).to(tl.float32))",
         "{0} % {1} + tl.where(({0} % {1} != 0) & (({0} < 0) != ({1} < 0)), {1}, 0)",
     ),
-    "maximum": (f"tl.maximum({{0}}, {{1}}, {_NAN})", "tl.maximum({0}, {1})"),
-    "minimum": (f"tl.minimum({{0}}, {{1}}, {_NAN})", "tl.minimum({0}, {1})"),
+    "maximum": (f"tl.maximum({{0}}, {{1}}, {NAN})", "tl.maximum({0}, {1})"),
+    "minimum": (f"tl.minimum({{0}}, {{1}}, {NAN})", "tl.minimum({0}, {1})"),
     "lt": ("{0} < {1}", None),
     "le": ("{0} <= {1}", None),
     "gt": ("{0} > {1}", None),
@@ -56,11 +59,15 @@ EXPRESSIONS: dict[str, tuple[str, str | None]] = {
     "sigmoid": ("1.0 / (1.0 + tl.exp(-{0}))", None),
     "silu": ("{0} / (1.0 + tl.exp(-{0}))", None),
     "swiglu": ("{0} / (1.0 + tl.exp(-{0})) * {1}", None),
-    "tanh": ("2.0 / (1.0 + tl.exp(-2.0 * {0})) - 1.0", None),
+    "tanh": (
+        "tl.where(tl.abs({0}) < 0.05, {0} - {0} * {0} * {0} * (0.3333333 - {0} * {0} * 0.1333333),"
+        " 2.0 / (1.0 + tl.exp(-2.0 * {0})) - 1.0)",
+        None,
+    ),
     "cos": ("tl.cos({0})", None),
     "sin": ("tl.sin({0})", None),
     "erf": ("tl.erf({0})", None),
-    "relu": (f"tl.maximum({{0}}, 0.0, {_NAN})", "tl.maximum({0}, 0)"),
+    "relu": (f"tl.maximum({{0}}, 0.0, {NAN})", "tl.maximum({0}, 0)"),
     "gelu": ("0.5 * {0} * (1.0 + tl.erf({0} * 0.7071067811865476))", None),
     "gelu_tanh": (
         "{0} / (1.0 + tl.exp(-1.5957691216057308 * ({0} + 0.044715 * {0} * {0} * {0})))",
@@ -68,7 +75,8 @@ EXPRESSIONS: dict[str, tuple[str, str | None]] = {
     ),
     # |a|^b by logarithm; a negative base keeps its sign for odd b and has no value for fractions.
     "pow": (
-        "tl.where({1} == 0.0, 1.0, tl.exp({1} * tl.log(tl.abs({0}))) * tl.where({0} >= 0.0, 1.0,"
+        "tl.where(({1} == 0.0) | ({0} == 1.0), 1.0,"
+        " tl.exp({1} * tl.log(tl.abs({0}))) * tl.where({0} >= 0.0, 1.0,"
         ' tl.where({1} == tl.floor({1}), 1.0 - 2.0 * tl.abs({1} % 2.0), float("nan"))))',
         None,
     ),

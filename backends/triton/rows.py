@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 from dsc.backends.triton.blocks import ceil_div, next_power
 from dsc.backends.triton.coded_cache import parts_of, row_bytes, to_codes
-from dsc.backends.triton.pointwise import applied, literal, normed, rounded, wide_type, widen
+from dsc.backends.triton.pointwise import NAN, applied, literal, normed, rounded, wide_type, widen
 from dsc.ir import views
 from dsc.ir.dims import Dim, product
 from dsc.ir.graph import Attrs
@@ -298,7 +298,8 @@ class RowKernel:
             x = self._read(step.reads[0], columns)
             centred = f"({x} - {name}_mean)" if op == "layer_norm" else x
             x = f"{centred} * {centred}" if op in _NORMS else f"{x}.to({wide})"
-            self._say(*_adding(op, name, f"tl.where({mask}, {x}, {neutral})"))
+            block = f"tl.where({mask}, {x}, {neutral})"
+            self._say(*_adding(op, name, block, dtype.is_float))
         if op == "mean":
             self._say(f"{name} = {name} / {count}")
         elif op in _NORMS:
@@ -526,7 +527,7 @@ def _indices(inner: Sequence[str]) -> list[tuple[str, int]]:
     return [(index, k) for k, index in enumerate(inner)]
 
 
-def _adding(op: str, name: str, block: str) -> list[str]:
+def _adding(op: str, name: str, block: str, is_float: bool = True) -> list[str]:
     """How a reduction takes in a block in which what is no element is neutral."""
     if op == "softmax":
         return [
@@ -539,5 +540,12 @@ def _adding(op: str, name: str, block: str) -> list[str]:
         ]
     if op in _EXTREME:
         largest = op.removeprefix("a")
-        return [f"{name} = tl.{largest}imum({name}, tl.{largest}({block}, axis=1)[:, None])"]
+        found = f"tl.{largest}(x, axis=1)[:, None]"
+        if not is_float:
+            return [f"x = {block}", f"{name} = tl.{largest}imum({name}, {found})"]
+        return [
+            f"x = {block}",
+            "wrong = tl.sum(tl.where(x != x, x, 0.0), axis=1)[:, None]",  # NaN where one is
+            f"{name} = tl.{largest}imum({name}, {found} + wrong, {NAN})",
+        ]
     return [f"{name} += tl.sum({block}, axis=1)[:, None]"]

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import dsc
 from dsc import pipeline
 from dsc.api import CompiledModel, compile_program
 from dsc.errors import ParseError
@@ -17,7 +18,7 @@ from dsc.ir.parser import parse_program
 from dsc.ir.program import Program
 from dsc.ir.weights import random_source, random_tensor, sources
 
-BACKENDS = ("reference", "tvm", "onnxruntime")
+BACKENDS = ("reference", "tvm", "onnxruntime", "triton")
 GRAPHS = {
     "one_layer": "(%x: f32[3,2]) { %y = linear %x, @weight\n return %y }",
     "from_a_line": '(%x: f32[3,2], %w: f32[4,2]) { %a = linear %x, %w loc "file.py:382"\n'
@@ -76,10 +77,19 @@ def program(graphs: dict[str, str]) -> Program:
     return replace(bare, source=random_source(keys))
 
 
+def made(traced: Program, backend: str, level: int = 3) -> CompiledModel:
+    """A compiled program; on triton for its interpreter alone."""
+    if backend != "triton":
+        return compile_program(traced, backend, level)
+    pytest.importorskip("triton")
+    more = {"compile": False}
+    return dsc.compile(traced, backend=backend, fusion_level=level, backend_options=more)
+
+
 @cache
 def compiled(backend: str) -> CompiledModel:
     """All of `GRAPHS` as the entries of one program."""
-    return compile_program(program(GRAPHS), backend=backend)
+    return made(program(GRAPHS), backend)
 
 
 def inputs_of(entry: str) -> dict[str, Tensor]:
@@ -108,15 +118,16 @@ def test_results_are_tensors_of_their_own() -> None:
     assert not torch.equal(again["b"], found["b"])
 
 
+@pytest.mark.parametrize("backend", ["tvm", "triton"])
 @pytest.mark.parametrize("level", [0, 3])
-def test_what_is_no_number_stays_none_on_tvm(level: int) -> None:
+def test_what_is_no_number_stays_none(level: int, backend: str) -> None:
     nan, inf = float("nan"), float("inf")
     given = {
         "x": torch.tensor([[nan, 1, 2, 3], [1, inf, nan, -inf], [0, -1, 5, 5], [-inf] * 4]),
         "y": torch.tensor([[0.0] * 4, [1, 2, nan, 4], [nan] * 4, [1, 2, 3, inf]]),
     }
     traced = program({"main": NO_NUMBERS})
-    found = compile_program(traced, backend="tvm", fusion_level=level).run(given)
+    found = made(traced, backend, level).run(given)
     right = Interpreter(traced).run("main", given)
     for name, wanted in right.items():
         torch.testing.assert_close(found[name], wanted, equal_nan=True, msg=name)
@@ -136,6 +147,26 @@ def test_tvm_finds_the_largest_of_a_row() -> None:
     values, indices = given["x"].topk(2)
     assert torch.equal(found["v"], values)
     assert torch.equal(found["i"], indices)
+
+
+def test_triton_finds_the_largest_of_any_row() -> None:
+    """NaN is the largest, no index comes twice, and whole numbers keep all their bits."""
+    text = """(%x: f32[4,3], %n: i64[2,3]) {
+      %v, %i = topk %x {k=2}
+      %w, %j = topk %n {k=2}
+      %m = argmax %n {axis=1}
+      return %v as "v", %i as "i", %w as "w", %j as "j", %m as "m"
+    }"""
+    nan, inf, wide = float("nan"), float("inf"), 2**53
+    x = torch.tensor([[1, nan, 3], [-inf] * 3, [2, -inf, -inf], [-0.0, -1, 0]])
+    n = torch.tensor([[wide, wide + 1, wide - 1], [-wide, -wide - 1, -wide]])
+    found = made(program({"main": text}), "triton").run({"x": x, "n": n})
+    wanted = [[nan, 3], [-inf, -inf], [2, -inf], [0, 0]]
+    torch.testing.assert_close(found["v"], torch.tensor(wanted), rtol=0, atol=0, equal_nan=True)
+    assert found["i"].tolist() == [[1, 2], [0, 1], [0, 1], [0, 2]]
+    assert found["w"].tolist() == [[wide + 1, wide], [-wide, -wide]]
+    assert found["j"].tolist() == [[1, 0], [0, 2]]
+    assert found["m"].tolist() == [1, 0]
 
 
 def test_long_sums_do_not_drift_on_tvm() -> None:
@@ -190,8 +221,13 @@ WHOLE = """(%x: i64[4], %y: i64[4], %z: i64[4]) {
 PARTS = "(%x: f32[5], %y: f32[5]) { %r = remainder %x, %y\n return %r }"
 
 
-@pytest.mark.parametrize("backend", BACKENDS[1:])
-@pytest.mark.parametrize("dtype", ["bool", "u8", "i8", "i16", "i32"])
+@pytest.mark.parametrize(
+    ("dtype", "backend"),
+    [
+        pytest.param(d, b, marks=pytest.mark.exhaustive if b == "triton" and d != "i8" else ())
+        for d in ("bool", "u8", "i8", "i16", "i32") for b in BACKENDS[1:]
+    ],
+)  # fmt: skip
 def test_short_integers_wrap_and_truth_values_are_ordered(dtype: str, backend: str) -> None:
     sums = "" if dtype == "bool" else SUMS
     names = "".join(f', %{n} as "{n}"' for n in ("along", "total", "turned", "top") if sums)
@@ -203,7 +239,7 @@ def test_short_integers_wrap_and_truth_values_are_ordered(dtype: str, backend: s
     given = {"x": x, "y": y, "m": x.reshape(2, 3)}
     right = Interpreter(traced).run("main", given)
     for level in (0, 3):
-        found = compile_program(traced, backend, level).run(given)
+        found = made(traced, backend, level).run(given)
         assert {k: v.tolist() for k, v in found.items()} == {
             k: v.tolist() for k, v in right.items()
         }
@@ -213,7 +249,7 @@ def test_short_integers_wrap_and_truth_values_are_ordered(dtype: str, backend: s
 def test_no_divisor_ends_the_process(backend: str) -> None:
     lowest = -(2**63)
     given = {"x": torch.tensor([lowest, 5, -5, 7]), "y": torch.tensor([-1, 1, 2, 3])}
-    found = compile_program(program({"main": WHOLE}), backend).run(
+    found = made(program({"main": WHOLE}), backend).run(
         given | {"z": torch.zeros(4, dtype=torch.int64)}
     )
     assert found["d"].tolist() == [lowest, 5, -3, 2]
@@ -224,7 +260,7 @@ def test_no_divisor_ends_the_process(backend: str) -> None:
 def test_remainders_are_exact_whatever_the_quotient(backend: str) -> None:
     x = torch.tensor([1e8, -3e9, 7, -7, 6])
     y = torch.tensor([3.0, 11, float("inf"), float("inf"), -4])
-    found = compile_program(program({"main": PARTS}), backend).run({"x": x, "y": y})
+    found = made(program({"main": PARTS}), backend).run({"x": x, "y": y})
     assert found["r"].tolist() == [1, 3, 7, float("inf"), -2]
 
 
@@ -253,7 +289,7 @@ def test_what_fp64_does_not_hold_is_computed_exactly(backend: str) -> None:
       return %z
     }"""
     for level in (0, 3):
-        found = compile_program(program({"main": text}), backend, level)
+        found = made(program({"main": text}), backend, level)
         z = found.run({"x": torch.tensor([0, -4])})["z"]
         assert z.tolist() == [2**53 + 1, 2**53 - 3]
 

@@ -121,6 +121,24 @@ def cumsum(
 
 
 @triton.jit
+def _order(x):
+    """Integers in the order of numbers: NaN is the largest, and a zero has no sign."""
+    if x.dtype.is_floating():
+        wide = x.to(tl.float32) + 0.0
+        bits = wide.to(tl.int32, bitcast=True)
+        bits = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+        return tl.where(wide != wide, 0x7FFFFFFF, bits)
+    else:
+        return x.to(tl.int64)
+
+
+@triton.jit
+def _lowest(x):
+    """What is below all that `_order` gives of floats, and the least integer."""
+    return -2147483648 if x.dtype.is_floating() else -9223372036854775808
+
+
+@triton.jit
 def argmax_rows(
     x,
     y,
@@ -133,12 +151,13 @@ def argmax_rows(
     """Index of the first largest element of rows of any length D."""
     row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     at = x + row[:, None].to(tl.int64) * x_row
-    best = tl.load(at, mask=row[:, None] < rows, other=0).to(tl.float32)
+    best = _order(tl.load(at, mask=row[:, None] < rows, other=0))
     index = tl.zeros((BLOCK_ROWS, 1), dtype=tl.int64)
     for start in range(0, D, BLOCK_D):
         d = start + tl.arange(0, BLOCK_D)
         keep = (row[:, None] < rows) & (d[None, :] < D)
-        v = tl.load(at + d[None, :], mask=keep, other=float("-inf")).to(tl.float32)
+        v = tl.load(at + d[None, :], mask=keep, other=0)
+        v = tl.where(keep, _order(v), _lowest(v))
         top = tl.max(v, axis=1)[:, None]
         found = start + tl.argmax(v, axis=1)[:, None].to(tl.int64)
         index = tl.where(top > best, found, index)
@@ -155,27 +174,23 @@ def topk_rows(
     x_row,
     D: tl.constexpr,
     K: tl.constexpr,
-    BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
 ):
     """The K largest of rows of D, largest first, by repeated argmax."""
     row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     d = tl.arange(0, BLOCK_D)[None, :]
-    k = tl.arange(0, BLOCK_K)[None, :]
     live = (row < rows)[:, None]
-    v = tl.load(x + row[:, None].to(tl.int64) * x_row + d, mask=live & (d < D), other=0.0)
-    v = tl.where(d < D, v.to(tl.float32), float("-inf"))
-    ids = tl.zeros((BLOCK_ROWS, BLOCK_K), dtype=tl.int32)
-    picked = tl.zeros((BLOCK_ROWS, BLOCK_K), dtype=tl.float32)
+    v = tl.load(x + row[:, None].to(tl.int64) * x_row + d, mask=live & (d < D), other=0)
+    lowest = _lowest(v)
+    order = tl.where(d < D, _order(v), lowest)
     for slot in range(K):
-        at = tl.argmax(v, axis=1)[:, None]
-        ids = tl.where(k == slot, at, ids)
-        picked = tl.where(k == slot, tl.max(v, axis=1)[:, None], picked)
-        v = tl.where(d == at, float("-inf"), v)
-    keep = live & (k < K)
-    tl.store(index + row[:, None] * K + k, ids.to(tl.int64), mask=keep)
-    tl.store(values + row[:, None] * K + k, picked, mask=keep)
+        at = tl.argmax(order, axis=1)[:, None]
+        order = tl.where(d == at, lowest, order)
+        place = row[:, None].to(tl.int64) * K + slot
+        found = tl.sum(tl.where(d == at, v, 0), axis=1)[:, None]
+        tl.store(index + place, at.to(tl.int64), mask=live)
+        tl.store(values + place, found, mask=live)
 
 
 @triton.jit

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from dsc.backends.triton.blocks import DOT_MINIMUM, ceil_div, next_power
+from dsc.backends.triton.blocks import DOT_MINIMUM, ceil_div
 from dsc.backends.triton.codes import loader
 from dsc.backends.triton.context import Context, Given
 from dsc.backends.triton.lower.moe import take_rows
@@ -57,8 +57,7 @@ def topk(ctx: Context, node: Node) -> None:
     tile = ctx.blocks.rows(ctx.limit(rows), width, "topk")
     given: dict[str, Given] = {
         "x": x, "values": ctx.result(node, 0), "index": ctx.result(node, 1), "rows": rows,
-        "x_row": stride, "D": width, "K": k, "BLOCK_K": next_power(k), "BLOCK_D": tile.columns,
-        "BLOCK_ROWS": tile.rows,
+        "x_row": stride, "D": width, "K": k, "BLOCK_D": tile.columns, "BLOCK_ROWS": tile.rows,
     }  # fmt: skip
     ctx.launch("lookups:topk_rows", (ceil_div(rows, tile.rows),), given, tile)
 
