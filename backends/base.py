@@ -48,6 +48,8 @@ class Capabilities:
     """What it reads of `backend_options`."""
     entries: tuple[str, ...] = ("decode", "extend", "prefill")
     """The entry graphs that it wants of a causal LM."""
+    few: int = 0
+    """Sequences up to which a decode step is to be an entry of its own, where more are allowed."""
     states: tuple[Storage, ...] = (Storage.GROWN, Storage.CONTIGUOUS)
     """How its executables may store states, first how KV caches are where nobody asks for pages."""
     absorbed: bool = True

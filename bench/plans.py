@@ -32,7 +32,7 @@ def plan_of(model: Any, backend: str, level: int = 3, **options: Any) -> tuple[P
     done, _ = pipeline.run(loaded, backends.get(backend), target, asked)
     plan = LOWERED[backend](done, target)
     for name, entry in plan.entries.items():
-        check_plan(entry, done.symbols, name)
+        check_plan(entry, done.ranges(name), name)
     return done, plan
 
 

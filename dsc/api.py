@@ -294,7 +294,7 @@ def check_plans(plan: Plan, program: Program) -> None:
     from dsc.runtime.check_plan import check_plan
 
     for name, entry in plan.entries.items():
-        check_plan(entry, program.symbols, name)
+        check_plan(entry, program.ranges(name), name)
 
 
 def check_memory(program: Program, plan: Plan, target: Target, limits: Limits) -> None:

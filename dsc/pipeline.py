@@ -180,7 +180,10 @@ SLOTS = (
         and s.asked.fusion_level >= HORIZONTAL,
     ),
     Slot(Part.OPTIMISE, "hoist_select_rows"),
-    Slot(Part.OPTIMISE, "specialise_entries", options=lambda s: {"entries": s.can.entries}),
+    Slot(
+        Part.OPTIMISE, "specialise_entries",
+        options=lambda s: {"entries": s.can.entries, "few": s.can.few},
+    ),
     Slot(Part.OPTIMISE, "absorb_mla", lambda s: s.can.absorbed),
     Slot(
         Part.OPTIMISE, "append_cache_in_place",

@@ -24,8 +24,8 @@ from dsc.runtime.plan import EntryPlan, Plan
 
 CONTEXTS = (1024, 4096)
 """Tokens in the cache at the points where costs are stated."""
-NEW_TOKENS = {"decode": 1}
-"""Tokens of one step by entry; `CHUNK` for the others."""
+ONE_TOKEN = ("decode_few", "decode")
+"""Entries for one new token of each sequence; costs of the others are those of `CHUNK`."""
 CHUNK = 512
 
 
@@ -105,7 +105,7 @@ def launches_by_layer(graph: Graph, plans: Sequence[EntryPlan]) -> dict[str, int
 
 def sizes_at(program: Program, graph: Graph, name: str, context: int) -> dict[str, int]:
     """Sizes of a graph's symbols at a point: one sequence, `context` tokens in its cache."""
-    new = NEW_TOKENS.get(name, CHUNK)
+    new = 1 if name in ONE_TOKEN else CHUNK
     sizes = {STEP: new} if is_causal_step(graph) else {}
     return sizes | step_sizes(graph, 1, new, context, program.symbols)
 

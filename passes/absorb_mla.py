@@ -37,7 +37,7 @@ from dsc.rewrite.rebuild import Operands, rebuild
 class AbsorbMla(Pass):
     """Absorb kv_b in the named entries."""
 
-    entries: tuple[str, ...] = ("decode", "extend")
+    entries: tuple[str, ...] = ("decode_few", "decode", "extend")
 
     needs = frozenset({Stage.CANONICAL})
     tolerance = 1e-4  # the order of two contractions changes

@@ -37,7 +37,8 @@ from math import inf
 from dsc.ir.dims import Range, bounds, product
 from dsc.ir.expert_forms import ExpertKernels, ExpertLayer, direct_pays
 from dsc.ir.graph import Attrs, GraphBuilder, Node, Operand
-from dsc.ir.limits import STEP
+from dsc.ir.interface import Guard
+from dsc.ir.limits import BATCH, STEP
 from dsc.ir.ops.moe import is_plain
 from dsc.ir.program import Program
 from dsc.ir.stages import Stage
@@ -88,14 +89,30 @@ class LowerMoeDispatch(Pass):
 
 
 def ranges_of(program: Program, entry: str) -> dict[str, Range]:
-    """The ranges of the symbols in an entry: new tokens as the guards give them to it."""
-    ranges, steps = dict(program.symbols), {g.entry: g.step for g in program.guards}
-    if entry not in steps or STEP not in ranges:
+    """The ranges of the symbols in an entry: sequences and new tokens as guards give them to it."""
+    ranges, steps = dict(program.ranges(entry)), {g.entry: g.step for g in program.guards}
+    if entry not in steps:
+        return ranges
+    if BATCH in ranges:
+        ranges[BATCH] = _many(program.guards, entry, ranges[BATCH])
+    if STEP not in ranges:
         return ranges
     known, limit = ranges[STEP], steps[entry]
     low = max([known.lo, *(n + 1 for n in steps.values() if n and (not limit or n < limit))])
     high = min(limit or known.hi, known.hi)
     return {**ranges, STEP: Range(min(low, high), high)}
+
+
+def _many(guards: Sequence[Guard], entry: str, known: Range) -> Range:
+    """Sequences of an entry, without those that guards before it take of all its steps."""
+    at = [guard.entry for guard in guards].index(entry)
+    step, context = guards[at].step or inf, guards[at].context or inf
+    taken = [
+        g.batch for g in guards[:at]
+        if g.batch is not None and (g.step or inf) >= step and (g.context or inf) >= context
+    ]  # fmt: skip
+    low = max([known.lo, *(n + 1 for n in taken)])
+    return Range(min(low, known.hi), known.hi)
 
 
 def _direct(

@@ -1,7 +1,8 @@
 """Make the entry graphs that a backend wants out of the one graph that was traced.
 
 What           the traced graph, symbolic in new tokens S, becomes `decode` (S = 1, one row of
-               logits), `extend` and `prefill`; the guards for choosing are declared.
+               logits), `extend` and `prefill`, where more than `few` sequences are allowed also
+               `decode_few`, for up to so many; the guards for choosing are declared.
 Why it pays    one trace serves all; each entry is then optimised for its own cost.
 Preconditions  stage CANONICAL; one entry `step` with the inputs of a causal LM.
 Before         graph step(%input_ids: i64[B,S], %logits_at: i64[B,L], @embed: f32[9,8]) {
@@ -15,7 +16,8 @@ After          graph decode(%input_ids: i64[B,1], %logits_at: i64[B,1], @embed: 
                  return %r as "logits"
                }
 
-`extend` and `prefill` are the traced graph under those names.
+`extend` and `prefill` are the traced graph under those names; `decode_few` is what `decode` is. It
+pays where kernels of few rows are others: its forms, tiles and buffers are for its sequences.
 """
 
 from __future__ import annotations
@@ -26,13 +28,14 @@ from dsc.ir.analyses import ANY, few_tokens
 from dsc.ir.dims import Dim
 from dsc.ir.graph import Graph
 from dsc.ir.interface import Guard
-from dsc.ir.limits import STEP, WANTED
+from dsc.ir.limits import BATCH, STEP, WANTED
 from dsc.ir.program import Program
 from dsc.ir.stages import Stage
 from dsc.rewrite.base import Pass, PassReport
 from dsc.rewrite.options import option
 
-ENTRIES = ("decode", "extend", "prefill")
+FEW, DECODE = "decode_few", "decode"
+ENTRIES = (DECODE, "extend", "prefill")
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,7 @@ class SpecialiseEntries(Pass):
     """Split the entry `step` into the named entries."""
 
     entries: tuple[str, ...] = option(ENTRIES, among=ENTRIES)
+    few: int = option(0, least=0)
 
     needs = frozenset({Stage.CANONICAL})
 
@@ -48,19 +52,22 @@ class SpecialiseEntries(Pass):
         step = program.entries.get("step")
         if step is None:
             return program
-        made = {name: replace(_specialised(step, name), name=name) for name in self.entries}
+        most = program.symbols.get(BATCH)
+        apart = 0 < self.few < (most.hi if most is not None else 0) and DECODE in self.entries
+        names = (FEW, *self.entries) if apart else self.entries
+        made = {name: replace(_specialised(step, name), name=name) for name in names}
         report.fire("specialise", len(made))
-        declared = program.declaring(guards=guards(step, self.entries))
+        declared = program.declaring(guards=guards(step, names, self.few))
         return replace(declared, entries=made)
 
 
-def guards(step: Graph, entries: tuple[str, ...]) -> tuple[Guard, ...]:
-    """The steps that each entry serves, by new tokens.
+def guards(step: Graph, entries: tuple[str, ...], few: int = 0) -> tuple[Guard, ...]:
+    """The steps that each entry serves, by new tokens, and by sequences the one for `few`.
 
     `extend` serves up to the absorption break-even (`few_tokens`).
     """
-    most = {"decode": 1, "extend": break_even(step) or None, "prefill": None}
-    return tuple(Guard(name, most[name]) for name in entries)
+    most = {FEW: 1, DECODE: 1, "extend": break_even(step) or None, "prefill": None}
+    return tuple(Guard(name, most[name], few if name == FEW else None) for name in entries)
 
 
 def break_even(step: Graph) -> int:
@@ -79,4 +86,4 @@ def break_even(step: Graph) -> int:
 
 def _specialised(step: Graph, name: str) -> Graph:
     env: dict[str, Dim] = {STEP: 1, WANTED: 1}
-    return step.substitute(env) if name == "decode" else step
+    return step.substitute(env) if name in (FEW, DECODE) else step

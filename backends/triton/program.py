@@ -80,9 +80,10 @@ def lower_program(
     lowered = LaunchProgram(target)
     sources: dict[str, str] = {}
     for name, graph in program.entries.items():
-        ctx = Context(lowered, Blocks(target), program.symbols, sources)
+        ranges = program.ranges(name)
+        ctx = Context(lowered, Blocks(target), ranges, sources)
         lower_graph(ctx, graph)
-        lowered.entries[name] = place(ctx.entry, program.symbols, reuse)
+        lowered.entries[name] = place(ctx.entry, ranges, reuse)
     return lowered, sources
 
 

@@ -134,7 +134,7 @@ class Interface:
         """What the manifest says."""
         return {
             "mesh": asdict(self.mesh),
-            "guards": {g.entry: _given(g) for g in self.guards},
+            "guards": [[g.entry, _given(g)] for g in self.guards],
             "states": [{**asdict(s), "type": str(s.type)} for s in self.states],
         }
 

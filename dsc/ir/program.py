@@ -10,7 +10,7 @@ from dsc.errors import UsageError
 from dsc.ir.dims import Range, Sym, free_symbols
 from dsc.ir.graph import Graph, Weight
 from dsc.ir.interface import Guard, Interface, Mesh, State, Storage, updates
-from dsc.ir.limits import Limits
+from dsc.ir.limits import BATCH, Limits
 from dsc.ir.stages import Stage, is_legal
 from dsc.ir.types import TensorType
 from dsc.ir.weights import MetaSource, WeightExpr, WeightSource, leaf, source_types
@@ -80,6 +80,14 @@ class Program:
     def guards(self) -> tuple[Guard, ...]:
         """Which entry takes a step: the first that admits it."""
         return self.interface.guards
+
+    def ranges(self, entry: str) -> Mapping[str, Range]:
+        """The ranges of an entry's symbols: the program's, of sequences what its guard admits."""
+        most = next((g.batch for g in self.guards if g.entry == entry), None)
+        known = self.symbols.get(BATCH)
+        if most is None or known is None or most >= known.hi:
+            return self.symbols
+        return {**self.symbols, BATCH: Range(min(known.lo, most), most)}
 
     @property
     def page(self) -> int | None:

@@ -117,9 +117,13 @@ class Admitted(Executable):
 class Admission:
     """Checks the inputs of one entry, and the indices that it computes."""
 
-    def __init__(self, graph: Graph, symbols: Mapping[str, Range]) -> None:
+    def __init__(
+        self, graph: Graph, symbols: Mapping[str, Range], most: Mapping[str, Range] | None = None
+    ) -> None:
+        """`symbols` are the ranges of this entry's sizes, `most` those of the program's."""
         self._graph = graph
         self._symbols = symbols
+        self._most = symbols if most is None else most
         self._found = index_ranges(graph, symbols)
         self._causal = is_causal_step(graph)
         self._seen: tuple[list[tuple[tuple[int, ...], np.dtype[Any]]], Mapping[str, int]] = [], {}
@@ -199,10 +203,12 @@ class Admission:
             return
         option = OPTIONS.get(name) if self._causal and size > bound.hi else None
         larger = "" if option is None else f"; compile it with a larger {option}"
+        if bound.hi < size <= self._most[name].hi:
+            larger = "; another entry takes more"
         value, axis = symbol_places(self._graph)[name]
         raise UsageError(
             f"input {value} has {size} at axis {axis}",
-            hint=f"it was compiled for {bound.lo} to {bound.hi}{larger}",
+            hint=f"{self._graph.name} was compiled for {bound.lo} to {bound.hi}{larger}",
         )
 
 
@@ -214,7 +220,8 @@ class _Admissions(dict[str, Admission]):
         self._program = program
 
     def __missing__(self, name: str) -> Admission:
-        found = self[name] = Admission(self._program.entries[name], self._program.symbols)
+        graph, ranges = self._program.entries[name], self._program.ranges(name)
+        found = self[name] = Admission(graph, ranges, self._program.symbols)
         return found
 
 

@@ -122,7 +122,10 @@ def plan_nodes(
     With an `allocator`, what would lie in the arena is got from that when it is made, and given
     back after its last use.
     """
-    entries = {n: place(draft_nodes(g), program.symbols, reuse) for n, g in program.entries.items()}
+    entries = {
+        name: place(draft_nodes(graph), program.ranges(name), reuse)
+        for name, graph in program.entries.items()
+    }
     if allocator:
         entries = {n: e.without_arena(allocator) for n, e in entries.items()}
     return Plan(entries, dict(meta))

@@ -79,7 +79,7 @@ class Compiled(ABC):
         sizes, size = {"B": batch, "S": new, "L": count, **self.sizes}, max(new, count)
         longest = int(max(lengths.max(), lengths.min() + new)) if lengths.size else 0
         step = {"step": size, "batch": batch, "context": longest}
-        entries, guards = self.plan["entries"], self.manifest["guards"].items()
+        entries, guards = self.plan["entries"], self.manifest["guards"]
         fitting = (
             name
             for name, most in guards

@@ -294,7 +294,7 @@ def test_the_generated_script_makes_the_same_launches(
     manifest = {
         "files": {},
         "limits": limits,
-        "guards": {},
+        "guards": [],
         "checks": checks,
         "weights": "weights/model.safetensors",
     }
@@ -353,7 +353,7 @@ def run_script_on(
     manifest = {
         "files": {},
         "limits": {"max_context": 40 - CHUNK, "prefill_chunk": CHUNK},
-        "guards": {},
+        "guards": [],
         "checks": [],
         "weights": "weights/model.safetensors",
         "generation": {"eos_token_id": []},

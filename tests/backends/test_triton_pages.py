@@ -62,6 +62,32 @@ def test_sequences_in_any_pages_say_what_the_reference_says(kept: str, seed: int
         assert (ours - theirs).abs().max() < bound
 
 
+@pytest.mark.parametrize(
+    "cache", ["paged", pytest.param("contiguous", marks=pytest.mark.exhaustive)]
+)
+def test_steps_of_few_and_of_many_sequences_share_their_caches(cache: str) -> None:
+    """Decode of up to 4 sequences is an entry of its own; who joins and leaves moves between."""
+    found = []
+    for backend, more in (("triton", {"compile": False}), ("reference", {})):
+        made = dsc.compile(
+            canonical_lm(Sizes(layers=1, dense=0), 6, 32), backend=backend, cache=cache, max_batch=6,
+            max_context=32, prefill_chunk=8, backend_options=more,
+        )  # fmt: skip
+        few = "decode_few" if backend == "triton" else "decode"
+        assert [made.program.choose_entry(1, n, 9) for n in (4, 5)] == [few, "decode"]
+        session = made.session(6)
+        rows = [session.prefill([[1, 2, 3], [4, 5, 6], [7, 8, 9]])]
+        rows.append(session.decode([3, 2, 1]))
+        session.add([5, 6])
+        session.add([9, 1, 4, 7])
+        rows.append(session.decode([5, 6, 7, 8, 9]))
+        for sequence in session.sequences[:3]:
+            session.remove(sequence)
+        rows.append(session.decode([1, 3]))
+        found.append(torch.cat([torch.as_tensor(row) for row in rows]))
+    assert (found[0] - found[1]).abs().max() < 1e-3
+
+
 def test_sequences_continue_with_the_same_tokens_on_a_device_and_on_the_host() -> None:
     """Drawn and the likeliest, over the border of a page; then as if `decode` had been called."""
     ids = torch.randint(0, 50, (2, 62), generator=torch.Generator().manual_seed(2))

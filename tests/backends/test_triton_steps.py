@@ -55,9 +55,10 @@ def launched(quant: str, most: int, batch: int, new: int = 1) -> tuple[int, int,
 
 
 @pytest.mark.parametrize("quant", ["none", "fp8", "int4"])
-def test_a_step_of_up_to_four_tokens_is_short(quant: str) -> None:
+@pytest.mark.parametrize("most", [4, 64])
+def test_a_step_of_up_to_four_tokens_is_short(quant: str, most: int) -> None:
     for batch in (1, 4):
-        dense, *sparse = launched(quant, 4, batch)
+        dense, *sparse = launched(quant, most, batch)
         assert dense <= 9
         assert max(sparse) <= 11
 
@@ -66,7 +67,7 @@ def test_a_step_of_up_to_four_tokens_is_short(quant: str) -> None:
 def test_experts_in_groups_take_four_launches_more(quant: str) -> None:
     for new in (30, 300):
         assert max(launched(quant, 4, 4, new)[1:]) <= 15
-    for batch in (1, 8, 31, 32, 64):
+    for batch in (5, 8, 31, 32, 64):
         assert launched(quant, 64, batch)[1:] == (15 + (batch < 32),) * 2
 
 

@@ -300,8 +300,8 @@ def test_a_guard_admits_up_to_each_of_its_bounds_and_the_first_that_admits_is_ta
     assert program.choose_entry(9, 1, 1) == "prefill"
     assert program.interface.to_json() == {
         "mesh": {"ranks": 1, "parallel": ""},
-        "guards": {"gone": {}, "decode": {"step": 1, "batch": 4, "context": 100},
-                   "extend": {"step": 8}},
+        "guards": [["gone", {}], ["decode", {"step": 1, "batch": 4, "context": 100}],
+                   ["extend", {"step": 8}]],
         "states": [],
     }  # fmt: skip
     assert (program.mesh, program.page) == (Mesh(1, ""), None)

@@ -71,6 +71,16 @@ def test_the_guard_cuts_the_range_of_new_tokens() -> None:
     assert ranges_of(program_of(LAYER.format(n="N", act="silu")), "main")["N"].lo == 0
 
 
+def test_the_guard_cuts_the_range_of_sequences() -> None:
+    """Those of a step that an entry before takes are not this one's, if it takes all its steps."""
+    program = Manager().run(canonical_lm(Sizes(), 64), [SpecialiseEntries(few=4)])
+    found = {name: ranges_of(program, name)["B"] for name in program.entries}
+    assert found == {
+        "decode_few": Range(1, 4), "decode": Range(5, 64), "extend": Range(1, 64),
+        "prefill": Range(1, 64),
+    }  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("steps", "entry", "new", "found"),
     [

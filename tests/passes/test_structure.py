@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from dsc.ir.dims import Range
 from dsc.ir.graph import Graph
 from dsc.ir.interpreter import Interpreter
 from dsc.ir.parser import parse_graph
@@ -48,6 +49,24 @@ def test_specialise_entries_docstring() -> None:
     assert [(g.entry, g.step) for g in done.guards] == [
         ("decode", 1), ("extend", None), ("prefill", None),
     ]  # fmt: skip
+
+
+def test_a_decode_step_of_few_sequences_is_an_entry_of_its_own_where_there_are_more() -> None:
+    doc = specialise_entries.__doc__ or ""
+    step = parse_graph(doc_block(doc, "Before"))
+    program = replace(program_of(doc_block(doc, "Before"), Stage.CANONICAL), entries={"step": step})
+    for most, few in ((64, ["decode_few"]), (4, [])):
+        many = replace(program, symbols={**program.symbols, "B": Range(1, most)})
+        done = SpecialiseEntries(few=4).run(many, PassReport())
+        assert list(done.entries) == [*few, "decode", "extend", "prefill"]
+        assert [done.choose_entry(*s, 9) for s in ((1, 4), (1, 5), (2, 1))] == [
+            *(few or ["decode"]), "decode", "extend",
+        ]  # fmt: skip
+        assert {name: done.ranges(name)["B"].hi for name in done.entries} == {
+            name: 4 if name in few else most for name in done.entries
+        }
+        for name in few:
+            assert replace(done.entries[name], name="decode") == done.entries["decode"]
 
 
 MLA = """graph step(%qn: bf16[B,S,128,128], %qr: bf16[B,S,128,64], %c: bf16[B,T,512],
@@ -116,7 +135,7 @@ def test_an_entry_that_keeps_the_expanded_form_is_told_once() -> None:
     after = AbsorbMla().run(both, report)
     assert after.entries["prefill"] is both.entries["prefill"]
     assert "mla_attention" not in {n.op for n in after.entries["decode"].nodes}
-    why = "entry prefill keeps the expanded form: only decode, extend are absorbed"
+    why = "entry prefill keeps the expanded form: only decode_few, decode, extend are absorbed"
     assert report.missed == [("absorb", "first", why)]
     assert report.near[0].culprits == ("o",)
     plain = program_of("graph main(%x: f32[N]) { %y = neg %x\n return %y }", Stage.CANONICAL)

@@ -77,6 +77,23 @@ def test_a_size_is_told_by_the_input_and_the_option() -> None:
         assert ("max_batch" in told.value.hint) == (batch == 5)
 
 
+def test_an_entry_for_few_sequences_names_no_option_that_would_not_help() -> None:
+    text = 'program "p" {stage=CANONICAL}\nsymbols {B=[1,8]}\n'
+    text += "interface { guard few {batch=4} guard main {} }\n"
+    for name in ("few", "main"):
+        text += f"graph {name}(%input_ids: i64[B,2]) {{ return %input_ids }}\n"
+    executable = Failing(parse_program(text))
+    for entry, batch, hint in (
+        ("few", 5, "few was compiled for 1 to 4; another entry takes more"),
+        ("main", 9, "main was compiled for 1 to 8"),
+    ):
+        with pytest.raises(UsageError) as told:
+            executable.bind(entry, {"input_ids": np.zeros((batch, 2), np.int64)})
+        assert told.value.hint == hint
+    executable.bind("few", {"input_ids": np.zeros((4, 2), np.int64)})
+    executable.bind("main", {"input_ids": np.zeros((8, 2), np.int64)})
+
+
 class Failing(Admitted):
     """Ends as a runtime may, whatever it is given."""
 

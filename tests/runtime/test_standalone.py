@@ -66,11 +66,11 @@ def model(tmp_path: Path) -> Watched:
     manifest = {
         "files": {},
         "limits": {"prefill_chunk": CHUNK, "max_context": CONTEXT},
-        "guards": {
-            "unseen": {"step": 99},
-            "decode": {"step": 1, "batch": 2, "context": 8},
-            "main": {},
-        },
+        "guards": [
+            ["unseen", {"step": 99}],
+            ["decode", {"step": 1, "batch": 2, "context": 8}],
+            ["main", {}],
+        ],
         "checks": [
             ["input_ids", 0, 8, "a token"],
             ["logits_at", 0, [[1, "S"], [-1]], "a new token"],
