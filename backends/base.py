@@ -91,6 +91,11 @@ class Capabilities:
     caches: tuple[str, ...] = ()
     """Codes of latent caches that its kernels write and read."""
 
+    @property
+    def kinds_of_steps(self) -> dict[str, Any]:
+        """Its entries, as options of the pass that makes them."""
+        return {"entries": self.entries, "few": self.few}
+
 
 @dataclass(frozen=True)
 class EmitOptions:

@@ -180,10 +180,7 @@ SLOTS = (
         and s.asked.fusion_level >= HORIZONTAL,
     ),
     Slot(Part.OPTIMISE, "hoist_select_rows"),
-    Slot(
-        Part.OPTIMISE, "specialise_entries",
-        options=lambda s: {"entries": s.can.entries, "few": s.can.few},
-    ),
+    Slot(Part.OPTIMISE, "specialise_entries", options=lambda s: s.can.kinds_of_steps),
     Slot(Part.OPTIMISE, "absorb_mla", lambda s: s.can.absorbed),
     Slot(
         Part.OPTIMISE, "append_cache_in_place",

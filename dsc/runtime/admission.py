@@ -208,7 +208,7 @@ class Admission:
         value, axis = symbol_places(self._graph)[name]
         raise UsageError(
             f"input {value} has {size} at axis {axis}",
-            hint=f"{self._graph.name} was compiled for {bound.lo} to {bound.hi}{larger}",
+            hint=f"it was compiled for {bound.lo} to {bound.hi}{larger}",
         )
 
 

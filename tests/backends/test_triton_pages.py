@@ -70,8 +70,8 @@ def test_steps_of_few_and_of_many_sequences_share_their_caches(cache: str) -> No
     found = []
     for backend, more in (("triton", {"compile": False}), ("reference", {})):
         made = dsc.compile(
-            canonical_lm(Sizes(layers=1, dense=0), 6, 32), backend=backend, cache=cache, max_batch=6,
-            max_context=32, prefill_chunk=8, backend_options=more,
+            canonical_lm(Sizes(layers=1, dense=0), 6, 32), backend=backend, cache=cache,
+            max_batch=6, max_context=32, prefill_chunk=8, backend_options=more,
         )  # fmt: skip
         few = "decode_few" if backend == "triton" else "decode"
         assert [made.program.choose_entry(1, n, 9) for n in (4, 5)] == [few, "decode"]

@@ -118,7 +118,9 @@ def test_absorption_of_what_is_computed(invoke: Invoke, tmp_path: Path) -> None:
 
 def test_absorption_of_another_entry(invoke: Invoke) -> None:
     told = invoke("opt", str(DATA / "small_lm.dsc"), "--explain", "absorb_mla").stdout
-    assert "entry step keeps the expanded form: only decode_few, decode, extend are absorbed" in told
+    assert (
+        "entry step keeps the expanded form: only decode_few, decode, extend are absorbed" in told
+    )
 
 
 def test_a_pass_at_the_wrong_stage(invoke: Invoke, tmp_path: Path) -> None:

@@ -198,6 +198,7 @@ def test_uneven_choices(backend: str, act: str, form: str, monkeypatch: pytest.M
     given = own.capabilities
     asked = replace(given(own(), Target("cpu")), experts=_forcing(form))
     monkeypatch.setattr(own, "capabilities", lambda self, target: asked)
+    monkeypatch.setenv("DSC_CACHE", "off")  # no key tells of such capabilities
     program = program_of(LAYER.format(n="N", act=act), Stage.CANONICAL)
     program = replace(program, symbols={"N": Range(1, 8)})
     model = compile_program(program, backend=backend)

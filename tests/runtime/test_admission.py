@@ -12,6 +12,7 @@ from dsc.backends.reference import ReferenceExecutable
 from dsc.errors import UsageError
 from dsc.ir.arrays import Array, array_of, tensor_of
 from dsc.ir.index_ranges import index_ranges
+from dsc.ir.interface import Guard
 from dsc.ir.op import registry
 from dsc.ir.parser import parse_program
 from dsc.ir.program import Program
@@ -79,13 +80,13 @@ def test_a_size_is_told_by_the_input_and_the_option() -> None:
 
 def test_an_entry_for_few_sequences_names_no_option_that_would_not_help() -> None:
     text = 'program "p" {stage=CANONICAL}\nsymbols {B=[1,8]}\n'
-    text += "interface { guard few {batch=4} guard main {} }\n"
     for name in ("few", "main"):
         text += f"graph {name}(%input_ids: i64[B,2]) {{ return %input_ids }}\n"
-    executable = Failing(parse_program(text))
+    guards = (Guard("few", batch=4), Guard("main"))
+    executable = Failing(parse_program(text).declaring(guards=guards))
     for entry, batch, hint in (
-        ("few", 5, "few was compiled for 1 to 4; another entry takes more"),
-        ("main", 9, "main was compiled for 1 to 8"),
+        ("few", 5, "it was compiled for 1 to 4; another entry takes more"),
+        ("main", 9, "it was compiled for 1 to 8"),
     ):
         with pytest.raises(UsageError) as told:
             executable.bind(entry, {"input_ids": np.zeros((batch, 2), np.int64)})
