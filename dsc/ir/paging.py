@@ -3,7 +3,9 @@
 A cache is rows in pages, `T[n, page, w]`. Row t of sequence b is row t % page of page
 `block_table[b, t // page]`; -1 stands for no page: what is written there is dropped, and nothing
 visible is read there (Kwon et al. 2023, section 4.1). Without a block table sequence b has page b,
-and all its rows are in it.
+and all its rows are in it. A page is a whole number of the kernels' tiles, so that a tile looks its
+page up once. It may stand in a table several times, as of a prefix that is shared; who has two
+sequences write to one page gets either's rows.
 """
 
 from __future__ import annotations

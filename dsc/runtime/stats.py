@@ -1,4 +1,9 @@
-"""The profiler's table: events by operator, kernel, module or layer, beside what is possible."""
+"""The profiler's table: events by operator, kernel, module or layer, beside what is possible.
+
+A row tells of one run of an entry by medians over runs, so that a slow one moves nothing. Only
+weights and caches are held against the bandwidth, since other bytes may never leave the caches, and
+products of codes against a peak of their own.
+"""
 
 from __future__ import annotations
 

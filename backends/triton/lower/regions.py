@@ -2,7 +2,9 @@
 
 A linear with pointwise operators after it becomes a GEMM that finishes its tiles, all else a kernel
 over rows, which are elements where all operators are pointwise. Each is one launch; what neither
-can do is refused with a reason, and the pass that fuses puts it back.
+can do is refused with a reason, and the pass that fuses puts it back: rope behind a product, rope
+of what the region computes, rows of symbolic width between operators, and rows of more elements
+than a program can hold.
 """
 
 from __future__ import annotations

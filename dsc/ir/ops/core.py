@@ -291,7 +291,7 @@ einsum = op(
         place=_place_einsum,
     ),
     reference=lambda *xs, eq: torch.einsum(eq, *xs),
-    doc="Sum of products over named axes; letters as in ARCHITECTURE.md (b s t h d c r e g).",
+    doc="Sum of products over named axes, a letter each (b s t h d c r e g).",
     example='f32[2,3,4], f32[4,5] {eq="bsd,dc->bsc"}',
     infer=_infer_einsum,
 )
