@@ -29,6 +29,18 @@ def next_power(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
 
 
+def powers(width: int) -> tuple[int, int]:
+    """The blocks that so many columns lie in: powers of two of which the second may be 0.
+
+    >>> [powers(n) for n in (8, 40, 80, 96, 112, 128, 192)]
+    [(16, 0), (32, 16), (64, 16), (64, 32), (128, 0), (128, 0), (128, 64)]
+    """
+    whole = max(DOT_MINIMUM, next_power(width))
+    first = whole // 2
+    rest = max(DOT_MINIMUM, next_power(width - first))
+    return (first, rest) if first >= DOT_MINIMUM and first + rest < whole else (whole, 0)
+
+
 def ceil_div(n: Dim, block: int) -> Dim:
     """N / block rounded up: the number of tiles."""
     return (n + (block - 1)) // block if block > 1 else n

@@ -2,8 +2,9 @@
 
 The scores are a sum of two products, q_nope . k_nope + q_rope . k_rope, because the expanded form
 of multi-head latent attention has one rope key for all heads: it is read as it lies in the cache,
-never copied into every head. Plain attention passes R = 0. The place `pages` may say where rows of
-keys and values, or of rope keys, lie (`dsc.backends.triton.lower.cached`).
+never copied into every head. In plain attention R is 0, or what a width is above a power of two: 96
+is 64 and 32, and so are values, whose columns behind BLOCK_E are BLOCK_F. The place `pages` may say
+where rows of keys and values, or of rope keys, lie (`dsc.backends.triton.lower.cached`).
 
 Tiles that all queries see whole are not masked: that is a comparison or two a tile, where a mask is
 several instructions a score. Softmax is in powers of two and its scale part of the exponents, so
@@ -77,6 +78,7 @@ def flash_attention(
     k_head,
     kr_batch,
     kr_row,
+    kr_head,
     v_batch,
     v_row,
     v_head,
@@ -87,6 +89,7 @@ def flash_attention(
     BLOCK_D: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_E: tl.constexpr,
+    BLOCK_F: tl.constexpr,
     CAUSAL: tl.constexpr,
     HAS_LENGTHS: tl.constexpr,
     HAS_SINKS: tl.constexpr,
@@ -115,6 +118,7 @@ def flash_attention(
     i = tl.arange(0, BLOCK_T)
     d = tl.arange(0, BLOCK_D)
     e = tl.arange(0, BLOCK_E)
+    f = BLOCK_E + tl.arange(0, BLOCK_F) if BLOCK_F > 0 else e
     rows = m < S
     q_at = q + b * q_batch + h * q_head + m[:, None].to(tl.int64) * q_row + d[None, :]
     fits = rows[:, None] & (d < D)[None, :]
@@ -148,7 +152,7 @@ def flash_attention(
     begin = least // BLOCK_T * BLOCK_T
     last = (stop - 1) // BLOCK_T * BLOCK_T
     k_at = k + b * k_batch + g * k_head
-    kr_at = k_rope + b * kr_batch if R > 0 else k_at
+    kr_at = k_rope + b * kr_batch + g * kr_head if R > 0 else k_at
     v_at = v + b * v_batch + g * v_head
     FOLDED: tl.constexpr = SOFTCAP == 0 and scale > 0
     factor: tl.constexpr = 1.4426950408889634 * (scale if FOLDED else 1.0)
@@ -159,6 +163,8 @@ def flash_attention(
         top += tl.load(sinks + h).to(tl.float32) * 1.4426950408889634
         total += 1.0
     acc = tl.zeros((BLOCK_M, BLOCK_E), dtype=tl.float32)
+    if BLOCK_F > 0:
+        rest = tl.zeros((BLOCK_M, BLOCK_F), dtype=tl.float32)
     if AHEAD:
         start = begin
         key_rows = tl.cast(start, tl.int64)
@@ -197,14 +203,22 @@ def flash_attention(
         p = tl.exp2(scores * factor - safe[:, None])
         decay = tl.exp2(top - safe)
         total = total * decay + tl.sum(p, axis=1)
-        values_at = v_at + value_rows * v_row + i[:, None] * v_row + e[None, :]
+        values_at = v_at + value_rows * v_row + i[:, None] * v_row
         held = i < tl.where(value_rows < 0, 0, stop - at)
-        values = tl.load(values_at, mask=held[:, None] & (e < E)[None, :], other=0.0)
+        here = held[:, None] & (e < E)[None, :]
+        values = tl.load(values_at + e[None, :], mask=here, other=0.0)
         acc = tl.dot(p.to(values.dtype), values, acc * decay[:, None], input_precision="ieee")
+        if BLOCK_F > 0:
+            here = held[:, None] & (f < E)[None, :]
+            values = tl.load(values_at + f[None, :], mask=here, other=0.0)
+            rest = tl.dot(p.to(values.dtype), values, rest * decay[:, None], input_precision="ieee")
         top = peak
         if AHEAD:
             scores, value_rows = next_scores, key_rows
-    acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]
+    total = tl.where(total == 0.0, 1.0, total)
+    acc = acc / total[:, None]
     #: tile
-    o_at = out + ((b * S + m[:, None]) * heads + h) * E + e[None, :]
-    tl.store(o_at, acc, mask=rows[:, None] & (e[None, :] < E))
+    o_at = out + ((b * S + m[:, None]) * heads + h) * E
+    tl.store(o_at + e[None, :], acc, mask=rows[:, None] & (e[None, :] < E))
+    if BLOCK_F > 0:
+        tl.store(o_at + f[None, :], rest / total[:, None], mask=rows[:, None] & (f[None, :] < E))

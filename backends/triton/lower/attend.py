@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from dsc.backends.triton.blocks import ceil_div, next_power
+from dsc.backends.triton.blocks import ceil_div, next_power, powers
 from dsc.backends.triton.context import Context, Given
 from dsc.backends.triton.lower.cached import Cache, reader, widened
 from dsc.backends.triton.lower.contract import Product, emit_gemm
@@ -30,8 +30,10 @@ def attention(ctx: Context, node: Node) -> None:
     )
     sight = {name.upper(): node.attrs[name] for name in ("window", "chunk", "softcap")}
     place = Cache.of(ctx, node, "k")
-    slot = place.slot("key_rows")
-    _flash(ctx, node, q, None, k, None, v, lengths, place, slot, node.attrs["causal"], sinks, sight)
+    (q, q_rest), (k, k_rest) = _in_powers(q), _in_powers(k)
+    pages = place.slot("key_rows", both="rope_rows" if k_rest is not None else "")
+    causal = node.attrs["causal"]
+    _flash(ctx, node, q, q_rest, k, k_rest, v, lengths, place, pages, causal, sinks, sight)
 
 
 def mla_attention(ctx: Context, node: Node) -> None:
@@ -62,6 +64,15 @@ def mla_attention(ctx: Context, node: Node) -> None:
     _flash(ctx, node, q_nope, q_rope, keys, rope, values, lengths, place, slot)
 
 
+def _in_powers(x: View) -> tuple[View, View | None]:
+    """Columns of a power of two and those behind them, where blocks of both are the smaller."""
+    width = int(x.shape[3])  # type: ignore[arg-type]
+    first, rest = powers(width)
+    if not rest:
+        return x, None
+    return views.narrow(x, 3, 0, first), views.narrow(x, 3, first, width - first)
+
+
 def _flash(
     ctx: Context,
     node: Node,
@@ -79,6 +90,7 @@ def _flash(
 ) -> None:
     b, s, heads, d = q.shape
     t, groups, e = place.rows, k.shape[2], v.shape[3]
+    shared = k_rope is not None and len(k_rope.shape) == 3
     r: Dim = 0 if q_rope is None else q_rope.shape[3]
     sizes = {name: int(x) for name, x in (("D", d), ("R", r), ("E", e))}  # type: ignore[arg-type]
     widest = max(sizes["D"], sizes["E"])
@@ -93,13 +105,16 @@ def _flash(
     given |= _named("q", q.strides[:3], ("batch", "row", "head"))
     qr_strides = q_rope.strides[:3] if q_rope is not None else (0, 0, 0)
     given |= _named("qr", qr_strides, ("batch", "row", "head"))
-    apart = place.batch if k_rope is None else _sequence
+    apart = _sequence if shared else place.batch
     given |= _named("k", (apart(k), *k.strides[1:3]), ("batch", "row", "head"))
-    kr_strides = (place.batch(k_rope), k_rope.strides[1]) if k_rope is not None else (0, 0)
-    given |= _named("kr", kr_strides, ("batch", "row"))
+    kr_strides: tuple[Dim, ...] = (0, 0, 0)
+    if k_rope is not None:
+        kr_strides = (place.batch(k_rope), k_rope.strides[1], 0 if shared else k_rope.strides[2])
+    given |= _named("kr", kr_strides, ("batch", "row", "head"))
     given |= _named("v", (apart(v), *v.strides[1:3]), ("batch", "row", "head"))
     given |= sizes
-    given |= {f"BLOCK_{name}": max(16, next_power(x)) for name, x in sizes.items()}
+    given |= {f"BLOCK_{name}": max(16, next_power(sizes[name])) for name in "DR"}
+    given |= dict(zip(("BLOCK_E", "BLOCK_F"), powers(sizes["E"]), strict=True))
     given |= {"CAUSAL": causal, "HAS_LENGTHS": lengths is not None}
     given |= {"HAS_SINKS": sinks is not None, **sight}
     given |= {"BLOCK_M": tile.m, "BLOCK_T": tile.n, "AHEAD": tile.ahead}
@@ -115,7 +130,7 @@ def _flash(
     pairs = _seen(s, t) if causal or lengths is not None else s * t
     pairs = s * window if isinstance(window, int) and 0 < window < ctx.limit(t) else pairs
     flops = 2 * product((b, heads, pairs, sum(sizes.values())))
-    paged = {"k": k, "v": v} if k_rope is None else {"k_rope": k_rope}
+    paged = {"k_rope": k_rope} if shared else {"k": k, "k_rope": k_rope, "v": v}
     touched = place.touched(b, **paged)
     ctx.launch("attention:flash_attention", grid, given, tile, flops, touched, slots)
 

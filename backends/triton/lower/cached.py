@@ -57,10 +57,10 @@ class Cache:
         """A tile whose rows lie in one page."""
         return replace(tile, n=min(tile.n, self.page)) if self.page else tile
 
-    def slot(self, rows: str = "rows", held: str = "") -> Slot:
+    def slot(self, rows: str = "rows", held: str = "", both: str = "") -> Slot:
         """The place `pages`: from rows of a sequence to rows of the pool, below 0 where none are.
 
-        The mask `held`, where a kernel has one, loses those.
+        The mask `held`, where a kernel has one, loses those. Rows called `both` are the same.
         """
         if self.table is None:
             return PLAIN
@@ -68,6 +68,8 @@ class Cache:
             "page = tl.load(table + b * blocks + start // PAGE)",
             f"{rows} = page * PAGE + {rows} % PAGE",
         ]
+        if both:
+            lines.append(f"{both} = {rows}")
         if held:
             lines.append(f"{held} = {held} & ({rows} >= 0)")
         given: dict[str, Given] = {"table": self.table, "blocks": self.table.shape[1]}
