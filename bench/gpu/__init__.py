@@ -2,6 +2,7 @@
 
     python -m bench.gpu prepare gpu.tar.xz [--target cuda:sm_90]    anywhere: binaries and plans
     python -m bench.gpu run gpu.tar.xz [PART ...] --out gpu.json    on the card, under 8 minutes
+    python -m bench.gpu model gpu.tar.xz --card H200                what the model says, anywhere
 
 The card's machine needs this checkout, which with the archive has at most 64 MiB, Python with numpy
 and ml_dtypes, and a driver; for what is compared, and for what is held against references, torch of

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import bench.gpu
 from bench.gpu.parts import PARTS, measured, run
+from dsc.backends.triton.devices import CARDS
 
 
 def main() -> int:
@@ -17,9 +18,10 @@ def main() -> int:
         "python -m bench.gpu", description=bench.gpu.__doc__, allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
-    parser.add_argument("verb", choices=("prepare", "run", "part"))
+    parser.add_argument("verb", choices=("prepare", "run", "model", "part"))
     parser.add_argument("archive", type=Path, help="the archive; of `part`, what it unpacks to")
     parser.add_argument("parts", nargs="*", metavar="PART", help=", ".join(PARTS))
+    parser.add_argument("--card", default="H200", choices=sorted(CARDS), help="of `model`")
     parser.add_argument("--target", default="cuda:sm_90")
     parser.add_argument("--out", type=Path, default=Path("gpu.json"))
     asked = parser.parse_intermixed_args()
@@ -30,6 +32,10 @@ def main() -> int:
         from bench.gpu.prepare import prepare
 
         print(f"{asked.archive}: {prepare(asked.archive, asked.target) / 1e6:.1f} MB")
+    elif asked.verb == "model":
+        from bench.gpu.modelled import modelled
+
+        print(json.dumps(modelled(asked.archive, asked.card), indent=1))
     elif asked.verb == "part":
         measured(asked.archive, asked.parts[0], asked.out)
     else:

@@ -69,7 +69,7 @@ PARTS: Mapping[str, Part] = {
 
 def run(archive: Path, wanted: Sequence[str], out: Path) -> Figures:
     """All parts, or some and the speeds, each with its figures or with why there are none."""
-    start = time.perf_counter()
+    start, archive, out = time.perf_counter(), archive.resolve(), out.resolve()
     with tempfile.TemporaryDirectory(prefix="dsc-gpu-") as place:
         folder = unpacked(archive, Path(place) / "unpacked")
         found: Figures = {"about": json.loads((folder / "about.json").read_text())}
@@ -104,7 +104,8 @@ def _apart(folder: Path, name: str, limit: float, out: Path) -> Figures:
             status: int | None = process.wait(limit)
         except subprocess.TimeoutExpired:
             status = None
-        ended(process)
+        finally:
+            ended(process)
     figures: Figures = json.loads(own.read_text()) if own.is_file() else {}
     if status is None:
         figures["left out"] = f"it was not done after {limit:.0f} s"

@@ -115,7 +115,25 @@ def measured(
     host = seconds(call)
     tokens = chosen(executable, entry, inputs) if new == 1 else {}
     queued = ways(executable, prepared(executable, entry, inputs), QUEUED if new == 1 else 2)
-    events = profiled(call)
+    found = described(profiled(call), program, point, copy, peak, tokens.get("likeliest", host))
+    return found | {
+        "finite": bool(np.isfinite(logits).all()),
+        "ways": {name: ms(x) for name, x in queued.items()},
+        "a call": ms(host),
+        "tokens": {name: ms(x) for name, x in tokens.items()},
+    }
+
+
+def described(
+    events: Sequence[Event],
+    program: Program,
+    point: tuple[int, int, int],
+    copy: float,
+    peak: float,
+    taken: float,
+) -> Figures:
+    """The launches of a step that took so many seconds, and what it had to take at least."""
+    batch, new, context = point
     kernels, products, attention = by_kernel(events), Row(), 0.0
     for each in events:
         attention += each.seconds if "attn" in each.loc else 0.0
@@ -123,17 +141,12 @@ def measured(
             products.add(each)
     work = step_work(program, batch, new, context)
     needed, limit = working_set(work), limit_seconds(work, copy, peak)
-    taken = tokens.get("likeliest", host)
     return {
         "batch": batch,
         "new": new,
         "context": context,
-        "finite": bool(np.isfinite(logits).all()),
         "launches": len(events),
         "ms": ms(taken),
-        "ways": {name: ms(x) for name, x in queued.items()},
-        "a call": ms(host),
-        "tokens": {name: ms(x) for name, x in tokens.items()},
         "kernels_ms": ms(sum(row.seconds for row in kernels.values())),
         "attention_ms": ms(attention),
         "bytes": sum(row.bytes for row in kernels.values()),
