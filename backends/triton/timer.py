@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import ctypes
 import json
+import math
+import time
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -28,9 +30,11 @@ from dsc.ir.types import DType
 from dsc.targets import Target
 
 COPY_BYTES = 1 << 30
-FILL_BYTES = 1 << 26
-QUEUED_PER_FILL = 4
-"""Launches that are queued while a fill of `FILL_BYTES` runs, or fewer."""
+FILL_BYTES, LEAST_FILL = 1 << 26, 5e-6
+"""Bytes of a fill, and the seconds that one takes at least: no memory has 13 TB/s."""
+PACE, SPARE = 25e-6, 1.25
+"""Seconds that queueing a launch and an event takes at first, until that was seen; and how much
+longer fills run than queueing took the last time."""
 ROUNDS = 5
 TURNS, WAVES = 4096, 2
 PROBES = "probes.json"
@@ -60,7 +64,7 @@ class Timer:
     def __init__(self, memory: Memory) -> None:
         self.memory, self.driver = memory, memory.driver
         self._events: list[ctypes.c_void_p] = []
-        self._fill = 0
+        self._fill, self._fill_seconds, self.pace = 0, 0.0, PACE
 
     def close(self) -> None:
         """Give everything back."""
@@ -74,10 +78,12 @@ class Timer:
         """Queue launches; what is returned waits for them and gives the seconds of each."""
         self._ahead(len(launches))
         events = [self._event(i) for i in range(len(launches) + 1)]
+        began = time.perf_counter()
         self.driver.record(events[0])
         for launch, event in zip(launches, events[1:], strict=True):
             self.driver.launch(launch)
             self.driver.record(event)
+        self.pace = SPARE * (time.perf_counter() - began) / max(1, len(launches))
 
         def read() -> list[float]:
             self.driver.synchronise()
@@ -153,9 +159,15 @@ class Timer:
 
     def _ahead(self, launches: int) -> None:
         """Queue what lasts as long as queueing so many launches takes."""
-        self._fill = self._fill or self.memory.allocate(FILL_BYTES, "a fill")
-        for _ in range(1 + launches // QUEUED_PER_FILL):
-            self.driver.clear(self._fill, FILL_BYTES)
+        if not self._fill:
+            self._fill = self.memory.allocate(FILL_BYTES, "a fill")
+            times = [self.seconds(self._clear) for _ in range(2)]
+            self._fill_seconds = max(times[1], LEAST_FILL)
+        for _ in range(1 + math.ceil(self.pace * launches / self._fill_seconds)):
+            self._clear()
+
+    def _clear(self) -> None:
+        self.driver.clear(self._fill, FILL_BYTES)
 
     def _event(self, number: int) -> ctypes.c_void_p:
         while len(self._events) <= number:

@@ -74,6 +74,7 @@ import numpy as np
 import dsc
 from pathlib import Path
 from dsc.backends.triton import TritonBackend
+from dsc.backends.triton.timer import PACE
 from dsc.cli.measuring import probes
 from dsc.ir.parser import parse_program
 from dsc.runtime.launch_costs import launch_costs
@@ -96,6 +97,14 @@ costs = launch_costs(program.entries["decode"], lowered, sizes, [0])
 told = [(e.kernel, e.bytes, e.flops) for e in steps]
 assert told == [(c.kernel, c.bytes, c.flops) for c in costs]
 assert sum(e.stored for e in steps) > 0
+timer, cleared = executable._held.timer, []
+assert timer.pace != PACE  # it was read
+timer.pace, clear = 4e-5, timer.driver.clear  # a slow host: no launch may wait for it
+timer.driver.clear = lambda place, size: cleared.append(size) or clear(place, size)
+with dsc.Profiler():
+    executable.bind("decode", inputs)()
+del timer.driver.clear
+assert 4e-5 * len(steps) < sum(cleared) / 4e12 < 4e-5 * len(steps) + 4e-5, cleared
 targets = ["cuda:sm_80", "cuda:sm_90"]
 compiled = SimpleNamespace(executable=executable, program=program, targets=targets)
 with probes(compiled, 1, 10) as found:
@@ -282,7 +291,7 @@ def test_a_profile_has_each_launch_by_events_and_speeds_are_the_devices(
     done = run_with(driver, tmp_path / "log", [sys.executable, "-c", TIMED, str(folder)])
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) == len(expected_calls(folder))
-    assert (tmp_path / "log").read_text().splitlines() == expected_calls(folder)
+    assert (tmp_path / "log").read_text().splitlines() == 2 * expected_calls(folder)
 
 
 def test_the_generated_script_makes_the_same_launches(
