@@ -14,6 +14,7 @@ Found = Mapping[str, Any]
 PLAIN, FP8, HEAD = "671b-3l", "671b-3l fp8", "671b-3l fp8, head too"
 BATCH = "671b-3l, 64 sequences"
 CARDS = ("H100", "H200")
+FORMS = ("bf16", "fp8", "int4", "fp8, head too")
 
 
 class Missing(Exception):
@@ -115,7 +116,7 @@ BARS: Mapping[str, Bar] = {
         f"attention block, {step}, times as fast as torch.compile": Bar(_block(step), _both(3.0))
         for step in ("decode at 4096", "prefill of 4096")
     },
-    **{f"tokens of tiny-v3 in {form}": Bar(_tokens(form)) for form in ("bf16", "fp8", "int4")},
+    **{f"tokens of tiny-v3 in {form}": Bar(_tokens(form)) for form in FORMS},
     "operators over odd shapes": Bar(lambda found: bool(_at(found, "operators", "ok"))),
     **{f"{kind} clean": Bar(_clean(kind)) for kind in ("memcheck", "racecheck")},
 }

@@ -215,7 +215,8 @@ def _by_block(new: int, mode: str) -> Figures:
         rotary: Any = stock.DeepseekV3RotaryEmbedding(config)
     past = Past() if new == 1 else None
     before = CONTEXT if past else 0
-    compiled: Any = torch.compile(attend, mode=mode)
+    torch._dynamo.reset()  # what another shape taught it makes code for any shape
+    compiled: Any = torch.compile(attend, mode=mode, dynamic=False)
     with torch.no_grad():
         if past is not None:
             x = random(1, CONTEXT, HIDDEN)

@@ -35,6 +35,7 @@ MODELS: Mapping[str, tuple[str, Mapping[str, int], Mapping[str, Any]]] = {
 """By name a configuration, what of it is changed, and options of the compile beside `LIMITS`."""
 FORMS: Mapping[str, Mapping[str, Any]] = {
     "bf16": {}, "fp8": {"quant": "fp8", "cache_format": "fp8"}, "int4": {"quant": "int4"},
+    "fp8, head too": {"quant": "fp8", "keep": ["lm_head:fp8"]},
 }  # fmt: skip
 """What the tiny checkpoint is compiled to."""
 TINY_LIMITS: Mapping[str, Any] = {"max_context": 256, "max_batch": 4, "prefill_chunk": 128}

@@ -48,7 +48,9 @@ def card(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     compiled: Callable[..., Any] = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda m, mode=None: compiled(m, backend="eager"))
+    monkeypatch.setattr(
+        torch, "compile", lambda m, mode=None, **given: compiled(m, backend="eager")
+    )
 
 
 def told(part: Callable[..., None]) -> dict[str, Any]:
@@ -89,7 +91,7 @@ def test_the_block_attends_to_what_is_cached(monkeypatch: pytest.MonkeyPatch) ->
         return attend(q, k, *rest, **named)
 
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
-    monkeypatch.setattr(torch, "compile", lambda m, mode=None: m)
+    monkeypatch.setattr(torch, "compile", lambda m, **given: m)
     found = told(peers.block)
     assert {*seen} == {(128, 128), (1, 129)}
     assert found.keys() == {
