@@ -18,21 +18,23 @@ import json
 import threading
 import time
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from dsc.backends.triton.driver import Argument, Driver, Function, NoDevice, ReadyLaunch
+from dsc.backends.triton.driver import Argument, Driver, Function, OutOfMemory, ReadyLaunch
 from dsc.backends.triton.held import Held, Key, Replay
 from dsc.backends.triton.launch import Kernel, runnable, sampled
+from dsc.backends.triton.memory import HINT
 from dsc.backends.triton.nvtx import Ranges, path_of, wanted
 from dsc.backends.triton.schedule import Address, Call, Schedule, resolve
 from dsc.backends.triton.timed import timed_run
 from dsc.backends.triton.weights import shared
-from dsc.errors import BackendUnavailable
+from dsc.errors import BackendUnavailable, MemoryLimitError
 from dsc.ir.arrays import Array, empty
 from dsc.ir.graph import Graph
 from dsc.ir.program import Program
@@ -65,29 +67,46 @@ class DeviceExecutable(Admitted):
         driver: Driver | None = None,
     ) -> None:
         self._driver = driver or driver_of("cuda")
-        if self._driver.arch != folder.name:
-            hint = f"compile with --target {self._driver.kind}:{self._driver.arch}"
-            found = f"the binaries are for {folder.name}, the device is {self._driver.arch}"
-            raise BackendUnavailable(found, hint)
-        self._launches = runnable(Plan.from_json((folder / "plan.json").read_bytes()))
-        super().__init__(program)
-        self._lock = threading.Lock()
         self._folder, self._held = folder, Held(self._driver, program.name)
         self._release = weakref.finalize(self, self._held.release)
         self._release.atexit = False  # the driver may be gone by then
-        self._functions = _load_functions(self._driver, folder)
+        self._lock = threading.Lock()
+        try:
+            with _roomy(self._driver):
+                self._open(weights, program)
+        except BaseException:
+            with suppress(RuntimeError):  # what went wrong first is told
+                self._release()
+            raise
+
+    def _open(self, weights: Path | Mapping[str, int], program: Program) -> None:
+        driver, folder = self._driver, self._folder
+        if driver.arch != folder.name:
+            hint = f"compile with --target {driver.kind}:{driver.arch}"
+            found = f"the binaries are for {folder.name}, the device is {driver.arch}"
+            raise BackendUnavailable(found, hint)
+        self._launches = runnable(Plan.from_json((folder / "plan.json").read_bytes()))
+        super().__init__(program)
+        self._functions = _load_functions(driver, folder)
         if isinstance(weights, Path) and weights.is_file():
-            self._held.weights = shared(weights, self._driver, program.name)
+            self._held.weights = shared(weights, driver, program.name)
             weights = self._held.weights.upload(weights)
         self._weights = {} if isinstance(weights, Path) else weights
-        self._ranges = Ranges(self._driver.kind) if wanted() else None
+        self._ranges = Ranges(driver.kind) if wanted() else None
 
     def execute(
         self, graph: Graph, inputs: Mapping[str, Array], env: Mapping[str, int]
     ) -> dict[str, Array]:
         """Run an entry on the host's arrays; caches stay on the device (see `read_back`)."""
-        with self._lock:
+        with self._working():
             return self._run(graph, inputs, env)
+
+    @contextmanager
+    def _working(self) -> Iterator[None]:
+        """The device for one call at a time. Raises `MemoryLimitError` where it has no room."""
+        with self._lock, _roomy(self._driver):
+            self._driver.begin()
+            yield
 
     @property
     def device(self) -> str:
@@ -96,14 +115,12 @@ class DeviceExecutable(Admitted):
 
     def copy_speed(self) -> float:
         """Bytes a second that the device copies, read and written."""
-        with self._lock:
-            self._driver.activate()
+        with self._working():
             return self._held.timer.copy_speed()
 
     def product_speed(self, kind: str) -> float:
         """Operations a second of the device's matrix units: `bf16`, `fp8`, `int8`."""
-        with self._lock:
-            self._driver.activate()
+        with self._working():
             return self._held.timer.product_speed(self._folder, kind)
 
     def continued(
@@ -116,7 +133,7 @@ class DeviceExecutable(Admitted):
     ) -> tuple[Array, Array]:
         """See `dsc.runtime.executable.Continues`: nothing comes to the host between steps."""
         env = self.admissions[entry].along(inputs, steps)
-        with self._lock:
+        with self._working():
             given = {**inputs, SAMPLING: sampling, SEEDS: seeds}
             return self._continue(sampled(entry), given, env, steps)
 
@@ -137,8 +154,7 @@ class DeviceExecutable(Admitted):
         self, entry: str, sizes: Mapping[str, int], addresses: Mapping[str, int], stream: int
     ) -> None:
         """See `dsc.runtime.executable.Queues`: each stream has an arena of its own."""
-        with self._lock:
-            self._driver.activate()
+        with self._working():
             lowered, key = self._launches.entries[entry], (entry, *sizes.items())
             places = {p.buffer: addresses[p.name] for p in (*lowered.inputs, *lowered.outputs)}
             places[WHOLE_ARENA] = self._held.pool(f"arena of stream {stream}", lowered.arena_bytes)
@@ -154,7 +170,6 @@ class DeviceExecutable(Admitted):
     def _run(
         self, graph: Graph, inputs: Mapping[str, Array], env: Mapping[str, int]
     ) -> dict[str, Array]:
-        self._driver.activate()
         entry, start, profiler = graph.name, time.perf_counter(), active()
         lowered = self._launches.entries[entry]
         content, places = _packed(lowered, inputs)
@@ -187,7 +202,6 @@ class DeviceExecutable(Admitted):
         self, entry: str, inputs: Mapping[str, Array], env: Mapping[str, int], steps: int
     ) -> tuple[Array, Array]:
         driver, lowered = self._driver, self._launches.entries[entry]
-        driver.activate()
         content, places = _packed(lowered, inputs)
         rows = np.tile(content, (steps, 1))
         for step in range(1, steps):
@@ -239,18 +253,16 @@ class DeviceExecutable(Admitted):
 
     def read_back(self, cache: Array) -> None:
         """Copy what the device holds of a cache, or of a view of one, into the host's array."""
-        with self._lock:
+        with self._working():
             place = self._held.fresh(cache)
             if place is None:
                 return
-            self._driver.activate()
             self._driver.download(cache.ctypes.data, place, cache.nbytes)
             self._driver.synchronise()
 
     def new_cache(self, shape: tuple[int, ...], dtype: DType) -> Array:
         """An array that stands for zeros on the device, by its address; nobody reads its memory."""
-        with self._lock:
-            self._driver.activate()
+        with self._working():
             made = empty(shape, dtype)
             self._held.cleared(made)
         return made
@@ -265,8 +277,7 @@ class DeviceExecutable(Admitted):
 
     def copy(self, source: Array, target: Array) -> None:
         """Copy a dense view of a cache to another, on the device."""
-        with self._lock:
-            self._driver.activate()
+        with self._working():
             into = self._held.resident(target)
             self._driver.copy(into, self._held.resident(source), source.nbytes)
 
@@ -344,9 +355,20 @@ def driver_of(kind: str) -> Driver:
 
     try:
         return HipDriver() if kind == "hip" else Driver()
-    except NoDevice as missing:
+    except RuntimeError as missing:
         hint = "run it on a machine with a GPU and its driver, or in the interpreter"
         raise BackendUnavailable(str(missing), hint) from None
+
+
+@contextmanager
+def _roomy(driver: Driver) -> Iterator[None]:
+    """Work that may need more room on the device than is told beforehand: kernels and graphs do."""
+    try:
+        yield
+    except OutOfMemory as full:
+        free, total = driver.memory()
+        told = f"the GPU has {free / 1e6:.1f} MB free of {total / 1e6:.1f}, and no room ({full})"
+        raise MemoryLimitError(told, hint=HINT) from None
 
 
 def pack_arguments(kernel: Kernel, call: Call, addresses: Mapping[int, int]) -> list[Argument]:

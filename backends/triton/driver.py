@@ -7,6 +7,7 @@ API reference.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -81,13 +82,20 @@ class Driver:
     kind = "cuda"
     lanes = 32
     static_shared = _STATIC_SHARED
+    over = ""
+    """Why nothing runs on it any more: that it was closed, or the call that failed."""
 
     def __init__(self) -> None:
         self._open()
-        _declare(self._cuda)
-        self._stream = ctypes.c_void_p()
-        self._check("cuStreamCreate", ctypes.byref(self._stream), 1)
         self._modules: list[ctypes.c_void_p] = []
+        try:
+            _declare(self._cuda)
+            self.activate()
+            self._stream = ctypes.c_void_p()
+            self._check("cuStreamCreate", ctypes.byref(self._stream), 1)
+        except BaseException:
+            self._let_go()
+            raise
 
     def _open(self) -> None:
         try:
@@ -104,7 +112,15 @@ class Driver:
         self._check("cuDeviceGet", ctypes.byref(self._device), 0)
         self._context = ctypes.c_void_p()
         self._check("cuDevicePrimaryCtxRetain", ctypes.byref(self._context), self._device)
-        self._check("cuCtxSetCurrent", self._context)
+
+    def begin(self) -> None:
+        """Activate it for work. Raises `RuntimeError` once it was closed or a call has failed.
+
+        What a failed call leaves in memory nobody knows. Where there was no room, nothing failed.
+        """
+        if self.over:
+            raise RuntimeError(f"nothing runs here any more ({self.over}): load the artifact again")
+        self.activate()
 
     def activate(self) -> None:
         """Make the context this thread's: what follows may come from another than `__init__`'s."""
@@ -112,10 +128,13 @@ class Driver:
 
     def close(self) -> None:
         """Unload the kernels and let the context go; the caller has freed its memory."""
-        for module in self._modules:
-            self._check("cuModuleUnload", module)
-        self._check("cuStreamDestroy_v2", self._stream)
-        self._let_go()
+        self.over = self.over or "it was closed"
+        with contextlib.ExitStack() as every:  # whatever fails of them
+            every.callback(self._let_go)
+            every.callback(self._check, "cuStreamDestroy_v2", self._stream)
+            for module in self._modules:
+                every.callback(self._check, "cuModuleUnload", module)
+            self._modules = []
 
     def _let_go(self) -> None:
         self._check("cuDevicePrimaryCtxRelease_v2", self._device)
@@ -223,10 +242,14 @@ class Driver:
         try:
             for launch in launches:
                 self.launch(launch)
-        finally:
             self._check("cuStreamEndCapture", self._stream, ctypes.byref(graph))
-        self._check("cuGraphInstantiateWithFlags", ctypes.byref(ready), graph, ctypes.c_uint64(0))
-        self._check("cuGraphDestroy", graph)
+            flags = ctypes.c_uint64(0)
+            self._check("cuGraphInstantiateWithFlags", ctypes.byref(ready), graph, flags)
+        finally:
+            if graph.value is None:  # a launch has failed
+                self._cuda.cuStreamEndCapture(self._stream, ctypes.byref(graph))
+            if graph.value is not None:
+                self._check("cuGraphDestroy", graph)
         return ready
 
     def replay(self, graph: ctypes.c_void_p) -> None:
@@ -265,7 +288,10 @@ class Driver:
         status = getattr(self._cuda, call)(*arguments)
         if status != 0:
             told = f"{call}: {self._error(status)}"
-            raise OutOfMemory(told) if status == _OUT_OF_MEMORY else RuntimeError(told)
+            if status == _OUT_OF_MEMORY:
+                raise OutOfMemory(told)
+            self.over = self.over or told
+            raise RuntimeError(told)
 
     def _error(self, status: int) -> str:
         name = ctypes.c_char_p()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import weakref
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import TypeAlias, TypeVar
 
@@ -132,18 +133,22 @@ class Held:
             self.memory.free(self.caches.pop(place).pointer)
 
     def release(self) -> None:
-        """Give all of it back, after the work that is queued."""
-        self.driver.activate()
-        self.driver.synchronise()
-        for replay in self.replays.values():
-            self._forget(replay)
-        self.timer.close()
+        """Give all of it back, after the work that is queued; what fails is told at the end."""
+        with ExitStack() as every:
+            every.callback(self.driver.close)
+            if self.weights is not None:
+                every.callback(self.weights.leave, self.driver)
+            every.callback(self._leave)
+            every.callback(self.timer.close)
+            for replay in self.replays.values():
+                every.callback(self._forget, replay)
+            every.callback(self.driver.synchronise)
+            self.driver.activate()
+
+    def _leave(self) -> None:
         with LOCK:  # who reclaims meanwhile frees nothing twice
-            self.memory.release()
             self.caches.clear()
-        if self.weights is not None:
-            self.weights.leave(self.driver)
-        self.driver.close()
+            self.memory.release()
 
     def _settle(self, owner: Array) -> Resident:
         """Room for a new cache, once that of caches which are gone is free."""
@@ -159,8 +164,8 @@ class Held:
 
     def _forget(self, replay: Replay) -> None:
         if replay.graph is not None:
-            self.driver.forget(replay.graph)
-            replay.graph = None
+            graph, replay.graph = replay.graph, None
+            self.driver.forget(graph)
 
 
 def _kept(held: dict[Key, T], key: Key, make: Callable[[], T], drop: Callable[[T], None]) -> T:

@@ -79,7 +79,6 @@ class HipDriver(Driver):
         if self._hip.hipGetDeviceCount(ctypes.byref(count)) != 0 or count.value < 1:
             raise NoDevice("there is no HIP device")
         self._device = ctypes.c_int(0)
-        self.activate()
 
     def activate(self) -> None:
         """Make the device this thread's."""

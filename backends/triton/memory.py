@@ -11,6 +11,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Callable
+from contextlib import ExitStack
 
 from dsc.backends.triton.driver import Driver, OutOfMemory
 from dsc.errors import MemoryLimitError
@@ -78,10 +79,11 @@ class Memory:
             self.driver.free(pointer)
 
     def release(self) -> None:
-        """Give all of it back."""
-        with LOCK:
-            for pointer in list(self.sizes):
-                self.free(pointer)
+        """Give all of it back, whatever fails of it."""
+        with LOCK, ExitStack() as every:
+            for pointer in self.sizes:
+                every.callback(self.driver.free, pointer)
+            self.sizes.clear()
 
 
 def _held() -> int:

@@ -13,6 +13,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
@@ -67,12 +68,11 @@ class Timer:
         self._fill, self._fill_seconds, self.pace = 0, 0.0, PACE
 
     def close(self) -> None:
-        """Give everything back."""
-        for event in self._events:
-            self.driver.drop(event)
-        if self._fill:
-            self.memory.free(self._fill)
-        self._events, self._fill = [], 0
+        """Let the events go; its memory goes with all that is held."""
+        with ExitStack() as every:
+            for event in self._events:
+                every.callback(self.driver.drop, event)
+            self._events = []
 
     def spans(self, launches: Sequence[ReadyLaunch]) -> Callable[[], list[float]]:
         """Queue launches; what is returned waits for them and gives the seconds of each."""

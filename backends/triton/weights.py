@@ -47,9 +47,9 @@ class Uploaded:
             self.readers.remove(driver)
             self._memory.driver = self.readers[0] if self.readers else driver
             if not self.readers:
-                self._memory.release()
                 self.places = None
                 _SHARED.pop(self.key, None)
+                self._memory.release()
 
 
 def shared(path: Path, driver: Driver, name: str) -> Uploaded:

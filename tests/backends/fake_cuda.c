@@ -12,9 +12,11 @@
 
 #define LIMIT 4096
 static struct { uint64_t base; size_t size; } blocks[LIMIT];
-static int used;
+static int used, others;
 static double clock_ms;
 
+/* What is held: memory, and contexts, streams, modules, events and graphs. */
+int fake_held(void) { return used + others; }
 static int inside(uint64_t at) {
   for (int i = 0; i < used; i++)
     if (at >= blocks[i].base && at < blocks[i].base + blocks[i].size) return 1;
@@ -31,12 +33,20 @@ int cuDeviceGetAttribute(int *value, int attribute, int device) {
   *value = attribute == 75 ? 9 : attribute == 16 ? 132 : 0;
   return device;
 }
-int cuDevicePrimaryCtxRetain(void **context, int device) { *context = &used; return device; }
+int cuDevicePrimaryCtxRetain(void **context, int device) {
+  others++;
+  *context = &used;
+  return device;
+}
 int cuCtxSetCurrent(void *context) { return context != &used; }
-int cuDevicePrimaryCtxRelease_v2(int device) { return device; }
-int cuModuleUnload(void *module) { return module == NULL; }
-int cuStreamDestroy_v2(void *stream) { return stream != blocks; }
-int cuStreamCreate(void **stream, unsigned flags) { *stream = blocks; return flags != 1; }
+int cuDevicePrimaryCtxRelease_v2(int device) { others--; return device; }
+int cuModuleUnload(void *module) { others--; return module == NULL; }
+int cuStreamDestroy_v2(void *stream) { others--; return stream != blocks; }
+int cuStreamCreate(void **stream, unsigned flags) {
+  others++;
+  *stream = blocks;
+  return flags != 1;
+}
 int cuStreamSynchronize(void *stream) { return stream != blocks; }
 int cuMemAlloc_v2(uint64_t *pointer, size_t size) {
   if (used == LIMIT) return 2;
@@ -76,8 +86,12 @@ int cuMemsetD8Async(uint64_t target, unsigned char value, size_t size, void *str
   clock_ms += size / 4e9;
   return stream != blocks;
 }
-int cuEventCreate(void **event, unsigned flags) { *event = calloc(1, 8); return flags; }
-int cuEventDestroy_v2(void *event) { free(event); return 0; }
+int cuEventCreate(void **event, unsigned flags) {
+  others++;
+  *event = calloc(1, 8);
+  return flags;
+}
+int cuEventDestroy_v2(void *event) { others--; free(event); return 0; }
 int cuEventRecord(void *event, void *stream) {
   *(double *)event = clock_ms;
   return stream != blocks;
@@ -93,8 +107,10 @@ int cuMemcpyDtoH_v2(void *target, uint64_t source, size_t size) {
   return cuMemcpyDtoHAsync_v2(target, source, size, blocks);
 }
 int cuModuleLoadData(void **module, const char *image) {
+  if (memcmp(image, "\177ELF", 4)) return 200;
+  others++;
   *module = (void *)image;
-  return memcmp(image, "\177ELF", 4) ? 200 : 0;
+  return 0;
 }
 int cuModuleGetFunction(void **function, void *module, const char *name) {
   *function = strdup(name);
@@ -110,16 +126,19 @@ int cuStreamBeginCapture_v2(void *stream, int mode) {
   return stream != blocks || mode != 1;
 }
 int cuStreamEndCapture(void *stream, void **graph) {
+  if (captured == NULL) return 1;
+  others++;
   *graph = captured;
   captured = NULL;
   return stream != blocks;
 }
 int cuGraphInstantiateWithFlags(void **ready, void *graph, unsigned long long flags) {
+  others++;
   *ready = strdup(graph);
   return flags != 0;
 }
-int cuGraphDestroy(void *graph) { free(graph); return 0; }
-int cuGraphExecDestroy(void *ready) { free(ready); return 0; }
+int cuGraphDestroy(void *graph) { others--; free(graph); return 0; }
+int cuGraphExecDestroy(void *ready) { others--; free(ready); return 0; }
 int cuGraphLaunch(void *ready, void *stream) {
   FILE *log = fopen(getenv("FAKE_CUDA_LOG"), "a");
   if (log == NULL || stream != blocks) return 1;

@@ -409,3 +409,112 @@ def expected_calls(folder: Path, arch: str = "sm_90", lanes: int = 32) -> list[s
         late = " dependent" if record.get("dependent") else ""
         lines.append(f"{record['symbol']} {grid} {threads} 1 {record['shared']} 1{late}")
     return lines
+
+
+FAILING = """
+import ctypes
+import sys
+from pathlib import Path
+from dsc.backends.triton import TritonBackend, driver
+from dsc.errors import BackendUnavailable, MemoryLimitError
+from dsc.ir.parser import parse_program
+from dsc.runtime.session import Session
+
+real, made, failing, status = ctypes.CDLL("libcuda.so.1"), [], -1, 0
+released = ("Free", "Unload", "Destroy", "Release")
+
+
+class Call:
+    def __init__(self, name):
+        vars(self)["name"], vars(self)["call"] = name, getattr(real, name)
+
+    def __setattr__(self, name, value):
+        setattr(self.call, name, value)
+
+    def __call__(self, *given):
+        if self.name != "cuGetErrorName":
+            made.append(self.name)
+            if len(made) == failing:
+                return status
+        return self.call(*given)
+
+
+class Library:
+    def __init__(self, name):
+        self.__dict__ = {}
+
+    def __getattr__(self, name):
+        return self.__dict__.setdefault(name, Call(name))
+
+
+driver.ctypes.CDLL = Library
+folder = Path(sys.argv[1])
+program = parse_program((folder / "program.dsc").read_text())
+weights = folder / "weights/model.safetensors"
+
+
+def life():
+    executable = TritonBackend().load_on("cuda:sm_90", folder, weights, program)
+    try:
+        session = Session(executable, program, 1, 24)
+        session.prefill([1])
+        for _ in range(2):
+            session.decode([2])
+        session.generate(2)
+        executable.product_speed("bf16")
+    except (RuntimeError, MemoryLimitError) as problem:
+        told = str(problem)
+        assert made[failing - 1] in told and "FAKE_ERROR" in told, told
+        if status == 2:
+            session.decode([3]) if session.lengths else session.prefill([1])
+            return None
+        try:
+            session.prefill([1])
+        except RuntimeError as over:
+            assert str(over).startswith(f"nothing runs here any more ({told})"), over
+        else:
+            sys.exit(f"it ran after {told}")
+    finally:
+        try:
+            executable.close()
+        except RuntimeError as problem:
+            assert made[failing - 1] in str(problem) and "FAKE_ERROR" in str(problem), problem
+    return executable
+
+
+executable = life()
+count = len(made)
+assert real.fake_held() == 0
+try:
+    Session(executable, program, 1, 24).prefill([1])
+except RuntimeError as over:
+    assert str(over).startswith("nothing runs here any more (it was closed)"), over
+else:
+    sys.exit("it ran after it was closed")
+first, step = map(int, sys.argv[2:])
+for status in (1, 2):
+    for failing in range(first, count + 1, step):
+        made.clear()
+        before = real.fake_held()
+        try:
+            life()
+        except (BackendUnavailable, MemoryLimitError, RuntimeError) as problem:
+            if made[failing - 1] != "cuInit":
+                told = str(problem)
+                assert made[failing - 1] in told and "FAKE_ERROR" in told, (failing, told)
+        lost = real.fake_held() - before
+        name = made[failing - 1]
+        most = 2 if name == "cuGraphDestroy" else any(each in name for each in released)
+        assert 0 <= lost <= most, (failing, name, lost)
+print(count)
+"""
+
+
+def test_a_call_that_fails_is_told_and_nothing_is_lost_or_runs_on_what_it_left(
+    driver: Path, artifact: tuple[Path, Program], tmp_path: Path
+) -> None:
+    """Every third call of a life, loading and closing with it, fails; or finds no room."""
+    line = [sys.executable, "-c", FAILING, str(artifact[0]), "1", "3"]
+    done = run_with(driver, tmp_path / "log", line)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) > 200
