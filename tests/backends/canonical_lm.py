@@ -107,7 +107,7 @@ class _Model:
 
 
 def canonical_lm(
-    sizes: Sizes, max_batch: int = 4, max_context: int = 64, *, values: bool = True
+    sizes: Sizes, max_batch: int = 4, max_context: int = 64, *, values: bool = True, chunk: int = 32
 ) -> Program:
     """The program, with one entry `step` at stage CANONICAL; its weights may have no values."""
     m = _Model(sizes)
@@ -141,9 +141,9 @@ def canonical_lm(
     parts = [f"present.{i}.{kind}" for i in range(sizes.layers) for kind in ("latent", "rope")]
     aliases = tuple((1 + at, 4 + at) for at in range(len(present)))
     graph = b.finish([logits, *present], ("logits", *parts), aliases)
-    ranges = {"B": Range(1, max_batch), "S": Range(1, 32), "P": Range(0, max_context)}
+    ranges = {"B": Range(1, max_batch), "S": Range(1, chunk), "P": Range(0, max_context)}
     return Program(
         "canonical-lm", {"step": graph}, {k: Source(k, t) for k, t in m.types.items()},
-        {**ranges, "L": Range(1, 32)}, random_source(m.types) if values else MetaSource(m.types),
+        {**ranges, "L": Range(1, chunk)}, random_source(m.types) if values else MetaSource(m.types),
         stage=Stage.CANONICAL,
     )  # fmt: skip

@@ -21,7 +21,7 @@ from dsc.runtime.plan import Plan
 from dsc.targets import Target
 from tests.backends.canonical_lm import Sizes, canonical_lm
 
-CONTEXT = 4096
+CONTEXT, CHUNK = 4096, 512
 WIDE = Sizes(
     vocab=1024, hidden=7168, layers=2, heads=128, q_lora=1536, kv_lora=512, nope=128, rope=64,
     value=128, inner=18432, experts=256, expert_inner=2048, top_k=8, groups=8, keep=4,
@@ -30,10 +30,12 @@ WIDE = Sizes(
 
 
 @cache
-def planned(quant: str, most: int, layers: int = 3) -> tuple[Program, Plan]:
+def planned(
+    quant: str, most: int, layers: int = 3, widths: Sizes = WIDE, context: int = CONTEXT
+) -> tuple[Program, Plan]:
     """A model of V3's widths, its first layer dense, for up to `most` sequences."""
-    limits = Limits(max_batch=most, max_context=CONTEXT, prefill_chunk=512)
-    whole = canonical_lm(replace(WIDE, layers=layers), most, CONTEXT, values=False).limited(limits)
+    sizes, limits = replace(widths, layers=layers), Limits(most, context, CHUNK)
+    whole = canonical_lm(sizes, most, context, values=False, chunk=CHUNK).limited(limits)
     options, target = pipeline.PipelineOptions(quant=quant), Target("cuda", "sm_90")
     program, _ = pipeline.run(whole, TritonBackend(), target, options)
     return program, lower_program(program, str(target))[0].plan()
