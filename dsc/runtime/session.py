@@ -12,7 +12,6 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import takewhile
-from operator import is_
 from typing import Any
 
 import numpy as np
@@ -21,12 +20,12 @@ from dsc.errors import NoNumbers, UsageError
 from dsc.ir.arrays import Array, Kind, extremes, of_kind
 from dsc.ir.choosing import NO_TOKEN, Choice, chosen, key_of
 from dsc.ir.dims import Sym
-from dsc.ir.interface import NEW, Storage
+from dsc.ir.interface import Storage
 from dsc.ir.program import Program
 from dsc.runtime.caches import kept_by
-from dsc.runtime.executable import Call, Continues, Executable, KeepsCaches, OpensLate
+from dsc.runtime.executable import Continues, Executable, KeepsCaches, OpensLate
 from dsc.runtime.pages import PagePool
-from dsc.runtime.profiler import entry_span
+from dsc.runtime.steps import Draws, Steps
 from dsc.runtime.tokens import Form, check_limit, check_limits, read_ids, read_lengths
 
 CONTIGUOUS, PAGED = Storage.CONTIGUOUS, Storage.PAGED
@@ -101,8 +100,7 @@ class Session:
         self._device = device if self._in_place else None
         self._kept = kept_by(program.states, max_batch, capacity, self._pool, device)
         self._kind: Kind = "torch" if "torch" in sys.modules else "numpy"
-        self._tokens: dict[str, Array] = {}
-        self._bound: tuple[str, dict[str, Array], Call] | None = None
+        self._steps = Steps(executable, program, self._kept, self._device, max_batch)
         self._active: list[_Active] = []
         self._next_id = 0
 
@@ -147,7 +145,8 @@ class Session:
         """Forget all sequences; pages go back to the pool."""
         for kept in self._kept:
             kept.clear()
-        self._active, self._bound = [], None
+        self._active = []
+        self._steps.forget()
 
     def add(self, ids: Any) -> int:
         """Start one more sequence with the prompt `ids` [S]; the others wait.
@@ -338,7 +337,7 @@ class Session:
         self._check_new(tokens, None, self.lengths)
         found = [first]
         if isinstance(self.executable, Continues) and self.chooses:
-            found += self._continued(self.executable, first, steps, choice, keys, made)
+            found += self._continued(self.executable, first, steps, Draws(choice, keys, made))
         for step in range(len(found), steps + 1):
             self._append(found[-1][:, None], [1] * len(first), [*range(len(first))], False)
             if step < steps:
@@ -366,40 +365,17 @@ class Session:
         return np.array(found, np.int64)
 
     def _continued(
-        self,
-        executable: Continues,
-        first: Array,
-        steps: int,
-        choice: Choice,
-        keys: Sequence[int],
-        drawn: Sequence[int],
+        self, executable: Continues, first: Array, steps: int, draws: Draws
     ) -> list[Array]:
         """Steps that choose their tokens themselves, the first of them given: ids [B] of each.
 
         They end before a step whose logits give no token, which is as if it had never been.
         """
-        count, before = len(first), self.lengths
-        after = [n + steps for n in before]
-        rows, held = self._filled(list(range(count)), before)
-        given = self._arrays(len(rows), 1, 1)
-        given["input_ids"][:count, 0] = first
-        given["lengths"][:] = held
-        given["positions"][:, 0] = held
-        given["logits_at"][:] = 0
-        given[NEW][:] = 0
-        given[NEW][:count] = 1
-        for kept in self._kept:
-            given |= kept.inputs(rows, before, after, steps)
-        entry = self.program.choose_entry(1, len(rows), max(after))
-        wanted = {v.name for v in self.program.entries[entry].inputs}
-        sampling, seeds = np.zeros((len(rows), 4), np.float32), np.zeros((len(rows), 2), np.int64)
-        sampling[:count], seeds[:count, 0] = choice.row, keys
-        seeds[:count, 1] = [n + 1 for n in drawn]
-        inputs = {name: x for name, x in given.items() if name in wanted}
-        ids, logits = executable.continued(entry, inputs, sampling, seeds, steps)
-        for row, each in enumerate(self._active):
-            each.length, each.logits = after[row], logits[row, 0]
-        found = [*takewhile(lambda each: NO_TOKEN not in each, ids[:count].T)]
+        before = self.lengths
+        ids, logits = self._steps.continued(executable, first, steps, draws, before)
+        for each, row in zip(self._active, logits, strict=True):
+            each.length, each.logits = each.length + steps, row
+        found = [*takewhile(lambda each: NO_TOKEN not in each, ids.T)]
         for row, length in enumerate(before if len(found) < steps else ()):
             self._cut(row, length + len(found))
         return found
@@ -433,7 +409,10 @@ class Session:
             for start in range(0, tokens.shape[1], size):
                 chunk = tokens[:, start : start + size]
                 here = [min(max(n - start, 0), chunk.shape[1]) for n in new]
-                parts.append(self._step(chunk, here, rows, all_logits))
+                found, after = self._steps.append(chunk, here, rows, self.lengths, all_logits)
+                for each, length in zip(self._active, after, strict=True):
+                    each.length = length
+                parts.append(found)
         except BaseException:
             for each, logits, snapshot in before:
                 self.restore(snapshot)
@@ -448,79 +427,6 @@ class Session:
         if len(parts) == 1:
             return parts[0] if all_logits else parts[0][:, 0].copy()
         return np.concatenate(parts, 1) if all_logits else np.stack(ends)
-
-    def _step(self, chunk: Array, here: list[int], rows: list[int], all_logits: bool) -> Array:
-        """Run one step that appends `here` of the tokens of `chunk` to the sequences in `rows`.
-
-        Sequences between them may have to come along: what is written for them lies past their
-        end, as padding does.
-        """
-        size = chunk.shape[1]
-        together = max((kept.together(rows) for kept in self._kept), key=len, default=rows)
-        mine = [together.index(row) for row in rows]
-        before, after = self.lengths, self.lengths
-        for row, count in zip(rows, here, strict=True):
-            after[row] += count
-        held = [before[row] for row in together]
-        together, held = self._filled(together, held)
-        given = self._arrays(len(together), size, size if all_logits else 1)
-        given["input_ids"][mine] = chunk
-        given["lengths"][:] = held
-        given["positions"][:] = given["lengths"][:, None] + np.arange(size)
-        given[NEW][:] = 0
-        given[NEW][mine] = here
-        if not all_logits:
-            given["logits_at"][mine, 0] = [max(count - 1, 0) for count in here]
-        for kept in self._kept:
-            given |= kept.inputs(together, before, after, size)
-        entry = self.program.choose_entry(size, len(together), max(held) + size)
-        call = self._call(entry, given)
-        with entry_span(self.program.entries[entry], given):
-            outputs = call()
-        for kept in self._kept:
-            kept.keep(together, outputs, after)
-        for each, length in zip(self._active, after, strict=True):
-            each.length = length
-        found = outputs["logits"]
-        return found if len(mine) == len(together) else found[mine]
-
-    def _filled(self, rows: list[int], held: list[int]) -> tuple[list[int], list[int]]:
-        """The rows of a step, and rows of nobody behind them, as many as the device wants.
-
-        They hold no tokens, and nobody sees what is written for them.
-        """
-        if self._device is None or rows[-1] != len(self._active) - 1:
-            return rows, held
-        end = min(rows[-1] + 1 + self._device.rows(len(rows)) - len(rows), self.max_batch)
-        more = range(rows[-1] + 1, end)
-        return [*rows, *more], [*held, *(0 for _ in more)]
-
-    def _arrays(self, count: int, size: int, wanted: int) -> dict[str, Array]:
-        """Arrays for the tokens of a step over `count` rows: those of the last one of such sizes.
-
-        Rows that nobody fills hold tokens of a former step, which only must be tokens.
-        """
-        shapes = {
-            "input_ids": (count, size),
-            "positions": (count, size),
-            "lengths": (count,),
-            "logits_at": (count, wanted),
-            NEW: (count,),
-        }
-        if {name: x.shape for name, x in self._tokens.items()} != shapes:
-            self._tokens = {name: np.zeros(shape, np.int64) for name, shape in shapes.items()}
-            self._tokens["logits_at"][:] = np.arange(wanted)
-        return dict(self._tokens)
-
-    def _call(self, entry: str, given: dict[str, Array]) -> Call:
-        """The entry over these arrays: what ran the last step, where that was over the same."""
-        if self._bound is not None:
-            known, arrays, call = self._bound
-            if known == entry and all(map(is_, arrays.values(), given.values())):
-                return call
-        call = self.executable.bind(entry, given)
-        self._bound = entry, given, call
-        return call
 
     def _read(self, ids: Any, form: Form) -> tuple[Array, Kind]:
         """Token ids as an array, and the kind in which to answer. Raises `UsageError`."""

@@ -114,7 +114,7 @@ def test_a_prompt_of_which_a_chunk_fails_can_be_given_again(
     session, tokens, lengths = compiled.session(), ids(2, 25), [21, 12]
     session.prefill(tokens[:, :4])
     before = session.logits(0)
-    run, failures = session._call, [False, False, True]
+    run, failures = session._steps._call, [False, False, True]
 
     def call(*step: Any) -> Any:
         if failures.pop(0):
@@ -122,7 +122,7 @@ def test_a_prompt_of_which_a_chunk_fails_can_be_given_again(
         return run(*step)
 
     with monkeypatch.context() as patched:
-        patched.setattr(session, "_call", call)
+        patched.setattr(session._steps, "_call", call)
         with pytest.raises(MemoryLimitError, match="full"):
             session.prefill(tokens[:, 4:], lengths)
     assert not failures
