@@ -14,7 +14,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -27,16 +27,20 @@ _AT_CWD, _EXCHANGE = -100, 2
 
 
 @contextmanager
-def replacing(out: Path) -> Iterator[Path]:
+def replacing(out: Path, check: Callable[[], None] = lambda: None) -> Iterator[Path]:
     """A temporary sibling of `out` that becomes `out` when the block ends well.
 
-    What was there before stays until then. Raises `FileError` where the machine refuses.
+    What was there before stays until then. `check` raises where what is there is to stay: it looks
+    before, and again at the end, since another process may have put something there. Raises
+    `FileError` where the machine refuses.
     """
+    check()
     with named(out), made(out.parent):
         clear(out)
         with _own(out, UNFINISHED) as folder:
             yield folder
             folder.chmod(0o755)
+            check()
             _put(folder, out)
 
 

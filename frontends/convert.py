@@ -23,6 +23,7 @@ import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, get_args
 
@@ -112,7 +113,7 @@ def convert(
     beside = sum(path.stat().st_size for path in copied)
     clear(target)
     check_room(target, sum(sizes) + beside, "the weights", max(sizes))
-    with replacing(target) as made:
+    with replacing(target, partial(_check_free, folder, target, force)) as made:
         for path in copied:
             shutil.copyfile(path, made / path.name)
         (made / CONFIG_FILE).write_text(_config(opened.raw, to, scale_fmt, plain), "utf-8")

@@ -6,13 +6,15 @@ import fcntl
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from dsc import replacing
-from dsc.errors import FileError
+from dsc.errors import ArtifactError, FileError
 from dsc.replacing import clear
+from dsc.runtime.artifact import check_free
 
 KILLED = """
 import os, resource, signal, sys, threading
@@ -181,6 +183,20 @@ def test_what_cannot_be_put_back_is_not_lost(
     clear(out)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert (out / "old").exists()
+
+
+def test_what_another_put_there_meanwhile_stays(tmp_path: Path) -> None:
+    """Two that write to one place at once, neither of which may replace anything."""
+    out = tmp_path / "out"
+    check = partial(check_free, out, False)
+    with replacing.replacing(out, check) as early:
+        late = replacing.replacing(out, check)
+        late.__enter__()
+        (early / "early").touch()
+    with pytest.raises(ArtifactError, match="exists already"):
+        late.__exit__(None, None, None)
+    assert [path.name for path in out.iterdir()] == ["early"]
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_what_the_system_refuses_is_told(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -100,8 +101,7 @@ def write(
 
     `rank` says whose weights are packed, where the program is one for several ranks.
     """
-    check_free(out, force)
-    with replacing(out) as folder:
+    with replacing(out, partial(check_free, out, force)) as folder:
         files: dict[str, dict[str, Any]] = {}
 
         def add(name: str, data: bytes) -> None:

@@ -12,6 +12,7 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -53,8 +54,7 @@ def write(
 
     Whole or not at all. `facts` go into the manifest. Raises `ArtifactError`.
     """
-    check_free(out, force)
-    with replacing(out) as folder:
+    with replacing(out, partial(check_free, out, force)) as folder:
         listed = []
         for rank in range(ranks):
             each = folder / f"rank_{rank}"
