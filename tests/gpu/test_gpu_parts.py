@@ -33,12 +33,20 @@ def stand_in(place: Path, text: str, name: str = "python") -> Path:
     return tool
 
 
+def is_gone(pid: int) -> bool:
+    """Whether a process has ended, be it that nobody has asked for its status."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().split()[2] in "ZX"
+    except (FileNotFoundError, ProcessLookupError):
+        return True
+
+
 def test_a_part_that_ends_or_hangs_keeps_what_it_found_and_costs_its_budget_at_most(
     archive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     each = {
         "speeds": "echo '{\"copy\": 3}' > $OWN; echo Traceback >&2; kill -SEGV $$",
-        "tokens": 'echo \'{"bf16": {"ok": true}}\' > $OWN; (sleep 60; touch $OWN.late) & sleep 60',
+        "tokens": 'echo \'{"bf16": {"ok": true}}\' > $OWN; sleep 60 & echo $! > $OWN.pid; wait',
         "block": "exit 7",
         "flex": 'echo \'{"flex": {"us": 3.5}}\' > $OWN',
     }
@@ -55,6 +63,7 @@ def test_a_part_that_ends_or_hangs_keeps_what_it_found_and_costs_its_budget_at_m
     assert found["speeds"]["error"] == "it ended with -11: Traceback"
     assert found["tokens"]["bf16"] == {"ok": True}
     assert found["tokens"]["left out"] == "it was not done after 0 s"
+    assert is_gone(int((archive / "found.json.pid").read_text()))
     assert found["block"]["error"].startswith("it ended with 7")
     assert found["flex"]["flex"] == {"us": 3.5}
     assert found["flex"]["part_s"] < 0.5
