@@ -7,10 +7,17 @@ import subprocess
 import tarfile
 from pathlib import Path
 
+from dsc import kept
+
 ROOT = Path(__file__).resolve().parents[2]
 TINY_CHECKPOINT = ROOT / "models" / "tiny-v3"
 MOST_BYTES = 64 << 20
 ENDING = ".tar.xz"
+
+
+def sources() -> str:
+    """A hash of the code that an archive is made by and that reads it."""
+    return kept.sources("backends/triton", "runtime", "ir")
 
 
 def packed(folder: Path, archive: Path) -> int:

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from bench.gpu import bars, checks, peers, steps
-from bench.gpu.archive import ROOT, unpacked
+from bench.gpu.archive import ROOT, sources, unpacked
 from dsc.files import write_text
 
 DEADLINE_S, END_S = 420.0, 480.0
@@ -73,6 +73,8 @@ def run(archive: Path, wanted: Sequence[str], out: Path) -> Figures:
     with tempfile.TemporaryDirectory(prefix="dsc-gpu-") as place:
         folder = unpacked(archive, Path(place) / "unpacked")
         found: Figures = {"about": json.loads((folder / "about.json").read_text())}
+        if found["about"].get("sources") != sources():
+            found["about"]["note"] = "this checkout is not the one that the archive was made by"
         write_text(out, json.dumps(found))
         for name, part in PARTS.items():
             if wanted and name not in (*wanted, "speeds"):

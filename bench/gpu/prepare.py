@@ -13,7 +13,7 @@ from typing import Any
 
 import dsc
 from bench.gpu import checks
-from bench.gpu.archive import ROOT, TINY_CHECKPOINT, packed
+from bench.gpu.archive import ROOT, TINY_CHECKPOINT, packed, sources
 from dsc.ir.program import Program
 from dsc.ir.safetensors import open_safetensors
 from dsc.ir.weights import Source, WeightExpr, source_types
@@ -79,6 +79,7 @@ def prepare(
             "commit": commit.strip(),
             "dsc": dsc.__version__,
             "layers": layers,
+            "sources": sources(),
         }
         (folder / "about.json").write_text(json.dumps(about))
         return packed(folder, archive)

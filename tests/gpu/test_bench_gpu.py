@@ -53,6 +53,7 @@ def test_each_part_is_there_with_its_figures_or_its_reason(found: Any) -> None:
     assert found["memcheck"]["left out"] == "no compute-sanitizer on this machine"
     assert "moonlight-6l" in found["moonlight-6l"]["error"]  # the archive has no such model
     assert found["about"]["target"] == "cuda:sm_90"
+    assert "note" not in found["about"]
 
 
 def test_a_step_has_the_bytes_of_its_plan_and_shares_of_its_time(found: Any, packed: Path) -> None:

@@ -59,6 +59,7 @@ def test_a_part_that_ends_or_hangs_keeps_what_it_found_and_costs_its_budget_at_m
     found = parts.run(archive, [], out)
     assert time.perf_counter() - began < 5
     assert json.loads(out.read_text()) == found
+    assert "not the one" in found["about"]["note"]  # such stand-ins were made by nobody
     assert found["speeds"]["copy"] == 3
     assert found["speeds"]["error"] == "it ended with -11: Traceback"
     assert found["tokens"]["bf16"] == {"ok": True}
