@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from bench.gpu import archive, prepare
+from bench.gpu import archive, modelled, prepare
 from dsc.ir.parser import parse_program
 from dsc.runtime.limit import step_work, working_set
 from tests.backends.test_triton_driver import driver, run_with
@@ -72,6 +72,19 @@ def test_a_step_has_the_bytes_of_its_plan_and_shares_of_its_time(found: Any, pac
     assert step["finite"]
 
 
+def test_the_model_of_a_card_speaks_of_the_steps_that_are_measured(
+    found: Any, packed: Path
+) -> None:
+    said = modelled.modelled(packed, "H200")
+    step, measured = said["671b-3l"]["decode at 512"], found["671b-3l"]["decode at 512"]
+    assert {*said["671b-3l"]} < {*found["671b-3l"]}
+    for name in ("launches", "bytes", "flops", "floor_bytes"):
+        assert step[name] == measured[name], name
+    assert step["ms"] == step["kernels_ms"] >= 2.6e-3 * step["launches"]
+    bar = said["bars"]["671b-3l decode at 512, of copy speed"]
+    assert (bar["figure"], bar["least"]) == (step["of copy speed"], 0.88)
+
+
 def test_what_no_kernel_computed_is_not_right(found: Any) -> None:
     tokens = found["tokens"]["bf16"]
     assert (tokens["ok"], tokens["same"]) == (False, 0)
@@ -84,4 +97,4 @@ def test_what_no_kernel_computed_is_not_right(found: Any) -> None:
         "missing": "memcheck, a model: no compute-sanitizer on this machine"
     }
     share = told["671b-3l decode at 512, of copy speed"]
-    assert share["least"] == "none for fake 0"
+    assert share["least"] is None
