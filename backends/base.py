@@ -6,7 +6,7 @@ files (`emit`, which needs no device), and files into something that runs (`load
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias, runtime_checkable
@@ -20,6 +20,7 @@ from dsc.ir.regions import RegionLimits
 from dsc.runtime.emission import Emission, Progress
 from dsc.runtime.executable import Executable
 from dsc.runtime.plan import Plan
+from dsc.runtime.tuned import Tuned
 from dsc.targets import Target
 
 
@@ -153,6 +154,37 @@ class TellsKernels(Protocol):
 
     def kernel_report(self, folder: Path, program: Program) -> Mapping[str, Any]:
         """The report of an artifact as JSON values: `kernels`, `steps` and `assumptions`."""
+        ...
+
+
+@runtime_checkable
+class Tunes(Protocol):
+    """A backend that measures on the device at hand what of an artifact could be made otherwise."""
+
+    def tune(
+        self,
+        folder: Path,
+        manifest: Mapping[str, Any],
+        program: Program,
+        entries: Sequence[str],
+        budget: float | None,
+        progress: Progress,
+    ) -> Tuned:
+        """Measure for `budget` seconds, or to the end; of some entries, or of all.
+
+        Raises `BackendUnavailable` where no device here runs the artifact.
+        """
+        ...
+
+    def prepare_tuning(
+        self,
+        folder: Path,
+        manifest: Mapping[str, Any],
+        program: Program,
+        entries: Sequence[str],
+        progress: Progress,
+    ) -> list[Tuned]:
+        """Compile here, for each target, what measuring could ask for there."""
         ...
 
 

@@ -279,3 +279,19 @@ def size_of(told: int | str) -> int:
     if number < 1:
         raise UsageError(f"{told!r} is no size of a file", hint="give one, as 5GB or 500MB")
     return number
+
+
+def copy_linked(source: Path, target: Path) -> None:
+    """Have all of a folder in another that is there: files as links to the same bytes, else copied.
+
+    Links to elsewhere stay links.
+    """
+    for place, folders, names in os.walk(source):
+        into = target / Path(place).relative_to(source)
+        into.mkdir(exist_ok=True)
+        for name in (*names, *(x for x in folders if Path(place, x).is_symlink())):
+            path = Path(place, name)
+            try:
+                os.link(path, into / name, follow_symlinks=False)
+            except OSError:  # another device, or a file system that has no links
+                shutil.copy2(path, into / name, follow_symlinks=False)

@@ -16,11 +16,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from dsc.backends.base import Capabilities, EmitOptions, No, Support, Yes, check_supported
+from dsc.backends.triton import choices
 from dsc.backends.triton.blocks import INTERPRET
 from dsc.backends.triton.compile import compile_kernels, require_triton
 from dsc.backends.triton.context import template
@@ -43,9 +44,10 @@ from dsc.ir.program import Program
 from dsc.ir.regions import RegionLimits
 from dsc.ir.sampled import giving_ids
 from dsc.ir.traits import Role
-from dsc.runtime.emission import Emission
+from dsc.runtime.emission import Emission, Progress
 from dsc.runtime.executable import Executable
 from dsc.runtime.plan import Plan
+from dsc.runtime.tuned import Tuned
 from dsc.targets import KNOWN, Target
 
 FOLDER = "triton"
@@ -86,7 +88,7 @@ class TritonBackend:
         ones where scales are for 128 columns, and stay numbers elsewhere.
         """
         return Capabilities(
-            options=("compile", "dependent"),
+            options=("compile", "dependent", "tune"),
             states=(Storage.CONTIGUOUS, Storage.GROWN, Storage.PAGED),
             few=FEW,
             experts=EXPERTS,
@@ -119,7 +121,8 @@ class TritonBackend:
         """Lower and compile for every GPU target asked for (`cuda:sm_90` when none is).
 
         `options.extra["compile"] = False` leaves binaries out: launches and sources only. With
-        `dependent` False kernels begin when the former one is done, on all targets.
+        `dependent` False kernels begin when the former one is done, on all targets. Tiles that were
+        measured on the card at hand are taken unless `tune` is False.
         """
         check_supported(program, self)
         program = giving_ids(giving_indices(program))
@@ -128,10 +131,14 @@ class TritonBackend:
         lowered, sources = here.program, dict(here.sources)
         files = {f"{FOLDER}/{INTERPRETED}": here.plan}
         plans: list[Plan] = []
+        notes: list[str] = []
         summary: dict[str, Any] = {}
         for target in targets:
-            there = lowered_program(program, str(target), options.reuse)
+            known = choices.known(target, options.extra.get("tune", True))
+            there = lowered_program(program, str(target), options.reuse, known.tiles)
             gpu, generated = there.program, there.sources
+            taken = sum(choice.taken != choice.tiles[0] for choice in gpu.choices.values())
+            notes += [known.note(taken)] if taken else []
             plans.append(gpu.plan())
             options.admit(plans[-1])
             sources |= (texts := with_templates(gpu, generated))
@@ -150,7 +157,9 @@ class TritonBackend:
         texts = with_templates(lowered, sources)
         files |= {f"{FOLDER}/kernels/{m}.py": t.encode() for m, t in sorted(texts.items())}
         runner = RUNNER.read_text() if program.is_causal_lm else ""
-        return Emission(files, plans[0], meta={"targets": summary}, runner=runner)
+        return Emission(
+            files, plans[0], meta={"targets": summary}, runner=runner, notes=tuple(notes)
+        )
 
     def load(self, folder: Path, manifest: Mapping[str, Any], program: Program) -> Executable:
         """Load for the GPU at hand when its binaries are there, else for the interpreter."""
@@ -166,6 +175,33 @@ class TritonBackend:
         from dsc.backends.triton.report import kernel_report
 
         return kernel_report(folder / FOLDER, program)
+
+    def prepare_tuning(
+        self,
+        folder: Path,
+        manifest: Mapping[str, Any],
+        program: Program,
+        entries: Sequence[str],
+        progress: Progress,
+    ) -> list[Tuned]:
+        """See `dsc.backends.base.Tunes`."""
+        from dsc.backends.triton.tuner import prepare
+
+        return prepare(folder, manifest, program, entries, progress)
+
+    def tune(
+        self,
+        folder: Path,
+        manifest: Mapping[str, Any],
+        program: Program,
+        entries: Sequence[str],
+        budget: float | None,
+        progress: Progress,
+    ) -> Tuned:
+        """See `dsc.backends.base.Tunes`."""
+        from dsc.backends.triton.tuner import tune
+
+        return tune(folder, manifest, program, entries, budget, progress)
 
     def load_on(self, device: str, folder: Path, weights: Path, program: Program) -> Executable:
         """Load for `interpret` or for a GPU by target name. Raises `BackendUnavailable`.

@@ -51,6 +51,11 @@ def clamp_power(n: int, low: int, high: int) -> int:
     return min(max(next_power(n), low), high)
 
 
+def spelled(*words: object) -> str:
+    """A kernel in words, as the beginning of a key; what is empty is left out."""
+    return " ".join(str(word) for word in words if word)
+
+
 @dataclass(frozen=True, slots=True)
 class Tile:
     """A tile m x n x k with the warps and pipeline stages that suit it.

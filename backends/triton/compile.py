@@ -37,9 +37,14 @@ def kernel_environment() -> dict[str, str]:
     return {"TRITON_DEFAULT_FP_FUSION": "1", **child_environment()}
 
 
+def has_triton() -> bool:
+    """Whether triton is installed; imports nothing."""
+    return importlib.util.find_spec("triton") is not None
+
+
 def require_triton() -> None:
-    """Raise `BackendUnavailable` where triton is not installed; imports nothing."""
-    if importlib.util.find_spec("triton") is None:
+    """Raise `BackendUnavailable` where triton is not installed."""
+    if not has_triton():
         hint = "pip install 'triton>=3.5' (Linux wheels; no GPU is needed to compile)"
         raise BackendUnavailable("the triton backend needs the triton package", hint)
 
@@ -55,6 +60,20 @@ def compile_kernels(
     What was compiled before is kept (`dsc.kept`). Raises `RuntimeError` with every kernel that did
     not compile.
     """
+    binaries, records, failed = compile_each(kernels, target, sources, progress)
+    if failed:
+        detail = "\n".join(f"{name}: {why}" for name, why in failed.items())
+        raise RuntimeError(f"{len(failed)} kernels did not compile for {target}:\n{detail}")
+    return binaries, records
+
+
+def compile_each(
+    kernels: Mapping[str, Kernel],
+    target: Target,
+    sources: Mapping[str, str],
+    progress: Progress | None = None,
+) -> tuple[dict[str, bytes], dict[str, Any], dict[str, str]]:
+    """As `compile_kernels`, but what does not compile is told: by key, why."""
     require_triton()
     binaries: dict[str, bytes] = {}
     records: dict[str, Any] = {}
@@ -66,6 +85,7 @@ def compile_kernels(
             records[name] = json.loads(record)
             binaries[records[name]["file"]] = binary
     missing = {name: kernel for name, kernel in kernels.items() if name not in records}
+    failed: dict[str, str] = {}
     if missing:
         with tempfile.TemporaryDirectory(prefix="dsc-triton-") as scratch:
             root, out = Path(scratch, "kernels"), Path(scratch, "out")
@@ -73,11 +93,12 @@ def compile_kernels(
             out.mkdir()
             for module, text in sources.items():
                 (root / f"{module}.py").write_text(text)
-            for name, record in _compile_all(missing, target, root, out, progress).items():
+            made, failed = _compile_all(missing, target, root, out, progress)
+            for name, record in made.items():
                 binary = (out / record["file"]).read_bytes()
                 kept.put(KIND, keys[name], json.dumps(record).encode() + b"\n" + binary)
                 records[name], binaries[record["file"]] = record, binary
-    return dict(sorted(binaries.items())), {name: records[name] for name in sorted(records)}
+    return dict(sorted(binaries.items())), dict(sorted(records.items())), failed
 
 
 KIND = "cubins"
@@ -115,35 +136,41 @@ def _reached(module: str, sources: Mapping[str, str]) -> list[str]:
 
 def _compile_all(
     kernels: Mapping[str, Kernel], target: Target, root: Path, out: Path, progress: Progress | None
-) -> dict[str, Any]:
-    """The record of each kernel, whose binary is in the folder `out`."""
-    keys = sorted(kernels)
-    workers = max(1, min(os.cpu_count() or 1, 8, len(keys) // KERNELS_A_WORKER))
-    processes = [
-        _start([(k, kernels[k]) for k in keys[at::workers]], target, root, out)
-        for at in range(workers)
-    ]
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """The record of each kernel, whose binary is in the folder `out`, and why others have none.
+
+    A kernel that ends the process that compiles it takes those behind it along, which are compiled
+    once more without it.
+    """
     records: dict[str, Any] = {}
-    errors: list[str] = []
-    for process in processes:
-        assert process.stdout is not None, "the process was started with pipes"
-        for line in process.stdout:
-            answer = json.loads(line)
-            if "error" in answer:
-                errors.append(f"{answer['key']}: {answer['error']}")
-            else:
-                records[answer["key"]] = answer["record"]
-            if progress is not None:
-                done = len(records) + len(errors)
-                progress(f"kernels: {target}", done, len(keys))
-        process.stdout.close()
-        process.wait()
-    missing = kernels.keys() - records.keys()
-    if missing:
-        names = ", ".join(sorted(missing))
-        detail = "\n".join(errors) or f"the compiling process ended before {names}"
-        raise RuntimeError(f"{len(missing)} kernels did not compile for {target}:\n{detail}")
-    return records
+    failed: dict[str, str] = {}
+    left = sorted(kernels)
+    while left:
+        before = len(records)
+        workers = max(1, min(os.cpu_count() or 1, 8, len(left) // KERNELS_A_WORKER))
+        lists = [left[at::workers] for at in range(workers)]
+        processes = [_start([(k, kernels[k]) for k in keys], target, root, out) for keys in lists]
+        for keys, process in zip(lists, processes, strict=True):
+            assert process.stdout is not None, "the process was started with pipes"
+            for line in process.stdout:
+                answer = json.loads(line)
+                if "error" in answer:
+                    failed[answer["key"]] = answer["error"]
+                else:
+                    records[answer["key"]] = answer["record"]
+                if progress is not None:
+                    done = len(records) + len(failed)
+                    progress(f"kernels: {target}", done, len(kernels))
+            process.stdout.close()
+            process.wait()
+            ended = next((k for k in keys if k not in records and k not in failed), None)
+            if ended is not None:
+                failed[ended] = "the compiling process ended"
+        left = [key for key in left if key not in records and key not in failed]
+        if len(records) == before:  # no kernel's fault
+            failed |= dict.fromkeys(left, "the compiling process ended")
+            break
+    return records, failed
 
 
 def _start(

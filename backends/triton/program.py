@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dsc import kept
-from dsc.backends.triton.blocks import Blocks
+from dsc.backends.triton.blocks import AnyTile, Blocks, tile_json
 from dsc.backends.triton.context import Context
 from dsc.backends.triton.launch import LaunchProgram
 from dsc.backends.triton.lower import lower
@@ -44,44 +44,58 @@ class Lowered:
     plan: bytes
 
 
-def lowered_program(program: Program, target: str, reuse: bool = True) -> Lowered:
-    """A program for a target, as it was kept or made now.
+NO_CHOICES: Mapping[str, AnyTile] = {}
+
+
+def lowered_program(
+    program: Program,
+    target: str,
+    reuse: bool = True,
+    choices: Mapping[str, AnyTile] = NO_CHOICES,
+) -> Lowered:
+    """A program for a target, as it was kept or made now; `choices` are tiles by their keys.
 
     An operator from outside brings code that no key tells of: nothing is kept beside one.
     """
     start = time.perf_counter()
-    key = None if added() or kept.refused() else _key(program, target, reuse)
+    key = None if added() or kept.refused() else _key(program, target, reuse, choices)
     data = None if key is None else kept.get(KIND, key)
     if data is not None:
         with suppress(ValueError, KeyError, TypeError, DscError):
             head, _, plan = data.partition(b"\n")
             return Lowered(LaunchProgram.of(Plan.from_json(plan)), json.loads(head), plan)
-    made, sources = lower_program(program, target, reuse)
+    made, sources = lower_program(program, target, reuse, choices)
     found = Lowered(made, sources, made.plan().to_json())
     if key is not None and time.perf_counter() - start > WORTH:
         kept.put(KIND, key, json.dumps(sources).encode() + b"\n" + found.plan)
     return found
 
 
-def _key(program: Program, target: str, reuse: bool) -> dict[str, Any]:
+def _key(
+    program: Program, target: str, reuse: bool, choices: Mapping[str, AnyTile]
+) -> dict[str, Any]:
     text = print_program(program)
     return {
         "program": hashlib.sha256(text.encode()).hexdigest(),
         "target": target,
         "reuse": reuse,
+        "choices": {key: tile_json(tile) for key, tile in sorted(choices.items())},
         "ours": kept.sources(*OURS),
     }
 
 
 def lower_program(
-    program: Program, target: str, reuse: bool = True
+    program: Program,
+    target: str,
+    reuse: bool = True,
+    choices: Mapping[str, AnyTile] = NO_CHOICES,
 ) -> tuple[LaunchProgram, dict[str, str]]:
     """All entries' plans, and the source text of the kernels generated for them by module."""
     lowered = LaunchProgram(target)
     sources: dict[str, str] = {}
     for name, graph in program.entries.items():
         ranges = program.ranges(name)
-        ctx = Context(lowered, Blocks(target), ranges, sources)
+        ctx = Context(lowered, Blocks(target, choices), ranges, sources)
         lower_graph(ctx, graph)
         lowered.entries[name] = place(ctx.entry, ranges, reuse)
     return lowered, sources

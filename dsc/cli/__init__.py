@@ -39,6 +39,7 @@ VERBS = (
     "bisect",
     "bench",
     "profile",
+    "tune",
     "models",
     "cache",
     "doctor",

@@ -23,6 +23,7 @@ KINDS = {
     "plans": "what programs launch on GPUs",
     "libraries": "linked libraries of kernels",
     "tuning": "what was fastest on this machine",
+    "tiles": "what `dsc tune` found fastest on a card",
     "cpus": "what the compiler knows of CPUs",
     "probes": "loops that tell what this machine can do",
 }

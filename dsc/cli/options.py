@@ -135,7 +135,8 @@ Tune = Annotated[
     bool,
     Option(
         "--tune/--no-tune",
-        help="Time a few ways to cut products on this CPU (tvm; kept between runs), or the rules'.",
+        help="Time a few ways to cut products on this CPU (tvm; kept between runs), take what"
+        " dsc tune found on this card (triton), or the rules'.",
     ),
 ]
 Fallback = Annotated[

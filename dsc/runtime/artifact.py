@@ -12,6 +12,7 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -20,7 +21,7 @@ from typing import Any
 import dsc
 from dsc._version import __version__
 from dsc.errors import ArtifactError, UsageError
-from dsc.files import check_makeable, check_room, is_led_out, named, why_no_file
+from dsc.files import check_makeable, check_room, copy_linked, is_led_out, named, why_no_file
 from dsc.ir.index_ranges import index_ranges
 from dsc.ir.parser import parse_program
 from dsc.ir.printer import print_program
@@ -29,9 +30,17 @@ from dsc.ir.ranks import at_rank
 from dsc.ir.safetensors import open_safetensors
 from dsc.ir.weights import MetaSource, WeightSource, leaf, source_types
 from dsc.replacing import replacing
-from dsc.runtime.emission import EXAMPLE, MANIFEST, RUN_SCRIPT, Emission, Progress
+from dsc.runtime.emission import (
+    EXAMPLE,
+    MANIFEST,
+    RUN_SCRIPT,
+    Emission,
+    Progress,
+    check_unchanged,
+)
 from dsc.runtime.packing import damaged
 from dsc.runtime.plan import FORMAT, PLAN, check_format
+from dsc.runtime.tuned import Tuned
 from dsc.runtime.weight_files import WeightFiles
 from dsc.targets import parse_target
 from dsc.user_folders import state_folder
@@ -158,6 +167,44 @@ def write(
         (folder / MANIFEST).write_bytes(data)
         _remember(data)
     return out
+
+
+def rewrite(opened: Artifact, change: Tuned) -> None:
+    """Put new files into an artifact that was opened: whole or not at all, weights as they lie.
+
+    Its folder is made anew beside it, of the same files where they stay (links, where there can be
+    any), and takes its name at once. What else somebody put into it stays. It is this user's own if
+    it was before. Raises `FileError`.
+    """
+    own = _remembered((opened.folder / MANIFEST).read_bytes())
+    target = opened.folder.resolve()
+    with replacing(target) as folder:
+        check_unchanged(opened.folder, opened.manifest)
+        copy_linked(target, folder)
+        files = dict(opened.manifest["files"])
+        for name in list(files):
+            if name in change.gone or any(
+                x.endswith("/") and name.startswith(x) for x in change.gone
+            ):
+                del files[name]
+                path = _inside(folder, name)
+                path.unlink()
+                with suppress(OSError):  # others are in it
+                    path.parent.rmdir()
+        for name, data in change.files.items():
+            path = _inside(folder, name)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.unlink(missing_ok=True)  # what was linked stays in the old folder as it is
+            path.write_bytes(data)
+            files[name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+        meta = dict(opened.manifest["meta"])
+        if change.targets:
+            meta["targets"] = {**meta.get("targets", {}), **change.targets}
+        data = sealed({**opened.manifest, "files": files, "meta": meta})
+        (folder / MANIFEST).unlink()
+        (folder / MANIFEST).write_bytes(data)
+        if own:
+            _remember(data)
 
 
 def read(folder: Path, trust: bool = False) -> Artifact:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from dsc.backends.triton.blocks import ceil_div, next_power, powers
+from dsc.backends.triton.blocks import ceil_div, next_power, powers, spelled
 from dsc.backends.triton.context import Context, Given
 from dsc.backends.triton.lower.cached import Cache, reader, widened
 from dsc.backends.triton.lower.contract import Product, emit_gemm
@@ -95,7 +95,7 @@ def _flash(
     sizes = {name: int(x) for name, x in (("D", d), ("R", r), ("E", e))}  # type: ignore[arg-type]
     widest = max(sizes["D"], sizes["E"])
     seen = sight["WINDOW"] or sight["CHUNK"] or "all"
-    of = f"flash {'x'.join(map(str, sizes.values()))} seen={seen}"
+    of = spelled("flash", *sizes.values(), f"seen={seen}", pages.title)
     tile = place.tile(ctx.blocks.flash(ctx.limit(s), ctx.limit(t), widest, q.dtype.itemsize, of))
     given: dict[str, Given] = {"q": q, "q_rope": q_rope, "k": k, "k_rope": k_rope, "v": v}
     out = ctx.result(node)
@@ -167,7 +167,7 @@ def latent_attention(ctx: Context, node: Node) -> None:
     b, s, heads, c = (*q.shape[:2], int(q.shape[2]), int(q.shape[3]))  # type: ignore[arg-type]
     r, t = int(q_rope.shape[3]), place.rows  # type: ignore[arg-type]
     coded = bool(values.lines)
-    of = f"latent {latent.type.spelled if coded else q.dtype}"
+    of = spelled("latent", values.title or q.dtype, slots.prologue.title, slots.sum.title)
     sizes = heads, ctx.limit(t), c, q.dtype.itemsize
     tile = place.tile(ctx.blocks.latent(*sizes, coded, ctx.limit(s), of))
     head_tiles, most = -(-heads // tile.m), tile.spans

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from dsc.backends.triton.blocks import Tile, ceil_div, next_power
+from dsc.backends.triton.blocks import Tile, ceil_div, next_power, spelled
 from dsc.backends.triton.coded_rows import RowCodes
 from dsc.backends.triton.codes import einsum_axes, loader
 from dsc.backends.triton.context import NONE, Context, Gather, Given
@@ -93,9 +93,9 @@ def _kind(
     asked: Wanted | None,
 ) -> str:
     """What a product is beside its sizes, as part of the key of its tile."""
-    known = (name, str(x.dtype), weight.type.spelled, activations and f"rows={activations}")
+    known = (name, x.dtype, weight.type.spelled, activations and f"rows={activations}")
     made = ("merged" if spans is not None else "", "codes" if asked is not None else "")
-    return " ".join(filter(None, (*known, *(slot.title for slot in slots.filled), *made)))
+    return spelled(*known, *(slot.title for slot in slots.filled), *made)
 
 
 def in_codes(

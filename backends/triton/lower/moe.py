@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from dsc.backends.triton.blocks import ceil_div, next_power
+from dsc.backends.triton.blocks import ceil_div, next_power, spelled
 from dsc.backends.triton.coded_rows import RowCodes
 from dsc.backends.triton.context import Context, Gather, Given
 from dsc.backends.triton.lower.contract import in_codes, router_logits
@@ -84,7 +84,7 @@ def emit_experts(
     hidden = ctx.make(x.type.with_shape((pairs, inner)))
     activations = attrs["activations"]
     rows = RowCodes.of(ctx, activations, 1, vector=True) if activations else None
-    of = f"experts_hidden {gate_up.type.spelled} {activations}".rstrip()
+    of = spelled("experts_hidden", gate_up.type.spelled, activations)
     tile = ctx.blocks.gemv(inner, width, gate_up.dtype.bits, of)
     tile = tile if rows is None else rows.tile(ctx, tile)
     _, codes, slots_of = in_codes(ctx, x, gate_up, tile, ALL_PLAIN, rows=rows)
@@ -95,7 +95,7 @@ def emit_experts(
     grid = (pairs, ceil_div(inner, tile.n))
     flops = 4 * pairs * inner * width
     ctx.launch("moe:experts_hidden", grid, given, tile, flops, slots=slots_of)
-    of = f"experts_output {down.type.spelled} {activations} {epilogue.title}".rstrip()
+    of = spelled("experts_output", down.type.spelled, activations, epilogue.title)
     tile = ctx.blocks.gemv(width, inner, down.dtype.bits, of)
     tile = tile if rows is None else rows.tile(ctx, tile)
     _, codes, slots_of = in_codes(ctx, hidden, down, tile, Slots(epilogue=epilogue), rows=rows)
@@ -146,7 +146,7 @@ def emit_combine(
         place = _inverse(ctx, ctx.dense(order))
     shares = ctx.dense(weights)
     rows, width = shares.shape[0], out.shape[-1]
-    of = f"combine {epilogue.title}".rstrip()
+    of = spelled("combine", epilogue.title)
     tile = ctx.blocks.copy(ctx.limit(rows), ctx.limit(width), of)
     given: dict[str, Given] = {"y": ctx.dense(y), "place": place, "weights": shares}
     given |= {"c": out, "M": rows, "N": width, "TOP_K": int(shares.shape[1])}  # type: ignore[arg-type]
