@@ -42,6 +42,16 @@ def has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
+def compiler_environment(cache: Path) -> dict[str, str]:
+    """That of processes that compile, whose Triton keeps in `cache` what it keeps.
+
+    We keep it too, with the assembler's log; from a folder that others have it might go meanwhile.
+    """
+    environment = {**kernel_environment(), "TRITON_CACHE_DIR": str(cache)}
+    environment.pop("TRITON_INTERPRET", None)
+    return environment
+
+
 def require_triton() -> None:
     """Raise `BackendUnavailable` where triton is not installed."""
     if not has_triton():
@@ -184,9 +194,7 @@ def _start(
         "sources": str(root),
         "folder": str(out),
     }
-    environment = kernel_environment()
-    environment.pop("TRITON_INTERPRET", None)
-    environment["TRITON_CACHE_DIR"] = str(out / "cache")  # what it keeps we keep, and with its log
+    environment = compiler_environment(out / "cache")
     command = [sys.executable, "-m", "dsc.backends.triton.compile_worker"]
     process = subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment

@@ -20,7 +20,7 @@ from dsc.backends.base import EmitOptions
 from dsc.backends.triton import TritonBackend
 from dsc.backends.triton.backend import with_templates
 from dsc.backends.triton.blocks import INTERPRET
-from dsc.backends.triton.compile import kernel_environment
+from dsc.backends.triton.compile import compiler_environment
 from dsc.backends.triton.program import lower_program
 from dsc.backends.triton.worker import INTERPRETED
 from dsc.ir.formats import Packed, pack, pack_state
@@ -137,9 +137,10 @@ def assembly(made: Program, target: str, folder: Path) -> dict[str, str]:
     kind, _, arch = target.partition(":")
     request = json.dumps({"kernels": kernels, "kind": kind, "arch": arch, "folder": str(folder)})
     done = subprocess.run(
-        [sys.executable, "-c", _COMPILE], input=request, env=kernel_environment(), text=True,
-        capture_output=True, check=True,
+        [sys.executable, "-c", _COMPILE], input=request, env=compiler_environment(folder / "cache"),
+        text=True, capture_output=True, check=False,
     )  # fmt: skip
+    assert done.returncode == 0, done.stderr
     found: dict[str, str] = json.loads(done.stdout)
     return found
 
