@@ -2,8 +2,9 @@
 
 Nothing is copied and nobody waits: addresses and the stream are handed over, and results lie in
 tensors of PyTorch's own allocator. What is not dense, does not begin at 16 bytes, or is a constant
-on the CPU, is made so by PyTorch, on the same stream. An index would have to be looked at on the
-host before it is followed; what reads by one is left to PyTorch.
+on the CPU, is made so by PyTorch, on the same stream. Indices that are inputs are looked at on the
+card, before the kernels that follow them: a wrong one ends the stream there, as one of PyTorch's
+own does. What reads by an index that it computes is left to PyTorch.
 """
 
 from __future__ import annotations
@@ -17,9 +18,9 @@ from torch import Tensor
 from dsc.errors import InternalError, UnsupportedOperator
 from dsc.frontends.options import BACKEND_OF_CARDS
 from dsc.ir.graph import Graph
-from dsc.ir.op import lookup
+from dsc.ir.index_ranges import index_ranges
 from dsc.ir.types import DType
-from dsc.runtime.executable import Queues
+from dsc.runtime.executable import IndexSpan, Queues
 from dsc.targets import KNOWN
 
 if TYPE_CHECKING:
@@ -62,12 +63,12 @@ def stream_of(device: torch.device) -> int:
 
 
 def check_indices(graph: Graph) -> None:
-    """Raise `UnsupportedOperator` where a graph reads or writes by an index."""
-    found = [node for node in graph.walk() if lookup(node.op).within]
+    """Raise `UnsupportedOperator` where a graph reads or writes by an index that it computes."""
+    found = index_ranges(graph, {}).computed
     if found:
         raise UnsupportedOperator(
-            "it reads by an index, which nobody could look at on the GPU without waiting for it",
-            places=[node.loc for node in found],
+            "it reads by an index that it computes, which nobody looks at on the GPU before",
+            places=[each.reader.loc for each in found],
         )
 
 
@@ -82,6 +83,8 @@ def results(
     (entry,) = model.program.entries
     types = {n: (tuple(x.shape), DType.of(x.dtype)) for n, x in given.items()}
     env, wanted = executable.sizes(entry, types)
+    for span in executable.indices(entry, env):
+        _look(given[span.input], span)
     made = {n: _empty(shape, dtype, device) for n, (shape, dtype) in wanted.items()}
     addresses = {n: x.data_ptr() for n, x in (given | made).items()}
     executable.queue(entry, env, addresses, stream_of(device))
@@ -92,6 +95,16 @@ def _placed(x: Tensor, device: torch.device) -> Tensor:
     """A tensor as kernels take it."""
     x = (x.resolve_neg() if x.is_neg() else x).to(device).contiguous()
     return x if x.data_ptr() % ALIGNMENT == 0 else x.clone()
+
+
+def _look(x: Tensor, span: IndexSpan) -> None:
+    """Queue a look at an index, which ends the stream where a value is outside."""
+    inside = ((x >= span.least) & (x <= span.most)).all()
+    if span.ascending:
+        values = x.reshape(-1)
+        inside = inside & (values[1:] >= values[:-1]).all()
+    told = f"input {span.input}: each is {span.what}, {span.least} to {span.most} here"
+    torch._assert_async(inside, told)
 
 
 def _empty(shape: Sequence[int], dtype: DType, device: torch.device) -> Tensor:

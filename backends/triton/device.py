@@ -41,7 +41,7 @@ from dsc.ir.program import Program
 from dsc.ir.sampled import IDS, LOGITS, SAMPLING, SEEDS
 from dsc.ir.types import DType
 from dsc.runtime.admission import Admitted, moved_on
-from dsc.runtime.executable import ArrayType
+from dsc.runtime.executable import ArrayType, IndexSpan
 from dsc.runtime.plan import ARENA, WEIGHT, EntryPlan, Plan
 from dsc.runtime.profiler import active, lengths_of
 
@@ -149,6 +149,10 @@ class DeviceExecutable(Admitted):
             shapes = self._schedule((entry, *env.items()), lowered, env).output_shapes
         ports = zip(lowered.outputs, shapes, strict=True)
         return env, {port.name: (shape, port.type.dtype) for port, shape in ports}
+
+    def indices(self, entry: str, sizes: Mapping[str, int]) -> list[IndexSpan]:
+        """See `dsc.runtime.executable.Queues`."""
+        return self.admissions[entry].spans(sizes)
 
     def queue(
         self, entry: str, sizes: Mapping[str, int], addresses: Mapping[str, int], stream: int

@@ -22,7 +22,7 @@ from dsc.ir.interpreter import Intercept, Interpreter, bind_symbols, symbol_plac
 from dsc.ir.limits import OPTIONS
 from dsc.ir.program import Program, is_causal_step
 from dsc.ir.sampled import SEEDS
-from dsc.runtime.executable import Call, Executable
+from dsc.runtime.executable import Call, Executable, IndexSpan
 
 if TYPE_CHECKING:
     import numpy as np
@@ -158,6 +158,16 @@ class Admission:
                 raise UsageError(f"input {demand.input} {wrong[0]}", hint=wrong[1])
         for pages in self._found.pages:
             check_pages(pages, inputs[pages.table], inputs[pages.lengths])
+
+    def spans(self, env: Mapping[str, int]) -> list[IndexSpan]:
+        """The same demands as data, for who looks at values on a device."""
+        return [
+            IndexSpan(
+                d.input, evaluate(d.span.low, env), evaluate(d.span.high, env), d.span.ascending,
+                d.what,
+            )
+            for d in self._found.demands
+        ]  # fmt: skip
 
     def along(self, inputs: Mapping[str, Array], steps: int) -> Mapping[str, int]:
         """The symbols' sizes for so many steps of one token that begin with these inputs.

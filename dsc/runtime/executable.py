@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, runtime_checkable
 
 from dsc.errors import UsageError
@@ -154,6 +155,17 @@ class ReadsSpeed(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True)
+class IndexSpan:
+    """An input whose values are `least` to `most`; `ascending`: in the order of its elements."""
+
+    input: str
+    least: int
+    most: int
+    ascending: bool
+    what: str
+
+
 @runtime_checkable
 class Queues(Protocol):
     """An executable that runs over its device's memory, wherever the caller has it."""
@@ -172,8 +184,12 @@ class Queues(Protocol):
     ) -> None:
         """Queue an entry on a stream of the caller's, over inputs and outputs by name.
 
-        Nothing is copied and nothing waits. Nobody looks at what indices hold.
+        Nothing is copied and nothing waits. Nobody looks at what indices hold: see `indices`.
         """
+        ...
+
+    def indices(self, entry: str, sizes: Mapping[str, int]) -> list[IndexSpan]:
+        """What indices among an entry's inputs may hold, which the caller has looked at."""
         ...
 
 

@@ -81,11 +81,37 @@ def test_a_tensor_that_kernels_cannot_take_is_copied_once_on_the_card() -> None:
     assert on_card._placed(whole, whole.device) is whole
 
 
-def test_what_reads_by_an_index_is_left_to_pytorch() -> None:
-    graph = parse_graph("graph g(%i: i64[3], %w: f32[9,4]) {\n%y = embedding %i, %w\nreturn %y\n}")
-    with pytest.raises(UnsupportedOperator, match="reads by an index") as refused:
+def test_an_index_is_looked_at_on_the_card_before_kernels_follow_it(
+    drivers: list[FakeDriver],
+) -> None:
+    """On a card a wrong one ends the stream; on the host, which stands for it here, it raises."""
+
+    def looked_up(ids: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.silu(torch.nn.functional.embedding(ids, table))
+
+    with torch.no_grad():
+        fast = torch.compile(looked_up, backend="dsc", options={"backend": "triton"})
+        ids, table = torch.tensor([0, 5, 8]), torch.ones(9, 4)
+        fast(ids, table)
+        (driver,) = drivers
+        launched = len(driver.launched)
+        assert any(table.data_ptr() in each for _, _, each in driver.launched)
+        assert (driver.downloads, driver.waits) == ([], 0)
+        for wrong in (9, -1):
+            with pytest.raises(RuntimeError, match="0 to 8 here"):
+                fast(torch.full_like(ids, wrong), table)
+        assert len(driver.launched) == launched
+
+
+def test_what_reads_by_an_index_that_it_computes_is_left_to_pytorch() -> None:
+    text = "%j = add %i, %i\n%y = embedding %j, %w"
+    graph = parse_graph(f"graph g(%i: i64[3], %w: f32[9,4]) {{\n{text}\nreturn %y\n}}")
+    with pytest.raises(UnsupportedOperator, match="an index that it computes") as refused:
         on_card.check_indices(graph)
-    assert refused.value.places == [graph.nodes[0].loc]
+    assert refused.value.places == [graph.nodes[1].loc]
+    on_card.check_indices(
+        parse_graph("graph g(%i: i64[3], %w: f32[9,4]) {\n%y = embedding %i, %w\nreturn %y\n}")
+    )
     on_card.check_indices(parse_graph("graph g(%x: f32[3]) {\n%y = exp %x\nreturn %y\n}"))
 
 
