@@ -120,6 +120,7 @@ BARS: Mapping[str, Bar] = {
     ),
     **{f"tokens of tiny-v3 in {form}": Bar(_tokens(form)) for form in FORMS},
     "operators over odd shapes": Bar(lambda found: bool(_at(found, "operators", "ok"))),
+    "codes over odd shapes": Bar(lambda found: bool(_at(found, "codes", "ok"))),
     **{f"{kind} clean": Bar(_clean(kind)) for kind in ("memcheck", "racecheck")},
 }
 """By name, in the order in which they are told. A prompt's block is told alone: cuBLAS multiplies

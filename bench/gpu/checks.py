@@ -8,7 +8,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,17 +20,21 @@ from bench.gpu.device import driver_for, opened, step_inputs
 from dsc.backends.triton.device import DeviceExecutable
 from dsc.backends.triton.driver import Driver
 from dsc.ir.parser import parse_program
+from dsc.ir.program import Program
 from dsc.ir.safetensors import open_safetensors
 from dsc.ir.weights import LayeredSource
 from dsc.runtime.packing import pack
 from dsc.runtime.session import Session
 
-TINY, CASES = "tiny", "operators"
-"""Folders: of compiled forms of the tiny checkpoint with the tokens that they give; of cases."""
+TINY, CASES, CODED = "tiny", "operators", "codes"
+"""Folders: of compiled forms of the tiny checkpoint with the tokens that they give; of cases of
+operators, and of those over codes."""
 EXPECTED, CONSTANTS = "tokens.json", "constants.safetensors"
 """In such a folder: the tokens, and what of the weights no checkpoint has."""
 MARGIN = 10
 """Of the typical step's error of it, what the two best tokens must be apart by."""
+EXACT = 2e-3
+"""Of the largest number, what sums in fp32 may be off by on a card, whose units round products."""
 POISON = 0xFF
 """Memory that is handed out holds NaN as floats and -1 as integers."""
 TOOLS = ("/usr/local/cuda/bin/compute-sanitizer", "/opt/cuda/bin/compute-sanitizer")
@@ -127,19 +131,49 @@ def operators(folder: Path, found: Mapping[str, Any], tell: Tell) -> None:
     place = folder / CASES
     program = parse_program((place / "program.dsc").read_text())
     every = {k: x for k, x in (cases(EMITTED) | large_cases()).items() if k in program.entries}
+    executable = _poisoned(place, folder / "none", program)
+
+    def check(name: str) -> None:
+        given = {k: x.clone() for k, x in every[name].inputs.items()}
+        every[name].check(executable.run(name, given))
+
+    _all_of(every, check, tell)
+
+
+def codes(folder: Path, found: Mapping[str, Any], tell: Tell) -> None:
+    """Products, caches and tables in codes over odd shapes, beside the interpreter of the IR."""
+    from tests.backends.triton_coded import program
+    from tests.backends.triton_coded_cases import CASES as EVERY
+    from tests.backends.triton_coded_cases import check
+
+    place = folder / CODED
+    kept = parse_program((place / "program.dsc").read_text()).entries
+    made = program({k: x for k, x in EVERY.items() if k in kept})
+    with tempfile.TemporaryDirectory() as scratch:
+        weights = Path(scratch) / "model.safetensors"
+        pack(made, weights)
+        executable = _poisoned(place, weights, made)
+    _all_of(made.entries, lambda name: check(made, executable, name, EXACT), tell)
+
+
+def _poisoned(place: Path, weights: Path, program: Program) -> DeviceExecutable:
     driver = driver_for(place)
     driver.allocate = Poisoned(driver).allocate  # type: ignore[method-assign]
-    executable = DeviceExecutable(place / "triton" / driver.arch, folder / "none", program, driver)
+    return DeviceExecutable(place / "triton" / driver.arch, weights, program, driver)
+
+
+def _all_of(names: Collection[str], check: Callable[[str], None], tell: Tell) -> None:
+    """Tell which cases are wrong, and how; of a part that ends midway, which ran last."""
     wrong: dict[str, str] = {}
-    for name, case in every.items():
+    for name in names:
+        tell("last", name)
         try:
-            case.check(executable.run(name, {k: v.clone() for k, v in case.inputs.items()}))
+            check(name)
         except Exception as problem:
             lines = str(problem).strip().splitlines()
             wrong[name] = f"{type(problem).__name__}: {' '.join(lines)[:200]}"
-        tell("run", name)
-    tell("cases", len(every))
-    tell("wrong", wrong)
+            tell("wrong", wrong)
+    tell("cases", len(names))
     tell("ok", not wrong)
 
 
@@ -156,7 +190,7 @@ def sanitised(kind: str, folder: Path, found: Mapping[str, Any], tell: Tell) -> 
         return
     models = sorted(path for path in folder.iterdir() if (path / "program.dsc").is_file())
     small = sorted((folder / TINY).iterdir()) if (folder / TINY).is_dir() else []
-    for place in (*small, *(path for path in models if path.name != CASES)):
+    for place in (*small, *(path for path in models if path.name not in (CASES, CODED))):
         line = [tool, "--tool", kind, "--error-exitcode", "9"]
         line += [sys.executable, "-m", "bench.gpu.checks", str(place)]
         done = subprocess.run(line, capture_output=True, text=True, check=False, cwd=ROOT)

@@ -52,6 +52,7 @@ PARTS: Mapping[str, Part] = {
     "torch's speeds": Part(peers.speeds, 15, 60),
     "tokens": Part(checks.tokens, 25, 75),
     "operators": Part(checks.operators, 15, 60),
+    "codes": Part(checks.codes, 15, 60),
     "671b-3l": _model("671b-3l", 25),
     "moonlight-6l": _model("moonlight-6l", 10),
     "671b-3l, 64 sequences": _model("671b-3l, 64 sequences", 20),

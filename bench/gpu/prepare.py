@@ -14,11 +14,13 @@ from typing import Any
 import dsc
 from bench.gpu import checks
 from bench.gpu.archive import ROOT, TINY_CHECKPOINT, packed, sources
+from dsc.ir.printer import print_program
 from dsc.ir.program import Program
 from dsc.ir.safetensors import open_safetensors
 from dsc.ir.weights import Source, WeightExpr, source_types
 from dsc.models.configs import CONFIGS
 from dsc.runtime.packing import pack
+from dsc.targets import parse_target
 
 LIMITS: Mapping[str, Any] = {"max_context": 8192, "max_batch": 4, "prefill_chunk": 4096}
 MANY: Mapping[str, Any] = {"max_batch": 64, "prefill_chunk": 64}
@@ -49,7 +51,7 @@ def prepare(
     target: str,
     models: Mapping[str, Any] = MODELS,
     forms: Mapping[str, Any] = FORMS,
-    operators: Collection[str] | None = None,
+    cases: Collection[str] | None = None,
 ) -> int:
     """Write what the card's machine needs; how many bytes that are. Raises `ValueError`."""
     asked: dict[str, Any] = {"backend": "triton", "target": target, "dtype": "bf16"}
@@ -71,7 +73,7 @@ def prepare(
             _kept(compiled, own)
             _constants(compiled.program, own / checks.CONSTANTS)
             (own / checks.EXPECTED).write_text(json.dumps(expected(options)))
-        _operators(folder / checks.CASES, target, operators)
+        _cases(folder, target, cases)
         line = ["git", "rev-parse", "HEAD"]
         commit = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, check=False).stdout
         about = {
@@ -121,19 +123,28 @@ def expected(options: Mapping[str, Any]) -> dict[str, Any]:
     return {"prompt": prompt[0].tolist(), "tokens": pairs}
 
 
-def _operators(place: Path, target: str, wanted: Collection[str] | None) -> None:
-    """The cases of the tests, all or some, as one program with its binaries."""
+def _emitted(program: Program, target: str, place: Path) -> None:
+    """Write a program of cases with its binaries."""
     from dsc.backends.base import EmitOptions
     from dsc.backends.triton import TritonBackend
-    from dsc.ir.printer import print_program
-    from dsc.targets import parse_target
-    from tests.backends.triton_cases import EMITTED, cases, large_cases, program_of
 
-    every = cases(EMITTED) | large_cases()
-    program = program_of({k: x for k, x in every.items() if wanted is None or k in wanted})
     emitted = TritonBackend().emit(program, EmitOptions(targets=(parse_target(target),)))
     for name, data in emitted.files.items():
         if not set(UNUSED) & set(Path(name).parts):
             (place / name).parent.mkdir(parents=True, exist_ok=True)
             (place / name).write_bytes(data)
     (place / "program.dsc").write_text(print_program(program))
+
+
+def _cases(folder: Path, target: str, wanted: Collection[str] | None) -> None:
+    """The cases of the tests, all or some, as programs with their binaries."""
+    from tests.backends.triton_cases import EMITTED, cases, large_cases, program_of
+    from tests.backends.triton_coded import program
+    from tests.backends.triton_coded_cases import CASES
+
+    plain = {
+        k: x for k, x in (cases(EMITTED) | large_cases()).items() if wanted is None or k in wanted
+    }
+    coded = {k: x for k, x in CASES.items() if wanted is None or k in wanted}
+    _emitted(program_of(plain), target, folder / checks.CASES)
+    _emitted(program(coded), target, folder / checks.CODED)

@@ -19,7 +19,7 @@ pytest.importorskip("triton")
 __all__ = ["driver"]
 MODELS: Mapping[str, Any] = {"671b-3l": ("tiny", {"num_hidden_layers": 2}, {"quant": "fp8"})}
 FORMS: Mapping[str, Any] = {"bf16": {}}
-CASES = ("rms_norm_1", "add_1", "argmax_0")
+CASES = ("rms_norm_1", "add_1", "argmax_0", "rows_f8", "write_i8")
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +39,7 @@ def found(driver: Path, packed: Path, tmp_path_factory: pytest.TempPathFactory) 
     """What the command writes."""
     place = tmp_path_factory.mktemp("out")
     line = [sys.executable, "-m", "bench.gpu", "run", str(packed), "--out", str(place / "gpu.json")]
-    line += ["tokens", "671b-3l", "moonlight-6l", "memcheck", "operators", "block"]
+    line += ["tokens", "671b-3l", "moonlight-6l", "memcheck", "operators", "codes", "block"]
     done = run_with(driver, place / "log", line)
     assert done.returncode == 0, done.stderr
     return json.loads((place / "gpu.json").read_text())
@@ -88,8 +88,9 @@ def test_the_model_of_a_card_speaks_of_the_steps_that_are_measured(
 def test_what_no_kernel_computed_is_not_right(found: Any) -> None:
     tokens = found["tokens"]["bf16"]
     assert (tokens["ok"], tokens["same"]) == (False, 0)
-    assert found["operators"]["cases"] == len(CASES)
-    assert found["operators"]["wrong"].keys() == {*CASES}
+    assert found["operators"]["cases"] == 3
+    assert found["operators"]["wrong"].keys() | found["codes"]["wrong"].keys() == {*CASES}
+    assert all("AssertionError" in x for x in found["codes"]["wrong"].values())
     told = found["bars"]
     assert told["tokens of tiny-v3 in bf16"] == {"ok": False}
     assert told["operators over odd shapes"] == {"ok": False}
