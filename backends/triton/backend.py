@@ -162,11 +162,16 @@ class TritonBackend:
         )
 
     def load(self, folder: Path, manifest: Mapping[str, Any], program: Program) -> Executable:
-        """Load for the GPU at hand when its binaries are there, else for the interpreter."""
+        """Load for the GPU at hand when its binaries are there, else for the interpreter.
+
+        Of a manifest that lists files those count that it lists: others nobody has looked at.
+        """
         from dsc.hardware import gpus
 
         present = [g.target for g in gpus() if g.target.partition(":")[0] in KNOWN]
-        built = [t for t in present if (folder / FOLDER / _arch(t) / "kernels.json").is_file()]
+        places = {t: f"{FOLDER}/{_arch(t)}/kernels.json" for t in present}
+        listed = manifest.get("files") or places.values()
+        built = [t for t, at in places.items() if at in listed and (folder / at).is_file()]
         weights = folder / (manifest.get("weights") or DEFAULT_WEIGHTS)
         return self.load_on(built[0] if built else INTERPRET, folder, weights, program)
 

@@ -159,23 +159,30 @@ def _compile_all(
         before = len(records)
         workers = max(1, min(os.cpu_count() or 1, 8, len(left) // KERNELS_A_WORKER))
         lists = [left[at::workers] for at in range(workers)]
-        processes = [_start([(k, kernels[k]) for k in keys], target, root, out) for keys in lists]
-        for keys, process in zip(lists, processes, strict=True):
-            assert process.stdout is not None, "the process was started with pipes"
-            for line in process.stdout:
-                answer = json.loads(line)
-                if "error" in answer:
-                    failed[answer["key"]] = answer["error"]
-                else:
-                    records[answer["key"]] = answer["record"]
-                if progress is not None:
-                    done = len(records) + len(failed)
-                    progress(f"kernels: {target}", done, len(kernels))
-            process.stdout.close()
-            process.wait()
-            ended = next((k for k in keys if k not in records and k not in failed), None)
-            if ended is not None:
-                failed[ended] = "the compiling process ended"
+        processes: list[subprocess.Popen[str]] = []
+        try:
+            for keys in lists:
+                processes.append(_start([(k, kernels[k]) for k in keys], target, root, out))
+            for keys, process in zip(lists, processes, strict=True):
+                assert process.stdout is not None, "the process was started with pipes"
+                for line in process.stdout:
+                    answer = json.loads(line)
+                    if "error" in answer:
+                        failed[answer["key"]] = answer["error"]
+                    else:
+                        records[answer["key"]] = answer["record"]
+                    if progress is not None:
+                        done = len(records) + len(failed)
+                        progress(f"kernels: {target}", done, len(kernels))
+                process.stdout.close()
+                process.wait()
+                ended = next((k for k in keys if k not in records and k not in failed), None)
+                if ended is not None:
+                    failed[ended] = "the compiling process ended"
+        finally:  # nobody waits for what an interrupted compile has not read
+            for process in processes:
+                process.kill()
+                process.wait()
         left = [key for key in left if key not in records and key not in failed]
         if len(records) == before:  # no kernel's fault
             failed |= dict.fromkeys(left, "the compiling process ended")

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from dsc import hardware
 from dsc.backends.base import EmitOptions
-from dsc.backends.triton import TritonBackend, client
+from dsc.backends.triton import TritonBackend, client, compile
 from dsc.backends.triton.client import InterpretedExecutable
+from dsc.backends.triton.launch import Kernel
 from dsc.ir.graph import GraphBuilder
 from dsc.ir.program import Program
 from dsc.ir.types import DType, TensorType
+from dsc.targets import Target
 
 
 @pytest.fixture
@@ -50,3 +56,42 @@ def test_the_answer_to_a_call_that_was_interrupted_is_nobody_elses(
             run(2)
     with pytest.raises(RuntimeError, match="interpreting main failed: the process ended"):
         run(3)
+
+
+def test_an_interrupted_compile_leaves_no_process_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[subprocess.Popen[str]] = []
+    answer = json.dumps({"key": "a", "record": {}})
+    code = f"import time; print({answer!r}, flush=True); time.sleep(60)"
+
+    def start(*given: object) -> subprocess.Popen[str]:
+        line = [sys.executable, "-c", code]
+        started.append(subprocess.Popen(line, stdout=subprocess.PIPE, text=True))
+        return started[-1]
+
+    def interrupted(what: str, done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(compile, "_start", start)
+    kernels = dict.fromkeys("ab", Kernel("m", "f", {}, {}, (), 4, 1))
+    with pytest.raises(KeyboardInterrupt):
+        compile._compile_all(kernels, Target("cuda", "sm_90"), tmp_path, tmp_path, interrupted)
+    assert [process.poll() is None for process in started] == [False]
+
+
+def test_code_that_no_manifest_lists_is_not_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Hashes of what is listed were looked at, and the user has trusted that alone."""
+    card = hardware.Gpu("a card", "cuda:sm_80", 1 << 30)
+    monkeypatch.setattr(hardware, "gpus", lambda: [card])
+    chosen: list[str] = []
+    backend, program = TritonBackend(), Program("p", {})
+    monkeypatch.setattr(backend, "load_on", lambda device, *given: chosen.append(device))
+    place = tmp_path / "triton/sm_80/kernels.json"
+    place.parent.mkdir(parents=True)
+    place.touch()
+    for listed in ("plan.json", "triton/sm_80/kernels.json"):
+        backend.load(tmp_path, {"files": {listed: {}}}, program)
+    assert chosen == ["interpret", "cuda:sm_80"]
