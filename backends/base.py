@@ -153,7 +153,7 @@ class TellsKernels(Protocol):
     """A backend that knows of its kernels what their binaries say, and what steps of them cost."""
 
     def kernel_report(self, folder: Path, program: Program) -> Mapping[str, Any]:
-        """The report of an artifact as JSON values: `kernels`, `steps` and `assumptions`."""
+        """The report of an artifact as JSON: `kernels`, `choices`, `steps`, `assumptions`."""
         ...
 
 

@@ -11,8 +11,9 @@ Importing this package imports neither triton nor a driver. How a program become
                  on a tile, wanted.py who stores codes for whom, coded_cache.py caches in codes
     rows.py      the generator for operators along rows and chains of elements; pointwise.py has
                  the formulas of both
-    blocks.py    block sizes by target, the interpreter's among them; devices.py what is known of
-                 architectures and cards
+    blocks.py    block sizes by target, the interpreter's among them, and what else could be taken;
+                 tuning.py finds the fastest, tuner.py on a card, for which choices.py keeps them;
+                 devices.py what is known of architectures and cards
     program.py   all entries to launches (launch.py) in a plan
     compile.py   launches' kernels to cubin and hsaco, in a process of its own (compile_worker.py);
                  dependent.py has them begin early

@@ -11,6 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from dsc.backends.triton.blocks import tile_json
 from dsc.backends.triton.devices import ARCHS, CARDS, LAUNCH_SECONDS
 from dsc.backends.triton.launch import runnable
 from dsc.backends.triton.modelled import by_kernel, modelled_step, occupancy
@@ -24,16 +25,24 @@ CONTEXT, LARGE_BATCH = 4096, 64
 def kernel_report(folder: Path, program: Program) -> dict[str, Any]:
     """The report of the backend's folder in an artifact, as JSON values.
 
-    `kernels` are by target, `steps` by card: of each target that was compiled for, at sizes that
-    the artifact takes, as `decode` and `prefill` run them: no token is chosen on the device.
+    `kernels` and `choices` of tiles are by target, `steps` by card: of each target that was
+    compiled for, at sizes that the artifact takes, as `decode` and `prefill` run them: no token is
+    chosen on the device.
     """
     kernels: list[dict[str, Any]] = []
     steps: list[dict[str, Any]] = []
+    choices: list[dict[str, Any]] = []
     points = _points(program)
     for path in sorted(folder.glob("*/kernels.json")):
         arch = path.parent.name
         records = json.loads(path.read_text())
-        plan = runnable(Plan.from_json((path.parent / "plan.json").read_bytes())).plan()
+        launches = runnable(Plan.from_json((path.parent / "plan.json").read_bytes()))
+        plan = launches.plan()
+        choices += [
+            {"target": arch, "choice": choice.key, "tile": tile_json(choice.taken),
+             "rule": choice.taken == choice.tiles[0], "others": list(map(tile_json, choice.others))}
+            for choice in launches.choices.values()
+        ]  # fmt: skip
         found = [by_kernel(step_costs(program, plan, *point)) for point in points.values()]
         for key, record in records.items():
             sums = {
@@ -49,7 +58,8 @@ def kernel_report(folder: Path, program: Program) -> dict[str, Any]:
             if card.arch == arch
             for step, (b, n, c) in points.items()
         ]
-    return {"kernels": kernels, "steps": steps, "assumptions": assumptions()}
+    report = {"kernels": kernels, "choices": choices, "steps": steps}
+    return {**report, "assumptions": assumptions()}
 
 
 def assumptions() -> list[str]:

@@ -49,8 +49,9 @@ def inspect(
     Of an artifact: what runs it, its limits, where and how texts go on, and its entries, whose text
     IR --entry prints.
     `--kernels` of one by triton tells of each kernel its registers, spills, shared memory,
-    occupancy and matrix instructions, and of a decode step and a prefill chunk what they move over
-    what they must, and how long they could take on each card that it was compiled for.
+    occupancy and matrix instructions, which tiles were chosen and could be, and of a decode step
+    and a prefill chunk what they move over what they must, and how long they could take on each
+    card that it was compiled for.
 
     Examples:
 

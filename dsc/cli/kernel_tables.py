@@ -18,6 +18,9 @@ def print_kernels(console: Console, report: Mapping[str, Any]) -> None:
     for target in dict.fromkeys(each["target"] for each in report["kernels"]):
         console.print(kernels_table(target, report["kernels"]))
         console.print()
+        if any(each["target"] == target for each in report["choices"]):
+            console.print(choices_table(target, report["choices"]))
+            console.print()
     if report["steps"]:
         console.print(steps_table(report["steps"]))
     for line in report["assumptions"]:
@@ -46,6 +49,31 @@ def kernels_table(target: str, kernels: Sequence[Mapping[str, Any]]) -> Table:
             each["bound"], matrix or "-", *(_part(each["in"].get(step)) for step in steps),
         )  # fmt: skip
     return table
+
+
+def choices_table(target: str, choices: Sequence[Mapping[str, Any]]) -> Table:
+    """One line a choice: its tile, and those that `dsc tune` would try."""
+    table = table_of(f"tiles for {target}; dsc tune tries the others", ("choice", "tile"), ())
+    table.add_column("others", overflow="fold")
+    for each in choices:
+        if each["target"] == target:
+            tile = spelled_tile(each["tile"]) + ("" if each["rule"] else ", measured")
+            others = "; ".join(map(spelled_tile, each["others"]))
+            add_row(table, each["choice"], tile, others)
+    return table
+
+
+def spelled_tile(tile: Mapping[str, int]) -> str:
+    """A tile in a word: its sizes, then its warps and more.
+
+    >>> spelled_tile({"m": 16, "n": 64, "k": 0, "warps": 8, "stages": 2, "ahead": 0, "spans": 4})
+    '16x64 w8 s2 spans4'
+    """
+    sizes = (str(tile[name]) for name in ("m", "n", "k", "rows", "columns") if tile.get(name))
+    rest = {"w": tile["warps"], "s": tile.get("stages", 0), "spans": tile.get("spans", 0)}
+    rest["spans"] *= rest["spans"] > 1
+    more = (f"{name}{count}" for name, count in rest.items() if count)
+    return " ".join(("x".join(sizes), *more, *(["ahead"] if tile.get("ahead") else [])))
 
 
 def _part(sums: Mapping[str, int] | None) -> str:

@@ -72,6 +72,7 @@ def tune(
 
 
 def _show(found: Mapping[str, Any]) -> None:
+    from dsc.cli.kernel_tables import spelled_tile
     from dsc.cli.report_tables import add_row, table_of
 
     out = console.tables()
@@ -79,7 +80,7 @@ def _show(found: Mapping[str, Any]) -> None:
         title = f"tiles that are faster on {found['card']}"
         table = table_of(title, ("choice", "before", "now"), ("of the time", "scatter"))
         for each in found["taken"]:
-            tiles = (_spelled(each[name]) for name in ("before", "taken"))
+            tiles = (spelled_tile(each[name]) for name in ("before", "taken"))
             shares = (f"{each['share']:.0%}", f"{each['scatter']:.1%}")
             add_row(table, each["key"], *tiles, *shares)
         out.print(table)
@@ -89,17 +90,12 @@ def _show(found: Mapping[str, Any]) -> None:
             f" {step['after_us']:.1f} now"
         )
     for each in found["dropped"]:
-        console.stderr().print(f"not taken: {each['key']} {_spelled(each['tile'])}: {each['why']}")
+        console.stderr().print(
+            f"not taken: {each['key']} {spelled_tile(each['tile'])}: {each['why']}"
+        )
     left = f", {found['not_tried']} not tried in time" if found["not_tried"] else ""
     changed = f"{len(found['taken'])} taken" if found["changed"] else "nothing is faster as a whole"
     console.stdout().print(
         f"{found['output']}: {found['choices']} choices, {found['tried']} tiles measured on"
         f" {found['card']} in {found['seconds']:.0f} s{left}; {changed}"
     )
-
-
-def _spelled(tile: Mapping[str, int]) -> str:
-    """A tile in a word: its sizes, then its warps and stages."""
-    sizes = [str(tile[name]) for name in ("m", "n", "k", "rows", "columns") if tile.get(name)]
-    rest = [f"{tile[name]} {name}" for name in ("warps", "stages", "spans") if name in tile]
-    return f"{'x'.join(sizes)}, {', '.join(rest)}"
