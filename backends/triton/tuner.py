@@ -45,6 +45,8 @@ from dsc.targets import Target, parse_target
 SPACE = "space"
 """The folder of kernels that were compiled before for tiles to be measured."""
 REPORT = "tuned.json"
+Placed = Path | Mapping[str, int]
+"""A file of weights, or where they lie on the device already."""
 CHECKED = 2
 """Sequences at most whose logits are compared."""
 
@@ -109,7 +111,7 @@ class Tuner:
         facts["bytes"] = sum(map(len, files.values()))
         return Tuned({"target": str(self.target), "prepared": facts}, files, (f"{place}/",))
 
-    def tune(self, card: Gpu, weights: Path, budget: float | None) -> Tuned:
+    def tune(self, card: Gpu, weights: Placed, budget: float | None) -> Tuned:
         """Measure on a card, and make the files of an artifact with what was found."""
         self._take_prepared()
         tries = rounds(self.lower({}).program, self.entries)
@@ -229,7 +231,7 @@ def _without_kernels(folder: Path) -> UsageError:
 class OnDevice:
     """The first device of a driver; plans that are open at once share the weights."""
 
-    def __init__(self, target: Target, program: Program, weights: Path, scratch: Path) -> None:
+    def __init__(self, target: Target, program: Program, weights: Placed, scratch: Path) -> None:
         self._target, self._program, self._weights = target, program, weights
         self._scratch, self._opened = scratch, 0
 

@@ -21,7 +21,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from bench.gpu import bars, checks, peers, steps
+from bench.gpu import bars, checks, peers, steps, tiles
 from bench.gpu.archive import ROOT, sources, unpacked
 from dsc.files import write_text
 
@@ -47,6 +47,11 @@ def _model(name: str, seconds: float) -> Part:
     return Part(partial(steps.measure, name), seconds, 3 * seconds)
 
 
+def _tiles(name: str) -> Part:
+    thought = tiles.BUDGET_S + 20
+    return Part(partial(tiles.measure, name), thought, 2 * thought)
+
+
 PARTS: Mapping[str, Part] = {
     "speeds": Part(steps.speeds, 5, 30),
     "torch's speeds": Part(peers.speeds, 15, 60),
@@ -64,6 +69,7 @@ PARTS: Mapping[str, Part] = {
     "attention": Part(peers.attention, 15, 45),
     "products": Part(peers.products, 15, 45),
     "flex": Part(peers.flex, 30, 60),
+    **{f"tiles of {name}": _tiles(name) for name in tiles.ENTRIES},
 }
 """By name, in order."""
 

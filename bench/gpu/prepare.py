@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import dsc
-from bench.gpu import checks
+from bench.gpu import checks, tiles
 from bench.gpu.archive import ROOT, TINY_CHECKPOINT, packed, sources
 from dsc.ir.printer import print_program
 from dsc.ir.program import Program
@@ -52,6 +52,7 @@ def prepare(
     models: Mapping[str, Any] = MODELS,
     forms: Mapping[str, Any] = FORMS,
     cases: Collection[str] | None = None,
+    searched: Mapping[str, tuple[str, ...]] = tiles.ENTRIES,
 ) -> int:
     """Write what the card's machine needs; how many bytes that are. Raises `ValueError`."""
     asked: dict[str, Any] = {"backend": "triton", "target": target, "dtype": "bf16"}
@@ -67,6 +68,8 @@ def prepare(
                 **{**asked, **LIMITS, **options},
             )  # fmt: skip
             _kept(compiled, folder / name)
+            if name in searched:
+                tiles.prepare(folder / name, target, searched[name])
         for name, options in forms.items():
             own = folder / checks.TINY / name
             compiled = dsc.compile(TINY_CHECKPOINT, **asked, **TINY_LIMITS, **options)

@@ -29,7 +29,7 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(prepare, "LIMITS", {"max_context": 640, "max_batch": 2, "prefill_chunk": 16})
         patch.setattr(prepare, "TOKENS", 6)
-        size = prepare.prepare(place, "cuda:sm_90", MODELS, FORMS, CASES)
+        size = prepare.prepare(place, "cuda:sm_90", MODELS, FORMS, CASES, {})
     assert 0 < size < archive.MOST_BYTES - archive.checkout_bytes()
     return place
 

@@ -84,7 +84,8 @@ def test_what_would_begin_after_the_deadline_is_left_out(
 
 def test_budgets_are_more_than_is_thought_and_thoughts_fit_the_deadline() -> None:
     assert all(part.budget_s >= 2 * part.thought_s for part in parts.PARTS.values())
-    assert sum(part.thought_s for part in parts.PARTS.values()) <= parts.DEADLINE_S
+    thoughts = [x.thought_s for name, x in parts.PARTS.items() if not name.startswith("tiles of")]
+    assert sum(thoughts) <= parts.DEADLINE_S  # other tiles are tried in what is left
 
 
 @pytest.mark.parametrize(
