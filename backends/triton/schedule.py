@@ -9,8 +9,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from dsc.errors import UsageError
 from dsc.ir.dims import evaluate
 from dsc.runtime.plan import EntryPlan, Ref
+
+MOST = ((1 << 31) - 1, 65535, 65535)
+"""Programs along each axis of a grid, of CUDA and HIP alike."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +44,7 @@ class Schedule:
 
 
 def resolve(entry: EntryPlan, env: Mapping[str, int]) -> Schedule:
-    """Evaluate an entry at the sizes of its symbols."""
+    """Evaluate an entry at the sizes of its symbols. Raises `UsageError` for grids of no GPU."""
     calls = []
     for launch in entry.launches:
         arguments = tuple(
@@ -48,6 +52,13 @@ def resolve(entry: EntryPlan, env: Mapping[str, int]) -> Schedule:
             for a in launch.arguments
         )
         x, y, z = (*(evaluate(d, env) for d in launch.grid), 1, 1)[:3]
+        if any(n > most for n, most in zip((x, y, z), MOST, strict=True)):
+            raise UsageError(
+                f"{launch.op} at these sizes takes a grid of {x} x {y} x {z} programs; a GPU has"
+                f" room for {' x '.join(map(str, MOST))}",
+                where=launch.loc or None,
+                hint="call it with fewer rows, matrices or sequences at once",
+            )
         calls.append(Call(launch.kernel, arguments, (x, y, z), launch.loc))
     outputs = tuple(tuple(evaluate(d, env) for d in p.type.shape) for p in entry.outputs)
     return Schedule(tuple(calls), outputs)

@@ -16,6 +16,10 @@ from dsc.backends.base import EmitOptions
 from dsc.backends.triton import TritonBackend, client, compile
 from dsc.backends.triton.client import InterpretedExecutable
 from dsc.backends.triton.launch import Kernel
+from dsc.backends.triton.program import lower_program
+from dsc.backends.triton.schedule import resolve
+from dsc.errors import UsageError
+from dsc.ir.dims import Range, symbol
 from dsc.ir.graph import GraphBuilder
 from dsc.ir.program import Program
 from dsc.ir.types import DType, TensorType
@@ -95,3 +99,15 @@ def test_code_that_no_manifest_lists_is_not_loaded(
     for listed in ("plan.json", "triton/sm_80/kernels.json"):
         backend.load(tmp_path, {"files": {listed: {}}}, program)
     assert chosen == ["interpret", "cuda:sm_80"]
+
+
+def test_a_grid_that_no_gpu_launches_is_refused_before_anything_runs() -> None:
+    b, many = GraphBuilder("main"), symbol("B")
+    x = b.input("x", TensorType(DType.f32, (many, 2, 3)))
+    y = b.input("y", TensorType(DType.f32, (many, 3, 2)))
+    graph = b.finish([b.matmul(x, y)])
+    program = Program("p", {"main": graph}, symbols={"B": Range(0, 1 << 40)})
+    entry = lower_program(program, "cuda:sm_90")[0].entries["main"]
+    assert resolve(entry, {"B": 65535}).calls[0].grid == (1, 65535, 1)
+    with pytest.raises(UsageError, match="matmul at these sizes takes a grid of 1 x 65536 x 1"):
+        resolve(entry, {"B": 65536})
