@@ -452,7 +452,7 @@ def test_a_triton_kernel_gets_sizes_and_attributes_or_is_refused(
     assert found.constants == {"width": 4, "by": 0.5, "BLOCK": 4}
 
 
-def test_a_pass_from_outside_runs_and_says_what_it_needs() -> None:
+def test_a_pass_from_outside_runs_and_says_what_it_needs(package: ModuleType) -> None:
     class Doubled(extend.Pass):
         needs = frozenset({extend.Stage.OPTIMIZED})
 

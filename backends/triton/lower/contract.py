@@ -21,6 +21,33 @@ from dsc.ir.views import View
 
 
 @dataclass(frozen=True, slots=True)
+class Form:
+    """How a product is computed: what stands in its slots, and how rows and result are stored.
+
+    With `activations` rows are codes; a result that is `asked` for as codes is stored as these
+    where tiles hold whole groups of its columns. `widen` multiplies in fp32. `axes` are those of
+    the columns and of the sum of a weight in codes; rows may be merged from `spans` of a cache.
+    """
+
+    slots: Slots = ALL_PLAIN
+    activations: str = ""
+    asked: Wanted | None = None
+    widen: bool = False
+    axes: tuple[int, int] = (-2, -1)
+    spans: Spans | None = None
+
+    def kind(self, name: str, x: View, weight: View) -> str:
+        """What a product is beside its sizes, as part of the key of its tile."""
+        rows = self.activations and f"rows={self.activations}"
+        made = ("merged" if self.spans is not None else "", "codes" if self.asked else "")
+        titles = (slot.title for slot in self.slots.filled)
+        return spelled(name, x.dtype, weight.type.spelled, rows, *titles, *made)
+
+
+DIRECT = Form()
+
+
+@dataclass(frozen=True, slots=True)
 class Product:
     """out[z, m, n] = sum over k of a[z, m, k] * b[z, n, k]: extents and strides by role."""
 
@@ -37,34 +64,25 @@ def emit_gemm(
     ctx: Context,
     p: Product,
     bias: View | None = None,
+    form: Form = DIRECT,
     limit: View | None = None,
     new_rows: Dim = 0,
-    widen: bool = False,
-    slots: Slots = ALL_PLAIN,
-    axes: tuple[int, int] = (-2, -1),
-    activations: str = "",
-    asked: Wanted | None = None,
-    spans: Spans | None = None,
 ) -> None:
-    """Append a GEMM. With `limit`, row tiles past limit[z] + new_rows are skipped.
-
-    A weight in codes becomes numbers as it is loaded; `axes` are those of its columns and its sum.
-    With `activations` rows are codes too; where the result is `asked` for as codes and tiles hold
-    whole groups of its columns, it is stored as these.
-    """
+    """Append a GEMM. With `limit`, row tiles past limit[z] + new_rows are skipped."""
     z, m, n, k = p.extents
+    slots, asked, spans, widen = form.slots, form.asked, form.spans, form.widen
     itemsize = 4 if widen else p.a.dtype.itemsize
     rows, columns = ctx.limit(m), ctx.limit(n)
     numbers = p.b.type.format is None and asked is None
-    of = _kind("gemm", p.a, p.b, slots, activations, spans, asked)
+    of = form.kind("gemm", p.a, p.b)
     tile = ctx.blocks.gemm(rows, columns, ctx.limit(k), itemsize, ctx.limit(z), numbers, of)
-    coded = RowCodes.of(ctx, activations, rows) if activations else None
+    coded = RowCodes.of(ctx, form.activations, rows) if form.activations else None
     tile = coded.tile(ctx, tile) if coded is not None else tile
     if spans is not None:
         tile = spans.tile(ctx, tile, m)
         slots = replace(slots, prologue=spans.slot(ctx, m))
     tile, slots = as_codes(ctx, p.out, p.out_strides, tile, slots, asked, "matrix * c_batch")
-    x, weight, slots = in_codes(ctx, p.a, p.b, tile, slots, axes, coded)
+    x, weight, slots = in_codes(ctx, p.a, p.b, tile, slots, form.axes, coded)
     if x is not p.a:
         p = replace(p, a_strides=(0, k, 1))
     given: dict[str, Given] = {"a": None if spans else x, "b": weight, "bias": bias}
@@ -81,21 +99,6 @@ def emit_gemm(
     some = {"a": m * k * x.dtype.itemsize} if slots.prologue.row else NONE
     beside = spans.choice if spans is not None else None
     ctx.launch("gemm:gemm", grid, given, tile, flops, some, slots, beside)
-
-
-def _kind(
-    name: str,
-    x: View,
-    weight: View,
-    slots: Slots,
-    activations: str,
-    spans: Spans | None,
-    asked: Wanted | None,
-) -> str:
-    """What a product is beside its sizes, as part of the key of its tile."""
-    known = (name, x.dtype, weight.type.spelled, activations and f"rows={activations}")
-    made = ("merged" if spans is not None else "", "codes" if asked is not None else "")
-    return spelled(*known, *(slot.title for slot in slots.filled), *made)
 
 
 def in_codes(
@@ -197,7 +200,7 @@ def linear(ctx: Context, node: Node) -> None:
     x, prologue = rows_of(ctx, node.operands[0], rows)
     lead = node.operands[0].type.shape[:-1]
     product = linear_product(ctx, x, weight, ctx.result(node), lead)
-    emit_gemm(ctx, product, shift, slots=Slots(prologue), activations=rows)
+    emit_gemm(ctx, product, shift, Form(Slots(prologue), rows))
 
 
 def matmul(ctx: Context, node: Node) -> None:
@@ -283,7 +286,7 @@ def _contract(
     axes = _coded_axes(left, right, result) or (-2, -1)
     direct = ctx.views[node.output.name] is out
     asked = ctx.wanted.get(node.output.name) if direct else None
-    emit_gemm(ctx, made, axes=axes, asked=asked, spans=spans)
+    emit_gemm(ctx, made, form=Form(asked=asked, axes=axes, spans=spans))
 
 
 Fold = tuple[Dim, Dim]
@@ -324,7 +327,7 @@ def grouped_linear(ctx: Context, node: Node) -> None:
     """Rows of each segment times the weight of its group."""
     x, weight, offsets = node.operands
     out, rows = ctx.result(node), node.attrs["activations"]
-    emit_grouped(ctx, x, ctx.view(weight), ctx.view(offsets), out, activations=rows)
+    emit_grouped(ctx, x, ctx.view(weight), ctx.view(offsets), out, Form(activations=rows))
 
 
 def emit_grouped(
@@ -333,10 +336,8 @@ def emit_grouped(
     weight: View,
     offsets: View,
     out: View,
-    slots: Slots = ALL_PLAIN,
+    form: Form = DIRECT,
     out_strides: tuple[Dim, Dim] | None = None,
-    activations: str = "",
-    asked: Wanted | None = None,
 ) -> None:
     """Append a grouped GEMM into `out`, rows [rows, n] where no strides are given.
 
@@ -353,11 +354,12 @@ def emit_grouped(
     rows = out.shape[0]
     most = ctx.limit(rows)
     row, column = out_strides or (n, 1)
-    of = _kind(f"grouped of={experts}", x, weight, slots, activations, None, asked)
+    of, slots = form.kind(f"grouped of={experts}", x, weight), form.slots
     tile = ctx.blocks.gemm(max(1, -(-most // experts)), n, k, x.dtype.itemsize, of=of)
-    coded = RowCodes.of(ctx, activations, ctx.limit(given_rows)) if activations else None
+    wanted = form.activations
+    coded = RowCodes.of(ctx, wanted, ctx.limit(given_rows)) if wanted else None
     tile = coded.tile(ctx, tile) if coded is not None else tile
-    tile, slots = as_codes(ctx, out, (0, row, column), tile, slots, asked)
+    tile, slots = as_codes(ctx, out, (0, row, column), tile, slots, form.asked)
     tiles = rows if most <= experts else rows // tile.m + experts
     rows_of_x, codes, slots = in_codes(ctx, x, weight, tile, slots, rows=coded, row="row")
     row_stride = row_stride if rows_of_x is x else k
@@ -383,5 +385,5 @@ def router_logits(ctx: Context, x: Operand, weight: View) -> View:
     out = ctx.make(t.with_shape(shape).with_dtype(DType.f32))
     narrow = t.dtype is weight.dtype and t.dtype.bits == 16
     made = linear_product(ctx, rows, weight, out, t.shape[:-1])
-    emit_gemm(ctx, made, widen=not narrow, slots=Slots(prologue))
+    emit_gemm(ctx, made, form=Form(Slots(prologue), widen=not narrow))
     return out

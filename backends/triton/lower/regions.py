@@ -14,7 +14,13 @@ from dataclasses import dataclass, replace
 
 from dsc.backends.triton.context import Context, Gather
 from dsc.backends.triton.epilogue import NOTHING, Epilogue
-from dsc.backends.triton.lower.contract import emit_gemm, emit_grouped, linear_product, rows_of
+from dsc.backends.triton.lower.contract import (
+    Form,
+    emit_gemm,
+    emit_grouped,
+    linear_product,
+    rows_of,
+)
 from dsc.backends.triton.lower.moe import emit_combine, emit_experts
 from dsc.backends.triton.pointwise import FLOAT_ONLY, TYPES, has_formula
 from dsc.backends.triton.prologue import FEW, Normed, Taken, Turned
@@ -226,14 +232,14 @@ def _linear(ctx: Context, of: Anchored, later: Operand | None, asked: Wanted | N
     product = linear_product(ctx, x, weight, of.epilogue.out, lead)
     product = replace(product, out_strides=(0, *of.epilogue.out_strides))
     slots = Slots(prologue, epilogue=of.epilogue.slot)
-    emit_gemm(ctx, product, shift, slots=slots, activations=rows, asked=asked)
+    emit_gemm(ctx, product, shift, Form(slots, rows, asked))
 
 
 def _grouped(ctx: Context, of: Anchored, later: Operand | None, asked: Wanted | None) -> None:
     x, weight, offsets = of.operands
     end, rows = of.epilogue, of.anchor.attrs["activations"]
-    slots = Slots(epilogue=end.slot)
-    emit_grouped(ctx, later or x, weight, offsets, end.out, slots, end.out_strides, rows, asked)
+    form = Form(Slots(epilogue=end.slot), rows, asked)
+    emit_grouped(ctx, later or x, weight, offsets, end.out, form, end.out_strides)
 
 
 def _experts(ctx: Context, of: Anchored, later: Operand | None, asked: Wanted | None) -> None:
