@@ -25,7 +25,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from dsc.ir.graph import Value
+from dsc.ir.graph import Operand, Value
 from dsc.ir.lazy import torch
 from dsc.ir.ops.shape import axis_of
 from dsc.ir.types import DType
@@ -83,7 +83,8 @@ class PlaceFew(Rule):
     def rewrite(self, b: RewriteBuilder, m: Match, facts: Facts) -> Result:
         """A value where its index is the column's number."""
         columns = b.arange(start=0, end=m.x.type.shape[-1], dtype=DType.i64)
-        found, several = m.x, facts["count"] > 1
+        found: Operand = m.x
+        several = facts["count"] > 1
         for at in range(facts["count"]):
             index, value = (
                 b.slice(x, axis=-1, start=at, end=at + 1) if several and x.type.rank else x
