@@ -20,6 +20,7 @@ _COMPUTE_MAJOR, _COMPUTE_MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILIT
 _UNITS = 16  # CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT
 _CAPTURE_THREAD_LOCAL = 1  # CU_STREAM_CAPTURE_MODE_THREAD_LOCAL: other threads may allocate
 _OUT_OF_MEMORY = 2  # CUDA_ERROR_OUT_OF_MEMORY
+_CAPTURING = range(900, 910)  # CUDA_ERROR_STREAM_CAPTURE_*: the caller captures; nothing was done
 _STATIC_SHARED = 48 * 1024  # above this a kernel must ask for its shared memory
 
 
@@ -116,7 +117,8 @@ class Driver:
     def begin(self) -> None:
         """Activate it for work. Raises `RuntimeError` once it was closed or a call has failed.
 
-        What a failed call leaves in memory nobody knows. Where there was no room, nothing failed.
+        What a failed call leaves in memory nobody knows. Where there was no room, or a stream is
+        captured that does not allow it, nothing failed.
         """
         if self.over:
             raise RuntimeError(f"nothing runs here any more ({self.over}): load the artifact again")
@@ -290,7 +292,8 @@ class Driver:
             told = f"{call}: {self._error(status)}"
             if status == _OUT_OF_MEMORY:
                 raise OutOfMemory(told)
-            self.over = self.over or told
+            if status not in _CAPTURING:
+                self.over = self.over or told
             raise RuntimeError(told)
 
     def _error(self, status: int) -> str:
