@@ -19,6 +19,7 @@ from dsc.frontends.registries import replaced
 from dsc.frontends.signature import Signature
 from dsc.frontends.states import cache_argument, own_cache, positions_for, signature_of
 from dsc.frontends.stock import HINT
+from dsc.frontends.temperature import fix_temperature
 from dsc.frontends.torch_export import trace
 from dsc.ir.dims import Range
 from dsc.ir.program import Program
@@ -108,7 +109,10 @@ class CausalLMStep(nn.Module):
         signature: Signature | None = None,
         context: int | None = None,
     ) -> None:
-        """Take a model apart; `context` are the tokens that it is for (see `longrope.py`)."""
+        """Take a model apart; `context` are the tokens that it is for.
+
+        See `longrope.py` and `temperature.py`.
+        """
         super().__init__()
         for name in _STATE:
             self.__dict__[name] = dict(vars(causal_lm)[name])
@@ -119,6 +123,7 @@ class CausalLMStep(nn.Module):
         self._non_persistent_buffers_set = causal_lm._non_persistent_buffers_set
         self.training = False
         fix_longrope(self, context)
+        fix_temperature(self, context)
 
     def stock(self) -> nn.Module:
         """The stock model, of the parts that the step has now."""

@@ -35,6 +35,7 @@ from dsc.frontends.stock import (
     facts_of,
     stock_model,
 )
+from dsc.frontends.temperature import has_temperature
 from dsc.frontends.text import read_program
 from dsc.frontends.tokenizer import find_tokenizer
 from dsc.ir.lazy import torch
@@ -366,7 +367,7 @@ class _Step:
         self.build, self.config, self.dtype, self.asked = build, config, dtype, asked
         self.signature = signature
         self.told: dict[str, Any] = {"config": config.described, "dtype": str(dtype)}
-        if has_longrope(config.values):
+        if has_longrope(config.values) or has_temperature(config.values):
             self.told["context"] = asked.limits(config.facts).max_context
         self.key = trace_cache.key_of_installed(installed, **self.told) if installed else None
         self.kept = trace_cache.load(self.key) if self.key is not None else None

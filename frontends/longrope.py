@@ -66,7 +66,7 @@ def fix_longrope(root: nn.Module, context: int | None) -> None:
         kinds = getattr(part, "rope_type", None)
         named: dict[Any, Any] = kinds if isinstance(kinds, dict) else {None: kinds}
         if LONG in named.values():
-            _shelled(root, path, _fixed(part, named, context))
+            shelled(root, path, _fixed(part, named, context))
 
 
 def _fixed(part: Any, kinds: Mapping[str | None, str], context: int | None) -> Any:
@@ -93,7 +93,7 @@ def _fixed(part: Any, kinds: Mapping[str | None, str], context: int | None) -> A
     return fixed
 
 
-def _shelled(root: nn.Module, path: str, part: nn.Module) -> None:
+def shelled(root: nn.Module, path: str, part: nn.Module) -> None:
     """Put a part in place, under copies of the modules that lead to it."""
     *above, last = path.split(".")
     parent = root

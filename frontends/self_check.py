@@ -27,6 +27,7 @@ from dsc.frontends.names import with_state
 from dsc.frontends.shrunk import shrunk
 from dsc.frontends.signature import Signature
 from dsc.frontends.stock import HINT, StockConfig, clean, plain_experts, stock_config, stock_model
+from dsc.frontends.temperature import for_plain_texts
 from dsc.ir.lazy import torch
 from dsc.ir.limits import Limits
 from dsc.ir.program import Program
@@ -112,7 +113,7 @@ def self_check(
 def twin(config: StockConfig, classes: Classes = STOCK) -> StockConfig:
     """The configuration of the same type, its class's defaults written out, shrunk."""
     text = stock_config(config, classes[0]).get_text_config(decoder=True)
-    values = for_short_texts(shrunk(as_json(text.to_dict())))
+    values = for_plain_texts(for_short_texts(shrunk(as_json(text.to_dict()))))
     small = clean({**values, "model_type": config.model_type}, config.where)
     return replace(small, where=config.where, published=config.published)
 
