@@ -1,7 +1,8 @@
 """All kernels of the 671B in FP8, for each target by itself: seconds, memory, spills, instructions.
 
-    python -m bench.triton_targets [TARGET ...]
+    python -m bench.triton_targets [TARGET ...] [-- OPTION ...]
 
+Options are those of `dsc compile`, such as `--max-batch 64`.
 A target is compiled into an empty cache, twice: the first makes every kernel, the second finds
 them. Seconds are the process's, the first without tracing, which is the same for all; memory is
 what it and the processes that it starts hold together, read ten times a second. `models/v3.py` has
@@ -36,17 +37,18 @@ UNITS: Mapping[str, str] = {
 """What multiplies rows in FP8 by weights in FP8 in tiles of `LARGE` rows and more."""
 
 
-def measure(targets: Sequence[str] = TARGETS) -> dict[str, Any]:
+def measure(targets: Sequence[str] = TARGETS, options: Sequence[str] = ()) -> dict[str, Any]:
     """The figures of each target, and whether they hold."""
-    found = {target: measured(target) for target in targets}
+    found = {target: measured(target, options) for target in targets}
     return {"ok": all(each["ok"] for each in found.values()), **found}
 
 
-def measured(target: str) -> dict[str, Any]:
+def measured(target: str, options: Sequence[str]) -> dict[str, Any]:
     """A cold and a warm compile for one target, and what its binaries say."""
     with tempfile.TemporaryDirectory(prefix="dsc-targets-") as place:
         folder = Path(place)
-        cold, warm = (compiled(target, folder) for _ in range(2))
+        cold, warm = (compiled(target, folder, options) for _ in range(2))
+        stored = sum(p.stat().st_size for p in (folder / "out").rglob("*") if p.is_file())
         arch = target.partition(":")[2]
         records = json.loads((folder / "out" / "triton" / arch / "kernels.json").read_text())
         plan = json.loads((folder / "out" / "triton" / arch / "plan.json").read_text())
@@ -60,6 +62,7 @@ def measured(target: str) -> dict[str, Any]:
     return {
         "ok": ok and not spilled and not others,
         "kernels": len(records),
+        "artifact_bytes": stored,
         "cold_s": seconds,
         "warm_s": round(warm["seconds"], 1),
         "phases": [cold["phases"], warm["phases"]],
@@ -78,10 +81,10 @@ def large_products(kernels: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def compiled(target: str, folder: Path) -> dict[str, Any]:
+def compiled(target: str, folder: Path, options: Sequence[str]) -> dict[str, Any]:
     """Seconds, bytes at most, and the phases of a compile over the cache in a folder."""
     line = [sys.executable, "-m", "dsc", "compile", *MODEL, "--backend", "triton"]
-    line += ["--target", target, "--force", "--json", "-o", str(folder / "out")]
+    line += [*options, "--target", target, "--force", "--json", "-o", str(folder / "out")]
     environment = {**os.environ, "XDG_CACHE_HOME": str(folder / "cache")}
     start, most = time.perf_counter(), 0
     with (folder / "told").open("w") as told:
@@ -118,4 +121,6 @@ def resident(pid: int) -> int:
 
 
 if __name__ == "__main__":
-    print(json.dumps(measure(sys.argv[1:] or TARGETS), indent=1))
+    given = " ".join(sys.argv[1:]).split("-- ", 1)
+    asked, more = given[0].split(), given[1].split() if len(given) > 1 else []
+    print(json.dumps(measure(asked or TARGETS, more), indent=1))

@@ -28,14 +28,21 @@ Step: TypeAlias = Segment | Node
 
 
 def cut(program: Program) -> Program:
-    """The program whose entries are the segments of all entries, `decode_0` and so on."""
-    found = {
-        step.graph.name: step.graph
-        for graph in program.entries.values()
-        for step in steps(graph)
-        if isinstance(step, Segment)
+    """The program whose entries are the segments of all entries, `decode_0` and so on.
+
+    Each is for the steps of its entry.
+    """
+    pieces = {
+        name: [step.graph for step in steps(graph) if isinstance(step, Segment)]
+        for name, graph in program.entries.items()
     }
-    return replace(program, entries=found)
+    found = {graph.name: graph for each in pieces.values() for graph in each}
+    guards = [
+        replace(guard, entry=graph.name)
+        for guard in program.guards
+        for graph in pieces.get(guard.entry, ())
+    ]
+    return replace(program, entries=found).declaring(guards=tuple(guards))
 
 
 def joined(program: Program, pieces: Program) -> Program:

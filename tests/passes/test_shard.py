@@ -31,6 +31,7 @@ from dsc.ir.weights import Apply, Source, apply, evaluate, sources
 from dsc.passes.cut_at_collectives import CutAtCollectives
 from dsc.passes.eliminate_dead_code import EliminateDeadCode
 from dsc.passes.shard import PARALLEL, Shard, check_parallel, check_parts
+from dsc.passes.specialise_entries import SpecialiseEntries
 from dsc.rewrite.base import PassReport
 from dsc.rewrite.manager import Manager, Watch
 from dsc.rewrite.twin import Twin
@@ -318,6 +319,17 @@ def test_the_cut_of_a_program_too_wide_to_interpret_is_verified() -> None:
     *_, last = manager.records
     assert last.name == "cut_at_collectives"
     assert last.verified.startswith("shrunk form")
+
+
+def test_segments_are_for_the_steps_of_their_entry() -> None:
+    before = Manager().run(canonical_lm(SIZES, 64), [SpecialiseEntries(few=4)])
+    after, _ = shard(before)
+    pieces = cut(after)
+    assert pieces.choose_entry(1, 4, 9) == "decode_few_0"
+    assert [name for name in pieces.entries if pieces.ranges(name)["B"].hi == 4] == [
+        name for name in pieces.entries if name.startswith("decode_few")
+    ]
+    assert len(pieces.guards) == len(pieces.entries)
 
 
 def test_segments_keep_caches_in_place() -> None:
