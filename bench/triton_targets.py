@@ -121,6 +121,6 @@ def resident(pid: int) -> int:
 
 
 if __name__ == "__main__":
-    given = " ".join(sys.argv[1:]).split("-- ", 1)
-    asked, more = given[0].split(), given[1].split() if len(given) > 1 else []
-    print(json.dumps(measure(asked or TARGETS, more), indent=1))
+    given = [*sys.argv[1:], "--"]
+    end = given.index("--")
+    print(json.dumps(measure(given[:end] or TARGETS, given[end + 1 : -1]), indent=1))
