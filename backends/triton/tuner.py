@@ -12,9 +12,10 @@ import shutil
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -25,13 +26,23 @@ from dsc.backends.triton.dependent import takes, waiting
 from dsc.backends.triton.device import DeviceExecutable, driver_of
 from dsc.backends.triton.launch import Kernel, LaunchProgram
 from dsc.backends.triton.program import Lowered, lowered_program
-from dsc.backends.triton.tuning import Built, Changed, Kernels, Search, Step, rounds, steps_of
+from dsc.backends.triton.tuning import (
+    Built,
+    Changed,
+    Kernels,
+    Search,
+    Seconds,
+    Step,
+    rounds,
+    steps_of,
+)
 from dsc.errors import ArtifactError, BackendUnavailable, UsageError
 from dsc.hardware import Gpu, gpus
 from dsc.ir.arrays import Array
 from dsc.ir.costs import step_sizes
 from dsc.ir.dims import evaluate
 from dsc.ir.index_ranges import giving_indices
+from dsc.ir.limits import WANTED
 from dsc.ir.paging import BLOCK_TABLE
 from dsc.ir.program import Program
 from dsc.ir.sampled import SAMPLE, giving_ids
@@ -45,10 +56,10 @@ from dsc.targets import Target, parse_target
 SPACE = "space"
 """The folder of kernels that were compiled before for tiles to be measured."""
 REPORT = "tuned.json"
-Placed = Path | Mapping[str, int]
+Placed: TypeAlias = Path | Mapping[str, int]
 """A file of weights, or where they lie on the device already."""
-CHECKED = 2
-"""Sequences at most whose logits are compared."""
+CHECKED, POSITIONS = 2, 16
+"""Sequences whose logits are compared, and positions of a chunk, at most."""
 
 
 class Tuner:
@@ -256,33 +267,34 @@ class OnDeviceTrial:
     def __init__(self, executable: DeviceExecutable, program: Program, plan: LaunchProgram) -> None:
         self._executable, self._program, self._plan = executable, program, plan
         self._inputs: dict[Step, dict[str, Any]] = {}
-        self._vocab = 1 << 10
 
     def close(self) -> None:
         """See `tuning.Trial`."""
         self._executable.close()
 
-    def run(self, step: Step) -> tuple[Array, list[float | None]]:
+    def run(self, step: Step) -> Seconds:
         """See `tuning.Trial`."""
         if step not in self._inputs:
             self._inputs[step] = step_inputs(self._executable, self._program, step)
         with _Runs() as found:
-            outputs = self._executable.run(step.entry, self._inputs[step])
+            self._executable.run(step.entry, self._inputs[step])
         (ran,) = found.ran_entries
         times = iter(ran.steps())
         launches = self._plan.entries[step.entry].launches
         runs = (x.op != SAMPLE and x.runs(ran.sizes) for x in launches)
-        return outputs["logits"], [next(times).seconds if each else None for each in runs]
+        return [next(times).seconds if each else None for each in runs]
 
     def logits(self, step: Step) -> Array:
         """See `tuning.Trial`."""
         batch = min(step.batch, CHECKED)
+        if not step.context:
+            asked = replace(step, batch=batch)
+            inputs = step_inputs(self._executable, self._program, asked, POSITIONS)
+            return _rows(self._executable.run(step.entry, inputs)["logits"])
         session = Session(self._executable, self._program, batch, step.context + step.new)
         ids = random_ids(self._program, batch, step.context + step.new)
-        if step.context:
-            session.prefill(ids[:, : step.context])
-        found = np.asarray(session.prefill(ids[:, step.context :], all_logits=True))
-        return found.reshape(-1, found.shape[-1]).astype(np.float32)
+        session.prefill(ids[:, : step.context])
+        return _rows(session.prefill(ids[:, step.context :], all_logits=True))
 
 
 class _Runs(Profiler):
@@ -306,10 +318,17 @@ class _Runs(Profiler):
         self.ran_entries.append(run)
 
 
-def step_inputs(executable: DeviceExecutable, program: Program, step: Step) -> dict[str, Any]:
-    """The inputs of a step: random ids, caches of the device, pages one after the other."""
+def step_inputs(
+    executable: DeviceExecutable, program: Program, step: Step, positions: int = 1
+) -> dict[str, Any]:
+    """The inputs of a step: random ids, caches of the device, pages one after the other.
+
+    Logits are wanted of so many positions at most, spread over the new tokens, the last among them.
+    """
     graph, states = program.entries[step.entry], {state.input for state in program.states}
     sizes = step_sizes(graph, step.batch, step.new, step.context, program.symbols)
+    wanted = np.linspace(step.new - 1, 0, min(positions, step.new)).astype(np.int64)[::-1]
+    sizes |= {WANTED: len(wanted)} if WANTED in sizes else {}
     inputs: dict[str, Any] = {}
     for value in graph.inputs:
         shape = tuple(evaluate(d, sizes) for d in value.type.stored.shape)
@@ -320,7 +339,7 @@ def step_inputs(executable: DeviceExecutable, program: Program, step: Step) -> d
     given = {
         "input_ids": random_ids(program, step.batch, step.new),
         "positions": step.context + np.arange(step.new), "lengths": step.context,
-        "logits_at": step.new - 1, "new": step.new,
+        "logits_at": wanted, "new": step.new,
     }  # fmt: skip
     for name in given.keys() & inputs.keys():
         inputs[name][...] = given[name]
@@ -328,6 +347,11 @@ def step_inputs(executable: DeviceExecutable, program: Program, step: Step) -> d
         table = inputs[BLOCK_TABLE]
         table[...] = np.arange(table.size).reshape(table.shape)
     return inputs
+
+
+def _rows(logits: Any) -> Array:
+    found = np.asarray(logits)
+    return found.reshape(-1, found.shape[-1]).astype(np.float32)
 
 
 def random_ids(program: Program, batch: int, length: int) -> Array:

@@ -17,12 +17,12 @@ against planted times.
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from statistics import median, quantiles
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 
@@ -42,7 +42,9 @@ WRONG = {16: 0.05, 32: 1e-3}
 """What the logits of the typical position may differ by, as a share of their norm, by the bits of
 the compute type: sums in another order move those of a 16-bit model by about a hundredth."""
 CONTEXT, LARGE_BATCH = 4096, 64
-Changed = Mapping[str, AnyTile]
+Changed: TypeAlias = Mapping[str, AnyTile]
+Seconds: TypeAlias = Sequence[float | None]
+"""By launch of an entry; `None` of one that does not run."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,15 +75,19 @@ def steps_of(program: Program, entries: Sequence[str] = ()) -> list[Step]:
     return [step for step in found if not entries or step.entry in entries]
 
 
+Times: TypeAlias = Mapping[Step, tuple[Sequence[Seconds], Sequence[Seconds]]]
+"""Turns of each step, by the plan as it is and by another."""
+
+
 class Trial(Protocol):
     """A plan on a card."""
 
-    def run(self, step: Step) -> tuple[Array, list[float | None]]:
-        """Logits of a step, and seconds by launch of its entry; `None` of what does not run."""
+    def run(self, step: Step) -> Seconds:
+        """Seconds by launch of a step's entry. Raises `RuntimeError` where the card refuses."""
         ...
 
     def logits(self, step: Step) -> Array:
-        """Logits of all positions of a step, [positions, vocab]."""
+        """Logits of positions of a step, [positions, vocab]. Raises `RuntimeError`."""
         ...
 
     def close(self) -> None:
@@ -196,8 +202,9 @@ class Dropped:
 class Found:
     """What a search has found: the tiles that were taken, and the plan with them.
 
-    `built` is `None` where nothing is faster. `readings` are by choice and tile, `steps` seconds of
-    the kernels of each step before and after; `left` counts tiles that were not tried.
+    `built` is `None` where nothing is taken, and `why` says why. `readings` are by choice and tile,
+    `steps` seconds of the kernels of each step before and after; `left` counts tiles that were not
+    tried.
     """
 
     tiles: dict[str, AnyTile] = field(default_factory=dict)
@@ -206,22 +213,23 @@ class Found:
     dropped: list[Dropped] = field(default_factory=list)
     steps: dict[Step, tuple[float, float]] = field(default_factory=dict)
     left: int = 0
+    why: str = ""
 
     def report(self, choices: Mapping[str, Choice]) -> dict[str, Any]:
         """As JSON values: `choices` are those of the plan as it was."""
-        taken = [
-            {
-                "key": key, "rule": tile_json(choices[key].tiles[0]),
-                "before": tile_json(choices[key].taken), "taken": tile_json(tile),
-                "share": round(self.readings[key, tile].share, 4),
-                "scatter": round(self.readings[key, tile].scatter, 4),
-            }
-            for key, tile in self.tiles.items()
-        ]  # fmt: skip
+
+        def read(key: str, tile: AnyTile) -> dict[str, Any]:
+            reading = self.readings[key, tile]
+            shares = {"share": round(reading.share, 4), "scatter": round(reading.scatter, 4)}
+            return {"key": key, "tile": tile_json(tile), **shares}
+
+        before = {key: {"before": tile_json(choices[key].taken)} for key in self.tiles}
         return {
             "choices": len(choices),
             "tried": len(self.readings),
-            "taken": taken,
+            "taken": [before[key] | read(key, tile) for key, tile in self.tiles.items()],
+            "why_not": self.why,
+            "measured": [read(key, tile) for key, tile in self.readings],
             "dropped": [
                 {"key": x.key, "tile": tile_json(x.tile), "why": x.why} for x in self.dropped
             ],
@@ -324,12 +332,16 @@ class Search:
             self._trial.close()
         return self.found
 
-    def build(self, changed: Changed) -> tuple[dict[str, AnyTile], Lowered]:
-        """A plan whose kernels can all be had: tiles that ask for others are dropped."""
+    def build(self, changed: Changed) -> tuple[dict[str, AnyTile], Lowered | None]:
+        """A plan whose kernels can all be had: tiles that ask for others are dropped.
+
+        `None` where what asks for a kernel that is not to be had cannot be told.
+        """
         left = dict(changed)
         while True:
             lowered = self._lower(left)
             unusable = self._kernels.wanted(lowered)
+            unusable = {k: w for k, w in unusable.items() if k not in self.base.program.kernels}
             why = {
                 key: unusable[launch.kernel]
                 for entry in lowered.program.entries.values()
@@ -338,48 +350,54 @@ class Search:
                 if launch.kernel in unusable and key in left
             }
             if not why:
-                return ({}, self.base) if self._of_no_use(unusable) else (left, lowered)
+                return left, None if unusable else lowered
             for key, reason in why.items():
                 self.found.dropped.append(Dropped(key, left.pop(key), reason))
-
-    def _of_no_use(self, unusable: Mapping[str, str]) -> bool:
-        """Whether a plan has kernels that the plan as it is has not, and that cannot be had."""
-        return not unusable.keys() <= self.base.program.kernels.keys()
 
     def _try(self, tiles: dict[str, AnyTile]) -> None:
         """Time a round, or, where it is wrong or says nothing of each of its tiles, its halves."""
         changed, lowered = self.build(tiles)
-        if not changed:
+        if lowered is None:
+            self._drop(changed, "a kernel behind it is not to be had")
             return
         places = apart(self.base.program, lowered.program, changed)
-        if places is not None:
-            same = [key for key, entries in places.items() if not entries]
-            for key in same:  # another way to say the same kernel
-                changed.pop(key)
-                places.pop(key)
-            if not changed:
-                return
-        elif len(changed) > 1:
+        if places is None and len(changed) > 1:
             self._halves(changed)
             return
-        try:
-            trial = self._card.open(self._kernels.of(lowered))
-        except RuntimeError as refusal:
-            self._drop(changed, f"the card refuses it: {refusal}")
+        if places is not None:  # what changes nothing is another way to say the same kernel
+            changed = {key: tile for key, tile in changed.items() if places[key]}
+        if not changed:
             return
-        try:
-            why = self._wrong(trial)
-            if why:
-                self._drop(changed, why)
-                return
-            times = {step: self._turns(trial, step) for step in self._steps}
-        finally:
-            trial.close()
+        times, why = self._measured(lowered)
+        if why:
+            self._drop(changed, why)
+            return
         for key, tile in changed.items():
-            where = None if places is None else places[key]
-            reading = _reading(times, where)
+            reading = _reading(times, None if places is None else places[key])
             if reading is not None:
                 self.found.readings[key, tile] = reading
+
+    def _measured(self, lowered: Lowered) -> tuple[Times, str]:
+        """Seconds by launch of a plan and of that which was there, or what is wrong with it."""
+        try:
+            trial = self._card.open(self._kernels.of(lowered))
+            try:
+                why = self._wrong(trial)
+                return {} if why else {step: self._turns(trial, step) for step in self._steps}, why
+            finally:
+                with suppress(RuntimeError):  # of a card that answers no more
+                    trial.close()
+        except RuntimeError as refusal:
+            why = f"the card refuses it: {_first(str(refusal))}"
+        try:
+            for step in self._steps[:1]:
+                self._trial.run(step)
+        except RuntimeError as end:
+            raise BackendUnavailable(
+                f"the card answers no more: {_first(str(end))}; {why}",
+                "the artifact is what it was; tune other entries, with --entry",
+            ) from None
+        return {}, why
 
     def _drop(self, changed: dict[str, AnyTile], why: str) -> None:
         """Leave out the tiles of a round that is wrong: of several, those that are it alone."""
@@ -397,22 +415,18 @@ class Search:
     def _wrong(self, trial: Trial) -> str:
         """What is wrong with a plan's results, or nothing."""
         for step, expected in self._logits.items():
-            try:
-                found = trial.logits(step)
-            except RuntimeError as refusal:
-                return f"the card refuses it: {refusal}"
-            error = typical_error(found, expected)
+            error = typical_error(trial.logits(step), expected)
             if not error <= self._allowed:
                 return f"other results in {step}: {error:.2g} of the logits' norm"
         return ""
 
-    def _turns(self, trial: Trial, step: Step) -> tuple[list[Any], list[Any]]:
+    def _turns(self, trial: Trial, step: Step) -> tuple[list[Seconds], list[Seconds]]:
         """Seconds by launch of so many turns of the plan as it is, and of another."""
-        before, after = list[Any](), list[Any]()
+        before, after = list[Seconds](), list[Seconds]()
         for turn in range(REPEATS + 1):
             both = [(self._trial, before), (trial, after)]
             for each, into in both[:: 1 if turn % 2 else -1]:
-                into.append(each.run(step)[1])
+                into.append(each.run(step))
         return before[1:], after[1:]
 
     def _conclude(self) -> None:
@@ -421,31 +435,29 @@ class Search:
         for (key, tile), reading in self.found.readings.items():
             if reading.is_faster and reading.share < best.get(key, (1.0, tile))[0]:
                 best[key] = reading.share, tile
-        tiles, lowered = self.build({key: tile for key, (_, tile) in best.items()})
-        if not tiles:
+        if not best:
+            self.found.why = "no tile is faster"
             return
-        built = self._kernels.of(lowered)
-        trial = self._card.open(built)
-        try:
-            if self._wrong(trial):
-                return
-            times = {step: self._turns(trial, step) for step in self._steps}
-        finally:
-            trial.close()
-        sums = {
-            step: tuple(median(_sum(launches, None) for launches in each) for each in both)
-            for step, both in times.items()
+        tiles, lowered = self.build({key: tile for key, (_, tile) in best.items()})
+        if lowered is None:
+            self.found.why = "faster tiles ask together for a kernel that is not to be had"
+            return
+        times, why = self._measured(lowered)
+        if why:
+            self.found.why = f"with all faster tiles {why}"
+            return
+        self.found.steps = {
+            step: (median(_sum(x, None) for x in before), median(_sum(x, None) for x in after))
+            for step, (before, after) in times.items()
         }
-        self.found.steps = {step: (a, b) for step, (a, b) in sums.items()}
-        if sum(b for _, b in self.found.steps.values()) < sum(
-            a for a, _ in self.found.steps.values()
-        ):
-            self.found.tiles, self.found.built = tiles, built
+        before, after = (sum(both[at] for both in self.found.steps.values()) for at in (0, 1))
+        if after >= before:
+            self.found.why = "with all faster tiles the whole is no faster"
+            return
+        self.found.tiles, self.found.built = tiles, self._kernels.of(lowered)
 
 
-def _reading(
-    times: Mapping[Step, tuple[list[Any], list[Any]]], where: Mapping[str, Sequence[int]] | None
-) -> Reading | None:
+def _reading(times: Times, where: Mapping[str, Sequence[int]] | None) -> Reading | None:
     """The launches at some places of entries, or all, in all steps; `None` where none ran."""
     seconds, before = [0.0] * REPEATS, [0.0] * REPEATS
     for step, (old, new) in times.items():
@@ -456,7 +468,7 @@ def _reading(
     return Reading(tuple(seconds), tuple(before)) if any(before) else None
 
 
-def _sum(launches: Sequence[float | None], places: Sequence[int] | None) -> float:
+def _sum(launches: Seconds, places: Sequence[int] | None) -> float:
     return sum(launches[at] or 0.0 for at in (range(len(launches)) if places is None else places))
 
 
@@ -471,8 +483,3 @@ def typical_error(found: Array, expected: Array) -> float:
 
 def _first(text: str) -> str:
     return text.partition("\n")[0][:200]
-
-
-def records_json(records: Mapping[str, Any]) -> bytes:
-    """Records as kernels.json."""
-    return json.dumps(records, indent=1).encode()

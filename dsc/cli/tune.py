@@ -80,7 +80,7 @@ def _show(found: Mapping[str, Any]) -> None:
         title = f"tiles that are faster on {found['card']}"
         table = table_of(title, ("choice", "before", "now"), ("of the time", "scatter"))
         for each in found["taken"]:
-            tiles = (spelled_tile(each[name]) for name in ("before", "taken"))
+            tiles = (spelled_tile(each[name]) for name in ("before", "tile"))
             shares = (f"{each['share']:.0%}", f"{each['scatter']:.1%}")
             add_row(table, each["key"], *tiles, *shares)
         out.print(table)
@@ -94,7 +94,7 @@ def _show(found: Mapping[str, Any]) -> None:
             f"not taken: {each['key']} {spelled_tile(each['tile'])}: {each['why']}"
         )
     left = f", {found['not_tried']} not tried in time" if found["not_tried"] else ""
-    changed = f"{len(found['taken'])} taken" if found["changed"] else "nothing is faster as a whole"
+    changed = found["why_not"] or f"{len(found['taken'])} taken"
     console.stdout().print(
         f"{found['output']}: {found['choices']} choices, {found['tried']} tiles measured on"
         f" {found['card']} in {found['seconds']:.0f} s{left}; {changed}"

@@ -127,7 +127,8 @@ int cuModuleGetFunction(void **function, void *module, const char *name) {
   return module == NULL;
 }
 /* What FAKE_CUDA_PLANTED says of a binary: lines "beginning microseconds", and behind them "wrong"
- * where what it computes is to be seen in what is downloaded next. */
+ * where what it computes is to be seen in what is downloaded next, "fails" where it does not start,
+ * "ends" where no launch does any more. */
 static double planted(const char *function, const char **how) {
   const char *place = getenv("FAKE_CUDA_PLANTED"), *binary = function + strlen(function) + 1;
   char line[256], name[200], word[16];
@@ -137,7 +138,7 @@ static double planted(const char *function, const char **how) {
     int read = sscanf(line, "%199s %lf %15s", name, &us, word);
     if (read >= 2 && strncmp(name, binary, strlen(name)) == 0) {
       found = us;
-      if (read == 3) *how = " wrong";
+      if (read == 3) *how = strcmp(word, "wrong") == 0 ? " wrong" : strcmp(word, "ends") == 0 ? "!!" : "!";
     }
   }
   if (file != NULL) fclose(file);
@@ -178,7 +179,10 @@ static int launched(void *function, const unsigned *sizes, void *stream, void **
                     void **extra, const char *how) {
   char line[256];
   const unsigned *g = sizes, *b = sizes + 3;
+  static int ended;
   double us = planted(function, &how);
+  ended |= strcmp(how, "!!") == 0;
+  if (ended || *how == '!') return 719;
   if ((stream != blocks && stream != NULL) || extra != NULL || g[0] * g[1] * g[2] == 0) return 1;
   snprintf(line, sizeof line, "%s %u %u %u %u %u %u %d%s\n", (char *)function, g[0], g[1], g[2],
            b[0] * b[1] * b[2], b[1], sizes[6], inside(*(uint64_t *)parameters[0]), how);
