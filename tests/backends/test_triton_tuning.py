@@ -175,6 +175,23 @@ def test_a_card_without_triton_measures_what_was_compiled_before(bench: Bench) -
     assert not (bench.out / "triton/sm_90/space").exists(), "it is of no more use"
 
 
+def test_a_tile_that_the_card_refuses_is_dropped_and_a_card_that_ends_ends_it(bench: Bench) -> None:
+    failing = choice(bench, "latent ")
+    bench.planted.write_text(f"{failing[2]} 1 fails\n")
+    before = bench.files()
+    told = bench.told(run=TUNE)
+    (dropped,) = told["dropped"]
+    assert dropped["key"] == failing[0]
+    assert dropped["why"] == "the card refuses it: cuLaunchKernel: FAKE_ERROR"
+    assert told["tried"] > 20
+    assert told["why_not"] == "no tile is faster"
+    bench.planted.write_text(f"{failing[2]} 1 ends\n")
+    done = bench.run(run=TUNE)
+    assert done.returncode == 2
+    assert "the card answers no more: cuLaunchKernel: FAKE_ERROR" in done.stderr
+    assert bench.files() == before
+
+
 def test_an_entry_that_is_none_is_refused(bench: Bench) -> None:
     done = bench.run(run=["tune", "--entry", "decod"])
     assert done.returncode == 2

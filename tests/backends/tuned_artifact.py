@@ -20,7 +20,7 @@ from unittest.mock import patch
 
 import dsc
 from dsc import hardware, replacing
-from dsc.backends.triton import backend, tuner
+from dsc.backends.triton import backend, tuner, tuning
 from dsc.backends.triton.launch import Kernel
 from dsc.cli import main
 from dsc.ir.limits import Limits
@@ -90,6 +90,7 @@ def run() -> None:
         patch.object(backend, "compile_kernels", made.all),
         patch.object(tuner, "compile_each", made.each),
         patch.object(tuner, "has_triton", lambda: has_triton),
+        patch.object(tuning, "REPEATS", 3),
         patch.object(replacing, "_put", _killed if planted.get("kill") else replacing._put),
     ):
         _run(folder, planted)
