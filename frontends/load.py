@@ -38,6 +38,7 @@ from dsc.frontends.stock import (
 from dsc.frontends.temperature import has_temperature
 from dsc.frontends.text import read_program
 from dsc.frontends.tokenizer import find_tokenizer
+from dsc.ir.formats import SCALE_FMT, UE8M0
 from dsc.ir.lazy import torch
 from dsc.ir.limits import OPEN, Limits
 from dsc.ir.program import Program
@@ -425,6 +426,8 @@ class _Step:
         program = self.kept.program
         said = {k: v for k, v in self.facts.to_json().items() if v is not None}
         meta = {**program.meta, "config": {**said, **self.config.described}}
+        stored = self.facts.quantization_config
+        meta |= {SCALE_FMT: UE8M0} if stored is not None and stored.scale_fmt == UE8M0 else {}
         symbols = {**program.symbols, **limits.symbols}
         return replace(program, meta=meta, symbols=symbols).limited(limits)
 

@@ -3,7 +3,8 @@
 What           a linear, grouped_linear or experts over weights in codes takes each row of x as the
                nearest codes, with a scale in fp32 for some columns: beside integers as 8-bit ones,
                32 columns each, beside FP8 as FP8, 128 columns each (DeepSeek-V3, section 3.3.2).
-               Scales are powers of two where the weight's are (DeepSeek-V3.1).
+               Scales are powers of two where the weight's are (DeepSeek-V3.1, which stores them in
+               fp32: its configuration says so).
 Why it pays    integers multiply integers, 64 products an instruction of AVX-512 where fp32 has 16,
                and FP8 multiplies FP8 where the machine has it; no weight is widened first.
 Preconditions  stage OPTIMIZED or CANONICAL, and the backend asks for it. All weights that the
@@ -45,13 +46,15 @@ class QuantizeActivations(Pass):
     """Say of every such product what its rows are taken as.
 
     With `blocks` their scales are for as many columns as those of the weight, and with `powers`
-    they are powers of two beside weights that store exponents of such. With `least` rows beside
-    integers are codes only where a scale is for so many columns or a multiple, and nothing else.
+    they are powers of two beside weights that store exponents of such, with `exponents` beside all
+    in FP8. With `least` rows beside integers are codes only where a scale is for so many columns or
+    a multiple, and nothing else.
     """
 
     weights: tuple[str, ...] = option(tuple(ROWS), among=ROWS)
     blocks: bool = False
     powers: bool = False
+    exponents: bool = False
     least: int = option(0, least=0)
 
     needs = frozenset({Stage.CANONICAL, Stage.OPTIMIZED})
@@ -90,7 +93,8 @@ class QuantizeActivations(Pass):
         """What rows are taken as beside a weight's codes."""
         usual = ROWS[weight.dtype]
         assert weight.format is not None
-        if self.powers and weight.format.scales is DType.f8e8m0:
+        exponents = self.exponents and weight.dtype.is_float
+        if exponents or (self.powers and weight.format.scales is DType.f8e8m0):
             usual = f"{usual}:{DType.f8e8m0}"
         if self.least and weight.dtype.is_int:
             columns, zeros = weight.format.block[1], weight.format.zeros

@@ -68,6 +68,9 @@ ROWS: Mapping[str, str] = MappingProxyType(
     {"i8": "i8:32", "i4": "i8:32", "f8e4m3": "f8e4m3:128"}
 )  # fmt: skip
 """What products take their rows as beside weights of such codes: codes, and columns of a scale."""
+SCALE_FMT, UE8M0 = "scale_fmt", "ue8m0"
+"""The key of a program's meta that says how scales of FP8 were made in training, and that they, and
+those of rows, were powers of two (DeepSeek-V3.1, which stores them in fp32)."""
 CACHED = ("f8e4m3", "i8")
 """Codes that caches are kept in (`pack_state`)."""
 WHOLE = 0

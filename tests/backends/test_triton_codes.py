@@ -12,6 +12,8 @@ import torch
 
 import dsc
 from dsc.backends.triton.program import lower_program
+from dsc.ir.formats import SCALE_FMT, UE8M0
+from dsc.ir.printer import print_program
 from dsc.ir.program import Program
 from tests.backends.canonical_lm import Sizes, canonical_lm
 from tests.backends.triton_coded import assembly, loaded, program
@@ -139,3 +141,15 @@ def test_a_language_model_in_codes_says_what_its_program_says(quant: str, kept: 
         found.append(torch.stack([*logits, session.decode(torch.tensor([7, 9]))]))
     assert (found[0] - found[1]).abs().max() < NEAR
     assert torch.equal(found[0].argmax(-1), found[1].argmax(-1))
+
+
+@pytest.mark.parametrize("said", ["float32", UE8M0])
+def test_rows_have_powers_of_two_where_a_checkpoint_was_trained_so(said: str) -> None:
+    """DeepSeek-V3.1: scales of weights are powers of two, stored in fp32."""
+    model = canonical_lm(Sizes(layers=1, dense=0), 2, 32)
+    made = dsc.compile(
+        replace(model, meta={**model.meta, SCALE_FMT: said}), backend="triton", quant="fp8",
+        max_batch=2, max_context=32, backend_options={"compile": False},
+    )  # fmt: skip
+    rows = "f8e4m3:128:f8e8m0" if said == UE8M0 else "f8e4m3:128"
+    assert set(re.findall('activations="(.*?)"', print_program(made.program))) == {rows}

@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 
 import dsc
 from dsc.frontends.huggingface import load_checkpoint
+from dsc.ir.formats import SCALE_FMT
 from dsc.ir.types import DType
 from tests.released import RELEASES, VOCABULARY, release
 
@@ -40,6 +41,8 @@ def test_a_release_compiles_as_it_stands(name: str, backend: str, tmp_path: Path
         expected = small.stock(input_ids=ids, use_cache=False).logits
     scale = max(1.0, float(expected.abs().max()))
     assert float((torch.cat(rows, 1) - expected).abs().max()) / scale < 1e-4
+    trained = small.config.get("quantization_config", {}).get("scale_fmt")
+    assert compiled.program.meta.get(SCALE_FMT) == trained
     assert compiled.manifest["generation"]["eos_token_id"] == small.ends
     notes = " ".join(compiled.report["notes"])
     assert ("(MTP)" in notes) == bool(small.further)

@@ -62,6 +62,10 @@ def test_rows_have_powers_of_two_beside_weights_that_have() -> None:
     made = parse_program(TEXT.replace("f8e4m3{32x32,f32}[32,32]", "f8e4m3{32x32,f8e8m0}[32,32]"))
     for powers, wanted in ((True, "f8e4m3:128:f8e8m0"), (False, "f8e4m3:128")):
         assert said(QuantizeActivations(powers=powers).run(made, PassReport()))[2] == wanted
+    found = said(QuantizeActivations(exponents=True).run(parse_program(TEXT), PassReport()))
+    plain = said(QuantizeActivations().run(parse_program(TEXT), PassReport()))
+    floats = [x.replace("f8e4m3:128", "f8e4m3:128:f8e8m0") for x in plain]
+    assert found == floats != plain
 
 
 def test_rows_stay_numbers_beside_integers_in_small_blocks() -> None:
