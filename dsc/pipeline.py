@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 from dsc.backends.base import Backend, Capabilities, check_supported
 from dsc.errors import UnsupportedOperator, UsageError, one_of
-from dsc.ir.formats import CODINGS, SCALE_FMT, UE8M0, is_whole
+from dsc.ir.formats import CODINGS, is_whole
 from dsc.ir.graph import Weight
 from dsc.ir.interface import Storage
 from dsc.ir.op import traits_of
@@ -229,7 +229,6 @@ SLOTS = (
         lambda s: {
             "weights": tuple(c for c in s.can.activations if s.asked.quant == "fp8" or c != FP8),
             "blocks": s.can.unsigned > 0, "powers": s.can.powers, "least": s.can.least,
-            "exponents": s.can.powers and s.program.meta.get(SCALE_FMT) == UE8M0,
         },
     ),
     Slot(Part.OPTIMISE, "pair_gates", lambda s: s.can.pairs and s.asked.codes and _has_codes(s)),

@@ -27,7 +27,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from functools import partial
 
-from dsc.ir.formats import ROWS, WHOLE
+from dsc.ir.formats import ROWS, SCALE_FMT, UE8M0, WHOLE
 from dsc.ir.graph import Attrs, Graph, Node
 from dsc.ir.op import lookup
 from dsc.ir.program import Program
@@ -46,22 +46,22 @@ class QuantizeActivations(Pass):
     """Say of every such product what its rows are taken as.
 
     With `blocks` their scales are for as many columns as those of the weight, and with `powers`
-    they are powers of two beside weights that store exponents of such, with `exponents` beside all
-    in FP8. With `least` rows beside integers are codes only where a scale is for so many columns or
-    a multiple, and nothing else.
+    they are powers of two beside weights that store exponents of such, and beside all in FP8 where
+    the program's checkpoint was trained so. With `least` rows beside integers are codes only where
+    a scale is for so many columns or a multiple, and nothing else.
     """
 
     weights: tuple[str, ...] = option(tuple(ROWS), among=ROWS)
     blocks: bool = False
     powers: bool = False
-    exponents: bool = False
     least: int = option(0, least=0)
 
     needs = frozenset({Stage.CANONICAL, Stage.OPTIMIZED})
 
     def run(self, program: Program, report: PassReport) -> Program:
         """One walk over all nodes."""
-        return program.map_entries(partial(self._said, report))
+        trained = program.meta.get(SCALE_FMT) == UE8M0
+        return program.map_entries(partial(self._said, report, self.powers and trained))
 
     def comparable(self, before: Program, after: Program) -> Program:
         """With rows as they were: what codes say of them is their operators' to prove."""
@@ -71,9 +71,9 @@ class QuantizeActivations(Pass):
         ) for name, graph in after.entries.items()}  # fmt: skip
         return replace(after, entries=entries)
 
-    def _said(self, report: PassReport, graph: Graph) -> Graph:
+    def _said(self, report: PassReport, trained: bool, graph: Graph) -> Graph:
         def said(node: Node) -> Node:
-            rows = self._rows(node)
+            rows = self._rows(node, trained)
             if not rows:
                 return node
             report.fire(RULE, places=[node.loc])
@@ -81,19 +81,20 @@ class QuantizeActivations(Pass):
 
         return replace(graph, nodes=tuple(map(said, graph.nodes)))
 
-    def _rows(self, node: Node) -> str:
+    def _rows(self, node: Node, trained: bool) -> str:
         """What a product takes its rows as, or nothing."""
         if lookup(node.op).attr(ACTIVATIONS) is None or node.attrs.get(ACTIVATIONS):
             return ""
         stored = {node[name].type for name in lookup(node.op).traits.stored}
-        found = {self._beside(t) if t.format and t.dtype in self.weights else "" for t in stored}
+        coded = [t if t.format and t.dtype in self.weights else None for t in stored]
+        found = {self._beside(t, trained) if t is not None else "" for t in coded}
         return found.pop() if len(found) == 1 else ""
 
-    def _beside(self, weight: TensorType) -> str:
+    def _beside(self, weight: TensorType, trained: bool) -> str:
         """What rows are taken as beside a weight's codes."""
         usual = ROWS[weight.dtype]
         assert weight.format is not None
-        exponents = self.exponents and weight.dtype.is_float
+        exponents = trained and weight.dtype.is_float
         if exponents or (self.powers and weight.format.scales is DType.f8e8m0):
             usual = f"{usual}:{DType.f8e8m0}"
         if self.least and weight.dtype.is_int:
