@@ -12,6 +12,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -59,10 +60,15 @@ def speeds(folder: Path, found: Mapping[str, Any], tell: Tell) -> None:
     place = models[0] / "triton" / driver.arch
     began = time.perf_counter()
     while time.perf_counter() - began < WARM_S:
-        timer.product_speed(place, "bf16")
-    for kind in KINDS:
-        tell(kind, float(f"{timer.product_speed(place, kind):.4g}"))
-    tell("copy", float(f"{timer.copy_speed():.4g}"))
+        with suppress(RuntimeError):  # it is told below
+            timer.product_speed(place, "bf16")
+    read: dict[str, Callable[[], float]] = {"copy": timer.copy_speed}
+    read |= {kind: partial(timer.product_speed, place, kind) for kind in KINDS}
+    for kind, probe in read.items():
+        try:
+            tell(kind, float(f"{probe():.4g}"))
+        except Exception as problem:
+            tell(f"no {kind}", f"{type(problem).__name__}: {str(problem)[:300]}")
     timer.close()
     memory.release()
     driver.close()

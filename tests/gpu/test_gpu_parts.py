@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from bench.gpu import bars, checks, parts
+from bench.gpu import bars, checks, parts, steps
 
 STEP = {"ms": 2.0, "of copy speed": 0.7, "of limit": 0.7, "attention_ms": 0.6,
         "products": {"of matrix peak": 0.7}}  # fmt: skip
@@ -154,6 +156,36 @@ def test_bars_are_those_of_the_card() -> None:
     assert told["tokens of tiny-v3 in bf16"] == {"ok": False}
     other = bars.judged(found | {"speeds": {"card": "NVIDIA L4"}})
     assert other["671b-3l decode at 512, of copy speed"]["least"] is None
+
+
+def test_a_speed_that_cannot_be_read_leaves_the_others(
+    archive: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Timer:
+        def __init__(self, memory: object) -> None:
+            self.close = lambda: None
+
+        def copy_speed(self) -> float:
+            return 4e12
+
+        def product_speed(self, place: Path, kind: str) -> float:
+            if kind == "fp8":
+                raise RuntimeError("the product that reads the matrix peak is wrong")
+            return 9e14
+
+    (archive / "a model").mkdir()
+    (archive / "a model" / "dsc.json").touch()
+    driver = SimpleNamespace(kind="cuda", arch="sm_90", close=lambda: None)
+    monkeypatch.setattr(steps, "driver_for", lambda place: driver)
+    monkeypatch.setattr(steps, "Timer", Timer)
+    found: dict[str, Any] = {}
+    steps.speeds(archive, {}, found.__setitem__)
+    assert (found["copy"], found["bf16"], found["int8"]) == (4e12, 9e14, 9e14)
+    assert found["no fp8"] == "RuntimeError: the product that reads the matrix peak is wrong"
+    assert steps.speed({"speeds": found}, "copy") == 4e12
+    assert math.isnan(steps.speed({"speeds": found}, "fp8"))
+    peers = {"speeds": found, "torch's speeds": {"fp8": {"a second": 1e15}}}
+    assert steps.speed(peers, "fp8") == 1e15
 
 
 def test_tokens_agree_where_the_reference_is_sure() -> None:
