@@ -16,9 +16,8 @@ from typing import Any
 import numpy as np
 
 from bench.gpu.archive import ROOT, TINY_CHECKPOINT
-from bench.gpu.device import driver_for, opened, step_inputs
+from bench.gpu.device import driver_for, opened, poisoned, step_inputs
 from dsc.backends.triton.device import DeviceExecutable
-from dsc.backends.triton.driver import Driver
 from dsc.ir.parser import parse_program
 from dsc.ir.program import Program
 from dsc.ir.safetensors import open_safetensors
@@ -35,8 +34,6 @@ MARGIN = 10
 """Of the typical step's error of it, what the two best tokens must be apart by."""
 EXACT = 2e-3
 """Of the largest number, what sums in fp32 may be off by on a card, whose units round products."""
-POISON = 0xFF
-"""Memory that is handed out holds NaN as floats and -1 as integers."""
 TOOLS = ("/usr/local/cuda/bin/compute-sanitizer", "/opt/cuda/bin/compute-sanitizer")
 CLEAN = ("ERROR SUMMARY: 0 errors", "RACECHECK SUMMARY: 0 hazards")
 REFUSED = "Device not supported"
@@ -109,21 +106,6 @@ def agreement(expected: Sequence[Pair], logits: Iterable[Any]) -> Figures:
 # --- operators ------------------------------------------------------------------------------------
 
 
-class Poisoned:
-    """Has a driver hand out memory that no kernel may read before it is written."""
-
-    def __init__(self, driver: Driver) -> None:
-        self._driver, self._allocate = driver, driver.allocate
-
-    def allocate(self, size: int) -> int:
-        """Device memory full of ones."""
-        pointer = self._allocate(size)
-        ones = np.full(max(size, 1), POISON, np.uint8)
-        self._driver.upload(pointer, ones.ctypes.data, ones.nbytes)
-        self._driver.synchronise()
-        return pointer
-
-
 def operators(folder: Path, found: Mapping[str, Any], tell: Tell) -> None:
     """Every kernel over odd and large shapes, beside the operators' references by torch."""
     from tests.backends.triton_cases import EMITTED, cases, large_cases
@@ -157,8 +139,7 @@ def codes(folder: Path, found: Mapping[str, Any], tell: Tell) -> None:
 
 
 def _poisoned(place: Path, weights: Path, program: Program) -> DeviceExecutable:
-    driver = driver_for(place)
-    driver.allocate = Poisoned(driver).allocate  # type: ignore[method-assign]
+    driver = poisoned(driver_for(place))
     return DeviceExecutable(place / "triton" / driver.arch, weights, program, driver)
 
 

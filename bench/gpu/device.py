@@ -29,6 +29,21 @@ def driver_for(folder: Path) -> Driver:
     return driver_of("hip" if archs and archs[0].startswith("gfx") else "cuda")
 
 
+def poisoned(driver: Driver) -> Driver:
+    """The driver, which hands out memory full of ones: NaN as a float, -1 as an integer."""
+    allocate = driver.allocate
+
+    def poison(size: int) -> int:
+        pointer = allocate(size)
+        ones = np.full(max(size, 1), 0xFF, np.uint8)
+        driver.upload(pointer, ones.ctypes.data, ones.nbytes)
+        driver.synchronise()
+        return pointer
+
+    driver.allocate = poison  # type: ignore[method-assign]
+    return driver
+
+
 @contextmanager
 def opened(folder: Path) -> Iterator[tuple[DeviceExecutable, Program]]:
     """A model of a folder over weights that are made for it."""

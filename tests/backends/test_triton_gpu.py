@@ -6,7 +6,6 @@ wrote finds NaN, or -1. The trained tiny checkpoint runs as users run it.
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import subprocess
 import sys
@@ -19,6 +18,8 @@ import pytest
 import torch
 
 import dsc
+from bench.gpu.checks import EXACT
+from bench.gpu.device import poisoned
 from dsc.api import CompiledModel
 from dsc.backends.base import EmitOptions
 from dsc.backends.reference import ReferenceExecutable
@@ -30,10 +31,14 @@ from dsc.ir.graph import GraphBuilder
 from dsc.ir.program import Program
 from dsc.ir.types import DType, TensorType
 from dsc.models.configs import TINY_CHECKPOINT
+from dsc.runtime.packing import pack
 from dsc.runtime.session import Session
 from dsc.targets import Target, parse_target
 from tests.backends.test_triton_fused import REGIONS, agree, region
 from tests.backends.triton_cases import EMITTED, Case, cases, large_cases, program_of
+from tests.backends.triton_coded import program as coded_program
+from tests.backends.triton_coded_cases import CASES as CODED
+from tests.backends.triton_coded_cases import check
 
 pytestmark = pytest.mark.gpu
 pytest.importorskip("triton")
@@ -55,17 +60,6 @@ PASSAGE = (
 )
 
 
-class Poisoned(Driver):
-    """A driver that hands out memory full of ones: NaN as a float, -1 as an integer."""
-
-    def allocate(self, size: int) -> int:
-        pointer = super().allocate(size)
-        fill = (ctypes.c_uint64(pointer), ctypes.c_ubyte(0xFF), ctypes.c_size_t(max(size, 1)))
-        self._check("cuMemsetD8_v2", *fill)
-        self._check("cuCtxSynchronize")
-        return pointer
-
-
 @pytest.fixture(scope="module")
 def target() -> Target:
     found = [gpu.target for gpu in gpus() if gpu.target.startswith("cuda:")]
@@ -75,12 +69,15 @@ def target() -> Target:
 
 
 def load(program: Program, target: Target, folder: Path) -> DeviceExecutable:
-    """Compile a program without weights for the GPU and load it into poisoned memory."""
+    """Compile a program for the GPU and load it, with its weights, into poisoned memory."""
     emission = TritonBackend().emit(program, EmitOptions(targets=(target,)))
     for name, data in emission.files.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(data)
-    return DeviceExecutable(folder / "triton" / target.arch, folder / "none", program, Poisoned())
+    weights = folder / "weights.safetensors"
+    pack(program, weights)
+    place = folder / "triton" / target.arch
+    return DeviceExecutable(place, weights, program, poisoned(Driver()))
 
 
 @pytest.fixture(scope="module")
@@ -92,6 +89,20 @@ def operators(target: Target, tmp_path_factory: pytest.TempPathFactory) -> Devic
 @pytest.mark.parametrize("name", CASES)
 def test_kernel_agrees_with_reference(operators: DeviceExecutable, name: str) -> None:
     CASES[name].check(run_case(operators, name, CASES[name]))
+
+
+@pytest.fixture(scope="module")
+def codes(
+    target: Target, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Program, DeviceExecutable]:
+    """All products, caches and tables in codes as one artifact."""
+    made = coded_program(CODED)
+    return made, load(made, target, tmp_path_factory.mktemp("codes"))
+
+
+@pytest.mark.parametrize("name", CODED)
+def test_codes_are_the_interpreters(codes: tuple[Program, DeviceExecutable], name: str) -> None:
+    check(*codes, name, EXACT)
 
 
 def run_case(executable: DeviceExecutable, name: str, case: Case) -> dict[str, torch.Tensor]:
