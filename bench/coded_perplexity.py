@@ -24,9 +24,9 @@ import torch
 
 import dsc
 from bench import language
-from bench.bars import TEXT, TINY
 from bench.onnx_stock import StockSession, opened
 from bench.results import OUT, measured, tell
+from bench.tiny import TEXT, TINY
 from dsc.frontends.convert import convert
 
 RESULTS = OUT / "coded_perplexity.jsonl"

@@ -24,8 +24,8 @@ from typing import Any
 import torch
 
 import dsc
-from bench.bars import TINY
 from bench.results import OUT, measured, tell
+from bench.tiny import TINY
 from dsc.frontends.convert import convert
 
 RESULTS = OUT / "triton_tokens.jsonl"
