@@ -9,8 +9,8 @@ Importing this package imports neither triton nor a driver. How a program become
     slots.py     what stands in a template's places: prologue.py is what is done to rows before a
                  product, codes.py and coded_rows.py read and sum codes, epilogue.py is what follows
                  on a tile, wanted.py who stores codes for whom, coded_cache.py caches in codes
-    rows.py      the generator for operators along rows and chains of elements; pointwise.py has
-                 the formulas of both
+    rows.py      the generator for operators along rows and chains of elements; row_text.py writes
+                 its lines, pointwise.py has the formulas of both
     blocks.py    block sizes by target, the interpreter's among them, and what else could be taken;
                  tuning.py finds the fastest, tuner.py on a card, for which choices.py keeps them;
                  devices.py what is known of architectures and cards

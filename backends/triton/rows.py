@@ -13,20 +13,20 @@ row is held whole, or, by a reduction alone, walked along block by block.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from dsc.backends.triton.blocks import ceil_div, next_power
 from dsc.backends.triton.coded_cache import parts_of, row_bytes, to_codes
-from dsc.backends.triton.pointwise import NAN, applied, literal, normed, rounded, wide_type, widen
+from dsc.backends.triton.pointwise import NAN, applied, literal, normed, rounded, wide_type
+from dsc.backends.triton.row_text import RowColumns, RowText
 from dsc.ir import views
 from dsc.ir.dims import Dim, product
 from dsc.ir.graph import Attrs
 from dsc.ir.region_steps import Lines, Literal, NoKernel, Read, RowStep
 from dsc.ir.traits import Role
-from dsc.ir.views import View, joined
+from dsc.ir.views import View
 
 if TYPE_CHECKING:
     from dsc.backends.triton.context import Context, Given
@@ -46,49 +46,34 @@ _EXTREME = {"amax": -(1 << 63), "amin": (1 << 63) - 1}
 
 
 @dataclass(frozen=True)
-class _Columns:
-    """Columns of one number: their index is [1, BLOCK], their mask [BLOCK_ROWS, BLOCK]."""
-
-    count: Dim
-    index: str
-    mask: str
-    block: str
-
-
-@dataclass(frozen=True)
 class _Value:
     """A result in registers: a block, or of rope two, with the elements of a row that they are."""
 
     parts: tuple[str, ...]
-    columns: _Columns
+    columns: RowColumns
     places: tuple[tuple[str, ...], ...] = ()
     """Of each half the indices of its elements in a row, as expressions: (head and) element."""
 
 
-class RowKernel:
+class RowKernel(RowText):
     """The text of a region's kernel, and what a launch of it is told. Raises `NoKernel`."""
 
     def __init__(
         self, steps: Sequence[RowStep], rows: Dim, coded: Mapping[int, CodedTarget] | None = None
     ) -> None:
+        super().__init__()
         self.steps, self.rows, self.coded = steps, rows, coded or {}
-        self.lines: list[str] = []
-        self.indent = 1
-        self.pointers: dict[View, str] = {}
-        self.numbers: dict[Dim, str] = {}
         self.values: dict[int, _Value] = {}
-        self.known: dict[str, str] = {}
-        """Names of what was computed before, by expression."""
         pairs = {s.number: _pairs(s) for s in steps if s.role is Role.ROTATION}
         counts = {s.number: _count(s, pairs) for s in steps}
         self.columns = {
-            count: _Columns(count, f"d{i}", f"k{i}", f"BLOCK_{i}")
+            count: RowColumns(count, f"d{i}", f"k{i}", f"BLOCK_{i}")
             for i, count in enumerate(dict.fromkeys(counts.values()))
         }
         self.counts = counts
         self.flat = all(s.role is Role.POINTWISE and s.extents == (1,) for s in steps)
         if self.flat:
-            self.columns = {1: _Columns(1, "", "live", "")}
+            self.columns = {1: RowColumns(1, "", "live", "")}
         reduces = any(s.role is Role.REDUCTION for s in steps)
         self.tiled = not reduces and len(self.columns) == 1 and not any(map(_in_codes, steps))
         first = counts[steps[0].number]
@@ -118,97 +103,9 @@ class RowKernel:
         for step in self.steps:
             emit[step.role](step, self.columns[self.counts[step.number]])
 
-    # --- names ------------------------------------------------------------------------------------
+    # --- values ----------------------------------------------------------------------------------
 
-    def _say(self, *lines: str) -> None:
-        self.lines += ["    " * self.indent + line for line in lines]
-
-    def _named(self, expression: str) -> str:
-        """The name of a value that is computed where it is first asked for."""
-        if expression not in self.known:
-            self.known[expression] = f"t{len(self.known)}"
-            self._say(f"{self.known[expression]} = {expression}")
-        return self.known[expression]
-
-    def _number(self, dim: Dim) -> str:
-        return self.numbers.setdefault(dim, f"n{len(self.numbers)}")
-
-    def _index(self, columns: _Columns, start: str) -> None:
-        index = columns.index
-        self._say(f"{index} = {start}tl.arange(0, {columns.block})[None, :]")
-        self._say(f"{columns.mask} = live & ({index} < {self._number(columns.count)})")
-
-    @contextmanager
-    def _along(self, columns: _Columns) -> Iterator[None]:
-        """What is said of all columns: of one block, or of each in turn."""
-        if not self.walks:
-            yield
-            return
-        self._say(f"for start in range(0, {self._number(columns.count)}, {columns.block}):")
-        before = dict(self.known)
-        self.indent += 1
-        self._index(columns, "start + ")
-        yield
-        self.indent -= 1
-        self.known = before
-
-    # --- memory -----------------------------------------------------------------------------------
-
-    def _terms(self, index: str, axes: Sequence[tuple[Dim, Dim]]) -> list[str]:
-        """The parts of a position that an index over axes, each (extent, stride), stands for."""
-        terms = []
-        merged = joined(axes)
-        wide = "" if self.flat else ".to(tl.int64)"
-        for k in reversed(range(len(merged))):
-            extent, stride = merged[k]
-            own = index
-            if k > 0:
-                own, index = (
-                    f"{index} % {self._number(extent)}",
-                    f"({index} // {self._number(extent)})",
-                )
-            if stride == 1:
-                terms.append(own)
-            elif stride != 0:
-                terms.append(f"({own}){wide} * {self._number(stride)}")
-        return terms
-
-    def _place(
-        self,
-        lines: Lines,
-        columns: _Columns,
-        inner: Sequence[tuple[str, int]] = (),
-        each: bool = False,
-    ) -> tuple[str, str]:
-        """Where elements lie, and the argument that says which there are.
-
-        `inner` are indices of the axes of a row with their positions, else the columns unravel. One
-        element for all is a scalar, unless `each` is to have an address.
-        """
-        view, lead = lines.view, lines.lead
-        axes = list(zip(view.shape, view.strides, strict=True))
-        outer = self._terms("row", axes[:lead])
-        if inner:
-            within = [t for index, k in inner for t in self._terms(index, [axes[lead + k]])]
-        else:
-            within = self._terms(columns.index, axes[lead:])
-        pointer = self.pointers.setdefault(view, f"p{len(self.pointers)}")
-        if each and not outer and not within:
-            outer = ["row * 0"]
-        mask = ""
-        if outer:
-            mask = f", mask={columns.mask if within else 'live'}"
-        elif within:
-            mask = f", mask={columns.index} < {self._number(columns.count)}"
-        return " + ".join([pointer, *outer, *within]), mask
-
-    def _load(self, lines: Lines, columns: _Columns, inner: Sequence[tuple[str, int]] = ()) -> str:
-        place, mask = self._place(lines, columns, inner)
-        return self._named(
-            f"tl.load({place}{mask and mask + ', other=0'}){widen(lines.view.dtype)}"
-        )
-
-    def _read(self, read: Read, columns: _Columns) -> str:
+    def _read(self, read: Read, columns: RowColumns) -> str:
         """The name of an operand's block; it broadcasts to that of the columns."""
         if isinstance(read.source, Lines):
             return self._load(read.source, columns)
@@ -252,10 +149,7 @@ class RowKernel:
     def _store_codes(self, target: CodedTarget, value: _Value) -> None:
         """A result as codes of groups of its columns, and their scales."""
         (part,), columns, group = value.parts, value.columns, target.rows.columns
-        codes, scales = (
-            self.pointers.setdefault(x, f"p{len(self.pointers)}")
-            for x in (target.codes, target.scales)
-        )
+        codes, scales = (self._pointer(x) for x in (target.codes, target.scales))
         groups = f"{columns.block} // {group}"
         width, count = map(self._number, (target.codes.shape[1], target.scales.shape[1]))
         first = f"tl.program_id(1) * ({groups}) + " if self.tiled else ""
@@ -271,12 +165,12 @@ class RowKernel:
 
     # --- operators --------------------------------------------------------------------------------
 
-    def _pointwise(self, step: RowStep, columns: _Columns) -> None:
+    def _pointwise(self, step: RowStep, columns: RowColumns) -> None:
         made = applied(step, [self._read(x, columns) for x in step.reads])
         self._say(f"v{step.number} = {made}")
         self._keep(step, _Value((f"v{step.number}",), columns))
 
-    def _reduction(self, step: RowStep, columns: _Columns) -> None:
+    def _reduction(self, step: RowStep, columns: RowColumns) -> None:
         """Statistics of a row; then each of its elements by them, or they are all there is."""
         op, dtype, name = step.op, step.dtype, f"s{step.number}"
         count, mask = self._number(columns.count), columns.mask
@@ -323,7 +217,7 @@ class RowKernel:
             self._say(f"v{step.number} = {made}")
             self._keep(step, _Value((f"v{step.number}",), columns))
 
-    def _rotation(self, step: RowStep, columns: _Columns) -> None:
+    def _rotation(self, step: RowStep, columns: RowColumns) -> None:
         """Pairs (i, i + half) or (2i, 2i + 1), turned by the row's position times a frequency.
 
         Columns behind those that turn are pairs of neighbours that stay what and where they are.
@@ -362,7 +256,7 @@ class RowKernel:
         places = pairs if layout == "interleaved" else halves
         self._keep(step, _Value(parts, columns, places))
 
-    def _write(self, step: RowStep, columns: _Columns) -> None:
+    def _write(self, step: RowStep, columns: RowColumns) -> None:
         """A new row behind those that its sequence has; none passes the capacity."""
         new, lengths, cache, *table = step.reads
         assert isinstance(lengths.source, Lines)
@@ -370,7 +264,7 @@ class RowKernel:
         new_rows, capacity, *page = map(self._number, step.over)
         sequence = self._named(f"row // {new_rows}")
         used = lengths.source.view
-        pointer = self.pointers.setdefault(used, f"p{len(self.pointers)}")
+        pointer = self._pointer(used)
         axes = list(zip(used.shape, used.strides, strict=True))[:1]
         length = " + ".join([pointer, *(self._terms(sequence, axes) or [f"{sequence} * 0"])])
         slot = self._named(f"tl.load({length}, mask=live, other=0) + row % {new_rows}")
@@ -387,7 +281,7 @@ class RowKernel:
         value = self.values.get(new.source) if isinstance(new.source, int) else None
         if value is None or not value.places:
             value = _Value((self._read(new, columns),), columns, ((columns.index,),))
-        target = self.pointers.setdefault(cache.source.view, f"p{len(self.pointers)}")
+        target = self._pointer(cache.source.view)
         for part, (element,) in zip(value.parts, value.places, strict=True):
             at = f"{target} + {start} + {element}"
             self._say(f"tl.store({at}, {part}, mask={inside} & {columns.mask})")
@@ -396,7 +290,7 @@ class RowKernel:
         self, table: View, sequence: str, slot: str, blocks: str, page: str
     ) -> tuple[str, str]:
         """Where a row lies in the pages of a block table, and whether it has one."""
-        pointer = self.pointers.setdefault(table, f"p{len(self.pointers)}")
+        pointer = self._pointer(table)
         block = self._named(f"{slot} // {page}")
         inside = self._named(f"live & ({block} < {blocks})")
         at = f"{pointer} + {sequence} * {blocks} + {block}"
@@ -405,13 +299,10 @@ class RowKernel:
         return start, self._named(f"{inside} & ({number} >= 0)")
 
     def _write_codes(
-        self, new: Read, cache: View, columns: _Columns, row: str, inside: str
+        self, new: Read, cache: View, columns: RowColumns, row: str, inside: str
     ) -> None:
         """A new row as codes and their scales, at a row of the cache."""
-        codes, scales = (
-            (self.pointers.setdefault(part, f"p{len(self.pointers)}"), part)
-            for part in parts_of(cache)
-        )
+        codes, scales = ((self._pointer(part), part) for part in parts_of(cache))
         width, count = row_bytes(cache.type), int(scales[1].shape[-1])  # type: ignore[arg-type]
         value = self._read(new, columns)
         blank = f"tl.zeros((BLOCK_ROWS, {columns.block}), tl.float32)"

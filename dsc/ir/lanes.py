@@ -3,6 +3,8 @@
 What computes is in one lane, collectives are in another, so that a rank computes while tensors
 travel; copies between memories have a third. A step starts when the step before it in its lane has
 ended, and those steps of other lanes that it waits for.
+
+The price is memory: what a collective reads or writes stays until somebody has waited for it.
 """
 
 from __future__ import annotations
