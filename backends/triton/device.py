@@ -394,12 +394,21 @@ def _load_functions(driver: Driver, folder: Path) -> dict[str, Function]:
         if record["global_scratch"] or record["profile_scratch"]:
             raise BackendUnavailable(f"{key} wants scratch memory", "recompile without profiling")
         image = (folder / record["file"]).read_bytes()
-        functions[key] = driver.load(
-            image,
-            record["symbol"],
-            record["warps"],
-            record["shared"],
-            record["parameters"],
-            record.get("dependent", False),
-        )
+        try:
+            functions[key] = driver.load(
+                image,
+                record["symbol"],
+                record["warps"],
+                record["shared"],
+                record["parameters"],
+                record.get("dependent", False),
+            )
+        except OutOfMemory:
+            raise
+        except RuntimeError as refused:
+            raise BackendUnavailable(
+                f"the GPU's driver does not take {record['file']}: {refused}",
+                "install a newer driver, or compile the model again with this machine's Triton",
+                where=str(folder),
+            ) from None
     return functions

@@ -5,13 +5,14 @@ from __future__ import annotations
 import gc
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import dsc
 from dsc.backends.triton.device import DeviceExecutable
 from dsc.backends.triton.launch import LaunchProgram
-from dsc.errors import MemoryLimitError
+from dsc.errors import BackendUnavailable, MemoryLimitError
 from dsc.ir.program import Program
 from dsc.runtime.plan import Plan
 from dsc.runtime.session import Session
@@ -139,3 +140,15 @@ def test_what_timing_takes_is_within_the_limit(model: Program, artifact: Path) -
     with pytest.raises(MemoryLimitError, match=r"what is copied of .*limit is "):
         executable.copy_speed()
     assert held(driver) == before
+
+
+def test_a_driver_that_is_too_old_for_a_binary_is_said_so(model: Program, artifact: Path) -> None:
+    class Older(FakeDriver):
+        def load(self, *given: Any) -> Any:
+            raise RuntimeError("cuModuleLoadData: CUDA_ERROR_INVALID_IMAGE")
+
+    driver, place = Older(), artifact / "triton/sm_90"
+    with pytest.raises(BackendUnavailable, match="does not take k: cuModuleLoadData") as refusal:
+        DeviceExecutable(place, artifact / "weights/model.safetensors", model, driver)
+    assert "install a newer driver" in str(refusal.value)
+    assert held(driver) == 0
