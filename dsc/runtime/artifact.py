@@ -190,7 +190,8 @@ def rewrite(opened: Artifact, change: Tuned) -> None:
                 path = _inside(folder, name)
                 path.unlink()
                 with suppress(OSError):  # others are in it
-                    path.parent.rmdir()
+                    for place in path.parents[: len(Path(name).parts) - 1]:
+                        place.rmdir()
         for name, data in change.files.items():
             path = _inside(folder, name)
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -31,6 +31,7 @@ from dsc.runtime.emission import Emission, check_unchanged
 from dsc.runtime.nodes import draft_nodes, whole_entry
 from dsc.runtime.packing import layout, pack
 from dsc.runtime.plan import FORMAT, WEIGHT, Buffer, EntryPlan, Launch, Plan, Port, Ref
+from dsc.runtime.tuned import Tuned
 from tests.runtime.test_session import small_lm
 
 TEXT = """program "p" {stage=CANONICAL}
@@ -467,6 +468,38 @@ def test_the_script_for_people_needs_no_trust(
 def test_without_weights_there_is_nothing_for_people_to_run(tmp_path: Path) -> None:
     out = write(tmp_path / "out", Emission({}, runner="class Model: ..."), with_weights=False)
     assert not (out / "run.py").exists()
+
+
+def test_new_files_stand_in_place_of_old_ones_and_all_else_stays(tmp_path: Path) -> None:
+    old = Emission({"x/code.txt": b"hello", "y/gone.so": b"code", "y/z/more.txt": b"1"})
+    out = write(tmp_path / "out", old)
+    (out / "mine").symlink_to("nowhere")
+    weights = (out / "weights/model.safetensors").stat().st_ino
+    os.link(out / "x/code.txt", tmp_path / "before")
+    change = Tuned({}, {"x/code.txt": b"other", "new/a.so": b"b"}, ("y/",), {"cpu": {"tuned": 1}})
+    artifact.rewrite(artifact.read(out), change)
+    found = artifact.read(out)
+    assert artifact.check_hashes(out) == len(found.manifest["files"])
+    names = {str(p.relative_to(out)) for p in out.rglob("*") if p.is_file()} - {"dsc.json"}
+    assert names == {*found.manifest["files"]}
+    assert {"new/a.so", "x/code.txt"} <= names
+    assert not (out / "y").exists()
+    assert (out / "x/code.txt").read_bytes() == b"other"
+    assert (tmp_path / "before").read_bytes() == b"hello", "the old one is not written to"
+    assert (out / "weights/model.safetensors").stat().st_ino == weights
+    assert (out / "mine").is_symlink()
+    assert found.manifest["meta"]["targets"] == {"cpu": {"tuned": 1}}
+
+
+def test_new_files_make_no_stranger_trusted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = write(tmp_path / "out", Emission({"a.so": b"code"}))
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "another"))
+    artifact.rewrite(artifact.read(out, trust=True), Tuned({}, {"b.so": b"more"}))
+    assert artifact.loads_untrusted(out) is False
+    with pytest.raises(ArtifactError, match="not built by this user"):
+        artifact.read(out)
 
 
 def test_a_symlink_in_the_artifact_is_refused(tmp_path: Path) -> None:
