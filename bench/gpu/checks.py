@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from bench.gpu.archive import ROOT, TINY_CHECKPOINT
-from bench.gpu.device import driver_for, opened, poisoned, step_inputs
+from bench.gpu.device import driver_for, opened, poisoned, step_inputs, weight_bytes
 from dsc.backends.triton.device import DeviceExecutable
 from dsc.ir.parser import parse_program
 from dsc.ir.program import Program
@@ -169,9 +169,9 @@ def sanitised(kind: str, folder: Path, found: Mapping[str, Any], tell: Tell) -> 
     if tool is None:
         tell("left out", "no compute-sanitizer on this machine")
         return
-    models = sorted(path for path in folder.iterdir() if (path / "program.dsc").is_file())
-    small = sorted((folder / TINY).iterdir()) if (folder / TINY).is_dir() else []
-    for place in (*small, *(path for path in models if path.name not in (CASES, CODED))):
+    models = {path.parent for path in folder.rglob("program.dsc")}
+    models -= {folder / CASES, folder / CODED}
+    for place in sorted(models, key=lambda path: (weight_bytes(path), path.name)):
         line = [tool, "--tool", kind, "--error-exitcode", "9"]
         line += [sys.executable, "-m", "bench.gpu.checks", str(place)]
         done = subprocess.run(line, capture_output=True, text=True, check=False, cwd=ROOT)

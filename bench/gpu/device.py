@@ -29,6 +29,12 @@ def driver_for(folder: Path) -> Driver:
     return driver_of("hip" if archs and archs[0].startswith("gfx") else "cuda")
 
 
+def weight_bytes(folder: Path) -> int:
+    """Bytes of a model's weights."""
+    program = parse_program((folder / "program.dsc").read_text())
+    return sum(evaluate(t.nbytes, {}) for t in program.weight_types().values())
+
+
 def poisoned(driver: Driver) -> Driver:
     """The driver, which hands out memory full of ones: NaN as a float, -1 as an integer."""
     allocate = driver.allocate

@@ -105,9 +105,11 @@ def test_budgets_are_more_than_is_thought_and_thoughts_fit_the_deadline() -> Non
 def test_the_sanitizer_is_believed_where_it_looked(
     says: str, status: int, told: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in ("tiny/bf16", "b model"):
+    for name, rows in (("tiny/bf16", 2), ("a model", 9), ("b model", 5), ("operators", 1)):
         (tmp_path / name).mkdir(parents=True)
-        (tmp_path / name / "program.dsc").touch()
+        weight = f'@w : f32[{rows}] = source "w" : f32[{rows}]'
+        text = f'program "p" {{stage=LOWERED}}\nweights {{\n  {weight}\n}}\n'
+        (tmp_path / name / "program.dsc").write_text(text)
     (tmp_path / "says").write_text(says)
     tool = stand_in(tmp_path, f"cat {tmp_path}/says; exit {status}", "compute-sanitizer")
     monkeypatch.setattr("shutil.which", lambda name: str(tool))
@@ -119,7 +121,7 @@ def test_the_sanitizer_is_believed_where_it_looked(
         }
         assert bars.judged({"memcheck": found})["memcheck clean"]["missing"].endswith("supported")
         return
-    assert [*found] == ["bf16", "b model"]
+    assert [*found] == ["bf16", "b model", "a model"]  # the smallest first
     assert found["bf16"]["ok"] is told["ok"]
     assert bars.judged({"memcheck": found})["memcheck clean"] == told
 
