@@ -393,8 +393,8 @@ def prepare(
     if codes and (codes not in capabilities.caches or not options.codes):
         raise UsageError(
             f"the {backend.name} backend takes no caches in {options.cache_format}",
-            hint="compile with --cache-format bf16, or for a backend that reads such codes:"
-            " reference, null, tvm or triton",
+            hint='compile with cache_format="bf16" (--cache-format bf16), or for a backend that'
+            " reads such codes: reference, null, tvm or triton",
         )
     done = emitted = program = _in_numbers(program)
     passes = passes_for(program, capabilities, options)
@@ -477,13 +477,14 @@ def _check_layout(cache: str, name: str, capabilities: Capabilities) -> None:
     if cache == PAGED and Storage.PAGED not in capabilities.states:
         raise UsageError(
             f"the {name} backend takes no caches in pages",
-            hint="compile with --cache contiguous, or for a backend that takes pages: reference,"
-            " null, tvm or triton",
+            hint='compile with cache="contiguous" (--cache contiguous), or for a backend that takes'
+            " pages: reference, null, tvm or triton",
         )
     if cache == IN_PLACE and capabilities.states[0] is not Storage.GROWN:
         raise UsageError(
             f"caches {IN_PLACE} are of ONNX exports; the {name} backend never grows them",
-            hint=f"compile with --cache contiguous, or export: dsc export --cache {IN_PLACE}",
+            hint='compile with cache="contiguous" (--cache contiguous), or export:'
+            f" dsc export --cache {IN_PLACE}",
         )
 
 
@@ -497,7 +498,7 @@ def _check_laid_out(program: Program, records: Sequence[PassRecord], cache: str)
     raise UnsupportedOperator(
         f"the caches of {program.name} cannot be {told}:\n"
         + "\n".join(dict.fromkeys(lines) or ["it has no caches of attention"]),
-        hint="leave out --cache",
+        hint="leave out cache (--cache)",
     )
 
 
@@ -510,7 +511,7 @@ def _check_cache_format(program: Program, records: Sequence[PassRecord]) -> None
     raise UnsupportedOperator(
         f"the caches of {program.name} cannot be codes:\n"
         + "\n".join(dict.fromkeys(lines) or ["it has no caches of latent attention"]),
-        hint="compile with --cache-format bf16",
+        hint='compile with cache_format="bf16" (--cache-format bf16)',
     )
 
 

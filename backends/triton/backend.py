@@ -218,7 +218,7 @@ class TritonBackend:
             raise ArtifactError(
                 "the artifact was compiled without weights",
                 where=str(folder),
-                hint="compile again with --weights DIR to run it",
+                hint="compile it with weights (--weights FOLDER) to run it",
             )
         if device == INTERPRET:
             require_triton()

@@ -82,7 +82,8 @@ class DeviceExecutable(Admitted):
     def _open(self, weights: Path | Mapping[str, int], program: Program) -> None:
         driver, folder = self._driver, self._folder
         if driver.arch != folder.name:
-            hint = f"compile with --target {driver.kind}:{driver.arch}"
+            target = f"{driver.kind}:{driver.arch}"
+            hint = f'compile it with target="{target}" (--target {target})'
             found = f"the binaries are for {folder.name}, the device is {driver.arch}"
             raise BackendUnavailable(found, hint)
         self._launches = runnable(Plan.from_json((folder / "plan.json").read_bytes()))

@@ -66,7 +66,7 @@ class TvmExecutable(Admitted):
         if path is not None:
             return MappedWeights(folder / path)
         if self.meta["weights"]:
-            hint = "compile it with --weights FOLDER"
+            hint = "compile it with weights (--weights FOLDER)"
             raise ArtifactError("this artifact was compiled without weights", hint=hint)
         return None
 

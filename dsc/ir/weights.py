@@ -173,7 +173,9 @@ class MetaSource(WeightSource):
     def load(self, key: str) -> torch.Tensor:
         """Nothing to load: an error."""
         raise UsageError(
-            "this program has no weight values", where=key, hint="compile it with --weights FOLDER"
+            "this program has no weight values",
+            where=key,
+            hint="compile it with weights (--weights FOLDER)",
         )
 
 

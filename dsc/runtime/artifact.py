@@ -76,18 +76,19 @@ def check_free(out: Path, force: bool) -> None:
     check_makeable(out)
     if not exists and out.is_symlink():
         raise ArtifactError(
-            f"{out} is a link that leads nowhere", hint="remove it, or choose another -o"
+            f"{out} is a link that leads nowhere", hint="remove it, or choose another place"
         )
     if not exists:
         return
     if not force:
         raise ArtifactError(
-            f"{out} exists already", hint="choose another -o, or give --force to replace it"
+            f"{out} exists already",
+            hint="choose another place, or replace it with force=True (--force)",
         )
     if not (out / MANIFEST).is_file() and any(out.iterdir() if out.is_dir() else [out]):
         raise ArtifactError(
             f"{out} is no artifact and is not replaced, not even with --force",
-            hint="choose another -o",
+            hint="choose another place",
         )
 
 

@@ -120,7 +120,7 @@ def check_ranks(found: Sharded, asked: int) -> None:
         raise UsageError(
             f"{asked} ranks for an artifact of {found.ranks}",
             where=str(found.folder),
-            hint=f"give --ranks {found.ranks}, or compile it again with --ranks {asked}",
+            hint=f"open it with ranks={found.ranks} (--ranks), or compile it with ranks={asked}",
         )
 
 
