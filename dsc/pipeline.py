@@ -483,8 +483,7 @@ def _check_layout(cache: str, name: str, capabilities: Capabilities) -> None:
     if cache == IN_PLACE and capabilities.states[0] is not Storage.GROWN:
         raise UsageError(
             f"caches {IN_PLACE} are of ONNX exports; the {name} backend never grows them",
-            hint='compile with cache="contiguous" (--cache contiguous), or export:'
-            f" dsc export --cache {IN_PLACE}",
+            hint='compile with cache="contiguous" (--cache contiguous), or dsc.export it',
         )
 
 
