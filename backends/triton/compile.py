@@ -13,7 +13,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -103,11 +103,13 @@ def compile_each(
             out.mkdir()
             for module, text in sources.items():
                 (root / f"{module}.py").write_text(text)
-            made, failed = _compile_all(missing, target, root, out, progress)
-            for name, record in made.items():
+
+            def keep(name: str, record: dict[str, Any]) -> None:
                 binary = (out / record["file"]).read_bytes()
                 kept.put(KIND, keys[name], json.dumps(record).encode() + b"\n" + binary)
                 records[name], binaries[record["file"]] = record, binary
+
+            failed = _compile_all(missing, target, root, out, keep, progress)
     return dict(sorted(binaries.items())), dict(sorted(records.items())), failed
 
 
@@ -145,14 +147,20 @@ def _reached(module: str, sources: Mapping[str, str]) -> list[str]:
 
 
 def _compile_all(
-    kernels: Mapping[str, Kernel], target: Target, root: Path, out: Path, progress: Progress | None
-) -> tuple[dict[str, Any], dict[str, str]]:
-    """The record of each kernel, whose binary is in the folder `out`, and why others have none.
+    kernels: Mapping[str, Kernel],
+    target: Target,
+    root: Path,
+    out: Path,
+    keep: Callable[[str, dict[str, Any]], None],
+    progress: Progress | None,
+) -> dict[str, str]:
+    """Give each kernel's record to `keep` as it is made; by key, why others have none.
 
-    A kernel that ends the process that compiles it takes those behind it along, which are compiled
-    once more without it.
+    The binaries are in the folder `out`. What an interrupted compile has made is kept. A kernel
+    that ends the process that compiles it takes those behind it along, which are compiled once more
+    without it.
     """
-    records: dict[str, Any] = {}
+    records = set[str]()
     failed: dict[str, str] = {}
     left = sorted(kernels)
     while left:
@@ -170,7 +178,8 @@ def _compile_all(
                     if "error" in answer:
                         failed[answer["key"]] = answer["error"]
                     else:
-                        records[answer["key"]] = answer["record"]
+                        keep(answer["key"], answer["record"])
+                        records.add(answer["key"])
                     if progress is not None:
                         done = len(records) + len(failed)
                         progress(f"kernels: {target}", done, len(kernels))
@@ -187,7 +196,7 @@ def _compile_all(
         if len(records) == before:  # no kernel's fault
             failed |= dict.fromkeys(left, "the compiling process ended")
             break
-    return records, failed
+    return failed
 
 
 def _start(

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -62,10 +63,11 @@ def test_the_answer_to_a_call_that_was_interrupted_is_nobody_elses(
         run(3)
 
 
-def test_an_interrupted_compile_leaves_no_process_behind(
+def test_an_interrupted_compile_keeps_what_it_made_and_leaves_no_process_behind(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     started: list[subprocess.Popen[str]] = []
+    kept = dict[str, Any]()
     answer = json.dumps({"key": "a", "record": {}})
     code = f"import time; print({answer!r}, flush=True); time.sleep(60)"
 
@@ -80,7 +82,10 @@ def test_an_interrupted_compile_leaves_no_process_behind(
     monkeypatch.setattr(compile, "_start", start)
     kernels = dict.fromkeys("ab", Kernel("m", "f", {}, {}, (), 4, 1))
     with pytest.raises(KeyboardInterrupt):
-        compile._compile_all(kernels, Target("cuda", "sm_90"), tmp_path, tmp_path, interrupted)
+        compile._compile_all(
+            kernels, Target("cuda", "sm_90"), tmp_path, tmp_path, kept.__setitem__, interrupted
+        )
+    assert kept == {"a": {}}
     assert [process.poll() is None for process in started] == [False]
 
 
