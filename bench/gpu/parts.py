@@ -1,9 +1,9 @@
 """The parts of a run: what comes first, how long each may take, and how they are kept apart.
 
 Order is that of importance, since what would begin after `DEADLINE_S` is left out: speeds that all
-shares are of, whether results are right, what was promised of steps, what is compared, and what
-takes as long as it is given. Budgets are about three times what a part is thought to take on an
-H200 (`thought_s`): a part that hangs costs no more.
+shares are of, whether results are right, what was promised of steps, what is compared, and other
+tiles in what time is left. Budgets are at least twice what a part is thought to take on an H200: a
+part that hangs costs no more.
 """
 
 from __future__ import annotations
