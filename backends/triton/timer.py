@@ -33,9 +33,9 @@ from dsc.targets import Target
 COPY_BYTES = 1 << 30
 FILL_BYTES, LEAST_FILL = 1 << 26, 5e-6
 """Bytes of a fill, and the seconds that one takes at least: no memory has 13 TB/s."""
-PACE, SPARE = 25e-6, 1.25
-"""Seconds that queueing a launch and an event takes at first, until that was seen; and how much
-longer fills run than queueing took the last time."""
+PACE, SPARE, SLOWEST = 25e-6, 1.25, 1e-4
+"""Seconds that queueing a launch and an event takes at first, until that was seen; how much longer
+fills run than queueing took the last time; and what it takes at most, but where kernels load."""
 ROUNDS = 5
 TURNS, WAVES = 4096, 2
 PROBES = "probes.json"
@@ -83,7 +83,8 @@ class Timer:
         for launch, event in zip(launches, events[1:], strict=True):
             self.driver.launch(launch)
             self.driver.record(event)
-        self.pace = SPARE * (time.perf_counter() - began) / max(1, len(launches))
+        taken = SPARE * (time.perf_counter() - began) / max(1, len(launches))
+        self.pace = min(taken, SLOWEST)
 
         def read() -> list[float]:
             self.driver.synchronise()

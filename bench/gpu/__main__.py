@@ -20,7 +20,7 @@ def main() -> int:
     )  # fmt: skip
     parser.add_argument("verb", choices=("prepare", "run", "model", "part"))
     parser.add_argument("archive", type=Path, help="the archive; of `part`, what it unpacks to")
-    parser.add_argument("parts", nargs="*", metavar="PART", help=", ".join(PARTS))
+    parser.add_argument("parts", nargs="*", metavar="PART", help="; ".join(PARTS))
     parser.add_argument("--card", default="H200", choices=sorted(CARDS), help="of `model`")
     parser.add_argument("--target", default="cuda:sm_90")
     parser.add_argument("--out", type=Path, default=Path("gpu.json"))
