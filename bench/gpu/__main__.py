@@ -27,7 +27,7 @@ def main() -> int:
     asked = parser.parse_intermixed_args()
     unknown = [name for name in asked.parts if name not in PARTS]
     if unknown:
-        parser.error(f"no part is called {unknown[0]!r}: {', '.join(PARTS)}")
+        parser.error(f"no part is called {unknown[0]!r}: {'; '.join(PARTS)}")
     if asked.verb == "prepare":
         from bench.gpu.prepare import prepare
 
