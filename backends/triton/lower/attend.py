@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from dsc.backends.triton.blocks import ceil_div, next_power, powers, spelled
 from dsc.backends.triton.context import Context, Given
@@ -18,8 +17,30 @@ from dsc.ir.graph import Node
 from dsc.ir.types import DType
 from dsc.ir.views import View
 
-_ALL: Mapping[str, Given] = {"WINDOW": 0, "CHUNK": 0, "SOFTCAP": 0.0}
-"""A query that sees all rows up to its own, and scores as they are."""
+
+@dataclass(frozen=True, slots=True)
+class Heads:
+    """Queries, keys and values of heads; columns of the first two that lie apart are `rest`."""
+
+    q: View
+    q_rest: View | None
+    k: View
+    k_rest: View | None
+    v: View
+
+
+@dataclass(frozen=True, slots=True)
+class Sight:
+    """What a query sees, and what is done to scores: all rows up to its own, as they are."""
+
+    causal: bool = True
+    window: int = 0
+    chunk: int = 0
+    softcap: float = 0.0
+    sinks: View | None = None
+
+
+ALL = Sight()
 
 
 def attention(ctx: Context, node: Node) -> None:
@@ -28,12 +49,12 @@ def attention(ctx: Context, node: Node) -> None:
     lengths, sinks = (
         None if x is None else ctx.dense(ctx.view(x)) for x in map(node.get, ("lengths", "sinks"))
     )
-    sight = {name.upper(): node.attrs[name] for name in ("window", "chunk", "softcap")}
+    bounds = {name: node.attrs[name] for name in ("causal", "window", "chunk", "softcap")}
+    sight = Sight(**bounds, sinks=sinks)
     place = Cache.of(ctx, node, "k")
     (q, q_rest), (k, k_rest) = _in_powers(q), _in_powers(k)
     pages = place.slot("key_rows", both="rope_rows" if k_rest is not None else "")
-    causal = node.attrs["causal"]
-    _flash(ctx, node, q, q_rest, k, k_rest, v, lengths, place, pages, causal, sinks, sight)
+    _flash(ctx, node, Heads(q, q_rest, k, k_rest, v), lengths, place, pages, sight)
 
 
 def mla_attention(ctx: Context, node: Node) -> None:
@@ -61,7 +82,7 @@ def mla_attention(ctx: Context, node: Node) -> None:
     keys = views.narrow(per_head, 3, 0, nope)
     values = views.narrow(per_head, 3, nope, node.output.type.shape[3])
     slot = place.slot("rope_rows")
-    _flash(ctx, node, q_nope, q_rope, keys, rope, values, lengths, place, slot)
+    _flash(ctx, node, Heads(q_nope, q_rope, keys, rope, values), lengths, place, slot)
 
 
 def _in_powers(x: View) -> tuple[View, View | None]:
@@ -76,30 +97,26 @@ def _in_powers(x: View) -> tuple[View, View | None]:
 def _flash(
     ctx: Context,
     node: Node,
-    q: View,
-    q_rope: View | None,
-    k: View,
-    k_rope: View | None,
-    v: View,
+    parts: Heads,
     lengths: View | None,
     place: Cache,
     pages: Slot,
-    causal: bool = True,
-    sinks: View | None = None,
-    sight: Mapping[str, Given] = _ALL,
+    sight: Sight = ALL,
 ) -> None:
+    """Append the launch. `pages` says where rows of keys lie."""
+    q, q_rope, k, k_rope, v = parts.q, parts.q_rest, parts.k, parts.k_rest, parts.v
     b, s, heads, d = q.shape
     t, groups, e = place.rows, k.shape[2], v.shape[3]
     shared = k_rope is not None and len(k_rope.shape) == 3
     r: Dim = 0 if q_rope is None else q_rope.shape[3]
     sizes = {name: int(x) for name, x in (("D", d), ("R", r), ("E", e))}  # type: ignore[arg-type]
     widest = max(sizes["D"], sizes["E"])
-    seen = sight["WINDOW"] or sight["CHUNK"] or "all"
+    seen = sight.window or sight.chunk or "all"
     of = spelled("flash", *sizes.values(), f"seen={seen}", pages.title)
     tile = place.tile(ctx.blocks.flash(ctx.limit(s), ctx.limit(t), widest, q.dtype.itemsize, of))
     given: dict[str, Given] = {"q": q, "q_rope": q_rope, "k": k, "k_rope": k_rope, "v": v}
     out = ctx.result(node)
-    given |= {"lengths": lengths, "sinks": sinks, "out": out}
+    given |= {"lengths": lengths, "sinks": sight.sinks, "out": out}
     given |= {"S": s, "T": t, "heads": heads}
     given |= {"scale": float(node.attrs["scale"]), "GROUP": heads // groups}
     given |= _named("q", q.strides[:3], ("batch", "row", "head"))
@@ -115,8 +132,9 @@ def _flash(
     given |= sizes
     given |= {f"BLOCK_{name}": max(16, next_power(sizes[name])) for name in "DR"}
     given |= dict(zip(("BLOCK_E", "BLOCK_F"), powers(sizes["E"]), strict=True))
-    given |= {"CAUSAL": causal, "HAS_LENGTHS": lengths is not None}
-    given |= {"HAS_SINKS": sinks is not None, **sight}
+    given |= {"CAUSAL": sight.causal, "HAS_LENGTHS": lengths is not None}
+    given |= {"HAS_SINKS": sight.sinks is not None, "SOFTCAP": sight.softcap}
+    given |= {"WINDOW": sight.window, "CHUNK": sight.chunk}
     given |= {"BLOCK_M": tile.m, "BLOCK_T": tile.n, "AHEAD": tile.ahead}
     grid = (ceil_div(s, tile.m), b * heads)
     slots = Slots(prologue=pages)
@@ -126,9 +144,9 @@ def _flash(
         places = ("b * S + m", "h * E + e", f"h * (E // {group})", "BLOCK_E", ("rows", "(e < E)"))
         lines = ["x = acc.to(out.dtype.element_ty).to(tl.float32)", *target.lines(*places)]
         slots = replace(slots, epilogue=Slot("codes", {"tile": lines}, target.arguments()))
-    window = sight["WINDOW"]
-    pairs = _seen(s, t) if causal or lengths is not None else s * t
-    pairs = s * window if isinstance(window, int) and 0 < window < ctx.limit(t) else pairs
+    window = sight.window
+    pairs = _seen(s, t) if sight.causal or lengths is not None else s * t
+    pairs = s * window if 0 < window < ctx.limit(t) else pairs
     flops = 2 * product((b, heads, pairs, sum(sizes.values())))
     paged = {"k_rope": k_rope} if shared else {"k": k, "k_rope": k_rope, "v": v}
     touched = place.touched(b, **paged)
