@@ -175,7 +175,8 @@ def card(manifest: Mapping[str, Any], folder: Path) -> dict[str, str]:
     ends = [*map(str, own.eos_token_id), *map(json_text.dumps, own.stop_strings)]
     sampling = chosen_sampling(own, {})
     limits = {f"--{k.replace('_', '-')}": v for k, v in (manifest.get("limits") or {}).items()}
-    runs = [str(manifest.get("backend")), *map(str, manifest.get("targets") or [])]
+    targets = (_target(manifest, str(target)) for target in manifest.get("targets") or [])
+    runs = [str(manifest.get("backend")), *targets]
     lines = {
         "backend": ", ".join(runs + list((manifest.get("needs") or {}).values())),
         "limits": ", ".join(f"{name} {value}" for name, value in limits.items()) or "none",
@@ -183,6 +184,14 @@ def card(manifest: Mapping[str, Any], folder: Path) -> dict[str, str]:
         "chooses": str(sampling),
     }
     return {name: clean(line) for name, line in lines.items()}
+
+
+def _target(manifest: Mapping[str, Any], target: str) -> str:
+    """A target, with the card that its kernels were tuned on."""
+    found: Any = manifest
+    for name in ("meta", "targets", target, "tuned"):
+        found = found.get(name) if isinstance(found, Mapping) else None
+    return f"{target} tuned on {found}" if isinstance(found, str) else target
 
 
 def read_object(folder: Path, name: str) -> dict[str, Any]:
