@@ -189,7 +189,7 @@ OTHERS: Mapping[str, tuple[Tile, ...]] = {
     "large sm_90": (Tile(128, 256, 64, 8, 4), Tile(256, 128, 64, 8, 3), Tile(128, 128, 64, 8, 4)),
     "large sm_100": (Tile(128, 256, 64, 4, 4), Tile(128, 128, 64, 8, 4)),
     "large hip": (Tile(128, 256, 64, 8, 2), Tile(256, 128, 64, 8, 2)),
-    "flash sm_90": (Tile(128, 128, 0, 8, 2), Tile(128, 64, 0, 8, 2), Tile(64, 64, 0, 4, 2)),
+    "flash sm_90": (Tile(128, 64, 0, 8, 2), Tile(64, 64, 0, 4, 2), Tile(128, 32, 0, 8, 3)),
     "flash": (Tile(128, 32, 0, 8, 2), Tile(64, 32, 0, 4, 2)),
 }
 """Tiles to be measured beside the rule's, by the range of rows and by what the target is; a height
