@@ -287,6 +287,13 @@ class Blocks:
         wide = min(tile.n, 64) if self.tight or f16 else tile.n
         return replace(tile, k=columns, n=wide, stages=stages)
 
+    def made_numbers(self, tile: Tile) -> Tile:
+        """A product's tile whose rows are made as they come, and its weight's numbers of bytes.
+
+        On sm_90 four warps spill with 64 columns by 128.
+        """
+        return replace(tile, warps=8) if tile.n > 32 and self._kind == "cuda" else tile
+
     def of_groups(self, tile: Tile, columns: int) -> Tile:
         """A product's tile that stores codes of whole groups of `columns`, where there is one."""
         tall = min(tile.m, self.promoted)

@@ -73,11 +73,13 @@ EXPRESSIONS: dict[str, tuple[str, str | None]] = {
         "{0} / (1.0 + tl.exp(-1.5957691216057308 * ({0} + 0.044715 * {0} * {0} * {0})))",
         None,
     ),
-    # |a|^b by logarithm; a negative base keeps its sign for odd b and has no value for fractions.
+    # |a|^b by logarithm; a negative base keeps its sign for odd b, and only infinity has a value
+    # for fractions.
     "pow": (
         "tl.where(({1} == 0.0) | ({0} == 1.0), 1.0,"
         " tl.exp({1} * tl.log(tl.abs({0}))) * tl.where({0} >= 0.0, 1.0,"
-        ' tl.where({1} == tl.floor({1}), 1.0 - 2.0 * tl.abs({1} % 2.0), float("nan"))))',
+        " tl.where({1} == tl.floor({1}), 1.0 - 2.0 * tl.abs({1} % 2.0),"
+        ' tl.where(tl.abs({0}) == float("inf"), 1.0, float("nan")))))',
         None,
     ),
 }

@@ -40,7 +40,8 @@ def route(
 
     The bias selects and never weighs: weights come from the unbiased scores, are normalised (plus
     1e-20), then scaled. A group's score is the sum of its two largest biased scores ("top2") or its
-    largest ("max"); experts of dropped groups compete with the value FILL. The SHARED experts from
+    largest ("max"); experts of dropped groups compete with the value FILL. NaN is the largest
+    score, as for the reference: each slot has an expert that there is. The SHARED experts from
     number E on follow, with weight 1.
     """
     row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
@@ -59,6 +60,7 @@ def route(
     choice = score
     if HAS_BIAS:
         choice = score + tl.load(bias + e, mask=e < E, other=0.0)[None, :]
+    choice = tl.where(choice != choice, float("inf"), choice)
     choice = tl.where(real, choice, float("-inf"))
     if GROUPS > 1:
         g = tl.arange(0, BLOCK_G)[None, :]

@@ -78,6 +78,9 @@ def emit_gemm(
     tile = ctx.blocks.gemm(rows, columns, ctx.limit(k), itemsize, ctx.limit(z), numbers, of)
     coded = RowCodes.of(ctx, form.activations, rows) if form.activations else None
     tile = coded.tile(ctx, tile) if coded is not None else tile
+    by_bytes = coded is None and p.b.type.format is not None and p.b.dtype.bits == 8
+    if by_bytes and "rows" in slots.prologue.lines:
+        tile = ctx.blocks.made_numbers(tile)
     if spans is not None:
         tile = spans.tile(ctx, tile, m)
         slots = replace(slots, prologue=spans.slot(ctx, m))
