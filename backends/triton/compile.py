@@ -162,7 +162,7 @@ def _compile_all(
     """
     records = set[str]()
     failed: dict[str, str] = {}
-    left = sorted(kernels)
+    left, idle = sorted(kernels), 0
     while left:
         before = len(records)
         workers = max(1, min(os.cpu_count() or 1, 8, len(left) // KERNELS_A_WORKER))
@@ -193,7 +193,8 @@ def _compile_all(
                 process.kill()
                 process.wait()
         left = [key for key in left if key not in records and key not in failed]
-        if len(records) == before:  # no kernel's fault
+        idle = idle + 1 if len(records) == before else 0
+        if idle == 2:  # no kernel's fault
             failed |= dict.fromkeys(left, "the compiling process ended")
             break
     return failed

@@ -29,10 +29,12 @@ from dsc.backends.triton.program import Lowered, lowered_program
 from dsc.backends.triton.tuning import (
     Built,
     Changed,
+    Dropped,
     Kernels,
     Search,
     Seconds,
     Step,
+    asking,
     rounds,
     steps_of,
 )
@@ -110,17 +112,22 @@ class Tuner:
         require_triton()
         known = set(self.kernels.records)
         base = self.lower({}).program
+        dropped: list[Dropped] = []
         for each in rounds(base, self.entries):
-            self.kernels.wanted(self.lower(each))
+            lowered = self.lower(each)
+            why = asking(lowered.program, self.kernels.wanted(lowered), each)
+            dropped += [Dropped(key, each[key], reason) for key, reason in why.items()]
         records = {k: r for k, r in self.kernels.records.items() if k not in known}
         usable = {k: r for k, r in records.items() if k not in self.kernels.unusable}
         place = f"{FOLDER}/{self.target.arch}/{SPACE}"
         files = {f"{place}/{r['file']}": self.kernels.binaries[r["file"]] for r in usable.values()}
         told = {"kernels": usable, "unusable": self.kernels.unusable}
         files[f"{place}/kernels.json"] = _json(told)
-        facts = {"kernels": len(usable), "unusable": len(self.kernels.unusable)}
-        facts["bytes"] = sum(map(len, files.values()))
-        return Tuned({"target": str(self.target), "prepared": facts}, files, (f"{place}/",))
+        report = {
+            "target": str(self.target), "kernels": len(usable),
+            "bytes": sum(map(len, files.values())), "dropped": [x.as_json() for x in dropped],
+        }  # fmt: skip
+        return Tuned(report, files, (f"{place}/",))
 
     def tune(self, card: Gpu, weights: Placed, budget: float | None) -> Tuned:
         """Measure on a card, and make the files of an artifact with what was found."""

@@ -197,6 +197,10 @@ class Dropped:
     tile: AnyTile
     why: str
 
+    def as_json(self) -> dict[str, Any]:
+        """As JSON values."""
+        return {"key": self.key, "tile": tile_json(self.tile), "why": self.why}
+
 
 @dataclass
 class Found:
@@ -230,9 +234,7 @@ class Found:
             "taken": [before[key] | read(key, tile) for key, tile in self.tiles.items()],
             "why_not": self.why,
             "measured": [read(key, tile) for key, tile in self.readings],
-            "dropped": [
-                {"key": x.key, "tile": tile_json(x.tile), "why": x.why} for x in self.dropped
-            ],
+            "dropped": [dropped.as_json() for dropped in self.dropped],
             "not_tried": self.left,
             "steps": [
                 {"step": str(step), "before_us": round(a * 1e6, 2), "after_us": round(b * 1e6, 2)}
@@ -290,6 +292,20 @@ def apart(
     return found
 
 
+def asking(
+    plan: LaunchProgram, unusable: Mapping[str, str], changed: Iterable[str]
+) -> dict[str, str]:
+    """Of changed choices those that ask a plan for kernels that are not to be had, and why."""
+    keys = set(changed)
+    return {
+        key: unusable[launch.kernel]
+        for entry in plan.entries.values()
+        for launch in entry.launches
+        for key in launch.choices
+        if launch.kernel in unusable and key in keys
+    }
+
+
 class Search:
     """Tries the tiles of a plan's choices on a card; `found` is what came of it.
 
@@ -342,13 +358,7 @@ class Search:
             lowered = self._lower(left)
             unusable = self._kernels.wanted(lowered)
             unusable = {k: w for k, w in unusable.items() if k not in self.base.program.kernels}
-            why = {
-                key: unusable[launch.kernel]
-                for entry in lowered.program.entries.values()
-                for launch in entry.launches
-                for key in launch.choices
-                if launch.kernel in unusable and key in left
-            }
+            why = asking(lowered.program, unusable, left)
             if not why:
                 return left, None if unusable else lowered
             for key, reason in why.items():

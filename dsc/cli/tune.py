@@ -61,14 +61,21 @@ def tune(
         console.print_json(found)
     elif prepare:
         for each in found["prepared"]:
-            told = each["prepared"]
+            _show_dropped(each)
             console.stdout().print(
-                f"{artifact}: {told['kernels']} kernels more for {each['target']},"
-                f" {console.human_bytes(told['bytes'])};"
-                f" {told['unusable']} do not compile, or spill"
+                f"{artifact}: {each['kernels']} kernels more for {each['target']},"
+                f" {console.human_bytes(each['bytes'])}"
             )
     else:
         _show(found)
+
+
+def _show_dropped(found: Mapping[str, Any]) -> None:
+    from dsc.cli.kernel_tables import spelled_tile
+
+    for each in found["dropped"]:
+        told = f"not to be had: {each['key']} {spelled_tile(each['tile'])}: {each['why']}"
+        console.stderr().print(told, markup=False)
 
 
 def _show(found: Mapping[str, Any]) -> None:
@@ -89,10 +96,7 @@ def _show(found: Mapping[str, Any]) -> None:
             f"{step['step']:28} {step['before_us']:10.1f} us of kernels before,"
             f" {step['after_us']:.1f} now"
         )
-    for each in found["dropped"]:
-        console.stderr().print(
-            f"not taken: {each['key']} {spelled_tile(each['tile'])}: {each['why']}"
-        )
+    _show_dropped(found)
     left = f", {found['not_tried']} not tried in time" if found["not_tried"] else ""
     changed = found["why_not"] or f"{len(found['taken'])} taken"
     console.stdout().print(

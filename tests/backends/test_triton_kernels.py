@@ -13,7 +13,7 @@ import torch
 from dsc.backends.base import EmitOptions
 from dsc.backends.triton import TritonBackend
 from dsc.backends.triton.backend import with_templates
-from dsc.backends.triton.compile import compile_kernels
+from dsc.backends.triton.compile import compile_each, compile_kernels
 from dsc.backends.triton.context import KERNELS, template
 from dsc.backends.triton.dependent import SAID, takes, waiting
 from dsc.backends.triton.effects import access, parameters
@@ -149,6 +149,21 @@ def test_kernel_errors_are_all_reported() -> None:
     texts = {module: text.replace("tl.load", "tl.lod") for module, text in texts.items()}
     with pytest.raises(RuntimeError, match=r"1 kernels did not compile for cuda:sm_90(?s:.)*lod"):
         compile_kernels(program.kernels, Target("cuda", "sm_90"), texts)
+
+
+def test_a_kernel_that_ends_its_process_takes_no_other_along() -> None:
+    program, generated = lower_program(
+        program_of({k: CASES[k] for k in ("add_0", "exp_0")}), "cuda:sm_90"
+    )
+    texts = with_templates(program, generated)
+    ending, other = sorted(program.kernels)
+    texts[program.kernels[ending].module] = "import os\nos._exit(3)\n"
+    _, records, failed = compile_each(program.kernels, Target("cuda", "sm_90"), texts)
+    assert records.keys() == {other}
+    assert failed == {ending: "the compiling process ended"}
+    texts = dict.fromkeys(texts, "import os\nos._exit(3)\n")
+    _, records, failed = compile_each(program.kernels, Target("cuda", "sm_90"), texts)
+    assert failed.keys() == {ending, other}
 
 
 def test_compiled_cases_cover_every_template() -> None:

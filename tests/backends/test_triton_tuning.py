@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from dsc.backends.triton.blocks import AnyTile
+from dsc.backends.triton.blocks import AnyTile, tile_json
 from dsc.backends.triton.launch import LaunchProgram
 from dsc.backends.triton.program import lower_program
 from dsc.backends.triton.tuning import apart, rounds
@@ -161,9 +161,12 @@ def test_a_card_without_triton_measures_what_was_compiled_before(bench: Bench) -
     assert refused.returncode == 2
     assert "there is no Triton here" in refused.stderr
     assert "dsc tune --prepare" in refused.stderr
-    made = bench.told(run=["tune", "--prepare", *TUNE[1:]], card="")["prepared"][0]["prepared"]
+    key, tile, spilled = choice(bench, "route rows=4")
+    prepare = ["tune", "--prepare", *TUNE[1:]]
+    (made,) = bench.told(run=prepare, card="", spilled=[spilled])["prepared"]
     assert made["kernels"] > 20
-    assert not made["unusable"]
+    (dropped,) = made["dropped"]
+    assert dropped == {"key": key, "tile": tile_json(tile), "why": "spills 8 bytes"}
     nowhere = bench.run(run=TUNE, card="")
     assert nowhere.returncode == 2
     assert "no GPU here runs these kernels: they are for cuda:sm_90, here is none" in nowhere.stderr
