@@ -63,6 +63,16 @@ COMPILED = {
             "hip:gfx950": "v_mfma.*f8f6f4",
         },
     ),
+    "w4a8": (
+        coded(linear("i4{1x128,f16}", 200, 256, 256, "bf16"), "i8:128"),
+        {
+            "cuda:sm_80": "mma.sync.*s8.s8",
+            "cuda:sm_90": "wgmma.*s8.s8",
+            "cuda:sm_100": "tcgen05.mma.*i8",
+            "hip:gfx942": "v_mfma_i32.*i8",
+            "hip:gfx950": "v_mfma_i32.*i8",
+        },
+    ),
     "table": (table(BLOCKS, 256), {}),
     "widened": (cached(F8_CACHE, EXPANDED, "bf16[2,3,4,12]", "bf16"), {}),
 }

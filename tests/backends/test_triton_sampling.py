@@ -16,6 +16,7 @@ import torch
 import dsc
 from dsc.backends.base import EmitOptions
 from dsc.backends.triton import TritonBackend
+from dsc.backends.triton.program import lower_program
 from dsc.errors import ArtifactError, NoNumbers, UsageError
 from dsc.generation import Answer, continue_all
 from dsc.ir.choosing import NO_TOKEN, Choice, chosen, key_of, left
@@ -25,6 +26,7 @@ from dsc.ir.sampled import giving_ids
 from dsc.ir.stages import Stage
 from dsc.ir.types import DType, TensorType
 from dsc.ir.weights import DictSource
+from dsc.runtime.launch_costs import step_costs
 from dsc.sampling import Sampling
 from tests.backends.canonical_lm import Sizes, canonical_lm
 
@@ -109,6 +111,22 @@ def test_logits_that_give_no_token_give_minus_one(tmp_path: Path) -> None:
     assert found[:, 0].tolist() == wanted
     assert wanted[:-1] == [NO_TOKEN] * (len(places) + 1) + [0, vocab - 1]
     assert wanted[-1] >= 0
+
+
+def test_a_choice_costs_what_it_reads_of_the_logits() -> None:
+    """Twice, for limits and for draws, however often limits look: the rest is the cache's."""
+    rows, vocab = 3, 9000
+    model = giving_ids(canonical_lm(Sizes(layers=1, dense=0, vocab=vocab), 4, 40))
+    plan = lower_program(model, "cuda:sm_90")[0].plan()
+    costs = step_costs(model, plan, rows, 1, 8)
+    limits, parts, best = [c for c in costs if c.node == "ids"]
+    logits, each = 4 * rows * vocab, 8 * rows * -(-vocab // 1024)
+    assert (limits.activations, parts.activations) == (
+        logits + 24 * rows,
+        logits + 40 * rows + each,
+    )
+    assert best.activations == each + 8 * rows
+    assert not any(c.weights or c.caches or c.flops for c in (limits, parts, best))
 
 
 def test_ids_are_given_beside_logits_and_never_twice() -> None:
