@@ -129,6 +129,10 @@ class RankError(DscError):
     """A rank that died, fell silent, never came, or runs something else than the others."""
 
 
+class DeviceError(DscError):
+    """A device whose driver failed a call, or on which nothing runs any more since one failed."""
+
+
 class ArtifactError(DscError):
     """An artifact folder that exists already, is damaged, is too new, or is not trusted."""
 

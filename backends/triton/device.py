@@ -26,7 +26,14 @@ from typing import Any
 
 import numpy as np
 
-from dsc.backends.triton.driver import Argument, Driver, Function, OutOfMemory, ReadyLaunch
+from dsc.backends.triton.driver import (
+    Argument,
+    Driver,
+    DriverError,
+    Function,
+    OutOfMemory,
+    ReadyLaunch,
+)
 from dsc.backends.triton.held import Held, Key, Replay
 from dsc.backends.triton.launch import Kernel, runnable, sampled
 from dsc.backends.triton.memory import HINT
@@ -34,7 +41,7 @@ from dsc.backends.triton.nvtx import Ranges, path_of, wanted
 from dsc.backends.triton.schedule import Address, Call, Schedule, resolve
 from dsc.backends.triton.timed import timed_run
 from dsc.backends.triton.weights import shared
-from dsc.errors import BackendUnavailable, MemoryLimitError
+from dsc.errors import BackendUnavailable, DeviceError, MemoryLimitError
 from dsc.ir.arrays import Array, empty
 from dsc.ir.graph import Graph
 from dsc.ir.program import Program
@@ -49,6 +56,7 @@ ALIGNMENT = 256
 INPUTS, END = "inputs", ""
 """The buffer of all inputs but the states; where they end."""
 WHOLE_ARENA = -1  # stands for the arena among addresses by buffer
+AGAIN = "load the artifact again; what a kernel has done wrong stays until the process ends"
 
 
 class DeviceExecutable(Admitted):
@@ -72,10 +80,10 @@ class DeviceExecutable(Admitted):
         self._release.atexit = False  # the driver may be gone by then
         self._lock = threading.Lock()
         try:
-            with _roomy(self._driver):
+            with _told(self._driver):
                 self._open(weights, program)
         except BaseException:
-            with suppress(RuntimeError):  # what went wrong first is told
+            with suppress(DriverError):  # what went wrong first is told
                 self._release()
             raise
 
@@ -104,8 +112,8 @@ class DeviceExecutable(Admitted):
 
     @contextmanager
     def _working(self) -> Iterator[None]:
-        """The device for one call at a time. Raises `MemoryLimitError` where it has no room."""
-        with self._lock, _roomy(self._driver):
+        """The device for one call at a time. Raises `MemoryLimitError` and `DeviceError`."""
+        with self._lock, _told(self._driver):
             self._driver.begin()
             yield
 
@@ -293,7 +301,8 @@ class DeviceExecutable(Admitted):
 
     def close(self) -> None:
         """Give all device memory back; nothing runs after this."""
-        self._release()
+        with _told(self._driver):
+            self._release()
 
     def _schedule(self, key: Key, lowered: EntryPlan, env: Mapping[str, int]) -> Schedule:
         """The schedule for an entry's sizes."""
@@ -360,20 +369,25 @@ def driver_of(kind: str) -> Driver:
 
     try:
         return HipDriver() if kind == "hip" else Driver()
-    except RuntimeError as missing:
+    except DriverError as missing:
         hint = "run it on a machine with a GPU and its driver, or in the interpreter"
         raise BackendUnavailable(str(missing), hint) from None
 
 
 @contextmanager
-def _roomy(driver: Driver) -> Iterator[None]:
-    """Work that may need more room on the device than is told beforehand: kernels and graphs do."""
+def _told(driver: Driver) -> Iterator[None]:
+    """Work whose refusals by the driver are told: `MemoryLimitError` and `DeviceError`.
+
+    Kernels and graphs may need more room on the device than is told beforehand.
+    """
     try:
         yield
     except OutOfMemory as full:
         free, total = driver.memory()
         told = f"the GPU has {free / 1e6:.1f} MB free of {total / 1e6:.1f}, and no room ({full})"
         raise MemoryLimitError(told, hint=HINT) from None
+    except DriverError as failed:
+        raise DeviceError(str(failed), hint=AGAIN if driver.over else None) from None
 
 
 def pack_arguments(kernel: Kernel, call: Call, addresses: Mapping[int, int]) -> list[Argument]:
@@ -406,7 +420,7 @@ def _load_functions(driver: Driver, folder: Path) -> dict[str, Function]:
             )
         except OutOfMemory:
             raise
-        except RuntimeError as refused:
+        except DriverError as refused:
             raise BackendUnavailable(
                 f"the GPU's driver does not take {record['file']}: {refused}",
                 "install a newer driver, or compile the model again with this machine's Triton",

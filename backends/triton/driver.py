@@ -24,11 +24,15 @@ _CAPTURING = range(900, 910)  # CUDA_ERROR_STREAM_CAPTURE_*: the caller captures
 _STATIC_SHARED = 48 * 1024  # above this a kernel must ask for its shared memory
 
 
-class NoDevice(RuntimeError):
+class DriverError(RuntimeError):
+    """A call of the driver that failed, or that is not made any more."""
+
+
+class NoDevice(DriverError):
     """There is no GPU here that a driver answers for."""
 
 
-class OutOfMemory(RuntimeError):
+class OutOfMemory(DriverError):
     """The device has no room for what was asked."""
 
 
@@ -115,13 +119,13 @@ class Driver:
         self._check("cuDevicePrimaryCtxRetain", ctypes.byref(self._context), self._device)
 
     def begin(self) -> None:
-        """Activate it for work. Raises `RuntimeError` once it was closed or a call has failed.
+        """Activate it for work. Raises `DriverError` once it was closed or a call has failed.
 
         What a failed call leaves in memory nobody knows. Where there was no room, or a stream is
         captured that does not allow it, nothing failed.
         """
         if self.over:
-            raise RuntimeError(f"nothing runs here any more ({self.over}): load the artifact again")
+            raise DriverError(f"nothing runs here any more ({self.over})")
         self.activate()
 
     def activate(self) -> None:
@@ -165,7 +169,7 @@ class Driver:
         parameters: int,
         dependent: bool = False,
     ) -> Function:
-        """A kernel of a cubin. Raises `RuntimeError` when the device does not take the binary."""
+        """A kernel of a cubin. Raises `DriverError` when the device does not take the binary."""
         module, function = ctypes.c_void_p(), ctypes.c_void_p()
         self._check("cuModuleLoadData", ctypes.byref(module), image)
         self._modules.append(module)
@@ -294,7 +298,7 @@ class Driver:
                 raise OutOfMemory(told)
             if status not in _CAPTURING:
                 self.over = self.over or told
-            raise RuntimeError(told)
+            raise DriverError(told)
 
     def _error(self, status: int) -> str:
         name = ctypes.c_char_p()

@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from dsc.backends.triton.driver import Driver, NoDevice
+from dsc.backends.triton.driver import Driver, DriverError, NoDevice
 
 LIBRARIES = ("libamdhip64.so", "libamdhip64.so.7", "libamdhip64.so.6", "libamdhip64.so.5")
 SIBLINGS = {
@@ -98,7 +98,7 @@ class HipDriver(Driver):
                 found = re.search(rb"gfx[0-9a-f]+", told.raw)
                 if found is not None:
                     return found[0].decode()
-        raise RuntimeError("the HIP run time does not tell the device's architecture")
+        raise DriverError("the HIP run time does not tell the device's architecture")
 
     @property
     def units(self) -> int:

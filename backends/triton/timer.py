@@ -106,22 +106,13 @@ class Timer:
 
         Raises `MemoryLimitError` where there is room for nothing.
         """
-        buffers: list[int] = []
-        try:
-            for what in ("what is copied", "a copy"):
-                buffers.append(self.memory.allocate(size, what))
-            times = [
-                self.seconds(lambda: self.driver.copy(buffers[0], buffers[1], size))
-                for _ in range(ROUNDS + 1)
-            ]
-        except MemoryLimitError:
-            if size < FILL_BYTES:
-                raise
-            return self.copy_speed(size // 2)
-        finally:
-            for pointer in buffers:
-                self.memory.free(pointer)
-        return 2 * size / median(times[1:])
+        while True:
+            try:
+                return self._copied(size)
+            except MemoryLimitError:
+                if size < FILL_BYTES:
+                    raise
+            size //= 2
 
     def product_speed(self, folder: Path, kind: str) -> float:
         """Operations a second of a target's units for a type; of one without, of bf16's.
@@ -153,6 +144,21 @@ class Timer:
             self.memory.free(out)
         self._check_sums(sums)
         return programs * TURNS * FLOPS / median(times[1:])
+
+    def _copied(self, size: int) -> float:
+        """Bytes a second of a copy of so many. Raises `MemoryLimitError`, and then holds none."""
+        buffers: list[int] = []
+        try:
+            for what in ("what is copied", "a copy"):
+                buffers.append(self.memory.allocate(size, what))
+            times = [
+                self.seconds(lambda: self.driver.copy(buffers[0], buffers[1], size))
+                for _ in range(ROUNDS + 1)
+            ]
+        finally:
+            for pointer in buffers:
+                self.memory.free(pointer)
+        return 2 * size / median(times[1:])
 
     def _check_sums(self, sums: np.ndarray[Any, np.dtype[np.float32]]) -> None:
         if (sums != TURNS * TILE["BLOCK_K"]).any():

@@ -29,7 +29,7 @@ import numpy as np
 from dsc.backends.triton.blocks import AnyTile, Choice, tile_json
 from dsc.backends.triton.launch import Kernel, LaunchProgram
 from dsc.backends.triton.program import Lowered
-from dsc.errors import BackendUnavailable
+from dsc.errors import BackendUnavailable, DeviceError, MemoryLimitError
 from dsc.ir.arrays import Array
 from dsc.ir.program import Program
 from dsc.runtime.emission import Progress
@@ -42,6 +42,8 @@ WRONG = {16: 0.05, 32: 1e-3}
 """What the logits of the typical position may differ by, as a share of their norm, by the bits of
 the compute type: sums in another order move those of a 16-bit model by about a hundredth."""
 CONTEXT, LARGE_BATCH = 4096, 64
+REFUSALS = (BackendUnavailable, DeviceError, MemoryLimitError)
+"""How a card refuses: a binary, a call, and what there is no room for."""
 Changed: TypeAlias = Mapping[str, AnyTile]
 Seconds: TypeAlias = Sequence[float | None]
 """By launch of an entry; `None` of one that does not run."""
@@ -83,11 +85,11 @@ class Trial(Protocol):
     """A plan on a card."""
 
     def run(self, step: Step) -> Seconds:
-        """Seconds by launch of a step's entry. Raises `RuntimeError` where the card refuses."""
+        """Seconds by launch of a step's entry. Raises `REFUSALS`."""
         ...
 
     def logits(self, step: Step) -> Array:
-        """Logits of positions of a step, [positions, vocab]. Raises `RuntimeError`."""
+        """Logits of positions of a step, [positions, vocab]. Raises `REFUSALS`."""
         ...
 
     def close(self) -> None:
@@ -108,7 +110,7 @@ class Card(Protocol):
     """What runs and times a plan."""
 
     def open(self, built: Built) -> Trial:
-        """Load it. Raises `RuntimeError` where the card refuses."""
+        """Load it. Raises `REFUSALS`."""
         ...
 
 
@@ -395,14 +397,14 @@ class Search:
                 why = self._wrong(trial)
                 return {} if why else {step: self._turns(trial, step) for step in self._steps}, why
             finally:
-                with suppress(RuntimeError):  # of a card that answers no more
+                with suppress(*REFUSALS):  # of a card that answers no more
                     trial.close()
-        except RuntimeError as refusal:
+        except REFUSALS as refusal:
             why = f"the card refuses it: {_first(str(refusal))}"
         try:
             for step in self._steps[:1]:
                 self._trial.run(step)
-        except RuntimeError as end:
+        except DeviceError as end:
             raise BackendUnavailable(
                 f"the card answers no more: {_first(str(end))}; {why}",
                 "the artifact is what it was; tune other entries, with --entry",

@@ -416,7 +416,7 @@ import ctypes
 import sys
 from pathlib import Path
 from dsc.backends.triton import TritonBackend, driver
-from dsc.errors import BackendUnavailable, MemoryLimitError
+from dsc.errors import BackendUnavailable, DeviceError, MemoryLimitError
 from dsc.ir.parser import parse_program
 from dsc.runtime.session import Session
 
@@ -462,22 +462,23 @@ def life():
             session.decode([2])
         session.generate(2)
         executable.product_speed("bf16")
-    except (RuntimeError, MemoryLimitError) as problem:
-        told = str(problem)
+    except (DeviceError, MemoryLimitError) as problem:
+        told = problem.what
         assert made[failing - 1] in told and "FAKE_ERROR" in told, told
         if status != 1:  # nothing was done: it goes on
             session.decode([3]) if session.lengths else session.prefill([1])
             return None
         try:
             session.prefill([1])
-        except RuntimeError as over:
-            assert str(over).startswith(f"nothing runs here any more ({told})"), over
+        except DeviceError as over:
+            assert over.what == f"nothing runs here any more ({told})", over
+            assert "load the artifact again" in over.hint
         else:
             sys.exit(f"it ran after {told}")
     finally:
         try:
             executable.close()
-        except RuntimeError as problem:
+        except DeviceError as problem:
             assert made[failing - 1] in str(problem) and "FAKE_ERROR" in str(problem), problem
     return executable
 
@@ -487,8 +488,8 @@ count = len(made)
 assert real.fake_held() == 0
 try:
     Session(executable, program, 1, 24).prefill([1])
-except RuntimeError as over:
-    assert str(over).startswith("nothing runs here any more (it was closed)"), over
+except DeviceError as over:
+    assert over.what == "nothing runs here any more (it was closed)", over
 else:
     sys.exit("it ran after it was closed")
 first, step = map(int, sys.argv[2:])
@@ -498,7 +499,7 @@ for status in (1, 2, 900):  # it failed, there is no room, the caller captures
         before = real.fake_held()
         try:
             life()
-        except (BackendUnavailable, MemoryLimitError, RuntimeError) as problem:
+        except (BackendUnavailable, DeviceError, MemoryLimitError) as problem:
             if made[failing - 1] != "cuInit":
                 told = str(problem)
                 assert made[failing - 1] in told and "FAKE_ERROR" in told, (failing, told)

@@ -11,7 +11,10 @@ import pytest
 
 import dsc
 from dsc.backends.triton.device import DeviceExecutable
+from dsc.backends.triton.driver import DriverError
 from dsc.backends.triton.launch import LaunchProgram
+from dsc.backends.triton.memory import Memory
+from dsc.backends.triton.timer import FILL_BYTES, Timer
 from dsc.errors import BackendUnavailable, MemoryLimitError
 from dsc.ir.program import Program
 from dsc.runtime.plan import Plan
@@ -142,10 +145,30 @@ def test_what_timing_takes_is_within_the_limit(model: Program, artifact: Path) -
     assert held(driver) == before
 
 
+def test_a_copy_is_of_half_where_two_of_the_whole_do_not_fit() -> None:
+    """What was taken for the whole is given back before."""
+
+    class Clocked(FakeDriver):
+        def event(self) -> Any:
+            return None
+
+        def record(self, event: Any) -> None:
+            return
+
+        def seconds(self, start: Any, end: Any) -> float:
+            return 1.0
+
+    driver = Clocked()
+    driver.room = 2 * FILL_BYTES
+    timer = Timer(Memory(driver, "bench", lambda: None))
+    assert timer.copy_speed(2 * FILL_BYTES) == 2 * FILL_BYTES
+    assert held(driver) == 0
+
+
 def test_a_driver_that_is_too_old_for_a_binary_is_said_so(model: Program, artifact: Path) -> None:
     class Older(FakeDriver):
         def load(self, *given: Any) -> Any:
-            raise RuntimeError("cuModuleLoadData: CUDA_ERROR_INVALID_IMAGE")
+            raise DriverError("cuModuleLoadData: CUDA_ERROR_INVALID_IMAGE")
 
     driver, place = Older(), artifact / "triton/sm_90"
     with pytest.raises(BackendUnavailable, match="does not take k: cuModuleLoadData") as refusal:
