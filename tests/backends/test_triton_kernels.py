@@ -151,7 +151,10 @@ def test_kernel_errors_are_all_reported() -> None:
         compile_kernels(program.kernels, Target("cuda", "sm_90"), texts)
 
 
-def test_a_kernel_that_ends_its_process_takes_no_other_along() -> None:
+def test_a_kernel_that_ends_its_process_takes_no_other_along(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     program, generated = lower_program(
         program_of({k: CASES[k] for k in ("add_0", "exp_0")}), "cuda:sm_90"
     )
