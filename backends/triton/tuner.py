@@ -12,7 +12,6 @@ import shutil
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeAlias
@@ -60,8 +59,8 @@ SPACE = "space"
 REPORT = "tuned.json"
 Placed: TypeAlias = Path | Mapping[str, int]
 """A file of weights, or where they lie on the device already."""
-CHECKED, POSITIONS = 2, 16
-"""Sequences whose logits are compared, and positions of a chunk, at most."""
+CHUNK, POSITIONS = 512, 16
+"""Tokens of a prompt at once before results are compared, and positions of a chunk, at most."""
 
 
 class Tuner:
@@ -138,7 +137,8 @@ class Tuner:
         with tempfile.TemporaryDirectory(prefix="dsc-tune-") as scratch:
             device = OnDevice(self.target, self.program, weights, Path(scratch))
             steps, bits = steps_of(self.program, self.entries), _bits(self.program)
-            search = Search(self.lower, self.kernels, device, steps, bits)
+            held = steps_of(self.program)
+            search = Search(self.lower, self.kernels, device, steps, held, bits)
             found = search.run(tries, deadline, self.progress)
         known = search.base.program.choices
         report = {"target": str(self.target), "card": card.name, **found.report(known)}
@@ -292,15 +292,21 @@ class OnDeviceTrial:
         return [next(times).seconds if each else None for each in runs]
 
     def logits(self, step: Step) -> Array:
-        """See `tuning.Trial`."""
-        batch = min(step.batch, CHECKED)
+        """See `tuning.Trial`.
+
+        Sequences have other lengths each, where states can be cut, and an end of their own.
+        """
         if not step.context:
-            asked = replace(step, batch=batch)
-            inputs = step_inputs(self._executable, self._program, asked, POSITIONS)
+            inputs = step_inputs(self._executable, self._program, step, POSITIONS)
             return _rows(self._executable.run(step.entry, inputs)["logits"])
-        session = Session(self._executable, self._program, batch, step.context + step.new)
-        ids = random_ids(self._program, batch, step.context + step.new)
-        session.prefill(ids[:, : step.context])
+        chunk = min(max(step.new, CHUNK), self._program.limits.prefill_chunk)
+        length = step.context + step.new
+        session = Session(self._executable, self._program, step.batch, length, chunk)
+        ids = random_ids(self._program, step.batch, length)
+        session.prefill(ids[:1, : step.context])
+        cut = all(state.storage.of_tokens for state in self._program.states)
+        for left in range(step.batch - 1, 0, -1):
+            session.fork(0, step.context * left // step.batch if cut else None)
         return _rows(session.prefill(ids[:, step.context :], all_logits=True))
 
 

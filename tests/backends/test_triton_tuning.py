@@ -11,12 +11,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from dsc.backends.triton.blocks import AnyTile, tile_json
 from dsc.backends.triton.launch import LaunchProgram
 from dsc.backends.triton.program import lower_program
-from dsc.backends.triton.tuning import apart, rounds
+from dsc.backends.triton.tuning import apart, others, rounds
 from dsc.ir.index_ranges import giving_indices
 from dsc.ir.parser import parse_program
 from dsc.ir.program import Program
@@ -193,6 +194,34 @@ def test_a_tile_that_the_card_refuses_is_dropped_and_a_card_that_ends_ends_it(be
     assert done.returncode == 2
     assert "the card answers no more: cuLaunchKernel: FAKE_ERROR" in done.stderr
     assert bench.files() == before
+
+
+def test_results_are_held_at_the_batch_of_each_step(tmp_path: Path) -> None:
+    bench = Bench(tmp_path)
+    done = bench.run(compile=True, batch=6)
+    assert done.returncode == 0, done.stderr
+    few = {key for x in bench.plan.entries["decode_few"].launches for key in x.choices}
+    wrong = choice(bench, "gemm bf16 bf16 m=6 ")
+    assert wrong[0] not in few, "it is of steps of more than 4 sequences alone"
+    bench.planted.write_text(f"{wrong[2]} 0.1 wrong\n")
+    told = bench.told(run=TUNE)
+    assert {x["key"]: x["why"][:29] for x in told["dropped"]} == {
+        wrong[0]: "other results in decode of 6:"
+    }
+
+
+def test_a_few_wrong_positions_are_wrong_results() -> None:
+    expected = np.random.default_rng(0).normal(size=(32, 50)).astype(np.float32)
+    near = expected * 1.001
+    assert not others(near, expected, 0.05)
+    spoiled, missing = near.copy(), near.copy()
+    spoiled[:4] = spoiled[4:8]
+    assert not others(spoiled, expected, 0.05), "routers at a tie"
+    spoiled[:6] = spoiled[6:12]
+    assert others(spoiled, expected, 0.05) == "19% of the positions are far off"
+    missing[3, 7] = np.nan
+    assert others(missing, expected, 0.05) == "logits that are no numbers"
+    assert others(near * 2, expected, 0.05) == "1 of the logits' norm"
 
 
 def test_an_entry_that_is_none_is_refused(bench: Bench) -> None:

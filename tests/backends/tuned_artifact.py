@@ -4,7 +4,8 @@
 
 PLAN is JSON: `run`, the verb to be run on the artifact in FOLDER, and by kernel what is `spilled`
 or `refused` by a compiler that stands in for Triton's; `kill` ends the process when the artifact's
-new folder is whole but for its name. With `compile` the artifact is made first. `again` has pairs
+new folder is whole but for its name. With `compile` the artifact is made first, for `batch`
+sequences, else 2. `again` has pairs
 of a card's name and of options: the model is compiled for each, and plans and notes are printed.
 """
 
@@ -32,12 +33,11 @@ from tests.backends.canonical_lm import Sizes, canonical_lm
 CONTEXT, CHUNK = 64, 16
 
 
-def model() -> Program:
+def model(batch: int) -> Program:
     """A layer in bf16: fp32 products have no other tiles."""
-    limits = Limits(max_batch=2, max_context=CONTEXT, prefill_chunk=CHUNK)
-    return canonical_lm(Sizes(layers=1, dense=0, dtype=DType.bf16), max_context=CONTEXT).limited(
-        limits
-    )
+    limits = Limits(max_batch=batch, max_context=CONTEXT, prefill_chunk=CHUNK)
+    sizes = Sizes(layers=1, dense=0, dtype=DType.bf16)
+    return canonical_lm(sizes, max(4, batch), CONTEXT).limited(limits)
 
 
 class StandIn:
@@ -69,10 +69,10 @@ class StandIn:
         return self.each(*given)[:2]
 
 
-def compiled(options: Mapping[str, Any]) -> dsc.CompiledModel:
+def compiled(options: Mapping[str, Any], batch: int = 2) -> dsc.CompiledModel:
     """The model for a card that may be at hand."""
     return dsc.compile(
-        model(), backend="triton", target="cuda:sm_90", max_batch=2, max_context=CONTEXT,
+        model(batch), backend="triton", target="cuda:sm_90", max_batch=batch, max_context=CONTEXT,
         prefill_chunk=CHUNK, backend_options=options,
     )  # fmt: skip
 
@@ -99,7 +99,7 @@ def run() -> None:
 def _run(folder: Path, planted: Mapping[str, Any]) -> None:
     out = folder / "out"
     if planted.get("compile"):
-        compiled({}).save(out)
+        compiled({}, planted.get("batch", 2)).save(out)
     told = []
     for card, options in planted.get("again", ()):
         os.environ["FAKE_CUDA_NAME"] = card
