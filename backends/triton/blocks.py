@@ -190,11 +190,12 @@ OTHERS: Mapping[str, tuple[Tile, ...]] = {
     "large sm_100": (Tile(128, 256, 64, 4, 4), Tile(128, 128, 64, 8, 4)),
     "large hip": (Tile(128, 256, 64, 8, 2), Tile(256, 128, 64, 8, 2)),
     "flash sm_90": (Tile(128, 64, 0, 8, 2), Tile(64, 64, 0, 4, 2), Tile(128, 32, 0, 8, 3)),
-    "flash": (Tile(128, 32, 0, 8, 2), Tile(64, 32, 0, 4, 2)),
+    "flash cuda": (Tile(128, 32, 0, 8, 2), Tile(64, 32, 0, 4, 2)),
+    "flash hip": (Tile(64, 32, 0, 4, 2), Tile(64, 64, 0, 4, 2)),
 }
 """Tiles to be measured beside the rule's, by the range of rows and by what the target is; a height
-of 0 is the rule's. Those of large products and of attention compile without spills for the widths
-of DeepSeek-V3 (docs/decisions/triton-attention.md); what spills is left out where it is found."""
+of 0 is the rule's. What does not compile for some widths, or spills, is left out where it is found
+(docs/tuning.md)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -349,7 +350,8 @@ class Blocks:
         if tall > 64:
             wide = FLASH_OF_256 if head > 128 else FLASH
             rule = wide.get(arch, wide[self._kind])
-            others = OTHERS.get(f"flash {arch}", OTHERS["flash"]) if head <= 128 else ()
+            known = f"flash {arch}" if f"flash {arch}" in OTHERS else f"flash {self._kind}"
+            others = OTHERS[known] if head <= 128 else ()
             return self._taken(key, rule, others)
         rule = Tile(tall, 64 if head <= 128 and tall < 64 else 32, 0, 4, 2)
         others = (replace(rule, n=32), replace(rule, n=64), replace(rule, stages=3))
