@@ -36,10 +36,10 @@ from torch._C._dynamo.guards import GlobalStateGuard
 from dsc import kept
 from dsc.errors import DscError
 from dsc.frontends.fingerprint import Unknown
-from dsc.frontends.options import Options
+from dsc.frontends.options import BACKEND_OF_CARDS, Options
 from dsc.frontends.placed import results
 from dsc.frontends.reach import PLAIN, Reach, Watch, holds
-from dsc.hardware import processor
+from dsc.hardware import gpus, processor
 
 if TYPE_CHECKING:
     from dsc.api import CompiledModel
@@ -140,6 +140,7 @@ class Calls:
             "state": cast(Any, state).__getstate__(),
             "settings": repr(self.settings),
             "memory": memory_limit("cpu"),
+            "gpus": _gpus(self.settings[0]),
             "environment": _environment(),
             **_surroundings(),
             **kept.surroundings(),
@@ -365,6 +366,11 @@ def _configured() -> bool:
 def _environment() -> dict[str, str]:
     given = sorted(os.environ.items())
     return {k: v for k, v in given if k.startswith(("DSC_", "TORCH")) and "CACHE" not in k}
+
+
+def _gpus(options: Options) -> list[str]:
+    """What a backend of cards makes code for where no tensor lies on one."""
+    return [gpu.target for gpu in gpus()] if options.backend == BACKEND_OF_CARDS else []
 
 
 @cache

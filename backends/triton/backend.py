@@ -46,9 +46,8 @@ from dsc.ir.sampled import giving_ids
 from dsc.ir.traits import Role
 from dsc.runtime.emission import Emission, Progress
 from dsc.runtime.executable import Executable
-from dsc.runtime.plan import Plan
 from dsc.runtime.tuned import Tuned
-from dsc.targets import KNOWN, Target
+from dsc.targets import KNOWN, Target, parse_target
 
 FOLDER = "triton"
 DEFAULT_WEIGHTS = "weights/model.safetensors"
@@ -118,43 +117,38 @@ class TritonBackend:
         return Yes() if why is None else No(why)
 
     def emit(self, program: Program, options: EmitOptions) -> Emission:
-        """Lower and compile for every GPU target asked for (`cuda:sm_90` when none is).
+        """Lower and compile for every GPU target asked for, or where none is for the GPUs at hand.
 
+        Without any the interpreter's plan is the artifact's: nothing else could run.
         `options.extra["compile"] = False` leaves binaries out: launches and sources only. With
         `dependent` False kernels begin when the former one is done, on all targets. Tiles that were
         measured on the card at hand are taken unless `tune` is False.
         """
         check_supported(program, self)
         program = giving_ids(giving_indices(program))
-        targets = [t for t in options.targets if t.is_gpu] or [DEFAULT_TARGET]
+        targets = [t for t in options.targets if t.is_gpu] or _at_hand()
+        known = {t: choices.known(t, options.extra.get("tune", True)) for t in targets}
         here = lowered_program(program, INTERPRET, options.reuse)
-        lowered, sources = here.program, dict(here.sources)
+        made = {t: lowered_program(program, str(t), options.reuse, known[t].tiles) for t in targets}
+        plans = [each.program.plan() for each in made.values()] or [here.program.plan()]
+        for plan in plans:
+            options.admit(plan)
+        sources = dict(here.sources)
         files = {f"{FOLDER}/{INTERPRETED}": here.plan}
-        plans: list[Plan] = []
         notes: list[str] = []
         summary: dict[str, Any] = {}
-        for target in targets:
-            known = choices.known(target, options.extra.get("tune", True))
-            there = lowered_program(program, str(target), options.reuse, known.tiles)
-            gpu, generated = there.program, there.sources
+        for target, there in made.items():
+            gpu = there.program
             taken = sum(choice.taken != choice.tiles[0] for choice in gpu.choices.values())
-            notes += [known.note(taken)] if taken else []
-            plans.append(gpu.plan())
-            options.admit(plans[-1])
-            sources |= (texts := with_templates(gpu, generated))
+            notes += [known[target].note(taken)] if taken else []
+            sources |= (texts := with_templates(gpu, there.sources))
             place = f"{FOLDER}/{target.arch}"
             files[f"{place}/plan.json"] = there.plan
             summary[str(target)] = {"kernels": len(gpu.kernels), "launches": launch_counts(gpu)}
             if options.extra.get("compile", True):
-                if takes(target) and options.extra.get("dependent", True):
-                    texts = waiting(texts, gpu.kernels.values())
-                binaries, records = compile_kernels(gpu.kernels, target, texts, options.progress)
-                files |= {f"{place}/{name}": data for name, data in binaries.items()}
-                files[f"{place}/kernels.json"] = json.dumps(records, indent=1).encode()
-                probes, facts = compile_kernels(probe_kernels(target), target, PROBE_TEXT)
-                files |= {f"{place}/{name}": data for name, data in probes.items()}
-                files[f"{place}/{PROBES}"] = json.dumps(facts, indent=1).encode()
-        texts = with_templates(lowered, sources)
+                code = _compiled(gpu, target, texts, options)
+                files |= {f"{place}/{name}": data for name, data in code.items()}
+        texts = with_templates(here.program, sources)
         files |= {f"{FOLDER}/kernels/{m}.py": t.encode() for m, t in sorted(texts.items())}
         runner = RUNNER.read_text() if program.is_causal_lm else ""
         return Emission(
@@ -234,6 +228,26 @@ class TritonBackend:
         raise UsageError(
             f"unknown device {device!r}", hint=f"{INTERPRET}, cuda:<arch> or hip:<arch>"
         )
+
+
+def _at_hand() -> list[Target]:
+    """The targets of the GPUs here, each once."""
+    from dsc.hardware import gpus
+
+    found = dict.fromkeys(gpu.target for gpu in gpus())
+    return [parse_target(each) for each in found if each in ALL_TARGETS]
+
+
+def _compiled(
+    program: LaunchProgram, target: Target, texts: Mapping[str, str], options: EmitOptions
+) -> dict[str, bytes]:
+    """Binaries and their records, of a plan's kernels and of the probes, by file name."""
+    if takes(target) and options.extra.get("dependent", True):
+        texts = waiting(texts, program.kernels.values())
+    binaries, records = compile_kernels(program.kernels, target, texts, options.progress)
+    probes, facts = compile_kernels(probe_kernels(target), target, PROBE_TEXT)
+    told = {"kernels.json": records, PROBES: facts}
+    return {**binaries, **probes} | {n: json.dumps(x, indent=1).encode() for n, x in told.items()}
 
 
 def _arch(target: str) -> str:

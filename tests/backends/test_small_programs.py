@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch import Tensor
 
-import dsc
 from dsc import pipeline
 from dsc.api import CompiledModel, compile_program
 from dsc.errors import ParseError
@@ -78,12 +77,10 @@ def program(graphs: dict[str, str]) -> Program:
 
 
 def made(traced: Program, backend: str, level: int = 3) -> CompiledModel:
-    """A compiled program; on triton for its interpreter alone."""
-    if backend != "triton":
-        return compile_program(traced, backend, level)
-    pytest.importorskip("triton")
-    more = {"compile": False}
-    return dsc.compile(traced, backend=backend, fusion_level=level, backend_options=more)
+    """A compiled program."""
+    if backend == "triton":
+        pytest.importorskip("triton")
+    return compile_program(traced, backend, level)
 
 
 @cache

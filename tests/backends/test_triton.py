@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from dsc import pipeline
+from dsc import hardware, pipeline
 from dsc.backends.base import EmitOptions, No, Yes
 from dsc.backends.reference import ReferenceExecutable
 from dsc.backends.triton import TritonBackend
@@ -216,6 +216,24 @@ def test_refusals_name_every_reason_and_place() -> None:
     assert isinstance(backend.supports(graph.nodes[1]), No)
     with pytest.raises(UnsupportedOperator, match=r"no Triton kernel for sort \(at model.sorter\)"):
         backend.emit(Program("p", {"main": graph}), EmitOptions())
+
+
+@pytest.mark.parametrize(("archs", "made"), [((), []), (("sm_75", "sm_80", "sm_80"), ["sm_80"])])
+def test_code_for_no_target_is_for_the_gpus_at_hand(
+    archs: Sequence[str], made: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cards = [hardware.Gpu("a card", f"cuda:{arch}", 1 << 30) for arch in archs]
+    monkeypatch.setattr(hardware, "gpus", lambda: cards)
+    b = GraphBuilder("main")
+    x = b.input("x", TensorType(DType.f32, (4,)))
+    program = Program("p", {"main": b.finish([b.add(x, x)])})
+    asked = EmitOptions(extra={} if not made else {"compile": False})
+    emission = TritonBackend().emit(program, asked)
+    found = {name.split("/")[1] for name in emission.files}
+    assert found == {"kernels", "interpret", *made}
+    assert list(emission.meta["targets"]) == [f"cuda:{arch}" for arch in made]
+    assert emission.plan is not None
+    assert emission.plan.entries["main"].launches
 
 
 def test_a_pointwise_operator_without_an_expression_is_refused_by_name(

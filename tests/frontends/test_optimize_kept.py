@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
@@ -18,7 +19,8 @@ from torch import Tensor
 import dsc
 from dsc import kept
 from dsc.errors import UsageError
-from dsc.frontends.calls import KIND, Calls
+from dsc.frontends.calls import KIND, Calls, kind_of
+from dsc.hardware import Gpu
 
 WIDTH = 3
 SOURCE = """\
@@ -156,6 +158,20 @@ def test_code_in_use_is_left_as_soon_as_something_changes() -> None:
         torch.testing.assert_close(function(x, y), plain(x, y))
     wider = torch.randn(3, 7)
     torch.testing.assert_close(function(wider, y), plain(wider, y))
+
+
+def test_code_of_triton_is_kept_for_the_gpus_that_it_was_made_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    keys = []
+    for backend, cards in itertools.product(("triton", "tvm"), ([], [Gpu("a", "cuda:sm_90", 1)])):
+        monkeypatch.setattr("dsc.frontends.calls.gpus", lambda cards=cards: cards)
+        found = calls_of(dsc.optimize(backend=backend)(module().made(0.25)))
+        sought = found._sought(kind_of(arguments(), {}))
+        assert sought is not None
+        keys.append(json.dumps(sought.key))
+    assert keys[0] != keys[1]
+    assert keys[2] == keys[3]
 
 
 def test_what_cannot_be_told_by_value_is_not_kept() -> None:
