@@ -11,7 +11,7 @@ import json
 import shutil
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeAlias
@@ -20,6 +20,7 @@ import numpy as np
 
 from dsc.backends.triton import choices
 from dsc.backends.triton.backend import FOLDER, with_templates
+from dsc.backends.triton.choices import triton_version
 from dsc.backends.triton.compile import compile_each, has_triton, require_triton
 from dsc.backends.triton.dependent import takes, waiting
 from dsc.backends.triton.device import DeviceExecutable, driver_of
@@ -86,13 +87,16 @@ class Tuner:
         self._dependent = any(record.get("dependent") for record in records.values())
         stored = LaunchProgram.of(Plan.from_json(self._plan)).choices
         self.own = {k: c.taken for k, c in stored.items() if c.taken != c.tiles[0]}
-        if self.lower({}).plan != self._plan:
+        own = self.lower({})
+        texts = with_templates(own.program, own.sources)
+        if own.plan != self._plan or texts != _texts(folder / FOLDER / "kernels", texts):
             raise ArtifactError(
-                "the artifact's plan is not the one that this version of dsc makes",
+                "the artifact's plan or kernels are not those that this version of dsc makes",
                 where=str(folder), hint="compile it again, and tune that",
             )  # fmt: skip
         binaries = {r["file"]: (self.place / r["file"]).read_bytes() for r in records.values()}
-        self.kernels = Kernels(records, binaries, self._compile if has_triton() else None)
+        compiles = has_triton() and triton_version() == self.triton
+        self.kernels = Kernels(records, binaries, self._compile if compiles else None)
 
     def lower(self, changed: Changed) -> Lowered:
         """The plan with other tiles in place of its own."""
@@ -109,6 +113,8 @@ class Tuner:
     def prepare(self) -> Tuned:
         """Compile what measuring could ask for, for a card whose machine has no Triton."""
         require_triton()
+        if self.kernels.compiles is None:
+            raise self._another_triton()
         known = set(self.kernels.records)
         base = self.lower({}).program
         dropped: list[Dropped] = []
@@ -161,12 +167,22 @@ class Tuner:
             self.kernels.binaries |= {
                 r["file"]: (place / r["file"]).read_bytes() for r in told["kernels"].values()
             }
+        elif self.kernels.compiles is None and has_triton():
+            raise self._another_triton()
         elif self.kernels.compiles is None:
             raise BackendUnavailable(
                 "there is no Triton here to compile other tiles with",
                 "install it (pip install 'triton>=3.5'), or run `dsc tune --prepare` on the folder"
                 " where it is, and copy the folder here again",
             )
+
+    def _another_triton(self) -> ArtifactError:
+        """What one version makes of a kernel says nothing of what another one makes."""
+        return ArtifactError(
+            f"its kernels were made by Triton {self.triton}, here is {triton_version()}",
+            where=str(self.folder),
+            hint=f"compile it again, or install that (pip install triton=={self.triton})",
+        )
 
     def _files(self, built: Built, report: Mapping[str, Any]) -> dict[str, bytes]:
         place, lowered = f"{FOLDER}/{self.target.arch}", built.lowered
@@ -383,6 +399,12 @@ def _bits(program: Program) -> int:
     """Bits of the narrowest type that numbers have on the way."""
     types = {v.type.dtype for graph in program.entries.values() for v in graph.values()}
     return min((t.bits for t in types if t.is_float and t.bits >= 16), default=32)
+
+
+def _texts(folder: Path, modules: Iterable[str]) -> dict[str, str]:
+    """What an artifact has of some modules of kernels."""
+    places = ((name, folder / f"{name}.py") for name in modules)
+    return {name: place.read_text() for name, place in places if place.is_file()}
 
 
 def _json(value: Any) -> bytes:

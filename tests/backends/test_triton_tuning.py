@@ -24,6 +24,7 @@ from dsc.ir.program import Program
 from dsc.ir.sampled import giving_ids
 from dsc.runtime import artifact
 from dsc.runtime.plan import Plan
+from dsc.runtime.tuned import Tuned
 from tests.backends.test_triton_driver import SOURCE, built
 
 TARGET = "cuda:sm_90"
@@ -222,6 +223,25 @@ def test_a_few_wrong_positions_are_wrong_results() -> None:
     missing[3, 7] = np.nan
     assert others(missing, expected, 0.05) == "logits that are no numbers"
     assert others(near * 2, expected, 0.05) == "1 of the logits' norm"
+
+
+def test_kernels_of_another_triton_or_of_other_sources_are_not_tuned(bench: Bench) -> None:
+    for verb in (TUNE, ["tune", "--prepare"]):
+        done = bench.run(run=verb, triton="9.9")
+        assert done.returncode == 2
+        assert "its kernels were made by Triton 3." in done.stderr
+        assert "here is 9.9" in done.stderr
+    place = bench.out / "triton/kernels/gemm.py"
+    text = place.read_text()
+    opened = artifact.read(bench.out, trust=True)
+    changed = {"triton/kernels/gemm.py": f"# another\n{text}".encode()}
+    artifact.rewrite(opened, Tuned({}, changed))
+    done = bench.run(run=[*TUNE, "--trust"])
+    artifact.rewrite(
+        artifact.read(bench.out, trust=True), Tuned({}, {k: text.encode() for k in changed})
+    )
+    assert done.returncode == 2
+    assert "plan or kernels are not those that this version" in done.stderr
 
 
 def test_an_entry_that_is_none_is_refused(bench: Bench) -> None:

@@ -5,7 +5,7 @@
 PLAN is JSON: `run`, the verb to be run on the artifact in FOLDER, and by kernel what is `spilled`
 or `refused` by a compiler that stands in for Triton's; `kill` ends the process when the artifact's
 new folder is whole but for its name. With `compile` the artifact is made first, for `batch`
-sequences, else 2. `again` has pairs
+sequences, else 2. `triton` is the version that is said to be here. `again` has pairs
 of a card's name and of options: the model is compiled for each, and plans and notes are printed.
 """
 
@@ -15,6 +15,7 @@ import json
 import os
 import sys
 from collections.abc import Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -90,6 +91,7 @@ def run() -> None:
         patch.object(backend, "compile_kernels", made.all),
         patch.object(tuner, "compile_each", made.each),
         patch.object(tuner, "has_triton", lambda: has_triton),
+        patch.object(tuner, "triton_version", lambda: planted.get("triton", version("triton"))),
         patch.object(tuning, "REPEATS", 3),
         patch.object(replacing, "_put", _killed if planted.get("kill") else replacing._put),
     ):
