@@ -26,8 +26,8 @@ from bench.engines import PEERS, SLOW
 from bench.remote import ROOT, EngineFailed, Remote, missing
 from bench.run import Cell, Effort, Result, run_cell
 from bench.shapes import shape_config, write_checkpoint
+from dsc.asked import QUANT
 from dsc.hardware import cpu
-from dsc.pipeline import QUANT
 
 CONTEXTS = (128, 1024, 4096, 16384)
 QUICK = Effort(rounds=3, tokens=8, seconds=0.5)

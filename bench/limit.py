@@ -13,11 +13,12 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
+from dsc.asked import GROUPED, QUANT
 from dsc.ir.expert_forms import expected_experts
 from dsc.ir.formats import Format
 from dsc.ir.types import TensorType
 from dsc.passes.quantize_weights import Kept, Quantising
-from dsc.pipeline import GROUPED, QUANT, make, quantising
+from dsc.pipeline import make, quantising
 from dsc.runtime.limit import Work
 
 SIDE = 4096

@@ -131,6 +131,7 @@ def compile(
         DscError: one of its classes, with what is wrong, where, and what to do.
     """
     from dsc import pipeline
+    from dsc.asked import check_cache_format, check_quant, check_widths
     from dsc.calibration.asked import trial_of
     from dsc.frontends.load import load_program
     from dsc.passes.shard import check_parallel, check_parts
@@ -149,9 +150,9 @@ def compile(
     _check_options(fusion_level, dtype, max_batch, max_context, prefill_chunk)
     check_parallel(ranks, parallel)
     pipeline.check_names(print_ir_after, NOT_PASSES)
-    pipeline.check_quant(quant, keep, quant_embedding)
-    pipeline.check_cache_format(cache_format)
-    pipeline.check_widths(group_size, activation_bits, quant, quant_embedding)
+    check_quant(quant, keep, quant_embedding)
+    check_cache_format(cache_format)
+    check_widths(group_size, activation_bits, quant, quant_embedding)
     trial = trial_of(calibrate, quant, nsamples, seqlen, avg_bits)
 
     def check_facts(facts: Facts) -> None:
@@ -371,9 +372,9 @@ def _check_options(
     max_context: int | None,
     prefill_chunk: int,
 ) -> None:
-    from dsc import pipeline
+    from dsc.asked import check_fusion_level
 
-    pipeline.check_fusion_level(fusion_level)
+    check_fusion_level(fusion_level)
     if dtype is not None and dtype not in PRECISIONS:
         raise UsageError(f"dtype {dtype!r}", hint=f"one of {', '.join(PRECISIONS)}")
     counts = {"max_batch": max_batch, "prefill_chunk": prefill_chunk, "max_context": max_context}

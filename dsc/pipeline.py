@@ -17,17 +17,34 @@ from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any, NamedTuple
 
+from dsc.asked import (
+    CACHE_FORMATS,
+    CODED_ROWS,
+    FP8,
+    GROUPED,
+    HEAD,
+    IN_PLACE,
+    PAGED,
+    QUANT,
+    WIDE,
+    check_cache_codes,
+    check_cache_format,
+    check_embedding,
+    check_fusion_level,
+    check_laid_out,
+    check_layout,
+    check_quant,
+    check_states,
+    check_widths,
+)
 from dsc.backends.base import Backend, Capabilities, check_supported
-from dsc.errors import UnsupportedOperator, UsageError, one_of
+from dsc.errors import UsageError, one_of
 from dsc.ir.formats import CODINGS, is_whole
-from dsc.ir.graph import Weight
 from dsc.ir.interface import Storage
-from dsc.ir.op import traits_of
 from dsc.ir.paging import PAGE
 from dsc.ir.program import Program
-from dsc.ir.regions import FUSION_LEVELS, RegionLimits
+from dsc.ir.regions import RegionLimits
 from dsc.ir.stages import Stage
-from dsc.ir.traits import Role
 from dsc.ir.weights import stored_type
 from dsc.rewrite import options as texts
 from dsc.rewrite.base import Pass, PassReport
@@ -37,33 +54,8 @@ from dsc.rewrite.pass_cache import PassCache, Prepared
 from dsc.rewrite.regions import inline_graph
 from dsc.targets import Target, parse_target
 
-CACHES = ("contiguous", "paged", "in-place")
-"""Layouts of KV caches: a capacity of rows for each sequence, or pages that sequences take. Where a
-backend grows caches unless it is told otherwise, it is told by the last."""
-CACHE_FORMATS = {"bf16": "", "fp8": "f8e4m3", "int8": "i8"}
-"""What latent caches are kept in, and the element type of the codes; none in the compute type."""
-FP8 = "f8e4m3"
-"""Codes whose rows become FP8 too, where that is asked for alone."""
-QUANT = {"none": "", "fp8": FP8, "int8": "i8", "int4": "i4"}
-"""What weights may be quantised to, and the element type of the codes."""
-WIDE = ":int8"
-"""How a pattern of `keep` ends whose weights stay in 8 bits, and not in the compute type."""
-HEAD = ":fp8"
-"""How one ends whose weights are a head that is FP8 as all else is: others stay."""
-QUANTISED = " or ".join(word for word, codes in QUANT.items() if codes)
-ACTIVATION_BITS = (8, 16)
-"""Rows that codes multiply: codes as well, where kernels take them so, or in the compute type."""
-CODED_ROWS = ACTIVATION_BITS[0]
-GROUPED, LEAST_GROUP = ("int8", "int4"), 32
-"""What has groups of columns, and the fewest where nobody says how many."""
-PAGED, IN_PLACE = CACHES[1:]
-LAID_OUT = {
-    PAGED: (Storage.PAGED, "put into pages"),
-    IN_PLACE: (Storage.CONTIGUOUS, "written in place"),
-}
-"""How the states of such layouts are stored, and what was done to them."""
-CODING = ("quantize_weights", "choose_formats")
-"""The passes that decide whether a table is in codes."""
+LEAST_GROUP = 32
+"""The fewest columns of a group where nobody says how many."""
 EPILOGUES = 2
 """Backends that fuse from this level on split a merged projection at no cost."""
 HORIZONTAL = 3
@@ -252,65 +244,9 @@ PASSES: Mapping[str, str] = {slot.name: slot.place for slot in SLOTS}
 _EMIT = tuple(slot.name for slot in SLOTS if slot.part is Part.EMIT)
 
 
-def check_fusion_level(level: int) -> None:
-    """Raise `UsageError` for a level that there is not."""
-    if level not in FUSION_LEVELS:
-        levels = ", ".join(map(str, FUSION_LEVELS))
-        raise UsageError(f"fusion_level {level}", hint=f"one of {levels}")
-
-
-def check_quant(quant: str, keep: Sequence[str], quant_embedding: str = "none") -> None:
-    """Raise `UsageError` for what weights cannot be quantised to, or for keeping no pattern."""
-    if quant not in QUANT:
-        raise UsageError(f"quant {quant!r}", hint=one_of(quant, list(QUANT)))
-    if quant_embedding not in ("none", *GROUPED):
-        hint = one_of(quant_embedding, ["none", *GROUPED])
-        raise UsageError(f"quant_embedding {quant_embedding!r}", hint=hint)
-    if isinstance(keep, str) or not all(isinstance(each, str) for each in keep):
-        raise UsageError(f"keep is {keep!r}", hint='give a list of texts, as in ["lm_head"]')
-    wide = [each for each in keep if each.endswith(WIDE)]
-    if wide and "int4" not in (quant, quant_embedding):
-        raise UsageError(
-            f"{wide[0]!r} says 8 bits, and quant is {quant}", hint=f"leave {WIDE} out, or give int4"
-        )
-    heads = [each for each in keep if each.endswith(HEAD)]
-    if heads and quant != "fp8":
-        raise UsageError(f"{heads[0]!r} says FP8, and quant is {quant}", hint="give quant fp8")
-    if keep and quant == quant_embedding == "none":
-        raise UsageError(
-            f"{keep[0]!r} is kept, and nothing is quantised", hint=f"give quant: {QUANTISED}"
-        )
-
-
-def check_cache_format(name: str) -> None:
-    """Raise `UsageError` for what caches cannot be kept in."""
-    if name not in CACHE_FORMATS:
-        raise UsageError(f"cache_format {name!r}", hint=one_of(name, list(CACHE_FORMATS)))
-
-
-def cache_format_of(program: Program) -> str:
-    """What the latent caches of a program are kept in."""
-    kept = {s.type.dtype for s in program.states if s.type.format is not None}
-    return next((name for name, codes in CACHE_FORMATS.items() if codes in kept), "bf16")
-
-
 def quantising(quant: str) -> str:
     """The pass that quantises weights to what is asked for."""
     return "insert_fp8" if quant == "fp8" else "quantize_weights"
-
-
-def check_widths(
-    group_size: int | None, activation_bits: int, quant: str, quant_embedding: str = "none"
-) -> None:
-    """Raise `UsageError` for groups of columns, or bits of activations, that there are not."""
-    if group_size is not None and group_size < 2:
-        raise UsageError(f"group_size is {group_size}", hint="give at least 2, such as 32 or 128")
-    if group_size is not None and quant not in GROUPED and quant_embedding not in GROUPED:
-        told = f"group_size is {group_size}, and quant is {quant}"
-        raise UsageError(told, hint=f"only {' and '.join(GROUPED)} have groups of columns")
-    if activation_bits not in ACTIVATION_BITS:
-        told = " or ".join(map(str, ACTIVATION_BITS))
-        raise UsageError(f"activation_bits is {activation_bits}", hint=f"give {told}")
 
 
 def kind_of(name: str) -> type[Pass]:
@@ -385,17 +321,10 @@ def prepare(
     """Take a program through the passes for a backend. Raises `UnsupportedOperator`."""
     manager = Manager(options.watch)
     capabilities = capabilities_of(backend, target)
-    if options.cache not in CACHES:
-        raise UsageError(f"cache {options.cache!r}", hint=f"one of {', '.join(CACHES)}")
-    _check_states(program, backend.name, capabilities)
-    _check_layout(options.cache, backend.name, capabilities)
-    codes = CACHE_FORMATS[options.cache_format]
-    if codes and (codes not in capabilities.caches or not options.codes):
-        raise UsageError(
-            f"the {backend.name} backend takes no caches in {options.cache_format}",
-            hint='compile with cache_format="bf16" (--cache-format bf16), or for a backend that'
-            " reads such codes: reference, null, tvm or triton",
-        )
+    check_states(program, backend.name, capabilities)
+    check_layout(options.cache, backend.name, capabilities)
+    coded = capabilities.caches if options.codes else ()
+    check_cache_format(options.cache_format, backend.name, coded)
     done = emitted = program = _in_numbers(program)
     passes = passes_for(program, capabilities, options)
     cache = PassCache(program, passes, backend, str(target)) if options.watch.is_quiet else None
@@ -405,12 +334,10 @@ def prepare(
     for each, emitted in manager.steps(program, passes):
         if each.name not in _EMIT:
             done = emitted
-    if options.cache != CACHES[0]:
-        _check_laid_out(done, manager.records, options.cache)
-    if codes:
-        _check_cache_format(done, manager.records)
+    check_laid_out(done, manager.records, options.cache)
+    check_cache_codes(done, manager.records, options.cache_format)
     if options.quant_embedding != "none":
-        _check_embedding(done, manager.records, backend.name)
+        check_embedding(done, manager.records, backend.name)
     check_supported(emitted, backend)
     pruned = done.pruned()
     prepared = Prepared(pruned, pruned if emitted is done else emitted.pruned(), manager.records)
@@ -459,79 +386,6 @@ def run(
     """`prepare`, for who emits nothing."""
     done = prepare(program, backend, target, options)
     return done.program, done.records
-
-
-def _check_states(program: Program, name: str, capabilities: Capabilities) -> None:
-    """Raise `UnsupportedOperator` for states that a backend's executables cannot hold."""
-    refused = [s for s in program.states if s.storage not in capabilities.states]
-    if refused:
-        told = ", ".join(f"{s.input} ({s.storage})" for s in refused)
-        raise UnsupportedOperator(
-            f"the {name} backend holds no such states as {told}",
-            hint="choose another backend: reference holds every kind",
-        )
-
-
-def _check_layout(cache: str, name: str, capabilities: Capabilities) -> None:
-    """Raise `UsageError` for a layout of caches that a backend has not, or has anyway."""
-    if cache == PAGED and Storage.PAGED not in capabilities.states:
-        raise UsageError(
-            f"the {name} backend takes no caches in pages",
-            hint='compile with cache="contiguous" (--cache contiguous), or for a backend that takes'
-            " pages: reference, null, tvm or triton",
-        )
-    if cache == IN_PLACE and capabilities.states[0] is not Storage.GROWN:
-        raise UsageError(
-            f"caches {IN_PLACE} are of ONNX exports; the {name} backend never grows them",
-            hint='compile with cache="contiguous" (--cache contiguous), or dsc.export it',
-        )
-
-
-def _check_laid_out(program: Program, records: Sequence[PassRecord], cache: str) -> None:
-    """Raise `UnsupportedOperator` with what kept the caches from a layout, unless they have it."""
-    storage, told = LAID_OUT[cache]
-    if any(state.storage is storage for state in program.states):
-        return
-    met = next(r.report.near for r in records if r.name == "append_cache_in_place")
-    lines = [f"{m.reason} (at {m.where})" if m.where else m.reason for m in met]
-    raise UnsupportedOperator(
-        f"the caches of {program.name} cannot be {told}:\n"
-        + "\n".join(dict.fromkeys(lines) or ["it has no caches of attention"]),
-        hint="leave out cache (--cache)",
-    )
-
-
-def _check_cache_format(program: Program, records: Sequence[PassRecord]) -> None:
-    """Raise `UnsupportedOperator` with what kept the caches in numbers, unless they are codes."""
-    report = next(r.report for r in records if r.name == "quantize_cache")
-    if report.fired:
-        return
-    lines = [f"{m.reason} (at {m.where})" if m.where else m.reason for m in report.near]
-    raise UnsupportedOperator(
-        f"the caches of {program.name} cannot be codes:\n"
-        + "\n".join(dict.fromkeys(lines) or ["it has no caches of latent attention"]),
-        hint='compile with cache_format="bf16" (--cache-format bf16)',
-    )
-
-
-def _check_embedding(program: Program, records: Sequence[PassRecord], backend: str) -> None:
-    """Raise `UnsupportedOperator` with what kept tables in numbers, unless one is in codes."""
-    nodes = [node for graph in program.entries.values() for node in graph.walk()]
-    tables = {
-        x for node in nodes if traits_of(node.op).role is Role.LOOKUP
-        for x in node.operands if isinstance(x, Weight)
-    }  # fmt: skip
-    if any(x.type.format is not None for x in tables):
-        return
-    names = {x.name for x in tables}
-    near = [m for record in records if record.name in CODING for m in record.report.near]
-    lines = [f"{m.reason} (at {m.where})" for m in near if m.where in names]
-    raise UnsupportedOperator(
-        f"the embedding of {program.name} cannot be codes on {backend}:\n"
-        + "\n".join(dict.fromkeys(lines) or ["it looks up no rows of a weight"]),
-        hint="leave out quant_embedding, or compile for a backend that looks up rows in codes:"
-        " onnxruntime, reference or null",
-    )
 
 
 def apply(program: Program, passes: Sequence[Pass | str], *, verify_each: bool = False) -> Program:

@@ -52,7 +52,7 @@ class Options:
 def checked(options: Options) -> Options:
     """The options. Raises `UsageError` for an impossible value, before anything is captured."""
     from dsc import backends
-    from dsc.pipeline import check_fusion_level
+    from dsc.asked import check_fusion_level
 
     check_fusion_level(options.fusion_level)
     if options.fallback not in _FALLBACKS:

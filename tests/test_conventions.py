@@ -80,7 +80,9 @@ LAYERS = {
     "dsc.rewrite": ("dsc.ir", "dsc.rewrite"),
     "dsc.targets": ("dsc.ir",),
     "dsc.passes": ("dsc.ir", "dsc.rewrite", "dsc.passes", "dsc.targets"),
+    "dsc.asked": ("dsc.ir", "dsc.rewrite", "dsc.backends.base"),
     "dsc.pipeline": (
+        "dsc.asked",
         "dsc.ir",
         "dsc.rewrite",
         "dsc.passes",
@@ -99,6 +101,7 @@ BACKEND = (
 # The runtime runs what was compiled, and must not need the compiler.
 RUNTIME_NEVER = (
     "dsc.passes",
+    "dsc.asked",
     "dsc.pipeline",
     "dsc.frontends",
     "dsc.cli",

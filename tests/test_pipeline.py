@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from dsc import backends, pipeline
+from dsc.asked import CACHES, check_states
 from dsc.backends.base import Capabilities
 from dsc.errors import UnsupportedOperator, UsageError
 from dsc.ir.expert_forms import ExpertKernels
@@ -84,7 +85,7 @@ def test_fusion_is_told_the_level_that_was_asked_where_it_is_not_taken(
 
 def test_caches_have_pages_only_where_they_are_asked_for() -> None:
     can = {"states": (Storage.CONTIGUOUS, Storage.PAGED)}
-    passes = (texts({"cache": cache, "prefill_chunk": 7}, can) for cache in pipeline.CACHES)
+    passes = (texts({"cache": cache, "prefill_chunk": 7}, can) for cache in CACHES)
     assert [each["append_cache_in_place"] for each in passes] == [
         "append_cache_in_place{slack=7}", "append_cache_in_place{slack=7,page=64}",
         "append_cache_in_place{slack=7}",
@@ -176,11 +177,11 @@ def test_states_that_cannot_be_held_are_all_named() -> None:
     program: Any = type("P", (), {"states": states})()
     can = Capabilities(states=(Storage.GROWN, Storage.RING))
     with pytest.raises(UnsupportedOperator) as refused:
-        pipeline._check_states(program, "mine", can)
+        check_states(program, "mine", can)
     assert refused.value.what == (
         "the mine backend holds no such states as s1 (contiguous), s2 (paged), s4 (fixed)"
     )
-    pipeline._check_states(program, "mine", Capabilities(states=tuple(Storage)))
+    check_states(program, "mine", Capabilities(states=tuple(Storage)))
 
 
 def test_a_program_is_taken_back_only_where_that_loses_nothing() -> None:

@@ -143,8 +143,6 @@ FLASH_OF_256: Mapping[str, Tile] = {
     "hip": Tile(64, 32, 0, 4, 2),
 }
 """The same for wider heads."""
-
-
 LARGE_GEMM: Mapping[str, Tile] = {
     "sm_90": Tile(128, 256, 64, 8, 3),
     "sm_100": Tile(128, 256, 64, 8, 3),

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dsc import pipeline
+from dsc.asked import QUANT
 from dsc.backends.base import Backend
 from dsc.calibration.asked import Asked
 from dsc.calibration.costs import Found, choose
@@ -84,7 +85,7 @@ def calibrate(
         named_batches(ready, asked.given) if ids is None
         else token_batches(ready, ids, asked.nsamples, asked.seqlen)
     )  # fmt: skip
-    codes = pipeline.QUANT[options.quant]
+    codes = QUANT[options.quant]
     taken = any(isinstance(x, QuantizeActivations) and codes in x.weights for x in rest)
     trial = Trial(ready, products, ROWS[codes] if taken else "")
 

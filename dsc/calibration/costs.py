@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from operator import itemgetter
 from typing import Any
 
+from dsc.asked import WIDE
 from dsc.calibration.measure import Cost, Harm
 from dsc.calibration.products import Product
 from dsc.errors import UsageError
-from dsc.pipeline import WIDE
 
 MORE_BITS = 0.5
 """Bits a weight that may be spent on keeping products where nobody says how many."""

@@ -93,10 +93,10 @@ def verify(
         dsc verify path/to/checkpoint --against hf --json
     """
     from dsc import api, verification
+    from dsc.asked import cache_format_of
     from dsc.cli.measuring import tell_stand_in
     from dsc.cli.ranks import launch_ranks, must_launch
     from dsc.frontends.hub import located
-    from dsc.pipeline import cache_format_of
 
     with console.progress_bar() as progress:
         folder = located(model, revision, progress)[0]

@@ -8,12 +8,12 @@ import onnx
 import pytest
 import torch
 
+from dsc.asked import QUANT
 from dsc.backends.onnxruntime import contrib
 from dsc.backends.reference import ReferenceExecutable
 from dsc.ir.arrays import array_of
 from dsc.ir.program import Program
 from dsc.ir.types import DType
-from dsc.pipeline import QUANT
 from tests.backends.onnx_artifacts import conversation, executable, prepared, stock_session
 from tests.backends.test_onnx_codes import KINDS, differ, program_of
 

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from dsc import pipeline, verification
+from dsc import verification
 from dsc.cli import bench, console, measuring, profile, verify
 from dsc.cli.report_tables import human_count, print_report
 from dsc.ir.formats import Format
@@ -469,7 +469,7 @@ def test_verify_compares_caches_in_codes_with_such_and_measures_them_beside_numb
     against: str, wanted: list[str], api: FakeApi, invoke: Invoke, artifact: Any,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr(pipeline, "cache_format_of", lambda _: "fp8")
+    monkeypatch.setattr("dsc.asked.cache_format_of", lambda _: "fp8")
     stock_model(monkeypatch)
     found = json.loads(invoke("verify", str(artifact), "--against", against, "--json").stdout)
     assert (found["dtype"], found["cache_format"], found["ok"]) == ("fp32", "fp8", True)

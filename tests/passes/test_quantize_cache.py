@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from dsc import pipeline
+from dsc.asked import cache_format_of
 from dsc.ir.interface import Storage
 from dsc.ir.parser import parse_program
 from dsc.ir.program import Program
@@ -50,7 +51,7 @@ def test_latents_become_codes_and_rope_keys_stay_numbers() -> None:
         "past.0.latent": (f"{FP8}[20]", 24, Storage.GROWN),
         "past.0.rope": ("f32[6]", 24, Storage.GROWN),
     }
-    assert (pipeline.cache_format_of(before), pipeline.cache_format_of(done)) == ("bf16", "fp8")
+    assert (cache_format_of(before), cache_format_of(done)) == ("bf16", "fp8")
     again = PassReport()
     assert QuantizeCache().run(done, again) is done
     assert not again.fired
