@@ -5,6 +5,7 @@ What only compiling needs is not imported here: a loaded model starts sooner.
 
 from __future__ import annotations
 
+import logging
 import shutil
 import tempfile
 import weakref
@@ -21,7 +22,7 @@ from dsc.ir.segments import cut
 from dsc.runtime import artifact as artifacts
 from dsc.runtime import sharded
 from dsc.runtime.emission import Emission, Progress, check_unchanged
-from dsc.runtime.executable import Executable, set_threads
+from dsc.runtime.executable import Executable, StandIn, set_threads
 from dsc.runtime.segmented import SegmentedExecutable
 from dsc.runtime.session import Session
 from dsc.runtime.tokens import check_limits
@@ -30,8 +31,10 @@ from dsc.targets import parse_target
 if TYPE_CHECKING:
     from dsc.chat_template import ChatTemplate
 
+log = logging.getLogger(__name__)
 
-@dataclass
+
+@dataclass(repr=False)
 class CompiledModel:
     """A compiled program: in memory until saved, or opened from an artifact folder."""
 
@@ -43,6 +46,14 @@ class CompiledModel:
     _emission: Emission | None = None
     _files: Mapping[str, Path | bytes] = field(default_factory=dict)
     _artifact: artifacts.Artifact | None = None
+    _told: bool = False
+
+    def __repr__(self) -> str:
+        """A line: its name, what runs it and its entries; the program is in `program`."""
+        place = "" if self.folder is None else f" in {self.folder}"
+        entries = ", ".join(self.program.entries)
+        targets = ", ".join(self.targets)
+        return f"<{self.program.name}{place}: {entries} by {self.backend} for {targets}>"
 
     def save(self, path: str | Path, force: bool = False, progress: Progress | None = None) -> Path:
         """Write the artifact folder `path`, whole or not at all. Raises `ArtifactError`."""
@@ -201,7 +212,8 @@ class CompiledModel:
     ) -> Session:
         """A session over this model, which owns a KV cache; `set_threads` first where asked.
 
-        Raises `UsageError` for more than the model was compiled for.
+        What stands in for a GPU that is not there is told to the log `dsc`, once a model. Raises
+        `UsageError` for more than the model was compiled for.
         """
         check_kinds(int, True, max_batch=max_batch, max_context=max_context, threads=threads)
         batch = self.max_batch if max_batch is None else max_batch
@@ -209,7 +221,11 @@ class CompiledModel:
         check_limits(self.program, batch, context)
         if threads is not None or pin is not None:
             self.set_threads(threads, pin)
-        return Session(self.executable, self.program, batch, context)
+        found = self.executable
+        if isinstance(found, StandIn) and found.computes and not self._told:
+            log.warning("%s", found.stand_in)
+            self._told = True
+        return Session(found, self.program, batch, context)
 
 
 def load(

@@ -313,6 +313,25 @@ def test_what_a_fallback_does_not_read_is_left_out(monkeypatch: pytest.MonkeyPat
         dsc.compile(small_lm(), max_context=32, **asked)
 
 
+def test_a_model_is_shown_in_a_line(tmp_path: Path) -> None:
+    compiled = dsc.compile(small_lm(), backend="null", max_context=32)
+    name = compiled.program.name
+    assert repr(compiled) == f"<{name}: decode, extend, prefill by null for cpu>"
+    out = compiled.save(tmp_path / "out")
+    assert repr(dsc.load(out)) == f"<{name} in {out}: decode, extend, prefill by null for cpu>"
+
+
+def test_a_session_tells_once_what_stands_in_for_a_gpu(caplog: pytest.LogCaptureFixture) -> None:
+    compiled = dsc.compile(small_lm(), backend="null", max_context=32)
+    compiled.session()
+    assert caplog.messages == [], "the null backend is asked for by its name"
+    executable: Any = compiled.executable
+    executable.computes, executable.stand_in = True, "an interpreter stands in"
+    compiled.session()
+    compiled.session()
+    assert caplog.messages == ["an interpreter stands in"]
+
+
 def test_the_tokenizer_is_that_of_the_model_or_of_the_folder_that_was_loaded(
     root: Path, tmp_path: Path
 ) -> None:

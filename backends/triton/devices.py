@@ -54,7 +54,7 @@ Those waited for the former kernel to end; what one saves that begins early was 
 
 @dataclass(frozen=True, slots=True)
 class Card:
-    """A card: bytes a second of its memory, operations a second by type, and its units.
+    """A card: its memory in bytes and bytes a second, operations a second by type, and its units.
 
     `copy` and `products` are what was measured of them: bytes a second of a copy, read and written,
     and operations a second of a large product; where nothing was, the shares of the table.
@@ -62,6 +62,7 @@ class Card:
 
     arch: str
     units: int
+    capacity: float
     memory: float
     matrix: Mapping[str, float]
     copy: float | None = None
@@ -82,13 +83,15 @@ COPIED, MULTIPLIED = 0.88, 0.8
 """Shares of the data sheet that a copy and a large product reach: of an H100 and an H200 0.88 to
 0.89, and 0.79 to 0.8."""
 CARDS: Mapping[str, Card] = {
-    "A100": Card("sm_80", 108, 2.039e12, {"bf16": 312e12, "int8": 624e12}),
-    "H100": Card("sm_90", 132, 3.35e12, {"bf16": 989e12, "fp8": 1979e12, "int8": 1979e12},
+    "A100": Card("sm_80", 108, 80e9, 2.039e12, {"bf16": 312e12, "int8": 624e12}),
+    "H100": Card("sm_90", 132, 80e9, 3.35e12, {"bf16": 989e12, "fp8": 1979e12, "int8": 1979e12},
                  2.96e12, {"bf16": 795e12}),
-    "H200": Card("sm_90", 132, 4.8e12, {"bf16": 989e12, "fp8": 1979e12, "int8": 1979e12},
+    "H200": Card("sm_90", 132, 141e9, 4.8e12, {"bf16": 989e12, "fp8": 1979e12, "int8": 1979e12},
                  4.25e12, {"bf16": 785e12}),
-    "B200": Card("sm_100", 148, 8.0e12, {"bf16": 2250e12, "fp8": 4500e12, "int8": 4500e12}),
-    "MI300X": Card("gfx942", 304, 5.3e12, {"bf16": 1307e12, "fp8": 2615e12, "int8": 2615e12}),
-    "MI355X": Card("gfx950", 256, 8.0e12, {"bf16": 2500e12, "fp8": 5000e12, "int8": 5000e12}),
+    "B200": Card("sm_100", 148, 180e9, 8.0e12, {"bf16": 2250e12, "fp8": 4500e12, "int8": 4500e12}),
+    "MI300X": Card("gfx942", 304, 192e9, 5.3e12,
+                   {"bf16": 1307e12, "fp8": 2615e12, "int8": 2615e12}),
+    "MI355X": Card("gfx950", 256, 288e9, 8.0e12,
+                   {"bf16": 2500e12, "fp8": 5000e12, "int8": 5000e12}),
 }  # fmt: skip
 """SXM and OAM cards of the largest memory: A100 80GB, H100 80GB HBM3."""

@@ -7,6 +7,7 @@ stand in the assembly, bytes and flops are the plan's, and times those of `model
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -59,12 +60,20 @@ def kernel_report(folder: Path, program: Program) -> dict[str, Any]:
             for step, (b, n, c) in points.items()
         ]
     report = {"kernels": kernels, "choices": choices, "steps": steps}
-    return {**report, "assumptions": assumptions()}
+    weights = sum(int(expr.type.nbytes) for expr in program.weights.values())
+    return {**report, "assumptions": assumptions({each["card"] for each in steps}, weights)}
 
 
-def assumptions() -> list[str]:
-    """What the times of steps stand on, a line each."""
+def assumptions(cards: Collection[str], weights: int) -> list[str]:
+    """What the times of steps on these cards stand on, of weights of so many bytes, a line each."""
+    own = {name: card for name, card in CARDS.items() if name in cards}
     return [
+        *(
+            f"{name}: {weights / 1e9:.1f} GB of weights do not fit in its {card.capacity / 1e9:.0f};"
+            " its times are those of one that held them"
+            for name, card in own.items()
+            if weights > card.capacity
+        ),
         f"a launch takes {LAUNCH_SECONDS * 1e6:.1f} us and the longer of bytes at a copy's speed"
         " and flops at the peak of its matrix instructions",
         "so does a kernel that begins before the former one ends (sm_90 and later): what that"
@@ -77,7 +86,7 @@ def assumptions() -> list[str]:
             f"{name} ({card.arch}, {card.units} units): copy {card.bandwidth / 1e12:.2f} TB/s, "
             + ", ".join(f"{k} {card.peak(k) / 1e12:.0f} T/s" for k in card.matrix)
             + ("; measured" if card.copy else "; shares of the data sheet's")
-            for name, card in CARDS.items()
+            for name, card in own.items()
         ),
     ]
 

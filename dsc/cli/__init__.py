@@ -8,6 +8,7 @@ where `verify` and `bisect` find a difference.
 from __future__ import annotations
 
 import atexit
+import logging
 import os
 import re
 import signal
@@ -108,6 +109,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Run the command and exit with its status."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     streams.prepare()
+    logging.getLogger("dsc.compiled").setLevel(logging.ERROR)  # verbs say themselves what runs
     status = _run(arguments)
     try:
         sys.stdout.flush()

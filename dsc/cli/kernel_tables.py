@@ -10,14 +10,23 @@ from rich.table import Table
 from rich.text import Text
 
 from dsc.cli.console import human_bytes
-from dsc.cli.report_tables import add_row, clean, human_count, table_of
+from dsc.cli.report_tables import add_row, clean, human_flops, table_of
 
 
 def print_kernels(console: Console, report: Mapping[str, Any]) -> None:
     """Print a report of kernels (`dsc.backends.base.TellsKernels`)."""
     for target in dict.fromkeys(each["target"] for each in report["kernels"]):
-        console.print(kernels_table(target, report["kernels"]))
+        own = [each for each in report["kernels"] if each["target"] == target]
+        console.print(kernels_table(target, own))
         console.print()
+        if any(each["in"] for each in own):
+            console.print(launches_table(target, own))
+            idle = sum(not each["in"] for each in own)
+            if idle:
+                console.print(
+                    f"{idle} more kernels are of steps of other sizes, or choose tokens on the GPU"
+                )
+            console.print()
         if any(each["target"] == target for each in report["choices"]):
             console.print(choices_table(target, report["choices"]))
             console.print()
@@ -28,17 +37,13 @@ def print_kernels(console: Console, report: Mapping[str, Any]) -> None:
 
 
 def kernels_table(target: str, kernels: Sequence[Mapping[str, Any]]) -> Table:
-    """One line a kernel of a target: what its binary takes, and its part in each step."""
-    own = [each for each in kernels if each["target"] == target]
-    steps = list(dict.fromkeys(step for each in own for step in each["in"]))
+    """One line a kernel of a target: what its binary takes."""
     table = table_of(
-        f"kernels for {target}, and in each step launches, bytes over weights and caches, flops",
-        ("kernel",), ("warps", "regs", "spills", "shared", "programs", "warps used", "bound"),
+        f"kernels for {target}", ("kernel",),
+        ("warps", "regs", "spills", "shared", "programs", "warps used", "bound"),
     )  # fmt: skip
     table.add_column("matrix", overflow="fold")
-    for step in steps:
-        table.add_column(step, justify="right")
-    for each in own:
+    for each in kernels:
         matrix = ", ".join(f"{name} x{count}" for name, count in each["matrix"].items())
         registers, spills = (
             "-" if each[k] is None else str(each[k]) for k in ("registers", "spill_bytes")
@@ -46,8 +51,21 @@ def kernels_table(target: str, kernels: Sequence[Mapping[str, Any]]) -> Table:
         add_row(
             table, each["kernel"], str(each["warps"]), registers, spills,
             human_bytes(each["shared"]), str(each["programs"]), f"{each['occupancy']:.0%}",
-            each["bound"], matrix or "-", *(_part(each["in"].get(step)) for step in steps),
+            each["bound"], matrix or "-",
         )  # fmt: skip
+    return table
+
+
+def launches_table(target: str, kernels: Sequence[Mapping[str, Any]]) -> Table:
+    """One line a kernel of a target that a modelled step launches: its part in each of them."""
+    steps = list(dict.fromkeys(step for each in kernels for step in each["in"]))
+    table = table_of(
+        f"launches for {target} in each step, bytes over weights and caches among them, flops",
+        ("kernel",), steps,
+    )  # fmt: skip
+    for each in kernels:
+        if each["in"]:
+            add_row(table, each["kernel"], *(_part(each["in"].get(step)) for step in steps))
     return table
 
 
@@ -79,7 +97,7 @@ def spelled_tile(tile: Mapping[str, int]) -> str:
 def _part(sums: Mapping[str, int] | None) -> str:
     if sums is None:
         return ""
-    flops = f" {human_count(sums['flops'])}" if sums["flops"] else ""
+    flops = f" {human_flops(sums['flops'])}" if sums["flops"] else ""
     moved = f"{human_bytes(sums['bytes'])}/{human_bytes(sums['stored'])}"
     return f"x{sums['launches']} {moved}{flops}"
 
@@ -97,7 +115,7 @@ def steps_table(steps: Sequence[Mapping[str, Any]]) -> Table:
             table, each["card"], each["step"],
             *(str(each[k]) for k in ("batch", "new", "context", "launches")),
             human_bytes(each["bytes"]), human_bytes(each["floor_bytes"]), f"{over:.3f}",
-            human_count(each["flops"]), f"{1e3 * each['floor_seconds']:.3f}",
+            human_flops(each["flops"]), f"{1e3 * each['floor_seconds']:.3f}",
             f"{1e3 * each['seconds']:.3f}", f"{each['floor_seconds'] / each['seconds']:.0%}",
         )  # fmt: skip
     return table

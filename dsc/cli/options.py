@@ -117,7 +117,7 @@ CacheFormat = Annotated[
     Option(
         "--cache-format",
         help="Latent caches as codes with a scale for 128 elements of a row, rope keys beside them"
-        " (tvm, reference, null); bf16: in the compute type.",
+        " (tvm, triton, reference, null); bf16: in the compute type.",
     ),
 ]
 Threads = Annotated[

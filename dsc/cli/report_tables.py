@@ -116,7 +116,7 @@ def entries_table(entries: Mapping[str, Mapping[str, Any]]) -> Table:
                 table, name if first else "", at, str(entry["nodes"]) if first else "",
                 launches if first else "", human_count(point["parameters"]),
                 *(human_bytes(point[k]) for k in ("weight_bytes", "read_bytes", "written_bytes")),
-                human_count(point["flops"]),
+                human_flops(point["flops"]),
                 *(_bytes(entry.get(k)) if first else "" for k in ("arena_bytes",
                                                                   "arena_lower_bound")),
             )  # fmt: skip
@@ -140,7 +140,7 @@ def layers_table(name: str, entry: Mapping[str, Any]) -> Table:
             table, names, str(first["nodes"]), str(first.get("launches", "-")),
             human_count(first["parameters"]),
             *(human_bytes(first[k]) for k in ("weight_bytes", "read_bytes", "written_bytes")),
-            human_count(first["flops"]), _bytes(first["cache_bytes_per_token"]), shown or "-",
+            human_flops(first["flops"]), _bytes(first["cache_bytes_per_token"]), shown or "-",
         )  # fmt: skip
     return table
 
@@ -210,6 +210,15 @@ def human_count(count: float) -> str:
         if count >= size:
             return f"{count / size:.2f} {unit}"
     return f"{count:.0f}"
+
+
+def human_flops(count: float) -> str:
+    """Spell a number of operations; a B would be read as bytes beside columns of these.
+
+    >>> human_flops(36_694_000_000_000), human_flops(3_250_000_000)
+    ('36.69 T', '3.25 G')
+    """
+    return human_count(count).replace("B", "G")
 
 
 def clean(text: str) -> str:

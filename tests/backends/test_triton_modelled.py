@@ -13,7 +13,7 @@ from dsc.backends.triton.assembly import matrix_instructions, peak_of
 from dsc.backends.triton.devices import ARCHS, CARDS, KIB, LAUNCH_SECONDS
 from dsc.backends.triton.launch import LaunchProgram
 from dsc.backends.triton.modelled import launch_seconds, occupancy
-from dsc.backends.triton.report import kernel_report
+from dsc.backends.triton.report import assumptions, kernel_report
 from dsc.ir.program import Program
 from dsc.runtime.launch_costs import LaunchCost
 from dsc.runtime.plan import Plan
@@ -118,3 +118,12 @@ def test_the_model_is_near_what_cards_were_measured_to_take() -> None:
     found = cards.ratios("671b-3l")
     assert len(found) == 6
     assert all(cards.is_near(step, ratio) for step, ratio in found.items()), found
+
+
+def test_a_card_that_weights_do_not_fit_on_is_named() -> None:
+    """An H100 has 80 GB and an H200 141; what is said of other cards is left out."""
+    told = assumptions(("H100", "H200"), 100 * 10**9)
+    assert told[0].startswith("H100: 100.0 GB of weights do not fit in its 80;")
+    assert [line.split()[0] for line in told[-2:]] == ["H100", "H200"]
+    assert not any("A100" in line or "H200:" in line for line in told)
+    assert not any("do not fit" in line for line in assumptions(("H100",), 80 * 10**9))

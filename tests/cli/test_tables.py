@@ -17,6 +17,7 @@ from rich.console import Console
 
 from dsc import verification
 from dsc.cli import bench, console, measuring, profile, verify
+from dsc.cli.kernel_tables import print_kernels
 from dsc.cli.report_tables import human_count, print_report
 from dsc.ir.formats import Format
 from dsc.ir.program import Program
@@ -130,6 +131,30 @@ def test_a_report_is_shown_to_the_letter() -> None:
     assert "S=512" in alone
     assert "decode by layer" not in alone
     assert "B=1" not in alone
+
+
+def test_kernels_are_told_apart_from_their_launches() -> None:
+    """A kernel of no modelled step has no line among launches, and is counted below them."""
+    static = {
+        "target": "sm_90", "warps": 4, "registers": 32, "spill_bytes": 0, "shared": 512,
+        "programs": 16, "occupancy": 1.0, "bound": "warps", "matrix": {},
+    }  # fmt: skip
+    part = {"launches": 3, "bytes": 2_000, "stored": 1_000, "flops": 7_000_000_000}
+    report = {
+        "kernels": [
+            {**static, "kernel": "gemm_1", "in": {"decode": part}},
+            {**static, "kernel": "sample_2", "in": {}},
+        ],
+        "choices": [], "steps": [], "assumptions": ["a line"],
+    }  # fmt: skip
+    shown = io.StringIO()
+    print_kernels(Console(file=shown, width=100), report)
+    kernels, launches = shown.getvalue().split("launches for sm_90")
+    assert "sample_2" in kernels
+    assert "gemm_1" in kernels
+    assert "x3 2.0 kB/1.0 kB 7.00 G" in launches
+    assert "sample_2" not in launches
+    assert "1 more" in launches
 
 
 @pytest.mark.parametrize(
