@@ -123,7 +123,7 @@ def test_the_model_is_near_what_cards_were_measured_to_take() -> None:
 def test_a_card_that_weights_do_not_fit_on_is_named() -> None:
     """An H100 has 80 GB and an H200 141; what is said of other cards is left out."""
     told = assumptions(("H100", "H200"), 100 * 10**9)
-    assert told[0].startswith("H100: 100.0 GB of weights do not fit in its 80;")
+    assert told[0].startswith("H100: 100.0 GB of weights do not fit in 80;")
     assert [line.split()[0] for line in told[-2:]] == ["H100", "H200"]
     assert not any("A100" in line or "H200:" in line for line in told)
     assert not any("do not fit" in line for line in assumptions(("H100",), 80 * 10**9))
