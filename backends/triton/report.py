@@ -69,8 +69,8 @@ def assumptions(cards: Collection[str], weights: int) -> list[str]:
     own = {name: card for name, card in CARDS.items() if name in cards}
     return [
         *(
-            f"{name}: {weights / 1e9:.1f} GB of weights do not fit in {card.capacity / 1e9:.0f}; its"
-            " times are those of one that held them"
+            f"{name}: {weights / 1e9:.1f} GB of weights do not fit in {card.capacity / 1e9:.0f};"
+            " its times are those of one that held them"
             for name, card in own.items()
             if weights > card.capacity
         ),
