@@ -10,7 +10,7 @@ import json
 from collections.abc import Collection
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from dsc.backends.triton.blocks import tile_json
 from dsc.backends.triton.devices import ARCHS, CARDS, LAUNCH_SECONDS
@@ -60,7 +60,7 @@ def kernel_report(folder: Path, program: Program) -> dict[str, Any]:
             for step, (b, n, c) in points.items()
         ]
     report = {"kernels": kernels, "choices": choices, "steps": steps}
-    weights = sum(int(expr.type.nbytes) for expr in program.weights.values())
+    weights = sum(cast(int, expr.type.nbytes) for expr in program.weights.values())
     return {**report, "assumptions": assumptions({each["card"] for each in steps}, weights)}
 
 
