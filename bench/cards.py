@@ -16,20 +16,17 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from bench.gpu.prepare import MODELS, configured
 from bench.plans import plan_of
 from dsc.backends.triton.devices import CARDS, LAUNCH_SECONDS
 from dsc.backends.triton.modelled import modelled_step
 from dsc.ir.program import Program
 from dsc.ir.types import DType
 from dsc.models import v3
-from dsc.models.configs import CONFIGS
 from dsc.runtime.plan import Plan
 
-SHORTENED: Mapping[str, tuple[str, Mapping[str, int]]] = {
-    "moonlight-6l": ("moonlight", {"num_hidden_layers": 6}),
-    "671b-3l": ("671b", {"num_hidden_layers": 3, "first_k_dense_replace": 1}),
-}
-"""By name a configuration and what of it is changed."""
+SHORTENED = ("moonlight-6l", "671b-3l")
+"""Those of `bench.gpu` that were measured."""
 POINTS = {"decode at 512": (1, 1, 512), "decode at 8000": (1, 1, 8000), "prefill": (1, 512, 0)}
 """Batch, new tokens, context."""
 MEASURED: Mapping[tuple[str, str], tuple[float, float]] = {
@@ -53,10 +50,9 @@ FACTORS = {"decode": (0.9, 1.1), "prefill": (1.0, 1.5)}
 @cache
 def shortened(name: str) -> tuple[Program, Plan]:
     """One of the models and its plan, of a configuration that is written for it."""
-    known, changes = SHORTENED[name]
+    known, changes, _ = MODELS[name]
     with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / f"{name}.json"
-        file.write_text(json.dumps(json.loads(CONFIGS[known].read_text()) | changes))
+        file = configured(known, changes, Path(folder))
         return plan_of(v3.__file__, "triton", config=str(file), weights="none", dtype=DType.bf16)
 
 

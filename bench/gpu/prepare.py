@@ -61,8 +61,7 @@ def prepare(
         layers = {}
         for name, (known, changes, options) in models.items():
             layers[name] = changes["num_hidden_layers"]
-            file = Path(place) / f"{known}.json"
-            file.write_text(json.dumps(json.loads(CONFIGS[known].read_text()) | dict(changes)))
+            file = configured(known, changes, Path(place))
             compiled = dsc.compile(
                 ROOT / "models" / "v3.py", config=str(file), weights="none",
                 **{**asked, **LIMITS, **options},
@@ -88,6 +87,13 @@ def prepare(
         }
         (folder / "about.json").write_text(json.dumps(about))
         return packed(folder, archive)
+
+
+def configured(known: str, changes: Mapping[str, int], folder: Path) -> Path:
+    """The file in a folder that a configuration with some changes is written to."""
+    file = folder / f"{known}.json"
+    file.write_text(json.dumps(json.loads(CONFIGS[known].read_text()) | dict(changes)))
+    return file
 
 
 def _kept(compiled: Any, place: Path) -> None:
