@@ -24,9 +24,8 @@ from dsc.runtime.plan import EntryPlan, Plan
 
 CONTEXTS = (1024, 4096)
 """Tokens in the cache at the points where costs are stated."""
-ONE_TOKEN = ("decode_few", "decode")
-"""Entries for one new token of each sequence; costs of the others are those of `CHUNK`."""
 CHUNK = 512
+"""New tokens of a sequence at those points, where an entry takes more than one."""
 
 
 def build_report(
@@ -66,7 +65,7 @@ def entry_report(program: Program, name: str, plan: Plan | None = None) -> dict[
     """What one entry holds and costs: at the first point as a whole and by layer, at all in sum."""
     graph = program.entries[name]
     costs = node_costs(graph)
-    found = [sizes_at(program, graph, name, context) for context in CONTEXTS]
+    found = [sizes_at(program, graph, context) for context in CONTEXTS]
     points = list({tuple(sorted(at.items())): at for at in found}.values())
     sums = [total(graph.nodes, costs, at) for at in points]
     first = sums[0]
@@ -103,9 +102,9 @@ def launches_by_layer(graph: Graph, plans: Sequence[EntryPlan]) -> dict[str, int
     return dict(Counter(layer_of(homes.get(x.node, x.loc)) for x in launches))
 
 
-def sizes_at(program: Program, graph: Graph, name: str, context: int) -> dict[str, int]:
+def sizes_at(program: Program, graph: Graph, context: int) -> dict[str, int]:
     """Sizes of a graph's symbols at a point: one sequence, `context` tokens in its cache."""
-    new = 1 if name in ONE_TOKEN else CHUNK
+    new = CHUNK if any(STEP in v.type.symbols for v in graph.inputs) else 1
     sizes = {STEP: new} if is_causal_step(graph) else {}
     return sizes | step_sizes(graph, 1, new, context, program.symbols)
 

@@ -73,6 +73,7 @@ def test_the_figures_of_v3(v3: Program) -> None:
     assert 36e9 < decode["parameters"] < 38e9
     assert decode["weight_bytes"] == pytest.approx(2 * decode["parameters"], rel=1e-3)
     assert [p["at"]["P"] for p in decode["points"]] == [1024, 4096]
+    assert decode["at"]["S"] == 1
     assert decode["points"][1]["read_bytes"] > decode["points"][0]["read_bytes"]
     assert report["entries"]["prefill"]["at"]["S"] == 32  # what the program was bounded to
     json.dumps(report)

@@ -229,8 +229,8 @@ def _entry(
     programs = _pinned(before.text, after.text, old, new)
     graphs = programs[0].entries[old], programs[1].entries[new]
     at = (
-        sizes_at(before.text, graphs[0], new, context),
-        sizes_at(after.text, graphs[1], new, context),
+        sizes_at(before.text, graphs[0], context),
+        sizes_at(after.text, graphs[1], context),
     )
     costs = node_costs(graphs[0]), node_costs(graphs[1])
     parts = by_layer(graphs[0]), by_layer(graphs[1])
