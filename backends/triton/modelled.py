@@ -24,6 +24,9 @@ from dsc.runtime.plan import Plan
 Records = Mapping[str, Mapping[str, Any]]
 """kernels.json: what is known of each compiled kernel, by its key."""
 
+CONTEXT, LARGE_BATCH = 4096, 64
+"""Tokens in the cache, and sequences, of steps that are modelled and timed, at most."""
+
 
 @dataclass(frozen=True, slots=True)
 class Occupancy:

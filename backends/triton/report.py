@@ -15,12 +15,16 @@ from typing import Any, cast
 from dsc.backends.triton.blocks import tile_json
 from dsc.backends.triton.devices import ARCHS, CARDS, LAUNCH_SECONDS
 from dsc.backends.triton.launch import runnable
-from dsc.backends.triton.modelled import by_kernel, modelled_step, occupancy
+from dsc.backends.triton.modelled import (
+    CONTEXT,
+    LARGE_BATCH,
+    by_kernel,
+    modelled_step,
+    occupancy,
+)
 from dsc.ir.program import Program
 from dsc.runtime.launch_costs import step_costs
 from dsc.runtime.plan import Plan
-
-CONTEXT, LARGE_BATCH = 4096, 64
 
 
 def kernel_report(folder: Path, program: Program) -> dict[str, Any]:
@@ -109,7 +113,7 @@ def _static(record: dict[str, Any], arch: str) -> dict[str, Any]:
 def _points(program: Program) -> dict[str, tuple[int, int, int]]:
     """Batch, new tokens and context of the steps that are modelled, where the artifact has them."""
     limits = program.limits
-    if not program.is_causal_lm or limits is None:
+    if not program.is_causal_lm:
         return {}
     rows = min(CONTEXT, max(1, limits.max_context - 1))
     batch = min(LARGE_BATCH, limits.max_batch)

@@ -13,7 +13,6 @@ import tempfile
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -299,9 +298,10 @@ class OnDeviceTrial:
         """See `tuning.Trial`."""
         if step not in self._inputs:
             self._inputs[step] = step_inputs(self._executable, self._program, step)
-        with _Runs() as found:
+        found = _Runs()
+        with found:
             self._executable.run(step.entry, self._inputs[step])
-        (ran,) = found.ran_entries
+        (ran,) = found.entries
         times = iter(ran.steps())
         launches = self._plan.entries[step.entry].launches
         runs = (x.op != SAMPLE and x.runs(ran.sizes) for x in launches)
@@ -329,33 +329,25 @@ class OnDeviceTrial:
 class _Runs(Profiler):
     """Keeps the runs of entries as they are reported."""
 
-    def __enter__(self) -> _Runs:
-        super().__enter__()
-        self.ran_entries: list[EntryRun] = []
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        super().__exit__(kind, error, trace)
+    def __init__(self) -> None:
+        super().__init__()
+        self.entries: list[EntryRun] = []
 
     def ran(self, run: EntryRun) -> None:
         """Keep it."""
-        self.ran_entries.append(run)
+        self.entries.append(run)
 
 
 def step_inputs(
-    executable: DeviceExecutable, program: Program, step: Step, positions: int = 1
+    executable: DeviceExecutable, program: Program, step: Step, positions: int = 1, room: int = 0
 ) -> dict[str, Any]:
     """The inputs of a step: random ids, caches of the device, pages one after the other.
 
-    Logits are wanted of so many positions at most, spread over the new tokens, the last among them.
+    Caches have `room` for so many tokens more. Logits are wanted of so many positions at most,
+    spread over the new tokens, the last among them.
     """
     graph, states = program.entries[step.entry], {state.input for state in program.states}
-    sizes = step_sizes(graph, step.batch, step.new, step.context, program.symbols)
+    sizes = step_sizes(graph, step.batch, step.new, step.context + room, program.symbols)
     wanted = np.linspace(step.new - 1, 0, min(positions, step.new)).astype(np.int64)[::-1]
     sizes |= {WANTED: len(wanted)} if WANTED in sizes else {}
     inputs: dict[str, Any] = {}

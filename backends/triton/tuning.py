@@ -28,6 +28,7 @@ import numpy as np
 
 from dsc.backends.triton.blocks import AnyTile, Choice, tile_json
 from dsc.backends.triton.launch import Kernel, LaunchProgram
+from dsc.backends.triton.modelled import CONTEXT, LARGE_BATCH
 from dsc.backends.triton.program import Lowered
 from dsc.errors import BackendUnavailable, DeviceError, MemoryLimitError
 from dsc.ir.arrays import Array
@@ -44,7 +45,6 @@ the compute type: sums in another order move those of a 16-bit model by about a 
 FAR, MOST_FAR = 0.5, 0.125
 """A position that differs by more has other logits: a router at a tie may have chosen another
 expert for a few, a tile that is wrong in some of its rows gives more of them."""
-CONTEXT, LARGE_BATCH = 4096, 64
 REFUSALS = (BackendUnavailable, DeviceError, MemoryLimitError)
 """How a card refuses: a binary, a call, and what there is no room for."""
 Changed: TypeAlias = Mapping[str, AnyTile]
@@ -61,6 +61,11 @@ class Step:
     new: int
     context: int
 
+    @staticmethod
+    def of(program: Program, batch: int, new: int, context: int) -> Step:
+        """The step by the entry that a session would choose."""
+        return Step(program.choose_entry(new, batch, context + new), batch, new, context)
+
     def __str__(self) -> str:
         of = f" of {self.batch}" if self.batch > 1 else ""
         return f"{self.entry}{of}: {self.new} at {self.context}"
@@ -75,8 +80,7 @@ def steps_of(program: Program, entries: Sequence[str] = ()) -> list[Step]:
     for new in sorted(n for n in news if n <= chunk):
         for batch in (1, many) if new == 1 else (1,):
             context = 0 if new == chunk > 1 else max(0, min(CONTEXT, limits.max_context - new))
-            entry = program.choose_entry(new, batch, context + new)
-            found[Step(entry, batch, new, context)] = None
+            found[Step.of(program, batch, new, context)] = None
     return [step for step in found if not entries or step.entry in entries]
 
 

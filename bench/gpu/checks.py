@@ -16,8 +16,10 @@ from typing import Any
 import numpy as np
 
 from bench.gpu.archive import ROOT, TINY_CHECKPOINT
-from bench.gpu.device import driver_for, opened, poisoned, step_inputs, weight_bytes
+from bench.gpu.device import driver_for, opened, poisoned, weight_bytes
 from dsc.backends.triton.device import DeviceExecutable
+from dsc.backends.triton.tuner import step_inputs
+from dsc.backends.triton.tuning import Step
 from dsc.ir.parser import parse_program
 from dsc.ir.program import Program
 from dsc.ir.safetensors import open_safetensors
@@ -191,8 +193,8 @@ def steps(place: Path) -> None:
             limits = program.limits
             if batch > limits.max_batch or new > limits.prefill_chunk:
                 continue
-            entry, inputs = step_inputs(executable, program, batch, new, context)
-            executable.bind(entry, inputs)()
+            step = Step.of(program, batch, new, context)
+            executable.bind(step.entry, step_inputs(executable, program, step))()
 
 
 if __name__ == "__main__":

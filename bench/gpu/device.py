@@ -1,4 +1,4 @@
-"""A model that was prepared, on the device, over weights that are made there; a step's inputs."""
+"""A model that was prepared, on the device, over weights that are made there."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ import numpy as np
 
 from dsc.backends.triton.device import DeviceExecutable, driver_of
 from dsc.backends.triton.driver import Driver
-from dsc.ir.costs import step_sizes
 from dsc.ir.dims import evaluate
 from dsc.ir.parser import parse_program
 from dsc.ir.program import Program
@@ -63,29 +62,6 @@ def opened(folder: Path) -> Iterator[tuple[DeviceExecutable, Program]]:
     finally:
         weights.free()
         executable.close()
-
-
-def step_inputs(
-    executable: DeviceExecutable, program: Program, batch: int, new: int, context: int
-) -> tuple[str, dict[str, Any]]:
-    """The entry of a step, and its inputs: random ids, caches of the device."""
-    entry = program.choose_entry(new, batch, context + new)
-    graph, limits = program.entries[entry], program.limits
-    sizes = step_sizes(graph, batch, new, limits.max_context, program.symbols)
-    states = {state.input for state in program.states}
-    values = np.random.default_rng(0)
-    inputs: dict[str, Any] = {}
-    for value in graph.inputs:
-        shape = tuple(evaluate(d, sizes) for d in value.type.stored.shape)
-        if value.name in states:
-            inputs[value.name] = executable.new_cache(shape, value.type.stored.dtype)
-        else:
-            inputs[value.name] = np.zeros(shape, value.type.dtype.numpy)
-    inputs["input_ids"] = values.integers(0, 1000, inputs["input_ids"].shape)
-    inputs["positions"][...] = context + np.arange(new)
-    inputs["lengths"][...] = context
-    inputs["logits_at"][...] = new - 1
-    return entry, inputs
 
 
 class Weights:

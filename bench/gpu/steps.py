@@ -21,11 +21,13 @@ from typing import Any
 import numpy as np
 
 import dsc
-from bench.gpu.device import driver_for, opened, step_inputs
+from bench.gpu.device import driver_for, opened
 from dsc.backends.triton.device import DeviceExecutable, _packed
 from dsc.backends.triton.driver import ReadyLaunch
 from dsc.backends.triton.memory import Memory
 from dsc.backends.triton.timer import Timer
+from dsc.backends.triton.tuner import step_inputs
+from dsc.backends.triton.tuning import Step
 from dsc.hardware import gpus
 from dsc.ir.choosing import Choice
 from dsc.ir.program import Program
@@ -115,7 +117,9 @@ def measured(
 ) -> Figures:
     """One step again and again; shares are of a copy's bytes a second and of a matrix peak."""
     batch, new, context = point
-    entry, inputs = step_inputs(executable, program, batch, new, context)
+    step = Step.of(program, batch, new, context)
+    room = program.limits.max_context - context
+    entry, inputs = step.entry, step_inputs(executable, program, step, room=room)
     call = executable.bind(entry, inputs)
     logits = call()["logits"].astype(np.float32)
     host = seconds(call)
