@@ -163,9 +163,12 @@ def check_cache_codes(program: Program, records: Sequence[PassRecord], name: str
     if report.fired:
         return
     lines = [f"{m.reason} (at {m.where})" if m.where else m.reason for m in report.near]
+    if not lines:
+        lines = ["it has no caches of latent attention"]
+        raised = (m for r in records if r.name == "raise_mla" for m in r.report.near)
+        lines += [f"that of {m.where} is computed head by head: {m.reason}" for m in raised][:1]
     raise UnsupportedOperator(
-        f"the caches of {program.name} cannot be codes:\n"
-        + "\n".join(dict.fromkeys(lines) or ["it has no caches of latent attention"]),
+        f"the caches of {program.name} cannot be codes:\n" + "\n".join(dict.fromkeys(lines)),
         hint='compile with cache_format="bf16" (--cache-format bf16)',
     )
 

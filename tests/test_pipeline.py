@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from dsc import backends, pipeline
-from dsc.asked import CACHES, check_states
+from dsc.asked import CACHES, check_cache_codes, check_states
 from dsc.backends.base import Capabilities
 from dsc.errors import UnsupportedOperator, UsageError
 from dsc.ir.expert_forms import ExpertKernels
@@ -17,6 +17,8 @@ from dsc.ir.program import Program
 from dsc.ir.stages import Stage
 from dsc.ir.types import DType, TensorType
 from dsc.ir.weights import random_source
+from dsc.rewrite.base import PassReport
+from dsc.rewrite.manager import PassRecord
 from dsc.targets import Target, parse_target
 
 PLAIN = {
@@ -138,6 +140,22 @@ def test_layouts_and_states_that_a_backend_does_not_hold_are_refused() -> None:
     with pytest.raises(UnsupportedOperator, match="cannot be written in place:\nit has no caches"):
         prepared("onnxruntime", a_program(), cache="in-place")
     prepared("reference", a_program())
+
+
+def test_a_latent_that_is_not_read_as_one_is_told_with_its_reason() -> None:
+    raised, quantised = PassReport(), PassReport()
+    for layer in (3, 4):
+        raised.miss("MlaAttention", f"layers.{layer}", "its mask is odd")
+    records = [
+        PassRecord(name, name, 0.0, {}, False, report)
+        for name, report in (("raise_mla", raised), ("quantize_cache", quantised))
+    ]
+    told = (
+        "it has no caches of latent attention\nthat of layers.3 is computed head by head: its mask"
+    )
+    with pytest.raises(UnsupportedOperator, match=told) as refused:
+        check_cache_codes(a_program(), records, "fp8")
+    assert "layers.4" not in str(refused.value)
 
 
 def test_what_is_emitted_is_the_program_where_nothing_is_cut() -> None:
