@@ -47,6 +47,12 @@ def build_report(
     }
 
 
+def replanned(report: Mapping[str, Any], program: Program, plan: Plan) -> dict[str, Any]:
+    """The report of a program whose plan has become another."""
+    entries = {name: entry_report(program, name, plan) for name in program.entries}
+    return {**report, "entries": entries}
+
+
 def packed_report(program: Program) -> dict[str, Any]:
     """Bytes of the weights that each rank packs: in all, and of each layer by what they are in."""
     layers: dict[str, Counter[str]] = {}

@@ -6,7 +6,9 @@ kept, so that the next compile for the very device takes it.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,8 @@ from dsc.errors import UsageError, one_of
 from dsc.runtime import artifact as artifacts
 from dsc.runtime import sharded
 from dsc.runtime.emission import Progress
+from dsc.runtime.plan import PLAN, Plan
+from dsc.runtime.tuned import Tuned
 
 
 def tune(
@@ -56,5 +60,17 @@ def tune(
         return {"output": str(folder), "prepared": [dict(each.report) for each in made]}
     found = backend.tune(*asked, budget, progress)
     if found.files:
-        artifacts.rewrite(opened, found)
+        artifacts.rewrite(opened, _reported(opened, found))
     return {"output": str(folder), "changed": bool(found.files), **found.report}
+
+
+def _reported(opened: artifacts.Artifact, change: Tuned) -> Tuned:
+    """The change with the artifact's report told of the new plan, where its plan is another."""
+    if PLAN not in change.files:
+        return change
+    from dsc.report import replanned
+
+    told = json.loads((opened.folder / artifacts.REPORT).read_text())
+    plan = Plan.from_json(change.files[PLAN])
+    told = replanned(told, opened.program, plan)
+    return replace(change, files={**change.files, artifacts.REPORT: artifacts.as_json(told)})

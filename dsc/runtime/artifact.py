@@ -47,6 +47,7 @@ from dsc.user_folders import state_folder
 
 CODE_SUFFIXES = frozenset({".so", ".cubin", ".hsaco", ".ptx", ".py"})
 SEAL = "sha256"
+REPORT = "report.json"
 _OWN = re.compile(r"^from dsc\.([\w.]+) import .*\n+", re.MULTILINE)
 MAX_MANIFEST = 64 * 2**20
 TOOLS = ("torch", "transformers", "apache-tvm", "triton", "onnx", "onnxruntime")
@@ -141,7 +142,7 @@ def write(
         for name, content in (extra_files or {}).items():
             add(name, content if isinstance(content, bytes) else content.read_bytes())
         add("program.dsc", print_program(program).encode())
-        add("report.json", _json(report))
+        add(REPORT, as_json(report))
         if emission.plan is not None:
             add(PLAN, emission.plan.to_json())
         if emission.runner and (with_weights or not program.weights):
@@ -313,7 +314,7 @@ def _steps(program: Program) -> dict[str, Any]:
 def sealed(manifest: Mapping[str, Any]) -> bytes:
     """dsc.json, with a hash of all that it says, by which damage to it is seen."""
     said = {key: value for key, value in manifest.items() if key != SEAL}
-    return _json({**said, SEAL: hashlib.sha256(_json(said)).hexdigest()})
+    return as_json({**said, SEAL: hashlib.sha256(as_json(said)).hexdigest()})
 
 
 def _inside(folder: Path, name: str) -> Path:
@@ -416,7 +417,8 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def _json(value: Mapping[str, Any]) -> bytes:
+def as_json(value: Mapping[str, Any]) -> bytes:
+    """A JSON file of an artifact. Raises `UsageError`."""
     try:
         return json.dumps(value, indent=1, sort_keys=True).encode()
     except TypeError as problem:
