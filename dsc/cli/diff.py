@@ -189,7 +189,8 @@ def _print_entry(out: Console, entry: EntryDiff) -> None:
     from dsc.cli.report_tables import add_row, clean, table_of
     from dsc.diff.page import columns, cost_rows, cost_sums
 
-    at = " ".join(f"{k}={v}" for k, v in sorted(entry.at[1].items()))
+    sizes = (" ".join(f"{k}={v}" for k, v in sorted(at.items())) for at in entry.at)
+    at = " → ".join(dict.fromkeys(sizes))
     shown = [key != "parameters" for key, _ in columns(entry)]
     words = compress((words for _, words in columns(entry)), shown)
     table = table_of(clean(f"{entry.name} ({at})"), ("layer",), (*words, "lines"))

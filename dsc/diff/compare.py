@@ -251,11 +251,19 @@ def _entry(
 
 
 def _pinned(before: Program, after: Program, old: str, new: str) -> tuple[Program, Program]:
-    """Both programs with the symbols fixed that are numbers in the other's inputs."""
+    """Both programs with the symbols fixed that are numbers in the other's inputs.
+
+    Caches that are stored otherwise say nothing of it: the rows of a page are no context.
+    """
     first, second = before.entries[old], after.entries[new]
+    stored = [{state.input: state.storage for state in side.states} for side in (before, after)]
+    apart = {n for n in stored[0].keys() & stored[1].keys() if stored[0][n] != stored[1][n]}
+    alike = [replace(g, inputs=tuple(v for v in g.inputs if v.name not in apart))
+             for g in (first, second)]  # fmt: skip
+    sizes = pinned(alike[0], alike[1]), pinned(alike[1], alike[0])
     return (
-        replace(before, entries={**before.entries, old: first.substitute(pinned(first, second))}),
-        replace(after, entries={**after.entries, new: second.substitute(pinned(second, first))}),
+        replace(before, entries={**before.entries, old: first.substitute(sizes[0])}),
+        replace(after, entries={**after.entries, new: second.substitute(sizes[1])}),
     )
 
 

@@ -9,8 +9,10 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 import dsc
+from dsc.cli.diff import _print_entry
 from dsc.diff import layout
 from dsc.diff.compare import compare, shrunk_together
 from dsc.diff.lines import Line, align, lines_of, with_moves
@@ -141,6 +143,21 @@ def test_stages_of_a_dump(dumps: Path) -> None:
     assert changed.before is not None
     assert changed.before.text.startswith("%o = mla_attention")
     assert found.unpaired == ((), ())
+
+
+def test_caches_in_pages_are_compared_at_the_same_context(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A page has 64 rows, which are not the context of the side without pages."""
+    sides = []
+    for cache in ("contiguous", "paged"):
+        model = dsc.compile(small_lm(), backend="reference", max_context=32, cache=cache)
+        sides.append(open_side(str(model.save(tmp_path / cache))))
+    found = compare(*sides, run=False)
+    decode = next(e for e in found.entries if e.name == "decode")
+    assert decode.at == ({"B": 1, "P": 32, "S": 1}, {"B": 1, "M": 1, "N": 1, "S": 1})
+    _print_entry(Console(width=120), decode)
+    assert "decode (B=1 P=32 S=1 → B=1 M=1 N=1 S=1)" in capsys.readouterr().out
 
 
 def test_one_entry_before_three_after_fixes_what_a_decode_fixes(dumps: Path) -> None:
