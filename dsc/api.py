@@ -319,11 +319,12 @@ def check_memory(program: Program, plan: Plan, target: Target, limits: Limits) -
         )
         shorter = range(limits.max_context)
         fitting = bisect_right(shorter, limit - weights - arena, key=caches) - 1
-        fits = (
-            f"max_context={fitting} would fit"
-            if fitting > 0
-            else "a smaller prefill_chunk shrinks the arena; the weights stay"
-        )
+        if fitting > 0:
+            fits = f"max_context={fitting} would fit"
+        elif weights <= limit:
+            fits = "a smaller prefill_chunk shrinks the arena; the weights stay"
+        else:
+            fits = "the weights alone are more: quant takes fewer bits, ranks share them"
         raise MemoryLimitError(
             f"{need / 1e6:.1f} MB on {target.kind}, the limit is {limit / 1e6:.1f} MB ({parts})",
             hint=f"raise it with dsc.set_memory_limit, or compile for less: {fits}",

@@ -136,6 +136,8 @@ def test_a_memory_limit_refuses_and_says_what_would_fit() -> None:
         (880, "max_context=1 would fit"),
         (879, "a smaller prefill_chunk shrinks the arena; the weights stay"),
         (-1, "a smaller prefill_chunk shrinks the arena; the weights stay"),
+        (-5_250_000, "a smaller prefill_chunk shrinks the arena; the weights stay"),
+        (-5_250_001, "the weights alone are more: quant takes fewer bits, ranks share them"),
     ],
 )
 def test_the_message_of_a_memory_limit_adds_up(room: int, told: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json as json_text
+import re
 import tempfile
 from collections.abc import Collection, Mapping
 from dataclasses import replace
@@ -177,12 +178,16 @@ def card(manifest: Mapping[str, Any], folder: Path) -> dict[str, str]:
     limits = {f"--{k.replace('_', '-')}": v for k, v in (manifest.get("limits") or {}).items()}
     targets = (_target(manifest, str(target)) for target in manifest.get("targets") or [])
     runs = [str(manifest.get("backend")), *targets]
+    states = [s for s in manifest.get("states") or [] if isinstance(s, Mapping)]
+    kinds = (re.split(r"[{[]", str(s.get("type")))[0] for s in states)
+    caches = [f"{s.get('storage')} {kind}" for s, kind in zip(states, kinds, strict=True)]
     lines = {
         "backend": ", ".join(runs + list((manifest.get("needs") or {}).values())),
         "limits": ", ".join(f"{name} {value}" for name, value in limits.items()) or "none",
         "stops": ("at " + ", ".join(ends)) if ends else "only at a limit",
         "chooses": str(sampling),
     }
+    lines |= {"caches": ", ".join(dict.fromkeys(caches))} if caches else {}
     return {name: clean(line) for name, line in lines.items()}
 
 

@@ -149,11 +149,12 @@ def test_caches_in_pages_are_compared_at_the_same_context(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A page has 64 rows, which are not the context of the side without pages."""
-    sides = []
-    for cache in ("contiguous", "paged"):
+
+    def side(cache: str) -> Side:
         model = dsc.compile(small_lm(), backend="reference", max_context=32, cache=cache)
-        sides.append(open_side(str(model.save(tmp_path / cache))))
-    found = compare(*sides, run=False)
+        return open_side(str(model.save(tmp_path / cache)))
+
+    found = compare(side("contiguous"), side("paged"), run=False)
     decode = next(e for e in found.entries if e.name == "decode")
     assert decode.at == ({"B": 1, "P": 32, "S": 1}, {"B": 1, "M": 1, "N": 1, "S": 1})
     _print_entry(Console(width=120), decode)

@@ -239,6 +239,10 @@ def test_a_model_is_verified_against_the_checkpoint_that_is_named(
                 "backend": "tvm", "targets": ["cpu"], "needs": {"llvm": "LLVM 20"},
                 "limits": {"max_batch": 4, "max_context": 64},
                 "generation": {"eos_token_id": [7, 8], "stop_strings": ["#"], "do_sample": True},
+                "states": [
+                    {"storage": "paged", "type": f"{kind}[128]"}
+                    for kind in 2 * ("f8e4m3{1x128,f32,behind}", "bf16")
+                ],
             },
             ("tvm, cpu, LLVM 20", "--max-batch 4, --max-context 64", 'at 7, 8, "#"', "draws"),
         ),
@@ -250,6 +254,7 @@ def test_a_model_is_verified_against_the_checkpoint_that_is_named(
 )  # fmt: skip
 def test_the_card_of_an_artifact(manifest: dict[str, Any], lines: tuple[str, ...]) -> None:
     found = inspect.card(manifest, Path("out"))
+    assert found.pop("caches", "") == ("paged f8e4m3, paged bf16" if "states" in manifest else "")
     assert found == dict(zip(("backend", "limits", "stops", "chooses"), lines, strict=True))
 
 
