@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import resource
 import statistics
 import sys
@@ -99,10 +100,10 @@ def bench(
         coding = found.coded() if any(w.coded for w in (*prompt, *step)) else None
         bandwidth = steadily(found.read)
         speed = Machine(bandwidth, computing, count, found.size, found.dtype, coding, found.device)
-        progress("prefill")
-        prefills = measure_prefill(compiled, vocab, batch, prompt_len, repeats, found.product)
-        progress("decode")
-        decodes = measure_decode(session, vocab, batch, context, tokens, rounds, found.read)
+        product = told(found.product, progress, "prefill", repeats)
+        prefills = measure_prefill(compiled, vocab, batch, prompt_len, repeats, product)
+        read = told(found.read, progress, "decode", rounds)
+        decodes = measure_decode(session, vocab, batch, context, tokens, rounds, read)
 
     gain = (coding or computing) / computing  # of codes, whatever the clock is at the moment
 
@@ -165,6 +166,20 @@ def _show(result: Mapping[str, Any]) -> None:
         f" {on}; loaded in {result['load_s']:.2f} s,"
         f" peak RSS {console.human_bytes(result['peak_rss_bytes'])}{shared}"
     )
+
+
+def told(
+    probe: Callable[[], float], progress: Callable[[str, int, int], None], what: str, turns: int
+) -> Callable[[], float]:
+    """A probe that says how many turns are done, as it is called before and after each of them."""
+    done = itertools.count()
+    progress(what, 0, turns)
+
+    def probed() -> float:
+        progress(what, next(done), turns)
+        return probe()
+
+    return probed
 
 
 def measure_prefill(

@@ -25,7 +25,7 @@ from dsc.ir.types import DType, TensorType
 from dsc.report import cache_bytes
 from dsc.runtime import limit, probes
 from dsc.runtime.profiler import Event
-from dsc.runtime.protocol import Turn
+from dsc.runtime.protocol import Turn, take_turns
 from dsc.verification import Check, Comparison
 
 from .conftest import VOCAB, CountingModel, CountingSession, FakeApi, Invoke
@@ -262,6 +262,18 @@ def test_bench_times_steps_after_a_warm_up() -> None:
     assert [len(turn.seconds) for turn in turns] == [1, 1, 1, 1]
     assert calls == 5 * [("prefill", (2, 7))]
     assert made == 5 * [{"max_batch": 2, "max_context": 7}]
+
+
+def test_a_bench_says_how_many_rounds_are_done() -> None:
+    said: list[tuple[str, int, int]] = []
+
+    def progress(*step: Any) -> None:
+        said.append(step)
+
+    probe = bench.told(lambda: 2.5, progress, "decode", 3)
+    turns = take_turns(probe, lambda: [1.0], 3)
+    assert {turn.before for turn in turns} == {2.5}
+    assert said == [("decode", done, 3) for done in (0, 0, 1, 2, 3)]
 
 
 def test_a_summary_counts_steady_rounds_alone_where_there_are_any() -> None:
