@@ -20,7 +20,8 @@ from dsc.ir.interface import Guard, Interface, Mesh, State, Storage
 from dsc.ir.limits import Limits
 
 if TYPE_CHECKING:
-    from dsc.ir.parser import Token, _Parser
+    from dsc.ir.lexer import Token
+    from dsc.ir.parser import _Parser
 
 
 def print_interface(interface: Interface) -> list[str]:

@@ -1,13 +1,12 @@
-"""Reads the text form. Never evaluates anything; every error has a line, a column and a caret."""
+"""Reads the text form. Never evaluates anything."""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 from dsc.errors import ParseError, VerificationError
 from dsc.ir.dims import MAX_TOKENS, Dim, Range, parse_dim
@@ -16,6 +15,7 @@ from dsc.ir.graph import Attrs, Graph, Node, Operand, Value, Weight
 from dsc.ir.interface import Interface
 from dsc.ir.interface_text import parse_interface
 from dsc.ir.kinds import KIND_WORDS, KINDS
+from dsc.ir.lexer import Token, Tokens
 from dsc.ir.op import OpDef, TypeMismatch, lookup
 from dsc.ir.program import Program, program_of
 from dsc.ir.stages import Stage
@@ -23,34 +23,12 @@ from dsc.ir.types import DType, TensorType
 from dsc.ir.verifier import verify
 from dsc.ir.weights import Apply, MetaSource, Source, WeightExpr, WeightSource, source_types
 
-MAX_CHARACTERS = 256 * 2**20
 MAX_DEPTH = 24
-
-_TOKEN = re.compile(
-    r"""(?P<space>[ \t\r\n]+|\#[^\n]*)
-      | (?P<value>%[\w.$-]+) | (?P<weight>@[\w.$/-]+)
-      | (?P<string>"(?:[^"\\\n]|\\.)*")
-      | (?P<float>-?(?:[0-9]+\.[0-9]*(?:[eE][-+]?[0-9]+)?|[0-9]+[eE][-+]?[0-9]+|inf\b|nan\b))
-      | (?P<int>[0-9]+)
-      | (?P<word>[A-Za-z_][A-Za-z_0-9]*)
-      | (?P<sign>//|[-+*{}()\[\],:=])""",
-    re.VERBOSE,
-)
-T = TypeVar("T")
 
 
 class _Typed(Protocol):
     @property
     def type(self) -> TensorType: ...
-
-
-@dataclass(frozen=True, slots=True)
-class Token:
-    """A lexeme and where it starts."""
-
-    kind: str
-    text: str
-    at: int
 
 
 STAGES = tuple(Stage)
@@ -105,18 +83,11 @@ def parse_operands(text: str) -> tuple[list[tuple[TensorType, int | None]], dict
     return parser.example()
 
 
-class _Parser:
+class _Parser(Tokens):
     """Recursive descent over the tokens of one text."""
 
     def __init__(self, text: str) -> None:
-        if len(text) > MAX_CHARACTERS:
-            raise ParseError(
-                f"a text of {len(text)} characters, {MAX_CHARACTERS} at most",
-                where="line 1, column 1",
-            )
-        self.text = text
-        self.tokens = self._lex()
-        self.i = 0
+        super().__init__(text)
         self.places: list[tuple[object, str, Token]] = []
 
     def program(self, source: WeightSource | None, stages: Sequence[Stage]) -> Program:
@@ -375,7 +346,7 @@ class _Parser:
         stored = self._format() if self.at_sign("{") else None
         self.sign("[")
         dims = tuple(self._dim() for _ in self.items("]"))
-        return self._guard(token, lambda: TensorType(dtype, dims, stored))
+        return self.guarded(token, lambda: TensorType(dtype, dims, stored))
 
     def _dtype(self, token: Token) -> DType:
         if token.text not in _DTYPES:
@@ -408,7 +379,7 @@ class _Parser:
             zeros = self._dtype(word)
         self.sign("}")
         last = (zeros, tile, behind, unsigned)
-        return self._guard(token, lambda: Format((rows, columns), scales, *last))
+        return self.guarded(token, lambda: Format((rows, columns), scales, *last))
 
     def _dim(self) -> Dim:
         """Take the tokens of one expression, up to a comma or closing sign at its own depth."""
@@ -427,7 +398,7 @@ class _Parser:
             parts.append(self.next().text)
             if len(parts) > MAX_TOKENS:
                 break
-        return self._guard(first, lambda: parse_dim("".join(parts)))
+        return self.guarded(first, lambda: parse_dim("".join(parts)))
 
     def _meta(self) -> dict[str, Any]:
         self.word("meta")
@@ -455,7 +426,7 @@ class _Parser:
             self.sign("]")
             if token.text in symbols:
                 raise self.error(f"a second range for {token.text}", token)
-            symbols[token.text] = self._guard(token, partial(Range, lo, hi))
+            symbols[token.text] = self.guarded(token, partial(Range, lo, hi))
         return symbols
 
     def _weights(self) -> dict[str, WeightExpr]:
@@ -494,104 +465,11 @@ class _Parser:
             raise self.error(f"{token.text} has {len(results)} results; a weight is one", token)
         return Apply(definition.name, tuple(args), attrs, results[0])
 
-    # Tokens
-
-    def _lex(self) -> list[Token]:
-        tokens: list[Token] = []
-        at = 0
-        while at < len(self.text):
-            found = _TOKEN.match(self.text, at)
-            if found is None:
-                raise self.error("a character that starts nothing", Token("", "", at))
-            kind = found.lastgroup or ""
-            if kind != "space":
-                tokens.append(Token(kind, found.group(), at))
-            at = found.end()
-        tokens.append(Token("end", "the end", at))
-        return tokens
-
-    def peek(self) -> Token:
-        return self.tokens[self.i]
-
-    def next(self) -> Token:
-        token = self.tokens[self.i]
-        if token.kind != "end":
-            self.i += 1
-        return token
-
-    def take(self, kind: str, wanted: str) -> Token:
-        token = self.peek()
-        if token.kind != kind:
-            raise self.error(f"{wanted} expected, {token.text} found", token)
-        return self.next()
-
-    def integer(self, wanted: str) -> int:
-        token = self.take("int", wanted)
-        if len(token.text) > 19:
-            raise self.error("an integer that does not fit 64 bits", token)
-        return int(token.text)
-
-    def string(self) -> str:
-        token = self.take("string", "a string")
-        return self._guard(token, lambda: str(json.loads(token.text)))
-
-    def sign(self, text: str) -> None:
-        if not self.skip(text):
-            raise self.error(f"{text} expected, {self.peek().text} found")
-
-    def word(self, text: str) -> None:
-        if not self.skip_word(text):
-            raise self.error(f"{text} expected, {self.peek().text} found")
-
-    def at_sign(self, text: str) -> bool:
-        return self.peek().kind == "sign" and self.peek().text == text
-
-    def at_word(self, text: str) -> bool:
-        return self.peek().kind == "word" and self.peek().text == text
-
-    def skip(self, text: str) -> bool:
-        found = self.at_sign(text)
-        self.i += found
-        return found
-
-    def skip_word(self, text: str) -> bool:
-        found = self.at_word(text)
-        self.i += found
-        return found
-
-    def items(self, end: str) -> Iterator[None]:
-        """Once for each item of a list, up to the sign `end`; commas part them."""
-        while not self.skip(end):
-            yield
-            if not self.at_sign(end):
-                self.sign(",")
-
-    def end(self) -> None:
-        if self.peek().kind != "end":
-            raise self.error(f"nothing more expected, {self.peek().text} found")
-
     def _stage(self) -> Stage:
         token = self.take("word", "a stage")
         if token.text not in Stage.__members__:
             raise self.error(f"unknown stage {token.text}", token)
         return Stage[token.text]
-
-    def _guard(self, token: Token, build: Callable[[], T]) -> T:
-        try:
-            return build()
-        except ValueError as problem:
-            raise self.error(str(problem), token) from None
-
-    def error(self, what: str, at: Token | None = None, hint: str | None = None) -> ParseError:
-        place = (at or self.peek()).at
-        line = self.text.count("\n", 0, place) + 1
-        start = self.text.rfind("\n", 0, place) + 1
-        end = self.text.find("\n", place)
-        shown = self.text[start : end if end >= 0 else len(self.text)]
-        column = place - start
-        lo = max(0, column - 60)
-        picture = f"{shown[lo : lo + 120]}\n{' ' * (column - lo)}^"
-        return ParseError(what, f"line {line}, column {column + 1}", hint, picture)
 
 
 _NUMBER = "a number is a value as well: %c = full {shape=[], value=0.5, dtype=f32}"

@@ -221,7 +221,7 @@ def test_limits_of_depth_and_size() -> None:
 
 
 def test_a_text_that_is_too_long_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dsc.ir.parser.MAX_CHARACTERS", 10)
+    monkeypatch.setattr("dsc.ir.lexer.MAX_CHARACTERS", 10)
     assert "11 characters, 10 at most" in str(refused("graph g() {"))
 
 
