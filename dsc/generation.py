@@ -284,8 +284,11 @@ def _same_choice(
 ) -> Choice | None:
     """How all running answers choose, where the session does it and logits alone decide.
 
-    Where the largest is no number it is nothing for a session: who takes them says so.
+    The first token of an answer is taken here, so that nobody waits for those behind it. Where
+    the largest is no number it is nothing for a session: who takes them says so.
     """
+    if not all(answers[index].ids for index in running.values()):
+        return None
     picks = [answers[index].pick for index in running.values()]
     choices = {pick.choice if isinstance(pick, Picker) else None for pick in picks}
     alike = session.chooses and len(choices) == 1 and running.keys() == {*session.sequences}

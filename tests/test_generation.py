@@ -266,3 +266,15 @@ def test_tokens_that_a_session_chooses_ahead_are_those_that_are_picked(sampling:
     answers = [Answer([1, 2], 3, penalised), Answer([3], 3, sampling.picker(1))]
     assert len(list(continue_all(session, answers))) == 6
     assert session.steps == 0, "what depends on the tokens so far is chosen here"
+
+
+def test_a_first_token_waits_for_none_behind_it() -> None:
+    """It comes with its prompt's logits, and what a session chooses ahead begins behind it."""
+    model = dsc.compile(small_lm(), backend="reference", max_batch=1, max_context=40)
+    session = Ahead(model.executable, model.program, 1)
+    answer = Answer([1, 2], 9, Sampling().picker(3))
+    tokens = continue_all(session, [answer])
+    next(tokens)
+    assert (len(answer.ids), session.steps, session.lengths) == (1, 0, [2])
+    assert len(list(tokens)) == 8
+    assert session.steps == 8

@@ -33,7 +33,9 @@ def inspect(
     ] = False,
     kernels: Annotated[
         bool,
-        Option("--kernels", help="The files the backend emitted; on triton what kernels take."),
+        Option(
+            "--kernels", help="What kernels take (triton), or the files that the backend emitted."
+        ),
     ] = False,
     config: options.Config = None,
     weights: options.Weights = None,
@@ -237,20 +239,19 @@ def _show_report(report: Mapping[str, Any], entry: str | None, as_json: bool) ->
 
 
 def _show_kernels(folder: Path, manifest: Mapping[str, Any], as_json: bool) -> None:
-    """Show what the backend tells of its kernels; without --json their files before."""
+    """Show what the backend tells of its kernels; where it tells nothing, their files."""
     from dsc import backends
     from dsc.backends.base import TellsKernels
     from dsc.cli.kernel_tables import print_kernels
     from dsc.ir.parser import parse_program
 
-    if not as_json:
-        _list_kernels(folder)
     name = str(manifest.get("backend"))
     backend: object = backends.get(name) if name in backends.names() else None
     if not isinstance(backend, TellsKernels):
         if as_json:
             hint = "leave out --json for a list of its files"
             raise UsageError(f"{name} tells nothing of its kernels", hint=hint)
+        _list_kernels(folder)
         return
     program = parse_program(read_text(folder / "program.dsc"))
     try:
@@ -264,8 +265,9 @@ def _show_kernels(folder: Path, manifest: Mapping[str, Any], as_json: bool) -> N
     if as_json:
         console.print_json(report)
     elif report["kernels"]:
-        print()
         print_kernels(console.tables(), report)
+    else:
+        _list_kernels(folder)
 
 
 def _list_kernels(folder: Path) -> None:

@@ -61,4 +61,5 @@ def test_a_compile_for_two_targets_tells_of_its_kernels(root: Path, tmp_path: Pa
         assert 0 < step["floor_seconds"] < step["seconds"]
     shown = run(root, tmp_path, "inspect", "out", "--kernels")
     assert "kernels for gfx942" in shown
+    assert ".cubin" not in shown, "files are listed where nothing is told of kernels"
     assert "steps, modelled" in shown
