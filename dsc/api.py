@@ -79,7 +79,8 @@ def compile(
         weights: a folder of safetensors files, or "none" to compile without values.
         revision: a branch, a tag or a commit of a model on the Hub; its main branch by default.
         backend: triton, tvm, onnxruntime, reference or null; the best that runs here by default.
-        target: one or more of cpu, cuda:sm_90, …; the backend's default otherwise.
+        target: one or more of cpu, cuda:sm_90, …; by default the first of the backend's, or where
+            that is a GPU the one at hand.
         fusion_level: 0 to 3. onnxruntime fuses for itself, whatever the level. Where a
             level is not taken, report.json has `level` and `level_asked`.
         dtype: fp32, bf16 or fp16; the checkpoint's own by default.
@@ -342,7 +343,7 @@ def best_backend() -> Backend:
 def _targets(target: str | Sequence[str] | None, backend: Backend) -> tuple[Target, ...]:
     if target is None or target == "auto" or target == []:
         default = backend.capabilities(Target("cpu")).targets
-        return (parse_target(default[0]),)
+        return (_at_hand(default) or parse_target(default[0]),)
     names = [target] if isinstance(target, str) else list(target)
     parsed = tuple(parse_target(n) for n in names)
     known = {t.partition(":")[0] for t in backend.capabilities(parsed[0]).targets}
@@ -353,6 +354,15 @@ def _targets(target: str | Sequence[str] | None, backend: Backend) -> tuple[Targ
                 hint=f"it takes {', '.join(sorted(known))}",
             )
     return parsed
+
+
+def _at_hand(known: Sequence[str]) -> Target | None:
+    """Of the targets of a backend for GPUs that of the first one here, if any."""
+    from dsc.hardware import gpus
+
+    if not parse_target(known[0]).is_gpu:
+        return None
+    return next((parse_target(gpu.target) for gpu in gpus() if gpu.target in known), None)
 
 
 def _check_extra(given: Mapping[str, Any], backend: Backend, target: Target) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import replace
 from importlib import import_module, util
 from inspect import signature
@@ -15,7 +16,7 @@ import pytest
 import torch
 
 import dsc
-from dsc import api
+from dsc import api, hardware
 from dsc.api import check_memory, compile_program
 from dsc.backends.base import No
 from dsc.backends.triton.backend import TritonBackend
@@ -249,13 +250,32 @@ def test_the_command_has_the_defaults_of_the_api(verb: str) -> None:
         ("cpu:znver4", ["cpu:znver4"]), (["cpu", "cuda:sm_80"], ["cpu", "cuda:sm_80"]),
     ],
 )  # fmt: skip
-def test_targets_are_the_backends_first_or_those_asked(asked: Any, found: list[str]) -> None:
+def test_targets_are_the_backends_first_or_those_asked(
+    asked: Any, found: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hardware, "gpus", lambda: [])
     can = SimpleNamespace(targets=("cuda:sm_90", "cpu"))
     backend: Any = SimpleNamespace(name="mine", capabilities=lambda _: can)
     assert [*map(str, api._targets(asked, backend))] == found
     with pytest.raises(UsageError, match="the mine backend makes no code for hip:gfx942") as told:
         api._targets(["cpu", "hip:gfx942"], backend)
     assert told.value.hint == "it takes cpu, cuda"
+
+
+@pytest.mark.parametrize(
+    ("known", "found"),
+    [
+        (("cuda:sm_90", "cuda:sm_80", "hip:gfx942"), "cuda:sm_80"), (("hip:gfx942",), "hip:gfx942"),
+        (("cpu", "cuda:sm_80"), "cpu"),
+    ],
+)  # fmt: skip
+def test_code_for_gpus_is_for_the_one_at_hand(
+    known: Sequence[str], found: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cards = [hardware.Gpu("a card", f"cuda:sm_{arch}", 1 << 30) for arch in (75, 80, 90)]
+    monkeypatch.setattr(hardware, "gpus", lambda: cards)
+    backend: Any = SimpleNamespace(capabilities=lambda _: SimpleNamespace(targets=known))
+    assert [*map(str, api._targets(None, backend))] == [found]
 
 
 @pytest.mark.parametrize(
