@@ -261,6 +261,7 @@ class _Run:
     ) -> dict[str, torch.Tensor]:
         """The same inputs for the second graph; a cache of more rows starts with the same rows."""
         made = sample_inputs(after, self.case.after, self.seed + 1, self.case.lengths)
+        types = [{v.name: v.type for v in graph.inputs} for graph in (before, after)]
         states = {before.inputs[i].name for _, i in before.aliases}
         paged = self._pages_came(before, after)
         for name, own in made.items():
@@ -272,6 +273,9 @@ class _Run:
                 scattered(own, made[BLOCK_TABLE], given[name], start)
             elif tensor is None:
                 raise VerificationError(f"input {name} was not there before")
+            elif name in states and tensor.dtype != own.dtype:
+                was, now = (str(each[name]) for each in types)
+                raise VerificationError(f"cache {name} was {was} and is {now}: no past is of both")
             elif tensor.shape == own.shape:
                 made[name] = tensor.clone()
             elif name in states and tensor.dim() == own.dim() and tensor.shape[1] <= own.shape[1]:

@@ -168,6 +168,13 @@ def test_a_cache_may_grow_and_not_shrink() -> None:
     caught(four, three, "input past was (2, 4, 3) and is (2, 3, 3); entry main, full form")
 
 
+def test_a_cache_that_is_stored_otherwise_is_told_with_both_types() -> None:
+    text = """program "p" {stage=CANONICAL}
+    graph main(%past: f32[2,4,3]) { %y = neg %past return %y as "present" updates %past }"""
+    one, two = (parse_program(text.replace("f32", dtype)) for dtype in ("f32", "bf16"))
+    caught(one, two, "cache past was f32[2,4,3] and is bf16[2,4,3]: no past is of both")
+
+
 def test_a_cache_that_lost_its_last_row_is_told_with_its_shapes() -> None:
     text = """program "p" {stage=CANONICAL} symbols {B=[1,4], P=[0,9], S=[1,9]}
     graph main(%past: f32[B,P,2], %new: f32[B,S,2], %lengths: i64[B]) {
