@@ -20,6 +20,7 @@ from dsc.ir.graph import Graph, Node
 from dsc.ir.index_ranges import Computed, PageDemand, Span, index_name, index_ranges
 from dsc.ir.interpreter import Intercept, Interpreter, bind_symbols, symbol_places
 from dsc.ir.limits import OPTIONS
+from dsc.ir.paging import BLOCK_TABLE
 from dsc.ir.program import Program, is_causal_step
 from dsc.ir.sampled import SEEDS
 from dsc.runtime.executable import Call, Executable, IndexSpan
@@ -27,17 +28,22 @@ from dsc.runtime.executable import Call, Executable, IndexSpan
 if TYPE_CHECKING:
     import numpy as np
 
-MOVING = ("positions", "lengths")
-"""Inputs of a causal language model that each step of one token moves on by one."""
-
 
 def moved_on(inputs: Mapping[str, Array], steps: int) -> dict[str, Array]:
     """Inputs of an entry that chooses tokens, `steps` steps of one token later: all but the tokens.
 
     Its seeds [B, 2] are a key and the number of a draw, and each step draws the next.
     """
-    moved = {name: inputs[name] + steps for name in MOVING}
-    return {**inputs, **moved, SEEDS: inputs[SEEDS] + (0, steps)}
+    return {**inputs, **_moved(inputs, steps), SEEDS: inputs[SEEDS] + (0, steps)}
+
+
+def _moved(inputs: Mapping[str, Array], steps: int) -> dict[str, Array]:
+    """Positions [B, 1] and lengths [B] so many steps later; rows without a page stay."""
+    lengths = inputs["lengths"]
+    by = lengths * 0 + steps
+    if BLOCK_TABLE in inputs:
+        by = by * (inputs[BLOCK_TABLE][:, 0] >= 0)
+    return {"positions": inputs["positions"] + by[:, None], "lengths": lengths + by}
 
 
 class Admitted(Executable):
@@ -174,8 +180,7 @@ class Admission:
 
         Raises `UsageError` where the first or the last would not be admitted.
         """
-        last = {n: x + steps - 1 if n in MOVING else x for n, x in inputs.items()}
-        self.check(last)
+        self.check({**inputs, **_moved(inputs, steps - 1)})
         return self.check(inputs)
 
     def guard(self, env: Mapping[str, int]) -> Intercept | None:
